@@ -1,0 +1,25 @@
+"""Errors that are the user's to mend: shown as one message, without a traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_DONE = 0
+EXIT_FAILURE = 1
+EXIT_USER_ERROR = 2
+EXIT_REQUEUE = 3
+
+
+class UserError(Exception):
+    """A mistake in a flag, a configuration, a data file or a checkpoint.
+
+    Entry points print the message and exit with code 2. A message names the file and line or
+    field, what was found, what was expected, and how to mend it.
+    """
+
+
+def suggest(name: str, possible: Iterable[str]) -> str:
+    """Return ``; did you mean 'x'?`` for the possible name nearest to ``name``, or nothing."""
+    near = difflib.get_close_matches(name, list(possible), n=1, cutoff=0.6)
+    return f"; did you mean '{near[0]}'?" if near else ""
