@@ -1,0 +1,176 @@
+"""``manifest.json``: what a checkpoint folder holds, so that anyone can tell whether it is whole.
+
+A checkpoint is a folder ``iter_0001000`` with megatron-core's torch_dist files, the resolved
+configuration (``config.yaml``), the tokenizer's files (``tokenizer/``) and this manifest. It is
+written under a temporary name and renamed when complete; ``latest_checkpointed_iteration.txt``
+beside it names the newest one, as in Megatron-LM.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from megatron_llmjp.errors import UserError
+
+MANIFEST = "manifest.json"
+CONFIG = "config.yaml"
+TOKENIZER = "tokenizer"
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+class FileEntry(BaseModel):
+    """Size and checksum of one file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bytes: int
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """The contents of ``manifest.json``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["megatron_llmjp"] = "megatron_llmjp"
+    format_version: Literal[1] = 1
+    iteration: int
+    consumed_samples: int
+    contents: Literal["full", "weights"]
+    """``weights`` for a converted model: it can be loaded with ``--finetune`` only."""
+    folds: dict[str, str] = {}
+    """Digest of every fold touched so far, by name, in the order they were trained."""
+    metrics: dict[str, float] = {}
+    """The last values of the log, such as ``lm loss``."""
+    versions: dict[str, str] = {}
+    files: dict[str, FileEntry]
+
+
+def folder_name(iteration: int) -> str:
+    """The folder of an iteration's checkpoint, as Megatron-LM names it."""
+    return f"iter_{iteration:07d}"
+
+
+def describe_file(path: Path) -> FileEntry:
+    """Size in bytes and SHA-256 of a file."""
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256") if _HAS_FILE_DIGEST else _sha256(stream)
+    return FileEntry(bytes=path.stat().st_size, sha256=digest.hexdigest())
+
+
+def describe_files(folder: Path, names: Iterable[str]) -> dict[str, FileEntry]:
+    """Entries for the named files, relative to ``folder``."""
+    return {name: describe_file(folder / name) for name in sorted(names)}
+
+
+def all_files(folder: Path) -> list[str]:
+    """Every file below ``folder`` but the manifest, as relative POSIX paths."""
+    paths = (p for p in folder.rglob("*") if p.is_file())
+    return sorted(n for n in (p.relative_to(folder).as_posix() for p in paths) if n != MANIFEST)
+
+
+def write(folder: Path, manifest: Manifest) -> None:
+    """Write ``manifest.json``, the last file of a checkpoint, and force it to disk."""
+    write_durably(folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+
+
+def read(folder: Path) -> Manifest:
+    """Read a checkpoint's manifest.
+
+    Raises:
+        UserError: it is missing, damaged, or names files outside the folder.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder}: not a complete checkpoint, {MANIFEST} is missing") from None
+    except (OSError, UnicodeDecodeError, ValidationError) as error:
+        raise UserError(f"{path}: cannot be read: {_first_line(error)}") from None
+    outside = [n for n in manifest.files if n.startswith("/") or ".." in Path(n).parts]
+    if outside:
+        raise UserError(f"{path}: names a file outside its folder: {outside[0]}")
+    return manifest
+
+
+def problems(folder: Path, manifest: Manifest, checksums: bool = False) -> list[str]:
+    """What is wrong with the files of a checkpoint; empty when it is whole.
+
+    Sizes are always compared; ``checksums`` reads every byte.
+    """
+    found = []
+    for name, entry in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            found.append(f"{path} is missing")
+        elif (size := path.stat().st_size) != entry.bytes:
+            found.append(f"{path} has {size} bytes instead of {entry.bytes}")
+        elif checksums and describe_file(path).sha256 != entry.sha256:
+            found.append(f"{path} does not have the checksum of its manifest")
+    return found
+
+
+def complete_iterations(root: Path) -> list[int]:
+    """Iterations of the checkpoints under ``root`` that carry a manifest, ascending."""
+    if not root.is_dir():
+        return []
+    names = (re.fullmatch(r"iter_(\d{7,})", p.name) for p in root.iterdir())
+    return sorted(int(m[1]) for m in names if m and (root / m[0] / MANIFEST).is_file())
+
+
+def newest(path: Path) -> Path:
+    """The checkpoint folder that ``path`` means: itself, or its newest complete one.
+
+    Raises:
+        UserError: there is none.
+    """
+    if (path / MANIFEST).is_file():
+        return path
+    iterations = complete_iterations(path)
+    if not iterations:
+        raise UserError(f"{path}: no complete checkpoint (iter_*/{MANIFEST}) was found")
+    return path / folder_name(iterations[-1])
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Replace a small file so that a reader, or a crash, sees the old or the new one whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Force the names in a folder to disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+_HAS_FILE_DIGEST = hasattr(hashlib, "file_digest")  # Python 3.11
+
+
+def _sha256(stream: Any) -> Any:
+    digest = hashlib.sha256()
+    while block := stream.read(1 << 20):
+        digest.update(block)
+    return digest
+
+
+def _first_line(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return str(error).splitlines()[0]

@@ -1,0 +1,157 @@
+"""The command line of ``pretrain_gpt.py``, made from the schema.
+
+Each field of each section is a flag; ``--help`` shows them by section with their defaults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn, get_args
+
+from pydantic.fields import FieldInfo
+
+from megatron_llmjp.config.load import Layers, build, preset_names, read_config
+from megatron_llmjp.config.megatron_flags import ALIASES, NOT_NEEDED, REFUSED, RENAMED
+from megatron_llmjp.config.schema import SECTION_OF, SECTIONS, Config
+from megatron_llmjp.errors import UserError, suggest
+
+DESCRIPTION = "Pretrain a GPT with tensor, pipeline and data parallelism on megatron-core."
+
+EXAMPLES = """\
+examples:
+  four processes on this machine, TP2 x PP2:
+    python pretrain_gpt.py --config laptop-llama --fold-file folds.yaml --nproc-per-node 4 \\
+        --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --save checkpoints
+  the same under torchrun, srun or mpirun, which start the processes themselves:
+    torchrun --nproc-per-node 8 pretrain_gpt.py --config llm-jp-3-1.8b --fold-file folds.yaml ...
+  go on from the newest checkpoint of a run, in another layout:
+    python pretrain_gpt.py --config laptop-llama --fold-file folds.yaml --nproc-per-node 4 \\
+        --pipeline-model-parallel-size 2 --save checkpoints
+
+Values come from the preset, then the YAML file of --config, then the flags. Megatron-LM's flags
+are understood. Exit codes: 0 done, 2 a mistake in the arguments or data, 3 stopped on request with
+a checkpoint saved, 1 anything else.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line and end with exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage, which would bury the message."""
+        raise UserError(message)
+
+
+def parse(argv: Sequence[str]) -> tuple[Config, int | None, list[str]]:
+    """Read the command line.
+
+    Returns:
+        The validated configuration; the number of local processes asked for, or None; and one
+        line for each flag that was accepted without effect.
+
+    Raises:
+        UserError: unknown flag, unknown key or wrong value.
+    """
+    parser = _make_parser()
+    known, unknown = parser.parse_known_args(list(argv))
+    arguments = vars(known)
+    notes = _explain_unknown(unknown, _all_flags(parser))
+    layers = Layers()
+    if arguments["config"] is not None:
+        read_config(arguments["config"], layers)
+    for flag, alias in ALIASES.items():
+        if arguments.get(flag):
+            for name, value in alias.sets.items():
+                layers.set(name, value, f"flag {flag}")
+    for name in SECTION_OF:
+        if arguments.get(name) is not None:
+            layers.set(name, arguments[name], f"flag --{name.replace('_', '-')}")
+    return build(layers), arguments["nproc_per_node"], notes
+
+
+def _make_parser() -> Parser:
+    parser = Parser(
+        prog="pretrain_gpt.py",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config",
+        metavar="PRESET|FILE",
+        help=f"a YAML file or a preset: {', '.join(preset_names())}",
+    )
+    parser.add_argument(
+        "--nproc-per-node",
+        type=int,
+        metavar="N",
+        help="start N processes on this machine (not with torchrun, srun or mpirun)",
+    )
+    for name, section in SECTIONS.items():
+        group = parser.add_argument_group(name, (section.__doc__ or "").strip())
+        for field, info in section.model_fields.items():
+            _add_field(group, field, info)
+    aliases = parser.add_argument_group("other spellings of Megatron-LM")
+    for flag, alias in ALIASES.items():
+        aliases.add_argument(flag, action="store_true", dest=flag, help=alias.help)
+    return parser
+
+
+def _add_field(group: argparse._ArgumentGroup, name: str, info: FieldInfo) -> None:
+    flags = [f"--{name.replace('_', '-')}"]
+    flags += [flag for flag, renamed in RENAMED.items() if renamed.field == name]
+    text = (info.description or "").replace("%", "%%")
+    if info.annotation is bool:
+        kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+    elif name == "override_resume":
+        kind = {"nargs": "+", "metavar": "FIELD"}
+    else:
+        kind = {"metavar": _metavar(info)}
+    if not info.is_required() and info.default not in (None, ()):
+        text += f" (default: {info.default})"
+    group.add_argument(*flags, dest=name, default=None, help=text, **kind)
+
+
+def _metavar(info: FieldInfo) -> str:
+    text = str(info.annotation)
+    if "Literal" in text:
+        literal = next((a for a in get_args(info.annotation) if "Literal" in str(a)), None)
+        choices = get_args(literal or info.annotation)
+        return "|".join(str(c) for c in choices if c is not None)
+    return "N" if "int" in text else "X" if "float" in text else "PATH"
+
+
+def _all_flags(parser: argparse.ArgumentParser) -> list[str]:
+    return [flag for action in parser._actions for flag in action.option_strings]
+
+
+def _explain_unknown(unknown: Sequence[str], flags: Iterable[str]) -> list[str]:
+    """Notes for flags that are not needed; an error for all others."""
+    notes, rest = [], list(unknown)
+    while rest:
+        word = rest.pop(0)
+        flag = word.split("=", 1)[0]
+        if flag in NOT_NEEDED:
+            entry = NOT_NEEDED[flag]
+            if "=" not in word:
+                del rest[: entry.values]
+            notes.append(f"{flag} is not needed here: {entry.why}")
+        elif flag in REFUSED:
+            raise UserError(f"{flag} is not supported: {REFUSED[flag].instead}")
+        elif flag.startswith("--"):
+            possible = [*flags, *NOT_NEEDED, *REFUSED]
+            raise UserError(
+                f"unknown flag {flag}{suggest(flag, possible)} (--help lists all flags)"
+            )
+        else:
+            raise UserError(f"unexpected argument '{word}': values follow a flag, as in --lr 3e-4")
+    return notes
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """Show the notes of :func:`parse` on standard error."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)

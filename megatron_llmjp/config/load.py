@@ -1,0 +1,186 @@
+"""Preset, then YAML file, then command line: the three layers that make a :class:`Config`.
+
+Every value remembers where it came from, so that a message can say "run.yaml, line 12" or
+"flag --lr". All mistakes of a layer are reported together.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from megatron_llmjp.config.schema import SECTION_OF, SECTIONS, Config, DataConfig, ModelConfig
+from megatron_llmjp.errors import UserError, suggest
+
+
+@dataclass
+class Layers:
+    """Values gathered so far, by section and field, and the origin of each field."""
+
+    values: dict[str, dict[str, Any]] = field(default_factory=dict)
+    origin: dict[str, str] = field(default_factory=dict)
+
+    def set(self, name: str, value: Any, origin: str) -> None:
+        """Set a field, over what an earlier layer said."""
+        self.values.setdefault(SECTION_OF[name], {})[name] = value
+        self.origin[name] = origin
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that ship with the package."""
+    folder = resources.files("megatron_llmjp.config") / "presets"
+    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name[-5:] == ".yaml")
+
+
+def read_preset(layers: Layers, name: str, origin: str) -> None:
+    """Add the values of a preset.
+
+    Raises:
+        UserError: no preset has this name.
+    """
+    names = preset_names()
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names
+        raise UserError(f"{origin}: there is no preset or file '{name}'; try {', '.join(near)}")
+    text = (resources.files("megatron_llmjp.config") / "presets" / f"{name}.yaml").read_text()
+    _add_yaml(layers, text, f"preset {name}")
+
+
+def read_file(layers: Layers, path: Path) -> None:
+    """Add the values of a YAML file; its key ``preset`` is read first.
+
+    Raises:
+        UserError: the file cannot be read, is not YAML, or has an unknown key.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a configuration: {error}") from error
+    _add_yaml(layers, text, str(path))
+
+
+def read_config(name_or_path: str, layers: Layers) -> None:
+    """Add ``--config``: a preset's name or a YAML file."""
+    if Path(name_or_path).suffix in {".yaml", ".yml"} or Path(name_or_path).exists():
+        read_file(layers, Path(name_or_path))
+    else:
+        read_preset(layers, name_or_path, "--config")
+
+
+def build(layers: Layers) -> Config:
+    """Validate the gathered values into a :class:`Config`.
+
+    Raises:
+        UserError: with every wrong value, its origin and what is possible.
+    """
+    missing_model = [n for n in ("num_layers", "hidden_size") if n not in layers.origin]
+    if missing_model:
+        raise UserError(
+            "no model was chosen: give --config PRESET or a YAML file, or --num-layers, "
+            "--hidden-size and --num-attention-heads.\n"
+            f"  presets: {', '.join(preset_names())}"
+        )
+    try:
+        return Config.model_validate(layers.values)
+    except ValidationError as error:
+        raise UserError("\n".join(_describe(e, layers) for e in error.errors())) from None
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML; reading it back gives an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_resolved(path: Path) -> Config:
+    """Read a configuration that :func:`dump` wrote.
+
+    Raises:
+        UserError: the file is missing or was not written by this program.
+    """
+    layers = Layers()
+    read_file(layers, path)
+    return build(layers)
+
+
+def changed(config: Config, **fields: Any) -> Config:
+    """A copy of ``config`` with the named fields replaced, whichever section they are in."""
+    update: dict[str, dict[str, Any]] = {}
+    for name, value in fields.items():
+        update.setdefault(SECTION_OF[name], {})[name] = value
+    sections = {name: getattr(config, name).model_copy(update=new) for name, new in update.items()}
+    return config.model_copy(update=sections)
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Fields whose values differ, as ``{field: (old, new)}``."""
+    found = {}
+    for name, section in SECTION_OF.items():
+        before, after = getattr(getattr(old, section), name), getattr(getattr(new, section), name)
+        if before != after:
+            found[name] = (before, after)
+    return found
+
+
+FROZEN_AT_RESUME: tuple[str, ...] = (
+    *(name for name in ModelConfig.model_fields if not name.endswith("dropout")),
+    *(name for name in DataConfig.model_fields if name in {"seq_length", "tokenizer_type"}),
+    "global_batch_size",
+    "optimizer",
+)
+"""Fields that would silently change a run: a resume with another value is refused."""
+
+
+def _add_yaml(layers: Layers, text: str, source: str) -> None:
+    """Add a YAML text; sections hold fields, ``preset`` names what it builds on."""
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+    if root is None:
+        return
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError(
+            f"{source}: expected sections ({', '.join(SECTIONS)}), found a list or text"
+        )
+    entries = {key.value: (key, node) for key, node in root.value}
+    if "preset" in entries:
+        key, node = entries.pop("preset")
+        read_preset(layers, str(node.value), f"{source}, line {key.start_mark.line + 1}")
+    for name, (key, node) in entries.items():
+        where = f"{source}, line {key.start_mark.line + 1}"
+        if name not in SECTIONS:
+            possible = [*SECTIONS, "preset"]
+            raise UserError(
+                f"{where}: unknown section '{name}'{suggest(name, possible)}\n"
+                f"  possible: {', '.join(possible)}"
+            )
+        if not isinstance(node, yaml.MappingNode):
+            raise UserError(f"{where}: section '{name}' must hold fields, as `name: value` lines")
+        _add_section(layers, name, node, source)
+
+
+def _add_section(layers: Layers, section: str, node: yaml.MappingNode, source: str) -> None:
+    values = yaml.SafeLoader("").construct_document(node)
+    for key, _ in node.value:
+        where = f"{source}, line {key.start_mark.line + 1}"
+        if key.value not in SECTIONS[section].model_fields:
+            home = SECTION_OF.get(key.value)
+            hint = f"; it belongs to section '{home}'" if home else suggest(key.value, SECTION_OF)
+            raise UserError(f"{where}: unknown key '{key.value}' in section '{section}'{hint}")
+        layers.set(key.value, values[key.value], where)
+
+
+def _describe(error: Any, layers: Layers) -> str:
+    """One line for one of pydantic's errors: where, what was found, what is possible."""
+    name = str(error["loc"][1]) if len(error["loc"]) > 1 else str(error["loc"][0])
+    if error["type"] == "missing":
+        return f"{name} is missing: give --{name.replace('_', '-')} or a preset that has it"
+    origin = layers.origin.get(name, "configuration")
+    message = error["msg"].replace("Input should be", "expected").removeprefix("Value error, ")
+    return f"{origin}: {name} = {error['input']!r}: {message}"
