@@ -1,0 +1,244 @@
+"""Input files as blocks of whole lines or rows, the unit that a worker encodes.
+
+A plain file is never read by the main process: a block says where its lines lie, and the worker
+reads them. Compressed files, pipes and Parquet are read here and handed over.
+"""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import gzip
+import lzma
+import sys
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from data_tools.sources import STDIN, Source
+from megatron_llmjp.errors import UserError
+
+BLOCK_BYTES = 512 * 1024
+PEEK_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True)
+class FileRange:
+    """Lines of a plain file, to be read by the worker."""
+
+    path: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Columns of a table: values per key, None where a row has none."""
+
+    columns: dict[str, list[Any]]
+    count: int
+
+
+@dataclass(frozen=True)
+class LongLine:
+    """A line above the size limit: it is named and counted, and copied if it is quarantined.
+
+    Attributes:
+        length: in bytes, with its newline.
+        parts: its bytes, to be read before the next block is asked for.
+    """
+
+    length: int
+    parts: Iterator[bytes]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A piece of a source.
+
+    Attributes:
+        payload: what to encode.
+        end: where the next block starts, in bytes of the decompressed text or in rows.
+        size: decompressed bytes.
+        disk_bytes: bytes of the file on disk used up so far, for the progress bar.
+    """
+
+    payload: FileRange | bytes | Rows | LongLine
+    end: int
+    size: int
+    disk_bytes: int
+
+
+def read_blocks(source: Source, start: int, keys: list[str], limit: int) -> Iterator[Block]:
+    """Yield the blocks of a source.
+
+    Args:
+        source: the file.
+        start: where to begin: 0, or the ``end`` of a block that was yielded before.
+        keys: the columns wanted, for tables.
+        limit: longest line that is kept whole, in bytes.
+
+    Raises:
+        UserError: the file is truncated, damaged or of a kind that cannot be read here.
+    """
+    with contextlib.ExitStack() as stack:
+        file: BinaryIO = sys.stdin.buffer
+        if source.name != STDIN:
+            file = stack.enter_context(Path(source.name).open("rb"))
+        yield from _read_blocks(source, file, start, keys, limit)
+
+
+def _read_blocks(
+    source: Source, file: BinaryIO, start: int, keys: list[str], limit: int
+) -> Iterator[Block]:
+    try:
+        head = file.peek(8)[:8] if hasattr(file, "peek") else b""
+        if head.startswith(b"PAR1"):
+            from data_tools.parquet import read_parquet
+
+            yield from read_parquet(source, start, keys)
+            return
+        opener = next((o for magic, o in _OPENERS.items() if head.startswith(magic)), None)
+        if opener is None and source.seekable:
+            yield from _plain_blocks(source, file, start, limit)
+            return
+        stream = file if opener is None else opener(file)
+        yield from _stream_blocks(stream, file, start, limit)
+    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's own error, not one of gzip's or bz2's
+        raise UserError(
+            f"{source.name}: the compressed file is truncated or damaged ({error}). Copy it "
+            "again; finished files will not be repeated."
+        ) from error
+
+
+def _plain_blocks(source: Source, file: BinaryIO, start: int, limit: int) -> Iterator[Block]:
+    """Find line ends near every BLOCK_BYTES, reading only a little around them."""
+    while start < source.size:
+        nominal = min(start + BLOCK_BYTES, source.size)
+        end = _line_end(file, nominal, source.size)
+        length, newline = end - start, 0
+        if length > limit:  # perhaps one long line: take what lies before it, or it alone
+            file.seek(start)
+            newline = file.read(nominal - start).rfind(b"\n") + 1
+            length = newline or length
+        payload: FileRange | LongLine = FileRange(source.name, start, length)
+        if length > limit and not newline:
+            payload = LongLine(length, _parts(file, start, length))
+        start += length
+        yield Block(payload, start, length, start)
+
+
+def _line_end(file: BinaryIO, offset: int, size: int) -> int:
+    """Return the offset behind the first newline at or after ``offset - 1``."""
+    file.seek(offset - 1)
+    at = offset - 1
+    while data := file.read(PEEK_BYTES):
+        newline = data.find(b"\n")
+        if newline >= 0:
+            return at + newline + 1
+        at += len(data)
+    return size
+
+
+def _parts(file: BinaryIO, offset: int, length: int) -> Iterator[bytes]:
+    file.seek(offset)
+    while length and (data := file.read(min(length, BLOCK_BYTES))):
+        length -= len(data)
+        yield data
+
+
+def _stream_blocks(stream: Any, raw: BinaryIO, start: int, limit: int) -> Iterator[Block]:
+    """Cut a stream into blocks; a line above the limit goes to a temporary file on disk."""
+    position, pending = _skip(stream, start), b""
+    while data := stream.read(BLOCK_BYTES):
+        newline = data.rfind(b"\n") + 1
+        if newline:
+            text, pending = pending + data[:newline], data[newline:]
+            position += len(text)
+            yield Block(text, position, len(text), _tell(raw))
+        else:
+            pending += data
+        if len(pending) > limit:
+            with tempfile.TemporaryFile() as spool:
+                length, pending = _spool_line(spool, pending, stream)
+                position += length
+                line = LongLine(length, _parts(spool, 0, length))
+                yield Block(line, position, length, _tell(raw))
+    if pending:
+        yield Block(pending, position + len(pending), len(pending), _tell(raw))
+
+
+def _spool_line(spool: BinaryIO, pending: bytes, stream: Any) -> tuple[int, bytes]:
+    """Copy the rest of a line to ``spool``; return its length and what came behind it."""
+    length, rest = spool.write(pending), b""
+    while data := stream.read(BLOCK_BYTES):
+        newline = data.find(b"\n") + 1
+        length += spool.write(data[:newline] if newline else data)
+        if newline:
+            rest = data[newline:]
+            break
+    return length, rest
+
+
+def _skip(stream: Any, start: int) -> int:
+    left = start
+    while left > 0 and (data := stream.read(min(left, BLOCK_BYTES))):
+        left -= len(data)
+    return start - left
+
+
+def _tell(raw: BinaryIO) -> int:
+    try:
+        return raw.tell()
+    except OSError:  # a pipe
+        return 0
+
+
+class _ZstdReader:
+    """A zstd stream of any number of frames; unlike zstandard's own, it notices truncation."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        try:
+            import zstandard
+        except ImportError as error:
+            raise UserError(
+                "a .zst file needs the zstandard package: pip install zstandard"
+            ) from error
+        self._file = file
+        self._new: Callable[[], Any] = zstandard.ZstdDecompressor().decompressobj
+        self._error = zstandard.ZstdError
+        self._frame: Any = None
+        self._rest = b""
+
+    def read(self, size: int) -> bytes:
+        """Return some decompressed bytes, none at the end; ``size`` is a wish only."""
+        del size
+        while True:
+            data = self._rest or self._file.read(32 * 1024)
+            self._rest = b""
+            if not data:
+                if self._frame is not None:
+                    raise EOFError("the last zstd frame is incomplete")
+                return b""
+            self._frame = self._frame or self._new()
+            try:
+                text: bytes = self._frame.decompress(data)
+            except self._error as error:
+                raise EOFError(str(error)) from error
+            if self._frame.eof:
+                self._rest, self._frame = self._frame.unused_data, None
+            if text:
+                return text
+
+
+_OPENERS: dict[bytes, Callable[[Any], Any]] = {
+    b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
+    b"BZh": bz2.BZ2File,
+    b"\xfd7zXZ\x00": lzma.LZMAFile,
+    b"\x28\xb5\x2f\xfd": _ZstdReader,
+}

@@ -1,0 +1,231 @@
+"""One run of preprocess_data: the loop from blocks to datasets, resumable at any moment."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data_tools.blocks import Block, LongLine, read_blocks
+from data_tools.encode import BlockEncoder, Encoded, Encoding, Rejected
+from data_tools.journal import Journal, Tally
+from data_tools.output import Output
+from data_tools.pool import EncoderPool
+from data_tools.progress import Progress
+from data_tools.report import format_table, rows, write_report
+from data_tools.sources import Source
+from megatron_llmjp.data.indexed import IndexedWriter
+from megatron_llmjp.errors import EXIT_DONE, UserError
+from megatron_llmjp.tokenizers import Tokenizer
+
+SECONDS_BETWEEN_SAVES = 15.0
+SECONDS_AFTER_A_SOURCE = 0.5  # a finished source is saved at once, unless they are tiny
+WARNINGS_SHOWN = 10
+
+
+class Job:
+    """One run: the sources, the tokenizer and the output, and what came of each source."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        sources: list[Source],
+        tokenizer: Tokenizer,
+        output: Output,
+    ) -> None:
+        self.args, self.sources, self.tokenizer, self.output = args, sources, tokenizer, output
+        self.encoding = Encoding(
+            keys=args.json_keys,
+            append_eod=args.append_eod,
+            keep_empty=args.on_error == "stop",
+            limit=args.max_line_mb * 1_000_000,
+            keep_raw=args.on_error == "quarantine",
+        )
+        self.recipe: dict[str, Any] = {
+            "tokenizer": tokenizer.identity(),
+            "options": {
+                "keys": args.json_keys,
+                "append_eod": args.append_eod,
+                "on_error": args.on_error,
+                "max_line_bytes": self.encoding.limit,
+            },
+            "sources": [source.identity() for source in sources],
+        }
+        self.tallies = [Tally() for _ in sources]
+        self.current, self.position = 0, 0  # the point up to which the output is written
+        self.warned = 0
+
+    def already_there(self) -> int:
+        """Answer for output that exists: nothing to do if it is this very run's.
+
+        Raises:
+            UserError: it is another's.
+        """
+        done = self.output.manifests()
+        if len(done) == len(self.args.json_keys) and all(
+            manifest["recipe"] == self.recipe for manifest in done
+        ):
+            print("Already complete: the same input, tokenizer and options made this output.")
+            self.tallies = [Tally(**tally) for tally in done[0]["tallies"]]
+            return self._close()
+        names = ", ".join(str(path) for path in self.output.existing())
+        raise UserError(
+            f"--output-prefix {self.args.output_prefix}: {names} exists already. Choose another "
+            "prefix, or give --overwrite to replace it."
+        )
+
+    def run(self) -> int:
+        """Encode what is not yet encoded, and finish."""
+        journal = self.output.open(self.recipe, start_again=self.args.overwrite)
+        self._resume(journal)
+        if not journal.last.finishing:
+            try:
+                self._encode_all(journal)
+            except BaseException:
+                self._save(journal)
+                raise
+        self._save(journal)
+        self.output.finish(journal, self._manifest)
+        return self._close()
+
+    def _resume(self, journal: Journal) -> None:
+        last = journal.last
+        for source, tally in journal.tallies().items():
+            self.tallies[source] = tally
+        self.current, self.position = last.source, last.position
+        if journal.points:
+            documents = sum(tally.documents for tally in self.tallies)
+            print(
+                f"Going on with {self.output.folder}: {documents:,} documents are done, "
+                f"{last.source:,} of {len(self.sources):,} files finished.",
+                file=sys.stderr,
+            )
+
+    def _encode_all(self, journal: Journal) -> None:
+        finished = sum(source.size for source in self.sources[: self.current])
+        done = finished + min(self.position, self.sources[self.current].size)
+        progress = Progress(sum(s.size for s in self.sources), done, self.args.log_interval)
+        saved = time.monotonic()
+        encoder = BlockEncoder(self.tokenizer, self.encoding)
+        with EncoderPool(self.args.workers, encoder) as pool:
+            try:
+                for source, block, encoded in pool.encode(self._blocks()):
+                    changed = source != self.current
+                    age = time.monotonic() - saved
+                    if age > (SECONDS_AFTER_A_SOURCE if changed else SECONDS_BETWEEN_SAVES):
+                        self._save(journal, upto=source)
+                        saved = time.monotonic()
+                    self._take(source, block, encoded)
+                    finished = sum(s.size for s in self.sources[:source]) if changed else finished
+                    tokens = sum(len(part.tokens) for part in encoded.packed.values())
+                    progress.update(
+                        _documents(encoded), block.size, tokens, finished + block.disk_bytes
+                    )
+            finally:
+                progress.close()
+
+    def _blocks(self) -> Iterator[tuple[int, Block]]:
+        for number in range(self.current, len(self.sources)):
+            start = self.position if number == self.current else 0
+            for block in read_blocks(
+                self.sources[number], start, self.args.json_keys, self.encoding.limit
+            ):
+                yield number, block
+
+    def _take(self, source: int, block: Block, encoded: Encoded) -> None:
+        """Write what one block gave, in the order of the input."""
+        tally = self.tallies[source]
+        if isinstance(block.payload, LongLine):
+            detail = f"{block.size:,} bytes, --max-line-mb is {self.args.max_line_mb}"
+            bad = Rejected(0, "line too long", detail, b"")
+            self._reject(source, tally.lines + 1, bad, block.payload.parts)
+        for bad in encoded.rejected:
+            self._reject(source, tally.lines + bad.line + 1, bad, iter([bad.raw]))
+        for line in encoded.empty:
+            self._warn(
+                source, tally.lines + line + 1, "empty document", "kept, as Megatron-LM does"
+            )
+        self.output.add(encoded.packed)
+        tally.lines += encoded.lines
+        tally.documents += _documents(encoded)
+        tally.bytes += block.size
+        tally.blank += encoded.blank
+        tally.empty += len(encoded.empty)
+        for key, part in encoded.packed.items():
+            tally.tokens[key] = tally.tokens.get(key, 0) + len(part.tokens)
+        self.current, self.position = source, block.end
+
+    def _reject(self, source: int, line: int, bad: Rejected, parts: Iterator[bytes]) -> None:
+        name = self.sources[source].name
+        if self.args.on_error == "stop":
+            detail = f" ({bad.detail})" if bad.detail else ""
+            raise UserError(
+                f"{name}:{line}: {bad.reason}{detail}. Mend the line and run the same command "
+                "again, or go on past bad lines with --on-error skip or --on-error quarantine."
+            )
+        if self.args.on_error == "quarantine":
+            self.output.put_aside(name, line, bad, parts)
+        rejected = self.tallies[source].rejected
+        rejected[bad.reason] = rejected.get(bad.reason, 0) + 1
+        self._warn(source, line, bad.reason, bad.detail)
+
+    def _warn(self, source: int, line: int, reason: str, detail: str) -> None:
+        self.warned += 1
+        if self.warned <= WARNINGS_SHOWN:
+            what = f"{reason} ({detail})" if detail else reason
+            text = f"{self.sources[source].name}:{line}: {what}"
+            print(text.encode(errors="backslashreplace").decode(), file=sys.stderr)
+        elif self.warned == WARNINGS_SHOWN + 1:
+            print("... further bad lines are counted only", file=sys.stderr)
+
+    def _save(self, journal: Journal, upto: int | None = None) -> None:
+        """Note the point reached; ``upto`` names a source that is about to begin."""
+        if not self.output.writers or journal.last.finishing:
+            return
+        if upto is not None and upto != self.current:
+            self.output.save(journal, self.current, self.position, self.tallies[self.current])
+            self.current, self.position = upto, 0
+        self.output.save(journal, self.current, self.position, self.tallies[self.current])
+
+    def _manifest(self, key: str, writer: IndexedWriter) -> dict[str, Any]:
+        """Return the manifest of one dataset: nothing in it depends on when or where it ran."""
+        position = writer.position
+        rejected: dict[str, int] = {}
+        for tally in self.tallies:
+            for reason, count in tally.rejected.items():
+                rejected[reason] = rejected.get(reason, 0) + count
+        return {
+            "format": "megatron_llmjp dataset manifest 1",
+            "key": key,
+            "dtype": writer.dtype.name,
+            "documents": position.documents,
+            "sequences": position.sequences,
+            "tokens": position.bin_bytes // writer.dtype.itemsize,
+            "bin": {"bytes": position.bin_bytes, "sha256": writer.digest.hexdigest()},
+            "idx": {"sha256": writer.idx_digest.hexdigest()},
+            "rejected": rejected,
+            "recipe": self.recipe,
+            "tallies": [vars(tally) for tally in self.tallies],
+        }
+
+    def _close(self) -> int:
+        """Print the closing table and write it where --report asks for it."""
+        keys = self.args.json_keys
+        table = rows([source.name for source in self.sources], self.tallies, keys)
+        print(format_table(table))
+        for key in keys:
+            print(f"{self.output.prefix_of(key)}.bin .idx .json")
+        aside = Path(f"{self.args.output_prefix}_rejected.jsonl")
+        if table[-1]["rejected"] and aside.exists():
+            print(f"{aside} holds the rejected lines, {aside.with_suffix('.csv').name} the reasons")
+        for path in self.args.report:
+            write_report(path, table)
+        return EXIT_DONE
+
+
+def _documents(encoded: Encoded) -> int:
+    """Return how many documents a block gave, the same for every key."""
+    return next((len(part.sequences) for part in encoded.packed.values()), 0)

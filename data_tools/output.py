@@ -1,0 +1,178 @@
+"""The files a run makes: written in a work folder, renamed to their names when complete."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_tools.encode import Packed, Rejected
+from data_tools.journal import Journal, Point, Tally
+from megatron_llmjp.data.indexed import IndexedWriter
+from megatron_llmjp.errors import UserError
+
+REJECTED = ("rejected.jsonl", "rejected.csv")
+
+
+class Output:
+    """The datasets of all keys, the lines put aside, and the journal that makes them resumable."""
+
+    def __init__(self, prefix: str, keys: list[str], dtype: np.dtype[Any]) -> None:
+        self.prefix, self.keys, self.dtype = prefix, keys, dtype
+        self.folder = Path(f"{prefix}.partial")
+        self.writers: dict[str, IndexedWriter] = {}
+        self._lock: io.IOBase | None = None
+
+    def prefix_of(self, key: str) -> str:
+        """Return the prefix of one key's dataset, as Megatron-LM names it."""
+        return f"{self.prefix}_{key}_document"
+
+    def finals(self) -> list[tuple[Path, Path]]:
+        """Return (work file, final file) in the order of renaming: every .idx last."""
+        pairs = [(self.folder / name, Path(f"{self.prefix}_{name}")) for name in REJECTED]
+        for suffix in (".bin", ".json", ".idx"):
+            for key in self.keys:
+                pairs.append((self.folder / (key + suffix), Path(self.prefix_of(key) + suffix)))
+        return pairs
+
+    def manifests(self) -> list[dict[str, Any]]:
+        """Return the manifests under their final names, as far as whole datasets are there."""
+        found = []
+        for key in self.keys:
+            prefix = self.prefix_of(key)
+            paths = [Path(prefix + suffix) for suffix in (".bin", ".idx", ".json")]
+            if all(path.exists() for path in paths):
+                found.append(json.loads(paths[2].read_text(encoding="utf-8")))
+        return found
+
+    def existing(self) -> list[Path]:
+        """Return the final files of datasets that are there already."""
+        return [final for _, final in self.finals()[2:] if final.exists()]
+
+    def open(self, recipe: dict[str, Any], start_again: bool) -> Journal:
+        """Lock the work folder and open everything where the journal says.
+
+        Raises:
+            UserError: another process is at work, or the folder belongs to another run.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise UserError(f"--output-prefix {self.prefix}: {error.filename} is a file") from error
+        self._take_lock()
+        if start_again:
+            for path in self.folder.iterdir():
+                if path.name != "lock":
+                    path.unlink()
+        journal = Journal(self.folder / "journal.jsonl", recipe)
+        last = journal.last
+        if not last.finishing:
+            for key in self.keys:
+                self.writers[key] = IndexedWriter(
+                    self.folder / f"{key}.bin", self.dtype, last.outputs.get(key)
+                )
+            for name in REJECTED:
+                size = last.rejected.get(name, 0)
+                with (self.folder / name).open("ab") as file:
+                    file.truncate(size)
+        return journal
+
+    def _take_lock(self) -> None:
+        lock = (self.folder / "lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"{self.folder}: another preprocess_data is writing this output. Wait for it, or "
+                "choose another --output-prefix."
+            ) from error
+        except OSError:
+            pass  # a file system without locks
+        self._lock = lock
+
+    def add(self, packed: dict[str, Packed]) -> None:
+        """Append the documents of a block to each key's dataset."""
+        for key, part in packed.items():
+            self.writers[key].add(part.tokens, part.lengths, part.sequences)
+
+    def put_aside(self, source: str, line: int, bad: Rejected, parts: Iterator[bytes]) -> None:
+        """Append a rejected line to the quarantine, and why it is there."""
+        with (self.folder / REJECTED[0]).open("ab") as file:
+            ends = b""
+            for part in parts:
+                file.write(part)
+                ends = part[-1:]
+            if ends != b"\n":
+                file.write(b"\n")
+        text = io.StringIO()
+        if (self.folder / REJECTED[1]).stat().st_size == 0:
+            csv.writer(text).writerow(["source", "line", "reason", "detail"])
+        csv.writer(text).writerow([source, line, bad.reason, bad.detail])
+        with (self.folder / REJECTED[1]).open("ab") as file:
+            file.write(text.getvalue().encode(errors="backslashreplace"))
+
+    def save(self, journal: Journal, source: int, position: int, tally: Tally) -> None:
+        """Bring everything to disk and note the point to resume at."""
+        sizes = {name: (self.folder / name).stat().st_size for name in REJECTED}
+        outputs = {key: writer.sync() for key, writer in self.writers.items()}
+        copy = Tally(**json.loads(json.dumps(vars(tally))))
+        journal.add(Point(source, position, copy, outputs, sizes))
+
+    def finish(self, journal: Journal, manifest: Callable[[str, IndexedWriter], Any]) -> None:
+        """Write the indexes and manifests, then rename everything into place."""
+        if not journal.last.finishing:
+            for key, writer in self.writers.items():
+                writer.finish(self.folder / f"{key}.idx")
+                text = json.dumps(manifest(key, writer), indent=1, ensure_ascii=False) + "\n"
+                _write_synced(self.folder / f"{key}.json", text)
+            for name in REJECTED:
+                if (self.folder / name).stat().st_size == 0:
+                    (self.folder / name).unlink()
+            last = journal.last
+            journal.add(Point(last.source, last.position, last.tally, finishing=True))
+        self._publish()
+        journal.close()
+        shutil.rmtree(self.folder)
+
+    def _publish(self) -> None:
+        pairs = [(work, final) for work, final in self.finals() if work.exists()]
+        for _, final in pairs:  # an old index must not stand beside a new .bin
+            if final.suffix == ".idx":
+                final.unlink(missing_ok=True)
+        for work, final in pairs:
+            work.replace(final)
+        _sync_folder(Path(self.prefix).parent)
+
+    @contextmanager
+    def named_errors(self) -> Iterator[None]:
+        """Name the output folder in errors that name no file, such as a full disk."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno is not None and error.filename is None:
+                error.filename = str(self.folder)
+            raise
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,135 @@
+"""Turn JSON lines into Megatron's indexed token datasets.
+
+The same bytes as Megatron-LM's tools/preprocess_data.py, at the tokenizer's own speed: worker
+processes encode blocks of lines, the main process only orders and writes what they return.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_tools.cli import Parser, cores, positive, run
+from data_tools.job import Job
+from data_tools.output import Output
+from data_tools.report import check_report
+from data_tools.sources import find_sources
+from megatron_llmjp.data.indexed import best_dtype
+from megatron_llmjp.errors import UserError
+from megatron_llmjp.tokenizers import TOKENIZER_TYPES, load_tokenizer
+
+EXAMPLES = """\
+  One file, LLM-jp's way (no BOS, <EOD> after each document):
+    preprocess_data --input ja.jsonl --output-prefix data/ja \\
+        --tokenizer-type SentencePieceTokenizer --tokenizer-model tok.model --append-eod
+  makes data/ja_text_document.bin, .idx and .json (the manifest).
+
+  Folders, patterns, compressed files, Parquet, standard input (-); several keys:
+    preprocess_data --input corpus/ 'more/*.jsonl.zst' - --json-keys title text ...
+
+  Go on past bad lines and keep them in data/ja_rejected.jsonl, with reasons in .csv:
+    preprocess_data ... --on-error quarantine
+
+  Killed or out of disk? The same command goes on where it stopped.
+
+tokenizer types:
+  SentencePieceTokenizer     no BOS; --append-eod adds <EOD>, else </s> where there is none
+  GPTSentencePieceTokenizer  no BOS; --append-eod adds </s>
+  Llama2Tokenizer            <s> before each document; --append-eod adds </s>
+  HuggingFaceTokenizer       a tokenizer.json or its folder; --append-eod adds its eos_token
+  ByteLevelTokenizer         UTF-8 bytes; --append-eod adds 256
+  NullTokenizer              integers separated by spaces; --append-eod adds --vocab-size"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code."""
+    args = _parser().parse(argv)
+    return run("preprocess_data", lambda: preprocess(args))
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        "preprocess_data", "Turn JSON lines into Megatron's .bin/.idx token datasets.", EXAMPLES
+    )
+    add = parser.add_argument
+    add("--input", nargs="+", required=True, metavar="PATH", help="files, folders, patterns, -")
+    add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="one dataset per key")
+    add(
+        "--output-prefix",
+        required=True,
+        metavar="PREFIX",
+        help="output is PREFIX_KEY_document.{bin,idx,json}",
+    )
+    add("--tokenizer-type", required=True, metavar="TYPE", help=", ".join(TOKENIZER_TYPES))
+    add("--tokenizer-model", metavar="PATH", help="model file or folder of the tokenizer")
+    add("--vocab-size", type=positive, metavar="N", help="for NullTokenizer")
+    add("--append-eod", action="store_true", help="end each document with the EOD token")
+    add("--workers", type=positive, default=cores(), metavar="N", help="processes that encode")
+    add(
+        "--on-error",
+        choices=("stop", "skip", "quarantine"),
+        default="stop",
+        help="what a bad line does: stop the run, be left out, or be put aside in "
+        "PREFIX_rejected.jsonl",
+    )
+    add(
+        "--max-line-mb",
+        type=positive,
+        default=32,
+        metavar="MB",
+        help="longer lines are bad lines; encoding one takes about 30 times its size in memory",
+    )
+    add(
+        "--log-interval",
+        type=positive,
+        metavar="N",
+        help="documents between progress lines (default: one every 10 seconds)",
+    )
+    add(
+        "--report",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="also write the closing table to FILE.csv or FILE.json; may be repeated",
+    )
+    add("--overwrite", action="store_true", help="replace datasets and unfinished runs")
+    for flag in ("--dataset-impl", "--partitions"):  # in Megatron-LM's scripts; order is kept here
+        add(flag, help=argparse.SUPPRESS)
+    add("--keep-sequential-samples", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def preprocess(args: argparse.Namespace) -> int:
+    """Check everything that can be checked before the work, then do it."""
+    _check(args)
+    sources = find_sources(args.input)
+    tokenizer = load_tokenizer(
+        args.tokenizer_type, args.tokenizer_model, vocab_size=args.vocab_size
+    )
+    output = Output(args.output_prefix, args.json_keys, best_dtype(tokenizer.vocab_size))
+    job = Job(args, sources, tokenizer, output)
+    if output.existing() and not args.overwrite and not output.folder.exists():
+        return job.already_there()
+    with output.named_errors():
+        return job.run()
+
+
+def _check(args: argparse.Namespace) -> None:
+    for path in args.report:
+        check_report(path)
+    name = Path(args.output_prefix).name
+    if not name or args.output_prefix.endswith("/"):
+        raise UserError(
+            f"--output-prefix {args.output_prefix}: expected a folder and the beginning of a "
+            "file name, such as data/ja"
+        )
+    for key in args.json_keys:
+        if "/" in key or args.json_keys.count(key) > 1:
+            raise UserError(f"--json-keys {key}: a key may be given once and hold no '/'")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

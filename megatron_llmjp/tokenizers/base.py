@@ -1,0 +1,87 @@
+"""What the rest of the system may ask of a tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Ids = npt.NDArray[np.int32]
+
+
+class Tokenizer(ABC):
+    """Text to token ids and back, for one vocabulary.
+
+    Attributes:
+        kind: the name given to ``--tokenizer-type``.
+        vocab_size: number of token ids, unpadded; every id that encode returns is below it.
+        eod_id: the id that ``--append-eod`` puts after each document.
+        bos_id, eos_id, pad_id: None where the vocabulary has no such token.
+
+    ``encode`` returns what Megatron-LM's tokenizer of the same name returns from ``tokenize``:
+    it includes BOS where that type writes one, and never the end of document.
+    """
+
+    kind: str
+    vocab_size: int
+    eod_id: int
+    bos_id: int | None = None
+    eos_id: int | None = None
+    pad_id: int | None = None
+
+    @abstractmethod
+    def encode(self, text: str) -> Ids:
+        """Return the token ids of one text.
+
+        Raises:
+            ValueError: the text cannot be encoded (a lone surrogate, or no integer for
+                NullTokenizer).
+        """
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+        """Return the token ids of each text; same ids as encode, often faster."""
+        return [self.encode(text) for text in texts]
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int] | Ids) -> str:
+        """Return the text of token ids."""
+
+    def piece(self, token_id: int) -> str:
+        """Return one token as readable text, for tables and inspection."""
+        return self.decode([token_id])
+
+    def files(self) -> list[Path]:
+        """Return the files to keep beside a checkpoint or a Hugging Face export."""
+        return []
+
+    def identity(self) -> dict[str, Any]:
+        """Return what identifies this tokenizer: type, vocabulary size, file names and sha256."""
+        return {
+            "type": self.kind,
+            "vocab_size": self.vocab_size,
+            "eod_id": self.eod_id,
+            "files": {path.name: sha256_of(path) for path in self._identifying_files()},
+        }
+
+    def _identifying_files(self) -> list[Path]:
+        """Return the files that decide the ids."""
+        return self.files()
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def optional_id(token_id: int) -> int | None:
+    """Return a token id, or None for the -1 by which SentencePiece says that there is none."""
+    return token_id if token_id >= 0 else None

@@ -1,0 +1,125 @@
+"""Hugging Face fast tokenizers: a tokenizer.json, or a folder that holds one.
+
+Read with the ``tokenizers`` library alone, since importing transformers costs seconds. The
+template of the tokenizer.json (which may add BOS or EOS) is not applied, as in megatron-core
+0.16: ``--append-eod`` is what ends a document.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from megatron_llmjp.errors import UserError
+from megatron_llmjp.tokenizers.base import Ids, Tokenizer
+
+COMPANIONS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+)
+# Where no tokenizer_config.json names the eos token: the first of these in the vocabulary.
+LIKELY_EOD = ("<EOD>", "<EOD|LLM-jp>", "<|eod|>", "<|endoftext|>", "</s>", "<eos>")
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A fast tokenizer; end of document is its ``eos_token``, or a token named like ``<EOD>``."""
+
+    kind = "HuggingFaceTokenizer"
+
+    def __init__(self, path: Path) -> None:
+        self.json_file = path / "tokenizer.json" if path.is_dir() else path
+        self.tokenizer = _load(path, self.json_file)
+        self.vocab_size = self.tokenizer.get_vocab_size(with_added_tokens=True)
+        settings = _settings(self.json_file.parent)
+        self.bos_id = self._id_of(settings.get("bos_token"))
+        self.pad_id = self._id_of(settings.get("pad_token"))
+        self.eos_id = self._id_of(settings.get("eos_token"))
+        likely = (self._id_of(name) for name in LIKELY_EOD)
+        eod = self.eos_id if self.eos_id is not None else next(filter(_known, likely), None)
+        if eod is None:
+            raise UserError(
+                f"{self.json_file}: no end-of-document token. Expected an eos_token in "
+                f"tokenizer_config.json beside it, or one of {', '.join(LIKELY_EOD)} in its "
+                "vocabulary."
+            )
+        self.eod_id = eod
+
+    def _id_of(self, token: Any) -> int | None:
+        """Return the id of a token as the configuration spells it: a string, or a mapping."""
+        name = token.get("content") if isinstance(token, dict) else token
+        return self.tokenizer.token_to_id(name) if isinstance(name, str) else None
+
+    def encode(self, text: str) -> Ids:
+        """Return the ids of one text, without what the tokenizer's template would add."""
+        _refuse_surrogates(text)
+        return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+        """Return the ids of each text, encoded together."""
+        for text in texts:
+            _refuse_surrogates(text)
+        encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+    def decode(self, ids: Sequence[int] | Ids) -> str:
+        """Return the text, special tokens included."""
+        return str(self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False))
+
+    def piece(self, token_id: int) -> str:
+        """Return the token of one id, as it stands in the vocabulary."""
+        return str(self.tokenizer.id_to_token(int(token_id)))
+
+    def files(self) -> list[Path]:
+        """Return tokenizer.json and what lies beside it for transformers."""
+        beside = [self.json_file.parent / name for name in COMPANIONS]
+        return [self.json_file, *(path for path in beside if path.is_file())]
+
+    def _identifying_files(self) -> list[Path]:
+        return [self.json_file]
+
+
+def _known(token_id: int | None) -> bool:
+    return token_id is not None
+
+
+def _refuse_surrogates(text: str) -> None:
+    text.encode()  # the library's own error for a lone surrogate is a bare TypeError
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """Return the special tokens that the folder's configuration names."""
+    settings: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        path = folder / name
+        if path.is_file():
+            try:
+                settings.update(json.loads(path.read_text(encoding="utf-8")))
+            except ValueError as error:
+                raise UserError(
+                    f"{path}: not valid JSON ({error}). Copy the file again."
+                ) from error
+    return settings
+
+
+def _load(given: Path, json_file: Path) -> tokenizers.Tokenizer:
+    if not json_file.is_file():
+        what = "does not exist" if not given.exists() else "holds no tokenizer.json"
+        raise UserError(
+            f"--tokenizer-model {given}: {what}. Expected a tokenizer.json or a folder with one "
+            "(a fast tokenizer; for a SentencePiece *.model use SentencePieceTokenizer)."
+        )
+    try:
+        return tokenizers.Tokenizer.from_file(str(json_file))
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(
+            f"{json_file}: not a readable tokenizer.json ({error}). Copy the file again, or save "
+            "it with a newer version of the tokenizers library installed here."
+        ) from error

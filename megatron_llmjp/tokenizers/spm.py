@@ -1,0 +1,192 @@
+"""SentencePiece models, with the three ways in which Megatron-LM uses them.
+
+Source of the behaviours: Megatron-LM megatron/training/tokenizer/tokenizer.py (core 0.12),
+classes _SentencePieceTokenizer, _GPTSentencePieceTokenizer and _Llama2Tokenizer. Newer
+Megatron-LM (core 0.16) no longer writes BOS under the name Llama2Tokenizer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+
+from megatron_llmjp.errors import UserError
+from megatron_llmjp.tokenizers.base import Ids, Tokenizer, optional_id
+
+HUGGING_FACE_TWIN = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+class SentencePieceModel(Tokenizer):
+    """What the SentencePiece types share: no BOS, end of document is ``</s>``.
+
+    As it stands this is ``GPTSentencePieceTokenizer``.
+    """
+
+    kind = "GPTSentencePieceTokenizer"
+
+    def __init__(self, model_file: Path) -> None:
+        self.model_file = model_file
+        self.processor = _load(model_file)
+        self.vocab_size = self.processor.get_piece_size()
+        self.bos_id = optional_id(self.processor.bos_id())
+        self.eos_id = optional_id(self.processor.eos_id())
+        self.pad_id = optional_id(self.processor.pad_id())
+        if self.pad_id is None:
+            self.pad_id = self._id_of("<PAD>", "<pad>", "[PAD]")
+        self.eod_id = self._find_eod()
+
+    def _find_eod(self) -> int:
+        if self.eos_id is None:
+            raise UserError(
+                f"{self.model_file}: the model has no end-of-sentence piece, which "
+                f"{self.kind} needs to mark the end of a document. Train it with an eos_id, or "
+                "use --tokenizer-type SentencePieceTokenizer with a model that has <EOD>."
+            )
+        return self.eos_id
+
+    def _id_of(self, *pieces: str) -> int | None:
+        """Return the id of the first of these pieces that the vocabulary has."""
+        for piece in pieces:
+            token_id = self.processor.piece_to_id(piece)
+            if self.processor.id_to_piece(token_id) == piece:
+                return int(token_id)
+        return None
+
+    def encode(self, text: str) -> Ids:
+        """Return the ids of one text, without BOS."""
+        return _to_ids(self.processor, text)
+
+    def decode(self, ids: Sequence[int] | Ids) -> str:
+        """Return the text; control tokens (BOS, EOD) have none."""
+        pieces = self.processor.get_piece_size()
+        return str(self.processor.decode([int(i) for i in ids if 0 <= i < pieces]))
+
+    def piece(self, token_id: int) -> str:
+        """Return the piece of one id, as it stands in the vocabulary."""
+        return str(self.processor.id_to_piece(int(token_id)))
+
+    def files(self) -> list[Path]:
+        """Return the model, and its Hugging Face twin where that lies in the same folder."""
+        twin = [self.model_file.parent / name for name in HUGGING_FACE_TWIN]
+        has_twin = twin[0].exists()
+        return [self.model_file, *(path for path in twin if has_twin and path.exists())]
+
+    def _identifying_files(self) -> list[Path]:
+        return [self.model_file]
+
+
+class Llama2Tokenizer(SentencePieceModel):
+    """BOS before every document; end of document is ``</s>``."""
+
+    kind = "Llama2Tokenizer"
+
+    def __init__(self, model_file: Path) -> None:
+        super().__init__(model_file)
+        if self.bos_id is None:
+            raise UserError(
+                f"{model_file}: the model has no BOS piece, which Llama2Tokenizer writes before "
+                "each document. Use --tokenizer-type GPTSentencePieceTokenizer."
+            )
+
+    def encode(self, text: str) -> Ids:
+        """Return BOS and the ids of one text."""
+        return _to_ids(self.processor, text, add_bos=True)
+
+
+class SentencePieceTokenizer(SentencePieceModel):
+    """No BOS; end of document is ``<EOD>``; special tokens spelled out in the text are found.
+
+    Megatron-LM cuts a text at literal special tokens (``<CLS> <SEP> <EOD> <MASK> <pad> <s>
+    </s>``) and writes their ids. Those that the model lacks get new ids behind its last piece,
+    so ``vocab_size`` can exceed the model's: 50,571 for LLM-jp's ver2.1 model of 50,570 pieces,
+    which has ``<mask>`` but no ``<MASK>``. The one departure: where the model has no ``<EOD>``,
+    Megatron-LM adds one too, but here the end of document is ``</s>``.
+    """
+
+    kind = "SentencePieceTokenizer"
+
+    def __init__(self, model_file: Path) -> None:
+        super().__init__(model_file)
+        self.special_ids = self._special_tokens()
+        self.vocab_size = max(self.vocab_size, max(self.special_ids.values()) + 1)
+        self._cut = re.compile("(" + "|".join(map(re.escape, self.special_ids)) + ")")
+
+    def _find_eod(self) -> int:
+        eod = self._id_of("<EOD>")
+        return eod if eod is not None else super()._find_eod()
+
+    def _special_tokens(self) -> dict[str, int]:
+        """Return the special tokens in the order in which Megatron-LM looks for them."""
+        special: dict[str, int] = {}
+        next_id = self.processor.get_piece_size()
+        for name in self._special_names():
+            token_id = self._id_of(name)
+            if token_id is None and name not in special:
+                token_id, next_id = next_id, next_id + 1
+            if token_id is not None:
+                special[name] = token_id
+        return special
+
+    def _special_names(self) -> list[str]:
+        names = ["<CLS>", "<SEP>", "<MASK>"]
+        if self._id_of("<EOD>") is not None:
+            names.insert(2, "<EOD>")
+        processor = self.processor
+        for token_id, otherwise in (
+            (processor.pad_id(), "<PAD>"),
+            (processor.bos_id(), "<BOS>"),
+            (processor.eos_id(), "<EOS>"),
+        ):
+            names.append(processor.id_to_piece(token_id) if token_id >= 0 else otherwise)
+        return names
+
+    def encode(self, text: str) -> Ids:
+        """Return the ids of one text; literal special tokens become their ids."""
+        if self._cut.search(text) is None:
+            return _to_ids(self.processor, text)
+        parts = self._cut.split(text)  # text and special tokens in turn
+        ids = [
+            np.array([self.special_ids[part]], np.int32)
+            if at % 2
+            else _to_ids(self.processor, part)
+            for at, part in enumerate(parts)
+        ]
+        return np.concatenate(ids)
+
+    def piece(self, token_id: int) -> str:
+        """Return the piece of one id; ids behind the model's last piece are added specials."""
+        for name, added in self.special_ids.items():
+            if added == token_id:
+                return name
+        return super().piece(token_id)
+
+
+def _to_ids(processor: Any, text: str, add_bos: bool = False) -> Ids:
+    """Encode without building a Python list where this version of SentencePiece can."""
+    utf8 = text.encode()  # raises on a lone surrogate, where SentencePiece's error says nothing
+    if hasattr(processor, "encode_as_numpy"):
+        ids: Ids = processor.encode_as_numpy(utf8, add_bos=add_bos)
+        return ids
+    return np.array(processor.encode(utf8, add_bos=add_bos), dtype=np.int32)
+
+
+def _load(model_file: Path) -> Any:
+    if not model_file.is_file():
+        what = "is a directory" if model_file.is_dir() else "does not exist"
+        raise UserError(
+            f"--tokenizer-model {model_file}: {what}. Expected a SentencePiece model file "
+            "(*.model); train_tokenizer makes one."
+        )
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"--tokenizer-model {model_file}: not a readable SentencePiece model "
+            f"({model_file.stat().st_size:,} bytes; {error}). Copy it again, or check that it is "
+            "the *.model file and not a vocabulary or a Git LFS pointer."
+        ) from error

@@ -1,0 +1,96 @@
+"""preprocess_data against megatron-core's own builder, fed by the libraries themselves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import tokenizers
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+
+from data_tools.preprocess_data import main
+
+
+def megatron_lm(prefix: Path, documents, encode, eod, vocab_size, append_eod=True) -> None:
+    """Write documents as Megatron-LM's tools/preprocess_data.py does (its Encoder.encode)."""
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(vocab_size))
+    for sentences in documents:
+        ids, lengths = [], []
+        for sentence in [sentences] if isinstance(sentences, str) else sentences:
+            sentence_ids = encode(sentence)
+            if len(sentence_ids) > 0:
+                ids.extend(sentence_ids)
+                lengths.append(len(sentence_ids))
+        if len(ids) > 0 and append_eod:
+            ids.append(eod)
+            lengths[-1] += 1
+        builder.add_document(ids, lengths)
+    builder.finalize(f"{prefix}.idx")
+
+
+def assert_same_files(ours: Path, theirs: Path) -> None:
+    for suffix in (".bin", ".idx"):
+        assert Path(f"{ours}{suffix}").read_bytes() == Path(f"{theirs}{suffix}").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def processor(model: Path) -> sentencepiece.SentencePieceProcessor:
+    return sentencepiece.SentencePieceProcessor(model_file=str(model))
+
+
+@pytest.mark.parametrize("workers", ["1", "3"])
+@pytest.mark.parametrize("kind", ["SentencePieceTokenizer", "Llama2Tokenizer"])
+def test_same_bytes_as_megatron(
+    kind, workers, corpus, documents, model, processor, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("data_tools.blocks.BLOCK_BYTES", 3000)  # many blocks, lines across them
+    monkeypatch.setattr("data_tools.blocks.PEEK_BYTES", 100)
+    bos = [1] if kind == "Llama2Tokenizer" else []
+    eod = 2 if kind == "Llama2Tokenizer" else 7
+    megatron_lm(tmp_path / "theirs", documents, lambda t: bos + processor.encode(t), eod, 700)
+    arguments = ["--input", str(corpus), "--output-prefix", str(tmp_path / "new" / "ours")]
+    arguments += ["--tokenizer-type", kind, "--tokenizer-model", str(model), "--append-eod"]
+    assert main([*arguments, "--workers", workers]) == 0
+    assert_same_files(tmp_path / "new" / "ours_text_document", tmp_path / "theirs")
+    assert len(list((tmp_path / "new").iterdir())) == 3  # .bin .idx .json, nothing temporary
+
+
+def test_hugging_face_and_no_eod(corpus, documents, tokenizer_folder, tmp_path):
+    fast = tokenizers.Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+    megatron_lm(
+        tmp_path / "theirs", documents, lambda t: fast.encode(t).ids, 7, 700, append_eod=False
+    )
+    arguments = ["--input", str(corpus), "--output-prefix", str(tmp_path / "ours")]
+    arguments += ["--tokenizer-type", "HuggingFaceTokenizer"]
+    assert main([*arguments, "--tokenizer-model", str(tokenizer_folder)]) == 0
+    assert_same_files(tmp_path / "ours_text_document", tmp_path / "theirs")
+
+
+def test_sentences_empty_documents_and_large_vocabulary(tmp_path):
+    texts = [["1 2", "", "3"], "", "70000", [], "5"]
+    lines = [json.dumps({"a": text, "b": "7 8"}) for text in texts]
+    (tmp_path / "in.jsonl").write_text(
+        "\n".join(lines) + "\n"
+    )  # the lists are Megatron's sentences
+    arguments = ["--input", str(tmp_path / "in.jsonl"), "--output-prefix", str(tmp_path / "ours")]
+    arguments += ["--tokenizer-type", "NullTokenizer", "--vocab-size", "80000", "--append-eod"]
+    assert main([*arguments, "--json-keys", "a", "b"]) == 0
+
+    def numbers(text: str) -> list[int]:
+        return [int(word) for word in text.split()]
+
+    for key, documents in (("a", texts), ("b", ["7 8"] * 5)):
+        megatron_lm(tmp_path / key, documents, numbers, 80000, 80001)
+        assert_same_files(tmp_path / f"ours_{key}_document", tmp_path / key)
+    read = IndexedDataset(str(tmp_path / "ours_a_document"))
+    assert read.index.dtype is np.int32
+    assert [list(read[i]) for i in range(len(read))] == [
+        [1, 2],
+        [3, 80000],
+        [70000, 80000],
+        [5, 80000],
+    ]
+    assert list(read.document_indices) == [0, 2, 2, 3, 3, 4]

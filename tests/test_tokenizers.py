@@ -1,0 +1,129 @@
+"""Tokenizers against the libraries they stand on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from data_tools.hf_export import SPECIALS, export_hugging_face
+from data_tools.train_tokenizer import train_unigram
+from megatron_llmjp.errors import UserError
+from megatron_llmjp.tokenizers import load_tokenizer
+
+TEXT = "吾輩は猫である。名前はまだ無い。\nHello,  world! def main():\n        return 42 🐈\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    texts = [TEXT + Path(sentencepiece.__file__).read_text(encoding="utf-8")[:40000]]
+    (folder / "tokenizer.model").write_bytes(train_unigram(texts, 500))
+    export_hugging_face(folder / "tokenizer.model", folder, "<EOD>")
+    return folder
+
+
+def test_sentencepiece_types(folder):
+    model = folder / "tokenizer.model"
+    plain = sentencepiece.SentencePieceProcessor(model_file=str(model)).encode(TEXT)
+    tokenizer = load_tokenizer("SentencePieceTokenizer", model)
+    assert tokenizer.encode(TEXT).tolist() == plain
+    assert (tokenizer.eod_id, tokenizer.eos_id, tokenizer.pad_id) == (7, 2, 4)
+    assert tokenizer.decode(plain) == TEXT
+    assert [tokenizer.piece(i) for i in range(8)] == list(SPECIALS)
+    llama = load_tokenizer("Llama2Tokenizer", model)
+    assert llama.encode(TEXT).tolist() == [1, *plain]
+    assert (llama.eod_id, llama.bos_id, llama.vocab_size) == (2, 1, 500)
+    assert {path.name for path in llama.files()} >= {"tokenizer.model", "tokenizer.json"}
+    assert list(llama.identity()["files"]) == ["tokenizer.model"]
+
+
+def test_special_tokens_in_the_text_as_megatron_does(folder):
+    """Megatron-LM's SentencePieceTokenizer cuts the text at literal special tokens."""
+    model = folder / "tokenizer.model"
+    encode = sentencepiece.SentencePieceProcessor(model_file=str(model)).encode
+    ids = load_tokenizer("SentencePieceTokenizer", model).encode("a</s>b<EOD><MASK> c<s>")
+    assert ids.tolist() == [*encode("a"), 2, *encode("b"), 7, 3, *encode(" c"), 1]
+    assert load_tokenizer("Llama2Tokenizer", model).encode("a</s>").tolist() == [
+        1,
+        *encode("a</s>"),
+    ]
+
+
+def test_specials_that_the_model_lacks_get_ids_behind_it(folder, tmp_path):
+    raw = (folder / "tokenizer.model").read_bytes()  # as in LLM-jp's ver2.1: <mask>, no <MASK>
+    (tmp_path / "m.model").write_bytes(raw.replace(b"<MASK>", b"<mask>"))
+    tokenizer = load_tokenizer("SentencePieceTokenizer", tmp_path / "m.model")
+    assert tokenizer.vocab_size == 501
+    assert tokenizer.encode("<MASK>").tolist() == [500]
+    assert tokenizer.piece(500) == "<MASK>"
+    (tmp_path / "e.model").write_bytes(raw.replace(b"<EOD>", b"<eod>"))
+    assert load_tokenizer("SentencePieceTokenizer", tmp_path / "e.model").eod_id == 2
+
+
+def test_hugging_face_gives_the_same_ids(folder):
+    ids = load_tokenizer("SentencePieceTokenizer", folder / "tokenizer.model").encode(TEXT)
+    for path in (folder, folder / "tokenizer.json"):
+        tokenizer = load_tokenizer("HuggingFaceTokenizer", path)
+        assert tokenizer.encode(TEXT).tolist() == ids.tolist()
+        assert np.array_equal(tokenizer.encode_batch([TEXT, ""])[0], ids)
+        assert tokenizer.decode(ids) == TEXT
+        assert (tokenizer.eod_id, tokenizer.bos_id, tokenizer.pad_id) == (7, 1, 4)
+    bare = folder.parent / "bare.json"
+    bare.write_bytes((folder / "tokenizer.json").read_bytes())
+    if not (folder.parent / "tokenizer_config.json").exists():
+        assert load_tokenizer("HuggingFaceTokenizer", bare).eod_id == 7
+
+
+def test_bytes_and_integers():
+    tokenizer = load_tokenizer("ByteLevelTokenizer", None)
+    assert bytes(tokenizer.encode(TEXT).astype(np.uint8)) == TEXT.encode()
+    assert tokenizer.decode([*tokenizer.encode(TEXT), tokenizer.eod_id]) == TEXT
+    null = load_tokenizer("NullTokenizer", None, vocab_size=500)
+    assert (null.vocab_size, null.eod_id) == (501, 500)
+    assert null.encode("1 2\n499").tolist() == [1, 2, 499]
+    with pytest.raises(ValueError, match="outside"):
+        null.encode("501")
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "message"),
+    [
+        ("SentencePieceTokenizer", None, "does not exist"),
+        ("SentencePieceTokenizer", b"version https://git-lfs", "not a readable SentencePiece"),
+        ("Llama2Tokenizer", b"", "not a readable SentencePiece"),
+        ("HuggingFaceTokenizer", None, "does not exist"),
+        ("HuggingFaceTokenizer", b"{}", "not a readable tokenizer.json"),
+        ("SentencepieceTokenizer", b"", "did you mean 'SentencePieceTokenizer'"),
+        ("NullTokenizer", b"", "needs --vocab-size"),
+    ],
+)
+def test_mistakes_are_named(kind, content, message, tmp_path):
+    path = tmp_path / "file.model"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(kind, str(path))
+
+
+@pytest.mark.parametrize("kind", ["SentencePieceTokenizer", "HuggingFaceTokenizer"])
+def test_lone_surrogates_raise_value_error(kind, folder):
+    tokenizer = load_tokenizer(kind, folder / "tokenizer.model" if "Sent" in kind else folder)
+    with pytest.raises(ValueError, match="surrogate"):
+        tokenizer.encode_batch(["a", "\ud800"])
+
+
+def test_neither_torch_nor_transformers_is_imported(folder):
+    code = (
+        "import sys; from megatron_llmjp.tokenizers import load_tokenizer\n"
+        f"load_tokenizer('HuggingFaceTokenizer', {str(folder)!r}).encode('a')\n"
+        f"load_tokenizer('Llama2Tokenizer', {str(folder / 'tokenizer.model')!r}).encode('a')\n"
+        "import data_tools.preprocess_data, megatron_llmjp.data.indexed\n"
+        "print([name for name in ('torch', 'transformers', 'megatron.core') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
