@@ -1,0 +1,232 @@
+"""``convert_checkpoint``: the command line.
+
+torch is imported only when there is something to convert, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import signal
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from megatron_llmjp.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USER_ERROR, UserError, suggest
+
+FORMATS = ("native", "hf", "megatron-lm", "megatron-deepspeed")
+DTYPES = ("fp32", "fp16", "bf16")
+
+DESCRIPTION = """\
+Convert a checkpoint between this project's own format, Hugging Face, Megatron-LM and
+Megatron-DeepSpeed. Needs no GPU and, whatever the model's size, a few gigabytes of memory."""
+
+EXAMPLES = """\
+examples:
+  the newest checkpoint of a run, for transformers; compare both on the same tokens:
+    convert_checkpoint --from native --to hf --input checkpoints --output model-hf --verify
+  a Hugging Face model to go on training (pretrain_gpt.py --load start --finetune):
+    convert_checkpoint --from hf --to native --input model-hf --output start
+  see what would be written:
+    convert_checkpoint --to hf --input checkpoints/iter_0001000 --output model-hf --dry-run
+  see what a folder holds:
+    convert_checkpoint inspect checkpoints
+
+The input is never written to. The output appears under its name only when it is complete.
+Exit codes: 0 done, 1 --verify found a difference, 2 a mistake in the arguments or the checkpoint.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (convert_checkpoint --help explains)")
+
+
+def _make_parser() -> _Parser:
+    parser = _Parser(
+        prog="convert_checkpoint",
+        usage="convert_checkpoint --to FORMAT --input DIR --output DIR [options]\n"
+        "       convert_checkpoint inspect DIR",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "--from",
+        dest="source",
+        choices=FORMATS,
+        metavar="FORMAT",
+        help=f"{', '.join(FORMATS)}; told from the files when not given",
+    )
+    add(
+        "--to",
+        dest="target",
+        choices=FORMATS,
+        metavar="FORMAT",
+        required=True,
+        help="the same names",
+    )
+    add(
+        "--input",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="the checkpoint, or a run's folder, whose newest complete checkpoint is taken",
+    )
+    add("--output", type=Path, required=True, metavar="DIR", help="a folder that does not exist")
+    add(
+        "--tokenizer",
+        type=Path,
+        metavar="DIR",
+        help="tokenizer files to copy into the output; the source's own when not given",
+    )
+    add("--dtype", choices=DTYPES, help="type of the weights; kept when not given")
+    add(
+        "--vocab-size",
+        type=_positive,
+        metavar="N",
+        help="true size of the vocabulary, where the source does not tell it",
+    )
+    add(
+        "--keep-vocab-padding",
+        action="store_true",
+        help="hf: keep the padding rows of the vocabulary",
+    )
+    add(
+        "--target-tensor-parallel-size",
+        type=_positive,
+        default=1,
+        metavar="TP",
+        help="ranks that the output is cut for (default: 1; any TP loads native)",
+    )
+    add(
+        "--target-pipeline-parallel-size",
+        type=_positive,
+        default=1,
+        metavar="PP",
+        help="stages that the output is cut for (default: 1; any PP loads native)",
+    )
+    add(
+        "--max-shard-size",
+        type=_size,
+        default="5GB",
+        metavar="SIZE",
+        help="largest file of weights, such as 500MB (default: 5GB)",
+    )
+    add(
+        "--workers",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="processes that copy; each holds a few tensors in memory (default: 1)",
+    )
+    add(
+        "--verify",
+        action="store_true",
+        help="run both models on the same tokens in fp32 and compare logits and losses",
+    )
+    add(
+        "--tolerance",
+        type=float,
+        default=1e-4,
+        metavar="X",
+        help="--verify: largest allowed logit difference, relative to the largest logit "
+        "(default: 1e-4)",
+    )
+    add("--dry-run", action="store_true", help="print every tensor and file; write nothing")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a positive whole number, found '{text}'")
+    return int(text)
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text, re.IGNORECASE)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"expected a size such as 5GB or 500MB, found '{text}'")
+    power = " KMGT".index(match[2].upper() or " ")
+    return max(1, int(float(match[1]) * (1024 if match[3] else 1000) ** power))
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = _make_parser()
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    for word in argv:
+        flag = word.split("=", 1)[0]
+        if flag.startswith("--") and flag not in flags:
+            raise UserError(f"unknown flag {flag}{suggest(flag, flags)} (--help lists all flags)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run ``convert_checkpoint``; returns the exit code."""
+    signal.signal(signal.SIGTERM, _stop)  # so that an interrupted conversion cleans up
+    try:
+        words = sys.argv[1:] if argv is None else argv
+        if words[:1] == ["inspect"]:
+            return _inspect(words[1:])
+        return _convert(_parse(words))
+    except UserError as error:
+        print(f"convert_checkpoint: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("convert_checkpoint: interrupted; nothing was left behind", file=sys.stderr)
+        return EXIT_FAILURE
+
+
+def _stop(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _inspect(words: list[str]) -> int:
+    if len(words) != 1 or words[0].startswith("-"):
+        raise UserError("usage: convert_checkpoint inspect DIR")
+    from megatron_llmjp.convert.inspection import describe
+
+    print(describe(Path(words[0])))
+    return EXIT_DONE
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from megatron_llmjp.convert.convert import Difference, prepare
+    from megatron_llmjp.convert.formats import Options
+    from megatron_llmjp.convert.inspection import show_plan, summary
+    from megatron_llmjp.convert.storage import DTYPES as TORCH_TYPES
+
+    options = Options(
+        dtype=TORCH_TYPES[arguments.dtype] if arguments.dtype else None,
+        tensor_parallel=arguments.target_tensor_parallel_size,
+        pipeline_parallel=arguments.target_pipeline_parallel_size,
+        max_shard_size=arguments.max_shard_size,
+        keep_vocabulary_padding=arguments.keep_vocab_padding,
+        tokenizer=arguments.tokenizer,
+        vocab_size=arguments.vocab_size,
+    )
+    conversion = prepare(arguments.source, arguments.target, arguments.input, options)
+    print(summary(conversion.source))
+    if arguments.dry_run:
+        print(show_plan(conversion))
+        return EXIT_DONE
+    check = None
+    if arguments.verify:
+        from megatron_llmjp.convert.verify import verifier
+
+        check = verifier(conversion, options, arguments.tolerance)
+    try:
+        conversion.run(arguments.output, arguments.workers, False, check)
+    except Difference as error:
+        print(f"convert_checkpoint: {error}; {arguments.output} was not made", file=sys.stderr)
+        return EXIT_FAILURE
+    for note in [*conversion.source.notes, *conversion.output.notes]:
+        print(f"note: {note}", file=sys.stderr)
+    print(f"wrote {arguments.output}: {arguments.target}, {conversion.output.nbytes / 1e9:.3f} GB")
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""One conversion from beginning to end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_llmjp.convert import engine
+from megatron_llmjp.convert.detect import detect, reader
+from megatron_llmjp.convert.formats import Options, Source
+from megatron_llmjp.convert.plan import Copy, Output
+from megatron_llmjp.errors import UserError
+
+
+class Difference(Exception):
+    """Both sides of a conversion compute different logits."""
+
+
+@dataclass
+class Conversion:
+    """A planned conversion."""
+
+    source: Source
+    target: str
+    output: Output
+    copies: list[Copy]
+
+    def run(
+        self, path: Path, workers: int, quiet: bool, verify: Callable[[Path], None] | None
+    ) -> None:
+        """Carry it out; ``path`` appears when everything, ``verify`` included, went well.
+
+        Raises:
+            UserError: a file is damaged, the disk is full, or the target exists.
+        """
+        with engine.new_folder(path, self.output.nbytes) as folder:
+            engine.run(self.copies, self.output, folder, workers, quiet)
+            self.output.finish(folder)
+            if verify is not None:
+                verify(folder)
+
+
+def prepare(source_format: str | None, target: str, path: Path, options: Options) -> Conversion:
+    """Open the source, account for its tensors, and lay out the target.
+
+    Raises:
+        UserError: the source is not whole, or the target cannot hold it.
+    """
+    from megatron_llmjp.convert import hf, native
+
+    source = reader(source_format or detect(path))(path).check()
+    if options.vocab_size is not None:
+        if options.vocab_size > source.rows:
+            raise UserError(f"--vocab-size {options.vocab_size}: {path} has {source.rows} rows")
+        source.model = source.model.model_copy(update={"vocab_size": options.vocab_size})
+    planners = {"native": native.plan, "hf": hf.plan}
+    output = planners[target](source, options)
+    return Conversion(source, target, output, engine.match(source.reads, output))

@@ -1,0 +1,255 @@
+"""PyTorch distributed checkpoints (torch_dist) without a process group.
+
+A folder holds ``.metadata``, a pickle that says which rectangular chunk of which tensor lies at
+which bytes of which ``.distcp`` file, and each chunk is an archive of ``torch.save`` of its own.
+Source: torch/distributed/checkpoint/{metadata,filesystem}.py; megatron-core adds ``common.pt``
+and ``metadata.json`` (megatron/core/dist_checkpointing/serialization.py).
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_llmjp.convert.plan import OutputFile, Read, Slot
+from megatron_llmjp.convert.storage import FileTensor, byte_count
+from megatron_llmjp.convert.tensors import Shape, boxes, whole
+from megatron_llmjp.convert.torch_archive import load, resolve
+from megatron_llmjp.convert.torch_archive_writer import Placeholder, plan_archive
+from megatron_llmjp.errors import UserError
+
+METADATA = ".metadata"
+CHUNK_BYTES = 256 << 20
+"""Chunks are written no larger than this: whoever loads one holds it twice."""
+
+
+@dataclass(frozen=True)
+class ChunkTensor:
+    """A chunk, of one layer if layers are stacked: an archive inside a ``.distcp`` file."""
+
+    path: Path
+    offset: int
+    length: int
+    shape: Shape
+    dtype: torch.dtype
+
+    @property
+    def source(self) -> str:
+        """The file."""
+        return str(self.path)
+
+    def read(self) -> torch.Tensor:
+        """Read the chunk into fresh memory.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        found = load(self.path, self.offset, self.length)
+        if not isinstance(found, FileTensor) or found.shape not in (self.shape, (1, *self.shape)):
+            raise UserError(f"{self.path}: damaged: no tensor {self.shape} at {self.offset}")
+        return found.read().view(self.shape)
+
+
+@dataclass(frozen=True)
+class StoredEntry:
+    """One tensor of a distributed checkpoint: its shape, and the place of each chunk."""
+
+    shape: Shape
+    dtype: torch.dtype
+    chunks: dict[tuple[Shape, Shape], tuple[Path, int, int]]
+
+    def layer(self, index: int | None) -> Read:
+        """How to read the tensor, or one layer of a tensor stacked as ``[layers, ...]``.
+
+        Raises:
+            UserError: the chunks do not cover it.
+        """
+        wanted, shape = self.chunks, self.shape
+        if index is not None:
+            wanted = {
+                (offsets[1:], sizes[1:]): place
+                for (offsets, sizes), place in self.chunks.items()
+                if offsets[0] == index and sizes[0] == 1
+            }
+            shape = self.shape[1:]
+        covered = sum(byte_count(sizes, torch.uint8) for _, sizes in wanted)
+        if covered != byte_count(shape, torch.uint8):
+            where = next(iter(self.chunks.values()))[0].parent
+            raise UserError(f"{where}: the chunks of a tensor {shape} do not cover it")
+        parts = [
+            ChunkTensor(path, offset, length, sizes, self.dtype)
+            for (_, sizes), (path, offset, length) in wanted.items()
+        ]
+        layout = whole if len(parts) == 1 else partial(boxes, places=tuple(wanted))
+        return Read(shape, self.dtype, parts, layout)
+
+
+def read_metadata(folder: Path) -> dict[str, StoredEntry]:
+    """The tensors of a distributed checkpoint by key; objects are left out.
+
+    Raises:
+        UserError: ``.metadata`` is missing, damaged or of a kind that cannot be read.
+    """
+    path = folder / METADATA
+    try:
+        with path.open("rb") as stream:
+            metadata = _MetadataUnpickler(stream, path).load()
+        places = _places(folder, metadata.storage_data)
+        entries = metadata.state_dict_metadata.items()
+        return {
+            key: _entry(folder, key, value, places)
+            for key, value in entries
+            if hasattr(value, "chunks")
+        }
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing, so this is no distributed checkpoint") from None
+    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: damaged ({error!r})") from error
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def __init__(self, stream: Any, path: Path) -> None:
+        super().__init__(stream)
+        self._path = path
+
+    def find_class(self, module: str, name: str) -> Any:
+        return resolve(module, name, self._path)
+
+
+def _places(folder: Path, storage_data: Any) -> dict[tuple[str, Any], tuple[Path, int, int]]:
+    places = {}
+    for index, info in storage_data.items():
+        if getattr(info, "transform_descriptors", None):
+            raise UserError(f"{folder}: compressed chunks cannot be read")
+        if "/" in info.relative_path:
+            raise UserError(f"{folder}: names a file outside its folder: {info.relative_path}")
+        offset = getattr(index, "offset", None)
+        where = None if offset is None else tuple(offset)
+        place = (folder / info.relative_path, int(info.offset), int(info.length))
+        places[index.fqn, where] = place
+    return places
+
+
+def _entry(folder: Path, key: str, value: Any, places: dict[Any, Any]) -> StoredEntry:
+    dtype = value.properties.state[0]
+    chunks = {}
+    for chunk in value.chunks:
+        offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
+        chunks[offsets, sizes] = places[key, offsets]
+    return StoredEntry(tuple(value.size), dtype, chunks)
+
+
+class Writer:
+    """Lays out a distributed checkpoint: chunks of tensors and small objects in files of a size.
+
+    Call :meth:`add_tensor` and :meth:`add_object`, then take :attr:`files`; call :meth:`finish`
+    when the files are filled.
+    """
+
+    def __init__(self, max_file_size: int, folder: str) -> None:
+        self._limit, self._folder = max_file_size, folder
+        self.files: list[OutputFile] = []
+        self._storage: dict[tuple[str, Shape | None, int | None], tuple[str, int, int]] = {}
+        self._tensors: dict[str, tuple[Shape, torch.dtype, list[tuple[Shape, Shape]]]] = {}
+        self._objects: list[str] = []
+
+    def add_tensor(
+        self, key: str, shape: Shape, dtype: torch.dtype, layer: tuple[int, int] | None = None
+    ) -> list[tuple[tuple[Shape, Shape], Slot]]:
+        """Make room for a tensor, or for one layer of a tensor stacked as ``[layers, ...]``.
+
+        Args:
+            key: the tensor's name on disk.
+            shape: of the tensor, or of the one layer.
+            dtype: its type.
+            layer: (index, number of layers) for a stacked tensor.
+
+        Returns:
+            The boxes into which the tensor is cut, and the slot of each.
+        """
+        lead = () if layer is None else (layer[0],)
+        stacked = shape if layer is None else (layer[1], *shape)
+        _, _, chunks = self._tensors.setdefault(key, (stacked, dtype, []))
+        found = []
+        for offsets, sizes in row_blocks(shape, dtype):
+            where = (*lead, *offsets)
+            size = sizes if layer is None else (1, *sizes)
+            name = f"{key}{list(where)}"
+            file = self._room(byte_count(sizes, dtype))
+            start = file.size
+            archive = plan_archive(file.name, Placeholder(name, size, dtype), start)
+            self._append(file, archive)
+            self._storage[key, where, len(chunks)] = (
+                Path(file.name).name,
+                start,
+                file.size - start,
+            )
+            chunks.append((where, size))
+            found.append(((offsets, sizes), archive.slots[name]))
+        return found
+
+    def add_object(self, key: str, value: Any) -> None:
+        """Add a small object without tensors."""
+        file = self._room(0)
+        start = file.size
+        self._append(file, plan_archive(file.name, value, start))
+        self._storage[key, None, None] = (Path(file.name).name, start, file.size - start)
+        self._objects.append(key)
+
+    def _room(self, size: int) -> OutputFile:
+        if not self.files or (self.files[-1].size and self.files[-1].size + size > self._limit):
+            self.files.append(OutputFile(f"{self._folder}/__0_{len(self.files)}.distcp", 0, [], {}))
+        return self.files[-1]
+
+    def _append(self, file: OutputFile, archive: OutputFile) -> None:
+        file.size = archive.size
+        file.fixed += archive.fixed
+        file.slots |= archive.slots
+
+    def finish(self, folder: Path, common: dict[str, Any]) -> None:
+        """Write what goes beside the chunks: ``.metadata``, ``common.pt`` and ``metadata.json``."""
+        (folder / METADATA).write_bytes(self._metadata())
+        torch.save(common, folder / "common.pt")
+        backend = {
+            "sharded_backend": "torch_dist",
+            "sharded_backend_version": 1,
+            "common_backend": "torch",
+            "common_backend_version": 1,
+        }
+        (folder / "metadata.json").write_text(json.dumps(backend), encoding="utf-8")
+
+    def _metadata(self) -> bytes:
+        from torch.distributed.checkpoint import metadata as dcp
+        from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+        entries: dict[str, Any] = {
+            key: dcp.TensorStorageMetadata(
+                dcp.TensorProperties(dtype=dtype),
+                torch.Size(shape),
+                [dcp.ChunkStorageMetadata(torch.Size(o), torch.Size(s)) for o, s in chunks],
+            )
+            for key, (shape, dtype, chunks) in self._tensors.items()
+        }
+        entries |= {key: dcp.BytesStorageMetadata() for key in self._objects}
+        storage = {
+            dcp.MetadataIndex(key, offsets, index): _StorageInfo(*place)
+            for (key, offsets, index), place in self._storage.items()
+        }
+        return pickle.dumps(dcp.Metadata(entries, storage_data=storage))
+
+
+def row_blocks(shape: Shape, dtype: torch.dtype) -> Iterator[tuple[Shape, Shape]]:
+    """Cut a tensor along its first dimension into boxes of at most ``CHUNK_BYTES``."""
+    total = byte_count(shape, dtype)
+    count = shape[0]
+    step = max(1, count if total <= CHUNK_BYTES else count * CHUNK_BYTES // total)
+    rest = shape[1:]
+    for start in range(0, count, step):
+        yield (start, *(0 for _ in rest)), (min(step, count - start), *rest)

@@ -1,0 +1,50 @@
+"""Which format a path holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_llmjp.checkpoint import manifest
+from megatron_llmjp.convert.formats import FORMATS, Source
+from megatron_llmjp.errors import UserError
+
+
+def detect(path: Path) -> str:
+    """The format of a checkpoint, told from the names of its files.
+
+    Raises:
+        UserError: it is none that is known.
+    """
+    if not path.is_dir():
+        raise UserError(
+            f"--input {path}: is not a folder"
+            if path.exists()
+            else f"--input {path}: does not exist"
+        )
+    if (path / manifest.MANIFEST).is_file() or manifest.complete_iterations(path):
+        return "native"
+    if (path / "config.json").is_file():
+        return "hf"
+    deepspeed = ("global_step*/mp_rank_*", "mp_rank_*_model_states.pt", "layer_*-model_*.pt")
+    if any(next(path.glob(pattern), None) for pattern in deepspeed):
+        return "megatron-deepspeed"
+    megatron = (
+        "*/mp_rank_*/model_optim_rng.pt",
+        "mp_rank_*/model_optim_rng.pt",
+        ".metadata",
+        "*/.metadata",
+    )
+    if any(next(path.glob(pattern), None) for pattern in megatron):
+        return "megatron-lm"
+    raise UserError(
+        f"{path}: holds no checkpoint of a known format; say --from "
+        f"{'|'.join(FORMATS)} to learn what is missing"
+    )
+
+
+def reader(name: str) -> Callable[[Path], Source]:
+    """The function that opens a checkpoint of a format."""
+    from megatron_llmjp.convert import hf, native
+
+    return {"native": native.read, "hf": hf.read}[name]

@@ -1,0 +1,280 @@
+"""The Hugging Face format: a folder with config.json and safetensors shards.
+
+What differs between architectures is in ``hf_llama.py``, ``hf_gpt2.py`` and ``hf_gpt_neox.py``;
+each is a :class:`Style`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from megatron_llmjp.config.schema import ModelConfig
+from megatron_llmjp.convert.formats import Options, Source, account
+from megatron_llmjp.convert.plan import Output, OutputFile, Read, Write
+from megatron_llmjp.convert.safetensors_io import plan_file, read_header
+from megatron_llmjp.convert.storage import Stored, byte_count, dtype_name
+from megatron_llmjp.convert.tensors import LAYER, VOCABULARY, Layout, Shape, part_shapes, shapes
+from megatron_llmjp.convert.tokenizer_files import copy_tokenizer, special_token_ids
+from megatron_llmjp.convert.torch_archive import load
+from megatron_llmjp.errors import UserError
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+_TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+class Rule(NamedTuple):
+    """A canonical tensor, the keys of its parts, and how it is cut into them."""
+
+    name: str
+    keys: tuple[str, ...]
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class Style:
+    """One architecture of Hugging Face.
+
+    Attributes:
+        refusals: why a model cannot be held, one line each; none when it can.
+        rules: the table of names; ``{i}`` is the layer.
+        to_config: the architecture's keys of config.json; model to dictionary.
+        from_config: the inverse; raises UserError for what cannot be represented.
+        ignored: keys of older files that hold no parameters.
+    """
+
+    model_type: str
+    architecture: str
+    refusals: Callable[[ModelConfig], list[str]]
+    rules: Callable[[ModelConfig], list[Rule]]
+    to_config: Callable[[ModelConfig], dict[str, Any]]
+    from_config: Callable[[dict[str, Any], str], ModelConfig]
+    ignored: re.Pattern[str]
+
+    def expanded(self, model: ModelConfig) -> list[Rule]:
+        """The rules of every layer, in canonical order, without those the model lacks."""
+        names = shapes(model, 1)
+        mark = LAYER.format(i="{i}")
+        table = {rule.name: rule for rule in self.rules(model)}
+        found = []
+        for name in names:
+            layer = re.fullmatch(re.escape(mark).replace(r"\{i\}", r"(\d+)") + "(.*)", name)
+            rule = table[mark + layer[2] if layer else name]
+            i = layer[1] if layer else ""
+            found.append(Rule(name, tuple(key.format(i=i) for key in rule.keys), rule.layout))
+        return found
+
+
+def styles() -> dict[str, Style]:
+    """The known architectures by ``model_type``."""
+    from megatron_llmjp.convert import hf_gpt2, hf_gpt_neox, hf_llama
+
+    return {s.model_type: s for s in (hf_llama.STYLE, hf_gpt2.STYLE, hf_gpt_neox.STYLE)}
+
+
+def style_for(model: ModelConfig) -> Style:
+    """The architecture that holds a model.
+
+    Raises:
+        UserError: none does; with the reasons of each.
+    """
+    reasons = []
+    for style in styles().values():
+        why = style.refusals(model)
+        if not why:
+            return style
+        reasons.append(f"  {style.architecture}: {'; '.join(why)}")
+    raise UserError("no Hugging Face architecture holds this model\n" + "\n".join(reasons))
+
+
+def read(path: Path) -> Source:
+    """Open a Hugging Face folder.
+
+    Raises:
+        UserError: a file is missing or damaged, or the model cannot be represented.
+    """
+    config = read_json(path / CONFIG)
+    style = styles().get(config.get("model_type", ""))
+    if style is None:
+        raise UserError(
+            f"{path / CONFIG}: model_type {config.get('model_type')!r} cannot be converted; "
+            f"possible: {', '.join(styles())}"
+        )
+    model = style.from_config(config, str(path / CONFIG))
+    tensors = {k: v for k, v in _tensors(path).items() if not style.ignored.search(k)}
+    rules = style.expanded(model)
+    replicas = _tied_copies(style, model, tensors)
+    account(path, [key for rule in rules for key in rule.keys], tensors)
+    shape_of = shapes(model, model.vocab_size or 0)
+    reads = {}
+    for rule in rules:
+        parts = [tensors[key] for key in rule.keys]
+        reads[rule.name] = Read(
+            shape_of[rule.name], parts[0].dtype, parts, rule.layout, replicas.get(rule.name, ())
+        )
+    files = len({stored.source for stored in tensors.values()})
+    ids = {
+        k: config[k]
+        for k in ("bos_token_id", "eos_token_id", "pad_token_id")
+        if isinstance(config.get(k), int)
+    }
+    return Source(
+        "hf",
+        path,
+        model,
+        reads,
+        f"{files} file(s)",
+        tokenizer=path,
+        special_ids=ids,
+        seq_length=model.max_position_embeddings,
+    )
+
+
+def _tied_copies(
+    style: Style, model: ModelConfig, tensors: dict[str, Stored]
+) -> dict[str, tuple[Stored, ...]]:
+    """Take the head out of a tied model's tensors, to be compared with the embedding."""
+    if model.untie_embeddings_and_output_weights:
+        return {}
+    untied = model.model_copy(update={"untie_embeddings_and_output_weights": True})
+    rules = {rule.name: rule for rule in style.rules(untied)}
+    head = rules["output_layer.weight"].keys[0]
+    copy = tensors.pop(head, None)
+    return {} if copy is None else {"embedding.word_embeddings.weight": (copy,)}
+
+
+def _tensors(path: Path) -> dict[str, Stored]:
+    """All tensors of a folder by key: safetensors if there are any, else pytorch_model.bin."""
+    kinds: list[tuple[str, str, Callable[[Path], Any]]] = [
+        ("model.safetensors", INDEX, read_header),
+        ("pytorch_model.bin", "pytorch_model.bin.index.json", load),
+    ]
+    for single, index, opened in kinds:
+        if (path / index).is_file():
+            weight_map = read_json(path / index)["weight_map"]
+            shards: dict[str, dict[str, Stored]] = {
+                name: opened(_inside(path, name)) for name in sorted(set(weight_map.values()))
+            }
+            found = {key: t for shard in shards.values() for key, t in shard.items()}
+            account(path / index, weight_map, found)
+            return found
+        if (path / single).is_file():
+            return dict(opened(path / single))
+    raise UserError(f"{path}: holds neither model.safetensors nor {INDEX}")
+
+
+def _inside(folder: Path, name: str) -> Path:
+    if "/" in name or not (folder / name).is_file():
+        raise UserError(f"{folder}: the index names {name}, which is not there")
+    return folder / name
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: does not exist") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: a JSON object was expected")
+    return value
+
+
+def plan(source: Source, options: Options) -> Output:
+    """Lay out a Hugging Face folder.
+
+    Raises:
+        UserError: no architecture of Hugging Face holds the model.
+    """
+    style = style_for(source.model)
+    rows = source.rows
+    if source.model.vocab_size is not None and not options.keep_vocabulary_padding:
+        rows = source.model.vocab_size
+    placed: dict[str, tuple[Shape, torch.dtype]] = {}
+    rules = style.expanded(source.model)
+    target_shapes = shapes(source.model, rows)
+    for rule in rules:
+        dtype = options.dtype_of(source.reads[rule.name])
+        kinds = part_shapes(rule.layout, target_shapes[rule.name])
+        placed |= {key: (shape, dtype) for key, shape in zip(rule.keys, kinds, strict=True)}
+    files = _shards(placed, options.max_shard_size)
+    slots = {key: slot for file in files for key, slot in file.slots.items()}
+    writes = {
+        rule.name: Write(
+            rule.layout,
+            [[slots[key]] for key in rule.keys],
+            rows if rule.name in VOCABULARY else None,
+        )
+        for rule in rules
+    }
+
+    def finish(folder: Path) -> None:
+        ids = copy_tokenizer(options.tokenizer or source.tokenizer, folder)
+        # GPT-2's default ids stay in configurations of smaller vocabularies: they name no token.
+        known = {name: i for name, i in source.special_ids.items() if i < rows}
+        ids = {**known, **ids}
+        _write_json(folder / CONFIG, _config(style, source, options, rows, ids))
+        _write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
+        if len(files) > 1:
+            total = sum(slot.nbytes for slot in slots.values())
+            weight_map = {key: slot.file for key, slot in sorted(slots.items())}
+            _write_json(
+                folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}
+            )
+
+    special_token_ids(options.tokenizer or source.tokenizer)  # complain before copying for hours
+    return Output(files, writes, finish)
+
+
+def _shards(placed: dict[str, tuple[Shape, torch.dtype]], limit: int) -> list[OutputFile]:
+    """Distribute tensors over files of at most ``limit`` bytes, in order."""
+    groups: list[dict[str, tuple[Shape, torch.dtype]]] = [{}]
+    size = 0
+    for key, (shape, dtype) in placed.items():
+        nbytes = byte_count(shape, dtype)
+        if groups[-1] and size + nbytes > limit:
+            groups.append({})
+            size = 0
+        groups[-1][key] = (shape, dtype)
+        size += nbytes
+    if len(groups) == 1:
+        return [plan_file("model.safetensors", groups[0])]
+    return [
+        plan_file(f"model-{n:05d}-of-{len(groups):05d}.safetensors", group)
+        for n, group in enumerate(groups, 1)
+    ]
+
+
+def _config(
+    style: Style, source: Source, options: Options, rows: int, ids: dict[str, int]
+) -> dict[str, Any]:
+    """config.json with the keys that transformers 4.35 reads and those that 5 reads."""
+    dtype = _TORCH_NAMES[dtype_name(options.dtype or source.dtype)]
+    return {
+        "architectures": [style.architecture],
+        "model_type": style.model_type,
+        **style.to_config(source.model),
+        "vocab_size": rows,
+        "tie_word_embeddings": not source.model.untie_embeddings_and_output_weights,
+        **ids,
+        "torch_dtype": dtype,
+        "dtype": dtype,
+        "use_cache": True,
+    }
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,140 @@
+"""GPTNeoXForCausalLM without parallel residual: rinna's 3.6b.
+
+``query_key_value`` has megatron-core's own order, per head q, k, v. Source: transformers,
+models/gpt_neox/modeling_gpt_neox.py.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from megatron_llmjp.config.schema import ModelConfig
+from megatron_llmjp.convert.hf import Rule, Style
+from megatron_llmjp.convert.hf_keys import make_model, required, rope_theta, unsupported
+from megatron_llmjp.convert.tensors import (
+    FINAL_NORM,
+    LAYER,
+    OUTPUT_LAYER,
+    WORD_EMBEDDINGS,
+    whole,
+)
+
+_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new"}
+_TANH_NAMES = {"gelu_new", "gelu_fast", "gelu_pytorch_tanh"}
+
+
+def _rules(model: ModelConfig) -> list[Rule]:
+    theirs = "gpt_neox.layers.{i}."
+    modules = {
+        f"{LAYER}input_layernorm": f"{theirs}input_layernorm",
+        f"{LAYER}self_attention.linear_qkv": f"{theirs}attention.query_key_value",
+        f"{LAYER}self_attention.linear_proj": f"{theirs}attention.dense",
+        f"{LAYER}pre_mlp_layernorm": f"{theirs}post_attention_layernorm",
+        f"{LAYER}mlp.linear_fc1": f"{theirs}mlp.dense_h_to_4h",
+        f"{LAYER}mlp.linear_fc2": f"{theirs}mlp.dense_4h_to_h",
+        FINAL_NORM: "gpt_neox.final_layer_norm",
+    }
+    rules = [
+        Rule(f"{mine}.{kind}", (f"{name}.{kind}",), whole)
+        for mine, name in modules.items()
+        for kind in ("weight", "bias")
+    ]
+    # On disk the head is embed_out in every version; only 5.x also reads lm_head.
+    return [
+        Rule(WORD_EMBEDDINGS, ("gpt_neox.embed_in.weight",), whole),
+        *rules,
+        Rule(OUTPUT_LAYER, ("embed_out.weight",), whole),
+    ]
+
+
+def _refusals(model: ModelConfig) -> list[str]:
+    heads = model.num_attention_heads
+    held = {
+        "learned positions": model.position_embedding_type == "rope",
+        f"normalization {model.normalization}": model.normalization == "LayerNorm",
+        "activation swiglu": model.activation_function in _ACTIVATIONS,
+        "linear layers without biases": model.add_bias_linear,
+        f"{model.query_groups} query groups of {heads} heads": model.query_groups == heads,
+        f"heads of size {model.head_dim}": model.head_dim * heads == model.hidden_size,
+    }
+    return [f"cannot hold {what}" for what, fine in held.items() if not fine]
+
+
+def _to_config(model: ModelConfig) -> dict[str, Any]:
+    base, percent = model.rotary_base, model.rotary_percent
+    return {
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "max_position_embeddings": model.max_position_embeddings,
+        "hidden_act": _ACTIVATIONS[model.activation_function],
+        "layer_norm_eps": model.norm_epsilon,
+        "initializer_range": model.init_method_std,
+        "use_parallel_residual": False,
+        "attention_bias": True,
+        "hidden_dropout": model.hidden_dropout,
+        "attention_dropout": model.attention_dropout,
+        "rotary_pct": percent,
+        "rotary_emb_base": base,
+        "rope_scaling": None,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": float(base),
+            "partial_rotary_factor": percent,
+        },
+    }
+
+
+def _from_config(config: dict[str, Any], where: str) -> ModelConfig:
+    activation = config.get("hidden_act", "gelu")
+    unsupported(
+        where,
+        **{
+            "use_parallel_residual (megatron-core has no such layer)": config.get(
+                "use_parallel_residual", True
+            ),
+            f"hidden_act '{activation}'": activation not in {"gelu", *_TANH_NAMES},
+            "attention_bias false": not config.get("attention_bias", True),
+        },
+    )
+    parameters = config.get("rope_parameters") or {}
+    percent = parameters.get("partial_rotary_factor", config.get("rotary_pct", 0.25))
+    heads, hidden = (
+        required(config, "num_attention_heads", where),
+        required(config, "hidden_size", where),
+    )
+    return make_model(
+        where,
+        num_layers=required(config, "num_hidden_layers", where),
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_query_groups=heads,
+        kv_channels=hidden // heads,
+        ffn_hidden_size=required(config, "intermediate_size", where),
+        max_position_embeddings=config.get("max_position_embeddings", 2048),
+        position_embedding_type="rope",
+        rotary_base=rope_theta(config, where, "rotary_emb_base"),
+        rotary_percent=percent,
+        normalization="LayerNorm",
+        norm_epsilon=config.get("layer_norm_eps", 1e-5),
+        activation_function="gelu_tanh" if activation in _TANH_NAMES else "gelu",
+        add_bias_linear=True,
+        untie_embeddings_and_output_weights=not config.get("tie_word_embeddings", False),
+        hidden_dropout=config.get("hidden_dropout", 0.0),
+        attention_dropout=config.get("attention_dropout", 0.0),
+        init_method_std=config.get("initializer_range", 0.02),
+        vocab_size=required(config, "vocab_size", where),
+    )
+
+
+STYLE = Style(
+    "gpt_neox",
+    "GPTNeoXForCausalLM",
+    _refusals,
+    _rules,
+    _to_config,
+    _from_config,
+    ignored=re.compile(r"\.attention\.((masked_)?bias|rotary_emb\.inv_freq)$"),
+)

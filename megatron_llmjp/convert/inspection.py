@@ -1,0 +1,74 @@
+"""What a checkpoint is and what a conversion would do, in words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_llmjp.convert.detect import detect, reader
+from megatron_llmjp.convert.formats import FORMATS, Source
+from megatron_llmjp.convert.storage import byte_count, dtype_name
+from megatron_llmjp.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_llmjp.convert.convert import Conversion
+
+
+def summary(source: Source) -> str:
+    """Two lines: what the source is, and its architecture."""
+    model = source.model
+    vocabulary = f"vocabulary {model.vocab_size or 'of unknown size'}"
+    if model.vocab_size != source.rows:
+        vocabulary += f" in {source.rows} rows"
+    head = "untied" if model.untie_embeddings_and_output_weights else "tied"
+    step = "" if source.iteration is None else f", iteration {source.iteration}"
+    heads = f"{model.num_attention_heads} heads"
+    if model.query_groups != model.num_attention_heads:
+        heads += f" in {model.query_groups} groups"
+    return (
+        f"{source.path}: {source.format}, {source.layout}{step}, {dtype_name(source.dtype)}, "
+        f"{source.parameters:,} parameters\n"
+        f"  {model.num_layers} layers, hidden {model.hidden_size}, {heads} of {model.head_dim}, "
+        f"ffn {model.ffn_size}, {model.activation_function}, {model.normalization}, "
+        f"{model.position_embedding_type}, {head}, {vocabulary}"
+    )
+
+
+def describe(path: Path) -> str:
+    """What a folder holds, and what can be done with it.
+
+    Raises:
+        UserError: it holds no whole checkpoint of a known format.
+    """
+    from megatron_llmjp.convert.hf import style_for
+
+    source = reader(detect(path))(path).check()
+    possible = [name for name in FORMATS if name != source.format]
+    lines = [summary(source)]
+    try:
+        lines.append(f"  Hugging Face: {style_for(source.model).architecture}")
+    except UserError as error:
+        possible = [name for name in possible if name != "hf"]
+        lines.append(f"  {error}")
+    lines.append(f"  can be converted to: {', '.join(possible)}")
+    return "\n".join([*lines, *(f"  note: {note}" for note in source.notes)])
+
+
+def show_plan(conversion: Conversion) -> str:
+    """Every tensor with its shape, its files and its bytes, then the files and their sizes."""
+    lines = []
+    for copy in conversion.copies:
+        sources = sorted({Path(part.source).name for part in copy.read.parts})
+        targets = sorted({slot.file for slots in copy.write.slots for slot in slots})
+        shape = "x".join(map(str, copy.read.shape))
+        lines.append(
+            f"{copy.name} [{shape}] {dtype_name(copy.read.dtype)}: "
+            f"{', '.join(sources)} -> {', '.join(targets)}"
+        )
+    lines += [f"{file.name}: {file.size:,} bytes" for file in conversion.output.files]
+    read = sum(byte_count(copy.read.shape, copy.read.dtype) for copy in conversion.copies)
+    lines.append(
+        f"{len(conversion.copies)} tensors, {read / 1e9:.3f} GB to read, "
+        f"{conversion.output.nbytes / 1e9:.3f} GB to write in {len(conversion.output.files)} files"
+    )
+    return "\n".join(lines)

@@ -1,0 +1,131 @@
+"""This project's own checkpoints: torch_dist files, config.yaml, tokenizer/ and manifest.json."""
+
+from __future__ import annotations
+
+import platform
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from megatron_llmjp.checkpoint import manifest as manifests
+from megatron_llmjp.config.load import dump, load_resolved
+from megatron_llmjp.config.schema import Config, ModelConfig
+from megatron_llmjp.convert import dcp, mcore_names
+from megatron_llmjp.convert.formats import Options, Source
+from megatron_llmjp.convert.plan import Output
+from megatron_llmjp.convert.tensors import WORD_EMBEDDINGS
+from megatron_llmjp.convert.tokenizer_files import (
+    copy_tokenizer,
+    special_token_ids,
+    tokenizer_files,
+)
+from megatron_llmjp.errors import UserError
+
+
+def read(path: Path) -> Source:
+    """Open a checkpoint, or the newest complete one of a run's folder.
+
+    Raises:
+        UserError: it is incomplete, damaged, or not what its configuration says.
+    """
+    folder = manifests.newest(path)
+    manifest = manifests.read(folder)
+    problems = manifests.problems(folder, manifest)
+    if problems:
+        raise UserError("\n".join(problems))
+    config = load_resolved(folder / manifests.CONFIG)
+    entries = mcore_names.weights(dcp.read_metadata(folder))
+    if WORD_EMBEDDINGS not in entries:
+        raise UserError(f"{folder}: holds no {WORD_EMBEDDINGS}")
+    model = architecture(config)
+    tokenizer = folder / manifests.TOKENIZER
+    layout = config.parallel
+    return Source(
+        "native",
+        folder,
+        model,
+        mcore_names.reads(model, entries[WORD_EMBEDDINGS].shape[0], entries),
+        f"torch_dist, trained with TP {layout.tensor_model_parallel_size} x "
+        f"PP {layout.pipeline_model_parallel_size}",
+        iteration=manifest.iteration,
+        consumed_samples=manifest.consumed_samples,
+        tokenizer=tokenizer if tokenizer_files_in(tokenizer) else None,
+        seq_length=config.data.seq_length,
+    )
+
+
+def tokenizer_files_in(folder: Path) -> list[Path]:
+    """Tokenizer files of a checkpoint's folder, which may be missing."""
+    return tokenizer_files(folder) if folder.is_dir() else []
+
+
+def architecture(config: Config) -> ModelConfig:
+    """The model of a resolved configuration, with every size filled in."""
+    model = config.model
+    return model.model_copy(
+        update={
+            "num_query_groups": model.query_groups,
+            "kv_channels": model.head_dim,
+            "ffn_hidden_size": model.ffn_size,
+            "max_position_embeddings": config.positions,
+        }
+    )
+
+
+def plan(source: Source, options: Options) -> Output:
+    """Lay out ``OUT/iter_*``, which ``--load OUT --finetune`` reads in any layout.
+
+    The vocabulary is padded for the target tensor parallel size.
+    """
+    config = _config(source, options)
+    rows = config.model.padded_vocab_size
+    assert rows is not None
+    iteration = source.iteration or 0
+    folder = manifests.folder_name(iteration)
+    writer = dcp.Writer(options.max_shard_size, folder)
+    writes = mcore_names.add_model(writer, source, options, rows)
+
+    def finish(out: Path) -> None:
+        inner = out / folder
+        writer.finish(inner, {"iteration": iteration})
+        (inner / manifests.CONFIG).write_text(dump(config), encoding="utf-8")
+        tokenizer = inner / manifests.TOKENIZER
+        tokenizer.mkdir()
+        copy_tokenizer(options.tokenizer or source.tokenizer, tokenizer)
+        names = manifests.all_files(inner)
+        with ThreadPoolExecutor(8) as pool:
+            entries = pool.map(manifests.describe_file, [inner / name for name in names])
+            files = dict(zip(names, entries, strict=True))
+        manifest = manifests.Manifest(
+            iteration=iteration,
+            consumed_samples=source.consumed_samples or 0,
+            contents="weights",
+            versions={"python": platform.python_version(), "torch": torch.__version__},
+            files=files,
+        )
+        manifests.write(inner, manifest)
+        manifests.write_durably(out / manifests.TRACKER, str(iteration))
+
+    special_token_ids(options.tokenizer or source.tokenizer)
+    return Output(writer.files, writes, finish)
+
+
+def _config(source: Source, options: Options) -> Config:
+    """The configuration that is stored beside converted weights."""
+    tensor = options.tensor_parallel
+    model = source.model
+    vocabulary = model.vocab_size or source.rows
+    if model.padded_vocab_size is not None and model.padded_vocab_size < vocabulary:
+        raise UserError(f"vocabulary {vocabulary} exceeds its {model.padded_vocab_size} rows")
+    unpadded = model.model_copy(update={"vocab_size": vocabulary, "padded_vocab_size": None})
+    model = unpadded.model_copy(update={"padded_vocab_size": unpadded.rows(tensor)})
+    dtype = options.dtype or source.dtype
+    positions = model.max_position_embeddings
+    return Config.model_validate(
+        {
+            "model": model.model_dump(),
+            "data": {"seq_length": source.seq_length or positions},
+            "training": {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16},
+        }
+    )

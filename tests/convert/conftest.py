@@ -1,0 +1,17 @@
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture
+def convert(capsys):
+    """Run the command; returns its output. ``code`` is the expected exit code."""
+    from megatron_llmjp.convert.cli import main
+
+    def run(*arguments: object, code: int = 0) -> str:
+        found = main([str(a) for a in arguments])
+        captured = capsys.readouterr()
+        assert found == code, captured.err
+        return captured.out + captured.err
+
+    return run
