@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
+import shutil
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 from data_tools.blocks import Block, LongLine, read_blocks
 from data_tools.encode import BlockEncoder, Encoded, Encoding, Rejected
-from data_tools.journal import Journal, Tally
+from data_tools.journal import Journal, Point, Tally
 from data_tools.output import Output
 from data_tools.pool import EncoderPool
 from data_tools.progress import Progress
@@ -55,81 +59,88 @@ class Job:
             "sources": [source.identity() for source in sources],
         }
         self.tallies = [Tally() for _ in sources]
-        self.current, self.position = 0, 0  # the point up to which the output is written
+        self.point = Point()  # the state after the last block that was written whole
         self.warned = 0
 
-    def already_there(self) -> int:
-        """Answer for output that exists: nothing to do if it is this very run's.
+    def is_there(self) -> bool:
+        """Return whether the output is complete, made by this very recipe.
 
         Raises:
-            UserError: it is another's.
+            UserError: there is output of another recipe.
         """
         done = self.output.manifests()
-        if len(done) == len(self.args.json_keys) and all(
-            manifest["recipe"] == self.recipe for manifest in done
-        ):
+        same = [manifest["recipe"] == self.recipe for manifest in done]
+        same += [source.seekable for source in self.sources]  # a pipe is never the same again
+        if len(done) == len(self.args.json_keys) and all(same):
             print("Already complete: the same input, tokenizer and options made this output.")
             self.tallies = [Tally(**tally) for tally in done[0]["tallies"]]
-            return self._close()
-        names = ", ".join(str(path) for path in self.output.existing())
-        raise UserError(
-            f"--output-prefix {self.args.output_prefix}: {names} exists already. Choose another "
-            "prefix, or give --overwrite to replace it."
-        )
+            shutil.rmtree(self.output.folder, ignore_errors=True)
+            return True
+        if others := self.output.others():
+            raise UserError(
+                f"--output-prefix {self.args.output_prefix}: {', '.join(map(str, others))} exists "
+                "already. Choose another prefix, or give --overwrite to replace it."
+            )
+        return False
 
     def run(self) -> int:
         """Encode what is not yet encoded, and finish."""
-        journal = self.output.open(self.recipe, start_again=self.args.overwrite)
+        journal = self.output.open(self.recipe, self.args.overwrite)
         self._resume(journal)
-        if not journal.last.finishing:
+        if not self.point.finishing:
             try:
                 self._encode_all(journal)
-            except BaseException:
-                self._save(journal)
+            except (UserError, OSError, KeyboardInterrupt, BrokenProcessPool):
+                with contextlib.suppress(OSError):
+                    self._save(journal)
                 raise
-        self._save(journal)
+            self.point.done = True
+            self._save(journal)
         self.output.finish(journal, self._manifest)
-        return self._close()
+        return self.close()
 
     def _resume(self, journal: Journal) -> None:
-        last = journal.last
         for source, tally in journal.tallies().items():
             self.tallies[source] = tally
-        self.current, self.position = last.source, last.position
+        self.point = copy.deepcopy(journal.last)
         if journal.points:
             documents = sum(tally.documents for tally in self.tallies)
+            finished = self.point.source + self.point.done
             print(
                 f"Going on with {self.output.folder}: {documents:,} documents are done, "
-                f"{last.source:,} of {len(self.sources):,} files finished.",
+                f"{finished:,} of {len(self.sources):,} files finished.",
                 file=sys.stderr,
             )
 
     def _encode_all(self, journal: Journal) -> None:
-        finished = sum(source.size for source in self.sources[: self.current])
-        done = finished + min(self.position, self.sources[self.current].size)
+        before = sum(source.size for source in self.sources[: self.point.source])
+        done = before + min(self.point.position, self.sources[self.point.source].size)
         progress = Progress(sum(s.size for s in self.sources), done, self.args.log_interval)
         saved = time.monotonic()
         encoder = BlockEncoder(self.tokenizer, self.encoding)
         with EncoderPool(self.args.workers, encoder) as pool:
             try:
                 for source, block, encoded in pool.encode(self._blocks()):
-                    changed = source != self.current
+                    changed = source != self.point.source
+                    if changed:
+                        before = sum(s.size for s in self.sources[:source])
+                        self.point.done = True
                     age = time.monotonic() - saved
                     if age > (SECONDS_AFTER_A_SOURCE if changed else SECONDS_BETWEEN_SAVES):
-                        self._save(journal, upto=source)
+                        self._save(journal)
                         saved = time.monotonic()
                     self._take(source, block, encoded)
-                    finished = sum(s.size for s in self.sources[:source]) if changed else finished
                     tokens = sum(len(part.tokens) for part in encoded.packed.values())
                     progress.update(
-                        _documents(encoded), block.size, tokens, finished + block.disk_bytes
+                        _documents(encoded), block.size, tokens, before + block.disk_bytes
                     )
             finally:
                 progress.close()
 
     def _blocks(self) -> Iterator[tuple[int, Block]]:
-        for number in range(self.current, len(self.sources)):
-            start = self.position if number == self.current else 0
+        first = self.point.source + self.point.done
+        for number in range(first, len(self.sources)):
+            start = self.point.position if number == self.point.source else 0
             for block in read_blocks(
                 self.sources[number], start, self.args.json_keys, self.encoding.limit
             ):
@@ -156,7 +167,7 @@ class Job:
         tally.empty += len(encoded.empty)
         for key, part in encoded.packed.items():
             tally.tokens[key] = tally.tokens.get(key, 0) + len(part.tokens)
-        self.current, self.position = source, block.end
+        self.point = self.output.point(source, block.end, tally)
 
     def _reject(self, source: int, line: int, bad: Rejected, parts: Iterator[bytes]) -> None:
         name = self.sources[source].name
@@ -181,16 +192,13 @@ class Job:
         elif self.warned == WARNINGS_SHOWN + 1:
             print("... further bad lines are counted only", file=sys.stderr)
 
-    def _save(self, journal: Journal, upto: int | None = None) -> None:
-        """Note the point reached; ``upto`` names a source that is about to begin."""
-        if not self.output.writers or journal.last.finishing:
-            return
-        if upto is not None and upto != self.current:
-            self.output.save(journal, self.current, self.position, self.tallies[self.current])
-            self.current, self.position = upto, 0
-        self.output.save(journal, self.current, self.position, self.tallies[self.current])
+    def _save(self, journal: Journal) -> None:
+        """Bring what was written to disk and note the point reached."""
+        if self.point != journal.last:
+            self.output.sync()
+            journal.add(copy.deepcopy(self.point))
 
-    def _manifest(self, key: str, writer: IndexedWriter) -> dict[str, Any]:
+    def _manifest(self, key: str, writer: IndexedWriter, idx_crc: int) -> dict[str, Any]:
         """Return the manifest of one dataset: nothing in it depends on when or where it ran."""
         position = writer.position
         rejected: dict[str, int] = {}
@@ -204,14 +212,14 @@ class Job:
             "documents": position.documents,
             "sequences": position.sequences,
             "tokens": position.bin_bytes // writer.dtype.itemsize,
-            "bin": {"bytes": position.bin_bytes, "sha256": writer.digest.hexdigest()},
-            "idx": {"sha256": writer.idx_digest.hexdigest()},
+            "bin": {"bytes": position.bin_bytes, "crc32": f"{position.crc:08x}"},
+            "idx": {"crc32": f"{idx_crc:08x}"},
             "rejected": rejected,
             "recipe": self.recipe,
             "tallies": [vars(tally) for tally in self.tallies],
         }
 
-    def _close(self) -> int:
+    def close(self) -> int:
         """Print the closing table and write it where --report asks for it."""
         keys = self.args.json_keys
         table = rows([source.name for source in self.sources], self.tallies, keys)

@@ -37,6 +37,7 @@ class Point:
     Attributes:
         source: number of the source being read; all before it are finished.
         position: the end of the last block written, as in blocks.Block.
+        done: this source is finished too.
         tally: of this source.
         outputs: position of the writer of each key.
         rejected: sizes of the quarantine files in bytes.
@@ -45,6 +46,7 @@ class Point:
 
     source: int = 0
     position: int = 0
+    done: bool = False
     tally: Tally = field(default_factory=Tally)
     outputs: dict[str, Position] = field(default_factory=dict)
     rejected: dict[str, int] = field(default_factory=dict)
@@ -54,13 +56,26 @@ class Point:
 class Journal:
     """The journal of one work folder."""
 
-    def __init__(self, path: Path, recipe: dict[str, Any]) -> None:
-        """``recipe`` holds ``tokenizer``, ``options`` and ``sources``, all plain JSON."""
+    def __init__(self, path: Path, recipe: dict[str, Any], forget_others: bool) -> None:
+        """Open the journal, or begin one.
+
+        Args:
+            path: the file.
+            recipe: what is being made: ``tokenizer``, ``options`` and ``sources``, plain JSON.
+            forget_others: begin anew where the file belongs to another recipe.
+
+        Raises:
+            UserError: the file belongs to another recipe.
+        """
         self.path = path
         self.recipe = recipe
         self.points: list[Point] = []
         if path.exists():
-            self.points = self._still_valid()
+            try:
+                self.points = self._still_valid()
+            except UserError:
+                if not forget_others:
+                    raise
         temporary = path.with_suffix(".new")
         lines = [recipe, *(asdict(point) for point in self.points)]
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -88,24 +103,15 @@ class Journal:
         self._file.close()
 
     def _still_valid(self) -> list[Point]:
-        """Return the points whose sources have not changed since.
-
-        Raises:
-            UserError: the folder belongs to another tokenizer or other options.
-        """
-        lines = []
-        for line in self.path.read_bytes().splitlines():
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                break
+        """Return the points whose sources have not changed since."""
+        lines = _whole_lines(self.path)
         if not lines:
             return []
         before, points = lines[0], [_point(line) for line in lines[1:]]
         self._refuse_other_recipe(before, points)
         unchanged = 0
         for old, new in zip(before["sources"], self.recipe["sources"], strict=False):
-            if old != new or old["size"] == 0:  # 0: a pipe, whose text cannot be had again
+            if old != new or old["size"] is None:  # a pipe
                 break
             unchanged += 1
         every = unchanged == len(before["sources"]) == len(self.recipe["sources"])
@@ -125,6 +131,22 @@ class Journal:
                     f"{json.dumps(was)}\n  now  {json.dumps(now)}\nUse the same command to finish "
                     "it, another --output-prefix, or --overwrite to start again."
                 )
+
+
+def is_finishing(path: Path) -> bool:
+    """Return whether this journal is of a run that only has files to rename."""
+    lines = _whole_lines(path) if path.exists() else []
+    return bool(lines) and bool(lines[-1].get("finishing"))
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    lines = []
+    for line in path.read_bytes().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
 
 
 def _point(line: dict[str, Any]) -> Point:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import csv
+import dataclasses
 import fcntl
 import io
 import json
@@ -16,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.encode import Packed, Rejected
-from data_tools.journal import Journal, Point, Tally
+from data_tools.journal import Journal, Point, Tally, is_finishing
 from megatron_llmjp.data.indexed import IndexedWriter
 from megatron_llmjp.errors import UserError
 
@@ -45,7 +47,7 @@ class Output:
         return pairs
 
     def manifests(self) -> list[dict[str, Any]]:
-        """Return the manifests under their final names, as far as whole datasets are there."""
+        """Return the manifests of the datasets that are there under their final names."""
         found = []
         for key in self.keys:
             prefix = self.prefix_of(key)
@@ -54,11 +56,17 @@ class Output:
                 found.append(json.loads(paths[2].read_text(encoding="utf-8")))
         return found
 
-    def existing(self) -> list[Path]:
-        """Return the final files of datasets that are there already."""
+    def others(self) -> list[Path]:
+        """Return files under the final names that are not this unfinished run's own."""
+        if is_finishing(self._journal_file):
+            return []
         return [final for _, final in self.finals()[2:] if final.exists()]
 
-    def open(self, recipe: dict[str, Any], start_again: bool) -> Journal:
+    @property
+    def _journal_file(self) -> Path:
+        return self.folder / "journal.jsonl"
+
+    def open(self, recipe: dict[str, Any], overwrite: bool) -> Journal:
         """Lock the work folder and open everything where the journal says.
 
         Raises:
@@ -69,11 +77,7 @@ class Output:
         except (FileExistsError, NotADirectoryError) as error:
             raise UserError(f"--output-prefix {self.prefix}: {error.filename} is a file") from error
         self._take_lock()
-        if start_again:
-            for path in self.folder.iterdir():
-                if path.name != "lock":
-                    path.unlink()
-        journal = Journal(self.folder / "journal.jsonl", recipe)
+        journal = Journal(self._journal_file, recipe, forget_others=overwrite)
         last = journal.last
         if not last.finishing:
             for key in self.keys:
@@ -81,9 +85,8 @@ class Output:
                     self.folder / f"{key}.bin", self.dtype, last.outputs.get(key)
                 )
             for name in REJECTED:
-                size = last.rejected.get(name, 0)
                 with (self.folder / name).open("ab") as file:
-                    file.truncate(size)
+                    file.truncate(last.rejected.get(name, 0))
         return journal
 
     def _take_lock(self) -> None:
@@ -120,25 +123,35 @@ class Output:
         with (self.folder / REJECTED[1]).open("ab") as file:
             file.write(text.getvalue().encode(errors="backslashreplace"))
 
-    def save(self, journal: Journal, source: int, position: int, tally: Tally) -> None:
-        """Bring everything to disk and note the point to resume at."""
-        sizes = {name: (self.folder / name).stat().st_size for name in REJECTED}
-        outputs = {key: writer.sync() for key, writer in self.writers.items()}
-        copy = Tally(**json.loads(json.dumps(vars(tally))))
-        journal.add(Point(source, position, copy, outputs, sizes))
+    def point(self, source: int, position: int, tally: Tally) -> Point:
+        """Return the state after the last block, to be saved now or later."""
+        return Point(
+            source,
+            position,
+            tally=copy.deepcopy(tally),
+            outputs={key: writer.position for key, writer in self.writers.items()},
+            rejected={name: (self.folder / name).stat().st_size for name in REJECTED},
+        )
 
-    def finish(self, journal: Journal, manifest: Callable[[str, IndexedWriter], Any]) -> None:
+    def sync(self) -> None:
+        """Bring everything to disk."""
+        for writer in self.writers.values():
+            writer.sync()
+        for name in REJECTED:
+            with (self.folder / name).open("ab") as file:
+                os.fsync(file.fileno())
+
+    def finish(self, journal: Journal, manifest: Callable[[str, IndexedWriter, int], Any]) -> None:
         """Write the indexes and manifests, then rename everything into place."""
         if not journal.last.finishing:
             for key, writer in self.writers.items():
-                writer.finish(self.folder / f"{key}.idx")
-                text = json.dumps(manifest(key, writer), indent=1, ensure_ascii=False) + "\n"
+                crc = writer.finish(self.folder / f"{key}.idx")
+                text = json.dumps(manifest(key, writer, crc), indent=1, ensure_ascii=False) + "\n"
                 _write_synced(self.folder / f"{key}.json", text)
             for name in REJECTED:
                 if (self.folder / name).stat().st_size == 0:
                     (self.folder / name).unlink()
-            last = journal.last
-            journal.add(Point(last.source, last.position, last.tally, finishing=True))
+            journal.add(dataclasses.replace(journal.last, finishing=True))
         self._publish()
         journal.close()
         shutil.rmtree(self.folder)

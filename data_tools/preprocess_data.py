@@ -111,8 +111,8 @@ def preprocess(args: argparse.Namespace) -> int:
     )
     output = Output(args.output_prefix, args.json_keys, best_dtype(tokenizer.vocab_size))
     job = Job(args, sources, tokenizer, output)
-    if output.existing() and not args.overwrite and not output.folder.exists():
-        return job.already_there()
+    if not args.overwrite and job.is_there():
+        return job.close()
     with output.named_errors():
         return job.run()
 

@@ -56,6 +56,13 @@ def _of_line(line: bytes, keys: list[str] | None) -> list[str]:
         return [line.decode(errors="ignore")]
     try:
         record = parse_line(line)
-        return [text for key in keys for text in texts_of(record, key) if text]
+        return [text for key in keys for text in texts_of(record, key) if _is_utf8(text)]
     except BadLine:
         return []
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        return bool(text.encode())
+    except UnicodeEncodeError:  # a lone surrogate
+        return False

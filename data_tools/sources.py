@@ -34,8 +34,12 @@ class Source:
     seekable: bool = False
 
     def identity(self) -> dict[str, Any]:
-        """Return what must not have changed when a stopped run goes on."""
-        return {"name": self.name, "size": self.size, "mtime": self.mtime}
+        """Return what must not have changed when a stopped run goes on.
+
+        The size is None for a pipe, which never is the same again.
+        """
+        size = self.size if self.seekable else None
+        return {"name": self.name, "size": size, "mtime": self.mtime}
 
 
 def find_sources(words: Iterable[str]) -> list[Source]:

@@ -123,7 +123,7 @@ def test_neither_torch_nor_transformers_is_imported(folder):
         f"load_tokenizer('HuggingFaceTokenizer', {str(folder)!r}).encode('a')\n"
         f"load_tokenizer('Llama2Tokenizer', {str(folder / 'tokenizer.model')!r}).encode('a')\n"
         "import data_tools.preprocess_data, megatron_llmjp.data.indexed\n"
-        "print([name for name in ('torch', 'transformers', 'megatron.core') if name in sys.modules])"
+        "print([m for m in ('torch', 'transformers', 'megatron.core') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

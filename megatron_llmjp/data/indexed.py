@@ -14,9 +14,9 @@ IndexedDatasetBuilder imports torch and keeps every length in a Python list.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import struct
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,11 +198,16 @@ def open_indexed(prefix: str | Path) -> Any:
 
 @dataclass(frozen=True)
 class Position:
-    """How far a writer has come, in what is safely on disk."""
+    """How far a writer has come, and the CRC-32 of the .bin up to there.
+
+    CRC-32 finds any accidental damage that matters and runs at 3 GB/s; SHA-256, at 0.4 GB/s on
+    many machines, would hold up the one process that writes what dozens of workers encode.
+    """
 
     bin_bytes: int = 0
     sequences: int = 0
     documents: int = 0
+    crc: int = 0
 
 
 class IndexedWriter:
@@ -216,9 +221,7 @@ class IndexedWriter:
         self.path = path
         self.dtype = np.dtype(dtype)
         self.position = resume_at or Position()
-        self.digest = hashlib.sha256()
-        self.idx_digest = hashlib.sha256()
-        self._bin = _open_at(path, self.position.bin_bytes, self.digest)
+        self._bin = _open_at(path, self.position.bin_bytes)
         self._lengths = _open_at(path.with_suffix(".lengths"), 4 * self.position.sequences)
         self._documents = _open_at(path.with_suffix(".documents"), 4 * self.position.documents)
 
@@ -241,13 +244,13 @@ class IndexedWriter:
             sequences = np.ones(len(lengths), np.int32)
         data = np.ascontiguousarray(tokens).view(np.uint8).data
         self._bin.write(data)
-        self.digest.update(data)
         self._lengths.write(lengths.astype("<i4").tobytes())
         self._documents.write(sequences.astype("<i4").tobytes())
         self.position = Position(
             self.position.bin_bytes + len(data),
             self.position.sequences + len(lengths),
             self.position.documents + len(sequences),
+            zlib.crc32(data, self.position.crc),
         )
 
     def sync(self) -> Position:
@@ -262,20 +265,20 @@ class IndexedWriter:
         for file in (self._bin, self._lengths, self._documents):
             file.close()
 
-    def finish(self, idx: Path) -> None:
-        """Close the .bin and write its .idx; the helper files are removed."""
+    def finish(self, idx: Path) -> int:
+        """Close the .bin and write its .idx, whose CRC-32 is returned.
+
+        The helper files stay, so that a program killed here can do it again: see clean.
+        """
         self.sync()
         self.close()
         lengths, documents = self.path.with_suffix(".lengths"), self.path.with_suffix(".documents")
-        write_idx(
-            idx,
-            self.dtype,
-            lengths=_map_i4(lengths),
-            sequences_per_document=_map_i4(documents),
-            digest=self.idx_digest,
-        )
-        lengths.unlink()
-        documents.unlink()
+        return write_idx(idx, self.dtype, _map_i4(lengths), _map_i4(documents))
+
+    def clean(self) -> None:
+        """Remove the helper files."""
+        for suffix in (".lengths", ".documents"):
+            self.path.with_suffix(suffix).unlink()
 
 
 def write_idx(
@@ -284,19 +287,19 @@ def write_idx(
     lengths: npt.NDArray[np.int32],
     sequences_per_document: npt.NDArray[np.int32],
     pointers: npt.NDArray[np.int64] | None = None,
-    digest: Any = None,
-) -> None:
-    """Write an .idx; the arrays may be memory-mapped, they are read chunk by chunk.
+) -> int:
+    """Write an .idx and return its CRC-32.
 
-    Without ``pointers`` the sequences follow each other in the .bin. ``digest`` is a hashlib
-    object that is fed with the bytes of the file.
+    The arrays may be memory-mapped, they are read chunk by chunk. Without ``pointers`` the
+    sequences follow each other in the .bin.
     """
+    crc = 0
     with path.open("wb") as file:
 
         def put(data: bytes) -> None:
+            nonlocal crc
             file.write(data)
-            if digest is not None:
-                digest.update(data)
+            crc = zlib.crc32(data, crc)
 
         code = next(code for code, known in DTYPES.items() if known == dtype)
         put(HEADER.pack(MAGIC, VERSION, code, len(lengths), len(sequences_per_document) + 1))
@@ -319,6 +322,7 @@ def write_idx(
             total = int(ends[-1])
         file.flush()
         os.fsync(file.fileno())
+    return crc
 
 
 def _chunks(array: npt.NDArray[Any]) -> Iterable[npt.NDArray[Any]]:
@@ -331,7 +335,7 @@ def _map_i4(path: Path) -> npt.NDArray[np.int32]:
     return np.memmap(path, "<i4", mode="r")
 
 
-def _open_at(path: Path, size: int, digest: Any = None) -> BinaryIO:
+def _open_at(path: Path, size: int) -> BinaryIO:
     """Open a file for appending at ``size``, cutting off what a killed program left behind."""
     if size == 0:
         return path.open("wb")
@@ -342,7 +346,5 @@ def _open_at(path: Path, size: int, digest: Any = None) -> BinaryIO:
         )
     file = path.open("r+b")
     file.truncate(size)
-    while digest is not None and (data := file.read(1 << 20)):
-        digest.update(data)
     file.seek(size)
     return file

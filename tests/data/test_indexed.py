@@ -26,6 +26,7 @@ def write(prefix, documents, dtype=np.uint16):
     writer = IndexedWriter(indexed.bin_path(prefix), dtype)
     writer.add(*pack(documents, dtype))
     writer.finish(indexed.idx_path(prefix))
+    writer.clean()
 
 
 DOCUMENTS = st.lists(

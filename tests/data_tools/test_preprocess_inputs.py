@@ -1,0 +1,168 @@
+"""Every kind of input gives the same dataset, in the order of the input."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from data_tools.preprocess_data import main
+from data_tools.sources import find_sources
+from megatron_llmjp.data.indexed import read_index
+from megatron_llmjp.errors import UserError
+
+BYTES = ["--tokenizer-type", "ByteLevelTokenizer", "--append-eod", "--workers", "2"]
+
+
+def tokens_of(prefix: Path) -> bytes:
+    """Return the documents of a byte-level dataset, each ended by a 0xff byte."""
+    tokens = read_index(f"{prefix}_text_document").read_tokens()
+    return bytes(255 if token == 256 else int(token) for token in tokens)
+
+
+def expected(documents: list[str]) -> bytes:
+    return b"".join(text.encode() + b"\xff" for text in documents)
+
+
+def two_zstd_frames(data: bytes) -> bytes:
+    half = len(data) // 2
+    return zstandard.compress(data[:half]) + zstandard.compress(data[half:])
+
+
+def two_gzip_members(data: bytes) -> bytes:
+    half = len(data) // 2
+    return gzip.compress(data[:half]) + gzip.compress(data[half:])
+
+
+COMPRESS = {
+    "": lambda data: data,
+    ".gz": two_gzip_members,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": two_zstd_frames,
+}
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr("data_tools.blocks.BLOCK_BYTES", 1000)
+    monkeypatch.setattr("data_tools.blocks.PEEK_BYTES", 64)
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+@pytest.mark.parametrize("end", [b"\n", b"", b"\r\n\n  \n"])
+def test_compressed_files(suffix, end, corpus, documents, tmp_path, small_blocks):
+    path = tmp_path / f"c.jsonl{suffix}"
+    path.write_bytes(COMPRESS[suffix](corpus.read_bytes().rstrip() + end))
+    assert main(["--input", str(path), "--output-prefix", str(tmp_path / "o"), *BYTES]) == 0
+    assert tokens_of(tmp_path / "o") == expected(documents)
+
+
+def test_parquet(documents, tmp_path):
+    table = pa.table({"n": list(range(len(documents))), "text": documents})
+    pq.write_table(table, tmp_path / "c.parquet", row_group_size=70)
+    arguments = ["--input", str(tmp_path / "c.parquet"), "--output-prefix", str(tmp_path / "o")]
+    assert main([*arguments, *BYTES]) == 0
+    assert tokens_of(tmp_path / "o") == expected(documents)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_standard_input(compressed, corpus, documents, tmp_path):
+    data = corpus.read_bytes()
+    command = [sys.executable, "-m", "data_tools.preprocess_data", "--input", "-"]
+    subprocess.run(
+        [*command, "--output-prefix", str(tmp_path / "o"), *BYTES],
+        input=gzip.compress(data) if compressed else data,
+        check=True,
+        capture_output=True,
+    )
+    assert tokens_of(tmp_path / "o") == expected(documents)
+
+
+def test_folders_patterns_and_order(tmp_path, capsys):
+    names = ["b/2.jsonl", "b/1.json.gz", "b/sub/0.ndjson", "b/readme.txt", "b/.hidden.jsonl", "a.x"]
+    for name in names:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        line = json.dumps({"text": name}).encode()
+        path.write_bytes(gzip.compress(line) if name.endswith(".gz") else line)
+    arguments = ["--input", str(tmp_path / "a.x"), str(tmp_path / "b"), "--output-prefix"]
+    assert main([*arguments, str(tmp_path / "o"), *BYTES]) == 0
+    assert tokens_of(tmp_path / "o") == expected(
+        ["a.x", "b/1.json.gz", "b/2.jsonl", "b/sub/0.ndjson"]
+    )
+    found = find_sources([str(tmp_path / "*.x"), str(tmp_path / "b" / "**" / "*.ndjson")])
+    assert [Path(source.name).name for source in found] == ["a.x", "0.ndjson"]
+    assert "total" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nothing.jsonl"], "no such file or folder"),
+        (["*.nothing"], "matches no file"),
+        (["empty"], "holds no file"),
+        (["c.jsonl", "./c.jsonl"], "already there"),
+    ],
+)
+def test_input_mistakes(words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("c.jsonl").write_text("")
+    Path("empty").mkdir()
+    with pytest.raises(UserError, match=message):
+        find_sources(words)
+
+
+def damaged_parquet(data: bytes) -> bytes:
+    return b"PAR1" + data[:500]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst", ".parquet"])
+def test_truncated_files_leave_nothing_half_made(suffix, corpus, tmp_path, capsys):
+    compress = COMPRESS.get(suffix, damaged_parquet)
+    path = tmp_path / f"c.jsonl{suffix}"
+    path.write_bytes(compress(corpus.read_bytes())[:-200])
+    arguments = ["--input", str(path), "--output-prefix", str(tmp_path / "out" / "o"), *BYTES]
+    assert main([*arguments, "--on-error", "skip"]) == 2
+    assert str(path) in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["o.partial"]
+
+
+def test_empty_input_and_empty_files(tmp_path):
+    (tmp_path / "a.jsonl").write_text("")
+    (tmp_path / "b.jsonl").write_text('{"text": "x"}')
+    (tmp_path / "c.jsonl").write_text("\n")
+    inputs = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "c.jsonl")]
+    assert main(["--input", *inputs, "--output-prefix", str(tmp_path / "o"), *BYTES]) == 0
+    assert tokens_of(tmp_path / "o") == b"x\xff"
+    assert main(["--input", inputs[0], "--output-prefix", str(tmp_path / "p"), *BYTES]) == 0
+    assert read_index(tmp_path / "p_text_document").documents == 0
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_unwritable_folder(corpus, tmp_path):
+    tmp_path.chmod(0o500)
+    assert main(["--input", str(corpus), "--output-prefix", str(tmp_path / "o"), *BYTES]) == 2
+
+
+def test_full_disk(corpus, tmp_path, monkeypatch, capsys):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    arguments = ["--input", str(corpus), "--output-prefix", str(tmp_path / "o"), *BYTES]
+    with monkeypatch.context() as patch:
+        patch.setattr("data_tools.output.IndexedWriter.add", full)
+        assert main(arguments) == 2
+    assert f"{tmp_path / 'o.partial'}: No space left on device" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["o.partial"]
+    assert main(arguments) == 0

@@ -1,0 +1,180 @@
+"""Killed at any moment, the same command finishes the job with the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import make_documents, write_jsonl
+
+from data_tools.preprocess_data import main
+
+BYTES = ["--tokenizer-type", "ByteLevelTokenizer", "--append-eod", "--workers", "2"]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("inputs")
+    return [
+        str(write_jsonl(folder / f"{at}.jsonl", make_documents(400, seed=at))) for at in range(4)
+    ]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(inputs, tmp_path_factory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert main(["--input", *inputs, "--output-prefix", str(folder / "o"), *BYTES]) == 0
+    return files(folder)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing may run after it."""
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """Save after every block of a few lines."""
+    monkeypatch.setattr("data_tools.blocks.BLOCK_BYTES", 20000)
+    monkeypatch.setattr("data_tools.job.SECONDS_BETWEEN_SAVES", -1.0)
+    monkeypatch.setattr("data_tools.job.SECONDS_AFTER_A_SOURCE", -1.0)
+
+
+@pytest.mark.parametrize("where", ["add", "save", "finish", "rename"])
+def test_killed_at_every_kind_of_moment(
+    where, inputs, undisturbed, tmp_path, monkeypatch, eager, capsys
+):
+    """Fault injection: die in the n-th call of something, again and again, until it is done."""
+    target = {
+        "add": "data_tools.output.IndexedWriter.add",
+        "save": "data_tools.journal.Journal.add",
+        "finish": "data_tools.output.IndexedWriter.finish",
+        "rename": "pathlib.Path.replace",
+    }[where]
+    module, _, name = target.rpartition(".")
+    owner = {"pathlib.Path": Path}.get(module)
+    if owner is None:
+        parent, _, cls = module.rpartition(".")
+        owner = getattr(sys.modules[parent], cls)
+    original = getattr(owner, name)
+    draw = random.Random(7)
+    arguments = ["--input", *inputs, "--output-prefix", str(tmp_path / "o"), *BYTES]
+    for attempt in range(60):
+        left = 1 if where in ("finish", "rename") and attempt < 3 else draw.randint(1, 25)
+
+        def dying(self, *args, _left=[left], **kwargs):  # noqa: B006
+            _left[0] -= 1
+            after = draw.random() < 0.5
+            if _left[0] == 0 and not after:
+                raise Killed
+            result = original(self, *args, **kwargs)
+            if _left[0] == 0:
+                raise Killed
+            return result
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, dying)
+            try:
+                code = main(arguments)
+                break
+            except Killed:
+                made = {p.name for p in tmp_path.iterdir()} - {"o.partial"}
+                assert "o_text_document.idx" not in made or where == "rename"
+    assert code == 0
+    assert files(tmp_path) == undisturbed
+    assert attempt > 0
+
+
+def test_kill_9(inputs, undisturbed, tmp_path):
+    """Real processes, killed at random moments; no worker outlives its parent."""
+    command = [sys.executable, "-m", "data_tools.preprocess_data", "--input", *inputs]
+    command += ["--output-prefix", str(tmp_path / "o"), *BYTES]
+    draw = random.Random(3)
+    for _ in range(4):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        time.sleep(draw.uniform(0.15, 0.5))
+        process.send_signal(signal.SIGKILL)
+        started = time.monotonic()
+        process.communicate()  # returns when the last worker has closed the inherited stderr
+        assert time.monotonic() - started < 5
+    subprocess.run(command, check=True, capture_output=True)
+    assert files(tmp_path) == undisturbed
+
+
+def test_finished_files_are_not_repeated(inputs, undisturbed, tmp_path, capsys, eager):
+    """A bad line in the third file: mended, the run goes on there."""
+    third = Path(inputs[2])
+    whole, status = third.read_bytes(), third.stat()
+    third.write_bytes(whole + b"broken")
+    arguments = ["--input", *inputs, "--output-prefix", str(tmp_path / "o"), *BYTES]
+    assert main(arguments) == 2
+    assert f"{third}:401: not valid JSON" in capsys.readouterr().err
+    third.write_bytes(whole)
+    os.utime(third, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert main(arguments) == 0
+    assert "800 documents are done, 2 of 4 files finished" in capsys.readouterr().err
+    assert files(tmp_path) == undisturbed
+
+
+def test_ctrl_c(inputs, undisturbed, tmp_path):
+    # A pipe that stays open keeps the program waiting for input.
+    command = [sys.executable, "-m", "data_tools.preprocess_data", "--output-prefix"]
+    command += [str(tmp_path / "p"), *BYTES, "--input", *inputs[:2], "-"]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+    time.sleep(1.0)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert b"interrupted" in err and b"Traceback" not in err
+    assert [p.name for p in tmp_path.iterdir()] == ["p.partial"]
+
+
+def test_same_again_other_again(inputs, undisturbed, tmp_path, capsys):
+    arguments = ["--input", inputs[0], "--output-prefix", str(tmp_path / "o"), *BYTES]
+    assert main(arguments) == 0
+    before = files(tmp_path)
+    assert main(arguments) == 0
+    assert "Already complete" in capsys.readouterr().out
+    assert main([*arguments, "--input", inputs[1]]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert files(tmp_path) == before
+    assert main([*arguments, "--input", inputs[1], "--overwrite"]) == 0
+    assert files(tmp_path) != before
+
+
+def test_another_run_in_the_work_folder_is_refused(inputs, tmp_path, monkeypatch, eager, capsys):
+    arguments = ["--input", *inputs, "--output-prefix", str(tmp_path / "o"), *BYTES]
+    with monkeypatch.context() as patch:
+        patch.setattr("data_tools.output.Output.finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main(arguments)
+    other = [word for word in arguments if word != "--append-eod"]
+    assert main(other) == 2
+    assert "unfinished run with another options" in capsys.readouterr().err
+    assert main([*other, "--overwrite"]) == 0
+
+
+def test_manifest_and_reports(inputs, tmp_path, capsys):
+    arguments = ["--input", *inputs[:2], "--output-prefix", str(tmp_path / "o"), *BYTES]
+    reports = ["--report", str(tmp_path / "r.csv"), "--report", str(tmp_path / "r.json")]
+    assert main([*arguments, *reports]) == 0
+    manifest = json.loads((tmp_path / "o_text_document.json").read_text())
+    table = json.loads((tmp_path / "r.json").read_text())
+    assert [row["source"] for row in table] == [*inputs[:2], "total"]
+    assert table[-1]["tokens_text"] == manifest["tokens"]
+    assert table[-1]["documents"] == manifest["documents"] == 800
+    assert (tmp_path / "r.csv").read_text().splitlines()[0].startswith("source,documents,bytes")
+    assert manifest["recipe"]["tokenizer"]["type"] == "ByteLevelTokenizer"
+    assert main([*arguments, "--report", "r.txt", "--overwrite"]) == 2
