@@ -109,6 +109,19 @@ def _make_parser() -> _Parser:
         help="stages that the output is cut for (default: 1; any PP loads native)",
     )
     add(
+        "--ckpt-format",
+        choices=("torch_dist", "torch"),
+        default="torch_dist",
+        help="megatron-lm: Megatron-LM's flag of this name (default: torch_dist)",
+    )
+    add(
+        "--transformer-impl",
+        choices=("transformer_engine", "local"),
+        default="transformer_engine",
+        help="megatron-lm with --ckpt-format torch: the layers that will load it "
+        "(default: transformer_engine, as in Megatron-LM)",
+    )
+    add(
         "--max-shard-size",
         type=_size,
         default="5GB",
@@ -206,6 +219,8 @@ def _convert(arguments: argparse.Namespace) -> int:
         keep_vocabulary_padding=arguments.keep_vocab_padding,
         tokenizer=arguments.tokenizer,
         vocab_size=arguments.vocab_size,
+        megatron_format=arguments.ckpt_format,
+        transformer_impl=arguments.transformer_impl,
     )
     conversion = prepare(arguments.source, arguments.target, arguments.input, options)
     print(summary(conversion.source))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_llmjp.convert import engine
-from megatron_llmjp.convert.detect import detect, reader
+from megatron_llmjp.convert.detect import detect, planner, reader
 from megatron_llmjp.convert.formats import Options, Source
 from megatron_llmjp.convert.plan import Copy, Output
 from megatron_llmjp.errors import UserError
@@ -47,13 +47,10 @@ def prepare(source_format: str | None, target: str, path: Path, options: Options
     Raises:
         UserError: the source is not whole, or the target cannot hold it.
     """
-    from megatron_llmjp.convert import hf, native
-
     source = reader(source_format or detect(path))(path).check()
     if options.vocab_size is not None:
         if options.vocab_size > source.rows:
             raise UserError(f"--vocab-size {options.vocab_size}: {path} has {source.rows} rows")
         source.model = source.model.model_copy(update={"vocab_size": options.vocab_size})
-    planners = {"native": native.plan, "hf": hf.plan}
-    output = planners[target](source, options)
+    output = planner(target)(source, options)
     return Conversion(source, target, output, engine.match(source.reads, output))

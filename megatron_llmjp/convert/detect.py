@@ -1,4 +1,4 @@
-"""Which format a path holds."""
+"""Which format a path holds, and who reads and writes it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_llmjp.checkpoint import manifest
-from megatron_llmjp.convert.formats import FORMATS, Source
+from megatron_llmjp.convert.formats import FORMATS, Options, Source
+from megatron_llmjp.convert.plan import Output
 from megatron_llmjp.errors import UserError
 
 
@@ -45,6 +46,25 @@ def detect(path: Path) -> str:
 
 def reader(name: str) -> Callable[[Path], Source]:
     """The function that opens a checkpoint of a format."""
-    from megatron_llmjp.convert import hf, native
+    from megatron_llmjp.convert import hf, megatron_deepspeed, megatron_lm, native
 
-    return {"native": native.read, "hf": hf.read}[name]
+    readers = {
+        "native": native.read,
+        "hf": hf.read,
+        "megatron-lm": megatron_lm.read,
+        "megatron-deepspeed": megatron_deepspeed.read,
+    }
+    return readers[name]
+
+
+def planner(name: str) -> Callable[[Source, Options], Output]:
+    """The function that lays out a checkpoint of a format."""
+    from megatron_llmjp.convert import hf, megatron_deepspeed, megatron_lm, native
+
+    planners = {
+        "native": native.plan,
+        "hf": hf.plan,
+        "megatron-lm": megatron_lm.plan,
+        "megatron-deepspeed": megatron_deepspeed.plan,
+    }
+    return planners[name]

@@ -83,6 +83,8 @@ class Options:
     keep_vocabulary_padding: bool = False
     tokenizer: Path | None = None
     vocab_size: int | None = None
+    megatron_format: str = "torch_dist"
+    transformer_impl: str = "transformer_engine"
 
     def dtype_of(self, read: Read) -> torch.dtype:
         """The type a tensor is written in: its own unless another was asked for."""

@@ -269,7 +269,8 @@ def _config(
         **style.to_config(source.model),
         "vocab_size": rows,
         "tie_word_embeddings": not source.model.untie_embeddings_and_output_weights,
-        **ids,
+        # Unknown ids are said to be so: the classes' defaults would name other tokens.
+        **{"bos_token_id": None, "eos_token_id": None, **ids},
         "torch_dtype": dtype,
         "dtype": dtype,
         "use_cache": True,

@@ -17,10 +17,12 @@ from megatron_llmjp.convert.formats import Options, Source
 from megatron_llmjp.convert.plan import Read, Write
 from megatron_llmjp.convert.tensors import LAYER, VOCABULARY, boxes, shapes
 
-_FUSED = {
+FUSED = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
+"""Norms of local layers, and where Transformer Engine's fused layers keep them."""
+
 _NOT_WEIGHTS = re.compile(
     r"^(optimizer|rng_state|rerun_state_machine|opt_param_scheduler)|_extra_state"
 )
@@ -41,7 +43,7 @@ def on_disk(name: str) -> tuple[str, int | None]:
     if match is None:
         return name, None
     rest = match[2]
-    for local, fused in _FUSED.items():
+    for local, fused in FUSED.items():
         rest = rest.replace(local, fused)
     return f"decoder.layers.{rest}", int(match[1])
 

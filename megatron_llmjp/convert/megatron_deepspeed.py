@@ -1,0 +1,339 @@
+"""Megatron-DeepSpeed's checkpoints: pipeline layer files, or the whole module in rank files.
+
+Source: deepspeed/runtime/pipe/module.py and engine.py, megatron/model/gpt_model.py of LLM-jp's
+fork. ``global_step<N>/layer_LL-model_TT-model_states.pt`` holds a flat dictionary per layer and
+tensor-parallel rank, ``mp_rank_*`` the arguments; without pipeline, ``module`` of ``mp_rank_TT``
+holds everything. Layer files are told apart by their keys: their numbers differ between versions.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_llmjp.config.schema import ModelConfig
+from megatron_llmjp.convert.formats import Options, Source
+from megatron_llmjp.convert.megatron_args import make_args, model_from_args
+from megatron_llmjp.convert.megatron_ranks import (
+    OLD_NAMES,
+    Gathered,
+    check_divides,
+    new_name,
+    rank_shape,
+    target_rows,
+    write_of,
+)
+from megatron_llmjp.convert.plan import Output, Read, Slot
+from megatron_llmjp.convert.storage import Stored
+from megatron_llmjp.convert.tensors import (
+    FINAL_NORM,
+    LAYER,
+    OUTPUT_LAYER,
+    POSITION_EMBEDDINGS,
+    WORD_EMBEDDINGS,
+    Part,
+    norm_kinds,
+    shapes,
+)
+from megatron_llmjp.convert.torch_archive import load
+from megatron_llmjp.convert.torch_archive_writer import Placeholder, plan_archive
+from megatron_llmjp.errors import UserError
+
+LATEST = "latest"
+_LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt$")
+_RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt$")
+
+
+def read(path: Path) -> Source:
+    """Open a ``global_step*`` folder, or the one that ``latest`` names.
+
+    Raises:
+        UserError: it is incomplete, damaged, or cannot be represented.
+    """
+    folder = newest(path)
+    first, ranks = _rank_files(folder)
+    content = load(first)
+    if "args" not in content:
+        raise UserError(f"{first}: holds no args: not of Megatron-DeepSpeed")
+    args = content["args"]
+    if content.get("checkpoint_version", 0) < 2.0:
+        raise UserError(
+            f"{first}: checkpoint_version {content.get('checkpoint_version', 0)} has another order "
+            "of QKV rows; load and save it with a newer Megatron-DeepSpeed"
+        )
+    model = model_from_args(args, str(first))
+    known = content.get("universal_checkpoint_info") or {}
+    if isinstance(known.get("original_vocab_size"), int):
+        model = model.model_copy(update={"vocab_size": known["original_vocab_size"]})
+    gathered = Gathered()
+    if content.get("module") is None:
+        tensor = _gather_layers(folder, model, gathered)
+        layout = f"pipeline layers, TP {tensor} x PP {max(1, len(ranks) // tensor)}"
+    else:
+        tensor = len(ranks)
+        _gather_modules(ranks, gathered)
+        layout = f"no pipeline, TP {tensor}"
+    if getattr(args, "sequence_parallel", False) and POSITION_EMBEDDINGS in gathered.parts:
+        raise UserError(f"{folder}: position embeddings split by sequence parallelism")
+    reads = _join_separate_keys(folder, gathered, model, tensor)
+    reads |= gathered.reads(folder, model, tensor)
+    notes = []
+    if model.vocab_size is None:
+        notes.append(
+            "the true vocabulary size is not in the checkpoint: its padding was kept; "
+            "--vocab-size N trims it"
+        )
+    return Source(
+        "megatron-deepspeed",
+        folder,
+        model,
+        reads,
+        layout,
+        iteration=content.get("iteration"),
+        consumed_samples=getattr(args, "consumed_train_samples", None),
+        seq_length=getattr(args, "seq_length", None),
+        notes=notes,
+    )
+
+
+def newest(path: Path) -> Path:
+    """The ``global_step*`` folder that ``path`` means."""
+    if next(path.glob("mp_rank_*_model_states.pt"), None):
+        return path
+    latest = path / LATEST
+    if latest.is_file():
+        tag = latest.read_text(encoding="utf-8").strip()
+        if not tag or "/" in tag or not (path / tag).is_dir():
+            raise UserError(f"{latest}: names '{tag}', which is not in {path}")
+        return path / tag
+    steps = [
+        (int(m[1]), p)
+        for p in path.glob("global_step*")
+        if (m := re.fullmatch(r"global_step(\d+)", p.name))
+    ]
+    if not steps:
+        raise UserError(f"{path}: holds neither {LATEST} nor global_step* nor mp_rank_* files")
+    return max(steps)[1]
+
+
+def _rank_files(folder: Path) -> tuple[Path, dict[int, Path]]:
+    found = {int(m[1]): p for p in folder.iterdir() if (m := _RANK_FILE.match(p.name))}
+    if 0 not in found:
+        raise UserError(f"{folder}: mp_rank_00_model_states.pt is missing")
+    if sorted(found) != list(range(len(found))):
+        raise UserError(f"{folder}: of mp_rank_* files only {sorted(found)} are there")
+    return found[0], found
+
+
+def _gather_layers(folder: Path, model: ModelConfig, gathered: Gathered) -> int:
+    """Take up the layer files; returns the tensor parallel size."""
+    files: dict[int, dict[int, Path]] = {}
+    for path in folder.iterdir():
+        if match := _LAYER_FILE.match(path.name):
+            files.setdefault(int(match[1]), {})[int(match[2])] = path
+    if not files:
+        raise UserError(f"{folder}: holds no layer_*-model_* files")
+    tensor = 1 + max(rank for ranks in files.values() for rank in ranks)
+    layer = 0
+    for _, ranks in sorted(files.items()):
+        prefix = ""
+        for rank, path in sorted(ranks.items()):
+            for key, stored in load(path).items():
+                name, prefix = _classify(key, stored, layer)
+                if (
+                    name == WORD_EMBEDDINGS
+                    and name in gathered.parts
+                    and (
+                        rank in gathered.parts[name]
+                        and not model.untie_embeddings_and_output_weights
+                    )
+                ):
+                    continue  # a tied copy at the end
+                gathered.add(name, rank, stored)
+        layer += prefix != ""
+    return tensor
+
+
+def _classify(key: str, stored: Stored, layer: int) -> tuple[str, str]:
+    """Canonical name of a key of a layer file, and the layer's prefix if it is of a layer."""
+    if key in ("word_embeddings.weight", "position_embeddings.weight"):
+        return f"embedding.{key}", ""
+    if key == "lm_head.weight":
+        return OUTPUT_LAYER, ""
+    if key in ("weight", "bias"):
+        return f"{FINAL_NORM}.{key}", ""
+    if key.endswith("local_embeddings.weight"):
+        raise UserError(f"{stored.source}: position embeddings split by sequence parallelism")
+    prefix = LAYER.format(i=layer)
+    return prefix + new_name(key), prefix
+
+
+def _gather_modules(ranks: dict[int, Path], gathered: Gathered) -> None:
+    """Take up the modules of a checkpoint without pipeline."""
+    for rank, path in ranks.items():
+        language = load(path)["module"].get("language_model", {})
+        embedding, encoder = language.get("embedding", {}), language.get("encoder", {})
+        for name in ("word_embeddings", "position_embeddings"):
+            if name in embedding:
+                gathered.add(f"embedding.{name}.weight", rank, embedding[name]["weight"])
+        for key, stored in encoder.items():
+            match = re.match(r"layers\.(\d+)\.(.*)", key)
+            name = LAYER.format(i=match[1]) + new_name(match[2]) if match else f"decoder.{key}"
+            gathered.add(name, rank, stored)
+        if "output_layer" in language:
+            gathered.add(OUTPUT_LAYER, rank, language["output_layer"]["weight"])
+
+
+def _join_separate_keys(
+    folder: Path, gathered: Gathered, model: ModelConfig, tensor: int
+) -> dict[str, Read]:
+    """Grouped-query attention before November 2023 kept ``query`` and ``key_value`` apart."""
+    reads = {}
+    shape_of = shapes(model, 1)
+    for i in range(model.num_layers):
+        for kind in ("weight", "bias"):
+            prefix = f"{LAYER.format(i=i)}self_attention."
+            query = gathered.parts.pop(f"{prefix}query.{kind}", None)
+            pair = gathered.parts.pop(f"{prefix}key_value.{kind}", None)
+            if query is None or pair is None:
+                continue
+            name = f"{prefix}linear_qkv.{kind}"
+            if name not in shape_of or len(query) != tensor or len(pair) != tensor:
+                raise UserError(f"{folder}: query and key_value of layer {i} do not fit")
+            layout = partial(
+                query_and_key_value, groups=model.query_groups, head_dim=model.head_dim, size=tensor
+            )
+            parts = [ranks[t] for t in range(tensor) for ranks in (query, pair)]
+            reads[name] = Read(shape_of[name], query[0].dtype, parts, layout)
+    return reads
+
+
+def query_and_key_value(tensor: torch.Tensor, groups: int, head_dim: int, size: int) -> list[Part]:
+    """Grouped ``linear_qkv`` rows as ``query`` and ``key_value`` of each tensor-parallel rank."""
+    rest = tuple(tensor.shape[1:])
+    grouped = tensor.view(size, groups // size, -1, head_dim, *rest)
+    parts = []
+    for rank in range(size):
+        for view in (grouped[rank, :, :-2], grouped[rank, :, -2:]):
+            count = view.shape[0] * view.shape[1] * head_dim
+            parts.append(Part(view, (count, *rest)))
+    return parts
+
+
+def plan(source: Source, options: Options) -> Output:
+    """Lay out a checkpoint that Megatron-DeepSpeed loads with ``--finetune``.
+
+    Raises:
+        UserError: it has no way to express the model.
+    """
+    model, tensor = source.model, options.tensor_parallel
+    check_divides(model, tensor, options.pipeline_parallel)
+    _check_expressible(model)
+    rows = target_rows(model, source.rows, tensor)
+    iteration = source.iteration or 0
+    tag = f"global_step{iteration}"
+    groups = _layer_files(model)
+    files = []
+    slots: dict[str, dict[int, list[Slot]]] = {}
+    for number, names in groups.items():
+        for t in range(tensor):
+            tree = {}
+            for name, key in names.items():
+                shape = rank_shape(name, model, shapes(model, rows)[name], tensor)
+                tree[key] = Placeholder(key, shape, options.dtype_of(source.reads[name]))
+            path = f"{tag}/layer_{number:02d}-model_{t:02d}-model_states.pt"
+            file = plan_archive(path, tree)
+            files.append(file)
+            for name, key in names.items():
+                slots.setdefault(name, {})[t] = [file.slots[key]]
+    for rank in range(tensor * options.pipeline_parallel):
+        content = _rank_content(source, options, rows)
+        files.append(plan_archive(f"{tag}/mp_rank_{rank:02d}_model_states.pt", content))
+
+    def finish(folder: Path) -> None:
+        (folder / LATEST).write_text(tag, encoding="utf-8")
+        (folder / "latest_checkpointed_iteration.txt").write_text(str(iteration), encoding="utf-8")
+
+    writes = {name: write_of(name, model, tensor, slots[name], rows) for name in source.reads}
+    return Output(files, writes, finish)
+
+
+def _check_expressible(model: ModelConfig) -> None:
+    problems = []
+    if model.position_embedding_type == "rope" and model.rotary_base != 10000:
+        problems.append(f"rotary_base {model.rotary_base}: Megatron-DeepSpeed has 10000 built in")
+    if model.add_qkv_bias and not model.add_bias_linear:
+        problems.append("add_qkv_bias: it has biases in all linear layers or in none")
+    if problems:
+        raise UserError("megatron-deepspeed cannot hold this model: " + "; ".join(problems))
+
+
+def _layer_files(model: ModelConfig) -> dict[int, dict[str, str]]:
+    """Names and keys of every layer file, numbered as since July 2023."""
+    first = {WORD_EMBEDDINGS: "word_embeddings.weight"}
+    if model.position_embedding_type == "learned_absolute":
+        first[POSITION_EMBEDDINGS] = "position_embeddings.weight"
+    files = {1: first}
+    old = {new: name for name, new in OLD_NAMES.items()}
+    names = shapes(model, 1)
+    for i in range(model.num_layers):
+        prefix = LAYER.format(i=i)
+        inner = [n.removeprefix(prefix) for n in names if n.startswith(prefix)]
+        files[i + 2] = {
+            prefix + n: f"{old[n.rpartition('.')[0]]}.{n.rpartition('.')[2]}" for n in inner
+        }
+    last = model.num_layers + 2
+    files[last] = {f"{FINAL_NORM}.{kind}": kind for kind in norm_kinds(model)}
+    if model.untie_embeddings_and_output_weights:
+        files[last + 1] = {OUTPUT_LAYER: "lm_head.weight"}
+    return files
+
+
+def _rank_content(source: Source, options: Options, rows: int) -> dict[str, Any]:
+    """What DeepSpeed's engine and Megatron insist on when they load."""
+    model, tensor, stages = source.model, options.tensor_parallel, options.pipeline_parallel
+    iteration = source.iteration or 0
+    rope = model.position_embedding_type == "rope"
+    extra = {
+        "num_key_value_heads": model.query_groups,
+        "add_position_embedding": not rope,
+        "normalization": model.normalization.lower(),
+        "num_experts": [1],
+        "iteration": iteration,
+        "no_pipeline_parallel": False,
+        "deepspeed": True,
+    }
+    dtype = options.dtype or source.dtype
+    return {
+        "module": None,
+        "buffer_names": [],
+        "optimizer": None,
+        "param_shapes": None,
+        "frozen_param_shapes": None,
+        "shared_params": {},
+        "frozen_param_fragments": None,
+        "lr_scheduler": None,
+        "data_sampler": None,
+        "random_ltd": None,
+        "sparse_tensor_module_names": set(),
+        "skipped_steps": 0,
+        "global_steps": iteration,
+        "global_samples": 0,
+        "dp_world_size": 1,
+        "mp_world_size": tensor * stages,
+        "ds_config": {},
+        "ds_version": "0.10.0",
+        "args": make_args(model, rows, dtype, tensor, stages, extra),
+        "checkpoint_version": 3.0,
+        "iteration": iteration,
+        "tokens": 0,
+        "universal_checkpoint_info": {
+            "universal_checkpoint_version": 0.2,
+            "original_vocab_size": model.vocab_size or rows,
+            "padded_vocab_size": rows,
+        },
+    }
