@@ -1,0 +1,183 @@
+"""Megatron-LM and Megatron-DeepSpeed: what they wrote, and what is written for them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hf_models import STYLES, state
+
+FIXTURES = Path(__file__).parent / "fixtures"
+REFERENCES = ["mds_gpt_tp2pp2dp2_bf16z1", "mds_llama_tp2pp2_fp32", "mds_gpt_nopipe_tp2"]
+
+
+def loss_of(folder: Path, tokens: torch.Tensor) -> float:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = model(tokens[:, :-1]).logits.double()
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_real_checkpoints_give_their_recorded_losses(tmp_path, convert, name):
+    expected = json.loads((FIXTURES / name / "expected.json").read_text())
+    tokens = torch.from_numpy(np.load(FIXTURES / name / "tokens.npy"))
+    source = FIXTURES / name / "ckpt"
+    convert("--to", "hf", "--input", source, "--output", tmp_path / "true")
+    convert("--to", "hf", "--input", source, "--output", tmp_path / "pad", "--keep-vocab-padding")
+    true, padded = expected["eval_loss_hf_true_vocab_only"], expected["eval_loss"]
+    assert loss_of(tmp_path / "true", tokens) == pytest.approx(true, abs=5e-6)
+    assert loss_of(tmp_path / "pad", tokens) == pytest.approx(padded, abs=5e-6)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize(
+    ("target", "tensor", "pipeline", "flags"),
+    [
+        ("megatron-lm", 2, 3, ["--ckpt-format", "torch"]),
+        ("megatron-lm", 4, 1, ["--ckpt-format", "torch", "--transformer-impl", "local"]),
+        ("megatron-lm", 2, 1, []),
+        ("megatron-deepspeed", 1, 1, []),
+        ("megatron-deepspeed", 4, 3, []),
+    ],
+)
+def test_round_trip_is_exact(tmp_path, convert, style, target, tensor, pipeline, flags):
+    rope = {"rope_theta": 10000.0} if style == "llama" else {}
+    rope = {"rotary_emb_base": 10000} if style == "gpt_neox" else rope
+    tied = {"tie_word_embeddings": True}
+    STYLES[style](**rope, **tied).save_pretrained(tmp_path / "hf")
+    convert(
+        "--to",
+        target,
+        "--input",
+        tmp_path / "hf",
+        "--output",
+        tmp_path / "there",
+        *flags,
+        "--target-tensor-parallel-size",
+        tensor,
+        "--target-pipeline-parallel-size",
+        pipeline,
+    )
+    convert("--to", "native", "--input", tmp_path / "there", "--output", tmp_path / "native")
+    convert("--to", "hf", "--input", tmp_path / "native", "--output", tmp_path / "back")
+    before, after = state(tmp_path / "hf"), state(tmp_path / "back")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    configs = [json.loads((tmp_path / f / "config.json").read_text()) for f in ("hf", "back")]
+    ours = {key: value for key, value in configs[1].items() if key in configs[0]}
+    ours = {key: value for key, value in ours.items() if not key.endswith("_token_id")}
+    theirs = {key: configs[0][key] for key in ours}
+    assert ours == theirs
+
+
+def test_swiglu_is_cut_per_rank(tmp_path, convert):
+    model = STYLES["llama"](rope_theta=10000.0)
+    model.save_pretrained(tmp_path / "hf")
+    convert(
+        "--to",
+        "megatron-deepspeed",
+        "--input",
+        tmp_path / "hf",
+        "--output",
+        tmp_path / "there",
+        "--target-tensor-parallel-size",
+        2,
+    )
+    folder = tmp_path / "there" / (tmp_path / "there" / "latest").read_text()
+    mlp = model.model.layers[1].mlp
+    for rank in range(2):
+        layer = torch.load(folder / f"layer_03-model_{rank:02d}-model_states.pt")
+        half = slice(88 * rank, 88 * (rank + 1))
+        expected = torch.cat([mlp.gate_proj.weight[half], mlp.up_proj.weight[half]])
+        assert torch.equal(layer["mlp.dense_h_to_4h.weight"], expected)
+        assert layer["self_attention.dense.weight"].shape == (64, 48)
+
+
+def test_vocabulary_is_padded_for_the_target(tmp_path, convert):
+    STYLES["gpt2"]().save_pretrained(tmp_path / "hf")
+    for tensor, rows in ((1, 128), (4, 512)):
+        out = tmp_path / f"tp{tensor}"
+        convert(
+            "--to",
+            "megatron-deepspeed",
+            "--input",
+            tmp_path / "hf",
+            "--output",
+            out,
+            "--target-tensor-parallel-size",
+            tensor,
+        )
+        ranks = sorted(out.glob("*/layer_01-*"))
+        assert len(ranks) == tensor
+        found = sum(torch.load(p)["word_embeddings.weight"].shape[0] for p in ranks)
+        assert found == rows
+        args = torch.load(next(out.glob("*/mp_rank_00*")), weights_only=False)["args"]
+        assert isinstance(args, argparse.Namespace)
+        assert args.padded_vocab_size == rows
+
+
+def test_pieces_that_do_not_divide_are_refused(tmp_path, convert):
+    STYLES["llama"](rope_theta=10000.0).save_pretrained(tmp_path / "hf")
+    for flags, message in (
+        (("--target-tensor-parallel-size", 3), "does not divide num_attention_heads 8"),
+        (("--target-pipeline-parallel-size", 2), "does not divide num_layers 3"),
+    ):
+        text = convert(
+            "--to",
+            "megatron-deepspeed",
+            "--input",
+            tmp_path / "hf",
+            "--output",
+            tmp_path / "out",
+            *flags,
+            code=2,
+        )
+        assert message in text
+        assert not (tmp_path / "out").exists()
+
+
+def test_separate_query_and_key_value_of_2023(tmp_path, convert):
+    """Before November 2023 grouped queries lay apart from keys and values."""
+    model = STYLES["llama"](rope_theta=10000.0)
+    model.save_pretrained(tmp_path / "hf")
+    there = tmp_path / "there"
+    convert(
+        "--to",
+        "megatron-deepspeed",
+        "--input",
+        tmp_path / "hf",
+        "--output",
+        there,
+        "--target-tensor-parallel-size",
+        2,
+    )
+    for path in there.glob("*/layer_0[234]-*"):
+        layer = torch.load(path)
+        fused = layer.pop("self_attention.query_key_value.weight").view(2, 4, 12, 64)
+        layer["self_attention.query.weight"] = fused[:, :2].reshape(48, 64).clone()
+        layer["self_attention.key_value.weight"] = fused[:, 2:].reshape(48, 64).clone()
+        torch.save(layer, path)
+    convert("--to", "hf", "--input", there, "--output", tmp_path / "back")
+    before, after = state(tmp_path / "hf"), state(tmp_path / "back")
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_old_layer_numbers_are_read(tmp_path, convert):
+    """Before July 2023 layers began at 03 and the final norm followed a gap."""
+    STYLES["gpt2"]().save_pretrained(tmp_path / "hf")
+    there = tmp_path / "there"
+    convert("--to", "megatron-deepspeed", "--input", tmp_path / "hf", "--output", there)
+    for path in sorted(there.glob("*/layer_*"), reverse=True):
+        number = int(path.name[6:8])
+        if number > 1:
+            new = number + (1 if number < 5 else 2)
+            path.rename(path.with_name(f"layer_{new:02d}{path.name[8:]}"))
+    convert("--to", "hf", "--input", there, "--output", tmp_path / "back")
+    before, after = state(tmp_path / "hf"), state(tmp_path / "back")
+    assert all(torch.equal(before[key], after[key]) for key in before)

@@ -1,0 +1,151 @@
+"""Nothing half-made, nothing executed, every damage named."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hf_models import llama, state
+
+from megatron_llmjp.convert.torch_archive import load
+from megatron_llmjp.errors import UserError
+
+
+class Malicious:
+    def __init__(self, call, *arguments):
+        self.call, self.arguments = call, arguments
+
+    def __reduce__(self):
+        return self.call, self.arguments
+
+
+@pytest.fixture
+def hf(tmp_path) -> Path:
+    llama(rope_theta=10000.0).save_pretrained(tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+@pytest.mark.parametrize("call", [(os.system, "touch {}"), (eval, "open('{}', 'w')"),
+                                  (subprocess.call, ["touch", "{}"])])  # fmt: skip
+def test_malicious_pickle_is_refused(tmp_path, call):
+    mark = tmp_path / "executed"
+    arguments = [
+        a.format(mark) if isinstance(a, str) else [x.format(mark) for x in a] for a in call[1:]
+    ]
+    torch.save({"module": Malicious(call[0], *arguments)}, tmp_path / "bad.pt")
+    with pytest.raises(UserError, match="refused: it would call"):
+        load(tmp_path / "bad.pt")
+    assert not mark.exists()
+
+
+def test_malicious_metadata_is_refused(tmp_path, hf, convert):
+    convert("--to", "megatron-lm", "--input", hf, "--output", tmp_path / "there")
+    mark = tmp_path / "executed"
+    metadata = tmp_path / "there" / "release" / ".metadata"
+    metadata.write_bytes(pickle.dumps(Malicious(os.system, f"touch {mark}")))
+    text = convert("--to", "hf", "--input", tmp_path / "there", "--output", tmp_path / "o", code=2)
+    assert "refused: it would call posix.system" in text
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("target", ["native", "hf", "megatron-deepspeed", "megatron-lm"])
+def test_truncated_files_are_named_and_nothing_is_left(tmp_path, hf, convert, target):
+    convert("--to", target, "--input", hf, "--output", tmp_path / "there")
+    victim = max(
+        (p for p in (tmp_path / "there").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
+    )
+    victim.write_bytes(victim.read_bytes()[: victim.stat().st_size * 2 // 3])
+    text = convert("--to", "hf", "--input", tmp_path / "there", "--output", tmp_path / "o", code=2)
+    assert victim.name in text
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith((".o", "o"))]
+
+
+def test_missing_and_unexpected_tensors_are_errors(tmp_path, hf, convert):
+    from safetensors.torch import save_file
+
+    tensors = state(hf)
+    norm = tensors.pop("model.layers.1.input_layernorm.weight")
+    tensors["model.layers.1.input_layernorm.bias"] = norm
+    save_file(tensors, hf / "model.safetensors")
+    text = convert("--to", "native", "--input", hf, "--output", tmp_path / "o", code=2)
+    assert "missing: model.layers.1.input_layernorm.weight" in text
+    assert "unexpected: model.layers.1.input_layernorm.bias" in text
+
+
+def test_wrong_shapes_are_errors(tmp_path, hf, convert):
+    from safetensors.torch import save_file
+
+    tensors = state(hf)
+    tensors["model.norm.weight"] = torch.ones(65)
+    save_file(tensors, hf / "model.safetensors")
+    text = convert("--to", "native", "--input", hf, "--output", tmp_path / "o", code=2)
+    assert "decoder.final_layernorm.weight has shape (65,)" in text
+
+
+def test_replicas_that_differ_are_errors(tmp_path, hf, convert):
+    """GPT-NeoX once stored partial sums of biases on each rank."""
+    there = tmp_path / "there"
+    convert(
+        "--to",
+        "megatron-deepspeed",
+        "--input",
+        hf,
+        "--output",
+        there,
+        "--target-tensor-parallel-size",
+        2,
+    )
+    path = next(there.glob("*/layer_02-model_01*"))
+    layer = torch.load(path)
+    layer["input_layernorm.weight"] += 1
+    torch.save(layer, path)
+    text = convert("--to", "hf", "--input", there, "--output", tmp_path / "o", code=2)
+    assert "differs from the copy in" in text
+    assert not (tmp_path / "o").exists()
+
+
+def test_source_is_never_written(tmp_path, hf, convert):
+    convert("--to", "native", "--input", hf, "--output", tmp_path / "native")
+    files = [p for p in (tmp_path / "native").rglob("*") if p.is_file()]
+    before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in files}
+    convert("--to", "hf", "--input", tmp_path / "native", "--output", tmp_path / "o")
+    files = [p for p in (tmp_path / "native").rglob("*") if p.is_file()]
+    assert before == {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in files}
+
+
+def test_existing_output_is_kept(tmp_path, hf, convert):
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o" / "mine").write_text("precious")
+    text = convert("--to", "native", "--input", hf, "--output", tmp_path / "o", code=2)
+    assert "exists already" in text
+    assert (tmp_path / "o" / "mine").read_text() == "precious"
+
+
+def test_full_disk_is_reported_and_nothing_left(tmp_path, hf):
+    """Writes begin to fail in the middle, as on a full disk."""
+    program = (
+        "import sys\n"
+        "from megatron_llmjp.convert.cli import main\n"
+        "import os, errno\n"
+        "real, count = os.pwrite, [0]\n"
+        "def full(fd, data, offset):\n"
+        "    count[0] += 1\n"
+        "    if count[0] > 40: raise OSError(errno.ENOSPC, 'No space left on device')\n"
+        "    return real(fd, data, offset)\n"
+        "os.pwrite = full\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "--to", "native", "--input", str(hf),
+         "--output", str(tmp_path / "o")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "disk is full" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]
