@@ -109,6 +109,11 @@ def _make_parser() -> _Parser:
         help="stages that the output is cut for (default: 1; any PP loads native)",
     )
     add(
+        "--main-weights",
+        action="store_true",
+        help="from megatron-deepspeed: the fp32 weights of the ZeRO optimizer",
+    )
+    add(
         "--ckpt-format",
         choices=("torch_dist", "torch"),
         default="torch_dist",
@@ -221,6 +226,7 @@ def _convert(arguments: argparse.Namespace) -> int:
         vocab_size=arguments.vocab_size,
         megatron_format=arguments.ckpt_format,
         transformer_impl=arguments.transformer_impl,
+        main_weights=arguments.main_weights,
     )
     conversion = prepare(arguments.source, arguments.target, arguments.input, options)
     print(summary(conversion.source))

@@ -41,13 +41,28 @@ class Conversion:
                 verify(folder)
 
 
+def open_source(name: str, path: Path, options: Options) -> Source:
+    """Open a checkpoint of a format.
+
+    Raises:
+        UserError: it is not whole, or does not have what was asked for.
+    """
+    if not options.main_weights:
+        return reader(name)(path)
+    if name != "megatron-deepspeed":
+        raise UserError(f"--main-weights is for megatron-deepspeed, {path} is {name}")
+    from megatron_llmjp.convert import megatron_deepspeed
+
+    return megatron_deepspeed.read(path, main_weights=True)
+
+
 def prepare(source_format: str | None, target: str, path: Path, options: Options) -> Conversion:
     """Open the source, account for its tensors, and lay out the target.
 
     Raises:
         UserError: the source is not whole, or the target cannot hold it.
     """
-    source = reader(source_format or detect(path))(path).check()
+    source = open_source(source_format or detect(path), path, options).check()
     if options.vocab_size is not None:
         if options.vocab_size > source.rows:
             raise UserError(f"--vocab-size {options.vocab_size}: {path} has {source.rows} rows")

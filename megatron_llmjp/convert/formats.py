@@ -85,6 +85,7 @@ class Options:
     vocab_size: int | None = None
     megatron_format: str = "torch_dist"
     transformer_impl: str = "transformer_engine"
+    main_weights: bool = False
 
     def dtype_of(self, read: Read) -> torch.dtype:
         """The type a tensor is written in: its own unless another was asked for."""

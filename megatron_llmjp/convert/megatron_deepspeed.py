@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from megatron_llmjp.config.schema import ModelConfig
+from megatron_llmjp.convert import zero
 from megatron_llmjp.convert.formats import Options, Source
 from megatron_llmjp.convert.megatron_args import make_args, model_from_args
 from megatron_llmjp.convert.megatron_ranks import (
@@ -48,8 +49,20 @@ _LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt$")
 _RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt$")
 
 
-def read(path: Path) -> Source:
+_MODULES = {
+    "language_model.embedding.": "embedding.",
+    "language_model.encoder.final_layernorm": FINAL_NORM,
+    "language_model.encoder.": "",
+    "language_model.output_layer": "output_layer",
+}
+
+
+def read(path: Path, main_weights: bool = False) -> Source:
     """Open a ``global_step*`` folder, or the one that ``latest`` names.
+
+    Args:
+        path: the folder.
+        main_weights: take the fp32 weights of the ZeRO optimizer instead of the model's.
 
     Raises:
         UserError: it is incomplete, damaged, or cannot be represented.
@@ -79,6 +92,9 @@ def read(path: Path) -> Source:
         layout = f"no pipeline, TP {tensor}"
     if getattr(args, "sequence_parallel", False) and POSITION_EMBEDDINGS in gathered.parts:
         raise UserError(f"{folder}: position embeddings split by sequence parallelism")
+    if main_weights:
+        gathered = _gather_main_weights(folder, model, ranks, tensor)
+        layout += ", fp32 weights of the optimizer"
     reads = _join_separate_keys(folder, gathered, model, tensor)
     reads |= gathered.reads(folder, model, tensor)
     notes = []
@@ -186,6 +202,45 @@ def _gather_modules(ranks: dict[int, Path], gathered: Gathered) -> None:
             gathered.add(name, rank, stored)
         if "output_layer" in language:
             gathered.add(OUTPUT_LAYER, rank, language["output_layer"]["weight"])
+
+
+def _gather_main_weights(
+    folder: Path, model: ModelConfig, ranks: dict[int, Path], tensor: int
+) -> Gathered:
+    """Take up the fp32 weights of every rank; of tied embeddings those of the first stage.
+
+    The last stage's copy of the position embeddings is never kept in step with the first's.
+    """
+    numbers = sorted({int(m[1]) for p in folder.iterdir() if (m := _LAYER_FILE.match(p.name))})
+    gathered = Gathered()
+    for rank, path in ranks.items():
+        for name, stored in zero.main_weights(folder, rank, load(path).get("param_shapes")):
+            if name.startswith("tied_modules.embed.") and rank >= tensor:
+                continue
+            gathered.add(_parameter_name(name, stored, numbers), rank % tensor, stored)
+    return gathered
+
+
+def _parameter_name(name: str, stored: Stored, numbers: list[int]) -> str:
+    """The canonical name of one of DeepSpeed's parameter names.
+
+    Args:
+        name: such as ``4.mlp.dense_4h_to_h.weight``; 4 is the number of a layer file.
+        stored: for messages.
+        numbers: of the layer files; the first is the embedding's.
+    """
+    for root in ("tied_modules.embed.", f"{numbers[0] if numbers else 1}."):
+        if name.startswith(root):
+            return _classify(name.removeprefix(root), stored, 0)[0]
+    if match := re.match(r"(\d+)\.(.*)", name):
+        number = int(match[1])
+        layer = numbers.index(number) - 1 if number in numbers else 0
+        return _classify(match[2], stored, layer)[0]
+    name = name.removeprefix("module.")
+    for old, new in _MODULES.items():
+        name = name.replace(old, new)
+    match = re.match(r"layers\.(\d+)\.(.*)", name)
+    return LAYER.format(i=match[1]) + new_name(match[2]) if match else name
 
 
 def _join_separate_keys(

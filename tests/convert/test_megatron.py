@@ -181,3 +181,44 @@ def test_old_layer_numbers_are_read(tmp_path, convert):
     convert("--to", "hf", "--input", there, "--output", tmp_path / "back")
     before, after = state(tmp_path / "hf"), state(tmp_path / "back")
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("prefix", ["", "bf16_"])
+def test_main_weights_of_zero_are_found(tmp_path, convert, prefix):
+    """Flat fp32 arrays cut over two data-parallel ranks, as DeepSpeed writes them."""
+    STYLES["gpt2"]().save_pretrained(tmp_path / "fp32")
+    there = tmp_path / "there"
+    convert("--to", "megatron-deepspeed", "--input", tmp_path / "fp32", "--output", there,
+            "--target-tensor-parallel-size", 2)  # fmt: skip
+    folder = next(there.glob("global_step*"))
+    for rank in range(2):
+        names: dict[str, torch.Tensor] = {}
+        for number in range(1, 6):
+            path = folder / f"layer_{number:02d}-model_{rank:02d}-model_states.pt"
+            layer = torch.load(path)
+            root = "tied_modules.embed" if number == 1 else str(number)
+            names |= {f"{root}.{key}": value for key, value in layer.items()}
+            torch.save({key: value.bfloat16() for key, value in layer.items()}, path)
+        groups = [{k: v for k, v in names.items() if (v.dim() == 1) == one} for one in (0, 1)]
+        main = torch.load(folder / f"mp_rank_{rank:02d}_model_states.pt", weights_only=False)
+        main["param_shapes"] = [{k: v.shape for k, v in group.items()} for group in groups]
+        torch.save(main, folder / f"mp_rank_{rank:02d}_model_states.pt")
+        flats = [torch.cat([v.flatten() for v in group.values()]) for group in groups]
+        flats = [torch.cat([flat, torch.zeros(-len(flat) % 4)]) for flat in flats]
+        for part in range(2):
+            state_dict = {
+                "single_partition_of_fp32_groups": [flat.chunk(2)[part].clone() for flat in flats],
+                "partition_count": [2, 2],
+            }
+            name = f"{prefix}zero_pp_rank_{part}_mp_rank_{rank:02d}_optim_states.pt"
+            torch.save({"optimizer_state_dict": state_dict}, folder / name)
+    convert("--to", "hf", "--input", there, "--output", tmp_path / "bf16")
+    convert("--to", "hf", "--input", there, "--output", tmp_path / "main", "--main-weights")
+    expected, found = state(tmp_path / "fp32"), state(tmp_path / "main")
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+    rounded = state(tmp_path / "bf16")
+    assert all(torch.equal(expected[key].bfloat16(), rounded[key]) for key in expected)
+    (folder / f"{prefix}zero_pp_rank_1_mp_rank_01_optim_states.pt").unlink()
+    text = convert("--to", "hf", "--input", there, "--output", tmp_path / "o", "--main-weights",
+                   code=2)  # fmt: skip
+    assert "1 of 2 data-parallel ranks" in text

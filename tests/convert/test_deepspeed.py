@@ -1,0 +1,45 @@
+"""DeepSpeed itself reads what is written for Megatron-DeepSpeed."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+import torch
+from hf_models import STYLES
+
+
+@pytest.mark.parametrize(("style", "tensor", "pipeline"), [("gpt2", 2, 3), ("llama", 4, 1)])
+def test_deepspeed_checkpoint_reads_it(tmp_path, convert, monkeypatch, style, tensor, pipeline):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    from deepspeed.checkpoint import DeepSpeedCheckpoint
+
+    model = STYLES[style](**({"rope_theta": 10000.0} if style == "llama" else {}))
+    model.save_pretrained(tmp_path / "hf")
+    convert("--to", "megatron-deepspeed", "--input", tmp_path / "hf",
+            "--output", tmp_path / "there", "--target-tensor-parallel-size", tensor,
+            "--target-pipeline-parallel-size", pipeline)  # fmt: skip
+    folder = next((tmp_path / "there").glob("global_step*"))
+    for rank in range(tensor * pipeline):  # it insists on optimizer files, even empty ones
+        path = folder / f"zero_pp_rank_0_mp_rank_{rank:02d}_optim_states.pt"
+        torch.save({"optimizer_state_dict": {}}, path)
+    untied = not model.config.tie_word_embeddings
+    monkeypatch.setattr(torch, "load", _trusting(torch.load))
+    found = DeepSpeedCheckpoint(str(folder), final_layer_norm_idx=-2 if untied else -1)
+    assert (found.tp_degree, found.pp_degree) == (tensor, pipeline)
+    assert found.get_iteration() == 0
+    assert isinstance(found.get_args(), argparse.Namespace)
+    word = model.get_input_embeddings().weight
+    embedding = [found.get_embedding_state(t)["word_embeddings.weight"] for t in range(tensor)]
+    assert torch.equal(torch.cat(embedding)[:101], word)
+    norm = found.get_final_norm_state(0)["weight"]
+    names = dict(model.named_parameters())
+    assert torch.equal(norm, names.get("transformer.ln_f.weight", names.get("model.norm.weight")))
+    layers = [found.get_transformer_state(0, p) for p in range(pipeline)]
+    assert sum(map(len, layers)) == 3
+
+
+def _trusting(load):
+    """DeepSpeed 0.10 to 0.19 load with torch's old default."""
+    return lambda *args, **kwargs: load(*args, **{**kwargs, "weights_only": False})

@@ -1,0 +1,80 @@
+"""Memory does not grow with the model; an interrupted conversion leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_llmjp.config.schema import ModelConfig
+from megatron_llmjp.convert import hf_llama
+from megatron_llmjp.convert.safetensors_io import plan_file
+from megatron_llmjp.convert.tensors import part_shapes, shapes
+
+MODEL = ModelConfig(
+    num_layers=16, hidden_size=1024, num_attention_heads=16, num_query_groups=8,
+    ffn_hidden_size=2816, max_position_embeddings=2048, vocab_size=16384,
+)  # fmt: skip
+LARGEST = 2 * 16384 * 1024  # bytes of the embedding in bf16
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    """A model of 0.4 GB that takes no space: a file of holes."""
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    shape_of = shapes(MODEL, 16384)
+    tensors = {
+        key: (shape, torch.bfloat16)
+        for rule in hf_llama.STYLE.expanded(MODEL)
+        for key, shape in zip(rule.keys, part_shapes(rule.layout, shape_of[rule.name]), strict=True)
+    }
+    plan_file("model.safetensors", tensors).create(folder)
+    config = {"model_type": "llama", "vocab_size": 16384, "tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(config | hf_llama.STYLE.to_config(MODEL)))
+    return folder
+
+
+def start(*arguments: object) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "megatron_llmjp.convert.cli", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL)
+
+
+def peak(process: subprocess.Popen[bytes]) -> int:
+    """Wait for success; returns the largest resident memory in bytes."""
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    return usage.ru_maxrss * 1024
+
+
+def test_memory_is_a_few_tensors(tmp_path, model):
+    begin = peak(start("--to", "native", "--input", model, "--output", tmp_path / "x", "--dry-run"))
+    native = peak(start("--to", "native", "--input", model, "--output", tmp_path / "native"))
+    back = peak(start("--to", "megatron-deepspeed", "--target-tensor-parallel-size", 4,
+                      "--input", tmp_path / "native", "--output", tmp_path / "mds"))  # fmt: skip
+    size = (model / "model.safetensors").stat().st_size
+    assert size > 12 * LARGEST
+    assert max(native, back) < begin + 3 * LARGEST + 50_000_000
+
+
+def test_interrupted_conversion_leaves_nothing(tmp_path, model):
+    process = start("--to", "native", "--input", model, "--output", tmp_path / "native")
+    partial = tmp_path / ".native.partial"
+    while not list(partial.glob("*/*.distcp")) and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+    partial.mkdir()  # as a killed one leaves it
+    (partial / "rubbish").write_text("x")
+    assert start("--to", "native", "--input", model, "--output", tmp_path / "native").wait() == 0
+    assert not partial.exists()
+    assert not list((tmp_path / "native").rglob("rubbish"))
