@@ -194,9 +194,12 @@ class Job:
 
     def _save(self, journal: Journal) -> None:
         """Bring what was written to disk and note the point reached."""
-        if self.point != journal.last:
-            self.output.sync()
-            journal.add(copy.deepcopy(self.point))
+        if self.point == journal.last:
+            return
+        since = range(journal.last.source, self.point.source)
+        self.point.earlier = {source: self.tallies[source] for source in since}
+        self.output.sync()
+        journal.add(copy.deepcopy(self.point))
 
     def _manifest(self, key: str, writer: IndexedWriter, idx_crc: int) -> dict[str, Any]:
         """Return the manifest of one dataset: nothing in it depends on when or where it ran."""

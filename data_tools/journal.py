@@ -39,6 +39,7 @@ class Point:
         position: the end of the last block written, as in blocks.Block.
         done: this source is finished too.
         tally: of this source.
+        earlier: tallies of sources finished since the point before.
         outputs: position of the writer of each key.
         rejected: sizes of the quarantine files in bytes.
         finishing: everything is written; only renames are left.
@@ -48,6 +49,7 @@ class Point:
     position: int = 0
     done: bool = False
     tally: Tally = field(default_factory=Tally)
+    earlier: dict[int, Tally] = field(default_factory=dict)
     outputs: dict[str, Position] = field(default_factory=dict)
     rejected: dict[str, int] = field(default_factory=dict)
     finishing: bool = False
@@ -89,7 +91,10 @@ class Journal:
 
     def tallies(self) -> dict[int, Tally]:
         """Return the last known tally of each source."""
-        return {point.source: point.tally for point in self.points}
+        known: dict[int, Tally] = {}
+        for point in self.points:
+            known |= point.earlier | {point.source: point.tally}
+        return known
 
     def add(self, point: Point) -> None:
         """Append a point and bring it to disk."""
@@ -151,4 +156,6 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
 
 def _point(line: dict[str, Any]) -> Point:
     outputs = {key: Position(**position) for key, position in line.pop("outputs").items()}
-    return Point(outputs=outputs, tally=Tally(**line.pop("tally")), **line)
+    earlier = {int(source): Tally(**tally) for source, tally in line.pop("earlier").items()}
+    tally = Tally(**line.pop("tally"))
+    return Point(outputs=outputs, tally=tally, earlier=earlier, **line)

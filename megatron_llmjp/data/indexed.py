@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -273,7 +273,7 @@ class IndexedWriter:
         self.sync()
         self.close()
         lengths, documents = self.path.with_suffix(".lengths"), self.path.with_suffix(".documents")
-        return write_idx(idx, self.dtype, _map_i4(lengths), _map_i4(documents))
+        return write_idx(idx, self.dtype, lengths, documents)
 
     def clean(self) -> None:
         """Remove the helper files."""
@@ -284,14 +284,14 @@ class IndexedWriter:
 def write_idx(
     path: Path,
     dtype: np.dtype[Any],
-    lengths: npt.NDArray[np.int32],
-    sequences_per_document: npt.NDArray[np.int32],
+    lengths: npt.NDArray[np.int32] | Path,
+    sequences_per_document: npt.NDArray[np.int32] | Path,
     pointers: npt.NDArray[np.int64] | None = None,
 ) -> int:
     """Write an .idx and return its CRC-32.
 
-    The arrays may be memory-mapped, they are read chunk by chunk. Without ``pointers`` the
-    sequences follow each other in the .bin.
+    Lengths and sequences are arrays, or files of int32 which are read chunk by chunk. Without
+    ``pointers`` the sequences follow each other in the .bin.
     """
     crc = 0
     with path.open("wb") as file:
@@ -302,7 +302,7 @@ def write_idx(
             crc = zlib.crc32(data, crc)
 
         code = next(code for code, known in DTYPES.items() if known == dtype)
-        put(HEADER.pack(MAGIC, VERSION, code, len(lengths), len(sequences_per_document) + 1))
+        put(HEADER.pack(MAGIC, VERSION, code, _count(lengths), _count(sequences_per_document) + 1))
         for part in _chunks(lengths):
             put(part.astype("<i4").tobytes())
         if pointers is None:
@@ -325,14 +325,17 @@ def write_idx(
     return crc
 
 
-def _chunks(array: npt.NDArray[Any]) -> Iterable[npt.NDArray[Any]]:
-    return (array[at : at + CHUNK] for at in range(0, len(array), CHUNK))
+def _count(numbers: npt.NDArray[Any] | Path) -> int:
+    return numbers.stat().st_size // 4 if isinstance(numbers, Path) else len(numbers)
 
 
-def _map_i4(path: Path) -> npt.NDArray[np.int32]:
-    if path.stat().st_size == 0:
-        return np.empty(0, np.int32)
-    return np.memmap(path, "<i4", mode="r")
+def _chunks(numbers: npt.NDArray[Any] | Path) -> Iterator[npt.NDArray[Any]]:
+    if not isinstance(numbers, Path):
+        yield from (numbers[at : at + CHUNK] for at in range(0, len(numbers), CHUNK))
+        return
+    with numbers.open("rb") as file:
+        while data := file.read(4 * CHUNK):
+            yield np.frombuffer(data, "<i4")
 
 
 def _open_at(path: Path, size: int) -> BinaryIO:

@@ -18,6 +18,7 @@ import sentencepiece
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.tokenizers.base import Ids, Tokenizer, optional_id
 
+BATCH = 128  # texts per call
 HUGGING_FACE_TWIN = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -28,6 +29,7 @@ class SentencePieceModel(Tokenizer):
     """
 
     kind = "GPTSentencePieceTokenizer"
+    writes_bos = False
 
     def __init__(self, model_file: Path) -> None:
         self.model_file = model_file
@@ -58,8 +60,13 @@ class SentencePieceModel(Tokenizer):
         return None
 
     def encode(self, text: str) -> Ids:
-        """Return the ids of one text, without BOS."""
-        return _to_ids(self.processor, text)
+        """Return the ids of one text, behind BOS where this type writes it."""
+        return _to_ids(self.processor, [text], self.writes_bos)[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+        """Return the ids of each text; a fourth faster for short ones."""
+        batches = (texts[at : at + BATCH] for at in range(0, len(texts), BATCH))
+        return [ids for batch in batches for ids in _to_ids(self.processor, batch, self.writes_bos)]
 
     def decode(self, ids: Sequence[int] | Ids) -> str:
         """Return the text; control tokens (BOS, EOD) have none."""
@@ -84,6 +91,7 @@ class Llama2Tokenizer(SentencePieceModel):
     """BOS before every document; end of document is ``</s>``."""
 
     kind = "Llama2Tokenizer"
+    writes_bos = True
 
     def __init__(self, model_file: Path) -> None:
         super().__init__(model_file)
@@ -92,10 +100,6 @@ class Llama2Tokenizer(SentencePieceModel):
                 f"{model_file}: the model has no BOS piece, which Llama2Tokenizer writes before "
                 "each document. Use --tokenizer-type GPTSentencePieceTokenizer."
             )
-
-    def encode(self, text: str) -> Ids:
-        """Return BOS and the ids of one text."""
-        return _to_ids(self.processor, text, add_bos=True)
 
 
 class SentencePieceTokenizer(SentencePieceModel):
@@ -147,16 +151,19 @@ class SentencePieceTokenizer(SentencePieceModel):
 
     def encode(self, text: str) -> Ids:
         """Return the ids of one text; literal special tokens become their ids."""
-        if self._cut.search(text) is None:
-            return _to_ids(self.processor, text)
         parts = self._cut.split(text)  # text and special tokens in turn
-        ids = [
-            np.array([self.special_ids[part]], np.int32)
-            if at % 2
-            else _to_ids(self.processor, part)
-            for at, part in enumerate(parts)
-        ]
+        if len(parts) == 1:
+            return super().encode(text)
+        ids = _to_ids(self.processor, parts)
+        for at in range(1, len(parts), 2):
+            ids[at] = np.array([self.special_ids[parts[at]]], np.int32)
         return np.concatenate(ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+        """Return the ids of each text."""
+        if any(map(self._cut.search, texts)):
+            return [self.encode(text) for text in texts]
+        return super().encode_batch(texts)
 
     def piece(self, token_id: int) -> str:
         """Return the piece of one id; ids behind the model's last piece are added specials."""
@@ -166,13 +173,13 @@ class SentencePieceTokenizer(SentencePieceModel):
         return super().piece(token_id)
 
 
-def _to_ids(processor: Any, text: str, add_bos: bool = False) -> Ids:
-    """Encode without building a Python list where this version of SentencePiece can."""
-    utf8 = text.encode()  # raises on a lone surrogate, where SentencePiece's error says nothing
+def _to_ids(processor: Any, texts: Sequence[str], add_bos: bool = False) -> list[Ids]:
+    """Encode without building Python lists of ids where this version of SentencePiece can."""
+    utf8 = [text.encode() for text in texts]  # a lone surrogate raises here, with its place
     if hasattr(processor, "encode_as_numpy"):
-        ids: Ids = processor.encode_as_numpy(utf8, add_bos=add_bos)
+        ids: list[Ids] = processor.encode_as_numpy(utf8, add_bos=add_bos, num_threads=1)
         return ids
-    return np.array(processor.encode(utf8, add_bos=add_bos), dtype=np.int32)
+    return [np.array(processor.encode(text, add_bos=add_bos), np.int32) for text in utf8]
 
 
 def _load(model_file: Path) -> Any:
