@@ -114,6 +114,12 @@ def _make_parser() -> _Parser:
         help="from megatron-deepspeed: the fp32 weights of the ZeRO optimizer",
     )
     add(
+        "--with-optimizer",
+        action="store_true",
+        help="to megatron-deepspeed: ZeRO-1 files with fp32 weights and fresh moments, which "
+        "ds_to_universal needs",
+    )
+    add(
         "--ckpt-format",
         choices=("torch_dist", "torch"),
         default="torch_dist",
@@ -227,6 +233,7 @@ def _convert(arguments: argparse.Namespace) -> int:
         megatron_format=arguments.ckpt_format,
         transformer_impl=arguments.transformer_impl,
         main_weights=arguments.main_weights,
+        with_optimizer=arguments.with_optimizer,
     )
     conversion = prepare(arguments.source, arguments.target, arguments.input, options)
     print(summary(conversion.source))

@@ -86,6 +86,7 @@ class Options:
     megatron_format: str = "torch_dist"
     transformer_impl: str = "transformer_engine"
     main_weights: bool = False
+    with_optimizer: bool = False
 
     def dtype_of(self, read: Read) -> torch.dtype:
         """The type a tensor is written in: its own unless another was asked for."""

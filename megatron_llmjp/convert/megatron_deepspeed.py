@@ -11,24 +11,18 @@ from __future__ import annotations
 import re
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from megatron_llmjp.config.schema import ModelConfig
 from megatron_llmjp.convert import zero
-from megatron_llmjp.convert.formats import Options, Source
-from megatron_llmjp.convert.megatron_args import make_args, model_from_args
+from megatron_llmjp.convert.formats import Source
+from megatron_llmjp.convert.megatron_args import model_from_args
 from megatron_llmjp.convert.megatron_ranks import (
-    OLD_NAMES,
     Gathered,
-    check_divides,
     new_name,
-    rank_shape,
-    target_rows,
-    write_of,
 )
-from megatron_llmjp.convert.plan import Output, Read, Slot
+from megatron_llmjp.convert.plan import Read
 from megatron_llmjp.convert.storage import Stored
 from megatron_llmjp.convert.tensors import (
     FINAL_NORM,
@@ -37,11 +31,9 @@ from megatron_llmjp.convert.tensors import (
     POSITION_EMBEDDINGS,
     WORD_EMBEDDINGS,
     Part,
-    norm_kinds,
     shapes,
 )
 from megatron_llmjp.convert.torch_archive import load
-from megatron_llmjp.convert.torch_archive_writer import Placeholder, plan_archive
 from megatron_llmjp.errors import UserError
 
 LATEST = "latest"
@@ -277,118 +269,3 @@ def query_and_key_value(tensor: torch.Tensor, groups: int, head_dim: int, size: 
             count = view.shape[0] * view.shape[1] * head_dim
             parts.append(Part(view, (count, *rest)))
     return parts
-
-
-def plan(source: Source, options: Options) -> Output:
-    """Lay out a checkpoint that Megatron-DeepSpeed loads with ``--finetune``.
-
-    Raises:
-        UserError: it has no way to express the model.
-    """
-    model, tensor = source.model, options.tensor_parallel
-    check_divides(model, tensor, options.pipeline_parallel)
-    _check_expressible(model)
-    rows = target_rows(model, source.rows, tensor)
-    iteration = source.iteration or 0
-    tag = f"global_step{iteration}"
-    groups = _layer_files(model)
-    files = []
-    slots: dict[str, dict[int, list[Slot]]] = {}
-    for number, names in groups.items():
-        for t in range(tensor):
-            tree = {}
-            for name, key in names.items():
-                shape = rank_shape(name, model, shapes(model, rows)[name], tensor)
-                tree[key] = Placeholder(key, shape, options.dtype_of(source.reads[name]))
-            path = f"{tag}/layer_{number:02d}-model_{t:02d}-model_states.pt"
-            file = plan_archive(path, tree)
-            files.append(file)
-            for name, key in names.items():
-                slots.setdefault(name, {})[t] = [file.slots[key]]
-    for rank in range(tensor * options.pipeline_parallel):
-        content = _rank_content(source, options, rows)
-        files.append(plan_archive(f"{tag}/mp_rank_{rank:02d}_model_states.pt", content))
-
-    def finish(folder: Path) -> None:
-        (folder / LATEST).write_text(tag, encoding="utf-8")
-        (folder / "latest_checkpointed_iteration.txt").write_text(str(iteration), encoding="utf-8")
-
-    writes = {name: write_of(name, model, tensor, slots[name], rows) for name in source.reads}
-    return Output(files, writes, finish)
-
-
-def _check_expressible(model: ModelConfig) -> None:
-    problems = []
-    if model.position_embedding_type == "rope" and model.rotary_base != 10000:
-        problems.append(f"rotary_base {model.rotary_base}: Megatron-DeepSpeed has 10000 built in")
-    if model.add_qkv_bias and not model.add_bias_linear:
-        problems.append("add_qkv_bias: it has biases in all linear layers or in none")
-    if problems:
-        raise UserError("megatron-deepspeed cannot hold this model: " + "; ".join(problems))
-
-
-def _layer_files(model: ModelConfig) -> dict[int, dict[str, str]]:
-    """Names and keys of every layer file, numbered as since July 2023."""
-    first = {WORD_EMBEDDINGS: "word_embeddings.weight"}
-    if model.position_embedding_type == "learned_absolute":
-        first[POSITION_EMBEDDINGS] = "position_embeddings.weight"
-    files = {1: first}
-    old = {new: name for name, new in OLD_NAMES.items()}
-    names = shapes(model, 1)
-    for i in range(model.num_layers):
-        prefix = LAYER.format(i=i)
-        inner = [n.removeprefix(prefix) for n in names if n.startswith(prefix)]
-        files[i + 2] = {
-            prefix + n: f"{old[n.rpartition('.')[0]]}.{n.rpartition('.')[2]}" for n in inner
-        }
-    last = model.num_layers + 2
-    files[last] = {f"{FINAL_NORM}.{kind}": kind for kind in norm_kinds(model)}
-    if model.untie_embeddings_and_output_weights:
-        files[last + 1] = {OUTPUT_LAYER: "lm_head.weight"}
-    return files
-
-
-def _rank_content(source: Source, options: Options, rows: int) -> dict[str, Any]:
-    """What DeepSpeed's engine and Megatron insist on when they load."""
-    model, tensor, stages = source.model, options.tensor_parallel, options.pipeline_parallel
-    iteration = source.iteration or 0
-    rope = model.position_embedding_type == "rope"
-    extra = {
-        "num_key_value_heads": model.query_groups,
-        "add_position_embedding": not rope,
-        "normalization": model.normalization.lower(),
-        "num_experts": [1],
-        "iteration": iteration,
-        "no_pipeline_parallel": False,
-        "deepspeed": True,
-    }
-    dtype = options.dtype or source.dtype
-    return {
-        "module": None,
-        "buffer_names": [],
-        "optimizer": None,
-        "param_shapes": None,
-        "frozen_param_shapes": None,
-        "shared_params": {},
-        "frozen_param_fragments": None,
-        "lr_scheduler": None,
-        "data_sampler": None,
-        "random_ltd": None,
-        "sparse_tensor_module_names": set(),
-        "skipped_steps": 0,
-        "global_steps": iteration,
-        "global_samples": 0,
-        "dp_world_size": 1,
-        "mp_world_size": tensor * stages,
-        "ds_config": {},
-        "ds_version": "0.10.0",
-        "args": make_args(model, rows, dtype, tensor, stages, extra),
-        "checkpoint_version": 3.0,
-        "iteration": iteration,
-        "tokens": 0,
-        "universal_checkpoint_info": {
-            "universal_checkpoint_version": 0.2,
-            "original_vocab_size": model.vocab_size or rows,
-            "padded_vocab_size": rows,
-        },
-    }

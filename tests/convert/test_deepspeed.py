@@ -43,3 +43,33 @@ def test_deepspeed_checkpoint_reads_it(tmp_path, convert, monkeypatch, style, te
 def _trusting(load):
     """DeepSpeed 0.10 to 0.19 load with torch's old default."""
     return lambda *args, **kwargs: load(*args, **{**kwargs, "weights_only": False})
+
+
+@pytest.mark.parametrize(("style", "dtype"), [("llama", torch.float32), ("gpt2", torch.bfloat16)])
+def test_ds_to_universal_reads_the_optimizer(tmp_path, convert, monkeypatch, style, dtype):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    from deepspeed.checkpoint import ds_to_universal
+
+    model = STYLES[style](**({"rope_theta": 10000.0} if style == "llama" else {})).to(dtype)
+    model.save_pretrained(tmp_path / "hf")
+    convert("--to", "megatron-deepspeed", "--input", tmp_path / "hf",
+            "--output", tmp_path / "there", "--with-optimizer",
+            "--target-tensor-parallel-size", 2, "--target-pipeline-parallel-size", 3)  # fmt: skip
+    folder = next((tmp_path / "there").glob("global_step*"))
+    monkeypatch.setattr(torch, "load", _trusting(torch.load))
+    flags = ["--input_folder", str(folder), "--output_folder", str(tmp_path / "universal"),
+             "--num_extract_workers", "1", "--num_merge_workers", "1"]  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["ds_to_universal", *flags])
+    ds_to_universal.main(ds_to_universal.parse_arguments())
+    zero = tmp_path / "universal" / "zero"
+    if style == "llama":
+        mlp = model.model.layers[0].mlp
+        fc1 = torch.load(zero / "2.mlp.dense_h_to_4h.weight" / "fp32.pt")["param"]
+        assert torch.equal(fc1, torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))
+        words = zero / "1.word_embeddings.weight"
+    else:
+        words = zero / "tied_modules.embed.word_embeddings.weight"
+    found = torch.load(words / "fp32.pt")["param"]
+    assert torch.equal(found[:101], model.get_input_embeddings().weight.float())
+    assert not torch.load(words / "exp_avg.pt")["param"].any()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -222,3 +223,22 @@ def test_main_weights_of_zero_are_found(tmp_path, convert, prefix):
     text = convert("--to", "hf", "--input", there, "--output", tmp_path / "o", "--main-weights",
                    code=2)  # fmt: skip
     assert "1 of 2 data-parallel ranks" in text
+
+
+@pytest.mark.parametrize("style", ["gpt2", "llama"])
+def test_optimizer_files_hold_the_weights(tmp_path, convert, style):
+    rope = {"rope_theta": 10000.0} if style == "llama" else {}
+    STYLES[style](**rope).to(torch.bfloat16).save_pretrained(tmp_path / "hf")
+    there = tmp_path / "there"
+    convert("--to", "megatron-deepspeed", "--input", tmp_path / "hf", "--output", there,
+            "--with-optimizer", "--target-tensor-parallel-size", 2,
+            "--target-pipeline-parallel-size", 3)  # fmt: skip
+    for path in there.glob("*/*.pt"):
+        assert zipfile.ZipFile(path).testzip() is None
+    for path in there.glob("*/layer_*"):
+        layer = torch.load(path)
+        torch.save({key: torch.zeros_like(value) for key, value in layer.items()}, path)
+    convert("--to", "hf", "--input", there, "--output", tmp_path / "back", "--main-weights",
+            "--dtype", "bf16")  # fmt: skip
+    before, after = state(tmp_path / "hf"), state(tmp_path / "back")
+    assert all(torch.equal(before[key], after[key]) for key in before)
