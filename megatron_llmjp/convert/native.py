@@ -22,6 +22,9 @@ from megatron_llmjp.convert.tokenizer_files import (
 )
 from megatron_llmjp.errors import UserError
 
+_FILE_SIZE = 1_000_000_000
+"""Files no larger than this, so that several threads can compute the manifest's checksums."""
+
 
 def read(path: Path) -> Source:
     """Open a checkpoint, or the newest complete one of a run's folder.
@@ -83,7 +86,7 @@ def plan(source: Source, options: Options) -> Output:
     assert rows is not None
     iteration = source.iteration or 0
     folder = manifests.folder_name(iteration)
-    writer = dcp.Writer(options.max_shard_size, folder)
+    writer = dcp.Writer(min(options.max_shard_size, _FILE_SIZE), folder)
     writes = mcore_names.add_model(writer, source, options, rows)
 
     def finish(out: Path) -> None:

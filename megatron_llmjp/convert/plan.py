@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_llmjp.convert.storage import Stored, as_bytes, byte_count, write_at
+from megatron_llmjp.convert.storage import Stored, as_bytes, byte_count, dtype_name, write_at
 from megatron_llmjp.convert.tensors import Layout, Shape, fit_rows, part_shapes, whole
 from megatron_llmjp.errors import UserError
 
@@ -75,7 +75,7 @@ class Read:
     replicas: Sequence[Stored] = ()
 
     def check(self, name: str) -> None:
-        """Compare the stored shapes with those that the layout expects.
+        """Compare the stored shapes with those that the layout expects, and the types.
 
         Raises:
             UserError: one differs.
@@ -87,6 +87,11 @@ class Read:
                     f"{stored.source}: {name} has shape {tuple(stored.shape)}, "
                     f"the configuration expects {shape}"
                 )
+            if stored.dtype != self.dtype:
+                raise UserError(
+                    f"{stored.source}: {name} has parts of types {dtype_name(self.dtype)} and "
+                    f"{dtype_name(stored.dtype)}"
+                )
 
     def read(self, name: str) -> torch.Tensor:
         """Assemble the canonical tensor in fresh memory.
@@ -95,7 +100,7 @@ class Read:
             UserError: a file is damaged, or copies that must be equal differ.
         """
         if self.layout is whole:
-            tensor = self.parts[0].read().to(self.dtype)
+            tensor = self.parts[0].read()
         else:
             tensor = torch.empty(self.shape, dtype=self.dtype)
             for part, stored in zip(self.layout(tensor), self.parts, strict=True):

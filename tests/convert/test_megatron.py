@@ -242,3 +242,28 @@ def test_optimizer_files_hold_the_weights(tmp_path, convert, style):
             "--dtype", "bf16")  # fmt: skip
     before, after = state(tmp_path / "hf"), state(tmp_path / "back")
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_virtual_stages_are_put_in_order(tmp_path, convert):
+    """With PP2 and two chunks per stage, layers 0 and 2 lie on stage 0, 1 and 3 on stage 1."""
+    STYLES["llama"](num_hidden_layers=4).save_pretrained(tmp_path / "hf")
+    convert("--to", "megatron-lm", "--ckpt-format", "torch", "--input", tmp_path / "hf",
+            "--output", tmp_path / "there")  # fmt: skip
+    whole = tmp_path / "there" / "release" / "mp_rank_00"
+    content = torch.load(whole / "model_optim_rng.pt", weights_only=False)
+    model = content.pop("model")
+    chunks = {(stage, chunk): {} for stage in (0, 1) for chunk in (0, 1)}
+    for key, value in model.items():
+        if key.startswith("decoder.layers."):
+            layer = int(key.split(".")[2])
+            chunks[layer % 2, layer // 2][key.replace(f"layers.{layer}.", "layers.0.")] = value
+        else:
+            chunks[(0, 0) if key.startswith("embedding") else (1, 1)][key] = value
+    for stage in (0, 1):
+        folder = tmp_path / "virtual" / "iter_0000007" / f"mp_rank_00_{stage:03d}"
+        folder.mkdir(parents=True)
+        models = {f"model{chunk}": chunks[stage, chunk] for chunk in (0, 1)}
+        torch.save({**content, "iteration": 7, **models}, folder / "model_optim_rng.pt")
+    convert("--to", "hf", "--input", tmp_path / "virtual", "--output", tmp_path / "back")
+    before, after = state(tmp_path / "hf"), state(tmp_path / "back")
+    assert all(torch.equal(before[key], after[key]) for key in before)

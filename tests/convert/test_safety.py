@@ -149,3 +149,25 @@ def test_full_disk_is_reported_and_nothing_left(tmp_path, hf):
     assert "disk is full" in done.stderr
     assert "Traceback" not in done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]
+
+
+def test_mixed_types_in_one_projection_are_errors(tmp_path, hf, convert):
+    from safetensors.torch import save_file
+
+    tensors = state(hf)
+    key = "model.layers.0.self_attn.k_proj.weight"
+    save_file({**tensors, key: tensors[key].bfloat16()}, hf / "model.safetensors")
+    text = convert("--to", "native", "--input", hf, "--output", tmp_path / "o", code=2)
+    assert "parts of types fp32 and bf16" in text
+
+
+def test_values_beyond_fp16_are_errors(tmp_path, hf, convert):
+    from safetensors.torch import save_file
+
+    tensors = state(hf)
+    tensors["model.norm.weight"][3] = 70000.0
+    save_file(tensors, hf / "model.safetensors")
+    text = convert("--to", "native", "--input", hf, "--output", tmp_path / "o",
+                   "--dtype", "fp16", code=2)  # fmt: skip
+    assert "beyond the range of fp16" in text
+    assert not (tmp_path / "o").exists()
