@@ -19,6 +19,7 @@ import numpy as np
 
 from data_tools.encode import Packed, Rejected
 from data_tools.journal import Journal, Point, Tally, is_finishing
+from data_tools.publish import publish, write_json
 from megatron_llmjp.data.indexed import IndexedWriter
 from megatron_llmjp.errors import UserError
 
@@ -146,24 +147,14 @@ class Output:
         if not journal.last.finishing:
             for key, writer in self.writers.items():
                 crc = writer.finish(self.folder / f"{key}.idx")
-                text = json.dumps(manifest(key, writer, crc), indent=1, ensure_ascii=False) + "\n"
-                _write_synced(self.folder / f"{key}.json", text)
+                write_json(self.folder / f"{key}.json", manifest(key, writer, crc))
             for name in REJECTED:
                 if (self.folder / name).stat().st_size == 0:
                     (self.folder / name).unlink()
             journal.add(dataclasses.replace(journal.last, finishing=True))
-        self._publish()
+        publish([(work, final) for work, final in self.finals() if work.exists()])
         journal.close()
         shutil.rmtree(self.folder)
-
-    def _publish(self) -> None:
-        pairs = [(work, final) for work, final in self.finals() if work.exists()]
-        for _, final in pairs:  # an old index must not stand beside a new .bin
-            if final.suffix == ".idx":
-                final.unlink(missing_ok=True)
-        for work, final in pairs:
-            work.replace(final)
-        _sync_folder(Path(self.prefix).parent)
 
     @contextmanager
     def named_errors(self) -> Iterator[None]:
@@ -174,18 +165,3 @@ class Output:
             if error.errno is not None and error.filename is None:
                 error.filename = str(self.folder)
             raise
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,0 +1,137 @@
+"""preprocess_data beside the raw tokenizer and, given a checkout, Megatron-LM's own tool.
+
+One table, all sides measured in one run and in turn, since a shared machine's speed drifts:
+
+    python benchmarks/preprocess.py --corpus corpus.jsonl --tokenizer-model tok.model \
+        --workers 2 --megatron-lm ../Megatron-LM
+
+MB are 10^6 bytes of UTF-8 text, whatever its JSON escapes. "Steady state" leaves out the start:
+it is the slope between a run over the corpus once and a run over it --repeat times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import sentencepiece
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main() -> int:
+    """Measure and print one table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--corpus", type=Path, required=True, help="JSON lines with a text key")
+    add("--tokenizer-model", type=Path, required=True, help="SentencePiece model")
+    add("--workers", type=int, default=2)
+    add("--repeat", type=int, default=6, help="copies of the corpus in the long run")
+    add("--rounds", type=int, default=5)
+    add("--megatron-lm", type=Path, help="a checkout of Megatron-LM, to run its tool too")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as work:
+        report(args, Path(work))
+    return 0
+
+
+def report(args: argparse.Namespace, work: Path) -> None:
+    """Run all sides in turn, ``rounds`` times."""
+    texts = [json.loads(line)["text"] for line in args.corpus.open(encoding="utf-8")]
+    size = sum(len(text.encode()) for text in texts) / 1e6
+    short, long = work / "short.jsonl", work / "long.jsonl"
+    short.write_bytes(args.corpus.read_bytes())
+    long.write_bytes(args.corpus.read_bytes() * args.repeat)
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(args.tokenizer_model))
+    more = size * (args.repeat - 1)  # MB between the two runs
+    raw, ours, theirs, shares, ratios, starts = [], [], [], [], [], []
+    for _ in range(args.rounds):
+        raw.append(size / seconds_raw(processor, texts))
+        first = seconds_ours(args, short, work)
+        ours.append(more / max(seconds_ours(args, long, work) - first, 1e-9))
+        starts.append(first_document(args, short, work))
+        raw[-1] = (raw[-1] + size / seconds_raw(processor, texts)) / 2
+        shares.append(ours[-1] / (args.workers * raw[-1]))
+        if args.megatron_lm:
+            slow = seconds_theirs(args, short, work)
+            theirs.append(more / max(seconds_theirs(args, long, work) - slow, 1e-9))
+            ratios.append(ours[-1] / theirs[-1])
+    print(f"{args.corpus.name}: {len(texts):,} documents, {size:.1f} MB, {args.workers} workers,")
+    print(f"median of {args.rounds} rounds (lowest to highest), {os.cpu_count()} cores\n")
+    row("raw SentencePiece encode, 1 thread", raw, "MB/s")
+    row("preprocess_data, steady state", ours, "MB/s")
+    row(f"  share of {args.workers} x raw", [100 * share for share in shares], "%")
+    row("  start to first document", starts, "s")
+    if theirs:
+        row("Megatron-LM's tool, steady state", theirs, "MB/s")
+        row("  preprocess_data is faster by", ratios, "x")
+
+
+def row(name: str, values: list[float], unit: str) -> None:
+    """Print one line of the table."""
+    low, high = min(values), max(values)
+    print(f"{name:38} {statistics.median(values):8.2f} {unit:5} ({low:.2f} to {high:.2f})")
+
+
+def seconds_raw(processor: sentencepiece.SentencePieceProcessor, texts: list[str]) -> float:
+    """Return the time of encoding all texts, one after the other."""
+    started = time.perf_counter()
+    for text in texts:
+        processor.encode(text)
+    return time.perf_counter() - started
+
+
+def our_command(args: argparse.Namespace, corpus: Path, work: Path) -> list[str]:
+    """Return the command of a whole run of ours."""
+    command = [sys.executable, "-m", "data_tools.preprocess_data", "--input", str(corpus.resolve())]
+    command += ["--output-prefix", str(work / "ours"), "--overwrite", "--append-eod"]
+    command += ["--tokenizer-type", "SentencePieceTokenizer", "--workers", str(args.workers)]
+    return [*command, "--tokenizer-model", str(args.tokenizer_model.resolve())]
+
+
+def seconds_ours(args: argparse.Namespace, corpus: Path, work: Path) -> float:
+    """Return the time of a whole run of ours."""
+    started = time.perf_counter()
+    subprocess.run(our_command(args, corpus, work), check=True, capture_output=True, cwd=ROOT)
+    return time.perf_counter() - started
+
+
+def first_document(args: argparse.Namespace, corpus: Path, work: Path) -> float:
+    """Return the time from the start until a first document has been written."""
+    started = time.perf_counter()
+    command = [*our_command(args, corpus, work), "--log-interval", "1"]
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT
+    ) as run:
+        assert run.stderr is not None
+        run.stderr.readline()
+        seconds = time.perf_counter() - started
+        run.stderr.read()
+    return seconds
+
+
+def seconds_theirs(args: argparse.Namespace, corpus: Path, work: Path) -> float:
+    """Return the time of a whole run of Megatron-LM's tools/preprocess_data.py."""
+    command = [sys.executable, "tools/preprocess_data.py", "--input", str(corpus.resolve())]
+    command += ["--output-prefix", str(work / "theirs"), "--append-eod"]
+    command += ["--tokenizer-type", "SentencePieceTokenizer", "--workers", str(args.workers)]
+    command += ["--tokenizer-model", str(args.tokenizer_model.resolve())]
+    started = time.perf_counter()
+    # The checkout goes first: its tools do not fit the megatron-core that is installed here.
+    paths = [str(args.megatron_lm.resolve()), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": ":".join(paths)}
+    subprocess.run(command, check=True, capture_output=True, cwd=args.megatron_lm, env=environment)
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""Join indexed datasets end to end, in constant memory."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data_tools.cli import Parser, run
+from data_tools.documents import pieces, read_manifest, with_tokens
+from data_tools.publish import publish, refuse_existing, staging, write_json
+from megatron_llmjp.data.indexed import IndexedWriter, read_index
+from megatron_llmjp.errors import EXIT_DONE, UserError
+
+EXAMPLES = """\
+  All datasets of a folder, in the order of their names (as Megatron-LM's merge_datasets.py):
+    merge_datasets --input parts/ --output-prefix data/ja_text_document
+
+  Some, in this order:
+    merge_datasets --input data/wiki_text_document data/cc_text_document --output-prefix data/all"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code."""
+    parser = Parser("merge_datasets", "Join .bin/.idx datasets end to end.", EXAMPLES)
+    add = parser.add_argument
+    add("--input", nargs="+", required=True, metavar="PATH", help="folders or prefixes")
+    add("--output-prefix", required=True, metavar="PREFIX", help="makes PREFIX.{bin,idx,json}")
+    add("--overwrite", action="store_true", help="replace a dataset that is there")
+    args = parser.parse(argv)
+    return run("merge_datasets", lambda: merge(args))
+
+
+def merge(args: argparse.Namespace) -> int:
+    """Check that the parts belong together, and join them."""
+    prefixes = find_prefixes(args.input)
+    finals = [Path(args.output_prefix + suffix) for suffix in (".bin", ".json", ".idx")]
+    if args.output_prefix in prefixes:
+        raise UserError(f"--output-prefix {args.output_prefix}: is one of the inputs")
+    refuse_existing(finals, args.overwrite)
+    indexes = [read_index(prefix) for prefix in prefixes]
+    for prefix, index in zip(prefixes, indexes, strict=True):
+        if index.dtype != indexes[0].dtype:
+            raise UserError(
+                f"{prefix}: holds {index.dtype}, but {prefixes[0]} holds {indexes[0].dtype}. They "
+                "were made with different vocabularies."
+            )
+    recipe = common_recipe(prefixes)
+    with staging(Path(f"{args.output_prefix}.partial")) as folder:
+        writer = IndexedWriter(folder / "merged.bin", indexes[0].dtype)
+        for index in indexes:
+            for piece in pieces(index):
+                for tokens, part in with_tokens(index, piece):
+                    writer.add(tokens, part.lengths, part.sequences)
+        crc = writer.finish(folder / "merged.idx")
+        write_json(folder / "merged.json", manifest(writer, crc, recipe, prefixes))
+        publish([(folder / f"merged{final.suffix}", final) for final in finals])
+    position = writer.position
+    tokens_written = position.bin_bytes // writer.dtype.itemsize
+    print(
+        f"{args.output_prefix}: {len(prefixes):,} datasets, {position.documents:,} documents, "
+        f"{tokens_written:,} tokens"
+    )
+    return EXIT_DONE
+
+
+def find_prefixes(words: Sequence[str]) -> list[str]:
+    """Return the prefixes that folders and prefixes stand for; a folder's are sorted by name.
+
+    Raises:
+        UserError: a folder holds no dataset, or half of one.
+    """
+    prefixes: list[str] = []
+    for word in words:
+        folder = Path(word)
+        if not folder.is_dir():
+            prefixes.append(word)
+            continue
+        stems = {p.with_suffix("") for p in folder.iterdir() if p.suffix in (".bin", ".idx")}
+        if not stems:
+            raise UserError(f"--input {word}: the folder holds no .bin and .idx files")
+        prefixes += map(str, sorted(stems))
+    return prefixes
+
+
+def common_recipe(prefixes: Sequence[str]) -> dict[str, Any]:
+    """Return the tokenizer and options that all parts with a manifest share.
+
+    Raises:
+        UserError: two parts were made with different tokenizers or options.
+    """
+    first: dict[str, Any] = {}
+    named = ""
+    for prefix in prefixes:
+        recipe = (read_manifest(prefix) or {}).get("recipe", {})
+        ours = {name: recipe[name] for name in ("tokenizer", "options") if name in recipe}
+        eod = ours.get("options", {}).get("append_eod")
+        if first and ours:
+            theirs = first["options"]["append_eod"]
+            if ours["tokenizer"] != first["tokenizer"] or eod != theirs:
+                raise UserError(
+                    f"{prefix}: was made with another tokenizer or --append-eod than {named}:\n"
+                    f"  {ours}\n  {first}"
+                )
+        elif ours:
+            first, named = ours, prefix
+    return first
+
+
+def manifest(
+    writer: IndexedWriter, idx_crc: int, recipe: dict[str, Any], prefixes: Sequence[str]
+) -> dict[str, Any]:
+    """Return the manifest of the joined dataset."""
+    position = writer.position
+    return {
+        "format": "megatron_llmjp dataset manifest 1",
+        "dtype": writer.dtype.name,
+        "documents": position.documents,
+        "sequences": position.sequences,
+        "tokens": position.bin_bytes // writer.dtype.itemsize,
+        "bin": {"bytes": position.bin_bytes, "crc32": f"{position.crc:08x}"},
+        "idx": {"crc32": f"{idx_crc:08x}"},
+        "recipe": recipe,
+        "merged": list(prefixes),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

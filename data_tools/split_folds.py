@@ -1,0 +1,192 @@
+"""Cut a tokenized dataset into disjoint folds that share its .bin: no token is copied."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data_tools.cli import Parser, positive, run
+from data_tools.documents import read_manifest
+from data_tools.publish import publish, refuse_existing, staging, write_json
+from data_tools.report import format_table
+from data_tools.selection import read_selection
+from megatron_llmjp.data.indexed import Index, bin_path, read_index, write_idx
+from megatron_llmjp.errors import EXIT_DONE, UserError
+
+EXAMPLES = """\
+  Ten folds, 1,000 documents held out before:
+    split_folds --input data/ja_text_document --output-dir data/folds --folds 10 \\
+        --validation-documents 1000
+  makes data/folds/fold00/ja_text_document.{bin,idx,json} ... fold09, validation. Each .bin is a
+  link to the one of the input; only the .idx differs, so any Megatron reader takes them.
+
+  An extra selection of the better documents for a last fold, by a score per document:
+    split_folds ... --refined-scores scores.txt --refined-share 0.1
+  or by their numbers (0 is the first), one a line:
+    split_folds ... --refined-list numbers.txt
+
+  Readers that cut a .bin themselves instead of using the index must not be given a fold."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code."""
+    parser = Parser(
+        "split_folds", "Cut .bin/.idx datasets into disjoint folds without copying.", EXAMPLES
+    )
+    add = parser.add_argument
+    add("--input", nargs="+", required=True, metavar="PREFIX", help="each is cut by itself")
+    add("--output-dir", type=Path, required=True, metavar="FOLDER", help="gets a folder per fold")
+    add("--folds", type=positive, required=True, metavar="N", help="number of folds")
+    add("--seed", type=int, default=1234, help="another seed deals the documents otherwise")
+    add("--validation-documents", type=int, default=0, metavar="N", help="held out from all else")
+    add("--refined-list", type=Path, metavar="FILE", help="document numbers, one a line")
+    add("--refined-scores", type=Path, metavar="FILE", help="a score per document, one a line")
+    add("--refined-share", type=float, default=0.1, metavar="X", help="share of best scores taken")
+    add("--link", choices=("hard", "symbolic"), default="hard", help="how folds share the .bin")
+    add("--overwrite", action="store_true", help="replace folds that are there")
+    args = parser.parse(argv)
+    return run("split_folds", lambda: split(args))
+
+
+def split(args: argparse.Namespace) -> int:
+    """Split every input, prove the result and print the table."""
+    if len({Path(prefix).name for prefix in args.input}) < len(args.input):
+        raise UserError("--input: two datasets of the same name would get the same files")
+    table = [row for prefix in args.input for row in split_one(prefix, args)]
+    print(format_table(table))
+    return EXIT_DONE
+
+
+def split_one(prefix: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Split one dataset and return a table row per part."""
+    index = read_index(prefix)
+    parts = deal(index.documents, args.folds, args.validation_documents, args.seed)
+    refined = read_selection(args, index.documents)
+    if refined is not None:
+        parts["refined"] = np.setdiff1d(refined, parts.get("validation", refined[:0]))
+    name = Path(prefix).name
+    finals = {part: args.output_dir / part / name for part in parts}
+    suffixes = (".bin", ".json", ".idx")
+    paths = [Path(f"{final}{suffix}") for final in finals.values() for suffix in suffixes]
+    refuse_existing(paths, args.overwrite)
+    table = []
+    with staging(args.output_dir / f".{name}.partial") as folder:
+        pairs = []
+        for part, documents in parts.items():
+            row, crc = write_part(index, documents, folder / part, args.link)
+            manifest = part_manifest(prefix, index, row, crc, part, args)
+            write_json(folder / f"{part}.json", manifest)
+            table.append({"dataset": name, "part": part, **row})
+            finals[part].parent.mkdir(parents=True, exist_ok=True)
+            pairs += [(folder / f"{part}{s}", Path(f"{finals[part]}{s}")) for s in suffixes]
+        prove(index, {part: folder / part for part in parts if part != "refined"})
+        publish(sorted(pairs, key=lambda pair: pair[1].suffix == ".idx"))
+    return table
+
+
+def deal(documents: int, folds: int, validation: int, seed: int) -> dict[str, npt.NDArray[Any]]:
+    """Deal document numbers to folds, at random, equally to within one document.
+
+    Raises:
+        UserError: there are fewer documents than parts.
+    """
+    if validation < 0 or documents - validation < folds or folds > 65000:
+        raise UserError(
+            f"{documents:,} documents cannot be cut into {folds:,} folds after {validation:,} for "
+            "validation; choose smaller numbers"
+        )
+    owner = np.arange(documents - validation, dtype=np.int64) % folds
+    owner = np.concatenate([owner, np.full(validation, folds)]).astype(np.uint16)
+    # RandomState, as in megatron-core: numpy has promised never to change what it draws.
+    np.random.RandomState(seed).shuffle(owner)
+    width = max(2, len(str(folds - 1)))
+    parts = {f"fold{fold:0{width}}": np.flatnonzero(owner == fold) for fold in range(folds)}
+    if validation:
+        parts["validation"] = np.flatnonzero(owner == folds)
+    return parts
+
+
+def write_part(
+    index: Index, documents: npt.NDArray[Any], path: Path, link: str
+) -> tuple[dict[str, int], int]:
+    """Write the .idx of some documents and link the .bin; return the counts and the CRC."""
+    first, last = index.document_indices[:-1][documents], index.document_indices[1:][documents]
+    counts = (last - first).astype(np.int32)
+    # The numbers of all sequences of these documents: a running count, offset per document.
+    before = np.repeat(first - (np.cumsum(counts, dtype=np.int64) - counts), counts)
+    sequences = before + np.arange(len(before))
+    lengths = index.lengths[sequences]
+    crc = write_idx(
+        path.with_suffix(".idx"), index.dtype, lengths, counts, index.pointers[sequences]
+    )
+    _link(bin_path(index.prefix), path.with_suffix(".bin"), link)
+    return {"documents": len(documents), "tokens": int(lengths.sum(dtype=np.int64))}, crc
+
+
+def _link(source: Path, target: Path, link: str) -> None:
+    real = source.resolve()
+    if link == "symbolic":
+        target.symlink_to(real)
+        return
+    try:
+        os.link(real, target)
+    except OSError as error:
+        raise UserError(
+            f"{target}: cannot be a hard link to {real} ({error.strerror}), as for another file "
+            "system. Give --link symbolic."
+        ) from error
+
+
+def part_manifest(
+    prefix: str, index: Index, row: dict[str, int], crc: int, part: str, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Return the manifest of a part: its own index, the .bin of the whole."""
+    whole = read_manifest(prefix) or {}
+    binary = whole.get("bin", {"bytes": bin_path(prefix).stat().st_size})
+    return {
+        "format": "megatron_llmjp dataset manifest 1",
+        "dtype": index.dtype.name,
+        **row,
+        "bin": {**binary, "shared": True},
+        "idx": {"crc32": f"{crc:08x}"},
+        "recipe": whole.get("recipe", {}),
+        "split": {
+            "source": prefix,
+            "part": part,
+            "folds": args.folds,
+            "seed": args.seed,
+            "validation_documents": args.validation_documents,
+        },
+    }
+
+
+def prove(index: Index, parts: dict[str, Path]) -> None:
+    """Read the parts back: together they must hold every sequence exactly once.
+
+    Raises:
+        RuntimeError: they do not; a fault of this program.
+    """
+    seen = index.lengths == 0  # an empty sequence has no place of its own
+    documents = 0
+    for path in parts.values():
+        part = read_index(path)
+        documents += part.documents
+        filled = part.lengths > 0
+        # side="right" minus one: behind empty sequences, which share the place of the next
+        order = np.searchsorted(index.pointers, part.pointers[filled], side="right") - 1
+        if seen[order].any() or not np.array_equal(index.lengths[order], part.lengths[filled]):
+            raise RuntimeError(f"{path}: holds a sequence that another part holds too")
+        seen[order] = True
+    if documents != index.documents or not seen.all():
+        raise RuntimeError(f"{index.prefix}: the parts hold {documents} documents, not all")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
