@@ -151,12 +151,14 @@ def _tied_copies(
 
 
 def _tensors(path: Path) -> dict[str, Stored]:
-    """All tensors of a folder by key: safetensors if there are any, else pytorch_model.bin."""
+    """All tensors of a folder by key, from the files that transformers would take."""
     kinds: list[tuple[str, str, Callable[[Path], Any]]] = [
         ("model.safetensors", INDEX, read_header),
         ("pytorch_model.bin", "pytorch_model.bin.index.json", load),
     ]
     for single, index, opened in kinds:
+        if (path / single).is_file():
+            return dict(opened(path / single))
         if (path / index).is_file():
             weight_map = read_json(path / index)["weight_map"]
             shards: dict[str, dict[str, Stored]] = {
@@ -165,8 +167,6 @@ def _tensors(path: Path) -> dict[str, Stored]:
             found = {key: t for shard in shards.values() for key, t in shard.items()}
             account(path / index, weight_map, found)
             return found
-        if (path / single).is_file():
-            return dict(opened(path / single))
     raise UserError(f"{path}: holds neither model.safetensors nor {INDEX}")
 
 
@@ -220,12 +220,14 @@ def plan(source: Source, options: Options) -> Output:
         )
         for rule in rules
     }
+    tokenizer = options.tokenizer or source.tokenizer
+    token_ids = special_token_ids(tokenizer, rows)
 
     def finish(folder: Path) -> None:
-        ids = copy_tokenizer(options.tokenizer or source.tokenizer, folder)
+        copy_tokenizer(tokenizer, folder)
         # GPT-2's default ids stay in configurations of smaller vocabularies: they name no token.
         known = {name: i for name, i in source.special_ids.items() if i < rows}
-        ids = {**known, **ids}
+        ids = {**known, **token_ids}
         _write_json(folder / CONFIG, _config(style, source, options, rows, ids))
         _write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
         if len(files) > 1:
@@ -235,7 +237,6 @@ def plan(source: Source, options: Options) -> Output:
                 folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}
             )
 
-    special_token_ids(options.tokenizer or source.tokenizer)  # complain before copying for hours
     return Output(files, writes, finish)
 
 

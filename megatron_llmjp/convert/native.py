@@ -110,7 +110,7 @@ def plan(source: Source, options: Options) -> Output:
         manifests.write(inner, manifest)
         manifests.write_durably(out / manifests.TRACKER, str(iteration))
 
-    special_token_ids(options.tokenizer or source.tokenizer)
+    special_token_ids(options.tokenizer or source.tokenizer, rows)  # complain before, not after
     return Output(writer.files, writes, finish)
 
 

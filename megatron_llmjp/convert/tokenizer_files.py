@@ -35,11 +35,15 @@ def tokenizer_files(folder: Path | None) -> list[Path]:
     return [names[name] for name in sorted(names)]
 
 
-def special_token_ids(folder: Path | None) -> dict[str, int]:
+def special_token_ids(folder: Path | None, vocabulary: int) -> dict[str, int]:
     """``bos_token_id``, ``eos_token_id``, ``pad_token_id`` of a tokenizer, as far as it has them.
 
+    Args:
+        folder: the tokenizer's, if there is one.
+        vocabulary: rows of the model's embedding.
+
     Raises:
-        UserError: its files are damaged.
+        UserError: its files are damaged, or it has more tokens than the model.
     """
     files = {path.name: path for path in tokenizer_files(folder)}
     models = [path for name, path in files.items() if name.endswith(".model")]
@@ -53,13 +57,17 @@ def special_token_ids(folder: Path | None) -> dict[str, int]:
         tokenizer = load_tokenizer("GPTSentencePieceTokenizer", models[0])
     else:
         return {}
+    if tokenizer.vocab_size > vocabulary:
+        raise UserError(
+            f"{folder}: a tokenizer of {tokenizer.vocab_size} tokens, the model has {vocabulary}: "
+            "it belongs to another model"
+        )
     eos = tokenizer.eod_id if tokenizer.eos_id is None else tokenizer.eos_id
     ids = {"bos": tokenizer.bos_id, "eos": eos, "pad": tokenizer.pad_id}
     return {f"{name}_token_id": value for name, value in ids.items() if value is not None}
 
 
-def copy_tokenizer(folder: Path | None, target: Path) -> dict[str, int]:
-    """Copy a tokenizer's files and return its special token ids."""
+def copy_tokenizer(folder: Path | None, target: Path) -> None:
+    """Copy a tokenizer's files."""
     for path in tokenizer_files(folder):
         shutil.copyfile(path, target / path.name)
-    return special_token_ids(folder)

@@ -98,3 +98,16 @@ def test_refusals_name_what_cannot_be_held(tmp_path, convert):
         code=2,
     )
     assert "rotary_base 5000" in text
+
+
+def test_tokenizer_of_another_model_is_refused(tmp_path, convert):
+    import tokenizers
+
+    vocabulary = {"</s>": 0, **{f"t{i}": i for i in range(1, 200)}}
+    (tmp_path / "tokenizer").mkdir()
+    model = tokenizers.models.WordLevel(vocabulary, unk_token="t1")
+    tokenizers.Tokenizer(model).save(str(tmp_path / "tokenizer" / "tokenizer.json"))
+    llama().save_pretrained(tmp_path / "hf")
+    text = convert("--to", "native", "--input", tmp_path / "hf", "--output", tmp_path / "o",
+                   "--tokenizer", tmp_path / "tokenizer", code=2)  # fmt: skip
+    assert "a tokenizer of 200 tokens, the model has 128" in text
