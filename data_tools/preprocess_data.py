@@ -64,6 +64,12 @@ def _parser() -> Parser:
     )
     add("--tokenizer-type", required=True, metavar="TYPE", help=", ".join(TOKENIZER_TYPES))
     add("--tokenizer-model", metavar="PATH", help="model file or folder of the tokenizer")
+    add(
+        "--sentencepiece-twin",
+        metavar="MODEL",
+        help="with HuggingFaceTokenizer: encode with this SentencePiece model, 8 to 15 times "
+        "faster, if it gives the same ids on text of the corpus",
+    )
     add("--vocab-size", type=positive, metavar="N", help="for NullTokenizer")
     add("--append-eod", action="store_true", help="end each document with the EOD token")
     add("--workers", type=positive, default=cores(), metavar="N", help="processes that encode")
@@ -109,6 +115,11 @@ def preprocess(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(
         args.tokenizer_type, args.tokenizer_model, vocab_size=args.vocab_size
     )
+    if args.sentencepiece_twin:
+        from data_tools.twin import use_twin  # imports the tokenizers library
+
+        tokenizer, why = use_twin(tokenizer, args.sentencepiece_twin, sources, args.json_keys)
+        print(why, file=sys.stderr)
     output = Output(args.output_prefix, args.json_keys, best_dtype(tokenizer.vocab_size))
     job = Job(args, sources, tokenizer, output)
     if not args.overwrite and job.is_there():

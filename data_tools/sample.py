@@ -34,6 +34,17 @@ def sample_texts(sources: list[Source], keys: list[str], most: int) -> list[str]
     return [text for _, text in kept]
 
 
+def first_texts(sources: list[Source], keys: list[str], most: int) -> list[str]:
+    """Return the first texts of the sources, of about ``most`` bytes in all."""
+    texts, total = [], 0
+    for text in _texts(sources, keys):
+        texts.append(text)
+        total += len(text.encode())
+        if total >= most:
+            break
+    return texts
+
+
 def _texts(sources: list[Source], keys: list[str]) -> Iterator[str]:
     for source in sources:
         is_json = source.name == STDIN or source.name.endswith(SUFFIXES)

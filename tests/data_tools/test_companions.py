@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ def datasets(tmp_path_factory, documents) -> list[str]:
     prefixes = []
     for at in range(3):
         path = folder / f"p{at}.jsonl"
-        texts = documents[100 * at : 100 * at + 99] + ["" if at == 1 else "x"]
+        texts = [*documents[100 * at : 100 * at + 99], "" if at == 1 else "x"]
         path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
         arguments = ["--input", str(path), "--output-prefix", str(folder / "data" / f"p{at}")]
         arguments += ["--tokenizer-type", "ByteLevelTokenizer", "--append-eod"]
@@ -90,7 +91,7 @@ def test_split_is_complete_disjoint_and_shares_the_tokens(link, datasets, tmp_pa
     parts = {p.name: documents_of(p / name) for p in (tmp_path / "f").iterdir()}
     refined = parts.pop("refined")
     assert sorted(map(len, parts.values())) == [7, 31, 31, 31]
-    assert sorted(sum(parts.values(), [])) == sorted(whole)
+    assert sorted(chain.from_iterable(parts.values())) == sorted(whole)
     best = [text for at, text in enumerate(whole) if at % 10 in (8, 9)]
     assert refined == [text for text in best if text not in parts["validation"]]
     for part in (tmp_path / "f").iterdir():
@@ -128,7 +129,7 @@ def test_merging_folds_gives_all_documents_back(datasets, tmp_path):
     assert split_folds.main(arguments) == 0
     folds = sorted(str(p / Path(datasets[0]).name) for p in (tmp_path / "f").iterdir())
     assert merge_datasets.main(["--input", *folds, "--output-prefix", str(tmp_path / "m")]) == 0
-    assert documents_of(tmp_path / "m") == sum(map(documents_of, folds), [])
+    assert documents_of(tmp_path / "m") == [*chain.from_iterable(map(documents_of, folds))]
 
 
 def test_verify_finds_damage(datasets, tmp_path, capsys):

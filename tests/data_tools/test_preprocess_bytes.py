@@ -12,6 +12,7 @@ import tokenizers
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from data_tools.preprocess_data import main
+from data_tools.train_tokenizer import train_unigram
 
 
 def megatron_lm(prefix: Path, documents, encode, eod, vocab_size, append_eod=True) -> None:
@@ -67,6 +68,26 @@ def test_hugging_face_and_no_eod(corpus, documents, tokenizer_folder, tmp_path):
     arguments += ["--tokenizer-type", "HuggingFaceTokenizer"]
     assert main([*arguments, "--tokenizer-model", str(tokenizer_folder)]) == 0
     assert_same_files(tmp_path / "ours_text_document", tmp_path / "theirs")
+
+
+def test_sentencepiece_twin_only_if_it_is_one(
+    corpus, documents, model, tokenizer_folder, tmp_path, capsys
+):
+    arguments = ["--input", str(corpus), "--tokenizer-type", "HuggingFaceTokenizer"]
+    arguments += ["--tokenizer-model", str(tokenizer_folder), "--append-eod", "--output-prefix"]
+    assert main([*arguments, str(tmp_path / "slow")]) == 0
+    twin = ["--sentencepiece-twin", str(model)]
+    assert main([*arguments, str(tmp_path / "fast"), *twin]) == 0
+    assert "the same ids as the Hugging Face tokenizer" in capsys.readouterr().err
+    assert_same_files(tmp_path / "fast_text_document", tmp_path / "slow_text_document")
+    manifest = json.loads((tmp_path / "fast_text_document.json").read_text())
+    assert list(manifest["recipe"]["tokenizer"]["encoded_by"]["files"]) == ["tokenizer.model"]
+
+    (tmp_path / "other.model").write_bytes(train_unigram(documents[:50], 450))
+    twin = ["--sentencepiece-twin", str(tmp_path / "other.model")]
+    assert main([*arguments, str(tmp_path / "other"), *twin]) == 0
+    assert "Not encoding with" in capsys.readouterr().err
+    assert_same_files(tmp_path / "other_text_document", tmp_path / "slow_text_document")
 
 
 def test_sentences_empty_documents_and_large_vocabulary(tmp_path):

@@ -1,0 +1,60 @@
+"""What a user meets first: help, mistyped flags, and how fast they are answered."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from data_tools import (
+    inspect_dataset,
+    merge_datasets,
+    preprocess_data,
+    split_folds,
+    train_tokenizer,
+)
+
+PROGRAMS = (preprocess_data, train_tokenizer, inspect_dataset, merge_datasets, split_folds)
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
+def test_help_teaches_and_is_fast(program):
+    started = time.monotonic()
+    command = [sys.executable, "-m", program.__name__, "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert time.monotonic() - started < 3
+    assert "examples:" in shown
+    assert f"    {program.__name__.rpartition('.')[2]} " in shown
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
+def test_mistakes_take_one_line(program, capsys):
+    with pytest.raises(SystemExit) as caught:
+        program.main(["--overwrit", "x"] if program is not inspect_dataset else ["--verfy"])
+    message = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert "did you mean '--" in message and message.count("\n") == 1
+
+
+def test_missing_and_unknown_values(capsys):
+    for arguments, expected in (
+        ([], "required: --input"),
+        (["--input", "x", "--output-prefix", "o", "--workers", "0"], "0 is not a positive number"),
+        (["--on-error", "ignore"], "invalid choice: 'ignore'"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            preprocess_data.main(arguments)
+        assert caught.value.code == 2
+        assert expected in capsys.readouterr().err
+
+
+def test_megatrons_other_flags_are_answered(tmp_path, capsys):
+    path = tmp_path / "c.jsonl"
+    path.write_text('{"text": "a"}')
+    arguments = ["--input", str(path), "--output-prefix", str(tmp_path / "o")]
+    arguments += ["--tokenizer-type", "ByteLevelTokenizer"]
+    assert preprocess_data.main([*arguments, "--dataset-impl", "mmap", "--partitions", "2"]) == 0
+    assert preprocess_data.main([*arguments, "--output-prefix", f"{tmp_path}/"]) == 2
+    assert "beginning of a file name" in capsys.readouterr().err
