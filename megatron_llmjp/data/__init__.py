@@ -1,0 +1,1 @@
+"""Tokens in: indexed datasets, the fold schedule, samples and batches."""

@@ -1,0 +1,1 @@
+"""The network: a megatron-core GPTModel built from the configuration."""

@@ -1,0 +1,1 @@
+"""Where a run lives: the device, the processes and their groups."""

@@ -1,0 +1,56 @@
+"""What the fold schedule must know of the datasets on disk. Without torch."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from megatron_llmjp.config.schema import DataConfig
+from megatron_llmjp.data import indexed
+from megatron_llmjp.data.folds import DatasetInfo, FoldFile, Schedule, resolve
+from megatron_llmjp.errors import UserError
+
+
+def inspect_sources(file: FoldFile) -> dict[str, DatasetInfo]:
+    """Open every dataset of a fold file.
+
+    Raises:
+        UserError: naming all datasets that are missing or damaged, and where they are declared.
+    """
+    found, problems = {}, []
+    for path, place in file.sources().items():
+        try:
+            index = indexed.read_index(path)
+            found[path] = DatasetInfo(content_key(path), int(index.lengths.sum(dtype=np.int64)))
+        except UserError as error:
+            problems.append(f"{place}: {error}")
+    if problems:
+        raise UserError("\n".join(problems))
+    return found
+
+
+def content_key(prefix: str) -> str:
+    """A digest that changes when a dataset does, at the cost of a few reads.
+
+    Covers the sizes of both files and blocks spread over the index, whose lengths and offsets
+    change with almost any change of the tokens.
+    """
+    idx, size = indexed.idx_path(prefix), indexed.idx_path(prefix).stat().st_size
+    digest = hashlib.sha256(f"{size}/{indexed.bin_path(prefix).stat().st_size}".encode())
+    block, blocks = 1 << 16, 64
+    with idx.open("rb") as stream:
+        for offset in sorted({i * max(0, size - block) // (blocks - 1) for i in range(blocks)}):
+            stream.seek(offset)
+            digest.update(stream.read(block))
+    return digest.hexdigest()[:32]
+
+
+def make_schedule(file: FoldFile, data: DataConfig, global_batch_size: int) -> Schedule:
+    """Resolve a fold file for a run."""
+    if file.sequence_length not in (None, data.seq_length):
+        raise UserError(
+            f"{data.fold_file}: sequence_length {file.sequence_length} differs from the run's "
+            f"seq_length {data.seq_length}: take one of them away"
+        )
+    return resolve(file, inspect_sources(file), data.seq_length, global_batch_size)

@@ -1,0 +1,231 @@
+"""Config -> megatron-core GPTModel, in the GPT-2, LLaMA and GPT-NeoX styles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_llmjp.config.schema import Config
+from megatron_llmjp.errors import UserError
+from megatron_llmjp.model.initialize import initialize
+from megatron_llmjp.model.layers import SDPAttention, norm_class
+from megatron_llmjp.runtime.device import Device, quiet_imports
+
+with quiet_imports():
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel, gpt_layer_specs
+    from megatron.core.transformer.transformer_block import (
+        TransformerBlockSubmodules,
+        get_num_layers_to_build,
+    )
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Which implementations the layers use; printed at start."""
+
+    transformer_engine: bool
+    """Transformer Engine's layers instead of torch's."""
+    fusions: bool
+    """Element-wise chains compiled into one kernel; pays on a GPU only."""
+    fused_wgrad: bool
+    """Weight gradients accumulated inside the matrix product (Apex)."""
+
+    def __str__(self) -> str:
+        layers = "Transformer Engine" if self.transformer_engine else "SDPA attention, torch norms"
+        extras = [name for name in ("fusions", "fused_wgrad") if getattr(self, name)]
+        return ", ".join([layers, *extras])
+
+
+def choose_kernels(device: Device) -> Kernels:
+    """The best that is importable on this device."""
+    if not device.is_cuda:
+        return Kernels(transformer_engine=False, fusions=False, fused_wgrad=False)
+    with quiet_imports():
+        from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available
+    return Kernels(
+        transformer_engine=gpt_layer_specs.HAVE_TE,
+        fusions=True,
+        fused_wgrad=_grad_accum_fusion_available,
+    )
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """The tanh approximation of GELU, as Megatron's fused bias-GELU computes it."""
+    return F.gelu(x, approximate="tanh")
+
+
+def params_dtype(config: Config) -> torch.dtype:
+    """Type of weights and activations."""
+    if config.training.bf16:
+        return torch.bfloat16
+    return torch.float16 if config.training.fp16 else torch.float32
+
+
+def transformer_config(config: Config, device: Device) -> TransformerConfig:
+    """megatron-core's configuration of the network and its layout.
+
+    Raises:
+        UserError: context parallelism without Transformer Engine.
+    """
+    kernels = choose_kernels(device)
+    model, parallel = config.model, config.parallel
+    if parallel.context_parallel_size > 1 and not kernels.transformer_engine:
+        raise UserError(
+            f"context_parallel_size {parallel.context_parallel_size} needs Transformer Engine, "
+            "which is not importable here: use 1, or install the extra 'gpu'"
+        )
+    activation, fused_activation = _activation(model.activation_function, kernels, config)
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.query_groups,
+        kv_channels=model.head_dim,
+        normalization=model.normalization,
+        layernorm_epsilon=model.norm_epsilon,
+        gated_linear_unit=model.activation_function == "swiglu",
+        activation_func=activation,
+        bias_activation_fusion=fused_activation,
+        bias_dropout_fusion=kernels.fusions,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=kernels.transformer_engine,
+        gradient_accumulation_fusion=kernels.fused_wgrad,
+        add_bias_linear=model.add_bias_linear,
+        add_qkv_bias=model.add_qkv_bias,
+        hidden_dropout=model.hidden_dropout,
+        attention_dropout=model.attention_dropout,
+        init_method_std=model.init_method_std,
+        params_dtype=params_dtype(config),
+        pipeline_dtype=params_dtype(config),
+        bf16=config.training.bf16,
+        fp16=config.training.fp16,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
+        recompute_granularity=parallel.recompute_granularity,
+        recompute_method=parallel.recompute_method,
+        recompute_num_layers=parallel.recompute_num_layers,
+        **_pipeline_communication(config, device),
+    )
+
+
+def _activation(
+    name: str, kernels: Kernels, config: Config
+) -> tuple[Callable[[Tensor], Tensor], bool]:
+    """The function, and whether megatron-core's fused bias + activation may compute it.
+
+    Its fused GELU is the tanh approximation whatever function is named, and wants a bias.
+    """
+    if name == "swiglu":
+        return F.silu, kernels.fusions
+    if name == "gelu_tanh" and kernels.fusions and config.model.add_bias_linear:
+        return F.gelu, True
+    return (gelu_tanh if name == "gelu_tanh" else F.gelu), False
+
+
+def _pipeline_communication(config: Config, device: Device) -> dict[str, Any]:
+    parallel = config.parallel
+    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+    # With two stages, the batched sends and receives of the interleaved schedule cross between
+    # one pair of ranks and gradients are silently wrong: send and receive one by one there.
+    one_by_one = interleaved and parallel.pipeline_model_parallel_size == 2
+    return {
+        "overlap_p2p_comm": one_by_one,
+        "batch_p2p_comm": not one_by_one,
+        # gloo still reads a buffer after the call returns: freeing it would send garbage.
+        "deallocate_pipeline_outputs": device.is_cuda,
+    }
+
+
+def layer_spec(
+    config: Config, core: TransformerConfig, device: Device, vp_stage: int | None
+) -> Any:
+    """The layers of one model chunk: Transformer Engine's, else torch's kernels."""
+    if choose_kernels(device).transformer_engine:
+        return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec()
+    with quiet_imports():
+        spec = gpt_layer_specs.get_gpt_layer_local_spec(normalization=config.model.normalization)
+    norm = norm_class(config.model.normalization)
+    attention = spec.submodules.self_attention
+    attention = replace(
+        attention, submodules=replace(attention.submodules, core_attention=SDPAttention)
+    )
+    spec = replace(
+        spec,
+        submodules=replace(
+            spec.submodules,
+            input_layernorm=norm,
+            pre_mlp_layernorm=norm,
+            self_attention=attention,
+        ),
+    )
+    layers = get_num_layers_to_build(core, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=norm)
+
+
+def build_model_chunk(
+    config: Config,
+    device: Device,
+    core: TransformerConfig | None = None,
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+) -> GPTModel:
+    """One stage of the model, with initial weights that do not depend on the layout.
+
+    Args:
+        config: the run; ``vocab_size`` must be known.
+        device: where the weights go.
+        core: the result of :func:`transformer_config`, to share among chunks.
+        pre_process: whether this chunk holds the embedding.
+        post_process: whether it holds the final norm and the output layer.
+        vp_stage: number of the chunk with the interleaved schedule.
+    """
+    core = core or transformer_config(config, device)
+    model = GPTModel(
+        config=core,
+        transformer_layer_spec=layer_spec(config, core, device, vp_stage),
+        vocab_size=config.rows,
+        max_sequence_length=config.positions,
+        pre_process=pre_process,
+        post_process=post_process,
+        parallel_output=True,
+        share_embeddings_and_output_weights=not config.model.untie_embeddings_and_output_weights,
+        position_embedding_type=config.model.position_embedding_type,
+        rotary_percent=config.model.rotary_percent,
+        rotary_base=config.model.rotary_base,
+        vp_stage=vp_stage,
+    )
+    initialize(model, config)
+    return model.to(device.torch)
+
+
+def build_model(config: Config, device: Device) -> list[GPTModel]:
+    """The model chunks of this rank: one, or one per virtual stage."""
+    core = transformer_config(config, device)
+    chunks = config.parallel.virtual_pipeline_model_parallel_size
+    return [
+        build_model_chunk(
+            config,
+            device,
+            core,
+            pre_process=parallel_state.is_pipeline_first_stage(
+                ignore_virtual=False, vp_stage=vp_stage
+            ),
+            post_process=parallel_state.is_pipeline_last_stage(
+                ignore_virtual=False, vp_stage=vp_stage
+            ),
+            vp_stage=vp_stage,
+        )
+        for vp_stage in (range(chunks) if chunks else [None])
+    ]

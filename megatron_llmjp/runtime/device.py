@@ -1,0 +1,162 @@
+"""The device: CUDA, or a CPU that stands in for it. The only file that patches ``torch.cuda``.
+
+megatron-core calls ``torch.cuda`` and writes ``device="cuda"`` all over. On a machine without a
+GPU those calls are made to mean the CPU, so that the very same training code runs there over
+gloo. On CUDA nothing is patched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the rest of the system needs to know of the device."""
+
+    kind: str
+    """``cuda`` or ``cpu``."""
+    backend: str
+    """Backend of torch.distributed."""
+    name: str
+    """For people."""
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether kernels run asynchronously on a GPU."""
+        return self.kind == "cuda"
+
+    @property
+    def torch(self) -> torch.device:
+        """The device of this process."""
+        return torch.device("cuda", torch.cuda.current_device()) if self.is_cuda else _CPU
+
+
+def setup(local_rank: int = 0) -> Device:
+    """Choose the device of this process; on a CPU machine, put the substitution in place."""
+    if torch.cuda.is_available() and not _substituted():
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+        return Device("cuda", "nccl", torch.cuda.get_device_name())
+    _substitute()
+    return Device("cpu", "gloo", f"CPU, {torch.get_num_threads()} thread(s) per rank")
+
+
+_CPU = torch.device("cpu")
+_ACTIVE: list[TorchFunctionMode] = []  # at most one: the mode must live as long as the process
+
+
+def _substituted() -> bool:
+    return bool(_ACTIVE)
+
+
+def _substitute() -> None:
+    """Make megatron-core's CUDA calls mean CPU. Calling it again does nothing."""
+    if _substituted():
+        return
+    mode = _CudaMeansCpu()
+    mode.__enter__()
+    _ACTIVE.append(mode)
+    _replace_calls()
+    _replace_random_state()
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Rewrites CUDA devices in every torch call, as ``torch.set_default_device`` does."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # Compared with strings such as 'torch.cuda.FloatTensor' in megatron-core's optimizer.
+            return str(func(*args)).replace("torch.", "torch.cuda.", 1)
+        if _is_cuda(kwargs.get("device")):
+            kwargs = {**kwargs, "device": _CPU}
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], _CPU, *args[2:])
+        return func(*args, **kwargs)
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+class _Inert:
+    """Stands in for streams, events and contexts: everything is in order on a CPU already."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __enter__(self) -> _Inert:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        return None
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return _nothing
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _zero(*args: Any, **kwargs: Any) -> int:
+    return 0
+
+
+@contextlib.contextmanager
+def _unchanged(*args: Any, **kwargs: Any) -> Iterator[None]:
+    yield
+
+
+def _replace_calls() -> None:
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: _CPU
+    for name in ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats"):
+        setattr(cuda, name, _nothing)
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved"):
+        setattr(cuda, name, _zero)
+    for name in ("Stream", "Event", "device"):
+        setattr(cuda, name, _Inert)
+    cuda.stream = _unchanged
+    cuda.current_stream = cuda.default_stream = lambda *_: _Inert()
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = _nothing
+
+
+def _replace_random_state() -> None:
+    """One generator, the CPU's, serves as megatron-core's CUDA generator."""
+    cuda: Any = torch.cuda
+    cuda.manual_seed = cuda.manual_seed_all = torch.default_generator.manual_seed
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda *_, **__: torch.get_rng_state()
+    cuda.set_rng_state = cuda.random.set_rng_state = lambda state, *_, **__: torch.set_rng_state(
+        state
+    )
+    with quiet_imports():
+        from megatron.core.tensor_parallel import random
+    module: Any = random
+    module._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    module._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+
+
+@contextlib.contextmanager
+def quiet_imports() -> Iterator[None]:
+    """megatron-core warns at import of everything optional that is absent; we print our choice."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

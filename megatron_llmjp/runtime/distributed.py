@@ -1,0 +1,82 @@
+"""Process groups, seeds, and the orderly end of all ranks."""
+
+from __future__ import annotations
+
+import os
+import random
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_llmjp.config.schema import Config
+from megatron_llmjp.runtime.device import Device, quiet_imports
+from megatron_llmjp.runtime.ranks import Ranks
+
+with quiet_imports():
+    from megatron.core import parallel_state
+    from megatron.core.num_microbatches_calculator import (
+        destroy_num_microbatches_calculator,
+        init_num_microbatches_calculator,
+    )
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+
+def start(config: Config, ranks: Ranks, device: Device) -> None:
+    """Join the other processes and build tensor, pipeline and data-parallel groups."""
+    timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = ranks.master_addr, ranks.master_port
+    if ranks.world_size == 1:
+        store: Any = dist.HashStore()
+        dist.init_process_group(device.backend, store=store, rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(
+            device.backend, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout
+        )
+    parallel = config.parallel
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+    )
+    init_num_microbatches_calculator(
+        ranks.rank,
+        None,
+        config.training.global_batch_size,
+        config.training.micro_batch_size,
+        parallel_state.get_data_parallel_world_size(),
+    )
+    seed_everything(config.training.seed)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed all generators: alike over data parallel ranks, apart over pipeline stages.
+
+    The offsets are Megatron-LM's. They decide dropout; initial weights have seeds of their own
+    (``model/initialize.py``).
+    """
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    # Dropout must differ between copies of the model, or all of them drop the same units.
+    seed = seed + 100 * stage + 10 * parallel_state.get_data_parallel_rank()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+
+
+def stop() -> None:
+    """Leave all groups; for the end of a run and between tests."""
+    destroy_num_microbatches_calculator()
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def is_first_rank() -> bool:
+    """Whether this process speaks for all."""
+    return not dist.is_initialized() or dist.get_rank() == 0

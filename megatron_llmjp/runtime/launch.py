@@ -1,0 +1,112 @@
+"""Start the ranks of a run on this machine: a small torchrun that passes exit codes through.
+
+torchrun turns every exit code into 1 and buries the cause under its own report. Here the code of
+the first rank that fails is the code of the run, all other ranks are stopped at once, and signals
+reach every rank.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from types import FrameType
+
+GRACE_SECONDS = 5.0
+"""Time between asking ranks to stop and stopping them."""
+
+
+def launch(command: Sequence[str], processes: int) -> int:
+    """Run ``command`` as ``processes`` ranks of one world and wait for them.
+
+    Returns:
+        0 when all ranks end with 0, else the exit code of the rank that failed first; 130 after
+        Ctrl-C.
+    """
+    port = _free_port()
+    ranks = [_start(command, rank, processes, port) for rank in range(processes)]
+    forwarded: list[int] = []
+
+    def forward(number: int, _: FrameType | None) -> None:
+        forwarded.append(number)
+        _signal(ranks, number)
+
+    previous = {
+        number: signal.signal(number, forward)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    }
+    try:
+        return _wait(ranks, forwarded)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        _stop(ranks)
+
+
+def _start(command: Sequence[str], rank: int, world: int, port: int) -> subprocess.Popen[bytes]:
+    env = {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    # Without this, every rank starts a thread per core and they fight for the cores.
+    env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world)))
+    # A session of its own keeps a terminal's Ctrl-C from reaching the ranks twice.
+    return subprocess.Popen(list(command), env=env, start_new_session=True)
+
+
+def _wait(ranks: Sequence[subprocess.Popen[bytes]], forwarded: Sequence[int]) -> int:
+    while True:
+        codes = [process.poll() for process in ranks]
+        failed = [(rank, code) for rank, code in enumerate(codes) if code]
+        if failed:
+            return _report(failed[0][0], failed[0][1] or 0, forwarded)
+        if all(code == 0 for code in codes):
+            return 0
+        time.sleep(0.05)
+
+
+def _report(rank: int, code: int, forwarded: Sequence[int]) -> int:
+    """Tell of a rank that was killed; what failed by itself has told why."""
+    if signal.SIGINT in forwarded and code in (-signal.SIGINT, 128 + signal.SIGINT):
+        print("stopped by Ctrl-C: all ranks", file=sys.stderr)
+        return 128 + signal.SIGINT
+    if code < 0:
+        name = signal.Signals(-code).name
+        print(f"error: rank {rank} was killed by {name}; all ranks are stopped", file=sys.stderr)
+        return 1
+    return code
+
+
+def _stop(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End every rank that still runs, and what it started."""
+    # A rank that stops on request ends with its peers: leave them the time to do so.
+    end = time.monotonic() + (GRACE_SECONDS if all(p.poll() in (None, 0, 3) for p in ranks) else 0)
+    while time.monotonic() < end and any(p.poll() is None for p in ranks):
+        time.sleep(0.05)
+    _signal(ranks, signal.SIGKILL)
+    for process in ranks:
+        process.wait()
+
+
+def _signal(ranks: Sequence[subprocess.Popen[bytes]], number: int) -> None:
+    for process in ranks:
+        if process.poll() is None:
+            try:
+                os.killpg(process.pid, number)
+            except ProcessLookupError:
+                continue
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

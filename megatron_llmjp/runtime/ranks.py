@@ -1,0 +1,91 @@
+"""Which process am I? Asked before torch is imported, of whoever started the process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_llmjp.errors import UserError
+
+DEFAULT_PORT = "29500"
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among all processes of a run."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    master_addr: str
+    master_port: str
+    started_by: str
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process speaks for all."""
+        return self.rank == 0
+
+
+def find_ranks(env: Mapping[str, str] = os.environ) -> Ranks | None:
+    """The ranks that torchrun, mpirun or srun put into the environment; None without a launcher.
+
+    Raises:
+        UserError: a launcher set some of its variables but not all.
+    """
+    for names in _LAUNCHERS:
+        if names.rank in env and names.world_size in env:
+            return Ranks(
+                rank=_integer(env, names.rank),
+                world_size=_integer(env, names.world_size),
+                local_rank=_integer(env, names.local_rank),
+                master_addr=env.get("MASTER_ADDR") or _first_host(env),
+                master_port=env.get("MASTER_PORT", DEFAULT_PORT),
+                started_by=names.launcher,
+            )
+    return None
+
+
+def alone() -> Ranks:
+    """The ranks of a run of one process."""
+    return Ranks(0, 1, 0, "127.0.0.1", "0", "hand")
+
+
+@dataclass(frozen=True)
+class _Names:
+    launcher: str
+    rank: str
+    world_size: str
+    local_rank: str
+
+
+_LAUNCHERS = (
+    _Names("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    _Names("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    _Names("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+)
+
+
+def _integer(env: Mapping[str, str], name: str) -> int:
+    value = env.get(name, "")
+    if not value.isdigit():
+        raise UserError(f"environment variable {name} = '{value}': expected a number")
+    return int(value)
+
+
+def _first_host(env: Mapping[str, str]) -> str:
+    """The first host of a Slurm job, else this one."""
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")
+    if not nodes:
+        return "127.0.0.1"
+    try:
+        listed = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(
+            f"MASTER_ADDR is not set and the job's hosts '{nodes}' cannot be expanded: {error}"
+        ) from None
+    return listed.stdout.split()[0]
