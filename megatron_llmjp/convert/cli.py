@@ -120,6 +120,11 @@ def _make_parser() -> _Parser:
         "ds_to_universal needs",
     )
     add(
+        "--no-pipeline",
+        action="store_true",
+        help="to megatron-deepspeed: for runs with --no-pipeline-parallel",
+    )
+    add(
         "--ckpt-format",
         choices=("torch_dist", "torch"),
         default="torch_dist",
@@ -234,6 +239,7 @@ def _convert(arguments: argparse.Namespace) -> int:
         transformer_impl=arguments.transformer_impl,
         main_weights=arguments.main_weights,
         with_optimizer=arguments.with_optimizer,
+        no_pipeline=arguments.no_pipeline,
     )
     conversion = prepare(arguments.source, arguments.target, arguments.input, options)
     print(summary(conversion.source))

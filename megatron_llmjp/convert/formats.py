@@ -87,6 +87,7 @@ class Options:
     transformer_impl: str = "transformer_engine"
     main_weights: bool = False
     with_optimizer: bool = False
+    no_pipeline: bool = False
 
     def dtype_of(self, read: Read) -> torch.dtype:
         """The type a tensor is written in: its own unless another was asked for."""

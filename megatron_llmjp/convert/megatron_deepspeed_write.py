@@ -6,6 +6,7 @@ runtime/engine.py (``_load_checkpoint``) and checkpoint/deepspeed_checkpoint.py.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,70 @@ def plan(source: Source, options: Options) -> Output:
     Raises:
         UserError: it has no way to express the model.
     """
+    check_divides(source.model, options.tensor_parallel, options.pipeline_parallel)
+    _check_expressible(source.model)
+    if options.no_pipeline:
+        return _plan_modules(source, options)
+    return _plan_layers(source, options)
+
+
+def _plan_modules(source: Source, options: Options) -> Output:
+    """One file per tensor-parallel rank with everything in it, as ``--no-pipeline-parallel``."""
+    if options.pipeline_parallel > 1 or options.with_optimizer:
+        raise UserError("--no-pipeline excludes pipeline stages and --with-optimizer")
     model, tensor = source.model, options.tensor_parallel
-    check_divides(model, tensor, options.pipeline_parallel)
-    _check_expressible(model)
     rows = target_rows(model, source.rows, tensor)
-    iteration = source.iteration or 0
-    tag = f"global_step{iteration}"
+    tag = _tag(source)
+    files = []
+    slots: dict[str, dict[int, list[Slot]]] = {name: {} for name in source.reads}
+    for t in range(tensor):
+        held = {
+            name: Placeholder(
+                name, rank_shape(name, model, shape, tensor), options.dtype_of(source.reads[name])
+            )
+            for name, shape in shapes(model, rows).items()
+        }
+        content = _rank_content(source, options, rows) | {"module": _module(model, held)}
+        file = plan_archive(f"{tag}/mp_rank_{t:02d}_model_states.pt", content)
+        files.append(file)
+        for name in held:
+            slots[name][t] = [file.slots[name]]
+    writes = {name: write_of(name, model, tensor, slots[name], rows) for name in source.reads}
+    return Output(files, writes, lambda folder: _write_trackers(folder, source))
+
+
+def _module(model: ModelConfig, held: dict[str, Placeholder]) -> dict[str, Any]:
+    """The nested state of Megatron-DeepSpeed's GPTModel."""
+    embedding = {"word_embeddings": {"weight": held[WORD_EMBEDDINGS]}}
+    if POSITION_EMBEDDINGS in held:
+        embedding["position_embeddings"] = {"weight": held[POSITION_EMBEDDINGS]}
+    encoder: OrderedDict[str, Placeholder] = OrderedDict()
+    last = model.num_layers + 2
+    for number, names in _layer_files(model).items():
+        module = "final_layernorm" if number == last else f"layers.{number - 2}"
+        if 2 <= number <= last:
+            encoder |= {f"{module}.{key}": held[name] for name, key in names.items()}
+    language: dict[str, Any] = {"embedding": embedding, "encoder": encoder}
+    if OUTPUT_LAYER in held:
+        language["output_layer"] = {"weight": held[OUTPUT_LAYER]}
+    return {"language_model": language}
+
+
+def _tag(source: Source) -> str:
+    return f"global_step{source.iteration or 0}"
+
+
+def _write_trackers(folder: Path, source: Source) -> None:
+    (folder / LATEST).write_text(_tag(source), encoding="utf-8")
+    iteration = str(source.iteration or 0)
+    (folder / "latest_checkpointed_iteration.txt").write_text(iteration, encoding="utf-8")
+
+
+def _plan_layers(source: Source, options: Options) -> Output:
+    """One file per layer and tensor-parallel rank."""
+    model, tensor = source.model, options.tensor_parallel
+    rows = target_rows(model, source.rows, tensor)
+    tag = _tag(source)
     groups = _layer_files(model)
     shape_of = shapes(model, rows)
     dtype = options.dtype or source.dtype
@@ -84,8 +143,7 @@ def plan(source: Source, options: Options) -> Output:
     def finish(folder: Path) -> None:
         for file in optimizers:
             zero_write.finish(folder, file)
-        (folder / LATEST).write_text(tag, encoding="utf-8")
-        (folder / "latest_checkpointed_iteration.txt").write_text(str(iteration), encoding="utf-8")
+        _write_trackers(folder, source)
 
     writes = {name: write_of(name, model, tensor, slots[name], rows) for name in source.reads}
     return Output(files, writes, finish)
@@ -181,7 +239,7 @@ def _rank_content(source: Source, options: Options, rows: int) -> dict[str, Any]
         "normalization": model.normalization.lower(),
         "num_experts": [1],
         "iteration": iteration,
-        "no_pipeline_parallel": False,
+        "no_pipeline_parallel": options.no_pipeline,
         "deepspeed": True,
     }
     dtype = options.dtype or source.dtype

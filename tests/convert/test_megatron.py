@@ -45,12 +45,13 @@ def test_real_checkpoints_give_their_recorded_losses(tmp_path, convert, name):
         ("megatron-lm", 2, 1, []),
         ("megatron-deepspeed", 1, 1, []),
         ("megatron-deepspeed", 4, 3, []),
+        ("megatron-deepspeed", 2, 1, ["--no-pipeline"]),
     ],
 )
 def test_round_trip_is_exact(tmp_path, convert, style, target, tensor, pipeline, flags):
     rope = {"rope_theta": 10000.0} if style == "llama" else {}
     rope = {"rotary_emb_base": 10000} if style == "gpt_neox" else rope
-    tied = {"tie_word_embeddings": True}
+    tied = {"tie_word_embeddings": tensor != 2}
     STYLES[style](**rope, **tied).save_pretrained(tmp_path / "hf")
     convert(
         "--to",
@@ -75,6 +76,21 @@ def test_round_trip_is_exact(tmp_path, convert, style, target, tensor, pipeline,
     ours = {key: value for key, value in ours.items() if not key.endswith("_token_id")}
     theirs = {key: configs[0][key] for key in ours}
     assert ours == theirs
+
+
+def test_no_pipeline_names_are_the_real_ones(tmp_path, convert):
+    source = FIXTURES / "mds_gpt_nopipe_tp2" / "ckpt"
+    convert("--to", "megatron-deepspeed", "--no-pipeline", "--input", source, "--output",
+            tmp_path / "there", "--target-tensor-parallel-size", 2)  # fmt: skip
+    for rank in range(2):
+        name = f"global_step2/mp_rank_{rank:02d}_model_states.pt"
+        real = torch.load(source / name, weights_only=False)["module"]["language_model"]
+        ours = torch.load(tmp_path / "there" / name, weights_only=False)
+        ours = ours["module"]["language_model"]
+        assert real.keys() == ours.keys()
+        assert set(real["encoder"]) == set(ours["encoder"])
+        for key, value in real["encoder"].items():
+            assert torch.equal(value, ours["encoder"][key])
 
 
 def test_swiglu_is_cut_per_rank(tmp_path, convert):
