@@ -19,6 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import sentencepiece
@@ -45,38 +47,50 @@ def main() -> int:
 
 
 def report(args: argparse.Namespace, work: Path) -> None:
-    """Run all sides in turn, ``rounds`` times."""
+    """Run all sides in turn, ``rounds`` times, and print what came of it."""
     texts = [json.loads(line)["text"] for line in args.corpus.open(encoding="utf-8")]
     size = sum(len(text.encode()) for text in texts) / 1e6
     short, long = work / "short.jsonl", work / "long.jsonl"
     short.write_bytes(args.corpus.read_bytes())
     long.write_bytes(args.corpus.read_bytes() * args.repeat)
     processor = sentencepiece.SentencePieceProcessor(model_file=str(args.tokenizer_model))
-    more = size * (args.repeat - 1)  # MB between the two runs
-    raw, ours, theirs, shares, ratios, starts = [], [], [], [], [], []
+    found: dict[str, list[float]] = defaultdict(list)
     for _ in range(args.rounds):
-        raw.append(size / seconds_raw(processor, texts))
-        first = seconds_ours(args, short, work)
-        ours.append(more / max(seconds_ours(args, long, work) - first, 1e-9))
-        starts.append(first_document(args, short, work))
-        raw[-1] = (raw[-1] + size / seconds_raw(processor, texts)) / 2
-        shares.append(ours[-1] / (args.workers * raw[-1]))
+        before = seconds_raw(processor, texts)
+        ours = whole_and_steady(seconds_ours, args, short, long, size, work)
+        raw = 2 * size / (before + seconds_raw(processor, texts))
+        found["raw SentencePiece encode, 1 thread|MB/s"].append(raw)
+        found["preprocess_data, steady state|MB/s"].append(ours[1])
+        found[f"  share of {args.workers} x raw|%"].append(100 * ours[1] / (args.workers * raw))
+        found["  start to first document|s"].append(first_document(args, short, work))
+        found["  the corpus once, with start|s"].append(ours[0])
         if args.megatron_lm:
-            slow = seconds_theirs(args, short, work)
-            theirs.append(more / max(seconds_theirs(args, long, work) - slow, 1e-9))
-            ratios.append(ours[-1] / theirs[-1])
+            theirs = whole_and_steady(seconds_theirs, args, short, long, size, work)
+            found["Megatron-LM's tool, steady state|MB/s"].append(theirs[1])
+            found["  the corpus once, with start|s "].append(theirs[0])
+            found["  preprocess_data is faster, steady|x"].append(ours[1] / theirs[1])
+            found["  preprocess_data is faster, whole run|x"].append(theirs[0] / ours[0])
     print(f"{args.corpus.name}: {len(texts):,} documents, {size:.1f} MB, {args.workers} workers,")
     print(f"median of {args.rounds} rounds (lowest to highest), {os.cpu_count()} cores\n")
-    row("raw SentencePiece encode, 1 thread", raw, "MB/s")
-    row("preprocess_data, steady state", ours, "MB/s")
-    row(f"  share of {args.workers} x raw", [100 * share for share in shares], "%")
-    row("  start to first document", starts, "s")
-    if theirs:
-        row("Megatron-LM's tool, steady state", theirs, "MB/s")
-        row("  preprocess_data is faster by", ratios, "x")
+    for name, values in found.items():
+        row(*name.split("|"), values)
 
 
-def row(name: str, values: list[float], unit: str) -> None:
+def whole_and_steady(
+    seconds: Callable[[argparse.Namespace, Path, Path], float],
+    args: argparse.Namespace,
+    short: Path,
+    long: Path,
+    size: float,
+    work: Path,
+) -> tuple[float, float]:
+    """Return the seconds of a run over the corpus once, and MB/s beyond that."""
+    once = seconds(args, short, work)
+    more = seconds(args, long, work) - once
+    return once, size * (args.repeat - 1) / max(more, 1e-9)
+
+
+def row(name: str, unit: str, values: list[float]) -> None:
     """Print one line of the table."""
     low, high = min(values), max(values)
     print(f"{name:38} {statistics.median(values):8.2f} {unit:5} ({low:.2f} to {high:.2f})")

@@ -39,6 +39,7 @@ class Job:
         sources: list[Source],
         tokenizer: Tokenizer,
         output: Output,
+        shard: dict[str, Any] | None,
     ) -> None:
         self.args, self.sources, self.tokenizer, self.output = args, sources, tokenizer, output
         self.encoding = Encoding(
@@ -58,6 +59,8 @@ class Job:
             },
             "sources": [source.identity() for source in sources],
         }
+        if shard is not None:
+            self.recipe["shard"] = shard
         self.tallies = [Tally() for _ in sources]
         self.point = Point()  # the state after the last block that was written whole
         self.warned = 0
@@ -87,7 +90,7 @@ class Job:
         """Encode what is not yet encoded, and finish."""
         journal = self.output.open(self.recipe, self.args.overwrite)
         self._resume(journal)
-        if not self.point.finishing:
+        if self.sources and not self.point.finishing:
             try:
                 self._encode_all(journal)
             except (UserError, OSError, KeyboardInterrupt, BrokenProcessPool):

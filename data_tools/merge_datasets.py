@@ -11,6 +11,7 @@ from typing import Any
 from data_tools.cli import Parser, run
 from data_tools.documents import pieces, read_manifest, with_tokens
 from data_tools.publish import publish, refuse_existing, staging, write_json
+from data_tools.shards import find_parts
 from megatron_llmjp.data.indexed import IndexedWriter, read_index
 from megatron_llmjp.errors import EXIT_DONE, UserError
 
@@ -19,27 +20,43 @@ EXAMPLES = """\
     merge_datasets --input parts/ --output-prefix data/ja_text_document
 
   Some, in this order:
-    merge_datasets --input data/wiki_text_document data/cc_text_document --output-prefix data/all"""
+    merge_datasets --input data/wiki_text_document data/cc_text_document --output-prefix data/all
+
+  What the tasks of an array made with preprocess_data --output-prefix data/ja --shard slurm/16;
+  parts that are missing are named:
+    merge_datasets --parts data/ja"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
     parser = Parser("merge_datasets", "Join .bin/.idx datasets end to end.", EXAMPLES)
     add = parser.add_argument
-    add("--input", nargs="+", required=True, metavar="PATH", help="folders or prefixes")
-    add("--output-prefix", required=True, metavar="PREFIX", help="makes PREFIX.{bin,idx,json}")
+    add("--input", nargs="+", metavar="PATH", help="folders or prefixes")
+    add("--output-prefix", metavar="PREFIX", help="makes PREFIX.{bin,idx,json}")
+    add("--parts", metavar="PREFIX", help="join all that preprocess_data --shard made")
     add("--overwrite", action="store_true", help="replace a dataset that is there")
     args = parser.parse(argv)
-    return run("merge_datasets", lambda: merge(args))
+    if bool(args.parts) == bool(args.input and args.output_prefix):
+        parser.error("give --input and --output-prefix, or --parts")
+    return run("merge_datasets", lambda: merge_all(args))
 
 
-def merge(args: argparse.Namespace) -> int:
-    """Check that the parts belong together, and join them."""
-    prefixes = find_prefixes(args.input)
-    finals = [Path(args.output_prefix + suffix) for suffix in (".bin", ".json", ".idx")]
-    if args.output_prefix in prefixes:
-        raise UserError(f"--output-prefix {args.output_prefix}: is one of the inputs")
-    refuse_existing(finals, args.overwrite)
+def merge_all(args: argparse.Namespace) -> int:
+    """Join what is asked for: some datasets, or the parts of every key."""
+    if not args.parts:
+        merge(find_prefixes(args.input), args.output_prefix, args.overwrite)
+        return EXIT_DONE
+    for key, prefixes in find_parts(args.parts).items():
+        merge(prefixes, f"{args.parts}_{key}_document", args.overwrite)
+    return EXIT_DONE
+
+
+def merge(prefixes: list[str], output_prefix: str, overwrite: bool) -> None:
+    """Check that the datasets belong together, and join them."""
+    finals = [Path(output_prefix + suffix) for suffix in (".bin", ".json", ".idx")]
+    if output_prefix in prefixes:
+        raise UserError(f"--output-prefix {output_prefix}: is one of the inputs")
+    refuse_existing(finals, overwrite)
     indexes = [read_index(prefix) for prefix in prefixes]
     for prefix, index in zip(prefixes, indexes, strict=True):
         if index.dtype != indexes[0].dtype:
@@ -48,7 +65,7 @@ def merge(args: argparse.Namespace) -> int:
                 "were made with different vocabularies."
             )
     recipe = common_recipe(prefixes)
-    with staging(Path(f"{args.output_prefix}.partial")) as folder:
+    with staging(Path(f"{output_prefix}.partial")) as folder:
         writer = IndexedWriter(folder / "merged.bin", indexes[0].dtype)
         for index in indexes:
             for piece in pieces(index):
@@ -60,10 +77,9 @@ def merge(args: argparse.Namespace) -> int:
     position = writer.position
     tokens_written = position.bin_bytes // writer.dtype.itemsize
     print(
-        f"{args.output_prefix}: {len(prefixes):,} datasets, {position.documents:,} documents, "
+        f"{output_prefix}: {len(prefixes):,} datasets, {position.documents:,} documents, "
         f"{tokens_written:,} tokens"
     )
-    return EXIT_DONE
 
 
 def find_prefixes(words: Sequence[str]) -> list[str]:

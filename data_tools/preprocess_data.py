@@ -15,6 +15,7 @@ from data_tools.cli import Parser, cores, positive, run
 from data_tools.job import Job
 from data_tools.output import Output
 from data_tools.report import check_report
+from data_tools.shards import part_prefix, shard_of, take_shard
 from data_tools.sources import find_sources
 from megatron_llmjp.data.indexed import best_dtype
 from megatron_llmjp.errors import UserError
@@ -101,6 +102,12 @@ def _parser() -> Parser:
         metavar="FILE",
         help="also write the closing table to FILE.csv or FILE.json; may be repeated",
     )
+    add(
+        "--shard",
+        metavar="NUMBER/COUNT",
+        help="do this part of the files only, 0/16 to 15/16; slurm/16 takes the number from the "
+        "Slurm array. merge_datasets --parts PREFIX joins the parts",
+    )
     add("--overwrite", action="store_true", help="replace datasets and unfinished runs")
     for flag in ("--dataset-impl", "--partitions"):  # in Megatron-LM's scripts; order is kept here
         add(flag, help=argparse.SUPPRESS)
@@ -120,8 +127,14 @@ def preprocess(args: argparse.Namespace) -> int:
 
         tokenizer, why = use_twin(tokenizer, args.sentencepiece_twin, sources, args.json_keys)
         print(why, file=sys.stderr)
+    shard = None
+    if args.shard:
+        number, count = shard_of(args.shard)
+        sources, whole_list = take_shard(sources, number, count)
+        shard = {"number": number, "count": count, "list": whole_list}
+        args.output_prefix = part_prefix(args.output_prefix, number, count)
     output = Output(args.output_prefix, args.json_keys, best_dtype(tokenizer.vocab_size))
-    job = Job(args, sources, tokenizer, output)
+    job = Job(args, sources, tokenizer, output, shard)
     if not args.overwrite and job.is_there():
         return job.close()
     with output.named_errors():

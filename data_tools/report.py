@@ -28,9 +28,10 @@ def rows(names: list[str], tallies: list[Tally], keys: list[str]) -> list[dict[s
         }
         for name, tally in zip(names, tallies, strict=True)
     ]
-    if len(table) > 1:
+    if len(table) != 1:
         total: dict[str, Any] = {"source": "total"}
-        for name in list(table[0])[1:]:
+        tokens = (f"tokens_{key}" for key in keys)
+        for name in ("documents", "bytes", *tokens, "rejected", "empty", "blank"):
             total[name] = sum(row[name] for row in table)
         table.append(total)
     return table

@@ -74,7 +74,7 @@ def _expand(word: str) -> list[str]:
         found = sorted(
             str(file)
             for file in path.rglob("*")
-            if file.name.endswith(SUFFIXES) and not file.name.startswith(".") and file.is_file()
+            if file.name.endswith(SUFFIXES) and not _is_ours(file) and file.is_file()
         )
         if not found:
             raise UserError(
@@ -90,6 +90,16 @@ def _expand(word: str) -> list[str]:
             raise UserError(f"--input {word}: the pattern matches no file")
         return found
     raise UserError(f"--input {word}: no such file or folder{_nearby(path)}")
+
+
+def _is_ours(file: Path) -> bool:
+    """Return whether a file in a folder is hidden, or is output of these programs."""
+    return (
+        file.name.startswith(".")
+        or file.name.endswith("_rejected.jsonl")
+        or file.parent.name.endswith(".partial")
+        or file.with_suffix(".idx").exists()  # a manifest
+    )
 
 
 def _nearby(path: Path) -> str:

@@ -149,7 +149,7 @@ def train_unigram(texts: Sequence[str], vocab_size: int, coverage: float = 0.999
             model_writer=model,
             model_type="unigram",
             vocab_size=vocab_size,
-            character_coverage=min(coverage, _affordable_coverage(texts, learned // 2)),
+            character_coverage=_affordable_coverage(texts, learned // 2, coverage),
             byte_fallback=True,
             normalization_rule_name="identity",
             add_dummy_prefix=True,
@@ -164,17 +164,21 @@ def train_unigram(texts: Sequence[str], vocab_size: int, coverage: float = 0.999
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = str(error).rpartition("] ")[2]
+        reason = str(error).rpartition("] ")[2] or str(error)
         raise UserError(f"--vocab-size {vocab_size}: {reason} ({len(texts):,} lines)") from error
     return model.getvalue()
 
 
-def _affordable_coverage(texts: Sequence[str], most: int) -> float:
-    """Return the share of all characters that the ``most`` frequent ones make up."""
+def _affordable_coverage(texts: Sequence[str], most: int, wanted: float) -> float:
+    """Return the share of all characters that the ``most`` frequent ones make up.
+
+    At most ``wanted``, at least the 98 % below which SentencePiece refuses to go.
+    """
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(text)
-    return sum(n for _, n in counts.most_common(most)) / max(counts.total(), 1)
+    share = sum(n for _, n in counts.most_common(most)) / max(counts.total(), 1)
+    return max(0.98, min(share, wanted))
 
 
 def _cut(text: str) -> list[str]:
