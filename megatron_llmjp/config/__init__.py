@@ -1,0 +1,1 @@
+"""What a run is: typed sections, read from preset, file and command line, and checked."""

@@ -69,7 +69,7 @@ def micro_batches(
     size = config.training.global_batch_size // parallel_state.get_data_parallel_world_size()
     per_batch = size // config.training.micro_batch_size
     for _ in range((end - first) // config.training.global_batch_size * per_batch):
-        yield _share(next(loader) if loader else None, config, device)
+        yield _share(next(loader) if loader is not None else None, config, device)
 
 
 def _share(batch: Batch | None, config: Config, device: Device) -> Batch:

@@ -6,9 +6,8 @@ import hashlib
 
 import numpy as np
 
-from megatron_llmjp.config.schema import DataConfig
 from megatron_llmjp.data import indexed
-from megatron_llmjp.data.folds import DatasetInfo, FoldFile, Schedule, resolve
+from megatron_llmjp.data.folds import DatasetInfo, FoldFile
 from megatron_llmjp.errors import UserError
 
 
@@ -44,13 +43,3 @@ def content_key(prefix: str) -> str:
             stream.seek(offset)
             digest.update(stream.read(block))
     return digest.hexdigest()[:32]
-
-
-def make_schedule(file: FoldFile, data: DataConfig, global_batch_size: int) -> Schedule:
-    """Resolve a fold file for a run."""
-    if file.sequence_length not in (None, data.seq_length):
-        raise UserError(
-            f"{data.fold_file}: sequence_length {file.sequence_length} differs from the run's "
-            f"seq_length {data.seq_length}: take one of them away"
-        )
-    return resolve(file, inspect_sources(file), data.seq_length, global_batch_size)

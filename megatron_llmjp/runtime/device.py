@@ -8,6 +8,7 @@ gloo. On CUDA nothing is patched.
 from __future__ import annotations
 
 import contextlib
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -109,15 +110,16 @@ class _Inert:
         return None
 
     def __getattr__(self, name: str) -> Callable[..., None]:
-        return _nothing
+        return _returning(None)
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    return None
+def _returning(value: Any) -> Callable[..., Any]:
+    """A function that ignores its arguments; a new one each time, as torch._dynamo demands."""
 
+    def function(*args: Any, **kwargs: Any) -> Any:
+        return value
 
-def _zero(*args: Any, **kwargs: Any) -> int:
-    return 0
+    return function
 
 
 @contextlib.contextmanager
@@ -127,31 +129,49 @@ def _unchanged(*args: Any, **kwargs: Any) -> Iterator[None]:
 
 def _replace_calls() -> None:
     cuda: Any = torch.cuda
-    cuda.current_device = lambda: _CPU
+    cuda.current_device = _returning(_CPU)
     for name in ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats"):
-        setattr(cuda, name, _nothing)
+        setattr(cuda, name, _returning(None))
     for name in ("memory_allocated", "max_memory_allocated", "memory_reserved"):
-        setattr(cuda, name, _zero)
+        setattr(cuda, name, _returning(0))
     for name in ("Stream", "Event", "device"):
         setattr(cuda, name, _Inert)
     cuda.stream = _unchanged
-    cuda.current_stream = cuda.default_stream = lambda *_: _Inert()
-    cuda.nvtx.range_push = cuda.nvtx.range_pop = _nothing
+    cuda.current_stream = _returning(_Inert())
+    cuda.default_stream = _returning(_Inert())
+    cuda.nvtx.range_push = _returning(None)
+    cuda.nvtx.range_pop = _returning(None)
 
 
 def _replace_random_state() -> None:
     """One generator, the CPU's, serves as megatron-core's CUDA generator."""
     cuda: Any = torch.cuda
-    cuda.manual_seed = cuda.manual_seed_all = torch.default_generator.manual_seed
-    cuda.get_rng_state = cuda.random.get_rng_state = lambda *_, **__: torch.get_rng_state()
-    cuda.set_rng_state = cuda.random.set_rng_state = lambda state, *_, **__: torch.set_rng_state(
-        state
-    )
-    with quiet_imports():
+    with quiet_imports(), _without_compiler():
         from megatron.core.tensor_parallel import random
-    module: Any = random
-    module._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
-    module._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    core: Any = random
+    for module in (cuda, cuda.random):
+        module.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
+        module.manual_seed_all = lambda seed: torch.default_generator.manual_seed(seed)
+        module.get_rng_state = lambda *_, **__: torch.get_rng_state()
+        module.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    # It warns when the CPU's generator moves where only the GPU's should; here they are one.
+    logging.getLogger(random.__name__).setLevel(logging.ERROR)
+    core._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    core._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+
+
+@contextlib.contextmanager
+def _without_compiler() -> Iterator[None]:
+    """megatron-core wraps its fused functions in torch.compile as it is imported.
+
+    They are for a GPU; on a CPU machine that only costs seconds at every start.
+    """
+    compiler = torch.compile
+    torch.compile = lambda function=None, **_: function  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compiler  # type: ignore[assignment]
 
 
 @contextlib.contextmanager

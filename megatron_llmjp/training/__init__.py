@@ -1,0 +1,1 @@
+"""The run itself: the loop, one step, the optimizer, validation and the log."""

@@ -1,0 +1,122 @@
+"""Which checkpoint a run goes on from, and whether it may. Without torch."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_llmjp.checkpoint import manifest as manifests
+from megatron_llmjp.checkpoint.manifest import Manifest
+from megatron_llmjp.config.load import FROZEN_AT_RESUME, changed, differences, load_resolved
+from megatron_llmjp.config.schema import Config, OptimizerConfig
+from megatron_llmjp.data.folds import Schedule
+from megatron_llmjp.errors import UserError
+
+_OF_NO_CONSEQUENCE = {"save", "load", "finetune", "override_resume", "exit_interval"}
+
+
+@dataclass(frozen=True)
+class Resume:
+    """A whole checkpoint to start from."""
+
+    folder: Path
+    manifest: Manifest
+    config: Config
+
+
+def find(config: Config) -> Resume | None:
+    """The newest whole checkpoint of ``load``, or of ``save`` when nothing is to be loaded.
+
+    A damaged checkpoint is passed over with a warning on standard error.
+
+    Raises:
+        UserError: ``load`` was given and holds no whole checkpoint, or ``save`` holds damaged
+            ones only.
+    """
+    wanted = config.checkpoint.load or config.checkpoint.save
+    if wanted is None:
+        return None
+    root = Path(wanted)
+    if (root / manifests.MANIFEST).is_file():
+        candidates = [root]
+    else:
+        names = map(manifests.folder_name, reversed(manifests.complete_iterations(root)))
+        candidates = [root / name for name in names]
+    bad: list[str] = []
+    for folder in candidates:
+        found = _open(folder, bad)
+        if found is not None:
+            for problem in bad:
+                print(f"warning: {problem}; going on from {folder}", file=sys.stderr)
+            return found
+    if bad or config.checkpoint.load is not None:
+        reason = "\n".join(bad) or f"--load {root}: no complete checkpoint (iter_*) was found"
+        raise UserError(reason)
+    return None
+
+
+def adopt(config: Config, resume: Resume, schedule: Schedule | None) -> tuple[Config, list[str]]:
+    """The configuration to go on with, and what is to be told of it.
+
+    The padded vocabulary stays the checkpoint's, so that the softmax runs over the same rows in
+    every layout. The learning-rate schedule stays the checkpoint's unless
+    ``override_opt_param_scheduler`` is set.
+
+    Raises:
+        UserError: a field or a touched fold differs that would silently change the run.
+    """
+    saved, allowed = resume.config, set(config.checkpoint.override_resume)
+    notes = []
+    if "padded_vocab_size" not in allowed and config.model.padded_vocab_size is None:
+        config = changed(config, padded_vocab_size=saved.rows)
+    problems = []
+    for name, (old, new) in differences(saved, config).items():
+        if name in FROZEN_AT_RESUME and name not in allowed:
+            problems.append(
+                f"{name} is {new!r}, but {resume.folder} was trained with {old!r}: set it back, or "
+                f"name it on --override-resume {name}"
+            )
+        elif name in OptimizerConfig.model_fields and not (
+            config.optimizer.override_opt_param_scheduler
+        ):
+            if name != "override_opt_param_scheduler":
+                notes.append(
+                    f"{name}: the checkpoint's {old!r} is kept, not {new!r} "
+                    "(--override-opt-param-scheduler takes the new one)"
+                )
+                config = changed(config, **{name: old})
+        elif name not in _OF_NO_CONSEQUENCE:
+            notes.append(f"{name}: was {old!r}, now {new!r}")
+    problems += _changed_folds(resume, schedule) if "folds" not in allowed else []
+    if problems:
+        raise UserError("\n".join(problems))
+    return config, notes
+
+
+def _open(folder: Path, bad: list[str]) -> Resume | None:
+    try:
+        manifest = manifests.read(folder)
+        found = manifests.problems(folder, manifest)
+        if not found:
+            return Resume(folder, manifest, load_resolved(folder / manifests.CONFIG))
+        bad.append(f"damaged checkpoint: {found[0]}")
+    except UserError as error:
+        bad.append(f"damaged checkpoint: {error}")
+    return None
+
+
+def _changed_folds(resume: Resume, schedule: Schedule | None) -> list[str]:
+    if schedule is None:
+        return []
+    now = {fold.name: fold.digest for fold in schedule.folds}
+    found = []
+    for name, digest in resume.manifest.folds.items():
+        if now.get(name) != digest:
+            what = "is gone from the fold file" if name not in now else "has changed"
+            found.append(
+                f"fold '{name}' {what}, but {resume.folder} was trained on it: going on would "
+                "repeat or drop data. Set it back (folds not yet touched may change), or accept "
+                "it with --override-resume folds"
+            )
+    return found

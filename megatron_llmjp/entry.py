@@ -1,0 +1,108 @@
+"""From a command line to a run: check, start the ranks or be one, and turn errors into exit codes.
+
+torch is imported only in a rank, and only when the arguments are right.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_llmjp.config.checks import check
+from megatron_llmjp.config.command_line import parse, print_notes
+from megatron_llmjp.config.schema import Config
+from megatron_llmjp.errors import EXIT_FAILURE, EXIT_USER_ERROR, UserError
+from megatron_llmjp.prepare import Run, prepare
+from megatron_llmjp.runtime.launch import launch
+from megatron_llmjp.runtime.ranks import Ranks, alone, find_ranks
+
+CONSEQUENCE_SECONDS = 5.0
+"""A rank that fails because its peers are gone waits this long, so that the cause is told first."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run ``pretrain_gpt.py``.
+
+    Returns:
+        The exit code: 0 done, 2 the user's mistake, 3 stopped with a checkpoint saved, else 1.
+    """
+    ranks = None
+    try:
+        ranks = find_ranks()
+        config, processes, notes = parse(argv)
+        if ranks is None:
+            print_notes(notes)
+            if processes is not None and processes != 1:
+                return _start_ranks(config, argv, processes)
+        elif ranks.is_first and ranks.started_by != "hand":
+            print_notes(notes)
+        ranks = ranks or alone()
+        run = prepare(config, ranks.world_size)
+    except UserError as error:
+        if ranks is None or ranks.is_first:
+            print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    return _be_rank(run, ranks)
+
+
+def _start_ranks(config: Config, argv: Sequence[str], processes: int) -> int:
+    if processes < 1:
+        raise UserError(f"--nproc-per-node {processes}: at least 1 process is needed")
+    check(config, processes)
+    prepare(config, processes)
+    script = str(Path(sys.argv[0]).resolve())
+    return launch([sys.executable, script, *argv], processes)
+
+
+def _be_rank(run: Run, ranks: Ranks) -> int:
+    _end_with_the_rest()
+    try:
+        from megatron_llmjp.runtime import device as devices
+
+        device = devices.setup(ranks.local_rank)
+        from megatron_llmjp.training.trainer import train
+
+        return train(run, ranks, device)
+    except UserError as error:
+        if ranks.is_first:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return _leave(EXIT_USER_ERROR)
+    except Exception as error:
+        if _is_consequence(error):
+            time.sleep(CONSEQUENCE_SECONDS)
+        where = f"rank {ranks.rank} of {ranks.world_size}"
+        print(f"error: {where}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        return _leave(EXIT_FAILURE)
+
+
+def _leave(code: int) -> int:
+    """End now: leaving process groups in order would wait for ranks that do not answer."""
+    import os
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _is_consequence(error: Exception) -> bool:
+    """Whether an error only says that another rank is gone."""
+    text = str(error)
+    return any(
+        sign in text for sign in ("closed by peer", "Connection reset", "Broken pipe", "NCCL")
+    )
+
+
+def _end_with_the_rest() -> None:
+    """Stop at once on Ctrl-C, wherever the rank waits, and with the launcher when that is killed.
+
+    A checkpoint being written has a temporary name then; the last one stays whole.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG in <sys/prctl.h>
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)

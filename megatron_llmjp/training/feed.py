@@ -1,0 +1,48 @@
+"""Batches for the model chunks of this rank: real ones where tokens or labels are needed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from megatron_llmjp.config.schema import Config
+from megatron_llmjp.data.dataset import Sample
+from megatron_llmjp.data.loader import Batch, micro_batches
+from megatron_llmjp.runtime.device import Device, quiet_imports
+
+with quiet_imports():
+    from megatron.core import parallel_state
+
+
+class _Nothing(dict[str, Any]):
+    """The batch of a middle stage: no tensor in it is looked at."""
+
+    def __missing__(self, key: str) -> None:
+        return None
+
+
+def feed(
+    dataset: Dataset[Sample], config: Config, device: Device, first: int, end: int
+) -> list[Iterator[Batch]]:
+    """One iterator per model chunk over the micro-batches of samples ``[first, end)``."""
+    chunks = config.parallel.virtual_pipeline_model_parallel_size
+    iterators: list[Iterator[Batch]] = []
+    for vp_stage in range(chunks) if chunks else [None]:
+        if _reads(config, vp_stage):
+            iterators.append(micro_batches(dataset, config, device, first, end))
+        else:
+            iterators.append(itertools.repeat(_Nothing()))
+    return iterators
+
+
+def _reads(config: Config, vp_stage: int | None) -> bool:
+    where = {"ignore_virtual": False, "vp_stage": vp_stage}
+    if config.data.reset_attention_mask:
+        return True  # every stage applies the mask
+    return bool(
+        parallel_state.is_pipeline_first_stage(**where)
+        or parallel_state.is_pipeline_last_stage(**where)
+    )

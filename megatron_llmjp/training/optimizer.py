@@ -1,0 +1,126 @@
+"""megatron-core's optimizer, data-parallel wrapper and parameter scheduler for a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_llmjp.config.schema import Config
+from megatron_llmjp.model.gpt import params_dtype
+from megatron_llmjp.runtime.device import Device, quiet_imports
+from megatron_llmjp.training.adamw import FusedAdamW
+
+with quiet_imports():
+    from megatron.core import optimizer as core_optimizer
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+    )
+    from megatron.core.optimizer import distrib_optimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+    from megatron.core.transformer.module import Float16Module
+
+
+def wrap_for_data_parallel(chunks: list[Any], config: Config, device: Device) -> list[Any]:
+    """Wrap model chunks so that their gradients are reduced over the data-parallel group."""
+    if config.training.bf16 or config.training.fp16:
+        chunks = [Float16Module(chunk.config, chunk) for chunk in chunks]
+    parallel = config.parallel
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=config.training.bf16 or config.training.fp16,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        check_for_nan_in_grad=False,  # the step's gradient norm is checked instead, once
+    )
+    wrapped = [
+        DistributedDataParallel(
+            chunk.config,
+            ddp,
+            chunk,
+            # The first chunk's gradients come last: bucketing the others overlaps nothing.
+            disable_bucketing=index > 0,
+        )
+        for index, chunk in enumerate(chunks)
+    ]
+    for chunk in wrapped:
+        chunk.broadcast_params()
+    return wrapped
+
+
+def make_optimizer(chunks: list[Any], config: Config, device: Device) -> Any:
+    """The optimizer of megatron-core, distributed over data-parallel ranks if asked for."""
+    if core_optimizer.USING_PYTORCH_OPTIMIZER:
+        _use_own_adamw()
+    o = config.optimizer
+    settings = core_optimizer.OptimizerConfig(
+        optimizer=o.optimizer,
+        lr=o.lr,
+        min_lr=o.min_lr,
+        weight_decay=o.weight_decay,
+        adam_beta1=o.adam_beta1,
+        adam_beta2=o.adam_beta2,
+        adam_eps=o.adam_eps,
+        sgd_momentum=o.sgd_momentum,
+        clip_grad=o.clip_grad,
+        bf16=config.training.bf16,
+        fp16=config.training.fp16,
+        params_dtype=params_dtype(config),
+        initial_loss_scale=o.initial_loss_scale,
+        min_loss_scale=o.min_loss_scale,
+        loss_scale_window=o.loss_scale_window,
+        hysteresis=o.hysteresis,
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+    )
+    with quiet_imports():
+        return core_optimizer.get_megatron_optimizer(
+            settings,
+            chunks,
+            core_optimizer.get_standard_config_overrides(settings),
+            use_gloo_process_groups=False,
+        )
+
+
+def make_scheduler(optimizer: Any, config: Config, train_iters: int) -> OptimizerParamScheduler:
+    """The learning-rate schedule; like Megatron-LM's it counts samples."""
+    o, batch = config.optimizer, config.training.global_batch_size
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=o.lr_warmup_init,
+        max_lr=o.lr,
+        min_lr=o.min_lr,
+        lr_warmup_steps=o.lr_warmup_iters * batch,
+        lr_decay_steps=(o.lr_decay_iters or train_iters) * batch,
+        lr_decay_style=o.lr_decay_style,
+        start_wd=o.weight_decay,
+        end_wd=o.weight_decay,
+        wd_incr_steps=train_iters * batch,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+        wsd_decay_steps=(o.lr_wsd_decay_iters or 0) * batch if o.lr_wsd_decay_iters else None,
+        lr_wsd_decay_style=o.lr_wsd_decay_style,
+    )
+
+
+def apply_configuration(optimizer: Any, scheduler: Any, config: Config) -> None:
+    """After a load, make the configuration's values hold.
+
+    megatron-core restores the parameter groups whole, and their old learning rates win over the
+    configuration. What is to be kept from the checkpoint is in the configuration already.
+    """
+    o = config.optimizer
+    for group in optimizer.param_groups:
+        group["max_lr"], group["min_lr"] = o.lr, o.min_lr
+        if o.optimizer == "adam":
+            group["betas"], group["eps"] = (o.adam_beta1, o.adam_beta2), o.adam_eps
+        if "start_wd" in group:
+            group["start_wd"] = group["end_wd"] = o.weight_decay
+    scheduler.step(0)
+
+
+def _use_own_adamw() -> None:
+    """Have megatron-core treat our AdamW as the fused one it expects from Apex."""
+    for module in (core_optimizer, distrib_optimizer):
+        module.Adam = FusedAdamW  # type: ignore[misc,assignment]
+    core_optimizer.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.HAVE_APEX_OR_TE = True
