@@ -92,16 +92,14 @@ def _config(source: Source) -> Config:
 
 
 def _load(model: GPTModel, source: Source) -> None:
-    """Fill the model: native by megatron-core's own loader, others from the canonical stream."""
+    """Fill the model: native by the trainer's own loader, others from the canonical stream."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(torch.nan)  # what is not loaded must show
     if source.format == "native":
-        from megatron.core import dist_checkpointing
+        from megatron_llmjp.checkpoint import store
 
-        wanted = model.sharded_state_dict()
-        loaded = dist_checkpointing.load(wanted, str(source.path))
-        model.load_state_dict({key: loaded[key] for key in wanted})
+        store.load(source.path, store.RunState([model]))
         return
     parameters = dict(model.named_parameters())
     if parameters.keys() != source.reads.keys():

@@ -43,14 +43,19 @@ def read(path: Path) -> Source:
         raise UserError(f"{folder}: holds no {WORD_EMBEDDINGS}")
     model = architecture(config)
     tokenizer = folder / manifests.TOKENIZER
-    layout = config.parallel
+    parallel = config.parallel
+    trained = (
+        f"trained with TP {parallel.tensor_model_parallel_size} x "
+        f"PP {parallel.pipeline_model_parallel_size}"
+    )
+    if manifest.contents == "weights":
+        trained = "weights only"
     return Source(
         "native",
         folder,
         model,
         mcore_names.reads(model, entries[WORD_EMBEDDINGS].shape[0], entries),
-        f"torch_dist, trained with TP {layout.tensor_model_parallel_size} x "
-        f"PP {layout.pipeline_model_parallel_size}",
+        f"torch_dist, {trained}",
         iteration=manifest.iteration,
         consumed_samples=manifest.consumed_samples,
         tokenizer=tokenizer if tokenizer_files_in(tokenizer) else None,

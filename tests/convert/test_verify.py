@@ -22,7 +22,6 @@ def figures(text: str) -> tuple[float, float, float]:
 @pytest.mark.parametrize(
     ("style", "changes", "dtype"),
     [
-        ("llama", {}, torch.float32),
         ("gpt2", {"activation_function": "gelu"}, torch.bfloat16),
         ("gpt_neox", {"hidden_act": "gelu_new"}, torch.float32),
     ],
@@ -36,7 +35,7 @@ def test_both_sides_agree(tmp_path, convert, style, changes, dtype):
     assert before == pytest.approx(after, abs=2e-6)
 
 
-def test_reading_megatron_deepspeed_needs_no_hugging_face(tmp_path, convert):
+def test_llama_of_megatron_deepspeed_rounded_to_bf16(tmp_path, convert):
     STYLES["llama"](rope_theta=10000.0).save_pretrained(tmp_path / "hf")
     convert("--to", "megatron-deepspeed", "--input", tmp_path / "hf", "--output", tmp_path / "mds",
             "--target-tensor-parallel-size", 4)  # fmt: skip

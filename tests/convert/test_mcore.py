@@ -1,0 +1,116 @@
+"""megatron-core itself, on two processes, loads what is written, and what it saves is read."""
+
+from __future__ import annotations
+
+import socket
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from hf_models import STYLES, state
+
+from megatron_llmjp.config.load import changed, load_resolved
+from megatron_llmjp.config.schema import Config
+
+
+def on_rank(rank: int, port: int, root: Path, tensor_size: int, pipeline_size: int) -> None:
+    """Load both formats, compare with the canonical tensors, and save both formats again."""
+    warnings.simplefilter("ignore")
+    from megatron.core import dist_checkpointing, parallel_state
+
+    from megatron_llmjp.checkpoint import store
+    from megatron_llmjp.convert import native
+    from megatron_llmjp.model.gpt import build_model
+    from megatron_llmjp.runtime import distributed
+    from megatron_llmjp.runtime.device import setup
+    from megatron_llmjp.runtime.ranks import Ranks
+
+    source = native.read(root / "native").check()
+    config = changed(
+        load_resolved(source.path / "config.yaml"),
+        tensor_model_parallel_size=tensor_size,
+        pipeline_model_parallel_size=pipeline_size,
+    )
+    device = setup()
+    distributed.start(config, Ranks(rank, 2, rank, "127.0.0.1", str(port), "test"), device)
+    (model,) = build_model(config, device)
+    tensor = parallel_state.get_tensor_model_parallel_rank()
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+
+    forget(model)
+    store.load(source.path, store.RunState([model]))
+    compare(model, source, config)
+
+    forget(model)
+    suffix = f"_{stage:03d}" if pipeline_size > 1 else ""
+    file = f"mp_rank_{tensor:02d}{suffix}/model_optim_rng.pt"
+    content = torch.load(root / "legacy" / "release" / file, weights_only=False)
+    model.load_state_dict(content["model"])
+    compare(model, source, config)
+
+    target = root / "saved" / "iter_0000003"
+    if rank == 0:
+        target.mkdir(parents=True)
+    torch.distributed.barrier()
+    state_dict = model.sharded_state_dict()
+    state_dict |= {"args": content["args"], "iteration": 3}
+    dist_checkpointing.save(state_dict, str(target))
+    store.save(root / "run", store.RunState([model]), store.Progress(iteration=5), config, [])
+    path = root / "saved-legacy" / "iter_0000003" / file
+    path.parent.mkdir(parents=True)
+    torch.save({**content, "model": model.state_dict()}, path)
+    distributed.stop()
+
+
+def forget(model: torch.nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+
+
+def compare(model: torch.nn.Module, source, config: Config) -> None:
+    """Every parameter of this rank is its part of the canonical tensor."""
+    from megatron.core import parallel_state
+
+    from megatron_llmjp.convert.tensors import split_of, tensor_parallel
+
+    tensor = parallel_state.get_tensor_model_parallel_rank()
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    size = config.parallel.tensor_model_parallel_size
+    per_stage = config.model.num_layers // config.parallel.pipeline_model_parallel_size
+    for key, parameter in model.named_parameters():
+        name = key
+        if key.startswith("decoder.layers."):
+            layer, rest = key.removeprefix("decoder.layers.").split(".", 1)
+            name = f"decoder.layers.{int(layer) + stage * per_stage}.{rest}"
+        elif key == "output_layer.weight" and name not in source.reads:
+            name = "embedding.word_embeddings.weight"  # the last stage's tied copy
+        whole = source.reads[name].read(name)
+        parts = tensor_parallel(name, source.model, size)(whole)
+        part = parts[0 if split_of(name, source.model) == "replicated" else tensor]
+        assert torch.equal(parameter, part.view.reshape(part.shape)), key
+
+
+@pytest.mark.parametrize(("style", "tensor", "pipeline"), [("llama", 2, 1), ("gpt2", 1, 2)])
+def test_megatron_core_reads_and_writes_the_same(
+    tmp_path, convert, monkeypatch, style, tensor, pipeline
+):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # two processes with two threads each get in the way
+    depth = {"llama": "num_hidden_layers", "gpt2": "n_layer"}[style]
+    STYLES[style](**{depth: 4}).save_pretrained(tmp_path / "hf")
+    sizes = ["--target-tensor-parallel-size", tensor, "--target-pipeline-parallel-size", pipeline]
+    convert("--to", "native", "--input", tmp_path / "hf", "--output", tmp_path / "native", *sizes)
+    convert("--to", "megatron-lm", "--input", tmp_path / "hf", "--output", tmp_path / "legacy",
+            "--ckpt-format", "torch", "--transformer-impl", "local", *sizes)  # fmt: skip
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(on_rank, args=(port, tmp_path, tensor, pipeline), nprocs=2)
+    before = state(tmp_path / "hf")
+    for name in ("saved", "saved-legacy", "run"):
+        convert("--to", "hf", "--input", tmp_path / name, "--output", tmp_path / f"hf-{name}")
+        after = state(tmp_path / f"hf-{name}")
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[key], after[key]) for key in before)
