@@ -64,7 +64,8 @@ def prepare(config: Config, world_size: int) -> Run:
         )
     datasets = inspect_sources(folds)
     schedule = resolve(folds, datasets, config.data.seq_length, config.training.global_batch_size)
-    resume, notes = resuming.find(config), []
+    notes: list[str] = []
+    resume = resuming.find(config)
     if resume is not None and not config.checkpoint.finetune:
         if resume.manifest.contents != "full":
             raise UserError(
@@ -84,8 +85,10 @@ def _tokenizer(config: Config) -> Tokenizer:
             "no tokenizer: give --tokenizer-type and --tokenizer-model, those that "
             "preprocess_data made the datasets with"
         )
+    # NullTokenizer counts the ids below its EOD; the model's vocabulary counts that too.
+    size = config.model.vocab_size - 1 if config.model.vocab_size else None
     return load_tokenizer(
-        config.data.tokenizer_type, config.data.tokenizer_model, vocab_size=config.model.vocab_size
+        config.data.tokenizer_type, config.data.tokenizer_model, vocab_size=size
     )
 
 

@@ -1,0 +1,52 @@
+"""Small datasets and fold files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from megatron_llmjp.data.indexed import IndexedWriter
+
+VOCAB_SIZE = 100
+"""Of NullTokenizer: ids 0 to 98, and 99 ends a document."""
+
+
+def write_dataset(prefix: Path, documents: int, seed: int, length: int = 40) -> None:
+    """A dataset of documents of random lengths; its tokens follow a pattern that can be learned."""
+    generator = np.random.default_rng(seed)
+    lengths = generator.integers(length // 2, 2 * length, documents).astype(np.int32)
+    parts = []
+    for n in lengths:
+        steps = generator.integers(1, 4, n)
+        tokens = (generator.integers(VOCAB_SIZE - 1) + np.cumsum(steps)) % (VOCAB_SIZE - 1)
+        tokens[-1] = VOCAB_SIZE - 1
+        parts.append(tokens.astype(np.uint16))
+    writer = IndexedWriter(prefix.with_suffix(".bin"), np.dtype(np.uint16))
+    writer.add(np.concatenate(parts), lengths)
+    writer.finish(prefix.with_suffix(".idx"))
+    writer.clean()
+
+
+def write_folds(folder: Path, iterations: tuple[int, ...] = (6, 5, 4)) -> Path:
+    """Two datasets, folds of different blends, and a validation set; the fold file's path."""
+    write_dataset(folder / "ja", 400, seed=1)
+    write_dataset(folder / "en", 300, seed=2)
+    write_dataset(folder / "valid", 60, seed=3)
+    blends = [(1, 2), (3, 1), (1, 1)]
+    folds = [
+        {
+            "name": f"fold{i:02d}",
+            "iterations": n,
+            "blend": {
+                "ja": {"path": "ja", "weight": blends[i % 3][0]},
+                "en": {"path": "en", "weight": blends[i % 3][1]},
+            },
+        }
+        for i, n in enumerate(iterations)
+    ]
+    path = folder / "folds.yaml"
+    validation = {"valid": {"path": "valid"}}
+    path.write_text(yaml.safe_dump({"seed": 7, "folds": folds, "validation": validation}))
+    return path

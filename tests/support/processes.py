@@ -1,0 +1,88 @@
+"""Run a function, or pretrain_gpt.py, in real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT = 180.0
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
+    """Run ``function(*arguments)`` on each rank of a gloo world and return the ranks' results.
+
+    The function is imported by its name in fresh processes; arguments and results are JSON. The
+    error of the rank that failed first is raised, and all others are stopped.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    call = json.dumps([function.__module__, function.__qualname__, arguments])
+    ranks = []
+    for rank in range(world_size):
+        env = {
+            **os.environ,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        }
+        command = [sys.executable, "-m", "tests.support.rank", call]
+        ranks.append(
+            subprocess.Popen(
+                command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    return _gather(ranks, function.__qualname__)
+
+
+def _gather(ranks: list[subprocess.Popen[str]], name: str) -> list[Any]:
+    end = time.monotonic() + TIMEOUT
+    try:
+        while any(process.poll() is None for process in ranks):
+            failed = [i for i, process in enumerate(ranks) if process.poll()]
+            if failed:
+                output = ranks[failed[0]].communicate()[1]
+                raise AssertionError(f"{name}: rank {failed[0]} failed:\n{output[-6000:]}")
+            if time.monotonic() > end:
+                waiting = [i for i, process in enumerate(ranks) if process.poll() is None]
+                raise AssertionError(f"{name}: ranks {waiting} still run after {TIMEOUT:.0f} s")
+            time.sleep(0.05)
+    finally:
+        for process in ranks:
+            process.kill()
+    outputs = [process.communicate() for process in ranks]
+    for rank, (process, output) in enumerate(zip(ranks, outputs, strict=True)):
+        assert process.returncode == 0, f"{name}: rank {rank} failed:\n{output[1][-6000:]}"
+    return [json.loads(stdout.splitlines()[-1]) for stdout, _ in outputs]
+
+
+def pretrain(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run ``pretrain_gpt.py`` to its end, as a user would."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, str(ROOT / "pretrain_gpt.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        cwd=cwd,
+        env=env,
+    )
+
+
+def losses(save: Path) -> dict[int, float]:
+    """The training losses that a run wrote, by iteration."""
+    records = map(json.loads, (save / "metrics.jsonl").read_text().splitlines())
+    return {r["iteration"]: r["lm loss"] for r in records if "lm loss" in r}
