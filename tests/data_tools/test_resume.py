@@ -141,7 +141,10 @@ def test_ctrl_c(inputs, undisturbed, tmp_path):
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     )
-    time.sleep(1.0)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "p.partial" / "journal.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.2)
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=10)
     assert process.returncode == 130
