@@ -6,13 +6,21 @@ import socket
 import warnings
 from pathlib import Path
 
-import pytest
 import torch
 import torch.multiprocessing as mp
 from hf_models import STYLES, state
 
 from megatron_llmjp.config.load import changed, load_resolved
 from megatron_llmjp.config.schema import Config
+
+LAYOUTS = {"llama": (2, 1), "gpt2": (1, 2)}
+"""Tensor and pipeline parallel size for each style."""
+
+
+def on_ranks(rank: int, port: int, root: Path) -> None:
+    """One process for both layouts: importing megatron-core takes longer than the test."""
+    for number, (style, sizes) in enumerate(LAYOUTS.items()):
+        on_rank(rank, port + number, root / style, *sizes)
 
 
 def on_rank(rank: int, port: int, root: Path, tensor_size: int, pipeline_size: int) -> None:
@@ -93,24 +101,26 @@ def compare(model: torch.nn.Module, source, config: Config) -> None:
         assert torch.equal(parameter, part.view.reshape(part.shape)), key
 
 
-@pytest.mark.parametrize(("style", "tensor", "pipeline"), [("llama", 2, 1), ("gpt2", 1, 2)])
-def test_megatron_core_reads_and_writes_the_same(
-    tmp_path, convert, monkeypatch, style, tensor, pipeline
-):
+def test_megatron_core_reads_and_writes_the_same(tmp_path, convert, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # two processes with two threads each get in the way
-    depth = {"llama": "num_hidden_layers", "gpt2": "n_layer"}[style]
-    STYLES[style](**{depth: 4}).save_pretrained(tmp_path / "hf")
-    sizes = ["--target-tensor-parallel-size", tensor, "--target-pipeline-parallel-size", pipeline]
-    convert("--to", "native", "--input", tmp_path / "hf", "--output", tmp_path / "native", *sizes)
-    convert("--to", "megatron-lm", "--input", tmp_path / "hf", "--output", tmp_path / "legacy",
-            "--ckpt-format", "torch", "--transformer-impl", "local", *sizes)  # fmt: skip
+    for style, (tensor, pipeline) in LAYOUTS.items():
+        root = tmp_path / style
+        depth = {"llama": "num_hidden_layers", "gpt2": "n_layer"}[style]
+        STYLES[style](**{depth: 4}).save_pretrained(root / "hf")
+        sizes = ["--target-tensor-parallel-size", tensor]
+        sizes += ["--target-pipeline-parallel-size", pipeline]
+        convert("--to", "native", "--input", root / "hf", "--output", root / "native", *sizes)
+        convert("--to", "megatron-lm", "--input", root / "hf", "--output", root / "legacy",
+                "--ckpt-format", "torch", "--transformer-impl", "local", *sizes)  # fmt: skip
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(on_rank, args=(port, tmp_path, tensor, pipeline), nprocs=2)
-    before = state(tmp_path / "hf")
-    for name in ("saved", "saved-legacy", "run"):
-        convert("--to", "hf", "--input", tmp_path / name, "--output", tmp_path / f"hf-{name}")
-        after = state(tmp_path / f"hf-{name}")
-        assert before.keys() == after.keys()
-        assert all(torch.equal(before[key], after[key]) for key in before)
+    mp.spawn(on_ranks, args=(port, tmp_path), nprocs=2)
+    for style in LAYOUTS:
+        root = tmp_path / style
+        before = state(root / "hf")
+        for name in ("saved", "saved-legacy", "run"):
+            convert("--to", "hf", "--input", root / name, "--output", root / f"hf-{name}")
+            after = state(root / f"hf-{name}")
+            assert before.keys() == after.keys()
+            assert all(torch.equal(before[key], after[key]) for key in before)
