@@ -6,6 +6,7 @@ torch is imported only in a rank, and only when the arguments are right.
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import sys
 import time
@@ -50,13 +51,17 @@ def main(argv: Sequence[str]) -> int:
     return _be_rank(run, ranks)
 
 
+def console() -> int:
+    """The console script ``pretrain_gpt``."""
+    return main(sys.argv[1:])
+
+
 def _start_ranks(config: Config, argv: Sequence[str], processes: int) -> int:
     if processes < 1:
         raise UserError(f"--nproc-per-node {processes}: at least 1 process is needed")
     check(config, processes)
     prepare(config, processes)
-    script = str(Path(sys.argv[0]).resolve())
-    return launch([sys.executable, script, *argv], processes)
+    return launch([sys.executable, str(Path(sys.argv[0]).resolve()), *argv], processes)
 
 
 def _be_rank(run: Run, ranks: Ranks) -> int:
@@ -82,8 +87,6 @@ def _be_rank(run: Run, ranks: Ranks) -> int:
 
 def _leave(code: int) -> int:
     """End now: leaving process groups in order would wait for ranks that do not answer."""
-    import os
-
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -87,15 +87,14 @@ def _tokenizer(config: Config) -> Tokenizer:
         )
     # NullTokenizer counts the ids below its EOD; the model's vocabulary counts that too.
     size = config.model.vocab_size - 1 if config.model.vocab_size else None
-    return load_tokenizer(
-        config.data.tokenizer_type, config.data.tokenizer_model, vocab_size=size
-    )
+    return load_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model, vocab_size=size)
 
 
 def _with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
     if config.model.vocab_size is None:
         return changed(config, vocab_size=tokenizer.vocab_size)
-    if tokenizer.vocab_size > config.model.vocab_size:
+    # Not compared with vocab_size: Megatron's SentencePieceTokenizer adds a piece of its own.
+    if tokenizer.vocab_size > config.rows:
         raise UserError(
             f"{config.data.tokenizer_model} has {tokenizer.vocab_size} tokens, but vocab_size is "
             f"{config.model.vocab_size}: leave --vocab-size out, or take the model's tokenizer"

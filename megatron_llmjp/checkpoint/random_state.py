@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_llmjp.runtime.device import quiet_imports
+from megatron_llmjp.runtime.device import without_warnings
 
-with quiet_imports():
+with without_warnings():
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 

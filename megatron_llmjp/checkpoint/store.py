@@ -24,12 +24,13 @@ from megatron_llmjp.checkpoint.manifest import FileEntry, Manifest
 from megatron_llmjp.checkpoint.random_state import get_random_state, set_random_state
 from megatron_llmjp.config.load import dump
 from megatron_llmjp.config.schema import Config
-from megatron_llmjp.runtime.device import quiet_imports
+from megatron_llmjp.runtime.device import without_warnings
 
-with quiet_imports():
+with without_warnings():
     import megatron.core
     from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.dist_checkpointing.mapping import ShardedObject
+    from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
     from megatron.core.dist_checkpointing.validation import StrictHandling
 
 
@@ -171,7 +172,7 @@ def _has_random_state(folder: Path) -> bool:
     """Whether a checkpoint was saved in this layout."""
     shape, index = _random_state_place()
     own = ShardedObject("rng_state", None, shape, index).unique_key
-    return own in dist_checkpointing.load_sharded_metadata(str(folder))
+    return own in load_sharded_metadata(str(folder))
 
 
 def _clean(root: Path) -> None:

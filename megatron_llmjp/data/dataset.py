@@ -22,9 +22,9 @@ from torch.utils.data import Dataset
 from megatron_llmjp.config.schema import DataConfig
 from megatron_llmjp.data import indexed
 from megatron_llmjp.data.folds import DatasetInfo, FoldPlan, Schedule, Slice, epoch_seed
-from megatron_llmjp.runtime.device import quiet_imports
+from megatron_llmjp.runtime.device import without_warnings
 
-with quiet_imports():
+with without_warnings():
     from megatron.core.datasets import helpers_cpp
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.utils import Split

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.dataset import Sample
-from megatron_llmjp.runtime.device import Device, quiet_imports
+from megatron_llmjp.runtime.device import Device, without_warnings
 
-with quiet_imports():
+with without_warnings():
     from megatron.core import parallel_state
 
 Batch = dict[str, torch.Tensor]

@@ -14,9 +14,9 @@ from megatron_llmjp.config.schema import Config
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.model.initialize import initialize
 from megatron_llmjp.model.layers import SDPAttention, norm_class
-from megatron_llmjp.runtime.device import Device, quiet_imports
+from megatron_llmjp.runtime.device import Device, without_warnings
 
-with quiet_imports():
+with without_warnings():
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel, gpt_layer_specs
     from megatron.core.transformer.transformer_block import (
@@ -47,7 +47,7 @@ def choose_kernels(device: Device) -> Kernels:
     """The best that is importable on this device."""
     if not device.is_cuda:
         return Kernels(transformer_engine=False, fusions=False, fused_wgrad=False)
-    with quiet_imports():
+    with without_warnings():
         from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available
     return Kernels(
         transformer_engine=gpt_layer_specs.HAVE_TE,
@@ -82,41 +82,43 @@ def transformer_config(config: Config, device: Device) -> TransformerConfig:
             "which is not importable here: use 1, or install the extra 'gpu'"
         )
     activation, fused_activation = _activation(model.activation_function, kernels, config)
-    return TransformerConfig(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        ffn_hidden_size=model.ffn_size,
-        num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.query_groups,
-        kv_channels=model.head_dim,
-        normalization=model.normalization,
-        layernorm_epsilon=model.norm_epsilon,
-        gated_linear_unit=model.activation_function == "swiglu",
-        activation_func=activation,
-        bias_activation_fusion=fused_activation,
-        bias_dropout_fusion=kernels.fusions,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=kernels.transformer_engine,
-        gradient_accumulation_fusion=kernels.fused_wgrad,
-        add_bias_linear=model.add_bias_linear,
-        add_qkv_bias=model.add_qkv_bias,
-        hidden_dropout=model.hidden_dropout,
-        attention_dropout=model.attention_dropout,
-        init_method_std=model.init_method_std,
-        params_dtype=params_dtype(config),
-        pipeline_dtype=params_dtype(config),
-        bf16=config.training.bf16,
-        fp16=config.training.fp16,
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
-        context_parallel_size=parallel.context_parallel_size,
-        sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
-        recompute_granularity=parallel.recompute_granularity,
-        recompute_method=parallel.recompute_method,
-        recompute_num_layers=parallel.recompute_num_layers,
-        **_pipeline_communication(config, device),
-    )
+    with without_warnings():
+        return TransformerConfig(
+            num_layers=model.num_layers,
+            hidden_size=model.hidden_size,
+            ffn_hidden_size=model.ffn_size,
+            num_attention_heads=model.num_attention_heads,
+            num_query_groups=model.query_groups,
+            kv_channels=model.head_dim,
+            normalization=model.normalization,
+            layernorm_epsilon=model.norm_epsilon,
+            gated_linear_unit=model.activation_function == "swiglu",
+            activation_func=activation,
+            bias_activation_fusion=fused_activation,
+            bias_dropout_fusion=kernels.fusions,
+            masked_softmax_fusion=False,
+            apply_rope_fusion=kernels.transformer_engine,
+            gradient_accumulation_fusion=kernels.fused_wgrad,
+            add_bias_linear=model.add_bias_linear,
+            add_qkv_bias=model.add_qkv_bias,
+            hidden_dropout=model.hidden_dropout,
+            attention_dropout=model.attention_dropout,
+            init_method_std=model.init_method_std,
+            params_dtype=params_dtype(config),
+            pipeline_dtype=params_dtype(config),
+            bf16=config.training.bf16,
+            fp16=config.training.fp16,
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+            context_parallel_size=parallel.context_parallel_size,
+            sequence_parallel=parallel.sequence_parallel
+            and parallel.tensor_model_parallel_size > 1,
+            recompute_granularity=parallel.recompute_granularity,
+            recompute_method=parallel.recompute_method,
+            recompute_num_layers=parallel.recompute_num_layers,
+            **_pipeline_communication(config, device),
+        )
 
 
 def _activation(
@@ -153,7 +155,7 @@ def layer_spec(
     """The layers of one model chunk: Transformer Engine's, else torch's kernels."""
     if choose_kernels(device).transformer_engine:
         return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec()
-    with quiet_imports():
+    with without_warnings():
         spec = gpt_layer_specs.get_gpt_layer_local_spec(normalization=config.model.normalization)
     norm = norm_class(config.model.normalization)
     attention = spec.submodules.self_attention

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron_llmjp.config.schema import Config
-from megatron_llmjp.runtime.device import quiet_imports
+from megatron_llmjp.runtime.device import without_warnings
 
-with quiet_imports():
+with without_warnings():
     from megatron.core import parallel_state
 
 _RESIDUAL = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_llmjp.runtime.device import quiet_imports
+from megatron_llmjp.runtime.device import without_warnings
 
-with quiet_imports():
+with without_warnings():
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
     from megatron.core.transformer.module import MegatronModule
     from megatron.core.transformer.transformer_config import TransformerConfig

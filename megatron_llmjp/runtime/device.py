@@ -146,7 +146,7 @@ def _replace_calls() -> None:
 def _replace_random_state() -> None:
     """One generator, the CPU's, serves as megatron-core's CUDA generator."""
     cuda: Any = torch.cuda
-    with quiet_imports(), _without_compiler():
+    with without_warnings(), _without_compiler():
         from megatron.core.tensor_parallel import random
     core: Any = random
     for module in (cuda, cuda.random):
@@ -175,8 +175,8 @@ def _without_compiler() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def quiet_imports() -> Iterator[None]:
-    """megatron-core warns at import of everything optional that is absent; we print our choice."""
+def without_warnings() -> Iterator[None]:
+    """megatron-core warns of everything optional that is absent; we print what we chose."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_llmjp.config.schema import Config
-from megatron_llmjp.runtime.device import Device, quiet_imports
+from megatron_llmjp.runtime.device import Device, without_warnings
 from megatron_llmjp.runtime.ranks import Ranks
 
-with quiet_imports():
+with without_warnings():
     from megatron.core import parallel_state
     from megatron.core.num_microbatches_calculator import (
         destroy_num_microbatches_calculator,

@@ -7,6 +7,7 @@ reach every rank.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -92,18 +93,20 @@ def _stop(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
     end = time.monotonic() + (GRACE_SECONDS if all(p.poll() in (None, 0, 3) for p in ranks) else 0)
     while time.monotonic() < end and any(p.poll() is None for p in ranks):
         time.sleep(0.05)
-    _signal(ranks, signal.SIGKILL)
     for process in ranks:
+        _signal_group(process, signal.SIGKILL)  # a dead rank's helpers may live on
         process.wait()
 
 
 def _signal(ranks: Sequence[subprocess.Popen[bytes]], number: int) -> None:
     for process in ranks:
         if process.poll() is None:
-            try:
-                os.killpg(process.pid, number)
-            except ProcessLookupError:
-                continue
+            _signal_group(process, number)
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
 
 
 def _free_port() -> int:

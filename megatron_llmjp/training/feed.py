@@ -11,9 +11,9 @@ from torch.utils.data import Dataset
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.dataset import Sample
 from megatron_llmjp.data.loader import Batch, micro_batches
-from megatron_llmjp.runtime.device import Device, quiet_imports
+from megatron_llmjp.runtime.device import Device, without_warnings
 
-with quiet_imports():
+with without_warnings():
     from megatron.core import parallel_state
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.model.gpt import params_dtype
-from megatron_llmjp.runtime.device import Device, quiet_imports
+from megatron_llmjp.runtime.device import Device, without_warnings
 from megatron_llmjp.training.adamw import FusedAdamW
 
-with quiet_imports():
+with without_warnings():
     from megatron.core import optimizer as core_optimizer
     from megatron.core.distributed import (
         DistributedDataParallel,
@@ -71,7 +71,7 @@ def make_optimizer(chunks: list[Any], config: Config, device: Device) -> Any:
         hysteresis=o.hysteresis,
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
     )
-    with quiet_imports():
+    with without_warnings():
         return core_optimizer.get_megatron_optimizer(
             settings,
             chunks,

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.loader import Batch
-from megatron_llmjp.runtime.device import quiet_imports
+from megatron_llmjp.runtime.device import without_warnings
 
-with quiet_imports():
+with without_warnings():
     from megatron.core import parallel_state
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.pipeline_parallel import get_forward_backward_func

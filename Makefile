@@ -1,0 +1,35 @@
+# Two commands do everything on a fresh clone: `make quickstart` and `make test`.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test lint clean
+
+help:  ## show this
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
+
+install: $(VENV)/.installed  ## make .venv and install; the CPU build of PyTorch without an NVIDIA GPU
+
+quickstart: $(VENV)/.installed  ## the whole chain on a small corpus, from raw text to generated text
+	@$(RUN) examples/quickstart/run.py $(QUICKSTART_FLAGS)
+
+test: $(VENV)/.installed-dev  ## run the tests
+	@$(RUN) -m pytest $(PYTEST_FLAGS)
+
+lint: $(VENV)/.installed-dev  ## check style and types
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
+
+clean:  ## remove what the quickstart made (.venv stays)
+	rm -rf quickstart_output
+
+$(VENV)/.installed: setup.py tools/install.sh
+	@PYTHON=$(PYTHON) tools/install.sh $(VENV)
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@PYTHON=$(PYTHON) tools/install.sh $(VENV) dev
+	@touch $@

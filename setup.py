@@ -1,0 +1,73 @@
+"""Install megatron_llmjp and its command line programs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "megatron_llmjp/__init__.py").read_text())
+
+# Preparing data needs neither torch nor a GPU; everything else is for training.
+REQUIRES = [
+    "torch>=2.6",
+    "megatron-core>=0.16.1,<0.17",
+    "transformers>=4.48",
+    "safetensors>=0.4.3",
+    "tokenizers>=0.20",
+    "sentencepiece>=0.2.0",
+    "pydantic>=2.7",
+    "PyYAML>=6.0",
+    "numpy>=1.26",
+    "tqdm>=4.66",
+    "tensorboard>=2.16",
+    "matplotlib>=3.8",
+    "zstandard>=0.22",
+    "orjson>=3.10",
+    "psutil>=5.9",  # megatron-core's checkpoint writer imports it without saying so
+]
+
+EXTRAS = {
+    "gpu": ["transformer-engine[pytorch]>=2.0"],
+    "parquet": ["pyarrow>=15"],
+    "wandb": ["wandb>=0.17"],
+    "dev": [
+        "pytest>=8",
+        "pytest-timeout>=2.3",
+        "hypothesis>=6.100",
+        "ruff>=0.6",
+        "mypy>=1.11",
+        "types-PyYAML",
+        "types-tqdm",
+        "pyarrow>=15",
+    ],
+}
+
+PROGRAMS = {
+    "pretrain_gpt": "megatron_llmjp.entry:console",
+    "convert_checkpoint": "megatron_llmjp.convert.cli:main",
+    "preprocess_data": "data_tools.preprocess_data:main",
+    "train_tokenizer": "data_tools.train_tokenizer:main",
+    "inspect_dataset": "data_tools.inspect_dataset:main",
+    "merge_datasets": "data_tools.merge_datasets:main",
+    "split_folds": "data_tools.split_folds:main",
+}
+
+setup(
+    name="megatron_llmjp",
+    version=VERSION[1] if VERSION else "0",
+    description="3D-parallel pretraining on megatron-core, from raw text to a published model",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.14",
+    packages=find_packages(include=["megatron_llmjp*", "data_tools*"]),
+    package_data={"megatron_llmjp.config": ["presets/*.yaml"]},
+    install_requires=REQUIRES,
+    extras_require=EXTRAS,
+    entry_points={
+        "console_scripts": [f"{name} = {function}" for name, function in PROGRAMS.items()]
+    },
+)
