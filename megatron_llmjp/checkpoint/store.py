@@ -32,6 +32,7 @@ with without_warnings():
     from megatron.core.dist_checkpointing.mapping import ShardedObject
     from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
     from megatron.core.dist_checkpointing.validation import StrictHandling
+    from megatron.core.utils import unwrap_model
 
 
 @dataclass(frozen=True)
@@ -115,10 +116,11 @@ def load(folder: Path, state: RunState) -> None:
 
 
 def _chunk_keys(chunks: list[Any]) -> list[tuple[str, Any]]:
-    """Names of the chunks' entries, as in Megatron-LM's checkpoints."""
-    if len(chunks) == 1:
-        return [("model", chunks[0])]
-    return [(f"model{i}", chunk) for i, chunk in enumerate(chunks)]
+    """Bare chunks and the names of their entries, as in Megatron-LM's checkpoints."""
+    bare = unwrap_model(chunks)
+    if len(bare) == 1:
+        return [("model", bare[0])]
+    return [(f"model{i}", chunk) for i, chunk in enumerate(bare)]
 
 
 def _sharded_state(state: RunState, is_loading: bool) -> dict[str, Any]:
