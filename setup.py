@@ -41,6 +41,7 @@ EXTRAS = {
         "mypy>=1.11",
         "types-PyYAML",
         "types-tqdm",
+        "deepspeed>=0.16",  # reads what convert_checkpoint writes
         "pyarrow>=15",
     ],
 }
