@@ -16,7 +16,8 @@ with without_warnings():
 
 def get_random_state() -> dict[str, Any]:
     """All generators that training draws from."""
-    name, keys, position, has_gauss, cached = np.random.get_state()  # type: ignore[misc]
+    legacy: Any = np.random.get_state()
+    name, keys, position, has_gauss, cached = legacy
     version, words, gauss = random.getstate()
     return {
         "python": [version, list(words), gauss],

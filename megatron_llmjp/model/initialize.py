@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,8 +48,8 @@ def global_name(model: nn.Module, name: str) -> str:
     match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
     if match is None:
         return name
-    layer = model.get_submodule(f"decoder.layers.{match[1]}")
-    return f"decoder.layers.{int(layer.layer_number) - 1}.{match[2]}"
+    layer: Any = model.get_submodule(f"decoder.layers.{match[1]}")
+    return f"decoder.layers.{layer.layer_number - 1}.{match[2]}"
 
 
 def _local_part(parameter: nn.Parameter, name: str, config: Config) -> Tensor:

@@ -6,6 +6,7 @@ sequence parallelism. Both are replaced here by torch's kernels, on CPU and GPU 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -89,17 +90,17 @@ class SDPAttention(MegatronModule):
             ``[s, b, n*d/t]``.
         """
         dropout = self.dropout if self.training else 0.0
-        arguments = {
-            "attn_mask": None if attention_mask is None else ~attention_mask,
-            "is_causal": attention_mask is None,
-            "dropout_p": dropout,
-            "scale": self.softmax_scale,
-            "enable_gqa": query.shape[2] != key.shape[2],
-        }
-        batch_first = [x.permute(1, 2, 0, 3) for x in (query, key, value)]
-        if dropout > 0.0:
-            with get_cuda_rng_tracker().fork():  # heads differ between ranks, so must their masks
-                context = F.scaled_dot_product_attention(*batch_first, **arguments)
-        else:
-            context = F.scaled_dot_product_attention(*batch_first, **arguments)
+        # Heads differ between tensor-parallel ranks, and so must their dropout masks.
+        random = get_cuda_rng_tracker().fork() if dropout > 0.0 else nullcontext()
+        with random:
+            context = F.scaled_dot_product_attention(
+                query.permute(1, 2, 0, 3),
+                key.permute(1, 2, 0, 3),
+                value.permute(1, 2, 0, 3),
+                attn_mask=None if attention_mask is None else ~attention_mask,
+                dropout_p=dropout,
+                is_causal=attention_mask is None,
+                scale=self.softmax_scale,
+                enable_gqa=query.shape[2] != key.shape[2],
+            )
         return context.permute(2, 0, 1, 3).flatten(2)

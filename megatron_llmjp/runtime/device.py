@@ -166,12 +166,13 @@ def _without_compiler() -> Iterator[None]:
 
     They are for a GPU; on a CPU machine that only costs seconds at every start.
     """
-    compiler = torch.compile
-    torch.compile = lambda function=None, **_: function  # type: ignore[assignment]
+    library: Any = torch
+    compiler = library.compile
+    library.compile = lambda function=None, **_: function
     try:
         yield
     finally:
-        torch.compile = compiler  # type: ignore[assignment]
+        library.compile = compiler
 
 
 @contextlib.contextmanager

@@ -126,7 +126,8 @@ class Writer:
     ) -> None:
         """Add one record."""
         if self._file:
-            record = {"iteration": iteration, "consumed samples": consumed, **values}
+            record: dict[str, Any] = {"iteration": iteration, "consumed samples": consumed}
+            record.update(values)
             if fold is not None:
                 record["fold"] = fold
             self._file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -121,6 +121,6 @@ def apply_configuration(optimizer: Any, scheduler: Any, config: Config) -> None:
 def _use_own_adamw() -> None:
     """Have megatron-core treat our AdamW as the fused one it expects from Apex."""
     for module in (core_optimizer, distrib_optimizer):
-        module.Adam = FusedAdamW  # type: ignore[misc,assignment]
+        module.Adam = FusedAdamW
     core_optimizer.USING_PYTORCH_OPTIMIZER = False
     distrib_optimizer.HAVE_APEX_OR_TE = True

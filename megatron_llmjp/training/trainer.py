@@ -143,13 +143,9 @@ def train(run: Run, ranks: Ranks, device: Device) -> int:
     """
     data, validation = _datasets(run)
     distributed.start(run.config, ranks, device)
-    try:
-        trainer = _build(run, device, data, validation)
-        _introduce(trainer, ranks)
-        code = trainer.train()
-    except BaseException:
-        # Other ranks may wait in a collective: do not wait for them, end.
-        raise
+    trainer = _build(run, device, data, validation)
+    _introduce(trainer, ranks)
+    code = trainer.train()
     distributed.stop()
     return code
 
@@ -165,8 +161,9 @@ def _datasets(run: Run) -> tuple[FoldDataset, dict[str, ValidationDataset]]:
         name: ValidationDataset(source.path, run.datasets[source.path], run.schedule.seed, epochs)
         for name, source in run.folds.validation.items()
     }
-    for dataset in (data, *validation.values()):
-        dataset.build_caches()
+    data.build_caches()
+    for held_out in validation.values():
+        held_out.build_caches()
     return data, validation
 
 
