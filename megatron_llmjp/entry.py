@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -66,6 +67,8 @@ def _start_ranks(config: Config, argv: Sequence[str], processes: int) -> int:
 
 def _be_rank(run: Run, ranks: Ranks) -> int:
     _end_with_the_rest()
+    # Deprecations inside libraries are not the user's to mend.
+    warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
     try:
         from megatron_llmjp.runtime import device as devices
 
