@@ -21,7 +21,7 @@ from megatron_llmjp.config.schema import Config
 from megatron_llmjp.errors import EXIT_FAILURE, EXIT_USER_ERROR, UserError
 from megatron_llmjp.prepare import Run, prepare
 from megatron_llmjp.runtime.launch import launch
-from megatron_llmjp.runtime.ranks import Ranks, alone, find_ranks
+from megatron_llmjp.runtime.ranks import LOCAL_LAUNCHER, Ranks, alone, find_ranks
 
 CONSEQUENCE_SECONDS = 5.0
 """A rank that fails because its peers are gone waits this long, so that the cause is told first."""
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
             print_notes(notes)
             if processes is not None and processes != 1:
                 return _start_ranks(config, argv, processes)
-        elif ranks.is_first and ranks.started_by != "hand":
+        elif ranks.is_first and ranks.started_by != LOCAL_LAUNCHER:
             print_notes(notes)
         ranks = ranks or alone()
         run = prepare(config, ranks.world_size)
@@ -66,9 +66,11 @@ def _start_ranks(config: Config, argv: Sequence[str], processes: int) -> int:
 
 
 def _be_rank(run: Run, ranks: Ranks) -> int:
-    _end_with_the_rest()
-    # Deprecations inside libraries are not the user's to mend.
-    warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
+    _end_with_the_rest(ranks)
+    if ranks.is_first:
+        for warning in run.warnings:
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
+    warnings.simplefilter("ignore")  # deprecations inside libraries are not the user's to mend
     try:
         from megatron_llmjp.runtime import device as devices
 
@@ -103,12 +105,12 @@ def _is_consequence(error: Exception) -> bool:
     )
 
 
-def _end_with_the_rest() -> None:
+def _end_with_the_rest(ranks: Ranks) -> None:
     """Stop at once on Ctrl-C, wherever the rank waits, and with the launcher when that is killed.
 
     A checkpoint being written has a temporary name then; the last one stays whole.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if sys.platform == "linux":
+    if sys.platform == "linux" and ranks.started_by != "hand":  # a shell may be left, by nohup
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG in <sys/prctl.h>
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)

@@ -37,6 +37,14 @@ class Run:
     """What the user should be told at the start."""
 
     @property
+    def warnings(self) -> list[str]:
+        """What went wrong before and should not be overlooked."""
+        if self.resume is None:
+            return []
+        going_on = f"; going on from {self.resume.folder}"
+        return [problem + going_on for problem in self.resume.passed_over]
+
+    @property
     def cache(self) -> Path:
         """Folder of sample indices."""
         data = self.config.data

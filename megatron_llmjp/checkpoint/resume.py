@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_llmjp.checkpoint import manifest as manifests
@@ -23,12 +22,14 @@ class Resume:
     folder: Path
     manifest: Manifest
     config: Config
+    passed_over: tuple[str, ...] = ()
+    """What is wrong with newer checkpoints."""
 
 
 def find(config: Config) -> Resume | None:
     """The newest whole checkpoint of ``load``, or of ``save`` when nothing is to be loaded.
 
-    A damaged checkpoint is passed over with a warning on standard error.
+    A damaged checkpoint is passed over; the result says so.
 
     Raises:
         UserError: ``load`` was given and holds no whole checkpoint, or ``save`` holds damaged
@@ -47,9 +48,7 @@ def find(config: Config) -> Resume | None:
     for folder in candidates:
         found = _open(folder, bad)
         if found is not None:
-            for problem in bad:
-                print(f"warning: {problem}; going on from {folder}", file=sys.stderr)
-            return found
+            return replace(found, passed_over=tuple(bad))
     if bad or config.checkpoint.load is not None:
         reason = "\n".join(bad) or f"--load {root}: no complete checkpoint (iter_*) was found"
         raise UserError(reason)

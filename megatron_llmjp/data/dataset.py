@@ -25,6 +25,7 @@ from megatron_llmjp.data.folds import DatasetInfo, FoldPlan, Schedule, Slice, ep
 from megatron_llmjp.runtime.device import without_warnings
 
 with without_warnings():
+    import megatron.core
     from megatron.core.datasets import helpers_cpp
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.utils import Split
@@ -52,10 +53,10 @@ class Epochs:
         folder = self._folder(key, seed)
         if folder.is_dir():
             return
-        with _lock(folder.with_suffix(".lock")):
+        with _lock(folder.with_name(f"{folder.name}.lock")):
             if folder.is_dir():
                 return
-            temporary = folder.with_suffix(".tmp")
+            temporary = folder.with_name(f"{folder.name}.tmp")
             shutil.rmtree(temporary, ignore_errors=True)
             self._open(path, seed, temporary)
             temporary.replace(folder)
@@ -65,8 +66,8 @@ class Epochs:
         return self._open(path, seed, self._folder(key, seed))
 
     def _folder(self, key: str, seed: int) -> Path:
-
-        return self._cache / f"{key}-{self._data.seq_length}-{seed:08x}"
+        name = f"{key}-{self._data.seq_length}-{seed:08x}-core{megatron.core.__version__}"
+        return self._cache / name
 
     def _open(self, path: str, seed: int, folder: Path) -> GPTDataset:
         config = GPTDatasetConfig(
@@ -98,7 +99,8 @@ class DatasetTokenizer:
         self.eod = eod
         self.vocab_size = vocab_size
         self.special_tokens_dict: dict[str, int] = {"eod": eod}
-        self.unique_identifiers = OrderedDict(eod=eod, vocab_size=vocab_size)
+        # Part of the cache's file names: an order of samples does not depend on a tokenizer.
+        self.unique_identifiers: OrderedDict[str, int] = OrderedDict()
 
 
 class FoldDataset(Dataset[Sample]):

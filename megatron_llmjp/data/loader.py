@@ -63,6 +63,9 @@ def micro_batches(
                 batch_sampler=sampler,
                 num_workers=config.data.num_workers,
                 collate_fn=default_collate,
+                # Else it draws a seed from the generator of dropout, which on a CPU is torch's
+                # own, and the ranks of a tensor-parallel group no longer drop the same units.
+                generator=torch.Generator(),
                 pin_memory=device.is_cuda,
             )
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -16,6 +17,10 @@ import sys
 import time
 from collections.abc import Sequence
 from types import FrameType
+
+from megatron_llmjp.runtime.ranks import LAUNCHER_VARIABLE, LOCAL_LAUNCHER
+
+from megatron_llmjp.errors import EXIT_DONE, EXIT_REQUEUE, EXIT_USER_ERROR
 
 GRACE_SECONDS = 5.0
 """Time between asking ranks to stop and stopping them."""
@@ -28,7 +33,7 @@ def launch(command: Sequence[str], processes: int) -> int:
         0 when all ranks end with 0, else the exit code of the rank that failed first; 130 after
         Ctrl-C.
     """
-    port = _free_port()
+    port = free_port()
     ranks = [_start(command, rank, processes, port) for rank in range(processes)]
     forwarded: list[int] = []
 
@@ -57,6 +62,7 @@ def _start(command: Sequence[str], rank: int, world: int, port: int) -> subproce
         "LOCAL_WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        LAUNCHER_VARIABLE: LOCAL_LAUNCHER,
     }
     # Without this, every rank starts a thread per core and they fight for the cores.
     env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world)))
@@ -89,13 +95,19 @@ def _report(rank: int, code: int, forwarded: Sequence[int]) -> int:
 
 def _stop(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
     """End every rank that still runs, and what it started."""
-    # A rank that stops on request ends with its peers: leave them the time to do so.
-    end = time.monotonic() + (GRACE_SECONDS if all(p.poll() in (None, 0, 3) for p in ranks) else 0)
+    # Ranks that stop on request, or for a mistake that the first one tells of, end together:
+    # leave them the time to do so.
+    end = time.monotonic() + (GRACE_SECONDS if _in_order(ranks) else 0)
     while time.monotonic() < end and any(p.poll() is None for p in ranks):
         time.sleep(0.05)
     for process in ranks:
         _signal_group(process, signal.SIGKILL)  # a dead rank's helpers may live on
         process.wait()
+
+
+def _in_order(ranks: Sequence[subprocess.Popen[bytes]]) -> bool:
+    """Whether every rank that ended did so by itself and with a reason."""
+    return all(p.poll() in (None, EXIT_DONE, EXIT_USER_ERROR, EXIT_REQUEUE) for p in ranks)
 
 
 def _signal(ranks: Sequence[subprocess.Popen[bytes]], number: int) -> None:
@@ -109,7 +121,14 @@ def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
         os.killpg(process.pid, number)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_port() -> int:
+    """A port that nobody listens on, below those that the kernel hands out by itself.
+
+    The ranks need seconds until they listen on it; a port of the kernel's range would now and then
+    be gone by then, to a connection of any program.
+    """
+    while True:
+        port = random.SystemRandom().randrange(15_000, 32_768)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from megatron_llmjp.errors import UserError
 
 DEFAULT_PORT = "29500"
+LOCAL_LAUNCHER = "--nproc-per-node"
+LAUNCHER_VARIABLE = "MEGATRON_LLMJP_LAUNCHER"
+"""Tells ranks that were started by ``runtime/launch.py`` from those of torchrun."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ def find_ranks(env: Mapping[str, str] = os.environ) -> Ranks | None:
                 local_rank=_integer(env, names.local_rank),
                 master_addr=env.get("MASTER_ADDR") or _first_host(env),
                 master_port=env.get("MASTER_PORT", DEFAULT_PORT),
-                started_by=names.launcher,
+                started_by=env.get(LAUNCHER_VARIABLE, names.launcher),
             )
     return None
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from megatron_llmjp.runtime.launch import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 180.0
@@ -22,9 +23,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) ->
     The function is imported by its name in fresh processes; arguments and results are JSON. The
     error of the rank that failed first is raised, and all others are stopped.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     call = json.dumps([function.__module__, function.__qualname__, arguments])
     ranks = []
     for rank in range(world_size):
@@ -41,7 +40,11 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) ->
         command = [sys.executable, "-m", "tests.support.rank", call]
         ranks.append(
             subprocess.Popen(
-                command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                command,
+                env=env,
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
                 text=True,
             )
         )
