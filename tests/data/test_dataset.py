@@ -1,0 +1,256 @@
+"""Samples of the fold schedule, against megatron-core's GPTDataset."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
+
+from megatron_llmjp.config.schema import DataConfig
+from megatron_llmjp.data.dataset import (
+    DatasetTokenizer,
+    Epochs,
+    FoldDataset,
+    ValidationDataset,
+    blend_order,
+)
+from megatron_llmjp.data.folds import FoldPlan, Slice, epoch_seed, read_fold_file, resolve
+from megatron_llmjp.data.indexed import IndexedWriter
+from megatron_llmjp.data.loader import MicroBatches
+from megatron_llmjp.data.sources import content_key, inspect_sources
+from megatron_llmjp.tokenizers import load_tokenizer
+
+LENGTH, BATCH = 16, 8
+
+
+def write_numbered(prefix: Path, lengths: list[int], first: int) -> None:
+    """A dataset whose tokens are all different, so that each can be followed."""
+    writer = IndexedWriter(prefix.with_suffix(".bin"), np.dtype(np.int32))
+    tokens = np.arange(first, first + sum(lengths), dtype=np.int32)
+    writer.add(tokens, np.array(lengths, np.int32))
+    writer.finish(prefix.with_suffix(".idx"))
+    writer.clean()
+
+
+def lengths_of(seed: int, documents: int) -> list[int]:
+    return np.random.default_rng(seed).integers(1, 60, documents).tolist()
+
+
+FOLDS = [
+    {"name": "whole", "epochs": 1, "blend": {"a": {"path": "a"}, "b": {"path": "b"}}},
+    {"name": "again", "tokens": 70 * LENGTH, "blend": {
+        "a": {"path": "a", "weight": 3, "repeat": True},
+        "c": {"path": "c", "weight": 1, "repeat": True},
+    }},
+    {"name": "more", "blend": {"a": {"path": "a", "epochs": 2.5, "repeat": True}}},
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for i, (name, documents) in enumerate({"a": 30, "b": 45, "c": 9}.items()):
+        write_numbered(folder / name, lengths_of(i, documents), 10_000 * i)
+    (folder / "folds.yaml").write_text(yaml.safe_dump({"seed": 5, "folds": FOLDS}))
+    return folder
+
+
+def epochs_of(folder: Path, vocab_size: int = 99, **data) -> Epochs:
+    tokenizer = load_tokenizer("NullTokenizer", None, vocab_size=vocab_size)
+    return Epochs(DataConfig(seq_length=LENGTH, **data), tokenizer, folder / "cache")
+
+
+def schedule_of(folder: Path):
+    file = read_fold_file(folder / "folds.yaml")
+    return resolve(file, inspect_sources(file), LENGTH, BATCH)
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    data = FoldDataset(schedule_of(folder), epochs_of(folder))
+    data.build_caches()
+    return data
+
+
+def megatrons_epoch(path: str, seed: int, cache: Path) -> list[tuple[int, ...]]:
+    """Tokens and the last label of every sample of one epoch, by megatron-core alone."""
+    config = GPTDatasetConfig(
+        random_seed=seed, sequence_length=LENGTH, blend=([path], None), split="1,0,0",
+        path_to_cache=str(cache), tokenizer=DatasetTokenizer(0, 99), reset_position_ids=False,
+        reset_attention_mask=False, eod_mask_loss=False,
+    )  # fmt: skip
+    tokens = IndexedDataset(path)
+    data = GPTDataset(
+        tokens, path, np.arange(len(tokens), dtype=np.int32), None, Split.train, config
+    )
+    return [plain(data[i]) for i in range(len(data))]
+
+
+def plain(sample) -> tuple[int, ...]:
+    assert sample["tokens"][1:].tolist() == sample["labels"][:-1].tolist()
+    return (*sample["tokens"].tolist(), int(sample["labels"][-1]))
+
+
+def test_an_epoch_is_megatrons_and_uses_each_sample_once(run, folder, tmp_path):
+    schedule = schedule_of(folder)
+    fold = schedule.folds[0]
+    drawn = {piece.name: [] for piece in fold.slices}
+    for i in range(fold.samples):
+        drawn[run.locate(i)[0].name].append(plain(run[i]))
+    for piece in fold.slices:
+        seed = epoch_seed(schedule.seed, piece.key, 0)
+        assert drawn[piece.name] == megatrons_epoch(piece.path, seed, tmp_path)
+        seen = Counter(token for sample in drawn[piece.name] for token in sample[:-1])
+        tokens = sum(lengths_of("abc".index(piece.name), {"a": 30, "b": 45, "c": 9}[piece.name]))
+        assert set(seen.values()) == {1}
+        assert len(seen) == (tokens - 1) // LENGTH * LENGTH > tokens - 1 - LENGTH
+
+
+def test_streams_go_on_over_folds_and_epochs(run, folder, tmp_path):
+    """Folds that share a dataset read its epochs end to end, each with an order of its own."""
+    schedule = schedule_of(folder)
+    for name in "abc":
+        pieces = [p for fold in schedule.folds for p in fold.slices if p.name == name]
+        drawn = [
+            plain(run[i]) for i in range(schedule.total_samples) if run.locate(i)[0].name == name
+        ]
+        orders = [
+            megatrons_epoch(pieces[0].path, epoch_seed(5, pieces[0].key, e), tmp_path / str(e))
+            for e in range(pieces[-1].last_epoch + 1)
+        ]
+        stream = [sample for order in orders for sample in order]
+        assert drawn == stream[: len(drawn)]
+        assert len(drawn) == sum(piece.samples for piece in pieces)
+        if len(orders) > 1:
+            assert orders[0] != orders[1]
+    assert len(run) == schedule.total_samples
+
+
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=6).filter(any))
+def test_every_part_of_a_fold_keeps_to_its_blend(counts):
+    slices = tuple(Slice(f"d{i}", "", "", 0, n, 99) for i, n in enumerate(counts))
+    which, position = blend_order(FoldPlan("f", 0, sum(counts), slices, ""))
+    for i, n in enumerate(counts):
+        assert position[which == i].tolist() == list(range(n))
+        so_far = np.cumsum(which == i)
+        expected = np.arange(1, sum(counts) + 1) * n / sum(counts)
+        assert np.abs(so_far - expected).max() <= len(counts)
+
+
+@given(
+    st.sampled_from([1, 2, 3, 4]), st.sampled_from([1, 2, 4]), st.integers(1, 3),
+    st.integers(0, 5), st.integers(1, 5),
+)  # fmt: skip
+def test_a_global_batch_holds_the_same_samples_in_every_layout(replicas, size, more, skip, count):
+    batch = replicas * size * more
+    first, end = skip * batch, (skip + count) * batch
+    ranks = [list(MicroBatches(first, end, size, rank, replicas)) for rank in range(replicas)]
+    for n in range(count):
+        mine = [rank[n * more : (n + 1) * more] for rank in ranks]
+        assert all(len(micro) == size for rank in mine for micro in rank)
+        found = sorted(sample for rank in mine for micro in rank for sample in micro)
+        start = first + n * batch
+        assert found == list(range(start, start + batch))
+    assert all(len(rank) == count * more for rank in ranks)
+
+
+def test_a_batch_over_the_edge_of_two_folds(run, folder):
+    schedule = schedule_of(folder)
+    edge = schedule.folds[0].end
+    assert edge % BATCH  # or the test shows nothing
+    batch = range(edge // BATCH * BATCH, edge // BATCH * BATCH + BATCH)
+    one = {i: plain(run[i]) for i in batch}
+    assert {run.locate(i)[0].key for i in batch if i >= edge} <= {
+        piece.key for piece in schedule.folds[1].slices
+    }
+    for replicas, size in ((2, 1), (2, 2), (4, 2), (1, 8)):
+        fresh = FoldDataset(schedule, epochs_of(folder))  # another process
+        samplers = [
+            MicroBatches(batch[0], batch[-1] + 1, size, r, replicas) for r in range(replicas)
+        ]
+        found = {i: plain(fresh[i]) for sampler in samplers for micro in sampler for i in micro}
+        assert found == one
+
+
+def test_validation_starts_over_at_its_end(folder):
+    info = next(iter(inspect_sources(read_fold_file(folder / "folds.yaml")).values()))
+    data = ValidationDataset(str(folder / "a"), info, 5, epochs_of(folder))
+    data.build_caches()
+    size = info.samples_per_epoch(LENGTH)
+    assert plain(data[0]) == plain(data[size]) != plain(data[1])
+
+
+def test_other_contents_under_the_same_path_are_another_dataset(tmp_path):
+    lengths = lengths_of(3, 40)
+    write_numbered(tmp_path / "a", lengths, 0)
+    before = content_key(str(tmp_path / "a"))
+    epochs = epochs_of(tmp_path)
+    epochs.build(before, str(tmp_path / "a"), 1)
+    old = plain(epochs.open(before, str(tmp_path / "a"), 1)[0])
+
+    write_numbered(tmp_path / "a", lengths[::-1], 0)  # the same sizes of both files
+    after = content_key(str(tmp_path / "a"))
+    assert after != before
+    epochs.build(after, str(tmp_path / "a"), 1)
+    reference = megatrons_epoch(str(tmp_path / "a"), 1, tmp_path / "theirs")
+    new = epochs.open(after, str(tmp_path / "a"), 1)
+    assert [plain(new[i]) for i in range(len(new))] == reference != old
+    # Elsewhere, the same contents are the same dataset.
+    for suffix in (".bin", ".idx"):
+        (tmp_path / f"b{suffix}").write_bytes((tmp_path / f"a{suffix}").read_bytes())
+    assert content_key(str(tmp_path / "b")) == after
+
+
+def test_an_index_that_a_killed_process_left_is_not_used(tmp_path):
+    write_numbered(tmp_path / "a", lengths_of(3, 40), 0)
+    path, key = str(tmp_path / "a"), content_key(str(tmp_path / "a"))
+    child = os.fork()
+    if child == 0:
+        np.save = half_of(np.save)
+        epochs_of(tmp_path).build(key, path, 1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    left = list((tmp_path / "cache").rglob("*.npy"))
+    assert left  # it was killed in the middle
+
+    epochs = epochs_of(tmp_path)
+    epochs.build(key, path, 1)
+    data = epochs.open(key, path, 1)
+    found = [plain(data[i]) for i in range(len(data))]
+    assert found == megatrons_epoch(path, 1, tmp_path / "theirs")
+
+
+def half_of(save):
+    """``np.save`` of a process that is killed in the middle of its second file."""
+    calls = []
+
+    def function(path, *arguments, **options):
+        save(path, *arguments, **options)
+        calls.append(path)
+        if len(calls) == 2:
+            os.truncate(path, Path(path).stat().st_size // 2)
+            os._exit(9)
+
+    return function
+
+
+def test_a_complete_index_is_never_written_again(tmp_path):
+    """megatron-core builds a missing index on rank 0 only, while the other ranks fail."""
+    write_numbered(tmp_path / "a", lengths_of(3, 40), 0)
+    path, key = str(tmp_path / "a"), content_key(str(tmp_path / "a"))
+    epochs_of(tmp_path).build(key, path, 1)
+    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*")}
+    other = {"reset_position_ids": True, "reset_attention_mask": True, "eod_mask_loss": True}
+    for epochs in (epochs_of(tmp_path, vocab_size=500), epochs_of(tmp_path, **other)):
+        epochs.build(key, path, 1)
+        assert len(epochs.open(key, path, 1)) > 0
+        assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*")} == files

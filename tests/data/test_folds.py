@@ -1,0 +1,227 @@
+"""The arithmetic of the fold schedule, for any folds."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_llmjp.data.folds import (
+    DatasetInfo,
+    FoldFile,
+    apportion,
+    epoch_seed,
+    parse_count,
+    read_fold_file,
+    resolve,
+)
+from megatron_llmjp.errors import UserError
+
+LENGTH, BATCH = 16, 8
+
+weights = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=8)
+
+
+@given(st.integers(0, 10**12), weights)
+def test_apportion_is_exact_and_proportional(total, weights):
+    counts = apportion(total, weights)
+    assert sum(counts) == total
+    for count, weight in zip(counts, weights, strict=True):
+        quota = total * weight / sum(weights)
+        assert abs(count - quota) < 1 + 1e-9 * quota
+
+
+@given(st.integers(0, 10**6), st.integers(1, 9))
+def test_equal_weights_give_equal_shares_earlier_first(total, parts):
+    counts = apportion(total, [0.1] * parts)
+    assert counts == [total // parts + (i < total % parts) for i in range(parts)]
+
+
+@st.composite
+def fold_files(draw):
+    """A fold file over three datasets of which any may be repeated, and what is known of them."""
+    sizes = draw(st.lists(st.integers(2 * LENGTH, 400 * LENGTH), min_size=3, max_size=3))
+    datasets = {f"d{i}": DatasetInfo(f"key{i}", size) for i, size in enumerate(sizes)}
+    folds = []
+    for number in range(draw(st.integers(1, 5))):
+        names = draw(st.lists(st.sampled_from(sorted(datasets)), min_size=1, unique=True))
+        kind = draw(st.sampled_from(["weight", "tokens", "epochs", "fold epochs"]))
+        amount = {
+            "weight": st.floats(0.01, 10),
+            "tokens": st.integers(LENGTH * 3, 300 * LENGTH),
+            "epochs": st.floats(0.1, 3),
+            "fold epochs": st.none(),
+        }[kind]
+        blend = {
+            name: {"path": name, "repeat": True}
+            | ({} if kind == "fold epochs" else {kind: draw(amount)})
+            for name in names
+        }
+        fold = {"name": f"fold{number}", "blend": blend}
+        if kind == "weight":
+            budget = draw(st.sampled_from(["tokens", "iterations"]))
+            fold[budget] = draw(st.integers(1, 40)) * (1 if budget == "iterations" else 3 * LENGTH)
+        if kind == "fold epochs":
+            fold["epochs"] = draw(st.floats(0.1, 2))
+        folds.append(fold)
+    return {"seed": draw(st.integers(0, 99)), "folds": folds}, datasets
+
+
+def schedule_of(content, datasets):
+    return resolve(FoldFile.model_validate(content), datasets, LENGTH, BATCH)
+
+
+@given(fold_files())
+def test_slices_lie_end_to_end(case):
+    """No sample of a dataset is drawn twice before its epoch is complete, nor is one left out."""
+    schedule = schedule_of(*case)
+    streams = {}
+    end = 0
+    for fold in schedule.folds:
+        assert fold.first_sample == end
+        assert fold.samples == sum(piece.samples for piece in fold.slices) > 0
+        end = fold.end
+        for piece in fold.slices:
+            assert piece.start == streams.get(piece.key, 0)
+            streams[piece.key] = piece.start + piece.samples
+    assert schedule.total_samples == end
+
+
+@given(fold_files())
+def test_budgets_are_kept(case):
+    content, datasets = case
+    for fold, plan in zip(content["folds"], schedule_of(*case).folds, strict=True):
+        blend = fold["blend"]
+        if "iterations" in fold:
+            assert plan.samples == fold["iterations"] * BATCH
+        elif "tokens" in fold:
+            assert plan.samples == fold["tokens"] // LENGTH
+        elif "tokens" in next(iter(blend.values())):
+            assert plan.samples == sum(s["tokens"] for s in blend.values()) // LENGTH
+        else:
+            for piece, source in zip(plan.slices, blend.values(), strict=True):
+                epochs = source.get("epochs") or fold["epochs"]
+                whole = (datasets[piece.path].tokens - 1) // LENGTH
+                assert abs(piece.samples - epochs * whole) <= 1
+
+
+@given(fold_files(), st.data())
+def test_a_change_to_a_fold_moves_nothing_before_it(case, data):
+    content, datasets = case
+    before = schedule_of(content, datasets)
+    changed = data.draw(st.integers(0, len(content["folds"]) - 1))
+    folds = [dict(fold) for fold in content["folds"]]
+    fold = folds[changed]
+    fold.pop("tokens", None), fold.pop("epochs", None)
+    fold["iterations"] = 41
+    fold["blend"] = {"other": {"path": "d1", "weight": 1, "repeat": True}}
+    after = schedule_of({**content, "folds": folds}, datasets)
+    assert after.folds[:changed] == before.folds[:changed]
+    assert all(
+        a.digest != b.digest
+        for a, b in zip(after.folds[changed:], before.folds[changed:], strict=True)
+        if a.first_sample != b.first_sample or a.slices != b.slices
+    )
+    assert after.folds[changed].digest != before.folds[changed].digest
+    # The seed and the contents of a dataset decide the order too.
+    assert schedule_of({**content, "seed": 100}, datasets).folds[0].digest != before.folds[0].digest
+    first = before.folds[0].slices[0].path
+    other = {**datasets, first: DatasetInfo("new contents", datasets[first].tokens)}
+    assert schedule_of(content, other).folds[0].digest != before.folds[0].digest
+
+
+@given(fold_files())
+def test_every_sample_is_in_one_fold(case):
+    schedule = schedule_of(*case)
+    for fold in schedule.folds:
+        for sample in {fold.first_sample, (fold.first_sample + fold.end) // 2, fold.end - 1}:
+            assert schedule.fold_at(sample) is fold
+        names = [f.name for f in schedule.folds]
+        place = names.index(fold.name)
+        assert list(schedule.touched(fold.first_sample)) == names[:place]
+        assert list(schedule.touched(fold.first_sample + 1)) == names[: place + 1]
+    assert schedule.fold_at(schedule.total_samples) is schedule.folds[-1]
+
+
+def test_seeds_differ_between_epochs_and_datasets():
+    seeds = [epoch_seed(s, k, e) for s in range(9) for k in ("a", "b") for e in range(9)]
+    assert Counter(seeds).most_common(1)[0][1] == 1
+    assert all(0 <= seed < 2**32 for seed in seeds)
+    assert epoch_seed(7, "a", 0) == epoch_seed(7, "a", 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("27.6B", 27_600_000_000), ("1_000", 1000), (" 0.15 M", 150_000), ("1T", 10**12), (5, 5)],
+)
+def test_counts(text, number):
+    assert parse_count(text) == number
+
+
+WRONG = {
+    "folds: []": "folds: ",
+    "": "the file: ",
+    "[1]": "the file: ",
+    "folds: [f]": "fold '1': ",
+    "fold: []": "fold: unknown key; did you mean 'folds'?",
+    "folds: [{name: f, blends: BLEND}]": "fold 'f', blends: unknown key; did you mean 'blend'?",
+    "folds: [{name: f, tokens: 9, blend: {a: {path: d, wieght: 1}}}]": (
+        "fold 'f', blend, a, wieght: unknown key; did you mean 'weight'?"
+    ),
+    "folds: [{name: f, tokens: 9, iterations: 9, blend: BLEND}]": (
+        "fold 'f': budget given as tokens and iterations"
+    ),
+    "folds: [{name: f, tokens: 9, blend: {a: {path: d, weight: 1}, b: {path: e, tokens: 9}}}]": (
+        "fold 'f': the blend mixes tokens, weight"
+    ),
+    "folds: [{name: f, tokens: 9, blend: {a: {path: d, weight: 1, tokens: 3}}}]": (
+        "give one of weight, tokens and epochs"
+    ),
+    "folds: [{name: f, blend: BLEND}]": "weights need a budget",
+    "folds: [{name: f, tokens: 9, blend: BLEND}, {name: f, tokens: 9, blend: BLEND}]": (
+        "two folds are named 'f'"
+    ),
+    "folds: [{name: f, tokens: 9 G, blend: BLEND}]": (
+        "fold 'f', tokens: expected a number such as 27600000000 or 27.6B, found '9 G'"
+    ),
+    "folds: [{name: f, iterations: -1, blend: BLEND}]": (
+        "fold 'f', iterations: must be greater than 0"
+    ),
+    "folds: [{tokens: 9, blend: BLEND}]": "fold '1', name",
+    "folds: [": "not valid YAML",
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_mistakes_are_named(tmp_path, case):
+    path = tmp_path / "folds.yaml"
+    path.write_text(case.replace("BLEND", "{a: {path: d, weight: 1}}"))
+    with pytest.raises(UserError) as caught:
+        read_fold_file(path)
+    assert WRONG[case] in str(caught.value)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_too_small_and_too_often():
+    datasets = {"d0": DatasetInfo("key", 10 * LENGTH + 1), "d1": DatasetInfo("tiny", LENGTH)}
+
+    def fails(fold):
+        with pytest.raises(UserError) as caught:
+            schedule_of({"folds": [{"name": "f", **fold}]}, datasets)
+        return str(caught.value)
+
+    more = {"blend": {"a": {"path": "d0", "weight": 1}}}
+    message = fails({"tokens": 11 * LENGTH, **more})
+    assert "fold 'f', dataset 'a'" in message and "1.10 epochs of d0" in message
+    assert "repeat: true" in message
+    message = fails({"epochs": 1, "blend": {"b": {"path": "d1"}}})
+    assert "d1 has fewer tokens than one sample" in message
+    assert "less than one sample" in fails({"tokens": LENGTH - 1, **more})
+    # The second use of a dataset counts with the first.
+    folds = [{"name": f"f{i}", "tokens": 6 * LENGTH, **more} for i in range(2)]
+    with pytest.raises(UserError, match=r"fold 'f1'.*1\.20 epochs"):
+        schedule_of({"folds": folds}, datasets)
+    assert math.isclose(schedule_of({"folds": folds[:1]}, datasets).total_samples, 6)
