@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,12 @@ def draw(records: list[dict[str, Any]], output: Path) -> None:
     axes.plot(iterations, [r["lm loss"] for r in training], color="#1f5a8c", label="training")
     top = max(r["lm loss"] for r in training)
     start, name = iterations[0], training[0]["fold"]
-    for record in training:
+    for before, record in pairwise(training):
         if record["fold"] != name:
-            axes.axvline(record["iteration"], color="#999999", linestyle="--", linewidth=0.8)
-            axes.text((start + record["iteration"]) / 2, top, name, ha="center", va="bottom")
-            start, name = record["iteration"], record["fold"]
+            end = before["iteration"]
+            axes.axvline(end, color="#999999", linestyle="--", linewidth=0.8)
+            axes.text((start + end) / 2, top, name, ha="center", va="bottom")
+            start, name = end, record["fold"]
     axes.text((start + iterations[-1]) / 2, top, name, ha="center", va="bottom")
     for record in records:
         for key, value in record.items():

@@ -21,7 +21,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 LANGUAGES = ("ja", "en", "code")
-STOP_AT = 130
+STOP_AT = 90
 """Iteration of the interruption: in the middle of the second fold."""
 
 

@@ -121,6 +121,13 @@ def _features(config: Config) -> Iterator[str]:
         )
     if parallel.virtual_pipeline_model_parallel_size and stages < 2:
         yield "virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size of 2 or more"
+    if parallel.context_parallel_size > 1:
+        # Transformer Engine's attention could, but batches are not split along the sequence.
+        yield (
+            f"context_parallel_size {parallel.context_parallel_size} is not supported: it needs "
+            "Transformer Engine and batches that are split along the sequence; use 1, with "
+            "sequence_parallel or recompute_granularity for long sequences"
+        )
     if parallel.overlap_param_gather and not parallel.use_distributed_optimizer:
         yield "overlap_param_gather needs use_distributed_optimizer"
     if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:

@@ -63,14 +63,14 @@ class Trainer:
         metrics = Metrics(config, run.schedule, run.train_iters, writer)
         end = run.train_iters * config.training.global_batch_size
         data = feed(self.data, config, self.device, self.consumed_samples, end)
-        saved = self.iteration
+        started = saved = self.iteration
         while self.iteration < run.train_iters:
             learning_rate = self.learning_rate()
             result = train_step(self.chunks, self.optimizer, self.scheduler, data, config)
             self.iteration += 1
             self._check_numbers(result)
             metrics.add(result)
-            if self._is_due(config.logging.log_interval):
+            if self._is_due(config.logging.log_interval) or self.iteration == started + 1:
                 scale = float(self.optimizer.get_loss_scale())
                 metrics.log(self.iteration, self.consumed_samples, learning_rate, result, scale)
             metrics.pause()
