@@ -82,8 +82,8 @@ def prepare(config: Config, world_size: int) -> Run:
             )
         config, notes = resuming.adopt(config, resume, schedule)
     config = changed(config, padded_vocab_size=config.rows)
-    check(config, world_size)
     train_iters, more = _iterations(config, schedule)
+    check(changed(config, train_iters=train_iters), world_size)
     return Run(config, tokenizer, folds, datasets, schedule, train_iters, resume, (*notes, *more))
 
 

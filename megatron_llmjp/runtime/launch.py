@@ -18,9 +18,8 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
-from megatron_llmjp.runtime.ranks import LAUNCHER_VARIABLE, LOCAL_LAUNCHER
-
 from megatron_llmjp.errors import EXIT_DONE, EXIT_REQUEUE, EXIT_USER_ERROR
+from megatron_llmjp.runtime.ranks import LAUNCHER_VARIABLE, LOCAL_LAUNCHER
 
 GRACE_SECONDS = 5.0
 """Time between asking ranks to stop and stopping them."""

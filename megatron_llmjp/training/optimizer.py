@@ -118,6 +118,17 @@ def apply_configuration(optimizer: Any, scheduler: Any, config: Config) -> None:
     scheduler.step(0)
 
 
+def complete_parameters(chunks: list[Any], config: Config) -> None:
+    """Gather what the last step updated, so that every rank holds every parameter.
+
+    With an overlapped gather, parameters that other ranks own are one step old until the next
+    forward pass: a checkpoint must not take them.
+    """
+    if config.parallel.overlap_param_gather:
+        for chunk in chunks:
+            chunk.start_param_sync(force_sync=True)
+
+
 def _use_own_adamw() -> None:
     """Have megatron-core treat our AdamW as the fused one it expects from Apex."""
     for module in (core_optimizer, distrib_optimizer):

@@ -23,6 +23,7 @@ from megatron_llmjp.training.feed import feed
 from megatron_llmjp.training.metrics import Metrics, Writer, human
 from megatron_llmjp.training.optimizer import (
     apply_configuration,
+    complete_parameters,
     make_optimizer,
     make_scheduler,
     wrap_for_data_parallel,
@@ -105,6 +106,7 @@ class Trainer:
             metrics.log_validation(self.iteration, self.consumed_samples, losses)
 
     def _save(self, metrics: Metrics) -> int:
+        complete_parameters(self.chunks, self.run.config)
         progress = Progress(
             self.iteration,
             self.consumed_samples,

@@ -29,7 +29,7 @@ def write_dataset(prefix: Path, documents: int, seed: int, length: int = 40) -> 
     writer.clean()
 
 
-def write_folds(folder: Path, iterations: tuple[int, ...] = (6, 5, 4)) -> Path:
+def write_folds(folder: Path, iterations: tuple[int, ...] = (6, 5, 4), repeat: bool = False) -> Path:
     """Two datasets, folds of different blends, and a validation set; the fold file's path."""
     write_dataset(folder / "ja", 400, seed=1)
     write_dataset(folder / "en", 300, seed=2)
@@ -40,8 +40,8 @@ def write_folds(folder: Path, iterations: tuple[int, ...] = (6, 5, 4)) -> Path:
             "name": f"fold{i:02d}",
             "iterations": n,
             "blend": {
-                "ja": {"path": "ja", "weight": blends[i % 3][0]},
-                "en": {"path": "en", "weight": blends[i % 3][1]},
+                "ja": {"path": "ja", "weight": blends[i % 3][0], "repeat": repeat},
+                "en": {"path": "en", "weight": blends[i % 3][1], "repeat": repeat},
             },
         }
         for i, n in enumerate(iterations)

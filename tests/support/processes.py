@@ -14,7 +14,7 @@ from typing import Any
 from megatron_llmjp.runtime.launch import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT = 180.0
+TIMEOUT = 270.0
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
