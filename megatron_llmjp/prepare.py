@@ -15,7 +15,8 @@ from megatron_llmjp.checkpoint.resume import Resume
 from megatron_llmjp.config.checks import check
 from megatron_llmjp.config.load import changed
 from megatron_llmjp.config.schema import Config
-from megatron_llmjp.data.folds import DatasetInfo, FoldFile, Schedule, read_fold_file, resolve
+from megatron_llmjp.data.fold_file import FoldFile, read_fold_file
+from megatron_llmjp.data.folds import DatasetInfo, Schedule, resolve
 from megatron_llmjp.data.sources import inspect_sources
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.tokenizers import Tokenizer, load_tokenizer

@@ -7,7 +7,8 @@ import hashlib
 import numpy as np
 
 from megatron_llmjp.data import indexed
-from megatron_llmjp.data.folds import DatasetInfo, FoldFile
+from megatron_llmjp.data.fold_file import FoldFile
+from megatron_llmjp.data.folds import DatasetInfo
 from megatron_llmjp.errors import UserError
 
 

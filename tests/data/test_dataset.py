@@ -23,7 +23,8 @@ from megatron_llmjp.data.dataset import (
     ValidationDataset,
     blend_order,
 )
-from megatron_llmjp.data.folds import FoldPlan, Slice, epoch_seed, read_fold_file, resolve
+from megatron_llmjp.data.fold_file import read_fold_file
+from megatron_llmjp.data.folds import FoldPlan, Slice, epoch_seed, resolve
 from megatron_llmjp.data.indexed import IndexedWriter
 from megatron_llmjp.data.loader import MicroBatches
 from megatron_llmjp.data.sources import content_key, inspect_sources

@@ -9,15 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_llmjp.data.folds import (
-    DatasetInfo,
-    FoldFile,
-    apportion,
-    epoch_seed,
-    parse_count,
-    read_fold_file,
-    resolve,
-)
+from megatron_llmjp.data.fold_file import FoldFile, parse_count, read_fold_file
+from megatron_llmjp.data.folds import DatasetInfo, apportion, epoch_seed, resolve
 from megatron_llmjp.errors import UserError
 
 LENGTH, BATCH = 16, 8
