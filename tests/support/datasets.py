@@ -29,7 +29,9 @@ def write_dataset(prefix: Path, documents: int, seed: int, length: int = 40) -> 
     writer.clean()
 
 
-def write_folds(folder: Path, iterations: tuple[int, ...] = (6, 5, 4), repeat: bool = False) -> Path:
+def write_folds(
+    folder: Path, iterations: tuple[int, ...] = (6, 5, 4), repeat: bool = False
+) -> Path:
     """Two datasets, folds of different blends, and a validation set; the fold file's path."""
     write_dataset(folder / "ja", 400, seed=1)
     write_dataset(folder / "en", 300, seed=2)
