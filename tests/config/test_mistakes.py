@@ -1,0 +1,294 @@
+"""Mistakes of the user: one message that names the thing, and exit code 2, without torch.
+
+``main`` is called in this process, as the process that starts the ranks calls it; every mistake
+here is found before a rank exists.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from megatron_llmjp import entry
+from megatron_llmjp.checkpoint import manifest as manifests
+from megatron_llmjp.config.command_line import parse
+from megatron_llmjp.config.load import dump
+from megatron_llmjp.config.schema import SECTION_OF
+from megatron_llmjp.prepare import prepare
+from tests.support.datasets import write_folds
+from tests.support.training import arguments
+
+BATCH = 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mistakes")
+    write_folds(folder, (2, 3, 1))
+    return folder
+
+
+@pytest.fixture
+def fails(capsys, monkeypatch):
+    """Run the command line and return its message."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("_be_rank", "launch"):
+        monkeypatch.setattr(entry, name, not_reached)
+
+    def run(*words):
+        code = entry.main([str(word) for word in words])
+        captured = capsys.readouterr()
+        assert code == 2, captured
+        assert captured.out == ""
+        assert captured.err.startswith("error: ") and captured.err.count("error: ") == 1
+        assert "Traceback" not in captured.err
+        return captured.err.removeprefix("error: ")
+
+    return run
+
+
+def not_reached(*_):
+    raise AssertionError("the mistake was not found")
+
+
+FLAGS = {
+    # flags over a run that is right: what the message must say
+    "--lerning-rate 1": ["unknown flag --lerning-rate (--help"],
+    "--global-batch 8": ["unknown flag --global-batch; did you mean '--global-batch-size'?"],
+    "--data-path x": ["--data-path is not supported", "--fold-file"],
+    "--lr fast": ["flag --lr: lr = 'fast': expected a valid number"],
+    "--num-layers 0": ["flag --num-layers: num_layers = '0': expected greater than 0"],
+    "--optimizer lion": ["flag --optimizer: optimizer = 'lion': expected 'adam' or 'sgd'"],
+    "word": ["unexpected argument 'word'"],
+    "--lr": ["--lr", "expected one argument"],
+    "--nproc-per-node 0": ["--nproc-per-node 0: at least 1"],
+    "--config laptop-lama": ["no preset or file 'laptop-lama'", "laptop-llama"],
+    "--fold-file none.yaml": ["fold file none.yaml cannot be read", "No such file"],
+    "--tensor-model-parallel-size 3 --num-attention-heads 16 --nproc-per-node 3": [
+        "tensor_model_parallel_size 3 does not divide num_attention_heads 16",
+        "possible are 1, 2, 4, 8, 16",
+    ],
+    "--pipeline-model-parallel-size 2 --tensor-model-parallel-size 2 --nproc-per-node 6": [
+        "6 processes cannot hold tensor 2 x pipeline 2", "a multiple of 4", "1, 2, 3, 6",
+    ],
+    "--nproc-per-node 3": [
+        "global_batch_size 4 is not a multiple of micro_batch_size 1 x data-parallel size 3 = 3",
+        "try 3",
+    ],
+    "--pipeline-model-parallel-size 3 --nproc-per-node 3 --global-batch-size 3": [
+        "num_layers 4 does not divide into 3 pipeline chunks", "1, 2, 4",
+    ],
+    "--seq-length 64 --max-position-embeddings 32": ["seq_length 64 exceeds", "32"],
+    "--train-iters 7": ["train_iters 7 needs 28 samples", "hold 24", "enough for 6"],
+    "--global-batch-size 1000": ["fold 'fold00'", "epochs", "repeat: true"],
+    "--min-lr 1": ["min_lr 1.0 is above lr 0.002"],
+    "--lr-warmup-iters 9 --train-iters 6": ["lr_warmup_iters 9 leaves nothing of the 6"],
+    "--lr-warmup-iters 9": ["lr_warmup_iters 9 leaves nothing of the 6"],
+    "--context-parallel-size 2 --nproc-per-node 2": [
+        "context_parallel_size 2 is not supported", "Transformer Engine",
+    ],
+    "--tokenizer-type SentencePieceTokenizer": ["SentencePieceTokenizer", "--tokenizer-model"],
+    "--tokenizer-type SentencePieceTokenizer --tokenizer-model no.model": ["no.model"],
+    "--load nothing": ["--load nothing: no complete checkpoint"],
+    "--save-interval 5": ["save_interval needs save"],
+    "--bf16 --fp16": ["bf16 and fp16 exclude each other"],
+    "--virtual-pipeline-model-parallel-size 2": ["needs pipeline_model_parallel_size of 2"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_flags(folder, fails, flags):
+    message = fails(*arguments("laptop-llama", folder / "folds.yaml"), *flags.split())
+    for part in FLAGS[flags]:
+        assert part in message, message
+
+
+def test_several_mistakes_are_told_at_once(folder, fails):
+    words = "--min-lr 1 --pipeline-model-parallel-size 3 --nproc-per-node 3"
+    message = fails(*arguments("laptop-llama", folder / "folds.yaml"), *words.split())
+    assert [line.split()[0] for line in message.splitlines()] == ["num_layers", "min_lr"]
+
+
+YAML = {
+    "preset: laptop-llama\ntraining:\n  train_iter: 5\n": (
+        "line 3: unknown key 'train_iter' in section 'training'; did you mean 'train_iters'?"
+    ),
+    "preset: laptop-llama\ntraining:\n  lr: 5\n": (
+        "line 3: unknown key 'lr' in section 'training'; it belongs to section 'optimizer'"
+    ),
+    "preset: laptop-llama\noptimiser:\n  lr: 5\n": (
+        "line 2: unknown section 'optimiser'; did you mean 'optimizer'?"
+    ),
+    "preset: laptop-llama\n\noptimizer:\n  lr: fast\n": "line 4: lr = 'fast': expected a valid",
+    "preset: lapto-llama\n": "line 1: there is no preset or file 'lapto-llama'; try laptop-llama",
+    "preset: laptop-llama\ntraining: 5\n": "line 2: section 'training' must hold fields",
+    "- 1\n": "expected sections",
+    "model: [\n": "not valid YAML",
+    "model:\n  num_layers: 2\n  hidden_size: 8\n": "num_attention_heads is missing",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", YAML)
+def test_configuration_file(tmp_path, fails, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    message = fails("--config", path)
+    assert YAML[text] in message, message
+    if "missing" not in message:
+        assert str(path) in message
+
+
+def test_data(folder, tmp_path, fails):
+    content = yaml.safe_load((folder / "folds.yaml").read_text())
+
+    def refused(**source):
+        changed = yaml.safe_load((folder / "folds.yaml").read_text())
+        changed["folds"][1]["blend"]["ja"] |= source
+        (folder / "changed.yaml").write_text(yaml.safe_dump(changed))
+        return fails(*arguments("laptop-llama", folder / "changed.yaml"))
+
+    message = refused(path="missing/ja")
+    assert "fold 'fold01', dataset 'ja'" in message and str(folder / "missing/ja.idx") in message
+    assert "unknown key; did you mean 'path'?" in refused(pat="x")
+    (folder / "cut.idx").write_bytes((folder / "ja.idx").read_bytes())
+    (folder / "cut.bin").write_bytes((folder / "ja.bin").read_bytes()[:-2])
+    assert "cut.bin" in refused(path="cut")
+    message = fails(*arguments("laptop-llama", folder / "none.yaml"))
+    assert str(folder / "none.yaml") in message
+    (folder / "length.yaml").write_text(yaml.safe_dump({**content, "sequence_length": 64}))
+    message = fails(*arguments("laptop-llama", folder / "length.yaml"))
+    assert "sequence_length 64 differs from the run's seq_length 32" in message
+
+
+@pytest.fixture
+def saved(folder, tmp_path):
+    """A checkpoint after 3 iterations of 4, in the second fold; without tensors."""
+    return write_checkpoint(folder, tmp_path / "run", 3)
+
+
+def write_checkpoint(folder, save, iteration):
+    config, _, _ = parse(arguments("laptop-llama", folder / "folds.yaml"))
+    run = prepare(config, 1)
+    inner = save / manifests.folder_name(iteration)
+    inner.mkdir(parents=True)
+    (inner / manifests.CONFIG).write_text(dump(run.config))
+    (inner / "tensors").write_text("numbers" * 100)
+    manifests.write(
+        inner,
+        manifests.Manifest(
+            iteration=iteration,
+            consumed_samples=iteration * BATCH,
+            contents="full",
+            folds=run.schedule.touched(iteration * BATCH),
+            files=manifests.describe_files(inner, manifests.all_files(inner)),
+        ),
+    )
+    return save
+
+
+def with_fold(folder, number, weight):
+    content = yaml.safe_load((folder / "folds.yaml").read_text())
+    content["folds"][number]["blend"]["ja"]["weight"] = weight
+    path = folder / f"changed{number}.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_resume_with_other_folds(folder, saved, fails):
+    message = fails(*arguments("laptop-llama", with_fold(folder, 1, 9), "--load", saved))
+    assert "fold 'fold01' has changed" in message and "fold00" not in message
+    content = yaml.safe_load((folder / "folds.yaml").read_text())
+    del content["folds"][0]
+    (folder / "gone.yaml").write_text(yaml.safe_dump(content))
+    message = fails(*arguments("laptop-llama", folder / "gone.yaml", "--load", saved))
+    assert "fold 'fold00' is gone" in message and "fold 'fold01' has changed" in message
+
+    # A fold that was not touched may change, and any with the override.
+    later = arguments("laptop-llama", with_fold(folder, 2, 9), "--load", saved)
+    assert prepare(parse(later)[0], 1).resume.manifest.iteration == 3
+    allowed = arguments("laptop-llama", with_fold(folder, 1, 9), "--load", saved)
+    allowed += ["--override-resume", "folds"]
+    assert prepare(parse(allowed)[0], 1).resume is not None
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "field", "old"),
+    [
+        ("--num-layers", 8, "num_layers", 4),
+        ("--global-batch-size", 8, "global_batch_size", 4),
+        ("--seq-length", 16, "seq_length", 32),
+        ("--activation-function", "gelu_tanh", "activation_function", "'swiglu'"),
+        ("--rotary-base", 500000, "rotary_base", 10000),
+    ],
+)
+def test_resume_with_another_run(folder, saved, fails, flag, value, field, old):
+    words = arguments("laptop-llama", folder / "folds.yaml", flag, value, "--load", saved)
+    message = fails(*words)
+    assert f"{field} is {value!r}" in message and f"trained with {old}" in message
+    assert f"--override-resume {field}" in message
+    words += ["--override-resume", field, "folds"]
+    config = prepare(parse(words)[0], 1).config
+    assert getattr(getattr(config, SECTION_OF[field]), field) == value
+
+
+def test_the_run_ends_before_the_checkpoint(folder, saved):
+    run = prepare(parse(arguments("laptop-llama", folder / "folds.yaml", "--load", saved))[0], 1)
+    assert run.train_iters == 6 and run.resume.manifest.iteration == 3
+
+
+def test_damaged_checkpoints_are_passed_over(folder, saved, fails):
+    write_checkpoint(folder, saved, 4)
+    newest = write_checkpoint(folder, saved, 5) / manifests.folder_name(5)
+    words = arguments("laptop-llama", folder / "folds.yaml", "--save", saved)
+
+    def found():
+        run = prepare(parse(words)[0], 1)
+        return run.resume.manifest.iteration, run.warnings
+
+    assert found() == (5, [])
+    (newest / "tensors").write_text("cut")
+    iteration, (warning,) = found()
+    assert iteration == 4
+    assert "tensors has 3 bytes instead of 700" in warning and "going on from" in warning
+    (saved / "iter_0000004" / manifests.MANIFEST).write_text("{")
+    assert found()[0] == 3 and len(found()[1]) == 2
+    (saved / "iter_0000003" / manifests.CONFIG).unlink()
+    message = fails(*words)
+    assert message.count("damaged checkpoint") == 3
+
+    # A folder without a manifest was never finished; nothing is left to go on from.
+    for iteration in (3, 4, 5):
+        (saved / manifests.folder_name(iteration) / manifests.MANIFEST).unlink()
+    assert prepare(parse(words)[0], 1).resume is None
+    shutil.rmtree(saved)
+    assert prepare(parse(words)[0], 1).resume is None
+
+
+def test_converted_weights_need_finetune(folder, saved, fails):
+    path = saved / "iter_0000003" / manifests.MANIFEST
+    path.write_text(json.dumps({**json.loads(path.read_text()), "contents": "weights"}))
+    words = arguments("laptop-llama", folder / "folds.yaml", "--load", saved)
+    assert "add --finetune" in fails(*words)
+    assert prepare(parse([*words, "--finetune"])[0], 1).resume.manifest.contents == "weights"
+
+
+def test_only_the_first_rank_speaks(folder, capsys, monkeypatch):
+    words = arguments("laptop-llama", folder / "none.yaml")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert entry.main(words) == 2
+        assert bool(capsys.readouterr().err) == (rank == 0)
+
+
+def test_torch_is_not_needed_to_be_wrong():
+    """A mistake is told at once: nothing of torch is imported before."""
+    code = "import sys, megatron_llmjp.entry; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

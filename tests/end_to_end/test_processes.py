@@ -1,0 +1,157 @@
+"""pretrain_gpt.py as a user starts it: real processes, signals and exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_llmjp.checkpoint import manifest as manifests
+from tests.support.datasets import write_folds
+from tests.support.processes import ROOT, pretrain
+from tests.support.training import arguments, history
+
+SLOW = 120.0
+"""Seconds in which anything happens, on the busiest machine."""
+
+AT_ONCE = 15.0
+"""Seconds in which all ranks are gone; a collective's time-out is ten minutes."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    write_folds(folder, (2000, 5, 5), repeat=True)
+    return folder
+
+
+@contextlib.contextmanager
+def started(*words: str) -> Iterator[subprocess.Popen[str]]:
+    """The launcher of two ranks; whatever is left of it ends with the test."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "pretrain_gpt.py"), *words, "--nproc-per-node", "2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        for found in [*ranks_of(process.pid), process]:
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                found.kill()
+        process.communicate()
+
+
+def ranks_of(launcher: int) -> list[psutil.Process]:
+    """The launcher's children and theirs."""
+    try:
+        return psutil.Process(launcher).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def wait_for(process: subprocess.Popen[str], text: str) -> str:
+    """Read the output until a line holds ``text``."""
+    output, end = "", time.monotonic() + SLOW
+    assert process.stdout is not None
+    for line in process.stdout:
+        output += line
+        if text in line:
+            return output
+        if time.monotonic() > end:
+            break
+    raise AssertionError(f"'{text}' did not come:\n{output}\n{process.communicate()[1]}")
+
+
+def assert_gone(ranks: list[psutil.Process]) -> None:
+    assert len(ranks) >= 2
+    _, alive = psutil.wait_procs(ranks, timeout=AT_ONCE)
+    assert [p for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def assert_whole(save: Path) -> Path:
+    """The newest checkpoint, which every byte of must be right."""
+    newest = manifests.newest(save)
+    assert manifests.problems(newest, manifests.read(newest), checksums=True) == []
+    return newest
+
+
+def test_interrupted_and_killed(folder, tmp_path):
+    """Ctrl-C, a damaged checkpoint, a killed rank and a killed launcher, one after the other."""
+    save = tmp_path / "run"
+    words = arguments("laptop-llama", folder / "folds.yaml", "--save", save, "--save-interval", 3)
+    words += ["--tensor-model-parallel-size", "2"]
+
+    with started(*words) as process:
+        wait_for(process, "iter_0000006")
+        ranks = ranks_of(process.pid)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=AT_ONCE)
+        assert process.returncode == 130
+        assert_gone(ranks)
+        assert "stopped by Ctrl-C" in errors and "Traceback" not in errors
+    newest = assert_whole(save)
+    assert newest.name >= "iter_0000006"
+
+    # A truncated file: the run goes on from the checkpoint before and says so, once.
+    victim = max(
+        (newest / name for name in manifests.read(newest).files), key=lambda p: p.stat().st_size
+    )
+    os.truncate(victim, victim.stat().st_size - 1)
+    before = manifests.complete_iterations(save)[-2]
+    with started(*words) as process:
+        output = wait_for(process, f" iteration {before + 1:8d}/")
+        assert f"going on from {save / manifests.folder_name(before)}" in output
+        ranks = ranks_of(process.pid)
+        second = next(p for p in ranks if p.environ().get("RANK") == "1")
+        second.send_signal(signal.SIGKILL)
+        _, errors = process.communicate(timeout=AT_ONCE)
+        assert process.returncode == 1
+        assert_gone(ranks)
+        assert errors.count("warning: damaged checkpoint") == 1 and victim.name in errors
+        assert "rank 1 was killed by SIGKILL" in errors and "Traceback" not in errors
+
+    with started(*words) as process:
+        wait_for(process, " iteration ")
+        ranks = ranks_of(process.pid)
+        process.kill()
+        assert_gone(ranks)
+
+
+def test_alone_from_the_first_to_the_last_iteration(folder, tmp_path):
+    """A plain ``python pretrain_gpt.py`` saves, in processes that import its file again."""
+    save = tmp_path / "run"
+    words = ["--train-iters", "4", "--tensorboard-dir", tmp_path / "events", "--num-workers", "2"]
+    words += ["--save", save, "--exit-interval", "2", "--lr-decay-iters", "4"]
+    words = arguments("laptop-gpt2", folder / "folds.yaml", *words)
+    first = pretrain(*words)
+    assert first.returncode == 3, first.stderr
+    assert "stopped at iteration 2" in first.stdout
+    assert assert_whole(save).name == "iter_0000002"
+    second = pretrain(*words)
+    assert second.returncode == 0, second.stderr
+    assert f"going on from {save / 'iter_0000002'}" in second.stdout
+    assert assert_whole(save).name == "iter_0000004"
+    assert list(history(save)) == [1, 2, 3, 4]
+    assert list(history(save, "validation/valid")) == [4]
+    assert list((tmp_path / "events").glob("events*"))
+    for output in (first, second):
+        assert "Traceback" not in output.stderr and "error" not in output.stderr
+
+
+def test_one_voice(folder):
+    """Mistakes that only real processes can repeat: each is told once."""
+    wrong = arguments("laptop-llama", folder / "none.yaml")
+    for extra in ([], ["--nproc-per-node", "2"]):
+        result = pretrain(*wrong, *extra)
+        assert result.returncode == 2 and result.stdout == ""
+        assert result.stderr.count("error: ") == 1 and len(result.stderr.splitlines()) == 1

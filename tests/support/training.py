@@ -1,0 +1,93 @@
+"""Many training runs in one world of processes: what start-up costs is paid once."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_llmjp.runtime.launch import free_port
+from tests.support.processes import run_ranks
+
+SMALL = {
+    "--tokenizer-type": "NullTokenizer",
+    "--vocab-size": 100,
+    "--hidden-size": 32,
+    "--ffn-hidden-size": 64,
+    "--seq-length": 32,
+    "--global-batch-size": 4,
+    "--micro-batch-size": 1,
+    "--lr": 2e-3,
+    "--min-lr": 2e-4,
+    "--lr-warmup-iters": 2,
+    "--log-interval": 1,
+    "--eval-iters": 1,
+    "--num-workers": 0,
+    "--tensorboard-dir": "",
+}
+"""A run that takes a second, for the datasets of :mod:`tests.support.datasets`."""
+
+TP2 = ("--tensor-model-parallel-size", 2)
+PP2 = ("--pipeline-model-parallel-size", 2)
+VP2 = ("--virtual-pipeline-model-parallel-size", 2)
+SP = ("--sequence-parallel",)
+DISTRIBUTED = ("--use-distributed-optimizer",)
+OVERLAP = ("--overlap-grad-reduce", "--overlap-param-gather")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a world: its name, the ranks it runs on, and its flags over :data:`SMALL`."""
+
+    name: str
+    ranks: tuple[int, int]
+    """The first rank and the one after the last."""
+    flags: tuple[Any, ...]
+
+
+def arguments(preset: str, fold_file: Path, *flags: Any, **small: Any) -> list[str]:
+    """A command line for a small run of a preset."""
+    values = {**SMALL, **{f"--{k.replace('_', '-')}": v for k, v in small.items()}}
+    words = ["--config", preset, "--fold-file", fold_file]
+    words += [word for flag, value in values.items() if value != "" for word in (flag, value)]
+    return [str(word) for word in [*words, *flags]]
+
+
+def train_all(jobs: list[Job], world_size: int, folder: Path) -> None:
+    """Train every job, in order where they share ranks; each saves in ``folder/NAME``."""
+    plain = [{**asdict(job), "flags": [str(flag) for flag in job.flags]} for job in jobs]
+    run_ranks(train_on_rank, world_size, plain, [free_port() for _ in jobs], str(folder))
+
+
+def train_on_rank(jobs: list[dict[str, Any]], ports: list[int], folder: str) -> None:
+    """Take this rank's part in all jobs."""
+    from megatron_llmjp.config.command_line import parse
+    from megatron_llmjp.prepare import prepare
+    from megatron_llmjp.runtime.device import setup
+    from megatron_llmjp.runtime.ranks import Ranks
+    from megatron_llmjp.training.trainer import train
+
+    device = setup()
+    me = int(os.environ["RANK"])
+    for job, port in zip(jobs, ports, strict=True):
+        first, end = job["ranks"]
+        if not first <= me < end:
+            continue
+        save = Path(folder) / job["name"]
+        config, _, _ = parse([*job["flags"], "--save", str(save)])
+        run = prepare(config, end - first)
+        try:
+            code = train(
+                run, Ranks(me - first, end - first, 0, "127.0.0.1", str(port), "test"), device
+            )
+        except Exception as error:
+            raise AssertionError(f"job {job['name']}: {error}") from error
+        assert code == 0, job["name"]
+
+
+def history(save: Path, value: str = "lm loss") -> dict[int, float]:
+    """One of the logged values of a run, by iteration."""
+    records = map(json.loads, (save / "metrics.jsonl").read_text().splitlines())
+    return {r["iteration"]: r[value] for r in records if value in r}
