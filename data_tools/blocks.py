@@ -14,62 +14,16 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from data_tools.parquet import read_parquet
+from data_tools.pieces import Block, FileRange, LongLine
 from data_tools.sources import STDIN, Source
 from megatron_llmjp.errors import UserError
 
 BLOCK_BYTES = 512 * 1024
 PEEK_BYTES = 64 * 1024
-
-
-@dataclass(frozen=True)
-class FileRange:
-    """Lines of a plain file, to be read by the worker."""
-
-    path: str
-    offset: int
-    length: int
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Columns of a table: values per key, None where a row has none."""
-
-    columns: dict[str, list[Any]]
-    count: int
-
-
-@dataclass(frozen=True)
-class LongLine:
-    """A line above the size limit: it is named and counted, and copied if it is quarantined.
-
-    Attributes:
-        length: in bytes, with its newline.
-        parts: its bytes, to be read before the next block is asked for.
-    """
-
-    length: int
-    parts: Iterator[bytes]
-
-
-@dataclass(frozen=True)
-class Block:
-    """A piece of a source.
-
-    Attributes:
-        payload: what to encode.
-        end: where the next block starts, in bytes of the decompressed text or in rows.
-        size: decompressed bytes.
-        disk_bytes: bytes of the file on disk used up so far, for the progress bar.
-    """
-
-    payload: FileRange | bytes | Rows | LongLine
-    end: int
-    size: int
-    disk_bytes: int
 
 
 def read_blocks(source: Source, start: int, keys: list[str], limit: int) -> Iterator[Block]:
@@ -97,8 +51,6 @@ def _read_blocks(
     try:
         head = file.peek(8)[:8] if hasattr(file, "peek") else b""
         if head.startswith(b"PAR1"):
-            from data_tools.parquet import read_parquet
-
             yield from read_parquet(source, start, keys)
             return
         opener = next((o for magic, o in _OPENERS.items() if head.startswith(magic)), None)

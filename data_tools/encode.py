@@ -17,7 +17,7 @@ try:
 except ImportError:  # 4 % slower without
     orjson = None  # type: ignore[assignment]
 
-from data_tools.blocks import FileRange, Rows
+from data_tools.pieces import FileRange, Rows
 from megatron_llmjp.data.indexed import best_dtype
 from megatron_llmjp.tokenizers import Tokenizer
 

@@ -13,10 +13,11 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from data_tools.blocks import Block, LongLine, read_blocks
+from data_tools.blocks import read_blocks
 from data_tools.encode import BlockEncoder, Encoded, Encoding, Rejected
 from data_tools.journal import Journal, Point, Tally
 from data_tools.output import Output
+from data_tools.pieces import Block, LongLine
 from data_tools.pool import EncoderPool
 from data_tools.progress import Progress
 from data_tools.report import format_table, rows, write_report

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from data_tools.blocks import Block, Rows
+from data_tools.pieces import Block, Rows
 from data_tools.sources import Source
 from megatron_llmjp.errors import UserError, suggest
 

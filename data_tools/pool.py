@@ -13,8 +13,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
-from data_tools.blocks import Block, LongLine
 from data_tools.encode import BlockEncoder, Encoded
+from data_tools.pieces import Block, LongLine
 
 AHEAD = 4  # blocks in flight per worker: enough to keep it busy, few enough for flat memory
 

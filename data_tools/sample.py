@@ -5,8 +5,9 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 
-from data_tools.blocks import FileRange, LongLine, Rows, read_blocks
+from data_tools.blocks import read_blocks
 from data_tools.encode import BadLine, parse_line, read_range, texts_of
+from data_tools.pieces import FileRange, LongLine, Rows
 from data_tools.sources import STDIN, SUFFIXES, Source
 
 LONGEST_LINE = 1 << 20

@@ -7,20 +7,20 @@ each is a :class:`Style`.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from megatron_llmjp.config.schema import ModelConfig
+from megatron_llmjp.convert import hf_gpt2, hf_gpt_neox, hf_llama
 from megatron_llmjp.convert.formats import Options, Source, account
+from megatron_llmjp.convert.hf_style import Style
 from megatron_llmjp.convert.plan import Output, OutputFile, Read, Write
 from megatron_llmjp.convert.safetensors_io import plan_file, read_header
 from megatron_llmjp.convert.storage import Stored, byte_count, dtype_name
-from megatron_llmjp.convert.tensors import LAYER, VOCABULARY, Layout, Shape, part_shapes, shapes
+from megatron_llmjp.convert.tensors import VOCABULARY, Shape, part_shapes, shapes
 from megatron_llmjp.convert.tokenizer_files import copy_tokenizer, special_token_ids
 from megatron_llmjp.convert.torch_archive import load
 from megatron_llmjp.errors import UserError
@@ -30,52 +30,8 @@ INDEX = "model.safetensors.index.json"
 _TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
-class Rule(NamedTuple):
-    """A canonical tensor, the keys of its parts, and how it is cut into them."""
-
-    name: str
-    keys: tuple[str, ...]
-    layout: Layout
-
-
-@dataclass(frozen=True)
-class Style:
-    """One architecture of Hugging Face.
-
-    Attributes:
-        refusals: why a model cannot be held, one line each; none when it can.
-        rules: the table of names; ``{i}`` is the layer.
-        to_config: the architecture's keys of config.json; model to dictionary.
-        from_config: the inverse; raises UserError for what cannot be represented.
-        ignored: keys of older files that hold no parameters.
-    """
-
-    model_type: str
-    architecture: str
-    refusals: Callable[[ModelConfig], list[str]]
-    rules: Callable[[ModelConfig], list[Rule]]
-    to_config: Callable[[ModelConfig], dict[str, Any]]
-    from_config: Callable[[dict[str, Any], str], ModelConfig]
-    ignored: re.Pattern[str]
-
-    def expanded(self, model: ModelConfig) -> list[Rule]:
-        """The rules of every layer, in canonical order, without those the model lacks."""
-        names = shapes(model, 1)
-        mark = LAYER.format(i="{i}")
-        table = {rule.name: rule for rule in self.rules(model)}
-        found = []
-        for name in names:
-            layer = re.fullmatch(re.escape(mark).replace(r"\{i\}", r"(\d+)") + "(.*)", name)
-            rule = table[mark + layer[2] if layer else name]
-            i = layer[1] if layer else ""
-            found.append(Rule(name, tuple(key.format(i=i) for key in rule.keys), rule.layout))
-        return found
-
-
 def styles() -> dict[str, Style]:
     """The known architectures by ``model_type``."""
-    from megatron_llmjp.convert import hf_gpt2, hf_gpt_neox, hf_llama
-
     return {s.model_type: s for s in (hf_llama.STYLE, hf_gpt2.STYLE, hf_gpt_neox.STYLE)}
 
 

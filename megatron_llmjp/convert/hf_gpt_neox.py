@@ -10,8 +10,8 @@ import re
 from typing import Any
 
 from megatron_llmjp.config.schema import ModelConfig
-from megatron_llmjp.convert.hf import Rule, Style
 from megatron_llmjp.convert.hf_keys import make_model, required, rope_theta, unsupported
+from megatron_llmjp.convert.hf_style import Rule, Style
 from megatron_llmjp.convert.tensors import (
     FINAL_NORM,
     LAYER,
