@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -17,14 +18,18 @@ ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 270.0
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = TIMEOUT
+) -> list[Any]:
     """Run ``function(*arguments)`` on each rank of a gloo world and return the ranks' results.
 
     The function is imported by its name in fresh processes; arguments and results are JSON. The
     error of the rank that failed first is raised, and all others are stopped.
     """
     port = free_port()
-    call = json.dumps([function.__module__, function.__qualname__, arguments])
+    # A test file's module name is another one in pytest than in a process of its own.
+    place = Path(inspect.getfile(function)).resolve().relative_to(ROOT).with_suffix("")
+    call = json.dumps([".".join(place.parts), function.__qualname__, arguments])
     ranks = []
     for rank in range(world_size):
         env = {
@@ -48,11 +53,11 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) ->
                 text=True,
             )
         )
-    return _gather(ranks, function.__qualname__)
+    return _gather(ranks, function.__qualname__, timeout)
 
 
-def _gather(ranks: list[subprocess.Popen[str]], name: str) -> list[Any]:
-    end = time.monotonic() + TIMEOUT
+def _gather(ranks: list[subprocess.Popen[str]], name: str, timeout: float) -> list[Any]:
+    end = time.monotonic() + timeout
     try:
         while any(process.poll() is None for process in ranks):
             failed = [i for i, process in enumerate(ranks) if process.poll()]
@@ -61,11 +66,13 @@ def _gather(ranks: list[subprocess.Popen[str]], name: str) -> list[Any]:
                 raise AssertionError(f"{name}: rank {failed[0]} failed:\n{output[-6000:]}")
             if time.monotonic() > end:
                 waiting = [i for i, process in enumerate(ranks) if process.poll() is None]
-                raise AssertionError(f"{name}: ranks {waiting} still run after {TIMEOUT:.0f} s")
+                raise AssertionError(f"{name}: ranks {waiting} still run after {timeout:.0f} s")
             time.sleep(0.05)
     finally:
         for process in ranks:
             process.kill()
+        for process in ranks:
+            process.wait()
     outputs = [process.communicate() for process in ranks]
     for rank, (process, output) in enumerate(zip(ranks, outputs, strict=True)):
         assert process.returncode == 0, f"{name}: rank {rank} failed:\n{output[1][-6000:]}"

@@ -1,0 +1,230 @@
+"""The three styles of model against transformers, torch and published sizes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+
+from megatron_llmjp.config.load import Layers, build, changed, load_resolved, read_config
+from megatron_llmjp.convert import cli as converter
+from tests.support.processes import run_ranks
+
+SIZES = {
+    # Parameters without word embeddings and output layer, or all of them.
+    "llm-jp-3-1.8b": ("rest", 1_459_718_144),
+    "llm-jp-3-3.7b": ("rest", 3_171_068_928),
+    "llm-jp-3-13b": ("rest", 12_688_184_320),
+    "llm-jp-3-172b": ("rest", 169_947_181_056),
+    "llm-jp-1.3b-v1.0": ("all", 1_316_605_952),
+    "llm-jp-13b-v1.0": ("all", 12_855_592_960),
+}
+ROWS = 50_688
+"""Of the two models of which all parameters are counted."""
+
+SMALL = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 101}
+
+
+def llama() -> transformers.PreTrainedModel:
+    config = transformers.LlamaConfig(
+        **SMALL, intermediate_size=176, num_key_value_heads=2, max_position_embeddings=64,
+        tie_word_embeddings=False, rms_norm_eps=1e-5, rope_theta=10000.0,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def gpt2() -> transformers.PreTrainedModel:
+    config = transformers.GPT2Config(
+        n_embd=64, n_layer=3, n_head=4, n_positions=64, n_inner=256, vocab_size=101,
+        activation_function="gelu_new",
+    )  # fmt: skip
+    return transformers.GPT2LMHeadModel(config)
+
+
+def gpt_neox() -> transformers.PreTrainedModel:
+    config = transformers.GPTNeoXConfig(
+        **SMALL, intermediate_size=256, max_position_embeddings=64, rotary_pct=0.5,
+        use_parallel_residual=False, hidden_act="gelu", tie_word_embeddings=False,
+    )  # fmt: skip
+    return transformers.GPTNeoXForCausalLM(config)
+
+
+STYLES = {"laptop-llama": llama, "laptop-gpt2": gpt2, "laptop-gpt-neox": gpt_neox}
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    """What one process of megatron-core computes, and transformers' models to compare with."""
+    folder = tmp_path_factory.mktemp("styles")
+    theirs = {}
+    tokens = torch.randint(0, 101, (2, 32), generator=torch.Generator().manual_seed(3))
+    torch.save(tokens, folder / "tokens.pt")
+    for name, make in STYLES.items():
+        model = make().eval()
+        generator = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            for parameter in model.parameters():  # a lost bias or a permuted norm must show
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+            theirs[name] = model(tokens).logits
+        model.save_pretrained(folder / f"{name}-hf")
+        words = ["--to", "native", "--input", folder / f"{name}-hf", "--output", folder / name]
+        assert converter.main([str(word) for word in words]) == 0
+    (found,) = run_ranks(compute, 1, str(folder), list(STYLES), list(SIZES))
+    return folder, theirs, found
+
+
+def compute(root: str, styles: list[str], presets: list[str]) -> dict[str, Any]:
+    """The part that needs the CPU substitution, which must not reach transformers."""
+    from megatron_llmjp.checkpoint import store
+    from megatron_llmjp.checkpoint.manifest import newest
+    from megatron_llmjp.model.gpt import build_model
+    from megatron_llmjp.runtime import distributed
+    from megatron_llmjp.runtime.device import setup
+    from megatron_llmjp.runtime.ranks import alone
+
+    folder, device = Path(root), setup()
+    tokens = torch.load(folder / "tokens.pt")
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    found: dict[str, Any] = {}
+    for number, style in enumerate(styles):
+        config = load_resolved(newest(folder / style) / "config.yaml")
+        if number == 0:
+            distributed.start(config, alone(), device)
+        (model,) = build_model(config, device)
+        store.load(newest(folder / style), store.RunState([model]))
+        with torch.no_grad():
+            torch.save(model.eval()(tokens, positions, None), folder / f"{style}.pt")
+            found[f"leak {style}"] = leak(model, tokens)
+        if style != "laptop-llama":
+            found[f"gelu {style}"] = activation_errors(model)
+    found["interleaved"] = communication(config, device)
+    for name in presets:
+        found[name] = count(name)
+    return found
+
+
+def leak(model: Any, tokens: torch.Tensor) -> list[float]:
+    """How far the second document of a pack moves with the first, and without the mask."""
+    other = tokens.clone()
+    other[:, :10] = (other[:, :10] + 1) % 101
+    length = tokens.shape[1]
+    segment = (torch.arange(length) >= 10).long()
+    positions = (torch.arange(length) - 10 * segment).expand_as(tokens)
+    visible = torch.ones(length, length).tril().bool() & (segment[:, None] == segment[None, :])
+    changes = []
+    for mask in (~visible[None, None].expand(len(tokens), -1, -1, -1), None):
+        one, two = (model(x, positions, mask)[:, 10:] for x in (tokens, other))
+        changes.append(float((one - two).abs().max()))
+    return changes
+
+
+def activation_errors(model: Any) -> list[float]:
+    """Distance of a feed-forward layer from torch's tanh and erf GELU."""
+    mlp = model.decoder.layers[0].mlp
+    x = 3 * torch.randn(5, 1, 64, generator=torch.Generator().manual_seed(1))
+    output, bias = mlp(x)
+    errors = []
+    for kind in ("tanh", "none"):
+        inner = F.linear(x, mlp.linear_fc1.weight, mlp.linear_fc1.bias)
+        expected = F.linear(F.gelu(inner, approximate=kind), mlp.linear_fc2.weight)
+        errors.append(float((output - expected).abs().max()))
+    assert torch.equal(bias, mlp.linear_fc2.bias)
+    return errors
+
+
+def communication(config: Any, device: Any) -> list[list[bool]]:
+    """How stages talk: two stages, three, and two on a GPU."""
+    from megatron_llmjp.model import gpt
+    from megatron_llmjp.runtime.device import Device
+
+    found = []
+    for stages, where in ((2, device), (3, device), (2, Device("cuda", "nccl", "a GPU"))):
+        sizes = {"pipeline_model_parallel_size": stages, "virtual_pipeline_model_parallel_size": 2}
+        settings = gpt._pipeline_communication(changed(config, **sizes), where)
+        names = ("overlap_p2p_comm", "batch_p2p_comm", "deallocate_pipeline_outputs")
+        found.append([settings[name] for name in names])
+    return found
+
+
+class Nowhere:
+    """A device whose tensors have no memory."""
+
+    is_cuda = False
+    torch = torch.device("meta")
+
+
+def count(preset: str) -> list[int]:
+    """All parameters of a preset on one process, and those of word embeddings and output layer."""
+    from megatron_llmjp.model import gpt
+
+    layers = Layers()
+    read_config(preset, layers)
+    rows = ROWS if SIZES[preset][0] == "all" else 99_584
+    one = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1}
+    config = changed(build(layers), padded_vocab_size=rows, bf16=False, fp16=False, **one)
+    before = torch.cuda.current_device, gpt.initialize
+    torch.cuda.current_device = lambda: Nowhere.torch  # type: ignore[assignment,return-value]
+    gpt.initialize = lambda *_: None
+    try:
+        with Nowhere.torch:
+            (model,) = gpt.build_model(config, Nowhere())  # type: ignore[arg-type]
+    finally:
+        torch.cuda.current_device, gpt.initialize = before
+    named = dict(model.named_parameters())
+    assert all(p.is_meta for p in named.values())
+    words = [p.numel() for n, p in named.items() if "word_embeddings" in n or "output_layer" in n]
+    return [sum(p.numel() for p in named.values()), sum(words)]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_logits_are_transformers(result, style):
+    folder, theirs, _ = result
+    ours = torch.load(folder / f"{style}.pt")[..., :101]
+    assert float(theirs[style].abs().max()) > 0.5
+    assert float((ours - theirs[style]).abs().max()) < 1e-5
+    # The model is of the preset's style in everything but size.
+    layers = Layers()
+    read_config(style, layers)
+    preset = build(layers).model
+    config = load_resolved(next((folder / style).glob("iter_*")) / "config.yaml").model
+    for field in (
+        "position_embedding_type", "rotary_percent", "rotary_base", "normalization",
+        "norm_epsilon", "activation_function", "add_bias_linear", "add_qkv_bias",
+        "untie_embeddings_and_output_weights",
+    ):  # fmt: skip
+        assert getattr(config, field) == getattr(preset, field), field
+
+
+def test_both_gelus(result):
+    """llm-jp v1.0 was trained with the tanh approximation, GPT-NeoX with the exact one."""
+    _, _, found = result
+    tanh, erf = found["gelu laptop-gpt2"]
+    assert tanh < 1e-6 < 1e-5 < erf
+    tanh, erf = found["gelu laptop-gpt-neox"]
+    assert erf < 1e-6 < 1e-5 < tanh
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_documents_of_a_pack_do_not_see_each_other(result, style):
+    masked, unmasked = result[2][f"leak {style}"]
+    assert masked == 0.0 and unmasked > 0.01
+
+
+def test_how_stages_talk(result):
+    """Two interleaved stages send one by one, and gloo's buffers are not freed under it."""
+    assert result[2]["interleaved"] == [
+        [True, False, False],
+        [False, True, False],
+        [True, False, True],
+    ]
+
+
+@pytest.mark.parametrize("preset", SIZES)
+def test_sizes_of_presets(result, preset):
+    everything, words = result[2][preset]
+    what, expected = SIZES[preset]
+    assert everything - (words if what == "rest" else 0) == expected
