@@ -22,7 +22,7 @@ from data_tools.pool import EncoderPool
 from data_tools.progress import Progress
 from data_tools.report import format_table, rows, write_report
 from data_tools.sources import Source
-from megatron_llmjp.data.indexed import IndexedWriter
+from megatron_llmjp.data.indexed_writer import IndexedWriter
 from megatron_llmjp.errors import EXIT_DONE, UserError
 from megatron_llmjp.tokenizers import Tokenizer
 

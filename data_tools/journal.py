@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_llmjp.data.indexed import Position
+from megatron_llmjp.data.indexed_writer import Position
 from megatron_llmjp.errors import UserError
 
 

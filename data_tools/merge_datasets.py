@@ -12,7 +12,8 @@ from data_tools.cli import Parser, run
 from data_tools.documents import pieces, read_manifest, with_tokens
 from data_tools.publish import publish, refuse_existing, staging, write_json
 from data_tools.shards import find_parts
-from megatron_llmjp.data.indexed import IndexedWriter, read_index
+from megatron_llmjp.data.indexed import read_index
+from megatron_llmjp.data.indexed_writer import IndexedWriter
 from megatron_llmjp.errors import EXIT_DONE, UserError
 
 EXAMPLES = """\

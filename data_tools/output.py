@@ -20,7 +20,7 @@ import numpy as np
 from data_tools.encode import Packed, Rejected
 from data_tools.journal import Journal, Point, Tally, is_finishing
 from data_tools.publish import publish, write_json
-from megatron_llmjp.data.indexed import IndexedWriter
+from megatron_llmjp.data.indexed_writer import IndexedWriter
 from megatron_llmjp.errors import UserError
 
 REJECTED = ("rejected.jsonl", "rejected.csv")

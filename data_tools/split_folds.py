@@ -17,7 +17,8 @@ from data_tools.documents import read_manifest
 from data_tools.publish import publish, refuse_existing, staging, write_json
 from data_tools.report import format_table
 from data_tools.selection import read_selection
-from megatron_llmjp.data.indexed import Index, bin_path, read_index, write_idx
+from megatron_llmjp.data.indexed import Index, bin_path, read_index
+from megatron_llmjp.data.indexed_writer import write_idx
 from megatron_llmjp.errors import EXIT_DONE, UserError
 
 EXAMPLES = """\

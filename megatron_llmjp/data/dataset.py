@@ -172,10 +172,12 @@ def blend_order(fold: FoldPlan) -> tuple[np.ndarray, np.ndarray]:
     blend, and uses each slice exactly once.
     """
     sizes = np.array([piece.samples for piece in fold.slices], dtype=np.int64)
+    # The helper writes past the end of its arrays when a dataset's share is zero.
+    present = np.flatnonzero(sizes)
     which = np.zeros(fold.samples, dtype=np.int16)
     position = np.zeros(fold.samples, dtype=np.int64)
-    helpers_cpp.build_exhaustive_blending_indices(which, position, sizes, len(sizes))
-    return which, position
+    helpers_cpp.build_exhaustive_blending_indices(which, position, sizes[present], len(present))
+    return present.astype(np.int16)[which], position
 
 
 @contextmanager

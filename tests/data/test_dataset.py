@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -25,7 +25,7 @@ from megatron_llmjp.data.dataset import (
 )
 from megatron_llmjp.data.fold_file import read_fold_file
 from megatron_llmjp.data.folds import FoldPlan, Slice, epoch_seed, resolve
-from megatron_llmjp.data.indexed import IndexedWriter
+from megatron_llmjp.data.indexed_writer import IndexedWriter
 from megatron_llmjp.data.loader import MicroBatches
 from megatron_llmjp.data.sources import content_key, inspect_sources
 from megatron_llmjp.tokenizers import load_tokenizer
@@ -137,6 +137,7 @@ def test_streams_go_on_over_folds_and_epochs(run, folder, tmp_path):
 
 
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=6).filter(any))
+@example([0, 0, 0, 0, 0, 1])  # megatron-core's helper crashes on empty datasets
 def test_every_part_of_a_fold_keeps_to_its_blend(counts):
     slices = tuple(Slice(f"d{i}", "", "", 0, n, 99) for i, n in enumerate(counts))
     which, position = blend_order(FoldPlan("f", 0, sum(counts), slices, ""))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from megatron_llmjp.data import indexed
-from megatron_llmjp.data.indexed import IndexedWriter, Position
+from megatron_llmjp.data.indexed_writer import IndexedWriter, Position
 from megatron_llmjp.errors import UserError
 
 
