@@ -121,13 +121,13 @@ def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
 
 
 def free_port() -> int:
-    """A port that nobody listens on, below those that the kernel hands out by itself.
+    """A port that nobody listens on, below those that kernels hand out by themselves.
 
     The ranks need seconds until they listen on it; a port of the kernel's range would now and then
     be gone by then, to a connection of any program.
     """
     while True:
-        port = random.SystemRandom().randrange(15_000, 32_768)
+        port = random.SystemRandom().randrange(10_000, 16_000)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.model.gpt import params_dtype
 from megatron_llmjp.runtime.device import Device, without_warnings
@@ -72,12 +74,16 @@ def make_optimizer(chunks: list[Any], config: Config, device: Device) -> Any:
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
     )
     with without_warnings():
-        return core_optimizer.get_megatron_optimizer(
+        optimizer = core_optimizer.get_megatron_optimizer(
             settings,
             chunks,
             core_optimizer.get_standard_config_overrides(settings),
             use_gloo_process_groups=False,
         )
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(part, distrib_optimizer.DistributedOptimizer):
+            _save_padding(part)
+    return optimizer
 
 
 def make_scheduler(optimizer: Any, config: Config, train_iters: int) -> OptimizerParamScheduler:
@@ -127,6 +133,40 @@ def complete_parameters(chunks: list[Any], config: Config) -> None:
     if config.parallel.overlap_param_gather:
         for chunk in chunks:
             chunk.start_param_sync(force_sync=True)
+
+
+def _save_padding(optimizer: Any) -> None:
+    """Have a distributed optimizer save the state of every parameter from its own place.
+
+    megatron-core 0.16 gathers the buckets of a buffer without the padding between them, and then
+    looks for parameters at places that count it: after the first bucket with padding, all states
+    in a ``fully_reshardable`` checkpoint are shifted. Buckets are padded to a multiple of 128 and
+    of the data-parallel size.
+    """
+    gather = optimizer.get_parameter_state_dp_zero
+
+    def with_padding(*arguments: Any, **options: Any) -> Any:
+        state = gather(*arguments, **options)
+        if state is None:
+            return None
+        for index, buffer in enumerate(optimizer.buffers):
+            for tensors in state[index].values():
+                for key in ("param", "exp_avg", "exp_avg_sq"):
+                    tensors[key] = _spread(tensors[key], buffer)
+        return state
+
+    optimizer.get_parameter_state_dp_zero = with_padding
+
+
+def _spread(gathered: Tensor, buffer: Any) -> Tensor:
+    """Buckets end to end -> buckets at their places in the buffer, with the padding."""
+    spread = gathered.new_zeros(buffer.numel)
+    start = 0
+    for bucket in buffer.buckets:
+        end = start + bucket.numel_unpadded
+        spread[bucket.offset : bucket.offset + end - start] = gathered[start:end]
+        start = end
+    return spread
 
 
 def _use_own_adamw() -> None:

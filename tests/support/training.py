@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -58,10 +59,10 @@ def arguments(preset: str, fold_file: Path, *flags: Any, **small: Any) -> list[s
 def train_all(jobs: list[Job], world_size: int, folder: Path) -> None:
     """Train every job, in order where they share ranks; each saves in ``folder/NAME``."""
     plain = [{**asdict(job), "flags": [str(flag) for flag in job.flags]} for job in jobs]
-    run_ranks(train_on_rank, world_size, plain, [free_port() for _ in jobs], str(folder))
+    run_ranks(train_on_rank, world_size, plain, str(folder))
 
 
-def train_on_rank(jobs: list[dict[str, Any]], ports: list[int], folder: str) -> None:
+def train_on_rank(jobs: list[dict[str, Any]], folder: str) -> None:
     """Take this rank's part in all jobs."""
     from megatron_llmjp.config.command_line import parse
     from megatron_llmjp.prepare import prepare
@@ -71,20 +72,30 @@ def train_on_rank(jobs: list[dict[str, Any]], ports: list[int], folder: str) -> 
 
     device = setup()
     me = int(os.environ["RANK"])
-    for job, port in zip(jobs, ports, strict=True):
+    for job in jobs:
         first, end = job["ranks"]
         if not first <= me < end:
             continue
         save = Path(folder) / job["name"]
         config, _, _ = parse([*job["flags"], "--save", str(save)])
         run = prepare(config, end - first)
+        port = meeting_port(save.with_suffix(".port"), me == first)
         try:
-            code = train(
-                run, Ranks(me - first, end - first, 0, "127.0.0.1", str(port), "test"), device
-            )
+            code = train(run, Ranks(me - first, end - first, 0, "127.0.0.1", port, "test"), device)
         except Exception as error:
             raise AssertionError(f"job {job['name']}: {error}") from error
         assert code == 0, job["name"]
+
+
+def meeting_port(file: Path, choose: bool) -> str:
+    """A port that the first rank of a job chooses just before it listens."""
+    if choose:
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(str(free_port()))
+        temporary.replace(file)
+    while not file.exists():
+        time.sleep(0.01)
+    return file.read_text()
 
 
 def history(save: Path, value: str = "lm loss") -> dict[int, float]:

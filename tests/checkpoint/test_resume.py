@@ -1,0 +1,180 @@
+"""Runs that go on from a checkpoint: in the same layout bit for bit, in another one nearly so."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_llmjp.checkpoint import manifest as manifests
+from megatron_llmjp.config.command_line import parse
+from megatron_llmjp.config.load import load_resolved
+from megatron_llmjp.convert import dcp, native
+from megatron_llmjp.prepare import prepare
+from tests.support.datasets import write_folds
+from tests.support.training import (
+    DISTRIBUTED,
+    OVERLAP,
+    PP2,
+    SP,
+    TP2,
+    VP2,
+    Job,
+    arguments,
+    history,
+    train_all,
+)
+
+MIDDLE, END = 3, 6
+DROPOUT_RUN = (*TP2, *SP, *DISTRIBUTED, *OVERLAP)
+BF16_RUN = (*PP2, *VP2, *DISTRIBUTED, "--bf16")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Every run that this file looks at, from one world of four processes."""
+    folder = tmp_path_factory.mktemp("resume")
+    folds = write_folds(folder, (2, 3, 1))
+    middle = manifests.folder_name(MIDDLE)
+    jobs = []
+
+    def add(name, ranks, preset, *flags, load=None):
+        if load is not None:
+            flags = (*flags, "--load", folder / load / middle)
+        else:
+            flags = (*flags, "--save-interval", MIDDLE)
+        jobs.append(Job(name, ranks, tuple(arguments(preset, folds, *flags))))
+
+    # gpt2 has dropout. The layouts differ in what a resume has to bring back.
+    add("alone", (0, 1), "laptop-gpt2")
+    add("alone-again", (0, 1), "laptop-gpt2", "--num-workers", 1, load="alone")
+    add("alone-watched", (1, 2), "laptop-gpt2", "--eval-interval", 1)
+    add("bf16", (2, 4), "laptop-gpt2", *BF16_RUN)
+    add("bf16-again", (2, 4), "laptop-gpt2", *BF16_RUN, load="bf16")
+    add("dropout", (0, 4), "laptop-gpt2", *DROPOUT_RUN)
+    add("dropout-again", (0, 4), "laptop-gpt2", *DROPOUT_RUN, load="dropout")
+    # llama has none, so that layouts can be compared.
+    add("llama", (0, 4), "laptop-llama", *TP2, *PP2, *SP, *DISTRIBUTED)
+    add("llama-pp2-dp2", (0, 4), "laptop-llama", *PP2, *DISTRIBUTED, load="llama")
+    add("llama-pp2-vp2", (2, 4), "laptop-llama", *PP2, *VP2, *DISTRIBUTED, load="llama")
+    add("llama-one", (0, 1), "laptop-llama", *DISTRIBUTED, load="llama")
+    add("llama-finetuned", (1, 2), "laptop-llama", "--finetune",
+        "--train-iters", 1, "--lr-decay-iters", END, load="llama")  # fmt: skip
+    new = ("--lr", 1e-2, "--min-lr", 4e-3)
+    add("llama-kept", (0, 1), "laptop-llama", *DISTRIBUTED, *new, load="llama")
+    add("llama-overridden", (1, 2), "laptop-llama", *DISTRIBUTED, *new,
+        "--override-opt-param-scheduler", load="llama")  # fmt: skip
+    train_all(jobs, 4, folder)
+    return folder
+
+
+def tensors(save: Path, iteration: int = END) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, those of the optimizer too."""
+    entries = dcp.read_metadata(save / manifests.folder_name(iteration))
+    return {name: entry.layer(None).read(name) for name, entry in entries.items()}
+
+
+@pytest.mark.parametrize("name", ["alone", "bf16", "dropout"])
+def test_same_layout_goes_on_bit_for_bit(runs, name):
+    before, after = history(runs / name), history(runs / f"{name}-again")
+    assert list(after) == list(range(MIDDLE + 1, END + 1))
+    assert after == {i: before[i] for i in after}
+    norms = history(runs / name, "grad norm")
+    assert history(runs / f"{name}-again", "grad norm") == {i: norms[i] for i in after}
+
+    straight, resumed = tensors(runs / name), tensors(runs / f"{name}-again")
+    assert straight.keys() == resumed.keys()
+    moments = [key for key in straight if "exp_avg_sq" in key]
+    parameters = [key for key in straight if not key.startswith("optimizer.")]
+    assert len(moments) >= len(parameters) > 0
+    for key, value in straight.items():
+        assert torch.equal(value, resumed[key]), key
+    for key in parameters:
+        # The optimizer's own copy, from which it goes on after a resume.
+        copy = straight.get(f"optimizer.state.param.{key}", straight[key])
+        assert torch.equal(copy.to(straight[key].dtype), straight[key]), key
+    for save in (runs / name, runs / f"{name}-again"):
+        assert adam_steps(save) == {END}
+
+
+def adam_steps(save: Path) -> set[int]:
+    """The ``step`` of every parameter group, from the part of a checkpoint that is not tensors."""
+    common = torch.load(save / manifests.folder_name(END) / "common.pt", weights_only=False)
+    optimizer = common["optimizer"]
+    groups = optimizer.get("param_groups") or optimizer["optimizer"]["param_groups"]
+    return {int(group["step"]) for group in groups}
+
+
+def test_watching_a_run_does_not_change_it(runs):
+    """Validation in the middle draws nothing from the generators of training."""
+    assert history(runs / "alone-watched") == history(runs / "alone")
+
+
+@pytest.mark.parametrize("layout", ["pp2-dp2", "pp2-vp2", "one"])
+def test_another_layout_goes_on(runs, layout):
+    before, save = history(runs / "llama"), runs / f"llama-{layout}"
+    after = history(save)
+    assert list(after) == list(range(MIDDLE + 1, END + 1))
+    assert after == pytest.approx({i: before[i] for i in after}, rel=1e-5)
+    # TP 2 pads 100 tokens to 256 rows, TP 1 to 128: the checkpoint's rows stay.
+    for folder in (runs / "llama", save):
+        assert load_resolved(folder / manifests.folder_name(END) / "config.yaml").rows == 256
+        reads = native.read(folder).reads
+        assert reads["output_layer.weight"].read("output_layer.weight").shape == (256, 32)
+    straight, resumed = tensors(runs / "llama"), tensors(save)
+    assert straight.keys() == resumed.keys()
+    for key, value in straight.items():
+        assert torch.allclose(value, resumed[key], rtol=1e-3, atol=1e-6), key
+
+
+def test_finetune_takes_weights_only(runs):
+    (loss,) = history(runs / "llama-finetuned").values()
+    (rate,) = history(runs / "llama-finetuned", "learning rate").values()
+    losses = history(runs / "llama")
+    assert rate == 0.0 and abs(loss - losses[MIDDLE]) < abs(loss - losses[1])
+
+
+def cosine(iteration: int, lr: float, min_lr: float, warmup: int = 2, end: int = END) -> float:
+    """The rate that step ``iteration`` (from 1) applies: steps before it count."""
+    done = iteration - 1
+    if done <= warmup:
+        return lr * done / warmup
+    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * (done - warmup) / (end - warmup)))
+
+
+def test_learning_rate_is_kept_or_overridden(runs):
+    def rates(name):
+        return history(runs / name, "learning rate")
+
+    every, late = range(1, END + 1), range(MIDDLE + 1, END + 1)
+    assert rates("llama") == pytest.approx({i: cosine(i, 2e-3, 2e-4) for i in every})
+    assert rates("llama-kept") == {i: rates("llama")[i] for i in late}
+    assert rates("llama-overridden") == pytest.approx({i: cosine(i, 1e-2, 4e-3) for i in late})
+    assert history(runs / "llama-kept") == history(runs / "llama-one")
+    assert history(runs / "llama-overridden") != history(runs / "llama-one")
+
+    words = arguments("laptop-llama", runs / "folds.yaml", "--load", runs / "llama", "--lr", 1e-2)
+    config, _, _ = parse(words)
+    run = prepare(config, 1)
+    assert run.config.optimizer.lr == 2e-3
+    assert any(n.startswith("lr: the checkpoint's 0.002 is kept, not 0.01") for n in run.notes)
+
+
+def test_what_a_checkpoint_says(runs):
+    for save in (runs / "llama", runs / "llama-pp2-dp2"):
+        folder = manifests.newest(save)
+        manifest = manifests.read(folder)
+        assert folder.name == manifests.folder_name(END)
+        assert (save / manifests.TRACKER).read_text() == f"{END}\n"
+        assert manifest.consumed_samples == END * 4
+        assert list(manifest.folds) == ["fold00", "fold01", "fold02"]
+        assert manifest.metrics["lm loss"] == history(save)[END]
+        assert manifests.all_files(folder) == sorted(manifest.files)
+        assert manifests.problems(folder, manifest, checksums=True) == []
+    middle = json.loads((runs / "llama" / "iter_0000003" / manifests.MANIFEST).read_text())
+    assert list(middle["folds"]) == ["fold00", "fold01"]
+    config = load_resolved(runs / "llama" / "iter_0000003" / "config.yaml")
+    assert config.model.activation_function == "swiglu"
