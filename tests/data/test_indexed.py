@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
-from megatron_llmjp.data import indexed
+from megatron_llmjp.data import indexed, indexed_writer
 from megatron_llmjp.data.indexed_writer import IndexedWriter, Position
 from megatron_llmjp.errors import UserError
 
@@ -46,7 +46,7 @@ def test_same_bytes_as_megatron_and_round_trip(tmp_path_factory, documents, dtyp
 
     # Ours: in several batches, with a kill somewhere between them.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(indexed, "CHUNK", chunk)
+        patch.setattr(indexed_writer, "CHUNK", chunk)
         cut = data.draw(st.integers(0, len(documents)))
         writer = IndexedWriter(folder / "ours.bin", dtype)
         writer.add(*pack(documents[:cut], dtype))
