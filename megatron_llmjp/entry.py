@@ -15,10 +15,9 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_llmjp.config.checks import check
 from megatron_llmjp.config.command_line import parse, print_notes
 from megatron_llmjp.config.schema import Config
-from megatron_llmjp.errors import EXIT_FAILURE, EXIT_USER_ERROR, UserError
+from megatron_llmjp.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 from megatron_llmjp.prepare import Run, prepare
 from megatron_llmjp.runtime.launch import launch
 from megatron_llmjp.runtime.ranks import LOCAL_LAUNCHER, Ranks, alone, find_ranks
@@ -49,6 +48,9 @@ def main(argv: Sequence[str]) -> int:
         if ranks is None or ranks.is_first:
             print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C before the start", file=sys.stderr)
+        return EXIT_INTERRUPTED
     return _be_rank(run, ranks)
 
 
@@ -60,7 +62,6 @@ def console() -> int:
 def _start_ranks(config: Config, argv: Sequence[str], processes: int) -> int:
     if processes < 1:
         raise UserError(f"--nproc-per-node {processes}: at least 1 process is needed")
-    check(config, processes)
     prepare(config, processes)
     return launch([sys.executable, str(Path(sys.argv[0]).resolve()), *argv], processes)
 

@@ -9,6 +9,7 @@ EXIT_DONE = 0
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
 EXIT_REQUEUE = 3
+EXIT_INTERRUPTED = 130
 
 
 class UserError(Exception):

@@ -84,8 +84,10 @@ def prepare(config: Config, world_size: int) -> Run:
         config, notes = resuming.adopt(config, resume, schedule)
     config = changed(config, padded_vocab_size=config.rows)
     train_iters, more = _iterations(config, schedule)
+    config, about_decay = _with_decay(config, train_iters)
     check(changed(config, train_iters=train_iters), world_size)
-    return Run(config, tokenizer, folds, datasets, schedule, train_iters, resume, (*notes, *more))
+    told = (*notes, *more, *about_decay)
+    return Run(config, tokenizer, folds, datasets, schedule, train_iters, resume, told)
 
 
 def _tokenizer(config: Config) -> Tokenizer:
@@ -132,3 +134,14 @@ def _iterations(config: Config, schedule: Schedule) -> tuple[int, list[str]]:
         )
     note = f"train_iters {asked} ends the run before the folds do (at {possible})"
     return asked, [note] if asked < possible else []
+
+
+def _with_decay(config: Config, train_iters: int) -> tuple[Config, list[str]]:
+    """Fix where the learning rate's decay ends, so that folds added later do not move it."""
+    end = config.optimizer.lr_decay_iters
+    if end is None:
+        return changed(config, lr_decay_iters=train_iters), []
+    if end == train_iters or config.optimizer.lr_decay_style == "constant":
+        return config, []
+    note = f"the learning rate's decay ends at iteration {end}, the run at {train_iters}"
+    return config, [note]

@@ -182,4 +182,8 @@ def _relative(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("\nquickstart: stopped", file=sys.stderr)
+        sys.exit(130)

@@ -79,12 +79,12 @@ def adopt(config: Config, resume: Resume, schedule: Schedule | None) -> tuple[Co
         elif name in OptimizerConfig.model_fields and not (
             config.optimizer.override_opt_param_scheduler
         ):
-            if name != "override_opt_param_scheduler":
+            if new is not None and name != "override_opt_param_scheduler":
                 notes.append(
                     f"{name}: the checkpoint's {old!r} is kept, not {new!r} "
                     "(--override-opt-param-scheduler takes the new one)"
                 )
-                config = changed(config, **{name: old})
+            config = changed(config, **{name: old})
         elif name not in _OF_NO_CONSEQUENCE:
             notes.append(f"{name}: was {old!r}, now {new!r}")
     problems += _changed_folds(resume, schedule) if "folds" not in allowed else []

@@ -83,7 +83,8 @@ def _model(config: Config) -> Iterator[str]:
     if model.padded_vocab_size is not None and model.padded_vocab_size % tensor:
         yield (
             f"tensor_model_parallel_size {tensor} does not divide padded_vocab_size "
-            f"{model.padded_vocab_size}"
+            f"{model.padded_vocab_size}: choose one that does, or have the vocabulary padded anew "
+            "with --override-resume padded_vocab_size"
         )
     if (
         model.padded_vocab_size is not None

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_llmjp.config.schema import Config
-from megatron_llmjp.errors import UserError
 from megatron_llmjp.model.initialize import initialize
 from megatron_llmjp.model.layers import SDPAttention, norm_class
 from megatron_llmjp.runtime.device import Device, without_warnings
@@ -69,18 +68,9 @@ def params_dtype(config: Config) -> torch.dtype:
 
 
 def transformer_config(config: Config, device: Device) -> TransformerConfig:
-    """megatron-core's configuration of the network and its layout.
-
-    Raises:
-        UserError: context parallelism without Transformer Engine.
-    """
+    """megatron-core's configuration of the network and its layout."""
     kernels = choose_kernels(device)
     model, parallel = config.model, config.parallel
-    if parallel.context_parallel_size > 1 and not kernels.transformer_engine:
-        raise UserError(
-            f"context_parallel_size {parallel.context_parallel_size} needs Transformer Engine, "
-            "which is not importable here: use 1, or install the extra 'gpu'"
-        )
     activation, fused_activation = _activation(model.activation_function, kernels, config)
     with without_warnings():
         return TransformerConfig(

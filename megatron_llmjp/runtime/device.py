@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ class Device:
 def setup(local_rank: int = 0) -> Device:
     """Choose the device of this process; on a CPU machine, put the substitution in place."""
     if torch.cuda.is_available() and not _substituted():
+        # Kernels must start in the order they are issued, or communication does not overlap.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
         return Device("cuda", "nccl", torch.cuda.get_device_name())
     _substitute()
