@@ -34,7 +34,7 @@ class Metrics:
         self._writer = writer
         self._loss: torch.Tensor | None = None
         self._steps = self._skipped = 0
-        self._since = time.perf_counter()
+        self._since = self._paused_at = time.perf_counter()
         self.last: dict[str, float] = {}
 
     def add(self, result: StepResult) -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.model.gpt import params_dtype
 from megatron_llmjp.runtime.device import Device, without_warnings
-from megatron_llmjp.training.adamw import FusedAdamW
+from megatron_llmjp.training.core_repairs import save_padding, use_own_adamw
 
 with without_warnings():
     from megatron.core import optimizer as core_optimizer
@@ -51,8 +49,7 @@ def wrap_for_data_parallel(chunks: list[Any], config: Config, device: Device) ->
 
 def make_optimizer(chunks: list[Any], config: Config, device: Device) -> Any:
     """The optimizer of megatron-core, distributed over data-parallel ranks if asked for."""
-    if core_optimizer.USING_PYTORCH_OPTIMIZER:
-        _use_own_adamw()
+    use_own_adamw()
     o = config.optimizer
     settings = core_optimizer.OptimizerConfig(
         optimizer=o.optimizer,
@@ -82,7 +79,7 @@ def make_optimizer(chunks: list[Any], config: Config, device: Device) -> Any:
         )
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if isinstance(part, distrib_optimizer.DistributedOptimizer):
-            _save_padding(part)
+            save_padding(part)
     return optimizer
 
 
@@ -133,45 +130,3 @@ def complete_parameters(chunks: list[Any], config: Config) -> None:
     if config.parallel.overlap_param_gather:
         for chunk in chunks:
             chunk.start_param_sync(force_sync=True)
-
-
-def _save_padding(optimizer: Any) -> None:
-    """Have a distributed optimizer save the state of every parameter from its own place.
-
-    megatron-core 0.16 gathers the buckets of a buffer without the padding between them, and then
-    looks for parameters at places that count it: after the first bucket with padding, all states
-    in a ``fully_reshardable`` checkpoint are shifted. Buckets are padded to a multiple of 128 and
-    of the data-parallel size.
-    """
-    gather = optimizer.get_parameter_state_dp_zero
-
-    def with_padding(*arguments: Any, **options: Any) -> Any:
-        state = gather(*arguments, **options)
-        if state is None:
-            return None
-        for index, buffer in enumerate(optimizer.buffers):
-            for tensors in state[index].values():
-                for key in ("param", "exp_avg", "exp_avg_sq"):
-                    tensors[key] = _spread(tensors[key], buffer)
-        return state
-
-    optimizer.get_parameter_state_dp_zero = with_padding
-
-
-def _spread(gathered: Tensor, buffer: Any) -> Tensor:
-    """Buckets end to end -> buckets at their places in the buffer, with the padding."""
-    spread = gathered.new_zeros(buffer.numel)
-    start = 0
-    for bucket in buffer.buckets:
-        end = start + bucket.numel_unpadded
-        spread[bucket.offset : bucket.offset + end - start] = gathered[start:end]
-        start = end
-    return spread
-
-
-def _use_own_adamw() -> None:
-    """Have megatron-core treat our AdamW as the fused one it expects from Apex."""
-    for module in (core_optimizer, distrib_optimizer):
-        module.Adam = FusedAdamW
-    core_optimizer.USING_PYTORCH_OPTIMIZER = False
-    distrib_optimizer.HAVE_APEX_OR_TE = True
