@@ -15,9 +15,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import make_documents, write_jsonl
 
 from data_tools.preprocess_data import main
+from tests.data_tools.conftest import make_documents, write_jsonl
 
 BYTES = ["--tokenizer-type", "ByteLevelTokenizer", "--append-eod", "--workers", "2"]
 

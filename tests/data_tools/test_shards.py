@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from conftest import make_documents, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
 from data_tools import merge_datasets, preprocess_data
 from data_tools.shards import take_shard
 from data_tools.sources import Source
+from tests.data_tools.conftest import make_documents, write_jsonl
 
 BYTES = ["--tokenizer-type", "ByteLevelTokenizer", "--append-eod", "--workers", "1"]
 
