@@ -207,7 +207,6 @@ class Job:
 
     def _manifest(self, key: str, writer: IndexedWriter, idx_crc: int) -> dict[str, Any]:
         """Return the manifest of one dataset: nothing in it depends on when or where it ran."""
-        position = writer.position
         rejected: dict[str, int] = {}
         for tally in self.tallies:
             for reason, count in tally.rejected.items():
@@ -215,12 +214,7 @@ class Job:
         return {
             "format": "megatron_llmjp dataset manifest 1",
             "key": key,
-            "dtype": writer.dtype.name,
-            "documents": position.documents,
-            "sequences": position.sequences,
-            "tokens": position.bin_bytes // writer.dtype.itemsize,
-            "bin": {"bytes": position.bin_bytes, "crc32": f"{position.crc:08x}"},
-            "idx": {"crc32": f"{idx_crc:08x}"},
+            **writer.describe(idx_crc),
             "rejected": rejected,
             "recipe": self.recipe,
             "tallies": [vars(tally) for tally in self.tallies],

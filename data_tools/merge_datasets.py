@@ -130,15 +130,9 @@ def manifest(
     writer: IndexedWriter, idx_crc: int, recipe: dict[str, Any], prefixes: Sequence[str]
 ) -> dict[str, Any]:
     """Return the manifest of the joined dataset."""
-    position = writer.position
     return {
         "format": "megatron_llmjp dataset manifest 1",
-        "dtype": writer.dtype.name,
-        "documents": position.documents,
-        "sequences": position.sequences,
-        "tokens": position.bin_bytes // writer.dtype.itemsize,
-        "bin": {"bytes": position.bin_bytes, "crc32": f"{position.crc:08x}"},
-        "idx": {"crc32": f"{idx_crc:08x}"},
+        **writer.describe(idx_crc),
         "recipe": recipe,
         "merged": list(prefixes),
     }

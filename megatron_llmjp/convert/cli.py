@@ -9,8 +9,9 @@ import argparse
 import re
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megatron_llmjp.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USER_ERROR, UserError, suggest
 
@@ -52,7 +53,14 @@ def _make_parser() -> _Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add = parser.add_argument
+    _add_places(parser.add_argument)
+    _add_contents(parser.add_argument)
+    _add_writing(parser.add_argument)
+    return parser
+
+
+def _add_places(add: Callable[..., Any]) -> None:
+    """What is converted, from where to where."""
     add(
         "--from",
         dest="source",
@@ -82,6 +90,10 @@ def _make_parser() -> _Parser:
         metavar="DIR",
         help="tokenizer files to copy into the output; the source's own when not given",
     )
+
+
+def _add_contents(add: Callable[..., Any]) -> None:
+    """What the output holds, and how it is cut."""
     add("--dtype", choices=DTYPES, help="type of the weights; kept when not given")
     add(
         "--vocab-size",
@@ -137,6 +149,10 @@ def _make_parser() -> _Parser:
         help="megatron-lm with --ckpt-format torch: the layers that will load it "
         "(default: transformer_engine, as in Megatron-LM)",
     )
+
+
+def _add_writing(add: Callable[..., Any]) -> None:
+    """How the work is done and checked."""
     add(
         "--max-shard-size",
         type=_size,
@@ -165,7 +181,6 @@ def _make_parser() -> _Parser:
         "(default: 1e-4)",
     )
     add("--dry-run", action="store_true", help="print every tensor and file; write nothing")
-    return parser
 
 
 def _positive(text: str) -> int:

@@ -101,6 +101,18 @@ class IndexedWriter:
         lengths, documents = self.path.with_suffix(".lengths"), self.path.with_suffix(".documents")
         return write_idx(idx, self.dtype, lengths, documents)
 
+    def describe(self, idx_crc: int) -> dict[str, Any]:
+        """Return what a dataset's manifest says of its .bin and .idx."""
+        position = self.position
+        return {
+            "dtype": self.dtype.name,
+            "documents": position.documents,
+            "sequences": position.sequences,
+            "tokens": position.bin_bytes // self.dtype.itemsize,
+            "bin": {"bytes": position.bin_bytes, "crc32": f"{position.crc:08x}"},
+            "idx": {"crc32": f"{idx_crc:08x}"},
+        }
+
     def clean(self) -> None:
         """Remove the helper files."""
         for suffix in (".lengths", ".documents"):
