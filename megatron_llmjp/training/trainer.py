@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from megatron_llmjp.checkpoint import store
 from megatron_llmjp.checkpoint.store import Progress, RunState
-from megatron_llmjp.data.dataset import Epochs, FoldDataset, ValidationDataset
+from megatron_llmjp.data.dataset import FoldDataset, ValidationDataset
+from megatron_llmjp.data.epoch_index import Epochs
 from megatron_llmjp.errors import EXIT_DONE, EXIT_REQUEUE
 from megatron_llmjp.model.gpt import build_model, choose_kernels
 from megatron_llmjp.prepare import Run

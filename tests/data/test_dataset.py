@@ -17,12 +17,11 @@ from megatron.core.datasets.utils import Split
 
 from megatron_llmjp.config.schema import DataConfig
 from megatron_llmjp.data.dataset import (
-    DatasetTokenizer,
-    Epochs,
     FoldDataset,
     ValidationDataset,
     blend_order,
 )
+from megatron_llmjp.data.epoch_index import DatasetTokenizer, Epochs
 from megatron_llmjp.data.fold_file import read_fold_file
 from megatron_llmjp.data.folds import FoldPlan, Slice, epoch_seed, resolve
 from megatron_llmjp.data.indexed_writer import IndexedWriter
