@@ -108,6 +108,8 @@ def _add_field(group: argparse._ArgumentGroup, name: str, info: FieldInfo) -> No
         kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
     elif name == "override_resume":
         kind = {"nargs": "+", "metavar": "FIELD"}
+    elif name == "rampup_batch_size":
+        kind = {"nargs": 3, "metavar": ("START", "INCREMENT", "SAMPLES")}
     else:
         kind = {"metavar": _metavar(info)}
     if not info.is_required() and info.default not in (None, ()):

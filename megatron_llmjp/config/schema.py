@@ -180,6 +180,11 @@ class TrainingConfig(Section):
 
     micro_batch_size: PositiveInt = Field(1, description="samples in one forward pass, b")
     global_batch_size: PositiveInt = Field(1, description="samples in one optimizer step")
+    rampup_batch_size: tuple[PositiveInt, PositiveInt, PositiveInt] | None = Field(
+        None,
+        description="START INCREMENT SAMPLES: the global batch grows from START to "
+        "global_batch_size by INCREMENT over the first SAMPLES samples",
+    )
     train_iters: PositiveInt | None = Field(
         None, description="optimizer steps; the fold file's total when not given"
     )
