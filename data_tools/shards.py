@@ -93,7 +93,8 @@ def find_parts(prefix: str) -> dict[str, list[str]]:
             raise UserError(
                 f"--parts {prefix}: {len(missing)} of {count} parts are missing for key '{key}': "
                 f"{' '.join(map(str, missing[:50]))}. Submit them again: sbatch --array="
-                f"{','.join(map(str, missing[:50]))}"
+                f"{','.join(map(str, missing[:50]))} slurm/preprocess_data.sh --shard "
+                f"slurm/{count} and the other arguments as before"
             )
         parts[key] = [by_number[number] for number in range(count)]
         _check_list(parts[key])
