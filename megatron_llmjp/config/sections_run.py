@@ -1,0 +1,118 @@
+"""Data, training, checkpoints and log of a run."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+
+from megatron_llmjp.config.section import Section
+
+
+class DataConfig(Section):
+    """Tokens in: the fold schedule and the tokenizer that made its datasets."""
+
+    fold_file: str | None = Field(None, description="YAML file with folds, blends and validation")
+    data_cache_path: str | None = Field(
+        None, description="folder for sample indices; beside the fold file when not given"
+    )
+    seq_length: PositiveInt = Field(2048, description="tokens per sample, s")
+    tokenizer_type: (
+        Literal[
+            "SentencePieceTokenizer",
+            "Llama2Tokenizer",
+            "HuggingFaceTokenizer",
+            "ByteLevelTokenizer",
+            "NullTokenizer",
+        ]
+        | None
+    ) = Field(None, description="kind of tokenizer the datasets were made with")
+    tokenizer_model: str | None = Field(
+        None, description="SentencePiece model, tokenizer.json or Hugging Face folder"
+    )
+    num_workers: NonNegativeInt = Field(2, description="processes that read ahead, per rank")
+    reset_position_ids: bool = Field(False, description="positions restart after each EOD")
+    reset_attention_mask: bool = Field(False, description="attention stops at each EOD")
+    eod_mask_loss: bool = Field(False, description="no loss on EOD tokens")
+
+
+class TrainingConfig(Section):
+    """The run itself."""
+
+    micro_batch_size: PositiveInt = Field(1, description="samples in one forward pass, b")
+    global_batch_size: PositiveInt = Field(1, description="samples in one optimizer step")
+    rampup_batch_size: tuple[PositiveInt, PositiveInt, PositiveInt] | None = Field(
+        None,
+        description="START INCREMENT SAMPLES: the global batch grows from START to "
+        "global_batch_size by INCREMENT over the first SAMPLES samples",
+    )
+    train_iters: PositiveInt | None = Field(
+        None, description="optimizer steps; the fold file's total when not given"
+    )
+    train_samples: PositiveInt | None = Field(
+        None, description="samples to train on, in place of train_iters"
+    )
+    train_tokens: PositiveInt | None = Field(
+        None,
+        description="tokens to train on; with train_iters or train_samples the smaller decides",
+    )
+    exit_interval: PositiveInt | None = Field(
+        None, description="save and stop (exit code 3) at iterations divisible by this"
+    )
+    eval_interval: PositiveInt | None = Field(
+        None, description="validate every so many iterations; only at the end when not given"
+    )
+    eval_iters: NonNegativeInt = Field(
+        10, description="batches per validation set; 0 turns validation off"
+    )
+    eval_only: bool = Field(
+        False, description="validate the checkpoint of --load and end, without training"
+    )
+    seed: NonNegativeInt = Field(1234, description="of initial weights and dropout")
+    bf16: bool = Field(False, description="train in bfloat16 with fp32 main weights")
+    fp16: bool = Field(False, description="train in float16 with dynamic loss scaling")
+    z_loss_strength: NonNegativeFloat = Field(
+        0.0,
+        description="adds this x log(Z)^2 to the loss, Z the softmax's sum; LLM-jp took 1e-4",
+    )
+    deterministic_mode: bool = Field(
+        False, description="bit-identical losses from run to run; slower on GPUs"
+    )
+
+
+class CheckpointConfig(Section):
+    """The run at rest."""
+
+    save: str | None = Field(None, description="folder for checkpoints")
+    load: str | None = Field(
+        None, description="folder to resume from; --save when that holds a checkpoint"
+    )
+    save_interval: PositiveInt | None = Field(None, description="save every so many iterations")
+    finetune: bool = Field(
+        False, description="load weights only: a new optimizer, from iteration 0"
+    )
+    override_resume: tuple[str, ...] = Field(
+        (), description="fields that may differ from the checkpoint's, and `folds`"
+    )
+
+
+class LoggingConfig(Section):
+    """What a person sees of the run."""
+
+    log_interval: PositiveInt = Field(10, description="iterations per log line")
+    tensorboard_dir: str | None = Field(
+        None, description="tensorboard events; SAVE/tensorboard when not given"
+    )
+    log_params_norm: bool = Field(False, description="log the norm of all parameters")
+    wandb_project: str | None = Field(
+        None, description="Weights & Biases project; not used when not given"
+    )
+    wandb_entity: str | None = Field(None, description="Weights & Biases user or team")
+    wandb_exp_name: str | None = Field(
+        None, description="Weights & Biases name of the run; the save folder's when not given"
+    )
+    gpu_peak_tflops: float | None = Field(
+        None,
+        gt=0.0,
+        description="peak TFLOP/s of one device for the MFU; known for common GPUs",
+    )
