@@ -71,12 +71,12 @@ class Progress:
                 unit="B",
                 unit_scale=True,
                 dynamic_ncols=True,
-                bar_format="{percentage:3.0f}%|{bar}| {postfix} [{elapsed}<{remaining}]"
+                bar_format="{percentage:3.0f}%|{bar}| {desc} [{elapsed}<{remaining}]"
                 if self.total
-                else "{postfix} [{elapsed}]",
+                else "{desc} [{elapsed}]",
             )
         seconds = max(time.monotonic() - self._started, 1e-9)
-        self._bar.set_postfix_str(
+        self._bar.set_description_str(
             f"{self.documents:,} docs, {self.bytes / seconds / 1e6:.1f} MB/s, "
             f"{self.tokens / seconds / 1e6:.2f} Mtok/s",
             refresh=False,
