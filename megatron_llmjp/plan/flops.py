@@ -1,7 +1,7 @@
 """Floating point operations of a training step, as Megatron-LM counts them.
 
 The count is that of ``num_floating_point_operations`` in Megatron-LM's
-``megatron/training/training.py``, from core 0.12.1 to 0.20 (the wheel of core leaves that file out):
+``megatron/training/training.py``, core 0.12.1 to 0.20 (the wheel of core leaves that file out):
 
 - only matrix products count, ``2 m n k`` operations each; a training step does each three times
   (forward, gradient of the input, gradient of the weight);
