@@ -23,6 +23,9 @@ class OptimizerConfig(Section):
     )
     lr_decay_samples: PositiveInt | None = Field(None, description="lr_decay_iters in samples")
     lr_decay_tokens: PositiveInt | None = Field(None, description="lr_decay_iters in tokens")
+    lr_decay_fraction: float | None = Field(
+        None, gt=0.0, description="decay's end as a part of the run, where no other end is given"
+    )
     lr_warmup_iters: NonNegativeInt = Field(
         0, description="iterations of linear warm-up from lr_warmup_init"
     )
@@ -38,6 +41,12 @@ class OptimizerConfig(Section):
     lr_wsd_decay_iters: PositiveInt | None = Field(None, description="length of the tail of WSD")
     lr_wsd_decay_samples: PositiveInt | None = Field(
         None, description="lr_wsd_decay_iters in samples"
+    )
+    lr_wsd_decay_tokens: PositiveInt | None = Field(
+        None, description="lr_wsd_decay_iters in tokens"
+    )
+    lr_wsd_decay_fraction: float | None = Field(
+        None, gt=0.0, le=1.0, description="tail of WSD as a part of the decay's length"
     )
     weight_decay: NonNegativeFloat = Field(0.1, description="not applied to biases and norms")
     start_weight_decay: NonNegativeFloat | None = Field(

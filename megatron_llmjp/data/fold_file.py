@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
     model_validator,
 )
 
-from megatron_llmjp.errors import UserError, suggest
-
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_BUDGETS = ("tokens", "samples", "iterations", "epochs")
+_AMOUNTS = ("weight", "tokens", "epochs")
+
+Part = Literal["train", "valid", "test"]
 
 
 def parse_count(value: Any) -> Any:
@@ -37,72 +38,157 @@ def parse_count(value: Any) -> Any:
 Count = Annotated[PositiveInt, BeforeValidator(parse_count)]
 
 
-class _Entry(BaseModel):
+class Entry(BaseModel):
+    """Base of all parts of the file: immutable, and an unknown key is an error."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Source(_Entry):
+class Source(Entry):
     """One dataset of a blend."""
 
     path: str
-    """Prefix of the ``.bin`` and ``.idx``; relative to the fold file."""
+    """Prefix of the ``.bin`` and ``.idx``; relative to the file's ``root``."""
     weight: PositiveFloat | None = None
     tokens: Count | None = None
     epochs: PositiveFloat | None = None
     repeat: bool = False
     """Whether the run may see this dataset more than once."""
+    restart: bool = False
+    """Begin this fold with a new epoch of the dataset, instead of where the last fold stopped."""
 
     @property
     def amount(self) -> tuple[str, float] | None:
         """The kind of amount given and its value."""
-        given = [(k, v) for k in ("weight", "tokens", "epochs") if (v := getattr(self, k))]
+        given = [(k, v) for k in _AMOUNTS if (v := getattr(self, k))]
         return given[0] if given else None
 
     @model_validator(mode="after")
     def _one_amount(self) -> Source:
-        if sum(getattr(self, k) is not None for k in ("weight", "tokens", "epochs")) > 1:
+        if sum(getattr(self, k) is not None for k in _AMOUNTS) > 1:
             raise ValueError("give one of weight, tokens and epochs")
         return self
 
 
-class Fold(_Entry):
+class FoldLearningRate(Entry):
+    """A learning-rate schedule of a fold's own, counted from the fold's first iteration.
+
+    What is left out is the run's; the decay ends with the fold.
+    """
+
+    lr: NonNegativeFloat | None = None
+    min_lr: NonNegativeFloat | None = None
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] | None = (
+        None
+    )
+    lr_warmup_iters: NonNegativeInt | None = None
+    lr_warmup_init: NonNegativeFloat | None = None
+    lr_decay_iters: PositiveInt | None = None
+    lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] | None = None
+    lr_wsd_decay_iters: PositiveInt | None = None
+
+
+class Fold(Entry):
     """One fold: a budget and a blend."""
 
     name: str
+    order: Literal["folds", "megatron"] = "folds"
+    """``megatron``: the order Megatron-LM itself would give for this budget and blend."""
     tokens: Count | None = None
+    samples: Count | None = None
     iterations: PositiveInt | None = None
     epochs: PositiveFloat | None = None
     blend: dict[str, Source] = Field(min_length=1)
+    split: str | None = None
+    """``order: megatron`` only: Megatron-LM's ``--split``; the fold takes its first part."""
+    learning_rate: FoldLearningRate | None = None
+
+    @property
+    def kind(self) -> str | None:
+        """What the amounts of the datasets are: weight, tokens, epochs, or nothing."""
+        amount = next(iter(self.blend.values())).amount
+        return amount[0] if amount else None
 
     @model_validator(mode="after")
     def _check(self) -> Fold:
-        budgets = [k for k in ("tokens", "iterations", "epochs") if getattr(self, k) is not None]
+        budgets = [k for k in _BUDGETS if getattr(self, k) is not None]
         if len(budgets) > 1:
             raise ValueError(f"budget given as {' and '.join(budgets)}: give one")
         kinds = {s.amount[0] if s.amount else None for s in self.blend.values()}
         if len(kinds) > 1:
             found = ", ".join(sorted(k or "nothing" for k in kinds))
             raise ValueError(f"the blend mixes {found}: use one kind for all datasets of a fold")
-        kind = kinds.pop()
-        if budgets == ["epochs"] and kind is not None:
-            raise ValueError("with epochs as budget the datasets carry no amounts of their own")
-        if kind is None and budgets != ["epochs"]:
-            raise ValueError("the datasets need weight, tokens or epochs; or give the fold epochs")
-        if kind == "weight" and not budgets:
-            raise ValueError("weights need a budget: give the fold tokens or iterations")
-        if kind == "epochs" and budgets:
-            raise ValueError("epochs per dataset are the budget: take the fold's away")
+        problem = next(_contradictions(self, kinds.pop(), budgets[0] if budgets else None), None)
+        if problem:
+            raise ValueError(problem)
         return self
 
 
-class FoldFile(_Entry):
+def _contradictions(fold: Fold, kind: str | None, budget: str | None) -> Iterator[str]:
+    if fold.order == "megatron":
+        if budget in (None, "epochs"):
+            yield "order: megatron needs a budget in iterations, samples or tokens"
+        if kind not in (None, "weight"):
+            yield f"order: megatron knows weights or none, not {kind} per dataset"
+        if any(source.restart for source in fold.blend.values()):
+            yield "order: megatron always begins its datasets anew: take `restart` away"
+        return
+    if fold.split is not None:
+        yield "split goes with `order: megatron`; otherwise name validation sets of their own"
+    if budget == "epochs" and kind is not None:
+        yield "with epochs as budget the datasets carry no amounts of their own"
+    if kind is None and budget != "epochs":
+        yield "the datasets need weight, tokens or epochs; or give the fold epochs"
+    if kind == "weight" and budget is None:
+        yield "weights need a budget: give the fold tokens, samples or iterations"
+    if kind == "epochs" and budget is not None:
+        yield "epochs per dataset are the budget: take the fold's away"
+
+
+class ValidationSet(Entry):
+    """A dataset held out, or one part of a blend in Megatron-LM's order."""
+
+    path: str | None = None
+    """Prefix of the ``.bin`` and ``.idx`` of a dataset held out."""
+    blend: dict[str, Source] | None = Field(None, min_length=1)
+    """Instead of ``path``: the blend that Megatron-LM would validate on."""
+    split: str | None = None
+    """Megatron-LM's ``--split``, of which this set is a part; the whole blend when not given."""
+    part: Literal["valid", "test"] = "valid"
+
+    @model_validator(mode="after")
+    def _one_of(self) -> ValidationSet:
+        if (self.path is None) == (self.blend is None):
+            raise ValueError("give one of path and blend")
+        if self.path is not None and self.split is not None:
+            raise ValueError("split needs a blend: write `blend: {name: {path: ...}}`")
+        return self
+
+
+class Skip(Entry):
+    """Samples that are left out: positions ``[start, end)`` in the schedule."""
+
+    samples: tuple[NonNegativeInt, NonNegativeInt]
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Skip:
+        if self.samples[0] >= self.samples[1]:
+            raise ValueError(
+                f"[{self.samples[0]}, {self.samples[1]}] holds no sample: the first number is the "
+                "first sample left out, the second the first one kept again"
+            )
+        return self
+
+
+class FoldFile(Entry):
     """The contents of a fold file."""
 
-    seed: int = 1234
+    seed: NonNegativeInt = 1234
     sequence_length: PositiveInt | None = None
     """Must equal the run's seq_length where it is given."""
     folds: tuple[Fold, ...] = Field(min_length=1)
-    validation: dict[str, Source] = {}
+    validation: dict[str, ValidationSet] = {}
+    skip: tuple[Skip, ...] = ()
 
     @model_validator(mode="after")
     def _names_differ(self) -> FoldFile:
@@ -118,65 +204,10 @@ class FoldFile(_Entry):
         for fold in self.folds:
             for name, source in fold.blend.items():
                 places.setdefault(source.path, f"fold '{fold.name}', dataset '{name}'")
-        for name, source in self.validation.items():
-            places.setdefault(source.path, f"validation set '{name}'")
+        for name, held_out in self.validation.items():
+            where = f"validation set '{name}'"
+            if held_out.path is not None:
+                places.setdefault(held_out.path, where)
+            for dataset, source in (held_out.blend or {}).items():
+                places.setdefault(source.path, f"{where}, dataset '{dataset}'")
         return places
-
-
-def read_fold_file(path: Path) -> FoldFile:
-    """Read a fold file; dataset paths become relative to the caller's folder.
-
-    Raises:
-        UserError: with every mistake and where it is.
-    """
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"fold file {path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    try:
-        parsed = FoldFile.model_validate(data)
-    except ValidationError as error:
-        raise UserError(
-            "\n".join(f"{path}: {_describe(e, data)}" for e in _own_errors(error))
-        ) from None
-    return _relative_to(parsed, path.parent)
-
-
-def _relative_to(file: FoldFile, folder: Path) -> FoldFile:
-    def moved(blend: Mapping[str, Source]) -> dict[str, Source]:
-        return {
-            name: source.model_copy(update={"path": str(folder / source.path)})
-            for name, source in blend.items()
-        }
-
-    folds = tuple(f.model_copy(update={"blend": moved(f.blend)}) for f in file.folds)
-    return file.model_copy(update={"folds": folds, "validation": moved(file.validation)})
-
-
-def _own_errors(error: ValidationError) -> list[Any]:
-    """Without pydantic's remark that a list with a wrong entry is too short."""
-    errors = error.errors()
-    inside = any(len(e["loc"]) > 1 for e in errors)
-    return [e for e in errors if not (inside and e["type"] == "too_short")]
-
-
-def _describe(error: Any, data: Any) -> str:
-    """One line for one of pydantic's errors, with the fold's name instead of its number."""
-    location: list[Any] = list(error["loc"])
-    words = [str(part) for part in location]
-    if len(location) > 1 and location[0] == "folds" and isinstance(location[1], int):
-        entry = data["folds"][location[1]]
-        name = entry.get("name", location[1] + 1) if isinstance(entry, dict) else location[1] + 1
-        words = [f"fold '{name}'", *words[2:]]
-    message = error["msg"].removeprefix("Value error, ").replace("Input should", "must")
-    if error["type"] == "extra_forbidden":
-        model: type[_Entry] = FoldFile
-        if "blend" in words or words[0] == "validation":
-            model = Source
-        elif words[0].startswith("fold '"):
-            model = Fold
-        fields = model.model_fields
-        message = f"unknown key{suggest(words[-1], fields)} (possible: {', '.join(fields)})"
-    return f"{', '.join(words) or 'the file'}: {message}"
