@@ -118,13 +118,24 @@ def changed(config: Config, **fields: Any) -> Config:
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """Fields whose values differ, as ``{field: (old, new)}``."""
+    """Fields whose values differ, as ``{field: (old, new)}``; a size left out means its default."""
     found = {}
+    sizes_before, sizes_after = _sizes(old), _sizes(new)
     for name, section in SECTION_OF.items():
         before, after = getattr(getattr(old, section), name), getattr(getattr(new, section), name)
-        if before != after:
+        if before != after and sizes_before.get(name, 0) != sizes_after.get(name, 1):
             found[name] = (before, after)
     return found
+
+
+def _sizes(config: Config) -> dict[str, int]:
+    """Sizes of the model that follow from others where they are not given."""
+    return {
+        "num_query_groups": config.model.query_groups,
+        "kv_channels": config.model.head_dim,
+        "ffn_hidden_size": config.model.ffn_size,
+        "max_position_embeddings": config.positions,
+    }
 
 
 FROZEN_AT_RESUME: tuple[str, ...] = (

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_llmjp.convert import engine
+from megatron_llmjp.convert import engine, optimizer_state
 from megatron_llmjp.convert.detect import detect, planner, reader
 from megatron_llmjp.convert.formats import Options, Source
 from megatron_llmjp.convert.plan import Copy, Output
@@ -68,4 +68,7 @@ def prepare(source_format: str | None, target: str, path: Path, options: Options
             raise UserError(f"--vocab-size {options.vocab_size}: {path} has {source.rows} rows")
         source.model = source.model.model_copy(update={"vocab_size": options.vocab_size})
     output = planner(target)(source, options)
-    return Conversion(source, target, output, engine.match(source.reads, output))
+    reads = source.reads
+    if options.with_optimizer and target == "native":
+        reads = reads | optimizer_state.reads_of(source, optimizer_state.of_source(source), options)
+    return Conversion(source, target, output, engine.match(reads, output))

@@ -195,6 +195,12 @@ class Writer:
             found.append(((offsets, sizes), archive.slots[name]))
         return found
 
+    def add_alias(self, key: str, of: str) -> None:
+        """Let another name mean the same bytes as the tensor ``of``, which is complete."""
+        self._tensors[key] = self._tensors[of]
+        for index, (where, _) in enumerate(self._tensors[of][2]):
+            self._storage[key, where, index] = self._storage[of, where, index]
+
     def add_object(self, key: str, value: Any) -> None:
         """Add a small object without tensors."""
         file = self._room(0)

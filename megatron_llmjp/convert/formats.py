@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,6 +36,10 @@ class Source:
     special_ids: dict[str, int] = field(default_factory=dict)
     """``bos_token_id`` and so on, where the checkpoint tells them."""
     notes: list[str] = field(default_factory=list)
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Sections of the run's configuration that the checkpoint tells."""
+    optimizer: Callable[[], Any] | None = None
+    """Opens the optimizer's state, an ``optimizer_state.OptimizerState``."""
 
     @property
     def rows(self) -> int:

@@ -11,8 +11,9 @@ import argparse
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
-from megatron_llmjp.config.schema import ModelConfig
+from megatron_llmjp.config.schema import SECTIONS, ModelConfig, OptimizerConfig
 from megatron_llmjp.convert.hf_keys import make_model, unsupported
 from megatron_llmjp.errors import UserError
 
@@ -78,6 +79,32 @@ def model_from_args(args: Any, where: str) -> ModelConfig:
         make_vocab_size_divisible_by=given.get("make_vocab_size_divisible_by") or 128,
         vocab_size=true_vocabulary(args),
     )
+
+
+_TOLD = {
+    "data": ("tokenizer_type",),
+    "training": ("global_batch_size", "micro_batch_size", "seed"),
+    "optimizer": tuple(OptimizerConfig.model_fields),
+}
+
+
+def settings_from_args(args: Any) -> dict[str, dict[str, Any]]:
+    """What a program's arguments say of data, batches and optimizer, by section.
+
+    Values that this project's configuration does not know are left out.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for section, names in _TOLD.items():
+        for name in names:
+            value = getattr(args, name, None)
+            if value is None or isinstance(value, (dict, list)):
+                continue
+            try:
+                SECTIONS[section].model_validate({name: value})
+            except ValidationError:
+                continue
+            found.setdefault(section, {})[name] = value
+    return found
 
 
 def _refuse(given: dict[str, Any], where: str) -> None:

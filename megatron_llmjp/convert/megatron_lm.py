@@ -9,14 +9,16 @@ virtual stages). ``torch_dist`` has the layout of :mod:`mcore_names`, and args i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_llmjp.checkpoint.manifest import folder_name, write_durably
-from megatron_llmjp.convert import dcp, mcore_names
+from megatron_llmjp.config.schema import ModelConfig
+from megatron_llmjp.convert import dcp, mcore_names, optimizer_state
 from megatron_llmjp.convert.formats import Options, Source
-from megatron_llmjp.convert.megatron_args import make_args, model_from_args
+from megatron_llmjp.convert.megatron_args import make_args, model_from_args, settings_from_args
 from megatron_llmjp.convert.megatron_ranks import (
     Gathered,
     check_divides,
@@ -25,6 +27,7 @@ from megatron_llmjp.convert.megatron_ranks import (
     target_rows,
     write_of,
 )
+from megatron_llmjp.convert.optimizer_state import OptimizerState
 from megatron_llmjp.convert.plan import Output, Slot
 from megatron_llmjp.convert.tensors import FINAL_NORM, OUTPUT_LAYER, WORD_EMBEDDINGS, shapes
 from megatron_llmjp.convert.torch_archive import load
@@ -72,7 +75,14 @@ def newest(path: Path) -> Path:
     return folders[-1]
 
 
-def _source(folder: Path, args: Any, iteration: Any, reads: dict[str, Any], layout: str) -> Source:
+def _source(
+    folder: Path,
+    args: Any,
+    iteration: Any,
+    reads: dict[str, Any],
+    layout: str,
+    optimizer: Callable[[], OptimizerState],
+) -> Source:
     model = model_from_args(args, str(folder))
     notes = []
     if model.vocab_size is None:
@@ -90,19 +100,24 @@ def _source(folder: Path, args: Any, iteration: Any, reads: dict[str, Any], layo
         consumed_samples=getattr(args, "consumed_train_samples", None),
         seq_length=getattr(args, "seq_length", None),
         notes=notes,
+        settings=settings_from_args(args),
+        optimizer=optimizer,
     )
 
 
 def _read_torch_dist(folder: Path) -> Source:
     common = load(folder / "common.pt")
-    entries = mcore_names.weights(dcp.read_metadata(folder))
+    stored = dcp.read_metadata(folder)
+    entries = mcore_names.weights(stored)
     if "args" not in common:
         raise UserError(f"{folder / 'common.pt'}: holds no args, so the model is not known")
     if WORD_EMBEDDINGS not in entries:
         raise UserError(f"{folder}: holds no {WORD_EMBEDDINGS}")
     model = model_from_args(common["args"], str(folder / "common.pt"))
     reads = mcore_names.reads(model, entries[WORD_EMBEDDINGS].shape[0], entries)
-    return _source(folder, common["args"], common.get("iteration"), reads, "torch_dist")
+    optimizer = partial(optimizer_state.from_torch_dist, model, stored, common, folder)
+    iteration = common.get("iteration")
+    return _source(folder, common["args"], iteration, reads, "torch_dist", optimizer)
 
 
 def _read_legacy(folder: Path) -> Source:
@@ -130,7 +145,29 @@ def _read_legacy(folder: Path) -> Source:
         for name, stored in _numbered(stages, model.untie_embeddings_and_output_weights):
             gathered.add(name, t, stored)
     reads = gathered.reads(folder, model, tensor)
-    return _source(folder, args, iteration, reads, f"torch, TP {tensor} x PP {pipeline}")
+    layout = f"torch, TP {tensor} x PP {pipeline}"
+    optimizer = partial(_legacy_optimizer, folder, model, ranks, tensor, pipeline)
+    return _source(folder, args, iteration, reads, layout, optimizer)
+
+
+def _legacy_optimizer(
+    folder: Path, model: ModelConfig, ranks: dict[tuple[int, int], Path], tensor: int, pipeline: int
+) -> OptimizerState:
+    """The optimizer's tensors go the way of the weights: numbered by layer, joined over TP."""
+    kinds: dict[str, Gathered] = {}
+    for t in range(tensor):
+        stages = []
+        for p in range(pipeline):
+            content = load(ranks[t, p])
+            chunks = _chunks(content, ranks[t, p])
+            stages.append(optimizer_state.of_rank(content, chunks, ranks[t, p]))
+        for kind in stages[0].chunks:
+            moments = [stage.chunks[kind] for stage in stages]
+            for name, stored in _numbered(moments, model.untie_embeddings_and_output_weights):
+                kinds.setdefault(kind, Gathered()).add(name, t, stored)
+    tensors = {kind: gathered.reads(folder, model, tensor) for kind, gathered in kinds.items()}
+    last = stages[-1]
+    return optimizer_state.make_state(tensors, last.step, last.groups, content, folder)
 
 
 def _rank_files(folder: Path) -> dict[tuple[int, int], Path]:

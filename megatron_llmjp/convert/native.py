@@ -5,13 +5,14 @@ from __future__ import annotations
 import platform
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.config.load import dump, load_resolved
 from megatron_llmjp.config.schema import Config, ModelConfig
-from megatron_llmjp.convert import dcp, mcore_names
+from megatron_llmjp.convert import dcp, mcore_names, optimizer_state
 from megatron_llmjp.convert.formats import Options, Source
 from megatron_llmjp.convert.plan import Output
 from megatron_llmjp.convert.tensors import WORD_EMBEDDINGS
@@ -84,6 +85,8 @@ def architecture(config: Config) -> ModelConfig:
 def plan(source: Source, options: Options) -> Output:
     """Lay out ``OUT/iter_*``, which ``--load OUT --finetune`` reads in any layout.
 
+    With the optimizer's state it is a checkpoint to go on from: ``--load OUT``.
+
     The vocabulary is padded for the target tensor parallel size.
     """
     config = _config(source, options)
@@ -93,10 +96,15 @@ def plan(source: Source, options: Options) -> Output:
     folder = manifests.folder_name(iteration)
     writer = dcp.Writer(min(options.max_shard_size, _FILE_SIZE), folder)
     writes = mcore_names.add_model(writer, source, options, rows)
+    common: dict[str, Any] = {"iteration": iteration}
+    if options.with_optimizer:
+        state = optimizer_state.of_source(source)
+        writes |= optimizer_state.add_state(writer, source, state, options, rows)
+        common |= optimizer_state.common(state)
 
     def finish(out: Path) -> None:
         inner = out / folder
-        writer.finish(inner, {"iteration": iteration})
+        writer.finish(inner, common)
         (inner / manifests.CONFIG).write_text(dump(config), encoding="utf-8")
         tokenizer = inner / manifests.TOKENIZER
         tokenizer.mkdir()
@@ -108,7 +116,7 @@ def plan(source: Source, options: Options) -> Output:
         manifest = manifests.Manifest(
             iteration=iteration,
             consumed_samples=source.consumed_samples or 0,
-            contents="weights",
+            contents="full" if options.with_optimizer else "weights",
             versions={"python": platform.python_version(), "torch": torch.__version__},
             files=files,
         )
@@ -130,10 +138,13 @@ def _config(source: Source, options: Options) -> Config:
     model = unpadded.model_copy(update={"padded_vocab_size": unpadded.rows(tensor)})
     dtype = options.dtype or source.dtype
     positions = model.max_position_embeddings
+    types = {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
+    told = source.settings
     return Config.model_validate(
         {
             "model": model.model_dump(),
-            "data": {"seq_length": source.seq_length or positions},
-            "training": {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16},
+            "data": {**told.get("data", {}), "seq_length": source.seq_length or positions},
+            "training": {**told.get("training", {}), **types},
+            "optimizer": told.get("optimizer", {}),
         }
     )

@@ -1,0 +1,103 @@
+"""The real Megatron-LM's training curve, from its own checkpoints (fixtures/llama_small/README.md).
+
+Losses and gradient norms are those that Megatron-LM (core 0.12.1) itself computed, so that what
+this trainer and megatron-core 0.16 make of the same weights and batches is measured from outside.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from megatron_llmjp.convert import cli as converter
+from tests.support.processes import run_ranks
+from tests.support.training import PP2, TP2, Job, history, train_on_rank
+
+FIXTURES = Path(__file__).parent / "fixtures" / "llama_small"
+FLAGS = shlex.split("""
+    --num-layers 4 --hidden-size 64 --num-attention-heads 4 --group-query-attention
+    --num-query-groups 2 --ffn-hidden-size 176 --seq-length 64 --max-position-embeddings 64
+    --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear
+    --untie-embeddings-and-output-weights --tokenizer-type NullTokenizer --vocab-size 501
+    --padded-vocab-size 512 --micro-batch-size 2 --global-batch-size 8 --train-iters 20
+    --lr 2e-3 --min-lr 2e-4 --lr-decay-style cosine --lr-decay-iters 20 --lr-warmup-iters 4
+    --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --adam-eps 1e-8 --clip-grad 1.0
+    --seed 1234 --log-interval 1 --eval-iters 0 --num-workers 0
+""")
+RUNS = {
+    # name: ranks, checkpoint to load, flags
+    "tp1pp1": ((0, 1), "start", ("--finetune",)),
+    "tp1pp1-resumed": ((1, 2), "middle", ()),
+    "tp2pp2": ((0, 4), "start", ("--finetune", *TP2, *PP2)),
+    "tp2pp2-resumed": ((0, 4), "middle", (*TP2, *PP2, "--sequence-parallel")),
+    "dp2-resumed": ((2, 4), "middle", ("--use-distributed-optimizer",)),
+}
+
+
+class Recorded(torch.utils.data.Dataset):
+    """The batches that Megatron-LM trained on, sample by sample."""
+
+    def __init__(self) -> None:
+        batches = np.load(FIXTURES / "batches.npz")
+        self.arrays = {name: batches[name].reshape(-1, 64) for name in batches}
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        sample = {name: torch.from_numpy(array[number]) for name, array in self.arrays.items()}
+        return {name: sample[name].long() for name in sample}
+
+
+def train_recorded(jobs: list[dict[str, Any]], folder: str) -> None:
+    """Take this rank's part in all jobs, on the recorded batches."""
+    from megatron_llmjp.training import trainer
+
+    with mock.patch.object(trainer, "_datasets", lambda run: (Recorded(), {})):
+        train_on_rank(jobs, folder)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("megatron_lm")
+    for iteration, name, flags in ((0, "start", []), (10, "middle", ["--with-optimizer"])):
+        source = FIXTURES / f"iter_{iteration:07d}"
+        words = ["--to", "native", "--input", source, "--output", folder / name, *flags]
+        assert converter.main([str(word) for word in words]) == 0
+    fold = {
+        "name": "all",
+        "iterations": 20,
+        "blend": {
+            "all": {"path": str(FIXTURES / "small_text_document"), "weight": 1, "repeat": True}
+        },
+    }
+    (folder / "folds.yaml").write_text(yaml.safe_dump({"seed": 1, "folds": [fold]}))
+    data = ("--fold-file", folder / "folds.yaml", "--data-cache-path", folder / "cache")
+    jobs = [
+        Job(name, ranks, (*FLAGS, *data, "--load", folder / load, *flags))
+        for name, (ranks, load, flags) in RUNS.items()
+    ]
+    plain = [{**vars(job), "flags": [str(flag) for flag in job.flags]} for job in jobs]
+    run_ranks(train_recorded, 4, plain, str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_real_curve(runs, name):
+    golden = "golden_tp2pp2.json" if name.startswith("tp2") else "golden_tp1pp1.json"
+    records = json.loads((FIXTURES / golden).read_text())["iterations"]
+    first = 11 if name.endswith("resumed") else 1
+    expected = {r["iteration"]: r for r in records if r["iteration"] >= first}
+    for ours, theirs, tolerance in (
+        ("lm loss", "lm_loss", 2e-6),
+        ("grad norm", "grad_norm", 1e-5),
+        ("learning rate", "lr_used", 1e-12),
+    ):
+        found = history(runs / name, ours)
+        assert list(found) == list(expected)
+        assert found == pytest.approx({i: r[theirs] for i, r in expected.items()}, 0, tolerance)
