@@ -17,6 +17,9 @@ from megatron_llmjp.config.megatron_flags import ALIASES, NOT_NEEDED, REFUSED, R
 from megatron_llmjp.config.schema import SECTION_OF, SECTIONS, Config
 from megatron_llmjp.errors import UserError, suggest
 
+PLAN_DATA = "--plan-data"
+"""The flag that prints the plan of the run's data instead of training."""
+
 DESCRIPTION = "Pretrain a GPT with tensor, pipeline and data parallelism on megatron-core."
 
 EXAMPLES = """\
@@ -44,8 +47,14 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def parse(argv: Sequence[str]) -> tuple[Config, int | None, list[str]]:
+def parse(
+    argv: Sequence[str], layers: Layers | None = None
+) -> tuple[Config, int | None, list[str]]:
     """Read the command line.
+
+    Args:
+        argv: the words behind the program's name.
+        layers: values below those of presets, files and flags, which are added to it.
 
     Returns:
         The validated configuration; the number of local processes asked for, or None; and one
@@ -58,7 +67,7 @@ def parse(argv: Sequence[str]) -> tuple[Config, int | None, list[str]]:
     known, unknown = parser.parse_known_args(list(argv))
     arguments = vars(known)
     notes = _explain_unknown(unknown, _all_flags(parser))
-    layers = Layers()
+    layers = layers if layers is not None else Layers()
     if arguments["config"] is not None:
         read_config(arguments["config"], layers)
     for flag, alias in ALIASES.items():
@@ -89,6 +98,11 @@ def _make_parser() -> Parser:
         type=int,
         metavar="N",
         help="start N processes on this machine (not with torchrun, srun or mpirun)",
+    )
+    parser.add_argument(
+        PLAN_DATA,
+        action="store_true",
+        help="print what is trained on when (folds, tokens, epochs, learning rate) and end",
     )
     for name, section in SECTIONS.items():
         group = parser.add_argument_group(name, (section.__doc__ or "").strip())
