@@ -15,8 +15,11 @@ from megatron_llmjp.checkpoint.resume import Resume
 from megatron_llmjp.config.checks import check
 from megatron_llmjp.config.load import changed
 from megatron_llmjp.config.schema import Config
-from megatron_llmjp.data.fold_file import FoldFile, read_fold_file
-from megatron_llmjp.data.folds import DatasetInfo, Schedule, resolve
+from megatron_llmjp.data.batch_sizes import BatchSizes
+from megatron_llmjp.data.fold_file import FoldFile
+from megatron_llmjp.data.fold_reading import read_fold_file
+from megatron_llmjp.data.folds import DatasetInfo, Schedule
+from megatron_llmjp.data.resolve import resolve
 from megatron_llmjp.data.sources import inspect_sources
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.tokenizers import Tokenizer, load_tokenizer
@@ -72,7 +75,7 @@ def prepare(config: Config, world_size: int) -> Run:
             f"run's seq_length {config.data.seq_length}: take one of them away"
         )
     datasets = inspect_sources(folds)
-    schedule = resolve(folds, datasets, config.data.seq_length, config.training.global_batch_size)
+    schedule = resolve(folds, datasets, config.data.seq_length, BatchSizes(config))
     notes: list[str] = []
     resume = resuming.find(config)
     if resume is not None and not config.checkpoint.finetune:

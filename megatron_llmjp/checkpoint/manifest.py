@@ -13,10 +13,11 @@ import re
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
+from megatron_llmjp.data.fold_record import FoldRecord
 from megatron_llmjp.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -35,6 +36,21 @@ class FileEntry(BaseModel):
     """Eight hexadecimal digits. It finds any accidental damage and keeps pace with a fast disk."""
 
 
+def _digest_alone(value: Any) -> Any:
+    """Checkpoints of before records were stored hold a fold's digest in its place."""
+    return {"digest": value} if isinstance(value, str) else value
+
+
+class Override(BaseModel):
+    """A change of the past that ``--override-resume`` accepted."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    iteration: int
+    """Iteration of the checkpoint that was gone on from."""
+    difference: str
+
+
 class Manifest(BaseModel):
     """The contents of ``manifest.json``."""
 
@@ -46,8 +62,14 @@ class Manifest(BaseModel):
     consumed_samples: int
     contents: Literal["full", "weights"]
     """``weights`` for a converted model: it can be loaded with ``--finetune`` only."""
-    folds: dict[str, str] = {}
-    """Digest of every fold touched so far, by name, in the order they were trained."""
+    folds: dict[str, Annotated[FoldRecord, BeforeValidator(_digest_alone)]] = {}
+    """Every fold touched so far, by name, in the order they were trained."""
+    skips: list[tuple[int, int]] = []
+    """Positions of the schedule that are left out, as half-open ranges."""
+    skipped_iterations: dict[str, tuple[int, int]] = {}
+    """Those that ``--skip-iterations`` asked for, by its words."""
+    overrides: list[Override] = []
+    """Changes of the past that were accepted, oldest first."""
     metrics: dict[str, float] = {}
     """The last values of the log, such as ``lm loss``."""
     versions: dict[str, str] = {}

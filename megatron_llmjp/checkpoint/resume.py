@@ -9,6 +9,7 @@ from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint.manifest import Manifest
 from megatron_llmjp.config.load import FROZEN_AT_RESUME, changed, differences, load_resolved
 from megatron_llmjp.config.schema import Config, OptimizerConfig
+from megatron_llmjp.data.fold_record import differences as differences_of_fold
 from megatron_llmjp.data.folds import Schedule
 from megatron_llmjp.errors import UserError
 
@@ -108,14 +109,14 @@ def _open(folder: Path, bad: list[str]) -> Resume | None:
 def _changed_folds(resume: Resume, schedule: Schedule | None) -> list[str]:
     if schedule is None:
         return []
-    now = {fold.name: fold.digest for fold in schedule.folds}
+    now = {fold.name: schedule.record(fold) for fold in schedule.folds}
     found = []
-    for name, digest in resume.manifest.folds.items():
-        if now.get(name) != digest:
-            what = "is gone from the fold file" if name not in now else "has changed"
+    for name, record in resume.manifest.folds.items():
+        changes = differences_of_fold(record, now.get(name))
+        if changes:
             found.append(
-                f"fold '{name}' {what}, but {resume.folder} was trained on it: going on would "
-                "repeat or drop data. Set it back (folds not yet touched may change), or accept "
-                "it with --override-resume folds"
+                f"fold '{name}' has changed, but {resume.folder} was trained on it: "
+                f"{'; '.join(changes)}. Going on would repeat or drop data. Set it back (folds not "
+                "yet touched may change), or accept it with --override-resume folds"
             )
     return found

@@ -1,22 +1,24 @@
 """The fold schedule: folds in order, what each draws from which dataset, and how many samples.
 
-Pure arithmetic, without torch. A run's data is a function ``sample(i)`` for i in
-``[0, total_samples)``. A dataset is a stream of its epochs end to end, each epoch shuffled with a
+Pure arithmetic, without torch. A run's data is a function ``sample(position)`` for positions in
+``[0, total_positions)``. A dataset is a stream of its epochs end to end, each epoch shuffled with a
 seed of its own; a fold takes the next slice of each of its datasets' streams. Hence a dataset that
 recurs in a later fold goes on where it stopped, and a change to a later fold moves nothing before.
+
+Positions that are skipped stay where they are: trained sample ``k`` is the k-th that is not.
 """
 
 from __future__ import annotations
 
 import bisect
 import hashlib
-import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
-from megatron_llmjp.data.fold_file import Fold, FoldFile, Source
-from megatron_llmjp.errors import UserError
+from megatron_llmjp.data.budgets import apportion
+from megatron_llmjp.data.fold_file import FoldLearningRate, Part
+from megatron_llmjp.data.fold_record import DatasetRecord, FoldRecord
+from megatron_llmjp.data.skips import NOTHING_SKIPPED, Skips
 
 
 @dataclass(frozen=True)
@@ -26,15 +28,25 @@ class DatasetInfo:
     key: str
     """Digest of its contents: the dataset's identity, wherever it lies."""
     tokens: int
+    parts: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    """Tokens of the parts of Megatron-LM's ``--split``, by ``(split, part)``, where they matter."""
 
-    def samples_per_epoch(self, sequence_length: int) -> int:
-        """Samples of one epoch: each needs one more token than its length, shared with the next."""
-        return max(0, (self.tokens - 1) // sequence_length)
+    def samples_per_epoch(self, sequence_length: int, split: str | None = None) -> int:
+        """Samples of one epoch: each needs one more token than its length, shared with the next.
+
+        With ``split`` of its training part.
+        """
+        tokens = self.tokens if split is None else self.parts[split, "train"]
+        return max(0, (tokens - 1) // sequence_length)
 
 
 @dataclass(frozen=True)
 class Slice:
-    """What one fold draws from one dataset: samples ``[start, start + samples)`` of its stream."""
+    """What one fold draws from one dataset: samples ``[start, start + samples)`` of its stream.
+
+    In Megatron-LM's order the number of samples is the dataset's share, which Megatron-LM keeps
+    to within a few samples.
+    """
 
     name: str
     path: str
@@ -42,11 +54,34 @@ class Slice:
     start: int
     samples: int
     samples_per_epoch: int
+    asked: str = ""
+    """The amount in the fold file, such as ``weight 3``."""
+
+    @property
+    def end(self) -> int:
+        """Sample of the stream after the last."""
+        return self.start + self.samples
 
     @property
     def last_epoch(self) -> int:
         """Number of the last epoch touched, from 0."""
-        return (self.start + self.samples - 1) // self.samples_per_epoch
+        return (self.end - 1) // self.samples_per_epoch
+
+
+@dataclass(frozen=True)
+class MegatronBlend:
+    """What Megatron-LM is to be asked for: a blend in its own order."""
+
+    paths: tuple[str, ...]
+    keys: tuple[str, ...]
+    """Digests of the datasets' contents."""
+    weights: tuple[float, ...] | None
+    """None: in proportion to the datasets' sizes, one epoch of each at most."""
+    split: str | None
+    """Megatron-LM's ``--split``; None where the blend is one part whole."""
+    part: Part
+    samples: int
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -55,15 +90,25 @@ class FoldPlan:
 
     name: str
     first_sample: int
+    """Position of the first sample."""
     samples: int
+    """Positions of the fold, those that are skipped included."""
     slices: tuple[Slice, ...]
     digest: str
     """Of everything that decides this fold's order."""
+    learning_rate: FoldLearningRate | None = None
+    megatron: MegatronBlend | None = None
+    """What to ask Megatron-LM's builder for, where the fold is in its order."""
 
     @property
     def end(self) -> int:
-        """Sample after the fold's last."""
+        """Position after the fold's last."""
         return self.first_sample + self.samples
+
+    @property
+    def order(self) -> str:
+        """``folds`` or ``megatron``."""
+        return "folds" if self.megatron is None else "megatron"
 
 
 @dataclass(frozen=True)
@@ -73,115 +118,90 @@ class Schedule:
     seed: int
     sequence_length: int
     folds: tuple[FoldPlan, ...]
+    skips: Skips = NOTHING_SKIPPED
+
+    @property
+    def total_positions(self) -> int:
+        """Samples in all folds, those that are skipped included."""
+        return self.folds[-1].end
 
     @property
     def total_samples(self) -> int:
-        """Samples in all folds."""
-        return self.folds[-1].end
+        """Samples that can be trained on."""
+        return self.skips.kept_before(self.total_positions)
 
-    def fold_at(self, sample: int) -> FoldPlan:
-        """The fold that holds a sample; the last one for the end of the run."""
-        ends = [fold.end for fold in self.folds]
-        return self.folds[min(bisect.bisect_right(ends, sample), len(ends) - 1)]
+    def position(self, number: int) -> int:
+        """The position of trained sample ``number``."""
+        return self.skips.position(number)
 
-    def touched(self, consumed_samples: int) -> dict[str, str]:
-        """Digest of every fold of which samples were consumed, by name."""
-        return {f.name: f.digest for f in self.folds if f.first_sample < consumed_samples}
+    def frontier(self, consumed_samples: int) -> int:
+        """The position after the last one that was trained on: all before it is the past."""
+        return self.position(consumed_samples - 1) + 1 if consumed_samples > 0 else 0
 
+    def fold_at(self, number: int) -> FoldPlan:
+        """The fold that holds trained sample ``number``; the last one for the end of the run."""
+        return self.fold_of(self.position(number))
 
-def resolve(
-    file: FoldFile,
-    datasets: Mapping[str, DatasetInfo],
-    sequence_length: int,
-    global_batch_size: int,
-) -> Schedule:
-    """Turn budgets and blends into exact numbers of samples.
+    def fold_of(self, position: int) -> FoldPlan:
+        """The fold that holds a position; the last one for the end of the schedule."""
+        place = bisect.bisect_right(self.folds, position, key=lambda fold: fold.end)
+        return self.folds[min(place, len(self.folds) - 1)]
 
-    Args:
-        file: the fold file.
-        datasets: what is known of each dataset, by path.
-        sequence_length: tokens per sample.
-        global_batch_size: samples per iteration, for budgets in iterations.
+    def trainable(self, fold: FoldPlan) -> tuple[int, int]:
+        """The first trained sample of a fold, and the one after its last."""
+        return self.skips.kept_before(fold.first_sample), self.skips.kept_before(fold.end)
 
-    Raises:
-        UserError: a dataset is too small for a sample, or for its share without ``repeat``.
-    """
-    cursors: dict[str, int] = {}
-    folds: list[FoldPlan] = []
-    first = 0
-    for fold in file.folds:
-        counts = _samples(fold, datasets, sequence_length, global_batch_size)
-        slices = []
-        for (name, source), samples in zip(fold.blend.items(), counts, strict=True):
-            info = datasets[source.path]
-            start = cursors.get(info.key, 0)
-            per_epoch = info.samples_per_epoch(sequence_length)
-            piece = Slice(name, source.path, info.key, start, samples, per_epoch)
-            _check_repetition(fold, source, piece)
-            cursors[info.key] = start + samples
-            slices.append(piece)
-        digest = _digest(file.seed, sequence_length, fold.name, first, slices)
-        folds.append(FoldPlan(fold.name, first, sum(counts), tuple(slices), digest))
-        first += sum(counts)
-    return Schedule(file.seed, sequence_length, tuple(folds))
+    def touched(self, consumed_samples: int) -> dict[str, FoldRecord]:
+        """What a checkpoint remembers of every fold that is wholly or partly past, by name."""
+        end = self.frontier(consumed_samples)
+        return {fold.name: self.record(fold) for fold in self.folds if fold.first_sample < end}
 
+    def consumed_by_dataset(self, consumed_samples: int) -> dict[tuple[str, str], int]:
+        """Samples trained on, by ``(fold, dataset)``, of all folds touched.
 
-def apportion(total: int, weights: list[float]) -> list[int]:
-    """Split ``total`` in proportion to ``weights`` into integers that sum to it exactly.
+        Exact for a fold that is complete. Of one that is under way, or of which samples are
+        skipped, each dataset has its share: the datasets are interleaved so that every part of a
+        fold keeps to its blend, within as many samples as there are datasets.
+        """
+        end = self.frontier(consumed_samples)
+        counts: dict[tuple[str, str], int] = {}
+        for fold in self.folds:
+            if fold.first_sample >= end:
+                break
+            trained = self.skips.kept(fold.first_sample, min(end, fold.end))
+            shares = apportion(trained, [float(piece.samples) for piece in fold.slices])
+            for piece, share in zip(fold.slices, shares, strict=True):
+                counts[fold.name, piece.name] = share
+        return counts
 
-    Largest remainder (Hamilton's method); ties go to the earlier entry.
-    """
-    quotas = [total * weight / sum(weights) for weight in weights]
-    counts = [math.floor(quota) for quota in quotas]
-    by_remainder = sorted(range(len(quotas)), key=lambda i: (counts[i] - quotas[i], i))
-    for i in by_remainder[: total - sum(counts)]:
-        counts[i] += 1
-    return counts
+    def record(self, fold: FoldPlan) -> FoldRecord:
+        """What a checkpoint remembers of a fold."""
+        return FoldRecord(
+            digest=fold.digest,
+            seed=self.seed,
+            sequence_length=self.sequence_length,
+            first_sample=fold.first_sample,
+            samples=fold.samples,
+            order=fold.order,
+            split=fold.megatron.split if fold.megatron else None,
+            datasets={
+                piece.name: DatasetRecord(
+                    path=piece.path,
+                    key=piece.key,
+                    asked=piece.asked,
+                    start=piece.start,
+                    samples=piece.samples,
+                )
+                for piece in fold.slices
+            },
+        )
+
+    def skipping(self, skips: Skips) -> Schedule:
+        """The same schedule with other samples left out."""
+        return replace(self, skips=skips)
 
 
 def epoch_seed(seed: int, key: str, epoch: int) -> int:
     """Seed of one epoch of one dataset, below 2^32."""
     digest = hashlib.sha256(f"{seed}/{key}/{epoch}".encode()).digest()
     return int.from_bytes(digest[:4], "little")
-
-
-def _samples(
-    fold: Fold, datasets: Mapping[str, DatasetInfo], sequence_length: int, batch: int
-) -> list[int]:
-    sources = list(fold.blend.values())
-    per_epoch = [datasets[s.path].samples_per_epoch(sequence_length) for s in sources]
-    if fold.epochs is not None or (sources[0].amount or ("",))[0] == "epochs":
-        pairs = zip(sources, per_epoch, strict=True)
-        return [max(1, round((source.epochs or fold.epochs or 1) * n)) for source, n in pairs]
-    amounts = [source.amount[1] for source in sources if source.amount]
-    if fold.iterations is not None:
-        budget = fold.iterations * batch
-    else:
-        budget = int((fold.tokens or sum(amounts)) // sequence_length)
-    if budget < 1:
-        raise UserError(
-            f"fold '{fold.name}': its budget is less than one sample of {sequence_length} tokens"
-        )
-    return apportion(budget, amounts)
-
-
-def _check_repetition(fold: Fold, source: Source, piece: Slice) -> None:
-    where = f"fold '{fold.name}', dataset '{piece.name}'"
-    if piece.samples_per_epoch < 1:
-        raise UserError(
-            f"{where}: {source.path} has fewer tokens than one sample: shorten seq_length or leave "
-            "the dataset out"
-        )
-    end = piece.start + piece.samples
-    if end > piece.samples_per_epoch and not source.repeat and (source.epochs or 0) <= 1:
-        epochs = end / piece.samples_per_epoch
-        raise UserError(
-            f"{where}: up to here the run needs {epochs:.2f} epochs of {source.path} "
-            f"({end:,} samples of {piece.samples_per_epoch:,}): lower the fold's share, or write "
-            "`repeat: true` to allow more than one epoch"
-        )
-
-
-def _digest(seed: int, length: int, name: str, first: int, slices: list[Slice]) -> str:
-    content = [seed, length, name, first, [[s.key, s.start, s.samples] for s in slices]]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -15,21 +15,21 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
+from megatron_llmjp.config.command_line import parse
 from megatron_llmjp.config.schema import DataConfig
-from megatron_llmjp.data.dataset import (
-    FoldDataset,
-    ValidationDataset,
-    blend_order,
-)
+from megatron_llmjp.data.batch_sizes import BatchSizes
+from megatron_llmjp.data.dataset import FoldDataset, ValidationDataset
 from megatron_llmjp.data.epoch_index import DatasetTokenizer, Epochs
-from megatron_llmjp.data.fold_file import read_fold_file
-from megatron_llmjp.data.folds import FoldPlan, Slice, epoch_seed, resolve
+from megatron_llmjp.data.fold_reading import read_fold_file
+from megatron_llmjp.data.folds import FoldPlan, Slice, epoch_seed
 from megatron_llmjp.data.indexed_writer import IndexedWriter
 from megatron_llmjp.data.loader import MicroBatches
+from megatron_llmjp.data.resolve import resolve
 from megatron_llmjp.data.sources import content_key, inspect_sources
 from megatron_llmjp.tokenizers import load_tokenizer
 
 LENGTH, BATCH = 16, 8
+BATCHES = BatchSizes(parse(["--config", "laptop-llama", "--global-batch-size", str(BATCH)])[0])
 
 
 def write_numbered(prefix: Path, lengths: list[int], first: int) -> None:
@@ -71,13 +71,12 @@ def epochs_of(folder: Path, vocab_size: int = 99, **data) -> Epochs:
 
 def schedule_of(folder: Path):
     file = read_fold_file(folder / "folds.yaml")
-    return resolve(file, inspect_sources(file), LENGTH, BATCH)
+    return resolve(file, inspect_sources(file), LENGTH, BATCHES)
 
 
 @pytest.fixture(scope="module")
 def run(folder):
     data = FoldDataset(schedule_of(folder), epochs_of(folder))
-    data.build_caches()
     return data
 
 
@@ -185,7 +184,6 @@ def test_a_batch_over_the_edge_of_two_folds(run, folder):
 def test_validation_starts_over_at_its_end(folder):
     info = next(iter(inspect_sources(read_fold_file(folder / "folds.yaml")).values()))
     data = ValidationDataset(str(folder / "a"), info, 5, epochs_of(folder))
-    data.build_caches()
     size = info.samples_per_epoch(LENGTH)
     assert plain(data[0]) == plain(data[size]) != plain(data[1])
 

@@ -9,11 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_llmjp.data.fold_file import FoldFile, parse_count, read_fold_file
-from megatron_llmjp.data.folds import DatasetInfo, apportion, epoch_seed, resolve
+from megatron_llmjp.config.command_line import parse
+from megatron_llmjp.data.batch_sizes import BatchSizes
+from megatron_llmjp.data.budgets import apportion
+from megatron_llmjp.data.fold_file import FoldFile, parse_count
+from megatron_llmjp.data.fold_reading import read_fold_file
+from megatron_llmjp.data.folds import DatasetInfo, epoch_seed
+from megatron_llmjp.data.resolve import resolve
 from megatron_llmjp.errors import UserError
 
 LENGTH, BATCH = 16, 8
+BATCHES = BatchSizes(parse(["--config", "laptop-llama", "--global-batch-size", str(BATCH)])[0])
 
 weights = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=8)
 
@@ -64,7 +70,7 @@ def fold_files(draw):
 
 
 def schedule_of(content, datasets):
-    return resolve(FoldFile.model_validate(content), datasets, LENGTH, BATCH)
+    return resolve(FoldFile.model_validate(content), datasets, LENGTH, BATCHES)
 
 
 @given(fold_files())

@@ -1,0 +1,86 @@
+"""What a checkpoint remembers of a fold it was trained on, and how a fold differs from that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pydantic import BaseModel, ConfigDict
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DatasetRecord(_Record):
+    """What a fold drew from one dataset."""
+
+    path: str
+    key: str
+    """Digest of the dataset's contents."""
+    asked: str = ""
+    """The amount in the fold file, such as ``weight 3``."""
+    start: int
+    samples: int
+
+
+class FoldRecord(_Record):
+    """A fold, as far as it decides which samples are trained on."""
+
+    digest: str
+    seed: int | None = None
+    sequence_length: int | None = None
+    first_sample: int = 0
+    samples: int = 0
+    order: str = "folds"
+    split: str | None = None
+    datasets: dict[str, DatasetRecord] | None = None
+    """By name; None in checkpoints of before these were stored."""
+
+
+def differences(old: FoldRecord, new: FoldRecord | None) -> list[str]:
+    """How a fold differs from what a checkpoint says of it; empty when it does not."""
+    if new is None:
+        return ["it is gone from the fold file"]
+    if new.digest == old.digest:
+        return []
+    if old.datasets is None or new.datasets is None:
+        return ["it has changed (the checkpoint is too old to say how)"]
+    found = [*_of_the_fold(old, new), *_of_the_datasets(old.datasets, new.datasets)]
+    return found or ["the order of its datasets has changed"]
+
+
+def _of_the_fold(old: FoldRecord, new: FoldRecord) -> Iterator[str]:
+    for name in ("seed", "sequence_length", "order", "split"):
+        before, after = getattr(old, name), getattr(new, name)
+        if before != after:
+            yield f"{name} {before} -> {after}"
+    if old.first_sample != new.first_sample:
+        yield f"it begins at sample {new.first_sample:,} instead of {old.first_sample:,}"
+    if old.samples != new.samples:
+        yield f"it has {new.samples:,} samples instead of {old.samples:,}"
+
+
+def _of_the_datasets(old: dict[str, DatasetRecord], new: dict[str, DatasetRecord]) -> Iterator[str]:
+    for name, before in old.items():
+        after = new.get(name)
+        if after is None:
+            yield f"dataset {name} is gone"
+            continue
+        changes = list(_of_a_dataset(before, after))
+        if changes:
+            yield f"dataset {name}: {', '.join(changes)}"
+    for name in new.keys() - old.keys():
+        yield f"dataset {name} is new"
+
+
+def _of_a_dataset(old: DatasetRecord, new: DatasetRecord) -> Iterator[str]:
+    if old.key != new.key:
+        where = new.path if old.path == new.path else f"{old.path}, now {new.path},"
+        yield f"contents of {where} changed"
+    if old.samples != new.samples:
+        asked = f"{old.asked} -> {new.asked}: " if old.asked != new.asked else ""
+        yield f"{asked}{new.samples:,} samples instead of {old.samples:,}"
+    elif old.asked != new.asked:
+        yield f"{old.asked} -> {new.asked}"
+    if old.start != new.start:
+        yield f"goes on from sample {new.start:,} of its stream instead of {old.start:,}"
