@@ -8,62 +8,64 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from megatron_llmjp.data.epoch_index import Epochs
+from megatron_llmjp.data.epoch_index import EpochIndex, Epochs
+from megatron_llmjp.data.fold_order import FoldOrder
 from megatron_llmjp.data.folds import DatasetInfo, FoldPlan, Schedule, Slice, epoch_seed
+from megatron_llmjp.data.index_cache import CachedIndex
 from megatron_llmjp.runtime.device import without_warnings
 
 with without_warnings():
-    from megatron.core.datasets import helpers_cpp
     from megatron.core.datasets.gpt_dataset import GPTDataset
 
 Sample = dict[str, torch.Tensor]
 
 
 class FoldDataset(Dataset[Sample]):
-    """``sample(i)``: the run's sample number i, whichever fold it is in.
+    """``data[k]``: trained sample number k, whichever fold it is in.
 
     A sample holds ``tokens``, ``labels``, ``loss_mask`` and ``position_ids``, each ``[s]``, and
     ``attention_mask`` ``[1, s, s]`` where attention is reset at document ends.
     """
 
     def __init__(self, schedule: Schedule, epochs: Epochs) -> None:
-        self._schedule = schedule
+        self.schedule = schedule
         self._epochs = epochs
         self._open_epoch = lru_cache(maxsize=256)(self._epoch)
-        self._order = lru_cache(maxsize=2)(blend_order)
+        self._order = lru_cache(maxsize=2)(lambda fold: FoldOrder(epochs.cache, fold).open())
 
     def __len__(self) -> int:
-        return self._schedule.total_samples
+        return self.schedule.total_samples
 
     def __getitem__(self, index: int) -> Sample:
-        piece, position = self.locate(index)
-        epoch, sample = divmod(position, piece.samples_per_epoch)
+        piece, number = self.locate(index)
+        epoch, sample = divmod(number, piece.samples_per_epoch)
         item: Sample = self._open_epoch(piece.key, piece.path, epoch)[sample]
         return item
 
     def locate(self, index: int) -> tuple[Slice, int]:
-        """The dataset of a sample and its position in the dataset's stream."""
-        fold = self._schedule.fold_at(index)
-        which, position = self._order(fold)
-        inside = index - fold.first_sample
+        """The dataset of trained sample ``index`` and its number in the dataset's stream."""
+        position = self.schedule.position(index)
+        fold = self.schedule.fold_of(position)
+        which, number = self._order(fold)
+        inside = position - fold.first_sample
         piece = fold.slices[which[inside]]
-        return piece, piece.start + int(position[inside])
+        return piece, piece.start + int(number[inside])
 
-    def build_caches(self) -> None:
-        """Make the sample indices of all folds."""
-        for fold in self._schedule.folds:
-            for piece in fold.slices:
-                first = piece.start // piece.samples_per_epoch
-                for epoch in range(first, piece.last_epoch + 1 if piece.samples else first):
-                    seed = epoch_seed(self._schedule.seed, piece.key, epoch)
-                    self._epochs.build(piece.key, piece.path, seed)
+    def indices(self, fold: FoldPlan) -> list[CachedIndex]:
+        """What samples of a fold are looked up in; made when needed, or before by others."""
+        found: list[CachedIndex] = [FoldOrder(self._epochs.cache, fold)]
+        for piece in fold.slices:
+            first = piece.start // piece.samples_per_epoch
+            for epoch in range(first, piece.last_epoch + 1 if piece.samples else first):
+                seed = epoch_seed(self.schedule.seed, piece.key, epoch)
+                found.append(self._epochs.index(piece.key, piece.path, seed))
+        return found
 
     def _epoch(self, key: str, path: str, epoch: int) -> GPTDataset:
-        return self._epochs.open(key, path, epoch_seed(self._schedule.seed, key, epoch))
+        return self._epochs.open(key, path, epoch_seed(self.schedule.seed, key, epoch))
 
 
 class ValidationDataset(Dataset[Sample]):
@@ -74,27 +76,13 @@ class ValidationDataset(Dataset[Sample]):
         self._place = (info.key, path, epoch_seed(seed, info.key, 0))
         self._samples: GPTDataset | None = None
 
-    def build_caches(self) -> None:
-        """Make the sample index."""
-        self._epochs.build(*self._place)
+    @property
+    def index(self) -> EpochIndex:
+        """What its samples are looked up in."""
+        return self._epochs.index(*self._place)
 
     def __getitem__(self, index: int) -> Sample:
         if self._samples is None:
             self._samples = self._epochs.open(*self._place)
         item: Sample = self._samples[index % len(self._samples)]
         return item
-
-
-def blend_order(fold: FoldPlan) -> tuple[np.ndarray, np.ndarray]:
-    """Which dataset each sample of a fold comes from, and its number in the fold's slice.
-
-    megatron-core's helper interleaves the datasets so that every prefix of the fold keeps to the
-    blend, and uses each slice exactly once.
-    """
-    sizes = np.array([piece.samples for piece in fold.slices], dtype=np.int64)
-    # The helper writes past the end of its arrays when a dataset's share is zero.
-    present = np.flatnonzero(sizes)
-    which = np.zeros(fold.samples, dtype=np.int16)
-    position = np.zeros(fold.samples, dtype=np.int64)
-    helpers_cpp.build_exhaustive_blending_indices(which, position, sizes[present], len(present))
-    return present.astype(np.int16)[which], position

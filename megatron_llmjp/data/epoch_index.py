@@ -1,84 +1,35 @@
 """Indices of single epochs: which tokens each sample of one epoch of one dataset holds.
 
-One GPTDataset is exactly one epoch of one dataset. Its index is cached on disk.
+One GPTDataset is exactly one epoch of one dataset. megatron-core builds its index, in a folder of
+our cache; its own cache is written in place and ignores contents.
 """
 
 from __future__ import annotations
 
-import fcntl
-import shutil
+import pickle
+import resource
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_llmjp.config.schema import DataConfig
-from megatron_llmjp.data import indexed
+from megatron_llmjp.data import index_cache, indexed
+from megatron_llmjp.data.index_process import build_beside
 from megatron_llmjp.runtime.device import without_warnings
 
 with without_warnings():
     import megatron.core
+    import torch.distributed as dist
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.utils import Split
 
-
-class Epochs:
-    """Opens epochs of datasets; their sample indices are cached on disk under their contents.
-
-    A cache folder appears under its name when it is complete, so that a killed process leaves no
-    half-written index behind; megatron-core's own cache is written in place and ignores contents.
-    """
-
-    def __init__(self, data: DataConfig, tokenizer: Any, cache: Path) -> None:
-        self._data = data
-        self._tokenizer = tokenizer
-        self._cache = cache
-
-    def build(self, key: str, path: str, seed: int) -> None:
-        """Make the cache of an epoch, unless another process does or did.
-
-        megatron-core builds indices on rank 0 only: call this before process groups exist.
-        """
-        folder = self._folder(key, seed)
-        if folder.is_dir():
-            return
-        with _lock(folder.with_name(f"{folder.name}.lock")):
-            if folder.is_dir():
-                return
-            temporary = folder.with_name(f"{folder.name}.tmp")
-            shutil.rmtree(temporary, ignore_errors=True)
-            self._open(path, seed, temporary)
-            temporary.replace(folder)
-
-    def open(self, key: str, path: str, seed: int) -> GPTDataset:
-        """One epoch, from its cache."""
-        return self._open(path, seed, self._folder(key, seed))
-
-    def _folder(self, key: str, seed: int) -> Path:
-        name = f"{key}-{self._data.seq_length}-{seed:08x}-core{megatron.core.__version__}"
-        return self._cache / name
-
-    def _open(self, path: str, seed: int, folder: Path) -> GPTDataset:
-        config = GPTDatasetConfig(
-            random_seed=seed,
-            sequence_length=self._data.seq_length,
-            blend=([path], None),
-            split="1,0,0",
-            path_to_cache=str(folder),
-            tokenizer=DatasetTokenizer(self._tokenizer.eod_id, self._tokenizer.vocab_size),
-            reset_position_ids=self._data.reset_position_ids,
-            reset_attention_mask=self._data.reset_attention_mask,
-            eod_mask_loss=self._data.eod_mask_loss,
-            create_attention_mask=self._data.reset_attention_mask,
-        )
-        tokens = indexed.open_indexed(path)
-        documents = np.arange(len(tokens), dtype=np.int32)
-        # The description becomes the cache's file name: leave the path out of it, as the folder's
-        # name says which contents these are.
-        return GPTDataset(tokens, "", documents, None, Split.train, config)
+_PLAIN = {"reset_position_ids": False, "reset_attention_mask": False, "eod_mask_loss": False}
+OPEN_DATASETS = 256
+"""Datasets kept open: more than a fold has as a rule."""
 
 
 class DatasetTokenizer:
@@ -95,9 +46,137 @@ class DatasetTokenizer:
         self.unique_identifiers: OrderedDict[str, int] = OrderedDict()
 
 
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
+@dataclass(frozen=True)
+class EpochIndex:
+    """The index of one epoch of a dataset, in a folder named by all that decides it."""
+
+    cache: Path
+    path: str
+    key: str
+    """Of the dataset's contents."""
+    seed: int
+    sequence_length: int
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies when it is whole."""
+        version = megatron.core.__version__
+        name = f"{self.key}-{self.sequence_length}-{self.seed:08x}-core{version}"
+        return self.cache / name
+
+    @property
+    def work(self) -> int:
+        """Documents and samples that are shuffled, 20 ns each."""
+        index = indexed.read_index(self.path)
+        tokens = indexed.bin_path(self.path).stat().st_size // index.dtype.itemsize
+        return index.sequences + tokens // self.sequence_length
+
+    def build(self, temporary: Path) -> None:
+        """Write it into an existing, empty folder.
+
+        megatron-core builds on the first rank only, so ranks of a process group leave the work to
+        a process beside them.
+        """
+        if dist.is_available() and dist.is_initialized():
+            build_beside(self, temporary)
+            return
+        tokens = indexed.open_indexed(self.path)
+        documents = np.arange(len(tokens), dtype=np.int32)
+        flags = dict.fromkeys(
+            ("reset_position_ids", "reset_attention_mask", "eod_mask_loss"), False
+        )
+        _dataset(self, tokens, temporary, documents, DatasetTokenizer(0, 1), flags)
+
+
+class Epochs:
+    """Opens epochs of datasets, whose indices are cached on disk under their contents."""
+
+    def __init__(self, data: DataConfig, tokenizer: Any, cache: Path) -> None:
+        self._length = data.seq_length
+        self._flags = {
+            "reset_position_ids": data.reset_position_ids,
+            "reset_attention_mask": data.reset_attention_mask,
+            "eod_mask_loss": data.eod_mask_loss,
+        }
+        self._tokenizer = DatasetTokenizer(tokenizer.eod_id, tokenizer.vocab_size)
+        self.cache = cache
+        _allow_open_files()
+        # Epochs of a dataset share its file handles.
+        self._tokens = lru_cache(maxsize=OPEN_DATASETS)(indexed.open_indexed)
+
+    def index(self, key: str, path: str, seed: int) -> EpochIndex:
+        """What :meth:`open` will need."""
+        return EpochIndex(self.cache, path, key, seed, self._length)
+
+    def build(self, key: str, path: str, seed: int) -> None:
+        """Make the cache of an epoch, unless another process does or did."""
+        index = self.index(key, path, seed)
+        index_cache.ensure(index.folder, index.build)
+
+    def open(self, key: str, path: str, seed: int) -> GPTDataset:
+        """One epoch, from its cache; memory-mapped, so that all processes of a machine share it.
+
+        A cache that is missing or damaged is made again, in whichever process finds that.
+        """
+        index = self.index(key, path, seed)
+        index_cache.ensure(index.folder, index.build)
+        inode = index.folder.stat().st_ino
+        tokens = self._tokens(path)
+        try:
+            return self._open(index, tokens)
+        except (ValueError, IndexError, EOFError, pickle.UnpicklingError) as error:
+            index_cache.discard(index.folder, inode, str(error))
+            index_cache.ensure(index.folder, index.build)
+            return self._open(index, tokens)
+
+    def _open(self, index: EpochIndex, tokens: Any) -> GPTDataset:
+        # The documents' numbers serve to build an index only: 4 bytes each that nobody needs here.
+        nothing = np.empty(0, np.int32)
+        data = _dataset(index, tokens, index.folder, nothing, self._tokenizer, self._flags)
+        _check_ranges(data, len(tokens))
+        return data
+
+
+def _dataset(
+    index: EpochIndex,
+    tokens: Any,
+    folder: Path,
+    documents: np.ndarray,
+    tokenizer: DatasetTokenizer,
+    flags: dict[str, bool],
+) -> GPTDataset:
+    config = GPTDatasetConfig(
+        random_seed=index.seed,
+        sequence_length=index.sequence_length,
+        blend=([index.path], None),
+        split="1,0,0",
+        path_to_cache=str(folder),
+        tokenizer=tokenizer,
+        create_attention_mask=flags["reset_attention_mask"],
+        **flags,
+    )
+    # The description becomes the cache's file name: leave the path out of it, as the folder's
+    # name says which contents these are.
+    return GPTDataset(tokens, "", documents, None, Split.train, config)
+
+
+def _check_ranges(data: GPTDataset, documents: int) -> None:
+    """Raise ValueError if the arrays of an index do not fit each other; reads a few pages."""
+    ends = data.sample_index[[0, -1]]
+    fits = (
+        len(data.document_index) == documents
+        and len(data.shuffle_index) == len(data.sample_index) - 1
+        and ends[0].tolist() == [0, 0]
+        and 0 <= ends[1, 0] < documents
+        and int(data.shuffle_index[-1]) < len(data.shuffle_index)
+    )
+    if not fits:
+        raise ValueError("its arrays do not fit each other")
+
+
+def _allow_open_files() -> None:
+    """Lift the soft limit, often 1,024: a memory map keeps its file open, three of an epoch and
+    three of its dataset.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -13,6 +13,7 @@ from megatron_llmjp.checkpoint import store
 from megatron_llmjp.checkpoint.store import Progress, RunState
 from megatron_llmjp.data.dataset import FoldDataset, ValidationDataset
 from megatron_llmjp.data.epoch_index import Epochs
+from megatron_llmjp.data.index_ahead import IndexAhead
 from megatron_llmjp.errors import EXIT_DONE, EXIT_REQUEUE
 from megatron_llmjp.model.gpt import build_model, choose_kernels
 from megatron_llmjp.prepare import Run
@@ -47,6 +48,7 @@ class Trainer:
     scheduler: Any
     data: FoldDataset
     validation: dict[str, ValidationDataset]
+    indices: IndexAhead
     iteration: int = 0
 
     @property
@@ -68,6 +70,7 @@ class Trainer:
         started = saved = self.iteration
         while self.iteration < run.train_iters:
             learning_rate = self.learning_rate()
+            self.indices.before(self.consumed_samples, config.training.global_batch_size)
             result = train_step(self.chunks, self.optimizer, self.scheduler, data, config)
             self.iteration += 1
             self._check_numbers(result)
@@ -145,33 +148,49 @@ def train(run: Run, ranks: Ranks, device: Device) -> int:
         The exit code.
     """
     data, validation = _datasets(run)
+    indices = _indices(run, ranks, data, validation)
     distributed.start(run.config, ranks, device)
-    trainer = _build(run, device, data, validation)
+    trainer = _build(run, device, data, validation, indices)
     _introduce(trainer, ranks)
     code = trainer.train()
+    indices.close()
     distributed.stop()
     return code
 
 
 def _datasets(run: Run) -> tuple[FoldDataset, dict[str, ValidationDataset]]:
-    """Samples of all folds and validation sets, with their indices built.
-
-    Built before process groups exist: an index may take longer than a collective waits.
-    """
+    """Samples of all folds and validation sets."""
     epochs = Epochs(run.config.data, run.tokenizer, run.cache)
     data = FoldDataset(run.schedule, epochs)
     validation = {
         name: ValidationDataset(source.path, run.datasets[source.path], run.schedule.seed, epochs)
         for name, source in run.folds.validation.items()
     }
-    data.build_caches()
-    for held_out in validation.values():
-        held_out.build_caches()
     return data, validation
 
 
+def _indices(
+    run: Run, ranks: Ranks, data: FoldDataset, validation: dict[str, ValidationDataset]
+) -> IndexAhead:
+    """Make the indices that are needed first.
+
+    Before process groups exist: an index may take longer than a collective waits.
+    """
+    say = print if ranks.is_first else lambda text: None
+    indices = IndexAhead(data, first_on_machine=ranks.local_rank == 0, say=say)
+    going_on = run.resume is not None and not run.config.checkpoint.finetune
+    done = run.resume.manifest.consumed_samples if run.resume is not None and going_on else 0
+    held_out = [dataset.index for dataset in validation.values()]
+    indices.start(done, run.config.training.global_batch_size, held_out)
+    return indices
+
+
 def _build(
-    run: Run, device: Device, data: FoldDataset, validation: dict[str, ValidationDataset]
+    run: Run,
+    device: Device,
+    data: FoldDataset,
+    validation: dict[str, ValidationDataset],
+    indices: IndexAhead,
 ) -> Trainer:
     """Model, optimizer and schedule; from a checkpoint where there is one."""
     config = run.config
@@ -181,7 +200,7 @@ def _build(
     optimizer = make_optimizer(chunks, config, device)
     scheduler = make_scheduler(optimizer, config, run.train_iters)
     connect(chunks, optimizer, config)
-    trainer = Trainer(run, device, chunks, optimizer, scheduler, data, validation)
+    trainer = Trainer(run, device, chunks, optimizer, scheduler, data, validation, indices)
     if run.resume is not None and not config.checkpoint.finetune:
         store.load(run.resume.folder, RunState(chunks, optimizer, scheduler))
         apply_configuration(optimizer, scheduler, config)

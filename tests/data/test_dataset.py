@@ -20,6 +20,7 @@ from megatron_llmjp.config.schema import DataConfig
 from megatron_llmjp.data.batch_sizes import BatchSizes
 from megatron_llmjp.data.dataset import FoldDataset, ValidationDataset
 from megatron_llmjp.data.epoch_index import DatasetTokenizer, Epochs
+from megatron_llmjp.data.fold_order import blend_order
 from megatron_llmjp.data.fold_reading import read_fold_file
 from megatron_llmjp.data.folds import FoldPlan, Slice, epoch_seed
 from megatron_llmjp.data.indexed_writer import IndexedWriter

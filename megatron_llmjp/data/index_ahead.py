@@ -1,0 +1,118 @@
+"""Indices of a fold are there before its samples are needed, and no sooner than useful.
+
+The fold that a run begins with is made before process groups exist. The next one is made by a
+process beside the first rank of each machine while the run trains. No collective waits for an
+index: every rank sees to it, by itself, that the indices of a batch are there before its step.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from typing import Protocol
+
+from megatron_llmjp.data.folds import FoldPlan, Schedule
+from megatron_llmjp.data.index_cache import CachedIndex, ensure_all, fault
+from megatron_llmjp.data.index_process import build_in_background
+
+CHEAP = 5_000_000
+"""Work, about 0.1 s, that is done at once: a process takes longer to start."""
+
+
+class IndexedFolds(Protocol):
+    """What FoldDataset tells."""
+
+    @property
+    def schedule(self) -> Schedule:
+        """The run's data."""
+
+    def indices(self, fold: FoldPlan) -> Sequence[CachedIndex]:
+        """Everything that samples of this fold are looked up in."""
+
+
+class IndexAhead:
+    """Makes the indices of folds in time."""
+
+    def __init__(
+        self,
+        data: IndexedFolds,
+        *,
+        first_on_machine: bool,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self._data = data
+        self._first_on_machine = first_on_machine
+        self._say = say
+        self._ready: set[str] = set()
+        self._background: subprocess.Popen[bytes] | None = None
+
+    def start(self, consumed_samples: int, batch: int, held_out: Iterable[CachedIndex]) -> None:
+        """Make what the next batch and the validation sets need; no process group exists yet.
+
+        Small folds that follow are made as well. The first rank of a machine compares checksums.
+        """
+        folds = self._folds(consumed_samples, batch)
+        more = self._cheap_after(folds[-1])
+        wanted = [*chain.from_iterable(map(self._data.indices, (*folds, *more))), *held_out]
+        missing = [index for index in wanted if fault(index.folder) is not None]
+        if sum(index.work for index in missing) > CHEAP:
+            names = ", ".join(fold.name for fold in folds)
+            self._say(f"building {len(missing)} sample indices for {names}")
+        ensure_all(wanted, thorough=self._first_on_machine)
+        self._ready.update(fold.name for fold in (*folds, *more))
+        self._prepare_next(folds[-1])
+
+    def before(self, consumed_samples: int, batch: int) -> None:
+        """Return when the indices of the next batch are there; every rank calls it at each step.
+
+        Costs microseconds, but for the first time in a fold.
+        """
+        for fold in self._folds(consumed_samples, batch):
+            if fold.name in self._ready:
+                continue
+            indices = self._data.indices(fold)
+            if any(fault(index.folder) is not None for index in indices):
+                self._say(f"waiting for the sample indices of fold '{fold.name}'")
+            ensure_all(indices)
+            self._ready.add(fold.name)
+            self._prepare_next(fold)
+
+    def close(self) -> None:
+        """End the process that makes indices, if there is one."""
+        if self._background is not None:
+            self._background.kill()
+            self._background.wait()
+            self._background = None
+
+    def _folds(self, consumed_samples: int, batch: int) -> tuple[FoldPlan, ...]:
+        schedule = self._data.schedule
+        edges = (consumed_samples, consumed_samples + batch - 1)
+        first, last = (_number(schedule.fold_at(sample), schedule) for sample in edges)
+        return schedule.folds[first : last + 1]
+
+    def _cheap_after(self, fold: FoldPlan) -> list[FoldPlan]:
+        schedule, cheap, work = self._data.schedule, [], 0
+        for later in schedule.folds[_number(fold, schedule) + 1 :]:
+            indices = self._data.indices(later)
+            work += sum(index.work for index in indices if fault(index.folder) is not None)
+            if work > CHEAP:
+                break
+            cheap.append(later)
+        return cheap
+
+    def _prepare_next(self, fold: FoldPlan) -> None:
+        """Have the first rank of a machine make the next fold that is not there."""
+        schedule = self._data.schedule
+        later = schedule.folds[_number(fold, schedule) + 1 :]
+        following = next((f for f in later if f.name not in self._ready), None)
+        if following is None or not self._first_on_machine:
+            return
+        self.close()  # of the fold that has just begun: it is done
+        indices = self._data.indices(following)
+        if any(fault(index.folder) is not None for index in indices):
+            self._background = build_in_background(indices)
+
+
+def _number(fold: FoldPlan, schedule: Schedule) -> int:
+    return next(i for i, other in enumerate(schedule.folds) if other is fold)
