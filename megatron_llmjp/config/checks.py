@@ -155,5 +155,5 @@ def _times(config: Config) -> Iterator[str]:
         yield "lr_decay_style WSD needs lr_wsd_decay_iters, the length of its tail"
     if config.checkpoint.save is None and config.checkpoint.save_interval is not None:
         yield "save_interval needs save, the folder to save in"
-    if training.exit_interval is not None and config.checkpoint.save is None:
+    if config.faults.exit_interval is not None and config.checkpoint.save is None:
         yield "exit_interval saves before it stops: give save, the folder to save in"

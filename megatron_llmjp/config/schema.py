@@ -11,6 +11,7 @@ training, checkpoint, logging) and ``sections_optimizer.py``; everything is impo
 from __future__ import annotations
 
 from megatron_llmjp.config.section import Section
+from megatron_llmjp.config.sections_faults import FaultsConfig
 from megatron_llmjp.config.sections_model import ModelConfig, ParallelConfig
 from megatron_llmjp.config.sections_optimizer import OptimizerConfig
 from megatron_llmjp.config.sections_run import (
@@ -26,6 +27,7 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "DataConfig",
+    "FaultsConfig",
     "LoggingConfig",
     "ModelConfig",
     "OptimizerConfig",
@@ -44,6 +46,7 @@ class Config(Section):
     training: TrainingConfig = TrainingConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    faults: FaultsConfig = FaultsConfig()
     logging: LoggingConfig = LoggingConfig()
 
     @property
@@ -64,6 +67,7 @@ SECTIONS: dict[str, type[Section]] = {
     "training": TrainingConfig,
     "optimizer": OptimizerConfig,
     "checkpoint": CheckpointConfig,
+    "faults": FaultsConfig,
     "logging": LoggingConfig,
 }
 """Every section by its name, in the order they are read and shown."""

@@ -56,9 +56,6 @@ class TrainingConfig(Section):
         None,
         description="tokens to train on; with train_iters or train_samples the smaller decides",
     )
-    exit_interval: PositiveInt | None = Field(
-        None, description="save and stop (exit code 3) at iterations divisible by this"
-    )
     eval_interval: PositiveInt | None = Field(
         None, description="validate every so many iterations; only at the end when not given"
     )
