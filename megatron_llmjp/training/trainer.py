@@ -83,7 +83,7 @@ class Trainer:
                 self._validate(metrics)
             if self._is_due(config.checkpoint.save_interval):
                 saved = self._save(metrics)
-            if self._is_due(config.training.exit_interval) and not self._is_last():
+            if self._is_due(config.faults.exit_interval) and not self._is_last():
                 if saved != self.iteration:
                     self._save(metrics)
                 _say(f"stopped at iteration {self.iteration} as --exit-interval asks")
