@@ -26,6 +26,16 @@ from megatron_llmjp.tokenizers import Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
+class RunData:
+    """The data of a run, resolved."""
+
+    folds: FoldFile
+    datasets: dict[str, DatasetInfo]
+    """What is known of each dataset, by path."""
+    schedule: Schedule
+
+
+@dataclass(frozen=True)
 class Run:
     """A run, resolved."""
 
@@ -66,6 +76,39 @@ def prepare(config: Config, world_size: int) -> Run:
     check(config, world_size)
     tokenizer = _tokenizer(config)
     config = _with_vocabulary(config, tokenizer)
+    data = prepare_data(config)
+    notes: list[str] = []
+    resume = resuming.find(config)
+    if resume is not None and not config.checkpoint.finetune:
+        if resume.manifest.contents != "full":
+            raise UserError(
+                f"{resume.folder} holds weights without optimizer state: add --finetune to start "
+                "a new run from them"
+            )
+        config, notes = resuming.adopt(config, resume, data.schedule)
+    config = changed(config, padded_vocab_size=config.rows)
+    train_iters, more = count_iterations(config, data.schedule)
+    config, about_decay = _with_decay(config, train_iters)
+    check(changed(config, train_iters=train_iters), world_size)
+    told = (*notes, *more, *about_decay)
+    return Run(
+        config,
+        tokenizer,
+        data.folds,
+        data.datasets,
+        data.schedule,
+        train_iters,
+        resume,
+        told,
+    )
+
+
+def prepare_data(config: Config) -> RunData:
+    """Resolve the data of a run; of the model and the layout nothing need be known.
+
+    Raises:
+        UserError: whatever is wrong with the fold file or a dataset.
+    """
     if config.data.fold_file is None:
         raise UserError("no data: give --fold-file, the file that declares the folds of the run")
     folds = read_fold_file(Path(config.data.fold_file))
@@ -76,21 +119,7 @@ def prepare(config: Config, world_size: int) -> Run:
         )
     datasets = inspect_sources(folds)
     schedule = resolve(folds, datasets, config.data.seq_length, BatchSizes(config))
-    notes: list[str] = []
-    resume = resuming.find(config)
-    if resume is not None and not config.checkpoint.finetune:
-        if resume.manifest.contents != "full":
-            raise UserError(
-                f"{resume.folder} holds weights without optimizer state: add --finetune to start "
-                "a new run from them"
-            )
-        config, notes = resuming.adopt(config, resume, schedule)
-    config = changed(config, padded_vocab_size=config.rows)
-    train_iters, more = _iterations(config, schedule)
-    config, about_decay = _with_decay(config, train_iters)
-    check(changed(config, train_iters=train_iters), world_size)
-    told = (*notes, *more, *about_decay)
-    return Run(config, tokenizer, folds, datasets, schedule, train_iters, resume, told)
+    return RunData(folds, datasets, schedule)
 
 
 def _tokenizer(config: Config) -> Tokenizer:
@@ -116,8 +145,12 @@ def _with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
     return config
 
 
-def _iterations(config: Config, schedule: Schedule) -> tuple[int, list[str]]:
-    """Iterations of the run: the schedule's, unless fewer are asked for."""
+def count_iterations(config: Config, schedule: Schedule) -> tuple[int, list[str]]:
+    """Iterations of the run: the schedule's, unless fewer are asked for; and what to tell of it.
+
+    Raises:
+        UserError: there is not one full batch, or more are asked for than the folds have.
+    """
     batch = config.training.global_batch_size
     possible, rest = divmod(schedule.total_samples, batch)
     if possible == 0:

@@ -6,12 +6,12 @@ that the caller passes in. ``data_warnings.py`` says what looks wrong, ``data_ta
 
 from __future__ import annotations
 
-import bisect
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_llmjp.data.batch_sizes import BatchSizes
-from megatron_llmjp.data.folds import FoldPlan, Schedule, Slice
+from megatron_llmjp.data.folds import FoldPlan, Schedule
 
 LearningRate = Callable[[int], float]
 """Iteration (from 1) -> the learning rate that it applies."""
@@ -106,10 +106,19 @@ def make_plan(
     if train_iters is None:
         train_iters = sizes.iterations(schedule.total_samples)[0]
     used = sizes.consumed_after(train_iters)
-    rows = [_fold(f, schedule, sizes, train_iters, learning_rate) for f in schedule.folds]
+    drawn: Counter[str] = Counter()
+    rows = []
+    for fold in schedule.folds:
+        datasets = _datasets(fold, schedule.sequence_length, drawn)
+        rows.append(_fold(fold, datasets, schedule, sizes, train_iters, learning_rate))
     skips = [
-        SkipRow(first, end, _fold_of(schedule, first), sizes.iteration_of(number_at(schedule, end)))
-        for first, end in schedule.skip
+        SkipRow(
+            first=first,
+            end=end,
+            fold=schedule.fold_of(first).name,
+            before_iteration=sizes.iteration_of(schedule.skips.kept_before(end)),
+        )
+        for first, end in schedule.skips.ranges
     ]
     return DataPlan(
         sequence_length=schedule.sequence_length,
@@ -123,28 +132,17 @@ def make_plan(
     )
 
 
-def number_at(schedule: Schedule, position: int) -> int:
-    """Samples that are trained on before a position: its own number unless it is skipped."""
-    return bisect.bisect_left(range(schedule.total_samples), position, key=schedule.position)
-
-
-def _fold_of(schedule: Schedule, position: int) -> str:
-    ends = [fold.end for fold in schedule.folds]
-    return schedule.folds[min(bisect.bisect_right(ends, position), len(ends) - 1)].name
-
-
 def _fold(
     fold: FoldPlan,
+    datasets: tuple[DatasetRow, ...],
     schedule: Schedule,
     sizes: BatchSizes,
     train_iters: int,
     learning_rate: LearningRate | None,
 ) -> FoldRow:
-    begin, end = number_at(schedule, fold.first_sample), number_at(schedule, fold.end)
-    first, last = (
-        sizes.iteration_of(begin),
-        min(sizes.iteration_of(max(begin, end - 1)), train_iters),
-    )
+    begin, end = schedule.trainable(fold)
+    first = sizes.iteration_of(begin)
+    last = min(sizes.iteration_of(max(begin, end - 1)), train_iters)
     reached = first <= train_iters and end > begin
     rates = (learning_rate(first), learning_rate(last)) if learning_rate and reached else None
     return FoldRow(
@@ -158,17 +156,23 @@ def _fold(
         last_iteration=last if reached else None,
         first_learning_rate=rates[0] if rates else None,
         last_learning_rate=rates[1] if rates else None,
-        datasets=tuple(_dataset(piece, fold, schedule.sequence_length) for piece in fold.slices),
+        datasets=datasets,
     )
 
 
-def _dataset(piece: Slice, fold: FoldPlan, sequence_length: int) -> DatasetRow:
-    return DatasetRow(
-        name=piece.name,
-        path=piece.path,
-        samples=piece.samples,
-        tokens=piece.samples * sequence_length,
-        share=piece.samples / fold.samples,
-        epochs=piece.samples / piece.samples_per_epoch,
-        epochs_so_far=(piece.start + piece.samples) / piece.samples_per_epoch,
-    )
+def _datasets(fold: FoldPlan, sequence_length: int, drawn: Counter[str]) -> tuple[DatasetRow, ...]:
+    """Rows of a fold's datasets; ``drawn`` counts the samples of each so far, by its key."""
+    rows = []
+    for piece in fold.slices:
+        drawn[piece.key] += piece.samples
+        row = DatasetRow(
+            name=piece.name,
+            path=piece.path,
+            samples=piece.samples,
+            tokens=piece.samples * sequence_length,
+            share=piece.samples / fold.samples,
+            epochs=piece.samples / piece.samples_per_epoch,
+            epochs_so_far=drawn[piece.key] / piece.samples_per_epoch,
+        )
+        rows.append(row)
+    return tuple(rows)

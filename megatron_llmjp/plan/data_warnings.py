@@ -1,0 +1,238 @@
+"""What looks wrong in the plan of a run's data, each with the numbers that show it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_llmjp.config.schema import Config
+from megatron_llmjp.data.batch_sizes import BatchSizes
+from megatron_llmjp.data.fold_file import FoldFile
+from megatron_llmjp.data.folds import DatasetInfo, Schedule, Slice
+from megatron_llmjp.plan.data_plan import DataPlan, FoldRow
+
+_NAMED = 3
+
+
+def find_warnings(
+    plan: DataPlan,
+    schedule: Schedule,
+    config: Config,
+    file: FoldFile,
+    datasets: Mapping[str, DatasetInfo],
+    tokenizer: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """Everything a user should look at before the run starts.
+
+    Args:
+        plan: the table.
+        schedule: what it was made from.
+        config: the run's; only its data, batch sizes and learning rate are looked at.
+        file: the fold file, for validation sets and per-fold learning rates.
+        datasets: what is known of each dataset, by path.
+        tokenizer: ``identity()`` of the run's tokenizer, where there is one.
+    """
+    return [
+        *_sizes(plan, schedule, BatchSizes(config)),
+        *_end(plan, schedule, BatchSizes(config)),
+        *_used_twice(schedule),
+        *_trained_and_validated(schedule, file, datasets),
+        *_decay(plan, config),
+        *_warmup(plan, config),
+        *_of_folds(plan, file),
+        *_tokenizers(sorted(datasets), tokenizer),
+    ]
+
+
+def read_tokenizer(prefix: str | Path) -> dict[str, Any] | None:
+    """The tokenizer that preprocess_data noted beside a dataset; None where it noted none."""
+    try:
+        manifest = json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8"))
+        found = manifest["recipe"]["tokenizer"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # Megatron-LM's datasets have no manifest
+    return found if isinstance(found, dict) else None
+
+
+def _sizes(plan: DataPlan, schedule: Schedule, sizes: BatchSizes) -> Iterator[str]:
+    for fold in schedule.folds:
+        batch = sizes.at(schedule.trainable(fold)[0])
+        if fold.samples < batch:
+            yield (
+                f"fold '{fold.name}' has {fold.samples:,} samples, less than one global batch of "
+                f"{batch:,}: it shares its iteration with its neighbours"
+            )
+        empty = [piece.name for piece in fold.slices if piece.samples == 0]
+        if empty:
+            yield (
+                f"fold '{fold.name}': the share of {_some(empty)} is less than one sample: nothing "
+                "of it is trained on"
+            )
+    for row in plan.folds:
+        if row.skipped == row.samples:
+            yield f"fold '{row.name}': all of its {row.samples:,} samples are skipped"
+
+
+def _end(plan: DataPlan, schedule: Schedule, sizes: BatchSizes) -> Iterator[str]:
+    possible, rest = sizes.iterations(schedule.total_samples)
+    if plan.train_iters < possible:
+        missed = [row.name for row in plan.folds if row.first_iteration is None]
+        yield (
+            f"the run ends at iteration {plan.train_iters:,}, the folds at {possible:,}: "
+            f"{plan.left_out:,} samples are not trained on"
+            + (f", among them all of fold {_some(missed)}" if missed else "")
+        )
+    elif rest:
+        yield (
+            f"the last {rest:,} samples make no full batch and are left out (a batch has "
+            f"{plan.batch_sizes[-1]:,})"
+        )
+
+
+def _used_twice(schedule: Schedule) -> Iterator[str]:
+    uses: dict[str, list[tuple[str, Slice]]] = {}
+    for fold in schedule.folds:
+        for piece in fold.slices:
+            uses.setdefault(piece.key, []).append((fold.name, piece))
+    several, often = [], []
+    for places in uses.values():
+        piece = places[-1][1]
+        folds = [name for name, _ in places]
+        epochs = sum(p.samples for _, p in places) / piece.samples_per_epoch
+        for name in sorted({n for n in folds if folds.count(n) > 1}):
+            twins = [f"'{p.name}'" for fold, p in places if fold == name]
+            yield f"fold '{name}': {' and '.join(twins)} are the same dataset ({piece.path})"
+        if len(set(folds)) > 1:
+            several.append(f"{piece.path} ({len(set(folds))} folds, {epochs:.2f} epochs in all)")
+        if max(p.end for _, p in places) > piece.samples_per_epoch:
+            often.append(f"{piece.path} ({epochs:.2f} epochs)")
+    if several:
+        yield (
+            f"used in more than one fold: {_some(several)}; a fold goes on where the last one "
+            "stopped, unless it says `restart: true`"
+        )
+    if often:
+        yield f"samples are seen more than once: {_some(often)}"
+
+
+def _trained_and_validated(
+    schedule: Schedule, file: FoldFile, datasets: Mapping[str, DatasetInfo]
+) -> Iterator[str]:
+    trained = {
+        piece.key: fold
+        for fold in reversed(schedule.folds)
+        for piece in fold.slices
+        if fold.megatron is None or fold.megatron.split is None  # else its parts lie apart
+    }
+    for name, held_out in file.validation.items():
+        if held_out.path is None:
+            continue
+        fold = trained.get(datasets[held_out.path].key)
+        if fold is not None:
+            yield (
+                f"validation set '{name}' ({held_out.path}) is also trained on, from fold "
+                f"'{fold.name}' on: its loss says nothing about unseen text"
+            )
+
+
+def _decay(plan: DataPlan, config: Config) -> Iterator[str]:
+    """The run's learning rate; folds with a schedule of their own are looked at one by one."""
+    o, end = config.optimizer, _iterations(config, "lr_decay")
+    if end is None or o.lr_decay_style == "constant":
+        return
+    apart = abs(plan.train_iters - end)
+    if end < plan.train_iters:
+        text = (
+            f"the learning rate's decay ends at iteration {end:,}, the run at "
+            f"{plan.train_iters:,}: the last {apart:,} iterations are trained at min_lr "
+            f"{o.min_lr:g}"
+        )
+        if apart == _iterations(config, "lr_warmup"):
+            text += (
+                ". They are as many as the warm-up, which is counted inside the decay: adding the "
+                f"two, as LLM-jp's scripts did (its models' last 2000 steps are at min_lr), is not "
+                f"needed. lr_decay_iters {plan.train_iters} decays to the end"
+            )
+        yield text
+    elif end > plan.train_iters:
+        yield (
+            f"the learning rate's decay ends at iteration {end:,}, after the run's end at "
+            f"{plan.train_iters:,}: min_lr {o.min_lr:g} is not reached"
+        )
+
+
+def _warmup(plan: DataPlan, config: Config) -> Iterator[str]:
+    warmup, first = _iterations(config, "lr_warmup") or 0, plan.folds[0]
+    fraction = config.optimizer.lr_warmup_fraction
+    if fraction is not None:
+        warmup = int(fraction * (_iterations(config, "lr_decay") or plan.train_iters))
+    if first.last_iteration is not None and warmup > first.last_iteration:
+        yield (
+            f"the warm-up of {warmup:,} iterations is longer than the first fold "
+            f"('{first.name}', {first.last_iteration:,} iterations)"
+        )
+
+
+def _of_folds(plan: DataPlan, file: FoldFile) -> Iterator[str]:
+    rows: dict[str, FoldRow] = {row.name: row for row in plan.folds}
+    for fold in file.folds:
+        own, row = fold.learning_rate, rows[fold.name]
+        if own is None or row.first_iteration is None:
+            continue
+        if (own.lr_warmup_iters or 0) > row.iterations:
+            yield (
+                f"fold '{fold.name}': its warm-up of {own.lr_warmup_iters:,} iterations is longer "
+                f"than the fold ({row.iterations:,})"
+            )
+        decay = own.lr_decay_iters
+        if decay is not None and decay != row.iterations:
+            when = "before" if decay < row.iterations else "after"
+            yield (
+                f"fold '{fold.name}': its learning rate's decay ends after {decay:,} iterations, "
+                f"{abs(decay - row.iterations):,} {when} the fold does ({row.iterations:,})"
+            )
+
+
+def _iterations(config: Config, field: str) -> int | None:
+    """``lr_decay`` or ``lr_warmup`` in iterations, however it was given."""
+    o = config.optimizer
+    samples = getattr(o, f"{field}_samples")
+    tokens = getattr(o, f"{field}_tokens")
+    if tokens is not None:
+        samples = tokens // config.data.seq_length
+    if samples is not None:
+        return BatchSizes(config).iterations(samples)[0]
+    found: int | None = getattr(o, f"{field}_iters")
+    return found
+
+
+def _tokenizers(paths: Sequence[str], tokenizer: Mapping[str, Any] | None) -> Iterator[str]:
+    makers: dict[str, list[str]] = {}
+    for path in paths:
+        found = read_tokenizer(path)
+        if found is not None:
+            makers.setdefault(_identity(found), []).append(path)
+    if len(makers) > 1:
+        groups = "; ".join(f"{_some(group)} by {who}" for who, group in makers.items())
+        yield f"the datasets were made with different tokenizers: {groups}"
+    if tokenizer is not None:
+        others = [path for who, g in makers.items() if who != _identity(tokenizer) for path in g]
+        if others:
+            yield (
+                f"{_some(others)} was made with another tokenizer than the run's "
+                f"({_identity(tokenizer)})"
+            )
+
+
+def _identity(tokenizer: Mapping[str, Any]) -> str:
+    """A tokenizer in words: what decides its ids, not what its files are called."""
+    sums = sorted(str(digest)[:12] for digest in dict(tokenizer.get("files") or {}).values())
+    known = f"{tokenizer.get('vocab_size')} ids, EOD {tokenizer.get('eod_id')}"
+    return f"{tokenizer.get('type')} ({', '.join([known, *sums])})"
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_NAMED])
+    return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} more"
