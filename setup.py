@@ -52,6 +52,7 @@ PROGRAMS = {
     "preprocess_data": "data_tools.preprocess_data:main",
     "train_tokenizer": "data_tools.train_tokenizer:main",
     "inspect_dataset": "data_tools.inspect_dataset:main",
+    "report_run": "data_tools.report_run:main",
     "merge_datasets": "data_tools.merge_datasets:main",
     "split_folds": "data_tools.split_folds:main",
 }

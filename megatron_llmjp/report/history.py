@@ -1,0 +1,177 @@
+"""A run's history, read from the files in its save folder while it goes on or afterwards.
+
+``metrics.jsonl`` has one JSON object per line. Every object has ``iteration``; what else it has
+says what it is: ``lm loss`` makes it an interval of training, keys ``validation/NAME`` a
+validation, ``event`` something that happened (``start`` of a process, for one). A run that goes on
+from a checkpoint appends to the same file, and may do iterations again that were logged before: the
+later ones hold, the earlier ones are kept apart as abandoned.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from megatron_llmjp.checkpoint import manifest
+from megatron_llmjp.config.load import load_resolved
+from megatron_llmjp.config.schema import Config
+from megatron_llmjp.errors import UserError
+
+METRICS = "metrics.jsonl"
+LOSS = "lm loss"
+VALIDATION = "validation/"
+CONSUMED = "consumed tokens/"
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class FoldSpan:
+    """The part of a run that one fold fills."""
+
+    name: str
+    first: int
+    """The iteration before its first one."""
+    last: int
+
+
+@dataclass
+class History:
+    """A run so far."""
+
+    folder: Path
+    training: list[Record] = field(default_factory=list)
+    """Intervals that hold, by iteration."""
+    abandoned: list[list[Record]] = field(default_factory=list)
+    """Intervals that a restart did again, one list per restart."""
+    validation: list[Record] = field(default_factory=list)
+    events: list[Record] = field(default_factory=list)
+    restarts: list[int] = field(default_factory=list)
+    """Iterations that a new process went on from."""
+    damaged_lines: int = 0
+    config: Config | None = None
+
+    @property
+    def iteration(self) -> int:
+        """The last one that was logged."""
+        return max((int(r["iteration"]) for r in [*self.training, *self.validation]), default=0)
+
+    def values(self, name: str) -> tuple[list[int], list[float]]:
+        """Iterations and values of a training metric, where it was logged."""
+        found = [(int(r["iteration"]), float(r[name])) for r in self.training if _number(r, name)]
+        return [i for i, _ in found], [v for _, v in found]
+
+    def validation_sets(self) -> dict[str, tuple[list[int], list[float]]]:
+        """Iterations and losses of each validation set."""
+        sets: dict[str, tuple[list[int], list[float]]] = {}
+        for record in self.validation:
+            for key in record:
+                if key.startswith(VALIDATION) and _number(record, key):
+                    iterations, losses = sets.setdefault(key.removeprefix(VALIDATION), ([], []))
+                    iterations.append(int(record["iteration"]))
+                    losses.append(float(record[key]))
+        return sets
+
+    def consumed_by_dataset(self) -> dict[str, tuple[list[int], list[float]]]:
+        """Iterations and tokens trained on of each dataset."""
+        names = {key for record in self.training for key in record if key.startswith(CONSUMED)}
+        return {name.removeprefix(CONSUMED): self.values(name) for name in sorted(names)}
+
+    def folds(self) -> list[FoldSpan]:
+        """The folds trained on so far, in order; bounds are as fine as the log interval."""
+        spans: list[FoldSpan] = []
+        for before, record in pairwise([{"iteration": 0}, *self.training]):
+            name, last = record.get("fold"), int(record["iteration"])
+            if name is None:
+                continue
+            if spans and spans[-1].name == name:
+                spans[-1] = FoldSpan(name, spans[-1].first, last)
+            else:
+                spans.append(FoldSpan(name, int(before["iteration"]), last))
+        return spans
+
+    def last(self, name: str) -> float | None:
+        """The last value of a training metric."""
+        values = self.values(name)[1]
+        return values[-1] if values else None
+
+
+def read_history(folder: Path) -> History:
+    """Read a run's save folder.
+
+    Raises:
+        UserError: it holds no metrics.
+    """
+    path = folder / METRICS
+    if not path.is_file():
+        raise UserError(
+            f"{folder}: there is no {METRICS}; give the folder that the run got as --save"
+        )
+    history = History(folder)
+    history.config = _config(folder)
+    text = path.read_text(encoding="utf-8", errors="replace")
+    # A run in progress may be in the middle of its last line.
+    records = list(_parse(text[: text.rfind("\n") + 1].splitlines(), history))
+    for record in records:
+        _take(record, history)
+    history.validation = _last_of_each(history.validation)
+    return history
+
+
+def _parse(lines: Iterable[str], history: History) -> Iterable[Record]:
+    for line in lines:
+        try:
+            record = json.loads(line)
+            int(record["iteration"])
+        except (ValueError, KeyError, TypeError):
+            history.damaged_lines += 1
+        else:
+            yield record
+
+
+def _take(record: Record, history: History) -> None:
+    iteration = int(record["iteration"])
+    if "event" in record:
+        history.events.append(record)
+        if record["event"] == "start" and history.training:
+            _restart(iteration, history)
+    elif LOSS in record:
+        if history.training and iteration <= int(history.training[-1]["iteration"]):
+            _restart(iteration - 1, history)
+        history.training.append(record)
+    elif any(key.startswith(VALIDATION) for key in record):
+        history.validation.append(record)
+
+
+def _restart(iteration: int, history: History) -> None:
+    """A process goes on from ``iteration``: what was logged after it does not hold."""
+    history.restarts.append(iteration)
+    lost = [r for r in history.training if int(r["iteration"]) > iteration]
+    if lost:
+        history.abandoned.append(lost)
+        history.training = history.training[: -len(lost)]
+    history.validation = [r for r in history.validation if int(r["iteration"]) <= iteration]
+
+
+def _last_of_each(records: list[Record]) -> list[Record]:
+    """One record per iteration: a set validated alone later does not hide the others."""
+    merged: dict[int, Record] = {}
+    for record in records:
+        merged.setdefault(int(record["iteration"]), {}).update(record)
+    return [merged[iteration] for iteration in sorted(merged)]
+
+
+def _number(record: Record, name: str) -> bool:
+    return isinstance(record.get(name), int | float)
+
+
+def _config(folder: Path) -> Config | None:
+    """The configuration in the newest checkpoint; None if there is none yet."""
+    try:
+        return load_resolved(manifest.newest(folder) / manifest.CONFIG)
+    except (UserError, OSError):
+        return None

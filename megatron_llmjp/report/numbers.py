@@ -1,0 +1,26 @@
+"""Numbers and times as a person reads them at a glance."""
+
+from __future__ import annotations
+
+
+def human(number: float) -> str:
+    """A number as people say it: 1234567 -> 1.23M."""
+    for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if abs(number) >= size:
+            return f"{number / size:.2f}{unit}"
+    return f"{number:.0f}"
+
+
+def short(number: float) -> str:
+    """The same for the ticks of a scale: 1500000 -> 1.5M, 0.25 -> 0.25."""
+    for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if abs(number) >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as ``1d 02:03:04``."""
+    days, rest = divmod(round(seconds), 86400)
+    clock = f"{rest // 3600:02d}:{rest // 60 % 60:02d}:{rest % 60:02d}"
+    return f"{days}d {clock}" if days else clock

@@ -1,0 +1,91 @@
+"""A run's report as files: one HTML page with everything in it, and the pictures as PNG."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import time
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_llmjp.report.history import History, read_history
+from megatron_llmjp.report.summary import summarize
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PAGE = "report.html"
+
+_STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; color: #333; margin: 2rem auto; max-width: 75rem;
+       padding: 0 1rem; background: #fff; }
+h1 { font-size: 1.4rem; margin-bottom: .2rem; }
+p.when { color: #777; margin-top: 0; }
+table { border-collapse: collapse; margin: 1rem 0 1.5rem; }
+th { text-align: left; font-weight: 600; color: #555; padding: .2rem 1.5rem .2rem 0;
+     vertical-align: top; white-space: nowrap; }
+td { padding: .2rem 0; }
+main { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: 1rem; }
+main img { width: 100%; height: auto; border: 1px solid #eee; border-radius: 4px; }
+main img:first-child { grid-column: 1 / -1; }
+"""
+
+
+def write_report(folder: Path, output: Path) -> list[Path]:
+    """Read the run in ``folder`` and write ``output/report.html`` and one PNG per picture.
+
+    The run itself is not touched: it may still be going on.
+
+    Returns:
+        The files written, the page first.
+
+    Raises:
+        UserError: the folder holds no metrics.
+    """
+    from megatron_llmjp.report.plots import draw_all  # here: matplotlib takes a second
+
+    history = read_history(folder)
+    output.mkdir(parents=True, exist_ok=True)
+    images, files = [], []
+    with warnings.catch_warnings():
+        # Without a Japanese font a PNG shows boxes; the page takes the reader's fonts.
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        for name, title, figure in draw_all(history):
+            images.append(_image(figure, title))
+            picture = output / f"{name}.png"
+            figure.savefig(picture, dpi=130)
+            files.append(picture)
+    page = output / PAGE
+    page.write_text(_page(history, images), encoding="utf-8")
+    return [page, *files]
+
+
+def _page(history: History, images: list[str]) -> str:
+    name = html.escape(history.folder.resolve().name)
+    rows = "\n".join(
+        f"<tr><th>{html.escape(label)}</th><td>{html.escape(value)}</td></tr>"
+        for label, value in summarize(history)
+    )
+    now = time.strftime("%Y-%m-%d %H:%M")
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{name}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>{_STYLE}</style></head>
+<body><h1>{name}</h1><p class="when">{now}, at iteration {history.iteration:,}</p>
+<table>
+{rows}
+</table>
+<main>
+{chr(10).join(images)}
+</main></body></html>
+"""
+
+
+def _image(figure: Figure, title: str) -> str:
+    """A picture inside the page; as an image of its own, its names cannot meet another's."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="svg", metadata={"Date": None})
+    data = base64.b64encode(stream.getvalue()).decode()
+    return f'<img alt="{html.escape(title)}" src="data:image/svg+xml;base64,{data}">'

@@ -1,0 +1,296 @@
+"""The pictures of a run's report, drawn by matplotlib without a display."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from statistics import median
+from typing import Any
+
+import numpy as np
+from matplotlib import font_manager, rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from megatron_llmjp.report.history import LOSS, History
+from megatron_llmjp.report.numbers import short
+from megatron_llmjp.report.style import BOUNDARY, COLORS, FAINT, FONTS, INK, RESTART, STYLE
+
+POINTS = 1200
+"""Points drawn of one line; of more, their mean in so many places and the range around it."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One metric of a picture."""
+
+    metric: str
+    label: str = ""
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A picture of training metrics; it is drawn when the run has logged one of them."""
+
+    name: str
+    title: str
+    unit: str
+    lines: tuple[Line, ...]
+    log: bool = False
+    from_zero: bool = False
+
+
+PANELS = (
+    Panel("learning_rate", "Learning rate", "", (Line("learning rate"),), from_zero=True),
+    Panel(
+        "throughput",
+        "Throughput",
+        "tokens per second",
+        (Line("tokens per second"),),
+        from_zero=True,
+    ),
+    Panel("gradient_norm", "Gradient norm, before clipping", "", (Line("grad norm"),), log=True),
+    Panel("parameter_norm", "Norm of all parameters", "", (Line("params norm"),)),
+    Panel("z_loss", "z-loss", "", (Line("z loss"),)),
+    Panel(
+        "memory",
+        "Memory of the first rank",
+        "GB",
+        (
+            Line("memory peak bytes", "peak", 1e-9),
+            Line("memory allocated bytes", "allocated", 1e-9),
+            Line("memory reserved bytes", "reserved", 1e-9),
+        ),
+        from_zero=True,
+    ),
+    Panel("batch_size", "Global batch size", "samples", (Line("global batch size"),)),
+    Panel("loss_scale", "Loss scale", "", (Line("loss scale"),), log=True),
+)
+
+CONSTANT = ("batch_size", "loss_scale")
+"""Pictures that say nothing when the line is flat."""
+
+
+def draw_all(history: History) -> Iterator[tuple[str, str, Figure]]:
+    """Name, title and figure of each picture that the run has values for.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    known = {font.name for font in font_manager.fontManager.ttflist}
+    fonts = [name for name in FONTS if name in known]
+    with rc_context({**STYLE, "font.family": fonts}):
+        yield "loss", "Loss", draw_loss(history)
+        if any(len(where) > 1 for where, _ in history.validation_sets().values()):
+            yield "validation", "Validation loss", draw_validation(history)
+        for panel in PANELS:
+            if _worth_drawing(panel, history):
+                yield panel.name, panel.title, draw_panel(panel, history)
+        datasets = history.consumed_by_dataset()
+        if datasets:
+            yield "datasets", "Consumed tokens per dataset", draw_datasets(history, datasets)
+
+
+def draw_loss(history: History) -> Figure:
+    """Training loss with folds, restarts and what restarts threw away; validation as dots."""
+    figure, axes = _new((10.0, 4.6))
+    iterations, losses = history.values(LOSS)
+    _draw_line(axes, iterations, losses, COLORS[0], "training")
+    for number, lost in enumerate(history.abandoned):
+        where, what = [int(r["iteration"]) for r in lost], [float(r[LOSS]) for r in lost]
+        label = "lost at a restart" if number == 0 else None
+        axes.plot(where, what, color=FAINT, linewidth=1.0, linestyle=":", label=label)
+    sets = history.validation_sets()
+    for (name, (where, what)), color in zip(sets.items(), cycle(COLORS[1:]), strict=False):
+        axes.plot(where, what, "o", color=color, markersize=4, label=f"validation {name}")
+    _limit_loss(axes, losses, [loss for _, what in sets.values() for loss in what])
+    axes.set_ylabel("nats per token")
+    named = _mark(axes, history, names=True)
+    axes.set_title("Loss", pad=20 if named else 8)
+    _tokens_below(axes, history)
+    if len(axes.get_legend_handles_labels()[0]) > 1:
+        axes.legend()
+    return figure
+
+
+def draw_validation(history: History) -> Figure:
+    """Loss of each validation set."""
+    figure, axes = _new()
+    sets = history.validation_sets()
+    for (name, (where, what)), color in zip(sets.items(), cycle(COLORS[1:]), strict=False):
+        axes.plot(where, what, "o-", color=color, markersize=3.5, label=name)
+    axes.set_ylabel("nats per token")
+    axes.set_title("Validation loss")
+    axes.margins(y=0.12)
+    _mark(axes, history)
+    axes.legend(ncols=1 if len(sets) < 6 else 2)
+    return figure
+
+
+def draw_panel(panel: Panel, history: History) -> Figure:
+    """Training metrics over iterations."""
+    figure, axes = _new()
+    top = 0.0
+    for line, color in zip(panel.lines, COLORS, strict=False):
+        if _has(line, history):
+            iterations, values = history.values(line.metric)
+            values = [value * line.scale for value in values]
+            _draw_line(axes, iterations, values, color, line.label)
+            top = max([top, *filter(math.isfinite, values)])
+    axes.set_title(panel.title)
+    axes.set_ylabel(panel.unit)
+    if panel.from_zero:
+        axes.set_ylim(0, 1.12 * top)
+    if panel.log:
+        _log_scale(axes)
+    else:
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    if panel.name == "throughput":
+        _add_mfu(axes, history)
+    _mark(axes, history)
+    if len(axes.get_legend_handles_labels()[0]) > 1:
+        axes.legend(loc="lower right")
+    return figure
+
+
+def _add_mfu(axes: Any, history: History) -> None:
+    """The model FLOP/s utilisation is proportional to the speed: a scale at the right."""
+    pairs = [(r["MFU"], r["tokens per second"]) for r in history.training if r.get("MFU")]
+    if pairs:
+        each = 100.0 * median(mfu / speed for mfu, speed in pairs)
+        scale = axes.secondary_yaxis("right", functions=(lambda v: v * each, lambda v: v / each))
+        scale.set_ylabel("MFU (%)")
+        scale.spines["right"].set_visible(True)
+
+
+def _log_scale(axes: Any) -> None:
+    """Plain numbers at 1, 2 and 5 times each power of ten."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+
+
+def draw_datasets(history: History, datasets: dict[str, tuple[list[int], list[float]]]) -> Figure:
+    """Tokens of each dataset trained on so far, over each other."""
+    figure, axes = _new()
+    order = sorted(datasets, key=lambda name: -datasets[name][1][-1])
+    for name, color in zip(order, cycle(COLORS), strict=False):
+        axes.plot(*datasets[name], color=color, label=name)
+    axes.set_title("Consumed tokens per dataset")
+    axes.set_ylabel("tokens")
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    _mark(axes, history)
+    axes.legend(loc="upper left", ncols=1 if len(order) < 8 else 2)
+    return figure
+
+
+def _new(size: tuple[float, float] = (6.0, 3.4)) -> tuple[Figure, Any]:
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    axes.set_xlabel("iteration")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    return figure, axes
+
+
+def _draw_line(
+    axes: Any, iterations: Sequence[int], values: Sequence[float], color: str, label: str
+) -> None:
+    """A line through finite values; of a long one the mean, with its range as a band."""
+    x, y = np.asarray(iterations, float), np.asarray(values, float)
+    x, y = x[np.isfinite(y)], y[np.isfinite(y)]
+    label = label or "_"
+    if len(x) <= POINTS:
+        alone = len(x) == 1
+        axes.plot(x, y, color=color, label=label, marker="o" if alone else None)
+        return
+    starts = np.linspace(0, len(x), POINTS, endpoint=False).astype(int)
+    counts = np.diff(np.append(starts, len(x)))
+    middle = np.add.reduceat(x, starts) / counts
+    low, high = np.minimum.reduceat(y, starts), np.maximum.reduceat(y, starts)
+    axes.fill_between(middle, low, high, color=color, alpha=0.25, linewidth=0)
+    axes.plot(middle, np.add.reduceat(y, starts) / counts, color=color, label=label)
+
+
+def _limit_loss(axes: Any, losses: Sequence[float], validation: Sequence[float]) -> None:
+    """Leave the first fall of a long run out of the frame, so that the rest can be seen."""
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    if len(finite) < 200:
+        axes.margins(y=0.08)
+        return
+    shown = finite[len(finite) // 50 :] + [loss for loss in validation if math.isfinite(loss)]
+    low, high = min(shown), max(shown)
+    axes.set_ylim(low - 0.05 * (high - low), high + 0.08 * (high - low))
+
+
+def _mark(axes: Any, history: History, names: bool = False) -> bool:
+    """Boundaries of folds, and restarts at the foot; whether names of folds were written."""
+    spans = history.folds()
+    first, last = 0, max(history.iteration, 1)
+    axes.set_xlim(first, last + 0.02 * (last - first))
+    for span in spans[1:]:
+        axes.axvline(span.first, color=BOUNDARY, linestyle="--", linewidth=0.9, zorder=0.5)
+    if history.restarts:
+        foot = axes.get_xaxis_transform()
+        axes.plot(
+            history.restarts,
+            [0.0] * len(history.restarts),
+            "^",
+            color=RESTART,
+            transform=foot,
+            clip_on=False,
+            markersize=6,
+            label="restart" if names else "_",
+            zorder=5,
+        )
+    return names and _name_folds(axes, history)
+
+
+def _name_folds(axes: Any, history: History) -> bool:
+    """Write each fold's name above its part of the picture, where there is room."""
+    spans, wide = history.folds(), axes.get_xlim()[1] - axes.get_xlim()[0]
+    if len(spans) < 2:
+        return False
+    characters = 125  # that fit side by side over the axes
+    for span in spans:
+        room = int((span.last - span.first) / wide * characters)
+        text = span.name if len(span.name) <= room else span.name[: room - 1] + "…"
+        if room >= 3:
+            middle = (span.first + span.last) / 2
+            axes.text(
+                middle, 1.015, text, transform=axes.get_xaxis_transform(),
+                ha="center", va="bottom", color=INK, fontsize=8.5,
+            )  # fmt: skip
+    return True
+
+
+def _tokens_below(axes: Any, history: History) -> None:
+    """Tokens trained on, as a second scale of the iterations."""
+    iterations, samples = history.values("consumed samples")
+    if history.config is None or len(iterations) < 2:
+        return
+    tokens = np.asarray(samples) * history.config.data.seq_length
+    beyond = 2 * iterations[-1], 2 * tokens[-1] - tokens[0]  # the frame is wider than the run
+    x = np.concatenate([[0.0], iterations, beyond[:1]])
+    y = np.concatenate([[0.0], tokens, beyond[1:]])
+    scale = axes.secondary_xaxis(
+        -0.17, functions=(lambda at: np.interp(at, x, y), lambda at: np.interp(at, y, x))
+    )
+    scale.set_xlabel("tokens")
+    scale.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+
+
+def _has(line: Line, history: History) -> bool:
+    return any(value != 0.0 for value in history.values(line.metric)[1])
+
+
+def _worth_drawing(panel: Panel, history: History) -> bool:
+    found = [line for line in panel.lines if _has(line, history)]
+    if panel.name in CONSTANT:
+        return any(len(set(history.values(line.metric)[1])) > 1 for line in found)
+    return bool(found)

@@ -1,0 +1,140 @@
+"""The table over a run's report: what was trained, how far, how fast, and what went wrong."""
+
+from __future__ import annotations
+
+import math
+from statistics import median
+
+from megatron_llmjp.config.schema import Config
+from megatron_llmjp.plan.parameters import count_parameters
+from megatron_llmjp.report.history import LOSS, History
+from megatron_llmjp.report.numbers import duration, human
+
+EXCEPTION = "exception"
+"""Event of a step that was not as the others: a skipped update, numbers that are none."""
+
+
+def summarize(history: History) -> list[tuple[str, str]]:
+    """Labels and values, in the order they are shown."""
+    config = history.config
+    rows = [("folder", str(history.folder))]
+    if config is not None:
+        rows += _model(config)
+        rows.append(("layout", _layout(config, history)))
+    rows += _progress(history)
+    rows += _speed(history)
+    rows += _losses(history)
+    rows += _incidents(history)
+    return [(label, value) for label, value in rows if value]
+
+
+def _model(config: Config) -> list[tuple[str, str]]:
+    model = config.model
+    heads = f"{model.num_attention_heads} heads"
+    if model.query_groups != model.num_attention_heads:
+        heads += f" in {model.query_groups} groups"
+    kind = f"{model.normalization}, {model.activation_function}, {model.position_embedding_type}"
+    parameters = count_parameters(config)
+    return [
+        ("model", f"{model.num_layers} layers, hidden {model.hidden_size}, {heads}; {kind}"),
+        (
+            "parameters",
+            f"{parameters.total:,}, of which {parameters.non_embedding:,} are not embeddings",
+        ),
+    ]
+
+
+def _layout(config: Config, history: History) -> str:
+    parallel = config.parallel
+    parts = [
+        f"TP {parallel.tensor_model_parallel_size}",
+        f"PP {parallel.pipeline_model_parallel_size}",
+    ]
+    if parallel.virtual_pipeline_model_parallel_size:
+        parts.append(f"VP {parallel.virtual_pipeline_model_parallel_size}")
+    if parallel.context_parallel_size > 1:
+        parts.append(f"CP {parallel.context_parallel_size}")
+    worlds = [int(e["world size"]) for e in history.events if "world size" in e]
+    if worlds:
+        parts.append(f"DP {worlds[-1] // parallel.model_parallel_size}")
+        return f"{' x '.join(parts)} on {worlds[-1]} processes"
+    return " x ".join(parts)
+
+
+def _progress(history: History) -> list[tuple[str, str]]:
+    config, total = history.config, _total(history)
+    done = f"{history.iteration:,}"
+    if total:
+        done += f" of {total:,} ({history.iteration / total:.1%})"
+    rows = [("iterations", done)]
+    samples = history.last("consumed samples")
+    if config is not None and samples is not None:
+        tokens = int(samples) * config.data.seq_length
+        rows.append(("tokens", f"{tokens:,} ({human(tokens)})"))
+    folds = history.folds()
+    if folds:
+        rows.append(("folds", f"{len(folds)}, now in {folds[-1].name}"))
+    return rows
+
+
+def _total(history: History) -> int | None:
+    totals = [int(e["train iterations"]) for e in history.events if "train iterations" in e]
+    return totals[-1] if totals else None
+
+
+def _speed(history: History) -> list[tuple[str, str]]:
+    seconds = training_seconds(history)
+    rows = [("time in steps", duration(seconds) if seconds else "")]
+    tokens = history.values("tokens per second")[1]
+    if tokens:
+        text = f"{human(median(tokens))} tokens/s"
+        mfu = history.values("MFU")[1]
+        rows.append(("speed", text + (f", MFU {median(mfu):.1%}" if mfu else "") + " (median)"))
+    total = _total(history)
+    each = history.last("seconds per iteration")
+    if total and each and total > history.iteration:
+        rows.append(("remaining", duration((total - history.iteration) * each)))
+    return rows
+
+
+def training_seconds(history: History) -> float:
+    """Time spent in steps that hold; saves, validations and lost iterations not counted."""
+    iterations, seconds = history.values("seconds per iteration")
+    return sum(
+        (iteration - before) * each
+        for before, iteration, each in zip([0, *iterations], iterations, seconds, strict=False)
+    )
+
+
+def _losses(history: History) -> list[tuple[str, str]]:
+    rows = []
+    iterations, losses = history.values(LOSS)
+    if losses:
+        rows.append(("training loss", f"{losses[-1]:.4f} at iteration {iterations[-1]:,}"))
+    for name, (where, what) in history.validation_sets().items():
+        finite = [(loss, at) for at, loss in zip(where, what, strict=True) if math.isfinite(loss)]
+        if finite:
+            loss, at = min(finite)
+            perplexity = f"perplexity {math.exp(min(loss, 20.0)):.2f}"
+            rows.append((f"best validation {name}", f"{loss:.4f} ({perplexity}) at {at:,}"))
+    return rows
+
+
+def _incidents(history: History) -> list[tuple[str, str]]:
+    again = sum(
+        int(lost[-1]["iteration"]) - int(lost[0]["iteration"]) for lost in history.abandoned
+    )
+    restarts = str(len(history.restarts))
+    if history.restarts:
+        restarts += f", from {', '.join(f'{i:,}' for i in history.restarts[-5:])}"
+        restarts += f"; about {again:,} iterations done again" if again else ""
+    skipped = int(sum(history.values("skipped iterations")[1]))
+    exceptions = [e for e in history.events if e["event"] == EXCEPTION]
+    rows = [("restarts", restarts), ("skipped iterations", str(skipped) if skipped else "")]
+    if exceptions:
+        last = exceptions[-1]
+        what = last.get("text", "")
+        rows.append(("exceptions", f"{len(exceptions)}, the last at {last['iteration']}: {what}"))
+    if history.damaged_lines:
+        rows.append(("damaged lines", f"{history.damaged_lines} in the metrics, left out"))
+    return rows
