@@ -209,8 +209,7 @@ def _try_lock(folder: Path) -> Iterator[bool]:
             yield False
             return
         except OSError:
-            yield True  # no locks on this file system
-            return
+            pass  # no locks on this file system: each builds its own
         try:
             yield True
         finally:

@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def _end_with_parent() -> None:
-    sys.stdin.buffer.read(1)
+    os.read(sys.stdin.fileno(), 1)  # returns when the other end is closed
     os._exit(1)
 
 

@@ -1,0 +1,184 @@
+"""Caches of indices: whole or not there, built once, mended when damaged. Real processes."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_llmjp.data import index_cache, index_process
+from megatron_llmjp.data.index_cache import ensure, ensure_all, fault, publish
+from megatron_llmjp.errors import UserError
+
+
+class Logged:
+    """An index whose building leaves a line in a log."""
+
+    work = 0
+
+    def __init__(self, folder: Path, seconds: float = 0.0) -> None:
+        self.folder = folder
+        self.seconds = seconds
+
+    def build(self, temporary: Path) -> None:
+        with (self.folder.parent.parent / "log").open("a") as log:
+            log.write(f"{self.folder.name} {os.getpid()}\n")
+        (temporary / "half").write_text("something")
+        time.sleep(self.seconds)
+        (temporary / "rest").write_text(self.folder.name)
+
+
+def in_child(body) -> int:
+    """Run ``body`` in a process of its own; return its id."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            body()
+            code = 0
+        finally:
+            os._exit(code)
+    return child
+
+
+def until(condition) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_a_killed_builder_leaves_nothing_under_the_name(tmp_path):
+    folder = tmp_path / "cache" / "a"
+    child = in_child(lambda: ensure(folder, Logged(folder, 600).build))
+    until(lambda: list(tmp_path.glob("cache/a.tmp-*/half")))
+    assert not ensure(folder, Logged(folder).build, wait=False)  # it is being built
+    assert not folder.exists()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert not folder.exists()
+    assert ensure(folder, Logged(folder).build)
+    assert (folder / "rest").read_text() == "a"
+    assert [p.name for p in folder.parent.iterdir()] == ["a"]  # nor anything beside it
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_many_builders_at_once(tmp_path, monkeypatch, locks):
+    """With locks each index is built once; without, as on some file systems, it is still right."""
+    if not locks:
+
+        def unsupported(stream, how):
+            raise OSError(38, "Function not implemented")
+
+        monkeypatch.setattr(fcntl, "flock", unsupported)
+    indices = [Logged(tmp_path / "cache" / f"i{n}", 0.05) for n in range(6)]
+    children = [in_child(partial(ensure_all, indices)) for _ in range(4)]
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 4
+    built = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
+    assert {name for name, _ in built} == {index.folder.name for index in indices}
+    if locks:
+        assert len(built) == 6
+        assert len({process for _, process in built}) > 1  # they share the work
+    for index in indices:
+        assert fault(index.folder, thorough=True) is None
+        assert (index.folder / "rest").read_text() == index.folder.name
+    assert len(list((tmp_path / "cache").iterdir())) == 6
+
+
+def test_a_lock_that_no_one_frees_is_not_waited_for_without_end(tmp_path, monkeypatch):
+    """NFS 3 keeps the lock of a machine that vanished."""
+    monkeypatch.setattr(index_cache, "PATIENCE_SECONDS", 0.2)
+    folder = tmp_path / "cache" / "a"
+    folder.parent.mkdir()
+    with (tmp_path / "cache" / "a.lock").open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        assert ensure(folder, Logged(folder).build)
+
+
+def test_the_first_of_two_stays(tmp_path):
+    folder = tmp_path / "a"
+    with publish(folder) as slow:
+        (slow / "file").write_text("second")
+        with publish(folder) as fast:
+            (fast / "file").write_text("first")
+    assert (folder / "file").read_text() == "first"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def damages():
+    def cut(folder):
+        os.truncate(folder / "rest", 0)
+
+    def flip(folder):
+        (folder / "half").write_text("somethinG")
+
+    def take(folder):
+        (folder / "half").unlink()
+
+    def unlist(folder):
+        (folder / index_cache.CONTENTS).unlink()
+
+    def garble(folder):
+        (folder / index_cache.CONTENTS).write_text("{")
+
+    return [cut, flip, take, unlist, garble]
+
+
+@pytest.mark.parametrize("damage", damages(), ids=lambda f: f.__name__)
+def test_damage_is_seen_and_mended(tmp_path, capsys, damage):
+    folder = tmp_path / "cache" / "a"
+    ensure(folder, Logged(folder).build)
+    damage(folder)
+    assert fault(folder, thorough=True)
+    assert ensure(folder, Logged(folder).build, thorough=True)
+    assert fault(folder, thorough=True) is None
+    assert f"warning: {folder}: " in capsys.readouterr().err
+    assert [p.name for p in folder.parent.iterdir()] == ["a"]
+
+
+def test_a_cache_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises((UserError, NotADirectoryError)):
+        ensure(tmp_path / "file" / "a", Logged(tmp_path / "file" / "a").build)
+    if os.geteuid() != 0:  # root may write anywhere
+        (tmp_path / "cache").mkdir(mode=0o500)
+        with pytest.raises(UserError, match="--data-cache-path"):
+            ensure(tmp_path / "cache" / "a", Logged(tmp_path / "cache" / "a").build)
+
+
+def test_the_process_beside_a_rank_ends_with_it(tmp_path):
+    """Even when the rank is killed."""
+    program = (
+        "import time, functools, os, signal\n"
+        "from megatron_llmjp.data import index_process\n"
+        "child = index_process._start(functools.partial(time.sleep, 600))\n"
+        "print(child.pid, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as rank:
+        child = int(rank.stdout.readline())
+        os.kill(child, 0)
+        rank.kill()
+    until(lambda: not alive(child))
+
+
+def alive(pid: int) -> bool:
+    try:
+        return ") Z" not in Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def test_a_failure_beside_a_rank_is_told(tmp_path, capfd):
+    broken = SimpleNamespace(folder=tmp_path, build=partial(os.rename, str(tmp_path / "nothing")))
+    with pytest.raises(RuntimeError, match="exit code 1"):
+        index_process.build_beside(broken, tmp_path)
+    assert "FileNotFoundError" in capfd.readouterr().err
