@@ -1,0 +1,62 @@
+"""z-loss over a split vocabulary equals one process' formula, in values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.processes import run_ranks
+
+SEQUENCE, BATCH, VOCABULARY, STRENGTH = 5, 3, 16, 0.3
+
+
+def compare(ranks: int) -> list[float]:
+    """The largest differences on this rank: losses, z-losses, gradients, core's own loss."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron_llmjp.model.loss import losses_with_z
+    from megatron_llmjp.runtime.device import setup
+
+    setup()
+    from megatron.core import parallel_state, tensor_parallel
+
+    dist.init_process_group("gloo")
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=ranks, create_gloo_process_groups=False
+    )
+    torch.manual_seed(1)
+    whole = (torch.randn(SEQUENCE, BATCH, VOCABULARY) * 9).requires_grad_()
+    labels = torch.randint(VOCABULARY, (BATCH, SEQUENCE))
+    weights = torch.rand(2, BATCH, SEQUENCE)  # unlike gradients for the two losses
+
+    log_z = torch.logsumexp(whole, dim=-1).transpose(0, 1)
+    expected = torch.stack(
+        [
+            torch.nn.functional.cross_entropy(
+                whole.transpose(0, 1).flatten(0, 1), labels.flatten(), reduction="none"
+            ).view(BATCH, SEQUENCE),
+            STRENGTH * log_z**2,
+        ]
+    )
+    (expected * weights).sum().backward()
+
+    def own(full: torch.Tensor) -> torch.Tensor:
+        return full.chunk(ranks, dim=-1)[dist.get_rank()]
+
+    part = own(whole.detach()).clone().requires_grad_()
+    found = losses_with_z(labels, part * 1.0, STRENGTH)
+    (found * weights).sum().backward()
+    alone = tensor_parallel.vocab_parallel_cross_entropy(
+        own(whole.detach()).clone(), labels.transpose(0, 1).contiguous()
+    )
+    assert found.shape == (2, BATCH, SEQUENCE)
+    differences = [found[0] - expected[0], (found[1] - expected[1]) / expected[1].max()]
+    differences += [part.grad - own(whole.grad), found[0].transpose(0, 1) - alone]
+    return [float(difference.abs().max()) for difference in differences]
+
+
+@pytest.mark.parametrize("ranks", [2])
+def test_z_loss(ranks):
+    for losses, z_losses, gradients, core in run_ranks(compare, ranks, ranks):
+        assert losses < 1e-5 and z_losses < 1e-6 and gradients < 1e-5
+        assert core == 0.0  # `lm loss` is the one that a run without z-loss logs
