@@ -8,7 +8,6 @@ runs this file; `--scale 0.1` makes the training shorter.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shlex
 import shutil
@@ -17,7 +16,9 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from statistics import median
+
+from megatron_llmjp.report.history import read_history
 
 HERE = Path(__file__).parent
 LANGUAGES = ("ja", "en", "code")
@@ -129,8 +130,8 @@ def train(chain: Chain, total: int, processes: int) -> None:
     )  # fmt: skip
     chain.say("Go on in another layout: tensor 1 x pipeline 2 x data 2; same data, same curve")
     chain.run("python", *run, "--pipeline-model-parallel-size", 2)
-    chain.say("Draw the loss curve with its folds")
-    chain.script("plot_loss.py", root / "checkpoints", "--output", root / "loss.png")
+    chain.say("Draw the run: loss with its folds, learning rate, speed and more")
+    chain.run("report_run", root / "checkpoints", "--output-dir", root / "report")
 
 
 def publish(chain: Chain) -> None:
@@ -149,12 +150,10 @@ def publish(chain: Chain) -> None:
 def summarize(chain: Chain) -> None:
     """What was made, and what to try next."""
     root = chain.root
-    lines = (root / "checkpoints" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records: list[dict[str, Any]] = [json.loads(line) for line in lines]
-    training = [r for r in records if "lm loss" in r]
-    validation = {k: v for k, v in records[-1].items() if k.startswith("validation/")}
-    speed = sorted(r["tokens per second"] for r in training)[len(training) // 2]
-    sets = ", ".join(f"{k.split('/')[1]} {v:.3f}" for k, v in validation.items())
+    history = read_history(root / "checkpoints")
+    training = history.training
+    speed = median(history.values("tokens per second")[1])
+    sets = ", ".join(f"{k} {v[-1]:.3f}" for k, (_, v) in history.validation_sets().items())
     chain.say(f"Done in {time.monotonic() - chain.started:.0f} s")
     print(
         f"""\
@@ -165,7 +164,7 @@ def summarize(chain: Chain) -> None:
 
   {root / "data"}            token datasets, readable by any Megatron
   {root / "checkpoints"}     checkpoints, metrics.jsonl, tensorboard events
-  {root / "loss.png"}        the loss curve
+  {root / "report"}          the run in pictures: open report.html in a browser
   {root / "hf_model"}        the model for transformers
 
   Try next:
