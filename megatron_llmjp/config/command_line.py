@@ -12,10 +12,11 @@ from typing import Any, NoReturn, get_args
 
 from pydantic.fields import FieldInfo
 
-from megatron_llmjp.config.load import Layers, build, preset_names, read_config
-from megatron_llmjp.config.megatron_flags import ALIASES, NOT_NEEDED, REFUSED, RENAMED
+from megatron_llmjp.config.load import Layers, build, changed, preset_names, read_config
+from megatron_llmjp.config.megatron import explain, set_defaults, settle, with_dashes
+from megatron_llmjp.config.megatron_flags import ALIASES, RENAMED, RENAMED_VALUES
 from megatron_llmjp.config.schema import SECTION_OF, SECTIONS, Config
-from megatron_llmjp.errors import UserError, suggest
+from megatron_llmjp.errors import UserError
 
 PLAN_DATA = "--plan-data"
 """The flag that prints the plan of the run's data instead of training."""
@@ -64,20 +65,39 @@ def parse(
         UserError: unknown flag, unknown key or wrong value.
     """
     parser = _make_parser()
-    known, unknown = parser.parse_known_args(list(argv))
+    known, unknown = parser.parse_known_args(with_dashes(argv))
     arguments = vars(known)
-    notes = _explain_unknown(unknown, _all_flags(parser))
+    explained = explain(unknown, _all_flags(parser))
     layers = layers if layers is not None else Layers()
     if arguments["config"] is not None:
         read_config(arguments["config"], layers)
-    for flag, alias in ALIASES.items():
-        if arguments.get(flag):
-            for name, value in alias.sets.items():
-                layers.set(name, value, f"flag {flag}")
+    else:
+        set_defaults(layers)
+    for name, (value, origin) in {**_aliases(arguments), **explained.sets}.items():
+        layers.set(name, value, origin)
     for name in SECTION_OF:
         if arguments.get(name) is not None:
-            layers.set(name, arguments[name], f"flag --{name.replace('_', '-')}")
-    return build(layers), arguments["nproc_per_node"], notes
+            value = _renamed(name, arguments[name])
+            layers.set(name, value, f"flag --{name.replace('_', '-')}")
+    settle(layers, explained.later, by_flags_alone=arguments["config"] is None)
+    config = build(layers)
+    notes = explained.notes
+    if config.checkpoint.load is not None and config.checkpoint.load == config.checkpoint.save:
+        config = changed(config, load=None)  # Megatron's way to say: go on if there is something
+    return config, arguments["nproc_per_node"], notes
+
+
+def _aliases(arguments: dict[str, Any]) -> dict[str, tuple[Any, str]]:
+    """Fields that Megatron-LM's flags without a value set, in the order of the table."""
+    found: dict[str, tuple[Any, str]] = {}
+    for flag, alias in ALIASES.items():
+        if arguments.get(flag):
+            found |= {name: (value, f"flag {flag}") for name, value in alias.sets.items()}
+    return found
+
+
+def _renamed(name: str, value: Any) -> Any:
+    return RENAMED_VALUES.get(name, {}).get(value, value) if isinstance(value, str) else value
 
 
 def _make_parser() -> Parser:
@@ -116,7 +136,7 @@ def _make_parser() -> Parser:
 
 def _add_field(group: argparse._ArgumentGroup, name: str, info: FieldInfo) -> None:
     flags = [f"--{name.replace('_', '-')}"]
-    flags += [flag for flag, renamed in RENAMED.items() if renamed.field == name]
+    flags += [flag for flag, field in RENAMED.items() if field == name]
     text = (info.description or "").replace("%", "%%")
     if info.annotation is bool:
         kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
@@ -142,29 +162,6 @@ def _metavar(info: FieldInfo) -> str:
 
 def _all_flags(parser: argparse.ArgumentParser) -> list[str]:
     return [flag for action in parser._actions for flag in action.option_strings]
-
-
-def _explain_unknown(unknown: Sequence[str], flags: Iterable[str]) -> list[str]:
-    """Notes for flags that are not needed; an error for all others."""
-    notes, rest = [], list(unknown)
-    while rest:
-        word = rest.pop(0)
-        flag = word.split("=", 1)[0]
-        if flag in NOT_NEEDED:
-            entry = NOT_NEEDED[flag]
-            if "=" not in word:
-                del rest[: entry.values]
-            notes.append(f"{flag} is not needed here: {entry.why}")
-        elif flag in REFUSED:
-            raise UserError(f"{flag} is not supported: {REFUSED[flag].instead}")
-        elif flag.startswith("--"):
-            possible = [*flags, *NOT_NEEDED, *REFUSED]
-            raise UserError(
-                f"unknown flag {flag}{suggest(flag, possible)} (--help lists all flags)"
-            )
-        else:
-            raise UserError(f"unexpected argument '{word}': values follow a flag, as in --lr 3e-4")
-    return notes
 
 
 def print_notes(notes: Iterable[str]) -> None:

@@ -1,8 +1,8 @@
-"""Megatron-LM's flags that are not a field of the same name.
+"""Megatron-LM's flags that set fields of another name.
 
-Launch scripts of Megatron-LM and Megatron-DeepSpeed pass here as they are: a flag sets fields, is
-not needed and says why, or is refused with what to use instead. Flags that equal a field's name
-need no entry: the command line is made from the schema.
+Flags that equal a field's name need no entry: the command line is made from the schema. Flags
+that set nothing are in ``megatron_unused.py`` and ``megatron_refused.py``. Names are written with
+dashes; Megatron-LM's own mixture (``--override-opt_param-scheduler``) is read as well.
 """
 
 from __future__ import annotations
@@ -17,66 +17,113 @@ class Alias(NamedTuple):
     help: str
 
 
-class Renamed(NamedTuple):
-    """A flag with a value that goes to a field of another name."""
+class Choice(NamedTuple):
+    """A flag with one value, of which some set fields, some need nothing and the rest is refused.
 
-    field: str
+    A value's entry is the fields it sets, or why it is not needed.
+    """
 
-
-class NotNeeded(NamedTuple):
-    """A flag that is accepted, reported once, and has no effect."""
-
-    values: int
-    why: str
+    values: dict[str, dict[str, Any] | str]
+    otherwise: str
+    """What to use instead of any other value."""
 
 
-class Refused(NamedTuple):
-    """A flag that cannot be honoured."""
-
-    instead: str
-
+LLMJP_Z_LOSS = 1e-4
+"""Strength behind ``--use-z-loss``; fixed in LLM-jp's fork of Megatron-LM (branch nii-geniac)."""
 
 ALIASES: dict[str, Alias] = {
     "--swiglu": Alias({"activation_function": "swiglu"}, "gated SiLU feed-forward"),
+    "--openai-gelu": Alias({"activation_function": "gelu_tanh"}, "the tanh approximation of GELU"),
     "--disable-bias-linear": Alias({"add_bias_linear": False}, "no biases in linear layers"),
-    "--no-bias-gelu-fusion": Alias(
-        {"activation_function": "gelu"}, "exact GELU (Megatron's fused kernel is the tanh one)"
-    ),
     "--use-rotary-position-embeddings": Alias(
         {"position_embedding_type": "rope"}, "rotary positions"
     ),
+    "--use-z-loss": Alias({"z_loss_strength": LLMJP_Z_LOSS}, "--z-loss-strength 1e-4"),
+    "--recompute-activations": Alias(
+        {"recompute_granularity": "selective"}, "recompute attention in the backward pass"
+    ),
+    "--checkpoint-activations": Alias(
+        {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        },
+        "recompute every layer in the backward pass (Megatron-DeepSpeed)",
+    ),
+    "--skip-train": Alias({"eval_only": True}, "--eval-only"),
 }
 
-RENAMED: dict[str, Renamed] = {
-    "--layernorm-epsilon": Renamed("norm_epsilon"),
-    "--rope-theta": Renamed("rotary_base"),
-    "--override-opt_param-scheduler": Renamed("override_opt_param_scheduler"),
-    "--encoder-num-layers": Renamed("num_layers"),
+RENAMED: dict[str, str] = {
+    "--layernorm-epsilon": "norm_epsilon",
+    "--rope-theta": "rotary_base",
+    "--encoder-num-layers": "num_layers",
+    "--encoder-seq-length": "seq_length",
+    "--num-key-value-heads": "num_query_groups",
+    "--num-virtual-stages-per-pipeline-rank": "virtual_pipeline_model_parallel_size",
+    "--checkpoint-num-layers": "recompute_num_layers",
+    "--wandb-name": "wandb_exp_name",
 }
+"""A flag with a value, and the field it sets."""
 
-NOT_NEEDED: dict[str, NotNeeded] = {
-    "--use-mcore-models": NotNeeded(0, "megatron-core's models are the only ones"),
-    "--use-flash-attn": NotNeeded(0, "the fastest attention at hand is chosen and printed"),
-    "--transformer-impl": NotNeeded(1, "Transformer Engine is used where it is importable"),
-    "--attention-softmax-in-fp32": NotNeeded(0, "softmax is always computed in fp32"),
-    "--no-masked-softmax-fusion": NotNeeded(0, "softmax is part of the attention kernel"),
-    "--group-query-attention": NotNeeded(0, "--num-query-groups says it"),
-    "--distributed-backend": NotNeeded(1, "nccl on GPUs, gloo on a CPU machine"),
-    "--use-mpi": NotNeeded(0, "ranks are found from torchrun, srun or mpirun"),
-    "--log-throughput": NotNeeded(0, "throughput is always logged"),
-    "--no-async-tensor-model-parallel-allreduce": NotNeeded(0, "megatron-core decides"),
-    "--ckpt-format": NotNeeded(1, "checkpoints are torch_dist; convert_checkpoint makes others"),
-    "--vocab-file": NotNeeded(1, "give --tokenizer-model"),
+RENAMED_VALUES: dict[str, dict[str, str]] = {
+    # Megatron-DeepSpeed's: SentencePiece as it is, end of document </s>.
+    "tokenizer_type": {"JapaneseSentencePiece": "GPTSentencePieceTokenizer"},
 }
+"""By field, Megatron's name of a value and this program's."""
 
-_FOLDS = "declare the data in a fold file and give --fold-file (docs/folds.md)"
+_ONE_DATASET = "an .idx/.bin pair as preprocess_data writes it is the only kind"
+_DENSE = "models are dense"
+_ONE_GROUP = "the optimizer is sharded over the whole data-parallel group"
+_FP32_STATE = "main weights, gradients and moments are kept in fp32"
 
-REFUSED: dict[str, Refused] = {
-    "--data-path": Refused(_FOLDS),
-    "--train-data-path": Refused(_FOLDS),
-    "--valid-data-path": Refused(_FOLDS),
-    "--test-data-path": Refused(_FOLDS),
-    "--data-args-path": Refused(_FOLDS),
-    "--split": Refused("name validation sets in the fold file (docs/folds.md)"),
-    "--train-samples": Refused("give --train-iters, or let the fold file's total decide"),
+CHOICES: dict[str, Choice] = {
+    "--zero-stage": Choice(
+        {
+            "0": {"use_distributed_optimizer": False},
+            "1": {"use_distributed_optimizer": True},
+        },
+        "ZeRO 2 and 3 are not offered; use --zero-stage 1 and shard the model with "
+        "--tensor-model-parallel-size and --pipeline-model-parallel-size",
+    ),
+    "--data-impl": Choice(
+        {"mmap": _ONE_DATASET, "infer": _ONE_DATASET},
+        "make the data anew with preprocess_data, which writes mmap datasets",
+    ),
+    "--dataloader-type": Choice(
+        {"single": "samples are read in the order of the schedule"},
+        "leave it out: each epoch of a dataset is shuffled anew",
+    ),
+    "--num-experts": Choice({"1": _DENSE}, "models are dense; leave it out"),
+    "--expert-model-parallel-size": Choice({"1": _DENSE}, "models are dense; leave it out"),
+    "--expert-tensor-parallel-size": Choice({"1": _DENSE}, "models are dense; leave it out"),
+    "--ds-sequence-parallel-size": Choice(
+        {"1": "sequences are whole"}, "split sequences with --sequence-parallel over TP"
+    ),
+    "--num-distributed-optimizer-instances": Choice(
+        {"1": _ONE_GROUP}, f"leave it out: {_ONE_GROUP}"
+    ),
+    "--data-parallel-sharding-strategy": Choice(
+        {
+            "no_shard": {"use_distributed_optimizer": False},
+            "optim": {"use_distributed_optimizer": True},
+        },
+        "shard the optimizer with --use-distributed-optimizer, the model with TP and PP",
+    ),
+    "--main-params-dtype": Choice({"fp32": _FP32_STATE}, f"leave it out: {_FP32_STATE}"),
+    "--main-grads-dtype": Choice({"fp32": _FP32_STATE}, f"leave it out: {_FP32_STATE}"),
+    "--exp-avg-dtype": Choice({"fp32": _FP32_STATE}, f"leave it out: {_FP32_STATE}"),
+    "--exp-avg-sq-dtype": Choice({"fp32": _FP32_STATE}, f"leave it out: {_FP32_STATE}"),
+    "--recompute-modules": Choice(
+        {"core_attn": {"recompute_granularity": "selective"}},
+        "recompute attention with --recompute-granularity selective, or layers with full",
+    ),
+    "--rope-type": Choice({"rope": {"position_embedding_type": "rope"}}, "use plain rope"),
+    "--vocab-extra-ids": Choice({"0": "no ids are added"}, "leave it out: ids are the tokenizer's"),
+    "--distributed-backend": Choice(
+        {
+            "nccl": "nccl is used on GPUs, gloo on a machine without",
+            "gloo": "nccl is used on GPUs, gloo on a machine without",
+        },
+        "leave it out: nccl is used on GPUs, gloo on a machine without",
+    ),
 }

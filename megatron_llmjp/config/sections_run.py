@@ -20,6 +20,7 @@ class DataConfig(Section):
     tokenizer_type: (
         Literal[
             "SentencePieceTokenizer",
+            "GPTSentencePieceTokenizer",
             "Llama2Tokenizer",
             "HuggingFaceTokenizer",
             "ByteLevelTokenizer",

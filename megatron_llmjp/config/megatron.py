@@ -1,0 +1,197 @@
+"""What a launch script of Megatron-LM or Megatron-DeepSpeed means here.
+
+The flags that the schema does not know are explained (:func:`explain`), and a command line that
+describes its model by flags alone starts from Megatron-LM's defaults (:func:`set_defaults`), so
+that it means here what it meant there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_llmjp.config.load import Layers
+from megatron_llmjp.config.megatron_flags import CHOICES
+from megatron_llmjp.config.megatron_refused import REFUSED, REFUSED_FAMILIES
+from megatron_llmjp.config.megatron_unused import NOT_NEEDED, NOT_NEEDED_FAMILIES
+from megatron_llmjp.config.schema import SECTION_OF
+from megatron_llmjp.errors import UserError, suggest
+
+DEFAULTS: dict[str, Any] = {
+    "normalization": "LayerNorm",
+    "position_embedding_type": "learned_absolute",
+    "add_bias_linear": True,
+    "untie_embeddings_and_output_weights": False,
+    "hidden_dropout": 0.1,
+    "attention_dropout": 0.1,
+    "weight_decay": 0.01,
+    "adam_beta2": 0.999,
+    "lr_decay_style": "linear",
+    "eval_interval": 1000,
+    "eval_iters": 100,
+    "log_interval": 100,
+}
+"""Megatron-LM's defaults where they differ from the schema's (arguments.py, core 0.6 to 0.16)."""
+
+STAGE_LAYERS = "--num-layers-per-virtual-pipeline-stage"
+EXACT_GELU = "--no-bias-gelu-fusion"
+VOCABULARY = "--vocab-file"
+GROUPED = "--group-query-attention"
+SETTLED = (STAGE_LAYERS, EXACT_GELU, VOCABULARY, GROUPED)
+"""Flags whose meaning depends on other values: see :func:`settle`."""
+
+
+@dataclass
+class Explained:
+    """What the flags that are no fields of the schema come to."""
+
+    sets: dict[str, tuple[Any, str]] = field(default_factory=dict)
+    """By field, its value and the flag that set it."""
+    later: dict[str, str] = field(default_factory=dict)
+    """Flags of :data:`SETTLED` with their value."""
+    notes: list[str] = field(default_factory=list)
+    """One line for each flag without effect."""
+
+
+def with_dashes(argv: Iterable[str]) -> list[str]:
+    """The words with ``--some_flag=x_y`` as ``--some-flag=x_y``."""
+    words = []
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        if flag.startswith("--"):
+            word = flag.replace("_", "-") + equals + value
+        words.append(word)
+    return words
+
+
+def explain(words: Sequence[str], possible: Iterable[str]) -> Explained:
+    """Explain the words that the schema's flags leave over.
+
+    Args:
+        words: unknown flags and their values, in order.
+        possible: all flags of the schema, to suggest one for an unknown flag.
+
+    Raises:
+        UserError: one line for each flag that is unknown or refused.
+    """
+    found = Explained()
+    problems: list[str] = []
+    for flag, values in _flags(words, problems):
+        value = " ".join(values)
+        if flag in SETTLED:
+            found.later[flag] = value
+        elif flag in CHOICES:
+            choice = CHOICES[flag].values.get(value.removesuffix(".0"))
+            if isinstance(choice, dict):
+                found.sets |= {name: (sets, f"flag {flag}") for name, sets in choice.items()}
+            elif choice is not None:
+                found.notes.append(f"{flag} {value} is not needed here: {choice}")
+            else:
+                problems.append(f"{flag} {value} is not supported: {CHOICES[flag].otherwise}")
+        elif (remedy := _lookup(flag, REFUSED, REFUSED_FAMILIES)) is not None:
+            problems.append(f"{flag} is not supported: {remedy}")
+        elif (why := _lookup(flag, NOT_NEEDED, NOT_NEEDED_FAMILIES)) is not None:
+            found.notes.append(f"{flag} is not needed here: {why}")
+        else:
+            known = [*possible, *SETTLED, *CHOICES]
+            problems.append(f"unknown flag {flag}{suggest(flag, known)} (--help lists all flags)")
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
+    found.notes = list(dict.fromkeys(found.notes))
+    return found
+
+
+def set_defaults(layers: Layers) -> None:
+    """Add Megatron-LM's defaults below everything else."""
+    for name, value in DEFAULTS.items():
+        if name not in layers.origin:
+            layers.set(name, value, "Megatron-LM's default")
+
+
+def settle(layers: Layers, later: dict[str, str], by_flags_alone: bool) -> None:
+    """Set what follows from several flags, as Megatron-LM's ``validate_args`` does.
+
+    Args:
+        layers: all values given; completed here.
+        later: flags of :data:`SETTLED`.
+        by_flags_alone: the model was described without preset or file.
+
+    Raises:
+        UserError: a value that does not fit the others.
+    """
+    activation = _value(layers, "activation_function", None if by_flags_alone else "swiglu")
+    if by_flags_alone:
+        if activation is None:
+            # Megatron's fused bias and GELU is the tanh approximation; it needs the bias.
+            fused = EXACT_GELU not in later and _value(layers, "add_bias_linear", True)
+            activation = "gelu_tanh" if fused else "gelu"
+            layers.set("activation_function", activation, "Megatron-LM's default")
+        hidden = _value(layers, "hidden_size", None)
+        if activation == "swiglu" and "ffn_hidden_size" not in layers.origin and hidden:
+            width = int(4 * int(hidden) * 2 / 3 / 64) * 64
+            layers.set("ffn_hidden_size", width, "Megatron-LM's default")
+    elif EXACT_GELU in later and activation == "gelu_tanh":
+        layers.set("activation_function", "gelu", f"flag {EXACT_GELU}")
+    if GROUPED in later and "num_query_groups" not in layers.origin:
+        layers.set("num_query_groups", 1, f"flag {GROUPED}")
+    if VOCABULARY in later:
+        _set_vocabulary(layers, later[VOCABULARY])
+    if STAGE_LAYERS in later:
+        _set_virtual_stages(layers, later[STAGE_LAYERS])
+
+
+def _set_vocabulary(layers: Layers, path: str) -> None:
+    """Megatron-DeepSpeed names a SentencePiece model this way."""
+    if not path.endswith(".model"):
+        raise UserError(
+            f"{VOCABULARY} {path}: a vocabulary with merges is not read; make a tokenizer.json of "
+            "it and give --tokenizer-type HuggingFaceTokenizer --tokenizer-model tokenizer.json"
+        )
+    layers.set("tokenizer_model", path, f"flag {VOCABULARY}")
+
+
+def _set_virtual_stages(layers: Layers, text: str) -> None:
+    total = int(_value(layers, "num_layers", 0))
+    stages = int(_value(layers, "pipeline_model_parallel_size", 1))
+    if not text.isdigit() or int(text) < 1:
+        raise UserError(f"{STAGE_LAYERS} {text}: expected a number of layers")
+    if total % (stages * int(text)):
+        raise UserError(
+            f"{STAGE_LAYERS} {text}: {total} layers do not divide into chunks of {text} over "
+            f"{stages} stages; give --virtual-pipeline-model-parallel-size, the chunks per stage"
+        )
+    chunks = total // stages // int(text)
+    layers.set(
+        "virtual_pipeline_model_parallel_size",
+        chunks if chunks > 1 else None,
+        f"flag {STAGE_LAYERS}",
+    )
+
+
+def _flags(words: Sequence[str], problems: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """The flags with the words behind them, which are their values."""
+    flag = ""
+    values: list[str] = []
+    for word in words:
+        if word.startswith("--"):
+            if flag:
+                yield flag, values
+            flag, equals, value = word.partition("=")
+            values = [value] if equals else []
+        elif flag:
+            values.append(word)
+        else:
+            problems.append(f"unexpected argument '{word}': values follow a flag, as in --lr 3e-4")
+    if flag:
+        yield flag, values
+
+
+def _lookup(flag: str, flags: dict[str, str], families: dict[str, str]) -> str | None:
+    if flag in flags:
+        return flags[flag]
+    return next((text for start, text in families.items() if flag.startswith(start)), None)
+
+
+def _value(layers: Layers, name: str, otherwise: Any) -> Any:
+    return layers.values.get(SECTION_OF[name], {}).get(name, otherwise)

@@ -1,0 +1,153 @@
+"""Flags of Megatron-LM and Megatron-DeepSpeed that are accepted, reported once, and set nothing.
+
+By reason: why the flag is not needed, and the flags. Only flags that cannot change the trained
+model belong here; what would is in ``megatron_refused.py``.
+"""
+
+from __future__ import annotations
+
+_BY_REASON: dict[str, str] = {
+    # model and kernels
+    "megatron-core's models are the only ones": "--use-mcore-models --model-spec",
+    "the fastest attention at hand is chosen and printed at the start": """
+        --use-flash-attn --use-flash-attn-v1 --use-flash-attn-v2 --use-flash-attn-triton
+        --attention-backend --flash-decode""",
+    "Transformer Engine is used where it is importable": "--transformer-impl",
+    "softmax is always computed in fp32, inside the attention kernel": """
+        --attention-softmax-in-fp32 --no-masked-softmax-fusion
+        --apply-query-key-layer-scaling --no-query-key-layer-scaling""",
+    "kernels are fused where the machine has them; the result is the same": """
+        --no-bias-swiglu-fusion --no-bias-dropout-fusion --no-rope-fusion
+        --no-persist-layer-norm --disable-mem-efficient-ln --no-gradient-accumulation-fusion
+        --cross-entropy-loss-fusion --cross-entropy-fusion-impl --disable-jit-fuser
+        --memory-centric-tiled-linear --tile-factor --disable-bf16-reduced-precision-matmul
+        --enable-experimental --enable-cuda-graph --external-cuda-graph --cuda-graph-scope
+        --cuda-graph-warmup-steps --cuda-graph-impl --te-rng-tracker --inference-rng-tracker""",
+    "there are no experts in a dense model": """
+        --expert-interval --expert-parallel --topk --create-moe-param-group
+        --disable-moe-token-dropping --use-tutel --mlp-type --overlap-moe-expert-parallel-comm
+        --enable-expert-tensor-parallelism""",
+    "--position-embedding-type says it": "--no-position-embedding",
+    "initial weights depend on the seed and a tensor's name only, in every layout": """
+        --use-cpu-initialization --no-initialization --init-model-with-meta-device""",
+    "the vocabulary is padded for the layout; --padded-vocab-size overrides it": """
+        --use-tokenizer-model-from-checkpoint-args --no-use-tokenizer-model-from-checkpoint-args""",
+    "the tokenizer's own files say it": """
+        --tokenizer-metadata --tokenizer-hf-use-fast --no-tokenizer-hf-use-fast --legacy-tokenizer
+        --tokenizer-special-tokens --tokenizer-hf-include-special-tokens
+        --tokenizer-sentencepiece-legacy --tiktoken-pattern --tiktoken-num-special-tokens
+        --tiktoken-special-tokens --trust-remote-code""",
+    # processes
+    "ranks are found from torchrun, srun or mpirun": """
+        --use-mpi --local-rank --lazy-mpu-init --standalone-embedding-stage
+        --no-pipeline-parallel --split-transformers""",
+    "ranks are laid out in the order TP, CP, DP, PP": "--use-tp-pp-dp-mapping",
+    "how gradients and stages are communicated is chosen; the result is the same": """
+        --DDP-impl --no-async-tensor-model-parallel-allreduce --no-overlap-p2p-communication
+        --overlap-p2p-communication --overlap-p2p-communication-warmup-flush
+        --no-scatter-gather-tensors-in-pipeline --scattered-embeddings --use-ring-exchange-p2p
+        --no-contiguous-buffers-in-local-ddp --no-delay-grad-reduce --delay-param-gather
+        --no-align-grad-reduce --no-align-param-gather --align-param-gather
+        --overlap-param-gather-with-optimizer-step --ddp-bucket-size --ddp-num-buckets
+        --ddp-average-in-collective --ddp-pad-buckets-for-high-nccl-busbw
+        --ddp-reduce-scatter-with-fp32-accumulation --defer-embedding-wgrad-compute
+        --wgrad-deferral-limit --delay-wgrad-compute --no-gradient-reduce-div-fusion
+        --no-clone-scatter-output-in-embedding --disable-gloo-process-groups
+        --pipeline-model-parallel-comm-backend --high-priority-stream-groups
+        --microbatch-group-size-per-virtual-pipeline-stage --create-all-gather-group
+        --tp-comm-overlap --tp-comm-overlap-cfg --tp-comm-overlap-rs-dgrad
+        --tp-comm-bootstrap-backend --disable-tp-comm-bulk-dgrad --disable-tp-comm-bulk-wgrad
+        --disable-tp-comm-overlap-ag --disable-tp-comm-overlap-rs --disable-tp-comm-split-ag
+        --disable-tp-comm-split-rs --use-nccl-ub --disable-symmetric-registration --use-sharp
+        --sharp-enabled-group --symmetric-ar-type --suggested-communication-unit-size
+        --cp-comm-type --hierarchical-context-parallel-sizes
+        --distributed-timeout-seconds-after-init""",
+    "gradients of bf16 and fp16 weights are accumulated and reduced in fp32": """
+        --accumulate-allreduce-grads-in-fp32""",
+    "saved activations are split over the tensor-parallel ranks by --sequence-parallel": """
+        --distribute-saved-activations --distribute-checkpointed-activations""",
+    # DeepSpeed
+    "what DeepSpeed's configuration says of batch sizes, ZeRO and precision, the flags say": """
+        --deepspeed --deepspeed-config --deepspeed-mpi""",
+    "DeepSpeed's buffers and activation memory have no counterpart here": """
+        --deepspeed-activation-checkpointing --partition-activations --checkpoint-in-cpu
+        --contigious-checkpointing --synchronize-each-layer --profile-backward
+        --zero-allgather-bucket-size --zero-reduce-bucket-size --zero-contigious-gradients
+        --zero-reduce-scatter --use-pin-memory""",
+    # data
+    "the .bin files are memory-mapped, and indices are built before ranks wait for each other": """
+        --no-mmap-bin-files --mmap-warmup --num-dataset-builder-threads --no-data-sharding
+        --mid-level-dataset-surplus --dataloader-fast-cache-load
+        --dataloader-defer-npy-index-mmap --per-dataset-sequences-path
+        --no-create-attention-mask-in-dataloader --create-attention-mask-in-dataloader""",
+    "merges are part of a tokenizer.json or SentencePiece model": "--merge-file",
+    # training
+    "a gradient norm that is not finite stops the run in any case": """
+        --check-for-nan-in-loss --check-for-nan-in-loss-and-grad
+        --no-check-for-nan-in-loss-and-grad --check-for-spiky-loss --check-for-large-grads
+        --rerun-mode --error-injection-rate --error-injection-type
+        --result-rejected-tracker-filename""",
+    "collecting garbage and memory is left to Python and PyTorch": """
+        --manual-gc --manual-gc-interval --manual-gc-eval --no-manual-gc-eval
+        --empty-unused-memory-level --train-sync-interval""",
+    "SIGTERM, SIGUSR1 and Ctrl-C always save a checkpoint and stop the run": """
+        --exit-signal-handler --exit-signal --exit-signal-handler-for-dataloader""",
+    "weights are not compared between replicas": """
+        --check-weight-hash-across-dp-replicas-interval""",
+    # checkpoints
+    "checkpoints are torch_dist and fit every layout; convert_checkpoint makes other formats": """
+        --ckpt-format --dist-ckpt-format --use-dist-ckpt --auto-detect-ckpt-format
+        --ckpt-fully-parallel-save --no-ckpt-fully-parallel-save --ckpt-fully-parallel-load
+        --ckpt-assume-constant-structure --dist-ckpt-strictness --load-model-opt-format
+        --dist-ckpt-optim-fully-reshardable --distrib-optim-fully-reshardable-mem-efficient
+        --dist-ckpt-save-pre-mcore-014 --use-mp-args-from-checkpoint-args
+        --load-main-params-from-ckpt --save-tokenizer-assets""",
+    "the checkpoint's configuration is compared with this one, and differences are told": """
+        --use-checkpoint-args""",
+    "the checkpoint's learning-rate schedule is kept unless --override-opt-param-scheduler": """
+        --use-checkpoint-opt-param-scheduler""",
+    "--load without a whole checkpoint is always an error": "--exit-on-missing-checkpoint",
+    "random state only moves dropout, and is restored in the layout it was saved in": """
+        --no-load-rng --no-save-rng""",
+    "a checkpoint is written while training waits": """
+        --async-save --use-persistent-ckpt-worker --async-strategy""",
+    # log
+    "it is always logged": """
+        --log-throughput --log-batch-size-to-tensorboard --log-learning-rate-to-tensorboard
+        --log-validation-ppl-to-tensorboard --log-loss-scale-to-tensorboard
+        --log-memory-to-tensorboard --log-throughput-to-tensorboard --log-progress
+        --no-log-learnig-rate-to-tensorboard --no-log-loss-scale-to-tensorboard""",
+    "tensorboard events are written with each log line (--log-interval)": """
+        --tensorboard-log-interval --tensorboard-queue-size""",
+    "it is not logged: reading it each step would hold up the GPU": """
+        --log-optimizer-states-to-tensorboard --log-num-zeros-in-grad --log-timers-to-tensorboard
+        --log-world-size-to-tensorboard --log-energy --log-max-attention-logit
+        --log-l2-norm-grad-to-tensorboard --log-runtime-to-tensorboard --log-memory-interval
+        --log-device-memory-used --memory-keys --runtime-time-unit --throughput-window-size
+        --timing-log-level --timing-log-option --no-barrier-with-level-1-timing
+        --barrier-with-L1-time""",
+    "the run's name in Weights & Biases is kept over restarts": "--wandb-id",
+    "the log is plain text on standard output": """
+        --logging-level --filter-warnings --modules-to-filter --set-level-for-all-loggers
+        --config-logger-dir --save-config-filepath --app-tag-run-name --app-tag-run-version
+        --no-one-logger --one-logger-async --log-straggler --disable-straggler-on-startup
+        --run-workload-inspector-server""",
+    "object stores are not read: data and checkpoints are files": """
+        --disable-msc --enable-msc --object-storage-cache-path --s3-cache-path""",
+}
+
+NOT_NEEDED: dict[str, str] = {
+    flag: why for why, flags in _BY_REASON.items() for flag in flags.split()
+}
+"""A flag, and why it is not needed."""
+
+NOT_NEEDED_FAMILIES: dict[str, str] = {
+    "--moe-": "there are no experts in a dense model",
+    "--inference-": "it is for inference",
+    "--one-logger-": "the log is plain text on standard output",
+    "--straggler-": "stragglers are not searched for",
+    "--otel-": "the log is plain text on standard output",
+    "--curriculum-learning-": "sequences have one length",
+    "--nccl-": "NCCL is set up by its environment variables",
+}
+"""The beginning of a flag's name, and why those that begin with it are not needed."""
