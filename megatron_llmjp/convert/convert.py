@@ -67,6 +67,8 @@ def prepare(source_format: str | None, target: str, path: Path, options: Options
         if options.vocab_size > source.rows:
             raise UserError(f"--vocab-size {options.vocab_size}: {path} has {source.rows} rows")
         source.model = source.model.model_copy(update={"vocab_size": options.vocab_size})
+    if options.with_optimizer and target not in ("native", "megatron-deepspeed"):
+        raise UserError(f"--with-optimizer: no optimizer state is written for {target}")
     output = planner(target)(source, options)
     reads = source.reads
     if options.with_optimizer and target == "native":

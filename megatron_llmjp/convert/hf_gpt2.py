@@ -62,6 +62,7 @@ def _refusals(model: ModelConfig) -> list[str]:
         "rotary positions": model.position_embedding_type == "learned_absolute",
         f"normalization {model.normalization}": model.normalization == "LayerNorm",
         "activation swiglu": model.activation_function in _ACTIVATIONS,
+        "parallel residual": not model.use_parallel_residual,
         "linear layers without biases": model.add_bias_linear,
         f"{model.query_groups} query groups of {heads} heads": model.query_groups == heads,
         f"heads of size {model.head_dim}": model.head_dim * heads == model.hidden_size,

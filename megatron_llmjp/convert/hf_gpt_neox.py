@@ -1,4 +1,4 @@
-"""GPTNeoXForCausalLM without parallel residual: rinna's 3.6b.
+"""GPTNeoXForCausalLM with and without parallel residual: rinna's 3.6b has none.
 
 ``query_key_value`` has megatron-core's own order, per head q, k, v. Source: transformers,
 models/gpt_neox/modeling_gpt_neox.py.
@@ -10,7 +10,14 @@ import re
 from typing import Any
 
 from megatron_llmjp.config.schema import ModelConfig
-from megatron_llmjp.convert.hf_keys import make_model, required, rope_theta, unsupported
+from megatron_llmjp.convert.hf_keys import (
+    make_model,
+    required,
+    rotary,
+    rotary_keys,
+    rotary_refusals,
+    unsupported,
+)
 from megatron_llmjp.convert.hf_style import Rule, Style
 from megatron_llmjp.convert.tensors import (
     FINAL_NORM,
@@ -54,6 +61,7 @@ def _refusals(model: ModelConfig) -> list[str]:
         "learned positions": model.position_embedding_type == "rope",
         f"normalization {model.normalization}": model.normalization == "LayerNorm",
         "activation swiglu": model.activation_function in _ACTIVATIONS,
+        **rotary_refusals(model),
         "linear layers without biases": model.add_bias_linear,
         f"{model.query_groups} query groups of {heads} heads": model.query_groups == heads,
         f"heads of size {model.head_dim}": model.head_dim * heads == model.hidden_size,
@@ -62,7 +70,6 @@ def _refusals(model: ModelConfig) -> list[str]:
 
 
 def _to_config(model: ModelConfig) -> dict[str, Any]:
-    base, percent = model.rotary_base, model.rotary_percent
     return {
         "hidden_size": model.hidden_size,
         "intermediate_size": model.ffn_size,
@@ -72,18 +79,12 @@ def _to_config(model: ModelConfig) -> dict[str, Any]:
         "hidden_act": _ACTIVATIONS[model.activation_function],
         "layer_norm_eps": model.norm_epsilon,
         "initializer_range": model.init_method_std,
-        "use_parallel_residual": False,
+        "use_parallel_residual": model.use_parallel_residual,
         "attention_bias": True,
         "hidden_dropout": model.hidden_dropout,
         "attention_dropout": model.attention_dropout,
-        "rotary_pct": percent,
-        "rotary_emb_base": base,
-        "rope_scaling": None,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": float(base),
-            "partial_rotary_factor": percent,
-        },
+        "rotary_pct": model.rotary_percent,
+        **rotary_keys(model, "rotary_emb_base", partial_rotary_factor=model.rotary_percent),
     }
 
 
@@ -92,9 +93,6 @@ def _from_config(config: dict[str, Any], where: str) -> ModelConfig:
     unsupported(
         where,
         **{
-            "use_parallel_residual (megatron-core has no such layer)": config.get(
-                "use_parallel_residual", True
-            ),
             f"hidden_act '{activation}'": activation not in {"gelu", *_TANH_NAMES},
             "attention_bias false": not config.get("attention_bias", True),
         },
@@ -115,12 +113,13 @@ def _from_config(config: dict[str, Any], where: str) -> ModelConfig:
         ffn_hidden_size=required(config, "intermediate_size", where),
         max_position_embeddings=config.get("max_position_embeddings", 2048),
         position_embedding_type="rope",
-        rotary_base=rope_theta(config, where, "rotary_emb_base"),
+        **rotary(config, where, "rotary_emb_base"),
         rotary_percent=percent,
         normalization="LayerNorm",
         norm_epsilon=config.get("layer_norm_eps", 1e-5),
         activation_function="gelu_tanh" if activation in _TANH_NAMES else "gelu",
         add_bias_linear=True,
+        use_parallel_residual=config.get("use_parallel_residual", True),
         untie_embeddings_and_output_weights=not config.get("tie_word_embeddings", False),
         hidden_dropout=config.get("hidden_dropout", 0.0),
         attention_dropout=config.get("attention_dropout", 0.0),

@@ -33,19 +33,77 @@ def unsupported(where: str, **found: bool) -> None:
         raise UserError(f"{where}: cannot be represented: {', '.join(names)}")
 
 
-def rope_theta(config: dict[str, Any], where: str, legacy: str = "rope_theta") -> int:
-    """Base of the rotary frequencies: ``rope_parameters`` in transformers 5, ``legacy`` before.
+LLAMA3 = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+"""LLaMA 3.1's scaling in every checkpoint that has one; megatron-core has them built in
+(megatron/core/models/common/embeddings/rotary_pos_embedding.py, ``_apply_scaling``)."""
+
+
+def rotary(config: dict[str, Any], where: str, legacy: str = "rope_theta") -> dict[str, Any]:
+    """Base and scaling of the rotary frequencies, as fields of the model.
+
+    ``rope_parameters`` in transformers 5; ``legacy`` and ``rope_scaling`` before.
 
     Raises:
-        UserError: the positions are scaled, or the base is no whole number.
+        UserError: the positions are scaled in a way that megatron-core has not, or the base is no
+            whole number.
     """
     parameters = config.get("rope_parameters") or {}
-    scaling = config.get("rope_scaling") or {}
-    kind = parameters.get("rope_type", scaling.get("rope_type", scaling.get("type", "default")))
-    unsupported(where, **{f"rope scaling '{kind}'": kind != "default"})
+    scaling = parameters or config.get("rope_scaling") or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
     value = float(parameters.get("rope_theta", config.get(legacy, 10000.0)))
-    unsupported(where, **{f"{legacy} {value} (not a whole number)": value != int(value)})
-    return int(value)
+    factor = float(scaling.get("factor", 1.0))
+    unsupported(
+        where,
+        **{
+            f"rope scaling '{kind}'": kind not in ("default", "linear", "llama3"),
+            f"{legacy} {value} (not a whole number)": value != int(value),
+            f"linear rope scaling by {factor} (not a whole number)": kind == "linear"
+            and factor != int(factor),
+        },
+    )
+    fields: dict[str, Any] = {"rotary_base": int(value)}
+    if kind == "linear":
+        fields["rotary_seq_len_interpolation_factor"] = int(factor)
+    elif kind == "llama3":
+        odd = [
+            f"{name} {scaling.get(name)}" for name, v in LLAMA3.items() if scaling.get(name) != v
+        ]
+        unsupported(where, **{f"llama3 rope scaling with {', '.join(odd)}": bool(odd)})
+        fields |= {"use_rope_scaling": True, "rope_scaling_factor": factor}
+    return fields
+
+
+def rotary_keys(model: ModelConfig, legacy: str = "rope_theta", **more: Any) -> dict[str, Any]:
+    """The inverse of :func:`rotary`: keys that transformers 4 and 5 read.
+
+    Args:
+        model: the architecture.
+        legacy: the key of the base before transformers 5.
+        more: further entries of ``rope_parameters``.
+    """
+    base = float(model.rotary_base) if legacy == "rope_theta" else model.rotary_base
+    scaling: dict[str, Any] | None = None
+    if model.use_rope_scaling:
+        scaling = {"rope_type": "llama3", "factor": model.rope_scaling_factor, **LLAMA3}
+    elif model.rotary_seq_len_interpolation_factor is not None:
+        scaling = {"rope_type": "linear"}
+        scaling["factor"] = float(model.rotary_seq_len_interpolation_factor)
+    parameters = scaling or {"rope_type": "default"}
+    return {
+        legacy: base,
+        "rope_scaling": scaling,
+        "rope_parameters": {**parameters, "rope_theta": float(base), **more},
+    }
+
+
+def rotary_refusals(model: ModelConfig) -> dict[str, bool]:
+    """What Hugging Face cannot hold of a model's rotary positions, as true of a model it can."""
+    both = model.use_rope_scaling and model.rotary_seq_len_interpolation_factor is not None
+    return {"use_rope_scaling with rotary_seq_len_interpolation_factor": not both}
 
 
 def make_model(where: str, **fields: Any) -> ModelConfig:

@@ -11,7 +11,14 @@ from functools import partial
 from typing import Any
 
 from megatron_llmjp.config.schema import ModelConfig
-from megatron_llmjp.convert.hf_keys import make_model, required, rope_theta, unsupported
+from megatron_llmjp.convert.hf_keys import (
+    make_model,
+    required,
+    rotary,
+    rotary_keys,
+    rotary_refusals,
+    unsupported,
+)
 from megatron_llmjp.convert.hf_style import Rule, Style
 from megatron_llmjp.convert.tensors import (
     FINAL_NORM,
@@ -57,6 +64,8 @@ def _refusals(model: ModelConfig) -> list[str]:
         f"rotary_percent {model.rotary_percent}": model.rotary_percent == 1.0,
         f"normalization {model.normalization}": model.normalization == "RMSNorm",
         f"activation {model.activation_function}": model.activation_function == "swiglu",
+        "parallel residual": not model.use_parallel_residual,
+        **rotary_refusals(model),
         "add_bias_linear": not model.add_bias_linear,
         "add_qkv_bias (its attention_bias means the output projection too)": not model.add_qkv_bias,
     }
@@ -75,9 +84,7 @@ def _to_config(model: ModelConfig) -> dict[str, Any]:
         "max_position_embeddings": model.max_position_embeddings,
         "initializer_range": model.init_method_std,
         "rms_norm_eps": model.norm_epsilon,
-        "rope_theta": float(model.rotary_base),
-        "rope_scaling": None,
-        "rope_parameters": {"rope_type": "default", "rope_theta": float(model.rotary_base)},
+        **rotary_keys(model),
         "attention_bias": False,
         "attention_dropout": 0.0,
         "mlp_bias": False,
@@ -107,7 +114,7 @@ def _from_config(config: dict[str, Any], where: str) -> ModelConfig:
         ffn_hidden_size=required(config, "intermediate_size", where),
         max_position_embeddings=config.get("max_position_embeddings", 2048),
         position_embedding_type="rope",
-        rotary_base=rope_theta(config, where),
+        **rotary(config, where),
         normalization="RMSNorm",
         norm_epsilon=config.get("rms_norm_eps", 1e-6),
         activation_function="swiglu",

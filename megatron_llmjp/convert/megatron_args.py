@@ -22,8 +22,6 @@ _REFUSED = (
     "multi_latent_attention",
     "mtp_num_layers",
     "rotary_interleaved",
-    "use_rope_scaling",
-    "rotary_seq_len_interpolation_factor",
     "squared_relu",
     "quick_gelu",
     "apply_layernorm_1p",
@@ -65,6 +63,9 @@ def model_from_args(args: Any, where: str) -> ModelConfig:
         position_embedding_type="rope" if rope else "learned_absolute",
         rotary_base=int(given.get("rotary_base") or 10000),  # Megatron-DeepSpeed has it fixed
         rotary_percent=float(given.get("rotary_percent") or 1.0) if rope else 1.0,
+        rotary_seq_len_interpolation_factor=given.get("rotary_seq_len_interpolation_factor"),
+        use_rope_scaling=bool(given.get("use_rope_scaling")),
+        rope_scaling_factor=float(given.get("rope_scaling_factor") or 8.0),
         normalization="RMSNorm" if normalization.lower() == "rmsnorm" else "LayerNorm",
         norm_epsilon=given.get("norm_epsilon") or given.get("layernorm_epsilon") or 1e-5,
         activation_function="swiglu" if swiglu else _gelu(given, biases),

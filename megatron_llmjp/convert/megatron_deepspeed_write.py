@@ -153,6 +153,10 @@ def _check_expressible(model: ModelConfig) -> None:
     problems = []
     if model.position_embedding_type == "rope" and model.rotary_base != 10000:
         problems.append(f"rotary_base {model.rotary_base}: Megatron-DeepSpeed has 10000 built in")
+    if model.use_rope_scaling or model.rotary_seq_len_interpolation_factor is not None:
+        problems.append("scaled rotary positions")
+    if model.use_parallel_residual:
+        problems.append("parallel residual")
     if model.add_qkv_bias and not model.add_bias_linear:
         problems.append("add_qkv_bias: it has biases in all linear layers or in none")
     if problems:

@@ -248,7 +248,13 @@ def _inner(name: str) -> str:
 
 
 def plan(source: Source, options: Options) -> Output:
-    """Lay out a checkpoint that Megatron-LM loads with ``--load OUT --finetune``."""
+    """Lay out a checkpoint that Megatron-LM loads with ``--load OUT --finetune``.
+
+    Raises:
+        UserError: it has no way to express the model.
+    """
+    if source.model.use_parallel_residual:
+        raise UserError(f"{source.path}: Megatron-LM has no layer with a parallel residual")
     if options.megatron_format == "torch_dist":
         return _plan_torch_dist(source, options)
     return _plan_legacy(source, options)
@@ -264,6 +270,9 @@ def _args(source: Source, options: Options, rows: int) -> Any:
         "add_position_embedding": True,  # Megatron-LM's default for both kinds
         "rotary_base": model.rotary_base,
         "rotary_interleaved": False,
+        "rotary_seq_len_interpolation_factor": model.rotary_seq_len_interpolation_factor,
+        "use_rope_scaling": model.use_rope_scaling,
+        "rope_scaling_factor": model.rope_scaling_factor,
         "normalization": model.normalization,
         "add_qkv_bias": model.add_qkv_bias,
         "qk_layernorm": False,

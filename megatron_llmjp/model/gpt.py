@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,8 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_llmjp.config.schema import Config
+from megatron_llmjp.errors import UserError
 from megatron_llmjp.model.initialize import initialize
 from megatron_llmjp.model.layers import SDPAttention, norm_class
+from megatron_llmjp.model.loss import add_z_loss
+from megatron_llmjp.model.parallel_residual import ParallelResidualLayer
 from megatron_llmjp.runtime.device import Device, without_warnings
 
 with without_warnings():
@@ -23,6 +27,7 @@ with without_warnings():
         get_num_layers_to_build,
     )
     from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_layer import TransformerLayer
 
 
 @dataclass(frozen=True)
@@ -72,8 +77,8 @@ def transformer_config(config: Config, device: Device) -> TransformerConfig:
     kernels = choose_kernels(device)
     model, parallel = config.model, config.parallel
     activation, fused_activation = _activation(model.activation_function, kernels, config)
-    with without_warnings():
-        return TransformerConfig(
+    with without_warnings(), _refusals_told():
+        core = TransformerConfig(
             num_layers=model.num_layers,
             hidden_size=model.hidden_size,
             ffn_hidden_size=model.ffn_size,
@@ -91,6 +96,7 @@ def transformer_config(config: Config, device: Device) -> TransformerConfig:
             gradient_accumulation_fusion=kernels.fused_wgrad,
             add_bias_linear=model.add_bias_linear,
             add_qkv_bias=model.add_qkv_bias,
+            deterministic_mode=config.training.deterministic_mode,
             hidden_dropout=model.hidden_dropout,
             attention_dropout=model.attention_dropout,
             init_method_std=model.init_method_std,
@@ -107,7 +113,36 @@ def transformer_config(config: Config, device: Device) -> TransformerConfig:
             recompute_granularity=parallel.recompute_granularity,
             recompute_method=parallel.recompute_method,
             recompute_num_layers=parallel.recompute_num_layers,
+            num_layers_in_first_pipeline_stage=parallel.decoder_first_pipeline_num_layers,
+            num_layers_in_last_pipeline_stage=parallel.decoder_last_pipeline_num_layers,
+            account_for_embedding_in_pipeline_split=parallel.account_for_embedding_in_pipeline_split,
+            account_for_loss_in_pipeline_split=parallel.account_for_loss_in_pipeline_split,
+            pipeline_model_parallel_layout=parallel.pipeline_model_parallel_layout,
             **_pipeline_communication(config, device),
+        )
+    _check_chunks(core, config)
+    return core
+
+
+@contextmanager
+def _refusals_told() -> Iterator[None]:
+    """Say what megatron-core refuses about a configuration as a user's mistake."""
+    try:
+        yield
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"megatron-core refuses the model or its layout: {error}") from error
+
+
+def _check_chunks(core: TransformerConfig, config: Config) -> None:
+    """A pipeline layout says how many chunks a stage has; the configuration must say the same."""
+    found, said = (
+        core.virtual_pipeline_model_parallel_size,
+        config.parallel.virtual_pipeline_model_parallel_size,
+    )
+    if (found or 1) != (said or 1):
+        raise UserError(
+            f"pipeline_model_parallel_layout gives each stage {found} chunks: set "
+            f"virtual_pipeline_model_parallel_size to {found}"
         )
 
 
@@ -143,8 +178,15 @@ def layer_spec(
     config: Config, core: TransformerConfig, device: Device, vp_stage: int | None
 ) -> Any:
     """The layers of one model chunk: Transformer Engine's, else torch's kernels."""
+    layer = ParallelResidualLayer if config.model.use_parallel_residual else TransformerLayer
     if choose_kernels(device).transformer_engine:
-        return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec()
+        return replace(gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(), module=layer)
+    if config.parallel.context_parallel_size > 1:
+        raise UserError(
+            "context_parallel_size is above 1, but Transformer Engine is not importable on "
+            f"{device.name}: its attention is the only one that spans processes; install it, or "
+            "use sequence_parallel and recompute_granularity for long sequences"
+        )
     with without_warnings():
         spec = gpt_layer_specs.get_gpt_layer_local_spec(normalization=config.model.normalization)
     norm = norm_class(config.model.normalization)
@@ -154,6 +196,7 @@ def layer_spec(
     )
     spec = replace(
         spec,
+        module=layer,
         submodules=replace(
             spec.submodules,
             input_layernorm=norm,
@@ -196,9 +239,14 @@ def build_model_chunk(
         position_embedding_type=config.model.position_embedding_type,
         rotary_percent=config.model.rotary_percent,
         rotary_base=config.model.rotary_base,
+        rope_scaling=config.model.use_rope_scaling,
+        rope_scaling_factor=config.model.rope_scaling_factor,
+        seq_len_interpolation_factor=config.model.rotary_seq_len_interpolation_factor,
         vp_stage=vp_stage,
     )
     initialize(model, config)
+    if post_process and config.training.z_loss_strength > 0.0:
+        add_z_loss(model, config.training.z_loss_strength)
     return model.to(device.torch)
 
 

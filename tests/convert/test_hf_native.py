@@ -11,6 +11,11 @@ from hf_models import STYLES, llama, state
 
 from megatron_llmjp.checkpoint import manifest
 
+LINEAR = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 50000.0, "factor": 16.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+}  # fmt: skip
 TOKENS = torch.arange(2 * 24).view(2, 24) * 7 % 101
 
 
@@ -24,6 +29,9 @@ TOKENS = torch.arange(2 * 24).view(2, 24) * 7 % 101
         ("gpt2", {"activation_function": "gelu"}, torch.float16),
         ("gpt2", {"tie_word_embeddings": False}, torch.float32),
         ("gpt_neox", {}, torch.float32),
+        ("llama", {"rope_parameters": LINEAR}, torch.float32),
+        ("llama", {"rope_parameters": LLAMA3}, torch.float32),
+        ("gpt_neox", {"use_parallel_residual": True}, torch.float32),
         ("gpt_neox", {"hidden_act": "gelu_new", "tie_word_embeddings": True}, torch.bfloat16),
     ],
 )
@@ -63,6 +71,9 @@ def test_round_trip_is_exact(tmp_path, convert, style, changes, dtype):
     assert all(
         torch.equal(before[k], after[k]) and before[k].dtype == after[k].dtype for k in before
     )
+    configs = [json.loads((tmp_path / n / "config.json").read_text()) for n in ("hf", "back")]
+    for key in ("rope_parameters", "use_parallel_residual"):
+        assert configs[0].get(key) == configs[1].get(key)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "back", dtype=torch.float32
     ).eval()

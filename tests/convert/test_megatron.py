@@ -283,3 +283,28 @@ def test_virtual_stages_are_put_in_order(tmp_path, convert):
     convert("--to", "hf", "--input", tmp_path / "virtual", "--output", tmp_path / "back")
     before, after = state(tmp_path / "hf"), state(tmp_path / "back")
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("kind", ["linear", "llama3"])
+def test_scaled_rotary_positions_are_arguments(tmp_path, convert, kind):
+    more = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    more["original_max_position_embeddings"] = 8192
+    scaling = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0}
+    scaling |= more if kind == "llama3" else {}
+    STYLES["llama"](rope_parameters=scaling).save_pretrained(tmp_path / "hf")
+    words = ("--input", tmp_path / "hf", "--output", tmp_path / "mlm")
+    convert("--to", "megatron-lm", "--ckpt-format", "torch", *words)
+    convert("--to", "hf", "--input", tmp_path / "mlm", "--output", tmp_path / "back")
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config["rope_parameters"] == scaling
+    words = ("--input", tmp_path / "hf", "--output", tmp_path / "mds")
+    assert "scaled rotary" in convert("--to", "megatron-deepspeed", *words, code=2)
+
+
+def test_parallel_residual_is_refused_by_name(tmp_path, convert):
+    STYLES["gpt_neox"](use_parallel_residual=True, rotary_emb_base=10000).save_pretrained(
+        tmp_path / "hf"
+    )
+    for target in ("megatron-lm", "megatron-deepspeed"):
+        words = ("--input", tmp_path / "hf", "--output", tmp_path / target)
+        assert "parallel residual" in convert("--to", target, *words, code=2)

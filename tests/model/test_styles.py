@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,11 @@ ROWS = 50_688
 SMALL = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 101}
 
 
-def llama() -> transformers.PreTrainedModel:
+def llama(**rope: Any) -> transformers.PreTrainedModel:
     config = transformers.LlamaConfig(
         **SMALL, intermediate_size=176, num_key_value_heads=2, max_position_embeddings=64,
-        tie_word_embeddings=False, rms_norm_eps=1e-5, rope_theta=10000.0,
+        tie_word_embeddings=False, rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, **rope},
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config)
 
@@ -45,15 +47,27 @@ def gpt2() -> transformers.PreTrainedModel:
     return transformers.GPT2LMHeadModel(config)
 
 
-def gpt_neox() -> transformers.PreTrainedModel:
+def gpt_neox(parallel: bool = False) -> transformers.PreTrainedModel:
     config = transformers.GPTNeoXConfig(
         **SMALL, intermediate_size=256, max_position_embeddings=64, rotary_pct=0.5,
-        use_parallel_residual=False, hidden_act="gelu", tie_word_embeddings=False,
+        use_parallel_residual=parallel, hidden_act="gelu", tie_word_embeddings=False,
     )  # fmt: skip
     return transformers.GPTNeoXForCausalLM(config)
 
 
 STYLES = {"laptop-llama": llama, "laptop-gpt2": gpt2, "laptop-gpt-neox": gpt_neox}
+LLAMA3 = {
+    "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+VARIANTS = {
+    **STYLES,
+    "llama-linear": partial(llama, rope_type="linear", factor=4.0),
+    "llama-3": partial(llama, rope_type="llama3", **LLAMA3),
+    "llama-base": partial(llama, rope_theta=500_000.0),
+    "neox-parallel": partial(gpt_neox, parallel=True),
+}
+"""The styles, and what each of them may have besides."""
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +77,8 @@ def result(tmp_path_factory):
     theirs = {}
     tokens = torch.randint(0, 101, (2, 32), generator=torch.Generator().manual_seed(3))
     torch.save(tokens, folder / "tokens.pt")
-    for name, make in STYLES.items():
+    for name, make in VARIANTS.items():
+        torch.manual_seed(5)
         model = make().eval()
         generator = torch.Generator().manual_seed(7)
         with torch.no_grad():
@@ -73,7 +88,7 @@ def result(tmp_path_factory):
         model.save_pretrained(folder / f"{name}-hf")
         words = ["--to", "native", "--input", folder / f"{name}-hf", "--output", folder / name]
         assert converter.main([str(word) for word in words]) == 0
-    (found,) = run_ranks(compute, 1, str(folder), list(STYLES), list(SIZES))
+    (found,) = run_ranks(compute, 1, str(folder), list(VARIANTS), list(SIZES))
     return folder, theirs, found
 
 
@@ -99,7 +114,7 @@ def compute(root: str, styles: list[str], presets: list[str]) -> dict[str, Any]:
         with torch.no_grad():
             torch.save(model.eval()(tokens, positions, None), folder / f"{style}.pt")
             found[f"leak {style}"] = leak(model, tokens)
-        if style != "laptop-llama":
+        if style in ("laptop-gpt2", "laptop-gpt-neox"):
             found[f"gelu {style}"] = activation_errors(model)
     found["interleaved"] = communication(config, device)
     for name in presets:
@@ -180,12 +195,16 @@ def count(preset: str) -> list[int]:
     return [sum(p.numel() for p in named.values()), sum(words)]
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", VARIANTS)
 def test_logits_are_transformers(result, style):
     folder, theirs, _ = result
     ours = torch.load(folder / f"{style}.pt")[..., :101]
     assert float(theirs[style].abs().max()) > 0.5
     assert float((ours - theirs[style]).abs().max()) < 1e-5
+    if style not in STYLES:  # the same weights without what makes it a variant
+        plain = theirs["laptop-llama" if "llama" in style else "laptop-gpt-neox"]
+        assert float((plain - theirs[style]).abs().max()) > 3e-4
+        return
     # The model is of the preset's style in everything but size.
     layers = Layers()
     read_config(style, layers)
@@ -193,8 +212,8 @@ def test_logits_are_transformers(result, style):
     config = load_resolved(next((folder / style).glob("iter_*")) / "config.yaml").model
     for field in (
         "position_embedding_type", "rotary_percent", "rotary_base", "normalization",
-        "norm_epsilon", "activation_function", "add_bias_linear", "add_qkv_bias",
-        "untie_embeddings_and_output_weights",
+        "use_rope_scaling", "use_parallel_residual", "norm_epsilon", "activation_function",
+        "add_bias_linear", "add_qkv_bias", "untie_embeddings_and_output_weights",
     ):  # fmt: skip
         assert getattr(config, field) == getattr(preset, field), field
 
@@ -208,7 +227,7 @@ def test_both_gelus(result):
     assert erf < 1e-6 < 1e-5 < tanh
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", VARIANTS)
 def test_documents_of_a_pack_do_not_see_each_other(result, style):
     masked, unmasked = result[2][f"leak {style}"]
     assert masked == 0.0 and unmasked > 0.01
