@@ -153,7 +153,11 @@ def _times(config: Config) -> Iterator[str]:
         )
     if optimizer.lr_decay_style == "WSD" and optimizer.lr_wsd_decay_iters is None:
         yield "lr_decay_style WSD needs lr_wsd_decay_iters, the length of its tail"
-    if config.checkpoint.save is None and config.checkpoint.save_interval is not None:
-        yield "save_interval needs save, the folder to save in"
+    if config.checkpoint.save is None:
+        for name in ("save_interval", "save_interval_tokens", "save_interval_minutes"):
+            if getattr(config.checkpoint, name) is not None:
+                yield f"{name} needs save, the folder to save in"
+    if config.checkpoint.keep_every is not None and config.checkpoint.keep_last is None:
+        yield "keep_every says what is kept beside keep_last, which is not given: all are kept"
     if config.faults.exit_interval is not None and config.checkpoint.save is None:
         yield "exit_interval saves before it stops: give save, the folder to save in"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from megatron_llmjp.config.section import Section
 
@@ -86,6 +86,32 @@ class CheckpointConfig(Section):
         None, description="folder to resume from; --save when that holds a checkpoint"
     )
     save_interval: PositiveInt | None = Field(None, description="save every so many iterations")
+    save_interval_tokens: PositiveInt | None = Field(
+        None, description="save whenever so many more tokens were trained on"
+    )
+    save_interval_minutes: PositiveFloat | None = Field(
+        None, description="save when so many minutes have passed since the last save"
+    )
+    save_policy: Literal["llm-jp"] | None = Field(
+        None,
+        description="save at 1..9, 10..90 by 10, 100..900 by 100, then every 1000 iterations",
+    )
+    save_fold_ends: bool = Field(
+        True, description="save when a fold ends; --keep-last and --keep-every leave these alone"
+    )
+    keep_last: PositiveInt | None = Field(
+        None, description="checkpoints to keep, the newest ones; all when not given"
+    )
+    keep_every: PositiveInt | None = Field(
+        None, description="with keep_last, keep iterations divisible by this for good, too"
+    )
+    async_save: bool = Field(
+        False, description="write checkpoints while training goes on, from a copy in host memory"
+    )
+    verify_checkpoint: bool = Field(
+        False,
+        description="compare all checksums before resuming; done by itself after a killed run",
+    )
     finetune: bool = Field(
         False, description="load weights only: a new optimizer, from iteration 0"
     )
