@@ -2,7 +2,7 @@
 #
 # The scripts are submitted from the checkout: `sbatch slurm/NAME.sh ...`. From elsewhere, set
 # MEGATRON_LLMJP to the checkout. slurm/site.sh, when it exists, holds what only this cluster needs
-# (see slurm/site.sh.example); it is sourced in every job.
+# (see slurm/site.sh.example); it is sourced in every job. docs/slurm.md explains the choices.
 
 if [[ -f "$MEGATRON_LLMJP/slurm/site.sh" ]]; then
     # shellcheck source=/dev/null
@@ -17,3 +17,114 @@ fi
 export PYTHONPATH="$MEGATRON_LLMJP${PYTHONPATH:+:$PYTHONPATH}"
 
 say() { printf '%s %s: %s\n' "$(date '+%F %T')" "${SLURMD_NODENAME:-$(hostname)}" "$*"; }
+
+fail() { say "error: $*" >&2; exit 2; }
+
+# value_of --flag ARGUMENTS...: what follows the flag, or nothing.
+value_of() {
+    local flag=$1 value=""
+    while (($# > 1)); do
+        shift
+        case $1 in
+            "$flag") value=${2:-} ;;
+            "$flag"=*) value=${1#*=} ;;
+        esac
+    done
+    printf '%s' "$value"
+}
+
+# pretrain ARGUMENTS...: train on all tasks of this job, and requeue the job when there is more to do.
+pretrain() {
+    if [[ " $* " == *" --rehearse "* ]]; then
+        rehearse "$@"
+    fi
+    [[ -n "${SLURM_JOB_ID:-}" ]] || fail "submit this: sbatch $0 ..., or add --rehearse"
+    SAVE=$(value_of --save "$@")
+    [[ -n "$SAVE" ]] || fail "give --save DIR: a job that is requeued goes on from there"
+    LOGS="$SAVE/logs/job${SLURM_JOB_ID}_${SLURM_RESTART_COUNT:-0}"
+    mkdir -p "$LOGS"
+    set_environment
+    preflight
+    run_ranks "$@"
+}
+
+# The world of a rehearsal is what the script's own #SBATCH lines ask for.
+rehearse() {
+    local nodes tasks
+    nodes=$(sed -n 's/^#SBATCH --nodes=//p' "$0")
+    tasks=$(sed -n 's/^#SBATCH --ntasks-per-node=//p' "$0")
+    exec "$PYTHON" "$MEGATRON_LLMJP/pretrain_gpt.py" --world-size $((nodes * tasks)) "$@"
+}
+
+set_environment() {
+    # The address Slurm itself reaches the first node by. The port is free on that node, which is
+    # the one this script runs on.
+    local first
+    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    MASTER_ADDR=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+    MASTER_PORT=$("$PYTHON" -c 'from megatron_llmjp.runtime.launch import free_port as p; print(p())')
+    export MASTER_ADDR MASTER_PORT
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+    # Before Blackwell, tensor and sequence parallelism overlap only if kernels start in order.
+    export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS-1}
+    export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True}
+    export NCCL_DEBUG=${NCCL_DEBUG:-WARN} PYTHONFAULTHANDLER=1 PYTHONUNBUFFERED=1
+    ulimit -Sn "$(ulimit -Hn)"
+}
+
+# Every node is looked at before any of them waits for the others in training.
+preflight() {
+    [[ "${PREFLIGHT:-1}" == 1 ]] || return 0
+    say "preflight of $SLURM_NNODES nodes"
+    mkdir -p "$LOGS/preflight"
+    timeout "${PREFLIGHT_SECONDS:-300}" srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
+        --kill-on-bad-exit=0 --output="$LOGS/preflight/%N.log" \
+        "$PYTHON" "$MEGATRON_LLMJP/slurm/preflight.py" check --folder "$LOGS/preflight" \
+        --save "$SAVE" --gpus "${SLURM_GPUS_ON_NODE:-0}" || true
+    local code=0
+    "$PYTHON" "$MEGATRON_LLMJP/slurm/preflight.py" report --folder "$LOGS/preflight" \
+        --nodes "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)" || code=$?
+    ((code == 0)) && return 0
+    if [[ "${EXCLUDE_BAD_NODES:-0}" == 1 && -s "$LOGS/preflight/bad_nodes" ]]; then
+        exclude "$(<"$LOGS/preflight/bad_nodes")"
+    fi
+    say "error: preflight failed; see $LOGS/preflight (PREFLIGHT=0 leaves it out)" >&2
+    exit 1
+}
+
+# exclude NODES: have this job started again on other nodes.
+exclude() {
+    local already
+    already=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1/p')
+    [[ -z "$already" || "$already" == "(null)" ]] || set -- "$already,$1"
+    say "excluding $1 and requeueing"
+    scontrol requeue "$SLURM_JOB_ID" && scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$1"
+    sleep infinity # until Slurm takes the node away
+}
+
+# One task per GPU and no torchrun between Slurm and the ranks: signals and exit codes pass through,
+# and Slurm itself ends all tasks when one fails.
+run_ranks() {
+    local code=0
+    say "${SLURM_NTASKS} tasks on $SLURM_JOB_NODELIST, master $MASTER_ADDR:$MASTER_PORT, logs in $LOGS"
+    touch "$LOGS/rank_0000.log"
+    tail -n +1 -F "$LOGS/rank_0000.log" 2>/dev/null &
+    local follower=$!
+    srun --kill-on-bad-exit=1 --wait=60 --output="$LOGS/rank_%4t.log" ${SRUN_FLAGS:-} \
+        "$PYTHON" "$MEGATRON_LLMJP/pretrain_gpt.py" "$@" || code=$?
+    sleep 1
+    kill "$follower"
+    ((code == 0 || code == 3)) || show_cause
+    "$PYTHON" "$MEGATRON_LLMJP/slurm/requeue.py" --save "$SAVE" --code "$code" || exit "$code"
+    scontrol requeue "$SLURM_JOB_ID"
+    sleep infinity # until Slurm takes the nodes away
+}
+
+# The first error that any rank told of; the others' are consequences.
+show_cause() {
+    local log
+    for log in $(grep -l '^error:' "$LOGS"/rank_*.log | xargs -r ls -tr); do
+        [[ "$log" == *rank_0000.log ]] || { say "$log:"; grep -A 20 '^error:' "$log" | head -n 40; }
+        return 0
+    done
+}

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=llm-jp-3-172b
+#SBATCH --nodes=64
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --mem=0
+#SBATCH --exclusive
+#SBATCH --time=1-00:00:00
+#SBATCH --signal=USR1@900
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x_%j.log
+# 64 nodes x 8 H100 = 512 GPUs: TP 4 x PP 16 x DP 8, global batch 1728.
+#
+#   sbatch slurm/pretrain_llm-jp-3-172b.sh --save DIR --fold-file folds.yaml \
+#       --tokenizer-type SentencePieceTokenizer --tokenizer-model tok.model
+set -euo pipefail
+MEGATRON_LLMJP=${MEGATRON_LLMJP:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")/.." && pwd)}}
+source "$MEGATRON_LLMJP/slurm/common.sh"
+pretrain --config llm-jp-3-172b "$@"
