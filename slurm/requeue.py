@@ -1,7 +1,7 @@
 """Whether a job that ended should be started again: exit code 0 for yes, 1 for no.
 
-Every start is a line of ``requeues.jsonl`` in the save folder. A job that ends again and again without
-a new checkpoint is in a crash loop: starting it once more would only burn nodes.
+Every start is a line of ``requeues.jsonl`` in the save folder. A job that ends again and again
+without a new checkpoint is in a crash loop: starting it once more would only burn nodes.
 """
 
 from __future__ import annotations
