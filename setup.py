@@ -55,6 +55,7 @@ PROGRAMS = {
     "report_run": "data_tools.report_run:main",
     "merge_datasets": "data_tools.merge_datasets:main",
     "split_folds": "data_tools.split_folds:main",
+    "plan_folds": "data_tools.plan_folds:main",
 }
 
 setup(

@@ -15,9 +15,16 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_llmjp.config.command_line import parse, print_notes
+from megatron_llmjp.config.command_line import PLAN_DATA, parse, print_notes
 from megatron_llmjp.config.schema import Config
-from megatron_llmjp.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+from megatron_llmjp.errors import (
+    EXIT_DONE,
+    EXIT_FAILURE,
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    UserError,
+)
+from megatron_llmjp.plan_data import print_plan
 from megatron_llmjp.prepare import Run, prepare
 from megatron_llmjp.runtime.launch import launch
 from megatron_llmjp.runtime.ranks import LOCAL_LAUNCHER, Ranks, alone, find_ranks
@@ -38,6 +45,9 @@ def main(argv: Sequence[str]) -> int:
         config, processes, notes = parse(argv)
         if ranks is None:
             print_notes(notes)
+            if PLAN_DATA in argv:
+                print_plan(config)
+                return EXIT_DONE
             if processes is not None and processes != 1:
                 return _start_ranks(config, argv, processes)
         elif ranks.is_first and ranks.started_by != LOCAL_LAUNCHER:

@@ -11,7 +11,7 @@ from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.batch_sizes import BatchSizes
 from megatron_llmjp.data.fold_file import FoldFile
 from megatron_llmjp.data.folds import DatasetInfo, Schedule, Slice
-from megatron_llmjp.plan.data_plan import DataPlan, FoldRow
+from megatron_llmjp.plan.data_plan import DataPlan
 
 _NAMED = 3
 
@@ -41,7 +41,7 @@ def find_warnings(
         *_trained_and_validated(schedule, file, datasets),
         *_decay(plan, config),
         *_warmup(plan, config),
-        *_of_folds(plan, file),
+        *_of_folds(plan, schedule, BatchSizes(config)),
         *_tokenizers(sorted(datasets), tokenizer),
     ]
 
@@ -175,24 +175,32 @@ def _warmup(plan: DataPlan, config: Config) -> Iterator[str]:
         )
 
 
-def _of_folds(plan: DataPlan, file: FoldFile) -> Iterator[str]:
-    rows: dict[str, FoldRow] = {row.name: row for row in plan.folds}
-    for fold in file.folds:
-        own, row = fold.learning_rate, rows[fold.name]
-        if own is None or row.first_iteration is None:
+def _of_folds(plan: DataPlan, schedule: Schedule, sizes: BatchSizes) -> Iterator[str]:
+    """Learning rates of folds; one counts the iterations that begin in its fold."""
+    for fold in schedule.folds:
+        own = fold.learning_rate
+        if own is None:
             continue
-        if (own.lr_warmup_iters or 0) > row.iterations:
+        before, end = (_begun(sizes, number) for number in schedule.trainable(fold))
+        length = min(end, plan.train_iters) - before
+        if (own.lr_warmup_iters or 0) > length > 0:
             yield (
                 f"fold '{fold.name}': its warm-up of {own.lr_warmup_iters:,} iterations is longer "
-                f"than the fold ({row.iterations:,})"
+                f"than the fold ({length:,})"
             )
         decay = own.lr_decay_iters
-        if decay is not None and decay != row.iterations:
-            when = "before" if decay < row.iterations else "after"
+        if decay is not None and decay != length > 0:
+            when = "before" if decay < length else "after"
             yield (
                 f"fold '{fold.name}': its learning rate's decay ends after {decay:,} iterations, "
-                f"{abs(decay - row.iterations):,} {when} the fold does ({row.iterations:,})"
+                f"{abs(decay - length):,} {when} the fold does ({length:,})"
             )
+
+
+def _begun(sizes: BatchSizes, number: int) -> int:
+    """Iterations whose first sample is before sample ``number``."""
+    full, rest = sizes.iterations(number)
+    return full + (rest > 0)
 
 
 def _iterations(config: Config, field: str) -> int | None:
