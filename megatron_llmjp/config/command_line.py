@@ -100,6 +100,11 @@ def _renamed(name: str, value: Any) -> Any:
     return RENAMED_VALUES.get(name, {}).get(value, value) if isinstance(value, str) else value
 
 
+def flag_names() -> set[str]:
+    """All flags that the command line knows itself: fields, their other names and aliases."""
+    return set(_all_flags(_make_parser()))
+
+
 def _make_parser() -> Parser:
     parser = Parser(
         prog="pretrain_gpt.py",

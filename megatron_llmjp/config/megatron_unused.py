@@ -109,8 +109,8 @@ _BY_REASON: dict[str, str] = {
     "--load without a whole checkpoint is always an error": "--exit-on-missing-checkpoint",
     "random state only moves dropout, and is restored in the layout it was saved in": """
         --no-load-rng --no-save-rng""",
-    "a checkpoint is written while training waits": """
-        --async-save --use-persistent-ckpt-worker --async-strategy""",
+    "--async-save writes in a process of its own anyway": """
+        --use-persistent-ckpt-worker --async-strategy""",
     # log
     "it is always logged": """
         --log-throughput --log-batch-size-to-tensorboard --log-learning-rate-to-tensorboard
@@ -126,7 +126,8 @@ _BY_REASON: dict[str, str] = {
         --log-device-memory-used --memory-keys --runtime-time-unit --throughput-window-size
         --timing-log-level --timing-log-option --no-barrier-with-level-1-timing
         --barrier-with-L1-time""",
-    "the run's name in Weights & Biases is kept over restarts": "--wandb-id",
+    "Weights & Biases keeps its files in the save folder, and the run's name over restarts": """
+        --wandb-id --wandb-save-dir""",
     "the log is plain text on standard output": """
         --logging-level --filter-warnings --modules-to-filter --set-level-for-all-loggers
         --config-logger-dir --save-config-filepath --app-tag-run-name --app-tag-run-version

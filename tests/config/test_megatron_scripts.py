@@ -1,0 +1,163 @@
+"""Launch scripts of Megatron-LM and Megatron-DeepSpeed mean here what they meant there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_llmjp.config import megatron
+from megatron_llmjp.config.command_line import flag_names, parse
+from megatron_llmjp.config.load import Layers, build, changed, differences, read_config
+from megatron_llmjp.config.megatron_flags import CHOICES
+from megatron_llmjp.config.megatron_refused import REFUSED, REFUSED_FAMILIES
+from megatron_llmjp.config.megatron_unused import NOT_NEEDED, NOT_NEEDED_FAMILIES
+from megatron_llmjp.errors import UserError
+from tests.config.launch_scripts import SCRIPTS
+
+NAMES = (Path(__file__).parent / "megatron_flags.txt").read_text().split()
+
+OF_THE_DATA_AND_PLACE = {
+    "vocab_size", "tokenizer_type", "tokenizer_model", "data_path", "split", "train_data_path",
+    "valid_data_path", "test_data_path", "data_cache_path", "train_iters", "train_samples",
+    "train_tokens", "load", "save", "save_interval", "log_interval", "eval_interval", "eval_iters",
+    "tensorboard_dir", "wandb_exp_name", "wandb_project", "wandb_entity", "exit_duration_in_mins",
+    "override_opt_param_scheduler", "async_save",
+}  # fmt: skip
+"""What a script says of its data, checkpoints and log, which no preset does."""
+
+
+def preset(name):
+    layers = Layers()
+    read_config(name, layers)
+    return build(layers)
+
+
+def without_blends(argv):
+    """The words without the flags that a fold file takes the place of, and these flags."""
+    kept, left_out, skipping = [], [], False
+    for word in argv:
+        if word.startswith("--"):
+            skipping = word in REFUSED
+            left_out += [word] if skipping else []
+        kept += [] if skipping else [word]
+    return kept, left_out
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.preset)
+def test_a_published_script_is_its_preset(script):
+    argv, without = without_blends(script.argv)
+    assert all("--fold-file" in REFUSED[flag] for flag in without)
+    config, processes, notes = parse(argv)
+    assert processes is None
+    if config.optimizer.lr_decay_iters is None and config.optimizer.lr_decay_tokens is None:
+        config = changed(config, lr_decay_iters=config.training.train_iters)
+    found = differences(preset(script.preset), config)
+    assert set(found) <= OF_THE_DATA_AND_PLACE, found
+    # Each flag is set, or explained once.
+    explained = [note.split()[0] for note in notes]
+    assert len(explained) == len(set(explained))
+    for word in set(explained):
+        assert word in megatron.with_dashes(script.argv)
+    assert all(" is not needed here: " in note for note in notes)
+
+
+def kinds(flag, fields):
+    """All the ways in which a flag is known."""
+    families = (*NOT_NEEDED_FAMILIES, *REFUSED_FAMILIES)
+    tables = (fields, megatron.SETTLED, CHOICES, REFUSED, NOT_NEEDED)
+    exact = [number for number, table in enumerate(tables) if flag in table]
+    return exact or [start for start in families if flag.startswith(start)]
+
+
+def test_every_flag_of_megatron_is_classified_once():
+    fields = flag_names()
+    found = {flag: kinds(flag, fields) for flag in NAMES}
+    assert {flag: kind for flag, kind in found.items() if len(kind) != 1} == {}
+    assert len(NAMES) > 700
+    ours = {*megatron.SETTLED, *CHOICES, *REFUSED, *NOT_NEEDED}
+    assert {flag: kinds(flag, fields) for flag in ours if len(kinds(flag, fields)) != 1} == {}
+
+
+BASE = "--num-layers 4 --hidden-size 128 --num-attention-heads 8"
+MEANINGS = {
+    # flags: what the fields come to
+    "": {
+        "activation_function": "gelu_tanh", "normalization": "LayerNorm", "hidden_dropout": 0.1,
+        "position_embedding_type": "learned_absolute", "add_bias_linear": True, "adam_beta2": 0.999,
+        "untie_embeddings_and_output_weights": False, "weight_decay": 0.01, "ffn_hidden_size": None,
+        "lr_decay_style": "linear",
+    },
+    "--config laptop-llama": {
+        "activation_function": "swiglu", "normalization": "RMSNorm", "hidden_dropout": 0.0,
+        "weight_decay": 0.1, "adam_beta2": 0.95,
+    },
+    "--config laptop-gpt2 --no-bias-gelu-fusion": {"activation_function": "gelu"},
+    "--config laptop-llama --no-bias-gelu-fusion": {"activation_function": "swiglu"},
+    "--no-bias-gelu-fusion": {"activation_function": "gelu"},
+    "--disable-bias-linear": {"activation_function": "gelu", "add_bias_linear": False},
+    "--openai-gelu --disable-bias-linear": {"activation_function": "gelu_tanh"},
+    # int(4 h * 2/3 / 64) * 64, as Megatron-LM's validate_args has it
+    "--swiglu": {"activation_function": "swiglu", "ffn_hidden_size": 320},
+    "--swiglu --ffn-hidden-size 352": {"ffn_hidden_size": 352},
+    "--group-query-attention": {"num_query_groups": 1},
+    "--group-query-attention --num-query-groups 2": {"num_query_groups": 2},
+    "--use-z-loss": {"z_loss_strength": 1e-4},
+    "--use-z-loss --z-loss-strength 1e-5": {"z_loss_strength": 1e-5},
+    "--checkpoint-activations --checkpoint-num-layers 2": {
+        "recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2,
+    },
+    "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1": {
+        "virtual_pipeline_model_parallel_size": 2,
+    },
+    "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 2": {
+        "virtual_pipeline_model_parallel_size": None,
+    },
+    "--zero-stage 1": {"use_distributed_optimizer": True},
+    "--zero-stage 0.0": {"use_distributed_optimizer": False},
+    "--vocab-file x.model --tokenizer-type JapaneseSentencePiece": {
+        "tokenizer_model": "x.model", "tokenizer_type": "GPTSentencePieceTokenizer",
+    },
+    "--lr_decay_iters=7 --override-opt_param-scheduler": {
+        "lr_decay_iters": 7, "override_opt_param_scheduler": True,
+    },
+    "--load a --save a": {"load": None, "save": "a"},
+    "--load b --save a": {"load": "b", "save": "a"},
+    "--rampup-batch-size 16 16 1000": {"rampup_batch_size": (16, 16, 1000)},
+    "--skip-train": {"eval_only": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", MEANINGS)
+def test_meaning(flags):
+    config, _, _ = parse(f"{BASE} {flags}".split())
+    values = {k: v for section in config.model_dump().values() for k, v in section.items()}
+    assert {name: values[name] for name in MEANINGS[flags]} == MEANINGS[flags]
+
+
+REFUSALS = {
+    "--zero-stage 3": "--zero-stage 3 is not supported: ZeRO 2 and 3 are not offered; use",
+    "--num-experts 8": "--num-experts 8 is not supported: models are dense",
+    "--fp8-format hybrid": "--fp8-format is not supported: train in --bf16",
+    "--no-load-optim": "--no-load-optim is not supported: start from weights alone with --finetune",
+    "--vocab-file gpt2-vocab.json": "HuggingFaceTokenizer",
+    "--num-layers-per-virtual-pipeline-stage 3": "4 layers do not divide into chunks of 3",
+    "--tensor-parallel-size 2": "did you mean '--tensor-model-parallel-size'?",
+    "--data-impl lazy": "make the data anew with preprocess_data",
+}
+
+
+@pytest.mark.parametrize("flags", REFUSALS)
+def test_refused_with_a_remedy(flags):
+    with pytest.raises(UserError) as error:
+        parse(f"{BASE} {flags}".split())
+    assert REFUSALS[flags] in str(error.value)
+
+
+def test_all_refused_and_unknown_flags_are_told_at_once():
+    with pytest.raises(UserError) as error:
+        parse(f"{BASE} --use-flash-attn --yaml-cfg x --hiden-size 5 --fp8-margin 0".split())
+    told = str(error.value).splitlines()
+    assert [line.split(" ")[0 if line[0] == "-" else 2] for line in told] == [
+        "--yaml-cfg", "--hiden-size;", "--fp8-margin",
+    ]  # fmt: skip
