@@ -25,7 +25,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 from megatron_llmjp.errors import UserError
@@ -129,7 +128,7 @@ def _take(root: Path, say: Callable[[str], None], patience: float) -> RunLock:
             socket.gethostname(),
             _boot(),
             os.getpid(),
-            datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
+            time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
             uuid.uuid4().hex,
         )
         _sign(root, owner)
