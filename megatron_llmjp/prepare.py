@@ -61,10 +61,7 @@ class Run:
     @property
     def cache(self) -> Path:
         """Folder of sample indices."""
-        data = self.config.data
-        if data.data_cache_path:
-            return Path(data.data_cache_path)
-        return Path(str(data.fold_file)).resolve().parent / "index_cache"
+        return cache_folder(self.config)
 
 
 def prepare(config: Config, world_size: int) -> Run:
@@ -120,6 +117,13 @@ def prepare_data(config: Config) -> RunData:
     datasets = inspect_sources(folds)
     schedule = resolve(folds, datasets, config.data.seq_length, BatchSizes(config))
     return RunData(folds, datasets, schedule)
+
+
+def cache_folder(config: Config) -> Path:
+    """Folder of sample indices."""
+    if config.data.data_cache_path:
+        return Path(config.data.data_cache_path)
+    return Path(str(config.data.fold_file)).resolve().parent / "index_cache"
 
 
 def _tokenizer(config: Config) -> Tokenizer:

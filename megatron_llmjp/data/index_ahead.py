@@ -8,12 +8,13 @@ index: every rank sees to it, by itself, that the indices of a batch are there b
 from __future__ import annotations
 
 import subprocess
+import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Protocol
 
 from megatron_llmjp.data.folds import FoldPlan, Schedule
-from megatron_llmjp.data.index_cache import CachedIndex, ensure_all, fault
+from megatron_llmjp.data.index_cache import PATIENCE_SECONDS, CachedIndex, ensure_all, fault
 from megatron_llmjp.data.index_process import build_in_background
 
 CHEAP = 5_000_000
@@ -45,7 +46,7 @@ class IndexAhead:
         self._first_on_machine = first_on_machine
         self._say = say
         self._ready: set[str] = set()
-        self._background: subprocess.Popen[bytes] | None = None
+        self._background: subprocess.Popen[bytes] | None = None  # makes the next fold's
 
     def start(self, consumed_samples: int, batch: int, held_out: Iterable[CachedIndex]) -> None:
         """Make what the next batch and the validation sets need; no process group exists yet.
@@ -72,8 +73,9 @@ class IndexAhead:
             if fold.name in self._ready:
                 continue
             indices = self._data.indices(fold)
-            if any(fault(index.folder) is not None for index in indices):
+            if _are_missing(indices):
                 self._say(f"waiting for the sample indices of fold '{fold.name}'")
+                self._wait(indices)
             ensure_all(indices)
             self._ready.add(fold.name)
             self._prepare_next(fold)
@@ -101,6 +103,19 @@ class IndexAhead:
             cheap.append(later)
         return cheap
 
+    def _wait(self, indices: Sequence[CachedIndex]) -> None:
+        """Until these are there or the process that makes them failed.
+
+        One process of a machine makes them all, as each takes seconds to start and loads torch.
+        """
+        if self._first_on_machine:
+            self._background = self._background or build_in_background(indices)
+            self._background.wait()
+            return
+        end = time.monotonic() + PATIENCE_SECONDS
+        while _are_missing(indices) and time.monotonic() < end:
+            time.sleep(0.2)
+
     def _prepare_next(self, fold: FoldPlan) -> None:
         """Have the first rank of a machine make the next fold that is not there."""
         schedule = self._data.schedule
@@ -110,8 +125,12 @@ class IndexAhead:
             return
         self.close()  # of the fold that has just begun: it is done
         indices = self._data.indices(following)
-        if any(fault(index.folder) is not None for index in indices):
+        if _are_missing(indices):
             self._background = build_in_background(indices)
+
+
+def _are_missing(indices: Iterable[CachedIndex]) -> bool:
+    return any(fault(index.folder) is not None for index in indices)
 
 
 def _number(fold: FoldPlan, schedule: Schedule) -> int:

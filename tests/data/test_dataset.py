@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from megatron_llmjp.data.folds import FoldPlan, Slice, epoch_seed
 from megatron_llmjp.data.indexed_writer import IndexedWriter
 from megatron_llmjp.data.loader import MicroBatches
 from megatron_llmjp.data.resolve import resolve
-from megatron_llmjp.data.sources import content_key, inspect_sources
+from megatron_llmjp.data.sources import inspect_sources
 from megatron_llmjp.tokenizers import load_tokenizer
 
 LENGTH, BATCH = 16, 8
@@ -187,70 +186,3 @@ def test_validation_starts_over_at_its_end(folder):
     data = ValidationDataset(str(folder / "a"), info, 5, epochs_of(folder))
     size = info.samples_per_epoch(LENGTH)
     assert plain(data[0]) == plain(data[size]) != plain(data[1])
-
-
-def test_other_contents_under_the_same_path_are_another_dataset(tmp_path):
-    lengths = lengths_of(3, 40)
-    write_numbered(tmp_path / "a", lengths, 0)
-    before = content_key(str(tmp_path / "a"))
-    epochs = epochs_of(tmp_path)
-    epochs.build(before, str(tmp_path / "a"), 1)
-    old = plain(epochs.open(before, str(tmp_path / "a"), 1)[0])
-
-    write_numbered(tmp_path / "a", lengths[::-1], 0)  # the same sizes of both files
-    after = content_key(str(tmp_path / "a"))
-    assert after != before
-    epochs.build(after, str(tmp_path / "a"), 1)
-    reference = megatrons_epoch(str(tmp_path / "a"), 1, tmp_path / "theirs")
-    new = epochs.open(after, str(tmp_path / "a"), 1)
-    assert [plain(new[i]) for i in range(len(new))] == reference != old
-    # Elsewhere, the same contents are the same dataset.
-    for suffix in (".bin", ".idx"):
-        (tmp_path / f"b{suffix}").write_bytes((tmp_path / f"a{suffix}").read_bytes())
-    assert content_key(str(tmp_path / "b")) == after
-
-
-def test_an_index_that_a_killed_process_left_is_not_used(tmp_path):
-    write_numbered(tmp_path / "a", lengths_of(3, 40), 0)
-    path, key = str(tmp_path / "a"), content_key(str(tmp_path / "a"))
-    child = os.fork()
-    if child == 0:
-        np.save = half_of(np.save)
-        epochs_of(tmp_path).build(key, path, 1)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    left = list((tmp_path / "cache").rglob("*.npy"))
-    assert left  # it was killed in the middle
-
-    epochs = epochs_of(tmp_path)
-    epochs.build(key, path, 1)
-    data = epochs.open(key, path, 1)
-    found = [plain(data[i]) for i in range(len(data))]
-    assert found == megatrons_epoch(path, 1, tmp_path / "theirs")
-
-
-def half_of(save):
-    """``np.save`` of a process that is killed in the middle of its second file."""
-    calls = []
-
-    def function(path, *arguments, **options):
-        save(path, *arguments, **options)
-        calls.append(path)
-        if len(calls) == 2:
-            os.truncate(path, Path(path).stat().st_size // 2)
-            os._exit(9)
-
-    return function
-
-
-def test_a_complete_index_is_never_written_again(tmp_path):
-    """megatron-core builds a missing index on rank 0 only, while the other ranks fail."""
-    write_numbered(tmp_path / "a", lengths_of(3, 40), 0)
-    path, key = str(tmp_path / "a"), content_key(str(tmp_path / "a"))
-    epochs_of(tmp_path).build(key, path, 1)
-    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*")}
-    other = {"reset_position_ids": True, "reset_attention_mask": True, "eod_mask_loss": True}
-    for epochs in (epochs_of(tmp_path, vocab_size=500), epochs_of(tmp_path, **other)):
-        epochs.build(key, path, 1)
-        assert len(epochs.open(key, path, 1)) > 0
-        assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*")} == files

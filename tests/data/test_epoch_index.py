@@ -1,0 +1,203 @@
+"""Indices of epochs: contents decide their names, and they are there when a fold needs them."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+import yaml
+from torch.utils.data import DataLoader
+
+from megatron_llmjp.config.command_line import parse
+from megatron_llmjp.config.schema import DataConfig
+from megatron_llmjp.data import epoch_index, index_ahead
+from megatron_llmjp.data.batch_sizes import BatchSizes
+from megatron_llmjp.data.dataset import FoldDataset
+from megatron_llmjp.data.epoch_index import Epochs
+from megatron_llmjp.data.fold_reading import read_fold_file
+from megatron_llmjp.data.index_ahead import IndexAhead
+from megatron_llmjp.data.index_cache import ensure_all, fault
+from megatron_llmjp.data.indexed_writer import IndexedWriter
+from megatron_llmjp.data.resolve import resolve
+from megatron_llmjp.data.sources import content_key, inspect_sources
+from megatron_llmjp.tokenizers import load_tokenizer
+from tests.support.datasets import write_folds
+
+LENGTH, BATCH = 16, 8
+
+
+def write(prefix: Path, lengths: list[int]) -> tuple[str, str]:
+    """A dataset whose tokens are all different; its contents' key and its path."""
+    writer = IndexedWriter(prefix.with_suffix(".bin"), np.dtype(np.int32))
+    writer.add(np.arange(sum(lengths), dtype=np.int32), np.array(lengths, np.int32))
+    writer.finish(prefix.with_suffix(".idx"))
+    writer.clean()
+    return content_key(str(prefix)), str(prefix)
+
+
+def lengths_of(seed: int) -> list[int]:
+    return np.random.default_rng(seed).integers(1, 60, 40).tolist()
+
+
+def epochs_of(folder: Path, vocab_size: int = 99, **data) -> Epochs:
+    tokenizer = load_tokenizer("NullTokenizer", None, vocab_size=vocab_size)
+    return Epochs(DataConfig(seq_length=LENGTH, **data), tokenizer, folder / "cache")
+
+
+def samples(data) -> list[list[int]]:
+    return [[*data[i]["tokens"].tolist(), int(data[i]["labels"][-1])] for i in range(len(data))]
+
+
+def folds_of(folder: Path, iterations=(6, 5, 4)) -> FoldDataset:
+    file = read_fold_file(write_folds(folder, iterations))
+    model = "--num-layers 1 --hidden-size 8 --num-attention-heads 1 --global-batch-size"
+    config = parse([*model.split(), str(BATCH)])[0]
+    schedule = resolve(file, inspect_sources(file), LENGTH, BatchSizes(config))
+    return FoldDataset(schedule, epochs_of(folder))
+
+
+def times(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_other_contents_under_the_same_path_are_another_dataset(tmp_path):
+    key, path = write(tmp_path / "a", lengths_of(3))
+    old = samples(epochs_of(tmp_path).open(key, path, 1))
+    after, _ = write(tmp_path / "a", lengths_of(3)[::-1])  # the same sizes of both files
+    assert after != key
+    new = samples(epochs_of(tmp_path).open(after, path, 1))
+    assert sorted(new) != sorted(old)
+    assert new == samples(epochs_of(tmp_path / "empty").open(after, path, 1))
+    # Elsewhere, the same contents are the same dataset.
+    for suffix in (".bin", ".idx"):
+        (tmp_path / f"b{suffix}").write_bytes((tmp_path / f"a{suffix}").read_bytes())
+    assert content_key(str(tmp_path / "b")) == after
+
+
+def test_a_complete_index_is_never_written_again(tmp_path):
+    """megatron-core builds a missing index on rank 0 only, while the other ranks fail."""
+    key, path = write(tmp_path / "a", lengths_of(3))
+    epochs_of(tmp_path).build(key, path, 1)
+    files = times(tmp_path / "cache")
+    other = {"reset_position_ids": True, "reset_attention_mask": True, "eod_mask_loss": True}
+    for epochs in (epochs_of(tmp_path, vocab_size=500), epochs_of(tmp_path, **other)):
+        epochs.build(key, path, 1)
+        assert len(epochs.open(key, path, 1)) > 0
+        assert times(tmp_path / "cache") == files
+
+
+def damage_header(path: Path) -> None:
+    """As many bytes as before, but no array."""
+    with path.open("r+b") as stream:
+        stream.write(b"\0" * 16)
+
+
+def damage_values(path: Path) -> None:
+    """An array of the same shape and other contents."""
+    array = np.load(path)
+    np.save(path, np.full_like(array, 10**6))
+
+
+@pytest.mark.parametrize("damage", [damage_header, damage_values])
+@pytest.mark.parametrize("which", ["sample_index", "shuffle_index"])
+def test_damage_that_sizes_do_not_show(tmp_path, capsys, damage, which):
+    key, path = write(tmp_path / "a", lengths_of(3))
+    good = samples(epochs_of(tmp_path).open(key, path, 1))
+    (file,) = (tmp_path / "cache").rglob(f"*{which}.npy")
+    size = file.stat().st_size
+    damage(file)
+    assert file.stat().st_size == size
+    assert samples(epochs_of(tmp_path).open(key, path, 1)) == good
+    assert "building it again" in capsys.readouterr().err
+
+
+def test_epochs_of_a_dataset_share_its_files(tmp_path):
+    key, path = write(tmp_path / "a", lengths_of(3))
+    epochs = epochs_of(tmp_path)
+    first, second = (epochs.open(key, path, seed) for seed in (1, 2))
+    assert first.dataset is second.dataset
+    assert first.document_index.tolist() != second.document_index.tolist()
+    for array in (first.document_index, first.sample_index, first.shuffle_index):
+        assert isinstance(array, np.memmap)
+        assert array.dtype.itemsize == 4
+    assert first.indices.nbytes == 0
+
+
+def test_later_folds_may_change_without_touching_earlier_indices(tmp_path):
+    data = folds_of(tmp_path, (6, 5, 4))
+    for fold in data.schedule.folds[:2]:
+        ensure_all(data.indices(fold))
+    before = times(tmp_path / "cache")
+    path = tmp_path / "folds.yaml"
+    content = yaml.safe_load(path.read_text())
+    content["folds"][2]["blend"]["ja"]["weight"] = 7
+    content["folds"].append(content["folds"][1] | {"name": "new"})
+    path.write_text(yaml.safe_dump(content))
+    edited = folds_of(tmp_path, (6, 5, 9, 3))
+    for fold in edited.schedule.folds[:2]:
+        assert all(fault(index.folder) is None for index in edited.indices(fold))
+        ensure_all(edited.indices(fold), thorough=True)
+    assert times(tmp_path / "cache") == before
+
+
+def test_a_fold_is_made_before_it_is_due(tmp_path, monkeypatch):
+    """The first at once, the next in the background, and no other; small ones all at once."""
+    data = folds_of(tmp_path, (2, 2, 2))
+    first, second, third = data.schedule.folds
+    said: list[str] = []
+    monkeypatch.setattr(index_ahead, "CHEAP", -1)
+    ahead = IndexAhead(data, first_on_machine=True, say=said.append)
+    ahead.start(0, BATCH, [])
+    assert not missing(data, first)
+    assert missing(data, third)
+    end = time.monotonic() + 120
+    while missing(data, second):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    files = times(tmp_path / "cache")
+    other_rank = IndexAhead(data, first_on_machine=False, say=said.append)
+    for consumed in (0, BATCH, BATCH + 1):  # the last batch reaches into the second fold
+        other_rank.before(consumed, BATCH)
+    assert {p: t for p, t in times(tmp_path / "cache").items() if p in files} == files
+    assert len(said) == 1  # "building ..." at the start; nobody waited
+    ahead.close()
+    monkeypatch.undo()
+    IndexAhead(data, first_on_machine=True, say=said.append).start(BATCH, BATCH, [])
+    assert not missing(data, third)
+
+
+def missing(data: FoldDataset, fold) -> bool:
+    return any(fault(index.folder) is not None for index in data.indices(fold))
+
+
+def test_inside_a_process_group(tmp_path, monkeypatch):
+    """A rank and its DataLoader workers that miss an index have it made beside them."""
+    data = folds_of(tmp_path, (2, 2))
+    numbers = [0, BATCH, data.schedule.folds[1].first_sample]
+    (tmp_path / "other").mkdir()
+    expected = [folds_of(tmp_path / "other", (2, 2))[i]["tokens"].tolist() for i in numbers]
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        # Whoever builds an index in this process, instead of beside it, meets this.
+        monkeypatch.setattr(epoch_index, "_dataset", only_open(epoch_index._dataset))
+        IndexAhead(data, first_on_machine=True).before(0, BATCH)
+        assert not missing(data, data.schedule.folds[0])
+        order, epoch, *_ = data.indices(data.schedule.folds[0])
+        shutil.rmtree(order.folder)
+        shutil.rmtree(epoch.folder)
+        loader = DataLoader(data, batch_size=None, sampler=numbers, num_workers=1)
+        assert [sample["tokens"].tolist() for sample in loader] == expected
+    finally:
+        dist.destroy_process_group()
+
+
+def only_open(dataset):
+    def function(index, tokens, folder, *rest):
+        assert folder == index.folder
+        return dataset(index, tokens, folder, *rest)
+
+    return function
