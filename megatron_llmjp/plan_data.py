@@ -14,7 +14,7 @@ from megatron_llmjp.data.batch_sizes import BatchSizes
 from megatron_llmjp.plan.data_plan import DataPlan, LearningRate, make_plan
 from megatron_llmjp.plan.data_table import show
 from megatron_llmjp.plan.data_warnings import find_warnings
-from megatron_llmjp.prepare import RunData, count_iterations, prepare_data
+from megatron_llmjp.prepare_data import RunData, count_iterations, prepare_data
 from megatron_llmjp.tokenizers import load_tokenizer
 
 

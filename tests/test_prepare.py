@@ -27,6 +27,6 @@ def test_folds_added_later_do_not_move_the_learning_rate(tmp_path):
     assert longer.train_iters == 17
     touched = longer.schedule.touched(run.schedule.total_samples)
     manifest = Manifest(iteration=11, consumed_samples=44, contents="full", folds=touched, files={})
-    adopted, notes = adopt(config, Resume(Path(), manifest, run.config), longer.schedule)
+    adopted, _, notes = adopt(config, Resume(Path(), manifest, run.config), longer.schedule, {})
     assert adopted.optimizer.lr_decay_iters == 11
     assert not [note for note in notes if "lr_decay_iters" in note]

@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_llmjp.checkpoint import manifest as manifests
-from megatron_llmjp.checkpoint.manifest import Manifest
+from megatron_llmjp.checkpoint import past
+from megatron_llmjp.checkpoint.manifest import Manifest, Override
+from megatron_llmjp.checkpoint.past import Past, Ranges
 from megatron_llmjp.config.load import FROZEN_AT_RESUME, changed, differences, load_resolved
 from megatron_llmjp.config.schema import Config, OptimizerConfig
-from megatron_llmjp.data.fold_record import differences as differences_of_fold
 from megatron_llmjp.data.folds import Schedule
 from megatron_llmjp.errors import UserError
 
@@ -56,16 +57,30 @@ def find(config: Config) -> Resume | None:
     return None
 
 
-def adopt(config: Config, resume: Resume, schedule: Schedule | None) -> tuple[Config, list[str]]:
-    """The configuration to go on with, and what is to be told of it.
+def adopt(
+    config: Config, resume: Resume, schedule: Schedule, skipped: Ranges
+) -> tuple[Config, Past, list[str]]:
+    """The configuration to go on with, what to go on remembering, and what to tell the user.
 
     The padded vocabulary stays the checkpoint's, so that the softmax runs over the same rows in
     every layout. The learning-rate schedule stays the checkpoint's unless
     ``override_opt_param_scheduler`` is set.
 
+    Args:
+        config: what is asked for.
+        resume: the checkpoint.
+        schedule: of the data asked for.
+        skipped: what ``--skip-iterations`` leaves out of it.
+
     Raises:
-        UserError: a field or a touched fold differs that would silently change the run.
+        UserError: the checkpoint holds weights alone, or a field or the past of the data differs
+            in a way that would silently change the run.
     """
+    if resume.manifest.contents != "full":
+        raise UserError(
+            f"{resume.folder} holds weights without optimizer state: add --finetune to start a new "
+            "run from them"
+        )
     saved, allowed = resume.config, set(config.checkpoint.override_resume)
     notes = []
     if "padded_vocab_size" not in allowed and config.model.padded_vocab_size is None:
@@ -88,10 +103,16 @@ def adopt(config: Config, resume: Resume, schedule: Schedule | None) -> tuple[Co
             config = changed(config, **{name: old})
         elif name not in _OF_NO_CONSEQUENCE:
             notes.append(f"{name}: was {old!r}, now {new!r}")
-    problems += _changed_folds(resume, schedule) if "folds" not in allowed else []
+    found = past.changes(resume.manifest, schedule)
+    problems += past.refusal(resume.folder, found) if "folds" not in allowed else []
     if problems:
         raise UserError("\n".join(problems))
-    return config, notes
+    overrides = [
+        Override(iteration=resume.manifest.iteration, difference=change) for change in found
+    ]
+    notes += [f"accepted by --override-resume folds: {change}" for change in found]
+    memory = Past(skipped, (*resume.manifest.overrides, *overrides))
+    return config, memory, notes
 
 
 def _open(folder: Path, bad: list[str]) -> Resume | None:
@@ -104,19 +125,3 @@ def _open(folder: Path, bad: list[str]) -> Resume | None:
     except UserError as error:
         bad.append(f"damaged checkpoint: {error}")
     return None
-
-
-def _changed_folds(resume: Resume, schedule: Schedule | None) -> list[str]:
-    if schedule is None:
-        return []
-    now = {fold.name: schedule.record(fold) for fold in schedule.folds}
-    found = []
-    for name, record in resume.manifest.folds.items():
-        changes = differences_of_fold(record, now.get(name))
-        if changes:
-            found.append(
-                f"fold '{name}' has changed, but {resume.folder} was trained on it: "
-                f"{'; '.join(changes)}. Going on would repeat or drop data. Set it back (folds not "
-                "yet touched may change), or accept it with --override-resume folds"
-            )
-    return found

@@ -21,9 +21,12 @@ import torch.distributed as dist
 import megatron_llmjp
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint.manifest import FileEntry, Manifest
+from megatron_llmjp.checkpoint.past import Past
 from megatron_llmjp.checkpoint.random_state import get_random_state, set_random_state
 from megatron_llmjp.config.load import dump
 from megatron_llmjp.config.schema import Config
+from megatron_llmjp.data.fold_record import FoldRecord
+from megatron_llmjp.data.skips import NOTHING_SKIPPED, Skips
 from megatron_llmjp.runtime.device import without_warnings
 
 with without_warnings():
@@ -51,8 +54,11 @@ class Progress:
 
     iteration: int = 0
     consumed_samples: int = 0
-    folds: Mapping[str, str] | None = None
-    """Digests of the folds touched."""
+    folds: Mapping[str, FoldRecord] | None = None
+    """The folds touched."""
+    skips: Skips = NOTHING_SKIPPED
+    past: Past | None = None
+    """What else to remember of the data."""
     metrics: Mapping[str, float] | None = None
 
 
@@ -83,6 +89,9 @@ def save(
             consumed_samples=progress.consumed_samples,
             contents="full",
             folds=dict(progress.folds or {}),
+            skips=list(progress.skips.ranges),
+            skipped_iterations=dict(progress.past.skipped_iterations) if progress.past else {},
+            overrides=list(progress.past.overrides) if progress.past else [],
             metrics=dict(progress.metrics or {}),
             versions=_versions(),
             files=files,

@@ -147,6 +147,8 @@ def _add_field(group: argparse._ArgumentGroup, name: str, info: FieldInfo) -> No
         kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
     elif name == "override_resume":
         kind = {"nargs": "+", "metavar": "FIELD"}
+    elif name.endswith("data_path"):
+        kind = {"nargs": "+", "metavar": "PATH"}
     elif name == "rampup_batch_size":
         kind = {"nargs": 3, "metavar": ("START", "INCREMENT", "SAMPLES")}
     else:

@@ -73,9 +73,7 @@ _BY_REMEDY: dict[str, str] = {
         --decrease-batch-size-if-needed""",
     # data
     "declare the data in a fold file and give --fold-file (docs/folds.md)": """
-        --data-path --split --train-data-path --valid-data-path --test-data-path
-        --data-args-path
-        --per-split-data-args-path --renormalize-blend-weights --mock-data --use-dataset-only
+        --renormalize-blend-weights --mock-data --use-dataset-only
         --aml-data-download-path --phase-transition-iterations --train-data-exact-num-epochs
         --full-validation --multiple-validation-sets""",
     "the order of samples is the schedule's; inspect_dataset shows it": """

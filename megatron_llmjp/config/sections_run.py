@@ -13,6 +13,26 @@ class DataConfig(Section):
     """Tokens in: the fold schedule and the tokenizer that made its datasets."""
 
     fold_file: str | None = Field(None, description="YAML file with folds, blends and validation")
+    data_path: tuple[str, ...] = Field(
+        (),
+        description="instead of a fold file: datasets, or weights and datasets in turn, in "
+        "Megatron-LM's order of samples (needs train_iters)",
+    )
+    data_args_path: str | None = Field(None, description="a file that holds the list of data_path")
+    train_data_path: tuple[str, ...] = Field((), description="as data_path, for training alone")
+    valid_data_path: tuple[str, ...] = Field((), description="as data_path, for validation alone")
+    test_data_path: tuple[str, ...] = Field((), description="as data_path, for the test set alone")
+    per_split_data_args_path: str | None = Field(
+        None, description="a JSON file with the lists of train, valid and test"
+    )
+    split: str | None = Field(
+        None, description="shares of train, valid and test in data_path: 969,30,1 if not given"
+    )
+    skip_iterations: str | None = Field(
+        None,
+        description="iterations whose samples are left out, such as 1050-1060,2000; counted as "
+        "the run counted them that is gone on with (docs/folds.md)",
+    )
     data_cache_path: str | None = Field(
         None, description="folder for sample indices; beside the fold file when not given"
     )

@@ -1,20 +1,23 @@
 """Fold schedule -> samples, through megatron-core's GPTDataset.
 
-One GPTDataset is exactly one epoch of one dataset. megatron-core's blended datasets are not used:
-they draw 0.5 % more samples than asked for, and number their samples anew when a blend changes.
+One GPTDataset is exactly one epoch of one dataset. megatron-core's blended datasets are used for
+folds in Megatron-LM's order only: they draw 0.5 % more samples than asked for, repeat a dataset
+without being asked, and number their samples anew when a blend changes.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset
 
-from megatron_llmjp.data.epoch_index import EpochIndex, Epochs
+from megatron_llmjp.data.epoch_index import Epochs
 from megatron_llmjp.data.fold_order import FoldOrder
-from megatron_llmjp.data.folds import DatasetInfo, FoldPlan, Schedule, Slice, epoch_seed
+from megatron_llmjp.data.folds import FoldPlan, HeldOut, MegatronBlend, Schedule, Slice, epoch_seed
 from megatron_llmjp.data.index_cache import CachedIndex
+from megatron_llmjp.data.megatron_order import megatron_index
 from megatron_llmjp.runtime.device import without_warnings
 
 with without_warnings():
@@ -35,27 +38,38 @@ class FoldDataset(Dataset[Sample]):
         self._epochs = epochs
         self._open_epoch = lru_cache(maxsize=256)(self._epoch)
         self._order = lru_cache(maxsize=2)(lambda fold: FoldOrder(epochs.cache, fold).open())
+        self._megatron = lru_cache(maxsize=2)(
+            lambda blend: megatron_index(blend, epochs).open(epochs)
+        )
 
     def __len__(self) -> int:
         return self.schedule.total_samples
 
     def __getitem__(self, index: int) -> Sample:
-        piece, number = self.locate(index)
+        fold, inside = self._place(index)
+        if fold.megatron is not None:
+            found: Sample = self._megatron(fold.megatron)[inside]
+            return found
+        piece, number = self._source(fold, inside)
         epoch, sample = divmod(number, piece.samples_per_epoch)
         item: Sample = self._open_epoch(piece.key, piece.path, epoch)[sample]
         return item
 
     def locate(self, index: int) -> tuple[Slice, int]:
-        """The dataset of trained sample ``index`` and its number in the dataset's stream."""
-        position = self.schedule.position(index)
-        fold = self.schedule.fold_of(position)
-        which, number = self._order(fold)
-        inside = position - fold.first_sample
-        piece = fold.slices[which[inside]]
-        return piece, piece.start + int(number[inside])
+        """The dataset of trained sample ``index`` and its number in the dataset's stream.
+
+        In Megatron-LM's order its number in the dataset that Megatron-LM builds of it.
+        """
+        fold, inside = self._place(index)
+        if fold.megatron is not None:
+            which, _, number = self._megatron(fold.megatron).source(inside)
+            return fold.slices[which], number
+        return self._source(fold, inside)
 
     def indices(self, fold: FoldPlan) -> list[CachedIndex]:
         """What samples of a fold are looked up in; made when needed, or before by others."""
+        if fold.megatron is not None:
+            return [megatron_index(fold.megatron, self._epochs)]
         found: list[CachedIndex] = [FoldOrder(self._epochs.cache, fold)]
         for piece in fold.slices:
             first = piece.start // piece.samples_per_epoch
@@ -64,6 +78,17 @@ class FoldDataset(Dataset[Sample]):
                 found.append(self._epochs.index(piece.key, piece.path, seed))
         return found
 
+    def _place(self, index: int) -> tuple[FoldPlan, int]:
+        """The fold of trained sample ``index`` and the sample's number in it."""
+        position = self.schedule.position(index)
+        fold = self.schedule.fold_of(position)
+        return fold, position - fold.first_sample
+
+    def _source(self, fold: FoldPlan, inside: int) -> tuple[Slice, int]:
+        which, number = self._order(fold)
+        piece = fold.slices[which[inside]]
+        return piece, piece.start + int(number[inside])
+
     def _epoch(self, key: str, path: str, epoch: int) -> GPTDataset:
         return self._epochs.open(key, path, epoch_seed(self.schedule.seed, key, epoch))
 
@@ -71,18 +96,33 @@ class FoldDataset(Dataset[Sample]):
 class ValidationDataset(Dataset[Sample]):
     """The first samples of a validation set, over again when more are asked for."""
 
-    def __init__(self, path: str, info: DatasetInfo, seed: int, epochs: Epochs) -> None:
+    def __init__(self, held_out: HeldOut | MegatronBlend, epochs: Epochs) -> None:
+        self._held_out = held_out
         self._epochs = epochs
-        self._place = (info.key, path, epoch_seed(seed, info.key, 0))
-        self._samples: GPTDataset | None = None
+        self._samples: Any = None
 
     @property
-    def index(self) -> EpochIndex:
+    def index(self) -> CachedIndex:
         """What its samples are looked up in."""
-        return self._epochs.index(*self._place)
+        if isinstance(self._held_out, MegatronBlend):
+            return megatron_index(self._held_out, self._epochs)
+        return self._epochs.index(self._held_out.key, self._held_out.path, self._held_out.seed)
+
+    def __len__(self) -> int:
+        return len(self._opened())
 
     def __getitem__(self, index: int) -> Sample:
-        if self._samples is None:
-            self._samples = self._epochs.open(*self._place)
-        item: Sample = self._samples[index % len(self._samples)]
+        samples = self._opened()
+        item: Sample = samples[index % len(samples)]
         return item
+
+    def _opened(self) -> Any:
+        if self._samples is None:
+            self._samples = self._open()
+        return self._samples
+
+    def _open(self) -> Any:
+        held_out = self._held_out
+        if isinstance(held_out, MegatronBlend):
+            return megatron_index(held_out, self._epochs).open(self._epochs)
+        return self._epochs.open(held_out.key, held_out.path, held_out.seed)

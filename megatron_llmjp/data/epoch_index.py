@@ -92,13 +92,13 @@ class Epochs:
     """Opens epochs of datasets, whose indices are cached on disk under their contents."""
 
     def __init__(self, data: DataConfig, tokenizer: Any, cache: Path) -> None:
-        self._length = data.seq_length
-        self._flags = {
+        self.sequence_length = data.seq_length
+        self.flags = {
             "reset_position_ids": data.reset_position_ids,
             "reset_attention_mask": data.reset_attention_mask,
             "eod_mask_loss": data.eod_mask_loss,
         }
-        self._tokenizer = DatasetTokenizer(tokenizer.eod_id, tokenizer.vocab_size)
+        self.tokenizer = DatasetTokenizer(tokenizer.eod_id, tokenizer.vocab_size)
         self.cache = cache
         _allow_open_files()
         # Epochs of a dataset share its file handles.
@@ -106,7 +106,7 @@ class Epochs:
 
     def index(self, key: str, path: str, seed: int) -> EpochIndex:
         """What :meth:`open` will need."""
-        return EpochIndex(self.cache, path, key, seed, self._length)
+        return EpochIndex(self.cache, path, key, seed, self.sequence_length)
 
     def build(self, key: str, path: str, seed: int) -> None:
         """Make the cache of an epoch, unless another process does or did."""
@@ -132,7 +132,7 @@ class Epochs:
     def _open(self, index: EpochIndex, tokens: Any) -> GPTDataset:
         # The documents' numbers serve to build an index only: 4 bytes each that nobody needs here.
         nothing = np.empty(0, np.int32)
-        data = _dataset(index, tokens, index.folder, nothing, self._tokenizer, self._flags)
+        data = _dataset(index, tokens, index.folder, nothing, self.tokenizer, self.flags)
         _check_ranges(data, len(tokens))
         return data
 

@@ -37,10 +37,8 @@ class FoldRecord(_Record):
     """By name; None in checkpoints of before these were stored."""
 
 
-def differences(old: FoldRecord, new: FoldRecord | None) -> list[str]:
+def differences(old: FoldRecord, new: FoldRecord) -> list[str]:
     """How a fold differs from what a checkpoint says of it; empty when it does not."""
-    if new is None:
-        return ["it is gone from the fold file"]
     if new.digest == old.digest:
         return []
     if old.datasets is None or new.datasets is None:
@@ -77,10 +75,14 @@ def _of_a_dataset(old: DatasetRecord, new: DatasetRecord) -> Iterator[str]:
     if old.key != new.key:
         where = new.path if old.path == new.path else f"{old.path}, now {new.path},"
         yield f"contents of {where} changed"
+    asked = []
+    if old.asked != new.asked:
+        same_kind = old.asked.split(" ")[0] == new.asked.split(" ")[0]
+        after = new.asked.split(" ")[-1] if same_kind else new.asked or "no amount"
+        asked = [f"{old.asked or 'no amount'} -> {after}"]
     if old.samples != new.samples:
-        asked = f"{old.asked} -> {new.asked}: " if old.asked != new.asked else ""
-        yield f"{asked}{new.samples:,} samples instead of {old.samples:,}"
-    elif old.asked != new.asked:
-        yield f"{old.asked} -> {new.asked}"
+        asked.append(f"{new.samples:,} samples instead of {old.samples:,}")
+    if asked:
+        yield ": ".join(asked)
     if old.start != new.start:
         yield f"goes on from sample {new.start:,} of its stream instead of {old.start:,}"

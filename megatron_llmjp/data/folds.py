@@ -85,6 +85,15 @@ class MegatronBlend:
 
 
 @dataclass(frozen=True)
+class HeldOut:
+    """A dataset to validate on, in the order of one shuffled epoch."""
+
+    path: str
+    key: str
+    seed: int
+
+
+@dataclass(frozen=True)
 class FoldPlan:
     """A fold with its place in the run."""
 

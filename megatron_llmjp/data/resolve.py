@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from megatron_llmjp.data.batch_sizes import BatchSizes
 from megatron_llmjp.data.budgets import budget, shares
-from megatron_llmjp.data.fold_file import Fold, FoldFile, Source
-from megatron_llmjp.data.folds import DatasetInfo, FoldPlan, MegatronBlend, Schedule, Slice
+from megatron_llmjp.data.fold_file import Fold, FoldFile, Part, Source
+from megatron_llmjp.data.folds import (
+    DatasetInfo,
+    FoldPlan,
+    HeldOut,
+    MegatronBlend,
+    Schedule,
+    Slice,
+    epoch_seed,
+)
 from megatron_llmjp.data.skips import Skips
 from megatron_llmjp.errors import UserError
 
@@ -49,6 +57,29 @@ def resolve(
     return Schedule(file.seed, sequence_length, tuple(folds), skips)
 
 
+def resolve_validation(
+    file: FoldFile, datasets: Mapping[str, DatasetInfo], samples: Mapping[str, int]
+) -> dict[str, HeldOut | MegatronBlend]:
+    """The validation sets by name.
+
+    Args:
+        file: the fold file.
+        datasets: what is known of each dataset, by path.
+        samples: how many Megatron-LM would ask for in the parts ``valid`` and ``test``; its order
+            depends on it.
+    """
+    found: dict[str, HeldOut | MegatronBlend] = {}
+    for name, held_out in file.validation.items():
+        if held_out.blend is not None:
+            infos = [datasets[source.path] for source in held_out.blend.values()]
+            part, split = held_out.part, held_out.split
+            found[name] = _blend(held_out.blend, infos, split, part, samples[part], file.seed)
+        elif held_out.path is not None:
+            key = datasets[held_out.path].key
+            found[name] = HeldOut(held_out.path, key, epoch_seed(file.seed, key, 0))
+    return found
+
+
 def _plan(
     fold: Fold,
     seed: int,
@@ -81,7 +112,9 @@ def _plan(
             cursors[key] = -(-piece.end // epoch) * epoch
         slices.append(piece)
     total = sum(counts)
-    blend = _megatron(fold, infos, total, seed) if fold.order == "megatron" else None
+    blend = None
+    if fold.order == "megatron":
+        blend = _blend(fold.blend, infos.values(), fold.split, "train", total, seed)
     return FoldPlan(
         name=fold.name,
         first_sample=first,
@@ -93,16 +126,21 @@ def _plan(
     )
 
 
-def _megatron(
-    fold: Fold, infos: Mapping[str, DatasetInfo], samples: int, seed: int
+def _blend(
+    blend: Mapping[str, Source],
+    infos: Iterable[DatasetInfo],
+    split: str | None,
+    part: Part,
+    samples: int,
+    seed: int,
 ) -> MegatronBlend:
-    weights = [source.weight for source in fold.blend.values() if source.weight is not None]
+    weights = [source.weight for source in blend.values() if source.weight is not None]
     return MegatronBlend(
-        paths=tuple(source.path for source in fold.blend.values()),
-        keys=tuple(info.key for info in infos.values()),
+        paths=tuple(source.path for source in blend.values()),
+        keys=tuple(info.key for info in infos),
         weights=tuple(weights) or None,
-        split=fold.split,
-        part="train",
+        split=split,
+        part=part,
         samples=samples,
         seed=seed,
     )

@@ -61,7 +61,7 @@ FLAGS = {
     # flags over a run that is right: what the message must say
     "--lerning-rate 1": ["unknown flag --lerning-rate (--help"],
     "--global-batch 8": ["unknown flag --global-batch; did you mean '--global-batch-size'?"],
-    "--data-path x": ["--data-path is not supported", "--fold-file"],
+    "--data-path x": ["both --fold-file and --data-path declare the data", "take one of them away"],
     "--lr fast": ["flag --lr: lr = 'fast': expected a valid number"],
     "--num-layers 0": ["flag --num-layers: num_layers = '0': expected greater than 0"],
     "--optimizer lion": ["flag --optimizer: optimizer = 'lion': expected 'adam' or 'sgd'"],

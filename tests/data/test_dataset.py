@@ -21,7 +21,7 @@ from megatron_llmjp.data.dataset import FoldDataset, ValidationDataset
 from megatron_llmjp.data.epoch_index import DatasetTokenizer, Epochs
 from megatron_llmjp.data.fold_order import blend_order
 from megatron_llmjp.data.fold_reading import read_fold_file
-from megatron_llmjp.data.folds import FoldPlan, Slice, epoch_seed
+from megatron_llmjp.data.folds import FoldPlan, HeldOut, Slice, epoch_seed
 from megatron_llmjp.data.indexed_writer import IndexedWriter
 from megatron_llmjp.data.loader import MicroBatches
 from megatron_llmjp.data.resolve import resolve
@@ -183,6 +183,7 @@ def test_a_batch_over_the_edge_of_two_folds(run, folder):
 
 def test_validation_starts_over_at_its_end(folder):
     info = next(iter(inspect_sources(read_fold_file(folder / "folds.yaml")).values()))
-    data = ValidationDataset(str(folder / "a"), info, 5, epochs_of(folder))
+    held_out = HeldOut(str(folder / "a"), info.key, 7)
+    data = ValidationDataset(held_out, epochs_of(folder))
     size = info.samples_per_epoch(LENGTH)
     assert plain(data[0]) == plain(data[size]) != plain(data[1])

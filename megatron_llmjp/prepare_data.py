@@ -1,0 +1,136 @@
+"""The data of a run, resolved: schedule, number of iterations, validation sets. Without torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_llmjp.config.schema import Config, DataConfig
+from megatron_llmjp.data.batch_sizes import BatchSizes
+from megatron_llmjp.data.fold_file import FoldFile
+from megatron_llmjp.data.fold_reading import read_fold_file
+from megatron_llmjp.data.folds import DatasetInfo, HeldOut, MegatronBlend, Schedule
+from megatron_llmjp.data.megatron_paths import fold_file_of, given_flags
+from megatron_llmjp.data.resolve import resolve, resolve_validation
+from megatron_llmjp.data.sources import inspect_sources
+from megatron_llmjp.errors import UserError
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The data of a run, resolved."""
+
+    folds: FoldFile
+    datasets: dict[str, DatasetInfo]
+    """What is known of each dataset, by path."""
+    schedule: Schedule
+
+
+def prepare_data(config: Config) -> RunData:
+    """Resolve the data of a run; of the model and the layout nothing need be known.
+
+    Raises:
+        UserError: whatever is wrong with the fold file or a dataset.
+    """
+    batch_sizes, length = BatchSizes(config), config.data.seq_length
+    if given_flags(config.data):
+        samples = _asked_samples(config, batch_sizes)
+        folds = fold_file_of(config.data, samples, config.training.seed)
+    elif config.data.fold_file is None:
+        raise UserError(
+            "no data: give --fold-file, the file that declares the folds of the run, or "
+            "--data-path as for Megatron-LM"
+        )
+    else:
+        folds = read_fold_file(Path(config.data.fold_file))
+    if folds.sequence_length not in (None, length):
+        raise UserError(
+            f"{config.data.fold_file}: sequence_length {folds.sequence_length} differs from the "
+            f"run's seq_length {length}: take one of them away"
+        )
+    datasets = inspect_sources(folds)
+    return RunData(folds, datasets, resolve(folds, datasets, length, batch_sizes))
+
+
+def count_iterations(config: Config, schedule: Schedule) -> tuple[int, list[str]]:
+    """Iterations of the run: the schedule's, unless fewer are asked for; and what to tell of it.
+
+    Raises:
+        UserError: there is not one full batch, or more are asked for than the folds have.
+    """
+    batch_sizes, where = BatchSizes(config), source_of_data(config.data)
+    possible, rest = batch_sizes.iterations(schedule.total_samples)
+    if possible == 0:
+        raise UserError(
+            f"{where}: its {schedule.total_samples} samples are less than one global batch of "
+            f"{batch_sizes.at(0)}: enlarge the folds or lower global_batch_size"
+        )
+    asked = _asked_iterations(config, batch_sizes)
+    if asked is None:
+        note = f"{rest} samples at the end make no full batch and are left out"
+        return possible, [note] if rest else []
+    if asked <= possible:
+        note = f"train_iters {asked} ends the run before the folds do (at {possible})"
+        return asked, [note] if asked < possible else []
+    if asked <= batch_sizes.iterations(schedule.total_positions)[0]:
+        return possible, [f"the run ends at iteration {possible}, not {asked}: samples are skipped"]
+    raise UserError(
+        f"train_iters {asked} needs {batch_sizes.consumed_after(asked):,} samples, but the folds "
+        f"of {where} hold {schedule.total_samples:,}, enough for {possible}: leave train_iters "
+        "out, or give the folds more tokens"
+    )
+
+
+def validation_sets(
+    config: Config, data: RunData, train_iters: int
+) -> dict[str, HeldOut | MegatronBlend]:
+    """The validation sets by name, those in Megatron-LM's order as large as it would make them."""
+    training = config.training
+    times = train_iters // training.eval_interval + 1 if training.eval_interval else 1
+    once = max(1, training.eval_iters * training.global_batch_size)
+    return resolve_validation(data.folds, data.datasets, {"valid": times * once, "test": once})
+
+
+def repetitions(schedule: Schedule) -> list[str]:
+    """Notes on what Megatron-LM repeats without being asked."""
+    return [
+        f"fold '{fold.name}': {piece.samples / piece.samples_per_epoch:.2f} epochs of {piece.path}"
+        for fold in schedule.folds
+        if fold.megatron is not None
+        for piece in fold.slices
+        if piece.samples > piece.samples_per_epoch
+    ]
+
+
+def source_of_data(data: DataConfig) -> str:
+    """What the user named the data with: the fold file, or a flag."""
+    return data.fold_file or next(iter(given_flags(data)), "the fold file")
+
+
+def cache_folder(config: Config, folds: FoldFile) -> Path:
+    """Folder of sample indices: the one asked for, or one beside the fold file or first dataset."""
+    data = config.data
+    if data.data_cache_path:
+        return Path(data.data_cache_path)
+    return Path(data.fold_file or next(iter(folds.sources()))).resolve().parent / "index_cache"
+
+
+def _asked_iterations(config: Config, batch_sizes: BatchSizes) -> int | None:
+    """The fewest of what train_iters, train_samples and train_tokens give; None without any."""
+    training = config.training
+    asked = [training.train_iters] if training.train_iters else []
+    if training.train_samples:
+        asked.append(batch_sizes.iterations(training.train_samples)[0])
+    if training.train_tokens:
+        samples = math.ceil(training.train_tokens / config.data.seq_length)
+        asked.append(batch_sizes.iterations(samples)[0])
+    return min(asked, default=None)
+
+
+def _asked_samples(config: Config, batch_sizes: BatchSizes) -> int | None:
+    """Samples that Megatron-LM would draw for training."""
+    if config.training.train_samples is not None:
+        return config.training.train_samples
+    asked = _asked_iterations(config, batch_sizes)
+    return None if asked is None else batch_sizes.consumed_after(asked)
