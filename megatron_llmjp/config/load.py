@@ -18,6 +18,19 @@ from pydantic import ValidationError
 from megatron_llmjp.config.schema import SECTION_OF, SECTIONS, Config, DataConfig, ModelConfig
 from megatron_llmjp.errors import UserError, suggest
 
+UNITS: tuple[tuple[str, ...], ...] = (
+    ("train_iters", "train_samples"),
+    ("lr_decay_iters", "lr_decay_samples", "lr_decay_tokens", "lr_decay_fraction"),
+    ("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_tokens", "lr_warmup_fraction"),
+    (
+        "lr_wsd_decay_iters",
+        "lr_wsd_decay_samples",
+        "lr_wsd_decay_tokens",
+        "lr_wsd_decay_fraction",
+    ),
+)
+"""Fields that say one length in different units: a later layer's unit replaces an earlier one's."""
+
 
 @dataclass
 class Layers:
@@ -27,9 +40,17 @@ class Layers:
     origin: dict[str, str] = field(default_factory=dict)
 
     def set(self, name: str, value: Any, origin: str) -> None:
-        """Set a field, over what an earlier layer said."""
+        """Set a field, over what an earlier layer said; also in another unit."""
+        for other in (unit for units in UNITS if name in units for unit in units):
+            if other in self.origin and _source(self.origin[other]) != _source(origin):
+                del self.values[SECTION_OF[other]][other], self.origin[other]
         self.values.setdefault(SECTION_OF[name], {})[name] = value
         self.origin[name] = origin
+
+
+def _source(origin: str) -> str:
+    """The preset or file that a value is from, or the command line."""
+    return "flag" if origin.startswith("flag ") else origin.rsplit(", line ", 1)[0]
 
 
 def preset_names() -> list[str]:
