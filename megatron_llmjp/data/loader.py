@@ -1,13 +1,12 @@
 """``consumed_samples`` -> the next micro-batches of this data-parallel rank.
 
-Global batch n is samples ``[n * global_batch_size, (n + 1) * global_batch_size)`` of the schedule
-in every layout: micro-batch k of a run without data parallelism goes to rank ``k mod d``, as in
-Megatron-LM.
+A global batch is the next so many samples of the schedule in every layout: micro-batch k of a run
+without data parallelism goes to rank ``k mod d``, as in Megatron-LM.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -22,41 +21,68 @@ with without_warnings():
 
 Batch = dict[str, torch.Tensor]
 
+BatchSize = Callable[[int], int]
+"""Samples consumed -> size of the global batch that follows."""
+
 _INTEGERS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
-class MicroBatches(Sampler[list[int]]):
-    """Sample numbers of this data-parallel rank's micro-batches."""
+def global_batches(first: int, end: int, batch_size: BatchSize) -> Iterator[range]:
+    """Sample numbers of each full global batch of samples ``[first, end)``."""
+    while first < end and first + batch_size(first) <= end:
+        batch = range(first, first + batch_size(first))
+        yield batch
+        first = batch.stop
 
-    def __init__(self, first: int, end: int, micro_batch_size: int, rank: int, ranks: int) -> None:
-        self._range = (first, end)
-        self._size = micro_batch_size
+
+class MicroBatches(Sampler[list[int]]):
+    """Sample numbers of this data-parallel rank's micro-batches of samples ``[first, end)``.
+
+    They are cut into global batches by ``batch_size``; without it they are one.
+    """
+
+    def __init__(
+        self,
+        first: int,
+        end: int,
+        micro_batch_size: int,
+        rank: int,
+        ranks: int,
+        batch_size: BatchSize | None = None,
+    ) -> None:
+        self._batches = (first, end, batch_size or (lambda _: end - first))
+        self._micro = micro_batch_size
         self._rank = rank
         self._ranks = ranks
 
     def __iter__(self) -> Iterator[list[int]]:
-        first, end = self._range
-        step = self._size * self._ranks
-        for start in range(first + self._rank * self._size, end - self._size + 1, step):
-            yield list(range(start, start + self._size))
+        for batch in global_batches(*self._batches):
+            for start in batch[self._rank * self._micro :: self._ranks * self._micro]:
+                yield list(range(start, start + self._micro))
 
 
 def micro_batches(
-    dataset: Dataset[Sample], config: Config, device: Device, first: int, end: int
+    dataset: Dataset[Sample],
+    config: Config,
+    device: Device,
+    first: int,
+    end: int,
+    batch_size: BatchSize,
 ) -> Iterator[Batch]:
     """Micro-batches of samples ``[first, end)`` on this rank's device.
 
     The first rank of a tensor-parallel group reads; the others receive the same tensors.
     """
+    sampler = MicroBatches(
+        first,
+        end,
+        config.training.micro_batch_size,
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_world_size(),
+        batch_size,
+    )
     loader: Iterator[Batch] | None = None
     if parallel_state.get_tensor_model_parallel_rank() == 0:
-        sampler = MicroBatches(
-            first,
-            end,
-            config.training.micro_batch_size,
-            parallel_state.get_data_parallel_rank(),
-            parallel_state.get_data_parallel_world_size(),
-        )
         loader = iter(
             DataLoader(
                 dataset,
@@ -69,23 +95,27 @@ def micro_batches(
                 pin_memory=device.is_cuda,
             )
         )
-    size = config.training.global_batch_size // parallel_state.get_data_parallel_world_size()
-    per_batch = size // config.training.micro_batch_size
-    for _ in range((end - first) // config.training.global_batch_size * per_batch):
+    for _ in sampler:
         yield _share(next(loader) if loader is not None else None, config, device)
 
 
 def _share(batch: Batch | None, config: Config, device: Device) -> Batch:
     """Give a batch to all ranks of the tensor-parallel group, in one or two broadcasts."""
     shape = (config.training.micro_batch_size, config.data.seq_length)
-    packed = torch.empty((len(_INTEGERS), *shape), dtype=torch.int64, device=device.torch)
+    packed = torch.zeros(
+        len(_INTEGERS) * shape[0] * shape[1] + shape[0], dtype=torch.int64, device=device.torch
+    )
+    rows = packed[: -shape[0]].view(len(_INTEGERS), *shape)
+    dataset_id = packed[-shape[0] :]
     mask = None
     if config.data.reset_attention_mask:
         mask_shape = (shape[0], 1, shape[1], shape[1])
         mask = torch.empty(mask_shape, dtype=torch.bool, device=device.torch)
     if batch is not None:
-        for row, name in zip(packed, _INTEGERS, strict=True):
+        for row, name in zip(rows, _INTEGERS, strict=True):
             row.copy_(batch[name], non_blocking=True)
+        if "dataset_id" in batch:
+            dataset_id.copy_(batch["dataset_id"], non_blocking=True)
         if mask is not None:
             mask.copy_(batch["attention_mask"], non_blocking=True)
     if parallel_state.get_tensor_model_parallel_world_size() > 1:
@@ -94,6 +124,6 @@ def _share(batch: Batch | None, config: Config, device: Device) -> Batch:
         dist.broadcast(packed, source, group)
         if mask is not None:
             dist.broadcast(mask, source, group)
-    shared = dict(zip(_INTEGERS, packed, strict=True))
+    shared = {**dict(zip(_INTEGERS, rows, strict=True)), "dataset_id": dataset_id}
     shared["loss_mask"] = shared["loss_mask"].float()
     return shared if mask is None else {**shared, "attention_mask": mask}

@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import resource
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -39,6 +41,18 @@ class Device:
     def torch(self) -> torch.device:
         """The device of this process."""
         return torch.device("cuda", torch.cuda.current_device()) if self.is_cuda else _CPU
+
+    def memory(self) -> dict[str, float]:
+        """Bytes that this process holds, by what they are; on a CPU its largest resident size."""
+        if not self.is_cuda:
+            unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2)
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+            return {"memory peak bytes": float(peak)}
+        return {
+            "memory peak bytes": float(torch.cuda.max_memory_allocated()),
+            "memory allocated bytes": float(torch.cuda.memory_allocated()),
+            "memory reserved bytes": float(torch.cuda.memory_reserved()),
+        }
 
 
 def setup(local_rank: int = 0) -> Device:

@@ -2,44 +2,52 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.dataset import ValidationDataset
 from megatron_llmjp.runtime.device import Device
 from megatron_llmjp.training.feed import feed
-from megatron_llmjp.training.step import run_micro_batches
+from megatron_llmjp.training.step import LM_LOSS, means_over_ranks, run_micro_batches, sums_of_none
 
 
 @torch.no_grad()
 def evaluate(
     chunks: list[Any], datasets: dict[str, ValidationDataset], config: Config, device: Device
 ) -> dict[str, float]:
-    """Mean cross entropy in nats per token of each validation set; all ranks call it."""
+    """Mean cross entropy in nats per token of each validation set; all ranks call it.
+
+    A set is read from its beginning each time: ``eval_iters`` global batches, or as many full ones
+    as it holds, but at least one. A set smaller than one batch is repeated to fill it.
+    """
     for chunk in chunks:
         chunk.eval()
-    batches = config.training.eval_iters
+    size = config.training.global_batch_size
     losses = {}
     for name, dataset in datasets.items():
-        end = batches * config.training.global_batch_size
-        data = feed(dataset, config, device, 0, end)
-        total = torch.zeros(2, device=device.torch)
+        batches = min(config.training.eval_iters, max(1, len(dataset) // size))
+        data = feed(dataset, config, device, 0, batches * size, lambda _: size)
+        sums = sums_of_none()
         for _ in range(batches):
-            total += run_micro_batches(chunks, data, config, forward_only=True)
-        losses[name] = mean_loss(total)
+            sums += run_micro_batches(chunks, data, config, size, forward_only=True)
+        losses[name] = means_over_ranks(sums)[LM_LOSS]
     for chunk in chunks:
         chunk.train()
     return losses
 
 
-def mean_loss(total: torch.Tensor) -> float:
-    """The mean over all ranks of ``[2]`` sums of losses and tokens.
+def perplexity(loss: float) -> float:
+    """e^loss; as in Megatron-LM no loss counts as more than 20."""
+    return math.exp(min(20.0, loss))
 
-    Tensor-parallel ranks of the last stage hold equal sums, which cancel in the quotient.
-    """
-    total = total.double() if not total.is_cuda else total
-    dist.all_reduce(total)
-    return (total[0] / total[1]).item()
+
+def describe(losses: dict[str, float], iteration: int) -> str:
+    """The line that shows validation losses."""
+    parts = [
+        f"{name} loss: {loss:.6E} | {name} PPL: {perplexity(loss):.6E}"
+        for name, loss in losses.items()
+    ]
+    return f" validation at iteration {iteration} | {' | '.join(parts)} |"

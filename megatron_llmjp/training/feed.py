@@ -6,15 +6,35 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch.utils.data import Dataset
 
 from megatron_llmjp.config.schema import Config
-from megatron_llmjp.data.dataset import Sample
-from megatron_llmjp.data.loader import Batch, micro_batches
+from megatron_llmjp.data.dataset import FoldDataset, Sample
+from megatron_llmjp.data.folds import Schedule
+from megatron_llmjp.data.loader import Batch, BatchSize, micro_batches
 from megatron_llmjp.runtime.device import Device, without_warnings
 
 with without_warnings():
     from megatron.core import parallel_state
+
+
+class Labelled(Dataset[Sample]):
+    """The run's samples with ``dataset_id``, the number of the dataset that a sample is from."""
+
+    def __init__(self, data: FoldDataset) -> None:
+        self._data = data
+        self._numbers = {name: i for i, name in enumerate(dataset_names(data.schedule))}
+
+    def __getitem__(self, index: int) -> Sample:
+        piece, _ = self._data.locate(index)
+        return {**self._data[index], "dataset_id": torch.tensor(self._numbers[piece.name])}
+
+
+def dataset_names(schedule: Schedule) -> list[str]:
+    """Names of the run's datasets, in the order they first occur."""
+    names = (piece.name for fold in schedule.folds for piece in fold.slices)
+    return list(dict.fromkeys(names))
 
 
 class _Nothing(dict[str, Any]):
@@ -25,14 +45,19 @@ class _Nothing(dict[str, Any]):
 
 
 def feed(
-    dataset: Dataset[Sample], config: Config, device: Device, first: int, end: int
+    dataset: Dataset[Sample],
+    config: Config,
+    device: Device,
+    first: int,
+    end: int,
+    batch_size: BatchSize,
 ) -> list[Iterator[Batch]]:
     """One iterator per model chunk over the micro-batches of samples ``[first, end)``."""
     chunks = config.parallel.virtual_pipeline_model_parallel_size
     iterators: list[Iterator[Batch]] = []
     for vp_stage in range(chunks) if chunks else [None]:
         if _reads(config, vp_stage):
-            iterators.append(micro_batches(dataset, config, device, first, end))
+            iterators.append(micro_batches(dataset, config, device, first, end, batch_size))
         else:
             iterators.append(itertools.repeat(_Nothing()))
     return iterators

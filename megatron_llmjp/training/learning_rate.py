@@ -79,8 +79,7 @@ class LearningRates:
         for fold in schedule.folds:
             if fold.learning_rate is None:
                 continue
-            first = self._first_iteration(schedule, fold.first_sample)
-            end = self._first_iteration(schedule, fold.end)
+            first, end = map(self._first_iteration, schedule.trainable(fold))
             if first < end:
                 settings = self._settings_of_fold(fold.learning_rate, first, end)
                 _check(settings, f"fold '{fold.name}', learning_rate")
@@ -89,13 +88,8 @@ class LearningRates:
                 pieces.append(_Piece(start, stop, _curve(settings)))
         return pieces
 
-    def _first_iteration(self, schedule: Schedule, position: int) -> int:
-        """The first iteration that begins in the fold that begins at ``position``, or later."""
-        sample = bisect.bisect_left(
-            range(schedule.total_samples),
-            position,
-            key=lambda number: schedule.fold_at(number).first_sample,
-        )
+    def _first_iteration(self, sample: int) -> int:
+        """The first iteration that begins with trained sample ``sample``, or later."""
         full, rest = self._sizes.iterations(sample)
         return full + (2 if rest else 1)
 

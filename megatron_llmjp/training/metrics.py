@@ -1,47 +1,94 @@
-"""What a person sees of the run: one line per interval, a JSONL file and tensorboard events."""
+"""The numbers of an interval: gathered step by step, worked out when a line is due."""
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
-from megatron_llmjp.config.load import dump
 from megatron_llmjp.config.schema import Config
+from megatron_llmjp.data.batch_sizes import BatchSizes
 from megatron_llmjp.data.folds import Schedule
-from megatron_llmjp.training.evaluate import mean_loss
-from megatron_llmjp.training.step import StepResult
+from megatron_llmjp.plan.flops import compute_dtype, tflops_per_device
+from megatron_llmjp.plan.gpus import peak_tflops
+from megatron_llmjp.runtime.device import Device
+from megatron_llmjp.training.evaluate import describe, perplexity
+from megatron_llmjp.training.feed import dataset_names
+from megatron_llmjp.training.log_line import interval_line
+from megatron_llmjp.training.step import DATASETS, LM_LOSS, Z_LOSS, StepResult, means_over_ranks
+from megatron_llmjp.training.writers import Record, Writers
 
-METRICS = "metrics.jsonl"
+
+@dataclass
+class _Interval:
+    """What was gathered since the last line."""
+
+    sums: torch.Tensor | None = None
+    steps: int = 0
+    samples: int = 0
+    skipped: int = 0
+    nan: int = 0
 
 
 class Metrics:
     """Gathers over an interval and writes on the first rank.
 
-    Losses stay on the device until a line is due: logging is the only place that waits for it.
+    Losses stay on the device until a line is due: logging is the only place that waits for them.
+
+    Args:
+        config: the run.
+        schedule: its data.
+        sizes: which iteration has how many samples.
+        train_iters: where it ends.
+        device: what it runs on.
+        writers: where metrics go; None on all ranks but the first.
     """
 
     def __init__(
-        self, config: Config, schedule: Schedule, train_iters: int, writer: Writer | None
+        self,
+        config: Config,
+        schedule: Schedule,
+        sizes: BatchSizes,
+        train_iters: int,
+        device: Device,
+        writers: Writers | None,
     ) -> None:
         self._config = config
         self._schedule = schedule
         self._train_iters = train_iters
-        self._writer = writer
-        self._loss: torch.Tensor | None = None
-        self._steps = self._skipped = 0
+        self._end = sizes.consumed_after(train_iters)
+        self._device = device
+        self._writers = writers
+        self._names = dataset_names(schedule)
+        self._peak = config.logging.gpu_peak_tflops or peak_tflops(
+            device.name, compute_dtype(config)
+        )
+        self._fold: str | None = None
+        self._interval = _Interval()
         self._since = self._paused_at = time.perf_counter()
         self.last: dict[str, float] = {}
+        """The values of the last line that a checkpoint remembers."""
 
-    def add(self, result: StepResult) -> None:
-        """Count one step."""
-        self._loss = result.loss if self._loss is None else self._loss + result.loss
-        self._steps += 1
-        self._skipped += not result.updated
+    def start(self, iteration: int, consumed: int) -> None:
+        """Tell that a process goes on from here."""
+        self._event("start", iteration, consumed)
+        self._since = time.perf_counter()
+
+    def add(self, iteration: int, consumed: int, result: StepResult, samples: int) -> None:
+        """Count the step of an iteration, after which ``consumed`` samples are trained on."""
+        interval = self._interval
+        interval.sums = result.sums if interval.sums is None else interval.sums + result.sums
+        interval.steps += 1
+        interval.samples += samples
+        interval.skipped += not result.updated
+        interval.nan += not math.isfinite(result.grad_norm)
+        fold = self._schedule.fold_at(consumed - 1).name
+        if fold != self._fold:
+            self._event("fold", iteration, consumed, fold=fold)
+        self._fold = fold
 
     def pause(self) -> None:
         """Leave out of the step time what follows until :meth:`go_on`: a save or a validation."""
@@ -52,129 +99,96 @@ class Metrics:
         self._since += time.perf_counter() - self._paused_at
 
     def log(
-        self, iteration: int, consumed: int, learning_rate: float, result: StepResult, scale: float
+        self,
+        iteration: int,
+        consumed: int,
+        result: StepResult,
+        learning_rate: float,
+        batch_size: int,
+        loss_scale: float,
+        parameter_norm: float | None,
     ) -> None:
         """Write the interval that ends with this iteration; all ranks call it."""
-        assert self._loss is not None
-        loss = mean_loss(self._loss)
-        seconds = (time.perf_counter() - self._since) / self._steps
-        batch = self._config.training.global_batch_size
-        values = {
-            "lm loss": loss,
+        interval = self._interval
+        assert interval.sums is not None
+        means = means_over_ranks(interval.sums)
+        seconds = time.perf_counter() - self._since
+        values: dict[str, float] = {
+            "lm loss": means[LM_LOSS],
             "grad norm": result.grad_norm,
             "learning rate": learning_rate,
-            "seconds per iteration": seconds,
-            "tokens per second": batch * self._config.data.seq_length / seconds,
-            "global batch size": batch,
-            "loss scale": scale,
-            "skipped iterations": self._skipped,
+            "global batch size": batch_size,
+            "loss scale": loss_scale,
+            "skipped iterations": interval.skipped,
+            "nan iterations": interval.nan,
+            **self._speed(interval, seconds, consumed),
         }
-        self.last = {"lm loss": loss, "tokens per second": values["tokens per second"]}
-        if self._writer:
-            fold = self._schedule.fold_at(consumed - 1)
-            part = (consumed - fold.first_sample) / fold.samples
-            print(self._line(iteration, consumed, f"{fold.name} {part:.0%}", values), flush=True)
-            self._writer.write(iteration, consumed, {**values, "fold progress": part}, fold.name)
-        self._loss, self._steps, self._skipped = None, 0, 0
+        if self._config.training.z_loss_strength > 0.0:
+            values["z loss"] = means[Z_LOSS]
+        if parameter_norm is not None:
+            values["params norm"] = parameter_norm
+        self.last = {name: values[name] for name in ("lm loss", "tokens per second")}
+        if self._writers:
+            self._write(iteration, consumed, values, means[DATASETS:])
+        self._interval = _Interval()
         self._since = time.perf_counter()
 
     def log_validation(self, iteration: int, consumed: int, losses: dict[str, float]) -> None:
         """Write validation losses."""
-        if not self._writer:
+        if not self._writers:
             return
-        parts = [
-            f"{name} loss: {loss:.6E} | {name} PPL: {_perplexity(loss):.6E}"
-            for name, loss in losses.items()
-        ]
-        print(f" validation at iteration {iteration} | {' | '.join(parts)} |", flush=True)
+        print(describe(losses, iteration), flush=True)
         values = {f"validation/{name}": loss for name, loss in losses.items()}
-        self._writer.write(iteration, consumed, values)
+        values |= {f"perplexity/{name}": perplexity(loss) for name, loss in losses.items()}
+        self._writers.write(self._record(iteration, consumed, values))
 
-    def _line(self, iteration: int, consumed: int, fold: str, values: dict[str, Any]) -> str:
-        total = self._train_iters
-        left = (total - iteration) * values["seconds per iteration"]
-        return (
-            f" iteration {iteration:8d}/{total:8d} | consumed samples: {consumed:12d} | "
-            f"fold: {fold} | "
-            f"elapsed time per iteration (ms): {values['seconds per iteration'] * 1000:.1f} | "
-            f"tokens/s: {human(values['tokens per second'])} | "
-            f"learning rate: {values['learning rate']:.6E} | "
-            f"global batch size: {values['global batch size']:5d} | "
-            f"lm loss: {values['lm loss']:.6E} | loss scale: {values['loss scale']:.1f} | "
-            f"grad norm: {values['grad norm']:.3f} | "
-            f"number of skipped iterations: {values['skipped iterations']:3d} | "
-            f"remaining: {duration(left)} |"
-        )
-
-
-class Writer:
-    """``metrics.jsonl`` in the save folder, and tensorboard events beside it."""
-
-    def __init__(self, config: Config, iteration: int) -> None:
-        save = config.checkpoint.save
-        self._file = None
-        if save is not None:
-            Path(save).mkdir(parents=True, exist_ok=True)
-            self._file = (Path(save) / METRICS).open("a", encoding="utf-8")
-        self._config = config
-        self._iteration = iteration
-        self._sequence_length = config.data.seq_length
-        self._events: Any = None
-
-    def write(
-        self, iteration: int, consumed: int, values: dict[str, float], fold: str | None = None
-    ) -> None:
-        """Add one record."""
-        if self._file:
-            record: dict[str, Any] = {"iteration": iteration, "consumed samples": consumed}
-            record.update(values)
-            if fold is not None:
-                record["fold"] = fold
-            self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            self._file.flush()
-        events = self._tensorboard()
-        if events:
-            for name, value in values.items():
-                events.add_scalar(name, value, iteration)
-            if "lm loss" in values:
-                tokens = consumed * self._sequence_length
-                events.add_scalar("lm loss vs tokens", values["lm loss"], tokens)
-
-    def close(self) -> None:
-        """Write out what is pending."""
-        if self._events:
-            self._events.close()
-        if self._file:
-            self._file.close()
-
-    def _tensorboard(self) -> Any:
-        """Opened with the first record: its import is slow and start-up should not be."""
+    def _speed(self, interval: _Interval, seconds: float, consumed: int) -> dict[str, float]:
         config = self._config
-        folder = config.logging.tensorboard_dir or (
-            config.checkpoint.save and str(Path(config.checkpoint.save) / "tensorboard")
-        )
-        if folder and self._events is None:
-            from torch.utils.tensorboard import SummaryWriter
+        speed = interval.samples / seconds
+        each = tflops_per_device(config, interval.samples, seconds, dist.get_world_size())
+        values = {
+            "seconds per iteration": seconds / interval.steps,
+            "seconds remaining": (self._end - consumed) / speed,
+            "tokens per second": speed * config.data.seq_length,
+            "TFLOP/s per GPU": each,
+        }
+        if self._peak is not None:
+            values["MFU"] = each / self._peak
+        return values
 
-            self._events = SummaryWriter(folder, purge_step=self._iteration + 1)
-            self._events.add_text("config", f"```yaml\n{dump(config)}```", self._iteration)
-        return self._events
+    def _write(
+        self, iteration: int, consumed: int, values: dict[str, float], datasets: list[float]
+    ) -> None:
+        """Add what the first rank knows by itself, and write."""
+        assert self._writers is not None
+        fold = self._schedule.fold_at(consumed - 1)
+        first, end = self._schedule.trainable(fold)
+        number = self._schedule.folds.index(fold) + 1
+        values["fold number"] = number
+        values["fold progress"] = (consumed - first) / (end - first)
+        values["consumed tokens"] = consumed * self._config.data.seq_length
+        shown = f"{fold.name} ({number}/{len(self._schedule.folds)}) {values['fold progress']:.0%}"
+        print(interval_line(iteration, self._train_iters, consumed, values, shown), flush=True)
+        values |= self._device.memory()
+        values |= self._by_dataset(consumed, datasets)
+        self._writers.write(self._record(iteration, consumed, values, fold=fold.name))
 
+    def _by_dataset(self, consumed: int, losses: list[float]) -> dict[str, float]:
+        values: dict[str, float] = {}
+        for name, loss in zip(self._names, losses, strict=False):
+            if math.isfinite(loss):  # else it was not in this interval
+                values[f"dataset loss/{name}"] = loss
+        for (_, name), samples in self._schedule.consumed_by_dataset(consumed).items():
+            key = f"consumed tokens/{name}"
+            values[key] = values.get(key, 0) + samples * self._config.data.seq_length
+        return values
 
-def human(number: float) -> str:
-    """A number as people say it: 1234567 -> 1.23M."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if abs(number) >= size:
-            return f"{number / size:.2f}{unit}"
-    return f"{number:.0f}"
+    def _event(self, kind: str, iteration: int, consumed: int, **words: str) -> None:
+        if self._writers:
+            self._writers.write(self._record(iteration, consumed, {}, event=kind, **words))
 
-
-def duration(seconds: float) -> str:
-    """Seconds as ``1d 02:03:04``."""
-    days, rest = divmod(round(seconds), 86400)
-    clock = f"{rest // 3600:02d}:{rest // 60 % 60:02d}:{rest % 60:02d}"
-    return f"{days}d {clock}" if days else clock
-
-
-def _perplexity(loss: float) -> float:
-    return math.exp(min(20.0, loss))
+    def _record(
+        self, iteration: int, consumed: int, values: dict[str, float], **words: str
+    ) -> Record:
+        tokens = consumed * self._config.data.seq_length
+        return Record(iteration, consumed, tokens, values, words)

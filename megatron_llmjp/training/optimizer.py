@@ -1,4 +1,4 @@
-"""megatron-core's optimizer, data-parallel wrapper and parameter scheduler for a model."""
+"""megatron-core's optimizer and data-parallel wrapper for a model."""
 
 from __future__ import annotations
 
@@ -16,14 +16,19 @@ with without_warnings():
         DistributedDataParallelConfig,
     )
     from megatron.core.optimizer import distrib_optimizer
-    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
     from megatron.core.transformer.module import Float16Module
+
+
+def half_precision(chunks: list[Any], config: Config) -> list[Any]:
+    """Have the chunks compute in bf16 or fp16 where the run does."""
+    if config.training.bf16 or config.training.fp16:
+        return [Float16Module(chunk.config, chunk) for chunk in chunks]
+    return chunks
 
 
 def wrap_for_data_parallel(chunks: list[Any], config: Config, device: Device) -> list[Any]:
     """Wrap model chunks so that their gradients are reduced over the data-parallel group."""
-    if config.training.bf16 or config.training.fp16:
-        chunks = [Float16Module(chunk.config, chunk) for chunk in chunks]
+    chunks = half_precision(chunks, config)
     parallel = config.parallel
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=config.training.bf16 or config.training.fp16,
@@ -64,6 +69,7 @@ def make_optimizer(chunks: list[Any], config: Config, device: Device) -> Any:
         bf16=config.training.bf16,
         fp16=config.training.fp16,
         params_dtype=params_dtype(config),
+        loss_scale=o.loss_scale,
         initial_loss_scale=o.initial_loss_scale,
         min_loss_scale=o.min_loss_scale,
         loss_scale_window=o.loss_scale_window,
@@ -83,28 +89,6 @@ def make_optimizer(chunks: list[Any], config: Config, device: Device) -> Any:
     return optimizer
 
 
-def make_scheduler(optimizer: Any, config: Config, train_iters: int) -> OptimizerParamScheduler:
-    """The learning-rate schedule; like Megatron-LM's it counts samples."""
-    o, batch = config.optimizer, config.training.global_batch_size
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=o.lr_warmup_init,
-        max_lr=o.lr,
-        min_lr=o.min_lr,
-        lr_warmup_steps=o.lr_warmup_iters * batch,
-        lr_decay_steps=(o.lr_decay_iters or train_iters) * batch,
-        lr_decay_style=o.lr_decay_style,
-        start_wd=o.weight_decay,
-        end_wd=o.weight_decay,
-        wd_incr_steps=train_iters * batch,
-        wd_incr_style="constant",
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,
-        wsd_decay_steps=(o.lr_wsd_decay_iters or 0) * batch if o.lr_wsd_decay_iters else None,
-        lr_wsd_decay_style=o.lr_wsd_decay_style,
-    )
-
-
 def apply_configuration(optimizer: Any, scheduler: Any, config: Config) -> None:
     """After a load, make the configuration's values hold.
 
@@ -113,7 +97,7 @@ def apply_configuration(optimizer: Any, scheduler: Any, config: Config) -> None:
     """
     o = config.optimizer
     for group in optimizer.param_groups:
-        group["max_lr"], group["min_lr"] = o.lr, o.min_lr
+        group["max_lr"], group["min_lr"] = o.lr, o.min_lr  # of no effect, but told in the next one
         if o.optimizer == "adam":
             group["betas"], group["eps"] = (o.adam_beta1, o.adam_beta2), o.adam_eps
         if "start_wd" in group:

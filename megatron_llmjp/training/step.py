@@ -1,4 +1,8 @@
-"""One optimizer step: forward and backward over all micro-batches, reduce, clip, update."""
+"""One optimizer step: forward and backward over all micro-batches, reduce, clip, update.
+
+What the log needs stays on the device: the host waits once per step, where megatron-core's
+optimizer reads the gradient norm to clip by it.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_llmjp.config.schema import Config
@@ -22,13 +27,19 @@ with without_warnings():
 
 BatchIterator = Iterator[Batch]
 
+LM_LOSS, Z_LOSS, DATASETS = 0, 1, 2
+"""Rows of the sums that a step gives: a sum of token losses, and the number of its tokens.
+
+Row 0 is the cross entropy, row 1 the z-loss, row 2 + i the cross entropy of dataset number i.
+"""
+
 
 @dataclass(frozen=True)
 class StepResult:
     """What one step gave."""
 
-    loss: Tensor
-    """``[2]``: sum of token losses and number of tokens on this rank; zeros off the last stage."""
+    sums: Tensor
+    """``[2 + datasets, 2]`` of this rank; zeros off the last stage."""
     grad_norm: float
     """Before clipping."""
     updated: bool
@@ -48,46 +59,65 @@ def connect(chunks: list[Any], optimizer: Any, config: Config) -> None:
 
 
 def train_step(
-    chunks: list[Any], optimizer: Any, scheduler: Any, data: list[BatchIterator], config: Config
+    chunks: list[Any],
+    optimizer: Any,
+    scheduler: Any,
+    data: list[BatchIterator],
+    config: Config,
+    batch_size: int,
+    datasets: int = 0,
 ) -> StepResult:
-    """Take one optimizer step over a global batch."""
+    """Take one optimizer step over a global batch.
+
+    Args:
+        chunks: model chunks of this rank.
+        optimizer: megatron-core's.
+        scheduler: steps by samples.
+        data: micro-batches for each chunk.
+        config: the run.
+        batch_size: samples of this global batch.
+        datasets: number of datasets that losses are told apart by.
+    """
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    losses = run_micro_batches(chunks, data, config, forward_only=False)
+    sums = run_micro_batches(chunks, data, config, batch_size, datasets=datasets)
     updated, grad_norm, _ = optimizer.step()
     if updated:
-        scheduler.step(increment=config.training.global_batch_size)
-    return StepResult(losses, float(grad_norm or 0.0), bool(updated))
+        scheduler.step(increment=batch_size)
+    return StepResult(sums, float(grad_norm or 0.0), bool(updated))
 
 
 def run_micro_batches(
-    chunks: list[Any], data: list[BatchIterator], config: Config, forward_only: bool
+    chunks: list[Any],
+    data: list[BatchIterator],
+    config: Config,
+    batch_size: int,
+    forward_only: bool = False,
+    datasets: int = 0,
 ) -> Tensor:
     """Run a global batch through the pipeline.
 
     Returns:
-        ``[2]``: sum of token losses and number of tokens seen by this rank, zeros off the last
-        pipeline stage.
+        ``[2 + datasets, 2]``, the sums of this rank; zeros off the last pipeline stage.
     """
     replicas = parallel_state.get_data_parallel_world_size()
     results = get_forward_backward_func()(
-        forward_step_func=forward_step,
+        forward_step_func=partial(forward_step, datasets),
         data_iterator=data if len(data) > 1 else data[0],
         model=chunks if len(chunks) > 1 else chunks[0],
-        num_microbatches=config.training.global_batch_size
-        // (config.training.micro_batch_size * replicas),
+        num_microbatches=batch_size // (config.training.micro_batch_size * replicas),
         seq_length=config.data.seq_length,
         micro_batch_size=config.training.micro_batch_size,
         decoder_seq_length=config.data.seq_length,
         forward_only=forward_only,
     )
-    if not results:
-        return torch.zeros(2, device=torch.cuda.current_device())
-    return torch.stack(results).sum(dim=0)
+    return torch.stack(results).sum(dim=0) if results else sums_of_none(datasets)
 
 
-def forward_step(data: BatchIterator, model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+def forward_step(
+    datasets: int, data: BatchIterator, model: Any
+) -> tuple[Tensor, Callable[[Tensor], Any]]:
     """Run one micro-batch through one model chunk, as megatron-core's schedules call it."""
     batch = next(data)
     output = model(
@@ -97,25 +127,52 @@ def forward_step(data: BatchIterator, model: Any) -> tuple[Tensor, Callable[[Ten
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
     )
-    return output, partial(masked_loss, batch["loss_mask"])
+    return output, partial(masked_loss, batch, datasets)
 
 
-def masked_loss(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def masked_loss(batch: Batch, datasets: int, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sum of the losses of the tokens that count.
 
     The schedule divides by the number of tokens and of micro-batches: each micro-batch weighs the
     same, as in Megatron-LM without per-token loss.
 
     Args:
-        mask: ``[b, s]``, 1 where a token counts.
-        losses: ``[b, s]``, cross entropy in nats.
+        batch: with ``loss_mask`` ``[b, s]``, 1 where a token counts, and ``dataset_id`` ``[b]``.
+        datasets: number of datasets.
+        losses: ``[b, s]``, cross entropy in nats; or ``[2, b, s]`` with the z-loss.
 
     Returns:
-        The sum; the number of tokens; ``[2]`` with both, for the log.
+        The sum that is trained on; the number of tokens; ``[2 + datasets, 2]`` for the log.
     """
-    total = (losses.float() * mask).sum()
+    mask = batch["loss_mask"]
+    counted = losses.float().view(-1, *mask.shape) * mask
+    total = counted.sum()
     tokens = mask.sum()
-    return total, tokens.int(), torch.stack([total.detach(), tokens])
+    with torch.no_grad():
+        sums = sums_of_none(datasets)
+        sums[: len(counted), 0] = counted.sum(dim=(1, 2))
+        sums[:DATASETS, 1] = tokens
+        if datasets:
+            per_sample = torch.stack([counted[0].sum(dim=1), mask.sum(dim=1)], dim=1)
+            sums[DATASETS:].index_add_(0, batch["dataset_id"], per_sample)
+    return total, tokens.int(), sums
+
+
+def sums_of_none(datasets: int = 0) -> Tensor:
+    """The sums before anything was summed: ``[2 + datasets, 2]`` zeros on this device."""
+    return torch.zeros(DATASETS + datasets, 2, device=torch.cuda.current_device())
+
+
+def means_over_ranks(sums: Tensor) -> list[float]:
+    """The mean of each row over the tokens of all ranks, NaN for a row without tokens.
+
+    The host waits here. Tensor-parallel ranks of the last stage hold equal sums, which cancel in
+    the quotient.
+    """
+    total = sums.double()
+    dist.all_reduce(total)
+    means: list[float] = (total[:, 0] / total[:, 1]).tolist()
+    return means
 
 
 def _one_or_all(functions: list[Any]) -> Any:

@@ -3,58 +3,87 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch.distributed as dist
 
 from megatron_llmjp.checkpoint import store
 from megatron_llmjp.checkpoint.store import Progress, RunState
-from megatron_llmjp.data.dataset import FoldDataset, ValidationDataset
-from megatron_llmjp.data.epoch_index import Epochs
-from megatron_llmjp.data.index_ahead import IndexAhead
-from megatron_llmjp.errors import EXIT_DONE, EXIT_REQUEUE
-from megatron_llmjp.model.gpt import build_model, choose_kernels
+from megatron_llmjp.data.batch_sizes import BatchSizes
+from megatron_llmjp.data.loader import Batch
+from megatron_llmjp.errors import EXIT_DONE, EXIT_REQUEUE, UserError
 from megatron_llmjp.prepare import Run
 from megatron_llmjp.runtime import distributed
+from megatron_llmjp.runtime.determinism import be_deterministic
 from megatron_llmjp.runtime.device import Device
 from megatron_llmjp.runtime.ranks import Ranks
-from megatron_llmjp.training.evaluate import evaluate
-from megatron_llmjp.training.feed import feed
-from megatron_llmjp.training.metrics import Metrics, Writer, human
-from megatron_llmjp.training.optimizer import (
-    apply_configuration,
-    complete_parameters,
-    make_optimizer,
-    make_scheduler,
-    wrap_for_data_parallel,
-)
-from megatron_llmjp.training.step import StepResult, connect, train_step
+from megatron_llmjp.training import build
+from megatron_llmjp.training.build import Model, RunData, say
+from megatron_llmjp.training.evaluate import describe, evaluate
+from megatron_llmjp.training.feed import dataset_names, feed
+from megatron_llmjp.training.learning_rate import LearningRates
+from megatron_llmjp.training.metrics import Metrics
+from megatron_llmjp.training.norms import parameter_norm
+from megatron_llmjp.training.optimizer import complete_parameters
+from megatron_llmjp.training.step import StepResult, train_step
+from megatron_llmjp.training.writers import Writers
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on: the numbers are no numbers any more."""
 
 
+def train(run: Run, ranks: Ranks, device: Device) -> int:
+    """Build a run on this rank and train it, or only validate it.
+
+    Returns:
+        The exit code.
+    """
+    be_deterministic(run.config.training.deterministic_mode)
+    if run.config.training.eval_only:
+        return validate_only(run, ranks, device)
+    sizes = BatchSizes(run.config)
+    rates = LearningRates(run.config, run.schedule, sizes, run.train_iters)
+    data = build.open_data(run, ranks)
+    distributed.start(run.config, ranks, device)
+    model = build.build(run, device, rates)
+    build.introduce(run, model.chunks, ranks, device)
+    code = Trainer(run, device, sizes, model, data, *build.progress(run)).train()
+    data.indices.close()
+    distributed.stop()
+    return code
+
+
+def validate_only(run: Run, ranks: Ranks, device: Device) -> int:
+    """Print the losses of a checkpoint on the validation sets; nothing is written."""
+    if run.resume is None:
+        raise UserError("--eval-only validates a checkpoint: give --load, the folder that holds it")
+    if not run.validation:
+        raise UserError(
+            f"--eval-only: {run.config.data.fold_file} names no validation sets (docs/folds.md)"
+        )
+    validation = build.open_validation(run, ranks)
+    distributed.start(run.config, ranks, device)
+    chunks = build.load_weights(run, device)
+    build.introduce(run, chunks, ranks, device)
+    losses = evaluate(chunks, validation, run.config, device)
+    say(describe(losses, run.resume.manifest.iteration))
+    distributed.stop()
+    return EXIT_DONE
+
+
 @dataclass
 class Trainer:
-    """The live objects of a run."""
+    """A run under way on this rank."""
 
     run: Run
     device: Device
-    chunks: list[Any]
-    optimizer: Any
-    scheduler: Any
-    data: FoldDataset
-    validation: dict[str, ValidationDataset]
-    indices: IndexAhead
-    iteration: int = 0
-
-    @property
-    def consumed_samples(self) -> int:
-        """Samples trained on so far: the whole state of the data."""
-        return self.iteration * self.run.config.training.global_batch_size
+    sizes: BatchSizes
+    model: Model
+    data: RunData
+    iteration: int
+    consumed_samples: int
+    """Samples trained on so far: the whole state of the data."""
 
     def train(self) -> int:
         """Train to the end of the run, or to where it is to be interrupted.
@@ -62,22 +91,32 @@ class Trainer:
         Returns:
             The exit code: done, or stopped on request with a checkpoint saved.
         """
-        run, config = self.run, self.run.config
-        writer = Writer(config, self.iteration) if distributed.is_first_rank() else None
-        metrics = Metrics(config, run.schedule, run.train_iters, writer)
-        end = run.train_iters * config.training.global_batch_size
-        data = feed(self.data, config, self.device, self.consumed_samples, end)
+        config = self.run.config
+        writers = Writers(config, self.iteration) if distributed.is_first_rank() else None
+        metrics = self._metrics(writers)
+        metrics.start(self.iteration, self.consumed_samples)
         started = saved = self.iteration
-        while self.iteration < run.train_iters:
+        names = len(dataset_names(self.run.schedule))
+        batches = self._batches()
+        while not self._is_last():
             learning_rate = self.learning_rate()
-            self.indices.before(self.consumed_samples, config.training.global_batch_size)
-            result = train_step(self.chunks, self.optimizer, self.scheduler, data, config)
+            batch_size = self.sizes.at(self.consumed_samples)
+            self.data.indices.before(self.consumed_samples, batch_size)
+            result = train_step(
+                self.model.chunks,
+                self.model.optimizer,
+                self.model.scheduler,
+                batches,
+                config,
+                batch_size,
+                names,
+            )
             self.iteration += 1
+            self.consumed_samples += batch_size
             self._check_numbers(result)
-            metrics.add(result)
+            metrics.add(self.iteration, self.consumed_samples, result, batch_size)
             if self._is_due(config.logging.log_interval) or self.iteration == started + 1:
-                scale = float(self.optimizer.get_loss_scale())
-                metrics.log(self.iteration, self.consumed_samples, learning_rate, result, scale)
+                self._log(metrics, result, learning_rate, batch_size)
             metrics.pause()
             if self._is_due(config.training.eval_interval) and not self._is_last():
                 self._validate(metrics)
@@ -86,48 +125,80 @@ class Trainer:
             if self._is_due(config.faults.exit_interval) and not self._is_last():
                 if saved != self.iteration:
                     self._save(metrics)
-                _say(f"stopped at iteration {self.iteration} as --exit-interval asks")
-                return self._close(writer, EXIT_REQUEUE)
+                say(f"stopped at iteration {self.iteration} as --exit-interval asks")
+                return _close(writers, EXIT_REQUEUE)
             metrics.go_on()
         self._validate(metrics)
         if config.checkpoint.save is not None and saved != self.iteration:
             self._save(metrics)
-        return self._close(writer, EXIT_DONE)
+        return _close(writers, EXIT_DONE)
 
     def learning_rate(self) -> float:
         """The rate that the next step applies."""
-        return float(self.optimizer.param_groups[0]["lr"])
+        return float(self.model.optimizer.param_groups[0]["lr"])
+
+    @property
+    def _end(self) -> int:
+        return self.sizes.consumed_after(self.run.train_iters)
+
+    def _batches(self) -> list[Iterator[Batch]]:
+        dataset, first = self.data.training, self.consumed_samples
+        return feed(dataset, self.run.config, self.device, first, self._end, self.sizes.at)
+
+    def _metrics(self, writers: Writers | None) -> Metrics:
+        run = self.run
+        return Metrics(run.config, run.schedule, self.sizes, run.train_iters, self.device, writers)
 
     def _is_due(self, interval: int | None) -> bool:
         return interval is not None and (self.iteration % interval == 0)
 
     def _is_last(self) -> bool:
-        return self.iteration == self.run.train_iters
+        """Whether no full batch is left of the run."""
+        return self.consumed_samples + self.sizes.at(self.consumed_samples) > self._end
+
+    def _log(
+        self, metrics: Metrics, result: StepResult, learning_rate: float, batch_size: int
+    ) -> None:
+        optimizer, wanted = self.model.optimizer, self.run.config.logging.log_params_norm
+        metrics.log(
+            self.iteration,
+            self.consumed_samples,
+            result,
+            learning_rate,
+            batch_size,
+            float(optimizer.get_loss_scale()),
+            parameter_norm(optimizer) if wanted else None,
+        )
 
     def _validate(self, metrics: Metrics) -> None:
-        if self.validation and self.run.config.training.eval_iters:
-            losses = evaluate(self.chunks, self.validation, self.run.config, self.device)
+        config = self.run.config
+        if self.data.validation and config.training.eval_iters:
+            losses = evaluate(self.model.chunks, self.data.validation, config, self.device)
             metrics.log_validation(self.iteration, self.consumed_samples, losses)
 
     def _save(self, metrics: Metrics) -> int:
-        complete_parameters(self.chunks, self.run.config)
+        run, model = self.run, self.model
+        complete_parameters(model.chunks, run.config)
         progress = Progress(
             self.iteration,
             self.consumed_samples,
-            self.run.schedule.touched(self.consumed_samples),
-            metrics.last,
+            folds=run.schedule.touched(self.consumed_samples),
+            skips=run.schedule.skips,
+            past=run.past,
+            metrics=metrics.last,
         )
         folder = store.save(
-            Path(str(self.run.config.checkpoint.save)),
-            RunState(self.chunks, self.optimizer, self.scheduler),
+            Path(str(run.config.checkpoint.save)),
+            RunState(model.chunks, model.optimizer, model.scheduler),
             progress,
-            self.run.config,
-            self.run.tokenizer.files(),
+            run.config,
+            run.tokenizer.files(),
         )
-        _say(f"saved checkpoint {folder}")
+        say(f"saved checkpoint {folder}")
         return self.iteration
 
     def _check_numbers(self, result: StepResult) -> None:
+        # Free: megatron-core's optimizer has brought the norm to the host already.
         if result.updated and not math.isfinite(result.grad_norm):
             fold = self.run.schedule.fold_at(self.consumed_samples - 1)
             raise TrainingError(
@@ -135,102 +206,8 @@ class Trainer:
                 f"{result.grad_norm}; training stops, the last checkpoint is untouched"
             )
 
-    def _close(self, writer: Writer | None, code: int) -> int:
-        if writer:
-            writer.close()
-        return code
 
-
-def train(run: Run, ranks: Ranks, device: Device) -> int:
-    """Build a run on this rank and train it.
-
-    Returns:
-        The exit code.
-    """
-    data, validation = _datasets(run)
-    indices = _indices(run, ranks, data, validation)
-    distributed.start(run.config, ranks, device)
-    trainer = _build(run, device, data, validation, indices)
-    _introduce(trainer, ranks)
-    code = trainer.train()
-    indices.close()
-    distributed.stop()
+def _close(writers: Writers | None, code: int) -> int:
+    if writers:
+        writers.close()
     return code
-
-
-def _datasets(run: Run) -> tuple[FoldDataset, dict[str, ValidationDataset]]:
-    """Samples of all folds and validation sets."""
-    epochs = Epochs(run.config.data, run.tokenizer, run.cache)
-    data = FoldDataset(run.schedule, epochs)
-    validation = {
-        name: ValidationDataset(source.path, run.datasets[source.path], run.schedule.seed, epochs)
-        for name, source in run.folds.validation.items()
-    }
-    return data, validation
-
-
-def _indices(
-    run: Run, ranks: Ranks, data: FoldDataset, validation: dict[str, ValidationDataset]
-) -> IndexAhead:
-    """Make the indices that are needed first.
-
-    Before process groups exist: an index may take longer than a collective waits.
-    """
-    say = print if ranks.is_first else lambda text: None
-    indices = IndexAhead(data, first_on_machine=ranks.local_rank == 0, say=say)
-    going_on = run.resume is not None and not run.config.checkpoint.finetune
-    done = run.resume.manifest.consumed_samples if run.resume is not None and going_on else 0
-    held_out = [dataset.index for dataset in validation.values()]
-    indices.start(done, run.config.training.global_batch_size, held_out)
-    return indices
-
-
-def _build(
-    run: Run,
-    device: Device,
-    data: FoldDataset,
-    validation: dict[str, ValidationDataset],
-    indices: IndexAhead,
-) -> Trainer:
-    """Model, optimizer and schedule; from a checkpoint where there is one."""
-    config = run.config
-    chunks = wrap_for_data_parallel(build_model(config, device), config, device)
-    if run.resume is not None and config.checkpoint.finetune:
-        store.load(run.resume.folder, RunState(chunks))
-    optimizer = make_optimizer(chunks, config, device)
-    scheduler = make_scheduler(optimizer, config, run.train_iters)
-    connect(chunks, optimizer, config)
-    trainer = Trainer(run, device, chunks, optimizer, scheduler, data, validation, indices)
-    if run.resume is not None and not config.checkpoint.finetune:
-        store.load(run.resume.folder, RunState(chunks, optimizer, scheduler))
-        apply_configuration(optimizer, scheduler, config)
-        trainer.iteration = run.resume.manifest.iteration
-    return trainer
-
-
-def _introduce(trainer: Trainer, ranks: Ranks) -> None:
-    """Tell what runs where."""
-    run, parallel = trainer.run, trainer.run.config.parallel
-    replicas = ranks.world_size // parallel.model_parallel_size
-    parameters = sum(p.numel() for chunk in trainer.chunks for p in chunk.parameters())
-    tokens = run.schedule.total_samples * run.schedule.sequence_length
-    _say(
-        f"{ranks.world_size} process(es) by {ranks.started_by} on {trainer.device.name}: "
-        f"TP {parallel.tensor_model_parallel_size} x PP {parallel.pipeline_model_parallel_size} "
-        f"x DP {replicas}\n"
-        f"layers: {choose_kernels(trainer.device)}; "
-        f"{human(parameters)} parameters on the first rank\n"
-        f"data: {len(run.schedule.folds)} folds, {human(tokens)} tokens, "
-        f"{run.train_iters} iterations of {run.config.training.global_batch_size} samples"
-    )
-    for note in run.notes:
-        _say(f"note: {note}")
-    if run.resume is not None:
-        how = "weights of" if run.config.checkpoint.finetune else "going on from"
-        _say(f"{how} {run.resume.folder}")
-    dist.barrier()
-
-
-def _say(text: str) -> None:
-    if distributed.is_first_rank():
-        print(text, flush=True)

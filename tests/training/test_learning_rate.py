@@ -45,10 +45,7 @@ def schedule(folds, total):
         first = plan.end = first + samples
         plans.append(plan)
 
-    def fold_at(sample):
-        return next((p for p in plans if sample < p.end), plans[-1])
-
-    return SimpleNamespace(folds=plans, total_samples=first, fold_at=fold_at)
+    return SimpleNamespace(folds=plans, trainable=lambda plan: (plan.first_sample, plan.end))
 
 
 def part(done, start=WARMUP, end=END):

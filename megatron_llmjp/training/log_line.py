@@ -1,0 +1,53 @@
+"""What a person reads in the log, in Megatron-LM's words and order where it has them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+
+
+def interval_line(
+    iteration: int, train_iters: int, consumed: int, values: Mapping[str, float], fold: str
+) -> str:
+    """One interval in one line; values that are not known are left out."""
+    parts = [
+        f"iteration {iteration:8d}/{train_iters:8d}",
+        f"consumed samples: {consumed:12d}",
+        f"consumed tokens: {human(values['consumed tokens'])}",
+        f"elapsed time per iteration (ms): {values['seconds per iteration'] * 1000:.1f}",
+        f"throughput per GPU (TFLOP/s/GPU): {values['TFLOP/s per GPU']:.1f}",
+        _if_known("MFU: {:.1%}", values.get("MFU")),
+        f"tokens/s: {human(values['tokens per second'])}",
+        f"learning rate: {values['learning rate']:.6E}",
+        f"global batch size: {values['global batch size']:5d}",
+        f"lm loss: {values['lm loss']:.6E}",
+        _if_known("z loss: {:.6E}", values.get("z loss")),
+        f"loss scale: {values['loss scale']:.1f}",
+        f"grad norm: {values['grad norm']:.3f}",
+        _if_known("params norm: {:.3f}", values.get("params norm")),
+        f"number of skipped iterations: {values['skipped iterations']:3d}",
+        f"number of nan iterations: {values['nan iterations']:3d}",
+        f"fold: {fold}",
+        f"remaining: {duration(values['seconds remaining'])}",
+    ]
+    now = datetime.now().isoformat(sep=" ", timespec="seconds")
+    return f" [{now}] {' | '.join(part for part in parts if part)} |"
+
+
+def _if_known(form: str, value: float | None) -> str:
+    return "" if value is None else form.format(value)
+
+
+def human(number: float) -> str:
+    """A number as people say it: 1234567 -> 1.23M."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if abs(number) >= size:
+            return f"{number / size:.2f}{unit}"
+    return f"{number:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as ``1d 02:03:04``."""
+    days, rest = divmod(round(seconds), 86400)
+    clock = f"{rest // 3600:02d}:{rest // 60 % 60:02d}:{rest % 60:02d}"
+    return f"{days}d {clock}" if days else clock

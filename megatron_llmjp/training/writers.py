@@ -1,0 +1,170 @@
+"""Where metrics are written: ``metrics.jsonl``, tensorboard events, Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_llmjp.config.load import dump
+from megatron_llmjp.config.schema import Config
+from megatron_llmjp.errors import UserError
+
+METRICS = "metrics.jsonl"
+WANDB_RUN = "wandb_run_id.txt"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known after an iteration."""
+
+    iteration: int
+    consumed_samples: int
+    consumed_tokens: int
+    values: Mapping[str, float] = field(default_factory=dict)
+    words: Mapping[str, str] = field(default_factory=dict)
+    """What is no number: the fold's name, or an ``event``."""
+
+
+class Writer(Protocol):
+    """A place that metrics are written to, on the first rank."""
+
+    def write(self, record: Record) -> None:
+        """Add a record."""
+
+    def close(self) -> None:
+        """Write out what is pending."""
+
+
+class Writers:
+    """All places that a run writes to.
+
+    A run that goes on from a checkpoint adds to what is there: an event ``start`` tells where it
+    began, and of two records of one iteration the later one holds.
+    """
+
+    def __init__(self, config: Config, iteration: int) -> None:
+        save = config.checkpoint.save
+        self._places: list[Writer] = []
+        if save is not None:
+            Path(save).mkdir(parents=True, exist_ok=True)
+            self._places.append(JsonLines(Path(save) / METRICS))
+        events = config.logging.tensorboard_dir or (save and str(Path(save) / "tensorboard"))
+        if events:
+            self._places.append(Tensorboard(events, config, iteration))
+        if config.logging.wandb_project is not None:
+            self._places.append(WeightsAndBiases(config))
+
+    def write(self, record: Record) -> None:
+        """Add a record everywhere."""
+        for place in self._places:
+            place.write(record)
+
+    def close(self) -> None:
+        """Write out what is pending."""
+        for place in self._places:
+            place.close()
+
+
+class JsonLines:
+    """One JSON object a line; all records, events too."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: Record) -> None:
+        """Add a line at once: a run may end at any time."""
+        place = {"iteration": record.iteration, "consumed samples": record.consumed_samples}
+        entry = {**place, **record.values, **record.words}
+        self._file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class Tensorboard:
+    """Scalars against iterations and, as ``NAME vs tokens``, against tokens."""
+
+    def __init__(self, folder: str, config: Config, iteration: int) -> None:
+        self._folder = folder
+        self._config = config
+        self._iteration = iteration
+        self._events: Any = None
+
+    def write(self, record: Record) -> None:
+        """Add the record's numbers."""
+        events = self._open()
+        for name, value in record.values.items():
+            events.add_scalar(name, value, record.iteration)
+            events.add_scalar(f"{name} vs tokens", value, record.consumed_tokens)
+
+    def close(self) -> None:
+        """Write out what is pending."""
+        if self._events is not None:
+            self._events.close()
+
+    def _open(self) -> Any:
+        """Opened with the first record: its import is slow and start-up should not be."""
+        if self._events is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # What was written past the checkpoint that the run goes on from is taken back.
+            self._events = SummaryWriter(self._folder, purge_step=self._iteration + 1)
+            text = f"```yaml\n{dump(self._config)}```"
+            self._events.add_text("config", text, self._iteration)
+        return self._events
+
+
+class WeightsAndBiases:
+    """The same records on wandb.ai, or offline with ``WANDB_MODE=offline``.
+
+    A run that goes on keeps its page there: the page's id lies in the save folder.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+
+    def __init__(self, config: Config) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError(
+                f"--wandb-project {config.logging.wandb_project}: wandb is not installed: "
+                "`pip install wandb`, or leave the flag out"
+            ) from error
+        save = config.checkpoint.save
+        self._run = wandb.init(
+            project=config.logging.wandb_project,
+            entity=config.logging.wandb_entity,
+            name=config.logging.wandb_exp_name or (Path(save).name if save else None),
+            dir=save,
+            id=_run_id(Path(save)) if save else None,
+            resume="allow",
+            config=config.model_dump(mode="json"),
+        )
+        # Its own step only grows; after a restart iterations are written again.
+        self._run.define_metric("iteration")
+        self._run.define_metric("consumed tokens")
+        self._run.define_metric("*", step_metric="iteration")
+
+    def write(self, record: Record) -> None:
+        """Send the record's numbers."""
+        if record.values:
+            place = {"iteration": record.iteration, "consumed tokens": record.consumed_tokens}
+            self._run.log({**place, **record.values})
+
+    def close(self) -> None:
+        """Send what is pending."""
+        self._run.finish()
+
+
+def _run_id(save: Path) -> str:
+    file = save / WANDB_RUN
+    if not file.exists():
+        file.write_text(uuid.uuid4().hex[:12])
+    return file.read_text().strip()

@@ -1,0 +1,62 @@
+"""What the optimizer does to which parameter, in one process."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.support.processes import run_ranks
+
+LR, DECAY = 0.25, 0.5
+
+
+def step_without_gradients() -> list[list[object]]:
+    """For AdamW and SGD: each parameter's name, dimensions and by how much a step shrinks it."""
+    import torch
+
+    from megatron_llmjp.config.command_line import parse
+    from megatron_llmjp.model.gpt import build_model
+    from megatron_llmjp.runtime import distributed
+    from megatron_llmjp.runtime.device import setup
+    from megatron_llmjp.runtime.ranks import alone
+    from megatron_llmjp.training.optimizer import make_optimizer, wrap_for_data_parallel
+
+    device = setup()
+    found: list[list[object]] = []
+    for kind in ("adam", "sgd"):
+        words = ["--config", "laptop-gpt2", "--vocab-size", 100, "--optimizer", kind]
+        words += ["--lr", LR, "--weight-decay", DECAY, "--hidden-size", 32]
+        config, _, _ = parse([str(word) for word in words])
+        distributed.start(config, alone(), device)
+        chunks = wrap_for_data_parallel(build_model(config, device), config, device)
+        optimizer = make_optimizer(chunks, config, device)
+        for group in optimizer.param_groups:
+            group["lr"], group["weight_decay"] = LR, DECAY * group["wd_mult"]
+        before = {}
+        for name, parameter in chunks[0].named_parameters():
+            parameter.data.fill_(1.0)  # norms' weights are 1, biases 0: nothing may hide
+            before[name] = parameter.detach().clone()
+        chunks[0].zero_grad_buffer()
+        optimizer.step()
+        for name, parameter in chunks[0].named_parameters():
+            factor = float((parameter.detach() / before[name]).mean())
+            assert torch.all(parameter.detach() == parameter.detach().flatten()[0])
+            found.append([kind, name, parameter.dim(), factor])
+        distributed.stop()
+    return found
+
+
+@pytest.fixture(scope="module")
+def found():
+    return run_ranks(step_without_gradients, 1)[0]
+
+
+def test_weight_decay_spares_norms_and_biases(found):
+    names = [name for _, name, _, _ in found]
+    assert any(name.endswith("linear_fc1.bias") for name in names)
+    assert any("layernorm.weight" in name for name in names), json.dumps(names)
+    for kind, name, dimensions, factor in found:
+        spared = name.endswith("bias") or "layernorm" in name
+        assert spared == (dimensions == 1)
+        assert factor == pytest.approx(1.0 if spared else 1 - LR * DECAY, abs=1e-6), (kind, name)
