@@ -56,6 +56,7 @@ PROGRAMS = {
     "merge_datasets": "data_tools.merge_datasets:main",
     "split_folds": "data_tools.split_folds:main",
     "plan_folds": "data_tools.plan_folds:main",
+    "build_indices": "data_tools.build_indices:main",
 }
 
 setup(

@@ -1,0 +1,233 @@
+"""Build all sample indices of a run ahead, on a machine without GPUs."""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from data_tools.cli import Parser, cores, positive, run
+from data_tools.report import check_report, format_table, write_report
+from megatron_llmjp.config.command_line import parse, print_notes
+from megatron_llmjp.config.load import Layers
+from megatron_llmjp.config.schema import Config
+from megatron_llmjp.data.index_cache import CachedIndex, ensure, fault, size_on_disk
+from megatron_llmjp.errors import EXIT_DONE, UserError
+from megatron_llmjp.prepare_data import (
+    cache_folder,
+    count_iterations,
+    prepare_data,
+    validation_sets,
+)
+
+EXAMPLES = """\
+  Before the job, with the flags of the run that have to do with data:
+    build_indices --fold-file folds.yaml --seq-length 4096 --global-batch-size 1024 --workers 8
+  or with all of them: the flags of pretrain_gpt.py are taken, a run's command line can be pasted.
+    build_indices --config llm-jp-3-13b --fold-file folds.yaml --data-cache-path /fast/index_cache
+
+  Only what the next fold needs; and to compare the checksums of all that is there:
+    build_indices ... --folds fold03
+    build_indices ... --verify
+
+Without this a run makes the indices of its first fold at the start and each next fold's in the
+background. The same command goes on where it was interrupted, and a run may start meanwhile. A
+worker needs about 30 bytes per document of its dataset. See docs/folds.md."""
+
+_NO_MODEL = {"num_layers": 1, "hidden_size": 1, "num_attention_heads": 1}
+"""A configuration has a model; nothing here looks at it."""
+VALIDATION, ORDER = "(validation)", "(order)"
+
+
+@dataclass
+class Entry:
+    """An index that a fold needs for a dataset."""
+
+    index: CachedIndex
+    fold: str
+    dataset: str
+    samples: int
+    """Of this dataset in this fold."""
+    is_first: bool
+    """Whether no fold before needs the same index."""
+    seconds: float | None = None
+    """What making it took; None where it was there or is made for a fold before."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code."""
+    parser = Parser("build_indices", "Build all sample indices of a run ahead.", EXAMPLES)
+    add = parser.add_argument
+    add("--fold-file", metavar="FILE", help="the folds (docs/folds.md)")
+    add("--seq-length", metavar="N", help="tokens per sample")
+    add("--global-batch-size", metavar="N", help="samples per iteration")
+    add("--data-cache-path", metavar="FOLDER", help="where; index_cache beside the fold file")
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for target in (parser, own):
+        add = target.add_argument
+        add("--workers", type=positive, default=min(8, cores()), metavar="N", help="processes")
+        add("--folds", nargs="+", metavar="NAME", help="only these, and validation sets")
+        add("--verify", action="store_true", help="compare checksums; mend what is damaged")
+        add("--report", type=Path, metavar="FILE", help="the whole table as .csv or .json")
+    words = list(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & set(words):
+        parser.parse_args(["--help"])
+    own.error = parser.error  # type: ignore[method-assign]
+    args, flags = own.parse_known_args(words)
+    return run("build_indices", lambda: build(args, flags))
+
+
+def build(args: argparse.Namespace, flags: list[str]) -> int:
+    """Build what is missing and print the table."""
+    if args.report is not None:
+        check_report(args.report)
+    layers = Layers()
+    for name, value in _NO_MODEL.items():
+        layers.set(name, value, "build_indices")
+    config, _, notes = parse(flags, layers)
+    print_notes(notes)
+    entries, cache = find_entries(config, args.folds)
+    first = [entry for entry in entries if entry.is_first]
+    missing = [e for e in first if fault(e.index.folder, thorough=args.verify) is not None]
+    started = time.monotonic()
+    if missing:
+        make(missing, args.workers, args.verify)
+    table = rows(entries)
+    print(format_table(table))
+    if args.report is not None:
+        write_report(args.report, table)
+    where = f"in {cache}"
+    if missing:
+        seconds = time.monotonic() - started
+        print(f"built {len(missing)} of {len(first)} indices {where}, {seconds:.1f} s")
+    else:
+        checked = ", their checksums are right" if args.verify else ""
+        print(f"all {len(first)} indices are there already {where}{checked}")
+    return EXIT_DONE
+
+
+def find_entries(config: Config, folds: Sequence[str] | None) -> tuple[list[Entry], Path]:
+    """What the folds of a run need, in their order, and the folder of it.
+
+    Raises:
+        UserError: the data is wrong, or a fold's name is unknown.
+    """
+    data = prepare_data(config)
+    names = [fold.name for fold in data.schedule.folds]
+    for name in folds or ():
+        if name not in names:
+            raise UserError(f"--folds {name}: the folds are {', '.join(names)}")
+    from megatron_llmjp.data.dataset import FoldDataset, ValidationDataset  # torch: seconds
+    from megatron_llmjp.data.epoch_index import Epochs
+    from megatron_llmjp.tokenizers import load_tokenizer
+
+    # Which tokenizer made the datasets does not matter to an index.
+    tokenizer = load_tokenizer("NullTokenizer", None, vocab_size=1)
+    epochs = Epochs(config.data, tokenizer, cache_folder(config, data.folds))
+    samples = FoldDataset(data.schedule, epochs)
+    found: list[Entry] = []
+    seen: set[Path] = set()
+
+    def add(index: CachedIndex, fold: str, dataset: str, samples: int) -> None:
+        found.append(Entry(index, fold, dataset, samples, index.folder not in seen))
+        seen.add(index.folder)
+
+    for fold in data.schedule.folds:
+        if folds and fold.name not in folds:
+            continue
+        by_key = {piece.key: piece for piece in fold.slices}
+        for index in samples.indices(fold):
+            piece = by_key.get(getattr(index, "key", ""))
+            of = (piece.name, piece.samples) if piece else (ORDER, fold.samples)
+            add(index, fold.name, *of)
+    train_iters, _ = count_iterations(config, data.schedule)
+    for name, held_out in validation_sets(config, data, train_iters).items():
+        add(ValidationDataset(held_out, epochs).index, VALIDATION, name, 0)
+    return found, epochs.cache
+
+
+def make(missing: Sequence[Entry], workers: int, verify: bool) -> None:
+    """Make indices in several processes, the largest first, and show how far that is."""
+    spawn = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    by_work = sorted(missing, key=lambda entry: -entry.index.work)
+    with ProcessPoolExecutor(min(workers, len(missing)), mp_context=spawn) as pool:
+        futures: dict[Future[float], Entry] = {
+            pool.submit(timed, entry.index, verify): entry for entry in by_work
+        }
+        try:
+            with progress(futures.values()) as done:
+                for future in as_completed(futures):
+                    futures[future].seconds = future.result()
+                    done(futures[future])
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def timed(index: CachedIndex, verify: bool) -> float:
+    """Make an index and return the seconds it took."""
+    started = time.monotonic()
+    ensure(index.folder, index.build, thorough=verify)
+    return time.monotonic() - started
+
+
+@contextmanager
+def progress(entries: Iterable[Entry]) -> Iterator[Any]:
+    """A bar on a terminal, a line per index elsewhere; yields what to call with a finished one."""
+    entries = list(entries)
+    if not sys.stderr.isatty():
+        yield partial(_say, len(entries), [])
+        return
+    from tqdm import tqdm
+
+    total = sum(entry.index.work for entry in entries)
+    with tqdm(total=total, dynamic_ncols=True, bar_format="{percentage:3.0f}%|{bar}| {postfix} "
+              "[{elapsed}<{remaining}]") as bar:  # fmt: skip
+        left = {id(entry) for entry in entries}
+
+        def done(entry: Entry) -> None:
+            left.discard(id(entry))
+            bar.set_postfix_str(f"{len(entries) - len(left)} of {len(entries)} indices")
+            bar.update(entry.index.work)
+
+        yield done
+
+
+def _say(total: int, finished: list[Entry], entry: Entry) -> None:
+    finished.append(entry)
+    what = f"{entry.fold} {entry.dataset}, {entry.seconds:.1f} s"
+    print(f"index {len(finished)} of {total}: {what}", file=sys.stderr, flush=True)
+
+
+def rows(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """One row per fold and dataset, and their total.
+
+    An index that several folds need counts, in seconds and bytes, for the first of them.
+    """
+    table: dict[tuple[str, str], dict[str, Any]] = {}
+    for entry in entries:
+        empty = {"epochs": 0, "samples": entry.samples, "built": 0, "seconds": 0.0, "bytes": 0}
+        place = {"fold": entry.fold, "dataset": entry.dataset}
+        row = table.setdefault((entry.fold, entry.dataset), place | empty)
+        row["epochs"] += entry.dataset != ORDER
+        row["built"] += entry.seconds is not None
+        row["seconds"] = round(row["seconds"] + (entry.seconds or 0.0), 2)
+        row["bytes"] += size_on_disk(entry.index.folder) if entry.is_first else 0
+    found = list(table.values())
+    total: dict[str, Any] = {"fold": "total", "dataset": ""}
+    for name in ("epochs", "samples", "built", "seconds", "bytes"):
+        of = [row for row in found if name != "samples" or row["dataset"] != ORDER]
+        total[name] = round(sum(row[name] for row in of), 2)
+    return [*found, total]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""All indices of a run, made ahead."""
+
+from __future__ import annotations
+
+import json
+import os
+
+from data_tools.build_indices import main
+from tests.support.datasets import write_folds
+
+
+def test_all_indices_are_made_once_and_mended(tmp_path, capsys):
+    folds = write_folds(tmp_path, (2, 3, 1))
+    flags = f"--fold-file {folds} --seq-length 16 --global-batch-size 8 --workers 2".split()
+    report = tmp_path / "report.json"
+    assert main([*flags, "--report", str(report)]) == 0
+    cache = tmp_path / "index_cache"
+    assert "built 6 of 6 indices" in capsys.readouterr().out
+    table = {(row["fold"], row["dataset"]): row for row in json.loads(report.read_text())}
+    # fold00 needs the first epoch of both datasets, fold01 and fold02 go on in it.
+    assert [table["fold00", name]["built"] for name in ("(order)", "ja", "en")] == [1, 1, 1]
+    assert [table["fold01", name]["built"] for name in ("(order)", "ja", "en")] == [1, 0, 0]
+    assert table["total", ""]["samples"] == (2 + 3 + 1) * 8
+    bytes_on_disk = sum(p.stat().st_size for p in cache.rglob("*") if p.is_file())
+    assert table["total", ""]["bytes"] == bytes_on_disk
+
+    before = {p: p.stat().st_mtime_ns for p in cache.rglob("*")}
+    assert main(flags) == 0
+    assert f"all 6 indices are there already in {cache}" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in cache.rglob("*")} == before
+
+    damaged = next(cache.rglob("*document_index.npy"))
+    good = damaged.read_bytes()
+    os.truncate(damaged, 200)
+    damaged.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))  # the same size: --verify alone sees it
+    assert main(flags) == 0
+    assert main([*flags, "--verify"]) == 0
+    assert "built 1 of 6" in capsys.readouterr().out
+    assert damaged.read_bytes() == good
+
+
+def test_mistakes_are_told(tmp_path, capsys):
+    folds = write_folds(tmp_path, (2, 3))
+    flags = f"--fold-file {folds} --seq-length 16 --global-batch-size 8".split()
+    assert main([*flags, "--folds", "fold7"]) == 2
+    assert "the folds are fold00, fold01" in capsys.readouterr().err
+    assert main([*flags, "--report", "table.txt"]) == 2
+    assert main([*flags, "--no-such-flag"]) == 2
+    assert main(["--seq-length", "16"]) == 2
+    assert "--fold-file" in capsys.readouterr().err
