@@ -1,0 +1,232 @@
+"""Writes a rank's share of a checkpoint: the files of megatron-core's torch_dist format.
+
+Planning, naming and the index (``.metadata``) are megatron-core's. How bytes reach the disk is not:
+megatron-core starts a manager and two more processes per rank for it, which outlive a rank that is
+killed and go on writing into its folder, wait for ever for one that was killed themselves, and
+leave no checksums. Here threads write, which end with their rank; a failure is an exception; and
+checksums are taken from the bytes on their way, so that a finished file is not read again.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.api import _wrap_exception
+from torch.distributed.checkpoint.filesystem import (
+    DEFAULT_SUFFIX,
+    SerializationFormat,
+    _StorageWriterTransforms,
+    _write_item,
+)
+
+from megatron_llmjp.checkpoint.manifest import FileEntry
+from megatron_llmjp.runtime.device import without_warnings
+
+with without_warnings():
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCaller, AsyncRequest
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import (
+        FileSystemWriterAsync,
+        _split_by_size_and_type,
+    )
+    from megatron.core.dist_checkpointing.strategies.state_dict_saver import (
+        save_state_dict_async_finalize,
+        save_state_dict_async_plan,
+    )
+    from megatron.core.dist_checkpointing.strategies.torch import (
+        MCoreSavePlanner,
+        _replace_state_dict_keys_with_sharded_keys,
+        mcore_to_pyt_state_dict,
+    )
+
+FILES_PER_RANK = 2
+"""Files that a rank writes at the same time, as in megatron-core."""
+BLOCK_BYTES = 1 << 20
+
+
+class HostCopy:
+    """Copies of tensors in host memory, whose space serves one save after another.
+
+    The space is kept because memory that the process has used before is filled several times faster
+    than fresh memory, and training waits for it.
+    """
+
+    def __init__(self) -> None:
+        self._space: dict[tuple[Any, ...], Tensor] = {}
+
+    def take(self, key: tuple[Any, ...], tensor: Tensor) -> Tensor:
+        """Start a copy of ``tensor``; complete after ``torch.cuda.synchronize``."""
+        space = self._space.get(key)
+        if space is None or space.shape != tensor.shape or space.dtype != tensor.dtype:
+            on_gpu = tensor.device.type == "cuda"
+            space = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu)
+            self._space[key] = space
+        space.copy_(tensor, non_blocking=True)
+        return space
+
+
+class RankWriter(FileSystemWriterAsync):
+    """megatron-core's storage writer with threads in place of processes, and with checksums."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(str(folder), thread_count=FILES_PER_RANK)
+        self.entries: dict[str, FileEntry] = {}
+        """Sizes and checksums of this rank's files, when they are written."""
+        self._folder = folder
+        self._files: dict[str, list[tuple[Any, Any]]] = {}
+        self._results: list[Any] = []
+        self._error: Exception | None = None
+
+    def prepare_write_data(self, plan: Any, planner: Any) -> None:
+        """Note which of this rank's tensors and objects go to which file; copies nothing."""
+        buckets = _split_by_size_and_type(FILES_PER_RANK, plan.items)
+        for number, items in enumerate(items for items in buckets if items):
+            name = f"{plan.storage_data.prefix}{number}{DEFAULT_SUFFIX}"
+            self._files[name] = [(item, planner.resolve_data(item)) for item in items]
+
+    def copy_to(self, host: HostCopy) -> None:
+        """Take copies of all tensors, after which training may change them."""
+        for name, items in self._files.items():
+            self._files[name] = [
+                (item, host.take((name, number), data) if isinstance(data, Tensor) else data)
+                for number, (item, data) in enumerate(items)
+            ]
+        torch.cuda.synchronize()
+
+    def write(self) -> None:
+        """Write this rank's files and force them to disk; errors are kept for the end."""
+        try:
+            with ThreadPoolExecutor(FILES_PER_RANK) as pool:
+                done = list(pool.map(self._write_file, self._files))
+            for name, (results, entry) in zip(self._files, done, strict=True):
+                self._results += results
+                self.entries[name] = entry
+        except Exception as error:
+            self._error = error
+        self._files = {}
+
+    def retrieve_write_results(self) -> Any:
+        """What megatron-core gathers for the index, or the error."""
+        return self._results if self._error is None else _wrap_exception(self._error)
+
+    def finish(self, metadata: Any, results: Any) -> None:
+        """Write the index, without the plans that megatron-core adds for its own caching."""
+        if hasattr(metadata, "all_local_plans"):
+            del metadata.all_local_plans
+        super().finish(metadata, results)
+
+    def _write_file(self, name: str) -> tuple[list[Any], FileEntry]:
+        results = []
+        with _summed(self._folder / name) as stream:
+            for item, data in self._files[name]:
+                if isinstance(data, Tensor):
+                    data = _alone_on_host(data)
+                results.append(
+                    _write_item(
+                        _StorageWriterTransforms(),
+                        stream,
+                        data,
+                        item,
+                        name,
+                        SerializationFormat.TORCH_SAVE,
+                    )
+                )
+        return results, stream.entry
+
+
+class ThreadCaller(AsyncCaller):
+    """Runs megatron-core's asynchronous requests in a thread of this process."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+
+    def schedule_async_call(self, async_req: AsyncRequest) -> None:
+        """Start writing. What is to be written must be a copy already."""
+        self._thread = threading.Thread(target=async_req.async_fn, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def is_current_async_call_done(self, blocking: bool, no_dist: bool) -> bool:
+        """Whether every rank has written; a collective unless ``no_dist``."""
+        if blocking:
+            self.close()
+        alive = self._thread is not None and self._thread.is_alive()
+        return not alive if no_dist else bool(self.sync_all_async_calls(int(alive)))
+
+    def close(self, abort: bool = False) -> None:
+        """Wait for the thread; it cannot be aborted, but ends with the process."""
+        if self._thread is not None and not abort:
+            self._thread.join()
+
+    def __del__(self) -> None:
+        """Nothing outlives the thread."""
+
+
+def plan_write(sharded: Any, folder: Path) -> tuple[RankWriter, AsyncRequest]:
+    """Agree with all ranks on who writes what.
+
+    Returns:
+        This rank's writer, and a request whose function writes, and whose finalization, a
+        collective, writes the index or raises torch's ``CheckpointException`` on every rank.
+    """
+    flat, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+    writer = RankWriter(folder)
+    state, *_ = save_state_dict_async_plan(
+        mcore_to_pyt_state_dict(flat, False),
+        writer,
+        planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+    )
+    return writer, AsyncRequest(writer.write, (), [lambda: save_state_dict_async_finalize(*state)])
+
+
+class _SummedStream(io.RawIOBase):
+    """Sums what is written on its way to a file."""
+
+    def __init__(self, stream: io.FileIO) -> None:
+        self._stream = stream
+        self._crc = self._size = 0
+
+    @property
+    def entry(self) -> FileEntry:
+        """Size and checksum of everything written."""
+        return FileEntry(bytes=self._size, crc32=f"{self._crc:08x}")
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._size
+
+    def write(self, data: Any) -> int:
+        rest = memoryview(data).cast("B")
+        size = len(rest)
+        while rest:
+            # In blocks, so that the second look at each finds it in the processor's cache.
+            written = self._stream.write(rest[:BLOCK_BYTES])
+            self._crc = zlib.crc32(rest[:written], self._crc)
+            rest = rest[written:]
+        self._size += size
+        return size
+
+
+@contextmanager
+def _summed(path: Path) -> Iterator[_SummedStream]:
+    with path.open("wb", buffering=0) as stream:
+        yield _SummedStream(stream)
+        os.fsync(stream.fileno())
+
+
+def _alone_on_host(tensor: Tensor) -> Tensor:
+    """A tensor on the CPU whose storage is no larger: torch.save writes whole storages."""
+    tensor = tensor.detach().cpu()
+    if tensor.untyped_storage().nbytes() != tensor.nbytes:
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+    return tensor
