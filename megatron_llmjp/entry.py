@@ -79,7 +79,7 @@ def _start_ranks(config: Config, argv: Sequence[str], processes: int) -> int:
 def _be_rank(run: Run, ranks: Ranks) -> int:
     _end_with_the_rest(ranks)
     if ranks.is_first:
-        for warning in run.warnings:
+        for warning in (*run.warnings, *run.lints):
             print(f"warning: {warning}", file=sys.stderr, flush=True)
     warnings.simplefilter("ignore")  # deprecations inside libraries are not the user's to mend
     try:

@@ -15,6 +15,7 @@ from megatron_llmjp.checkpoint import resume as resuming
 from megatron_llmjp.checkpoint.past import Past
 from megatron_llmjp.checkpoint.resume import Resume
 from megatron_llmjp.config.checks import check
+from megatron_llmjp.config.lint import Facts, lint
 from megatron_llmjp.config.load import changed
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.batch_sizes import BatchSizes
@@ -48,6 +49,8 @@ class Run:
     """What the run's checkpoints are to remember of the data."""
     notes: tuple[str, ...]
     """What the user should be told at the start."""
+    lints: tuple[str, ...] = ()
+    """Warnings on a configuration that runs, but as a run has gone wrong before."""
 
     @property
     def warnings(self) -> list[str]:
@@ -88,19 +91,23 @@ def prepare(config: Config, world_size: int) -> Run:
     config = changed(config, padded_vocab_size=config.rows)
     train_iters, told = count_iterations(config, schedule)
     notes += told
-    config, told = _with_decay(config, train_iters)
+    config = _with_decay(config, train_iters)
     check(changed(config, train_iters=train_iters), world_size)
+    validation = validation_sets(config, data, train_iters)
     return Run(
         config=config,
         tokenizer=tokenizer,
         folds=data.folds,
         datasets=data.datasets,
         schedule=schedule,
-        validation=validation_sets(config, data, train_iters),
+        validation=validation,
         train_iters=train_iters,
         resume=resume,
         past=memory,
-        notes=(*notes, *told),
+        notes=tuple(notes),
+        lints=tuple(
+            lint(config, Facts(world_size, train_iters, _decay_end(config), len(validation)))
+        ),
     )
 
 
@@ -127,16 +134,21 @@ def _with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
     return config
 
 
-def _with_decay(config: Config, train_iters: int) -> tuple[Config, list[str]]:
+def _with_decay(config: Config, train_iters: int) -> Config:
     """Fix where the learning rate's decay ends, so that folds added later do not move it."""
     o = config.optimizer
-    if o.lr_decay_samples is not None or o.lr_decay_tokens is not None:
-        return config, []
-    end = o.lr_decay_iters
-    if end is None:
-        end = max(1, round((o.lr_decay_fraction or 1.0) * train_iters))
-        return changed(config, lr_decay_iters=end), []
-    if end == train_iters or o.lr_decay_style == "constant":
-        return config, []
-    note = f"the learning rate's decay ends at iteration {end}, the run at {train_iters}"
-    return config, [note]
+    given = (o.lr_decay_iters, o.lr_decay_samples, o.lr_decay_tokens)
+    if any(end is not None for end in given):
+        return config
+    return changed(config, lr_decay_iters=max(1, round((o.lr_decay_fraction or 1.0) * train_iters)))
+
+
+def _decay_end(config: Config) -> int | None:
+    """The iteration that the learning rate's decay ends at, in whichever unit it is given."""
+    o = config.optimizer
+    samples = o.lr_decay_samples
+    if o.lr_decay_tokens is not None:
+        samples = o.lr_decay_tokens // config.data.seq_length
+    if samples is not None:
+        return BatchSizes(config).iterations(samples)[0]
+    return o.lr_decay_iters

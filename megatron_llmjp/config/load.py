@@ -42,7 +42,9 @@ class Layers:
     def set(self, name: str, value: Any, origin: str) -> None:
         """Set a field, over what an earlier layer said; also in another unit."""
         for other in (unit for units in UNITS if name in units for unit in units):
-            if other in self.origin and _source(self.origin[other]) != _source(origin):
+            if value is None or other not in self.origin:
+                continue
+            if _source(self.origin[other]) != _source(origin):
                 del self.values[SECTION_OF[other]][other], self.origin[other]
         self.values.setdefault(SECTION_OF[name], {})[name] = value
         self.origin[name] = origin
