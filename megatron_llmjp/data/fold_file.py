@@ -15,6 +15,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
@@ -190,13 +191,14 @@ class FoldFile(Entry):
     validation: dict[str, ValidationSet] = {}
     skip: tuple[Skip, ...] = ()
 
-    @model_validator(mode="after")
-    def _names_differ(self) -> FoldFile:
-        names = [fold.name for fold in self.folds]
+    @field_validator("folds")
+    @classmethod
+    def _names_differ(cls, folds: tuple[Fold, ...]) -> tuple[Fold, ...]:
+        names = [fold.name for fold in folds]
         twice = {name for name in names if names.count(name) > 1}
         if twice:
             raise ValueError(f"two folds are named '{sorted(twice)[0]}'")
-        return self
+        return folds
 
     def sources(self) -> dict[str, str]:
         """The path of every dataset, and the first place that names it."""

@@ -1,15 +1,31 @@
-"""Reading fold files."""
+"""Reading fold files: includes, named blends and roots of paths.
+
+A long list of datasets is written once, as a named blend in a file of its own that fold files
+include::
+
+    # corpus.yaml                                # folds.yaml
+    root: /data/corpus                           include: corpus.yaml
+    blends:                                      folds:
+      ja:                                          - name: main
+        wiki: {path: ja/wiki, tokens: 1.3B}          blend: [ja, en]
+        ...
+      en: {...}
+
+``root`` is where the paths of its own file begin; it is relative to that file's folder.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
-from megatron_llmjp.data.fold_file import Entry, Fold, FoldFile, Source, ValidationSet
+from megatron_llmjp.data.fold_errors import READERS_KEYS, describe
+from megatron_llmjp.data.fold_file import FoldFile
+from megatron_llmjp.data.fold_yaml import At, Written, read_yaml
 from megatron_llmjp.errors import UserError, suggest
 
 
@@ -19,64 +35,122 @@ def read_fold_file(path: Path) -> FoldFile:
     Raises:
         UserError: with every mistake and where it is.
     """
+    library = _Library()
+    main = library.read(path, "fold file", ())
+    data = {key: value for key, value in main.data.items() if key not in READERS_KEYS}
+    whole = Written(path, data, main.lines)
+    for at, holder in _holders(data):
+        if isinstance(holder.get("blend"), (str, list)):
+            holder["blend"] = library.blend(holder["blend"], whole, (*at, "blend"))
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"fold file {path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    try:
-        parsed = FoldFile.model_validate(data)
+        return FoldFile.model_validate(data)
     except ValidationError as error:
-        raise UserError(
-            "\n".join(f"{path}: {_describe(e, data)}" for e in _own_errors(error))
-        ) from None
-    return _relative_to(parsed, path.parent)
+        raise UserError(describe(error, whole)) from None
 
 
-def _relative_to(file: FoldFile, folder: Path) -> FoldFile:
-    def moved(blend: Mapping[str, Source]) -> dict[str, Source]:
-        return {
-            name: source.model_copy(update={"path": str(folder / source.path)})
-            for name, source in blend.items()
-        }
-
-    folds = tuple(f.model_copy(update={"blend": moved(f.blend)}) for f in file.folds)
-    validation = {}
-    for name, held_out in file.validation.items():
-        update: dict[str, Any] = {}
-        if held_out.path is not None:
-            update["path"] = str(folder / held_out.path)
-        if held_out.blend is not None:
-            update["blend"] = moved(held_out.blend)
-        validation[name] = held_out.model_copy(update=update)
-    return file.model_copy(update={"folds": folds, "validation": validation})
+def _holders(data: dict[str, Any]) -> Iterator[tuple[At, dict[str, Any]]]:
+    """The folds and validation sets, which hold a path or a blend, and where they are."""
+    folds, validation = data.get("folds"), data.get("validation")
+    for number, fold in enumerate(folds if isinstance(folds, list) else []):
+        if isinstance(fold, dict):
+            yield ("folds", number), fold
+    for name, held_out in (validation if isinstance(validation, dict) else {}).items():
+        if isinstance(held_out, dict):
+            yield ("validation", name), held_out
 
 
-def _own_errors(error: ValidationError) -> list[Any]:
-    """Without pydantic's remark that a list with a wrong entry is too short."""
-    errors = error.errors()
-    inside = any(len(e["loc"]) > 1 for e in errors)
-    return [e for e in errors if not (inside and e["type"] == "too_short")]
+@dataclass
+class _Library:
+    """The named blends of all files read."""
+
+    blends: dict[str, tuple[Any, Written, At]] = field(default_factory=dict)
+    """By name: the blend, its file, and where it is there."""
+    files: set[Path] = field(default_factory=set)
+
+    def read(self, path: Path, named_by: str, including: tuple[Path, ...]) -> Written:
+        """Read a file and all that it includes; paths in it are resolved, its blends kept.
+
+        Raises:
+            UserError: a file is missing or wrong, includes itself, or names a blend again.
+        """
+        written = read_yaml(path, named_by)
+        _resolve_paths(written)
+        self.files.add(path.resolve())
+        names = written.data.get("include") or []
+        for number, name in enumerate([names] if isinstance(names, str) else names):
+            at = written.where(("include", number))
+            other = path.parent / str(name)
+            chain = (*including, path)
+            if other.resolve() in {file.resolve() for file in chain}:
+                circle = " -> ".join(map(str, (*chain, other)))
+                raise UserError(f"{at}: files include each other in a circle: {circle}")
+            if other.resolve() not in self.files:
+                self.read_included(other, f"{at}: include", chain)
+        blends = written.data.get("blends") or {}
+        if not isinstance(blends, dict):
+            raise UserError(f"{written.where(('blends',))}: blends: expected names with datasets")
+        for name, blend in blends.items():
+            self._add(str(name), blend, written)
+        return written
+
+    def read_included(self, path: Path, named_by: str, including: tuple[Path, ...]) -> None:
+        """Read a file that another includes: it may hold nothing but blends."""
+        written = self.read(path, named_by, including)
+        for key in written.data:
+            if key not in READERS_KEYS:
+                raise UserError(
+                    f"{written.where((key,))}: '{key}' belongs in the fold file itself; a file "
+                    f"that is included holds {', '.join(READERS_KEYS)}"
+                )
+
+    def _add(self, name: str, blend: Any, written: Written) -> None:
+        where = written.where(("blends", name))
+        if name in self.blends:
+            _, other, at = self.blends[name]
+            raise UserError(f"{where}: a blend named '{name}' is also in {other.where(at)}")
+        if not isinstance(blend, dict) or not blend:
+            raise UserError(f"{where}: blend '{name}': expected datasets, as `NAME: {{path: ...}}`")
+        self.blends[name] = (blend, written, ("blends", name))
+
+    def blend(self, names: str | list[Any], whole: Written, at: At) -> dict[str, Any]:
+        """The datasets of one or more named blends; their lines are noted as the fold's own.
+
+        Raises:
+            UserError: a blend is unknown, or two of them hold a dataset of the same name.
+        """
+        found: dict[str, Any] = {}
+        for name in [names] if isinstance(names, str) else names:
+            if name not in self.blends:
+                raise UserError(
+                    f"{whole.where(at)}: there is no blend named '{name}'"
+                    f"{suggest(str(name), self.blends)} (known: {', '.join(self.blends) or 'none'};"
+                    " blends are declared under `blends:`, here or in an included file)"
+                )
+            blend, written, source = self.blends[name]
+            for twice in found.keys() & blend.keys():
+                raise UserError(
+                    f"{whole.where(at)}: dataset '{twice}' is in two of the blends "
+                    f"{', '.join(map(str, names))}: see {written.where((*source, twice))}"
+                )
+            found |= blend
+            for place, line in written.lines.items():
+                if place[: len(source)] == source and len(place) > len(source):
+                    whole.lines[at + place[len(source) :]] = line
+        return found
 
 
-def _describe(error: Any, data: Any) -> str:
-    """One line for one of pydantic's errors, with the fold's name instead of its number."""
-    location: list[Any] = list(error["loc"])
-    words = [str(part) for part in location]
-    if len(location) > 1 and location[0] == "folds" and isinstance(location[1], int):
-        entry = data["folds"][location[1]]
-        name = entry.get("name", location[1] + 1) if isinstance(entry, dict) else location[1] + 1
-        words = [f"fold '{name}'", *words[2:]]
-    message = error["msg"].removeprefix("Value error, ").replace("Input should", "must")
-    if error["type"] == "extra_forbidden":
-        model: type[Entry] = FoldFile
-        if "blend" in words:
-            model = Source
-        elif words[0] == "validation":
-            model = ValidationSet
-        elif words[0].startswith("fold '"):
-            model = Fold
-        fields = model.model_fields
-        message = f"unknown key{suggest(words[-1], fields)} (possible: {', '.join(fields)})"
-    return f"{', '.join(words) or 'the file'}: {message}"
+def _resolve_paths(written: Written) -> None:
+    """Put the file's root before every path in it, once for each mapping that anchors share."""
+    data = written.data
+    root = written.path.parent / str(data.get("root") or "")
+    done: set[int] = set()
+    blends = data.get("blends")
+    holders = [holder for _, holder in _holders(data)]
+    holders += [{"blend": b} for b in blends.values()] if isinstance(blends, dict) else []
+    for holder in holders:
+        blend = holder.get("blend")
+        for entry in [holder, *(blend.values() if isinstance(blend, dict) else [])]:
+            if isinstance(entry, dict) and isinstance(entry.get("path"), str):
+                if id(entry) not in done:
+                    entry["path"] = str(root / entry["path"])
+                done.add(id(entry))

@@ -201,7 +201,9 @@ def test_mistakes_are_named(tmp_path, case):
     with pytest.raises(UserError) as caught:
         read_fold_file(path)
     assert WRONG[case] in str(caught.value)
-    assert str(caught.value).startswith(f"{path}: ")
+    lines = str(caught.value).splitlines()
+    assert all(line.startswith((f"{path}, line 1: ", f"{path}: ")) for line in lines)
+    assert WRONG[case] in ("the file: ", "not valid YAML") or f"{path}, line 1: " in lines[-1]
 
 
 def test_too_small_and_too_often():
