@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from megatron_llmjp.data.fold_errors import READERS_KEYS, describe
@@ -47,16 +46,6 @@ def read_fold_file(path: Path) -> FoldFile:
         return FoldFile.model_validate(data)
     except ValidationError as error:
         raise UserError(describe(error, whole)) from None
-
-
-def dump_fold_file(file: FoldFile) -> str:
-    """A fold file as YAML of its own, with absolute paths; reading it back gives the same data."""
-    data = file.model_dump(mode="json", exclude_defaults=True)
-    for _, holder in _holders(data):
-        for entry in [holder, *(holder.get("blend") or {}).values()]:
-            if "path" in entry:
-                entry["path"] = str(Path(entry["path"]).resolve())
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 
 
 def _holders(data: dict[str, Any]) -> Iterator[tuple[At, dict[str, Any]]]:
