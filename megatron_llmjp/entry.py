@@ -15,8 +15,10 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_llmjp.config.command_line import PLAN_DATA, parse, print_notes
+from megatron_llmjp.config.command_line import DRY_RUN, PLAN_DATA, parse, print_notes
+from megatron_llmjp.config.load import Layers
 from megatron_llmjp.config.schema import Config
+from megatron_llmjp.dry_run import describe
 from megatron_llmjp.errors import (
     EXIT_DONE,
     EXIT_FAILURE,
@@ -42,18 +44,20 @@ def main(argv: Sequence[str]) -> int:
     ranks = None
     try:
         ranks = find_ranks()
-        config, processes, notes = parse(argv)
+        layers = Layers()
+        config, processes, notes = parse(argv, layers)
         if ranks is None:
             print_notes(notes)
             if PLAN_DATA in argv:
                 print_plan(config)
                 return EXIT_DONE
-            if processes is not None and processes != 1:
+            if processes is not None and processes != 1 and DRY_RUN not in argv:
                 return _start_ranks(config, argv, processes)
         elif ranks.is_first and ranks.started_by != LOCAL_LAUNCHER:
             print_notes(notes)
+        world_size = ranks.world_size if ranks else processes or 1
         ranks = ranks or alone()
-        run = prepare(config, ranks.world_size)
+        run = prepare(config, world_size)
     except UserError as error:
         if ranks is None or ranks.is_first:
             print(f"error: {error}", file=sys.stderr)
@@ -61,6 +65,11 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("stopped by Ctrl-C before the start", file=sys.stderr)
         return EXIT_INTERRUPTED
+    if DRY_RUN in argv:
+        if ranks.is_first:
+            _warn(run)
+            print(describe(run, config, layers.origin, world_size))
+        return EXIT_DONE
     return _be_rank(run, ranks)
 
 
@@ -79,8 +88,7 @@ def _start_ranks(config: Config, argv: Sequence[str], processes: int) -> int:
 def _be_rank(run: Run, ranks: Ranks) -> int:
     _end_with_the_rest(ranks)
     if ranks.is_first:
-        for warning in (*run.warnings, *run.lints):
-            print(f"warning: {warning}", file=sys.stderr, flush=True)
+        _warn(run)
     warnings.simplefilter("ignore")  # deprecations inside libraries are not the user's to mend
     try:
         from megatron_llmjp.runtime import device as devices
@@ -99,6 +107,11 @@ def _be_rank(run: Run, ranks: Ranks) -> int:
         where = f"rank {ranks.rank} of {ranks.world_size}"
         print(f"error: {where}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         return _leave(EXIT_FAILURE)
+
+
+def _warn(run: Run) -> None:
+    for warning in (*run.warnings, *run.lints):
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
 def _leave(code: int) -> int:

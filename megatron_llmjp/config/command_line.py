@@ -21,6 +21,9 @@ from megatron_llmjp.errors import UserError
 PLAN_DATA = "--plan-data"
 """The flag that prints the plan of the run's data instead of training."""
 
+DRY_RUN = "--dry-run"
+"""The flag that checks everything and prints the resolved configuration instead of training."""
+
 DESCRIPTION = "Pretrain a GPT with tensor, pipeline and data parallelism on megatron-core."
 
 EXAMPLES = """\
@@ -84,7 +87,23 @@ def parse(
     notes = explained.notes
     if config.checkpoint.load is not None and config.checkpoint.load == config.checkpoint.save:
         config = changed(config, load=None)  # Megatron's way to say: go on if there is something
-    return config, arguments["nproc_per_node"], notes
+    return config, _processes(arguments), notes
+
+
+def _processes(arguments: dict[str, Any]) -> int | None:
+    """Local processes to start; or those of the real run, when none is started."""
+    local: int | None = arguments["nproc_per_node"]
+    world_size: int | None = arguments["world_size"]
+    if world_size is None:
+        return local
+    if not arguments["dry_run"]:
+        raise UserError(
+            f"--world-size goes with {DRY_RUN}; real processes are started with --nproc-per-node, "
+            "torchrun, srun or mpirun"
+        )
+    if world_size < 1:
+        raise UserError(f"--world-size {world_size}: at least 1 process is needed")
+    return world_size
 
 
 def _aliases(arguments: dict[str, Any]) -> dict[str, tuple[Any, str]]:
@@ -128,6 +147,17 @@ def _make_parser() -> Parser:
         PLAN_DATA,
         action="store_true",
         help="print what is trained on when (folds, tokens, epochs, learning rate) and end",
+    )
+    parser.add_argument(
+        DRY_RUN,
+        action="store_true",
+        help="check everything, print the resolved configuration and end",
+    )
+    parser.add_argument(
+        "--world-size",
+        type=int,
+        metavar="N",
+        help=f"with {DRY_RUN}: the processes of the real run",
     )
     for name, section in SECTIONS.items():
         group = parser.add_argument_group(name, (section.__doc__ or "").strip())

@@ -136,7 +136,7 @@ def _rates(config: Config, facts: Facts) -> Iterator[str]:
         and not config.checkpoint.finetune
     ):
         yield "no warm-up: Adam's first steps are its wildest; LLM-jp's models took 2,000 of them"
-    if o.lr_warmup_iters * 5 > facts.train_iters:
+    if facts.is_long and o.lr_warmup_iters * 5 > facts.train_iters:
         yield (
             f"the warm-up of {o.lr_warmup_iters:,} iterations takes more than a fifth of the "
             f"run's {facts.train_iters:,}"
