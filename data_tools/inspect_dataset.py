@@ -1,4 +1,7 @@
-"""Look into indexed datasets: statistics, documents as text, and whether they are whole."""
+"""Look into indexed datasets: statistics, documents as text, and whether they are whole.
+
+With ``--run`` into what a run was trained on: ``lineage_report.py``.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from data_tools import lineage_report
 from data_tools.cli import Parser, positive, run
 from data_tools.documents import pieces, read_manifest
 from data_tools.report import format_table
@@ -32,14 +36,17 @@ EXAMPLES = """\
         --tokenizer-type SentencePieceTokenizer --tokenizer-model tok.model
 
   Is every dataset whole? (exit code 1 if one is not)
-    inspect_dataset --verify data/*.idx"""
+    inspect_dataset --verify data/*.idx
+
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
-    parser = Parser("inspect_dataset", "Look into .bin/.idx token datasets.", EXAMPLES)
+    examples = EXAMPLES + lineage_report.EXAMPLES
+    parser = Parser("inspect_dataset", "Look into .bin/.idx token datasets and runs.", examples)
     add = parser.add_argument
-    add("prefixes", nargs="+", metavar="PREFIX", help="path without .bin or .idx (or with)")
+    add("prefixes", nargs="*", metavar="PREFIX", help="path without .bin or .idx (or with)")
     add("--verify", action="store_true", help="read everything and check it")
     add("--documents", type=int, nargs="+", default=[], metavar="N", help="show these; -1: last")
     add("--max-tokens", type=positive, default=200, metavar="N", help="shown of each document")
@@ -48,7 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--vocab-size", type=positive, metavar="N", help="for --verify and NullTokenizer")
     add("--png", type=Path, metavar="FILE", help="write the histogram as a picture")
     add("--json", action="store_true", help="statistics as JSON")
+    lineage_report.add_flags(parser.add_argument_group("what a run was trained on").add_argument)
     args = parser.parse(argv)
+    if args.run is not None:
+        return run("inspect_dataset", lambda: lineage_report.report(args))
+    if not args.prefixes:
+        parser.error("give datasets, or --run FOLDER")
     return run("inspect_dataset", lambda: inspect(args))
 
 

@@ -6,9 +6,11 @@ torch is imported for the learning rate alone, whose curves are megatron-core's.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from megatron_llmjp.checkpoint import past
+from megatron_llmjp.checkpoint import resume as resuming
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.batch_sizes import BatchSizes
 from megatron_llmjp.plan.data_plan import DataPlan, LearningRate, make_plan
@@ -36,7 +38,7 @@ def plan_data(config: Config, with_learning_rate: bool = True) -> Planned:
     Raises:
         UserError: the fold file, a dataset or a number of iterations is wrong.
     """
-    data = prepare_data(config)
+    data = _with_skips(prepare_data(config), config)
     train_iters, _ = count_iterations(config, data.schedule)
     rate = _learning_rate(config, data, train_iters) if with_learning_rate else None
     plan = make_plan(data.schedule, BatchSizes(config), train_iters, rate)
@@ -48,6 +50,15 @@ def print_plan(config: Config) -> None:
     """Print the table for ``--plan-data``."""
     planned = plan_data(config)
     print(show(planned.plan, planned.warnings))
+
+
+def _with_skips(data: RunData, config: Config) -> RunData:
+    """With what ``--skip-iterations`` leaves out, now and before the checkpoint to go on from."""
+    resume = resuming.find(config) if not config.checkpoint.finetune else None
+    manifest = resume.manifest if resume else None
+    asked, sizes = config.data.skip_iterations, BatchSizes(config)
+    schedule, _ = past.skip_iterations(data.schedule, asked, manifest, sizes)
+    return replace(data, schedule=schedule)
 
 
 def _learning_rate(config: Config, data: RunData, train_iters: int) -> LearningRate:

@@ -1,9 +1,9 @@
 """``manifest.json``: what a checkpoint folder holds, so that anyone can tell whether it is whole.
 
 A checkpoint is a folder ``iter_0001000`` with megatron-core's torch_dist files, the resolved
-configuration (``config.yaml``), the tokenizer's files (``tokenizer/``) and this manifest. It is
-written under a temporary name and renamed when complete; ``latest_checkpointed_iteration.txt``
-beside it names the newest one, as in Megatron-LM.
+configuration (``config.yaml``), the fold file (``folds.yaml``), the tokenizer's files
+(``tokenizer/``) and this manifest. It is written under a temporary name and renamed when complete;
+``latest_checkpointed_iteration.txt`` beside it names the newest one, as in Megatron-LM.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from megatron_llmjp.errors import UserError
 
 MANIFEST = "manifest.json"
 CONFIG = "config.yaml"
+FOLDS = "folds.yaml"
 TOKENIZER = "tokenizer"
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -72,6 +73,8 @@ class Manifest(BaseModel):
     """Changes of the past that were accepted, oldest first."""
     metrics: dict[str, float] = {}
     """The last values of the log, such as ``lm loss``."""
+    data_parallel_size: int | None = None
+    """Of the run that saved; it decides which rank trained on which sample."""
     versions: dict[str, str] = {}
     files: dict[str, FileEntry]
 

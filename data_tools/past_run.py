@@ -1,0 +1,149 @@
+"""A run as its checkpoints tell it: its folds, what it skipped, its batches and its tokenizer."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+from megatron_llmjp.checkpoint import manifest as manifests
+from megatron_llmjp.checkpoint.manifest import Manifest
+from megatron_llmjp.checkpoint.past import changes
+from megatron_llmjp.config.load import load_resolved
+from megatron_llmjp.config.schema import Config
+from megatron_llmjp.data.batch_sizes import BatchSizes
+from megatron_llmjp.data.fold_reading import read_fold_file
+from megatron_llmjp.data.folds import DatasetInfo, Schedule
+from megatron_llmjp.data.resolve import resolve
+from megatron_llmjp.data.skips import Skips
+from megatron_llmjp.data.sources import inspect_sources
+from megatron_llmjp.errors import UserError
+from megatron_llmjp.prepare_data import RunData, cache_folder, prepare_data
+from megatron_llmjp.tokenizers import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from megatron_llmjp.data.lineage import Lineage
+
+
+@dataclass(frozen=True)
+class PastRun:
+    """What a checkpoint says of the run up to it, and of its future as planned then."""
+
+    folder: Path
+    manifest: Manifest
+    config: Config
+    schedule: Schedule
+    datasets: dict[str, DatasetInfo]
+    """What is known of each dataset, by path."""
+    sizes: BatchSizes
+    tokenizer: Tokenizer | None
+    cache: Path
+    """Where the run left its sample indices."""
+
+    def samples_of(self, iteration: int) -> range:
+        """Numbers of the samples of a global batch.
+
+        Raises:
+            UserError: the run has no such iteration.
+        """
+        first, end = (self.sizes.consumed_after(i) for i in (iteration - 1, iteration))
+        if iteration < 1 or end > self.schedule.total_samples:
+            possible, _ = self.sizes.iterations(self.schedule.total_samples)
+            raise UserError(f"--iteration {iteration}: the run's data gives 1 to {possible:,}")
+        return range(first, end)
+
+
+def open_run(
+    root: Path, covers: Callable[[Manifest], bool], fold_file: Path | None = None
+) -> PastRun:
+    """Read the oldest checkpoint that covers what is asked, or else the newest one.
+
+    Args:
+        root: a save folder, or one checkpoint in it.
+        covers: whether a checkpoint is late enough to tell.
+        fold_file: in place of the one in the checkpoint, where datasets have moved.
+
+    Raises:
+        UserError: no checkpoint is whole, or the data is not what it was trained on.
+    """
+    folder = _choose(root, covers)
+    manifest = manifests.read(folder)
+    config = load_resolved(folder / manifests.CONFIG)
+    data = _data(folder, config, fold_file)
+    schedule = data.schedule.skipping(Skips.of(manifest.skips))
+    found = changes(manifest, schedule)
+    if found:
+        listed = "\n".join(found)
+        raise UserError(
+            f"the data is not what {folder} was trained on:\n{listed}\n"
+            "--fold-file names a file with the paths of the datasets as they were"
+        )
+    sizes = BatchSizes(config)
+    if sizes.consumed_after(manifest.iteration) != manifest.consumed_samples:
+        raise UserError(
+            f"{folder}: iteration {manifest.iteration:,} had trained on "
+            f"{manifest.consumed_samples:,} samples, which is not what its batch size gives "
+            f"({sizes.consumed_after(manifest.iteration):,}): the batch size changed on the way"
+        )
+    cache = cache_folder(config, data.folds)
+    tokenizer = _tokenizer(folder, config)
+    return PastRun(folder, manifest, config, schedule, data.datasets, sizes, tokenizer, cache)
+
+
+@contextmanager
+def open_lineage(run: PastRun, cache: Path | None) -> Iterator[Lineage]:
+    """The lineage of a run; imports torch.
+
+    Args:
+        run: the run.
+        cache: its folder of sample indices; where the run left them when not given. Where there is
+            none, indices are made in a temporary folder: looking at a run writes nothing to it.
+    """
+    from megatron_llmjp.data.epoch_index import Epochs
+    from megatron_llmjp.data.lineage import Lineage
+
+    folder = cache or run.cache
+    with tempfile.TemporaryDirectory(prefix="inspect_dataset.") as temporary:
+        where = folder if folder.is_dir() else Path(temporary)
+        unknown = SimpleNamespace(eod_id=0, vocab_size=1)  # decides no sample
+        yield Lineage(run.schedule, Epochs(run.config.data, run.tokenizer or unknown, where))
+
+
+def _choose(root: Path, covers: Callable[[Manifest], bool]) -> Path:
+    if (root / manifests.MANIFEST).is_file():
+        return root
+    names = map(manifests.folder_name, manifests.complete_iterations(root))
+    for folder in (root / name for name in names):
+        if covers(manifests.read(folder)):
+            return folder
+    return manifests.newest(root)
+
+
+def _data(folder: Path, config: Config, fold_file: Path | None) -> RunData:
+    """The data by the fold file asked for, or by the checkpoint's copy, or as the flags say."""
+    kept = folder / manifests.FOLDS
+    path = fold_file or (kept if kept.is_file() else None)
+    if path is None:
+        return prepare_data(config)  # a checkpoint of before copies were kept
+    folds = read_fold_file(path)
+    datasets = inspect_sources(folds)
+    schedule = resolve(folds, datasets, config.data.seq_length, BatchSizes(config))
+    return RunData(folds, datasets, schedule)
+
+
+def _tokenizer(folder: Path, config: Config) -> Tokenizer | None:
+    """The run's tokenizer, from the checkpoint; None for a run that names none."""
+    data = config.data
+    if data.tokenizer_type is None:
+        return None
+    model = data.tokenizer_model
+    kept = folder / manifests.TOKENIZER
+    if model is not None and kept.is_dir():
+        own = kept / Path(model).name
+        model = str(own if own.is_file() else kept)
+    size = config.model.vocab_size - 1 if config.model.vocab_size else None
+    return load_tokenizer(data.tokenizer_type, model, vocab_size=size)
