@@ -38,7 +38,9 @@ STAGE_LAYERS = "--num-layers-per-virtual-pipeline-stage"
 EXACT_GELU = "--no-bias-gelu-fusion"
 VOCABULARY = "--vocab-file"
 GROUPED = "--group-query-attention"
-SETTLED = (STAGE_LAYERS, EXACT_GELU, VOCABULARY, GROUPED)
+RETAINED = "--save-retain-interval"
+WEIGHTS = "--pretrained-checkpoint"
+SETTLED = (STAGE_LAYERS, EXACT_GELU, VOCABULARY, GROUPED, RETAINED, WEIGHTS)
 """Flags whose meaning depends on other values: see :func:`settle`."""
 
 
@@ -135,6 +137,13 @@ def settle(layers: Layers, later: dict[str, str], by_flags_alone: bool) -> None:
         layers.set("activation_function", "gelu", f"flag {EXACT_GELU}")
     if GROUPED in later and "num_query_groups" not in layers.origin:
         layers.set("num_query_groups", 1, f"flag {GROUPED}")
+    if RETAINED in later:
+        # Megatron-LM keeps the newest checkpoint and those at multiples of the interval.
+        layers.set("keep_last", 1, f"flag {RETAINED}")
+        layers.set("keep_every", later[RETAINED], f"flag {RETAINED}")
+    if WEIGHTS in later:
+        layers.set("load", later[WEIGHTS], f"flag {WEIGHTS}")
+        layers.set("finetune", True, f"flag {WEIGHTS}")
     if VOCABULARY in later:
         _set_vocabulary(layers, later[VOCABULARY])
     if STAGE_LAYERS in later:

@@ -107,14 +107,13 @@ _BY_REMEDY: dict[str, str] = {
         --ckpt-convert-format --ckpt-convert-save --ckpt-convert-update-legacy-dist-opt-format
         --universal-checkpoint""",
     "name the checkpoint's folder: --load SAVE/iter_0001000": "--ckpt-step",
-    "use --load DIR --finetune": "--pretrained-checkpoint",
-    "save every so many iterations with --save-interval": """
-        --save-iter-patterns --persistent-save-interval --non-persistent-save-interval
+    "save by LLM-jp's pattern with --save-policy llm-jp": "--save-iter-patterns",
+    "save every so many iterations with --save-interval, and --async-save": """
+        --persistent-save-interval --non-persistent-save-interval
         --non-persistent-ckpt-type --non-persistent-global-ckpt-dir
         --non-persistent-local-ckpt-dir --non-persistent-local-ckpt-algo
         --use-gcp-dynamic-checkpointing --dynamic-checkpointing-min""",
-    "no checkpoint is deleted; remove old ones with a job of your own": """
-        --save-retain-interval --most-recent-k""",
+    "keep the newest with --keep-last": "--most-recent-k",
     # log
     "give a YAML file as --config FILE": "--yaml-cfg",
     "the log is plain text on standard output, metrics.jsonl and tensorboard": """

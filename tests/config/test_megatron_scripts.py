@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_llmjp.config import megatron
+from megatron_llmjp.config.checks import check
 from megatron_llmjp.config.command_line import flag_names, parse
 from megatron_llmjp.config.load import Layers, build, changed, differences, read_config
 from megatron_llmjp.config.megatron_flags import CHOICES
@@ -33,23 +34,11 @@ def preset(name):
     return build(layers)
 
 
-def without_blends(argv):
-    """The words without the flags that a fold file takes the place of, and these flags."""
-    kept, left_out, skipping = [], [], False
-    for word in argv:
-        if word.startswith("--"):
-            skipping = word in REFUSED
-            left_out += [word] if skipping else []
-        kept += [] if skipping else [word]
-    return kept, left_out
-
-
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.preset)
 def test_a_published_script_is_its_preset(script):
-    argv, without = without_blends(script.argv)
-    assert all("--fold-file" in REFUSED[flag] for flag in without)
-    config, processes, notes = parse(argv)
+    config, processes, notes = parse(script.argv)
     assert processes is None
+    check(config, 2 * config.parallel.model_parallel_size)
     if config.optimizer.lr_decay_iters is None and config.optimizer.lr_decay_tokens is None:
         config = changed(config, lr_decay_iters=config.training.train_iters)
     found = differences(preset(script.preset), config)
@@ -125,6 +114,8 @@ MEANINGS = {
     "--load b --save a": {"load": "b", "save": "a"},
     "--rampup-batch-size 16 16 1000": {"rampup_batch_size": (16, 16, 1000)},
     "--skip-train": {"eval_only": True},
+    "--save-retain-interval 1000": {"keep_last": 1, "keep_every": 1000},
+    "--pretrained-checkpoint a --save b": {"load": "a", "finetune": True, "save": "b"},
 }  # fmt: skip
 
 
