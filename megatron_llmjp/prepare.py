@@ -7,8 +7,10 @@ one voice, and each rank calls it to know the same.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from megatron_llmjp.checkpoint import past
 from megatron_llmjp.checkpoint import resume as resuming
@@ -31,11 +33,15 @@ from megatron_llmjp.prepare_data import (
 )
 from megatron_llmjp.tokenizers import Tokenizer, load_tokenizer
 
+NOTHING: Mapping[str, str] = MappingProxyType({})
+
 
 @dataclass(frozen=True)
 class Run:
     """A run, resolved."""
 
+    asked: Config
+    """The configuration as it was given, before the checkpoint and the data had their say."""
     config: Config
     tokenizer: Tokenizer
     folds: FoldFile
@@ -66,17 +72,23 @@ class Run:
         return cache_folder(self.config, self.folds)
 
 
-def prepare(config: Config, world_size: int) -> Run:
+def prepare(config: Config, world_size: int, damaged: Mapping[str, str] = NOTHING) -> Run:
     """Resolve a configuration for ``world_size`` processes.
+
+    Args:
+        config: what is asked for.
+        world_size: number of processes.
+        damaged: checkpoint folders that are known to be damaged, and how.
 
     Raises:
         UserError: whatever is wrong with the layout, tokenizer, data or checkpoint.
     """
+    asked = config
     check(config, world_size)
     tokenizer = _tokenizer(config)
     config = _with_vocabulary(config, tokenizer)
     data = prepare_data(config)
-    resume = resuming.find(config)
+    resume = resuming.find(config, damaged)
     goes_on = resume if resume is not None and not config.checkpoint.finetune else None
     schedule, skipped = past.skip_iterations(
         data.schedule,
@@ -95,6 +107,7 @@ def prepare(config: Config, world_size: int) -> Run:
     check(changed(config, train_iters=train_iters), world_size)
     validation = validation_sets(config, data, train_iters)
     return Run(
+        asked=asked,
         config=config,
         tokenizer=tokenizer,
         folds=data.folds,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,10 +29,14 @@ class Resume:
     """What is wrong with newer checkpoints."""
 
 
-def find(config: Config) -> Resume | None:
+def find(config: Config, damaged: Mapping[str, str]) -> Resume | None:
     """The newest whole checkpoint of ``load``, or of ``save`` when nothing is to be loaded.
 
     A damaged checkpoint is passed over; the result says so.
+
+    Args:
+        config: what is asked for.
+        damaged: checkpoint folders that are known to be damaged, and how.
 
     Raises:
         UserError: ``load`` was given and holds no whole checkpoint, or ``save`` holds damaged
@@ -48,6 +53,9 @@ def find(config: Config) -> Resume | None:
         candidates = [root / name for name in names]
     bad: list[str] = []
     for folder in candidates:
+        if str(folder) in damaged:
+            bad.append(f"damaged checkpoint: {damaged[str(folder)]}")
+            continue
         found = _open(folder, bad)
         if found is not None:
             return replace(found, passed_over=tuple(bad))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from datetime import timedelta
@@ -24,17 +25,46 @@ with without_warnings():
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 
-def start(config: Config, ranks: Ranks, device: Device) -> None:
-    """Join the other processes and build tensor, pipeline and data-parallel groups."""
-    timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
-    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = ranks.master_addr, ranks.master_port
+EXCHANGE_HOURS = 12
+"""A rank may have this much to do before it joins an exchange."""
+
+
+def meet(ranks: Ranks) -> Any:
+    """Join the key-value store that all ranks share; process groups come later.
+
+    What may take longer than a collective waits is agreed on through it.
+    """
     if ranks.world_size == 1:
-        store: Any = dist.HashStore()
-        dist.init_process_group(device.backend, store=store, rank=0, world_size=1, timeout=timeout)
-    else:
-        dist.init_process_group(
-            device.backend, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout
-        )
+        return dist.HashStore()
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = ranks.master_addr, ranks.master_port
+    meeting = dist.rendezvous("env://", rank=ranks.rank, world_size=ranks.world_size)
+    return next(iter(meeting))[0]
+
+
+def exchange(store: Any, ranks: Ranks, subject: str, mine: Any) -> list[Any]:
+    """What every rank has to say about a subject, by rank; no two exchanges share a subject.
+
+    Args:
+        store: of :func:`meet`.
+        ranks: this process's place.
+        subject: what it is about.
+        mine: this rank's part, as JSON.
+    """
+    keys = [f"{subject}/{rank}" for rank in range(ranks.world_size)]
+    store.set(keys[ranks.rank], json.dumps(mine))
+    store.wait(keys, timedelta(hours=EXCHANGE_HOURS))
+    return [json.loads(store.get(key)) for key in keys]
+
+
+def start(config: Config, ranks: Ranks, device: Device, store: Any = None) -> None:
+    """Join the other processes and build tensor, pipeline and data-parallel groups."""
+    dist.init_process_group(
+        device.backend,
+        store=dist.PrefixStore("groups", store if store is not None else meet(ranks)),
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        timeout=timedelta(minutes=config.parallel.distributed_timeout_minutes),
+    )
     parallel = config.parallel
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,

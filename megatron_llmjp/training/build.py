@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +10,13 @@ import torch.distributed as dist
 from torch.utils.data import Dataset
 
 from megatron_llmjp.checkpoint import store
+from megatron_llmjp.checkpoint.saver import FoldEnds, Saver
+from megatron_llmjp.checkpoint.saving import Description
 from megatron_llmjp.checkpoint.store import RunState
 from megatron_llmjp.data.batch_sizes import BatchSizes
 from megatron_llmjp.data.dataset import FoldDataset, Sample, ValidationDataset
 from megatron_llmjp.data.epoch_index import Epochs
+from megatron_llmjp.data.facts import remember
 from megatron_llmjp.data.index_ahead import IndexAhead
 from megatron_llmjp.data.index_cache import ensure_all
 from megatron_llmjp.model.gpt import build_model, choose_kernels
@@ -66,6 +70,8 @@ def open_data(run: Run, ranks: Ranks) -> RunData:
     _, done = progress(run)
     held_out = [dataset.index for dataset in validation.values()]
     indices.start(done, BatchSizes(run.config).at(done), held_out)
+    if ranks.local_rank == 0:
+        remember(run.datasets, run.cache)
     return RunData(Labelled(data), validation, indices)
 
 
@@ -101,6 +107,15 @@ def build(run: Run, device: Device, rates: LearningRates) -> Model:
         store.load(run.resume.folder, RunState(chunks, optimizer, scheduler))
         apply_configuration(optimizer, scheduler, config)
     return Model(chunks, optimizer, scheduler)
+
+
+def make_saver(run: Run, sizes: BatchSizes, may_publish: Callable[[], None]) -> Saver:
+    """Saves the run's checkpoints; ``may_publish`` raises when the save folder is lost."""
+    schedule = run.schedule
+    samples = tuple(schedule.trainable(fold)[1] for fold in schedule.folds)
+    iterations = frozenset(sizes.iteration_of(end - 1) for end in samples if end > 0)
+    about = Description(run.config, tuple(run.tokenizer.files()))
+    return Saver(about, FoldEnds(samples, iterations), may_publish, progress(run)[0])
 
 
 def load_weights(run: Run, device: Device) -> list[Any]:

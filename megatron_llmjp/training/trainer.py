@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from megatron_llmjp.checkpoint import store
-from megatron_llmjp.checkpoint.store import Progress, RunState
+from megatron_llmjp.checkpoint.retention import Moment
+from megatron_llmjp.checkpoint.saver import Saver
+from megatron_llmjp.checkpoint.saving import Progress
+from megatron_llmjp.checkpoint.store import RunState
 from megatron_llmjp.data.batch_sizes import BatchSizes
+from megatron_llmjp.data.fold_copy import dump_fold_file
 from megatron_llmjp.data.loader import Batch
 from megatron_llmjp.errors import EXIT_DONE, EXIT_REQUEUE, UserError
 from megatron_llmjp.prepare import Run
@@ -24,6 +26,7 @@ from megatron_llmjp.training.feed import dataset_names, feed
 from megatron_llmjp.training.learning_rate import LearningRates
 from megatron_llmjp.training.metrics import Metrics
 from megatron_llmjp.training.norms import parameter_norm
+from megatron_llmjp.training.opening import Opened, opened
 from megatron_llmjp.training.optimizer import complete_parameters
 from megatron_llmjp.training.step import StepResult, train_step
 from megatron_llmjp.training.writers import Writers
@@ -42,13 +45,20 @@ def train(run: Run, ranks: Ranks, device: Device) -> int:
     be_deterministic(run.config.training.deterministic_mode)
     if run.config.training.eval_only:
         return validate_only(run, ranks, device)
+    with opened(run, ranks) as beginning:
+        return _train(beginning, ranks, device)
+
+
+def _train(beginning: Opened, ranks: Ranks, device: Device) -> int:
+    run = beginning.run
     sizes = BatchSizes(run.config)
     rates = LearningRates(run.config, run.schedule, sizes, run.train_iters)
     data = build.open_data(run, ranks)
-    distributed.start(run.config, ranks, device)
+    distributed.start(run.config, ranks, device, beginning.store)
     model = build.build(run, device, rates)
     build.introduce(run, model.chunks, ranks, device)
-    code = Trainer(run, device, sizes, model, data, *build.progress(run)).train()
+    saver = build.make_saver(run, sizes, beginning.may_publish)
+    code = Trainer(run, device, sizes, model, data, saver, *build.progress(run)).train()
     data.indices.close()
     distributed.stop()
     return code
@@ -81,6 +91,7 @@ class Trainer:
     sizes: BatchSizes
     model: Model
     data: RunData
+    saver: Saver
     iteration: int
     consumed_samples: int
     """Samples trained on so far: the whole state of the data."""
@@ -92,14 +103,14 @@ class Trainer:
             The exit code: done, or stopped on request with a checkpoint saved.
         """
         config = self.run.config
-        writers = Writers(config, self.iteration) if distributed.is_first_rank() else None
+        writers = Writers(config) if distributed.is_first_rank() else None
         metrics = self._metrics(writers)
         metrics.start(self.iteration, self.consumed_samples)
-        started = saved = self.iteration
+        started = self.iteration
         names = len(dataset_names(self.run.schedule))
         batches = self._batches()
         while not self._is_last():
-            learning_rate = self.learning_rate()
+            learning_rate, before = self.learning_rate(), self._moment()
             batch_size = self.sizes.at(self.consumed_samples)
             self.data.indices.before(self.consumed_samples, batch_size)
             result = train_step(
@@ -120,17 +131,16 @@ class Trainer:
             metrics.pause()
             if self._is_due(config.training.eval_interval) and not self._is_last():
                 self._validate(metrics)
-            if self._is_due(config.checkpoint.save_interval):
-                saved = self._save(metrics)
+            self.saver.poll()
+            if self.saver.reason(before, self._moment(), self._is_due(config.logging.log_interval)):
+                self._save(metrics)
             if self._is_due(config.faults.exit_interval) and not self._is_last():
-                if saved != self.iteration:
-                    self._save(metrics)
+                self._save_last(metrics)
                 say(f"stopped at iteration {self.iteration} as --exit-interval asks")
                 return _close(writers, EXIT_REQUEUE)
             metrics.go_on()
         self._validate(metrics)
-        if config.checkpoint.save is not None and saved != self.iteration:
-            self._save(metrics)
+        self._save_last(metrics)
         return _close(writers, EXIT_DONE)
 
     def learning_rate(self) -> float:
@@ -176,7 +186,16 @@ class Trainer:
             losses = evaluate(self.model.chunks, self.data.validation, config, self.device)
             metrics.log_validation(self.iteration, self.consumed_samples, losses)
 
-    def _save(self, metrics: Metrics) -> int:
+    def _moment(self) -> Moment:
+        return Moment(self.iteration, self.consumed_samples)
+
+    def _save_last(self, metrics: Metrics) -> None:
+        """Have the run as it is now on disk."""
+        if self.run.config.checkpoint.save is not None and self.saver.saved != self.iteration:
+            self._save(metrics)
+        self.saver.close()
+
+    def _save(self, metrics: Metrics) -> None:
         run, model = self.run, self.model
         complete_parameters(model.chunks, run.config)
         progress = Progress(
@@ -186,16 +205,9 @@ class Trainer:
             skips=run.schedule.skips,
             past=run.past,
             metrics=metrics.last,
+            fold_file=dump_fold_file(run.folds),
         )
-        folder = store.save(
-            Path(str(run.config.checkpoint.save)),
-            RunState(model.chunks, model.optimizer, model.scheduler),
-            progress,
-            run.config,
-            run.tokenizer.files(),
-        )
-        say(f"saved checkpoint {folder}")
-        return self.iteration
+        self.saver.save(RunState(model.chunks, model.optimizer, model.scheduler), progress)
 
     def _check_numbers(self, result: StepResult) -> None:
         # Free: megatron-core's optimizer has brought the norm to the host already.

@@ -1,0 +1,79 @@
+"""How a checkpoint folder gets and loses its name, so that a crash at any moment leaves whole ones.
+
+Whatever is not whole has a name that begins with a dot and ends in ``.tmp``; only the run that
+holds the save folder removes such leftovers, before its next save. Without torch.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from megatron_llmjp.checkpoint import manifest as manifests
+from megatron_llmjp.checkpoint.manifest import FileEntry
+
+
+def temporary_folder(root: Path, iteration: int) -> Path:
+    """Where the checkpoint of an iteration is while it is being written."""
+    return root / f".{manifests.folder_name(iteration)}.tmp"
+
+
+def begin(root: Path, iteration: int) -> None:
+    """Remove what interrupted saves and removals left behind, and make a folder to write into.
+
+    Raises:
+        OSError: the disk does not let it.
+    """
+    for leftover in root.glob(".iter_*.tmp"):
+        shutil.rmtree(leftover)
+    temporary_folder(root, iteration).mkdir(parents=True)
+
+
+def add_file(folder: Path, name: str, contents: bytes) -> FileEntry:
+    """Write a small file, which may be in a folder of its own, and force it to disk."""
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    with path.open("wb") as stream:
+        stream.write(contents)
+        stream.flush()
+        os.fsync(stream.fileno())
+    if path.parent != folder:
+        manifests.sync_folder(path.parent)
+    return manifests.describe_file(path)
+
+
+def publish(root: Path, manifest: manifests.Manifest) -> Path:
+    """Give a written folder its manifest and its name, and make it the newest.
+
+    Everything else in it must be on disk already. A checkpoint that has the name is replaced.
+
+    Returns:
+        The finished folder.
+    """
+    temporary = temporary_folder(root, manifest.iteration)
+    final = root / manifests.folder_name(manifest.iteration)
+    manifests.write(temporary, manifest)
+    if final.exists():
+        replaced = root / f".{final.name}.replaced.tmp"
+        final.replace(replaced)
+        temporary.replace(final)
+        shutil.rmtree(replaced, ignore_errors=True)  # else the next save's to remove
+    else:
+        temporary.replace(final)
+    manifests.sync_folder(root)
+    manifests.write_durably(root / manifests.TRACKER, f"{manifest.iteration}\n")
+    return final
+
+
+def remove(root: Path, iteration: int) -> None:
+    """Remove a checkpoint; from the first moment on it no longer has the name of a whole one.
+
+    Raises:
+        OSError: the disk does not let it.
+    """
+    folder = root / manifests.folder_name(iteration)
+    removed = root / f".{folder.name}.removed.tmp"
+    folder.replace(removed)
+    manifests.sync_folder(root)
+    shutil.rmtree(removed)

@@ -1,0 +1,114 @@
+"""What a run does before its process groups: take its save folder, and look over its checkpoint."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_llmjp.checkpoint import lock as locks
+from megatron_llmjp.checkpoint import manifest as manifests
+from megatron_llmjp.checkpoint.lock import RunLock
+from megatron_llmjp.checkpoint.resume import Resume
+from megatron_llmjp.errors import UserError
+from megatron_llmjp.prepare import Run, prepare
+from megatron_llmjp.runtime.distributed import exchange, meet
+from megatron_llmjp.runtime.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run that may begin."""
+
+    run: Run
+    store: Any
+    """Shared by all ranks."""
+    may_publish: Callable[[], None]
+    """Raises when another run has taken the save folder."""
+
+
+@contextmanager
+def opened(run: Run, ranks: Ranks) -> Iterator[Opened]:
+    """Hold the run's save folder, with a checkpoint to go on from whose checksums are right.
+
+    Checksums are compared when ``verify_checkpoint`` asks for it, or when the last run in the save
+    folder ended without closing: each rank reads a share of the files. A damaged checkpoint is
+    passed over for the one before.
+
+    Raises:
+        UserError: another run holds the folder, or no checkpoint is whole.
+    """
+    store = meet(ranks)
+    with ExitStack() as stack:
+        lock, was_killed = _take_folder(run, ranks, store, stack)
+        run = _with_one_checkpoint(run, ranks, store)
+        if was_killed or run.config.checkpoint.verify_checkpoint:
+            run = _with_good_checkpoint(run, ranks, store)
+        yield Opened(run, store, lock.check if lock is not None else _always)
+
+
+def _always() -> None:
+    """Other ranks than the first publish nothing."""
+
+
+def _take_folder(
+    run: Run, ranks: Ranks, store: Any, stack: ExitStack
+) -> tuple[RunLock | None, bool]:
+    """The lock on the first rank; and, for all, whether the last run was killed."""
+    save = run.config.checkpoint.save
+    if save is None or run.config.training.eval_only:
+        return None, False
+    lock, answer = None, {"error": "", "was_killed": False}
+    if ranks.is_first:
+        try:
+            lock = stack.enter_context(locks.taken(Path(save), _tell))
+            answer["was_killed"] = lock.left_by is not None
+        except UserError as error:
+            answer["error"] = str(error)
+    first = exchange(store, ranks, "save folder", answer)[0]
+    if first["error"]:
+        raise UserError(first["error"])
+    return lock, first["was_killed"]
+
+
+def _with_one_checkpoint(run: Run, ranks: Ranks, store: Any) -> Run:
+    """The run, going on from the same checkpoint on all ranks.
+
+    Some may have looked before the last run in the folder published its last one, some after.
+    """
+    chosen = str(run.resume.folder) if run.resume is not None else ""
+    if len(set(exchange(store, ranks, "resume", chosen))) == 1:
+        return run
+    return prepare(run.asked, ranks.world_size)
+
+
+def _with_good_checkpoint(run: Run, ranks: Ranks, store: Any) -> Run:
+    """The run, going on from the newest checkpoint whose checksums are right."""
+    damaged: dict[str, str] = {}
+    while run.resume is not None:
+        found = exchange(store, ranks, f"verify {run.resume.folder}", _problems(run.resume, ranks))
+        problems = [problem for part in found for problem in part]
+        if not problems:
+            if ranks.is_first:
+                print(f"checksums of {run.resume.folder} are right", flush=True)
+            return run
+        damaged[str(run.resume.folder)] = problems[0]
+        if ranks.is_first:
+            _tell(f"damaged checkpoint: {problems[0]}")
+        run = prepare(run.asked, ranks.world_size, damaged)
+    return run
+
+
+def _problems(resume: Resume, ranks: Ranks) -> list[str]:
+    """What is wrong with this rank's share of the files."""
+    names = sorted(resume.manifest.files)[ranks.rank :: ranks.world_size]
+    files = {name: resume.manifest.files[name] for name in names}
+    share = resume.manifest.model_copy(update={"files": files})
+    return manifests.problems(resume.folder, share, checksums=True)
+
+
+def _tell(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
