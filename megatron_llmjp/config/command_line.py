@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn, get_args
 
@@ -36,11 +37,33 @@ examples:
   go on from the newest checkpoint of a run, in another layout:
     python pretrain_gpt.py --config laptop-llama --fold-file folds.yaml --nproc-per-node 4 \\
         --pipeline-model-parallel-size 2 --save checkpoints
+  check everything of a run of 512 processes, and see what its values are and where from:
+    python pretrain_gpt.py --config llm-jp-3-172b --fold-file folds.yaml --world-size 512 \\
+        --tokenizer-type Llama2Tokenizer --tokenizer-model tokenizer.model --dry-run
 
-Values come from the preset, then the YAML file of --config, then the flags. Megatron-LM's flags
-are understood. Exit codes: 0 done, 2 a mistake in the arguments or data, 3 stopped on request with
-a checkpoint saved, 1 anything else.
+Values come from the preset, then the YAML file of --config, then the flags (docs/configuration.md).
+Launch scripts of Megatron-LM and Megatron-DeepSpeed are understood: without --config, what is not
+given has Megatron-LM's default. Exit codes: 0 done, 2 a mistake in the arguments or data, 3 stopped
+on request with a checkpoint saved, 1 anything else.
 """
+
+
+METAVARS = {
+    "pipeline_model_parallel_layout": "LAYOUT",
+    "split": "TRAIN,VALID,TEST",
+    "skip_iterations": "A-B,C",
+    "wandb_project": "NAME",
+    "wandb_entity": "NAME",
+    "wandb_exp_name": "NAME",
+}
+"""What stands for the value of a text that is no path."""
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Breaks lines between words only: a preset's name stays whole."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
 
 class Parser(argparse.ArgumentParser):
@@ -127,9 +150,10 @@ def flag_names() -> set[str]:
 def _make_parser() -> Parser:
     parser = Parser(
         prog="pretrain_gpt.py",
+        usage="pretrain_gpt.py [--config PRESET|FILE] [--nproc-per-node N] [flags]",
         description=DESCRIPTION,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -182,19 +206,19 @@ def _add_field(group: argparse._ArgumentGroup, name: str, info: FieldInfo) -> No
     elif name == "rampup_batch_size":
         kind = {"nargs": 3, "metavar": ("START", "INCREMENT", "SAMPLES")}
     else:
-        kind = {"metavar": _metavar(info)}
+        kind = {"metavar": _metavar(name, info)}
     if not info.is_required() and info.default not in (None, ()):
         text += f" (default: {info.default})"
     group.add_argument(*flags, dest=name, default=None, help=text, **kind)
 
 
-def _metavar(info: FieldInfo) -> str:
+def _metavar(name: str, info: FieldInfo) -> str:
     text = str(info.annotation)
     if "Literal" in text:
         literal = next((a for a in get_args(info.annotation) if "Literal" in str(a)), None)
         choices = get_args(literal or info.annotation)
         return "|".join(str(c) for c in choices if c is not None)
-    return "N" if "int" in text else "X" if "float" in text else "PATH"
+    return "N" if "int" in text else "X" if "float" in text else METAVARS.get(name, "PATH")
 
 
 def _all_flags(parser: argparse.ArgumentParser) -> list[str]:
