@@ -9,17 +9,13 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
-import torch
 import yaml
 
 from megatron_llmjp.convert import cli as converter
-from tests.support.processes import run_ranks
-from tests.support.training import PP2, TP2, Job, history, train_on_rank
+from tests.support.training import PP2, TP2, Job, history, train_all
 
 FIXTURES = Path(__file__).parent / "fixtures" / "llama_small"
 FLAGS = shlex.split("""
@@ -40,26 +36,12 @@ RUNS = {
     "tp2pp2-resumed": ((0, 4), "middle", (*TP2, *PP2, "--sequence-parallel")),
     "dp2-resumed": ((2, 4), "middle", ("--use-distributed-optimizer",)),
 }
-
-
-class Recorded(torch.utils.data.Dataset):
-    """The batches that Megatron-LM trained on, sample by sample."""
-
-    def __init__(self) -> None:
-        batches = np.load(FIXTURES / "batches.npz")
-        self.arrays = {name: batches[name].reshape(-1, 64) for name in batches}
-
-    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
-        sample = {name: torch.from_numpy(array[number]) for name, array in self.arrays.items()}
-        return {name: sample[name].long() for name in sample}
-
-
-def train_recorded(jobs: list[dict[str, Any]], folder: str) -> None:
-    """Take this rank's part in all jobs, on the recorded batches."""
-    from megatron_llmjp.training import trainer
-
-    with mock.patch.object(trainer, "_datasets", lambda run: (Recorded(), {})):
-        train_on_rank(jobs, folder)
+FAULTS = {
+    "everything_decays": ((0, 1), "start", ("--finetune",)),
+    "schedule_ahead": ((1, 2), "start", ("--finetune",)),
+    "norms_apart": ((0, 2), "start", ("--finetune", *TP2, "--sequence-parallel")),
+}
+"""Runs of a trainer that does one thing wrong."""
 
 
 @pytest.fixture(scope="module")
@@ -78,12 +60,20 @@ def runs(tmp_path_factory):
     }
     (folder / "folds.yaml").write_text(yaml.safe_dump({"seed": 1, "folds": [fold]}))
     data = ("--fold-file", folder / "folds.yaml", "--data-cache-path", folder / "cache")
+    with np.load(FIXTURES / "batches.npz") as batches:
+        samples = {name: batches[name].reshape(-1, 64) for name in batches}
+    np.savez(folder / "samples.npz", **samples)
     jobs = [
-        Job(name, ranks, (*FLAGS, *data, "--load", folder / load, *flags))
-        for name, (ranks, load, flags) in RUNS.items()
+        Job(
+            name,
+            ranks,
+            (*FLAGS, *data, "--load", folder / load, *flags),
+            mutation=name if name in FAULTS else None,
+            samples=str(folder / "samples.npz"),
+        )
+        for name, (ranks, load, flags) in {**RUNS, **FAULTS}.items()
     ]
-    plain = [{**vars(job), "flags": [str(flag) for flag in job.flags]} for job in jobs]
-    run_ranks(train_recorded, 4, plain, str(folder))
+    train_all(jobs, 4, folder)
     return folder
 
 
@@ -101,3 +91,14 @@ def test_the_real_curve(runs, name):
         found = history(runs / name, ours)
         assert list(found) == list(expected)
         assert found == pytest.approx({i: r[theirs] for i, r in expected.items()}, 0, tolerance)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_leaves_the_curve(runs, fault):
+    """Of each: the losses and the gradient norms are beyond the tolerance that the test allows."""
+    records = json.loads((FIXTURES / "golden_tp1pp1.json").read_text())["iterations"]
+    for ours, theirs, tolerance in (("lm loss", "lm_loss", 2e-6), ("grad norm", "grad_norm", 1e-5)):
+        found = history(runs / fault, ours)
+        distance = max(abs(found[r["iteration"]] - r[theirs]) for r in records)
+        print(fault, ours, distance)
+        assert distance > 10 * tolerance, ours

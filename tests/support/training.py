@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_llmjp.runtime.launch import free_port
+from tests.support.mutations import mutated
 from tests.support.processes import run_ranks
+from tests.support.recorded import recorded
 
 SMALL = {
     "--tokenizer-type": "NullTokenizer",
@@ -46,6 +48,10 @@ class Job:
     ranks: tuple[int, int]
     """The first rank and the one after the last."""
     flags: tuple[Any, ...]
+    mutation: str | None = None
+    """A fault of :mod:`tests.support.mutations` that this run has."""
+    samples: str | None = None
+    """An ``.npz`` file of the samples to train on, as :mod:`tests.support.recorded` reads them."""
 
 
 def arguments(preset: str, fold_file: Path, *flags: Any, **small: Any) -> list[str]:
@@ -80,8 +86,10 @@ def train_on_rank(jobs: list[dict[str, Any]], folder: str) -> None:
         config, _, _ = parse([*job["flags"], "--save", str(save)])
         run = prepare(config, end - first)
         port = meeting_port(save.with_suffix(".port"), me == first)
+        ranks = Ranks(me - first, end - first, 0, "127.0.0.1", port, "test")
         try:
-            code = train(run, Ranks(me - first, end - first, 0, "127.0.0.1", port, "test"), device)
+            with mutated(job["mutation"]), recorded(job["samples"]):
+                code = train(run, ranks, device)
         except Exception as error:
             raise AssertionError(f"job {job['name']}: {error}") from error
         assert code == 0, job["name"]
