@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint import past
-from megatron_llmjp.checkpoint import resume as resuming
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.batch_sizes import BatchSizes
 from megatron_llmjp.plan.data_plan import DataPlan, LearningRate, make_plan
@@ -54,8 +55,9 @@ def print_plan(config: Config) -> None:
 
 def _with_skips(data: RunData, config: Config) -> RunData:
     """With what ``--skip-iterations`` leaves out, now and before the checkpoint to go on from."""
-    resume = resuming.find(config) if not config.checkpoint.finetune else None
-    manifest = resume.manifest if resume else None
+    root, manifest = config.checkpoint.load or config.checkpoint.save, None
+    if root and not config.checkpoint.finetune and manifests.complete_iterations(Path(root)):
+        manifest = manifests.read(manifests.newest(Path(root)))
     asked, sizes = config.data.skip_iterations, BatchSizes(config)
     schedule, _ = past.skip_iterations(data.schedule, asked, manifest, sizes)
     return replace(data, schedule=schedule)

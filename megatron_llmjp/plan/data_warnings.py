@@ -39,7 +39,7 @@ def find_warnings(
         *_end(plan, schedule, BatchSizes(config)),
         *_used_twice(schedule),
         *_trained_and_validated(schedule, file, datasets),
-        *_decay(plan, config),
+        *_decay(plan, schedule, config),
         *_warmup(plan, config),
         *_of_folds(plan, schedule, BatchSizes(config)),
         *_tokenizers(sorted(datasets), tokenizer),
@@ -137,26 +137,29 @@ def _trained_and_validated(
             )
 
 
-def _decay(plan: DataPlan, config: Config) -> Iterator[str]:
-    """The run's learning rate; folds with a schedule of their own are looked at one by one."""
+def _decay(plan: DataPlan, schedule: Schedule, config: Config) -> Iterator[str]:
+    """The run's learning rate, where no fold has one of its own."""
     o, end = config.optimizer, _iterations(config, "lr_decay")
     if end is None or o.lr_decay_style == "constant":
         return
-    apart = abs(plan.train_iters - end)
-    if end < plan.train_iters:
+    own = _own_iterations(schedule, BatchSizes(config))
+    left = plan.train_iters - end
+    if left > 0:
+        last = plan.train_iters + 1
+        left -= sum(len(range(max(r.start, end + 1), min(r.stop, last))) for r in own)
+    if left > 0:
         text = (
             f"the learning rate's decay ends at iteration {end:,}, the run at "
-            f"{plan.train_iters:,}: the last {apart:,} iterations are trained at min_lr "
-            f"{o.min_lr:g}"
+            f"{plan.train_iters:,}: {left:,} iterations are trained at min_lr {o.min_lr:g}"
         )
-        if apart == _iterations(config, "lr_warmup"):
+        if left == _iterations(config, "lr_warmup"):
             text += (
                 ". They are as many as the warm-up, which is counted inside the decay: adding the "
-                f"two, as LLM-jp's scripts did (its models' last 2000 steps are at min_lr), is not "
+                "two, as LLM-jp's scripts did (its models' last 2000 steps are at min_lr), is not "
                 f"needed. lr_decay_iters {plan.train_iters} decays to the end"
             )
         yield text
-    elif end > plan.train_iters:
+    elif end > plan.train_iters and not any(plan.train_iters in r for r in own):
         yield (
             f"the learning rate's decay ends at iteration {end:,}, after the run's end at "
             f"{plan.train_iters:,}: min_lr {o.min_lr:g} is not reached"
@@ -195,6 +198,12 @@ def _of_folds(plan: DataPlan, schedule: Schedule, sizes: BatchSizes) -> Iterator
                 f"fold '{fold.name}': its learning rate's decay ends after {decay:,} iterations, "
                 f"{abs(decay - length):,} {when} the fold does ({length:,})"
             )
+
+
+def _own_iterations(schedule: Schedule, sizes: BatchSizes) -> list[range]:
+    """Iterations of the folds that have a learning rate of their own."""
+    bounds = [schedule.trainable(fold) for fold in schedule.folds if fold.learning_rate]
+    return [range(_begun(sizes, a) + 1, _begun(sizes, b) + 1) for a, b in bounds]
 
 
 def _begun(sizes: BatchSizes, number: int) -> int:

@@ -82,9 +82,13 @@ def test_the_example_is_the_published_run():
     fold09 = ["fold09", "27.64B", "13,496,832", "8,787", "79,084", "87,870"]
     assert [*fold09, "7.908e-05", "8.787e-05"] in lines
     assert ["total", "304.1B", "148,465,152", "96,657"] in lines
-    # 300 B tokens of decay are 95,367 iterations: less than the run.
+    assert not warnings
+    # 300 B tokens of decay are 95,367 iterations: less than the run, but for the last fold's own.
+    last = file.folds[-1].model_copy(update={"learning_rate": None})
+    one_curve = file.model_copy(update={"folds": (*file.folds[:-1], last)})
+    _, warnings = planned(one_curve, tokens, config)
     assert len(warnings) == 1
-    assert "decay ends at iteration 95,367, the run at 96,657: the last 1,290" in warnings[0]
+    assert "decay ends at iteration 95,367, the run at 96,657: 1,290 iterations" in warnings[0]
 
 
 FOLDS = [
@@ -114,7 +118,7 @@ def test_each_warning_names_its_numbers():
         "samples are seen more than once: a (1.03 epochs)",
         "fold 'rest': 'c' and 'd' are the same dataset (c)",
         "validation set 'held out' (c) is also trained on, from fold 'rest' on",
-        "decay ends at iteration 4, the run at 7: the last 3 iterations are trained at min_lr",
+        "decay ends at iteration 4, the run at 7: 1 iterations are trained at min_lr",
         "the warm-up of 5 iterations is longer than the first fold ('one', 4 iterations)",
         "fold 'rest': its warm-up of 9 iterations is longer than the fold (2)",
         "fold 'rest': its learning rate's decay ends after 1 iterations, 1 before",
@@ -123,6 +127,8 @@ def test_each_warning_names_its_numbers():
     assert len(warnings) == 11
     assert [(f.first_iteration, f.last_iteration) for f in plan.folds] == [(1, 4), (4, 5), (5, 7)]
 
+    one_curve = [{k: v for k, v in fold.items() if k != "learning_rate"} for fold in FOLDS]
+    file = FoldFile.model_validate({"folds": one_curve})
     _, late = planned(file, tokens, config_of(16, 8, lr_decay_iters=9))
     assert any("ends at iteration 9, after the run's end at 7: min_lr" in w for w in late)
     _, early = planned(file, tokens, config_of(16, 8), train_iters=2)
