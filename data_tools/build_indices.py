@@ -19,6 +19,7 @@ from data_tools.report import check_report, format_table, write_report
 from megatron_llmjp.config.command_line import parse, print_notes
 from megatron_llmjp.config.load import Layers
 from megatron_llmjp.config.schema import Config
+from megatron_llmjp.data.facts import remember
 from megatron_llmjp.data.index_cache import CachedIndex, ensure, fault, size_on_disk
 from megatron_llmjp.errors import EXIT_DONE, UserError
 from megatron_llmjp.prepare_data import (
@@ -132,6 +133,7 @@ def find_entries(config: Config, folds: Sequence[str] | None) -> tuple[list[Entr
     # Which tokenizer made the datasets does not matter to an index.
     tokenizer = load_tokenizer("NullTokenizer", None, vocab_size=1)
     epochs = Epochs(config.data, tokenizer, cache_folder(config, data.folds))
+    remember(data.datasets, epochs.cache)
     samples = FoldDataset(data.schedule, epochs)
     found: list[Entry] = []
     seen: set[Path] = set()

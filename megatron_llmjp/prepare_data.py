@@ -49,7 +49,7 @@ def prepare_data(config: Config) -> RunData:
             f"{config.data.fold_file}: sequence_length {folds.sequence_length} differs from the "
             f"run's seq_length {length}: take one of them away"
         )
-    datasets = inspect_sources(folds)
+    datasets = inspect_sources(folds, cache_folder(config, folds))
     return RunData(folds, datasets, resolve(folds, datasets, length, batch_sizes))
 
 
@@ -84,12 +84,27 @@ def count_iterations(config: Config, schedule: Schedule) -> tuple[int, list[str]
 
 def validation_sets(
     config: Config, data: RunData, train_iters: int
-) -> dict[str, HeldOut | MegatronBlend]:
-    """The validation sets by name, those in Megatron-LM's order as large as it would make them."""
+) -> tuple[dict[str, HeldOut | MegatronBlend], list[str]]:
+    """The validation sets by name, those in Megatron-LM's order as large as it would make them.
+
+    Parts of a split that hold no document are left out, with a note; megatron-core would look for
+    samples in them for ever.
+    """
     training = config.training
     times = train_iters // training.eval_interval + 1 if training.eval_interval else 1
     once = max(1, training.eval_iters * training.global_batch_size)
-    return resolve_validation(data.folds, data.datasets, {"valid": times * once, "test": once})
+    sizes = {"valid": times * once, "test": once}
+    found = resolve_validation(data.folds, data.datasets, sizes)
+    notes = []
+    for name, held_out in list(found.items()):
+        if not isinstance(held_out, MegatronBlend):
+            continue
+        infos = [data.datasets[path] for path in held_out.paths]
+        if not all(info.part_tokens(held_out.split, held_out.part) for info in infos):
+            del found[name]
+            part = f"part '{held_out.part}' of split {held_out.split}"
+            notes.append(f"no validation set '{name}': a dataset has no document in {part}")
+    return found, notes
 
 
 def repetitions(schedule: Schedule) -> list[str]:

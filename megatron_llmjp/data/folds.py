@@ -30,14 +30,19 @@ class DatasetInfo:
     tokens: int
     parts: Mapping[tuple[str, str], int] = field(default_factory=dict)
     """Tokens of the parts of Megatron-LM's ``--split``, by ``(split, part)``, where they matter."""
+    stamp: str = field(default="", compare=False)
+    """Of its files when this was found out (``data/facts.py``)."""
 
     def samples_per_epoch(self, sequence_length: int, split: str | None = None) -> int:
         """Samples of one epoch: each needs one more token than its length, shared with the next.
 
         With ``split`` of its training part.
         """
-        tokens = self.tokens if split is None else self.parts[split, "train"]
-        return max(0, (tokens - 1) // sequence_length)
+        return max(0, (self.part_tokens(split, "train") - 1) // sequence_length)
+
+    def part_tokens(self, split: str | None, part: Part) -> int:
+        """Tokens of one part of a split; of the whole where it is not split."""
+        return self.tokens if split is None else self.parts[split, part]
 
 
 @dataclass(frozen=True)

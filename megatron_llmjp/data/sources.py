@@ -6,11 +6,12 @@ import hashlib
 import itertools
 import json
 import re
+import zlib
 from pathlib import Path
 
 import numpy as np
 
-from megatron_llmjp.data import indexed
+from megatron_llmjp.data import facts, indexed
 from megatron_llmjp.data.fold_file import FoldFile
 from megatron_llmjp.data.folds import DatasetInfo
 from megatron_llmjp.data.indexed import Index
@@ -22,26 +23,33 @@ _TOKEN_BLOCKS = (128, 1 << 13)
 """How many blocks of how many bytes are read of a file: smaller files are read whole."""
 
 
-def inspect_sources(file: FoldFile) -> dict[str, DatasetInfo]:
+def inspect_sources(file: FoldFile, cache: Path | None = None) -> dict[str, DatasetInfo]:
     """Open every dataset of a fold file.
+
+    What ``facts.remember`` has put into ``cache`` is not found out again.
 
     Raises:
         UserError: naming all datasets that are missing or damaged, and where they are declared.
     """
     splits: dict[str, set[str]] = {}
-    for fold in file.folds:
-        for source in fold.blend.values():
-            splits.setdefault(source.path, set()).update([fold.split] if fold.split else [])
+    for holder in (*file.folds, *file.validation.values()):
+        for source in (holder.blend or {}).values():
+            splits.setdefault(source.path, set()).update([holder.split] if holder.split else [])
     found, problems = {}, []
     for path, place in file.sources().items():
         try:
             index = indexed.read_index(path)
+            stamp = facts.stamp(path)
+            known = facts.recall(stamp, splits.get(path, ()), cache) if cache else None
+            if known:
+                found[path] = known
+                continue
             parts = {
                 (split, part): tokens
                 for split in splits.get(path, ())
                 for part, tokens in _tokens_of_parts(index, split).items()
             }
-            found[path] = DatasetInfo(content_key(path), index.tokens, parts)
+            found[path] = DatasetInfo(content_key(path), index.tokens, parts, stamp)
         except UserError as error:
             problems.append(f"{place}: {error}")
     if problems:
@@ -66,6 +74,25 @@ def content_key(prefix: str) -> str:
     return digest.hexdigest()[:32]
 
 
+def split_shares(split: str) -> tuple[float, float, float]:
+    """The shares of train, valid and test that Megatron-LM's ``--split`` states.
+
+    Raises:
+        UserError: these are not one to three shares.
+    """
+    found = re.findall(r"[.0-9]+", split)
+    try:
+        shares = [float(share) for share in found]
+    except ValueError:
+        shares = []
+    if not 0 < len(shares) <= len(PARTS) or sum(shares) <= 0:
+        raise UserError(
+            f"split '{split}': expected the shares of train, valid and test, such as 969,30,1"
+        )
+    train, valid, test = [*shares, 0.0, 0.0][:3]
+    return train, valid, test
+
+
 def split_ends(split: str, documents: int) -> dict[str, tuple[int, int]]:
     """First document, and the one after the last, of each part of Megatron-LM's ``--split``.
 
@@ -76,12 +103,7 @@ def split_ends(split: str, documents: int) -> dict[str, tuple[int, int]]:
     Raises:
         UserError: these are not one to three shares.
     """
-    shares = [float(share) for share in re.findall(r"[.0-9]+", split)]
-    if not 0 < len(shares) <= len(PARTS) or sum(shares) <= 0:
-        raise UserError(
-            f"split '{split}': expected the shares of train, valid and test, such as 969,30,1"
-        )
-    shares = (np.array([*shares, 0.0, 0.0][:3]) / np.sum(shares)).tolist()
+    shares = (np.array(split_shares(split)) / np.sum(split_shares(split))).tolist()
     ends = [round(end * float(documents)) for end in itertools.accumulate([0, *shares])]
     return dict(zip(PARTS, itertools.pairwise(ends), strict=True))
 
@@ -98,7 +120,8 @@ def _add_blocks(digest: hashlib._Hash, path: Path, blocks: int, size: int) -> No
     with path.open("rb") as stream:
         for offset in sorted({i * rest // (blocks - 1) for i in range(blocks)}):
             stream.seek(offset)
-            digest.update(stream.read(size))
+            # CRC-32 of a block is several times faster than SHA-256, and against accidents enough.
+            digest.update(zlib.crc32(stream.read(size)).to_bytes(4, "little"))
 
 
 def _stated_checksums(path: Path) -> list[str]:

@@ -1,0 +1,61 @@
+"""What was found out about datasets, kept for the next start.
+
+Keys of contents and numbers of tokens take reads of every dataset of a run, whichever fold is due.
+They are remembered under the stamp of the files: sizes, inodes, times of modification and of
+change, which the kernel sets at every write and no copy preserves. Without torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from megatron_llmjp.data.folds import DatasetInfo
+
+FOLDER = "facts"
+_FORMAT = 1
+
+
+def stamp(prefix: str) -> str:
+    """What changes whenever one of the dataset's files is written or replaced."""
+    found: list[object] = [_FORMAT, str(Path(prefix).resolve())]
+    for suffix in (".idx", ".bin", ".json"):
+        with suppress(OSError):
+            file = Path(f"{prefix}{suffix}").stat()
+            found.append((suffix, file.st_size, file.st_ino, file.st_mtime_ns, file.st_ctime_ns))
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:32]
+
+
+def recall(stamp: str, splits: Iterable[str], cache: Path) -> DatasetInfo | None:
+    """What is known of the dataset with this stamp, if the parts of these splits are."""
+    try:
+        known = json.loads(_place(stamp, cache).read_text())
+        parts = {(split, part): int(tokens) for split, part, tokens in known["parts"]}
+        info = DatasetInfo(str(known["key"]), int(known["tokens"]), parts, stamp)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return info if set(splits) <= {split for split, _ in parts} else None
+
+
+def remember(datasets: Mapping[str, DatasetInfo], cache: Path) -> None:
+    """Keep what is known. A cache that cannot be written costs time at the next start only."""
+    with suppress(OSError):
+        (cache / FOLDER).mkdir(parents=True, exist_ok=True)
+        for info in datasets.values():
+            place = _place(info.stamp, cache)
+            if place.exists() and recall(info.stamp, {split for split, _ in info.parts}, cache):
+                continue
+            parts = [[split, part, tokens] for (split, part), tokens in info.parts.items()]
+            text = json.dumps({"key": info.key, "tokens": info.tokens, "parts": parts})
+            temporary = place.with_name(f"{place.name}.{os.getpid()}-{secrets.token_hex(3)}")
+            temporary.write_text(text)
+            temporary.replace(place)
+
+
+def _place(stamp: str, cache: Path) -> Path:
+    return cache / FOLDER / f"{stamp}.json"
