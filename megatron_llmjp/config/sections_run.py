@@ -147,7 +147,7 @@ class LoggingConfig(Section):
     tensorboard_dir: str | None = Field(
         None, description="tensorboard events; SAVE/tensorboard when not given"
     )
-    log_params_norm: bool = Field(False, description="log the norm of all parameters")
+    log_params_norm: bool = Field(True, description="log the norm of all parameters")
     wandb_project: str | None = Field(
         None, description="Weights & Biases project; not used when not given"
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_llmjp.runtime.device import without_warnings
@@ -37,10 +38,13 @@ def save_padding(optimizer: Any) -> None:
     looks for parameters at places that count it: after the first bucket with padding, all states
     in a ``fully_reshardable`` checkpoint are shifted. Buckets are padded to a multiple of 128 and
     of the data-parallel size.
+
+    And it looks for moments that are not there before the first step, which fp16 may skip.
     """
     gather = optimizer.get_parameter_state_dp_zero
 
     def with_padding(*arguments: Any, **options: Any) -> Any:
+        _complete_state(optimizer.optimizer)
         state = gather(*arguments, **options)
         if state is None:
             return None
@@ -51,6 +55,16 @@ def save_padding(optimizer: Any) -> None:
         return state
 
     optimizer.get_parameter_state_dp_zero = with_padding
+
+
+def _complete_state(adam: Any) -> None:
+    """Give each parameter the moments that its first step would begin with."""
+    for group in adam.param_groups:
+        for parameter in group["params"]:
+            state = adam.state[parameter]
+            for name in ("exp_avg", "exp_avg_sq"):
+                if parameter.numel() > 0 and name not in state:
+                    state[name] = torch.zeros_like(parameter)
 
 
 def _spread(gathered: Tensor, buffer: Any) -> Tensor:

@@ -46,7 +46,7 @@ class Writers:
     began, and of two records of one iteration the later one holds.
     """
 
-    def __init__(self, config: Config, iteration: int) -> None:
+    def __init__(self, config: Config) -> None:
         save = config.checkpoint.save
         self._places: list[Writer] = []
         if save is not None:
@@ -54,7 +54,7 @@ class Writers:
             self._places.append(JsonLines(Path(save) / METRICS))
         events = config.logging.tensorboard_dir or (save and str(Path(save) / "tensorboard"))
         if events:
-            self._places.append(Tensorboard(events, config, iteration))
+            self._places.append(Tensorboard(events, config))
         if config.logging.wandb_project is not None:
             self._places.append(WeightsAndBiases(config))
 
@@ -88,36 +88,42 @@ class JsonLines:
 
 
 class Tensorboard:
-    """Scalars against iterations and, as ``NAME vs tokens``, against tokens."""
+    """Scalars against iterations and, in the folder ``vs_tokens``, against tokens.
 
-    def __init__(self, folder: str, config: Config, iteration: int) -> None:
-        self._folder = folder
+    Two folders, because what was written past a checkpoint is taken back by its step.
+    """
+
+    def __init__(self, folder: str, config: Config) -> None:
+        self._folder = Path(folder)
         self._config = config
-        self._iteration = iteration
-        self._events: Any = None
+        self._start: Record | None = None
+        self._by_iteration: Any = None
+        self._by_tokens: Any = None
 
     def write(self, record: Record) -> None:
-        """Add the record's numbers."""
-        events = self._open()
+        """Add the record's numbers; the first record tells where the run goes on."""
+        self._start = self._start or record
+        if record.values and self._by_iteration is None:
+            self._open(self._start)
         for name, value in record.values.items():
-            events.add_scalar(name, value, record.iteration)
-            events.add_scalar(f"{name} vs tokens", value, record.consumed_tokens)
+            self._by_iteration.add_scalar(name, value, record.iteration)
+            self._by_tokens.add_scalar(name, value, record.consumed_tokens)
 
     def close(self) -> None:
         """Write out what is pending."""
-        if self._events is not None:
-            self._events.close()
+        if self._by_iteration is not None:
+            self._by_iteration.close()
+            self._by_tokens.close()
 
-    def _open(self) -> Any:
-        """Opened with the first record: its import is slow and start-up should not be."""
-        if self._events is None:
-            from torch.utils.tensorboard import SummaryWriter
+    def _open(self, start: Record) -> None:
+        """With the first numbers: the import is slow and start-up should not be."""
+        from torch.utils.tensorboard import SummaryWriter
 
-            # What was written past the checkpoint that the run goes on from is taken back.
-            self._events = SummaryWriter(self._folder, purge_step=self._iteration + 1)
-            text = f"```yaml\n{dump(self._config)}```"
-            self._events.add_text("config", text, self._iteration)
-        return self._events
+        folder, after = self._folder, start.iteration + 1
+        self._by_iteration = SummaryWriter(str(folder), purge_step=after)
+        after = start.consumed_tokens + 1
+        self._by_tokens = SummaryWriter(str(folder / "vs_tokens"), purge_step=after)
+        self._by_iteration.add_text("config", f"```yaml\n{dump(self._config)}```", start.iteration)
 
 
 class WeightsAndBiases:

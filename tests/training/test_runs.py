@@ -1,0 +1,167 @@
+"""What runs log and do: batch ramp-up, z-loss, losses per dataset, norms, precision, eval-only."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import json
+import math
+
+import pytest
+import torch
+import yaml
+
+from megatron_llmjp.checkpoint import manifest as manifests
+from megatron_llmjp.convert import native
+from tests.support.datasets import write_dataset, write_folds
+from tests.support.processes import run_ranks
+from tests.support.training import DISTRIBUTED, PP2, SP, TP2, Job, arguments, history
+
+ONE, OTHER, BOTH = (0, 1), (1, 2), (0, 2)
+RAMP = ("--rampup-batch-size", 2, 2, 4)
+Z = ("--z-loss-strength", 1e-3)
+FIXED = ("--padded-vocab-size", 256)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Every run that this file looks at, from one world of two processes."""
+    folder = tmp_path_factory.mktemp("runs")
+    folds = write_folds(folder, (2, 2, 1))
+    write_dataset(folder / "tiny", 2, seed=4, length=50)  # less than a batch, and read as one
+    declared = yaml.safe_load(folds.read_text())
+    declared["validation"]["tiny"] = {"path": "tiny"}
+    folds.write_text(yaml.safe_dump(declared))
+    jobs = []
+
+    def add(name, ranks, preset, *flags, **small):
+        jobs.append(Job(name, ranks, tuple(arguments(preset, folds, *flags, **small))))
+
+    add("plain", ONE, "laptop-llama", *FIXED)
+    add("one-micro-batch", OTHER, "laptop-llama", *FIXED, micro_batch_size=4)
+    add("z", ONE, "laptop-llama", *FIXED, *Z)
+    add("z-tp2", BOTH, "laptop-llama", *FIXED, *Z, *TP2, *SP)
+    add("ramp", ONE, "laptop-gpt2", *RAMP, "--save-interval", 2)
+    ramp = folder / "ramp" / manifests.folder_name(2)
+    add("ramp-again", ONE, "laptop-gpt2", *RAMP, "--load", ramp)
+    add("ramp-twice", OTHER, "laptop-gpt2", *RAMP, "--deterministic-mode")
+    add("tied-pp2", BOTH, "laptop-gpt2", *PP2, *DISTRIBUTED)
+    add("fp16-dp2", BOTH, "laptop-llama", "--fp16", *DISTRIBUTED, *FIXED,
+        "--initial-loss-scale", 2.0**60, "--hysteresis", 1)  # fmt: skip
+    add("sgd", ONE, "laptop-llama", *FIXED, "--optimizer", "sgd", "--log-interval", 2)
+    plain = [{**vars(job), "flags": [str(flag) for flag in job.flags]} for job in jobs]
+    evaluations = arguments("laptop-llama", folds, *FIXED, "--load", folder / "plain",
+                            "--eval-only", *TP2)  # fmt: skip
+    output = run_ranks(train_and_evaluate, 2, plain, str(folder), evaluations)
+    (folder / "eval-only.txt").write_text(output[0])
+    return folder
+
+
+def train_and_evaluate(jobs, folder, evaluation):
+    """Take this rank's part in all jobs, then in an evaluation; what the latter printed."""
+    from tests.support.training import train_on_rank
+
+    train_on_rank(jobs, folder)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        # Every job has a --save; here nothing may appear there.
+        train_on_rank([vars(Job("eval", BOTH, evaluation))], folder)
+    return printed.getvalue()
+
+
+def records(save):
+    return [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_micro_batches_are_averaged(runs):
+    for value in ("lm loss", "grad norm", "params norm"):
+        whole = history(runs / "one-micro-batch", value)
+        assert len(whole) == 5
+        assert history(runs / "plain", value) == pytest.approx(whole, rel=1e-5), value
+
+
+def test_z_loss_is_trained_on_but_not_in_the_loss(runs):
+    with_z, without = history(runs / "z"), history(runs / "plain")
+    # The first two steps work on the same weights: the warm-up begins with a rate of 0.
+    assert [with_z[i] for i in (1, 2)] == [without[i] for i in (1, 2)]
+    assert with_z[5] != without[5]
+    z_loss = history(runs / "z", "z loss")
+    assert z_loss[1] == pytest.approx(1e-3 * math.log(256) ** 2, rel=0.05)
+    assert history(runs / "plain", "z loss") == {}
+    for value in ("lm loss", "z loss", "grad norm", "params norm"):
+        expected = history(runs / "z", value)
+        assert history(runs / "z-tp2", value) == pytest.approx(expected, rel=1e-5), value
+
+
+def test_ramp_up_and_a_restart_in_the_middle(runs):
+    """2 folds of 2 iterations and 1 of 1: with sizes 2, 2, 4, 4 and 4 samples."""
+    sizes = history(runs / "ramp", "global batch size")
+    assert list(sizes.values()) == [2, 2, 4, 4, 4]
+    consumed = history(runs / "ramp", "consumed samples")
+    assert list(consumed.values()) == [2, 4, 8, 12, 16]
+    folds = {r["iteration"]: r["fold"] for r in records(runs / "ramp") if r.get("event") == "fold"}
+    assert folds == {1: "fold00", 3: "fold01", 5: "fold02"}
+    for value in ("lm loss", "grad norm", "learning rate", "global batch size"):
+        straight = history(runs / "ramp", value)
+        assert history(runs / "ramp-again", value) == {i: straight[i] for i in (3, 4, 5)}, value
+    starts = [r for r in records(runs / "ramp-again") if r.get("event") == "start"]
+    assert starts == [{"iteration": 2, "consumed samples": 4, "event": "start"}]
+    manifest = manifests.read(manifests.newest(runs / "ramp"))
+    assert (manifest.iteration, manifest.consumed_samples) == (5, 16)
+
+
+def test_the_same_run_twice_is_the_same_bit_for_bit(runs):
+    """With dropout, in another process' place in the world and after other runs."""
+    for value in ("lm loss", "grad norm", "params norm"):
+        assert history(runs / "ramp-twice", value) == history(runs / "ramp", value)
+
+
+def test_losses_and_tokens_of_datasets(runs):
+    found = [r for r in records(runs / "sgd") if "lm loss" in r]
+    assert [r["iteration"] for r in found] == [1, 2, 4]  # the first, then every second
+    first, second, *_ = (
+        {name: r[f"consumed tokens/{name}"] / 32 for name in ("ja", "en")} for r in found
+    )
+    record = found[1]  # iteration 2 alone: 4 samples, all of equal length
+    shares = {name: (second[name] - first[name]) / 4 for name in ("ja", "en")}
+    expected = sum(share * record[f"dataset loss/{name}"] for name, share in shares.items())
+    assert sum(shares.values()) == 1
+    assert record["lm loss"] == pytest.approx(expected, rel=0.02)
+    assert sum(second.values()) == record["consumed samples"] == 8
+
+
+def test_parameter_norm(runs):
+    """Of a tied model over two stages and two shards of the optimizer: each weight once."""
+    for name in ("tied-pp2", "z-tp2", "plain"):
+        source = native.read(runs / name)
+        total = sum(float(read.read(key).double().square().sum()) for key, read in
+                    source.reads.items())  # fmt: skip
+        last = history(runs / name, "params norm")[5]
+        assert last == pytest.approx(math.sqrt(total), rel=1e-5), name
+
+
+def test_fp16_finds_its_loss_scale(runs):
+    losses, skipped = history(runs / "fp16-dp2"), history(runs / "fp16-dp2", "skipped iterations")
+    scales = list(history(runs / "fp16-dp2", "loss scale").values())
+    assert all(map(math.isfinite, losses.values()))
+    assert sum(skipped.values()) > 0
+    steps = [after / before for before, after in itertools.pairwise(scales)]
+    assert steps == [0.5 if skipped[i] else 1.0 for i in range(2, 6)]
+    assert losses[1] == pytest.approx(history(runs / "plain")[1], rel=1e-3)
+    # A skipped step does not advance the learning rate, as in Megatron-LM.
+    rates = list(history(runs / "fp16-dp2", "learning rate").values())
+    assert rates[1] == (rates[0] if skipped[1] else 1e-3)
+
+
+def test_eval_only(runs):
+    """In another layout, the losses that the run itself saw at its end; nothing is written."""
+    printed = (runs / "eval-only.txt").read_text()
+    assert " validation at iteration 5 | valid loss: " in printed
+    for name in ("valid", "tiny"):
+        loss = history(runs / "plain", f"validation/{name}")[5]
+        found = float(printed.split(f"{name} loss: ")[1].split(" |")[0])
+        assert found == pytest.approx(loss, rel=1e-5)
+        assert history(runs / "plain", f"perplexity/{name}")[5] == pytest.approx(math.exp(loss))
+    assert not (runs / "eval").exists()
+    assert torch.cuda.is_available() or "MFU" not in (runs / "plain/metrics.jsonl").read_text()
