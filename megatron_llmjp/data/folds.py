@@ -114,6 +114,9 @@ class FoldPlan:
     megatron: MegatronBlend | None = None
     """What to ask Megatron-LM's builder for, where the fold is in its order."""
 
+    def __hash__(self) -> int:
+        return hash(self.digest)  # looked up for every sample: not all slices each time
+
     @property
     def end(self) -> int:
         """Position after the fold's last."""
