@@ -153,6 +153,20 @@ def complete_iterations(root: Path) -> list[int]:
     return sorted(int(m[1]) for m in names if m and (root / m[0] / MANIFEST).is_file())
 
 
+def read_tracker(root: Path) -> tuple[int | None, list[str]]:
+    """The iteration that the tracker file names, or None; and what is wrong with the file."""
+    path = root / TRACKER
+    try:
+        text = path.read_bytes()[:100].decode(errors="replace").strip()
+    except FileNotFoundError:
+        return None, []
+    except OSError as error:
+        return None, [f"{path} cannot be read: {error.strerror}"]
+    if re.fullmatch(r"\d{1,18}", text):
+        return int(text), []
+    return None, [f"{path} holds {text!r} instead of an iteration" if text else f"{path} is empty"]
+
+
 def newest(path: Path) -> Path:
     """The checkpoint folder that ``path`` means: itself, or its newest complete one.
 

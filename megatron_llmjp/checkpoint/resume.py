@@ -46,12 +46,7 @@ def find(config: Config, damaged: Mapping[str, str]) -> Resume | None:
     if wanted is None:
         return None
     root = Path(wanted)
-    if (root / manifests.MANIFEST).is_file():
-        candidates = [root]
-    else:
-        names = map(manifests.folder_name, reversed(manifests.complete_iterations(root)))
-        candidates = [root / name for name in names]
-    bad: list[str] = []
+    candidates, bad = _candidates(root)
     for folder in candidates:
         if str(folder) in damaged:
             bad.append(f"damaged checkpoint: {damaged[str(folder)]}")
@@ -121,6 +116,24 @@ def adopt(
     notes += [f"accepted by --override-resume folds: {change}" for change in found]
     memory = Past(skipped, (*resume.manifest.overrides, *overrides))
     return config, memory, notes
+
+
+def _candidates(root: Path) -> tuple[list[Path], list[str]]:
+    """Checkpoints to try, the best first, and what is wrong with the tracker.
+
+    The tracker decides where it can: whoever sets it back to an earlier checkpoint, as Megatron-LM
+    allows, goes on from there. None that is newer is tried then, not even for a damaged one.
+    """
+    if (root / manifests.MANIFEST).is_file():
+        return [root], []
+    iterations = manifests.complete_iterations(root)
+    tracked, wrong = manifests.read_tracker(root)
+    if tracked in iterations:
+        iterations = [iteration for iteration in iterations if iteration <= tracked]
+    elif tracked is not None:
+        wrong = [f"{root / manifests.TRACKER} names iteration {tracked}, which is not here whole"]
+    folders = [root / manifests.folder_name(iteration) for iteration in reversed(iterations)]
+    return folders, wrong if folders else []
 
 
 def _open(folder: Path, bad: list[str]) -> Resume | None:

@@ -5,7 +5,7 @@ Reading never writes. Writing is in ``saving.py``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,18 @@ class RunState:
     """Model chunks of this rank, wrapped or bare."""
     optimizer: Any = None
     scheduler: Any = None
+    counters: dict[str, Any] = field(default_factory=dict)
+    """Plain data that is the same on all ranks, such as sums of the log, by its owner's name."""
 
 
-def load(folder: Path, state: RunState) -> None:
+def load(folder: Path, state: RunState) -> dict[str, Any]:
     """Load weights, and the optimizer, scheduler and random state where ``state`` has them.
 
     The layout may differ from the one that saved; the random state is restored only in the same
     one, since it has no meaning in another.
+
+    Returns:
+        The counters that were saved, by their owner's name.
 
     Raises:
         UserError: the folder is damaged, or a file in it wants more than to hold data.
@@ -51,12 +56,14 @@ def load(folder: Path, state: RunState) -> None:
     for key, chunk in _chunk_keys(state.chunks):
         chunk.load_state_dict(loaded[key], strict=True)
     if state.optimizer is None:
-        return
+        return {}
     with torch.no_grad():
         state.optimizer.load_state_dict(loaded["optimizer"])
     state.scheduler.load_state_dict(loaded["opt_param_scheduler"])
     if "rng_state" in loaded:
         set_random_state(loaded["rng_state"])
+    counters: dict[str, Any] = loaded.get("counters", {})
+    return counters
 
 
 def _chunk_keys(chunks: list[Any]) -> list[tuple[str, Any]]:
@@ -89,6 +96,8 @@ def sharded_state(state: RunState, is_loading: bool) -> dict[str, Any]:
         )
         sharded["opt_param_scheduler"] = state.scheduler.state_dict()
         sharded["rng_state"] = _sharded_random_state()
+        if not is_loading:
+            sharded["counters"] = state.counters
     return sharded
 
 

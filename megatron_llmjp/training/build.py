@@ -52,6 +52,8 @@ class Model:
     chunks: list[Any]
     optimizer: Any
     scheduler: RunScheduler
+    counters: dict[str, Any]
+    """What the checkpoint had counted, by the counter's name; empty in a new run."""
 
 
 def open_data(run: Run, ranks: Ranks) -> RunData:
@@ -103,10 +105,11 @@ def build(run: Run, device: Device, rates: LearningRates) -> Model:
     optimizer = make_optimizer(chunks, config, device)
     scheduler = RunScheduler(optimizer, rates)
     connect(chunks, optimizer, config)
+    counters: dict[str, Any] = {}
     if run.resume is not None and not config.checkpoint.finetune:
-        store.load(run.resume.folder, RunState(chunks, optimizer, scheduler))
+        counters = store.load(run.resume.folder, RunState(chunks, optimizer, scheduler))
         apply_configuration(optimizer, scheduler, config)
-    return Model(chunks, optimizer, scheduler)
+    return Model(chunks, optimizer, scheduler, counters)
 
 
 def make_saver(run: Run, sizes: BatchSizes, may_publish: Callable[[], None]) -> Saver:

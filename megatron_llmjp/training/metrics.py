@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,12 +15,15 @@ from megatron_llmjp.data.batch_sizes import BatchSizes
 from megatron_llmjp.data.folds import Schedule
 from megatron_llmjp.plan.flops import compute_dtype, tflops_per_device
 from megatron_llmjp.plan.gpus import peak_tflops
-from megatron_llmjp.runtime.device import Device
+from megatron_llmjp.runtime.device import Device, without_warnings
 from megatron_llmjp.training.evaluate import describe, perplexity
 from megatron_llmjp.training.feed import dataset_names
 from megatron_llmjp.training.log_line import interval_line
 from megatron_llmjp.training.step import DATASETS, LM_LOSS, Z_LOSS, StepResult, means_over_ranks
 from megatron_llmjp.training.writers import Record, Writers
+
+with without_warnings():
+    from megatron.core import parallel_state
 
 
 @dataclass
@@ -31,6 +35,13 @@ class _Interval:
     samples: int = 0
     skipped: int = 0
     nan: int = 0
+
+
+COUNTERS = ("steps", "samples", "skipped", "nan")
+
+
+def _tensor_parallel_size() -> int:
+    return parallel_state.get_tensor_model_parallel_world_size()
 
 
 class Metrics:
@@ -76,6 +87,24 @@ class Metrics:
         """Tell that a process goes on from here."""
         self._event("start", iteration, consumed)
         self._since = time.perf_counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The interval so far, as plain data, for a checkpoint; all ranks call it."""
+        interval = self._interval
+        state: dict[str, Any] = {name: getattr(interval, name) for name in COUNTERS}
+        if interval.sums is not None:
+            total = interval.sums.double()
+            dist.all_reduce(total)
+            # Tensor-parallel ranks counted the same tokens.
+            state["sums"] = (total / _tensor_parallel_size()).tolist()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with an interval that a checkpoint cut in two."""
+        self._interval = _Interval(**{name: state[name] for name in COUNTERS})
+        if "sums" in state and dist.get_rank() == 0:
+            total = torch.tensor(state["sums"], dtype=torch.float64, device=self._device.torch)
+            self._interval.sums = total * _tensor_parallel_size()
 
     def add(self, iteration: int, consumed: int, result: StepResult, samples: int) -> None:
         """Count the step of an iteration, after which ``consumed`` samples are trained on."""

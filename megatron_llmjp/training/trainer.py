@@ -31,6 +31,9 @@ from megatron_llmjp.training.optimizer import complete_parameters
 from megatron_llmjp.training.step import StepResult, train_step
 from megatron_llmjp.training.writers import Writers
 
+METRICS = "metrics"
+"""The log's counters in a checkpoint."""
+
 
 class TrainingError(RuntimeError):
     """Training cannot go on: the numbers are no numbers any more."""
@@ -106,6 +109,8 @@ class Trainer:
         writers = Writers(config) if distributed.is_first_rank() else None
         metrics = self._metrics(writers)
         metrics.start(self.iteration, self.consumed_samples)
+        if METRICS in self.model.counters:
+            metrics.load_state_dict(self.model.counters[METRICS])
         started = self.iteration
         names = len(dataset_names(self.run.schedule))
         batches = self._batches()
@@ -207,7 +212,9 @@ class Trainer:
             metrics=metrics.last,
             fold_file=dump_fold_file(run.folds),
         )
-        self.saver.save(RunState(model.chunks, model.optimizer, model.scheduler), progress)
+        counters = {METRICS: metrics.state_dict()}
+        state = RunState(model.chunks, model.optimizer, model.scheduler, counters)
+        self.saver.save(state, progress)
 
     def _check_numbers(self, result: StepResult) -> None:
         # Free: megatron-core's optimizer has brought the norm to the host already.
