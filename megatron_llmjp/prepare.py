@@ -105,7 +105,8 @@ def prepare(config: Config, world_size: int, damaged: Mapping[str, str] = NOTHIN
     notes += told
     config = _with_decay(config, train_iters)
     check(changed(config, train_iters=train_iters), world_size)
-    validation = validation_sets(config, data, train_iters)
+    validation, told = validation_sets(config, data, train_iters)
+    notes += told
     return Run(
         asked=asked,
         config=config,

@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_llmjp.config.schema import DataConfig
 from megatron_llmjp.data.fold_file import Fold, FoldFile, Source, ValidationSet
+from megatron_llmjp.data.sources import split_shares
 from megatron_llmjp.errors import UserError
 
 LEGACY_SPLIT = "969,30,1"
@@ -93,8 +94,8 @@ def _blends(data: DataConfig) -> tuple[Blend, Blend | None, Blend | None, str | 
             words = _read(Path(data.data_args_path)).split()
         split = data.split or LEGACY_SPLIT
         blend = _blend(words, "--data-path")
-        shares = [float(share) for share in f"{split},0,0".split(",")]
-        return blend, blend if shares[1] else None, blend if shares[2] else None, split
+        _, valid, test = split_shares(split)
+        return blend, blend if valid else None, blend if test else None, split
     lists = {
         "--train-data-path": data.train_data_path,
         "--valid-data-path": data.valid_data_path,

@@ -99,6 +99,8 @@ def _plan(
                 "sample: shorten seq_length or leave the dataset out"
             )
     counts = shares(fold, per_epoch, length, budget(fold, first, length, batch_sizes))
+    if fold.order == "megatron" and fold.kind is None and len(counts) > 1:
+        _check_whole(fold, sum(counts), sum(per_epoch.values()))
     slices = []
     for (name, source), samples in zip(fold.blend.items(), counts, strict=True):
         key, epoch = infos[name].key, per_epoch[name]
@@ -161,6 +163,15 @@ def _check_repetition(fold: Fold, source: Source, piece: Slice) -> None:
             f"{piece.end / piece.samples_per_epoch:.2f} epochs of {source.path} "
             f"({piece.end:,} samples of {piece.samples_per_epoch:,}): lower the fold's share, or "
             "write `repeat: true` to allow more than one epoch"
+        )
+
+
+def _check_whole(fold: Fold, asked: int, possible: int) -> None:
+    """Without weights Megatron-LM builds one epoch of each dataset and would end there."""
+    if asked > possible:
+        raise UserError(
+            f"fold '{fold.name}': {asked:,} samples are asked for, but without weights Megatron-LM "
+            f"has one epoch of its datasets, {possible:,} samples: give weights, or ask for less"
         )
 
 
