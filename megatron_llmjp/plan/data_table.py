@@ -7,17 +7,10 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron_llmjp.plan.data_plan import DataPlan, DatasetRow, FoldRow
+from megatron_llmjp.report.numbers import human
 
 _HEADS = ("", "share", "tokens", "samples", "epochs", "in all", "iterations", "first", "last")
 _RATES = ("lr first", "lr last")
-
-
-def human(number: float) -> str:
-    """A count as people say it, to four digits: 27641511936 -> 27.64B."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if abs(number) >= size:
-            return f"{number / size:.4g}{unit}"
-    return f"{number:.4g}"
 
 
 def show(plan: DataPlan, warnings: Iterable[str] = ()) -> str:
