@@ -132,7 +132,8 @@ def _settings_of_run(config: Config, sizes: BatchSizes, train_iters: int) -> Set
     o = config.optimizer
     decay = _length(config, o.lr_decay_samples, o.lr_decay_tokens)
     if decay is None:
-        decay = sizes.consumed_after(o.lr_decay_iters or train_iters)
+        part = max(1, round((o.lr_decay_fraction or 1.0) * train_iters))
+        decay = sizes.consumed_after(o.lr_decay_iters or part)
     warmup: float | None = _length(config, o.lr_warmup_samples, o.lr_warmup_tokens)
     if o.lr_warmup_fraction is not None:
         warmup = o.lr_warmup_fraction * decay

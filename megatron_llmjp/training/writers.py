@@ -55,7 +55,7 @@ class Writers:
         events = config.logging.tensorboard_dir or (save and str(Path(save) / "tensorboard"))
         if events:
             self._places.append(Tensorboard(events, config))
-        if config.logging.wandb_project is not None:
+        if config.logging.wandb_project:
             self._places.append(WeightsAndBiases(config))
 
     def write(self, record: Record) -> None:

@@ -89,6 +89,7 @@ def test_styles(style):
         {"lr_warmup_samples": WARMUP * BATCH, "lr_decay_samples": END * BATCH},
         {"lr_warmup_tokens": WARMUP * BATCH * LENGTH, "lr_decay_tokens": END * BATCH * LENGTH},
         {"lr_warmup_fraction": WARMUP / END},
+        {"lr_decay_fraction": END / ITERS},
         {"lr_wsd_decay_samples": TAIL * BATCH},
         {"lr_wsd_decay_tokens": TAIL * BATCH * LENGTH},
         {"lr_wsd_decay_fraction": TAIL / END},
@@ -98,7 +99,7 @@ def test_styles(style):
 def test_units(changes):
     style = ("--lr-decay-style", "WSD", "--lr-wsd-decay-style", "linear")
     expected, _ = rates(*style, lr_wsd_decay_iters=TAIL)
-    if "lr_decay_samples" in changes or "lr_decay_tokens" in changes:
+    if any("lr_decay" in name for name in changes):
         changes = {**changes, "lr_decay_iters": None}
     if not any("wsd" in name for name in changes):
         changes = {**changes, "lr_wsd_decay_iters": TAIL}
