@@ -133,7 +133,7 @@ class _Library:
                     f"{', '.join(map(str, names))}: see {written.where((*source, twice))}"
                 )
             found |= blend
-            for place, line in written.lines.items():
+            for place, line in list(written.lines.items()):
                 if place[: len(source)] == source and len(place) > len(source):
                     whole.lines[at + place[len(source) :]] = line
         return found

@@ -94,8 +94,9 @@ def _blends(data: DataConfig) -> tuple[Blend, Blend | None, Blend | None, str | 
             words = _read(Path(data.data_args_path)).split()
         split = data.split or LEGACY_SPLIT
         blend = _blend(words, "--data-path")
-        _, valid, test = split_shares(split)
-        return blend, blend if valid else None, blend if test else None, split
+        _, *held_out = split_shares(split)
+        valid, test = (blend if share else None for share in held_out)
+        return blend, valid, test, split
     lists = {
         "--train-data-path": data.train_data_path,
         "--valid-data-path": data.valid_data_path,
@@ -103,10 +104,10 @@ def _blends(data: DataConfig) -> tuple[Blend, Blend | None, Blend | None, str | 
     }
     if data.per_split_data_args_path:
         lists = _read_lists(Path(data.per_split_data_args_path))
-    train, valid, test = (_blend(words, where) if words else None for where, words in lists.items())
-    if train is None:
+    blends = [_blend(words, where) if words else None for where, words in lists.items()]
+    if blends[0] is None:
         raise UserError(f"{next(iter(lists))}: the list is empty: there is nothing to train on")
-    return train, valid, test, None
+    return blends[0], blends[1], blends[2], None
 
 
 def _blend(words: Sequence[str], where: str) -> Blend:

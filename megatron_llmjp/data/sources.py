@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_llmjp.data import facts, indexed
-from megatron_llmjp.data.fold_file import FoldFile
+from megatron_llmjp.data.fold_file import Fold, FoldFile, ValidationSet
 from megatron_llmjp.data.folds import DatasetInfo
 from megatron_llmjp.data.indexed import Index
 from megatron_llmjp.errors import UserError
@@ -32,7 +32,8 @@ def inspect_sources(file: FoldFile, cache: Path | None = None) -> dict[str, Data
         UserError: naming all datasets that are missing or damaged, and where they are declared.
     """
     splits: dict[str, set[str]] = {}
-    for holder in (*file.folds, *file.validation.values()):
+    holders: list[Fold | ValidationSet] = [*file.folds, *file.validation.values()]
+    for holder in holders:
         for source in (holder.blend or {}).values():
             splits.setdefault(source.path, set()).update([holder.split] if holder.split else [])
     found, problems = {}, []

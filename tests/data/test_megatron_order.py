@@ -1,4 +1,4 @@
-"""Folds in Megatron-LM's order: against what the real Megatron-LM was trained on, and its builder."""
+"""Megatron-LM's order: against what the real Megatron-LM was trained on, and its builder."""
 
 from __future__ import annotations
 

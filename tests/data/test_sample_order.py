@@ -1,0 +1,154 @@
+"""Which samples are trained on, and when: for any folds, layouts, ramp-ups, skips and stops."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_llmjp.config.command_line import parse
+from megatron_llmjp.config.load import changed
+from megatron_llmjp.data.batch_sizes import BatchSizes
+from megatron_llmjp.data.fold_order import blend_order
+from megatron_llmjp.data.folds import FoldPlan, Schedule, Slice
+from megatron_llmjp.data.loader import MicroBatches
+from megatron_llmjp.data.skips import Skips
+
+CONFIG = parse(["--config", "laptop-llama"])[0]
+UNIT = 8
+"""All batch sizes are multiples of it, so that all these layouts can run them."""
+LAYOUTS = [(d, m) for d in (1, 2, 4, 8) for m in (1, 2, 4, 8) if UNIT % (d * m) == 0]
+"""Data-parallel size and micro-batch size; all ranks of a replica read the same."""
+
+Ids = list[tuple[str, str, int]]
+
+
+@st.composite
+def schedules(draw, skipping: bool = True) -> Schedule:
+    """Folds over three streams that go on from fold to fold."""
+    cursors, folds, first = dict.fromkeys("abc", 0), [], 0
+    for number in range(draw(st.integers(1, 4))):
+        counts = draw(st.lists(st.integers(0, 60), min_size=3, max_size=3).filter(any))
+        slices = tuple(
+            Slice(name, name, name, cursors[name], n, 1000)
+            for name, n in zip("abc", counts, strict=True)
+        )
+        for piece in slices:
+            cursors[piece.name] = piece.end
+        folds.append(FoldPlan(f"f{number}", first, sum(counts), slices, ""))
+        first += sum(counts)
+    schedule = Schedule(1, 16, tuple(folds))
+    return schedule.skipping(draw(skips(first))) if skipping else schedule
+
+
+def skips(end: int) -> st.SearchStrategy[Skips]:
+    place = st.integers(0, end)
+    return st.lists(st.tuples(place, place), max_size=4).map(
+        lambda pairs: Skips.of(tuple(sorted(pair)) for pair in pairs)
+    )
+
+
+@st.composite
+def batch_sizes(draw) -> BatchSizes:
+    increments, step, start = (draw(st.integers(low, 3)) for low in (0, 1, 1))
+    size = UNIT * (start + increments * step)
+    ramp = (UNIT * start, UNIT * step, draw(st.integers(1, 200))) if increments else None
+    return BatchSizes(changed(CONFIG, global_batch_size=size, rampup_batch_size=ramp))
+
+
+@dataclass
+class Data:
+    """The samples by number, as the dataset finds them."""
+
+    schedule: Schedule
+
+    def __post_init__(self) -> None:
+        self.orders = {fold.name: blend_order(fold) for fold in self.schedule.folds}
+
+    def __getitem__(self, number: int) -> tuple[str, str, int]:
+        position = self.schedule.position(number)
+        fold = self.schedule.fold_of(position)
+        which, inside = self.orders[fold.name]
+        piece = fold.slices[which[position - fold.first_sample]]
+        return fold.name, piece.name, piece.start + int(inside[position - fold.first_sample])
+
+
+def train(
+    data: Data, sizes: BatchSizes, start: int, end: int, layout: tuple[int, int]
+) -> list[Ids]:
+    """Global batches of iterations ``(start, end]``, put together from what each rank reads."""
+    replicas, micro = layout
+    span = sizes.consumed_after(start), sizes.consumed_after(end)
+    readers = [
+        iter(MicroBatches(*span, micro, rank, replicas, sizes.at)) for rank in range(replicas)
+    ]
+    batches: list[Ids] = []
+    for iteration in range(start, end):
+        size = sizes.at(sizes.consumed_after(iteration))
+        turns = itertools.islice(itertools.cycle(readers), size // micro)
+        batches.append([data[number] for reader in turns for number in next(reader)])
+    assert all(next(reader, None) is None for reader in readers)
+    return batches
+
+
+@given(schedules(), batch_sizes(), st.data())
+def test_an_interrupted_run_trains_on_the_same_batches(schedule, sizes, draw):
+    data = Data(schedule)
+    end, rest = sizes.iterations(schedule.total_samples)
+    straight = train(data, sizes, 0, end, (1, 1))
+    stops = sorted(draw.draw(st.lists(st.integers(0, end), max_size=4)))
+    resumed = []
+    for first, last in itertools.pairwise([0, *stops, end]):
+        resumed += train(data, sizes, first, last, draw.draw(st.sampled_from(LAYOUTS)))
+    assert resumed == straight
+    # Every position once, in order, but those skipped and the rest that makes no batch.
+    flat = [sample for batch in straight for sample in batch]
+    everything = Data(schedule.skipping(Skips()))
+    kept = [
+        everything[position]
+        for position in range(schedule.total_positions)
+        if not any(a <= position < b for a, b in schedule.skips.ranges)
+    ]
+    assert flat == kept[: len(kept) - rest]
+    assert len(set(flat)) == len(flat)
+
+
+@given(schedules(), st.data())
+def test_counts_follow_the_order(schedule, draw):
+    """Fold, frontier and samples per dataset are what the order itself says."""
+    data = Data(schedule)
+    consumed = draw.draw(st.integers(0, schedule.total_samples))
+    seen = [data[number] for number in range(consumed)]
+    assert [schedule.fold_at(n).name for n in range(consumed)] == [fold for fold, _, _ in seen]
+    if consumed:
+        assert schedule.frontier(consumed) == schedule.position(consumed - 1) + 1
+    counts = schedule.consumed_by_dataset(consumed)
+    assert sum(counts.values()) == consumed
+    assert {fold for fold, _ in counts} == set(schedule.touched(consumed))
+    for fold in schedule.folds:
+        whole = schedule.skips.kept(fold.first_sample, fold.end) == fold.samples
+        for piece in fold.slices:
+            exact = sum(sample[:2] == (fold.name, piece.name) for sample in seen)
+            near = 0 if whole and schedule.trainable(fold)[1] <= consumed else 3
+            if not any(a < fold.end and b > fold.first_sample for a, b in schedule.skips.ranges):
+                assert abs(counts.get((fold.name, piece.name), 0) - exact) <= near
+
+
+@given(schedules(skipping=False), st.data())
+def test_skips_move_no_position(schedule, draw):
+    """Samples skipped later change nothing before them, and nothing is lost but what they name."""
+    found = draw.draw(skips(schedule.total_positions))
+    skipping, before = schedule.skipping(found), Data(schedule)
+    after = Data(skipping)
+    first = found.ranges[0][0] if found else schedule.total_positions
+    assert [after[n] for n in range(first)] == [before[n] for n in range(first)]
+    dropped = {before[p] for a, b in found.ranges for p in range(a, b)}
+    trained = [after[n] for n in range(skipping.total_samples)]
+    assert set(trained) == {before[p] for p in range(schedule.total_positions)} - dropped
+    positions = np.array([skipping.position(n) for n in range(skipping.total_samples)], dtype=int)
+    assert (np.diff(positions) > 0).all()
+    for number, position in enumerate(positions):
+        assert skipping.skips.kept_before(int(position)) == number
