@@ -23,6 +23,7 @@ from megatron_llmjp.errors import (
     EXIT_DONE,
     EXIT_FAILURE,
     EXIT_INTERRUPTED,
+    EXIT_REQUEUE,
     EXIT_USER_ERROR,
     UserError,
 )
@@ -130,11 +131,13 @@ def _is_consequence(error: Exception) -> bool:
 
 
 def _end_with_the_rest(ranks: Ranks) -> None:
-    """Stop at once on Ctrl-C, wherever the rank waits, and with the launcher when that is killed.
+    """Stop at once on a signal, wherever the rank waits, and with the launcher when that is killed.
 
-    A checkpoint being written has a temporary name then; the last one stays whole.
+    So it is until training begins (``training/guard.py``): there is nothing to save before.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda *_: os._exit(EXIT_REQUEUE))
     if sys.platform == "linux" and ranks.started_by != "hand":  # a shell may be left, by nohup
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG in <sys/prctl.h>
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)

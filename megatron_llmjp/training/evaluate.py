@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,12 +17,17 @@ from megatron_llmjp.training.step import LM_LOSS, means_over_ranks, run_micro_ba
 
 @torch.no_grad()
 def evaluate(
-    chunks: list[Any], datasets: dict[str, ValidationDataset], config: Config, device: Device
+    chunks: list[Any],
+    datasets: dict[str, ValidationDataset],
+    config: Config,
+    device: Device,
+    is_over: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Mean cross entropy in nats per token of each validation set; all ranks call it.
 
     A set is read from its beginning each time: ``eval_iters`` global batches, or as many full ones
-    as it holds, but at least one. A set smaller than one batch is repeated to fill it.
+    as it holds, but at least one. A set smaller than one batch is repeated to fill it. When
+    ``is_over`` says so, on all ranks at once, the sets that are not finished are left out.
     """
     for chunk in chunks:
         chunk.eval()
@@ -32,8 +38,11 @@ def evaluate(
         data = feed(dataset, config, device, 0, batches * size, lambda _: size)
         sums = sums_of_none()
         for _ in range(batches):
+            if is_over():
+                break
             sums += run_micro_batches(chunks, data, config, size, forward_only=True)
-        losses[name] = means_over_ranks(sums)[LM_LOSS]
+        else:
+            losses[name] = means_over_ranks(sums)[LM_LOSS]
     for chunk in chunks:
         chunk.train()
     return losses

@@ -2,16 +2,14 @@
 
 A rank that is asked to stop cannot just stop: the others would wait for it in the next collective.
 So every iteration ends with a one-number agreement among all ranks, on a group of its own over
-gloo, and a request that reached any of them takes effect on all of them one iteration later. The
-agreement of one iteration is collected in the next, so nobody waits for it.
+gloo. The agreement of one iteration is collected in the next: nobody waits for it, and a request
+that reached any rank takes effect on all of them one iteration later.
 """
 
 from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from datetime import timedelta
 from enum import IntEnum
 from pathlib import Path
@@ -39,14 +37,16 @@ class Request(IntEnum):
 
     NONE = 0
     FILE = 1
-    DURATION = 2
-    SIGNAL = 3
+    INTERVAL = 2
+    DURATION = 3
+    SIGNAL = 4
 
     @property
     def why(self) -> str:
         """The reason in words."""
         return {
             Request.FILE: f"a file named '{STOP_FILE}' in the save folder asks for it",
+            Request.INTERVAL: "--exit-interval asks for it",
             Request.DURATION: "--exit-duration-in-mins is over",
             Request.SIGNAL: "a signal asks for it",
         }.get(self, "")
@@ -75,9 +75,15 @@ class Guard:
         self._group = dist.new_group(backend="gloo", timeout=timeout)
         self._vote = torch.zeros(1, dtype=torch.int32)
         self._pending: Any = None
+        self._agreed = Request.NONE
 
     def watch(self) -> None:
-        """Take requests from signals from now on; a second Ctrl-C ends the process at once."""
+        """Take requests from signals from now on; a second Ctrl-C ends the process at once.
+
+        A run that saves nothing has nothing to do before it ends: signals end it as they come.
+        """
+        if self._file is None:
+            return
         for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._take)
 
@@ -90,13 +96,15 @@ class Guard:
             self._pending = None
 
     def agreed(self) -> Request:
-        """What all ranks agreed on since the last call; every rank must call it as often."""
-        if self._pending is not None:
-            self._pending.wait()
-        agreed = Request(int(self._vote.item()))
-        self._vote.fill_(self._own())
-        self._pending = dist.all_reduce(self._vote, dist.ReduceOp.MAX, self._group, async_op=True)
-        return agreed
+        """What all ranks agreed on so far; every rank must call it as often as the others."""
+        if self._agreed is Request.NONE:
+            if self._pending is not None:
+                self._pending.wait()
+            self._agreed = Request(int(self._vote.item()))
+            self._vote.fill_(self._own())
+            op = dist.ReduceOp.MAX
+            self._pending = dist.all_reduce(self._vote, op, self._group, async_op=True)
+        return self._agreed
 
     def answered(self, request: Request) -> None:
         """Remove the stop file, so that the next run is not stopped by it too."""
@@ -121,17 +129,3 @@ class Guard:
             if self._file.exists():
                 return Request.FILE
         return Request.NONE
-
-
-@contextmanager
-def signals_wait(signals: Sequence[signal.Signals] = SIGNALS) -> Iterator[None]:
-    """Hold signals back, also from the processes that are started meanwhile.
-
-    Slurm signals whole process groups: the writers of a checkpoint, which are fresh processes
-    without this one's handlers, would die of a request to stop, and the checkpoint with them.
-    """
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)

@@ -13,7 +13,7 @@ from megatron_llmjp.checkpoint.store import RunState
 from megatron_llmjp.data.batch_sizes import BatchSizes
 from megatron_llmjp.data.fold_copy import dump_fold_file
 from megatron_llmjp.data.loader import Batch
-from megatron_llmjp.errors import EXIT_DONE, EXIT_REQUEUE, UserError
+from megatron_llmjp.errors import EXIT_DONE, UserError
 from megatron_llmjp.prepare import Run
 from megatron_llmjp.runtime import distributed
 from megatron_llmjp.runtime.determinism import be_deterministic
@@ -23,12 +23,14 @@ from megatron_llmjp.training import build
 from megatron_llmjp.training.build import Model, RunData, say
 from megatron_llmjp.training.evaluate import describe, evaluate
 from megatron_llmjp.training.feed import dataset_names, feed
+from megatron_llmjp.training.guard import Request
 from megatron_llmjp.training.learning_rate import LearningRates
 from megatron_llmjp.training.metrics import Metrics
 from megatron_llmjp.training.norms import parameter_norm
 from megatron_llmjp.training.opening import Opened, opened
 from megatron_llmjp.training.optimizer import complete_parameters
 from megatron_llmjp.training.step import StepResult, train_step
+from megatron_llmjp.training.watch import Watch, watched
 from megatron_llmjp.training.writers import Writers
 
 METRICS = "metrics"
@@ -61,7 +63,9 @@ def _train(beginning: Opened, ranks: Ranks, device: Device) -> int:
     model = build.build(run, device, rates)
     build.introduce(run, model.chunks, ranks, device)
     saver = build.make_saver(run, sizes, beginning.may_publish)
-    code = Trainer(run, device, sizes, model, data, saver, *build.progress(run)).train()
+    with watched(run.config, ranks, beginning.store) as watch:
+        at = build.progress(run)
+        code = Trainer(run, device, sizes, model, data, saver, watch, *at).train()
     data.indices.close()
     distributed.stop()
     return code
@@ -95,6 +99,7 @@ class Trainer:
     model: Model
     data: RunData
     saver: Saver
+    watch: Watch
     iteration: int
     consumed_samples: int
     """Samples trained on so far: the whole state of the data."""
@@ -117,6 +122,7 @@ class Trainer:
         while not self._is_last():
             learning_rate, before = self.learning_rate(), self._moment()
             batch_size = self.sizes.at(self.consumed_samples)
+            self._begin("a step")
             self.data.indices.before(self.consumed_samples, batch_size)
             result = train_step(
                 self.model.chunks,
@@ -139,10 +145,12 @@ class Trainer:
             self.saver.poll()
             if self.saver.reason(before, self._moment(), self._is_due(config.logging.log_interval)):
                 self._save(metrics)
-            if self._is_due(config.faults.exit_interval) and not self._is_last():
+            request = self._request()
+            if request and not self._is_last():
                 self._save_last(metrics)
-                say(f"stopped at iteration {self.iteration} as --exit-interval asks")
-                return _close(writers, EXIT_REQUEUE)
+                self.watch.guard.answered(request)
+                say(f"stopped at iteration {self.iteration}: {request.why}")
+                return _close(writers, request.exit_code)
             metrics.go_on()
         self._validate(metrics)
         self._save_last(metrics)
@@ -151,6 +159,15 @@ class Trainer:
     def learning_rate(self) -> float:
         """The rate that the next step applies."""
         return float(self.model.optimizer.param_groups[0]["lr"])
+
+    def _begin(self, what: str) -> None:
+        self.watch.watchdog.beat(self.iteration, what)
+
+    def _request(self) -> Request:
+        """Whether all ranks are to stop here."""
+        agreed = self.watch.guard.agreed()
+        due = self._is_due(self.run.config.faults.exit_interval)
+        return agreed or (Request.INTERVAL if due else Request.NONE)
 
     @property
     def _end(self) -> int:
@@ -186,10 +203,18 @@ class Trainer:
         )
 
     def _validate(self, metrics: Metrics) -> None:
-        config = self.run.config
+        config, guard = self.run.config, self.watch.guard
         if self.data.validation and config.training.eval_iters:
-            losses = evaluate(self.model.chunks, self.data.validation, config, self.device)
-            metrics.log_validation(self.iteration, self.consumed_samples, losses)
+            self._begin("a validation")
+            losses = evaluate(
+                self.model.chunks,
+                self.data.validation,
+                config,
+                self.device,
+                is_over=lambda: bool(guard.agreed()),
+            )
+            if losses:
+                metrics.log_validation(self.iteration, self.consumed_samples, losses)
 
     def _moment(self) -> Moment:
         return Moment(self.iteration, self.consumed_samples)
@@ -202,6 +227,7 @@ class Trainer:
 
     def _save(self, metrics: Metrics) -> None:
         run, model = self.run, self.model
+        self._begin("a save")
         complete_parameters(model.chunks, run.config)
         progress = Progress(
             self.iteration,

@@ -73,7 +73,8 @@ class Watchdog:
     def close(self) -> None:
         """End the watch."""
         self._stopped.set()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
 
     def _watch(self) -> None:
         while not self._stopped.wait(min(5.0, self._limit / 10)):
