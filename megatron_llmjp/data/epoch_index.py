@@ -66,7 +66,7 @@ class EpochIndex:
 
     @property
     def work(self) -> int:
-        """Documents and samples that are shuffled, 20 ns each."""
+        """Documents and samples that are shuffled."""
         index = indexed.read_index(self.path)
         tokens = indexed.bin_path(self.path).stat().st_size // index.dtype.itemsize
         return index.sequences + tokens // self.sequence_length

@@ -17,8 +17,8 @@ from megatron_llmjp.data.folds import FoldPlan, Schedule
 from megatron_llmjp.data.index_cache import PATIENCE_SECONDS, CachedIndex, ensure_all, fault
 from megatron_llmjp.data.index_process import build_in_background
 
-CHEAP = 5_000_000
-"""Work, about 0.1 s, that is done at once: a process takes longer to start."""
+CHEAP = 1_000_000
+"""Work that is done at once, at most some 0.2 s: a process takes longer to start."""
 
 
 class IndexedFolds(Protocol):

@@ -51,7 +51,7 @@ class CachedIndex(Protocol):
 
     @property
     def work(self) -> int:
-        """About how long building takes, in units of 20 ns: entries shuffled, as a rule."""
+        """About how long building takes: entries that are shuffled, below 0.2 us each."""
 
     def build(self, temporary: Path) -> None:
         """Write its files into an existing, empty folder."""

@@ -1,0 +1,305 @@
+"""Time to the first batch, and memory per process: folds beside one big Megatron blend.
+
+    python benchmarks/fold_startup.py --folder /tmp/fold_startup
+
+Synthetic data: 30 B tokens (times --scale) in 55 datasets, five in each of 11 folds, documents of
+log-normal length (median 545, mean 900 tokens). The .bin are sparse files and cost no disk; the
+.idx are real. Both sides read the same files, each in a process of its own, in turn: the run's
+first 1, 3 and all 11 folds. Cold: no index is cached. Again: a restart, as every other rank. The
+clock starts after torch and megatron-core are imported.
+
+Megatron's blend is asked for 99 % of the samples: its surplus of 0.5 % would reach into a second
+epoch of every dataset else. What 2.1 T tokens in 113 datasets would cost is computed from the
+measured index of one dataset of the average size and from the blend's measured cost per sample and
+dataset, and labelled so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+FOLDS, SOURCES, TOKENS = 11, 5, 30e9
+LENGTH, BATCH = 4096, 8
+LOG_MEDIAN, LOG_SIGMA = 6.3, 1.0
+MEAN = float(np.exp(LOG_MEDIAN + LOG_SIGMA**2 / 2))
+BIG_TOKENS, BIG_DATASETS = 2.1e12, 113
+MIB = 1 << 20
+
+
+def main() -> int:
+    """Measure all sides in turn and print one table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--folder", type=Path, required=True, help="gets the data (0.7 GB at full scale)")
+    add("--scale", type=float, default=1.0, help="share of the 30 B tokens")
+    add("--rounds", type=int, default=2, help="medians are shown")
+    add("--child", nargs=2, metavar=("SIDE", "FOLDS"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        side, folds = args.child
+        print(json.dumps(SIDES[side](args.folder, int(folds))))
+        return 0
+    write_data(args.folder, args.scale)
+    report(measure(args), args)
+    return 0
+
+
+def write_data(folder: Path, scale: float) -> None:
+    """Datasets of the given size and a dataset of the size of one of 113 of 2.1 T tokens."""
+    folder.mkdir(parents=True, exist_ok=True)
+    share = TOKENS * scale / (FOLDS * SOURCES)
+    names = [f"fold{fold:02d}_{source}" for fold in range(FOLDS) for source in range(SOURCES)]
+    for number, name in enumerate(names):
+        write_dataset(folder / name, share * (0.6 + 0.2 * (number % SOURCES)), number)
+    write_dataset(folder / "average", BIG_TOKENS / BIG_DATASETS * scale, len(names))
+
+
+def write_dataset(prefix: Path, tokens: float, seed: int) -> None:
+    """An .idx of documents of random lengths, and a .bin of holes."""
+    from megatron_llmjp.data.indexed_writer import write_idx
+
+    if prefix.with_suffix(".idx").exists():
+        return
+    generator = np.random.default_rng(seed)
+    drawn = generator.lognormal(LOG_MEDIAN, LOG_SIGMA, max(2, int(tokens / MEAN)))
+    lengths = np.clip(drawn, 1, 1 << 20).astype(np.int32)
+    with prefix.with_suffix(".bin").open("wb") as stream:
+        stream.truncate(2 * int(lengths.sum(dtype=np.int64)))
+    pointers = 2 * (np.cumsum(lengths, dtype=np.int64) - lengths)
+    counts = np.ones(len(lengths), np.int32)
+    write_idx(prefix.with_suffix(".idx"), np.dtype(np.uint16), lengths, counts, pointers)
+
+
+def measure(args: argparse.Namespace) -> dict[tuple[str, int], dict[str, float]]:
+    """Run every side over every number of folds, in turn, and return medians."""
+    found: dict[tuple[str, int], list[dict[str, float]]] = defaultdict(list)
+    for _ in range(args.rounds):
+        for folds in (1, 3, FOLDS):
+            for side in ("ours", "megatron"):
+                shutil.rmtree(args.folder / "cache", ignore_errors=True)
+                cold, again = (run_child(args.folder, side, folds) for _ in range(2))
+                found[side, folds].append(
+                    {
+                        "cold": cold["seconds"],
+                        "cold_peak": cold["peak"],
+                        "again": again["seconds"],
+                        "private": again["private"],
+                        "edge": cold.get("edge", 0.0),
+                    }
+                )
+    shutil.rmtree(args.folder / "cache", ignore_errors=True)
+    found["average", 0].append(run_child(args.folder, "average", 0))
+    shutil.rmtree(args.folder / "cache", ignore_errors=True)
+    return {
+        key: {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+        for key, runs in found.items()
+    }
+
+
+def run_child(folder: Path, side: str, folds: int) -> dict[str, float]:
+    """Measure one side in a process of its own."""
+    command = [sys.executable, __file__, "--folder", str(folder), "--child", side, str(folds)]
+    quiet = os.environ | {"PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=quiet)
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    print(f"{side} {folds}: {result}", file=sys.stderr, flush=True)
+    return result
+
+
+def ours(folder: Path, folds: int) -> dict[str, float]:
+    """The run's first batch, as a rank gets it, and the first of the next fold."""
+    import yaml
+
+    from megatron_llmjp.config.command_line import parse
+    from megatron_llmjp.data.dataset import FoldDataset
+    from megatron_llmjp.data.epoch_index import Epochs
+    from megatron_llmjp.data.facts import remember
+    from megatron_llmjp.data.index_ahead import IndexAhead
+    from megatron_llmjp.prepare_data import cache_folder, prepare_data
+    from megatron_llmjp.tokenizers import load_tokenizer
+
+    content = [
+        {"name": f"f{f:02d}", "epochs": 1, "blend": {p.name: {"path": str(p)} for p in paths}}
+        for f, paths in enumerate(prefixes(folder, folds))
+    ]
+    (folder / "folds.yaml").write_text(yaml.safe_dump({"folds": content}))
+    flags = "--num-layers 1 --hidden-size 8 --num-attention-heads 1 --vocab-size 32000"
+    where = f"--fold-file {folder / 'folds.yaml'} --seq-length {LENGTH}"
+    where += f" --data-cache-path {folder / 'cache'}"
+    config, _, _ = parse(f"{flags} {where} --global-batch-size {BATCH}".split())
+    tokenizer = load_tokenizer("NullTokenizer", None, vocab_size=31999)
+
+    def first_batch() -> tuple[FoldDataset, IndexAhead]:
+        run_data = prepare_data(config)
+        cache = cache_folder(config, run_data.folds)
+        data = FoldDataset(run_data.schedule, Epochs(config.data, tokenizer, cache))
+        ahead = IndexAhead(data, first_on_machine=True, say=lambda text: None)
+        ahead.start(0, BATCH, [])
+        remember(run_data.datasets, cache)
+        batch_at(data, 0)
+        return data, ahead
+
+    figures, (data, ahead) = figure(first_batch)
+    if folds > 1:
+        background = ahead._background
+        if background is not None:
+            background.wait()
+        edge = data.schedule.folds[1].first_sample
+        started = time.monotonic()
+        ahead.before(edge, BATCH)
+        batch_at(data, edge)
+        figures["edge"] = time.monotonic() - started
+    ahead.close()
+    return figures
+
+
+def megatron(folder: Path, folds: int) -> dict[str, float]:
+    """The first batch of megatron-core's blend of all datasets of these folds."""
+    import torch.distributed as dist
+    from megatron.core.datasets.blended_megatron_dataset_builder import (
+        BlendedMegatronDatasetBuilder,
+    )
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+    from megatron_llmjp.data.epoch_index import DatasetTokenizer
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    paths = [str(path) for fold in prefixes(folder, folds) for path in fold]
+    tokens = [Path(f"{path}.bin").stat().st_size // 2 for path in paths]
+    samples = int(sum(tokens) // LENGTH * 0.99)
+
+    def first_batch() -> Any:
+        config = GPTDatasetConfig(
+            random_seed=1234,
+            sequence_length=LENGTH,
+            blend=(paths, [float(n) for n in tokens]),
+            split="1,0,0",
+            path_to_cache=str(folder / "cache"),
+            tokenizer=DatasetTokenizer(31999, 32000),
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+        )
+        builder = BlendedMegatronDatasetBuilder(GPTDataset, [samples, 0, 0], lambda: True, config)
+        data = builder.build()[0]
+        batch_at(data, 0)
+        return data
+
+    figures, _ = figure(first_batch)
+    dist.destroy_process_group()
+    return figures
+
+
+def average(folder: Path, _: int) -> dict[str, float]:
+    """What an index of a dataset of average size costs, and a blend of 113 per sample."""
+    from megatron.core.datasets import helpers_cpp
+
+    from megatron_llmjp.data.epoch_index import EpochIndex
+    from megatron_llmjp.data.index_cache import ensure, size_on_disk
+
+    index = EpochIndex(folder / "cache", str(folder / "average"), "average", 1, LENGTH)
+    figures, _built = figure(lambda: ensure(index.folder, index.build))
+    size = 1_000_000
+    which, position = np.zeros(size, np.int16), np.zeros(size, np.int64)
+    weights = np.full(BIG_DATASETS, 1 / BIG_DATASETS)
+    started = time.monotonic()
+    helpers_cpp.build_blending_indices(which, position, weights, BIG_DATASETS, size, False)
+    figures["blend"] = (time.monotonic() - started) / size
+    documents = (folder / "average.idx").stat().st_size // 20
+    return figures | {"bytes": size_on_disk(index.folder), "documents": documents}
+
+
+SIDES: dict[str, Callable[[Path, int], dict[str, float]]] = {
+    "ours": ours,
+    "megatron": megatron,
+    "average": average,
+}
+
+
+def prefixes(folder: Path, folds: int) -> list[list[Path]]:
+    """Paths of the datasets of the first folds."""
+    return [[folder / f"fold{f:02d}_{s}" for s in range(SOURCES)] for f in range(folds)]
+
+
+def batch_at(data: Any, first: int) -> None:
+    """Read a batch."""
+    for number in range(first, first + BATCH):
+        assert len(data[number]["tokens"]) == LENGTH
+
+
+def figure(body: Callable[[], Any]) -> tuple[dict[str, float], Any]:
+    """Seconds of ``body``, MiB added to the peak, and MiB of private memory added at its end."""
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    resident, private = memory("VmRSS:"), private_memory()
+    started = time.monotonic()
+    result = body()
+    seconds = time.monotonic() - started
+    figures = {"seconds": seconds, "peak": (memory("VmHWM:") - resident) / MIB}
+    return figures | {"private": (private_memory() - private) / MIB}, result
+
+
+def memory(name: str) -> int:
+    """Bytes of a line of this process's status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name))
+
+
+def private_memory() -> int:
+    """Bytes that belong to this process alone: mapped files are shared with other ranks."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Private_Dirty:"))
+
+
+def report(found: dict[tuple[str, int], dict[str, float]], args: argparse.Namespace) -> None:
+    """Print the table and what it means for a large run."""
+    print(
+        f"{TOKENS * args.scale / 1e9:.1f} B tokens, {FOLDS * SOURCES} datasets, {FOLDS} folds, "
+        f"sequences of {LENGTH}; median of {args.rounds}"
+    )
+    head = ("folds", "side", "cold s", "again s", "next fold s", "cold peak MiB", "private MiB")
+    print("  ".join(f"{name:>13}" for name in head))
+    for (side, folds), row in found.items():
+        if side != "average":
+            edge = f"{row['edge']:.3f}" if row["edge"] else "-"
+            numbers = [f"{row['cold']:.2f}", f"{row['again']:.2f}", edge]
+            numbers += [f"{row['cold_peak']:.0f}", f"{row['private']:.1f}"]
+            print("  ".join(f"{cell:>13}" for cell in (str(folds), side, *numbers)))
+    extrapolate(found["average", 0], args.scale)
+
+
+def extrapolate(row: dict[str, float], scale: float) -> None:
+    """What 2.1 T tokens in 113 datasets would cost, from one of them."""
+    samples = BIG_TOKENS * scale / LENGTH
+    in_fold = -(-BIG_DATASETS // FOLDS)
+    whole = row["seconds"] * BIG_DATASETS + row["blend"] * samples
+    fold = row["seconds"] * in_fold + row["blend"] * samples / FOLDS * in_fold / BIG_DATASETS
+    print(
+        f"\ncomputed, not measured: {BIG_TOKENS * scale / 1e12:.2f} T tokens, {BIG_DATASETS} "
+        f"datasets, from one of {row['documents'] / 1e6:.1f} M documents ({row['seconds']:.1f} s, "
+        f"{row['bytes'] / MIB:.0f} MiB) and {row['blend'] * 1e9:.0f} ns per blended sample:\n"
+        f"  the first of {FOLDS} folds: {fold:.0f} s in one process; "
+        f"the whole blend: {whole:.0f} s, of which {row['blend'] * samples:.0f} s cannot be shared"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
