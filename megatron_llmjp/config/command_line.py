@@ -105,7 +105,7 @@ def parse(
         if arguments.get(name) is not None:
             value = _renamed(name, arguments[name])
             layers.set(name, value, f"flag --{name.replace('_', '-')}")
-    settle(layers, explained.later, by_flags_alone=arguments["config"] is None)
+    settle(layers, explained, by_flags_alone=arguments["config"] is None)
     config = build(layers)
     notes = explained.notes
     if config.checkpoint.load is not None and config.checkpoint.load == config.checkpoint.save:

@@ -40,7 +40,8 @@ VOCABULARY = "--vocab-file"
 GROUPED = "--group-query-attention"
 RETAINED = "--save-retain-interval"
 WEIGHTS = "--pretrained-checkpoint"
-SETTLED = (STAGE_LAYERS, EXACT_GELU, VOCABULARY, GROUPED, RETAINED, WEIGHTS)
+NO_OPTIMIZER = "--no-load-optim"
+SETTLED = (STAGE_LAYERS, EXACT_GELU, VOCABULARY, GROUPED, RETAINED, WEIGHTS, NO_OPTIMIZER)
 """Flags whose meaning depends on other values: see :func:`settle`."""
 
 
@@ -111,29 +112,21 @@ def set_defaults(layers: Layers) -> None:
             layers.set(name, value, "Megatron-LM's default")
 
 
-def settle(layers: Layers, later: dict[str, str], by_flags_alone: bool) -> None:
+def settle(layers: Layers, explained: Explained, by_flags_alone: bool) -> None:
     """Set what follows from several flags, as Megatron-LM's ``validate_args`` does.
 
     Args:
         layers: all values given; completed here.
-        later: flags of :data:`SETTLED`.
+        explained: its flags of :data:`SETTLED`; a note is added for one that says nothing new.
         by_flags_alone: the model was described without preset or file.
 
     Raises:
         UserError: a value that does not fit the others.
     """
-    activation = _value(layers, "activation_function", None if by_flags_alone else "swiglu")
+    later = explained.later
     if by_flags_alone:
-        if activation is None:
-            # Megatron's fused bias and GELU is the tanh approximation; it needs the bias.
-            fused = EXACT_GELU not in later and _value(layers, "add_bias_linear", True)
-            activation = "gelu_tanh" if fused else "gelu"
-            layers.set("activation_function", activation, "Megatron-LM's default")
-        hidden = _value(layers, "hidden_size", None)
-        if activation == "swiglu" and "ffn_hidden_size" not in layers.origin and hidden:
-            width = int(4 * int(hidden) * 2 / 3 / 64) * 64
-            layers.set("ffn_hidden_size", width, "Megatron-LM's default")
-    elif EXACT_GELU in later and activation == "gelu_tanh":
+        _complete_model(layers, EXACT_GELU in later)
+    elif EXACT_GELU in later and _value(layers, "activation_function", None) == "gelu_tanh":
         layers.set("activation_function", "gelu", f"flag {EXACT_GELU}")
     if GROUPED in later and "num_query_groups" not in layers.origin:
         layers.set("num_query_groups", 1, f"flag {GROUPED}")
@@ -144,10 +137,34 @@ def settle(layers: Layers, later: dict[str, str], by_flags_alone: bool) -> None:
     if WEIGHTS in later:
         layers.set("load", later[WEIGHTS], f"flag {WEIGHTS}")
         layers.set("finetune", True, f"flag {WEIGHTS}")
+    if NO_OPTIMIZER in later:
+        if not _value(layers, "finetune", False):
+            raise UserError(
+                f"{NO_OPTIMIZER} is not supported: start from weights alone with --finetune "
+                "(iteration 0, a new optimizer)"
+            )
+        explained.notes.append(f"{NO_OPTIMIZER} is not needed here: --finetune says it")
     if VOCABULARY in later:
         _set_vocabulary(layers, later[VOCABULARY])
     if STAGE_LAYERS in later:
         _set_virtual_stages(layers, later[STAGE_LAYERS])
+
+
+def _complete_model(layers: Layers, exact_gelu: bool) -> None:
+    """What Megatron-LM works out where a model is described by flags."""
+    origin = "Megatron-LM's default"
+    activation = _value(layers, "activation_function", None)
+    if activation is None:
+        # Megatron's fused bias and GELU is the tanh approximation; it needs the bias.
+        fused = not exact_gelu and _value(layers, "add_bias_linear", True)
+        layers.set("activation_function", "gelu_tanh" if fused else "gelu", origin)
+    hidden = _number(layers, "hidden_size", 0)
+    if activation == "swiglu" and hidden and "ffn_hidden_size" not in layers.origin:
+        layers.set("ffn_hidden_size", int(4 * hidden * 2 / 3 / 64) * 64, origin)
+    ids = _number(layers, "vocab_size", 0)
+    if ids and _value(layers, "tokenizer_type", None) == "NullTokenizer":
+        # Megatron-LM's NullTokenizer puts EOD behind the ids that it is given the number of.
+        layers.set("vocab_size", ids + 1, "flag --vocab-size, and EOD")
 
 
 def _set_vocabulary(layers: Layers, path: str) -> None:
@@ -161,8 +178,8 @@ def _set_vocabulary(layers: Layers, path: str) -> None:
 
 
 def _set_virtual_stages(layers: Layers, text: str) -> None:
-    total = int(_value(layers, "num_layers", 0))
-    stages = int(_value(layers, "pipeline_model_parallel_size", 1))
+    total = _number(layers, "num_layers", 0)
+    stages = _number(layers, "pipeline_model_parallel_size", 1)
     if not text.isdigit() or int(text) < 1:
         raise UserError(f"{STAGE_LAYERS} {text}: expected a number of layers")
     if total % (stages * int(text)):
@@ -204,3 +221,9 @@ def _lookup(flag: str, flags: dict[str, str], families: dict[str, str]) -> str |
 
 def _value(layers: Layers, name: str, otherwise: Any) -> Any:
     return layers.values.get(SECTION_OF[name], {}).get(name, otherwise)
+
+
+def _number(layers: Layers, name: str, otherwise: int) -> int:
+    """A number from a file or flag; ``otherwise`` if it is none, which is told when it is read."""
+    text = str(_value(layers, name, otherwise))
+    return int(text) if text.isdigit() and int(text) > 0 else otherwise

@@ -95,7 +95,6 @@ CHOICES: dict[str, Choice] = {
     ),
     "--num-experts": Choice({"1": _DENSE}, "models are dense; leave it out"),
     "--expert-model-parallel-size": Choice({"1": _DENSE}, "models are dense; leave it out"),
-    "--expert-tensor-parallel-size": Choice({"1": _DENSE}, "models are dense; leave it out"),
     "--ds-sequence-parallel-size": Choice(
         {"1": "sequences are whole"}, "split sequences with --sequence-parallel over TP"
     ),

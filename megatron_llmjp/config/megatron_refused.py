@@ -99,8 +99,6 @@ _BY_REMEDY: dict[str, str] = {
         --save-wgrads-interval --save-dgrads-interval --dump-param-to-param-group-map""",
     "--rehearse shows a layout without its GPUs": "--fake-process-group",
     # checkpoints
-    "start from weights alone with --finetune (iteration 0, a new optimizer)": """
-        --no-load-optim""",
     "a checkpoint is always whole, to go on from; convert_checkpoint copies the weights alone": """
         --no-save-optim""",
     "convert the checkpoint with convert_checkpoint": """

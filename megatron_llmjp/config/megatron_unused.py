@@ -24,8 +24,9 @@ _BY_REASON: dict[str, str] = {
         --enable-experimental --enable-cuda-graph --external-cuda-graph --cuda-graph-scope
         --cuda-graph-warmup-steps --cuda-graph-impl --te-rng-tracker --inference-rng-tracker""",
     "there are no experts in a dense model": """
-        --expert-interval --expert-parallel --topk --create-moe-param-group
-        --disable-moe-token-dropping --use-tutel --mlp-type --overlap-moe-expert-parallel-comm
+        --expert-tensor-parallel-size --expert-interval --expert-parallel --topk
+        --create-moe-param-group --disable-moe-token-dropping --use-tutel --mlp-type
+        --overlap-moe-expert-parallel-comm
         --enable-expert-tensor-parallelism""",
     "--position-embedding-type says it": "--no-position-embedding",
     "initial weights depend on the seed and a tensor's name only, in every layout": """

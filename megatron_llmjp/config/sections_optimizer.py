@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator
 
 from megatron_llmjp.config.section import Section
 
@@ -29,8 +29,8 @@ class OptimizerConfig(Section):
     lr_warmup_iters: NonNegativeInt = Field(
         0, description="iterations of linear warm-up from lr_warmup_init"
     )
-    lr_warmup_samples: NonNegativeInt | None = Field(None, description="lr_warmup_iters in samples")
-    lr_warmup_tokens: NonNegativeInt | None = Field(None, description="lr_warmup_iters in tokens")
+    lr_warmup_samples: PositiveInt | None = Field(None, description="lr_warmup_iters in samples")
+    lr_warmup_tokens: PositiveInt | None = Field(None, description="lr_warmup_iters in tokens")
     lr_warmup_fraction: float | None = Field(
         None, ge=0.0, lt=1.0, description="warm-up as a part of the decay's length"
     )
@@ -73,3 +73,9 @@ class OptimizerConfig(Section):
     override_opt_param_scheduler: bool = Field(
         False, description="at resume, take the schedule of this configuration"
     )
+
+    @field_validator("lr_warmup_samples", "lr_warmup_tokens", mode="before")
+    @classmethod
+    def _zero_is_none(cls, value: Any) -> Any:
+        """Megatron-LM writes 0 for a unit that is not used."""
+        return None if value in (0, "0") else value

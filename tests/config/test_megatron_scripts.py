@@ -38,7 +38,7 @@ def preset(name):
 def test_a_published_script_is_its_preset(script):
     config, processes, notes = parse(script.argv)
     assert processes is None
-    check(config, 2 * config.parallel.model_parallel_size)
+    check(changed(config, wandb_project=None), 2 * config.parallel.model_parallel_size)
     if config.optimizer.lr_decay_iters is None and config.optimizer.lr_decay_tokens is None:
         config = changed(config, lr_decay_iters=config.training.train_iters)
     found = differences(preset(script.preset), config)
@@ -66,6 +66,36 @@ def test_every_flag_of_megatron_is_classified_once():
     assert len(NAMES) > 700
     ours = {*megatron.SETTLED, *CHOICES, *REFUSED, *NOT_NEEDED}
     assert {flag: kinds(flag, fields) for flag in ours if len(kinds(flag, fields)) != 1} == {}
+
+
+REAL_DEFAULTS = {
+    # of the argument parsers of core 0.6 to 0.16 and of Megatron-DeepSpeed
+    "normalization": "LayerNorm", "norm_epsilon": 1e-5, "position_embedding_type":
+    "learned_absolute", "rotary_base": 10000, "rotary_percent": 1.0, "rope_scaling_factor": 8.0,
+    "use_rope_scaling": False, "rotary_seq_len_interpolation_factor": None, "hidden_dropout": 0.1,
+    "attention_dropout": 0.1, "init_method_std": 0.02, "make_vocab_size_divisible_by": 128,
+    "add_qkv_bias": False, "untie_embeddings_and_output_weights": False, "kv_channels": None,
+    "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "context_parallel_size": 1,
+    "sequence_parallel": False, "use_distributed_optimizer": False, "overlap_grad_reduce": False,
+    "overlap_param_gather": False, "recompute_granularity": None, "recompute_method": None,
+    "distributed_timeout_minutes": 10, "num_workers": 2, "reset_position_ids": False,
+    "reset_attention_mask": False, "eod_mask_loss": False, "rampup_batch_size": None,
+    "eval_interval": 1000, "eval_iters": 100, "seed": 1234, "bf16": False, "fp16": False,
+    "z_loss_strength": 0.0, "optimizer": "adam", "min_lr": 0.0, "lr_decay_style": "linear",
+    "lr_decay_iters": None, "lr_warmup_iters": 0, "lr_warmup_fraction": None, "lr_warmup_init": 0.0,
+    "lr_wsd_decay_style": "exponential", "lr_wsd_decay_iters": None, "weight_decay": 0.01,
+    "start_weight_decay": None, "end_weight_decay": None, "weight_decay_incr_style": "constant",
+    "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_eps": 1e-8, "sgd_momentum": 0.9, "clip_grad": 1.0,
+    "loss_scale": None, "initial_loss_scale": 2.0**32, "min_loss_scale": 1.0,
+    "loss_scale_window": 1000, "hysteresis": 2, "override_opt_param_scheduler": False,
+    "finetune": False, "save_interval": None, "exit_interval": None, "log_interval": 100,
+}  # fmt: skip
+
+
+def test_what_flags_leave_out_is_megatrons_default():
+    config, _, _ = parse(BASE.split())
+    values = {k: v for section in config.model_dump().values() for k, v in section.items()}
+    assert {name: values[name] for name in REAL_DEFAULTS} == REAL_DEFAULTS
 
 
 BASE = "--num-layers 4 --hidden-size 128 --num-attention-heads 8"
@@ -112,8 +142,14 @@ MEANINGS = {
     },
     "--load a --save a": {"load": None, "save": "a"},
     "--load b --save a": {"load": "b", "save": "a"},
+    # 0 is Megatron-LM's default of a unit that is not used
+    "--lr-warmup-samples 0 --lr-warmup-iters 4": {"lr_warmup_samples": None, "lr_warmup_iters": 4},
     "--rampup-batch-size 16 16 1000": {"rampup_batch_size": (16, 16, 1000)},
     "--skip-train": {"eval_only": True},
+    "--finetune --no-load-optim --no-load-rng --load a": {"finetune": True, "load": "a"},
+    # ids below EOD, as Megatron-LM's NullTokenizer counts; with a preset, all of the vocabulary
+    "--tokenizer-type NullTokenizer --vocab-size 500": {"vocab_size": 501},
+    "--config laptop-llama --tokenizer-type NullTokenizer --vocab-size 500": {"vocab_size": 500},
     "--save-retain-interval 1000": {"keep_last": 1, "keep_every": 1000},
     "--pretrained-checkpoint a --save b": {"load": "a", "finetune": True, "save": "b"},
 }  # fmt: skip
@@ -132,6 +168,7 @@ REFUSALS = {
     "--fp8-format hybrid": "--fp8-format is not supported: train in --bf16",
     "--no-load-optim": "--no-load-optim is not supported: start from weights alone with --finetune",
     "--vocab-file gpt2-vocab.json": "HuggingFaceTokenizer",
+    "--hidden-size big --swiglu": "hidden_size = 'big': expected a valid integer",
     "--num-layers-per-virtual-pipeline-stage 3": "4 layers do not divide into chunks of 3",
     "--tensor-parallel-size 2": "did you mean '--tensor-model-parallel-size'?",
     "--data-impl lazy": "make the data anew with preprocess_data",

@@ -22,8 +22,9 @@ FLAGS = shlex.split("""
     --num-layers 4 --hidden-size 64 --num-attention-heads 4 --group-query-attention
     --num-query-groups 2 --ffn-hidden-size 176 --seq-length 64 --max-position-embeddings 64
     --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear
-    --untie-embeddings-and-output-weights --tokenizer-type NullTokenizer --vocab-size 501
-    --padded-vocab-size 512 --micro-batch-size 2 --global-batch-size 8 --train-iters 20
+    --untie-embeddings-and-output-weights --tokenizer-type NullTokenizer --vocab-size 500
+    --padded-vocab-size 512 --hidden-dropout 0.0 --attention-dropout 0.0
+    --micro-batch-size 2 --global-batch-size 8 --train-iters 20
     --lr 2e-3 --min-lr 2e-4 --lr-decay-style cosine --lr-decay-iters 20 --lr-warmup-iters 4
     --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --adam-eps 1e-8 --clip-grad 1.0
     --seed 1234 --log-interval 1 --eval-iters 0 --num-workers 0
