@@ -45,6 +45,8 @@ def lengths_of(seed: int, documents: int) -> list[int]:
     return np.random.default_rng(seed).integers(1, 60, documents).tolist()
 
 
+SIZES = {"a": 30, "b": 45, "c": 9}
+"""Documents of each dataset."""
 FOLDS = [
     {"name": "whole", "epochs": 1, "blend": {"a": {"path": "a"}, "b": {"path": "b"}}},
     {"name": "again", "tokens": 70 * LENGTH, "blend": {
@@ -58,7 +60,7 @@ FOLDS = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    for i, (name, documents) in enumerate({"a": 30, "b": 45, "c": 9}.items()):
+    for i, (name, documents) in enumerate(SIZES.items()):
         write_numbered(folder / name, lengths_of(i, documents), 10_000 * i)
     (folder / "folds.yaml").write_text(yaml.safe_dump({"seed": 5, "folds": FOLDS}))
     return folder
@@ -69,8 +71,8 @@ def epochs_of(folder: Path, vocab_size: int = 99, **data) -> Epochs:
     return Epochs(DataConfig(seq_length=LENGTH, **data), tokenizer, folder / "cache")
 
 
-def schedule_of(folder: Path):
-    file = read_fold_file(folder / "folds.yaml")
+def schedule_of(folder: Path, name: str = "folds.yaml"):
+    file = read_fold_file(folder / name)
     return resolve(file, inspect_sources(file), LENGTH, BATCHES)
 
 
@@ -109,9 +111,46 @@ def test_an_epoch_is_megatrons_and_uses_each_sample_once(run, folder, tmp_path):
         seed = epoch_seed(schedule.seed, piece.key, 0)
         assert drawn[piece.name] == megatrons_epoch(piece.path, seed, tmp_path)
         seen = Counter(token for sample in drawn[piece.name] for token in sample[:-1])
-        tokens = sum(lengths_of("abc".index(piece.name), {"a": 30, "b": 45, "c": 9}[piece.name]))
+        tokens = sum(lengths_of("abc".index(piece.name), SIZES[piece.name]))
         assert set(seen.values()) == {1}
         assert len(seen) == (tokens - 1) // LENGTH * LENGTH > tokens - 1 - LENGTH
+
+
+def test_a_dataset_cut_over_folds_is_seen_whole_once(folder):
+    """Three folds of unequal blends that ask for one epoch of each dataset together."""
+    sizes = {name: sum(lengths_of(i, n)) for i, (name, n) in enumerate(SIZES.items())}
+    per_epoch = {name: (size - 1) // LENGTH for name, size in sizes.items()}
+    folds = []
+    for number, share in enumerate((0.31, 0.25, None)):
+        blend = {}
+        for name, size in per_epoch.items():
+            drawn = sum(int(size * other) for other in (0.31, 0.25))
+            samples = int(size * share) if share else size - drawn
+            blend[name] = {"path": name, "tokens": samples * LENGTH}
+        folds.append({"name": f"part{number}", "blend": blend})
+    (folder / "cut.yaml").write_text(yaml.safe_dump({"seed": 5, "folds": folds}))
+    data = FoldDataset(schedule_of(folder, "cut.yaml"), epochs_of(folder))
+    seen = Counter(token for i in range(len(data)) for token in plain(data[i])[:-1])
+    assert set(seen.values()) == {1}
+    assert len(seen) == sum(per_epoch.values()) * LENGTH
+    # Left out: less than a sample at the end of each epoch, and its last token, a label only.
+    assert sum(sizes.values()) - len(seen) <= len(sizes) * LENGTH
+
+
+def test_restart_begins_a_new_epoch(folder):
+    blend = {"a": {"path": "a", "weight": 1}}
+    again = {"a": {"path": "a", "weight": 1, "restart": True}}
+    folds = [
+        {"name": "some", "samples": 20, "blend": blend},
+        {"name": "anew", "samples": 30, "blend": again},
+    ]
+    (folder / "anew.yaml").write_text(yaml.safe_dump({"seed": 5, "folds": folds}))
+    schedule = schedule_of(folder, "anew.yaml")
+    assert schedule.folds[1].slices[0].start == schedule.folds[1].slices[0].samples_per_epoch
+    data = FoldDataset(schedule, epochs_of(folder))
+    new = Counter(token for i in range(20, 50) for token in plain(data[i])[:-1])
+    old = Counter(token for i in range(20) for token in plain(data[i])[:-1])
+    assert set(new.values()) == {1} and old.keys() & new.keys()
 
 
 def test_streams_go_on_over_folds_and_epochs(run, folder, tmp_path):

@@ -107,6 +107,23 @@ def test_budgets_are_kept(case):
                 assert abs(piece.samples - epochs * whole) <= 1
 
 
+def test_iterations_are_counted_as_they_are_trained():
+    """During a batch ramp-up, from the middle of a batch, and whatever is skipped."""
+    flags = ["--config", "laptop-llama", "--global-batch-size", "32", "--rampup-batch-size"]
+    sizes = BatchSizes(parse([*flags, "8", "8", "300"])[0])
+    blend = {"d0": {"path": "d0", "weight": 1, "repeat": True}}
+    budgets = [{"iterations": 7}, {"iterations": 9}, {"samples": 100}, {"iterations": 40}]
+    folds = [{"name": str(i), "blend": blend, **b} for i, b in enumerate(budgets)]
+    datasets = {"d0": DatasetInfo("key", 400 * LENGTH)}
+    content = {"folds": folds, "skip": [{"samples": [5, 25]}]}
+    schedule = resolve(FoldFile.model_validate(content), datasets, LENGTH, sizes)
+    first, second, third, last = schedule.folds
+    assert first.end == sizes.consumed_after(7) and second.end == sizes.consumed_after(16)
+    begun, rest = sizes.iterations(third.end)
+    assert rest and last.samples == sizes.consumed_after(begun + 40) - sizes.consumed_after(begun)
+    assert schedule.total_samples == schedule.total_positions - 20
+
+
 @given(fold_files(), st.data())
 def test_a_change_to_a_fold_moves_nothing_before_it(case, data):
     content, datasets = case

@@ -1,0 +1,60 @@
+"""What is known of datasets on disk: which edits are seen."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+
+from megatron_llmjp.data.sources import content_key
+from tests.support.datasets import write_dataset
+
+MIB = 1 << 20
+
+
+def overwrite(path, place, data=b"\xff\xff"):
+    with path.open("r+b") as stream:
+        stream.seek(place)
+        stream.write(data)
+
+
+def test_edits_are_seen(tmp_path):
+    prefix, bin_file = tmp_path / "a", tmp_path / "a.bin"
+    write_dataset(prefix, 100, seed=1)
+    keys = [content_key(str(prefix))]
+    for place in (0, bin_file.stat().st_size // 2, bin_file.stat().st_size - 2):
+        overwrite(bin_file, place)  # a token, at equal lengths
+        keys.append(content_key(str(prefix)))
+    with bin_file.open("ab") as stream:
+        stream.write(b"\0\0")
+    keys.append(content_key(str(prefix)))
+    manifest = {"bin": {"crc32": "00000000"}, "idx": {"crc32": "00000000"}, "tokens": 5}
+    for crc in ("00000000", "00000001"):
+        manifest["bin"]["crc32"] = crc
+        prefix.with_suffix(".json").write_text(json.dumps(manifest))
+        keys.append(content_key(str(prefix)))
+    assert len(set(keys)) == len(keys)
+
+    # Neither its place nor the rest of its manifest is part of a dataset's identity.
+    (tmp_path / "elsewhere").mkdir()
+    for suffix in (".bin", ".idx", ".json"):
+        shutil.copy(prefix.with_suffix(suffix), tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/a.json").write_text(json.dumps({**manifest, "tokens": 6}))
+    assert content_key(str(tmp_path / "elsewhere/a")) == keys[-1]
+
+
+def test_a_large_file_is_sampled(tmp_path):
+    """An edit of a MiB is seen wherever it is; a single token may lie between the blocks."""
+    prefix = tmp_path / "a"
+    write_dataset(prefix, 100, seed=1)
+    with prefix.with_suffix(".bin").open("r+b") as stream:
+        stream.truncate(64 * MIB)
+    before = content_key(str(prefix))
+    seen = 0
+    for place in np.linspace(0, 64 * MIB - MIB, 16).astype(int):  # a MiB holds a block or more
+        overwrite(prefix.with_suffix(".bin"), int(place), b"\xff" * MIB)
+        seen += content_key(str(prefix)) != before
+        overwrite(prefix.with_suffix(".bin"), int(place), b"\0" * MIB)
+        before = content_key(str(prefix))
+    assert seen == 16
