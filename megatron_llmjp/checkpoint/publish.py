@@ -26,7 +26,7 @@ def begin(root: Path, iteration: int) -> None:
         OSError: the disk does not let it.
     """
     for leftover in root.glob(".iter_*.tmp"):
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)
     temporary_folder(root, iteration).mkdir(parents=True)
 
 
@@ -66,14 +66,17 @@ def publish(root: Path, manifest: manifests.Manifest) -> Path:
     return final
 
 
-def remove(root: Path, iteration: int) -> None:
-    """Remove a checkpoint; from the first moment on it no longer has the name of a whole one.
+def retire(root: Path, iteration: int) -> Path:
+    """Take its name from a checkpoint that is no longer wanted; it is not a whole one from now on.
+
+    Returns:
+        Where it is until it is deleted.
 
     Raises:
         OSError: the disk does not let it.
     """
     folder = root / manifests.folder_name(iteration)
-    removed = root / f".{folder.name}.removed.tmp"
-    folder.replace(removed)
+    retired = root / f".{folder.name}.removed.tmp"
+    folder.replace(retired)
     manifests.sync_folder(root)
-    shutil.rmtree(removed)
+    return retired

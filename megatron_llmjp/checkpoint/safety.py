@@ -123,17 +123,10 @@ def _open_archive(path: Path, data: bytes) -> None:
     try:
         torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        what = _first_name(str(error))
-        if what is None:
-            raise UserError(f"{path}: damaged: {str(error).splitlines()[0]}") from None
-        raise refusal(path, what) from None
+        # torch's unpickler names what it refuses, and stumbles over damage in its own ways.
+        named = re.search(r"nsupported (?:global: )?(?:GLOBAL|class) ([\w.]+)", str(error))
+        if named:
+            raise refusal(path, named[1]) from None
+        raise UserError(f"{path}: damaged: {str(error).splitlines()[0]}") from None
     except Exception as error:
         raise UserError(f"{path}: damaged: {str(error).splitlines()[0]}") from None
-
-
-def _first_name(message: str) -> str | None:
-    """The name that torch's unpickler complains of."""
-    found = re.search(r"(?i:unsupported )(?:global: )?(?:GLOBAL|class) ([\w.]+)", message)
-    if found:
-        return found[1]
-    return "what torch's weights_only unpickler refuses" if "nsupported" in message else None

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import shutil
 import sys
+import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,7 @@ class Saver:
         self._host = HostCopy() if self._settings.async_save else None
         self._pending: _Pending | None = None
         self._error: str | None = None
+        self._remover: threading.Thread | None = None
         self._last = time.monotonic()
 
     def reason(self, before: Moment, now: Moment, is_time: bool) -> str | None:
@@ -109,6 +111,8 @@ class Saver:
         """Save; with ``async_save`` return as soon as everything is copied."""
         began = time.monotonic()
         self.wait()
+        if self._remover is not None:
+            self._remover.join()
         self.saved = progress.iteration
         self._last = time.monotonic()
         self._pending = _Pending(progress.iteration, began)
@@ -139,6 +143,8 @@ class Saver:
             SaveError: it failed.
         """
         self.wait()
+        if self._remover is not None:
+            self._remover.join()
         if self._error is not None:
             raise SaveError(self._error)
 
@@ -168,7 +174,12 @@ class Saver:
         how = f"training waited {pending.stall:.1f} s" if self._host is not None else "synchronous"
         name = self._root / manifests.folder_name(pending.iteration)
         print(f"saved checkpoint {name} in {taken:.1f} s ({how})", flush=True)
-        thin_out(self._root, pending.iteration, self._settings, self._fold_ends.iterations)
+        retired = thin_out(
+            self._root, pending.iteration, self._settings, self._fold_ends.iterations
+        )
+        # Large folders take minutes, which training need not wait for.
+        self._remover = threading.Thread(target=_delete, args=(retired,), name="remover")
+        self._remover.start()
 
     def _fail(self, error: OSError | CheckpointException) -> None:
         """Tell of a save that failed on some rank; every rank knows of it."""
@@ -187,15 +198,29 @@ class Saver:
         )
 
 
-def thin_out(root: Path, newest: int, config: CheckpointConfig, fold_ends: Collection[int]) -> None:
-    """Remove the checkpoints that are no longer wanted; ``newest`` was just published."""
+def thin_out(
+    root: Path, newest: int, config: CheckpointConfig, fold_ends: Collection[int]
+) -> list[Path]:
+    """Take the names of checkpoints that are no longer wanted; ``newest`` was just published.
+
+    Returns:
+        Where they are until they are deleted.
+    """
+    retired = []
     for iteration in removable(manifests.complete_iterations(root), newest, config, fold_ends):
         folder = root / manifests.folder_name(iteration)
         try:
-            publish.remove(root, iteration)
-            print(f"removed checkpoint {folder}", flush=True)
+            retired.append(publish.retire(root, iteration))
+            print(f"removing checkpoint {folder}", flush=True)
         except OSError as error:
             print(f"warning: {folder} could not be removed: {error}", file=sys.stderr, flush=True)
+    return retired
+
+
+def _delete(folders: Iterable[Path]) -> None:
+    """Delete retired checkpoints; what is left, the next save deletes."""
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _cause(error: OSError | CheckpointException) -> str:

@@ -125,6 +125,12 @@ class RankWriter(FileSystemWriterAsync):
         super().finish(metadata, results)
 
     def _write_file(self, name: str) -> tuple[list[Any], FileEntry]:
+        try:
+            return self._write_items(name)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._folder / name)) from error
+
+    def _write_items(self, name: str) -> tuple[list[Any], FileEntry]:
         results = []
         with _summed(self._folder / name) as stream:
             for item, data in self._files[name]:

@@ -1,0 +1,179 @@
+"""Saving and loading a checkpoint, beside the raw speed of the disk with the same bytes.
+
+    python benchmarks/checkpoint.py --folder /scratch/benchmark --rounds 5
+
+One process and a GPT of 0.54 B parameters in fp32 (2.1 GB of weights; with ``--with-optimizer`` the
+two moments of Adam, too, 6.4 GB, for which 20 GB of memory are needed). Each round writes the same
+number of bytes three times, in turn: raw, with one ``write`` after the other and an ``fsync``, like
+``dd conv=fsync``; a synchronous save; and an asynchronous one. Then it reads them twice, after the
+kernel was asked to forget the files: raw, and as a load.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+BLOCK = 16 << 20
+MODEL = (
+    "--num-layers 8 --hidden-size 2048 --ffn-hidden-size 5632 --num-attention-heads 16 "
+    "--vocab-size 32000 --seq-length 128 --max-position-embeddings 128 --micro-batch-size 1 "
+    "--tokenizer-type NullTokenizer --save unused --swiglu --disable-bias-linear "
+    "--untie-embeddings-and-output-weights --position-embedding-type rope --normalization RMSNorm"
+)
+
+
+def main() -> None:
+    """Measure and print one table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, required=True, help="on the disk to be measured")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--with-optimizer", action="store_true", help="save Adam's state, too")
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        measure(arguments.folder, arguments.rounds, arguments.with_optimizer)
+    finally:
+        shutil.rmtree(arguments.folder)
+
+
+def measure(folder: Path, rounds: int, with_optimizer: bool) -> None:
+    """Run all rounds and print the table."""
+    from megatron_llmjp.checkpoint import store
+    from megatron_llmjp.checkpoint.saver import FoldEnds, Saver
+    from megatron_llmjp.checkpoint.saving import Description, Progress
+    from megatron_llmjp.config.load import changed
+
+    config, state = make_state(with_optimizer)
+    savers = {}
+    for kind in ("sync", "async"):
+        own = changed(config, save=str(folder / kind), async_save=kind == "async")
+        savers[kind] = Saver(Description(own), FoldEnds(), lambda: None, 0)
+    times: dict[str, list[float]] = {}
+    size = 0
+    for number in range(1, rounds + 1):
+        progress = Progress(number, number)
+        if not size:  # the first asynchronous save fills memory that later ones find filled
+            for saver in savers.values():
+                saver.save(state, progress)
+                saver.wait()
+            size = sum(path.stat().st_size for path in files(folder / "sync"))
+        take(times, "raw write", raw_write, folder / "raw", size)
+        take(times, "synchronous save", savers["sync"].save, state, progress)
+        take(times, "asynchronous save", save_and_wait, savers["async"], state, progress, times)
+        saved = folder / "sync" / f"iter_{number:07d}"
+        forget(folder)
+        take(times, "raw read", raw_read, folder / "raw")
+        forget(folder)
+        take(times, "load", store.load, saved, state)
+        for kind in savers:
+            shutil.rmtree(folder / kind)
+        print(f"round {number}: " + ", ".join(f"{k} {v[-1]:.2f} s" for k, v in times.items()))
+    report(times, size)
+
+
+def take(
+    times: dict[str, list[float]], name: str, action: Callable[..., Any], *arguments: Any
+) -> None:
+    """Add the time of a call."""
+    started = time.perf_counter()
+    action(*arguments)
+    times.setdefault(name, []).append(time.perf_counter() - started)
+
+
+def save_and_wait(saver: Any, state: Any, progress: Any, times: dict[str, list[float]]) -> None:
+    """An asynchronous save from its beginning to its name; its stall is timed apart."""
+    take(times, "stall of asynchronous save", saver.save, state, progress)
+    saver.wait()
+
+
+def make_state(with_optimizer: bool) -> tuple[Any, Any]:
+    """A configuration, and the live objects of a run that has not begun."""
+    from megatron_llmjp.checkpoint.store import RunState
+    from megatron_llmjp.config.command_line import parse
+    from megatron_llmjp.model.gpt import build_model
+    from megatron_llmjp.runtime import distributed
+    from megatron_llmjp.runtime.device import setup
+    from megatron_llmjp.runtime.ranks import alone
+    from megatron_llmjp.training.optimizer import make_optimizer, wrap_for_data_parallel
+
+    config, _, _ = parse(MODEL.split())
+    device = setup()
+    distributed.start(config, alone(), device)
+    chunks = build_model(config, device)
+    if not with_optimizer:
+        return config, RunState(chunks)
+    chunks = wrap_for_data_parallel(chunks, config, device)
+    return config, RunState(chunks, make_optimizer(chunks, config, device), NoSchedule())
+
+
+class NoSchedule:
+    """In place of a learning-rate schedule."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing to give."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to take."""
+
+
+def files(folder: Path) -> Iterator[Path]:
+    """All files below a folder."""
+    return (path for path in folder.rglob("*") if path.is_file())
+
+
+def raw_write(path: Path, size: int) -> None:
+    """Write ``size`` bytes to a new file and force them to disk."""
+    path.unlink(missing_ok=True)
+    block = os.urandom(BLOCK)
+    with path.open("wb", buffering=0) as stream:
+        for start in range(0, size, BLOCK):
+            stream.write(block[: size - start])
+        os.fsync(stream.fileno())
+
+
+def raw_read(path: Path) -> None:
+    """Read a file from end to end."""
+    buffer = bytearray(BLOCK)
+    with path.open("rb", buffering=0) as stream:
+        while stream.readinto(buffer):
+            pass
+
+
+def forget(folder: Path) -> None:
+    """Ask the kernel to drop its copies of the files, so that reading means the disk."""
+    for path in files(folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def report(times: dict[str, list[float]], size: int) -> None:
+    """Medians over the rounds, and the share of the raw speed in each round."""
+    print(f"\n{size / 1e9:.2f} GB, median of {len(times['load'])} rounds")
+    print(f"{'':28} {'seconds':>8} {'MB/s':>6}  of raw, per round: median (least to most)")
+    for name, values in times.items():
+        middle = statistics.median(values)
+        line = f"{name:28} {middle:8.2f}"
+        if "stall" not in name:
+            line += f" {size / middle / 1e6:6.0f}"
+            raw = times["raw read" if name in {"load", "raw read"} else "raw write"]
+            if values is not raw:
+                shares = [r / v for r, v in zip(raw, values, strict=True)]
+                line += (
+                    f"  {statistics.median(shares):.0%} ({min(shares):.0%} to {max(shares):.0%})"
+                )
+        print(line)
+
+
+if __name__ == "__main__":
+    main()

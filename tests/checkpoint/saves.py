@@ -1,0 +1,139 @@
+"""What ``test_saver.py`` does on two ranks: saves that succeed, fail and succeed again."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import resource
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+LIMIT = 20_000
+"""Bytes; every rank's tensors need more."""
+
+
+def save_on_rank(folder: str, words: list[str], port: str) -> dict[str, Any]:
+    """Save by all ways; what was printed and which folders there are, after each."""
+    import torch
+
+    from megatron_llmjp.checkpoint import store
+    from megatron_llmjp.checkpoint.saver import FoldEnds, SaveError, Saver
+    from megatron_llmjp.checkpoint.saving import Description, Progress
+    from megatron_llmjp.checkpoint.store import RunState
+    from megatron_llmjp.config.command_line import parse
+    from megatron_llmjp.config.load import changed
+    from megatron_llmjp.data.batch_sizes import BatchSizes
+    from megatron_llmjp.errors import UserError
+    from megatron_llmjp.prepare import prepare
+    from megatron_llmjp.runtime import distributed
+    from megatron_llmjp.runtime.device import setup
+    from megatron_llmjp.runtime.ranks import Ranks
+    from megatron_llmjp.training import build
+    from megatron_llmjp.training.learning_rate import LearningRates
+
+    device = setup()
+    rank, world = int(os.environ["RANK"]), 2
+    run = prepare(parse(words)[0], world)
+    distributed.start(run.config, Ranks(rank, world, 0, "127.0.0.1", port, "test"), device)
+    rates = LearningRates(run.config, run.schedule, BatchSizes(run.config), run.train_iters)
+    model = build.build(run, device, rates)
+    state = RunState(model.chunks, model.optimizer, model.scheduler, {"counter": [1]})
+    parameter = next(model.chunks[0].parameters())
+    told: dict[str, Any] = {}
+
+    def saver(root: Path, **fields: Any) -> Saver:
+        config = changed(run.config, save=str(root), **fields)
+        return Saver(Description(config), FoldEnds((), frozenset({2})), lambda: None, 0)
+
+    def attempt(name: str, saves: Saver, iteration: int, obstacle: Any = None) -> None:
+        with printed() as text:
+            with obstacle or contextlib.nullcontext():
+                saves.save(state, Progress(iteration, 4 * iteration))
+            before = sorted(p.name for p in Path(saves._root).glob("iter_*"))
+            with torch.no_grad():
+                parameter.add_(1.0)  # training goes on, and must not reach the checkpoint
+            saves.wait()
+        told[name] = {"text": text.getvalue(), "before": before, **listing(saves._root)}
+
+    for kind in ("sync", "async"):
+        root = Path(folder) / kind
+        saves = saver(root, async_save=kind == "async", keep_last=1)
+        value = float(parameter.sum())
+        attempt(f"{kind} good", saves, 1)
+        (root / ".iter_0000009.tmp").mkdir(exist_ok=True)  # as a killed run leaves it
+        with file_size_limit():
+            attempt(f"{kind} limited", saves, 2)
+        with contextlib.suppress(SaveError):
+            saves.close()
+            told[f"{kind} limited"]["closed"] = True
+        with torch.no_grad():
+            parameter.fill_(0.0)
+        counters = store.load(root / "iter_0000001", state)
+        told[f"{kind} value"] = [value, float(parameter.sum()), counters]
+        attempt(f"{kind} again", saves, 2)
+        attempt(f"{kind} third", saves, 3)
+        attempt(f"{kind} fourth", saves, 4)
+        attempt(f"{kind} read-only", saves, 5, unprivileged())
+        saves.save(state, Progress(5, 20))
+        saves.close()
+
+    for name in ("common.pt", ".metadata"):
+        damage = Path(folder) / "sync" / "iter_0000005" / name
+        whole = damage.read_bytes()
+        torch.distributed.barrier()
+        if rank == 0:
+            damage.write_bytes(b"\0" * len(whole))
+        torch.distributed.barrier()
+        try:
+            store.load(damage.parent, state)
+        except UserError as error:
+            told[f"damaged {name}"] = str(error)
+        torch.distributed.barrier()
+    told["threads"] = [t.name for t in threading.enumerate() if t.name == "checkpoint"]
+    distributed.stop()
+    return told
+
+
+def listing(root: Path) -> dict[str, Any]:
+    """Names in a save folder, and what its tracker says."""
+    tracker = root / "latest_checkpointed_iteration.txt"
+    names = sorted(p.name for p in root.iterdir() if "iter_" in p.name)
+    names = [name for name in names if not name.endswith(".removed.tmp")]  # being deleted
+    return {"names": names, "tracker": tracker.read_text().strip()}
+
+
+@contextlib.contextmanager
+def printed() -> Iterator[io.StringIO]:
+    """What is printed to either stream."""
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+        yield text
+
+
+@contextlib.contextmanager
+def file_size_limit() -> Iterator[None]:
+    """As a quota or a full disk: files end at :data:`LIMIT`."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextlib.contextmanager
+def unprivileged() -> Iterator[None]:
+    """As nobody, to whom the folder is read-only."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
