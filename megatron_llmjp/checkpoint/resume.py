@@ -11,11 +11,14 @@ from megatron_llmjp.checkpoint import past
 from megatron_llmjp.checkpoint.manifest import Manifest, Override
 from megatron_llmjp.checkpoint.past import Past, Ranges
 from megatron_llmjp.config.load import FROZEN_AT_RESUME, changed, differences, load_resolved
-from megatron_llmjp.config.schema import Config, OptimizerConfig
+from megatron_llmjp.config.schema import Config, LoggingConfig, OptimizerConfig
 from megatron_llmjp.data.folds import Schedule
 from megatron_llmjp.errors import UserError
 
-_OF_NO_CONSEQUENCE = {"save", "load", "finetune", "override_resume", "exit_interval"}
+_OF_NO_CONSEQUENCE = {
+    *("save", "load", "finetune", "override_resume", "exit_interval", "eval_only"),
+    *LoggingConfig.model_fields,
+}
 
 
 @dataclass(frozen=True)
