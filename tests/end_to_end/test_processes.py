@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -95,12 +96,13 @@ def test_interrupted_and_killed(folder, tmp_path):
         wait_for(process, "iter_0000006")
         ranks = ranks_of(process.pid)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=AT_ONCE)
-        assert process.returncode == 130
+        output, errors = process.communicate(timeout=AT_ONCE)
+        assert process.returncode == 3, errors
         assert_gone(ranks)
-        assert "stopped by Ctrl-C" in errors and "Traceback" not in errors
+        assert "Traceback" not in errors
+        stopped = re.search(r"stopped at iteration (\d+): a signal asks for it", output)
     newest = assert_whole(save)
-    assert newest.name >= "iter_0000006"
+    assert stopped is not None and newest.name == manifests.folder_name(int(stopped[1]))
 
     # A truncated file: the run goes on from the checkpoint before and says so, once.
     victim = max(
@@ -119,6 +121,16 @@ def test_interrupted_and_killed(folder, tmp_path):
         assert_gone(ranks)
         assert errors.count("warning: damaged checkpoint") == 1 and victim.name in errors
         assert "rank 1 was killed by SIGKILL" in errors and "Traceback" not in errors
+
+    with started(*words) as process:
+        wait_for(process, " iteration ")
+        ranks = ranks_of(process.pid)
+        process.send_signal(signal.SIGINT)  # asks
+        time.sleep(0.1)
+        process.send_signal(signal.SIGINT)  # does not wait for the answer
+        _, errors = process.communicate(timeout=AT_ONCE)
+        assert process.returncode in (130, 3) and "Traceback" not in errors
+        assert_gone(ranks)
 
     with started(*words) as process:
         wait_for(process, " iteration ")
