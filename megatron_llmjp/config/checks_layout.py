@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 from megatron_llmjp.config.schema import Config
 
@@ -199,17 +200,34 @@ def _features(config: Config) -> Iterator[str]:
     if parallel.virtual_pipeline_model_parallel_size and stages < 2:
         yield "virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size of 2 or more"
     if parallel.context_parallel_size > 1:
-        # Transformer Engine's attention could, but batches are not split along the sequence.
-        yield (
-            f"context_parallel_size {parallel.context_parallel_size} is not supported: it needs "
-            "Transformer Engine and batches that are split along the sequence; use 1, with "
-            "sequence_parallel or recompute_granularity for long sequences"
-        )
+        yield from _context_parallel(config)
     if parallel.overlap_param_gather and not parallel.use_distributed_optimizer:
         yield "overlap_param_gather needs use_distributed_optimizer"
     if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
         yield "overlap_param_gather needs overlap_grad_reduce"
     yield from _recompute(config)
+
+
+def _context_parallel(config: Config) -> Iterator[str]:
+    size, data = config.parallel.context_parallel_size, config.data
+    if find_spec("transformer_engine") is None:
+        yield (
+            f"context_parallel_size {size} is not supported here: it needs Transformer Engine, "
+            "whose attention spans processes; install it, or use 1, with sequence_parallel or "
+            "recompute_granularity for long sequences"
+        )
+    pieces = 2 * size * config.parallel.tensor_model_parallel_size
+    if data.seq_length % pieces:
+        yield (
+            f"context_parallel_size {size} cuts seq_length {data.seq_length} into {pieces} parts "
+            f"(2 per process, times tensor parallel size): choose a multiple of {pieces}"
+        )
+    if data.reset_attention_mask or data.eod_mask_loss:
+        # Parts of a sequence with different numbers of tokens would weigh the same.
+        yield (
+            "context_parallel_size above 1 goes without reset_attention_mask and eod_mask_loss: "
+            "its ranks hold parts of documents, whose losses would not be weighted right"
+        )
 
 
 def _recompute(config: Config) -> Iterator[str]:

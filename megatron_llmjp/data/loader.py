@@ -18,6 +18,7 @@ from megatron_llmjp.runtime.device import Device, without_warnings
 
 with without_warnings():
     from megatron.core import parallel_state
+    from megatron.core.utils import get_batch_on_this_cp_rank
 
 Batch = dict[str, torch.Tensor]
 
@@ -96,7 +97,21 @@ def micro_batches(
             )
         )
     for _ in sampler:
-        yield _share(next(loader) if loader is not None else None, config, device)
+        batch = _share(next(loader) if loader is not None else None, config, device)
+        yield context_parallel_part(batch)
+
+
+def context_parallel_part(batch: Batch) -> Batch:
+    """This rank's part of each sequence: chunks r and 2c - 1 - r of 2c, for rank r of c.
+
+    So every rank has as many pairs of tokens to attend to under the causal mask
+    (megatron/core/utils.py, ``get_batch_on_this_cp_rank``). Without context parallelism it is the
+    batch itself.
+    """
+    if parallel_state.get_context_parallel_world_size() == 1:
+        return batch
+    sequences = {name: tensor for name, tensor in batch.items() if tensor.dim() > 1}
+    return {**batch, **get_batch_on_this_cp_rank(sequences)}
 
 
 def _share(batch: Batch | None, config: Config, device: Device) -> Batch:

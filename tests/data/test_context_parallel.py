@@ -1,0 +1,41 @@
+"""Sequences over the ranks of a context-parallel group; the attention over them needs GPUs."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+
+from megatron_llmjp.data import loader
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_share_a_sequence_and_the_work(size):
+    length = 64
+    numbers = torch.arange(length).expand(3, length)
+    batch = {"tokens": numbers, "position_ids": numbers, "dataset_id": torch.tensor([5, 6, 7])}
+    state = loader.parallel_state
+    parts = []
+    for rank in range(size):
+        with (
+            mock.patch.object(state, "get_context_parallel_world_size", return_value=size),
+            mock.patch.object(state, "get_context_parallel_rank", return_value=rank),
+        ):
+            parts.append(loader.context_parallel_part(dict(batch)))
+    together = torch.cat([part["tokens"] for part in parts], dim=1)
+    assert torch.equal(together.sort(dim=1).values, numbers)
+    for part in parts:
+        assert torch.equal(part["tokens"], part["position_ids"])
+        assert torch.equal(part["dataset_id"], batch["dataset_id"])
+        # Under a causal mask a token attends to as many as its position says.
+        pairs = (part["tokens"][0] + 1).sum()
+        assert pairs == length * (length + 1) // 2 // size
+
+
+def test_one_rank_keeps_its_batch():
+    batch = {"tokens": torch.zeros(2, 8)}
+    with mock.patch.object(
+        loader.parallel_state, "get_context_parallel_world_size", return_value=1
+    ):
+        assert loader.context_parallel_part(batch) is batch
