@@ -91,7 +91,9 @@ def vet(folder: Path) -> None:
             path = folder / info.relative_path
             with path.open("rb") as stream:
                 stream.seek(info.offset)
-                _open_archive(path, stream.read(info.length))
+                data = stream.read(info.length)
+            if data:  # megatron-core's layers leave empty ones
+                _open_archive(path, data)
 
 
 def read_index(folder: Path) -> Any:
@@ -118,8 +120,6 @@ def read_index(folder: Path) -> Any:
 
 
 def _open_archive(path: Path, data: bytes) -> None:
-    if not data:
-        return  # an empty object of megatron-core's layers
     try:
         torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
