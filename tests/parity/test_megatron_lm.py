@@ -10,9 +10,7 @@ import json
 import shlex
 from pathlib import Path
 
-import numpy as np
 import pytest
-import yaml
 
 from megatron_llmjp.convert import cli as converter
 from tests.support.training import PP2, TP2, Job, history, train_all
@@ -22,12 +20,12 @@ FLAGS = shlex.split("""
     --num-layers 4 --hidden-size 64 --num-attention-heads 4 --group-query-attention
     --num-query-groups 2 --ffn-hidden-size 176 --seq-length 64 --max-position-embeddings 64
     --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear
-    --untie-embeddings-and-output-weights --tokenizer-type NullTokenizer --vocab-size 500
-    --padded-vocab-size 512 --hidden-dropout 0.0 --attention-dropout 0.0
-    --micro-batch-size 2 --global-batch-size 8 --train-iters 20
-    --lr 2e-3 --min-lr 2e-4 --lr-decay-style cosine --lr-decay-iters 20 --lr-warmup-iters 4
-    --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --adam-eps 1e-8 --clip-grad 1.0
-    --seed 1234 --log-interval 1 --eval-iters 0 --num-workers 0
+    --untie-embeddings-and-output-weights --hidden-dropout 0.0 --attention-dropout 0.0
+    --tokenizer-type NullTokenizer --vocab-size 500 --padded-vocab-size 512
+    --micro-batch-size 2 --global-batch-size 8 --train-iters 20 --lr 2e-3 --min-lr 2e-4
+    --lr-decay-style cosine --lr-decay-iters 20 --lr-warmup-iters 4 --weight-decay 0.1
+    --adam-beta1 0.9 --adam-beta2 0.95 --adam-eps 1e-8 --clip-grad 1.0 --seed 1234
+    --log-interval 1 --eval-iters 0 --num-workers 0
 """)
 RUNS = {
     # name: ranks, checkpoint to load, flags
@@ -52,25 +50,14 @@ def runs(tmp_path_factory):
         source = FIXTURES / f"iter_{iteration:07d}"
         words = ["--to", "native", "--input", source, "--output", folder / name, *flags]
         assert converter.main([str(word) for word in words]) == 0
-    fold = {
-        "name": "all",
-        "iterations": 20,
-        "blend": {
-            "all": {"path": str(FIXTURES / "small_text_document"), "weight": 1, "repeat": True}
-        },
-    }
-    (folder / "folds.yaml").write_text(yaml.safe_dump({"seed": 1, "folds": [fold]}))
-    data = ("--fold-file", folder / "folds.yaml", "--data-cache-path", folder / "cache")
-    with np.load(FIXTURES / "batches.npz") as batches:
-        samples = {name: batches[name].reshape(-1, 64) for name in batches}
-    np.savez(folder / "samples.npz", **samples)
+    data = ("--data-path", FIXTURES / "small_text_document", "--split", "100,0,0")
+    data += ("--data-cache-path", folder / "cache")
     jobs = [
         Job(
             name,
             ranks,
             (*FLAGS, *data, "--load", folder / load, *flags),
             mutation=name if name in FAULTS else None,
-            samples=str(folder / "samples.npz"),
         )
         for name, (ranks, load, flags) in {**RUNS, **FAULTS}.items()
     ]
@@ -101,5 +88,4 @@ def test_a_fault_leaves_the_curve(runs, fault):
     for ours, theirs, tolerance in (("lm loss", "lm_loss", 2e-6), ("grad norm", "grad_norm", 1e-5)):
         found = history(runs / fault, ours)
         distance = max(abs(found[r["iteration"]] - r[theirs]) for r in records)
-        print(fault, ours, distance)
         assert distance > 10 * tolerance, ours

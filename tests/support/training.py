@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_llmjp.runtime.launch import free_port
 from tests.support.mutations import mutated
-from tests.support.processes import run_ranks
+from tests.support.processes import TIMEOUT, run_ranks
 from tests.support.recorded import recorded
 
 SMALL = {
@@ -62,10 +62,10 @@ def arguments(preset: str, fold_file: Path, *flags: Any, **small: Any) -> list[s
     return [str(word) for word in [*words, *flags]]
 
 
-def train_all(jobs: list[Job], world_size: int, folder: Path) -> None:
+def train_all(jobs: list[Job], world_size: int, folder: Path, timeout: float = TIMEOUT) -> None:
     """Train every job, in order where they share ranks; each saves in ``folder/NAME``."""
     plain = [{**asdict(job), "flags": [str(flag) for flag in job.flags]} for job in jobs]
-    run_ranks(train_on_rank, world_size, plain, str(folder))
+    run_ranks(train_on_rank, world_size, plain, str(folder), timeout=timeout)
 
 
 def train_on_rank(jobs: list[dict[str, Any]], folder: str) -> None:
