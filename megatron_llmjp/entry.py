@@ -17,6 +17,7 @@ from pathlib import Path
 
 from megatron_llmjp.config.command_line import DRY_RUN, PLAN_DATA, parse, print_notes
 from megatron_llmjp.config.load import Layers
+from megatron_llmjp.config.rehearsal import asked_for
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.dry_run import describe
 from megatron_llmjp.errors import (
@@ -27,6 +28,7 @@ from megatron_llmjp.errors import (
     EXIT_USER_ERROR,
     UserError,
 )
+from megatron_llmjp.on_paper import on_paper
 from megatron_llmjp.plan_data import print_plan
 from megatron_llmjp.prepare import Run, prepare
 from megatron_llmjp.runtime.launch import launch
@@ -47,6 +49,9 @@ def main(argv: Sequence[str]) -> int:
         ranks = find_ranks()
         layers = Layers()
         config, processes, notes = parse(argv, layers)
+        rehearsal = asked_for(argv)
+        if rehearsal is not None:
+            return on_paper(config, rehearsal, argv)
         if ranks is None:
             print_notes(notes)
             if PLAN_DATA in argv:

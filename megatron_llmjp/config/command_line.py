@@ -16,6 +16,8 @@ from pydantic.fields import FieldInfo
 from megatron_llmjp.config.load import Layers, build, changed, preset_names, read_config
 from megatron_llmjp.config.megatron import explain, set_defaults, settle, with_dashes
 from megatron_llmjp.config.megatron_flags import ALIASES, RENAMED, RENAMED_VALUES
+from megatron_llmjp.config.rehearsal import REHEARSE
+from megatron_llmjp.config.rehearsal import add_flags as add_rehearsal_flags
 from megatron_llmjp.config.schema import SECTION_OF, SECTIONS, Config
 from megatron_llmjp.errors import UserError
 
@@ -119,9 +121,9 @@ def _processes(arguments: dict[str, Any]) -> int | None:
     world_size: int | None = arguments["world_size"]
     if world_size is None:
         return local
-    if not arguments["dry_run"]:
+    if not arguments["dry_run"] and not arguments["rehearse"] and not arguments["suggest_layout"]:
         raise UserError(
-            f"--world-size goes with {DRY_RUN}; real processes are started with --nproc-per-node, "
+            f"--world-size goes with {DRY_RUN} and {REHEARSE}; real processes are started with --nproc-per-node, "
             "torchrun, srun or mpirun"
         )
     if world_size < 1:
@@ -181,8 +183,9 @@ def _make_parser() -> Parser:
         "--world-size",
         type=int,
         metavar="N",
-        help=f"with {DRY_RUN}: the processes of the real run",
+        help=f"with {DRY_RUN} and {REHEARSE}: the processes of the real run",
     )
+    add_rehearsal_flags(parser)
     for name, section in SECTIONS.items():
         group = parser.add_argument_group(name, (section.__doc__ or "").strip())
         for field, info in section.model_fields.items():

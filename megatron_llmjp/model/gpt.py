@@ -244,6 +244,8 @@ def build_model_chunk(
         seq_len_interpolation_factor=config.model.rotary_seq_len_interpolation_factor,
         vp_stage=vp_stage,
     )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return model  # a rehearsal: sizes without values
     initialize(model, config)
     if post_process and config.training.z_loss_strength > 0.0:
         add_z_loss(model, config.training.z_loss_strength)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 def human(number: float) -> str:
     """A number as people say it: 1234567 -> 1.23M."""
-    for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+    for size, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if abs(number) >= size:
             return f"{number / size:.2f}{unit}"
     return f"{number:.0f}"
@@ -13,7 +13,7 @@ def human(number: float) -> str:
 
 def short(number: float) -> str:
     """The same for the ticks of a scale: 1500000 -> 1.5M, 0.25 -> 0.25."""
-    for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+    for size, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if abs(number) >= size:
             return f"{number / size:.3g}{unit}"
     return f"{number:.3g}"
