@@ -1,0 +1,45 @@
+"""A field is there because something reads it, and says what it does."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import megatron_llmjp
+from megatron_llmjp.config.schema import SECTION_OF, SECTIONS
+
+PACKAGE = Path(megatron_llmjp.__file__).parent
+SPEAK_ONLY = ("sections_", "checks", "lint", "megatron", "command_line", "load")
+"""Files of config/ that describe, check or name fields without putting them to use."""
+BY_PROPERTY = {
+    # fields that the schema's own properties read
+    "num_query_groups": "query_groups",
+    "kv_channels": "head_dim",
+    "ffn_hidden_size": "ffn_size",
+    "max_position_embeddings": "positions",
+    "make_vocab_size_divisible_by": "rows",
+}
+
+
+@pytest.fixture(scope="module")
+def code():
+    files = [
+        path
+        for path in PACKAGE.rglob("*.py")
+        if not (path.parent.name == "config" and path.name.startswith(SPEAK_ONLY))
+        and path.parent.name != "convert"
+    ]
+    return "\n".join(path.read_text() for path in files)
+
+
+@pytest.mark.parametrize("name", SECTION_OF)
+def test_every_field_is_read(code, name):
+    assert re.search(rf"\.{BY_PROPERTY.get(name, name)}\b", code), f"nothing reads {name}"
+
+
+def test_every_field_has_a_description():
+    for name, section in SECTION_OF.items():
+        description = SECTIONS[section].model_fields[name].description
+        assert description and not description.endswith("."), name
