@@ -1,0 +1,147 @@
+"""Which checkpoint a run goes on from when some are damaged, or the tracker is."""
+
+from __future__ import annotations
+
+import re
+import shutil
+
+import pytest
+
+from megatron_llmjp.checkpoint import manifest as manifests
+from megatron_llmjp.checkpoint import resume
+from megatron_llmjp.config.command_line import parse
+from megatron_llmjp.config.load import dump
+from megatron_llmjp.errors import UserError
+
+
+@pytest.fixture
+def save(tmp_path):
+    """A save folder with checkpoints of iterations 1 to 3, without tensors."""
+    for iteration in (1, 2, 3):
+        folder = tmp_path / manifests.folder_name(iteration)
+        folder.mkdir()
+        (folder / manifests.CONFIG).write_text(dump(config(tmp_path)))
+        (folder / "__0_0.distcp").write_bytes(bytes(range(256)))
+        files = manifests.describe_files(folder, manifests.all_files(folder))
+        manifests.write(
+            folder,
+            manifests.Manifest(
+                iteration=iteration, consumed_samples=iteration, contents="full", files=files
+            ),
+        )
+    (tmp_path / manifests.TRACKER).write_text("3\n")
+    return tmp_path
+
+
+def config(save):
+    return parse(["--config", "laptop-llama", "--save", str(save)])[0]
+
+
+def truncate(folder):
+    (folder / "__0_0.distcp").write_bytes(b"1234")
+
+
+def lose(folder):
+    (folder / "__0_0.distcp").unlink()
+
+
+def lose_the_manifest(folder):
+    (folder / manifests.MANIFEST).unlink()
+
+
+def cut_the_manifest(folder):
+    path = folder / manifests.MANIFEST
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def copy_half(folder):
+    lose(folder)
+    (folder / manifests.CONFIG).write_text("model")
+
+
+def garble_the_config(folder):
+    (folder / manifests.CONFIG).write_text("x" * (folder / manifests.CONFIG).stat().st_size)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (truncate, r"__0_0\.distcp has 4 bytes instead of 256"),
+        (lose, r"__0_0\.distcp is missing"),
+        (copy_half, r"is missing|has 5 bytes"),
+        (cut_the_manifest, r"manifest\.json: cannot be read"),
+        (garble_the_config, r"config\.yaml"),
+        (lose_the_manifest, "names iteration 3, which is not here whole"),
+    ],
+)
+def test_damaged_checkpoint_is_passed_over(save, damage, said):
+    damage(save / "iter_0000003")
+    before = sorted(save.rglob("*"))
+    found = resume.find(config(save), {})
+    assert found is not None
+    assert found.manifest.iteration == 2
+    assert len(found.passed_over) == 1
+    assert re.search(said, found.passed_over[0])
+    assert sorted(save.rglob("*")) == before  # reading never writes
+
+
+def test_flipped_bit_is_found_by_checksums(save):
+    folder = save / "iter_0000003"
+    path = folder / "__0_0.distcp"
+    contents = bytearray(path.read_bytes())
+    contents[100] ^= 1
+    path.write_bytes(contents)
+    manifest = manifests.read(folder)
+    assert manifests.problems(folder, manifest) == []
+    (problem,) = manifests.problems(folder, manifest, checksums=True)
+    found = resume.find(config(save), {str(folder): problem})
+    assert found is not None
+    assert found.manifest.iteration == 2
+    assert found.passed_over == (
+        f"damaged checkpoint: {path} does not have the checksum of its manifest",
+    )
+
+
+@pytest.mark.parametrize(
+    ("tracker", "iteration", "said"),
+    [
+        (b"2\n", 2, None),  # set back by hand, or killed before it moved
+        (b"", 3, "is empty"),
+        (b"\0" * 8, 3, "instead of an iteration"),
+        (b"release", 3, "holds 'release' instead of an iteration"),
+        (b"7", 3, "names iteration 7, which is not here whole"),
+        (None, 3, None),
+    ],
+)
+def test_tracker(save, tracker, iteration, said):
+    path = save / manifests.TRACKER
+    if tracker is None:
+        path.unlink()
+    else:
+        path.write_bytes(tracker)
+    found = resume.find(config(save), {})
+    assert found is not None
+    assert found.manifest.iteration == iteration
+    assert len(found.passed_over) == (said is not None)
+    assert said is None or said in found.passed_over[0]
+
+
+def test_a_run_set_back_does_not_jump_forward(save):
+    """Checkpoints newer than the tracker's are of an abandoned branch."""
+    (save / manifests.TRACKER).write_text("2\n")
+    truncate(save / "iter_0000002")
+    found = resume.find(config(save), {})
+    assert found is not None
+    assert found.manifest.iteration == 1
+
+
+def test_nothing_whole_is_an_error(save):
+    for iteration in (1, 2, 3):
+        truncate(save / manifests.folder_name(iteration))
+    with pytest.raises(UserError, match="damaged checkpoint") as error:
+        resume.find(config(save), {})
+    assert str(error.value).count("has 4 bytes instead of 256") == 3
+    for folder in save.glob("iter_*"):
+        shutil.rmtree(folder)
+    (save / manifests.TRACKER).write_text("")
+    assert resume.find(config(save), {}) is None
