@@ -121,10 +121,10 @@ def _processes(arguments: dict[str, Any]) -> int | None:
     world_size: int | None = arguments["world_size"]
     if world_size is None:
         return local
-    if not arguments["dry_run"] and not arguments["rehearse"] and not arguments["suggest_layout"]:
+    if not any(arguments[name] for name in ("dry_run", "rehearse", "suggest_layout")):
         raise UserError(
-            f"--world-size goes with {DRY_RUN} and {REHEARSE}; real processes are started with --nproc-per-node, "
-            "torchrun, srun or mpirun"
+            f"--world-size goes with {DRY_RUN} and {REHEARSE}; real processes are started with "
+            "--nproc-per-node, torchrun, srun or mpirun"
         )
     if world_size < 1:
         raise UserError(f"--world-size {world_size}: at least 1 process is needed")

@@ -104,7 +104,7 @@ def _memory(outlook: Outlook) -> str:
     verdict = "fits" if outlook.fits else "DOES NOT FIT"
     return (
         f"{table(rows, right=range(1, len(stages) + 1))}\n"
-        f"{verdict}: {most / 1e9:.1f} GB and {RESERVE / 1e9:.0f} GB for CUDA and NCCL, of "
+        f"{verdict}: {most / 1e9:.1f} GB and {RESERVE / 1e9:.1f} GB for CUDA and NCCL, of "
         f"{capacity / 1e9:.0f} GB"
     )
 
