@@ -32,6 +32,7 @@ def runs(tmp_path_factory):
     write_dataset(folder / "tiny", 2, seed=4, length=50)  # less than a batch, and read as one
     declared = yaml.safe_load(folds.read_text())
     declared["validation"]["tiny"] = {"path": "tiny"}
+    declared["folds"][2]["learning_rate"] = {"lr": 1e-3, "lr_decay_style": "constant"}
     folds.write_text(yaml.safe_dump(declared))
     jobs = []
 
@@ -89,8 +90,9 @@ def test_z_loss_is_trained_on_but_not_in_the_loss(runs):
     z_loss = history(runs / "z", "z loss")
     assert z_loss[1] == pytest.approx(1e-3 * math.log(256) ** 2, rel=0.05)
     assert history(runs / "plain", "z loss") == {}
-    for value in ("lm loss", "z loss", "grad norm", "params norm"):
+    for value in ("lm loss", "z loss", "grad norm", "params norm", "dataset loss/ja"):
         expected = history(runs / "z", value)
+        assert expected
         assert history(runs / "z-tp2", value) == pytest.approx(expected, rel=1e-5), value
 
 
@@ -105,6 +107,7 @@ def test_ramp_up_and_a_restart_in_the_middle(runs):
     for value in ("lm loss", "grad norm", "learning rate", "global batch size"):
         straight = history(runs / "ramp", value)
         assert history(runs / "ramp-again", value) == {i: straight[i] for i in (3, 4, 5)}, value
+    assert history(runs / "ramp", "learning rate")[5] == 1e-3  # the third fold's own
     starts = [r for r in records(runs / "ramp-again") if r.get("event") == "start"]
     assert starts == [{"iteration": 2, "consumed samples": 4, "event": "start"}]
     manifest = manifests.read(manifests.newest(runs / "ramp"))
