@@ -93,10 +93,11 @@ def _end(plan: DataPlan, schedule: Schedule, sizes: BatchSizes) -> Iterator[str]
 
 def _used_twice(schedule: Schedule) -> Iterator[str]:
     uses: dict[str, list[tuple[str, Slice]]] = {}
+    theirs = {fold.name for fold in schedule.folds if fold.megatron is not None}
     for fold in schedule.folds:
         for piece in fold.slices:
             uses.setdefault(piece.key, []).append((fold.name, piece))
-    several, often = [], []
+    several, anew, often = [], [], []
     for places in uses.values():
         piece = places[-1][1]
         folds = [name for name, _ in places]
@@ -105,13 +106,19 @@ def _used_twice(schedule: Schedule) -> Iterator[str]:
             twins = [f"'{p.name}'" for fold, p in places if fold == name]
             yield f"fold '{name}': {' and '.join(twins)} are the same dataset ({piece.path})"
         if len(set(folds)) > 1:
-            several.append(f"{piece.path} ({len(set(folds))} folds, {epochs:.2f} epochs in all)")
+            kind = anew if theirs.intersection(folds) else several
+            kind.append(f"{piece.path} ({len(set(folds))} folds, {epochs:.2f} epochs in all)")
         if max(p.end for _, p in places) > piece.samples_per_epoch:
             often.append(f"{piece.path} ({epochs:.2f} epochs)")
     if several:
         yield (
             f"used in more than one fold: {_some(several)}; a fold goes on where the last one "
             "stopped, unless it says `restart: true`"
+        )
+    if anew:
+        yield (
+            f"used in Megatron-LM's order and in other folds: {_some(anew)}; that order cannot go "
+            "on where another stopped: samples may be seen again"
         )
     if often:
         yield f"samples are seen more than once: {_some(often)}"

@@ -149,6 +149,15 @@ def test_skipped_samples_move_the_folds_behind_them():
     assert "skipped: samples 4 to 13" in show(plan, warnings)
 
 
+def test_megatrons_order_does_not_go_on_where_another_stopped():
+    theirs = {**FOLDS[0], "name": "theirs", "order": "megatron"}
+    ours = {**FOLDS[0], "blend": {"a": {"path": "a", "weight": 1, "repeat": True}}}
+    file = FoldFile.model_validate({"folds": [theirs, ours]})
+    plan, warnings = planned(file, {"a": 1700}, config_of(16, 6))
+    assert "theirs (megatron order)" in show(plan) and len(warnings) == 2
+    assert "used in Megatron-LM's order and in other folds: a (2 folds" in warnings[0]
+
+
 @pytest.fixture
 def folder(tmp_path):
     write_dataset(tmp_path / "ja", 200, seed=1)
