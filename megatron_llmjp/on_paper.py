@@ -11,7 +11,7 @@ from megatron_llmjp.config.load import changed
 from megatron_llmjp.config.rehearsal import Rehearsal
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.errors import EXIT_DONE, EXIT_USER_ERROR, UserError
-from megatron_llmjp.plan.outlook import Outlook, look_ahead
+from megatron_llmjp.plan.outlook import Outlook, decay_end, look_ahead
 from megatron_llmjp.plan.outlook_text import show
 from megatron_llmjp.plan.suggest import show_suggestions, suggest
 from megatron_llmjp.tokenizers import load_tokenizer
@@ -56,8 +56,8 @@ def _warnings(outlook: Outlook) -> list[str]:
     config, end = outlook.config, outlook.train_iters
     if end is None:
         return ["the length of the run is not known: give --train-iters or --fold-file"]
-    decay = config.optimizer.lr_decay_iters or end
-    return lint(config, Facts(outlook.layout.world_size, end, decay, validation_sets=1))
+    facts = Facts(outlook.layout.world_size, end, decay_end(config) or end, validation_sets=1)
+    return lint(config, facts)
 
 
 def _with_vocabulary(config: Config) -> Config:

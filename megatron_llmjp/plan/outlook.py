@@ -114,15 +114,24 @@ def find_machine(config: Config, rehearsal: Rehearsal) -> Machine:
 
 
 def iterations(config: Config) -> int | None:
-    """Iterations of the run, as far as they can be known; None if nothing tells."""
-    training, sizes = config.training, BatchSizes(config)
+    """Iterations of the run, or the end of its decay where nothing else tells; None if nothing."""
+    training = config.training
     if config.data.fold_file is not None:
         return count_iterations(config, prepare_data(config).schedule)[0]
-    if training.train_iters is not None:
-        return training.train_iters
-    samples = training.train_samples
-    if samples is None and training.train_tokens is not None:
-        samples = training.train_tokens // config.data.seq_length
-    if samples is not None:
-        return sizes.iterations(samples)[0]
-    return config.optimizer.lr_decay_iters
+    asked = _iterations(config, training.train_iters, training.train_samples, training.train_tokens)
+    return asked if asked is not None else decay_end(config)
+
+
+def decay_end(config: Config) -> int | None:
+    """The iteration that the learning rate's decay ends at; None if the run's end is meant."""
+    o = config.optimizer
+    return _iterations(config, o.lr_decay_iters, o.lr_decay_samples, o.lr_decay_tokens)
+
+
+def _iterations(
+    config: Config, iters: int | None, samples: int | None, tokens: int | None
+) -> int | None:
+    """A length in whichever unit it is given."""
+    if tokens is not None:
+        samples = tokens // config.data.seq_length
+    return iters if samples is None else BatchSizes(config).iterations(samples)[0]

@@ -2,9 +2,9 @@
 
 ``metrics.jsonl`` has one JSON object per line. Every object has ``iteration``; what else it has
 says what it is: ``lm loss`` makes it an interval of training, keys ``validation/NAME`` a
-validation, ``event`` something that happened (``start`` of a process, for one). A run that goes on
-from a checkpoint appends to the same file, and may do iterations again that were logged before: the
-later ones hold, the earlier ones are kept apart as abandoned.
+validation, ``event`` something that happened: ``start`` of a process after this iteration, ``fold``
+begun with it. A run that goes on from a checkpoint appends to the same file, and may do iterations
+again that were logged before: the later ones hold, the earlier ones are kept apart as abandoned.
 """
 
 from __future__ import annotations
@@ -82,7 +82,11 @@ class History:
         return {name.removeprefix(CONSUMED): self.values(name) for name in sorted(names)}
 
     def folds(self) -> list[FoldSpan]:
-        """The folds trained on so far, in order; bounds are as fine as the log interval."""
+        """The folds trained on so far, in order.
+
+        Bounds are as fine as the log interval, where no event tells them.
+        """
+        begun = {str(e.get("fold")): int(e["iteration"]) - 1 for e in reversed(self.events)}
         spans: list[FoldSpan] = []
         for before, record in pairwise([{"iteration": 0}, *self.training]):
             name, last = record.get("fold"), int(record["iteration"])
@@ -90,8 +94,10 @@ class History:
                 continue
             if spans and spans[-1].name == name:
                 spans[-1] = FoldSpan(name, spans[-1].first, last)
-            else:
-                spans.append(FoldSpan(name, int(before["iteration"]), last))
+                continue
+            first = begun.get(name, int(before["iteration"])) if spans else 0
+            spans = [*spans[:-1], *(FoldSpan(s.name, s.first, first) for s in spans[-1:])]
+            spans.append(FoldSpan(name, first, last))
         return spans
 
     def last(self, name: str) -> float | None:

@@ -6,6 +6,7 @@ import math
 from statistics import median
 
 from megatron_llmjp.config.schema import Config
+from megatron_llmjp.plan.flops import flops_per_sample
 from megatron_llmjp.plan.parameters import count_parameters
 from megatron_llmjp.report.history import LOSS, History
 from megatron_llmjp.report.numbers import duration, human
@@ -54,19 +55,24 @@ def _layout(config: Config, history: History) -> str:
         parts.append(f"VP {parallel.virtual_pipeline_model_parallel_size}")
     if parallel.context_parallel_size > 1:
         parts.append(f"CP {parallel.context_parallel_size}")
-    worlds = [int(e["world size"]) for e in history.events if "world size" in e]
-    if worlds:
-        parts.append(f"DP {worlds[-1] // parallel.model_parallel_size}")
-        return f"{' x '.join(parts)} on {worlds[-1]} processes"
-    return " x ".join(parts)
+    processes = _processes(config, history)
+    if processes is None:
+        return " x ".join(parts)
+    parts.append(f"DP {processes // parallel.model_parallel_size}")
+    return f"{' x '.join(parts)} on {processes} processes"
+
+
+def _processes(config: Config, history: History) -> int | None:
+    """How many computed: the speed of all over that of each."""
+    speed, each = history.last("tokens per second"), history.last("TFLOP/s per GPU")
+    if not speed or not each:
+        return None
+    return round(flops_per_sample(config) / config.data.seq_length * speed / each / 1e12)
 
 
 def _progress(history: History) -> list[tuple[str, str]]:
-    config, total = history.config, _total(history)
-    done = f"{history.iteration:,}"
-    if total:
-        done += f" of {total:,} ({history.iteration / total:.1%})"
-    rows = [("iterations", done)]
+    config = history.config
+    rows = [("iterations", f"{history.iteration:,}")]
     samples = history.last("consumed samples")
     if config is not None and samples is not None:
         tokens = int(samples) * config.data.seq_length
@@ -77,11 +83,6 @@ def _progress(history: History) -> list[tuple[str, str]]:
     return rows
 
 
-def _total(history: History) -> int | None:
-    totals = [int(e["train iterations"]) for e in history.events if "train iterations" in e]
-    return totals[-1] if totals else None
-
-
 def _speed(history: History) -> list[tuple[str, str]]:
     seconds = training_seconds(history)
     rows = [("time in steps", duration(seconds) if seconds else "")]
@@ -90,10 +91,9 @@ def _speed(history: History) -> list[tuple[str, str]]:
         text = f"{human(median(tokens))} tokens/s"
         mfu = history.values("MFU")[1]
         rows.append(("speed", text + (f", MFU {median(mfu):.1%}" if mfu else "") + " (median)"))
-    total = _total(history)
-    each = history.last("seconds per iteration")
-    if total and each and total > history.iteration:
-        rows.append(("remaining", duration((total - history.iteration) * each)))
+    remaining = history.last("seconds remaining")
+    if remaining:
+        rows.append(("remaining", duration(remaining)))
     return rows
 
 

@@ -26,6 +26,9 @@ def interval(iteration: int, loss: float, fold: str = "fold00", **more: Any) -> 
         "learning rate": 1e-4 * iteration,
         "seconds per iteration": 0.5,
         "tokens per second": 4096.0,
+        # Of four processes: 6 operations per parameter and token, and the scores.
+        "TFLOP/s per GPU": 6 * (1024 * 128 + 737_280 + 4 * 128 * 128) * 4096e-12 / 4,
+        "seconds remaining": 25.0,
         "MFU": 0.4,
         "global batch size": 16,
         "skipped iterations": 0,
@@ -36,18 +39,25 @@ def interval(iteration: int, loss: float, fold: str = "fold00", **more: Any) -> 
 
 
 def start(iteration: int) -> dict[str, Any]:
-    return {"event": "start", "iteration": iteration, "world size": 4, "train iterations": 100}
+    return {"event": "start", "iteration": iteration, "consumed samples": 16 * iteration}
+
+
+def fold(iteration: int, name: str) -> dict[str, Any]:
+    return {"event": "fold", "iteration": iteration, "fold": name}
 
 
 RECORDS = [
     start(0),
+    fold(1, "fold00"),
     interval(10, 6.0),
     interval(20, 5.0),
     {"iteration": 20, "validation/ja": 5.1, "validation/<en>": 5.2},
+    fold(24, "fold01"),
     interval(30, float("nan"), "fold01"),
     interval(40, 4.2, "fold01"),
     {"iteration": 40, "validation/ja": 1.0},  # of an iteration that is done again
     start(20),
+    fold(24, "fold01"),
     interval(30, 4.5, "fold01"),
     interval(40, 4.0, "fold01"),
     {"iteration": 40, "validation/ja": 4.6, "validation/<en>": 4.4},
@@ -61,7 +71,7 @@ def save(tmp_path: Path) -> Path:
     checkpoint = folder / "iter_0000020"
     checkpoint.mkdir(parents=True)
     lines = [json.dumps(record, ensure_ascii=False) for record in RECORDS]
-    lines.insert(4, "damaged")
+    lines.insert(6, "damaged")
     in_progress = '{"iteration": 60, "lm lo'
     (folder / "metrics.jsonl").write_text("\n".join([*lines, in_progress]), encoding="utf-8")
     layers = Layers()
@@ -83,7 +93,7 @@ def test_later_iterations_hold(save):
     assert history.restarts == [20]
     assert history.validation_sets()["ja"] == ([20, 40], [5.1, 4.6])
     assert history.damaged_lines == 1
-    spans = [FoldSpan("fold00", 0, 20), FoldSpan("fold01", 20, 40), FoldSpan("仕上げ", 40, 50)]
+    spans = [FoldSpan("fold00", 0, 23), FoldSpan("fold01", 23, 40), FoldSpan("仕上げ", 40, 50)]
     assert history.folds() == spans
 
 
@@ -98,7 +108,7 @@ def test_a_file_of_many_starts_without_events(save):
 def test_the_table(save):
     rows = dict(summarize(read_history(save)))
     assert rows["layout"] == "TP 1 x PP 2 x DP 2 on 4 processes"
-    assert rows["iterations"] == "50 of 100 (50.0%)"
+    assert rows["iterations"] == "50" and rows["remaining"] == "00:00:25"
     assert rows["tokens"].startswith(f"{50 * 16 * 128:,}")
     assert rows["parameters"].startswith(f"{2 * 1024 * 128 + 738_432:,}")
     assert rows["best validation <en>"].startswith("4.4000 (perplexity 81.45) at 40")
