@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -42,40 +43,49 @@ def run_ranks(
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
         }
-        command = [sys.executable, "-m", "tests.support.rank", call]
-        ranks.append(
-            subprocess.Popen(
-                command,
-                env=env,
-                cwd=ROOT,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
+        ranks.append(Rank([sys.executable, "-m", "tests.support.rank", call], env))
     return _gather(ranks, function.__qualname__, timeout)
 
 
-def _gather(ranks: list[subprocess.Popen[str]], name: str, timeout: float) -> list[Any]:
+class Rank:
+    """A process whose output goes to files: a pipe that nobody reads would stop it when full."""
+
+    def __init__(self, command: list[str], env: dict[str, str]) -> None:
+        self._out, self._err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+        self.process = subprocess.Popen(
+            command, env=env, cwd=ROOT, stdout=self._out, stderr=self._err
+        )
+
+    def output(self) -> tuple[str, str]:
+        """What it has written until now."""
+        texts = []
+        for file in (self._out, self._err):
+            file.seek(0)
+            texts.append(file.read().decode(errors="replace"))
+        return texts[0], texts[1]
+
+
+def _gather(ranks: list[Rank], name: str, timeout: float) -> list[Any]:
     end = time.monotonic() + timeout
+    processes = [rank.process for rank in ranks]
     try:
-        while any(process.poll() is None for process in ranks):
-            failed = [i for i, process in enumerate(ranks) if process.poll()]
+        while any(process.poll() is None for process in processes):
+            failed = [i for i, process in enumerate(processes) if process.poll()]
             if failed:
-                output = ranks[failed[0]].communicate()[1]
+                output = ranks[failed[0]].output()[1]
                 raise AssertionError(f"{name}: rank {failed[0]} failed:\n{output[-6000:]}")
             if time.monotonic() > end:
-                waiting = [i for i, process in enumerate(ranks) if process.poll() is None]
+                waiting = [i for i, process in enumerate(processes) if process.poll() is None]
                 raise AssertionError(f"{name}: ranks {waiting} still run after {timeout:.0f} s")
             time.sleep(0.05)
     finally:
-        for process in ranks:
+        for process in processes:
             process.kill()
-        for process in ranks:
+        for process in processes:
             process.wait()
-    outputs = [process.communicate() for process in ranks]
-    for rank, (process, output) in enumerate(zip(ranks, outputs, strict=True)):
-        assert process.returncode == 0, f"{name}: rank {rank} failed:\n{output[1][-6000:]}"
+    outputs = [rank.output() for rank in ranks]
+    for number, (process, output) in enumerate(zip(processes, outputs, strict=True)):
+        assert process.returncode == 0, f"{name}: rank {number} failed:\n{output[1][-6000:]}"
     return [json.loads(stdout.splitlines()[-1]) for stdout, _ in outputs]
 
 
