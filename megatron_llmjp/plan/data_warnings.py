@@ -97,7 +97,9 @@ def _used_twice(schedule: Schedule) -> Iterator[str]:
     for fold in schedule.folds:
         for piece in fold.slices:
             uses.setdefault(piece.key, []).append((fold.name, piece))
-    several, anew, often = [], [], []
+    several: list[str] = []
+    anew: list[str] = []
+    often: list[str] = []
     for places in uses.values():
         piece = places[-1][1]
         folds = [name for name, _ in places]
