@@ -11,8 +11,8 @@ from megatron_llmjp.plan.parameters import count_parameters
 from megatron_llmjp.report.history import LOSS, History
 from megatron_llmjp.report.numbers import duration, human
 
-EXCEPTION = "exception"
-"""Event of a step that was not as the others: a skipped update, numbers that are none."""
+USUAL = ("start", "fold")
+"""Events of every run; the others are exceptions, such as ``bad step``, and say ``why``."""
 
 
 def summarize(history: History) -> list[tuple[str, str]]:
@@ -129,12 +129,13 @@ def _incidents(history: History) -> list[tuple[str, str]]:
         restarts += f", from {', '.join(f'{i:,}' for i in history.restarts[-5:])}"
         restarts += f"; about {again:,} iterations done again" if again else ""
     skipped = int(sum(history.values("skipped iterations")[1]))
-    exceptions = [e for e in history.events if e["event"] == EXCEPTION]
+    exceptions = [e for e in history.events if e["event"] not in USUAL]
     rows = [("restarts", restarts), ("skipped iterations", str(skipped) if skipped else "")]
     if exceptions:
         last = exceptions[-1]
-        what = last.get("text", "")
-        rows.append(("exceptions", f"{len(exceptions)}, the last at {last['iteration']}: {what}"))
+        what = ": ".join(filter(None, (str(last["event"]), str(last.get("why", "")))))
+        at = f"{int(last['iteration']):,}"
+        rows.append(("exceptions", f"{len(exceptions)}, the last at {at}: {what}"))
     if history.damaged_lines:
         rows.append(("damaged lines", f"{history.damaged_lines} in the metrics, left out"))
     return rows

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import datetime
 
+from megatron_llmjp.report.numbers import duration, human
+
 
 def interval_line(
     iteration: int, train_iters: int, consumed: int, values: Mapping[str, float], fold: str
@@ -36,18 +38,3 @@ def interval_line(
 
 def _if_known(form: str, value: float | None) -> str:
     return "" if value is None else form.format(value)
-
-
-def human(number: float) -> str:
-    """A number as people say it: 1234567 -> 1.23M."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if abs(number) >= size:
-            return f"{number / size:.2f}{unit}"
-    return f"{number:.0f}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as ``1d 02:03:04``."""
-    days, rest = divmod(round(seconds), 86400)
-    clock = f"{rest // 3600:02d}:{rest // 60 % 60:02d}:{rest % 60:02d}"
-    return f"{days}d {clock}" if days else clock

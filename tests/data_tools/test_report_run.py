@@ -11,6 +11,7 @@ import pytest
 
 from data_tools.report_run import main
 from megatron_llmjp.config.load import Layers, build, changed, dump, read_config
+from megatron_llmjp.report.at_end import draw_at_end
 from megatron_llmjp.report.history import FoldSpan, read_history
 from megatron_llmjp.report.summary import summarize
 
@@ -53,6 +54,7 @@ RECORDS = [
     interval(20, 5.0),
     {"iteration": 20, "validation/ja": 5.1, "validation/<en>": 5.2},
     fold(24, "fold01"),
+    {"event": "bad step", "iteration": 28, "why": "no numbers"},
     interval(30, float("nan"), "fold01"),
     interval(40, 4.2, "fold01"),
     {"iteration": 40, "validation/ja": 1.0},  # of an iteration that is done again
@@ -113,6 +115,7 @@ def test_the_table(save):
     assert rows["parameters"].startswith(f"{2 * 1024 * 128 + 738_432:,}")
     assert rows["best validation <en>"].startswith("4.4000 (perplexity 81.45) at 40")
     assert rows["restarts"].startswith("1, from 20")
+    assert rows["exceptions"] == "1, the last at 28: bad step: no numbers"
     assert rows["time in steps"] == "00:00:25"
 
 
@@ -128,6 +131,15 @@ def test_a_page_that_needs_nothing_but_itself(save, tmp_path, capsys):
     expected = {"loss", "validation", "learning_rate", "throughput", "gradient_norm", "datasets"}
     assert set(pictures) == expected and set(pictures.values()) == {PNG}
     assert "6 pictures" in capsys.readouterr().out
+
+
+def test_the_end_of_a_run_never_fails(save, tmp_path, capsys):
+    draw_at_end(str(save))
+    draw_at_end(None)
+    draw_at_end(str(tmp_path / "nothing"))
+    output = capsys.readouterr().out
+    assert (save / "report/report.html").exists() and str(save) in output
+    assert "no report was drawn" in output
 
 
 def test_another_folder(tmp_path, capsys):
