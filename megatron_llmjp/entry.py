@@ -52,11 +52,13 @@ def main(argv: Sequence[str]) -> int:
         rehearsal = asked_for(argv)
         if rehearsal is not None:
             return on_paper(config, rehearsal, argv)
+        if PLAN_DATA in argv:
+            if ranks is None or ranks.is_first:
+                print_notes(notes)
+                print_plan(config)
+            return EXIT_DONE
         if ranks is None:
             print_notes(notes)
-            if PLAN_DATA in argv:
-                print_plan(config)
-                return EXIT_DONE
             if processes is not None and processes != 1 and DRY_RUN not in argv:
                 return _start_ranks(config, argv, processes)
         elif ranks.is_first and ranks.started_by != LOCAL_LAUNCHER:
