@@ -16,6 +16,7 @@ SLEEP = 60.0
 
 
 def rank_and_sum(numbers: list[int]) -> list[int]:
+    print("much", "more than a pipe holds" * 10_000, sep="\n", flush=True)
     return [int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), sum(numbers)]
 
 

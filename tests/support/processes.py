@@ -51,7 +51,8 @@ class Rank:
     """A process whose output goes to files: a pipe that nobody reads would stop it when full."""
 
     def __init__(self, command: list[str], env: dict[str, str]) -> None:
-        self._out, self._err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+        self._out = tempfile.TemporaryFile()  # noqa: SIM115 (closed with this object)
+        self._err = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
             command, env=env, cwd=ROOT, stdout=self._out, stderr=self._err
         )
