@@ -151,7 +151,8 @@ def find_entries(config: Config, folds: Sequence[str] | None) -> tuple[list[Entr
             of = (piece.name, piece.samples) if piece else (ORDER, fold.samples)
             add(index, fold.name, *of)
     train_iters, _ = count_iterations(config, data.schedule)
-    for name, held_out in validation_sets(config, data, train_iters).items():
+    validation, _ = validation_sets(config, data, train_iters)
+    for name, held_out in validation.items():
         add(ValidationDataset(held_out, epochs).index, VALIDATION, name, 0)
     return found, epochs.cache
 
