@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 from megatron_llmjp.checkpoint import past
 from megatron_llmjp.checkpoint import resume as resuming
-from megatron_llmjp.checkpoint.past import Past
+from megatron_llmjp.checkpoint.past import NO_RANGES, Past, Ranges
 from megatron_llmjp.checkpoint.resume import Resume
 from megatron_llmjp.config.checks import check
 from megatron_llmjp.config.lint import Facts, lint
@@ -72,13 +72,19 @@ class Run:
         return cache_folder(self.config, self.folds)
 
 
-def prepare(config: Config, world_size: int, damaged: Mapping[str, str] = NOTHING) -> Run:
+def prepare(
+    config: Config,
+    world_size: int,
+    damaged: Mapping[str, str] = NOTHING,
+    left_out: Ranges = NO_RANGES,
+) -> Run:
     """Resolve a configuration for ``world_size`` processes.
 
     Args:
         config: what is asked for.
         world_size: number of processes.
         damaged: checkpoint folders that are known to be damaged, and how.
+        left_out: positions of the schedule to skip, by words that tell why.
 
     Raises:
         UserError: whatever is wrong with the layout, tokenizer, data or checkpoint.
@@ -95,8 +101,9 @@ def prepare(config: Config, world_size: int, damaged: Mapping[str, str] = NOTHIN
         config.data.skip_iterations,
         goes_on.manifest if goes_on else None,
         BatchSizes(config),
+        left_out,
     )
-    notes, memory = repetitions(schedule), Past(skipped)
+    notes, memory = [*repetitions(schedule), *past.told(skipped)], Past(skipped)
     if goes_on is not None:
         config, memory, told = resuming.adopt(config, goes_on, schedule, skipped)
         notes += told

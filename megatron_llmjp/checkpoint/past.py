@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 from megatron_llmjp.checkpoint.manifest import Manifest, Override
 from megatron_llmjp.data.batch_sizes import BatchSizes
@@ -19,6 +20,7 @@ from megatron_llmjp.data.skips import Skips
 from megatron_llmjp.errors import UserError
 
 Ranges = Mapping[str, tuple[int, int]]
+NO_RANGES: Ranges = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,17 @@ class Past:
 
 
 def skip_iterations(
-    schedule: Schedule, asked: str | None, manifest: Manifest | None, batch_sizes: BatchSizes
+    schedule: Schedule,
+    asked: str | None,
+    manifest: Manifest | None,
+    batch_sizes: BatchSizes,
+    left_out: Ranges = NO_RANGES,
 ) -> tuple[Schedule, dict[str, tuple[int, int]]]:
     """Leave out what ``--skip-iterations`` says, now and in the run that is gone on with.
 
     A range that the checkpoint knows keeps its meaning, so that a job may be started again with the
     same command line. A new one counts iterations as that run did, or as a new run would without
-    the flag.
+    the flag. What a rollback left out is known too.
 
     Returns:
         The schedule with all samples to skip; positions by the words of their ranges.
@@ -46,13 +52,22 @@ def skip_iterations(
     Raises:
         UserError: a range is malformed, past, or beyond the end.
     """
-    known = dict(manifest.skipped_iterations) if manifest else {}
+    known = {**(manifest.skipped_iterations if manifest else {}), **left_out}
     schedule = schedule.skipping(schedule.skips.and_also(known.values()))
     new = {}
     for words in filter(None, (asked or "").replace(" ", "").split(",")):
         if words not in known:
             new[words] = _positions(words, schedule, manifest, batch_sizes)
     return schedule.skipping(schedule.skips.and_also(new.values())), {**known, **new}
+
+
+def told(skipped: Ranges) -> list[str]:
+    """What to say at the start of samples that are left out, and why."""
+    return [
+        f"samples {start:,} to {end - 1:,} are left out: "
+        + (f"--skip-iterations {words}" if words[:1].isdigit() else words)
+        for words, (start, end) in skipped.items()
+    ]
 
 
 def changes(manifest: Manifest, schedule: Schedule) -> list[str]:

@@ -16,7 +16,15 @@ from megatron_llmjp.data.folds import Schedule
 from megatron_llmjp.errors import UserError
 
 _OF_NO_CONSEQUENCE = {
-    *("save", "load", "finetune", "override_resume", "exit_interval", "eval_only"),
+    *(
+        "save",
+        "load",
+        "finetune",
+        "override_resume",
+        "skip_iterations",
+        "exit_interval",
+        "eval_only",
+    ),
     *LoggingConfig.model_fields,
 }
 

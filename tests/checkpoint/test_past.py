@@ -150,6 +150,7 @@ def test_skipped_iterations_stay_skipped(folds, tmp_path):
     first = run_of(folds, *load, "--skip-iterations", "9-10, 12")
     assert positions(first) == without(9, 10, 12)
     assert first.train_iters == 12
+    assert "samples 32 to 39 are left out: --skip-iterations 9-10" in first.notes
     save(first, 8, tmp_path / "run")
     # The next one is numbered as the log of that run numbers it: iteration 10 is now 13.
     for flags, gone in {
