@@ -191,7 +191,7 @@ def test_plan_folds_needs_neither_model_nor_tokenizer_nor_torch(folder, capsys):
     assert "train_iters 21 needs 168 samples" in capsys.readouterr().err
 
 
-def test_learning_rates_and_tokenizers_of_a_whole_command_line(folder, capsys):
+def test_learning_rates_and_tokenizers_of_a_whole_command_line(folder, capsys, monkeypatch):
     """``pretrain_gpt.py --plan-data`` shows megatron-core's rates, and who made which dataset."""
     makers = {name: {"type": "X", "vocab_size": n, "eod_id": 0, "files": {}} for name, n in
               (("ja", 100), ("en", 200))}  # fmt: skip
@@ -208,6 +208,18 @@ def test_learning_rates_and_tokenizers_of_a_whole_command_line(folder, capsys):
     plan = json.loads(capsys.readouterr().out)
     assert all(f"warning: {warning}\n" in shown for warning in plan["warnings"])
     assert f"{plan['folds'][1]['last_learning_rate']:.4g}" in shown
+    # As a rank of torchrun: one tells, none trains.
+    place = {
+        "RANK": "1",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "h",
+        "MASTER_PORT": "1",
+    }
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    assert entry.main([*map(str, words), "--plan-data"]) == 0
+    assert capsys.readouterr().out == ""
     first, second = plan["folds"]
     # Linear from 0 to lr over 4 iterations, then to min_lr at 20.
     expected = np.interp([0, 9, 10, 19], [0, 4, 20], [0, 1e-3, 1e-4])
