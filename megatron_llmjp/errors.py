@@ -20,6 +20,10 @@ class UserError(Exception):
     """
 
 
+class RunError(RuntimeError):
+    """A run cannot go on. All ranks know it; the first one tells, and the exit code is 1."""
+
+
 def suggest(name: str, possible: Iterable[str]) -> str:
     """Return ``; did you mean 'x'?`` for the possible name nearest to ``name``, or nothing."""
     near = difflib.get_close_matches(name, list(possible), n=1, cutoff=0.6)

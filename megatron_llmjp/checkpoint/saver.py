@@ -25,13 +25,14 @@ from megatron_llmjp.checkpoint.saving import Description, Progress, begin
 from megatron_llmjp.checkpoint.store import RunState
 from megatron_llmjp.checkpoint.writer import HostCopy, ThreadCaller
 from megatron_llmjp.config.schema import CheckpointConfig
+from megatron_llmjp.errors import RunError
 from megatron_llmjp.runtime.device import without_warnings
 
 with without_warnings():
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
 
-class SaveError(RuntimeError):
+class SaveError(RunError):
     """The run's last checkpoint could not be saved."""
 
 

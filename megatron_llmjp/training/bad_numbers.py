@@ -26,41 +26,55 @@ class Verdict(Enum):
     """What a gradient norm tells of a step."""
 
     GOOD = "good"
-    BAD = "NaN or Inf"
-    SPIKE = "spike"
+    BAD = "a NaN or Inf in the gradients"
+    SPIKE = "a spike of the gradient norm"
 
 
-class Numbers:
-    """The norms of the last good steps. Part of a checkpoint, so that a resume judges alike."""
+class Judge:
+    """Knows the norms of the last good steps, and what to do about a bad one."""
 
     def __init__(self, faults: FaultsConfig, history: Iterable[float] = ()) -> None:
-        self._threshold = faults.spike_threshold
-        self._watching = faults.spike_action != "off"
-        self._limit = faults.max_bad_steps
+        self._faults = faults
         self.history: deque[float] = deque(history, maxlen=HISTORY)
-        self.bad_in_a_row = 0
+        """Part of a checkpoint, so that a run that goes on judges alike."""
+        self.verdict = Verdict.GOOD
+        """On the last step."""
+        self._bad_in_a_row = 0
 
     @property
     def hopeless(self) -> bool:
         """Whether too many steps in a row were bad."""
-        return self.bad_in_a_row >= self._limit
+        return self._bad_in_a_row >= self._faults.max_bad_steps
 
     @property
-    def median(self) -> float:
-        """The usual gradient norm of late."""
+    def wants_rollback(self) -> bool:
+        """Whether the last step asks for going back to the last checkpoint."""
+        return self.verdict is Verdict.SPIKE and self._faults.spike_action == "rollback"
+
+    @property
+    def usual(self) -> float:
+        """The median of the gradient norm of late."""
         return statistics.median(self.history) if self.history else math.nan
 
-    def judge(self, grad_norm: float) -> Verdict:
-        """Judge one step; a good one becomes part of the history."""
-        if not math.isfinite(grad_norm):
-            self.bad_in_a_row += 1
-            return Verdict.BAD
-        self.bad_in_a_row = 0
-        if self._is_spike(grad_norm):
-            return Verdict.SPIKE
-        self.history.append(grad_norm)
-        return Verdict.GOOD
+    def begin_step(self) -> None:
+        """Forget the last verdict: an fp16 step that overflows ends without one."""
+        self.verdict = Verdict.GOOD
 
-    def _is_spike(self, grad_norm: float) -> bool:
-        enough = self._watching and len(self.history) >= FEWEST
-        return enough and grad_norm > self._threshold * self.median
+    def may_take(self, grad_norm: float) -> bool:
+        """Judge one step, and say whether its update may be taken."""
+        self.verdict = self._verdict(grad_norm)
+        self._bad_in_a_row = self._bad_in_a_row + 1 if self.verdict is Verdict.BAD else 0
+        taken = self.verdict is Verdict.GOOD or (
+            self.verdict is Verdict.SPIKE and self._faults.spike_action == "warn"
+        )
+        if taken:
+            self.history.append(grad_norm)
+        return taken
+
+    def _verdict(self, grad_norm: float) -> Verdict:
+        if not math.isfinite(grad_norm):
+            return Verdict.BAD
+        watching = self._faults.spike_action != "off" and len(self.history) >= FEWEST
+        if watching and grad_norm > self._faults.spike_threshold * self.usual:
+            return Verdict.SPIKE
+        return Verdict.GOOD

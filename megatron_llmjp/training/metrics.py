@@ -85,7 +85,7 @@ class Metrics:
 
     def start(self, iteration: int, consumed: int) -> None:
         """Tell that a process goes on from here."""
-        self._event("start", iteration, consumed)
+        self.event("start", iteration, consumed)
         self._since = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
@@ -116,7 +116,7 @@ class Metrics:
         interval.nan += not math.isfinite(result.grad_norm)
         fold = self._schedule.fold_at(consumed - 1).name
         if fold != self._fold:
-            self._event("fold", iteration, consumed, fold=fold)
+            self.event("fold", iteration, consumed, fold=fold)
         self._fold = fold
 
     def pause(self) -> None:
@@ -212,7 +212,8 @@ class Metrics:
             values[key] = values.get(key, 0) + samples * self._config.data.seq_length
         return values
 
-    def _event(self, kind: str, iteration: int, consumed: int, **words: str) -> None:
+    def event(self, kind: str, iteration: int, consumed: int, **words: str) -> None:
+        """Write that something happened."""
         if self._writers:
             self._writers.write(self._record(iteration, consumed, {}, event=kind, **words))
 

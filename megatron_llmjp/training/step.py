@@ -22,6 +22,7 @@ from megatron_llmjp.runtime.device import without_warnings
 with without_warnings():
     from megatron.core import parallel_state
     from megatron.core.distributed import finalize_model_grads
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.utils import get_model_config
 
@@ -43,7 +44,7 @@ class StepResult:
     grad_norm: float
     """Before clipping."""
     updated: bool
-    """False when fp16 overflowed and the step was skipped."""
+    """False when fp16 overflowed, or the gradient norm was judged bad."""
 
 
 def connect(chunks: list[Any], optimizer: Any, config: Config) -> None:
@@ -66,6 +67,7 @@ def train_step(
     config: Config,
     batch_size: int,
     datasets: int = 0,
+    may_take: Callable[[float], bool] = lambda grad_norm: True,
 ) -> StepResult:
     """Take one optimizer step over a global batch.
 
@@ -77,15 +79,29 @@ def train_step(
         config: the run.
         batch_size: samples of this global batch.
         datasets: number of datasets that losses are told apart by.
+        may_take: judges the gradient norm; without its consent nothing is updated.
     """
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     sums = run_micro_batches(chunks, data, config, batch_size, datasets=datasets)
-    updated, grad_norm, _ = optimizer.step()
+    updated, grad_norm = _update(optimizer, may_take)
     if updated:
         scheduler.step(increment=batch_size)
-    return StepResult(sums, float(grad_norm or 0.0), bool(updated))
+    return StepResult(sums, grad_norm, updated)
+
+
+def _update(optimizer: Any, may_take: Callable[[float], bool]) -> tuple[bool, float]:
+    """megatron-core's ``step`` in its parts: it would take an update whatever its norm is."""
+    if optimizer.prepare_grads():  # fp16 overflowed, and the loss scale is lowered
+        return False, 0.0
+    grad_norm = float(optimizer.get_grad_norm())
+    if not may_take(grad_norm):
+        return False, grad_norm
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if part.config.clip_grad > 0.0 and (parameters := part.get_parameters()):
+            clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, grad_norm)
+    return bool(optimizer.step_with_ready_grads()), grad_norm
 
 
 def run_micro_batches(

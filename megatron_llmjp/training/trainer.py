@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,80 +12,41 @@ from megatron_llmjp.checkpoint.store import RunState
 from megatron_llmjp.data.batch_sizes import BatchSizes
 from megatron_llmjp.data.fold_copy import dump_fold_file
 from megatron_llmjp.data.loader import Batch
-from megatron_llmjp.errors import EXIT_DONE, UserError
+from megatron_llmjp.errors import EXIT_DONE, RunError
 from megatron_llmjp.prepare import Run
 from megatron_llmjp.runtime import distributed
-from megatron_llmjp.runtime.determinism import be_deterministic
 from megatron_llmjp.runtime.device import Device
-from megatron_llmjp.runtime.ranks import Ranks
-from megatron_llmjp.training import build
+from megatron_llmjp.training.bad_numbers import Judge, Verdict
 from megatron_llmjp.training.build import Model, RunData, say
-from megatron_llmjp.training.evaluate import describe, evaluate
+from megatron_llmjp.training.evaluate import evaluate
 from megatron_llmjp.training.feed import dataset_names, feed
 from megatron_llmjp.training.guard import Request
-from megatron_llmjp.training.learning_rate import LearningRates
 from megatron_llmjp.training.metrics import Metrics
+from megatron_llmjp.training.mishaps import describe_step
 from megatron_llmjp.training.norms import parameter_norm
-from megatron_llmjp.training.opening import Opened, opened
 from megatron_llmjp.training.optimizer import complete_parameters
 from megatron_llmjp.training.step import StepResult, train_step
-from megatron_llmjp.training.watch import Watch, watched
+from megatron_llmjp.training.watch import Watch
 from megatron_llmjp.training.writers import Writers
 
 METRICS = "metrics"
 """The log's counters in a checkpoint."""
 
+NORMS = "gradient norms"
+"""The judge's history in a checkpoint."""
 
-class TrainingError(RuntimeError):
+
+class TrainingError(RunError):
     """Training cannot go on: the numbers are no numbers any more."""
 
 
-def train(run: Run, ranks: Ranks, device: Device) -> int:
-    """Build a run on this rank and train it, or only validate it.
+@dataclass(frozen=True)
+class Rollback:
+    """A wish to go back to the last checkpoint, and to leave out what led to a spike."""
 
-    Returns:
-        The exit code.
-    """
-    be_deterministic(run.config.training.deterministic_mode)
-    if run.config.training.eval_only:
-        return validate_only(run, ranks, device)
-    with opened(run, ranks) as beginning:
-        return _train(beginning, ranks, device)
-
-
-def _train(beginning: Opened, ranks: Ranks, device: Device) -> int:
-    run = beginning.run
-    sizes = BatchSizes(run.config)
-    rates = LearningRates(run.config, run.schedule, sizes, run.train_iters)
-    data = build.open_data(run, ranks)
-    distributed.start(run.config, ranks, device, beginning.store)
-    model = build.build(run, device, rates)
-    build.introduce(run, model.chunks, ranks, device)
-    saver = build.make_saver(run, sizes, beginning.may_publish)
-    with watched(run.config, ranks, beginning.store) as watch:
-        at = build.progress(run)
-        code = Trainer(run, device, sizes, model, data, saver, watch, *at).train()
-    data.indices.close()
-    distributed.stop()
-    return code
-
-
-def validate_only(run: Run, ranks: Ranks, device: Device) -> int:
-    """Print the losses of a checkpoint on the validation sets; nothing is written."""
-    if run.resume is None:
-        raise UserError("--eval-only validates a checkpoint: give --load, the folder that holds it")
-    if not run.validation:
-        raise UserError(
-            f"--eval-only: {run.config.data.fold_file} names no validation sets (docs/folds.md)"
-        )
-    validation = build.open_validation(run, ranks)
-    distributed.start(run.config, ranks, device)
-    chunks = build.load_weights(run, device)
-    build.introduce(run, chunks, ranks, device)
-    losses = evaluate(chunks, validation, run.config, device)
-    say(describe(losses, run.resume.manifest.iteration))
-    distributed.stop()
-    return EXIT_DONE
+    iteration: int
+    positions: tuple[int, int]
+    """Of the schedule, half open."""
 
 
 @dataclass
@@ -100,15 +60,17 @@ class Trainer:
     data: RunData
     saver: Saver
     watch: Watch
+    judge: Judge
     iteration: int
     consumed_samples: int
     """Samples trained on so far: the whole state of the data."""
 
-    def train(self) -> int:
+    def train(self) -> int | Rollback:
         """Train to the end of the run, or to where it is to be interrupted.
 
         Returns:
-            The exit code: done, or stopped on request with a checkpoint saved.
+            The exit code: done, or stopped on request with a checkpoint saved; or where to go back
+            to.
         """
         config = self.run.config
         writers = Writers(config) if distributed.is_first_rank() else None
@@ -123,6 +85,7 @@ class Trainer:
             learning_rate, before = self.learning_rate(), self._moment()
             batch_size = self.sizes.at(self.consumed_samples)
             self._begin("a step")
+            self.judge.begin_step()
             self.data.indices.before(self.consumed_samples, batch_size)
             result = train_step(
                 self.model.chunks,
@@ -132,10 +95,16 @@ class Trainer:
                 config,
                 batch_size,
                 names,
+                self.judge.may_take,
             )
             self.iteration += 1
             self.consumed_samples += batch_size
-            self._check_numbers(result)
+            if self.judge.verdict is not Verdict.GOOD:
+                self._tell_of(result, batch_size, metrics)
+                if self.judge.wants_rollback:
+                    self.saver.wait()
+                    _close(writers)
+                    return self._rollback(batch_size)
             metrics.add(self.iteration, self.consumed_samples, result, batch_size)
             if self._is_due(config.logging.log_interval) or self.iteration == started + 1:
                 self._log(metrics, result, learning_rate, batch_size)
@@ -150,11 +119,13 @@ class Trainer:
                 self._save_last(metrics)
                 self.watch.guard.answered(request)
                 say(f"stopped at iteration {self.iteration}: {request.why}")
-                return _close(writers, request.exit_code)
+                _close(writers)
+                return request.exit_code
             metrics.go_on()
         self._validate(metrics)
         self._save_last(metrics)
-        return _close(writers, EXIT_DONE)
+        _close(writers)
+        return EXIT_DONE
 
     def learning_rate(self) -> float:
         """The rate that the next step applies."""
@@ -238,21 +209,34 @@ class Trainer:
             metrics=metrics.last,
             fold_file=dump_fold_file(run.folds),
         )
-        counters = {METRICS: metrics.state_dict()}
+        counters = {METRICS: metrics.state_dict(), NORMS: list(self.judge.history)}
         state = RunState(model.chunks, model.optimizer, model.scheduler, counters)
         self.saver.save(state, progress)
 
-    def _check_numbers(self, result: StepResult) -> None:
-        # Free: megatron-core's optimizer has brought the norm to the host already.
-        if result.updated and not math.isfinite(result.grad_norm):
-            fold = self.run.schedule.fold_at(self.consumed_samples - 1)
+    def _tell_of(self, result: StepResult, batch_size: int, metrics: Metrics) -> None:
+        """Tell of a step with bad numbers.
+
+        Raises:
+            TrainingError: it was one too many.
+        """
+        if distributed.is_first_rank():
+            batch = range(self.consumed_samples - batch_size, self.consumed_samples)
+            words = describe_step(self.run, self.judge, self.iteration, batch, result.grad_norm)
+            say(f"warning: {words}")
+            metrics.event("bad step", self.iteration, self.consumed_samples, why=words)
+        if self.judge.hopeless:
             raise TrainingError(
-                f"iteration {self.iteration}, fold '{fold.name}': the gradient norm is "
-                f"{result.grad_norm}; training stops, the last checkpoint is untouched"
+                f"iteration {self.iteration} was the last of too many bad steps in a row "
+                "(--max-bad-steps); the last checkpoint is untouched"
             )
 
+    def _rollback(self, batch_size: int) -> Rollback:
+        schedule, faults = self.run.schedule, self.run.config.faults
+        first = self.sizes.consumed_after(max(0, self.iteration - faults.spike_skip_iterations))
+        start = schedule.position(min(first, self.consumed_samples - batch_size))
+        return Rollback(self.iteration, (start, schedule.position(self.consumed_samples - 1) + 1))
 
-def _close(writers: Writers | None, code: int) -> int:
+
+def _close(writers: Writers | None) -> None:
     if writers:
         writers.close()
-    return code

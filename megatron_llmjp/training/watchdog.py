@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
+import math
 import os
 import socket
 import sys
@@ -58,7 +59,7 @@ class Watchdog:
         self._rank, self._world_size, self._logs = rank, world_size, logs
         self._limit = 60 * minutes
         self._main = threading.get_ident()
-        self._mark = (0, "start", time.monotonic())
+        self._mark = (0, "start", math.inf)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -69,6 +70,10 @@ class Watchdog:
     def beat(self, iteration: int, phase: str) -> None:
         """Tell that the main thread goes on, and with what."""
         self._mark = (iteration, phase, time.monotonic())
+
+    def rest(self) -> None:
+        """Look away until the next beat: what comes now, such as loading, has limits of its own."""
+        self._mark = (*self._mark[:2], math.inf)
 
     def close(self) -> None:
         """End the watch."""

@@ -74,7 +74,7 @@ def train_on_rank(jobs: list[dict[str, Any]], folder: str) -> None:
     from megatron_llmjp.prepare import prepare
     from megatron_llmjp.runtime.device import setup
     from megatron_llmjp.runtime.ranks import Ranks
-    from megatron_llmjp.training.trainer import train
+    from megatron_llmjp.training.run import train
 
     device = setup()
     me = int(os.environ["RANK"])

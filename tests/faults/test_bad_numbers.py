@@ -1,0 +1,112 @@
+"""NaNs and spikes: not taken, told with their documents, and rolled back."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_llmjp.config.schema import FaultsConfig
+from megatron_llmjp.training.bad_numbers import FEWEST, Judge, Verdict
+from tests.support.datasets import write_folds
+from tests.support.processes import run_ranks
+from tests.support.training import TP2, arguments, history
+
+BAD = range(88, 92)
+"""Positions whose batch, the 23rd, spoils the gradients."""
+
+
+def poison(words: list[str], factor: float, rank: int | None) -> int:
+    """Train, with the gradients of a rank multiplied wherever the batch holds a bad position."""
+    from megatron_llmjp.config.command_line import parse
+    from megatron_llmjp.prepare import prepare
+    from megatron_llmjp.runtime.device import setup
+    from megatron_llmjp.runtime.ranks import find_ranks
+    from megatron_llmjp.training import run, step, trainer
+
+    here = find_ranks()
+    assert here is not None
+    live: list[trainer.Trainer] = []
+    train, update = trainer.Trainer.train, step._update
+
+    def remember(self):
+        live[:] = [self]
+        return train(self)
+
+    def spoil(optimizer, may_take):
+        now = live[0]
+        size = now.sizes.at(now.consumed_samples)
+        positions = [now.run.schedule.position(now.consumed_samples + i) for i in range(size)]
+        if set(positions) & set(BAD) and rank in (None, here.rank):
+            for chunk in now.model.chunks:
+                for parameter in chunk.parameters():
+                    parameter.main_grad.mul_(factor)
+        return update(optimizer, may_take)
+
+    trainer.Trainer.train, step._update = remember, spoil
+    device = setup()
+    config, _, _ = parse(words)
+    try:
+        return run.train(prepare(config, here.world_size), here, device)
+    except trainer.TrainingError as error:
+        print(error)
+        return 1
+    finally:
+        torch.distributed.is_initialized() and os.environ.pop("MASTER_PORT", None)
+
+
+@pytest.fixture(scope="module")
+def folds(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("folds")
+    return write_folds(folder, (16, 10, 4), repeat=True)
+
+
+def words(folds: Path, save: Path, *flags: object) -> list[str]:
+    common = ["--save", save, "--eval-iters", "0", "--lr-decay-iters", 30, *TP2, *flags]
+    return arguments("laptop-llama", folds, *common)
+
+
+def test_a_spike_is_rolled_back(folds, tmp_path):
+    """As if its batch had been left out from the beginning."""
+    flags = ["--spike-action", "rollback", "--spike-skip-iterations", 2, "--save-interval", 20]
+    assert run_ranks(poison, 2, words(folds, tmp_path / "a", *flags), 1e4, None) == [0, 0]
+    plain = ["--skip-iterations", "22-23"]
+    assert run_ranks(poison, 2, words(folds, tmp_path / "b", *plain), 1.0, None) == [0, 0]
+    rolled, skipped = history(tmp_path / "a"), history(tmp_path / "b")
+    assert list(skipped) == list(range(1, 29))
+    assert {i: rolled[i] for i in skipped} == skipped
+
+
+def test_a_nan_on_one_rank_is_not_taken(folds, tmp_path, capfd):
+    save = tmp_path / "nan"
+    assert run_ranks(poison, 2, words(folds, save), float("nan"), 1) == [0, 0]
+    told = [
+        line for line in (save / "metrics.jsonl").read_text().splitlines() if "bad step" in line
+    ]
+    assert len(told) == 1
+    assert "fold 'fold01': a NaN or Inf in the gradients" in told[0]
+    assert "the step is not taken. Documents: ja" in told[0] or "Documents: en" in told[0]
+    assert len(history(save)) == 30 and all(loss == loss for loss in history(save).values())
+
+
+def test_too_many_nans_end_the_run(folds, tmp_path):
+    flags = words(folds, tmp_path / "end", "--max-bad-steps", 1)
+    assert run_ranks(poison, 2, flags, float("inf"), 0) == [1, 1]
+
+
+def test_verdicts():
+    faults = FaultsConfig(spike_action="skip", spike_threshold=5.0, max_bad_steps=2)
+    judge = Judge(faults)
+    assert all(judge.may_take(1.0) for _ in range(FEWEST - 1))
+    assert judge.may_take(100.0)  # too early to know
+    assert judge.may_take(4.9) and not judge.may_take(5.1)
+    assert judge.verdict is Verdict.SPIKE and judge.history.count(5.1) == 0
+    again = Judge(faults, list(judge.history))
+    assert not again.may_take(5.1) and not again.wants_rollback
+    assert not judge.may_take(float("nan")) and not judge.hopeless
+    assert not judge.may_take(float("inf")) and judge.hopeless
+    assert judge.may_take(1.0) and not judge.hopeless
+    assert Judge(FaultsConfig(spike_action="off"), [1.0] * 99).may_take(1e9)
+    assert Judge(FaultsConfig(spike_action="warn"), [1.0] * 99).may_take(1e9)
