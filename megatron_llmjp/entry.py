@@ -26,11 +26,13 @@ from megatron_llmjp.errors import (
     EXIT_INTERRUPTED,
     EXIT_REQUEUE,
     EXIT_USER_ERROR,
+    RunError,
     UserError,
 )
 from megatron_llmjp.on_paper import on_paper
 from megatron_llmjp.plan_data import print_plan
 from megatron_llmjp.prepare import Run, prepare
+from megatron_llmjp.report.at_end import draw_at_end
 from megatron_llmjp.runtime.launch import launch
 from megatron_llmjp.runtime.ranks import LOCAL_LAUNCHER, Ranks, alone, find_ranks
 
@@ -102,13 +104,20 @@ def _be_rank(run: Run, ranks: Ranks) -> int:
         from megatron_llmjp.runtime import device as devices
 
         device = devices.setup(ranks.local_rank)
-        from megatron_llmjp.training.trainer import train
+        from megatron_llmjp.training.run import train
 
-        return train(run, ranks, device)
+        code = train(run, ranks, device)
+        if code == EXIT_DONE and ranks.is_first:
+            draw_at_end(run.config.checkpoint.save)
+        return code
     except UserError as error:
         if ranks.is_first:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return _leave(EXIT_USER_ERROR)
+    except RunError as error:
+        if ranks.is_first:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return _leave(EXIT_FAILURE)
     except Exception as error:
         if _is_consequence(error):
             time.sleep(CONSEQUENCE_SECONDS)
