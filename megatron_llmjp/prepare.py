@@ -14,6 +14,7 @@ from types import MappingProxyType
 
 from megatron_llmjp.checkpoint import past
 from megatron_llmjp.checkpoint import resume as resuming
+from megatron_llmjp.checkpoint.manifest import complete_iterations
 from megatron_llmjp.checkpoint.past import NO_RANGES, Past, Ranges
 from megatron_llmjp.checkpoint.resume import Resume
 from megatron_llmjp.config.checks import check
@@ -91,6 +92,7 @@ def prepare(
     """
     asked = config
     check(config, world_size)
+    config, told_of_start = _first_start_is_over(config)
     tokenizer = _tokenizer(config)
     config = _with_vocabulary(config, tokenizer)
     data = prepare_data(config)
@@ -103,7 +105,7 @@ def prepare(
         BatchSizes(config),
         left_out,
     )
-    notes, memory = [*repetitions(schedule), *past.told(skipped)], Past(skipped)
+    notes, memory = [*told_of_start, *repetitions(schedule), *past.told(skipped)], Past(skipped)
     if goes_on is not None:
         config, memory, told = resuming.adopt(config, goes_on, schedule, skipped)
         notes += told
@@ -130,6 +132,22 @@ def prepare(
             lint(config, Facts(world_size, train_iters, _decay_end(config), len(validation)))
         ),
     )
+
+
+def _first_start_is_over(config: Config) -> tuple[Config, list[str]]:
+    """``load`` and ``finetune`` are for a run's first start: later its own checkpoints count.
+
+    So a job that is requeued with its first command line goes on, and does not begin again.
+    """
+    places = config.checkpoint
+    if not (places.save and places.load) or config.training.eval_only:
+        return config, []
+    save, load = Path(places.save).resolve(), Path(places.load).resolve()
+    if load == save or save in load.parents or not complete_iterations(save):
+        return config, []
+    flags = f"--load {places.load}" + (" --finetune" if places.finetune else "")
+    note = f"{places.save} holds checkpoints of this run already: {flags} was for its first start"
+    return changed(config, load=None, finetune=False), [note]
 
 
 def _tokenizer(config: Config) -> Tokenizer:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import yaml
 
-from megatron_llmjp.checkpoint.manifest import Manifest
+from megatron_llmjp.checkpoint.manifest import CONFIG, MANIFEST, FileEntry, Manifest, folder_name
 from megatron_llmjp.checkpoint.resume import Resume, adopt
 from megatron_llmjp.config.command_line import parse
+from megatron_llmjp.config.load import dump
 from megatron_llmjp.prepare import prepare
 from tests.support.datasets import write_folds
 from tests.support.training import arguments
@@ -30,3 +31,34 @@ def test_folds_added_later_do_not_move_the_learning_rate(tmp_path):
     adopted, _, notes = adopt(config, Resume(Path(), manifest, run.config), longer.schedule, {})
     assert adopted.optimizer.lr_decay_iters == 11
     assert not [note for note in notes if "lr_decay_iters" in note]
+
+
+def test_load_and_finetune_are_for_the_first_start(tmp_path):
+    """A job that is requeued with its first command line goes on with what it saved."""
+    words = arguments("laptop-llama", write_folds(tmp_path))
+    words += ["--load", tmp_path / "base", "--save", tmp_path / "run", "--finetune"]
+    config = parse([str(word) for word in words])[0]
+    finished = prepare(parse(words[:-5])[0], 1)
+    for name, iteration in (("base", 900), ("run", 3)):
+        folder = tmp_path / name / folder_name(iteration)
+        folder.mkdir(parents=True)
+        (folder / CONFIG).write_text(dump(finished.config))
+        entry = FileEntry(bytes=(folder / CONFIG).stat().st_size, crc32="0" * 8)
+        consumed = 4 * iteration if name == "run" else 0
+        folds = finished.schedule.touched(consumed)
+        manifest = Manifest(
+            iteration=iteration,
+            consumed_samples=consumed,
+            contents="full",
+            folds=folds,
+            files={CONFIG: entry},
+        )
+        (folder / MANIFEST).write_text(manifest.model_dump_json())
+        if name == "base":
+            first = prepare(config, 1)
+    assert first.resume and first.resume.manifest.iteration == 900
+    assert first.config.checkpoint.finetune
+    again = prepare(config, 1)
+    assert again.resume and again.resume.manifest.iteration == 3
+    assert not again.config.checkpoint.finetune
+    assert "--finetune was for its first start" in again.notes[0]
