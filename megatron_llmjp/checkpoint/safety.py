@@ -127,6 +127,10 @@ def _open_archive(path: Path, data: bytes) -> None:
         named = re.search(r"nsupported (?:global: )?(?:GLOBAL|class) ([\w.]+)", str(error))
         if named:
             raise refusal(path, named[1]) from None
-        raise UserError(f"{path}: damaged: {str(error).splitlines()[0]}") from None
-    except Exception as error:
-        raise UserError(f"{path}: damaged: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: damaged: {_first_line(error)}") from None
+    except Exception as error:  # as above
+        raise UserError(f"{path}: damaged: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n", 1)[0] or repr(error)

@@ -13,6 +13,7 @@ import torch
 
 from megatron_llmjp.checkpoint import safety
 from megatron_llmjp.checkpoint.random_state import get_random_state, set_random_state
+from megatron_llmjp.checkpoint.reader import threaded_reading
 from megatron_llmjp.checkpoint.together import first_rank_does
 from megatron_llmjp.runtime.device import without_warnings
 
@@ -50,9 +51,11 @@ def load(folder: Path, state: RunState) -> dict[str, Any]:
     """
     first_rank_does(lambda: safety.vet(folder))
     sharded = sharded_state(state, is_loading=True)
-    if state.optimizer is not None and not _has_random_state(folder):
-        del sharded["rng_state"]
-    loaded = dist_checkpointing.load(sharded, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
+    with threaded_reading():
+        if state.optimizer is not None and not _has_random_state(folder):
+            del sharded["rng_state"]
+        strict = StrictHandling.RAISE_UNEXPECTED
+        loaded = dist_checkpointing.load(sharded, str(folder), strict=strict)
     for key, chunk in _chunk_keys(state.chunks):
         chunk.load_state_dict(loaded[key], strict=True)
     if state.optimizer is None:

@@ -105,7 +105,7 @@ class RankWriter(FileSystemWriterAsync):
     def write(self) -> None:
         """Write this rank's files and force them to disk; errors are kept for the end."""
         try:
-            with ThreadPoolExecutor(FILES_PER_RANK) as pool:
+            with _unsummed_archives(), ThreadPoolExecutor(FILES_PER_RANK) as pool:
                 done = list(pool.map(self._write_file, self._files))
             for name, (results, entry) in zip(self._files, done, strict=True):
                 self._results += results
@@ -221,6 +221,17 @@ class _SummedStream(io.RawIOBase):
             rest = rest[written:]
         self._size += size
         return size
+
+
+@contextmanager
+def _unsummed_archives() -> Iterator[None]:
+    """Have torch.save leave out its own checksums, which torch.load does not look at either."""
+    were_on = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(were_on)
 
 
 @contextmanager

@@ -31,6 +31,8 @@ from tests.support.training import (
 MIDDLE, END = 2, 4
 DROPOUT_RUN = (*TP2, *SP, *DISTRIBUTED, *OVERLAP)
 BF16_RUN = (*PP2, *VP2, *DISTRIBUTED, "--bf16")
+RAMP_RUN = ("--bf16", "--async-save", "--rampup-batch-size", 2, 2, 4, "--log-interval", 3)
+"""Batches of 2, 2, 4 and 4: the save cuts a fold and an interval of the log in two."""
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +58,8 @@ def runs(tmp_path_factory):
     add("bf16-again", (2, 4), "laptop-gpt2", *BF16_RUN, load="bf16")
     add("dropout", (0, 4), "laptop-gpt2", *DROPOUT_RUN)
     add("dropout-again", (0, 4), "laptop-gpt2", *DROPOUT_RUN, load="dropout")
+    add("ramp", (3, 4), "laptop-gpt2", *RAMP_RUN)
+    add("ramp-again", (3, 4), "laptop-gpt2", *RAMP_RUN, load="ramp")
     # llama has none, so that layouts can be compared.
     add("llama", (0, 4), "laptop-llama", *TP2, *PP2, *SP, *DISTRIBUTED)
     add("llama-pp2-dp2", (0, 4), "laptop-llama", *PP2, *DISTRIBUTED, load="llama")
@@ -98,6 +102,19 @@ def test_same_layout_goes_on_bit_for_bit(runs, name):
         assert torch.equal(copy.to(straight[key].dtype), straight[key]), key
     for save in (runs / name, runs / f"{name}-again"):
         assert adam_steps(save) == {END}
+
+
+def test_ramp_up_in_bf16_goes_on_bit_for_bit(runs):
+    """Without the distributed optimizer, from an asynchronous save."""
+    middle = manifests.read(runs / "ramp" / manifests.folder_name(MIDDLE))
+    assert (middle.consumed_samples, list(middle.folds)) == (4, ["fold00", "fold01"])
+    norms, again = (history(runs / name, "grad norm") for name in ("ramp", "ramp-again"))
+    assert again == {3: norms[3]}
+    # The mean over iterations 2 and 3, of which the first was before the save.
+    assert history(runs / "ramp-again")[3] == pytest.approx(history(runs / "ramp")[3], rel=1e-6)
+    straight, resumed = (tensors(runs / name) for name in ("ramp", "ramp-again"))
+    for key, value in straight.items():
+        assert torch.equal(value, resumed[key]), key
 
 
 def adam_steps(save: Path, iteration: int = END) -> set[int]:

@@ -28,7 +28,7 @@ def on_rank(rank: int, port: int, root: Path, tensor_size: int, pipeline_size: i
     warnings.simplefilter("ignore")
     from megatron.core import dist_checkpointing, parallel_state
 
-    from megatron_llmjp.checkpoint import store
+    from megatron_llmjp.checkpoint import saving, store
     from megatron_llmjp.convert import native
     from megatron_llmjp.model.gpt import build_model
     from megatron_llmjp.runtime import distributed
@@ -65,7 +65,10 @@ def on_rank(rank: int, port: int, root: Path, tensor_size: int, pipeline_size: i
     state_dict = model.sharded_state_dict()
     state_dict |= {"args": content["args"], "iteration": 3}
     dist_checkpointing.save(state_dict, str(target))
-    store.save(root / "run", store.RunState([model]), store.Progress(iteration=5), config, [])
+    about = saving.Description(config)
+    progress = saving.Progress(iteration=5)
+    state = store.RunState([model])
+    saving.begin(root / "run", state, progress, about, lambda: None).execute_sync()
     path = root / "saved-legacy" / "iter_0000003" / file
     path.parent.mkdir(parents=True)
     torch.save({**content, "model": model.state_dict()}, path)
