@@ -7,7 +7,8 @@ import sys
 import time
 
 import pytest
-from hf_models import gpt2, llama
+
+from tests.convert.hf_models import gpt2, llama
 
 
 def test_help_answers_without_torch(tmp_path):

@@ -6,7 +6,8 @@ import argparse
 
 import pytest
 import torch
-from hf_models import STYLES
+
+from tests.convert.hf_models import STYLES
 
 
 @pytest.mark.parametrize(("style", "tensor", "pipeline"), [("gpt2", 2, 3), ("llama", 4, 1)])

@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 import transformers
-from hf_models import STYLES, llama, state
 
 from megatron_llmjp.checkpoint import manifest
+from tests.convert.hf_models import STYLES, llama, state
 
 LINEAR = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}
 LLAMA3 = {

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 import torch.multiprocessing as mp
-from hf_models import STYLES, state
 
 from megatron_llmjp.config.load import changed, load_resolved
 from megatron_llmjp.config.schema import Config
+from tests.convert.hf_models import STYLES, state
 
 LAYOUTS = {"llama": (2, 1), "gpt2": (1, 2)}
 """Tensor and pipeline parallel size for each style."""

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from hf_models import STYLES, state
+
+from tests.convert.hf_models import STYLES, state
 
 FIXTURES = Path(__file__).parent / "fixtures"
 REFERENCES = ["mds_gpt_tp2pp2dp2_bf16z1", "mds_llama_tp2pp2_fp32", "mds_gpt_nopipe_tp2"]

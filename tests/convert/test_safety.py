@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_models import llama, state
 
 from megatron_llmjp.convert.torch_archive import load
 from megatron_llmjp.errors import UserError
+from tests.convert.hf_models import llama, state
 
 
 class Malicious:

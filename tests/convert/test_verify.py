@@ -6,7 +6,8 @@ import re
 
 import pytest
 import torch
-from hf_models import STYLES
+
+from tests.convert.hf_models import STYLES
 
 
 def figures(text: str) -> tuple[float, float, float]:

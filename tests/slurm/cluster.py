@@ -144,7 +144,7 @@ SlurmctldPort={free_port()}
 SlurmUser={getpass.getuser()}
 SlurmdUser={getpass.getuser()}
 AuthType=auth/munge
-AuthInfo=socket={f}/munge.socket
+AuthInfo=socket={f}/munge.socket,cred_expire=5
 CryptoType=crypto/munge
 StateSaveLocation={f}/state
 SlurmdSpoolDir={f}/spool/%n
@@ -163,7 +163,7 @@ KillWait=5
 MinJobAge=3600
 MessageTimeout=30
 JobRequeue=1
-SchedulerParameters=requeue_delay=1,batch_sched_delay=0,sched_interval=5,bf_interval=5
+SchedulerParameters=batch_sched_delay=0,sched_interval=5,bf_interval=5
 SlurmdParameters=config_overrides
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU

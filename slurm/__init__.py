@@ -1,0 +1,1 @@
+"""Job scripts, and what they call."""

@@ -1,0 +1,127 @@
+"""The real launch script on a real Slurm: whatever happens to the job, its run goes on."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from slurm.preflight import judge
+from slurm.requeue import PATIENCE, decide
+from tests.slurm.cluster import Cluster
+from tests.support.datasets import write_folds
+from tests.support.processes import ROOT, pretrain
+from tests.support.training import PP2, TP2, arguments, history
+
+SCRIPT = ROOT / "slurm" / "pretrain_llm-jp-3-1.8b.sh"
+
+SMALLER = ["--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=2", "--cpus-per-task=1"]
+SMALLER += ["--mem=100", "--time=60", "--signal=USR1@5", "--job-name=run"]
+
+ITERATIONS = 80
+
+SLOW = 280.0
+"""Seconds in which eight ranks on two cores have started and done some steps."""
+
+
+@pytest.fixture(scope="module")
+def folds(tmp_path_factory) -> Path:
+    return write_folds(tmp_path_factory.mktemp("folds"), (30, 30, 20), repeat=True)
+
+
+def words(folds: Path, save: Path) -> list[str]:
+    common = ["--save", save, "--eval-iters", 0, "--save-interval", 10, "--hidden-dropout", 0]
+    return arguments("laptop-llama", folds, *common)
+
+
+@pytest.mark.timeout(900)
+def test_a_job_survives(cluster: Cluster, folds: Path, tmp_path: Path):
+    """Preempted, out of time, and with a node lost: the losses are those of one quiet process."""
+    quiet, save = tmp_path / "quiet", tmp_path / "save"
+    done = pretrain(*words(folds, quiet))
+    assert done.returncode == 0, done.stderr
+    layout = [*TP2, *PP2, "--use-distributed-optimizer", "--sequence-parallel"]
+    env = {"MEGATRON_LLMJP": str(ROOT), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    job = cluster.submit(*SMALLER, SCRIPT, *words(folds, save), *layout, cwd=tmp_path, env=env)
+
+    def iteration() -> int:
+        metrics = save / "metrics.jsonl"
+        return max(history(save), default=0) if metrics.exists() else 0
+
+    def starts() -> int:
+        shown = cluster.run("scontrol", "show", "job", job)
+        running = "JobState=RUNNING" in shown
+        return int(re.search(r"Restarts=(\d+)", shown)[1]) + running  # type: ignore[index]
+
+    def next_start(number: int) -> None:
+        cluster.wait_for(lambda: starts() >= number, f"start {number}", SLOW)
+        before = iteration()
+        cluster.wait_for(lambda: iteration() > before + 2, f"steps of start {number}", SLOW)
+
+    next_start(1)
+    cluster.run("scontrol", "requeue", job)  # what a preemption does
+    next_start(2)
+    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=1")
+    cluster.wait_for(lambda: starts() >= 3, "the time limit", SLOW)
+    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
+    next_start(3)
+    cluster.kill_node("n1")
+    cluster.wait_for(lambda: cluster.state(job) != "RUNNING", "the lost node", SLOW)
+    cluster.start_node("n1")
+    assert cluster.wait(job, seconds=SLOW) == "COMPLETED", (tmp_path / f"run_{job}.log").read_text()
+
+    expected = history(quiet)
+    assert list(expected) == list(range(1, ITERATIONS + 1))
+    assert history(save) == pytest.approx(expected, rel=1e-5)
+    ends = [json.loads(line) for line in (save / "requeues.jsonl").read_text().splitlines()]
+    assert [ends[-1]["exit code"], ends[-1]["requeued"]] == [0, False]
+    assert any(end["exit code"] == 3 and end["requeued"] for end in ends)
+    log = (tmp_path / f"run_{job}.log").read_text()
+    assert "preflight: 2 nodes are fit" in log and "8 process(es) by srun" in log
+    assert (save / "logs" / f"job{job}_0" / "rank_0007.log").exists()
+
+
+def test_mistakes_are_not_requeued(cluster: Cluster, folds: Path, tmp_path: Path):
+    env = {"MEGATRON_LLMJP": str(ROOT), "PYTHON": sys.executable, "PREFLIGHT": "0"}
+    wrong = [*words(folds, tmp_path / "save"), "--tensor-model-parallel-size", "3"]
+    job = cluster.submit(*SMALLER, SCRIPT, *wrong, cwd=tmp_path, env=env)
+    assert cluster.wait(job) == "FAILED"
+    log = (tmp_path / f"run_{job}.log").read_text()
+    assert "tensor_model_parallel_size 3" in log and "not mended by starting again" in log
+    assert cluster.state(job) == "FAILED" and "Traceback" not in log
+
+
+def past(*iterations: int) -> list[dict[str, object]]:
+    return [{"iteration": iteration, "requeued": True} for iteration in iterations]
+
+
+def test_decisions():
+    assert decide(0, 100, []) == (False, "the run is over")
+    assert not decide(2, 100, [])[0]
+    for code in (1, 3, 137):
+        assert decide(code, 10, [])[0]
+        assert decide(code, 20, past(10, 10))[0]
+        assert decide(code, 10, past(10)[:0])[0]
+        assert not decide(code, 10, past(*[10] * PATIENCE))[0]
+        assert decide(code, 10, [*past(10, 10), {"iteration": 10, "requeued": False}])[0]
+    assert decide(1, 0, [])[0] and not decide(1, 0, past(*[0] * PATIENCE))[0]
+
+
+def node(link: float = 0.1, clock: float = 0.0, torch: str = "2.6", **other: object):
+    found = {"clock": clock, "problems": [], "versions": {"torch": torch}}
+    return {**found, "link_seconds": [link, link], **other}
+
+
+def test_unfit_nodes_are_named():
+    good = {f"n{i}": node() for i in range(4)}
+    assert judge(list(good), good) == {}
+    found = {**good, "n1": node(problems=["7 GPUs of 8"]), "n2": node(link=0.5)}
+    found["n3"] = node(clock=3600.0, torch="2.5")
+    why = judge([*found, "n9"], found)
+    assert why["n9"] == ["no answer"] and why["n1"] == ["7 GPUs of 8"]
+    assert why["n2"] == ["its links take 5.0 times the usual 100 ms"]
+    assert "clock is +3600 s off" in why["n3"][0] and "2.5" in why["n3"][1]
+    assert "n0" not in why
