@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # What every job script of this folder does first; sourced, never submitted.
 #
 # The scripts are submitted from the checkout: `sbatch slurm/NAME.sh ...`. From elsewhere, set
@@ -77,9 +78,10 @@ preflight() {
     [[ "${PREFLIGHT:-1}" == 1 ]] || return 0
     say "preflight of $SLURM_NNODES nodes"
     mkdir -p "$LOGS/preflight"
+    # shellcheck disable=SC2086  # words of the site
     timeout "${PREFLIGHT_SECONDS:-300}" srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
         --kill-on-bad-exit=0 --output="$LOGS/preflight/%N.log" \
-        "$PYTHON" "$MEGATRON_LLMJP/slurm/preflight.py" check --folder "$LOGS/preflight" \
+        ${RUN_IN:-} "$PYTHON" "$MEGATRON_LLMJP/slurm/preflight.py" check --folder "$LOGS/preflight" \
         --save "$SAVE" --gpus "${SLURM_GPUS_ON_NODE:-0}" || true
     local code=0
     "$PYTHON" "$MEGATRON_LLMJP/slurm/preflight.py" report --folder "$LOGS/preflight" \
@@ -95,6 +97,8 @@ preflight() {
 # exclude NODES: have this job started again on other nodes.
 exclude() {
     local already
+    # Slurm changes the nodes of a job that waits only, and ends this script as soon as it does.
+    trap '' TERM
     already=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1/p')
     [[ -z "$already" || "$already" == "(null)" ]] || set -- "$already,$1"
     say "excluding $1 and requeueing"
@@ -103,14 +107,18 @@ exclude() {
 }
 
 # One task per GPU and no torchrun between Slurm and the ranks: signals and exit codes pass through,
-# and Slurm itself ends all tasks when one fails.
+# and Slurm itself ends all tasks when one fails. Every task sees all GPUs of its node, as NCCL wants
+# it for direct copies, and takes the one of its local rank. Cores are handed out in blocks, so that a
+# task's cores and memory lie on the side of the machine where the GPU of the same number usually is.
 run_ranks() {
     local code=0
     say "${SLURM_NTASKS} tasks on $SLURM_JOB_NODELIST, master $MASTER_ADDR:$MASTER_PORT, logs in $LOGS"
     touch "$LOGS/rank_0000.log"
     tail -n +1 -F "$LOGS/rank_0000.log" 2>/dev/null &
     local follower=$!
-    srun --kill-on-bad-exit=1 --wait=60 --output="$LOGS/rank_%4t.log" ${SRUN_FLAGS:-} \
+    # shellcheck disable=SC2086  # words of the site
+    srun --kill-on-bad-exit=1 --wait=60 --distribution=block:block --output="$LOGS/rank_%4t.log" \
+        ${SRUN_BIND---cpu-bind=cores --mem-bind=local} ${SRUN_FLAGS:-} ${RUN_IN:-} \
         "$PYTHON" "$MEGATRON_LLMJP/pretrain_gpt.py" "$@" || code=$?
     sleep 1
     kill "$follower"

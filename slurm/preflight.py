@@ -53,8 +53,7 @@ def check(args: argparse.Namespace) -> int:
     found: dict[str, Any] = {"node": node_name(), "clock": time.time(), "problems": []}
     found["versions"] = {name: version(name) for name in ("torch", "megatron-core", "numpy")}
     found["versions"]["python"] = sys.version.split()[0]
-    for look in (_save_folder, _gpus):
-        found["problems"] += look(args)
+    found["problems"] += [*_save_folder(args), *_gpus(args, found)]
     _leave(args.folder, found)
     try:
         found["link_seconds"] = _links(args.gpus)
@@ -87,11 +86,15 @@ def _save_folder(args: argparse.Namespace) -> list[str]:
     return []
 
 
-def _gpus(args: argparse.Namespace) -> list[str]:
-    """Whether all GPUs are there, work, and are empty; nothing without the driver's tool."""
+def _gpus(args: argparse.Namespace, found: dict[str, Any]) -> list[str]:
+    """Whether all GPUs are there, work, and are empty; nothing without the driver's tool.
+
+    Their kind and memory go to the versions, which are the same on all nodes.
+    """
     if args.gpus == 0 or shutil.which("nvidia-smi") is None:
         return []
-    query = ["nvidia-smi", "--query-gpu=index,memory.used,ecc.errors.uncorrected.volatile.total"]
+    columns = "index,memory.used,ecc.errors.uncorrected.volatile.total,memory.total,name"
+    query = ["nvidia-smi", f"--query-gpu={columns}"]
     done = subprocess.run([*query, "--format=csv,noheader,nounits"], capture_output=True, text=True)
     if done.returncode:
         return [f"nvidia-smi: {(done.stderr or done.stdout).strip()}"]
@@ -99,7 +102,8 @@ def _gpus(args: argparse.Namespace) -> list[str]:
     problems = []
     if len(rows) < args.gpus:
         problems.append(f"{len(rows)} GPUs of {args.gpus}")
-    for index, used, errors in rows:
+    found["versions"]["GPUs"] = ", ".join(sorted({f"{row[4]} {row[3]} MiB" for row in rows}))
+    for index, used, errors, *_ in rows:
         if used.isdigit() and int(used) > 2048:
             problems.append(f"GPU {index} holds {used} MiB of somebody else")
         if errors.isdigit() and int(errors) > 0:

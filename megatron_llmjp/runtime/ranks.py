@@ -33,18 +33,22 @@ class Ranks:
 
 
 def find_ranks(env: Mapping[str, str] = os.environ) -> Ranks | None:
-    """The ranks that torchrun, mpirun or srun put into the environment; None without a launcher.
+    """The ranks that torchrun, mpirun, mpiexec or srun put into the environment.
+
+    Returns:
+        None without a launcher.
 
     Raises:
-        UserError: a launcher set some of its variables but not all.
+        UserError: a launcher set some of its variables but not all, or nothing tells on which host
+            the first rank is.
     """
     for names in _LAUNCHERS:
-        if names.rank in env and names.world_size in env:
+        if names.rank in env and names.known_by in env:
             return Ranks(
                 rank=_integer(env, names.rank),
                 world_size=_integer(env, names.world_size),
                 local_rank=_integer(env, names.local_rank),
-                master_addr=env.get("MASTER_ADDR") or _first_host(env),
+                master_addr=env.get("MASTER_ADDR") or _first_host(env, names),
                 master_port=env.get("MASTER_PORT", DEFAULT_PORT),
                 started_by=env.get(LAUNCHER_VARIABLE, names.launcher),
             )
@@ -62,12 +66,34 @@ class _Names:
     rank: str
     world_size: str
     local_rank: str
+    known_by: str
+    """Who else sets ``rank`` does not set this."""
+    local_size: str
 
 
+# Inside a Slurm job the MPI launchers are started by an srun of their own: they are asked first.
+_MPI = "OMPI_COMM_WORLD"
 _LAUNCHERS = (
-    _Names("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK"),
-    _Names("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    _Names("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+    _Names("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
+    _Names(  # Open MPI
+        "mpirun",
+        f"{_MPI}_RANK",
+        f"{_MPI}_SIZE",
+        f"{_MPI}_LOCAL_RANK",
+        f"{_MPI}_SIZE",
+        f"{_MPI}_LOCAL_SIZE",
+    ),
+    _Names(  # MPICH and Intel MPI
+        "mpiexec", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"
+    ),
+    _Names(
+        "srun",
+        "SLURM_PROCID",
+        "SLURM_STEP_NUM_TASKS",
+        "SLURM_LOCALID",
+        "SLURM_STEP_NUM_TASKS",
+        "SLURM_STEP_TASKS_PER_NODE",
+    ),
 )
 
 
@@ -78,10 +104,15 @@ def _integer(env: Mapping[str, str], name: str) -> int:
     return int(value)
 
 
-def _first_host(env: Mapping[str, str]) -> str:
-    """The first host of a Slurm job, else this one."""
+def _first_host(env: Mapping[str, str], names: _Names) -> str:
+    """The first host of a Slurm job; this one, when all ranks are on it."""
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")
     if not nodes:
+        if env.get(names.local_size, env[names.world_size]) != env[names.world_size]:
+            raise UserError(
+                f"MASTER_ADDR is not set and {names.launcher} does not tell the first rank's host: "
+                "export it (Open MPI: mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=29500 ...)"
+            )
         return "127.0.0.1"
     try:
         listed = subprocess.run(

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=build_indices
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --cpus-per-task=8
+#SBATCH --mem=32G
+#SBATCH --time=4:00:00
+#SBATCH --output=%x_%j.log
+#SBATCH --requeue
+# Build all sample indices of a run on a node without GPUs, so that no GPU ever waits for one.
+#
+#   sbatch slurm/build_indices.sh --config llm-jp-3-13b --fold-file folds.yaml --save checkpoints
+set -euo pipefail
+MEGATRON_LLMJP=${MEGATRON_LLMJP:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")/.." && pwd)}}
+source "$MEGATRON_LLMJP/slurm/common.sh"
+workers=()
+[[ -n "$(value_of --workers "$@")" ]] || workers=(--workers "${SLURM_CPUS_PER_TASK:-1}")
+exec "$PYTHON" -m data_tools.build_indices "$@" "${workers[@]}"
