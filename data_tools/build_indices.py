@@ -16,8 +16,7 @@ from typing import Any
 
 from data_tools.cli import Parser, cores, positive, run
 from data_tools.report import check_report, format_table, write_report
-from megatron_llmjp.config.command_line import parse, print_notes
-from megatron_llmjp.config.load import Layers
+from data_tools.run_flags import add_data_flags, parse_run_flags
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.facts import remember
 from megatron_llmjp.data.index_cache import CachedIndex, ensure, fault, size_on_disk
@@ -43,8 +42,6 @@ Without this a run makes the indices of its first fold at the start and each nex
 background. The same command goes on where it was interrupted, and a run may start meanwhile. A
 worker needs about 30 bytes per document of its dataset. See docs/folds.md."""
 
-_NO_MODEL = {"num_layers": 1, "hidden_size": 1, "num_attention_heads": 1}
-"""A configuration has a model; nothing here looks at it."""
 VALIDATION, ORDER = "(validation)", "(order)"
 
 
@@ -67,9 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
     parser = Parser("build_indices", "Build all sample indices of a run ahead.", EXAMPLES)
     add = parser.add_argument
-    add("--fold-file", metavar="FILE", help="the folds (docs/folds.md)")
-    add("--seq-length", metavar="N", help="tokens per sample")
-    add("--global-batch-size", metavar="N", help="samples per iteration")
+    add_data_flags(add)
     add("--data-cache-path", metavar="FOLDER", help="where; index_cache beside the fold file")
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for target in (parser, own):
@@ -90,11 +85,7 @@ def build(args: argparse.Namespace, flags: list[str]) -> int:
     """Build what is missing and print the table."""
     if args.report is not None:
         check_report(args.report)
-    layers = Layers()
-    for name, value in _NO_MODEL.items():
-        layers.set(name, value, "build_indices")
-    config, _, notes = parse(flags, layers)
-    print_notes(notes)
+    config, _ = parse_run_flags(flags, "build_indices")
     entries, cache = find_entries(config, args.folds)
     first = [entry for entry in entries if entry.is_first]
     missing = [e for e in first if fault(e.index.folder, thorough=args.verify) is not None]

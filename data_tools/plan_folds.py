@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from data_tools.cli import Parser, run
-from megatron_llmjp.config.command_line import parse, print_notes
-from megatron_llmjp.config.load import Layers
+from data_tools.run_flags import add_data_flags, parse_run_flags
 from megatron_llmjp.errors import EXIT_DONE
 from megatron_llmjp.plan.data_table import as_json, as_rows, show
 from megatron_llmjp.plan_data import plan_data
@@ -29,17 +28,12 @@ All flags of pretrain_gpt.py are taken, so that a run's command line can be past
 that command line prints the same. The number of iterations follows from the folds when
 --train-iters is not given. Warnings stand at the end, as in: decay that ends before the run."""
 
-_NO_MODEL = {"num_layers": 1, "hidden_size": 1, "num_attention_heads": 1}
-"""A configuration has a model; nothing here looks at it."""
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
     parser = Parser("plan_folds", "Print the plan of a run's data, without GPUs.", EXAMPLES)
     add = parser.add_argument
-    add("--fold-file", metavar="FILE", help="the folds (docs/folds.md)")
-    add("--seq-length", metavar="N", help="tokens per sample")
-    add("--global-batch-size", metavar="N", help="samples per iteration")
+    add_data_flags(add)
     add("--json", action="store_true", help="exact numbers and warnings as JSON")
     add("--csv", action="store_true", help="exact numbers as CSV, a row per fold and dataset")
     words = list(sys.argv[1:] if argv is None else argv)
@@ -53,11 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def plan(words: list[str]) -> int:
     """Print the plan in the form asked for."""
     flags = [word for word in words if word not in ("--json", "--csv", "--plan-data")]
-    layers = Layers()
-    for name, value in _NO_MODEL.items():
-        layers.set(name, value, "plan_folds")
-    config, _, notes = parse(flags, layers)
-    print_notes(notes)
+    config, layers = parse_run_flags(flags, "plan_folds")
     planned = plan_data(config, with_learning_rate="lr" in layers.origin)
     if "--json" in words:
         print(json.dumps(as_json(planned.plan, planned.warnings), indent=1, ensure_ascii=False))

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from megatron_llmjp.numbers import human
 from megatron_llmjp.plan.data_plan import DataPlan, DatasetRow, FoldRow
-from megatron_llmjp.report.numbers import human
 
 _HEADS = ("", "share", "tokens", "samples", "epochs", "in all", "iterations", "first", "last")
 _RATES = ("lr first", "lr last")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron_llmjp.numbers import human
 from megatron_llmjp.plan.communication import Communication
 from megatron_llmjp.plan.flops import flops_per_sample
 from megatron_llmjp.plan.layout import Chunk, Layout
 from megatron_llmjp.plan.memory import Memory
 from megatron_llmjp.plan.outlook import RESERVE, Outlook
 from megatron_llmjp.plan.parameters import count_parameters
-from megatron_llmjp.report.numbers import human
 
 ANCHORS = {
     "llm-jp-3-172b": "about 2,000 steps a day on 512 H100 (llm-jp/scripts), 34 % MFU",

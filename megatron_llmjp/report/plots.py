@@ -14,8 +14,8 @@ from matplotlib import font_manager, rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from megatron_llmjp.numbers import short
 from megatron_llmjp.report.history import LOSS, History
-from megatron_llmjp.report.numbers import short
 from megatron_llmjp.report.style import BOUNDARY, COLORS, FAINT, FONTS, INK, RESTART, STYLE
 
 POINTS = 1200

@@ -6,10 +6,10 @@ import math
 from statistics import median
 
 from megatron_llmjp.config.schema import Config
+from megatron_llmjp.numbers import duration, human
 from megatron_llmjp.plan.flops import flops_per_sample
 from megatron_llmjp.plan.parameters import count_parameters
 from megatron_llmjp.report.history import LOSS, History
-from megatron_llmjp.report.numbers import duration, human
 
 USUAL = ("start", "fold")
 """Events of every run; the others are exceptions, such as ``bad step``, and say ``why``."""

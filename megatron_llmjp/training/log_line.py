@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import datetime
 
-from megatron_llmjp.report.numbers import duration, human
+from megatron_llmjp.numbers import duration, human
 
 
 def interval_line(
