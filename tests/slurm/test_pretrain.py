@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -68,9 +69,9 @@ def test_a_job_survives(cluster: Cluster, folds: Path, tmp_path: Path):
     cluster.wait_for(lambda: starts() >= 3, "the time limit", SLOW)
     cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
     next_start(3)
-    cluster.kill_node("n1")
+    lost = nodes_of(cluster, job)[-1]
+    cluster.kill_node(lost)
     cluster.wait_for(lambda: cluster.state(job) != "RUNNING", "the lost node", SLOW)
-    cluster.start_node("n1")
     assert cluster.wait(job, seconds=SLOW) == "COMPLETED", (tmp_path / f"run_{job}.log").read_text()
 
     expected = history(quiet)
@@ -82,6 +83,33 @@ def test_a_job_survives(cluster: Cluster, folds: Path, tmp_path: Path):
     log = (tmp_path / f"run_{job}.log").read_text()
     assert "preflight: 2 nodes are fit" in log and "8 process(es) by srun" in log
     assert (save / "logs" / f"job{job}_0" / "rank_0007.log").exists()
+
+
+def nodes_of(cluster: Cluster, job: str) -> list[str]:
+    listed = re.search(r" NodeList=(\S+)", cluster.run("scontrol", "--oneliner", "show", "job", job))
+    return cluster.run("scontrol", "show", "hostnames", listed[1]).split()  # type: ignore[index]
+
+
+def test_an_unfit_node_is_named_and_left_out(cluster: Cluster, folds: Path, tmp_path: Path):
+    """A node with too few GPUs; the job then starts without it, and finds a mistake of the user."""
+    driver = tmp_path / "bin" / "nvidia-smi"
+    driver.parent.mkdir()
+    driver.write_text(
+        "#!/bin/sh\necho 0, 10, 0, 81559, H100\n"
+        '[ "$SLURMD_NODENAME" = n0 ] || echo 1, 10, 0, 81559, H100\n'
+    )
+    driver.chmod(0o755)
+    path = f"{driver.parent}:{os.environ['PATH']}"
+    env = {"MEGATRON_LLMJP": str(ROOT), "PYTHON": sys.executable, "PATH": path}
+    wrong = [*words(folds, tmp_path / "save"), "--tensor-model-parallel-size", "3"]
+    job = cluster.submit(
+        *SMALLER, SCRIPT, *wrong, cwd=tmp_path, env={**env, "EXCLUDE_BAD_NODES": "1"}
+    )
+    assert cluster.wait(job) == "FAILED"
+    log = (tmp_path / f"run_{job}.log").read_text()
+    assert "preflight: n0: 1 GPUs of 2" in log and "excluding n0 and requeueing" in log
+    assert "preflight: 2 nodes are fit" in log and "tensor_model_parallel_size 3" in log
+    assert nodes_of(cluster, job) == ["n1", "n2"]
 
 
 def test_mistakes_are_not_requeued(cluster: Cluster, folds: Path, tmp_path: Path):
