@@ -128,9 +128,9 @@ def _add_contents(add: Callable[..., Any]) -> None:
     add(
         "--with-optimizer",
         action="store_true",
-        help="megatron-lm to native: carry Adam's moments and the schedule over, to go on without "
-        "--finetune; to megatron-deepspeed: ZeRO-1 files with fp32 weights and fresh moments, "
-        "which ds_to_universal needs",
+        help="megatron-lm or megatron-deepspeed to native: carry Adam's moments and the schedule "
+        "over, to go on without --finetune; to megatron-deepspeed: ZeRO-1 files with fp32 weights "
+        "and fresh moments, which ds_to_universal needs",
     )
     add(
         "--no-pipeline",

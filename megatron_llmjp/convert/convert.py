@@ -69,6 +69,8 @@ def prepare(source_format: str | None, target: str, path: Path, options: Options
         source.model = source.model.model_copy(update={"vocab_size": options.vocab_size})
     if options.with_optimizer and target not in ("native", "megatron-deepspeed"):
         raise UserError(f"--with-optimizer: no optimizer state is written for {target}")
+    if options.with_optimizer and target == "native":
+        source = optimizer_state.opened(source, options)
     output = planner(target)(source, options)
     reads = source.reads
     if options.with_optimizer and target == "native":

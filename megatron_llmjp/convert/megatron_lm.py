@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_llmjp.checkpoint.manifest import folder_name, write_durably
 from megatron_llmjp.config.schema import ModelConfig
-from megatron_llmjp.convert import dcp, mcore_names, optimizer_state
+from megatron_llmjp.convert import dcp, mcore_names, optimizer_ranks, optimizer_state
 from megatron_llmjp.convert.formats import Options, Source
 from megatron_llmjp.convert.megatron_args import make_args, model_from_args, settings_from_args
 from megatron_llmjp.convert.megatron_ranks import (
@@ -160,7 +160,7 @@ def _legacy_optimizer(
         for p in range(pipeline):
             content = load(ranks[t, p])
             chunks = _chunks(content, ranks[t, p])
-            stages.append(optimizer_state.of_rank(content, chunks, ranks[t, p]))
+            stages.append(optimizer_ranks.of_rank(content, chunks, ranks[t, p]))
         for kind in stages[0].chunks:
             moments = [stage.chunks[kind] for stage in stages]
             for name, stored in _numbered(moments, model.untie_embeddings_and_output_weights):

@@ -140,11 +140,12 @@ def _config(source: Source, options: Options) -> Config:
     positions = model.max_position_embeddings
     types = {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
     told = source.settings
+    adam = optimizer_state.of_source(source).settings if options.with_optimizer else {}
     return Config.model_validate(
         {
             "model": model.model_dump(),
             "data": {**told.get("data", {}), "seq_length": source.seq_length or positions},
             "training": {**told.get("training", {}), **types},
-            "optimizer": told.get("optimizer", {}),
+            "optimizer": {**told.get("optimizer", {}), **adam},
         }
     )

@@ -8,10 +8,10 @@ distrib_optimizer.py (``fully_reshardable``).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -20,7 +20,6 @@ from megatron_llmjp.convert.dcp import StoredEntry, Writer
 from megatron_llmjp.convert.formats import Options, Source, account
 from megatron_llmjp.convert.mcore_names import on_disk, reads
 from megatron_llmjp.convert.plan import Read, Write
-from megatron_llmjp.convert.storage import Stored
 from megatron_llmjp.convert.tensors import VOCABULARY, WORD_EMBEDDINGS, boxes, shapes
 from megatron_llmjp.errors import UserError
 
@@ -47,6 +46,36 @@ class OptimizerState:
     """The parameter groups' settings: with weight decay, and without."""
     scheduler: dict[str, Any]
     """State of megatron-core's OptimizerParamScheduler, which counts samples."""
+    grad_scaler: dict[str, Any] | None = None
+    """fp16: ``scale``, ``growth_tracker`` and ``hysteresis_tracker`` of the loss scale."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the parameter groups tell of AdamW, as fields of the configuration."""
+        group = self.groups[0]
+        found = {"adam_eps": group.get("eps")}
+        if "betas" in group:
+            found["adam_beta1"], found["adam_beta2"] = group["betas"]
+        return {name: value for name, value in found.items() if value is not None}
+
+
+def opened(source: Source, options: Options) -> Source:
+    """A checkpoint whose optimizer's state is open, and fits what is to be written.
+
+    Weights that are to be fp32 are the main ones.
+
+    Raises:
+        UserError: it has none, or one that cannot be read.
+    """
+    state = of_source(source)
+    tensors = dict(state.tensors)
+    scaler = state.grad_scaler
+    if (options.dtype or source.dtype) == torch.float32 and MAIN in tensors:
+        source = replace(source, reads=tensors.pop(MAIN)).check()
+    if (options.dtype or source.dtype) != torch.float16:
+        scaler = None
+    state = replace(state, tensors=tensors, grad_scaler=scaler)
+    return replace(source, optimizer=lambda: state)
 
 
 def of_source(source: Source) -> OptimizerState:
@@ -122,14 +151,15 @@ def common(state: OptimizerState) -> dict[str, Any]:
         {**_GROUP_IDENTITY, "default_config": True, **group, "step": state.step}
         for group in state.groups
     ]
-    return {
-        "optimizer": {
-            "param_groups": groups,
-            "optimizer": {"param_groups": groups},
-            "param_state_sharding_type": "fully_reshardable",
-        },
-        "opt_param_scheduler": state.scheduler,
+    optimizer: dict[str, Any] = {
+        "param_groups": groups,
+        "optimizer": {"param_groups": groups},
+        "param_state_sharding_type": "fully_reshardable",
     }
+    if state.grad_scaler is not None:
+        scale = torch.tensor([state.grad_scaler["scale"]], dtype=torch.float32)
+        optimizer["grad_scaler"] = {**state.grad_scaler, "scale": scale}
+    return {"optimizer": optimizer, "opt_param_scheduler": state.scheduler}
 
 
 def _kinds(source: Source, state: OptimizerState, options: Options) -> tuple[str, ...]:
@@ -189,61 +219,13 @@ def make_state(
         raise UserError(f"{where}: its optimizer state lacks Adam's step or opt_param_scheduler")
     kept = ("wd_mult", "max_lr", "min_lr", "lr", "betas", "eps", "weight_decay")
     plain = [{key: group[key] for key in kept if key in group} for group in groups]
-    count = int(step.read()) if hasattr(step, "read") else int(step)
-    return OptimizerState(tensors, count, plain, dict(scheduler))
-
-
-class RankState(NamedTuple):
-    """The optimizer state of one rank's file, by the model chunk and the key of the weight."""
-
-    chunks: dict[str, list[dict[str, Stored]]]
-    """By kind: one dictionary per model chunk, with the keys of the weights."""
-    step: Any
-    groups: list[dict[str, Any]]
-
-
-def of_rank(content: dict[str, Any], chunks: list[dict[str, Any]], path: Path) -> RankState:
-    """Give the numbered states in a rank's file the names of their weights.
-
-    megatron-core numbers parameters group by group: the ones with weight decay and those without,
-    in an order that is the rank's own, and inside a group as the model lists them
-    (megatron/core/optimizer/__init__.py, ``_get_param_groups``).
-
-    Raises:
-        UserError: there is no state, it lies in another file, or the numbers do not fit.
-    """
     optimizer = content.get("optimizer")
-    if not isinstance(optimizer, dict):
-        raise UserError(f"{path}: holds no optimizer state: saved with --no-save-optim?")
-    inner = optimizer.get("optimizer", optimizer)
-    if not inner.get("state"):
-        raise UserError(
-            f"{path}: its optimizer state is in distrib_optim.pt, flat and cut by buckets; load "
-            "it with Megatron-LM and save it with --ckpt-format torch_dist"
-        )
-    weights = [(i, key) for i, chunk in enumerate(chunks) for key in chunk]
-    found: dict[str, list[dict[str, Stored]]] = {}
-    masters = optimizer.get("fp32_from_fp16_params")
-    for number, group in enumerate(inner["param_groups"]):
-        decays = bool(group.get("wd_mult", 1.0))
-        names = [(i, key) for i, key in weights if _decays(key, chunks[i][key]) == decays]
-        if len(names) != len(group["params"]):
-            raise UserError(
-                f"{path}: a parameter group holds {len(group['params'])} states for {len(names)} "
-                f"weights {'with' if decays else 'without'} weight decay"
-            )
-        states = [inner["state"][index] for index in group["params"]]
-        parts = {kind: [state[kind] for state in states] for kind in MOMENTS}
-        if masters is not None:
-            parts[MAIN] = list(masters[number])
-        for kind, tensors in parts.items():
-            placed = found.setdefault(kind, [{} for _ in chunks])
-            for (i, key), stored in zip(names, tensors, strict=True):
-                placed[i][key] = stored
-    step = next(iter(inner["state"].values())).get("step", inner["param_groups"][0].get("step"))
-    return RankState(found, step, inner["param_groups"])
+    scaler = optimizer.get("grad_scaler") if isinstance(optimizer, dict) else None
+    if scaler is not None:
+        scaler = {**scaler, "scale": float(plain_number(scaler["scale"]))}
+    return OptimizerState(tensors, int(plain_number(step)), plain, dict(scheduler), scaler)
 
 
-def _decays(key: str, stored: Stored) -> bool:
-    """Whether weight decay touches a parameter: not a bias, not of one dimension."""
-    return not key.endswith(".bias") and len(stored.shape) > 1
+def plain_number(value: Any) -> Any:
+    """A number that a file may hold as a tensor."""
+    return value.read().item() if hasattr(value, "read") else value

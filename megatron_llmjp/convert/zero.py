@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-1 and 2 optimizer files: the fp32 weights that training goes on from.
+"""DeepSpeed's ZeRO-1 and 2 optimizer files: fp32 weights and Adam's moments, in flat arrays.
 
 Each ``*zero_pp_rank_D_mp_rank_MM_optim_states.pt`` holds one data-parallel slice of flat arrays,
 one per parameter group; ``param_shapes`` of ``mp_rank_MM`` lists what lies in them, in order.
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from megatron_llmjp.convert.optimizer_state import MAIN
 from megatron_llmjp.convert.storage import FileTensor, Stored, byte_count, read_elements
 from megatron_llmjp.convert.tensors import Shape
 from megatron_llmjp.convert.torch_archive import load
@@ -61,8 +62,63 @@ class SpanTensor:
         return tensor
 
 
-def main_weights(folder: Path, rank: int, param_shapes: Any) -> Iterator[tuple[str, Stored]]:
-    """The fp32 weights of one model-parallel rank, by DeepSpeed's parameter names.
+@dataclass(frozen=True)
+class ZeroRank:
+    """What the data-parallel ranks of one model-parallel rank hold together."""
+
+    param_shapes: list[dict[str, Shape]]
+    """Parameters by DeepSpeed's names, in the order of the flat arrays, per parameter group."""
+    shards: list[tuple[Path, dict[str, Any]]]
+    """Each data-parallel rank's file and its ``optimizer_state_dict``, in order."""
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """Settings of the parameter groups."""
+        groups: list[dict[str, Any]] = _base(*self.shards[0])["param_groups"]
+        return groups
+
+    @property
+    def step(self) -> Any:
+        """Updates taken: beside the moments, or in the group with some of DeepSpeed's optimizers.
+
+        None where neither has it.
+        """
+        return _moments(*self.shards[0], 0).get("step", self.groups[0].get("step"))
+
+    @property
+    def grad_scaler(self) -> dict[str, Any] | None:
+        """fp16's loss scale in megatron-core's terms; None where there is none.
+
+        Good steps are counted anew: megatron-core asks for exactly ``loss_scale_window`` of them.
+        """
+        scaler: Any = self.shards[0][1].get("loss_scaler")
+        if not str(getattr(scaler, "kind", "")).endswith(".DynamicLossScaler"):
+            return None
+        left = getattr(scaler, "cur_hysteresis", 1)
+        return {"scale": scaler.cur_scale, "growth_tracker": 0, "hysteresis_tracker": left}
+
+    def tensors(self, kind: str) -> Iterator[tuple[str, Stored]]:
+        """Every parameter's fp32 weight (``param``), or moment, by DeepSpeed's name.
+
+        Raises:
+            UserError: there are none, or the arrays are shorter than the parameters.
+        """
+        for group, shapes in enumerate(self.param_shapes):
+            flats = [_flat(path, state, kind, group) for path, state in self.shards]
+            aligned = self.shards[0][1].get("param_alignment_paddings")
+            paddings = aligned[group] if aligned else [0] * len(shapes)
+            start = 0
+            for (name, shape), padding in zip(shapes.items(), paddings, strict=True):
+                count = byte_count(tuple(shape), torch.uint8)
+                spans = tuple(_spans(flats, start, count))
+                if sum(span.count for span in spans) != count:
+                    raise UserError(f"{flats[-1].path}: ends before parameter {name}")
+                yield name, SpanTensor(spans, tuple(shape), flats[0].dtype)
+                start += count + padding
+
+
+def open_rank(folder: Path, rank: int, param_shapes: Any) -> ZeroRank:
+    """Open the optimizer files of one model-parallel rank.
 
     Args:
         folder: ``global_step*``.
@@ -70,29 +126,22 @@ def main_weights(folder: Path, rank: int, param_shapes: Any) -> Iterator[tuple[s
         param_shapes: of that rank's file; one dictionary of shapes per parameter group.
 
     Raises:
-        UserError: a file is missing, or the arrays are shorter than the parameters.
+        UserError: a file is missing, or the run was trained without ZeRO.
     """
     if not param_shapes:
         raise UserError(f"{folder}: rank {rank} has no param_shapes: trained without ZeRO")
-    shards = _shards(folder, rank)
-    for group, shapes in enumerate(param_shapes):
-        flats = [shard[group] for shard in shards]
-        start = 0
-        for name, shape in shapes.items():
-            count = byte_count(tuple(shape), torch.uint8)
-            spans = tuple(_spans(flats, start, count))
-            if sum(span.count for span in spans) != count:
-                raise UserError(f"{flats[-1].path}: ends before parameter {name}")
-            yield name, SpanTensor(spans, tuple(shape), flats[0].dtype)
-            start += count
+    return ZeroRank(param_shapes, _shards(folder, rank))
 
 
-def _shards(folder: Path, rank: int) -> list[list[FileTensor]]:
-    """The flat arrays of every data-parallel rank, in order."""
+def _shards(folder: Path, rank: int) -> list[tuple[Path, dict[str, Any]]]:
     files = {
         int(m[1]): p for p in folder.iterdir() if (m := _FILE.match(p.name)) and int(m[2]) == rank
     }
-    if not files or sorted(files) != list(range(len(files))):
+    if not files:
+        raise UserError(
+            f"{folder}: mp_rank_{rank:02d} has no optimizer files (*zero_pp_rank_*_optim_states.pt)"
+        )
+    if sorted(files) != list(range(len(files))):
         raise UserError(
             f"{folder}: of the optimizer files of mp_rank_{rank:02d} only data-parallel ranks "
             f"{sorted(files)} are there"
@@ -100,15 +149,40 @@ def _shards(folder: Path, rank: int) -> list[list[FileTensor]]:
     found = []
     for _, path in sorted(files.items()):
         state = load(path).get("optimizer_state_dict") or {}
-        groups = state.get("single_partition_of_fp32_groups")
-        if groups is None:
+        if "single_partition_of_fp32_groups" not in state:
             raise UserError(f"{path}: holds no fp32 weights (ZeRO stage 1 or 2 is needed)")
         partitions = state.get("partition_count", len(files))
         count = max(partitions) if isinstance(partitions, list) else partitions
         if count != len(files):
             raise UserError(f"{folder}: {len(files)} of {count} data-parallel ranks are there")
-        found.append(list(groups))
+        found.append((path, state))
     return found
+
+
+def _flat(path: Path, state: dict[str, Any], kind: str, group: int) -> FileTensor:
+    """A data-parallel rank's slice of one parameter group."""
+    if kind == MAIN:
+        flat: FileTensor = state["single_partition_of_fp32_groups"][group]
+        return flat
+    found = _moments(path, state, group)
+    if kind not in found:
+        raise UserError(f"{path}: parameter group {group} has no {kind}: not trained with Adam?")
+    moment: FileTensor = found[kind]
+    return moment
+
+
+def _moments(path: Path, state: dict[str, Any], group: int) -> dict[str, Any]:
+    """The state of the one flat parameter that the optimizer sees of a group."""
+    base = _base(path, state)
+    found: dict[str, Any] = base["state"].get(base["param_groups"][group]["params"][0], {})
+    return found
+
+
+def _base(path: Path, state: dict[str, Any]) -> dict[str, Any]:
+    base = state.get("base_optimizer_state")
+    if not isinstance(base, dict) or "param_groups" not in base:
+        raise UserError(f"{path}: holds no state of Adam, or one saved with elastic_checkpoint")
+    return base
 
 
 def _spans(flats: list[FileTensor], start: int, count: int) -> Iterator[Span]:

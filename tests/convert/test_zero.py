@@ -1,0 +1,204 @@
+"""ZeRO's optimizer state on the way to a native checkpoint, beside what DeepSpeed makes of it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_llmjp.checkpoint import manifest as manifests
+from megatron_llmjp.config.load import load_resolved
+from megatron_llmjp.convert import dcp
+from megatron_llmjp.convert.mcore_names import on_disk
+from megatron_llmjp.convert.megatron_ranks import new_name
+
+REAL = Path(__file__).parent / "fixtures" / "mds_gpt_tp2pp2dp2_bf16z1" / "ckpt" / "global_step2"
+KINDS = {"fp32": "param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+
+
+def canonical(name: str) -> str:
+    """megatron-core's name of a parameter of this model, whose layers are 2 to 5 for DeepSpeed."""
+    if name.startswith("tied_modules.embed."):
+        return name.replace("tied_modules.embed.", "embedding.")
+    number, _, inner = name.partition(".")
+    if number == "6":
+        return f"decoder.final_layernorm.{inner}"
+    return f"decoder.layers.{int(number) - 2}.{new_name(inner)}"
+
+
+def state_of(folder: Path) -> dict[tuple[str, str], torch.Tensor]:
+    """Optimizer tensors of a native checkpoint by kind and canonical name."""
+    entries = dcp.read_metadata(folder)
+    layers = range(4)
+    found = {}
+    for key, entry in entries.items():
+        _, state, rest = key.partition("optimizer.state.")
+        kind, _, name = rest.partition(".")
+        if not state or kind not in KINDS.values():
+            continue
+        if not name.startswith("decoder.layers."):
+            found[kind, name] = entry.layer(None).read(key)
+        for i in layers if name.startswith("decoder.layers.") else ():
+            numbered = name.replace("decoder.layers.", f"decoder.layers.{i}.")
+            found[kind, numbered] = entry.layer(i).read(key)
+    return found
+
+
+@pytest.fixture
+def deepspeed(monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    load = torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **k: load(*a, **{**k, "weights_only": False}))
+    return pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+
+
+def universal(folder: Path, out: Path, monkeypatch) -> Path:
+    """The universal checkpoint that DeepSpeed's own tool makes; its ``zero`` folder."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    flags = ["--input_folder", str(folder), "--output_folder", str(out),
+             "--num_extract_workers", "1", "--num_merge_workers", "1"]  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["ds_to_universal", *flags])
+    ds_to_universal.main(ds_to_universal.parse_arguments())
+    return out / "zero"
+
+
+def test_moments_are_those_that_deepspeed_finds(tmp_path, convert, deepspeed, monkeypatch):
+    shutil.copytree(REAL, tmp_path / "global_step2")
+    zero = universal(tmp_path / "global_step2", tmp_path / "universal", monkeypatch)
+    convert("--to", "native", "--with-optimizer", "--input", REAL, "--output", tmp_path / "n")
+    folder = manifests.newest(tmp_path / "n")
+    found = state_of(folder)
+    names = [path for path in zero.iterdir() if path.is_dir()]
+    assert len(names) == 4 * 12 + 4
+    assert len(found) == 3 * len(names)
+    for path in names:
+        name = canonical(path.name)
+        for theirs, ours in KINDS.items():
+            expected = torch.load(path / f"{theirs}.pt")["param"]
+            key = on_disk(name)[0]
+            key = (
+                key
+                if "layers" not in name
+                else key.replace("layers", "layers." + name.split(".")[2])
+            )
+            tensor = found[ours, key]
+            assert expected.any()
+            # Of the vocabulary it keeps the true size.
+            assert torch.equal(tensor[: len(expected)], expected), (name, ours)
+    common = torch.load(folder / "common.pt")
+    assert {group["step"] for group in common["optimizer"]["param_groups"]} == {2}
+    assert common["opt_param_scheduler"]["num_steps"] == 4
+    manifest = manifests.read(folder)
+    assert (manifest.contents, manifest.iteration, manifest.consumed_samples) == ("full", 2, 4)
+    told = load_resolved(folder / manifests.CONFIG).optimizer
+    # args say 0.999: DeepSpeed's optimizer was given another, which is the one that counts.
+    assert (told.lr, told.lr_decay_style, told.adam_beta2) == (0.003, "linear", 0.95)
+
+
+def test_fp16_old_numbers_and_paddings(tmp_path, convert, deepspeed):
+    """The same state as an fp16 run of 2023 left it: older layer numbers, a loss scale.
+
+    And with room between parameters, as newer versions of DeepSpeed align them.
+    """
+    shutil.copytree(REAL, tmp_path / "run" / "global_step2")
+    folder = tmp_path / "run" / "global_step2"
+    renumber(folder)
+    for rank in range(4):
+        rewrite(folder, rank)
+    for name, source in (("bf16", REAL), ("fp16", tmp_path / "run")):
+        convert("--to", "native", "--with-optimizer", "--dtype", "fp16", "--input", source,
+                "--output", tmp_path / name)  # fmt: skip
+    ours, theirs = (state_of(manifests.newest(tmp_path / name)) for name in ("fp16", "bf16"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    common = torch.load(manifests.newest(tmp_path / "fp16") / "common.pt")
+    scaler = common["optimizer"]["grad_scaler"]
+    assert (scaler["scale"].item(), scaler["hysteresis_tracker"]) == (4096.0, 2)
+    bf16 = torch.load(manifests.newest(tmp_path / "bf16") / "common.pt")
+    assert "grad_scaler" not in bf16["optimizer"]
+
+
+def renumber(folder: Path) -> None:
+    """Layers begin at 03, the final norm is two beyond the last one."""
+    for path in sorted(folder.glob("layer_*"), reverse=True):
+        number = int(path.name[6:8])
+        if number > 1:
+            path.rename(path.with_name(f"layer_{old_number(number):02d}{path.name[8:]}"))
+
+
+def old_number(number: int) -> int:
+    return number + (1 if number < 6 else 2)
+
+
+def rewrite(folder: Path, rank: int) -> None:
+    """The files of one model-parallel rank, with older names, paddings, and one more DP rank."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    scaler = DynamicLossScaler.__new__(DynamicLossScaler)
+    scaler.__dict__.update(cur_scale=4096.0, cur_iter=7, scale_window=1000, cur_hysteresis=2)
+    path = folder / f"mp_rank_{rank:02d}_model_states.pt"
+    content = torch.load(path)
+    files = [folder / f"bf16_zero_pp_rank_{d}_mp_rank_{rank:02d}_optim_states.pt" for d in (0, 1)]
+    states = [torch.load(file)["optimizer_state_dict"] for file in files]
+    paddings = [[(3 * i) % 5 for i in range(len(group))] for group in content["param_shapes"]]
+
+    def cut(pick) -> list[list[torch.Tensor]]:
+        """By group, then by data-parallel rank."""
+        found = []
+        for g, shapes in enumerate(content["param_shapes"]):
+            flat = torch.cat([pick(state, g) for state in states])
+            parts = flat.split([shape.numel() for shape in shapes.values()])
+            spread = [
+                torch.nn.functional.pad(x, (0, n)) for x, n in zip(parts, paddings[g], strict=True)
+            ]
+            joined = torch.cat(spread)
+            found.append(list(torch.nn.functional.pad(joined, (0, -len(joined) % 3)).chunk(3)))
+        return found
+
+    main = cut(lambda state, g: state["single_partition_of_fp32_groups"][g])
+    moments = {
+        kind: cut(lambda s, g, kind=kind: s["base_optimizer_state"]["state"][g][kind])
+        for kind in ("exp_avg", "exp_avg_sq")
+    }
+    groups = [{**group, "step": 2} for group in states[0]["base_optimizer_state"]["param_groups"]]
+    for d in range(3):
+        state = {g: {kind: x[g][d].clone() for kind, x in moments.items()} for g in range(2)}
+        written = {
+            **states[0],
+            "loss_scaler": scaler,
+            "base_optimizer_state": {"state": state, "param_groups": groups},
+            "single_partition_of_fp32_groups": [group[d].clone() for group in main],
+            "param_alignment_paddings": paddings,
+            "partition_count": [3, 3],
+        }
+        name = f"zero_pp_rank_{d}_mp_rank_{rank:02d}_optim_states.pt"
+        torch.save({"optimizer_state_dict": written}, folder / name)
+    for file in files:
+        file.unlink()
+    content["param_shapes"] = [
+        {renamed(n): s for n, s in g.items()} for g in content["param_shapes"]
+    ]
+    torch.save(content, path)
+
+
+def renamed(name: str) -> str:
+    number, _, inner = name.partition(".")
+    return f"{old_number(int(number))}.{inner}" if number.isdigit() else name
+
+
+def test_what_cannot_be_read_is_named(tmp_path, convert):
+    words = ("--to", "native", "--with-optimizer", "--output", tmp_path / "n", "--input")
+    folder = tmp_path / "global_step2"
+    shutil.copytree(REAL, folder)
+    missing = "bf16_zero_pp_rank_1_mp_rank_03_optim_states.pt"
+    (folder / missing).unlink()
+    assert "1 of 2 data-parallel ranks" in convert(*words, folder, code=2)
+    for path in folder.glob("*optim_states.pt"):
+        path.unlink()
+    assert "mp_rank_00 has no optimizer files" in convert(*words, folder, code=2)
+    no_zero = REAL.parents[2] / "mds_llama_tp2pp2_fp32" / "ckpt"
+    assert "without ZeRO" in convert(*words, no_zero, code=2)
+    assert list(tmp_path.iterdir()) == [folder]
