@@ -24,3 +24,15 @@ def duration(seconds: float) -> str:
     days, rest = divmod(round(seconds), 86400)
     clock = f"{rest // 3600:02d}:{rest // 60 % 60:02d}:{rest % 60:02d}"
     return f"{days}d {clock}" if days else clock
+
+
+def size_of(size: float) -> str:
+    """Bytes as ``2.41 TB``, ``180.0 GB`` or ``3.2 MB``, of 10^12, 10^9 or 10^6."""
+    if size >= 1e12:
+        return f"{size / 1e12:.2f} TB"
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def gigabytes(size: float) -> str:
+    """Bytes as ``1,011.06 GB`` of 10^9."""
+    return f"{size / 1e9:,.2f} GB"

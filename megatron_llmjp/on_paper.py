@@ -4,21 +4,46 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from megatron_llmjp.config.checks import check
 from megatron_llmjp.config.lint import Facts, lint
 from megatron_llmjp.config.load import changed
 from megatron_llmjp.config.rehearsal import Rehearsal
 from megatron_llmjp.config.schema import Config
+from megatron_llmjp.data.batch_sizes import BatchSizes
+from megatron_llmjp.data.megatron_paths import given_flags
 from megatron_llmjp.errors import EXIT_DONE, EXIT_USER_ERROR, UserError
-from megatron_llmjp.plan.outlook import Outlook, decay_end, look_ahead
+from megatron_llmjp.plan.outlook import Length, Outlook, length_without_data, look_ahead
 from megatron_llmjp.plan.outlook_text import show
-from megatron_llmjp.plan.suggest import show_suggestions, suggest
+from megatron_llmjp.plan.suggest import suggest
+from megatron_llmjp.plan.suggest_text import show_suggestions
+from megatron_llmjp.plan_data import data_warnings
+from megatron_llmjp.prepare import prepare
+from megatron_llmjp.prepare_data import decay_end
 from megatron_llmjp.tokenizers import load_tokenizer
 
 
-def on_paper(config: Config, rehearsal: Rehearsal, argv: Sequence[str]) -> int:
+@dataclass(frozen=True)
+class _Resolved:
+    """As much of a run as is known."""
+
+    config: Config
+    length: Length | None
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def on_paper(
+    config: Config, rehearsal: Rehearsal, argv: Sequence[str], notes: Sequence[str] = ()
+) -> int:
     """Print a rehearsal or suggestions; the exit code.
+
+    Args:
+        config: the run.
+        rehearsal: what is asked for.
+        argv: the command line, for the preset's name.
+        notes: on flags without effect.
 
     Raises:
         UserError: the run cannot be.
@@ -29,35 +54,57 @@ def on_paper(config: Config, rehearsal: Rehearsal, argv: Sequence[str]) -> int:
         print(show_suggestions(config, rehearsal, found))
         return EXIT_DONE if found else EXIT_USER_ERROR
     check(config, rehearsal.world_size)
-    outlook = look_ahead(config, rehearsal)
-    for warning in _warnings(outlook):
-        print(f"warning: {warning}", file=sys.stderr)
+    run = _resolve(config, rehearsal.world_size)
+    outlook = look_ahead(run.config, rehearsal, run.length)
     print(show(outlook, rehearsal.mfu, _name(argv)), flush=True)
-    ranks = _play(config, outlook)
-    print(f"\n{ranks} distinct ranks were set up as megatron-core does, with these parameters")
-    if not outlook.fits:
-        print(
-            f"error: the ranks of stage {outlook.worst} do not fit their GPU: --suggest-layout "
-            "names layouts that do",
-            file=sys.stderr,
-        )
-        return EXIT_USER_ERROR
-    return EXIT_DONE
+    print(f"\n{_build(outlook)}", flush=True)
+    for note in (*notes, *run.notes):
+        print(f"note: {note}", file=sys.stderr)
+    for warning in run.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if outlook.fits:
+        return EXIT_DONE
+    print(
+        f"error: the ranks of stage {outlook.worst} do not fit their GPU: --suggest-layout in "
+        "place of --rehearse names layouts that do",
+        file=sys.stderr,
+    )
+    return EXIT_USER_ERROR
 
 
-def _play(config: Config, outlook: Outlook) -> int:
+def _build(outlook: Outlook) -> str:
+    """Have megatron-core set the ranks up, which fails if it makes something else of them."""
     from megatron_llmjp.plan.rehearse import rehearse  # imports torch: seconds
 
-    return len(rehearse(config, outlook.layout))
+    ranks = [str(found.rank) for found in rehearse(outlook.config, outlook.layout)]
+    shown = ", ".join(ranks if len(ranks) <= 4 else [*ranks[:2], "...", ranks[-1]])
+    return (
+        f"built on meta tensors in groups of {outlook.layout.world_size} processes: rank"
+        f"{'s' if len(ranks) > 1 else ''} {shown}, with the parameters and groups above"
+    )
 
 
-def _warnings(outlook: Outlook) -> list[str]:
-    """What the lint says of the configuration, where the length of the run is known."""
-    config, end = outlook.config, outlook.train_iters
-    if end is None:
-        return ["the length of the run is not known: give --train-iters or --fold-file"]
-    facts = Facts(outlook.layout.world_size, end, decay_end(config) or end, validation_sets=1)
-    return lint(config, facts)
+def _resolve(config: Config, world_size: int) -> _Resolved:
+    """All that the run itself would find out at its start, where its data is given."""
+    if config.data.fold_file is None and not given_flags(config.data):
+        length = length_without_data(config)
+        if length is None:
+            return _Resolved(config, None, (), ())
+        end = length.iterations
+        facts = Facts(world_size, end, decay_end(config) or end, validation_sets=1)
+        return _Resolved(config, length, (), tuple(lint(config, facts)))
+    missing = ["no tokenizer is given: the run itself needs one"]
+    if config.data.tokenizer_type is None:
+        config = changed(config, tokenizer_type="NullTokenizer")
+    else:
+        missing = []
+    run = prepare(config, world_size)
+    ends = tuple(run.schedule.trainable(fold)[1] for fold in run.schedule.folds)
+    samples = BatchSizes(run.config).consumed_after(run.train_iters)
+    source = "1 fold" if len(ends) == 1 else f"{len(ends)} folds"
+    length = Length(run.train_iters, samples, source, ends)
+    told = [*missing, *run.warnings, *run.lints, *data_warnings(run.config)]
+    return _Resolved(run.config, length, run.notes, tuple(told))
 
 
 def _with_vocabulary(config: Config) -> Config:

@@ -16,7 +16,7 @@ from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.batch_sizes import BatchSizes
 from megatron_llmjp.plan.data_plan import DataPlan, LearningRate, make_plan
 from megatron_llmjp.plan.data_table import show
-from megatron_llmjp.plan.data_warnings import find_warnings
+from megatron_llmjp.plan.data_warnings import find_warnings, warnings_of_data
 from megatron_llmjp.prepare_data import RunData, count_iterations, prepare_data
 from megatron_llmjp.tokenizers import load_tokenizer
 
@@ -45,6 +45,15 @@ def plan_data(config: Config, with_learning_rate: bool = True) -> Planned:
     plan = make_plan(data.schedule, BatchSizes(config), train_iters, rate)
     found = find_warnings(plan, data.schedule, config, data.folds, data.datasets, _made_by(config))
     return Planned(plan, tuple(found))
+
+
+def data_warnings(config: Config) -> list[str]:
+    """What looks wrong in the data of a run; its learning rate is left to the lint."""
+    data = _with_skips(prepare_data(config), config)
+    train_iters, _ = count_iterations(config, data.schedule)
+    sizes, made_by = BatchSizes(config), _made_by(config)
+    plan = make_plan(data.schedule, sizes, train_iters, None)
+    return warnings_of_data(plan, data.schedule, sizes, data.folds, data.datasets, made_by)
 
 
 def print_plan(config: Config) -> None:

@@ -28,6 +28,7 @@ from megatron_llmjp.errors import UserError
 from megatron_llmjp.prepare_data import (
     cache_folder,
     count_iterations,
+    decay_end,
     prepare_data,
     repetitions,
     validation_sets,
@@ -129,7 +130,7 @@ def prepare(
         past=memory,
         notes=tuple(notes),
         lints=tuple(
-            lint(config, Facts(world_size, train_iters, _decay_end(config), len(validation)))
+            lint(config, Facts(world_size, train_iters, decay_end(config), len(validation)))
         ),
     )
 
@@ -180,14 +181,3 @@ def _with_decay(config: Config, train_iters: int) -> Config:
     if any(end is not None for end in given):
         return config
     return changed(config, lr_decay_iters=max(1, round((o.lr_decay_fraction or 1.0) * train_iters)))
-
-
-def _decay_end(config: Config) -> int | None:
-    """The iteration that the learning rate's decay ends at, in whichever unit it is given."""
-    o = config.optimizer
-    samples = o.lr_decay_samples
-    if o.lr_decay_tokens is not None:
-        samples = o.lr_decay_tokens // config.data.seq_length
-    if samples is not None:
-        return BatchSizes(config).iterations(samples)[0]
-    return o.lr_decay_iters

@@ -66,7 +66,7 @@ def count_iterations(config: Config, schedule: Schedule) -> tuple[int, list[str]
             f"{where}: its {schedule.total_samples} samples are less than one global batch of "
             f"{batch_sizes.at(0)}: enlarge the folds or lower global_batch_size"
         )
-    asked = _asked_iterations(config, batch_sizes)
+    asked = asked_iterations(config, batch_sizes)
     if asked is None:
         note = f"{rest} samples at the end make no full batch and are left out"
         return possible, [note] if rest else []
@@ -131,7 +131,7 @@ def cache_folder(config: Config, folds: FoldFile) -> Path:
     return Path(data.fold_file or next(iter(folds.sources()))).resolve().parent / "index_cache"
 
 
-def _asked_iterations(config: Config, batch_sizes: BatchSizes) -> int | None:
+def asked_iterations(config: Config, batch_sizes: BatchSizes) -> int | None:
     """The fewest of what train_iters, train_samples and train_tokens give; None without any."""
     training = config.training
     asked = [training.train_iters] if training.train_iters else []
@@ -143,9 +143,17 @@ def _asked_iterations(config: Config, batch_sizes: BatchSizes) -> int | None:
     return min(asked, default=None)
 
 
+def decay_end(config: Config) -> int | None:
+    """The iteration that the learning rate's decay ends at, in whichever unit it is given."""
+    o, samples = config.optimizer, config.optimizer.lr_decay_samples
+    if o.lr_decay_tokens is not None:
+        samples = o.lr_decay_tokens // config.data.seq_length
+    return o.lr_decay_iters if samples is None else BatchSizes(config).iterations(samples)[0]
+
+
 def _asked_samples(config: Config, batch_sizes: BatchSizes) -> int | None:
     """Samples that Megatron-LM would draw for training."""
     if config.training.train_samples is not None:
         return config.training.train_samples
-    asked = _asked_iterations(config, batch_sizes)
+    asked = asked_iterations(config, batch_sizes)
     return None if asked is None else batch_sizes.consumed_after(asked)

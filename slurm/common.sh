@@ -36,7 +36,7 @@ value_of() {
 
 # pretrain ARGUMENTS...: train on all tasks of this job, and requeue the job when there is more to do.
 pretrain() {
-    if [[ " $* " == *" --rehearse "* ]]; then
+    if [[ " $* " == *" --rehearse "* || " $* " == *" --suggest-layout "* ]]; then
         rehearse "$@"
     fi
     [[ -n "${SLURM_JOB_ID:-}" ]] || fail "submit this: sbatch $0 ..., or add --rehearse"
@@ -49,12 +49,14 @@ pretrain() {
     run_ranks "$@"
 }
 
-# The world of a rehearsal is what the script's own #SBATCH lines ask for.
+# The world of a rehearsal is what the script's own #SBATCH lines ask for, of the GPU that the site
+# or the script names.
 rehearse() {
     local nodes tasks
     nodes=$(sed -n 's/^#SBATCH --nodes=//p' "$0")
     tasks=$(sed -n 's/^#SBATCH --ntasks-per-node=//p' "$0")
-    exec "$PYTHON" "$MEGATRON_LLMJP/pretrain_gpt.py" --world-size $((nodes * tasks)) "$@"
+    exec "$PYTHON" "$MEGATRON_LLMJP/pretrain_gpt.py" --world-size $((nodes * tasks)) \
+        --gpus-per-node "$tasks" --gpu "${GPU:-H100}" "$@"
 }
 
 set_environment() {

@@ -43,7 +43,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "batch and sequence length stay",
     )
     add("--gpus", type=int, metavar="N", help="the same as --world-size, for these two")
-    add("--gpu", default="H100", metavar="NAME", help="kind of GPU (default: H100)")
+    add("--gpu", default="H100", metavar="NAME", help="kind of GPU, as A100-40GB (default: H100)")
     add("--gpu-memory", metavar="SIZE", help="memory of a GPU, as 40GB, if not that of its kind")
     add("--gpus-per-node", type=int, default=8, metavar="N", help="(default: 8)")
     add("--mfu", type=float, default=0.38, metavar="X", help="assumed MFU (default: 0.38)")

@@ -34,14 +34,29 @@ def find_warnings(
         datasets: what is known of each dataset, by path.
         tokenizer: ``identity()`` of the run's tokenizer, where there is one.
     """
+    sizes = BatchSizes(config)
     return [
-        *_sizes(plan, schedule, BatchSizes(config)),
-        *_end(plan, schedule, BatchSizes(config)),
-        *_used_twice(schedule),
-        *_trained_and_validated(schedule, file, datasets),
+        *warnings_of_data(plan, schedule, sizes, file, datasets, tokenizer),
         *_decay(plan, schedule, config),
         *_warmup(plan, config),
-        *_of_folds(plan, schedule, BatchSizes(config)),
+        *_of_folds(plan, schedule, sizes),
+    ]
+
+
+def warnings_of_data(
+    plan: DataPlan,
+    schedule: Schedule,
+    sizes: BatchSizes,
+    file: FoldFile,
+    datasets: Mapping[str, DatasetInfo],
+    tokenizer: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """The part of :func:`find_warnings` that has nothing to do with the learning rate."""
+    return [
+        *_sizes(plan, schedule, sizes),
+        *_end(plan, schedule, sizes),
+        *_used_twice(schedule),
+        *_trained_and_validated(schedule, file, datasets),
         *_tokenizers(sorted(datasets), tokenizer),
     ]
 

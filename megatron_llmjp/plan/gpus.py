@@ -8,6 +8,7 @@ tensor cores unless it is told otherwise. Data sheets: V100 (2020), A100 (2021),
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
@@ -60,6 +61,17 @@ def find_gpu(device_name: str) -> Gpu | None:
     """The entry for a name as ``torch.cuda.get_device_name`` gives it; None if unknown."""
     name = device_name.upper()
     return next((gpu for gpu in _GPUS if gpu.name.upper() in name), None)
+
+
+def memory_of(device_name: str) -> float | None:
+    """Bytes of its memory, less than its kind's where the name says so; None if unknown.
+
+    ``A100-SXM4-40GB`` has 40 GB; the 480 GB of ``GH200 480GB`` are those of its CPU.
+    """
+    gpu, said = find_gpu(device_name), re.search(r"(\d+)\s*GB\b", device_name, re.IGNORECASE)
+    if gpu is None:
+        return None
+    return min(gpu.memory, float(said[1]) if said else gpu.memory) * 1e9
 
 
 def peak_tflops(device_name: str, dtype: str) -> float | None:

@@ -10,11 +10,10 @@ from megatron_llmjp.data.batch_sizes import BatchSizes
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.plan.communication import Communication, communicate
 from megatron_llmjp.plan.flops import compute_dtype, step_flops
-from megatron_llmjp.plan.gpus import find_gpu
+from megatron_llmjp.plan.gpus import find_gpu, memory_of
 from megatron_llmjp.plan.layout import Layout, lay_out
-from megatron_llmjp.plan.memory import Memory, element_size, rank_memory, rank_parameters
-from megatron_llmjp.plan.parameters import count_parameters
-from megatron_llmjp.prepare_data import count_iterations, prepare_data
+from megatron_llmjp.plan.memory import Memory, rank_memory, rank_parameters
+from megatron_llmjp.prepare_data import asked_iterations, decay_end
 
 SECONDS_PER_DAY = 86400.0
 RESERVE = 2_500_000_000
@@ -34,6 +33,18 @@ class Machine:
 
 
 @dataclass(frozen=True)
+class Length:
+    """How long a run is."""
+
+    iterations: int
+    samples: int
+    source: str
+    """What says so, for people."""
+    fold_ends: tuple[int, ...] = ()
+    """Samples trained on when each fold ends."""
+
+
+@dataclass(frozen=True)
 class Outlook:
     """What a run will be."""
 
@@ -45,9 +56,10 @@ class Outlook:
     traffic: tuple[Communication, ...]
     parameters: tuple[int, ...]
     """Of a rank of each stage."""
-    train_iters: int | None
     step_seconds: float
-    """At the assumed MFU."""
+    """Of a full batch, at the assumed MFU."""
+    length: Length | None = None
+    """None where nothing says it."""
 
     @property
     def worst(self) -> int:
@@ -64,15 +76,8 @@ class Outlook:
         """At the assumed MFU."""
         return SECONDS_PER_DAY / self.step_seconds
 
-    @property
-    def checkpoint_bytes(self) -> int:
-        """Weights, and the optimizer's copy and states in fp32."""
-        states = 3 if self.config.optimizer.optimizer == "adam" else 2
-        each = element_size(self.config) + 4 * states
-        return count_parameters(self.config).total * each
 
-
-def look_ahead(config: Config, rehearsal: Rehearsal) -> Outlook:
+def look_ahead(config: Config, rehearsal: Rehearsal, length: Length | None = None) -> Outlook:
     """Work a run out.
 
     Raises:
@@ -89,8 +94,8 @@ def look_ahead(config: Config, rehearsal: Rehearsal) -> Outlook:
         memory=tuple(rank_memory(config, layout, stage) for stage in stages),
         traffic=tuple(communicate(config, layout, stage) for stage in stages),
         parameters=tuple(rank_parameters(config, layout, layout.stages[s]) for s in stages),
-        train_iters=iterations(config),
         step_seconds=flops / (layout.world_size * machine.peak * rehearsal.mfu),
+        length=length,
     )
 
 
@@ -109,29 +114,14 @@ def find_machine(config: Config, rehearsal: Rehearsal) -> Machine:
     peak = config.logging.gpu_peak_tflops or gpu.peak_tflops(dtype)
     if peak is None:
         raise UserError(f"--gpu {gpu.name}: it does not compute in {dtype}; take --fp16")
-    memory = rehearsal.gpu_memory or gpu.memory * 1e9
+    memory = rehearsal.gpu_memory or memory_of(rehearsal.gpu) or 0.0
     return Machine(gpu.name, memory, peak * 1e12, rehearsal.gpus_per_node)
 
 
-def iterations(config: Config) -> int | None:
-    """Iterations of the run, or the end of its decay where nothing else tells; None if nothing."""
-    training = config.training
-    if config.data.fold_file is not None:
-        return count_iterations(config, prepare_data(config).schedule)[0]
-    asked = _iterations(config, training.train_iters, training.train_samples, training.train_tokens)
-    return asked if asked is not None else decay_end(config)
-
-
-def decay_end(config: Config) -> int | None:
-    """The iteration that the learning rate's decay ends at; None if the run's end is meant."""
-    o = config.optimizer
-    return _iterations(config, o.lr_decay_iters, o.lr_decay_samples, o.lr_decay_tokens)
-
-
-def _iterations(
-    config: Config, iters: int | None, samples: int | None, tokens: int | None
-) -> int | None:
-    """A length in whichever unit it is given."""
-    if tokens is not None:
-        samples = tokens // config.data.seq_length
-    return iters if samples is None else BatchSizes(config).iterations(samples)[0]
+def length_without_data(config: Config) -> Length | None:
+    """What the training section asks for, or else the end of the learning rate's decay."""
+    sizes = BatchSizes(config)
+    found, source = asked_iterations(config, sizes), "as asked for"
+    if found is None:
+        found, source = decay_end(config), "to the end of the learning rate's decay"
+    return None if found is None else Length(found, sizes.consumed_after(found), source)

@@ -3,43 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from megatron_llmjp.numbers import human
+from megatron_llmjp.config.schema import Config
+from megatron_llmjp.numbers import gigabytes, human, size_of
+from megatron_llmjp.plan.checkpoints import checkpoint_bytes, count_checkpoints
 from megatron_llmjp.plan.communication import Communication
-from megatron_llmjp.plan.flops import flops_per_sample
+from megatron_llmjp.plan.flops import step_flops, tflops_per_device
+from megatron_llmjp.plan.gpus import find_gpu
 from megatron_llmjp.plan.layout import Chunk, Layout
 from megatron_llmjp.plan.memory import Memory
-from megatron_llmjp.plan.outlook import RESERVE, Outlook
+from megatron_llmjp.plan.outlook import RESERVE, SECONDS_PER_DAY, Outlook
 from megatron_llmjp.plan.parameters import count_parameters
 
+SHOWN_NODES = 4
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A published figure of the model that a preset is named for."""
+
+    text: str
+    steps: int
+    a_day_on: tuple[str, int] | None = None
+    """GPUs that do so many steps a day; None where ``steps`` is the length of the run."""
+
+
 ANCHORS = {
-    "llm-jp-3-172b": "about 2,000 steps a day on 512 H100 (llm-jp/scripts), 34 % MFU",
-    "llm-jp-13b-v1.0": "87,870 steps for the ten folds of 13b-v1.0, on 96 A100 40 GB",
-    "llm-jp-1.3b-v1.0": "87,430 steps for the ten folds of 1.3b-v1.0, on 96 A100 40 GB",
+    "llm-jp-3-172b": Anchor("about 2,000 steps a day on 512 H100", 2000, ("H100", 512)),
+    "llm-jp-3-13b": Anchor("about 20,000 steps a day on 256 H100", 20000, ("H100", 256)),
+    "llm-jp-13b-v1.0": Anchor("87,870 steps for its ten folds, on 96 A100 40 GB", 87870),
+    "llm-jp-1.3b-v1.0": Anchor("87,430 steps for its ten folds, on 96 A100 40 GB", 87430),
 }
-"""Published figures of the models that presets are named for."""
 
 
 def show(outlook: Outlook, mfu: float, name: str | None = None) -> str:
     """The whole report, without warnings."""
-    parts = [
-        _head(outlook),
-        picture(outlook.layout, outlook.machine.per_node, outlook.parameters),
-        _memory(outlook),
-        _traffic(outlook),
-        _time(outlook, mfu),
-    ]
-    if name in ANCHORS:
-        parts.append(f"published: {ANCHORS[name]}")
-    return "\n\n".join(parts)
+    return "\n\n".join(
+        [
+            _head(outlook),
+            picture(outlook.layout, outlook.machine.per_node, outlook.parameters),
+            _memory(outlook),
+            _traffic(outlook),
+            _time(outlook, mfu, name),
+        ]
+    )
 
 
 def _head(outlook: Outlook) -> str:
     layout, counts = outlook.layout, count_parameters(outlook.config)
+    number, size = layout.micro_batches, outlook.config.training.micro_batch_size
     return (
-        f"{layout.world_size} {outlook.machine.name}: {shape(layout)}, "
-        f"{layout.micro_batches} micro-batches of {outlook.config.training.micro_batch_size} per "
-        f"replica and step\n"
+        f"{layout.world_size} {outlook.machine.name}: {shape(layout)}; each replica does "
+        f"{number} micro-batch{'es' if number > 1 else ''} of {size} in a step\n"
         f"{counts.total:,} parameters, {counts.non_embedding:,} without embeddings; "
         f"{outlook.config.rows:,} rows"
     )
@@ -54,35 +70,38 @@ def shape(layout: Layout) -> str:
 
 
 def picture(layout: Layout, per_node: int, parameters: Sequence[int]) -> str:
-    """Which node holds which part: a line per pipeline stage, and the GPUs of its first node."""
-    rows = [("stage", "ranks", "nodes", "layers", "parameters", "first node, GPU by GPU")]
+    """Which node holds which part: a line per pipeline stage."""
+    rows = [("stage", "layers", "parameters", "ranks", "nodes, and the replicas they hold")]
     for stage, chunks in enumerate(layout.stages):
-        first = layout.rank(0, 0, 0, stage)
-        last = layout.rank(layout.tp - 1, layout.cp - 1, layout.dp - 1, stage)
-        nodes = _range(first // per_node, last // per_node)
-        layers = " ".join(map(_chunk, chunks))
-        gpus = _gpus(layout, first // per_node * per_node, per_node)
-        rows.append(
-            (str(stage), _range(first, last), nodes, layers, f"{parameters[stage]:,}", gpus)
-        )
-    text = table(rows, right=(4,))
-    notes = "t: tensor rank, d: replica, p: stage; E: embedding, L: output layer and loss"
-    if layout.tp * layout.cp > per_node:
-        notes += "\na tensor-parallel group spans nodes: its traffic goes over the network"
-    return f"{text}\n{notes}"
+        first, last = _ranks(layout, stage)
+        layers, nodes = " ".join(map(_chunk, chunks)), _nodes(layout, stage, per_node)
+        rows.append((str(stage), layers, f"{parameters[stage]:,}", _range(first, last), nodes))
+    together = layout.tp * layout.cp
+    kinds = f"TP {layout.tp}" + (f" x CP {layout.cp}" if layout.cp > 1 else "")
+    gpus = f"{together} neighbouring GPUs ({kinds})" if together > 1 else "1 GPU"
+    notes = [f"a replica of a stage is {gpus}; parameters are those of one GPU"]
+    notes += ["E: embedding, L: output layer and loss"]
+    if together > per_node:
+        notes += ["a tensor-parallel group spans nodes: its traffic goes over the network"]
+    return "\n".join([table(rows, right=(2,)), *notes])
 
 
-def _gpus(layout: Layout, first: int, per_node: int) -> str:
-    """What the GPUs of a node hold, those of one replica and stage in brackets."""
-    groups: dict[tuple[int, int], list[int]] = {}
-    for rank in range(first, min(first + per_node, layout.world_size)):
-        tensor, rest = rank % layout.tp, rank // (layout.tp * layout.cp)
-        groups.setdefault((rest // layout.dp, rest % layout.dp), []).append(tensor)
-    cells = [
-        f"[p{stage} d{replica} t{_range(tensors[0], tensors[-1])}]"
-        for (stage, replica), tensors in groups.items()
-    ]
-    return " ".join(cells if len(cells) <= 4 else [*cells[:2], "...", cells[-1]])
+def _ranks(layout: Layout, stage: int) -> tuple[int, int]:
+    """The first and the last rank of a stage."""
+    last = layout.rank(layout.tp - 1, layout.cp - 1, layout.dp - 1, stage)
+    return layout.rank(0, 0, 0, stage), last
+
+
+def _nodes(layout: Layout, stage: int, per_node: int) -> str:
+    """``n0 d0-1  n1 d2-3``: two nodes with two replicas each; ``n0:4-7 d0`` is half a node."""
+    first, last = _ranks(layout, stage)
+    cells = []
+    for node in range(first // per_node, last // per_node + 1):
+        start, end = max(first, node * per_node), min(last, (node + 1) * per_node - 1)
+        gpus = f":{_range(start % per_node, end % per_node)}" if end - start + 1 < per_node else ""
+        replicas = ((rank // (layout.tp * layout.cp)) % layout.dp for rank in (start, end))
+        cells.append(f"n{node}{gpus} d{_range(*replicas)}")
+    return "  ".join(cells if len(cells) <= SHOWN_NODES else [*cells[:2], "...", cells[-1]])
 
 
 def _chunk(chunk: Chunk) -> str:
@@ -94,63 +113,99 @@ def _chunk(chunk: Chunk) -> str:
 def _memory(outlook: Outlook) -> str:
     """Memory by kind of the first, the fullest and the last stage."""
     stages = sorted({0, outlook.worst, outlook.layout.pp - 1})
-    kinds = list(Memory.__dataclass_fields__)
-    rows = [("memory per GPU", *(f"stage {s}" for s in stages))]
-    for kind in kinds:
-        rows.append((f"  {kind}", *(_gb(getattr(outlook.memory[s], kind)) for s in stages)))
-    rows.append(("  together", *(_gb(outlook.memory[s].total) for s in stages)))
-    capacity = outlook.machine.memory
-    most = outlook.memory[outlook.worst].total
-    verdict = "fits" if outlook.fits else "DOES NOT FIT"
+    rows = [("memory of a GPU", *(f"stage {s}" for s in stages))]
+    for kind in Memory.__dataclass_fields__:
+        rows.append((f"  {kind}", *(gigabytes(getattr(outlook.memory[s], kind)) for s in stages)))
+    rows.append(("  together", *(gigabytes(outlook.memory[s].total) for s in stages)))
+    most, capacity = outlook.memory[outlook.worst].total, outlook.machine.memory
     return (
         f"{table(rows, right=range(1, len(stages) + 1))}\n"
-        f"{verdict}: {most / 1e9:.1f} GB and {RESERVE / 1e9:.1f} GB for CUDA and NCCL, of "
+        f"{'fits' if outlook.fits else 'DOES NOT FIT'}: {most / 1e9:.1f} GB and "
+        f"{RESERVE / 1e9:.1f} GB for CUDA and NCCL are {(most + RESERVE) / capacity:.0%} of "
         f"{capacity / 1e9:.0f} GB"
     )
 
 
 def _traffic(outlook: Outlook) -> str:
-    stages = sorted({0, outlook.layout.pp // 2, outlook.layout.pp - 1})
-    rows = [("sent per GPU and step", *(f"stage {s}" for s in stages))]
+    """What goes out of a GPU, and whether its group lies in one node."""
+    layout, per_node = outlook.layout, outlook.machine.per_node
+    reach = {"tensor": layout.tp * layout.cp, "pipeline": layout.world_size}
+    stages = sorted({0, layout.pp // 2, layout.pp - 1})
+    rows = [("sent by a GPU in a step", *(f"stage {s}" for s in stages))]
     for kind in Communication.__dataclass_fields__:
         sent = [getattr(outlook.traffic[s], kind) for s in stages]
+        ranks = layout.world_size if kind == "embedding" else layout.tp * layout.cp * layout.dp
+        where = "inside a node" if reach.get(kind, ranks) <= per_node else "network"
         if any(sent):
-            rows.append((f"  {kind}", *map(_gb, sent)))
+            rows.append((f"  {kind} ({where})", *map(gigabytes, sent)))
+    if len(rows) == 1:
+        return "nothing is sent: there is one GPU"
     return table(rows, right=range(1, len(stages) + 1))
 
 
-def _time(outlook: Outlook, mfu: float) -> str:
-    config, layout = outlook.config, outlook.layout
-    batch = config.training.global_batch_size
-    tokens = batch * config.data.seq_length
-    steps = outlook.steps_per_day
-    lines = [
-        f"a step: {tokens:,} tokens, {human(flops_per_sample(config) * batch)}FLOP; "
-        f"pipeline bubble {layout.bubble:.1%}",
-        f"at {mfu:.0%} MFU: {outlook.step_seconds:.2f} s a step, {steps:,.0f} steps and "
-        f"{human(steps * tokens)} tokens a day",
+def _time(outlook: Outlook, mfu: float, name: str | None) -> str:
+    config, batch = outlook.config, outlook.config.training.global_batch_size
+    tokens, steps = batch * config.data.seq_length, SECONDS_PER_DAY / outlook.step_seconds
+    flops = human(step_flops(config, batch))
+    rows = [
+        (
+            "a step",
+            f"{tokens:,} tokens, {flops[:-1]} {flops[-1]}FLOP, pipeline bubble "
+            f"{outlook.layout.bubble:.1%}",
+        ),
+        (
+            f"at {mfu:.0%} MFU",
+            f"{outlook.step_seconds:.2f} s a step, {steps:,.0f} steps and "
+            f"{human(steps * tokens)} tokens a day",
+        ),
+        ("the run", _length(outlook)),
+        ("checkpoints", _checkpoints(outlook)),
     ]
-    size, total = outlook.checkpoint_bytes, outlook.train_iters
-    if total is None:
-        return "\n".join([*lines, f"a checkpoint: {size / 1e9:,.0f} GB"])
-    lines.append(
-        f"{total:,} steps, {human(total * tokens)} tokens: {total / steps:,.1f} days at that"
+    if name in ANCHORS:
+        rows.append(("published", _published(ANCHORS[name], config)))
+    return table(rows, right=())
+
+
+def _length(outlook: Outlook) -> str:
+    length, config = outlook.length, outlook.config
+    if length is None:
+        return "of unknown length: give --train-iters or --fold-file"
+    days = length.samples / config.training.global_batch_size * outlook.step_seconds
+    tokens = length.samples * config.data.seq_length
+    return (
+        f"{length.iterations:,} steps ({length.source}), {human(tokens)} tokens: "
+        f"{days / SECONDS_PER_DAY:,.1f} days"
     )
-    interval = config.checkpoint.save_interval
-    count = -(-total // interval) if interval else 1
-    every = f"every {interval:,} steps" if interval else "at the end; no --save-interval is given"
-    lines.append(
-        f"{count:,} checkpoint(s) of {size / 1e9:,.0f} GB, {every}: {count * size / 1e12:,.1f} TB"
+
+
+def _checkpoints(outlook: Outlook) -> str:
+    config, length = outlook.config, outlook.length
+    size = checkpoint_bytes(config)
+    if length is None:
+        return f"of {size_of(size)} each"
+    seconds = outlook.step_seconds
+    found = count_checkpoints(config, length.iterations, length.fold_ends, seconds)
+    if found.written == 1:
+        return f"1 of {size_of(size)}, at the end"
+    return (
+        f"{found.written:,} of {size_of(size)} are written, {found.kept:,} stay: "
+        f"{size_of(found.kept * size)}"
     )
-    return "\n".join(lines)
+
+
+def _published(anchor: Anchor, config: Config) -> str:
+    batch = config.training.global_batch_size
+    if anchor.a_day_on is None:
+        return f"{anchor.text}: {human(anchor.steps * batch * config.data.seq_length)} tokens"
+    gpu, number = anchor.a_day_on
+    speed = tflops_per_device(config, batch * anchor.steps, SECONDS_PER_DAY, number)
+    known = find_gpu(gpu)
+    assert known is not None
+    return f"{anchor.text}, which is {speed / known.half:.0%} MFU"
 
 
 def _range(first: int, last: int) -> str:
     return str(first) if first == last else f"{first}-{last}"
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"
 
 
 def table(rows: Sequence[Sequence[str]], right: Sequence[int]) -> str:

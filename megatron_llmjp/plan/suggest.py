@@ -9,7 +9,7 @@ at that of its network, of which half the gradient traffic hides behind the back
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import product
 
 from megatron_llmjp.config.checks import check
@@ -19,19 +19,19 @@ from megatron_llmjp.config.schema import Config
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.plan.flops import flops_by_part, step_flops
 from megatron_llmjp.plan.outlook import Machine, Outlook, look_ahead
-from megatron_llmjp.plan.outlook_text import shape, table
 
-SHOWN = 6
 MICRO_BATCHES = (1, 2, 4, 8)
 VIRTUAL = (None, 2, 3, 4, 5, 6)
-RECOMPUTE: tuple[dict[str, object], ...] = (
-    {"recompute_granularity": None, "recompute_method": None, "recompute_num_layers": None},
-    {
-        "recompute_granularity": "full",
-        "recompute_method": "uniform",
-        "recompute_num_layers": 1,
-    },
-)
+KEEP_ALL: dict[str, object] = {
+    "recompute_granularity": None,
+    "recompute_method": None,
+    "recompute_num_layers": None,
+}
+RECOMPUTE_ALL: dict[str, object] = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
 PRODUCTS = 0.62
 """Part of the peak that large matrix products and attention reach together."""
 SMALL = 1.2e6
@@ -42,12 +42,29 @@ HOPPER = (370e9, 42e9)
 
 
 @dataclass(frozen=True)
+class Times:
+    """Estimated seconds of a step, by what they are spent on."""
+
+    computing: float
+    waiting: float
+    """For the pipeline to fill and drain."""
+    tensor: float
+    """Traffic among the ranks of a layer, and so on."""
+    pipeline: float
+    replicas: float
+
+    @property
+    def total(self) -> float:
+        """Of the step."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True)
 class Suggestion:
     """A layout that fits, and an estimate of its speed."""
 
     outlook: Outlook
-    seconds: float
-    """Of a step."""
+    times: Times
     given: bool
     """Whether it is the configuration's own."""
 
@@ -56,7 +73,7 @@ class Suggestion:
         """Estimated model FLOP/s utilisation."""
         config, machine = self.outlook.config, self.outlook.machine
         flops = step_flops(config, config.training.global_batch_size)
-        return flops / self.seconds / self.outlook.layout.world_size / machine.peak
+        return flops / self.times.total / self.outlook.layout.world_size / machine.peak
 
 
 def suggest(config: Config, rehearsal: Rehearsal) -> list[Suggestion]:
@@ -74,7 +91,7 @@ def suggest(config: Config, rehearsal: Rehearsal) -> list[Suggestion]:
         given = _key(candidate) == own
         if outlook.fits and not (given and any(other.given for other in found)):
             found.append(Suggestion(outlook, estimate(outlook), given))
-    return sorted(found, key=lambda suggestion: suggestion.seconds)
+    return sorted(found, key=lambda suggestion: suggestion.times.total)
 
 
 def _key(config: Config) -> tuple[object, ...]:
@@ -91,7 +108,9 @@ def _key(config: Config) -> tuple[object, ...]:
 def _candidates(config: Config, rehearsal: Rehearsal) -> Iterator[Config]:
     tensor = [t for t in (1, 2, 4, 8) if t <= rehearsal.gpus_per_node]
     stages = [p for p in range(1, config.model.num_layers + 1) if config.model.num_layers % p == 0]
-    for t, p, v, b, again in product(tensor, stages, VIRTUAL, MICRO_BATCHES, RECOMPUTE):
+    keep = KEEP_ALL if config.parallel.recompute_granularity == "full" else {}
+    recompute = (keep, RECOMPUTE_ALL)
+    for t, p, v, b, again in product(tensor, stages, VIRTUAL, MICRO_BATCHES, recompute):
         replicas, rest = divmod(rehearsal.world_size, t * p)
         whole = replicas and not rest and config.training.global_batch_size % (replicas * b) == 0
         if not whole or (v is not None and (p == 1 or config.model.num_layers % (p * v))):
@@ -108,19 +127,25 @@ def _candidates(config: Config, rehearsal: Rehearsal) -> Iterator[Config]:
         )
 
 
-def estimate(outlook: Outlook) -> float:
-    """Seconds of a step."""
+def estimate(outlook: Outlook) -> Times:
+    """Where the time of a step goes."""
     config, layout, machine = outlook.config, outlook.layout, outlook.machine
-    worst = max(range(layout.pp), key=lambda s: _stage_seconds(outlook, s))
-    busy = _stage_seconds(outlook, worst)
-    traffic = outlook.traffic[worst]
+    slowest = max(range(layout.pp), key=lambda s: _stage_seconds(outlook, s))
+    traffic = outlook.traffic[slowest]
     inside, network = LINKS.get(machine.name, HOPPER)
     among_replicas = inside if layout.tp * layout.dp <= machine.per_node else network
-    busy += traffic.tensor / inside + traffic.pipeline / network
-    waiting = busy * (layout.pp - 1) / (layout.vp * layout.micro_batches)
     overlapped = 0.5 if config.parallel.overlap_grad_reduce or layout.pp == 1 else 1.0
     exchange = overlapped * (traffic.gradients + traffic.parameters) / among_replicas
-    return busy + waiting + exchange + traffic.embedding / network
+    computing = _stage_seconds(outlook, slowest)
+    tensor, pipeline = traffic.tensor / inside, traffic.pipeline / network
+    busy = computing + tensor + pipeline
+    return Times(
+        computing=computing,
+        waiting=busy * (layout.pp - 1) / (layout.vp * layout.micro_batches),
+        tensor=tensor,
+        pipeline=pipeline,
+        replicas=exchange + traffic.embedding / network,
+    )
 
 
 def _stage_seconds(outlook: Outlook, stage: int) -> float:
@@ -143,79 +168,3 @@ def _speed(outlook: Outlook, machine: Machine) -> float:
     tokens = config.training.micro_batch_size * config.data.seq_length // layout.cp
     piece = tokens * config.model.hidden_size / layout.tp
     return machine.peak * PRODUCTS * piece / (piece + SMALL)
-
-
-def show_suggestions(config: Config, rehearsal: Rehearsal, found: list[Suggestion]) -> str:
-    """The best layouts with their reasons, and where the given one stands among them."""
-    memory = f"{rehearsal.gpu_memory / 1e9:.0f} GB" if rehearsal.gpu_memory else "its own memory"
-    head = f"{rehearsal.world_size} {rehearsal.gpu} with {memory}, global batch "
-    head += f"{config.training.global_batch_size}, {config.data.seq_length} tokens: "
-    if not found:
-        return head + "no layout fits; more GPUs, or GPUs of more memory, are needed"
-    best = found[0].seconds
-    given = next((s for s in found if s.given), None)
-    shown = _best_of_each(found)[:SHOWN]
-    shown += [given] if given and given not in shown else []
-    rows = [("layout", "micro-batch", "memory", "step", "MFU", "against the best", "because")]
-    for s in shown:
-        memory = f"{s.outlook.memory[s.outlook.worst].total / s.outlook.machine.memory:.0%}"
-        name = shape(s.outlook.layout) + (" (given)" if s.given else "")
-        slower = "best" if s.seconds == best else f"+{s.seconds / best - 1:.0%}"
-        size = str(s.outlook.config.training.micro_batch_size)
-        step, mfu = f"{s.seconds:.2f} s", f"{s.mfu:.0%}"
-        rows.append((name, size, memory, step, mfu, slower, reasons(s.outlook)))
-    lines = [f"{head}{len(found)} layouts fit", table(rows, right=(1, 2, 3, 4)), _verdict(found)]
-    return "\n".join([*lines, f"flags of the best: {_flags(found[0].outlook.config)}"])
-
-
-def _best_of_each(found: list[Suggestion]) -> list[Suggestion]:
-    """The fastest of each tensor and pipeline size: variants of one layout say little more."""
-    best: dict[tuple[int, int], Suggestion] = {}
-    for suggestion in found:
-        layout = suggestion.outlook.layout
-        best.setdefault((layout.tp, layout.pp), suggestion)
-    return list(best.values())
-
-
-def _verdict(found: list[Suggestion]) -> str:
-    """What to say of the configuration's own layout."""
-    given = next((s for s in found if s.given), None)
-    if given is None:
-        return "the given layout does not run or fit"
-    place = found.index(given) + 1
-    return f"the given layout fits, number {place} of {len(found)} by this estimate" + (
-        "" if place > 1 else ": there is no better one"
-    )
-
-
-def reasons(outlook: Outlook) -> str:
-    """Where a layout's time goes besides its operations."""
-    layout, traffic = outlook.layout, outlook.traffic[outlook.worst]
-    parts = [f"bubble {layout.bubble:.1%}"] if layout.pp > 1 else ["no bubble"]
-    if traffic.tensor:
-        parts.append(f"TP sends {traffic.tensor / 1e9:.0f} GB")
-    if layout.dp > 1:
-        parts.append(f"DP sends {(traffic.gradients + traffic.parameters) / 1e9:.0f} GB")
-    if outlook.config.parallel.recompute_granularity == "full":
-        parts.append("recomputes all layers")
-    return ", ".join(parts)
-
-
-def _flags(config: Config) -> str:
-    parallel = config.parallel
-    words = [
-        f"--tensor-model-parallel-size {parallel.tensor_model_parallel_size}",
-        f"--pipeline-model-parallel-size {parallel.pipeline_model_parallel_size}",
-        f"--micro-batch-size {config.training.micro_batch_size}",
-        "--use-distributed-optimizer",
-    ]
-    if parallel.virtual_pipeline_model_parallel_size:
-        chunks = parallel.virtual_pipeline_model_parallel_size
-        words.append(f"--virtual-pipeline-model-parallel-size {chunks}")
-    if parallel.sequence_parallel:
-        words.append("--sequence-parallel")
-    if parallel.recompute_granularity == "full":
-        words.append(
-            "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
-        )
-    return " ".join(words)

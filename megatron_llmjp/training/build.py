@@ -20,13 +20,13 @@ from megatron_llmjp.data.facts import remember
 from megatron_llmjp.data.index_ahead import IndexAhead
 from megatron_llmjp.data.index_cache import ensure_all
 from megatron_llmjp.model.gpt import build_model, choose_kernels
+from megatron_llmjp.numbers import human
 from megatron_llmjp.prepare import Run
 from megatron_llmjp.runtime.device import Device
 from megatron_llmjp.runtime.distributed import is_first_rank
 from megatron_llmjp.runtime.ranks import Ranks
 from megatron_llmjp.training.feed import Labelled
 from megatron_llmjp.training.learning_rate import LearningRates, RunScheduler
-from megatron_llmjp.training.log_line import human
 from megatron_llmjp.training.optimizer import (
     apply_configuration,
     half_precision,
