@@ -8,6 +8,7 @@ and ``metadata.json`` (megatron/core/dist_checkpointing/serialization.py).
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 from collections.abc import Iterator
@@ -222,7 +223,9 @@ class Writer:
     def finish(self, folder: Path, common: dict[str, Any]) -> None:
         """Write what goes beside the chunks: ``.metadata``, ``common.pt`` and ``metadata.json``."""
         (folder / METADATA).write_bytes(self._metadata())
-        torch.save(common, folder / "common.pt")
+        buffer = io.BytesIO()  # torch.save into a file does not say why it failed
+        torch.save(common, buffer)
+        (folder / "common.pt").write_bytes(buffer.getvalue())
         backend = {
             "sharded_backend": "torch_dist",
             "sharded_backend_version": 1,

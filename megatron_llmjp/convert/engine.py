@@ -10,12 +10,13 @@ import fcntl
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 from megatron_llmjp.checkpoint.manifest import sync_folder
@@ -44,7 +45,7 @@ def new_folder(target: Path, nbytes: int) -> Iterator[Path]:
         nbytes: what will be written; refused beforehand when the disk cannot hold it.
 
     Raises:
-        UserError: the target exists, cannot be made, is being written, or does not fit.
+        UserError: the target exists, cannot be written, is being written, or does not fit.
     """
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"{target}: exists already; choose another --output or remove it")
@@ -65,6 +66,10 @@ def new_folder(target: Path, nbytes: int) -> Iterator[Path]:
             target.rmdir()
         partial.rename(target)
         sync_folder(target.parent)
+    except OSError as error:
+        raise UserError(
+            f"{target}: cannot be written: {error.strerror or error}; nothing was left behind"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         os.close(lock)
@@ -121,7 +126,8 @@ def _results(copies: Sequence[Copy], folder: Path, workers: int) -> Iterable[int
             yield copy.run(folder)
         return
     # Spawned, not forked: torch's threads do not survive a fork.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    context = get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _end_with_parent) as pool:
         # Largest first, so that no worker is left with the embedding at the end.
         order = sorted(copies, key=lambda copy: -copy.nbytes)
         futures = [pool.submit(copy.run, folder) for copy in order]
@@ -134,6 +140,18 @@ def _results(copies: Sequence[Copy], folder: Path, workers: int) -> Iterable[int
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Have a worker end when its parent was killed: it would wait for work for ever."""
+    parent = parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class Progress:

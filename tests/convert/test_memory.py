@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -78,3 +80,55 @@ def test_interrupted_conversion_leaves_nothing(tmp_path, model):
     assert start("--to", "native", "--input", model, "--output", tmp_path / "native").wait() == 0
     assert not partial.exists()
     assert not list((tmp_path / "native").rglob("rubbish"))
+
+
+def test_killed_conversion_begins_anew(tmp_path, model):
+    """kill -9 among the copies; the same command then gives the bytes of an undisturbed one."""
+    with (model / "model.safetensors").open("r+b") as file:
+        header = int.from_bytes(file.read(8), "little")
+        file.seek(8 + header)
+        file.write(random.Random(5).randbytes(60_000_000))  # among zeros nothing would be missed
+    words = ("--to", "native", "--input", model, "--workers", 2, "--output")
+    process = start(*words, tmp_path / "killed")
+    partial = tmp_path / ".killed.partial"
+    while not written(partial) and process.poll() is None:
+        time.sleep(0.005)
+    workers = children(process.pid)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "killed").exists()
+    assert partial.exists()
+    assert len(workers) >= 2
+    end = time.monotonic() + 60
+    while any(alive(worker) for worker in workers):
+        assert time.monotonic() < end, "workers outlive the conversion"
+        time.sleep(0.05)
+    assert start(*words, tmp_path / "killed").wait() == 0
+    assert start(*words, tmp_path / "undisturbed").wait() == 0
+    names = [
+        {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+        for root in (tmp_path / "killed", tmp_path / "undisturbed")
+    ]
+    assert names[0] == names[1]
+    for name in names[0]:
+        same = filecmp.cmp(tmp_path / "killed" / name, tmp_path / "undisturbed" / name, False)
+        assert same, name
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "killed", "undisturbed"]
+
+
+def written(folder: Path) -> bool:
+    """Whether a tensor has been copied: files begin as holes."""
+    return any(path.stat().st_blocks * 512 > 5_000_000 for path in folder.glob("*/*.distcp"))
+
+
+def children(pid: int) -> list[int]:
+    """Processes that a process has started."""
+    return [int(x) for x in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that ended and nobody waits for does not."""
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False

@@ -151,6 +151,24 @@ def test_full_disk_is_reported_and_nothing_left(tmp_path, hf):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]
 
 
+def test_a_file_beyond_the_limit_is_reported(tmp_path, hf):
+    """The kernel itself refuses: files may have 100 kB, as under a quota."""
+    program = (
+        "import resource, sys\n"
+        "from megatron_llmjp.convert.cli import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    words = ["--to", "native", "--input", str(hf), "--output", str(tmp_path / "o")]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert f"{tmp_path / 'o'}: cannot be written: File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]
+
+
 def test_mixed_types_in_one_projection_are_errors(tmp_path, hf, convert):
     from safetensors.torch import save_file
 
