@@ -53,6 +53,7 @@ PROGRAMS = {
     "train_tokenizer": "data_tools.train_tokenizer:main",
     "inspect_dataset": "data_tools.inspect_dataset:main",
     "report_run": "data_tools.report_run:main",
+    "run_status": "data_tools.run_status:main",
     "merge_datasets": "data_tools.merge_datasets:main",
     "split_folds": "data_tools.split_folds:main",
     "plan_folds": "data_tools.plan_folds:main",

@@ -1,6 +1,8 @@
-"""Numbers and times as a person reads them at a glance."""
+"""Numbers, times and tables as a person reads them at a glance."""
 
 from __future__ import annotations
+
+from collections.abc import Container, Sequence
 
 
 def human(number: float) -> str:
@@ -36,3 +38,16 @@ def size_of(size: float) -> str:
 def gigabytes(size: float) -> str:
     """Bytes as ``1,011.06 GB`` of 10^9."""
     return f"{size / 1e9:,.2f} GB"
+
+
+def aligned(rows: Sequence[Sequence[str]], right: Container[int]) -> str:
+    """Rows of cells as text; the columns in ``right`` are numbers."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

@@ -232,6 +232,18 @@ def _sign(root: Path, owner: Owner) -> None:
         raise UserError(f"--save {root}: cannot be written to: {error.strerror}") from None
 
 
+def is_alive(root: Path, owner: Owner) -> bool:
+    """Whether the run on record seems to live, for those who only look; nothing is locked.
+
+    On this machine its process tells, on another one the age of its last heartbeat by the clocks
+    of both.
+    """
+    if owner.boot == _boot():
+        return _lives(owner.pid)
+    pulse = _pulse(root)
+    return pulse is not None and time.time() - pulse / 1e9 < PATIENCE_SECONDS
+
+
 def read_owner(root: Path) -> Owner | None:
     """Who is on record as writing to ``root``; None for nobody. Reads only."""
     try:

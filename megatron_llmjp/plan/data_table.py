@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from megatron_llmjp.numbers import human
+from megatron_llmjp.numbers import aligned, human
 from megatron_llmjp.plan.data_plan import DataPlan, DatasetRow, FoldRow
 
 _HEADS = ("", "share", "tokens", "samples", "epochs", "in all", "iterations", "first", "last")
@@ -88,8 +88,4 @@ def _summary(plan: DataPlan) -> str:
 def _aligned(lines: Sequence[Sequence[str]]) -> str:
     columns = max(map(len, lines))
     cells = [[*line, *[""] * (columns - len(line))] for line in lines]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
-        for row in cells
-    )
+    return aligned(cells, right=range(1, columns))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_llmjp.config.schema import Config
-from megatron_llmjp.numbers import gigabytes, human, size_of
+from megatron_llmjp.numbers import aligned, gigabytes, human, size_of
 from megatron_llmjp.plan.checkpoints import checkpoint_bytes, count_checkpoints
 from megatron_llmjp.plan.communication import Communication
 from megatron_llmjp.plan.flops import step_flops, tflops_per_device
@@ -83,7 +83,7 @@ def picture(layout: Layout, per_node: int, parameters: Sequence[int]) -> str:
     notes += ["E: embedding, L: output layer and loss"]
     if together > per_node:
         notes += ["a tensor-parallel group spans nodes: its traffic goes over the network"]
-    return "\n".join([table(rows, right=(2,)), *notes])
+    return "\n".join([aligned(rows, right=(2,)), *notes])
 
 
 def _ranks(layout: Layout, stage: int) -> tuple[int, int]:
@@ -119,7 +119,7 @@ def _memory(outlook: Outlook) -> str:
     rows.append(("  together", *(gigabytes(outlook.memory[s].total) for s in stages)))
     most, capacity = outlook.memory[outlook.worst].total, outlook.machine.memory
     return (
-        f"{table(rows, right=range(1, len(stages) + 1))}\n"
+        f"{aligned(rows, right=range(1, len(stages) + 1))}\n"
         f"{'fits' if outlook.fits else 'DOES NOT FIT'}: {most / 1e9:.1f} GB and "
         f"{RESERVE / 1e9:.1f} GB for CUDA and NCCL are {(most + RESERVE) / capacity:.0%} of "
         f"{capacity / 1e9:.0f} GB"
@@ -140,7 +140,7 @@ def _traffic(outlook: Outlook) -> str:
             rows.append((f"  {kind} ({where})", *map(gigabytes, sent)))
     if len(rows) == 1:
         return "nothing is sent: there is one GPU"
-    return table(rows, right=range(1, len(stages) + 1))
+    return aligned(rows, right=range(1, len(stages) + 1))
 
 
 def _time(outlook: Outlook, mfu: float, name: str | None) -> str:
@@ -163,7 +163,7 @@ def _time(outlook: Outlook, mfu: float, name: str | None) -> str:
     ]
     if name in ANCHORS:
         rows.append(("published", _published(ANCHORS[name], config)))
-    return table(rows, right=())
+    return aligned(rows, right=())
 
 
 def _length(outlook: Outlook) -> str:
@@ -206,16 +206,3 @@ def _published(anchor: Anchor, config: Config) -> str:
 
 def _range(first: int, last: int) -> str:
     return str(first) if first == last else f"{first}-{last}"
-
-
-def table(rows: Sequence[Sequence[str]], right: Sequence[int]) -> str:
-    """Rows as aligned text; the columns in ``right`` are numbers."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.rjust(width) if i in right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)

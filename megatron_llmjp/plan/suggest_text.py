@@ -6,8 +6,9 @@ from dataclasses import fields
 
 from megatron_llmjp.config.rehearsal import Rehearsal
 from megatron_llmjp.config.schema import Config
+from megatron_llmjp.numbers import aligned
 from megatron_llmjp.plan.outlook import RESERVE
-from megatron_llmjp.plan.outlook_text import shape, table
+from megatron_llmjp.plan.outlook_text import shape
 from megatron_llmjp.plan.suggest import Suggestion, Times
 
 SHOWN = 6
@@ -41,7 +42,7 @@ def show_suggestions(config: Config, rehearsal: Rehearsal, found: list[Suggestio
     return "\n".join(
         [
             f"{head}{len(found)} layouts fit; the fastest of each TP and PP, by estimated seconds",
-            table(rows, right=(1, *range(3, len(columns)))),
+            aligned(rows, right=(1, *range(3, len(columns)))),
             _verdict(found, given),
             f"flags of the first: {flags(found[0].outlook.config)}",
         ]

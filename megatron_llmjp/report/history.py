@@ -130,13 +130,21 @@ def read_history(folder: Path) -> History:
 
 def _parse(lines: Iterable[str], history: History) -> Iterable[Record]:
     for line in lines:
-        try:
-            record = json.loads(line)
-            int(record["iteration"])
-        except (ValueError, KeyError, TypeError):
+        record = parse_record(line)
+        if record is None:
             history.damaged_lines += 1
         else:
             yield record
+
+
+def parse_record(line: str) -> Record | None:
+    """One line of the file; None if it is damaged, as the last one of a killed run may be."""
+    try:
+        record = json.loads(line)
+        int(record["iteration"])
+    except (ValueError, KeyError, TypeError):
+        return None
+    return dict(record)
 
 
 def _take(record: Record, history: History) -> None:

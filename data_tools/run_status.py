@@ -1,0 +1,78 @@
+"""Tell how runs are, from what they have written so far."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from data_tools.cli import Parser, run
+from megatron_llmjp.errors import EXIT_DONE, UserError
+from megatron_llmjp.report.status import Status, read_status
+from megatron_llmjp.report.status_text import show_many, show_one
+
+EXAMPLES = """\
+  A run, going on or ended: iteration, fold, loss, speed, what remains, checkpoints, last error:
+    run_status SAVE
+
+  All runs of a project, a line for each:
+    run_status /data/runs/*/
+
+  For another program, a list with an object for each folder:
+    run_status SAVE --json
+
+States: running; still (it lives, but logs nothing); starting; finished; stopped; requeued (its job
+waits in Slurm's queue); dead (killed, or its machine is gone)."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code."""
+    parser = Parser(
+        "run_status", "Tell how runs are. They are only read, and not disturbed.", EXAMPLES
+    )
+    add = parser.add_argument
+    add("folders", nargs="+", type=Path, metavar="SAVE", help="a run's --save folder")
+    add("--json", action="store_true", help="everything as JSON")
+    args = parser.parse(argv)
+    return run("run_status", lambda: tell(args.folders, args.json))
+
+
+def tell(folders: Sequence[Path], as_json: bool) -> int:
+    """Print the status of each folder that is a run's.
+
+    Raises:
+        UserError: some are not; the others are printed.
+    """
+    found: list[Status] = []
+    wrong = []
+    for folder in folders:
+        try:
+            found.append(read_status(folder))
+        except UserError as error:
+            wrong.append(str(error))
+    if as_json:
+        print(json.dumps([_plain(asdict(s)) for s in found], indent=1, ensure_ascii=False))
+    elif len(folders) > 1 and found:
+        print(show_many(found))
+    elif found:
+        print(show_one(found[0]))
+    if wrong:
+        raise UserError("\n".join(wrong))
+    return EXIT_DONE
+
+
+def _plain(value: Any) -> Any:
+    """Without numbers that JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

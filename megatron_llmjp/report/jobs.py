@@ -1,0 +1,99 @@
+"""What the jobs of a run left in its save folder: ends, errors, hangs. Everything is only read."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+REQUEUES = "requeues.jsonl"
+"""One line for each end of a Slurm job (``slurm/requeue.py``)."""
+HANG_REPORT = "hang/report.txt"
+"""What the watchdog found when it ended a run that hung (``training/watchdog.py``)."""
+TAIL_BYTES = 1 << 16
+"""An error is one of the last things in a log."""
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Something that went wrong."""
+
+    what: str
+    where: str
+    """The file that tells more, relative to the save folder."""
+    seconds_ago: float
+
+
+def read_ends(folder: Path) -> list[dict[str, Any]]:
+    """Every end of a job, oldest first; a line that is half written is left out."""
+    return [record for line in _lines(folder / REQUEUES) if (record := _parse(line)) is not None]
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def last_error(folder: Path) -> Trouble | None:
+    """The first error of the newest job that had one; those of other ranks are consequences."""
+    jobs = [job for job in folder.glob("logs/job*") if job.is_dir()]
+    for job in sorted(jobs, key=_changed, reverse=True):
+        for log in sorted(job.glob("rank_*.log"), key=_changed):
+            what = first_error(tail(log, TAIL_BYTES))
+            if what is not None:
+                return Trouble(what, str(log.relative_to(folder)), time.time() - _changed(log))
+    return None
+
+
+def first_error(lines: list[str]) -> str | None:
+    """The first line that begins with ``error:``, with the cause at the end of its traceback."""
+    for number, line in enumerate(lines):
+        if not line.startswith("error:"):
+            continue
+        rest = lines[number + 1 :]
+        if not rest or not rest[0].startswith("Traceback"):
+            return line.removeprefix("error:").strip()
+        cause = next((text for text in rest[1:] if text and not text.startswith(" ")), "")
+        return f"{line.removeprefix('error:').strip()} {cause}"
+    return None
+
+
+def last_hang(folder: Path) -> Trouble | None:
+    """What the watchdog said of the last hang, and whom to look at first."""
+    report = folder / HANG_REPORT
+    lines = _lines(report)
+    if not lines:
+        return None
+    what = "; ".join(line.removeprefix("error:").strip() for line in lines[:2])
+    return Trouble(what, HANG_REPORT, time.time() - _changed(report))
+
+
+def tail(path: Path, size: int) -> list[str]:
+    """Whole lines at the end of a file; the last one also where it is still being written."""
+    try:
+        with path.open("rb") as stream:
+            end = stream.seek(0, 2)
+            stream.seek(max(0, end - size))
+            text = stream.read(size).decode(errors="replace")
+    except OSError:
+        return []
+    return text.splitlines()[1 if end > size else 0 :]
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def _changed(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # gone meanwhile
+        return 0.0

@@ -1,0 +1,221 @@
+"""How a run is: far, fast, alive, in trouble. Read from its save folder, of which nothing changes.
+
+Only the end of the metrics is read, so that a run of a million iterations is told at once.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_llmjp.checkpoint import lock, manifest
+from megatron_llmjp.config.load import load_resolved
+from megatron_llmjp.data.batch_sizes import BatchSizes
+from megatron_llmjp.errors import UserError
+from megatron_llmjp.report.history import LOSS, METRICS, VALIDATION, Record, parse_record
+from megatron_llmjp.report.jobs import Trouble, last_error, last_hang, read_ends, tail
+
+TAIL_BYTES = 1 << 20
+"""Some hundred records."""
+PATIENCE_SECONDS = 120.0
+LATE = 10
+"""A living run that logs nothing for so many intervals, and for that long, stands still."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The checkpoints of a run."""
+
+    iterations: list[int]
+    bytes: int
+    """Of the newest."""
+    seconds_ago: float
+
+
+@dataclass(frozen=True)
+class Status:
+    """A run as its save folder tells it; None for what is not known."""
+
+    folder: str
+    state: str
+    """running, still, starting, finished, stopped, requeued or dead."""
+    why: str
+    iteration: int = 0
+    train_iters: int | None = None
+    fold: str | None = None
+    fold_number: int | None = None
+    folds: int | None = None
+    fold_progress: float | None = None
+    consumed_tokens: int | None = None
+    loss: float | None = None
+    validation: dict[str, float] = field(default_factory=dict)
+    tokens_per_second: float | None = None
+    tflops_per_gpu: float | None = None
+    mfu: float | None = None
+    seconds_per_iteration: float | None = None
+    seconds_remaining: float | None = None
+    seconds_since_log: float | None = None
+    saved: Saved | None = None
+    ends: list[dict[str, Any]] = field(default_factory=list)
+    """Ends of its Slurm jobs, oldest first."""
+    error: Trouble | None = None
+    hang: Trouble | None = None
+    event: str | None = None
+    """The last exceptional one near the end, such as a bad step."""
+
+
+def read_status(folder: Path) -> Status:
+    """Look at a run.
+
+    Raises:
+        UserError: the folder is not one that a run saves to.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder")
+    saved, owner = _saved(folder), lock.read_owner(folder)
+    ends, hang, error = read_ends(folder), last_hang(folder), last_error(folder)
+    metrics = folder / METRICS
+    if not (metrics.exists() or saved or owner or ends or error):
+        raise UserError(
+            f"{folder}: not the save folder of a run: it holds no {METRICS}, no checkpoint and no "
+            "run in progress; give the folder that the run got as --save"
+        )
+    parsed = (parse_record(line) for line in tail(metrics, TAIL_BYTES))
+    records = [record for record in parsed if record is not None]
+    steps = [record for record in records if LOSS in record]
+    last = steps[-1] if steps else {}
+    age = time.time() - metrics.stat().st_mtime if metrics.exists() else None
+    total = _train_iters(folder, last, saved)
+    begun = _begun(records)
+    state, why = _state(folder, owner, [] if begun is not None else steps, total, age, ends)
+    return Status(
+        folder=str(folder),
+        state=state,
+        why=why,
+        iteration=begun if begun is not None else int(last.get("iteration", 0)),
+        train_iters=total,
+        fold=last.get("fold"),
+        fold_number=_whole(last.get("fold number")),
+        folds=_folds(folder, saved),
+        fold_progress=last.get("fold progress"),
+        consumed_tokens=_whole(last.get("consumed tokens")),
+        loss=last.get(LOSS),
+        validation=_validation(records),
+        tokens_per_second=last.get("tokens per second"),
+        tflops_per_gpu=last.get("TFLOP/s per GPU"),
+        mfu=last.get("MFU"),
+        seconds_per_iteration=last.get("seconds per iteration"),
+        seconds_remaining=last.get("seconds remaining"),
+        seconds_since_log=age,
+        saved=saved,
+        ends=ends,
+        error=error,
+        hang=hang,
+        event=_event(records),
+    )
+
+
+def _begun(records: list[Record]) -> int | None:
+    """The iteration that a process went on from, where it has not logged a step yet."""
+    for record in reversed(records):
+        if LOSS in record:
+            return None
+        if record.get("event") == "start":
+            return int(record["iteration"])
+    return None
+
+
+def _whole(number: float | None) -> int | None:
+    return None if number is None else int(number)
+
+
+def _saved(folder: Path) -> Saved | None:
+    iterations = manifest.complete_iterations(folder)
+    if not iterations:
+        return None
+    newest = folder / manifest.folder_name(iterations[-1])
+    try:
+        size = sum(entry.bytes for entry in manifest.read(newest).files.values())
+        age = time.time() - (newest / manifest.MANIFEST).stat().st_mtime
+    except (UserError, OSError):  # damaged, or removed meanwhile
+        return Saved(iterations, 0, math.nan)
+    return Saved(iterations, size, age)
+
+
+def _train_iters(folder: Path, last: Record, saved: Saved | None) -> int | None:
+    """The run's length, from what remains; with a growing batch the configuration tells more."""
+    remaining, each = last.get("seconds remaining"), last.get("seconds per iteration")
+    if remaining is None or not each:
+        return None
+    left = remaining / each
+    try:
+        assert saved is not None
+        newest = folder / manifest.folder_name(saved.iterations[-1])
+        config = load_resolved(newest / manifest.CONFIG)
+    except (AssertionError, UserError, OSError):
+        return int(last["iteration"]) + round(left)
+    samples = last["consumed samples"] + round(left * last["global batch size"])
+    return BatchSizes(config).iterations(samples)[0]
+
+
+def _folds(folder: Path, saved: Saved | None) -> int | None:
+    """How many folds the run has, by the copy of its fold file."""
+    if saved is None:
+        return None
+    copy = folder / manifest.folder_name(saved.iterations[-1]) / manifest.FOLDS
+    try:
+        return len(yaml.safe_load(copy.read_text(encoding="utf-8"))["folds"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return None
+
+
+def _state(
+    folder: Path,
+    owner: lock.Owner | None,
+    steps: list[Record],
+    total: int | None,
+    age: float | None,
+    ends: list[dict[str, Any]],
+) -> tuple[str, str]:
+    """One word for the run, and what it is said for."""
+    if owner is not None:
+        if not lock.is_alive(folder, owner):
+            return "dead", f"{owner} ended without a word, or its machine did"
+        if not steps or age is None:
+            return "starting", str(owner)
+        if age > max(PATIENCE_SECONDS, LATE * _interval(steps)):
+            return "still", f"{owner} lives, but logs nothing"
+        return "running", str(owner)
+    if steps and total is not None and int(steps[-1]["iteration"]) >= total:
+        return "finished", "all iterations are done"
+    if ends and ends[-1].get("requeued"):
+        return "requeued", f"waits in Slurm's queue: {ends[-1].get('why')}"
+    return "stopped", str(ends[-1].get("why")) if ends else "it gave its folder back"
+
+
+def _interval(steps: list[Record]) -> float:
+    """Seconds between the last two lines of the log."""
+    between = int(steps[-1]["iteration"]) - int(steps[-2]["iteration"]) if len(steps) > 1 else 1
+    return max(1, between) * float(steps[-1].get("seconds per iteration", 0.0))
+
+
+def _validation(records: list[Record]) -> dict[str, float]:
+    """The last loss of each set that the end of the log knows."""
+    return {
+        key.removeprefix(VALIDATION): float(value)
+        for record in records
+        for key, value in record.items()
+        if key.startswith(VALIDATION) and isinstance(value, int | float)
+    }
+
+
+def _event(records: list[Record]) -> str | None:
+    for record in reversed(records):
+        if record.get("event") not in (None, "start", "fold"):
+            return f"{record['event']} at iteration {record['iteration']}: {record.get('why', '')}"
+    return None
