@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any, Protocol
 from megatron_llmjp.config.load import dump
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.errors import UserError
+from megatron_llmjp.runtime.patient_file import PatientFile
 
 METRICS = "metrics.jsonl"
 WANDB_RUN = "wandb_run_id.txt"
@@ -73,18 +75,26 @@ class JsonLines:
     """One JSON object a line; all records, events too."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
+        self._file = PatientFile(path)
+        if not _ends_a_line(path):  # the run before was killed, or out of disk
+            self._file.write(b"\n")
 
     def write(self, record: Record) -> None:
         """Add a line at once: a run may end at any time."""
         place = {"iteration": record.iteration, "consumed samples": record.consumed_samples}
         entry = {**place, **record.values, **record.words}
-        self._file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-        self._file.flush()
+        self._file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _ends_a_line(path: Path) -> bool:
+    with path.open("rb") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(max(0, size - 1))
+        return stream.read(1) in (b"", b"\n")
 
 
 class Tensorboard:
@@ -117,12 +127,10 @@ class Tensorboard:
 
     def _open(self, start: Record) -> None:
         """With the first numbers: the import is slow and start-up should not be."""
-        from torch.utils.tensorboard import SummaryWriter
+        from megatron_llmjp.training.events import EventFile
 
-        folder, after = self._folder, start.iteration + 1
-        self._by_iteration = SummaryWriter(str(folder), purge_step=after)
-        after = start.consumed_tokens + 1
-        self._by_tokens = SummaryWriter(str(folder / "vs_tokens"), purge_step=after)
+        self._by_iteration = EventFile(self._folder, start.iteration + 1)
+        self._by_tokens = EventFile(self._folder / "vs_tokens", start.consumed_tokens + 1)
         self._by_iteration.add_text("config", f"```yaml\n{dump(self._config)}```", start.iteration)
 
 

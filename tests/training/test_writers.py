@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import sys
 import types
 
@@ -138,3 +139,29 @@ def test_human_numbers():
         "12", "1.23K", "1.23M", "27.60B", "2.10T",
     ]  # fmt: skip
     assert duration(59.6) == "00:01:00" and duration(90061) == "1d 01:01:01"
+
+
+def test_a_disk_that_is_full_for_a_while(tmp_path, capfd):
+    """Nothing ends, nothing is lost, and half a line is not mended into a wrong one."""
+    save = tmp_path / "run"
+    save.mkdir()
+    (save / "metrics.jsonl").write_text('{"iteration": 1, "lm lo')  # the run before was killed
+    writers = Writers(config("--save", save))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        for iteration in range(1, 21):
+            full = iteration in range(3, 15)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (400 if full else limits[0], limits[1]))
+            writers.write(record(iteration, **{"lm loss": 5.0 - iteration}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    writers.close()
+    broken, *lines = (save / "metrics.jsonl").read_text().splitlines()
+    assert broken == '{"iteration": 1, "lm lo'
+    assert [json.loads(line)["iteration"] for line in lines] == list(range(1, 21))
+    assert "waits for room on its disk: File too large" in capfd.readouterr().err
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(save / "tensorboard")).Reload().Scalars("lm loss")
+    assert {e.step: e.value for e in events} == {i: 5.0 - i for i in range(1, 21)}
