@@ -26,6 +26,7 @@ from megatron_llmjp.errors import (
     EXIT_INTERRUPTED,
     EXIT_REQUEUE,
     EXIT_USER_ERROR,
+    DataError,
     RunError,
     UserError,
 )
@@ -34,9 +35,10 @@ from megatron_llmjp.plan_data import print_plan
 from megatron_llmjp.prepare import Run, prepare
 from megatron_llmjp.report.at_end import draw_at_end
 from megatron_llmjp.runtime.launch import launch
+from megatron_llmjp.runtime.patient_file import keep_standard_streams
 from megatron_llmjp.runtime.ranks import LOCAL_LAUNCHER, Ranks, alone, find_ranks
 
-CONSEQUENCE_SECONDS = 5.0
+CONSEQUENCE_SECONDS = 8.0
 """A rank that fails because its peers are gone waits this long, so that the cause is told first."""
 
 
@@ -53,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
         config, processes, notes = parse(argv, layers)
         rehearsal = asked_for(argv)
         if rehearsal is not None:
-            return on_paper(config, rehearsal, argv)
+            return on_paper(config, rehearsal, argv, notes)
         if PLAN_DATA in argv:
             if ranks is None or ranks.is_first:
                 print_notes(notes)
@@ -97,6 +99,7 @@ def _start_ranks(config: Config, argv: Sequence[str], processes: int) -> int:
 
 def _be_rank(run: Run, ranks: Ranks) -> int:
     _end_with_the_rest(ranks)
+    keep_standard_streams()
     if ranks.is_first:
         _warn(run)
     warnings.simplefilter("ignore")  # deprecations inside libraries are not the user's to mend
@@ -113,6 +116,9 @@ def _be_rank(run: Run, ranks: Ranks) -> int:
     except UserError as error:
         if ranks.is_first:
             print(f"error: {error}", file=sys.stderr, flush=True)
+        return _leave(EXIT_USER_ERROR)
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
         return _leave(EXIT_USER_ERROR)
     except RunError as error:
         if ranks.is_first:

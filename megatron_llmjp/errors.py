@@ -24,6 +24,17 @@ class RunError(RuntimeError):
     """A run cannot go on. All ranks know it; the first one tells, and the exit code is 1."""
 
 
+class DataError(Exception):
+    """What is wrong with a dataset that only the rank knows which read it.
+
+    That rank tells, and the exit code is 2, as with :class:`UserError`. torch's data workers pass
+    an exception on with its traceback for a message, of which the last line is kept.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rpartition("DataError: ")[2].strip())
+
+
 def suggest(name: str, possible: Iterable[str]) -> str:
     """Return ``; did you mean 'x'?`` for the possible name nearest to ``name``, or nothing."""
     near = difflib.get_close_matches(name, list(possible), n=1, cutoff=0.6)

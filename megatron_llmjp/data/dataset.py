@@ -18,6 +18,7 @@ from megatron_llmjp.data.fold_order import FoldOrder
 from megatron_llmjp.data.folds import FoldPlan, HeldOut, MegatronBlend, Schedule, Slice, epoch_seed
 from megatron_llmjp.data.index_cache import CachedIndex
 from megatron_llmjp.data.megatron_order import megatron_index
+from megatron_llmjp.data.vocabulary import vetted
 from megatron_llmjp.runtime.device import without_warnings
 
 with without_warnings():
@@ -30,7 +31,8 @@ class FoldDataset(Dataset[Sample]):
     """``data[k]``: trained sample number k, whichever fold it is in.
 
     A sample holds ``tokens``, ``labels``, ``loss_mask`` and ``position_ids``, each ``[s]``, and
-    ``attention_mask`` ``[1, s, s]`` where attention is reset at document ends.
+    ``attention_mask`` ``[1, s, s]`` where attention is reset at document ends. A token id beyond
+    the vocabulary raises DataError.
     """
 
     def __init__(self, schedule: Schedule, epochs: Epochs) -> None:
@@ -48,12 +50,13 @@ class FoldDataset(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         fold, inside = self._place(index)
         if fold.megatron is not None:
-            found: Sample = self._megatron(fold.megatron)[inside]
-            return found
+            samples = self._megatron(fold.megatron)
+            _, data, sample = samples.source(inside)
+            return vetted(samples[inside], data, sample, self._epochs.vocab_size)
         piece, number = self._source(fold, inside)
         epoch, sample = divmod(number, piece.samples_per_epoch)
-        item: Sample = self._open_epoch(piece.key, piece.path, epoch)[sample]
-        return item
+        data = self._open_epoch(piece.key, piece.path, epoch)
+        return vetted(data[sample], data, sample, self._epochs.vocab_size)
 
     def locate(self, index: int) -> tuple[Slice, int]:
         """The dataset of trained sample ``index`` and its number in the dataset's stream.
@@ -113,8 +116,11 @@ class ValidationDataset(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         samples = self._opened()
-        item: Sample = samples[index % len(samples)]
-        return item
+        number = index % len(samples)
+        data, sample = samples, number
+        if isinstance(self._held_out, MegatronBlend):
+            _, data, sample = samples.source(number)
+        return vetted(samples[number], data, sample, self._epochs.vocab_size)
 
     def _opened(self) -> Any:
         if self._samples is None:

@@ -91,7 +91,11 @@ class EpochIndex:
 class Epochs:
     """Opens epochs of datasets, whose indices are cached on disk under their contents."""
 
-    def __init__(self, data: DataConfig, tokenizer: Any, cache: Path) -> None:
+    def __init__(
+        self, data: DataConfig, tokenizer: Any, cache: Path, vocab_size: int | None = None
+    ) -> None:
+        """Open with the run's settings; ids from ``vocab_size`` on are refused if it is given."""
+        self.vocab_size = vocab_size
         self.sequence_length = data.seq_length
         self.flags = {
             "reset_position_ids": data.reset_position_ids,

@@ -89,6 +89,8 @@ def micro_batches(
                 dataset,
                 batch_sampler=sampler,
                 num_workers=config.data.num_workers,
+                # Python 3.14's own choice would pickle all that is open in a dataset.
+                multiprocessing_context="fork" if config.data.num_workers else None,
                 collate_fn=default_collate,
                 # Else it draws a seed from the generator of dropout, which on a CPU is torch's
                 # own, and the ranks of a tensor-parallel group no longer drop the same units.

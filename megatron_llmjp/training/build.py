@@ -61,7 +61,7 @@ def open_data(run: Run, ranks: Ranks) -> RunData:
 
     Before process groups exist: an index may take longer than a collective waits.
     """
-    epochs = Epochs(run.config.data, run.tokenizer, run.cache)
+    epochs = _epochs(run)
     data = FoldDataset(run.schedule, epochs)
     validation = _validation(run, epochs)
     indices = IndexAhead(
@@ -79,10 +79,15 @@ def open_data(run: Run, ranks: Ranks) -> RunData:
 
 def open_validation(run: Run, ranks: Ranks) -> dict[str, ValidationDataset]:
     """The validation sets alone, with their indices made."""
-    validation = _validation(run, Epochs(run.config.data, run.tokenizer, run.cache))
+    validation = _validation(run, _epochs(run))
     indices = [dataset.index for dataset in validation.values()]
     ensure_all(indices, thorough=ranks.local_rank == 0)
     return validation
+
+
+def _epochs(run: Run) -> Epochs:
+    vocab_size = max(run.tokenizer.vocab_size, run.config.model.vocab_size or 0)
+    return Epochs(run.config.data, run.tokenizer, run.cache, vocab_size)
 
 
 def _validation(run: Run, epochs: Epochs) -> dict[str, ValidationDataset]:
