@@ -1,0 +1,12 @@
+"""One stage for all tests of this folder."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.faults.stage import Stage
+
+
+@pytest.fixture(scope="session")
+def stage(tmp_path_factory) -> Stage:
+    return Stage(tmp_path_factory.mktemp("stage"))

@@ -1,0 +1,197 @@
+"""Faults that strike inside a process of the program, before it begins to run.
+
+``tests.faults.forks`` calls one of these functions by its name in every rank.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+KINDS = ("fsync", "replace", "rename", "mkdir", "rmdir", "unlink")
+"""System calls by which checkpoints come and go."""
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def strike(what: str, iteration: int, action: Callable[[Any], None]) -> None:
+    """Act when the trainer begins something, such as "a step", at an iteration."""
+    from megatron_llmjp.training.trainer import Trainer
+
+    begin = Trainer._begin
+
+    def struck(self: Any, phase: str) -> None:
+        begin(self, phase)
+        if phase == what and self.iteration == iteration:
+            action(self)
+
+    Trainer._begin = struck  # type: ignore[method-assign]
+
+
+def die_at_call(number: int) -> None:
+    """The first rank is killed just before such a system call of its, counted from its start."""
+    count = [0]
+
+    def counting(call: Any) -> Any:
+        def struck(*arguments: Any, **named: Any) -> Any:
+            count[0] += 1
+            if count[0] == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*arguments, **named)
+
+        return struck
+
+    if rank() == 0:
+        for kind in KINDS:
+            setattr(os, kind, counting(getattr(os, kind)))
+
+
+def signal_at(number: int, what: str, iteration: int, which: int = 0) -> None:
+    """One rank gets a signal when the trainer begins something."""
+    if rank() == which:
+        strike(what, iteration, lambda _: os.kill(os.getpid(), number))
+
+
+def signal_in(number: int, name: str) -> None:
+    """Every rank gets a signal when it calls a function of the package."""
+    module, _, function = name.rpartition(".")
+    place = importlib.import_module(f"megatron_llmjp.{module}")
+    called = getattr(place, function)
+
+    def struck(*arguments: Any) -> Any:
+        os.kill(os.getpid(), number)
+        return called(*arguments)
+
+    setattr(place, function, struck)
+
+
+def raise_at(iteration: int, which: int) -> None:
+    """A rank comes upon an error."""
+
+    def raised(_: Any) -> None:
+        raise ZeroDivisionError("a cosmic ray")
+
+    if rank() == which:
+        strike("a step", iteration, raised)
+
+
+def stop_at(iteration: int, which: int, grace: float) -> None:
+    """A rank is stopped, as by a debugger or a machine that swaps; others wait less for it."""
+    from megatron_llmjp.training import watchdog
+
+    watchdog.GRACE_SECONDS = grace
+    if rank() == which:
+        strike("a step", iteration, lambda _: os.kill(os.getpid(), signal.SIGSTOP))
+
+
+def obstructed_save(kind: str, iteration: int, place: str = "") -> None:
+    """From the save of an iteration to the next one something is in the way of writing."""
+    begin, end = OBSTACLES[kind](place)
+    strike("a save", iteration, lambda _: begin())
+    strike("a save", iteration + 1, lambda _: end())
+
+
+def clock_jumps(seconds: float) -> None:
+    """The clock is set, forth and back, every few iterations; monotonic clocks go on."""
+    true, jumped = time.time, [0.0]
+    time.time = lambda: true() + jumped[0]  # type: ignore[assignment]
+    for iteration in range(1, 100, 2):
+        strike("a step", iteration, lambda _: jumped.append(jumped.pop() + seconds))
+        strike("a step", iteration + 1, lambda _: jumped.append(jumped.pop() - 2 * seconds))
+
+
+def nan_at(where: str, iteration: int, which: int) -> None:
+    """A number of one rank is NaN: of its data, its weights or its gradients."""
+    if rank() != which:
+        return
+    if where == "weight":
+        strike("a step", iteration, lambda trainer: _first(trainer).data.view(-1)[:1].fill_(_NAN))
+        return
+    from megatron_llmjp.data import loader
+    from megatron_llmjp.training import step
+
+    hit: list[Any] = []
+    strike("a step", iteration, hit.append)
+    share, update = loader._share, step._update
+
+    def shared(*arguments: Any) -> Any:
+        batch = share(*arguments)
+        if hit and where == "data":
+            hit.clear()
+            batch["loss_mask"].view(-1)[0] = _NAN
+        return batch
+
+    def updated(*arguments: Any) -> Any:
+        if hit and where == "gradient":
+            _first(hit.pop()).main_grad.view(-1)[0] = _NAN
+        return update(*arguments)
+
+    loader._share, step._update = shared, updated
+
+
+_NAN = float("nan")
+
+
+def _first(trainer: Any) -> Any:
+    return next(trainer.model.chunks[0].parameters())
+
+
+def _file_size(_: str) -> tuple[Callable[[], None], Callable[[], None]]:
+    """``ulimit -f``: no file may grow beyond 2,000 bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    return (
+        lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard)),
+        lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard)),
+    )
+
+
+def _nobody(_: str) -> tuple[Callable[[], None], Callable[[], None]]:
+    """The folder is read-only to whoever runs: root becomes nobody."""
+    return lambda: os.seteuid(65534), lambda: os.seteuid(0)
+
+
+def _full(place: str) -> tuple[Callable[[], None], Callable[[], None]]:
+    """The disk is full, but for a few bytes."""
+    ballast = Path(place) / f"ballast-{rank()}"
+
+    def fill() -> None:
+        with ballast.open("wb", buffering=0) as stream:
+            try:
+                while True:
+                    stream.write(bytes(4096))
+            except OSError as error:
+                assert error.errno == errno.ENOSPC
+
+    return fill, ballast.unlink
+
+
+def _quota(_: str) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Writing a checkpoint's tensors is refused by the user's quota."""
+    from megatron_llmjp.checkpoint.writer import _SummedStream
+
+    write = _SummedStream.write
+
+    def refused(self: Any, data: Any) -> int:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    return (
+        lambda: setattr(_SummedStream, "write", refused),
+        lambda: setattr(_SummedStream, "write", write),
+    )
+
+
+OBSTACLES: dict[str, Callable[[str], tuple[Callable[[], None], Callable[[], None]]]] = {
+    "file size": _file_size,
+    "read-only": _nobody,
+    "disk full": _full,
+    "quota": _quota,
+}

@@ -1,0 +1,83 @@
+"""Ranks that fail, are stopped or meet another run: named, ended, and nothing is lost."""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+
+import pytest
+
+from megatron_llmjp.errors import EXIT_FAILURE, EXIT_USER_ERROR
+
+AT_ONCE = 30.0
+"""Seconds in which all ranks are gone."""
+
+
+@pytest.mark.fault("error on one rank")
+def test_the_cause_is_told_first(stage):
+    save = stage.folder("raised")
+    with stage.started("dp2", save, fault=("raise_at", 5, 1)) as start:
+        start.until(lambda: "ZeroDivisionError" in start.err)
+        began = time.monotonic()
+        assert start.wait(AT_ONCE) == EXIT_FAILURE
+        assert time.monotonic() - began < AT_ONCE
+        first = next(line for line in start.err.splitlines() if line.startswith("error:"))
+        assert first == "error: rank 1 of 2:"
+        assert start.err.count("Traceback") == 1
+    stage.resume_and_prove("dp2", save)
+
+
+@pytest.mark.fault("one rank stopped (SIGSTOP)")
+def test_a_rank_that_is_stopped_is_named(stage):
+    save = stage.folder("stopped")
+    limit = ("--hang-timeout-minutes", 0.1)
+    code, _, errors = stage.run("tp2-async", save, *limit, fault=("stop_at", 5, 1, 2.0))
+    assert code == EXIT_FAILURE
+    assert "error: no progress for 0.1 minutes at iteration 5" in errors
+    assert "rank 1: no answer" in errors
+    assert re.search(r"rank 0 on .*: iteration 5, a step; waits for other ranks", errors)
+    assert "train_step" in (save / "hang" / "stacks-rank00000.txt").read_text()
+    assert "rank 1: no answer" in (save / "hang" / "report.txt").read_text()
+    stage.resume_and_prove("tp2-async", save)
+
+
+@pytest.mark.fault("two runs on one save folder")
+@pytest.mark.parametrize("layout", ["alone", "dp2"])
+def test_a_second_run_refuses_and_the_first_goes_on(stage, layout):
+    save = stage.folder("shared")
+    reference = stage.reference(layout)
+    with stage.started(layout, save) as first:
+        first.until(lambda: (save / ".run.json").exists())
+        code, _, errors = stage.run("alone", save)
+        assert code == EXIT_USER_ERROR
+        assert "in use by another run" in errors and "Traceback" not in errors
+        assert first.wait() == 0, first.err
+    stage.prove(layout, save)
+    assert reference.is_dir()
+
+
+@pytest.mark.fault("NaN on one rank")
+@pytest.mark.parametrize(
+    ("layout", "where", "which"),
+    [
+        ("alone", "data", 0),
+        ("dp2", "data", 1),
+        ("alone", "weight", 0),
+        ("tp2-async", "weight", 1),
+        ("dp2", "gradient", 1),
+        ("tp2-async", "gradient", 0),
+    ],
+)
+def test_a_nan_ends_the_run_before_it_is_saved(stage, layout, where, which):
+    """Hardware that computes wrongly once: with ``--max-bad-steps 1`` a restart mends it."""
+    save = stage.folder("nan")
+    fault = ("nan_at", where, random.Random(where + layout).randint(4, 8), which)
+    code, output, errors = stage.run(layout, save, "--max-bad-steps", 1, fault=fault)
+    assert code == EXIT_FAILURE
+    iteration = fault[2] + 1
+    assert f"warning: iteration {iteration}, fold " in output + errors
+    assert "a NaN or Inf in the gradients" in output + errors
+    assert f"error: iteration {iteration} was the last of too many bad steps" in errors
+    assert "Traceback" not in errors
+    stage.resume_and_prove(layout, save)

@@ -1,0 +1,74 @@
+"""Saves that fail: told with their cause, training goes on, and the next one works."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_llmjp.checkpoint import manifest as manifests
+from tests.faults.stage import LAST
+
+ROOT_ONLY = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become nobody")
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A disk of 8 MiB."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a small disk")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m,mode=755", "none", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("this machine does not let root mount a small disk")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fault(name: str):
+    return pytest.mark.fault(f"{name} while saving")
+
+
+@pytest.mark.parametrize(
+    ("layout", "kind", "cause"),
+    [
+        pytest.param("alone", "file size", "File too large", marks=fault("file-size limit")),
+        pytest.param("alone-async", "file size", "File too large", marks=fault("file-size limit")),
+        pytest.param("dp2", "file size", "File too large", marks=fault("file-size limit")),
+        pytest.param("alone", "quota", "quota exceeded", marks=fault("quota")),
+        pytest.param("alone-async", "quota", "quota exceeded", marks=fault("quota")),
+        pytest.param(
+            "alone", "read-only", "Permission denied", marks=[fault("read-only folder"), ROOT_ONLY]
+        ),
+    ],
+)
+def test_a_save_that_fails(stage, layout, kind, cause):
+    save = stage.folder("obstructed")
+    strikes(stage, save, layout, kind, cause, "")
+    stage.prove(layout, save)
+
+
+@pytest.mark.parametrize("layout", ["alone", "alone-async"])
+@pytest.mark.fault("disk full while saving")
+def test_a_full_disk(stage, small_disk, layout):
+    """A real one, on which the log lies, too."""
+    save = small_disk / "save"
+    strikes(stage, save, layout, "disk full", "No space left on device", str(small_disk))
+    stage.prove(layout, save)
+
+
+def strikes(stage, save: Path, layout: str, kind: str, cause: str, place: str) -> None:
+    """The save of iteration 3 fails for a cause that is told, and that of iteration 4 does not."""
+    injected = ("obstructed_save", kind, 3, place)
+    code, output, errors = stage.run(layout, save, fault=injected)
+    assert code == 0, errors
+    assert errors.count("error: the checkpoint of iteration 3 was not saved: ") == 1
+    assert cause in errors and "Training goes on" in errors
+    assert "Traceback" not in errors
+    assert output.count("saved checkpoint ") == 4
+    assert manifests.complete_iterations(save) == [4, 6, 9, LAST]
+    assert not list(save.glob(".iter_*"))

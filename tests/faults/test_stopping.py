@@ -1,0 +1,59 @@
+"""Signals at bad moments, and clocks that are set while a run goes on."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from megatron_llmjp.checkpoint import manifest as manifests
+from megatron_llmjp.errors import EXIT_REQUEUE
+
+
+@pytest.mark.fault("SIGTERM during start-up")
+@pytest.mark.parametrize("function", ["training.opening.meet", "training.build.build_model"])
+def test_asked_to_stop_before_it_begins(stage, function):
+    """Nothing is half-made, and the run may be started again."""
+    save = stage.folder("asked-early")
+    fault = ("signal_in", int(signal.SIGTERM), function)
+    assert stage.run("alone", save, fault=fault)[0] == EXIT_REQUEUE
+    stage.resume_and_prove("alone", save)
+
+
+@pytest.mark.parametrize(
+    ("layout", "what", "iteration", "number"),
+    [
+        pytest.param(*case[:4], marks=pytest.mark.fault(f"{case[4]} during {case[1]}"))
+        for case in (
+            ("alone", "a validation", 5, signal.SIGTERM, "SIGTERM"),
+            ("dp2", "a save", 3, signal.SIGTERM, "SIGTERM"),
+            ("alone-async", "a save", 4, signal.SIGTERM, "SIGTERM"),
+            ("tp2-async", "a step", 4, signal.SIGUSR1, "SIGUSR1"),
+        )
+    ],
+)
+def test_asked_to_stop(stage, layout, what, iteration, number):
+    """Of two ranks the second is asked: both agree, save and end."""
+    save = stage.folder("asked")
+    which = 1 if layout in ("dp2", "tp2-async") else 0
+    fault = ("signal_at", int(number), what, iteration, which)
+    code, output, errors = stage.run(layout, save, fault=fault)
+    assert code == EXIT_REQUEUE, errors
+    assert "Traceback" not in errors
+    stopped = manifests.complete_iterations(save)[-1]
+    assert f"stopped at iteration {stopped}: a signal asks for it" in output
+    assert iteration <= stopped <= iteration + 2
+    stage.resume_and_prove(layout, save, unfinished=stopped)
+
+
+@pytest.mark.fault("clock set forth and back")
+def test_a_clock_that_is_set(stage):
+    """By an hour, in nearly every iteration; nothing comes too early, and nothing is lost."""
+    save = stage.folder("clock")
+    flags = ("--exit-duration-in-mins", 30, "--save-interval-minutes", 20)
+    flags = (*flags, "--hang-timeout-minutes", 25)
+    code, _, errors = stage.run("alone", save, *flags, fault=("clock_jumps", 3600.0))
+    assert code == 0, errors
+    reference = manifests.complete_iterations(stage.reference("alone"))
+    assert manifests.complete_iterations(save) == reference
+    stage.prove("alone", save)
