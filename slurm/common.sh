@@ -121,13 +121,35 @@ run_ranks() {
     # shellcheck disable=SC2086  # words of the site
     srun --kill-on-bad-exit=1 --wait=60 --distribution=block:block --output="$LOGS/rank_%4t.log" \
         ${SRUN_BIND---cpu-bind=cores --mem-bind=local} ${SRUN_FLAGS:-} ${RUN_IN:-} \
-        "$PYTHON" "$MEGATRON_LLMJP/pretrain_gpt.py" "$@" || code=$?
+        "$PYTHON" "$MEGATRON_LLMJP/pretrain_gpt.py" "$@" 2> >(tee "$LOGS/srun.log" >&2) || code=$?
     sleep 1
     kill "$follower"
+    # srun ends with the highest code of all tasks, and those it stopped itself have high ones: the
+    # code of the run is that of the task that ended first.
+    ((code == 0)) || code=$(first_code "$code")
     ((code == 0 || code == 3)) || show_cause
     "$PYTHON" "$MEGATRON_LLMJP/slurm/requeue.py" --save "$SAVE" --code "$code" || exit "$code"
+    ((code == 3)) || wait_for_lost_nodes
     scontrol requeue "$SLURM_JOB_ID"
     sleep infinity # until Slurm takes the nodes away
+}
+
+# first_code OTHERWISE: how the first task that failed ended, as srun told; OTHERWISE if it did not.
+first_code() {
+    local code
+    code=$(sed -n 's/.*: Exited with exit code \([0-9]*\)$/\1/p' "$LOGS/srun.log" | head -n 1)
+    printf '%s' "${code:-$1}"
+}
+
+# A job that is requeued before Slurm knows of a dead node may start without GPUs (seen with 22.05).
+# Slurm finds out within SlurmdTimeout, and then requeues the job by itself.
+wait_for_lost_nodes() {
+    timeout 120 srun --overlap --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=0 \
+        true && return 0
+    local seconds
+    seconds=$(scontrol show config | sed -n 's/^SlurmdTimeout *= *\([0-9]*\).*/\1/p')
+    say "a node does not answer; Slurm takes it away within ${seconds:=300} s and requeues"
+    sleep $((seconds + 60))
 }
 
 # The first error that any rank told of; the others' are consequences.

@@ -65,13 +65,16 @@ def test_a_job_survives(cluster: Cluster, folds: Path, tmp_path: Path):
     next_start(1)
     cluster.run("scontrol", "requeue", job)  # what a preemption does
     next_start(2)
-    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=1")
+    cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes(cluster, job)}")
     cluster.wait_for(lambda: starts() >= 3, "the time limit", SLOW)
     cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
     next_start(3)
     lost = nodes_of(cluster, job)[-1]
     cluster.kill_node(lost)
     cluster.wait_for(lambda: cluster.state(job) != "RUNNING", "the lost node", SLOW)
+    cluster.wait_for(lambda: starts() >= 4, "a start without the lost node", SLOW)
+    assert lost not in nodes_of(cluster, job)
+    cluster.start_node(lost)
     assert cluster.wait(job, seconds=SLOW) == "COMPLETED", (tmp_path / f"run_{job}.log").read_text()
 
     expected = history(quiet)
@@ -83,6 +86,13 @@ def test_a_job_survives(cluster: Cluster, folds: Path, tmp_path: Path):
     log = (tmp_path / f"run_{job}.log").read_text()
     assert "preflight: 2 nodes are fit" in log and "8 process(es) by srun" in log
     assert (save / "logs" / f"job{job}_0" / "rank_0007.log").exists()
+
+
+def minutes(cluster: Cluster, job: str) -> int:
+    """A time limit that will soon be reached, but not at once: jobs past it get no signal."""
+    run_time = re.search(r" RunTime=(\d+):(\d+):(\d+)", cluster.run("scontrol", "show", "job", job))
+    hours, full, seconds = map(int, run_time.groups())  # type: ignore[union-attr]
+    return 60 * hours + full + (1 if seconds < 40 else 2)
 
 
 def nodes_of(cluster: Cluster, job: str) -> list[str]:
