@@ -134,11 +134,15 @@ run_ranks() {
     sleep infinity # until Slurm takes the nodes away
 }
 
-# first_code OTHERWISE: how the first task that failed ended, as srun told; OTHERWISE if it did not.
+# first_code OTHERWISE: how the first task that failed ended, as srun told. OTHERWISE stands for a task
+# that a signal killed, or none.
 first_code() {
-    local code
-    code=$(sed -n 's/.*: Exited with exit code \([0-9]*\)$/\1/p' "$LOGS/srun.log" | head -n 1)
-    printf '%s' "${code:-$1}"
+    local how
+    how=$(sed -n 's/^srun: error: .*: tasks\{0,1\} [-0-9,]*: //p' "$LOGS/srun.log" | head -n 1)
+    case $how in
+        "Exited with exit code "*) printf '%s' "${how##* }" ;;
+        *) printf '%s' "$1" ;;
+    esac
 }
 
 # A job that is requeued before Slurm knows of a dead node may start without GPUs (seen with 22.05).
