@@ -5,7 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint clean
+.PHONY: help install quickstart test faults lint clean
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -17,6 +17,11 @@ quickstart: $(VENV)/.installed  ## the whole chain on a small corpus, from raw t
 
 test: $(VENV)/.installed-dev  ## run the tests
 	@$(RUN) -m pytest $(PYTEST_FLAGS)
+
+faults: $(VENV)/.installed-dev  ## the long fault suite; writes its counts into docs/reliability.md
+	@FAULT_KILLS=$${FAULT_KILLS:-200} FAULT_RESULTS=fault_results.json $(RUN) -m pytest \
+		-m fault -p tests.support.fault_results $(PYTEST_FLAGS)
+	@$(RUN) -m tests.faults.report fault_results.json docs/reliability.md
 
 lint: $(VENV)/.installed-dev  ## check style and types
 	@$(VENV)/bin/ruff check .

@@ -35,6 +35,7 @@ from typing import Protocol
 from megatron_llmjp.errors import UserError
 
 CONTENTS = "contents.json"
+ARRAY = ".npy"
 PATIENCE_SECONDS = 600.0
 """How long another process's lock on an index that does not appear is respected."""
 ABANDONED_SECONDS = 24 * 3600.0
@@ -125,6 +126,8 @@ def fault(folder: Path, *, thorough: bool = False) -> str | None:
             return f"{name}: {error.strerror}"
         if found != size:
             return f"{name} has {found:,} bytes, expected {size:,}"
+        if name.endswith(ARRAY) and not _is_array(folder / name):
+            return f"{name} is no array"
         if thorough and _crc32(folder / name) != crc:
             return f"{name} has another checksum than when it was written"
     return None
@@ -227,6 +230,12 @@ def _seal(folder: Path) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     _sync(folder)
+
+
+def _is_array(path: Path) -> bool:
+    """Whether a file begins as one: numpy would execute it as a pickle, as megatron-core asks."""
+    with path.open("rb") as stream:
+        return stream.read(6) == b"\x93NUMPY"
 
 
 def _crc32(path: Path) -> int:

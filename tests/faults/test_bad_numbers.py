@@ -68,6 +68,7 @@ def words(folds: Path, save: Path, *flags: object) -> list[str]:
     return arguments("laptop-llama", folds, *common)
 
 
+@pytest.mark.fault("a spike, with --spike-action rollback", "as if its batch had been left out")
 def test_a_spike_is_rolled_back(folds, tmp_path):
     """As if its batch had been left out from the beginning."""
     flags = ["--spike-action", "rollback", "--spike-skip-iterations", 2, "--save-interval", 20]
@@ -79,6 +80,7 @@ def test_a_spike_is_rolled_back(folds, tmp_path):
     assert {i: rolled[i] for i in skipped} == skipped
 
 
+@pytest.mark.fault("a NaN in the gradients of one rank, once", "not taken, told; training goes on")
 def test_a_nan_on_one_rank_is_not_taken(folds, tmp_path, capfd):
     save = tmp_path / "nan"
     assert run_ranks(poison, 2, words(folds, save), float("nan"), 1) == [0, 0]

@@ -38,7 +38,16 @@ def replaced(root: Path) -> None:
         shutil.copy(root / f"en{suffix}", root / f"ja{suffix}")
 
 
-def test_a_dataset_that_breaks_while_a_run_rests(own):
+DAMAGES = {
+    "truncated .bin": (truncated, "ja.bin: "),
+    ".idx of another dataset": (of_another, "fold 'fold00' has changed"),
+    "garbage in .idx": (garbled, "ja.idx: not a Megatron index"),
+    "made again from other documents": (replaced, "fold 'fold00' has changed"),
+}
+
+
+@pytest.mark.fault("dataset", "refused before training, exit code 2; mended, nothing is lost")
+def test_a_dataset_that_breaks_while_a_run_rests(own, record_property):
     """Refused before anything is trained; mended, the run goes on as if nothing had been."""
     save = own.folder("half")
     assert own.run("alone", save, "--exit-interval", 6)[0] == EXIT_REQUEUE
@@ -46,29 +55,20 @@ def test_a_dataset_that_breaks_while_a_run_rests(own):
     good.mkdir()
     for suffix in (".bin", ".idx"):
         shutil.copy2(own.root / f"ja{suffix}", good)
-    for damage, said in DAMAGES.items():
+    for name, (damage, said) in DAMAGES.items():
         damage(own.root)
         code, _, errors = own.run("alone", save)
         assert code == EXIT_USER_ERROR, errors
         assert said in errors and "Traceback" not in errors, errors
         for suffix in (".bin", ".idx"):
             shutil.copy2(good / f"ja{suffix}", own.root)
+        record_property(f"fault: dataset: {name}", 1)
     own.resume_and_prove("alone", save)
 
 
-DAMAGES = {
-    truncated: "ja.bin: ",
-    of_another: "fold 'fold00' has changed",
-    garbled: "ja.idx: not a Megatron index",
-    replaced: "fold 'fold00' has changed",
-}
-for _damage in DAMAGES:
-    test_a_dataset_that_breaks_while_a_run_rests = pytest.mark.fault(
-        f"dataset damaged: {_damage.__name__}"
-    )(test_a_dataset_that_breaks_while_a_run_rests)
-
-
-@pytest.mark.fault("dataset damaged: token id beyond the vocabulary")
+@pytest.mark.fault(
+    "dataset: token id beyond the vocabulary", "dataset and document named, exit code 2"
+)
 @pytest.mark.parametrize(("layout", "workers"), [("alone", 0), ("alone", 1), ("dp2", 0)])
 def test_a_token_beyond_the_vocabulary_is_named(own, layout, workers):
     good = (own.root / "ja.bin").read_bytes()
@@ -85,7 +85,7 @@ def test_a_token_beyond_the_vocabulary_is_named(own, layout, workers):
     own.resume_and_prove(layout, save, "--num-workers", workers)
 
 
-@pytest.mark.fault("index cache damaged")
+@pytest.mark.fault("index cache damaged", "made again; the same losses and weights")
 @pytest.mark.parametrize("how", ["truncated", "flipped", "missing", "garbage"])
 def test_a_damaged_index_is_made_again(own, how):
     save = own.folder("half")

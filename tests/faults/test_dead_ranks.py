@@ -10,11 +10,12 @@ import pytest
 
 from megatron_llmjp.errors import EXIT_FAILURE, EXIT_USER_ERROR
 
+SAME = "the same losses and weights after a restart"
 AT_ONCE = 30.0
 """Seconds in which all ranks are gone."""
 
 
-@pytest.mark.fault("error on one rank")
+@pytest.mark.fault("an error on one rank", f"all end, its error first; {SAME}")
 def test_the_cause_is_told_first(stage):
     save = stage.folder("raised")
     with stage.started("dp2", save, fault=("raise_at", 5, 1)) as start:
@@ -28,7 +29,7 @@ def test_the_cause_is_told_first(stage):
     stage.resume_and_prove("dp2", save)
 
 
-@pytest.mark.fault("one rank stopped (SIGSTOP)")
+@pytest.mark.fault("one rank stopped (SIGSTOP)", f"named, with stacks; exit code 1; {SAME}")
 def test_a_rank_that_is_stopped_is_named(stage):
     save = stage.folder("stopped")
     limit = ("--hang-timeout-minutes", 0.1)
@@ -42,7 +43,7 @@ def test_a_rank_that_is_stopped_is_named(stage):
     stage.resume_and_prove("tp2-async", save)
 
 
-@pytest.mark.fault("two runs on one save folder")
+@pytest.mark.fault("two runs on one save folder", "the second refuses; the first is not disturbed")
 @pytest.mark.parametrize("layout", ["alone", "dp2"])
 def test_a_second_run_refuses_and_the_first_goes_on(stage, layout):
     save = stage.folder("shared")
@@ -57,7 +58,7 @@ def test_a_second_run_refuses_and_the_first_goes_on(stage, layout):
     assert reference.is_dir()
 
 
-@pytest.mark.fault("NaN on one rank")
+@pytest.mark.fault("a NaN in data, a weight or a gradient of one rank", f"not taken; {SAME}")
 @pytest.mark.parametrize(
     ("layout", "where", "which"),
     [

@@ -36,6 +36,7 @@ def lost_in_thought() -> None:
     time.sleep(100)
 
 
+@pytest.mark.fault("a rank that does not come", "named, with the stacks of all ranks; exit code 1")
 def test_the_rank_that_does_not_come_is_named(tmp_path):
     with pytest.raises(AssertionError, match="failed"):
         run_ranks(hang, 3, str(tmp_path), 1, timeout=60)

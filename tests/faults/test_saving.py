@@ -12,6 +12,7 @@ import pytest
 from megatron_llmjp.checkpoint import manifest as manifests
 from tests.faults.stage import LAST
 
+HOW = "the cause is told, training goes on, the next save works; the same losses and weights"
 ROOT_ONLY = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become nobody")
 
 
@@ -30,7 +31,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
 
 
 def fault(name: str):
-    return pytest.mark.fault(f"{name} while saving")
+    return pytest.mark.fault(f"{name} while saving", HOW)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +54,7 @@ def test_a_save_that_fails(stage, layout, kind, cause):
 
 
 @pytest.mark.parametrize("layout", ["alone", "alone-async"])
-@pytest.mark.fault("disk full while saving")
+@pytest.mark.fault("disk full while saving, under the log too", HOW)
 def test_a_full_disk(stage, small_disk, layout):
     """A real one, on which the log lies, too."""
     save = small_disk / "save"

@@ -9,8 +9,10 @@ import pytest
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.errors import EXIT_REQUEUE
 
+HOW = "exit code 3, with a checkpoint if training had begun; the same losses and weights"
 
-@pytest.mark.fault("SIGTERM during start-up")
+
+@pytest.mark.fault("SIGTERM during start-up", HOW)
 @pytest.mark.parametrize("function", ["training.opening.meet", "training.build.build_model"])
 def test_asked_to_stop_before_it_begins(stage, function):
     """Nothing is half-made, and the run may be started again."""
@@ -23,7 +25,7 @@ def test_asked_to_stop_before_it_begins(stage, function):
 @pytest.mark.parametrize(
     ("layout", "what", "iteration", "number"),
     [
-        pytest.param(*case[:4], marks=pytest.mark.fault(f"{case[4]} during {case[1]}"))
+        pytest.param(*case[:4], marks=pytest.mark.fault(f"{case[4]} during {case[1]}", HOW))
         for case in (
             ("alone", "a validation", 5, signal.SIGTERM, "SIGTERM"),
             ("dp2", "a save", 3, signal.SIGTERM, "SIGTERM"),
@@ -46,7 +48,9 @@ def test_asked_to_stop(stage, layout, what, iteration, number):
     stage.resume_and_prove(layout, save, unfinished=stopped)
 
 
-@pytest.mark.fault("clock set forth and back")
+@pytest.mark.fault(
+    "clock set by an hour in every iteration", "nothing stops or is saved early; nothing is lost"
+)
 def test_a_clock_that_is_set(stage):
     """By an hour, in nearly every iteration; nothing comes too early, and nothing is lost."""
     save = stage.folder("clock")
