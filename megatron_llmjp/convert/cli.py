@@ -6,6 +6,7 @@ torch is imported only when there is something to convert, so that ``--help`` an
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import signal
 import sys
@@ -164,9 +165,9 @@ def _add_writing(add: Callable[..., Any]) -> None:
     add(
         "--workers",
         type=_positive,
-        default=1,
+        default=min(4, os.cpu_count() or 1),
         metavar="N",
-        help="processes that copy; each holds a few tensors in memory (default: 1)",
+        help="threads that copy; memory does not grow with them (default: one per core, at most 4)",
     )
     add(
         "--verify",
@@ -268,13 +269,17 @@ def _convert(arguments: argparse.Namespace) -> int:
 
         check = verifier(conversion, options, arguments.tolerance)
     try:
-        conversion.run(arguments.output, arguments.workers, False, check)
+        seconds = conversion.run(arguments.output, arguments.workers, False, check)
     except Difference as error:
         print(f"convert_checkpoint: {error}; {arguments.output} was not made", file=sys.stderr)
         return EXIT_FAILURE
     for note in [*conversion.source.notes, *conversion.output.notes]:
         print(f"note: {note}", file=sys.stderr)
-    print(f"wrote {arguments.output}: {arguments.target}, {conversion.output.nbytes / 1e9:.3f} GB")
+    size = conversion.output.nbytes / 1e9
+    print(
+        f"wrote {arguments.output}: {arguments.target}, {size:.3f} GB in {seconds:.1f} s, "
+        f"{size / max(seconds, 1e-3):.2f} GB/s"
+    )
     return EXIT_DONE
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,17 +29,24 @@ class Conversion:
 
     def run(
         self, path: Path, workers: int, quiet: bool, verify: Callable[[Path], None] | None
-    ) -> None:
+    ) -> float:
         """Carry it out; ``path`` appears when everything, ``verify`` included, went well.
+
+        Returns:
+            Seconds that it took until all was on disk, without ``verify``.
 
         Raises:
             UserError: a file is damaged, the disk is full, or the target exists.
         """
+        begin, checking = time.monotonic(), 0.0
         with engine.new_folder(path, self.output.nbytes) as folder:
-            engine.run(self.copies, self.output, folder, workers, quiet)
-            self.output.finish(folder)
+            sums = engine.run(self.copies, self.output, folder, workers, quiet)
+            self.output.finish(folder, sums)
             if verify is not None:
+                paused = time.monotonic()
                 verify(folder)
+                checking = time.monotonic() - paused
+        return time.monotonic() - begin - checking
 
 
 def open_source(name: str, path: Path, options: Options) -> Source:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from megatron_llmjp.convert.checksums import of_file
 from megatron_llmjp.convert.plan import OutputFile, Read, Slot
 from megatron_llmjp.convert.storage import FileTensor, byte_count
 from megatron_llmjp.convert.tensors import Shape, boxes, whole
@@ -46,8 +47,8 @@ class ChunkTensor:
         """The file."""
         return str(self.path)
 
-    def read(self) -> torch.Tensor:
-        """Read the chunk into fresh memory.
+    def read(self, into: torch.Tensor | None = None) -> torch.Tensor:
+        """Read the chunk, into fresh memory or a contiguous tensor of as many elements.
 
         Raises:
             UserError: the file is damaged.
@@ -55,7 +56,7 @@ class ChunkTensor:
         found = load(self.path, self.offset, self.length)
         if not isinstance(found, FileTensor) or found.shape not in (self.shape, (1, *self.shape)):
             raise UserError(f"{self.path}: damaged: no tensor {self.shape} at {self.offset}")
-        return found.read().view(self.shape)
+        return found.read(into).view(self.shape)
 
 
 @dataclass(frozen=True)
@@ -219,6 +220,10 @@ class Writer:
         file.size = archive.size
         file.fixed += archive.fixed
         file.slots |= archive.slots
+
+    def checksums(self, sums: Mapping[tuple[str, int], int]) -> dict[str, int]:
+        """CRC-32 of every file, by its name in the folder, from those of the tensors in it."""
+        return {Path(file.name).name: of_file(file, sums) for file in self.files}
 
     def finish(self, folder: Path, common: dict[str, Any]) -> None:
         """Write what goes beside the chunks: ``.metadata``, ``common.pt`` and ``metadata.json``."""

@@ -12,15 +12,15 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from multiprocessing import get_context, parent_process
 from pathlib import Path
 
+import torch
+
 from megatron_llmjp.checkpoint.manifest import sync_folder
-from megatron_llmjp.convert.plan import Copy, Output, Read
+from megatron_llmjp.convert.plan import Checksums, Copy, Output, Read
 from megatron_llmjp.errors import UserError
 
 
@@ -106,52 +106,56 @@ def _sync(folder: Path) -> None:
     sync_folder(folder)
 
 
-def run(copies: Sequence[Copy], output: Output, folder: Path, workers: int, quiet: bool) -> None:
-    """Make the files and copy every tensor, in ``workers`` processes.
+def run(
+    copies: Sequence[Copy], output: Output, folder: Path, workers: int, quiet: bool
+) -> Checksums:
+    """Make the files and copy every tensor, in ``workers`` threads.
+
+    Threads do: reading, writing, sums and copies of memory all leave Python to others meanwhile.
+    Together they hold no more in memory than the largest tensor needs alone.
+
+    Returns:
+        The CRC-32 of what was written, where a file asks for it.
 
     Raises:
-        UserError: a source file is damaged, the disk is full, or a worker was killed.
+        UserError: a source file is damaged, or the disk is full.
     """
     for file in output.files:
         file.create(folder)
     progress = Progress(sum(copy.nbytes for copy in copies), quiet)
-    for nbytes in _results(copies, folder, workers):
-        progress.add(nbytes)
-    progress.close()
-
-
-def _results(copies: Sequence[Copy], folder: Path, workers: int) -> Iterable[int]:
-    if workers <= 1:
-        for copy in copies:
-            yield copy.run(folder)
-        return
-    # Spawned, not forked: torch's threads do not survive a fork.
-    context = get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _end_with_parent) as pool:
-        # Largest first, so that no worker is left with the embedding at the end.
-        order = sorted(copies, key=lambda copy: -copy.nbytes)
-        futures = [pool.submit(copy.run, folder) for copy in order]
+    memory = _Memory(max((copy.memory for copy in copies), default=0))
+    sums: Checksums = {}
+    # Largest first, so that no worker is left with the embedding at the end.
+    order = sorted(copies, key=lambda copy: -copy.nbytes)
+    share = max(1, (os.cpu_count() or 1) // workers)
+    with ThreadPoolExecutor(workers, "copy", torch.set_num_threads, (share,)) as pool:
+        futures = {pool.submit(memory.run, copy, folder): copy for copy in order}
         try:
             for future in as_completed(futures):
-                yield future.result()
-        except BrokenProcessPool as error:
-            raise UserError(
-                "a worker process was killed, most likely for want of memory: use fewer --workers"
-            ) from error
+                sums |= future.result()
+                progress.add(futures[future].nbytes)
         finally:
             pool.shutdown(cancel_futures=True)
+    progress.close()
+    return sums
 
 
-def _end_with_parent() -> None:
-    """Have a worker end when its parent was killed: it would wait for work for ever."""
-    parent = parent_process()
+class _Memory:
+    """Lets as many copies run at once as fit into a number of bytes."""
 
-    def watch() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
+    def __init__(self, limit: int) -> None:
+        self._free, self._changed = limit, threading.Condition()
 
-    threading.Thread(target=watch, daemon=True).start()
+    def run(self, copy: Copy, folder: Path) -> Checksums:
+        with self._changed:
+            self._changed.wait_for(lambda: copy.memory <= self._free)
+            self._free -= copy.memory
+        try:
+            return copy.run(folder)
+        finally:
+            with self._changed:
+                self._free += copy.memory
+                self._changed.notify_all()
 
 
 class Progress:

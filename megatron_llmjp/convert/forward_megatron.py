@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,8 @@ def logits(source: Source, tokens: torch.Tensor, dtype: torch.dtype | None) -> t
         dtype: round the weights to this type first.
     """
     with _without_gpus(), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        result = pool.submit(_forward, source, tokens.numpy(), dtype).result()
+        plain = replace(source, optimizer=None)  # what opens it cannot be sent
+        result = pool.submit(_forward, plain, tokens.numpy(), dtype).result()
     return torch.from_numpy(result)
 
 

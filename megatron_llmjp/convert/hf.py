@@ -17,7 +17,7 @@ from megatron_llmjp.config.schema import ModelConfig
 from megatron_llmjp.convert import hf_gpt2, hf_gpt_neox, hf_llama
 from megatron_llmjp.convert.formats import Options, Source, account
 from megatron_llmjp.convert.hf_style import Style
-from megatron_llmjp.convert.plan import Output, OutputFile, Read, Write
+from megatron_llmjp.convert.plan import Checksums, Output, OutputFile, Read, Write
 from megatron_llmjp.convert.safetensors_io import plan_file, read_header
 from megatron_llmjp.convert.storage import Stored, byte_count, dtype_name
 from megatron_llmjp.convert.tensors import VOCABULARY, Shape, part_shapes, shapes
@@ -179,7 +179,7 @@ def plan(source: Source, options: Options) -> Output:
     tokenizer = options.tokenizer or source.tokenizer
     token_ids = special_token_ids(tokenizer, rows)
 
-    def finish(folder: Path) -> None:
+    def finish(folder: Path, _: Checksums) -> None:
         copy_tokenizer(tokenizer, folder)
         # GPT-2's default ids stay in configurations of smaller vocabularies: they name no token.
         known = {name: i for name, i in source.special_ids.items() if i < rows}

@@ -24,7 +24,7 @@ from megatron_llmjp.convert.megatron_ranks import (
     target_rows,
     write_of,
 )
-from megatron_llmjp.convert.plan import Output, Slot
+from megatron_llmjp.convert.plan import Checksums, Output, Slot
 from megatron_llmjp.convert.tensors import (
     FINAL_NORM,
     LAYER,
@@ -73,7 +73,7 @@ def _plan_modules(source: Source, options: Options) -> Output:
         for name in held:
             slots[name][t] = [file.slots[name]]
     writes = {name: write_of(name, model, tensor, slots[name], rows) for name in source.reads}
-    return Output(files, writes, lambda folder: _write_trackers(folder, source))
+    return Output(files, writes, lambda folder, _: _write_trackers(folder, source))
 
 
 def _module(model: ModelConfig, held: dict[str, Placeholder]) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def _plan_layers(source: Source, options: Options) -> Output:
                 slots[name][rank % tensor].append(slot)
         files.append(plan_archive(f"{tag}/mp_rank_{rank:02d}_model_states.pt", content))
 
-    def finish(folder: Path) -> None:
+    def finish(folder: Path, _: Checksums) -> None:
         for file in optimizers:
             zero_write.finish(folder, file)
         _write_trackers(folder, source)

@@ -28,7 +28,7 @@ from megatron_llmjp.convert.megatron_ranks import (
     write_of,
 )
 from megatron_llmjp.convert.optimizer_state import OptimizerState
-from megatron_llmjp.convert.plan import Output, Slot
+from megatron_llmjp.convert.plan import Checksums, Output, Slot
 from megatron_llmjp.convert.tensors import FINAL_NORM, OUTPUT_LAYER, WORD_EMBEDDINGS, shapes
 from megatron_llmjp.convert.torch_archive import load
 from megatron_llmjp.convert.torch_archive_writer import Placeholder, plan_archive
@@ -301,7 +301,7 @@ def _plan_torch_dist(source: Source, options: Options) -> Output:
         "iteration": iteration,
     }
 
-    def finish(out: Path) -> None:
+    def finish(out: Path, _: Checksums) -> None:
         writer.finish(out / folder, common)
         _write_tracker(out, iteration)
 
@@ -353,7 +353,7 @@ def _plan_legacy(source: Source, options: Options) -> Output:
                     file.slots[key] for stage, key in places if stage == p
                 )
     writes = {name: write_of(name, model, tensor, slots[name], rows) for name in local}
-    return Output(files, writes, lambda out: _write_tracker(out, iteration))
+    return Output(files, writes, lambda out, _: _write_tracker(out, iteration))
 
 
 def _placed(name: str, per_stage: int, pipeline: int, options: Options) -> list[tuple[int, str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from megatron_llmjp.config.load import dump, load_resolved
 from megatron_llmjp.config.schema import Config, ModelConfig
 from megatron_llmjp.convert import dcp, mcore_names, optimizer_state
 from megatron_llmjp.convert.formats import Options, Source
-from megatron_llmjp.convert.plan import Output
+from megatron_llmjp.convert.plan import Checksums, Output
 from megatron_llmjp.convert.tensors import WORD_EMBEDDINGS
 from megatron_llmjp.convert.tokenizer_files import (
     copy_tokenizer,
@@ -24,7 +23,7 @@ from megatron_llmjp.convert.tokenizer_files import (
 from megatron_llmjp.errors import UserError
 
 _FILE_SIZE = 1_000_000_000
-"""Files no larger than this, so that several threads can compute the manifest's checksums."""
+"""Files no larger than this, so that several threads can read them when a run starts."""
 
 
 def read(path: Path) -> Source:
@@ -102,23 +101,24 @@ def plan(source: Source, options: Options) -> Output:
         writes |= optimizer_state.add_state(writer, source, state, options, rows)
         common |= optimizer_state.common(state)
 
-    def finish(out: Path) -> None:
+    def finish(out: Path, sums: Checksums) -> None:
         inner = out / folder
         writer.finish(inner, common)
         (inner / manifests.CONFIG).write_text(dump(config), encoding="utf-8")
         tokenizer = inner / manifests.TOKENIZER
         tokenizer.mkdir()
         copy_tokenizer(options.tokenizer or source.tokenizer, tokenizer)
-        names = manifests.all_files(inner)
-        with ThreadPoolExecutor(8) as pool:
-            entries = pool.map(manifests.describe_file, [inner / name for name in names])
-            files = dict(zip(names, entries, strict=True))
+        filled = writer.checksums(sums)
+        files = manifests.describe_files(inner, set(manifests.all_files(inner)) - filled.keys())
+        for name, crc in filled.items():
+            size = (inner / name).stat().st_size
+            files[name] = manifests.FileEntry(bytes=size, crc32=f"{crc:08x}")
         manifest = manifests.Manifest(
             iteration=iteration,
             consumed_samples=source.consumed_samples or 0,
             contents="full" if options.with_optimizer else "weights",
             versions={"python": platform.python_version(), "torch": torch.__version__},
-            files=files,
+            files=dict(sorted(files.items())),
         )
         manifests.write(inner, manifest)
         manifests.write_durably(out / manifests.TRACKER, str(iteration))

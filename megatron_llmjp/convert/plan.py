@@ -19,6 +19,9 @@ from megatron_llmjp.convert.storage import Stored, as_bytes, byte_count, dtype_n
 from megatron_llmjp.convert.tensors import Layout, Shape, fit_rows, part_shapes, whole
 from megatron_llmjp.errors import UserError
 
+Checksums = dict[tuple[str, int], int]
+"""CRC-32 of tensors that were written, by file and offset."""
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -104,7 +107,10 @@ class Read:
         else:
             tensor = torch.empty(self.shape, dtype=self.dtype)
             for part, stored in zip(self.layout(tensor), self.parts, strict=True):
-                part.view.copy_(stored.read().view(part.view.shape))
+                if part.view.is_contiguous():
+                    stored.read(part.view)
+                else:
+                    part.view.copy_(stored.read().view(part.view.shape))
         for replica in self.replicas:
             if not torch.equal(replica.read(), tensor):
                 raise UserError(
@@ -137,26 +143,37 @@ class Copy:
         """Bytes that are written."""
         return sum(slot.nbytes for slots in self.write.slots for slot in slots)
 
-    def run(self, folder: Path) -> int:
+    @property
+    def memory(self) -> int:
+        """Bytes that it needs at its peak, at most."""
+        return 3 * byte_count(self.read.shape, self.read.dtype)
+
+    def run(self, folder: Path) -> Checksums:
         """Read, rearrange and write the tensor; the files exist already.
 
         Peak memory is the tensor, one stored part of it while reading and one written part of it
         while writing.
 
         Returns:
-            Bytes written.
+            The CRC-32 of what was written, where the file asks for it.
         """
+        sums: Checksums = {}
         tensor = self.read.read(self.name)
         if self.write.rows is not None:
             tensor = fit_rows(tensor, self.write.rows)
         for part, slots in zip(self.write.layout(tensor), self.write.slots, strict=True):
             for slot in slots:
-                fill(folder, slot, part.view)
-        return self.nbytes
+                checksum = fill(folder, slot, part.view)
+                if checksum is not None:
+                    sums[slot.file, slot.offset] = checksum
+        return sums
 
 
-def fill(folder: Path, slot: Slot, view: torch.Tensor) -> None:
+def fill(folder: Path, slot: Slot, view: torch.Tensor) -> int | None:
     """Write a tensor into its slot, cast and contiguous.
+
+    Returns:
+        Its CRC-32, if the slot has places for it.
 
     Raises:
         UserError: a value does not fit the type, or the disk is full.
@@ -170,10 +187,12 @@ def fill(folder: Path, slot: Slot, view: torch.Tensor) -> None:
     descriptor = os.open(folder / slot.file, os.O_WRONLY)
     try:
         write_at(descriptor, slot.offset, data)
-        if slot.checksums:
-            checksum = zlib.crc32(data).to_bytes(4, "little")
-            for offset in slot.checksums:
-                write_at(descriptor, offset, checksum)
+        if not slot.checksums:
+            return None
+        checksum = zlib.crc32(data)
+        for offset in slot.checksums:
+            write_at(descriptor, offset, checksum.to_bytes(4, "little"))
+        return checksum
     finally:
         os.close(descriptor)
 
@@ -183,12 +202,12 @@ class Output:
     """Everything that a target will hold.
 
     ``finish`` writes the small files (configurations, indices) into the folder once all tensors
-    are in place.
+    are in place; it is given what the tensors' checksums are.
     """
 
     files: list[OutputFile]
     writes: dict[str, Write]
-    finish: Callable[[Path], None]
+    finish: Callable[[Path, Checksums], None]
     notes: list[str] = field(default_factory=list)
 
     @property

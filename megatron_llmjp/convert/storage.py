@@ -57,8 +57,8 @@ class Stored(Protocol):
     def source(self) -> str:
         """The file, for messages and plans."""
 
-    def read(self) -> torch.Tensor:
-        """Read it into fresh memory."""
+    def read(self, into: torch.Tensor | None = None) -> torch.Tensor:
+        """Read it, into fresh memory or a contiguous tensor of as many elements."""
 
 
 @dataclass(frozen=True)
@@ -76,26 +76,44 @@ class FileTensor:
         """The file."""
         return str(self.path)
 
-    def read(self) -> torch.Tensor:
-        """Read it into fresh memory.
+    def read(self, into: torch.Tensor | None = None) -> torch.Tensor:
+        """Read it, into fresh memory or a contiguous tensor of as many elements.
 
         Raises:
             UserError: the file ends before the tensor does, or cannot be read.
         """
         if self.stride is None:
-            return read_elements(self.path, self.offset, self.dtype, self.shape)
+            return read_elements(self.path, self.offset, self.dtype, self.shape, into)
         last = sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
         elements = read_elements(self.path, self.offset, self.dtype, (last + 1,))
-        return elements.as_strided(self.shape, self.stride).contiguous()
+        return placed(elements.as_strided(self.shape, self.stride).contiguous(), into)
 
 
-def read_elements(path: Path, offset: int, dtype: torch.dtype, shape: Shape) -> torch.Tensor:
+def placed(tensor: torch.Tensor, into: torch.Tensor | None) -> torch.Tensor:
+    """The tensor itself, or the one it was to be read into."""
+    return tensor if into is None else into.copy_(tensor.view(into.shape))
+
+
+def read_elements(
+    path: Path,
+    offset: int,
+    dtype: torch.dtype,
+    shape: Shape,
+    into: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Read a contiguous tensor that starts at byte ``offset``.
+
+    Args:
+        path: the file.
+        offset: in bytes.
+        dtype: of the elements.
+        shape: of the tensor.
+        into: contiguous memory for as many elements, instead of fresh one.
 
     Raises:
         UserError: the file ends too early, or cannot be read.
     """
-    tensor = torch.empty(shape, dtype=dtype)
+    tensor = torch.empty(shape, dtype=dtype) if into is None else into
     if tensor.numel() == 0:
         return tensor
     buffer = as_bytes(tensor)

@@ -46,18 +46,18 @@ class SpanTensor:
         """The first of the files."""
         return str(self.spans[0].flat.path)
 
-    def read(self) -> torch.Tensor:
-        """Read it into fresh memory.
+    def read(self, into: torch.Tensor | None = None) -> torch.Tensor:
+        """Read it, into fresh memory or a contiguous tensor of as many elements.
 
         Raises:
             UserError: a file is truncated.
         """
-        tensor = torch.empty(self.shape, dtype=self.dtype)
+        tensor = torch.empty(self.shape, dtype=self.dtype) if into is None else into
         flat, done = tensor.view(-1), 0
         for span in self.spans:
             offset = span.flat.offset + span.start * self.dtype.itemsize
-            part = read_elements(span.flat.path, offset, self.dtype, (span.count,))
-            flat[done : done + span.count] = part
+            place = flat[done : done + span.count]
+            read_elements(span.flat.path, offset, self.dtype, (span.count,), place)
             done += span.count
         return tensor
 
