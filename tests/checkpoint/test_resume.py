@@ -12,9 +12,10 @@ import torch
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.config.command_line import parse
 from megatron_llmjp.config.load import load_resolved
-from megatron_llmjp.convert import dcp, native
+from megatron_llmjp.convert import native
 from megatron_llmjp.prepare import prepare
 from tests.support.datasets import VOCAB_SIZE, write_folds
+from tests.support.proof import tensors
 from tests.support.training import (
     DISTRIBUTED,
     OVERLAP,
@@ -43,9 +44,9 @@ def runs(tmp_path_factory):
     middle = manifests.folder_name(MIDDLE)
     jobs = []
 
-    def add(name, ranks, preset, *flags, load=None):
+    def add(name, ranks, preset, *flags, load=None, at=middle):
         if load is not None:
-            flags = (*flags, "--load", folder / load / middle)
+            flags = (*flags, "--load", folder / load / at, "--save-interval", END - 1)
         else:
             flags = (*flags, "--save-interval", MIDDLE)
         jobs.append(Job(name, ranks, tuple(arguments(preset, folds, *flags))))
@@ -65,6 +66,14 @@ def runs(tmp_path_factory):
     add("llama-pp2-dp2", (0, 4), "laptop-llama", *PP2, *DISTRIBUTED, load="llama")
     add("llama-pp2-vp2", (2, 4), "laptop-llama", *PP2, *VP2, *DISTRIBUTED, load="llama")
     add("llama-one", (0, 1), "laptop-llama", *DISTRIBUTED, load="llama")
+    # From one layout to another and on to a third, the optimizer's parts with it.
+    late = manifests.folder_name(END - 1)
+    add("llama-dp4", (0, 4), "laptop-llama", *DISTRIBUTED, *OVERLAP, load="llama")
+    add("llama-tp2-dp2", (0, 4), "laptop-llama", *TP2, *SP, *DISTRIBUTED, load="llama-dp4", at=late)
+    add("llama-tp2", (0, 2), "laptop-llama", *TP2, *DISTRIBUTED, load="llama-pp2-vp2", at=late)
+    add("plain", (0, 4), "laptop-llama", *TP2)
+    add("plain-pp2-dp2", (0, 4), "laptop-llama", *PP2, load="plain")
+    add("plain-one", (0, 1), "laptop-llama", load="plain-pp2-dp2", at=late)
     add("llama-finetuned", (1, 2), "laptop-llama", "--finetune",
         "--train-iters", 1, "--lr-decay-iters", END, load="llama")  # fmt: skip
     new = ("--lr", 1e-2, "--min-lr", 4e-3)
@@ -73,12 +82,6 @@ def runs(tmp_path_factory):
         "--override-opt-param-scheduler", load="llama")  # fmt: skip
     train_all(jobs, 4, folder)
     return folder
-
-
-def tensors(save: Path, iteration: int = END) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint, those of the optimizer too."""
-    entries = dcp.read_metadata(save / manifests.folder_name(iteration))
-    return {name: entry.layer(None).read(name) for name, entry in entries.items()}
 
 
 @pytest.mark.parametrize("name", ["alone", "bf16", "dropout"])
@@ -130,18 +133,27 @@ def test_watching_a_run_does_not_change_it(runs):
     assert history(runs / "alone-watched") == history(runs / "alone")
 
 
-@pytest.mark.parametrize("layout", ["pp2-dp2", "pp2-vp2", "one"])
-def test_another_layout_goes_on(runs, layout):
-    before, save = history(runs / "llama"), runs / f"llama-{layout}"
+@pytest.mark.parametrize(
+    ("source", "layout"),
+    [
+        *(("llama", layout) for layout in ("pp2-dp2", "pp2-vp2", "one", "dp4", "tp2-dp2", "tp2")),
+        ("plain", "pp2-dp2"),
+        ("plain", "one"),
+    ],
+)
+def test_another_layout_goes_on(runs, source, layout):
+    """With the distributed optimizer and, as ``plain``, without it."""
+    before, save = history(runs / source), runs / f"{source}-{layout}"
     after = history(save)
-    assert list(after) == list(range(MIDDLE + 1, END + 1))
+    first = END if layout.startswith("tp2") or save.name == "plain-one" else MIDDLE + 1
+    assert list(after) == list(range(first, END + 1))
     assert after == pytest.approx({i: before[i] for i in after}, rel=1e-5)
     # TP 2 pads 100 tokens to 256 rows, TP 1 to 128: the checkpoint's rows stay.
-    for folder in (runs / "llama", save):
+    for folder in (runs / source, save):
         assert load_resolved(folder / manifests.folder_name(END) / "config.yaml").rows == 256
         reads = native.read(folder).reads
         assert reads["output_layer.weight"].read("output_layer.weight").shape == (256, 32)
-    straight, resumed = tensors(runs / "llama"), tensors(save)
+    straight, resumed = tensors(runs / source), tensors(save)
     assert straight.keys() == resumed.keys()
     for key, value in straight.items():
         assert torch.allclose(value, resumed[key], rtol=1e-3, atol=1e-6), key
