@@ -35,7 +35,7 @@ def missing_programs() -> list[str]:
 class Cluster:
     """A running Slurm; use it as a context manager."""
 
-    def __init__(self, folder: Path, nodes: int = 2, cpus: int = 8, gpus: int = 0) -> None:
+    def __init__(self, folder: Path, nodes: int = 2, cpus: int = 8, gpus: int = 2) -> None:
         self.folder = folder
         self.nodes = [f"n{i}" for i in range(nodes)]
         self._cpus, self._gpus = cpus, gpus
@@ -71,6 +71,15 @@ class Cluster:
         self._daemons[f"slurmd-{node}"].wait()
         for pid in _processes_with(f"SLURMD_NODENAME={node}", f"SLURM_CONF={self.folder}"):
             _kill(pid)
+
+    def tasks(self, job: str) -> list[int]:
+        """Processes of a job's training ranks."""
+        ranks = []
+        for pid in _processes_with(f"SLURM_CONF={self.folder}", f"SLURM_JOB_ID={job}"):
+            with contextlib.suppress(OSError):
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                ranks += [pid] if any(w.endswith(b"pretrain_gpt.py") for w in words[:2]) else []
+        return ranks
 
     def run(self, *command: str | Path, check: bool = True) -> str:
         """Run a Slurm command and return what it prints."""
@@ -121,20 +130,19 @@ class Cluster:
         key.chmod(0o600)
         host = socket.gethostname().partition(".")[0]
         (self.folder / "slurm.conf").write_text(self._slurm_conf(host))
-        if self._gpus:
-            lines = []
-            for node in self.nodes:
-                for i in range(self._gpus):  # any file stands in for a device
-                    device = self.folder / "devices" / f"{node}-{i}"
-                    device.touch()
-                    lines.append(f"NodeName={node} Name=gpu File={device}")
-            (self.folder / "gres.conf").write_text("\n".join(lines) + "\n")
+        lines = []
+        for node in self.nodes:
+            for i in range(self._gpus):  # any file stands in for a device
+                device = self.folder / "devices" / f"{node}-{i}"
+                device.touch()
+                lines.append(f"NodeName={node} Name=gpu File={device}")
+        (self.folder / "gres.conf").write_text("\n".join(lines) + "\n")
 
     def _slurm_conf(self, host: str) -> str:
-        f, gres = self.folder, f" Gres=gpu:{self._gpus}" if self._gpus else ""
+        f = self.folder
         nodes = "\n".join(
             f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} "
-            f"CPUs={self._cpus} RealMemory=8000{gres}"
+            f"CPUs={self._cpus} RealMemory=8000 Gres=gpu:{self._gpus}"
             for node in self.nodes
         )
         return f"""\
@@ -167,7 +175,7 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=5,bf_interval=5
 SlurmdParameters=config_overrides
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
-GresTypes={"gpu" if self._gpus else ""}
+GresTypes=gpu
 {nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE OverTimeLimit=0 State=UP
 """

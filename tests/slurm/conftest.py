@@ -13,5 +13,5 @@ from tests.slurm.cluster import INSTALL, Cluster, missing_programs
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if missing := missing_programs():
         pytest.skip(f"{', '.join(missing)} not found: {INSTALL}")
-    with Cluster(tmp_path_factory.mktemp("slurm"), nodes=3, cpus=8, gpus=2) as running:
+    with Cluster(tmp_path_factory.mktemp("slurm"), nodes=3) as running:
         yield running

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from tests.support.training import PP2, TP2, arguments, history
 SCRIPT = ROOT / "slurm" / "pretrain_llm-jp-3-1.8b.sh"
 
 SMALLER = ["--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=2", "--cpus-per-task=1"]
-SMALLER += ["--mem=100", "--time=60", "--signal=USR1@5", "--job-name=run"]
+SMALLER += ["--mem=100", "--time=60", "--signal=USR1@20", "--job-name=run"]
 
 ITERATIONS = 80
 
@@ -65,7 +66,7 @@ def test_a_job_survives(cluster: Cluster, folds: Path, tmp_path: Path):
     next_start(1)
     cluster.run("scontrol", "requeue", job)  # what a preemption does
     next_start(2)
-    cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes(cluster, job)}")
+    reach_time_limit(cluster, job)
     cluster.wait_for(lambda: starts() >= 3, "the time limit", SLOW)
     cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
     next_start(3)
@@ -88,15 +89,28 @@ def test_a_job_survives(cluster: Cluster, folds: Path, tmp_path: Path):
     assert (save / "logs" / f"job{job}_0" / "rank_0007.log").exists()
 
 
-def minutes(cluster: Cluster, job: str) -> int:
-    """A time limit that will soon be reached, but not at once: jobs past it get no signal."""
-    run_time = re.search(r" RunTime=(\d+):(\d+):(\d+)", cluster.run("scontrol", "show", "job", job))
-    hours, full, seconds = map(int, run_time.groups())  # type: ignore[union-attr]
-    return 60 * hours + full + (1 if seconds < 40 else 2)
+def reach_time_limit(cluster: Cluster, job: str) -> None:
+    """Let a job's time be up soon; its ranks rest until they are told, lest they end before."""
+    ranks = cluster.tasks(job)
+    for pid in ranks:
+        os.kill(pid, signal.SIGSTOP)
+    cluster.run("scontrol", "update", f"JobId={job}", "EndTime=now+60")
+    cluster.wait_for(lambda: all(map(told, ranks)), "the signal before the time limit")
+    for pid in ranks:
+        os.kill(pid, signal.SIGCONT)
+
+
+def told(pid: int) -> bool:
+    """Whether SIGUSR1 waits for a process."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    pending = re.search(r"ShdPnd:\s*(\w+)", status)
+    return bool(int(pending[1], 16) >> (signal.SIGUSR1 - 1) & 1)  # type: ignore[index]
 
 
 def nodes_of(cluster: Cluster, job: str) -> list[str]:
-    listed = re.search(r" NodeList=(\S+)", cluster.run("scontrol", "--oneliner", "show", "job", job))
+    listed = re.search(
+        r" NodeList=(\S+)", cluster.run("scontrol", "--oneliner", "show", "job", job)
+    )
     return cluster.run("scontrol", "show", "hostnames", listed[1]).split()  # type: ignore[index]
 
 
