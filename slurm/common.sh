@@ -84,7 +84,8 @@ preflight() {
     timeout "${PREFLIGHT_SECONDS:-300}" srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
         --kill-on-bad-exit=0 --output="$LOGS/preflight/%N.log" \
         ${RUN_IN:-} "$PYTHON" "$MEGATRON_LLMJP/slurm/preflight.py" check --folder "$LOGS/preflight" \
-        --save "$SAVE" --gpus "${SLURM_GPUS_ON_NODE:-0}" || true
+        --save "$SAVE" --gpus "${SLURM_GPUS_ON_NODE:-0}" \
+        --free-disk-gb "${PREFLIGHT_FREE_GB:-50}" || true
     local code=0
     "$PYTHON" "$MEGATRON_LLMJP/slurm/preflight.py" report --folder "$LOGS/preflight" \
         --nodes "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)" || code=$?

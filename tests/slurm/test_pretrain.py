@@ -25,6 +25,13 @@ SMALLER += ["--mem=100", "--time=60", "--signal=USR1@20", "--job-name=run"]
 
 ITERATIONS = 80
 
+JOB = {
+    "MEGATRON_LLMJP": str(ROOT),
+    "PYTHON": sys.executable,
+    "OMP_NUM_THREADS": "1",
+    "PREFLIGHT_FREE_GB": "0.1",
+}
+
 SLOW = 280.0
 """Seconds in which eight ranks on two cores have started and done some steps."""
 
@@ -46,8 +53,7 @@ def test_a_job_survives(cluster: Cluster, folds: Path, tmp_path: Path):
     done = pretrain(*words(folds, quiet))
     assert done.returncode == 0, done.stderr
     layout = [*TP2, *PP2, "--use-distributed-optimizer", "--sequence-parallel"]
-    env = {"MEGATRON_LLMJP": str(ROOT), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    job = cluster.submit(*SMALLER, SCRIPT, *words(folds, save), *layout, cwd=tmp_path, env=env)
+    job = cluster.submit(*SMALLER, SCRIPT, *words(folds, save), *layout, cwd=tmp_path, env=JOB)
 
     def iteration() -> int:
         metrics = save / "metrics.jsonl"
@@ -124,11 +130,9 @@ def test_an_unfit_node_is_named_and_left_out(cluster: Cluster, folds: Path, tmp_
     )
     driver.chmod(0o755)
     path = f"{driver.parent}:{os.environ['PATH']}"
-    env = {"MEGATRON_LLMJP": str(ROOT), "PYTHON": sys.executable, "PATH": path}
+    env = {**JOB, "PATH": path, "EXCLUDE_BAD_NODES": "1"}
     wrong = [*words(folds, tmp_path / "save"), "--tensor-model-parallel-size", "3"]
-    job = cluster.submit(
-        *SMALLER, SCRIPT, *wrong, cwd=tmp_path, env={**env, "EXCLUDE_BAD_NODES": "1"}
-    )
+    job = cluster.submit(*SMALLER, SCRIPT, *wrong, cwd=tmp_path, env=env)
     assert cluster.wait(job) == "FAILED"
     log = (tmp_path / f"run_{job}.log").read_text()
     assert "preflight: n0: 1 GPUs of 2" in log and "excluding n0 and requeueing" in log
@@ -137,7 +141,7 @@ def test_an_unfit_node_is_named_and_left_out(cluster: Cluster, folds: Path, tmp_
 
 
 def test_mistakes_are_not_requeued(cluster: Cluster, folds: Path, tmp_path: Path):
-    env = {"MEGATRON_LLMJP": str(ROOT), "PYTHON": sys.executable, "PREFLIGHT": "0"}
+    env = {**JOB, "PREFLIGHT": "0"}
     wrong = [*words(folds, tmp_path / "save"), "--tensor-model-parallel-size", "3"]
     job = cluster.submit(*SMALLER, SCRIPT, *wrong, cwd=tmp_path, env=env)
     assert cluster.wait(job) == "FAILED"
