@@ -80,11 +80,9 @@ def _save_folder(args: argparse.Namespace) -> list[str]:
         return [f"{args.save} cannot be written: {error.strerror}"]
     if not readable:
         return [f"{args.save} does not keep what is written to it"]
-    free = shutil.disk_usage(args.save).free / 1e9
-    if free < args.free_disk_gb:
-        return [
-            f"{args.save} has {free:.0f} GB left of the {args.free_disk_gb:g} wanted (PREFLIGHT_FREE_GB)"
-        ]
+    free, wanted = shutil.disk_usage(args.save).free / 1e9, args.free_disk_gb
+    if free < wanted:
+        return [f"{args.save} has {free:.0f} GB left of the {wanted:g} wanted (PREFLIGHT_FREE_GB)"]
     return []
 
 
