@@ -91,14 +91,22 @@ def rank_memory(config: Config, layout: Layout, stage: int, kernels: Kernels = G
         + {"adam": 8, "sgd": 4 if config.optimizer.sgd_momentum else 0}[config.optimizer.optimizer]
     )
     shards = layout.dp * layout.cp if config.parallel.use_distributed_optimizer else 1
+    kept, again = _activations(config, layout, stage, kernels)
     has_output = any(chunk.output for chunk in chunks)
+    logits, output = (_logits(config, layout), _output_buffers(config, layout))
+    if not has_output:
+        logits = output = 0
+    # Of the two the larger: the backward pass of the output layer, and that of a layer behind it,
+    # for which some is recomputed and the softmax is gone.
+    more = max(0, again + _layer_buffers(config, layout, has_output) - logits - output)
+    recomputed = min(more, again)
     return Memory(
         weights=parameters * e,
         gradients=parameters * 4,
         optimizer=parameters * states // shards,
-        activations=_activations(config, layout, stage, kernels),
-        logits=_logits(config, layout) if has_output else 0,
-        buffers=_buffers(config, layout, has_output),
+        activations=kept + recomputed,
+        logits=logits,
+        buffers=output + more - recomputed,
     )
 
 
@@ -144,31 +152,29 @@ def _scores(config: Config, layout: Layout, n: int, kernels: Kernels) -> int:
     return 4 * n * model.num_attention_heads // layout.tp  # the logarithms of the sums
 
 
-def _activations(config: Config, layout: Layout, stage: int, kernels: Kernels) -> int:
-    """Bytes kept by all micro-batches in flight on a stage."""
+def _activations(config: Config, layout: Layout, stage: int, kernels: Kernels) -> tuple[int, int]:
+    """Bytes kept by all micro-batches in flight on a stage; and those of what is recomputed."""
     chunks, flights = layout.stages[stage], layout.in_flight(stage)
     e, n, p = element_size(config), _tokens(config, layout), _sequence_parts(config, layout)
     h, parallel = config.model.hidden_size, config.parallel
     whole = layer_activations(config, layout, kernels)
-    has_output = any(chunk.output for chunk in chunks)
     layers = max(chunk.layers for chunk in chunks)
-    kept, working = layers * whole, 0
+    kept, again = layers * whole, 0
     if parallel.recompute_granularity == "full":
         unit = min(parallel.recompute_num_layers or 1, layers)
-        # What is recomputed takes the place of what the backward pass has done with by then.
-        done = _logits(config, layout) if has_output else 0
         if parallel.recompute_method == "block":
             kept = unit * n * h * e // p + (layers - unit) * whole
-            working = max(0, whole - done - (layers - unit) * whole)
+            # The layers that are kept whole are done with by then.
+            again = max(0, whole - (layers - unit) * whole)
         else:
             kept = -(-layers // unit) * n * h * e // p
-            working = max(0, unit * whole - done)
-    total = flights * kept + working
-    if has_output:
+            again = unit * whole
+    total = flights * kept
+    if any(chunk.output for chunk in chunks):
         total += _norms(config, n // p, kernels) // 2
     if any(chunk.embedding for chunk in chunks) and config.model.hidden_dropout:
         total += n * h * (1 if kernels.fused else e) // p * flights
-    return total
+    return total, again
 
 
 def _logits(config: Config, layout: Layout) -> int:
@@ -177,15 +183,23 @@ def _logits(config: Config, layout: Layout) -> int:
     return n * config.rows // layout.tp * (4 + (e if e < 4 else 0))
 
 
-def _buffers(config: Config, layout: Layout, has_output: bool) -> int:
-    """The largest weight gradient before it is added up, and one gathered input."""
-    model, e, t = config.model, element_size(config), layout.tp
-    wide = model.ffn_size * (2 if model.activation_function == "swiglu" else 1)
-    rows = max(wide, config.rows) if has_output else wide
-    n = _tokens(config, layout)
-    gathered = n * model.hidden_size * e
-    gradients = 0 if has_output else 2 * n * wide // t * e
-    return rows // t * model.hidden_size * e + gathered + gradients
+def _output_buffers(config: Config, layout: Layout) -> int:
+    """The output layer's weight gradient before it is added up, and its gathered input."""
+    n, e, h = _tokens(config, layout), element_size(config), config.model.hidden_size
+    return config.rows // layout.tp * h * e + n * h * e
+
+
+def _layer_buffers(config: Config, layout: Layout, has_output: bool) -> int:
+    """What a layer's backward pass needs beside what was kept for it.
+
+    The gradients of its output and of its widest activation; over tensor-parallel ranks its
+    gathered input, and that one's gradient before and while it is reduced; over stages what was
+    received and what is being sent.
+    """
+    h, t, p = config.model.hidden_size, layout.tp, _sequence_parts(config, layout)
+    whole, parts = 3 if t > 1 else 0, 3 if layout.pp > 1 and not has_output else 1
+    width = parts * h // p + whole * h + config.model.ffn_size // t
+    return _tokens(config, layout) * element_size(config) * width
 
 
 def _tokens(config: Config, layout: Layout) -> int:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from megatron_llmjp.config.load import changed
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.plan.layout import lay_out
-from megatron_llmjp.plan.memory import CPU, rank_memory, rank_parameters
+from megatron_llmjp.plan.memory import CPU, GPU, layer_activations, rank_memory, rank_parameters
 from tests.plan.test_flops import preset
 from tests.support.processes import run_ranks
 from tests.support.training import meeting_port
@@ -35,7 +39,11 @@ IN_PAIRS: list[tuple[str, dict[str, Any]]] = [
     ("laptop-llama", {**PP, "global_batch_size": 32, "virtual_pipeline_model_parallel_size": 2}),
     ("laptop-gpt2", {**PP, "global_batch_size": 32, "bf16": True}),
     ("laptop-gpt-neox", {"use_distributed_optimizer": True, "bf16": True}),
+    ("laptop-llama", {**TP, **FULL, "sequence_parallel": True, "vocab_size": 500}),
+    ("laptop-gpt2", {**PP, **FULL, "global_batch_size": 32, "vocab_size": 500}),
+    ("laptop-gpt-neox", {**PP, "global_batch_size": 32, "recompute_granularity": "selective"}),
 ]
+TOLERANCE = 0.06
 
 
 def make(name: str, values: dict[str, Any]) -> Config:
@@ -68,7 +76,7 @@ def measure(cases: list[tuple[str, dict[str, Any]]], folder: str) -> list[dict[s
 def measure_step(config: Config, device: Any) -> dict[str, int]:
     import gc
 
-    import torch
+    import torch.distributed as dist
 
     from megatron_llmjp.model.gpt import build_model
     from megatron_llmjp.training.optimizer import make_optimizer, wrap_for_data_parallel
@@ -85,17 +93,22 @@ def measure_step(config: Config, device: Any) -> dict[str, int]:
 
     step()  # makes the optimizer's state
     gc.collect()
+    parameters = sum(p.numel() for chunk in chunks for p in chunk.parameters())
+    # gloo frees what it sends in threads of its own, sooner or later: the least is the step's own.
+    peak = min(largest_allocation(step) for _ in range(3 if dist.get_world_size() > 1 else 1))
+    return {"parameters": parameters, "held": held(chunks, optimizer), "step": peak}
+
+
+def largest_allocation(step: Callable[[], None]) -> int:
+    """Bytes that were allocated at once during a step, as torch's profiler sees it."""
+    import torch
+
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(profile_memory=True, activities=activities) as profiler:
         step()
     events = profiler.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    allocated = largest = 0
-    for _, change in changes:
-        allocated += change
-        largest = max(largest, allocated)
-    parameters = sum(p.numel() for chunk in chunks for p in chunk.parameters())
-    return {"parameters": parameters, "held": held(chunks, optimizer), "step": largest}
+    return max(accumulate(change for _, change in changes))
 
 
 def held(chunks: list[Any], optimizer: Any) -> int:
@@ -153,7 +166,7 @@ def compare(cases: list[tuple[str, dict[str, Any]]], world: int, folder: Path) -
                 predicted.total / (real["held"] + real["step"]),
             )
             line = f"{name} {values} rank {rank}: held, step, all {ratios} {predicted} {real}"
-            if abs(ratios[-1] - 1) > 0.06 or held != real["held"]:
+            if abs(ratios[-1] - 1) > TOLERANCE or held != real["held"]:
                 wrong.append(line)
     assert not wrong, "\n".join(wrong)
 
@@ -164,3 +177,20 @@ def test_one_process(tmp_path):
 
 def test_two_processes(tmp_path):
     compare(IN_PAIRS, 2, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("t", "sequence_parallel", "multiple"),
+    [(1, False, 34), (4, False, 10 + 24 / 4), (4, True, 34 / 4)],
+)
+def test_a_layer_on_gpus_against_the_published_formula(t, sequence_parallel, multiple):
+    """Bytes over sbh of Korthikanti et al. (2022), equations 2 and 4 without 5as/h: no scores kept.
+
+    GPT-2 style with dropout, in half precision; statistics of norms and softmax are left out there.
+    """
+    values = {"tensor_model_parallel_size": t, "sequence_parallel": sequence_parallel}
+    config = make("laptop-gpt2", {**values, "bf16": True, "recompute_granularity": "selective"})
+    config = changed(config, hidden_size=4096, ffn_hidden_size=16384, micro_batch_size=2)
+    dropout = changed(config, hidden_dropout=0.1, attention_dropout=0.1, num_attention_heads=32)
+    kept = layer_activations(dropout, lay_out(changed(dropout, global_batch_size=2), t), GPU)
+    assert kept / (2 * config.data.seq_length * 4096) == pytest.approx(multiple, rel=0.002)
