@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -103,12 +104,16 @@ def reach_time_limit(cluster: Cluster, job: str) -> None:
     cluster.run("scontrol", "update", f"JobId={job}", "EndTime=now+60")
     cluster.wait_for(lambda: all(map(told, ranks)), "the signal before the time limit")
     for pid in ranks:
-        os.kill(pid, signal.SIGCONT)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
 
 
 def told(pid: int) -> bool:
-    """Whether SIGUSR1 waits for a process."""
-    status = Path(f"/proc/{pid}/status").read_text()
+    """Whether SIGUSR1 waits for a process, or has ended it: Slurm may wake whom it signals."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return True
     pending = re.search(r"ShdPnd:\s*(\w+)", status)
     return bool(int(pending[1], 16) >> (signal.SIGUSR1 - 1) & 1)  # type: ignore[index]
 
