@@ -129,9 +129,9 @@ def _add_contents(add: Callable[..., Any]) -> None:
     add(
         "--with-optimizer",
         action="store_true",
-        help="megatron-lm or megatron-deepspeed to native: carry Adam's moments and the schedule "
-        "over, to go on without --finetune; to megatron-deepspeed: ZeRO-1 files with fp32 weights "
-        "and fresh moments, which ds_to_universal needs",
+        help="to native or megatron-deepspeed: carry Adam's moments, the fp32 weights and the "
+        "schedule over, to go on without --finetune; where the source has none (hf), "
+        "megatron-deepspeed gets moments of zero, as ds_to_universal needs some",
     )
     add(
         "--no-pipeline",

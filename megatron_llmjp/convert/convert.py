@@ -77,10 +77,12 @@ def prepare(source_format: str | None, target: str, path: Path, options: Options
         source.model = source.model.model_copy(update={"vocab_size": options.vocab_size})
     if options.with_optimizer and target not in ("native", "megatron-deepspeed"):
         raise UserError(f"--with-optimizer: no optimizer state is written for {target}")
-    if options.with_optimizer and target == "native":
+    # For Megatron-DeepSpeed moments of zero will do.
+    with_state = options.with_optimizer and (target == "native" or source.optimizer is not None)
+    if with_state:
         source = optimizer_state.opened(source, options)
     output = planner(target)(source, options)
     reads = source.reads
-    if options.with_optimizer and target == "native":
+    if with_state:
         reads = reads | optimizer_state.reads_of(source, optimizer_state.of_source(source), options)
     return Conversion(source, target, output, engine.match(reads, output))

@@ -59,12 +59,12 @@ def reader(name: str) -> Callable[[Path], Source]:
 
 def planner(name: str) -> Callable[[Source, Options], Output]:
     """The function that lays out a checkpoint of a format."""
-    from megatron_llmjp.convert import hf, megatron_deepspeed_write, megatron_lm, native
+    from megatron_llmjp.convert import hf, megatron_deepspeed_write, megatron_lm_write, native
 
     planners = {
         "native": native.plan,
         "hf": hf.plan,
-        "megatron-lm": megatron_lm.plan,
+        "megatron-lm": megatron_lm_write.plan,
         "megatron-deepspeed": megatron_deepspeed_write.plan,
     }
     return planners[name]

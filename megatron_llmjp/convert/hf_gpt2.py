@@ -11,7 +11,15 @@ from functools import partial
 from typing import Any
 
 from megatron_llmjp.config.schema import ModelConfig
-from megatron_llmjp.convert.hf_keys import make_model, required, unsupported
+from megatron_llmjp.convert.hf_keys import (
+    GELU_NAMES,
+    layer_norm_gelu,
+    layer_norm_gelu_refusals,
+    make_model,
+    required,
+    unsupported,
+    vocabulary,
+)
 from megatron_llmjp.convert.hf_style import Rule, Style
 from megatron_llmjp.convert.tensors import (
     FINAL_NORM,
@@ -24,9 +32,6 @@ from megatron_llmjp.convert.tensors import (
     transposed,
     whole,
 )
-
-_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new"}
-_TANH_NAMES = {"gelu_new", "gelu_fast", "gelu_pytorch_tanh"}
 
 
 def _rules(model: ModelConfig) -> list[Rule]:
@@ -57,15 +62,10 @@ def _rules(model: ModelConfig) -> list[Rule]:
 
 
 def _refusals(model: ModelConfig) -> list[str]:
-    heads = model.num_attention_heads
     held = {
         "rotary positions": model.position_embedding_type == "learned_absolute",
-        f"normalization {model.normalization}": model.normalization == "LayerNorm",
-        "activation swiglu": model.activation_function in _ACTIVATIONS,
         "parallel residual": not model.use_parallel_residual,
-        "linear layers without biases": model.add_bias_linear,
-        f"{model.query_groups} query groups of {heads} heads": model.query_groups == heads,
-        f"heads of size {model.head_dim}": model.head_dim * heads == model.hidden_size,
+        **layer_norm_gelu_refusals(model),
     }
     return [f"cannot hold {what}" for what, fine in held.items() if not fine]
 
@@ -78,7 +78,7 @@ def _to_config(model: ModelConfig) -> dict[str, Any]:
         "n_head": model.num_attention_heads,
         "n_positions": model.max_position_embeddings,
         "n_ctx": model.max_position_embeddings,
-        "activation_function": _ACTIVATIONS[model.activation_function],
+        "activation_function": GELU_NAMES[model.activation_function],
         "layer_norm_epsilon": model.norm_epsilon,
         "initializer_range": model.init_method_std,
         "embd_pdrop": model.hidden_dropout,
@@ -91,34 +91,28 @@ def _to_config(model: ModelConfig) -> dict[str, Any]:
 
 
 def _from_config(config: dict[str, Any], where: str) -> ModelConfig:
-    activation = config.get("activation_function", "gelu_new")
     unsupported(
         where,
-        **{f"activation_function '{activation}'": activation not in {"gelu", *_TANH_NAMES}},
         scale_attn_weights=not config.get("scale_attn_weights", True),
         scale_attn_by_inverse_layer_idx=config.get("scale_attn_by_inverse_layer_idx", False),
         add_cross_attention=config.get("add_cross_attention", False),
     )
-    hidden = required(config, "n_embd", where)
+    hidden, heads = required(config, "n_embd", where), required(config, "n_head", where)
     return make_model(
         where,
         num_layers=required(config, "n_layer", where),
         hidden_size=hidden,
-        num_attention_heads=required(config, "n_head", where),
-        num_query_groups=required(config, "n_head", where),
-        kv_channels=hidden // required(config, "n_head", where),
+        num_attention_heads=heads,
+        num_query_groups=heads,
+        kv_channels=hidden // heads,
         ffn_hidden_size=config.get("n_inner") or 4 * hidden,
         max_position_embeddings=required(config, "n_positions", where),
         position_embedding_type="learned_absolute",
-        normalization="LayerNorm",
         norm_epsilon=config.get("layer_norm_epsilon", 1e-5),
-        activation_function="gelu_tanh" if activation in _TANH_NAMES else "gelu",
-        add_bias_linear=True,
-        untie_embeddings_and_output_weights=not config.get("tie_word_embeddings", True),
         hidden_dropout=config.get("resid_pdrop", 0.1),
         attention_dropout=config.get("attn_pdrop", 0.1),
-        init_method_std=config.get("initializer_range", 0.02),
-        vocab_size=required(config, "vocab_size", where),
+        **layer_norm_gelu(config, "activation_function", "gelu_new", where),
+        **vocabulary(config, where, tied=True),
     )
 
 

@@ -11,12 +11,16 @@ from typing import Any
 
 from megatron_llmjp.config.schema import ModelConfig
 from megatron_llmjp.convert.hf_keys import (
+    GELU_NAMES,
+    layer_norm_gelu,
+    layer_norm_gelu_refusals,
     make_model,
     required,
     rotary,
     rotary_keys,
     rotary_refusals,
     unsupported,
+    vocabulary,
 )
 from megatron_llmjp.convert.hf_style import Rule, Style
 from megatron_llmjp.convert.tensors import (
@@ -26,9 +30,6 @@ from megatron_llmjp.convert.tensors import (
     WORD_EMBEDDINGS,
     whole,
 )
-
-_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new"}
-_TANH_NAMES = {"gelu_new", "gelu_fast", "gelu_pytorch_tanh"}
 
 
 def _rules(model: ModelConfig) -> list[Rule]:
@@ -56,15 +57,10 @@ def _rules(model: ModelConfig) -> list[Rule]:
 
 
 def _refusals(model: ModelConfig) -> list[str]:
-    heads = model.num_attention_heads
     held = {
         "learned positions": model.position_embedding_type == "rope",
-        f"normalization {model.normalization}": model.normalization == "LayerNorm",
-        "activation swiglu": model.activation_function in _ACTIVATIONS,
         **rotary_refusals(model),
-        "linear layers without biases": model.add_bias_linear,
-        f"{model.query_groups} query groups of {heads} heads": model.query_groups == heads,
-        f"heads of size {model.head_dim}": model.head_dim * heads == model.hidden_size,
+        **layer_norm_gelu_refusals(model),
     }
     return [f"cannot hold {what}" for what, fine in held.items() if not fine]
 
@@ -76,7 +72,7 @@ def _to_config(model: ModelConfig) -> dict[str, Any]:
         "num_hidden_layers": model.num_layers,
         "num_attention_heads": model.num_attention_heads,
         "max_position_embeddings": model.max_position_embeddings,
-        "hidden_act": _ACTIVATIONS[model.activation_function],
+        "hidden_act": GELU_NAMES[model.activation_function],
         "layer_norm_eps": model.norm_epsilon,
         "initializer_range": model.init_method_std,
         "use_parallel_residual": model.use_parallel_residual,
@@ -89,20 +85,11 @@ def _to_config(model: ModelConfig) -> dict[str, Any]:
 
 
 def _from_config(config: dict[str, Any], where: str) -> ModelConfig:
-    activation = config.get("hidden_act", "gelu")
-    unsupported(
-        where,
-        **{
-            f"hidden_act '{activation}'": activation not in {"gelu", *_TANH_NAMES},
-            "attention_bias false": not config.get("attention_bias", True),
-        },
-    )
+    unsupported(where, **{"attention_bias false": not config.get("attention_bias", True)})
     parameters = config.get("rope_parameters") or {}
     percent = parameters.get("partial_rotary_factor", config.get("rotary_pct", 0.25))
-    heads, hidden = (
-        required(config, "num_attention_heads", where),
-        required(config, "hidden_size", where),
-    )
+    heads = required(config, "num_attention_heads", where)
+    hidden = required(config, "hidden_size", where)
     return make_model(
         where,
         num_layers=required(config, "num_hidden_layers", where),
@@ -115,16 +102,12 @@ def _from_config(config: dict[str, Any], where: str) -> ModelConfig:
         position_embedding_type="rope",
         **rotary(config, where, "rotary_emb_base"),
         rotary_percent=percent,
-        normalization="LayerNorm",
         norm_epsilon=config.get("layer_norm_eps", 1e-5),
-        activation_function="gelu_tanh" if activation in _TANH_NAMES else "gelu",
-        add_bias_linear=True,
         use_parallel_residual=config.get("use_parallel_residual", True),
-        untie_embeddings_and_output_weights=not config.get("tie_word_embeddings", False),
         hidden_dropout=config.get("hidden_dropout", 0.0),
         attention_dropout=config.get("attention_dropout", 0.0),
-        init_method_std=config.get("initializer_range", 0.02),
-        vocab_size=required(config, "vocab_size", where),
+        **layer_norm_gelu(config, "hidden_act", "gelu", where),
+        **vocabulary(config, where, tied=False),
     )
 
 

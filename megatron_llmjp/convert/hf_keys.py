@@ -33,6 +33,53 @@ def unsupported(where: str, **found: bool) -> None:
         raise UserError(f"{where}: cannot be represented: {', '.join(names)}")
 
 
+GELU_NAMES = {"gelu": "gelu", "gelu_tanh": "gelu_new"}
+"""What Hugging Face calls the exact GELU and its tanh approximation."""
+
+_GELUS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+
+
+def layer_norm_gelu(config: dict[str, Any], key: str, default: str, where: str) -> dict[str, Any]:
+    """What GPT-2 and GPT-NeoX share: LayerNorm, biases, and a GELU that ``key`` names.
+
+    Raises:
+        UserError: the activation is another one.
+    """
+    name = config.get(key, default)
+    unsupported(where, **{f"{key} '{name}'": name not in _GELUS})
+    return {
+        "normalization": "LayerNorm",
+        "activation_function": _GELUS[name],
+        "add_bias_linear": True,
+    }
+
+
+def layer_norm_gelu_refusals(model: ModelConfig) -> dict[str, bool]:
+    """What GPT-2 and GPT-NeoX demand of a model, as true of one that they can hold."""
+    heads = model.num_attention_heads
+    return {
+        f"normalization {model.normalization}": model.normalization == "LayerNorm",
+        "activation swiglu": model.activation_function in GELU_NAMES,
+        "linear layers without biases": model.add_bias_linear,
+        f"{model.query_groups} query groups of {heads} heads": model.query_groups == heads,
+        f"heads of size {model.head_dim}": model.head_dim * heads == model.hidden_size,
+    }
+
+
+def vocabulary(config: dict[str, Any], where: str, tied: bool) -> dict[str, Any]:
+    """The embedding of every architecture; ``tied`` is its class's default."""
+    return {
+        "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", tied),
+        "init_method_std": config.get("initializer_range", 0.02),
+        "vocab_size": required(config, "vocab_size", where),
+    }
+
+
 LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,

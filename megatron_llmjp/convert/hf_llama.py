@@ -18,6 +18,7 @@ from megatron_llmjp.convert.hf_keys import (
     rotary_keys,
     rotary_refusals,
     unsupported,
+    vocabulary,
 )
 from megatron_llmjp.convert.hf_style import Rule, Style
 from megatron_llmjp.convert.tensors import (
@@ -100,10 +101,8 @@ def _from_config(config: dict[str, Any], where: str) -> ModelConfig:
         hidden_act=config.get("hidden_act", "silu") not in ("silu", "swish"),
         partial_rotary_factor=config.get("partial_rotary_factor", 1.0) != 1.0,
     )
-    heads, hidden = (
-        required(config, "num_attention_heads", where),
-        required(config, "hidden_size", where),
-    )
+    heads = required(config, "num_attention_heads", where)
+    hidden = required(config, "hidden_size", where)
     return make_model(
         where,
         num_layers=required(config, "num_hidden_layers", where),
@@ -119,9 +118,7 @@ def _from_config(config: dict[str, Any], where: str) -> ModelConfig:
         norm_epsilon=config.get("rms_norm_eps", 1e-6),
         activation_function="swiglu",
         add_bias_linear=False,
-        untie_embeddings_and_output_weights=not config.get("tie_word_embeddings", False),
-        init_method_std=config.get("initializer_range", 0.02),
-        vocab_size=required(config, "vocab_size", where),
+        **vocabulary(config, where, tied=False),
     )
 
 

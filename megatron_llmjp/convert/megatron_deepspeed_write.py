@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megatron_llmjp.config.schema import ModelConfig
-from megatron_llmjp.convert import zero_write
+from megatron_llmjp.convert import optimizer_state, zero_write
 from megatron_llmjp.convert.formats import Options, Source
 from megatron_llmjp.convert.megatron_args import make_args
 from megatron_llmjp.convert.megatron_deepspeed import LATEST
@@ -110,7 +110,6 @@ def _plan_layers(source: Source, options: Options) -> Output:
     tag = _tag(source)
     groups = _layer_files(model)
     shape_of = shapes(model, rows)
-    dtype = options.dtype or source.dtype
     files, optimizers = [], []
     slots: dict[str, dict[int, list[Slot]]] = {}
     for number, names in groups.items():
@@ -125,19 +124,17 @@ def _plan_layers(source: Source, options: Options) -> Output:
             for name, key in names.items():
                 slots.setdefault(name, {})[t] = [file.slots[key]]
     for rank in range(tensor * options.pipeline_parallel):
-        stage = _stage(groups, rank // tensor, options.pipeline_parallel, model)
-        names = zero_write.parameter_names(stage, model) if options.with_optimizer else {}
         content = _rank_content(source, options, rows)
         if options.with_optimizer:
-            held = {name: rank_shape(name, model, shape_of[name], tensor) for name in names}
-            prefix = "bf16_" if dtype == torch.bfloat16 else ""
-            path = f"{tag}/{prefix}zero_pp_rank_0_mp_rank_{rank:02d}_optim_states.pt"
-            optimizer = zero_write.plan(path, names, held, dtype)
+            stage = _stage(groups, rank // tensor, options.pipeline_parallel, model)
+            optimizer = _optimizer_file(source, options, stage, rank, rows)
             content["param_shapes"] = optimizer.param_shapes
-            files.append(optimizer.file)
+            content["lr_scheduler"] = optimizer.scheduler
             optimizers.append(optimizer.file)
-            for name, slot in optimizer.slots.items():
-                slots[name][rank % tensor].append(slot)
+            for kind, prefix in optimizer_state.prefixes(source, options).items():
+                for name, slot in optimizer.slots[kind].items():
+                    ranks = slots.setdefault(prefix + name, {})
+                    ranks.setdefault(rank % tensor, []).append(slot)
         files.append(plan_archive(f"{tag}/mp_rank_{rank:02d}_model_states.pt", content))
 
     def finish(folder: Path, _: Checksums) -> None:
@@ -145,8 +142,26 @@ def _plan_layers(source: Source, options: Options) -> Output:
             zero_write.finish(folder, file)
         _write_trackers(folder, source)
 
-    writes = {name: write_of(name, model, tensor, slots[name], rows) for name in source.reads}
-    return Output(files, writes, finish)
+    writes = {
+        name: write_of(optimizer_state.parameter(name), model, tensor, own, rows)
+        for name, own in slots.items()
+    }
+    return Output(files + optimizers, writes, finish)
+
+
+def _optimizer_file(
+    source: Source, options: Options, stage: dict[int, dict[str, str]], rank: int, rows: int
+) -> zero_write.Optimizer:
+    """Lay out the optimizer of one rank, whose layer files are ``stage``."""
+    model, tensor = source.model, options.tensor_parallel
+    names = zero_write.parameter_names(stage, model)
+    shape_of = shapes(model, rows)
+    held = {name: rank_shape(name, model, shape_of[name], tensor) for name in names}
+    dtype = options.dtype or source.dtype
+    prefix = "bf16_" if dtype == torch.bfloat16 else ""
+    path = f"{_tag(source)}/{prefix}zero_pp_rank_0_mp_rank_{rank:02d}_optim_states.pt"
+    found = None if source.optimizer is None else optimizer_state.of_source(source)
+    return zero_write.plan(path, names, held, dtype, found)
 
 
 def _check_expressible(model: ModelConfig) -> None:
@@ -243,6 +258,7 @@ def _rank_content(source: Source, options: Options, rows: int) -> dict[str, Any]
         "normalization": model.normalization.lower(),
         "num_experts": [1],
         "iteration": iteration,
+        "consumed_train_samples": source.consumed_samples or 0,
         "no_pipeline_parallel": options.no_pipeline,
         "deepspeed": True,
     }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from megatron_llmjp.config.load import dump, load_resolved
 from megatron_llmjp.config.schema import Config, ModelConfig
 from megatron_llmjp.convert import dcp, mcore_names, optimizer_state
 from megatron_llmjp.convert.formats import Options, Source
+from megatron_llmjp.convert.optimizer_state import OptimizerState
 from megatron_llmjp.convert.plan import Checksums, Output
 from megatron_llmjp.convert.tensors import WORD_EMBEDDINGS
 from megatron_llmjp.convert.tokenizer_files import (
@@ -20,6 +23,7 @@ from megatron_llmjp.convert.tokenizer_files import (
     special_token_ids,
     tokenizer_files,
 )
+from megatron_llmjp.convert.torch_archive import load
 from megatron_llmjp.errors import UserError
 
 _FILE_SIZE = 1_000_000_000
@@ -38,7 +42,8 @@ def read(path: Path) -> Source:
     if problems:
         raise UserError("\n".join(problems))
     config = load_resolved(folder / manifests.CONFIG)
-    entries = mcore_names.weights(dcp.read_metadata(folder))
+    stored = dcp.read_metadata(folder)
+    entries = mcore_names.weights(stored)
     if WORD_EMBEDDINGS not in entries:
         raise UserError(f"{folder}: holds no {WORD_EMBEDDINGS}")
     model = architecture(config)
@@ -48,8 +53,9 @@ def read(path: Path) -> Source:
         f"trained with TP {parallel.tensor_model_parallel_size} x "
         f"PP {parallel.pipeline_model_parallel_size}"
     )
+    optimizer: Callable[[], OptimizerState] | None = partial(_optimizer, model, stored, folder)
     if manifest.contents == "weights":
-        trained = "weights only"
+        trained, optimizer = "weights only", None
     return Source(
         "native",
         folder,
@@ -60,7 +66,15 @@ def read(path: Path) -> Source:
         consumed_samples=manifest.consumed_samples,
         tokenizer=tokenizer if tokenizer_files_in(tokenizer) else None,
         seq_length=config.data.seq_length,
+        optimizer=optimizer,
     )
+
+
+def _optimizer(
+    model: ModelConfig, stored: dict[str, dcp.StoredEntry], folder: Path
+) -> OptimizerState:
+    common = load(folder / "common.pt")
+    return optimizer_state.from_torch_dist(model, stored, common, folder)
 
 
 def tokenizer_files_in(folder: Path) -> list[Path]:

@@ -27,7 +27,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 MAIN = "param"
 """The fp32 weights that updates are added to, where the model's own are of another type."""
 
-_PREFIX = "optimizer.state."
+PREFIX = "optimizer.state."
+"""Of its tensors' names in a conversion and in distributed checkpoints, before the kind."""
+
 _MAIN_OF_PLAIN = "fp32_param"
 """What the optimizer that is not distributed calls them."""
 
@@ -111,8 +113,24 @@ def reads_of(source: Source, state: OptimizerState, options: Options) -> dict[st
                     f"{where}: {name} has shape {read.shape}, its weight has {weight.shape}"
                 )
             read.check(name)
-            found[f"{_PREFIX}{kind}.{name}"] = read
+            found[f"{PREFIX}{kind}.{name}"] = read
     return found
+
+
+def prefixes(source: Source, options: Options) -> dict[str, str]:
+    """For each kind, what stands before a weight's name in the name of the tensor that fills it.
+
+    Weights stand for the main ones where there are no others; without a state there is no more.
+    """
+    if source.optimizer is None:
+        return {MAIN: ""}
+    kinds = _kinds(source, of_source(source), options)
+    return {MAIN: "", **{kind: f"{PREFIX}{kind}." for kind in kinds}}
+
+
+def parameter(name: str) -> str:
+    """The weight that a tensor of a conversion belongs to, or is."""
+    return name.removeprefix(PREFIX).partition(".")[2] if name.startswith(PREFIX) else name
 
 
 def add_state(
@@ -131,17 +149,17 @@ def add_state(
         for name, shape in shapes(model, rows).items():
             stored, index = keys[name]
             layer = None if index is None else (index, model.num_layers)
-            placed = writer.add_tensor(f"{_PREFIX}{kind}.{stored}", shape, torch.float32, layer)
+            placed = writer.add_tensor(f"{PREFIX}{kind}.{stored}", shape, torch.float32, layer)
             layout = partial(boxes, places=tuple(box for box, _ in placed))
             vocabulary = rows if name in VOCABULARY else None
-            writes[f"{_PREFIX}{kind}.{name}"] = Write(
+            writes[f"{PREFIX}{kind}.{name}"] = Write(
                 layout, [[slot] for _, slot in placed], vocabulary
             )
     for stored in dict.fromkeys(stored for stored, _ in keys.values()):
-        main = f"{_PREFIX}{MAIN}.{stored}"
+        main = f"{PREFIX}{MAIN}.{stored}"
         if MAIN not in kinds:
             writer.add_alias(main, stored)
-        writer.add_alias(f"{_PREFIX}{_MAIN_OF_PLAIN}.{stored}", main)
+        writer.add_alias(f"{PREFIX}{_MAIN_OF_PLAIN}.{stored}", main)
     return writes
 
 
@@ -190,7 +208,7 @@ def from_torch_dist(
     kinds = {**{kind: kind for kind in MOMENTS}, MAIN: MAIN, _MAIN_OF_PLAIN: MAIN}
     tensors: dict[str, dict[str, Read]] = {}
     for stored_kind, kind in kinds.items():
-        prefix = f"{_PREFIX}{stored_kind}."
+        prefix = f"{PREFIX}{stored_kind}."
         own = {k.removeprefix(prefix): e for k, e in entries.items() if k.startswith(prefix)}
         if own and kind not in tensors:
             tensors[kind] = reads(model, own[WORD_EMBEDDINGS].shape[0], own)

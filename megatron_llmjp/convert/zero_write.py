@@ -1,4 +1,4 @@
-"""Laying out ZeRO-1 optimizer files: fp32 weights, and moments of zero, for one data-parallel rank.
+"""Laying out ZeRO-1 optimizer files for one data-parallel rank: fp32 weights and Adam's moments.
 
 With them DeepSpeed resumes without ``--finetune``, and its own tools read the checkpoint. Source:
 deepspeed/runtime/bf16_optimizer.py and zero/stage_1_and_2.py (``state_dict``).
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from megatron_llmjp.config.schema import ModelConfig
+from megatron_llmjp.convert.optimizer_state import MAIN, MOMENTS, OptimizerState
 from megatron_llmjp.convert.plan import OutputFile, Slot
 from megatron_llmjp.convert.storage import BLOCK, byte_count, write_at
 from megatron_llmjp.convert.tensors import Shape
@@ -27,11 +28,14 @@ _ALIGNMENT = 2  # elements per data-parallel rank
 
 @dataclass
 class Optimizer:
-    """A planned file, the slot of every parameter in it, and the shapes that describe it."""
+    """A planned file, the slots of every parameter in it, and the shapes that describe it."""
 
     file: OutputFile
-    slots: dict[str, Slot]
+    slots: dict[str, dict[str, Slot]]
+    """By kind, ``param`` or a moment, and by canonical name."""
     param_shapes: list[OrderedDict[str, torch.Size]]
+    scheduler: dict[str, Any] | None
+    """What Megatron's schedule loads."""
 
 
 def parameter_names(stage: dict[int, dict[str, str]], model: ModelConfig) -> dict[str, str]:
@@ -50,7 +54,11 @@ def parameter_names(stage: dict[int, dict[str, str]], model: ModelConfig) -> dic
 
 
 def plan(
-    path: str, names: dict[str, str], shapes: dict[str, Shape], dtype: torch.dtype
+    path: str,
+    names: dict[str, str],
+    shapes: dict[str, Shape],
+    dtype: torch.dtype,
+    found: OptimizerState | None,
 ) -> Optimizer:
     """Lay out the file of one model-parallel rank.
 
@@ -59,6 +67,7 @@ def plan(
         names: DeepSpeed's parameter names by canonical name.
         shapes: of the parameters on this rank.
         dtype: of the weights; bf16 has an optimizer class of its own.
+        found: what Adam has gathered; without it the moments are zero.
     """
     flat_groups = _groups(names, shapes)
     param_shapes, mappings, flats, state, starts = [], [], [], {}, {}
@@ -71,11 +80,10 @@ def plan(
             starts[name] = (g, position)
             position += count
         length = (position + -position % _ALIGNMENT,)
-        flats.append(Placeholder(f"fp32 {g}", length, torch.float32))
+        flats.append(Placeholder(f"{MAIN} {g}", length, torch.float32))
         state[g] = {
-            "step": 0,
-            "exp_avg": Placeholder(f"exp_avg {g}", length, torch.float32),
-            "exp_avg_sq": Placeholder(f"exp_avg_sq {g}", length, torch.float32),
+            "step": found.step if found else 0,
+            **{kind: Placeholder(f"{kind} {g}", length, torch.float32) for kind in MOMENTS},
         }
         mappings.append(mapping)
         param_shapes.append(OrderedDict((names[n], torch.Size(shapes[n])) for n in group))
@@ -83,13 +91,17 @@ def plan(
         flat.shape[0] - sum(m.numel for m in mapping.values())
         for flat, mapping in zip(flats, mappings, strict=True)
     ]
-    content = _content(flats, state, mappings, paddings, dtype)
+    content = _content(flats, state, mappings, paddings, dtype, found)
     file = plan_archive(path, content)
-    slots = {}
-    for name, (g, start) in starts.items():
-        offset = file.slots[f"fp32 {g}"].offset + 4 * start
-        slots[name] = Slot(path, names[name], offset, shapes[name], torch.float32)
-    return Optimizer(file, slots, param_shapes)
+    slots: dict[str, dict[str, Slot]] = {kind: {} for kind in (MAIN, *MOMENTS)}
+    for kind, own in slots.items():
+        for name, (g, start) in starts.items():
+            offset = file.slots[f"{kind} {g}"].offset + 4 * start
+            own[name] = Slot(path, names[name], offset, shapes[name], torch.float32)
+    # Megatron-DeepSpeed can count tokens too, which this schedule does not.
+    by_tokens = {"lr_warmup_tokens": None, "lr_decay_tokens": None, "num_tokens": 0}
+    scheduler = {**by_tokens, **found.scheduler} if found else None
+    return Optimizer(file, slots, param_shapes, scheduler)
 
 
 def _groups(names: dict[str, str], shapes: dict[str, Shape]) -> list[list[str]]:
@@ -104,11 +116,11 @@ def _content(
     mappings: list[Any],
     paddings: list[int],
     dtype: torch.dtype,
+    found: OptimizerState | None,
 ) -> dict[str, Any]:
-    groups = [
-        {"params": [g], "lr": 0.0, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
-        for g in range(len(flats))
-    ]
+    fresh = {"lr": 0.0, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
+    told = _by_decay(found.groups) if found else [{}, {}]
+    groups = [{**fresh, **told[g], "params": [g]} for g in range(len(flats))]
     optimizer = {
         "clip_grad": 1.0,
         "base_optimizer_state": {"state": state, "param_groups": groups},
@@ -126,6 +138,12 @@ def _content(
             "zero_stage": 1,
         }
     return {"optimizer_state_dict": optimizer, "ds_config": {}, "ds_version": "0.10.0"}
+
+
+def _by_decay(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Settings of the parameters with weight decay, and of those without."""
+    decayed = next((group for group in groups if group.get("wd_mult", 1.0)), groups[0])
+    return [decayed, next((group for group in groups if not group.get("wd_mult", 1.0)), decayed)]
 
 
 def finish(folder: Path, file: OutputFile) -> None:

@@ -47,11 +47,11 @@ def test_llama_of_megatron_deepspeed_rounded_to_bf16(tmp_path, convert):
 
 def test_a_difference_leaves_nothing(tmp_path, convert, monkeypatch):
     """Names and shapes cannot tell that the wrong GELU is written; the logits do."""
-    from megatron_llmjp.convert import hf_gpt2
+    from megatron_llmjp.convert import hf_keys
 
     STYLES["gpt2"]().save_pretrained(tmp_path / "hf")
     convert("--to", "native", "--input", tmp_path / "hf", "--output", tmp_path / "native")
-    monkeypatch.setitem(hf_gpt2._ACTIVATIONS, "gelu_tanh", "gelu")
+    monkeypatch.setitem(hf_keys.GELU_NAMES, "gelu_tanh", "gelu")
     text = convert("--to", "hf", "--input", tmp_path / "native", "--output", tmp_path / "o",
                    "--verify", code=1)  # fmt: skip
     assert "logits differ by" in text

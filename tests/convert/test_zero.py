@@ -98,6 +98,26 @@ def test_moments_are_those_that_deepspeed_finds(tmp_path, convert, deepspeed, mo
     assert (told.lr, told.lr_decay_style, told.adam_beta2) == (0.003, "linear", 0.95)
 
 
+def test_deepspeed_finds_the_moments_that_are_written(tmp_path, convert, deepspeed, monkeypatch):
+    """There and back: native's state as ZeRO files is what the real run's files hold."""
+    words = ("--with-optimizer", "--target-tensor-parallel-size", 2)
+    convert("--to", "native", "--input", REAL, "--output", tmp_path / "n", *words)
+    convert("--to", "megatron-deepspeed", "--input", tmp_path / "n", "--output", tmp_path / "ds",
+            "--target-pipeline-parallel-size", 4, *words)  # fmt: skip
+    shutil.copytree(REAL, tmp_path / "global_step2")
+    theirs = universal(tmp_path / "global_step2", tmp_path / "u1", monkeypatch)
+    ours = universal(tmp_path / "ds" / "global_step2", tmp_path / "u2", monkeypatch)
+    names = {path.name for path in theirs.iterdir() if path.is_dir()}
+    assert names == {path.name for path in ours.iterdir() if path.is_dir()}
+    for name in names:
+        for kind in KINDS:
+            real = torch.load(theirs / name / f"{kind}.pt")["param"]
+            assert torch.equal(torch.load(ours / name / f"{kind}.pt")["param"], real), (name, kind)
+        assert int(torch.load(ours / name / "step.pt")) == 2
+    content = torch.load(tmp_path / "ds" / "global_step2" / "mp_rank_00_model_states.pt")
+    assert content["lr_scheduler"]["num_steps"] == content["args"].consumed_train_samples == 4
+
+
 def test_fp16_old_numbers_and_paddings(tmp_path, convert, deepspeed):
     """The same state as an fp16 run of 2023 left it: older layer numbers, a loss scale.
 
