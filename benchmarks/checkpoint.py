@@ -25,7 +25,10 @@ MODEL = (
     "--num-layers 8 --hidden-size 2048 --ffn-hidden-size 5632 --num-attention-heads 16 "
     "--vocab-size 32000 --seq-length 128 --max-position-embeddings 128 --micro-batch-size 1 "
     "--tokenizer-type NullTokenizer --save unused --swiglu --disable-bias-linear "
-    "--untie-embeddings-and-output-weights --position-embedding-type rope --normalization RMSNorm"
+    "--untie-embeddings-and-output-weights --position-embedding-type rope --normalization RMSNorm "
+    "--hidden-dropout 0 --attention-dropout 0 --init-method-std 0.02 --lr 1e-4 --min-lr 1e-5 "
+    "--lr-decay-style cosine --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1.0 "
+    "--train-iters 1000 --global-batch-size 1 --seed 1234"
 )
 
 
