@@ -46,7 +46,7 @@ def words(folds: Path, save: Path) -> list[str]:
     common = ["--save", save, "--eval-iters", 0, "--save-interval", 10, "--hidden-dropout", 0]
     rows = {
         "padded_vocab_size": 256
-    }  # as many with and without tensor parallelism: they are trained
+    }  # as many with tensor parallelism as without
     return arguments("laptop-llama", folds, *common, **rows)
 
 
