@@ -64,7 +64,8 @@ def save_on_rank(folder: str, words: list[str], port: str) -> dict[str, Any]:
         saves = saver(root, async_save=kind == "async", keep_last=1)
         value = float(parameter.sum())
         attempt(f"{kind} good", saves, 1)
-        (root / ".iter_0000009.tmp").mkdir(exist_ok=True)  # as a killed run leaves it
+        if rank == 0:  # it is the one that looks and removes
+            (root / ".iter_0000009.tmp").mkdir()  # as a killed run leaves it
         with file_size_limit():
             attempt(f"{kind} limited", saves, 2)
         with contextlib.suppress(SaveError):

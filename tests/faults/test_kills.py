@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import time
@@ -80,7 +81,13 @@ def at_any_time(start: Start, save: Path, draw: random.Random) -> bool:
 
 def while_writing(start: Start, save: Path, draw: random.Random) -> bool:
     """A folder with a temporary name has come."""
-    return after(start, draw, 0.15, lambda: len(list(save.glob(".iter_*.tmp"))))
+
+    def folders() -> int:  # what a killed run left has another number
+        with contextlib.suppress(FileNotFoundError):
+            return sum(path.stat().st_ino for path in save.glob(".iter_*.tmp"))
+        return 0
+
+    return after(start, draw, 0.15, folders)
 
 
 def when_named(start: Start, save: Path, draw: random.Random) -> bool:
