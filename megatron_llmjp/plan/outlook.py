@@ -69,7 +69,12 @@ class Outlook:
     @property
     def fits(self) -> bool:
         """Whether the fullest rank fits its GPU."""
-        return self.memory[self.worst].total + RESERVE <= self.machine.memory
+        return self.filled <= 1.0
+
+    @property
+    def filled(self) -> float:
+        """The part of its GPU's memory that the fullest rank takes."""
+        return (self.memory[self.worst].total + RESERVE) / self.machine.memory
 
     @property
     def steps_per_day(self) -> float:

@@ -121,7 +121,7 @@ def _memory(outlook: Outlook) -> str:
     return (
         f"{aligned(rows, right=range(1, len(stages) + 1))}\n"
         f"{'fits' if outlook.fits else 'DOES NOT FIT'}: {most / 1e9:.1f} GB and "
-        f"{RESERVE / 1e9:.1f} GB for CUDA and NCCL are {(most + RESERVE) / capacity:.0%} of "
+        f"{RESERVE / 1e9:.1f} GB for CUDA and NCCL are {outlook.filled:.0%} of "
         f"{capacity / 1e9:.0f} GB"
     )
 

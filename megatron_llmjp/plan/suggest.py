@@ -32,6 +32,8 @@ RECOMPUTE_ALL: dict[str, object] = {
     "recompute_method": "uniform",
     "recompute_num_layers": 1,
 }
+FULL = 0.95
+"""Part of a GPU's memory that a suggestion may fill: predictions are off by up to 5 %."""
 PRODUCTS = 0.62
 """Part of the peak that large matrix products and attention reach together."""
 SMALL = 1.2e6
@@ -89,7 +91,9 @@ def suggest(config: Config, rehearsal: Rehearsal) -> list[Suggestion]:
         except UserError:
             continue
         given = _key(candidate) == own
-        if outlook.fits and not (given and any(other.given for other in found)):
+        if given and any(other.given for other in found):
+            continue
+        if outlook.filled <= (1.0 if given else FULL):
             found.append(Suggestion(outlook, estimate(outlook), given))
     return sorted(found, key=lambda suggestion: suggestion.times.total)
 

@@ -7,7 +7,6 @@ from dataclasses import fields
 from megatron_llmjp.config.rehearsal import Rehearsal
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.numbers import aligned
-from megatron_llmjp.plan.outlook import RESERVE
 from megatron_llmjp.plan.outlook_text import shape
 from megatron_llmjp.plan.suggest import Suggestion, Times
 
@@ -56,7 +55,7 @@ def _row(suggestion: Suggestion) -> tuple[str, ...]:
         shape(outlook.layout) + (" (given)" if suggestion.given else ""),
         str(outlook.config.training.micro_batch_size),
         "all layers" if again else "",
-        f"{(outlook.memory[outlook.worst].total + RESERVE) / outlook.machine.memory:.0%}",
+        f"{outlook.filled:.0%}",
         f"{suggestion.mfu:.0%}",
         f"{times.total:.2f}",
         *(_seconds(getattr(times, kind)) for kind in KINDS),
