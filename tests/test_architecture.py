@@ -20,7 +20,8 @@ FLOORS = [
     {"plan"},
     {"report"},
     {"training"},
-    {"dry_run", "plan_data", "on_paper"},
+    {"dry_run", "plan_data"},
+    {"on_paper"},
     {"entry"},
     {"data_tools", "slurm"},
 ]
