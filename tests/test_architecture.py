@@ -75,6 +75,10 @@ def test_imports_go_down():
 
 
 def test_no_torch_where_it_is_not_needed():
-    code = f"import importlib, sys\nfor name in {WITHOUT_TORCH}:\n    importlib.import_module(name)\n"
-    code += "    assert 'torch' not in sys.modules, name\n"
+    code = f"""\
+import importlib, sys
+for name in {WITHOUT_TORCH}:
+    importlib.import_module(name)
+    assert "torch" not in sys.modules, name
+"""
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

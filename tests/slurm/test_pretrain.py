@@ -44,9 +44,7 @@ def folds(tmp_path_factory) -> Path:
 
 def words(folds: Path, save: Path) -> list[str]:
     common = ["--save", save, "--eval-iters", 0, "--save-interval", 10, "--hidden-dropout", 0]
-    rows = {
-        "padded_vocab_size": 256
-    }  # as many with tensor parallelism as without
+    rows = {"padded_vocab_size": 256}  # as many with tensor parallelism as without
     return arguments("laptop-llama", folds, *common, **rows)
 
 
