@@ -118,7 +118,10 @@ def _content(
     dtype: torch.dtype,
     found: OptimizerState | None,
 ) -> dict[str, Any]:
+    # torch.optim.Adam, Megatron's without apex, takes from here that the decay is AdamW's; apex
+    # does not look. Without it the decay would go into the moments.
     fresh = {"lr": 0.0, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
+    fresh |= {"decoupled_weight_decay": True}
     told = _by_decay(found.groups) if found else [{}, {}]
     groups = [{**fresh, **told[g], "params": [g]} for g in range(len(flats))]
     optimizer = {

@@ -118,6 +118,20 @@ def test_deepspeed_finds_the_moments_that_are_written(tmp_path, convert, deepspe
     assert content["lr_scheduler"]["num_steps"] == content["args"].consumed_train_samples == 4
 
 
+def test_torch_reads_the_decay_as_that_of_adamw(tmp_path, convert):
+    """Megatron-DeepSpeed without apex runs torch.optim.Adam, whose groups come from the file."""
+    words = ("--with-optimizer", "--input", REAL, "--output", tmp_path / "ds")
+    convert("--to", "megatron-deepspeed", *words)
+    (path,) = (tmp_path / "ds" / "global_step2").glob("bf16_zero_*")
+    content = torch.load(path, weights_only=False)["optimizer_state_dict"]
+    state = content["base_optimizer_state"]
+    flats = [torch.zeros_like(state["state"][g]["exp_avg"]) for g in (0, 1)]
+    optimizer = torch.optim.Adam([{"params": [flat]} for flat in flats])
+    optimizer.load_state_dict(state)
+    assert [group["decoupled_weight_decay"] for group in optimizer.param_groups] == [True, True]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.0]
+
+
 def test_fp16_old_numbers_and_paddings(tmp_path, convert, deepspeed):
     """The same state as an fp16 run of 2023 left it: older layer numbers, a loss scale.
 
