@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_llmjp.errors import UserError
+from megatron_llmjp.system import sync
 
 
 def publish(pairs: Sequence[tuple[Path, Path]]) -> None:
@@ -24,7 +25,7 @@ def publish(pairs: Sequence[tuple[Path, Path]]) -> None:
     for work, final in pairs:
         work.replace(final)
     for folder in {final.parent for _, final in pairs}:
-        _sync_folder(folder)
+        sync(folder)
 
 
 @contextmanager
@@ -56,11 +57,3 @@ def write_json(path: Path, content: Any) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import zlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data_tools.documents import pieces, read_manifest, with_tokens
 from megatron_llmjp.data.indexed import Index, bin_path, idx_path, read_index
+from megatron_llmjp.system import crc32_of
 
 
 def verify(prefix: str, vocab_size: int | None) -> tuple[list[str], list[str]]:
@@ -88,18 +87,12 @@ def check_manifest(index: Index, manifest: dict[str, Any]) -> list[str]:
             wrong.append(f"{index.prefix}: {found:,} {name}, the manifest says {manifest[name]:,}")
     for name, path in (("bin", bin_path(index.prefix)), ("idx", idx_path(index.prefix))):
         expected = manifest[name].get("crc32")
-        if expected is not None and crc_of(path) != expected:
+        if expected is None:
+            continue
+        found_crc = f"{crc32_of(path):08x}"
+        if found_crc != expected:
             wrong.append(
-                f"{path}: its bytes have changed since it was made (CRC-32 {crc_of(path)}, "
+                f"{path}: its bytes have changed since it was made (CRC-32 {found_crc}, "
                 f"expected {expected}). Copy it again, or make it again."
             )
     return wrong
-
-
-def crc_of(path: Path) -> str:
-    """Return the CRC-32 of a file as 8 hexadecimal digits."""
-    crc = 0
-    with path.open("rb") as file:
-        while data := file.read(1 << 22):
-            crc = zlib.crc32(data, crc)
-    return f"{crc:08x}"

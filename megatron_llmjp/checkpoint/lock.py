@@ -28,6 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_llmjp.errors import UserError
+from megatron_llmjp.system import process_lives
 
 LOCK = ".run.lock"
 RECORD = ".run.json"
@@ -169,7 +170,7 @@ def _make_sure_it_is_dead(
     root: Path, owner: Owner, is_locked: bool, say: Callable[[str], None], patience: float
 ) -> None:
     if owner.boot == _boot():
-        if not is_locked and _lives(owner.pid):
+        if not is_locked and process_lives(owner.pid):
             raise _refusal(root, owner)
         return
     say(
@@ -195,16 +196,6 @@ def _refusal(root: Path, owner: Owner | None) -> UserError:
         f"--save {root} is in use by another run ({owner or 'which is just starting'}): stop that "
         "one, or give this one a folder of its own"
     )
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _pulse(root: Path) -> int | None:
@@ -239,7 +230,7 @@ def is_alive(root: Path, owner: Owner) -> bool:
     of both.
     """
     if owner.boot == _boot():
-        return _lives(owner.pid)
+        return process_lives(owner.pid)
     pulse = _pulse(root)
     return pulse is not None and time.time() - pulse / 1e9 < PATIENCE_SECONDS
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import re
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from megatron_llmjp.data.fold_record import FoldRecord
 from megatron_llmjp.errors import UserError
+from megatron_llmjp.system import crc32_of, sync
 
 MANIFEST = "manifest.json"
 CONFIG = "config.yaml"
@@ -86,11 +86,7 @@ def folder_name(iteration: int) -> str:
 
 def describe_file(path: Path) -> FileEntry:
     """Size in bytes and CRC-32 of a file."""
-    crc = 0
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            crc = zlib.crc32(block, crc)
-    return FileEntry(bytes=path.stat().st_size, crc32=f"{crc:08x}")
+    return FileEntry(bytes=path.stat().st_size, crc32=f"{crc32_of(path):08x}")
 
 
 def describe_files(folder: Path, names: Iterable[str]) -> dict[str, FileEntry]:
@@ -189,16 +185,7 @@ def write_durably(path: Path, text: str) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Force the names in a folder to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path.parent)
 
 
 def _first_line(error: Exception) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint.manifest import FileEntry
+from megatron_llmjp.system import sync
 
 
 def temporary_folder(root: Path, iteration: int) -> Path:
@@ -39,7 +40,7 @@ def add_file(folder: Path, name: str, contents: bytes) -> FileEntry:
         stream.flush()
         os.fsync(stream.fileno())
     if path.parent != folder:
-        manifests.sync_folder(path.parent)
+        sync(path.parent)
     return manifests.describe_file(path)
 
 
@@ -61,7 +62,7 @@ def publish(root: Path, manifest: manifests.Manifest) -> Path:
         shutil.rmtree(replaced, ignore_errors=True)  # else the next save's to remove
     else:
         temporary.replace(final)
-    manifests.sync_folder(root)
+    sync(root)
     manifests.write_durably(root / manifests.TRACKER, f"{manifest.iteration}\n")
     return final
 
@@ -78,5 +79,5 @@ def retire(root: Path, iteration: int) -> Path:
     folder = root / manifests.folder_name(iteration)
     retired = root / f".{folder.name}.removed.tmp"
     folder.replace(retired)
-    manifests.sync_folder(root)
+    sync(root)
     return retired

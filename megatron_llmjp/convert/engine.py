@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_llmjp.checkpoint.manifest import sync_folder
 from megatron_llmjp.convert.plan import Checksums, Copy, Output, Read
 from megatron_llmjp.errors import UserError
+from megatron_llmjp.system import sync
 
 
 def match(reads: dict[str, Read], output: Output) -> list[Copy]:
@@ -65,7 +65,7 @@ def new_folder(target: Path, nbytes: int) -> Iterator[Path]:
         if target.exists():
             target.rmdir()
         partial.rename(target)
-        sync_folder(target.parent)
+        sync(target.parent)
     except OSError as error:
         raise UserError(
             f"{target}: cannot be written: {error.strerror or error}; nothing was left behind"
@@ -94,16 +94,8 @@ def _lock(target: Path) -> int:
 
 
 def _sync(folder: Path) -> None:
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        else:
-            sync_folder(path)
-    sync_folder(folder)
+    for path in [*sorted(folder.rglob("*")), folder]:
+        sync(path)
 
 
 def run(

@@ -26,13 +26,13 @@ import shutil
 import socket
 import sys
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 from megatron_llmjp.errors import UserError
+from megatron_llmjp.system import crc32_of, process_lives, sync
 
 CONTENTS = "contents.json"
 ARRAY = ".npy"
@@ -128,7 +128,7 @@ def fault(folder: Path, *, thorough: bool = False) -> str | None:
             return f"{name} has {found:,} bytes, expected {size:,}"
         if name.endswith(ARRAY) and not _is_array(folder / name):
             return f"{name} is no array"
-        if thorough and _crc32(folder / name) != crc:
+        if thorough and crc32_of(folder / name) != crc:
             return f"{name} has another checksum than when it was written"
     return None
 
@@ -150,7 +150,7 @@ def publish(folder: Path) -> Iterator[Path]:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-        _sync(folder.parent)
+        sync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -223,35 +223,19 @@ def _seal(folder: Path) -> None:
     """Bring the files to disk, with a list of them."""
     files = {}
     for path in sorted(folder.iterdir()):
-        files[path.name] = (path.stat().st_size, _crc32(path))
-        _sync(path)
+        files[path.name] = (path.stat().st_size, crc32_of(path))
+        sync(path)
     with (folder / CONTENTS).open("w") as stream:
         json.dump({"files": files}, stream, indent=1)
         stream.flush()
         os.fsync(stream.fileno())
-    _sync(folder)
+    sync(folder)
 
 
 def _is_array(path: Path) -> bool:
     """Whether a file begins as one: numpy would execute it as a pickle, as megatron-core asks."""
     with path.open("rb") as stream:
         return stream.read(6) == b"\x93NUMPY"
-
-
-def _crc32(path: Path) -> int:
-    crc = 0
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            crc = zlib.crc32(block, crc)
-    return crc
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _unique(folder: Path, kind: str) -> Path:
@@ -276,15 +260,5 @@ def _remove_abandoned(folder: Path) -> None:
                 old = time.time() - path.stat().st_mtime > ABANDONED_SECONDS
             except FileNotFoundError:
                 continue
-            if old or (host == here and not _is_alive(int(pid))):
+            if old or (host == here and not process_lives(int(pid))):
                 shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

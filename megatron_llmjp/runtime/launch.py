@@ -53,8 +53,16 @@ def launch(command: Sequence[str], processes: int) -> int:
 
 
 def _start(command: Sequence[str], rank: int, world: int, port: int) -> subprocess.Popen[bytes]:
-    env = {
-        **os.environ,
+    env = {**os.environ, **rank_environment(rank, world, port)}
+    # Without this, every rank starts a thread per core and they fight for the cores.
+    env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world)))
+    # A session of its own keeps a terminal's Ctrl-C from reaching the ranks twice.
+    return subprocess.Popen(list(command), env=env, start_new_session=True)
+
+
+def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
+    """The variables by which a rank on this machine knows itself and its world."""
+    return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world),
@@ -63,10 +71,6 @@ def _start(command: Sequence[str], rank: int, world: int, port: int) -> subproce
         "MASTER_PORT": str(port),
         LAUNCHER_VARIABLE: LOCAL_LAUNCHER,
     }
-    # Without this, every rank starts a thread per core and they fight for the cores.
-    env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world)))
-    # A session of its own keeps a terminal's Ctrl-C from reaching the ranks twice.
-    return subprocess.Popen(list(command), env=env, start_new_session=True)
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]], forwarded: Sequence[int]) -> int:

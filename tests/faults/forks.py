@@ -153,16 +153,7 @@ def _main(words: list[str], fault: Fault | None) -> None:
     from megatron_llmjp.runtime import launch
 
     def fork(command: Any, rank: int, world: int, port: int) -> _Fork:
-        env = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world),
-            "LOCAL_WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            launch.LAUNCHER_VARIABLE: launch.LOCAL_LAUNCHER,
-        }
-        return _Fork(words, env, fault)
+        return _Fork(words, launch.rank_environment(rank, world, port), fault)
 
     launch._start = fork  # type: ignore[assignment]
     # Drawing the report of a run that ends costs more than the run.
