@@ -20,6 +20,7 @@ except ImportError:  # 4 % slower without
 from data_tools.pieces import FileRange, Rows
 from megatron_llmjp.data.indexed import best_dtype
 from megatron_llmjp.tokenizers import Tokenizer
+from megatron_llmjp.tokenizers.base import Ids
 
 Documents = list[list[str]]  # each document a list of one text, or of its sentences
 
@@ -70,6 +71,7 @@ class Encoded:
         packed: documents per key.
         lines: lines of the block, blank and rejected ones included.
         empty: lines whose documents are kept though they hold no text.
+        impossible: the first line with a token id outside the vocabulary, and that id.
     """
 
     packed: dict[str, Packed] = field(default_factory=dict)
@@ -77,6 +79,7 @@ class Encoded:
     blank: int = 0
     rejected: list[Rejected] = field(default_factory=list)
     empty: list[int] = field(default_factory=list)
+    impossible: tuple[int, int] | None = None
 
 
 class BadLine(ValueError):
@@ -106,6 +109,7 @@ class BlockEncoder:
     def _encode(self, payload: FileRange | bytes | Rows, careful: bool) -> Encoded:
         result = Encoded()
         documents: dict[str, Documents] = {key: [] for key in self.encoding.keys}
+        lines: list[int] = []  # of each document
         for number, record, raw in self._records(payload, result):
             try:
                 fields = self._fields(record, raw, careful)
@@ -115,9 +119,13 @@ class BlockEncoder:
                 continue
             if not any(map(any, fields.values())):
                 result.empty.append(number)
+            lines.append(number)
             for key, texts in fields.items():
                 documents[key].append(texts)
-        result.packed = {key: self._pack(texts) for key, texts in documents.items()}
+        for key, texts in documents.items():
+            result.packed[key], wrong = self._pack(texts)
+            if wrong is not None and result.impossible is None:
+                result.impossible = (lines[wrong[0]], wrong[1])
         return result
 
     def _raw(self, record: Any, raw: bytes) -> bytes:
@@ -169,7 +177,11 @@ class BlockEncoder:
                 raise BadLine("not encodable", str(error)) from error
         return fields
 
-    def _pack(self, documents: Documents) -> Packed:
+    def _pack(self, documents: Documents) -> tuple[Packed, tuple[int, int] | None]:
+        """Return the documents end to end, and the first id outside the vocabulary if any.
+
+        That is a pair: the number of its document, and the id.
+        """
         parts: list[npt.NDArray[np.int32]] = []
         lengths: list[int] = []
         sequences = np.zeros(len(documents), np.int32)
@@ -185,10 +197,19 @@ class BlockEncoder:
                 parts.append(self._eod)
                 lengths[-1] += 1
             sequences[at] = len(lengths) - before
-        tokens = np.empty(0, self.dtype)
-        if parts:
-            tokens = np.concatenate(parts, dtype=self.dtype, casting="unsafe")
-        return Packed(tokens, np.array(lengths, np.int32), sequences)
+        ids = np.concatenate(parts) if parts else np.empty(0, np.int32)
+        packed = Packed(ids.astype(self.dtype), np.array(lengths, np.int32), sequences)
+        return packed, self._outside(ids, packed)
+
+    def _outside(self, ids: Ids, packed: Packed) -> tuple[int, int] | None:
+        """Return document and id of the first token outside the vocabulary, or None."""
+        size = self.tokenizer.vocab_size
+        if not len(ids) or (ids.min() >= 0 and ids.max() < size):
+            return None
+        at = int(np.flatnonzero((ids < 0) | (ids >= size))[0])
+        sequence = np.searchsorted(np.cumsum(packed.lengths, dtype=np.int64), at, side="right")
+        document = np.searchsorted(np.cumsum(packed.sequences), sequence, side="right")
+        return int(document), int(ids[at])
 
 
 def parse_line(raw: bytes) -> dict[str, Any]:

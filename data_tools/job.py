@@ -163,6 +163,8 @@ class Job:
             self._warn(
                 source, tally.lines + line + 1, "empty document", "kept, as Megatron-LM does"
             )
+        if encoded.impossible is not None:
+            self._refuse_id(source, tally.lines + encoded.impossible[0] + 1, encoded.impossible[1])
         self.output.add(encoded.packed)
         tally.lines += encoded.lines
         tally.documents += _documents(encoded)
@@ -172,6 +174,14 @@ class Job:
         for key, part in encoded.packed.items():
             tally.tokens[key] = tally.tokens.get(key, 0) + len(part.tokens)
         self.point = self.output.point(source, block.end, tally)
+
+    def _refuse_id(self, source: int, line: int, token_id: int) -> None:
+        size = self.tokenizer.vocab_size
+        raise UserError(
+            f"{self.sources[source].name}:{line}: the tokenizer gives token id {token_id}, but its "
+            f"vocabulary ends at {size - 1} and ids are stored as {self.output.dtype}. The "
+            "tokenizer's files do not belong together: save the tokenizer again, or use another."
+        )
 
     def _reject(self, source: int, line: int, bad: Rejected, parts: Iterator[bytes]) -> None:
         name = self.sources[source].name

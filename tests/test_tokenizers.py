@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+import tokenizers
 
 from data_tools.hf_export import SPECIALS, export_hugging_face
 from data_tools.train_tokenizer import train_unigram
@@ -25,6 +26,14 @@ def folder(tmp_path_factory) -> Path:
     (folder / "tokenizer.model").write_bytes(train_unigram(texts, 500))
     export_hugging_face(folder / "tokenizer.model", folder, "<EOD>")
     return folder
+
+
+def write_words(path: Path, vocabulary: dict[str, int]) -> tokenizers.Tokenizer:
+    """Save a Hugging Face tokenizer of whole words."""
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.save(str(path))
+    return words
 
 
 def test_sentencepiece_types(folder):
@@ -127,3 +136,12 @@ def test_neither_torch_nor_transformers_is_imported(folder):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_vocabulary_with_gaps(tmp_path):
+    """The vocabulary ends behind the largest id, however few tokens there are."""
+    path = tmp_path / "tokenizer.json"
+    write_words(path, {"<unk>": 0, "</s>": 1, "a": 2, "b": 70000})
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", path)
+    assert tokenizer.vocab_size == 70001
+    assert tokenizer.encode("a b").tolist() == [2, 70000]

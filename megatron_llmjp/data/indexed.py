@@ -45,7 +45,11 @@ def idx_path(prefix: str | Path) -> Path:
 
 
 def best_dtype(vocab_size: int) -> np.dtype[Any]:
-    """Return the type in which Megatron stores ids of this vocabulary: uint16 below 65,500."""
+    """Return the type in which Megatron stores ids of this vocabulary: uint16 below 65,500.
+
+    ``vocab_size`` is the largest id plus one: Megatron-LM takes the number of tokens, and writes
+    wrong ids where these have gaps.
+    """
     return np.dtype(np.uint16) if vocab_size < 65500 else np.dtype(np.int32)
 
 

@@ -19,7 +19,8 @@ class Tokenizer(ABC):
 
     Attributes:
         kind: the name given to ``--tokenizer-type``.
-        vocab_size: number of token ids, unpadded; every id that encode returns is below it.
+        vocab_size: the largest token id plus one, unpadded. It exceeds the number of tokens where
+            ids have gaps; every id that encode returns is below it.
         eod_id: the id that ``--append-eod`` puts after each document.
         bos_id, eos_id, pad_id: None where the vocabulary has no such token.
 

@@ -37,7 +37,8 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, path: Path) -> None:
         self.json_file = path / "tokenizer.json" if path.is_dir() else path
         self.tokenizer = _load(path, self.json_file)
-        self.vocab_size = self.tokenizer.get_vocab_size(with_added_tokens=True)
+        ids = self.tokenizer.get_vocab(with_added_tokens=True).values()
+        self.vocab_size = max(ids, default=-1) + 1  # not their number: there may be gaps
         settings = _settings(self.json_file.parent)
         self.bos_id = self._id_of(settings.get("bos_token"))
         self.pad_id = self._id_of(settings.get("pad_token"))

@@ -115,3 +115,26 @@ def test_sentences_empty_documents_and_large_vocabulary(tmp_path):
         [5, 80000],
     ]
     assert list(read.document_indices) == [0, 2, 2, 3, 3, 4]
+
+
+def test_ids_are_stored_whole_or_refused(tmp_path, monkeypatch, capsys):
+    """A vocabulary of four tokens whose largest id does not fit uint16, and one that lies."""
+    words = {"<unk>": 0, "</s>": 1, "a": 2, "b": 70000}
+    fast = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    fast.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    fast.save(str(tmp_path / "tokenizer.json"))
+    lines = ['{"text": "a"}', "", '{"text": "a a"}', '{"text": "a b a"}']
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    arguments = ["--input", str(tmp_path / "in.jsonl"), "--tokenizer-model", str(tmp_path)]
+    arguments += ["--tokenizer-type", "HuggingFaceTokenizer", "--workers", "1", "--output-prefix"]
+    assert main([*arguments, str(tmp_path / "o")]) == 0
+    read = IndexedDataset(str(tmp_path / "o_text_document"))
+    assert [list(read[i]) for i in range(3)] == [[2], [2, 2], [2, 70000, 2]]
+
+    kind = "megatron_llmjp.tokenizers.hugging_face.HuggingFaceTokenizer"
+    monkeypatch.setattr(f"{kind}.vocab_size", property(lambda _: 4, lambda *_: None), raising=False)
+    assert main([*arguments, str(tmp_path / "p"), "--on-error", "skip"]) == 2
+    assert (
+        f"{tmp_path / 'in.jsonl'}:4: the tokenizer gives token id 70000" in capsys.readouterr().err
+    )
+    assert not (tmp_path / "p_text_document.idx").exists()
