@@ -108,7 +108,7 @@ def make_state(with_optimizer: bool) -> tuple[Any, Any]:
     from megatron_llmjp.runtime.ranks import alone
     from megatron_llmjp.training.optimizer import make_optimizer, wrap_for_data_parallel
 
-    config, _, _ = parse(MODEL.split())
+    config = parse(MODEL.split()).config
     device = setup()
     distributed.start(config, alone(), device)
     chunks = build_model(config, device)

@@ -144,7 +144,7 @@ def ours(folder: Path, folds: int) -> dict[str, float]:
     flags = "--num-layers 1 --hidden-size 8 --num-attention-heads 1 --vocab-size 32000"
     where = f"--fold-file {folder / 'folds.yaml'} --seq-length {LENGTH}"
     where += f" --data-cache-path {folder / 'cache'}"
-    config, _, _ = parse(f"{flags} {where} --global-batch-size {BATCH}".split())
+    config = parse(f"{flags} {where} --global-batch-size {BATCH}".split()).config
     tokenizer = load_tokenizer("NullTokenizer", None, vocab_size=31999)
 
     def first_batch() -> tuple[FoldDataset, IndexAhead]:

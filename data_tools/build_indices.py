@@ -6,7 +6,7 @@ import argparse
 import multiprocessing
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from typing import Any
 
 from data_tools.cli import Parser, cores, positive, run
 from data_tools.report import check_report, format_table, write_report
-from data_tools.run_flags import add_data_flags, parse_run_flags
+from data_tools.run_flags import add_data_flags, parse_run_flags, split_flags
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.facts import remember
 from megatron_llmjp.data.index_cache import CachedIndex, ensure, fault, size_on_disk
@@ -66,26 +66,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add_data_flags(add)
     add("--data-cache-path", metavar="FOLDER", help="where; index_cache beside the fold file")
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for target in (parser, own):
-        add = target.add_argument
-        add("--workers", type=positive, default=min(8, cores()), metavar="N", help="processes")
-        add("--folds", nargs="+", metavar="NAME", help="only these, and validation sets")
-        add("--verify", action="store_true", help="compare checksums; mend what is damaged")
-        add("--report", type=Path, metavar="FILE", help="the whole table as .csv or .json")
-    words = list(sys.argv[1:] if argv is None else argv)
-    if {"-h", "--help"} & set(words):
-        parser.parse_args(["--help"])
-    own.error = parser.error  # type: ignore[method-assign]
-    args, flags = own.parse_known_args(words)
+    args, flags = split_flags(parser, argv, _add_own_flags)
     return run("build_indices", lambda: build(args, flags))
+
+
+def _add_own_flags(add: Callable[..., Any]) -> None:
+    add("--workers", type=positive, default=min(8, cores()), metavar="N", help="processes")
+    add("--folds", nargs="+", metavar="NAME", help="only these, and validation sets")
+    add("--verify", action="store_true", help="compare checksums; mend what is damaged")
+    add("--report", type=Path, metavar="FILE", help="the whole table as .csv or .json")
 
 
 def build(args: argparse.Namespace, flags: list[str]) -> int:
     """Build what is missing and print the table."""
     if args.report is not None:
         check_report(args.report)
-    config, _ = parse_run_flags(flags, "build_indices")
+    config = parse_run_flags(flags, "build_indices").config
     entries, cache = find_entries(config, args.folds)
     first = [entry for entry in entries if entry.is_first]
     missing = [e for e in first if fault(e.index.folder, thorough=args.verify) is not None]

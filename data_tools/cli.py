@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import NoReturn
 
+from megatron_llmjp.config.megatron import with_dashes
 from megatron_llmjp.errors import EXIT_FAILURE, EXIT_USER_ERROR, UserError, suggest
 
 EXIT_INTERRUPTED = 130
@@ -34,7 +35,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
         """Parse the command line; an unknown flag is answered with the nearest known one."""
-        given = list(sys.argv[1:] if argv is None else argv)
+        given = with_dashes(sys.argv[1:] if argv is None else argv)
         known = self._option_string_actions
         for word in given:
             flag = word.partition("=")[0]

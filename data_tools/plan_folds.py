@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from data_tools.cli import Parser, run
-from data_tools.run_flags import add_data_flags, parse_run_flags
-from megatron_llmjp.errors import EXIT_DONE
+from data_tools.run_flags import add_data_flags, parse_run_flags, split_flags
+from megatron_llmjp.errors import EXIT_DONE, UserError
 from megatron_llmjp.plan.data_table import as_json, as_rows, show
 from megatron_llmjp.plan_data import plan_data
 
@@ -32,26 +33,29 @@ that command line prints the same. The number of iterations follows from the fol
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
     parser = Parser("plan_folds", "Print the plan of a run's data, without GPUs.", EXAMPLES)
-    add = parser.add_argument
-    add_data_flags(add)
+    add_data_flags(parser.add_argument)
+    args, words = split_flags(parser, argv, _add_own_flags)
+    return run("plan_folds", lambda: plan(args, words))
+
+
+def _add_own_flags(add: Callable[..., Any]) -> None:
     add("--json", action="store_true", help="exact numbers and warnings as JSON")
     add("--csv", action="store_true", help="exact numbers as CSV, a row per fold and dataset")
-    words = list(sys.argv[1:] if argv is None else argv)
-    if {"-h", "--help"} & set(words):
-        with suppress(SystemExit):
-            parser.parse_args(["--help"])
-        return EXIT_DONE
-    return run("plan_folds", lambda: plan(words))
 
 
-def plan(words: list[str]) -> int:
-    """Print the plan in the form asked for."""
-    flags = [word for word in words if word not in ("--json", "--csv", "--plan-data")]
-    config, layers = parse_run_flags(flags, "plan_folds")
-    planned = plan_data(config, with_learning_rate="lr" in layers.origin)
-    if "--json" in words:
+def plan(args: argparse.Namespace, words: list[str]) -> int:
+    """Print the plan in the requested form.
+
+    Raises:
+        UserError: two forms are requested, or something is wrong with the run's flags or data.
+    """
+    if args.json and args.csv:
+        raise UserError("--json and --csv exclude each other: give one of them")
+    command = parse_run_flags(words, "plan_folds")
+    planned = plan_data(command.config, with_learning_rate="lr" in command.origin)
+    if args.json:
         print(json.dumps(as_json(planned.plan, planned.warnings), indent=1, ensure_ascii=False))
-    elif "--csv" in words:
+    elif args.csv:
         rows = as_rows(planned.plan)
         writer = csv.DictWriter(sys.stdout, list(rows[0]), lineterminator="\n")
         writer.writeheader()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import argparse
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from data_tools.cli import Parser
+from megatron_llmjp.config.command import Command
 from megatron_llmjp.config.command_line import parse, print_notes
 from megatron_llmjp.config.load import Layers
-from megatron_llmjp.config.schema import Config
+from megatron_llmjp.config.megatron import with_dashes
 
 _NO_MODEL = {"num_layers": 1, "hidden_size": 1, "num_attention_heads": 1}
 """A configuration has a model; nothing here looks at it."""
@@ -20,8 +24,34 @@ def add_data_flags(add: Callable[..., Any]) -> None:
     add("--global-batch-size", metavar="N", help="samples per iteration")
 
 
-def parse_run_flags(flags: list[str], program: str) -> tuple[Config, Layers]:
+def split_flags(
+    parser: Parser, argv: Sequence[str] | None, add_own: Callable[[Callable[..., Any]], None]
+) -> tuple[argparse.Namespace, list[str]]:
+    """Separate a program's own flags from those of the run.
+
+    Args:
+        parser: describes the program, for ``--help``; ``add_own``'s flags are added to it.
+        argv: the words after the program's name; those of this process if None.
+        add_own: adds the program's own flags with an ``add_argument``.
+
+    Returns:
+        The program's own arguments, and the words that are the run's.
+    """
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.error = parser.error  # type: ignore[method-assign]
+    own.add_argument("-h", "--help", action="store_true")
+    for add in (parser.add_argument, own.add_argument):
+        add_own(add)
+    args, words = own.parse_known_args(with_dashes(sys.argv[1:] if argv is None else argv))
+    if args.help:
+        parser.parse_args(["--help"])
+    return args, words
+
+
+def parse_run_flags(flags: list[str], program: str) -> Command:
     """Read a run's flags, of which those on the model may be left out, and print notes on them.
+
+    The mode that they select is not looked at: a run's command line can be pasted with it.
 
     Raises:
         UserError: as for the run itself.
@@ -29,6 +59,6 @@ def parse_run_flags(flags: list[str], program: str) -> tuple[Config, Layers]:
     layers = Layers()
     for name, value in _NO_MODEL.items():
         layers.set(name, value, program)
-    config, _, notes = parse(flags, layers)
-    print_notes(notes)
-    return config, layers
+    command = parse(flags, layers)
+    print_notes(command.notes)
+    return command

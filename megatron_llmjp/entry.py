@@ -15,10 +15,8 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_llmjp.config.command_line import DRY_RUN, PLAN_DATA, parse, print_notes
-from megatron_llmjp.config.load import Layers
-from megatron_llmjp.config.rehearsal import asked_for
-from megatron_llmjp.config.schema import Config
+from megatron_llmjp.config.command import Command, Mode
+from megatron_llmjp.config.command_line import parse, print_notes
 from megatron_llmjp.dry_run import describe
 from megatron_llmjp.errors import (
     EXIT_DONE,
@@ -51,25 +49,15 @@ def main(argv: Sequence[str]) -> int:
     ranks = None
     try:
         ranks = find_ranks()
-        layers = Layers()
-        config, processes, notes = parse(argv, layers)
-        rehearsal = asked_for(argv)
-        if rehearsal is not None:
-            return on_paper(config, rehearsal, argv, notes)
-        if PLAN_DATA in argv:
-            if ranks is None or ranks.is_first:
-                print_notes(notes)
-                print_plan(config)
-            return EXIT_DONE
-        if ranks is None:
-            print_notes(notes)
-            if processes is not None and processes != 1 and DRY_RUN not in argv:
-                return _start_ranks(config, argv, processes)
-        elif ranks.is_first and ranks.started_by != LOCAL_LAUNCHER:
-            print_notes(notes)
-        world_size = ranks.world_size if ranks else processes or 1
+        command = parse(argv)
+        if ranks is None or (ranks.is_first and ranks.started_by != LOCAL_LAUNCHER):
+            print_notes(command.notes)
+        if command.mode is not Mode.TRAIN:
+            return _plan(command, ranks)
+        if ranks is None and command.processes not in (None, 1):
+            return _start_ranks(command, argv)
         ranks = ranks or alone()
-        run = prepare(config, world_size)
+        run = prepare(command.config, ranks.world_size)
     except UserError as error:
         if ranks is None or ranks.is_first:
             print(f"error: {error}", file=sys.stderr)
@@ -77,11 +65,6 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("stopped by Ctrl-C before the start", file=sys.stderr)
         return EXIT_INTERRUPTED
-    if DRY_RUN in argv:
-        if ranks.is_first:
-            _warn(run)
-            print(describe(run, config, layers.origin, world_size))
-        return EXIT_DONE
     return _be_rank(run, ranks)
 
 
@@ -90,10 +73,26 @@ def console() -> int:
     return main(sys.argv[1:])
 
 
-def _start_ranks(config: Config, argv: Sequence[str], processes: int) -> int:
-    if processes < 1:
-        raise UserError(f"--nproc-per-node {processes}: at least 1 process is needed")
-    prepare(config, processes)
+def _plan(command: Command, ranks: Ranks | None) -> int:
+    """What is done instead of training; under a launcher, by the first process alone."""
+    if ranks is not None and not ranks.is_first:
+        return EXIT_DONE
+    if command.mode is Mode.PLAN_DATA:
+        print_plan(command.config)
+        return EXIT_DONE
+    if command.mode is Mode.DRY_RUN:
+        world_size = command.processes or (ranks.world_size if ranks else 1)
+        run = prepare(command.config, world_size)
+        _warn(run)
+        print(describe(run, command.config, command.origin, world_size))
+        return EXIT_DONE
+    return on_paper(command)
+
+
+def _start_ranks(command: Command, argv: Sequence[str]) -> int:
+    """Start this program again as each rank, which reads the same words."""
+    processes = command.processes or 1
+    prepare(command.config, processes)
     return launch([sys.executable, str(Path(sys.argv[0]).resolve()), *argv], processes)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 EXIT_DONE = 0
 EXIT_FAILURE = 1
@@ -33,6 +34,31 @@ class DataError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(message.rpartition("DataError: ")[2].strip())
+
+
+class Problems:
+    """User errors that are collected, so that all of them are reported together."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        """Record a :class:`UserError` of the body, which ends there."""
+        try:
+            yield
+        except UserError as error:
+            self.lines.append(str(error))
+
+    def report(self) -> None:
+        """Raise what was recorded as one error; the same line is reported once.
+
+        Raises:
+            UserError: anything was recorded.
+        """
+        if self.lines:
+            lines = (line for text in self.lines for line in text.splitlines())
+            raise UserError("\n".join(dict.fromkeys(lines)))
 
 
 def suggest(name: str, possible: Iterable[str]) -> str:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_llmjp.config.checks import check
+from megatron_llmjp.config.command import Command, Mode
 from megatron_llmjp.config.lint import Facts, lint
 from megatron_llmjp.config.load import changed
-from megatron_llmjp.config.rehearsal import Rehearsal
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.batch_sizes import BatchSizes
 from megatron_llmjp.data.megatron_paths import given_flags
@@ -34,31 +33,28 @@ class _Resolved:
     warnings: tuple[str, ...]
 
 
-def on_paper(
-    config: Config, rehearsal: Rehearsal, argv: Sequence[str], notes: Sequence[str] = ()
-) -> int:
+def on_paper(command: Command) -> int:
     """Print a rehearsal or suggestions; the exit code.
 
     Args:
-        config: the run.
-        rehearsal: what is asked for.
-        argv: the command line, for the preset's name.
-        notes: on flags without effect.
+        command: with :attr:`Command.rehearsal`, the machine.
 
     Raises:
-        UserError: the run cannot be.
+        UserError: the run is not possible.
     """
-    config = _with_vocabulary(config)
-    if rehearsal.suggest:
+    rehearsal = command.rehearsal
+    assert rehearsal is not None
+    config = _with_vocabulary(command.config)
+    if command.mode is Mode.SUGGEST_LAYOUT:
         found = suggest(config, rehearsal)
         print(show_suggestions(config, rehearsal, found))
         return EXIT_DONE if found else EXIT_USER_ERROR
     check(config, rehearsal.world_size)
     run = _resolve(config, rehearsal.world_size)
     outlook = look_ahead(run.config, rehearsal, run.length)
-    print(show(outlook, rehearsal.mfu, _name(argv)), flush=True)
+    print(show(outlook, rehearsal.mfu, command.config_name), flush=True)
     print(f"\n{_build(outlook)}", flush=True)
-    for note in (*notes, *run.notes):
+    for note in run.notes:
         print(f"note: {note}", file=sys.stderr)
     for warning in run.warnings:
         print(f"warning: {warning}", file=sys.stderr)
@@ -114,13 +110,3 @@ def _with_vocabulary(config: Config) -> Config:
         raise UserError("the vocabulary's size is not known: give --vocab-size or a tokenizer")
     tokenizer = load_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
     return changed(config, vocab_size=tokenizer.vocab_size)
-
-
-def _name(argv: Sequence[str]) -> str | None:
-    """The preset that the run is made from."""
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
-        if word == "--config":
-            return following
-        if word.startswith("--config="):
-            return word.removeprefix("--config=")
-    return None

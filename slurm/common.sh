@@ -21,24 +21,36 @@ say() { printf '%s %s: %s\n' "$(date '+%F %T')" "${SLURMD_NODENAME:-$(hostname)}
 
 fail() { say "error: $*" >&2; exit 2; }
 
-# value_of --flag ARGUMENTS...: what follows the flag, or nothing.
+# value_of --flag ARGUMENTS...: what follows the flag, or nothing. As in the programs themselves,
+# --some_flag is --some-flag.
 value_of() {
-    local flag=$1 value=""
+    local flag=$1 value="" name
     while (($# > 1)); do
         shift
-        case $1 in
-            "$flag") value=${2:-} ;;
-            "$flag"=*) value=${1#*=} ;;
-        esac
+        name=${1%%=*}
+        [[ "${name//_/-}" == "$flag" ]] || continue
+        if [[ "$1" == *=* ]]; then value=${1#*=}; else value=${2:-}; fi
     done
     printf '%s' "$value"
 }
 
+# has_flag --flag ARGUMENTS...: whether the flag is given.
+has_flag() {
+    local flag=$1 name
+    shift
+    for name; do
+        name=${name%%=*}
+        [[ "${name//_/-}" != "$flag" ]] || return 0
+    done
+    return 1
+}
+
 # pretrain ARGUMENTS...: train on all tasks of this job, and requeue the job when there is more to do.
 pretrain() {
-    if [[ " $* " == *" --rehearse "* || " $* " == *" --suggest-layout "* ]]; then
-        rehearse "$@"
-    fi
+    local mode
+    for mode in --rehearse --suggest-layout --dry-run --plan-data; do
+        ! has_flag "$mode" "$@" || plan "$mode" "$@"
+    done
     [[ -n "${SLURM_JOB_ID:-}" ]] || fail "submit this: sbatch $0 ..., or add --rehearse"
     SAVE=$(value_of --save "$@")
     [[ -n "$SAVE" ]] || fail "give --save DIR: a job that is requeued goes on from there"
@@ -49,14 +61,19 @@ pretrain() {
     run_ranks "$@"
 }
 
-# The world of a rehearsal is what the script's own #SBATCH lines ask for, of the GPU that the site
-# or the script names.
-rehearse() {
-    local nodes tasks
+# plan MODE ARGUMENTS...: print what the run would be, here and now. Its world is what the script's own
+# #SBATCH lines ask for, of the GPU that the site or the script names.
+plan() {
+    local mode=$1 nodes tasks machine=()
+    shift
     nodes=$(sed -n 's/^#SBATCH --nodes=//p' "$0")
     tasks=$(sed -n 's/^#SBATCH --ntasks-per-node=//p' "$0")
-    exec "$PYTHON" "$MEGATRON_LLMJP/pretrain_gpt.py" --world-size $((nodes * tasks)) \
-        --gpus-per-node "$tasks" --gpu "${GPU:-H100}" "$@"
+    case $mode in
+        --rehearse | --suggest-layout) machine=(--gpus-per-node "$tasks" --gpu "${GPU:-H100}") ;;
+    esac
+    has_flag --gpus "$@" || has_flag --world-size "$@" ||
+        machine+=(--world-size $((nodes * tasks)))
+    exec "$PYTHON" "$MEGATRON_LLMJP/pretrain_gpt.py" "${machine[@]}" "$@"
 }
 
 set_environment() {

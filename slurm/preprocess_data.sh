@@ -23,7 +23,7 @@ if [[ -z "${SLURM_ARRAY_TASK_ID:-}" ]]; then
     exit 2
 fi
 shard=()
-if [[ " $* " != *" --shard"* ]]; then
+if ! has_flag --shard "$@"; then
     if ((SLURM_ARRAY_TASK_MIN != 0 || SLURM_ARRAY_TASK_COUNT != SLURM_ARRAY_TASK_MAX + 1)); then
         say "error: only some tasks of an array were submitted: add --shard slurm/COUNT, where" \
             "COUNT is the number of tasks of the whole array" >&2

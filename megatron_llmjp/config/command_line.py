@@ -9,23 +9,24 @@ import argparse
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn, get_args
+from functools import cache
+from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
+from megatron_llmjp.config.command import Command, Mode, add_mode_flags, mode_of
 from megatron_llmjp.config.load import Layers, build, changed, preset_names, read_config
 from megatron_llmjp.config.megatron import explain, set_defaults, settle, with_dashes
 from megatron_llmjp.config.megatron_flags import ALIASES, RENAMED, RENAMED_VALUES
-from megatron_llmjp.config.rehearsal import REHEARSE
-from megatron_llmjp.config.rehearsal import add_flags as add_rehearsal_flags
-from megatron_llmjp.config.schema import SECTION_OF, SECTIONS, Config
-from megatron_llmjp.errors import UserError
-
-PLAN_DATA = "--plan-data"
-"""The flag that prints the plan of the run's data instead of training."""
-
-DRY_RUN = "--dry-run"
-"""The flag that checks everything and prints the resolved configuration instead of training."""
+from megatron_llmjp.config.rehearsal import (
+    Rehearsal,
+    add_machine_flags,
+    machine_flags,
+    planned_processes,
+    rehearsal_of,
+)
+from megatron_llmjp.config.schema import SECTION_OF, SECTIONS
+from megatron_llmjp.errors import Problems, UserError
 
 DESCRIPTION = "Pretrain a GPT with tensor, pipeline and data parallelism on megatron-core."
 
@@ -68,67 +69,94 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line and end with exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of printing the usage, which would bury the message."""
-        raise UserError(message)
-
-
-def parse(
-    argv: Sequence[str], layers: Layers | None = None
-) -> tuple[Config, int | None, list[str]]:
-    """Read the command line.
+def parse(argv: Sequence[str], layers: Layers | None = None) -> Command:
+    """Read the command line: the one place where its words are looked at.
 
     Args:
-        argv: the words behind the program's name.
+        argv: the words after the program's name; ``--some_flag`` is ``--some-flag``.
         layers: values below those of presets, files and flags, which are added to it.
 
-    Returns:
-        The validated configuration; the number of local processes asked for, or None; and one
-        line for each flag that was accepted without effect.
-
     Raises:
-        UserError: unknown flag, unknown key or wrong value.
+        UserError: every unknown flag or key, wrong value and contradiction, one per line.
     """
     parser = _make_parser()
-    known, unknown = parser.parse_known_args(with_dashes(argv))
+    problems = Problems()
+    known, unknown = _read_words(parser, with_dashes(argv), problems)
     arguments = vars(known)
     explained = explain(unknown, _all_flags(parser))
+    problems.lines += explained.problems
+    mode, rehearsal, processes = Mode.TRAIN, None, None
+    with problems.collect():
+        mode = mode_of(arguments)
+        processes = _processes(arguments, mode)
+        rehearsal = _rehearsal(arguments, mode, processes)
     layers = layers if layers is not None else Layers()
-    if arguments["config"] is not None:
-        read_config(arguments["config"], layers)
-    else:
-        set_defaults(layers)
-    for name, (value, origin) in {**_aliases(arguments), **explained.sets}.items():
-        layers.set(name, value, origin)
-    for name in SECTION_OF:
-        if arguments.get(name) is not None:
-            value = _renamed(name, arguments[name])
-            layers.set(name, value, f"flag --{name.replace('_', '-')}")
-    settle(layers, explained, by_flags_alone=arguments["config"] is None)
-    config = build(layers)
-    notes = explained.notes
+    with problems.collect():
+        if arguments["config"] is not None:
+            read_config(arguments["config"], layers)
+        else:
+            set_defaults(layers)
+        for name, (value, origin) in {**_aliases(arguments), **explained.sets}.items():
+            layers.set(name, value, origin)
+        for name in SECTION_OF:
+            if arguments.get(name) is not None:
+                value = _renamed(name, arguments[name])
+                layers.set(name, value, f"flag --{name.replace('_', '-')}")
+        settle(layers, explained, by_flags_alone=arguments["config"] is None)
+        config = build(layers, may_be_missing=bool(problems.lines))
+    problems.report()
     if config.checkpoint.load is not None and config.checkpoint.load == config.checkpoint.save:
         config = changed(config, load=None)  # Megatron's way to say: go on if there is something
-    return config, _processes(arguments), notes
+    notes = (*explained.notes, *_unused(arguments, mode))
+    return Command(config, mode, processes, rehearsal, arguments["config"], notes, layers.origin)
 
 
-def _processes(arguments: dict[str, Any]) -> int | None:
-    """Local processes to start; or those of the real run, when none is started."""
+def _read_words(
+    parser: argparse.ArgumentParser, words: Sequence[str], problems: Problems
+) -> tuple[argparse.Namespace, list[str]]:
+    """Parse what argparse knows; a flag with a wrong value is recorded and read over."""
+    words = list(words)
+    while True:
+        try:
+            return parser.parse_known_args(words)
+        except argparse.ArgumentError as error:
+            problems.lines.append(str(error))
+            flags = (error.argument_name or "").split("/")
+            first = next(n for n, word in enumerate(words) if word.partition("=")[0] in flags)
+            rest = (n for n, word in enumerate(words) if n > first and word.startswith("--"))
+            del words[first : next(rest, len(words))]
+
+
+def _processes(arguments: dict[str, Any], mode: Mode) -> int | None:
+    """Local processes to start; or those of the run that is planned."""
     local: int | None = arguments["nproc_per_node"]
-    world_size: int | None = arguments["world_size"]
-    if world_size is None:
-        return local
-    if not any(arguments[name] for name in ("dry_run", "rehearse", "suggest_layout")):
+    planned = planned_processes(arguments)
+    if local is not None and local < 1:
+        raise UserError(f"--nproc-per-node {local}: at least 1 process is needed")
+    flags = machine_flags(arguments)
+    if mode is Mode.TRAIN and planned is not None:
         raise UserError(
-            f"--world-size goes with {DRY_RUN} and {REHEARSE}; real processes are started with "
-            "--nproc-per-node, torchrun, srun or mpirun"
+            f"--world-size goes with {Mode.DRY_RUN.value} and {Mode.REHEARSE.value}; real "
+            "processes are started with --nproc-per-node, torchrun, srun or mpirun"
         )
-    if world_size < 1:
-        raise UserError(f"--world-size {world_size}: at least 1 process is needed")
-    return world_size
+    if mode is Mode.TRAIN and flags:
+        raise UserError(
+            f"{', '.join(flags)} describe the machine of a run that is planned: add "
+            f"{Mode.REHEARSE.value} or {Mode.SUGGEST_LAYOUT.value}, or remove them"
+        )
+    return local if planned is None else planned
+
+
+def _rehearsal(arguments: dict[str, Any], mode: Mode, processes: int | None) -> Rehearsal | None:
+    if mode not in (Mode.REHEARSE, Mode.SUGGEST_LAYOUT):
+        return None
+    return rehearsal_of(arguments, mode.value, processes)
+
+
+def _unused(arguments: dict[str, Any], mode: Mode) -> list[str]:
+    """Notes on flags of the planned machine in a mode that plans none."""
+    flags = machine_flags(arguments) if mode in (Mode.DRY_RUN, Mode.PLAN_DATA) else []
+    return [f"{flag} has no effect with {mode.value}" for flag in flags]
 
 
 def _aliases(arguments: dict[str, Any]) -> dict[str, tuple[Any, str]]:
@@ -149,14 +177,16 @@ def flag_names() -> set[str]:
     return set(_all_flags(_make_parser()))
 
 
-def _make_parser() -> Parser:
-    parser = Parser(
+@cache
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
         prog="pretrain_gpt.py",
         usage="pretrain_gpt.py [--config PRESET|FILE] [--nproc-per-node N] [flags]",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=HelpFormatter,
         allow_abbrev=False,
+        exit_on_error=False,
     )
     parser.add_argument(
         "--config",
@@ -169,23 +199,8 @@ def _make_parser() -> Parser:
         metavar="N",
         help="start N processes on this machine (not with torchrun, srun or mpirun)",
     )
-    parser.add_argument(
-        PLAN_DATA,
-        action="store_true",
-        help="print what is trained on when (folds, tokens, epochs, learning rate) and end",
-    )
-    parser.add_argument(
-        DRY_RUN,
-        action="store_true",
-        help="check everything, print the resolved configuration and end",
-    )
-    parser.add_argument(
-        "--world-size",
-        type=int,
-        metavar="N",
-        help=f"with {DRY_RUN} and {REHEARSE}: the processes of the real run",
-    )
-    add_rehearsal_flags(parser)
+    add_mode_flags(parser)
+    add_machine_flags(parser)
     for name, section in SECTIONS.items():
         group = parser.add_argument_group(name, (section.__doc__ or "").strip())
         for field, info in section.model_fields.items():
@@ -229,6 +244,6 @@ def _all_flags(parser: argparse.ArgumentParser) -> list[str]:
 
 
 def print_notes(notes: Iterable[str]) -> None:
-    """Show the notes of :func:`parse` on standard error."""
+    """Print the notes of a :class:`Command` on standard error."""
     for note in notes:
         print(f"note: {note}", file=sys.stderr)

@@ -96,14 +96,19 @@ def read_config(name_or_path: str, layers: Layers) -> None:
         read_preset(layers, name_or_path, "--config")
 
 
-def build(layers: Layers) -> Config:
+def build(layers: Layers, may_be_missing: bool = False) -> Config:
     """Validate the gathered values into a :class:`Config`.
+
+    Args:
+        layers: the values.
+        may_be_missing: a value that is not given is no mistake of its own: another one is known
+            that explains it.
 
     Raises:
         UserError: with every wrong value, its origin and what is possible.
     """
     missing_model = [n for n in ("num_layers", "hidden_size") if n not in layers.origin]
-    if missing_model:
+    if missing_model and not may_be_missing:
         raise UserError(
             "no model was chosen: give --config PRESET or a YAML file, or --num-layers, "
             "--hidden-size and --num-attention-heads.\n"
@@ -112,7 +117,8 @@ def build(layers: Layers) -> Config:
     try:
         return Config.model_validate(layers.values)
     except ValidationError as error:
-        raise UserError("\n".join(_describe(e, layers) for e in error.errors())) from None
+        found = [e for e in error.errors() if not (may_be_missing and e["type"] == "missing")]
+        raise UserError("\n".join(_describe(e, layers) for e in found)) from None
 
 
 def dump(config: Config) -> str:

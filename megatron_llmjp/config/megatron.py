@@ -55,6 +55,8 @@ class Explained:
     """Flags of :data:`SETTLED` with their value."""
     notes: list[str] = field(default_factory=list)
     """One line for each flag without effect."""
+    problems: list[str] = field(default_factory=list)
+    """One line for each flag that is unknown or refused."""
 
 
 def with_dashes(argv: Iterable[str]) -> list[str]:
@@ -74,12 +76,9 @@ def explain(words: Sequence[str], possible: Iterable[str]) -> Explained:
     Args:
         words: unknown flags and their values, in order.
         possible: all flags of the schema, to suggest one for an unknown flag.
-
-    Raises:
-        UserError: one line for each flag that is unknown or refused.
     """
     found = Explained()
-    problems: list[str] = []
+    problems = found.problems
     for flag, values in _flags(words, problems):
         value = " ".join(values)
         if flag in SETTLED:
@@ -99,8 +98,6 @@ def explain(words: Sequence[str], possible: Iterable[str]) -> Explained:
         else:
             known = [*possible, *SETTLED, *CHOICES]
             problems.append(f"unknown flag {flag}{suggest(flag, known)} (--help lists all flags)")
-    if problems:
-        raise UserError("\n".join(dict.fromkeys(problems)))
     found.notes = list(dict.fromkeys(found.notes))
     return found
 

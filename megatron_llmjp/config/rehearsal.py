@@ -1,24 +1,23 @@
-"""Flags of a run on paper: ``--rehearse``, ``--suggest-layout``, and the machine it is for."""
+"""Flags that describe the machine of a planned run: GPUs, their memory, nodes, assumed MFU."""
 
 from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_llmjp.errors import UserError
 
-REHEARSE = "--rehearse"
-SUGGEST = "--suggest-layout"
+DEFAULTS: dict[str, Any] = {"gpu": "H100", "gpu_memory": None, "gpus_per_node": 8, "mfu": 0.38}
+"""By argument, its value where no flag gives one."""
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What is asked for, and the machine."""
+    """The machine that a run is planned for."""
 
-    suggest: bool
-    """Search layouts instead of rehearsing the one that is given."""
     world_size: int
     gpu: str
     gpu_memory: float | None
@@ -27,58 +26,70 @@ class Rehearsal:
     mfu: float
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags; ``--world-size`` is the parser's own."""
-    add = parser.add_argument_group("a run on paper, without GPUs and data").add_argument
-    add(
-        REHEARSE,
-        action="store_true",
-        help="print layout, memory, traffic, time and warnings of a run of --world-size processes, "
-        "and end; exit code 2 if it cannot run or does not fit",
-    )
-    add(
-        SUGGEST,
-        action="store_true",
-        help="search the layouts of the model on --world-size GPUs and print the best; the global "
-        "batch and sequence length stay",
-    )
-    add("--gpus", type=int, metavar="N", help="the same as --world-size, for these two")
-    add("--gpu", default="H100", metavar="NAME", help="kind of GPU, as A100-40GB (default: H100)")
-    add("--gpu-memory", metavar="SIZE", help="memory of a GPU, as 40GB, if not that of its kind")
-    add("--gpus-per-node", type=int, default=8, metavar="N", help="(default: 8)")
-    add("--mfu", type=float, default=0.38, metavar="X", help="assumed MFU (default: 0.38)")
+def add_machine_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags; those that are not given are None."""
+    group = parser.add_argument_group("machine of a run that is planned, not started")
+    add = group.add_argument
+    add("--world-size", type=int, metavar="N", help="processes of the planned run")
+    add("--gpus", type=int, metavar="N", help="the same as --world-size")
+    add("--gpu", metavar="NAME", help="kind of GPU, such as A100-40GB (default: H100)")
+    add("--gpu-memory", metavar="SIZE", help="memory of a GPU, such as 40GB (default: its kind's)")
+    add("--gpus-per-node", type=int, metavar="N", help="(default: 8)")
+    add("--mfu", type=float, metavar="X", help="assumed MFU (default: 0.38)")
 
 
-def asked_for(argv: Sequence[str]) -> Rehearsal | None:
-    """What a command line asks for; None for a real run.
+def machine_flags(arguments: Mapping[str, Any]) -> list[str]:
+    """The flags of this file that were given, :func:`planned_processes` left aside."""
+    return [f"--{name.replace('_', '-')}" for name in DEFAULTS if arguments[name] is not None]
+
+
+def planned_processes(arguments: Mapping[str, Any]) -> int | None:
+    """Processes of the planned run, as ``--world-size`` or ``--gpus`` gives them.
 
     Raises:
-        UserError: the number of processes is missing, or a value is none.
+        UserError: both differ, or there are none.
     """
-    if REHEARSE not in argv and SUGGEST not in argv:
+    given = {f"--{n.replace('_', '-')}": arguments[n] for n in ("world_size", "gpus")}
+    given = {flag: number for flag, number in given.items() if number is not None}
+    for flag, number in given.items():
+        if number < 1:
+            raise UserError(f"{flag} {number}: at least 1 process is needed")
+    if len(set(given.values())) > 1:
+        raise UserError(
+            f"--world-size {given['--world-size']} and --gpus {given['--gpus']} mean the same: "
+            "give one of them"
+        )
+    return next(iter(given.values()), None)
+
+
+def rehearsal_of(arguments: Mapping[str, Any], flag: str, world_size: int | None) -> Rehearsal:
+    """The machine that parsed arguments describe, for the mode of ``flag``.
+
+    Raises:
+        UserError: the number of processes is missing, or a value is out of range.
+    """
+    given = {
+        name: default if arguments[name] is None else arguments[name]
+        for name, default in DEFAULTS.items()
+    }
+    problems = []
+    if world_size is None:
+        problems.append(f"{flag} needs --world-size N, the number of GPUs")
+    if not 0.0 < given["mfu"] <= 1.0:
+        problems.append(f"--mfu {given['mfu']}: expected a part of the peak, such as 0.38")
+    if given["gpus_per_node"] < 1:
+        problems.append(f"--gpus-per-node {given['gpus_per_node']}: at least 1 GPU is needed")
+    memory = None
+    if given["gpu_memory"] is not None and (memory := _bytes(given["gpu_memory"])) is None:
+        text = given["gpu_memory"]
+        problems.append(f"--gpu-memory {text}: expected a size such as 40GB or 80GiB")
+    if problems or world_size is None:
+        raise UserError("\n".join(problems))
+    return Rehearsal(world_size, given["gpu"], memory, given["gpus_per_node"], given["mfu"])
+
+
+def _bytes(text: str) -> float | None:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GB|GiB|G)?", text, re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
         return None
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    add_flags(parser)
-    parser.add_argument("--world-size", type=int)
-    given = parser.parse_known_args(argv)[0]
-    world_size = given.gpus or given.world_size
-    flag = SUGGEST if given.suggest_layout else REHEARSE
-    if not world_size or world_size < 1:
-        raise UserError(f"{flag} needs --world-size N, the number of GPUs")
-    if not 0.0 < given.mfu <= 1.0:
-        raise UserError(f"--mfu {given.mfu}: expected a part of the peak, such as 0.38")
-    return Rehearsal(
-        suggest=given.suggest_layout,
-        world_size=world_size,
-        gpu=given.gpu,
-        gpu_memory=_bytes(given.gpu_memory) if given.gpu_memory else None,
-        gpus_per_node=given.gpus_per_node,
-        mfu=given.mfu,
-    )
-
-
-def _bytes(text: str) -> float:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GB|GiB|G)?", text)
-    if match is None:
-        raise UserError(f"--gpu-memory {text}: expected a size such as 40GB or 80GiB")
-    return float(match[1]) * (2**30 if match[2] == "GiB" else 1e9)
+    return float(match[1]) * (2**30 if (match[2] or "").lower() == "gib" else 1e9)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_llmjp.config.megatron import with_dashes
 from megatron_llmjp.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USER_ERROR, UserError, suggest
 
 FORMATS = ("native", "hf", "megatron-lm", "megatron-deepspeed")
@@ -213,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run ``convert_checkpoint``; returns the exit code."""
     signal.signal(signal.SIGTERM, _stop)  # so that an interrupted conversion cleans up
     try:
-        words = sys.argv[1:] if argv is None else argv
+        words = with_dashes(sys.argv[1:] if argv is None else argv)
         if words[:1] == ["inspect"]:
             return _inspect(words[1:])
         return _convert(_parse(words))

@@ -191,7 +191,7 @@ def test_learning_rate_is_kept_or_overridden(runs):
     assert history(runs / "llama-overridden") != history(runs / "llama-one")
 
     words = arguments("laptop-llama", runs / "folds.yaml", "--load", runs / "llama", "--lr", 1e-2)
-    config, _, _ = parse(words)
+    config = parse(words).config
     run = prepare(config, 1)
     assert run.config.optimizer.lr == 2e-3
     assert any(n.startswith("lr: the checkpoint's 0.002 is kept, not 0.01") for n in run.notes)

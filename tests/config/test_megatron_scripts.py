@@ -8,6 +8,7 @@ import pytest
 
 from megatron_llmjp.config import megatron
 from megatron_llmjp.config.checks import check
+from megatron_llmjp.config.command import Mode
 from megatron_llmjp.config.command_line import flag_names, parse
 from megatron_llmjp.config.load import Layers, build, changed, differences, read_config
 from megatron_llmjp.config.megatron_flags import CHOICES
@@ -36,8 +37,9 @@ def preset(name):
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.preset)
 def test_a_published_script_is_its_preset(script):
-    config, processes, notes = parse(script.argv)
-    assert processes is None
+    command = parse(script.argv)
+    config, notes = command.config, command.notes
+    assert (command.mode, command.processes) == (Mode.TRAIN, None)
     check(changed(config, wandb_project=None), 2 * config.parallel.model_parallel_size)
     if config.optimizer.lr_decay_iters is None and config.optimizer.lr_decay_tokens is None:
         config = changed(config, lr_decay_iters=config.training.train_iters)
@@ -93,7 +95,7 @@ REAL_DEFAULTS = {
 
 
 def test_what_flags_leave_out_is_megatrons_default():
-    config, _, _ = parse(BASE.split())
+    config = parse(BASE.split()).config
     values = {k: v for section in config.model_dump().values() for k, v in section.items()}
     assert {name: values[name] for name in REAL_DEFAULTS} == REAL_DEFAULTS
 
@@ -157,7 +159,7 @@ MEANINGS = {
 
 @pytest.mark.parametrize("flags", MEANINGS)
 def test_meaning(flags):
-    config, _, _ = parse(f"{BASE} {flags}".split())
+    config = parse(f"{BASE} {flags}".split()).config
     values = {k: v for section in config.model_dump().values() for k, v in section.items()}
     assert {name: values[name] for name in MEANINGS[flags]} == MEANINGS[flags]
 

@@ -173,7 +173,7 @@ def saved(folder, tmp_path):
 
 
 def write_checkpoint(folder, save, iteration):
-    config, _, _ = parse(arguments("laptop-llama", folder / "folds.yaml"))
+    config = parse(arguments("laptop-llama", folder / "folds.yaml")).config
     run = prepare(config, 1)
     inner = save / manifests.folder_name(iteration)
     inner.mkdir(parents=True)

@@ -54,7 +54,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("flags", BROKEN)
 def test_a_broken_rule_says_how_to_mend_it(flags):
-    config, _, _ = parse(f"--config llm-jp-3-1.8b {flags}".split())
+    config = parse(f"--config llm-jp-3-1.8b {flags}".split()).config
     with pytest.raises(UserError) as error:
         check(config, 8)
     for part in BROKEN[flags]:

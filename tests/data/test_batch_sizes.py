@@ -12,7 +12,7 @@ MODEL = ("--num-layers", "1", "--hidden-size", "8", "--num-attention-heads", "1"
 
 def batch_sizes(batch: int, *ramp: int) -> BatchSizes:
     flags = ["--rampup-batch-size", *map(str, ramp)] if ramp else []
-    config, _, _ = parse([*MODEL, "--global-batch-size", str(batch), *flags])
+    config = parse([*MODEL, "--global-batch-size", str(batch), *flags]).config
     return BatchSizes(config)
 
 

@@ -33,7 +33,7 @@ def trained(tmp_path_factory):
         "laptop-llama", folds, "--train-iters", ITERATIONS, "--save-interval", 4,
         "--num-layers", 1, "--num-attention-heads", 2, "--rampup-batch-size", 2, 2, 4,
     )  # fmt: skip
-    config, _, _ = parse([*flags, "--save", str(folder / "save")])
+    config = parse([*flags, "--save", str(folder / "save")]).config
     run = prepare(config, RANKS)
     train_all([Job("save", (0, RANKS), tuple(flags))], RANKS, folder)
     # What happened is told by the checkpoints, whatever becomes of the fold file.

@@ -47,7 +47,7 @@ def poison(words: list[str], factor: float, rank: int | None) -> int:
 
     trainer.Trainer.train, step._update = remember, spoil
     device = setup()
-    config, _, _ = parse(words)
+    config = parse(words).config
     try:
         return run.train(prepare(config, here.world_size), here, device)
     except trainer.TrainingError as error:

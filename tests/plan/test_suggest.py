@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from megatron_llmjp.config.command_line import parse
-from megatron_llmjp.config.rehearsal import asked_for
 from megatron_llmjp.plan.layout import lay_out
 from megatron_llmjp.plan.outlook_text import shape
 from megatron_llmjp.plan.suggest import suggest
@@ -29,9 +28,8 @@ PUBLISHED = {
 
 
 def search(words):
-    config, _, _ = parse(words)
-    rehearsal = asked_for(words)
-    return config, rehearsal, suggest(config, rehearsal)
+    command = parse(words)
+    return command.config, command.rehearsal, suggest(command.config, command.rehearsal)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
@@ -47,7 +45,7 @@ def test_published_layouts_fit(script):
         assert "none is faster" in text
         return
     assert "less time: " in text and " s less" in text.split("less time: ")[1]
-    pasted, _, _ = parse([*words, *flags(found[0].outlook.config).split()])
+    pasted = parse([*words, *flags(found[0].outlook.config).split()]).config
     assert lay_out(pasted, rehearsal.world_size) == found[0].outlook.layout
     assert pasted.parallel == found[0].outlook.config.parallel
 

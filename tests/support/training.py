@@ -83,7 +83,7 @@ def train_on_rank(jobs: list[dict[str, Any]], folder: str) -> None:
         if not first <= me < end:
             continue
         save = Path(folder) / job["name"]
-        config, _, _ = parse([*job["flags"], "--save", str(save)])
+        config = parse([*job["flags"], "--save", str(save)]).config
         run = prepare(config, end - first)
         port = meeting_port(save.with_suffix(".port"), me == first)
         ranks = Ranks(me - first, end - first, 0, "127.0.0.1", port, "test")

@@ -32,7 +32,7 @@ def rates(*flags, folds=(), total=ITERS * BATCH, **changes):
     """Rates for flags over BASE; a change to None takes a flag away."""
     values = {**BASE, **{f"--{k.replace('_', '-')}": v for k, v in changes.items()}}
     words = [w for flag, value in values.items() if value is not None for w in (flag, value)]
-    config, _, _ = parse([str(word) for word in (*MODEL, *words, *flags)])
+    config = parse([str(word) for word in (*MODEL, *words, *flags)]).config
     sizes = BatchSizes(config)
     return LearningRates(config, schedule(folds, total), sizes, ITERS), sizes
 

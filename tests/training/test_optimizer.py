@@ -27,7 +27,7 @@ def step_without_gradients() -> list[list[object]]:
     for kind in ("adam", "sgd"):
         words = ["--config", "laptop-gpt2", "--vocab-size", 100, "--optimizer", kind]
         words += ["--lr", LR, "--weight-decay", DECAY, "--hidden-size", 32]
-        config, _, _ = parse([str(word) for word in words])
+        config = parse([str(word) for word in words]).config
         distributed.start(config, alone(), device)
         chunks = wrap_for_data_parallel(build_model(config, device), config, device)
         optimizer = make_optimizer(chunks, config, device)
