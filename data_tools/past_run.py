@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -116,11 +117,18 @@ def open_lineage(run: PastRun, cache: Path | None) -> Iterator[Lineage]:
 def _choose(root: Path, covers: Callable[[Manifest], bool]) -> Path:
     if (root / manifests.MANIFEST).is_file():
         return root
-    names = map(manifests.folder_name, manifests.complete_iterations(root))
-    for folder in (root / name for name in names):
-        if covers(manifests.read(folder)):
+    whole = None
+    for iteration in manifests.complete_iterations(root):
+        folder = root / manifests.folder_name(iteration)
+        try:
+            manifest = manifests.read(folder)
+        except UserError as error:
+            print(f"warning: damaged checkpoint: {error}", file=sys.stderr)
+            continue
+        whole = folder
+        if covers(manifest):
             return folder
-    return manifests.newest(root)
+    return whole or manifests.newest(root)
 
 
 def _data(folder: Path, config: Config, fold_file: Path | None) -> RunData:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_llmjp.checkpoint import manifest as manifests
-from megatron_llmjp.checkpoint import past
+from megatron_llmjp.checkpoint import past, resume
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.batch_sizes import BatchSizes
 from megatron_llmjp.plan.data_plan import DataPlan, LearningRate, make_plan
@@ -66,7 +66,8 @@ def _with_skips(data: RunData, config: Config) -> RunData:
     """With what ``--skip-iterations`` leaves out, now and before the checkpoint to go on from."""
     root, manifest = config.checkpoint.load or config.checkpoint.save, None
     if root and not config.checkpoint.finetune and manifests.complete_iterations(Path(root)):
-        manifest = manifests.read(manifests.newest(Path(root)))
+        found = resume.find(config, {})
+        manifest = found.manifest if found else None
     asked, sizes = config.data.skip_iterations, BatchSizes(config)
     schedule, _ = past.skip_iterations(data.schedule, asked, manifest, sizes)
     return replace(data, schedule=schedule)

@@ -2,9 +2,98 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import secrets
+import sys
+import time
 import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
+
+TRANSIENT = frozenset(
+    {
+        errno.EIO,
+        errno.ESTALE,
+        errno.ENOLCK,
+        errno.ETIMEDOUT,
+        errno.EREMOTEIO,
+        errno.ENOTCONN,
+        errno.ECONNRESET,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+        errno.ESHUTDOWN,
+    }
+)
+"""Errors of a network file system whose server is away or restarts, and which may pass."""
+
+RETRY_PAUSES = (0.1, 0.4, 1.5, 5.0, 10.0)
+"""Seconds between the attempts of :func:`retried`."""
+
+_Result = TypeVar("_Result")
+
+
+def warn(text: str) -> None:
+    """Print a warning on standard error."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def retried(action: Callable[[], _Result], what: str, say: Callable[[str], None] = warn) -> _Result:
+    """Call ``action``, and again for some seconds while it fails with a transient error.
+
+    Args:
+        action: may be called several times.
+        what: the subject of the warning, such as a path.
+        say: receives one warning, at the first failure.
+
+    Raises:
+        OSError: a permanent error at once; a transient one that lasts.
+    """
+    for number, pause in enumerate(RETRY_PAUSES):
+        try:
+            return action()
+        except OSError as error:
+            if error.errno not in TRANSIENT:
+                raise
+            if number == 0:
+                say(f"{what}: {error.strerror}; retrying for {sum(RETRY_PAUSES):.0f} s")
+            time.sleep(pause)
+    return action()
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name ``path`` in errors that name no file: a failed write or fsync does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Replace a small file so that a reader, or a crash, sees the old or the new one whole.
+
+    Raises:
+        OSError: the file cannot be written; no temporary file is left behind.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}.tmp")
+    try:
+        with naming(path), temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    sync(path.parent)
 
 
 def sync(path: Path) -> None:

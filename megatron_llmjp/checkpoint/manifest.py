@@ -8,9 +8,12 @@ configuration (``config.yaml``), the fold file (``folds.yaml``), the tokenizer's
 
 from __future__ import annotations
 
-import os
+import hashlib
+import json
 import re
+import stat
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,13 +21,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from megatron_llmjp.data.fold_record import FoldRecord
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.system import crc32_of, sync
+from megatron_llmjp.system import crc32_of, retried, write_durably
 
 MANIFEST = "manifest.json"
 CONFIG = "config.yaml"
 FOLDS = "folds.yaml"
 TOKENIZER = "tokenizer"
 TRACKER = "latest_checkpointed_iteration.txt"
+TENSORS = ".distcp"
+"""Ending of the files that hold the tensors. All others are small."""
 
 
 class FileEntry(BaseModel):
@@ -77,6 +82,8 @@ class Manifest(BaseModel):
     """Of the run that saved; it decides which rank trained on which sample."""
     versions: dict[str, str] = {}
     files: dict[str, FileEntry]
+    checksum: str | None = None
+    """SHA-256 of everything else in the file; None in manifests of before it was stored."""
 
 
 def folder_name(iteration: int) -> str:
@@ -102,49 +109,98 @@ def all_files(folder: Path) -> list[str]:
 
 def write(folder: Path, manifest: Manifest) -> None:
     """Write ``manifest.json``, the last file of a checkpoint, and force it to disk."""
-    write_durably(folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+    content = json.loads(manifest.model_dump_json(exclude={"checksum"}))
+    content["checksum"] = _checksum(content)
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    write_durably(folder / MANIFEST, text + "\n")
 
 
 def read(folder: Path) -> Manifest:
     """Read a checkpoint's manifest.
 
     Raises:
-        UserError: it is missing, damaged, or names files outside the folder.
+        UserError: it is missing, damaged or edited, belongs to another iteration than the folder's
+            name says, or names files outside the folder.
     """
     path = folder / MANIFEST
     try:
-        manifest = Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+        text = retried(path.read_bytes, str(path)).decode()
+        manifest = Manifest.model_validate_json(text)
     except FileNotFoundError:
         raise UserError(f"{folder}: not a complete checkpoint, {MANIFEST} is missing") from None
-    except (OSError, UnicodeDecodeError, ValidationError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except (UnicodeDecodeError, ValidationError) as error:
         raise UserError(f"{path}: cannot be read: {_first_line(error)}") from None
+    if manifest.checksum is not None and manifest.checksum != _checksum(json.loads(text)):
+        raise UserError(f"{path}: its content does not have its checksum: it was edited or damaged")
+    name = folder.absolute().name
+    if re.fullmatch(r"iter_\d+", name) and name != folder_name(manifest.iteration):
+        raise UserError(
+            f"{folder}: holds the checkpoint of iteration {manifest.iteration}; rename the folder "
+            f"to {folder_name(manifest.iteration)}"
+        )
     outside = [n for n in manifest.files if n.startswith("/") or ".." in Path(n).parts]
     if outside:
         raise UserError(f"{path}: names a file outside its folder: {outside[0]}")
     return manifest
 
 
+def _checksum(content: dict[str, Any]) -> str:
+    """SHA-256 of a manifest's content, however its JSON is formatted."""
+    rest = {name: value for name, value in content.items() if name != "checksum"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def problems(folder: Path, manifest: Manifest, checksums: bool = False) -> list[str]:
     """What is wrong with the files of a checkpoint; empty when it is whole.
 
-    Sizes are always compared; ``checksums`` reads every byte.
+    Sizes are always compared, and checksums of all files but those of the tensors: a resume reads
+    them anyway. ``checksums`` reads the tensors, too. A file that cannot be read ends the search.
     """
-    found = []
+    found: list[str] = []
     for name, entry in manifest.files.items():
         path = folder / name
-        if not path.is_file():
-            found.append(f"{path} is missing")
-        elif (size := path.stat().st_size) != entry.bytes:
-            found.append(f"{path} has {size} bytes instead of {entry.bytes}")
-        elif checksums and describe_file(path).crc32 != entry.crc32:
-            found.append(f"{path} does not have the checksum of its manifest")
+        try:
+            thorough = checksums or not name.endswith(TENSORS)
+            problem = retried(partial(_problem, path, entry, thorough), str(path))
+        except OSError as error:
+            return [*found, f"{path} cannot be read: {error.strerror}"]
+        found += [problem] if problem else []
     return found
 
 
+def _problem(path: Path, entry: FileEntry, checksum: bool) -> str | None:
+    """What is wrong with one file."""
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return f"{path} is missing"
+    if not stat.S_ISREG(status.st_mode):
+        return f"{path} is not a file"
+    if status.st_size != entry.bytes:
+        return f"{path} has {status.st_size} bytes instead of {entry.bytes}"
+    if checksum and describe_file(path).crc32 != entry.crc32:
+        return f"{path} does not have the checksum of its manifest"
+    return None
+
+
 def complete_iterations(root: Path) -> list[int]:
-    """Iterations of the checkpoints under ``root`` that carry a manifest, ascending."""
-    if not root.is_dir():
+    """Iterations of the checkpoints under ``root`` that carry a manifest, ascending.
+
+    Raises:
+        UserError: the folder cannot be read.
+    """
+    try:
+        return retried(lambda: _complete_iterations(root), str(root))
+    except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        raise UserError(f"{root}: cannot be read: {error.strerror}") from None
+
+
+def _complete_iterations(root: Path) -> list[int]:
     names = (re.fullmatch(r"iter_(\d{7,})", p.name) for p in root.iterdir())
     return sorted(int(m[1]) for m in names if m and (root / m[0] / MANIFEST).is_file())
 
@@ -153,7 +209,8 @@ def read_tracker(root: Path) -> tuple[int | None, list[str]]:
     """The iteration that the tracker file names, or None; and what is wrong with the file."""
     path = root / TRACKER
     try:
-        text = path.read_bytes()[:100].decode(errors="replace").strip()
+        content = retried(path.read_bytes, str(path))
+        text = content[:100].decode(errors="replace").strip()
     except FileNotFoundError:
         return None, []
     except OSError as error:
@@ -175,17 +232,6 @@ def newest(path: Path) -> Path:
     if not iterations:
         raise UserError(f"{path}: no complete checkpoint (iter_*/{MANIFEST}) was found")
     return path / folder_name(iterations[-1])
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Replace a small file so that a reader, or a crash, sees the old or the new one whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-    sync(path.parent)
 
 
 def _first_line(error: Exception) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint.manifest import FileEntry
-from megatron_llmjp.system import sync
+from megatron_llmjp.system import naming, sync, write_durably
 
 
 def temporary_folder(root: Path, iteration: int) -> Path:
@@ -28,6 +28,8 @@ def begin(root: Path, iteration: int) -> None:
     """
     for leftover in root.glob(".iter_*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
+    for file in root.glob(f".{manifests.TRACKER}.*.tmp"):
+        file.unlink(missing_ok=True)
     temporary_folder(root, iteration).mkdir(parents=True)
 
 
@@ -35,7 +37,7 @@ def add_file(folder: Path, name: str, contents: bytes) -> FileEntry:
     """Write a small file, which may be in a folder of its own, and force it to disk."""
     path = folder / name
     path.parent.mkdir(exist_ok=True)
-    with path.open("wb") as stream:
+    with naming(path), path.open("wb") as stream:
         stream.write(contents)
         stream.flush()
         os.fsync(stream.fileno())
@@ -63,7 +65,7 @@ def publish(root: Path, manifest: manifests.Manifest) -> Path:
     else:
         temporary.replace(final)
     sync(root)
-    manifests.write_durably(root / manifests.TRACKER, f"{manifest.iteration}\n")
+    write_durably(root / manifests.TRACKER, f"{manifest.iteration}\n")
     return final
 
 

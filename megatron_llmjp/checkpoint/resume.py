@@ -12,6 +12,7 @@ from megatron_llmjp.checkpoint.manifest import Manifest, Override
 from megatron_llmjp.checkpoint.past import Past, Ranges
 from megatron_llmjp.config.load import FROZEN_AT_RESUME, changed, differences, load_resolved
 from megatron_llmjp.config.schema import Config, LoggingConfig, OptimizerConfig
+from megatron_llmjp.data.batch_sizes import BatchSizes
 from megatron_llmjp.data.folds import Schedule
 from megatron_llmjp.errors import UserError
 
@@ -27,6 +28,10 @@ _OF_NO_CONSEQUENCE = {
     ),
     *LoggingConfig.model_fields,
 }
+
+
+BATCH_SIZE = ("global_batch_size", "rampup_batch_size")
+"""The fields that decide how many samples an iteration has."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ def find(config: Config, damaged: Mapping[str, str]) -> Resume | None:
         if str(folder) in damaged:
             bad.append(f"damaged checkpoint: {damaged[str(folder)]}")
             continue
-        found = _open(folder, bad)
+        found = _open(folder, config, bad)
         if found is not None:
             return replace(found, passed_over=tuple(bad))
     if bad or config.checkpoint.load is not None:
@@ -147,13 +152,36 @@ def _candidates(root: Path) -> tuple[list[Path], list[str]]:
     return folders, wrong if folders else []
 
 
-def _open(folder: Path, bad: list[str]) -> Resume | None:
+def _open(folder: Path, asked: Config, bad: list[str]) -> Resume | None:
     try:
         manifest = manifests.read(folder)
         found = manifests.problems(folder, manifest)
         if not found:
-            return Resume(folder, manifest, load_resolved(folder / manifests.CONFIG))
+            config = load_resolved(folder / manifests.CONFIG)
+            found = _wrong_samples(folder, manifest, config, asked)
+        if not found:
+            return Resume(folder, manifest, config)
         bad.append(f"damaged checkpoint: {found[0]}")
     except UserError as error:
         bad.append(f"damaged checkpoint: {error}")
     return None
+
+
+def _wrong_samples(folder: Path, manifest: Manifest, saved: Config, asked: Config) -> list[str]:
+    """Whether the samples of a manifest without a checksum disagree with the batch sizes.
+
+    They may where the batch size was changed during the run, which had to be requested by name.
+    """
+    accepted = {*saved.checkpoint.override_resume, *asked.checkpoint.override_resume}
+    is_ours = "megatron_llmjp" in manifest.versions  # other programs may count differently
+    if manifest.checksum or not is_ours or accepted & set(BATCH_SIZE):
+        return []
+    expected = BatchSizes(saved).consumed_after(manifest.iteration)
+    if manifest.consumed_samples == expected:
+        return []
+    return [
+        f"{folder / manifests.MANIFEST}: consumed_samples is {manifest.consumed_samples}, but "
+        f"iteration {manifest.iteration} ends at sample {expected} with the batch size of "
+        f"{manifests.CONFIG}. If the batch size was changed during the run, add "
+        f"--override-resume {BATCH_SIZE[0]}"
+    ]

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from megatron_llmjp.checkpoint.manifest import folder_name, write_durably
+from megatron_llmjp.checkpoint.manifest import folder_name
 from megatron_llmjp.convert import dcp, mcore_names
 from megatron_llmjp.convert.formats import Options, Source
 from megatron_llmjp.convert.megatron_args import make_args
@@ -21,6 +21,7 @@ from megatron_llmjp.convert.plan import Checksums, Output, Slot
 from megatron_llmjp.convert.tensors import OUTPUT_LAYER, WORD_EMBEDDINGS, shapes
 from megatron_llmjp.convert.torch_archive_writer import Placeholder, plan_archive
 from megatron_llmjp.errors import UserError
+from megatron_llmjp.system import write_durably
 
 
 def plan(source: Source, options: Options) -> Output:

@@ -25,6 +25,7 @@ from megatron_llmjp.convert.tokenizer_files import (
 )
 from megatron_llmjp.convert.torch_archive import load
 from megatron_llmjp.errors import UserError
+from megatron_llmjp.system import write_durably
 
 _FILE_SIZE = 1_000_000_000
 """Files no larger than this, so that several threads can read them when a run starts."""
@@ -135,7 +136,7 @@ def plan(source: Source, options: Options) -> Output:
             files=dict(sorted(files.items())),
         )
         manifests.write(inner, manifest)
-        manifests.write_durably(out / manifests.TRACKER, str(iteration))
+        write_durably(out / manifests.TRACKER, str(iteration))
 
     special_token_ids(options.tokenizer or source.tokenizer, rows)  # complain before, not after
     return Output(writer.files, writes, finish)

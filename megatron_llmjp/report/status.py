@@ -170,7 +170,7 @@ def _folds(folder: Path, saved: Saved | None) -> int | None:
     copy = folder / manifest.folder_name(saved.iterations[-1]) / manifest.FOLDS
     try:
         return len(yaml.safe_load(copy.read_text(encoding="utf-8"))["folds"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
         return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,10 +14,13 @@ from megatron_llmjp.checkpoint import lock as locks
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint.lock import RunLock
 from megatron_llmjp.checkpoint.resume import Resume
-from megatron_llmjp.errors import UserError
+from megatron_llmjp.errors import RunError, UserError
 from megatron_llmjp.prepare import Run, prepare
 from megatron_llmjp.runtime.distributed import exchange, meet
 from megatron_llmjp.runtime.ranks import Ranks
+
+LOOKS = (0, 1, 5, 20)
+"""Seconds before the next look, while ranks find different checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +81,23 @@ def _take_folder(
 def _with_one_checkpoint(run: Run, ranks: Ranks, store: Any) -> Run:
     """The run, going on from the same checkpoint on all ranks.
 
-    Some may have looked before the last run in the folder published its last one, some after.
+    Some may have looked before the last run in the folder published its last one, some after; or
+    their machines' views of a network file system differ for a while.
+
+    Raises:
+        RunError: their views stay different.
     """
-    chosen = str(run.resume.folder) if run.resume is not None else ""
-    if len(set(exchange(store, ranks, "resume", chosen))) == 1:
-        return run
-    return prepare(run.asked, ranks.world_size)
+    for pause in LOOKS:
+        chosen = str(run.resume.folder) if run.resume is not None else "no checkpoint"
+        seen = exchange(store, ranks, f"resume, {pause} s", chosen)
+        if len(set(seen)) == 1:
+            return run
+        time.sleep(pause)
+        run = prepare(run.asked, ranks.world_size)
+    views = ", ".join(f"rank {seen.index(folder)}: {folder}" for folder in sorted(set(seen)))
+    raise RunError(
+        f"ranks find different checkpoints to resume from ({views}); start the run again"
+    )
 
 
 def _with_good_checkpoint(run: Run, ranks: Ranks, store: Any) -> Run:

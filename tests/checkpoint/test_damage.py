@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 
@@ -13,6 +14,8 @@ from megatron_llmjp.config.command_line import parse
 from megatron_llmjp.config.load import dump
 from megatron_llmjp.errors import UserError
 
+SMALL = (".metadata", "metadata.json", "common.pt", "folds.yaml", "tokenizer/tokenizer.model")
+
 
 @pytest.fixture
 def save(tmp_path):
@@ -22,6 +25,9 @@ def save(tmp_path):
         folder.mkdir()
         (folder / manifests.CONFIG).write_text(dump(config(tmp_path)))
         (folder / "__0_0.distcp").write_bytes(bytes(range(256)))
+        (folder / manifests.TOKENIZER).mkdir()
+        for name in SMALL:
+            (folder / name).write_bytes(f"the content of {name}".encode())
         files = manifests.describe_files(folder, manifests.all_files(folder))
         manifests.write(
             folder,
@@ -33,8 +39,8 @@ def save(tmp_path):
     return tmp_path
 
 
-def config(save):
-    return parse(["--config", "laptop-llama", "--save", str(save)])[0]
+def config(save, *flags):
+    return parse(["--config", "laptop-llama", "--save", str(save), *map(str, flags)])[0]
 
 
 def truncate(folder):
@@ -83,6 +89,88 @@ def test_damaged_checkpoint_is_passed_over(save, damage, said):
     assert len(found.passed_over) == 1
     assert re.search(said, found.passed_over[0])
     assert sorted(save.rglob("*")) == before  # reading never writes
+
+
+def flip(path):
+    contents = bytearray(path.read_bytes())
+    contents[len(contents) // 2] ^= 1
+    path.write_bytes(contents)
+
+
+def make_a_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+SMALL_DAMAGE = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-3]),
+    "flipped": flip,
+    "missing": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+    "a folder": make_a_folder,
+}
+
+
+@pytest.mark.parametrize("kind", SMALL_DAMAGE)
+@pytest.mark.parametrize("name", [*SMALL, manifests.CONFIG, manifests.MANIFEST])
+def test_small_files_are_always_compared(save, name, kind):
+    """No file but the tensors' needs --verify-checkpoint, or a killed run, to be checked."""
+    SMALL_DAMAGE[kind](save / "iter_0000003" / name)
+    found = resume.find(config(save), {})
+    assert found is not None
+    assert found.manifest.iteration == 2
+    (said,) = found.passed_over
+    assert str(save / "iter_0000003" / name) in said or "names iteration 3" in said
+    for iteration in (1, 2):
+        SMALL_DAMAGE[kind](save / manifests.folder_name(iteration) / name)
+    try:
+        assert resume.find(config(save), {}) is None
+    except UserError as error:
+        assert str(error).count("damaged checkpoint: ") == 3
+
+
+def test_an_edited_manifest_is_damaged(save):
+    path = save / "iter_0000003" / manifests.MANIFEST
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content))  # formatted in another way, but the same
+    found = resume.find(config(save), {})
+    assert found is not None and found.manifest.iteration == 3
+    path.write_text(json.dumps({**content, "consumed_samples": 36}))
+    found = resume.find(config(save), {})
+    assert found is not None and found.manifest.iteration == 2
+    assert "manifest.json: its content does not have its checksum" in found.passed_over[0]
+
+
+def test_manifest_without_a_checksum(save):
+    """As they were before: read, but its samples are compared with the batch size."""
+    path = save / "iter_0000003" / manifests.MANIFEST
+    content = json.loads(path.read_text())
+    del content["checksum"]
+    content["versions"] = {"megatron_llmjp": "0.1"}
+    size = config(save).training.global_batch_size
+    path.write_text(json.dumps({**content, "consumed_samples": 3 * size}))
+    found = resume.find(config(save), {})
+    assert found is not None and found.manifest.iteration == 3
+    path.write_text(json.dumps({**content, "consumed_samples": 4 * size}))
+    found = resume.find(config(save), {})
+    assert found is not None and found.manifest.iteration == 2
+    assert f"consumed_samples is {4 * size}, but iteration 3 ends at" in found.passed_over[0]
+    accepted = config(save, "--override-resume", "global_batch_size")
+    found = resume.find(accepted, {})
+    assert found is not None and found.manifest.iteration == 3
+
+
+def test_a_renamed_folder_is_refused(save):
+    (save / "iter_0000003").rename(save / "iter_0000009")
+    found = resume.find(config(save), {})
+    assert found is not None and found.manifest.iteration == 2
+    assert "rename the folder to iter_0000003" in found.passed_over[1]
+    only = config(save, "--load", save / "iter_0000009")
+    with pytest.raises(UserError, match="iter_0000009: holds the checkpoint of iteration 3"):
+        resume.find(only, {})
+    (save / "iter_0000009").rename(save / "best")  # a name that says no iteration
+    found = resume.find(config(save, "--load", save / "best"), {})
+    assert found is not None and found.manifest.iteration == 3
 
 
 def test_flipped_bit_is_found_by_checksums(save):

@@ -6,7 +6,6 @@ here is found before a rank exists.
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -272,7 +271,8 @@ def test_damaged_checkpoints_are_passed_over(folder, saved, fails):
 
 def test_converted_weights_need_finetune(folder, saved, fails):
     path = saved / "iter_0000003" / manifests.MANIFEST
-    path.write_text(json.dumps({**json.loads(path.read_text()), "contents": "weights"}))
+    manifest = manifests.read(path.parent)
+    manifests.write(path.parent, manifest.model_copy(update={"contents": "weights"}))
     words = arguments("laptop-llama", folder / "folds.yaml", "--load", saved)
     assert "add --finetune" in fails(*words)
     assert prepare(parse([*words, "--finetune"])[0], 1).resume.manifest.contents == "weights"

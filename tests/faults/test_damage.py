@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,11 @@ def half(stage) -> dict[str, Path]:
         found[layout] = stage.folder("half")
         code, _, errors = stage.run(layout, found[layout], "--exit-interval", 6)
         assert code == 3, errors
+    # The same, but killed after the checkpoint of iteration 6.
+    found["killed"] = stage.folder("half")
+    die = ("signal_at", signal.SIGKILL, "a step", 6)
+    code, _, errors = stage.run("alone", found["killed"], fault=die)
+    assert code == -signal.SIGKILL, errors
     return found
 
 
@@ -56,6 +62,32 @@ def empty_tracker(folder: Path) -> None:
 
 def garbage_tracker(folder: Path) -> None:
     (folder.parent / manifests.TRACKER).write_bytes(b"\0\xff\0\xff")
+
+
+def cut_the_index(folder: Path) -> None:
+    path = folder / ".metadata"
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def lose_the_format(folder: Path) -> None:
+    (folder / "metadata.json").unlink()
+
+
+def empty_common(folder: Path) -> None:
+    (folder / "common.pt").write_bytes(b"")
+
+
+def folder_for_a_file(folder: Path) -> None:
+    (folder / manifests.FOLDS).unlink()
+    (folder / manifests.FOLDS).mkdir()
+
+
+def edit_the_samples(folder: Path) -> None:
+    path = folder / manifests.MANIFEST
+    text = path.read_text()
+    changed = text.replace('"consumed_samples": 12', '"consumed_samples": 14')
+    assert changed != text
+    path.write_text(changed)
 
 
 HOW = "said what and why; the newest good one is taken; the same losses and weights"
@@ -93,3 +125,33 @@ def test_the_newest_good_one_is_taken(
     assert f"going on from {save / manifests.folder_name(iteration)}" in output
     assert re.search(said, errors), errors
     assert errors.count("warning: ") == 1
+
+
+SMALL = [
+    ("damaged index", cut_the_index, r"\.metadata has \d+ bytes instead of \d+"),
+    ("missing metadata.json", lose_the_format, r"metadata\.json is missing"),
+    ("empty common.pt", empty_common, r"common\.pt has 0 bytes instead of"),
+    ("folder in place of a file", folder_for_a_file, r"folds\.yaml is not a file"),
+    ("edited number of samples", edit_the_samples, "does not have its checksum"),
+]
+
+
+@pytest.mark.parametrize("end", ["alone", "killed"])
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [pytest.param(*c[1:], marks=pytest.mark.fault(f"checkpoint: {c[0]}", HOW)) for c in SMALL],
+)
+def test_small_files_need_no_flag(
+    stage: Stage,
+    half: dict[str, Path],
+    end: str,
+    damage: Callable[[Path], None],
+    said: str,
+):
+    """After an orderly end as after a kill."""
+    save = stage.folder("damaged")
+    shutil.copytree(half[end], save)
+    damage(save / "iter_0000006")
+    output, errors = stage.resume_and_prove("alone", save)
+    assert f"going on from {save / 'iter_0000004'}" in output
+    assert re.search(said, errors), errors
