@@ -20,7 +20,7 @@ from megatron_llmjp.runtime.distributed import exchange, meet
 from megatron_llmjp.runtime.ranks import Ranks
 
 LOOKS = (0, 1, 5, 20)
-"""Seconds before the next look, while ranks find different checkpoints."""
+"""Seconds before each look, while ranks find different checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,13 @@ def _with_one_checkpoint(run: Run, ranks: Ranks, store: Any) -> Run:
         RunError: their views stay different.
     """
     for pause in LOOKS:
+        if pause:
+            time.sleep(pause)
+            run = prepare(run.asked, ranks.world_size)
         chosen = str(run.resume.folder) if run.resume is not None else "no checkpoint"
         seen = exchange(store, ranks, f"resume, {pause} s", chosen)
         if len(set(seen)) == 1:
             return run
-        time.sleep(pause)
-        run = prepare(run.asked, ranks.world_size)
     views = ", ".join(f"rank {seen.index(folder)}: {folder}" for folder in sorted(set(seen)))
     raise RunError(
         f"ranks find different checkpoints to resume from ({views}); start the run again"
