@@ -33,6 +33,7 @@ def describe(run: Run, parsed: Config, origin: Mapping[str, str], world_size: in
         f"{replicas}",
         f"# {run.train_iters:,} iterations, {tokens:,} tokens, {len(run.schedule.folds)} fold(s)",
         f"# goes on from {run.resume.folder}" if run.resume else "# starts anew",
+        *(f"# note: {note}" for note in run.notes),
     ]
     return "\n".join([*lines, *_fields(run.config, parsed, origin)])
 

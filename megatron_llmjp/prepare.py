@@ -24,6 +24,7 @@ from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.batch_sizes import BatchSizes
 from megatron_llmjp.data.fold_file import FoldFile
 from megatron_llmjp.data.folds import DatasetInfo, HeldOut, MegatronBlend, Schedule
+from megatron_llmjp.data.rate_settings import rate_settings
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.prepare_data import (
     cache_folder,
@@ -32,6 +33,7 @@ from megatron_llmjp.prepare_data import (
     prepare_data,
     repetitions,
     validation_sets,
+    with_decay,
 )
 from megatron_llmjp.tokenizers import Tokenizer, load_tokenizer
 
@@ -113,8 +115,9 @@ def prepare(
     config = changed(config, padded_vocab_size=config.rows)
     train_iters, told = count_iterations(config, schedule)
     notes += told
-    config = _with_decay(config, train_iters)
-    check(changed(config, train_iters=train_iters), world_size)
+    config = with_decay(config, schedule, train_iters)
+    check(config, world_size)
+    rate_settings(config, schedule, BatchSizes(config), train_iters)
     validation, told = validation_sets(config, data, train_iters)
     notes += told
     return Run(
@@ -172,12 +175,3 @@ def _with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
             f"{config.model.vocab_size}: leave --vocab-size out, or take the model's tokenizer"
         )
     return config
-
-
-def _with_decay(config: Config, train_iters: int) -> Config:
-    """Fix where the learning rate's decay ends, so that folds added later do not move it."""
-    o = config.optimizer
-    given = (o.lr_decay_iters, o.lr_decay_samples, o.lr_decay_tokens)
-    if any(end is not None for end in given):
-        return config
-    return changed(config, lr_decay_iters=max(1, round((o.lr_decay_fraction or 1.0) * train_iters)))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_llmjp.config.load import changed
 from megatron_llmjp.config.schema import Config, DataConfig
 from megatron_llmjp.data.batch_sizes import BatchSizes
 from megatron_llmjp.data.fold_file import FoldFile
@@ -13,6 +13,7 @@ from megatron_llmjp.data.fold_reading import read_fold_file
 from megatron_llmjp.data.folds import DatasetInfo, HeldOut, MegatronBlend, Schedule
 from megatron_llmjp.data.megatron_paths import fold_file_of, given_flags
 from megatron_llmjp.data.resolve import resolve, resolve_validation
+from megatron_llmjp.data.run_length import Limit, limits, planned_samples
 from megatron_llmjp.data.sources import inspect_sources
 from megatron_llmjp.errors import UserError
 
@@ -35,7 +36,7 @@ def prepare_data(config: Config) -> RunData:
     """
     batch_sizes, length = BatchSizes(config), config.data.seq_length
     if given_flags(config.data):
-        samples = _asked_samples(config, batch_sizes)
+        samples = planned_samples(config, batch_sizes)
         folds = fold_file_of(config.data, samples, config.training.seed)
     elif config.data.fold_file is None:
         raise UserError(
@@ -54,10 +55,10 @@ def prepare_data(config: Config) -> RunData:
 
 
 def count_iterations(config: Config, schedule: Schedule) -> tuple[int, list[str]]:
-    """Iterations of the run: the schedule's, unless fewer are asked for; and what to tell of it.
+    """Iterations of the run: the schedule's, unless a limit is reached first; and notes on its end.
 
     Raises:
-        UserError: there is not one full batch, or more are asked for than the folds have.
+        UserError: there is not one full batch, or the limits need more samples than the folds have.
     """
     batch_sizes, where = BatchSizes(config), source_of_data(config.data)
     possible, rest = batch_sizes.iterations(schedule.total_samples)
@@ -66,20 +67,55 @@ def count_iterations(config: Config, schedule: Schedule) -> tuple[int, list[str]
             f"{where}: its {schedule.total_samples} samples are less than one global batch of "
             f"{batch_sizes.at(0)}: enlarge the folds or lower global_batch_size"
         )
-    asked = asked_iterations(config, batch_sizes)
-    if asked is None:
+    found = limits(config, batch_sizes)
+    if not found:
         note = f"{rest} samples at the end make no full batch and are left out"
         return possible, [note] if rest else []
-    if asked <= possible:
-        note = f"train_iters {asked} ends the run before the folds do (at {possible})"
-        return asked, [note] if asked < possible else []
-    if asked <= batch_sizes.iterations(schedule.total_positions)[0]:
-        return possible, [f"the run ends at iteration {possible}, not {asked}: samples are skipped"]
+    first = found[0]
+    if first.iteration == 0:
+        raise UserError(f"{first} is less than one global batch of {batch_sizes.at(0)}: raise it")
+    if first.samples <= schedule.total_samples:
+        return min(first.iteration, possible), _which_ends(found, possible)
+    if first.samples <= schedule.total_positions:
+        return possible, [
+            f"the run ends at iteration {possible:,}, not with {first} at iteration "
+            f"{first.iteration:,}: samples are skipped"
+        ]
     raise UserError(
-        f"train_iters {asked} needs {batch_sizes.consumed_after(asked):,} samples, but the folds "
-        f"of {where} hold {schedule.total_samples:,}, enough for {possible}: leave train_iters "
+        f"{first.name} {first.value} needs {first.samples:,} samples, but the folds of {where} "
+        f"hold {schedule.total_samples:,}, enough for {possible} iterations: leave {first.name} "
         "out, or give the folds more tokens"
     )
+
+
+def _which_ends(found: list[Limit], possible: int) -> list[str]:
+    """A note on which of several limits ends the run; none where it says nothing new."""
+    first, *others = found
+    later = [f"{limit} (iteration {limit.iteration:,})" for limit in others]
+    if first.iteration < possible:
+        later.append(f"the folds (iteration {possible:,})")
+    if not later:
+        return []
+    end = min(first.iteration, possible)
+    return [f"{first} ends the run at iteration {end:,}, before {' and '.join(later)}"]
+
+
+def with_decay(config: Config, schedule: Schedule, train_iters: int) -> Config:
+    """Fix where the learning rate's decay ends, so that folds added later do not move it.
+
+    Where nothing is given it ends as in Megatron-LM: with train_samples or train_iters, also if
+    train_tokens ends the run earlier.
+    """
+    o, training = config.optimizer, config.training
+    if any(end is not None for end in (o.lr_decay_iters, o.lr_decay_samples, o.lr_decay_tokens)):
+        return config
+    if o.lr_decay_fraction is not None:
+        return changed(config, lr_decay_iters=max(1, round(o.lr_decay_fraction * train_iters)))
+    if training.train_samples is not None:
+        end = min(training.train_samples, schedule.total_samples)
+        return changed(config, lr_decay_samples=end)
+    possible, _ = BatchSizes(config).iterations(schedule.total_samples)
+    return changed(config, lr_decay_iters=min(training.train_iters or train_iters, possible))
 
 
 def validation_sets(
@@ -90,11 +126,14 @@ def validation_sets(
     Parts of a split that hold no document are left out, with a note; megatron-core would look for
     samples in them for ever.
     """
-    training = config.training
+    training, sizes = config.training, BatchSizes(config)
+    planned = planned_samples(config, sizes)
+    if planned is not None:  # Megatron-LM counts the iterations of the run as it was planned
+        train_iters = sizes.iterations(planned)[0]
     times = train_iters // training.eval_interval + 1 if training.eval_interval else 1
     once = max(1, training.eval_iters * training.global_batch_size)
-    sizes = {"valid": times * once, "test": once}
-    found = resolve_validation(data.folds, data.datasets, sizes)
+    samples = {"valid": times * once, "test": once}
+    found = resolve_validation(data.folds, data.datasets, samples)
     notes = []
     for name, held_out in list(found.items()):
         if not isinstance(held_out, MegatronBlend):
@@ -131,29 +170,9 @@ def cache_folder(config: Config, folds: FoldFile) -> Path:
     return Path(data.fold_file or next(iter(folds.sources()))).resolve().parent / "index_cache"
 
 
-def asked_iterations(config: Config, batch_sizes: BatchSizes) -> int | None:
-    """The fewest of what train_iters, train_samples and train_tokens give; None without any."""
-    training = config.training
-    asked = [training.train_iters] if training.train_iters else []
-    if training.train_samples:
-        asked.append(batch_sizes.iterations(training.train_samples)[0])
-    if training.train_tokens:
-        samples = math.ceil(training.train_tokens / config.data.seq_length)
-        asked.append(batch_sizes.iterations(samples)[0])
-    return min(asked, default=None)
-
-
 def decay_end(config: Config) -> int | None:
     """The iteration that the learning rate's decay ends at, in whichever unit it is given."""
     o, samples = config.optimizer, config.optimizer.lr_decay_samples
     if o.lr_decay_tokens is not None:
         samples = o.lr_decay_tokens // config.data.seq_length
     return o.lr_decay_iters if samples is None else BatchSizes(config).iterations(samples)[0]
-
-
-def _asked_samples(config: Config, batch_sizes: BatchSizes) -> int | None:
-    """Samples that Megatron-LM would draw for training."""
-    if config.training.train_samples is not None:
-        return config.training.train_samples
-    asked = asked_iterations(config, batch_sizes)
-    return None if asked is None else batch_sizes.consumed_after(asked)

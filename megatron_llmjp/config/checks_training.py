@@ -8,6 +8,8 @@ from importlib.util import find_spec
 from megatron_llmjp.config.load import UNITS
 from megatron_llmjp.config.schema import SECTION_OF, Config
 
+OF_THE_DECAY = next(names for names in UNITS if "lr_decay_iters" in names)
+"""The fields that give the length of the decay."""
 OF_THE_TAIL = next(names for names in UNITS if "lr_wsd_decay_iters" in names)
 """The fields that give the length of WSD's tail."""
 
@@ -53,7 +55,9 @@ def _rates(config: Config) -> Iterator[str]:
         yield f"min_lr {optimizer.min_lr} is above lr {optimizer.lr}"
     if optimizer.lr_warmup_init > optimizer.lr:
         yield f"lr_warmup_init {optimizer.lr_warmup_init} is above lr {optimizer.lr}"
-    end = optimizer.lr_decay_iters or training.train_iters
+    end = optimizer.lr_decay_iters
+    if end is None and not any(_is_given(config, name) for name in OF_THE_DECAY):
+        end = training.train_iters
     if end is not None and optimizer.lr_warmup_iters >= end:
         yield (
             f"lr_warmup_iters {optimizer.lr_warmup_iters} leaves nothing of the {end} iterations "

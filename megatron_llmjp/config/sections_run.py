@@ -75,7 +75,8 @@ class TrainingConfig(Section):
     )
     train_tokens: PositiveInt | None = Field(
         None,
-        description="tokens to train on; with train_iters or train_samples the smaller decides",
+        description="tokens to train on; with train_iters or train_samples, whichever is reached "
+        "first ends the run",
     )
     eval_interval: PositiveInt | None = Field(
         None, description="validate every so many iterations; only at the end when not given"

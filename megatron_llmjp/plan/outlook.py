@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from megatron_llmjp.config.rehearsal import Rehearsal
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.batch_sizes import BatchSizes
+from megatron_llmjp.data.run_length import last_iteration
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.plan.communication import Communication, communicate
 from megatron_llmjp.plan.flops import compute_dtype, step_flops
 from megatron_llmjp.plan.gpus import find_gpu, memory_of
 from megatron_llmjp.plan.layout import Layout, lay_out
 from megatron_llmjp.plan.memory import Memory, rank_memory, rank_parameters
-from megatron_llmjp.prepare_data import asked_iterations, decay_end
+from megatron_llmjp.prepare_data import decay_end
 
 SECONDS_PER_DAY = 86400.0
 RESERVE = 2_500_000_000
@@ -126,7 +127,7 @@ def find_machine(config: Config, rehearsal: Rehearsal) -> Machine:
 def length_without_data(config: Config) -> Length | None:
     """What the training section asks for, or else the end of the learning rate's decay."""
     sizes = BatchSizes(config)
-    found, source = asked_iterations(config, sizes), "as asked for"
+    found, source = last_iteration(config, sizes), "as asked for"
     if found is None:
         found, source = decay_end(config), "to the end of the learning rate's decay"
     return None if found is None else Length(found, sizes.consumed_after(found), source)

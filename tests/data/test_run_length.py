@@ -1,0 +1,144 @@
+"""Where train_iters, train_samples and train_tokens end a run, against a loop over its batches."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+
+import pytest
+
+from megatron_llmjp.config.checks import check
+from megatron_llmjp.config.command_line import parse
+from megatron_llmjp.config.load import changed, dump, load_resolved, preset_names
+from megatron_llmjp.data.batch_sizes import BatchSizes
+from megatron_llmjp.data.run_length import last_iteration, limits
+from megatron_llmjp.errors import UserError
+from megatron_llmjp.prepare import prepare
+from tests.config.launch_scripts import SCRIPTS
+from tests.support.datasets import write_folds
+from tests.support.training import arguments
+
+LENGTH = 32
+
+
+def batches(full, ramp):
+    """Sizes of all global batches, as Megatron-LM's loop finds one after the other."""
+    consumed = 0
+    while True:
+        size = full
+        if ramp is not None and consumed <= ramp[2] and ramp[0] < full:
+            start, step, samples = ramp
+            parts = (full - start) // step
+            size = min(full, start + int(consumed / (samples / parts)) * step)
+        yield size
+        consumed += size
+
+
+def loop(full, ramp, samples, tokens, iters):
+    """Train until the next batch is not in the samples, or the tokens or iterations are done."""
+    done = consumed = 0
+    for size in batches(full, ramp):
+        if samples is not None and consumed + size > samples:
+            return done
+        if tokens is not None and consumed * LENGTH >= tokens:
+            return done
+        if done == iters:
+            return done
+        done, consumed = done + 1, consumed + size
+    return done
+
+
+MODEL = ["--num-layers", "1", "--hidden-size", "8", "--num-attention-heads", "1"]
+
+
+def test_as_a_loop_counts():
+    generator = random.Random(5)
+    for full, ramp in itertools.product((4, 24), (None, (2, 2, 37), (4, 10, 90))):
+        flags = [*MODEL, "--seq-length", LENGTH, "--global-batch-size", full]
+        flags += ["--rampup-batch-size", *ramp] if ramp else []
+        config = parse([str(flag) for flag in flags])[0]
+        for _ in range(60):
+            samples = generator.choice([None, generator.randint(1, 400)])
+            iters = None if samples else generator.randint(1, 60)
+            tokens = generator.choice([None, generator.randint(1, 400 * LENGTH)])
+            asked = {"train_samples": samples, "train_iters": iters, "train_tokens": tokens}
+            found = last_iteration(changed(config, **asked), BatchSizes(config))
+            assert found == loop(full, ramp, samples, tokens, iters), (full, ramp, asked)
+
+
+def test_llm_jp_s_13b_ends_with_its_tokens():
+    """300e9 tokens are 95,367.4 batches of 1536 x 2048; train_samples is twice as many."""
+    config = parse(SCRIPTS[1].argv)[0]
+    check(config, 96)
+    first, second = limits(config, BatchSizes(config))
+    assert (first.name, first.iteration) == ("train_tokens", 95_368)
+    assert (second.name, second.iteration) == ("train_samples", 292_968_750 // 1536)
+
+
+RUNS = {
+    # flags: iterations, the end of the decay, part of a note
+    "--train-samples 41": (10, {"lr_decay_samples": 41}, "train_samples 41 ends the run at itera"),
+    "--train-samples 41 --lr-warmup-samples 9 --lr-decay-samples 30": (
+        10, {"lr_decay_samples": 30}, "before the folds (iteration 15)"),
+    "--train-samples 41 --train-tokens 600": (
+        5, {"lr_decay_samples": 41}, "train_tokens 600 ends the run at iteration 5, before train_s"
+        "amples 41 (iteration 10) and the folds (iteration 15)"),
+    "--train-iters 7 --train-tokens 1920": (7, {"lr_decay_iters": 7}, "train_iters 7 ends the run"),
+    "--train-tokens 1920": (15, {"lr_decay_iters": 15}, ""),
+    "--train-samples 60 --rampup-batch-size 2 1 12": (
+        loop(4, (2, 1, 12), 60, None, None), {"lr_decay_samples": 60}, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", RUNS)
+def test_runs_end_there_and_read_back(tmp_path, flags):
+    iterations, decay, note = RUNS[flags]
+    path = write_folds(tmp_path, repeat=True)
+    path.write_text(re.sub("iterations: .*", "samples: 20", path.read_text()))
+    own = {"lr_warmup_iters": ""} if "warmup" in flags else {}
+    run = prepare(parse(arguments("laptop-llama", path, *flags.split(), **own))[0], 1)
+    values = run.config.optimizer.model_dump()
+    assert {name: values[name] for name in decay} == decay
+    assert note in "\n".join(run.notes)
+    assert run.train_iters == iterations
+    stored = tmp_path / "config.yaml"
+    stored.write_text(dump(run.config))
+    assert load_resolved(stored) == run.config
+    assert prepare(load_resolved(stored), 1).config == run.config
+
+
+@pytest.mark.parametrize("order", ["--train-samples 41", "--train-samples 41 --train-tokens 600"])
+def test_megatrons_order_is_drawn_for_all_train_samples(tmp_path, order):
+    write_folds(tmp_path)
+    words = arguments("laptop-llama", tmp_path, *order.split(), "--data-path", tmp_path / "ja")
+    words[words.index("--fold-file") : words.index("--fold-file") + 2] = []
+    run = prepare(parse(words)[0], 1)
+    assert [fold.samples for fold in run.schedule.folds] == [41]
+    assert run.train_iters == (5 if "tokens" in order else 10)
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_resolved_presets_read_back(tmp_path, name):
+    """A checkpoint's config.yaml passes the checks that its run passed."""
+    path = write_folds(tmp_path, repeat=True)
+    flags = ["--config", name, "--fold-file", str(path), "--tokenizer-type", "NullTokenizer"]
+    flags += ["--seq-length", "32", "--global-batch-size", "4", "--micro-batch-size", "1"]
+    flags += ["--lr-warmup-iters", "1", "--vocab-size", "100"]
+    config = parse(flags)[0]
+    if config.optimizer.lr_decay_style == "WSD":
+        config = changed(config, lr_wsd_decay_iters=1)
+    config = changed(config, lr_decay_iters=None, lr_decay_tokens=None, lr_decay_samples=None)
+    size = config.parallel.model_parallel_size
+    run = prepare(config, size)
+    stored = tmp_path / "config.yaml"
+    stored.write_text(dump(run.config))
+    assert load_resolved(stored) == run.config
+    check(load_resolved(stored), size)
+    assert prepare(load_resolved(stored), size).config == run.config
+
+
+def test_less_than_a_batch_is_refused(tmp_path):
+    words = arguments("laptop-llama", write_folds(tmp_path), "--train-samples", 3)
+    with pytest.raises(UserError, match="train_samples 3 is less than one global batch of 4"):
+        prepare(parse(words)[0], 1)
