@@ -122,8 +122,8 @@ class BlockEncoder:
             lines.append(number)
             for key, texts in fields.items():
                 documents[key].append(texts)
-        for key, texts in documents.items():
-            result.packed[key], wrong = self._pack(texts)
+        for key, of_key in documents.items():
+            result.packed[key], wrong = self._pack(of_key)
             if wrong is not None and result.impossible is None:
                 result.impossible = (lines[wrong[0]], wrong[1])
         return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -145,3 +146,49 @@ def test_vocabulary_with_gaps(tmp_path):
     tokenizer = load_tokenizer("HuggingFaceTokenizer", path)
     assert tokenizer.vocab_size == 70001
     assert tokenizer.encode("a b").tolist() == [2, 70000]
+
+
+def byte_level_bpe() -> tokenizers.Tokenizer:
+    """Return a tokenizer whose template puts <s> before and </s> after a text."""
+    fast = tokenizers.Tokenizer(tokenizers.models.BPE())
+    fast.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )
+    fast.train_from_iterator(TEXT.splitlines(), trainer)
+    fast.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return fast
+
+
+NEW = {"content": "<new>", "lstrip": True, "rstrip": True, "special": False}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"split_special_tokens": True},
+        {"additional_special_tokens": ["<x>"], "pad_token": "<pad>"},
+        {"added_tokens_decoder": {"300": NEW | {"single_word": False, "normalized": False}}},
+        {"tokenizer_class": "GPT2TokenizerFast", "add_prefix_space": True},
+    ],
+)
+def test_same_ids_as_auto_tokenizer(settings, tmp_path):
+    """Whatever a tokenizer.json was saved with, and its configuration says."""
+    transformers = pytest.importorskip("transformers")
+    fast = byte_level_bpe()
+    fast.enable_truncation(3)
+    fast.enable_padding(length=9, pad_id=2, pad_token="</s>")
+    fast.save(str(tmp_path / "tokenizer.json"))
+    common = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(common | settings))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = load_tokenizer("HuggingFaceTokenizer", tmp_path)
+    for text in (TEXT, "a b</s>c <x>yy <pad>", "the <new> token", "  a\n\n", ""):
+        expected = theirs(text, add_special_tokens=False).input_ids
+        assert ours.encode(text).tolist() == expected
+        assert ours.encode_batch([text, TEXT])[0].tolist() == expected

@@ -25,6 +25,9 @@ COMPANIONS = (
     "chat_template.jinja",
     "tokenizer.model",
 )
+WITH_PREFIX_SPACE = ("GPT2", "Roberta", "Bart")
+"""Classes of transformers whose ``add_prefix_space`` stands over the tokenizer.json's."""
+ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 # Where no tokenizer_config.json names the eos token: the first of these in the vocabulary.
 LIKELY_EOD = ("<EOD>", "<EOD|LLM-jp>", "<|eod|>", "<|endoftext|>", "</s>", "<eos>")
 
@@ -36,10 +39,11 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def __init__(self, path: Path) -> None:
         self.json_file = path / "tokenizer.json" if path.is_dir() else path
+        settings = _settings(self.json_file.parent)
         self.tokenizer = _load(path, self.json_file)
+        _apply(settings, self.tokenizer)
         ids = self.tokenizer.get_vocab(with_added_tokens=True).values()
         self.vocab_size = max(ids, default=-1) + 1  # not their number: there may be gaps
-        settings = _settings(self.json_file.parent)
         self.bos_id = self._id_of(settings.get("bos_token"))
         self.pad_id = self._id_of(settings.get("pad_token"))
         self.eos_id = self._id_of(settings.get("eos_token"))
@@ -108,6 +112,40 @@ def _settings(folder: Path) -> dict[str, Any]:
                     f"{path}: not valid JSON ({error}). Copy the file again."
                 ) from error
     return settings
+
+
+def _apply(settings: dict[str, Any], tokenizer: tokenizers.Tokenizer) -> None:
+    """Change a tokenizer as transformers' AutoTokenizer does before it encodes.
+
+    Truncation and padding belong to a call there, not to the tokenizer. Tokens that only the
+    configuration names are added.
+    """
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = bool(settings.get("split_special_tokens", False))
+    split = tokenizer.pre_tokenizer
+    named = str(settings.get("tokenizer_class") or "").startswith(WITH_PREFIX_SPACE)
+    if named and isinstance(split, tokenizers.pre_tokenizers.ByteLevel):
+        split.add_prefix_space = bool(settings.get("add_prefix_space", False))
+        tokenizer.pre_tokenizer = split
+    declared = settings.get("added_tokens_decoder") or {}
+    known = tokenizer.get_vocab(with_added_tokens=True)
+    extra = [settings.get(f"{role}_token") for role in ROLES]
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        tokens = settings.get(name) or []
+        extra += tokens.values() if isinstance(tokens, dict) else tokens
+    added = [_added(token) for _, token in sorted(declared.items(), key=lambda pair: int(pair[0]))]
+    added += [_added(token, special=True) for token in extra if token]
+    tokenizer.add_tokens([token for token in added if token.content not in known])
+
+
+def _added(token: Any, special: bool = False) -> tokenizers.AddedToken:
+    """Return a token as the configuration spells it: a string, or a mapping."""
+    if not isinstance(token, dict):
+        return tokenizers.AddedToken(str(token), special=special)
+    flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
+    given = {name: bool(token[name]) for name in flags if name in token}
+    return tokenizers.AddedToken(token["content"], **({"special": special} | given))
 
 
 def _load(given: Path, json_file: Path) -> tokenizers.Tokenizer:
