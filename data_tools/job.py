@@ -16,6 +16,7 @@ from typing import Any
 from data_tools.blocks import read_blocks
 from data_tools.encode import BlockEncoder, Encoded, Encoding, Rejected
 from data_tools.journal import Journal, Point, Tally
+from data_tools.limits import Limits
 from data_tools.output import Output
 from data_tools.pieces import Block, LongLine
 from data_tools.pool import EncoderPool
@@ -62,6 +63,8 @@ class Job:
         }
         if shard is not None:
             self.recipe["shard"] = shard
+        # A part of an array may have no documents: merge_datasets looks at the whole.
+        self.limits = Limits(args.max_rejected, args.allow_empty or shard is not None)
         self.tallies = [Tally() for _ in sources]
         self.point = Point()  # the state after the last block that was written whole
         self.warned = 0
@@ -100,6 +103,8 @@ class Job:
                 raise
             self.point.done = True
             self._save(journal)
+        if not self.point.finishing:
+            self.limits.check(self.tallies, self.args.json_keys)
         self.output.finish(journal, self._manifest)
         return self.close()
 
@@ -174,6 +179,8 @@ class Job:
         for key, part in encoded.packed.items():
             tally.tokens[key] = tally.tokens.get(key, 0) + len(part.tokens)
         self.point = self.output.point(source, block.end, tally)
+        if encoded.rejected:
+            self.limits.check_early(self.tallies)
 
     def _refuse_id(self, source: int, line: int, token_id: int) -> None:
         size = self.tokenizer.vocab_size

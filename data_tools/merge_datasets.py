@@ -12,7 +12,7 @@ from data_tools.cli import Parser, run
 from data_tools.documents import pieces, read_manifest, with_tokens
 from data_tools.publish import publish, refuse_existing, staging, write_json
 from data_tools.shards import find_parts
-from megatron_llmjp.data.indexed import read_index
+from megatron_llmjp.data.indexed import bin_path, read_index
 from megatron_llmjp.data.indexed_writer import IndexedWriter
 from megatron_llmjp.errors import EXIT_DONE, UserError
 
@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--output-prefix", metavar="PREFIX", help="makes PREFIX.{bin,idx,json}")
     add("--parts", metavar="PREFIX", help="join all that preprocess_data --shard made")
     add("--overwrite", action="store_true", help="replace a dataset that is there")
+    add("--allow-empty", action="store_true", help="write a dataset without tokens")
     args = parser.parse(argv)
     if bool(args.parts) == bool(args.input and args.output_prefix):
         parser.error("give --input and --output-prefix, or --parts")
@@ -45,14 +46,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def merge_all(args: argparse.Namespace) -> int:
     """Join what is asked for: some datasets, or the parts of every key."""
     if not args.parts:
-        merge(find_prefixes(args.input), args.output_prefix, args.overwrite)
+        merge(find_prefixes(args.input), args.output_prefix, args.overwrite, args.allow_empty)
         return EXIT_DONE
     for key, prefixes in find_parts(args.parts).items():
-        merge(prefixes, f"{args.parts}_{key}_document", args.overwrite)
+        merge(prefixes, f"{args.parts}_{key}_document", args.overwrite, args.allow_empty)
     return EXIT_DONE
 
 
-def merge(prefixes: list[str], output_prefix: str, overwrite: bool) -> None:
+def merge(
+    prefixes: list[str], output_prefix: str, overwrite: bool, allow_empty: bool = False
+) -> None:
     """Check that the datasets belong together, and join them."""
     finals = [Path(output_prefix + suffix) for suffix in (".bin", ".json", ".idx")]
     if output_prefix in prefixes:
@@ -65,6 +68,11 @@ def merge(prefixes: list[str], output_prefix: str, overwrite: bool) -> None:
                 f"{prefix}: holds {index.dtype}, but {prefixes[0]} holds {indexes[0].dtype}. They "
                 "were made with different vocabularies."
             )
+    if not allow_empty and not any(bin_path(prefix).stat().st_size for prefix in prefixes):
+        raise UserError(
+            f"--output-prefix {output_prefix}: none of the {len(prefixes):,} datasets has a token. "
+            "Check them with inspect_dataset, or give --allow-empty to write an empty dataset."
+        )
     recipe = common_recipe(prefixes)
     with staging(Path(f"{output_prefix}.partial")) as folder:
         writer = IndexedWriter(folder / "merged.bin", indexes[0].dtype)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from data_tools.cli import Parser, cores, positive, run
 from data_tools.job import Job
+from data_tools.limits import share
 from data_tools.output import Output
 from data_tools.report import check_report
 from data_tools.shards import part_prefix, shard_of, take_shard
@@ -80,6 +81,19 @@ def _parser() -> Parser:
         default="stop",
         help="what a bad line does: stop the run, be left out, or be put aside in "
         "PREFIX_rejected.jsonl",
+    )
+    add(
+        "--max-rejected",
+        type=share,
+        default=0.01,
+        metavar="SHARE",
+        help="share of lines that may be rejected, such as 5%% or 0.05; above it the run fails "
+        "(default: 1%%)",
+    )
+    add(
+        "--allow-empty",
+        action="store_true",
+        help="write a dataset without tokens where the input has no documents",
     )
     add(
         "--max-line-mb",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 import tempfile
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def test_skip_and_quarantine(compressed, tmp_path, capsys):
     path.write_bytes(gzip.compress(data) if compressed else data)
     for policy in ("skip", "quarantine"):
         arguments = ["--input", str(path), "--output-prefix", str(tmp_path / policy), *BYTES]
-        assert main([*arguments, "--on-error", policy]) == 0
+        assert main([*arguments, "--on-error", policy, "--max-rejected", "90%"]) == 0
         assert f"{path}:2: not valid JSON" in capsys.readouterr().err
         index = read_index(tmp_path / f"{policy}_text_document")
         assert bytes(index.read_tokens().astype("u1")) == b"ab\0" + "😀".encode()
@@ -89,10 +90,41 @@ def test_an_empty_document_does_not_stop_but_is_named(tmp_path, capsys):
     assert read_index(tmp_path / "o_text_document").documents == 2  # as Megatron-LM
 
 
+def test_rejected_share_is_limited(tmp_path, capsys, monkeypatch):
+    """One bad line in 200 passes by default, three do not, until the limit is raised."""
+    path = tmp_path / "c.jsonl"
+    arguments = ["--input", str(path), "--output-prefix", str(tmp_path / "o"), *BYTES]
+    arguments += ["--on-error", "skip"]
+    path.write_bytes(b'{"text": "a"}\n' * 199 + b"bad\n")
+    assert main([*arguments, "--output-prefix", str(tmp_path / "one")]) == 0
+    path.write_bytes(b'{"text": "a"}\n' * 197 + b"bad\n" * 3)
+    assert main(arguments) == 2
+    message = capsys.readouterr().err
+    assert "3 of 200 lines were rejected (1.5%): not valid JSON 3" in message
+    assert not (tmp_path / "o_text_document.idx").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("data_tools.job.read_blocks", lambda *_: 1 / 0)  # nothing is read again
+        assert main([*arguments, "--max-rejected", "2%"]) == 0
+    assert read_index(tmp_path / "o_text_document").documents == 197
+    with pytest.raises(SystemExit):
+        main([*arguments, "--max-rejected", "1"])
+
+
+def test_hopeless_input_stops_early(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("data_tools.blocks.BLOCK_BYTES", 1000)
+    path = tmp_path / "c.jsonl"
+    path.write_bytes(b'{"text": "a"}\n' * 50_000)
+    arguments = ["--input", str(path), "--output-prefix", str(tmp_path / "o"), *BYTES]
+    assert main([*arguments, "--on-error", "skip", "--json-keys", "txet"]) == 2
+    found = re.search(r"([\d,]+) of \1 lines were rejected", capsys.readouterr().err)
+    assert found is not None and int(found[1].replace(",", "")) < 2000
+
+
 def test_numbers_that_are_none_are_bad_lines(tmp_path, capsys):
     path = tmp_path / "c.jsonl"
     path.write_text('{"text": "1 2"}\n{"text": "1 x"}\n{"text": "9"}\n')
     arguments = ["--input", str(path), "--output-prefix", str(tmp_path / "o"), "--on-error", "skip"]
+    arguments += ["--max-rejected", "0.9"]
     assert main([*arguments, "--tokenizer-type", "NullTokenizer", "--vocab-size", "5"]) == 0
     message = capsys.readouterr().err
     assert f"{path}:2: not encodable" in message and f"{path}:3: not encodable" in message

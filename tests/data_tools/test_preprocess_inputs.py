@@ -145,8 +145,18 @@ def test_empty_input_and_empty_files(tmp_path):
     inputs = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "c.jsonl")]
     assert main(["--input", *inputs, "--output-prefix", str(tmp_path / "o"), *BYTES]) == 0
     assert tokens_of(tmp_path / "o") == b"x\xff"
-    assert main(["--input", inputs[0], "--output-prefix", str(tmp_path / "p"), *BYTES]) == 0
-    assert read_index(tmp_path / "p_text_document").documents == 0
+
+
+@pytest.mark.parametrize("content", ["", "\n", '{"text": ""}\n', '{"txet": "a"}\n'])
+def test_success_needs_documents(content, tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text(content)
+    arguments = ["--input", str(tmp_path / "a.jsonl"), "--output-prefix", str(tmp_path / "p")]
+    arguments += [*BYTES, "--on-error", "skip", "--max-rejected", "100%"]
+    assert main(arguments) == 2
+    assert "no tokens for --json-keys text" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir() if p.suffix != ".jsonl"] == ["p.partial"]
+    assert main([*arguments, "--allow-empty"]) == 0
+    assert read_index(tmp_path / "p_text_document").tokens == 0
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
