@@ -14,6 +14,7 @@ from types import MappingProxyType
 
 from megatron_llmjp.checkpoint import past
 from megatron_llmjp.checkpoint import resume as resuming
+from megatron_llmjp.checkpoint.folder_checks import check_save_folder
 from megatron_llmjp.checkpoint.manifest import complete_iterations
 from megatron_llmjp.checkpoint.past import NO_RANGES, Past, Ranges
 from megatron_llmjp.checkpoint.resume import Resume
@@ -95,6 +96,7 @@ def prepare(
     """
     asked = config
     check(config, world_size)
+    told_of_save = _save_folder(config)
     config, told_of_start = _first_start_is_over(config)
     tokenizer = _tokenizer(config)
     config = _with_vocabulary(config, tokenizer)
@@ -108,7 +110,8 @@ def prepare(
         BatchSizes(config),
         left_out,
     )
-    notes, memory = [*told_of_start, *repetitions(schedule), *past.told(skipped)], Past(skipped)
+    told = [*told_of_save, *told_of_start]
+    notes, memory = [*told, *repetitions(schedule), *past.told(skipped)], Past(skipped)
     if goes_on is not None:
         config, memory, told = resuming.adopt(config, goes_on, schedule, skipped)
         notes += told
@@ -136,6 +139,13 @@ def prepare(
             lint(config, Facts(world_size, train_iters, decay_end(config), len(validation)))
         ),
     )
+
+
+def _save_folder(config: Config) -> list[str]:
+    """Notes on the save folder of a run that writes to one."""
+    if config.checkpoint.save is None or config.training.eval_only:
+        return []
+    return check_save_folder(Path(config.checkpoint.save))
 
 
 def _first_start_is_over(config: Config) -> tuple[Config, list[str]]:

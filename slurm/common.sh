@@ -54,6 +54,7 @@ pretrain() {
     [[ -n "${SLURM_JOB_ID:-}" ]] || fail "submit this: sbatch $0 ..., or add --rehearse"
     SAVE=$(value_of --save "$@")
     [[ -n "$SAVE" ]] || fail "give --save DIR: a job that is requeued goes on from there"
+    "$PYTHON" "$MEGATRON_LLMJP/slurm/check_save.py" "$SAVE" || exit
     LOGS="$SAVE/logs/job${SLURM_JOB_ID}_${SLURM_RESTART_COUNT:-0}"
     mkdir -p "$LOGS"
     set_environment

@@ -6,7 +6,13 @@ from pathlib import Path
 
 import yaml
 
-from megatron_llmjp.checkpoint.manifest import CONFIG, MANIFEST, FileEntry, Manifest, folder_name
+from megatron_llmjp.checkpoint.manifest import (
+    CONFIG,
+    MANIFEST,
+    Manifest,
+    describe_file,
+    folder_name,
+)
 from megatron_llmjp.checkpoint.resume import Resume, adopt
 from megatron_llmjp.config.command_line import parse
 from megatron_llmjp.config.load import dump
@@ -43,7 +49,7 @@ def test_load_and_finetune_are_for_the_first_start(tmp_path):
         folder = tmp_path / name / folder_name(iteration)
         folder.mkdir(parents=True)
         (folder / CONFIG).write_text(dump(finished.config))
-        entry = FileEntry(bytes=(folder / CONFIG).stat().st_size, crc32="0" * 8)
+        entry = describe_file(folder / CONFIG)
         consumed = 4 * iteration if name == "run" else 0
         folds = finished.schedule.touched(consumed)
         manifest = Manifest(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint import past
+from megatron_llmjp.checkpoint.folder_checks import not_ours
 from megatron_llmjp.checkpoint.manifest import Manifest, Override
 from megatron_llmjp.checkpoint.past import Past, Ranges
 from megatron_llmjp.config.load import FROZEN_AT_RESUME, changed, differences, load_resolved
@@ -71,7 +72,11 @@ def find(config: Config, damaged: Mapping[str, str]) -> Resume | None:
         if found is not None:
             return replace(found, passed_over=tuple(bad))
     if bad or config.checkpoint.load is not None:
-        reason = "\n".join(bad) or f"--load {root}: no complete checkpoint (iter_*) was found"
+        reason = (
+            "\n".join(bad)
+            or not_ours(root)
+            or f"--load {root}: no complete checkpoint (iter_*) was found"
+        )
         raise UserError(reason)
     return None
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_llmjp.checkpoint import manifest
+from megatron_llmjp.checkpoint.manifest import complete_iterations
+from megatron_llmjp.checkpoint.recognize import (
+    HUGGING_FACE,
+    MEGATRON_LM,
+    NATIVE,
+    checkpoints,
+    recognize,
+)
 from megatron_llmjp.convert.formats import FORMATS, Options, Source
 from megatron_llmjp.convert.plan import Output
 from megatron_llmjp.errors import UserError
@@ -23,21 +30,16 @@ def detect(path: Path) -> str:
             if path.exists()
             else f"--input {path}: does not exist"
         )
-    if (path / manifest.MANIFEST).is_file() or manifest.complete_iterations(path):
-        return "native"
+    if complete_iterations(path):
+        return NATIVE
+    found = recognize(path) or next(reversed(checkpoints(path)), None)
+    if found is not None and found.format is not None:
+        return found.format
     if (path / "config.json").is_file():
-        return "hf"
-    deepspeed = ("global_step*/mp_rank_*", "mp_rank_*_model_states.pt", "layer_*-model_*.pt")
-    if any(next(path.glob(pattern), None) for pattern in deepspeed):
-        return "megatron-deepspeed"
-    megatron = (
-        "*/mp_rank_*/model_optim_rng.pt",
-        "mp_rank_*/model_optim_rng.pt",
-        ".metadata",
-        "*/.metadata",
-    )
+        return HUGGING_FACE
+    megatron = (".metadata", "*/.metadata", "*/mp_rank_*/model_optim_rng.pt")
     if any(next(path.glob(pattern), None) for pattern in megatron):
-        return "megatron-lm"
+        return MEGATRON_LM
     raise UserError(
         f"{path}: holds no checkpoint of a known format; say --from "
         f"{'|'.join(FORMATS)} to learn what is missing"

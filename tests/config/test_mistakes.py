@@ -261,10 +261,10 @@ def test_damaged_checkpoints_are_passed_over(folder, saved, fails):
     message = fails(*words)
     assert message.count("damaged checkpoint") == 3
 
-    # A folder without a manifest was never finished; nothing is left to go on from.
+    # What was copied in part, or lost its manifest, is not overwritten.
     for iteration in (3, 4, 5):
         (saved / manifests.folder_name(iteration) / manifests.MANIFEST).unlink()
-    assert prepare(parse(words)[0], 1).resume is None
+    assert "iter_0000005 is a checkpoint of this program without manifest.json" in fails(*words)
     shutil.rmtree(saved)
     assert prepare(parse(words)[0], 1).resume is None
 
