@@ -42,8 +42,10 @@ class Job:
         tokenizer: Tokenizer,
         output: Output,
         shard: dict[str, Any] | None,
+        ignored: dict[str, Any],
     ) -> None:
         self.args, self.sources, self.tokenizer, self.output = args, sources, tokenizer, output
+        self.ignored = ignored
         self.encoding = Encoding(
             keys=args.json_keys,
             append_eod=args.append_eod,
@@ -233,6 +235,7 @@ class Job:
             "key": key,
             **writer.describe(idx_crc),
             "rejected": rejected,
+            "ignored": self.ignored,
             "recipe": self.recipe,
             "tallies": [vars(tally) for tally in self.tallies],
         }

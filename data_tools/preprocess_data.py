@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_tools.cli import Parser, cores, positive, run
+from data_tools.folders import record
 from data_tools.job import Job
 from data_tools.limits import share
 from data_tools.output import Output
 from data_tools.report import check_report
 from data_tools.shards import part_prefix, shard_of, take_shard
-from data_tools.sources import find_sources
+from data_tools.sources import find_input
 from megatron_llmjp.data.indexed import best_dtype
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.tokenizers import TOKENIZER_TYPES, load_tokenizer
@@ -132,7 +133,9 @@ def _parser() -> Parser:
 def preprocess(args: argparse.Namespace) -> int:
     """Check everything that can be checked before the work, then do it."""
     _check(args)
-    sources = find_sources(args.input)
+    found = find_input(args.input)
+    found.report()
+    sources = found.sources
     tokenizer = load_tokenizer(
         args.tokenizer_type, args.tokenizer_model, vocab_size=args.vocab_size
     )
@@ -148,7 +151,7 @@ def preprocess(args: argparse.Namespace) -> int:
         shard = {"number": number, "count": count, "list": whole_list}
         args.output_prefix = part_prefix(args.output_prefix, number, count)
     output = Output(args.output_prefix, args.json_keys, best_dtype(tokenizer.vocab_size))
-    job = Job(args, sources, tokenizer, output, shard)
+    job = Job(args, sources, tokenizer, output, shard, record(found.ignored))
     if not args.overwrite and job.is_there():
         return job.close()
     with output.named_errors():

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 from data_tools.blocks import read_blocks
 from data_tools.encode import BadLine, parse_line, read_range, texts_of
+from data_tools.folders import has_suffix
 from data_tools.pieces import FileRange, LongLine, Rows
-from data_tools.sources import STDIN, SUFFIXES, Source
+from data_tools.sources import STDIN, Source
 
 LONGEST_LINE = 1 << 20
 
@@ -48,7 +49,7 @@ def first_texts(sources: list[Source], keys: list[str], most: int) -> list[str]:
 
 def _texts(sources: list[Source], keys: list[str]) -> Iterator[str]:
     for source in sources:
-        is_json = source.name == STDIN or source.name.endswith(SUFFIXES)
+        is_json = source.name == STDIN or has_suffix(source.name)
         for block in read_blocks(source, 0, keys, LONGEST_LINE):
             payload = block.payload
             if isinstance(payload, LongLine):

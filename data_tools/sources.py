@@ -5,17 +5,23 @@ from __future__ import annotations
 import glob
 import os
 import stat
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_tools.folders import (
+    COMPRESSED_SUFFIXES,
+    SUFFIXES,
+    Ignored,
+    describe,
+    has_suffix,
+    walk,
+)
 from megatron_llmjp.errors import UserError
 
 STDIN = "-"
-TEXT_SUFFIXES = (".jsonl", ".json", ".ndjson")
-COMPRESSED_SUFFIXES = ("", ".gz", ".zst", ".bz2", ".xz")
-SUFFIXES = (*(t + c for t in TEXT_SUFFIXES for c in COMPRESSED_SUFFIXES), ".parquet")
 
 
 @dataclass(frozen=True)
@@ -42,71 +48,88 @@ class Source:
         return {"name": self.name, "size": size, "mtime": self.mtime}
 
 
-def find_sources(words: Iterable[str]) -> list[Source]:
+@dataclass(frozen=True)
+class Input:
+    """The files to read, in order, and the files in input folders that are not read."""
+
+    sources: list[Source]
+    ignored: list[Ignored]
+
+    def report(self) -> None:
+        """Print how many files are not read, and why."""
+        if self.ignored:
+            print(describe(self.ignored), file=sys.stderr)
+
+
+def find_input(words: Iterable[str], suffixes: Sequence[str] = SUFFIXES) -> Input:
     """Return the sources that files, folders, glob patterns and ``-`` stand for, in order.
 
-    A folder stands for all files below it with a known suffix, a pattern for its matches, both
-    sorted by name.
+    A folder stands for all files below it with one of the suffixes, a pattern for its matches,
+    both sorted by name.
 
     Raises:
         UserError: something is missing, matches nothing or is named twice.
     """
-    sources: list[Source] = []
+    found = Input([], [])
     seen: dict[str, str] = {}
     for word in words:
-        for name in _expand(word):
+        for name in _expand(word, suffixes, found.ignored):
             real = name if name == STDIN else os.path.realpath(name)
             if real in seen:
                 raise UserError(
-                    f"--input {word}: {name} is already there through {seen[real]}. Its documents "
+                    f"--input {word}: {name} is already there as {seen[real]}. Its documents "
                     "would be written twice; name it once."
                 )
-            seen[real] = word
-            sources.append(_stat(name))
-    return sources
+            seen[real] = name
+            found.sources.append(_stat(name))
+    return found
 
 
-def _expand(word: str) -> list[str]:
+def _expand(word: str, suffixes: Sequence[str], ignored: list[Ignored]) -> list[str]:
     if word == STDIN:
         return [STDIN]
     path = Path(word)
     if path.is_dir():
-        found = sorted(
-            str(file)
-            for file in path.rglob("*")
-            if file.name.endswith(SUFFIXES) and not _is_ours(file) and file.is_file()
-        )
-        if not found:
+        files, not_read = walk(word, suffixes)
+        ignored += not_read
+        if not files:
             raise UserError(
                 f"--input {word}: the folder holds no file that ends in one of "
-                f"{' '.join(TEXT_SUFFIXES)} (also compressed: .gz .zst .bz2 .xz) or .parquet"
+                f"{' '.join(s for s in suffixes if s.count('.') == 1)} (also compressed: "
+                f"{' '.join(filter(None, COMPRESSED_SUFFIXES))}). {describe(not_read)}".rstrip(". ")
             )
-        return found
+        return files
     if path.exists():
         return [word]
     if glob.has_magic(word):
-        found = sorted(filter(os.path.isfile, glob.glob(word, recursive=True)))  # noqa: PTH207
-        if not found:
-            raise UserError(f"--input {word}: the pattern matches no file")
-        return found
+        return _matches(word, suffixes, ignored)
     raise UserError(f"--input {word}: no such file or folder{_nearby(path)}")
 
 
-def _is_ours(file: Path) -> bool:
-    """Return whether a file in a folder is hidden, or is output of these programs."""
-    return (
-        file.name.startswith(".")
-        or file.name.endswith("_rejected.jsonl")
-        or file.parent.name.endswith(".partial")
-        or file.with_suffix(".idx").exists()  # a manifest
-    )
+def _matches(word: str, suffixes: Sequence[str], ignored: list[Ignored]) -> list[str]:
+    """Return the files that match a pattern, and those of folders that match it."""
+    found: list[str] = []
+    for name in sorted(glob.glob(word, recursive=True)):  # noqa: PTH207
+        if Path(name).is_file():
+            found.append(name)
+        elif "**" not in word and Path(name).is_dir():  # ** matches the files in it by itself
+            files, not_read = walk(name, suffixes)
+            found += files
+            ignored += not_read
+        elif not Path(name).is_dir():
+            ignored.append(Ignored(name, "a broken link or not a regular file"))
+    if not found:
+        raise UserError(
+            f"--input {word}: the pattern matches no file. {describe(ignored)}".rstrip()
+        )
+    return found
 
 
 def _nearby(path: Path) -> str:
     """Return a hint on what does exist there."""
     if not path.parent.is_dir():
         return f" (nor is there a folder {path.parent})"
-    names = sorted(p.name for p in path.parent.iterdir() if p.name.endswith(SUFFIXES))[:5]
+    names = sorted(p.name for p in path.parent.iterdir() if has_suffix(p.name))[:5]
     return f". {path.parent} holds {', '.join(names)}" if names else ""
 
 

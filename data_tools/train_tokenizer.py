@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_tools.cli import Parser, positive, run
+from data_tools.folders import PLAIN_TEXT_SUFFIXES, SUFFIXES
 from data_tools.hf_export import SPECIALS, compare, export_hugging_face
 from data_tools.sample import sample_texts
-from data_tools.sources import find_sources
+from data_tools.sources import find_input
 from megatron_llmjp.errors import EXIT_DONE, UserError
 
 FILES = (
@@ -108,7 +109,9 @@ def train(args: argparse.Namespace) -> int:
             f"{there[0]} exists already. Data and models made with it would lose their "
             "tokenizer: choose another --output-dir, or give --overwrite."
         )
-    texts = sample_texts(find_sources(args.input), args.json_keys, args.max_input_mb * 1_000_000)
+    found = find_input(args.input, (*SUFFIXES, *PLAIN_TEXT_SUFFIXES))
+    found.report()
+    texts = sample_texts(found.sources, args.json_keys, args.max_input_mb * 1_000_000)
     if not texts:
         raise UserError(f"--input {' '.join(args.input)}: no text in it to train on")
     model = train_unigram(texts, args.vocab_size, args.character_coverage)

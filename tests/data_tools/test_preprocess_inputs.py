@@ -17,7 +17,7 @@ import pytest
 import zstandard
 
 from data_tools.preprocess_data import main
-from data_tools.sources import find_sources
+from data_tools.sources import find_input
 from megatron_llmjp.data.indexed import read_index
 from megatron_llmjp.errors import UserError
 
@@ -101,9 +101,50 @@ def test_folders_patterns_and_order(tmp_path, capsys):
     assert tokens_of(tmp_path / "o") == expected(
         ["a.x", "b/1.json.gz", "b/2.jsonl", "b/sub/0.ndjson"]
     )
-    found = find_sources([str(tmp_path / "*.x"), str(tmp_path / "b" / "**" / "*.ndjson")])
-    assert [Path(source.name).name for source in found] == ["a.x", "0.ndjson"]
+    found = find_input([str(tmp_path / "*.x"), str(tmp_path / "b" / "**" / "*.ndjson")])
+    assert [Path(source.name).name for source in found.sources] == ["a.x", "0.ndjson"]
     assert "total" in capsys.readouterr().out
+
+
+def test_nothing_in_a_folder_is_dropped_silently(tmp_path, capsys):
+    """Links are followed, suffixes may be in capitals, and what is not read is listed."""
+    corpus, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"
+    (corpus / ".git").mkdir(parents=True)
+    elsewhere.mkdir()
+    names = ["corpus/D.JSONL", "corpus/e.jsonl.gzip", "corpus/wiki.jsonl", "elsewhere/f.json"]
+    for name in names:
+        line = json.dumps({"text": Path(name).name}).encode()
+        (tmp_path / name).write_bytes(gzip.compress(line) if name.endswith("gzip") else line)
+    for name in ("wiki.idx", "notes.txt", "plain", ".hidden.jsonl", "x_rejected.jsonl"):
+        (corpus / name).write_bytes(b"")
+    (corpus / "made.idx").write_bytes(b"")
+    (corpus / "made.json").write_text('{"format": "megatron_llmjp dataset manifest 1"}')
+    (corpus / "linked").symlink_to(elsewhere)
+    (corpus / "same.jsonl").symlink_to(corpus / "D.JSONL")
+    (corpus / "gone.jsonl").symlink_to(corpus / "nowhere")
+    (elsewhere / "loop").symlink_to(corpus)
+    arguments = ["--input", str(corpus), "--output-prefix", str(tmp_path / "o"), *BYTES]
+    assert main(arguments) == 0
+    documents = ["D.JSONL", "e.jsonl.gzip", "f.json", "wiki.jsonl"]
+    assert tokens_of(tmp_path / "o") == expected(documents)
+    assert "ignored: 11 files: 4 no known suffix" in capsys.readouterr().err
+    manifest = json.loads((tmp_path / "o_text_document.json").read_text())
+    reasons = {Path(name).name: why for name, why in manifest["ignored"]["first"].items()}
+    assert reasons == {
+        "wiki.idx": "no known suffix",
+        "made.idx": "no known suffix",
+        "notes.txt": "no known suffix",
+        "plain": "no known suffix",
+        ".hidden.jsonl": "hidden",
+        ".git": "a hidden folder",
+        "x_rejected.jsonl": "lines rejected by preprocess_data",
+        "made.json": "a dataset's manifest",
+        "same.jsonl": f"the same file as {corpus / 'D.JSONL'}",
+        "gone.jsonl": "a broken link",
+        "loop": f"a link back to {corpus}",
+    }
+    by_pattern = find_input([str(tmp_path / "corp*")])
+    assert by_pattern.sources == find_input([str(corpus)]).sources
 
 
 @pytest.mark.parametrize(
@@ -120,7 +161,7 @@ def test_input_mistakes(words, message, tmp_path, monkeypatch):
     Path("c.jsonl").write_text("")
     Path("empty").mkdir()
     with pytest.raises(UserError, match=message):
-        find_sources(words)
+        find_input(words)
 
 
 def damaged_parquet(data: bytes) -> bytes:

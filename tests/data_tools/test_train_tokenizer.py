@@ -10,7 +10,7 @@ import sentencepiece
 
 from data_tools.hf_export import SPECIALS
 from data_tools.sample import sample_texts
-from data_tools.sources import find_sources
+from data_tools.sources import find_input
 from data_tools.train_tokenizer import main
 
 
@@ -51,7 +51,7 @@ def test_sample_is_bounded_even_and_reproducible(tmp_path):
         for line in lines[2500:]:
             file.write(json.dumps({"text": line}) + "\n")
         file.write('broken\n{"text": "\\ud800"}\n')
-    sources = find_sources([str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")])
+    sources = find_input([str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")]).sources
     assert sample_texts(sources, ["text"], 10**9) == lines
     some = sample_texts(sources, ["text"], 50_000)
     assert some == sample_texts(sources, ["text"], 50_000)
