@@ -128,6 +128,14 @@ def _add_contents(add: Callable[..., Any]) -> None:
         help="from megatron-deepspeed: the fp32 weights of the ZeRO optimizer",
     )
     add(
+        "--ignore-args",
+        type=lambda text: frozenset(text.split(",")),
+        default=frozenset(),
+        metavar="NAME,...",
+        help="from Megatron formats: arguments of the run that are read as if they were not "
+        "there, because you know that they do not change the network",
+    )
+    add(
         "--with-optimizer",
         action="store_true",
         help="to native or megatron-deepspeed: carry Adam's moments, the fp32 weights and the "
@@ -258,6 +266,7 @@ def _convert(arguments: argparse.Namespace) -> int:
         main_weights=arguments.main_weights,
         with_optimizer=arguments.with_optimizer,
         no_pipeline=arguments.no_pipeline,
+        ignored_args=arguments.ignore_args,
     )
     conversion = prepare(arguments.source, arguments.target, arguments.input, options)
     print(summary(conversion.source))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_llmjp.convert import engine, optimizer_state
+from megatron_llmjp.convert import engine, megatron_deepspeed, megatron_lm, optimizer_state
 from megatron_llmjp.convert.detect import detect, planner, reader
 from megatron_llmjp.convert.formats import Options, Source
 from megatron_llmjp.convert.plan import Copy, Output
@@ -55,13 +55,15 @@ def open_source(name: str, path: Path, options: Options) -> Source:
     Raises:
         UserError: it is not whole, or does not have what was asked for.
     """
-    if not options.main_weights:
-        return reader(name)(path)
-    if name != "megatron-deepspeed":
+    if options.main_weights and name != "megatron-deepspeed":
         raise UserError(f"--main-weights is for megatron-deepspeed, {path} is {name}")
-    from megatron_llmjp.convert import megatron_deepspeed
-
-    return megatron_deepspeed.read(path, main_weights=True)
+    if options.ignored_args and name not in ("megatron-lm", "megatron-deepspeed"):
+        raise UserError(f"--ignore-args is for Megatron's checkpoints, {path} is {name}")
+    if name == "megatron-lm":
+        return megatron_lm.read(path, options.ignored_args)
+    if name == "megatron-deepspeed":
+        return megatron_deepspeed.read(path, options.main_weights, options.ignored_args)
+    return reader(name)(path)
 
 
 def prepare(source_format: str | None, target: str, path: Path, options: Options) -> Conversion:

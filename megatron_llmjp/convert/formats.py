@@ -93,6 +93,8 @@ class Options:
     main_weights: bool = False
     with_optimizer: bool = False
     no_pipeline: bool = False
+    ignored_args: frozenset[str] = frozenset()
+    """Arguments of a Megatron run that the user declares to be irrelevant."""
 
     def dtype_of(self, read: Read) -> torch.dtype:
         """The type a tensor is written in: its own unless another was asked for."""

@@ -8,65 +8,52 @@ other's.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 
 from megatron_llmjp.config.schema import SECTIONS, ModelConfig, OptimizerConfig
-from megatron_llmjp.convert.hf_keys import make_model, unsupported
-from megatron_llmjp.errors import UserError
-
-_REFUSED = (
-    "qk_layernorm",
-    "multi_latent_attention",
-    "mtp_num_layers",
-    "rotary_interleaved",
-    "squared_relu",
-    "quick_gelu",
-    "apply_layernorm_1p",
-    "apply_residual_connection_post_layernorm",
-    "heterogeneous_layers_config_path",
-    "is_hybrid_model",
-    "attention_output_gate",
-    "window_size",
-    "softmax_type",
-    "use_alibi_position_embeddings",
-)
-"""Arguments that change the network in a way the canonical model does not have."""
+from megatron_llmjp.convert.hf_keys import make_model, required, unsupported
+from megatron_llmjp.convert.megatron_fields import check_fields
 
 
-def model_from_args(args: Any, where: str) -> ModelConfig:
+def model_from_args(args: Any, where: str, ignored: Collection[str] = ()) -> ModelConfig:
     """The architecture that a program's arguments describe.
 
+    Args:
+        args: the namespace of the checkpoint.
+        where: the file, for messages.
+        ignored: arguments to read as if they were not there.
+
     Raises:
-        UserError: an argument is missing, or asks for what cannot be represented.
+        UserError: an argument is missing, not known, or asks for what cannot be represented.
     """
-    if not hasattr(args, "num_layers") or not hasattr(args, "hidden_size"):
-        raise UserError(f"{where}: its args name no num_layers and hidden_size")
-    given = vars(args)
-    _refuse(given, where)
-    heads = given["num_attention_heads"]
+    given = {name: value for name, value in _fields(args).items() if name not in ignored}
+    check_fields(given, where)
+    _check_consistent(given, where)
+    heads = required(given, "num_attention_heads", where)
+    hidden = required(given, "hidden_size", where)
     swiglu = bool(given.get("swiglu"))
     biases = bool(given.get("add_bias_linear", True))
-    normalization = str(given.get("normalization") or "LayerNorm")
     rope = _is_rope(given, where)
     return make_model(
         where,
-        num_layers=given["num_layers"],
-        hidden_size=given["hidden_size"],
+        num_layers=required(given, "num_layers", where),
+        hidden_size=hidden,
         num_attention_heads=heads,
-        num_query_groups=_groups(given),
-        kv_channels=given.get("kv_channels") or given["hidden_size"] // heads,
-        ffn_hidden_size=given.get("ffn_hidden_size") or 4 * given["hidden_size"],
+        num_query_groups=_groups(given, heads, where),
+        kv_channels=given.get("kv_channels") or hidden // heads,
+        ffn_hidden_size=given.get("ffn_hidden_size") or 4 * hidden,
         max_position_embeddings=given.get("max_position_embeddings") or given.get("seq_length"),
         position_embedding_type="rope" if rope else "learned_absolute",
-        rotary_base=int(given.get("rotary_base") or 10000),  # Megatron-DeepSpeed has it fixed
-        rotary_percent=float(given.get("rotary_percent") or 1.0) if rope else 1.0,
+        rotary_base=_rotary_base(given, where),
+        rotary_percent=(given.get("rotary_percent") or 1.0) if rope else 1.0,
         rotary_seq_len_interpolation_factor=given.get("rotary_seq_len_interpolation_factor"),
         use_rope_scaling=bool(given.get("use_rope_scaling")),
-        rope_scaling_factor=float(given.get("rope_scaling_factor") or 8.0),
-        normalization="RMSNorm" if normalization.lower() == "rmsnorm" else "LayerNorm",
+        rope_scaling_factor=given.get("rope_scaling_factor") or 8.0,
+        normalization=_normalization(given, where),
         norm_epsilon=given.get("norm_epsilon") or given.get("layernorm_epsilon") or 1e-5,
         activation_function="swiglu" if swiglu else _gelu(given, biases),
         add_bias_linear=biases,
@@ -80,6 +67,30 @@ def model_from_args(args: Any, where: str) -> ModelConfig:
         make_vocab_size_divisible_by=given.get("make_vocab_size_divisible_by") or 128,
         vocab_size=true_vocabulary(args),
     )
+
+
+def notes_from_args(args: Any) -> list[str]:
+    """What a user should know of arguments that Megatron-LM itself treats unevenly."""
+    given = _fields(args)
+    if not _is_core(given):
+        return []
+    uneven = {
+        "rope_scaling_factor": bool(given.get("use_rope_scaling"))
+        and given.get("rope_scaling_factor") not in (None, 8.0),
+        "rotary_seq_len_interpolation_factor": given.get("rotary_seq_len_interpolation_factor")
+        not in (None, 1),
+    }
+    return [
+        f"{name} {given[name]} was taken as part of the model; pretrain_gpt.py of Megatron-LM up "
+        f"to core 0.19 does not pass it on: if the run was trained without it, add "
+        f"--ignore-args {name}"
+        for name, found in uneven.items()
+        if found
+    ]
+
+
+def _fields(args: Any) -> dict[str, Any]:
+    return dict(vars(args)) if hasattr(args, "__dict__") else {}
 
 
 _TOLD = {
@@ -108,15 +119,27 @@ def settings_from_args(args: Any) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _refuse(given: dict[str, Any], where: str) -> None:
-    found = {name: bool(given.get(name)) for name in _REFUSED}
-    if given.get("softmax_type") == "vanilla":
-        found["softmax_type"] = False
-    experts = given.get("num_experts")
-    found["num_experts"] = bool(experts) and experts != [1] and experts != 1
-    swiglu_bias = bool(given.get("swiglu")) and bool(given.get("add_bias_linear", True))
-    found["swiglu with add_bias_linear"] = swiglu_bias
-    unsupported(where, **found)
+def _is_core(given: dict[str, Any]) -> bool:
+    """Whether the run built megatron-core's model, not the older ``megatron.legacy`` one."""
+    if "use_legacy_models" in given:
+        return not given["use_legacy_models"]
+    return bool(given.get("use_mcore_models"))
+
+
+def _check_consistent(given: dict[str, Any], where: str) -> None:
+    """Refuse arguments that contradict each other, or a combination the model does not have."""
+    swiglu = bool(given.get("swiglu"))
+    layers = given.get("encoder_num_layers")
+    epsilons = [given[name] for name in ("norm_epsilon", "layernorm_epsilon") if given.get(name)]
+    unsupported(
+        where,
+        **{
+            "swiglu with add_bias_linear": swiglu and bool(given.get("add_bias_linear", True)),
+            "gated_linear_unit without swiglu": bool(given.get("gated_linear_unit")) and not swiglu,
+            f"encoder_num_layers {layers}": layers not in (None, given.get("num_layers")),
+            "norm_epsilon and layernorm_epsilon that differ": len(set(epsilons)) > 1,
+        },
+    )
 
 
 def _is_rope(given: dict[str, Any], where: str) -> bool:
@@ -124,23 +147,71 @@ def _is_rope(given: dict[str, Any], where: str) -> bool:
     kind = given.get("position_embedding_type")
     if given.get("use_rotary_position_embeddings") or kind == "rope":
         return True
-    learned = kind == "learned_absolute" or (kind is None and given.get("add_position_embedding"))
-    unsupported(where, **{f"position_embedding_type {kind}": not learned})
+    added = bool(given.get("add_position_embedding", True))
+    unsupported(
+        where,
+        **{
+            f"position_embedding_type {kind}": kind not in (None, "learned_absolute"),
+            "a model without position embeddings": not added,
+        },
+    )
     return False
 
 
-def _groups(given: dict[str, Any]) -> int:
+def _rotary_base(given: dict[str, Any], where: str) -> int:
+    """``rotary_base``, which LLM-jp's branches of 2024 call ``rope_theta``.
+
+    They pass it to megatron-core's model only; their older model, like Megatron-DeepSpeed's, has
+    10000 written down.
+    """
+    base = given.get("rotary_base") or 10000
+    theta = given.get("rope_theta")
+    if theta is None:
+        theta = base
+    unsupported(
+        where,
+        **{
+            f"rope_theta {theta} with rotary_base {base}": base not in (10000, theta),
+            f"rope_theta {theta} in a model that is not megatron-core's": theta != base
+            and not _is_core(given),
+            f"rotary base {theta} (not a whole number)": not _is_whole(theta),
+        },
+    )
+    return int(theta)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int | float) and value == value // 1
+
+
+def _normalization(given: dict[str, Any], where: str) -> str:
+    """Megatron-LM writes ``RMSNorm``, Megatron-DeepSpeed ``rmsnorm``."""
+    name = str(given.get("normalization") or "LayerNorm")
+    known = {"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}
+    unsupported(where, **{f"normalization {name}": name.lower() not in known})
+    return known[name.lower()]
+
+
+def _groups(given: dict[str, Any], heads: int, where: str) -> int:
     """Megatron-LM's ``num_query_groups`` is 1 and means nothing without the switch."""
-    heads = int(given["num_attention_heads"])
     if "group_query_attention" in given:
-        return int(given["num_query_groups"]) if given["group_query_attention"] else heads
-    return int(given.get("num_key_value_heads") or heads)
+        grouped = given["group_query_attention"]
+        return required(given, "num_query_groups", where) if grouped else heads
+    return given.get("num_key_value_heads") or heads
 
 
 def _gelu(given: dict[str, Any], biases: bool) -> str:
-    """The fused kernel computes the tanh approximation; unfused is the exact function."""
-    fused = bool(given.get("bias_gelu_fusion")) and biases
-    return "gelu_tanh" if given.get("openai_gelu") or fused else "gelu"
+    """The fused kernel computes the tanh approximation; unfused is the exact function.
+
+    megatron-core's model knows nothing of ``openai_gelu`` and ``onnx_safe``; in the older model
+    they come before the fused kernel.
+    """
+    if not _is_core(given):
+        if given.get("openai_gelu"):
+            return "gelu_tanh"
+        if given.get("onnx_safe"):
+            return "gelu"
+    return "gelu_tanh" if given.get("bias_gelu_fusion") and biases else "gelu"
 
 
 def true_vocabulary(args: Any) -> int | None:

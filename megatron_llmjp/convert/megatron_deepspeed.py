@@ -9,6 +9,7 @@ holds everything. Layer files are told apart by their keys: their numbers differ
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,13 @@ _LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt$")
 _RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt$")
 
 
-def read(path: Path, main_weights: bool = False) -> Source:
+def read(path: Path, main_weights: bool = False, ignored: Collection[str] = ()) -> Source:
     """Open a ``global_step*`` folder, or the one that ``latest`` names.
 
     Args:
         path: the folder.
         main_weights: take the fp32 weights of the ZeRO optimizer instead of the model's.
+        ignored: arguments of the run to read as if they were not there.
 
     Raises:
         UserError: it is incomplete, damaged, or cannot be represented.
@@ -55,7 +57,7 @@ def read(path: Path, main_weights: bool = False) -> Source:
             f"{first}: checkpoint_version {content.get('checkpoint_version', 0)} has another order "
             "of QKV rows; load and save it with a newer Megatron-DeepSpeed"
         )
-    model = model_from_args(args, str(first))
+    model = model_from_args(args, str(first), ignored)
     known = content.get("universal_checkpoint_info") or {}
     if isinstance(known.get("original_vocab_size"), int):
         model = model.model_copy(update={"vocab_size": known["original_vocab_size"]})

@@ -9,7 +9,7 @@ virtual stages). ``torch_dist`` has the layout of :mod:`mcore_names`, and args i
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,11 @@ from megatron_llmjp.checkpoint.manifest import folder_name
 from megatron_llmjp.config.schema import ModelConfig
 from megatron_llmjp.convert import dcp, mcore_names, optimizer_ranks, optimizer_state
 from megatron_llmjp.convert.formats import Source
-from megatron_llmjp.convert.megatron_args import model_from_args, settings_from_args
+from megatron_llmjp.convert.megatron_args import (
+    model_from_args,
+    notes_from_args,
+    settings_from_args,
+)
 from megatron_llmjp.convert.megatron_ranks import Gathered, new_name
 from megatron_llmjp.convert.optimizer_state import OptimizerState
 from megatron_llmjp.convert.tensors import FINAL_NORM, OUTPUT_LAYER, WORD_EMBEDDINGS
@@ -37,16 +41,20 @@ _OLD_ROOTS = {
 _TIED_COPIES = ("word_embeddings_for_head.weight", "word_embeddings.weight")
 
 
-def read(path: Path) -> Source:
+def read(path: Path, ignored: Collection[str] = ()) -> Source:
     """Open an iteration's folder, or that of a run, whose tracker names the iteration.
+
+    Args:
+        path: the folder.
+        ignored: arguments of the run to read as if they were not there.
 
     Raises:
         UserError: it is incomplete, damaged, or cannot be represented.
     """
     folder = newest(path)
     if (folder / dcp.METADATA).is_file():
-        return _read_torch_dist(folder)
-    return _read_legacy(folder)
+        return _read_torch_dist(folder, ignored)
+    return _read_legacy(folder, ignored)
 
 
 def newest(path: Path) -> Path:
@@ -70,12 +78,12 @@ def _source(
     folder: Path,
     args: Any,
     iteration: Any,
+    model: ModelConfig,
     reads: dict[str, Any],
     layout: str,
     optimizer: Callable[[], OptimizerState],
 ) -> Source:
-    model = model_from_args(args, str(folder))
-    notes = []
+    notes = notes_from_args(args)
     if model.vocab_size is None:
         notes.append(
             "the true vocabulary size is not in the checkpoint: its padding was kept; "
@@ -96,7 +104,7 @@ def _source(
     )
 
 
-def _read_torch_dist(folder: Path) -> Source:
+def _read_torch_dist(folder: Path, ignored: Collection[str]) -> Source:
     common = load(folder / "common.pt")
     stored = dcp.read_metadata(folder)
     entries = mcore_names.weights(stored)
@@ -104,14 +112,14 @@ def _read_torch_dist(folder: Path) -> Source:
         raise UserError(f"{folder / 'common.pt'}: holds no args, so the model is not known")
     if WORD_EMBEDDINGS not in entries:
         raise UserError(f"{folder}: holds no {WORD_EMBEDDINGS}")
-    model = model_from_args(common["args"], str(folder / "common.pt"))
+    model = model_from_args(common["args"], str(folder / "common.pt"), ignored)
     reads = mcore_names.reads(model, entries[WORD_EMBEDDINGS].shape[0], entries)
     optimizer = partial(optimizer_state.from_torch_dist, model, stored, common, folder)
     iteration = common.get("iteration")
-    return _source(folder, common["args"], iteration, reads, "torch_dist", optimizer)
+    return _source(folder, common["args"], iteration, model, reads, "torch_dist", optimizer)
 
 
-def _read_legacy(folder: Path) -> Source:
+def _read_legacy(folder: Path, ignored: Collection[str]) -> Source:
     ranks = _rank_files(folder)
     tensor = 1 + max(t for t, _ in ranks)
     pipeline = 1 + max(p for _, p in ranks)
@@ -132,13 +140,13 @@ def _read_legacy(folder: Path) -> Source:
                     "QKV rows; load and save it with a newer Megatron-LM"
                 )
             stages.append(_chunks(content, ranks[t, p]))
-        model = model_from_args(args, str(folder))
+        model = model_from_args(args, str(folder), ignored)
         for name, stored in _numbered(stages, model.untie_embeddings_and_output_weights):
             gathered.add(name, t, stored)
     reads = gathered.reads(folder, model, tensor)
     layout = f"torch, TP {tensor} x PP {pipeline}"
     optimizer = partial(_legacy_optimizer, folder, model, ranks, tensor, pipeline)
-    return _source(folder, args, iteration, reads, layout, optimizer)
+    return _source(folder, args, iteration, model, reads, layout, optimizer)
 
 
 def _legacy_optimizer(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_llmjp.checkpoint.manifest import folder_name
+from megatron_llmjp.config.schema import ModelConfig
 from megatron_llmjp.convert import dcp, mcore_names
 from megatron_llmjp.convert.formats import Options, Source
 from megatron_llmjp.convert.megatron_args import make_args
@@ -32,9 +33,24 @@ def plan(source: Source, options: Options) -> Output:
     """
     if source.model.use_parallel_residual:
         raise UserError(f"{source.path}: Megatron-LM has no layer with a parallel residual")
-    if options.megatron_format == "torch_dist":
-        return _plan_torch_dist(source, options)
-    return _plan_legacy(source, options)
+    plan_format = _plan_torch_dist if options.megatron_format == "torch_dist" else _plan_legacy
+    output = plan_format(source, options)
+    output.notes += _notes(source.model)
+    return output
+
+
+def _notes(model: ModelConfig) -> list[str]:
+    """What pretrain_gpt.py of Megatron-LM has to be changed for."""
+    missing = []
+    if model.use_rope_scaling and model.rope_scaling_factor != 8.0:
+        missing.append(f"rope_scaling_factor={model.rope_scaling_factor}")
+    if model.rotary_seq_len_interpolation_factor is not None:
+        missing.append(f"seq_len_interpolation_factor={model.rotary_seq_len_interpolation_factor}")
+    return [
+        f"pretrain_gpt.py of Megatron-LM up to core 0.19 has the flag but does not pass it on: "
+        f"give its GPTModel(...) {argument}, or it computes another model"
+        for argument in missing
+    ]
 
 
 def _args(source: Source, options: Options, rows: int) -> Any:
