@@ -111,7 +111,12 @@ def adopt(
         config = changed(config, padded_vocab_size=saved.rows)
     problems = []
     for name, (old, new) in differences(saved, config).items():
-        if name in FROZEN_AT_RESUME and name not in allowed:
+        if name == "optimizer":
+            problems.append(
+                f"optimizer is {new!r}, but {resume.folder} holds the state of {old!r}: set it "
+                "back, or start a new run from its weights with --finetune"
+            )
+        elif name in FROZEN_AT_RESUME and name not in allowed:
             problems.append(
                 f"{name} is {new!r}, but {resume.folder} was trained with {old!r}: set it back, or "
                 f"name it on --override-resume {name}"

@@ -5,13 +5,14 @@ Reading never writes. Writing is in ``saving.py``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_llmjp.checkpoint import safety
+from megatron_llmjp.checkpoint import optimizer_form, safety
 from megatron_llmjp.checkpoint.random_state import get_random_state, set_random_state
 from megatron_llmjp.checkpoint.reader import threaded_reading
 from megatron_llmjp.checkpoint.together import first_rank_does
@@ -20,7 +21,10 @@ from megatron_llmjp.runtime.device import without_warnings
 with without_warnings():
     from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.dist_checkpointing.mapping import ShardedObject
-    from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+    from megatron.core.dist_checkpointing.serialization import (
+        load_common_state_dict,
+        load_sharded_metadata,
+    )
     from megatron.core.dist_checkpointing.validation import StrictHandling
     from megatron.core.utils import unwrap_model
 
@@ -51,15 +55,24 @@ def load(folder: Path, state: RunState) -> dict[str, Any]:
     """
     first_rank_does(lambda: safety.vet(folder))
     sharded = sharded_state(state, is_loading=True)
-    with threaded_reading():
-        if state.optimizer is not None and not _has_random_state(folder):
+    stored = load_sharded_metadata(str(folder))
+    models = {key: sharded.pop(key) for key, _ in _chunk_keys(state.chunks)}
+    if state.optimizer is not None:
+        dtype = next(state.chunks[0].parameters()).dtype
+        optimizer_form.point_model(models, stored, dtype)
+        optimizer_form.point_optimizer(sharded["optimizer"], stored)
+        if not _has_random_state(stored):
             del sharded["rng_state"]
-        strict = StrictHandling.RAISE_UNEXPECTED
-        loaded = dist_checkpointing.load(sharded, str(folder), strict=strict)
+    with threaded_reading():
+        # Apart: a weight and its fp32 copy may be read from the same tensor.
+        weights = _load(models, folder)
+        loaded = _load(sharded, folder) if state.optimizer is not None else {}
     for key, chunk in _chunk_keys(state.chunks):
-        chunk.load_state_dict(loaded[key], strict=True)
+        chunk.load_state_dict(weights[key], strict=True)
     if state.optimizer is None:
         return {}
+    common = load_common_state_dict(str(folder))["optimizer"]
+    optimizer_form.settle_common(loaded["optimizer"], sharded["optimizer"], common)
     with torch.no_grad():
         state.optimizer.load_state_dict(loaded["optimizer"])
     state.scheduler.load_state_dict(loaded["opt_param_scheduler"])
@@ -67,6 +80,12 @@ def load(folder: Path, state: RunState) -> dict[str, Any]:
         set_random_state(loaded["rng_state"])
     counters: dict[str, Any] = loaded.get("counters", {})
     return counters
+
+
+def _load(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:
+    strict = StrictHandling.RAISE_UNEXPECTED
+    loaded: dict[str, Any] = dist_checkpointing.load(sharded, str(folder), strict=strict)
+    return loaded
 
 
 def _chunk_keys(chunks: list[Any]) -> list[tuple[str, Any]]:
@@ -126,8 +145,8 @@ def _sharded_random_state() -> ShardedObject:
     return ShardedObject("rng_state", get_random_state(), shape, index, replica_id=0)
 
 
-def _has_random_state(folder: Path) -> bool:
-    """Whether a checkpoint was saved in this layout."""
+def _has_random_state(stored: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint with these entries was saved in this layout."""
     shape, index = _random_state_place()
     own = ShardedObject("rng_state", None, shape, index).unique_key
-    return own in load_sharded_metadata(str(folder))
+    return own in stored

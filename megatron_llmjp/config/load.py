@@ -172,7 +172,6 @@ FROZEN_AT_RESUME: tuple[str, ...] = (
     *(name for name in DataConfig.model_fields if name in {"seq_length", "tokenizer_type"}),
     "global_batch_size",
     "rampup_batch_size",
-    "optimizer",
 )
 """Fields that would silently change a run: a resume with another value is refused."""
 
