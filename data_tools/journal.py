@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_llmjp.data.indexed_writer import Position
 from megatron_llmjp.errors import UserError
+from megatron_llmjp.system import write_durably
 
 
 @dataclass
@@ -78,10 +79,8 @@ class Journal:
             except UserError:
                 if not forget_others:
                     raise
-        temporary = path.with_suffix(".new")
         lines = [recipe, *(asdict(point) for point in self.points)]
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        temporary.replace(path)
+        write_durably(path, "".join(json.dumps(line) + "\n" for line in lines))
         self._file = path.open("a", encoding="utf-8")
 
     @property

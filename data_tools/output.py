@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import csv
 import dataclasses
-import fcntl
 import io
 import json
 import os
@@ -22,6 +21,7 @@ from data_tools.journal import Journal, Point, Tally, is_finishing
 from data_tools.publish import publish, write_json
 from megatron_llmjp.data.indexed_writer import IndexedWriter
 from megatron_llmjp.errors import UserError
+from megatron_llmjp.file_lock import FileLock, lock_file
 
 REJECTED = ("rejected.jsonl", "rejected.csv")
 
@@ -33,7 +33,7 @@ class Output:
         self.prefix, self.keys, self.dtype = prefix, keys, dtype
         self.folder = Path(f"{prefix}.partial")
         self.writers: dict[str, IndexedWriter] = {}
-        self._lock: io.IOBase | None = None
+        self._lock: FileLock | None = None
 
     def prefix_of(self, key: str) -> str:
         """Return the prefix of one key's dataset, as Megatron-LM names it."""
@@ -91,17 +91,13 @@ class Output:
         return journal
 
     def _take_lock(self) -> None:
-        lock = (self.folder / "lock").open("w")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock = lock_file(self.folder / "lock")
         except BlockingIOError as error:
             raise UserError(
                 f"{self.folder}: another preprocess_data is writing this output. Wait for it, or "
                 "choose another --output-prefix."
             ) from error
-        except OSError:
-            pass  # a file system without locks
-        self._lock = lock
 
     def add(self, packed: dict[str, Packed]) -> None:
         """Append the documents of a block to each key's dataset."""
@@ -155,6 +151,8 @@ class Output:
         publish([(work, final) for work, final in self.finals() if work.exists()])
         journal.close()
         shutil.rmtree(self.folder)
+        if self._lock is not None:
+            self._lock.release()
 
     @contextmanager
     def named_errors(self) -> Iterator[None]:

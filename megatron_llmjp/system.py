@@ -8,7 +8,7 @@ import secrets
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -31,6 +31,9 @@ TRANSIENT = frozenset(
 )
 """Errors of a network file system whose server is away or restarts, and which may pass."""
 
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""The disk, the user's quota or the file-size limit takes no more."""
+
 RETRY_PAUSES = (0.1, 0.4, 1.5, 5.0, 10.0)
 """Seconds between the attempts of :func:`retried`."""
 
@@ -42,25 +45,31 @@ def warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
-def retried(action: Callable[[], _Result], what: str, say: Callable[[str], None] = warn) -> _Result:
+def retried(
+    action: Callable[[], _Result],
+    what: str,
+    say: Callable[[str], None] = warn,
+    pauses: Sequence[float] = RETRY_PAUSES,
+) -> _Result:
     """Call ``action``, and again for some seconds while it fails with a transient error.
 
     Args:
         action: may be called several times.
         what: the subject of the warning, such as a path.
         say: receives one warning, at the first failure.
+        pauses: seconds between the attempts.
 
     Raises:
         OSError: a permanent error at once; a transient one that lasts.
     """
-    for number, pause in enumerate(RETRY_PAUSES):
+    for number, pause in enumerate(pauses):
         try:
             return action()
         except OSError as error:
             if error.errno not in TRANSIENT:
                 raise
             if number == 0:
-                say(f"{what}: {error.strerror}; retrying for {sum(RETRY_PAUSES):.0f} s")
+                say(f"{what}: {error.strerror}; retrying for {sum(pauses):.0f} s")
             time.sleep(pause)
     return action()
 

@@ -20,6 +20,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from megatron_llmjp.system import write_durably
+
 SLOWEST = 2.0
 """Times the median that a node's link may take."""
 
@@ -64,9 +66,7 @@ def check(args: argparse.Namespace) -> int:
 
 
 def _leave(folder: Path, found: dict[str, Any]) -> None:
-    path = folder / f"{found['node']}.json"
-    path.with_suffix(".tmp").write_text(json.dumps(found))
-    path.with_suffix(".tmp").replace(path)
+    write_durably(folder / f"{found['node']}.json", json.dumps(found))
 
 
 def _save_folder(args: argparse.Namespace) -> list[str]:

@@ -10,6 +10,7 @@ from tests.support.processes import ROOT
 
 FLOORS = [
     {"errors", "numbers", "system"},
+    {"file_lock"},
     {"config", "tokenizers"},
     {"runtime"},
     {"data", "model"},

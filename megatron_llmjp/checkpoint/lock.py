@@ -1,6 +1,6 @@
 """One run per save folder: the second one refuses, and a dead one's place is taken.
 
-Two files lie in the save folder. ``.run.lock`` is locked by the kernel (``fcntl.lockf``) for as
+Two files are in the save folder. ``.run.lock`` is locked by the kernel (``file_lock.py``) for as
 long as the run's first process lives. ``.run.json`` says who that is, is touched every
 :data:`HEARTBEAT_SECONDS` and is removed at an orderly end.
 
@@ -16,7 +16,6 @@ A run that was merely frozen that long finds another's name on record and publis
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import socket
@@ -27,8 +26,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_llmjp.errors import UserError
-from megatron_llmjp.system import process_lives
+from megatron_llmjp.errors import RunError, UserError
+from megatron_llmjp.file_lock import FileLock, lock_file
+from megatron_llmjp.system import NO_ROOM, TRANSIENT, process_lives, retried, write_durably
+
+Say = Callable[[str], None]
 
 LOCK = ".run.lock"
 RECORD = ".run.json"
@@ -56,18 +58,24 @@ class Owner:
         return f"process {self.pid} on {self.host}, since {self.started}"
 
 
-class LostLock(RuntimeError):
+UNKNOWN = Owner("an unknown machine", "", 0, "an unknown time", "")
+"""The owner in a damaged record."""
+
+
+class LostLock(RunError):
     """Another run has taken the save folder."""
 
 
 class RunLock:
     """A save folder that is this run's; see :func:`taken`."""
 
-    def __init__(self, root: Path, owner: Owner, descriptor: int, left_by: Owner | None) -> None:
+    def __init__(
+        self, root: Path, owner: Owner, lock: FileLock, left_by: Owner | None, say: Say
+    ) -> None:
         self.root, self.owner = root, owner
         self.left_by = left_by
         """The run that ended without giving the folder back, if there was one."""
-        self._descriptor = descriptor
+        self._lock, self._say = lock, say
         self._ended = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._heart.start()
@@ -75,21 +83,43 @@ class RunLock:
     def check(self) -> None:
         """Make sure that the folder is still this run's.
 
+        A folder or a lock file that was deleted meanwhile is made again, with a warning.
+
         Raises:
             LostLock: another run has taken it, while this one seemed dead.
+            OSError: the folder cannot be read or written; transient errors have lasted.
         """
-        now = read_owner(self.root)
-        if now is None or now.token != self.owner.token:
-            raise LostLock(f"{self.root} was taken by {now or 'another run'} meanwhile")
+        now = retried(lambda: _read_record(self.root), str(self.root), self._say)
+        if now is None or now is UNKNOWN:
+            self._take_again(RECORD)
+        elif now.token != self.owner.token:
+            raise LostLock(f"--save {self.root} was taken by {now} meanwhile")
+        elif not retried(self._lock.is_current, str(self.root), self._say):
+            self._take_again(LOCK)
 
     def release(self) -> None:
         """Give the folder back, as an orderly end does."""
         self._ended.set()
         self._heart.join()
-        with contextlib.suppress(LostLock, OSError):
-            self.check()
-            (self.root / RECORD).unlink()
-        os.close(self._descriptor)
+        with contextlib.suppress(OSError):
+            now = _read_record(self.root)
+            if now is not None and now.token == self.owner.token:
+                (self.root / RECORD).unlink()
+        self._lock.release()
+
+    def _take_again(self, missing: str) -> None:
+        """Take the folder like a new run, after it or a file of it was deleted."""
+        what = self.root / missing if self.root.is_dir() else self.root
+        self.root.mkdir(parents=True, exist_ok=True)
+        if not self._lock.is_current():
+            try:
+                lock = lock_file(self.root / LOCK)
+            except BlockingIOError:
+                raise LostLock(f"--save {self.root} was taken by another run meanwhile") from None
+            self._lock.release()
+            self._lock = lock
+        _sign(self.root, self.owner)
+        self._say(f"{what} was deleted or damaged during the run, and is made again")
 
     def _beat(self) -> None:
         while not self._ended.wait(HEARTBEAT_SECONDS):
@@ -98,33 +128,34 @@ class RunLock:
 
 
 @contextlib.contextmanager
-def taken(
-    root: Path, say: Callable[[str], None], patience: float = PATIENCE_SECONDS
-) -> Iterator[RunLock]:
+def taken(root: Path, say: Say, patience: float = PATIENCE_SECONDS) -> Iterator[RunLock]:
     """Hold a save folder, which is made if need be.
 
     Args:
         root: the save folder.
-        say: told what is waited for, and whose place is taken.
+        say: receives warnings: what is waited for, and whose place is taken.
         patience: seconds without a heartbeat after which another machine's run is dead.
 
     Raises:
         UserError: another run holds it, or it cannot be written to.
+        RunError: its file system does not answer.
     """
-    lock = _take(root, say, patience)
+    try:
+        lock = _take(root, say, patience)
+    except OSError as error:
+        raise _explained(root, error) from None
     try:
         yield lock
     finally:
         lock.release()
 
 
-def _take(root: Path, say: Callable[[str], None], patience: float) -> RunLock:
-    descriptor = _open(root)
+def _take(root: Path, say: Say, patience: float) -> RunLock:
+    lock = _lock(root)
     try:
-        is_locked = _try_lock(descriptor, root)
-        left_by = read_owner(root)
+        left_by = retried(lambda: _read_record(root), str(root), say)
         if left_by is not None:
-            _make_sure_it_is_dead(root, left_by, is_locked, say, patience)
+            _make_sure_it_is_dead(root, left_by, lock.is_enforced, say, patience)
         owner = Owner(
             socket.gethostname(),
             _boot(),
@@ -132,42 +163,42 @@ def _take(root: Path, say: Callable[[str], None], patience: float) -> RunLock:
             time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
             uuid.uuid4().hex,
         )
-        _sign(root, owner)
-        if left_by is not None and not (is_locked and left_by.boot == owner.boot):
+        retried(lambda: _sign(root, owner), str(root), say)
+        if left_by is not None and not (lock.is_enforced and left_by.boot == owner.boot):
             time.sleep(min(SETTLE_SECONDS, patience))
-            _refuse_if_not(root, owner)
+            now = retried(lambda: _read_record(root), str(root), say)
+            if now is None or now.token != owner.token:
+                raise _refusal(root, now)
     except BaseException:
-        os.close(descriptor)
+        lock.release()
         raise
     if left_by is not None:
         say(f"{root}: taking the place of {left_by}, which ended without closing its run")
-    return RunLock(root, owner, descriptor, left_by)
+    return RunLock(root, owner, lock, left_by, say)
 
 
-def _open(root: Path) -> int:
+def _lock(root: Path) -> FileLock:
+    retried(lambda: root.mkdir(parents=True, exist_ok=True), str(root))
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        return os.open(root / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise UserError(
-            f"--save {root}: cannot be written to: {error.strerror}. Name another folder, or "
-            "change its permissions"
-        ) from None
-
-
-def _try_lock(descriptor: int, root: Path) -> bool:
-    """Lock the file; False where the file system knows no locks."""
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
+        return lock_file(root / LOCK)
+    except BlockingIOError:
         raise _refusal(root, read_owner(root)) from None
-    except OSError:
-        return False
-    return True
+
+
+def _explained(root: Path, error: OSError) -> UserError | RunError:
+    """What kept a run from taking its folder: a user's mistake, or a file system's failure."""
+    what = f"--save {root}: cannot be written to: {error.strerror}"
+    if error.filename and str(error.filename) != str(root):
+        what += f" ({error.filename})"
+    if error.errno in TRANSIENT:
+        return RunError(f"{what}. Its file system does not answer; try again when it does")
+    if error.errno in NO_ROOM:
+        return UserError(f"{what}. Free some space there, or name another folder")
+    return UserError(f"{what}. Name another folder, or change its permissions")
 
 
 def _make_sure_it_is_dead(
-    root: Path, owner: Owner, is_locked: bool, say: Callable[[str], None], patience: float
+    root: Path, owner: Owner, is_locked: bool, say: Say, patience: float
 ) -> None:
     if owner.boot == _boot():
         if not is_locked and process_lives(owner.pid):
@@ -183,12 +214,6 @@ def _make_sure_it_is_dead(
         time.sleep(min(1.0, patience / 10))
         if _pulse(root) not in (first, None):
             raise _refusal(root, owner)
-
-
-def _refuse_if_not(root: Path, owner: Owner) -> None:
-    now = read_owner(root)
-    if now is None or now.token != owner.token:
-        raise _refusal(root, now)
 
 
 def _refusal(root: Path, owner: Owner | None) -> UserError:
@@ -215,12 +240,7 @@ def _boot() -> str:
 
 
 def _sign(root: Path, owner: Owner) -> None:
-    temporary = root / f"{RECORD}.{owner.token}.tmp"
-    try:
-        temporary.write_text(json.dumps(asdict(owner)) + "\n", encoding="utf-8")
-        temporary.replace(root / RECORD)
-    except OSError as error:
-        raise UserError(f"--save {root}: cannot be written to: {error.strerror}") from None
+    write_durably(root / RECORD, json.dumps(asdict(owner)) + "\n")
 
 
 def is_alive(root: Path, owner: Owner) -> bool:
@@ -238,8 +258,20 @@ def is_alive(root: Path, owner: Owner) -> bool:
 def read_owner(root: Path) -> Owner | None:
     """Who is on record as writing to ``root``; None for nobody. Reads only."""
     try:
-        return Owner(**json.loads((root / RECORD).read_text(encoding="utf-8")))
-    except FileNotFoundError:
+        return _read_record(root)
+    except OSError:
+        return UNKNOWN
+
+
+def _read_record(root: Path) -> Owner | None:
+    """The record; None where there is none.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    try:
+        return Owner(**json.loads((root / RECORD).read_bytes()))
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, TypeError):
-        return Owner("an unknown machine", "", 0, "an unknown time", "")
+    except (ValueError, TypeError):
+        return UNKNOWN

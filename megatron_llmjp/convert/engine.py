@@ -6,7 +6,6 @@ interrupted conversion leaves at most that folder, which the next one starts by 
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import sys
@@ -21,6 +20,7 @@ import torch
 
 from megatron_llmjp.convert.plan import Checksums, Copy, Output, Read
 from megatron_llmjp.errors import UserError
+from megatron_llmjp.file_lock import FileLock, lock_file
 from megatron_llmjp.system import sync
 
 
@@ -72,25 +72,17 @@ def new_folder(target: Path, nbytes: int) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        os.close(lock)
-        target.with_name(f".{target.name}.lock").unlink(missing_ok=True)
+        lock.release(remove=True)
 
 
-def _lock(target: Path) -> int:
+def _lock(target: Path) -> FileLock:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        path = target.with_name(f".{target.name}.lock")
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        return lock_file(target.with_name(f".{target.name}.lock"))
+    except BlockingIOError:
+        raise UserError(f"{target}: another conversion is writing it") from None
     except OSError as error:
         raise UserError(f"{target}: cannot be made: {error.strerror}") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UserError(f"{target}: another conversion is writing it") from None
-    except OSError:
-        pass  # a file system without locks: go on without
-    return descriptor
 
 
 def _sync(folder: Path) -> None:

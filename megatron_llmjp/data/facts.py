@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from megatron_llmjp.data.folds import DatasetInfo
+from megatron_llmjp.system import write_durably
 
 FOLDER = "facts"
 _FORMAT = 1
@@ -52,9 +51,7 @@ def remember(datasets: Mapping[str, DatasetInfo], cache: Path) -> None:
                 continue
             parts = [[split, part, tokens] for (split, part), tokens in info.parts.items()]
             text = json.dumps({"key": info.key, "tokens": info.tokens, "parts": parts})
-            temporary = place.with_name(f"{place.name}.{os.getpid()}-{secrets.token_hex(3)}")
-            temporary.write_text(text)
-            temporary.replace(place)
+            write_durably(place, text)
 
 
 def _place(stamp: str, cache: Path) -> Path:

@@ -8,17 +8,17 @@ when its files are on disk. Renaming a folder is atomic and fails where a full f
 already, on NFS and Lustre as well; then the loser throws its own away. No reader ever sees half an
 index, whoever dies when.
 
-Thrifty by a lock. Builders of the same index take an flock first, so that one builds and the rest
-wait. It is advice only: where a file system has no locks (some Lustre mounts), holds them per node,
-or keeps that of a machine that vanished (NFS 3), some work is done twice. A lock file created with
-O_EXCL and a heartbeat would also outlive its dead owner, and the heartbeat stops whenever numpy
-or megatron-core's helpers hold the interpreter for the minute that a large index takes.
+Thrifty by a lock (``file_lock.py``). Builders of the same index take it first, so that one builds
+and the rest wait. It is advice only: where a file system has no locks (some Lustre mounts), holds
+them per node, or keeps that of a machine that vanished (NFS 3), some work is done twice. A lock file
+created with O_EXCL and a heartbeat would also outlive its dead owner, and the heartbeat stops
+whenever numpy or megatron-core's helpers hold the interpreter for the minute that a large index
+takes.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import secrets
@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_llmjp.errors import UserError
+from megatron_llmjp.file_lock import lock_file
 from megatron_llmjp.system import crc32_of, process_lives, sync
 
 CONTENTS = "contents.json"
@@ -201,22 +202,17 @@ def _try_lock(folder: Path) -> Iterator[bool]:
     path = folder.with_name(f"{folder.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        stream = path.open("a")
-    except OSError:
-        yield True  # building will tell what is wrong with the place
+        lock = lock_file(path, patient=False)
+    except BlockingIOError:
+        yield False
         return
-    with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        except OSError:
-            pass  # no locks on this file system: each builds its own
-        try:
-            yield True
-        finally:
-            path.unlink(missing_ok=True)
+    except OSError:
+        yield True  # building reports what is wrong with the place
+        return
+    try:
+        yield True
+    finally:
+        lock.release(remove=True)
 
 
 def _seal(folder: Path) -> None:

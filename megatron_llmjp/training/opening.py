@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,6 +17,7 @@ from megatron_llmjp.errors import RunError, UserError
 from megatron_llmjp.prepare import Run, prepare
 from megatron_llmjp.runtime.distributed import exchange, meet
 from megatron_llmjp.runtime.ranks import Ranks
+from megatron_llmjp.system import warn
 
 LOOKS = (0, 1, 5, 20)
 """Seconds before each look, while ranks find different checkpoints."""
@@ -44,6 +44,7 @@ def opened(run: Run, ranks: Ranks) -> Iterator[Opened]:
 
     Raises:
         UserError: another run holds the folder, or no checkpoint is whole.
+        RunError: the file system of the folder does not answer.
     """
     store = meet(ranks)
     with ExitStack() as stack:
@@ -65,16 +66,20 @@ def _take_folder(
     save = run.config.checkpoint.save
     if save is None or run.config.training.eval_only:
         return None, False
-    lock, answer = None, {"error": "", "was_killed": False}
+    lock, answer = None, {"mistake": "", "failure": "", "was_killed": False}
     if ranks.is_first:
         try:
-            lock = stack.enter_context(locks.taken(Path(save), _tell))
+            lock = stack.enter_context(locks.taken(Path(save), warn))
             answer["was_killed"] = lock.left_by is not None
         except UserError as error:
-            answer["error"] = str(error)
+            answer["mistake"] = str(error)
+        except RunError as error:
+            answer["failure"] = str(error)
     first = exchange(store, ranks, "save folder", answer)[0]
-    if first["error"]:
-        raise UserError(first["error"])
+    if first["mistake"]:
+        raise UserError(first["mistake"])
+    if first["failure"]:
+        raise RunError(first["failure"])
     return lock, first["was_killed"]
 
 
@@ -113,7 +118,7 @@ def _with_good_checkpoint(run: Run, ranks: Ranks, store: Any) -> Run:
             return run
         damaged[str(run.resume.folder)] = problems[0]
         if ranks.is_first:
-            _tell(f"damaged checkpoint: {problems[0]}")
+            warn(f"damaged checkpoint: {problems[0]}")
         run = prepare(run.asked, ranks.world_size, damaged)
     return run
 
@@ -124,7 +129,3 @@ def _problems(resume: Resume, ranks: Ranks) -> list[str]:
     files = {name: resume.manifest.files[name] for name in names}
     share = resume.manifest.model_copy(update={"files": files})
     return manifests.problems(resume.folder, share, checksums=True)
-
-
-def _tell(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_llmjp.checkpoint.lock import RECORD, LostLock, read_owner, taken
-from megatron_llmjp.errors import UserError
+from megatron_llmjp import system
+from megatron_llmjp.checkpoint import lock as locks
+from megatron_llmjp.checkpoint.lock import LOCK, RECORD, LostLock, read_owner, taken
+from megatron_llmjp.errors import RunError, UserError
 from tests.support.processes import ROOT
 
 HOLD = """
@@ -120,3 +124,102 @@ def test_damaged_record_is_no_traceback(tmp_path):
     with taken(tmp_path, told.append, patience=0.2) as lock:
         assert lock.left_by is not None
     assert "waiting 0.2 s" in told[0]
+
+
+def another_takes(root: Path) -> bool:
+    """Whether a run of another process can take the folder."""
+    program = HOLD.replace("if os.fork() == 0:", "sys.exit()\n    if os.fork() == 0:")
+    command = [sys.executable, "-c", program, str(root)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("what", ["folder", LOCK, RECORD, "damaged"])
+def test_a_folder_that_is_deleted_during_the_run(tmp_path, what):
+    """It is made again and stays this run's; nobody else had it."""
+    root = tmp_path / "save"
+    told: list[str] = []
+    with taken(root, told.append) as lock:
+        if what == "folder":
+            shutil.rmtree(root)
+        elif what == "damaged":
+            (root / RECORD).write_text("{")
+        else:
+            (root / what).unlink()
+        lock.check()
+        assert len(told) == 1 and "was deleted or damaged during the run" in told[0]
+        lock.check()
+        assert len(told) == 1
+        assert read_owner(root) == lock.owner
+        assert not another_takes(root)
+    assert not (root / RECORD).exists()
+    assert another_takes(root)
+
+
+def test_a_folder_that_another_run_takes_after_it_was_deleted(tmp_path):
+    root = tmp_path / "save"
+    with taken(root, print) as lock:
+        shutil.rmtree(root)
+        command = [sys.executable, "-c", HOLD, str(root)]
+        other = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        try:
+            assert other.stdout is not None and other.stdout.readline() == "held False\n"
+            with pytest.raises(LostLock, match=f"was taken by process {other.pid}"):
+                lock.check()
+            (root / RECORD).unlink()
+            with pytest.raises(LostLock, match="was taken by another run"):
+                lock.check()
+        finally:
+            os.killpg(other.pid, signal.SIGKILL)
+            other.wait()
+
+
+def failing(monkeypatch, code: int, times: int) -> None:
+    """Reading the record and locking fail so many times each."""
+    for module, name in ((locks, "_read_record"), (locks, "lock_file")):
+        function, left = getattr(module, name), [times]
+
+        def fail(path, *rest, function=function, left=left):
+            if left[0]:
+                left[0] -= 1
+                raise OSError(code, os.strerror(code), str(path))
+            return function(path, *rest)
+
+        monkeypatch.setattr(module, name, fail)
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO])
+def test_a_file_system_that_does_not_answer_for_a_while(tmp_path, monkeypatch, code):
+    """It is no other run, and no traceback."""
+    monkeypatch.setattr(system.time, "sleep", lambda _: None)
+    told: list[str] = []
+    with taken(tmp_path, told.append) as lock:
+        failing(monkeypatch, code, 2)
+        lock.check()
+        assert told == [f"{tmp_path}: {os.strerror(code)}; retrying for 17 s"]
+        failing(monkeypatch, code, 100)
+        with pytest.raises(OSError, match=os.strerror(code)):
+            lock.check()
+    with (
+        pytest.raises(RunError, match=f"{os.strerror(code)}.*does not answer"),
+        taken(tmp_path, told.append),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("code", "remedy"),
+    [
+        (errno.EACCES, "change its permissions"),
+        (errno.EROFS, "Name another folder"),
+        (errno.ENOSPC, "Free some space there"),
+        (errno.EDQUOT, "Free some space there"),
+    ],
+)
+def test_what_keeps_a_run_from_its_folder(tmp_path, monkeypatch, code, remedy):
+    failing(monkeypatch, code, 100)
+    with pytest.raises(UserError) as refused, taken(tmp_path, print):
+        pass
+    assert f"--save {tmp_path}: cannot be written to: {os.strerror(code)}" in str(refused.value)
+    assert remedy in str(refused.value)

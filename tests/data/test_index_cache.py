@@ -17,6 +17,7 @@ import pytest
 from megatron_llmjp.data import index_cache, index_process
 from megatron_llmjp.data.index_cache import ensure, ensure_all, fault, publish
 from megatron_llmjp.errors import UserError
+from megatron_llmjp.file_lock import lock_file
 
 
 class Logged:
@@ -78,7 +79,7 @@ def test_many_builders_at_once(tmp_path, monkeypatch, locks):
         def unsupported(stream, how):
             raise OSError(38, "Function not implemented")
 
-        monkeypatch.setattr(fcntl, "flock", unsupported)
+        monkeypatch.setattr(fcntl, "lockf", unsupported)
     indices = [Logged(tmp_path / "cache" / f"i{n}", 0.05) for n in range(6)]
     children = [in_child(partial(ensure_all, indices)) for _ in range(4)]
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 4
@@ -98,9 +99,18 @@ def test_a_lock_that_no_one_frees_is_not_waited_for_without_end(tmp_path, monkey
     monkeypatch.setattr(index_cache, "PATIENCE_SECONDS", 0.2)
     folder = tmp_path / "cache" / "a"
     folder.parent.mkdir()
-    with (tmp_path / "cache" / "a.lock").open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        assert ensure(folder, Logged(folder).build)
+    locked = tmp_path / "locked"
+
+    def hold() -> None:
+        lock_file(tmp_path / "cache" / "a.lock")
+        locked.touch()
+        time.sleep(600)
+
+    child = in_child(hold)
+    until(locked.exists)
+    assert ensure(folder, Logged(folder).build)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
 
 
 def test_the_first_of_two_stays(tmp_path):

@@ -1,0 +1,122 @@
+"""The lock on a file, among real processes, and what errors of the file system mean."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+
+import pytest
+
+from megatron_llmjp import system
+from megatron_llmjp.file_lock import lock_file
+
+
+@pytest.fixture
+def pauses(monkeypatch):
+    """Retries that cost no time; the pauses that were made."""
+    made: list[float] = []
+    monkeypatch.setattr(system.time, "sleep", made.append)
+    return made
+
+
+def in_another_process(path) -> bool:
+    """Whether another process can take the lock."""
+    child = os.fork()
+    if child == 0:
+        try:
+            lock_file(path)
+            os._exit(0)
+        except BlockingIOError:
+            os._exit(1)
+        finally:
+            os._exit(2)
+    return {0: True, 1: False}[os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])]
+
+
+def test_one_process_at_a_time(tmp_path):
+    path = tmp_path / "lock"
+    lock = lock_file(path)
+    assert lock.is_enforced and lock.is_current()
+    assert not in_another_process(path)
+    lock.release()
+    assert in_another_process(path)  # and its end frees it
+    lock = lock_file(path)
+    lock.release(remove=True)
+    assert not path.exists()
+
+
+def test_a_file_that_was_removed_protects_nothing(tmp_path):
+    """Nor does a lock on it count for one that opened it before."""
+    path = tmp_path / "lock"
+    lock = lock_file(path)
+    path.unlink()
+    assert not lock.is_current()
+    assert in_another_process(path)
+    lock.release(remove=True)  # the new file is not its own
+    assert path.exists()
+
+
+def test_a_killed_owner_frees_it_though_its_worker_lives(tmp_path):
+    path, ready = tmp_path / "lock", tmp_path / "ready"
+    owner = os.fork()
+    if owner == 0:
+        lock_file(path)
+        worker = os.fork()
+        if worker:
+            ready.write_text(str(worker))
+        signal.pause()
+        os._exit(0)
+    while not (ready.exists() and ready.read_text()):
+        pass
+    assert not in_another_process(path)
+    os.kill(owner, signal.SIGKILL)
+    os.waitpid(owner, 0)
+    assert in_another_process(path)
+    os.kill(int(ready.read_text()), signal.SIGKILL)
+
+
+def failing(monkeypatch, code, times):
+    """``lockf`` fails so many times."""
+    left = [times]
+    lockf = fcntl.lockf
+
+    def fail(*arguments):
+        if left[0]:
+            left[0] -= 1
+            raise OSError(code, os.strerror(code))
+        return lockf(*arguments)
+
+    monkeypatch.setattr(fcntl, "lockf", fail)
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO, errno.ENOLCK])
+def test_transient_errors_are_retried(tmp_path, monkeypatch, pauses, capfd, code):
+    failing(monkeypatch, code, 3)
+    assert lock_file(tmp_path / "lock").is_enforced
+    assert len(pauses) == 3
+    assert capfd.readouterr().err.count(f"{tmp_path / 'lock'}: {os.strerror(code)}; retrying") == 1
+
+
+def test_errors_that_last(tmp_path, monkeypatch, pauses):
+    path = tmp_path / "lock"
+    for code, kind in ((errno.ESTALE, OSError), (errno.EIO, OSError), (errno.EACCES, OSError)):
+        failing(monkeypatch, code, 100)
+        with pytest.raises(kind) as raised:
+            lock_file(path)
+        assert raised.value.errno == code and raised.value.filename == str(path)
+        monkeypatch.undo()
+        monkeypatch.setattr(system.time, "sleep", pauses.append)
+    assert len(pauses) == 2 * len(system.RETRY_PAUSES)  # permission is not waited for
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_file_system_without_locks(tmp_path, monkeypatch, pauses, code):
+    failing(monkeypatch, code, 100)
+    assert not lock_file(tmp_path / "lock").is_enforced
+
+
+def test_a_file_that_cannot_be_made(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        lock_file(tmp_path / "none" / "lock")
