@@ -12,7 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import NoReturn
 
 from megatron_llmjp.config.megatron import with_dashes
-from megatron_llmjp.errors import EXIT_FAILURE, EXIT_USER_ERROR, UserError, suggest
+from megatron_llmjp.errors import EXIT_FAILURE, EXIT_USER_ERROR, DataError, UserError, suggest
 
 EXIT_INTERRUPTED = 130
 
@@ -60,7 +60,7 @@ def run(program: str, body: Callable[[], int]) -> int:
     """Run a program's body and turn what may go wrong into a message and an exit code."""
     try:
         return body()
-    except UserError as error:
+    except (DataError, UserError) as error:
         return _say(f"{program}: {error}", EXIT_USER_ERROR)
     except KeyboardInterrupt:
         hint = " The same command goes on from here." if program == "preprocess_data" else ""

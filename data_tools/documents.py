@@ -95,8 +95,9 @@ def read_manifest(prefix: str | Path) -> dict[str, Any] | None:
         return None
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); a damaged manifest?") from error
-    if not isinstance(manifest, dict) or "bin" not in manifest or "idx" not in manifest:
+    parts = [manifest.get(name) for name in ("bin", "idx")] if isinstance(manifest, dict) else []
+    if not parts or not all(isinstance(part, dict) for part in parts):
         raise UserError(f"{path}: not a dataset's manifest (no 'bin' and 'idx' in it)")
     return manifest

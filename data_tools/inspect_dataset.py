@@ -20,8 +20,9 @@ from data_tools.cli import Parser, positive, run
 from data_tools.documents import pieces, read_manifest
 from data_tools.report import format_table
 from data_tools.verify import verify
-from megatron_llmjp.data.indexed import Index, read_index
-from megatron_llmjp.errors import EXIT_DONE, EXIT_FAILURE, UserError
+from megatron_llmjp.data.index_check import read_checked
+from megatron_llmjp.data.indexed import Index
+from megatron_llmjp.errors import EXIT_DONE, EXIT_FAILURE, DataError, UserError
 from megatron_llmjp.tokenizers import Tokenizer, load_tokenizer
 
 BINS = 40  # powers of two: documents of up to 2^39 tokens
@@ -74,7 +75,7 @@ def inspect(args: argparse.Namespace) -> int:
         tokenizer = load_tokenizer(
             args.tokenizer_type, args.tokenizer_model, vocab_size=args.vocab_size
         )
-    indexes = [read_index(prefix) for prefix in prefixes]
+    indexes = [read_checked(prefix) for prefix in prefixes]
     if args.documents:
         for index in indexes:
             for number in args.documents:
@@ -98,7 +99,7 @@ def verify_all(prefixes: list[str], vocab_size: int | None) -> int:
     for prefix in prefixes:
         try:
             checked, wrong = verify(prefix, vocab_size)
-        except UserError as error:
+        except (DataError, UserError) as error:
             checked, wrong = [], [str(error)]
         print(f"{prefix}: {'DAMAGED' if wrong else 'ok'} ({'; '.join(checked)})")
         for finding in wrong:
@@ -194,11 +195,16 @@ def show_document(index: Index, number: int, tokenizer: Tokenizer | None, most: 
         at = int(index.pointers[sequence]) // size
         ids += tokens[at : at + int(index.lengths[sequence])].tolist()
     shown = ids[:most]
-    text = tokenizer.decode(shown) if tokenizer else " ".join(map(str, shown))
     cut = f", the first {most:,} shown" if len(ids) > most else ""
-    ends = f", ends with {tokenizer.piece(ids[-1])}" if tokenizer and ids else ""
-    heading = f"--- {index.prefix} document {position:,}: {len(ids):,} tokens{cut}{ends}"
-    return f"{heading}\n{text}"
+    heading = f"--- {index.prefix} document {position:,}: {len(ids):,} tokens{cut}"
+    if tokenizer is None:
+        return f"{heading}\n{' '.join(map(str, shown))}"
+    known = [token for token in shown if 0 <= token < tokenizer.vocab_size]
+    if len(known) < len(shown):
+        heading += f", {len(shown) - len(known):,} of them outside the vocabulary"
+    if ids and 0 <= ids[-1] < tokenizer.vocab_size:
+        heading += f", ends with {tokenizer.piece(ids[-1])}"
+    return f"{heading}\n{tokenizer.decode(known)}"
 
 
 if __name__ == "__main__":

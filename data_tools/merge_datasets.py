@@ -12,7 +12,8 @@ from data_tools.cli import Parser, run
 from data_tools.documents import pieces, read_manifest, with_tokens
 from data_tools.publish import publish, refuse_existing, staging, write_json
 from data_tools.shards import find_parts
-from megatron_llmjp.data.indexed import bin_path, read_index
+from megatron_llmjp.data.index_check import read_checked
+from megatron_llmjp.data.indexed import bin_path
 from megatron_llmjp.data.indexed_writer import IndexedWriter
 from megatron_llmjp.errors import EXIT_DONE, UserError
 
@@ -61,7 +62,7 @@ def merge(
     if output_prefix in prefixes:
         raise UserError(f"--output-prefix {output_prefix}: is one of the inputs")
     refuse_existing(finals, overwrite)
-    indexes = [read_index(prefix) for prefix in prefixes]
+    indexes = [read_checked(prefix) for prefix in prefixes]
     for prefix, index in zip(prefixes, indexes, strict=True):
         if index.dtype != indexes[0].dtype:
             raise UserError(

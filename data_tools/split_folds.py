@@ -17,7 +17,8 @@ from data_tools.documents import read_manifest
 from data_tools.publish import publish, refuse_existing, staging, write_json
 from data_tools.report import format_table
 from data_tools.selection import read_selection
-from megatron_llmjp.data.indexed import Index, bin_path, read_index
+from megatron_llmjp.data.index_check import read_checked
+from megatron_llmjp.data.indexed import Index, bin_path
 from megatron_llmjp.data.indexed_writer import write_idx
 from megatron_llmjp.errors import EXIT_DONE, UserError
 
@@ -67,7 +68,7 @@ def split(args: argparse.Namespace) -> int:
 
 def split_one(prefix: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Split one dataset and return a table row per part."""
-    index = read_index(prefix)
+    index = read_checked(prefix)
     parts = deal(index.documents, args.folds, args.validation_documents, args.seed)
     refined = read_selection(args, index.documents)
     if refined is not None:
@@ -177,7 +178,7 @@ def prove(index: Index, parts: dict[str, Path]) -> None:
     seen = index.lengths == 0  # an empty sequence has no place of its own
     documents = 0
     for path in parts.values():
-        part = read_index(path)
+        part = read_checked(path)
         documents += part.documents
         filled = part.lengths > 0
         # side="right" minus one: behind empty sequences, which share the place of the next

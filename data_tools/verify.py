@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from data_tools.documents import pieces, read_manifest, with_tokens
-from megatron_llmjp.data.indexed import Index, bin_path, idx_path, read_index
+from megatron_llmjp.data.index_check import read_checked
+from megatron_llmjp.data.indexed import Index, bin_path, idx_path
 from megatron_llmjp.system import crc32_of
 
 
@@ -23,13 +24,14 @@ def verify(prefix: str, vocab_size: int | None) -> tuple[list[str], list[str]]:
 
     Raises:
         UserError: it cannot even be opened; the message says what is wrong.
+        DataError: an entry of its index is damaged.
     """
-    index, manifest = read_index(prefix), read_manifest(prefix)
+    index, manifest = read_checked(prefix), read_manifest(prefix)
     checked = ["header, sizes and document index"]
     wrong = check_pointers(index, shared=bool(manifest and manifest["bin"].get("shared")))
     checked.append("pointers and lengths")
     if vocab_size is None and manifest:
-        vocab_size = manifest.get("recipe", {}).get("tokenizer", {}).get("vocab_size")
+        vocab_size = _stated_vocabulary(manifest)
     if vocab_size is not None and not wrong:
         wrong += check_range(index, vocab_size)
         checked.append(f"tokens below {vocab_size:,}")
@@ -38,30 +40,33 @@ def verify(prefix: str, vocab_size: int | None) -> tuple[list[str], list[str]]:
         return checked, wrong
     wrong += check_manifest(index, manifest)
     checked.append("counts and checksums against the manifest")
+    if unchecked := [f".{name}" for name in ("bin", "idx") if "crc32" not in manifest[name]]:
+        checked.append(f"the manifest has no checksum of {' and '.join(unchecked)}")
     return checked, wrong
 
 
+def _stated_vocabulary(manifest: dict[str, Any]) -> int | None:
+    """Return the vocabulary size that a manifest states, if it does."""
+    found: Any = manifest
+    for name in ("recipe", "tokenizer", "vocab_size"):
+        found = found.get(name) if isinstance(found, dict) else None
+    return found if isinstance(found, int) else None
+
+
 def check_pointers(index: Index, shared: bool) -> list[str]:
-    """Return what is wrong with the places of the sequences in the .bin."""
+    """Return whether the sequences follow each other and fill the .bin, if it is not shared."""
     path, size = bin_path(index.prefix), index.dtype.itemsize
     total, expected = path.stat().st_size, 0
+    if shared:
+        return []
     for piece in pieces(index):
         where = f"{idx_path(index.prefix)}: among documents {piece.first:,} and following"
-        if (piece.sequences < 0).any():
-            return [f"{where}, the document index runs backwards"]
-        lengths = piece.lengths.astype(np.int64) * size
-        ends = piece.pointers + lengths
-        if (lengths < 0).any():
-            return [f"{where}, a length is negative"]
-        if len(ends) and (piece.pointers.min() < 0 or ends.max() > total):
-            return [f"{where}, a sequence lies outside the {total:,} bytes of the .bin"]
-        if (piece.pointers % size).any():
-            return [f"{where}, a sequence begins inside a token"]
-        if not shared and len(ends):
+        ends = piece.pointers + piece.lengths.astype(np.int64) * size
+        if len(ends):
             if piece.pointers[0] != expected or (piece.pointers[1:] != ends[:-1]).any():
                 return [f"{where}, the sequences do not follow each other"]
             expected = int(ends[-1])
-    if not shared and expected != total:
+    if expected != total:
         return [f"{path}: {total:,} bytes, the index accounts for {expected:,}"]
     return []
 
@@ -84,7 +89,7 @@ def check_manifest(index: Index, manifest: dict[str, Any]) -> list[str]:
     wrong = []
     for name, found in (("documents", index.documents), ("tokens", index.tokens)):
         if manifest.get(name, found) != found:
-            wrong.append(f"{index.prefix}: {found:,} {name}, the manifest says {manifest[name]:,}")
+            wrong.append(f"{index.prefix}: {found:,} {name}, the manifest says {manifest[name]}")
     for name, path in (("bin", bin_path(index.prefix)), ("idx", idx_path(index.prefix))):
         expected = manifest[name].get("crc32")
         if expected is None:

@@ -17,7 +17,7 @@ from megatron_llmjp.data.folds import DatasetInfo
 from megatron_llmjp.system import write_durably
 
 FOLDER = "facts"
-_FORMAT = 1
+_FORMAT = 2  # from 2 on every entry of the index was checked
 
 
 def stamp(prefix: str) -> str:

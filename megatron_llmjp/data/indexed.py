@@ -33,6 +33,8 @@ DTYPES = {
     )
 }
 
+NO_IDS = np.dtype(np.float32)
+
 
 def bin_path(prefix: str | Path) -> Path:
     """Return the path of the tokens of a dataset."""
@@ -109,10 +111,11 @@ def read_index(prefix: str | Path) -> Index:
             "Make the dataset again with preprocess_data."
         )
     _, version, code, sequences, entries = HEADER.unpack(head)
-    if version != VERSION or code not in DTYPES or entries < 1:
+    if version != VERSION or DTYPES.get(code, NO_IDS).kind not in "iu" or entries < 1:
         raise UserError(
             f"{path}: damaged header (version {version}, dtype code {code}, {entries} document "
-            f"entries). Expected version {VERSION}, a dtype code of 1 to 8, at least one entry."
+            f"entries). Expected version {VERSION}, the code of an integer dtype (1 to 5, 8) and "
+            "at least one entry."
         )
     expected = HEADER.size + 12 * sequences + 8 * entries
     # A multimodal index carries one more byte per sequence; nothing here needs it.

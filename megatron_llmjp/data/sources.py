@@ -14,8 +14,9 @@ import numpy as np
 from megatron_llmjp.data import facts, indexed
 from megatron_llmjp.data.fold_file import Fold, FoldFile, ValidationSet
 from megatron_llmjp.data.folds import DatasetInfo
+from megatron_llmjp.data.index_check import check_entries
 from megatron_llmjp.data.indexed import Index
-from megatron_llmjp.errors import UserError
+from megatron_llmjp.errors import DataError, UserError
 
 PARTS = ("train", "valid", "test")
 _INDEX_BLOCKS = (64, 1 << 16)
@@ -39,19 +40,20 @@ def inspect_sources(file: FoldFile, cache: Path | None = None) -> dict[str, Data
     found, problems = {}, []
     for path, place in file.sources().items():
         try:
-            index = indexed.read_index(path)
             stamp = facts.stamp(path)
+            index = indexed.read_index(path)
             known = facts.recall(stamp, splits.get(path, ()), cache) if cache else None
             if known:
                 found[path] = known
                 continue
+            check_entries(index)
             parts = {
                 (split, part): tokens
                 for split in splits.get(path, ())
                 for part, tokens in _tokens_of_parts(index, split).items()
             }
             found[path] = DatasetInfo(content_key(path), index.tokens, parts, stamp)
-        except UserError as error:
+        except (DataError, UserError) as error:
             problems.append(f"{place}: {error}")
     if problems:
         raise UserError("\n".join(problems))
