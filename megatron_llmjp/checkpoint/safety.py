@@ -14,6 +14,7 @@ import io
 import pickle
 import re
 from collections.abc import Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("torch.serialization", "_get_layout"): _get_layout,
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): filesystem._StorageInfo,
     ("pathlib", "PosixPath"): Path,
+    ("pathlib._local", "PosixPath"): Path,  # of Python 3.13
     **{
         (module.__name__, name): getattr(module, name)
         for module, names in (
@@ -64,7 +66,16 @@ class _IndexUnpickler(pickle.Unpickler):
             return _ALLOWED[module, name]
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
+        if module in {"builtins", "__builtin__"} and name == "getattr":
+            return self._member
         raise refusal(self._path, f"{module}.{name}")
+
+    def _member(self, *arguments: Any) -> Enum:
+        """An enumeration's member: Python 3.11.0 to 3.11.3 pickle ``getattr(KIND, NAME)``."""
+        kind, name = arguments if len(arguments) == 2 else (None, "")
+        if isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__:
+            return kind[name]
+        raise refusal(self._path, "builtins.getattr")
 
 
 def refusal(path: Path, what: str) -> UserError:

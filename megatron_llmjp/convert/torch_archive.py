@@ -17,6 +17,7 @@ import struct
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -253,10 +254,24 @@ def resolve(module: str, name: str, path: Path, rebuild: Callable[..., Any] | No
         return _encode
     if package in _INERT_PACKAGES:
         return _inert_class(module, name)
-    raise UserError(
-        f"{path}: refused: it would call {module}.{name}, which no checkpoint needs. "
+    if module in {"builtins", "__builtin__"} and name == "getattr":
+        return partial(_member, path)
+    raise _refusal(path, f"{module}.{name}")
+
+
+def _refusal(path: Path, what: str) -> UserError:
+    return UserError(
+        f"{path}: refused: it would call {what}, which no checkpoint needs. "
         "Do not load this file with torch.load either unless you trust its origin"
     )
+
+
+def _member(path: Path, *arguments: Any) -> Record:
+    """An enumeration's member: Python 3.11.0 to 3.11.3 pickle ``getattr(KIND, NAME)``."""
+    kind, name = arguments if len(arguments) == 2 else (None, None)
+    if isinstance(kind, type) and issubclass(kind, Record) and isinstance(name, str):
+        return kind(name)
+    raise _refusal(path, "builtins.getattr")
 
 
 def _inert_class(module: str, name: str) -> type[Record]:

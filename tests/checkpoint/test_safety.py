@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import re
+from enum import Enum
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
+    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
@@ -70,6 +73,29 @@ def test_data_is_let_through(folder):
     assert index.state_dict_metadata["weight"].properties.dtype == torch.bfloat16
 
 
+class OtherPython(pickle.Pickler):
+    """Pickles enumerations as Python 3.11.0 to 3.11.3 do."""
+
+    def reducer_override(self, value):
+        if isinstance(value, Enum):
+            return getattr, (type(value), value.name)
+        return NotImplemented
+
+
+def test_indices_of_every_python_are_read(folder):
+    path = folder / ".metadata"
+    index = pickle.loads(path.read_bytes())
+    index.storage_meta = StorageMeta(checkpoint_id=Path("there"))
+    stream = io.BytesIO()
+    OtherPython(stream, protocol=2).dump(index)
+    # The name of the class in Python 3.13.
+    written = re.sub(rb"cpathlib(\._local)?\n", b"cpathlib._local\n", stream.getvalue())
+    assert b"getattr" in written and b"pathlib._local" in written
+    path.write_bytes(written)
+    safety.vet(folder)
+    assert safety.read_index(folder) == index
+
+
 @pytest.mark.parametrize("where", ["common.pt", "__0_0.distcp", ".metadata"])
 def test_code_is_refused_and_not_run(tmp_path, folder, where, monkeypatch):
     # It turns off torch's own guard, where nothing is said.
@@ -91,6 +117,7 @@ def test_code_is_refused_and_not_run(tmp_path, folder, where, monkeypatch):
     [
         b"cbuiltins\neval\n",
         b"cbuiltins\ngetattr\n",
+        b"cbuiltins\ngetattr\n(ctorch\nSize\n\x8c\x05counttR",
         b"cos\nsystem\n",
         b"ctorch\nload\n",
         b"ctorch.serialization\nos\n",
