@@ -121,7 +121,6 @@ def finish(words: Sequence[Any], folder: Path, fault: Fault | None = None) -> tu
 
 @lru_cache(maxsize=1)
 def _context() -> Any:
-    os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         [

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.runtime.ranks import find_ranks
+from tests.support.processes import ROOT
 
 MASTER = {"MASTER_ADDR": "n0", "MASTER_PORT": "1234"}
 SRUN = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "1"}
@@ -38,6 +43,18 @@ def test_ranks_of_every_launcher(env, launcher):
     assert ranks is not None
     assert (ranks.rank, ranks.world_size, ranks.local_rank) == (5, 16, 1)
     assert (ranks.master_addr, ranks.master_port, ranks.started_by) == ("n0", "1234", launcher)
+
+
+def test_tests_start_no_ranks_of_the_shell_they_are_started_in():
+    """In a Slurm job, after nohup and with threads configured for training."""
+    script = (
+        "import os, signal, tests.conftest; from megatron_llmjp.runtime.ranks import find_ranks; "
+        "print(find_ranks(), os.environ['OMP_NUM_THREADS'], int(signal.getsignal(signal.SIGHUP)))"
+    )
+    env = {**os.environ, **BATCH_STEP, **TORCHRUN, "OMP_NUM_THREADS": "64", "MKL_NUM_THREADS": "64"}
+    command = ["nohup", sys.executable, "-c", script]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["None", "1", "0"], done.stderr
 
 
 def test_the_first_host_is_told_or_asked_for():

@@ -40,7 +40,6 @@ def run_ranks(
             "WORLD_SIZE": str(world_size),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
             "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
         }
         ranks.append(Rank([sys.executable, "-m", "tests.support.rank", call], env))

@@ -1,0 +1,32 @@
+"""One environment for all tests, whatever machine, shell or job pytest is started in.
+
+Tests run on a CPU, in processes that they start themselves. Inside a Slurm job, under MPI, on a
+machine with GPUs or with threads configured for training, the programs under test would do
+something else. This is set before torch is imported, and inherited by all processes of tests.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+LAUNCHERS = ("SLURM_", "SBATCH_", "OMPI_", "PMI", "MPI_", "MASTER_", "TORCHELASTIC_")
+SERVICES = ("WANDB_", "NCCL_", "GLOO_")
+RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MEGATRON_LLMJP_LAUNCHER")
+THREADS = "TEST_THREADS"
+"""The threads of each process, to vary them on purpose (:mod:`tests.support.tolerances`)."""
+
+for name in list(os.environ):
+    if name.startswith((*LAUNCHERS, *SERVICES)) or name in RANK or name.endswith("_NUM_THREADS"):
+        del os.environ[name]
+os.environ |= {
+    "OMP_NUM_THREADS": os.environ.get(THREADS, "1"),
+    "CUDA_VISIBLE_DEVICES": "",
+    "HF_HUB_OFFLINE": "1",  # no test downloads; without a network each attempt would wait
+}
+
+# A background job of a script ignores Ctrl-C, and nohup ignores hang-ups; so would what it starts.
+DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+for number, handler in DEFAULTS.items():
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
