@@ -78,8 +78,7 @@ class Job:
             UserError: there is output of another recipe.
         """
         done = self.output.manifests()
-        same = [manifest["recipe"] == self.recipe for manifest in done]
-        same += [source.seekable for source in self.sources]  # a pipe is never the same again
+        same = [self._is_made_by(manifest.get("recipe", {})) for manifest in done]
         if len(done) == len(self.args.json_keys) and all(same):
             print("Already complete: the same input, tokenizer and options made this output.")
             self.tallies = [Tally(**tally) for tally in done[0]["tallies"]]
@@ -92,9 +91,18 @@ class Job:
             )
         return False
 
+    def _is_made_by(self, earlier: dict[str, Any]) -> bool:
+        """Return whether a manifest's recipe is this one, wherever the input lies by now."""
+        ours, theirs = ({**recipe, "sources": None} for recipe in (self.recipe, earlier))
+        before = earlier.get("sources", [])
+        if ours != theirs or len(before) != len(self.sources):
+            return False
+        triples = zip(self.sources, self.recipe["sources"], before, strict=True)
+        return all(source.is_same(new, old) for source, new, old in triples)
+
     def run(self) -> int:
         """Encode what is not yet encoded, and finish."""
-        journal = self.output.open(self.recipe, self.args.overwrite)
+        journal = self.output.open(self.recipe, self.sources, self.args.overwrite)
         self._resume(journal)
         if self.sources and not self.point.finishing:
             try:
@@ -106,6 +114,8 @@ class Job:
             self.point.done = True
             self._save(journal)
         if not self.point.finishing:
+            for source, identity in zip(self.sources, self.recipe["sources"], strict=True):
+                source.refuse_changed(identity)
             self.limits.check(self.tallies, self.args.json_keys)
         self.output.finish(journal, self._manifest)
         return self.close()
@@ -197,7 +207,7 @@ class Job:
         if self.args.on_error == "stop":
             detail = f" ({bad.detail})" if bad.detail else ""
             raise UserError(
-                f"{name}:{line}: {bad.reason}{detail}. Mend the line and run the same command "
+                f"{name}:{line}: {bad.reason}{detail}. Fix the line and run the same command "
                 "again, or go on past bad lines with --on-error skip or --on-error quarantine."
             )
         if self.args.on_error == "quarantine":

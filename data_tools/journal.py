@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_tools.sources import Source
 from megatron_llmjp.data.indexed_writer import Position
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.system import write_durably
@@ -55,23 +57,30 @@ class Point:
     rejected: dict[str, int] = field(default_factory=dict)
     finishing: bool = False
 
+    def tallies(self) -> Iterator[Tally]:
+        """Return the tallies that this point holds."""
+        yield from (*self.earlier.values(), self.tally)
+
 
 class Journal:
     """The journal of one work folder."""
 
-    def __init__(self, path: Path, recipe: dict[str, Any], forget_others: bool) -> None:
+    def __init__(
+        self, path: Path, recipe: dict[str, Any], sources: Sequence[Source], forget_others: bool
+    ) -> None:
         """Open the journal, or begin one.
 
         Args:
             path: the file.
             recipe: what is being made: ``tokenizer``, ``options`` and ``sources``, plain JSON.
+            sources: the sources of the recipe.
             forget_others: begin anew where the file belongs to another recipe.
 
         Raises:
-            UserError: the file belongs to another recipe.
+            UserError: the file belongs to another recipe, and documents were made by it.
         """
         self.path = path
-        self.recipe = recipe
+        self.recipe, self.sources = recipe, sources
         self.points: list[Point] = []
         if path.exists():
             try:
@@ -112,10 +121,14 @@ class Journal:
         if not lines:
             return []
         before, points = lines[0], [_point(line) for line in lines[1:]]
+        if not any(tally.documents for point in points for tally in point.tallies()):
+            return []  # nothing is lost, such as after a mistyped flag
         self._refuse_other_recipe(before, points)
         unchanged = 0
-        for old, new in zip(before["sources"], self.recipe["sources"], strict=False):
-            if old != new or old["size"] is None:  # a pipe
+        for old, new, source in zip(
+            before["sources"], self.recipe["sources"], self.sources, strict=False
+        ):
+            if not source.is_same(new, old):
                 break
             unchanged += 1
         every = unchanged == len(before["sources"]) == len(self.recipe["sources"])

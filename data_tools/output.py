@@ -6,19 +6,20 @@ import copy
 import csv
 import dataclasses
 import io
-import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data_tools.documents import read_manifest
 from data_tools.encode import Packed, Rejected
 from data_tools.journal import Journal, Point, Tally, is_finishing
 from data_tools.publish import publish, write_json
+from data_tools.sources import Source
 from megatron_llmjp.data.indexed_writer import IndexedWriter
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.file_lock import FileLock, lock_file
@@ -54,7 +55,7 @@ class Output:
             prefix = self.prefix_of(key)
             paths = [Path(prefix + suffix) for suffix in (".bin", ".idx", ".json")]
             if all(path.exists() for path in paths):
-                found.append(json.loads(paths[2].read_text(encoding="utf-8")))
+                found.append(read_manifest(prefix) or {})
         return found
 
     def others(self) -> list[Path]:
@@ -67,7 +68,7 @@ class Output:
     def _journal_file(self) -> Path:
         return self.folder / "journal.jsonl"
 
-    def open(self, recipe: dict[str, Any], overwrite: bool) -> Journal:
+    def open(self, recipe: dict[str, Any], sources: Sequence[Source], overwrite: bool) -> Journal:
         """Lock the work folder and open everything where the journal says.
 
         Raises:
@@ -78,7 +79,7 @@ class Output:
         except (FileExistsError, NotADirectoryError) as error:
             raise UserError(f"--output-prefix {self.prefix}: {error.filename} is a file") from error
         self._take_lock()
-        journal = Journal(self._journal_file, recipe, forget_others=overwrite)
+        journal = Journal(self._journal_file, recipe, sources, forget_others=overwrite)
         last = journal.last
         if not last.finishing:
             for key in self.keys:

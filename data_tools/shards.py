@@ -63,7 +63,7 @@ def take_shard(sources: list[Source], number: int, count: int) -> tuple[list[Sou
         if min(int(middle * count / total), count - 1) == number:
             mine.append(source)
         before += source.size
-    whole = "\n".join(f"{source.name} {source.size}" for source in sources)
+    whole = "\n".join(f"{Path(source.name).name} {source.size}" for source in sources)
     return mine, f"{zlib.crc32(whole.encode()):08x}"
 
 

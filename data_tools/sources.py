@@ -6,6 +6,7 @@ import glob
 import os
 import stat
 import sys
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from data_tools.folders import (
 from megatron_llmjp.errors import UserError
 
 STDIN = "-"
+SAMPLES, SAMPLE_BYTES = 16, 64 * 1024  # blocks of a file that identify it
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Source:
     Attributes:
         name: the path as given, or ``-`` for standard input.
         size: bytes on disk; 0 where it cannot be known (standard input, a pipe).
-        mtime: time of the last change, in nanoseconds; it tells whether a file has changed.
+        mtime: time of the last change, in nanoseconds, to notice a change while it is read.
     """
 
     name: str
@@ -40,12 +42,42 @@ class Source:
     seekable: bool = False
 
     def identity(self) -> dict[str, Any]:
-        """Return what must not have changed when a stopped run goes on.
+        """Return the name, for people, and what must not have changed when a run is resumed.
 
-        The size is None for a pipe, which never is the same again.
+        That is the size and a checksum of blocks spread over the file: neither another time of
+        modification nor another path makes an input another one. Both are None for a pipe.
         """
-        size = self.size if self.seekable else None
-        return {"name": self.name, "size": size, "mtime": self.mtime}
+        if not self.seekable:
+            return {"name": self.name, "size": None, "content": None}
+        return {"name": self.name, "size": self.size, "content": _sample(self)}
+
+    def is_same(self, identity: dict[str, Any], earlier: dict[str, Any]) -> bool:
+        """Return whether this source, of this identity, is the one of an earlier run.
+
+        A pipe never is. Earlier versions noted the time of modification in place of a checksum.
+        """
+        if not self.seekable:
+            return False
+        if "mtime" in earlier:
+            return earlier == {"name": self.name, "size": self.size, "mtime": self.mtime}
+        return all(earlier.get(key) == identity[key] for key in ("size", "content"))
+
+    def refuse_changed(self, identity: dict[str, Any]) -> None:
+        """Raise UserError if the file was changed or removed since ``identity`` was found."""
+        if not self.seekable:
+            return
+        try:
+            now = Path(self.name).stat()
+        except FileNotFoundError as error:
+            raise UserError(f"{self.name}: was removed while it was read") from error
+        if (now.st_size, now.st_mtime_ns) == (self.size, self.mtime):
+            return
+        if now.st_size != self.size or _sample(self) != identity["content"]:
+            raise UserError(
+                f"{self.name}: changed while it was read ({self.size:,} bytes at the start, "
+                f"{now.st_size:,} now). Wait until nothing writes to it, then run the same command "
+                "again: it repeats this file and those behind it."
+            )
 
 
 @dataclass(frozen=True)
@@ -123,6 +155,18 @@ def _matches(word: str, suffixes: Sequence[str], ignored: list[Ignored]) -> list
             f"--input {word}: the pattern matches no file. {describe(ignored)}".rstrip()
         )
     return found
+
+
+def _sample(source: Source) -> str:
+    """Return a checksum of blocks spread over a file; small files are read whole."""
+    last = max(0, source.size - SAMPLE_BYTES)
+    offsets = sorted({at * last // (SAMPLES - 1) for at in range(SAMPLES)})
+    crc = 0
+    with Path(source.name).open("rb", buffering=0) as file:
+        for offset in offsets:
+            file.seek(offset)
+            crc = zlib.crc32(file.read(min(SAMPLE_BYTES, source.size - offset)), crc)
+    return f"{crc:08x}"
 
 
 def _nearby(path: Path) -> str:

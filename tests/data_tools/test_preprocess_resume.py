@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from data_tools.job import Job
 from data_tools.preprocess_data import main
 from tests.data_tools.conftest import make_documents, write_jsonl
 
@@ -119,13 +120,12 @@ def test_kill_9(inputs, undisturbed, tmp_path):
 def test_finished_files_are_not_repeated(inputs, undisturbed, tmp_path, capsys, eager):
     """A bad line in the third file: mended, the run goes on there."""
     third = Path(inputs[2])
-    whole, status = third.read_bytes(), third.stat()
+    whole = third.read_bytes()
     third.write_bytes(whole + b"broken")
     arguments = ["--input", *inputs, "--output-prefix", str(tmp_path / "o"), *BYTES]
     assert main(arguments) == 2
     assert f"{third}:401: not valid JSON" in capsys.readouterr().err
     third.write_bytes(whole)
-    os.utime(third, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert main(arguments) == 0
     found = re.search(r"(\d+) documents are done, (\d) of 4 files", capsys.readouterr().err)
     assert found is not None
@@ -175,6 +175,56 @@ def test_another_run_in_the_work_folder_is_refused(inputs, tmp_path, monkeypatch
     assert main(other) == 2
     assert "unfinished run with another options" in capsys.readouterr().err
     assert main([*other, "--overwrite"]) == 0
+
+
+def test_input_that_changes_while_it_is_read(inputs, tmp_path, monkeypatch, capsys):
+    """Lines appended behind the program's back end the run; the next one repeats that file."""
+    paths = [tmp_path / f"{at}.jsonl" for at in range(3)]
+    for path, source in zip(paths, inputs, strict=False):
+        path.write_bytes(Path(source).read_bytes())
+    arguments = ["--input", *map(str, paths), "--output-prefix", str(tmp_path / "o"), *BYTES]
+    finish = Job._encode_all
+
+    def appended(self, journal):
+        finish(self, journal)
+        with paths[1].open("a") as file:
+            file.write('{"text": "late"}\n')
+        os.utime(paths[0])  # touched only
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "_encode_all", appended)
+        assert main(arguments) == 2
+    assert f"{paths[1]}: changed while it was read" in capsys.readouterr().err
+    assert not (tmp_path / "o_text_document.idx").exists()
+    assert main(arguments) == 0
+    assert main([*arguments, "--output-prefix", str(tmp_path / "p")]) == 0
+    assert (tmp_path / "o_text_document.bin").read_bytes() == (
+        tmp_path / "p_text_document.bin"
+    ).read_bytes()
+
+
+def test_another_path_or_time_is_the_same_input(inputs, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(Path(inputs[0]).read_bytes())
+    monkeypatch.chdir(tmp_path)
+    common = ["--output-prefix", str(tmp_path / "o"), *BYTES]
+    assert main(["--input", "in.jsonl", *common]) == 0
+    os.utime(path, (1, 1))
+    assert main(["--input", str(path), *common]) == 0
+    assert "Already complete" in capsys.readouterr().out
+    with path.open("r+b") as file:  # the same size, other contents
+        file.seek(20)
+        file.write(b"X")
+    assert main(["--input", str(path), *common]) == 2
+
+
+def test_a_corrected_command_is_not_refused(inputs, tmp_path, capsys):
+    arguments = ["--input", inputs[0], "--output-prefix", str(tmp_path / "o"), *BYTES]
+    arguments += ["--on-error", "skip"]
+    assert main([*arguments, "--json-keys", "txet"]) == 2
+    assert "rejected" in capsys.readouterr().err
+    assert main(arguments) == 0
+    assert json.loads((tmp_path / "o_text_document.json").read_text())["documents"] == 400
 
 
 def test_manifest_and_reports(inputs, tmp_path, capsys):
