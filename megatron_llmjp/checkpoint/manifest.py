@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import stat
 from collections.abc import Iterable
@@ -47,6 +48,14 @@ def _digest_alone(value: Any) -> Any:
     return {"digest": value} if isinstance(value, str) else value
 
 
+def _finite_alone(value: Any) -> Any:
+    """Without what is no number, such as the mean of no losses: it is of no use to a resume."""
+    if not isinstance(value, dict):
+        return value
+    numbers = (int, float)
+    return {k: v for k, v in value.items() if isinstance(v, numbers) and math.isfinite(v)}
+
+
 class Override(BaseModel):
     """A change of the past that ``--override-resume`` accepted."""
 
@@ -76,8 +85,8 @@ class Manifest(BaseModel):
     """Those that ``--skip-iterations`` asked for, by its words."""
     overrides: list[Override] = []
     """Changes of the past that were accepted, oldest first."""
-    metrics: dict[str, float] = {}
-    """The last values of the log, such as ``lm loss``."""
+    metrics: Annotated[dict[str, float], BeforeValidator(_finite_alone)] = {}
+    """The last values of the log, such as ``lm loss``; JSON has no NaN."""
     data_parallel_size: int | None = None
     """Of the run that saved; it decides which rank trained on which sample."""
     versions: dict[str, str] = {}

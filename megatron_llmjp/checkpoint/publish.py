@@ -6,12 +6,14 @@ holds the save folder removes such leftovers, before its next save. Without torc
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
 
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint.manifest import FileEntry
+from megatron_llmjp.errors import UserError
 from megatron_llmjp.system import naming, sync, write_durably
 
 
@@ -53,10 +55,13 @@ def publish(root: Path, manifest: manifests.Manifest) -> Path:
 
     Returns:
         The finished folder.
+
+    Raises:
+        OSError: the disk does not let it, or the manifest does not read back as it was.
     """
     temporary = temporary_folder(root, manifest.iteration)
     final = root / manifests.folder_name(manifest.iteration)
-    manifests.write(temporary, manifest)
+    _write_manifest(temporary, manifest)
     if final.exists():
         replaced = root / f".{final.name}.replaced.tmp"
         final.replace(replaced)
@@ -67,6 +72,18 @@ def publish(root: Path, manifest: manifests.Manifest) -> Path:
     sync(root)
     write_durably(root / manifests.TRACKER, f"{manifest.iteration}\n")
     return final
+
+
+def _write_manifest(folder: Path, manifest: manifests.Manifest) -> None:
+    """Write the manifest, and parse what was written: a folder that cannot be read gets no name."""
+    manifests.write(folder, manifest)
+    path = folder / manifests.MANIFEST
+    try:
+        found = manifests.read(folder).model_copy(update={"checksum": manifest.checksum})
+    except UserError as error:
+        raise OSError(errno.EIO, f"reads back as damaged ({error})", str(path)) from None
+    if found != manifest:
+        raise OSError(errno.EIO, "does not read back as it was written", str(path))
 
 
 def retire(root: Path, iteration: int) -> Path:

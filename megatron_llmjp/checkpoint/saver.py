@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import shutil
 import sys
-import threading
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint import publish
-from megatron_llmjp.checkpoint.retention import Moment, reason_to_save, removable
+from megatron_llmjp.checkpoint.retention import Moment, reason_to_save
 from megatron_llmjp.checkpoint.saving import Description, Progress, begin
 from megatron_llmjp.checkpoint.store import RunState
-from megatron_llmjp.checkpoint.writer import HostCopy, ThreadCaller
+from megatron_llmjp.checkpoint.thinning import PATIENCE_SECONDS, Thinner
+from megatron_llmjp.checkpoint.writer import HostCopy, NotFiniteError, ThreadCaller
 from megatron_llmjp.config.schema import CheckpointConfig
 from megatron_llmjp.errors import RunError
 from megatron_llmjp.runtime.device import without_warnings
@@ -83,11 +83,15 @@ class Saver:
         self.saved = iteration
         """Iteration of the newest save begun, or where the run began."""
         self._about, self._fold_ends, self._may_publish = about, fold_ends, may_publish
+        self.may_remove = True
+        """Whether older checkpoints may be removed; False while training has bad steps."""
         self._queue = _Queue()
         self._host = HostCopy() if self._settings.async_save else None
         self._pending: _Pending | None = None
         self._error: str | None = None
-        self._remover: threading.Thread | None = None
+        self._thinner = Thinner(
+            self._root, self._settings, fold_ends.iterations, lambda: self.may_remove
+        )
         self._last = time.monotonic()
 
     def reason(self, before: Moment, now: Moment, is_time: bool) -> str | None:
@@ -111,9 +115,7 @@ class Saver:
     def save(self, state: RunState, progress: Progress) -> None:
         """Save; with ``async_save`` return as soon as everything is copied."""
         began = time.monotonic()
-        self.wait()
-        if self._remover is not None:
-            self._remover.join()
+        self._complete(blocking=True)
         self.saved = progress.iteration
         self._last = time.monotonic()
         self._pending = _Pending(progress.iteration, began)
@@ -134,18 +136,21 @@ class Saver:
         self._complete(blocking=False)
 
     def wait(self) -> None:
-        """Wait for an asynchronous save and complete it."""
+        """Wait for an asynchronous save and complete it, and for the removal of older ones."""
         self._complete(blocking=True)
+        self._thinner.wait()
 
-    def close(self) -> None:
+    def close(self, removal_seconds: float = PATIENCE_SECONDS) -> None:
         """Wait for the last save.
 
+        Args:
+            removal_seconds: how long to wait for the removal of older checkpoints.
+
         Raises:
-            SaveError: it failed.
+            SaveError: the last save failed.
         """
-        self.wait()
-        if self._remover is not None:
-            self._remover.join()
+        self._complete(blocking=True)
+        self._thinner.wait(removal_seconds)
         if self._error is not None:
             raise SaveError(self._error)
 
@@ -175,12 +180,8 @@ class Saver:
         how = f"training waited {pending.stall:.1f} s" if self._host is not None else "synchronous"
         name = self._root / manifests.folder_name(pending.iteration)
         print(f"saved checkpoint {name} in {taken:.1f} s ({how})", flush=True)
-        retired = thin_out(
-            self._root, pending.iteration, self._settings, self._fold_ends.iterations
-        )
-        # Large folders take minutes, which training need not wait for.
-        self._remover = threading.Thread(target=_delete, args=(retired,), name="remover")
-        self._remover.start()
+        if self.may_remove:
+            self._thinner.start(pending.iteration)
 
     def _fail(self, error: OSError | CheckpointException) -> None:
         """Tell of a save that failed on some rank; every rank knows of it."""
@@ -199,37 +200,14 @@ class Saver:
         )
 
 
-def thin_out(
-    root: Path, newest: int, config: CheckpointConfig, fold_ends: Collection[int]
-) -> list[Path]:
-    """Take the names of checkpoints that are no longer wanted; ``newest`` was just published.
-
-    Returns:
-        Where they are until they are deleted.
-    """
-    retired = []
-    for iteration in removable(manifests.complete_iterations(root), newest, config, fold_ends):
-        folder = root / manifests.folder_name(iteration)
-        try:
-            retired.append(publish.retire(root, iteration))
-            print(f"removing checkpoint {folder}", flush=True)
-        except OSError as error:
-            print(f"warning: {folder} could not be removed: {error}", file=sys.stderr, flush=True)
-    return retired
-
-
-def _delete(folders: Iterable[Path]) -> None:
-    """Delete retired checkpoints; what is left, the next save deletes."""
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _cause(error: OSError | CheckpointException) -> str:
     """One line: what went wrong, and on which rank if not on the first."""
     if isinstance(error, OSError):
         return _of_system(error)
     failures: dict[int, Any] = error.failures
     rank, (first, _) = min(failures.items())
+    if isinstance(first, NotFiniteError):
+        return f"rank {rank}: {first}"
     what = _of_system(first) if isinstance(first, OSError) else f"{type(first).__name__}: {first}"
     return f"rank {rank}: {what}"
 

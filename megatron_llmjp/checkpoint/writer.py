@@ -10,6 +10,7 @@ checksums are taken from the bytes on their way, so that a finished file is not 
 from __future__ import annotations
 
 import io
+import math
 import os
 import threading
 import zlib
@@ -51,6 +52,10 @@ with without_warnings():
 FILES_PER_RANK = 2
 """Files that a rank writes at the same time, as in megatron-core."""
 BLOCK_BYTES = 1 << 20
+
+
+class NotFiniteError(Exception):
+    """A tensor to be saved holds NaN or Inf: such a checkpoint is worse than none."""
 
 
 class HostCopy:
@@ -136,6 +141,7 @@ class RankWriter(FileSystemWriterAsync):
             for item, data in self._files[name]:
                 if isinstance(data, Tensor):
                     data = _alone_on_host(data)
+                    _require_finite(item.index.fqn, data)
                 results.append(
                     _write_item(
                         _StorageWriterTransforms(),
@@ -239,6 +245,18 @@ def _summed(path: Path) -> Iterator[_SummedStream]:
     with path.open("wb", buffering=0) as stream:
         yield _SummedStream(stream)
         os.fsync(stream.fileno())
+
+
+def _require_finite(name: str, tensor: Tensor) -> None:
+    """Refuse NaN and Inf, with one look at each number and no copy.
+
+    Raises:
+        NotFiniteError: there is one.
+    """
+    if tensor.is_floating_point() and tensor.numel():
+        low, high = torch.aminmax(tensor)
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise NotFiniteError(f"{name} holds NaN or Inf")
 
 
 def _alone_on_host(tensor: Tensor) -> Tensor:

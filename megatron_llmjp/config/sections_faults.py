@@ -19,7 +19,14 @@ class FaultsConfig(Section):
         None, description="save and stop (exit code 3) after so many minutes"
     )
     max_bad_steps: PositiveInt = Field(
-        5, description="steps in a row with a NaN or Inf, none of them taken, that end the run"
+        5,
+        description="steps in a row with a NaN or Inf, none of them applied, that end the run "
+        "(exit code 1)",
+    )
+    max_overflow_steps: PositiveInt = Field(
+        25,
+        description="fp16: overflows in a row that lower the loss scale; each further one is a bad "
+        "step, as is one at the lowest loss scale",
     )
     spike_action: Literal["off", "warn", "skip", "rollback"] = Field(
         "warn",
@@ -31,6 +38,15 @@ class FaultsConfig(Section):
     )
     spike_skip_iterations: PositiveInt = Field(
         20, description="batches that a rollback leaves out, up to and with the spike's"
+    )
+    max_spikes: PositiveInt = Field(
+        8,
+        description="batches among the last 128 steps that spike_action skip may leave out; so "
+        "many end the run (exit code 1)",
+    )
+    max_rollbacks: PositiveInt = Field(
+        3,
+        description="rollbacks within 1,000 iterations; one more spike ends the run (exit code 1)",
     )
     hang_timeout_minutes: NonNegativeFloat | None = Field(
         None,

@@ -1,15 +1,18 @@
 """A run's history, read from the files in its save folder while it goes on or afterwards.
 
 ``metrics.jsonl`` has one JSON object per line. Every object has ``iteration``; what else it has
-says what it is: ``lm loss`` makes it an interval of training, keys ``validation/NAME`` a
-validation, ``event`` something that happened: ``start`` of a process after this iteration, ``fold``
-begun with it. A run that goes on from a checkpoint appends to the same file, and may do iterations
-again that were logged before: the later ones hold, the earlier ones are kept apart as abandoned.
+says what it is: ``lm loss`` (null where no step had one) makes it an interval of training, keys
+``validation/NAME`` a validation, ``event`` something that happened: ``start`` of a process after
+this iteration, ``fold`` begun with it, ``end`` of a process with its ``outcome``: ``done``,
+``stopped`` or ``failed``. A run that goes on from a checkpoint appends to the same file, and may do
+iterations again that were logged before: the later ones hold, the earlier ones are kept apart as
+abandoned.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -25,6 +28,9 @@ METRICS = "metrics.jsonl"
 LOSS = "lm loss"
 VALIDATION = "validation/"
 CONSUMED = "consumed tokens/"
+
+USUAL = ("start", "fold", "end")
+"""Events of every run; the others are exceptions, such as ``bad step``, and say ``why``."""
 
 Record = dict[str, Any]
 
@@ -61,7 +67,7 @@ class History:
         return max((int(r["iteration"]) for r in [*self.training, *self.validation]), default=0)
 
     def values(self, name: str) -> tuple[list[int], list[float]]:
-        """Iterations and values of a training metric, where it was logged."""
+        """Iterations and finite values of a training metric, where it was logged."""
         found = [(int(r["iteration"]), float(r[name])) for r in self.training if _number(r, name)]
         return [i for i, _ in found], [v for _, v in found]
 
@@ -180,7 +186,9 @@ def _last_of_each(records: list[Record]) -> list[Record]:
 
 
 def _number(record: Record, name: str) -> bool:
-    return isinstance(record.get(name), int | float)
+    """Whether a record has a finite value; NaN is null, and was ``NaN`` in older files."""
+    value = record.get(name)
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _config(folder: Path) -> Config | None:

@@ -100,7 +100,8 @@ def draw_loss(history: History) -> Figure:
     iterations, losses = history.values(LOSS)
     _draw_line(axes, iterations, losses, COLORS[0], "training")
     for number, lost in enumerate(history.abandoned):
-        where, what = [int(r["iteration"]) for r in lost], [float(r[LOSS]) for r in lost]
+        known = [r for r in lost if r[LOSS] is not None]
+        where, what = [int(r["iteration"]) for r in known], [float(r[LOSS]) for r in known]
         label = "lost at a restart" if number == 0 else None
         axes.plot(where, what, color=FAINT, linewidth=1.0, linestyle=":", label=label)
     sets = history.validation_sets()

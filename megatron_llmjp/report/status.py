@@ -17,7 +17,14 @@ from megatron_llmjp.checkpoint import lock, manifest
 from megatron_llmjp.config.load import load_resolved
 from megatron_llmjp.data.batch_sizes import BatchSizes
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.report.history import LOSS, METRICS, VALIDATION, Record, parse_record
+from megatron_llmjp.report.history import (
+    LOSS,
+    METRICS,
+    USUAL,
+    VALIDATION,
+    Record,
+    parse_record,
+)
 from megatron_llmjp.report.jobs import Trouble, last_error, last_hang, read_ends, tail
 
 TAIL_BYTES = 1 << 20
@@ -43,9 +50,15 @@ class Status:
 
     folder: str
     state: str
-    """running, still, starting, finished, stopped, requeued or dead."""
+    """running, still, starting, finished, stopped, requeued, failed or dead."""
     why: str
     iteration: int = 0
+    skipped: int = 0
+    """Steps that were not applied so far."""
+    nan: int = 0
+    """Of these, those with a NaN or Inf."""
+    spikes: int = 0
+    rollbacks: int = 0
     train_iters: int | None = None
     fold: str | None = None
     fold_number: int | None = None
@@ -92,13 +105,18 @@ def read_status(folder: Path) -> Status:
     age = time.time() - metrics.stat().st_mtime if metrics.exists() else None
     total = _train_iters(folder, last, saved)
     begun = _begun(records)
-    state, why = _state(folder, owner, [] if begun is not None else steps, total, age, ends)
+    steps = [] if begun is not None else steps
+    state, why = _state(folder, owner, steps, total, age, ends, _ended(records))
     return Status(
         folder=str(folder),
         state=state,
         why=why,
         iteration=begun if begun is not None else int(last.get("iteration", 0)),
         train_iters=total,
+        skipped=int(last.get("total skipped iterations", 0)),
+        nan=int(last.get("total nan iterations", 0)),
+        spikes=int(last.get("total spikes", 0)),
+        rollbacks=int(last.get("rollbacks", 0)),
         fold=last.get("fold"),
         fold_number=_whole(last.get("fold number")),
         folds=_folds(folder, saved),
@@ -181,6 +199,7 @@ def _state(
     total: int | None,
     age: float | None,
     ends: list[dict[str, Any]],
+    ended: Record | None,
 ) -> tuple[str, str]:
     """One word for the run, and what it is said for."""
     if owner is not None:
@@ -191,11 +210,25 @@ def _state(
         if age > max(PATIENCE_SECONDS, LATE * _interval(steps)):
             return "still", f"{owner} lives, but logs nothing"
         return "running", str(owner)
-    if steps and total is not None and int(steps[-1]["iteration"]) >= total:
+    outcome = ended.get("outcome") if ended is not None else None
+    if ended is not None and outcome == "failed":
+        return "failed", str(ended.get("why", ""))
+    all_done = steps and total is not None and int(steps[-1]["iteration"]) >= total
+    if outcome == "done" or (outcome is None and all_done):
         return "finished", "all iterations are done"
     if ends and ends[-1].get("requeued"):
         return "requeued", f"waits in Slurm's queue: {ends[-1].get('why')}"
     return "stopped", str(ends[-1].get("why")) if ends else "it gave its folder back"
+
+
+def _ended(records: list[Record]) -> Record | None:
+    """How the last process ended, where it could say so."""
+    for record in reversed(records):
+        if record.get("event") == "end":
+            return record
+        if record.get("event") == "start":
+            return None
+    return None
 
 
 def _interval(steps: list[Record]) -> float:
@@ -216,6 +249,6 @@ def _validation(records: list[Record]) -> dict[str, float]:
 
 def _event(records: list[Record]) -> str | None:
     for record in reversed(records):
-        if record.get("event") not in (None, "start", "fold"):
+        if record.get("event") not in (None, *USUAL):
             return f"{record['event']} at iteration {record['iteration']}: {record.get('why', '')}"
     return None

@@ -18,6 +18,7 @@ def show_one(status: Status) -> str:
         ("iteration", _iteration(status)),
         ("fold", _fold(status)),
         ("loss", _loss(status)),
+        ("not applied", _not_applied(status)),
         ("speed", _speed(status)),
         ("remaining", _remaining(status)),
         ("checkpoints", _checkpoints(status)),
@@ -75,6 +76,19 @@ def _loss(status: Status) -> str:
     parts = [] if status.loss is None else [f"{status.loss:.4f}"]
     parts += [f"validation {name} {loss:.4f}" for name, loss in status.validation.items()]
     return ", ".join(parts)
+
+
+def _not_applied(status: Status) -> str:
+    """Steps that changed nothing, and why; nothing where there are none."""
+    parts = [
+        (status.nan, "with a NaN or Inf"),
+        (status.spikes, "spikes"),
+        (status.rollbacks, "rollbacks"),
+    ]
+    known = ", ".join(f"{number:,} {what}" for number, what in parts if number)
+    if not known and not status.skipped:
+        return ""
+    return f"{status.skipped:,} steps so far" + (f"; {known}" if known else "")
 
 
 def _speed(status: Status) -> str:

@@ -9,10 +9,7 @@ from megatron_llmjp.config.schema import Config
 from megatron_llmjp.numbers import duration, human
 from megatron_llmjp.plan.flops import flops_per_sample
 from megatron_llmjp.plan.parameters import count_parameters
-from megatron_llmjp.report.history import LOSS, History
-
-USUAL = ("start", "fold")
-"""Events of every run; the others are exceptions, such as ``bad step``, and say ``why``."""
+from megatron_llmjp.report.history import LOSS, USUAL, History
 
 
 def summarize(history: History) -> list[tuple[str, str]]:
@@ -131,6 +128,11 @@ def _incidents(history: History) -> list[tuple[str, str]]:
     skipped = int(sum(history.values("skipped iterations")[1]))
     exceptions = [e for e in history.events if e["event"] not in USUAL]
     rows = [("restarts", restarts), ("skipped iterations", str(skipped) if skipped else "")]
+    for label in ("nan iterations", "spikes"):
+        times = int(sum(history.values(label)[1]))
+        rows.append((label, str(times) if times else ""))
+    rollbacks = int(history.last("rollbacks") or 0)
+    rows.append(("rollbacks", str(rollbacks) if rollbacks else ""))
     if exceptions:
         last = exceptions[-1]
         what = ": ".join(filter(None, (str(last["event"]), str(last.get("why", "")))))

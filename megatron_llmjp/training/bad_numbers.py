@@ -2,7 +2,8 @@
 
 The gradient norm is the number that every rank knows in every step without asking the others: a NaN
 or Inf in a loss or a gradient, on any rank, is in it, and a batch that would throw the model off
-shows in it before it has done harm.
+shows in it before it has done harm. An fp16 step that overflows has no gradient norm; it is judged
+by the loss scale and by its loss.
 """
 
 from __future__ import annotations
@@ -10,41 +11,81 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import Enum
+from typing import Any
 
-from megatron_llmjp.config.schema import FaultsConfig
+from megatron_llmjp.config.schema import FaultsConfig, OptimizerConfig
 
 HISTORY = 128
-"""Norms that a new one is compared with."""
+"""Norms that a new one is compared with, and steps among which spikes are counted."""
 
 FEWEST = 20
 """Below so many there is nothing to compare with."""
 
 
 class Verdict(Enum):
-    """What a gradient norm tells of a step."""
+    """What is known of a step."""
 
     GOOD = "good"
+    OVERFLOW = "an fp16 overflow"
+    """The loss scale was too large and is lowered: part of a healthy fp16 run."""
     BAD = "a NaN or Inf in the gradients"
     SPIKE = "a spike of the gradient norm"
 
 
 class Judge:
-    """Knows the norms of the last good steps, and what to do about a bad one."""
+    """Knows the norms of the last good steps, and what to do about a bad one.
+
+    Args:
+        faults: the limits.
+        history: gradient norms of the steps before.
+    """
 
     def __init__(self, faults: FaultsConfig, history: Iterable[float] = ()) -> None:
         self._faults = faults
         self.history: deque[float] = deque(history, maxlen=HISTORY)
-        """Part of a checkpoint, so that a run that goes on judges alike."""
+        """Part of a checkpoint, so that a resumed run judges alike."""
         self.verdict = Verdict.GOOD
         """On the last step."""
-        self._bad_in_a_row = 0
+        self.not_applied = 0
+        """Bad steps and skipped spikes since the last update."""
+        self._bad = 0
+        self._overflows = 0
+        self._was_at_floor = False
+        self._spikes: deque[bool] = deque(maxlen=HISTORY)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters for a checkpoint, besides :attr:`history`."""
+        return {"overflows": self._overflows, "spikes": [int(spike) for spike in self._spikes]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue with the counters of a checkpoint; an older one has none."""
+        self._overflows = int(state.get("overflows", 0))
+        self._spikes = deque(map(bool, state.get("spikes", ())), maxlen=HISTORY)
 
     @property
     def hopeless(self) -> bool:
-        """Whether too many steps in a row were bad."""
-        return self._bad_in_a_row >= self._faults.max_bad_steps
+        """Whether the run must end: too many bad steps in a row, or too many skipped spikes."""
+        return self.too_many_bad or self.too_many_spikes
+
+    @property
+    def too_many_bad(self) -> bool:
+        """Whether ``max_bad_steps`` steps in a row were bad."""
+        return self._bad >= self._faults.max_bad_steps
+
+    @property
+    def too_many_spikes(self) -> bool:
+        """Whether ``max_spikes`` of the last :data:`HISTORY` steps were skipped as spikes."""
+        return self._faults.spike_action == "skip" and sum(self._spikes) >= self._faults.max_spikes
+
+    @property
+    def may_save(self) -> bool:
+        """Whether the run is sound enough to be saved, and older checkpoints to be removed.
+
+        One skipped spike is a batch, two in a row may be the model.
+        """
+        return self._bad == 0 and self.not_applied < 2
 
     @property
     def wants_rollback(self) -> bool:
@@ -53,7 +94,7 @@ class Judge:
 
     @property
     def usual(self) -> float:
-        """The median of the gradient norm of late."""
+        """The median of the recent gradient norms."""
         return statistics.median(self.history) if self.history else math.nan
 
     def begin_step(self) -> None:
@@ -61,15 +102,46 @@ class Judge:
         self.verdict = Verdict.GOOD
 
     def may_take(self, grad_norm: float) -> bool:
-        """Judge one step, and say whether its update may be taken."""
+        """Judge one step by its gradient norm, and say whether its update may be taken."""
         self.verdict = self._verdict(grad_norm)
-        self._bad_in_a_row = self._bad_in_a_row + 1 if self.verdict is Verdict.BAD else 0
-        taken = self.verdict is Verdict.GOOD or (
-            self.verdict is Verdict.SPIKE and self._faults.spike_action == "warn"
-        )
-        if taken:
-            self.history.append(grad_norm)
-        return taken
+        self._overflows, self._was_at_floor = 0, False
+        if self.verdict is Verdict.BAD:
+            self._count_bad()
+            return False
+        is_spike = self.verdict is Verdict.SPIKE
+        self._spikes.append(is_spike)
+        if is_spike and self._faults.spike_action != "warn":
+            self.not_applied += 1
+            return False
+        self._bad = self.not_applied = 0
+        self.history.append(grad_norm)
+        return True
+
+    def overflowed(self, optimizer: OptimizerConfig, scale: float, loss_is_finite: bool) -> None:
+        """Judge an fp16 step whose scaled gradients held a NaN or Inf; it was not taken.
+
+        It is bad when a lower loss scale cannot help: the loss itself is NaN or Inf, the scale is
+        constant or was at its floor before, or ``max_overflow_steps`` steps in a row overflowed.
+
+        Args:
+            optimizer: with the limits of the loss scale.
+            scale: the loss scale after the step.
+            loss_is_finite: on all ranks.
+        """
+        self._overflows += 1
+        is_constant = optimizer.loss_scale is not None
+        at_floor = scale <= optimizer.min_loss_scale * (1 + 1e-6)
+        cannot_help = is_constant or (at_floor and self._was_at_floor) or not loss_is_finite
+        self._was_at_floor = at_floor
+        if cannot_help or self._overflows > self._faults.max_overflow_steps:
+            self.verdict = Verdict.BAD
+            self._count_bad()
+        else:
+            self.verdict = Verdict.OVERFLOW
+
+    def _count_bad(self) -> None:
+        self._bad += 1
+        self.not_applied += 1
 
     def _verdict(self, grad_norm: float) -> Verdict:
         if not math.isfinite(grad_norm):

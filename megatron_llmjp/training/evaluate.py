@@ -49,8 +49,8 @@ def evaluate(
 
 
 def perplexity(loss: float) -> float:
-    """e^loss; as in Megatron-LM no loss counts as more than 20."""
-    return math.exp(min(20.0, loss))
+    """e^loss; as in Megatron-LM no loss counts as more than 20. NaN for a NaN."""
+    return math.exp(min(loss, 20.0))
 
 
 def describe(losses: dict[str, float], iteration: int) -> str:

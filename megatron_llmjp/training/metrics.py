@@ -16,6 +16,7 @@ from megatron_llmjp.data.folds import Schedule
 from megatron_llmjp.plan.flops import compute_dtype, tflops_per_device
 from megatron_llmjp.plan.gpus import peak_tflops
 from megatron_llmjp.runtime.device import Device, without_warnings
+from megatron_llmjp.training.bad_numbers import Verdict
 from megatron_llmjp.training.evaluate import describe, perplexity
 from megatron_llmjp.training.feed import dataset_names
 from megatron_llmjp.training.log_line import interval_line
@@ -31,13 +32,20 @@ class _Interval:
     """What was gathered since the last line."""
 
     sums: torch.Tensor | None = None
+    """Losses of the steps whose update was applied."""
+    skipped_sums: torch.Tensor | None = None
+    """Losses of the others: logged only where there is no step of the first kind."""
     steps: int = 0
     samples: int = 0
     skipped: int = 0
     nan: int = 0
+    spikes: int = 0
 
 
-COUNTERS = ("steps", "samples", "skipped", "nan")
+SUMS = ("sums", "skipped_sums")
+EVENTFUL = ("skipped", "nan", "spikes")
+"""Counted over the interval and over the run."""
+COUNTERS = ("steps", "samples", *EVENTFUL)
 
 
 def _tensor_parallel_size() -> int:
@@ -54,6 +62,8 @@ class Metrics:
         schedule: its data.
         sizes: which iteration has how many samples.
         train_iters: where it ends.
+        planned_iters: where it would end if no rollback had left out batches.
+        rollbacks: how many there were.
         device: what it runs on.
         writers: where metrics go; None on all ranks but the first.
     """
@@ -66,10 +76,13 @@ class Metrics:
         train_iters: int,
         device: Device,
         writers: Writers | None,
+        planned_iters: int,
+        rollbacks: int,
     ) -> None:
         self._config = config
         self._schedule = schedule
-        self._train_iters = train_iters
+        self._planned_iters = planned_iters
+        self._rollbacks = rollbacks
         self._end = sizes.consumed_after(train_iters)
         self._device = device
         self._writers = writers
@@ -79,9 +92,10 @@ class Metrics:
         )
         self._fold: str | None = None
         self._interval = _Interval()
+        self._totals = dict.fromkeys(EVENTFUL, 0)
         self._since = self._paused_at = time.perf_counter()
         self.last: dict[str, float] = {}
-        """The values of the last line that a checkpoint remembers."""
+        """The last known values that a checkpoint remembers; all are finite."""
 
     def start(self, iteration: int, consumed: int) -> None:
         """Tell that a process goes on from here."""
@@ -92,28 +106,46 @@ class Metrics:
         """The interval so far, as plain data, for a checkpoint; all ranks call it."""
         interval = self._interval
         state: dict[str, Any] = {name: getattr(interval, name) for name in COUNTERS}
-        if interval.sums is not None:
-            total = interval.sums.double()
-            dist.all_reduce(total)
-            # Tensor-parallel ranks counted the same tokens.
-            state["sums"] = (total / _tensor_parallel_size()).tolist()
+        state["totals"] = dict(self._totals)
+        for name in SUMS:
+            sums = getattr(interval, name)
+            if sums is not None:
+                total = sums.double()
+                dist.all_reduce(total)
+                # Tensor-parallel ranks counted the same tokens.
+                state[name] = (total / _tensor_parallel_size()).tolist()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with an interval that a checkpoint cut in two."""
-        self._interval = _Interval(**{name: state[name] for name in COUNTERS})
-        if "sums" in state and dist.get_rank() == 0:
-            total = torch.tensor(state["sums"], dtype=torch.float64, device=self._device.torch)
-            self._interval.sums = total * _tensor_parallel_size()
+        """Continue an interval that a checkpoint cut in two; older checkpoints count less."""
+        self._interval = _Interval(**{name: state.get(name, 0) for name in COUNTERS})
+        self._totals |= state.get("totals", {})
+        for name in SUMS:
+            if name not in state:
+                continue
+            total = torch.tensor(state[name], dtype=torch.float64, device=self._device.torch)
+            # One rank holds the sums; the others hold zeros, so that all know there are some.
+            is_first = dist.get_rank() == 0
+            held = total * _tensor_parallel_size() if is_first else torch.zeros_like(total).float()
+            setattr(self._interval, name, held)
 
-    def add(self, iteration: int, consumed: int, result: StepResult, samples: int) -> None:
-        """Count the step of an iteration, after which ``consumed`` samples are trained on."""
+    def add(
+        self, iteration: int, consumed: int, result: StepResult, samples: int, verdict: Verdict
+    ) -> None:
+        """Count the step of an iteration, after which ``consumed`` samples are trained on.
+
+        The losses of a step that was not applied stay out of the interval's means: a NaN among them
+        would hide the others.
+        """
         interval = self._interval
-        interval.sums = result.sums if interval.sums is None else interval.sums + result.sums
+        name = "sums" if result.updated else "skipped_sums"
+        sums = getattr(interval, name)
+        setattr(interval, name, result.sums if sums is None else sums + result.sums)
         interval.steps += 1
         interval.samples += samples
         interval.skipped += not result.updated
-        interval.nan += not math.isfinite(result.grad_norm)
+        interval.nan += verdict is Verdict.BAD
+        interval.spikes += verdict is Verdict.SPIKE
         fold = self._schedule.fold_at(consumed - 1).name
         if fold != self._fold:
             self.event("fold", iteration, consumed, fold=fold)
@@ -139,8 +171,9 @@ class Metrics:
     ) -> None:
         """Write the interval that ends with this iteration; all ranks call it."""
         interval = self._interval
-        assert interval.sums is not None
-        means = means_over_ranks(interval.sums)
+        sums = interval.sums if interval.sums is not None else interval.skipped_sums
+        assert sums is not None
+        means = means_over_ranks(sums)
         seconds = time.perf_counter() - self._since
         values: dict[str, float] = {
             "lm loss": means[LM_LOSS],
@@ -150,13 +183,16 @@ class Metrics:
             "loss scale": loss_scale,
             "skipped iterations": interval.skipped,
             "nan iterations": interval.nan,
+            "spikes": interval.spikes,
+            **self._totals_with(interval),
             **self._speed(interval, seconds, consumed),
         }
         if self._config.training.z_loss_strength > 0.0:
             values["z loss"] = means[Z_LOSS]
         if parameter_norm is not None:
             values["params norm"] = parameter_norm
-        self.last = {name: values[name] for name in ("lm loss", "tokens per second")}
+        remembered = {name: values[name] for name in ("lm loss", "tokens per second")}
+        self.last |= {name: value for name, value in remembered.items() if math.isfinite(value)}
         if self._writers:
             self._write(iteration, consumed, values, means[DATASETS:])
         self._interval = _Interval()
@@ -170,6 +206,17 @@ class Metrics:
         values = {f"validation/{name}": loss for name, loss in losses.items()}
         values |= {f"perplexity/{name}": perplexity(loss) for name, loss in losses.items()}
         self._writers.write(self._record(iteration, consumed, values))
+
+    def _totals_with(self, interval: _Interval) -> dict[str, float]:
+        """The run's counts, this interval's included."""
+        for name in EVENTFUL:
+            self._totals[name] += getattr(interval, name)
+        return {
+            "total skipped iterations": self._totals["skipped"],
+            "total nan iterations": self._totals["nan"],
+            "total spikes": self._totals["spikes"],
+            "rollbacks": self._rollbacks,
+        }
 
     def _speed(self, interval: _Interval, seconds: float, consumed: int) -> dict[str, float]:
         config = self._config
@@ -197,7 +244,7 @@ class Metrics:
         values["fold progress"] = (consumed - first) / (end - first)
         values["consumed tokens"] = consumed * self._config.data.seq_length
         shown = f"{fold.name} ({number}/{len(self._schedule.folds)}) {values['fold progress']:.0%}"
-        print(interval_line(iteration, self._train_iters, consumed, values, shown), flush=True)
+        print(interval_line(iteration, self._planned_iters, consumed, values, shown), flush=True)
         values |= self._device.memory()
         values |= self._by_dataset(consumed, datasets)
         self._writers.write(self._record(iteration, consumed, values, fold=fold.name))
@@ -216,6 +263,10 @@ class Metrics:
         """Write that something happened."""
         if self._writers:
             self._writers.write(self._record(iteration, consumed, {}, event=kind, **words))
+
+    def end(self, iteration: int, consumed: int, outcome: str, why: str) -> None:
+        """Write how the process ended: ``done``, ``stopped`` on request, or ``failed``."""
+        self.event("end", iteration, consumed, outcome=outcome, why=why)
 
     def _record(
         self, iteration: int, consumed: int, values: dict[str, float], **words: str

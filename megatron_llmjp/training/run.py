@@ -20,7 +20,8 @@ from megatron_llmjp.training.build import say
 from megatron_llmjp.training.evaluate import describe, evaluate
 from megatron_llmjp.training.learning_rate import LearningRates
 from megatron_llmjp.training.opening import Opened, opened
-from megatron_llmjp.training.trainer import NORMS, Rollback, Trainer
+from megatron_llmjp.training.rollback import Rollback
+from megatron_llmjp.training.trainer import NORMS, Trainer
 from megatron_llmjp.training.watch import Watch, watched
 
 
@@ -69,11 +70,10 @@ def _back(beginning: Opened, rollback: Rollback, ranks: Ranks) -> Opened:
     """The run as of its last checkpoint, without the batches that led to a spike."""
     gc.collect()  # the model that is given up must not lie beside the new one
     torch.cuda.empty_cache()
-    start, end = rollback.positions
-    left_out = {**beginning.run.past.skipped_iterations, f"positions {start}-{end}": (start, end)}
+    left_out = {**beginning.run.past.skipped_iterations, rollback.words: rollback.positions}
     run = prepare(beginning.run.asked, ranks.world_size, left_out=left_out)
     chosen = str(run.resume.folder) if run.resume is not None else ""
-    subject = f"rollback {rollback.iteration} {start}"
+    subject = f"rollback {rollback.iteration} {rollback.words}"
     if len(set(distributed.exchange(beginning.store, ranks, subject, chosen))) > 1:
         raise RunError("ranks see different checkpoints to go back to; start the run again")
     return replace(beginning, run=run)

@@ -6,6 +6,7 @@ optimizer reads the gradient norm to clip by it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -42,7 +43,7 @@ class StepResult:
     sums: Tensor
     """``[2 + datasets, 2]`` of this rank; zeros off the last stage."""
     grad_norm: float
-    """Before clipping."""
+    """Before clipping; NaN when fp16 overflowed."""
     updated: bool
     """False when fp16 overflowed, or the gradient norm was judged bad."""
 
@@ -94,7 +95,7 @@ def train_step(
 def _update(optimizer: Any, may_take: Callable[[float], bool]) -> tuple[bool, float]:
     """megatron-core's ``step`` in its parts: it would take an update whatever its norm is."""
     if optimizer.prepare_grads():  # fp16 overflowed, and the loss scale is lowered
-        return False, 0.0
+        return False, math.nan
     grad_norm = float(optimizer.get_grad_norm())
     if not may_take(grad_norm):
         return False, grad_norm
@@ -189,6 +190,13 @@ def means_over_ranks(sums: Tensor) -> list[float]:
     dist.all_reduce(total)
     means: list[float] = (total[:, 0] / total[:, 1]).tolist()
     return means
+
+
+def is_finite_on_all_ranks(sums: Tensor) -> bool:
+    """Whether the losses that a step summed are numbers, on every rank; the host waits here."""
+    total = sums[:DATASETS, 0].double().sum()
+    dist.all_reduce(total)
+    return math.isfinite(float(total))
 
 
 def _one_or_all(functions: list[Any]) -> Any:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
+from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint.retention import Moment
 from megatron_llmjp.checkpoint.saver import Saver
 from megatron_llmjp.checkpoint.saving import Progress
 from megatron_llmjp.checkpoint.store import RunState
+from megatron_llmjp.checkpoint.thinning import PATIENCE_SECONDS
 from megatron_llmjp.data.batch_sizes import BatchSizes
 from megatron_llmjp.data.fold_copy import dump_fold_file
 from megatron_llmjp.data.loader import Batch
-from megatron_llmjp.errors import EXIT_DONE, RunError
+from megatron_llmjp.errors import EXIT_DONE, RunError, UserError
 from megatron_llmjp.prepare import Run
 from megatron_llmjp.runtime import distributed
 from megatron_llmjp.runtime.device import Device
@@ -22,10 +26,11 @@ from megatron_llmjp.training.evaluate import evaluate
 from megatron_llmjp.training.feed import dataset_names, feed
 from megatron_llmjp.training.guard import Request
 from megatron_llmjp.training.metrics import Metrics
-from megatron_llmjp.training.mishaps import describe_step
+from megatron_llmjp.training.mishaps import describe_end, describe_step
 from megatron_llmjp.training.norms import parameter_norm
 from megatron_llmjp.training.optimizer import complete_parameters
-from megatron_llmjp.training.step import StepResult, train_step
+from megatron_llmjp.training.rollback import Rollback, count, count_recent, planned_iterations
+from megatron_llmjp.training.step import StepResult, is_finite_on_all_ranks, train_step
 from megatron_llmjp.training.watch import Watch
 from megatron_llmjp.training.writers import Writers
 
@@ -35,18 +40,16 @@ METRICS = "metrics"
 NORMS = "gradient norms"
 """The judge's history in a checkpoint."""
 
+JUDGE = "bad steps"
+"""The judge's counters in a checkpoint."""
+
+
+REMOVAL_SECONDS = 10.0
+"""A run that is asked to stop waits so long for the removal of older checkpoints."""
+
 
 class TrainingError(RunError):
-    """Training cannot go on: the numbers are no numbers any more."""
-
-
-@dataclass(frozen=True)
-class Rollback:
-    """A wish to go back to the last checkpoint, and to leave out what led to a spike."""
-
-    iteration: int
-    positions: tuple[int, int]
-    """Of the schedule, half open."""
+    """A run cannot continue, or has ended without being done: its numbers are bad."""
 
 
 @dataclass
@@ -64,6 +67,8 @@ class Trainer:
     iteration: int
     consumed_samples: int
     """Samples trained on so far: the whole state of the data."""
+    save_is_due: bool = False
+    """Whether a save waits for the first good step."""
 
     def train(self) -> int | Rollback:
         """Train to the end of the run, or to where it is to be interrupted.
@@ -72,60 +77,115 @@ class Trainer:
             The exit code: done, or stopped on request with a checkpoint saved; or where to go back
             to.
         """
-        config = self.run.config
-        writers = Writers(config) if distributed.is_first_rank() else None
+        writers = Writers(self.run.config) if distributed.is_first_rank() else None
         metrics = self._metrics(writers)
         metrics.start(self.iteration, self.consumed_samples)
         if METRICS in self.model.counters:
             metrics.load_state_dict(self.model.counters[METRICS])
-        started = self.iteration
-        names = len(dataset_names(self.run.schedule))
+        self.judge.load_state_dict(self.model.counters.get(JUDGE, {}))
+        try:
+            outcome = self._train(metrics)
+        except RunError as error:
+            metrics.end(self.iteration, self.consumed_samples, "failed", str(error))
+            _close(writers)
+            raise
+        _close(writers)
+        return outcome
+
+    def _train(self, metrics: Metrics) -> int | Rollback:
+        config, started = self.run.config, self.iteration
         batches = self._batches()
         while not self._is_last():
             learning_rate, before = self.learning_rate(), self._moment()
             batch_size = self.sizes.at(self.consumed_samples)
-            self._begin("a step")
-            self.judge.begin_step()
-            self.data.indices.before(self.consumed_samples, batch_size)
-            result = train_step(
-                self.model.chunks,
-                self.model.optimizer,
-                self.model.scheduler,
-                batches,
-                config,
-                batch_size,
-                names,
-                self.judge.may_take,
-            )
-            self.iteration += 1
-            self.consumed_samples += batch_size
-            if self.judge.verdict is not Verdict.GOOD:
-                self._tell_of(result, batch_size, metrics)
+            result = self._step(batches, batch_size)
+            if self.judge.verdict in (Verdict.BAD, Verdict.SPIKE):
+                gives_up = self._gives_up()
+                self._tell_of(result, batch_size, metrics, gives_up)
+                if gives_up:
+                    self._give_up(result)
                 if self.judge.wants_rollback:
-                    self.saver.wait()
-                    _close(writers)
                     return self._rollback(batch_size)
-            metrics.add(self.iteration, self.consumed_samples, result, batch_size)
+            metrics.add(
+                self.iteration, self.consumed_samples, result, batch_size, self.judge.verdict
+            )
             if self._is_due(config.logging.log_interval) or self.iteration == started + 1:
                 self._log(metrics, result, learning_rate, batch_size)
             metrics.pause()
             if self._is_due(config.training.eval_interval) and not self._is_last():
                 self._validate(metrics)
-            self.saver.poll()
-            if self.saver.reason(before, self._moment(), self._is_due(config.logging.log_interval)):
-                self._save(metrics)
+            self._save_if_due(before, metrics)
             request = self._request()
             if request and not self._is_last():
-                self._save_last(metrics)
-                self.watch.guard.answered(request)
-                say(f"stopped at iteration {self.iteration}: {request.why}")
-                _close(writers)
+                self._stop(request, metrics)
                 return request.exit_code
             metrics.go_on()
         self._validate(metrics)
-        self._save_last(metrics)
-        _close(writers)
+        self._finish(metrics)
         return EXIT_DONE
+
+    def _step(self, batches: list[Iterator[Batch]], batch_size: int) -> StepResult:
+        """Train on the next global batch and judge it."""
+        self._begin("a step")
+        self.judge.begin_step()
+        self.data.indices.before(self.consumed_samples, batch_size)
+        model, config = self.model, self.run.config
+        result = train_step(
+            model.chunks,
+            model.optimizer,
+            model.scheduler,
+            batches,
+            config,
+            batch_size,
+            len(dataset_names(self.run.schedule)),
+            self.judge.may_take,
+        )
+        if not result.updated and self.judge.verdict is Verdict.GOOD:
+            scale = float(model.optimizer.get_loss_scale())
+            is_finite = is_finite_on_all_ranks(result.sums)
+            self.judge.overflowed(config.optimizer, scale, is_finite)
+        self.iteration += 1
+        self.consumed_samples += batch_size
+        self.saver.may_remove = self.judge.may_save
+        return result
+
+    def _save_if_due(self, before: Moment, metrics: Metrics) -> None:
+        """Save where it is due; what is due while steps are bad is saved after the first good."""
+        self.saver.poll()
+        is_time = self._is_due(self.run.config.logging.log_interval)
+        is_due = self.saver.reason(before, self._moment(), is_time) is not None
+        self.save_is_due = self.save_is_due or is_due
+        if self.save_is_due and self.judge.may_save:
+            self._save(metrics)
+
+    def _stop(self, request: Request, metrics: Metrics) -> None:
+        """End on request, with a checkpoint unless steps are bad."""
+        why = f"stopped at iteration {self.iteration}: {request.why}"
+        if not self.judge.may_save:
+            why += f". {self._unsaved()}"
+        self._save_last(metrics, REMOVAL_SECONDS)
+        self.watch.guard.answered(request)
+        say(why)
+        metrics.end(self.iteration, self.consumed_samples, "stopped", request.why)
+
+    def _finish(self, metrics: Metrics) -> None:
+        """Save the end of the run.
+
+        Raises:
+            TrainingError: the run is not done: its last steps are bad, or iterations are missing.
+        """
+        self._save_last(metrics)
+        if not self.judge.may_save:
+            raise TrainingError(f"the run is not done at its last iteration. {self._unsaved()}")
+        planned = planned_iterations(self.run, self.sizes)
+        if self.iteration < planned:
+            raise TrainingError(
+                f"the run ended at iteration {self.iteration} of {planned}: its data is used up, "
+                f"since {count(self.run)} rollback(s) left out batches. It is saved in "
+                f"{self._newest_checkpoint()}. Give the folds more data to train on, or call it "
+                f"done with --train-iters {self.iteration}"
+            )
+        metrics.end(self.iteration, self.consumed_samples, "done", "all iterations are done")
 
     def learning_rate(self) -> float:
         """The rate that the next step applies."""
@@ -150,7 +210,16 @@ class Trainer:
 
     def _metrics(self, writers: Writers | None) -> Metrics:
         run = self.run
-        return Metrics(run.config, run.schedule, self.sizes, run.train_iters, self.device, writers)
+        return Metrics(
+            run.config,
+            run.schedule,
+            self.sizes,
+            run.train_iters,
+            self.device,
+            writers,
+            planned_iterations(run, self.sizes),
+            count(run),
+        )
 
     def _is_due(self, interval: int | None) -> bool:
         return interval is not None and (self.iteration % interval == 0)
@@ -190,15 +259,17 @@ class Trainer:
     def _moment(self) -> Moment:
         return Moment(self.iteration, self.consumed_samples)
 
-    def _save_last(self, metrics: Metrics) -> None:
-        """Have the run as it is now on disk."""
-        if self.run.config.checkpoint.save is not None and self.saver.saved != self.iteration:
+    def _save_last(self, metrics: Metrics, removal_seconds: float = PATIENCE_SECONDS) -> None:
+        """Have the run as it is now on disk, unless steps are bad."""
+        has_folder = self.run.config.checkpoint.save is not None
+        if has_folder and self.saver.saved != self.iteration and self.judge.may_save:
             self._save(metrics)
-        self.saver.close()
+        self.saver.close(removal_seconds)
 
     def _save(self, metrics: Metrics) -> None:
         run, model = self.run, self.model
         self._begin("a save")
+        self.save_is_due = False
         complete_parameters(model.chunks, run.config)
         progress = Progress(
             self.iteration,
@@ -209,28 +280,66 @@ class Trainer:
             metrics=metrics.last,
             fold_file=dump_fold_file(run.folds),
         )
-        counters = {METRICS: metrics.state_dict(), NORMS: list(self.judge.history)}
+        counters = {
+            METRICS: metrics.state_dict(),
+            NORMS: list(self.judge.history),
+            JUDGE: self.judge.state_dict(),
+        }
         state = RunState(model.chunks, model.optimizer, model.scheduler, counters)
         self.saver.save(state, progress)
 
-    def _tell_of(self, result: StepResult, batch_size: int, metrics: Metrics) -> None:
-        """Tell of a step with bad numbers.
-
-        Raises:
-            TrainingError: it was one too many.
-        """
+    def _tell_of(
+        self, result: StepResult, batch_size: int, metrics: Metrics, gives_up: bool
+    ) -> None:
+        """Report a step with bad numbers, on the first rank."""
         if distributed.is_first_rank():
             batch = range(self.consumed_samples - batch_size, self.consumed_samples)
-            words = describe_step(self.run, self.judge, self.iteration, batch, result.grad_norm)
+            norm = result.grad_norm
+            words = describe_step(self.run, self.judge, self.iteration, batch, norm, gives_up)
             say(f"warning: {words}")
             metrics.event("bad step", self.iteration, self.consumed_samples, why=words)
-        if self.judge.hopeless:
-            raise TrainingError(
-                f"iteration {self.iteration} was the last of too many bad steps in a row "
-                "(--max-bad-steps); the last checkpoint is untouched"
-            )
+
+    def _gives_up(self) -> bool:
+        """Whether a limit of bad steps, spikes or rollbacks is reached."""
+        recent = count_recent(self.run, self.sizes, self.iteration)
+        is_last = recent >= self.run.config.faults.max_rollbacks
+        return self.judge.hopeless or (self.judge.wants_rollback and is_last)
+
+    def _give_up(self, result: StepResult) -> None:
+        """End the run, its last good checkpoint being complete.
+
+        Raises:
+            TrainingError: always; it names the limit and the checkpoint.
+        """
+        self.saver.may_remove = False
+        self.saver.wait()
+        recent = count_recent(self.run, self.sizes, self.iteration)
+        why = describe_end(self.run, self.judge, self.iteration, result.grad_norm, recent)
+        raise TrainingError(f"{why}. {self._unsaved()}")
+
+    def _unsaved(self) -> str:
+        """What is said of a run that ends without being saved."""
+        newest, bad = self._newest_checkpoint(), self.judge.not_applied
+        kept = f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
+        if bad == 0:
+            return f"Nothing was saved since: {kept}"
+        steps = (
+            "step was not applied and is" if bad == 1 else f"{bad} steps were not applied and are"
+        )
+        return f"The last {steps} not saved; {kept}"
+
+    def _newest_checkpoint(self) -> Path | None:
+        """The newest checkpoint of the run, or the one that it started from."""
+        save = self.run.config.checkpoint.save
+        with suppress(UserError):  # the folder cannot be read
+            if save is not None and (iterations := manifests.complete_iterations(Path(save))):
+                tracked, _ = manifests.read_tracker(Path(save))
+                newest = tracked if tracked in iterations else iterations[-1]
+                return Path(save) / manifests.folder_name(newest)
+        return self.run.resume.folder if self.run.resume is not None else None
 
     def _rollback(self, batch_size: int) -> Rollback:
+        self.saver.wait()
         schedule, faults = self.run.schedule, self.run.config.faults
         first = self.sizes.consumed_after(max(0, self.iteration - faults.spike_skip_iterations))
         start = schedule.position(min(first, self.consumed_samples - batch_size))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import uuid
 from collections.abc import Mapping
@@ -80,10 +81,12 @@ class JsonLines:
             self._file.write(b"\n")
 
     def write(self, record: Record) -> None:
-        """Add a line at once: a run may end at any time."""
+        """Add a line at once: a run may end at any time. JSON has no NaN: it becomes null."""
         place = {"iteration": record.iteration, "consumed samples": record.consumed_samples}
-        entry = {**place, **record.values, **record.words}
-        self._file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+        numbers = {k: v if math.isfinite(v) else None for k, v in record.values.items()}
+        entry = {**place, **numbers, **record.words}
+        text = json.dumps(entry, ensure_ascii=False, allow_nan=False)
+        self._file.write(text.encode() + b"\n")
 
     def close(self) -> None:
         """Close the file."""

@@ -138,6 +138,33 @@ def nan_at(where: str, iteration: int, which: int) -> None:
     loader._share, step._update = shared, updated
 
 
+def nan_weight_at(what: str, iteration: int, which: int = 0) -> None:
+    """A weight of one rank is NaN from when the trainer begins something."""
+    if rank() == which:
+        strike(what, iteration, lambda trainer: _first(trainer).data.view(-1)[:1].fill_(_NAN))
+
+
+def gradients_times(factor: float, iteration: int) -> None:
+    """Gradients are larger, or NaN, in all steps after an iteration."""
+    from megatron_llmjp.training import step
+    from megatron_llmjp.training.trainer import Trainer
+
+    begin, update, hit = Trainer._begin, step._update, []
+
+    def begun(self: Any, phase: str) -> None:
+        begin(self, phase)
+        hit[:] = [self] if self.iteration >= iteration else []
+
+    def updated(*arguments: Any) -> Any:
+        for trainer in hit:
+            for chunk in trainer.model.chunks:
+                for parameter in chunk.parameters():
+                    parameter.main_grad.mul_(factor)
+        return update(*arguments)
+
+    Trainer._begin, step._update = begun, updated  # type: ignore[method-assign]
+
+
 _NAN = float("nan")
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.config.schema import FaultsConfig
+from megatron_llmjp.report.status import read_status
 from megatron_llmjp.training.bad_numbers import FEWEST, Judge, Verdict
 from tests.support.datasets import write_folds
 from tests.support.processes import run_ranks
@@ -70,9 +72,12 @@ def words(folds: Path, save: Path, *flags: object) -> list[str]:
 
 @pytest.mark.fault("a spike, with --spike-action rollback", "as if its batch had been left out")
 def test_a_spike_is_rolled_back(folds, tmp_path):
-    """As if its batch had been left out from the beginning."""
+    """As if its batch had been left out from the beginning; but the run lacks two iterations."""
     flags = ["--spike-action", "rollback", "--spike-skip-iterations", 2, "--save-interval", 20]
-    assert run_ranks(poison, 2, words(folds, tmp_path / "a", *flags), 1e4, None) == [0, 0]
+    assert run_ranks(poison, 2, words(folds, tmp_path / "a", *flags), 1e4, None) == [1, 1]
+    status = read_status(tmp_path / "a")
+    assert status.state == "failed" and "ended at iteration 28 of 30" in status.why
+    assert manifests.complete_iterations(tmp_path / "a") == [16, 20, 24, 28]
     plain = ["--skip-iterations", "22-23"]
     assert run_ranks(poison, 2, words(folds, tmp_path / "b", *plain), 1.0, None) == [0, 0]
     rolled, skipped = history(tmp_path / "a"), history(tmp_path / "b")

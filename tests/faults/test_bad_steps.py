@@ -1,0 +1,184 @@
+"""Steps that stay bad: the run ends with exit code 1, and its last good checkpoint is there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_llmjp.checkpoint import manifest as manifests
+from megatron_llmjp.errors import EXIT_DONE, EXIT_FAILURE, EXIT_REQUEUE
+from megatron_llmjp.report.status import read_status
+from tests.faults.forks import finish
+from tests.faults.stage import LAST, TINY
+from tests.support.datasets import write_folds
+from tests.support.proof import assert_whole
+from tests.support.training import arguments
+
+SAVE_ALL = ("--save-interval", 1, "--keep-last", 1, "--no-save-fold-ends")
+KEPT = "ends with exit code 1; its last good checkpoint is there and named"
+
+
+def records(save: Path) -> list[dict[str, Any]]:
+    """Of ``metrics.jsonl``, as strict JSON."""
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    lines = (save / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+def assert_failed(save: Path, errors: str, good: int, why: str) -> None:
+    """The run gave up; its last good checkpoint is the newest, and named."""
+    assert f"the last good checkpoint is {save / manifests.folder_name(good)}" in errors, errors
+    assert why in errors and "Traceback" not in errors
+    assert manifests.complete_iterations(save)[-1] == good
+    assert manifests.read_tracker(save) == (good, [])
+    assert_whole(save)
+    status = read_status(save)
+    assert status.state == "failed" and why in status.why
+
+
+@pytest.mark.fault(
+    "a NaN in one batch of a logged interval", "not in the mean; the checkpoint is resumed from"
+)
+@pytest.mark.parametrize("layout", ["alone", "dp2"])
+def test_one_nan_batch(stage, layout):
+    save = stage.folder("one-nan")
+    flags = ("--save-interval", 6, "--keep-last", 1, "--log-interval", 6, "--no-save-fold-ends")
+    fault = ("nan_at", "data", 3, 0)
+    code, _, errors = stage.run(layout, save, *flags, "--exit-interval", 6, fault=fault)
+    assert code == EXIT_REQUEUE, errors
+    last = [record for record in records(save) if "lm loss" in record][-1]
+    assert 4.0 < last["lm loss"] < 5.0 and last["grad norm"] > 0.0
+    assert (last["skipped iterations"], last["nan iterations"]) == (1, 1)
+    kept = manifests.read(save / "iter_0000006").metrics
+    assert kept["lm loss"] == last["lm loss"]
+    code, output, errors = stage.run(layout, save, *flags, "--verify-checkpoint")
+    assert code == EXIT_DONE, errors
+    assert f"going on from {save / 'iter_0000006'}" in output and "damaged" not in errors
+    assert manifests.complete_iterations(save) == [LAST]
+
+
+@pytest.mark.fault("a NaN in a weight, with --save-interval 1 --keep-last 1", KEPT)
+@pytest.mark.parametrize(
+    ("layout", "which"), [("alone", 0), ("alone-async", 0), ("dp2", 1), ("tp2-async", 1)]
+)
+def test_a_poisoned_model(stage, layout, which):
+    save = stage.folder("poisoned")
+    fault = ("nan_weight_at", "a step", 6, which)
+    code, _, errors = stage.run(layout, save, *SAVE_ALL, "--max-bad-steps", 3, fault=fault)
+    assert code == EXIT_FAILURE
+    assert_failed(save, errors, 6, "iteration 9 was the last of too many bad steps in a row")
+    stage.resume_and_prove(layout, save)
+
+
+@pytest.mark.fault("a NaN in a weight that no step has seen yet", KEPT)
+@pytest.mark.parametrize(("layout", "which"), [("alone", 0), ("tp2-async", 1)])
+def test_a_model_poisoned_as_it_is_saved(stage, layout, which):
+    """No step was bad when the save began."""
+    save = stage.folder("poisoned-save")
+    fault = ("nan_weight_at", "a save", 6, which)
+    code, _, errors = stage.run(layout, save, *SAVE_ALL, fault=fault)
+    assert code == EXIT_FAILURE
+    assert "the checkpoint of iteration 6 was not saved: " in errors
+    assert "holds NaN or Inf" in errors
+    assert_failed(save, errors, 5, "too many bad steps")
+    stage.resume_and_prove(layout, save)
+
+
+@pytest.mark.fault("a run that ends in bad steps", KEPT)
+def test_the_last_step_is_bad(stage):
+    """Not done: a restart repeats the step."""
+    save = stage.folder("last-bad")
+    code, _, errors = stage.run("alone", save, *SAVE_ALL, fault=("nan_at", "data", LAST - 1, 0))
+    assert code == EXIT_FAILURE
+    assert_failed(save, errors, LAST - 1, "the run is not done")
+    stage.resume_and_prove("alone", save)
+
+
+@pytest.mark.fault("a stop request amid bad steps", "exit code 3; nothing bad is saved")
+def test_a_stop_amid_bad_steps(stage):
+    save = stage.folder("stopped-bad")
+    fault = ("nan_at", "data", 5, 0)
+    code, output, errors = stage.run("alone", save, *SAVE_ALL, "--exit-interval", 6, fault=fault)
+    assert code == EXIT_REQUEUE, errors
+    assert f"the last good checkpoint is {save / 'iter_0000005'}" in output
+    assert manifests.complete_iterations(save) == [5] and read_status(save).state == "stopped"
+    stage.resume_and_prove("alone", save)
+
+
+FP16 = ("--fp16", "--initial-loss-scale", 1024)
+
+
+@pytest.mark.fault("fp16 with a permanent NaN", KEPT)
+@pytest.mark.parametrize(
+    ("fault", "flags", "last"),
+    [
+        pytest.param(("nan_weight_at", "a step", 4), FP16, 6, id="the loss is NaN"),
+        pytest.param(
+            ("gradients_times", float("nan"), 4),
+            (*FP16, "--max-overflow-steps", 3),
+            9,
+            id="a limit in a row",
+        ),
+        pytest.param(
+            ("gradients_times", float("nan"), 4),
+            (*FP16, "--min-loss-scale", 512, "--hysteresis", 1),
+            7,
+            id="the loss scale is at its floor",
+        ),
+        pytest.param(
+            ("gradients_times", float("nan"), 4), ("--fp16", "--loss-scale", 1024), 6, id="constant"
+        ),
+    ],
+)
+def test_fp16(stage, fault, flags, last):
+    """Overflows that lower the loss scale are no bad steps; they are saved after."""
+    save = stage.folder("fp16")
+    limit = ("--max-bad-steps", 2)
+    code, _, errors = stage.run("alone", save, *SAVE_ALL, *flags, *limit, fault=fault)
+    assert code == EXIT_FAILURE
+    assert_failed(save, errors, last - 2, f"iteration {last} was the last of too many bad steps")
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory) -> Path:
+    """A fold file of 40 iterations."""
+    return write_folds(tmp_path_factory.mktemp("long"), (40,), repeat=True)
+
+
+def run(folds: Path, save: Path, *flags: Any, fault: Any) -> tuple[int, str, str]:
+    common = ("--save", save, "--eval-iters", 0, *SAVE_ALL, *flags)
+    words = arguments("laptop-gpt2", folds, *common, **TINY)
+    return finish(words, save.with_suffix(".log"), fault)
+
+
+@pytest.mark.fault("gradient norms at a new level, with --spike-action skip", KEPT)
+def test_spikes_without_end(long, tmp_path):
+    """Saved is what the first skipped batch left; the next command line of the message works."""
+    save = tmp_path / "skip"
+    fault = ("gradients_times", 1000.0, 22)
+    code, output, errors = run(long, save, "--spike-action", "skip", fault=fault)
+    assert code == EXIT_FAILURE
+    why = "iteration 30 was one of too many skipped spikes (--max-spikes 8 among 128 steps)"
+    assert_failed(save, errors, 23, why)
+    assert "restart with --spike-action warn or a higher --spike-threshold than 10" in errors
+    assert "number of spikes:   1" in output
+    assert read_status(save).spikes == 7
+    code, _, errors = run(long, save, "--spike-action", "warn", fault=fault)
+    assert code == EXIT_DONE, errors
+    assert read_status(save).state == "finished" and read_status(save).iteration == 40
+
+
+@pytest.mark.fault("gradient norms at a new level, with --spike-action rollback", KEPT)
+def test_rollbacks_without_end(long, tmp_path):
+    save = tmp_path / "rollback"
+    flags = ("--spike-action", "rollback", "--spike-skip-iterations", 1, "--max-rollbacks", 2)
+    code, output, errors = run(long, save, *flags, fault=("gradients_times", 1000.0, 22))
+    assert code == EXIT_FAILURE
+    assert output.count("going back to the last checkpoint") == 2
+    assert_failed(save, errors, 22, "iteration 23 is a spike after 2 rollbacks (--max-rollbacks 2")
