@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from megatron_llmjp.data.batch_sizes import BatchSizes
 from megatron_llmjp.data.skips import Skips
 from megatron_llmjp.prepare import Run
-from megatron_llmjp.prepare_data import asked_iterations
+from megatron_llmjp.prepare_data import count_iterations
 
 WINDOW = 1000
 """Iterations in which ``max_rollbacks`` are allowed."""
@@ -40,13 +40,11 @@ def count_recent(run: Run, sizes: BatchSizes, iteration: int) -> int:
     return sum(run.schedule.skips.kept_before(end) >= first for _, end in _ranges(run).values())
 
 
-def planned_iterations(run: Run, sizes: BatchSizes) -> int:
+def planned_iterations(run: Run) -> int:
     """Iterations that the run would have without its rollbacks."""
     other = [r for words, r in run.past.skipped_iterations.items() if not _is_rollback(words)]
     by_user = Skips.of([*other, *(skip.samples for skip in run.folds.skip)])
-    possible, _ = sizes.iterations(run.schedule.skipping(by_user).total_samples)
-    asked = asked_iterations(run.config, sizes)
-    return possible if asked is None else min(asked, possible)
+    return count_iterations(run.config, run.schedule.skipping(by_user))[0]
 
 
 def _ranges(run: Run) -> dict[str, tuple[int, int]]:

@@ -177,7 +177,7 @@ class Trainer:
         self._save_last(metrics)
         if not self.judge.may_save:
             raise TrainingError(f"the run is not done at its last iteration. {self._unsaved()}")
-        planned = planned_iterations(self.run, self.sizes)
+        planned = planned_iterations(self.run)
         if self.iteration < planned:
             raise TrainingError(
                 f"the run ended at iteration {self.iteration} of {planned}: its data is used up, "
@@ -217,7 +217,7 @@ class Trainer:
             run.train_iters,
             self.device,
             writers,
-            planned_iterations(run, self.sizes),
+            planned_iterations(run),
             count(run),
         )
 
