@@ -62,6 +62,10 @@ class Problems:
 
 
 def suggest(name: str, possible: Iterable[str]) -> str:
-    """Return ``; did you mean 'x'?`` for the possible name nearest to ``name``, or nothing."""
-    near = difflib.get_close_matches(name, list(possible), n=1, cutoff=0.6)
-    return f"; did you mean '{near[0]}'?" if near else ""
+    """Return ``; did you mean 'x'?`` for the possible name nearest to ``name``, or nothing.
+
+    Dashes in front do not count: all flags share them.
+    """
+    names = {other.lstrip("-"): other for other in possible}
+    near = difflib.get_close_matches(name.lstrip("-"), names, n=1, cutoff=0.75)
+    return f"; did you mean '{names[near[0]]}'?" if near else ""

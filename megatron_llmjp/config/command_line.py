@@ -169,7 +169,9 @@ def _aliases(arguments: dict[str, Any]) -> dict[str, tuple[Any, str]]:
 
 
 def _renamed(name: str, value: Any) -> Any:
-    return RENAMED_VALUES.get(name, {}).get(value, value) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    return RENAMED_VALUES.get(name, {}).get(value.lower(), value)
 
 
 def flag_names() -> set[str]:

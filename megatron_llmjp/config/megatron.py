@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from megatron_llmjp.config.foreign_flags import FOREIGN
 from megatron_llmjp.config.load import Layers
 from megatron_llmjp.config.megatron_flags import CHOICES
+from megatron_llmjp.config.megatron_newer import NEWER
 from megatron_llmjp.config.megatron_refused import REFUSED, REFUSED_FAMILIES
 from megatron_llmjp.config.megatron_unused import NOT_NEEDED, NOT_NEEDED_FAMILIES
 from megatron_llmjp.config.schema import SECTION_OF
@@ -84,7 +87,7 @@ def explain(words: Sequence[str], possible: Iterable[str]) -> Explained:
         if flag in SETTLED:
             found.later[flag] = value
         elif flag in CHOICES:
-            choice = CHOICES[flag].values.get(value.removesuffix(".0"))
+            choice = CHOICES[flag].values.get(value.removesuffix(".0").lower())
             if isinstance(choice, dict):
                 found.sets |= {name: (sets, f"flag {flag}") for name, sets in choice.items()}
             elif choice is not None:
@@ -96,10 +99,28 @@ def explain(words: Sequence[str], possible: Iterable[str]) -> Explained:
         elif (why := _lookup(flag, NOT_NEEDED, NOT_NEEDED_FAMILIES)) is not None:
             found.notes.append(f"{flag} is not needed here: {why}")
         else:
-            known = [*possible, *SETTLED, *CHOICES]
-            problems.append(f"unknown flag {flag}{suggest(flag, known)} (--help lists all flags)")
+            problems.append(_unknown(flag, [*possible, *SETTLED, *CHOICES]))
     found.notes = list(dict.fromkeys(found.notes))
     return found
+
+
+def _unknown(flag: str, possible: Sequence[str]) -> str:
+    """What an unknown flag may be: another program's, a newer Megatron-LM's, or misspelt."""
+    if flag in FOREIGN:
+        return f"unknown flag {flag}; {FOREIGN[flag]} (--help lists all flags)"
+    if flag in NEWER:
+        return (
+            f"unknown flag {flag}: Megatron-LM has it since megatron-core {NEWER[flag]}, this "
+            f"program is built on {_core_version()}; leave it out"
+        )
+    return f"unknown flag {flag}{suggest(flag, possible)} (--help lists all flags)"
+
+
+def _core_version() -> str:
+    try:
+        return f"megatron-core {version('megatron-core')}"
+    except PackageNotFoundError:
+        return "an older one"
 
 
 def set_defaults(layers: Layers) -> None:

@@ -67,12 +67,16 @@ RENAMED: dict[str, str] = {
 
 RENAMED_VALUES: dict[str, dict[str, str]] = {
     # Megatron-DeepSpeed's: SentencePiece as it is, end of document </s>.
-    "tokenizer_type": {"JapaneseSentencePiece": "GPTSentencePieceTokenizer"},
+    "tokenizer_type": {"japanesesentencepiece": "GPTSentencePieceTokenizer"},
+    # Adam here is AdamW, as in Megatron-LM.
+    "optimizer": {"adamw": "adam"},
+    "position_embedding_type": {"rotary": "rope", "learned": "learned_absolute"},
 }
-"""By field, Megatron's name of a value and this program's."""
+"""By field, another program's name of a value, in lower case, and this program's."""
 
 _ONE_DATASET = "an .idx/.bin pair as preprocess_data writes it is the only kind"
-_DENSE = "models are dense"
+_DENSE = "the model is dense"
+_NO_EXPERTS = "mixture-of-experts models are not; only dense ones are"
 _ONE_GROUP = "the optimizer is sharded over the whole data-parallel group"
 _FP32_STATE = "main weights, gradients and moments are kept in fp32"
 
@@ -93,8 +97,8 @@ CHOICES: dict[str, Choice] = {
         {"single": "samples are read in the order of the schedule"},
         "leave it out: each epoch of a dataset is shuffled anew",
     ),
-    "--num-experts": Choice({"1": _DENSE}, "models are dense; leave it out"),
-    "--expert-model-parallel-size": Choice({"1": _DENSE}, "models are dense; leave it out"),
+    "--num-experts": Choice({"1": _DENSE}, _NO_EXPERTS),
+    "--expert-model-parallel-size": Choice({"1": _DENSE}, _NO_EXPERTS),
     "--ds-sequence-parallel-size": Choice(
         {"1": "sequences are whole"}, "split sequences with --sequence-parallel over TP"
     ),

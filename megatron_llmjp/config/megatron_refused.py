@@ -7,7 +7,7 @@ from __future__ import annotations
 
 _BY_REMEDY: dict[str, str] = {
     # model
-    "this part of a model is not built here; llm-jp's models do without it": """
+    "models with it are not supported": """
         --apply-layernorm-1p --squared-relu --quick-geglu --use-fused-weighted-squared-relu
         --apply-residual-connection-post-layernorm --fp32-residual-connection
         --rotary-interleaved --no-rope-freq --qk-layernorm --qk-l2-norm
@@ -19,7 +19,14 @@ _BY_REMEDY: dict[str, str] = {
         --kv-lora-rank --qk-head-dim --qk-pos-emb-head-dim --v-head-dim --rotary-scaling-factor
         --mscale --mscale-all-dim --cache-mla-latents --is-hybrid-model
         --disable-mamba-mem-eff-path --softmax-type --glu-linear-offset
-        --activation-func-clamp-value""",
+        --activation-func-clamp-value --attention-output-gate --experimental-attention-variant
+        --linear-conv-kernel-dim --linear-key-head-dim --linear-num-key-heads
+        --linear-num-value-heads --linear-value-head-dim --qk-clip --qk-clip-alpha
+        --qk-clip-threshold""",
+    "recompute activations with --recompute-granularity instead of moving them": """
+        --cpu-offloading-num-layers --fine-grained-activation-offloading
+        --min-offloaded-tensor-size --offload-modules""",
+    "use --deterministic-mode": "--batch-invariant-mode",
     "weights are drawn with --init-method-std": """
         --init-method-xavier-uniform --embedding-init-method-std --data-parallel-random-init""",
     "megatron-core's models are the only ones; leave it out": "--use-legacy-models",
@@ -38,7 +45,7 @@ _BY_REMEDY: dict[str, str] = {
         --indexer-batch-size --indexer-log-interval --query-in-block-prob
         --output-bert-embeddings --use-one-sent-docs --sample-rate --sft
         --sft-tokenizer-prompt-format --test-mode --inference --ds-inference
-        --perform-rl-step --max-tokens-to-oom --mlp-chunks-for-prefill""",
+        --perform-rl-step --max-tokens-to-oom --mlp-chunks-for-prefill --refit-method""",
     "distillation is not offered; leave it out": """
         --kd --kd-alpha-ce --kd-beta-ce --kd-temp --mos --hidden-size-teacher
         --num-attention-heads-teacher --num-layers-teacher --num-experts-teacher --load-teacher
@@ -49,7 +56,8 @@ _BY_REMEDY: dict[str, str] = {
         --no-fp8-wgrad --keep-fp8-transpose-cache
         --keep-fp8-transpose-cache-when-using-custom-fsdp
         --reuse-grad-buf-for-mxfp8-param-ag --kitchen-config-file --kitchen-recipe-number
-        --te-precision-config-file""",
+        --te-precision-config-file --kitchen-attention-backend --use-kitchen-attention
+        --disable-fp8-wgrad""",
     "leave it out: gradients are reduced and the loss is computed in fp32": """
         --grad-reduce-in-bf16 --fp16-lm-cross-entropy""",
     # processes
@@ -57,7 +65,8 @@ _BY_REMEDY: dict[str, str] = {
     "--pipeline-model-parallel-size": """
         --use-torch-fsdp2 --use-custom-fsdp --use-megatron-fsdp --fsdp-double-buffer
         --enable-full-sharding-in-hsdp --torch-fsdp2-no-reshard-after-forward
-        --no-strict-fsdp-dtensor-load --strict-fsdp-dtensor-load --fsdp-manual-registration
+        --no-strict-fsdp-dtensor-load --disable-strict-fsdp-dtensor-load
+        --strict-fsdp-dtensor-load --fsdp-manual-registration
         --outer-dp-sharding-strategy --remote-device --force-ds-sequence-parallel""",
     "leave it out: the optimizer runs where the model is, with fp32 state": """
         --optimizer-cpu-offload --optimizer-offload-fraction --overlap-cpu-optimizer-d2h-h2d
@@ -144,5 +153,8 @@ REFUSED_FAMILIES: dict[str, str] = {
     "--rl-": _ONLY_GPT,
     "--grpo-": _ONLY_GPT,
     "--langrl-": _ONLY_GPT,
+    "--no-rl-": _ONLY_GPT,
+    "--no-langrl-": _ONLY_GPT,
+    "--dsa-": "models with it are not supported",
 }
 """The beginning of a flag's name, and what to do instead of those that begin with it."""

@@ -22,17 +22,22 @@ _BY_REASON: dict[str, str] = {
         --cross-entropy-loss-fusion --cross-entropy-fusion-impl --disable-jit-fuser
         --memory-centric-tiled-linear --tile-factor --disable-bf16-reduced-precision-matmul
         --enable-experimental --enable-cuda-graph --external-cuda-graph --cuda-graph-scope
-        --cuda-graph-warmup-steps --cuda-graph-impl --te-rng-tracker --inference-rng-tracker""",
+        --cuda-graph-warmup-steps --cuda-graph-impl --use-te-activation-func
+        --te-rng-tracker --inference-rng-tracker""",
     "there are no experts in a dense model": """
         --expert-tensor-parallel-size --expert-interval --expert-parallel --topk
         --create-moe-param-group --disable-moe-token-dropping --use-tutel --mlp-type
         --overlap-moe-expert-parallel-comm
-        --enable-expert-tensor-parallelism""",
+        --enable-expert-tensor-parallelism --ep-overlap-early-attn-memory-release""",
     "--position-embedding-type says it": "--no-position-embedding",
     "initial weights depend on the seed and a tensor's name only, in every layout": """
         --use-cpu-initialization --no-initialization --init-model-with-meta-device""",
     "the vocabulary is padded for the layout; --padded-vocab-size overrides it": """
-        --use-tokenizer-model-from-checkpoint-args --no-use-tokenizer-model-from-checkpoint-args""",
+        --use-tokenizer-model-from-checkpoint-args --no-use-tokenizer-model-from-checkpoint-args
+        --disable-use-tokenizer-model-from-checkpoint-args""",
+    "it is for inference": """
+        --decode-only-cuda-graphs --enable-chunked-prefill --disable-chunked-prefill
+        --use-legacy-static-engine --max-seqlen-per-dp-cp-rank --no-inference-wandb-logging""",
     "the tokenizer's own files say it": """
         --tokenizer-metadata --tokenizer-hf-use-fast --no-tokenizer-hf-use-fast --legacy-tokenizer
         --tokenizer-special-tokens --tokenizer-hf-include-special-tokens
@@ -62,7 +67,10 @@ _BY_REASON: dict[str, str] = {
         --disable-tp-comm-split-rs --use-nccl-ub --disable-symmetric-registration --use-sharp
         --sharp-enabled-group --symmetric-ar-type --suggested-communication-unit-size
         --cp-comm-type --hierarchical-context-parallel-sizes
-        --distributed-timeout-seconds-after-init""",
+        --distributed-timeout-seconds-after-init --disable-async-tensor-model-parallel-allreduce
+        --disable-clone-scatter-output-in-embedding --no-tp-comm-bulk-dgrad
+        --no-tp-comm-bulk-wgrad --no-tp-comm-overlap-ag --no-tp-comm-overlap-rs
+        --no-tp-comm-split-ag --no-tp-comm-split-rs""",
     "gradients of bf16 and fp16 weights are accumulated and reduced in fp32": """
         --accumulate-allreduce-grads-in-fp32""",
     "saved activations are split over the tensor-parallel ranks by --sequence-parallel": """
@@ -90,6 +98,7 @@ _BY_REASON: dict[str, str] = {
         --result-rejected-tracker-filename""",
     "collecting garbage and memory is left to Python and PyTorch": """
         --manual-gc --manual-gc-interval --manual-gc-eval --no-manual-gc-eval
+        --disable-manual-gc-eval
         --empty-unused-memory-level --train-sync-interval""",
     "SIGTERM, SIGUSR1 and Ctrl-C always save a checkpoint and stop the run": """
         --exit-signal-handler --exit-signal --exit-signal-handler-for-dataloader""",
@@ -98,7 +107,8 @@ _BY_REASON: dict[str, str] = {
     # checkpoints
     "checkpoints are torch_dist and fit every layout; convert_checkpoint makes other formats": """
         --ckpt-format --dist-ckpt-format --use-dist-ckpt --auto-detect-ckpt-format
-        --ckpt-fully-parallel-save --no-ckpt-fully-parallel-save --ckpt-fully-parallel-load
+        --ckpt-fully-parallel-save --no-ckpt-fully-parallel-save
+        --disable-ckpt-fully-parallel-save --ckpt-fully-parallel-load
         --ckpt-assume-constant-structure --dist-ckpt-strictness --load-model-opt-format
         --dist-ckpt-optim-fully-reshardable --distrib-optim-fully-reshardable-mem-efficient
         --dist-ckpt-save-pre-mcore-014 --use-mp-args-from-checkpoint-args
@@ -117,7 +127,8 @@ _BY_REASON: dict[str, str] = {
         --log-throughput --log-batch-size-to-tensorboard --log-learning-rate-to-tensorboard
         --log-validation-ppl-to-tensorboard --log-loss-scale-to-tensorboard
         --log-memory-to-tensorboard --log-throughput-to-tensorboard --log-progress
-        --no-log-learnig-rate-to-tensorboard --no-log-loss-scale-to-tensorboard""",
+        --no-log-learnig-rate-to-tensorboard --no-log-loss-scale-to-tensorboard
+        --disable-log-loss-scale-to-tensorboard""",
     "tensorboard events are written with each log line (--log-interval)": """
         --tensorboard-log-interval --tensorboard-queue-size""",
     "it is not logged: reading it each step would hold up the GPU": """

@@ -10,8 +10,10 @@ from megatron_llmjp.config import megatron
 from megatron_llmjp.config.checks import check
 from megatron_llmjp.config.command import Mode
 from megatron_llmjp.config.command_line import flag_names, parse
+from megatron_llmjp.config.foreign_flags import FOREIGN
 from megatron_llmjp.config.load import Layers, build, changed, differences, read_config
 from megatron_llmjp.config.megatron_flags import CHOICES
+from megatron_llmjp.config.megatron_newer import NEWER
 from megatron_llmjp.config.megatron_refused import REFUSED, REFUSED_FAMILIES
 from megatron_llmjp.config.megatron_unused import NOT_NEEDED, NOT_NEEDED_FAMILIES
 from megatron_llmjp.errors import UserError
@@ -154,6 +156,18 @@ MEANINGS = {
     "--config laptop-llama --tokenizer-type NullTokenizer --vocab-size 500": {"vocab_size": 500},
     "--save-retain-interval 1000": {"keep_last": 1, "keep_every": 1000},
     "--pretrained-checkpoint a --save b": {"load": "a", "finetune": True, "save": "b"},
+    # words that are chosen from are accepted in any case
+    "--normalization rmsnorm --optimizer Adam --lr-decay-style wsd --lr-wsd-decay-style LINEAR": {
+        "normalization": "RMSNorm", "optimizer": "adam", "lr_decay_style": "WSD",
+        "lr_wsd_decay_style": "linear",
+    },
+    "--position-embedding-type ROPE --activation-function SwiGLU --distributed-backend NCCL": {
+        "position_embedding_type": "rope", "activation_function": "swiglu",
+    },
+    "--tokenizer-type llama2tokenizer --recompute-granularity Selective --optimizer AdamW": {
+        "tokenizer_type": "Llama2Tokenizer", "recompute_granularity": "selective",
+        "optimizer": "adam",
+    },
 }  # fmt: skip
 
 
@@ -164,9 +178,20 @@ def test_meaning(flags):
     assert {name: values[name] for name in MEANINGS[flags]} == MEANINGS[flags]
 
 
+def test_names_of_other_programs_are_not_ours():
+    """A flag is explained as another program's or a newer release's only where it is no other."""
+    fields = flag_names()
+    for table in (FOREIGN, NEWER):
+        assert [flag for flag in table if kinds(flag, fields)] == []
+        assert [flag for flag in table if flag in NAMES] == []
+    assert not set(FOREIGN) & set(NEWER)
+    meant = {words.split("'")[1] for words in FOREIGN.values() if words.startswith("did you mean")}
+    assert meant <= fields
+
+
 REFUSALS = {
     "--zero-stage 3": "--zero-stage 3 is not supported: ZeRO 2 and 3 are not offered; use",
-    "--num-experts 8": "--num-experts 8 is not supported: models are dense",
+    "--num-experts 8": "--num-experts 8 is not supported: mixture-of-experts models are",
     "--fp8-format hybrid": "--fp8-format is not supported: train in --bf16",
     "--no-load-optim": "--no-load-optim is not supported: start from weights alone with --finetune",
     "--vocab-file gpt2-vocab.json": "HuggingFaceTokenizer",
@@ -174,6 +199,22 @@ REFUSALS = {
     "--num-layers-per-virtual-pipeline-stage 3": "4 layers do not divide into chunks of 3",
     "--tensor-parallel-size 2": "did you mean '--tensor-model-parallel-size'?",
     "--data-impl lazy": "make the data anew with preprocess_data",
+    # names of other programs, and of newer releases of Megatron-LM
+    "--learning-rate 1e-3": "unknown flag --learning-rate; did you mean '--lr'?",
+    "--batch-size 8": "--batch-size is not supported: use --micro-batch-size and",
+    "--max-seq-len 8": "did you mean '--seq-length'?",
+    "--num_heads 8": "unknown flag --num-heads; did you mean '--num-attention-heads'?",
+    "--lr-scheduler cosine": "did you mean '--lr-decay-style'?",
+    "--gradient-accumulation-steps 8": "it follows from --global-batch-size",
+    "--per_device_train_batch_size 8": "did you mean '--micro-batch-size'?",
+    "--max-steps 8": "did you mean '--train-iters'?",
+    "--warmup-steps 8": "did you mean '--lr-warmup-iters'?",
+    "--use-mup": "Megatron-LM has it since megatron-core 0.17, this program is built on",
+    "--step-batch-size-schedule x": "Megatron-LM has it since megatron-core 0.18",
+    "--enable-mhc-connections": "Megatron-LM has it since megatron-core 0.20",
+    "--bananas 8": "unknown flag --bananas (--help lists all flags)",
+    "--lerning-rte 8": "unknown flag --lerning-rte (--help lists all flags)",
+    "--normalization BatchNorm": "expected 'RMSNorm' or 'LayerNorm'",
 }
 
 
