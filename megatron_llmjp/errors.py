@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 EXIT_DONE = 0
 EXIT_FAILURE = 1
@@ -69,3 +71,14 @@ def suggest(name: str, possible: Iterable[str]) -> str:
     names = {other.lstrip("-"): other for other in possible}
     near = difflib.get_close_matches(name.lstrip("-"), names, n=1, cutoff=0.75)
     return f"; did you mean '{names[near[0]]}'?" if near else ""
+
+
+def download_hint(path: Path) -> str:
+    """Return how to download what looks like a name on the Hugging Face Hub, or nothing."""
+    name = str(path)
+    if path.exists() or re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is None:
+        return ""
+    return (
+        ". If it is a repository of the Hugging Face Hub, download it first, with "
+        f"`hf download {name} --local-dir {path.name}`, and give {path.name}"
+    )

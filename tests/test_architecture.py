@@ -10,7 +10,7 @@ from tests.support.processes import ROOT
 
 FLOORS = [
     {"errors", "numbers", "system"},
-    {"file_lock"},
+    {"file_lock", "yaml_text"},
     {"config", "tokenizers"},
     {"runtime"},
     {"data", "model"},

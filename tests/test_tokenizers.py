@@ -29,6 +29,24 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
+def test_a_tokenizer_of_the_other_kind_names_its_type(folder, tmp_path):
+    model, other = folder / "tokenizer.model", folder / "tokenizer.json"
+    (tmp_path / "tokenizer.model").write_bytes(model.read_bytes())
+    sentence_piece = "is read with --tokenizer-type SentencePieceTokenizer"
+    hugging_face = "is read with --tokenizer-type HuggingFaceTokenizer --tokenizer-model"
+    wrong = [
+        ("HuggingFaceTokenizer", model, sentence_piece),
+        ("HuggingFaceTokenizer", tmp_path, sentence_piece),
+        ("SentencePieceTokenizer", other, f"{hugging_face} {other}"),
+        ("Llama2Tokenizer", folder, f"{hugging_face} {folder}"),
+        ("Llama2Tokenizer", tmp_path, f"give {tmp_path / 'tokenizer.model'}"),
+    ]
+    for kind, path, words in wrong:
+        with pytest.raises(UserError) as error:
+            load_tokenizer(kind, path)
+        assert words in str(error.value), str(error.value)
+
+
 def write_words(path: Path, vocabulary: dict[str, int]) -> tokenizers.Tokenizer:
     """Save a Hugging Face tokenizer of whole words."""
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))

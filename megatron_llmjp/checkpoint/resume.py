@@ -15,7 +15,7 @@ from megatron_llmjp.config.load import FROZEN_AT_RESUME, changed, differences, l
 from megatron_llmjp.config.schema import Config, LoggingConfig, OptimizerConfig
 from megatron_llmjp.data.batch_sizes import BatchSizes
 from megatron_llmjp.data.folds import Schedule
-from megatron_llmjp.errors import UserError
+from megatron_llmjp.errors import UserError, download_hint
 
 _OF_NO_CONSEQUENCE = {
     *(
@@ -75,7 +75,7 @@ def find(config: Config, damaged: Mapping[str, str]) -> Resume | None:
         reason = (
             "\n".join(bad)
             or not_ours(root)
-            or f"--load {root}: no complete checkpoint (iter_*) was found"
+            or f"--load {root}: no complete checkpoint (iter_*) was found{download_hint(root)}"
         )
         raise UserError(reason)
     return None

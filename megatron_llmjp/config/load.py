@@ -7,6 +7,7 @@ Every value remembers where it came from, so that a message can say "run.yaml, l
 from __future__ import annotations
 
 import difflib
+import reprlib
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -16,7 +17,8 @@ import yaml
 from pydantic import ValidationError
 
 from megatron_llmjp.config.schema import SECTION_OF, SECTIONS, Config, DataConfig, ModelConfig
-from megatron_llmjp.errors import UserError, suggest
+from megatron_llmjp.errors import Problems, UserError, suggest
+from megatron_llmjp.yaml_text import Written, parse_yaml, read_yaml
 
 UNITS: tuple[tuple[str, ...], ...] = (
     ("train_iters", "train_samples"),
@@ -72,7 +74,7 @@ def read_preset(layers: Layers, name: str, origin: str) -> None:
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names
         raise UserError(f"{origin}: there is no preset or file '{name}'; try {', '.join(near)}")
     text = (resources.files("megatron_llmjp.config") / "presets" / f"{name}.yaml").read_text()
-    _add_yaml(layers, text, f"preset {name}")
+    _add_yaml(layers, parse_yaml(text, f"preset {name}"))
 
 
 def read_file(layers: Layers, path: Path) -> None:
@@ -81,11 +83,7 @@ def read_file(layers: Layers, path: Path) -> None:
     Raises:
         UserError: the file cannot be read, is not YAML, or has an unknown key.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a configuration: {error}") from error
-    _add_yaml(layers, text, str(path))
+    _add_yaml(layers, read_yaml(path, "configuration"))
 
 
 def read_config(name_or_path: str, layers: Layers) -> None:
@@ -176,44 +174,41 @@ FROZEN_AT_RESUME: tuple[str, ...] = (
 """Fields that would silently change a run: a resume with another value is refused."""
 
 
-def _add_yaml(layers: Layers, text: str, source: str) -> None:
+def _add_yaml(layers: Layers, written: Written) -> None:
     """Add a YAML text; sections hold fields, ``preset`` names what it builds on."""
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
-    if root is None:
-        return
-    if not isinstance(root, yaml.MappingNode):
+    sections = dict(written.data)
+    problems = Problems()
+    if "preset" in sections:
+        where, name = written.where(("preset",)), sections.pop("preset")
+        if not isinstance(name, str):
+            raise UserError(f"{where}: preset: expected a name, found {reprlib.repr(name)}")
+        read_preset(layers, name, where)
+    for name, fields in sections.items():
+        with problems.collect():
+            _add_section(layers, name, fields, written)
+    problems.report()
+
+
+def _add_section(layers: Layers, section: str, fields: Any, written: Written) -> None:
+    where = written.where((section,))
+    if section not in SECTIONS:
+        possible = [*SECTIONS, "preset"]
         raise UserError(
-            f"{source}: expected sections ({', '.join(SECTIONS)}), found a list or text"
+            f"{where}: unknown section '{section}'{suggest(section, possible)}; "
+            f"possible: {', '.join(possible)}"
         )
-    entries = {key.value: (key, node) for key, node in root.value}
-    if "preset" in entries:
-        key, node = entries.pop("preset")
-        read_preset(layers, str(node.value), f"{source}, line {key.start_mark.line + 1}")
-    for name, (key, node) in entries.items():
-        where = f"{source}, line {key.start_mark.line + 1}"
-        if name not in SECTIONS:
-            possible = [*SECTIONS, "preset"]
-            raise UserError(
-                f"{where}: unknown section '{name}'{suggest(name, possible)}\n"
-                f"  possible: {', '.join(possible)}"
-            )
-        if not isinstance(node, yaml.MappingNode):
-            raise UserError(f"{where}: section '{name}' must hold fields, as `name: value` lines")
-        _add_section(layers, name, node, source)
-
-
-def _add_section(layers: Layers, section: str, node: yaml.MappingNode, source: str) -> None:
-    values = yaml.SafeLoader("").construct_document(node)
-    for key, _ in node.value:
-        where = f"{source}, line {key.start_mark.line + 1}"
-        if key.value not in SECTIONS[section].model_fields:
-            home = SECTION_OF.get(key.value)
-            hint = f"; it belongs to section '{home}'" if home else suggest(key.value, SECTION_OF)
-            raise UserError(f"{where}: unknown key '{key.value}' in section '{section}'{hint}")
-        layers.set(key.value, values[key.value], where)
+    if not isinstance(fields, dict):
+        raise UserError(f"{where}: section '{section}' must hold fields, as `name: value` lines")
+    problems = Problems()
+    for name, value in fields.items():
+        where = written.where((section, name))
+        if name in SECTIONS[section].model_fields:
+            layers.set(name, value, where)
+            continue
+        home = SECTION_OF.get(name)
+        hint = f"; it belongs to section '{home}'" if home else suggest(name, SECTION_OF)
+        problems.lines.append(f"{where}: unknown key '{name}' in section '{section}'{hint}")
+    problems.report()
 
 
 def _describe(error: Any, layers: Layers) -> str:
@@ -223,4 +218,4 @@ def _describe(error: Any, layers: Layers) -> str:
         return f"{name} is missing: give --{name.replace('_', '-')} or a preset that has it"
     origin = layers.origin.get(name, "configuration")
     message = error["msg"].replace("Input should be", "expected").removeprefix("Value error, ")
-    return f"{origin}: {name} = {error['input']!r}: {message}"
+    return f"{origin}: {name} = {reprlib.repr(error['input'])}: {message}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_llmjp.convert import engine, megatron_deepspeed, megatron_lm, optimizer_state
-from megatron_llmjp.convert.detect import detect, planner, reader
+from megatron_llmjp.convert.detect import check_is_folder, detect, planner, reader
 from megatron_llmjp.convert.formats import Options, Source
 from megatron_llmjp.convert.plan import Copy, Output
 from megatron_llmjp.errors import UserError
@@ -72,6 +72,7 @@ def prepare(source_format: str | None, target: str, path: Path, options: Options
     Raises:
         UserError: the source is not whole, or the target cannot hold it.
     """
+    check_is_folder(path)
     source = open_source(source_format or detect(path), path, options).check()
     if options.vocab_size is not None:
         if options.vocab_size > source.rows:

@@ -15,7 +15,7 @@ from megatron_llmjp.checkpoint.recognize import (
 )
 from megatron_llmjp.convert.formats import FORMATS, Options, Source
 from megatron_llmjp.convert.plan import Output
-from megatron_llmjp.errors import UserError
+from megatron_llmjp.errors import UserError, download_hint
 
 
 def detect(path: Path) -> str:
@@ -24,12 +24,7 @@ def detect(path: Path) -> str:
     Raises:
         UserError: it is none that is known.
     """
-    if not path.is_dir():
-        raise UserError(
-            f"--input {path}: is not a folder"
-            if path.exists()
-            else f"--input {path}: does not exist"
-        )
+    check_is_folder(path)
     if complete_iterations(path):
         return NATIVE
     found = recognize(path) or next(reversed(checkpoints(path)), None)
@@ -44,6 +39,18 @@ def detect(path: Path) -> str:
         f"{path}: holds no checkpoint of a known format; say --from "
         f"{'|'.join(FORMATS)} to learn what is missing"
     )
+
+
+def check_is_folder(path: Path) -> None:
+    """Refuse an ``--input`` that is no folder.
+
+    Raises:
+        UserError: it is a file, or does not exist.
+    """
+    if path.is_file():
+        raise UserError(f"--input {path}: is not a folder")
+    if not path.is_dir():
+        raise UserError(f"--input {path}: does not exist{download_hint(path)}")
 
 
 def reader(name: str) -> Callable[[Path], Source]:

@@ -15,8 +15,8 @@ from megatron_llmjp.data.fold_file import (
     Source,
     ValidationSet,
 )
-from megatron_llmjp.data.fold_yaml import Written
 from megatron_llmjp.errors import suggest
+from megatron_llmjp.yaml_text import Written
 
 READERS_KEYS = ("include", "root", "blends")
 """Keys of a fold file that the reader resolves."""

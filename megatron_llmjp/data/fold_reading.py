@@ -25,8 +25,8 @@ from pydantic import ValidationError
 
 from megatron_llmjp.data.fold_errors import READERS_KEYS, describe
 from megatron_llmjp.data.fold_file import FoldFile
-from megatron_llmjp.data.fold_yaml import At, Written, read_yaml
 from megatron_llmjp.errors import UserError, suggest
+from megatron_llmjp.yaml_text import At, Written, read_yaml
 
 
 def read_fold_file(path: Path) -> FoldFile:
@@ -38,7 +38,7 @@ def read_fold_file(path: Path) -> FoldFile:
     library = _Library()
     main = library.read(path, "fold file", ())
     data = {key: value for key, value in main.data.items() if key not in READERS_KEYS}
-    whole = Written(path, data, main.lines)
+    whole = Written(str(path), data, main.lines)
     for at, holder in _holders(data):
         if isinstance(holder.get("blend"), (str, list)):
             holder["blend"] = library.blend(holder["blend"], whole, (*at, "blend"))
@@ -76,10 +76,11 @@ class _Library:
         written = read_yaml(path, named_by)
         _resolve_paths(written)
         self.files.add(path.resolve())
-        names = written.data.get("include") or []
-        for number, name in enumerate([names] if isinstance(names, str) else names):
+        for number, name in enumerate(_texts(written.data.get("include") or [])):
             at = written.where(("include", number))
-            other = path.parent / str(name)
+            if not isinstance(name, str):
+                raise UserError(f"{at}: include: expected a file or a list of files, found {name}")
+            other = path.parent / name
             chain = (*including, path)
             if other.resolve() in {file.resolve() for file in chain}:
                 circle = " -> ".join(map(str, (*chain, other)))
@@ -119,8 +120,8 @@ class _Library:
             UserError: a blend is unknown, or two of them hold a dataset of the same name.
         """
         found: dict[str, Any] = {}
-        for name in [names] if isinstance(names, str) else names:
-            if name not in self.blends:
+        for name in _texts(names):
+            if not isinstance(name, str) or name not in self.blends:
                 raise UserError(
                     f"{whole.where(at)}: there is no blend named '{name}'"
                     f"{suggest(str(name), self.blends)} (known: {', '.join(self.blends) or 'none'};"
@@ -139,10 +140,18 @@ class _Library:
         return found
 
 
+def _texts(value: Any) -> list[Any]:
+    """One text or a list of them as a list."""
+    return value if isinstance(value, list) else [value]
+
+
 def _resolve_paths(written: Written) -> None:
     """Put the file's root before every path in it, once for each mapping that anchors share."""
     data = written.data
-    root = written.path.parent / str(data.get("root") or "")
+    root_text = data.get("root") or ""
+    if not isinstance(root_text, str):
+        raise UserError(f"{written.where(('root',))}: root: expected a folder, found {root_text}")
+    root = Path(written.source).parent / root_text
     done: set[int] = set()
     blends = data.get("blends")
     holders = [holder for _, holder in _holders(data)]

@@ -130,12 +130,27 @@ def read_index(prefix: str | Path) -> Index:
     return index
 
 
+def _text_file(path: str) -> str | None:
+    """The path without its suffixes, if they are those of preprocess_data's input."""
+    for suffix in (".jsonl", ".json", ".parquet"):
+        for packed in ("", ".gz", ".zst", ".bz2", ".xz"):
+            if path.endswith(suffix + packed):
+                return path.removesuffix(suffix + packed)
+    return None
+
+
 def _existing(prefix: str | Path) -> Path:
     path = idx_path(prefix)
     for missing, other in ((path, bin_path(prefix)), (bin_path(prefix), path)):
         if missing.is_file():
             continue
         hint = "Expected the path without .bin or .idx, such as data/ja_text_document."
+        if text := _text_file(str(prefix)):
+            hint = (
+                f"{prefix} is text, and datasets hold tokens. Make one, and give its path: "
+                f"preprocess_data --input {prefix} --output-prefix {text} --append-eod "
+                f"--tokenizer-type TYPE --tokenizer-model MODEL makes {text}_text_document"
+            )
         if str(prefix).endswith((".bin", ".idx")):
             hint = f"Give the path without its suffix: {str(prefix)[:-4]}"
         elif other.is_file():

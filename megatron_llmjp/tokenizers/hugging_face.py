@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from megatron_llmjp.errors import UserError
+from megatron_llmjp.errors import UserError, download_hint
 from megatron_llmjp.tokenizers.base import Ids, Tokenizer
 
 COMPANIONS = (
@@ -150,7 +150,8 @@ def _added(token: Any, special: bool = False) -> tokenizers.AddedToken:
 
 def _load(given: Path, json_file: Path) -> tokenizers.Tokenizer:
     if not json_file.is_file():
-        what = "does not exist" if not given.exists() else "holds no tokenizer.json"
+        missing = f"does not exist{download_hint(given)}"
+        what = missing if not given.exists() else "holds no tokenizer.json"
         raise UserError(
             f"--tokenizer-model {given}: {what}. Expected a tokenizer.json or a folder with one "
             "(a fast tokenizer; for a SentencePiece *.model use SentencePieceTokenizer)."

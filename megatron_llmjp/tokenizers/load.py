@@ -49,6 +49,7 @@ def load_tokenizer(
         return NullTokenizer(vocab_size)
     if not tokenizer_model:
         raise UserError(f"--tokenizer-type {tokenizer_type} needs --tokenizer-model PATH")
+    _check_kind(tokenizer_type, Path(tokenizer_model))
     if tokenizer_type == "HuggingFaceTokenizer":
         from megatron_llmjp.tokenizers.hugging_face import HuggingFaceTokenizer
 
@@ -61,3 +62,44 @@ def load_tokenizer(
         "Llama2Tokenizer": spm.Llama2Tokenizer,
     }[tokenizer_type]
     return model_class(Path(tokenizer_model))
+
+
+def _check_kind(tokenizer_type: str, path: Path) -> None:
+    """Refuse a file of the other kind, whose content neither library can explain.
+
+    Raises:
+        UserError: a SentencePiece model for HuggingFaceTokenizer, or a tokenizer.json or a folder
+            for one of the SentencePiece types.
+    """
+    given = f"--tokenizer-type {tokenizer_type} --tokenizer-model {path}"
+    if tokenizer_type == "HuggingFaceTokenizer":
+        models = [path] if path.is_file() and not _is_json(path) else []
+        if path.is_dir() and not (path / "tokenizer.json").is_file():
+            models = sorted(path.glob("*.model"))
+        if models:
+            raise UserError(
+                f"{given}: {models[0].name} is no tokenizer.json. A SentencePiece model is read "
+                f"with --tokenizer-type {_SENTENCE_PIECE} --tokenizer-model {models[0]}"
+            )
+        return
+    if path.is_dir():
+        models = sorted(path.glob("*.model"))
+        if (path / "tokenizer.json").is_file():
+            raise UserError(f"{given}: a Hugging Face folder is read with {_hugging_face(path)}")
+        hint = f"give {models[0]}" if models else "give the *.model file"
+        raise UserError(f"{given}: expected a SentencePiece model, found a folder: {hint}")
+    if path.is_file() and _is_json(path):
+        raise UserError(f"{given}: a tokenizer.json is read with {_hugging_face(path)}")
+
+
+_SENTENCE_PIECE = "SentencePieceTokenizer (or Llama2Tokenizer, GPTSentencePieceTokenizer)"
+
+
+def _hugging_face(path: Path) -> str:
+    return f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {path}"
+
+
+def _is_json(path: Path) -> bool:
+    """Whether a file begins as JSON does; a SentencePiece model is binary."""
+    with path.open("rb") as file:
+        return file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"{"

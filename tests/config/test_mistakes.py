@@ -95,6 +95,12 @@ FLAGS = {
     "--tokenizer-type SentencePieceTokenizer": ["SentencePieceTokenizer", "--tokenizer-model"],
     "--tokenizer-type SentencePieceTokenizer --tokenizer-model no.model": ["no.model"],
     "--load nothing": ["--load nothing: no complete checkpoint"],
+    "--load llm-jp/llm-jp-3-1.8b": [
+        "no complete checkpoint", "`hf download llm-jp/llm-jp-3-1.8b --local-dir llm-jp-3-1.8b`",
+    ],
+    "--tokenizer-type HuggingFaceTokenizer --tokenizer-model llm-jp/llm-jp-3-1.8b": [
+        "does not exist", "`hf download llm-jp/llm-jp-3-1.8b",
+    ],
     "--save-interval 5": ["save_interval needs save"],
     "--bf16 --fp16": ["bf16 and fp16 exclude each other"],
     "--virtual-pipeline-model-parallel-size 2": ["needs pipeline_model_parallel_size of 2"],
@@ -127,7 +133,7 @@ YAML = {
     "preset: laptop-llama\n\noptimizer:\n  lr: fast\n": "line 4: lr = 'fast': expected a valid",
     "preset: lapto-llama\n": "line 1: there is no preset or file 'lapto-llama'; try laptop-llama",
     "preset: laptop-llama\ntraining: 5\n": "line 2: section 'training' must hold fields",
-    "- 1\n": "expected sections",
+    "- 1\n": "expected keys and values, found a list",
     "model: [\n": "not valid YAML",
     "model:\n  num_layers: 2\n  hidden_size: 8\n": "num_attention_heads is missing",
 }  # fmt: skip
@@ -158,6 +164,12 @@ def test_data(folder, tmp_path, fails):
     (folder / "cut.idx").write_bytes((folder / "ja.idx").read_bytes())
     (folder / "cut.bin").write_bytes((folder / "ja.bin").read_bytes()[:-2])
     assert "cut.bin" in refused(path="cut")
+    for text in ("corpus/ja.jsonl", "corpus/ja.jsonl.zst", "corpus/ja.parquet"):
+        message = refused(path=text)
+        assert f"{text} is text, and datasets hold tokens" in message
+        made = folder / "corpus/ja"
+        assert f"preprocess_data --input {folder / text} --output-prefix {made} " in message
+        assert f"makes {made}_text_document" in message
     message = fails(*arguments("laptop-llama", folder / "none.yaml"))
     assert str(folder / "none.yaml") in message
     (folder / "length.yaml").write_text(yaml.safe_dump({**content, "sequence_length": 64}))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -12,7 +11,6 @@ from tests.convert.hf_models import gpt2, llama
 
 
 def test_help_answers_without_torch(tmp_path):
-    begin = time.monotonic()
     program = (
         "import sys; from megatron_llmjp.convert.cli import main\n"
         "try: main(['--help'])\n"
@@ -24,7 +22,6 @@ def test_help_answers_without_torch(tmp_path):
     assert done.returncode == 0
     assert "convert_checkpoint --from native --to hf" in done.stdout
     assert done.stdout.endswith("False\n")
-    assert time.monotonic() - begin < 3
 
 
 @pytest.mark.parametrize(
@@ -33,6 +30,10 @@ def test_help_answers_without_torch(tmp_path):
         (["--to", "hf", "--ouput", "x"], "unknown flag --ouput; did you mean '--output'?"),
         (["--to", "huggingface", "--input", "a", "--output", "b"], "invalid choice"),
         (["--to", "hf", "--input", "nowhere", "--output", "b"], "nowhere: does not exist"),
+        (
+            ["--to", "native", "--from", "hf", "--input", "llm-jp/llm-jp-3-150m", "--output", "b"],
+            "`hf download llm-jp/llm-jp-3-150m --local-dir llm-jp-3-150m`, and give llm-jp-3-150m",
+        ),
         (["--to", "hf", "--input", ".", "--output", "b", "--workers", "0"], "positive whole"),
         (["--to", "hf", "--input", ".", "--output", "b", "--max-shard-size", "5 tons"], "5GB"),
         (["--to", "hf", "--output", "b"], "--input"),

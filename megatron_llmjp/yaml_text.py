@@ -1,0 +1,165 @@
+"""YAML text -> plain data that remembers on which line each of its parts was written.
+
+Every YAML file that a user writes is read here: configurations and fold files. Only plain data is
+accepted: mappings with text as keys, lists, and scalars.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import yaml
+
+from megatron_llmjp.errors import UserError
+
+At: TypeAlias = "tuple[str | int, ...]"
+"""A place in nested data: keys of mappings and numbers in lists, outermost first."""
+
+_STANDARD = "tag:yaml.org,2002:"
+_MERGE = _STANDARD + "merge"
+_PLAIN = {
+    _STANDARD + name
+    for name in ("map", "seq", "str", "int", "float", "bool", "null", "timestamp", "merge")
+}
+LARGEST = 300_000
+"""Values in a file, those of aliases counted each time: a few nested aliases make billions."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """The contents of a file."""
+
+    source: str
+    """The file, or what else holds the text."""
+    data: dict[str, Any]
+    lines: dict[At, str]
+    """``file, line N`` of every key and list entry."""
+
+    def where(self, at: tuple[Any, ...]) -> str:
+        """The place nearest to ``at`` that was written."""
+        for end in range(len(at), 0, -1):
+            if at[:end] in self.lines:
+                return self.lines[at[:end]]
+        return self.source
+
+
+def read_yaml(path: Path, named_by: str) -> Written:
+    """Read a file that holds one mapping.
+
+    Args:
+        path: the file.
+        named_by: what names it, for the message when it cannot be read.
+
+    Raises:
+        UserError: it cannot be read, or as for :func:`parse_yaml`.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{named_by} {path} cannot be read: {error}") from None
+    return parse_yaml(text, str(path))
+
+
+def parse_yaml(text: str, source: str) -> Written:
+    """Parse a text that holds one mapping, or nothing.
+
+    Args:
+        text: the YAML.
+        source: the file, for messages.
+
+    Raises:
+        UserError: it is not YAML or no mapping; a key is not text or occurs twice in a mapping; it
+            has a tag for other than plain data, or aliases that contain themselves or multiply.
+    """
+    loader = yaml.SafeLoader("")
+    try:
+        loader = yaml.SafeLoader(text)
+        loader.name = source  # in the marks of nodes and errors
+        root = loader.get_single_node()
+        # First, as constructing puts the contents of merge keys in their place.
+        written = _places(root, source)
+        data = loader.construct_document(root) if root is not None else {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UserError(f"{source}: not valid YAML: it is nested too deeply") from None
+    except ValueError as error:  # of a date or number that looks like one
+        raise UserError(f"{source}: not valid YAML: {error}; put the value in quotes") from None
+    if not isinstance(data, dict):
+        found = "nothing" if data is None else f"a {type(data).__name__}"
+        raise UserError(f"{source}: the file: expected keys and values, found {found}")
+    return Written(source, data, written)
+
+
+def _places(root: yaml.Node | None, source: str) -> dict[At, str]:
+    lines: dict[At, str] = {}
+    for number, (at, node) in enumerate(_walk(root, (), ())):
+        if number == LARGEST:
+            raise UserError(f"{source}: more than {LARGEST:,} values: do not nest aliases (*name)")
+        lines.setdefault(at, _where(node))
+    return lines
+
+
+def _where(node: yaml.Node) -> str:
+    return f"{node.start_mark.name}, line {node.start_mark.line + 1}"
+
+
+def _walk(
+    node: yaml.Node | None, at: At, inside: tuple[yaml.Node, ...]
+) -> Iterator[tuple[At, yaml.Node]]:
+    """Every key and list entry below a node; what a merge key brings comes after its own."""
+    if node is None:
+        return
+    if node in inside:
+        raise UserError(f"{_where(node)}: an anchor (&name) that contains itself")
+    if node.tag not in _PLAIN:
+        name = node.tag.replace(_STANDARD, "!!")
+        raise UserError(f"{_where(node)}: the tag {name} is not supported: write plain values")
+    inside = (*inside, node)
+    if isinstance(node, yaml.SequenceNode):
+        for number, entry in enumerate(node.value):
+            yield (*at, number), entry
+            yield from _walk(entry, (*at, number), inside)
+    if isinstance(node, yaml.MappingNode):
+        yield from _walk_mapping(node, at, inside)
+
+
+def _walk_mapping(
+    node: yaml.MappingNode, at: At, inside: tuple[yaml.Node, ...]
+) -> Iterator[tuple[At, yaml.Node]]:
+    merged: list[yaml.Node] = []
+    seen: dict[str, yaml.Node] = {}
+    for key, value in node.value:
+        if key.tag == _MERGE:
+            merged += value.value if isinstance(value, yaml.SequenceNode) else [value]
+            continue
+        name = _key(key)
+        if name in seen:
+            raise UserError(
+                f"{_where(key)}: '{name}' is given twice, first in line "
+                f"{seen[name].start_mark.line + 1}: take one away"
+            )
+        seen[name] = key
+        yield (*at, name), key
+        yield from _walk(value, (*at, name), inside)
+    for value in merged:
+        yield from _walk(value, at, inside)
+
+
+def _key(key: yaml.Node) -> str:
+    """The text of a key."""
+    if not isinstance(key, yaml.ScalarNode):
+        kind = "list" if isinstance(key, yaml.SequenceNode) else "mapping"
+        raise UserError(
+            f"{_where(key)}: a key is a {kind}, expected text (a key in [brackets] or {{braces}}?)"
+        )
+    if key.tag != _STANDARD + "str":
+        kind = key.tag.removeprefix(_STANDARD)
+        raise UserError(
+            f"{_where(key)}: the key {key.value} is of type {kind}, expected text: write it in "
+            f'quotes, "{key.value}"'
+        )
+    return str(key.value)
