@@ -46,6 +46,7 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         The exit code: 0 done, 2 the user's mistake, 3 stopped with a checkpoint saved, else 1.
     """
+    keep_standard_streams()
     ranks = None
     try:
         ranks = find_ranks()
@@ -98,7 +99,7 @@ def _start_ranks(command: Command, argv: Sequence[str]) -> int:
 
 def _be_rank(run: Run, ranks: Ranks) -> int:
     _end_with_the_rest(ranks)
-    keep_standard_streams()
+    keep_standard_streams(warns=ranks.is_first)
     if ranks.is_first:
         _warn(run)
     warnings.simplefilter("ignore")  # deprecations inside libraries are not the user's to mend

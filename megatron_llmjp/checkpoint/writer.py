@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.filesystem import (
 
 from megatron_llmjp.checkpoint.manifest import FileEntry
 from megatron_llmjp.runtime.device import without_warnings
+from megatron_llmjp.system import naming
 
 with without_warnings():
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCaller, AsyncRequest
@@ -130,29 +131,25 @@ class RankWriter(FileSystemWriterAsync):
         super().finish(metadata, results)
 
     def _write_file(self, name: str) -> tuple[list[Any], FileEntry]:
-        try:
-            return self._write_items(name)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._folder / name)) from error
+        path = self._folder / name
+        with naming(path), _summed(path) as stream:
+            try:
+                return self._write_items(name, stream), stream.entry
+            except Exception:
+                # torch's archive writer tells of a write that failed as "unexpected pos".
+                if stream.error is not None:
+                    raise stream.error from None
+                raise
 
-    def _write_items(self, name: str) -> tuple[list[Any], FileEntry]:
+    def _write_items(self, name: str, stream: _SummedStream) -> list[Any]:
         results = []
-        with _summed(self._folder / name) as stream:
-            for item, data in self._files[name]:
-                if isinstance(data, Tensor):
-                    data = _alone_on_host(data)
-                    _require_finite(item.index.fqn, data)
-                results.append(
-                    _write_item(
-                        _StorageWriterTransforms(),
-                        stream,
-                        data,
-                        item,
-                        name,
-                        SerializationFormat.TORCH_SAVE,
-                    )
-                )
-        return results, stream.entry
+        for item, data in self._files[name]:
+            if isinstance(data, Tensor):
+                data = _alone_on_host(data)
+                _require_finite(item.index.fqn, data)
+            transforms, kind = _StorageWriterTransforms(), SerializationFormat.TORCH_SAVE
+            results.append(_write_item(transforms, stream, data, item, name, kind))
+        return results
 
 
 class ThreadCaller(AsyncCaller):
@@ -203,6 +200,8 @@ class _SummedStream(io.RawIOBase):
     """Sums what is written on its way to a file."""
 
     def __init__(self, stream: io.FileIO) -> None:
+        self.error: OSError | None = None
+        """Why a write failed."""
         self._stream = stream
         self._crc = self._size = 0
 
@@ -222,7 +221,11 @@ class _SummedStream(io.RawIOBase):
         size = len(rest)
         while rest:
             # In blocks, so that the second look at each finds it in the processor's cache.
-            written = self._stream.write(rest[:BLOCK_BYTES])
+            try:
+                written = self._stream.write(rest[:BLOCK_BYTES])
+            except OSError as error:
+                self.error = error
+                raise
             self._crc = zlib.crc32(rest[:written], self._crc)
             rest = rest[written:]
         self._size += size

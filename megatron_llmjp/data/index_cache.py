@@ -10,8 +10,8 @@ index, whoever dies when.
 
 Thrifty by a lock (``file_lock.py``). Builders of the same index take it first, so that one builds
 and the rest wait. It is advice only: where a file system has no locks (some Lustre mounts), holds
-them per node, or keeps that of a machine that vanished (NFS 3), some work is done twice. A lock file
-created with O_EXCL and a heartbeat would also outlive its dead owner, and the heartbeat stops
+them per node, or keeps that of a machine that vanished (NFS 3), some work is done twice. A lock
+file created with O_EXCL and a heartbeat would also outlive its dead owner, and the heartbeat stops
 whenever numpy or megatron-core's helpers hold the interpreter for the minute that a large index
 takes.
 """

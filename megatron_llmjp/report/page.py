@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from megatron_llmjp.report.history import History, read_history
 from megatron_llmjp.report.summary import summarize
+from megatron_llmjp.system import write_durably
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -58,7 +59,7 @@ def write_report(folder: Path, output: Path) -> list[Path]:
             figure.savefig(picture, dpi=130)
             files.append(picture)
     page = output / PAGE
-    page.write_text(_page(history, images), encoding="utf-8")
+    write_durably(page, _page(history, images))
     return [page, *files]
 
 

@@ -6,6 +6,7 @@ the training with it at the next number.
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 import socket
@@ -29,10 +30,8 @@ class EventFile:
 
     def __init__(self, folder: Path, first_step: int) -> None:
         """Begin at ``first_step``: earlier files' records of it and later ones do not hold."""
-        folder.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}"
-        file = PatientFile(folder / f"{name}.{os.getpid()}.{next(_numbers)}")
-        self._records = RecordWriter(file)
+        self._file = PatientFile(folder / f"{name}.{os.getpid()}.{next(_numbers)}")
         self._add(0, file_version=VERSION)
         self._add(first_step, file_version=VERSION)
         self._add(first_step, session_log=SessionLog(status=SessionLog.START))
@@ -47,8 +46,10 @@ class EventFile:
 
     def close(self) -> None:
         """Close the file."""
-        self._records.close()
+        self._file.close()
 
     def _add(self, step: int, **what: Any) -> None:
         event = Event(wall_time=time.time(), step=step, **what)
-        self._records.write(event.SerializeToString())
+        record = io.BytesIO()
+        RecordWriter(record).write(event.SerializeToString())
+        self._file.write(record.getvalue())  # at once: a part of a record ends the file for readers

@@ -6,8 +6,9 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,8 +16,10 @@ from megatron_llmjp.config.load import dump
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.runtime.patient_file import PatientFile
+from megatron_llmjp.system import warn, write_durably
 
 METRICS = "metrics.jsonl"
+WANDB = "WeightsAndBiases"
 WANDB_RUN = "wandb_run_id.txt"
 
 
@@ -52,24 +55,41 @@ class Writers:
     def __init__(self, config: Config) -> None:
         save = config.checkpoint.save
         self._places: list[Writer] = []
+        self._failed: set[str] = set()
         if save is not None:
-            Path(save).mkdir(parents=True, exist_ok=True)
             self._places.append(JsonLines(Path(save) / METRICS))
         events = config.logging.tensorboard_dir or (save and str(Path(save) / "tensorboard"))
         if events:
             self._places.append(Tensorboard(events, config))
         if config.logging.wandb_project:
-            self._places.append(WeightsAndBiases(config))
+            self._attempt(WANDB, lambda: self._places.append(WeightsAndBiases(config)))
 
     def write(self, record: Record) -> None:
         """Add a record everywhere."""
         for place in self._places:
-            place.write(record)
+            self._attempt(type(place).__name__, partial(place.write, record))
 
     def close(self) -> None:
         """Write out what is pending."""
         for place in self._places:
-            place.close()
+            self._attempt(type(place).__name__, place.close)
+
+    def _attempt(self, name: str, action: Callable[[], None]) -> None:
+        """Act, and warn once of what fails: a log never ends a run.
+
+        Raises:
+            UserError: what the user asked for cannot be had.
+        """
+        try:
+            action()
+        except UserError:
+            raise
+        except Exception as error:  # libraries raise anything when a disk or a network fails
+            if name not in self._failed:
+                warn(f"{name}: {type(error).__name__}: {error}; the run continues without its log")
+            self._failed.add(name)
+        else:
+            self._failed.discard(name)
 
 
 class JsonLines:
@@ -94,10 +114,13 @@ class JsonLines:
 
 
 def _ends_a_line(path: Path) -> bool:
-    with path.open("rb") as stream:
-        size = stream.seek(0, os.SEEK_END)
-        stream.seek(max(0, size - 1))
-        return stream.read(1) in (b"", b"\n")
+    try:
+        with path.open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(max(0, size - 1))
+            return stream.read(1) in (b"", b"\n")
+    except OSError:
+        return True
 
 
 class Tensorboard:
@@ -181,7 +204,10 @@ class WeightsAndBiases:
 
 
 def _run_id(save: Path) -> str:
+    """The id of the run's page, which its restarts share."""
     file = save / WANDB_RUN
-    if not file.exists():
-        file.write_text(uuid.uuid4().hex[:12])
-    return file.read_text().strip()
+    known = file.read_text().strip() if file.exists() else ""
+    if not known:
+        known = uuid.uuid4().hex[:12]
+        write_durably(file, known)
+    return known

@@ -9,6 +9,7 @@ import errno
 import importlib
 import os
 import resource
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -91,6 +92,12 @@ def stop_at(iteration: int, which: int, grace: float) -> None:
     watchdog.GRACE_SECONDS = grace
     if rank() == which:
         strike("a step", iteration, lambda _: os.kill(os.getpid(), signal.SIGSTOP))
+
+
+def delete_at(folder: str, iteration: int) -> None:
+    """Somebody removes the save folder."""
+    if rank() == 0:
+        strike("a step", iteration, lambda _: shutil.rmtree(folder))
 
 
 def obstructed_save(kind: str, iteration: int, place: str = "") -> None:

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from megatron_llmjp.checkpoint import manifest as manifests
+from megatron_llmjp.checkpoint.lock import RECORD
 from tests.faults.stage import LAST
+from tests.support.training import history
 
 HOW = "the cause is told, training goes on, the next save works; the same losses and weights"
 ROOT_ONLY = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become nobody")
@@ -62,13 +64,28 @@ def test_a_full_disk(stage, small_disk, layout):
     stage.prove(layout, save)
 
 
+@pytest.mark.fault("folder deleted during the run", "made again, with a warning; training goes on")
+@pytest.mark.parametrize("layout", ["alone-async", "dp2"])
+def test_a_deleted_folder(stage, layout):
+    save = stage.folder("deleted")
+    code, _, errors = stage.run(layout, save, fault=("delete_at", str(save), 6))
+    assert code == 0, errors
+    assert "was deleted or damaged during the run, and is made again" in errors
+    assert "Traceback" not in errors
+    assert manifests.complete_iterations(save) == [9, LAST]
+    reference = history(stage.reference(layout))
+    assert history(save) == {i: loss for i, loss in reference.items() if i > 6}
+    assert not (save / RECORD).exists()
+
+
 def strikes(stage, save: Path, layout: str, kind: str, cause: str, place: str) -> None:
     """The save of iteration 3 fails for a cause that is told, and that of iteration 4 does not."""
     injected = ("obstructed_save", kind, 3, place)
     code, output, errors = stage.run(layout, save, fault=injected)
     assert code == 0, errors
     assert errors.count("error: the checkpoint of iteration 3 was not saved: ") == 1
-    assert cause in errors and "Training goes on" in errors
+    (told,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert cause in told and str(save) in told and "Training goes on" in told
     assert "Traceback" not in errors
     assert output.count("saved checkpoint ") == 4
     assert manifests.complete_iterations(save) == [4, 6, 9, LAST]

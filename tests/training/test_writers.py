@@ -96,6 +96,47 @@ def test_without_wandb(monkeypatch):
         Writers(config("--wandb-project", "x"))
 
 
+def test_what_libraries_raise_does_not_end_a_run(tmp_path, wandb, monkeypatch, capfd):
+    run = config("--save", tmp_path / "run", "--wandb-project", "llm-jp")
+    writers = Writers(run)
+
+    def broken(values):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(wandb[0], "log", broken, raising=False)
+    for iteration in (1, 2):
+        writers.write(record(iteration, **{"lm loss": 5.0}))
+    writers.close()
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+    told = capfd.readouterr().err
+    assert told.count("warning: WeightsAndBiases: BrokenPipeError: [Errno 32] Broken pipe") == 1
+
+    def unreachable(**settings):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(sys.modules["wandb"], "init", unreachable)
+    writers = Writers(run)
+    writers.write(record(3, **{"lm loss": 5.0}))
+    writers.close()
+    assert "WeightsAndBiases: ConnectionError: no route to host; the run" in capfd.readouterr().err
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_logs_in_a_place_that_cannot_be_written(tmp_path, capfd):
+    """Nor may what is in their place: it is told, and the run goes on."""
+    save = tmp_path / "run"
+    (save / "metrics.jsonl").mkdir(parents=True)
+    (save / "tensorboard").write_text("")
+    (save / "wandb_run_id.txt").write_text("")
+    writers = Writers(config("--save", save))
+    for iteration in (1, 2):
+        writers.write(record(iteration, **{"lm loss": 5.0}))
+    writers.close()
+    told = capfd.readouterr().err
+    assert told.count(f"warning: {save / 'metrics.jsonl'} cannot be written: Is a directory") == 1
+    assert f"{save / 'tensorboard'}/events.out" in told
+
+
 def test_log_line():
     values = {
         "consumed tokens": 1.5e9,
