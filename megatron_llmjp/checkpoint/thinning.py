@@ -68,6 +68,8 @@ class Thinner:
         if thread.is_alive():
             self._cancelled.set()
             thread.join()
+            text = "the newest one was not read back in time; the next save removes them"
+            print(f"older checkpoints stay: {text}", flush=True)
 
     def _run(self) -> None:
         while (newest := self._take()) is not None:
@@ -83,8 +85,8 @@ class Thinner:
         folder = self._root / manifests.folder_name(newest)
         found = readback.problems(folder, self._cancelled.is_set)
         if self._cancelled.is_set():
-            print(f"older checkpoints stay: {folder} was not read back in time", flush=True)
-        elif found:
+            return
+        if found:
             self._refuse(newest, found[0])
         else:
             for retired in self._retire(newest):

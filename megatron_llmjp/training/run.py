@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from dataclasses import replace
 
 import torch
@@ -80,7 +81,12 @@ def _back(beginning: Opened, rollback: Rollback, ranks: Ranks) -> Opened:
 
 
 def validate_only(run: Run, ranks: Ranks, device: Device) -> int:
-    """Print the losses of a checkpoint on the validation sets; nothing is written."""
+    """Print the losses of a checkpoint on the validation sets; nothing is written.
+
+    Raises:
+        UserError: there is nothing to validate, or nothing to validate on.
+        RunError: a loss is NaN or Inf.
+    """
     if run.resume is None:
         raise UserError("--eval-only validates a checkpoint: give --load, the folder that holds it")
     if not run.validation:
@@ -93,5 +99,11 @@ def validate_only(run: Run, ranks: Ranks, device: Device) -> int:
     build.introduce(run, chunks, ranks, device)
     losses = evaluate(chunks, validation, run.config, device)
     say(describe(losses, run.resume.manifest.iteration))
+    wrong = [name for name, loss in losses.items() if not math.isfinite(loss)]
+    if wrong:
+        raise RunError(
+            f"the loss on validation set '{wrong[0]}' is {losses[wrong[0]]}: the model of "
+            f"{run.resume.folder} holds NaN or Inf, or overflows in this precision"
+        )
     distributed.stop()
     return EXIT_DONE

@@ -89,6 +89,16 @@ def test_every_place_gets_the_same(tmp_path, wandb):
     assert len(first.logged) == 3 and first.finished
 
 
+def test_what_is_no_number_is_null(tmp_path):
+    """JSON has no NaN: a strict parser of another program reads every line."""
+    writers = Writers(config("--save", tmp_path))
+    writers.write(record(1, **{"lm loss": float("nan"), "grad norm": float("inf"), "spikes": 0}))
+    writers.close()
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    found = json.loads(line, parse_constant=pytest.fail)
+    assert (found["lm loss"], found["grad norm"], found["spikes"]) == (None, None, 0)
+
+
 def test_without_wandb(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     Writers(config()).close()
@@ -170,6 +180,14 @@ def test_log_line():
     assert re.match(r" \[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] iteration ", line)
     assert "| MFU: 41.7% | tokens/s: 123.46K |" in line and "z loss: 1.000000E-03" in line
     assert "| fold: fold01 (2/11) 45% | remaining: 1d 02:03:04 |" in line
+    values |= {"spikes": 2, "rollbacks": 1}
+    shown = interval_line(1, 2, 3, values, "a")
+    assert (
+        "| number of nan iterations:   0 | number of spikes:   2 | number of rollbacks:   1 |"
+        in (shown)
+    )
+    without = interval_line(1, 2, 3, {**values, "lm loss": float("nan")}, "a")
+    assert "lm loss" not in without and "grad norm: 0.500" in without
     for name, shown in (("MFU", "MFU"), ("z loss", "z loss"), ("params norm", "params norm")):
         del values[name]
         assert shown not in interval_line(1, 2, 3, values, "a")
