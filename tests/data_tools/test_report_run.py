@@ -18,7 +18,9 @@ from megatron_llmjp.report.summary import summarize
 PNG = b"\x89PNG"
 
 
-def interval(iteration: int, loss: float, fold: str = "fold00", **more: Any) -> dict[str, Any]:
+def interval(
+    iteration: int, loss: float | None, fold: str = "fold00", **more: Any
+) -> dict[str, Any]:
     return {
         "iteration": iteration,
         "consumed samples": 16 * iteration,
@@ -55,7 +57,7 @@ RECORDS = [
     {"iteration": 20, "validation/ja": 5.1, "validation/<en>": 5.2},
     fold(24, "fold01"),
     {"event": "bad step", "iteration": 28, "why": "no numbers"},
-    interval(30, float("nan"), "fold01"),
+    interval(30, None, "fold01", **{"nan iterations": 5, "rollbacks": 0}),  # NaN in older runs
     interval(40, 4.2, "fold01"),
     {"iteration": 40, "validation/ja": 1.0},  # of an iteration that is done again
     start(20),

@@ -102,6 +102,21 @@ def test_ends(save):
     assert "loss         nan" in show_one(read_status(save))
 
 
+def test_how_the_process_ended(save):
+    """What it wrote itself counts for more than the iteration that it came to."""
+    place = {"iteration": ITERATIONS, "consumed samples": 4 * ITERATIONS}
+    counts = {"total skipped iterations": 12, "total nan iterations": 9, "rollbacks": 2}
+    ended(save, **place, **counts, **{"lm loss": None, "seconds remaining": 0.0})
+    for outcome, state in (("failed", "failed"), ("stopped", "stopped"), ("done", "finished")):
+        with (save / "metrics.jsonl").open("a") as stream:
+            record = {**place, "event": "end", "outcome": outcome, "why": "too many bad steps"}
+            stream.write(json.dumps(record) + "\n")
+        assert read_status(save).state == state
+        assert (read_status(save).why == "too many bad steps") == (state == "failed")
+    text = show_one(read_status(save))
+    assert "not applied  12 steps so far; 9 with a NaN or Inf, 2 rollbacks" in text
+
+
 def test_a_growing_batch(save):
     """At iteration 10, 80 samples are left: 20 iterations of 2, and 10 of 4."""
     for config in save.glob("iter_*/config.yaml"):

@@ -151,6 +151,13 @@ def nan_weight_at(what: str, iteration: int, which: int = 0) -> None:
         strike(what, iteration, lambda trainer: _first(trainer).data.view(-1)[:1].fill_(_NAN))
 
 
+def nan_validation() -> None:
+    """A validation gives no number."""
+    from megatron_llmjp.training import run
+
+    run.evaluate = lambda *_: {"valid": _NAN}
+
+
 def gradients_times(factor: float, iteration: int) -> None:
     """Gradients are larger, or NaN, in all steps after an iteration."""
     from megatron_llmjp.training import step

@@ -111,6 +111,14 @@ def test_a_stop_amid_bad_steps(stage):
     stage.resume_and_prove("alone", save)
 
 
+@pytest.mark.fault("a NaN in the losses of --eval-only", "exit code 1")
+def test_a_validation_without_a_number(stage):
+    save = stage.reference("alone")
+    code, output, errors = stage.run("alone", save, "--eval-only", fault=("nan_validation",))
+    assert code == EXIT_FAILURE and "valid loss: NAN | valid PPL: NAN" in output
+    assert f"the loss on validation set 'valid' is nan: the model of {save}/iter_" in errors
+
+
 FP16 = ("--fp16", "--initial-loss-scale", 1024)
 
 
