@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,11 +17,13 @@ from typing import Any
 from data_tools.cli import Parser, cores, positive, run
 from data_tools.report import check_report, format_table, write_report
 from data_tools.run_flags import add_data_flags, parse_run_flags, split_flags
+from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.facts import remember
 from megatron_llmjp.data.index_cache import CachedIndex, ensure, fault, size_on_disk
 from megatron_llmjp.errors import EXIT_DONE, UserError
 from megatron_llmjp.prepare_data import (
+    as_known,
     cache_folder,
     count_iterations,
     prepare_data,
@@ -109,6 +111,11 @@ def find_entries(config: Config, folds: Sequence[str] | None) -> tuple[list[Entr
         UserError: the data is wrong, or a fold's name is unknown.
     """
     data = prepare_data(config)
+    root = config.checkpoint.load or config.checkpoint.save
+    if root is not None:
+        with suppress(UserError):  # no checkpoint yet
+            manifest = manifests.read(manifests.newest(Path(root)))
+            data = as_known(data, config, manifest.folds)
     names = [fold.name for fold in data.schedule.folds]
     for name in folds or ():
         if name not in names:

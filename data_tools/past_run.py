@@ -23,7 +23,7 @@ from megatron_llmjp.data.resolve import resolve
 from megatron_llmjp.data.skips import Skips
 from megatron_llmjp.data.sources import inspect_sources
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.prepare_data import RunData, cache_folder, prepare_data
+from megatron_llmjp.prepare_data import RunData, as_known, cache_folder, prepare_data
 from megatron_llmjp.tokenizers import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def open_run(
     manifest = manifests.read(folder)
     config = load_resolved(folder / manifests.CONFIG)
     data = _data(folder, config, fold_file)
+    data = as_known(data, config, manifest.folds)
     schedule = data.schedule.skipping(Skips.of(manifest.skips))
     found = changes(manifest, schedule)
     if found:

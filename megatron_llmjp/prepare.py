@@ -28,6 +28,7 @@ from megatron_llmjp.data.folds import DatasetInfo, HeldOut, MegatronBlend, Sched
 from megatron_llmjp.data.rate_settings import rate_settings
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.prepare_data import (
+    as_known,
     cache_folder,
     count_iterations,
     decay_end,
@@ -103,6 +104,8 @@ def prepare(
     data = prepare_data(config)
     resume = resuming.find(config, damaged)
     goes_on = resume if resume is not None and not config.checkpoint.finetune else None
+    if goes_on is not None:
+        data = as_known(data, config, goes_on.manifest.folds)
     schedule, skipped = past.skip_iterations(
         data.schedule,
         config.data.skip_iterations,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_llmjp.config.load import changed
 from megatron_llmjp.config.schema import Config, DataConfig
+from megatron_llmjp.data import dataset_keys
 from megatron_llmjp.data.batch_sizes import BatchSizes
 from megatron_llmjp.data.fold_file import FoldFile
 from megatron_llmjp.data.fold_reading import read_fold_file
+from megatron_llmjp.data.fold_record import FoldRecord
 from megatron_llmjp.data.folds import DatasetInfo, HeldOut, MegatronBlend, Schedule
 from megatron_llmjp.data.megatron_paths import fold_file_of, given_flags
 from megatron_llmjp.data.resolve import resolve, resolve_validation
@@ -52,6 +55,37 @@ def prepare_data(config: Config) -> RunData:
         )
     datasets = inspect_sources(folds, cache_folder(config, folds))
     return RunData(folds, datasets, resolve(folds, datasets, length, batch_sizes))
+
+
+def as_known(data: RunData, config: Config, records: Mapping[str, FoldRecord]) -> RunData:
+    """Return the data under the keys by which a checkpoint knows its datasets.
+
+    Args:
+        data: as resolved without the checkpoint.
+        config: the run's.
+        records: the folds that the checkpoint was trained on, by name.
+    """
+    blends = {fold.name: fold.blend for fold in data.folds.folds}
+    known = [
+        (dataset.key, blends[name][dataset_name].path)
+        for name, record in records.items()
+        for dataset_name, dataset in (record.datasets or {}).items()
+        if dataset_name in blends.get(name, {})
+    ]
+    found = _resolved_again(data, config, dataset_keys.as_known(data.datasets, known))
+    if all(record.datasets is not None for record in records.values()):
+        return found
+    # The digests of such folds are all that the checkpoint remembers.
+    earlier = _resolved_again(data, config, dataset_keys.all_earlier(data.datasets))
+    digests = {record.digest for record in records.values()}
+    return earlier if digests & {fold.digest for fold in earlier.schedule.folds} else found
+
+
+def _resolved_again(data: RunData, config: Config, datasets: dict[str, DatasetInfo]) -> RunData:
+    if datasets == data.datasets:
+        return data
+    length, sizes = config.data.seq_length, BatchSizes(config)
+    return RunData(data.folds, datasets, resolve(data.folds, datasets, length, sizes))
 
 
 def count_iterations(config: Config, schedule: Schedule) -> tuple[int, list[str]]:

@@ -17,7 +17,8 @@ from megatron_llmjp.data.folds import DatasetInfo
 from megatron_llmjp.system import write_durably
 
 FOLDER = "facts"
-_FORMAT = 2  # from 2 on every entry of the index was checked
+_KEYS = ("key", "earlier_key", "checksums")
+_FORMAT = 3  # from 2 on every entry of the index was checked; 3 has another key
 
 
 def stamp(prefix: str) -> str:
@@ -35,7 +36,8 @@ def recall(stamp: str, splits: Iterable[str], cache: Path) -> DatasetInfo | None
     try:
         known = json.loads(_place(stamp, cache).read_text())
         parts = {(split, part): int(tokens) for split, part, tokens in known["parts"]}
-        info = DatasetInfo(str(known["key"]), int(known["tokens"]), parts, stamp)
+        keys = (str(known[name]) for name in _KEYS)
+        info = DatasetInfo(next(keys), int(known["tokens"]), parts, stamp, *keys)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return info if set(splits) <= {split for split, _ in parts} else None
@@ -50,7 +52,8 @@ def remember(datasets: Mapping[str, DatasetInfo], cache: Path) -> None:
             if place.exists() and recall(info.stamp, {split for split, _ in info.parts}, cache):
                 continue
             parts = [[split, part, tokens] for (split, part), tokens in info.parts.items()]
-            text = json.dumps({"key": info.key, "tokens": info.tokens, "parts": parts})
+            keys = {name: getattr(info, name) for name in _KEYS}
+            text = json.dumps({**keys, "tokens": info.tokens, "parts": parts})
             write_durably(place, text)
 
 

@@ -21,6 +21,8 @@ class DatasetRecord(_Record):
     """The amount in the fold file, such as ``weight 3``."""
     start: int
     samples: int
+    checksums: str = ""
+    """Of its files, where its manifest stated them."""
 
 
 class FoldRecord(_Record):
@@ -40,7 +42,12 @@ class FoldRecord(_Record):
 def differences(old: FoldRecord, new: FoldRecord) -> list[str]:
     """How a fold differs from what a checkpoint says of it; empty when it does not."""
     if new.digest == old.digest:
-        return []
+        pairs = ((n, r, (new.datasets or {}).get(n)) for n, r in (old.datasets or {}).items())
+        return [
+            f"dataset {name}: contents of {after.path} changed, by the checksums in its manifest"
+            for name, before, after in pairs
+            if after and before.checksums and after.checksums not in ("", before.checksums)
+        ]
     if old.datasets is None or new.datasets is None:
         return ["it has changed (the checkpoint is too old to say how)"]
     found = [*_of_the_fold(old, new), *_of_the_datasets(old.datasets, new.datasets)]

@@ -32,6 +32,10 @@ class DatasetInfo:
     """Tokens of the parts of Megatron-LM's ``--split``, by ``(split, part)``, where they matter."""
     stamp: str = field(default="", compare=False)
     """Of its files when this was found out (``data/facts.py``)."""
+    earlier_key: str = ""
+    """Its key in earlier versions, where that is another one (``data/dataset_keys.py``)."""
+    checksums: str = ""
+    """Of its files, as its manifest states them; no part of its identity."""
 
     def samples_per_epoch(self, sequence_length: int, split: str | None = None) -> int:
         """Samples of one epoch: each needs one more token than its length, shared with the next.
@@ -61,6 +65,8 @@ class Slice:
     samples_per_epoch: int
     asked: str = ""
     """The amount in the fold file, such as ``weight 3``."""
+    checksums: str = ""
+    """Of the dataset's files, as its manifest states them."""
 
     @property
     def end(self) -> int:
@@ -208,6 +214,7 @@ class Schedule:
                     asked=piece.asked,
                     start=piece.start,
                     samples=piece.samples,
+                    checksums=piece.checksums,
                 )
                 for piece in fold.slices
             },

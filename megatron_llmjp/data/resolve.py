@@ -107,7 +107,8 @@ def _plan(
         start = cursors.get(key, 0)
         if source.restart or fold.order == "megatron":
             start = -(-start // epoch) * epoch
-        piece = Slice(name, source.path, key, start, samples, epoch, _asked(source))
+        checksums = infos[name].checksums
+        piece = Slice(name, source.path, key, start, samples, epoch, _asked(source), checksums)
         _check_repetition(fold, source, piece)
         cursors[key] = piece.end
         if fold.order == "megatron":  # its order is another one: nothing can go on within its epoch

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import re
-import zlib
 from pathlib import Path
 
 import numpy as np
 
 from megatron_llmjp.data import facts, indexed
+from megatron_llmjp.data.dataset_keys import keys_of
 from megatron_llmjp.data.fold_file import Fold, FoldFile, ValidationSet
 from megatron_llmjp.data.folds import DatasetInfo
 from megatron_llmjp.data.index_check import check_entries
@@ -19,9 +17,6 @@ from megatron_llmjp.data.indexed import Index
 from megatron_llmjp.errors import DataError, UserError
 
 PARTS = ("train", "valid", "test")
-_INDEX_BLOCKS = (64, 1 << 16)
-_TOKEN_BLOCKS = (128, 1 << 13)
-"""How many blocks of how many bytes are read of a file: smaller files are read whole."""
 
 
 def inspect_sources(file: FoldFile, cache: Path | None = None) -> dict[str, DatasetInfo]:
@@ -52,29 +47,15 @@ def inspect_sources(file: FoldFile, cache: Path | None = None) -> dict[str, Data
                 for split in splits.get(path, ())
                 for part, tokens in _tokens_of_parts(index, split).items()
             }
-            found[path] = DatasetInfo(content_key(path), index.tokens, parts, stamp)
+            keys = keys_of(path)
+            found[path] = DatasetInfo(
+                keys.key, index.tokens, parts, stamp, keys.earlier, keys.checksums
+            )
         except (DataError, UserError) as error:
             problems.append(f"{place}: {error}")
     if problems:
         raise UserError("\n".join(problems))
     return found
-
-
-def content_key(prefix: str) -> str:
-    """A digest that changes when a dataset does, at the cost of some reads.
-
-    It covers the sizes of both files, blocks spread over the index and over the tokens, and the
-    checksums of the whole files where ``PREFIX.json`` states them, as preprocess_data does. What it
-    does not see: tokens edited in place at equal lengths, between the blocks, in a file larger than
-    1 MiB whose ``PREFIX.json`` is missing or was left as it was.
-    """
-    idx, tokens = indexed.idx_path(prefix), indexed.bin_path(prefix)
-    digest = hashlib.sha256(f"{idx.stat().st_size}/{tokens.stat().st_size}".encode())
-    _add_blocks(digest, idx, *_INDEX_BLOCKS)
-    _add_blocks(digest, tokens, *_TOKEN_BLOCKS)
-    for checksum in _stated_checksums(Path(f"{prefix}.json")):
-        digest.update(checksum.encode())
-    return digest.hexdigest()[:32]
 
 
 def split_shares(split: str) -> tuple[float, float, float]:
@@ -116,20 +97,3 @@ def _tokens_of_parts(index: Index, split: str) -> dict[str, int]:
         part: int(index.lengths[first:end].sum(dtype=np.int64))
         for part, (first, end) in split_ends(split, index.sequences).items()
     }
-
-
-def _add_blocks(digest: hashlib._Hash, path: Path, blocks: int, size: int) -> None:
-    rest = max(0, path.stat().st_size - size)
-    with path.open("rb") as stream:
-        for offset in sorted({i * rest // (blocks - 1) for i in range(blocks)}):
-            stream.seek(offset)
-            # CRC-32 of a block is several times faster than SHA-256, and against accidents enough.
-            digest.update(zlib.crc32(stream.read(size)).to_bytes(4, "little"))
-
-
-def _stated_checksums(path: Path) -> list[str]:
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        return [f"{name} {manifest[name].get('crc32')}" for name in ("bin", "idx")]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        return []  # none, or another program's file of that name

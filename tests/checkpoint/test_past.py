@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,11 @@ from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint.manifest import Manifest
 from megatron_llmjp.config.command_line import parse
 from megatron_llmjp.config.load import dump
+from megatron_llmjp.data import sources
+from megatron_llmjp.data.dataset_keys import keys_of
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.prepare import Run, prepare
+from megatron_llmjp.system import crc32_of
 from tests.support.datasets import write_dataset, write_folds
 from tests.support.training import arguments
 
@@ -93,6 +97,69 @@ def test_changed_contents_are_named(folds, tmp_path):
     write_dataset(tmp_path / "ja", 400, seed=9)
     with pytest.raises(UserError, match=f"dataset ja: contents of {tmp_path / 'ja'} changed"):
         run_of(folds, "--load", tmp_path / "run")
+
+
+def state_checksums(prefix: Path, wrong: str = "") -> None:
+    """Write what preprocess_data states beside a dataset, which made another key of it before."""
+    checksums = {
+        suffix: {"crc32": wrong or f"{crc32_of(prefix.with_suffix(f'.{suffix}')):08x}"}
+        for suffix in ("bin", "idx")
+    }
+    prefix.with_suffix(".json").write_text(json.dumps(checksums))
+
+
+def test_a_manifest_is_no_part_of_a_dataset(folds, tmp_path):
+    """Gained or lost, it changes no sample of a run and refuses no resume."""
+    without = run_of(folds)
+    save(without, 7, tmp_path / "run")
+    for name in ("ja", "valid"):
+        state_checksums(tmp_path / name)
+    assert run_of(folds).schedule.folds[0].digest == without.schedule.folds[0].digest
+    resumed = run_of(folds, "--load", tmp_path / "run")
+    assert [f.digest for f in resumed.schedule.folds] == [f.digest for f in without.schedule.folds]
+    save(resumed, 8, tmp_path / "run")
+    state_checksums(tmp_path / "ja", wrong="00000000")  # edited where the digest looks not
+    with pytest.raises(UserError, match=r"dataset ja: contents of .* by the checksums"):
+        run_of(folds, "--load", tmp_path / "run")
+    (tmp_path / "ja.json").unlink()
+    assert run_of(folds, "--load", tmp_path / "run").validation == without.validation
+
+
+@pytest.mark.parametrize("records", [True, False], ids=["records", "digests only"])
+@pytest.mark.parametrize("lost", [True, False], ids=["manifest lost", "manifest kept"])
+def test_runs_of_earlier_versions_keep_their_order(folds, tmp_path, records, lost, monkeypatch):
+    """Their keys covered the checksums in the manifests: all folds stay as they were."""
+    for name in ("ja", "valid"):
+        state_checksums(tmp_path / name)
+
+    def earlier(prefix):
+        keys = keys_of(prefix)
+        return replace(keys, key=keys.earlier or keys.key)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "keys_of", earlier)
+        before = run_of(folds)
+        file = save(before, 7, tmp_path / "run") / manifests.MANIFEST
+    content = json.loads(file.read_text())
+    for record in content["folds"].values():
+        for dataset in record["datasets"].values():
+            del dataset["checksums"]
+    if not records:
+        content["folds"] = {name: record["digest"] for name, record in content["folds"].items()}
+    del content["checksum"]
+    file.write_text(json.dumps(content))
+    assert run_of(folds).schedule.folds[0].digest != before.schedule.folds[0].digest
+    if lost:
+        (tmp_path / "ja.json").unlink()
+        if not records:  # nothing says which datasets these were
+            with pytest.raises(UserError, match="has changed"):
+                run_of(folds, "--load", tmp_path / "run")
+            return
+    after = run_of(folds, "--load", tmp_path / "run")
+    assert [fold.digest for fold in after.schedule.folds] == [
+        fold.digest for fold in before.schedule.folds
+    ]
+    assert after.validation == before.validation
 
 
 def test_the_future_is_open(folds, tmp_path):

@@ -17,13 +17,14 @@ from megatron_llmjp.config.schema import DataConfig
 from megatron_llmjp.data import epoch_index, index_ahead
 from megatron_llmjp.data.batch_sizes import BatchSizes
 from megatron_llmjp.data.dataset import FoldDataset
+from megatron_llmjp.data.dataset_keys import keys_of
 from megatron_llmjp.data.epoch_index import Epochs
 from megatron_llmjp.data.fold_reading import read_fold_file
 from megatron_llmjp.data.index_ahead import IndexAhead
 from megatron_llmjp.data.index_cache import ensure_all, fault
 from megatron_llmjp.data.indexed_writer import IndexedWriter
 from megatron_llmjp.data.resolve import resolve
-from megatron_llmjp.data.sources import content_key, inspect_sources
+from megatron_llmjp.data.sources import inspect_sources
 from megatron_llmjp.tokenizers import load_tokenizer
 from tests.support.datasets import write_folds
 
@@ -36,7 +37,7 @@ def write(prefix: Path, lengths: list[int]) -> tuple[str, str]:
     writer.add(np.arange(sum(lengths), dtype=np.int32), np.array(lengths, np.int32))
     writer.finish(prefix.with_suffix(".idx"))
     writer.clean()
-    return content_key(str(prefix)), str(prefix)
+    return keys_of(str(prefix)).key, str(prefix)
 
 
 def lengths_of(seed: int) -> list[int]:
@@ -75,7 +76,7 @@ def test_other_contents_under_the_same_path_are_another_dataset(tmp_path):
     # Elsewhere, the same contents are the same dataset.
     for suffix in (".bin", ".idx"):
         (tmp_path / f"b{suffix}").write_bytes((tmp_path / f"a{suffix}").read_bytes())
-    assert content_key(str(tmp_path / "b")) == after
+    assert keys_of(str(tmp_path / "b")).key == after
 
 
 def test_a_complete_index_is_never_written_again(tmp_path):

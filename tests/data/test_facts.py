@@ -18,8 +18,8 @@ def test_datasets_are_not_read_again_until_they_change(tmp_path, monkeypatch):
     assert not cache.exists()  # looking leaves nothing behind
     facts.remember(fresh, cache)
     read: list[str] = []
-    key_of = sources.content_key
-    monkeypatch.setattr(sources, "content_key", lambda path: (read.append(path), key_of(path))[1])
+    key_of = sources.keys_of
+    monkeypatch.setattr(sources, "keys_of", lambda path: (read.append(path), key_of(path))[1])
     assert inspect_sources(file, cache) == fresh
     assert read == []
 
