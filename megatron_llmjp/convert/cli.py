@@ -12,10 +12,13 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_llmjp.config.megatron import with_dashes
 from megatron_llmjp.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USER_ERROR, UserError, suggest
+
+if TYPE_CHECKING:
+    from megatron_llmjp.convert.convert import Conversion
 
 FORMATS = ("native", "hf", "megatron-lm", "megatron-deepspeed")
 DTYPES = ("fp32", "fp16", "bf16")
@@ -191,6 +194,13 @@ def _add_writing(add: Callable[..., Any]) -> None:
         help="--verify: largest allowed logit difference, relative to the largest logit "
         "(default: 1e-4)",
     )
+    add(
+        "--no-checksums",
+        dest="checksums",
+        action="store_false",
+        help="from native: do not read the parts of files that are not converted (the optimizer's "
+        "state) in order to compare the files' checksums",
+    )
     add("--dry-run", action="store_true", help="print every tensor and file; write nothing")
 
 
@@ -266,6 +276,7 @@ def _convert(arguments: argparse.Namespace) -> int:
         main_weights=arguments.main_weights,
         with_optimizer=arguments.with_optimizer,
         no_pipeline=arguments.no_pipeline,
+        checksums=arguments.checksums,
         ignored_args=arguments.ignore_args,
     )
     conversion = prepare(arguments.source, arguments.target, arguments.input, options)
@@ -285,12 +296,25 @@ def _convert(arguments: argparse.Namespace) -> int:
         return EXIT_FAILURE
     for note in [*conversion.source.notes, *conversion.output.notes]:
         print(f"note: {note}", file=sys.stderr)
+    print(_checksums(conversion))
     size = conversion.output.nbytes / 1e9
     print(
         f"wrote {arguments.output}: {arguments.target}, {size:.3f} GB in {seconds:.1f} s, "
         f"{size / max(seconds, 1e-3):.2f} GB/s"
     )
     return EXIT_DONE
+
+
+def _checksums(conversion: Conversion) -> str:
+    """What the bytes that were read were compared with."""
+    if conversion.source.format == "hf" and not conversion.regions():
+        return "checksums: safetensors files have none; compare them with those of the publisher"
+    if conversion.source.format == "native" and not conversion.checksums:
+        return "checksums: not compared (--no-checksums)"
+    files = len({region.path for region in conversion.regions()})
+    if not files:
+        return "checksums: those inside the files agree, where they have some"
+    return f"checksums: those of {files} file(s) that were read agree"
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from megatron_llmjp.convert import engine, megatron_deepspeed, megatron_lm, opti
 from megatron_llmjp.convert.detect import check_is_folder, detect, planner, reader
 from megatron_llmjp.convert.formats import Options, Source
 from megatron_llmjp.convert.plan import Copy, Output
+from megatron_llmjp.convert.regions import Region
 from megatron_llmjp.errors import UserError
 
 
@@ -26,6 +27,14 @@ class Conversion:
     target: str
     output: Output
     copies: list[Copy]
+    checksums: bool = True
+    """Compare the checksums of what was read, before the result appears."""
+
+    def regions(self) -> list[Region]:
+        """Everything that was read and has a checksum."""
+        reads = [copy.read for copy in self.copies]
+        stored = [part for read in reads for part in (*read.parts, *read.replicas)]
+        return list(dict.fromkeys(region for part in stored for region in part.regions))
 
     def run(
         self, path: Path, workers: int, quiet: bool, verify: Callable[[Path], None] | None
@@ -41,6 +50,9 @@ class Conversion:
         begin, checking = time.monotonic(), 0.0
         with engine.new_folder(path, self.output.nbytes) as folder:
             sums = engine.run(self.copies, self.output, folder, workers, quiet)
+            if self.checksums:
+                for region in self.regions():
+                    region.finish()
             self.output.finish(folder, sums)
             if verify is not None:
                 paused = time.monotonic()
@@ -88,4 +100,5 @@ def prepare(source_format: str | None, target: str, path: Path, options: Options
     reads = source.reads
     if with_state:
         reads = reads | optimizer_state.reads_of(source, optimizer_state.of_source(source), options)
-    return Conversion(source, target, output, engine.match(reads, output))
+    copies = engine.match(reads, output)
+    return Conversion(source, target, output, copies, options.checksums)

@@ -12,7 +12,7 @@ import io
 import json
 import pickle
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 
 from megatron_llmjp.convert.checksums import of_file
 from megatron_llmjp.convert.plan import OutputFile, Read, Slot
+from megatron_llmjp.convert.regions import Region
 from megatron_llmjp.convert.storage import FileTensor, byte_count
 from megatron_llmjp.convert.tensors import Shape, boxes, whole
 from megatron_llmjp.convert.torch_archive import load, resolve
@@ -41,6 +42,13 @@ class ChunkTensor:
     length: int
     shape: Shape
     dtype: torch.dtype
+    region: Region | None = None
+    """The file, where a manifest has its checksum; else the archive may have one inside."""
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """The checksums that reading it takes part in."""
+        return () if self.region is None else (self.region,)
 
     @property
     def source(self) -> str:
@@ -53,10 +61,13 @@ class ChunkTensor:
         Raises:
             UserError: the file is damaged.
         """
-        found = load(self.path, self.offset, self.length)
+        found = load(self.path, self.offset, self.length, self.region)
         if not isinstance(found, FileTensor) or found.shape not in (self.shape, (1, *self.shape)):
             raise UserError(f"{self.path}: damaged: no tensor {self.shape} at {self.offset}")
-        return found.read(into).view(self.shape)
+        tensor = found.read(into).view(self.shape)
+        if self.region is None and found.region is not None:
+            found.region.finish()  # nobody else reads this archive
+        return tensor
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,8 @@ class StoredEntry:
     shape: Shape
     dtype: torch.dtype
     chunks: dict[tuple[Shape, Shape], tuple[Path, int, int]]
+    files: Mapping[Path, Region] = field(default_factory=dict)
+    """Files with a checksum of their own."""
 
     def layer(self, index: int | None) -> Read:
         """How to read the tensor, or one layer of a tensor stacked as ``[layers, ...]``.
@@ -86,15 +99,21 @@ class StoredEntry:
             where = next(iter(self.chunks.values()))[0].parent
             raise UserError(f"{where}: the chunks of a tensor {shape} do not cover it")
         parts = [
-            ChunkTensor(path, offset, length, sizes, self.dtype)
+            ChunkTensor(path, offset, length, sizes, self.dtype, self.files.get(path))
             for (_, sizes), (path, offset, length) in wanted.items()
         ]
         layout = whole if len(parts) == 1 else partial(boxes, places=tuple(wanted))
         return Read(shape, self.dtype, parts, layout)
 
 
-def read_metadata(folder: Path) -> dict[str, StoredEntry]:
+def read_metadata(
+    folder: Path, files: Mapping[Path, Region] | None = None
+) -> dict[str, StoredEntry]:
     """The tensors of a distributed checkpoint by key; objects are left out.
+
+    Args:
+        folder: of one iteration.
+        files: checksums of its files, where a manifest has them.
 
     Raises:
         UserError: ``.metadata`` is missing, damaged or of a kind that cannot be read.
@@ -106,7 +125,7 @@ def read_metadata(folder: Path) -> dict[str, StoredEntry]:
         places = _places(folder, metadata.storage_data)
         entries = metadata.state_dict_metadata.items()
         return {
-            key: _entry(folder, key, value, places)
+            key: _entry(key, value, places, files or {})
             for key, value in entries
             if hasattr(value, "chunks")
         }
@@ -114,6 +133,18 @@ def read_metadata(folder: Path) -> dict[str, StoredEntry]:
         raise UserError(f"{path}: missing, so this is no distributed checkpoint") from None
     except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, KeyError) as error:
         raise UserError(f"{path}: damaged ({error!r})") from error
+
+
+def read_common(folder: Path) -> dict[str, Any]:
+    """What a distributed checkpoint keeps beside its tensors: arguments, iteration, schedule.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    common = load(folder / "common.pt")
+    if not isinstance(common, dict):
+        raise UserError(f"{folder / 'common.pt'}: damaged: holds no dictionary")
+    return common
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -139,13 +170,15 @@ def _places(folder: Path, storage_data: Any) -> dict[tuple[str, Any], tuple[Path
     return places
 
 
-def _entry(folder: Path, key: str, value: Any, places: dict[Any, Any]) -> StoredEntry:
+def _entry(
+    key: str, value: Any, places: dict[Any, Any], files: Mapping[Path, Region]
+) -> StoredEntry:
     dtype = value.properties.state[0]
     chunks = {}
     for chunk in value.chunks:
         offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
         chunks[offsets, sizes] = places[key, offsets]
-    return StoredEntry(tuple(value.size), dtype, chunks)
+    return StoredEntry(tuple(value.size), dtype, chunks, files)
 
 
 class Writer:

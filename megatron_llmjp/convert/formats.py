@@ -93,6 +93,8 @@ class Options:
     main_weights: bool = False
     with_optimizer: bool = False
     no_pipeline: bool = False
+    checksums: bool = True
+    """Read the rest of files that a manifest has checksums of, to compare them."""
     ignored_args: frozenset[str] = frozenset()
     """Arguments of a Megatron run that the user declares to be irrelevant."""
 

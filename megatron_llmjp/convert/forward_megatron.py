@@ -1,4 +1,4 @@
-"""Logits of a native, Megatron-LM or Megatron-DeepSpeed checkpoint, computed by megatron-core.
+"""Logits of a native checkpoint, computed by megatron-core with what a run loads.
 
 The model runs in a process of its own, on the CPU: megatron-core wants a process group, and the
 CPU substitution of ``runtime.device`` must not reach transformers.
@@ -12,12 +12,14 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from multiprocessing import get_context
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megatron_llmjp.checkpoint.manifest import CONFIG
+from megatron_llmjp.config.load import load_resolved
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.convert.formats import Source
 
@@ -29,13 +31,12 @@ def logits(source: Source, tokens: torch.Tensor, dtype: torch.dtype | None) -> t
     """fp32 logits ``[batch, length, rows]`` of tokens ``[batch, length]``.
 
     Args:
-        source: an opened checkpoint.
+        source: names the folder; its derived fields are not looked at.
         tokens: the input.
         dtype: round the weights to this type first.
     """
     with _without_gpus(), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        plain = replace(source, optimizer=None)  # what opens it cannot be sent
-        result = pool.submit(_forward, plain, tokens.numpy(), dtype).result()
+        result = pool.submit(_forward, source.path, tokens.numpy(), dtype).result()
     return torch.from_numpy(result)
 
 
@@ -52,7 +53,7 @@ def _without_gpus() -> Iterator[None]:
             os.environ["CUDA_VISIBLE_DEVICES"] = before
 
 
-def _forward(source: Source, tokens: Any, dtype: torch.dtype | None) -> Any:
+def _forward(folder: Path, tokens: Any, dtype: torch.dtype | None) -> Any:
     # megatron-core's advice on deprecations and generators is for trainers.
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
@@ -61,12 +62,12 @@ def _forward(source: Source, tokens: Any, dtype: torch.dtype | None) -> Any:
     from megatron_llmjp.runtime.device import setup
     from megatron_llmjp.runtime.ranks import alone
 
-    config = _config(source)
+    config = _config(folder)
     device = setup()
     distributed.start(config, alone(), device)
     try:
         model = build_model_chunk(config, device).eval()
-        _load(model, source)
+        _load(model, folder)
         inputs = torch.from_numpy(tokens)
         positions = torch.arange(inputs.shape[1]).expand_as(inputs)
         with torch.no_grad():
@@ -79,34 +80,19 @@ def _forward(source: Source, tokens: Any, dtype: torch.dtype | None) -> Any:
         distributed.stop()
 
 
-def _config(source: Source) -> Config:
-    """The source's model in fp32, in one process."""
-    positions = source.model.max_position_embeddings
-    model = source.model.model_copy(
-        update={
-            "vocab_size": source.model.vocab_size or source.rows,
-            "padded_vocab_size": source.rows,
-            "hidden_dropout": 0.0,
-            "attention_dropout": 0.0,
-        }
-    )
-    return Config.model_validate({"model": model.model_dump(), "data": {"seq_length": positions}})
+def _config(folder: Path) -> Config:
+    """The model of a checkpoint's own configuration in fp32, in one process."""
+    stored = load_resolved(folder / CONFIG)
+    model = stored.model.model_copy(update={"hidden_dropout": 0.0, "attention_dropout": 0.0})
+    data = {"seq_length": stored.data.seq_length}
+    return Config.model_validate({"model": model.model_dump(), "data": data})
 
 
-def _load(model: GPTModel, source: Source) -> None:
-    """Fill the model: native by the trainer's own loader, others from the canonical stream."""
+def _load(model: GPTModel, folder: Path) -> None:
+    """Fill the model by the trainer's own loader; what is not loaded is not a number."""
+    from megatron_llmjp.checkpoint import store
+
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.fill_(torch.nan)  # what is not loaded must show
-    if source.format == "native":
-        from megatron_llmjp.checkpoint import store
-
-        store.load(source.path, store.RunState([model]))
-        return
-    parameters = dict(model.named_parameters())
-    if parameters.keys() != source.reads.keys():
-        odd = sorted(parameters.keys() ^ source.reads.keys())
-        raise ValueError(f"megatron-core's model and the canonical names differ: {odd[:5]}")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(source.reads[name].read(name))
+            parameter.fill_(torch.nan)
+    store.load(folder, store.RunState([model]))

@@ -105,7 +105,7 @@ def _source(
 
 
 def _read_torch_dist(folder: Path, ignored: Collection[str]) -> Source:
-    common = load(folder / "common.pt")
+    common = dcp.read_common(folder)
     stored = dcp.read_metadata(folder)
     entries = mcore_names.weights(stored)
     if "args" not in common:

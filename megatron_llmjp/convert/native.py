@@ -17,13 +17,13 @@ from megatron_llmjp.convert import dcp, mcore_names, optimizer_state
 from megatron_llmjp.convert.formats import Options, Source
 from megatron_llmjp.convert.optimizer_state import OptimizerState
 from megatron_llmjp.convert.plan import Checksums, Output
+from megatron_llmjp.convert.regions import Region
 from megatron_llmjp.convert.tensors import WORD_EMBEDDINGS
 from megatron_llmjp.convert.tokenizer_files import (
     copy_tokenizer,
     special_token_ids,
     tokenizer_files,
 )
-from megatron_llmjp.convert.torch_archive import load
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.system import write_durably
 
@@ -43,7 +43,12 @@ def read(path: Path) -> Source:
     if problems:
         raise UserError("\n".join(problems))
     config = load_resolved(folder / manifests.CONFIG)
-    stored = dcp.read_metadata(folder)
+    files = {
+        folder / name: Region(folder / name, 0, entry.bytes, int(entry.crc32, 16), "its manifest")
+        for name, entry in manifest.files.items()
+        if name.endswith(manifests.TENSORS)
+    }
+    stored = dcp.read_metadata(folder, files)
     entries = mcore_names.weights(stored)
     if WORD_EMBEDDINGS not in entries:
         raise UserError(f"{folder}: holds no {WORD_EMBEDDINGS}")
@@ -74,7 +79,7 @@ def read(path: Path) -> Source:
 def _optimizer(
     model: ModelConfig, stored: dict[str, dcp.StoredEntry], folder: Path
 ) -> OptimizerState:
-    common = load(folder / "common.pt")
+    common = dcp.read_common(folder)
     return optimizer_state.from_torch_dist(model, stored, common, folder)
 
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
+from megatron_llmjp.convert.regions import Region
 from megatron_llmjp.convert.tensors import Shape
 from megatron_llmjp.errors import UserError
 
@@ -57,6 +58,10 @@ class Stored(Protocol):
     def source(self) -> str:
         """The file, for messages and plans."""
 
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """The checksums that reading it takes part in."""
+
     def read(self, into: torch.Tensor | None = None) -> torch.Tensor:
         """Read it, into fresh memory or a contiguous tensor of as many elements."""
 
@@ -70,6 +75,13 @@ class FileTensor:
     shape: Shape
     dtype: torch.dtype
     stride: Shape | None = None
+    region: Region | None = None
+    """What has a checksum, if its bytes are part of such a thing."""
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """The checksums that reading it takes part in."""
+        return () if self.region is None else (self.region,)
 
     @property
     def source(self) -> str:
@@ -83,9 +95,10 @@ class FileTensor:
             UserError: the file ends before the tensor does, or cannot be read.
         """
         if self.stride is None:
-            return read_elements(self.path, self.offset, self.dtype, self.shape, into)
+            return read_elements(self.path, self.offset, self.dtype, self.shape, into, self.region)
         last = sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
-        elements = read_elements(self.path, self.offset, self.dtype, (last + 1,))
+        size = (last + 1,)
+        elements = read_elements(self.path, self.offset, self.dtype, size, None, self.region)
         return placed(elements.as_strided(self.shape, self.stride).contiguous(), into)
 
 
@@ -100,6 +113,7 @@ def read_elements(
     dtype: torch.dtype,
     shape: Shape,
     into: torch.Tensor | None = None,
+    region: Region | None = None,
 ) -> torch.Tensor:
     """Read a contiguous tensor that starts at byte ``offset``.
 
@@ -109,6 +123,7 @@ def read_elements(
         dtype: of the elements.
         shape: of the tensor.
         into: contiguous memory for as many elements, instead of fresh one.
+        region: is given what was read.
 
     Raises:
         UserError: the file ends too early, or cannot be read.
@@ -128,6 +143,8 @@ def read_elements(
                 done += count
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    if region is not None:
+        region.add(offset, buffer)
     return tensor
 
 

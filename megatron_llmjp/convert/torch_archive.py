@@ -16,13 +16,14 @@ import pickle
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import torch
 
+from megatron_llmjp.convert.regions import Region
 from megatron_llmjp.convert.storage import FileTensor, truncated
 from megatron_llmjp.convert.tensors import Shape
 from megatron_llmjp.errors import UserError
@@ -100,8 +101,17 @@ class _StorageRef(NamedTuple):
     key: str
 
 
-def load(path: Path, offset: int = 0, length: int | None = None) -> Any:
+def load(
+    path: Path, offset: int = 0, length: int | None = None, region: Region | None = None
+) -> Any:
     """Open an archive that is a file, or a part of one.
+
+    Args:
+        path: the file.
+        offset: where the archive begins, in bytes.
+        length: its size; the rest of the file when not given.
+        region: has the checksum of the whole file; otherwise each storage has that of its entry,
+            if the archive has any.
 
     Returns:
         The pickled object, with a :class:`FileTensor` in place of every tensor.
@@ -117,7 +127,8 @@ def load(path: Path, offset: int = 0, length: int | None = None) -> Any:
             root = next(n for n in places if PurePosixPath(n).name == "data.pkl")
             folder = root.rsplit("/", 1)[0]
             contents = _read_entry(archive, window, root, places[root][0] - offset)
-            return _Unpickler(io.BytesIO(contents), path, folder, places).load()
+            regions = _regions(path, archive, places, region)
+            return _Unpickler(io.BytesIO(contents), path, folder, places, regions).load()
     except FileNotFoundError:
         raise UserError(f"{path}: does not exist") from None
     except (zipfile.BadZipFile, StopIteration, struct.error, EOFError) as error:
@@ -128,6 +139,22 @@ def load(path: Path, offset: int = 0, length: int | None = None) -> Any:
         raise UserError(f"{path}: damaged or truncated ({error or 'no data.pkl'})") from error
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: damaged pickle ({error})") from error
+
+
+def _regions(
+    path: Path,
+    archive: zipfile.ZipFile,
+    places: dict[str, tuple[int, int]],
+    whole: Region | None,
+) -> Mapping[str, Region]:
+    """The checksum that covers each entry. torch leaves them 0 where they are switched off."""
+    if whole is not None:
+        return dict.fromkeys(places, whole)
+    return {
+        entry.filename: Region(path, *places[entry.filename], entry.CRC, entry.filename)
+        for entry in archive.infolist()
+        if entry.CRC
+    }
 
 
 def _read_entry(archive: zipfile.ZipFile, window: _Window, name: str, start: int) -> bytes:
@@ -190,10 +217,16 @@ def _entry_places(
 
 class _Unpickler(pickle.Unpickler):
     def __init__(
-        self, stream: io.BytesIO, path: Path, folder: str, places: dict[str, tuple[int, int]]
+        self,
+        stream: io.BytesIO,
+        path: Path,
+        folder: str,
+        places: dict[str, tuple[int, int]],
+        regions: Mapping[str, Region],
     ) -> None:
         super().__init__(stream, encoding="utf-8")
         self._path, self._folder, self._places = path, folder, places
+        self._regions = regions
 
     def find_class(self, module: str, name: str) -> Any:
         return resolve(module, name, self._path, self._rebuild)
@@ -222,6 +255,7 @@ class _Unpickler(pickle.Unpickler):
             shape,
             storage.dtype,
             None if _is_contiguous(shape, stride) else stride,
+            self._regions.get(name),
         )
 
 

@@ -1,13 +1,18 @@
 """``--verify``: both sides of a conversion compute logits of the same tokens, and are compared.
 
-Each side runs in its own program: transformers for Hugging Face, megatron-core through this
-project's own model for the other formats. Arithmetic is fp32 on both; where ``--dtype`` rounded the
-weights, those of the source are rounded alike, since the question is whether the meaning was kept.
+Each side is read a second time by a program that shares no name, no layout and no derived field
+with the converter: Hugging Face folders by transformers from their own config.json, native
+checkpoints by the trainer and megatron-core from their own config.yaml, Megatron's by
+:mod:`reference` from their own arguments. A mistake in the converter's tables would have to be
+made a second time there to go unseen. Arithmetic is fp32 on both; weights that one side has in 16
+bits are rounded on the other alike, since the question is whether the meaning was kept.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -36,11 +41,35 @@ def verifier(conversion: Conversion, options: Options, tolerance: float) -> Call
         target = open_source(conversion.target, folder, Options()).check()
         vocabulary = source.model.vocab_size or min(source.rows, target.rows)
         tokens = _tokens(source, vocabulary)
-        before = _logits(source, tokens, options.dtype)[..., :vocabulary]
-        after = _logits(target, tokens, None)[..., :vocabulary]
-        _compare(before, after, tokens, tolerance)
+        stored = open_source(source.format, source.path, _only_reading(options)).dtype
+        before = _logits(source, tokens, _narrow(target.dtype), options.ignored_args)
+        after = _logits(target, tokens, _narrow(stored), frozenset())
+        print(f"verify: source: {_program(source)}\nverify: result: {_program(target)}")
+        if options.with_optimizer:
+            print("verify: the optimizer's state is not part of the comparison")
+        _compare(before[..., :vocabulary], after[..., :vocabulary], tokens, tolerance)
 
     return verify
+
+
+def _only_reading(options: Options) -> Options:
+    return Options(ignored_args=options.ignored_args)
+
+
+def _narrow(dtype: torch.dtype) -> torch.dtype | None:
+    return dtype if dtype.itemsize == 2 else None
+
+
+def _program(source: Source) -> str:
+    """Who computed a side, and from what."""
+    files = {
+        "hf": "transformers {transformers}, from config.json and the weights' own names",
+        "native": "megatron-core {megatron-core}, loaded as a run loads it, from config.yaml",
+    }
+    other = "plain PyTorch {torch}, from the run's args and each rank's tensors as they are stored"
+    text = files.get(source.format, other)
+    names = re.findall(r"{(.*?)}", text)
+    return text.format_map({name: version(name) for name in names})
 
 
 def _tokens(source: Source, vocabulary: int) -> torch.Tensor:
@@ -51,12 +80,18 @@ def _tokens(source: Source, vocabulary: int) -> torch.Tensor:
     return torch.randint(vocabulary, (batch, length + 1), generator=generator)
 
 
-def _logits(source: Source, tokens: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+def _logits(
+    source: Source, tokens: torch.Tensor, dtype: torch.dtype | None, ignored: frozenset[str]
+) -> torch.Tensor:
     """fp32 logits ``[batch, length, rows]`` of the tokens but the last."""
-    from megatron_llmjp.convert import forward_hf, forward_megatron
+    from megatron_llmjp.convert import forward_hf, forward_megatron, reference
 
-    forward = forward_hf if source.format == "hf" else forward_megatron
-    return forward.logits(source, tokens[:, :-1], dtype)
+    inputs = tokens[:, :-1]
+    if source.format == "hf":
+        return forward_hf.logits(source, inputs, dtype)
+    if source.format == "native":
+        return forward_megatron.logits(source, inputs, dtype)
+    return reference.logits(source, inputs, dtype, ignored)
 
 
 def _compare(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from megatron_llmjp.convert.optimizer_state import MAIN
+from megatron_llmjp.convert.regions import Region
 from megatron_llmjp.convert.storage import FileTensor, Stored, byte_count, read_elements
 from megatron_llmjp.convert.tensors import Shape
 from megatron_llmjp.convert.torch_archive import load
@@ -42,6 +43,11 @@ class SpanTensor:
     dtype: torch.dtype
 
     @property
+    def regions(self) -> tuple[Region, ...]:
+        """The checksums that reading it takes part in."""
+        return tuple(region for span in self.spans for region in span.flat.regions)
+
+    @property
     def source(self) -> str:
         """The first of the files."""
         return str(self.spans[0].flat.path)
@@ -57,7 +63,9 @@ class SpanTensor:
         for span in self.spans:
             offset = span.flat.offset + span.start * self.dtype.itemsize
             place = flat[done : done + span.count]
-            read_elements(span.flat.path, offset, self.dtype, (span.count,), place)
+            read_elements(
+                span.flat.path, offset, self.dtype, (span.count,), place, span.flat.region
+            )
             done += span.count
         return tensor
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import pytest
 import torch
 
+from megatron_llmjp.convert import hf_keys, hf_llama, megatron_args, megatron_ranks, tensors
+from megatron_llmjp.convert.tensors import Part
 from tests.convert.hf_models import STYLES
 
 
@@ -56,3 +59,123 @@ def test_a_difference_leaves_nothing(tmp_path, convert, monkeypatch):
                    "--verify", code=1)  # fmt: skip
     assert "logits differ by" in text
     assert [p.name for p in tmp_path.glob("*o*")] == []
+
+
+def swapped(parts: list[Part], one: int, other: int) -> list[Part]:
+    parts[one], parts[other] = parts[other], parts[one]
+    return parts
+
+
+def keys_for_values(tensor, groups, head_dim):
+    return swapped(tensors.query_key_value(tensor, groups, head_dim), 1, 2)
+
+
+def ups_for_gates(tensor):
+    return swapped(tensors.gate_up(tensor), 0, 1)
+
+
+def inputs_for_outputs(tensor):
+    """Square matrices transposed."""
+    square = tensor.dim() == 2 and tensor.shape[0] == tensor.shape[1]
+    return tensors.transposed(tensor) if square else tensors.whole(tensor)
+
+
+def changed(function, **fields):
+    """The function, whose result has other values."""
+    return lambda *args, **kwargs: {**function(*args, **kwargs), **fields}
+
+
+def other_model(**fields):
+    """``make_model`` that gives every model these fields."""
+    made = hf_keys.make_model
+    return lambda where, **given: made(where, **{**given, **fields})
+
+
+def ranks_joined_end_to_end(name, model, size):
+    """SwiGLU's gate and up rows of each rank are not taken apart."""
+    split = tensors.split_of(name, model)
+    if split == "gate_up" and size > 1:
+        return partial(tensors.rows, size=size)
+    return tensors.tensor_parallel(name, model, size)
+
+
+MISTAKES = {
+    "keys for values": (hf_llama, "query_key_value", keys_for_values),
+    "ups for gates": (hf_llama, "gate_up", ups_for_gates),
+    "input for output": (hf_llama, "whole", inputs_for_outputs),
+    "base, to Hugging Face": (hf_llama, "rotary_keys", changed(hf_keys.rotary_keys,
+        rope_theta=10001.0, rope_parameters={"rope_type": "default", "rope_theta": 20000.0})),
+    "base, from Hugging Face": (hf_llama, "make_model", other_model(rotary_base=20000)),
+    "base, from arguments": (megatron_args, "make_model", other_model(rotary_base=20000)),
+    "epsilon, from Hugging Face": (hf_llama, "make_model", other_model(norm_epsilon=1e-2)),
+    "epsilon, from arguments": (megatron_args, "make_model", other_model(norm_epsilon=1e-2)),
+    "ranks end to end": (megatron_ranks, "tensor_parallel", ranks_joined_end_to_end),
+}  # fmt: skip
+SIDES = {
+    **dict.fromkeys(MISTAKES, ("to megatron", "from megatron")),
+    **{name: ("to megatron",) for name in MISTAKES if "from Hugging Face" in name},
+    **{name: ("from megatron",) for name in MISTAKES if "to Hug" in name or "arguments" in name},
+}
+CASES = [(mistake, side) for mistake, sides in SIDES.items() for side in sides]
+
+
+@pytest.fixture(scope="module")
+def megatron(tmp_path_factory):
+    """A LLaMA with square attention matrices as Hugging Face and as Megatron-LM at TP2 x PP3."""
+    from megatron_llmjp.convert.cli import main
+
+    root = tmp_path_factory.mktemp("verify")
+    STYLES["llama"](head_dim=8, rope_theta=10000.0).save_pretrained(root / "hf")
+    words = ["--to", "megatron-lm", "--ckpt-format", "torch", *TP2PP3]
+    assert main([*words, "--input", str(root / "hf"), "--output", str(root / "mlm")]) == 0
+    return root
+
+
+TP2PP3 = ["--target-tensor-parallel-size", "2", "--target-pipeline-parallel-size", "3"]
+
+
+@pytest.mark.parametrize(("mistake", "side"), CASES)
+def test_a_mistake_in_the_converter_is_found(
+    tmp_path, convert, megatron, monkeypatch, mistake, side
+):
+    """Both directions use the same tables: what writes them wrong reads them wrong as well."""
+    module, name, wrong = MISTAKES[mistake]
+    monkeypatch.setattr(module, name, wrong)
+    words = {
+        "to megatron": ("--to", "megatron-lm", "--ckpt-format", "torch", *TP2PP3,
+                        "--input", megatron / "hf"),
+        "from megatron": ("--to", "hf", "--input", megatron / "mlm"),
+    }[side]  # fmt: skip
+    text = convert(*words, "--output", tmp_path / "o", "--verify", code=1)
+    assert "logits differ by" in text
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("side", ["to native", "from native"])
+def test_keys_for_values_are_found_in_native_checkpoints(tmp_path, convert, monkeypatch, side):
+    STYLES["llama"]().save_pretrained(tmp_path / "hf")
+    convert("--to", "native", "--input", tmp_path / "hf", "--output", tmp_path / "native")
+    monkeypatch.setattr(hf_llama, "query_key_value", keys_for_values)
+    there, here = side.split()[1], {"to native": "hf", "from native": "native"}[side]
+    target = "hf" if here == there else there
+    text = convert("--to", target, "--input", tmp_path / here, "--output", tmp_path / "o",
+                   "--verify", code=1)  # fmt: skip
+    assert "logits differ by" in text
+
+
+@pytest.mark.parametrize(
+    ("style", "flags"),
+    [
+        ("gpt2", ["--to", "megatron-lm"]),
+        ("gpt_neox", ["--to", "megatron-lm", "--ckpt-format", "torch", *TP2PP3]),
+        ("gpt2", ["--to", "megatron-deepspeed", *TP2PP3]),
+        ("llama", ["--to", "megatron-deepspeed", "--no-pipeline", "--dtype", "bf16"]),
+    ],
+)
+def test_the_second_reading_knows_every_layout(tmp_path, convert, style, flags):
+    rope = {"llama": {"rope_theta": 10000.0}, "gpt_neox": {"rotary_emb_base": 10000}}
+    STYLES[style](**rope.get(style, {})).save_pretrained(tmp_path / "hf")
+    text = convert("--input", tmp_path / "hf", "--output", tmp_path / "o", "--verify", *flags)
+    assert figures(text)[0] < 2e-5
+    assert "verify: source: transformers" in text
+    assert "verify: result: plain PyTorch" in text

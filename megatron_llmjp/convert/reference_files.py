@@ -1,0 +1,182 @@
+"""The tensors of Megatron checkpoints by plain names, as each tensor-parallel rank holds them.
+
+Part of the second reading (:mod:`reference`): names are matched by what they are called in any of
+the programs, layers are counted here, and nothing is joined.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_llmjp.convert import dcp
+from megatron_llmjp.convert.torch_archive import load
+
+Parts = dict[str, list[Callable[[], torch.Tensor]]]
+"""For each name, such as ``layers.3.qkv.weight``, how to read what each rank holds."""
+
+_KINDS = {
+    r"word_embeddings": "embedding",
+    r"position_embeddings": "positions",
+    r"output_layer|lm_head": "head",
+    r"final_(layer)?norm|decoder\.final_layernorm": "final_norm",
+    r"input_layernorm|linear_qkv\.layer_norm": "norm1",
+    r"(pre_mlp|post_attention)_layernorm|linear_fc1\.layer_norm": "norm2",
+    r"self_attention\.(linear_qkv|query_key_value)": "qkv",
+    r"self_attention\.query": "query",
+    r"self_attention\.key_value": "key_value",
+    r"self_attention\.(linear_proj|dense)": "proj",
+    r"mlp\.(linear_fc1|dense_h_to_4h)": "fc1",
+    r"mlp\.(linear_fc2|dense_4h_to_h)": "fc2",
+}
+
+
+def open_parts(kind: str, folder: Path) -> tuple[Parts, Any]:
+    """The tensors of a folder that the converter has opened, and the arguments of its run.
+
+    Args:
+        kind: ``megatron-lm`` or ``megatron-deepspeed``.
+        folder: of one iteration.
+    """
+    if kind == "megatron-deepspeed":
+        return _deepspeed(folder)
+    if (folder / dcp.METADATA).is_file():
+        return _torch_dist(folder)
+    return _legacy(folder)
+
+
+def _plain(key: str) -> tuple[str, int | None] | None:
+    """The plain name of a key without its layer's number, and that number."""
+    match = re.search(r"layers\.(\d+)\.", key)
+    for pattern, kind in _KINDS.items():
+        ending = re.search(rf"(^|\.)({pattern})[._](weight|bias)$", key)
+        if ending:
+            return f"{kind}.{ending[ending.re.groups]}", int(match[1]) if match else None
+    return None
+
+
+def _take(
+    parts: Parts, rank: int, items: Iterable[tuple[str, Any]], offset: int, bare: int | None = None
+) -> int:
+    """Add the tensors of one file of a rank; returns how many layers it has.
+
+    Args:
+        parts: is added to.
+        rank: tensor-parallel; a name that the rank has already is a tied copy.
+        items: keys and stored tensors.
+        offset: number of the first layer of the file.
+        bare: number of the layer where keys do not carry one.
+    """
+    layers = set()
+    for key, stored in items:
+        found = _plain(key)
+        if found is None or not hasattr(stored, "read"):
+            continue
+        name, layer = found
+        if name.partition(".")[0] not in ("embedding", "positions", "head", "final_norm"):
+            layer = bare if layer is None else layer
+            layers.add(layer)
+            name = f"layers.{offset + (layer or 0)}.{name}"
+        held = parts.setdefault(name, [])
+        if len(held) == rank:
+            held.append(stored.read)
+    return len(layers)
+
+
+def _legacy(folder: Path) -> tuple[Parts, Any]:
+    parts: Parts = {}
+    args = None
+    files = sorted(folder.glob("mp_rank_*/model_optim_rng.pt"), key=_numbers)
+    ranks: dict[int, list[dict[str, Any]]] = {}
+    for path in files:
+        content = load(path)
+        args = args or content["args"]
+        ranks.setdefault(_numbers(path)[0], []).append(content)
+    for rank, stages in sorted(ranks.items()):
+        offset = 0
+        chunks = [key for key in stages[0] if re.fullmatch(r"model\d*", key)]
+        for chunk in sorted(chunks, key=lambda key: int(key[5:] or 0)):
+            for stage in stages:
+                offset += _take(parts, rank, _flat(stage[chunk]), offset)
+    if args is not None and not getattr(args, "untie_embeddings_and_output_weights", False):
+        parts.pop("head.weight", None)
+    return parts, args
+
+
+def _numbers(path: Path) -> tuple[int, ...]:
+    """Tensor and pipeline rank in a folder's name."""
+    return tuple(int(number) for number in re.findall(r"\d+", path.parent.name))
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _deepspeed(folder: Path) -> tuple[Parts, Any]:
+    parts: Parts = {}
+    states = sorted(folder.glob("mp_rank_*_model_states.pt"))
+    first = load(states[0])
+    if first.get("module") is not None:
+        for rank, path in enumerate(states):
+            _take(parts, rank, _flat(load(path)["module"]), 0)
+        return parts, first["args"]
+    files = [(_layer_file(path), path) for path in folder.glob("layer_*-model_*-model_states.pt")]
+    numbers = sorted({number for (number, _), _ in files})
+    layer = 0
+    for number in numbers:
+        found = 0
+        for (of, rank), path in sorted(files):
+            if of == number:
+                content = load(path)
+                bare = {f"final_norm.{k}": v for k, v in content.items() if k in ("weight", "bias")}
+                found = _take(parts, rank, (bare or content).items(), layer, bare=0)
+        layer += found
+    return parts, first["args"]
+
+
+def _layer_file(path: Path) -> tuple[int, int]:
+    number, rank = re.findall(r"\d+", path.name)[:2]
+    return int(number), int(rank)
+
+
+def _torch_dist(folder: Path) -> tuple[Parts, Any]:
+    parts: Parts = {}
+    for key, entry in dcp.read_metadata(folder).items():
+        found = None if key.startswith("optimizer.") else _plain(key)
+        if found is None:
+            continue
+        name, layer = found
+        whole = partial(_joined, entry)
+        if "layers." not in key:
+            parts[name] = [whole]
+        elif layer is not None:
+            parts[f"layers.{layer}.{name}"] = [whole]
+        else:
+            for i in range(entry.shape[0]):
+                parts[f"layers.{i}.{name}"] = [partial(_joined, entry, i)]
+    return parts, dcp.read_common(folder)["args"]
+
+
+def _joined(entry: dcp.StoredEntry, layer: int | None = None) -> torch.Tensor:
+    """A tensor from its chunks, or one layer of a stack ``[layers, ...]``."""
+    whole = torch.empty(entry.shape if layer is None else (1, *entry.shape[1:]), dtype=entry.dtype)
+    for (offsets, sizes), (path, offset, length) in entry.chunks.items():
+        first = offsets[0] - (layer or 0)
+        if layer is not None and not first <= 0 < first + sizes[0]:
+            continue
+        chunk = dcp.ChunkTensor(path, offset, length, sizes, entry.dtype).read()
+        if layer is not None:
+            chunk, first = chunk[-first : -first + 1], 0
+        places = [first, *offsets[1:]]
+        box = tuple(slice(o, o + n) for o, n in zip(places, chunk.shape, strict=True))
+        whole[box] = chunk
+    return whole if layer is None else whole[0]

@@ -1,0 +1,106 @@
+"""A flipped bit anywhere in what is converted is an error, wherever the format has checksums."""
+
+from __future__ import annotations
+
+import random
+import zipfile
+import zlib
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_llmjp.convert.dcp import read_metadata
+from megatron_llmjp.convert.regions import Region
+from megatron_llmjp.errors import UserError
+from tests.convert.hf_models import llama
+
+FIXTURE = Path(__file__).parent / "fixtures" / "mds_gpt_tp2pp2dp2_bf16z1" / "ckpt"
+
+
+def flip(path: Path, offset: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 4
+    path.write_bytes(content)
+
+
+def inside_a_tensor(path: Path) -> int:
+    """An offset in the largest entry of an archive."""
+    with zipfile.ZipFile(path) as archive:
+        entry = max(archive.infolist(), key=lambda entry: entry.file_size)
+    return entry.header_offset + entry.file_size // 2 + 200
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--to", "native"],
+        ["--to", "megatron-lm"],
+        ["--to", "megatron-lm", "--ckpt-format", "torch"],
+        ["--to", "megatron-deepspeed", "--target-tensor-parallel-size", "2"],
+    ],
+)
+def test_a_flipped_bit_is_found(tmp_path, convert, flags):
+    llama(rope_theta=10000.0).save_pretrained(tmp_path / "hf")
+    convert(*flags, "--input", tmp_path / "hf", "--output", tmp_path / "there")
+    back = ("--to", "hf", "--input", tmp_path / "there", "--output", tmp_path / "o")
+    assert "checksums: those" in convert(*back, "--dry-run") + convert(*back)
+    (tmp_path / "o").rename(tmp_path / "good")
+    files = [p for p in (tmp_path / "there").rglob("*") if p.suffix in (".pt", ".distcp")]
+    victim = max(files, key=lambda path: path.stat().st_size)
+    where = victim.stat().st_size // 2 if victim.suffix == ".distcp" else inside_a_tensor(victim)
+    flip(victim, where)
+    text = convert(*back, code=2)
+    assert f"{victim}: damaged" in text
+    assert text.splitlines()[-1].count("\n") == 0
+    assert not (tmp_path / "o").exists()
+
+
+def test_files_of_torch_have_checksums_too(tmp_path, convert):
+    model = llama()
+    model.save_pretrained(tmp_path / "hf")
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "hf" / "pytorch_model.bin")
+    flip(tmp_path / "hf" / "pytorch_model.bin",
+         inside_a_tensor(tmp_path / "hf" / "pytorch_model.bin"))  # fmt: skip
+    text = convert("--to", "native", "--input", tmp_path / "hf", "--output", tmp_path / "o", code=2)
+    assert "pytorch_model.bin: damaged" in text
+
+
+def test_the_rest_of_a_native_file_is_read_unless_switched_off(tmp_path, convert):
+    """A manifest has one checksum for weights and moments in one file."""
+    native = tmp_path / "native"
+    convert("--to", "native", "--with-optimizer", "--input", FIXTURE, "--output", native)
+    moments = read_metadata(native / "iter_0000002")["optimizer.state.exp_avg.decoder.layers.mlp."
+                                                     "linear_fc1.weight"]  # fmt: skip
+    path, offset, length = next(iter(moments.chunks.values()))
+    flip(path, offset + length // 2)
+    words = ("--to", "hf", "--input", native, "--output", tmp_path / "o")
+    assert "its content does not have the checksum of its manifest" in convert(*words, code=2)
+    assert not (tmp_path / "o").exists()
+    assert "checksums: not compared" in convert(*words, "--no-checksums")
+
+
+def test_pieces_in_any_order_give_the_sum_of_the_whole(tmp_path):
+    generator = random.Random(3)
+    content = generator.randbytes(10_000)
+    (tmp_path / "a").write_bytes(content)
+    for _ in range(30):
+        cuts = [*sorted(generator.sample(range(100, 9900), 6)), 9900]
+        pieces = list(pairwise(cuts))
+        chosen = generator.sample(pieces, generator.randint(0, 6))
+        if generator.random() < 0.3:
+            chosen.append((cuts[0], cuts[3]))  # bytes that another piece has as well
+        expected = zlib.crc32(content[100:9900])
+        for crc in (expected, expected ^ 1):
+            region = Region(tmp_path / "a", 100, 9800, crc, "a test")
+            try:
+                for start, end in chosen:
+                    region.add(start, memoryview(content)[start:end])
+                region.finish()
+            except UserError as error:
+                assert crc != expected
+                assert "does not have the checksum of a test" in str(error)
+            else:
+                assert crc == expected
