@@ -13,8 +13,10 @@ import time
 import traceback
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from megatron_llmjp.absent import check_packages, plan_without
 from megatron_llmjp.config.command import Command, Mode
 from megatron_llmjp.config.command_line import parse, print_notes
 from megatron_llmjp.dry_run import describe
@@ -55,6 +57,7 @@ def main(argv: Sequence[str]) -> int:
             print_notes(command.notes)
         if command.mode is not Mode.TRAIN:
             return _plan(command, ranks)
+        check_packages(command.config)
         if ranks is None and command.processes not in (None, 1):
             return _start_ranks(command, argv)
         ranks = ranks or alone()
@@ -79,15 +82,24 @@ def _plan(command: Command, ranks: Ranks | None) -> int:
     if ranks is not None and not ranks.is_first:
         return EXIT_DONE
     if command.mode is Mode.PLAN_DATA:
-        print_plan(command.config)
+        planned = plan_without(command.config)
+        print_notes(planned.notes)
+        print_plan(planned.config)
         return EXIT_DONE
     if command.mode is Mode.DRY_RUN:
-        world_size = command.processes or (ranks.world_size if ranks else 1)
-        run = prepare(command.config, world_size)
-        _warn(run)
-        print(describe(run, command.config, command.origin, world_size))
-        return EXIT_DONE
+        return _dry_run(command, command.processes or (ranks.world_size if ranks else 1))
     return on_paper(command)
+
+
+def _dry_run(command: Command, world_size: int) -> int:
+    """Check what the run would, but for what this machine lacks, which is reported."""
+    planned = plan_without(command.config)
+    print_notes(planned.notes)
+    run = prepare(planned.config, world_size)
+    _warn(run)
+    run = replace(run, config=planned.restored(run.config))
+    print(describe(run, command.config, command.origin, world_size))
+    return EXIT_DONE
 
 
 def _start_ranks(command: Command, argv: Sequence[str]) -> int:

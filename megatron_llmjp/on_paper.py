@@ -5,14 +5,16 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
+from megatron_llmjp.absent import plan_without
 from megatron_llmjp.config.checks import check
 from megatron_llmjp.config.command import Command, Mode
+from megatron_llmjp.config.command_line import print_notes
 from megatron_llmjp.config.lint import Facts, lint
 from megatron_llmjp.config.load import changed
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.batch_sizes import BatchSizes
 from megatron_llmjp.data.megatron_paths import given_flags
-from megatron_llmjp.errors import EXIT_DONE, EXIT_USER_ERROR, UserError
+from megatron_llmjp.errors import EXIT_DONE, EXIT_USER_ERROR
 from megatron_llmjp.plan.outlook import Length, Outlook, length_without_data, look_ahead
 from megatron_llmjp.plan.outlook_text import show
 from megatron_llmjp.plan.suggest import suggest
@@ -20,7 +22,6 @@ from megatron_llmjp.plan.suggest_text import show_suggestions
 from megatron_llmjp.plan_data import data_warnings
 from megatron_llmjp.prepare import prepare
 from megatron_llmjp.prepare_data import decay_end
-from megatron_llmjp.tokenizers import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,11 @@ def on_paper(command: Command) -> int:
     """
     rehearsal = command.rehearsal
     assert rehearsal is not None
-    config = _with_vocabulary(command.config)
+    planned = plan_without(command.config, data=True)
+    config = planned.config
     if command.mode is Mode.SUGGEST_LAYOUT:
         found = suggest(config, rehearsal)
+        print_notes(planned.notes)
         print(show_suggestions(config, rehearsal, found))
         return EXIT_DONE if found else EXIT_USER_ERROR
     check(config, rehearsal.world_size)
@@ -54,7 +57,7 @@ def on_paper(command: Command) -> int:
     outlook = look_ahead(run.config, rehearsal, run.length)
     print(show(outlook, rehearsal.mfu, command.config_name), flush=True)
     print(f"\n{_build(outlook)}", flush=True)
-    for note in run.notes:
+    for note in (*planned.notes, *run.notes):
         print(f"note: {note}", file=sys.stderr)
     for warning in run.warnings:
         print(f"warning: {warning}", file=sys.stderr)
@@ -101,12 +104,3 @@ def _resolve(config: Config, world_size: int) -> _Resolved:
     length = Length(run.train_iters, samples, source, ends)
     told = [*missing, *run.warnings, *run.lints, *data_warnings(run.config)]
     return _Resolved(run.config, length, run.notes, tuple(told))
-
-
-def _with_vocabulary(config: Config) -> Config:
-    if config.model.vocab_size is not None:
-        return config
-    if config.data.tokenizer_type is None:
-        raise UserError("the vocabulary's size is not known: give --vocab-size or a tokenizer")
-    tokenizer = load_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model)
-    return changed(config, vocab_size=tokenizer.vocab_size)

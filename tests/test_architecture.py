@@ -21,7 +21,7 @@ FLOORS = [
     {"plan"},
     {"report"},
     {"training"},
-    {"dry_run", "plan_data"},
+    {"dry_run", "plan_data", "absent"},
     {"on_paper"},
     {"entry"},
     {"data_tools", "slurm"},

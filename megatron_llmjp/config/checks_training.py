@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 
 from megatron_llmjp.config.load import UNITS
 from megatron_llmjp.config.schema import SECTION_OF, Config
@@ -21,8 +20,6 @@ def rules(config: Config) -> Iterator[str]:
     yield from _rates(config)
     yield from _weight_decay(config)
     yield from _folders(config)
-    if config.logging.wandb_project and find_spec("wandb") is None:
-        yield "wandb_project needs the package wandb: `pip install wandb`, or leave it out"
 
 
 def _precision(config: Config) -> Iterator[str]:

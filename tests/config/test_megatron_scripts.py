@@ -42,7 +42,7 @@ def test_a_published_script_is_its_preset(script):
     command = parse(script.argv)
     config, notes = command.config, command.notes
     assert (command.mode, command.processes) == (Mode.TRAIN, None)
-    check(changed(config, wandb_project=None), 2 * config.parallel.model_parallel_size)
+    check(config, 2 * config.parallel.model_parallel_size)
     if config.optimizer.lr_decay_iters is None and config.optimizer.lr_decay_tokens is None:
         config = changed(config, lr_decay_iters=config.training.train_iters)
     found = differences(preset(script.preset), config)

@@ -115,6 +115,9 @@ def test_with_the_data_of_the_run(results):
     assert "note: --no-masked-softmax-fusion" in errors and "tokenizer" not in errors
     code, output, errors = results["folds, no tokenizer"]
     assert code == 0 and "no tokenizer is given: the run itself needs one" in errors
+    code, output, errors = results["no folds"]
+    assert code == 0 and "TP 2 x PP 1 x DP 2" in output
+    assert "the data is not here, and is not checked: /nowhere/folds.yaml" in errors
 
 
 @pytest.mark.parametrize(
@@ -122,7 +125,6 @@ def test_with_the_data_of_the_run(results):
     [
         ("too large", "do not fit"),
         ("cannot be", "6"),
-        ("no folds", "/nowhere/folds.yaml"),
         ("no vocabulary", "--vocab-size"),
         ("no world", "--world-size N"),
         ("strange GPU", "Voodoo2"),
