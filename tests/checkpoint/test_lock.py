@@ -133,14 +133,16 @@ def another_takes(root: Path) -> bool:
     return subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
 
 
-@pytest.mark.parametrize("what", ["folder", LOCK, RECORD, "damaged"])
+@pytest.mark.parametrize("what", ["folder", "remade", LOCK, RECORD, "damaged"])
 def test_a_folder_that_is_deleted_during_the_run(tmp_path, what):
     """It is made again and stays this run's; nobody else had it."""
     root = tmp_path / "save"
     told: list[str] = []
     with taken(root, told.append) as lock:
-        if what == "folder":
+        if what in ("folder", "remade"):
             shutil.rmtree(root)
+            if what == "remade":
+                root.mkdir()
         elif what == "damaged":
             (root / RECORD).write_text("{")
         else:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import json
 import os
 import resource
 import shutil
@@ -98,6 +99,29 @@ def delete_at(folder: str, iteration: int) -> None:
     """Somebody removes the save folder."""
     if rank() == 0:
         strike("a step", iteration, lambda _: shutil.rmtree(folder))
+
+
+def taken_over_at(folder: str, iteration: int) -> None:
+    """Another machine's run takes the save folder, as from one that was frozen for minutes."""
+    record = Path(folder) / ".run.json"
+
+    def take(_: Any) -> None:
+        owner = {**json.loads(record.read_text()), "host": "node07", "token": "another"}
+        record.write_text(json.dumps(owner))
+
+    if rank() == 0:
+        strike("a step", iteration, take)
+
+
+def stale_lock(code: int) -> None:
+    """Locking fails with an error of the file system, and no time passes between attempts."""
+    from megatron_llmjp import file_lock
+
+    def fail(*_: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    file_lock.fcntl.lockf = fail  # type: ignore[assignment]
+    file_lock.RETRY_PAUSES = (0.0,)
 
 
 def obstructed_save(kind: str, iteration: int, place: str = "") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 from collections.abc import Iterator
@@ -76,6 +77,29 @@ def test_a_deleted_folder(stage, layout):
     reference = history(stage.reference(layout))
     assert history(save) == {i: loss for i, loss in reference.items() if i > 6}
     assert not (save / RECORD).exists()
+
+
+@pytest.mark.fault("folder taken by another run", "the first one ends before it saves; exit code 1")
+@pytest.mark.parametrize("layout", ["alone-async", "dp2"])
+def test_a_folder_that_another_run_takes(stage, layout):
+    save = stage.folder("taken")
+    code, _, errors = stage.run(layout, save, fault=("taken_over_at", str(save), 4))
+    assert code == 1, errors
+    assert errors.count(f"error: --save {save} was taken by process ") == 1
+    assert "on node07" in errors and "Traceback" not in errors
+    assert manifests.complete_iterations(save) == [3, 4][: 1 + (layout == "dp2")]
+    assert (save / RECORD).exists()  # the other run's
+
+
+@pytest.mark.fault("stale handle at the start", "retried, then reported; exit code 1")
+@pytest.mark.parametrize("layout", ["dp2"])
+def test_a_file_system_that_does_not_answer(stage, layout):
+    save = stage.folder("stale")
+    code, _, errors = stage.run(layout, save, fault=("stale_lock", errno.ESTALE))
+    assert code == 1, errors
+    said = f"error: --save {save}: cannot be written to: {os.strerror(errno.ESTALE)}"
+    assert errors.count(said) == 1
+    assert "in use by another run" not in errors and "Traceback" not in errors
 
 
 def strikes(stage, save: Path, layout: str, kind: str, cause: str, place: str) -> None:
