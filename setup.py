@@ -26,12 +26,13 @@ REQUIRES = [
     "matplotlib>=3.8",
     "zstandard>=0.22",
     "orjson>=3.10",
+    "pyarrow>=15",  # Parquet
     "psutil>=5.9",  # megatron-core's checkpoint writer imports it without saying so
 ]
 
 EXTRAS = {
     "gpu": ["transformer-engine[pytorch]>=2.0"],
-    "parquet": ["pyarrow>=15"],
+    "lz4": ["lz4>=4"],
     "wandb": ["wandb>=0.17"],
     "dev": [
         "pytest>=8",
@@ -42,7 +43,7 @@ EXTRAS = {
         "types-PyYAML",
         "types-tqdm",
         "deepspeed>=0.16",  # reads what convert_checkpoint writes
-        "pyarrow>=15",
+        "lz4>=4",
     ],
 }
 

@@ -6,17 +6,16 @@ reads them. Compressed files, pipes and Parquet are read here and handed over.
 
 from __future__ import annotations
 
-import bz2
 import contextlib
-import gzip
 import lzma
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from data_tools.compression import HEAD_BYTES, find_opener
 from data_tools.parquet import read_parquet
 from data_tools.pieces import Block, FileRange, LongLine
 from data_tools.sources import STDIN, Source
@@ -49,11 +48,11 @@ def _read_blocks(
     source: Source, file: BinaryIO, start: int, keys: list[str], limit: int
 ) -> Iterator[Block]:
     try:
-        head = file.peek(8)[:8] if hasattr(file, "peek") else b""
+        head = file.peek(HEAD_BYTES)[:HEAD_BYTES] if hasattr(file, "peek") else b""
         if head.startswith(b"PAR1"):
             yield from read_parquet(source, start, keys)
             return
-        opener = next((o for magic, o in _OPENERS.items() if head.startswith(magic)), None)
+        opener = find_opener(source, head)
         if opener is None and source.seekable:
             yield from _plain_blocks(source, file, start, limit)
             return
@@ -69,9 +68,15 @@ def _read_blocks(
 
 
 def _plain_blocks(source: Source, file: BinaryIO, start: int, limit: int) -> Iterator[Block]:
-    """Find line ends near every BLOCK_BYTES, reading only a little around them."""
-    while start < source.size:
-        nominal = min(start + BLOCK_BYTES, source.size)
+    """Find line ends near every BLOCK_BYTES, reading only a little around them.
+
+    Of a part of a file, the lines that begin in it.
+    """
+    stop = source.size if source.end is None else _line_end(file, source.end, source.size)
+    begin = _line_end(file, source.start, source.size) if source.start else 0
+    start = max(start, begin)
+    while start < stop:
+        nominal = min(start + BLOCK_BYTES, stop)
         end = _line_end(file, nominal, source.size)
         length, newline = end - start, 0
         if length > limit:  # perhaps one long line: take what lies before it, or it alone
@@ -82,7 +87,7 @@ def _plain_blocks(source: Source, file: BinaryIO, start: int, limit: int) -> Ite
         if length > limit and not newline:
             payload = LongLine(length, _parts(file, start, length))
         start += length
-        yield Block(payload, start, length, start)
+        yield Block(payload, start, length, start - source.start)
 
 
 def _line_end(file: BinaryIO, offset: int, size: int) -> int:
@@ -149,48 +154,3 @@ def _tell(raw: BinaryIO) -> int:
         return raw.tell()
     except OSError:  # a pipe
         return 0
-
-
-class _ZstdReader:
-    """A zstd stream of any number of frames; unlike zstandard's own, it notices truncation."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        try:
-            import zstandard
-        except ImportError as error:
-            raise UserError(
-                "a .zst file needs the zstandard package: pip install zstandard"
-            ) from error
-        self._file = file
-        self._new: Callable[[], Any] = zstandard.ZstdDecompressor().decompressobj
-        self._error = zstandard.ZstdError
-        self._frame: Any = None
-        self._rest = b""
-
-    def read(self, size: int) -> bytes:
-        """Return some decompressed bytes, none at the end; ``size`` is a wish only."""
-        del size
-        while True:
-            data = self._rest or self._file.read(32 * 1024)
-            self._rest = b""
-            if not data:
-                if self._frame is not None:
-                    raise EOFError("the last zstd frame is incomplete")
-                return b""
-            self._frame = self._frame or self._new()
-            try:
-                text: bytes = self._frame.decompress(data)
-            except self._error as error:
-                raise EOFError(str(error)) from error
-            if self._frame.eof:
-                self._rest, self._frame = self._frame.unused_data, None
-            if text:
-                return text
-
-
-_OPENERS: dict[bytes, Callable[[Any], Any]] = {
-    b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
-    b"BZh": bz2.BZ2File,
-    b"\xfd7zXZ\x00": lzma.LZMAFile,
-    b"\x28\xb5\x2f\xfd": _ZstdReader,
-}

@@ -134,9 +134,10 @@ class Job:
             )
 
     def _encode_all(self, journal: Journal) -> None:
-        before = sum(source.size for source in self.sources[: self.point.source])
-        done = before + min(self.point.position, self.sources[self.point.source].size)
-        progress = Progress(sum(s.size for s in self.sources), done, self.args.log_interval)
+        before = sum(source.length for source in self.sources[: self.point.source])
+        at = self.sources[self.point.source]
+        done = before + min(max(self.point.position - at.start, 0), at.length)
+        progress = Progress(sum(s.length for s in self.sources), done, self.args.log_interval)
         saved = time.monotonic()
         encoder = BlockEncoder(self.tokenizer, self.encoding)
         with EncoderPool(self.args.workers, encoder) as pool:
@@ -144,7 +145,7 @@ class Job:
                 for source, block, encoded in pool.encode(self._blocks()):
                     changed = source != self.point.source
                     if changed:
-                        before = sum(s.size for s in self.sources[:source])
+                        before = sum(s.length for s in self.sources[:source])
                         self.point.done = True
                     age = time.monotonic() - saved
                     if age > (SECONDS_AFTER_A_SOURCE if changed else SECONDS_BETWEEN_SAVES):
@@ -197,13 +198,13 @@ class Job:
     def _refuse_id(self, source: int, line: int, token_id: int) -> None:
         size = self.tokenizer.vocab_size
         raise UserError(
-            f"{self.sources[source].name}:{line}: the tokenizer gives token id {token_id}, but its "
-            f"vocabulary ends at {size - 1} and ids are stored as {self.output.dtype}. The "
+            f"{self.sources[source].label}:{line}: the tokenizer gives token id {token_id}, but "
+            f"its vocabulary ends at {size - 1} and ids are stored as {self.output.dtype}. The "
             "tokenizer's files do not belong together: save the tokenizer again, or use another."
         )
 
     def _reject(self, source: int, line: int, bad: Rejected, parts: Iterator[bytes]) -> None:
-        name = self.sources[source].name
+        name = self.sources[source].label
         if self.args.on_error == "stop":
             detail = f" ({bad.detail})" if bad.detail else ""
             raise UserError(
@@ -220,7 +221,7 @@ class Job:
         self.warned += 1
         if self.warned <= WARNINGS_SHOWN:
             what = f"{reason} ({detail})" if detail else reason
-            text = f"{self.sources[source].name}:{line}: {what}"
+            text = f"{self.sources[source].label}:{line}: {what}"
             print(text.encode(errors="backslashreplace").decode(), file=sys.stderr)
         elif self.warned == WARNINGS_SHOWN + 1:
             print("... further bad lines are counted only", file=sys.stderr)
@@ -253,7 +254,7 @@ class Job:
     def close(self) -> int:
         """Print the closing table and write it where --report asks for it."""
         keys = self.args.json_keys
-        table = rows([source.name for source in self.sources], self.tallies, keys)
+        table = rows([source.label for source in self.sources], self.tallies, keys)
         print(format_table(table))
         for key in keys:
             print(f"{self.output.prefix_of(key)}.bin .idx .json")

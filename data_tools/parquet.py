@@ -1,4 +1,4 @@
-"""Parquet files as blocks of rows; needs the optional extra ``parquet`` (pyarrow)."""
+"""Parquet files as blocks of rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def read_parquet(source: Source, start: int, keys: list[str]) -> Iterator[Block]
         import pyarrow.parquet as pq
     except ImportError as error:
         raise UserError(
-            f"{source.name}: reading Parquet needs pyarrow: pip install 'megatron_llmjp[parquet]'"
+            f"{source.name}: reading Parquet needs pyarrow: pip install pyarrow"
         ) from error
     if not source.seekable:
         raise UserError(f"{source.name}: Parquet cannot be read from a pipe; give a file")

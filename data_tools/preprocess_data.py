@@ -17,7 +17,7 @@ from data_tools.job import Job
 from data_tools.limits import share
 from data_tools.output import Output
 from data_tools.report import check_report
-from data_tools.shards import part_prefix, shard_of, take_shard
+from data_tools.shards import part_prefix, shard_of, take_shard, uneven
 from data_tools.sources import find_input
 from megatron_llmjp.data.indexed import best_dtype
 from megatron_llmjp.errors import UserError
@@ -120,8 +120,9 @@ def _parser() -> Parser:
     add(
         "--shard",
         metavar="NUMBER/COUNT",
-        help="do this part of the files only, 0/16 to 15/16; slurm/16 takes the number from the "
-        "Slurm array. merge_datasets --parts PREFIX joins the parts",
+        help="do this part of the input only, 0/16 to 15/16; large files of plain lines are cut. "
+        "slurm/16 takes the number from the Slurm array. merge_datasets --parts PREFIX joins the "
+        "parts",
     )
     add("--overwrite", action="store_true", help="replace datasets and unfinished runs")
     for flag in ("--dataset-impl", "--partitions"):  # in Megatron-LM's scripts; order is kept here
@@ -147,6 +148,8 @@ def preprocess(args: argparse.Namespace) -> int:
     shard = None
     if args.shard:
         number, count = shard_of(args.shard)
+        if warning := uneven(sources, count):
+            print(warning, file=sys.stderr)
         sources, whole_list = take_shard(sources, number, count)
         shard = {"number": number, "count": count, "list": whole_list}
         args.output_prefix = part_prefix(args.output_prefix, number, count)

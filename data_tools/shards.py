@@ -1,7 +1,8 @@
 """One input list over many tasks of a Slurm array, and the parts joined again.
 
 Each task takes a run of consecutive files of about equal size, so the parts joined in order are
-what one task would have made. Which files a task takes depends on nothing but the list.
+what one task would have made. Large files of plain JSON lines are cut between lines. Which files
+a task takes depends on nothing but the list.
 """
 
 from __future__ import annotations
@@ -9,13 +10,17 @@ from __future__ import annotations
 import os
 import re
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from data_tools.compression import HEAD_BYTES, find_opener
 from data_tools.documents import read_manifest
 from data_tools.sources import Source
 from megatron_llmjp.errors import UserError
 
+CUT_BYTES = 64 * 1024 * 1024
+"""Files of plain lines are cut from this size on; smaller ones go to one task."""
 PART = re.compile(r"_part(\d{5})of(\d{5})_(.+)_document")
 
 
@@ -60,11 +65,39 @@ def take_shard(sources: list[Source], number: int, count: int) -> tuple[list[Sou
     total, before, mine = sum(source.size for source in sources) or 1, 0, []
     for source in sources:
         middle = before + source.size / 2
-        if min(int(middle * count / total), count - 1) == number:
+        if _can_be_cut(source):
+            bounds = (total * at // count - before for at in (number, number + 1))
+            start, end = (min(max(bound, 0), source.size) for bound in bounds)
+            if start < end:
+                mine.append(replace(source, start=start, end=end))
+        elif min(int(middle * count / total), count - 1) == number:
             mine.append(source)
         before += source.size
     whole = "\n".join(f"{Path(source.name).name} {source.size}" for source in sources)
     return mine, f"{zlib.crc32(whole.encode()):08x}"
+
+
+def _can_be_cut(source: Source) -> bool:
+    """Return whether a file is large, and holds lines whose place is known without reading them."""
+    if source.size < CUT_BYTES:
+        return False
+    with Path(source.name).open("rb") as file:
+        head = file.read(HEAD_BYTES)
+    return not head.startswith(b"PAR1") and find_opener(source, head) is None
+
+
+def uneven(sources: list[Source], count: int) -> str:
+    """Return a warning on files too large for one task that cannot be cut; empty if none is."""
+    share = sum(source.size for source in sources) / count
+    large = [s for s in sources if s.size > 2 * max(share, CUT_BYTES) and not _can_be_cut(s)]
+    if not large:
+        return ""
+    return (
+        f"warning: {large[0].name} ({large[0].size:,} bytes) is larger than two tasks' shares, but "
+        "one task reads it whole: where a line begins in a compressed file is known only after "
+        "all before it is decompressed, and a Parquet file is read by row groups. Split it into "
+        f"files, or decompress it.{f' So are {len(large) - 1:,} more.' if len(large) > 1 else ''}"
+    )
 
 
 def find_parts(prefix: str) -> dict[str, list[str]]:

@@ -28,11 +28,12 @@ SAMPLES, SAMPLE_BYTES = 16, 64 * 1024  # blocks of a file that identify it
 
 @dataclass(frozen=True)
 class Source:
-    """One input file, as it was when the program started.
+    """One input file, or a part of one, as it was when the program started.
 
     Attributes:
         name: the path as given, or ``-`` for standard input.
         size: bytes on disk; 0 where it cannot be known (standard input, a pipe).
+        start, end: the lines that begin at these bytes are meant, all where there is no end.
         mtime: time of the last change, in nanoseconds, to notice a change while it is read.
     """
 
@@ -40,6 +41,18 @@ class Source:
     size: int = 0
     mtime: int = 0
     seekable: bool = False
+    start: int = 0
+    end: int | None = None
+
+    @property
+    def label(self) -> str:
+        """The name, and which bytes of the file are meant if not all are."""
+        return self.name if self.end is None else f"{self.name}[bytes {self.start}-{self.end}]"
+
+    @property
+    def length(self) -> int:
+        """Bytes of this source."""
+        return self.size if self.end is None else self.end - self.start
 
     def identity(self) -> dict[str, Any]:
         """Return the name, for people, and what must not have changed when a run is resumed.
@@ -49,7 +62,8 @@ class Source:
         """
         if not self.seekable:
             return {"name": self.name, "size": None, "content": None}
-        return {"name": self.name, "size": self.size, "content": _sample(self)}
+        whole = {"name": self.name, "size": self.size, "content": _sample(self)}
+        return whole if self.end is None else whole | {"bytes": [self.start, self.end]}
 
     def is_same(self, identity: dict[str, Any], earlier: dict[str, Any]) -> bool:
         """Return whether this source, of this identity, is the one of an earlier run.
@@ -60,7 +74,7 @@ class Source:
             return False
         if "mtime" in earlier:
             return earlier == {"name": self.name, "size": self.size, "mtime": self.mtime}
-        return all(earlier.get(key) == identity[key] for key in ("size", "content"))
+        return all(earlier.get(key) == identity.get(key) for key in ("size", "content", "bytes"))
 
     def refuse_changed(self, identity: dict[str, Any]) -> None:
         """Raise UserError if the file was changed or removed since ``identity`` was found."""

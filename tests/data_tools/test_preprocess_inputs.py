@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -44,12 +45,27 @@ def two_gzip_members(data: bytes) -> bytes:
     return gzip.compress(data[:half]) + gzip.compress(data[half:])
 
 
+def as_pzstd(data: bytes) -> bytes:
+    """As pzstd writes: a skippable frame with a size before each frame."""
+    frames = [zstandard.compress(data[:999]), zstandard.compress(data[999:])]
+    sizes = [struct.pack("<III", 0x184D2A50, 4, len(frame)) for frame in frames]
+    return b"".join(size + frame for size, frame in zip(sizes, frames, strict=True))
+
+
+def as_lz4(data: bytes) -> bytes:
+    frame = pytest.importorskip("lz4.frame")
+    return frame.compress(data[:999]) + frame.compress(data[999:])
+
+
 COMPRESS = {
     "": lambda data: data,
     ".gz": two_gzip_members,
     ".bz2": bz2.compress,
     ".xz": lzma.compress,
     ".zst": two_zstd_frames,
+    ".zstd": as_pzstd,
+    ".lzma": lambda data: lzma.compress(data, lzma.FORMAT_ALONE),
+    ".lz4": as_lz4,
 }
 
 
@@ -66,6 +82,26 @@ def test_compressed_files(suffix, end, corpus, documents, tmp_path, small_blocks
     path.write_bytes(COMPRESS[suffix](corpus.read_bytes().rstrip() + end))
     assert main(["--input", str(path), "--output-prefix", str(tmp_path / "o"), *BYTES]) == 0
     assert tokens_of(tmp_path / "o") == expected(documents)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b"PK\x03\x04...", "is a zip archive"),
+        ("a.jsonl.br", b"\x0b\x02\x80", "files of this kind cannot be read"),
+        ("a.tar.gz", gzip.compress(b"x"), "files of this kind cannot be read"),
+        ("a.jsonl.lz4", b"\x04\x22\x4d\x18\x40", "needs the lz4 package"),
+    ],
+)
+def test_other_formats_are_refused_by_name(name, content, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lz4", None)
+    monkeypatch.setitem(sys.modules, "lz4.frame", None)
+    path = tmp_path / name
+    path.write_bytes(content)
+    arguments = ["--input", str(path), "--output-prefix", str(tmp_path / "o"), *BYTES]
+    assert main([*arguments, "--on-error", "skip"]) == 2
+    message_shown = capsys.readouterr().err
+    assert f"{path}: " in message_shown and message in message_shown
 
 
 def test_parquet(documents, tmp_path):

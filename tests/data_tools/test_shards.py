@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import gzip
+import itertools
+import os
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from data_tools import merge_datasets, preprocess_data
-from data_tools.shards import take_shard
-from data_tools.sources import Source
+from data_tools.blocks import read_blocks
+from data_tools.encode import read_range
+from data_tools.pieces import FileRange
+from data_tools.shards import take_shard, uneven
+from data_tools.sources import Source, find_input
 from tests.data_tools.conftest import make_documents, write_jsonl
 
 BYTES = ["--tokenizer-type", "ByteLevelTokenizer", "--append-eod", "--workers", "1"]
@@ -38,6 +45,52 @@ def test_parts_joined_are_the_whole(tmp_path, monkeypatch, capsys):
             name = f"o_{key}_document.{suffix}"
             joined = (tmp_path / "parts" / name).read_bytes()
             assert joined == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 40])
+def test_one_large_file_is_cut_between_lines(count, tmp_path, monkeypatch):
+    """More tasks than some lines have bytes: every line goes to exactly one task."""
+    monkeypatch.setattr("data_tools.shards.CUT_BYTES", 1000)
+    monkeypatch.setattr("data_tools.blocks.BLOCK_BYTES", 700)
+    large = write_jsonl(tmp_path / "b.jsonl", make_documents(60, seed=1))
+    small = write_jsonl(tmp_path / "a.jsonl", make_documents(1, seed=2))
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(large.read_bytes()))
+    found = find_input([str(small), str(large), str(tmp_path / "c.jsonl.gz")]).sources
+    whole = [line for source in found for line in lines_of(source)]
+    parts = [take_shard(found, number, count)[0] for number in range(count)]
+    assert [line for part in parts for source in part for line in lines_of(source)] == whole
+    if count == 7:
+        assert sum(source.name == str(large) for part in parts for source in part) >= 4
+
+
+def lines_of(source: Source) -> list[bytes]:
+    """Return the lines of a source, read in blocks; resumed at every block it is the same."""
+    blocks = list(read_blocks(source, 0, ["text"], 10**6))
+    plain = [block for block in blocks if isinstance(block.payload, FileRange)]
+    for before, block in itertools.pairwise(plain):
+        again = next(iter(read_blocks(source, before.end, ["text"], 10**6)))
+        assert (again.end, again.size) == (block.end, block.size)
+    payloads = [block.payload for block in blocks]
+    data = (read_range(p) if isinstance(p, FileRange) else p for p in payloads)
+    return b"".join(data).splitlines()
+
+
+def test_cut_parts_joined_are_the_whole(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("data_tools.shards.CUT_BYTES", 1000)
+    write_jsonl(tmp_path / "large.jsonl", make_documents(60, seed=1))
+    (tmp_path / "z.jsonl.gz").write_bytes(gzip.compress(os.urandom(9000).hex().encode()))
+    common = ["--input", str(tmp_path / "large.jsonl"), *BYTES, "--output-prefix"]
+    assert preprocess_data.main([*common, str(tmp_path / "whole")]) == 0
+    for task in range(3):
+        arguments = [*common, str(tmp_path / "cut"), "--shard", f"{task}/3"]
+        assert preprocess_data.main(arguments) == 0
+        assert preprocess_data.main(arguments) == 0
+    assert "Already complete" in capsys.readouterr().out
+    assert merge_datasets.main(["--parts", str(tmp_path / "cut")]) == 0
+    for suffix in ("bin", "idx"):
+        joined = (tmp_path / f"cut_text_document.{suffix}").read_bytes()
+        assert joined == (tmp_path / f"whole_text_document.{suffix}").read_bytes()
+    assert "z.jsonl.gz" in uneven(find_input([str(tmp_path / "z.jsonl.gz")]).sources, 4)
 
 
 @pytest.mark.parametrize("shard", ["8/8", "x/8", "3", "slurm/4"])
