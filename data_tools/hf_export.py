@@ -1,24 +1,27 @@
 """A SentencePiece Unigram model as a Hugging Face fast tokenizer, and proof that they agree.
 
-The mapping follows llm-jp-tokenizer's conversion: no pre-tokenizer, so that runs of spaces and
-Japanese text reach the Unigram model whole as in SentencePiece.
+The mapping follows llm-jp-tokenizer's conversion: text is not split at spaces, so that runs of
+spaces and Japanese text reach the Unigram model whole as in SentencePiece.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, processors
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.tokenizers import load_tokenizer
 
 SPECIALS = ("<unk>", "<s>", "</s>", "<MASK>", "<PAD>", "<CLS>", "<SEP>", "<EOD>")
 SPACE = "▁"
+PROBES = ("<0x0A>", "a<0x41> <0x", "<0x<0xE3>0A>\n")
+"""Texts compared in addition: bytes spelled out, which are no bytes."""
 DIFFERENCES_SHOWN = 5
 
 
@@ -47,6 +50,7 @@ def export_hugging_face(model_file: Path, folder: Path, eod_token: str) -> None:
     fast.normalizer = normalizers.Sequence(
         [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
     )
+    fast.pre_tokenizer = _literal_bytes_cut([piece for piece, _ in pieces])
     fast.decoder = decoders.Sequence(
         [
             decoders.Replace(SPACE, " "),
@@ -61,6 +65,22 @@ def export_hugging_face(model_file: Path, folder: Path, eod_token: str) -> None:
         )
     fast.save(str(folder / "tokenizer.json"))
     _write_settings(folder, {token.content for token in special}, eod_token)
+
+
+def _literal_bytes_cut(pieces: Sequence[str]) -> pre_tokenizers.PreTokenizer:
+    """Return a pre-tokenizer that cuts a text inside each literal ``<0x0A>``.
+
+    The fast Unigram model would take the six characters for the piece of that name, and so make
+    them a newline; SentencePiece does not. The cut is where no other piece crosses it if there is
+    such a place, so that the best segmentation stays the same.
+    """
+    parts = ("<", "0", "x", "[0-9A-F]", "[0-9A-F]", ">")
+    texts = [piece for piece in pieces if not re.fullmatch("".join(parts), piece)]
+    joints = range(1, len(parts))
+    free = (at for at in joints if not any(re.search(parts[at - 1] + parts[at], t) for t in texts))
+    cut = next(free, 1)
+    pattern = f"{''.join(parts[:cut])}(?={''.join(parts[cut:])})"
+    return pre_tokenizers.Split(tokenizers.Regex(pattern), "merged_with_previous")
 
 
 def _write_settings(folder: Path, special: set[str], eod_token: str) -> None:
@@ -90,6 +110,7 @@ def _write_settings(folder: Path, special: set[str], eod_token: str) -> None:
 
 def compare(model_file: Path, hugging_face: Path, texts: Sequence[str]) -> str:
     """Encode texts with both and return a report: how many agree, and where the others differ."""
+    texts = [*texts, *PROBES]
     sp = load_tokenizer("SentencePieceTokenizer", model_file)
     hf = load_tokenizer("HuggingFaceTokenizer", hugging_face)
     different, tokens, broken = [], 0, 0

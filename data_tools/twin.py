@@ -19,7 +19,18 @@ from megatron_llmjp.tokenizers.base import Ids
 from megatron_llmjp.tokenizers.hugging_face import HuggingFaceTokenizer
 
 SAMPLE_BYTES = 2_000_000
-PROBES = ("", " ", "\n", "  a\n\n\tb", "a<s>b</s>", "<EOD> <unk><pad>", "\0", "▁x", "\u3000")
+PROBES = (
+    "",
+    " ",
+    "\n",
+    "  a\n\n\tb",
+    "a<s>b</s>",
+    "<EOD> <unk><pad>",
+    "\0",
+    "▁x",
+    "\u3000",
+    "a<0x0A>b",
+)
 
 
 class TwinTokenizer(Tokenizer):

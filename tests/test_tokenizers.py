@@ -107,6 +107,20 @@ def test_hugging_face_gives_the_same_ids(folder):
         assert load_tokenizer("HuggingFaceTokenizer", bare).eod_id == 7
 
 
+@pytest.mark.parametrize("extra", ["", "<0 0x x0 x41 0A A> 41> 00 "])
+def test_bytes_spelled_out_are_text(extra, tmp_path):
+    """The characters <0x0A> are no newline, also where pieces cross every place to cut them."""
+    texts = [TEXT + extra * 50 + Path(sentencepiece.__file__).read_text(encoding="utf-8")[:40000]]
+    (tmp_path / "tokenizer.model").write_bytes(train_unigram(texts, 480))
+    export_hugging_face(tmp_path / "tokenizer.model", tmp_path, "<EOD>")
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    tokenizer = load_tokenizer("HuggingFaceTokenizer", tmp_path)
+    for text in ("a<0x0A>b", "<0x41><0x0A>\n", "<0x0", "<<0xE3>> 0x0A>", " <0x0a> 猫<0xFF>"):
+        ids = tokenizer.encode(text)
+        assert ids.tolist() == processor.encode(text)
+        assert tokenizer.decode(ids) == text
+
+
 def test_bytes_and_integers():
     tokenizer = load_tokenizer("ByteLevelTokenizer", None)
     assert bytes(tokenizer.encode(TEXT).astype(np.uint8)) == TEXT.encode()
