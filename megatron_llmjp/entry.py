@@ -24,7 +24,6 @@ from megatron_llmjp.errors import (
     EXIT_DONE,
     EXIT_FAILURE,
     EXIT_INTERRUPTED,
-    EXIT_REQUEUE,
     EXIT_USER_ERROR,
     DataError,
     RunError,
@@ -36,7 +35,15 @@ from megatron_llmjp.prepare import Run, prepare
 from megatron_llmjp.report.at_end import draw_at_end
 from megatron_llmjp.runtime.launch import launch
 from megatron_llmjp.runtime.patient_file import keep_standard_streams
-from megatron_llmjp.runtime.ranks import LOCAL_LAUNCHER, Ranks, alone, find_ranks
+from megatron_llmjp.runtime.ranks import (
+    LAUNCHER_PROCESS_VARIABLE,
+    LOCAL_LAUNCHER,
+    Ranks,
+    alone,
+    find_ranks,
+    run_started,
+)
+from megatron_llmjp.runtime.stop_requests import StopRequests
 
 CONSEQUENCE_SECONDS = 8.0
 """A rank that fails because its peers are gone waits this long, so that the cause is told first."""
@@ -110,7 +117,7 @@ def _start_ranks(command: Command, argv: Sequence[str]) -> int:
 
 
 def _be_rank(run: Run, ranks: Ranks) -> int:
-    _end_with_the_rest(ranks)
+    requests = _end_with_the_rest(run, ranks)
     keep_standard_streams(warns=ranks.is_first)
     if ranks.is_first:
         _warn(run)
@@ -121,7 +128,7 @@ def _be_rank(run: Run, ranks: Ranks) -> int:
         device = devices.setup(ranks.local_rank)
         from megatron_llmjp.training.run import train
 
-        code = train(run, ranks, device)
+        code = train(run, ranks, device, requests)
         if code == EXIT_DONE and ranks.is_first:
             draw_at_end(run.config.checkpoint.save)
         return code
@@ -164,14 +171,19 @@ def _is_consequence(error: Exception) -> bool:
     )
 
 
-def _end_with_the_rest(ranks: Ranks) -> None:
-    """Stop at once on a signal, wherever the rank waits, and with the launcher when that is killed.
+def _end_with_the_rest(run: Run, ranks: Ranks) -> StopRequests:
+    """Stop at once when asked to, wherever the rank waits, and with a launcher that is killed.
 
     So it is until training begins (``training/guard.py``): there is nothing to save before.
     """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda *_: os._exit(EXIT_REQUEUE))
     if sys.platform == "linux" and ranks.started_by != "hand":  # a shell may be left, by nohup
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG in <sys/prctl.h>
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    launcher = os.environ.get(LAUNCHER_PROCESS_VARIABLE)
+    if launcher is not None and os.getppid() != int(launcher):  # it was killed before
+        os._exit(EXIT_FAILURE)
+    minutes = run.config.faults.exit_duration_in_mins
+    end = run_started() + 60 * minutes if minutes is not None else None
+    requests = StopRequests(ranks.is_first, end)
+    requests.listen()
+    return requests

@@ -6,9 +6,11 @@ holds the save folder removes such leftovers, before its next save. Without torc
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_llmjp.checkpoint import manifest as manifests
@@ -22,17 +24,33 @@ def temporary_folder(root: Path, iteration: int) -> Path:
     return root / f".{manifests.folder_name(iteration)}.tmp"
 
 
-def begin(root: Path, iteration: int) -> None:
+def begin(root: Path, iteration: int, beat: Callable[[], object] = bool) -> None:
     """Remove what interrupted saves and removals left behind, and make a folder to write into.
+
+    ``beat`` is called after each file that was removed.
 
     Raises:
         OSError: the disk does not let it.
     """
     for leftover in root.glob(".iter_*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        delete(leftover, beat)
     for file in root.glob(f".{manifests.TRACKER}.*.tmp"):
         file.unlink(missing_ok=True)
     temporary_folder(root, iteration).mkdir(parents=True)
+
+
+def delete(folder: Path, beat: Callable[[], object] = bool) -> None:
+    """Delete a folder, with a heartbeat after each file; what cannot be deleted stays.
+
+    A file of many gigabytes may take seconds, and a checkpoint has a thousand.
+    """
+    for path in (*sorted(folder.rglob("*"), reverse=True), folder):
+        with contextlib.suppress(OSError):
+            if path.is_dir() and not path.is_symlink():
+                path.rmdir()
+            else:
+                path.unlink()
+        beat()
 
 
 def add_file(folder: Path, name: str, contents: bytes) -> FileEntry:

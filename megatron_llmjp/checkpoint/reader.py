@@ -22,6 +22,7 @@ from torch.futures import Future
 
 from megatron_llmjp.checkpoint.safety import read_index
 from megatron_llmjp.runtime.device import without_warnings
+from megatron_llmjp.runtime.long_work import UNWATCHED, LongWork
 
 with without_warnings():
     from megatron.core.dist_checkpointing.strategies import torch as core
@@ -33,14 +34,19 @@ READERS = 4
 """Threads of a rank that read at the same time."""
 LARGE_BYTES = 1 << 20
 """Below this a tensor is read in torch's way: looking where it lies costs more."""
-MOST_BYTES = 1 << 30
-"""What the kernel is asked for at once; it gives no more than 2 GiB."""
+MOST_BYTES = 64 << 20
+"""What the kernel is asked for at once; a heartbeat follows."""
 
 
 class ThreadedReader(CachedMetadataFileSystemReader):
     """torch's reader of a folder, several times at once."""
 
     _cached_metadata: Metadata | None
+
+    def __init__(self, folder: str, work: LongWork = UNWATCHED) -> None:
+        """Read from ``folder``; ranks wait in ``work`` for the one whose disk is slowest."""
+        super().__init__(folder)
+        self._work = work
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
         """Open the index by our own unpickler; it executes nothing."""
@@ -66,11 +72,19 @@ class ThreadedReader(CachedMetadataFileSystemReader):
             rest = [item for item in items if not self._read_in_place(item, planner)]
             super(ThreadedReader, self).read_data(replace(plan, items=rest), planner)
 
-        with ThreadPoolExecutor(READERS) as pool:
-            list(pool.map(read, shares))
+        try:
+            with ThreadPoolExecutor(READERS) as pool:
+                list(pool.map(read, shares))
+        finally:
+            self._work.wait_for_all()
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+    def _slice_file(self, file: Any, place: Any) -> Any:
+        """Open one item of those that torch's reader reads: the one before it is done."""
+        self._work.beat()
+        return super()._slice_file(file, place)
 
     def _read_in_place(self, item: Any, planner: Any) -> bool:
         """Read a large tensor into its place, if it lies in the file as it is wanted there."""
@@ -91,6 +105,7 @@ class ThreadedReader(CachedMetadataFileSystemReader):
                 if not count:
                     raise EOFError(f"{stream.name} ends within a tensor")
                 rest = rest[count:]
+                self._work.beat()
         planner.commit_tensor(item, target)
         return True
 
@@ -113,13 +128,13 @@ def _where(archive: Any, target: torch.Tensor) -> int | None:
 
 
 @contextmanager
-def threaded_reading() -> Iterator[None]:
+def threaded_reading(work: LongWork = UNWATCHED) -> Iterator[None]:
     """Have megatron-core's torch_dist format read through :class:`ThreadedReader`.
 
     megatron-core makes its reader in a function of its own and takes none as an argument.
     """
     make = core._get_filesystem_reader
-    core._get_filesystem_reader = lambda folder, cache_metadata=False: ThreadedReader(folder)
+    core._get_filesystem_reader = lambda folder, cache_metadata=False: ThreadedReader(folder, work)
     try:
         yield
     finally:

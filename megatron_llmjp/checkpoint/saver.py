@@ -20,13 +20,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint import publish
 from megatron_llmjp.checkpoint.retention import Moment, reason_to_save
-from megatron_llmjp.checkpoint.saving import Description, Progress, begin
+from megatron_llmjp.checkpoint.saving import Description, Progress, begin, write_now
 from megatron_llmjp.checkpoint.store import RunState
 from megatron_llmjp.checkpoint.thinning import PATIENCE_SECONDS, Thinner
 from megatron_llmjp.checkpoint.writer import HostCopy, NotFiniteError, ThreadCaller
 from megatron_llmjp.config.schema import CheckpointConfig
 from megatron_llmjp.errors import RunError
 from megatron_llmjp.runtime.device import without_warnings
+from megatron_llmjp.runtime.long_work import UNWATCHED, LongWork
 
 with without_warnings():
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
@@ -58,8 +59,12 @@ class _Pending:
 class _Queue(AsyncCallsQueue):
     """megatron-core's queue of asynchronous saves, with threads in place of forked processes."""
 
+    def __init__(self, work: LongWork) -> None:
+        super().__init__()
+        self._work = work
+
     def _get_async_caller(self) -> ThreadCaller:
-        return ThreadCaller()
+        return ThreadCaller(self._work)
 
 
 class Saver:
@@ -71,6 +76,7 @@ class Saver:
         fold_ends: FoldEnds,
         may_publish: Callable[[], None],
         iteration: int,
+        work: LongWork = UNWATCHED,
     ) -> None:
         """Prepare to save.
 
@@ -79,18 +85,19 @@ class Saver:
             fold_ends: where its folds end.
             may_publish: raises when another run has taken the save folder.
             iteration: where the run begins.
+            work: takes heartbeats; ranks wait in it for the one whose disk is slowest.
         """
         self.saved = iteration
         """Iteration of the newest save begun, or where the run began."""
         self._about, self._fold_ends, self._may_publish = about, fold_ends, may_publish
         self.may_remove = True
         """Whether older checkpoints may be removed; False while training has bad steps."""
-        self._queue = _Queue()
+        self._work, self._queue = work, _Queue(work)
         self._host = HostCopy() if self._settings.async_save else None
         self._pending: _Pending | None = None
         self._error: str | None = None
         self._thinner = Thinner(
-            self._root, self._settings, fold_ends.iterations, lambda: self.may_remove
+            self._root, self._settings, fold_ends.iterations, lambda: self.may_remove, work.beat
         )
         self._last = time.monotonic()
 
@@ -120,11 +127,19 @@ class Saver:
         self._last = time.monotonic()
         self._pending = _Pending(progress.iteration, began)
         try:
-            request = begin(self._root, state, progress, self._about, self._may_publish, self._host)
+            request = begin(
+                self._root,
+                state,
+                progress,
+                self._about,
+                self._may_publish,
+                self._host,
+                self._work,
+            )
             if self._host is not None:
                 self._queue.schedule_async_request(request)
             else:
-                request.execute_sync()
+                write_now(request, self._work)
                 self._succeed()
         except (OSError, CheckpointException) as error:
             self._fail(error)

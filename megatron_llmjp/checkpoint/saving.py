@@ -26,13 +26,13 @@ from megatron_llmjp.checkpoint.manifest import Manifest
 from megatron_llmjp.checkpoint.past import Past
 from megatron_llmjp.checkpoint.safety import COMMON, INDEX
 from megatron_llmjp.checkpoint.store import RunState, sharded_state
-from megatron_llmjp.checkpoint.together import first_rank_does
 from megatron_llmjp.checkpoint.writer import HostCopy, plan_write
 from megatron_llmjp.config.load import dump
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.fold_record import FoldRecord
 from megatron_llmjp.data.skips import NOTHING_SKIPPED, Skips
 from megatron_llmjp.runtime.device import without_warnings
+from megatron_llmjp.runtime.long_work import UNWATCHED, LongWork
 
 with without_warnings():
     import megatron.core
@@ -73,6 +73,7 @@ def begin(
     about: Description,
     may_publish: Callable[[], None],
     host: HostCopy | None = None,
+    work: LongWork = UNWATCHED,
 ) -> AsyncRequest:
     """Plan the checkpoint ``root/iter_*`` of this iteration; all ranks call it.
 
@@ -84,6 +85,7 @@ def begin(
         may_publish: called by the first rank before the folder gets its name; raises if another
             run has taken ``root``.
         host: where to copy everything, so that training may go on before it is written.
+        work: takes heartbeats; ranks wait in it for the one whose disk is slowest.
 
     Returns:
         A request whose function writes this rank's files and whose finalization completes the
@@ -91,10 +93,10 @@ def begin(
         on all ranks when they fail on the first; the finalization raises torch's
         ``CheckpointException`` when a rank could not write its files.
     """
-    first_rank_does(lambda: publish.begin(root, progress.iteration))
+    work.first_rank_does(lambda: publish.begin(root, progress.iteration, work.beat))
     sharded, common = save_preprocess(sharded_state(state, is_loading=False))
     folder = publish.temporary_folder(root, progress.iteration)
-    writer, request = plan_write(sharded, folder)
+    writer, request = plan_write(sharded, folder, work.beat)
     if host is not None:
         writer.copy_to(host)
     plain = _plain_files(common, progress, about) if dist.get_rank() == 0 else {}
@@ -111,10 +113,21 @@ def begin(
             may_publish()
             publish.publish(root, _manifest(progress, dict(sorted(files.items()))))
 
-        first_rank_does(finish)
+        work.first_rank_does(finish)
 
     request.add_finalize_fn(complete)
     return request
+
+
+def write_now(request: AsyncRequest, work: LongWork = UNWATCHED) -> None:
+    """Write and complete the checkpoint of a request while training waits; all ranks call it.
+
+    megatron-core's ``execute_sync`` waits for the slowest disk in a collective, which gives up.
+    """
+    request.async_fn()
+    work.wait_for_all()
+    for complete in request.finalize_fns:
+        complete()
 
 
 def _plain_files(common: Any, progress: Progress, about: Description) -> dict[str, bytes]:

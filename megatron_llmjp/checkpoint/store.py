@@ -15,8 +15,8 @@ import torch
 from megatron_llmjp.checkpoint import optimizer_form, safety
 from megatron_llmjp.checkpoint.random_state import get_random_state, set_random_state
 from megatron_llmjp.checkpoint.reader import threaded_reading
-from megatron_llmjp.checkpoint.together import first_rank_does
 from megatron_llmjp.runtime.device import without_warnings
+from megatron_llmjp.runtime.long_work import UNWATCHED, LongWork
 
 with without_warnings():
     from megatron.core import dist_checkpointing, parallel_state
@@ -41,11 +41,12 @@ class RunState:
     """Plain data that is the same on all ranks, such as sums of the log, by its owner's name."""
 
 
-def load(folder: Path, state: RunState) -> dict[str, Any]:
+def load(folder: Path, state: RunState, work: LongWork = UNWATCHED) -> dict[str, Any]:
     """Load weights, and the optimizer, scheduler and random state where ``state`` has them.
 
     The layout may differ from the one that saved; the random state is restored only in the same
-    one, since it has no meaning in another.
+    one, since it has no meaning in another. ``work`` takes heartbeats, and ranks wait in it for
+    the one that reads slowest.
 
     Returns:
         The counters that were saved, by their owner's name.
@@ -53,7 +54,7 @@ def load(folder: Path, state: RunState) -> dict[str, Any]:
     Raises:
         UserError: the folder is damaged, or a file in it wants more than to hold data.
     """
-    first_rank_does(lambda: safety.vet(folder))
+    work.first_rank_does(lambda: safety.vet(folder))
     sharded = sharded_state(state, is_loading=True)
     stored = load_sharded_metadata(str(folder))
     models = {key: sharded.pop(key) for key, _ in _chunk_keys(state.chunks)}
@@ -63,7 +64,7 @@ def load(folder: Path, state: RunState) -> dict[str, Any]:
         optimizer_form.point_optimizer(sharded["optimizer"], stored)
         if not _has_random_state(stored):
             del sharded["rng_state"]
-    with threaded_reading():
+    with threaded_reading(work):
         # Apart: a weight and its fp32 copy may be read from the same tensor.
         weights = _load(models, folder)
         loaded = _load(sharded, folder) if state.optimizer is not None else {}

@@ -6,7 +6,6 @@ kept must be one that a run can resume from.
 
 from __future__ import annotations
 
-import shutil
 import sys
 import threading
 from collections.abc import Callable, Collection
@@ -31,6 +30,7 @@ class Thinner:
         config: which checkpoints to keep.
         fold_ends: iterations that end a fold.
         may_remove: whether training is sound; asked again right before a checkpoint is removed.
+        beat: called after each file that was read back or deleted.
     """
 
     def __init__(
@@ -39,9 +39,10 @@ class Thinner:
         config: CheckpointConfig,
         fold_ends: Collection[int],
         may_remove: Callable[[], bool],
+        beat: Callable[[], object] = bool,
     ) -> None:
         self._root, self._config, self._fold_ends = root, config, fold_ends
-        self._may_remove = may_remove
+        self._may_remove, self._beat = may_remove, beat
         self._lock = threading.Lock()
         self._newest: int | None = None
         self._thread: threading.Thread | None = None
@@ -83,7 +84,7 @@ class Thinner:
         if not self._wanted(newest):
             return
         folder = self._root / manifests.folder_name(newest)
-        found = readback.problems(folder, self._cancelled.is_set)
+        found = readback.problems(folder, self._is_cancelled)
         if self._cancelled.is_set():
             return
         if found:
@@ -91,7 +92,11 @@ class Thinner:
         else:
             for retired in self._retire(newest):
                 # What is left of it, the next save deletes.
-                shutil.rmtree(retired, ignore_errors=True)
+                publish.delete(retired, self._beat)
+
+    def _is_cancelled(self) -> bool:
+        self._beat()
+        return self._cancelled.is_set()
 
     def _take(self) -> int | None:
         with self._lock:

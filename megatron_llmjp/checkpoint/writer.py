@@ -14,7 +14,7 @@ import math
 import os
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.filesystem import (
 
 from megatron_llmjp.checkpoint.manifest import FileEntry
 from megatron_llmjp.runtime.device import without_warnings
+from megatron_llmjp.runtime.long_work import UNWATCHED, LongWork, no_heartbeat
 from megatron_llmjp.system import naming
 
 with without_warnings():
@@ -53,6 +54,9 @@ with without_warnings():
 FILES_PER_RANK = 2
 """Files that a rank writes at the same time, as in megatron-core."""
 BLOCK_BYTES = 1 << 20
+SYNC_BYTES = 256 << 20
+"""What is written between two looks whether it is on disk: forcing a large file to a slow disk at
+its end would be one call of many minutes, without a heartbeat."""
 
 
 class NotFiniteError(Exception):
@@ -83,8 +87,10 @@ class HostCopy:
 class RankWriter(FileSystemWriterAsync):
     """megatron-core's storage writer with threads in place of processes, and with checksums."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, beat: Callable[[], None] = no_heartbeat) -> None:
+        """Write into ``folder``; ``beat`` is called after each block, from any thread."""
         super().__init__(str(folder), thread_count=FILES_PER_RANK)
+        self._beat = beat
         self.entries: dict[str, FileEntry] = {}
         """Sizes and checksums of this rank's files, when they are written."""
         self._folder = folder
@@ -102,10 +108,12 @@ class RankWriter(FileSystemWriterAsync):
     def copy_to(self, host: HostCopy) -> None:
         """Take copies of all tensors, after which training may change them."""
         for name, items in self._files.items():
-            self._files[name] = [
-                (item, host.take((name, number), data) if isinstance(data, Tensor) else data)
-                for number, (item, data) in enumerate(items)
-            ]
+            copies = []
+            for number, (item, data) in enumerate(items):
+                is_tensor = isinstance(data, Tensor)
+                copies.append((item, host.take((name, number), data) if is_tensor else data))
+                self._beat()
+            self._files[name] = copies
         torch.cuda.synchronize()
 
     def write(self) -> None:
@@ -132,7 +140,7 @@ class RankWriter(FileSystemWriterAsync):
 
     def _write_file(self, name: str) -> tuple[list[Any], FileEntry]:
         path = self._folder / name
-        with naming(path), _summed(path) as stream:
+        with naming(path), _summed(path, self._beat) as stream:
             try:
                 return self._write_items(name, stream), stream.entry
             except Exception:
@@ -155,7 +163,8 @@ class RankWriter(FileSystemWriterAsync):
 class ThreadCaller(AsyncCaller):
     """Runs megatron-core's asynchronous requests in a thread of this process."""
 
-    def __init__(self) -> None:
+    def __init__(self, work: LongWork = UNWATCHED) -> None:
+        self._work = work
         self._thread: threading.Thread | None = None
 
     def schedule_async_call(self, async_req: AsyncRequest) -> None:
@@ -167,6 +176,9 @@ class ThreadCaller(AsyncCaller):
         """Whether every rank has written; a collective unless ``no_dist``."""
         if blocking:
             self.close()
+            if not no_dist:
+                self._work.wait_for_all()
+            return True
         alive = self._thread is not None and self._thread.is_alive()
         return not alive if no_dist else bool(self.sync_all_async_calls(int(alive)))
 
@@ -179,15 +191,17 @@ class ThreadCaller(AsyncCaller):
         """Nothing outlives the thread."""
 
 
-def plan_write(sharded: Any, folder: Path) -> tuple[RankWriter, AsyncRequest]:
-    """Agree with all ranks on who writes what.
+def plan_write(
+    sharded: Any, folder: Path, beat: Callable[[], None] = no_heartbeat
+) -> tuple[RankWriter, AsyncRequest]:
+    """Agree with all ranks on who writes what; ``beat`` is called after each block written.
 
     Returns:
         This rank's writer, and a request whose function writes, and whose finalization, a
         collective, writes the index or raises torch's ``CheckpointException`` on every rank.
     """
     flat, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
-    writer = RankWriter(folder)
+    writer = RankWriter(folder, beat)
     state, *_ = save_state_dict_async_plan(
         mcore_to_pyt_state_dict(flat, False),
         writer,
@@ -199,11 +213,11 @@ def plan_write(sharded: Any, folder: Path) -> tuple[RankWriter, AsyncRequest]:
 class _SummedStream(io.RawIOBase):
     """Sums what is written on its way to a file."""
 
-    def __init__(self, stream: io.FileIO) -> None:
+    def __init__(self, stream: io.FileIO, beat: Callable[[], None]) -> None:
         self.error: OSError | None = None
         """Why a write failed."""
-        self._stream = stream
-        self._crc = self._size = 0
+        self._stream, self._beat = stream, beat
+        self._crc = self._size = self._synced = 0
 
     @property
     def entry(self) -> FileEntry:
@@ -223,13 +237,21 @@ class _SummedStream(io.RawIOBase):
             # In blocks, so that the second look at each finds it in the processor's cache.
             try:
                 written = self._stream.write(rest[:BLOCK_BYTES])
+                self._size += written
+                if self._size - self._synced >= SYNC_BYTES:
+                    self.sync()
             except OSError as error:
                 self.error = error
                 raise
             self._crc = zlib.crc32(rest[:written], self._crc)
             rest = rest[written:]
-        self._size += size
+            self._beat()
         return size
+
+    def sync(self) -> None:
+        """Force what was written to disk."""
+        os.fsync(self._stream.fileno())
+        self._synced = self._size
 
 
 @contextmanager
@@ -244,10 +266,12 @@ def _unsummed_archives() -> Iterator[None]:
 
 
 @contextmanager
-def _summed(path: Path) -> Iterator[_SummedStream]:
+def _summed(path: Path, beat: Callable[[], None]) -> Iterator[_SummedStream]:
     with path.open("wb", buffering=0) as stream:
-        yield _SummedStream(stream)
-        os.fsync(stream.fileno())
+        summed = _SummedStream(stream, beat)
+        yield summed
+        summed.sync()
+        beat()
 
 
 def _require_finite(name: str, tensor: Tensor) -> None:

@@ -100,7 +100,7 @@ _BY_REASON: dict[str, str] = {
         --manual-gc --manual-gc-interval --manual-gc-eval --no-manual-gc-eval
         --disable-manual-gc-eval
         --empty-unused-memory-level --train-sync-interval""",
-    "SIGTERM, SIGUSR1 and Ctrl-C always save a checkpoint and stop the run": """
+    "signals (SIGTERM, SIGUSR1, ..., Ctrl-C) always save a checkpoint and stop the run": """
         --exit-signal-handler --exit-signal --exit-signal-handler-for-dataloader""",
     "weights are not compared between replicas": """
         --check-weight-hash-across-dp-replicas-interval""",

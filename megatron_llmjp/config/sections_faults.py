@@ -16,7 +16,9 @@ class FaultsConfig(Section):
         None, description="save and stop (exit code 3) at iterations divisible by this"
     )
     exit_duration_in_mins: PositiveFloat | None = Field(
-        None, description="save and stop (exit code 3) after so many minutes"
+        None,
+        description="save and stop (exit code 3) so many minutes after the start of the process; "
+        "leave time for the save itself",
     )
     max_bad_steps: PositiveInt = Field(
         5,

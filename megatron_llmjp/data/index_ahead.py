@@ -10,6 +10,7 @@ from __future__ import annotations
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import chain
 from typing import Protocol
 
@@ -19,6 +20,16 @@ from megatron_llmjp.data.index_process import build_in_background
 
 CHEAP = 1_000_000
 """Work that is done at once, at most some 0.2 s: a process takes longer to start."""
+
+Wait = Callable[[Callable[[], bool]], bool]
+"""Waits until a function returns True; returns False when it gives up before."""
+
+
+def wait_alone(ready: Callable[[], bool]) -> bool:
+    """Wait for this process only, for as long as it takes."""
+    while not ready():
+        time.sleep(0.2)
+    return True
 
 
 class IndexedFolds(Protocol):
@@ -41,11 +52,14 @@ class IndexAhead:
         *,
         first_on_machine: bool,
         say: Callable[[str], None] = print,
+        beat: Callable[[], object] = bool,
     ) -> None:
+        """Make those of ``data``; ``beat`` is called after each that is there."""
         self._data = data
         self._first_on_machine = first_on_machine
-        self._say = say
+        self._say, self._beat = say, beat
         self._ready: set[str] = set()
+        self._entered: set[str] = set()  # the same on all ranks, as what is ready is not
         self._background: subprocess.Popen[bytes] | None = None  # makes the next fold's
 
     def start(self, consumed_samples: int, batch: int, held_out: Iterable[CachedIndex]) -> None:
@@ -60,25 +74,38 @@ class IndexAhead:
         if sum(index.work for index in missing) > CHEAP:
             names = ", ".join(fold.name for fold in folds)
             self._say(f"building {len(missing)} sample indices for {names}")
-        ensure_all(wanted, thorough=self._first_on_machine)
+        ensure_all(wanted, thorough=self._first_on_machine, done=self._beat)
         self._ready.update(fold.name for fold in (*folds, *more))
+        self._entered.update(fold.name for fold in folds)
         self._prepare_next(folds[-1])
 
-    def before(self, consumed_samples: int, batch: int) -> None:
+    def before(self, consumed_samples: int, batch: int, wait: Wait = wait_alone) -> bool:
         """Return when the indices of the next batch are there; every rank calls it at each step.
 
-        Costs microseconds, but for the first time in a fold.
+        Costs microseconds, but for the first time in a fold: then every rank calls ``wait``.
+
+        Args:
+            consumed_samples: before the batch.
+            batch: its samples.
+            wait: returns when a function of each rank returns True, or False to give up.
+
+        Returns:
+            False when the wait was given up.
         """
         for fold in self._folds(consumed_samples, batch):
-            if fold.name in self._ready:
+            if fold.name in self._entered:
                 continue
             indices = self._data.indices(fold)
             if _are_missing(indices):
                 self._say(f"waiting for the sample indices of fold '{fold.name}'")
-                self._wait(indices)
-            ensure_all(indices)
-            self._ready.add(fold.name)
-            self._prepare_next(fold)
+            if not wait(partial(self._are_there, indices, time.monotonic())):
+                return False
+            self._entered.add(fold.name)
+            if fold.name not in self._ready:
+                ensure_all(indices, done=self._beat)
+                self._ready.add(fold.name)
+                self._prepare_next(fold)
+        return True
 
     def close(self) -> None:
         """End the process that makes indices, if there is one."""
@@ -103,18 +130,21 @@ class IndexAhead:
             cheap.append(later)
         return cheap
 
-    def _wait(self, indices: Sequence[CachedIndex]) -> None:
-        """Until these are there or the process that makes them failed.
+    def _are_there(self, indices: Sequence[CachedIndex], asked: float) -> bool:
+        """Whether these are there; sees to it that a process makes them.
 
         One process of a machine makes them all, as each takes seconds to start and loads torch.
         """
+        if not _are_missing(indices):
+            return True
         if self._first_on_machine:
             self._background = self._background or build_in_background(indices)
-            self._background.wait()
-            return
-        end = time.monotonic() + PATIENCE_SECONDS
-        while _are_missing(indices) and time.monotonic() < end:
-            time.sleep(0.2)
+            failed = self._background.poll() is not None and _are_missing(indices)
+        else:
+            failed = time.monotonic() - asked > PATIENCE_SECONDS
+        if failed:
+            ensure_all(indices, done=self._beat)  # raises what is wrong
+        return failed
 
     def _prepare_next(self, fold: FoldPlan) -> None:
         """Have the first rank of a machine make the next fold that is not there."""

@@ -6,6 +6,7 @@ without data parallelism goes to rank ``k mod d``, as in Megatron-LM.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 
 import torch
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.dataset import Sample
 from megatron_llmjp.runtime.device import Device, without_warnings
+from megatron_llmjp.runtime.stop_requests import SIGNALS
 
 with without_warnings():
     from megatron.core import parallel_state
@@ -95,12 +97,22 @@ def micro_batches(
                 # Else it draws a seed from the generator of dropout, which on a CPU is torch's
                 # own, and the ranks of a tensor-parallel group no longer drop the same units.
                 generator=torch.Generator(),
+                worker_init_fn=_ignore_requests_to_stop,
                 pin_memory=device.is_cuda,
             )
         )
     for _ in sampler:
         batch = _share(next(loader) if loader is not None else None, config, device)
         yield context_parallel_part(batch)
+
+
+def _ignore_requests_to_stop(worker: int) -> None:
+    """In a worker: the launcher, Slurm or a terminal asks all processes, but the rank decides.
+
+    It needs its workers until it has saved; they end with it.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def context_parallel_part(batch: Batch) -> Batch:

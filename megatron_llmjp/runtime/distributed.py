@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import json
 import os
 import random
+import socket
 from datetime import timedelta
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 
 from megatron_llmjp.config.schema import Config
+from megatron_llmjp.errors import RunError
 from megatron_llmjp.runtime.device import Device, without_warnings
+from megatron_llmjp.runtime.long_work import LONGEST
 from megatron_llmjp.runtime.ranks import Ranks
 
 with without_warnings():
@@ -25,8 +31,8 @@ with without_warnings():
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 
-EXCHANGE_HOURS = 12
-"""A rank may have this much to do before it joins an exchange."""
+_AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
+"""torchrun's promise that it runs the store's server itself, where it is "True"."""
 
 
 def meet(ranks: Ranks) -> Any:
@@ -36,13 +42,58 @@ def meet(ranks: Ranks) -> Any:
     """
     if ranks.world_size == 1:
         return dist.HashStore()
+    if is_loopback(ranks.master_addr):
+        return _meet_on_this_machine(ranks)
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = ranks.master_addr, ranks.master_port
     meeting = dist.rendezvous("env://", rank=ranks.rank, world_size=ranks.world_size)
     return next(iter(meeting))[0]
 
 
+def is_loopback(address: str) -> bool:
+    """Whether an address can be reached from its own machine only."""
+    if address == "localhost":
+        return True
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(address).is_loopback
+    return False
+
+
+def _meet_on_this_machine(ranks: Ranks) -> Any:
+    """The same where all ranks are on this machine: nothing listens to the network.
+
+    The store has no password, and torch lets its server listen on all interfaces.
+    """
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(a.family == socket.AF_INET and is_loopback(a.address) for a in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+    serves = ranks.is_first and os.environ.get(_AGENT_STORE) != "True"
+    return dist.TCPStore(
+        ranks.master_addr,
+        int(ranks.master_port),
+        ranks.world_size,
+        is_master=serves,
+        timeout=dist.default_pg_timeout,
+        master_listen_fd=_listen(ranks) if serves else None,
+    )
+
+
+def _listen(ranks: Ranks) -> int:
+    """A socket that takes connections from this machine, as a descriptor."""
+    family = socket.AF_INET6 if ":" in ranks.master_addr else socket.AF_INET
+    place = (ranks.master_addr, int(ranks.master_port))
+    try:
+        return socket.create_server(place, family=family, backlog=ranks.world_size).detach()
+    except OSError as error:
+        raise RunError(
+            f"cannot listen on {place[0]} port {place[1]}, where the ranks meet: {error.strerror}. "
+            "Start again, or set MASTER_PORT to another port"
+        ) from None
+
+
 def exchange(store: Any, ranks: Ranks, subject: str, mine: Any) -> list[Any]:
     """What every rank has to say about a subject, by rank; no two exchanges share a subject.
+
+    It waits as long as the slowest rank takes: the watchdog ends a wait for one that hangs.
 
     Args:
         store: of :func:`meet`.
@@ -52,7 +103,7 @@ def exchange(store: Any, ranks: Ranks, subject: str, mine: Any) -> list[Any]:
     """
     keys = [f"{subject}/{rank}" for rank in range(ranks.world_size)]
     store.set(keys[ranks.rank], json.dumps(mine))
-    store.wait(keys, timedelta(hours=EXCHANGE_HOURS))
+    store.wait(keys, LONGEST)
     return [json.loads(store.get(key)) for key in keys]
 
 

@@ -19,7 +19,14 @@ from collections.abc import Sequence
 from types import FrameType
 
 from megatron_llmjp.errors import EXIT_DONE, EXIT_REQUEUE, EXIT_USER_ERROR
-from megatron_llmjp.runtime.ranks import LAUNCHER_VARIABLE, LOCAL_LAUNCHER
+from megatron_llmjp.runtime.ranks import (
+    LAUNCHER_PROCESS_VARIABLE,
+    LAUNCHER_VARIABLE,
+    LOCAL_LAUNCHER,
+    STARTED_VARIABLE,
+    process_started,
+)
+from megatron_llmjp.runtime.stop_requests import handled
 
 GRACE_SECONDS = 5.0
 """Time between asking ranks to stop and stopping them."""
@@ -33,18 +40,19 @@ def launch(command: Sequence[str], processes: int) -> int:
         Ctrl-C.
     """
     port = free_port()
-    ranks = [_start(command, rank, processes, port) for rank in range(processes)]
+    ranks: list[subprocess.Popen[bytes]] = []
     forwarded: list[int] = []
 
     def forward(number: int, _: FrameType | None) -> None:
         forwarded.append(number)
         _signal(ranks, number)
 
-    previous = {
-        number: signal.signal(number, forward)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    }
+    previous = {number: signal.signal(number, forward) for number in handled()}
     try:
+        for rank in range(processes):
+            ranks.append(_start(command, rank, processes, port))
+            if forwarded:  # those that were not started yet have missed it
+                _signal(ranks[-1:], forwarded[-1])
         return _wait(ranks, forwarded)
     finally:
         for number, handler in previous.items():
@@ -70,6 +78,8 @@ def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         LAUNCHER_VARIABLE: LOCAL_LAUNCHER,
+        LAUNCHER_PROCESS_VARIABLE: str(os.getpid()),
+        STARTED_VARIABLE: str(process_started(os.getpid())),
     }
 
 
@@ -91,6 +101,9 @@ def _report(rank: int, code: int, forwarded: Sequence[int]) -> int:
         return 128 + signal.SIGINT
     if code < 0:
         name = signal.Signals(-code).name
+        if -code in forwarded:  # the rank was still starting, and had nothing to save
+            print(f"stopped: asked by {name}; there is nothing new to save", file=sys.stderr)
+            return EXIT_REQUEUE
         print(f"error: rank {rank} was killed by {name}; all ranks are stopped", file=sys.stderr)
         return 1
     return code

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+import psutil
 
 from megatron_llmjp.errors import UserError
 
@@ -13,6 +16,11 @@ DEFAULT_PORT = "29500"
 LOCAL_LAUNCHER = "--nproc-per-node"
 LAUNCHER_VARIABLE = "MEGATRON_LLMJP_LAUNCHER"
 """Tells ranks that were started by ``runtime/launch.py`` from those of torchrun."""
+LAUNCHER_PROCESS_VARIABLE = "MEGATRON_LLMJP_LAUNCHER_PROCESS"
+"""Its process number: a rank whose launcher is gone must not train on."""
+STARTED_VARIABLE = "MEGATRON_LLMJP_STARTED"
+"""When it was started, in seconds of ``time.monotonic``, which a machine's processes share."""
+_TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,23 @@ def find_ranks(env: Mapping[str, str] = os.environ) -> Ranks | None:
                 started_by=env.get(LAUNCHER_VARIABLE, names.launcher),
             )
     return None
+
+
+def run_started(env: Mapping[str, str] = os.environ) -> float:
+    """When the run was started here, in seconds of ``time.monotonic``.
+
+    That is when its launcher was, where that is known: torchrun starts ranks again after a failure,
+    and the time of the job goes on.
+    """
+    if env.get(STARTED_VARIABLE):
+        return float(env[STARTED_VARIABLE])
+    return process_started(os.getppid() if env.get(_TORCHRUN_VARIABLE) else os.getpid())
+
+
+def process_started(number: int) -> float:
+    """When a process of this machine was started, in seconds of ``time.monotonic``."""
+    age = time.time() - psutil.Process(number).create_time()
+    return time.monotonic() - max(0.0, age)
 
 
 def alone() -> Ranks:

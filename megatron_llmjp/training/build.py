@@ -24,6 +24,7 @@ from megatron_llmjp.numbers import human
 from megatron_llmjp.prepare import Run
 from megatron_llmjp.runtime.device import Device
 from megatron_llmjp.runtime.distributed import is_first_rank
+from megatron_llmjp.runtime.long_work import UNWATCHED, LongWork, no_heartbeat
 from megatron_llmjp.runtime.ranks import Ranks
 from megatron_llmjp.training.feed import Labelled
 from megatron_llmjp.training.learning_rate import LearningRates, RunScheduler
@@ -56,8 +57,8 @@ class Model:
     """What the checkpoint had counted, by the counter's name; empty in a new run."""
 
 
-def open_data(run: Run, ranks: Ranks) -> RunData:
-    """Open the datasets and make the indices that are needed first.
+def open_data(run: Run, ranks: Ranks, beat: Callable[[], None] = no_heartbeat) -> RunData:
+    """Open the datasets and make the indices that are needed first; ``beat`` follows each.
 
     Before process groups exist: an index may take longer than a collective waits.
     """
@@ -68,6 +69,7 @@ def open_data(run: Run, ranks: Ranks) -> RunData:
         data,
         first_on_machine=ranks.local_rank == 0,
         say=print if ranks.is_first else lambda text: None,
+        beat=beat,
     )
     _, done = progress(run)
     held_out = [dataset.index for dataset in validation.values()]
@@ -77,11 +79,13 @@ def open_data(run: Run, ranks: Ranks) -> RunData:
     return RunData(Labelled(data), validation, indices)
 
 
-def open_validation(run: Run, ranks: Ranks) -> dict[str, ValidationDataset]:
-    """The validation sets alone, with their indices made."""
+def open_validation(
+    run: Run, ranks: Ranks, beat: Callable[[], None] = no_heartbeat
+) -> dict[str, ValidationDataset]:
+    """The validation sets alone, with their indices made; ``beat`` follows each."""
     validation = _validation(run, _epochs(run))
     indices = [dataset.index for dataset in validation.values()]
-    ensure_all(indices, thorough=ranks.local_rank == 0)
+    ensure_all(indices, thorough=ranks.local_rank == 0, done=beat)
     return validation
 
 
@@ -101,36 +105,38 @@ def progress(run: Run) -> tuple[int, int]:
     return run.resume.manifest.iteration, run.resume.manifest.consumed_samples
 
 
-def build(run: Run, device: Device, rates: LearningRates) -> Model:
+def build(run: Run, device: Device, rates: LearningRates, work: LongWork = UNWATCHED) -> Model:
     """Model, optimizer and learning rate; from a checkpoint where there is one."""
     config = run.config
     chunks = wrap_for_data_parallel(build_model(config, device), config, device)
     if run.resume is not None and config.checkpoint.finetune:
-        store.load(run.resume.folder, RunState(chunks))
+        store.load(run.resume.folder, RunState(chunks), work)
     optimizer = make_optimizer(chunks, config, device)
     scheduler = RunScheduler(optimizer, rates)
     connect(chunks, optimizer, config)
     counters: dict[str, Any] = {}
     if run.resume is not None and not config.checkpoint.finetune:
-        counters = store.load(run.resume.folder, RunState(chunks, optimizer, scheduler))
+        counters = store.load(run.resume.folder, RunState(chunks, optimizer, scheduler), work)
         apply_configuration(optimizer, scheduler, config)
     return Model(chunks, optimizer, scheduler, counters)
 
 
-def make_saver(run: Run, sizes: BatchSizes, may_publish: Callable[[], None]) -> Saver:
+def make_saver(
+    run: Run, sizes: BatchSizes, may_publish: Callable[[], None], work: LongWork = UNWATCHED
+) -> Saver:
     """Saves the run's checkpoints; ``may_publish`` raises when the save folder is lost."""
     schedule = run.schedule
     samples = tuple(schedule.trainable(fold)[1] for fold in schedule.folds)
     iterations = frozenset(sizes.iteration_of(end - 1) for end in samples if end > 0)
     about = Description(run.config, tuple(run.tokenizer.files()))
-    return Saver(about, FoldEnds(samples, iterations), may_publish, progress(run)[0])
+    return Saver(about, FoldEnds(samples, iterations), may_publish, progress(run)[0], work)
 
 
-def load_weights(run: Run, device: Device) -> list[Any]:
+def load_weights(run: Run, device: Device, work: LongWork = UNWATCHED) -> list[Any]:
     """The model alone, from the checkpoint that the run starts from."""
     assert run.resume is not None
     chunks = half_precision(build_model(run.config, device), run.config)
-    store.load(run.resume.folder, RunState(chunks))
+    store.load(run.resume.folder, RunState(chunks), work)
     return chunks
 
 

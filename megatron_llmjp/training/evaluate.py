@@ -11,6 +11,7 @@ import torch
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.dataset import ValidationDataset
 from megatron_llmjp.runtime.device import Device
+from megatron_llmjp.runtime.long_work import no_heartbeat
 from megatron_llmjp.training.feed import feed
 from megatron_llmjp.training.step import LM_LOSS, means_over_ranks, run_micro_batches, sums_of_none
 
@@ -22,12 +23,14 @@ def evaluate(
     config: Config,
     device: Device,
     is_over: Callable[[], bool] = lambda: False,
+    beat: Callable[[], None] = no_heartbeat,
 ) -> dict[str, float]:
     """Mean cross entropy in nats per token of each validation set; all ranks call it.
 
     A set is read from its beginning each time: ``eval_iters`` global batches, or as many full ones
     as it holds, but at least one. A set smaller than one batch is repeated to fill it. When
-    ``is_over`` says so, on all ranks at once, the sets that are not finished are left out.
+    ``is_over`` says so, on all ranks at once, the sets that are not finished are left out. ``beat``
+    is called after each micro-batch and batch.
     """
     for chunk in chunks:
         chunk.eval()
@@ -40,7 +43,8 @@ def evaluate(
         for _ in range(batches):
             if is_over():
                 break
-            sums += run_micro_batches(chunks, data, config, size, forward_only=True)
+            sums += run_micro_batches(chunks, data, config, size, forward_only=True, beat=beat)
+            beat()
         else:
             losses[name] = means_over_ranks(sums)[LM_LOSS]
     for chunk in chunks:

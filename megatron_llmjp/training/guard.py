@@ -1,35 +1,34 @@
 """Why a run stops before its end: a signal, a clock or a file. All ranks learn it together.
 
 A rank that is asked to stop cannot just stop: the others would wait for it in the next collective.
-So every iteration ends with a one-number agreement among all ranks, on a group of its own over
-gloo. The agreement of one iteration is collected in the next: nobody waits for it, and a request
-that reached any rank takes effect on all of them one iteration later.
+So every iteration ends with a one-number agreement among all ranks, over gloo. The agreement of one
+iteration is collected in the next: nobody waits for it, and a request that reached any rank takes
+effect on all of them one iteration later.
 """
 
 from __future__ import annotations
 
-import signal
 import time
-from datetime import timedelta
+from collections.abc import Callable
 from enum import IntEnum
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_llmjp.config.schema import Config
 from megatron_llmjp.errors import EXIT_DONE, EXIT_REQUEUE
+from megatron_llmjp.runtime.stop_requests import StopRequests
 
 STOP_FILE = "stop"
 """A file of this name in the save folder stops the run."""
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-"""What Slurm sends before it takes a node away, what ``sbatch --signal`` sends, and Ctrl-C."""
-
 SECONDS_BETWEEN_LOOKS = 2.0
 """The stop file is on a shared file system: it is not looked for more often."""
+
+
+SECONDS_BETWEEN_VOTES = 0.2
+"""While ranks wait for each other."""
 
 
 class Request(IntEnum):
@@ -60,37 +59,40 @@ class Request(IntEnum):
 class Guard:
     """Collects requests to stop on this rank and agrees on them with the others."""
 
-    def __init__(self, config: Config, started: float, is_first: bool) -> None:
-        """Join the group of all ranks; ``started`` is ``time.monotonic()`` of the run's start."""
-        minutes = config.faults.exit_duration_in_mins
-        save = config.checkpoint.save
-        # Monotonic: a clock that is set right in the middle of a run must not end it.
-        self._end = started + 60 * minutes if minutes is not None else None
+    def __init__(
+        self, save: str | None, requests: StopRequests, is_first: bool, group: Any
+    ) -> None:
+        """Agree in ``group``, of all ranks over gloo, on what reaches this one.
+
+        Args:
+            save: the save folder, which may hold the stop file; None for a run that saves nothing.
+            requests: that reach this process.
+            is_first: whether this rank looks at the clock and for the stop file.
+            group: of all ranks.
+        """
+        self._requests = requests
         self._file = Path(save) / STOP_FILE if save is not None else None
         self._is_first = is_first
-        self._signalled = False
         self._looked = 0.0
-        self._previous: dict[int, Any] = {}
-        timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
-        self._group = dist.new_group(backend="gloo", timeout=timeout)
+        self._group = group
         self._vote = torch.zeros(1, dtype=torch.int32)
         self._pending: Any = None
         self._agreed = Request.NONE
 
     def watch(self) -> None:
-        """Take requests from signals from now on; a second Ctrl-C ends the process at once.
+        """Take requests from now on; they no longer end the process at once.
 
         A run that saves nothing has nothing to do before it ends: signals end it as they come.
         """
-        if self._file is None:
-            return
-        for number in SIGNALS:
-            self._previous[number] = signal.signal(number, self._take)
+        if self._file is not None:
+            self._requests.remember()
+
+    def rest(self) -> None:
+        """Have requests end the process at once: nothing is trained that is not saved."""
+        self._requests.end_at_once()
 
     def close(self) -> None:
-        """Give the signals back and collect the last agreement."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        """Collect the last agreement."""
         if self._pending is not None:
             self._pending.wait()
             self._pending = None
@@ -106,24 +108,37 @@ class Guard:
             self._pending = dist.all_reduce(self._vote, op, self._group, async_op=True)
         return self._agreed
 
+    def wait_until(self, ready: Callable[[], bool]) -> bool:
+        """Wait until something is ready on every rank, unless they agree to stop; all call it.
+
+        They meet several times a second: no collective waits as long as the slowest rank takes.
+
+        Returns:
+            Whether it is ready; else :meth:`agreed` tells why to stop.
+        """
+        while True:
+            votes = torch.tensor([int(not ready()), int(self._own())], dtype=torch.int32)
+            dist.all_reduce(votes, dist.ReduceOp.MAX, self._group)
+            missing, request = votes.tolist()
+            if missing and request:
+                self._agreed = Request(request)
+            if request or not missing:
+                return not missing
+            time.sleep(SECONDS_BETWEEN_VOTES)
+
     def answered(self, request: Request) -> None:
         """Remove the stop file, so that the next run is not stopped by it too."""
         if request is Request.FILE and self._is_first and self._file is not None:
             self._file.unlink(missing_ok=True)
 
-    def _take(self, number: int, _: FrameType | None) -> None:
-        self._signalled = True
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-
     def _own(self) -> Request:
-        if self._signalled:
+        if self._requests.signal is not None:
             return Request.SIGNAL
         if not self._is_first:
             return Request.NONE
-        now = time.monotonic()
-        if self._end is not None and now >= self._end:
+        if self._requests.time_is_over:
             return Request.DURATION
+        now = time.monotonic()
         if self._file is not None and now - self._looked >= SECONDS_BETWEEN_LOOKS:
             self._looked = now
             if self._file.exists():

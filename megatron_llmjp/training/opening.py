@@ -15,7 +15,7 @@ from megatron_llmjp.checkpoint.lock import RunLock
 from megatron_llmjp.checkpoint.resume import Resume
 from megatron_llmjp.errors import RunError, UserError
 from megatron_llmjp.prepare import Run, prepare
-from megatron_llmjp.runtime.distributed import exchange, meet
+from megatron_llmjp.runtime.distributed import exchange
 from megatron_llmjp.runtime.ranks import Ranks
 from megatron_llmjp.system import warn
 
@@ -28,31 +28,34 @@ class Opened:
     """A run that may begin."""
 
     run: Run
-    store: Any
-    """Shared by all ranks."""
     may_publish: Callable[[], None]
     """Raises when another run has taken the save folder."""
 
 
 @contextmanager
-def opened(run: Run, ranks: Ranks) -> Iterator[Opened]:
+def opened(run: Run, ranks: Ranks, store: Any, beat: Callable[[], None]) -> Iterator[Opened]:
     """Hold the run's save folder, with a checkpoint to go on from whose checksums are right.
 
     Checksums are compared when ``verify_checkpoint`` asks for it, or when the last run in the save
     folder ended without closing: each rank reads a share of the files. A damaged checkpoint is
     passed over for the one before.
 
+    Args:
+        run: the run as it was prepared.
+        ranks: this process's place.
+        store: shared by all ranks.
+        beat: called after each file that was read.
+
     Raises:
         UserError: another run holds the folder, or no checkpoint is whole.
         RunError: the file system of the folder does not answer.
     """
-    store = meet(ranks)
     with ExitStack() as stack:
         lock, was_killed = _take_folder(run, ranks, store, stack)
         run = _with_one_checkpoint(run, ranks, store)
         if was_killed or run.config.checkpoint.verify_checkpoint:
-            run = _with_good_checkpoint(run, ranks, store)
-        yield Opened(run, store, lock.check if lock is not None else _always)
+            run = _with_good_checkpoint(run, ranks, store, beat)
+        yield Opened(run, lock.check if lock is not None else _always)
 
 
 def _always() -> None:
@@ -106,11 +109,12 @@ def _with_one_checkpoint(run: Run, ranks: Ranks, store: Any) -> Run:
     )
 
 
-def _with_good_checkpoint(run: Run, ranks: Ranks, store: Any) -> Run:
+def _with_good_checkpoint(run: Run, ranks: Ranks, store: Any, beat: Callable[[], None]) -> Run:
     """The run, going on from the newest checkpoint whose checksums are right."""
     damaged: dict[str, str] = {}
     while run.resume is not None:
-        found = exchange(store, ranks, f"verify {run.resume.folder}", _problems(run.resume, ranks))
+        own = _problems(run.resume, ranks, beat)
+        found = exchange(store, ranks, f"verify {run.resume.folder}", own)
         problems = [problem for part in found for problem in part]
         if not problems:
             if ranks.is_first:
@@ -123,9 +127,11 @@ def _with_good_checkpoint(run: Run, ranks: Ranks, store: Any) -> Run:
     return run
 
 
-def _problems(resume: Resume, ranks: Ranks) -> list[str]:
+def _problems(resume: Resume, ranks: Ranks, beat: Callable[[], None]) -> list[str]:
     """What is wrong with this rank's share of the files."""
-    names = sorted(resume.manifest.files)[ranks.rank :: ranks.world_size]
-    files = {name: resume.manifest.files[name] for name in names}
-    share = resume.manifest.model_copy(update={"files": files})
-    return manifests.problems(resume.folder, share, checksums=True)
+    found = []
+    for name in sorted(resume.manifest.files)[ranks.rank :: ranks.world_size]:
+        alone = resume.manifest.model_copy(update={"files": {name: resume.manifest.files[name]}})
+        found += manifests.problems(resume.folder, alone, checksums=True)
+        beat()
+    return found

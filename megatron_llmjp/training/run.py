@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -14,91 +15,147 @@ from megatron_llmjp.prepare import Run, prepare
 from megatron_llmjp.runtime import distributed
 from megatron_llmjp.runtime.determinism import be_deterministic
 from megatron_llmjp.runtime.device import Device
+from megatron_llmjp.runtime.long_work import LongWork, patient_group
 from megatron_llmjp.runtime.ranks import Ranks
+from megatron_llmjp.runtime.stop_requests import StopRequests
 from megatron_llmjp.training import build
 from megatron_llmjp.training.bad_numbers import Judge
 from megatron_llmjp.training.build import say
 from megatron_llmjp.training.evaluate import describe, evaluate
+from megatron_llmjp.training.guard import Guard
 from megatron_llmjp.training.learning_rate import LearningRates
 from megatron_llmjp.training.opening import Opened, opened
 from megatron_llmjp.training.rollback import Rollback
 from megatron_llmjp.training.trainer import NORMS, Trainer
 from megatron_llmjp.training.watch import Watch, watched
+from megatron_llmjp.training.watchdog import Watchdog
 
 
-def train(run: Run, ranks: Ranks, device: Device) -> int:
+@dataclass(frozen=True)
+class _Place:
+    """Where a run is trained, as this rank sees it."""
+
+    ranks: Ranks
+    device: Device
+    store: Any
+    """Shared by all ranks."""
+    watchdog: Watchdog
+
+
+def train(run: Run, ranks: Ranks, device: Device, requests: StopRequests | None = None) -> int:
     """Build a run on this rank and train it, or only validate it.
+
+    Args:
+        run: what is trained.
+        ranks: this process's place.
+        device: what this rank computes on.
+        requests: to stop; none are taken without.
 
     Returns:
         The exit code.
     """
     be_deterministic(run.config.training.deterministic_mode)
-    if run.config.training.eval_only:
-        return validate_only(run, ranks, device)
-    with opened(run, ranks) as beginning:
-        data = build.open_data(beginning.run, ranks)
-        distributed.start(run.config, ranks, device, beginning.store)
-        with watched(run.config, ranks, beginning.store) as watch:
-            outcome = _train(beginning, data, watch, ranks, device)
+    _check_evaluation(run)
+    store = distributed.meet(ranks)
+    with watched(run.config, ranks, store) as watchdog:
+        place = _Place(ranks, device, store, watchdog)
+        if run.config.training.eval_only:
+            return _validate_only(run, place)
+        watchdog.begin(0, "opening the save folder and its checkpoint", counts_work=True)
+        with opened(run, ranks, store, watchdog.beat) as beginning:
+            data = _open_data(beginning.run, place)
+            work = _join(beginning.run, place)
+            guard = Guard(
+                run.config.checkpoint.save, requests or StopRequests(), ranks.is_first, work.group
+            )
+            watch = Watch(guard, watchdog, work)
+            outcome = _train(beginning, data, watch, place)
             while isinstance(outcome, Rollback):
-                beginning = _back(beginning, outcome, ranks)
-                data = build.open_data(beginning.run, ranks)
-                outcome = _train(beginning, data, watch, ranks, device)
-        distributed.stop()
-        return outcome
+                guard.rest()
+                beginning = _back(beginning, outcome, place)
+                data = _open_data(beginning.run, place)
+                work.wait_for_all()
+                outcome = _train(beginning, data, watch, place)
+            guard.close()
+            distributed.stop()
+            return outcome
 
 
-def _train(
-    beginning: Opened, data: build.RunData, watch: Watch, ranks: Ranks, device: Device
-) -> int | Rollback:
+def _open_data(run: Run, place: _Place) -> build.RunData:
+    """The datasets, with the indices that are needed first."""
+    place.watchdog.begin(build.progress(run)[0], "building sample indices", counts_work=True)
+    return build.open_data(run, place.ranks, place.watchdog.beat)
+
+
+def _join(run: Run, place: _Place) -> LongWork:
+    """Build the process groups, once all ranks are ready: making indices may take one longer."""
+    place.watchdog.begin(build.progress(run)[0], "joining the process groups", counts_work=True)
+    distributed.exchange(place.store, place.ranks, "ready", None)
+    distributed.start(run.config, place.ranks, place.device, place.store)
+    return LongWork(place.watchdog.beat, patient_group())
+
+
+def _train(beginning: Opened, data: build.RunData, watch: Watch, place: _Place) -> int | Rollback:
     """Train from the newest checkpoint, or from the start."""
-    run = beginning.run
-    watch.watchdog.rest()
+    run, at = beginning.run, build.progress(beginning.run)
+    watch.watchdog.begin(at[0], "building or loading the model", counts_work=True)
     sizes = BatchSizes(run.config)
     rates = LearningRates(run.config, run.schedule, sizes, run.train_iters)
-    model = build.build(run, device, rates)
-    build.introduce(run, model.chunks, ranks, device)
-    saver = build.make_saver(run, sizes, beginning.may_publish)
+    model = build.build(run, place.device, rates, watch.work)
+    build.introduce(run, model.chunks, place.ranks, place.device)
+    saver = build.make_saver(run, sizes, beginning.may_publish, watch.work)
     judge = Judge(run.config.faults, model.counters.get(NORMS, ()))
-    at = build.progress(run)
-    outcome = Trainer(run, device, sizes, model, data, saver, watch, judge, *at).train()
-    watch.watchdog.rest()
+    watch.guard.watch()
+    trainer = Trainer(run, place.device, sizes, model, data, saver, watch, judge, *at)
+    outcome = trainer.train()
+    watch.watchdog.begin(trainer.iteration, "the end of the run")
     data.indices.close()
     return outcome
 
 
-def _back(beginning: Opened, rollback: Rollback, ranks: Ranks) -> Opened:
+def _back(beginning: Opened, rollback: Rollback, place: _Place) -> Opened:
     """The run as of its last checkpoint, without the batches that led to a spike."""
     gc.collect()  # the model that is given up must not lie beside the new one
     torch.cuda.empty_cache()
     left_out = {**beginning.run.past.skipped_iterations, rollback.words: rollback.positions}
-    run = prepare(beginning.run.asked, ranks.world_size, left_out=left_out)
+    run = prepare(beginning.run.asked, place.ranks.world_size, left_out=left_out)
     chosen = str(run.resume.folder) if run.resume is not None else ""
     subject = f"rollback {rollback.iteration} {rollback.words}"
-    if len(set(distributed.exchange(beginning.store, ranks, subject, chosen))) > 1:
+    if len(set(distributed.exchange(place.store, place.ranks, subject, chosen))) > 1:
         raise RunError("ranks see different checkpoints to go back to; start the run again")
     return replace(beginning, run=run)
 
 
-def validate_only(run: Run, ranks: Ranks, device: Device) -> int:
-    """Print the losses of a checkpoint on the validation sets; nothing is written.
-
-    Raises:
-        UserError: there is nothing to validate, or nothing to validate on.
-        RunError: a loss is NaN or Inf.
-    """
+def _check_evaluation(run: Run) -> None:
+    """Refuse ``--eval-only`` without a checkpoint or without validation sets."""
+    if not run.config.training.eval_only:
+        return
     if run.resume is None:
         raise UserError("--eval-only validates a checkpoint: give --load, the folder that holds it")
     if not run.validation:
         raise UserError(
             f"--eval-only: {run.config.data.fold_file} names no validation sets (docs/folds.md)"
         )
-    validation = build.open_validation(run, ranks)
-    distributed.start(run.config, ranks, device)
-    chunks = build.load_weights(run, device)
-    build.introduce(run, chunks, ranks, device)
-    losses = evaluate(chunks, validation, run.config, device)
-    say(describe(losses, run.resume.manifest.iteration))
+
+
+def _validate_only(run: Run, place: _Place) -> int:
+    """Print the losses of a checkpoint on the validation sets; nothing is written.
+
+    Raises:
+        RunError: a loss is NaN or Inf.
+    """
+    assert run.resume is not None
+    beat = place.watchdog.beat
+    place.watchdog.begin(0, "building sample indices", counts_work=True)
+    validation = build.open_validation(run, place.ranks, beat)
+    work = _join(run, place)
+    iteration = run.resume.manifest.iteration
+    place.watchdog.begin(iteration, "loading the model", counts_work=True)
+    chunks = build.load_weights(run, place.device, work)
+    build.introduce(run, chunks, place.ranks, place.device)
+    place.watchdog.begin(iteration, "a validation")
+    losses = evaluate(chunks, validation, run.config, place.device, beat=beat)
+    say(describe(losses, iteration))
     wrong = [name for name, loss in losses.items() if not math.isfinite(loss)]
     if wrong:
         raise RunError(

@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.loader import Batch
 from megatron_llmjp.runtime.device import without_warnings
+from megatron_llmjp.runtime.long_work import no_heartbeat
 
 with without_warnings():
     from megatron.core import parallel_state
@@ -69,6 +70,7 @@ def train_step(
     batch_size: int,
     datasets: int = 0,
     may_take: Callable[[float], bool] = lambda grad_norm: True,
+    beat: Callable[[], None] = no_heartbeat,
 ) -> StepResult:
     """Take one optimizer step over a global batch.
 
@@ -81,11 +83,12 @@ def train_step(
         batch_size: samples of this global batch.
         datasets: number of datasets that losses are told apart by.
         may_take: judges the gradient norm; without its consent nothing is updated.
+        beat: called after the forward pass of each micro-batch.
     """
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    sums = run_micro_batches(chunks, data, config, batch_size, datasets=datasets)
+    sums = run_micro_batches(chunks, data, config, batch_size, datasets=datasets, beat=beat)
     updated, grad_norm = _update(optimizer, may_take)
     if updated:
         scheduler.step(increment=batch_size)
@@ -112,15 +115,16 @@ def run_micro_batches(
     batch_size: int,
     forward_only: bool = False,
     datasets: int = 0,
+    beat: Callable[[], None] = no_heartbeat,
 ) -> Tensor:
-    """Run a global batch through the pipeline.
+    """Run a global batch through the pipeline, with a heartbeat for each micro-batch.
 
     Returns:
         ``[2 + datasets, 2]``, the sums of this rank; zeros off the last pipeline stage.
     """
     replicas = parallel_state.get_data_parallel_world_size()
     results = get_forward_backward_func()(
-        forward_step_func=partial(forward_step, datasets),
+        forward_step_func=partial(forward_step, datasets, beat),
         data_iterator=data if len(data) > 1 else data[0],
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=batch_size // (config.training.micro_batch_size * replicas),
@@ -133,7 +137,7 @@ def run_micro_batches(
 
 
 def forward_step(
-    datasets: int, data: BatchIterator, model: Any
+    datasets: int, beat: Callable[[], None], data: BatchIterator, model: Any
 ) -> tuple[Tensor, Callable[[Tensor], Any]]:
     """Run one micro-batch through one model chunk, as megatron-core's schedules call it."""
     batch = next(data)
@@ -144,6 +148,7 @@ def forward_step(
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
     )
+    beat()
     return output, partial(masked_loss, batch, datasets)
 
 

@@ -98,6 +98,10 @@ class Trainer:
         while not self._is_last():
             learning_rate, before = self.learning_rate(), self._moment()
             batch_size = self.sizes.at(self.consumed_samples)
+            if not self._has_indices(batch_size):
+                return self._stop(self.watch.guard.agreed(), metrics)
+            # A process compiles and connects in its first step, without a heartbeat.
+            self._begin("a step", counts_work=self.iteration == started)
             result = self._step(batches, batch_size)
             if self.judge.verdict in (Verdict.BAD, Verdict.SPIKE):
                 gives_up = self._gives_up()
@@ -117,8 +121,7 @@ class Trainer:
             self._save_if_due(before, metrics)
             request = self._request()
             if request and not self._is_last():
-                self._stop(request, metrics)
-                return request.exit_code
+                return self._stop(request, metrics)
             metrics.go_on()
         self._validate(metrics)
         self._finish(metrics)
@@ -126,9 +129,7 @@ class Trainer:
 
     def _step(self, batches: list[Iterator[Batch]], batch_size: int) -> StepResult:
         """Train on the next global batch and judge it."""
-        self._begin("a step")
         self.judge.begin_step()
-        self.data.indices.before(self.consumed_samples, batch_size)
         model, config = self.model, self.run.config
         result = train_step(
             model.chunks,
@@ -139,6 +140,7 @@ class Trainer:
             batch_size,
             len(dataset_names(self.run.schedule)),
             self.judge.may_take,
+            self.watch.work.beat,
         )
         if not result.updated and self.judge.verdict is Verdict.GOOD:
             scale = float(model.optimizer.get_loss_scale())
@@ -158,8 +160,14 @@ class Trainer:
         if self.save_is_due and self.judge.may_save:
             self._save(metrics)
 
-    def _stop(self, request: Request, metrics: Metrics) -> None:
-        """End on request, with a checkpoint unless steps are bad."""
+    def _has_indices(self, batch_size: int) -> bool:
+        """Wait for the sample indices of the next batch, unless the run is to stop before."""
+        self._begin("a look for sample indices", counts_work=True)
+        wait = self.watch.guard.wait_until
+        return self.data.indices.before(self.consumed_samples, batch_size, wait)
+
+    def _stop(self, request: Request, metrics: Metrics) -> int:
+        """End on request, with a checkpoint unless steps are bad; the exit code."""
         why = f"stopped at iteration {self.iteration}: {request.why}"
         if not self.judge.may_save:
             why += f". {self._unsaved()}"
@@ -167,6 +175,7 @@ class Trainer:
         self.watch.guard.answered(request)
         say(why)
         metrics.end(self.iteration, self.consumed_samples, "stopped", request.why)
+        return request.exit_code
 
     def _finish(self, metrics: Metrics) -> None:
         """Save the end of the run.
@@ -191,8 +200,8 @@ class Trainer:
         """The rate that the next step applies."""
         return float(self.model.optimizer.param_groups[0]["lr"])
 
-    def _begin(self, what: str) -> None:
-        self.watch.watchdog.beat(self.iteration, what)
+    def _begin(self, what: str, counts_work: bool = False) -> None:
+        self.watch.watchdog.begin(self.iteration, what, counts_work)
 
     def _request(self) -> Request:
         """Whether all ranks are to stop here."""
@@ -252,6 +261,7 @@ class Trainer:
                 config,
                 self.device,
                 is_over=lambda: bool(guard.agreed()),
+                beat=self.watch.work.beat,
             )
             if losses:
                 metrics.log_validation(self.iteration, self.consumed_samples, losses)

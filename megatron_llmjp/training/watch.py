@@ -1,14 +1,14 @@
-"""Whether a run may go on: it is asked to stop, or it hangs."""
+"""What watches a run: whether it is asked to stop, and whether it hangs."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_llmjp.config.schema import Config
+from megatron_llmjp.runtime.long_work import LongWork
 from megatron_llmjp.runtime.ranks import Ranks
 from megatron_llmjp.training.guard import Guard
 from megatron_llmjp.training.watchdog import Watchdog
@@ -21,15 +21,17 @@ SHARE_OF_TIMEOUT = 0.8
 
 
 class Watch(NamedTuple):
-    """The two that watch a run."""
+    """What watches a run."""
 
     guard: Guard
     watchdog: Watchdog
+    work: LongWork
+    """Heartbeats for the watchdog, and the group that ranks wait in for each other."""
 
 
 @contextmanager
-def watched(config: Config, ranks: Ranks, store: Any) -> Iterator[Watch]:
-    """Watch from now on: take requests to stop, and end the run if it hangs.
+def watched(config: Config, ranks: Ranks, store: Any) -> Iterator[Watchdog]:
+    """End the run if it hangs, from now on.
 
     Args:
         config: the run.
@@ -40,13 +42,9 @@ def watched(config: Config, ranks: Ranks, store: Any) -> Iterator[Watch]:
     if minutes is None:
         minutes = SHARE_OF_TIMEOUT * config.parallel.distributed_timeout_minutes
     save = config.checkpoint.save
-    logs = Path(save) / STACKS if save is not None else None
-    guard = Guard(config, time.monotonic(), ranks.is_first)
+    logs = Path(save) / STACKS if save is not None and not config.training.eval_only else None
     watchdog = Watchdog(store, ranks.rank, ranks.world_size, minutes, logs)
-    guard.watch()
-    if minutes > 0:
-        watchdog.start()
-    yield Watch(guard, watchdog)
+    watchdog.start()
+    yield watchdog
     # Not after an error: the other ranks may be gone, and closing would wait for them.
     watchdog.close()
-    guard.close()

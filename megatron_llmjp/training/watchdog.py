@@ -1,9 +1,14 @@
 """A thread on every rank that ends a hanging run and says which rank is to blame.
 
-When one rank stops, all others wait for it in some collective, and every log says the same nothing.
-Here each rank tells the others through the rendezvous store how far it is. A rank without progress
-for too long writes the stacks of its threads to a file and where it stands to the store; the first
-rank that answers compares all ranks and names those that are not where the others are.
+When one rank stops, all others wait for it in some collective, and no log identifies the cause.
+Here every rank gives heartbeats, and the run hangs when no rank gave one for too long. Then each
+rank writes the stacks of its threads to a file and where it stands to the rendezvous store; the
+first rank that answers compares all ranks and names those that are not where the others are.
+
+What must not end a healthy run: long phases, in which heartbeats come from every batch and every
+piece of a file (``runtime/long_work.py``); a rank that waits for another one which makes progress;
+a machine that was suspended, whose time away is not counted. And after the limit the watchdog looks
+again before it acts.
 """
 
 from __future__ import annotations
@@ -13,126 +18,165 @@ import faulthandler
 import json
 import math
 import os
-import socket
 import sys
 import threading
 import time
-import traceback
-from collections import defaultdict
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from megatron_llmjp.errors import EXIT_FAILURE
+from megatron_llmjp.training.hang_report import Place, blame, blame_first_rank, place_of
+from megatron_llmjp.training.progress import Progress
 
 GRACE_SECONDS = 10.0
 """Ranks notice a hang at slightly different times: this long the others are waited for."""
 
-_COLLECTIVES = ("torch/distributed/", "p2p_communication.py", "param_and_grad_buffer.py")
+PERIODS = 10
+"""How often the watchdog looks within its limit."""
+LONGEST_PERIOD = 5.0
+"""Seconds."""
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a rank stands."""
+class Patience:
+    """Whether a run was quiet for too long, asked every ``period`` seconds."""
 
-    rank: int
-    host: str
-    iteration: int
-    phase: str
-    """What it was about to do: a step, a validation, a save."""
-    line: str
-    """The innermost line of Python of its main thread."""
-    waits: bool
-    """Whether that line is inside a collective, hence waits for another rank."""
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+        """Seconds."""
+        self.period = min(LONGEST_PERIOD, limit / PERIODS)
+        self._quiet, self._last = 0.0, math.inf
+        self._suspects = False
+
+    def is_over(self, now: float, news: bool) -> bool:
+        """Whether to act.
+
+        Args:
+            now: seconds of any clock.
+            news: whether there was progress since this was asked last.
+        """
+        # No more than two periods are counted: a process that was stopped, or a machine that was
+        # suspended, comes back to find the limit long exceeded.
+        self._quiet += max(0.0, min(now - self._last, 2 * self.period))
+        self._last = now
+        if news:
+            self._quiet, self._suspects = 0.0, False
+        if self._quiet <= self.limit:
+            return False
+        # Look again before acting.
+        self._suspects, suspected = True, self._suspects
+        return suspected
 
 
 class Watchdog:
-    """Watches the main thread of this rank; :meth:`beat` tells it of progress."""
+    """Watches the main thread of this rank."""
 
     def __init__(
         self, store: Any, rank: int, world_size: int, minutes: float, logs: Path | None
     ) -> None:
-        """Watch with a connection of its own to ``store``; ``logs`` is where stacks go."""
-        self._store = store.clone() if hasattr(store, "clone") else store
-        self._store.set_timeout(timedelta(seconds=GRACE_SECONDS))
+        """Watch with connections of its own to ``store``.
+
+        Args:
+            store: shared by all ranks.
+            rank: of this process.
+            world_size: number of ranks.
+            minutes: without progress of any rank that end the run; 0 for never.
+            logs: where stacks go.
+        """
+        self._store = _connection(store)
         self._rank, self._world_size, self._logs = rank, world_size, logs
-        self._limit = 60 * minutes
+        self._patience = Patience(60 * minutes)
         self._main = threading.get_ident()
-        self._mark = (0, "start", math.inf)
+        self._mark = (0, "start")
+        self._progress = Progress(_connection(store), self._patience.period)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> None:
-        """Begin to watch."""
-        self._thread.start()
+        """Begin to watch, unless the limit is 0."""
+        if self._patience.limit > 0:
+            self._progress.start()
+            self._thread.start()
 
-    def beat(self, iteration: int, phase: str) -> None:
-        """Tell that the main thread goes on, and with what."""
-        self._mark = (iteration, phase, time.monotonic())
+    def begin(self, iteration: int, phase: str, counts_work: bool = False) -> None:
+        """Note what the main thread does next, which is progress.
 
-    def rest(self) -> None:
-        """Look away until the next beat: what comes now, such as loading, has limits of its own."""
-        self._mark = (*self._mark[:2], math.inf)
+        Args:
+            iteration: where the run is.
+            phase: what is begun, in words.
+            counts_work: whether processor time spent in it counts as progress, as long as the main
+                thread waits for no other rank: for calls into libraries that take long and give no
+                heartbeat. A loop without an end is not found in such a phase.
+        """
+        self._mark = (iteration, phase)
+        self._progress.counts_work = counts_work
+        self._progress.beat()
+
+    def beat(self) -> None:
+        """A heartbeat: some piece of the phase is done. Called from any thread; costs nothing."""
+        self._progress.beat()
 
     def close(self) -> None:
         """End the watch."""
         self._stopped.set()
         if self._thread.is_alive():
             self._thread.join()
+        self._progress.close()
 
     def _watch(self) -> None:
-        while not self._stopped.wait(min(5.0, self._limit / 10)):
-            if time.monotonic() - self._mark[2] > self._limit:
+        while not self._stopped.wait(self._patience.period):
+            if self._patience.is_over(time.monotonic(), self._progress.take_news()):
                 self._report()
                 os._exit(EXIT_FAILURE)
 
     def _report(self) -> None:
         """Leave the stacks in a file, and tell what can be found out about all ranks."""
-        place = self._place()
+        place = place_of(self._main, self._rank, *self._mark)
         self._write_stacks()
-        try:
-            self._store.set(f"hang/{self._rank}", json.dumps(asdict(place)))
-            time.sleep(GRACE_SECONDS)
-            places = self._gather()
-        except Exception:  # the store lives in the first rank, which may be the one that hangs
-            places = [place]
-        if places[0].rank == self._rank:
-            self._tell(places)
+        places = self._ask_all(place)
+        if places is None:
+            self._tell(blame_first_rank(place))
+        elif places[0].rank == self._rank:
+            self._tell(blame(places, self._world_size))
         # The first rank holds the store: the others read it until now.
         time.sleep(GRACE_SECONDS / 4 if self._rank else GRACE_SECONDS / 2)
 
-    def _tell(self, places: list[Place]) -> None:
-        lines = [
-            f"error: no progress for {self._limit / 60:g} minutes at iteration {self._mark[0]}",
-            *blame(places, self._world_size),
-        ]
+    def _tell(self, ranks: list[str]) -> None:
+        minutes = f"{self._patience.limit / 60:g} minutes"
+        lines = [f"error: no progress for {minutes} at iteration {self._mark[0]}", *ranks]
         if self._logs is not None:
             lines.append(f"stacks of all ranks that answer: {self._logs}")
-            with contextlib.suppress(OSError):
-                (self._logs / "report.txt").write_text("\n".join(lines) + "\n")
-        print("\n".join(lines), file=sys.stderr, flush=True)
-
-    def _place(self) -> Place:
-        iteration, phase, _ = self._mark
-        frames = traceback.extract_stack(sys._current_frames()[self._main])
-        inner = frames[-1]
-        own = next((f for f in reversed(frames) if "megatron" in f.filename), inner)
-        return Place(
-            self._rank,
-            socket.gethostname(),
-            iteration,
-            phase,
-            f"{_short(own.filename)}:{own.lineno} in {own.name}",
-            any(part in frame.filename for frame in frames[-4:] for part in _COLLECTIVES),
-        )
+        text = "\n".join(lines)
+        print(text, file=sys.stderr, flush=True)
+        self._log(lambda logs: (logs / "report.txt").write_text(f"{text}\n"))
 
     def _write_stacks(self) -> None:
-        if self._logs is not None:
-            with contextlib.suppress(OSError):
-                self._logs.mkdir(parents=True, exist_ok=True)
-                with (self._logs / f"stacks-rank{self._rank:05d}.txt").open("w") as stream:
-                    faulthandler.dump_traceback(stream, all_threads=True)
+        def dump(logs: Path) -> None:
+            logs.mkdir(parents=True, exist_ok=True)
+            with (logs / f"stacks-rank{self._rank:05d}.txt").open("w") as stream:
+                faulthandler.dump_traceback(stream, all_threads=True)
+
+        self._log(dump)
+
+    def _log(self, write: Callable[[Path], object]) -> None:
+        """Write a file, without waiting for ever for a file system that may be what hangs."""
+        logs = self._logs
+        if logs is not None:
+            _bounded(lambda: write(logs), GRACE_SECONDS)
+
+    def _ask_all(self, own: Place) -> list[Place] | None:
+        """Places of the ranks that answer, by rank; None when the store does not."""
+        places: list[Place] = []
+
+        def ask() -> None:
+            self._store.set(f"hang/{self._rank}", json.dumps(asdict(own)))
+            time.sleep(GRACE_SECONDS)
+            places.extend(self._gather())
+
+        _bounded(ask, 2 * GRACE_SECONDS)  # a store whose process is stopped never answers
+        return places or None
 
     def _gather(self) -> list[Place]:
         keys = {rank: f"hang/{rank}" for rank in range(self._world_size)}
@@ -140,45 +184,20 @@ class Watchdog:
         return [Place(**json.loads(self._store.get(keys[rank]))) for rank in answered]
 
 
-def blame(places: list[Place], world_size: int) -> list[str]:
-    """Which ranks to look at, from the places of those that answer; a line for each group."""
-    answered = {place.rank for place in places}
-    silent = [rank for rank in range(world_size) if rank not in answered]
-    lines = []
-    if silent:
-        lines.append(f"{_ranks(silent)}: no answer (stopped, gone, or its machine is)")
-    groups: dict[tuple[int, str, str, bool], list[Place]] = defaultdict(list)
-    for place in places:
-        groups[place.iteration, place.phase, place.line, place.waits].append(place)
-    # Those behind come first, then those that are busy with something of their own.
-    for key in sorted(groups, key=lambda k: (k[0], k[3])):
-        iteration, phase, line, waits = key
-        members = groups[key]
-        hosts = ", ".join(sorted({place.host for place in members})[:4])
-        what = "waits for other ranks" if waits else "does not wait for another rank"
-        lines.append(
-            f"{_ranks([p.rank for p in members])} on {hosts}: iteration {iteration}, {phase}; "
-            f"{what}; {line}"
-        )
-    if not silent and len(groups) > 1:
-        lines[0] += "   <- look here first"
-    return lines
+def _bounded(action: Callable[[], object], seconds: float) -> None:
+    """Act for so long at most; what the action raises is ignored."""
+
+    def act() -> None:
+        with contextlib.suppress(Exception):
+            action()
+
+    thread = threading.Thread(target=act, name="hang report", daemon=True)
+    thread.start()
+    thread.join(seconds)
 
 
-def _ranks(ranks: list[int]) -> str:
-    """``ranks 0-3, 8``."""
-    runs: list[list[int]] = []
-    for rank in sorted(ranks):
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
-    text = ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs)
-    return f"rank{'s' if len(ranks) > 1 else ''} {text}"
-
-
-def _short(filename: str) -> str:
-    """A file's path from its package on."""
-    parts = Path(filename).parts
-    at = max((i for i, part in enumerate(parts) if part.startswith("megatron")), default=0)
-    return "/".join(parts[at:] if at else parts[-2:])
+def _connection(store: Any) -> Any:
+    """A connection of one thread's own."""
+    own = store.clone() if hasattr(store, "clone") else store
+    own.set_timeout(timedelta(seconds=GRACE_SECONDS))
+    return own

@@ -130,7 +130,7 @@ def test_interrupted_and_killed(folder, tmp_path):
         wait_for(process, " iteration ")
         ranks = ranks_of(process.pid)
         process.send_signal(signal.SIGINT)  # asks
-        time.sleep(0.1)
+        time.sleep(1.1)  # sooner it would be taken for the same one
         process.send_signal(signal.SIGINT)  # does not wait for the answer
         _, errors = process.communicate(timeout=AT_ONCE)
         assert process.returncode in (130, 3) and "Traceback" not in errors

@@ -179,8 +179,10 @@ class _Fork:
         self.pid = os.fork()
         if self.pid == 0:
             os.setsid()
+            from megatron_llmjp.runtime.stop_requests import handled
+
             os.environ.update(env)
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            for number in handled():
                 signal.signal(number, signal.SIG_DFL)
             _inject(fault)
             from megatron_llmjp import entry

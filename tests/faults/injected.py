@@ -9,13 +9,21 @@ import errno
 import importlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+import psutil
+
+UNFINISHED = re.compile(r"\.iter_\d+\.tmp")
+"""Name of a checkpoint's folder while it is written."""
 
 KINDS = ("fsync", "replace", "rename", "mkdir", "rmdir", "unlink")
 """System calls by which checkpoints come and go."""
@@ -31,8 +39,8 @@ def strike(what: str, iteration: int, action: Callable[[Any], None]) -> None:
 
     begin = Trainer._begin
 
-    def struck(self: Any, phase: str) -> None:
-        begin(self, phase)
+    def struck(self: Any, phase: str, *rest: Any, **named: Any) -> None:
+        begin(self, phase, *rest, **named)
         if phase == what and self.iteration == iteration:
             action(self)
 
@@ -57,10 +65,65 @@ def die_at_call(number: int) -> None:
             setattr(os, kind, counting(getattr(os, kind)))
 
 
+def die_writing(number: int, victim: str, which: int) -> None:
+    """Kill just before a rank's n-th look at a checkpoint that is being written, its own counted.
+
+    Looks are: writing a tensor or object, forcing a file of the unfinished folder to disk, renaming
+    one or the folder itself. ``victim`` as in :mod:`tests.faults.forks`; "one" is the rank itself.
+    """
+    from megatron_llmjp.checkpoint import writer
+
+    lock, count = threading.Lock(), [0]
+
+    def counting(call: Any, concerns: Callable[..., bool]) -> Any:
+        def struck(*arguments: Any, **named: Any) -> Any:
+            if concerns(*arguments):
+                with lock:  # two threads write
+                    count[0] += 1
+                    if count[0] == number:
+                        _kill(victim)
+            return call(*arguments, **named)
+
+        return struck
+
+    if rank() == which:
+        os.replace = counting(os.replace, lambda source, _: _is_unfinished(str(source)))
+        os.fsync = counting(os.fsync, lambda fd: _is_unfinished(_path_of(fd)))
+        writer._write_item = counting(writer._write_item, lambda *_: True)
+
+
+def _path_of(descriptor: int) -> str:
+    return str(Path(f"/proc/self/fd/{descriptor}").readlink())
+
+
+def _is_unfinished(path: str) -> bool:
+    """Whether a path is, or is in, the folder of a checkpoint that is being written."""
+    return any(UNFINISHED.fullmatch(part) for part in Path(path).parts)
+
+
+def _kill(victim: str) -> None:
+    """Kill this rank, its launcher, or both and all other ranks; none of them acts any more."""
+    own, launcher = psutil.Process(), psutil.Process(os.getppid())
+    has_launcher = "WORLD_SIZE" in os.environ
+    if victim != "one" and has_launcher:
+        others = [other for other in launcher.children() if other != own]
+        launcher.kill()
+        for other in others if victim == "all" else []:
+            other.kill()
+    if victim != "launcher":
+        own.kill()
+    time.sleep(60)  # the launcher's end is this rank's, too
+
+
 def signal_at(number: int, what: str, iteration: int, which: int = 0) -> None:
     """One rank gets a signal when the trainer begins something."""
     if rank() == which:
         strike(what, iteration, lambda _: os.kill(os.getpid(), number))
+
+
+def signal_group_at(number: int, what: str, iteration: int) -> None:
+    """The rank and its data workers get a signal, as from a terminal, the launcher or Slurm."""
+    strike(what, iteration, lambda _: os.killpg(os.getpgid(0), number))
 
 
 def signal_in(number: int, name: str) -> None:
@@ -122,6 +185,91 @@ def stale_lock(code: int) -> None:
 
     file_lock.fcntl.lockf = fail  # type: ignore[assignment]
     file_lock.RETRY_PAUSES = (0.0,)
+
+
+def tight(what: str, iteration: int, limit: float) -> None:
+    """From some moment on, so many seconds without progress are a hang."""
+    from megatron_llmjp.training import watchdog
+
+    watchdog.GRACE_SECONDS = 2.0
+
+    def tightened(trainer: Any) -> None:
+        watch = trainer.watch.watchdog
+        watch._patience.limit, watch._patience.period = limit, limit / 10
+        watch._progress._period = limit / 10
+
+    strike(what, iteration, tightened)
+
+
+def slow_validation(iteration: int, limit: float, pause: float) -> None:
+    """Each batch of a validation takes a while."""
+    from megatron_llmjp.training import evaluate
+
+    tight("a validation", iteration, limit)
+    run = evaluate.run_micro_batches
+
+    def slow(*arguments: Any, **named: Any) -> Any:
+        time.sleep(pause)
+        return run(*arguments, **named)
+
+    evaluate.run_micro_batches = slow
+
+
+def slow_write(iteration: int, limit: float, pause: float, pieces: int, which: int) -> None:
+    """A rank writes some pieces of a checkpoint to a slow disk; without a pause, it hangs."""
+    from megatron_llmjp.checkpoint.writer import _SummedStream
+
+    write, rest = _SummedStream.write, [0]
+
+    def slow(self: Any, data: Any) -> int:
+        if rest[0] > 0:
+            rest[0] -= 1
+            time.sleep(pause or 1e6)
+        return write(self, data)
+
+    tight("a save", iteration, limit)
+    if rank() == which:
+        strike("a save", iteration, lambda _: rest.__setitem__(0, pieces))
+        _SummedStream.write = slow  # type: ignore[method-assign]
+
+
+def endless_loop(iteration: int, limit: float, which: int) -> None:
+    """A rank computes for ever."""
+
+    def loop(_: Any) -> None:
+        while True:
+            sum(range(1000))
+
+    tight("a step", iteration, limit)
+    if rank() == which:
+        strike("a step", iteration, loop)
+
+
+def suspended_at(iteration: int, limit: float) -> None:
+    """The process is stopped, until somebody has it go on."""
+    tight("a step", iteration, limit)
+    strike("a step", iteration, lambda _: os.kill(os.getpid(), signal.SIGSTOP))
+
+
+def endless_start(name: str) -> None:
+    """A function of the package waits outside of Python, and never returns."""
+    module, _, function = name.rpartition(".")
+    place = importlib.import_module(f"megatron_llmjp.{module}")
+
+    def wait(*_: Any, **__: Any) -> None:
+        import torch.distributed as dist
+
+        print("waiting for nothing", flush=True)
+        dist.HashStore().wait(["never"], timedelta(hours=1))
+
+    setattr(place, function, wait)
+
+
+def started_ago(seconds: float) -> None:
+    """The launcher was started so long ago."""
+    from megatron_llmjp.runtime.ranks import STARTED_VARIABLE
+
+    os.environ[STARTED_VARIABLE] = str(time.monotonic() - seconds)
 
 
 def obstructed_save(kind: str, iteration: int, place: str = "") -> None:

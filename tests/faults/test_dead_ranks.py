@@ -30,16 +30,18 @@ def test_the_cause_is_told_first(stage):
 
 
 @pytest.mark.fault("one rank stopped (SIGSTOP)", f"named, with stacks; exit code 1; {SAME}")
-def test_a_rank_that_is_stopped_is_named(stage):
-    save = stage.folder("stopped")
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_rank_that_is_stopped_is_named(stage, which):
+    """Of the first rank, which holds the store, the others learn by its silence."""
+    save, other = stage.folder("stopped"), 1 - which
     limit = ("--hang-timeout-minutes", 0.1)
-    code, _, errors = stage.run("tp2-async", save, *limit, fault=("stop_at", 5, 1, 2.0))
+    code, _, errors = stage.run("tp2-async", save, *limit, fault=("stop_at", 5, which, 2.0))
     assert code == EXIT_FAILURE
     assert "error: no progress for 0.1 minutes at iteration 5" in errors
-    assert "rank 1: no answer" in errors
-    assert re.search(r"rank 0 on .*: iteration 5, a step; waits for other ranks", errors)
-    assert "train_step" in (save / "hang" / "stacks-rank00000.txt").read_text()
-    assert "rank 1: no answer" in (save / "hang" / "report.txt").read_text()
+    assert f"rank {which}: no answer" in errors
+    assert re.search(rf"rank {other} on .*: iteration 5, a step; waits for other ranks", errors)
+    assert "train_step" in (save / "hang" / f"stacks-rank{other:05d}.txt").read_text()
+    assert f"rank {which}: no answer" in (save / "hang" / "report.txt").read_text()
     stage.resume_and_prove("tp2-async", save)
 
 

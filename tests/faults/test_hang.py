@@ -1,17 +1,25 @@
-"""A rank that hangs is named, with the stacks of all ranks, and the run ends."""
+"""A rank that hangs is named, with the stacks of all ranks; one that is slow is left alone."""
 
 from __future__ import annotations
 
+import re
+import signal
 import time
 from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_llmjp.checkpoint import manifest as manifests
+from megatron_llmjp.errors import EXIT_FAILURE
+from megatron_llmjp.runtime.long_work import LongWork, patient_group
 from megatron_llmjp.training import watchdog
-from megatron_llmjp.training.watchdog import Place, Watchdog, blame
+from megatron_llmjp.training.hang_report import Place, blame
+from megatron_llmjp.training.watchdog import Patience, Watchdog
+from tests.faults.stage import LAST
 from tests.support.processes import run_ranks
 
 
@@ -24,11 +32,11 @@ def hang(folder: str, culprit: int) -> None:
     watch = Watchdog(store, rank, dist.get_world_size(), 0.02, Path(folder))
     watch.start()
     for iteration in range(3):
-        watch.beat(iteration, "step")
+        watch.begin(iteration, "step")
         dist.all_reduce(torch.ones(1))
         if iteration == 2 and rank == culprit:
             lost_in_thought()
-    watch.beat(3, "step")
+    watch.begin(3, "step")
     dist.all_reduce(torch.ones(1))
 
 
@@ -39,7 +47,7 @@ def lost_in_thought() -> None:
 @pytest.mark.fault("a rank that does not come", "named, with the stacks of all ranks; exit code 1")
 def test_the_rank_that_does_not_come_is_named(tmp_path):
     with pytest.raises(AssertionError, match="failed"):
-        run_ranks(hang, 3, str(tmp_path), 1, timeout=60)
+        run_ranks(hang, 3, str(tmp_path), 1)
     report, *stacks = sorted(tmp_path.iterdir())
     assert [path.name for path in stacks] == [f"stacks-rank{rank:05d}.txt" for rank in range(3)]
     assert ["lost_in_thought" in path.read_text() for path in stacks] == [False, True, False]
@@ -61,3 +69,106 @@ def test_blame():
     assert busy[0].startswith("rank 2 on node1") and busy[0].endswith("look here first")
     behind = blame([place(0, 8, waits=False), place(1, 7), place(2, 8)], 3)
     assert behind[0].startswith("rank 1 on node0: iteration 7")
+
+
+def test_patience():
+    """It acts at a second look, and counts no time in which the process was stopped."""
+    patience = Patience(100.0)
+    looks = [patience.is_over(5.0 * i, news=False) for i in range(24)]
+    assert looks.index(True) == 22  # 105 s are more than 100, and then it looks again
+    assert not patience.is_over(120.0, news=True)
+    assert not patience.is_over(10_000.0, news=False)  # a night in which the machine slept
+    recovers = Patience(100.0)
+    for i in range(22):
+        assert not recovers.is_over(5.0 * i, news=False)
+    assert not recovers.is_over(110.0, news=True)
+    assert not recovers.is_over(115.0, news=False)
+
+
+def slow_rank() -> str:
+    """One rank works for longer than the watchdog's limit and a collective's; the other waits."""
+    watchdog.GRACE_SECONDS = 1.0
+    dist.init_process_group("gloo", timeout=timedelta(seconds=2))
+    store = dist.distributed_c10d._get_default_store()
+    watch = Watchdog(store, dist.get_rank(), dist.get_world_size(), 0.05, None)
+    work = LongWork(watch.beat, patient_group())
+    watch.begin(1, "a save")
+    watch.start()
+    if dist.get_rank() == 1:
+        for _ in range(60):
+            time.sleep(0.1)
+            work.beat()
+    work.wait_for_all()
+    watch.close()
+    return "done"
+
+
+def test_a_rank_that_waits_for_a_slow_one_is_healthy():
+    assert run_ranks(slow_rank, 2) == ["done", "done"]
+
+
+SLOW = "the run goes on; the same losses and weights"
+LIMIT = 4.0
+"""Seconds; what is slow takes twice as long."""
+
+
+@pytest.mark.fault("a validation that takes longer than the hang limit", "the run goes on")
+def test_a_slow_validation(stage):
+    save = stage.folder("slow-validation")
+    fault = ("slow_validation", 5, LIMIT, LIMIT / 8)
+    code, _, errors = stage.run("alone", save, "--eval-iters", 16, fault=fault)
+    assert code == 0, errors
+    assert manifests.complete_iterations(save)[-1] == LAST
+
+
+@pytest.mark.fault("a write that takes longer than the hang limit", SLOW)
+@pytest.mark.parametrize(("layout", "which"), [("alone", 0), ("alone-async", 0), ("dp2", 1)])
+def test_a_slow_disk(stage, layout, which):
+    """At the last save, for which the run waits; the other rank waits for this one."""
+    save = stage.folder("slow-disk")
+    fault = ("slow_write", LAST, LIMIT, LIMIT / 8, 16, which)
+    code, _, errors = stage.run(layout, save, fault=fault)
+    assert code == 0, errors
+    stage.prove(layout, save)
+
+
+@pytest.mark.fault("a process that is suspended for longer than the hang limit", SLOW)
+def test_a_process_that_is_suspended(stage):
+    save = stage.folder("suspended")
+    with stage.started("alone", save, fault=("suspended_at", 5, LIMIT)) as start:
+        process = psutil.Process(start.pid)
+        start.until(lambda: process.status() == psutil.STATUS_STOPPED)
+        time.sleep(2 * LIMIT)
+        process.send_signal(signal.SIGCONT)
+        assert start.wait() == 0, start.err
+    stage.prove("alone", save)
+
+
+NAMED = "named, with stacks; exit code 1; the same losses and weights after a restart"
+
+
+@pytest.mark.parametrize(
+    ("layout", "fault", "what"),
+    [
+        pytest.param(
+            "dp2",
+            ("slow_write", 6, 3.0, 0, 1, 1),
+            r"rank 1 on .*: iteration 6, a save; does not wait for another rank; .*   <- look here",
+            marks=pytest.mark.fault("a write that hangs", NAMED),
+        ),
+        pytest.param(
+            "dp2",
+            ("endless_loop", 5, 3.0, 1),
+            r"rank 1 on .*: iteration 5, a step; does not wait for another rank; .*   <- look here",
+            marks=pytest.mark.fault("a rank in a loop without an end", NAMED),
+        ),
+    ],
+)
+def test_a_rank_that_hangs(stage, layout, fault, what):
+    save = stage.folder("hung")
+    code, _, errors = stage.run(layout, save, fault=fault)
+    assert code == EXIT_FAILURE
+    assert "error: no progress for 0.05 minutes at iteration" in errors
+    assert re.search(what, errors), errors
+    assert (save / "hang" / "stacks-rank00001.txt").read_text()
+    stage.resume_and_prove(layout, save)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
 import pytest
@@ -13,13 +14,67 @@ HOW = "exit code 3, with a checkpoint if training had begun; the same losses and
 
 
 @pytest.mark.fault("SIGTERM during start-up", HOW)
-@pytest.mark.parametrize("function", ["training.opening.meet", "training.build.build_model"])
+@pytest.mark.parametrize("function", ["runtime.distributed.meet", "training.build.build_model"])
 def test_asked_to_stop_before_it_begins(stage, function):
     """Nothing is half-made, and the run may be started again."""
     save = stage.folder("asked-early")
     fault = ("signal_in", int(signal.SIGTERM), function)
     assert stage.run("alone", save, fault=fault)[0] == EXIT_REQUEUE
     stage.resume_and_prove("alone", save)
+
+
+@pytest.mark.fault("SIGTERM to a rank and its data workers", HOW)
+def test_all_processes_are_asked_to_stop(stage):
+    """As the launcher and Slurm do: the workers go on until the rank has saved."""
+    save = stage.folder("asked-all")
+    fault = ("signal_group_at", int(signal.SIGTERM), "a step", 4)
+    code, output, errors = stage.run("alone-async", save, fault=fault)
+    assert code == EXIT_REQUEUE, errors
+    assert "Traceback" not in errors
+    stopped = manifests.complete_iterations(save)[-1]
+    assert f"stopped at iteration {stopped}: a signal asks for it" in output
+    stage.resume_and_prove("alone-async", save, unfinished=stopped)
+
+
+@pytest.mark.fault("SIGTERM while a rank waits outside of Python", HOW)
+@pytest.mark.parametrize("layout", ["alone", "dp2"])
+def test_asked_to_stop_while_it_waits(stage, layout):
+    """Where Python's own handlers would not run for hours."""
+    save = stage.folder("asked-waiting")
+    fault = ("endless_start", "training.build.open_data")
+    ranks = 1 if layout == "alone" else 2
+    with stage.started(layout, save, fault=fault) as start:
+        start.until(lambda: start.out.count("waiting for nothing") == ranks)
+        os.kill(start.pid, signal.SIGTERM)
+        assert start.wait() == EXIT_REQUEUE, start.err
+        assert "stopped: asked by SIGTERM; there is nothing new to save" in start.out
+        assert "Traceback" not in start.err
+
+
+@pytest.mark.fault(
+    "--exit-duration-in-mins over before the first step", "exit code 3, nothing lost"
+)
+@pytest.mark.parametrize(
+    ("layout", "minutes", "fault"),
+    [
+        ("dp2", 0.3, ("endless_start", "training.build.open_data")),
+        ("alone", 0.05, ("endless_start", "training.opening._problems")),
+        ("alone", 0.05, ("endless_start", "checkpoint.store.load")),
+        ("alone", 30, ("started_ago", 3600.0)),
+    ],
+)
+def test_the_time_is_over_before_the_first_step(stage, layout, minutes, fault):
+    """Which counts from the launcher's start, whatever takes so long; nothing is saved again."""
+    save = stage.folder("late")
+    assert stage.run(layout, save, "--exit-interval", 3)[0] == EXIT_REQUEUE
+    before = (save / manifests.TRACKER).stat().st_mtime_ns
+    flags = ("--exit-duration-in-mins", minutes, "--verify-checkpoint")
+    code, output, errors = stage.run(layout, save, *flags, fault=fault)
+    assert code == EXIT_REQUEUE, errors
+    assert "stopped: --exit-duration-in-mins is over; there is nothing new to save" in output
+    assert "Traceback" not in errors and "stopped at iteration" not in output
+    assert (save / manifests.TRACKER).stat().st_mtime_ns == before
+    stage.resume_and_prove(layout, save)
 
 
 @pytest.mark.parametrize(
@@ -31,6 +86,8 @@ def test_asked_to_stop_before_it_begins(stage, function):
             ("dp2", "a save", 3, signal.SIGTERM, "SIGTERM"),
             ("alone-async", "a save", 4, signal.SIGTERM, "SIGTERM"),
             ("tp2-async", "a step", 4, signal.SIGUSR1, "SIGUSR1"),
+            ("alone", "a step", 4, signal.SIGUSR2, "SIGUSR2"),
+            ("alone", "a save", 6, signal.SIGHUP, "SIGHUP"),
         )
     ],
 )
