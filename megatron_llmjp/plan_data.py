@@ -17,7 +17,13 @@ from megatron_llmjp.data.batch_sizes import BatchSizes
 from megatron_llmjp.plan.data_plan import DataPlan, LearningRate, make_plan
 from megatron_llmjp.plan.data_table import show
 from megatron_llmjp.plan.data_warnings import find_warnings, warnings_of_data
-from megatron_llmjp.prepare_data import RunData, count_iterations, prepare_data, with_decay
+from megatron_llmjp.prepare_data import (
+    RunData,
+    count_iterations,
+    prepare_data,
+    shorten_warmup,
+    with_decay,
+)
 from megatron_llmjp.tokenizers import load_tokenizer
 
 
@@ -41,7 +47,7 @@ def plan_data(config: Config, with_learning_rate: bool = True) -> Planned:
     """
     data = _with_skips(prepare_data(config), config)
     train_iters, _ = count_iterations(config, data.schedule)
-    config = with_decay(config, data.schedule, train_iters)
+    config, _ = shorten_warmup(with_decay(config, data.schedule, train_iters))
     rate = _learning_rate(config, data, train_iters) if with_learning_rate else None
     plan = make_plan(data.schedule, BatchSizes(config), train_iters, rate)
     found = find_warnings(plan, data.schedule, config, data.folds, data.datasets, _made_by(config))

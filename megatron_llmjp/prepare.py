@@ -26,7 +26,7 @@ from megatron_llmjp.data.batch_sizes import BatchSizes
 from megatron_llmjp.data.fold_file import FoldFile
 from megatron_llmjp.data.folds import DatasetInfo, HeldOut, MegatronBlend, Schedule
 from megatron_llmjp.data.rate_settings import rate_settings
-from megatron_llmjp.errors import UserError
+from megatron_llmjp.errors import Problems, UserError
 from megatron_llmjp.prepare_data import (
     as_known,
     cache_folder,
@@ -34,6 +34,7 @@ from megatron_llmjp.prepare_data import (
     decay_end,
     prepare_data,
     repetitions,
+    shorten_warmup,
     validation_sets,
     with_decay,
 )
@@ -96,12 +97,19 @@ def prepare(
         UserError: whatever is wrong with the layout, tokenizer, data or checkpoint.
     """
     asked = config
-    check(config, world_size)
+    problems = Problems()  # none of these hides another
+    with problems.collect():
+        check(config, world_size)
+    if problems.lines:
+        _look_further(config, problems)
     told_of_save = _save_folder(config)
     config, told_of_start = _first_start_is_over(config)
-    tokenizer = _tokenizer(config)
-    config = _with_vocabulary(config, tokenizer)
-    data = prepare_data(config)
+    with problems.collect():
+        tokenizer = _tokenizer(config)
+        config = _with_vocabulary(config, tokenizer)
+    with problems.collect():
+        data = prepare_data(config)
+    problems.report()
     resume = resuming.find(config, damaged)
     goes_on = resume if resume is not None and not config.checkpoint.finetune else None
     if goes_on is not None:
@@ -121,7 +129,8 @@ def prepare(
     config = changed(config, padded_vocab_size=config.rows)
     train_iters, told = count_iterations(config, schedule)
     notes += told
-    config = with_decay(config, schedule, train_iters)
+    config, told = shorten_warmup(with_decay(config, schedule, train_iters))
+    notes += told
     check(config, world_size)
     rate_settings(config, schedule, BatchSizes(config), train_iters)
     validation, told = validation_sets(config, data, train_iters)
@@ -142,6 +151,22 @@ def prepare(
             lint(config, Facts(world_size, train_iters, decay_end(config), len(validation)))
         ),
     )
+
+
+def _look_further(config: Config, problems: Problems) -> None:
+    """Add what else is wrong to broken rules, and report all.
+
+    The data is looked at only where the rules did not break on batches, which its arithmetic needs.
+
+    Raises:
+        UserError: always.
+    """
+    with problems.collect():
+        _tokenizer(config)
+    if "batch" not in "".join(problems.lines):
+        with problems.collect():
+            prepare_data(config)
+    problems.report()
 
 
 def _save_folder(config: Config) -> list[str]:

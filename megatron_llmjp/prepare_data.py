@@ -204,6 +204,29 @@ def cache_folder(config: Config, folds: FoldFile) -> Path:
     return Path(data.fold_file or next(iter(folds.sources()))).resolve().parent / "index_cache"
 
 
+def shorten_warmup(config: Config) -> tuple[Config, list[str]]:
+    """Shorten a default warm-up that leaves nothing of the decay, which is fixed already.
+
+    Returns:
+        The configuration, and a note where the warm-up was shortened.
+    """
+    o, end = config.optimizer, decay_end(config)
+    samples = o.lr_warmup_samples
+    if o.lr_warmup_tokens is not None:
+        samples = o.lr_warmup_tokens // config.data.seq_length
+    sizes = BatchSizes(config)
+    length = o.lr_warmup_iters if samples is None else sizes.iterations(samples)[0]
+    if not o.lr_warmup_shorten or o.lr_warmup_fraction is not None or not end or length < end:
+        return config, []
+    new = end // 10
+    units = {"lr_warmup_samples": None, "lr_warmup_tokens": None}
+    note = (
+        f"warm-up: {new} iterations, a tenth of the decay's {end}, in place of the default "
+        f"{length} (--lr-warmup-iters sets another)"
+    )
+    return changed(config, lr_warmup_iters=new, **units), [note]
+
+
 def decay_end(config: Config) -> int | None:
     """The iteration that the learning rate's decay ends at, in whichever unit it is given."""
     o, samples = config.optimizer, config.optimizer.lr_decay_samples

@@ -55,7 +55,8 @@ def _rates(config: Config) -> Iterator[str]:
     end = optimizer.lr_decay_iters
     if end is None and not any(_is_given(config, name) for name in OF_THE_DECAY):
         end = training.train_iters
-    if end is not None and optimizer.lr_warmup_iters >= end:
+    fixed = not optimizer.lr_warmup_shorten
+    if fixed and end is not None and optimizer.lr_warmup_iters >= end:
         yield (
             f"lr_warmup_iters {optimizer.lr_warmup_iters} leaves nothing of the {end} iterations "
             "of the learning-rate schedule: shorten the warm-up"

@@ -102,6 +102,7 @@ def parse(argv: Sequence[str], layers: Layers | None = None) -> Command:
             if arguments.get(name) is not None:
                 value = _renamed(name, arguments[name])
                 layers.set(name, value, f"flag --{name.replace('_', '-')}")
+        _shorten_default_warmup(layers)
         settle(layers, explained, by_flags_alone=arguments["config"] is None)
         config = build(layers, may_be_missing=bool(problems.lines))
     problems.report()
@@ -109,6 +110,15 @@ def parse(argv: Sequence[str], layers: Layers | None = None) -> Command:
         config = changed(config, load=None)  # Megatron's way to say: go on if there is something
     notes = (*explained.notes, *_unused(arguments, mode))
     return Command(config, mode, processes, rehearsal, arguments["config"], notes, layers.origin)
+
+
+def _shorten_default_warmup(layers: Layers) -> None:
+    """Let a preset's or file's warm-up follow the length of the run, as the decay does."""
+    names = ("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_tokens")
+    origins = [layers.origin[name] for name in names if name in layers.origin]
+    is_flag = any(origin.startswith("flag ") for origin in origins)
+    if origins and not is_flag and "lr_warmup_shorten" not in layers.origin:
+        layers.set("lr_warmup_shorten", True, origins[0])
 
 
 def _read_words(

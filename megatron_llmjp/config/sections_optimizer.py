@@ -34,6 +34,11 @@ class OptimizerConfig(Section):
     lr_warmup_fraction: float | None = Field(
         None, ge=0.0, lt=1.0, description="warm-up as a part of the decay's length"
     )
+    lr_warmup_shorten: bool = Field(
+        False,
+        description="shorten a warm-up that is as long as the decay to a tenth of it; on where a "
+        "preset or file gives the warm-up",
+    )
     lr_warmup_init: NonNegativeFloat = Field(0.0, description="learning rate warm-up starts at")
     lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = Field(
         "exponential", description="shape of the tail of WSD"

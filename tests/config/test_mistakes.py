@@ -120,6 +120,24 @@ def test_several_mistakes_are_told_at_once(folder, fails):
     assert [line.split()[0] for line in message.splitlines()] == ["num_layers", "min_lr"]
 
 
+def test_a_default_warm_up_hides_no_mistake(folder, fails):
+    """A default warm-up follows a short run; rules, tokenizer and data are reported together."""
+    words = arguments("laptop-llama", folder / "folds.yaml", lr_warmup_iters="")
+    run = prepare(parse([*words, "--train-iters", "2"]).config, 1)
+    assert run.config.optimizer.lr_warmup_iters == 0
+    assert any("in place of the default 20 (--lr-warmup-iters" in note for note in run.notes)
+    longer = prepare(parse([*words, "--lr-decay-iters", "100"]).config, 1)
+    assert longer.config.optimizer.lr_warmup_iters == 20
+    message = fails(*words, "--train-iters", 2, "--lr-warmup-iters", 2)
+    assert "lr_warmup_iters 2 leaves nothing of the 2 iterations" in message
+    message = fails(
+        *words, "--train-iters", 2, "--min-lr", 1, "--fold-file", "none.yaml",
+        "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", "no.model",
+    )  # fmt: skip
+    for part in ("min_lr 1.0 is above lr", "no.model", "none.yaml"):
+        assert part in message, message
+
+
 YAML = {
     "preset: laptop-llama\ntraining:\n  train_iter: 5\n": (
         "line 3: unknown key 'train_iter' in section 'training'; did you mean 'train_iters'?"
