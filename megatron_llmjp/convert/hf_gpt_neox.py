@@ -18,6 +18,7 @@ from megatron_llmjp.convert.hf_keys import (
     required,
     rotary,
     rotary_keys,
+    rotary_parameters,
     rotary_refusals,
     unsupported,
     vocabulary,
@@ -86,7 +87,7 @@ def _to_config(model: ModelConfig) -> dict[str, Any]:
 
 def _from_config(config: dict[str, Any], where: str) -> ModelConfig:
     unsupported(where, **{"attention_bias false": not config.get("attention_bias", True)})
-    parameters = config.get("rope_parameters") or {}
+    parameters = rotary_parameters(config, where)
     percent = parameters.get("partial_rotary_factor", config.get("rotary_pct", 0.25))
     heads = required(config, "num_attention_heads", where)
     hidden = required(config, "hidden_size", where)

@@ -89,43 +89,79 @@ LLAMA3 = {
 (megatron/core/models/common/embeddings/rotary_pos_embedding.py, ``_apply_scaling``)."""
 
 
+def rotary_parameters(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """The dictionary of rotary parameters that transformers 5 takes.
+
+    ``rope_scaling``, its name in transformers 4, wins where both are given: whoever extends a
+    context by editing the file writes that one.
+
+    Raises:
+        UserError: it is no dictionary, or one for each kind of layer.
+    """
+    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    nested = isinstance(given, dict) and any(isinstance(v, dict) for v in given.values())
+    if not isinstance(given, dict) or nested:
+        raise UserError(f"{where}: rotary parameters of a form that is not known: {given!r}")
+    return given
+
+
 def rotary(config: dict[str, Any], where: str, legacy: str = "rope_theta") -> dict[str, Any]:
     """Base and scaling of the rotary frequencies, as fields of the model.
 
-    ``rope_parameters`` in transformers 5; ``legacy`` and ``rope_scaling`` before.
+    Resolved as transformers 5 does (modeling_rope_utils.py, ``convert_rope_params_to_dict``).
+
+    Args:
+        config: the content of config.json.
+        where: the file, for messages.
+        legacy: the key of the base where the dictionary has none.
 
     Raises:
         UserError: the positions are scaled in a way that megatron-core has not, or the base is no
             whole number.
     """
-    parameters = config.get("rope_parameters") or {}
-    scaling = parameters or config.get("rope_scaling") or {}
+    scaling = rotary_parameters(config, where)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    value = float(parameters.get("rope_theta", config.get(legacy, 10000.0)))
-    factor = float(scaling.get("factor", 1.0))
+    value = number(scaling.get("rope_theta", config.get(legacy, 10000.0)), legacy, where)
+    factor = number(scaling.get("factor", 1.0), "the factor of rope_scaling", where)
     unsupported(
         where,
         **{
             f"rope scaling '{kind}'": kind not in ("default", "linear", "llama3"),
-            f"{legacy} {value} (not a whole number)": value != int(value),
+            f"{legacy} {value} (not a whole number)": value != value // 1,
             f"linear rope scaling by {factor} (not a whole number)": kind == "linear"
-            and factor != int(factor),
+            and factor != factor // 1,
         },
     )
     fields: dict[str, Any] = {"rotary_base": int(value)}
     if kind == "linear":
         fields["rotary_seq_len_interpolation_factor"] = int(factor)
     elif kind == "llama3":
+        length = config.get("max_position_embeddings", 2048)
+        constants = {"original_max_position_embeddings": length, **scaling}
         odd = [
-            f"{name} {scaling.get(name)}" for name, v in LLAMA3.items() if scaling.get(name) != v
+            f"{key} {constants.get(key)}" for key, v in LLAMA3.items() if constants.get(key) != v
         ]
         unsupported(where, **{f"llama3 rope scaling with {', '.join(odd)}": bool(odd)})
         fields |= {"use_rope_scaling": True, "rope_scaling_factor": factor}
     return fields
 
 
+def number(value: Any, what: str, where: str) -> float:
+    """A finite number of a JSON file.
+
+    Raises:
+        UserError: it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or value - value != 0:
+        raise UserError(f"{where}: {what} must be a number, found {value!r}")
+    return float(value)
+
+
 def rotary_keys(model: ModelConfig, legacy: str = "rope_theta", **more: Any) -> dict[str, Any]:
-    """The inverse of :func:`rotary`: keys that transformers 4 and 5 read.
+    """The inverse of :func:`rotary`: keys that transformers 4.35 to 5 read.
+
+    Up to 4.42 ``rope_scaling`` is ``type`` and a ``factor`` of type float, nothing else, and llama3
+    is not known; from 4.43 on ``rope_type`` is read, else ``type``.
 
     Args:
         model: the architecture.
@@ -134,12 +170,14 @@ def rotary_keys(model: ModelConfig, legacy: str = "rope_theta", **more: Any) -> 
     """
     base = float(model.rotary_base) if legacy == "rope_theta" else model.rotary_base
     scaling: dict[str, Any] | None = None
+    parameters: dict[str, Any] = {"rope_type": "default"}
     if model.use_rope_scaling:
-        scaling = {"rope_type": "llama3", "factor": model.rope_scaling_factor, **LLAMA3}
+        parameters = {"rope_type": "llama3", "factor": model.rope_scaling_factor, **LLAMA3}
+        scaling = {"type": "llama3", **parameters}
     elif model.rotary_seq_len_interpolation_factor is not None:
-        scaling = {"rope_type": "linear"}
-        scaling["factor"] = float(model.rotary_seq_len_interpolation_factor)
-    parameters = scaling or {"rope_type": "default"}
+        factor = float(model.rotary_seq_len_interpolation_factor)
+        parameters = {"rope_type": "linear", "factor": factor}
+        scaling = {"type": "linear", "factor": factor}
     return {
         legacy: base,
         "rope_scaling": scaling,

@@ -16,6 +16,7 @@ from megatron_llmjp.convert.hf_keys import (
     required,
     rotary,
     rotary_keys,
+    rotary_parameters,
     rotary_refusals,
     unsupported,
     vocabulary,
@@ -26,6 +27,7 @@ from megatron_llmjp.convert.tensors import (
     LAYER,
     OUTPUT_LAYER,
     WORD_EMBEDDINGS,
+    Layout,
     gate_up,
     query_key_value,
     whole,
@@ -36,27 +38,28 @@ _MINE, _THEIRS = LAYER, "model.layers.{i}."
 
 def _rules(model: ModelConfig) -> list[Rule]:
     qkv = partial(query_key_value, groups=model.query_groups, head_dim=model.head_dim)
-    attention = tuple(f"{_THEIRS}self_attn.{x}_proj.weight" for x in "qkv")
-    mlp = tuple(f"{_THEIRS}mlp.{x}_proj.weight" for x in ("gate", "up"))
-    return [
+    rules = [
         Rule(WORD_EMBEDDINGS, ("model.embed_tokens.weight",), whole),
         Rule(f"{_MINE}input_layernorm.weight", (f"{_THEIRS}input_layernorm.weight",), whole),
-        Rule(f"{_MINE}self_attention.linear_qkv.weight", attention, qkv),
-        Rule(
-            f"{_MINE}self_attention.linear_proj.weight",
-            (f"{_THEIRS}self_attn.o_proj.weight",),
-            whole,
-        ),
         Rule(
             f"{_MINE}pre_mlp_layernorm.weight",
             (f"{_THEIRS}post_attention_layernorm.weight",),
             whole,
         ),
-        Rule(f"{_MINE}mlp.linear_fc1.weight", mlp, gate_up),
-        Rule(f"{_MINE}mlp.linear_fc2.weight", (f"{_THEIRS}mlp.down_proj.weight",), whole),
         Rule(f"{FINAL_NORM}.weight", ("model.norm.weight",), whole),
         Rule(OUTPUT_LAYER, ("lm_head.weight",), whole),
     ]
+    linears: dict[str, tuple[tuple[str, ...], Layout]] = {
+        "self_attention.linear_qkv": (tuple(f"self_attn.{x}_proj" for x in "qkv"), qkv),
+        "self_attention.linear_proj": (("self_attn.o_proj",), whole),
+        "mlp.linear_fc1": (("mlp.gate_proj", "mlp.up_proj"), gate_up),
+        "mlp.linear_fc2": (("mlp.down_proj",), whole),
+    }
+    for mine, (names, layout) in linears.items():
+        for kind in ("weight", "bias"):
+            keys = tuple(f"{_THEIRS}{name}.{kind}" for name in names)
+            rules.append(Rule(f"{_MINE}{mine}.{kind}", keys, layout))
+    return rules
 
 
 def _refusals(model: ModelConfig) -> list[str]:
@@ -67,7 +70,6 @@ def _refusals(model: ModelConfig) -> list[str]:
         f"activation {model.activation_function}": model.activation_function == "swiglu",
         "parallel residual": not model.use_parallel_residual,
         **rotary_refusals(model),
-        "add_bias_linear": not model.add_bias_linear,
         "add_qkv_bias (its attention_bias means the output projection too)": not model.add_qkv_bias,
     }
     return [f"cannot hold {what}" for what, fine in held.items() if not fine]
@@ -86,20 +88,26 @@ def _to_config(model: ModelConfig) -> dict[str, Any]:
         "initializer_range": model.init_method_std,
         "rms_norm_eps": model.norm_epsilon,
         **rotary_keys(model),
-        "attention_bias": False,
+        "attention_bias": model.add_bias_linear,
         "attention_dropout": 0.0,
-        "mlp_bias": False,
+        "mlp_bias": model.add_bias_linear,
         "pretraining_tp": 1,
     }
 
 
 def _from_config(config: dict[str, Any], where: str) -> ModelConfig:
+    attention_bias, mlp_bias = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
     unsupported(
         where,
-        attention_bias=config.get("attention_bias", False),
-        mlp_bias=config.get("mlp_bias", False),
+        **{
+            "attention_bias without mlp_bias": attention_bias and not mlp_bias,
+            "mlp_bias without attention_bias": mlp_bias and not attention_bias,
+        },
         hidden_act=config.get("hidden_act", "silu") not in ("silu", "swish"),
-        partial_rotary_factor=config.get("partial_rotary_factor", 1.0) != 1.0,
+        partial_rotary_factor=rotary_parameters(config, where).get(
+            "partial_rotary_factor", config.get("partial_rotary_factor", 1.0)
+        )
+        != 1.0,
     )
     heads = required(config, "num_attention_heads", where)
     hidden = required(config, "hidden_size", where)
@@ -117,7 +125,7 @@ def _from_config(config: dict[str, Any], where: str) -> ModelConfig:
         normalization="RMSNorm",
         norm_epsilon=config.get("rms_norm_eps", 1e-6),
         activation_function="swiglu",
-        add_bias_linear=False,
+        add_bias_linear=attention_bias,
         **vocabulary(config, where, tied=False),
     )
 

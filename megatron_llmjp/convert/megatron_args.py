@@ -134,7 +134,6 @@ def _check_consistent(given: dict[str, Any], where: str) -> None:
     unsupported(
         where,
         **{
-            "swiglu with add_bias_linear": swiglu and bool(given.get("add_bias_linear", True)),
             "gated_linear_unit without swiglu": bool(given.get("gated_linear_unit")) and not swiglu,
             f"encoder_num_layers {layers}": layers not in (None, given.get("num_layers")),
             "norm_epsilon and layernorm_epsilon that differ": len(set(epsilons)) > 1,

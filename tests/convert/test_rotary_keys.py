@@ -1,0 +1,106 @@
+"""Rotary parameters and biases of config.json mean what they mean in transformers."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+import transformers
+
+from megatron_llmjp.convert.hf_keys import LLAMA3, rotary, rotary_keys
+from megatron_llmjp.convert.hf_llama import STYLE
+from megatron_llmjp.errors import UserError
+from tests.convert.hf_models import llama, state
+
+SIZES = {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 101,
+         "intermediate_size": 80, "max_position_embeddings": 64}  # fmt: skip
+SCALINGS = [
+    None,
+    {},
+    {"type": "linear", "factor": 4.0},
+    {"rope_type": "linear", "factor": 2.0, "rope_theta": 7000.0},
+    {"rope_type": "default", "rope_theta": 500000.0},
+    {"type": "linear", "rope_type": "default", "factor": 4.0},
+    {"rope_type": "llama3", "type": "linear", "factor": 32.0, **LLAMA3},
+]
+
+
+@pytest.mark.parametrize("legacy", [{}, {"rope_theta": 9000.0}])
+def test_parameters_are_resolved_as_transformers_does(legacy):
+    for scaling, parameters in itertools.product(SCALINGS, SCALINGS):
+        given = {**SIZES, **legacy, "rope_scaling": scaling, "rope_parameters": parameters}
+        expected = transformers.LlamaConfig(**json.loads(json.dumps(given))).rope_parameters
+        found = rotary(given, "config.json")
+        kind = expected["rope_type"]
+        assert found["rotary_base"] == expected["rope_theta"]
+        assert found.get("rotary_seq_len_interpolation_factor") == (
+            expected["factor"] if kind == "linear" else None
+        )
+        assert found.get("use_rope_scaling", False) == (kind == "llama3")
+        if kind == "llama3":
+            assert found["rope_scaling_factor"] == expected["factor"]
+
+
+def test_what_megatron_core_has_not_is_refused():
+    for scaling in (
+        {"rope_type": "yarn", "factor": 4.0},
+        {"rope_type": "llama3", "factor": 8.0, **LLAMA3, "low_freq_factor": 2.0},
+        {"rope_type": "linear", "factor": 2.5},
+        {"rope_type": "linear", "factor": "4"},
+        {"full_attention": {"rope_type": "default"}},
+        ["linear"],
+    ):
+        with pytest.raises(UserError, match=r"config\.json: "):
+            rotary({**SIZES, "rope_scaling": scaling}, "config.json")
+
+
+@pytest.mark.parametrize("scaling", [SCALINGS[2], SCALINGS[6], SCALINGS[4]])
+def test_exports_are_read_by_every_version(scaling):
+    model = STYLE.from_config({**SIZES, "rope_scaling": scaling}, "config.json")
+    keys = json.loads(json.dumps(rotary_keys(model)))
+    now = transformers.LlamaConfig(**SIZES, **json.loads(json.dumps(keys))).rope_parameters
+    assert now["rope_type"] == scaling.get("rope_type", scaling.get("type"))
+    older = keys["rope_scaling"]
+    if now["rope_type"] == "linear":  # to 4.42: these two, and the factor a float above 1
+        assert older == {"type": "linear", "factor": 4.0}
+        assert isinstance(older["factor"], float)
+    elif now["rope_type"] == "llama3":  # from 4.43: both names
+        assert older["type"] == older["rope_type"] == "llama3"
+        assert older.items() >= {"factor": 32.0, **LLAMA3}.items()
+    else:
+        assert older is None
+    assert keys["rope_theta"] == now["rope_theta"]
+
+
+def test_a_context_extended_by_hand_survives(tmp_path, convert):
+    """An export has both keys; an editor of config.json changes the one that he knows."""
+    llama(rope_theta=10000.0).save_pretrained(tmp_path / "hf")
+    convert("--to", "hf", "--input", tmp_path / "hf", "--output", tmp_path / "export")
+    path = tmp_path / "export" / "config.json"
+    config = json.loads(path.read_text())
+    config |= {"max_position_embeddings": 256, "rope_scaling": {"type": "linear", "factor": 4.0}}
+    path.write_text(json.dumps(config))
+    words = ("--to", "megatron-lm", "--ckpt-format", "torch", "--verify")
+    convert(*words, "--input", tmp_path / "export", "--output", tmp_path / "mlm")
+    convert("--to", "hf", "--verify", "--input", tmp_path / "mlm", "--output", tmp_path / "back")
+    back = json.loads((tmp_path / "back" / "config.json").read_text())
+    for key in ("max_position_embeddings", "rope_scaling"):
+        assert back[key] == config[key]
+
+
+def test_biases_of_every_linear_layer_are_kept(tmp_path, convert):
+    model = llama(attention_bias=True, mlp_bias=True, rope_theta=10000.0)
+    model.save_pretrained(tmp_path / "hf")
+    sizes = ("--target-tensor-parallel-size", "2", "--target-pipeline-parallel-size", "3")
+    convert("--to", "megatron-lm", "--ckpt-format", "torch", "--verify", *sizes,
+            "--input", tmp_path / "hf", "--output", tmp_path / "mlm")  # fmt: skip
+    convert("--to", "native", "--input", tmp_path / "mlm", "--output", tmp_path / "native")
+    convert("--to", "hf", "--input", tmp_path / "native", "--output", tmp_path / "back")
+    before, after = state(tmp_path / "hf"), state(tmp_path / "back")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    words = ("--to", "native", "--output", tmp_path / "o", "--input", tmp_path / "one")
+    llama(mlp_bias=True).save_pretrained(tmp_path / "one")
+    assert "mlp_bias without attention_bias" in convert(*words, code=2)
