@@ -25,8 +25,10 @@ from megatron_llmjp.errors import EXIT_DONE, UserError
 from megatron_llmjp.prepare_data import (
     as_known,
     cache_folder,
+    check_tokenizer,
     count_iterations,
     prepare_data,
+    run_tokenizer,
     validation_sets,
 )
 
@@ -116,6 +118,9 @@ def find_entries(config: Config, folds: Sequence[str] | None) -> tuple[list[Entr
         with suppress(UserError):  # no checkpoint yet
             manifest = manifests.read(manifests.newest(Path(root)))
             data = as_known(data, config, manifest.folds)
+    run = run_tokenizer(config)
+    for warning in check_tokenizer(config, data.datasets, run) if run else []:
+        print(f"warning: {warning}", file=sys.stderr)
     names = [fold.name for fold in data.schedule.folds]
     for name in folds or ():
         if name not in names:
@@ -124,7 +129,7 @@ def find_entries(config: Config, folds: Sequence[str] | None) -> tuple[list[Entr
     from megatron_llmjp.data.epoch_index import Epochs
     from megatron_llmjp.tokenizers import load_tokenizer
 
-    # Which tokenizer made the datasets does not matter to an index.
+    # An index does not depend on the tokenizer.
     tokenizer = load_tokenizer("NullTokenizer", None, vocab_size=1)
     epochs = Epochs(config.data, tokenizer, cache_folder(config, data.folds))
     remember(data.datasets, epochs.cache)

@@ -16,6 +16,7 @@ from megatron_llmjp.data.index_check import read_checked
 from megatron_llmjp.data.indexed import bin_path
 from megatron_llmjp.data.indexed_writer import IndexedWriter
 from megatron_llmjp.errors import EXIT_DONE, UserError
+from megatron_llmjp.tokenizers.identity import key_of
 
 EXAMPLES = """\
   All datasets of a folder, in the order of their names (as Megatron-LM's merge_datasets.py):
@@ -125,7 +126,7 @@ def common_recipe(prefixes: Sequence[str]) -> dict[str, Any]:
         eod = ours.get("options", {}).get("append_eod")
         if first and ours:
             theirs = first["options"]["append_eod"]
-            if ours["tokenizer"] != first["tokenizer"] or eod != theirs:
+            if key_of(ours["tokenizer"]) != key_of(first["tokenizer"]) or eod != theirs:
                 raise UserError(
                     f"{prefix}: was made with another tokenizer or --append-eod than {named}:\n"
                     f"  {ours}\n  {first}"

@@ -44,6 +44,11 @@ class Planned:
     replaced: dict[str, Any]
     """By field, the value that a stand-in replaces."""
 
+    @property
+    def has_other_tokenizer(self) -> bool:
+        """Whether a stand-in has replaced the tokenizer, which says nothing about the datasets."""
+        return "tokenizer_type" in self.replaced
+
     def restored(self, config: Config) -> Config:
         """A configuration that was resolved from this one, with the given values again."""
         return changed(config, **self.replaced)
@@ -117,6 +122,7 @@ def _without_tokenizer(config: Config, changes: dict[str, Any], data: bool) -> I
             yield f"vocabulary size {size:,} taken from {source}; --vocab-size sets another"
     if is_absent:
         changes |= {"tokenizer_type": "NullTokenizer", "tokenizer_model": None}
+        changes["allow_tokenizer_mismatch"] = True
         yield f"tokenizer {model} is not here, and is not checked; the run needs it"
 
 

@@ -1,17 +1,62 @@
-"""``--dry-run``: the resolved configuration of a run, with where each value is from.
+"""``--dry-run``: all checks of a run, and its resolved configuration with where each value is from.
 
-What is printed is a YAML file that ``--config`` reads back.
+What is printed is a YAML file that ``--config`` reads back. Nothing is written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
+from megatron_llmjp.checkpoint import lock as locks
+from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.config.checks import data_parallel_size
 from megatron_llmjp.config.load import dump
 from megatron_llmjp.config.schema import SECTIONS, Config
 from megatron_llmjp.data.batch_sizes import BatchSizes
-from megatron_llmjp.prepare import Run
+from megatron_llmjp.errors import UserError
+from megatron_llmjp.prepare import Run, prepare
+
+
+def checked(run: Run, world_size: int) -> Run:
+    """The run with a checkpoint that passes what the run itself checks of it, and its save folder.
+
+    Raises:
+        UserError: another run holds the save folder, or no checkpoint is whole.
+    """
+    save = run.config.checkpoint.save
+    owner = locks.read_owner(Path(save)) if save and not run.config.training.eval_only else None
+    if save and owner is not None and locks.is_alive(Path(save), owner):
+        raise UserError(
+            f"--save {save} is in use by another run ({owner}): stop that one, or give this one a "
+            "folder of its own"
+        )
+    damaged: dict[str, str] = {}
+    while run.resume is not None and run.config.checkpoint.verify_checkpoint:
+        folder = run.resume.folder
+        problems = manifests.problems(folder, run.resume.manifest, checksums=True)
+        if not problems:
+            break
+        damaged[str(folder)] = problems[0]
+        run = prepare(run.asked, world_size, damaged)
+    return run
+
+
+def check_model(run: Run) -> None:
+    """Have megatron-core check the model's configuration, and vet the checkpoint's files.
+
+    Imports torch, which takes seconds.
+
+    Raises:
+        UserError: megatron-core refuses the model, or the checkpoint holds more than data.
+    """
+    from megatron_llmjp.checkpoint import safety
+    from megatron_llmjp.model.gpt import transformer_config
+    from megatron_llmjp.runtime import device
+
+    transformer_config(run.config, device.setup(0))
+    if run.resume is not None:
+        safety.vet(run.resume.folder)
 
 
 def describe(run: Run, parsed: Config, origin: Mapping[str, str], world_size: int) -> str:

@@ -12,14 +12,14 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from megatron_llmjp.absent import check_packages, plan_without
 from megatron_llmjp.config.command import Command, Mode
 from megatron_llmjp.config.command_line import parse, print_notes
-from megatron_llmjp.dry_run import describe
+from megatron_llmjp.dry_run import check_model, checked, describe
 from megatron_llmjp.errors import (
     EXIT_DONE,
     EXIT_FAILURE,
@@ -44,6 +44,7 @@ from megatron_llmjp.runtime.ranks import (
     run_started,
 )
 from megatron_llmjp.runtime.stop_requests import StopRequests
+from megatron_llmjp.start_checks import check_start
 
 CONSEQUENCE_SECONDS = 8.0
 """A rank that fails because its peers are gone waits this long, so that the cause is told first."""
@@ -69,6 +70,7 @@ def main(argv: Sequence[str]) -> int:
             return _start_ranks(command, argv)
         ranks = ranks or alone()
         run = prepare(command.config, ranks.world_size)
+        found = check_start(run)
     except UserError as error:
         if ranks is None or ranks.is_first:
             print(f"error: {error}", file=sys.stderr)
@@ -76,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("stopped by Ctrl-C before the start", file=sys.stderr)
         return EXIT_INTERRUPTED
-    return _be_rank(run, ranks)
+    return _be_rank(run, ranks, found)
 
 
 def console() -> int:
@@ -102,8 +104,11 @@ def _dry_run(command: Command, world_size: int) -> int:
     """Check what the run would, but for what this machine lacks, which is reported."""
     planned = plan_without(command.config)
     print_notes(planned.notes)
-    run = prepare(planned.config, world_size)
-    _warn(run)
+    run = checked(prepare(planned.config, world_size), world_size)
+    if planned.has_other_tokenizer:
+        run = replace(run, mismatches=())
+    _show(check_start(run))
+    check_model(run)
     run = replace(run, config=planned.restored(run.config))
     print(describe(run, command.config, command.origin, world_size))
     return EXIT_DONE
@@ -112,15 +117,15 @@ def _dry_run(command: Command, world_size: int) -> int:
 def _start_ranks(command: Command, argv: Sequence[str]) -> int:
     """Start this program again as each rank, which reads the same words."""
     processes = command.processes or 1
-    prepare(command.config, processes)
+    check_start(prepare(command.config, processes))
     return launch([sys.executable, str(Path(sys.argv[0]).resolve()), *argv], processes)
 
 
-def _be_rank(run: Run, ranks: Ranks) -> int:
+def _be_rank(run: Run, ranks: Ranks, found: Sequence[str]) -> int:
     requests = _end_with_the_rest(run, ranks)
     keep_standard_streams(warns=ranks.is_first)
     if ranks.is_first:
-        _warn(run)
+        _show(found)
     warnings.simplefilter("ignore")  # deprecations inside libraries are not the user's to mend
     try:
         from megatron_llmjp.runtime import device as devices
@@ -151,8 +156,8 @@ def _be_rank(run: Run, ranks: Ranks) -> int:
         return _leave(EXIT_FAILURE)
 
 
-def _warn(run: Run) -> None:
-    for warning in (*run.warnings, *run.lints):
+def _show(found: Iterable[str]) -> None:
+    for warning in found:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_llmjp.absent import plan_without
 from megatron_llmjp.config.checks import check
@@ -15,11 +15,11 @@ from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.batch_sizes import BatchSizes
 from megatron_llmjp.data.megatron_paths import given_flags
 from megatron_llmjp.errors import EXIT_DONE, EXIT_USER_ERROR
+from megatron_llmjp.plan.data_warnings import warnings_of_run
 from megatron_llmjp.plan.outlook import Length, Outlook, length_without_data, look_ahead
 from megatron_llmjp.plan.outlook_text import show
 from megatron_llmjp.plan.suggest import suggest
 from megatron_llmjp.plan.suggest_text import show_suggestions
-from megatron_llmjp.plan_data import data_warnings
 from megatron_llmjp.prepare import prepare
 from megatron_llmjp.prepare_data import decay_end
 
@@ -53,7 +53,7 @@ def on_paper(command: Command) -> int:
         print(show_suggestions(config, rehearsal, found))
         return EXIT_DONE if found else EXIT_USER_ERROR
     check(config, rehearsal.world_size)
-    run = _resolve(config, rehearsal.world_size)
+    run = _resolve(config, rehearsal.world_size, planned.has_other_tokenizer)
     outlook = look_ahead(run.config, rehearsal, run.length)
     print(show(outlook, rehearsal.mfu, command.config_name), flush=True)
     print(f"\n{_build(outlook)}", flush=True)
@@ -83,8 +83,11 @@ def _build(outlook: Outlook) -> str:
     )
 
 
-def _resolve(config: Config, world_size: int) -> _Resolved:
-    """All that the run itself would find out at its start, where its data is given."""
+def _resolve(config: Config, world_size: int, other_tokenizer: bool) -> _Resolved:
+    """All that the run itself would find out at its start, where its data is given.
+
+    A stand-in for the tokenizer, which is no reason to warn, is ``other_tokenizer``.
+    """
     if config.data.fold_file is None and not given_flags(config.data):
         length = length_without_data(config)
         if length is None:
@@ -94,13 +97,16 @@ def _resolve(config: Config, world_size: int) -> _Resolved:
         return _Resolved(config, length, (), tuple(lint(config, facts)))
     missing = ["no tokenizer is given: the run itself needs one"]
     if config.data.tokenizer_type is None:
-        config = changed(config, tokenizer_type="NullTokenizer")
+        other_tokenizer = True
+        config = changed(config, tokenizer_type="NullTokenizer", allow_tokenizer_mismatch=True)
     else:
         missing = []
     run = prepare(config, world_size)
+    if other_tokenizer:
+        run = replace(run, mismatches=())
     ends = tuple(run.schedule.trainable(fold)[1] for fold in run.schedule.folds)
     samples = BatchSizes(run.config).consumed_after(run.train_iters)
     source = "1 fold" if len(ends) == 1 else f"{len(ends)} folds"
     length = Length(run.train_iters, samples, source, ends)
-    told = [*missing, *run.warnings, *run.lints, *data_warnings(run.config)]
+    told = [*missing, *run.warnings, *run.lints, *warnings_of_run(run)]
     return _Resolved(run.config, length, run.notes, tuple(told))

@@ -5,26 +5,26 @@ torch is imported for the learning rate alone, whose curves are megatron-core's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint import past, resume
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.batch_sizes import BatchSizes
+from megatron_llmjp.data.dataset_tokenizers import several_makers
 from megatron_llmjp.plan.data_plan import DataPlan, LearningRate, make_plan
 from megatron_llmjp.plan.data_table import show
-from megatron_llmjp.plan.data_warnings import find_warnings, warnings_of_data
+from megatron_llmjp.plan.data_warnings import find_warnings
 from megatron_llmjp.prepare_data import (
     RunData,
+    check_tokenizer,
     count_iterations,
     prepare_data,
+    run_tokenizer,
     shorten_warmup,
     with_decay,
 )
-from megatron_llmjp.tokenizers import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -43,30 +43,32 @@ def plan_data(config: Config, with_learning_rate: bool = True) -> Planned:
         with_learning_rate: whether to work out learning rates, which takes seconds.
 
     Raises:
-        UserError: the fold file, a dataset or a number of iterations is wrong.
+        UserError: the fold file, a dataset or a number of iterations is wrong, or a dataset was
+            made with another tokenizer than the run's.
     """
-    data = _with_skips(prepare_data(config), config)
+    data = prepare_data(config)
+    makers = _makers(config, data)
+    data = _with_skips(data, config)
     train_iters, _ = count_iterations(config, data.schedule)
     config, _ = shorten_warmup(with_decay(config, data.schedule, train_iters))
     rate = _learning_rate(config, data, train_iters) if with_learning_rate else None
     plan = make_plan(data.schedule, BatchSizes(config), train_iters, rate)
-    found = find_warnings(plan, data.schedule, config, data.folds, data.datasets, _made_by(config))
-    return Planned(plan, tuple(found))
-
-
-def data_warnings(config: Config) -> list[str]:
-    """What looks wrong in the data of a run; its learning rate is left to the lint."""
-    data = _with_skips(prepare_data(config), config)
-    train_iters, _ = count_iterations(config, data.schedule)
-    sizes, made_by = BatchSizes(config), _made_by(config)
-    plan = make_plan(data.schedule, sizes, train_iters, None)
-    return warnings_of_data(plan, data.schedule, sizes, data.folds, data.datasets, made_by)
+    found = find_warnings(plan, data.schedule, config, data.folds, data.datasets)
+    return Planned(plan, (*makers, *found))
 
 
 def print_plan(config: Config) -> None:
     """Print the table for ``--plan-data``."""
     planned = plan_data(config)
     print(show(planned.plan, planned.warnings))
+
+
+def _makers(config: Config, data: RunData) -> list[str]:
+    """Warnings on the tokenizers that made the datasets; a run may name none here."""
+    tokenizer = run_tokenizer(config)
+    if tokenizer is None:
+        return several_makers(data.datasets)
+    return check_tokenizer(config, data.datasets, tokenizer)
 
 
 def _with_skips(data: RunData, config: Config) -> RunData:
@@ -84,12 +86,3 @@ def _learning_rate(config: Config, data: RunData, train_iters: int) -> LearningR
     from megatron_llmjp.training.learning_rate import LearningRates  # imports torch: seconds
 
     return LearningRates(config, data.schedule, BatchSizes(config), train_iters).at
-
-
-def _made_by(config: Config) -> Mapping[str, Any] | None:
-    """The identity of the run's tokenizer, where one is given."""
-    if config.data.tokenizer_type is None:
-        return None
-    size = config.model.vocab_size - 1 if config.model.vocab_size else None
-    kind, model = config.data.tokenizer_type, config.data.tokenizer_model
-    return load_tokenizer(kind, model, vocab_size=size).identity()

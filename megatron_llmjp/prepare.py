@@ -23,6 +23,7 @@ from megatron_llmjp.config.lint import Facts, lint
 from megatron_llmjp.config.load import changed
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.batch_sizes import BatchSizes
+from megatron_llmjp.data.dataset_tokenizers import check_ids
 from megatron_llmjp.data.fold_file import FoldFile
 from megatron_llmjp.data.folds import DatasetInfo, HeldOut, MegatronBlend, Schedule
 from megatron_llmjp.data.rate_settings import rate_settings
@@ -30,15 +31,18 @@ from megatron_llmjp.errors import Problems, UserError
 from megatron_llmjp.prepare_data import (
     as_known,
     cache_folder,
+    check_tokenizer,
     count_iterations,
     decay_end,
     prepare_data,
     repetitions,
+    run_tokenizer,
     shorten_warmup,
+    source_of_data,
     validation_sets,
     with_decay,
 )
-from megatron_llmjp.tokenizers import Tokenizer, load_tokenizer
+from megatron_llmjp.tokenizers import Tokenizer
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
 
@@ -62,6 +66,8 @@ class Run:
     """What the run's checkpoints are to remember of the data."""
     notes: tuple[str, ...]
     """What the user should be told at the start."""
+    mismatches: tuple[str, ...] = ()
+    """Warnings on datasets of another tokenizer that the run was told to accept."""
     lints: tuple[str, ...] = ()
     """Warnings on a configuration that runs, but as a run has gone wrong before."""
 
@@ -69,9 +75,9 @@ class Run:
     def warnings(self) -> list[str]:
         """What went wrong before and should not be overlooked."""
         if self.resume is None:
-            return []
+            return [*self.mismatches]
         going_on = f"; going on from {self.resume.folder}"
-        return [problem + going_on for problem in self.resume.passed_over]
+        return [*self.mismatches, *(wrong + going_on for wrong in self.resume.passed_over)]
 
     @property
     def cache(self) -> Path:
@@ -110,6 +116,10 @@ def prepare(
     with problems.collect():
         data = prepare_data(config)
     problems.report()
+    mismatch = check_tokenizer(config, data.datasets, tokenizer)
+    check_ids(
+        data.datasets, max(tokenizer.vocab_size, config.model.vocab_size or 0), tokenizer.identity()
+    )
     resume = resuming.find(config, damaged)
     goes_on = resume if resume is not None and not config.checkpoint.finetune else None
     if goes_on is not None:
@@ -125,7 +135,9 @@ def prepare(
     notes, memory = [*told, *repetitions(schedule), *past.told(skipped)], Past(skipped)
     if goes_on is not None:
         config, memory, told = resuming.adopt(config, goes_on, schedule, skipped)
-        notes += told
+        notes += [*told, *resuming.check_tokenizer(config, goes_on, tokenizer)]
+    elif resume is not None:
+        resuming.check_weights(config, resume)
     config = changed(config, padded_vocab_size=config.rows)
     train_iters, told = count_iterations(config, schedule)
     notes += told
@@ -135,6 +147,8 @@ def prepare(
     rate_settings(config, schedule, BatchSizes(config), train_iters)
     validation, told = validation_sets(config, data, train_iters)
     notes += told
+    if config.training.eval_only:
+        _check_validation(config, resume, validation)
     return Run(
         asked=asked,
         config=config,
@@ -147,6 +161,7 @@ def prepare(
         resume=resume,
         past=memory,
         notes=tuple(notes),
+        mismatches=tuple(mismatch),
         lints=tuple(
             lint(config, Facts(world_size, train_iters, decay_end(config), len(validation)))
         ),
@@ -167,6 +182,16 @@ def _look_further(config: Config, problems: Problems) -> None:
         with problems.collect():
             prepare_data(config)
     problems.report()
+
+
+def _check_validation(
+    config: Config, resume: Resume | None, sets: Mapping[str, HeldOut | MegatronBlend]
+) -> None:
+    if resume is None:
+        raise UserError("--eval-only validates a checkpoint: give --load, the folder that holds it")
+    if not sets:
+        where = source_of_data(config.data)
+        raise UserError(f"--eval-only: {where} declares no validation sets (docs/folds.md)")
 
 
 def _save_folder(config: Config) -> list[str]:
@@ -193,14 +218,13 @@ def _first_start_is_over(config: Config) -> tuple[Config, list[str]]:
 
 
 def _tokenizer(config: Config) -> Tokenizer:
-    if config.data.tokenizer_type is None:
+    tokenizer = run_tokenizer(config)
+    if tokenizer is None:
         raise UserError(
             "no tokenizer: give --tokenizer-type and --tokenizer-model, those that "
             "preprocess_data made the datasets with"
         )
-    # NullTokenizer counts the ids below its EOD; the model's vocabulary counts that too.
-    size = config.model.vocab_size - 1 if config.model.vocab_size else None
-    return load_tokenizer(config.data.tokenizer_type, config.data.tokenizer_model, vocab_size=size)
+    return tokenizer
 
 
 def _with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:

@@ -10,6 +10,7 @@ from megatron_llmjp.config.load import changed
 from megatron_llmjp.config.schema import Config, DataConfig
 from megatron_llmjp.data import dataset_keys
 from megatron_llmjp.data.batch_sizes import BatchSizes
+from megatron_llmjp.data.dataset_tokenizers import check_makers
 from megatron_llmjp.data.fold_file import FoldFile
 from megatron_llmjp.data.fold_reading import read_fold_file
 from megatron_llmjp.data.fold_record import FoldRecord
@@ -19,6 +20,7 @@ from megatron_llmjp.data.resolve import resolve, resolve_validation
 from megatron_llmjp.data.run_length import Limit, limits, planned_samples
 from megatron_llmjp.data.sources import inspect_sources
 from megatron_llmjp.errors import UserError
+from megatron_llmjp.tokenizers import Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,31 @@ def with_decay(config: Config, schedule: Schedule, train_iters: int) -> Config:
         return changed(config, lr_decay_samples=end)
     possible, _ = BatchSizes(config).iterations(schedule.total_samples)
     return changed(config, lr_decay_iters=min(training.train_iters or train_iters, possible))
+
+
+def check_tokenizer(
+    config: Config, datasets: Mapping[str, DatasetInfo], tokenizer: Tokenizer
+) -> list[str]:
+    """Refuse datasets of another tokenizer, or warn where the configuration allows them.
+
+    Raises:
+        UserError: a dataset's manifest records another tokenizer.
+    """
+    return check_makers(datasets, tokenizer.identity(), config.data.allow_tokenizer_mismatch)
+
+
+def run_tokenizer(config: Config) -> Tokenizer | None:
+    """The tokenizer of a run; None if it names none.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    data, ids = config.data, config.model.vocab_size
+    if data.tokenizer_type is None:
+        return None
+    # NullTokenizer counts the ids below its EOD; the model's vocabulary counts that too.
+    size = ids - 1 if ids else None
+    return load_tokenizer(data.tokenizer_type, data.tokenizer_model, vocab_size=size)
 
 
 def validation_sets(

@@ -20,6 +20,7 @@ FLOORS = [
     {"prepare"},
     {"plan"},
     {"report"},
+    {"start_checks"},
     {"training"},
     {"dry_run", "plan_data", "absent"},
     {"on_paper"},
@@ -31,6 +32,7 @@ FLOORS = [
 WITHOUT_TORCH = [
     "megatron_llmjp.entry",
     "megatron_llmjp.prepare",
+    "megatron_llmjp.start_checks",
     "megatron_llmjp.plan.outlook",
     "megatron_llmjp.report.page",
     "megatron_llmjp.checkpoint.resume",

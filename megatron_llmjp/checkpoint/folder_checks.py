@@ -52,8 +52,8 @@ def check_save_folder(root: Path) -> list[str]:
     """
     try:
         return retried(lambda: _check_save(root), str(root))
-    except FileNotFoundError:
-        return []
+    except (FileNotFoundError, NotADirectoryError):
+        return []  # whether it can be made is checked with the other folders of a run
     except OSError as error:
         raise UserError(f"--save {root}: cannot be read: {error.strerror}") from None
 

@@ -16,6 +16,7 @@ from megatron_llmjp.config.schema import Config, LoggingConfig, OptimizerConfig
 from megatron_llmjp.data.batch_sizes import BatchSizes
 from megatron_llmjp.data.folds import Schedule
 from megatron_llmjp.errors import UserError, download_hint
+from megatron_llmjp.tokenizers import Tokenizer
 
 _OF_NO_CONSEQUENCE = {
     *(
@@ -26,6 +27,7 @@ _OF_NO_CONSEQUENCE = {
         "skip_iterations",
         "exit_interval",
         "eval_only",
+        "allow_tokenizer_mismatch",
     ),
     *LoggingConfig.model_fields,
 }
@@ -33,6 +35,22 @@ _OF_NO_CONSEQUENCE = {
 
 BATCH_SIZE = ("global_batch_size", "rampup_batch_size")
 """The fields that decide how many samples an iteration has."""
+
+
+_OF_WEIGHTS = {
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "ffn_hidden_size",
+    "position_embedding_type",
+    "normalization",
+    "add_bias_linear",
+    "add_qkv_bias",
+    "untie_embeddings_and_output_weights",
+}
+"""Fields that decide which weights a model has, and their shapes."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +160,50 @@ def adopt(
     notes += [f"accepted by --override-resume folds: {change}" for change in found]
     memory = Past(skipped, (*resume.manifest.overrides, *overrides))
     return config, memory, notes
+
+
+def check_tokenizer(config: Config, resume: Resume, tokenizer: Tokenizer) -> list[str]:
+    """Refuse to resume with a tokenizer of other contents than the checkpoint's.
+
+    Contents are compared by size and checksum with those of the manifest; a file may have another
+    name and place. The type is compared with the configuration's other fields.
+
+    Returns:
+        A note, where ``--override-resume tokenizer`` accepts the change.
+
+    Raises:
+        UserError: a file that decides the ids is not in the checkpoint.
+    """
+    prefix = f"{manifests.TOKENIZER}/"
+    stored = [entry for name, entry in resume.manifest.files.items() if name.startswith(prefix)]
+    files = tokenizer.identifying_files()
+    others = [path for path in files if manifests.describe_file(path) not in stored]
+    if not others or not stored or config.data.tokenizer_type != resume.config.data.tokenizer_type:
+        return []
+    change = f"{others[0]} is another tokenizer than {resume.folder / manifests.TOKENIZER}"
+    if "tokenizer" in config.checkpoint.override_resume:
+        return [f"{change}; accepted by --override-resume tokenizer"]
+    raise UserError(
+        f"{change}, with which the run was trained: its ids mean something else. Give that one "
+        "(--tokenizer-model), or accept the change with --override-resume tokenizer"
+    )
+
+
+def check_weights(config: Config, resume: Resume) -> None:
+    """Refuse to start a model from weights of other shapes (``--finetune``).
+
+    Raises:
+        UserError: naming each field of the architecture that differs.
+    """
+    found = differences(resume.config, config)
+    problems = [
+        f"{name} is {new!r}, but the weights of {resume.folder} were trained with {old!r}: set it "
+        "back, or start from other weights"
+        for name, (old, new) in found.items()
+        if name in _OF_WEIGHTS or (name == "activation_function" and "swiglu" in (old, new))
+    ]
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 def _candidates(root: Path) -> tuple[list[Path], list[str]]:

@@ -51,6 +51,10 @@ class DataConfig(Section):
     tokenizer_model: str | None = Field(
         None, description="SentencePiece model, tokenizer.json or Hugging Face folder"
     )
+    allow_tokenizer_mismatch: bool = Field(
+        False,
+        description="train on datasets whose manifests record another tokenizer than the run's",
+    )
     num_workers: NonNegativeInt = Field(2, description="processes that read ahead, per rank")
     reset_position_ids: bool = Field(False, description="positions restart after each EOD")
     reset_attention_mask: bool = Field(False, description="attention stops at each EOD")
@@ -137,7 +141,9 @@ class CheckpointConfig(Section):
         False, description="load weights only: a new optimizer, from iteration 0"
     )
     override_resume: tuple[str, ...] = Field(
-        (), description="fields that may differ from the checkpoint's, and `folds`"
+        (),
+        description="fields that may differ from the checkpoint's, and `folds` or "
+        "`tokenizer` for other contents",
     )
 
 

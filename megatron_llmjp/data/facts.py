@@ -18,7 +18,7 @@ from megatron_llmjp.system import write_durably
 
 FOLDER = "facts"
 _KEYS = ("key", "earlier_key", "checksums")
-_FORMAT = 3  # from 2 on every entry of the index was checked; 3 has another key
+_FORMAT = 4  # from 2 on every entry of the index was checked; 3 has another key, 4 the largest id
 
 
 def stamp(prefix: str) -> str:
@@ -37,7 +37,8 @@ def recall(stamp: str, splits: Iterable[str], cache: Path) -> DatasetInfo | None
         known = json.loads(_place(stamp, cache).read_text())
         parts = {(split, part): int(tokens) for split, part, tokens in known["parts"]}
         keys = (str(known[name]) for name in _KEYS)
-        info = DatasetInfo(next(keys), int(known["tokens"]), parts, stamp, *keys)
+        largest = None if known["largest_id"] is None else int(known["largest_id"])
+        info = DatasetInfo(next(keys), int(known["tokens"]), parts, stamp, *keys, largest)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return info if set(splits) <= {split for split, _ in parts} else None
@@ -53,8 +54,8 @@ def remember(datasets: Mapping[str, DatasetInfo], cache: Path) -> None:
                 continue
             parts = [[split, part, tokens] for (split, part), tokens in info.parts.items()]
             keys = {name: getattr(info, name) for name in _KEYS}
-            text = json.dumps({**keys, "tokens": info.tokens, "parts": parts})
-            write_durably(place, text)
+            found = {"tokens": info.tokens, "largest_id": info.largest_id, "parts": parts}
+            write_durably(place, json.dumps({**keys, **found}))
 
 
 def _place(stamp: str, cache: Path) -> Path:

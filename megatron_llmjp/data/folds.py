@@ -36,6 +36,8 @@ class DatasetInfo:
     """Its key in earlier versions, where that is another one (``data/dataset_keys.py``)."""
     checksums: str = ""
     """Of its files, as its manifest states them; no part of its identity."""
+    largest_id: int | None = None
+    """The largest token id in the parts of the file that were read; None if nothing was read."""
 
     def samples_per_epoch(self, sequence_length: int, split: str | None = None) -> int:
         """Samples of one epoch: each needs one more token than its length, shared with the next.

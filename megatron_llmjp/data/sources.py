@@ -17,6 +17,8 @@ from megatron_llmjp.data.indexed import Index
 from megatron_llmjp.errors import DataError, UserError
 
 PARTS = ("train", "valid", "test")
+_ID_BLOCKS = (64, 1 << 15)
+"""How many blocks of how many tokens are searched for the largest id."""
 
 
 def inspect_sources(file: FoldFile, cache: Path | None = None) -> dict[str, DatasetInfo]:
@@ -48,14 +50,32 @@ def inspect_sources(file: FoldFile, cache: Path | None = None) -> dict[str, Data
                 for part, tokens in _tokens_of_parts(index, split).items()
             }
             keys = keys_of(path)
+            known_keys = (keys.earlier, keys.checksums)
             found[path] = DatasetInfo(
-                keys.key, index.tokens, parts, stamp, keys.earlier, keys.checksums
+                keys.key, index.tokens, parts, stamp, *known_keys, largest_id(index)
             )
         except (DataError, UserError) as error:
             problems.append(f"{place}: {error}")
     if problems:
         raise UserError("\n".join(problems))
     return found
+
+
+def largest_id(index: Index) -> int | None:
+    """The largest token id in a dataset, or in blocks spread over a large one.
+
+    A negative id, which only damage makes, counts as one beyond every vocabulary. None if there is
+    no token, or tokens are no integers.
+    """
+    if index.dtype.kind not in "iu" or index.tokens == 0:
+        return None
+    tokens = index.read_tokens().view(f"u{index.dtype.itemsize}")
+    count, size = _ID_BLOCKS
+    rest = max(0, len(tokens) - size)
+    starts = sorted({i * rest // (count - 1) for i in range(count)})
+    if len(tokens) <= count * size:
+        return int(tokens.max())
+    return max(int(tokens[start : start + size].max()) for start in starts)
 
 
 def split_shares(split: str) -> tuple[float, float, float]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.batch_sizes import BatchSizes
 from megatron_llmjp.data.fold_file import FoldFile
 from megatron_llmjp.data.folds import DatasetInfo, Schedule, Slice
-from megatron_llmjp.plan.data_plan import DataPlan
+from megatron_llmjp.plan.data_plan import DataPlan, make_plan
+from megatron_llmjp.prepare import Run
 
 _NAMED = 3
 
@@ -22,7 +20,6 @@ def find_warnings(
     config: Config,
     file: FoldFile,
     datasets: Mapping[str, DatasetInfo],
-    tokenizer: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Everything a user should look at before the run starts.
 
@@ -32,43 +29,31 @@ def find_warnings(
         config: the run's; only its data, batch sizes and learning rate are looked at.
         file: the fold file, for validation sets and per-fold learning rates.
         datasets: what is known of each dataset, by path.
-        tokenizer: ``identity()`` of the run's tokenizer, where there is one.
     """
     sizes = BatchSizes(config)
     return [
-        *warnings_of_data(plan, schedule, sizes, file, datasets, tokenizer),
+        *_sizes(plan, schedule, sizes),
+        *_end(plan, schedule, sizes),
+        *_used_twice(schedule),
+        *_trained_and_validated(schedule, file, datasets),
         *_decay(plan, schedule, config),
         *_warmup(plan, config),
         *_of_folds(plan, schedule, sizes),
     ]
 
 
-def warnings_of_data(
-    plan: DataPlan,
-    schedule: Schedule,
-    sizes: BatchSizes,
-    file: FoldFile,
-    datasets: Mapping[str, DatasetInfo],
-    tokenizer: Mapping[str, Any] | None = None,
-) -> list[str]:
-    """The part of :func:`find_warnings` that has nothing to do with the learning rate."""
+def warnings_of_run(run: Run) -> list[str]:
+    """The same at the start of a run, whose lint warns of the end of the decay by itself."""
+    sizes = BatchSizes(run.config)
+    plan = make_plan(run.schedule, sizes, run.train_iters)
     return [
-        *_sizes(plan, schedule, sizes),
-        *_end(plan, schedule, sizes),
-        *_used_twice(schedule),
-        *_trained_and_validated(schedule, file, datasets),
-        *_tokenizers(sorted(datasets), tokenizer),
+        *_sizes(plan, run.schedule, sizes),
+        *_end(plan, run.schedule, sizes),
+        *_used_twice(run.schedule),
+        *_trained_and_validated(run.schedule, run.folds, run.datasets),
+        *_warmup(plan, run.config),
+        *_of_folds(plan, run.schedule, sizes),
     ]
-
-
-def read_tokenizer(prefix: str | Path) -> dict[str, Any] | None:
-    """The tokenizer that preprocess_data noted beside a dataset; None where it noted none."""
-    try:
-        manifest = json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8"))
-        found = manifest["recipe"]["tokenizer"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # Megatron-LM's datasets have no manifest
-    return found if isinstance(found, dict) else None
 
 
 def _sizes(plan: DataPlan, schedule: Schedule, sizes: BatchSizes) -> Iterator[str]:
@@ -247,31 +232,6 @@ def _iterations(config: Config, field: str) -> int | None:
         return BatchSizes(config).iterations(samples)[0]
     found: int | None = getattr(o, f"{field}_iters")
     return found
-
-
-def _tokenizers(paths: Sequence[str], tokenizer: Mapping[str, Any] | None) -> Iterator[str]:
-    makers: dict[str, list[str]] = {}
-    for path in paths:
-        found = read_tokenizer(path)
-        if found is not None:
-            makers.setdefault(_identity(found), []).append(path)
-    if len(makers) > 1:
-        groups = "; ".join(f"{_some(group)} by {who}" for who, group in makers.items())
-        yield f"the datasets were made with different tokenizers: {groups}"
-    if tokenizer is not None:
-        others = [path for who, g in makers.items() if who != _identity(tokenizer) for path in g]
-        if others:
-            yield (
-                f"{_some(others)} was made with another tokenizer than the run's "
-                f"({_identity(tokenizer)})"
-            )
-
-
-def _identity(tokenizer: Mapping[str, Any]) -> str:
-    """A tokenizer in words: what decides its ids, not what its files are called."""
-    sums = sorted(str(digest)[:12] for digest in dict(tokenizer.get("files") or {}).values())
-    known = f"{tokenizer.get('vocab_size')} ids, EOD {tokenizer.get('eod_id')}"
-    return f"{tokenizer.get('type')} ({', '.join([known, *sums])})"
 
 
 def _some(names: Sequence[str]) -> str:

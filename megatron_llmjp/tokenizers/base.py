@@ -66,10 +66,10 @@ class Tokenizer(ABC):
             "type": self.kind,
             "vocab_size": self.vocab_size,
             "eod_id": self.eod_id,
-            "files": {path.name: sha256_of(path) for path in self._identifying_files()},
+            "files": {path.name: sha256_of(path) for path in self.identifying_files()},
         }
 
-    def _identifying_files(self) -> list[Path]:
+    def identifying_files(self) -> list[Path]:
         """Return the files that decide the ids."""
         return self.files()
 

@@ -87,7 +87,8 @@ class HuggingFaceTokenizer(Tokenizer):
         beside = [self.json_file.parent / name for name in COMPANIONS]
         return [self.json_file, *(path for path in beside if path.is_file())]
 
-    def _identifying_files(self) -> list[Path]:
+    def identifying_files(self) -> list[Path]:
+        """Return the file that decides the ids."""
         return [self.json_file]
 
 

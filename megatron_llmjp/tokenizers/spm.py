@@ -83,7 +83,8 @@ class SentencePieceModel(Tokenizer):
         has_twin = twin[0].exists()
         return [self.model_file, *(path for path in twin if has_twin and path.exists())]
 
-    def _identifying_files(self) -> list[Path]:
+    def identifying_files(self) -> list[Path]:
+        """Return the file that decides the ids."""
         return [self.model_file]
 
 

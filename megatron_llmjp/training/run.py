@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron_llmjp.data.batch_sizes import BatchSizes
-from megatron_llmjp.errors import EXIT_DONE, RunError, UserError
+from megatron_llmjp.errors import EXIT_DONE, RunError
 from megatron_llmjp.prepare import Run, prepare
 from megatron_llmjp.runtime import distributed
 from megatron_llmjp.runtime.determinism import be_deterministic
@@ -55,7 +55,6 @@ def train(run: Run, ranks: Ranks, device: Device, requests: StopRequests | None 
         The exit code.
     """
     be_deterministic(run.config.training.deterministic_mode)
-    _check_evaluation(run)
     store = distributed.meet(ranks)
     with watched(run.config, ranks, store) as watchdog:
         place = _Place(ranks, device, store, watchdog)
@@ -124,18 +123,6 @@ def _back(beginning: Opened, rollback: Rollback, place: _Place) -> Opened:
     if len(set(distributed.exchange(place.store, place.ranks, subject, chosen))) > 1:
         raise RunError("ranks see different checkpoints to go back to; start the run again")
     return replace(beginning, run=run)
-
-
-def _check_evaluation(run: Run) -> None:
-    """Refuse ``--eval-only`` without a checkpoint or without validation sets."""
-    if not run.config.training.eval_only:
-        return
-    if run.resume is None:
-        raise UserError("--eval-only validates a checkpoint: give --load, the folder that holds it")
-    if not run.validation:
-        raise UserError(
-            f"--eval-only: {run.config.data.fold_file} names no validation sets (docs/folds.md)"
-        )
 
 
 def _validate_only(run: Run, place: _Place) -> int:

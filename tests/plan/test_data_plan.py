@@ -202,6 +202,10 @@ def test_learning_rates_and_tokenizers_of_a_whole_command_line(folder, capsys, m
         "--global-batch-size", 8, "--lr", 1e-3, "--min-lr", 1e-4, "--lr-warmup-iters", 4,
         "--lr-decay-style", "linear", "--tokenizer-type", "NullTokenizer", "--vocab-size", 100,
     ]  # fmt: skip
+    assert entry.main([*map(str, words), "--plan-data"]) == 2
+    text = capsys.readouterr().err
+    assert f"{folder / 'en'} was made with another tokenizer than the run's: X (200 ids" in text
+    words.append("--allow-tokenizer-mismatch")
     assert entry.main([*map(str, words), "--plan-data"]) == 0
     shown = capsys.readouterr().out
     assert plan_folds.main([*map(str, words), "--json"]) == 0
@@ -226,5 +230,10 @@ def test_learning_rates_and_tokenizers_of_a_whole_command_line(folder, capsys, m
     rates = [f[f"{which}_learning_rate"] for f in (first, second) for which in ("first", "last")]
     assert rates == pytest.approx(expected)
     text = "\n".join(plan["warnings"])
+    for name in ("en", "ja"):
+        assert f"{folder / name} was made with another tokenizer than the run's" in text
+    assert "accepted by --allow-tokenizer-mismatch" in text
+    without = [word for word in map(str, words) if "tokenizer" not in word.lower()]
+    assert plan_folds.main([*without, "--json"]) == 0
+    text = "\n".join(json.loads(capsys.readouterr().out)["warnings"])
     assert "made with different tokenizers" in text and "X (200 ids, EOD 0)" in text
-    assert f"{folder / 'en'}, {folder / 'ja'} was made with another tokenizer" in text

@@ -1,0 +1,222 @@
+"""What --dry-run and a run refuse before the first step, and what they warn of."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from data_tools import build_indices, train_tokenizer
+from megatron_llmjp import start_checks
+from megatron_llmjp.config.command_line import parse
+from megatron_llmjp.data import sources
+from megatron_llmjp.data.indexed import read_index
+from megatron_llmjp.data.indexed_writer import IndexedWriter
+from megatron_llmjp.errors import UserError
+from megatron_llmjp.plan_data import plan_data
+from megatron_llmjp.prepare import prepare
+from megatron_llmjp.start_checks import check_start
+from megatron_llmjp.tokenizers import load_tokenizer
+from tests.support.datasets import write_folds
+from tests.support.processes import pretrain
+from tests.support.training import arguments
+
+
+def start(*words):
+    """Resolve and check a run as its first process does; its warnings."""
+    run = prepare(parse([str(word) for word in words]).config, 1)
+    return "\n".join(check_start(run))
+
+
+def refusal(*words):
+    with pytest.raises(UserError) as error:
+        start(*words)
+    return str(error.value)
+
+
+def contents(folder):
+    return sorted((str(p), p.lstat().st_mtime_ns) for p in folder.rglob("*"))
+
+
+def test_dry_run_and_run_refuse_the_same_and_write_nothing(tmp_path):
+    folds = write_folds(tmp_path)
+    words = arguments("laptop-llama", folds, "--save", tmp_path / "folds.yaml" / "run")
+    other = arguments("laptop-llama", folds, "--save", tmp_path / "new", vocab_size=50)
+    before = contents(tmp_path)
+    for flags, part in ((words, "folds.yaml is a file"), (other, "token ids beyond the vocab")):
+        dry, run = pretrain(*flags, "--dry-run"), pretrain(*flags)
+        assert dry.returncode == run.returncode == 2
+        assert part in dry.stderr and dry.stderr == run.stderr
+        assert run.stdout == ""
+    good = pretrain(*arguments("laptop-llama", folds, "--save", tmp_path / "new"), "--dry-run")
+    assert good.returncode == 0, good.stderr
+    assert contents(tmp_path) == before
+
+
+def test_folders_that_cannot_be_written_are_refused(tmp_path, monkeypatch):
+    folds = write_folds(tmp_path)
+    file, link, locked = (tmp_path / name for name in ("file", "link", "locked"))
+    file.touch()
+    link.symlink_to(tmp_path / "gone")
+    locked.mkdir()
+    real = os.access
+    denied = lambda path, mode, **more: path != locked and real(path, mode, **more)  # noqa: E731
+    monkeypatch.setattr(start_checks.os, "access", denied)
+    for flag in ("--save", "--tensorboard-dir", "--data-cache-path"):
+        words = arguments("laptop-llama", folds, tensorboard_dir="")
+        for place, reason in (
+            (file, "is a file"),
+            (file / "below", "is a file"),
+            (link, "is a symbolic link to"),
+            (locked / "new" / "folder", "is not writable"),
+        ):
+            message = refusal(*words, flag, place)
+            assert message.startswith(f"{flag} {place}: ") and reason in message
+        assert start(*words, flag, tmp_path / "new" / "folder") is not None
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_read_only_cache_will_do_when_it_is_complete(tmp_path, monkeypatch):
+    folds, cache = write_folds(tmp_path), tmp_path / "cache"
+    words = [*arguments("laptop-llama", folds), "--data-cache-path", str(cache)]
+    assert build_indices.main(words) == 0
+    real = os.access
+    denied = lambda path, mode, **more: path != cache and real(path, mode, **more)  # noqa: E731
+    monkeypatch.setattr(start_checks.os, "access", denied)
+    start(*words)
+    shutil.rmtree(next(p for p in cache.iterdir() if "core" in p.name))
+    assert "sample indices cannot be written there" in refusal(*words)
+
+
+def test_a_full_disk_is_warned_of(tmp_path, monkeypatch):
+    words = arguments("laptop-llama", write_folds(tmp_path), "--save", tmp_path / "save")
+    assert "are free" not in start(*words)
+    found = list(os.statvfs(tmp_path))
+    found[4] = 1  # f_bavail
+    monkeypatch.setattr(start_checks.os, "statvfs", lambda path: os.statvfs_result(found))
+    assert "a checkpoint of this run takes about 54" in start(*words)
+
+
+def test_data_warnings_reach_the_run(tmp_path):
+    folds = write_folds(tmp_path)
+    file = yaml.safe_load(folds.read_text())
+    file["validation"]["valid"]["path"] = "ja"
+    folds.write_text(yaml.safe_dump(file))
+    words = arguments("laptop-llama", folds)
+    found = start(*words)
+    assert "is also trained on" in found
+    planned = plan_data(parse(words).config, with_learning_rate=False).warnings
+    assert set(planned) <= set(found.splitlines())
+    run = pretrain(*words, "--train-iters", 3)
+    assert run.returncode == 0 and "is also trained on" in run.stderr
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    """Two SentencePiece models of equal size and other contents."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    models = []
+    for name in ("one", "two"):
+        text = folder / f"{name}.jsonl"
+        generator = np.random.default_rng(len(models))
+        lines = ["".join(chr(97 + i) for i in generator.integers(0, 26, 40)) for _ in range(300)]
+        text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+        output = folder / name
+        flags = ["--input", str(text), "--vocab-size", "300", "--output-dir", str(output)]
+        assert train_tokenizer.main(flags) == 0
+        models.append(output / "tokenizer.model")
+    return models
+
+
+def made_with(folder, tokenizer):
+    """Record a tokenizer as the maker of all datasets."""
+    for name in ("ja", "en", "valid"):
+        recipe = {"recipe": {"tokenizer": tokenizer.identity()}}
+        (folder / f"{name}.json").write_text(json.dumps(recipe))
+
+
+def test_another_tokenizer_than_the_datasets_is_an_error(tmp_path, tokenizers, capsys):
+    folds, kind = write_folds(tmp_path), "SentencePieceTokenizer"
+    one, two = tokenizers
+    made_with(tmp_path, load_tokenizer(kind, one))
+    copy = tmp_path / "renamed.model"
+    shutil.copy(one, copy)
+    base = arguments("laptop-llama", folds, tokenizer_type=kind, vocab_size="")
+    for model in (one, copy):
+        assert "another tokenizer" not in start(*base, "--tokenizer-model", model)
+    words = [*base, "--tokenizer-model", str(two)]
+    message = refusal(*words)
+    assert "was made with another tokenizer than the run's" in message
+    assert "--allow-tokenizer-mismatch" in message
+    for check in (
+        lambda: plan_data(parse(words).config),
+        lambda: build_indices.find_entries(parse(words).config, None),
+    ):
+        with pytest.raises(UserError) as error:
+            check()
+        assert str(error.value) == message
+    assert "accepted by --allow" in start(*words, "--allow-tokenizer-mismatch")
+    # The same pieces with BOS before each document, or with another end of document.
+    assert "another tokenizer" in refusal(
+        *arguments("laptop-llama", folds, tokenizer_type="Llama2Tokenizer", vocab_size=""),
+        *("--tokenizer-model", one),
+    )
+
+
+def test_null_tokenizers_are_equal_by_their_size(tmp_path):
+    folds = write_folds(tmp_path)
+    made_with(tmp_path, load_tokenizer("NullTokenizer", None, vocab_size=99))
+    assert "another tokenizer" not in start(*arguments("laptop-llama", folds))
+    assert "another tokenizer" in refusal(*arguments("laptop-llama", folds, vocab_size=120))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, tokenizers):
+    """The arguments of a run, without its tokenizer's model, that has a checkpoint."""
+    folder = tmp_path_factory.mktemp("saved")
+    kind = {"tokenizer_type": "GPTSentencePieceTokenizer", "vocab_size": ""}
+    words = arguments("laptop-llama", write_folds(folder), **kind)
+    place = ("--save", folder / "save", "--tokenizer-model", tokenizers[0])
+    run = pretrain(*words, *place, "--train-iters", 3)
+    assert run.returncode == 0, run.stderr
+    return words, folder / "save"
+
+
+def test_resume_with_another_tokenizer_of_equal_size(tmp_path, tokenizers, saved):
+    words, save = saved
+    one, two = tokenizers
+    copy = tmp_path / "elsewhere.model"
+    shutil.copy(one, copy)
+    words = [*words, "--save", save, "--tokenizer-model"]
+    assert start(*words, copy) is not None
+    assert f"{two} is another tokenizer than {save / 'iter_0000003'}" in refusal(*words, two)
+    flags = [*words, two, "--override-resume", "tokenizer"]
+    notes = prepare(parse([str(flag) for flag in flags]).config, 1).notes
+    assert any("accepted by --override-resume tokenizer" in note for note in notes)
+
+
+def test_finetuning_weights_of_other_shapes_is_refused(tokenizers, saved):
+    words, save = saved
+    words = [*words, "--tokenizer-model", tokenizers[1], "--load", save, "--finetune"]
+    assert start(*words) is not None
+    assert "ffn_hidden_size is 96, but the weights of" in refusal(*words, "--ffn-hidden-size", 96)
+
+
+def test_the_largest_id_is_found_in_files_and_blocks(tmp_path, monkeypatch):
+    for name, dtype, last in (("a", np.uint16, 65_000), ("b", np.int32, -1)):
+        tokens = np.arange(1000, dtype=dtype)
+        tokens[-1] = last
+        writer = IndexedWriter(Path(f"{tmp_path / name}.bin"), np.dtype(dtype))
+        writer.add(tokens, np.array([1000], np.int32))
+        writer.finish(Path(f"{tmp_path / name}.idx"))
+    expected = {"a": 65_000, "b": 2**32 - 1}
+    for blocks in (None, (3, 10)):
+        if blocks:
+            monkeypatch.setattr(sources, "_ID_BLOCKS", blocks)
+        found = {name: sources.largest_id(read_index(tmp_path / name)) for name in expected}
+        assert found == expected
