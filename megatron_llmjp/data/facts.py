@@ -36,9 +36,10 @@ def recall(stamp: str, splits: Iterable[str], cache: Path) -> DatasetInfo | None
     try:
         known = json.loads(_place(stamp, cache).read_text())
         parts = {(split, part): int(tokens) for split, part, tokens in known["parts"]}
-        keys = (str(known[name]) for name in _KEYS)
+        key, earlier, checksums = (str(known[name]) for name in _KEYS)
         largest = None if known["largest_id"] is None else int(known["largest_id"])
-        info = DatasetInfo(next(keys), int(known["tokens"]), parts, stamp, *keys, largest)
+        tokens = int(known["tokens"])
+        info = DatasetInfo(key, tokens, parts, stamp, earlier, checksums, largest)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return info if set(splits) <= {split for split, _ in parts} else None
