@@ -51,6 +51,7 @@ class _Pending:
     """A save under way."""
 
     iteration: int
+    samples: int
     began: float
     stall: float = 0.0
     """Seconds that training waited for it."""
@@ -89,6 +90,8 @@ class Saver:
         """
         self.saved = iteration
         """Iteration of the newest save begun, or where the run began."""
+        self.published_samples: int | None = None
+        """Samples trained on in the newest checkpoint of this process that has its name."""
         self._about, self._fold_ends, self._may_publish = about, fold_ends, may_publish
         self.may_remove = True
         """Whether older checkpoints may be removed; False while training has bad steps."""
@@ -125,7 +128,7 @@ class Saver:
         self._complete(blocking=True)
         self.saved = progress.iteration
         self._last = time.monotonic()
-        self._pending = _Pending(progress.iteration, began)
+        self._pending = _Pending(progress.iteration, progress.consumed_samples, began)
         try:
             request = begin(
                 self._root,
@@ -189,6 +192,7 @@ class Saver:
     def _succeed(self) -> None:
         assert self._pending is not None
         pending, self._pending, self._error = self._pending, None, None
+        self.published_samples = pending.samples
         if dist.get_rank() != 0:
             return
         taken = time.monotonic() - pending.began

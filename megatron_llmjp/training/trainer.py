@@ -21,7 +21,7 @@ from megatron_llmjp.prepare import Run
 from megatron_llmjp.runtime import distributed
 from megatron_llmjp.runtime.device import Device
 from megatron_llmjp.training.bad_numbers import Judge, Verdict
-from megatron_llmjp.training.build import Model, RunData, say
+from megatron_llmjp.training.build import Model, RunData, progress, say
 from megatron_llmjp.training.evaluate import evaluate
 from megatron_llmjp.training.feed import dataset_names, feed
 from megatron_llmjp.training.guard import Request
@@ -352,7 +352,10 @@ class Trainer:
         self.saver.wait()
         schedule, faults = self.run.schedule, self.run.config.faults
         first = self.sizes.consumed_after(max(0, self.iteration - faults.spike_skip_iterations))
-        start = schedule.position(min(first, self.consumed_samples - batch_size))
+        # What the checkpoint was trained on stays: only batches after it can be left out.
+        saved = self.saver.published_samples
+        after = saved if saved is not None else progress(self.run)[1]
+        start = schedule.position(max(after, min(first, self.consumed_samples - batch_size)))
         return Rollback(self.iteration, (start, schedule.position(self.consumed_samples - 1) + 1))
 
 
