@@ -30,6 +30,7 @@ from megatron_llmjp.errors import (
     UserError,
 )
 from megatron_llmjp.on_paper import on_paper
+from megatron_llmjp.own_checkpoint import add_own_configuration
 from megatron_llmjp.plan_data import print_plan
 from megatron_llmjp.prepare import Run, prepare
 from megatron_llmjp.report.at_end import draw_at_end
@@ -60,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
     ranks = None
     try:
         ranks = find_ranks()
-        command = parse(argv)
+        command = parse(argv, own_configuration=add_own_configuration)
         if ranks is None or (ranks.is_first and ranks.started_by != LOCAL_LAUNCHER):
             print_notes(command.notes)
         if command.mode is not Mode.TRAIN:

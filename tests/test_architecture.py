@@ -16,7 +16,7 @@ FLOORS = [
     {"data", "model"},
     {"checkpoint"},
     {"convert"},
-    {"prepare_data"},
+    {"prepare_data", "own_checkpoint"},
     {"prepare"},
     {"plan"},
     {"report"},

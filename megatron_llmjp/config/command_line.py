@@ -8,8 +8,9 @@ from __future__ import annotations
 import argparse
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
@@ -69,12 +70,18 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
 
-def parse(argv: Sequence[str], layers: Layers | None = None) -> Command:
+def parse(
+    argv: Sequence[str],
+    layers: Layers | None = None,
+    own_configuration: Callable[[Path, Layers], bool] | None = None,
+) -> Command:
     """Read the command line: the one place where its words are looked at.
 
     Args:
         argv: the words after the program's name; ``--some_flag`` is ``--some-flag``.
         layers: values below those of presets, files and flags, which are added to it.
+        own_configuration: adds what the checkpoint of a folder stores to the layers, and returns
+            whether there is one; asked where neither ``--config`` nor a flag gives a model.
 
     Raises:
         UserError: every unknown flag or key, wrong value and contradiction, one per line.
@@ -91,11 +98,15 @@ def parse(argv: Sequence[str], layers: Layers | None = None) -> Command:
         processes = _processes(arguments, mode)
         rehearsal = _rehearsal(arguments, mode, processes)
     layers = layers if layers is not None else Layers()
+    by_flags_alone = False
+    if arguments["num_layers"] is not None or not _folder(arguments).parts:
+        own_configuration = None
     with problems.collect():
         if arguments["config"] is not None:
             read_config(arguments["config"], layers)
-        else:
+        elif not (own_configuration and own_configuration(_folder(arguments), layers)):
             set_defaults(layers)
+            by_flags_alone = True
         for name, (value, origin) in {**_aliases(arguments), **explained.sets}.items():
             layers.set(name, value, origin)
         for name in SECTION_OF:
@@ -103,13 +114,18 @@ def parse(argv: Sequence[str], layers: Layers | None = None) -> Command:
                 value = _renamed(name, arguments[name])
                 layers.set(name, value, f"flag --{name.replace('_', '-')}")
         _shorten_default_warmup(layers)
-        settle(layers, explained, by_flags_alone=arguments["config"] is None)
+        settle(layers, explained, by_flags_alone)
         config = build(layers, may_be_missing=bool(problems.lines))
     problems.report()
     if config.checkpoint.load is not None and config.checkpoint.load == config.checkpoint.save:
         config = changed(config, load=None)  # Megatron's way to say: go on if there is something
     notes = (*explained.notes, *_unused(arguments, mode))
     return Command(config, mode, processes, rehearsal, arguments["config"], notes, layers.origin)
+
+
+def _folder(arguments: dict[str, Any]) -> Path:
+    """The folder of the checkpoint that a command line names; empty if it names none."""
+    return Path(arguments["load"] or arguments["save"] or "")
 
 
 def _shorten_default_warmup(layers: Layers) -> None:

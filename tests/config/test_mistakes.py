@@ -18,6 +18,7 @@ from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.config.command_line import parse
 from megatron_llmjp.config.load import dump
 from megatron_llmjp.config.schema import SECTION_OF
+from megatron_llmjp.own_checkpoint import add_own_configuration
 from megatron_llmjp.prepare import prepare
 from tests.support.datasets import write_folds
 from tests.support.training import arguments
@@ -306,6 +307,30 @@ def test_converted_weights_need_finetune(folder, saved, fails):
     words = arguments("laptop-llama", folder / "folds.yaml", "--load", saved)
     assert "add --finetune" in fails(*words)
     assert prepare(parse([*words, "--finetune"])[0], 1).resume.manifest.contents == "weights"
+
+
+def test_a_checkpoint_brings_its_own_configuration(folder, saved):
+    """``--load`` of a native checkpoint needs no model flags; of weights alone, no tokenizer."""
+    stored = prepare(parse(arguments("laptop-llama", folder / "folds.yaml")).config, 1).config
+    words = ["--load", str(saved), "--fold-file", str(folder / "folds.yaml")]
+
+    def read(*flags):
+        return parse([*words, *flags], own_configuration=add_own_configuration).config
+
+    run = prepare(read(), 1)
+    assert run.resume.manifest.iteration == 3 and run.config.model == stored.model
+    assert read("--lr", "1e-4").optimizer.lr == 1e-4
+    inner = saved / "iter_0000003"
+    (inner / "tokenizer").mkdir()
+    (inner / "tokenizer" / "tokenizer.json").write_text("{}")
+    manifest = manifests.read(inner)
+    manifests.write(inner, manifest.model_copy(update={"contents": "weights"}))
+    config = read("--finetune", "--global-batch-size", "8")
+    assert (config.data.tokenizer_type, config.data.seq_length) == ("HuggingFaceTokenizer", 32)
+    assert config.data.tokenizer_model == str(inner / "tokenizer")
+    assert config.training.global_batch_size == 8
+    # A model that is given by flags or a preset is that one.
+    assert read("--config", "laptop-gpt2").model.normalization == "LayerNorm"
 
 
 def test_only_the_first_rank_speaks(folder, capsys, monkeypatch):
