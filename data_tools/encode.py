@@ -32,6 +32,7 @@ class Encoding:
     Attributes:
         keys: JSON keys, one dataset each.
         append_eod: whether the end-of-document id follows each document.
+        append_bos: whether the beginning-of-sequence id stands before each document.
         keep_empty: whether a document without tokens is kept, as Megatron-LM does.
         limit: longest line in bytes.
         keep_raw: whether rejected lines are wanted back, for quarantine.
@@ -42,6 +43,7 @@ class Encoding:
     keep_empty: bool
     limit: int
     keep_raw: bool
+    append_bos: bool = False
 
 
 @dataclass
@@ -98,6 +100,7 @@ class BlockEncoder:
         self.encoding = encoding
         self.dtype = best_dtype(tokenizer.vocab_size)
         self._eod = np.array([tokenizer.eod_id], np.int32)
+        self._bos = np.array([tokenizer.bos_id] if encoding.append_bos else [], np.int32)
 
     def encode(self, payload: FileRange | bytes | Rows) -> Encoded:
         """Return the packed documents of a block, and what was wrong with the rest."""
@@ -191,8 +194,9 @@ class BlockEncoder:
             for _ in texts:
                 ids = next(flat)
                 if len(ids):  # Megatron-LM writes no empty sequence
-                    parts.append(ids)
-                    lengths.append(len(ids))
+                    bos = self._bos if len(lengths) == before else self._bos[:0]
+                    parts += [bos, ids]
+                    lengths.append(len(bos) + len(ids))
             if self.encoding.append_eod and len(lengths) > before:
                 parts.append(self._eod)
                 lengths[-1] += 1

@@ -52,6 +52,7 @@ class Job:
             keep_empty=args.on_error == "stop",
             limit=args.max_line_mb * 1_000_000,
             keep_raw=args.on_error == "quarantine",
+            append_bos=args.append_bos,
         )
         self.recipe: dict[str, Any] = {
             "tokenizer": tokenizer.identity(),
@@ -63,6 +64,8 @@ class Job:
             },
             "sources": [source.identity() for source in sources],
         }
+        if args.append_bos:
+            self.recipe["options"]["append_bos"] = True
         if shard is not None:
             self.recipe["shard"] = shard
         # A part of an array may have no documents: merge_datasets looks at the whole.

@@ -123,17 +123,23 @@ def common_recipe(prefixes: Sequence[str]) -> dict[str, Any]:
     for prefix in prefixes:
         recipe = (read_manifest(prefix) or {}).get("recipe", {})
         ours = {name: recipe[name] for name in ("tokenizer", "options") if name in recipe}
-        eod = ours.get("options", {}).get("append_eod")
+        ends = _ends(ours)
         if first and ours:
-            theirs = first["options"]["append_eod"]
-            if key_of(ours["tokenizer"]) != key_of(first["tokenizer"]) or eod != theirs:
+            if key_of(ours["tokenizer"]) != key_of(first["tokenizer"]) or ends != _ends(first):
                 raise UserError(
-                    f"{prefix}: was made with another tokenizer or --append-eod than {named}:\n"
+                    f"{prefix}: was made with another tokenizer, --append-eod or --append-bos than "
+                    f"{named}:\n"
                     f"  {ours}\n  {first}"
                 )
         elif ours:
             first, named = ours, prefix
     return first
+
+
+def _ends(recipe: dict[str, Any]) -> tuple[bool, bool]:
+    """Return whether EOD and BOS were written around each document."""
+    options = recipe.get("options", {})
+    return bool(options.get("append_eod")), bool(options.get("append_bos"))
 
 
 def manifest(

@@ -21,7 +21,7 @@ from data_tools.shards import part_prefix, shard_of, take_shard, uneven
 from data_tools.sources import find_input
 from megatron_llmjp.data.indexed import best_dtype
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.tokenizers import TOKENIZER_TYPES, load_tokenizer
+from megatron_llmjp.tokenizers import TOKENIZER_TYPES, Tokenizer, load_tokenizer
 
 EXAMPLES = """\
   One file, LLM-jp's way (no BOS, <EOD> after each document):
@@ -42,6 +42,7 @@ tokenizer types:
   GPTSentencePieceTokenizer  no BOS; --append-eod adds </s>
   Llama2Tokenizer            <s> before each document; --append-eod adds </s>
   HuggingFaceTokenizer       a tokenizer.json or its folder; --append-eod adds its eos_token
+  GPT2BPETokenizer           --vocab-file and --merge-file; --append-eod adds <|endoftext|>
   ByteLevelTokenizer         UTF-8 bytes; --append-eod adds 256
   NullTokenizer              integers separated by spaces; --append-eod adds --vocab-size"""
 
@@ -74,7 +75,15 @@ def _parser() -> Parser:
         "faster, if it gives the same ids on text of the corpus",
     )
     add("--vocab-size", type=positive, metavar="N", help="for NullTokenizer")
+    add("--vocab-file", metavar="FILE", help="vocabulary of GPT2BPETokenizer, or a *.model")
+    add("--merge-file", metavar="FILE", help="merges of GPT2BPETokenizer")
     add("--append-eod", action="store_true", help="end each document with the EOD token")
+    add(
+        "--append-bos",
+        "--prepend-bos",
+        action="store_true",
+        help="begin each document with the BOS token",
+    )
     add("--workers", type=positive, default=cores(), metavar="N", help="processes that encode")
     add(
         "--on-error",
@@ -138,8 +147,13 @@ def preprocess(args: argparse.Namespace) -> int:
     found.report()
     sources = found.sources
     tokenizer = load_tokenizer(
-        args.tokenizer_type, args.tokenizer_model, vocab_size=args.vocab_size
+        args.tokenizer_type,
+        args.tokenizer_model or args.vocab_file,
+        vocab_size=args.vocab_size,
+        merge_file=args.merge_file,
     )
+    if args.append_bos:
+        _check_bos(tokenizer)
     if args.sentencepiece_twin:
         from data_tools.twin import use_twin  # imports the tokenizers library
 
@@ -159,6 +173,13 @@ def preprocess(args: argparse.Namespace) -> int:
         return job.close()
     with output.named_errors():
         return job.run()
+
+
+def _check_bos(tokenizer: Tokenizer) -> None:
+    if tokenizer.bos_id is None:
+        raise UserError(f"--append-bos: {tokenizer.kind} has no BOS token in this vocabulary")
+    if tokenizer.kind == "Llama2Tokenizer":
+        raise UserError("--append-bos: Llama2Tokenizer writes BOS by itself; leave the flag out")
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -105,7 +105,7 @@ def _without_tokenizer(config: Config, changes: dict[str, Any], data: bool) -> I
     if size is None and kind is not None and not is_absent:
         if not data:
             return
-        size = load_tokenizer(kind, model).vocab_size
+        size = load_tokenizer(kind, model, merge_file=config.data.merge_file).vocab_size
     if size is None:
         size, source = _vocabulary_of_data(config) or (None, "")
     if size is None and data:

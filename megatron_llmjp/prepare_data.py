@@ -176,7 +176,9 @@ def run_tokenizer(config: Config) -> Tokenizer | None:
         return None
     # NullTokenizer counts the ids below its EOD; the model's vocabulary counts that too.
     size = ids - 1 if ids else None
-    return load_tokenizer(data.tokenizer_type, data.tokenizer_model, vocab_size=size)
+    return load_tokenizer(
+        data.tokenizer_type, data.tokenizer_model, vocab_size=size, merge_file=data.merge_file
+    )
 
 
 def validation_sets(

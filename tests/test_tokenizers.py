@@ -121,6 +121,31 @@ def test_bytes_spelled_out_are_text(extra, tmp_path):
         assert tokenizer.decode(ids) == text
 
 
+def test_gpt2_is_transformers_and_reads_no_special_tokens(tmp_path):
+    """Megatron's class cuts a text as GPT-2's regular expression does, and nowhere else."""
+    transformers = pytest.importorskip("transformers")
+    fast = tokenizers.Tokenizer(tokenizers.models.BPE())
+    fast.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )
+    fast.train_from_iterator([TEXT * 3], trainer)
+    vocab, merges = fast.model.save(str(tmp_path), "gpt2")
+    theirs = transformers.GPT2Tokenizer(vocab=str(vocab), merges=str(merges))
+    for given in ((vocab, merges), (vocab, None), (tmp_path, None)):
+        ours = load_tokenizer("GPT2BPETokenizer", given[0], merge_file=given[1])
+        assert (ours.vocab_size, ours.eod_id) == (fast.get_vocab_size(), 0)
+        for text in (TEXT, "it's  1,234\n\n x", " a"):
+            assert ours.encode(text).tolist() == fast.encode(text).ids
+            assert ours.encode(text).tolist() == theirs(text).input_ids
+            assert ours.decode(ours.encode(text)) == text
+    assert 0 not in ours.encode("a<|endoftext|>b")
+    with pytest.raises(UserError, match=r"--merge-file .*: no such file"):
+        load_tokenizer("GPT2BPETokenizer", vocab, merge_file=tmp_path / "none.txt")
+
+
 def test_bytes_and_integers():
     tokenizer = load_tokenizer("ByteLevelTokenizer", None)
     assert bytes(tokenizer.encode(TEXT).astype(np.uint8)) == TEXT.encode()

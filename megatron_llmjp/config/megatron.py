@@ -186,11 +186,12 @@ def _complete_model(layers: Layers, exact_gelu: bool) -> None:
 
 
 def _set_vocabulary(layers: Layers, path: str) -> None:
-    """Megatron-DeepSpeed names a SentencePiece model this way."""
-    if not path.endswith(".model"):
+    """The vocabulary of GPT2BPETokenizer; or Megatron-DeepSpeed's name of a SentencePiece model."""
+    kind = _value(layers, "tokenizer_type", None)
+    if kind != "GPT2BPETokenizer" and not path.endswith(".model"):
         raise UserError(
-            f"{VOCABULARY} {path}: a vocabulary with merges is not read; make a tokenizer.json of "
-            "it and give --tokenizer-type HuggingFaceTokenizer --tokenizer-model tokenizer.json"
+            f"{VOCABULARY} {path}: is for --tokenizer-type GPT2BPETokenizer, or a SentencePiece "
+            f"model (*.model); {kind or 'no tokenizer type'} is given"
         )
     layers.set("tokenizer_model", path, f"flag {VOCABULARY}")
 

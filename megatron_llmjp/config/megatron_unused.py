@@ -89,7 +89,6 @@ _BY_REASON: dict[str, str] = {
         --mid-level-dataset-surplus --dataloader-fast-cache-load
         --dataloader-defer-npy-index-mmap --per-dataset-sequences-path
         --no-create-attention-mask-in-dataloader --create-attention-mask-in-dataloader""",
-    "merges are part of a tokenizer.json or SentencePiece model": "--merge-file",
     # training
     "a gradient norm that is not finite stops the run in any case": """
         --check-for-nan-in-loss --check-for-nan-in-loss-and-grad

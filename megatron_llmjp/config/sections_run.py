@@ -43,6 +43,7 @@ class DataConfig(Section):
             "GPTSentencePieceTokenizer",
             "Llama2Tokenizer",
             "HuggingFaceTokenizer",
+            "GPT2BPETokenizer",
             "ByteLevelTokenizer",
             "NullTokenizer",
         ]
@@ -50,6 +51,9 @@ class DataConfig(Section):
     ) = Field(None, description="kind of tokenizer the datasets were made with")
     tokenizer_model: str | None = Field(
         None, description="SentencePiece model, tokenizer.json or Hugging Face folder"
+    )
+    merge_file: str | None = Field(
+        None, description="merges of GPT2BPETokenizer; beside its vocabulary when not given"
     )
     allow_tokenizer_mismatch: bool = Field(
         False,

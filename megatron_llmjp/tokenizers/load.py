@@ -12,20 +12,27 @@ TOKENIZER_TYPES = (
     "GPTSentencePieceTokenizer",
     "Llama2Tokenizer",
     "HuggingFaceTokenizer",
+    "GPT2BPETokenizer",
     "ByteLevelTokenizer",
     "NullTokenizer",
 )
 
 
 def load_tokenizer(
-    tokenizer_type: str, tokenizer_model: str | Path | None, *, vocab_size: int | None = None
+    tokenizer_type: str,
+    tokenizer_model: str | Path | None,
+    *,
+    vocab_size: int | None = None,
+    merge_file: str | Path | None = None,
 ) -> Tokenizer:
     """Return the tokenizer that Megatron-LM's flags of these names describe.
 
     Args:
         tokenizer_type: one of TOKENIZER_TYPES.
         tokenizer_model: a SentencePiece ``*.model``; for HuggingFaceTokenizer a tokenizer.json
-            or its folder; not used by ByteLevelTokenizer and NullTokenizer.
+            or its folder; for GPT2BPETokenizer the vocabulary as JSON, or a folder; not used
+            by ByteLevelTokenizer and NullTokenizer.
+        merge_file: of GPT2BPETokenizer; found near the vocabulary where it is None.
         vocab_size: ids that NullTokenizer's text may hold; the other types know their own.
 
     Raises:
@@ -48,7 +55,14 @@ def load_tokenizer(
             raise UserError("--tokenizer-type NullTokenizer needs --vocab-size")
         return NullTokenizer(vocab_size)
     if not tokenizer_model:
-        raise UserError(f"--tokenizer-type {tokenizer_type} needs --tokenizer-model PATH")
+        needed = "--tokenizer-model PATH"
+        if tokenizer_type == "GPT2BPETokenizer":
+            needed = "--vocab-file PATH and --merge-file PATH"
+        raise UserError(f"--tokenizer-type {tokenizer_type} needs {needed}")
+    if tokenizer_type == "GPT2BPETokenizer":
+        from megatron_llmjp.tokenizers.gpt2 import GPT2BPETokenizer
+
+        return GPT2BPETokenizer(Path(tokenizer_model), Path(merge_file) if merge_file else None)
     _check_kind(tokenizer_type, Path(tokenizer_model))
     if tokenizer_type == "HuggingFaceTokenizer":
         from megatron_llmjp.tokenizers.hugging_face import HuggingFaceTokenizer

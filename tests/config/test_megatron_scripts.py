@@ -138,6 +138,9 @@ MEANINGS = {
     },
     "--zero-stage 1": {"use_distributed_optimizer": True},
     "--zero-stage 0.0": {"use_distributed_optimizer": False},
+    "--vocab-file v.json --merge-file m.txt --tokenizer-type GPT2BPETokenizer": {
+        "tokenizer_model": "v.json", "merge_file": "m.txt", "tokenizer_type": "GPT2BPETokenizer",
+    },
     "--vocab-file x.model --tokenizer-type JapaneseSentencePiece": {
         "tokenizer_model": "x.model", "tokenizer_type": "GPTSentencePieceTokenizer",
     },
@@ -194,7 +197,7 @@ REFUSALS = {
     "--num-experts 8": "--num-experts 8 is not supported: mixture-of-experts models are",
     "--fp8-format hybrid": "--fp8-format is not supported: train in --bf16",
     "--no-load-optim": "--no-load-optim is not supported: start from weights alone with --finetune",
-    "--vocab-file gpt2-vocab.json": "HuggingFaceTokenizer",
+    "--vocab-file gpt2-vocab.json": "is for --tokenizer-type GPT2BPETokenizer",
     "--hidden-size big --swiglu": "hidden_size = 'big': expected a valid integer",
     "--num-layers-per-virtual-pipeline-stage 3": "4 layers do not divide into chunks of 3",
     "--tensor-parallel-size 2": "did you mean '--tensor-model-parallel-size'?",

@@ -117,6 +117,30 @@ def test_sentences_empty_documents_and_large_vocabulary(tmp_path):
     assert list(read.document_indices) == [0, 2, 2, 3, 3, 4]
 
 
+def test_bos_before_each_document(tmp_path, model, capsys):
+    """Once per document, also for several sequences; not before an empty one."""
+    encode = sentencepiece.SentencePieceProcessor(model_file=str(model)).encode
+    texts = ["a", ["b", "c"], "", "d e"]
+    lines = "\n".join(json.dumps({"text": text}) for text in texts)
+    (tmp_path / "in.jsonl").write_text(lines)
+    arguments = ["--input", str(tmp_path / "in.jsonl"), "--tokenizer-model", str(model)]
+    arguments += ["--append-eod", "--workers", "1", "--tokenizer-type"]
+    for flag in ("--append-bos", "--prepend-bos"):
+        prefix = ["--output-prefix", str(tmp_path / flag[2:])]
+        assert main([*arguments, "SentencePieceTokenizer", flag, *prefix]) == 0
+        read = IndexedDataset(str(tmp_path / f"{flag[2:]}_text_document"))
+        assert [list(read[i]) for i in range(len(read))] == [
+            [1, *encode("a"), 7],
+            [1, *encode("b")],
+            [*encode("c"), 7],
+            [1, *encode("d e"), 7],
+        ]
+    prefix = ["--append-bos", "--output-prefix", str(tmp_path / "x")]
+    assert main([*arguments, "Llama2Tokenizer", *prefix]) == 2
+    assert main([*arguments, "ByteLevelTokenizer", *prefix]) == 2
+    assert "has no BOS token" in capsys.readouterr().err
+
+
 def test_ids_are_stored_whole_or_refused(tmp_path, monkeypatch, capsys):
     """A vocabulary of four tokens whose largest id does not fit uint16, and one that lies."""
     words = {"<unk>": 0, "</s>": 1, "a": 2, "b": 70000}
