@@ -12,6 +12,7 @@ from megatron_llmjp.convert.detect import check_is_folder, detect, planner, read
 from megatron_llmjp.convert.formats import Options, Source
 from megatron_llmjp.convert.plan import Copy, Output
 from megatron_llmjp.convert.regions import Region
+from megatron_llmjp.convert.tensors import WORD_EMBEDDINGS
 from megatron_llmjp.errors import UserError
 
 
@@ -78,6 +79,16 @@ def open_source(name: str, path: Path, options: Options) -> Source:
     return reader(name)(path)
 
 
+def _changed_rows(source: Source, output: Output) -> list[str]:
+    """Rows of the vocabulary that are dropped or added."""
+    before, after = source.rows, output.writes[WORD_EMBEDDINGS].rows
+    if after is None or after == before:
+        return []
+    if after < before:
+        return [f"vocabulary: rows {after} to {before - 1} of {before} were dropped as padding"]
+    return [f"vocabulary: {after - before} rows of padding were added to {before}"]
+
+
 def prepare(source_format: str | None, target: str, path: Path, options: Options) -> Conversion:
     """Open the source, account for its tensors, and lay out the target.
 
@@ -100,5 +111,6 @@ def prepare(source_format: str | None, target: str, path: Path, options: Options
     reads = source.reads
     if with_state:
         reads = reads | optimizer_state.reads_of(source, optimizer_state.of_source(source), options)
+    output.notes += _changed_rows(source, output)
     copies = engine.match(reads, output)
     return Conversion(source, target, output, copies, options.checksums)

@@ -29,6 +29,7 @@ from megatron_llmjp.convert.torch_archive_writer import Placeholder, plan_archiv
 from megatron_llmjp.errors import UserError
 
 METADATA = ".metadata"
+_COMMON_STATE = "common_state/shard_0_1"
 CHUNK_BYTES = 256 << 20
 """Chunks are written no larger than this: whoever loads one holds it twice."""
 
@@ -62,7 +63,8 @@ class ChunkTensor:
             UserError: the file is damaged.
         """
         found = load(self.path, self.offset, self.length, self.region)
-        if not isinstance(found, FileTensor) or found.shape not in (self.shape, (1, *self.shape)):
+        count = byte_count(self.shape, torch.uint8)
+        if not isinstance(found, FileTensor) or byte_count(found.shape, torch.uint8) != count:
             raise UserError(f"{self.path}: damaged: no tensor {self.shape} at {self.offset}")
         tensor = found.read(into).view(self.shape)
         if self.region is None and found.region is not None:
@@ -118,20 +120,28 @@ def read_metadata(
     Raises:
         UserError: ``.metadata`` is missing, damaged or of a kind that cannot be read.
     """
+    metadata = _open_metadata(folder)
+    try:
+        places = _places(folder, metadata.storage_data)
+        return {
+            key: _entry(key, value, places, files or {})
+            for key, value in metadata.state_dict_metadata.items()
+            if hasattr(value, "chunks")
+        }
+    except (AttributeError, TypeError, KeyError, ValueError, IndexError) as error:
+        raise UserError(f"{folder / METADATA}: damaged ({error!r})") from error
+
+
+def _open_metadata(folder: Path) -> Any:
     path = folder / METADATA
     try:
         with path.open("rb") as stream:
-            metadata = _MetadataUnpickler(stream, path).load()
-        places = _places(folder, metadata.storage_data)
-        entries = metadata.state_dict_metadata.items()
-        return {
-            key: _entry(key, value, places, files or {})
-            for key, value in entries
-            if hasattr(value, "chunks")
-        }
+            return _MetadataUnpickler(stream, path).load()
     except FileNotFoundError:
         raise UserError(f"{path}: missing, so this is no distributed checkpoint") from None
-    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, KeyError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a damaged pickle may raise anything
         raise UserError(f"{path}: damaged ({error!r})") from error
 
 
@@ -141,9 +151,16 @@ def read_common(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: it is missing or damaged.
     """
-    common = load(folder / "common.pt")
+    if (folder / "common.pt").exists() or not (folder / METADATA).exists():
+        common = load(folder / "common.pt")
+    else:  # megatron-core from 0.19 on
+        place = _places(folder, _open_metadata(folder).storage_data).get((_COMMON_STATE, None))
+        if place is None:
+            raise UserError(f"{folder}: holds neither common.pt nor {_COMMON_STATE}")
+        common = load(*place)
+        common = common[0] if isinstance(common, list) and len(common) == 1 else common
     if not isinstance(common, dict):
-        raise UserError(f"{folder / 'common.pt'}: damaged: holds no dictionary")
+        raise UserError(f"{folder}: damaged: its common state is no dictionary")
     return common
 
 

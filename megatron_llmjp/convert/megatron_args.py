@@ -214,15 +214,17 @@ def _gelu(given: dict[str, Any], biases: bool) -> str:
 
 
 def true_vocabulary(args: Any) -> int | None:
-    """The vocabulary without padding, where the arguments tell it.
+    """The vocabulary without padding, where the arguments have it.
 
-    NullTokenizer adds an end-of-document token to ``--vocab-size``; other tokenizers are not
-    described by the arguments.
+    ``vocab_size`` is that of NullTokenizer alone, which adds an end-of-document token; for other
+    tokenizers it is a bound at best. This converter writes ``true_vocab_size``.
     """
+    true = getattr(args, "true_vocab_size", None)
+    if isinstance(true, int):
+        return true
     size = getattr(args, "vocab_size", None)
-    if not isinstance(size, int):
-        return None
-    return size + 1 if getattr(args, "tokenizer_type", None) == "NullTokenizer" else size
+    null = getattr(args, "tokenizer_type", None) == "NullTokenizer"
+    return size + 1 if null and isinstance(size, int) else None
 
 
 def make_args(

@@ -76,7 +76,7 @@ def _args(source: Source, options: Options, rows: int) -> Any:
         "iteration": source.iteration or 0,
     }
     if model.vocab_size is not None:
-        extra["vocab_size"] = model.vocab_size
+        extra["true_vocab_size"] = model.vocab_size
     dtype = options.dtype or source.dtype
     sizes = options.tensor_parallel, options.pipeline_parallel
     return make_args(model, rows, dtype, *sizes, extra)

@@ -17,6 +17,7 @@ import torch
 
 from megatron_llmjp.config.schema import ModelConfig
 from megatron_llmjp.convert.dcp import StoredEntry, Writer
+from megatron_llmjp.convert.flattened import unflattened
 from megatron_llmjp.convert.formats import Options, Source, account
 from megatron_llmjp.convert.mcore_names import on_disk, reads
 from megatron_llmjp.convert.plan import Read, Write
@@ -211,13 +212,21 @@ def from_torch_dist(
         prefix = f"{PREFIX}{stored_kind}."
         own = {k.removeprefix(prefix): e for k, e in entries.items() if k.startswith(prefix)}
         if own and kind not in tensors:
-            tensors[kind] = reads(model, own[WORD_EMBEDDINGS].shape[0], own)
+            tensors[kind] = _reads(model, own)
     optimizer = common_state.get("optimizer")
     if not tensors or not isinstance(optimizer, dict):
         raise UserError(f"{where}: holds no optimizer state: saved with --no-save-optim?")
     inner = optimizer if "param_groups" in optimizer else optimizer["optimizer"]
     step = inner.get("state", {}).get("common_step", inner["param_groups"][0].get("step"))
     return make_state(tensors, step, inner["param_groups"], common_state, where)
+
+
+def _reads(model: ModelConfig, entries: dict[str, StoredEntry]) -> dict[str, Read]:
+    """How to read one kind of state, whole or cut into flat pieces of fragments."""
+    embedding = entries[WORD_EMBEDDINGS].shape
+    if len(embedding) == 2:
+        return reads(model, embedding[0], entries)
+    return unflattened(model, entries)
 
 
 def make_state(

@@ -276,6 +276,10 @@ def resolve(module: str, name: str, path: Path, rebuild: Callable[..., Any] | No
         return getattr(torch, name)
     if (module, name) == ("torch", "Size"):
         return torch.Size
+    if (module, name) == ("torch._tensor", "_rebuild_from_type_v2"):
+        return _without_type
+    if (module, name) == ("signal", "Signals"):
+        return _inert_class(module, name)
     if (module, name) == ("collections", "OrderedDict"):
         return OrderedDict
     if (module, name) == ("collections", "defaultdict"):
@@ -310,6 +314,14 @@ def _member(path: Path, *arguments: Any) -> Record:
 
 def _inert_class(module: str, name: str) -> type[Record]:
     return type(name.rpartition(".")[2], (Record,), {"kind": f"{module}.{name}"})
+
+
+def _without_type(function: Any, kind: Any, arguments: Any, state: Any) -> Any:
+    """A tensor with attributes, which Megatron-LM puts on its fp32 masters, without them.
+
+    The function is what :func:`resolve` gave for a name in the same pickle.
+    """
+    return function(*arguments)
 
 
 def _first(value: Any, *_: Any) -> Any:

@@ -1,0 +1,132 @@
+"""Checkpoints of megatron-core from 0.17 on, and of LLM-jp's fork with its optimizer."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import shutil
+import signal
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint import metadata as torch_dcp
+
+from megatron_llmjp.convert import dcp, native, torch_archive
+from megatron_llmjp.convert.plan import Slot, fill
+from tests.convert.hf_models import llama, state
+
+MOMENTS = Path(__file__).parent / "fixtures" / "mds_gpt_tp2pp2dp2_bf16z1" / "ckpt"
+
+
+def test_signals_in_arguments_are_inert(tmp_path):
+    args = argparse.Namespace(exit_signal=signal.SIGTERM, num_layers=2)
+    torch.save({"args": args}, tmp_path / "a.pt")
+    found = torch_archive.load(tmp_path / "a.pt")["args"]
+    assert found.num_layers == 2
+    assert isinstance(found.exit_signal, torch_archive.Record)
+
+
+def test_tensors_with_attributes_are_tensors(tmp_path):
+    """Megatron-LM marks the fp32 masters of its plain optimizer."""
+    tensor = torch.arange(6.0).view(2, 3)
+    tensor.tensor_model_parallel = True
+    torch.save({"master": tensor}, tmp_path / "a.pt")
+    found = torch_archive.load(tmp_path / "a.pt")["master"]
+    assert torch.equal(found.read(), tensor)
+
+
+def test_common_state_inside_the_distributed_checkpoint(tmp_path, convert):
+    llama(rope_theta=10000.0).save_pretrained(tmp_path / "hf")
+    convert("--to", "megatron-lm", "--input", tmp_path / "hf", "--output", tmp_path / "mlm")
+    folder = tmp_path / "mlm" / "release"
+    common = folder / "common.pt"
+    with (folder / ".metadata").open("rb") as stream:
+        metadata = pickle.load(stream)
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+    key = "common_state/shard_0_1"
+    metadata.state_dict_metadata[key] = torch_dcp.BytesStorageMetadata()
+    shutil.copy(common, folder / "__9_0.distcp")
+    place = _StorageInfo("__9_0.distcp", 0, common.stat().st_size)
+    metadata.storage_data[torch_dcp.MetadataIndex(key)] = place
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    common.unlink()
+    convert("--to", "hf", "--input", tmp_path / "mlm", "--output", tmp_path / "back")
+    before, after = state(tmp_path / "hf"), state(tmp_path / "back")
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_moments_in_flat_pieces_of_fragments(tmp_path, convert):
+    """Cut as tensor parallelism of 2 cuts, each fragment in two pieces that end within a row."""
+    convert("--to", "native", "--with-optimizer", "--input", MOMENTS, "--output", tmp_path / "n")
+    source = native.read(tmp_path / "n")
+    folder = source.path
+    stored = dcp.read_metadata(folder)
+    expected = {
+        (kind, name): read.read(name)
+        for kind, reads in source.optimizer().tensors.items()
+        for name, read in reads.items()
+    }
+    entries = {}
+    for number, (key, entry) in enumerate(stored.items()):
+        if key.startswith("optimizer.state."):
+            entries[key] = flattened(tmp_path, f"__{number}.distcp", key, entry)
+    again = native._optimizer(source.model, {**stored, **entries}, folder)
+    found = {
+        (kind, name): read.read(name)
+        for kind, reads in again.tensors.items()
+        for name, read in reads.items()
+    }
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def flattened(root: Path, file: str, key: str, entry: dcp.StoredEntry) -> dcp.StoredEntry:
+    """An entry's content as pieces ``[layers, grid..., elements]`` in another file."""
+    stacked = "layers." in key
+    layers = [entry.layer(i if stacked else None) for i in range(entry.shape[0] if stacked else 1)]
+    wholes = [layer.read(key) for layer in layers]
+    shape = wholes[0].shape
+    grid = tuple(2 if axis == len(shape) - 1 and n % 2 == 0 else 1 for axis, n in enumerate(shape))
+    writer = dcp.Writer(1 << 30, ".")
+    slots: list[tuple[Slot, torch.Tensor]] = []
+    chunks = {}
+    places = {}
+    for i, whole in enumerate(wholes):
+        for cell, part in enumerate(whole.chunk(grid[-1], dim=-1)):
+            flat = part.flatten()
+            for start, piece in ((0, flat[:5]), (5, flat[5:])):
+                name = f"{key} {i} {cell} {start}"
+                [(_, slot)] = writer.add_tensor(name, tuple(piece.shape), piece.dtype)
+                slots.append((slot, piece))
+                lead = (i,) if stacked else ()
+                where = (*lead, *([0] * (len(shape) - 1)), cell, start)
+                chunks[where, (*([1] * (len(where) - 1)), piece.numel())] = name
+    for output in writer.files:
+        output.create(root)
+    for slot, piece in slots:
+        fill(root, slot, piece)
+    (root / "__0_0.distcp").rename(root / file)
+    for (name, _, _), (_, offset, length) in writer._storage.items():
+        places[name] = (root / file, offset, length)
+    size = (*((len(wholes),) if stacked else ()), *grid, wholes[0].numel() // grid[-1])
+    return dcp.StoredEntry(size, entry.dtype, {box: places[name] for box, name in chunks.items()})
+
+
+def test_vocab_size_trims_for_null_tokenizers_only(tmp_path, convert):
+    llama(rope_theta=10000.0).save_pretrained(tmp_path / "hf")
+    text = convert("--to", "megatron-lm", "--ckpt-format", "torch", "--input", tmp_path / "hf",
+                   "--output", tmp_path / "mlm")  # fmt: skip
+    assert "27 rows of padding were added to 101" in text
+    path = next(tmp_path.glob("mlm/*/*/*.pt"))
+    content = torch.load(path, weights_only=False)
+    del content["args"].true_vocab_size
+    content["args"].vocab_size = 100
+    for kind, rows in (("NullTokenizer", 101), ("SentencePieceTokenizer", 128)):
+        content["args"].tokenizer_type = kind
+        torch.save(content, path)
+        out = tmp_path / kind
+        text = convert("--to", "hf", "--input", tmp_path / "mlm", "--output", out)
+        assert state(out)["model.embed_tokens.weight"].shape[0] == rows
+        assert ("rows 101 to 127 of 128 were dropped" in text) == (rows == 101)
+        assert ("true vocabulary size is not in the checkpoint" in text) == (rows == 128)
