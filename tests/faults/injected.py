@@ -337,8 +337,8 @@ def gradients_times(factor: float, iteration: int) -> None:
 
     begin, update, hit = Trainer._begin, step._update, []
 
-    def begun(self: Any, phase: str) -> None:
-        begin(self, phase)
+    def begun(self: Any, phase: str, **more: Any) -> None:
+        begin(self, phase, **more)
         hit[:] = [self] if self.iteration >= iteration else []
 
     def updated(*arguments: Any) -> Any:
