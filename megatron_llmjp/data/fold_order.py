@@ -47,8 +47,24 @@ class FoldOrder:
     def open(self) -> tuple[np.ndarray, np.ndarray]:
         """As :func:`blend_order`, memory-mapped; made first where it is missing."""
         index_cache.ensure(self.folder, self.build)
-        which = np.load(self.folder / "which.npy", mmap_mode="r")
-        return which, np.load(self.folder / "position.npy", mmap_mode="r")
+        inode = self.folder.stat().st_ino
+        try:
+            return self._load()
+        except ValueError as error:
+            index_cache.discard(self.folder, inode, str(error))
+            index_cache.ensure(self.folder, self.build)
+            return self._load()
+
+    def _load(self) -> tuple[np.ndarray, np.ndarray]:
+        names = ("which.npy", "position.npy")
+        which, position = (
+            np.load(self.folder / name, mmap_mode="r", allow_pickle=False) for name in names
+        )
+        if which.shape != (self.fold.samples,) or position.shape != which.shape:
+            raise ValueError(
+                f"its arrays do not hold the {self.fold.samples:,} samples of the fold"
+            )
+        return which, position
 
 
 def blend_order(fold: FoldPlan) -> tuple[np.ndarray, np.ndarray]:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import secrets
 import shutil
@@ -30,6 +31,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
+
+from numpy.lib import format as npy
 
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.file_lock import lock_file
@@ -127,8 +130,8 @@ def fault(folder: Path, *, thorough: bool = False) -> str | None:
             return f"{name}: {error.strerror}"
         if found != size:
             return f"{name} has {found:,} bytes, expected {size:,}"
-        if name.endswith(ARRAY) and not _is_array(folder / name):
-            return f"{name} is no array"
+        if name.endswith(ARRAY) and (wrong := _array_fault(folder / name)) is not None:
+            return f"{name} {wrong}"
         if thorough and crc32_of(folder / name) != crc:
             return f"{name} has another checksum than when it was written"
     return None
@@ -228,10 +231,25 @@ def _seal(folder: Path) -> None:
     sync(folder)
 
 
-def _is_array(path: Path) -> bool:
-    """Whether a file begins as one: numpy would execute it as a pickle, as megatron-core asks."""
-    with path.open("rb") as stream:
-        return stream.read(6) == b"\x93NUMPY"
+def _array_fault(path: Path) -> str | None:
+    """What is wrong with an array file, by its header; None if it holds integers, all of them.
+
+    megatron-core has numpy load pickles: an array of objects, or a file that is no array, must not
+    come so far.
+    """
+    try:
+        with path.open("rb") as stream:
+            version = npy.read_magic(stream)
+            read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+            shape, _, dtype = read(stream)
+            expected = stream.tell() + math.prod(shape) * dtype.itemsize
+    except (OSError, ValueError, TypeError, SyntaxError, RecursionError) as error:
+        return f"is no array ({' '.join(str(error).split())[:80]})"
+    if dtype.kind not in "iu":
+        return f"holds {dtype} instead of integers"
+    if path.stat().st_size != expected:
+        return f"has {path.stat().st_size:,} bytes, its header says {expected:,}"
+    return None
 
 
 def _unique(folder: Path, kind: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from pathlib import Path
@@ -101,6 +102,52 @@ def damage_values(path: Path) -> None:
     """An array of the same shape and other contents."""
     array = np.load(path)
     np.save(path, np.full_like(array, 10**6))
+
+
+def damage_type(path: Path) -> None:
+    """An array of Python objects, which numpy would read as a pickle."""
+    rewrite(path, np.array([{}] * 3, dtype=object))
+
+
+def damage_kind(path: Path) -> None:
+    """Numbers of another kind, of the same size."""
+    array = np.load(path)
+    rewrite(path, array.astype(np.float32 if array.itemsize == 4 else np.float64))
+
+
+def damage_length(path: Path) -> None:
+    """An array that is shorter than its header says."""
+    size = path.stat().st_size
+    with path.open("r+b") as stream:
+        stream.truncate(size - 4)
+
+
+def rewrite(path: Path, array: np.ndarray) -> None:
+    np.save(path, array, allow_pickle=True)
+
+
+def list_as_they_are(folder: Path) -> None:
+    """Have a cache folder list its files with the sizes that they have now."""
+    contents = folder / "contents.json"
+    listed = json.loads(contents.read_text())
+    for name, entry in listed["files"].items():
+        entry[0] = (folder / name).stat().st_size
+    contents.write_text(json.dumps(listed))
+
+
+@pytest.mark.parametrize("damage", [damage_type, damage_kind, damage_length])
+def test_arrays_of_another_kind_are_replaced(tmp_path, capsys, damage):
+    """Of an epoch and of the order of a fold; also where the list of files agrees with them."""
+    data = folds_of(tmp_path, (6, 5, 4))
+    good = [data[i]["tokens"].tolist() for i in range(BATCH)]
+    files = [*(tmp_path / "cache").rglob("*sample_index.npy")]
+    files += (tmp_path / "cache").rglob("which.npy")
+    for file in files:
+        damage(file)
+        list_as_they_are(file.parent)
+    again = folds_of(tmp_path, (6, 5, 4))
+    assert [again[i]["tokens"].tolist() for i in range(BATCH)] == good
+    assert capsys.readouterr().err.count("building it again") >= 2
 
 
 @pytest.mark.parametrize("damage", [damage_header, damage_values])
