@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.errors import EXIT_FAILURE
-from megatron_llmjp.runtime.long_work import LongWork, patient_group
+from megatron_llmjp.runtime.long_work import LONGEST, LongWork, patient_group
 from megatron_llmjp.training import watchdog
 from megatron_llmjp.training.hang_report import Place, blame
 from megatron_llmjp.training.watchdog import Patience, Watchdog
@@ -86,20 +86,22 @@ def test_patience():
 
 
 def slow_rank() -> str:
-    """One rank works for longer than the watchdog's limit and a collective's; the other waits."""
+    """One rank works for longer than the watchdog's limit; the other waits."""
     watchdog.GRACE_SECONDS = 1.0
-    dist.init_process_group("gloo", timeout=timedelta(seconds=2))
+    dist.init_process_group("gloo")
     store = dist.distributed_c10d._get_default_store()
-    watch = Watchdog(store, dist.get_rank(), dist.get_world_size(), 0.05, None)
+    watch = Watchdog(store, dist.get_rank(), dist.get_world_size(), 0.1, None)
     work = LongWork(watch.beat, patient_group())
     watch.begin(1, "a save")
     watch.start()
     if dist.get_rank() == 1:
-        for _ in range(60):
+        for _ in range(100):
             time.sleep(0.1)
             work.beat()
     work.wait_for_all()
     watch.close()
+    options = work.group._get_backend(torch.device("cpu")).options
+    assert options._timeout == LONGEST  # longer than any collective of training waits
     return "done"
 
 
