@@ -16,10 +16,17 @@ import transformers
 
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.convert import cli as converter
-from megatron_llmjp.convert import hf_gpt2, megatron_deepspeed
-from megatron_llmjp.convert.tensors import shapes
+from megatron_llmjp.convert import hf_gpt2, megatron_deepspeed, native
+from megatron_llmjp.convert.formats import Source
 from tests.convert.hf_models import STYLES
 from tests.support.datasets import write_folds
+from tests.support.tolerances import (
+    ELEMENTWISE,
+    GRADIENT,
+    GRADIENT_NORM,
+    LOSS,
+    assert_close,
+)
 from tests.support.training import PP2, TP2, Job, history, train_all
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -67,9 +74,10 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("continued")
     write_folds(folder, (8,), repeat=True)
     jobs, once = [], ("--finetune", "--train-iters", 1)
-    native = ("--to", "native", "--dtype", "fp32", "--target-tensor-parallel-size", 2)
+    to_native = ("--to", "native", "--dtype", "fp32", "--target-tensor-parallel-size", 2)
     for name in ENGINE:
-        convert(*native, "--input", FIXTURES / name / "ckpt", "--output", folder / f"{name}-start")
+        places = ("--input", FIXTURES / name / "ckpt", "--output", folder / f"{name}-start")
+        convert(*to_native, *places)
         jobs.append(job(folder, name, tokens_of(name), 1, *once))
     for name, make in STYLES.items():
         make(**{DEPTH[name]: 4}).save_pretrained(folder / f"{name}-hf")
@@ -77,8 +85,9 @@ def runs(tmp_path_factory):
         convert("--to", "native", *places)
         jobs.append(job(folder, name, tokens_of(name), 1, *once))
     places = ("--input", FIXTURES / GPT / "ckpt", "--output", folder / "moments-start")
-    convert(*native, "--with-optimizer", *places)
-    jobs.append(job(folder, "moments", tokens_of(GPT), STEPS, "--train-iters", 2 + STEPS))
+    convert(*to_native, "--with-optimizer", *places)
+    flags = ("--train-iters", 2 + STEPS, "--save-interval", 1)
+    jobs.append(job(folder, "moments", tokens_of(GPT), STEPS, *flags))
     train_all(jobs, 4, folder)
     return folder
 
@@ -86,67 +95,68 @@ def runs(tmp_path_factory):
 @pytest.mark.parametrize("name", ENGINE)
 def test_the_loss_of_megatron_deepspeed(runs, name):
     expected = json.loads((FIXTURES / name / "expected.json").read_text())["eval_loss"]
-    assert history(runs / name) == {1: pytest.approx(expected, abs=5e-6)}
+    assert_close(history(runs / name), {1: expected}, LOSS, "loss")
 
 
 @pytest.mark.parametrize("name", STYLES)
 def test_the_loss_of_transformers(runs, name):
     """Rows that pad the vocabulary repeat the last one, and are in the softmax."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(runs / f"{name}-hf").eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(runs / f"{name}-hf").double()
     tokens = tokens_of(name)
     with torch.no_grad():
         logits = model(tokens[:, :-1]).logits
     padded = torch.cat([logits, logits[..., -1:].expand(*logits.shape[:-1], 128 - 101)], -1)
     expected = cross_entropy(padded, tokens).item()
-    assert history(runs / name) == {1: pytest.approx(expected, abs=5e-6)}
+    assert_close(history(runs / name), {1: expected}, LOSS, "loss")
 
 
 def test_the_next_steps_have_the_moments(runs):
+    """Each step is compared with one in fp64 that starts from the state saved before it.
+
+    The gradients are compared by the moments, and the weights with the update that the saved
+    moments give: an update from moments of its own would magnify the rounding of gradients near 0,
+    and the next step would build on it.
+    """
     places = ("--input", runs / "moments-start", "--output", runs / "moments-hf")
     convert("--to", "hf", "--keep-vocab-padding", *places)
-    model = transformers.AutoModelForCausalLM.from_pretrained(runs / "moments-hf").train()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    model = transformers.AutoModelForCausalLM.from_pretrained(runs / "moments-hf").double().eval()
     parameters = dict(model.named_parameters())
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters.values() if p.dim() > 1], "weight_decay": 0.01},
-            {"params": [p for p in parameters.values() if p.dim() == 1], "weight_decay": 0.0},
-        ],
-        betas=(0.9, 0.95), eps=1e-8,
-    )  # fmt: skip
-    for key, states in moments().items():
-        optimizer.state[parameters[key]] = {"step": torch.tensor(2.0), **states}
-    tokens, losses, norms = tokens_of(GPT), [], []
-    for step in range(STEPS):
-        rate = 1e-3 + (3e-3 - 1e-3) * (1 - (4 + BATCH * step) / 20)  # linear, over 20 samples
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.zero_grad()
+    losses, norms = history(runs / "moments"), history(runs / "moments", "grad norm")
+    assert list(losses) == list(range(3, 3 + STEPS))
+    before, tokens = state(megatron_deepspeed.read(FIXTURES / GPT / "ckpt")), tokens_of(GPT)
+    for step, iteration in enumerate(losses):
+        for key, parameter in parameters.items():
+            parameter.data.copy_(before["param"][key])
+        model.zero_grad()
         loss = cross_entropy(model(tokens[:, :-1]).logits, tokens)
         loss.backward()
-        losses.append(loss.item())
-        norms.append(torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0).item())
-        optimizer.step()
-    iterations = range(3, 3 + STEPS)
-    for value, expected in (("lm loss", losses), ("grad norm", norms)):
-        found = history(runs / "moments", value)
-        assert list(found) == list(iterations)
-        assert list(found.values()) == pytest.approx(expected, rel=2e-6)
-    assert losses[0] - losses[-1] > 0.1
+        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        assert_close(losses[iteration], loss.item(), LOSS, "loss")
+        assert_close(norms[iteration], norm.item(), GRADIENT_NORM, "gradient norm")
+
+        after = state(native.read(runs / "moments" / manifests.folder_name(iteration)))
+        rate = 1e-3 + (3e-3 - 1e-3) * (1 - (4 + BATCH * step) / 20)  # linear, over 20 samples
+        for key, parameter in parameters.items():
+            gradient, decay = parameter.grad, 0.01 if parameter.dim() > 1 else 0.0
+            first, second = (after[kind][key] for kind in ("exp_avg", "exp_avg_sq"))
+            expected = 0.9 * before["exp_avg"][key] + 0.1 * gradient
+            assert_close(first, expected, GRADIENT, "exp_avg")
+            expected = 0.95 * before["exp_avg_sq"][key] + 0.05 * gradient**2
+            assert_close(second, expected, GRADIENT, "exp_avg_sq")
+            mean, root = first / (1 - 0.9**iteration), (second / (1 - 0.95**iteration)).sqrt()
+            expected = parameter.data * (1 - rate * decay) - rate * mean / (root + 1e-8)
+            assert_close(after["param"][key], expected, ELEMENTWISE, "weights")
+        before = after
+    assert losses[3] - losses[2 + STEPS] > 0.1
 
 
-def moments() -> dict[str, dict[str, torch.Tensor]]:
-    """Both moments by transformers' names of the parameters, ``[out, in]`` as GPT-2 keeps them."""
-    source = megatron_deepspeed.read(FIXTURES / GPT / "ckpt").check()
-    state = source.optimizer()
+def state(source: Source) -> dict[str, dict[str, torch.Tensor]]:
+    """fp32 weights and both moments in fp64 by transformers' names, ``[out, in]`` as in GPT-2."""
+    tensors = {"param": source.check().reads, **source.optimizer().tensors}
     found: dict[str, dict[str, torch.Tensor]] = {}
     for rule in hf_gpt2.STYLE.expanded(source.model):
-        assert rule.name in shapes(source.model, 128)
-        for kind in ("exp_avg", "exp_avg_sq"):
-            parts = rule.layout(state.tensors[kind][rule.name].read(rule.name))
+        for kind in ("param", "exp_avg", "exp_avg_sq"):
+            parts = rule.layout(tensors[kind][rule.name].read(rule.name))
             for key, part in zip(rule.keys, parts, strict=True):
-                tensor = part.view.reshape(part.shape).contiguous()
-                found.setdefault(key, {})[kind] = tensor
+                found.setdefault(kind, {})[key] = part.view.reshape(part.shape).double()
     return found

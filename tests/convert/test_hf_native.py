@@ -10,6 +10,7 @@ import transformers
 
 from megatron_llmjp.checkpoint import manifest
 from tests.convert.hf_models import STYLES, llama, state
+from tests.support.tolerances import LOGITS, assert_close
 
 LINEAR = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}
 LLAMA3 = {
@@ -37,8 +38,6 @@ TOKENS = torch.arange(2 * 24).view(2, 24) * 7 % 101
 )
 def test_round_trip_is_exact(tmp_path, convert, style, changes, dtype):
     model = STYLES[style](**changes)
-    with torch.no_grad():
-        expected = model(TOKENS).logits
     model.to(dtype).save_pretrained(tmp_path / "hf", max_shard_size="60KB")
     convert(
         "--from",
@@ -74,13 +73,14 @@ def test_round_trip_is_exact(tmp_path, convert, style, changes, dtype):
     configs = [json.loads((tmp_path / n / "config.json").read_text()) for n in ("hf", "back")]
     for key in ("rope_parameters", "use_parallel_residual"):
         assert configs[0].get(key) == configs[1].get(key)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "back", dtype=torch.float32
-    ).eval()
-    assert type(loaded) is type(model)
+    fp32 = [
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)
+        for name in ("hf", "back")
+    ]
+    assert type(fp32[1]) is type(model)
     with torch.no_grad():
-        error = (loaded(TOKENS).logits - expected).abs().max()
-    assert error < (1e-6 if dtype == torch.float32 else 0.05)
+        expected, found = (loaded.eval()(TOKENS).logits for loaded in fp32)
+    assert_close(found, expected, LOGITS, "logits")
 
 
 def test_native_folder_is_whole(tmp_path, convert):

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from tests.convert.hf_models import STYLES, state
+from tests.support.tolerances import LOSS, assert_close
 
 FIXTURES = Path(__file__).parent / "fixtures"
 REFERENCES = ["mds_gpt_tp2pp2dp2_bf16z1", "mds_llama_tp2pp2_fp32", "mds_gpt_nopipe_tp2"]
@@ -33,8 +34,8 @@ def test_real_checkpoints_give_their_recorded_losses(tmp_path, convert, name):
     convert("--to", "hf", "--input", source, "--output", tmp_path / "true")
     convert("--to", "hf", "--input", source, "--output", tmp_path / "pad", "--keep-vocab-padding")
     true, padded = expected["eval_loss_hf_true_vocab_only"], expected["eval_loss"]
-    assert loss_of(tmp_path / "true", tokens) == pytest.approx(true, abs=5e-6)
-    assert loss_of(tmp_path / "pad", tokens) == pytest.approx(padded, abs=5e-6)
+    assert_close(loss_of(tmp_path / "true", tokens), true, LOSS, "true")
+    assert_close(loss_of(tmp_path / "pad", tokens), padded, LOSS, "padded")
 
 
 @pytest.mark.parametrize("style", STYLES)

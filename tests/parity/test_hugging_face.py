@@ -18,6 +18,7 @@ import transformers
 
 from megatron_llmjp.convert import cli as converter
 from tests.support.datasets import write_folds
+from tests.support.tolerances import TRAINED, assert_close, distance
 from tests.support.training import Job, arguments, history, train_all
 
 STEPS, BATCH, MICRO, LENGTH, VOCABULARY = 50, 4, 2, 32, 128
@@ -143,8 +144,6 @@ def runs(tmp_path_factory):
     np.savez(file, **data)
     folds = write_folds(folder, (STEPS,), repeat=True)
     expected, jobs = {}, []
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # small tensors: threads would only wait for each other
     for name, (make, preset, ffn, decay, schedule) in STYLES.items():
         torch.manual_seed(3)
         model = make()
@@ -161,35 +160,30 @@ def runs(tmp_path_factory):
         if name == "gpt2":
             words += ["--train-iters", str(FAULTY_STEPS)]
             jobs += [Job(fault, (1, 2), tuple(words), fault, file) for fault in FAULTS]
-    torch.set_num_threads(threads)
     train_all(jobs, 2, folder)
     return folder, expected
 
 
-def distances(folder: Path, name: str, losses: list[float], norms: list[float]) -> list[float]:
-    """How far a run's losses and gradient norms are from expected ones, at most."""
-    found = []
+def curves(folder: Path, name: str, losses: list[float], norms: list[float]):
+    """A run's losses and gradient norms, and as many of the expected ones."""
     for value, expected in (("lm loss", losses), ("grad norm", norms)):
-        values = history(folder / name, value)
-        assert list(values) == list(range(1, len(values) + 1))
-        found.append(max(abs(value - expected[i - 1]) for i, value in values.items()))
-    return found
+        found = history(folder / name, value)
+        assert list(found) == list(range(1, len(found) + 1))
+        yield value, list(found.values()), expected[: len(found)]
 
 
 @pytest.mark.parametrize("name", STYLES)
 def test_losses_of_fifty_steps(runs, name):
     folder, expected = runs
-    losses, norms = expected[name]
+    losses, _ = expected[name]
     assert len(history(folder / name)) == STEPS
     assert losses[-1] < losses[0] - 0.5  # it learns: equal noise would prove little
-    loss, norm = distances(folder, name, losses, norms)
-    assert loss < 2e-5
-    assert norm < 1e-4
+    for value, ours, theirs in curves(folder, name, *expected[name]):
+        assert_close(ours, theirs, TRAINED, value)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_shows(runs, fault):
     folder, expected = runs
-    loss, norm = distances(folder, fault, *expected["gpt2"])
-    assert loss > 1e-3
-    assert norm > 1e-2
+    for value, ours, theirs in curves(folder, fault, *expected["gpt2"]):
+        assert distance(ours, theirs) > 10 * TRAINED, value

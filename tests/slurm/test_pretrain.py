@@ -17,6 +17,7 @@ from slurm.requeue import PATIENCE, decide
 from tests.slurm.cluster import Cluster
 from tests.support.datasets import write_folds
 from tests.support.processes import ROOT, pretrain
+from tests.support.tolerances import TRAINED, assert_close
 from tests.support.training import PP2, TP2, arguments, history
 
 SCRIPT = ROOT / "slurm" / "pretrain_llm-jp-3-1.8b.sh"
@@ -88,7 +89,7 @@ def test_a_job_survives(cluster: Cluster, folds: Path, tmp_path: Path):
 
     expected = history(quiet)
     assert list(expected) == list(range(1, ITERATIONS + 1))
-    assert history(save) == pytest.approx(expected, rel=1e-5)
+    assert_close(history(save), expected, TRAINED)
     ends = [json.loads(line) for line in (save / "requeues.jsonl").read_text().splitlines()]
     assert [ends[-1]["exit code"], ends[-1]["requeued"]] == [0, False]
     assert any(end["exit code"] == 3 and end["requeued"] for end in ends)
