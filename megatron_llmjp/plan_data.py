@@ -16,6 +16,7 @@ from megatron_llmjp.data.dataset_tokenizers import several_makers
 from megatron_llmjp.plan.data_plan import DataPlan, LearningRate, make_plan
 from megatron_llmjp.plan.data_table import show
 from megatron_llmjp.plan.data_warnings import find_warnings
+from megatron_llmjp.plan.overlap import overlaps
 from megatron_llmjp.prepare_data import (
     RunData,
     check_tokenizer,
@@ -54,7 +55,7 @@ def plan_data(config: Config, with_learning_rate: bool = True) -> Planned:
     rate = _learning_rate(config, data, train_iters) if with_learning_rate else None
     plan = make_plan(data.schedule, BatchSizes(config), train_iters, rate)
     found = find_warnings(plan, data.schedule, config, data.folds, data.datasets)
-    return Planned(plan, (*makers, *found))
+    return Planned(plan, (*makers, *found, *overlaps(data.folds)))
 
 
 def print_plan(config: Config) -> None:

@@ -45,6 +45,7 @@ def _describe(error: Any, data: Any) -> str:
         name = entry.get("name", location[1] + 1) if isinstance(entry, dict) else location[1] + 1
         words = [f"fold '{name}'", *words[2:]]
     message = error["msg"].removeprefix("Value error, ").replace("Input should", "must")
+    message = message.replace("a valid tuple", "a list").replace("a valid dictionary", "a mapping")
     if error["type"] == "extra_forbidden":
         possible = _keys_beside(words)
         message = f"unknown key{suggest(words[-1], possible)} (possible: {', '.join(possible)})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from decimal import Decimal
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -27,16 +28,17 @@ Part = Literal["train", "valid", "test"]
 
 
 def parse_count(value: Any) -> Any:
-    """``27.6B`` -> 27600000000; K, M, B and T are powers of a thousand."""
+    """``27.6B`` -> 27600000000; K, M, B and T are powers of a thousand, also in lower case."""
     if not isinstance(value, str):
         return value
-    match = re.fullmatch(r"\s*([\d_.]+)\s*([KMBT]?)\s*", value)
+    match = re.fullmatch(r"\s*(\d[\d_]*\.?\d*(?:[eE][+]?\d{1,2})?)\s*([KMBT]?)\s*", value, re.I)
     if match is None:
-        raise ValueError(f"expected a number such as 27600000000 or 27.6B, found '{value}'")
-    return round(float(match[1].replace("_", "")) * _UNITS[match[2]])
+        raise ValueError(f"expected a number such as 27600000000, 27.6B or 1e9, found '{value}'")
+    return round(Decimal(match[1].replace("_", "")) * _UNITS[match[2].upper()])
 
 
 Count = Annotated[PositiveInt, BeforeValidator(parse_count)]
+Amount = Annotated[PositiveFloat, Field(allow_inf_nan=False)]
 
 
 class Entry(BaseModel):
@@ -50,9 +52,9 @@ class Source(Entry):
 
     path: str
     """Prefix of the ``.bin`` and ``.idx``; relative to the file's ``root``."""
-    weight: PositiveFloat | None = None
+    weight: Amount | None = None
     tokens: Count | None = None
-    epochs: PositiveFloat | None = None
+    epochs: Amount | None = None
     repeat: bool = False
     """Whether the run may see this dataset more than once."""
     restart: bool = False
@@ -97,8 +99,8 @@ class Fold(Entry):
     """``megatron``: the order Megatron-LM itself would give for this budget and blend."""
     tokens: Count | None = None
     samples: Count | None = None
-    iterations: PositiveInt | None = None
-    epochs: PositiveFloat | None = None
+    iterations: Count | None = None
+    epochs: Amount | None = None
     blend: dict[str, Source] = Field(min_length=1)
     split: str | None = None
     """``order: megatron`` only: Megatron-LM's ``--split``; the fold takes its first part."""

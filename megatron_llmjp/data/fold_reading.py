@@ -16,6 +16,8 @@ include::
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,6 +76,7 @@ class _Library:
             UserError: a file is missing or wrong, includes itself, or names a blend again.
         """
         written = read_yaml(path, named_by)
+        _name_entries(written)
         _resolve_paths(written)
         self.files.add(path.resolve())
         for number, name in enumerate(_texts(written.data.get("include") or [])):
@@ -145,21 +148,75 @@ def _texts(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
+def _name_entries(written: Written) -> None:
+    """Turn each blend that is a list of datasets into a mapping, named by ``name`` or the path.
+
+    Raises:
+        UserError: a list holds datasets and names of blends.
+    """
+    blends = written.data.get("blends")
+    holders = list(_holders(written.data))
+    holders += [((), written.data["blends"])] if isinstance(blends, dict) else []
+    for at, holder in holders:
+        for key in ("blend",) if at else tuple(holder):
+            entries = holder.get(key)
+            place = (*at, key) if at else ("blends", key)
+            if not isinstance(entries, list) or not any(isinstance(e, dict) for e in entries):
+                continue
+            if not all(isinstance(entry, dict) for entry in entries):
+                raise UserError(
+                    f"{written.where(place)}: expected a list of datasets, as `- {{path: ...}}`, "
+                    "or a list of names of blends, found both"
+                )
+            names = _names(entries)
+            holder[key] = {
+                name: {k: v for k, v in entry.items() if k != "name"}
+                for name, entry in zip(names, entries, strict=True)
+            }
+            for old, line in list(written.lines.items()):
+                if old[: len(place)] == place and len(old) > len(place):
+                    name = names[old[len(place)]]
+                    written.lines[(*place, name, *old[len(place) + 1 :])] = line
+
+
+def _names(entries: list[dict[str, Any]]) -> list[str]:
+    """Return a name for each dataset of a list: the end of its path, or all if others share it."""
+    ends = [str(entry.get("name") or Path(str(entry.get("path"))).name) for entry in entries]
+    names = [
+        end if ends.count(end) == 1 else str(entry.get("path"))
+        for end, entry in zip(ends, entries, strict=True)
+    ]
+    return [name if names.count(name) == 1 else f"{name} {i}" for i, name in enumerate(names)]
+
+
+def _expanded(text: str, where: str) -> str:
+    """Return a path with ``~`` and environment variables replaced.
+
+    Raises:
+        UserError: a variable is not set.
+    """
+    found = os.path.expanduser(os.path.expandvars(text))  # noqa: PTH111
+    if missing := re.search(r"\$(\w+|\{\w+\})", found):
+        raise UserError(f"{where}: {text}: the environment variable {missing[1]} is not set")
+    return found
+
+
 def _resolve_paths(written: Written) -> None:
     """Put the file's root before every path in it, once for each mapping that anchors share."""
     data = written.data
     root_text = data.get("root") or ""
     if not isinstance(root_text, str):
         raise UserError(f"{written.where(('root',))}: root: expected a folder, found {root_text}")
-    root = Path(written.source).parent / root_text
+    root = Path(written.source).parent / _expanded(root_text, written.where(("root",)))
     done: set[int] = set()
     blends = data.get("blends")
-    holders = [holder for _, holder in _holders(data)]
-    holders += [{"blend": b} for b in blends.values()] if isinstance(blends, dict) else []
-    for holder in holders:
+    holders = list(_holders(data))
+    if isinstance(blends, dict):
+        holders += [(("blends", name), {"blend": blend}) for name, blend in blends.items()]
+    for at, holder in holders:
         blend = holder.get("blend")
         for entry in [holder, *(blend.values() if isinstance(blend, dict) else [])]:
             if isinstance(entry, dict) and isinstance(entry.get("path"), str):
                 if id(entry) not in done:
-                    entry["path"] = str(root / entry["path"])
+                    entry["path"] = str(root / _expanded(entry["path"], written.where(at)))
                 done.add(id(entry))

@@ -205,3 +205,52 @@ def test_mistakes_name_file_and_line(tmp_path, case):
     with pytest.raises(UserError) as caught:
         read_fold_file(write(tmp_path, files))
     assert f"{tmp_path}/{expected}".replace("FOLDER", str(tmp_path)) in str(caught.value)
+
+
+def test_a_blend_may_be_a_list(tmp_path, monkeypatch):
+    """As most people write it; names are the ends of paths, and mistakes still name their line."""
+    monkeypatch.setenv("DATA", "/data")
+    monkeypatch.setenv("HOME", "/home/me")
+    text = """\
+folds:
+  - name: a
+    tokens: 1e9
+    blend:
+      - {path: ja/wiki, weight: 1}
+      - {path: en/wiki, weight: 2}
+      - {path: $DATA/code, weight: 3}
+      - {path: ~/mine, name: own, weight: 4}
+  - {name: b, tokens: 27.6b, blend: [{path: x, weight: 1}]}
+"""
+    file = read_fold_file(write(tmp_path, {"folds.yaml": text}))
+    assert [fold.tokens for fold in file.folds] == [10**9, 27_600_000_000]
+    found = {name: (source.path, source.weight) for name, source in file.folds[0].blend.items()}
+    assert found == {
+        "ja/wiki": (str(tmp_path / "ja/wiki"), 1),
+        "en/wiki": (str(tmp_path / "en/wiki"), 2),
+        "code": ("/data/code", 3),
+        "own": ("/home/me/mine", 4),
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("folds:\n - name: a\n   tokens: 9\n   blend:\n    - {path: x, weight: .inf}\n",
+         "line 5: fold 'a', blend, x, weight: must be a finite number"),
+        ("folds:\n - name: a\n   tokens: 9\n   blend:\n    - {path: x, wieght: 1}\n",
+         "line 5: fold 'a', blend, x, wieght: unknown key; did you mean 'weight'"),
+        ("folds:\n - name: a\n   tokens: 9\n   blend:\n    - {path: x, weight: 1}\n    - ja\n",
+         "line 4: expected a list of datasets"),
+        ("folds: {a: 1}\n", "line 1: folds: must be a list"),
+        ("folds:\n - name: a\n   tokens: 9\n   blend: {x: {path: $NOWHERE/x, weight: 1}}\n",
+         "line 2: $NOWHERE/x: the environment variable NOWHERE is not set"),
+        ("folds:\n - name: a\n   tokens: 9x\n   blend: {x: {path: x, weight: 1}}\n",
+         "line 3: fold 'a', tokens: expected a number such as"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_lists_and_numbers(text, message, tmp_path, monkeypatch):
+    monkeypatch.delenv("NOWHERE", raising=False)
+    with pytest.raises(UserError) as caught:
+        read_fold_file(write(tmp_path, {"folds.yaml": text}))
+    assert message in str(caught.value)

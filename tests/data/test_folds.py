@@ -201,7 +201,7 @@ WRONG = {
         "two folds are named 'f'"
     ),
     "folds: [{name: f, tokens: 9 G, blend: BLEND}]": (
-        "fold 'f', tokens: expected a number such as 27600000000 or 27.6B, found '9 G'"
+        "fold 'f', tokens: expected a number such as 27600000000, 27.6B or 1e9, found '9 G'"
     ),
     "folds: [{name: f, iterations: -1, blend: BLEND}]": (
         "fold 'f', iterations: must be greater than 0"
