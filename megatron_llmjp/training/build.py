@@ -13,6 +13,7 @@ from megatron_llmjp.checkpoint import store
 from megatron_llmjp.checkpoint.saver import FoldEnds, Saver
 from megatron_llmjp.checkpoint.saving import Description
 from megatron_llmjp.checkpoint.store import RunState
+from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.batch_sizes import BatchSizes
 from megatron_llmjp.data.dataset import FoldDataset, Sample, ValidationDataset
 from megatron_llmjp.data.epoch_index import Epochs
@@ -156,12 +157,23 @@ def introduce(run: Run, chunks: list[Any], ranks: Ranks, device: Device) -> None
         f"data: {len(run.schedule.folds)} folds, {human(tokens)} tokens, "
         f"{run.train_iters} iterations of {growing}{sizes[-1]} samples"
     )
-    for note in run.notes:
+    for note in (*run.notes, *slow_precision(run.config, device)):
         say(f"note: {note}")
     if run.resume is not None:
         how = "weights of" if run.config.checkpoint.finetune else "going on from"
         say(f"{how} {run.resume.folder}")
     dist.barrier()
+
+
+def slow_precision(config: Config, device: Device) -> list[str]:
+    """A note on half precision where it is slower than fp32: on a CPU."""
+    kind = "bf16" if config.training.bf16 else "fp16" if config.training.fp16 else None
+    if kind is None or device.is_cuda:
+        return []
+    return [
+        f"{kind} is slower than fp32 on a CPU: give --no-{kind} (a checkpoint can be resumed in "
+        "either)"
+    ]
 
 
 def say(text: str) -> None:
