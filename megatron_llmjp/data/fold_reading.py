@@ -175,8 +175,9 @@ def _name_entries(written: Written) -> None:
             }
             for old, line in list(written.lines.items()):
                 if old[: len(place)] == place and len(old) > len(place):
-                    name = names[old[len(place)]]
-                    written.lines[(*place, name, *old[len(place) + 1 :])] = line
+                    name = names[int(old[len(place)])]
+                    new: At = (*place, name, *old[len(place) + 1 :])
+                    written.lines[new] = line
 
 
 def _names(entries: list[dict[str, Any]]) -> list[str]:

@@ -28,12 +28,9 @@ def test_folds_and_refined_overlap(tmp_path, capsys):
     dealt = [int((owner[::5] == fold).sum()) for fold in (0, 1)]
     assert sum(dealt) == 80
     found = overlaps(read_fold_file(path))
-    assert [
-        f"hold {n} documents in common, of 80" in text for n, text in zip(dealt, found, strict=True)
-    ] == [
-        True,
-        True,
-    ]
+    assert len(found) == 2
+    for count, text in zip(dealt, found, strict=True):
+        assert f"hold {count} documents in common, of 80" in text
     flags = ["--fold-file", str(path), "--seq-length", "64", "--global-batch-size", "4"]
     assert plan_folds.main(flags) == 0
     assert found[0] in " ".join(capsys.readouterr().out.split())
