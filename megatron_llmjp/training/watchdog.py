@@ -169,13 +169,18 @@ class Watchdog:
     def _ask_all(self, own: Place) -> list[Place] | None:
         """Places of the ranks that answer, by rank; None when the store does not."""
         places: list[Place] = []
+        # Each rank learns of progress a period late at most, and looks again a period later.
+        patience = GRACE_SECONDS + 2 * self._patience.period
 
         def ask() -> None:
             self._store.set(f"hang/{self._rank}", json.dumps(asdict(own)))
-            time.sleep(GRACE_SECONDS)
+            end = time.monotonic() + patience
+            while len(self._gather()) < self._world_size and time.monotonic() < end:
+                time.sleep(GRACE_SECONDS / 10)
             places.extend(self._gather())
 
-        _bounded(ask, 2 * GRACE_SECONDS)  # a store whose process is stopped never answers
+        # A store whose process is stopped never answers.
+        _bounded(ask, patience + GRACE_SECONDS)
         return places or None
 
     def _gather(self) -> list[Place]:

@@ -191,7 +191,8 @@ def tight(what: str, iteration: int, limit: float) -> None:
     """From some moment on, so many seconds without progress are a hang."""
     from megatron_llmjp.training import watchdog
 
-    watchdog.GRACE_SECONDS = 2.0
+    # The watchdogs' first look after that comes a period later, of the time before.
+    watchdog.GRACE_SECONDS = 2.0 + watchdog.LONGEST_PERIOD
 
     def tightened(trainer: Any) -> None:
         watch = trainer.watch.watchdog
