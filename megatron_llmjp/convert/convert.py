@@ -7,9 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from megatron_llmjp.convert import engine, megatron_deepspeed, megatron_lm, optimizer_state
 from megatron_llmjp.convert.detect import check_is_folder, detect, planner, reader
 from megatron_llmjp.convert.formats import Options, Source
+from megatron_llmjp.convert.megatron_ranks import check_divides
 from megatron_llmjp.convert.plan import Copy, Output
 from megatron_llmjp.convert.regions import Region
 from megatron_llmjp.convert.tensors import WORD_EMBEDDINGS
@@ -48,6 +51,8 @@ class Conversion:
         Raises:
             UserError: a file is damaged, the disk is full, or the target exists.
         """
+        _check_place(path, self.source.path)
+        path = path.absolute()
         begin, checking = time.monotonic(), 0.0
         with engine.new_folder(path, self.output.nbytes) as folder:
             sums = engine.run(self.copies, self.output, folder, workers, quiet)
@@ -79,6 +84,26 @@ def open_source(name: str, path: Path, options: Options) -> Source:
     return reader(name)(path)
 
 
+_FOREIGN = (
+    *(AttributeError, IndexError, KeyError, TypeError, ValueError, ArithmeticError),
+    *(RecursionError, MemoryError, OSError, RuntimeError),
+)
+"""What content of another form than expected raises, wherever it is looked into."""
+
+
+def _check_place(output: Path, source: Path) -> None:
+    """Refuse an output that is, or lies in, the source, and one that is a link.
+
+    Raises:
+        UserError: naming both.
+    """
+    if output.is_symlink():
+        raise UserError(f"--output {output}: is a symbolic link; name the folder itself")
+    place, root = output.resolve(), source.resolve()
+    if place == root or root in place.parents:
+        raise UserError(f"--output {output}: lies in the source, which is never written: {source}")
+
+
 def _changed_rows(source: Source, output: Output) -> list[str]:
     """Rows of the vocabulary that are dropped or added."""
     before, after = source.rows, output.writes[WORD_EMBEDDINGS].rows
@@ -96,7 +121,11 @@ def prepare(source_format: str | None, target: str, path: Path, options: Options
         UserError: the source is not whole, or the target cannot hold it.
     """
     check_is_folder(path)
-    source = open_source(source_format or detect(path), path, options).check()
+    try:
+        source = open_source(source_format or detect(path), path, options).check()
+    except _FOREIGN as error:
+        raise UserError(f"{path}: damaged, or of a form that is not known ({error!r})") from error
+    check_divides(source.model, options.tensor_parallel, options.pipeline_parallel)
     if options.vocab_size is not None:
         if options.vocab_size > source.rows:
             raise UserError(f"--vocab-size {options.vocab_size}: {path} has {source.rows} rows")
@@ -107,7 +136,12 @@ def prepare(source_format: str | None, target: str, path: Path, options: Options
     with_state = options.with_optimizer and (target == "native" or source.optimizer is not None)
     if with_state:
         source = optimizer_state.opened(source, options)
-    output = planner(target)(source, options)
+    try:
+        output = planner(target)(source, options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path}: {place} = {first['input']!r}: {first['msg']}") from None
     reads = source.reads
     if with_state:
         reads = reads | optimizer_state.reads_of(source, optimizer_state.of_source(source), options)

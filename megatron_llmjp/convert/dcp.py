@@ -164,7 +164,7 @@ def read_common(folder: Path) -> dict[str, Any]:
     return common
 
 
-class _MetadataUnpickler(pickle.Unpickler):
+class _MetadataUnpickler(pickle._Unpickler):  # the one in C trusts sizes in the file
     def __init__(self, stream: Any, path: Path) -> None:
         super().__init__(stream)
         self._path = path

@@ -65,6 +65,10 @@ def read(path: Path) -> Source:
         )
     model = style.from_config(config, str(path / CONFIG))
     tensors = {k: v for k, v in _tensors(path).items() if not style.ignored.search(k)}
+    if style is hf_gpt2.STYLE and "wte.weight" in tensors:  # saved from GPT2Model, as the original
+        tensors = {
+            k if k.startswith("lm_head.") else f"transformer.{k}": v for k, v in tensors.items()
+        }
     rules = style.expanded(model)
     replicas = _tied_copies(style, model, tensors)
     account(path, [key for rule in rules for key in rule.keys], tensors)

@@ -99,7 +99,9 @@ def _from_config(config: dict[str, Any], where: str) -> ModelConfig:
         num_query_groups=heads,
         kv_channels=hidden // heads,
         ffn_hidden_size=required(config, "intermediate_size", where),
-        max_position_embeddings=config.get("max_position_embeddings", 2048),
+        max_position_embeddings=required(
+            {"max_position_embeddings": 2048, **config}, "max_position_embeddings", where
+        ),
         position_embedding_type="rope",
         **rotary(config, where, "rotary_emb_base"),
         rotary_percent=percent,

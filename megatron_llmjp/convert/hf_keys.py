@@ -191,12 +191,17 @@ def rotary_refusals(model: ModelConfig) -> dict[str, bool]:
     return {"use_rope_scaling with rotary_seq_len_interpolation_factor": not both}
 
 
+_MOST_LAYERS = 10_000
+
+
 def make_model(where: str, **fields: Any) -> ModelConfig:
     """A validated model.
 
     Raises:
         UserError: a value of config.json is impossible.
     """
+    if isinstance(fields["num_layers"], int) and fields["num_layers"] > _MOST_LAYERS:
+        raise UserError(f"{where}: {fields['num_layers']} layers: damaged?")
     try:
         return ModelConfig(**fields)
     except ValidationError as error:

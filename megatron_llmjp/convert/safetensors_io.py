@@ -48,23 +48,43 @@ def read_header(path: Path) -> dict[str, FileTensor]:
             raise truncated(path, 8 + length)
         try:
             header: dict[str, Any] = json.loads(stream.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: damaged header ({error})") from error
+    if not isinstance(header, dict):
+        raise UserError(f"{path}: damaged header: no JSON object")
     header.pop("__metadata__", None)
-    return {key: _entry(path, 8 + length, size, key, value) for key, value in header.items()}
+    found = {key: _entry(path, 8 + length, size, key, value) for key, value in header.items()}
+    _check_overlap(path, found)
+    return found
 
 
-def _entry(path: Path, base: int, size: int, key: str, value: dict[str, Any]) -> FileTensor:
-    dtype = _CODES.get(value["dtype"])
+def _entry(path: Path, base: int, size: int, key: str, value: Any) -> FileTensor:
+    try:
+        code, lengths, (start, end) = value["dtype"], value["shape"], value["data_offsets"]
+    except (TypeError, KeyError, ValueError):
+        raise UserError(f"{path}: damaged header: {key} has no type, shape and offsets") from None
+    numbers = [start, end, *(lengths if isinstance(lengths, list) else [None])]
+    if any(type(n) is not int or n < 0 for n in numbers) or start > end:
+        raise UserError(f"{path}: damaged header: {key} has shape {lengths} at {start} to {end}")
+    dtype = _CODES.get(code) if isinstance(code, str) else None
     if dtype is None:
-        raise UserError(f"{path}: {key} has type {value['dtype']}, which cannot be converted")
-    start, end = value["data_offsets"]
-    shape = tuple(value["shape"])
+        raise UserError(f"{path}: {key} has type {code}, which cannot be converted")
+    shape = tuple(lengths)
     if end - start != byte_count(shape, dtype):
         raise UserError(f"{path}: damaged header: {key} {shape} does not fill its bytes")
     if base + end > size:
         raise truncated(path, base + end)
     return FileTensor(path, base + start, shape, dtype)
+
+
+def _check_overlap(path: Path, tensors: dict[str, FileTensor]) -> None:
+    """Refuse tensors that share bytes, which the format forbids."""
+    end, last = 0, ""
+    for key, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
+        if tensor.offset < end and byte_count(tensor.shape, tensor.dtype):
+            raise UserError(f"{path}: damaged header: {key} and {last} share bytes")
+        if (reach := tensor.offset + byte_count(tensor.shape, tensor.dtype)) > end:
+            end, last = reach, key
 
 
 def plan_file(name: str, tensors: dict[str, tuple[Shape, torch.dtype]]) -> OutputFile:

@@ -139,6 +139,10 @@ def load(
         raise UserError(f"{path}: damaged or truncated ({error or 'no data.pkl'})") from error
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: damaged pickle ({error})") from error
+    except UserError:
+        raise
+    except Exception as error:  # a damaged pickle may raise anything
+        raise UserError(f"{path}: damaged ({error!r})") from error
 
 
 def _regions(

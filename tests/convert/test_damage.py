@@ -1,0 +1,177 @@
+"""Whatever a file holds, opening it gives a checkpoint or one line."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_llmjp.convert.convert import prepare
+from megatron_llmjp.convert.formats import Options
+from megatron_llmjp.convert.safetensors_io import read_header
+from megatron_llmjp.errors import UserError
+from tests.convert.hf_models import gpt2, llama, state
+
+FIXTURE = Path(__file__).parent / "fixtures" / "mds_llama_tp2pp2_fp32" / "ckpt"
+ODD = [None, True, -1, 0, 10**30, 1.5, float("nan"), "x", [], {}, [[]], {"a": 1}, "\ud800", 1 << 40]
+
+
+def header(folder: Path, change) -> None:
+    """Rewrite the header of a safetensors file."""
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    value = change(json.loads(content[8 : 8 + length]))
+    text = json.dumps(value).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda h: [h], "no JSON object"),
+        (lambda h: {**h, "model.norm.weight": 3}, "no type, shape and offsets"),
+        (lambda h: {**h, "model.norm.weight":
+                    {**h["model.norm.weight"], "data_offsets": [-256, 0]}}, "at -256 to 0"),
+        (lambda h: {**h, "model.norm.weight":
+                    {**h["model.norm.weight"], "data_offsets": [0, 256]}}, "share bytes"),
+        (lambda h: {**h, "model.norm.weight":
+                    {**h["model.norm.weight"], "shape": [-8, -8]}}, "shape [-8, -8]"),
+    ],
+)  # fmt: skip
+def test_headers_that_lie_are_refused(tmp_path, change, message):
+    llama().save_pretrained(tmp_path)
+    header(tmp_path, change)
+    with pytest.raises(UserError, match=r"model\.safetensors") as error:
+        read_header(tmp_path / "model.safetensors")
+    assert message in str(error.value)
+
+
+def mutated_json(value: object, generator: random.Random) -> object:
+    """One value somewhere inside replaced."""
+    if isinstance(value, (dict, list)) and value and generator.random() < 0.8:
+        key = generator.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        changed = value.copy()
+        changed[key] = mutated_json(value[key], generator)
+        return changed
+    return generator.choice(ODD)
+
+
+def mutated_bytes(content: bytes, generator: random.Random) -> bytes:
+    """A few bytes changed, a piece cut out, or the end missing."""
+    data = bytearray(content)
+    kind = generator.randrange(3)
+    if kind == 0:
+        for _ in range(generator.randint(1, 4)):
+            data[generator.randrange(len(data))] = generator.randrange(256)
+    elif kind == 1:
+        start = generator.randrange(len(data))
+        del data[start : start + generator.randint(1, 64)]
+    else:
+        del data[generator.randrange(len(data)) :]
+    return bytes(data)
+
+
+def opened(folder: Path, format_name: str) -> None:
+    """Plan a conversion; whatever is wrong must be a user's error of few lines."""
+    try:
+        prepare(format_name, "native", folder, Options())
+    except UserError as error:
+        assert str(error)
+        assert str(error).count("\n") <= 3
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> Path:
+    from megatron_llmjp.convert.cli import main
+
+    root = tmp_path_factory.mktemp("damage")
+    sizes = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16}
+    llama(rope_theta=10000.0, **sizes).save_pretrained(root / "hf")
+    for name, flags in {"dist": [], "legacy": ["--ckpt-format", "torch"]}.items():
+        words = ["--to", "megatron-lm", *flags, "--input", str(root / "hf")]
+        assert main([*words, "--output", str(root / name)]) == 0
+    return root
+
+
+@pytest.mark.parametrize(
+    ("name", "format_name", "file"),
+    [
+        ("hf", "hf", "config.json"),
+        ("hf", "hf", "model.safetensors"),
+        ("dist", "megatron-lm", "release/.metadata"),
+        ("dist", "megatron-lm", "release/common.pt"),
+        ("legacy", "megatron-lm", "release/mp_rank_00/model_optim_rng.pt"),
+    ],
+)
+def test_damage_never_ends_in_a_traceback(tmp_path, sources, name, format_name, file):
+    folder = tmp_path / name
+    shutil.copytree(sources / name, folder)
+    victim = folder / file
+    good = victim.read_bytes()
+    generator = random.Random(file)
+    for _ in range(500):
+        if victim.suffix == ".json":
+            value = mutated_json(json.loads(good), generator)
+            victim.write_text(json.dumps(value), encoding="utf-8", errors="surrogatepass")
+        elif victim.suffix == ".safetensors" and generator.random() < 0.5:
+            victim.write_bytes(good)
+            header(folder, lambda value: mutated_json(value, generator))
+        else:
+            victim.write_bytes(mutated_bytes(good, generator))
+        opened(folder, format_name)
+    victim.write_bytes(good)
+    prepare(format_name, "native", folder, Options())
+
+
+@pytest.mark.parametrize("content", [[1, 2], {}, 3, torch.ones(3), {"args": 5, "model": None},
+                                     {"args": None, "module": {}, "model": []}])  # fmt: skip
+def test_files_of_torch_that_hold_something_else(tmp_path, sources, content):
+    for name, file in (("legacy", "release/mp_rank_00/model_optim_rng.pt"),
+                       ("dist", "release/common.pt")):  # fmt: skip
+        shutil.copytree(sources / name, tmp_path / name)
+        torch.save(content, tmp_path / name / file)
+        with pytest.raises(UserError):
+            prepare("megatron-lm", "native", tmp_path / name, Options())
+    shutil.copytree(FIXTURE, tmp_path / "mds")
+    torch.save(content, next((tmp_path / "mds").glob("*/mp_rank_00_model_states.pt")))
+    with pytest.raises(UserError):
+        prepare("megatron-deepspeed", "native", tmp_path / "mds", Options())
+
+
+def test_outputs_in_the_source_are_refused(tmp_path, convert, monkeypatch):
+    llama().save_pretrained(tmp_path / "hf")
+    before = sorted(tmp_path.rglob("*"))
+    (tmp_path / "link").symlink_to(tmp_path / "hf")
+    for output in (tmp_path / "hf" / "o", tmp_path / "hf", tmp_path / "link",
+                   tmp_path / "link" / "o", tmp_path / "a" / ".." / "hf" / "o"):  # fmt: skip
+        words = ("--to", "native", "--input", tmp_path / "hf", "--output", output)
+        assert "--output" in convert(*words, code=2)
+    monkeypatch.chdir(tmp_path / "hf")
+    assert "--output" in convert("--to", "native", "--input", ".", "--output", ".", code=2)
+    (tmp_path / "link").unlink()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("target", ["native", "hf", "megatron-lm", "megatron-deepspeed"])
+def test_impossible_layouts_are_refused_for_every_target(tmp_path, convert, target):
+    gpt2().save_pretrained(tmp_path / "hf")
+    words = ("--to", target, "--input", tmp_path / "hf", "--output", tmp_path / "o")
+    text = convert(*words, "--target-tensor-parallel-size", "3", code=2)
+    assert "tensor parallel size 3 does not divide num_attention_heads 4" in text
+    text = convert(*words, "--target-pipeline-parallel-size", "8", code=2)
+    assert "pipeline parallel size 8 does not divide num_layers 3" in text
+
+
+def test_gpt2_without_the_prefix_of_its_keys(tmp_path, convert):
+    from safetensors.torch import save_file
+
+    gpt2().save_pretrained(tmp_path / "hf")
+    tensors = {k.removeprefix("transformer."): v for k, v in state(tmp_path / "hf").items()}
+    save_file(tensors, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
+    convert("--to", "hf", "--verify", "--input", tmp_path / "hf", "--output", tmp_path / "back")
+    assert "transformer.wte.weight" in state(tmp_path / "back")
