@@ -58,7 +58,7 @@ BAD_FOLDS = {
     f"include: 5\n{FOLD}": "line 1: include: expected a file or a list of files, found 5",
     f"include: [null]\n{FOLD}": "line 1: include: expected a file or a list of files, found None",
     f"root: [a]\n{FOLD}": "line 1: root: expected a folder, found ['a']",
-    "folds: [{name: a, tokens: 5, blend: [[x], {y: 1}]}]\n": "line 1: expected a list of datasets, as",
+    "folds: [{name: a, tokens: 5, blend: [[x], {y: 1}]}]\n": "line 1: expected a list of datasets",
     "folds: 5\n": "line 1: folds: must be a list",
     "folds: [a, null]\n": "line 1: fold '1': must be a mapping",
     "": "folds",
