@@ -72,7 +72,7 @@ def job(folder: Path, name: str, tokens: torch.Tensor, steps: int, *flags: objec
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("continued")
-    write_folds(folder, (8,), repeat=True)
+    write_folds(folder, (8,), repeat=True, vocabulary=90)  # the smallest of the models
     jobs, once = [], ("--finetune", "--train-iters", 1)
     to_native = ("--to", "native", "--dtype", "fp32", "--target-tensor-parallel-size", 2)
     for name in ENGINE:

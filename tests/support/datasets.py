@@ -13,15 +13,17 @@ VOCAB_SIZE = 100
 """Of NullTokenizer: ids 0 to 98, and 99 ends a document."""
 
 
-def write_dataset(prefix: Path, documents: int, seed: int, length: int = 40) -> None:
+def write_dataset(
+    prefix: Path, documents: int, seed: int, length: int = 40, vocabulary: int = VOCAB_SIZE
+) -> None:
     """A dataset of documents of random lengths; its tokens follow a pattern that can be learned."""
     generator = np.random.default_rng(seed)
     lengths = generator.integers(length // 2, 2 * length, documents).astype(np.int32)
     parts = []
     for n in lengths:
         steps = generator.integers(1, 4, n)
-        tokens = (generator.integers(VOCAB_SIZE - 1) + np.cumsum(steps)) % (VOCAB_SIZE - 1)
-        tokens[-1] = VOCAB_SIZE - 1
+        tokens = (generator.integers(vocabulary - 1) + np.cumsum(steps)) % (vocabulary - 1)
+        tokens[-1] = vocabulary - 1
         parts.append(tokens.astype(np.uint16))
     writer = IndexedWriter(prefix.with_suffix(".bin"), np.dtype(np.uint16))
     writer.add(np.concatenate(parts), lengths)
@@ -30,12 +32,15 @@ def write_dataset(prefix: Path, documents: int, seed: int, length: int = 40) -> 
 
 
 def write_folds(
-    folder: Path, iterations: tuple[int, ...] = (6, 5, 4), repeat: bool = False
+    folder: Path,
+    iterations: tuple[int, ...] = (6, 5, 4),
+    repeat: bool = False,
+    vocabulary: int = VOCAB_SIZE,
 ) -> Path:
     """Two datasets, folds of different blends, and a validation set; the fold file's path."""
-    write_dataset(folder / "ja", 400, seed=1)
-    write_dataset(folder / "en", 300, seed=2)
-    write_dataset(folder / "valid", 60, seed=3)
+    write_dataset(folder / "ja", 400, seed=1, vocabulary=vocabulary)
+    write_dataset(folder / "en", 300, seed=2, vocabulary=vocabulary)
+    write_dataset(folder / "valid", 60, seed=3, vocabulary=vocabulary)
     blends = [(1, 2), (3, 1), (1, 1)]
     folds = [
         {
