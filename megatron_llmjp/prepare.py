@@ -29,6 +29,7 @@ from megatron_llmjp.data.folds import DatasetInfo, HeldOut, MegatronBlend, Sched
 from megatron_llmjp.data.rate_settings import rate_settings
 from megatron_llmjp.errors import Problems, UserError
 from megatron_llmjp.prepare_data import (
+    RunData,
     as_known,
     cache_folder,
     check_tokenizer,
@@ -103,52 +104,29 @@ def prepare(
         UserError: whatever is wrong with the layout, tokenizer, data or checkpoint.
     """
     asked = config
-    problems = Problems()  # none of these hides another
-    with problems.collect():
-        check(config, world_size)
-    if problems.lines:
-        _look_further(config, problems)
-    told_of_save = _save_folder(config)
-    config, told_of_start = _first_start_is_over(config)
-    with problems.collect():
-        tokenizer = _tokenizer(config)
-        config = _with_vocabulary(config, tokenizer)
-    with problems.collect():
-        data = prepare_data(config)
-    problems.report()
+    config, tokenizer, data, notes = _read_inputs(config, world_size)
     mismatch = check_tokenizer(config, data.datasets, tokenizer)
-    check_ids(
-        data.datasets, max(tokenizer.vocab_size, config.model.vocab_size or 0), tokenizer.identity()
-    )
+    vocab_size = max(tokenizer.vocab_size, config.model.vocab_size or 0)
+    check_ids(data.datasets, vocab_size, tokenizer.identity())
     resume = resuming.find(config, damaged)
-    goes_on = resume if resume is not None and not config.checkpoint.finetune else None
-    if goes_on is not None:
-        data = as_known(data, config, goes_on.manifest.folds)
-    schedule, skipped = past.skip_iterations(
-        data.schedule,
-        config.data.skip_iterations,
-        goes_on.manifest if goes_on else None,
-        BatchSizes(config),
-        left_out,
-    )
-    told = [*told_of_save, *told_of_start]
-    notes, memory = [*told, *repetitions(schedule), *past.told(skipped)], Past(skipped)
-    if goes_on is not None:
-        config, memory, told = resuming.adopt(config, goes_on, schedule, skipped)
-        notes += [*told, *resuming.check_tokenizer(config, goes_on, tokenizer)]
+    continued = resume if resume is not None and not config.checkpoint.finetune else None
+    manifest = continued.manifest if continued is not None else None
+    if manifest is not None:
+        data = as_known(data, config, manifest.folds)
+    sizes, skips = BatchSizes(config), config.data.skip_iterations
+    schedule, skipped = past.skip_iterations(data.schedule, skips, manifest, sizes, left_out)
+    notes += [*repetitions(schedule), *past.told(skipped)]
+    memory = Past(skipped)
+    if continued is not None:
+        config, memory, changes = resuming.adopt(config, continued, schedule, skipped)
+        notes += [*changes, *resuming.check_tokenizer(config, continued, tokenizer)]
     elif resume is not None:
         resuming.check_weights(config, resume)
-    config = changed(config, padded_vocab_size=config.rows)
-    train_iters, told = count_iterations(config, schedule)
-    notes += told
-    config, told = shorten_warmup(with_decay(config, schedule, train_iters))
-    notes += told
-    check(config, world_size)
-    rate_settings(config, schedule, BatchSizes(config), train_iters)
-    validation, told = validation_sets(config, data, train_iters)
-    notes += told
+    config, train_iters, length_notes = _with_length(config, schedule, world_size)
+    validation, validation_notes = validation_sets(config, data, train_iters)
     if config.training.eval_only:
         _check_validation(config, resume, validation)
+    facts = Facts(world_size, train_iters, decay_end(config), len(validation))
     return Run(
         asked=asked,
         config=config,
@@ -160,12 +138,54 @@ def prepare(
         train_iters=train_iters,
         resume=resume,
         past=memory,
-        notes=tuple(notes),
+        notes=(*notes, *length_notes, *validation_notes),
         mismatches=tuple(mismatch),
-        lints=tuple(
-            lint(config, Facts(world_size, train_iters, decay_end(config), len(validation)))
-        ),
+        lints=tuple(lint(config, facts)),
     )
+
+
+def _read_inputs(config: Config, world_size: int) -> tuple[Config, Tokenizer, RunData, list[str]]:
+    """Check the configuration and the save folder, and read the tokenizer and the datasets.
+
+    Returns:
+        The configuration with its vocabulary, the tokenizer, the data and notes for the user.
+
+    Raises:
+        UserError: everything that is wrong, so that no mistake hides another.
+    """
+    problems = Problems()
+    with problems.collect():
+        check(config, world_size)
+    if problems.lines:
+        _look_further(config, problems)
+    notes = _save_folder(config)
+    config, start_notes = _first_start_is_over(config)
+    with problems.collect():
+        tokenizer = _tokenizer(config)
+        config = _with_vocabulary(config, tokenizer)
+    with problems.collect():
+        data = prepare_data(config)
+    problems.report()
+    return config, tokenizer, data, [*notes, *start_notes]
+
+
+def _with_length(
+    config: Config, schedule: Schedule, world_size: int
+) -> tuple[Config, int, list[str]]:
+    """Resolve what follows from the run's length: decay and warm-up of the learning rate.
+
+    Returns:
+        The configuration, the number of iterations and notes for the user.
+
+    Raises:
+        UserError: the length contradicts another field.
+    """
+    config = changed(config, padded_vocab_size=config.rows)
+    train_iters, notes = count_iterations(config, schedule)
+    config, warmup_notes = shorten_warmup(with_decay(config, schedule, train_iters))
+    check(config, world_size)
+    rate_settings(config, schedule, BatchSizes(config), train_iters)
+    return config, train_iters, [*notes, *warmup_notes]
 
 
 def _look_further(config: Config, problems: Problems) -> None:
