@@ -34,6 +34,7 @@ def find_warnings(
     return [
         *_sizes(plan, schedule, sizes),
         *_end(plan, schedule, sizes),
+        *_continued(schedule),
         *_used_twice(schedule),
         *_trained_and_validated(schedule, file, datasets),
         *_decay(plan, schedule, config),
@@ -43,7 +44,10 @@ def find_warnings(
 
 
 def warnings_of_run(run: Run) -> list[str]:
-    """The same at the start of a run, whose lint warns of the end of the decay by itself."""
+    """Those of them that a run prints at its start.
+
+    The lint of a run warns of the end of the decay. That folds continue a dataset is no mistake.
+    """
     sizes = BatchSizes(run.config)
     plan = make_plan(run.schedule, sizes, run.train_iters)
     return [
@@ -91,39 +95,72 @@ def _end(plan: DataPlan, schedule: Schedule, sizes: BatchSizes) -> Iterator[str]
         )
 
 
-def _used_twice(schedule: Schedule) -> Iterator[str]:
-    uses: dict[str, list[tuple[str, Slice]]] = {}
-    theirs = {fold.name for fold in schedule.folds if fold.megatron is not None}
+Uses = dict[str, list[tuple[str, Slice]]]
+"""By key of a dataset, the folds that use it and the slices that they take."""
+
+
+def _uses(schedule: Schedule) -> Uses:
+    uses: Uses = {}
     for fold in schedule.folds:
         for piece in fold.slices:
             uses.setdefault(piece.key, []).append((fold.name, piece))
-    several: list[str] = []
-    anew: list[str] = []
+    return uses
+
+
+def _epochs(places: Sequence[tuple[str, Slice]]) -> float:
+    """How often a dataset is seen in the whole run."""
+    return sum(piece.samples for _, piece in places) / places[-1][1].samples_per_epoch
+
+
+def _continued(schedule: Schedule) -> Iterator[str]:
+    """Datasets that several folds continue: the usual way to spread them, so for plans alone."""
+    theirs = _in_megatron_order(schedule)
+    several = [
+        text
+        for places in _uses(schedule).values()
+        if (text := _in_several_folds(places)) and not theirs & {name for name, _ in places}
+    ]
+    if several:
+        yield (
+            f"used in more than one fold: {_some(several)}; a fold continues where the last one "
+            "stopped, unless it has `restart: true`"
+        )
+
+
+def _used_twice(schedule: Schedule) -> Iterator[str]:
+    """Datasets whose samples are seen again, or may be."""
+    theirs = _in_megatron_order(schedule)
+    mixed: list[str] = []
     often: list[str] = []
-    for places in uses.values():
+    for places in _uses(schedule).values():
         piece = places[-1][1]
         folds = [name for name, _ in places]
-        epochs = sum(p.samples for _, p in places) / piece.samples_per_epoch
         for name in sorted({n for n in folds if folds.count(n) > 1}):
             twins = [f"'{p.name}'" for fold, p in places if fold == name]
             yield f"fold '{name}': {' and '.join(twins)} are the same dataset ({piece.path})"
-        if len(set(folds)) > 1:
-            kind = anew if theirs.intersection(folds) else several
-            kind.append(f"{piece.path} ({len(set(folds))} folds, {epochs:.2f} epochs in all)")
+        text = _in_several_folds(places)
+        if text and theirs.intersection(folds):
+            mixed.append(text)
         if max(p.end for _, p in places) > piece.samples_per_epoch:
-            often.append(f"{piece.path} ({epochs:.2f} epochs)")
-    if several:
+            often.append(f"{piece.path} ({_epochs(places):.2f} epochs)")
+    if mixed:
         yield (
-            f"used in more than one fold: {_some(several)}; a fold goes on where the last one "
-            "stopped, unless it says `restart: true`"
-        )
-    if anew:
-        yield (
-            f"used in Megatron-LM's order and in other folds: {_some(anew)}; that order cannot go "
-            "on where another stopped: samples may be seen again"
+            f"used in Megatron-LM's order and in other folds: {_some(mixed)}; that order cannot "
+            "continue where another stopped: samples may be seen again"
         )
     if often:
         yield f"samples are seen more than once: {_some(often)}"
+
+
+def _in_megatron_order(schedule: Schedule) -> set[str]:
+    return {fold.name for fold in schedule.folds if fold.megatron is not None}
+
+
+def _in_several_folds(places: Sequence[tuple[str, Slice]]) -> str:
+    """A dataset with the number of folds that use it; empty for one fold."""
+    folds = len({name for name, _ in places})
+    epochs = _epochs(places)
+    return f"{places[-1][1].path} ({folds} folds, {epochs:.2f} epochs in all)" if folds > 1 else ""
 
 
 def _trained_and_validated(

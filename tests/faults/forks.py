@@ -27,6 +27,9 @@ SLOW = 120.0
 Fault = tuple[Any, ...]
 """Name of a function of :mod:`tests.faults.injected`, and its arguments."""
 
+IN_THE_LAUNCHER_TOO = {"ids_not_searched"}
+"""Faults of what the launcher does before it starts the ranks; others strike the ranks alone."""
+
 
 class Start:
     """One start of the program, and what it writes."""
@@ -157,7 +160,7 @@ def _main(words: list[str], fault: Fault | None) -> None:
     launch._start = fork  # type: ignore[assignment]
     # Drawing the report of a run that ends costs more than the run.
     entry.draw_at_end = lambda save: None  # type: ignore[assignment]
-    if "--nproc-per-node" not in words:
+    if "--nproc-per-node" not in words or (fault and fault[0] in IN_THE_LAUNCHER_TOO):
         _inject(fault)
     code = entry.main(words)
     sys.stdout.flush()

@@ -324,6 +324,13 @@ def nan_weight_at(what: str, iteration: int, which: int = 0) -> None:
         strike(what, iteration, lambda trainer: _first(trainer).data.view(-1)[:1].fill_(_NAN))
 
 
+def ids_not_searched() -> None:
+    """The start finds no token id, so that the run itself meets those beyond the vocabulary."""
+    from megatron_llmjp.data import sources
+
+    sources.largest_id = lambda index: None
+
+
 def nan_validation() -> None:
     """A validation gives no number."""
     from megatron_llmjp.training import run

@@ -77,6 +77,10 @@ def test_a_token_beyond_the_vocabulary_is_named(own, layout, workers):
     (own.root / "ja.bin").write_bytes(tokens.tobytes())
     save = own.folder("vocabulary")
     code, _, errors = own.run(layout, save, "--num-workers", workers)
+    assert code == EXIT_USER_ERROR and not save.exists(), errors
+    assert f"{own.root / 'ja'} (id {VOCAB_SIZE + 7})" in errors
+    unseen = ("ids_not_searched",)  # as rare ones of a large dataset
+    code, _, errors = own.run(layout, save, "--num-workers", workers, fault=unseen)
     assert code == EXIT_USER_ERROR, errors
     assert f"error: dataset {own.root / 'ja'}, document " in errors
     assert f"token id {VOCAB_SIZE + 7}, but the vocabulary ends at {VOCAB_SIZE - 1}" in errors
