@@ -252,4 +252,5 @@ def test_what_cannot_be_skipped(folds, tmp_path, flag, message):
 def test_a_run_that_names_its_iterations_may_skip_some(folds):
     run = run_of(folds, "--train-iters", 15, "--skip-iterations", "2-3")
     assert run.train_iters == 13
-    assert "the run ends at iteration 13, not 15: samples are skipped" in run.notes
+    expected = "the run ends at iteration 13, not with train_iters 15 at iteration 15: samples are "
+    assert expected + "skipped" in run.notes
