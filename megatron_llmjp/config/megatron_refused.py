@@ -7,14 +7,14 @@ from __future__ import annotations
 
 _BY_REMEDY: dict[str, str] = {
     # model
-    "models with it are not supported": """
+    "this part of a model is not implemented; leave it out if your model is without": """
         --apply-layernorm-1p --squared-relu --quick-geglu --use-fused-weighted-squared-relu
         --apply-residual-connection-post-layernorm --fp32-residual-connection
-        --rotary-interleaved --no-rope-freq --qk-layernorm --qk-l2-norm
+        --rotary-interleaved --no-rope-freq --qk-l2-norm
         --use-embedding-scaling --relative-attention-num-buckets
         --relative-attention-max-distance --mrope-section --window-size --window-attn-skip-freq
         --linear-attention-freq --heterogeneous-layers-config-path
-        --heterogeneous-layers-config-encoded-json --apply-wd-to-qk-layernorm
+        --heterogeneous-layers-config-encoded-json
         --embedding-weights-in-fp32 --onnx-safe --spec --multi-latent-attention --q-lora-rank
         --kv-lora-rank --qk-head-dim --qk-pos-emb-head-dim --v-head-dim --rotary-scaling-factor
         --mscale --mscale-all-dim --cache-mla-latents --is-hybrid-model
@@ -23,6 +23,8 @@ _BY_REMEDY: dict[str, str] = {
         --linear-conv-kernel-dim --linear-key-head-dim --linear-num-key-heads
         --linear-num-value-heads --linear-value-head-dim --qk-clip --qk-clip-alpha
         --qk-clip-threshold""",
+    "models that normalize queries and keys, as LLM-jp's v4 and Qwen3 do, are not implemented": """
+        --qk-layernorm --apply-wd-to-qk-layernorm""",
     "recompute activations with --recompute-granularity instead of moving them": """
         --cpu-offloading-num-layers --fine-grained-activation-offloading
         --min-offloaded-tensor-size --offload-modules""",
@@ -155,6 +157,6 @@ REFUSED_FAMILIES: dict[str, str] = {
     "--langrl-": _ONLY_GPT,
     "--no-rl-": _ONLY_GPT,
     "--no-langrl-": _ONLY_GPT,
-    "--dsa-": "models with it are not supported",
+    "--dsa-": "this part of a model is not implemented; leave it out if your model is without",
 }
 """The beginning of a flag's name, and what to do instead of those that begin with it."""
