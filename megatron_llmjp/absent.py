@@ -123,6 +123,10 @@ def _without_tokenizer(config: Config, changes: dict[str, Any], data: bool) -> I
     if is_absent:
         changes |= {"tokenizer_type": "NullTokenizer", "tokenizer_model": None}
         changes["allow_tokenizer_mismatch"] = True
+        # A checkpoint to resume from is not compared with a stand-in.
+        assumed = ("vocab_size",) if config.model.vocab_size is None else ()
+        accepted = (*config.checkpoint.override_resume, "tokenizer_type", "tokenizer", *assumed)
+        changes["override_resume"] = accepted
         yield f"tokenizer {model} is not here, and is not checked; the run needs it"
 
 

@@ -107,7 +107,8 @@ def _dry_run(command: Command, world_size: int) -> int:
     print_notes(planned.notes)
     run = checked(prepare(planned.config, world_size), world_size)
     if planned.has_other_tokenizer:
-        run = replace(run, mismatches=())
+        notes = tuple(note for note in run.notes if not note.startswith("tokenizer_"))
+        run = replace(run, mismatches=(), notes=notes)
     _show(check_start(run))
     check_model(run)
     run = replace(run, config=planned.restored(run.config))

@@ -202,6 +202,17 @@ def test_resume_with_another_tokenizer_of_equal_size(tmp_path, tokenizers, saved
     assert any("accepted by --override-resume tokenizer" in note for note in notes)
 
 
+def test_a_dry_run_of_a_resume_excuses_an_absent_tokenizer(tmp_path, saved):
+    words, save = saved
+    absent = tmp_path / "absent.model"
+    flags = [*words, "--save", save, "--tokenizer-model", absent, "--padded-vocab-size", 384]
+    dry = pretrain(*flags, "--dry-run")
+    assert dry.returncode == 0, dry.stderr
+    assert f"tokenizer {absent} is not here, and is not checked" in dry.stderr
+    assert f"# goes on from {save / 'iter_0000003'}" in dry.stdout
+    assert "NullTokenizer" not in dry.stdout and "lr_warmup" not in dry.stdout.split("model:")[0]
+
+
 def test_finetuning_weights_of_other_shapes_is_refused(tokenizers, saved):
     words, save = saved
     words = [*words, "--tokenizer-model", tokenizers[1], "--load", save, "--finetune"]

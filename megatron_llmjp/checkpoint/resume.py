@@ -142,7 +142,9 @@ def adopt(
         elif name in OptimizerConfig.model_fields and not (
             config.optimizer.override_opt_param_scheduler
         ):
-            if new is not None and name != "override_opt_param_scheduler":
+            # A default warm-up was shortened when the run began: nobody requested the new one.
+            is_default = name.startswith("lr_warmup_") and config.optimizer.lr_warmup_shorten
+            if new is not None and name != "override_opt_param_scheduler" and not is_default:
                 notes.append(
                     f"{name}: the checkpoint's {old!r} is kept, not {new!r} "
                     "(--override-opt-param-scheduler takes the new one)"
