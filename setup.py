@@ -27,7 +27,7 @@ REQUIRES = [
     "zstandard>=0.22",
     "orjson>=3.10",
     "pyarrow>=15",  # Parquet
-    "psutil>=5.9",  # megatron-core's checkpoint writer imports it without saying so
+    "psutil>=5.9",
 ]
 
 EXTRAS = {
