@@ -7,19 +7,17 @@ on) reads the files with transformers and finds it there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import tokenizers
 
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.tokenizers.base import Ids, Tokenizer
+from megatron_llmjp.tokenizers.fast import FastTokenizer
 
 EOD = "<|endoftext|>"
 
 
-class GPT2BPETokenizer(Tokenizer):
+class GPT2BPETokenizer(FastTokenizer):
     """Byte-level BPE without special tokens in the text."""
 
     kind = "GPT2BPETokenizer"
@@ -41,26 +39,6 @@ class GPT2BPETokenizer(Tokenizer):
         if eod is None:
             raise UserError(f"{self.vocab_file}: has no {EOD} to end a document")
         self.eod_id = self.eos_id = self.bos_id = eod
-
-    def encode(self, text: str) -> Ids:
-        """Return the ids of one text."""
-        text.encode()  # the library's own error for a lone surrogate is a bare TypeError
-        return np.array(self.tokenizer.encode(text).ids, np.int32)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        """Return the ids of each text, encoded together."""
-        for text in texts:
-            text.encode()
-        encodings = self.tokenizer.encode_batch_fast(list(texts))
-        return [np.array(encoding.ids, np.int32) for encoding in encodings]
-
-    def decode(self, ids: Sequence[int] | Ids) -> str:
-        """Return the text."""
-        return str(self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False))
-
-    def piece(self, token_id: int) -> str:
-        """Return the token of one id, as it stands in the vocabulary."""
-        return str(self.tokenizer.id_to_token(int(token_id)))
 
     def files(self) -> list[Path]:
         """Return the vocabulary and the merges."""

@@ -8,15 +8,13 @@ template of the tokenizer.json (which may add BOS or EOS) is not applied, as in 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tokenizers
 
 from megatron_llmjp.errors import UserError, download_hint
-from megatron_llmjp.tokenizers.base import Ids, Tokenizer
+from megatron_llmjp.tokenizers.fast import FastTokenizer
 
 COMPANIONS = (
     "tokenizer_config.json",
@@ -32,7 +30,7 @@ ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 LIKELY_EOD = ("<EOD>", "<EOD|LLM-jp>", "<|eod|>", "<|endoftext|>", "</s>", "<eos>")
 
 
-class HuggingFaceTokenizer(Tokenizer):
+class HuggingFaceTokenizer(FastTokenizer):
     """A fast tokenizer; end of document is its ``eos_token``, or a token named like ``<EOD>``."""
 
     kind = "HuggingFaceTokenizer"
@@ -62,26 +60,6 @@ class HuggingFaceTokenizer(Tokenizer):
         name = token.get("content") if isinstance(token, dict) else token
         return self.tokenizer.token_to_id(name) if isinstance(name, str) else None
 
-    def encode(self, text: str) -> Ids:
-        """Return the ids of one text, without what the tokenizer's template would add."""
-        _refuse_surrogates(text)
-        return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        """Return the ids of each text, encoded together."""
-        for text in texts:
-            _refuse_surrogates(text)
-        encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, np.int32) for encoding in encodings]
-
-    def decode(self, ids: Sequence[int] | Ids) -> str:
-        """Return the text, special tokens included."""
-        return str(self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False))
-
-    def piece(self, token_id: int) -> str:
-        """Return the token of one id, as it stands in the vocabulary."""
-        return str(self.tokenizer.id_to_token(int(token_id)))
-
     def files(self) -> list[Path]:
         """Return tokenizer.json and what lies beside it for transformers."""
         beside = [self.json_file.parent / name for name in COMPANIONS]
@@ -94,10 +72,6 @@ class HuggingFaceTokenizer(Tokenizer):
 
 def _known(token_id: int | None) -> bool:
     return token_id is not None
-
-
-def _refuse_surrogates(text: str) -> None:
-    text.encode()  # the library's own error for a lone surrogate is a bare TypeError
 
 
 def _settings(folder: Path) -> dict[str, Any]:
