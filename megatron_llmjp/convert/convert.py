@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from megatron_llmjp.convert import engine, megatron_deepspeed, megatron_lm, optimizer_state
+from megatron_llmjp.convert import engine, optimizer_state
 from megatron_llmjp.convert.detect import check_is_folder, detect, planner, reader
 from megatron_llmjp.convert.formats import Options, Source
 from megatron_llmjp.convert.megatron_ranks import check_divides
@@ -77,11 +77,7 @@ def open_source(name: str, path: Path, options: Options) -> Source:
         raise UserError(f"--main-weights is for megatron-deepspeed, {path} is {name}")
     if options.ignored_args and name not in ("megatron-lm", "megatron-deepspeed"):
         raise UserError(f"--ignore-args is for Megatron's checkpoints, {path} is {name}")
-    if name == "megatron-lm":
-        return megatron_lm.read(path, options.ignored_args)
-    if name == "megatron-deepspeed":
-        return megatron_deepspeed.read(path, options.main_weights, options.ignored_args)
-    return reader(name)(path)
+    return reader(name)(path, options)
 
 
 _FOREIGN = (

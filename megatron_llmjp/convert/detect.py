@@ -53,15 +53,17 @@ def check_is_folder(path: Path) -> None:
         raise UserError(f"--input {path}: does not exist{download_hint(path)}")
 
 
-def reader(name: str) -> Callable[[Path], Source]:
+def reader(name: str) -> Callable[[Path, Options], Source]:
     """The function that opens a checkpoint of a format."""
     from megatron_llmjp.convert import hf, megatron_deepspeed, megatron_lm, native
 
-    readers = {
-        "native": native.read,
-        "hf": hf.read,
-        "megatron-lm": megatron_lm.read,
-        "megatron-deepspeed": megatron_deepspeed.read,
+    readers: dict[str, Callable[[Path, Options], Source]] = {
+        "native": lambda path, _: native.read(path),
+        "hf": lambda path, _: hf.read(path),
+        "megatron-lm": lambda path, given: megatron_lm.read(path, given.ignored_args),
+        "megatron-deepspeed": lambda path, given: megatron_deepspeed.read(
+            path, given.main_weights, given.ignored_args
+        ),
     }
     return readers[name]
 

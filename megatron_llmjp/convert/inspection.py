@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_llmjp.convert.detect import detect, reader
-from megatron_llmjp.convert.formats import FORMATS, Source
+from megatron_llmjp.convert.formats import FORMATS, Options, Source
 from megatron_llmjp.convert.storage import byte_count, dtype_name
 from megatron_llmjp.errors import UserError
 
@@ -42,7 +42,7 @@ def describe(path: Path) -> str:
     """
     from megatron_llmjp.convert.hf import style_for
 
-    source = reader(detect(path))(path).check()
+    source = reader(detect(path))(path, Options()).check()
     possible = [name for name in FORMATS if name != source.format]
     lines = [summary(source)]
     try:
