@@ -16,6 +16,7 @@ from megatron_llmjp.data.fold_reading import read_fold_file
 from megatron_llmjp.data.fold_record import FoldRecord
 from megatron_llmjp.data.folds import DatasetInfo, HeldOut, MegatronBlend, Schedule
 from megatron_llmjp.data.megatron_paths import fold_file_of, given_flags
+from megatron_llmjp.data.rate_settings import in_samples
 from megatron_llmjp.data.resolve import resolve, resolve_validation
 from megatron_llmjp.data.run_length import Limit, limits, planned_samples
 from megatron_llmjp.data.sources import inspect_sources
@@ -240,11 +241,8 @@ def shorten_warmup(config: Config) -> tuple[Config, list[str]]:
         The configuration, and a note where the warm-up was shortened.
     """
     o, end = config.optimizer, decay_end(config)
-    samples = o.lr_warmup_samples
-    if o.lr_warmup_tokens is not None:
-        samples = o.lr_warmup_tokens // config.data.seq_length
-    sizes = BatchSizes(config)
-    length = o.lr_warmup_iters if samples is None else sizes.iterations(samples)[0]
+    samples = in_samples(config, o.lr_warmup_samples, o.lr_warmup_tokens)
+    length = o.lr_warmup_iters if samples is None else BatchSizes(config).iterations(samples)[0]
     if not o.lr_warmup_shorten or o.lr_warmup_fraction is not None or not end or length < end:
         return config, []
     new = end // 10
@@ -258,7 +256,6 @@ def shorten_warmup(config: Config) -> tuple[Config, list[str]]:
 
 def decay_end(config: Config) -> int | None:
     """The iteration that the learning rate's decay ends at, in whichever unit it is given."""
-    o, samples = config.optimizer, config.optimizer.lr_decay_samples
-    if o.lr_decay_tokens is not None:
-        samples = o.lr_decay_tokens // config.data.seq_length
+    o = config.optimizer
+    samples = in_samples(config, o.lr_decay_samples, o.lr_decay_tokens)
     return o.lr_decay_iters if samples is None else BatchSizes(config).iterations(samples)[0]

@@ -85,14 +85,14 @@ def _settings_of_fold(own: FoldLearningRate, sizes: BatchSizes, first: int, end:
 def _settings_of_run(config: Config, sizes: BatchSizes, train_iters: int) -> Settings:
     """Lengths in samples, from whichever unit they are given in."""
     o = config.optimizer
-    decay = _length(config, o.lr_decay_samples, o.lr_decay_tokens)
+    decay = in_samples(config, o.lr_decay_samples, o.lr_decay_tokens)
     if decay is None:
         part = max(1, round((o.lr_decay_fraction or 1.0) * train_iters))
         decay = sizes.consumed_after(o.lr_decay_iters or part)
-    warmup: float | None = _length(config, o.lr_warmup_samples, o.lr_warmup_tokens)
+    warmup: float | None = in_samples(config, o.lr_warmup_samples, o.lr_warmup_tokens)
     if o.lr_warmup_fraction is not None:
         warmup = o.lr_warmup_fraction * decay
-    tail = _length(config, o.lr_wsd_decay_samples, o.lr_wsd_decay_tokens)
+    tail = in_samples(config, o.lr_wsd_decay_samples, o.lr_wsd_decay_tokens)
     if o.lr_wsd_decay_fraction is not None:
         tail = round(o.lr_wsd_decay_fraction * decay)
     if tail is None and o.lr_wsd_decay_iters is not None:
@@ -117,7 +117,8 @@ def _settings_of_run(config: Config, sizes: BatchSizes, train_iters: int) -> Set
     }
 
 
-def _length(config: Config, samples: int | None, tokens: int | None) -> int | None:
+def in_samples(config: Config, samples: int | None, tokens: int | None) -> int | None:
+    """A length that is given in samples or tokens, in samples; None if it is in neither."""
     if samples is None and tokens is not None:
         return tokens // config.data.seq_length
     return samples
