@@ -26,6 +26,18 @@ class Ignored:
 
     name: str
     reason: str
+    other: str = ""
+    """The path that the reason is about, such as the one that the file is reached by already."""
+
+    @property
+    def kind(self) -> str:
+        """The reason without the path that it is about."""
+        return f"{self.reason} another" if self.other else self.reason
+
+    @property
+    def text(self) -> str:
+        """The whole reason."""
+        return f"{self.reason} {self.other}" if self.other else self.reason
 
 
 def has_suffix(name: str, suffixes: Sequence[str] = SUFFIXES) -> bool:
@@ -44,37 +56,37 @@ def walk(folder: str, suffixes: Sequence[str]) -> tuple[list[str], list[Ignored]
     files: list[str] = []
     ignored: list[Ignored] = []
     seen: dict[str, str] = {}
-    for name, reason in sorted(_walk(Path(folder), suffixes, {})):
-        if reason is None:
-            first = seen.setdefault(os.path.realpath(name), name)
-            reason = None if first == name else f"the same file as {first}"
-        if reason is None:
+    for name, skipped in sorted(_walk(Path(folder), suffixes, {}), key=lambda found: found[0]):
+        first = name if skipped else seen.setdefault(os.path.realpath(name), name)
+        if skipped is None and first != name:
+            skipped = Ignored(name, "the same file as", first)
+        if skipped is None:
             files.append(name)
         else:
-            ignored.append(Ignored(name, reason))
+            ignored.append(skipped)
     return files, ignored
 
 
 def _walk(
     folder: Path, suffixes: Sequence[str], above: dict[str, Path]
-) -> Iterator[tuple[str, str | None]]:
-    """Yield each file with the reason why it is ignored, None if it is not."""
+) -> Iterator[tuple[str, Ignored | None]]:
+    """Yield each path, and why it is ignored if it is."""
     real = os.path.realpath(folder)
     if real in above:
-        yield str(folder), f"a link back to {above[real]}"
+        yield str(folder), Ignored(str(folder), "a link back to", str(above[real]))
         return
     try:
         entries = list(folder.iterdir())
     except OSError as error:
         raise UserError(f"--input: {folder} cannot be read: {error.strerror}") from error
     for entry in entries:
-        if entry.is_dir():
-            if reason := _reason_of_folder(entry):
-                yield str(entry), reason
-            else:
-                yield from _walk(entry, suffixes, above | {real: folder})
+        reason = _reason_of_folder(entry) if entry.is_dir() else _reason(entry, suffixes)
+        if reason is not None:
+            yield str(entry), Ignored(str(entry), reason)
+        elif entry.is_dir():
+            yield from _walk(entry, suffixes, above | {real: folder})
         else:
-            yield str(entry), _reason(entry, suffixes)
+            yield str(entry), None
 
 
 def _reason_of_folder(folder: Path) -> str | None:
@@ -110,8 +122,8 @@ def describe(ignored: Sequence[Ignored]) -> str:
     if not ignored:
         return ""
     by_reason = {
-        reason: [Path(entry.name).name for entry in ignored if _kind(entry) == reason]
-        for reason, _ in Counter(map(_kind, ignored)).most_common()
+        reason: [Path(entry.name).name for entry in ignored if entry.kind == reason]
+        for reason, _ in Counter(entry.kind for entry in ignored).most_common()
     }
     parts = []
     for reason, names in by_reason.items():
@@ -124,14 +136,6 @@ def record(ignored: Sequence[Ignored]) -> dict[str, Any]:
     """Return what a manifest keeps of the files that are not read: counts, and the first names."""
     return {
         "files": len(ignored),
-        "reasons": dict(sorted(Counter(map(_kind, ignored)).items())),
-        "first": {entry.name: entry.reason for entry in ignored[:NAMES_KEPT]},
+        "reasons": dict(sorted(Counter(entry.kind for entry in ignored).items())),
+        "first": {entry.name: entry.text for entry in ignored[:NAMES_KEPT]},
     }
-
-
-def _kind(entry: Ignored) -> str:
-    """Return a reason without the file that it names."""
-    for kind in ("the same file as", "a link back to"):
-        if entry.reason.startswith(kind):
-            return f"{kind} another"
-    return entry.reason

@@ -33,7 +33,7 @@ class Limits:
         Raises:
             UserError: more than half of the lines, and more than the limit, were rejected.
         """
-        if sum(sum(tally.rejected.values()) for tally in tallies) >= ENOUGH_TO_JUDGE:
+        if _reasons(tallies).total() >= ENOUGH_TO_JUDGE:
             self._check_rejected(tallies, max(self.max_rejected, 0.5))
 
     def check(self, tallies: Sequence[Tally], keys: Sequence[str]) -> None:
@@ -46,7 +46,7 @@ class Limits:
         empty = [key for key in keys if not sum(tally.tokens.get(key, 0) for tally in tallies)]
         if empty and not self.allow_empty:
             lines = sum(tally.lines for tally in tallies)
-            rejected = sum(sum(tally.rejected.values()) for tally in tallies)
+            rejected = _reasons(tallies).total()
             raise UserError(
                 f"no tokens for --json-keys {' '.join(empty)}: {lines:,} lines were read, "
                 f"{rejected:,} of them rejected. Check --input and --json-keys, or give "
@@ -54,9 +54,7 @@ class Limits:
             )
 
     def _check_rejected(self, tallies: Sequence[Tally], most: float) -> None:
-        reasons: Counter[str] = Counter()
-        for tally in tallies:
-            reasons.update(tally.rejected)
+        reasons = _reasons(tallies)
         rejected = reasons.total()
         total = rejected + sum(tally.documents for tally in tallies)
         if rejected <= most * total:
@@ -67,6 +65,14 @@ class Limits:
             f"--max-rejected is {self.max_rejected:.4%}. Fix the input or --json-keys, or give a "
             "larger --max-rejected: the same command then continues."
         )
+
+
+def _reasons(tallies: Sequence[Tally]) -> Counter[str]:
+    """Count the rejected lines by reason."""
+    reasons: Counter[str] = Counter()
+    for tally in tallies:
+        reasons.update(tally.rejected)
+    return reasons
 
 
 def share(text: str) -> float:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from data_tools.cli import Parser, cores, positive, run
 from data_tools.folders import record
@@ -66,6 +67,38 @@ def _parser() -> Parser:
         metavar="PREFIX",
         help="output is PREFIX_KEY_document.{bin,idx,json}",
     )
+    _add_tokenizer_flags(add)
+    add("--workers", type=positive, default=cores(), metavar="N", help="processes that encode")
+    _add_limits(add)
+    add(
+        "--log-interval",
+        type=positive,
+        metavar="N",
+        help="documents between progress lines (default: one every 10 seconds)",
+    )
+    add(
+        "--report",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="also write the closing table to FILE.csv or FILE.json; may be repeated",
+    )
+    add(
+        "--shard",
+        metavar="NUMBER/COUNT",
+        help="do this part of the input only, 0/16 to 15/16; large files of plain lines are cut. "
+        "slurm/16 takes the number from the Slurm array. merge_datasets --parts PREFIX joins the "
+        "parts",
+    )
+    add("--overwrite", action="store_true", help="replace datasets and unfinished runs")
+    for flag in ("--dataset-impl", "--partitions"):  # in Megatron-LM's scripts; order is kept here
+        add(flag, help=argparse.SUPPRESS)
+    add("--keep-sequential-samples", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def _add_tokenizer_flags(add: Callable[..., Any]) -> None:
     add("--tokenizer-type", required=True, metavar="TYPE", help=", ".join(TOKENIZER_TYPES))
     add("--tokenizer-model", metavar="PATH", help="model file or folder of the tokenizer")
     add(
@@ -84,7 +117,10 @@ def _parser() -> Parser:
         action="store_true",
         help="begin each document with the BOS token",
     )
-    add("--workers", type=positive, default=cores(), metavar="N", help="processes that encode")
+
+
+def _add_limits(add: Callable[..., Any]) -> None:
+    """Add the flags on bad lines and on input without documents."""
     add(
         "--on-error",
         choices=("stop", "skip", "quarantine"),
@@ -112,32 +148,6 @@ def _parser() -> Parser:
         metavar="MB",
         help="longer lines are bad lines; encoding one takes about 30 times its size in memory",
     )
-    add(
-        "--log-interval",
-        type=positive,
-        metavar="N",
-        help="documents between progress lines (default: one every 10 seconds)",
-    )
-    add(
-        "--report",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="also write the closing table to FILE.csv or FILE.json; may be repeated",
-    )
-    add(
-        "--shard",
-        metavar="NUMBER/COUNT",
-        help="do this part of the input only, 0/16 to 15/16; large files of plain lines are cut. "
-        "slurm/16 takes the number from the Slurm array. merge_datasets --parts PREFIX joins the "
-        "parts",
-    )
-    add("--overwrite", action="store_true", help="replace datasets and unfinished runs")
-    for flag in ("--dataset-impl", "--partitions"):  # in Megatron-LM's scripts; order is kept here
-        add(flag, help=argparse.SUPPRESS)
-    add("--keep-sequential-samples", action="store_true", help=argparse.SUPPRESS)
-    return parser
 
 
 def preprocess(args: argparse.Namespace) -> int:
