@@ -14,7 +14,6 @@ from megatron_llmjp.config.checks import data_parallel_size
 from megatron_llmjp.config.load import dump
 from megatron_llmjp.config.schema import SECTIONS, Config
 from megatron_llmjp.data.batch_sizes import BatchSizes
-from megatron_llmjp.errors import UserError
 from megatron_llmjp.prepare import Run, prepare
 
 
@@ -25,12 +24,8 @@ def checked(run: Run, world_size: int) -> Run:
         UserError: another run holds the save folder, or no checkpoint is whole.
     """
     save = run.config.checkpoint.save
-    owner = locks.read_owner(Path(save)) if save and not run.config.training.eval_only else None
-    if save and owner is not None and locks.is_alive(Path(save), owner):
-        raise UserError(
-            f"--save {save} is in use by another run ({owner}): stop that one, or give this one a "
-            "folder of its own"
-        )
+    if save and not run.config.training.eval_only:
+        locks.refuse_if_in_use(Path(save))
     damaged: dict[str, str] = {}
     while run.resume is not None and run.config.checkpoint.verify_checkpoint:
         folder = run.resume.folder

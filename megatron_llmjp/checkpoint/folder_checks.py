@@ -25,8 +25,6 @@ _OF_A_RUN = frozenset(
     {
         METRICS,
         manifests.TRACKER,
-        ".run.lock",
-        ".run.json",
         "hang",
         "logs",
         "report",
@@ -37,7 +35,7 @@ _OF_A_RUN = frozenset(
         "wandb_run_id.txt",
     }
 )
-"""What this program, its launchers and wandb write to a save folder."""
+"""What this program, its launchers and wandb write to a save folder, hidden files apart."""
 
 
 def check_save_folder(root: Path) -> list[str]:

@@ -255,6 +255,17 @@ def is_alive(root: Path, owner: Owner) -> bool:
     return pulse is not None and time.time() - pulse / 1e9 < PATIENCE_SECONDS
 
 
+def refuse_if_in_use(root: Path) -> None:
+    """Refuse a folder that another run seems to write to; nothing is locked.
+
+    Raises:
+        UserError: naming that run.
+    """
+    owner = read_owner(root)
+    if owner is not None and is_alive(root, owner):
+        raise _refusal(root, owner)
+
+
 def read_owner(root: Path) -> Owner | None:
     """Who is on record as writing to ``root``; None for nobody. Reads only."""
     try:
