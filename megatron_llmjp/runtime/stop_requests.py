@@ -12,7 +12,6 @@ import select
 import signal
 import threading
 import time
-from typing import Any
 
 from megatron_llmjp.errors import EXIT_INTERRUPTED, EXIT_REQUEUE
 
@@ -49,7 +48,6 @@ class StopRequests:
         self._remembers = False
         self._interrupted = -float("inf")
         self._lock = threading.Lock()
-        self._previous: dict[int, Any] = {}
         self._reader = self._writer = -1
 
     @property
@@ -64,7 +62,7 @@ class StopRequests:
         os.register_at_fork(after_in_child=self._leave_to_parent)
         for number in handled():
             if number is not signal.SIGINT:
-                self._previous[number] = signal.signal(number, _nothing)
+                signal.signal(number, _nothing)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         threading.Thread(target=self._take, name="stop requests", daemon=True).start()
 
@@ -72,7 +70,7 @@ class StopRequests:
         """Remember requests from now on: the process trains, and saves before it ends."""
         with self._lock:
             self._remembers = True
-        if self._previous:
+        if self._writer >= 0:
             signal.signal(signal.SIGINT, _nothing)
 
     def end_at_once(self) -> None:
