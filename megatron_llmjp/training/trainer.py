@@ -94,7 +94,7 @@ class Trainer:
 
     def _train(self, metrics: Metrics) -> int | Rollback:
         config, started = self.run.config, self.iteration
-        batches = self._batches()
+        batches, datasets = self._batches(), len(dataset_names(self.run.schedule))
         while not self._is_last():
             learning_rate, before = self.learning_rate(), self._moment()
             batch_size = self.sizes.at(self.consumed_samples)
@@ -102,7 +102,7 @@ class Trainer:
                 return self._stop(self.watch.guard.agreed(), metrics)
             # A process compiles and connects in its first step, without a heartbeat.
             self._begin("a step", counts_work=self.iteration == started)
-            result = self._step(batches, batch_size)
+            result = self._step(batches, batch_size, datasets)
             if self.judge.verdict in (Verdict.BAD, Verdict.SPIKE):
                 gives_up = self._gives_up()
                 self._tell_of(result, batch_size, metrics, gives_up)
@@ -127,7 +127,7 @@ class Trainer:
         self._finish(metrics)
         return EXIT_DONE
 
-    def _step(self, batches: list[Iterator[Batch]], batch_size: int) -> StepResult:
+    def _step(self, batches: list[Iterator[Batch]], batch_size: int, datasets: int) -> StepResult:
         """Train on the next global batch and judge it."""
         self.judge.begin_step()
         model, config = self.model, self.run.config
@@ -138,7 +138,7 @@ class Trainer:
             batches,
             config,
             batch_size,
-            len(dataset_names(self.run.schedule)),
+            datasets,
             self.judge.may_take,
             self.watch.work.beat,
         )
