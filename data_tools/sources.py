@@ -21,6 +21,7 @@ from data_tools.folders import (
     walk,
 )
 from megatron_llmjp.errors import UserError
+from megatron_llmjp.system import spread
 
 STDIN = "-"
 SAMPLES, SAMPLE_BYTES = 16, 64 * 1024  # blocks of a file that identify it
@@ -173,11 +174,9 @@ def _matches(word: str, suffixes: Sequence[str], ignored: list[Ignored]) -> list
 
 def _sample(source: Source) -> str:
     """Return a checksum of blocks spread over a file; small files are read whole."""
-    last = max(0, source.size - SAMPLE_BYTES)
-    offsets = sorted({at * last // (SAMPLES - 1) for at in range(SAMPLES)})
     crc = 0
     with Path(source.name).open("rb", buffering=0) as file:
-        for offset in offsets:
+        for offset in spread(source.size, SAMPLE_BYTES, SAMPLES):
             file.seek(offset)
             crc = zlib.crc32(file.read(min(SAMPLE_BYTES, source.size - offset)), crc)
     return f"{crc:08x}"

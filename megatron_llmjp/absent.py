@@ -5,7 +5,6 @@ The modes that train nothing report each as a note, and check the rest. Without 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,11 +22,13 @@ from megatron_llmjp.config.load import (
 )
 from megatron_llmjp.config.schema import SECTION_OF, Config, ModelConfig
 from megatron_llmjp.data.batch_sizes import BatchSizes
+from megatron_llmjp.data.dataset_tokenizers import read_tokenizer
 from megatron_llmjp.data.fold_reading import read_fold_file
 from megatron_llmjp.data.indexed import bin_path, idx_path
 from megatron_llmjp.data.megatron_paths import fold_file_of, given_flags
 from megatron_llmjp.data.run_length import planned_samples
 from megatron_llmjp.errors import UserError
+from megatron_llmjp.system import unusable
 from megatron_llmjp.tokenizers import load_tokenizer
 
 _WITHOUT_FILE = (None, "ByteLevelTokenizer", "NullTokenizer")
@@ -133,11 +134,9 @@ def _without_tokenizer(config: Config, changes: dict[str, Any], data: bool) -> I
 def _vocabulary_of_data(config: Config) -> tuple[int, str] | None:
     """The vocabulary of the tokenizer that preprocess_data recorded with a dataset."""
     for path in _datasets(config):
-        try:
-            manifest = json.loads(Path(f"{path}.json").read_text(encoding="utf-8"))
-            return int(manifest["recipe"]["tokenizer"]["vocab_size"]), f"{path}.json"
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            continue
+        size = (read_tokenizer(path) or {}).get("vocab_size")
+        if isinstance(size, int):
+            return size, f"{path}.json"
     return None
 
 
@@ -162,14 +161,8 @@ def _without_folders(config: Config, changes: dict[str, Any]) -> Iterator[str]:
         changes |= {"load": None, "finetune": False}
         yield f"--load {load} is not here, and is not checked"
     save = config.checkpoint.save
-    if save is not None and not _is_usable(Path(save)):
+    if save is not None and unusable(Path(save)) is not None:
         yield f"--save {save} cannot be written here; the run needs it"
-
-
-def _is_usable(folder: Path) -> bool:
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
 
 
 def _without_data(config: Config, changes: dict[str, Any]) -> Iterator[str]:

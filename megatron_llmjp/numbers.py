@@ -40,6 +40,12 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e9:,.2f} GB"
 
 
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first names of a list, and how many more there are."""
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
 def aligned(rows: Sequence[Sequence[str]], right: Container[int]) -> str:
     """Rows of cells as text; the columns in ``right`` are numbers."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -14,6 +14,7 @@ from megatron_llmjp.numbers import human
 from megatron_llmjp.plan.checkpoints import checkpoint_bytes
 from megatron_llmjp.plan.data_warnings import warnings_of_run
 from megatron_llmjp.prepare import Run
+from megatron_llmjp.system import existing, unusable
 
 FEW_INODES = 1000
 
@@ -27,54 +28,28 @@ def check_start(run: Run) -> list[str]:
     Raises:
         UserError: one line for each folder that cannot be used.
     """
-    problems = [problem for _, _, problem in _folders(run) if problem]
+    problems = list(_folders(run))
     if problems:
         raise UserError("\n".join(problems))
     return [*run.warnings, *run.lints, *warnings_of_run(run), *_space(run)]
 
 
-def unusable(folder: Path) -> str | None:
-    """Why files cannot be written to a folder, which may be created first; None if they can."""
-    place = folder
-    while not os.path.lexists(place) and place != place.parent:
-        place = place.parent
-    try:
-        if place.is_symlink() and not place.exists():
-            return f"{place} is a symbolic link to {place.readlink()}, which does not exist"
-        if not place.is_dir():
-            return f"{place} is a file"
-    except OSError as error:
-        return f"{place}: {error.strerror}"
-    effective = os.access in os.supports_effective_ids
-    if os.access(place, os.W_OK | os.X_OK, effective_ids=effective):
-        return None
-    reason = "is on a read-only file system" if _is_read_only(place) else "is not writable"
-    return f"{place} {reason}"
-
-
-def _folders(run: Run) -> Iterator[tuple[str, Path, str | None]]:
-    """Each folder that the run writes to: its flag, its path and why it cannot be used."""
+def _folders(run: Run) -> Iterator[str]:
+    """Why a folder that the run writes to cannot be used, with its flag; nothing if all can."""
     config = run.config
-    if config.checkpoint.save and not config.training.eval_only:
-        yield _folder("--save", config.checkpoint.save)
-    events = config.logging.tensorboard_dir
-    if events and not config.training.eval_only:
-        yield _folder("--tensorboard-dir", events)
+    written = {
+        "--save": config.checkpoint.save,
+        "--tensorboard-dir": config.logging.tensorboard_dir,
+    }
+    for flag, path in written.items():
+        if path and not config.training.eval_only and (problem := unusable(Path(path))):
+            yield f"{flag} {path}: {problem}: change that, or give another folder"
     problem = unusable(run.cache)
     if problem is not None and (not run.cache.is_dir() or _lacks_indices(run)):
-        flag = "--data-cache-path"
-        problem = (
-            f"{flag} {run.cache}: {problem}, so sample indices cannot be written there: change "
-            "its permissions, or give another folder"
+        yield (
+            f"--data-cache-path {run.cache}: {problem}, so sample indices cannot be written there: "
+            "change its permissions, or give another folder"
         )
-        yield flag, run.cache, problem
-
-
-def _folder(flag: str, path: str) -> tuple[str, Path, str | None]:
-    problem = unusable(Path(path))
-    if problem is not None:
-        problem = f"{flag} {path}: {problem}: change that, or give another folder"
-    return flag, Path(path), problem
 
 
 def _lacks_indices(run: Run) -> bool:
@@ -95,11 +70,8 @@ def _space(run: Run) -> Iterator[str]:
     save = run.config.checkpoint.save
     if not save or run.config.training.eval_only:
         return
-    place = Path(save)
-    while not place.exists():
-        place = place.parent
     try:
-        found = os.statvfs(place)
+        found = os.statvfs(existing(Path(save)))
     except OSError:
         return
     free, needed = found.f_bavail * found.f_frsize, checkpoint_bytes(run.config)
@@ -110,10 +82,3 @@ def _space(run: Run) -> Iterator[str]:
         )
     if found.f_files and found.f_favail < FEW_INODES:
         yield f"--save {save}: the file system has room for {found.f_favail} more files only"
-
-
-def _is_read_only(place: Path) -> bool:
-    try:
-        return bool(os.statvfs(place).f_flag & os.ST_RDONLY)
-    except OSError:
-        return False

@@ -40,6 +40,10 @@ RETRY_PAUSES = (0.1, 0.4, 1.5, 5.0, 10.0)
 _Result = TypeVar("_Result")
 
 
+def no_heartbeat() -> None:
+    """For work that nothing watches."""
+
+
 def warn(text: str) -> None:
     """Print a warning on standard error."""
     print(f"warning: {text}", file=sys.stderr, flush=True)
@@ -121,6 +125,46 @@ def crc32_of(path: Path) -> int:
         while block := stream.read(1 << 22):
             crc = zlib.crc32(block, crc)
     return crc
+
+
+def spread(total: int, size: int, count: int) -> list[int]:
+    """Where ``count`` blocks of ``size`` begin that are spread evenly over ``total``, at most once.
+
+    Fewer where they would coincide: a total of one block or less has one, at 0.
+    """
+    last = max(0, total - size)
+    return sorted({number * last // (count - 1) for number in range(count)})
+
+
+def existing(folder: Path) -> Path:
+    """A folder, or the nearest one above it that exists; a link without a target exists."""
+    while not os.path.lexists(folder) and folder != folder.parent:
+        folder = folder.parent
+    return folder
+
+
+def unusable(folder: Path) -> str | None:
+    """Why files cannot be written to a folder, which may be created first; None if they can."""
+    place = existing(folder)
+    try:
+        if place.is_symlink() and not place.exists():
+            return f"{place} is a symbolic link to {place.readlink()}, which does not exist"
+        if not place.is_dir():
+            return f"{place} is a file"
+    except OSError as error:
+        return f"{place}: {error.strerror}"
+    effective = os.access in os.supports_effective_ids
+    if os.access(place, os.W_OK | os.X_OK, effective_ids=effective):
+        return None
+    reason = "is on a read-only file system" if _is_read_only(place) else "is not writable"
+    return f"{place} {reason}"
+
+
+def _is_read_only(place: Path) -> bool:
+    try:
+        return bool(os.statvfs(place).f_flag & os.ST_RDONLY)
+    except OSError:
+        return False
 
 
 def process_lives(pid: int) -> bool:

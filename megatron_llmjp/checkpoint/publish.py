@@ -16,7 +16,7 @@ from pathlib import Path
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint.manifest import FileEntry
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.system import naming, sync, write_durably
+from megatron_llmjp.system import naming, no_heartbeat, sync, write_durably
 
 
 def temporary_folder(root: Path, iteration: int) -> Path:
@@ -24,7 +24,7 @@ def temporary_folder(root: Path, iteration: int) -> Path:
     return root / f".{manifests.folder_name(iteration)}.tmp"
 
 
-def begin(root: Path, iteration: int, beat: Callable[[], object] = bool) -> None:
+def begin(root: Path, iteration: int, beat: Callable[[], None] = no_heartbeat) -> None:
     """Remove what interrupted saves and removals left behind, and make a folder to write into.
 
     ``beat`` is called after each file that was removed.
@@ -39,7 +39,7 @@ def begin(root: Path, iteration: int, beat: Callable[[], object] = bool) -> None
     temporary_folder(root, iteration).mkdir(parents=True)
 
 
-def delete(folder: Path, beat: Callable[[], object] = bool) -> None:
+def delete(folder: Path, beat: Callable[[], None] = no_heartbeat) -> None:
     """Delete a folder, with a heartbeat after each file; what cannot be deleted stays.
 
     A file of many gigabytes may take seconds, and a checkpoint has a thousand.

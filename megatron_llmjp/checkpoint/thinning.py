@@ -16,7 +16,7 @@ from megatron_llmjp.checkpoint import publish, readback
 from megatron_llmjp.checkpoint.retention import removable
 from megatron_llmjp.config.schema import CheckpointConfig
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.system import write_durably
+from megatron_llmjp.system import no_heartbeat, write_durably
 
 PATIENCE_SECONDS = 60.0
 """A run that ends waits so long for the check of its last checkpoint."""
@@ -39,7 +39,7 @@ class Thinner:
         config: CheckpointConfig,
         fold_ends: Collection[int],
         may_remove: Callable[[], bool],
-        beat: Callable[[], object] = bool,
+        beat: Callable[[], None] = no_heartbeat,
     ) -> None:
         self._root, self._config, self._fold_ends = root, config, fold_ends
         self._may_remove, self._beat = may_remove, beat

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from megatron_llmjp.data import indexed
 from megatron_llmjp.data.folds import DatasetInfo
-from megatron_llmjp.system import crc32_of
+from megatron_llmjp.system import crc32_of, spread
 
 _INDEX_BLOCKS = (64, 1 << 16)
 _TOKEN_BLOCKS = (128, 1 << 13)
@@ -103,9 +103,8 @@ def _earlier_key(prefix: str) -> str:
 
 
 def _add_blocks(digest: hashlib._Hash, path: Path, blocks: int, size: int) -> None:
-    rest = max(0, path.stat().st_size - size)
     with path.open("rb") as stream:
-        for offset in sorted({i * rest // (blocks - 1) for i in range(blocks)}):
+        for offset in spread(path.stat().st_size, size, blocks):
             stream.seek(offset)
             # CRC-32 of a block is several times faster than SHA-256, and against accidents enough.
             digest.update(zlib.crc32(stream.read(size)).to_bytes(4, "little"))

@@ -7,16 +7,16 @@ manifest: of these only the token ids can be checked.
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_llmjp.data.folds import DatasetInfo
 from megatron_llmjp.errors import UserError
+from megatron_llmjp.numbers import some
 from megatron_llmjp.tokenizers.identity import Identity, describe, key_of
 
 ALLOW = "--allow-tokenizer-mismatch"
-_NAMED = 3
 
 
 def read_tokenizer(prefix: str | Path) -> dict[str, Any] | None:
@@ -34,14 +34,14 @@ def several_makers(paths: Iterable[str]) -> list[str]:
     makers = _makers(paths)
     if len(makers) < 2:
         return []
-    groups = "; ".join(f"{_some(paths)} by {describe(who)}" for who, paths in makers.values())
+    groups = "; ".join(f"{some(paths)} by {describe(who)}" for who, paths in makers.values())
     return [f"the datasets were made with different tokenizers: {groups}"]
 
 
 def other_makers(paths: Iterable[str], tokenizer: Identity) -> list[str]:
     """One line for each other tokenizer than the run's that made a dataset."""
     return [
-        f"{_some(paths)} was made with another tokenizer than the run's: {describe(who)}, not "
+        f"{some(paths)} was made with another tokenizer than the run's: {describe(who)}, not "
         f"{describe(tokenizer)}"
         for key, (who, paths) in _makers(paths).items()
         if key != key_of(tokenizer)
@@ -85,7 +85,7 @@ def check_ids(datasets: Mapping[str, DatasetInfo], vocab_size: int, tokenizer: I
     if beyond:
         raise UserError(
             f"token ids beyond the vocabulary, which ends at {vocab_size - 1:,} with "
-            f"{describe(tokenizer)}: {_some(beyond)}\n  Give the tokenizer that the "
+            f"{describe(tokenizer)}: {some(beyond)}\n  Give the tokenizer that the "
             "datasets were made with, or make them again with preprocess_data"
         )
 
@@ -98,8 +98,3 @@ def _makers(paths: Iterable[str]) -> dict[Hashable, tuple[dict[str, Any], list[s
         if found is not None:
             makers.setdefault(key_of(found), (found, []))[1].append(path)
     return makers
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_NAMED])
-    return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} more"

@@ -17,6 +17,7 @@ from typing import Protocol
 from megatron_llmjp.data.folds import FoldPlan, Schedule
 from megatron_llmjp.data.index_cache import PATIENCE_SECONDS, CachedIndex, ensure_all, fault
 from megatron_llmjp.data.index_process import build_in_background
+from megatron_llmjp.system import no_heartbeat
 
 CHEAP = 1_000_000
 """Work that is done at once, at most some 0.2 s: a process takes longer to start."""
@@ -52,7 +53,7 @@ class IndexAhead:
         *,
         first_on_machine: bool,
         say: Callable[[str], None] = print,
-        beat: Callable[[], object] = bool,
+        beat: Callable[[], None] = no_heartbeat,
     ) -> None:
         """Make those of ``data``; ``beat`` is called after each that is there."""
         self._data = data

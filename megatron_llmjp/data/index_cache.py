@@ -36,7 +36,7 @@ from numpy.lib import format as npy
 
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.file_lock import lock_file
-from megatron_llmjp.system import crc32_of, process_lives, sync
+from megatron_llmjp.system import crc32_of, no_heartbeat, process_lives, sync
 
 CONTENTS = "contents.json"
 ARRAY = ".npy"
@@ -94,7 +94,10 @@ def ensure(
 
 
 def ensure_all(
-    indices: Sequence[CachedIndex], *, thorough: bool = False, done: Callable[[], object] = bool
+    indices: Sequence[CachedIndex],
+    *,
+    thorough: bool = False,
+    done: Callable[[], None] = no_heartbeat,
 ) -> None:
     """Make all of these; processes that call this together share the work.
 

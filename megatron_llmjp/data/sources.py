@@ -15,6 +15,7 @@ from megatron_llmjp.data.folds import DatasetInfo
 from megatron_llmjp.data.index_check import check_entries
 from megatron_llmjp.data.indexed import Index
 from megatron_llmjp.errors import DataError, UserError
+from megatron_llmjp.system import spread
 
 PARTS = ("train", "valid", "test")
 _ID_BLOCKS = (64, 1 << 15)
@@ -71,10 +72,9 @@ def largest_id(index: Index) -> int | None:
         return None
     tokens = index.read_tokens().view(f"u{index.dtype.itemsize}")
     count, size = _ID_BLOCKS
-    rest = max(0, len(tokens) - size)
-    starts = sorted({i * rest // (count - 1) for i in range(count)})
     if len(tokens) <= count * size:
         return int(tokens.max())
+    starts = spread(len(tokens), size, count)
     return max(int(tokens[start : start + size].max()) for start in starts)
 
 

@@ -8,10 +8,9 @@ from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.batch_sizes import BatchSizes
 from megatron_llmjp.data.fold_file import FoldFile
 from megatron_llmjp.data.folds import DatasetInfo, Schedule, Slice
+from megatron_llmjp.numbers import some
 from megatron_llmjp.plan.data_plan import DataPlan, make_plan
 from megatron_llmjp.prepare import Run
-
-_NAMED = 3
 
 
 def find_warnings(
@@ -71,7 +70,7 @@ def _sizes(plan: DataPlan, schedule: Schedule, sizes: BatchSizes) -> Iterator[st
         empty = [piece.name for piece in fold.slices if piece.samples == 0]
         if empty:
             yield (
-                f"fold '{fold.name}': the share of {_some(empty)} is less than one sample: nothing "
+                f"fold '{fold.name}': the share of {some(empty)} is less than one sample: nothing "
                 "of it is trained on"
             )
     for row in plan.folds:
@@ -86,7 +85,7 @@ def _end(plan: DataPlan, schedule: Schedule, sizes: BatchSizes) -> Iterator[str]
         yield (
             f"the run ends at iteration {plan.train_iters:,}, the folds at {possible:,}: "
             f"{plan.left_out:,} samples are not trained on"
-            + (f", among them all of fold {_some(missed)}" if missed else "")
+            + (f", among them all of fold {some(missed)}" if missed else "")
         )
     elif rest:
         yield (
@@ -122,7 +121,7 @@ def _continued(schedule: Schedule) -> Iterator[str]:
     ]
     if several:
         yield (
-            f"used in more than one fold: {_some(several)}; a fold continues where the last one "
+            f"used in more than one fold: {some(several)}; a fold continues where the last one "
             "stopped, unless it has `restart: true`"
         )
 
@@ -145,11 +144,11 @@ def _used_twice(schedule: Schedule) -> Iterator[str]:
             often.append(f"{piece.path} ({_epochs(places):.2f} epochs)")
     if mixed:
         yield (
-            f"used in Megatron-LM's order and in other folds: {_some(mixed)}; that order cannot "
+            f"used in Megatron-LM's order and in other folds: {some(mixed)}; that order cannot "
             "continue where another stopped: samples may be seen again"
         )
     if often:
-        yield f"samples are seen more than once: {_some(often)}"
+        yield f"samples are seen more than once: {some(often)}"
 
 
 def _in_megatron_order(schedule: Schedule) -> set[str]:
@@ -269,8 +268,3 @@ def _iterations(config: Config, field: str) -> int | None:
         return BatchSizes(config).iterations(samples)[0]
     found: int | None = getattr(o, f"{field}_iters")
     return found
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_NAMED])
-    return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} more"

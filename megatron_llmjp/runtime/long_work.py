@@ -15,12 +15,10 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_llmjp.system import no_heartbeat
+
 LONGEST = timedelta(days=30)
 """No limit in practice; gloo wants one."""
-
-
-def no_heartbeat() -> None:
-    """For work that nothing watches."""
 
 
 @dataclass(frozen=True)

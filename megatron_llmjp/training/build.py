@@ -25,8 +25,9 @@ from megatron_llmjp.numbers import human
 from megatron_llmjp.prepare import Run
 from megatron_llmjp.runtime.device import Device
 from megatron_llmjp.runtime.distributed import is_first_rank
-from megatron_llmjp.runtime.long_work import UNWATCHED, LongWork, no_heartbeat
+from megatron_llmjp.runtime.long_work import UNWATCHED, LongWork
 from megatron_llmjp.runtime.ranks import Ranks
+from megatron_llmjp.system import no_heartbeat
 from megatron_llmjp.training.feed import Labelled
 from megatron_llmjp.training.learning_rate import LearningRates, RunScheduler
 from megatron_llmjp.training.optimizer import (

@@ -11,7 +11,7 @@ import torch
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.dataset import ValidationDataset
 from megatron_llmjp.runtime.device import Device
-from megatron_llmjp.runtime.long_work import no_heartbeat
+from megatron_llmjp.system import no_heartbeat
 from megatron_llmjp.training.feed import feed
 from megatron_llmjp.training.step import LM_LOSS, means_over_ranks, run_micro_batches, sums_of_none
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.loader import Batch
 from megatron_llmjp.runtime.device import without_warnings
-from megatron_llmjp.runtime.long_work import no_heartbeat
+from megatron_llmjp.system import no_heartbeat
 
 with without_warnings():
     from megatron.core import parallel_state
