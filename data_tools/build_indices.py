@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _add_own_flags(add: Callable[..., Any]) -> None:
     add("--workers", type=positive, default=min(8, cores()), metavar="N", help="processes")
     add("--folds", nargs="+", metavar="NAME", help="only these, and validation sets")
-    add("--verify", action="store_true", help="compare checksums; mend what is damaged")
+    add("--verify", action="store_true", help="compare checksums and rebuild what is damaged")
     add("--report", type=Path, metavar="FILE", help="the whole table as .csv or .json")
 
 

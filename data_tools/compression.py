@@ -1,4 +1,4 @@
-"""Compressed input files, told by their contents; what cannot be read is refused by name."""
+"""Compressed input files, recognized by content; unreadable formats are refused by name."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def find_opener(source: Source, head: bytes) -> Callable[[Any], Any] | None:
     """Return what opens a compressed file, or None for a file that is not compressed.
 
     Args:
-        source: the file, whose name matters only where its contents do not tell.
+        source: the file; its name matters only where its contents are ambiguous.
         head: its first bytes.
 
     Raises:

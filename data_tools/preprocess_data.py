@@ -125,7 +125,7 @@ def _add_limits(add: Callable[..., Any]) -> None:
         "--on-error",
         choices=("stop", "skip", "quarantine"),
         default="stop",
-        help="what a bad line does: stop the run, be left out, or be put aside in "
+        help="what a bad line does: stop the run, be skipped, or be skipped and written to "
         "PREFIX_rejected.jsonl",
     )
     add(

@@ -68,7 +68,7 @@ class Run:
     notes: tuple[str, ...]
     """What the user should be told at the start."""
     mismatches: tuple[str, ...] = ()
-    """Warnings on datasets of another tokenizer that the run was told to accept."""
+    """Warnings on datasets of another tokenizer that ``--allow-tokenizer-mismatch`` accepts."""
     lints: tuple[str, ...] = ()
     """Warnings on a configuration that runs, but as a run has gone wrong before."""
 

@@ -83,7 +83,7 @@ class RunLock:
     def check(self) -> None:
         """Make sure that the folder is still this run's.
 
-        A folder or a lock file that was deleted meanwhile is made again, with a warning.
+        A folder or lock file that was deleted is recreated, with a warning.
 
         Raises:
             LostLock: another run has taken it, while this one seemed dead.

@@ -70,7 +70,7 @@ def settle_common(loaded: dict[str, Any], wanted: Any, common: Any) -> None:
 
     Args:
         loaded: the optimizer's state as loaded; changed in place.
-        wanted: the sharded state that was to be loaded, which tells the kind.
+        wanted: the sharded state that was to be loaded, which identifies the kind.
         common: the optimizer's part of the checkpoint's ``common.pt``.
     """
     saved = (

@@ -35,7 +35,7 @@ READERS = 4
 LARGE_BYTES = 1 << 20
 """Below this a tensor is read in torch's way: looking where it lies costs more."""
 MOST_BYTES = 64 << 20
-"""What the kernel is asked for at once; a heartbeat follows."""
+"""Bytes of one read call; a heartbeat follows each."""
 
 
 class ThreadedReader(CachedMetadataFileSystemReader):

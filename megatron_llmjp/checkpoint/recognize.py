@@ -38,7 +38,7 @@ class Found:
 
 
 def recognize(folder: Path) -> Found | None:
-    """What one folder is, other folders in it left out; None for no checkpoint.
+    """What one folder is, apart from the folders in it; None for no checkpoint.
 
     Raises:
         OSError: the folder cannot be read.

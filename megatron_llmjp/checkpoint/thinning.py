@@ -1,4 +1,4 @@
-"""Removal of checkpoints that are no longer wanted, in a thread beside training.
+"""Removal of checkpoints that are no longer wanted, in a background thread.
 
 An older checkpoint is removed only after the newest one was read back from disk: the one that is
 kept must be one that a run can resume from.

@@ -144,7 +144,7 @@ class RankWriter(FileSystemWriterAsync):
             try:
                 return self._write_items(name, stream), stream.entry
             except Exception:
-                # torch's archive writer tells of a write that failed as "unexpected pos".
+                # torch's archive writer reports a write that failed as "unexpected pos".
                 if stream.error is not None:
                     raise stream.error from None
                 raise

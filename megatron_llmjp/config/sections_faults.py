@@ -43,7 +43,7 @@ class FaultsConfig(Section):
     )
     max_spikes: PositiveInt = Field(
         8,
-        description="batches among the last 128 steps that spike_action skip may leave out; so "
+        description="batches among the last 128 steps that spike_action skip may skip; so "
         "many end the run (exit code 1)",
     )
     max_rollbacks: PositiveInt = Field(

@@ -53,7 +53,7 @@ class DataConfig(Section):
         None, description="SentencePiece model, tokenizer.json or Hugging Face folder"
     )
     merge_file: str | None = Field(
-        None, description="merges of GPT2BPETokenizer; beside its vocabulary when not given"
+        None, description="merges of GPT2BPETokenizer; found next to its vocabulary when not given"
     )
     allow_tokenizer_mismatch: bool = Field(
         False,

@@ -88,7 +88,7 @@ _FOREIGN = (
 
 
 def _check_place(output: Path, source: Path) -> None:
-    """Refuse an output that is, or lies in, the source, and one that is a link.
+    """Refuse an output that is the source or inside it, and one that is a link.
 
     Raises:
         UserError: naming both.
@@ -97,7 +97,9 @@ def _check_place(output: Path, source: Path) -> None:
         raise UserError(f"--output {output}: is a symbolic link; name the folder itself")
     place, root = output.resolve(), source.resolve()
     if place == root or root in place.parents:
-        raise UserError(f"--output {output}: lies in the source, which is never written: {source}")
+        raise UserError(
+            f"--output {output}: is inside the source, which is never written: {source}"
+        )
 
 
 def _changed_rows(source: Source, output: Output) -> list[str]:

@@ -146,7 +146,7 @@ def _open_metadata(folder: Path) -> Any:
 
 
 def read_common(folder: Path) -> dict[str, Any]:
-    """What a distributed checkpoint keeps beside its tensors: arguments, iteration, schedule.
+    """What a distributed checkpoint stores next to its tensors: arguments, iteration, schedule.
 
     Raises:
         UserError: it is missing or damaged.

@@ -1,7 +1,7 @@
 """Logits of a Megatron checkpoint in plain PyTorch, from its files as they are.
 
 The second reading that ``--verify`` compares with. It shares nothing with the converter but what
-opens a file: arguments are read anew from ``args``, names are matched here, and tensors stay as
+opens a file: arguments are read again from ``args``, names are matched here, and tensors stay as
 their ranks hold them. Each tensor-parallel rank computes with its own rows, row-parallel products
 are summed, as in Megatron (megatron/core/transformer/attention.py and mlp.py); nothing is joined or
 rearranged. One layer is in memory at a time.

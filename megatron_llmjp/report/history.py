@@ -4,7 +4,7 @@
 says what it is: ``lm loss`` (null where no step had one) makes it an interval of training, keys
 ``validation/NAME`` a validation, ``event`` something that happened: ``start`` of a process after
 this iteration, ``fold`` begun with it, ``end`` of a process with its ``outcome``: ``done``,
-``stopped`` or ``failed``. A run that goes on from a checkpoint appends to the same file, and may do
+``stopped`` or ``failed``. A run that resumes from a checkpoint appends to the same file, and may do
 iterations again that were logged before: the later ones hold, the earlier ones are kept apart as
 abandoned.
 """

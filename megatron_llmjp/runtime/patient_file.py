@@ -23,7 +23,7 @@ class PatientFile(io.RawIOBase):
     """A file that is only added to. Writing, opening and closing it raise no ``OSError``.
 
     A full disk, a stale handle or an unwritable folder is reported once, and what is written
-    meanwhile is kept in memory. A file that was deleted is made again. Nothing is kept for a pipe
+    meanwhile is kept in memory. A file that was deleted is recreated. Nothing is kept for a pipe
     whose reader is gone.
 
     Without a lock, since a process that forks while another thread holds one would stop at it: of

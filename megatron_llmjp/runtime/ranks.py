@@ -67,7 +67,7 @@ def run_started(env: Mapping[str, str] = os.environ) -> float:
     """When the run was started here, in seconds of ``time.monotonic``.
 
     That is when its launcher was, where that is known: torchrun starts ranks again after a failure,
-    and the time of the job goes on.
+    and the time of the job keeps running.
     """
     if env.get(STARTED_VARIABLE):
         return float(env[STARTED_VARIABLE])

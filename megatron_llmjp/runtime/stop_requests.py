@@ -23,7 +23,7 @@ TWICE_SECONDS = 1.0
 """A launcher may hand on a Ctrl-C that the terminal has sent as well: only later is it another."""
 
 FIRST_SPEAKS_SECONDS = 10.0
-"""Of ranks whose time is over before training, the first one ends first, and tells."""
+"""Of ranks whose time is over before training, the first one ends first, and reports it."""
 
 
 def handled() -> tuple[signal.Signals, ...]:

@@ -29,7 +29,7 @@ def evaluate(
 
     A set is read from its beginning each time: ``eval_iters`` global batches, or as many full ones
     as it holds, but at least one. A set smaller than one batch is repeated to fill it. When
-    ``is_over`` says so, on all ranks at once, the sets that are not finished are left out. ``beat``
+    ``is_over`` says so, on all ranks at once, the sets that are not finished are omitted. ``beat``
     is called after each micro-batch and batch.
     """
     for chunk in chunks:

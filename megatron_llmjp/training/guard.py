@@ -114,7 +114,7 @@ class Guard:
         They meet several times a second: no collective waits as long as the slowest rank takes.
 
         Returns:
-            Whether it is ready; else :meth:`agreed` tells why to stop.
+            Whether it is ready; else :meth:`agreed` returns why to stop.
         """
         while True:
             votes = torch.tensor([int(not ready()), int(self._own())], dtype=torch.int32)

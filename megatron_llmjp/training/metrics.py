@@ -62,7 +62,7 @@ class Metrics:
         schedule: its data.
         sizes: which iteration has how many samples.
         train_iters: where it ends.
-        planned_iters: where it would end if no rollback had left out batches.
+        planned_iters: where it would end if no rollback had skipped batches.
         rollbacks: how many there were.
         device: what it runs on.
         writers: where metrics go; None on all ranks but the first.

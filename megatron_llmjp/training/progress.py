@@ -65,7 +65,7 @@ class Progress:
             own, self._own = self._own, False
             try:
                 count = self._store.add(COUNTER, int(own))
-            except Exception:  # the first rank is gone: what that means is told elsewhere
+            except Exception:  # the first rank is gone, which is reported elsewhere
                 return
             if count != self._seen:
                 self._seen, self._news = count, True
@@ -95,7 +95,7 @@ class _Activity:
         return transferred != before or seconds - worked > LEAST_SHARE * self._period
 
     def _transferred(self) -> int:
-        """Bytes that the thread read and wrote so far; 0 where the kernel does not tell."""
+        """Bytes that the thread read and wrote so far; 0 where the kernel does not report them."""
         try:
             lines = (self._task / "io").read_text().splitlines()
         except OSError:

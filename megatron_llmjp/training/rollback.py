@@ -1,4 +1,4 @@
-"""Rollbacks after spikes: which batches they leave out, how many there were, what the run lacks."""
+"""Rollbacks after spikes: which batches they skip, how many there were, and what the run lacks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _WORD = "positions"
 
 @dataclass(frozen=True)
 class Rollback:
-    """A request to go back to the last checkpoint and to leave out what led to a spike."""
+    """A request to go back to the last checkpoint and to skip the batches that led to a spike."""
 
     iteration: int
     positions: tuple[int, int]
@@ -25,7 +25,7 @@ class Rollback:
 
     @property
     def words(self) -> str:
-        """How a checkpoint names what was left out (``Past.skipped_iterations``)."""
+        """How a checkpoint names the skipped positions (``Past.skipped_iterations``)."""
         return f"{_WORD} {self.positions[0]}-{self.positions[1]}"
 
 
@@ -35,7 +35,7 @@ def count(run: Run) -> int:
 
 
 def count_recent(run: Run, sizes: BatchSizes, iteration: int) -> int:
-    """Rollbacks that left out batches of the :data:`WINDOW` iterations before this one."""
+    """Rollbacks that skipped batches of the :data:`WINDOW` iterations before this one."""
     first = sizes.consumed_after(max(0, iteration - WINDOW))
     return sum(run.schedule.skips.kept_before(end) >= first for _, end in _ranges(run).values())
 
@@ -48,7 +48,7 @@ def planned_iterations(run: Run) -> int:
 
 
 def _ranges(run: Run) -> dict[str, tuple[int, int]]:
-    """Positions that rollbacks left out, by their words."""
+    """Positions that rollbacks skipped, by their words."""
     skipped = run.past.skipped_iterations
     return {words: positions for words, positions in skipped.items() if _is_rollback(words)}
 

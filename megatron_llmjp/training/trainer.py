@@ -190,7 +190,7 @@ class Trainer:
         if self.iteration < planned:
             raise TrainingError(
                 f"the run ended at iteration {self.iteration} of {planned}: its data is used up, "
-                f"since {count(self.run)} rollback(s) left out batches. It is saved in "
+                f"since {count(self.run)} rollback(s) skipped batches. It is saved in "
                 f"{self._newest_checkpoint()}. Give the folds more data to train on, or call it "
                 f"done with --train-iters {self.iteration}"
             )
@@ -352,7 +352,7 @@ class Trainer:
         self.saver.wait()
         schedule, faults = self.run.schedule, self.run.config.faults
         first = self.sizes.consumed_after(max(0, self.iteration - faults.spike_skip_iterations))
-        # What the checkpoint was trained on stays: only batches after it can be left out.
+        # What the checkpoint was trained on stays: only batches after it can be skipped.
         saved = self.saver.published_samples
         after = saved if saved is not None else progress(self.run)[1]
         start = schedule.position(max(after, min(first, self.consumed_samples - batch_size)))

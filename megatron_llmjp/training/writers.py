@@ -78,7 +78,7 @@ class Writers:
         """Act, and warn once of what fails: a log never ends a run.
 
         Raises:
-            UserError: what the user asked for cannot be had.
+            UserError: a requested destination is not available.
         """
         try:
             action()

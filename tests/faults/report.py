@@ -22,7 +22,7 @@ def table(results: dict[str, Any]) -> str:
     lines = [
         f"{results['day']}, {results['cores']} cores, {results['minutes']} minutes, "
         f"seed {results['seed']}: {passed + failed} faults tried, {failed} not survived, "
-        f"{skipped} left out (not possible on that machine).",
+        f"{skipped} skipped (not possible on that machine).",
         "",
         "| fault | tried | survived | how |",
         "|---|---:|---:|---|",

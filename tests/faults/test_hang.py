@@ -109,12 +109,12 @@ def test_a_rank_that_waits_for_a_slow_one_is_healthy():
     assert run_ranks(slow_rank, 2) == ["done", "done"]
 
 
-SLOW = "the run goes on; the same losses and weights"
+SLOW = "the run continues; the same losses and weights"
 LIMIT = 4.0
 """Seconds; what is slow takes twice as long."""
 
 
-@pytest.mark.fault("a validation that takes longer than the hang limit", "the run goes on")
+@pytest.mark.fault("a validation that takes longer than the hang limit", "the run continues")
 def test_a_slow_validation(stage):
     save = stage.folder("slow-validation")
     fault = ("slow_validation", 5, LIMIT, LIMIT / 8)

@@ -65,7 +65,7 @@ def test_a_full_disk(stage, small_disk, layout):
     stage.prove(layout, save)
 
 
-@pytest.mark.fault("folder deleted during the run", "made again, with a warning; training goes on")
+@pytest.mark.fault("folder deleted during the run", "recreated, with a warning; training continues")
 @pytest.mark.parametrize("layout", ["alone-async", "dp2"])
 def test_a_deleted_folder(stage, layout):
     save = stage.folder("deleted")
