@@ -18,6 +18,7 @@ REQUIRES = [
     "safetensors>=0.4.3",
     "tokenizers>=0.20",
     "sentencepiece>=0.2.0",
+    "protobuf>=4",  # reads SentencePiece models
     "pydantic>=2.7",
     "PyYAML>=6.0",
     "numpy>=1.26",

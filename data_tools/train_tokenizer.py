@@ -12,7 +12,6 @@ from pathlib import Path
 
 from data_tools.cli import Parser, positive, run
 from data_tools.folders import PLAIN_TEXT_SUFFIXES, SUFFIXES
-from data_tools.hf_export import SPECIALS, compare, export_hugging_face
 from data_tools.sample import sample_texts
 from data_tools.sources import find_input
 from megatron_llmjp.errors import EXIT_DONE, UserError
@@ -23,6 +22,7 @@ FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
 )
+SPECIALS = ("<unk>", "<s>", "</s>", "<MASK>", "<PAD>", "<CLS>", "<SEP>", "<EOD>")
 TRAINING_THREADS = 16  # fixed: another number gives another vocabulary
 BYTES = 256
 LONGEST_LINE = 16384
@@ -119,13 +119,27 @@ def train(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(dir=args.output_dir, prefix=".train_tokenizer.") as work:
         folder = Path(work)
         (folder / FILES[0]).write_bytes(model)
-        export_hugging_face(folder / FILES[0], folder, args.eod_token)
         step = max(1, len(texts) // args.check_documents)
-        print(compare(folder / FILES[0], folder, texts[::step][: args.check_documents]))
+        _export(folder, args.eod_token, texts[::step][: args.check_documents])
         for name in FILES:
             (folder / name).replace(args.output_dir / name)
     print(f"{args.output_dir}: {', '.join(FILES)}")
     return EXIT_DONE
+
+
+def _export(folder: Path, eod_token: str, texts: Sequence[str]) -> None:
+    """Write the model of a folder as a Hugging Face tokenizer, and compare both on texts."""
+    from megatron_llmjp.tokenizers import load_tokenizer
+    from megatron_llmjp.tokenizers.comparison import compare
+    from megatron_llmjp.tokenizers.sample_texts import RARE_TEXTS
+    from megatron_llmjp.tokenizers.sentencepiece_fast import export_hugging_face
+    from megatron_llmjp.tokenizers.spm import load_sentencepiece
+
+    kind = "SentencePieceTokenizer" if eod_token == "<EOD>" else "Llama2Tokenizer"
+    model = load_sentencepiece(kind, folder / FILES[0])
+    export_hugging_face(model, folder)
+    exported = load_tokenizer("HuggingFaceTokenizer", folder)
+    print(compare(model, exported, [*texts, *RARE_TEXTS]).report())
 
 
 def train_unigram(texts: Sequence[str], vocab_size: int, coverage: float = 0.9995) -> bytes:

@@ -12,10 +12,11 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from data_tools.hf_export import SPECIALS, export_hugging_face
-from data_tools.train_tokenizer import train_unigram
+from data_tools.train_tokenizer import SPECIALS, train_unigram
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.tokenizers import load_tokenizer
+from megatron_llmjp.tokenizers.sentencepiece_fast import export_hugging_face
+from megatron_llmjp.tokenizers.spm import SentencePieceTokenizer
 
 TEXT = "吾輩は猫である。名前はまだ無い。\nHello,  world! def main():\n        return 42 🐈\n"
 
@@ -25,7 +26,7 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     texts = [TEXT + Path(sentencepiece.__file__).read_text(encoding="utf-8")[:40000]]
     (folder / "tokenizer.model").write_bytes(train_unigram(texts, 500))
-    export_hugging_face(folder / "tokenizer.model", folder, "<EOD>")
+    export_hugging_face(SentencePieceTokenizer(folder / "tokenizer.model"), folder)
     return folder
 
 
@@ -112,7 +113,7 @@ def test_bytes_spelled_out_are_text(extra, tmp_path):
     """The characters <0x0A> are no newline, also where pieces cross every place to cut them."""
     texts = [TEXT + extra * 50 + Path(sentencepiece.__file__).read_text(encoding="utf-8")[:40000]]
     (tmp_path / "tokenizer.model").write_bytes(train_unigram(texts, 480))
-    export_hugging_face(tmp_path / "tokenizer.model", tmp_path, "<EOD>")
+    export_hugging_face(SentencePieceTokenizer(tmp_path / "tokenizer.model"), tmp_path)
     processor = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     tokenizer = load_tokenizer("HuggingFaceTokenizer", tmp_path)
     for text in ("a<0x0A>b", "<0x41><0x0A>\n", "<0x0", "<<0xE3>> 0x0A>", " <0x0a> 猫<0xFF>"):

@@ -68,14 +68,9 @@ def load_tokenizer(
         from megatron_llmjp.tokenizers.hugging_face import HuggingFaceTokenizer
 
         return HuggingFaceTokenizer(Path(tokenizer_model))
-    from megatron_llmjp.tokenizers import spm
+    from megatron_llmjp.tokenizers.spm import load_sentencepiece
 
-    model_class: type[spm.SentencePieceModel] = {
-        "SentencePieceTokenizer": spm.SentencePieceTokenizer,
-        "GPTSentencePieceTokenizer": spm.SentencePieceModel,
-        "Llama2Tokenizer": spm.Llama2Tokenizer,
-    }[tokenizer_type]
-    return model_class(Path(tokenizer_model))
+    return load_sentencepiece(tokenizer_type, Path(tokenizer_model))
 
 
 def _check_kind(tokenizer_type: str, path: Path) -> None:

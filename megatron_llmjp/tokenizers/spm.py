@@ -39,7 +39,7 @@ class SentencePieceModel(Tokenizer):
         self.eos_id = optional_id(self.processor.eos_id())
         self.pad_id = optional_id(self.processor.pad_id())
         if self.pad_id is None:
-            self.pad_id = self._id_of("<PAD>", "<pad>", "[PAD]")
+            self.pad_id = self.id_of("<PAD>", "<pad>", "[PAD]")
         self.eod_id = self._find_eod()
 
     def _find_eod(self) -> int:
@@ -51,7 +51,7 @@ class SentencePieceModel(Tokenizer):
             )
         return self.eos_id
 
-    def _id_of(self, *pieces: str) -> int | None:
+    def id_of(self, *pieces: str) -> int | None:
         """Return the id of the first of these pieces that the vocabulary has."""
         for piece in pieces:
             token_id = self.processor.piece_to_id(piece)
@@ -122,7 +122,7 @@ class SentencePieceTokenizer(SentencePieceModel):
         self._cut = re.compile("(" + "|".join(map(re.escape, self.special_ids)) + ")")
 
     def _find_eod(self) -> int:
-        eod = self._id_of("<EOD>")
+        eod = self.id_of("<EOD>")
         return eod if eod is not None else super()._find_eod()
 
     def _special_tokens(self) -> dict[str, int]:
@@ -130,7 +130,7 @@ class SentencePieceTokenizer(SentencePieceModel):
         special: dict[str, int] = {}
         next_id = self.processor.get_piece_size()
         for name in self._special_names():
-            token_id = self._id_of(name)
+            token_id = self.id_of(name)
             if token_id is None and name not in special:
                 token_id, next_id = next_id, next_id + 1
             if token_id is not None:
@@ -139,7 +139,7 @@ class SentencePieceTokenizer(SentencePieceModel):
 
     def _special_names(self) -> list[str]:
         names = ["<CLS>", "<SEP>", "<MASK>"]
-        if self._id_of("<EOD>") is not None:
+        if self.id_of("<EOD>") is not None:
             names.insert(2, "<EOD>")
         processor = self.processor
         for token_id, otherwise in (
@@ -172,6 +172,23 @@ class SentencePieceTokenizer(SentencePieceModel):
             if added == token_id:
                 return name
         return super().piece(token_id)
+
+
+TYPES: dict[str, type[SentencePieceModel]] = {
+    "SentencePieceTokenizer": SentencePieceTokenizer,
+    "GPTSentencePieceTokenizer": SentencePieceModel,
+    "Llama2Tokenizer": Llama2Tokenizer,
+}
+"""The classes by ``--tokenizer-type``."""
+
+
+def load_sentencepiece(tokenizer_type: str, model_file: Path) -> SentencePieceModel:
+    """Return a SentencePiece model as one of TYPES uses it.
+
+    Raises:
+        UserError: the file is missing, broken or unfit for the type.
+    """
+    return TYPES[tokenizer_type](model_file)
 
 
 def _to_ids(processor: Any, texts: Sequence[str], add_bos: bool = False) -> list[Ids]:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.hf_export import export_hugging_face
 from data_tools.train_tokenizer import train_unigram
+from megatron_llmjp.tokenizers.sentencepiece_fast import export_hugging_face
+from megatron_llmjp.tokenizers.spm import SentencePieceTokenizer
 
 JAPANESE = (
     "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。",
@@ -47,7 +48,7 @@ def documents() -> list[str]:
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory, documents: list[str]) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     (folder / "tokenizer.model").write_bytes(train_unigram(documents, 700))
-    export_hugging_face(folder / "tokenizer.model", folder, "<EOD>")
+    export_hugging_face(SentencePieceTokenizer(folder / "tokenizer.model"), folder)
     return folder
 
 

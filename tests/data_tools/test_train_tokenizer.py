@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from data_tools.hf_export import SPECIALS
 from data_tools.sample import sample_texts
 from data_tools.sources import find_input
-from data_tools.train_tokenizer import main
+from data_tools.train_tokenizer import SPECIALS, main
 
 
 def test_whole_program_and_transformers(corpus, documents, tmp_path, capsys):

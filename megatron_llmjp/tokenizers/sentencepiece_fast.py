@@ -1,0 +1,193 @@
+"""SentencePiece models as Hugging Face fast tokenizers.
+
+Unigram follows llm-jp-tokenizer's conversion: text is not split at spaces, so that runs of spaces
+and Japanese text reach the model whole, as in SentencePiece. BPE follows transformers' conversion
+of Llama-2 (convert_slow_tokenizer.py, ``generate_merges``). Nothing in the files guarantees equal
+ids: :mod:`megatron_llmjp.tokenizers.comparison` compares them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+from megatron_llmjp.errors import UserError
+from megatron_llmjp.tokenizers.spm import SentencePieceModel, SentencePieceTokenizer
+
+SPACE = "▁"
+UNIGRAM, BPE = 1, 2
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
+"""Types of models and of pieces, as sentencepiece_model.proto numbers them."""
+
+
+def export_hugging_face(
+    tokenizer: SentencePieceModel, folder: Path, rows: int | None = None
+) -> None:
+    """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json.
+
+    ``eos_token`` is what ends a document in the tokenizer's type: ``<EOD>`` for
+    SentencePieceTokenizer, ``</s>`` for the others. BOS is put before a text where the type
+    writes it (Llama2Tokenizer).
+
+    Args:
+        tokenizer: the model and its type.
+        folder: where the files are written.
+        rows: ids of the model; special tokens that the type adds beyond them are omitted.
+
+    Raises:
+        UserError: the model is neither Unigram nor BPE.
+    """
+    fast = fast_tokenizer(tokenizer, rows)
+    fast.save(str(folder / "tokenizer.json"))
+    _write_settings(folder, tokenizer)
+
+
+def fast_tokenizer(tokenizer: SentencePieceModel, rows: int | None = None) -> tokenizers.Tokenizer:
+    """Return the fast tokenizer of a SentencePiece model; arguments and errors as above."""
+    proto = _proto(tokenizer)
+    pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+    spec = proto.trainer_spec
+    if spec.model_type == UNIGRAM:
+        unknown = tokenizer.processor.unk_id()
+        model: models.Model = models.Unigram(pieces, unknown, byte_fallback=spec.byte_fallback)
+    elif spec.model_type == BPE:
+        model = _bpe(proto)
+    else:
+        raise UserError(
+            f"{tokenizer.model_file}: a SentencePiece model of type {spec.model_type}; a fast "
+            "tokenizer can be built from Unigram (1) and BPE (2)"
+        )
+    fast = tokenizers.Tokenizer(model)
+    _add_special_tokens(fast, tokenizer, proto, rows)
+    fast.normalizer = _normalizer(proto.normalizer_spec)
+    if spec.byte_fallback and spec.model_type == UNIGRAM:
+        fast.pre_tokenizer = _literal_bytes_cut([piece for piece, _ in pieces])
+    steps: list[decoders.Decoder] = [
+        decoders.Replace(SPACE, " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+    ]
+    if proto.normalizer_spec.add_dummy_prefix:
+        steps.append(decoders.Strip(" ", 1, 0))
+    fast.decoder = decoders.Sequence(steps)
+    if tokenizer.writes_bos and tokenizer.bos_id is not None:
+        bos = tokenizer.piece(tokenizer.bos_id)
+        fast.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A",
+            pair=f"{bos} $A {bos} $B",
+            special_tokens=[(bos, tokenizer.bos_id)],
+        )
+    return fast
+
+
+def _proto(tokenizer: SentencePieceModel) -> Any:
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(tokenizer.processor.serialized_model_proto())
+    return proto
+
+
+def _bpe(proto: Any) -> models.BPE:
+    """Return the merges that build each piece, best pieces first.
+
+    Bytes and special tokens are not built from characters, so that ``<0x0A>`` spelled out in a
+    text stays text.
+    """
+    ids = {piece.piece: at for at, piece in enumerate(proto.pieces)}
+    parts = {piece.piece for piece in proto.pieces if piece.type in (NORMAL, USER_DEFINED)}
+    merges = []
+    for piece in proto.pieces:
+        text = piece.piece
+        if piece.type != NORMAL:
+            continue
+        pairs = ((text[:at], text[at:]) for at in range(1, len(text)))
+        built = [(left, right) for left, right in pairs if left in parts and right in parts]
+        built.sort(key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+        merges += [(piece.score, left, right) for left, right in built]
+    merges.sort(key=lambda merge: (merge[0], len(merge[1]), len(merge[2])), reverse=True)
+    unknown = next(piece.piece for piece in proto.pieces if piece.type == UNKNOWN)
+    return models.BPE(
+        ids,
+        [(left, right) for _, left, right in merges],
+        unk_token=unknown,
+        fuse_unk=True,
+        byte_fallback=proto.trainer_spec.byte_fallback,
+    )
+
+
+def _add_special_tokens(
+    fast: tokenizers.Tokenizer, tokenizer: SentencePieceModel, proto: Any, rows: int | None
+) -> None:
+    """Add control and user-defined pieces, and those that SentencePieceTokenizer adds, in order."""
+    kinds = {piece.piece: piece.type for piece in proto.pieces}
+    special = [name for name, kind in kinds.items() if kind in (UNKNOWN, CONTROL)]
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        added = {i: name for name, i in tokenizer.special_ids.items() if i >= len(proto.pieces)}
+        special += [added[i] for i in sorted(added) if rows is None or i < rows]
+    fast.add_special_tokens(
+        [tokenizers.AddedToken(name, special=True, normalized=False) for name in special]
+    )
+    own = [name for name, kind in kinds.items() if kind == USER_DEFINED]
+    fast.add_tokens([tokenizers.AddedToken(name, normalized=False) for name in own])
+
+
+def _normalizer(spec: Any) -> normalizers.Normalizer:
+    """Return SentencePiece's normalization: its character map, its spaces, its prefix."""
+    steps: list[normalizers.Normalizer] = []
+    if spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        spaces = tokenizers.Regex(" {2,}")
+        steps += [normalizers.Strip(), normalizers.Replace(spaces, " ")]
+    if spec.add_dummy_prefix:
+        steps.append(normalizers.Prepend(SPACE))
+    steps.append(normalizers.Replace(" ", SPACE))
+    return normalizers.Sequence(steps)
+
+
+def _literal_bytes_cut(pieces: Sequence[str]) -> pre_tokenizers.PreTokenizer:
+    """Return a pre-tokenizer that cuts a text inside each literal ``<0x0A>``.
+
+    The fast Unigram model would take the six characters for the piece of that name, and so make
+    them a newline; SentencePiece does not. The cut is where no other piece crosses it if there is
+    such a place, so that the best segmentation stays the same.
+    """
+    parts = ("<", "0", "x", "[0-9A-F]", "[0-9A-F]", ">")
+    texts = [piece for piece in pieces if not re.fullmatch("".join(parts), piece)]
+    joints = range(1, len(parts))
+    free = (at for at in joints if not any(re.search(parts[at - 1] + parts[at], t) for t in texts))
+    cut = next(free, 1)
+    pattern = f"{''.join(parts[:cut])}(?={''.join(parts[cut:])})"
+    return pre_tokenizers.Split(tokenizers.Regex(pattern), "merged_with_previous")
+
+
+def _write_settings(folder: Path, tokenizer: SentencePieceModel) -> None:
+    ids = {
+        "bos_token": tokenizer.bos_id,
+        "eos_token": tokenizer.eod_id,
+        "unk_token": tokenizer.processor.unk_id(),
+        "pad_token": tokenizer.pad_id,
+        "cls_token": tokenizer.id_of("<CLS>"),
+        "sep_token": tokenizer.id_of("<SEP>"),
+        "mask_token": tokenizer.id_of("<MASK>", "<mask>"),
+    }
+    tokens = {role: tokenizer.piece(i) for role, i in ids.items() if i is not None}
+    settings: Mapping[str, Any] = {
+        **tokens,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 10**30,  # transformers' way to say: no limit
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    for name, content in (
+        ("tokenizer_config.json", settings),
+        ("special_tokens_map.json", tokens),
+    ):
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        (folder / name).write_text(text, encoding="utf-8")
