@@ -19,6 +19,7 @@ REQUIRES = [
     "tokenizers>=0.20",
     "sentencepiece>=0.2.0",
     "protobuf>=4",  # reads SentencePiece models
+    "tiktoken>=0.7",  # 4 MB; reads TikTokenizer's vocabularies
     "pydantic>=2.7",
     "PyYAML>=6.0",
     "numpy>=1.26",

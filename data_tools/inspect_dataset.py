@@ -19,11 +19,12 @@ from data_tools import lineage_report
 from data_tools.cli import Parser, positive, run
 from data_tools.documents import pieces, read_manifest
 from data_tools.report import format_table
+from data_tools.tokenizer_flags import add_tokenizer_flags, tokenizer_of
 from data_tools.verify import verify
 from megatron_llmjp.data.index_check import read_checked
 from megatron_llmjp.data.indexed import Index
 from megatron_llmjp.errors import EXIT_DONE, EXIT_FAILURE, DataError, UserError
-from megatron_llmjp.tokenizers import Tokenizer, load_tokenizer
+from megatron_llmjp.tokenizers import Tokenizer
 
 BINS = 40  # powers of two: documents of up to 2^39 tokens
 BAR = 40
@@ -48,12 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("inspect_dataset", "Look into .bin/.idx token datasets and runs.", examples)
     add = parser.add_argument
     add("prefixes", nargs="*", metavar="PREFIX", help="path without .bin or .idx (or with)")
-    add("--verify", action="store_true", help="read everything and check it")
+    add(
+        "--verify",
+        action="store_true",
+        help="read all and check it; ids by --vocab-size",
+    )
     add("--documents", type=int, nargs="+", default=[], metavar="N", help="show these; -1: last")
     add("--max-tokens", type=positive, default=200, metavar="N", help="shown of each document")
-    add("--tokenizer-type", metavar="TYPE", help="to show text; without it, ids are shown")
-    add("--tokenizer-model", metavar="PATH", help="model file or folder of the tokenizer")
-    add("--vocab-size", type=positive, metavar="N", help="for --verify and NullTokenizer")
+    add_tokenizer_flags(add, required=False, use="to show text, not ids: ")
     add("--png", type=Path, metavar="FILE", help="write the histogram as a picture")
     add("--json", action="store_true", help="statistics as JSON")
     lineage_report.add_flags(parser.add_argument_group("what a run was trained on").add_argument)
@@ -72,9 +75,7 @@ def inspect(args: argparse.Namespace) -> int:
         return verify_all(prefixes, args.vocab_size)
     tokenizer = None
     if args.tokenizer_type:
-        tokenizer = load_tokenizer(
-            args.tokenizer_type, args.tokenizer_model, vocab_size=args.vocab_size
-        )
+        tokenizer = tokenizer_of(args)
     indexes = [read_checked(prefix) for prefix in prefixes]
     if args.documents:
         for index in indexes:

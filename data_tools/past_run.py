@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint.manifest import Manifest
 from megatron_llmjp.checkpoint.past import changes
-from megatron_llmjp.config.load import load_resolved
+from megatron_llmjp.config.load import changed, load_resolved
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.batch_sizes import BatchSizes
 from megatron_llmjp.data.fold_reading import read_fold_file
@@ -23,8 +23,15 @@ from megatron_llmjp.data.resolve import resolve
 from megatron_llmjp.data.skips import Skips
 from megatron_llmjp.data.sources import inspect_sources
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.prepare_data import RunData, as_known, cache_folder, prepare_data
-from megatron_llmjp.tokenizers import Tokenizer, load_tokenizer
+from megatron_llmjp.prepare_data import (
+    RunData,
+    as_known,
+    cache_folder,
+    prepare_data,
+    run_tokenizer,
+)
+from megatron_llmjp.tokenizers import Tokenizer
+from megatron_llmjp.tokenizers.stored import stored_tokenizer
 
 if TYPE_CHECKING:
     from megatron_llmjp.data.lineage import Lineage
@@ -146,13 +153,6 @@ def _data(folder: Path, config: Config, fold_file: Path | None) -> RunData:
 
 def _tokenizer(folder: Path, config: Config) -> Tokenizer | None:
     """The run's tokenizer, from the checkpoint; None for a run that names none."""
-    data = config.data
-    if data.tokenizer_type is None:
-        return None
-    model = data.tokenizer_model
-    kept = folder / manifests.TOKENIZER
-    if model is not None and kept.is_dir():
-        own = kept / Path(model).name
-        model = str(own if own.is_file() else kept)
-    size = config.model.vocab_size - 1 if config.model.vocab_size else None
-    return load_tokenizer(data.tokenizer_type, model, vocab_size=size)
+    kind = config.data.tokenizer_type
+    stored = stored_tokenizer(folder / manifests.TOKENIZER, kind) if kind else {}
+    return run_tokenizer(changed(config, **stored))

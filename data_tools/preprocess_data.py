@@ -20,9 +20,10 @@ from data_tools.output import Output
 from data_tools.report import check_report
 from data_tools.shards import part_prefix, shard_of, take_shard, uneven
 from data_tools.sources import find_input
+from data_tools.tokenizer_flags import add_tokenizer_flags, tokenizer_of
 from megatron_llmjp.data.indexed import best_dtype
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.tokenizers import TOKENIZER_TYPES, Tokenizer, load_tokenizer
+from megatron_llmjp.tokenizers import Tokenizer
 
 EXAMPLES = """\
   One file, LLM-jp's way (no BOS, <EOD> after each document):
@@ -44,6 +45,7 @@ tokenizer types:
   Llama2Tokenizer            <s> before each document; --append-eod adds </s>
   HuggingFaceTokenizer       a tokenizer.json or its folder; --append-eod adds its eos_token
   GPT2BPETokenizer           --vocab-file and --merge-file; --append-eod adds <|endoftext|>
+  TikTokenizer               a JSON list of token_bytes; --append-eod adds </s>
   ByteLevelTokenizer         UTF-8 bytes; --append-eod adds 256
   NullTokenizer              integers separated by spaces; --append-eod adds --vocab-size"""
 
@@ -67,7 +69,7 @@ def _parser() -> Parser:
         metavar="PREFIX",
         help="output is PREFIX_KEY_document.{bin,idx,json}",
     )
-    _add_tokenizer_flags(add)
+    _add_encoding(add)
     add("--workers", type=positive, default=cores(), metavar="N", help="processes that encode")
     _add_limits(add)
     add(
@@ -98,18 +100,15 @@ def _parser() -> Parser:
     return parser
 
 
-def _add_tokenizer_flags(add: Callable[..., Any]) -> None:
-    add("--tokenizer-type", required=True, metavar="TYPE", help=", ".join(TOKENIZER_TYPES))
-    add("--tokenizer-model", metavar="PATH", help="model file or folder of the tokenizer")
+def _add_encoding(add: Callable[..., Any]) -> None:
+    """Add the flags that decide which ids a document becomes."""
+    add_tokenizer_flags(add)
     add(
         "--sentencepiece-twin",
         metavar="MODEL",
         help="with HuggingFaceTokenizer: encode with this SentencePiece model, 8 to 15 times "
         "faster, if it gives the same ids on text of the corpus",
     )
-    add("--vocab-size", type=positive, metavar="N", help="for NullTokenizer")
-    add("--vocab-file", metavar="FILE", help="vocabulary of GPT2BPETokenizer, or a *.model")
-    add("--merge-file", metavar="FILE", help="merges of GPT2BPETokenizer")
     add("--append-eod", action="store_true", help="end each document with the EOD token")
     add(
         "--append-bos",
@@ -156,12 +155,7 @@ def preprocess(args: argparse.Namespace) -> int:
     found = find_input(args.input)
     found.report()
     sources = found.sources
-    tokenizer = load_tokenizer(
-        args.tokenizer_type,
-        args.tokenizer_model or args.vocab_file,
-        vocab_size=args.vocab_size,
-        merge_file=args.merge_file,
-    )
+    tokenizer = tokenizer_of(args)
     if args.append_bos:
         _check_bos(tokenizer)
     if args.sentencepiece_twin:

@@ -61,7 +61,7 @@ class TwinTokenizer(Tokenizer):
         """Return the original's text."""
         return self.original.decode(ids)
 
-    def files(self) -> list[Path]:
+    def files(self) -> dict[str, Path]:
         """Return the original's files."""
         return self.original.files()
 

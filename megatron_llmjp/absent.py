@@ -28,8 +28,8 @@ from megatron_llmjp.data.indexed import bin_path, idx_path
 from megatron_llmjp.data.megatron_paths import fold_file_of, given_flags
 from megatron_llmjp.data.run_length import planned_samples
 from megatron_llmjp.errors import UserError
+from megatron_llmjp.prepare_data import run_tokenizer
 from megatron_llmjp.system import unusable
-from megatron_llmjp.tokenizers import load_tokenizer
 
 _WITHOUT_FILE = (None, "ByteLevelTokenizer", "NullTokenizer")
 _FILES = ("fold_file", "data_args_path", "per_split_data_args_path")
@@ -106,7 +106,8 @@ def _without_tokenizer(config: Config, changes: dict[str, Any], data: bool) -> I
     if size is None and kind is not None and not is_absent:
         if not data:
             return
-        size = load_tokenizer(kind, model, merge_file=config.data.merge_file).vocab_size
+        tokenizer = run_tokenizer(config)
+        size = tokenizer.vocab_size if tokenizer else None
     if size is None:
         size, source = _vocabulary_of_data(config) or (None, "")
     if size is None and data:
@@ -123,11 +124,12 @@ def _without_tokenizer(config: Config, changes: dict[str, Any], data: bool) -> I
             yield f"vocabulary size {size:,} taken from {source}; --vocab-size sets another"
     if is_absent:
         changes |= {"tokenizer_type": "NullTokenizer", "tokenizer_model": None}
+        changes["tiktoken_special_tokens"] = ()
         changes["allow_tokenizer_mismatch"] = True
         # A checkpoint to resume from is not compared with a stand-in.
         assumed = ("vocab_size",) if config.model.vocab_size is None else ()
-        accepted = (*config.checkpoint.override_resume, "tokenizer_type", "tokenizer", *assumed)
-        changes["override_resume"] = accepted
+        others = ("tokenizer_type", "tokenizer", "tiktoken_special_tokens")
+        changes["override_resume"] = (*config.checkpoint.override_resume, *others, *assumed)
         yield f"tokenizer {model} is not here, and is not checked; the run needs it"
 
 

@@ -6,8 +6,10 @@ from pathlib import Path
 
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.config.load import Layers, load_resolved
-from megatron_llmjp.config.schema import SECTION_OF, ModelConfig, OptimizerConfig
+from megatron_llmjp.config.schema import SECTION_OF, DataConfig, ModelConfig, OptimizerConfig
+from megatron_llmjp.tokenizers.stored import stored_tokenizer
 
+_TIKTOKEN = [name for name in DataConfig.model_fields if name.startswith("tiktoken_")]
 _BATCHES = (
     "micro_batch_size",
     "global_batch_size",
@@ -40,7 +42,7 @@ def add_own_configuration(root: Path, layers: Layers) -> bool:
     config, source = load_resolved(folder / manifests.CONFIG), str(folder / manifests.CONFIG)
     names = [*ModelConfig.model_fields, "seq_length"]
     if manifests.read(folder).contents == "full":
-        names += [*OptimizerConfig.model_fields, *_BATCHES, "tokenizer_type"]
+        names += [*OptimizerConfig.model_fields, *_BATCHES, "tokenizer_type", *_TIKTOKEN]
     for name in names:
         value = getattr(getattr(config, SECTION_OF[name]), name)
         if value is not None and name != "padded_vocab_size":
@@ -51,12 +53,6 @@ def add_own_configuration(root: Path, layers: Layers) -> bool:
 
 def _add_tokenizer(folder: Path, layers: Layers) -> None:
     """The files in the checkpoint; their kind where the configuration does not name it."""
-    models = sorted(folder.glob("*.model"))
     kind = layers.values.get("data", {}).get("tokenizer_type")
-    is_fast = (folder / "tokenizer.json").is_file()
-    if is_fast and (kind in (None, "HuggingFaceTokenizer")):
-        layers.set("tokenizer_type", "HuggingFaceTokenizer", str(folder))
-        layers.set("tokenizer_model", str(folder), str(folder))
-    elif models:
-        layers.set("tokenizer_type", kind or "SentencePieceTokenizer", str(folder))
-        layers.set("tokenizer_model", str(models[0]), str(folder))
+    for name, value in stored_tokenizer(folder, kind).items():
+        layers.set(name, value, str(folder))

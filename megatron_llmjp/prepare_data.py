@@ -22,6 +22,7 @@ from megatron_llmjp.data.run_length import Limit, limits, planned_samples
 from megatron_llmjp.data.sources import inspect_sources
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.tokenizers import Tokenizer, load_tokenizer
+from megatron_llmjp.tokenizers.settings import TikTokenSettings
 
 
 @dataclass(frozen=True)
@@ -176,9 +177,17 @@ def run_tokenizer(config: Config) -> Tokenizer | None:
     if data.tokenizer_type is None:
         return None
     # NullTokenizer counts the ids below its EOD; the model's vocabulary counts that too.
-    size = ids - 1 if ids else None
+    size = ids - 1 if ids and data.tokenizer_type == "NullTokenizer" else ids
     return load_tokenizer(
-        data.tokenizer_type, data.tokenizer_model, vocab_size=size, merge_file=data.merge_file
+        data.tokenizer_type,
+        data.tokenizer_model,
+        vocab_size=size,
+        merge_file=data.merge_file,
+        tiktoken=TikTokenSettings(
+            data.tiktoken_pattern,
+            data.tiktoken_num_special_tokens,
+            data.tiktoken_special_tokens,
+        ),
     )
 
 

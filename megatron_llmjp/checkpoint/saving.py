@@ -11,7 +11,7 @@ import io
 import json
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,8 @@ class Description:
     """What is stored beside the tensors, the same in every checkpoint of a run."""
 
     config: Config
-    tokenizer_files: tuple[Path, ...] = ()
+    tokenizer_files: Mapping[str, bytes] = field(default_factory=dict)
+    """Contents by name; read once, since a run may outlive the files it was started with."""
 
 
 def begin(
@@ -141,8 +142,8 @@ def _plain_files(common: Any, progress: Progress, about: Description) -> dict[st
     }
     if progress.fold_file is not None:
         files[manifests.FOLDS] = progress.fold_file.encode()
-    for path in about.tokenizer_files:
-        files[f"{manifests.TOKENIZER}/{path.name}"] = path.read_bytes()
+    for name, contents in about.tokenizer_files.items():
+        files[f"{manifests.TOKENIZER}/{name}"] = contents
     return files
 
 

@@ -20,6 +20,7 @@ def rules(config: Config) -> Iterator[str]:
     yield from _rates(config)
     yield from _weight_decay(config)
     yield from _folders(config)
+    yield from _tokenizer(config)
 
 
 def _precision(config: Config) -> Iterator[str]:
@@ -116,3 +117,12 @@ def _folders(config: Config) -> Iterator[str]:
         yield "finetune starts from weights: give load, the folder that has them"
     if config.training.eval_only and checkpoint.load is None and checkpoint.save is None:
         yield "eval_only needs a model: give load, the folder of its checkpoint"
+
+
+def _tokenizer(config: Config) -> Iterator[str]:
+    data = config.data
+    if data.tiktoken_special_tokens and data.tokenizer_type != "TikTokenizer":
+        yield (
+            "tiktoken_special_tokens is for tokenizer_type TikTokenizer: other tokenizers have "
+            "their special tokens in their files. Remove it, or add the tokens to the tokenizer"
+        )

@@ -247,6 +247,8 @@ def _add_field(group: argparse._ArgumentGroup, name: str, info: FieldInfo) -> No
         kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
     elif name == "override_resume":
         kind = {"nargs": "+", "metavar": "FIELD"}
+    elif name == "tiktoken_special_tokens":
+        kind = {"nargs": "+", "metavar": "TOKEN"}
     elif name.endswith("data_path"):
         kind = {"nargs": "+", "metavar": "PATH"}
     elif name == "rampup_batch_size":

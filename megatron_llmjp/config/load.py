@@ -167,7 +167,9 @@ def _sizes(config: Config) -> dict[str, int]:
 
 FROZEN_AT_RESUME: tuple[str, ...] = (
     *(name for name in ModelConfig.model_fields if not name.endswith("dropout")),
-    *(name for name in DataConfig.model_fields if name in {"seq_length", "tokenizer_type"}),
+    *(name for name in DataConfig.model_fields if name.startswith("tiktoken_")),
+    "seq_length",
+    "tokenizer_type",
     "global_batch_size",
     "rampup_batch_size",
 )

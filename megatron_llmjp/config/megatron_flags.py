@@ -62,6 +62,7 @@ RENAMED: dict[str, str] = {
     "--num-virtual-stages-per-pipeline-rank": "virtual_pipeline_model_parallel_size",
     "--checkpoint-num-layers": "recompute_num_layers",
     "--wandb-name": "wandb_exp_name",
+    "--tokenizer-special-tokens": "tiktoken_special_tokens",
 }
 """A flag with a value, and the field it sets."""
 

@@ -40,9 +40,8 @@ _BY_REASON: dict[str, str] = {
         --use-legacy-static-engine --max-seqlen-per-dp-cp-rank --no-inference-wandb-logging""",
     "the tokenizer's own files say it": """
         --tokenizer-metadata --tokenizer-hf-use-fast --no-tokenizer-hf-use-fast --legacy-tokenizer
-        --tokenizer-special-tokens --tokenizer-hf-include-special-tokens
-        --tokenizer-sentencepiece-legacy --tiktoken-pattern --tiktoken-num-special-tokens
-        --tiktoken-special-tokens --trust-remote-code""",
+        --tokenizer-hf-include-special-tokens --tokenizer-sentencepiece-legacy
+        --trust-remote-code""",
     # processes
     "ranks are found from torchrun, srun or mpirun": """
         --use-mpi --local-rank --lazy-mpu-init --standalone-embedding-stage

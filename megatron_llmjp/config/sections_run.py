@@ -44,16 +44,28 @@ class DataConfig(Section):
             "Llama2Tokenizer",
             "HuggingFaceTokenizer",
             "GPT2BPETokenizer",
+            "TikTokenizer",
             "ByteLevelTokenizer",
             "NullTokenizer",
         ]
         | None
     ) = Field(None, description="kind of tokenizer the datasets were made with")
     tokenizer_model: str | None = Field(
-        None, description="SentencePiece model, tokenizer.json or Hugging Face folder"
+        None,
+        description="SentencePiece model, tokenizer.json, Hugging Face folder or TikTokenizer's "
+        "JSON list",
     )
     merge_file: str | None = Field(
         None, description="merges of GPT2BPETokenizer; found next to its vocabulary when not given"
+    )
+    tiktoken_pattern: Literal["v1", "v2"] = Field(
+        "v2", description="how TikTokenizer cuts texts before it merges bytes"
+    )
+    tiktoken_num_special_tokens: PositiveInt = Field(
+        1000, description="ids of TikTokenizer before those of its file"
+    )
+    tiktoken_special_tokens: tuple[str, ...] = Field(
+        (), description="names of TikTokenizer's first ids; <unk> <s> </s> when not given"
     )
     allow_tokenizer_mismatch: bool = Field(
         False,

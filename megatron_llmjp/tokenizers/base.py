@@ -56,9 +56,9 @@ class Tokenizer(ABC):
         """Return one token as readable text, for tables and inspection."""
         return self.decode([token_id])
 
-    def files(self) -> list[Path]:
-        """Return the files to keep beside a checkpoint or a Hugging Face export."""
-        return []
+    def files(self) -> dict[str, Path]:
+        """Return the files that a checkpoint stores, by their names there (see stored.py)."""
+        return {}
 
     def identity(self) -> dict[str, Any]:
         """Return what identifies this tokenizer: type, vocabulary size, file names and sha256."""
@@ -71,7 +71,7 @@ class Tokenizer(ABC):
 
     def identifying_files(self) -> list[Path]:
         """Return the files that decide the ids."""
-        return self.files()
+        return list(self.files().values())
 
 
 def sha256_of(path: Path) -> str:

@@ -40,9 +40,9 @@ class GPT2BPETokenizer(FastTokenizer):
             raise UserError(f"{self.vocab_file}: has no {EOD} to end a document")
         self.eod_id = self.eos_id = self.bos_id = eod
 
-    def files(self) -> list[Path]:
-        """Return the vocabulary and the merges."""
-        return [self.vocab_file, self.merge_file]
+    def files(self) -> dict[str, Path]:
+        """Return the vocabulary and the merges, under the names that transformers looks for."""
+        return {"vocab.json": self.vocab_file, "merges.txt": self.merge_file}
 
 
 def _both(vocab: Path, merges: Path | None) -> tuple[Path, Path]:

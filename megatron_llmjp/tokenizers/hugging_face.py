@@ -60,10 +60,11 @@ class HuggingFaceTokenizer(FastTokenizer):
         name = token.get("content") if isinstance(token, dict) else token
         return self.tokenizer.token_to_id(name) if isinstance(name, str) else None
 
-    def files(self) -> list[Path]:
-        """Return tokenizer.json and what lies beside it for transformers."""
-        beside = [self.json_file.parent / name for name in COMPANIONS]
-        return [self.json_file, *(path for path in beside if path.is_file())]
+    def files(self) -> dict[str, Path]:
+        """Return tokenizer.json, whatever its name, and what transformers reads next to it."""
+        companions = {name: self.json_file.parent / name for name in COMPANIONS}
+        found = {name: path for name, path in companions.items() if path.is_file()}
+        return {"tokenizer.json": self.json_file} | found
 
     def identifying_files(self) -> list[Path]:
         """Return the file that decides the ids."""

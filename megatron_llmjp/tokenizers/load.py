@@ -6,6 +6,9 @@ from pathlib import Path
 
 from megatron_llmjp.errors import UserError, suggest
 from megatron_llmjp.tokenizers.base import Tokenizer
+from megatron_llmjp.tokenizers.settings import TikTokenSettings
+
+DEFAULTS = TikTokenSettings()
 
 TOKENIZER_TYPES = (
     "SentencePieceTokenizer",
@@ -13,6 +16,7 @@ TOKENIZER_TYPES = (
     "Llama2Tokenizer",
     "HuggingFaceTokenizer",
     "GPT2BPETokenizer",
+    "TikTokenizer",
     "ByteLevelTokenizer",
     "NullTokenizer",
 )
@@ -24,16 +28,19 @@ def load_tokenizer(
     *,
     vocab_size: int | None = None,
     merge_file: str | Path | None = None,
+    tiktoken: TikTokenSettings = DEFAULTS,
 ) -> Tokenizer:
     """Return the tokenizer that Megatron-LM's flags of these names describe.
 
     Args:
         tokenizer_type: one of TOKENIZER_TYPES.
         tokenizer_model: a SentencePiece ``*.model``; for HuggingFaceTokenizer a tokenizer.json
-            or its folder; for GPT2BPETokenizer the vocabulary as JSON, or a folder; not used
-            by ByteLevelTokenizer and NullTokenizer.
+            or its folder; for GPT2BPETokenizer the vocabulary as JSON, or a folder; for
+            TikTokenizer a JSON list; not used by ByteLevelTokenizer and NullTokenizer.
         merge_file: of GPT2BPETokenizer; found near the vocabulary where it is None.
-        vocab_size: ids that NullTokenizer's text may hold; the other types know their own.
+        vocab_size: ids that NullTokenizer's text may hold; number of ids that TikTokenizer takes
+            from its file, special tokens included. The other types know their own.
+        tiktoken: how TikTokenizer cuts texts, and its special tokens.
 
     Raises:
         UserError: an unknown type, or a file that is missing, broken or unfit for the type.
@@ -63,6 +70,10 @@ def load_tokenizer(
         from megatron_llmjp.tokenizers.gpt2 import GPT2BPETokenizer
 
         return GPT2BPETokenizer(Path(tokenizer_model), Path(merge_file) if merge_file else None)
+    if tokenizer_type == "TikTokenizer":
+        from megatron_llmjp.tokenizers.tik import TikTokenizer
+
+        return TikTokenizer(Path(tokenizer_model), tiktoken, vocab_size)
     _check_kind(tokenizer_type, Path(tokenizer_model))
     if tokenizer_type == "HuggingFaceTokenizer":
         from megatron_llmjp.tokenizers.hugging_face import HuggingFaceTokenizer

@@ -77,11 +77,12 @@ class SentencePieceModel(Tokenizer):
         """Return the piece of one id, as it stands in the vocabulary."""
         return str(self.processor.id_to_piece(int(token_id)))
 
-    def files(self) -> list[Path]:
-        """Return the model, and its Hugging Face twin where that lies in the same folder."""
+    def files(self) -> dict[str, Path]:
+        """Return the model, and its Hugging Face twin where both are in the same folder."""
         twin = [self.model_file.parent / name for name in HUGGING_FACE_TWIN]
         has_twin = twin[0].exists()
-        return [self.model_file, *(path for path in twin if has_twin and path.exists())]
+        named = {path.name: path for path in twin if has_twin and path.exists()}
+        return {self.model_file.name.removesuffix(".model") + ".model": self.model_file} | named
 
     def identifying_files(self) -> list[Path]:
         """Return the file that decides the ids."""

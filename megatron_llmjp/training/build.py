@@ -130,7 +130,8 @@ def make_saver(
     schedule = run.schedule
     samples = tuple(schedule.trainable(fold)[1] for fold in schedule.folds)
     iterations = frozenset(sizes.iteration_of(end - 1) for end in samples if end > 0)
-    about = Description(run.config, tuple(run.tokenizer.files()))
+    tokenizer = {name: path.read_bytes() for name, path in run.tokenizer.files().items()}
+    about = Description(run.config, tokenizer)
     return Saver(about, FoldEnds(samples, iterations), may_publish, progress(run)[0], work)
 
 

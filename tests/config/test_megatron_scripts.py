@@ -141,6 +141,10 @@ MEANINGS = {
     "--vocab-file v.json --merge-file m.txt --tokenizer-type GPT2BPETokenizer": {
         "tokenizer_model": "v.json", "merge_file": "m.txt", "tokenizer_type": "GPT2BPETokenizer",
     },
+    "--tokenizer-type TikTokenizer --tokenizer-model v --tokenizer-special-tokens <unk> <s> </s>": {
+        "tokenizer_type": "TikTokenizer", "tiktoken_special_tokens": ("<unk>", "<s>", "</s>"),
+        "tiktoken_pattern": "v2", "tiktoken_num_special_tokens": 1000,
+    },
     "--vocab-file x.model --tokenizer-type JapaneseSentencePiece": {
         "tokenizer_model": "x.model", "tokenizer_type": "GPTSentencePieceTokenizer",
     },

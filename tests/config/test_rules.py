@@ -39,6 +39,7 @@ BROKEN = {
     "--rotary-percent 0.01": ["rotates 1 numbers", "even part"],
     "--position-embedding-type learned_absolute --use-rope-scaling": ["for rotary positions"],
     "--loss-scale 128": ["loss_scale is for fp16"],
+    "--tokenizer-special-tokens <x>": ["is for tokenizer_type TikTokenizer"],
     "--optimizer sgd": ["shards Adam only"],
     "--lr-warmup-iters 5 --lr-warmup-fraction 0.1": ["lr_warmup_iters and lr_warmup_fraction say"],
     "--train-iters 5 --train-samples 99": ["train_iters and train_samples say the same"],

@@ -1,0 +1,74 @@
+"""Flags that name a tokenizer, the same in every data tool."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from data_tools.cli import positive
+from megatron_llmjp.tokenizers import TOKENIZER_TYPES, Tokenizer, load_tokenizer
+from megatron_llmjp.tokenizers.settings import TikTokenSettings
+
+_DEFAULTS = TikTokenSettings()
+
+
+def add_tokenizer_flags(add: Callable[..., Any], required: bool = True, use: str = "") -> None:
+    """Add the flags.
+
+    Args:
+        add: ``add_argument`` of a parser or group.
+        required: whether ``--tokenizer-type`` must be given.
+        use: what the tokenizer is for, where that is not plain.
+    """
+    types = ", ".join(TOKENIZER_TYPES)
+    add("--tokenizer-type", required=required, metavar="TYPE", help=f"{use}{types}")
+    add("--tokenizer-model", metavar="PATH", help="model file or folder of the tokenizer")
+    add("--vocab-file", metavar="FILE", help="vocabulary of GPT2BPETokenizer, or a *.model")
+    add("--merge-file", metavar="FILE", help="merges of GPT2BPETokenizer")
+    add(
+        "--vocab-size",
+        type=positive,
+        metavar="N",
+        help="of NullTokenizer; of TikTokenizer, special tokens included (default: 131072, or all)",
+    )
+    add(
+        "--tiktoken-pattern",
+        choices=("v1", "v2"),
+        default=_DEFAULTS.pattern,
+        help="how TikTokenizer cuts texts (default: v2)",
+    )
+    add(
+        "--tiktoken-num-special-tokens",
+        type=positive,
+        default=_DEFAULTS.num_special_tokens,
+        metavar="N",
+        help="ids of TikTokenizer before those of its file (default: 1000)",
+    )
+    add(
+        "--tiktoken-special-tokens",
+        "--tokenizer-special-tokens",
+        nargs="+",
+        default=(),
+        metavar="TOKEN",
+        help="names of TikTokenizer's first ids (default: <unk> <s> </s>)",
+    )
+
+
+def tokenizer_of(args: argparse.Namespace) -> Tokenizer:
+    """Return the tokenizer that the flags describe.
+
+    Raises:
+        UserError: a file or value that gives none.
+    """
+    return load_tokenizer(
+        args.tokenizer_type,
+        args.tokenizer_model or args.vocab_file,
+        vocab_size=args.vocab_size,
+        merge_file=args.merge_file,
+        tiktoken=TikTokenSettings(
+            args.tiktoken_pattern,
+            args.tiktoken_num_special_tokens,
+            tuple(args.tiktoken_special_tokens),
+        ),
+    )

@@ -1,0 +1,208 @@
+"""Byte-level BPE with the tiktoken library, as Megatron-LM's TikTokenizer reads it.
+
+Source of the behaviour: Megatron-LM megatron/training/tokenizer (core 0.12), CustomTikTokenizer.
+A special token that is spelled out in a text is text; newer Megatron-LM (core 0.15 on) finds it.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_llmjp.errors import UserError
+from megatron_llmjp.tokenizers.base import Ids, Tokenizer
+from megatron_llmjp.tokenizers.settings import TikTokenSettings
+
+PATTERNS = {
+    "v1": r"[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
+    "v2": "|".join(
+        [
+            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+",
+            r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*",
+            r"\p{N}",
+            r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
+            r"\s*[\r\n]+",
+            r"\s+(?!\S)",
+            r"\s+",
+        ]
+    ),
+}
+"""Regular expressions that cut a text before merging, by their names in Megatron-LM."""
+REQUIRED = ("<unk>", "<s>", "</s>")
+LARGEST = 2**17
+"""Megatron-LM's vocabulary size where ``--vocab-size`` is not given, special tokens included."""
+_KEYS = {"rank", "token_bytes", "token_str"}
+_EXPECTED = "Expected a JSON list of {rank, token_bytes, token_str}, as Megatron-LM's TikTokenizer"
+
+
+class TikTokenizer(Tokenizer):
+    """A list of byte sequences by rank behind a block of special tokens."""
+
+    kind = "TikTokenizer"
+
+    def __init__(
+        self, vocab_file: Path, settings: TikTokenSettings, vocab_size: int | None = None
+    ) -> None:
+        """Read a vocabulary.
+
+        Args:
+            vocab_file: a JSON list of ``{"rank", "token_bytes" (base64), "token_str"}``.
+            settings: pattern and special tokens.
+            vocab_size: number of ids, special tokens included; the vocabulary's last tokens are
+                left out beyond it. Where it is None, LARGEST or as many as there are.
+
+        Raises:
+            UserError: a file or a setting that gives no tokenizer.
+        """
+        self.vocab_file, self.settings = vocab_file, settings
+        names = _special_names(settings)
+        tokens = _read(vocab_file)
+        self.vocab_size = vocab_size or min(LARGEST, len(tokens) + len(names))
+        _check_size(vocab_file, len(tokens), len(names), self.vocab_size)
+        tokens = tokens[: self.vocab_size - len(names)]
+        self._encoding = _encoding(
+            vocab_file,
+            PATTERNS[settings.pattern],
+            {token: rank for rank, token in enumerate(tokens, len(names))},
+            {name: token_id for token_id, name in enumerate(names)},
+        )
+        self.bos_id = names.index("<s>")
+        self.eod_id = self.eos_id = names.index("</s>")
+        self.pad_id = names.index("<pad>") if "<pad>" in names else None
+
+    def encode(self, text: str) -> Ids:
+        """Return the ids of one text.
+
+        Raises:
+            ValueError: a lone surrogate (tiktoken would write U+FFFD), or about half a million
+                spaces in a row, on which tiktoken's regular expressions run out of memory.
+        """
+        text.encode()
+        try:
+            return np.array(self._encoding.encode_ordinary(text), np.int32)
+        except BaseException as error:  # a panic in Rust is no Exception
+            if type(error).__name__ != "PanicException":
+                raise
+            raise ValueError(f"tiktoken cannot split it: {error}") from error
+
+    def decode(self, ids: Sequence[int] | Ids) -> str:
+        """Return the text, special tokens included; bytes that are no UTF-8 become U+FFFD."""
+        return str(self._encoding.decode([int(i) for i in ids]))
+
+    def files(self) -> dict[str, Path]:
+        """Return the vocabulary."""
+        return {"tiktoken.json": self.vocab_file}
+
+    def identity(self) -> dict[str, Any]:
+        """Return what identifies this tokenizer: the vocabulary, and the flags that read it."""
+        settings = {
+            "pattern": self.settings.pattern,
+            "num_special_tokens": self.settings.num_special_tokens,
+            "special_tokens": list(self.settings.special_tokens or REQUIRED),
+            "vocab_size": self.vocab_size,
+        }
+        return super().identity() | {"settings": settings}
+
+
+def _special_names(settings: TikTokenSettings) -> list[str]:
+    """Return the names of all special tokens by id.
+
+    Raises:
+        UserError: an unknown pattern, or names that are missing, doubled or too many.
+    """
+    names, number = list(settings.special_tokens or REQUIRED), settings.num_special_tokens
+    if settings.pattern not in PATTERNS:
+        raise UserError(f"--tiktoken-pattern {settings.pattern}: expected v1 or v2")
+    given = f"--tiktoken-special-tokens {' '.join(names)}"
+    if missing := [name for name in REQUIRED if name not in names]:
+        raise UserError(f"{given}: {' '.join(missing)} must be among them")
+    if len(names) > number:
+        raise UserError(
+            f"--tiktoken-num-special-tokens {number}: there are {len(names)}: {' '.join(names)}"
+        )
+    names += [f"<SPECIAL_{token_id}>" for token_id in range(len(names), number)]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise UserError(f"{given}: {' '.join(sorted(twice))} is given twice")
+    return names
+
+
+def _read(path: Path) -> list[bytes]:
+    """Return the tokens by rank.
+
+    Raises:
+        UserError: the file is missing, of another kind, or damaged; naming the entry.
+    """
+    if not path.is_file():
+        what = "is a directory" if path.is_dir() else "does not exist"
+        raise UserError(f"--tokenizer-model {path}: {what}. {_EXPECTED} reads it.")
+    try:
+        entries = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"--tokenizer-model {path}: not a readable TikTokenizer vocabulary ({error}). "
+            f"{_EXPECTED} reads it; a plain .tiktoken file does not say which special tokens and "
+            "pattern belong to it, and its Hugging Face form (HuggingFaceTokenizer) does."
+        ) from error
+    if not isinstance(entries, list):
+        other = "a tokenizer.json is read with --tokenizer-type HuggingFaceTokenizer"
+        raise UserError(f"--tokenizer-model {path}: not a list. {_EXPECTED} reads it; {other}")
+    tokens = [_token(path, rank, entry) for rank, entry in enumerate(entries)]
+    ranks: dict[bytes, int] = {}
+    for rank, token in enumerate(tokens):
+        if (first := ranks.setdefault(token, rank)) != rank:
+            raise UserError(f"{path}: entry {rank} holds the same bytes as entry {first}")
+    return tokens
+
+
+def _token(path: Path, rank: int, entry: Any) -> bytes:
+    """Return the bytes of one entry."""
+    if not isinstance(entry, dict) or entry.keys() != _KEYS:
+        raise UserError(f"{path}: entry {rank} is {str(entry)[:80]}. {_EXPECTED} reads it.")
+    if entry["rank"] != rank:
+        raise UserError(f"{path}: entry {rank} has rank {entry['rank']}; entries follow their rank")
+    try:
+        token = base64.b64decode(entry["token_bytes"], validate=True)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: entry {rank}: token_bytes is no base64 ({error})") from error
+    if rank < 256 and token != bytes([rank]):
+        raise UserError(
+            f"{path}: entry {rank} holds {token!r}; the first 256 entries are the bytes 0 to 255"
+        )
+    return token
+
+
+def _check_size(path: Path, tokens: int, special: int, vocab_size: int) -> None:
+    """Refuse a vocabulary's size that the file cannot give.
+
+    Raises:
+        UserError: naming both.
+    """
+    if tokens + special < vocab_size:
+        raise UserError(
+            f"--vocab-size {vocab_size}: {path} has {tokens} tokens, with {special} special tokens "
+            f"(--tiktoken-num-special-tokens) {tokens + special}. Leave --vocab-size out to take "
+            "all, or give that number"
+        )
+    if vocab_size < special + 256:
+        raise UserError(
+            f"{path}: {special} special tokens (--tiktoken-num-special-tokens) and 256 bytes do "
+            f"not fit into a vocabulary of {vocab_size}"
+        )
+
+
+def _encoding(path: Path, pattern: str, ranks: dict[bytes, int], special: dict[str, int]) -> Any:
+    """Return the library's object."""
+    try:
+        import tiktoken
+    except ImportError as error:
+        raise UserError(
+            "--tokenizer-type TikTokenizer needs the package tiktoken: pip install tiktoken"
+        ) from error
+    return tiktoken.Encoding(
+        path.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
+    )
