@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_llmjp.config.megatron import with_dashes
 from megatron_llmjp.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USER_ERROR, UserError, suggest
+from megatron_llmjp.tokenizers import TOKENIZER_TYPES
 
 if TYPE_CHECKING:
     from megatron_llmjp.convert.convert import Conversion
@@ -93,7 +94,14 @@ def _add_places(add: Callable[..., Any]) -> None:
         "--tokenizer",
         type=Path,
         metavar="DIR",
-        help="tokenizer files to copy into the output; the source's own when not given",
+        help="to native and hf: the tokenizer's folder or file; the source's own when not given",
+    )
+    add(
+        "--tokenizer-type",
+        choices=TOKENIZER_TYPES,
+        metavar="TYPE",
+        help="the run's tokenizer type, which decides what ends a text; the source's own when not "
+        f"given: {', '.join(TOKENIZER_TYPES)}",
     )
 
 
@@ -270,6 +278,7 @@ def _convert(arguments: argparse.Namespace) -> int:
         max_shard_size=arguments.max_shard_size,
         keep_vocabulary_padding=arguments.keep_vocab_padding,
         tokenizer=arguments.tokenizer,
+        tokenizer_type=arguments.tokenizer_type,
         vocab_size=arguments.vocab_size,
         megatron_format=arguments.ckpt_format,
         transformer_impl=arguments.transformer_impl,
@@ -283,6 +292,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     print(summary(conversion.source))
     if arguments.dry_run:
         print(show_plan(conversion))
+        _print_notes(conversion)
         return EXIT_DONE
     check = None
     if arguments.verify:
@@ -294,8 +304,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     except Difference as error:
         print(f"convert_checkpoint: {error}; {arguments.output} was not made", file=sys.stderr)
         return EXIT_FAILURE
-    for note in [*conversion.source.notes, *conversion.output.notes]:
-        print(f"note: {note}", file=sys.stderr)
+    _print_notes(conversion)
     print(_checksums(conversion))
     size = conversion.output.nbytes / 1e9
     print(
@@ -303,6 +312,14 @@ def _convert(arguments: argparse.Namespace) -> int:
         f"{size / max(seconds, 1e-3):.2f} GB/s"
     )
     return EXIT_DONE
+
+
+def _print_notes(conversion: Conversion) -> None:
+    """Print what the user should know, warnings last."""
+    for note in [*conversion.source.notes, *conversion.output.notes]:
+        print(f"note: {note}", file=sys.stderr)
+    for warning in conversion.output.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def _checksums(conversion: Conversion) -> str:

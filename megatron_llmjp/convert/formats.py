@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from megatron_llmjp.config.schema import ModelConfig
+from megatron_llmjp.convert.generation import Generation
 from megatron_llmjp.convert.plan import Read
 from megatron_llmjp.convert.tensors import WORD_EMBEDDINGS, shapes
 from megatron_llmjp.errors import UserError
+from megatron_llmjp.tokenizers.settings import TikTokenSettings
 
 FORMATS = ("native", "hf", "megatron-lm", "megatron-deepspeed")
 
@@ -33,8 +35,12 @@ class Source:
     tokenizer: Path | None = None
     """Folder with tokenizer files, where the checkpoint carries them."""
     seq_length: int | None = None
-    special_ids: dict[str, int] = field(default_factory=dict)
-    """``bos_token_id`` and so on, where the checkpoint tells them."""
+    tokenizer_type: str | None = None
+    """Type of the run's tokenizer as the checkpoint names it, which decides what ends a text."""
+    tiktoken: TikTokenSettings | None = None
+    """Settings of a TikTokenizer, where the checkpoint has them."""
+    generation: Generation | None = None
+    """Token ids and generation settings of a Hugging Face model, also on its way back."""
     notes: list[str] = field(default_factory=list)
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Sections of the run's configuration that the checkpoint tells."""
@@ -87,6 +93,7 @@ class Options:
     max_shard_size: int = 5_000_000_000
     keep_vocabulary_padding: bool = False
     tokenizer: Path | None = None
+    tokenizer_type: str | None = None
     vocab_size: int | None = None
     megatron_format: str = "torch_dist"
     transformer_impl: str = "transformer_engine"

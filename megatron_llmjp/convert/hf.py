@@ -6,22 +6,23 @@ each is a :class:`Style`.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_llmjp.config.schema import ModelConfig
-from megatron_llmjp.convert import hf_gpt2, hf_gpt_neox, hf_llama
+from megatron_llmjp.convert import generation, hf_gpt2, hf_gpt_neox, hf_llama
 from megatron_llmjp.convert.formats import Options, Source, account
 from megatron_llmjp.convert.hf_style import Style
+from megatron_llmjp.convert.json_files import read_json, write_json
+from megatron_llmjp.convert.model_tokenizer import open_tokenizer
 from megatron_llmjp.convert.plan import Checksums, Output, OutputFile, Read, Write
 from megatron_llmjp.convert.safetensors_io import plan_file, read_header
 from megatron_llmjp.convert.storage import Stored, byte_count, dtype_name
 from megatron_llmjp.convert.tensors import VOCABULARY, Shape, part_shapes, shapes
-from megatron_llmjp.convert.tokenizer_files import copy_tokenizer, special_token_ids
+from megatron_llmjp.convert.tokenizer_export import export_tokenizer
 from megatron_llmjp.convert.torch_archive import load
 from megatron_llmjp.errors import UserError
 
@@ -80,11 +81,6 @@ def read(path: Path) -> Source:
             shape_of[rule.name], parts[0].dtype, parts, rule.layout, replicas.get(rule.name, ())
         )
     files = len({stored.source for stored in tensors.values()})
-    ids = {
-        k: config[k]
-        for k in ("bos_token_id", "eos_token_id", "pad_token_id")
-        if isinstance(config.get(k), int)
-    }
     return Source(
         "hf",
         path,
@@ -92,8 +88,8 @@ def read(path: Path) -> Source:
         reads,
         f"{files} file(s)",
         tokenizer=path,
-        special_ids=ids,
         seq_length=model.max_position_embeddings,
+        generation=generation.of_hugging_face(path, config),
     )
 
 
@@ -136,23 +132,6 @@ def _inside(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        UserError: the file is missing or damaged.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: does not exist") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: a JSON object was expected")
-    return value
-
-
 def plan(source: Source, options: Options) -> Output:
     """Lay out a Hugging Face folder.
 
@@ -180,24 +159,27 @@ def plan(source: Source, options: Options) -> Output:
         )
         for rule in rules
     }
-    tokenizer = options.tokenizer or source.tokenizer
-    token_ids = special_token_ids(tokenizer, rows)
+    tokenizer = open_tokenizer(source, options, rows)
+    keep = not tokenizer.decides and source.generation is not None
+    exported = export_tokenizer(tokenizer, keep, rows)
+    ids = tokenizer.token_ids(rows)
+    text, changes = generation.resolve(source.generation, ids, tokenizer.decides, rows)
 
     def finish(folder: Path, _: Checksums) -> None:
-        copy_tokenizer(tokenizer, folder)
-        # GPT-2's default ids stay in configurations of smaller vocabularies: they name no token.
-        known = {name: i for name, i in source.special_ids.items() if i < rows}
-        ids = {**known, **token_ids}
-        _write_json(folder / CONFIG, _config(style, source, options, rows, ids))
-        _write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
+        for name, data in exported.files.items():
+            (folder / name).write_bytes(data)
+        write_json(folder / CONFIG, _config(style, source, options, rows, text.token_ids))
+        write_json(folder / generation.FILE, text.config or {})
         if len(files) > 1:
             total = sum(slot.nbytes for slot in slots.values())
             weight_map = {key: slot.file for key, slot in sorted(slots.items())}
-            _write_json(
+            write_json(
                 folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}
             )
 
-    return Output(files, writes, finish)
+    notes = [*tokenizer.notes, *exported.notes]
+    warnings = [*tokenizer.warnings, *exported.warnings, *changes]
+    return Output(files, writes, finish, notes, warnings)
 
 
 def _shards(placed: dict[str, tuple[Shape, torch.dtype]], limit: int) -> list[OutputFile]:
@@ -220,7 +202,7 @@ def _shards(placed: dict[str, tuple[Shape, torch.dtype]], limit: int) -> list[Ou
 
 
 def _config(
-    style: Style, source: Source, options: Options, rows: int, ids: dict[str, int]
+    style: Style, source: Source, options: Options, rows: int, ids: Mapping[str, Any]
 ) -> dict[str, Any]:
     """config.json with the keys that transformers 4.35 reads and those that 5 reads."""
     dtype = _TORCH_NAMES[dtype_name(options.dtype or source.dtype)]
@@ -236,7 +218,3 @@ def _config(
         "dtype": dtype,
         "use_cache": True,
     }
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

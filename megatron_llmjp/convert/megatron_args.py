@@ -119,6 +119,12 @@ def settings_from_args(args: Any) -> dict[str, dict[str, Any]]:
     return found
 
 
+def tokenizer_type_of(args: Any) -> str | None:
+    """The type of the run's tokenizer, where the arguments name it."""
+    name = getattr(args, "tokenizer_type", None)
+    return name if isinstance(name, str) and name else None
+
+
 def _is_core(given: dict[str, Any]) -> bool:
     """Whether the run built megatron-core's model, not the older ``megatron.legacy`` one."""
     if "use_legacy_models" in given:

@@ -17,7 +17,11 @@ from typing import Any
 from megatron_llmjp.config.schema import ModelConfig
 from megatron_llmjp.convert import zero_state
 from megatron_llmjp.convert.formats import Source
-from megatron_llmjp.convert.megatron_args import model_from_args, settings_from_args
+from megatron_llmjp.convert.megatron_args import (
+    model_from_args,
+    settings_from_args,
+    tokenizer_type_of,
+)
 from megatron_llmjp.convert.megatron_deepspeed_names import classify, join_separate_keys
 from megatron_llmjp.convert.megatron_ranks import Gathered, new_name
 from megatron_llmjp.convert.optimizer_state import MAIN
@@ -95,6 +99,7 @@ def read(path: Path, main_weights: bool = False, ignored: Collection[str] = ()) 
         seq_length=getattr(args, "seq_length", None),
         notes=notes,
         settings=settings_from_args(args),
+        tokenizer_type=tokenizer_type_of(args),
         optimizer=lambda: zero().state(content),
     )
 

@@ -262,6 +262,8 @@ def _rank_content(source: Source, options: Options, rows: int) -> dict[str, Any]
         "no_pipeline_parallel": options.no_pipeline,
         "deepspeed": True,
     }
+    if source.tokenizer_type is not None:
+        extra["tokenizer_type"] = source.tokenizer_type
     dtype = options.dtype or source.dtype
     return {
         "module": None,

@@ -22,6 +22,7 @@ from megatron_llmjp.convert.megatron_args import (
     model_from_args,
     notes_from_args,
     settings_from_args,
+    tokenizer_type_of,
 )
 from megatron_llmjp.convert.megatron_ranks import Gathered, new_name
 from megatron_llmjp.convert.optimizer_state import OptimizerState
@@ -100,6 +101,7 @@ def _source(
         seq_length=getattr(args, "seq_length", None),
         notes=notes,
         settings=settings_from_args(args),
+        tokenizer_type=tokenizer_type_of(args),
         optimizer=optimizer,
     )
 

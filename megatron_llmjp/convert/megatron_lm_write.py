@@ -75,6 +75,8 @@ def _args(source: Source, options: Options, rows: int) -> Any:
         "ckpt_format": options.megatron_format,
         "iteration": source.iteration or 0,
     }
+    if source.tokenizer_type is not None:
+        extra["tokenizer_type"] = source.tokenizer_type
     if model.vocab_size is not None:
         extra["true_vocab_size"] = model.vocab_size
     dtype = options.dtype or source.dtype

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,19 +14,18 @@ import torch
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.config.load import dump, load_resolved
 from megatron_llmjp.config.schema import Config, ModelConfig
-from megatron_llmjp.convert import dcp, mcore_names, optimizer_state
+from megatron_llmjp.convert import dcp, generation, mcore_names, optimizer_state
 from megatron_llmjp.convert.formats import Options, Source
+from megatron_llmjp.convert.json_files import write_json
+from megatron_llmjp.convert.model_tokenizer import open_tokenizer
 from megatron_llmjp.convert.optimizer_state import OptimizerState
 from megatron_llmjp.convert.plan import Checksums, Output
 from megatron_llmjp.convert.regions import Region
 from megatron_llmjp.convert.tensors import WORD_EMBEDDINGS
-from megatron_llmjp.convert.tokenizer_files import (
-    copy_tokenizer,
-    special_token_ids,
-    tokenizer_files,
-)
+from megatron_llmjp.convert.tokenizer_files import tokenizer_files
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.system import write_durably
+from megatron_llmjp.tokenizers import TOKENIZER_TYPES
 
 _FILE_SIZE = 1_000_000_000
 """Files no larger than this, so that several threads can read them when a run starts."""
@@ -70,7 +70,9 @@ def read(path: Path) -> Source:
         f"torch_dist, {trained}",
         iteration=manifest.iteration,
         consumed_samples=manifest.consumed_samples,
-        tokenizer=tokenizer if tokenizer_files_in(tokenizer) else None,
+        tokenizer=tokenizer if tokenizer.is_dir() and tokenizer_files(tokenizer) else None,
+        tokenizer_type=config.data.tokenizer_type,
+        generation=generation.stored(folder / manifests.GENERATION),
         seq_length=config.data.seq_length,
         optimizer=optimizer,
     )
@@ -81,11 +83,6 @@ def _optimizer(
 ) -> OptimizerState:
     common = dcp.read_common(folder)
     return optimizer_state.from_torch_dist(model, stored, common, folder)
-
-
-def tokenizer_files_in(folder: Path) -> list[Path]:
-    """Tokenizer files of a checkpoint's folder, which may be missing."""
-    return tokenizer_files(folder) if folder.is_dir() else []
 
 
 def architecture(config: Config) -> ModelConfig:
@@ -111,6 +108,9 @@ def plan(source: Source, options: Options) -> Output:
     config = _config(source, options)
     rows = config.model.padded_vocab_size
     assert rows is not None
+    tokenizer = open_tokenizer(source, options, rows)
+    ids = tokenizer.token_ids(rows)
+    text, changes = generation.resolve(source.generation, ids, tokenizer.decides, rows)
     iteration = source.iteration or 0
     folder = manifests.folder_name(iteration)
     writer = dcp.Writer(min(options.max_shard_size, _FILE_SIZE), folder)
@@ -125,9 +125,11 @@ def plan(source: Source, options: Options) -> Output:
         inner = out / folder
         writer.finish(inner, common)
         (inner / manifests.CONFIG).write_text(dump(config), encoding="utf-8")
-        tokenizer = inner / manifests.TOKENIZER
-        tokenizer.mkdir()
-        copy_tokenizer(options.tokenizer or source.tokenizer, tokenizer)
+        (inner / manifests.TOKENIZER).mkdir()
+        for name, path in tokenizer.files.items():
+            shutil.copyfile(path, inner / manifests.TOKENIZER / name)
+        if source.generation is not None:
+            write_json(inner / manifests.GENERATION, generation.to_store(text))
         filled = writer.checksums(sums)
         files = manifests.describe_files(inner, set(manifests.all_files(inner)) - filled.keys())
         for name, crc in filled.items():
@@ -143,8 +145,8 @@ def plan(source: Source, options: Options) -> Output:
         manifests.write(inner, manifest)
         write_durably(out / manifests.TRACKER, str(iteration))
 
-    special_token_ids(options.tokenizer or source.tokenizer, rows)  # complain before, not after
-    return Output(writer.files, writes, finish)
+    warnings = [*tokenizer.warnings, *changes]
+    return Output(writer.files, writes, finish, list(tokenizer.notes), warnings)
 
 
 def _config(source: Source, options: Options) -> Config:
@@ -160,11 +162,13 @@ def _config(source: Source, options: Options) -> Config:
     positions = model.max_position_embeddings
     types = {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
     told = source.settings
+    kind = options.tokenizer_type or source.tokenizer_type
+    data = {**told.get("data", {}), **({"tokenizer_type": kind} if kind in TOKENIZER_TYPES else {})}
     adam = optimizer_state.of_source(source).settings if options.with_optimizer else {}
     return Config.model_validate(
         {
             "model": model.model_dump(),
-            "data": {**told.get("data", {}), "seq_length": source.seq_length or positions},
+            "data": {**data, "seq_length": source.seq_length or positions},
             "training": {**told.get("training", {}), **types},
             "optimizer": {**told.get("optimizer", {}), **adam},
         }

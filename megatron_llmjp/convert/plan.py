@@ -209,6 +209,7 @@ class Output:
     writes: dict[str, Write]
     finish: Callable[[Path, Checksums], None]
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:

@@ -21,7 +21,7 @@ def llama(**changes) -> transformers.PreTrainedModel:
         "max_position_embeddings": 64, "rms_norm_eps": 3e-5, "rope_theta": 5000.0,
         "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
-    config = transformers.LlamaConfig(**COMMON, **{**fields, **changes})
+    config = transformers.LlamaConfig(**{**COMMON, **fields, **changes})
     return _noisy(transformers.LlamaForCausalLM(config))
 
 
@@ -40,7 +40,7 @@ def gpt_neox(**changes) -> transformers.PreTrainedModel:
         "rotary_pct": 0.5, "hidden_act": "gelu", "tie_word_embeddings": False,
         "rotary_emb_base": 5000,
     }  # fmt: skip
-    config = transformers.GPTNeoXConfig(**COMMON, **{**fields, **changes})
+    config = transformers.GPTNeoXConfig(**{**COMMON, **fields, **changes})
     return _noisy(transformers.GPTNeoXForCausalLM(config))
 
 

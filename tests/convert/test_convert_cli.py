@@ -112,4 +112,4 @@ def test_tokenizer_of_another_model_is_refused(tmp_path, convert):
     llama().save_pretrained(tmp_path / "hf")
     text = convert("--to", "native", "--input", tmp_path / "hf", "--output", tmp_path / "o",
                    "--tokenizer", tmp_path / "tokenizer", code=2)  # fmt: skip
-    assert "a tokenizer of 200 tokens, the model has 128" in text
+    assert "a tokenizer of 200 tokens, the model has 101" in text

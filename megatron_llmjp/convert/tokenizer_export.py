@@ -1,0 +1,178 @@
+"""The tokenizer's files of a Hugging Face folder, which AutoTokenizer reads.
+
+Files of transformers are copied byte for byte, but for an ``eos_token`` that is not what ended the
+run's documents. Of a SentencePiece model or GPT-2's two files the fast tokenizer is built, and its
+ids are compared with the original's.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_llmjp.convert.json_files import to_bytes
+from megatron_llmjp.convert.model_tokenizer import ModelTokenizer
+from megatron_llmjp.errors import UserError
+from megatron_llmjp.tokenizers import Tokenizer, load_tokenizer
+from megatron_llmjp.tokenizers.comparison import compare
+from megatron_llmjp.tokenizers.fast import FastTokenizer
+from megatron_llmjp.tokenizers.hugging_face import HuggingFaceTokenizer
+from megatron_llmjp.tokenizers.sample_texts import RARE_TEXTS, TEXTS
+from megatron_llmjp.tokenizers.sentencepiece_fast import export_hugging_face
+from megatron_llmjp.tokenizers.spm import SentencePieceModel
+
+FAST, SETTINGS, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+BUILT = (FAST, SETTINGS, SPECIAL)
+KEPT_SETTINGS = ("chat_template", "model_max_length", "padding_side", "truncation_side")
+"""What stays of a tokenizer_config.json where the fast tokenizer is built again."""
+_RENAMED = {"tokenizer.model": "sentencepiece.model", "spiece.model": "sentencepiece.model"}
+"""AutoTokenizer would read the former by itself, with other ids for Unigram models."""
+
+
+@dataclass
+class ExportedTokenizer:
+    """Files by name, and what the user should know of them."""
+
+    files: dict[str, bytes]
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def export_tokenizer(chosen: ModelTokenizer, keep: bool, rows: int) -> ExportedTokenizer:
+    """Return the files of an export.
+
+    Args:
+        chosen: the tokenizer.
+        keep: copy whatever is there: the folder of a Hugging Face model, unchanged.
+        rows: of the vocabulary.
+
+    Raises:
+        UserError: a JSON file is damaged.
+    """
+    files = {name: path.read_bytes() for name, path in chosen.files.items()}
+    tokenizer = chosen.tokenizer
+    if keep:
+        return ExportedTokenizer(files)
+    if isinstance(tokenizer, SentencePieceModel):
+        return _of_sentencepiece(tokenizer, files, rows)
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return _of_hugging_face(tokenizer, chosen.eod_id, files)
+    if isinstance(tokenizer, FastTokenizer):
+        return _of_fast(tokenizer, files)
+    what = "has no tokenizer; --tokenizer gives one"
+    if tokenizer is not None:
+        what = f"has no tokenizer that AutoTokenizer reads: none can be built of {tokenizer.kind}"
+    return ExportedTokenizer(files, warnings=[f"the export {what}"])
+
+
+def _of_sentencepiece(
+    model: SentencePieceModel, files: dict[str, bytes], rows: int
+) -> ExportedTokenizer:
+    notes = []
+    if FAST in files:
+        other = _difference(model, model.model_file.parent)
+        if other is None:
+            return ExportedTokenizer(files, [f"{FAST} and {model.model_file.name} agree"])
+        notes.append(f"the {FAST} next to {model.model_file.name} {other}: it was built again")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        try:
+            export_hugging_face(model, folder, rows)
+        except UserError as error:
+            return _model_only(files, str(error))
+        built = load_tokenizer("HuggingFaceTokenizer", folder)
+        texts, rare = compare(model, built, TEXTS), compare(model, built, RARE_TEXTS)
+        if texts.differences:
+            return _model_only(files, texts.report())
+        made = {name: (folder / name).read_bytes() for name in BUILT}
+    made[SETTINGS] = _merged_settings(files.get(SETTINGS), made[SETTINGS])
+    notes.append(
+        f"{FAST} was built from {model.model_file.name} as {model.kind}: a document ends with "
+        f"{model.piece(model.eod_id)} ({model.eod_id}). {compare(model, built, ALL).report()}"
+    )
+    warnings = [f"rare texts differ in {FAST}"] if rare.differences else []
+    return ExportedTokenizer(files | made, notes, warnings)
+
+
+ALL = (*TEXTS, *RARE_TEXTS)
+
+
+def _difference(model: SentencePieceModel, folder: Path) -> str | None:
+    """How the Hugging Face tokenizer of a folder differs from the model as its type reads it."""
+    fast = load_tokenizer("HuggingFaceTokenizer", folder)
+    assert isinstance(fast, HuggingFaceTokenizer)
+    if fast.eos_id != model.eod_id:
+        ours, theirs = model.piece(model.eod_id), fast.eos_id
+        shown = "nothing" if theirs is None else fast.piece(theirs)
+        return f"ends text with {shown}, {model.kind} with {ours}"
+    if fast.tokenizer.encode(TEXTS[0]).ids != model.encode(TEXTS[0]).tolist():
+        return "puts other special tokens around a text, or gives other ids"
+    return "gives other ids" if compare(model, fast, TEXTS).differences else None
+
+
+def _model_only(files: dict[str, bytes], why: str) -> ExportedTokenizer:
+    """Keep a model that has no equal fast tokenizer, where AutoTokenizer does not take it."""
+    kept = {_RENAMED.get(n, n): data for n, data in files.items() if n.endswith(".model")}
+    return ExportedTokenizer(
+        kept,
+        warnings=[
+            f"AutoTokenizer cannot load the export, which has {', '.join(kept)} alone: a fast "
+            f"tokenizer with the same ids cannot be built. {why}"
+        ],
+    )
+
+
+def _of_hugging_face(
+    tokenizer: HuggingFaceTokenizer, eod_id: int | None, files: dict[str, bytes]
+) -> ExportedTokenizer:
+    """Copy the files; the token that ended the run's documents becomes ``eos_token``."""
+    if eod_id is None or eod_id == tokenizer.eos_id:
+        return ExportedTokenizer(files)
+    eod = tokenizer.piece(eod_id)
+    before = "none" if tokenizer.eos_id is None else tokenizer.piece(tokenizer.eos_id)
+    settings = _json(files, SETTINGS) or {"tokenizer_class": "PreTrainedTokenizerFast"}
+    changed = {SETTINGS: {**settings, "eos_token": eod}}
+    if SPECIAL in files:
+        changed[SPECIAL] = {**_json(files, SPECIAL), "eos_token": eod}
+    return ExportedTokenizer(
+        files | {name: to_bytes(content) for name, content in changed.items()},
+        [f"eos_token of the tokenizer is {eod} ({eod_id}) in the export, {before} before"],
+    )
+
+
+def _of_fast(tokenizer: Tokenizer, files: dict[str, bytes]) -> ExportedTokenizer:
+    """Build tokenizer.json of a vocabulary that the library reads already."""
+    assert isinstance(tokenizer, FastTokenizer)
+    eod = tokenizer.piece(tokenizer.eod_id)
+    settings = {
+        "bos_token": eod,
+        "eos_token": eod,
+        "unk_token": eod,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 10**30,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    made = {FAST: tokenizer.tokenizer.to_str().encode(), SETTINGS: to_bytes(settings)}
+    note = f"{FAST} was built as {tokenizer.kind}: a document ends with {eod} ({tokenizer.eod_id})"
+    return ExportedTokenizer(files | made, [note])
+
+
+def _merged_settings(old: bytes | None, new: bytes) -> bytes:
+    """Return the settings of a built tokenizer with what is kept of those that were there."""
+    before = {} if old is None else _json({SETTINGS: old}, SETTINGS)
+    return to_bytes(json.loads(new) | {k: before[k] for k in KEPT_SETTINGS if k in before})
+
+
+def _json(files: dict[str, bytes], name: str) -> dict[str, Any]:
+    if name not in files:
+        return {}
+    try:
+        content = json.loads(files[name])
+    except ValueError as error:
+        raise UserError(f"{name} of the tokenizer: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{name} of the tokenizer: a JSON object was expected")
+    return content
