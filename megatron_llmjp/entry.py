@@ -45,7 +45,7 @@ from megatron_llmjp.runtime.ranks import (
     run_started,
 )
 from megatron_llmjp.runtime.stop_requests import StopRequests
-from megatron_llmjp.start_checks import check_start
+from megatron_llmjp.start_checks import check_start, overlaps_of_run
 
 CONSEQUENCE_SECONDS = 8.0
 """A rank that fails because its peers are gone waits this long, so that the cause is told first."""
@@ -109,7 +109,7 @@ def _dry_run(command: Command, world_size: int) -> int:
     if planned.has_other_tokenizer:
         notes = tuple(note for note in run.notes if not note.startswith("tokenizer_"))
         run = replace(run, mismatches=(), notes=notes)
-    _show(check_start(run))
+    _show([*check_start(run), *overlaps_of_run(run)])
     check_model(run)
     run = replace(run, config=planned.restored(run.config))
     print(describe(run, command.config, command.origin, world_size))
@@ -130,6 +130,8 @@ def _be_rank(run: Run, ranks: Ranks, found: Sequence[str]) -> int:
         _show(found)
     warnings.simplefilter("ignore")  # deprecations inside libraries are not the user's to mend
     try:
+        if ranks.is_first:
+            _show(overlaps_of_run(run))
         from megatron_llmjp.runtime import device as devices
 
         device = devices.setup(ranks.local_rank)

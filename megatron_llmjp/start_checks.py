@@ -13,6 +13,7 @@ from megatron_llmjp.errors import UserError
 from megatron_llmjp.numbers import human
 from megatron_llmjp.plan.checkpoints import checkpoint_bytes
 from megatron_llmjp.plan.data_warnings import warnings_of_run
+from megatron_llmjp.plan.overlap import QUICK_BYTES, overlaps
 from megatron_llmjp.prepare import Run
 from megatron_llmjp.system import existing, unusable
 
@@ -32,6 +33,14 @@ def check_start(run: Run) -> list[str]:
     if problems:
         raise UserError("\n".join(problems))
     return [*run.warnings, *run.lints, *warnings_of_run(run), *_space(run)]
+
+
+def overlaps_of_run(run: Run) -> list[str]:
+    """Warnings on datasets of a run that hold the same documents; takes a second at most.
+
+    They are for the one process that prints them: others need not look.
+    """
+    return overlaps(run.folds, largest=QUICK_BYTES)
 
 
 def _folders(run: Run) -> Iterator[str]:

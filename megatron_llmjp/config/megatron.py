@@ -99,7 +99,7 @@ def explain(words: Sequence[str], possible: Iterable[str]) -> Explained:
         elif (why := _lookup(flag, NOT_NEEDED, NOT_NEEDED_FAMILIES)) is not None:
             found.notes.append(f"{flag} is not needed here: {why}")
         else:
-            problems.append(_unknown(flag, [*possible, *SETTLED, *CHOICES]))
+            problems.append(_unknown(flag, [*possible, *SETTLED, *CHOICES, *NOT_NEEDED]))
     found.notes = list(dict.fromkeys(found.notes))
     return found
 

@@ -53,7 +53,7 @@ def _make_parser() -> _Parser:
     parser = _Parser(
         prog="convert_checkpoint",
         usage="convert_checkpoint --to FORMAT --input DIR --output DIR [options]\n"
-        "       convert_checkpoint inspect DIR",
+        "       convert_checkpoint inspect DIR [--ignore-args NAME,...]",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -138,14 +138,7 @@ def _add_contents(add: Callable[..., Any]) -> None:
         action="store_true",
         help="from megatron-deepspeed: the fp32 weights of the ZeRO optimizer",
     )
-    add(
-        "--ignore-args",
-        type=lambda text: frozenset(text.split(",")),
-        default=frozenset(),
-        metavar="NAME,...",
-        help="from Megatron formats: arguments of the run that are read as if they were not "
-        "there, because you know that they do not change the network",
-    )
+    _add_ignored(add)
     add(
         "--with-optimizer",
         action="store_true",
@@ -170,6 +163,18 @@ def _add_contents(add: Callable[..., Any]) -> None:
         default="transformer_engine",
         help="megatron-lm with --ckpt-format torch: the layers that will load it "
         "(default: transformer_engine, as in Megatron-LM)",
+    )
+
+
+def _add_ignored(add: Callable[..., Any]) -> None:
+    """What of a Megatron run's arguments is not to be read."""
+    add(
+        "--ignore-args",
+        type=lambda text: frozenset(text.split(",")),
+        default=frozenset(),
+        metavar="NAME,...",
+        help="from Megatron formats: arguments of the run that are read as if they were not "
+        "there, because you know that they do not change the network",
     )
 
 
@@ -226,8 +231,7 @@ def _size(text: str) -> int:
     return max(1, int(float(match[1]) * (1024 if match[3] else 1000) ** power))
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = _make_parser()
+def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
     flags = [flag for action in parser._actions for flag in action.option_strings]
     for word in argv:
         flag = word.split("=", 1)[0]
@@ -243,7 +247,7 @@ def main(argv: list[str] | None = None) -> int:
         words = with_dashes(sys.argv[1:] if argv is None else argv)
         if words[:1] == ["inspect"]:
             return _inspect(words[1:])
-        return _convert(_parse(words))
+        return _convert(_parse(_make_parser(), words))
     except UserError as error:
         print(f"convert_checkpoint: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -257,11 +261,17 @@ def _stop(*_: object) -> NoReturn:
 
 
 def _inspect(words: list[str]) -> int:
-    if len(words) != 1 or words[0].startswith("-"):
-        raise UserError("usage: convert_checkpoint inspect DIR")
+    parser = _Parser(
+        prog="convert_checkpoint inspect",
+        description="Say what a folder holds, and what it can be converted to.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a checkpoint, or a run's folder")
+    _add_ignored(parser.add_argument)
+    arguments = _parse(parser, words)
     from megatron_llmjp.convert.inspection import describe
 
-    print(describe(Path(words[0])))
+    print(describe(arguments.folder, arguments.ignore_args))
     return EXIT_DONE
 
 

@@ -64,6 +64,7 @@ def read(path: Path) -> Source:
             f"{path / CONFIG}: model_type {config.get('model_type')!r} cannot be converted; "
             f"possible: {', '.join(styles())}"
         )
+    _refuse_quantized(config, path / CONFIG)
     model = style.from_config(config, str(path / CONFIG))
     tensors = {k: v for k, v in _tensors(path).items() if not style.ignored.search(k)}
     if style is hf_gpt2.STYLE and "wte.weight" in tensors:  # saved from GPT2Model, as the original
@@ -90,6 +91,19 @@ def read(path: Path) -> Source:
         tokenizer=path,
         seq_length=model.max_position_embeddings,
         generation=generation.of_hugging_face(path, config),
+    )
+
+
+def _refuse_quantized(config: dict[str, Any], where: Path) -> None:
+    """Refuse weights that are codes with scales beside them, which only its method decodes."""
+    settings = config.get("quantization_config")
+    if settings is None:
+        return
+    method = settings.get("quant_method") if isinstance(settings, dict) else settings
+    raise UserError(
+        f"{where}: quantization_config (quant_method {method!r}): the weights are quantized, and "
+        "only unquantized ones can be converted: take the model it was made from, or dequantize "
+        "it with transformers (model.dequantize()) and save that"
     )
 
 

@@ -34,15 +34,19 @@ def summary(source: Source) -> str:
     )
 
 
-def describe(path: Path) -> str:
+def describe(path: Path, ignored_args: frozenset[str] = frozenset()) -> str:
     """What a folder holds, and what can be done with it.
+
+    Args:
+        path: the folder.
+        ignored_args: arguments of a Megatron run to read as if they were not there.
 
     Raises:
         UserError: it holds no whole checkpoint of a known format.
     """
     from megatron_llmjp.convert.hf import style_for
 
-    source = reader(detect(path))(path, Options()).check()
+    source = reader(detect(path))(path, Options(ignored_args=ignored_args)).check()
     possible = [name for name in FORMATS if name != source.format]
     lines = [summary(source)]
     try:

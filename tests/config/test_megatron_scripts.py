@@ -210,6 +210,7 @@ REFUSALS = {
     "--learning-rate 1e-3": "unknown flag --learning-rate; did you mean '--lr'?",
     "--batch-size 8": "--batch-size is not supported: use --micro-batch-size and",
     "--max-seq-len 8": "did you mean '--seq-length'?",
+    "--moe-grouped-gem": "unknown flag --moe-grouped-gem; did you mean '--moe-grouped-gemm'?",
     "--num_heads 8": "unknown flag --num-heads; did you mean '--num-attention-heads'?",
     "--lr-scheduler cosine": "did you mean '--lr-decay-style'?",
     "--gradient-accumulation-steps 8": "it follows from --global-batch-size",

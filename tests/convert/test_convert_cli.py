@@ -37,7 +37,8 @@ def test_help_answers_without_torch(tmp_path):
         (["--to", "hf", "--input", ".", "--output", "b", "--workers", "0"], "positive whole"),
         (["--to", "hf", "--input", ".", "--output", "b", "--max-shard-size", "5 tons"], "5GB"),
         (["--to", "hf", "--output", "b"], "--input"),
-        (["inspect"], "usage"),
+        (["inspect"], "required: DIR"),
+        (["inspect", ".", "--ignore-arg", "x"], "did you mean '--ignore-args'?"),
     ],
 )
 def test_mistakes_are_one_line(convert, arguments, message, monkeypatch, tmp_path):

@@ -17,6 +17,7 @@ from megatron_llmjp.errors import UserError
 from tests.convert.hf_models import gpt2, llama, state
 
 FIXTURE = Path(__file__).parent / "fixtures" / "mds_llama_tp2pp2_fp32" / "ckpt"
+ZERO = FIXTURE.parent.parent / "mds_gpt_tp2pp2dp2_bf16z1" / "ckpt"
 ODD = [None, True, -1, 0, 10**30, 1.5, float("nan"), "x", [], {}, [[]], {"a": 1}, "\ud800", 1 << 40]
 
 
@@ -76,10 +77,10 @@ def mutated_bytes(content: bytes, generator: random.Random) -> bytes:
     return bytes(data)
 
 
-def opened(folder: Path, format_name: str) -> None:
+def opened(folder: Path, format_name: str, options: Options) -> None:
     """Plan a conversion; whatever is wrong must be a user's error of few lines."""
     try:
-        prepare(format_name, "native", folder, Options())
+        prepare(format_name, "native", folder, options)
     except UserError as error:
         assert str(error)
         assert str(error).count("\n") <= 3
@@ -92,10 +93,26 @@ def sources(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("damage")
     sizes = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16}
     llama(rope_theta=10000.0, **sizes).save_pretrained(root / "hf")
-    for name, flags in {"dist": [], "legacy": ["--ckpt-format", "torch"]}.items():
-        words = ["--to", "megatron-lm", *flags, "--input", str(root / "hf")]
-        assert main([*words, "--output", str(root / name)]) == 0
+    targets = {
+        "dist": ["megatron-lm"],
+        "legacy": ["megatron-lm", "--ckpt-format", "torch"],
+        "native": ["native"],
+        "mds": ["megatron-deepspeed"],
+    }
+    for name, target in targets.items():
+        words = ["--to", *target, "--input", str(root / "hf"), "--output", str(root / name)]
+        assert main(words) == 0
+    shutil.copytree(ZERO, root / "zero")
     return root
+
+
+def agree(folder: Path, file: str) -> None:
+    """Have a manifest tell the size that a file has, so that its content is looked at."""
+    path = folder / "iter_0000000" / "manifest.json"
+    if path.is_file() and path.name != Path(file).name:
+        manifest = json.loads(path.read_text())
+        manifest["files"][Path(file).name]["bytes"] = (folder / file).stat().st_size
+        path.write_text(json.dumps(manifest))
 
 
 @pytest.mark.parametrize(
@@ -106,6 +123,16 @@ def sources(tmp_path_factory) -> Path:
         ("dist", "megatron-lm", "release/.metadata"),
         ("dist", "megatron-lm", "release/common.pt"),
         ("legacy", "megatron-lm", "release/mp_rank_00/model_optim_rng.pt"),
+        ("native", "native", "iter_0000000/manifest.json"),
+        ("native", "native", "iter_0000000/config.yaml"),
+        ("native", "native", "iter_0000000/.metadata"),
+        ("mds", "megatron-deepspeed", "global_step0/mp_rank_00_model_states.pt"),
+        ("mds", "megatron-deepspeed", "global_step0/layer_02-model_00-model_states.pt"),
+        (
+            "zero",
+            "megatron-deepspeed",
+            "global_step2/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt",
+        ),
     ],
 )
 def test_damage_never_ends_in_a_traceback(tmp_path, sources, name, format_name, file):
@@ -114,7 +141,8 @@ def test_damage_never_ends_in_a_traceback(tmp_path, sources, name, format_name, 
     victim = folder / file
     good = victim.read_bytes()
     generator = random.Random(file)
-    for _ in range(500):
+    options = Options(with_optimizer=name == "zero")
+    for _ in range(100 if name == "zero" else 500):  # it opens twelve files each time
         if victim.suffix == ".json":
             value = mutated_json(json.loads(good), generator)
             victim.write_text(json.dumps(value), encoding="utf-8", errors="surrogatepass")
@@ -123,9 +151,11 @@ def test_damage_never_ends_in_a_traceback(tmp_path, sources, name, format_name, 
             header(folder, lambda value: mutated_json(value, generator))
         else:
             victim.write_bytes(mutated_bytes(good, generator))
-        opened(folder, format_name)
+        agree(folder, file)
+        opened(folder, format_name, options)
     victim.write_bytes(good)
-    prepare(format_name, "native", folder, Options())
+    agree(folder, file)
+    prepare(format_name, "native", folder, options)
 
 
 @pytest.mark.parametrize("content", [[1, 2], {}, 3, torch.ones(3), {"args": 5, "model": None},

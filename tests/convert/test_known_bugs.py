@@ -58,6 +58,20 @@ def test_arguments_that_change_the_network_are_refused(there, convert):
         assert (missing if name == "add_bias_linear" else name) in refused(convert, folder)
         edit(path, lambda content, n=name, v=before: setattr(content["args"], n, v))
     convert("inspect", folder)
+    edit(path, lambda content: setattr(content["args"], "my_new_attention", True))
+    assert "--ignore-args my_new_attention" in convert("inspect", folder, code=2)
+    convert("inspect", folder, "--ignore-args", "my_new_attention")
+
+
+def test_quantized_weights_are_refused(tmp_path, convert):
+    """Some have the names and shapes of plain weights beside their scales: fp8."""
+    llama().save_pretrained(tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    config = json.loads(path.read_text())
+    for method in ("fp8", "gptq", "bitsandbytes"):
+        path.write_text(json.dumps({**config, "quantization_config": {"quant_method": method}}))
+        text = refused(convert, path.parent)
+        assert f"config.json: quantization_config (quant_method '{method}')" in text
 
 
 def test_the_order_of_qkv_rows_has_to_be_known(there, convert):

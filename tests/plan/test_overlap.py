@@ -9,14 +9,16 @@ from data_tools import plan_folds, split_folds
 from megatron_llmjp.data.fold_reading import read_fold_file
 from megatron_llmjp.plan.overlap import overlaps
 from tests.support.datasets import write_dataset
+from tests.support.processes import pretrain
+from tests.support.training import arguments
 
 
 def test_folds_and_refined_overlap(tmp_path, capsys):
     """Folds are disjoint; a refined part holds documents of each, as many as were dealt there."""
     write_dataset(tmp_path / "d", 400, seed=1)
     (tmp_path / "best.txt").write_text("\n".join(map(str, range(0, 400, 5))))
-    arguments = ["--input", str(tmp_path / "d"), "--output-dir", str(tmp_path), "--folds", "2"]
-    assert split_folds.main([*arguments, "--refined-list", str(tmp_path / "best.txt")]) == 0
+    words = ["--input", str(tmp_path / "d"), "--output-dir", str(tmp_path), "--folds", "2"]
+    assert split_folds.main([*words, "--refined-list", str(tmp_path / "best.txt")]) == 0
     names = ("fold00", "fold01", "refined")
     folds = [{"name": n, "epochs": 1, "blend": {"d": {"path": f"{n}/d"}}} for n in names]
     path = tmp_path / "folds.yaml"
@@ -34,3 +36,10 @@ def test_folds_and_refined_overlap(tmp_path, capsys):
     flags = ["--fold-file", str(path), "--seq-length", "64", "--global-batch-size", "4"]
     assert plan_folds.main(flags) == 0
     assert found[0] in " ".join(capsys.readouterr().out.split())
+    (too_large,) = overlaps(read_fold_file(path), largest=1)
+    assert "run plan_folds" in too_large
+    for more in ([], ["--dry-run"]):
+        result = pretrain(*arguments("laptop-llama", path, "--train-iters", "4", *more))
+        assert result.returncode == 0, result.stderr
+        told = [line for line in result.stderr.splitlines() if "documents in common" in line]
+        assert told == [f"warning: {text}" for text in found]
