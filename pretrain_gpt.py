@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from megatron_llmjp.entry import main
+from megatron_llmjp.cli import main
 
 if __name__ == "__main__":  # checkpointing spawns processes that import this file again
     sys.exit(main(sys.argv[1:]))

@@ -50,7 +50,7 @@ EXTRAS = {
 }
 
 PROGRAMS = {
-    "pretrain_gpt": "megatron_llmjp.entry:console",
+    "pretrain_gpt": "megatron_llmjp.cli:console",
     "convert_checkpoint": "megatron_llmjp.convert.cli:main",
     "preprocess_data": "data_tools.preprocess_data:main",
     "train_tokenizer": "data_tools.train_tokenizer:main",

@@ -50,10 +50,10 @@ def main() -> None:
 
 def measure(folder: Path, rounds: int, with_optimizer: bool) -> None:
     """Run all rounds and print the table."""
-    from megatron_llmjp.checkpoint import store
+    from megatron_llmjp.checkpoint import sharded_state
+    from megatron_llmjp.checkpoint.save import Description, Progress
     from megatron_llmjp.checkpoint.saver import FoldEnds, Saver
-    from megatron_llmjp.checkpoint.saving import Description, Progress
-    from megatron_llmjp.config.load import changed
+    from megatron_llmjp.config.loading import changed
 
     config, state = make_state(with_optimizer)
     savers = {}
@@ -76,7 +76,7 @@ def measure(folder: Path, rounds: int, with_optimizer: bool) -> None:
         forget(folder)
         take(times, "raw read", raw_read, folder / "raw")
         forget(folder)
-        take(times, "load", store.load, saved, state)
+        take(times, "load", sharded_state.load, saved, state)
         for kind in savers:
             shutil.rmtree(folder / kind)
         print(f"round {number}: " + ", ".join(f"{k} {v[-1]:.2f} s" for k, v in times.items()))
@@ -100,17 +100,17 @@ def save_and_wait(saver: Any, state: Any, progress: Any, times: dict[str, list[f
 
 def make_state(with_optimizer: bool) -> tuple[Any, Any]:
     """A configuration, and the live objects of a run that has not begun."""
-    from megatron_llmjp.checkpoint.store import RunState
-    from megatron_llmjp.config.command_line import parse
+    from megatron_llmjp.checkpoint.sharded_state import RunState
+    from megatron_llmjp.config.flags import parse
     from megatron_llmjp.model.gpt import build_model
-    from megatron_llmjp.runtime import distributed
-    from megatron_llmjp.runtime.device import setup
-    from megatron_llmjp.runtime.ranks import alone
+    from megatron_llmjp.parallel import process_groups
+    from megatron_llmjp.parallel.device import setup
+    from megatron_llmjp.parallel.ranks import alone
     from megatron_llmjp.training.optimizer import make_optimizer, wrap_for_data_parallel
 
     config = parse(MODEL.split()).config
     device = setup()
-    distributed.start(config, alone(), device)
+    process_groups.start(config, alone(), device)
     chunks = build_model(config, device)
     if not with_optimizer:
         return config, RunState(chunks)

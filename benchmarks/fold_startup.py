@@ -74,7 +74,7 @@ def write_data(folder: Path, scale: float) -> None:
 
 def write_dataset(prefix: Path, tokens: float, seed: int) -> None:
     """An .idx of documents of random lengths, and a .bin of holes."""
-    from megatron_llmjp.data.indexed_writer import write_idx
+    from megatron_llmjp.data.indexed_dataset_writer import write_idx
 
     if prefix.with_suffix(".idx").exists():
         return
@@ -128,12 +128,12 @@ def ours(folder: Path, folds: int) -> dict[str, float]:
     """The run's first batch, as a rank gets it, and the first of the next fold."""
     import yaml
 
-    from megatron_llmjp.config.command_line import parse
+    from megatron_llmjp.config.flags import parse
     from megatron_llmjp.data.dataset import FoldDataset
-    from megatron_llmjp.data.epoch_index import Epochs
-    from megatron_llmjp.data.facts import remember
-    from megatron_llmjp.data.index_ahead import IndexAhead
-    from megatron_llmjp.prepare_data import cache_folder, prepare_data
+    from megatron_llmjp.data.folds.datasets import remember
+    from megatron_llmjp.data.indices.epoch_index import Epochs
+    from megatron_llmjp.data.indices.prefetch import IndexAhead
+    from megatron_llmjp.run_data import cache_folder, prepare_data
     from megatron_llmjp.tokenizers import load_tokenizer
 
     content = [
@@ -179,7 +179,7 @@ def megatron(folder: Path, folds: int) -> dict[str, float]:
     )
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
-    from megatron_llmjp.data.epoch_index import DatasetTokenizer
+    from megatron_llmjp.data.indices.epoch_index import DatasetTokenizer
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     paths = [str(path) for fold in prefixes(folder, folds) for path in fold]
@@ -213,8 +213,8 @@ def average(folder: Path, _: int) -> dict[str, float]:
     """What an index of a dataset of average size costs, and a blend of 113 per sample."""
     from megatron.core.datasets import helpers_cpp
 
-    from megatron_llmjp.data.epoch_index import EpochIndex
-    from megatron_llmjp.data.index_cache import ensure, size_on_disk
+    from megatron_llmjp.data.indices.epoch_index import EpochIndex
+    from megatron_llmjp.data.indices.index_cache import ensure, size_on_disk
 
     index = EpochIndex(folder / "cache", str(folder / "average"), "average", 1, LENGTH)
     figures, _built = figure(lambda: ensure(index.folder, index.build))

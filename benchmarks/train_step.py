@@ -130,7 +130,7 @@ def profile(preset: str, vocab_size: int, steps: int) -> int:
 
 def small_config(preset: str, vocab_size: int) -> Any:
     """The preset, resolved."""
-    from megatron_llmjp.config.load import Layers, build, changed, read_config
+    from megatron_llmjp.config.loading import Layers, build, changed, read_config
 
     layers = Layers()
     read_config(preset, layers)
@@ -161,18 +161,18 @@ def our_step(config: Any) -> tuple[Callable[[], Any], int]:
     """A step of this project, in one process, and the number of parameters."""
     import itertools
 
-    from megatron_llmjp.data.batch_sizes import BatchSizes
-    from megatron_llmjp.data.folds import Schedule
+    from megatron_llmjp.data.batch_size import BatchSizes
+    from megatron_llmjp.data.folds.schedule import Schedule
     from megatron_llmjp.model.gpt import build_model
-    from megatron_llmjp.runtime import distributed
-    from megatron_llmjp.runtime.device import setup
-    from megatron_llmjp.runtime.ranks import alone
-    from megatron_llmjp.training.learning_rate import LearningRates, RunScheduler
+    from megatron_llmjp.parallel import process_groups
+    from megatron_llmjp.parallel.device import setup
+    from megatron_llmjp.parallel.ranks import alone
+    from megatron_llmjp.training.lr_scheduler import LearningRates, RunScheduler
     from megatron_llmjp.training.optimizer import make_optimizer, wrap_for_data_parallel
-    from megatron_llmjp.training.step import connect, train_step
+    from megatron_llmjp.training.train_step import connect, train_step
 
     device = setup()
-    distributed.start(config, alone(), device)
+    process_groups.start(config, alone(), device)
     chunks = wrap_for_data_parallel(build_model(config, device), config, device)
     optimizer = make_optimizer(chunks, config, device)
     no_folds = Schedule(seed=0, sequence_length=config.data.seq_length, folds=())

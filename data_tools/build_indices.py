@@ -14,15 +14,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_tools.cli import Parser, cores, positive, run
-from data_tools.report import check_report, format_table, write_report
+from data_tools.common import Parser, cores, positive, run
 from data_tools.run_flags import add_data_flags, parse_run_flags, split_flags
+from data_tools.tables import check_report, format_table, write_report
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.config.schema import Config
-from megatron_llmjp.data.facts import remember
-from megatron_llmjp.data.index_cache import CachedIndex, ensure, fault, size_on_disk
+from megatron_llmjp.data.folds.datasets import remember
+from megatron_llmjp.data.indices.index_cache import CachedIndex, ensure, fault, size_on_disk
 from megatron_llmjp.errors import EXIT_DONE, UserError
-from megatron_llmjp.prepare_data import (
+from megatron_llmjp.run_data import (
     as_known,
     cache_folder,
     check_tokenizer,
@@ -126,7 +126,7 @@ def find_entries(config: Config, folds: Sequence[str] | None) -> tuple[list[Entr
         if name not in names:
             raise UserError(f"--folds {name}: the folds are {', '.join(names)}")
     from megatron_llmjp.data.dataset import FoldDataset, ValidationDataset  # torch: seconds
-    from megatron_llmjp.data.epoch_index import Epochs
+    from megatron_llmjp.data.indices.epoch_index import Epochs
     from megatron_llmjp.tokenizers import load_tokenizer
 
     # An index does not depend on the tokenizer.

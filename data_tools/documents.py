@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_llmjp.data.indexed import HEADER, Index, bin_path, idx_path
+from megatron_llmjp.data.indexed_dataset import HEADER, Index, bin_path, idx_path
 from megatron_llmjp.errors import UserError
 
 DOCUMENTS_PER_PIECE = 1 << 16

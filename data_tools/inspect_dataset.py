@@ -16,13 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from data_tools import lineage_report
-from data_tools.cli import Parser, positive, run
+from data_tools.common import Parser, positive, run
 from data_tools.documents import pieces, read_manifest
-from data_tools.report import format_table
+from data_tools.tables import format_table
 from data_tools.tokenizer_flags import add_tokenizer_flags, tokenizer_of
-from data_tools.verify import verify
-from megatron_llmjp.data.index_check import read_checked
-from megatron_llmjp.data.indexed import Index
+from data_tools.verify_dataset import verify
+from megatron_llmjp.data.indexed_dataset import Index, read_checked
 from megatron_llmjp.errors import EXIT_DONE, EXIT_FAILURE, DataError, UserError
 from megatron_llmjp.tokenizers import Tokenizer
 

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_tools.past_run import PastRun, open_lineage, open_run
-from data_tools.report import format_table
-from megatron_llmjp.data.indexed import read_index
+from data_tools.run_history import PastRun, open_lineage, open_run
+from data_tools.tables import format_table
+from megatron_llmjp.data.indexed_dataset import read_index
 from megatron_llmjp.errors import EXIT_DONE, UserError
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def sample(run: PastRun, lineage: Lineage, position: int, replicas: int | None) 
 def place_in_batch(run: PastRun, origin: Origin, replicas: int | None) -> dict[str, int | None]:
     """Iteration, data-parallel rank and its micro-batch (both from 0) that a sample goes to.
 
-    Micro-batch k of a run without data parallelism goes to rank k mod d (``data/loader.py``).
+    Micro-batch k of a run without data parallelism goes to rank k mod d (``data/dataloader.py``).
     """
     if origin.number is None:
         return {"iteration": None, "data_parallel_rank": None, "micro_batch": None}

@@ -8,15 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_tools.cli import Parser, run
+from data_tools.common import Parser, run
 from data_tools.documents import pieces, read_manifest, with_tokens
-from data_tools.publish import publish, refuse_existing, staging, write_json
-from data_tools.shards import find_parts
-from megatron_llmjp.data.index_check import read_checked
-from megatron_llmjp.data.indexed import bin_path
-from megatron_llmjp.data.indexed_writer import IndexedWriter
+from data_tools.preprocess.shards import find_parts
+from megatron_llmjp.data.indexed_dataset import bin_path, read_checked
+from megatron_llmjp.data.indexed_dataset_writer import IndexedWriter
 from megatron_llmjp.errors import EXIT_DONE, UserError
-from megatron_llmjp.tokenizers.identity import key_of
+from megatron_llmjp.filesystem import publish, refuse_existing, staging, write_json
+from megatron_llmjp.tokenizers.registry import key_of
 
 EXAMPLES = """\
   All datasets of a folder, in the order of their names (as Megatron-LM's merge_datasets.py):

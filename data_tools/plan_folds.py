@@ -9,11 +9,11 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from data_tools.cli import Parser, run
+from data_tools.common import Parser, run
 from data_tools.run_flags import add_data_flags, parse_run_flags, split_flags
 from megatron_llmjp.errors import EXIT_DONE, UserError
-from megatron_llmjp.plan.data_table import as_json, as_rows, show
-from megatron_llmjp.plan_data import plan_data
+from megatron_llmjp.estimate.data_plan import as_json, as_rows, format_data_plan
+from megatron_llmjp.planning import plan_data
 
 EXAMPLES = """\
   The table of a fold file; reads only the indices of its datasets:
@@ -63,7 +63,7 @@ def plan(args: argparse.Namespace, words: list[str]) -> int:
         for warning in planned.warnings:
             print(f"warning: {warning}", file=sys.stderr)
     else:
-        print(show(planned.plan, planned.warnings))
+        print(format_data_plan(planned.plan, planned.warnings))
     return EXIT_DONE
 
 

@@ -12,16 +12,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_tools.cli import Parser, cores, positive, run
-from data_tools.folders import record
-from data_tools.job import Job
-from data_tools.limits import share
-from data_tools.output import Output
-from data_tools.report import check_report
-from data_tools.shards import part_prefix, shard_of, take_shard, uneven
-from data_tools.sources import find_input
+from data_tools.common import Parser, cores, positive, run
+from data_tools.preprocess.job import Job, share
+from data_tools.preprocess.output import Output
+from data_tools.preprocess.shards import part_prefix, shard_of, take_shard, uneven
+from data_tools.preprocess.sources import find_input, record
+from data_tools.tables import check_report
 from data_tools.tokenizer_flags import add_tokenizer_flags, tokenizer_of
-from megatron_llmjp.data.indexed import best_dtype
+from megatron_llmjp.data.indexed_dataset import best_dtype
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.tokenizers import Tokenizer
 
@@ -159,7 +157,7 @@ def preprocess(args: argparse.Namespace) -> int:
     if args.append_bos:
         _check_bos(tokenizer)
     if args.sentencepiece_twin:
-        from data_tools.twin import use_twin  # imports the tokenizers library
+        from data_tools.preprocess.fast_encoder import use_twin  # imports the tokenizers library
 
         tokenizer, why = use_twin(tokenizer, args.sentencepiece_twin, sources, args.json_keys)
         print(why, file=sys.stderr)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_tools.cli import Parser, run
+from data_tools.common import Parser, run
 from megatron_llmjp.errors import EXIT_DONE
 from megatron_llmjp.report.history import read_history
 from megatron_llmjp.report.page import write_report

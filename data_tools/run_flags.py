@@ -7,11 +7,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from data_tools.cli import Parser
-from megatron_llmjp.config.command import Command
-from megatron_llmjp.config.command_line import parse, print_notes
-from megatron_llmjp.config.load import Layers
-from megatron_llmjp.config.megatron import with_dashes
+from data_tools.common import Parser
+from megatron_llmjp.config.flags import Command, parse, print_notes
+from megatron_llmjp.config.loading import Layers
+from megatron_llmjp.config.megatron_flags import with_dashes
 
 _NO_MODEL = {"num_layers": 1, "hidden_size": 1, "num_attention_heads": 1}
 """A configuration has a model; nothing here looks at it."""

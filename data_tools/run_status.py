@@ -10,10 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data_tools.cli import Parser, run
+from data_tools.common import Parser, run
 from megatron_llmjp.errors import EXIT_DONE, UserError
 from megatron_llmjp.report.status import Status, read_status
-from megatron_llmjp.report.status_text import show_many, show_one
+from megatron_llmjp.report.status_table import show_many, show_one
 
 EXAMPLES = """\
   A run, going on or ended: iteration, fold, loss, speed, what remains, checkpoints, last error:

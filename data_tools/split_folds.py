@@ -1,4 +1,7 @@
-"""Cut a tokenized dataset into disjoint folds that share its .bin: no token is copied."""
+"""Which documents go into the refined selection: a list of numbers, or the best scores.
+
+Cut a tokenized dataset into disjoint folds that share its .bin: no token is copied.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,52 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_tools.cli import Parser, positive, run
+from data_tools.common import Parser, positive, run
 from data_tools.documents import read_manifest
-from data_tools.publish import publish, refuse_existing, staging, write_json
-from data_tools.report import format_table
-from data_tools.selection import read_selection
-from megatron_llmjp.data.index_check import read_checked
-from megatron_llmjp.data.indexed import Index, bin_path
-from megatron_llmjp.data.indexed_writer import write_idx
+from data_tools.tables import format_table
+from megatron_llmjp.data.indexed_dataset import Index, bin_path, read_checked
+from megatron_llmjp.data.indexed_dataset_writer import write_idx
 from megatron_llmjp.errors import EXIT_DONE, UserError
+from megatron_llmjp.filesystem import publish, refuse_existing, staging, write_json
+
+
+def read_selection(args: argparse.Namespace, documents: int) -> npt.NDArray[Any] | None:
+    """Return the selected document numbers in ascending order, or None if none are asked for.
+
+    Raises:
+        UserError: both ways are given, or a file does not fit the dataset.
+    """
+    if args.refined_list and args.refined_scores:
+        raise UserError("give --refined-list or --refined-scores, not both")
+    if args.refined_list:
+        numbers = _numbers(args.refined_list).astype(np.int64)
+        for wrong in numbers[(numbers < 0) | (numbers >= documents)][:1]:
+            raise UserError(
+                f"--refined-list {args.refined_list}: document {wrong} is not among 0 to "
+                f"{documents - 1}"
+            )
+        return np.unique(numbers)
+    if args.refined_scores:
+        scores = _numbers(args.refined_scores)
+        if len(scores) != documents:
+            raise UserError(
+                f"--refined-scores {args.refined_scores}: {len(scores):,} scores for "
+                f"{documents:,} documents; expected one a line, in the order of the documents"
+            )
+        best = max(1, round(documents * args.refined_share))
+        return np.sort(np.argsort(-scores, kind="stable")[:best])
+    return None
+
+
+def _numbers(path: Path) -> npt.NDArray[np.float64]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            return np.array([float(line) for line in file if line.strip()])
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except ValueError as error:
+        raise UserError(f"{path}: expected one number a line ({error})") from error
+
 
 EXAMPLES = """\
   Ten folds, 1,000 documents held out before:

@@ -10,10 +10,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_tools.cli import Parser, positive, run
-from data_tools.folders import PLAIN_TEXT_SUFFIXES, SUFFIXES
-from data_tools.sample import sample_texts
-from data_tools.sources import find_input
+from data_tools.common import Parser, positive, run
+from data_tools.preprocess.sample import sample_texts
+from data_tools.preprocess.sources import PLAIN_TEXT_SUFFIXES, SUFFIXES, find_input
 from megatron_llmjp.errors import EXIT_DONE, UserError
 
 FILES = (
@@ -132,8 +131,8 @@ def _export(folder: Path, eod_token: str, texts: Sequence[str]) -> None:
     from megatron_llmjp.tokenizers import load_tokenizer
     from megatron_llmjp.tokenizers.comparison import compare
     from megatron_llmjp.tokenizers.sample_texts import RARE_TEXTS
+    from megatron_llmjp.tokenizers.sentencepiece import load_sentencepiece
     from megatron_llmjp.tokenizers.sentencepiece_fast import export_hugging_face
-    from megatron_llmjp.tokenizers.spm import load_sentencepiece
 
     kind = "SentencePieceTokenizer" if eod_token == "<EOD>" else "Llama2Tokenizer"
     model = load_sentencepiece(kind, folder / FILES[0])

@@ -10,12 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.numbers import human
-from megatron_llmjp.plan.checkpoints import checkpoint_bytes
-from megatron_llmjp.plan.data_warnings import warnings_of_run
-from megatron_llmjp.plan.overlap import QUICK_BYTES, overlaps
-from megatron_llmjp.prepare import Run
-from megatron_llmjp.system import existing, unusable
+from megatron_llmjp.estimate.checkpoints import checkpoint_bytes
+from megatron_llmjp.estimate.data_warnings import QUICK_BYTES, overlaps, warnings_of_run
+from megatron_llmjp.filesystem import existing, unusable
+from megatron_llmjp.formatting import human
+from megatron_llmjp.run import Run
 
 FEW_INODES = 1000
 
@@ -64,8 +63,8 @@ def _folders(run: Run) -> Iterator[str]:
 def _lacks_indices(run: Run) -> bool:
     """Whether an index of the run is missing in a cache that cannot be written to."""
     from megatron_llmjp.data.dataset import FoldDataset, ValidationDataset  # torch: seconds
-    from megatron_llmjp.data.epoch_index import Epochs
-    from megatron_llmjp.data.index_cache import fault
+    from megatron_llmjp.data.indices.epoch_index import Epochs
+    from megatron_llmjp.data.indices.index_cache import fault
 
     epochs = Epochs(run.config.data, run.tokenizer, run.cache)
     samples = FoldDataset(run.schedule, epochs)

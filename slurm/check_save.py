@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from megatron_llmjp.checkpoint.folder_checks import check_save_folder
+from megatron_llmjp.checkpoint.save_folder import check_save_folder
 from megatron_llmjp.errors import EXIT_DONE, EXIT_USER_ERROR, UserError
 
 

@@ -20,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from megatron_llmjp.system import write_durably
+from megatron_llmjp.filesystem import write_durably
 
 SLOWEST = 2.0
 """Times the median that a node's link may take."""

@@ -9,15 +9,15 @@ import signal
 
 import pytest
 
-from megatron_llmjp import system
-from megatron_llmjp.file_lock import lock_file
+from megatron_llmjp import filesystem
+from megatron_llmjp.filesystem import lock_file
 
 
 @pytest.fixture
 def pauses(monkeypatch):
     """Retries that cost no time; the pauses that were made."""
     made: list[float] = []
-    monkeypatch.setattr(system.time, "sleep", made.append)
+    monkeypatch.setattr(filesystem.time, "sleep", made.append)
     return made
 
 
@@ -107,8 +107,8 @@ def test_errors_that_last(tmp_path, monkeypatch, pauses):
             lock_file(path)
         assert raised.value.errno == code and raised.value.filename == str(path)
         monkeypatch.undo()
-        monkeypatch.setattr(system.time, "sleep", pauses.append)
-    assert len(pauses) == 2 * len(system.RETRY_PAUSES)  # permission is not waited for
+        monkeypatch.setattr(filesystem.time, "sleep", pauses.append)
+    assert len(pauses) == 2 * len(filesystem.RETRY_PAUSES)  # permission is not waited for
 
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])

@@ -10,8 +10,8 @@ import sentencepiece
 from megatron_llmjp.tokenizers import load_tokenizer
 from megatron_llmjp.tokenizers.comparison import compare
 from megatron_llmjp.tokenizers.sample_texts import RARE_TEXTS, TEXTS
+from megatron_llmjp.tokenizers.sentencepiece import TYPES, load_sentencepiece
 from megatron_llmjp.tokenizers.sentencepiece_fast import export_hugging_face
-from megatron_llmjp.tokenizers.spm import TYPES, load_sentencepiece
 
 LLAMA2 = {
     "model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity",

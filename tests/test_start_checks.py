@@ -13,13 +13,13 @@ import yaml
 
 from data_tools import build_indices, train_tokenizer
 from megatron_llmjp import start_checks
-from megatron_llmjp.config.command_line import parse
-from megatron_llmjp.data import sources
-from megatron_llmjp.data.indexed import read_index
-from megatron_llmjp.data.indexed_writer import IndexedWriter
+from megatron_llmjp.config.flags import parse
+from megatron_llmjp.data.folds import datasets as fold_datasets
+from megatron_llmjp.data.indexed_dataset import read_index
+from megatron_llmjp.data.indexed_dataset_writer import IndexedWriter
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.plan_data import plan_data
-from megatron_llmjp.prepare import prepare
+from megatron_llmjp.planning import plan_data
+from megatron_llmjp.run import prepare
 from megatron_llmjp.start_checks import check_start
 from megatron_llmjp.tokenizers import load_tokenizer
 from tests.support.datasets import write_folds
@@ -230,6 +230,6 @@ def test_the_largest_id_is_found_in_files_and_blocks(tmp_path, monkeypatch):
     expected = {"a": 65_000, "b": 2**32 - 1}
     for blocks in (None, (3, 10)):
         if blocks:
-            monkeypatch.setattr(sources, "_ID_BLOCKS", blocks)
-        found = {name: sources.largest_id(read_index(tmp_path / name)) for name in expected}
+            monkeypatch.setattr(fold_datasets, "_ID_BLOCKS", blocks)
+        found = {name: fold_datasets.largest_id(read_index(tmp_path / name)) for name in expected}
         assert found == expected

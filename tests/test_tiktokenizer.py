@@ -9,7 +9,7 @@ import pytest
 
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.tokenizers import load_tokenizer
-from megatron_llmjp.tokenizers.identity import describe, key_of
+from megatron_llmjp.tokenizers.registry import describe, key_of
 from megatron_llmjp.tokenizers.settings import TikTokenSettings
 from tests.support.tokenizer_files import TEXTS, tiktoken_entries, write_tiktoken
 

@@ -15,8 +15,8 @@ import tokenizers
 from data_tools.train_tokenizer import SPECIALS, train_unigram
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.tokenizers import load_tokenizer
+from megatron_llmjp.tokenizers.sentencepiece import SentencePieceTokenizer
 from megatron_llmjp.tokenizers.sentencepiece_fast import export_hugging_face
-from megatron_llmjp.tokenizers.spm import SentencePieceTokenizer
 
 TEXT = "吾輩は猫である。名前はまだ無い。\nHello,  world! def main():\n        return 42 🐈\n"
 
@@ -190,7 +190,7 @@ def test_neither_torch_nor_transformers_is_imported(folder):
         "import sys; from megatron_llmjp.tokenizers import load_tokenizer\n"
         f"load_tokenizer('HuggingFaceTokenizer', {str(folder)!r}).encode('a')\n"
         f"load_tokenizer('Llama2Tokenizer', {str(folder / 'tokenizer.model')!r}).encode('a')\n"
-        "import data_tools.preprocess_data, megatron_llmjp.data.indexed\n"
+        "import data_tools.preprocess_data, megatron_llmjp.data.indexed_dataset\n"
         "print([m for m in ('torch', 'transformers', 'megatron.core') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_llmjp.config.command_line import parse
-from megatron_llmjp.data.fold_reading import read_fold_file
+from megatron_llmjp.config.flags import parse
+from megatron_llmjp.data.folds.loading import read_fold_file
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.yaml_text import parse_yaml
 

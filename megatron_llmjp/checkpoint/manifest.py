@@ -20,9 +20,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
-from megatron_llmjp.data.fold_record import FoldRecord
+from megatron_llmjp.data.folds.fingerprint import FoldRecord
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.system import crc32_of, retried, write_durably
+from megatron_llmjp.filesystem import crc32_of, retried, write_durably
 
 MANIFEST = "manifest.json"
 CONFIG = "config.yaml"

@@ -16,7 +16,7 @@ from pathlib import Path
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint.manifest import FileEntry
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.system import naming, no_heartbeat, sync, write_durably
+from megatron_llmjp.filesystem import naming, no_heartbeat, sync, write_durably
 
 
 def temporary_folder(root: Path, iteration: int) -> Path:

@@ -20,9 +20,9 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadItemType
 from torch.futures import Future
 
-from megatron_llmjp.checkpoint.safety import read_index
-from megatron_llmjp.runtime.device import without_warnings
-from megatron_llmjp.runtime.long_work import UNWATCHED, LongWork
+from megatron_llmjp.checkpoint.safe_unpickling import read_index
+from megatron_llmjp.parallel.device import without_warnings
+from megatron_llmjp.parallel.process_groups import UNWATCHED, LongWork
 
 with without_warnings():
     from megatron.core.dist_checkpointing.strategies import torch as core

@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_llmjp.checkpoint import manifest as manifests
-from megatron_llmjp.checkpoint import past
-from megatron_llmjp.checkpoint.folder_checks import not_ours
+from megatron_llmjp.checkpoint import resume_checks
 from megatron_llmjp.checkpoint.manifest import Manifest, Override
-from megatron_llmjp.checkpoint.past import Past, Ranges
-from megatron_llmjp.config.load import FROZEN_AT_RESUME, changed, differences, load_resolved
+from megatron_llmjp.checkpoint.resume_checks import Past, Ranges
+from megatron_llmjp.checkpoint.save_folder import not_ours
+from megatron_llmjp.config.loading import FROZEN_AT_RESUME, changed, differences, load_resolved
 from megatron_llmjp.config.schema import Config, LoggingConfig, OptimizerConfig
-from megatron_llmjp.data.batch_sizes import BatchSizes
-from megatron_llmjp.data.folds import Schedule
+from megatron_llmjp.data.batch_size import BatchSizes
+from megatron_llmjp.data.folds.schedule import Schedule
 from megatron_llmjp.errors import UserError, download_hint
 from megatron_llmjp.tokenizers import Tokenizer
 
@@ -152,8 +152,8 @@ def adopt(
             config = changed(config, **{name: old})
         elif name not in _OF_NO_CONSEQUENCE:
             notes.append(f"{name}: was {old!r}, now {new!r}")
-    found = past.changes(resume.manifest, schedule)
-    problems += past.refusal(resume.folder, found) if "folds" not in allowed else []
+    found = resume_checks.changes(resume.manifest, schedule)
+    problems += resume_checks.refusal(resume.folder, found) if "folds" not in allowed else []
     if problems:
         raise UserError("\n".join(problems))
     overrides = [

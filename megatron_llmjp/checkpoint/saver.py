@@ -19,15 +19,15 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint import publish
+from megatron_llmjp.checkpoint.removal import PATIENCE_SECONDS, Thinner
 from megatron_llmjp.checkpoint.retention import Moment, reason_to_save
-from megatron_llmjp.checkpoint.saving import Description, Progress, begin, write_now
-from megatron_llmjp.checkpoint.store import RunState
-from megatron_llmjp.checkpoint.thinning import PATIENCE_SECONDS, Thinner
+from megatron_llmjp.checkpoint.save import Description, Progress, begin, write_now
+from megatron_llmjp.checkpoint.sharded_state import RunState
 from megatron_llmjp.checkpoint.writer import HostCopy, NotFiniteError, ThreadCaller
 from megatron_llmjp.config.schema import CheckpointConfig
 from megatron_llmjp.errors import RunError
-from megatron_llmjp.runtime.device import without_warnings
-from megatron_llmjp.runtime.long_work import UNWATCHED, LongWork
+from megatron_llmjp.parallel.device import without_warnings
+from megatron_llmjp.parallel.process_groups import UNWATCHED, LongWork
 
 with without_warnings():
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue

@@ -31,9 +31,9 @@ from torch.distributed.checkpoint.filesystem import (
 )
 
 from megatron_llmjp.checkpoint.manifest import FileEntry
-from megatron_llmjp.runtime.device import without_warnings
-from megatron_llmjp.runtime.long_work import UNWATCHED, LongWork
-from megatron_llmjp.system import naming, no_heartbeat
+from megatron_llmjp.filesystem import naming, no_heartbeat
+from megatron_llmjp.parallel.device import without_warnings
+from megatron_llmjp.parallel.process_groups import UNWATCHED, LongWork
 
 with without_warnings():
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCaller, AsyncRequest

@@ -1,13 +1,30 @@
-"""Megatron-LM's flags that set fields of another name.
+"""Flags of Megatron-LM and Megatron-DeepSpeed: names, values and defaults mapped to fields.
+
+Megatron-LM's flags that set fields of another name.
 
 Flags that equal a field's name need no entry: the command line is made from the schema. Flags
 that set nothing are in ``megatron_unused.py`` and ``megatron_refused.py``. Names are written with
 dashes; Megatron-LM's own mixture (``--override-opt_param-scheduler``) is read as well.
+
+What a launch script of Megatron-LM or Megatron-DeepSpeed means here.
+
+The flags that the schema does not know are explained (:func:`explain`), and a command line that
+describes its model by flags alone starts from Megatron-LM's defaults (:func:`set_defaults`), so
+that it means here what it meant there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
+
+from megatron_llmjp.config.loading import Layers
+from megatron_llmjp.config.refused_flags import FOREIGN, NEWER, REFUSED, REFUSED_FAMILIES
+from megatron_llmjp.config.schema import SECTION_OF
+from megatron_llmjp.config.unused_flags import NOT_NEEDED, NOT_NEEDED_FAMILIES
+from megatron_llmjp.errors import UserError, suggest
 
 
 class Alias(NamedTuple):
@@ -131,3 +148,230 @@ CHOICES: dict[str, Choice] = {
         "leave it out: nccl is used on GPUs, gloo on a machine without",
     ),
 }
+
+
+DEFAULTS: dict[str, Any] = {
+    "normalization": "LayerNorm",
+    "position_embedding_type": "learned_absolute",
+    "add_bias_linear": True,
+    "untie_embeddings_and_output_weights": False,
+    "hidden_dropout": 0.1,
+    "attention_dropout": 0.1,
+    "weight_decay": 0.01,
+    "adam_beta2": 0.999,
+    "lr_decay_style": "linear",
+    "eval_interval": 1000,
+    "eval_iters": 100,
+    "log_interval": 100,
+}
+"""Megatron-LM's defaults where they differ from the schema's (arguments.py, core 0.6 to 0.16)."""
+
+STAGE_LAYERS = "--num-layers-per-virtual-pipeline-stage"
+EXACT_GELU = "--no-bias-gelu-fusion"
+VOCABULARY = "--vocab-file"
+GROUPED = "--group-query-attention"
+RETAINED = "--save-retain-interval"
+WEIGHTS = "--pretrained-checkpoint"
+NO_OPTIMIZER = "--no-load-optim"
+SETTLED = (STAGE_LAYERS, EXACT_GELU, VOCABULARY, GROUPED, RETAINED, WEIGHTS, NO_OPTIMIZER)
+"""Flags whose meaning depends on other values: see :func:`settle`."""
+
+
+@dataclass
+class Explained:
+    """What the flags that are no fields of the schema come to."""
+
+    sets: dict[str, tuple[Any, str]] = field(default_factory=dict)
+    """By field, its value and the flag that set it."""
+    later: dict[str, str] = field(default_factory=dict)
+    """Flags of :data:`SETTLED` with their value."""
+    notes: list[str] = field(default_factory=list)
+    """One line for each flag without effect."""
+    problems: list[str] = field(default_factory=list)
+    """One line for each flag that is unknown or refused."""
+
+
+def with_dashes(argv: Iterable[str]) -> list[str]:
+    """The words with ``--some_flag=x_y`` as ``--some-flag=x_y``."""
+    words = []
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        if flag.startswith("--"):
+            word = flag.replace("_", "-") + equals + value
+        words.append(word)
+    return words
+
+
+def explain(words: Sequence[str], possible: Iterable[str]) -> Explained:
+    """Explain the words that the schema's flags leave over.
+
+    Args:
+        words: unknown flags and their values, in order.
+        possible: all flags of the schema, to suggest one for an unknown flag.
+    """
+    found = Explained()
+    problems = found.problems
+    for flag, values in _flags(words, problems):
+        value = " ".join(values)
+        if flag in SETTLED:
+            found.later[flag] = value
+        elif flag in CHOICES:
+            choice = CHOICES[flag].values.get(value.removesuffix(".0").lower())
+            if isinstance(choice, dict):
+                found.sets |= {name: (sets, f"flag {flag}") for name, sets in choice.items()}
+            elif choice is not None:
+                found.notes.append(f"{flag} {value} is not needed here: {choice}")
+            else:
+                problems.append(f"{flag} {value} is not supported: {CHOICES[flag].otherwise}")
+        elif (remedy := _lookup(flag, REFUSED, REFUSED_FAMILIES)) is not None:
+            problems.append(f"{flag} is not supported: {remedy}")
+        elif (why := _lookup(flag, NOT_NEEDED, NOT_NEEDED_FAMILIES)) is not None:
+            found.notes.append(f"{flag} is not needed here: {why}")
+        else:
+            problems.append(_unknown(flag, [*possible, *SETTLED, *CHOICES, *NOT_NEEDED]))
+    found.notes = list(dict.fromkeys(found.notes))
+    return found
+
+
+def _unknown(flag: str, possible: Sequence[str]) -> str:
+    """What an unknown flag may be: another program's, a newer Megatron-LM's, or misspelt."""
+    if flag in FOREIGN:
+        return f"unknown flag {flag}; {FOREIGN[flag]} (--help lists all flags)"
+    if flag in NEWER:
+        return (
+            f"unknown flag {flag}: Megatron-LM has it since megatron-core {NEWER[flag]}, this "
+            f"program is built on {_core_version()}; leave it out"
+        )
+    return f"unknown flag {flag}{suggest(flag, possible)} (--help lists all flags)"
+
+
+def _core_version() -> str:
+    try:
+        return f"megatron-core {version('megatron-core')}"
+    except PackageNotFoundError:
+        return "an older one"
+
+
+def set_defaults(layers: Layers) -> None:
+    """Add Megatron-LM's defaults below everything else."""
+    for name, value in DEFAULTS.items():
+        if name not in layers.origin:
+            layers.set(name, value, "Megatron-LM's default")
+
+
+def settle(layers: Layers, explained: Explained, by_flags_alone: bool) -> None:
+    """Set what follows from several flags, as Megatron-LM's ``validate_args`` does.
+
+    Args:
+        layers: all values given; completed here.
+        explained: its flags of :data:`SETTLED`; a note is added for one that says nothing new.
+        by_flags_alone: the model was described without preset or file.
+
+    Raises:
+        UserError: a value that does not fit the others.
+    """
+    later = explained.later
+    if by_flags_alone:
+        _complete_model(layers, EXACT_GELU in later)
+    elif EXACT_GELU in later and _value(layers, "activation_function", None) == "gelu_tanh":
+        layers.set("activation_function", "gelu", f"flag {EXACT_GELU}")
+    if GROUPED in later and "num_query_groups" not in layers.origin:
+        layers.set("num_query_groups", 1, f"flag {GROUPED}")
+    if RETAINED in later:
+        # Megatron-LM keeps the newest checkpoint and those at multiples of the interval.
+        layers.set("keep_last", 1, f"flag {RETAINED}")
+        layers.set("keep_every", later[RETAINED], f"flag {RETAINED}")
+    if WEIGHTS in later:
+        layers.set("load", later[WEIGHTS], f"flag {WEIGHTS}")
+        layers.set("finetune", True, f"flag {WEIGHTS}")
+    if NO_OPTIMIZER in later:
+        if not _value(layers, "finetune", False):
+            raise UserError(
+                f"{NO_OPTIMIZER} is not supported: start from weights alone with --finetune "
+                "(iteration 0, a new optimizer)"
+            )
+        explained.notes.append(f"{NO_OPTIMIZER} is not needed here: --finetune says it")
+    if VOCABULARY in later:
+        _set_vocabulary(layers, later[VOCABULARY])
+    if STAGE_LAYERS in later:
+        _set_virtual_stages(layers, later[STAGE_LAYERS])
+
+
+def _complete_model(layers: Layers, exact_gelu: bool) -> None:
+    """What Megatron-LM works out where a model is described by flags."""
+    origin = "Megatron-LM's default"
+    activation = _value(layers, "activation_function", None)
+    if activation is None:
+        # Megatron's fused bias and GELU is the tanh approximation; it needs the bias.
+        fused = not exact_gelu and _value(layers, "add_bias_linear", True)
+        layers.set("activation_function", "gelu_tanh" if fused else "gelu", origin)
+    hidden = _number(layers, "hidden_size", 0)
+    if activation == "swiglu" and hidden and "ffn_hidden_size" not in layers.origin:
+        layers.set("ffn_hidden_size", int(4 * hidden * 2 / 3 / 64) * 64, origin)
+    ids = _number(layers, "vocab_size", 0)
+    if ids and _value(layers, "tokenizer_type", None) == "NullTokenizer":
+        # Megatron-LM's NullTokenizer puts EOD behind the ids that it is given the number of.
+        layers.set("vocab_size", ids + 1, "flag --vocab-size, and EOD")
+
+
+def _set_vocabulary(layers: Layers, path: str) -> None:
+    """The vocabulary of GPT2BPETokenizer; or Megatron-DeepSpeed's name of a SentencePiece model."""
+    kind = _value(layers, "tokenizer_type", None)
+    if kind != "GPT2BPETokenizer" and not path.endswith(".model"):
+        raise UserError(
+            f"{VOCABULARY} {path}: is for --tokenizer-type GPT2BPETokenizer, or a SentencePiece "
+            f"model (*.model); {kind or 'no tokenizer type'} is given"
+        )
+    layers.set("tokenizer_model", path, f"flag {VOCABULARY}")
+
+
+def _set_virtual_stages(layers: Layers, text: str) -> None:
+    total = _number(layers, "num_layers", 0)
+    stages = _number(layers, "pipeline_model_parallel_size", 1)
+    if not text.isdigit() or int(text) < 1:
+        raise UserError(f"{STAGE_LAYERS} {text}: expected a number of layers")
+    if total % (stages * int(text)):
+        raise UserError(
+            f"{STAGE_LAYERS} {text}: {total} layers do not divide into chunks of {text} over "
+            f"{stages} stages; give --virtual-pipeline-model-parallel-size, the chunks per stage"
+        )
+    chunks = total // stages // int(text)
+    layers.set(
+        "virtual_pipeline_model_parallel_size",
+        chunks if chunks > 1 else None,
+        f"flag {STAGE_LAYERS}",
+    )
+
+
+def _flags(words: Sequence[str], problems: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """The flags with the words behind them, which are their values."""
+    flag = ""
+    values: list[str] = []
+    for word in words:
+        if word.startswith("--"):
+            if flag:
+                yield flag, values
+            flag, equals, value = word.partition("=")
+            values = [value] if equals else []
+        elif flag:
+            values.append(word)
+        else:
+            problems.append(f"unexpected argument '{word}': values follow a flag, as in --lr 3e-4")
+    if flag:
+        yield flag, values
+
+
+def _lookup(flag: str, flags: dict[str, str], families: dict[str, str]) -> str | None:
+    if flag in flags:
+        return flags[flag]
+    return next((text for start, text in families.items() if flag.startswith(start)), None)
+
+
+def _value(layers: Layers, name: str, otherwise: Any) -> Any:
+    return layers.values.get(SECTION_OF[name], {}).get(name, otherwise)
+
+
+def _number(layers: Layers, name: str, otherwise: int) -> int:
+    """A number from a file or flag; ``otherwise`` if it is none, which is told when it is read."""
+    text = str(_value(layers, name, otherwise))
+    return int(text) if text.isdigit() and int(text) > 0 else otherwise

@@ -10,14 +10,13 @@ training, checkpoint, logging) and ``sections_optimizer.py``; everything is impo
 
 from __future__ import annotations
 
-from megatron_llmjp.config.section import Section
-from megatron_llmjp.config.sections_faults import FaultsConfig
-from megatron_llmjp.config.sections_model import ModelConfig, ParallelConfig
-from megatron_llmjp.config.sections_optimizer import OptimizerConfig
-from megatron_llmjp.config.sections_run import (
+from megatron_llmjp.config.model_config import ModelConfig, ParallelConfig, Section
+from megatron_llmjp.config.run_config import (
     CheckpointConfig,
     DataConfig,
+    FaultsConfig,
     LoggingConfig,
+    OptimizerConfig,
     TrainingConfig,
 )
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from megatron_llmjp.config.megatron import with_dashes
+from megatron_llmjp.config.megatron_flags import with_dashes
 from megatron_llmjp.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USER_ERROR, UserError, suggest
 from megatron_llmjp.tokenizers import TOKENIZER_TYPES
 
@@ -277,9 +277,9 @@ def _inspect(words: list[str]) -> int:
 
 def _convert(arguments: argparse.Namespace) -> int:
     from megatron_llmjp.convert.convert import Difference, prepare
-    from megatron_llmjp.convert.formats import Options
+    from megatron_llmjp.convert.files.storage import DTYPES as TORCH_TYPES
+    from megatron_llmjp.convert.formats.registry import Options
     from megatron_llmjp.convert.inspection import show_plan, summary
-    from megatron_llmjp.convert.storage import DTYPES as TORCH_TYPES
 
     options = Options(
         dtype=TORCH_TYPES[arguments.dtype] if arguments.dtype else None,

@@ -1,22 +1,192 @@
-"""One conversion from beginning to end."""
+"""A conversion from start to end: plan, workers, progress, and publishing the result.
+
+Carrying out a plan: workers copy tensors, progress is shown, the result appears when complete.
+
+The output is built in a hidden folder beside its final place, forced to disk, and renamed. An
+interrupted conversion leaves at most that folder, which the next one starts by removing.
+
+One conversion from beginning to end.
+"""
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from pydantic import ValidationError
 
-from megatron_llmjp.convert import engine, optimizer_state
-from megatron_llmjp.convert.detect import check_is_folder, detect, planner, reader
-from megatron_llmjp.convert.formats import Options, Source
-from megatron_llmjp.convert.megatron_ranks import check_divides
-from megatron_llmjp.convert.plan import Copy, Output
-from megatron_llmjp.convert.regions import Region
+from megatron_llmjp.convert import optimizer_state
+from megatron_llmjp.convert.files.checksums import Region
+from megatron_llmjp.convert.formats.rank_files import check_divides
+from megatron_llmjp.convert.formats.registry import (
+    Options,
+    Source,
+    check_is_folder,
+    detect,
+    planner,
+    reader,
+)
+from megatron_llmjp.convert.plan import Checksums, Copy, Output, Read
 from megatron_llmjp.convert.tensors import WORD_EMBEDDINGS
 from megatron_llmjp.errors import UserError
+from megatron_llmjp.filesystem import FileLock, lock_file, sync
+
+
+def match(reads: dict[str, Read], output: Output) -> list[Copy]:
+    """Pair every tensor that is read with its place in the output.
+
+    Raises:
+        ValueError: the two sides disagree on names, which is a bug of a format.
+    """
+    if reads.keys() != output.writes.keys():
+        odd = sorted(reads.keys() ^ output.writes.keys())
+        raise ValueError(f"source and target disagree on {odd[:5]}")
+    return [Copy(name, read, output.writes[name]) for name, read in reads.items()]
+
+
+@contextmanager
+def new_folder(target: Path, nbytes: int) -> Iterator[Path]:
+    """A folder that becomes ``target`` when the block ends well, and vanishes when it does not.
+
+    Args:
+        target: the final place, which must not exist.
+        nbytes: what will be written; refused beforehand when the disk cannot hold it.
+
+    Raises:
+        UserError: the target exists, cannot be written, is being written, or does not fit.
+    """
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"{target}: exists already; choose another --output or remove it")
+    partial = target.with_name(f".{target.name}.partial")
+    lock = _lock(target)
+    try:
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir()
+        free = shutil.disk_usage(partial).free
+        if nbytes > free:
+            raise UserError(
+                f"{target.parent}: {nbytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free"
+            )
+        yield partial
+        _sync(partial)
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+        sync(target.parent)
+    except OSError as error:
+        raise UserError(
+            f"{target}: cannot be written: {error.strerror or error}; nothing was left behind"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        lock.release(remove=True)
+
+
+def _lock(target: Path) -> FileLock:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return lock_file(target.with_name(f".{target.name}.lock"))
+    except BlockingIOError:
+        raise UserError(f"{target}: another conversion is writing it") from None
+    except OSError as error:
+        raise UserError(f"{target}: cannot be made: {error.strerror}") from error
+
+
+def _sync(folder: Path) -> None:
+    for path in [*sorted(folder.rglob("*")), folder]:
+        sync(path)
+
+
+def run(
+    copies: Sequence[Copy], output: Output, folder: Path, workers: int, quiet: bool
+) -> Checksums:
+    """Make the files and copy every tensor, in ``workers`` threads.
+
+    Threads do: reading, writing, sums and copies of memory all leave Python to others meanwhile.
+    Together they hold no more in memory than the largest tensor needs alone.
+
+    Returns:
+        The CRC-32 of what was written, where a file asks for it.
+
+    Raises:
+        UserError: a source file is damaged, or the disk is full.
+    """
+    for file in output.files:
+        file.create(folder)
+    progress = Progress(sum(copy.nbytes for copy in copies), quiet)
+    memory = _Memory(max((copy.memory for copy in copies), default=0))
+    sums: Checksums = {}
+    # Largest first, so that no worker is left with the embedding at the end.
+    order = sorted(copies, key=lambda copy: -copy.nbytes)
+    share = max(1, (os.cpu_count() or 1) // workers)
+    with ThreadPoolExecutor(workers, "copy", torch.set_num_threads, (share,)) as pool:
+        futures = {pool.submit(memory.run, copy, folder): copy for copy in order}
+        try:
+            for future in as_completed(futures):
+                sums |= future.result()
+                progress.add(futures[future].nbytes)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    progress.close()
+    return sums
+
+
+class _Memory:
+    """Lets as many copies run at once as fit into a number of bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self._free, self._changed = limit, threading.Condition()
+
+    def run(self, copy: Copy, folder: Path) -> Checksums:
+        with self._changed:
+            self._changed.wait_for(lambda: copy.memory <= self._free)
+            self._free -= copy.memory
+        try:
+            return copy.run(folder)
+        finally:
+            with self._changed:
+                self._free += copy.memory
+                self._changed.notify_all()
+
+
+class Progress:
+    """One rewritten line of gigabytes, speed and remaining time; silent without a terminal."""
+
+    def __init__(self, total: int, quiet: bool) -> None:
+        self._total, self._done, self._begin = total, 0, time.monotonic()
+        self._show = not quiet and sys.stderr.isatty()
+        self._last = 0.0
+
+    def add(self, nbytes: int) -> None:
+        """Count bytes written."""
+        self._done += nbytes
+        now = time.monotonic()
+        if self._show and (now - self._last > 0.2 or self._done == self._total):
+            self._last = now
+            speed = self._done / max(now - self._begin, 1e-3)
+            left = (self._total - self._done) / max(speed, 1.0)
+            share = self._done / max(self._total, 1)
+            bar = ("#" * int(30 * share)).ljust(30)
+            sys.stderr.write(
+                f"\r[{bar}] {self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB, "
+                f"{speed / 1e9:.2f} GB/s, {left:.0f} s left "
+            )
+            sys.stderr.flush()
+
+    def close(self) -> None:
+        """End the line."""
+        if self._show:
+            sys.stderr.write("\n")
 
 
 class Difference(Exception):
@@ -54,8 +224,8 @@ class Conversion:
         _check_place(path, self.source.path)
         path = path.absolute()
         begin, checking = time.monotonic(), 0.0
-        with engine.new_folder(path, self.output.nbytes) as folder:
-            sums = engine.run(self.copies, self.output, folder, workers, quiet)
+        with new_folder(path, self.output.nbytes) as folder:
+            sums = run(self.copies, self.output, folder, workers, quiet)
             if self.checksums:
                 for region in self.regions():
                     region.finish()
@@ -146,5 +316,5 @@ def prepare(source_format: str | None, target: str, path: Path, options: Options
     if with_state:
         reads = reads | optimizer_state.reads_of(source, optimizer_state.of_source(source), options)
     output.notes += _changed_rows(source, output)
-    copies = engine.match(reads, output)
+    copies = match(reads, output)
     return Conversion(source, target, output, copies, options.checksums)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_llmjp.convert.detect import detect, reader
-from megatron_llmjp.convert.formats import FORMATS, Options, Source
-from megatron_llmjp.convert.storage import byte_count, dtype_name
+from megatron_llmjp.convert.files.storage import byte_count, dtype_name
+from megatron_llmjp.convert.formats.registry import FORMATS, Options, Source, detect, reader
 from megatron_llmjp.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ def describe(path: Path, ignored_args: frozenset[str] = frozenset()) -> str:
     Raises:
         UserError: it holds no whole checkpoint of a known format.
     """
-    from megatron_llmjp.convert.hf import style_for
+    from megatron_llmjp.convert.formats.hugging_face.folder import style_for
 
     source = reader(detect(path))(path, Options(ignored_args=ignored_args)).check()
     possible = [name for name in FORMATS if name != source.format]

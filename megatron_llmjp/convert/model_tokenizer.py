@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_llmjp.config.megatron_flags import RENAMED_VALUES
-from megatron_llmjp.convert.formats import Options, Source
-from megatron_llmjp.convert.tokenizer_files import NAMES, PATTERNS, tokenizer_files
+from megatron_llmjp.convert.formats.hugging_face.tokenizer import NAMES, PATTERNS, tokenizer_files
+from megatron_llmjp.convert.formats.registry import Options, Source
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.tokenizers import TOKENIZER_TYPES, Tokenizer, load_tokenizer
 from megatron_llmjp.tokenizers.hugging_face import HuggingFaceTokenizer

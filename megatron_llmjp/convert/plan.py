@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_llmjp.convert.storage import Stored, as_bytes, byte_count, dtype_name, write_at
+from megatron_llmjp.convert.files.storage import Stored, as_bytes, byte_count, dtype_name, write_at
 from megatron_llmjp.convert.tensors import Layout, Shape, fit_rows, part_shapes, whole
 from megatron_llmjp.errors import UserError
 

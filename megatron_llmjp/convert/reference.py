@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_llmjp.convert.formats import Source
+from megatron_llmjp.convert.formats.registry import Source
 from megatron_llmjp.convert.reference_files import Parts, open_parts
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from megatron_llmjp.convert import dcp
-from megatron_llmjp.convert.torch_archive import load
+from megatron_llmjp.convert.files import torch_dist
+from megatron_llmjp.convert.files.torch_archive import load
 
 Parts = dict[str, list[Callable[[], torch.Tensor]]]
 """For each name, such as ``layers.3.qkv.weight``, how to read what each rank holds."""
@@ -45,7 +45,7 @@ def open_parts(kind: str, folder: Path) -> tuple[Parts, Any]:
     """
     if kind == "megatron-deepspeed":
         return _deepspeed(folder)
-    if (folder / dcp.METADATA).is_file():
+    if (folder / torch_dist.METADATA).is_file():
         return _torch_dist(folder)
     return _legacy(folder)
 
@@ -150,7 +150,7 @@ def _layer_file(path: Path) -> tuple[int, int]:
 
 def _torch_dist(folder: Path) -> tuple[Parts, Any]:
     parts: Parts = {}
-    for key, entry in dcp.read_metadata(folder).items():
+    for key, entry in torch_dist.read_metadata(folder).items():
         found = None if key.startswith("optimizer.") else _plain(key)
         if found is None:
             continue
@@ -163,17 +163,17 @@ def _torch_dist(folder: Path) -> tuple[Parts, Any]:
         else:
             for i in range(entry.shape[0]):
                 parts[f"layers.{i}.{name}"] = [partial(_joined, entry, i)]
-    return parts, dcp.read_common(folder)["args"]
+    return parts, torch_dist.read_common(folder)["args"]
 
 
-def _joined(entry: dcp.StoredEntry, layer: int | None = None) -> torch.Tensor:
+def _joined(entry: torch_dist.StoredEntry, layer: int | None = None) -> torch.Tensor:
     """A tensor from its chunks, or one layer of a stack ``[layers, ...]``."""
     whole = torch.empty(entry.shape if layer is None else (1, *entry.shape[1:]), dtype=entry.dtype)
     for (offsets, sizes), (path, offset, length) in entry.chunks.items():
         first = offsets[0] - (layer or 0)
         if layer is not None and not first <= 0 < first + sizes[0]:
             continue
-        chunk = dcp.ChunkTensor(path, offset, length, sizes, entry.dtype).read()
+        chunk = torch_dist.ChunkTensor(path, offset, length, sizes, entry.dtype).read()
         if layer is not None:
             chunk, first = chunk[-first : -first + 1], 0
         places = [first, *offsets[1:]]

@@ -18,11 +18,10 @@ from megatron_llmjp.convert.model_tokenizer import ModelTokenizer
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.tokenizers import Tokenizer, load_tokenizer
 from megatron_llmjp.tokenizers.comparison import compare
-from megatron_llmjp.tokenizers.fast import FastTokenizer
-from megatron_llmjp.tokenizers.hugging_face import HuggingFaceTokenizer
+from megatron_llmjp.tokenizers.hugging_face import FastTokenizer, HuggingFaceTokenizer
 from megatron_llmjp.tokenizers.sample_texts import RARE_TEXTS, TEXTS
+from megatron_llmjp.tokenizers.sentencepiece import SentencePieceModel
 from megatron_llmjp.tokenizers.sentencepiece_fast import export_hugging_face
-from megatron_llmjp.tokenizers.spm import SentencePieceModel
 
 FAST, SETTINGS, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 BUILT = (FAST, SETTINGS, SPECIAL)

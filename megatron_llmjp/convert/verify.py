@@ -1,4 +1,13 @@
-"""``--verify``: both sides of a conversion compute logits of the same tokens, and are compared.
+"""``--verify``: logits of both sides of a conversion for the same tokens, compared.
+
+Logits of a Hugging Face folder, computed by transformers.
+
+Logits of a native checkpoint, computed by megatron-core with what a run loads.
+
+The model runs in a process of its own, on the CPU: megatron-core wants a process group, and the
+CPU substitution of ``parallel.device`` must not reach transformers.
+
+``--verify``: both sides of a conversion compute logits of the same tokens, and are compared.
 
 Each side is read a second time by a program that shares no name, no layout and no derived field
 with the converter: Hugging Face folders by transformers from their own config.json, native
@@ -10,15 +19,134 @@ bits are rounded on the other alike, since the question is whether the meaning w
 
 from __future__ import annotations
 
+import logging
+import os
 import re
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megatron_llmjp.checkpoint.manifest import CONFIG
+from megatron_llmjp.config.loading import load_resolved
+from megatron_llmjp.config.schema import Config
 from megatron_llmjp.convert.convert import Conversion, Difference, open_source
-from megatron_llmjp.convert.formats import Options, Source
+from megatron_llmjp.convert.formats.registry import Options, Source
+from megatron_llmjp.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+
+
+def hugging_face_logits(
+    source: Source, tokens: torch.Tensor, dtype: torch.dtype | None
+) -> torch.Tensor:
+    """fp32 logits ``[batch, length, rows]`` of tokens ``[batch, length]``.
+
+    Args:
+        source: the folder.
+        tokens: the input.
+        dtype: round the weights to this type first.
+
+    Raises:
+        UserError: transformers is not installed, or did not find every tensor.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise UserError("--verify needs transformers: pip install transformers") from None
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        source.path, dtype=torch.float32, output_loading_info=True
+    )
+    wrong = {kind: keys for kind, keys in report.items() if keys and "keys" in kind}
+    if wrong:
+        raise UserError(f"{source.path}: transformers reports {wrong}")
+    if dtype is not None:
+        for parameter in model.parameters():  # not .to(): it would round the rotary table as well
+            parameter.data = parameter.data.to(dtype).float()
+    with torch.no_grad():
+        result: torch.Tensor = model.eval()(tokens).logits
+    return result
+
+
+def native_logits(source: Source, tokens: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """fp32 logits ``[batch, length, rows]`` of tokens ``[batch, length]``.
+
+    Args:
+        source: names the folder; its derived fields are not looked at.
+        tokens: the input.
+        dtype: round the weights to this type first.
+    """
+    with _without_gpus(), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        result = pool.submit(_forward, source.path, tokens.numpy(), dtype).result()
+    return torch.from_numpy(result)
+
+
+@contextmanager
+def _without_gpus() -> Iterator[None]:
+    """Hide the GPUs from processes started inside: fp32 on a GPU is not the same arithmetic."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    try:
+        yield
+    finally:
+        del os.environ["CUDA_VISIBLE_DEVICES"]
+        if before is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+
+
+def _forward(folder: Path, tokens: Any, dtype: torch.dtype | None) -> Any:
+    # megatron-core's advice on deprecations and generators is for trainers.
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    from megatron_llmjp.model.gpt import build_model_chunk
+    from megatron_llmjp.parallel import process_groups
+    from megatron_llmjp.parallel.device import setup
+    from megatron_llmjp.parallel.ranks import alone
+
+    config = _config(folder)
+    device = setup()
+    process_groups.start(config, alone(), device)
+    try:
+        model = build_model_chunk(config, device).eval()
+        _load(model, folder)
+        inputs = torch.from_numpy(tokens)
+        positions = torch.arange(inputs.shape[1]).expand_as(inputs)
+        with torch.no_grad():
+            if dtype is not None:
+                for parameter in model.parameters():
+                    parameter.copy_(parameter.to(dtype).float())
+            result: torch.Tensor = model(inputs, positions, None)
+        return result.float().numpy()
+    finally:
+        process_groups.stop()
+
+
+def _config(folder: Path) -> Config:
+    """The model of a checkpoint's own configuration in fp32, in one process."""
+    stored = load_resolved(folder / CONFIG)
+    model = stored.model.model_copy(update={"hidden_dropout": 0.0, "attention_dropout": 0.0})
+    data = {"seq_length": stored.data.seq_length}
+    return Config.model_validate({"model": model.model_dump(), "data": data})
+
+
+def _load(model: GPTModel, folder: Path) -> None:
+    """Fill the model by the trainer's own loader; what is not loaded is not a number."""
+    from megatron_llmjp.checkpoint import sharded_state
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    sharded_state.load(folder, sharded_state.RunState([model]))
+
 
 TOKENS = (2, 128)
 """Batch and length of the compared tokens."""
@@ -84,13 +212,13 @@ def _logits(
     source: Source, tokens: torch.Tensor, dtype: torch.dtype | None, ignored: frozenset[str]
 ) -> torch.Tensor:
     """fp32 logits ``[batch, length, rows]`` of the tokens but the last."""
-    from megatron_llmjp.convert import forward_hf, forward_megatron, reference
+    from megatron_llmjp.convert import reference
 
     inputs = tokens[:, :-1]
     if source.format == "hf":
-        return forward_hf.logits(source, inputs, dtype)
+        return hugging_face_logits(source, inputs, dtype)
     if source.format == "native":
-        return forward_megatron.logits(source, inputs, dtype)
+        return native_logits(source, inputs, dtype)
     return reference.logits(source, inputs, dtype, ignored)
 
 

@@ -11,10 +11,10 @@ from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_llmjp.data.folds import DatasetInfo
+from megatron_llmjp.data.folds.schedule import DatasetInfo
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.numbers import some
-from megatron_llmjp.tokenizers.identity import Identity, describe, key_of
+from megatron_llmjp.formatting import some
+from megatron_llmjp.tokenizers.registry import Identity, describe, key_of
 
 ALLOW = "--allow-tokenizer-mismatch"
 

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_llmjp.data.epoch_index import Epochs
-from megatron_llmjp.data.fold_order import FoldOrder
-from megatron_llmjp.data.folds import FoldPlan, Schedule, Slice, epoch_seed
-from megatron_llmjp.data.indexed import read_index
-from megatron_llmjp.data.megatron_order import megatron_index
+from megatron_llmjp.data.folds.schedule import FoldPlan, Schedule, Slice, epoch_seed
+from megatron_llmjp.data.indexed_dataset import read_index
+from megatron_llmjp.data.indices.epoch_index import Epochs
+from megatron_llmjp.data.indices.interleave import FoldOrder
+from megatron_llmjp.data.indices.megatron_order import megatron_index
 
 OPEN = 64
 """Epochs of datasets kept open."""

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.model.initialize import initialize
-from megatron_llmjp.model.layers import SDPAttention, norm_class
-from megatron_llmjp.model.loss import add_z_loss
-from megatron_llmjp.model.parallel_residual import ParallelResidualLayer
-from megatron_llmjp.runtime.device import Device, without_warnings
+from megatron_llmjp.model.initialization import initialize
+from megatron_llmjp.model.layers import ParallelResidualLayer, SDPAttention, norm_class
+from megatron_llmjp.model.losses import add_z_loss
+from megatron_llmjp.parallel.device import Device, without_warnings
 
 with without_warnings():
     from megatron.core import parallel_state

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_llmjp.checkpoint import manifest
-from megatron_llmjp.config.load import load_resolved
+from megatron_llmjp.config.loading import load_resolved
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.errors import UserError
 

@@ -1,4 +1,9 @@
-"""A run's report as files: one HTML page with everything in it, and the pictures as PNG."""
+"""The report of a run as one HTML page, and its plots as PNG files.
+
+The report that a run leaves behind: whatever happens here, the run has ended well.
+
+A run's report as files: one HTML page with everything in it, and the pictures as PNG.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +15,29 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_llmjp.filesystem import write_durably
 from megatron_llmjp.report.history import History, read_history
 from megatron_llmjp.report.summary import summarize
-from megatron_llmjp.system import write_durably
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+FOLDER = "report"
+"""In the save folder."""
+
+
+def draw_at_end(save: str | None) -> None:
+    """Write ``SAVE/report/``, and say where; a failure is told, never raised."""
+    if save is None:
+        return
+    try:
+        page = write_report(Path(save), Path(save) / FOLDER)[0]
+    except Exception as error:
+        print(f"note: no report was drawn: {type(error).__name__}: {error}", flush=True)
+    else:
+        print(f"report: {page}", flush=True)
+
 
 PAGE = "report.html"
 

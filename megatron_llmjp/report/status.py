@@ -13,9 +13,9 @@ from typing import Any
 
 import yaml
 
-from megatron_llmjp.checkpoint import lock, manifest
-from megatron_llmjp.config.load import load_resolved
-from megatron_llmjp.data.batch_sizes import BatchSizes
+from megatron_llmjp.checkpoint import manifest, run_lock
+from megatron_llmjp.config.loading import load_resolved
+from megatron_llmjp.data.batch_size import BatchSizes
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.report.history import (
     LOSS,
@@ -90,7 +90,7 @@ def read_status(folder: Path) -> Status:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder")
-    saved, owner = _saved(folder), lock.read_owner(folder)
+    saved, owner = _saved(folder), run_lock.read_owner(folder)
     ends, hang, error = read_ends(folder), last_hang(folder), last_error(folder)
     metrics = folder / METRICS
     if not (metrics.exists() or saved or owner or ends or error):
@@ -194,7 +194,7 @@ def _folds(folder: Path, saved: Saved | None) -> int | None:
 
 def _state(
     folder: Path,
-    owner: lock.Owner | None,
+    owner: run_lock.Owner | None,
     steps: list[Record],
     total: int | None,
     age: float | None,
@@ -203,7 +203,7 @@ def _state(
 ) -> tuple[str, str]:
     """One word for the run, and what it is said for."""
     if owner is not None:
-        if not lock.is_alive(folder, owner):
+        if not run_lock.is_alive(folder, owner):
             return "dead", f"{owner} ended without a word, or its machine did"
         if not steps or age is None:
             return "starting", str(owner)

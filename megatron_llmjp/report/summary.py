@@ -6,9 +6,9 @@ import math
 from statistics import median
 
 from megatron_llmjp.config.schema import Config
-from megatron_llmjp.numbers import duration, human
-from megatron_llmjp.plan.flops import flops_per_sample
-from megatron_llmjp.plan.parameters import count_parameters
+from megatron_llmjp.estimate.flops import flops_per_sample
+from megatron_llmjp.estimate.parameters import count_parameters
+from megatron_llmjp.formatting import duration, human
 from megatron_llmjp.report.history import LOSS, USUAL, History
 
 

@@ -1,6 +1,6 @@
 """Tokenizers behind one small interface: see base.Tokenizer and load.load_tokenizer."""
 
 from megatron_llmjp.tokenizers.base import Tokenizer
-from megatron_llmjp.tokenizers.load import TOKENIZER_TYPES, load_tokenizer
+from megatron_llmjp.tokenizers.registry import TOKENIZER_TYPES, load_tokenizer
 
 __all__ = ["TOKENIZER_TYPES", "Tokenizer", "load_tokenizer"]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_llmjp.tokenizers.base import Ids, Tokenizer
-from megatron_llmjp.tokenizers.spm import SentencePieceModel
+from megatron_llmjp.tokenizers.sentencepiece import SentencePieceModel
 
 DIFFERENCES_SHOWN = 5
 

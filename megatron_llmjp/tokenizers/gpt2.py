@@ -12,7 +12,7 @@ from pathlib import Path
 import tokenizers
 
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.tokenizers.fast import FastTokenizer
+from megatron_llmjp.tokenizers.hugging_face import FastTokenizer
 
 EOD = "<|endoftext|>"
 

@@ -18,7 +18,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.tokenizers.spm import SentencePieceModel, SentencePieceTokenizer
+from megatron_llmjp.tokenizers.sentencepiece import SentencePieceModel, SentencePieceTokenizer
 
 SPACE = "▁"
 UNIGRAM, BPE = 1, 2

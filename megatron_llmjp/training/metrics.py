@@ -11,17 +11,22 @@ import torch
 import torch.distributed as dist
 
 from megatron_llmjp.config.schema import Config
-from megatron_llmjp.data.batch_sizes import BatchSizes
-from megatron_llmjp.data.folds import Schedule
-from megatron_llmjp.plan.flops import compute_dtype, tflops_per_device
-from megatron_llmjp.plan.gpus import peak_tflops
-from megatron_llmjp.runtime.device import Device, without_warnings
-from megatron_llmjp.training.bad_numbers import Verdict
-from megatron_llmjp.training.evaluate import describe, perplexity
-from megatron_llmjp.training.feed import dataset_names
-from megatron_llmjp.training.log_line import interval_line
-from megatron_llmjp.training.step import DATASETS, LM_LOSS, Z_LOSS, StepResult, means_over_ranks
-from megatron_llmjp.training.writers import Record, Writers
+from megatron_llmjp.data.batch_size import BatchSizes
+from megatron_llmjp.data.folds.schedule import Schedule
+from megatron_llmjp.estimate.flops import compute_dtype, tflops_per_device
+from megatron_llmjp.estimate.gpus import peak_tflops
+from megatron_llmjp.parallel.device import Device, without_warnings
+from megatron_llmjp.training.batch_iterator import dataset_names
+from megatron_llmjp.training.evaluation import describe, perplexity
+from megatron_llmjp.training.gradient_monitor import Verdict
+from megatron_llmjp.training.log_writers import Record, Writers, interval_line
+from megatron_llmjp.training.train_step import (
+    DATASETS,
+    LM_LOSS,
+    Z_LOSS,
+    StepResult,
+    means_over_ranks,
+)
 
 with without_warnings():
     from megatron.core import parallel_state

@@ -1,14 +1,25 @@
-"""megatron-core's optimizer and data-parallel wrapper for a model."""
+"""megatron-core's optimizer and data-parallel wrapper for a model.
+
+The norm of all parameters.
+
+megatron-core's optimizer and data-parallel wrapper for a model.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.model.gpt import params_dtype
-from megatron_llmjp.runtime.device import Device, without_warnings
-from megatron_llmjp.training.core_repairs import save_padding, use_own_adamw
+from megatron_llmjp.parallel.device import Device, without_warnings
+from megatron_llmjp.patches.megatron_optimizer import save_padding, use_own_adamw
 
+with without_warnings():
+    from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
+    from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+    from megatron.core.transformer.module import param_is_not_shared
 with without_warnings():
     from megatron.core import optimizer as core_optimizer
     from megatron.core.distributed import (
@@ -17,6 +28,26 @@ with without_warnings():
     )
     from megatron.core.optimizer import distrib_optimizer
     from megatron.core.transformer.module import Float16Module
+
+
+@torch.no_grad()
+def parameter_norm(optimizer: Any) -> float:
+    """L2 norm of the fp32 parameters that the optimizer updates; all ranks call it.
+
+    Each rank sums what it owns, and megatron-core adds up over the same ranks as for the gradient
+    norm: tied embeddings and what tensor-parallel ranks share count once, the distributed
+    optimizer's shards all together.
+    """
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    owned = [
+        parameter.detach()
+        for part in parts
+        for parameter in part.get_parameters()
+        if parameter.numel() > 0
+        and param_is_not_shared(parameter)
+        and param_is_not_tensor_parallel_duplicate(parameter)
+    ]
+    return float(get_grad_norm_fp32(owned, 2, optimizer.get_grad_stats_parallel_group()))
 
 
 def half_precision(chunks: list[Any], config: Config) -> list[Any]:

@@ -8,31 +8,37 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_llmjp.checkpoint import manifest as manifests
+from megatron_llmjp.checkpoint.removal import PATIENCE_SECONDS
 from megatron_llmjp.checkpoint.retention import Moment
+from megatron_llmjp.checkpoint.save import Progress
 from megatron_llmjp.checkpoint.saver import Saver
-from megatron_llmjp.checkpoint.saving import Progress
-from megatron_llmjp.checkpoint.store import RunState
-from megatron_llmjp.checkpoint.thinning import PATIENCE_SECONDS
-from megatron_llmjp.data.batch_sizes import BatchSizes
-from megatron_llmjp.data.fold_copy import dump_fold_file
-from megatron_llmjp.data.loader import Batch
+from megatron_llmjp.checkpoint.sharded_state import RunState
+from megatron_llmjp.data.batch_size import BatchSizes
+from megatron_llmjp.data.dataloader import Batch
+from megatron_llmjp.data.folds.fingerprint import dump_fold_file
 from megatron_llmjp.errors import EXIT_DONE, RunError, UserError
-from megatron_llmjp.prepare import Run
-from megatron_llmjp.runtime import distributed
-from megatron_llmjp.runtime.device import Device
-from megatron_llmjp.training.bad_numbers import Judge, Verdict
-from megatron_llmjp.training.build import Model, RunData, progress, say
-from megatron_llmjp.training.evaluate import evaluate
-from megatron_llmjp.training.feed import dataset_names, feed
-from megatron_llmjp.training.guard import Request
+from megatron_llmjp.parallel import process_groups
+from megatron_llmjp.parallel.device import Device
+from megatron_llmjp.run import Run
+from megatron_llmjp.training.batch_iterator import dataset_names, feed
+from megatron_llmjp.training.evaluation import evaluate
+from megatron_llmjp.training.gradient_monitor import (
+    Judge,
+    Rollback,
+    Verdict,
+    count,
+    count_recent,
+    describe_end,
+    describe_step,
+    planned_iterations,
+)
+from megatron_llmjp.training.log_writers import Writers
 from megatron_llmjp.training.metrics import Metrics
-from megatron_llmjp.training.mishaps import describe_end, describe_step
-from megatron_llmjp.training.norms import parameter_norm
-from megatron_llmjp.training.optimizer import complete_parameters
-from megatron_llmjp.training.rollback import Rollback, count, count_recent, planned_iterations
-from megatron_llmjp.training.step import StepResult, is_finite_on_all_ranks, train_step
-from megatron_llmjp.training.watch import Watch
-from megatron_llmjp.training.writers import Writers
+from megatron_llmjp.training.optimizer import complete_parameters, parameter_norm
+from megatron_llmjp.training.run_setup import Model, RunData, progress, say
+from megatron_llmjp.training.stop_signals import Request
+from megatron_llmjp.training.train_step import StepResult, is_finite_on_all_ranks, train_step
+from megatron_llmjp.training.watchdog import Watch
 
 METRICS = "metrics"
 """The log's counters in a checkpoint."""
@@ -77,7 +83,7 @@ class Trainer:
             The exit code: done, or stopped on request with a checkpoint saved; or where to go back
             to.
         """
-        writers = Writers(self.run.config) if distributed.is_first_rank() else None
+        writers = Writers(self.run.config) if process_groups.is_first_rank() else None
         metrics = self._metrics(writers)
         metrics.start(self.iteration, self.consumed_samples)
         if METRICS in self.model.counters:
@@ -302,7 +308,7 @@ class Trainer:
         self, result: StepResult, batch_size: int, metrics: Metrics, gives_up: bool
     ) -> None:
         """Report a step with bad numbers, on the first rank."""
-        if distributed.is_first_rank():
+        if process_groups.is_first_rank():
             batch = range(self.consumed_samples - batch_size, self.consumed_samples)
             norm = result.grad_norm
             words = describe_step(self.run, self.judge, self.iteration, batch, norm, gives_up)

@@ -1,4 +1,6 @@
-"""A thread on every rank that ends a hanging run and says which rank is to blame.
+"""Hang detection: heartbeats of a rank, and a thread that ends a run without progress.
+
+A thread on every rank that ends a hanging run and says which rank is to blame.
 
 When one rank stops, all others wait for it in some collective, and no log identifies the cause.
 Here every rank gives heartbeats, and the run hangs when no rank gave one for too long. Then each
@@ -6,9 +8,11 @@ rank writes the stacks of its threads to a file and where it stands to the rende
 first rank that answers compares all ranks and names those that are not where the others are.
 
 What must not end a healthy run: long phases, in which heartbeats come from every batch and every
-piece of a file (``runtime/long_work.py``); a rank that waits for another one which makes progress;
-a machine that was suspended, whose time away is not counted. And after the limit the watchdog looks
-again before it acts.
+piece of a file (``parallel/process_groups.py``); a rank that waits for another one which
+makes progress; a machine that was suspended, whose time away is not counted. And after
+the limit the watchdog looks again before it acts.
+
+What watches a run: whether it is asked to stop, and whether it hangs.
 """
 
 from __future__ import annotations
@@ -21,15 +25,19 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from megatron_llmjp.config.schema import Config
 from megatron_llmjp.errors import EXIT_FAILURE
-from megatron_llmjp.training.hang_report import Place, blame, blame_first_rank, place_of
-from megatron_llmjp.training.progress import Progress
+from megatron_llmjp.parallel.process_groups import LongWork
+from megatron_llmjp.parallel.ranks import Ranks
+from megatron_llmjp.training.hang_report import Place, Progress, blame, blame_first_rank, place_of
+from megatron_llmjp.training.stop_signals import Guard
 
 GRACE_SECONDS = 10.0
 """Ranks notice a hang at slightly different times: this long the others are waited for."""
@@ -206,3 +214,40 @@ def _connection(store: Any) -> Any:
     own = store.clone() if hasattr(store, "clone") else store
     own.set_timeout(timedelta(seconds=GRACE_SECONDS))
     return own
+
+
+STACKS = "hang"
+"""Folder of stacks in the save folder."""
+
+SHARE_OF_TIMEOUT = 0.8
+"""A hang is told before a collective gives up, which tells less."""
+
+
+class Watch(NamedTuple):
+    """What watches a run."""
+
+    guard: Guard
+    watchdog: Watchdog
+    work: LongWork
+    """Heartbeats for the watchdog, and the group that ranks wait in for each other."""
+
+
+@contextmanager
+def watched(config: Config, ranks: Ranks, store: Any) -> Iterator[Watchdog]:
+    """End the run if it hangs, from now on.
+
+    Args:
+        config: the run.
+        ranks: this process's place.
+        store: shared by all ranks.
+    """
+    minutes = config.faults.hang_timeout_minutes
+    if minutes is None:
+        minutes = SHARE_OF_TIMEOUT * config.parallel.distributed_timeout_minutes
+    save = config.checkpoint.save
+    logs = Path(save) / STACKS if save is not None and not config.training.eval_only else None
+    watchdog = Watchdog(store, ranks.rank, ranks.world_size, minutes, logs)
+    watchdog.start()
+    yield watchdog
+    # Not after an error: the other ranks may be gone, and closing would wait for them.
+    watchdog.close()

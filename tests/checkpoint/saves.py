@@ -20,27 +20,27 @@ def save_on_rank(folder: str, words: list[str], port: str) -> dict[str, Any]:
     """Save by all ways; what was printed and which folders there are, after each."""
     import torch
 
-    from megatron_llmjp.checkpoint import store
+    from megatron_llmjp.checkpoint import sharded_state
+    from megatron_llmjp.checkpoint.save import Description, Progress
     from megatron_llmjp.checkpoint.saver import FoldEnds, SaveError, Saver
-    from megatron_llmjp.checkpoint.saving import Description, Progress
-    from megatron_llmjp.checkpoint.store import RunState
-    from megatron_llmjp.config.command_line import parse
-    from megatron_llmjp.config.load import changed
-    from megatron_llmjp.data.batch_sizes import BatchSizes
+    from megatron_llmjp.checkpoint.sharded_state import RunState
+    from megatron_llmjp.config.flags import parse
+    from megatron_llmjp.config.loading import changed
+    from megatron_llmjp.data.batch_size import BatchSizes
     from megatron_llmjp.errors import UserError
-    from megatron_llmjp.prepare import prepare
-    from megatron_llmjp.runtime import distributed
-    from megatron_llmjp.runtime.device import setup
-    from megatron_llmjp.runtime.ranks import Ranks
-    from megatron_llmjp.training import build
-    from megatron_llmjp.training.learning_rate import LearningRates
+    from megatron_llmjp.parallel import process_groups
+    from megatron_llmjp.parallel.device import setup
+    from megatron_llmjp.parallel.ranks import Ranks
+    from megatron_llmjp.run import prepare
+    from megatron_llmjp.training import run_setup
+    from megatron_llmjp.training.lr_scheduler import LearningRates
 
     device = setup()
     rank, world = int(os.environ["RANK"]), 2
     run = prepare(parse(words)[0], world)
-    distributed.start(run.config, Ranks(rank, world, 0, "127.0.0.1", port, "test"), device)
+    process_groups.start(run.config, Ranks(rank, world, 0, "127.0.0.1", port, "test"), device)
     rates = LearningRates(run.config, run.schedule, BatchSizes(run.config), run.train_iters)
-    model = build.build(run, device, rates)
+    model = run_setup.build(run, device, rates)
     state = RunState(model.chunks, model.optimizer, model.scheduler, {"counter": [1]})
     parameter = next(model.chunks[0].parameters())
     told: dict[str, Any] = {}
@@ -73,7 +73,7 @@ def save_on_rank(folder: str, words: list[str], port: str) -> dict[str, Any]:
             told[f"{kind} limited"]["closed"] = True
         with torch.no_grad():
             parameter.fill_(0.0)
-        counters = store.load(root / "iter_0000001", state)
+        counters = sharded_state.load(root / "iter_0000001", state)
         told[f"{kind} value"] = [value, float(parameter.sum()), counters]
         attempt(f"{kind} again", saves, 2)
         attempt(f"{kind} third", saves, 3)
@@ -90,12 +90,12 @@ def save_on_rank(folder: str, words: list[str], port: str) -> dict[str, Any]:
             damage.write_bytes(b"\0" * len(whole))
         torch.distributed.barrier()
         try:
-            store.load(damage.parent, state)
+            sharded_state.load(damage.parent, state)
         except UserError as error:
             told[f"damaged {name}"] = str(error)
         torch.distributed.barrier()
     told["threads"] = [t.name for t in threading.enumerate() if t.name == "checkpoint"]
-    distributed.stop()
+    process_groups.stop()
     return told
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint import resume
-from megatron_llmjp.config.command_line import parse
-from megatron_llmjp.config.load import dump
+from megatron_llmjp.config.flags import parse
+from megatron_llmjp.config.loading import dump
 from megatron_llmjp.errors import UserError
 
 SMALL = (".metadata", "metadata.json", "common.pt", "folds.yaml", "tokenizer/tokenizer.model")

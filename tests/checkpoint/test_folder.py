@@ -8,8 +8,8 @@ import subprocess
 import sys
 
 from megatron_llmjp.checkpoint import manifest as manifests
-from megatron_llmjp.checkpoint.lock import LOCK
-from tests.checkpoint.test_lock import HOLD
+from megatron_llmjp.checkpoint.run_lock import LOCK
+from tests.checkpoint.test_run_lock import HOLD
 from tests.support.datasets import write_folds
 from tests.support.processes import ROOT, losses, pretrain
 from tests.support.training import arguments

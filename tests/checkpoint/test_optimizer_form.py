@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_llmjp.runtime.launch import free_port
+from megatron_llmjp.parallel.launcher import free_port
 from tests.support.datasets import write_folds
 from tests.support.processes import run_ranks
 from tests.support.proof import tensors
@@ -36,28 +36,28 @@ COPIES = ("optimizer.state.param.", "optimizer.state.fp32_param.", "")
 
 def convert_on_rank(folder: str, words: dict[str, list[str]], port: str) -> None:
     """Save each form after a step on random gradients; load it into other forms, and save that."""
+    from megatron_llmjp.checkpoint.save import Description, Progress
     from megatron_llmjp.checkpoint.saver import FoldEnds, Saver
-    from megatron_llmjp.checkpoint.saving import Description, Progress
-    from megatron_llmjp.checkpoint.store import RunState
-    from megatron_llmjp.config.command_line import parse
-    from megatron_llmjp.config.load import changed
-    from megatron_llmjp.data.batch_sizes import BatchSizes
-    from megatron_llmjp.prepare import prepare
-    from megatron_llmjp.runtime import distributed
-    from megatron_llmjp.runtime.device import setup
-    from megatron_llmjp.runtime.ranks import Ranks
-    from megatron_llmjp.training import build
-    from megatron_llmjp.training.learning_rate import LearningRates
+    from megatron_llmjp.checkpoint.sharded_state import RunState
+    from megatron_llmjp.config.flags import parse
+    from megatron_llmjp.config.loading import changed
+    from megatron_llmjp.data.batch_size import BatchSizes
+    from megatron_llmjp.parallel import process_groups
+    from megatron_llmjp.parallel.device import setup
+    from megatron_llmjp.parallel.ranks import Ranks
+    from megatron_llmjp.run import prepare
+    from megatron_llmjp.training import run_setup
+    from megatron_llmjp.training.lr_scheduler import LearningRates
 
     device = setup()
     ranks = Ranks(int(os.environ["RANK"]), 2, 0, "127.0.0.1", port, "test")
     configs = {name: parse(flags).config for name, flags in words.items()}
-    distributed.start(configs["fp32"], ranks, device)
+    process_groups.start(configs["fp32"], ranks, device)
 
     def save(config, name, step):
         run = prepare(config, 2)
         rates = LearningRates(run.config, run.schedule, BatchSizes(run.config), run.train_iters)
-        model = build.build(run, device, rates)
+        model = run_setup.build(run, device, rates)
         if step:
             generator = torch.Generator().manual_seed(3)
             for parameter in model.chunks[0].parameters():
@@ -74,7 +74,7 @@ def convert_on_rank(folder: str, words: dict[str, list[str]], port: str) -> None
     for source, target in CHANGES:
         config = changed(configs[target], load=str(Path(folder) / source))
         save(config, f"{source} as {target}", step=False)
-    distributed.stop()
+    process_groups.stop()
 
 
 @pytest.fixture(scope="module")

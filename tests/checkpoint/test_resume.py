@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from megatron_llmjp.checkpoint import manifest as manifests
-from megatron_llmjp.config.command_line import parse
-from megatron_llmjp.config.load import load_resolved
-from megatron_llmjp.convert import native
-from megatron_llmjp.prepare import prepare
+from megatron_llmjp.config.flags import parse
+from megatron_llmjp.config.loading import load_resolved
+from megatron_llmjp.convert.formats import native
+from megatron_llmjp.run import prepare
 from tests.support.datasets import VOCAB_SIZE, write_folds
 from tests.support.proof import tensors
 from tests.support.tolerances import ELEMENTWISE, TRAINED, assert_close

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from megatron_llmjp.checkpoint import manifest as manifests
-from megatron_llmjp.runtime.launch import free_port
+from megatron_llmjp.parallel.launcher import free_port
 from tests.checkpoint.saves import save_on_rank
 from tests.support.datasets import write_folds
 from tests.support.processes import run_ranks

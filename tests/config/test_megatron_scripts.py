@@ -6,16 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_llmjp.config import megatron
-from megatron_llmjp.config.checks import check
-from megatron_llmjp.config.command import Mode
-from megatron_llmjp.config.command_line import flag_names, parse
-from megatron_llmjp.config.foreign_flags import FOREIGN
-from megatron_llmjp.config.load import Layers, build, changed, differences, read_config
+from megatron_llmjp.config import megatron_flags
+from megatron_llmjp.config.flags import Mode, flag_names, parse
+from megatron_llmjp.config.loading import Layers, build, changed, differences, read_config
 from megatron_llmjp.config.megatron_flags import CHOICES
-from megatron_llmjp.config.megatron_newer import NEWER
-from megatron_llmjp.config.megatron_refused import REFUSED, REFUSED_FAMILIES
-from megatron_llmjp.config.megatron_unused import NOT_NEEDED, NOT_NEEDED_FAMILIES
+from megatron_llmjp.config.refused_flags import FOREIGN, NEWER, REFUSED, REFUSED_FAMILIES
+from megatron_llmjp.config.unused_flags import NOT_NEEDED, NOT_NEEDED_FAMILIES
+from megatron_llmjp.config.validation import check
 from megatron_llmjp.errors import UserError
 from tests.config.launch_scripts import SCRIPTS
 
@@ -51,14 +48,14 @@ def test_a_published_script_is_its_preset(script):
     explained = [note.split()[0] for note in notes]
     assert len(explained) == len(set(explained))
     for word in set(explained):
-        assert word in megatron.with_dashes(script.argv)
+        assert word in megatron_flags.with_dashes(script.argv)
     assert all(" is not needed here: " in note for note in notes)
 
 
 def kinds(flag, fields):
     """All the ways in which a flag is known."""
     families = (*NOT_NEEDED_FAMILIES, *REFUSED_FAMILIES)
-    tables = (fields, megatron.SETTLED, CHOICES, REFUSED, NOT_NEEDED)
+    tables = (fields, megatron_flags.SETTLED, CHOICES, REFUSED, NOT_NEEDED)
     exact = [number for number, table in enumerate(tables) if flag in table]
     return exact or [start for start in families if flag.startswith(start)]
 
@@ -68,7 +65,7 @@ def test_every_flag_of_megatron_is_classified_once():
     found = {flag: kinds(flag, fields) for flag in NAMES}
     assert {flag: kind for flag, kind in found.items() if len(kind) != 1} == {}
     assert len(NAMES) > 700
-    ours = {*megatron.SETTLED, *CHOICES, *REFUSED, *NOT_NEEDED}
+    ours = {*megatron_flags.SETTLED, *CHOICES, *REFUSED, *NOT_NEEDED}
     assert {flag: kinds(flag, fields) for flag in ours if len(kinds(flag, fields)) != 1} == {}
 
 

@@ -13,13 +13,13 @@ import sys
 import pytest
 import yaml
 
-from megatron_llmjp import entry
+from megatron_llmjp import cli as pretrain_cli
 from megatron_llmjp.checkpoint import manifest as manifests
-from megatron_llmjp.config.command_line import parse
-from megatron_llmjp.config.load import dump
+from megatron_llmjp.checkpoint.stored_config import add_own_configuration
+from megatron_llmjp.config.flags import parse
+from megatron_llmjp.config.loading import dump
 from megatron_llmjp.config.schema import SECTION_OF
-from megatron_llmjp.own_checkpoint import add_own_configuration
-from megatron_llmjp.prepare import prepare
+from megatron_llmjp.run import prepare
 from tests.support.datasets import write_folds
 from tests.support.training import arguments
 
@@ -39,10 +39,10 @@ def fails(capsys, monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     for name in ("_be_rank", "launch"):
-        monkeypatch.setattr(entry, name, not_reached)
+        monkeypatch.setattr(pretrain_cli, name, not_reached)
 
     def run(*words):
-        code = entry.main([str(word) for word in words])
+        code = pretrain_cli.main([str(word) for word in words])
         captured = capsys.readouterr()
         assert code == 2, captured
         assert captured.out == ""
@@ -339,11 +339,11 @@ def test_only_the_first_rank_speaks(folder, capsys, monkeypatch):
     for rank in range(2):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("LOCAL_RANK", str(rank))
-        assert entry.main(words) == 2
+        assert pretrain_cli.main(words) == 2
         assert bool(capsys.readouterr().err) == (rank == 0)
 
 
 def test_torch_is_not_needed_to_be_wrong():
     """A mistake is told at once: nothing of torch is imported before."""
-    code = "import sys, megatron_llmjp.entry; sys.exit('torch' in sys.modules)"
+    code = "import sys, megatron_llmjp.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_llmjp.convert.dcp import read_metadata
-from megatron_llmjp.convert.regions import Region
+from megatron_llmjp.convert.files.checksums import Region
+from megatron_llmjp.convert.files.torch_dist import read_metadata
 from megatron_llmjp.errors import UserError
 from tests.convert.hf_models import llama
 

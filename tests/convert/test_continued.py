@@ -16,8 +16,10 @@ import transformers
 
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.convert import cli as converter
-from megatron_llmjp.convert import hf_gpt2, megatron_deepspeed, native
-from megatron_llmjp.convert.formats import Source
+from megatron_llmjp.convert.formats import native
+from megatron_llmjp.convert.formats.hugging_face import gpt2
+from megatron_llmjp.convert.formats.megatron_deepspeed import reader as megatron_deepspeed
+from megatron_llmjp.convert.formats.registry import Source
 from tests.convert.hf_models import STYLES
 from tests.support.datasets import write_folds
 from tests.support.tolerances import (
@@ -154,7 +156,7 @@ def state(source: Source) -> dict[str, dict[str, torch.Tensor]]:
     """fp32 weights and both moments in fp64 by transformers' names, ``[out, in]`` as in GPT-2."""
     tensors = {"param": source.check().reads, **source.optimizer().tensors}
     found: dict[str, dict[str, torch.Tensor]] = {}
-    for rule in hf_gpt2.STYLE.expanded(source.model):
+    for rule in gpt2.STYLE.expanded(source.model):
         for kind in ("param", "exp_avg", "exp_avg_sq"):
             parts = rule.layout(tensors[kind][rule.name].read(rule.name))
             for key, part in zip(rule.keys, parts, strict=True):

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from megatron_llmjp.convert.convert import prepare
-from megatron_llmjp.convert.formats import Options
-from megatron_llmjp.convert.safetensors_io import read_header
+from megatron_llmjp.convert.files.safetensors import read_header
+from megatron_llmjp.convert.formats.registry import Options
 from megatron_llmjp.errors import UserError
 from tests.convert.hf_models import gpt2, llama, state
 

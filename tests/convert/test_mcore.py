@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.multiprocessing as mp
 
-from megatron_llmjp.config.load import changed, load_resolved
+from megatron_llmjp.config.loading import changed, load_resolved
 from megatron_llmjp.config.schema import Config
 from tests.convert.hf_models import STYLES, state
 
@@ -28,12 +28,12 @@ def on_rank(rank: int, port: int, root: Path, tensor_size: int, pipeline_size: i
     warnings.simplefilter("ignore")
     from megatron.core import dist_checkpointing, parallel_state
 
-    from megatron_llmjp.checkpoint import saving, store
-    from megatron_llmjp.convert import native
+    from megatron_llmjp.checkpoint import save, sharded_state
+    from megatron_llmjp.convert.formats import native
     from megatron_llmjp.model.gpt import build_model
-    from megatron_llmjp.runtime import distributed
-    from megatron_llmjp.runtime.device import setup
-    from megatron_llmjp.runtime.ranks import Ranks
+    from megatron_llmjp.parallel import process_groups
+    from megatron_llmjp.parallel.device import setup
+    from megatron_llmjp.parallel.ranks import Ranks
 
     source = native.read(root / "native").check()
     config = changed(
@@ -42,13 +42,13 @@ def on_rank(rank: int, port: int, root: Path, tensor_size: int, pipeline_size: i
         pipeline_model_parallel_size=pipeline_size,
     )
     device = setup()
-    distributed.start(config, Ranks(rank, 2, rank, "127.0.0.1", str(port), "test"), device)
+    process_groups.start(config, Ranks(rank, 2, rank, "127.0.0.1", str(port), "test"), device)
     (model,) = build_model(config, device)
     tensor = parallel_state.get_tensor_model_parallel_rank()
     stage = parallel_state.get_pipeline_model_parallel_rank()
 
     forget(model)
-    store.load(source.path, store.RunState([model]))
+    sharded_state.load(source.path, sharded_state.RunState([model]))
     compare(model, source, config)
 
     forget(model)
@@ -65,14 +65,14 @@ def on_rank(rank: int, port: int, root: Path, tensor_size: int, pipeline_size: i
     state_dict = model.sharded_state_dict()
     state_dict |= {"args": content["args"], "iteration": 3}
     dist_checkpointing.save(state_dict, str(target))
-    about = saving.Description(config)
-    progress = saving.Progress(iteration=5)
-    state = store.RunState([model])
-    saving.begin(root / "run", state, progress, about, lambda: None).execute_sync()
+    about = save.Description(config)
+    progress = save.Progress(iteration=5)
+    state = sharded_state.RunState([model])
+    save.begin(root / "run", state, progress, about, lambda: None).execute_sync()
     path = root / "saved-legacy" / "iter_0000003" / file
     path.parent.mkdir(parents=True)
     torch.save({**content, "model": model.state_dict()}, path)
-    distributed.stop()
+    process_groups.stop()
 
 
 def forget(model: torch.nn.Module) -> None:

@@ -11,8 +11,8 @@ from multiprocessing import get_context
 import pytest
 import torch
 
-from megatron_llmjp.convert.megatron_args import model_from_args
-from megatron_llmjp.convert.megatron_fields import kind_of
+from megatron_llmjp.convert.formats.megatron_lm.argument_fields import kind_of
+from megatron_llmjp.convert.formats.megatron_lm.arguments import model_from_args
 from megatron_llmjp.errors import UserError
 from tests.convert.hf_models import llama
 
@@ -135,13 +135,13 @@ def vary(fields: list[str]) -> tuple[list[str], list[str]]:
     warnings.simplefilter("ignore")
     from megatron_llmjp.config.schema import Config
     from megatron_llmjp.model import gpt
-    from megatron_llmjp.runtime import device, distributed
-    from megatron_llmjp.runtime.ranks import alone
+    from megatron_llmjp.parallel import device, process_groups
+    from megatron_llmjp.parallel.ranks import alone
 
     sizes = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 40}
     config = Config.model_validate({"model": sizes, "data": {"seq_length": 16}})
     cpu = device.setup()
-    distributed.start(config, alone(), cpu)
+    process_groups.start(config, alone(), cpu)
     plain = gpt.transformer_config(config, cpu)
     expected = logits(gpt.build_model_chunk(config, cpu, plain))
     same, different = [], []
@@ -158,7 +158,7 @@ def vary(fields: list[str]) -> tuple[list[str], list[str]]:
         except Exception:
             continue
         (same if torch.allclose(found, expected, atol=1e-5) else different).append(name)
-    distributed.stop()
+    process_groups.stop()
     return same, different
 
 

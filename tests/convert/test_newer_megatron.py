@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint import metadata as torch_dcp
 
-from megatron_llmjp.convert import dcp, native, torch_archive
+from megatron_llmjp.convert.files import torch_archive, torch_dist
+from megatron_llmjp.convert.formats import native
 from megatron_llmjp.convert.plan import Slot, fill
 from tests.convert.hf_models import llama, state
 
@@ -61,7 +62,7 @@ def test_moments_in_flat_pieces_of_fragments(tmp_path, convert):
     convert("--to", "native", "--with-optimizer", "--input", MOMENTS, "--output", tmp_path / "n")
     source = native.read(tmp_path / "n")
     folder = source.path
-    stored = dcp.read_metadata(folder)
+    stored = torch_dist.read_metadata(folder)
     expected = {
         (kind, name): read.read(name)
         for kind, reads in source.optimizer().tensors.items()
@@ -81,14 +82,16 @@ def test_moments_in_flat_pieces_of_fragments(tmp_path, convert):
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-def flattened(root: Path, file: str, key: str, entry: dcp.StoredEntry) -> dcp.StoredEntry:
+def flattened(
+    root: Path, file: str, key: str, entry: torch_dist.StoredEntry
+) -> torch_dist.StoredEntry:
     """An entry's content as pieces ``[layers, grid..., elements]`` in another file."""
     stacked = "layers." in key
     layers = [entry.layer(i if stacked else None) for i in range(entry.shape[0] if stacked else 1)]
     wholes = [layer.read(key) for layer in layers]
     shape = wholes[0].shape
     grid = tuple(2 if axis == len(shape) - 1 and n % 2 == 0 else 1 for axis, n in enumerate(shape))
-    writer = dcp.Writer(1 << 30, ".")
+    writer = torch_dist.Writer(1 << 30, ".")
     slots: list[tuple[Slot, torch.Tensor]] = []
     chunks = {}
     places = {}
@@ -110,7 +113,9 @@ def flattened(root: Path, file: str, key: str, entry: dcp.StoredEntry) -> dcp.St
     for (name, _, _), (_, offset, length) in writer._storage.items():
         places[name] = (root / file, offset, length)
     size = (*((len(wholes),) if stacked else ()), *grid, wholes[0].numel() // grid[-1])
-    return dcp.StoredEntry(size, entry.dtype, {box: places[name] for box, name in chunks.items()})
+    return torch_dist.StoredEntry(
+        size, entry.dtype, {box: places[name] for box, name in chunks.items()}
+    )
 
 
 def test_vocab_size_trims_for_null_tokenizers_only(tmp_path, convert):

@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from megatron_llmjp.checkpoint import manifest as manifests
-from megatron_llmjp.convert import dcp, megatron_lm, native, optimizer_state
-from megatron_llmjp.convert.formats import Options
+from megatron_llmjp.convert import optimizer_state
+from megatron_llmjp.convert.files import torch_dist
+from megatron_llmjp.convert.formats import native
+from megatron_llmjp.convert.formats.megatron_lm import reader as megatron_lm
+from megatron_llmjp.convert.formats.registry import Options
 from megatron_llmjp.convert.tensors import tensor_parallel
 from tests.support.processes import ROOT
 
@@ -125,7 +128,7 @@ def test_torch_dist(expected, tmp_path, convert):
         assert torch.equal(found[name], expected[name.removeprefix("optimizer.state.param.")])
     assert state.step == 10
     # Weights in fp32 are their own main weights: three names, the same bytes.
-    entries = dcp.read_metadata(folder)
+    entries = torch_dist.read_metadata(folder)
     name = "decoder.layers.mlp.linear_fc2.weight"
     places = [entries[f"{p}{name}"].chunks for p in ("", "optimizer.state.param.",
                                                      "optimizer.state.fp32_param.")]  # fmt: skip
@@ -136,7 +139,7 @@ def test_another_type_keeps_the_fp32_weights(expected, tmp_path, convert):
     convert("--to", "native", "--input", REAL, "--output", tmp_path / "n", "--with-optimizer",
             "--dtype", "bf16")  # fmt: skip
     source = native.read(tmp_path / "n")
-    entries = dcp.read_metadata(source.path)
+    entries = torch_dist.read_metadata(source.path)
     for name in ("output_layer.weight", "embedding.word_embeddings.weight"):
         assert source.reads[name].read(name).dtype == torch.bfloat16
         for kind in ("param", "fp32_param"):

@@ -9,8 +9,8 @@ import pytest
 import torch
 import transformers
 
-from megatron_llmjp.convert.hf_keys import LLAMA3, rotary, rotary_keys
-from megatron_llmjp.convert.hf_llama import STYLE
+from megatron_llmjp.convert.formats.hugging_face.config import LLAMA3, rotary, rotary_keys
+from megatron_llmjp.convert.formats.hugging_face.llama import STYLE
 from megatron_llmjp.errors import UserError
 from tests.convert.hf_models import llama, state
 

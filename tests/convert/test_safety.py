@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.planner import WriteItemType
 
-from megatron_llmjp.convert.torch_archive import load
+from megatron_llmjp.convert.files.torch_archive import load
 from megatron_llmjp.errors import UserError
 from tests.convert.hf_models import llama, state
 

@@ -13,8 +13,8 @@ import torch
 import transformers
 
 from megatron_llmjp.tokenizers.sample_texts import RARE_TEXTS, TEXTS
+from megatron_llmjp.tokenizers.sentencepiece import load_sentencepiece
 from megatron_llmjp.tokenizers.sentencepiece_fast import export_hugging_face
-from megatron_llmjp.tokenizers.spm import load_sentencepiece
 from tests.convert.hf_models import STYLES, llama
 
 VOCABULARY = 600

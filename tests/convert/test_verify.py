@@ -8,7 +8,11 @@ from functools import partial
 import pytest
 import torch
 
-from megatron_llmjp.convert import hf_keys, hf_llama, megatron_args, megatron_ranks, tensors
+from megatron_llmjp.convert import tensors
+from megatron_llmjp.convert.formats import rank_files
+from megatron_llmjp.convert.formats.hugging_face import config as hf_config
+from megatron_llmjp.convert.formats.hugging_face import llama
+from megatron_llmjp.convert.formats.megatron_lm import arguments
 from megatron_llmjp.convert.tensors import Part
 from tests.convert.hf_models import STYLES
 from tests.support.tolerances import LOGITS, LOSS, assert_close, assert_within
@@ -52,11 +56,11 @@ def test_llama_of_megatron_deepspeed_rounded_to_bf16(tmp_path, convert):
 
 def test_a_difference_leaves_nothing(tmp_path, convert, monkeypatch):
     """Names and shapes cannot tell that the wrong GELU is written; the logits do."""
-    from megatron_llmjp.convert import hf_keys
+    from megatron_llmjp.convert.formats.hugging_face import config as hf_config
 
     STYLES["gpt2"]().save_pretrained(tmp_path / "hf")
     convert("--to", "native", "--input", tmp_path / "hf", "--output", tmp_path / "native")
-    monkeypatch.setitem(hf_keys.GELU_NAMES, "gelu_tanh", "gelu")
+    monkeypatch.setitem(hf_config.GELU_NAMES, "gelu_tanh", "gelu")
     text = convert("--to", "hf", "--input", tmp_path / "native", "--output", tmp_path / "o",
                    "--verify", code=1)  # fmt: skip
     assert "logits differ by" in text
@@ -89,7 +93,7 @@ def changed(function, **fields):
 
 def other_model(**fields):
     """``make_model`` that gives every model these fields."""
-    made = hf_keys.make_model
+    made = hf_config.make_model
     return lambda where, **given: made(where, **{**given, **fields})
 
 
@@ -102,16 +106,16 @@ def ranks_joined_end_to_end(name, model, size):
 
 
 MISTAKES = {
-    "keys for values": (hf_llama, "query_key_value", keys_for_values),
-    "ups for gates": (hf_llama, "gate_up", ups_for_gates),
-    "input for output": (hf_llama, "whole", inputs_for_outputs),
-    "base, to Hugging Face": (hf_llama, "rotary_keys", changed(hf_keys.rotary_keys,
+    "keys for values": (llama, "query_key_value", keys_for_values),
+    "ups for gates": (llama, "gate_up", ups_for_gates),
+    "input for output": (llama, "whole", inputs_for_outputs),
+    "base, to Hugging Face": (llama, "rotary_keys", changed(hf_config.rotary_keys,
         rope_theta=10001.0, rope_parameters={"rope_type": "default", "rope_theta": 20000.0})),
-    "base, from Hugging Face": (hf_llama, "make_model", other_model(rotary_base=20000)),
-    "base, from arguments": (megatron_args, "make_model", other_model(rotary_base=20000)),
-    "epsilon, from Hugging Face": (hf_llama, "make_model", other_model(norm_epsilon=1e-2)),
-    "epsilon, from arguments": (megatron_args, "make_model", other_model(norm_epsilon=1e-2)),
-    "ranks end to end": (megatron_ranks, "tensor_parallel", ranks_joined_end_to_end),
+    "base, from Hugging Face": (llama, "make_model", other_model(rotary_base=20000)),
+    "base, from arguments": (arguments, "make_model", other_model(rotary_base=20000)),
+    "epsilon, from Hugging Face": (llama, "make_model", other_model(norm_epsilon=1e-2)),
+    "epsilon, from arguments": (arguments, "make_model", other_model(norm_epsilon=1e-2)),
+    "ranks end to end": (rank_files, "tensor_parallel", ranks_joined_end_to_end),
 }  # fmt: skip
 SIDES = {
     **dict.fromkeys(MISTAKES, ("to megatron", "from megatron")),
@@ -157,7 +161,7 @@ def test_a_mistake_in_the_converter_is_found(
 def test_keys_for_values_are_found_in_native_checkpoints(tmp_path, convert, monkeypatch, side):
     STYLES["llama"]().save_pretrained(tmp_path / "hf")
     convert("--to", "native", "--input", tmp_path / "hf", "--output", tmp_path / "native")
-    monkeypatch.setattr(hf_llama, "query_key_value", keys_for_values)
+    monkeypatch.setattr(llama, "query_key_value", keys_for_values)
     there, here = side.split()[1], {"to native": "hf", "from native": "native"}[side]
     target = "hf" if here == there else there
     text = convert("--to", target, "--input", tmp_path / here, "--output", tmp_path / "o",

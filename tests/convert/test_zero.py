@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from megatron_llmjp.checkpoint import manifest as manifests
-from megatron_llmjp.config.load import load_resolved
-from megatron_llmjp.convert import dcp
-from megatron_llmjp.convert.mcore_names import on_disk
-from megatron_llmjp.convert.megatron_ranks import new_name
+from megatron_llmjp.config.loading import load_resolved
+from megatron_llmjp.convert.files import torch_dist
+from megatron_llmjp.convert.formats.mcore_names import on_disk
+from megatron_llmjp.convert.formats.rank_files import new_name
 
 REAL = Path(__file__).parent / "fixtures" / "mds_gpt_tp2pp2dp2_bf16z1" / "ckpt" / "global_step2"
 KINDS = {"fp32": "param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
@@ -30,7 +30,7 @@ def canonical(name: str) -> str:
 
 def state_of(folder: Path) -> dict[tuple[str, str], torch.Tensor]:
     """Optimizer tensors of a native checkpoint by kind and canonical name."""
-    entries = dcp.read_metadata(folder)
+    entries = torch_dist.read_metadata(folder)
     layers = range(4)
     found = {}
     for key, entry in entries.items():

@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_llmjp.data import loader
+from megatron_llmjp.data import dataloader
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -15,14 +15,14 @@ def test_ranks_share_a_sequence_and_the_work(size):
     length = 64
     numbers = torch.arange(length).expand(3, length)
     batch = {"tokens": numbers, "position_ids": numbers, "dataset_id": torch.tensor([5, 6, 7])}
-    state = loader.parallel_state
+    state = dataloader.parallel_state
     parts = []
     for rank in range(size):
         with (
             mock.patch.object(state, "get_context_parallel_world_size", return_value=size),
             mock.patch.object(state, "get_context_parallel_rank", return_value=rank),
         ):
-            parts.append(loader.context_parallel_part(dict(batch)))
+            parts.append(dataloader.context_parallel_part(dict(batch)))
     together = torch.cat([part["tokens"] for part in parts], dim=1)
     assert torch.equal(together.sort(dim=1).values, numbers)
     for part in parts:
@@ -36,6 +36,6 @@ def test_ranks_share_a_sequence_and_the_work(size):
 def test_one_rank_keeps_its_batch():
     batch = {"tokens": torch.zeros(2, 8)}
     with mock.patch.object(
-        loader.parallel_state, "get_context_parallel_world_size", return_value=1
+        dataloader.parallel_state, "get_context_parallel_world_size", return_value=1
     ):
-        assert loader.context_parallel_part(batch) is batch
+        assert dataloader.context_parallel_part(batch) is batch

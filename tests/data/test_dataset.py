@@ -14,18 +14,18 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
-from megatron_llmjp.config.command_line import parse
+from megatron_llmjp.config.flags import parse
 from megatron_llmjp.config.schema import DataConfig
-from megatron_llmjp.data.batch_sizes import BatchSizes
+from megatron_llmjp.data.batch_size import BatchSizes
+from megatron_llmjp.data.dataloader import MicroBatches
 from megatron_llmjp.data.dataset import FoldDataset, ValidationDataset
-from megatron_llmjp.data.epoch_index import DatasetTokenizer, Epochs
-from megatron_llmjp.data.fold_order import blend_order
-from megatron_llmjp.data.fold_reading import read_fold_file
-from megatron_llmjp.data.folds import FoldPlan, HeldOut, Slice, epoch_seed
-from megatron_llmjp.data.indexed_writer import IndexedWriter
-from megatron_llmjp.data.loader import MicroBatches
-from megatron_llmjp.data.resolve import resolve
-from megatron_llmjp.data.sources import inspect_sources
+from megatron_llmjp.data.folds.datasets import inspect_sources
+from megatron_llmjp.data.folds.loading import read_fold_file
+from megatron_llmjp.data.folds.resolve import resolve
+from megatron_llmjp.data.folds.schedule import FoldPlan, HeldOut, Slice, epoch_seed
+from megatron_llmjp.data.indexed_dataset_writer import IndexedWriter
+from megatron_llmjp.data.indices.epoch_index import DatasetTokenizer, Epochs
+from megatron_llmjp.data.indices.interleave import blend_order
 from megatron_llmjp.tokenizers import load_tokenizer
 
 LENGTH, BATCH = 16, 8

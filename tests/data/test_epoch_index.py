@@ -13,19 +13,18 @@ import torch.distributed as dist
 import yaml
 from torch.utils.data import DataLoader
 
-from megatron_llmjp.config.command_line import parse
+from megatron_llmjp.config.flags import parse
 from megatron_llmjp.config.schema import DataConfig
-from megatron_llmjp.data import epoch_index, index_ahead
-from megatron_llmjp.data.batch_sizes import BatchSizes
+from megatron_llmjp.data.batch_size import BatchSizes
 from megatron_llmjp.data.dataset import FoldDataset
-from megatron_llmjp.data.dataset_keys import keys_of
-from megatron_llmjp.data.epoch_index import Epochs
-from megatron_llmjp.data.fold_reading import read_fold_file
-from megatron_llmjp.data.index_ahead import IndexAhead
-from megatron_llmjp.data.index_cache import ensure_all, fault
-from megatron_llmjp.data.indexed_writer import IndexedWriter
-from megatron_llmjp.data.resolve import resolve
-from megatron_llmjp.data.sources import inspect_sources
+from megatron_llmjp.data.folds.datasets import inspect_sources, keys_of
+from megatron_llmjp.data.folds.loading import read_fold_file
+from megatron_llmjp.data.folds.resolve import resolve
+from megatron_llmjp.data.indexed_dataset_writer import IndexedWriter
+from megatron_llmjp.data.indices import epoch_index, prefetch
+from megatron_llmjp.data.indices.epoch_index import Epochs
+from megatron_llmjp.data.indices.index_cache import ensure_all, fault
+from megatron_llmjp.data.indices.prefetch import IndexAhead
 from megatron_llmjp.tokenizers import load_tokenizer
 from tests.support.datasets import write_folds
 
@@ -197,7 +196,7 @@ def test_a_fold_is_made_before_it_is_due(tmp_path, monkeypatch):
     data = folds_of(tmp_path, (2, 2, 2))
     first, second, third = data.schedule.folds
     said: list[str] = []
-    monkeypatch.setattr(index_ahead, "CHEAP", -1)
+    monkeypatch.setattr(prefetch, "CHEAP", -1)
     ahead = IndexAhead(data, first_on_machine=True, say=said.append)
     ahead.start(0, BATCH, [])
     assert not missing(data, first)

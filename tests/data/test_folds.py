@@ -9,13 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_llmjp.config.command_line import parse
-from megatron_llmjp.data.batch_sizes import BatchSizes
-from megatron_llmjp.data.budgets import apportion
-from megatron_llmjp.data.fold_file import FoldFile, parse_count
-from megatron_llmjp.data.fold_reading import read_fold_file
-from megatron_llmjp.data.folds import DatasetInfo, epoch_seed
-from megatron_llmjp.data.resolve import resolve
+from megatron_llmjp.config.flags import parse
+from megatron_llmjp.data.batch_size import BatchSizes
+from megatron_llmjp.data.folds.loading import read_fold_file
+from megatron_llmjp.data.folds.resolve import resolve
+from megatron_llmjp.data.folds.schedule import DatasetInfo, apportion, epoch_seed
+from megatron_llmjp.data.folds.schema import FoldFile, parse_count
 from megatron_llmjp.errors import UserError
 
 LENGTH, BATCH = 16, 8

@@ -14,10 +14,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_llmjp.data import index_cache, index_process
-from megatron_llmjp.data.index_cache import ensure, ensure_all, fault, publish
+from megatron_llmjp.data.indices import index_cache, worker
+from megatron_llmjp.data.indices.index_cache import ensure, ensure_all, fault, publish
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.file_lock import lock_file
+from megatron_llmjp.filesystem import lock_file
 
 
 class Logged:
@@ -168,8 +168,8 @@ def test_the_process_beside_a_rank_ends_with_it(tmp_path):
     """Even when the rank is killed."""
     program = (
         "import time, functools, os, signal\n"
-        "from megatron_llmjp.data import index_process\n"
-        "child = index_process._start(functools.partial(time.sleep, 600))\n"
+        "from megatron_llmjp.data.indices import worker\n"
+        "child = worker._start(functools.partial(time.sleep, 600))\n"
         "print(child.pid, flush=True)\n"
         "time.sleep(600)\n"
     )
@@ -190,5 +190,5 @@ def alive(pid: int) -> bool:
 def test_a_failure_beside_a_rank_is_told(tmp_path, capfd):
     broken = SimpleNamespace(folder=tmp_path, build=partial(os.rename, str(tmp_path / "nothing")))
     with pytest.raises(RuntimeError, match="exit code 1"):
-        index_process.build_beside(broken, tmp_path)
+        worker.build_beside(broken, tmp_path)
     assert "FileNotFoundError" in capfd.readouterr().err

@@ -5,22 +5,22 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_llmjp.data import index_check, indexed
-from megatron_llmjp.data.fold_reading import read_fold_file
-from megatron_llmjp.data.index_check import read_checked
-from megatron_llmjp.data.indexed_writer import write_idx
-from megatron_llmjp.data.sources import inspect_sources
+from megatron_llmjp.data import indexed_dataset
+from megatron_llmjp.data.folds.datasets import inspect_sources
+from megatron_llmjp.data.folds.loading import read_fold_file
+from megatron_llmjp.data.indexed_dataset import read_checked
+from megatron_llmjp.data.indexed_dataset_writer import write_idx
 from megatron_llmjp.errors import DataError, UserError
 from tests.support.datasets import write_dataset, write_folds
 
 
 def poke(prefix, kind: str, number: int, value: int) -> None:
     """Overwrite one entry of the index of a dataset."""
-    index = indexed.read_index(prefix)
+    index = indexed_dataset.read_index(prefix)
     base = {"lengths": 0, "pointers": 4 * index.sequences, "documents": 12 * index.sequences}[kind]
     size = 4 if kind == "lengths" else 8
-    with indexed.idx_path(prefix).open("r+b") as file:
-        file.seek(indexed.HEADER.size + base + size * number)
+    with indexed_dataset.idx_path(prefix).open("r+b") as file:
+        file.seek(indexed_dataset.HEADER.size + base + size * number)
         file.write(int(value).to_bytes(size, "little", signed=True))
 
 
@@ -38,13 +38,13 @@ DAMAGE = [
 @pytest.mark.parametrize("chunk", [7, 1 << 20])
 @pytest.mark.parametrize(("kind", "number", "value", "message"), DAMAGE)
 def test_each_kind_of_damage_is_named(kind, number, value, message, chunk, tmp_path, monkeypatch):
-    monkeypatch.setattr(index_check, "CHUNK", chunk)
+    monkeypatch.setattr(indexed_dataset, "CHUNK", chunk)
     write_dataset(tmp_path / "d", 50, seed=1)
     read_checked(tmp_path / "d")
     if value == "doubled":
-        value = int(indexed.read_index(tmp_path / "d").pointers[number - 1])
+        value = int(indexed_dataset.read_index(tmp_path / "d").pointers[number - 1])
     poke(tmp_path / "d", kind, number, value)
-    indexed.read_index(tmp_path / "d")  # both ends of the index are as they should be
+    indexed_dataset.read_index(tmp_path / "d")  # both ends of the index are as they should be
     with pytest.raises(DataError, match=message):
         read_checked(tmp_path / "d")
 
@@ -52,7 +52,7 @@ def test_each_kind_of_damage_is_named(kind, number, value, message, chunk, tmp_p
 def test_any_order_and_gaps_are_allowed(tmp_path):
     """As in a fold, or in an index that was shuffled."""
     write_dataset(tmp_path / "d", 50, seed=1)
-    whole = indexed.read_index(tmp_path / "d")
+    whole = indexed_dataset.read_index(tmp_path / "d")
     some = np.random.default_rng(0).permutation(50)[:30]
     lengths, pointers = whole.lengths[some], whole.pointers[some]
     write_idx(tmp_path / "d.idx", whole.dtype, lengths, np.ones(30, np.int32), pointers)

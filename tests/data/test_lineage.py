@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import yaml
 
-from megatron_llmjp.config.load import changed
+from megatron_llmjp.config.loading import changed
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.dataset import FoldDataset
-from megatron_llmjp.data.epoch_index import Epochs
-from megatron_llmjp.data.indexed_writer import IndexedWriter
+from megatron_llmjp.data.indexed_dataset_writer import IndexedWriter
+from megatron_llmjp.data.indices.epoch_index import Epochs
 from megatron_llmjp.data.lineage import Lineage, tokens_of
-from megatron_llmjp.prepare_data import prepare_data
+from megatron_llmjp.run_data import prepare_data
 from megatron_llmjp.tokenizers import load_tokenizer
 
 LENGTH, BATCH = 16, 8

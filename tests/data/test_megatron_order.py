@@ -17,12 +17,12 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 )
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
-from megatron_llmjp.config.command_line import parse
+from megatron_llmjp.config.flags import parse
 from megatron_llmjp.data.dataset import FoldDataset, ValidationDataset
-from megatron_llmjp.data.epoch_index import DatasetTokenizer, Epochs
-from megatron_llmjp.data.sources import split_ends
+from megatron_llmjp.data.folds.datasets import split_ends
+from megatron_llmjp.data.indices.epoch_index import DatasetTokenizer, Epochs
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.prepare import Run, prepare
+from megatron_llmjp.run import Run, prepare
 from tests.data.test_dataset import lengths_of, plain, write_numbered
 
 LLAMA_SMALL = Path(__file__).parents[1] / "parity" / "fixtures" / "llama_small"

@@ -8,13 +8,12 @@ import re
 
 import pytest
 
-from megatron_llmjp.config.checks import check
-from megatron_llmjp.config.command_line import parse
-from megatron_llmjp.config.load import changed, dump, load_resolved, preset_names
-from megatron_llmjp.data.batch_sizes import BatchSizes
-from megatron_llmjp.data.run_length import last_iteration, limits
+from megatron_llmjp.config.flags import parse
+from megatron_llmjp.config.loading import changed, dump, load_resolved, preset_names
+from megatron_llmjp.config.validation import check
+from megatron_llmjp.data.batch_size import BatchSizes, last_iteration, limits
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.prepare import prepare
+from megatron_llmjp.run import prepare
 from tests.config.launch_scripts import SCRIPTS
 from tests.support.datasets import write_folds
 from tests.support.training import arguments

@@ -9,13 +9,12 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_llmjp.config.command_line import parse
-from megatron_llmjp.config.load import changed
-from megatron_llmjp.data.batch_sizes import BatchSizes
-from megatron_llmjp.data.fold_order import blend_order
-from megatron_llmjp.data.folds import FoldPlan, Schedule, Slice
-from megatron_llmjp.data.loader import MicroBatches
-from megatron_llmjp.data.skips import Skips
+from megatron_llmjp.config.flags import parse
+from megatron_llmjp.config.loading import changed
+from megatron_llmjp.data.batch_size import BatchSizes
+from megatron_llmjp.data.dataloader import MicroBatches
+from megatron_llmjp.data.folds.schedule import FoldPlan, Schedule, Skips, Slice
+from megatron_llmjp.data.indices.interleave import blend_order
 
 CONFIG = parse(["--config", "laptop-llama"])[0]
 UNIT = 8

@@ -7,7 +7,7 @@ import shutil
 
 import numpy as np
 
-from megatron_llmjp.data.dataset_keys import keys_of
+from megatron_llmjp.data.folds.datasets import keys_of
 from tests.support.datasets import write_dataset
 
 MIB = 1 << 20

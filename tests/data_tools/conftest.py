@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from data_tools.train_tokenizer import train_unigram
+from megatron_llmjp.tokenizers.sentencepiece import SentencePieceTokenizer
 from megatron_llmjp.tokenizers.sentencepiece_fast import export_hugging_face
-from megatron_llmjp.tokenizers.spm import SentencePieceTokenizer
 
 JAPANESE = (
     "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。",

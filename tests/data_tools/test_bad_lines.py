@@ -13,10 +13,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from data_tools import encode
-from data_tools.encode import BlockEncoder, Encoding
+from data_tools.preprocess import encode
+from data_tools.preprocess.encode import BlockEncoder, Encoding
 from data_tools.preprocess_data import main
-from megatron_llmjp.data.indexed import read_index
+from megatron_llmjp.data.indexed_dataset import read_index
 from megatron_llmjp.tokenizers import load_tokenizer
 
 LONG = b'{"text": "' + b"x" * 1_200_000 + b'"}'
@@ -103,7 +103,9 @@ def test_rejected_share_is_limited(tmp_path, capsys, monkeypatch):
     assert "3 of 200 lines were rejected (1.5%): not valid JSON 3" in message
     assert not (tmp_path / "o_text_document.idx").exists()
     with monkeypatch.context() as patch:
-        patch.setattr("data_tools.job.read_blocks", lambda *_: 1 / 0)  # nothing is read again
+        patch.setattr(
+            "data_tools.preprocess.job.read_blocks", lambda *_: 1 / 0
+        )  # nothing is read again
         assert main([*arguments, "--max-rejected", "2%"]) == 0
     assert read_index(tmp_path / "o_text_document").documents == 197
     with pytest.raises(SystemExit):
@@ -111,7 +113,7 @@ def test_rejected_share_is_limited(tmp_path, capsys, monkeypatch):
 
 
 def test_hopeless_input_stops_early(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("data_tools.blocks.BLOCK_BYTES", 1000)
+    monkeypatch.setattr("data_tools.preprocess.blocks.BLOCK_BYTES", 1000)
     path = tmp_path / "c.jsonl"
     path.write_bytes(b'{"text": "a"}\n' * 50_000)
     arguments = ["--input", str(path), "--output-prefix", str(tmp_path / "o"), *BYTES]

@@ -15,8 +15,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 
 from data_tools import documents as documents_module
 from data_tools import inspect_dataset, merge_datasets, preprocess_data, split_folds
-from data_tools.verify import verify
-from megatron_llmjp.data.indexed import read_index
+from data_tools.verify_dataset import verify
+from megatron_llmjp.data.indexed_dataset import read_index
 
 
 @pytest.fixture(scope="module")

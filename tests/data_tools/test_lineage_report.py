@@ -9,13 +9,13 @@ import yaml
 
 from data_tools.inspect_dataset import main
 from megatron_llmjp.checkpoint import manifest as manifests
-from megatron_llmjp.config.command_line import parse
-from megatron_llmjp.data.batch_sizes import BatchSizes
+from megatron_llmjp.config.flags import parse
+from megatron_llmjp.data.batch_size import BatchSizes
+from megatron_llmjp.data.dataloader import MicroBatches
 from megatron_llmjp.data.dataset import FoldDataset
-from megatron_llmjp.data.epoch_index import Epochs
-from megatron_llmjp.data.indexed import read_index
-from megatron_llmjp.data.loader import MicroBatches
-from megatron_llmjp.prepare import prepare
+from megatron_llmjp.data.indexed_dataset import read_index
+from megatron_llmjp.data.indices.epoch_index import Epochs
+from megatron_llmjp.run import prepare
 from tests.support.datasets import write_folds
 from tests.support.training import Job, arguments, train_all
 

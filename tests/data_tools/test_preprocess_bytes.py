@@ -47,8 +47,10 @@ def processor(model: Path) -> sentencepiece.SentencePieceProcessor:
 def test_same_bytes_as_megatron(
     kind, workers, corpus, documents, model, processor, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("data_tools.blocks.BLOCK_BYTES", 3000)  # many blocks, lines across them
-    monkeypatch.setattr("data_tools.blocks.PEEK_BYTES", 100)
+    monkeypatch.setattr(
+        "data_tools.preprocess.blocks.BLOCK_BYTES", 3000
+    )  # many blocks, lines across them
+    monkeypatch.setattr("data_tools.preprocess.blocks.PEEK_BYTES", 100)
     bos = [1] if kind == "Llama2Tokenizer" else []
     eod = 2 if kind == "Llama2Tokenizer" else 7
     megatron_lm(tmp_path / "theirs", documents, lambda t: bos + processor.encode(t), eod, 700)

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from data_tools.job import Job
+from data_tools.preprocess.job import Job
 from data_tools.preprocess_data import main
 from tests.data_tools.conftest import make_documents, write_jsonl
 
@@ -50,10 +50,12 @@ class Killed(BaseException):
 def eager(request, monkeypatch):
     """Small blocks, and a clock that ticks once per look."""
     clock = itertools.count()
-    monkeypatch.setattr("data_tools.blocks.BLOCK_BYTES", 20000)
-    monkeypatch.setattr("data_tools.job.time", SimpleNamespace(monotonic=lambda: next(clock)))
-    monkeypatch.setattr("data_tools.job.SECONDS_BETWEEN_SAVES", request.param - 0.5)
-    monkeypatch.setattr("data_tools.job.SECONDS_AFTER_A_SOURCE", request.param - 0.5)
+    monkeypatch.setattr("data_tools.preprocess.blocks.BLOCK_BYTES", 20000)
+    monkeypatch.setattr(
+        "data_tools.preprocess.job.time", SimpleNamespace(monotonic=lambda: next(clock))
+    )
+    monkeypatch.setattr("data_tools.preprocess.job.SECONDS_BETWEEN_SAVES", request.param - 0.5)
+    monkeypatch.setattr("data_tools.preprocess.job.SECONDS_AFTER_A_SOURCE", request.param - 0.5)
 
 
 @pytest.mark.parametrize("where", ["add", "save", "finish", "rename"])
@@ -62,9 +64,9 @@ def test_killed_at_every_kind_of_moment(
 ):
     """Fault injection: die in the n-th call of something, again and again, until it is done."""
     target = {
-        "add": "data_tools.output.IndexedWriter.add",
-        "save": "data_tools.journal.Journal.add",
-        "finish": "data_tools.output.IndexedWriter.finish",
+        "add": "data_tools.preprocess.output.IndexedWriter.add",
+        "save": "data_tools.preprocess.journal.Journal.add",
+        "finish": "data_tools.preprocess.output.IndexedWriter.finish",
         "rename": "pathlib.Path.replace",
     }[where]
     module, _, name = target.rpartition(".")
@@ -168,7 +170,7 @@ def test_same_again_other_again(inputs, undisturbed, tmp_path, capsys):
 def test_another_run_in_the_work_folder_is_refused(inputs, tmp_path, monkeypatch, eager, capsys):
     arguments = ["--input", *inputs, "--output-prefix", str(tmp_path / "o"), *BYTES]
     with monkeypatch.context() as patch:
-        patch.setattr("data_tools.output.Output.finish", lambda *_: 1 / 0)
+        patch.setattr("data_tools.preprocess.output.Output.finish", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             main(arguments)
     other = [word for word in arguments if word != "--append-eod"]

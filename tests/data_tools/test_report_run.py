@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from data_tools.report_run import main
-from megatron_llmjp.config.load import Layers, build, changed, dump, read_config
-from megatron_llmjp.report.at_end import draw_at_end
+from megatron_llmjp.config.loading import Layers, build, changed, dump, read_config
 from megatron_llmjp.report.history import FoldSpan, read_history
+from megatron_llmjp.report.page import draw_at_end
 from megatron_llmjp.report.summary import summarize
 
 PNG = b"\x89PNG"

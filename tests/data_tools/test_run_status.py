@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from data_tools.run_status import main
-from megatron_llmjp.checkpoint.lock import RECORD
+from megatron_llmjp.checkpoint.run_lock import RECORD
 from megatron_llmjp.report.jobs import REQUEUES, first_error
 from megatron_llmjp.report.status import Status, read_status
-from megatron_llmjp.report.status_text import show_one
+from megatron_llmjp.report.status_table import show_one
 from slurm.requeue import HISTORY
 from tests.support.datasets import write_folds
 from tests.support.processes import ROOT, TIMEOUT

@@ -11,11 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_tools import merge_datasets, preprocess_data
-from data_tools.blocks import read_blocks
-from data_tools.encode import read_range
-from data_tools.pieces import FileRange
-from data_tools.shards import take_shard, uneven
-from data_tools.sources import Source, find_input
+from data_tools.preprocess.blocks import FileRange, read_blocks
+from data_tools.preprocess.encode import read_range
+from data_tools.preprocess.shards import take_shard, uneven
+from data_tools.preprocess.sources import Source, find_input
 from tests.data_tools.conftest import make_documents, write_jsonl
 
 BYTES = ["--tokenizer-type", "ByteLevelTokenizer", "--append-eod", "--workers", "1"]
@@ -50,8 +49,8 @@ def test_parts_joined_are_the_whole(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("count", [1, 2, 7, 40])
 def test_one_large_file_is_cut_between_lines(count, tmp_path, monkeypatch):
     """More tasks than some lines have bytes: every line goes to exactly one task."""
-    monkeypatch.setattr("data_tools.shards.CUT_BYTES", 1000)
-    monkeypatch.setattr("data_tools.blocks.BLOCK_BYTES", 700)
+    monkeypatch.setattr("data_tools.preprocess.shards.CUT_BYTES", 1000)
+    monkeypatch.setattr("data_tools.preprocess.blocks.BLOCK_BYTES", 700)
     large = write_jsonl(tmp_path / "b.jsonl", make_documents(60, seed=1))
     small = write_jsonl(tmp_path / "a.jsonl", make_documents(1, seed=2))
     (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(large.read_bytes()))
@@ -76,7 +75,7 @@ def lines_of(source: Source) -> list[bytes]:
 
 
 def test_cut_parts_joined_are_the_whole(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("data_tools.shards.CUT_BYTES", 1000)
+    monkeypatch.setattr("data_tools.preprocess.shards.CUT_BYTES", 1000)
     write_jsonl(tmp_path / "large.jsonl", make_documents(60, seed=1))
     (tmp_path / "z.jsonl.gz").write_bytes(gzip.compress(os.urandom(9000).hex().encode()))
     common = ["--input", str(tmp_path / "large.jsonl"), *BYTES, "--output-prefix"]

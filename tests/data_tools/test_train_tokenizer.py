@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from data_tools.sample import sample_texts
-from data_tools.sources import find_input
+from data_tools.preprocess.sample import sample_texts
+from data_tools.preprocess.sources import find_input
 from data_tools.train_tokenizer import SPECIALS, main
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_llmjp.convert import native
+from megatron_llmjp.convert.formats import native
 from tests.support.datasets import VOCAB_SIZE, write_folds
 from tests.support.tolerances import TRAINED, assert_within, distance
 from tests.support.training import (

@@ -10,8 +10,8 @@ import yaml
 
 from data_tools.preprocess_data import main as preprocess
 from megatron_llmjp.checkpoint import manifest as manifests
-from megatron_llmjp.config.load import changed, load_resolved
-from megatron_llmjp.prepare_data import run_tokenizer
+from megatron_llmjp.config.loading import changed, load_resolved
+from megatron_llmjp.run_data import run_tokenizer
 from megatron_llmjp.tokenizers.stored import stored_tokenizer
 from tests.support.processes import pretrain
 from tests.support.tokenizer_files import TEXTS, write_gpt2, write_tiktoken

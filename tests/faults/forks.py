@@ -128,8 +128,8 @@ def _context() -> Any:
     context.set_forkserver_preload(
         [
             "pytest",  # the children look at it, as their first process is pytest
-            "megatron_llmjp.entry",
-            "megatron_llmjp.training.run",
+            "megatron_llmjp.cli",
+            "megatron_llmjp.training.train",
             "torch.utils.data._utils",
             "tests.faults.injected",
         ]
@@ -151,18 +151,18 @@ def _be_program(words: list[str], out: str, err: str, fault: Fault | None) -> No
 
 
 def _main(words: list[str], fault: Fault | None) -> None:
-    from megatron_llmjp import entry
-    from megatron_llmjp.runtime import launch
+    from megatron_llmjp import cli as pretrain_cli
+    from megatron_llmjp.parallel import launcher
 
     def fork(command: Any, rank: int, world: int, port: int) -> _Fork:
-        return _Fork(words, launch.rank_environment(rank, world, port), fault)
+        return _Fork(words, launcher.rank_environment(rank, world, port), fault)
 
-    launch._start = fork  # type: ignore[assignment]
+    launcher._start = fork  # type: ignore[assignment]
     # Drawing the report of a run that ends costs more than the run.
-    entry.draw_at_end = lambda save: None  # type: ignore[assignment]
+    pretrain_cli.draw_at_end = lambda save: None  # type: ignore[assignment]
     if "--nproc-per-node" not in words or (fault and fault[0] in IN_THE_LAUNCHER_TOO):
         _inject(fault)
-    code = entry.main(words)
+    code = pretrain_cli.main(words)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -182,17 +182,17 @@ class _Fork:
         self.pid = os.fork()
         if self.pid == 0:
             os.setsid()
-            from megatron_llmjp.runtime.stop_requests import handled
+            from megatron_llmjp.parallel.signals import handled
 
             os.environ.update(env)
             for number in handled():
                 signal.signal(number, signal.SIG_DFL)
             _inject(fault)
-            from megatron_llmjp import entry
+            from megatron_llmjp import cli as pretrain_cli
 
             code = 1
             try:
-                code = entry.main(words)
+                code = pretrain_cli.main(words)
             finally:
                 sys.stdout.flush()
                 sys.stderr.flush()

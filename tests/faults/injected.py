@@ -178,13 +178,13 @@ def taken_over_at(folder: str, iteration: int) -> None:
 
 def stale_lock(code: int) -> None:
     """Locking fails with an error of the file system, and no time passes between attempts."""
-    from megatron_llmjp import file_lock
+    from megatron_llmjp import filesystem
 
     def fail(*_: Any) -> None:
         raise OSError(code, os.strerror(code))
 
-    file_lock.fcntl.lockf = fail  # type: ignore[assignment]
-    file_lock.RETRY_PAUSES = (0.0,)
+    filesystem.fcntl.lockf = fail  # type: ignore[assignment]
+    filesystem.RETRY_PAUSES = (0.0,)
 
 
 def tight(what: str, iteration: int, limit: float) -> None:
@@ -204,16 +204,16 @@ def tight(what: str, iteration: int, limit: float) -> None:
 
 def slow_validation(iteration: int, limit: float, pause: float) -> None:
     """Each batch of a validation takes a while."""
-    from megatron_llmjp.training import evaluate
+    from megatron_llmjp.training import evaluation
 
     tight("a validation", iteration, limit)
-    run = evaluate.run_micro_batches
+    run = evaluation.run_micro_batches
 
     def slow(*arguments: Any, **named: Any) -> Any:
         time.sleep(pause)
         return run(*arguments, **named)
 
-    evaluate.run_micro_batches = slow
+    evaluation.run_micro_batches = slow
 
 
 def slow_write(iteration: int, limit: float, pause: float, pieces: int, which: int) -> None:
@@ -268,7 +268,7 @@ def endless_start(name: str) -> None:
 
 def started_ago(seconds: float) -> None:
     """The launcher was started so long ago."""
-    from megatron_llmjp.runtime.ranks import STARTED_VARIABLE
+    from megatron_llmjp.parallel.ranks import STARTED_VARIABLE
 
     os.environ[STARTED_VARIABLE] = str(time.monotonic() - seconds)
 
@@ -296,12 +296,12 @@ def nan_at(where: str, iteration: int, which: int) -> None:
     if where == "weight":
         strike("a step", iteration, lambda trainer: _first(trainer).data.view(-1)[:1].fill_(_NAN))
         return
-    from megatron_llmjp.data import loader
-    from megatron_llmjp.training import step
+    from megatron_llmjp.data import dataloader
+    from megatron_llmjp.training import train_step
 
     hit: list[Any] = []
     strike("a step", iteration, hit.append)
-    share, update = loader._share, step._update
+    share, update = dataloader._share, train_step._update
 
     def shared(*arguments: Any) -> Any:
         batch = share(*arguments)
@@ -315,7 +315,7 @@ def nan_at(where: str, iteration: int, which: int) -> None:
             _first(hit.pop()).main_grad.view(-1)[0] = _NAN
         return update(*arguments)
 
-    loader._share, step._update = shared, updated
+    dataloader._share, train_step._update = shared, updated
 
 
 def nan_weight_at(what: str, iteration: int, which: int = 0) -> None:
@@ -326,24 +326,24 @@ def nan_weight_at(what: str, iteration: int, which: int = 0) -> None:
 
 def ids_not_searched() -> None:
     """The start finds no token id, so that the run itself meets those beyond the vocabulary."""
-    from megatron_llmjp.data import sources
+    from megatron_llmjp.data.folds import datasets as fold_datasets
 
-    sources.largest_id = lambda index: None
+    fold_datasets.largest_id = lambda index: None
 
 
 def nan_validation() -> None:
     """A validation gives no number."""
-    from megatron_llmjp.training import run
+    from megatron_llmjp.training import train as train_module
 
-    run.evaluate = lambda *_, **__: {"valid": _NAN}
+    train_module.evaluate = lambda *_, **__: {"valid": _NAN}
 
 
 def gradients_times(factor: float, iteration: int) -> None:
     """Gradients are larger, or NaN, in all steps after an iteration."""
-    from megatron_llmjp.training import step
+    from megatron_llmjp.training import train_step
     from megatron_llmjp.training.trainer import Trainer
 
-    begin, update, hit = Trainer._begin, step._update, []
+    begin, update, hit = Trainer._begin, train_step._update, []
 
     def begun(self: Any, phase: str, **more: Any) -> None:
         begin(self, phase, **more)
@@ -356,7 +356,7 @@ def gradients_times(factor: float, iteration: int) -> None:
                     parameter.main_grad.mul_(factor)
         return update(*arguments)
 
-    Trainer._begin, step._update = begun, updated  # type: ignore[method-assign]
+    Trainer._begin, train_step._update = begun, updated  # type: ignore[method-assign]
 
 
 _NAN = float("nan")

@@ -11,7 +11,7 @@ import torch
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.config.schema import FaultsConfig
 from megatron_llmjp.report.status import read_status
-from megatron_llmjp.training.bad_numbers import FEWEST, Judge, Verdict
+from megatron_llmjp.training.gradient_monitor import FEWEST, Judge, Verdict
 from tests.support.datasets import write_folds
 from tests.support.processes import run_ranks
 from tests.support.training import TP2, arguments, history
@@ -22,16 +22,17 @@ BAD = range(88, 92)
 
 def poison(words: list[str], factor: float, rank: int | None) -> int:
     """Train, with the gradients of a rank multiplied wherever the batch holds a bad position."""
-    from megatron_llmjp.config.command_line import parse
-    from megatron_llmjp.prepare import prepare
-    from megatron_llmjp.runtime.device import setup
-    from megatron_llmjp.runtime.ranks import find_ranks
-    from megatron_llmjp.training import run, step, trainer
+    from megatron_llmjp.config.flags import parse
+    from megatron_llmjp.parallel.device import setup
+    from megatron_llmjp.parallel.ranks import find_ranks
+    from megatron_llmjp.run import prepare
+    from megatron_llmjp.training import train as train_module
+    from megatron_llmjp.training import train_step, trainer
 
     here = find_ranks()
     assert here is not None
     live: list[trainer.Trainer] = []
-    train, update = trainer.Trainer.train, step._update
+    train, update = trainer.Trainer.train, train_step._update
 
     def remember(self):
         live[:] = [self]
@@ -47,11 +48,11 @@ def poison(words: list[str], factor: float, rank: int | None) -> int:
                     parameter.main_grad.mul_(factor)
         return update(optimizer, may_take)
 
-    trainer.Trainer.train, step._update = remember, spoil
+    trainer.Trainer.train, train_step._update = remember, spoil
     device = setup()
     config = parse(words).config
     try:
-        return run.train(prepare(config, here.world_size), here, device)
+        return train_module.train(prepare(config, here.world_size), here, device)
     except trainer.TrainingError as error:
         print(error)
         return 1

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.errors import EXIT_FAILURE
-from megatron_llmjp.runtime.long_work import LONGEST, LongWork, patient_group
+from megatron_llmjp.parallel.process_groups import LONGEST, LongWork, patient_group
 from megatron_llmjp.training import watchdog
 from megatron_llmjp.training.hang_report import Place, blame
 from megatron_llmjp.training.watchdog import Patience, Watchdog

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from megatron_llmjp.checkpoint import manifest as manifests
-from megatron_llmjp.data.index_cache import CONTENTS
+from megatron_llmjp.data.indices.index_cache import CONTENTS
 from megatron_llmjp.errors import EXIT_REQUEUE, EXIT_USER_ERROR
-from tests.checkpoint.test_safety import Malicious
+from tests.checkpoint.test_safe_unpickling import Malicious
 from tests.faults.stage import Stage
 
 HOW = "refused with exit code 2; nothing is executed"

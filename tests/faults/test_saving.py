@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_llmjp.checkpoint import manifest as manifests
-from megatron_llmjp.checkpoint.lock import RECORD
+from megatron_llmjp.checkpoint.run_lock import RECORD
 from tests.faults.stage import LAST
 from tests.support.training import history
 

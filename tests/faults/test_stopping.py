@@ -14,7 +14,9 @@ HOW = "exit code 3, with a checkpoint if training had begun; the same losses and
 
 
 @pytest.mark.fault("SIGTERM during start-up", HOW)
-@pytest.mark.parametrize("function", ["runtime.distributed.meet", "training.build.build_model"])
+@pytest.mark.parametrize(
+    "function", ["parallel.process_groups.meet", "training.run_setup.build_model"]
+)
 def test_asked_to_stop_before_it_begins(stage, function):
     """Nothing is half-made, and the run may be started again."""
     save = stage.folder("asked-early")
@@ -41,7 +43,7 @@ def test_all_processes_are_asked_to_stop(stage):
 def test_asked_to_stop_while_it_waits(stage, layout):
     """Where Python's own handlers would not run for hours."""
     save = stage.folder("asked-waiting")
-    fault = ("endless_start", "training.build.open_data")
+    fault = ("endless_start", "training.run_setup.open_data")
     ranks = 1 if layout == "alone" else 2
     with stage.started(layout, save, fault=fault) as start:
         start.until(lambda: start.out.count("waiting for nothing") == ranks)
@@ -57,9 +59,9 @@ def test_asked_to_stop_while_it_waits(stage, layout):
 @pytest.mark.parametrize(
     ("layout", "minutes", "fault"),
     [
-        ("dp2", 0.3, ("endless_start", "training.build.open_data")),
-        ("alone", 0.05, ("endless_start", "training.opening._problems")),
-        ("alone", 0.05, ("endless_start", "checkpoint.store.load")),
+        ("dp2", 0.3, ("endless_start", "training.run_setup.open_data")),
+        ("alone", 0.05, ("endless_start", "training.run_setup._problems")),
+        ("alone", 0.05, ("endless_start", "checkpoint.sharded_state.load")),
         ("alone", 30, ("started_ago", 3600.0)),
     ],
 )

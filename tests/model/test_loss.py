@@ -18,8 +18,8 @@ def compare(ranks: int) -> list[float]:
     import torch
     import torch.distributed as dist
 
-    from megatron_llmjp.model.loss import losses_with_z
-    from megatron_llmjp.runtime.device import setup
+    from megatron_llmjp.model.losses import losses_with_z
+    from megatron_llmjp.parallel.device import setup
 
     setup()
     from megatron.core import parallel_state, tensor_parallel

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from megatron_llmjp.config.load import Layers, build, changed, load_resolved, read_config
+from megatron_llmjp.config.loading import Layers, build, changed, load_resolved, read_config
 from megatron_llmjp.convert import cli as converter
 from tests.support.processes import run_ranks
 from tests.support.tolerances import ELEMENTWISE, LOGITS, assert_close, assert_within, distance
@@ -95,12 +95,12 @@ def result(tmp_path_factory):
 
 def compute(root: str, styles: list[str], presets: list[str]) -> dict[str, Any]:
     """The part that needs the CPU substitution, which must not reach transformers."""
-    from megatron_llmjp.checkpoint import store
+    from megatron_llmjp.checkpoint import sharded_state
     from megatron_llmjp.checkpoint.manifest import newest
     from megatron_llmjp.model.gpt import build_model
-    from megatron_llmjp.runtime import distributed
-    from megatron_llmjp.runtime.device import setup
-    from megatron_llmjp.runtime.ranks import alone
+    from megatron_llmjp.parallel import process_groups
+    from megatron_llmjp.parallel.device import setup
+    from megatron_llmjp.parallel.ranks import alone
 
     folder, device = Path(root), setup()
     tokens = torch.load(folder / "tokens.pt")
@@ -109,9 +109,9 @@ def compute(root: str, styles: list[str], presets: list[str]) -> dict[str, Any]:
     for number, style in enumerate(styles):
         config = load_resolved(newest(folder / style) / "config.yaml")
         if number == 0:
-            distributed.start(config, alone(), device)
+            process_groups.start(config, alone(), device)
         (model,) = build_model(config, device)
-        store.load(newest(folder / style), store.RunState([model]))
+        sharded_state.load(newest(folder / style), sharded_state.RunState([model]))
         with torch.no_grad():
             torch.save(model.eval()(tokens, positions, None), folder / f"{style}.pt")
             found[f"leak {style}"] = leak(model, tokens)
@@ -155,7 +155,7 @@ def activation_errors(model: Any) -> list[float]:
 def communication(config: Any, device: Any) -> list[list[bool]]:
     """How stages talk: two stages, three, and two on a GPU."""
     from megatron_llmjp.model import gpt
-    from megatron_llmjp.runtime.device import Device
+    from megatron_llmjp.parallel.device import Device
 
     found = []
     for stages, where in ((2, device), (3, device), (2, Device("cuda", "nccl", "a GPU"))):

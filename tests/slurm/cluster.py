@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatron_llmjp.runtime.launch import free_port
+from megatron_llmjp.parallel.launcher import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue", "sinfo")
 INSTALL = "install Debian's slurm-wlm and munge"

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from megatron_llmjp.data.indexed_writer import IndexedWriter
+from megatron_llmjp.data.indexed_dataset_writer import IndexedWriter
 
 VOCAB_SIZE = 100
 """Of NullTokenizer: ids 0 to 98, and 99 ends a document."""

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_llmjp.runtime.launch import free_port
+from megatron_llmjp.parallel.launcher import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 270.0

@@ -13,10 +13,10 @@ VALIDATION = "validation/valid"
 
 def tensors(save: Path, iteration: int | None = None) -> dict:
     """All tensors of a checkpoint, those of the optimizer too; of the newest one by default."""
-    from megatron_llmjp.convert import dcp
+    from megatron_llmjp.convert.files import torch_dist
 
     number = iteration if iteration is not None else manifests.complete_iterations(save)[-1]
-    entries = dcp.read_metadata(save / manifests.folder_name(number))
+    entries = torch_dist.read_metadata(save / manifests.folder_name(number))
     return {name: entry.layer(None).read(name) for name, entry in entries.items()}
 
 

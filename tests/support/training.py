@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_llmjp.runtime.launch import free_port
+from megatron_llmjp.parallel.launcher import free_port
 from tests.support.mutations import mutated
 from tests.support.processes import TIMEOUT, run_ranks
 from tests.support.recorded import recorded
@@ -70,11 +70,11 @@ def train_all(jobs: list[Job], world_size: int, folder: Path, timeout: float = T
 
 def train_on_rank(jobs: list[dict[str, Any]], folder: str) -> None:
     """Take this rank's part in all jobs."""
-    from megatron_llmjp.config.command_line import parse
-    from megatron_llmjp.prepare import prepare
-    from megatron_llmjp.runtime.device import setup
-    from megatron_llmjp.runtime.ranks import Ranks
-    from megatron_llmjp.training.run import train
+    from megatron_llmjp.config.flags import parse
+    from megatron_llmjp.parallel.device import setup
+    from megatron_llmjp.parallel.ranks import Ranks
+    from megatron_llmjp.run import prepare
+    from megatron_llmjp.training.train import train
 
     device = setup()
     me = int(os.environ["RANK"])

@@ -16,11 +16,11 @@ def step_without_gradients() -> list[list[object]]:
     """For AdamW and SGD: each parameter's name, dimensions and by how much a step shrinks it."""
     import torch
 
-    from megatron_llmjp.config.command_line import parse
+    from megatron_llmjp.config.flags import parse
     from megatron_llmjp.model.gpt import build_model
-    from megatron_llmjp.runtime import distributed
-    from megatron_llmjp.runtime.device import setup
-    from megatron_llmjp.runtime.ranks import alone
+    from megatron_llmjp.parallel import process_groups
+    from megatron_llmjp.parallel.device import setup
+    from megatron_llmjp.parallel.ranks import alone
     from megatron_llmjp.training.optimizer import make_optimizer, wrap_for_data_parallel
 
     device = setup()
@@ -29,7 +29,7 @@ def step_without_gradients() -> list[list[object]]:
         words = ["--config", "laptop-gpt2", "--vocab-size", 100, "--optimizer", kind]
         words += ["--lr", LR, "--weight-decay", DECAY, "--hidden-size", 32]
         config = parse([str(word) for word in words]).config
-        distributed.start(config, alone(), device)
+        process_groups.start(config, alone(), device)
         chunks = wrap_for_data_parallel(build_model(config, device), config, device)
         optimizer = make_optimizer(chunks, config, device)
         for group in optimizer.param_groups:
@@ -44,7 +44,7 @@ def step_without_gradients() -> list[list[object]]:
             factor = float((parameter.detach() / before[name]).mean())
             assert torch.all(parameter.detach() == parameter.detach().flatten()[0])
             found.append([kind, name, parameter.dim(), factor])
-        distributed.stop()
+        process_groups.stop()
     return found
 
 

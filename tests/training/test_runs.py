@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from megatron_llmjp.checkpoint import manifest as manifests
-from megatron_llmjp.convert import native
+from megatron_llmjp.convert.formats import native
 from tests.support.datasets import write_dataset, write_folds
 from tests.support.processes import run_ranks
 from tests.support.tolerances import ELEMENTWISE, LOSS, TRAINED, assert_close

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from megatron_llmjp.config.command_line import parse
+from megatron_llmjp.config.flags import parse
 from tests.support.processes import run_ranks
 
 
 def notes() -> list[list[str]]:
     """The notes on fp32, bf16 and fp16 on a CPU, then bf16 on a GPU."""
-    from megatron_llmjp.runtime.device import Device
-    from megatron_llmjp.training.build import slow_precision
+    from megatron_llmjp.parallel.device import Device
+    from megatron_llmjp.training.run_setup import slow_precision
 
     cpu, gpu = Device("cpu", "gloo", "CPU"), Device("cuda", "nccl", "GPU")
     runs = [([], cpu), (["--bf16"], cpu), (["--fp16"], cpu), (["--bf16"], gpu)]

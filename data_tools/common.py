@@ -1,0 +1,200 @@
+"""Shared by the command line programs: arguments, progress, errors and exit codes.
+
+How far a run has come: a bar on a terminal, plain lines elsewhere.
+
+What the command line programs share: teaching flags, errors without tracebacks, exit codes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, NoReturn
+
+from megatron_llmjp.config.megatron_flags import with_dashes
+from megatron_llmjp.errors import EXIT_FAILURE, EXIT_USER_ERROR, DataError, UserError, suggest
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress:
+    """Counts documents, bytes and tokens, and shows them with their rates.
+
+    MB are 10^6 bytes of decompressed input; the share done and the time left come from the bytes
+    of the files on disk.
+    """
+
+    def __init__(self, total: int, done: int, log_interval: int | None) -> None:
+        self.total, self.disk = total, done
+        self.first_disk = done
+        self.log_interval = log_interval
+        self.documents = self.bytes = self.tokens = 0
+        self._started = self._shown = time.monotonic()
+        self._shown_documents = 0
+        self._bar: Any = None
+        self._terminal = sys.stderr.isatty()
+
+    def update(self, documents: int, size: int, tokens: int, disk: int) -> None:
+        """Count what a block gave; ``disk`` is the position in all files on disk, in bytes."""
+        self.documents += documents
+        self.bytes += size
+        self.tokens += tokens
+        self.disk = disk
+        if self._terminal:
+            self._show_bar()
+        elif self._due():
+            print(self.line(), file=sys.stderr, flush=True)
+            self._shown, self._shown_documents = time.monotonic(), self.documents
+
+    def close(self) -> None:
+        """Remove the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def line(self) -> str:
+        """Return one line on the state, beginning as Megatron-LM's does."""
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        rates = (
+            f"{self.documents / seconds:,.0f} docs/s, {self.bytes / seconds / 1e6:.2f} MB/s, "
+            f"{self.tokens / seconds / 1e6:.2f} M tokens/s"
+        )
+        text = f"Processed {self.documents:,} documents ({rates})"
+        if self.total:
+            left = (self.total - self.disk) * seconds / max(self.disk - self.first_disk, 1)
+            text += f", {self.disk / self.total:.1%}, {_clock(left)} left"
+        return text
+
+    def _due(self) -> bool:
+        if self.log_interval is not None:
+            return self.documents - self._shown_documents >= self.log_interval
+        return time.monotonic() - self._shown >= SECONDS_BETWEEN_LINES
+
+    def _show_bar(self) -> None:
+        if self._bar is None:
+            from tqdm import tqdm  # here, not above: tqdm's thread must not exist before the fork
+
+            self._bar = tqdm(
+                total=self.total or None,
+                initial=self.first_disk,
+                unit="B",
+                unit_scale=True,
+                dynamic_ncols=True,
+                bar_format="{percentage:3.0f}%|{bar}| {desc} [{elapsed}<{remaining}]"
+                if self.total
+                else "{desc} [{elapsed}]",
+            )
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        self._bar.set_description_str(
+            f"{self.documents:,} docs, {self.bytes / seconds / 1e6:.1f} MB/s, "
+            f"{self.tokens / seconds / 1e6:.2f} Mtok/s",
+            refresh=False,
+        )
+        self._bar.update(self.disk - self._bar.n)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
+
+
+EXIT_INTERRUPTED = 130
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors, exit code 2, and the nearest flag for a mistyped one."""
+
+    def __init__(self, prog: str, description: str, examples: str) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=f"examples:\n{examples}",
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,  # an abbreviation may mean another flag tomorrow
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and exit with code 2."""
+        self.exit(EXIT_USER_ERROR, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+    def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        """Parse the command line; an unknown flag is answered with the nearest known one."""
+        given = with_dashes(sys.argv[1:] if argv is None else argv)
+        known = self._option_string_actions
+        for word in given:
+            flag = word.partition("=")[0]
+            if flag.startswith("--") and len(flag) > 2 and flag not in known:
+                self.error(f"unknown flag {flag}{suggest(flag, known)}")
+        return self.parse_args(given)
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps line breaks of the texts and shows defaults where they say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if action.default in (None, False, argparse.SUPPRESS, []) or "default" in text:
+            return text
+        default = action.default
+        shown = " ".join(map(str, default)) if isinstance(default, list) else "%(default)s"
+        return f"{text} (default: {shown})"
+
+
+def run(program: str, body: Callable[[], int]) -> int:
+    """Run a program's body and turn what may go wrong into a message and an exit code."""
+    try:
+        return body()
+    except (DataError, UserError) as error:
+        return _say(f"{program}: {error}", EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        hint = " The same command goes on from here." if program == "preprocess_data" else ""
+        return _say(f"\n{program}: interrupted; nothing unfinished under a final name.{hint}", 130)
+    except BrokenPipeError:  # the reader of our output (head, less) has left
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILURE
+    except BrokenProcessPool:
+        return _say(
+            f"{program}: a worker process was killed, most likely for memory. Use fewer --workers "
+            "or a smaller --max-line-mb; the same command goes on from the last saved point.",
+            EXIT_FAILURE,
+        )
+    except OSError as error:
+        return _say(f"{program}: {_explain(error)}", EXIT_USER_ERROR)
+
+
+def _explain(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename else ""
+    remedies = {
+        errno.ENOSPC: "Free some space; the same command then goes on.",
+        errno.EDQUOT: "The quota is used up: free some space; the same command then goes on.",
+        errno.EACCES: "Check the permissions, or choose another folder.",
+        errno.EROFS: "Choose a folder that can be written to.",
+    }
+    return f"{where}{error.strerror or error}. {remedies.get(error.errno or 0, '')}".rstrip()
+
+
+def _say(message: str, code: int) -> int:
+    print(message, file=sys.stderr, flush=True)
+    return code
+
+
+def cores() -> int:
+    """Return the number of cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def positive(text: str) -> int:
+    """Parse a whole number above zero, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value

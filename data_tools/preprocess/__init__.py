@@ -1,0 +1,1 @@
+"""The steps of ``preprocess_data``: from input files to indexed datasets."""

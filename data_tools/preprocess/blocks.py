@@ -1,0 +1,265 @@
+"""Input files as blocks of whole lines or rows, the unit that a worker encodes.
+
+What is handed to a worker: a piece of an input file, or where it lies.
+
+Parquet files as blocks of rows.
+
+Input files as blocks of whole lines or rows, the unit that a worker encodes.
+
+A plain file is never read by the main process: a block says where its lines lie, and the worker
+reads them. Compressed files, pipes and Parquet are read here and handed over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import lzma
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from data_tools.preprocess.compression import HEAD_BYTES, find_opener
+from data_tools.preprocess.sources import STDIN, Source
+from megatron_llmjp.errors import UserError, suggest
+
+
+@dataclass(frozen=True)
+class FileRange:
+    """Lines of a plain file, to be read by the worker."""
+
+    path: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Columns of a table: values per key, None where a row has none."""
+
+    columns: dict[str, list[Any]]
+    count: int
+
+
+@dataclass(frozen=True)
+class LongLine:
+    """A line above the size limit: it is named and counted, and copied if it is quarantined.
+
+    Attributes:
+        length: in bytes, with its newline.
+        parts: its bytes, to be read before the next block is asked for.
+    """
+
+    length: int
+    parts: Iterator[bytes]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A piece of a source.
+
+    Attributes:
+        payload: what to encode.
+        end: where the next block starts, in bytes of the decompressed text or in rows.
+        size: decompressed bytes.
+        disk_bytes: bytes of the file on disk used up so far, for the progress bar.
+    """
+
+    payload: FileRange | bytes | Rows | LongLine
+    end: int
+    size: int
+    disk_bytes: int
+
+
+ROWS_PER_BLOCK = 256
+
+
+def read_parquet(source: Source, start: int, keys: list[str]) -> Iterator[Block]:
+    """Yield blocks of rows from row ``start`` on.
+
+    Raises:
+        UserError: pyarrow is not installed, the file is damaged or lacks a column.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise UserError(
+            f"{source.name}: reading Parquet needs pyarrow: pip install pyarrow"
+        ) from error
+    if not source.seekable:
+        raise UserError(f"{source.name}: Parquet cannot be read from a pipe; give a file")
+    try:
+        with pq.ParquetFile(source.name, memory_map=True) as table:
+            _check_columns(source, table.schema_arrow.names, keys)
+            yield from _rows(source, table, start, keys)
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise UserError(f"{source.name}: not a readable Parquet file ({error})") from error
+
+
+def _check_columns(source: Source, names: list[str], keys: list[str]) -> None:
+    for key in keys:
+        if key not in names:
+            raise UserError(
+                f"{source.name}: no column '{key}'{suggest(key, names)} The file has "
+                f"{', '.join(names)}; choose with --json-keys."
+            )
+
+
+def _rows(source: Source, table: Any, start: int, keys: list[str]) -> Iterator[Block]:
+    row, total = 0, table.metadata.num_rows
+    for group in range(table.num_row_groups):
+        rows_of_group = table.metadata.row_group(group).num_rows
+        if row + rows_of_group <= start:
+            row += rows_of_group
+            continue
+        batches = table.iter_batches(
+            batch_size=ROWS_PER_BLOCK, row_groups=[group], columns=keys, use_threads=False
+        )
+        for batch in batches:
+            batch = batch.slice(max(0, start - row)) if row < start else batch
+            row = max(row, start) + batch.num_rows if batch.num_rows else row + ROWS_PER_BLOCK
+            if batch.num_rows:
+                columns = {key: batch.column(key).to_pylist() for key in keys}
+                disk = source.size * row // total
+                yield Block(Rows(columns, batch.num_rows), row, batch.nbytes, disk)
+
+
+BLOCK_BYTES = 512 * 1024
+PEEK_BYTES = 64 * 1024
+
+
+def read_blocks(source: Source, start: int, keys: list[str], limit: int) -> Iterator[Block]:
+    """Yield the blocks of a source.
+
+    Args:
+        source: the file.
+        start: where to begin: 0, or the ``end`` of a block that was yielded before.
+        keys: the columns wanted, for tables.
+        limit: longest line that is kept whole, in bytes.
+
+    Raises:
+        UserError: the file is truncated, damaged or of a kind that cannot be read here.
+    """
+    with contextlib.ExitStack() as stack:
+        file: BinaryIO = sys.stdin.buffer
+        if source.name != STDIN:
+            file = stack.enter_context(Path(source.name).open("rb"))
+        yield from _read_blocks(source, file, start, keys, limit)
+
+
+def _read_blocks(
+    source: Source, file: BinaryIO, start: int, keys: list[str], limit: int
+) -> Iterator[Block]:
+    try:
+        head = file.peek(HEAD_BYTES)[:HEAD_BYTES] if hasattr(file, "peek") else b""
+        if head.startswith(b"PAR1"):
+            yield from read_parquet(source, start, keys)
+            return
+        opener = find_opener(source, head)
+        if opener is None and source.seekable:
+            yield from _plain_blocks(source, file, start, limit)
+            return
+        stream = file if opener is None else opener(file)
+        yield from _stream_blocks(stream, file, start, limit)
+    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's own error, not one of gzip's or bz2's
+        raise UserError(
+            f"{source.name}: the compressed file is truncated or damaged ({error}). Copy it "
+            "again; finished files will not be repeated."
+        ) from error
+
+
+def _plain_blocks(source: Source, file: BinaryIO, start: int, limit: int) -> Iterator[Block]:
+    """Find line ends near every BLOCK_BYTES, reading only a little around them.
+
+    Of a part of a file, the lines that begin in it.
+    """
+    stop = source.size if source.end is None else _line_end(file, source.end, source.size)
+    begin = _line_end(file, source.start, source.size) if source.start else 0
+    start = max(start, begin)
+    while start < stop:
+        nominal = min(start + BLOCK_BYTES, stop)
+        end = _line_end(file, nominal, source.size)
+        length, newline = end - start, 0
+        if length > limit:  # perhaps one long line: take what lies before it, or it alone
+            file.seek(start)
+            newline = file.read(nominal - start).rfind(b"\n") + 1
+            length = newline or length
+        payload: FileRange | LongLine = FileRange(source.name, start, length)
+        if length > limit and not newline:
+            payload = LongLine(length, _parts(file, start, length))
+        start += length
+        yield Block(payload, start, length, start - source.start)
+
+
+def _line_end(file: BinaryIO, offset: int, size: int) -> int:
+    """Return the offset behind the first newline at or after ``offset - 1``."""
+    file.seek(offset - 1)
+    at = offset - 1
+    while data := file.read(PEEK_BYTES):
+        newline = data.find(b"\n")
+        if newline >= 0:
+            return at + newline + 1
+        at += len(data)
+    return size
+
+
+def _parts(file: BinaryIO, offset: int, length: int) -> Iterator[bytes]:
+    file.seek(offset)
+    while length and (data := file.read(min(length, BLOCK_BYTES))):
+        length -= len(data)
+        yield data
+
+
+def _stream_blocks(stream: Any, raw: BinaryIO, start: int, limit: int) -> Iterator[Block]:
+    """Cut a stream into blocks; a line above the limit goes to a temporary file on disk."""
+    position, pending = _skip(stream, start), b""
+    while data := stream.read(BLOCK_BYTES):
+        newline = data.rfind(b"\n") + 1
+        if newline:
+            text, pending = pending + data[:newline], data[newline:]
+            position += len(text)
+            yield Block(text, position, len(text), _tell(raw))
+        else:
+            pending += data
+        if len(pending) > limit:
+            with tempfile.TemporaryFile() as spool:
+                length, pending = _spool_line(spool, pending, stream)
+                position += length
+                line = LongLine(length, _parts(spool, 0, length))
+                yield Block(line, position, length, _tell(raw))
+    if pending:
+        yield Block(pending, position + len(pending), len(pending), _tell(raw))
+
+
+def _spool_line(spool: BinaryIO, pending: bytes, stream: Any) -> tuple[int, bytes]:
+    """Copy the rest of a line to ``spool``; return its length and what came behind it."""
+    length, rest = spool.write(pending), b""
+    while data := stream.read(BLOCK_BYTES):
+        newline = data.find(b"\n") + 1
+        length += spool.write(data[:newline] if newline else data)
+        if newline:
+            rest = data[newline:]
+            break
+    return length, rest
+
+
+def _skip(stream: Any, start: int) -> int:
+    left = start
+    while left > 0 and (data := stream.read(min(left, BLOCK_BYTES))):
+        left -= len(data)
+    return start - left
+
+
+def _tell(raw: BinaryIO) -> int:
+    try:
+        return raw.tell()
+    except OSError:  # a pipe
+        return 0

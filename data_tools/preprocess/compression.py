@@ -1,0 +1,116 @@
+"""Compressed input files, recognized by content; unreadable formats are refused by name."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+from data_tools.preprocess.sources import Source
+from megatron_llmjp.errors import UserError
+
+HEAD_BYTES = 16
+_ARCHIVES = (".tar", ".tgz", ".tar.gz", ".tar.zst", ".tar.bz2", ".tar.xz", ".zip", ".7z", ".rar")
+_COMPRESSED = (".br", ".sz", ".snappy", ".z", ".lz", ".lzo")
+OTHER_SUFFIXES = (*_ARCHIVES, *_COMPRESSED, ".arrow", ".feather", ".orc", ".avro")
+OTHER_FORMATS = {
+    b"PK\x03\x04": "a zip archive",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    b"Rar!": "a rar archive",
+    b"\x02\x21\x4c\x18": "LZ4's legacy format",
+    b"\xff\x06\x00\x00sNaPpY": "Snappy",
+    b"\x1f\x9d": "the format of compress",
+    b"LZIP": "lzip",
+    b"\x89LZO": "lzop",
+    b"ARROW1": "an Arrow file",
+    b"ORC": "an ORC file",
+    b"Obj\x01": "an Avro file",
+}
+_SKIPPABLE = b"\x2a\x4d\x18"  # behind a byte 0x50 to 0x5f: a frame without text, as pzstd's first
+_READABLE = "JSON lines, plain or as gzip, bzip2, xz, lzma, zstd or lz4, and Parquet are read"
+
+
+def find_opener(source: Source, head: bytes) -> Callable[[Any], Any] | None:
+    """Return what opens a compressed file, or None for a file that is not compressed.
+
+    Args:
+        source: the file; its name matters only where its contents are ambiguous.
+        head: its first bytes.
+
+    Raises:
+        UserError: the file is of a kind that cannot be read; the message names it.
+    """
+    name = source.name.lower()
+    for magic, kind in OTHER_FORMATS.items():
+        if head.startswith(magic):
+            raise UserError(f"{source.name}: is {kind}. {_READABLE}: convert it first.")
+    if name.endswith(OTHER_SUFFIXES):
+        raise UserError(f"{source.name}: files of this kind cannot be read. {_READABLE}.")
+    skippable = head[1:4] == _SKIPPABLE and head[0] >> 4 == 5
+    if head.startswith(b"\x04\x22\x4d\x18") or (skippable and name.endswith(".lz4")):
+        return lambda file: _open_lz4(source, file)
+    if skippable:
+        return ZstdReader
+    # lzma's older format has no magic number: properties, then the size of a dictionary.
+    named = name.endswith(".lzma") and head[:1] not in b"{[ \t\r\n"
+    if named or head.startswith(b"\x5d\x00\x00"):
+        return lzma.LZMAFile
+    return next((opener for magic, opener in _OPENERS.items() if head.startswith(magic)), None)
+
+
+def _open_lz4(source: Source, file: BinaryIO) -> Any:
+    try:
+        import lz4.frame
+    except ImportError as error:
+        raise UserError(
+            f"{source.name}: reading LZ4 needs the lz4 package: pip install lz4; or compress the "
+            "file with zstd"
+        ) from error
+    return lz4.frame.LZ4FrameFile(file)
+
+
+class ZstdReader:
+    """A zstd stream of any number of frames; unlike zstandard's own, it notices truncation."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        try:
+            import zstandard
+        except ImportError as error:
+            raise UserError(
+                "a .zst file needs the zstandard package: pip install zstandard"
+            ) from error
+        self._file = file
+        self._new: Callable[[], Any] = zstandard.ZstdDecompressor().decompressobj
+        self._error = zstandard.ZstdError
+        self._frame: Any = None
+        self._rest = b""
+
+    def read(self, size: int) -> bytes:
+        """Return some decompressed bytes, none at the end; ``size`` is not obeyed."""
+        del size
+        while True:
+            data = self._rest or self._file.read(32 * 1024)
+            self._rest = b""
+            if not data:
+                if self._frame is not None:
+                    raise EOFError("the last zstd frame is incomplete")
+                return b""
+            self._frame = self._frame or self._new()
+            try:
+                text: bytes = self._frame.decompress(data)
+            except self._error as error:
+                raise EOFError(str(error)) from error
+            if self._frame.eof:
+                self._rest, self._frame = self._frame.unused_data, None
+            if text:
+                return text
+
+
+_OPENERS: dict[bytes, Callable[[Any], Any]] = {
+    b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
+    b"BZh": bz2.BZ2File,
+    b"\xfd7zXZ\x00": lzma.LZMAFile,
+    b"\x28\xb5\x2f\xfd": ZstdReader,
+}

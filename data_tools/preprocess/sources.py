@@ -1,0 +1,329 @@
+"""Input files of ``preprocess_data``: from ``--input`` to an ordered list of files.
+
+The input files in a folder, and the files in it that are not read, with the reasons.
+
+From ``--input`` words to the ordered list of files they mean.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import stat
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_llmjp.errors import UserError
+from megatron_llmjp.filesystem import spread
+
+JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
+COMPRESSED_SUFFIXES = ("", ".gz", ".gzip", ".zst", ".zstd", ".bz2", ".xz", ".lzma", ".lz4")
+SUFFIXES = (*(t + c for t in JSON_SUFFIXES for c in COMPRESSED_SUFFIXES), ".parquet")
+PLAIN_TEXT_SUFFIXES = tuple(f".txt{c}" for c in COMPRESSED_SUFFIXES)
+NAMES_SHOWN = 3
+NAMES_KEPT = 100
+MANIFEST = b'"megatron_llmjp dataset manifest'
+
+
+@dataclass(frozen=True)
+class Ignored:
+    """A file or folder below an input folder that is not read."""
+
+    name: str
+    reason: str
+    other: str = ""
+    """The path that the reason is about, such as the one that the file is reached by already."""
+
+    @property
+    def kind(self) -> str:
+        """The reason without the path that it is about."""
+        return f"{self.reason} another" if self.other else self.reason
+
+    @property
+    def text(self) -> str:
+        """The whole reason."""
+        return f"{self.reason} {self.other}" if self.other else self.reason
+
+
+def has_suffix(name: str, suffixes: Sequence[str] = SUFFIXES) -> bool:
+    """Return whether a file name ends in one of these suffixes, in any case."""
+    return name.lower().endswith(tuple(suffixes))
+
+
+def walk(folder: str, suffixes: Sequence[str]) -> tuple[list[str], list[Ignored]]:
+    """Return the input files below a folder, sorted by path, and everything else that is there.
+
+    Symbolic links are followed. A folder or file that is reached twice is taken once.
+
+    Raises:
+        UserError: a folder cannot be read.
+    """
+    files: list[str] = []
+    ignored: list[Ignored] = []
+    seen: dict[str, str] = {}
+    for name, skipped in sorted(_walk(Path(folder), suffixes, {}), key=lambda found: found[0]):
+        first = name if skipped else seen.setdefault(os.path.realpath(name), name)
+        if skipped is None and first != name:
+            skipped = Ignored(name, "the same file as", first)
+        if skipped is None:
+            files.append(name)
+        else:
+            ignored.append(skipped)
+    return files, ignored
+
+
+def _walk(
+    folder: Path, suffixes: Sequence[str], above: dict[str, Path]
+) -> Iterator[tuple[str, Ignored | None]]:
+    """Yield each path, and why it is ignored if it is."""
+    real = os.path.realpath(folder)
+    if real in above:
+        yield str(folder), Ignored(str(folder), "a link back to", str(above[real]))
+        return
+    try:
+        entries = list(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"--input: {folder} cannot be read: {error.strerror}") from error
+    for entry in entries:
+        reason = _reason_of_folder(entry) if entry.is_dir() else _reason(entry, suffixes)
+        if reason is not None:
+            yield str(entry), Ignored(str(entry), reason)
+        elif entry.is_dir():
+            yield from _walk(entry, suffixes, above | {real: folder})
+        else:
+            yield str(entry), None
+
+
+def _reason_of_folder(folder: Path) -> str | None:
+    if folder.name.startswith("."):
+        return "a hidden folder"
+    return "unfinished output" if folder.name.endswith(".partial") else None
+
+
+def _reason(file: Path, suffixes: Sequence[str]) -> str | None:
+    """Return why a file is not read, or None if it is."""
+    if file.name.startswith("."):
+        return "hidden"
+    if not file.exists():
+        return "a broken link"
+    if not file.is_file():
+        return "not a regular file"
+    if not has_suffix(file.name, suffixes):
+        return "no known suffix"
+    if file.name.endswith("_rejected.jsonl"):
+        return "lines rejected by preprocess_data"
+    return "a dataset's manifest" if _is_manifest(file) else None
+
+
+def _is_manifest(file: Path) -> bool:
+    if file.suffix != ".json" or not file.with_suffix(".idx").exists():
+        return False
+    with file.open("rb") as stream:
+        return MANIFEST in stream.read(200)
+
+
+def describe(ignored: Sequence[Ignored]) -> str:
+    """Return one line on the files that are not read, by reason; empty if there are none."""
+    if not ignored:
+        return ""
+    by_reason = {
+        reason: [Path(entry.name).name for entry in ignored if entry.kind == reason]
+        for reason, _ in Counter(entry.kind for entry in ignored).most_common()
+    }
+    parts = []
+    for reason, names in by_reason.items():
+        more = ", ..." if len(names) > NAMES_SHOWN else ""
+        parts.append(f"{len(names):,} {reason} ({', '.join(names[:NAMES_SHOWN])}{more})")
+    return f"ignored: {len(ignored):,} files: {'; '.join(parts)}"
+
+
+def record(ignored: Sequence[Ignored]) -> dict[str, Any]:
+    """Return what a manifest keeps of the files that are not read: counts, and the first names."""
+    return {
+        "files": len(ignored),
+        "reasons": dict(sorted(Counter(entry.kind for entry in ignored).items())),
+        "first": {entry.name: entry.text for entry in ignored[:NAMES_KEPT]},
+    }
+
+
+STDIN = "-"
+SAMPLES, SAMPLE_BYTES = 16, 64 * 1024  # blocks of a file that identify it
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input file, or a part of one, as it was when the program started.
+
+    Attributes:
+        name: the path as given, or ``-`` for standard input.
+        size: bytes on disk; 0 where it cannot be known (standard input, a pipe).
+        start, end: the lines that begin at these bytes are meant, all where there is no end.
+        mtime: time of the last change, in nanoseconds, to notice a change while it is read.
+    """
+
+    name: str
+    size: int = 0
+    mtime: int = 0
+    seekable: bool = False
+    start: int = 0
+    end: int | None = None
+
+    @property
+    def label(self) -> str:
+        """The name, and which bytes of the file are meant if not all are."""
+        return self.name if self.end is None else f"{self.name}[bytes {self.start}-{self.end}]"
+
+    @property
+    def length(self) -> int:
+        """Bytes of this source."""
+        return self.size if self.end is None else self.end - self.start
+
+    def identity(self) -> dict[str, Any]:
+        """Return the name, for people, and what must not have changed when a run is resumed.
+
+        That is the size and a checksum of blocks spread over the file: neither another time of
+        modification nor another path makes an input another one. Both are None for a pipe.
+        """
+        if not self.seekable:
+            return {"name": self.name, "size": None, "content": None}
+        whole = {"name": self.name, "size": self.size, "content": _sample(self)}
+        return whole if self.end is None else whole | {"bytes": [self.start, self.end]}
+
+    def is_same(self, identity: dict[str, Any], earlier: dict[str, Any]) -> bool:
+        """Return whether this source, of this identity, is the one of an earlier run.
+
+        A pipe never is. Earlier versions noted the time of modification in place of a checksum.
+        """
+        if not self.seekable:
+            return False
+        if "mtime" in earlier:
+            return earlier == {"name": self.name, "size": self.size, "mtime": self.mtime}
+        return all(earlier.get(key) == identity.get(key) for key in ("size", "content", "bytes"))
+
+    def refuse_changed(self, identity: dict[str, Any]) -> None:
+        """Raise UserError if the file was changed or removed since ``identity`` was found."""
+        if not self.seekable:
+            return
+        try:
+            now = Path(self.name).stat()
+        except FileNotFoundError as error:
+            raise UserError(f"{self.name}: was removed while it was read") from error
+        if (now.st_size, now.st_mtime_ns) == (self.size, self.mtime):
+            return
+        if now.st_size != self.size or _sample(self) != identity["content"]:
+            raise UserError(
+                f"{self.name}: changed while it was read ({self.size:,} bytes at the start, "
+                f"{now.st_size:,} now). Wait until nothing writes to it, then run the same command "
+                "again: it repeats this file and those behind it."
+            )
+
+
+@dataclass(frozen=True)
+class Input:
+    """The files to read, in order, and the files in input folders that are not read."""
+
+    sources: list[Source]
+    ignored: list[Ignored]
+
+    def report(self) -> None:
+        """Print how many files are not read, and why."""
+        if self.ignored:
+            print(describe(self.ignored), file=sys.stderr)
+
+
+def find_input(words: Iterable[str], suffixes: Sequence[str] = SUFFIXES) -> Input:
+    """Return the sources that files, folders, glob patterns and ``-`` stand for, in order.
+
+    A folder stands for all files below it with one of the suffixes, a pattern for its matches,
+    both sorted by name.
+
+    Raises:
+        UserError: something is missing, matches nothing or is named twice.
+    """
+    found = Input([], [])
+    seen: dict[str, str] = {}
+    for word in words:
+        for name in _expand(word, suffixes, found.ignored):
+            real = name if name == STDIN else os.path.realpath(name)
+            if real in seen:
+                raise UserError(
+                    f"--input {word}: {name} is already there as {seen[real]}. Its documents "
+                    "would be written twice; name it once."
+                )
+            seen[real] = name
+            found.sources.append(_stat(name))
+    return found
+
+
+def _expand(word: str, suffixes: Sequence[str], ignored: list[Ignored]) -> list[str]:
+    if word == STDIN:
+        return [STDIN]
+    path = Path(word)
+    if path.is_dir():
+        files, not_read = walk(word, suffixes)
+        ignored += not_read
+        if not files:
+            raise UserError(
+                f"--input {word}: the folder holds no file that ends in one of "
+                f"{' '.join(s for s in suffixes if s.count('.') == 1)} (also compressed: "
+                f"{' '.join(filter(None, COMPRESSED_SUFFIXES))}). {describe(not_read)}".rstrip(". ")
+            )
+        return files
+    if path.exists():
+        return [word]
+    if glob.has_magic(word):
+        return _matches(word, suffixes, ignored)
+    raise UserError(f"--input {word}: no such file or folder{_nearby(path)}")
+
+
+def _matches(word: str, suffixes: Sequence[str], ignored: list[Ignored]) -> list[str]:
+    """Return the files that match a pattern, and those of folders that match it."""
+    found: list[str] = []
+    for name in sorted(glob.glob(word, recursive=True)):  # noqa: PTH207
+        if Path(name).is_file():
+            found.append(name)
+        elif "**" not in word and Path(name).is_dir():  # ** matches the files in it by itself
+            files, not_read = walk(name, suffixes)
+            found += files
+            ignored += not_read
+        elif not Path(name).is_dir():
+            ignored.append(Ignored(name, "a broken link or not a regular file"))
+    if not found:
+        raise UserError(
+            f"--input {word}: the pattern matches no file. {describe(ignored)}".rstrip()
+        )
+    return found
+
+
+def _sample(source: Source) -> str:
+    """Return a checksum of blocks spread over a file; small files are read whole."""
+    crc = 0
+    with Path(source.name).open("rb", buffering=0) as file:
+        for offset in spread(source.size, SAMPLE_BYTES, SAMPLES):
+            file.seek(offset)
+            crc = zlib.crc32(file.read(min(SAMPLE_BYTES, source.size - offset)), crc)
+    return f"{crc:08x}"
+
+
+def _nearby(path: Path) -> str:
+    """Return a hint on what does exist there."""
+    if not path.parent.is_dir():
+        return f" (nor is there a folder {path.parent})"
+    names = sorted(p.name for p in path.parent.iterdir() if has_suffix(p.name))[:5]
+    return f". {path.parent} holds {', '.join(names)}" if names else ""
+
+
+def _stat(name: str) -> Source:
+    if name == STDIN:
+        return Source(STDIN)
+    status = Path(name).stat()
+    if not os.access(name, os.R_OK):
+        raise UserError(f"--input {name}: not readable; check its permissions")
+    if stat.S_ISREG(status.st_mode):
+        return Source(name, status.st_size, status.st_mtime_ns, seekable=True)
+    return Source(name)

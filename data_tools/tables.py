@@ -1,0 +1,77 @@
+"""The closing table of a run, on the screen and as CSV or JSON."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data_tools.preprocess.journal import Tally
+from megatron_llmjp.errors import UserError
+
+ROWS_SHOWN = 40
+
+
+def rows(names: list[str], tallies: list[Tally], keys: list[str]) -> list[dict[str, Any]]:
+    """Return one row per source, with a ``total`` row behind them where there are several."""
+    table: list[dict[str, Any]] = [
+        {
+            "source": name,
+            "documents": tally.documents,
+            "bytes": tally.bytes,
+            **{f"tokens_{key}": tally.tokens.get(key, 0) for key in keys},
+            "rejected": sum(tally.rejected.values()),
+            "empty": tally.empty,
+            "blank": tally.blank,
+        }
+        for name, tally in zip(names, tallies, strict=True)
+    ]
+    if len(table) != 1:
+        total: dict[str, Any] = {"source": "total"}
+        tokens = (f"tokens_{key}" for key in keys)
+        for name in ("documents", "bytes", *tokens, "rejected", "empty", "blank"):
+            total[name] = sum(row[name] for row in table)
+        table.append(total)
+    return table
+
+
+def format_table(table: Sequence[dict[str, Any]]) -> str:
+    """Return rows as aligned text; a long middle is left out."""
+    left_out = max(len(table) - ROWS_SHOWN, 0)
+    shown = list(table) if not left_out else [*table[: ROWS_SHOWN - 1], table[-1]]
+    heads = list(shown[0])
+    cells = [[_cell(row[head]) for head in heads] for row in shown]
+    widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
+    lines = []
+    for cell_row in [heads, *cells]:
+        first = cell_row[0].ljust(widths[0])
+        rest = (c.rjust(w) for c, w in zip(cell_row[1:], widths[1:], strict=True))
+        lines.append("  ".join([first, *rest]).rstrip())
+    if left_out:
+        lines.insert(-1, f"... {left_out} more, see the manifest or --report")
+    return "\n".join(lines)
+
+
+def write_report(path: Path, table: Sequence[dict[str, Any]]) -> None:
+    """Write rows to a .csv or .json file."""
+    check_report(path)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        if path.suffix == ".json":
+            json.dump(list(table), file, indent=1, ensure_ascii=False)
+            file.write("\n")
+        else:
+            writer = csv.DictWriter(file, list(table[0]))
+            writer.writeheader()
+            writer.writerows(table)
+
+
+def check_report(path: Path) -> None:
+    """Raise UserError unless the name says CSV or JSON."""
+    if path.suffix not in (".csv", ".json"):
+        raise UserError(f"--report {path}: expected a name that ends in .csv or .json")
+
+
+def _cell(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,174 @@
+"""One checkpoint on its way to disk, written by all ranks together.
+
+Three steps: :func:`begin` agrees on who writes what and, for an asynchronous save, copies it; the
+request's function writes a rank's files, in any thread; its finalization, a collective on the main
+thread, describes the folder and gives it its name.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+import torch.distributed as dist
+
+import megatron_llmjp
+from megatron_llmjp.checkpoint import manifest as manifests
+from megatron_llmjp.checkpoint import publish
+from megatron_llmjp.checkpoint.manifest import Manifest
+from megatron_llmjp.checkpoint.resume_checks import Past
+from megatron_llmjp.checkpoint.safe_unpickling import COMMON, INDEX
+from megatron_llmjp.checkpoint.sharded_state import RunState, sharded_state
+from megatron_llmjp.checkpoint.writer import HostCopy, plan_write
+from megatron_llmjp.config.loading import dump
+from megatron_llmjp.config.schema import Config
+from megatron_llmjp.data.folds.fingerprint import FoldRecord
+from megatron_llmjp.data.folds.schedule import NOTHING_SKIPPED, Skips
+from megatron_llmjp.parallel.device import without_warnings
+from megatron_llmjp.parallel.process_groups import UNWATCHED, LongWork
+
+with without_warnings():
+    import megatron.core
+    from megatron.core import parallel_state
+    from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingConfig
+    from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is."""
+
+    iteration: int = 0
+    consumed_samples: int = 0
+    folds: Mapping[str, FoldRecord] | None = None
+    """The folds touched."""
+    skips: Skips = NOTHING_SKIPPED
+    past: Past | None = None
+    """What else to remember of the data."""
+    metrics: Mapping[str, float] | None = None
+    fold_file: str | None = None
+    """The run's fold file as text, so that what it was trained on can be told later."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What is stored beside the tensors, the same in every checkpoint of a run."""
+
+    config: Config
+    tokenizer_files: Mapping[str, bytes] = field(default_factory=dict)
+    """Contents by name; read once, since a run may outlive the files it was started with."""
+
+
+def begin(
+    root: Path,
+    state: RunState,
+    progress: Progress,
+    about: Description,
+    may_publish: Callable[[], None],
+    host: HostCopy | None = None,
+    work: LongWork = UNWATCHED,
+) -> AsyncRequest:
+    """Plan the checkpoint ``root/iter_*`` of this iteration; all ranks call it.
+
+    Args:
+        root: the save folder.
+        state: what is to be saved.
+        progress: how far the run is.
+        about: what else goes into the folder.
+        may_publish: called by the first rank before the folder gets its name; raises if another
+            run has taken ``root``.
+        host: where to copy everything, so that training may go on before it is written.
+        work: takes heartbeats; ranks wait in it for the one whose disk is slowest.
+
+    Returns:
+        A request whose function writes this rank's files and whose finalization completes the
+        folder. Both finalization and this function raise OSError, or what ``may_publish`` raises,
+        on all ranks when they fail on the first; the finalization raises torch's
+        ``CheckpointException`` when a rank could not write its files.
+    """
+    work.first_rank_does(lambda: publish.begin(root, progress.iteration, work.beat))
+    sharded, common = save_preprocess(sharded_state(state, is_loading=False))
+    folder = publish.temporary_folder(root, progress.iteration)
+    writer, request = plan_write(sharded, folder, work.beat)
+    if host is not None:
+        writer.copy_to(host)
+    plain = _plain_files(common, progress, about) if dist.get_rank() == 0 else {}
+
+    def complete() -> None:
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, writer.entries)
+
+        def finish() -> None:
+            files = {name: entry for part in parts for name, entry in part.items()}
+            for name, contents in plain.items():
+                files[name] = publish.add_file(folder, name, contents)
+            files |= manifests.describe_files(folder, [INDEX])
+            may_publish()
+            publish.publish(root, _manifest(progress, dict(sorted(files.items()))))
+
+        work.first_rank_does(finish)
+
+    request.add_finalize_fn(complete)
+    return request
+
+
+def write_now(request: AsyncRequest, work: LongWork = UNWATCHED) -> None:
+    """Write and complete the checkpoint of a request while training waits; all ranks call it.
+
+    megatron-core's ``execute_sync`` waits for the slowest disk in a collective, which gives up.
+    """
+    request.async_fn()
+    work.wait_for_all()
+    for complete in request.finalize_fns:
+        complete()
+
+
+def _plain_files(common: Any, progress: Progress, about: Description) -> dict[str, bytes]:
+    """Small files by name, as they are now."""
+    buffer = io.BytesIO()
+    torch.save(common, buffer)
+    files = {
+        COMMON: buffer.getvalue(),
+        CONFIG_FNAME: json.dumps(asdict(CheckpointingConfig("torch_dist", 1))).encode(),
+        manifests.CONFIG: dump(about.config).encode(),
+    }
+    if progress.fold_file is not None:
+        files[manifests.FOLDS] = progress.fold_file.encode()
+    for name, contents in about.tokenizer_files.items():
+        files[f"{manifests.TOKENIZER}/{name}"] = contents
+    return files
+
+
+def _manifest(progress: Progress, files: dict[str, manifests.FileEntry]) -> Manifest:
+    past = progress.past
+    return Manifest(
+        iteration=progress.iteration,
+        consumed_samples=progress.consumed_samples,
+        contents="full",
+        folds=dict(progress.folds or {}),
+        skips=list(progress.skips.ranges),
+        skipped_iterations=dict(past.skipped_iterations) if past else {},
+        overrides=list(past.overrides) if past else [],
+        metrics=dict(progress.metrics or {}),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        versions=_versions(),
+        files=files,
+    )
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "megatron_llmjp": megatron_llmjp.__version__,
+        "megatron-core": megatron.core.__version__,
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "python": sys.version.split()[0],
+    }

@@ -1,0 +1,254 @@
+"""Checks of the save and load folders: contents, owner, and use by a run.
+
+Whose checkpoints a folder holds, by the names of its files. Nothing is opened; without torch.
+
+Checks of a run's save and load folders, before anything is written. Without torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_llmjp.checkpoint import manifest as manifests
+from megatron_llmjp.errors import UserError
+from megatron_llmjp.filesystem import retried
+
+NATIVE = "native"
+HUGGING_FACE = "hf"
+MEGATRON_LM = "megatron-lm"
+MEGATRON_DEEPSPEED = "megatron-deepspeed"
+LATEST = "latest"
+"""Megatron-DeepSpeed's tracker."""
+
+_CHECKPOINT = re.compile(r"iter_\d+|release|global_step\d+")
+"""Folders that Megatron-LM, Megatron-DeepSpeed and this program save to."""
+_OWN = (manifests.CONFIG, manifests.FOLDS, manifests.TOKENIZER)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint, or what is left of one."""
+
+    folder: Path
+    format: str | None
+    """As ``convert_checkpoint --from`` names it; None where the files do not show it."""
+    title: str
+    """In words, with an article."""
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether another program saved it."""
+        return self.format not in (NATIVE, None)
+
+
+def recognize(folder: Path) -> Found | None:
+    """What one folder is, apart from the folders in it; None for no checkpoint.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    names = {path.name for path in folder.iterdir()}
+    if manifests.MANIFEST in names:
+        return Found(folder, NATIVE, "a checkpoint of this program")
+    if "config.json" in names and _any(names, r".*\.safetensors|pytorch_model.*|model\.safe.*"):
+        return Found(folder, HUGGING_FACE, "a Hugging Face model")
+    if _any(names, r"mp_rank_\d+.*_model_states\.pt|layer_\d+-model_.*\.pt"):
+        return Found(folder, MEGATRON_DEEPSPEED, "a Megatron-DeepSpeed checkpoint")
+    if _any(names, r"mp_rank_\d+.*"):
+        title = "a Megatron-LM checkpoint (--ckpt-format torch, one folder per rank)"
+        return Found(folder, MEGATRON_LM, title)
+    if any(name in names for name in _OWN) and ("config.json" not in names):
+        return Found(folder, NATIVE, f"a checkpoint of this program without {manifests.MANIFEST}")
+    if ".metadata" in names and {"common.pt", "metadata.json"} & names:
+        return Found(folder, MEGATRON_LM, "a Megatron-LM checkpoint (--ckpt-format torch_dist)")
+    if ".metadata" in names or _any(names, r".*\.distcp"):
+        return Found(folder, None, "a part of a torch_dist checkpoint")
+    return None
+
+
+def checkpoints(root: Path) -> list[Found]:
+    """Checkpoints in a folder by their names (``iter_*``, ``release``, ``global_step*``).
+
+    The last one is the newest. A folder that is named so and holds nothing known is listed, too.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    names = [p.name for p in root.iterdir() if _CHECKPOINT.fullmatch(p.name) and p.is_dir()]
+    found = []
+    for name in sorted(names, key=lambda name: int("0" + re.sub(r"\D", "", name))):
+        what = recognize(root / name)
+        found.append(what or Found(root / name, None, "a checkpoint with no files that are known"))
+    return found
+
+
+def foreign(root: Path) -> Found | None:
+    """The newest checkpoint of another program: the folder itself, or one in it.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    itself = recognize(root)
+    if itself is not None:
+        return itself if itself.is_foreign else None
+    return next((found for found in reversed(checkpoints(root)) if found.is_foreign), None)
+
+
+def trackers(root: Path) -> Iterator[tuple[Path, str]]:
+    """Tracker files that name a checkpoint, and the name."""
+    for file, pattern in ((manifests.TRACKER, r"\d+|release"), (LATEST, r"global_step\d+")):
+        try:
+            text = (root / file).read_bytes()[:100].decode(errors="replace").strip()
+        except OSError:
+            continue
+        if re.fullmatch(pattern, text):
+            yield root / file, text
+
+
+def conversion(found: Found, root: Path) -> str:
+    """How to convert another program's checkpoint and train from it, as commands."""
+    output = f"{str(root).rstrip('/')}-native"
+    if found.format == HUGGING_FACE:
+        flags, start = "", f"--load {output} --finetune"
+    else:
+        flags, start = " --with-optimizer", f"--load {output}"
+    return (
+        f"convert_checkpoint --from {found.format} --to native{flags} --input {found.folder} "
+        f"--output {output}\n"
+        f"  then train with {start} and a --save folder of its own"
+    )
+
+
+def _any(names: Iterable[str], pattern: str) -> bool:
+    return any(re.fullmatch(pattern, name) for name in names)
+
+
+METRICS = "metrics.jsonl"
+_SHOWN = 4
+"""Names of other files that a note shows."""
+_OF_A_RUN = frozenset(
+    {
+        METRICS,
+        manifests.TRACKER,
+        "hang",
+        "logs",
+        "report",
+        "requeues.jsonl",
+        "stop",
+        "tensorboard",
+        "wandb",
+        "wandb_run_id.txt",
+    }
+)
+"""What this program, its launchers and wandb write to a save folder, hidden files apart."""
+
+
+def check_save_folder(root: Path) -> list[str]:
+    """Refuse a ``--save`` folder whose checkpoints the run would ignore and overwrite.
+
+    Returns:
+        Notes for the user.
+
+    Raises:
+        UserError: it holds checkpoints of another program, or some of this one that have lost
+            their manifests; it is a checkpoint itself; or it cannot be read.
+    """
+    try:
+        return retried(lambda: _check_save(root), str(root))
+    except (FileNotFoundError, NotADirectoryError):
+        return []  # whether it can be made is checked with the other folders of a run
+    except OSError as error:
+        raise UserError(f"--save {root}: cannot be read: {error.strerror}") from None
+
+
+def not_ours(root: Path) -> str | None:
+    """Why ``--load ROOT`` holds nothing to resume from, where its files show it."""
+    try:
+        found = foreign(root)
+        lost = [] if found else checkpoints(root)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return f"--load {root}: cannot be read: {error.strerror}"
+    if found is not None:
+        return (
+            f"--load {root}: {found.folder} is {found.title}: convert it first\n"
+            f"  {conversion(found, root)}"
+        )
+    if lost:
+        return f"--load {root}: {lost[-1].folder} is {lost[-1].title}, so it may be incomplete"
+    return None
+
+
+def _check_save(root: Path) -> list[str]:
+    itself = recognize(root)
+    if itself is not None:
+        raise UserError(_refusal(root, itself))
+    own = manifests.complete_iterations(root)
+    found = foreign(root)
+    if found is not None:
+        raise UserError(_refusal(root, found))
+    if own:
+        return []
+    lost = checkpoints(root)
+    if lost:
+        raise UserError(_refusal(root, lost[-1]))
+    for file, name in trackers(root):
+        raise UserError(
+            f"--save {root}: {file.name} names checkpoint {name}, but no checkpoint is there: the "
+            "run would start from iteration 1. Move the checkpoints back, or remove that file to "
+            "start a new run"
+        )
+    return _check_others(root)
+
+
+def _refusal(root: Path, found: Found) -> str:
+    what = f"--save {root}: " + ("" if found.folder == root else f"{found.folder} ")
+    what += f"is {found.title}"
+    if found.is_foreign:
+        return (
+            f"{what}, which this run would ignore, and overwrite in time. Save to another folder, "
+            f"or convert it:\n  {conversion(found, root)}"
+        )
+    if (found.folder / manifests.MANIFEST).is_file():
+        return f"{what}; give the folder that holds it: --save {root.parent}"
+    return (
+        f"{what}: it was copied only in part, or its manifest was removed. This run would ignore "
+        "it, start from iteration 1 and overwrite it in time. Copy it again, or save to another "
+        "folder"
+    )
+
+
+def _check_others(root: Path) -> list[str]:
+    """A folder without checkpoints: its metrics must be a run's, and other files are noted."""
+    if _is_foreign_log(root / METRICS):
+        raise UserError(
+            f"--save {root}: its {METRICS} was written by another program, and this run would "
+            "append to it. Save to another folder"
+        )
+    others = sorted(p.name for p in root.iterdir() if p.name not in _OF_A_RUN)
+    others = [name for name in others if not name.startswith(".")]
+    if not others:
+        return []
+    shown = ", ".join(others[:_SHOWN]) + (", ..." if len(others) > _SHOWN else "")
+    return [f"--save {root} holds other files ({shown}); the run writes its own next to them"]
+
+
+def _is_foreign_log(path: Path) -> bool:
+    """Whether the beginning of a file of JSON lines holds one that is no record of a run."""
+    try:
+        with path.open("rb") as stream:
+            text = stream.read(1 << 16)
+    except (FileNotFoundError, IsADirectoryError):
+        return False
+    for line in text[: text.rfind(b"\n") + 1].splitlines():
+        with contextlib.suppress(ValueError, RecursionError):  # a killed run leaves half a line
+            record = json.loads(line)
+            if not isinstance(record, dict) or not record.keys() >= {"iteration"}:
+                return True
+    return False

@@ -1,0 +1,285 @@
+"""The command line of ``pretrain_gpt.py``: dispatch to a mode, start of ranks, exit codes.
+
+``--dry-run``: all checks of a run, and its resolved configuration with where each value is from.
+
+What is printed is a YAML file that ``--config`` reads back. Nothing is written.
+
+From a command line to a run: check, start the ranks or be one, and turn errors into exit codes.
+
+torch is imported only in a rank, and only when the arguments are right.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_llmjp.checkpoint import manifest as manifests
+from megatron_llmjp.checkpoint import run_lock as locks
+from megatron_llmjp.checkpoint.stored_config import add_own_configuration
+from megatron_llmjp.config.flags import Command, Mode, parse, print_notes
+from megatron_llmjp.config.loading import dump
+from megatron_llmjp.config.schema import SECTIONS, Config
+from megatron_llmjp.config.validation import data_parallel_size
+from megatron_llmjp.data.batch_size import BatchSizes
+from megatron_llmjp.errors import (
+    EXIT_DONE,
+    EXIT_FAILURE,
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    DataError,
+    RunError,
+    UserError,
+)
+from megatron_llmjp.parallel.launcher import launch
+from megatron_llmjp.parallel.ranks import (
+    LAUNCHER_PROCESS_VARIABLE,
+    LOCAL_LAUNCHER,
+    Ranks,
+    alone,
+    find_ranks,
+    run_started,
+)
+from megatron_llmjp.parallel.signals import StopRequests
+from megatron_llmjp.placeholders import check_packages, plan_without
+from megatron_llmjp.planning import on_paper, print_plan
+from megatron_llmjp.report.page import draw_at_end
+from megatron_llmjp.retrying_file import keep_standard_streams
+from megatron_llmjp.run import Run, prepare
+from megatron_llmjp.start_checks import check_start, overlaps_of_run
+
+
+def checked(run: Run, world_size: int) -> Run:
+    """The run with a checkpoint that passes what the run itself checks of it, and its save folder.
+
+    Raises:
+        UserError: another run holds the save folder, or no checkpoint is whole.
+    """
+    save = run.config.checkpoint.save
+    if save and not run.config.training.eval_only:
+        locks.refuse_if_in_use(Path(save))
+    damaged: dict[str, str] = {}
+    while run.resume is not None and run.config.checkpoint.verify_checkpoint:
+        folder = run.resume.folder
+        problems = manifests.problems(folder, run.resume.manifest, checksums=True)
+        if not problems:
+            break
+        damaged[str(folder)] = problems[0]
+        run = prepare(run.asked, world_size, damaged)
+    return run
+
+
+def check_model(run: Run) -> None:
+    """Have megatron-core check the model's configuration, and vet the checkpoint's files.
+
+    Imports torch, which takes seconds.
+
+    Raises:
+        UserError: megatron-core refuses the model, or the checkpoint holds more than data.
+    """
+    from megatron_llmjp.checkpoint import safe_unpickling
+    from megatron_llmjp.model.gpt import transformer_config
+    from megatron_llmjp.parallel import device
+
+    transformer_config(run.config, device.setup(0))
+    if run.resume is not None:
+        safe_unpickling.vet(run.resume.folder)
+
+
+def describe(run: Run, parsed: Config, origin: Mapping[str, str], world_size: int) -> str:
+    """The whole run as commented YAML.
+
+    Args:
+        run: the resolved run.
+        parsed: the configuration before it was resolved.
+        origin: by field, where its value was given.
+        world_size: processes of the run.
+    """
+    parallel = run.config.parallel
+    replicas = data_parallel_size(run.config, world_size)
+    samples = BatchSizes(run.config).consumed_after(run.train_iters)
+    tokens = samples * run.config.data.seq_length
+    lines = [
+        f"# {world_size} processes: TP {parallel.tensor_model_parallel_size} x PP "
+        f"{parallel.pipeline_model_parallel_size} x CP {parallel.context_parallel_size} x DP "
+        f"{replicas}",
+        f"# {run.train_iters:,} iterations, {tokens:,} tokens, {len(run.schedule.folds)} fold(s)",
+        f"# goes on from {run.resume.folder}" if run.resume else "# starts anew",
+        *(f"# note: {note}" for note in run.notes),
+    ]
+    return "\n".join([*lines, *_fields(run.config, parsed, origin)])
+
+
+def _fields(config: Config, parsed: Config, origin: Mapping[str, str]) -> list[str]:
+    """The lines of the configuration, each with the origin of what is no default."""
+    section, lines = "", []
+    for line in dump(config).splitlines():
+        name = line.strip().partition(":")[0]
+        if not line.startswith((" ", "-")) and name in SECTIONS:
+            section = name
+        elif name in SECTIONS[section].model_fields:
+            values = (getattr(getattr(c, section), name) for c in (config, parsed))
+            resolved, given = values
+            where = "resolved" if resolved != given else origin.get(name, "")
+            line = f"{line:48}  # {where}" if where else line
+        lines.append(line)
+    return lines
+
+
+CONSEQUENCE_SECONDS = 8.0
+"""A rank that fails because its peers are gone waits this long, so that the cause is told first."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run ``pretrain_gpt.py``.
+
+    Returns:
+        The exit code: 0 done, 2 the user's mistake, 3 stopped with a checkpoint saved, else 1.
+    """
+    keep_standard_streams()
+    ranks = None
+    try:
+        ranks = find_ranks()
+        command = parse(argv, own_configuration=add_own_configuration)
+        if ranks is None or (ranks.is_first and ranks.started_by != LOCAL_LAUNCHER):
+            print_notes(command.notes)
+        if command.mode is not Mode.TRAIN:
+            return _plan(command, ranks)
+        check_packages(command.config)
+        if ranks is None and command.processes not in (None, 1):
+            return _start_ranks(command, argv)
+        ranks = ranks or alone()
+        run = prepare(command.config, ranks.world_size)
+        found = check_start(run)
+    except UserError as error:
+        if ranks is None or ranks.is_first:
+            print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C before the start", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return _be_rank(run, ranks, found)
+
+
+def console() -> int:
+    """The console script ``pretrain_gpt``."""
+    return main(sys.argv[1:])
+
+
+def _plan(command: Command, ranks: Ranks | None) -> int:
+    """What is done instead of training; under a launcher, by the first process alone."""
+    if ranks is not None and not ranks.is_first:
+        return EXIT_DONE
+    if command.mode is Mode.PLAN_DATA:
+        planned = plan_without(command.config)
+        print_notes(planned.notes)
+        print_plan(planned.config)
+        return EXIT_DONE
+    if command.mode is Mode.DRY_RUN:
+        return _dry_run(command, command.processes or (ranks.world_size if ranks else 1))
+    return on_paper(command)
+
+
+def _dry_run(command: Command, world_size: int) -> int:
+    """Check what the run would, but for what this machine lacks, which is reported."""
+    planned = plan_without(command.config)
+    print_notes(planned.notes)
+    run = checked(prepare(planned.config, world_size), world_size)
+    if planned.has_other_tokenizer:
+        notes = tuple(note for note in run.notes if not note.startswith("tokenizer_"))
+        run = replace(run, mismatches=(), notes=notes)
+    _show([*check_start(run), *overlaps_of_run(run)])
+    check_model(run)
+    run = replace(run, config=planned.restored(run.config))
+    print(describe(run, command.config, command.origin, world_size))
+    return EXIT_DONE
+
+
+def _start_ranks(command: Command, argv: Sequence[str]) -> int:
+    """Start this program again as each rank, which reads the same words."""
+    processes = command.processes or 1
+    check_start(prepare(command.config, processes))
+    return launch([sys.executable, str(Path(sys.argv[0]).resolve()), *argv], processes)
+
+
+def _be_rank(run: Run, ranks: Ranks, found: Sequence[str]) -> int:
+    requests = _end_with_the_rest(run, ranks)
+    keep_standard_streams(warns=ranks.is_first)
+    if ranks.is_first:
+        _show(found)
+    warnings.simplefilter("ignore")  # deprecations inside libraries are not the user's to mend
+    try:
+        if ranks.is_first:
+            _show(overlaps_of_run(run))
+        from megatron_llmjp.parallel import device as devices
+
+        device = devices.setup(ranks.local_rank)
+        from megatron_llmjp.training.train import train
+
+        code = train(run, ranks, device, requests)
+        if code == EXIT_DONE and ranks.is_first:
+            draw_at_end(run.config.checkpoint.save)
+        return code
+    except UserError as error:
+        if ranks.is_first:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return _leave(EXIT_USER_ERROR)
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return _leave(EXIT_USER_ERROR)
+    except RunError as error:
+        if ranks.is_first:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return _leave(EXIT_FAILURE)
+    except Exception as error:
+        if _is_consequence(error):
+            time.sleep(CONSEQUENCE_SECONDS)
+        where = f"rank {ranks.rank} of {ranks.world_size}"
+        print(f"error: {where}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        return _leave(EXIT_FAILURE)
+
+
+def _show(found: Iterable[str]) -> None:
+    for warning in found:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+
+
+def _leave(code: int) -> int:
+    """End now: leaving process groups in order would wait for ranks that do not answer."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _is_consequence(error: Exception) -> bool:
+    """Whether an error only says that another rank is gone."""
+    text = str(error)
+    return any(
+        sign in text for sign in ("closed by peer", "Connection reset", "Broken pipe", "NCCL")
+    )
+
+
+def _end_with_the_rest(run: Run, ranks: Ranks) -> StopRequests:
+    """Stop at once when asked to, wherever the rank waits, and with a launcher that is killed.
+
+    So it is until training begins (``training/stop_signals.py``): there is nothing to save before.
+    """
+    if sys.platform == "linux" and ranks.started_by != "hand":  # a shell may be left, by nohup
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG in <sys/prctl.h>
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    launcher = os.environ.get(LAUNCHER_PROCESS_VARIABLE)
+    if launcher is not None and os.getppid() != int(launcher):  # it was killed before
+        os._exit(EXIT_FAILURE)
+    minutes = run.config.faults.exit_duration_in_mins
+    end = run_started() + 60 * minutes if minutes is not None else None
+    requests = StopRequests(ranks.is_first, end)
+    requests.listen()
+    return requests

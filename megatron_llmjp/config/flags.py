@@ -1,0 +1,351 @@
+"""The command line of ``pretrain_gpt.py``, generated from the configuration schema.
+
+The typed result of a command line: what to do, with which configuration.
+
+The command line of ``pretrain_gpt.py``, made from the schema.
+
+Each field of each section is a flag; ``--help`` shows them by section with their defaults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import Enum
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+from pydantic.fields import FieldInfo
+
+from megatron_llmjp.config.loading import Layers, build, changed, preset_names, read_config
+from megatron_llmjp.config.machine_flags import (
+    Rehearsal,
+    add_machine_flags,
+    machine_flags,
+    planned_processes,
+    rehearsal_of,
+)
+from megatron_llmjp.config.megatron_flags import (
+    ALIASES,
+    RENAMED,
+    RENAMED_VALUES,
+    explain,
+    set_defaults,
+    settle,
+    with_dashes,
+)
+from megatron_llmjp.config.schema import SECTION_OF, SECTIONS, Config
+from megatron_llmjp.errors import Problems, UserError
+
+
+class Mode(Enum):
+    """What ``pretrain_gpt.py`` does; the value is the flag that selects it."""
+
+    TRAIN = ""
+    DRY_RUN = "--dry-run"
+    PLAN_DATA = "--plan-data"
+    REHEARSE = "--rehearse"
+    SUGGEST_LAYOUT = "--suggest-layout"
+
+
+HELP: dict[Mode, str] = {
+    Mode.DRY_RUN: "check everything, print the resolved configuration and exit",
+    Mode.PLAN_DATA: "print the plan of the data (folds, tokens, epochs, learning rates) and exit",
+    Mode.REHEARSE: "print layout, memory, traffic, time and warnings of a run of --world-size "
+    "processes and exit; exit code 2 if it cannot run or does not fit",
+    Mode.SUGGEST_LAYOUT: "search the layouts of the model on --world-size GPUs, print the best "
+    "and exit; global batch and sequence length stay",
+}
+"""The modes that train nothing."""
+
+
+class Command(NamedTuple):
+    """A parsed command line. Nothing reads the words again after this."""
+
+    config: Config
+    """Validated; not yet resolved with data, tokenizer and checkpoint."""
+    mode: Mode
+    processes: int | None
+    """Processes of the run: to start on this machine, or, where nothing is trained, of the run
+    that is planned. None if no flag gives them."""
+    rehearsal: Rehearsal | None
+    """The machine of the run; only with :attr:`Mode.REHEARSE` and :attr:`Mode.SUGGEST_LAYOUT`."""
+    config_name: str | None
+    """The preset or file of ``--config``."""
+    notes: tuple[str, ...]
+    """One line for each flag that is accepted without effect."""
+    origin: Mapping[str, str]
+    """By field, the preset, file or flag that its value is from."""
+
+
+def add_mode_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the modes that train nothing."""
+    group = parser.add_argument_group("modes that train nothing")
+    for mode, text in HELP.items():
+        group.add_argument(mode.value, action="store_true", dest=mode.value, help=text)
+
+
+def mode_of(arguments: Mapping[str, Any]) -> Mode:
+    """The mode that parsed arguments select.
+
+    Raises:
+        UserError: they select more than one.
+    """
+    given = [mode for mode in HELP if arguments[mode.value]]
+    if len(given) > 1:
+        flags = " and ".join(mode.value for mode in given)
+        raise UserError(f"{flags} exclude each other: give one of them")
+    return given[0] if given else Mode.TRAIN
+
+
+DESCRIPTION = "Pretrain a GPT with tensor, pipeline and data parallelism on megatron-core."
+
+EXAMPLES = """\
+examples:
+  four processes on this machine, TP2 x PP2:
+    python pretrain_gpt.py --config laptop-llama --fold-file folds.yaml --nproc-per-node 4 \\
+        --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --save checkpoints
+  the same under torchrun, srun or mpirun, which start the processes themselves:
+    torchrun --nproc-per-node 8 pretrain_gpt.py --config llm-jp-3-1.8b --fold-file folds.yaml ...
+  go on from the newest checkpoint of a run, in another layout:
+    python pretrain_gpt.py --config laptop-llama --fold-file folds.yaml --nproc-per-node 4 \\
+        --pipeline-model-parallel-size 2 --save checkpoints
+  check everything of a run of 512 processes, and see what its values are and where from:
+    python pretrain_gpt.py --config llm-jp-3-172b --fold-file folds.yaml --world-size 512 \\
+        --tokenizer-type Llama2Tokenizer --tokenizer-model tokenizer.model --dry-run
+
+Values come from the preset, then the YAML file of --config, then the flags (docs/configuration.md).
+Launch scripts of Megatron-LM and Megatron-DeepSpeed are understood: without --config, what is not
+given has Megatron-LM's default. Exit codes: 0 done, 2 a mistake in the arguments or data, 3 stopped
+on request with a checkpoint saved, 1 anything else.
+"""
+
+
+METAVARS = {
+    "pipeline_model_parallel_layout": "LAYOUT",
+    "split": "TRAIN,VALID,TEST",
+    "skip_iterations": "A-B,C",
+    "wandb_project": "NAME",
+    "wandb_entity": "NAME",
+    "wandb_exp_name": "NAME",
+}
+"""What stands for the value of a text that is no path."""
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Breaks lines between words only: a preset's name stays whole."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
+def parse(
+    argv: Sequence[str],
+    layers: Layers | None = None,
+    own_configuration: Callable[[Path, Layers], bool] | None = None,
+) -> Command:
+    """Read the command line: the one place where its words are looked at.
+
+    Args:
+        argv: the words after the program's name; ``--some_flag`` is ``--some-flag``.
+        layers: values below those of presets, files and flags, which are added to it.
+        own_configuration: adds what the checkpoint of a folder stores to the layers, and returns
+            whether there is one; asked where neither ``--config`` nor a flag gives a model.
+
+    Raises:
+        UserError: every unknown flag or key, wrong value and contradiction, one per line.
+    """
+    parser = _make_parser()
+    problems = Problems()
+    known, unknown = _read_words(parser, with_dashes(argv), problems)
+    arguments = vars(known)
+    explained = explain(unknown, _all_flags(parser))
+    problems.lines += explained.problems
+    mode, rehearsal, processes = Mode.TRAIN, None, None
+    with problems.collect():
+        mode = mode_of(arguments)
+        processes = _processes(arguments, mode)
+        rehearsal = _rehearsal(arguments, mode, processes)
+    layers = layers if layers is not None else Layers()
+    by_flags_alone = False
+    if arguments["num_layers"] is not None or not _folder(arguments).parts:
+        own_configuration = None
+    with problems.collect():
+        if arguments["config"] is not None:
+            read_config(arguments["config"], layers)
+        elif not (own_configuration and own_configuration(_folder(arguments), layers)):
+            set_defaults(layers)
+            by_flags_alone = True
+        for name, (value, origin) in {**_aliases(arguments), **explained.sets}.items():
+            layers.set(name, value, origin)
+        for name in SECTION_OF:
+            if arguments.get(name) is not None:
+                value = _renamed(name, arguments[name])
+                layers.set(name, value, f"flag --{name.replace('_', '-')}")
+        _shorten_default_warmup(layers)
+        settle(layers, explained, by_flags_alone)
+        config = build(layers, may_be_missing=bool(problems.lines))
+    problems.report()
+    if config.checkpoint.load is not None and config.checkpoint.load == config.checkpoint.save:
+        config = changed(config, load=None)  # Megatron's way to say: go on if there is something
+    notes = (*explained.notes, *_unused(arguments, mode))
+    return Command(config, mode, processes, rehearsal, arguments["config"], notes, layers.origin)
+
+
+def _folder(arguments: dict[str, Any]) -> Path:
+    """The folder of the checkpoint that a command line names; empty if it names none."""
+    return Path(arguments["load"] or arguments["save"] or "")
+
+
+def _shorten_default_warmup(layers: Layers) -> None:
+    """Let a preset's or file's warm-up follow the length of the run, as the decay does."""
+    names = ("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_tokens")
+    origins = [layers.origin[name] for name in names if name in layers.origin]
+    is_flag = any(origin.startswith("flag ") for origin in origins)
+    if origins and not is_flag and "lr_warmup_shorten" not in layers.origin:
+        layers.set("lr_warmup_shorten", True, origins[0])
+
+
+def _read_words(
+    parser: argparse.ArgumentParser, words: Sequence[str], problems: Problems
+) -> tuple[argparse.Namespace, list[str]]:
+    """Parse what argparse knows; a flag with a wrong value is recorded and read over."""
+    words = list(words)
+    while True:
+        try:
+            return parser.parse_known_args(words)
+        except argparse.ArgumentError as error:
+            problems.lines.append(str(error))
+            flags = (error.argument_name or "").split("/")
+            first = next(n for n, word in enumerate(words) if word.partition("=")[0] in flags)
+            rest = (n for n, word in enumerate(words) if n > first and word.startswith("--"))
+            del words[first : next(rest, len(words))]
+
+
+def _processes(arguments: dict[str, Any], mode: Mode) -> int | None:
+    """Local processes to start; or those of the run that is planned."""
+    local: int | None = arguments["nproc_per_node"]
+    planned = planned_processes(arguments)
+    if local is not None and local < 1:
+        raise UserError(f"--nproc-per-node {local}: at least 1 process is needed")
+    flags = machine_flags(arguments)
+    if mode is Mode.TRAIN and planned is not None:
+        raise UserError(
+            f"--world-size goes with {Mode.DRY_RUN.value} and {Mode.REHEARSE.value}; real "
+            "processes are started with --nproc-per-node, torchrun, srun or mpirun"
+        )
+    if mode is Mode.TRAIN and flags:
+        raise UserError(
+            f"{', '.join(flags)} describe the machine of a run that is planned: add "
+            f"{Mode.REHEARSE.value} or {Mode.SUGGEST_LAYOUT.value}, or remove them"
+        )
+    return local if planned is None else planned
+
+
+def _rehearsal(arguments: dict[str, Any], mode: Mode, processes: int | None) -> Rehearsal | None:
+    if mode not in (Mode.REHEARSE, Mode.SUGGEST_LAYOUT):
+        return None
+    return rehearsal_of(arguments, mode.value, processes)
+
+
+def _unused(arguments: dict[str, Any], mode: Mode) -> list[str]:
+    """Notes on flags of the planned machine in a mode that plans none."""
+    flags = machine_flags(arguments) if mode in (Mode.DRY_RUN, Mode.PLAN_DATA) else []
+    return [f"{flag} has no effect with {mode.value}" for flag in flags]
+
+
+def _aliases(arguments: dict[str, Any]) -> dict[str, tuple[Any, str]]:
+    """Fields that Megatron-LM's flags without a value set, in the order of the table."""
+    found: dict[str, tuple[Any, str]] = {}
+    for flag, alias in ALIASES.items():
+        if arguments.get(flag):
+            found |= {name: (value, f"flag {flag}") for name, value in alias.sets.items()}
+    return found
+
+
+def _renamed(name: str, value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    return RENAMED_VALUES.get(name, {}).get(value.lower(), value)
+
+
+def flag_names() -> set[str]:
+    """All flags that the command line knows itself: fields, their other names and aliases."""
+    return set(_all_flags(_make_parser()))
+
+
+@cache
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pretrain_gpt.py",
+        usage="pretrain_gpt.py [--config PRESET|FILE] [--nproc-per-node N] [flags]",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument(
+        "--config",
+        metavar="PRESET|FILE",
+        help=f"a YAML file or a preset: {', '.join(preset_names())}",
+    )
+    parser.add_argument(
+        "--nproc-per-node",
+        type=int,
+        metavar="N",
+        help="start N processes on this machine (not with torchrun, srun or mpirun)",
+    )
+    add_mode_flags(parser)
+    add_machine_flags(parser)
+    for name, section in SECTIONS.items():
+        group = parser.add_argument_group(name, (section.__doc__ or "").strip())
+        for field, info in section.model_fields.items():
+            _add_field(group, field, info)
+    aliases = parser.add_argument_group("other spellings of Megatron-LM")
+    for flag, alias in ALIASES.items():
+        aliases.add_argument(flag, action="store_true", dest=flag, help=alias.help)
+    return parser
+
+
+def _add_field(group: argparse._ArgumentGroup, name: str, info: FieldInfo) -> None:
+    flags = [f"--{name.replace('_', '-')}"]
+    flags += [flag for flag, field in RENAMED.items() if field == name]
+    text = (info.description or "").replace("%", "%%")
+    if info.annotation is bool:
+        kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+    elif name == "override_resume":
+        kind = {"nargs": "+", "metavar": "FIELD"}
+    elif name == "tiktoken_special_tokens":
+        kind = {"nargs": "+", "metavar": "TOKEN"}
+    elif name.endswith("data_path"):
+        kind = {"nargs": "+", "metavar": "PATH"}
+    elif name == "rampup_batch_size":
+        kind = {"nargs": 3, "metavar": ("START", "INCREMENT", "SAMPLES")}
+    else:
+        kind = {"metavar": _metavar(name, info)}
+    if not info.is_required() and info.default not in (None, ()):
+        text += f" (default: {info.default})"
+    group.add_argument(*flags, dest=name, default=None, help=text, **kind)
+
+
+def _metavar(name: str, info: FieldInfo) -> str:
+    text = str(info.annotation)
+    if "Literal" in text:
+        literal = next((a for a in get_args(info.annotation) if "Literal" in str(a)), None)
+        choices = get_args(literal or info.annotation)
+        return "|".join(str(c) for c in choices if c is not None)
+    return "N" if "int" in text else "X" if "float" in text else METAVARS.get(name, "PATH")
+
+
+def _all_flags(parser: argparse.ArgumentParser) -> list[str]:
+    return [flag for action in parser._actions for flag in action.option_strings]
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """Print the notes of a :class:`Command` on standard error."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)

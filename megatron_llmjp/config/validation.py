@@ -1,0 +1,221 @@
+"""Validation of a configuration: rules across fields, all violations reported together.
+
+Rules of training: precision, schedules in one unit each, and what needs a folder.
+
+Rules across fields. All that are broken are told at once, each with its remedy.
+
+Here are the rules of the model itself; those of its layout over processes are in
+``checks_layout.py``, those of training in ``checks_training.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_llmjp.config import layout_validation
+from megatron_llmjp.config.layout_validation import data_parallel_size
+from megatron_llmjp.config.loading import UNITS
+from megatron_llmjp.config.schema import SECTION_OF, Config
+from megatron_llmjp.errors import UserError
+
+OF_THE_DECAY = next(names for names in UNITS if "lr_decay_iters" in names)
+"""The fields that give the length of the decay."""
+OF_THE_TAIL = next(names for names in UNITS if "lr_wsd_decay_iters" in names)
+"""The fields that give the length of WSD's tail."""
+
+
+def training_rules(config: Config) -> Iterator[str]:
+    """One line for each broken rule."""
+    yield from _precision(config)
+    yield from _units(config)
+    yield from _rates(config)
+    yield from _weight_decay(config)
+    yield from _folders(config)
+    yield from _tokenizer(config)
+
+
+def _precision(config: Config) -> Iterator[str]:
+    if config.training.bf16 and config.training.fp16:
+        yield "bf16 and fp16 exclude each other"
+    if config.optimizer.loss_scale is not None and not config.training.fp16:
+        yield "loss_scale is for fp16: bf16 and fp32 need no scaling"
+    if config.optimizer.optimizer == "sgd" and config.parallel.use_distributed_optimizer:
+        yield (
+            "megatron-core's distributed optimizer shards Adam only: set optimizer to adam, or "
+            "use_distributed_optimizer to false"
+        )
+
+
+def _units(config: Config) -> Iterator[str]:
+    """A length is given in one unit; lr_decay_fraction is where no other is."""
+    for names in UNITS:
+        given = [n for n in names if _is_given(config, n) and n != "lr_decay_fraction"]
+        if len(given) > 1:
+            yield f"{' and '.join(given)} say the same in different units: give one of them"
+
+
+def _is_given(config: Config, name: str) -> bool:
+    return bool(getattr(getattr(config, SECTION_OF[name]), name))
+
+
+def _rates(config: Config) -> Iterator[str]:
+    training, optimizer = config.training, config.optimizer
+    if optimizer.min_lr > optimizer.lr:
+        yield f"min_lr {optimizer.min_lr} is above lr {optimizer.lr}"
+    if optimizer.lr_warmup_init > optimizer.lr:
+        yield f"lr_warmup_init {optimizer.lr_warmup_init} is above lr {optimizer.lr}"
+    end = optimizer.lr_decay_iters
+    if end is None and not any(_is_given(config, name) for name in OF_THE_DECAY):
+        end = training.train_iters
+    fixed = not optimizer.lr_warmup_shorten
+    if fixed and end is not None and optimizer.lr_warmup_iters >= end:
+        yield (
+            f"lr_warmup_iters {optimizer.lr_warmup_iters} leaves nothing of the {end} iterations "
+            "of the learning-rate schedule: shorten the warm-up"
+        )
+    tails = [name for name in OF_THE_TAIL if _is_given(config, name)]
+    if optimizer.lr_decay_style == "WSD" and not tails:
+        yield f"lr_decay_style WSD needs {OF_THE_TAIL[0]}, the length of its tail"
+    whole, tail = optimizer.lr_decay_iters, optimizer.lr_wsd_decay_iters
+    if whole is not None and tail is not None and tail > whole:
+        yield (
+            f"lr_wsd_decay_iters {tail}, the tail, is longer than lr_decay_iters {whole}, the "
+            "whole schedule: shorten it"
+        )
+
+
+def _weight_decay(config: Config) -> Iterator[str]:
+    o = config.optimizer
+    ends = {
+        "start_weight_decay": o.start_weight_decay,
+        "end_weight_decay": o.end_weight_decay,
+    }
+    if o.weight_decay_incr_style == "constant":
+        for name, value in ends.items():
+            if value is not None and value != o.weight_decay:
+                yield (
+                    f"{name} {value} differs from weight_decay {o.weight_decay}: set "
+                    "weight_decay_incr_style to linear or cosine, or leave it out"
+                )
+    elif None in ends.values():
+        yield (
+            f"weight_decay_incr_style {o.weight_decay_incr_style} needs start_weight_decay and "
+            "end_weight_decay"
+        )
+    elif (o.start_weight_decay or 0.0) > (o.end_weight_decay or 0.0):
+        yield (
+            f"start_weight_decay {o.start_weight_decay} is above end_weight_decay "
+            f"{o.end_weight_decay}: weight decay can only grow"
+        )
+
+
+def _folders(config: Config) -> Iterator[str]:
+    checkpoint, faults = config.checkpoint, config.faults
+    if checkpoint.save is None:
+        for name in ("save_interval", "save_interval_tokens", "save_interval_minutes"):
+            if getattr(checkpoint, name) is not None:
+                yield f"{name} needs save, the folder to save in"
+        if checkpoint.save_policy is not None:
+            yield "save_policy needs save, the folder to save in"
+        for name in ("exit_interval", "exit_duration_in_mins"):
+            if getattr(faults, name) is not None:
+                yield f"{name} saves before it stops: give save, the folder to save in"
+        if faults.spike_action == "rollback":
+            yield "spike_action rollback goes back to a checkpoint: give save, or choose skip"
+    if checkpoint.keep_every is not None and checkpoint.keep_last is None:
+        yield "keep_every says what is kept beside keep_last, which is not given: all are kept"
+    if checkpoint.finetune and checkpoint.load is None and checkpoint.save is None:
+        yield "finetune starts from weights: give load, the folder that has them"
+    if config.training.eval_only and checkpoint.load is None and checkpoint.save is None:
+        yield "eval_only needs a model: give load, the folder of its checkpoint"
+
+
+def _tokenizer(config: Config) -> Iterator[str]:
+    data = config.data
+    if data.tiktoken_special_tokens and data.tokenizer_type != "TikTokenizer":
+        yield (
+            "tiktoken_special_tokens is for tokenizer_type TikTokenizer: other tokenizers have "
+            "their special tokens in their files. Remove it, or add the tokens to the tokenizer"
+        )
+
+
+__all__ = ["check", "data_parallel_size"]
+
+
+def check(config: Config, world_size: int) -> None:
+    """Refuse a configuration that cannot run on ``world_size`` processes.
+
+    Raises:
+        UserError: one line for each broken rule.
+    """
+    problems = [
+        *layout_validation.layout_rules(config, world_size),
+        *_model(config),
+        *training_rules(config),
+    ]
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _model(config: Config) -> Iterator[str]:
+    model = config.model
+    if model.kv_channels is None and model.hidden_size % model.num_attention_heads:
+        yield (
+            f"hidden_size {model.hidden_size} does not divide by num_attention_heads "
+            f"{model.num_attention_heads}: change one of them, or give kv_channels"
+        )
+    if model.num_attention_heads % model.query_groups:
+        yield (
+            f"num_attention_heads {model.num_attention_heads} does not divide by num_query_groups "
+            f"{model.query_groups}: possible groups are "
+            f"{layout_validation.divisors(model.num_attention_heads)}"
+        )
+    if model.activation_function == "swiglu" and model.add_bias_linear:
+        yield "swiglu with add_bias_linear is not supported: set add_bias_linear to false"
+    if config.data.seq_length > config.positions:
+        yield (
+            f"seq_length {config.data.seq_length} exceeds max_position_embeddings "
+            f"{config.positions}: shorten the sequence or enlarge the model's positions"
+        )
+    yield from _positions(config)
+    yield from _vocabulary(config)
+
+
+def _positions(config: Config) -> Iterator[str]:
+    model = config.model
+    if model.position_embedding_type == "rope":
+        rotated = int(model.head_dim * model.rotary_percent)
+        if rotated % 2 or rotated == 0:
+            yield (
+                f"rotary_percent {model.rotary_percent} of heads of {model.head_dim} rotates "
+                f"{rotated} numbers, which make no pairs: choose an even part of the head"
+            )
+        return
+    for name, given in (
+        ("use_rope_scaling", model.use_rope_scaling),
+        ("rotary_seq_len_interpolation_factor", model.rotary_seq_len_interpolation_factor),
+        ("rotary_percent", model.rotary_percent != 1.0),
+    ):
+        if given:
+            yield (
+                f"{name} is for rotary positions: set position_embedding_type to rope, or leave "
+                f"{name} out"
+            )
+
+
+def _vocabulary(config: Config) -> Iterator[str]:
+    model, tensor = config.model, config.parallel.tensor_model_parallel_size
+    rows = model.padded_vocab_size
+    if rows is None:
+        return
+    if rows % tensor:
+        yield (
+            f"tensor_model_parallel_size {tensor} does not divide padded_vocab_size {rows}: "
+            "choose one that does, or have the vocabulary padded anew with --override-resume "
+            "padded_vocab_size"
+        )
+    if model.vocab_size is not None and rows < model.vocab_size:
+        yield (
+            f"padded_vocab_size {rows} is below vocab_size {model.vocab_size}: leave it out to "
+            "have it computed"
+        )

@@ -1,0 +1,125 @@
+"""CRC-32 of what is read, computed while it is read, and of concatenated pieces.
+
+The CRC-32 of bytes end to end, from those of the pieces.
+
+A CRC is a remainder of polynomials over GF(2): appending n bytes multiplies the one before by
+x^(8 n) modulo the generator. Bits are reflected, as in zip (APPNOTE 6.3) and zlib.
+
+Checksums of what is read, computed while it is read.
+
+A :class:`Region` is a range of a file that has one CRC-32: a whole file of a manifest, or an entry
+of a zip archive. Whoever reads a part of it adds the part; the parts' sums are combined, so that no
+byte is read twice. What nobody has read by the end is read then.
+"""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from functools import lru_cache
+from pathlib import Path
+
+from megatron_llmjp.errors import UserError
+
+_GENERATOR = 0xEDB88320
+_ONE = 1 << 31
+"""The polynomial 1."""
+
+
+def _multiply(a: int, b: int) -> int:
+    """Product of two polynomials modulo the generator."""
+    product = 0
+    bit = _ONE
+    while bit:
+        if a & bit:
+            product ^= b
+        bit >>= 1
+        b = (b >> 1) ^ _GENERATOR if b & 1 else b >> 1
+    return product
+
+
+@lru_cache(maxsize=4096)
+def _power(count: int) -> int:
+    """x^(8 count) modulo the generator."""
+    result, square, exponent = _ONE, _ONE >> 1, 8 * count
+    while exponent:
+        if exponent & 1:
+            result = _multiply(result, square)
+        square = _multiply(square, square)
+        exponent >>= 1
+    return result
+
+
+def joined(first: int, second: int, length: int) -> int:
+    """The CRC-32 of two pieces end to end, from theirs and the second one's bytes."""
+    return _multiply(_power(length), first) ^ second
+
+
+_BLOCK = 1 << 22
+
+
+class Region:
+    """Bytes of a file that have one CRC-32. Threads may share it."""
+
+    def __init__(self, path: Path, start: int, length: int, crc: int, what: str) -> None:
+        self.path = path
+        self._start, self._length, self._crc, self._what = start, length, crc, what
+        self._pieces: dict[int, tuple[int, int]] = {}
+        self._overlap = self._checked = False
+        self._lock = threading.Lock()
+
+    def add(self, offset: int, data: memoryview) -> None:
+        """Take up bytes that were read at an offset of the file.
+
+        Raises:
+            UserError: they are all, and their checksum is another one.
+        """
+        with self._lock:
+            known = self._pieces.get(offset)
+        if known is not None and known[0] == len(data):
+            return
+        crc = zlib.crc32(data)
+        with self._lock:
+            self._overlap |= known is not None
+            self._pieces[offset] = (len(data), crc)
+            complete = sum(length for length, _ in self._pieces.values()) == self._length
+        if complete:
+            self.finish()
+
+    def finish(self) -> None:
+        """Read what is missing, and compare.
+
+        Raises:
+            UserError: the checksum is another one, or the file cannot be read.
+        """
+        if self._checked:
+            return
+        if self._total() != self._crc:
+            raise UserError(
+                f"{self.path}: damaged: its content does not have the checksum of {self._what}; "
+                "restore the file from a copy, or take another checkpoint"
+            )
+        self._checked = True
+
+    def _total(self) -> int:
+        pieces = sorted(self._pieces.items())
+        ends = [start + length for start, (length, _) in pieces]
+        starts = [start for start, _ in pieces[1:]]
+        if self._overlap or any(end > start for end, start in zip(ends, starts, strict=False)):
+            pieces = []  # parts that share bytes cannot be combined: read all
+        total, position = 0, self._start
+        try:
+            with self.path.open("rb", buffering=0) as stream:
+                for start, (length, crc) in [*pieces, (self._start + self._length, (0, 0))]:
+                    stream.seek(position)
+                    while position < start:
+                        block = stream.read(min(_BLOCK, start - position))
+                        if not block:
+                            raise UserError(f"{self.path}: truncated at {position} bytes")
+                        total = zlib.crc32(block, total)
+                        position += len(block)
+                    total = joined(total, crc, length)
+                    position += length
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read: {error.strerror}") from error
+        return total

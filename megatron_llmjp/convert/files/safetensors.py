@@ -1,0 +1,104 @@
+"""The safetensors format: a length, a JSON header, then the tensors' bytes.
+
+Source: https://huggingface.co/docs/safetensors, "Format". Written here rather than with the
+library because the library wants a whole shard in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_llmjp.convert.files.storage import FileTensor, byte_count, truncated
+from megatron_llmjp.convert.plan import OutputFile, Slot
+from megatron_llmjp.convert.tensors import Shape
+from megatron_llmjp.errors import UserError
+
+_CODES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: code for code, dtype in _CODES.items()}
+_LARGEST_HEADER = 100_000_000  # the library's own limit
+
+
+def read_header(path: Path) -> dict[str, FileTensor]:
+    """The tensors of a file, by key.
+
+    Raises:
+        UserError: the file is damaged, truncated, or holds a type that weights do not have.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        prefix = stream.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 2 <= length <= _LARGEST_HEADER:
+            raise UserError(f"{path}: not a safetensors file (a Git LFS pointer?)")
+        if 8 + length > size:
+            raise truncated(path, 8 + length)
+        try:
+            header: dict[str, Any] = json.loads(stream.read(length))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: damaged header ({error})") from error
+    if not isinstance(header, dict):
+        raise UserError(f"{path}: damaged header: no JSON object")
+    header.pop("__metadata__", None)
+    found = {key: _entry(path, 8 + length, size, key, value) for key, value in header.items()}
+    _check_overlap(path, found)
+    return found
+
+
+def _entry(path: Path, base: int, size: int, key: str, value: Any) -> FileTensor:
+    try:
+        code, lengths, (start, end) = value["dtype"], value["shape"], value["data_offsets"]
+    except (TypeError, KeyError, ValueError):
+        raise UserError(f"{path}: damaged header: {key} has no type, shape and offsets") from None
+    numbers = [start, end, *(lengths if isinstance(lengths, list) else [None])]
+    if any(type(n) is not int or n < 0 for n in numbers) or start > end:
+        raise UserError(f"{path}: damaged header: {key} has shape {lengths} at {start} to {end}")
+    dtype = _CODES.get(code) if isinstance(code, str) else None
+    if dtype is None:
+        raise UserError(f"{path}: {key} has type {code}, which cannot be converted")
+    shape = tuple(lengths)
+    if end - start != byte_count(shape, dtype):
+        raise UserError(f"{path}: damaged header: {key} {shape} does not fill its bytes")
+    if base + end > size:
+        raise truncated(path, base + end)
+    return FileTensor(path, base + start, shape, dtype)
+
+
+def _check_overlap(path: Path, tensors: dict[str, FileTensor]) -> None:
+    """Refuse tensors that share bytes, which the format forbids."""
+    end, last = 0, ""
+    for key, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
+        if tensor.offset < end and byte_count(tensor.shape, tensor.dtype):
+            raise UserError(f"{path}: damaged header: {key} and {last} share bytes")
+        if (reach := tensor.offset + byte_count(tensor.shape, tensor.dtype)) > end:
+            end, last = reach, key
+
+
+def plan_file(name: str, tensors: dict[str, tuple[Shape, torch.dtype]]) -> OutputFile:
+    """Lay out a file that will hold these tensors in this order."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # older transformers insist on it
+    end = 0
+    for key, (shape, dtype) in tensors.items():
+        start, end = end, end + byte_count(shape, dtype)
+        header[key] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = struct.pack("<Q", len(text)) + text
+    slots = {
+        key: Slot(name, key, len(head) + header[key]["data_offsets"][0], shape, dtype)
+        for key, (shape, dtype) in tensors.items()
+    }
+    return OutputFile(name, len(head) + end, [(0, head)], slots)

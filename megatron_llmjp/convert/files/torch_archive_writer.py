@@ -1,0 +1,217 @@
+"""Laying out an archive that ``torch.load`` reads, before its tensors exist.
+
+``torch.save`` wants all tensors in memory. Here the pickle is made from placeholders, every
+storage gets its place in the zip archive, and the bytes are filled in later, in any order.
+Source of the layout: torch/serialization.py (``_save``) and the ZIP specification (APPNOTE 6.3).
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import struct
+import zlib
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_llmjp.convert.files.storage import byte_count
+from megatron_llmjp.convert.plan import OutputFile, Slot
+from megatron_llmjp.convert.tensors import Shape
+
+_ALIGNMENT = 64
+_LIMIT = 0xFFFFFFFF
+_DATE = (1 << 5) | 1  # 1980-01-01, the earliest that zip can say: output does not depend on time
+_STORAGE_CLASSES = {
+    torch.float32: torch.FloatStorage,
+    torch.float16: torch.HalfStorage,
+    torch.bfloat16: torch.BFloat16Storage,
+    torch.uint8: torch.ByteStorage,
+    torch.int64: torch.LongStorage,
+}
+
+
+@dataclass(frozen=True)
+class Placeholder:
+    """Stands for a tensor in an object that is to be saved; ``key`` names its slot."""
+
+    key: str
+    shape: Shape
+    dtype: torch.dtype
+
+
+class _Storage:
+    """What a placeholder's pickle refers to as its storage."""
+
+    def __init__(self, number: int, placeholder: Placeholder) -> None:
+        self.number, self.placeholder = number, placeholder
+
+
+class _Pickler(pickle.Pickler):
+    def __init__(self, stream: io.BytesIO) -> None:
+        super().__init__(stream, protocol=2)  # as torch.save; weights_only loading insists on it
+        self.storages: list[_Storage] = []
+
+    def reducer_override(self, value: Any) -> Any:
+        if not isinstance(value, Placeholder):
+            return NotImplemented
+        storage = _Storage(len(self.storages), value)
+        self.storages.append(storage)
+        arguments: tuple[Any, ...] = (
+            storage,
+            0,
+            value.shape,
+            _strides(value.shape),
+            False,
+            OrderedDict(),
+        )
+        return torch._utils._rebuild_tensor_v2, arguments
+
+    def persistent_id(self, value: Any) -> Any:
+        if not isinstance(value, _Storage):
+            return None
+        held = value.placeholder
+        count = byte_count(held.shape, held.dtype) // held.dtype.itemsize
+        return ("storage", _STORAGE_CLASSES[held.dtype], str(value.number), "cpu", count)
+
+
+def _strides(shape: Shape) -> Shape:
+    strides, step = [], 1
+    for length in reversed(shape):
+        strides.append(step)
+        step *= max(1, length)
+    return tuple(reversed(strides))
+
+
+def plan_archive(file: str, value: Any, base: int = 0) -> OutputFile:
+    """Lay out an archive.
+
+    Args:
+        file: name of the output file.
+        value: what ``torch.load`` shall return, with :class:`Placeholder` for tensors.
+        base: offset of the archive in the file (a ``.distcp`` file holds many).
+
+    Returns:
+        The file; its size is the end of the archive, its slots are named by placeholder.
+    """
+    stream = io.BytesIO()
+    pickler = _Pickler(stream)
+    pickler.dump(value)
+    layout = _Zip(base)
+    layout.add("data.pkl", stream.getvalue())
+    layout.add("byteorder", b"little")
+    starts = {}
+    for storage in pickler.storages:
+        held = storage.placeholder
+        name = f"data/{storage.number}"
+        starts[held.key] = layout.add_hole(name, byte_count(held.shape, held.dtype))
+    layout.add("version", b"3\n")
+    crcs = layout.close()
+    slots = {}
+    for storage in pickler.storages:
+        held, name = storage.placeholder, f"data/{storage.number}"
+        slots[held.key] = Slot(file, held.key, starts[held.key], held.shape, held.dtype, crcs[name])
+    return OutputFile(file, layout.position, layout.fixed, slots)
+
+
+class _Zip:
+    """A zip archive of stored entries at an offset of a file, some of them still empty."""
+
+    def __init__(self, base: int) -> None:
+        self.base = self.position = base
+        self.fixed: list[tuple[int, bytes]] = []
+        self._entries: list[tuple[bytes, int, int, int]] = []  # name, crc, size, header's place
+
+    def add(self, name: str, data: bytes) -> None:
+        """An entry with known bytes."""
+        start = self._header(name, len(data), zlib.crc32(data))
+        self.fixed.append((start, data))
+
+    def add_hole(self, name: str, size: int) -> int:
+        """An entry to be filled later; returns where its bytes start."""
+        return self._header(name, size, 0)
+
+    def _header(self, name: str, size: int, crc: int) -> int:
+        encoded = f"archive/{name}".encode()
+        place = self.position
+        extra = b"" if size < _LIMIT else struct.pack("<HHQQ", 1, 16, size, size)
+        start = place + 30 + len(encoded) + len(extra)
+        # Data starts on a multiple of 64 bytes of the archive, as memory maps like it.
+        gap = -(start + 4 - self.base) % _ALIGNMENT
+        extra += struct.pack("<HH", 0x4246, gap) + b"Z" * gap  # torch's own padding field, "FB"
+        small = min(size, _LIMIT)
+        header = struct.pack(
+            "<4s5H3I2H",
+            b"PK\x03\x04",
+            45,
+            0x800,
+            0,
+            0,
+            _DATE,
+            crc,
+            small,
+            small,
+            len(encoded),
+            len(extra),
+        )
+        self.fixed.append((place, header + encoded + extra))
+        self._entries.append((encoded, crc, size, place))
+        start = place + len(header) + len(encoded) + len(extra)
+        self.position = start + size
+        return start
+
+    def close(self) -> dict[str, tuple[int, ...]]:
+        """Write the directory; returns the two places of every entry's checksum."""
+        directory = b""
+        crcs: dict[str, tuple[int, ...]] = {}
+        begin = self.position
+        for name, crc, size, place in self._entries:
+            offset = place - self.base
+            crcs[name.decode().partition("/")[2]] = (place + 14, begin + len(directory) + 16)
+            wide = size >= _LIMIT or offset >= _LIMIT
+            extra = struct.pack("<HHQQQ", 1, 24, size, size, offset) if wide else b""
+            directory += (
+                struct.pack(
+                    "<4s6H3I5H2I",
+                    b"PK\x01\x02",
+                    45,
+                    45,
+                    0x800,
+                    0,
+                    0,
+                    _DATE,
+                    crc,
+                    _LIMIT if wide else size,
+                    _LIMIT if wide else size,
+                    len(name),
+                    len(extra),
+                    0,
+                    0,
+                    0,
+                    0,
+                    _LIMIT if wide else offset,
+                )
+                + name
+                + extra
+            )
+        at, count = begin - self.base, len(self._entries)
+        end = struct.pack(
+            "<4sQ2H2I4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, len(directory), at
+        )
+        end += struct.pack("<4sIQI", b"PK\x06\x07", 0, at + len(directory), 1)
+        end += struct.pack(
+            "<4s4H2IH",
+            b"PK\x05\x06",
+            0,
+            0,
+            min(count, 0xFFFF),
+            min(count, 0xFFFF),
+            min(len(directory), _LIMIT),
+            min(at, _LIMIT),
+            0,
+        )
+        self.fixed.append((begin, directory + end))
+        self.position = begin + len(directory) + len(end)
+        return crcs

@@ -1,0 +1,1 @@
+"""Checkpoint formats: one package or module each, listed in ``registry``."""

@@ -1,0 +1,1 @@
+"""Hugging Face models: a folder with config.json, safetensors files and a tokenizer."""

@@ -1,0 +1,126 @@
+"""GPTNeoXForCausalLM with and without parallel residual: rinna's 3.6b has none.
+
+``query_key_value`` has megatron-core's own order, per head q, k, v. Source: transformers,
+models/gpt_neox/modeling_gpt_neox.py.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from megatron_llmjp.config.schema import ModelConfig
+from megatron_llmjp.convert.formats.hugging_face.config import (
+    GELU_NAMES,
+    Rule,
+    Style,
+    layer_norm_gelu,
+    layer_norm_gelu_refusals,
+    make_model,
+    required,
+    rotary,
+    rotary_keys,
+    rotary_parameters,
+    rotary_refusals,
+    unsupported,
+    vocabulary,
+)
+from megatron_llmjp.convert.tensors import (
+    FINAL_NORM,
+    LAYER,
+    OUTPUT_LAYER,
+    WORD_EMBEDDINGS,
+    whole,
+)
+
+
+def _rules(model: ModelConfig) -> list[Rule]:
+    theirs = "gpt_neox.layers.{i}."
+    modules = {
+        f"{LAYER}input_layernorm": f"{theirs}input_layernorm",
+        f"{LAYER}self_attention.linear_qkv": f"{theirs}attention.query_key_value",
+        f"{LAYER}self_attention.linear_proj": f"{theirs}attention.dense",
+        f"{LAYER}pre_mlp_layernorm": f"{theirs}post_attention_layernorm",
+        f"{LAYER}mlp.linear_fc1": f"{theirs}mlp.dense_h_to_4h",
+        f"{LAYER}mlp.linear_fc2": f"{theirs}mlp.dense_4h_to_h",
+        FINAL_NORM: "gpt_neox.final_layer_norm",
+    }
+    rules = [
+        Rule(f"{mine}.{kind}", (f"{name}.{kind}",), whole)
+        for mine, name in modules.items()
+        for kind in ("weight", "bias")
+    ]
+    # On disk the head is embed_out in every version; only 5.x also reads lm_head.
+    return [
+        Rule(WORD_EMBEDDINGS, ("gpt_neox.embed_in.weight",), whole),
+        *rules,
+        Rule(OUTPUT_LAYER, ("embed_out.weight",), whole),
+    ]
+
+
+def _refusals(model: ModelConfig) -> list[str]:
+    held = {
+        "learned positions": model.position_embedding_type == "rope",
+        **rotary_refusals(model),
+        **layer_norm_gelu_refusals(model),
+    }
+    return [f"cannot hold {what}" for what, fine in held.items() if not fine]
+
+
+def _to_config(model: ModelConfig) -> dict[str, Any]:
+    return {
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "max_position_embeddings": model.max_position_embeddings,
+        "hidden_act": GELU_NAMES[model.activation_function],
+        "layer_norm_eps": model.norm_epsilon,
+        "initializer_range": model.init_method_std,
+        "use_parallel_residual": model.use_parallel_residual,
+        "attention_bias": True,
+        "hidden_dropout": model.hidden_dropout,
+        "attention_dropout": model.attention_dropout,
+        "rotary_pct": model.rotary_percent,
+        **rotary_keys(model, "rotary_emb_base", partial_rotary_factor=model.rotary_percent),
+    }
+
+
+def _from_config(config: dict[str, Any], where: str) -> ModelConfig:
+    unsupported(where, **{"attention_bias false": not config.get("attention_bias", True)})
+    parameters = rotary_parameters(config, where)
+    percent = parameters.get("partial_rotary_factor", config.get("rotary_pct", 0.25))
+    heads = required(config, "num_attention_heads", where)
+    hidden = required(config, "hidden_size", where)
+    return make_model(
+        where,
+        num_layers=required(config, "num_hidden_layers", where),
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_query_groups=heads,
+        kv_channels=hidden // heads,
+        ffn_hidden_size=required(config, "intermediate_size", where),
+        max_position_embeddings=required(
+            {"max_position_embeddings": 2048, **config}, "max_position_embeddings", where
+        ),
+        position_embedding_type="rope",
+        **rotary(config, where, "rotary_emb_base"),
+        rotary_percent=percent,
+        norm_epsilon=config.get("layer_norm_eps", 1e-5),
+        use_parallel_residual=config.get("use_parallel_residual", True),
+        hidden_dropout=config.get("hidden_dropout", 0.0),
+        attention_dropout=config.get("attention_dropout", 0.0),
+        **layer_norm_gelu(config, "hidden_act", "gelu", where),
+        **vocabulary(config, where, tied=False),
+    )
+
+
+STYLE = Style(
+    "gpt_neox",
+    "GPTNeoXForCausalLM",
+    _refusals,
+    _rules,
+    _to_config,
+    _from_config,
+    ignored=re.compile(r"\.attention\.((masked_)?bias|rotary_emb\.inv_freq)$"),
+)

@@ -1,0 +1,109 @@
+"""Names of tensors in megatron-core's distributed checkpoints, ours and Megatron-LM's.
+
+Layers are stacked, ``[layers, ...]``, under one key without the layer's number, and norms carry
+the names of Transformer Engine's fused layers whichever layers were trained
+(megatron/core/models/gpt/gpt_layer_specs.py, ``sharded_state_dict_keys_map``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from functools import partial
+
+from megatron_llmjp.config.schema import ModelConfig
+from megatron_llmjp.convert.files.torch_dist import StoredEntry, Writer
+from megatron_llmjp.convert.formats.registry import Options, Source
+from megatron_llmjp.convert.plan import Read, Write
+from megatron_llmjp.convert.tensors import LAYER, VOCABULARY, boxes, shapes
+
+FUSED = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+"""Norms of local layers, and where Transformer Engine's fused layers keep them."""
+
+_NOT_WEIGHTS = re.compile(
+    r"^(optimizer|rng_state|rerun_state_machine|opt_param_scheduler)|_extra_state"
+)
+
+EXTRA_STATES = (
+    "self_attention.linear_qkv",
+    "self_attention.linear_proj",
+    "self_attention.core_attention",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
+"""Modules of a layer that Transformer Engine gives an ``_extra_state`` object."""
+
+
+def on_disk(name: str) -> tuple[str, int | None]:
+    """The key of a canonical tensor on disk, and its layer in the stack."""
+    match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
+    if match is None:
+        return name, None
+    rest = match[2]
+    for local, fused in FUSED.items():
+        rest = rest.replace(local, fused)
+    return f"decoder.layers.{rest}", int(match[1])
+
+
+def weights(entries: dict[str, StoredEntry]) -> dict[str, StoredEntry]:
+    """The model's tensors of a distributed checkpoint, without what wraps a model in training."""
+    kept = {key: e for key, e in entries.items() if not _NOT_WEIGHTS.search(key)}
+    for prefix in ("model.module.", "model.", "module."):
+        if all(key.startswith(prefix) for key in kept):
+            return {key.removeprefix(prefix): entry for key, entry in kept.items()}
+    return kept
+
+
+def reads(model: ModelConfig, rows: int, entries: dict[str, StoredEntry]) -> dict[str, Read]:
+    """How to read every canonical tensor that the entries hold.
+
+    Tensors the model does not expect keep their own names, so that they are reported.
+    """
+    found: dict[str, Read] = {}
+    used: set[str] = set()
+    for name in shapes(model, rows):
+        for key, layer in _candidates(name):
+            if key in entries and (layer is None or entries[key].shape[0] > layer):
+                found[name] = entries[key].layer(layer)
+                used.add(key)
+                break
+    for key in entries.keys() - used:
+        found[key] = entries[key].layer(None)
+    return found
+
+
+def _candidates(name: str) -> Iterable[tuple[str, int | None]]:
+    """Possible places: stacked with fused names, stacked with local names, numbered layers."""
+    key, layer = on_disk(name)
+    yield key, layer
+    if layer is None:
+        return
+    prefix = LAYER.format(i=layer)
+    rest = name.removeprefix(prefix)
+    yield f"decoder.layers.{rest}", layer
+    yield prefix + key.removeprefix("decoder.layers."), None
+    yield name, None
+
+
+def add_model(writer: Writer, source: Source, options: Options, rows: int) -> dict[str, Write]:
+    """Make room for a model with ``rows`` rows of vocabulary, extra states included.
+
+    megatron-core asks for an ``_extra_state`` object of every linear layer when it loads.
+    """
+    model = source.model
+    writes = {}
+    for name, shape in shapes(model, rows).items():
+        key, index = on_disk(name)
+        layer = None if index is None else (index, model.num_layers)
+        placed = writer.add_tensor(key, shape, options.dtype_of(source.reads[name]), layer)
+        layout = partial(boxes, places=tuple(box for box, _ in placed))
+        slots = [[slot] for _, slot in placed]
+        writes[name] = Write(layout, slots, rows if name in VOCABULARY else None)
+    for module in EXTRA_STATES:
+        for i in range(model.num_layers):
+            key = f"decoder.layers.{module}._extra_state/shard_{i}_{model.num_layers}"
+            writer.add_object(key, [None])
+    return writes

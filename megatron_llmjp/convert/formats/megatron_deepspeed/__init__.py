@@ -1,0 +1,1 @@
+"""Checkpoints of Megatron-DeepSpeed, with ZeRO optimizer state."""

@@ -1,0 +1,99 @@
+"""Megatron-DeepSpeed's names of tensors: keys of layer files, parameters of its optimizer.
+
+Source: megatron/model/gpt_model.py and transformer.py of LLM-jp's fork. A layer file's number
+differs between versions; its keys tell what it is.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from megatron_llmjp.config.schema import ModelConfig
+from megatron_llmjp.convert.files.storage import Stored
+from megatron_llmjp.convert.formats.rank_files import Gathered, new_name
+from megatron_llmjp.convert.plan import Read
+from megatron_llmjp.convert.tensors import FINAL_NORM, LAYER, OUTPUT_LAYER, Part, shapes
+from megatron_llmjp.errors import UserError
+
+_MODULES = {
+    "language_model.embedding.": "embedding.",
+    "language_model.encoder.final_layernorm": FINAL_NORM,
+    "language_model.encoder.": "",
+    "language_model.output_layer": "output_layer",
+}
+
+
+def classify(key: str, stored: Stored, layer: int) -> tuple[str, str]:
+    """Canonical name of a key of a layer file, and the layer's prefix if it is of a layer."""
+    if key in ("word_embeddings.weight", "position_embeddings.weight"):
+        return f"embedding.{key}", ""
+    if key == "lm_head.weight":
+        return OUTPUT_LAYER, ""
+    if key in ("weight", "bias"):
+        return f"{FINAL_NORM}.{key}", ""
+    if key.endswith("local_embeddings.weight"):
+        raise UserError(f"{stored.source}: position embeddings split by sequence parallelism")
+    prefix = LAYER.format(i=layer)
+    return prefix + new_name(key), prefix
+
+
+def parameter_name(name: str, stored: Stored, numbers: list[int]) -> str:
+    """The canonical name of one of DeepSpeed's parameter names.
+
+    Args:
+        name: such as ``4.mlp.dense_4h_to_h.weight``; 4 is the number of a layer file.
+        stored: for messages.
+        numbers: of the layer files; the first is the embedding's.
+    """
+    for root in ("tied_modules.embed.", f"{numbers[0] if numbers else 1}."):
+        if name.startswith(root):
+            return classify(name.removeprefix(root), stored, 0)[0]
+    if match := re.match(r"(\d+)\.(.*)", name):
+        number = int(match[1])
+        layer = numbers.index(number) - 1 if number in numbers else 0
+        return classify(match[2], stored, layer)[0]
+    name = name.removeprefix("module.")
+    for old, new in _MODULES.items():
+        name = name.replace(old, new)
+    match = re.match(r"layers\.(\d+)\.(.*)", name)
+    return LAYER.format(i=match[1]) + new_name(match[2]) if match else name
+
+
+def join_separate_keys(
+    folder: Path, gathered: Gathered, model: ModelConfig, tensor: int
+) -> dict[str, Read]:
+    """Grouped-query attention before November 2023 kept ``query`` and ``key_value`` apart."""
+    reads = {}
+    shape_of = shapes(model, 1)
+    for i in range(model.num_layers):
+        for kind in ("weight", "bias"):
+            prefix = f"{LAYER.format(i=i)}self_attention."
+            query = gathered.parts.pop(f"{prefix}query.{kind}", None)
+            pair = gathered.parts.pop(f"{prefix}key_value.{kind}", None)
+            if query is None or pair is None:
+                continue
+            name = f"{prefix}linear_qkv.{kind}"
+            if name not in shape_of or len(query) != tensor or len(pair) != tensor:
+                raise UserError(f"{folder}: query and key_value of layer {i} do not fit")
+            layout = partial(
+                query_and_key_value, groups=model.query_groups, head_dim=model.head_dim, size=tensor
+            )
+            parts = [ranks[t] for t in range(tensor) for ranks in (query, pair)]
+            reads[name] = Read(shape_of[name], query[0].dtype, parts, layout)
+    return reads
+
+
+def query_and_key_value(tensor: torch.Tensor, groups: int, head_dim: int, size: int) -> list[Part]:
+    """Grouped ``linear_qkv`` rows as ``query`` and ``key_value`` of each tensor-parallel rank."""
+    rest = tuple(tensor.shape[1:])
+    grouped = tensor.view(size, groups // size, -1, head_dim, *rest)
+    parts = []
+    for rank in range(size):
+        for view in (grouped[rank, :, :-2], grouped[rank, :, -2:]):
+            count = view.shape[0] * view.shape[1] * head_dim
+            parts.append(Part(view, (count, *rest)))
+    return parts

@@ -1,0 +1,293 @@
+"""Writing for Megatron-DeepSpeed: pipeline layer files, rank files, and ZeRO files if asked for.
+
+The names are those of ``names.py``; what its loaders insist on is in DeepSpeed's
+runtime/engine.py (``_load_checkpoint``) and checkpoint/deepspeed_checkpoint.py.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_llmjp.config.schema import ModelConfig
+from megatron_llmjp.convert import optimizer_state
+from megatron_llmjp.convert.files.torch_archive_writer import Placeholder, plan_archive
+from megatron_llmjp.convert.formats.megatron_deepspeed import zero_writer
+from megatron_llmjp.convert.formats.megatron_deepspeed.reader import LATEST
+from megatron_llmjp.convert.formats.megatron_lm.arguments import make_args
+from megatron_llmjp.convert.formats.rank_files import (
+    OLD_NAMES,
+    check_divides,
+    rank_shape,
+    target_rows,
+    write_of,
+)
+from megatron_llmjp.convert.formats.registry import Options, Source
+from megatron_llmjp.convert.plan import Checksums, Output, Slot
+from megatron_llmjp.convert.tensors import (
+    FINAL_NORM,
+    LAYER,
+    OUTPUT_LAYER,
+    POSITION_EMBEDDINGS,
+    WORD_EMBEDDINGS,
+    norm_kinds,
+    shapes,
+)
+from megatron_llmjp.errors import UserError
+
+
+def plan(source: Source, options: Options) -> Output:
+    """Lay out a checkpoint that Megatron-DeepSpeed loads with ``--finetune``.
+
+    Raises:
+        UserError: it has no way to express the model.
+    """
+    check_divides(source.model, options.tensor_parallel, options.pipeline_parallel)
+    _check_expressible(source.model)
+    if options.no_pipeline:
+        return _plan_modules(source, options)
+    return _plan_layers(source, options)
+
+
+def _plan_modules(source: Source, options: Options) -> Output:
+    """One file per tensor-parallel rank with everything in it, as ``--no-pipeline-parallel``."""
+    if options.pipeline_parallel > 1 or options.with_optimizer:
+        raise UserError("--no-pipeline excludes pipeline stages and --with-optimizer")
+    model, tensor = source.model, options.tensor_parallel
+    rows = target_rows(model, source.rows, tensor)
+    tag = _tag(source)
+    files = []
+    slots: dict[str, dict[int, list[Slot]]] = {name: {} for name in source.reads}
+    for t in range(tensor):
+        held = {
+            name: Placeholder(
+                name, rank_shape(name, model, shape, tensor), options.dtype_of(source.reads[name])
+            )
+            for name, shape in shapes(model, rows).items()
+        }
+        content = _rank_content(source, options, rows) | {"module": _module(model, held)}
+        file = plan_archive(f"{tag}/mp_rank_{t:02d}_model_states.pt", content)
+        files.append(file)
+        for name in held:
+            slots[name][t] = [file.slots[name]]
+    writes = {name: write_of(name, model, tensor, slots[name], rows) for name in source.reads}
+    return Output(files, writes, lambda folder, _: _write_trackers(folder, source))
+
+
+def _module(model: ModelConfig, held: dict[str, Placeholder]) -> dict[str, Any]:
+    """The nested state of Megatron-DeepSpeed's GPTModel."""
+    embedding = {"word_embeddings": {"weight": held[WORD_EMBEDDINGS]}}
+    if POSITION_EMBEDDINGS in held:
+        embedding["position_embeddings"] = {"weight": held[POSITION_EMBEDDINGS]}
+    encoder: OrderedDict[str, Placeholder] = OrderedDict()
+    last = model.num_layers + 2
+    for number, names in _layer_files(model).items():
+        module = "final_layernorm" if number == last else f"layers.{number - 2}"
+        if 2 <= number <= last:
+            encoder |= {f"{module}.{key}": held[name] for name, key in names.items()}
+    language: dict[str, Any] = {"embedding": embedding, "encoder": encoder}
+    if OUTPUT_LAYER in held:
+        language["output_layer"] = {"weight": held[OUTPUT_LAYER]}
+    return {"language_model": language}
+
+
+def _tag(source: Source) -> str:
+    return f"global_step{source.iteration or 0}"
+
+
+def _write_trackers(folder: Path, source: Source) -> None:
+    (folder / LATEST).write_text(_tag(source), encoding="utf-8")
+    iteration = str(source.iteration or 0)
+    (folder / "latest_checkpointed_iteration.txt").write_text(iteration, encoding="utf-8")
+
+
+def _plan_layers(source: Source, options: Options) -> Output:
+    """One file per layer and tensor-parallel rank."""
+    model, tensor = source.model, options.tensor_parallel
+    rows = target_rows(model, source.rows, tensor)
+    tag = _tag(source)
+    groups = _layer_files(model)
+    shape_of = shapes(model, rows)
+    files, optimizers = [], []
+    slots: dict[str, dict[int, list[Slot]]] = {}
+    for number, names in groups.items():
+        for t in range(tensor):
+            tree = {}
+            for name, key in names.items():
+                shape = rank_shape(name, model, shape_of[name], tensor)
+                tree[key] = Placeholder(key, shape, options.dtype_of(source.reads[name]))
+            path = f"{tag}/layer_{number:02d}-model_{t:02d}-model_states.pt"
+            file = plan_archive(path, tree)
+            files.append(file)
+            for name, key in names.items():
+                slots.setdefault(name, {})[t] = [file.slots[key]]
+    for rank in range(tensor * options.pipeline_parallel):
+        content = _rank_content(source, options, rows)
+        if options.with_optimizer:
+            stage = _stage(groups, rank // tensor, options.pipeline_parallel, model)
+            optimizer = _optimizer_file(source, options, stage, rank, rows)
+            content["param_shapes"] = optimizer.param_shapes
+            content["lr_scheduler"] = optimizer.scheduler
+            optimizers.append(optimizer.file)
+            for kind, prefix in optimizer_state.prefixes(source, options).items():
+                for name, slot in optimizer.slots[kind].items():
+                    ranks = slots.setdefault(prefix + name, {})
+                    ranks.setdefault(rank % tensor, []).append(slot)
+        files.append(plan_archive(f"{tag}/mp_rank_{rank:02d}_model_states.pt", content))
+
+    def finish(folder: Path, _: Checksums) -> None:
+        for file in optimizers:
+            zero_writer.finish(folder, file)
+        _write_trackers(folder, source)
+
+    writes = {
+        name: write_of(optimizer_state.parameter(name), model, tensor, own, rows)
+        for name, own in slots.items()
+    }
+    return Output(files + optimizers, writes, finish)
+
+
+def _optimizer_file(
+    source: Source, options: Options, stage: dict[int, dict[str, str]], rank: int, rows: int
+) -> zero_writer.Optimizer:
+    """Lay out the optimizer of one rank, whose layer files are ``stage``."""
+    model, tensor = source.model, options.tensor_parallel
+    names = zero_writer.parameter_names(stage, model)
+    shape_of = shapes(model, rows)
+    held = {name: rank_shape(name, model, shape_of[name], tensor) for name in names}
+    dtype = options.dtype or source.dtype
+    prefix = "bf16_" if dtype == torch.bfloat16 else ""
+    path = f"{_tag(source)}/{prefix}zero_pp_rank_0_mp_rank_{rank:02d}_optim_states.pt"
+    found = None if source.optimizer is None else optimizer_state.of_source(source)
+    return zero_writer.plan(path, names, held, dtype, found)
+
+
+def _check_expressible(model: ModelConfig) -> None:
+    problems = []
+    if model.position_embedding_type == "rope" and model.rotary_base != 10000:
+        problems.append(f"rotary_base {model.rotary_base}: Megatron-DeepSpeed has 10000 built in")
+    if model.use_rope_scaling or model.rotary_seq_len_interpolation_factor is not None:
+        problems.append("scaled rotary positions")
+    if model.use_parallel_residual:
+        problems.append("parallel residual")
+    if model.add_qkv_bias and not model.add_bias_linear:
+        problems.append("add_qkv_bias: it has biases in all linear layers or in none")
+    if problems:
+        raise UserError("megatron-deepspeed cannot hold this model: " + "; ".join(problems))
+
+
+def _layer_files(model: ModelConfig) -> dict[int, dict[str, str]]:
+    """Names and keys of every layer file, numbered as since July 2023."""
+    first = {WORD_EMBEDDINGS: "word_embeddings.weight"}
+    if model.position_embedding_type == "learned_absolute":
+        first[POSITION_EMBEDDINGS] = "position_embeddings.weight"
+    files = {1: first}
+    old = {new: name for name, new in OLD_NAMES.items()}
+    names = shapes(model, 1)
+    for i in range(model.num_layers):
+        prefix = LAYER.format(i=i)
+        inner = [n.removeprefix(prefix) for n in names if n.startswith(prefix)]
+        files[i + 2] = {
+            prefix + n: f"{old[n.rpartition('.')[0]]}.{n.rpartition('.')[2]}" for n in inner
+        }
+    last = model.num_layers + 2
+    files[last] = {f"{FINAL_NORM}.{kind}": kind for kind in norm_kinds(model)}
+    if model.untie_embeddings_and_output_weights:
+        files[last + 1] = {OUTPUT_LAYER: "lm_head.weight"}
+    return files
+
+
+def _stage(
+    groups: dict[int, dict[str, str]], stage: int, stages: int, model: ModelConfig
+) -> dict[int, dict[str, str]]:
+    """The layer files of one pipeline stage; a tied embedding is on the last stage as well."""
+    per_stage = model.num_layers // stages
+    found = {}
+    for number, names in groups.items():
+        layer = min(max(number - 2, 0), model.num_layers - 1)
+        tied_copy = number == 1 and not model.untie_embeddings_and_output_weights
+        if layer // per_stage == stage or (tied_copy and stage == stages - 1):
+            found[number] = names
+    return found
+
+
+def _universal_info(model: ModelConfig, rows: int) -> dict[str, Any]:
+    """What ``ds_to_universal`` has to know of the parameters, as patterns of their names."""
+    tied = not model.untie_embeddings_and_output_weights
+    learned = model.position_embedding_type == "learned_absolute"
+    root = r"tied_modules.embed" if tied else r"\d+"
+    kinds = norm_kinds(model)
+    replicated = [
+        rf"\d+.{norm}.{kind}"
+        for kind in kinds
+        for norm in ("input_layernorm", "post_attention_layernorm")
+    ]
+    replicated += [rf"\d+.{kind}" for kind in kinds]
+    positions = [f"{root}.position_embeddings.weight"] if learned else []
+    words = [f"{root}.word_embeddings.weight"]
+    if model.add_bias_linear:
+        replicated += [r"\d+.self_attention.dense.bias", r"\d+.mlp.dense_4h_to_h.bias"]
+    swiglu = model.activation_function == "swiglu"
+    return {
+        "universal_checkpoint_version": 0.4,
+        "original_vocab_size": model.vocab_size or rows,
+        "padded_vocab_size": rows,
+        "vocabulary_parameter_patterns": words + ([] if tied else [r"\d+.lm_head.weight"]),
+        "pipeline_replicated_parameter_patterns": words + positions if tied else [],
+        "tp_replicated_parameter_patterns": replicated + positions,
+        "parameter_with_row_parallelism_patterns": [
+            r"\d+.mlp.dense_4h_to_h.weight",
+            r"\d+.self_attention.dense.weight",
+        ],
+        "parameter_with_2_sub_params_cat_dim_0": (
+            [r"\d+.mlp.dense_h_to_4h.weight"] if swiglu else []
+        ),
+    }
+
+
+def _rank_content(source: Source, options: Options, rows: int) -> dict[str, Any]:
+    """What DeepSpeed's engine and Megatron insist on when they load."""
+    model, tensor, stages = source.model, options.tensor_parallel, options.pipeline_parallel
+    iteration = source.iteration or 0
+    rope = model.position_embedding_type == "rope"
+    extra = {
+        "num_key_value_heads": model.query_groups,
+        "add_position_embedding": not rope,
+        "normalization": model.normalization.lower(),
+        "num_experts": [1],
+        "iteration": iteration,
+        "consumed_train_samples": source.consumed_samples or 0,
+        "no_pipeline_parallel": options.no_pipeline,
+        "deepspeed": True,
+    }
+    if source.tokenizer_type is not None:
+        extra["tokenizer_type"] = source.tokenizer_type
+    dtype = options.dtype or source.dtype
+    return {
+        "module": None,
+        "buffer_names": [],
+        "optimizer": None,
+        "param_shapes": None,
+        "frozen_param_shapes": None,
+        "shared_params": {},
+        "frozen_param_fragments": None,
+        "lr_scheduler": None,
+        "data_sampler": None,
+        "random_ltd": None,
+        "sparse_tensor_module_names": set(),
+        "skipped_steps": 0,
+        "global_steps": iteration,
+        "global_samples": 0,
+        "dp_world_size": 1,
+        "mp_world_size": tensor * stages,
+        "ds_config": {},
+        "ds_version": "0.10.0",
+        "args": make_args(model, rows, dtype, tensor, stages, extra),
+        "checkpoint_version": 3.0,
+        "iteration": iteration,
+        "tokens": 0,
+        "universal_checkpoint_info": _universal_info(model, rows),
+    }

@@ -1,0 +1,290 @@
+"""DeepSpeed's ZeRO-1 and ZeRO-2 optimizer files, read as canonical tensors.
+
+DeepSpeed's ZeRO-1 and 2 optimizer files: fp32 weights and Adam's moments, in flat arrays.
+
+Each ``*zero_pp_rank_D_mp_rank_MM_optim_states.pt`` holds one data-parallel slice of flat arrays,
+one per parameter group; ``param_shapes`` of ``mp_rank_MM`` lists what lies in them, in order.
+Source: deepspeed/utils/zero_to_fp32.py, ``_zero2_merge_trainable_params``.
+
+The optimizer of a Megatron-DeepSpeed run, as canonical tensors: what ZeRO keeps of it.
+
+:mod:`zero` reads one model-parallel rank; here ranks are joined, as the weights are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_llmjp.config.schema import ModelConfig
+from megatron_llmjp.convert.files.checksums import Region
+from megatron_llmjp.convert.files.storage import FileTensor, Stored, byte_count, read_elements
+from megatron_llmjp.convert.files.torch_archive import load
+from megatron_llmjp.convert.formats.megatron_deepspeed.names import (
+    join_separate_keys,
+    parameter_name,
+)
+from megatron_llmjp.convert.formats.rank_files import Gathered
+from megatron_llmjp.convert.optimizer_state import (
+    MAIN,
+    MOMENTS,
+    OptimizerState,
+    make_state,
+)
+from megatron_llmjp.convert.plan import Read
+from megatron_llmjp.convert.tensors import Shape
+from megatron_llmjp.errors import UserError
+
+_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
+
+
+@dataclass(frozen=True)
+class Span:
+    """A range of a flat array in a file."""
+
+    flat: FileTensor
+    start: int
+    count: int
+
+
+@dataclass(frozen=True)
+class SpanTensor:
+    """A tensor whose elements lie in consecutive ranges of several files."""
+
+    spans: tuple[Span, ...]
+    shape: Shape
+    dtype: torch.dtype
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """The checksums that reading it takes part in."""
+        return tuple(region for span in self.spans for region in span.flat.regions)
+
+    @property
+    def source(self) -> str:
+        """The first of the files."""
+        return str(self.spans[0].flat.path)
+
+    def read(self, into: torch.Tensor | None = None) -> torch.Tensor:
+        """Read it, into fresh memory or a contiguous tensor of as many elements.
+
+        Raises:
+            UserError: a file is truncated.
+        """
+        tensor = torch.empty(self.shape, dtype=self.dtype) if into is None else into
+        flat, done = tensor.view(-1), 0
+        for span in self.spans:
+            offset = span.flat.offset + span.start * self.dtype.itemsize
+            place = flat[done : done + span.count]
+            read_elements(
+                span.flat.path, offset, self.dtype, (span.count,), place, span.flat.region
+            )
+            done += span.count
+        return tensor
+
+
+@dataclass(frozen=True)
+class ZeroRank:
+    """What the data-parallel ranks of one model-parallel rank hold together."""
+
+    param_shapes: list[dict[str, Shape]]
+    """Parameters by DeepSpeed's names, in the order of the flat arrays, per parameter group."""
+    shards: list[tuple[Path, dict[str, Any]]]
+    """Each data-parallel rank's file and its ``optimizer_state_dict``, in order."""
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """Settings of the parameter groups."""
+        groups: list[dict[str, Any]] = _base(*self.shards[0])["param_groups"]
+        return groups
+
+    @property
+    def step(self) -> Any:
+        """Updates taken: beside the moments, or in the group with some of DeepSpeed's optimizers.
+
+        None where neither has it.
+        """
+        return _moments(*self.shards[0], 0).get("step", self.groups[0].get("step"))
+
+    @property
+    def grad_scaler(self) -> dict[str, Any] | None:
+        """fp16's loss scale in megatron-core's terms; None where there is none.
+
+        Good steps are counted anew: megatron-core asks for exactly ``loss_scale_window`` of them.
+        """
+        scaler: Any = self.shards[0][1].get("loss_scaler")
+        if not str(getattr(scaler, "kind", "")).endswith(".DynamicLossScaler"):
+            return None
+        left = getattr(scaler, "cur_hysteresis", 1)
+        return {"scale": scaler.cur_scale, "growth_tracker": 0, "hysteresis_tracker": left}
+
+    def tensors(self, kind: str) -> Iterator[tuple[str, Stored]]:
+        """Every parameter's fp32 weight (``param``), or moment, by DeepSpeed's name.
+
+        Raises:
+            UserError: there are none, or the arrays are shorter than the parameters.
+        """
+        for group, shapes in enumerate(self.param_shapes):
+            flats = [_flat(path, state, kind, group) for path, state in self.shards]
+            aligned = self.shards[0][1].get("param_alignment_paddings")
+            paddings = aligned[group] if aligned else [0] * len(shapes)
+            start = 0
+            for (name, shape), padding in zip(shapes.items(), paddings, strict=True):
+                count = byte_count(tuple(shape), torch.uint8)
+                spans = tuple(_spans(flats, start, count))
+                if sum(span.count for span in spans) != count:
+                    raise UserError(f"{flats[-1].path}: ends before parameter {name}")
+                yield name, SpanTensor(spans, tuple(shape), flats[0].dtype)
+                start += count + padding
+
+
+def open_rank(folder: Path, rank: int, param_shapes: Any) -> ZeroRank:
+    """Open the optimizer files of one model-parallel rank.
+
+    Args:
+        folder: ``global_step*``.
+        rank: ``MM`` of ``mp_rank_MM``.
+        param_shapes: of that rank's file; one dictionary of shapes per parameter group.
+
+    Raises:
+        UserError: a file is missing, or the run was trained without ZeRO.
+    """
+    if not param_shapes:
+        raise UserError(f"{folder}: rank {rank} has no param_shapes: trained without ZeRO")
+    return ZeroRank(param_shapes, _shards(folder, rank))
+
+
+def _shards(folder: Path, rank: int) -> list[tuple[Path, dict[str, Any]]]:
+    files = {
+        int(m[1]): p for p in folder.iterdir() if (m := _FILE.match(p.name)) and int(m[2]) == rank
+    }
+    if not files:
+        raise UserError(
+            f"{folder}: mp_rank_{rank:02d} has no optimizer files (*zero_pp_rank_*_optim_states.pt)"
+        )
+    if sorted(files) != list(range(len(files))):
+        raise UserError(
+            f"{folder}: of the optimizer files of mp_rank_{rank:02d} only data-parallel ranks "
+            f"{sorted(files)} are there"
+        )
+    found = []
+    for _, path in sorted(files.items()):
+        state = load(path).get("optimizer_state_dict") or {}
+        if "single_partition_of_fp32_groups" not in state:
+            raise UserError(f"{path}: holds no fp32 weights (ZeRO stage 1 or 2 is needed)")
+        partitions = state.get("partition_count", len(files))
+        count = max(partitions) if isinstance(partitions, list) else partitions
+        if count != len(files):
+            raise UserError(f"{folder}: {len(files)} of {count} data-parallel ranks are there")
+        found.append((path, state))
+    return found
+
+
+def _flat(path: Path, state: dict[str, Any], kind: str, group: int) -> FileTensor:
+    """A data-parallel rank's slice of one parameter group."""
+    if kind == MAIN:
+        flat: FileTensor = state["single_partition_of_fp32_groups"][group]
+        return flat
+    found = _moments(path, state, group)
+    if kind not in found:
+        raise UserError(f"{path}: parameter group {group} has no {kind}: not trained with Adam?")
+    moment: FileTensor = found[kind]
+    return moment
+
+
+def _moments(path: Path, state: dict[str, Any], group: int) -> dict[str, Any]:
+    """The state of the one flat parameter that the optimizer sees of a group."""
+    base = _base(path, state)
+    found: dict[str, Any] = base["state"].get(base["param_groups"][group]["params"][0], {})
+    return found
+
+
+def _base(path: Path, state: dict[str, Any]) -> dict[str, Any]:
+    base = state.get("base_optimizer_state")
+    if not isinstance(base, dict) or "param_groups" not in base:
+        raise UserError(f"{path}: holds no state of Adam, or one saved with elastic_checkpoint")
+    return base
+
+
+def _spans(flats: list[FileTensor], start: int, count: int) -> Iterator[Span]:
+    """The ranges that elements ``start`` to ``start + count`` of joined arrays fall into."""
+    base = 0
+    for flat in flats:
+        length = flat.shape[0]
+        first, last = max(start, base), min(start + count, base + length)
+        if first < last:
+            yield Span(flat, first - base, last - first)
+        base += length
+
+
+_LAYER_FILE = re.compile(r"layer_(\d+)-model_\d+-model_states\.pt$")
+
+
+@dataclass(frozen=True)
+class ZeroFolder:
+    """All optimizer files of a ``global_step*`` folder."""
+
+    folder: Path
+    model: ModelConfig
+    ranks: dict[int, ZeroRank]
+    """By model-parallel rank, stage by stage."""
+    tensor_parallel: int
+
+    def tensors(self, kind: str) -> dict[str, Read]:
+        """How to read one kind, ``param`` or a moment, of every parameter; its type is fp32.
+
+        Of tied embeddings the first stage's are taken: the last one's copy of the position
+        embeddings is never kept in step with them.
+
+        Raises:
+            UserError: a rank lacks them.
+        """
+        found = (_LAYER_FILE.match(path.name) for path in self.folder.iterdir())
+        numbers = sorted({int(match[1]) for match in found if match})
+        gathered = Gathered()
+        for rank, state in self.ranks.items():
+            for name, stored in state.tensors(kind):
+                if name.startswith("tied_modules.embed.") and rank >= self.tensor_parallel:
+                    continue
+                canonical = parameter_name(name, stored, numbers)
+                gathered.add(canonical, rank % self.tensor_parallel, stored)
+        where, size = self.folder, self.tensor_parallel
+        joined = join_separate_keys(where, gathered, self.model, size)
+        return joined | gathered.reads(where, self.model, size)
+
+    def state(self, content: dict[str, Any]) -> OptimizerState:
+        """What a run goes on with.
+
+        Args:
+            content: of the first rank's ``mp_rank_*`` file, which has the schedule's state.
+
+        Raises:
+            UserError: there are no moments, or no schedule.
+        """
+        first = self.ranks[0]
+        tensors = {kind: self.tensors(kind) for kind in (*MOMENTS, MAIN)}
+        told = {
+            "opt_param_scheduler": content.get("lr_scheduler"),
+            "optimizer": {"grad_scaler": first.grad_scaler},
+        }
+        return make_state(tensors, first.step, first.groups, told, self.folder)
+
+
+def open_folder(
+    folder: Path, model: ModelConfig, ranks: dict[int, Path], tensor_parallel: int
+) -> ZeroFolder:
+    """Open the optimizer files beside every ``mp_rank_*`` file.
+
+    Raises:
+        UserError: one is missing or damaged, or the run was trained without ZeRO.
+    """
+    opened = {
+        rank: open_rank(folder, rank, load(path).get("param_shapes"))
+        for rank, path in sorted(ranks.items())
+    }
+    return ZeroFolder(folder, model, opened, tensor_parallel)

@@ -1,0 +1,165 @@
+"""Laying out ZeRO-1 optimizer files for one data-parallel rank: fp32 weights and Adam's moments.
+
+With them DeepSpeed resumes without ``--finetune``, and its own tools read the checkpoint. Source:
+deepspeed/runtime/bf16_optimizer.py and zero/stage_1_and_2.py (``state_dict``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import zlib
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_llmjp.config.schema import ModelConfig
+from megatron_llmjp.convert.files.storage import BLOCK, byte_count, write_at
+from megatron_llmjp.convert.files.torch_archive_writer import Placeholder, plan_archive
+from megatron_llmjp.convert.optimizer_state import MAIN, MOMENTS, OptimizerState
+from megatron_llmjp.convert.plan import OutputFile, Slot
+from megatron_llmjp.convert.tensors import Shape
+
+_ALIGNMENT = 2  # elements per data-parallel rank
+
+
+@dataclass
+class Optimizer:
+    """A planned file, the slots of every parameter in it, and the shapes that describe it."""
+
+    file: OutputFile
+    slots: dict[str, dict[str, Slot]]
+    """By kind, ``param`` or a moment, and by canonical name."""
+    param_shapes: list[OrderedDict[str, torch.Size]]
+    scheduler: dict[str, Any] | None
+    """What Megatron's schedule loads."""
+
+
+def parameter_names(stage: dict[int, dict[str, str]], model: ModelConfig) -> dict[str, str]:
+    """DeepSpeed's parameter names of a stage by canonical name, in the order of its modules.
+
+    Args:
+        stage: number, names and keys of its layer files.
+        model: tied embeddings have a name of their own.
+    """
+    tied = not model.untie_embeddings_and_output_weights
+    return {
+        name: f"{'tied_modules.embed' if tied and number == 1 else number}.{key}"
+        for number, names in stage.items()
+        for name, key in names.items()
+    }
+
+
+def plan(
+    path: str,
+    names: dict[str, str],
+    shapes: dict[str, Shape],
+    dtype: torch.dtype,
+    found: OptimizerState | None,
+) -> Optimizer:
+    """Lay out the file of one model-parallel rank.
+
+    Args:
+        path: of the file.
+        names: DeepSpeed's parameter names by canonical name.
+        shapes: of the parameters on this rank.
+        dtype: of the weights; bf16 has an optimizer class of its own.
+        found: what Adam has gathered; without it the moments are zero.
+    """
+    flat_groups = _groups(names, shapes)
+    param_shapes, mappings, flats, state, starts = [], [], [], {}, {}
+    for g, group in enumerate(flat_groups):
+        position = 0
+        mapping = OrderedDict()
+        for name in group:
+            count = byte_count(shapes[name], torch.uint8)
+            mapping[names[name]] = argparse.Namespace(numel=count, start=position)
+            starts[name] = (g, position)
+            position += count
+        length = (position + -position % _ALIGNMENT,)
+        flats.append(Placeholder(f"{MAIN} {g}", length, torch.float32))
+        state[g] = {
+            "step": found.step if found else 0,
+            **{kind: Placeholder(f"{kind} {g}", length, torch.float32) for kind in MOMENTS},
+        }
+        mappings.append(mapping)
+        param_shapes.append(OrderedDict((names[n], torch.Size(shapes[n])) for n in group))
+    paddings = [
+        flat.shape[0] - sum(m.numel for m in mapping.values())
+        for flat, mapping in zip(flats, mappings, strict=True)
+    ]
+    content = _content(flats, state, mappings, paddings, dtype, found)
+    file = plan_archive(path, content)
+    slots: dict[str, dict[str, Slot]] = {kind: {} for kind in (MAIN, *MOMENTS)}
+    for kind, own in slots.items():
+        for name, (g, start) in starts.items():
+            offset = file.slots[f"{kind} {g}"].offset + 4 * start
+            own[name] = Slot(path, names[name], offset, shapes[name], torch.float32)
+    # Megatron-DeepSpeed can count tokens too, which this schedule does not.
+    by_tokens = {"lr_warmup_tokens": None, "lr_decay_tokens": None, "num_tokens": 0}
+    scheduler = {**by_tokens, **found.scheduler} if found else None
+    return Optimizer(file, slots, param_shapes, scheduler)
+
+
+def _groups(names: dict[str, str], shapes: dict[str, Shape]) -> list[list[str]]:
+    """Parameters with weight decay, and those without: vectors."""
+    found = [[n for n in names if len(shapes[n]) > 1], [n for n in names if len(shapes[n]) == 1]]
+    return [group for group in found if group]
+
+
+def _content(
+    flats: list[Placeholder],
+    state: dict[int, Any],
+    mappings: list[Any],
+    paddings: list[int],
+    dtype: torch.dtype,
+    found: OptimizerState | None,
+) -> dict[str, Any]:
+    # torch.optim.Adam, Megatron's without apex, takes from here that the decay is AdamW's; apex
+    # does not look. Without it the decay would go into the moments.
+    fresh = {"lr": 0.0, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
+    fresh |= {"decoupled_weight_decay": True}
+    told = _by_decay(found.groups) if found else [{}, {}]
+    groups = [{**fresh, **told[g], "params": [g]} for g in range(len(flats))]
+    optimizer = {
+        "clip_grad": 1.0,
+        "base_optimizer_state": {"state": state, "param_groups": groups},
+        "single_partition_of_fp32_groups": flats,
+        "group_paddings": paddings,
+        "partition_count": [1] * len(flats),
+        "ds_version": "0.10.0",
+        "param_slice_mappings": mappings,
+    }
+    if dtype != torch.bfloat16:
+        optimizer |= {
+            "loss_scaler": None,
+            "dynamic_loss_scale": False,
+            "overflow": False,
+            "zero_stage": 1,
+        }
+    return {"optimizer_state_dict": optimizer, "ds_config": {}, "ds_version": "0.10.0"}
+
+
+def _by_decay(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Settings of the parameters with weight decay, and of those without."""
+    decayed = next((group for group in groups if group.get("wd_mult", 1.0)), groups[0])
+    return [decayed, next((group for group in groups if not group.get("wd_mult", 1.0)), decayed)]
+
+
+def finish(folder: Path, file: OutputFile) -> None:
+    """Write the checksums of the flat arrays, whose parts arrive in any order."""
+    for slot in file.slots.values():
+        descriptor = os.open(folder / file.name, os.O_RDWR)
+        try:
+            checksum, done = 0, 0
+            while done < slot.nbytes:
+                block = os.pread(descriptor, min(BLOCK, slot.nbytes - done), slot.offset + done)
+                checksum = zlib.crc32(block, checksum)
+                done += len(block)
+            for offset in slot.checksums:
+                write_at(descriptor, offset, checksum.to_bytes(4, "little"))
+        finally:
+            os.close(descriptor)

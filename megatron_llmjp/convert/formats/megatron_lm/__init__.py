@@ -1,0 +1,1 @@
+"""Checkpoints of Megatron-LM: legacy ``torch`` and ``torch_dist``."""

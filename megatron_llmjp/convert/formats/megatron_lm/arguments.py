@@ -1,0 +1,291 @@
+"""The ``args`` of Megatron-LM and Megatron-DeepSpeed checkpoints: their command line, as parsed.
+
+Source: megatron/training/arguments.py of Megatron-LM (core 0.6 to 0.12) and megatron/arguments.py
+of Megatron-DeepSpeed. Both are covered by one reading: where names differ, each program lacks the
+other's.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from megatron_llmjp.config.schema import SECTIONS, ModelConfig, OptimizerConfig
+from megatron_llmjp.convert.formats.hugging_face.config import make_model, required, unsupported
+from megatron_llmjp.convert.formats.megatron_lm.argument_fields import check_fields
+
+
+def model_from_args(args: Any, where: str, ignored: Collection[str] = ()) -> ModelConfig:
+    """The architecture that a program's arguments describe.
+
+    Args:
+        args: the namespace of the checkpoint.
+        where: the file, for messages.
+        ignored: arguments to read as if they were not there.
+
+    Raises:
+        UserError: an argument is missing, not known, or asks for what cannot be represented.
+    """
+    given = {name: value for name, value in _fields(args).items() if name not in ignored}
+    check_fields(given, where)
+    _check_consistent(given, where)
+    heads = required(given, "num_attention_heads", where)
+    hidden = required(given, "hidden_size", where)
+    swiglu = bool(given.get("swiglu"))
+    biases = bool(given.get("add_bias_linear", True))
+    rope = _is_rope(given, where)
+    return make_model(
+        where,
+        num_layers=required(given, "num_layers", where),
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_query_groups=_groups(given, heads, where),
+        kv_channels=given.get("kv_channels") or hidden // heads,
+        ffn_hidden_size=given.get("ffn_hidden_size") or 4 * hidden,
+        max_position_embeddings=given.get("max_position_embeddings") or given.get("seq_length"),
+        position_embedding_type="rope" if rope else "learned_absolute",
+        rotary_base=_rotary_base(given, where),
+        rotary_percent=(given.get("rotary_percent") or 1.0) if rope else 1.0,
+        rotary_seq_len_interpolation_factor=given.get("rotary_seq_len_interpolation_factor"),
+        use_rope_scaling=bool(given.get("use_rope_scaling")),
+        rope_scaling_factor=given.get("rope_scaling_factor") or 8.0,
+        normalization=_normalization(given, where),
+        norm_epsilon=given.get("norm_epsilon") or given.get("layernorm_epsilon") or 1e-5,
+        activation_function="swiglu" if swiglu else _gelu(given, biases),
+        add_bias_linear=biases,
+        add_qkv_bias=bool(given.get("add_qkv_bias")),
+        untie_embeddings_and_output_weights=bool(
+            given.get("untie_embeddings_and_output_weights", False)
+        ),
+        hidden_dropout=given.get("hidden_dropout", 0.0),
+        attention_dropout=given.get("attention_dropout", 0.0),
+        init_method_std=given.get("init_method_std") or 0.02,
+        make_vocab_size_divisible_by=given.get("make_vocab_size_divisible_by") or 128,
+        vocab_size=true_vocabulary(args),
+    )
+
+
+def notes_from_args(args: Any) -> list[str]:
+    """What a user should know of arguments that Megatron-LM itself treats unevenly."""
+    given = _fields(args)
+    if not _is_core(given):
+        return []
+    uneven = {
+        "rope_scaling_factor": bool(given.get("use_rope_scaling"))
+        and given.get("rope_scaling_factor") not in (None, 8.0),
+        "rotary_seq_len_interpolation_factor": given.get("rotary_seq_len_interpolation_factor")
+        not in (None, 1),
+    }
+    return [
+        f"{name} {given[name]} was taken as part of the model; pretrain_gpt.py of Megatron-LM up "
+        f"to core 0.19 does not pass it on: if the run was trained without it, add "
+        f"--ignore-args {name}"
+        for name, found in uneven.items()
+        if found
+    ]
+
+
+def _fields(args: Any) -> dict[str, Any]:
+    return dict(vars(args)) if hasattr(args, "__dict__") else {}
+
+
+_TOLD = {
+    "data": ("tokenizer_type",),
+    "training": ("global_batch_size", "micro_batch_size", "seed"),
+    "optimizer": tuple(OptimizerConfig.model_fields),
+}
+
+
+def settings_from_args(args: Any) -> dict[str, dict[str, Any]]:
+    """What a program's arguments say of data, batches and optimizer, by section.
+
+    Values that this project's configuration does not know are left out.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for section, names in _TOLD.items():
+        for name in names:
+            value = getattr(args, name, None)
+            if value is None or isinstance(value, (dict, list)):
+                continue
+            try:
+                SECTIONS[section].model_validate({name: value})
+            except ValidationError:
+                continue
+            found.setdefault(section, {})[name] = value
+    return found
+
+
+def tokenizer_type_of(args: Any) -> str | None:
+    """The type of the run's tokenizer, where the arguments name it."""
+    name = getattr(args, "tokenizer_type", None)
+    return name if isinstance(name, str) and name else None
+
+
+def _is_core(given: dict[str, Any]) -> bool:
+    """Whether the run built megatron-core's model, not the older ``megatron.legacy`` one."""
+    if "use_legacy_models" in given:
+        return not given["use_legacy_models"]
+    return bool(given.get("use_mcore_models"))
+
+
+def _check_consistent(given: dict[str, Any], where: str) -> None:
+    """Refuse arguments that contradict each other, or a combination the model does not have."""
+    swiglu = bool(given.get("swiglu"))
+    layers = given.get("encoder_num_layers")
+    epsilons = [given[name] for name in ("norm_epsilon", "layernorm_epsilon") if given.get(name)]
+    unsupported(
+        where,
+        **{
+            "gated_linear_unit without swiglu": bool(given.get("gated_linear_unit")) and not swiglu,
+            f"encoder_num_layers {layers}": layers not in (None, given.get("num_layers")),
+            "norm_epsilon and layernorm_epsilon that differ": len(set(epsilons)) > 1,
+        },
+    )
+
+
+def _is_rope(given: dict[str, Any], where: str) -> bool:
+    """Megatron-LM says ``position_embedding_type``, Megatron-DeepSpeed has two switches."""
+    kind = given.get("position_embedding_type")
+    if given.get("use_rotary_position_embeddings") or kind == "rope":
+        return True
+    added = bool(given.get("add_position_embedding", True))
+    unsupported(
+        where,
+        **{
+            f"position_embedding_type {kind}": kind not in (None, "learned_absolute"),
+            "a model without position embeddings": not added,
+        },
+    )
+    return False
+
+
+def _rotary_base(given: dict[str, Any], where: str) -> int:
+    """``rotary_base``, which LLM-jp's branches of 2024 call ``rope_theta``.
+
+    They pass it to megatron-core's model only; their older model, like Megatron-DeepSpeed's, has
+    10000 written down.
+    """
+    base = given.get("rotary_base") or 10000
+    theta = given.get("rope_theta")
+    if theta is None:
+        theta = base
+    unsupported(
+        where,
+        **{
+            f"rope_theta {theta} with rotary_base {base}": base not in (10000, theta),
+            f"rope_theta {theta} in a model that is not megatron-core's": theta != base
+            and not _is_core(given),
+            f"rotary base {theta} (not a whole number)": not _is_whole(theta),
+        },
+    )
+    return int(theta)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int | float) and value == value // 1
+
+
+def _normalization(given: dict[str, Any], where: str) -> str:
+    """Megatron-LM writes ``RMSNorm``, Megatron-DeepSpeed ``rmsnorm``."""
+    name = str(given.get("normalization") or "LayerNorm")
+    known = {"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}
+    unsupported(where, **{f"normalization {name}": name.lower() not in known})
+    return known[name.lower()]
+
+
+def _groups(given: dict[str, Any], heads: int, where: str) -> int:
+    """Megatron-LM's ``num_query_groups`` is 1 and means nothing without the switch."""
+    if "group_query_attention" in given:
+        grouped = given["group_query_attention"]
+        return required(given, "num_query_groups", where) if grouped else heads
+    return given.get("num_key_value_heads") or heads
+
+
+def _gelu(given: dict[str, Any], biases: bool) -> str:
+    """The fused kernel computes the tanh approximation; unfused is the exact function.
+
+    megatron-core's model knows nothing of ``openai_gelu`` and ``onnx_safe``; in the older model
+    they come before the fused kernel.
+    """
+    if not _is_core(given):
+        if given.get("openai_gelu"):
+            return "gelu_tanh"
+        if given.get("onnx_safe"):
+            return "gelu"
+    return "gelu_tanh" if given.get("bias_gelu_fusion") and biases else "gelu"
+
+
+def true_vocabulary(args: Any) -> int | None:
+    """The vocabulary without padding, where the arguments have it.
+
+    ``vocab_size`` is that of NullTokenizer alone, which adds an end-of-document token; for other
+    tokenizers it is a bound at best. This converter writes ``true_vocab_size``.
+    """
+    true = getattr(args, "true_vocab_size", None)
+    if isinstance(true, int):
+        return true
+    size = getattr(args, "vocab_size", None)
+    null = getattr(args, "tokenizer_type", None) == "NullTokenizer"
+    return size + 1 if null and isinstance(size, int) else None
+
+
+def make_args(
+    model: ModelConfig,
+    rows: int,
+    dtype: torch.dtype,
+    tensor: int,
+    pipeline: int,
+    extra: dict[str, Any],
+) -> argparse.Namespace:
+    """Arguments of plain types that describe a model to both programs.
+
+    Args:
+        rows: of the padded vocabulary.
+        dtype: of the weights.
+        tensor: tensor parallel size.
+        pipeline: pipeline parallel size.
+        extra: what only one of the programs knows.
+    """
+    rope = model.position_embedding_type == "rope"
+    tanh = model.activation_function == "gelu_tanh"
+    fields = {
+        "num_layers": model.num_layers,
+        "encoder_num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_size,
+        "num_attention_heads": model.num_attention_heads,
+        "kv_channels": model.head_dim,
+        "max_position_embeddings": model.max_position_embeddings,
+        "seq_length": model.max_position_embeddings,
+        "padded_vocab_size": rows,
+        "make_vocab_size_divisible_by": model.make_vocab_size_divisible_by,
+        "rotary_percent": model.rotary_percent,
+        "use_rotary_position_embeddings": rope,
+        "add_bias_linear": model.add_bias_linear,
+        "swiglu": model.activation_function == "swiglu",
+        "bias_gelu_fusion": tanh,
+        "openai_gelu": False,
+        "onnx_safe": None,
+        "squared_relu": False,
+        "layernorm_epsilon": model.norm_epsilon,
+        "norm_epsilon": model.norm_epsilon,
+        "apply_layernorm_1p": False,
+        "apply_residual_connection_post_layernorm": False,
+        "apply_query_key_layer_scaling": False,
+        "untie_embeddings_and_output_weights": model.untie_embeddings_and_output_weights,
+        "hidden_dropout": model.hidden_dropout,
+        "attention_dropout": model.attention_dropout,
+        "init_method_std": model.init_method_std,
+        "tensor_model_parallel_size": tensor,
+        "pipeline_model_parallel_size": pipeline,
+        "data_parallel_size": 1,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "consumed_train_samples": 0,
+        "consumed_valid_samples": 0,
+    }
+    return argparse.Namespace(**{**fields, **extra})

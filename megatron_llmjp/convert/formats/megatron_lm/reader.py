@@ -1,0 +1,310 @@
+"""The numbered optimizer states of Megatron-LM's legacy files, under the names of their weights.
+
+Reading Megatron-LM's checkpoints: legacy ``torch``, one file per rank, and ``torch_dist``.
+
+Source: megatron/training/checkpointing.py (core 0.6 to 0.16). Legacy files are
+``iter_0000100/mp_rank_TT[_PPP]/model_optim_rng.pt`` with ``args``, ``iteration`` and ``model``, a
+flat dictionary whose layers are numbered within the stage (``model0``, ``model1``, ... with
+virtual stages). ``torch_dist`` has the layout of ``mcore_names.py``, and args in ``common.pt``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megatron_llmjp.checkpoint.manifest import folder_name
+from megatron_llmjp.config.schema import ModelConfig
+from megatron_llmjp.convert import optimizer_state
+from megatron_llmjp.convert.files import torch_dist
+from megatron_llmjp.convert.files.storage import Stored
+from megatron_llmjp.convert.files.torch_archive import load
+from megatron_llmjp.convert.formats import mcore_names
+from megatron_llmjp.convert.formats.megatron_lm.arguments import (
+    model_from_args,
+    notes_from_args,
+    settings_from_args,
+    tokenizer_type_of,
+)
+from megatron_llmjp.convert.formats.rank_files import Gathered, new_name
+from megatron_llmjp.convert.formats.registry import Source
+from megatron_llmjp.convert.optimizer_state import MAIN, MOMENTS, OptimizerState
+from megatron_llmjp.convert.tensors import FINAL_NORM, OUTPUT_LAYER, WORD_EMBEDDINGS
+from megatron_llmjp.errors import UserError
+
+
+class RankState(NamedTuple):
+    """The optimizer state of one rank's file, by the model chunk and the key of the weight."""
+
+    chunks: dict[str, list[dict[str, Stored]]]
+    """By kind: one dictionary per model chunk, with the keys of the weights."""
+    step: Any
+    groups: list[dict[str, Any]]
+
+
+def of_rank(content: dict[str, Any], chunks: list[dict[str, Any]], path: Path) -> RankState:
+    """Give the numbered states in a rank's file the names of their weights.
+
+    megatron-core numbers parameters group by group: the ones with weight decay and those without,
+    in an order that is the rank's own, and inside a group as the model lists them
+    (megatron/core/optimizer/__init__.py, ``_get_param_groups``).
+
+    Raises:
+        UserError: there is no state, it lies in another file, or the numbers do not fit.
+    """
+    optimizer = content.get("optimizer")
+    if not isinstance(optimizer, dict):
+        raise UserError(f"{path}: holds no optimizer state: saved with --no-save-optim?")
+    inner = optimizer.get("optimizer", optimizer)
+    if not inner.get("state"):
+        raise UserError(
+            f"{path}: its optimizer state is in distrib_optim.pt, flat and cut by buckets; load "
+            "it with Megatron-LM and save it with --ckpt-format torch_dist"
+        )
+    weights = [(i, key) for i, chunk in enumerate(chunks) for key in chunk]
+    found: dict[str, list[dict[str, Stored]]] = {}
+    masters = optimizer.get("fp32_from_fp16_params")
+    for number, group in enumerate(inner["param_groups"]):
+        decays = bool(group.get("wd_mult", 1.0))
+        names = [(i, key) for i, key in weights if _decays(key, chunks[i][key]) == decays]
+        if len(names) != len(group["params"]):
+            raise UserError(
+                f"{path}: a parameter group holds {len(group['params'])} states for {len(names)} "
+                f"weights {'with' if decays else 'without'} weight decay"
+            )
+        states = [inner["state"][index] for index in group["params"]]
+        parts = {kind: [state[kind] for state in states] for kind in MOMENTS}
+        if masters is not None:
+            parts[MAIN] = list(masters[number])
+        for kind, tensors in parts.items():
+            placed = found.setdefault(kind, [{} for _ in chunks])
+            for (i, key), stored in zip(names, tensors, strict=True):
+                placed[i][key] = stored
+    step = next(iter(inner["state"].values())).get("step", inner["param_groups"][0].get("step"))
+    return RankState(found, step, inner["param_groups"])
+
+
+def _decays(key: str, stored: Stored) -> bool:
+    """Whether weight decay touches a parameter: not a bias, not of one dimension."""
+    return not key.endswith(".bias") and len(stored.shape) > 1
+
+
+TRACKER = "latest_checkpointed_iteration.txt"
+FILE = "model_optim_rng.pt"
+_RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?$")
+_OLD_ROOTS = {
+    "language_model.embedding.": "embedding.",
+    "language_model.encoder.": "decoder.",
+    "language_model.transformer.": "decoder.",
+    "language_model.output_layer.": "output_layer.",
+}
+_TIED_COPIES = ("word_embeddings_for_head.weight", "word_embeddings.weight")
+
+
+def read(path: Path, ignored: Collection[str] = ()) -> Source:
+    """Open an iteration's folder, or that of a run, whose tracker names the iteration.
+
+    Args:
+        path: the folder.
+        ignored: arguments of the run to read as if they were not there.
+
+    Raises:
+        UserError: it is incomplete, damaged, or cannot be represented.
+    """
+    folder = newest(path)
+    if (folder / torch_dist.METADATA).is_file():
+        return _read_torch_dist(folder, ignored)
+    return _read_legacy(folder, ignored)
+
+
+def newest(path: Path) -> Path:
+    """The iteration's folder that ``path`` means."""
+    if (path / torch_dist.METADATA).is_file() or next(path.glob(f"mp_rank_*/{FILE}"), None):
+        return path
+    tracker = path / TRACKER
+    if tracker.is_file():
+        text = tracker.read_text(encoding="utf-8").strip()
+        name = text if text == "release" else folder_name(int(text)) if text.isdigit() else ""
+        if name and (path / name).is_dir():
+            return path / name
+        raise UserError(f"{tracker}: names '{text}', which is not in {path}")
+    folders = sorted(p for p in path.glob("iter_*") if p.is_dir())
+    if not folders:
+        raise UserError(f"{path}: holds neither {TRACKER} nor iter_* nor mp_rank_* folders")
+    return folders[-1]
+
+
+def _source(
+    folder: Path,
+    args: Any,
+    iteration: Any,
+    model: ModelConfig,
+    reads: dict[str, Any],
+    layout: str,
+    optimizer: Callable[[], OptimizerState],
+) -> Source:
+    notes = notes_from_args(args)
+    if model.vocab_size is None:
+        notes.append(
+            "the true vocabulary size is not in the checkpoint: its padding was kept; "
+            "--vocab-size N trims it"
+        )
+    return Source(
+        "megatron-lm",
+        folder,
+        model,
+        reads,
+        layout,
+        iteration=iteration if isinstance(iteration, int) else None,
+        consumed_samples=getattr(args, "consumed_train_samples", None),
+        seq_length=getattr(args, "seq_length", None),
+        notes=notes,
+        settings=settings_from_args(args),
+        tokenizer_type=tokenizer_type_of(args),
+        optimizer=optimizer,
+    )
+
+
+def _read_torch_dist(folder: Path, ignored: Collection[str]) -> Source:
+    common = torch_dist.read_common(folder)
+    stored = torch_dist.read_metadata(folder)
+    entries = mcore_names.weights(stored)
+    if "args" not in common:
+        raise UserError(f"{folder / 'common.pt'}: holds no args, so the model is not known")
+    if WORD_EMBEDDINGS not in entries:
+        raise UserError(f"{folder}: holds no {WORD_EMBEDDINGS}")
+    model = model_from_args(common["args"], str(folder / "common.pt"), ignored)
+    reads = mcore_names.reads(model, entries[WORD_EMBEDDINGS].shape[0], entries)
+    optimizer = partial(optimizer_state.from_torch_dist, model, stored, common, folder)
+    iteration = common.get("iteration")
+    return _source(folder, common["args"], iteration, model, reads, "torch_dist", optimizer)
+
+
+def _read_legacy(folder: Path, ignored: Collection[str]) -> Source:
+    ranks = _rank_files(folder)
+    tensor = 1 + max(t for t, _ in ranks)
+    pipeline = 1 + max(p for _, p in ranks)
+    if len(ranks) != tensor * pipeline:
+        raise UserError(f"{folder}: {len(ranks)} ranks found, {tensor} x {pipeline} expected")
+    gathered = Gathered()
+    args: Any = None
+    iteration = None
+    for t in range(tensor):
+        stages = []
+        for p in range(pipeline):
+            content = load(ranks[t, p])
+            args = args or content.get("args")
+            iteration = content.get("iteration", iteration)
+            if (version := content.get("checkpoint_version", 0)) < 2.0:
+                raise UserError(
+                    f"{ranks[t, p]}: checkpoint_version {version} has another order of "
+                    "QKV rows; load and save it with a newer Megatron-LM"
+                )
+            stages.append(_chunks(content, ranks[t, p]))
+        model = model_from_args(args, str(folder), ignored)
+        for name, stored in _numbered(stages, model.untie_embeddings_and_output_weights):
+            gathered.add(name, t, stored)
+    reads = gathered.reads(folder, model, tensor)
+    layout = f"torch, TP {tensor} x PP {pipeline}"
+    optimizer = partial(_legacy_optimizer, folder, model, ranks, tensor, pipeline)
+    return _source(folder, args, iteration, model, reads, layout, optimizer)
+
+
+def _legacy_optimizer(
+    folder: Path, model: ModelConfig, ranks: dict[tuple[int, int], Path], tensor: int, pipeline: int
+) -> OptimizerState:
+    """The optimizer's tensors go the way of the weights: numbered by layer, joined over TP."""
+    kinds: dict[str, Gathered] = {}
+    for t in range(tensor):
+        stages = []
+        for p in range(pipeline):
+            content = load(ranks[t, p])
+            chunks = _chunks(content, ranks[t, p])
+            stages.append(of_rank(content, chunks, ranks[t, p]))
+        for kind in stages[0].chunks:
+            moments = [stage.chunks[kind] for stage in stages]
+            for name, stored in _numbered(moments, model.untie_embeddings_and_output_weights):
+                kinds.setdefault(kind, Gathered()).add(name, t, stored)
+    tensors = {kind: gathered.reads(folder, model, tensor) for kind, gathered in kinds.items()}
+    last = stages[-1]
+    return optimizer_state.make_state(tensors, last.step, last.groups, content, folder)
+
+
+def _rank_files(folder: Path) -> dict[tuple[int, int], Path]:
+    found = {}
+    for path in folder.glob("mp_rank_*"):
+        match = _RANK.match(path.name)
+        if match is None:
+            raise UserError(f"{path}: expert parallel checkpoints cannot be converted")
+        if not (path / FILE).is_file():
+            raise UserError(f"{path / FILE}: missing")
+        found[int(match[1]), int(match[2] or 0)] = path / FILE
+    if not found:
+        raise UserError(f"{folder}: holds no mp_rank_* folders")
+    return found
+
+
+def _chunks(content: dict[str, Any], path: Path) -> list[dict[str, Any]]:
+    """The model chunks of a rank, flat: one, or one for each virtual stage."""
+    names = (
+        ["model"]
+        if "model" in content
+        else sorted((k for k in content if re.fullmatch(r"model\d+", k)), key=lambda k: int(k[5:]))
+    )
+    if not names:
+        raise UserError(f"{path}: holds no model")
+    return [_flat(content[name]) for name in names]
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Names of an older, nested model joined by dots; extra states left out."""
+    found: dict[str, Any] = {}
+    for key, item in value.items():
+        if key.endswith("_extra_state"):
+            continue
+        if isinstance(item, dict):
+            found |= _flat(item, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = item
+    return found
+
+
+def _numbered(stages: list[list[dict[str, Any]]], untied: bool) -> Iterator[tuple[str, Any]]:
+    """The tensors of one tensor-parallel rank with global layer numbers.
+
+    Chunks follow each other by virtual stage, then by stage; a stage may hold any number of
+    layers.
+    """
+    offset = 0
+    for virtual in range(len(stages[0])):
+        for stage in stages:
+            layers = set()
+            for key, stored in stage[virtual].items():
+                name = _current(key)
+                match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
+                if match:
+                    layers.add(int(match[1]))
+                    name = f"decoder.layers.{offset + int(match[1])}.{_inner(match[2])}"
+                elif not untied and (name == OUTPUT_LAYER or name.startswith(_TIED_COPIES)):
+                    continue
+                yield name, stored
+            offset += len(layers)
+
+
+def _current(key: str) -> str:
+    """The canonical root of a key that may come from before megatron-core."""
+    key = key.removeprefix("module.")
+    for old, new in _OLD_ROOTS.items():
+        if key.startswith(old):
+            key = new + key.removeprefix(old)
+    return key.replace("decoder.final_layernorm", FINAL_NORM)
+
+
+def _inner(name: str) -> str:
+    """The canonical name inside a layer: fused norms and old names undone."""
+    for local, fused in mcore_names.FUSED.items():
+        name = name.replace(fused, local)
+    return new_name(name)

@@ -1,0 +1,175 @@
+"""Writing for Megatron-LM, in both of its formats; what they are is told in ``reader.py``."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from megatron_llmjp.checkpoint.manifest import folder_name
+from megatron_llmjp.config.schema import ModelConfig
+from megatron_llmjp.convert.files import torch_dist
+from megatron_llmjp.convert.files.torch_archive_writer import Placeholder, plan_archive
+from megatron_llmjp.convert.formats import mcore_names
+from megatron_llmjp.convert.formats.megatron_lm.arguments import make_args
+from megatron_llmjp.convert.formats.megatron_lm.reader import FILE, TRACKER
+from megatron_llmjp.convert.formats.rank_files import (
+    check_divides,
+    rank_shape,
+    target_rows,
+    write_of,
+)
+from megatron_llmjp.convert.formats.registry import Options, Source
+from megatron_llmjp.convert.plan import Checksums, Output, Slot
+from megatron_llmjp.convert.tensors import OUTPUT_LAYER, WORD_EMBEDDINGS, shapes
+from megatron_llmjp.errors import UserError
+from megatron_llmjp.filesystem import write_durably
+
+
+def plan(source: Source, options: Options) -> Output:
+    """Lay out a checkpoint that Megatron-LM loads with ``--load OUT --finetune``.
+
+    Raises:
+        UserError: it has no way to express the model.
+    """
+    if source.model.use_parallel_residual:
+        raise UserError(f"{source.path}: Megatron-LM has no layer with a parallel residual")
+    plan_format = _plan_torch_dist if options.megatron_format == "torch_dist" else _plan_legacy
+    output = plan_format(source, options)
+    output.notes += _notes(source.model)
+    return output
+
+
+def _notes(model: ModelConfig) -> list[str]:
+    """What pretrain_gpt.py of Megatron-LM has to be changed for."""
+    missing = []
+    if model.use_rope_scaling and model.rope_scaling_factor != 8.0:
+        missing.append(f"rope_scaling_factor={model.rope_scaling_factor}")
+    if model.rotary_seq_len_interpolation_factor is not None:
+        missing.append(f"seq_len_interpolation_factor={model.rotary_seq_len_interpolation_factor}")
+    return [
+        f"pretrain_gpt.py of Megatron-LM up to core 0.19 has the flag but does not pass it on: "
+        f"give its GPTModel(...) {argument}, or it computes another model"
+        for argument in missing
+    ]
+
+
+def _args(source: Source, options: Options, rows: int) -> Any:
+    model = source.model
+    grouped = model.query_groups != model.num_attention_heads
+    extra = {
+        "group_query_attention": grouped,
+        "num_query_groups": model.query_groups if grouped else 1,
+        "position_embedding_type": model.position_embedding_type,
+        "add_position_embedding": True,  # Megatron-LM's default for both kinds
+        "rotary_base": model.rotary_base,
+        "rotary_interleaved": False,
+        "rotary_seq_len_interpolation_factor": model.rotary_seq_len_interpolation_factor,
+        "use_rope_scaling": model.use_rope_scaling,
+        "rope_scaling_factor": model.rope_scaling_factor,
+        "normalization": model.normalization,
+        "add_qkv_bias": model.add_qkv_bias,
+        "qk_layernorm": False,
+        "num_experts": None,
+        "transformer_impl": options.transformer_impl,
+        "use_mcore_models": True,
+        "ckpt_format": options.megatron_format,
+        "iteration": source.iteration or 0,
+    }
+    if source.tokenizer_type is not None:
+        extra["tokenizer_type"] = source.tokenizer_type
+    if model.vocab_size is not None:
+        extra["true_vocab_size"] = model.vocab_size
+    dtype = options.dtype or source.dtype
+    sizes = options.tensor_parallel, options.pipeline_parallel
+    return make_args(model, rows, dtype, *sizes, extra)
+
+
+def _plan_torch_dist(source: Source, options: Options) -> Output:
+    rows = target_rows(source.model, source.rows, options.tensor_parallel)
+    iteration = source.iteration or 0
+    folder = _folder(iteration)
+    writer = torch_dist.Writer(options.max_shard_size, folder)
+    writes = mcore_names.add_model(writer, source, options, rows)
+    common = {
+        "args": _args(source, options, rows),
+        "checkpoint_version": 3.0,
+        "iteration": iteration,
+    }
+
+    def finish(out: Path, _: Checksums) -> None:
+        writer.finish(out / folder, common)
+        _write_tracker(out, iteration)
+
+    return Output(writer.files, writes, finish)
+
+
+def _folder(iteration: int) -> str:
+    """Megatron-LM refuses iteration 0 through its tracker; a converted model is a release."""
+    return folder_name(iteration) if iteration else "release"
+
+
+def _write_tracker(out: Path, iteration: int) -> None:
+    write_durably(out / TRACKER, str(iteration) if iteration else "release")
+
+
+def _plan_legacy(source: Source, options: Options) -> Output:
+    model, tensor, pipeline = source.model, options.tensor_parallel, options.pipeline_parallel
+    check_divides(model, tensor, pipeline)
+    rows = target_rows(model, source.rows, tensor)
+    iteration = source.iteration or 0
+    local = {
+        name: _placed(name, model.num_layers // pipeline, pipeline, options)
+        for name in shapes(model, rows)
+    }
+    if not model.untie_embeddings_and_output_weights and pipeline > 1:
+        local[WORD_EMBEDDINGS].append((pipeline - 1, OUTPUT_LAYER))
+    files = []
+    slots: dict[str, dict[int, list[Slot]]] = {name: {} for name in local}
+    for t in range(tensor):
+        for p in range(pipeline):
+            tree: dict[str, Any] = {}
+            for name, shape in shapes(model, rows).items():
+                held = rank_shape(name, model, shape, tensor)
+                dtype = options.dtype_of(source.reads[name])
+                tree |= {
+                    key: Placeholder(key, held, dtype) for stage, key in local[name] if stage == p
+                }
+            content = {
+                "args": _args(source, options, rows),
+                "checkpoint_version": 3.0,
+                "iteration": iteration,
+                "model": _with_extra_states(tree),
+            }
+            rank = f"mp_rank_{t:02d}" + (f"_{p:03d}" if pipeline > 1 else "")
+            file = plan_archive(f"{_folder(iteration)}/{rank}/{FILE}", content)
+            files.append(file)
+            for name, places in local.items():
+                slots[name].setdefault(t, []).extend(
+                    file.slots[key] for stage, key in places if stage == p
+                )
+    writes = {name: write_of(name, model, tensor, slots[name], rows) for name in local}
+    return Output(files, writes, lambda out, _: _write_tracker(out, iteration))
+
+
+def _placed(name: str, per_stage: int, pipeline: int, options: Options) -> list[tuple[int, str]]:
+    """The stages that hold a tensor, with its key there."""
+    match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
+    if match:
+        stage, layer = divmod(int(match[1]), per_stage)
+        inner = match[2]
+        if options.transformer_impl == "transformer_engine":
+            for plain, fused in mcore_names.FUSED.items():
+                inner = inner.replace(plain, fused)
+        return [(stage, f"decoder.layers.{layer}.{inner}")]
+    return [(0 if name.startswith("embedding.") else pipeline - 1, name)]
+
+
+def _with_extra_states(tree: dict[str, Any]) -> dict[str, Any]:
+    """Add the ``_extra_state`` that megatron-core keeps beside every linear layer."""
+    found: dict[str, Any] = {}
+    for key, placeholder in tree.items():
+        found[key] = placeholder
+        if ".linear_" in key and key.endswith(".weight"):
+            found[key.removesuffix("weight") + "_extra_state"] = None
+    return found

@@ -1,0 +1,177 @@
+"""This project's own checkpoints: torch_dist files, config.yaml, tokenizer/ and manifest.json."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_llmjp.checkpoint import manifest as manifests
+from megatron_llmjp.config.loading import dump, load_resolved
+from megatron_llmjp.config.schema import Config, ModelConfig
+from megatron_llmjp.convert import generation, optimizer_state
+from megatron_llmjp.convert.files import torch_dist
+from megatron_llmjp.convert.files.checksums import Region
+from megatron_llmjp.convert.formats import mcore_names
+from megatron_llmjp.convert.formats.hugging_face.tokenizer import tokenizer_files
+from megatron_llmjp.convert.formats.registry import Options, Source
+from megatron_llmjp.convert.json_files import write_json
+from megatron_llmjp.convert.model_tokenizer import open_tokenizer
+from megatron_llmjp.convert.optimizer_state import OptimizerState
+from megatron_llmjp.convert.plan import Checksums, Output
+from megatron_llmjp.convert.tensors import WORD_EMBEDDINGS
+from megatron_llmjp.errors import UserError
+from megatron_llmjp.filesystem import write_durably
+from megatron_llmjp.tokenizers import TOKENIZER_TYPES
+
+_FILE_SIZE = 1_000_000_000
+"""Files no larger than this, so that several threads can read them when a run starts."""
+
+
+def read(path: Path) -> Source:
+    """Open a checkpoint, or the newest complete one of a run's folder.
+
+    Raises:
+        UserError: it is incomplete, damaged, or not what its configuration says.
+    """
+    folder = manifests.newest(path)
+    manifest = manifests.read(folder)
+    problems = manifests.problems(folder, manifest)
+    if problems:
+        raise UserError("\n".join(problems))
+    config = load_resolved(folder / manifests.CONFIG)
+    files = {
+        folder / name: Region(folder / name, 0, entry.bytes, int(entry.crc32, 16), "its manifest")
+        for name, entry in manifest.files.items()
+        if name.endswith(manifests.TENSORS)
+    }
+    stored = torch_dist.read_metadata(folder, files)
+    entries = mcore_names.weights(stored)
+    if WORD_EMBEDDINGS not in entries:
+        raise UserError(f"{folder}: holds no {WORD_EMBEDDINGS}")
+    model = architecture(config)
+    tokenizer = folder / manifests.TOKENIZER
+    parallel = config.parallel
+    trained = (
+        f"trained with TP {parallel.tensor_model_parallel_size} x "
+        f"PP {parallel.pipeline_model_parallel_size}"
+    )
+    optimizer: Callable[[], OptimizerState] | None = partial(_optimizer, model, stored, folder)
+    if manifest.contents == "weights":
+        trained, optimizer = "weights only", None
+    return Source(
+        "native",
+        folder,
+        model,
+        mcore_names.reads(model, entries[WORD_EMBEDDINGS].shape[0], entries),
+        f"torch_dist, {trained}",
+        iteration=manifest.iteration,
+        consumed_samples=manifest.consumed_samples,
+        tokenizer=tokenizer if tokenizer.is_dir() and tokenizer_files(tokenizer) else None,
+        tokenizer_type=config.data.tokenizer_type,
+        generation=generation.stored(folder / manifests.GENERATION),
+        seq_length=config.data.seq_length,
+        optimizer=optimizer,
+    )
+
+
+def _optimizer(
+    model: ModelConfig, stored: dict[str, torch_dist.StoredEntry], folder: Path
+) -> OptimizerState:
+    common = torch_dist.read_common(folder)
+    return optimizer_state.from_torch_dist(model, stored, common, folder)
+
+
+def architecture(config: Config) -> ModelConfig:
+    """The model of a resolved configuration, with every size filled in."""
+    model = config.model
+    return model.model_copy(
+        update={
+            "num_query_groups": model.query_groups,
+            "kv_channels": model.head_dim,
+            "ffn_hidden_size": model.ffn_size,
+            "max_position_embeddings": config.positions,
+        }
+    )
+
+
+def plan(source: Source, options: Options) -> Output:
+    """Lay out ``OUT/iter_*``, which ``--load OUT --finetune`` reads in any layout.
+
+    With the optimizer's state it is a checkpoint to go on from: ``--load OUT``.
+
+    The vocabulary is padded for the target tensor parallel size.
+    """
+    config = _config(source, options)
+    rows = config.model.padded_vocab_size
+    assert rows is not None
+    tokenizer = open_tokenizer(source, options, rows)
+    ids = tokenizer.token_ids(rows)
+    text, changes = generation.resolve(source.generation, ids, tokenizer.decides, rows)
+    iteration = source.iteration or 0
+    folder = manifests.folder_name(iteration)
+    writer = torch_dist.Writer(min(options.max_shard_size, _FILE_SIZE), folder)
+    writes = mcore_names.add_model(writer, source, options, rows)
+    common: dict[str, Any] = {"iteration": iteration}
+    if options.with_optimizer:
+        state = optimizer_state.of_source(source)
+        writes |= optimizer_state.add_state(writer, source, state, options, rows)
+        common |= optimizer_state.common(state)
+
+    def finish(out: Path, sums: Checksums) -> None:
+        inner = out / folder
+        writer.finish(inner, common)
+        (inner / manifests.CONFIG).write_text(dump(config), encoding="utf-8")
+        (inner / manifests.TOKENIZER).mkdir()
+        for name, path in tokenizer.files.items():
+            shutil.copyfile(path, inner / manifests.TOKENIZER / name)
+        if source.generation is not None:
+            write_json(inner / manifests.GENERATION, generation.to_store(text))
+        filled = writer.checksums(sums)
+        files = manifests.describe_files(inner, set(manifests.all_files(inner)) - filled.keys())
+        for name, crc in filled.items():
+            size = (inner / name).stat().st_size
+            files[name] = manifests.FileEntry(bytes=size, crc32=f"{crc:08x}")
+        manifest = manifests.Manifest(
+            iteration=iteration,
+            consumed_samples=source.consumed_samples or 0,
+            contents="full" if options.with_optimizer else "weights",
+            versions={"python": platform.python_version(), "torch": torch.__version__},
+            files=dict(sorted(files.items())),
+        )
+        manifests.write(inner, manifest)
+        write_durably(out / manifests.TRACKER, str(iteration))
+
+    warnings = [*tokenizer.warnings, *changes]
+    return Output(writer.files, writes, finish, list(tokenizer.notes), warnings)
+
+
+def _config(source: Source, options: Options) -> Config:
+    """The configuration that is stored beside converted weights."""
+    tensor = options.tensor_parallel
+    model = source.model
+    vocabulary = model.vocab_size or source.rows
+    if model.padded_vocab_size is not None and model.padded_vocab_size < vocabulary:
+        raise UserError(f"vocabulary {vocabulary} exceeds its {model.padded_vocab_size} rows")
+    unpadded = model.model_copy(update={"vocab_size": vocabulary, "padded_vocab_size": None})
+    model = unpadded.model_copy(update={"padded_vocab_size": unpadded.rows(tensor)})
+    dtype = options.dtype or source.dtype
+    positions = model.max_position_embeddings
+    types = {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
+    told = source.settings
+    kind = options.tokenizer_type or source.tokenizer_type
+    data = {**told.get("data", {}), **({"tokenizer_type": kind} if kind in TOKENIZER_TYPES else {})}
+    adam = optimizer_state.of_source(source).settings if options.with_optimizer else {}
+    return Config.model_validate(
+        {
+            "model": model.model_dump(),
+            "data": {**data, "seq_length": source.seq_length or positions},
+            "training": {**told.get("training", {}), **types},
+            "optimizer": {**told.get("optimizer", {}), **adam},
+        }
+    )

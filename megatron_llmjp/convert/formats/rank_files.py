@@ -1,0 +1,147 @@
+"""What checkpoints with one file per rank share: layers local to a stage, tensors cut by TP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_llmjp.config.schema import ModelConfig
+from megatron_llmjp.convert.files.storage import Stored, dtype_name
+from megatron_llmjp.convert.plan import Read, Slot, Write
+from megatron_llmjp.convert.tensors import (
+    VOCABULARY,
+    WORD_EMBEDDINGS,
+    Layout,
+    part_shapes,
+    shapes,
+    split_of,
+    tensor_parallel,
+)
+from megatron_llmjp.errors import UserError
+
+OLD_NAMES = {
+    "input_layernorm": "input_layernorm",
+    "self_attention.query_key_value": "self_attention.linear_qkv",
+    "self_attention.dense": "self_attention.linear_proj",
+    "post_attention_layernorm": "pre_mlp_layernorm",
+    "mlp.dense_h_to_4h": "mlp.linear_fc1",
+    "mlp.dense_4h_to_h": "mlp.linear_fc2",
+}
+"""Modules of a layer before megatron-core, and in Megatron-DeepSpeed, with their names now."""
+
+
+def new_name(old: str) -> str:
+    """The canonical name, inside a layer, of a parameter that may have an old one."""
+    module, _, kind = old.rpartition(".")
+    return f"{OLD_NAMES.get(module, module)}.{kind}"
+
+
+@dataclass
+class Gathered:
+    """The tensors of all ranks by canonical name and tensor-parallel rank."""
+
+    parts: dict[str, dict[int, Stored]] = field(default_factory=dict)
+
+    def add(self, name: str, rank: int, stored: Stored) -> None:
+        """Add what one rank holds; a second copy for the same rank is an error.
+
+        Raises:
+            UserError: the tensor is there twice.
+        """
+        ranks = self.parts.setdefault(name, {})
+        if rank in ranks:
+            raise UserError(f"{stored.source}: {name} is there twice")
+        ranks[rank] = stored
+
+    def reads(self, path: Path, model: ModelConfig, size: int) -> dict[str, Read]:
+        """How to read every gathered tensor from ``size`` tensor-parallel ranks.
+
+        Raises:
+            UserError: a rank lacks a tensor, or the sizes do not divide.
+        """
+        if WORD_EMBEDDINGS not in self.parts:
+            raise UserError(f"{path}: holds no word embeddings")
+        first = self.parts[WORD_EMBEDDINGS]
+        rows = sum(stored.shape[0] for stored in first.values())
+        shape_of = shapes(model, rows)
+        found = {}
+        for name, ranks in self.parts.items():
+            if sorted(ranks) != list(range(size)):
+                raise UserError(
+                    f"{path}: {name} was found for tensor-parallel ranks {sorted(ranks)}, "
+                    f"expected 0 to {size - 1}"
+                )
+            found[name] = self._read(name, [ranks[r] for r in range(size)], model, shape_of)
+        return found
+
+    def _read(
+        self,
+        name: str,
+        ranks: list[Stored],
+        model: ModelConfig,
+        shape_of: dict[str, tuple[int, ...]],
+    ) -> Read:
+        if name not in shape_of:  # reported as unexpected later
+            return Read(tuple(ranks[0].shape), ranks[0].dtype, ranks[:1])
+        kinds = {dtype_name(stored.dtype) for stored in ranks}
+        if len(kinds) > 1:
+            raise UserError(f"{ranks[0].source}: {name} has types {', '.join(sorted(kinds))}")
+        shape, dtype = shape_of[name], ranks[0].dtype
+        if split_of(name, model) == "replicated":
+            return Read(shape, dtype, ranks[:1], replicas=tuple(ranks[1:]))
+        return Read(shape, dtype, ranks, layout_over(name, model, len(ranks)))
+
+
+def layout_over(name: str, model: ModelConfig, size: int) -> Layout:
+    """The layout over ranks, after checking that the model divides."""
+    check_divides(model, size)
+    return tensor_parallel(name, model, size)
+
+
+def check_divides(model: ModelConfig, tensor: int, pipeline: int = 1) -> None:
+    """Refuse sizes that do not divide the model.
+
+    Raises:
+        UserError: naming the quantity.
+    """
+    for what, count in (
+        ("num_attention_heads", model.num_attention_heads),
+        ("num_query_groups", model.query_groups),
+        ("ffn_hidden_size", model.ffn_size),
+    ):
+        if count % tensor:
+            raise UserError(f"tensor parallel size {tensor} does not divide {what} {count}")
+    if model.num_layers % pipeline:
+        raise UserError(
+            f"pipeline parallel size {pipeline} does not divide num_layers {model.num_layers}"
+        )
+
+
+def rank_shape(name: str, model: ModelConfig, shape: tuple[int, ...], size: int) -> tuple[int, ...]:
+    """Shape of what one tensor-parallel rank holds of a canonical tensor."""
+    return part_shapes(layout_over(name, model, size), shape)[0]
+
+
+def write_of(
+    name: str, model: ModelConfig, size: int, slots: Mapping[int, list[Slot]], rows: int
+) -> Write:
+    """The way of a canonical tensor to the slots of each tensor-parallel rank."""
+    layout = layout_over(name, model, size)
+    if split_of(name, model) == "replicated" or size == 1:
+        places = [[slot for rank in range(size) for slot in slots[rank]]]
+    else:
+        places = [slots[rank] for rank in range(size)]
+    return Write(layout, places, rows if name in VOCABULARY else None)
+
+
+def target_rows(
+    model: ModelConfig, stored: int, tensor: int, divisible_by: int | None = None
+) -> int:
+    """Rows of the vocabulary for a tensor parallel size, padded as Megatron-LM pads."""
+    update = {"padded_vocab_size": None, "vocab_size": model.vocab_size or stored}
+    if model.vocab_size is None and stored % tensor == 0:
+        return stored  # the true size is not known: keep every row
+    if divisible_by is not None:
+        update["make_vocab_size_divisible_by"] = divisible_by
+    return model.model_copy(update=update).rows(tensor)

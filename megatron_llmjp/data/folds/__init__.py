@@ -1,0 +1,1 @@
+"""The fold schedule: fold files, resolved against the datasets on disk."""

@@ -1,0 +1,1 @@
+"""Sample indices: built once, cached on disk, shared by all processes."""

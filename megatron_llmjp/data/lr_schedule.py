@@ -1,0 +1,151 @@
+"""Settings of megatron-core's learning-rate scheduler, with all lengths in samples. Without torch.
+
+One curve spans the run; a fold with a ``learning_rate`` of its own has another one, which begins at
+the fold's first iteration.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_llmjp.config.schema import Config
+from megatron_llmjp.data.batch_size import BatchSizes, planned_samples
+from megatron_llmjp.data.folds.schedule import Schedule
+from megatron_llmjp.data.folds.schema import FoldLearningRate
+from megatron_llmjp.errors import UserError
+
+Settings = dict[str, Any]
+"""Arguments of megatron-core's ``OptimizerParamScheduler``."""
+
+
+@dataclass(frozen=True)
+class RateSettings:
+    """The settings of every curve of a run."""
+
+    run: Settings
+    """Of the curve that spans the run."""
+    folds: tuple[tuple[int, int, Settings], ...]
+    """First sample, end and settings of each fold with a learning rate of its own."""
+
+
+def rate_settings(
+    config: Config, schedule: Schedule, sizes: BatchSizes, train_iters: int
+) -> RateSettings:
+    """Work out and check the settings of a run.
+
+    Args:
+        config: the resolved configuration.
+        schedule: the resolved folds.
+        sizes: which iteration has how many samples.
+        train_iters: where the run ends, and a decay without an end of its own.
+
+    Raises:
+        UserError: a schedule contradicts itself.
+    """
+    run = _settings_of_run(config, sizes, train_iters)
+    _check(run, "the learning rate")
+    folds = []
+    for fold in schedule.folds:
+        if fold.learning_rate is None:
+            continue
+        first, end = (_first_iteration(sizes, at) for at in schedule.trainable(fold))
+        if first < end:
+            settings = {**run, **_settings_of_fold(fold.learning_rate, sizes, first, end)}
+            _check(settings, f"fold '{fold.name}', learning_rate")
+            start, stop = sizes.consumed_after(first - 1), sizes.consumed_after(end - 1)
+            folds.append((start, stop, settings))
+    return RateSettings(run, tuple(folds))
+
+
+def _first_iteration(sizes: BatchSizes, sample: int) -> int:
+    """The first iteration that begins with trained sample ``sample``, or later."""
+    full, rest = sizes.iterations(sample)
+    return full + (2 if rest else 1)
+
+
+def _settings_of_fold(own: FoldLearningRate, sizes: BatchSizes, first: int, end: int) -> Settings:
+    """What differs from the run's; without values of its own, no warm-up and a decay to its end."""
+    before = sizes.consumed_after(first - 1)
+    decay = sizes.consumed_after(first - 1 + (own.lr_decay_iters or end - first)) - before
+    warmup = sizes.consumed_after(first - 1 + (own.lr_warmup_iters or 0)) - before
+    names = {
+        "init_lr": own.lr_warmup_init,
+        "max_lr": own.lr,
+        "min_lr": own.min_lr,
+        "lr_decay_style": own.lr_decay_style,
+        "lr_wsd_decay_style": own.lr_wsd_decay_style,
+        "wsd_decay_steps": own.lr_wsd_decay_iters and own.lr_wsd_decay_iters * sizes.at(before),
+    }
+    given = {name: value for name, value in names.items() if value is not None}
+    return {"lr_warmup_steps": warmup, "lr_decay_steps": decay, **given}
+
+
+def _settings_of_run(config: Config, sizes: BatchSizes, train_iters: int) -> Settings:
+    """Lengths in samples, from whichever unit they are given in."""
+    o = config.optimizer
+    decay = in_samples(config, o.lr_decay_samples, o.lr_decay_tokens)
+    if decay is None:
+        part = max(1, round((o.lr_decay_fraction or 1.0) * train_iters))
+        decay = sizes.consumed_after(o.lr_decay_iters or part)
+    warmup: float | None = in_samples(config, o.lr_warmup_samples, o.lr_warmup_tokens)
+    if o.lr_warmup_fraction is not None:
+        warmup = o.lr_warmup_fraction * decay
+    tail = in_samples(config, o.lr_wsd_decay_samples, o.lr_wsd_decay_tokens)
+    if o.lr_wsd_decay_fraction is not None:
+        tail = round(o.lr_wsd_decay_fraction * decay)
+    if tail is None and o.lr_wsd_decay_iters is not None:
+        tail = o.lr_wsd_decay_iters * config.training.global_batch_size
+    constant = o.weight_decay_incr_style == "constant"
+    start, end = o.start_weight_decay, o.end_weight_decay
+    return {
+        "init_lr": o.lr_warmup_init,
+        "max_lr": o.lr,
+        "min_lr": o.min_lr,
+        "lr_warmup_steps": sizes.consumed_after(o.lr_warmup_iters) if warmup is None else warmup,
+        "lr_decay_steps": decay,
+        "lr_decay_style": o.lr_decay_style,
+        "start_wd": o.weight_decay if constant or start is None else start,
+        "end_wd": o.weight_decay if constant or end is None else end,
+        "wd_incr_steps": planned_samples(config, sizes) or sizes.consumed_after(train_iters),
+        "wd_incr_style": o.weight_decay_incr_style,
+        "use_checkpoint_opt_param_scheduler": False,
+        "override_opt_param_scheduler": True,
+        "wsd_decay_steps": tail,
+        "lr_wsd_decay_style": o.lr_wsd_decay_style,
+    }
+
+
+def in_samples(config: Config, samples: int | None, tokens: int | None) -> int | None:
+    """A length that is given in samples or tokens, in samples; None if it is in neither."""
+    if samples is None and tokens is not None:
+        return tokens // config.data.seq_length
+    return samples
+
+
+def _check(settings: Settings, where: str) -> None:
+    """Refuse what megatron-core's scheduler would only assert."""
+    s = settings
+    if s["lr_warmup_steps"] >= s["lr_decay_steps"]:
+        raise UserError(
+            f"{where}: a warm-up of {s['lr_warmup_steps']} samples leaves nothing of a schedule of "
+            f"{s['lr_decay_steps']}: shorten the warm-up"
+        )
+    for name in ("min_lr", "init_lr"):
+        if s[name] > s["max_lr"]:
+            label = "lr_warmup_init" if name == "init_lr" else name
+            raise UserError(f"{where}: {label} {s[name]} is above lr {s['max_lr']}: lower it")
+    if s["lr_decay_style"] == "WSD" and s["wsd_decay_steps"] is None:
+        raise UserError(
+            f"{where}: lr_decay_style WSD needs lr_wsd_decay_iters, the length of its tail"
+        )
+    if s["lr_decay_style"] == "WSD" and s["wsd_decay_steps"] > s["lr_decay_steps"]:
+        raise UserError(
+            f"{where}: the tail of WSD is {s['wsd_decay_steps']} samples long, the whole schedule "
+            f"{s['lr_decay_steps']}: shorten the tail"
+        )
+    if s["end_wd"] < s["start_wd"]:
+        raise UserError(
+            f"end_weight_decay {s['end_wd']} is below start_weight_decay {s['start_wd']}: "
+            "weight decay can only grow"
+        )

@@ -1,0 +1,266 @@
+"""Plan of a run's data by fold: tokens, epochs, iterations and learning rates, as a table.
+
+The run's data on paper: what is trained on when, in which amount, at which learning rate.
+
+Pure arithmetic over the schedule: no torch, no tokenizer, no model. The learning rate is a function
+that the caller passes in. ``data_warnings.py`` says what looks wrong, ``data_table.py`` prints.
+
+The data plan as a table for people, and as rows for programs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from megatron_llmjp.data.batch_size import BatchSizes
+from megatron_llmjp.data.folds.schedule import FoldPlan, Schedule
+from megatron_llmjp.formatting import aligned, human
+
+LearningRate = Callable[[int], float]
+"""Iteration (from 1) -> the learning rate that it applies."""
+
+
+@dataclass(frozen=True)
+class DatasetRow:
+    """What one fold takes of one dataset."""
+
+    name: str
+    path: str
+    samples: int
+    tokens: int
+    share: float
+    """Of the fold's samples, 0 to 1."""
+    epochs: float
+    epochs_so_far: float
+    """Of this dataset up to the end of this fold, earlier folds included."""
+
+
+@dataclass(frozen=True)
+class FoldRow:
+    """One fold: its amounts and its place in the run."""
+
+    name: str
+    order: str
+    samples: int
+    """Samples of the schedule; those that are skipped are among them."""
+    tokens: int
+    skipped: int
+    iterations: int
+    """Iterations that train on the fold; one over the edge of two folds counts in both."""
+    first_iteration: int | None
+    """None where the run ends before the fold begins."""
+    last_iteration: int | None
+    first_learning_rate: float | None
+    last_learning_rate: float | None
+    datasets: tuple[DatasetRow, ...]
+
+
+@dataclass(frozen=True)
+class SkipRow:
+    """One range of positions that is not trained on."""
+
+    first: int
+    end: int
+    fold: str
+    """The fold of its first sample."""
+    before_iteration: int
+    """The iteration that goes on behind it."""
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """The whole table."""
+
+    sequence_length: int
+    batch_sizes: tuple[int, ...]
+    """Every global batch size of the run, ascending."""
+    folds: tuple[FoldRow, ...]
+    skips: tuple[SkipRow, ...]
+    train_iters: int
+    samples: int
+    """Samples that are trained on."""
+    tokens: int
+    left_out: int
+    """Samples of the schedule behind the run's last iteration."""
+
+    def tokens_by_dataset(self) -> dict[str, int]:
+        """Tokens of each dataset in all folds, by path."""
+        found: dict[str, int] = {}
+        for fold in self.folds:
+            for row in fold.datasets:
+                found[row.path] = found.get(row.path, 0) + row.tokens
+        return found
+
+
+def make_plan(
+    schedule: Schedule,
+    sizes: BatchSizes,
+    train_iters: int | None = None,
+    learning_rate: LearningRate | None = None,
+) -> DataPlan:
+    """Work out the table.
+
+    Args:
+        schedule: the resolved folds.
+        sizes: the run's global batch sizes.
+        train_iters: where the run ends; at the end of the folds when not given.
+        learning_rate: what each iteration applies; left out of the table when not given.
+    """
+    if train_iters is None:
+        train_iters = sizes.iterations(schedule.total_samples)[0]
+    used = sizes.consumed_after(train_iters)
+    drawn: Counter[str] = Counter()
+    rows = []
+    for fold in schedule.folds:
+        datasets = _datasets(fold, schedule.sequence_length, drawn)
+        rows.append(_fold(fold, datasets, schedule, sizes, train_iters, learning_rate))
+    skips = [
+        SkipRow(
+            first=first,
+            end=end,
+            fold=schedule.fold_of(first).name,
+            before_iteration=sizes.iteration_of(schedule.skips.kept_before(end)),
+        )
+        for first, end in schedule.skips.ranges
+    ]
+    return DataPlan(
+        sequence_length=schedule.sequence_length,
+        batch_sizes=tuple(sizes.sizes()),
+        folds=tuple(rows),
+        skips=tuple(skips),
+        train_iters=train_iters,
+        samples=used,
+        tokens=used * schedule.sequence_length,
+        left_out=schedule.total_samples - used,
+    )
+
+
+def _fold(
+    fold: FoldPlan,
+    datasets: tuple[DatasetRow, ...],
+    schedule: Schedule,
+    sizes: BatchSizes,
+    train_iters: int,
+    learning_rate: LearningRate | None,
+) -> FoldRow:
+    begin, end = schedule.trainable(fold)
+    first = sizes.iteration_of(begin)
+    last = min(sizes.iteration_of(max(begin, end - 1)), train_iters)
+    reached = first <= train_iters and end > begin
+    rates = (learning_rate(first), learning_rate(last)) if learning_rate and reached else None
+    return FoldRow(
+        name=fold.name,
+        order=fold.order,
+        samples=fold.samples,
+        tokens=fold.samples * schedule.sequence_length,
+        skipped=fold.samples - (end - begin),
+        iterations=last - first + 1 if reached else 0,
+        first_iteration=first if reached else None,
+        last_iteration=last if reached else None,
+        first_learning_rate=rates[0] if rates else None,
+        last_learning_rate=rates[1] if rates else None,
+        datasets=datasets,
+    )
+
+
+def _datasets(fold: FoldPlan, sequence_length: int, drawn: Counter[str]) -> tuple[DatasetRow, ...]:
+    """Rows of a fold's datasets; ``drawn`` counts the samples of each so far, by its key."""
+    rows = []
+    for piece in fold.slices:
+        drawn[piece.key] += piece.samples
+        row = DatasetRow(
+            name=piece.name,
+            path=piece.path,
+            samples=piece.samples,
+            tokens=piece.samples * sequence_length,
+            share=piece.samples / fold.samples,
+            epochs=piece.samples / piece.samples_per_epoch,
+            epochs_so_far=drawn[piece.key] / piece.samples_per_epoch,
+        )
+        rows.append(row)
+    return tuple(rows)
+
+
+_HEADS = ("", "share", "tokens", "samples", "epochs", "in all", "iterations", "first", "last")
+_RATES = ("lr first", "lr last")
+
+
+def format_data_plan(plan: DataPlan, warnings: Iterable[str] = ()) -> str:
+    """The plan as text: a line per fold and dataset, totals, skipped ranges, warnings."""
+    with_rates = any(fold.first_learning_rate is not None for fold in plan.folds)
+    lines: list[Sequence[str]] = [(*_HEADS, *(_RATES if with_rates else ()))]
+    for fold in plan.folds:
+        lines.append(_fold_line(fold, with_rates))
+        lines += [_dataset_line(row) for row in fold.datasets]
+    samples = sum(fold.samples for fold in plan.folds)
+    tokens = human(samples * plan.sequence_length)
+    total = ("total", "", tokens, f"{samples:,}", "", "", f"{plan.train_iters:,}")
+    parts = [_aligned([*lines, total]), _summary(plan)]
+    parts += [
+        f"skipped: samples {skip.first:,} to {skip.end - 1:,} ({skip.end - skip.first:,} from fold "
+        f"'{skip.fold}' on), before iteration {skip.before_iteration:,}"
+        for skip in plan.skips
+    ]
+    return "\n".join([*parts, *(f"warning: {text}" for text in warnings)])
+
+
+def as_json(plan: DataPlan, warnings: Iterable[str] = ()) -> dict[str, Any]:
+    """The plan with exact numbers, as plain JSON values."""
+    return {**asdict(plan), "warnings": list(warnings)}
+
+
+def as_rows(plan: DataPlan) -> list[dict[str, Any]]:
+    """One flat row per fold and dataset, with exact numbers, for a CSV file."""
+    rows = []
+    for fold in plan.folds:
+        place = {k: v for k, v in asdict(fold).items() if k not in ("datasets", "name")}
+        of_fold = {f"fold_{k}" if k in ("samples", "tokens") else k: v for k, v in place.items()}
+        for row in fold.datasets:
+            own = {"dataset" if k == "name" else k: v for k, v in asdict(row).items()}
+            rows.append({"fold": fold.name, **own, **of_fold})
+    return rows
+
+
+def _fold_line(fold: FoldRow, with_rates: bool) -> Sequence[str]:
+    if fold.first_iteration is None:
+        place = ["0", "not", "reached"]
+    else:
+        numbers = (fold.iterations, fold.first_iteration, fold.last_iteration or 0)
+        place = [f"{n:,}" for n in numbers]
+    rates = []
+    if with_rates and fold.first_iteration is not None:
+        rates = [_rate(fold.first_learning_rate), _rate(fold.last_learning_rate)]
+    name = fold.name if fold.order == "folds" else f"{fold.name} ({fold.order} order)"
+    return (name, "", human(fold.tokens), f"{fold.samples:,}", "", "", *place, *rates)
+
+
+def _dataset_line(row: DatasetRow) -> Sequence[str]:
+    epochs = (_epochs(row.epochs), _epochs(row.epochs_so_far))
+    return (f"  {row.name}", f"{row.share:.2%}", human(row.tokens), f"{row.samples:,}", *epochs)
+
+
+def _epochs(number: float) -> str:
+    return f"{number:.3f}" if number == 0 or number >= 0.001 else f"{number:.1g}"
+
+
+def _rate(rate: float | None) -> str:
+    return "" if rate is None else f"{rate:.4g}"
+
+
+def _summary(plan: DataPlan) -> str:
+    sizes = plan.batch_sizes
+    size = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} growing to {sizes[-1]:,}"
+    return (
+        f"{plan.train_iters:,} iterations of {size} samples of {plan.sequence_length:,} tokens: "
+        f"{human(plan.tokens)} tokens ({plan.tokens:,}) of {len(plan.tokens_by_dataset()):,} "
+        f"datasets in {len(plan.folds)} fold{'s' if len(plan.folds) > 1 else ''}"
+    )
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    columns = max(map(len, lines))
+    cells = [[*line, *[""] * (columns - len(line))] for line in lines]
+    return aligned(cells, right=range(1, columns))

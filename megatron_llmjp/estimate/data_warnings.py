@@ -1,0 +1,344 @@
+"""Warnings on a run's data: repetition, overlap, and schedules that do not match it.
+
+Documents that several datasets hold because they share one .bin, as folds of split_folds do.
+
+What looks wrong in the plan of a run's data, each with the numbers that show it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_llmjp.config.schema import Config
+from megatron_llmjp.data.batch_size import BatchSizes
+from megatron_llmjp.data.folds.schedule import DatasetInfo, Schedule, Slice
+from megatron_llmjp.data.folds.schema import FoldFile
+from megatron_llmjp.data.indexed_dataset import Index, bin_path, idx_path, read_index
+from megatron_llmjp.estimate.data_plan import DataPlan, make_plan
+from megatron_llmjp.formatting import some
+from megatron_llmjp.run import Run
+
+SHOWN = 10
+QUICK_BYTES = 500_000_000
+"""Indices of this size are compared within about a second."""
+
+
+def overlaps(file: FoldFile, largest: int | None = None) -> list[str]:
+    """Return a warning for each pair of datasets of a fold file that hold the same documents.
+
+    Datasets are compared if they share a ``.bin``, by a hard or symbolic link; documents are the
+    same if they begin at the same token. Reads the indices of such datasets.
+
+    Args:
+        file: the fold file.
+        largest: bytes of ``.idx`` files up to which datasets that share a ``.bin`` are compared;
+            for more than that, the warning says how to compare them.
+    """
+    found, left_out = [], []
+    for paths in _sharing(file.sources()):
+        size = sum(idx_path(path).stat().st_size for path in paths)
+        if largest is not None and size > largest:
+            left_out.append(
+                f"{paths[0]} and {len(paths) - 1:,} more share a .bin, but their indices are too "
+                "large to look for common documents here: run plan_folds"
+            )
+            continue
+        found += [
+            f"{one} and {other} hold {count:,} documents in common, of {of:,} in the smaller: "
+            "they share a .bin"
+            for one, other, count, of in _pairs(paths)
+        ]
+    more = [f"... and {len(found) - SHOWN:,} more such pairs"] if len(found) > SHOWN else []
+    return found[:SHOWN] + more + left_out
+
+
+def _sharing(paths: Iterable[str]) -> list[list[str]]:
+    """Return groups of two or more datasets that share a ``.bin``."""
+    groups: dict[tuple[int, int], list[str]] = {}
+    for path in paths:
+        if not bin_path(path).is_file():
+            continue  # planned where the data is not
+        status = bin_path(path).stat()
+        groups.setdefault((status.st_dev, status.st_ino), []).append(path)
+    return [members for members in groups.values() if len(members) > 1]
+
+
+def _pairs(members: list[str]) -> Iterator[tuple[str, str, int, int]]:
+    """Yield each pair of datasets with common documents: how many, and those of the smaller."""
+    starts = {path: _starts(read_index(path)) for path in members}
+    if len(np.unique(np.concatenate(list(starts.values())))) == sum(map(len, starts.values())):
+        return
+    for one, other in itertools.combinations(members, 2):
+        count = len(np.intersect1d(starts[one], starts[other], assume_unique=True))
+        if count:
+            yield one, other, count, min(len(starts[one]), len(starts[other]))
+
+
+def _starts(index: Index) -> npt.NDArray[Any]:
+    """Return where each document begins in the .bin, without those that hold no token."""
+    filled = np.concatenate(([0], np.cumsum(index.lengths > 0)))
+    bounds = index.document_indices
+    first = bounds[:-1][filled[bounds[1:]] > filled[bounds[:-1]]]
+    return np.unique(index.pointers[first])
+
+
+def find_warnings(
+    plan: DataPlan,
+    schedule: Schedule,
+    config: Config,
+    file: FoldFile,
+    datasets: Mapping[str, DatasetInfo],
+) -> list[str]:
+    """Everything a user should look at before the run starts.
+
+    Args:
+        plan: the table.
+        schedule: what it was made from.
+        config: the run's; only its data, batch sizes and learning rate are looked at.
+        file: the fold file, for validation sets and per-fold learning rates.
+        datasets: what is known of each dataset, by path.
+    """
+    sizes = BatchSizes(config)
+    return [
+        *_sizes(plan, schedule, sizes),
+        *_end(plan, schedule, sizes),
+        *_continued(schedule),
+        *_used_twice(schedule),
+        *_trained_and_validated(schedule, file, datasets),
+        *_decay(plan, schedule, config),
+        *_warmup(plan, config),
+        *_of_folds(plan, schedule, sizes),
+    ]
+
+
+def warnings_of_run(run: Run) -> list[str]:
+    """Those of them that a run prints at its start.
+
+    The lint of a run warns of the end of the decay. That folds continue a dataset is no mistake.
+    """
+    sizes = BatchSizes(run.config)
+    plan = make_plan(run.schedule, sizes, run.train_iters)
+    return [
+        *_sizes(plan, run.schedule, sizes),
+        *_end(plan, run.schedule, sizes),
+        *_used_twice(run.schedule),
+        *_trained_and_validated(run.schedule, run.folds, run.datasets),
+        *_warmup(plan, run.config),
+        *_of_folds(plan, run.schedule, sizes),
+    ]
+
+
+def _sizes(plan: DataPlan, schedule: Schedule, sizes: BatchSizes) -> Iterator[str]:
+    for fold in schedule.folds:
+        batch = sizes.at(schedule.trainable(fold)[0])
+        if fold.samples < batch:
+            yield (
+                f"fold '{fold.name}' has {fold.samples:,} samples, less than one global batch of "
+                f"{batch:,}: it shares its iteration with its neighbours"
+            )
+        empty = [piece.name for piece in fold.slices if piece.samples == 0]
+        if empty:
+            yield (
+                f"fold '{fold.name}': the share of {some(empty)} is less than one sample: nothing "
+                "of it is trained on"
+            )
+    for row in plan.folds:
+        if row.skipped == row.samples:
+            yield f"fold '{row.name}': all of its {row.samples:,} samples are skipped"
+
+
+def _end(plan: DataPlan, schedule: Schedule, sizes: BatchSizes) -> Iterator[str]:
+    possible, rest = sizes.iterations(schedule.total_samples)
+    if plan.train_iters < possible:
+        missed = [row.name for row in plan.folds if row.first_iteration is None]
+        yield (
+            f"the run ends at iteration {plan.train_iters:,}, the folds at {possible:,}: "
+            f"{plan.left_out:,} samples are not trained on"
+            + (f", among them all of fold {some(missed)}" if missed else "")
+        )
+    elif rest:
+        yield (
+            f"the last {rest:,} samples make no full batch and are left out (a batch has "
+            f"{plan.batch_sizes[-1]:,})"
+        )
+
+
+Uses = dict[str, list[tuple[str, Slice]]]
+"""By key of a dataset, the folds that use it and the slices that they take."""
+
+
+def _uses(schedule: Schedule) -> Uses:
+    uses: Uses = {}
+    for fold in schedule.folds:
+        for piece in fold.slices:
+            uses.setdefault(piece.key, []).append((fold.name, piece))
+    return uses
+
+
+def _epochs(places: Sequence[tuple[str, Slice]]) -> float:
+    """How often a dataset is seen in the whole run."""
+    return sum(piece.samples for _, piece in places) / places[-1][1].samples_per_epoch
+
+
+def _continued(schedule: Schedule) -> Iterator[str]:
+    """Datasets that several folds continue: the usual way to spread them, so for plans alone."""
+    theirs = _in_megatron_order(schedule)
+    several = [
+        text
+        for places in _uses(schedule).values()
+        if (text := _in_several_folds(places)) and not theirs & {name for name, _ in places}
+    ]
+    if several:
+        yield (
+            f"used in more than one fold: {some(several)}; a fold continues where the last one "
+            "stopped, unless it has `restart: true`"
+        )
+
+
+def _used_twice(schedule: Schedule) -> Iterator[str]:
+    """Datasets whose samples are seen again, or may be."""
+    theirs = _in_megatron_order(schedule)
+    mixed: list[str] = []
+    often: list[str] = []
+    for places in _uses(schedule).values():
+        piece = places[-1][1]
+        folds = [name for name, _ in places]
+        for name in sorted({n for n in folds if folds.count(n) > 1}):
+            twins = [f"'{p.name}'" for fold, p in places if fold == name]
+            yield f"fold '{name}': {' and '.join(twins)} are the same dataset ({piece.path})"
+        text = _in_several_folds(places)
+        if text and theirs.intersection(folds):
+            mixed.append(text)
+        if max(p.end for _, p in places) > piece.samples_per_epoch:
+            often.append(f"{piece.path} ({_epochs(places):.2f} epochs)")
+    if mixed:
+        yield (
+            f"used in Megatron-LM's order and in other folds: {some(mixed)}; that order cannot "
+            "continue where another stopped: samples may be seen again"
+        )
+    if often:
+        yield f"samples are seen more than once: {some(often)}"
+
+
+def _in_megatron_order(schedule: Schedule) -> set[str]:
+    return {fold.name for fold in schedule.folds if fold.megatron is not None}
+
+
+def _in_several_folds(places: Sequence[tuple[str, Slice]]) -> str:
+    """A dataset with the number of folds that use it; empty for one fold."""
+    folds = len({name for name, _ in places})
+    epochs = _epochs(places)
+    return f"{places[-1][1].path} ({folds} folds, {epochs:.2f} epochs in all)" if folds > 1 else ""
+
+
+def _trained_and_validated(
+    schedule: Schedule, file: FoldFile, datasets: Mapping[str, DatasetInfo]
+) -> Iterator[str]:
+    trained = {
+        piece.key: fold
+        for fold in reversed(schedule.folds)
+        for piece in fold.slices
+        if fold.megatron is None or fold.megatron.split is None  # else its parts lie apart
+    }
+    for name, held_out in file.validation.items():
+        if held_out.path is None:
+            continue
+        fold = trained.get(datasets[held_out.path].key)
+        if fold is not None:
+            yield (
+                f"validation set '{name}' ({held_out.path}) is also trained on, from fold "
+                f"'{fold.name}' on: its loss says nothing about unseen text"
+            )
+
+
+def _decay(plan: DataPlan, schedule: Schedule, config: Config) -> Iterator[str]:
+    """The run's learning rate, where no fold has one of its own."""
+    o, end = config.optimizer, _iterations(config, "lr_decay")
+    if end is None or o.lr_decay_style == "constant":
+        return
+    own = _own_iterations(schedule, BatchSizes(config))
+    left = plan.train_iters - end
+    if left > 0:
+        last = plan.train_iters + 1
+        left -= sum(len(range(max(r.start, end + 1), min(r.stop, last))) for r in own)
+    if left > 0:
+        text = (
+            f"the learning rate's decay ends at iteration {end:,}, the run at "
+            f"{plan.train_iters:,}: {left:,} iterations are trained at min_lr {o.min_lr:g}"
+        )
+        if left == _iterations(config, "lr_warmup"):
+            text += (
+                ". They are as many as the warm-up, which is counted inside the decay: adding the "
+                "two, as LLM-jp's scripts did (its models' last 2000 steps are at min_lr), is not "
+                f"needed. lr_decay_iters {plan.train_iters} decays to the end"
+            )
+        yield text
+    elif end > plan.train_iters and not any(plan.train_iters in r for r in own):
+        yield (
+            f"the learning rate's decay ends at iteration {end:,}, after the run's end at "
+            f"{plan.train_iters:,}: min_lr {o.min_lr:g} is not reached"
+        )
+
+
+def _warmup(plan: DataPlan, config: Config) -> Iterator[str]:
+    warmup, first = _iterations(config, "lr_warmup") or 0, plan.folds[0]
+    fraction = config.optimizer.lr_warmup_fraction
+    if fraction is not None:
+        warmup = int(fraction * (_iterations(config, "lr_decay") or plan.train_iters))
+    if first.last_iteration is not None and warmup > first.last_iteration:
+        yield (
+            f"the warm-up of {warmup:,} iterations is longer than the first fold "
+            f"('{first.name}', {first.last_iteration:,} iterations)"
+        )
+
+
+def _of_folds(plan: DataPlan, schedule: Schedule, sizes: BatchSizes) -> Iterator[str]:
+    """Learning rates of folds; one counts the iterations that begin in its fold."""
+    for fold in schedule.folds:
+        own = fold.learning_rate
+        if own is None:
+            continue
+        before, end = (_begun(sizes, number) for number in schedule.trainable(fold))
+        length = min(end, plan.train_iters) - before
+        if (own.lr_warmup_iters or 0) > length > 0:
+            yield (
+                f"fold '{fold.name}': its warm-up of {own.lr_warmup_iters:,} iterations is longer "
+                f"than the fold ({length:,})"
+            )
+        decay = own.lr_decay_iters
+        if decay is not None and decay != length > 0:
+            when = "before" if decay < length else "after"
+            yield (
+                f"fold '{fold.name}': its learning rate's decay ends after {decay:,} iterations, "
+                f"{abs(decay - length):,} {when} the fold does ({length:,})"
+            )
+
+
+def _own_iterations(schedule: Schedule, sizes: BatchSizes) -> list[range]:
+    """Iterations of the folds that have a learning rate of their own."""
+    bounds = [schedule.trainable(fold) for fold in schedule.folds if fold.learning_rate]
+    return [range(_begun(sizes, a) + 1, _begun(sizes, b) + 1) for a, b in bounds]
+
+
+def _begun(sizes: BatchSizes, number: int) -> int:
+    """Iterations whose first sample is before sample ``number``."""
+    full, rest = sizes.iterations(number)
+    return full + (rest > 0)
+
+
+def _iterations(config: Config, field: str) -> int | None:
+    """``lr_decay`` or ``lr_warmup`` in iterations, however it was given."""
+    o = config.optimizer
+    samples = getattr(o, f"{field}_samples")
+    tokens = getattr(o, f"{field}_tokens")
+    if tokens is not None:
+        samples = tokens // config.data.seq_length
+    if samples is not None:
+        return BatchSizes(config).iterations(samples)[0]
+    found: int | None = getattr(o, f"{field}_iters")
+    return found

@@ -1,0 +1,92 @@
+"""Initial weights that depend on the seed and the tensor's global name, not on the layout.
+
+megatron-core seeds each pipeline stage apart, so that one seed gives another model in another
+layout. Here every tensor is drawn whole from a seed of its own and each rank keeps its part: TP, PP
+and VP change nothing.
+
+Standard deviations are Megatron-LM's: ``init_method_std``, and ``init_method_std / sqrt(2 L)`` for
+the two projections back into the residual stream; norms are 1, biases 0.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_llmjp.config.schema import Config
+from megatron_llmjp.parallel.device import without_warnings
+
+with without_warnings():
+    from megatron.core import parallel_state
+
+_RESIDUAL = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
+_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, config: Config) -> None:
+    """Overwrite the weights of a model chunk with its part of the global initial weights."""
+    for name, parameter in model.named_parameters():
+        name = global_name(model, name)
+        if name == "output_layer.weight" and not config.model.untie_embeddings_and_output_weights:
+            name = "embedding.word_embeddings.weight"
+        if name.endswith(".bias") or name.endswith("layer_norm_bias"):
+            parameter.zero_()
+        elif parameter.dim() == 1:
+            parameter.fill_(1.0)
+        else:
+            parameter.copy_(_local_part(parameter, name, config))
+
+
+def global_name(model: nn.Module, name: str) -> str:
+    """A parameter's name with the number of its layer counted over all stages, from 0."""
+    match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
+    if match is None:
+        return name
+    layer: Any = model.get_submodule(f"decoder.layers.{match[1]}")
+    return f"decoder.layers.{layer.layer_number - 1}.{match[2]}"
+
+
+def _local_part(parameter: nn.Parameter, name: str, config: Config) -> Tensor:
+    """This rank's slice of the tensor ``name``, drawn whole."""
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    split = size > 1 and getattr(parameter, "tensor_model_parallel", False)
+    dim = int(parameter.partition_dim) if split else 0  # type: ignore[attr-defined]
+    shape = list(parameter.shape)
+    if split:
+        shape[dim] *= size
+    full = _draw(name, shape, config, parameter.device)
+    if not split:
+        return full
+    if name.endswith("linear_fc1.weight") and config.model.activation_function == "swiglu":
+        halves = full.chunk(2)  # a rank holds [gate_t; up_t] of [gate; up]
+        return torch.cat([half.chunk(size)[rank] for half in halves])
+    return full.chunk(size, dim=dim)[rank]
+
+
+def _draw(name: str, shape: list[int], config: Config, device: torch.device) -> Tensor:
+    std = config.model.init_method_std
+    if name.endswith(_RESIDUAL):
+        std /= math.sqrt(2.0 * config.model.num_layers)
+    if name in _VOCABULARY and config.model.vocab_size is not None:
+        # The padding differs between layouts; the rows of real tokens must not.
+        rows, padding = config.model.vocab_size, shape[0] - config.model.vocab_size
+        real = _normal(name, [rows, *shape[1:]], std, config, device)
+        return torch.cat(
+            [real, _normal(f"{name}/padding", [padding, *shape[1:]], std, config, device)]
+        )
+    return _normal(name, shape, std, config, device)
+
+
+def _normal(
+    name: str, shape: list[int], std: float, config: Config, device: torch.device
+) -> Tensor:
+    digest = hashlib.sha256(f"{config.training.seed}/{name}".encode()).digest()
+    generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.empty(shape, device=device).normal_(0.0, std, generator=generator)

@@ -1,0 +1,1 @@
+"""Processes of a run: device, ranks, process groups, launcher, signals."""

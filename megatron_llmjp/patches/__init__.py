@@ -1,0 +1,1 @@
+"""Every change to torch and megatron-core at run time, with its reason."""

@@ -1,0 +1,142 @@
+"""The status of one run as lines, of several as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_llmjp.formatting import aligned, duration, human, size_of
+from megatron_llmjp.report.jobs import Trouble
+from megatron_llmjp.report.status import Status
+
+
+def show_one(status: Status) -> str:
+    """Labels and values of a run, those that are known."""
+    rows = [
+        ("run", status.folder),
+        ("state", f"{status.state}: {status.why}"),
+        ("iteration", _iteration(status)),
+        ("fold", _fold(status)),
+        ("loss", _loss(status)),
+        ("not applied", _not_applied(status)),
+        ("speed", _speed(status)),
+        ("remaining", _remaining(status)),
+        ("checkpoints", _checkpoints(status)),
+        ("job ends", _ends(status)),
+        ("last error", _trouble(status.error)),
+        ("last hang", _trouble(status.hang)),
+        ("last event", status.event or ""),
+    ]
+    return aligned([row for row in rows if row[1]], right=())
+
+
+def show_many(runs: Sequence[Status]) -> str:
+    """A line for each run."""
+    heads = ("run", "state", "iteration", "fold", "loss", "tokens/s", "remaining", "saved", "error")
+    return aligned([heads, *map(_row, runs)], right=(2, 4, 5, 6, 7))
+
+
+def _row(status: Status) -> tuple[str, ...]:
+    total = f"/{status.train_iters:,}" if status.train_iters else ""
+    saved = f"{status.saved.iterations[-1]:,}" if status.saved else "none"
+    fold = ""
+    if status.fold is not None:
+        fold = f"{status.fold} {status.fold_progress or 0:.0%}"
+    return (
+        Path(status.folder).resolve().name,
+        status.state,
+        f"{status.iteration:,}{total}",
+        fold,
+        "" if status.loss is None else f"{status.loss:.4f}",
+        "" if status.tokens_per_second is None else human(status.tokens_per_second),
+        "" if not status.seconds_remaining else duration(status.seconds_remaining),
+        saved,
+        status.error.what[:60] if status.error else "",
+    )
+
+
+def _iteration(status: Status) -> str:
+    text = f"{status.iteration:,}"
+    if status.train_iters:
+        text += f" of {status.train_iters:,} ({status.iteration / status.train_iters:.1%})"
+    if status.consumed_tokens is not None:
+        text += f", {human(status.consumed_tokens)} tokens"
+    return text
+
+
+def _fold(status: Status) -> str:
+    if status.fold is None:
+        return ""
+    number = f" ({status.fold_number}" if status.fold_number else ""
+    number += f" of {status.folds})" if number and status.folds else ")" if number else ""
+    return f"{status.fold}{number}, {status.fold_progress or 0:.0%} done"
+
+
+def _loss(status: Status) -> str:
+    parts = [] if status.loss is None else [f"{status.loss:.4f}"]
+    parts += [f"validation {name} {loss:.4f}" for name, loss in status.validation.items()]
+    return ", ".join(parts)
+
+
+def _not_applied(status: Status) -> str:
+    """Steps that changed nothing, and why; nothing where there are none."""
+    parts = [
+        (status.nan, "with a NaN or Inf"),
+        (status.spikes, "spikes"),
+        (status.rollbacks, "rollbacks"),
+    ]
+    known = ", ".join(f"{number:,} {what}" for number, what in parts if number)
+    if not known and not status.skipped:
+        return ""
+    return f"{status.skipped:,} steps so far" + (f"; {known}" if known else "")
+
+
+def _speed(status: Status) -> str:
+    if status.tokens_per_second is None:
+        return ""
+    parts = [f"{human(status.tokens_per_second)} tokens/s"]
+    if status.tflops_per_gpu is not None:
+        parts.append(f"{status.tflops_per_gpu:.1f} TFLOP/s per GPU")
+    if status.mfu is not None:
+        parts.append(f"MFU {status.mfu:.1%}")
+    if status.seconds_per_iteration is not None:
+        parts.append(f"{status.seconds_per_iteration:.2f} s an iteration")
+    return ", ".join(parts)
+
+
+def _remaining(status: Status) -> str:
+    if status.state == "finished" or status.seconds_remaining is None:
+        return ""
+    text = duration(status.seconds_remaining)
+    if status.seconds_since_log is not None:
+        text += f"; the last line was logged {duration(status.seconds_since_log)} ago"
+    return text
+
+
+def _checkpoints(status: Status) -> str:
+    saved = status.saved
+    if saved is None:
+        return "none yet"
+    if not saved.bytes:
+        return f"{len(saved.iterations)}; the newest, {saved.iterations[-1]:,}, is damaged"
+    newest = ", ".join(f"{iteration:,}" for iteration in reversed(saved.iterations[-3:]))
+    return (
+        f"{newest} (of {len(saved.iterations):,}); the newest has {size_of(saved.bytes)} and is "
+        f"{duration(saved.seconds_ago)} old"
+    )
+
+
+def _ends(status: Status) -> str:
+    if not status.ends:
+        return ""
+    last = status.ends[-1]
+    return (
+        f"{len(status.ends)}, the last on {last.get('time')} with exit code "
+        f"{last.get('exit code')} at iteration {last.get('iteration')}: {last.get('why')}"
+    )
+
+
+def _trouble(trouble: Trouble | None) -> str:
+    if trouble is None:
+        return ""
+    return f"{duration(trouble.seconds_ago)} ago: {trouble.what} ({trouble.where})"

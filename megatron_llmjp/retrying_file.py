@@ -1,0 +1,175 @@
+"""Files for logs: what cannot be written now is kept and written later, and never ends a run."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import sys
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from megatron_llmjp.filesystem import NO_ROOM, warn
+
+KEPT_BYTES = 16 << 20
+"""What does not fit is kept up to here, then the oldest of it is given up."""
+
+_NAMES = {1: "standard output", 2: "standard error"}
+
+
+class PatientFile(io.RawIOBase):
+    """A file that is only added to. Writing, opening and closing it raise no ``OSError``.
+
+    A full disk, a stale handle or an unwritable folder is reported once, and what is written
+    meanwhile is kept in memory. A file that was deleted is recreated. Nothing is kept for a pipe
+    whose reader is gone.
+
+    Without a lock, since a process that forks while another thread holds one would stop at it: of
+    what several threads write at once the order may change, but no write is torn or lost.
+    """
+
+    def __init__(self, file: Path | int, warns: bool = True) -> None:
+        """Open ``file``, or take a descriptor that is open; ``warns`` on standard error."""
+        super().__init__()
+        self._path = file if isinstance(file, Path) else None
+        self._descriptor = file if isinstance(file, int) else None
+        self.name = str(file) if isinstance(file, Path) else _NAMES.get(file, f"descriptor {file}")
+        self._pending: deque[bytes] = deque()
+        self._is_torn = False
+        """Whether the first part of the oldest write that waits is in the file already."""
+        self._is_over = False
+        self.warns, self._has_warned = warns, False
+        self._drain()
+
+    def writable(self) -> bool:
+        """It is."""
+        return True
+
+    def fileno(self) -> int:
+        """The descriptor.
+
+        Raises:
+            OSError: the file is not open at the moment.
+        """
+        if self._descriptor is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF), self.name)
+        return self._descriptor
+
+    def write(self, data: Any) -> int:
+        """Add bytes, all of them, now or later."""
+        text = bytes(data)
+        if not self._is_over:
+            self._pending.append(text)
+            self._drain()
+        return len(text)
+
+    def close(self) -> None:
+        """Try once more to write what waits, and close."""
+        if not self.closed:
+            self._drain()
+            if self._path is not None:
+                self._close()
+        super().close()
+
+    def _drain(self) -> None:
+        """Write what waits, as far as possible."""
+        try:
+            self._open()
+            while self._pending:
+                self._write_next()
+            self._has_warned = False
+        except OSError as error:
+            self._keep(error)
+
+    def _open(self) -> None:
+        if self._path is None:
+            return
+        if self._descriptor is not None and os.fstat(self._descriptor).st_nlink == 0:
+            self._close()  # the file was deleted, perhaps with its folder
+        if self._descriptor is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+            self._descriptor = os.open(self._path, flags, 0o666)
+
+    def _write_next(self) -> None:
+        assert self._descriptor is not None
+        try:
+            text = self._pending.popleft()
+        except IndexError:  # another thread was faster
+            return
+        written = 0
+        try:
+            written = os.write(self._descriptor, text)
+        finally:
+            if written < len(text):
+                self._pending.appendleft(text[written:])
+                self._is_torn = self._is_torn or written > 0
+            else:
+                self._is_torn = False
+
+    def _keep(self, error: OSError) -> None:
+        """Report what is wrong, and keep what waits up to a limit."""
+        if error.errno == errno.EPIPE:
+            self._is_over = True
+            self._pending.clear()
+        elif error.errno not in NO_ROOM and self._path is not None:
+            self._close()  # a stale handle stays stale: open the file again next time
+        size = sum(map(len, self._pending))
+        while size > KEPT_BYTES and len(self._pending) > 1:
+            size -= len(self._pending[self._is_torn])
+            del self._pending[self._is_torn]  # a half-written line must be completed
+        if self.warns and not self._has_warned:
+            self._has_warned = True
+            with contextlib.suppress(OSError, ValueError):  # standard error may be no better
+                warn(self._describe(error))
+
+    def _describe(self, error: OSError) -> str:
+        if self._is_over:
+            return f"{self.name}: its reader is gone ({error.strerror}); the run continues"
+        if error.errno in NO_ROOM:
+            return f"{self.name} waits for room on its disk: {error.strerror}"
+        return f"{self.name} cannot be written: {error.strerror}; the log is kept and written later"
+
+    def _close(self) -> None:
+        if self._descriptor is not None:
+            with contextlib.suppress(OSError):
+                os.close(self._descriptor)
+            self._descriptor = None
+
+
+def keep_standard_streams(warns: bool = False) -> None:
+    """Have standard output and error never end the program: :class:`PatientFile`.
+
+    A job's log is often on the file system whose quota its checkpoints fill; and the reader of a
+    pipe may end, as ``head`` does.
+
+    Args:
+        warns: report on standard error what is wrong with standard output.
+    """
+    _occupy_standard_descriptors()
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if isinstance(getattr(stream, "buffer", None), PatientFile):
+            stream.buffer.warns = warns and descriptor == 1
+        elif stream is not None and stream is getattr(sys, f"__{name}__"):
+            with contextlib.suppress(OSError):
+                stream.flush()
+            kept = io.TextIOWrapper(
+                PatientFile(descriptor, warns=warns and descriptor == 1),
+                encoding=stream.encoding,
+                errors=stream.errors,
+                line_buffering=stream.line_buffering,
+                write_through=True,
+            )
+            setattr(sys, name, kept)
+
+
+def _occupy_standard_descriptors() -> None:
+    """Open closed ones on nothing: else a checkpoint may get the number, and a library's text."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number, hence this one

@@ -1,0 +1,261 @@
+"""Everything about a run that can be wrong is found here, before torch or any other process.
+
+``prepare`` reads the tokenizer, the fold file with its datasets, and the checkpoint to go on from,
+and returns the resolved run. It is cheap: the process that starts the ranks calls it to speak with
+one voice, and each rank calls it to know the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from megatron_llmjp.checkpoint import resume as resuming
+from megatron_llmjp.checkpoint import resume_checks
+from megatron_llmjp.checkpoint.manifest import complete_iterations
+from megatron_llmjp.checkpoint.resume import Resume
+from megatron_llmjp.checkpoint.resume_checks import NO_RANGES, Past, Ranges
+from megatron_llmjp.checkpoint.save_folder import check_save_folder
+from megatron_llmjp.config.loading import changed
+from megatron_llmjp.config.schema import Config
+from megatron_llmjp.config.validation import check
+from megatron_llmjp.config.warnings import Facts, lint
+from megatron_llmjp.data.batch_size import BatchSizes
+from megatron_llmjp.data.dataset_tokenizers import check_ids
+from megatron_llmjp.data.folds.schedule import DatasetInfo, HeldOut, MegatronBlend, Schedule
+from megatron_llmjp.data.folds.schema import FoldFile
+from megatron_llmjp.data.lr_schedule import rate_settings
+from megatron_llmjp.errors import Problems, UserError
+from megatron_llmjp.run_data import (
+    RunData,
+    as_known,
+    cache_folder,
+    check_tokenizer,
+    count_iterations,
+    decay_end,
+    prepare_data,
+    repetitions,
+    run_tokenizer,
+    shorten_warmup,
+    source_of_data,
+    validation_sets,
+    with_decay,
+)
+from megatron_llmjp.tokenizers import Tokenizer
+
+NOTHING: Mapping[str, str] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run, resolved."""
+
+    asked: Config
+    """The configuration as it was given, before the checkpoint and the data had their say."""
+    config: Config
+    tokenizer: Tokenizer
+    folds: FoldFile
+    datasets: dict[str, DatasetInfo]
+    """What is known of each dataset, by path."""
+    schedule: Schedule
+    validation: dict[str, HeldOut | MegatronBlend]
+    train_iters: int
+    resume: Resume | None
+    past: Past
+    """What the run's checkpoints are to remember of the data."""
+    notes: tuple[str, ...]
+    """What the user should be told at the start."""
+    mismatches: tuple[str, ...] = ()
+    """Warnings on datasets of another tokenizer that ``--allow-tokenizer-mismatch`` accepts."""
+    lints: tuple[str, ...] = ()
+    """Warnings on a configuration that runs, but as a run has gone wrong before."""
+
+    @property
+    def warnings(self) -> list[str]:
+        """What went wrong before and should not be overlooked."""
+        if self.resume is None:
+            return [*self.mismatches]
+        going_on = f"; going on from {self.resume.folder}"
+        return [*self.mismatches, *(wrong + going_on for wrong in self.resume.passed_over)]
+
+    @property
+    def cache(self) -> Path:
+        """Folder of sample indices."""
+        return cache_folder(self.config, self.folds)
+
+
+def prepare(
+    config: Config,
+    world_size: int,
+    damaged: Mapping[str, str] = NOTHING,
+    left_out: Ranges = NO_RANGES,
+) -> Run:
+    """Resolve a configuration for ``world_size`` processes.
+
+    Args:
+        config: what is asked for.
+        world_size: number of processes.
+        damaged: checkpoint folders that are known to be damaged, and how.
+        left_out: positions of the schedule to skip, by words that tell why.
+
+    Raises:
+        UserError: whatever is wrong with the layout, tokenizer, data or checkpoint.
+    """
+    asked = config
+    config, tokenizer, data, notes = _read_inputs(config, world_size)
+    mismatch = check_tokenizer(config, data.datasets, tokenizer)
+    vocab_size = max(tokenizer.vocab_size, config.model.vocab_size or 0)
+    check_ids(data.datasets, vocab_size, tokenizer.identity())
+    resume = resuming.find(config, damaged)
+    continued = resume if resume is not None and not config.checkpoint.finetune else None
+    manifest = continued.manifest if continued is not None else None
+    if manifest is not None:
+        data = as_known(data, config, manifest.folds)
+    sizes, skips = BatchSizes(config), config.data.skip_iterations
+    schedule, skipped = resume_checks.skip_iterations(
+        data.schedule, skips, manifest, sizes, left_out
+    )
+    notes += [*repetitions(schedule), *resume_checks.told(skipped)]
+    memory = Past(skipped)
+    if continued is not None:
+        config, memory, changes = resuming.adopt(config, continued, schedule, skipped)
+        notes += [*changes, *resuming.check_tokenizer(config, continued, tokenizer)]
+    elif resume is not None:
+        resuming.check_weights(config, resume)
+    config, train_iters, length_notes = _with_length(config, schedule, world_size)
+    validation, validation_notes = validation_sets(config, data, train_iters)
+    if config.training.eval_only:
+        _check_validation(config, resume, validation)
+    facts = Facts(world_size, train_iters, decay_end(config), len(validation))
+    return Run(
+        asked=asked,
+        config=config,
+        tokenizer=tokenizer,
+        folds=data.folds,
+        datasets=data.datasets,
+        schedule=schedule,
+        validation=validation,
+        train_iters=train_iters,
+        resume=resume,
+        past=memory,
+        notes=(*notes, *length_notes, *validation_notes),
+        mismatches=tuple(mismatch),
+        lints=tuple(lint(config, facts)),
+    )
+
+
+def _read_inputs(config: Config, world_size: int) -> tuple[Config, Tokenizer, RunData, list[str]]:
+    """Check the configuration and the save folder, and read the tokenizer and the datasets.
+
+    Returns:
+        The configuration with its vocabulary, the tokenizer, the data and notes for the user.
+
+    Raises:
+        UserError: everything that is wrong, so that no mistake hides another.
+    """
+    problems = Problems()
+    with problems.collect():
+        check(config, world_size)
+    if problems.lines:
+        _look_further(config, problems)
+    notes = _save_folder(config)
+    config, start_notes = _first_start_is_over(config)
+    with problems.collect():
+        tokenizer = _tokenizer(config)
+        config = _with_vocabulary(config, tokenizer)
+    with problems.collect():
+        data = prepare_data(config)
+    problems.report()
+    return config, tokenizer, data, [*notes, *start_notes]
+
+
+def _with_length(
+    config: Config, schedule: Schedule, world_size: int
+) -> tuple[Config, int, list[str]]:
+    """Resolve what follows from the run's length: decay and warm-up of the learning rate.
+
+    Returns:
+        The configuration, the number of iterations and notes for the user.
+
+    Raises:
+        UserError: the length contradicts another field.
+    """
+    config = changed(config, padded_vocab_size=config.rows)
+    train_iters, notes = count_iterations(config, schedule)
+    config, warmup_notes = shorten_warmup(with_decay(config, schedule, train_iters))
+    check(config, world_size)
+    rate_settings(config, schedule, BatchSizes(config), train_iters)
+    return config, train_iters, [*notes, *warmup_notes]
+
+
+def _look_further(config: Config, problems: Problems) -> None:
+    """Add what else is wrong to broken rules, and report all.
+
+    The data is not examined with a batch ramp-up: its arithmetic needs one that fits.
+
+    Raises:
+        UserError: always.
+    """
+    with problems.collect():
+        _tokenizer(config)
+    if config.training.rampup_batch_size is None:
+        with problems.collect():
+            prepare_data(config)
+    problems.report()
+
+
+def _check_validation(
+    config: Config, resume: Resume | None, sets: Mapping[str, HeldOut | MegatronBlend]
+) -> None:
+    if resume is None:
+        raise UserError("--eval-only validates a checkpoint: give --load, the folder that holds it")
+    if not sets:
+        where = source_of_data(config.data)
+        raise UserError(f"--eval-only: {where} declares no validation sets (docs/folds.md)")
+
+
+def _save_folder(config: Config) -> list[str]:
+    """Notes on the save folder of a run that writes to one."""
+    if config.checkpoint.save is None or config.training.eval_only:
+        return []
+    return check_save_folder(Path(config.checkpoint.save))
+
+
+def _first_start_is_over(config: Config) -> tuple[Config, list[str]]:
+    """``load`` and ``finetune`` are for a run's first start: later its own checkpoints count.
+
+    So a job that is requeued with its first command line goes on, and does not begin again.
+    """
+    places = config.checkpoint
+    if not (places.save and places.load) or config.training.eval_only:
+        return config, []
+    save, load = Path(places.save).resolve(), Path(places.load).resolve()
+    if load == save or save in load.parents or not complete_iterations(save):
+        return config, []
+    flags = f"--load {places.load}" + (" --finetune" if places.finetune else "")
+    note = f"{places.save} holds checkpoints of this run already: {flags} was for its first start"
+    return changed(config, load=None, finetune=False), [note]
+
+
+def _tokenizer(config: Config) -> Tokenizer:
+    tokenizer = run_tokenizer(config)
+    if tokenizer is None:
+        raise UserError(
+            "no tokenizer: give --tokenizer-type and --tokenizer-model, those that "
+            "preprocess_data made the datasets with"
+        )
+    return tokenizer
+
+
+def _with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
+    if config.model.vocab_size is None:
+        return changed(config, vocab_size=tokenizer.vocab_size)
+    # Not compared with vocab_size: Megatron's SentencePieceTokenizer adds a piece of its own.
+    if tokenizer.vocab_size > config.rows:
+        raise UserError(
+            f"{config.data.tokenizer_model} has {tokenizer.vocab_size} tokens, but vocab_size is "
+            f"{config.model.vocab_size}: leave --vocab-size out, or take the model's tokenizer"
+        )
+    return config

@@ -1,1 +1,0 @@
-"""Where a run lives: the device, the processes and their groups."""

@@ -1,0 +1,73 @@
+"""Batches for the model chunks of this rank: real ones where tokens or labels are needed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from megatron_llmjp.config.schema import Config
+from megatron_llmjp.data.dataloader import Batch, BatchSize, micro_batches
+from megatron_llmjp.data.dataset import FoldDataset, Sample
+from megatron_llmjp.data.folds.schedule import Schedule
+from megatron_llmjp.parallel.device import Device, without_warnings
+
+with without_warnings():
+    from megatron.core import parallel_state
+
+
+class Labelled(Dataset[Sample]):
+    """The run's samples with ``dataset_id``, the number of the dataset that a sample is from."""
+
+    def __init__(self, data: FoldDataset) -> None:
+        self._data = data
+        self._numbers = {name: i for i, name in enumerate(dataset_names(data.schedule))}
+
+    def __getitem__(self, index: int) -> Sample:
+        piece, _ = self._data.locate(index)
+        return {**self._data[index], "dataset_id": torch.tensor(self._numbers[piece.name])}
+
+
+def dataset_names(schedule: Schedule) -> list[str]:
+    """Names of the run's datasets, in the order they first occur."""
+    names = (piece.name for fold in schedule.folds for piece in fold.slices)
+    return list(dict.fromkeys(names))
+
+
+class _Nothing(dict[str, Any]):
+    """The batch of a middle stage: no tensor in it is looked at."""
+
+    def __missing__(self, key: str) -> None:
+        return None
+
+
+def feed(
+    dataset: Dataset[Sample],
+    config: Config,
+    device: Device,
+    first: int,
+    end: int,
+    batch_size: BatchSize,
+) -> list[Iterator[Batch]]:
+    """One iterator per model chunk over the micro-batches of samples ``[first, end)``."""
+    chunks = config.parallel.virtual_pipeline_model_parallel_size
+    iterators: list[Iterator[Batch]] = []
+    for vp_stage in range(chunks) if chunks else [None]:
+        if _reads(config, vp_stage):
+            iterators.append(micro_batches(dataset, config, device, first, end, batch_size))
+        else:
+            iterators.append(itertools.repeat(_Nothing()))
+    return iterators
+
+
+def _reads(config: Config, vp_stage: int | None) -> bool:
+    where = {"ignore_virtual": False, "vp_stage": vp_stage}
+    if config.data.reset_attention_mask:
+        return True  # every stage applies the mask
+    return bool(
+        parallel_state.is_pipeline_first_stage(**where)
+        or parallel_state.is_pipeline_last_stage(**where)
+    )

@@ -1,0 +1,170 @@
+"""Old checkpoints are removed once the newest was read back from disk, and not before."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from torch.distributed.checkpoint.metadata import Metadata
+
+from megatron_llmjp.checkpoint import manifest as manifests
+from megatron_llmjp.checkpoint import publish, removal
+from megatron_llmjp.checkpoint.manifest import Manifest
+from megatron_llmjp.checkpoint.removal import Thinner
+from megatron_llmjp.config.flags import parse
+from megatron_llmjp.config.loading import dump
+from megatron_llmjp.config.schema import CheckpointConfig
+
+MODEL = ("--num-layers", "1", "--hidden-size", "8", "--num-attention-heads", "1")
+
+
+def save(root: Path, iteration: int) -> Path:
+    """A checkpoint without tensors."""
+    publish.begin(root, iteration)
+    folder = publish.temporary_folder(root, iteration)
+    contents = {
+        manifests.CONFIG: dump(parse(list(MODEL))[0]).encode(),
+        ".metadata": pickle.dumps(Metadata({}, storage_data={})),
+        "metadata.json": b"{}",
+        "__0_0.distcp": bytes(1000),
+    }
+    files = {name: publish.add_file(folder, name, data) for name, data in contents.items()}
+    fields = {"iteration": iteration, "consumed_samples": 4 * iteration, "contents": "full"}
+    return publish.publish(root, Manifest(**fields, files=files))
+
+
+def thinner(root: Path, may_remove: Callable[[], bool] = lambda: True) -> Thinner:
+    return Thinner(root, CheckpointConfig(save=str(root), keep_last=1), frozenset(), may_remove)
+
+
+def left(root: Path) -> list[int]:
+    return manifests.complete_iterations(root)
+
+
+def test_older_ones_are_removed(tmp_path, capsys):
+    for iteration in (1, 2, 3):
+        save(tmp_path, iteration)
+    worker = thinner(tmp_path)
+    worker.start(3)
+    worker.wait()
+    assert left(tmp_path) == [3] and not list(tmp_path.glob(".iter_*"))
+    output = capsys.readouterr().out.splitlines()
+    assert output == [f"removing checkpoint {tmp_path / f'iter_000000{i}'}" for i in (1, 2)]
+    save(tmp_path, 4)
+    worker.start(4)  # it works more than once
+    worker.wait()
+    assert left(tmp_path) == [4]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("manifest.json", "cannot be read"),
+        ("__0_0.distcp", "does not have the checksum"),
+        ("config.yaml", ""),
+        (".metadata", ""),
+        ("metadata.json", ""),
+    ],
+)
+def test_none_is_removed_for_a_damaged_one(tmp_path, capsys, name, said):
+    """The one before is resumed from, and a good save makes up for it."""
+    save(tmp_path, 1)
+    damaged = save(tmp_path, 2) / name
+    damaged.write_bytes(b"\1" * damaged.stat().st_size)
+    worker = thinner(tmp_path)
+    worker.start(2)
+    worker.wait()
+    assert left(tmp_path) == [1, 2] and manifests.read_tracker(tmp_path) == (1, [])
+    error = capsys.readouterr().err
+    assert f"error: {tmp_path / 'iter_0000002'} cannot be resumed from: " in error
+    assert said in error and "No checkpoint is removed" in error
+    save(tmp_path, 3)
+    worker.start(3)
+    worker.wait()
+    assert left(tmp_path) == [3]
+
+
+def test_none_is_removed_while_steps_are_bad(tmp_path):
+    """Also when they became bad while the newest one was being read."""
+    for iteration in (1, 2):
+        save(tmp_path, iteration)
+    worker = thinner(tmp_path, lambda: False)
+    worker.start(2)
+    worker.wait()
+    assert left(tmp_path) == [1, 2]
+
+
+def test_a_slow_check_holds_up_nothing(tmp_path, monkeypatch):
+    """A save that is published meanwhile is the next one's turn; none is removed before."""
+    reading, may_end = threading.Event(), threading.Event()
+    checked = []
+
+    def slow(folder, is_cancelled):
+        checked.append(folder.name)
+        reading.set()
+        may_end.wait()
+        return read_back(folder, is_cancelled)
+
+    read_back = removal.read_back
+    monkeypatch.setattr(removal, "read_back", slow)
+    for iteration in (1, 2):
+        save(tmp_path, iteration)
+    worker = thinner(tmp_path)
+    worker.start(2)
+    reading.wait()
+    for iteration in (3, 4):
+        save(tmp_path, iteration)
+        worker.start(iteration)
+    assert left(tmp_path) == [1, 2, 3, 4]
+    may_end.set()
+    worker.wait()
+    assert left(tmp_path) == [4] and checked == ["iter_0000002", "iter_0000004"]
+
+
+def test_a_check_is_cancelled(tmp_path, monkeypatch, capsys):
+    """A run that is asked to stop does not wait for it, and removes nothing."""
+
+    reading = threading.Event()
+
+    def endless(folder, is_cancelled):
+        reading.set()
+        while not is_cancelled():
+            pass
+        return ["not finished"]
+
+    monkeypatch.setattr(removal, "read_back", endless)
+    for iteration in (1, 2):
+        save(tmp_path, iteration)
+    worker = thinner(tmp_path)
+    worker.start(2)
+    reading.wait()
+    worker.wait(0.0)
+    assert left(tmp_path) == [1, 2] and manifests.read_tracker(tmp_path) == (2, [])
+    assert "older checkpoints stay" in capsys.readouterr().out
+
+
+def test_no_metric_makes_a_manifest_unreadable(tmp_path):
+    """Nor has one of an older program's, which wrote null."""
+    values = {"lm loss": float("nan"), "inf": float("inf"), "tokens per second": 5.0}
+    fields = {"iteration": 1, "consumed_samples": 4, "contents": "full", "files": {}}
+    manifests.write(tmp_path, Manifest(**fields, metrics=values))
+    assert manifests.read(tmp_path).metrics == {"tokens per second": 5.0}
+    text = Manifest(**fields, metrics={"a": 1.0}).model_dump_json().replace('"a":1.0', '"a":null')
+    (tmp_path / manifests.MANIFEST).write_text(text)
+    assert manifests.read(tmp_path).metrics == {}
+
+
+def test_a_manifest_that_does_not_read_back_gets_no_name(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    write = manifests.write
+
+    def damaged(folder, manifest):
+        write(folder, manifest.model_copy(update={"consumed_samples": 7}))
+
+    monkeypatch.setattr(manifests, "write", damaged)
+    with pytest.raises(OSError, match="does not read back as it was written"):
+        save(tmp_path, 2)
+    assert left(tmp_path) == [1] and manifests.read_tracker(tmp_path) == (1, [])

@@ -1,0 +1,256 @@
+"""The past is frozen, the future is open: what a resume refuses, says, accepts and remembers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_llmjp.checkpoint import manifest as manifests
+from megatron_llmjp.checkpoint.manifest import Manifest
+from megatron_llmjp.config.flags import parse
+from megatron_llmjp.config.loading import dump
+from megatron_llmjp.data.folds import datasets as fold_datasets
+from megatron_llmjp.data.folds.datasets import keys_of
+from megatron_llmjp.errors import UserError
+from megatron_llmjp.filesystem import crc32_of
+from megatron_llmjp.run import Run, prepare
+from tests.support.datasets import write_dataset, write_folds
+from tests.support.training import arguments
+
+BATCH = 4
+
+
+@pytest.fixture
+def folds(tmp_path):
+    """Folds of 6, 5 and 4 iterations."""
+    return write_folds(tmp_path, repeat=True)
+
+
+def run_of(path: Path, *flags: object) -> Run:
+    return prepare(parse(arguments("laptop-llama", path, *flags))[0], 1)
+
+
+def save(run: Run, iteration: int, root: Path) -> Path:
+    """The checkpoint that a run would leave after an iteration, without tensors."""
+    folder = root / manifests.folder_name(iteration)
+    folder.mkdir(parents=True)
+    (folder / manifests.CONFIG).write_text(dump(run.config))
+    contents = Manifest(
+        iteration=iteration,
+        consumed_samples=iteration * BATCH,
+        contents="full",
+        folds=run.schedule.touched(iteration * BATCH),
+        skips=list(run.schedule.skips.ranges),
+        skipped_iterations=dict(run.past.skipped_iterations),
+        overrides=list(run.past.overrides),
+        files=manifests.describe_files(folder, manifests.all_files(folder)),
+    )
+    manifests.write(folder, contents)
+    return folder
+
+
+def edited(path: Path, change) -> Path:
+    content = yaml.safe_load(path.read_text())
+    change(content)
+    other = path.with_name("edited.yaml")
+    other.write_text(yaml.safe_dump(content, sort_keys=False))
+    return other
+
+
+def weigh(content):
+    content["folds"][1]["blend"]["ja"]["weight"] = 2
+
+
+CHANGES = {
+    # what is edited -> what is said of it; ja and en are 3 to 1 in fold01 of 20 samples
+    "weight": (weigh, "fold 'fold01' has changed: dataset en: 7 samples instead of 5; dataset ja: "
+               "weight 3 -> 2: 13 samples instead of 15"),
+    "budget": (lambda c: c["folds"][0].update(iterations=7), "fold 'fold00' has changed: it has "
+               "28 samples instead of 24"),
+    "seed": (lambda c: c.update(seed=8), "fold 'fold00' has changed: seed 7 -> 8"),
+    "dataset": (lambda c: c["folds"][1]["blend"].pop("en"), "dataset en is gone"),
+    "more": (lambda c: c["folds"][1]["blend"].update(x={"path": "valid", "weight": 1}),
+             "dataset x is new"),
+    "restart": (lambda c: c["folds"][1]["blend"]["ja"].update(restart=True),
+                "dataset ja: goes on from sample 632 of its stream instead of 8"),
+    "order": (lambda c: c["folds"][0].update(order="megatron"), "order folds -> megatron"),
+    "skip": (lambda c: c.update(skip=[{"samples": [3, 5]}]),
+             "samples skipped so far: none -> [3, 5)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_a_changed_past_is_named(folds, tmp_path, case):
+    change, expected = CHANGES[case]
+    save(run_of(folds), 7, tmp_path / "run")
+    with pytest.raises(UserError) as caught:
+        run_of(edited(folds, change), "--load", tmp_path / "run")
+    assert expected in str(caught.value) and "--override-resume folds" in str(caught.value)
+
+
+def test_changed_contents_are_named(folds, tmp_path):
+    save(run_of(folds), 7, tmp_path / "run")
+    write_dataset(tmp_path / "ja", 400, seed=9)
+    with pytest.raises(UserError, match=f"dataset ja: contents of {tmp_path / 'ja'} changed"):
+        run_of(folds, "--load", tmp_path / "run")
+
+
+def state_checksums(prefix: Path, wrong: str = "") -> None:
+    """Write what preprocess_data states beside a dataset, which made another key of it before."""
+    checksums = {
+        suffix: {"crc32": wrong or f"{crc32_of(prefix.with_suffix(f'.{suffix}')):08x}"}
+        for suffix in ("bin", "idx")
+    }
+    prefix.with_suffix(".json").write_text(json.dumps(checksums))
+
+
+def test_a_manifest_is_no_part_of_a_dataset(folds, tmp_path):
+    """Gained or lost, it changes no sample of a run and refuses no resume."""
+    without = run_of(folds)
+    save(without, 7, tmp_path / "run")
+    for name in ("ja", "valid"):
+        state_checksums(tmp_path / name)
+    assert run_of(folds).schedule.folds[0].digest == without.schedule.folds[0].digest
+    resumed = run_of(folds, "--load", tmp_path / "run")
+    assert [f.digest for f in resumed.schedule.folds] == [f.digest for f in without.schedule.folds]
+    save(resumed, 8, tmp_path / "run")
+    state_checksums(tmp_path / "ja", wrong="00000000")  # edited where the digest looks not
+    with pytest.raises(UserError, match=r"dataset ja: contents of .* by the checksums"):
+        run_of(folds, "--load", tmp_path / "run")
+    (tmp_path / "ja.json").unlink()
+    assert run_of(folds, "--load", tmp_path / "run").validation == without.validation
+
+
+@pytest.mark.parametrize("records", [True, False], ids=["records", "digests only"])
+@pytest.mark.parametrize("lost", [True, False], ids=["manifest lost", "manifest kept"])
+def test_runs_of_earlier_versions_keep_their_order(folds, tmp_path, records, lost, monkeypatch):
+    """Their keys covered the checksums in the manifests: all folds stay as they were."""
+    for name in ("ja", "valid"):
+        state_checksums(tmp_path / name)
+
+    def earlier(prefix):
+        keys = keys_of(prefix)
+        return replace(keys, key=keys.earlier or keys.key)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fold_datasets, "keys_of", earlier)
+        before = run_of(folds)
+        file = save(before, 7, tmp_path / "run") / manifests.MANIFEST
+    content = json.loads(file.read_text())
+    for record in content["folds"].values():
+        for dataset in record["datasets"].values():
+            del dataset["checksums"]
+    if not records:
+        content["folds"] = {name: record["digest"] for name, record in content["folds"].items()}
+    del content["checksum"]
+    file.write_text(json.dumps(content))
+    assert run_of(folds).schedule.folds[0].digest != before.schedule.folds[0].digest
+    if lost:
+        (tmp_path / "ja.json").unlink()
+        if not records:  # nothing says which datasets these were
+            with pytest.raises(UserError, match="has changed"):
+                run_of(folds, "--load", tmp_path / "run")
+            return
+    after = run_of(folds, "--load", tmp_path / "run")
+    assert [fold.digest for fold in after.schedule.folds] == [
+        fold.digest for fold in before.schedule.folds
+    ]
+    assert after.validation == before.validation
+
+
+def test_the_future_is_open(folds, tmp_path):
+    save(run_of(folds), 7, tmp_path / "run")
+
+    def later(content):
+        content["folds"][2]["blend"]["ja"]["weight"] = 9
+        content["folds"].append({**content["folds"][2], "name": "added"})
+        content["skip"] = [{"samples": [28, 30]}]  # the first that was not trained on
+
+    run = run_of(edited(folds, later), "--load", tmp_path / "run")
+    assert run.past.overrides == () and run.schedule.position(28) == 30
+
+
+def test_an_override_leaves_a_trace(folds, tmp_path):
+    save(run_of(folds), 7, tmp_path / "run")
+    flags = ("--load", tmp_path / "run", "--override-resume", "folds")
+    run = run_of(edited(folds, weigh), *flags)
+    said = "dataset ja: weight 3 -> 2"
+    assert [note for note in run.notes if "--override-resume folds" in note and said in note]
+    save(run, 8, tmp_path / "run")
+    # It stays in later checkpoints, once, and the changed fold is the past from now on.
+    again = run_of(edited(folds, weigh), *flags)
+    assert [(o.iteration, said in o.difference) for o in again.past.overrides] == [(7, True)]
+    assert not [note for note in again.notes if "--override-resume folds" in note]
+
+
+def test_checkpoints_of_before_are_read(folds, tmp_path):
+    """Manifests that hold a digest in place of a fold's record."""
+    run = run_of(folds)
+    file = save(run, 7, tmp_path / "run") / manifests.MANIFEST
+    content = json.loads(file.read_text())
+    content["folds"] = {name: record["digest"] for name, record in content["folds"].items()}
+    for name in ("skips", "skipped_iterations", "overrides", "checksum"):
+        del content[name]
+    file.write_text(json.dumps(content))
+    assert run_of(folds, "--load", tmp_path / "run").resume is not None
+    with pytest.raises(UserError, match=r"fold01' has changed: .*too old to say how"):
+        run_of(edited(folds, weigh), "--load", tmp_path / "run")
+
+
+def positions(run: Run) -> list[int]:
+    return [run.schedule.position(n) for n in range(run.schedule.total_samples)]
+
+
+def without(*iterations: int) -> list[int]:
+    """Positions of all 15 iterations but these."""
+    return [p for p in range(15 * BATCH) if p // BATCH + 1 not in iterations]
+
+
+def test_skipped_iterations_stay_skipped(folds, tmp_path):
+    """With the flag or without, however often the run is started again."""
+    save(run_of(folds), 7, tmp_path / "run")
+    load = ("--load", tmp_path / "run")
+    first = run_of(folds, *load, "--skip-iterations", "9-10, 12")
+    assert positions(first) == without(9, 10, 12)
+    assert first.train_iters == 12
+    assert "samples 32 to 39 are left out: --skip-iterations 9-10" in first.notes
+    save(first, 8, tmp_path / "run")
+    # The next one is numbered as the log of that run numbers it: iteration 10 is now 13.
+    for flags, gone in {
+        (): (9, 10, 12),
+        ("--skip-iterations", "9-10,12"): (9, 10, 12),
+        ("--skip-iterations", "9-10,12,10"): (9, 10, 12, 13),
+    }.items():
+        assert positions(run_of(folds, *load, *flags)) == without(*gone)
+    # One that the fold file skips is counted by neither.
+    skip = edited(folds, lambda c: c.update(skip=[{"samples": [32, 36]}]))
+    assert positions(run_of(skip, *load[:1], tmp_path / "run" / manifests.folder_name(7),
+                            "--skip-iterations", "9")) == without(9, 10)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    {
+        "7": "iteration 7 is already trained, the checkpoint is at 7",
+        "9-16": "the run has 15 iterations",
+        "9-8": "expected iterations from 1 such as 1050-1060,2000, found '9-8'",
+        "x": "found 'x'",
+        "0-3": "found '0-3'",
+    }.items(),
+)
+def test_what_cannot_be_skipped(folds, tmp_path, flag, message):
+    save(run_of(folds), 7, tmp_path / "run")
+    with pytest.raises(UserError) as caught:
+        run_of(folds, "--load", tmp_path / "run", "--skip-iterations", flag)
+    assert message in str(caught.value)
+
+
+def test_a_run_that_names_its_iterations_may_skip_some(folds):
+    run = run_of(folds, "--train-iters", 15, "--skip-iterations", "2-3")
+    assert run.train_iters == 13
+    expected = "the run ends at iteration 13, not with train_iters 15 at iteration 15: samples are "
+    assert expected + "skipped" in run.notes

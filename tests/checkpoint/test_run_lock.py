@@ -1,0 +1,227 @@
+"""One run per save folder, among real processes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from megatron_llmjp import filesystem
+from megatron_llmjp.checkpoint import run_lock as locks
+from megatron_llmjp.checkpoint.run_lock import LOCK, RECORD, LostLock, read_owner, taken
+from megatron_llmjp.errors import RunError, UserError
+from tests.support.processes import ROOT
+
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from megatron_llmjp.checkpoint.run_lock import taken
+with taken(Path(sys.argv[1]), print, patience=1.0) as lock:
+    if os.fork() == 0:  # as a data worker, which may live on for a while
+        time.sleep(60)
+        os._exit(0)
+    print("held", lock.left_by is not None, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds ``tmp_path``."""
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held False\n"
+    yield process
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_second_run_refuses_and_a_killed_one_is_replaced(tmp_path, holder):
+    owner = read_owner(tmp_path)
+    assert owner is not None
+    assert owner.pid == holder.pid
+    refused = f"in use by another run .process {holder.pid} on .*since"
+    with pytest.raises(UserError, match=refused), taken(tmp_path, print):
+        pass
+    assert read_owner(tmp_path) == owner
+
+    holder.kill()  # its forked child lives on
+    holder.wait()
+    told: list[str] = []
+    with taken(tmp_path, told.append) as lock:
+        assert lock.left_by == owner
+        assert f"taking the place of process {holder.pid}" in told[0]
+    assert not (tmp_path / RECORD).exists()
+    with taken(tmp_path, told.append) as lock:
+        assert lock.left_by is None
+    assert len(told) == 1
+
+
+def record_of_another_machine(root: Path) -> None:
+    """As a run on a machine leaves it whose locks this machine does not see."""
+    with taken(root, print) as lock:
+        elsewhere = replace(lock.owner, host="node07", boot="another kernel", token="another")
+    (root / RECORD).write_text(json.dumps(asdict(elsewhere)))
+
+
+def test_another_machine_is_watched_before_its_place_is_taken(tmp_path):
+    record_of_another_machine(tmp_path)
+    told: list[str] = []
+    with taken(tmp_path, told.append, patience=0.3) as lock:
+        assert lock.left_by is not None
+        assert lock.left_by.host == "node07"
+    assert "waiting 0.3 s for a sign of life" in told[0]
+
+    record_of_another_machine(tmp_path)
+    end = threading.Event()
+
+    def beat() -> None:
+        while not end.wait(0.05):
+            os.utime(tmp_path / RECORD)
+
+    heart = threading.Thread(target=beat)
+    heart.start()
+    refused = r"in use by another run .process .* on node07"
+    with pytest.raises(UserError, match=refused), taken(tmp_path, told.append, patience=5.0):
+        pass
+    end.set()
+    heart.join()
+
+
+def test_a_run_that_seemed_dead_publishes_nothing(tmp_path):
+    with taken(tmp_path, print) as lock:
+        lock.check()
+        other = replace(lock.owner, token="another")
+        (tmp_path / RECORD).write_text(json.dumps(asdict(other)))
+        with pytest.raises(LostLock, match="was taken by process"):
+            lock.check()
+    # Not this run's to remove any more.
+    assert read_owner(tmp_path) == other
+
+
+def test_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    refused = r"--save .*: cannot be written to: Not a directory"
+    with pytest.raises(UserError, match=refused), taken(tmp_path / "file" / "save", print):
+        pass
+
+
+def test_damaged_record_is_no_traceback(tmp_path):
+    (tmp_path / RECORD).write_text("{")
+    told: list[str] = []
+    with taken(tmp_path, told.append, patience=0.2) as lock:
+        assert lock.left_by is not None
+    assert "waiting 0.2 s" in told[0]
+
+
+def another_takes(root: Path) -> bool:
+    """Whether a run of another process can take the folder."""
+    program = HOLD.replace("if os.fork() == 0:", "sys.exit()\n    if os.fork() == 0:")
+    command = [sys.executable, "-c", program, str(root)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("what", ["folder", "remade", LOCK, RECORD, "damaged"])
+def test_a_folder_that_is_deleted_during_the_run(tmp_path, what):
+    """It is made again and stays this run's; nobody else had it."""
+    root = tmp_path / "save"
+    told: list[str] = []
+    with taken(root, told.append) as lock:
+        if what in ("folder", "remade"):
+            shutil.rmtree(root)
+            if what == "remade":
+                root.mkdir()
+        elif what == "damaged":
+            (root / RECORD).write_text("{")
+        else:
+            (root / what).unlink()
+        lock.check()
+        assert len(told) == 1 and "was deleted or damaged during the run" in told[0]
+        lock.check()
+        assert len(told) == 1
+        assert read_owner(root) == lock.owner
+        assert not another_takes(root)
+    assert not (root / RECORD).exists()
+    assert another_takes(root)
+
+
+def test_a_folder_that_another_run_takes_after_it_was_deleted(tmp_path):
+    root = tmp_path / "save"
+    with taken(root, print) as lock:
+        shutil.rmtree(root)
+        command = [sys.executable, "-c", HOLD, str(root)]
+        other = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        try:
+            assert other.stdout is not None and other.stdout.readline() == "held False\n"
+            with pytest.raises(LostLock, match=f"was taken by process {other.pid}"):
+                lock.check()
+            (root / RECORD).unlink()
+            with pytest.raises(LostLock, match="was taken by another run"):
+                lock.check()
+        finally:
+            os.killpg(other.pid, signal.SIGKILL)
+            other.wait()
+
+
+def failing(monkeypatch, code: int, times: int) -> None:
+    """Reading the record and locking fail so many times each."""
+    for module, name in ((locks, "_read_record"), (locks, "lock_file")):
+        function, left = getattr(module, name), [times]
+
+        def fail(path, *rest, function=function, left=left):
+            if left[0]:
+                left[0] -= 1
+                raise OSError(code, os.strerror(code), str(path))
+            return function(path, *rest)
+
+        monkeypatch.setattr(module, name, fail)
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO])
+def test_a_file_system_that_does_not_answer_for_a_while(tmp_path, monkeypatch, code):
+    """It is no other run, and no traceback."""
+    monkeypatch.setattr(filesystem.time, "sleep", lambda _: None)
+    told: list[str] = []
+    with taken(tmp_path, told.append) as lock:
+        failing(monkeypatch, code, 2)
+        lock.check()
+        assert told == [f"{tmp_path}: {os.strerror(code)}; retrying for 17 s"]
+        failing(monkeypatch, code, 100)
+        with pytest.raises(OSError, match=os.strerror(code)):
+            lock.check()
+    with (
+        pytest.raises(RunError, match=f"{os.strerror(code)}.*does not answer"),
+        taken(tmp_path, told.append),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("code", "remedy"),
+    [
+        (errno.EACCES, "change its permissions"),
+        (errno.EROFS, "Name another folder"),
+        (errno.ENOSPC, "Free some space there"),
+        (errno.EDQUOT, "Free some space there"),
+    ],
+)
+def test_what_keeps_a_run_from_its_folder(tmp_path, monkeypatch, code, remedy):
+    failing(monkeypatch, code, 100)
+    with pytest.raises(UserError) as refused, taken(tmp_path, print):
+        pass
+    assert f"--save {tmp_path}: cannot be written to: {os.strerror(code)}" in str(refused.value)
+    assert remedy in str(refused.value)

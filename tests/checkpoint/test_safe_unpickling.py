@@ -1,0 +1,160 @@
+"""Checkpoints that would run code, or reach outside their folder: refused, and nothing is run."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import re
+from enum import Enum
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from megatron_llmjp.checkpoint import manifest as manifests
+from megatron_llmjp.checkpoint import safe_unpickling
+from megatron_llmjp.errors import UserError
+
+
+class Malicious:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self):
+        return (os.system, (f"touch {self.proof}",))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A small folder in the format, as torch writes it."""
+    return write(tmp_path / "checkpoint", rng=[1, 2], common={"iteration": 1})
+
+
+def write(folder: Path, rng: object, common: object, name: str = "__0_0.distcp") -> Path:
+    folder.mkdir(exist_ok=True)
+    saved = io.BytesIO()
+    torch.save(rng, saved)
+    (folder / "__0_0.distcp").write_bytes(saved.getvalue())
+    torch.save(common, folder / "common.pt")
+    size = torch.Size([2])
+    index = Metadata(
+        {
+            "weight": TensorStorageMetadata(
+                TensorProperties(dtype=torch.bfloat16),
+                size,
+                [ChunkStorageMetadata(torch.Size([0]), size)],
+            ),
+            "rng_state/shard_0_1": BytesStorageMetadata(),
+        },
+        storage_data={
+            MetadataIndex("rng_state/shard_0_1"): _StorageInfo(name, 0, len(saved.getvalue()))
+        },
+    )
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    return folder
+
+
+def test_data_is_let_through(folder):
+    safe_unpickling.vet(folder)
+    index = safe_unpickling.read_index(folder)
+    assert index.state_dict_metadata["weight"].properties.dtype == torch.bfloat16
+
+
+class OtherPython(pickle.Pickler):
+    """Pickles enumerations as Python 3.11.0 to 3.11.3 do."""
+
+    def reducer_override(self, value):
+        if isinstance(value, Enum):
+            return getattr, (type(value), value.name)
+        return NotImplemented
+
+
+def test_indices_of_every_python_are_read(folder):
+    path = folder / ".metadata"
+    index = pickle.loads(path.read_bytes())
+    index.storage_meta = StorageMeta(checkpoint_id=Path("there"))
+    stream = io.BytesIO()
+    OtherPython(stream, protocol=2).dump(index)
+    # The name of the class in Python 3.13.
+    written = re.sub(rb"cpathlib(\._local)?\n", b"cpathlib._local\n", stream.getvalue())
+    assert b"getattr" in written and b"pathlib._local" in written
+    path.write_bytes(written)
+    safe_unpickling.vet(folder)
+    assert safe_unpickling.read_index(folder) == index
+
+
+@pytest.mark.parametrize("where", ["common.pt", "__0_0.distcp", ".metadata"])
+def test_code_is_refused_and_not_run(tmp_path, folder, where, monkeypatch):
+    # It turns off torch's own guard, where nothing is said.
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    malicious = Malicious(tmp_path / "proof")
+    if where == "common.pt":
+        write(folder, [1], {"optimizer": malicious})
+    elif where == ".metadata":
+        (folder / where).write_bytes(pickle.dumps(malicious))
+    else:
+        write(folder, [malicious], {})
+    with pytest.raises(UserError, match=rf"{where}: refused: .*posix\.system.*nothing.* executed"):
+        safe_unpickling.vet(folder)
+    assert not (tmp_path / "proof").exists()
+
+
+@pytest.mark.parametrize(
+    "callable_",
+    [
+        b"cbuiltins\neval\n",
+        b"cbuiltins\ngetattr\n",
+        b"cbuiltins\ngetattr\n(ctorch\nSize\n\x8c\x05counttR",
+        b"cos\nsystem\n",
+        b"ctorch\nload\n",
+        b"ctorch.serialization\nos\n",
+        b"\x8c\x08torch.os\x8c\x06system\x93",
+        b"ctorch.distributed.checkpoint.filesystem\npickle\n",
+    ],
+)
+def test_names_that_lead_elsewhere(folder, callable_):
+    (folder / ".metadata").write_bytes(b"\x80\x04" + callable_ + b"(tR.")
+    with pytest.raises(UserError, match="refused"):
+        safe_unpickling.vet(folder)
+
+
+@pytest.mark.parametrize("name", ["../__0_0.distcp", "/etc/passwd", "..", ""])
+def test_index_cannot_leave_its_folder(tmp_path, name):
+    folder = write(tmp_path / "checkpoint", [1], {}, name)
+    with pytest.raises(UserError, match=r"\.metadata: names a file outside its folder"):
+        safe_unpickling.vet(folder)
+
+
+@pytest.mark.parametrize("name", ["common.pt", ".metadata"])
+@pytest.mark.parametrize("damage", ["zeros", "cut", "empty"])
+def test_damage_is_called_damage(folder, name, damage):
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(
+        {"zeros": b"\0" * len(whole), "cut": whole[: len(whole) // 2], "empty": b""}[damage]
+    )
+    with pytest.raises(UserError, match=rf"{name}: damaged"):
+        safe_unpickling.vet(folder)
+
+
+@pytest.mark.parametrize("name", ["../weights", "/etc/passwd", "a/../../b"])
+def test_manifest_cannot_leave_its_folder(tmp_path, name):
+    entry = manifests.FileEntry(bytes=1, crc32="0" * 8)
+    manifests.write(
+        tmp_path,
+        manifests.Manifest(iteration=1, consumed_samples=1, contents="full", files={name: entry}),
+    )
+    with pytest.raises(UserError, match="names a file outside its folder"):
+        manifests.read(tmp_path)

@@ -1,0 +1,190 @@
+"""The command line is read once: every flag in every spelling, and modes that train nothing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+
+from megatron_llmjp import cli as pretrain_cli
+from megatron_llmjp.config.flags import HELP, Mode, flag_names, parse
+from megatron_llmjp.config.megatron_flags import ALIASES, CHOICES, RENAMED, SETTLED
+from megatron_llmjp.config.schema import SECTION_OF, SECTIONS
+from megatron_llmjp.errors import UserError
+from tests.support.datasets import write_folds
+from tests.support.processes import ROOT
+from tests.support.training import arguments
+
+VALUES: dict[str, list[str]] = {
+    # where the type alone does not give a valid value
+    "--config": ["laptop-gpt2"], "--data-path": ["a"], "--override-resume": ["folds"],
+    "--rampup-batch-size": ["16", "16", "1000"], "--gpu-memory": ["40GB"],
+    "--hidden-dropout": ["0.5"], "--attention-dropout": ["0.5"], "--mfu": ["0.5"],
+    "--spike-threshold": ["8"],
+    "--vocab-file": ["x.model"], "--num-layers-per-virtual-pipeline-stage": ["2"],
+    "--group-query-attention": [], "--no-bias-gelu-fusion": [], "--no-load-optim": [],
+}  # fmt: skip
+IN_MODE = {
+    "--rehearse", "--suggest-layout", "--world-size", "--gpus", "--gpu", "--gpu-memory",
+    "--gpus-per-node", "--mfu",
+}  # fmt: skip
+"""Flags of the planned machine, and the modes that need one."""
+
+
+def value(flag: str) -> list[str]:
+    """Words that may follow a flag."""
+    if flag in VALUES:
+        return VALUES[flag]
+    if flag in CHOICES:
+        return [next(iter(CHOICES[flag].values))]
+    name = RENAMED.get(flag, flag.removeprefix("--").replace("-", "_"))
+    if name not in SECTION_OF:
+        is_switch = flag in ALIASES or flag.startswith("--no-") or flag in {m.value for m in Mode}
+        return [] if is_switch else ["7"]
+    info = SECTIONS[SECTION_OF[name]].model_fields[name]
+    annotation, kind = info.annotation, str(info.annotation)
+    if annotation is bool:
+        return []
+    for choices in (annotation, *get_args(annotation)):
+        if get_origin(choices) is Literal:
+            return [str(get_args(choices)[-1])]
+    return ["8"] if "int" in kind else ["0.5"] if "float" in kind else ["some_path"]
+
+
+FLAGS = sorted({*flag_names(), *SETTLED, *CHOICES} - {"-h", "--help"})
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_every_flag_in_every_spelling(flag: str) -> None:
+    values = value(flag)
+    base = ["--num-layers", "4", "--hidden-size", "64", "--num-attention-heads", "4"]
+    base += ["--load", "other", "--finetune"] if flag == "--no-load-optim" else []
+    if flag in IN_MODE:
+        base += ["--world-size", "7", *(["--rehearse"] if flag != "--suggest-layout" else [])]
+    expected = parse([*base, flag, *values])
+    assert parse([*base, flag.replace("-", "_").replace("__", "--", 1), *values]) == expected
+    if len(values) == 1:
+        underscored = flag.replace("-", "_").replace("__", "--", 1)
+        assert parse([*base, f"{flag}={values[0]}"]) == expected
+        assert parse([*base, f"{underscored}={values[0]}"]) == expected
+    modes = {mode.value for mode in HELP}
+    assert expected.mode is Mode(flag if flag in modes else "--rehearse" if flag in IN_MODE else "")
+    if not values and flag in flag_names():
+        with pytest.raises(UserError, match="explicit argument"):
+            parse([*base, f"{flag}=true"])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("modes")
+    write_folds(folder, (2, 3, 1))
+    return folder
+
+
+@pytest.fixture
+def no_run(monkeypatch):
+    """Fail if a run is started."""
+
+    def not_reached(*_: Any) -> int:
+        raise AssertionError("a run was started")
+
+    for name in ("_be_rank", "launch"):
+        monkeypatch.setattr(pretrain_cli, name, not_reached)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("mode", HELP)
+@pytest.mark.parametrize("spelling", ["dashes", "underscores"])
+def test_a_mode_trains_and_writes_nothing(mode, spelling, folder, no_run, capsys, monkeypatch):
+    monkeypatch.setattr("megatron_llmjp.planning._build", lambda _: "")  # imports torch: seconds
+    flag = mode.value if spelling == "dashes" else "--" + mode.value[2:].replace("-", "_")
+    words = arguments("laptop-llama", folder / "folds.yaml", "--save", folder / "run")
+    before = sorted(folder.rglob("*"))
+    assert pretrain_cli.main([*words, "--nproc_per_node=2", flag]) == 0
+    out = capsys.readouterr().out
+    sign = {
+        Mode.DRY_RUN: "# 2 processes: TP 1 x PP 1",
+        Mode.PLAN_DATA: "fold01",
+        Mode.REHEARSE: "2 H100: TP 1 x PP 1 x DP 2",
+        Mode.SUGGEST_LAYOUT: "2 H100, global batch 4",
+    }
+    assert sign[mode] in out
+    assert sorted(folder.rglob("*")) == before
+    # Under a launcher one process prints, and none trains.
+    for rank in (0, 1):
+        for name, number in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", 2)):
+            monkeypatch.setenv(name, str(number))
+        assert pretrain_cli.main([*words, "--world-size", "2", flag]) == 0
+        assert bool(capsys.readouterr().out) == (rank == 0)
+
+
+def test_modes_exclude_each_other() -> None:
+    flags = [mode.value for mode in HELP]
+    for first in flags:
+        for second in flags:
+            words = ["--config", "laptop-llama", "--world-size", "2", first, second]
+            if first == second:
+                assert parse(words).mode is Mode(first)
+                continue
+            with pytest.raises(UserError, match="exclude each other: give one of them"):
+                parse(words)
+
+
+TOGETHER = {
+    # words over a preset: the beginning of each line of the message
+    "--lr --hiden-size 5 --num-layers x --dry-run --plan_data --yaml-cfg x": [
+        "argument --lr: expected one argument",
+        "unknown flag --hiden-size",
+        "--yaml-cfg is not supported",
+        "--dry-run and --plan-data exclude",
+        "flag --num-layers: num_layers = 'x'",
+    ],
+    "--world-size 4 --seq-length none": [
+        "--world-size goes with --dry-run and --rehearse",
+        "flag --seq-length: seq_length = 'none'",
+    ],
+    "--gpus 4 --world-size 8 --rehearse": ["--world-size 8 and --gpus 4 mean the same"],
+    "--gpu A100 --mfu 0.4": ["--gpu, --mfu describe the machine of a run that is planned"],
+    "--rehearse --mfu 2 --gpu-memory big": [
+        "--rehearse needs --world-size N",
+        "--mfu 2.0: expected",
+        "--gpu-memory big: expected",
+    ],
+    "--nproc-per-node two --min-lr low": [
+        "argument --nproc-per-node: invalid int value: 'two'",
+        "flag --min-lr: min_lr = 'low'",
+    ],
+}
+
+
+@pytest.mark.parametrize("words", TOGETHER)
+def test_all_mistakes_of_a_command_line_are_reported(words: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse(["--config", "laptop-llama", *words.split()])
+    lines = str(error.value).splitlines()
+    assert len(lines) == len(TOGETHER[words]), lines
+    for line, start in zip(lines, TOGETHER[words], strict=True):
+        assert line.startswith(start), line
+
+
+def words_of(script: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    """Run a job script on a machine without Slurm, where it may only plan."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
+    env |= {"PYTHON": "echo", "MEGATRON_LLMJP": str(ROOT)}
+    return subprocess.run(["bash", str(script), *flags], env=env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("mode", HELP)
+def test_job_scripts_know_the_modes_in_every_spelling(mode: Mode) -> None:
+    script = ROOT / "slurm" / "pretrain_llm-jp-3-13b.sh"
+    for flag in (mode.value, "--" + mode.value[2:].replace("-", "_")):
+        done = words_of(script, "--fold-file", "f", flag)
+        assert done.returncode == 0, done.stderr
+        command = parse(done.stdout.split()[1:])
+        assert (command.mode, command.processes) == (mode, 128)
+    done = words_of(script, "--save", "x")
+    assert done.returncode == 2 and "submit this" in done.stderr

@@ -1,0 +1,52 @@
+"""What is remembered of datasets is right, or not used."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from megatron_llmjp.data.folds import datasets as fold_datasets
+from megatron_llmjp.data.folds.datasets import inspect_sources
+from megatron_llmjp.data.folds.loading import read_fold_file
+from tests.support.datasets import write_dataset, write_folds
+
+
+def test_datasets_are_not_read_again_until_they_change(tmp_path, monkeypatch):
+    file, cache = read_fold_file(write_folds(tmp_path)), tmp_path / "cache"
+    fresh = inspect_sources(file, cache)
+    assert not cache.exists()  # looking leaves nothing behind
+    fold_datasets.remember(fresh, cache)
+    read: list[str] = []
+    key_of = fold_datasets.keys_of
+    monkeypatch.setattr(fold_datasets, "keys_of", lambda path: (read.append(path), key_of(path))[1])
+    assert inspect_sources(file, cache) == fresh
+    assert read == []
+
+    ja = str(tmp_path / "ja")
+    tokens = tmp_path / "ja.bin"
+    before = tokens.stat()
+    with tokens.open("r+b") as stream:  # in place: the same size and time of modification
+        stream.write(b"\1\0")
+    os.utime(tokens, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (tokens.stat().st_size, tokens.stat().st_mtime_ns) == (
+        before.st_size,
+        before.st_mtime_ns,
+    )
+    changed = inspect_sources(file, cache)
+    assert read == [ja]
+    assert changed[ja].key != fresh[ja].key
+    write_dataset(tmp_path / "ja", 400, seed=1)  # as it was
+    assert inspect_sources(file, cache) == fresh
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"key": "a"}', "[]"])
+def test_damaged_facts_are_found_out_again(tmp_path, text):
+    file, cache = read_fold_file(write_folds(tmp_path)), tmp_path / "cache"
+    fresh = inspect_sources(file)
+    fold_datasets.remember(fresh, cache)
+    for path in cache.rglob("*.json"):
+        path.write_text(text)
+    assert inspect_sources(file, cache) == fresh
+    fold_datasets.remember(fresh, cache)
+    assert all(fold_datasets.recall(info.stamp, (), cache) == info for info in fresh.values())

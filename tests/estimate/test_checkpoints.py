@@ -1,0 +1,72 @@
+"""Predicted checkpoints against those that real runs leave: their number and their size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.plan.test_flops import preset
+
+from megatron_llmjp.config.flags import parse
+from megatron_llmjp.config.loading import changed
+from megatron_llmjp.estimate.checkpoints import Checkpoints, checkpoint_bytes, count_checkpoints
+from tests.support.datasets import write_folds
+from tests.support.training import Job, arguments, train_all
+
+JOBS: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "fp32": ("laptop-llama", ("--save-interval", 2, "--keep-last", 2)),
+    "shared": ("laptop-gpt2", ("--use-distributed-optimizer",)),
+    "bf16": ("laptop-gpt-neox", ("--bf16", "--no-save-fold-ends")),
+    "sgd": ("laptop-gpt2", ("--optimizer", "sgd", "--keep-last", 1)),
+}
+FOLD_ENDS = (12, 20)
+"""Samples after 3 and 5 iterations of 4."""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    folds = write_folds(folder, (3, 2))
+    jobs = [Job(name, (0, 1), tuple(words(name, folds))) for name in JOBS]
+    train_all(jobs, 1, folder)
+    return folder, folds
+
+
+def words(name: str, folds: Path) -> list[str]:
+    style, flags = JOBS[name]
+    return arguments(style, folds, *flags, hidden_size=256, ffn_hidden_size=512, eval_iters=0)
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_of_a_real_run(saved, name):
+    folder, folds = saved
+    config = changed(parse(words(name, folds))[0], vocab_size=100)
+    kept = sorted((folder / name).glob("iter_*"))
+    found = count_checkpoints(config, 5, FOLD_ENDS, step_seconds=1.0)
+    assert found.kept == len(kept)
+    size = sum(file.stat().st_size for file in kept[-1].rglob("*") if file.is_file())
+    assert checkpoint_bytes(config) == pytest.approx(size, rel=0.03)
+
+
+def count(iterations: int, *fold_ends: int, **values: Any) -> tuple[int, int]:
+    found = count_checkpoints(
+        changed(preset("laptop-llama"), global_batch_size=10, **values), iterations, fold_ends, 30.0
+    )
+    assert isinstance(found, Checkpoints)
+    return found.written, found.kept
+
+
+def test_numbers():
+    assert count(1000) == (1, 1)
+    assert count(1000, save_interval=100) == (10, 10)
+    assert count(1050, save_interval=100) == (11, 11)
+    assert count(1050, save_interval=100, keep_last=3) == (11, 3)
+    assert count(1050, save_interval=100, keep_last=3, keep_every=500) == (11, 4)
+    assert count(1050, 5000, 10500, save_interval=200, keep_last=1) == (7, 2)
+    assert count(5000, save_policy="llm-jp") == (9 + 9 + 9 + 5, 9 + 9 + 9 + 5)
+    assert count(1000, save_interval_minutes=50) == (10, 10)
+    assert count(100, save_interval_tokens=10 * preset("laptop-llama").data.seq_length * 20) == (
+        5,
+        5,
+    )

@@ -1,0 +1,116 @@
+"""What a rank is said to send against the operators that torch's dispatcher sees in a real step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.plan.test_memory import FULL, PP, TP, make, run_micro_batches
+
+from megatron_llmjp.config.schema import Config
+from megatron_llmjp.estimate.communication import communicate
+from megatron_llmjp.estimate.layout import lay_out
+from tests.support.processes import run_ranks
+from tests.support.training import meeting_port
+
+FOUR = {**PP, "global_batch_size": 32}
+DP = {"global_batch_size": 16}
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("laptop-llama", TP),
+    ("laptop-gpt-neox", {**TP, "bf16": True, **FULL}),
+    ("laptop-llama", {**TP, "sequence_parallel": True, "bf16": True}),
+    ("laptop-llama", {**TP, "sequence_parallel": True, "bf16": True, **FULL}),
+    ("laptop-llama", FOUR),
+    ("laptop-gpt2", FOUR),
+    ("laptop-llama", {**FOUR, "virtual_pipeline_model_parallel_size": 2, "bf16": True}),
+    ("laptop-llama", DP),
+    ("laptop-gpt2", {**DP, "use_distributed_optimizer": True, "bf16": True}),
+]
+
+
+def count_all(cases: list[tuple[str, dict[str, Any]]], folder: str) -> list[dict[str, int]]:
+    """Bytes that this rank sends in a step, by operator, case by case."""
+    import os
+
+    from megatron_llmjp.parallel import process_groups
+    from megatron_llmjp.parallel.device import setup
+    from megatron_llmjp.parallel.ranks import Ranks
+
+    device, found = setup(), []
+    me, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    for number, (name, values) in enumerate(cases):
+        config = make(name, values)
+        port = meeting_port(Path(folder) / f"{number}.port", me == 0)
+        process_groups.start(config, Ranks(me, world, 0, "127.0.0.1", port, "test"), device)
+        found.append(count(config, device))
+        process_groups.stop()
+    return found
+
+
+def count(config: Config, device: Any) -> dict[str, int]:
+    import torch.distributed as dist
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from megatron_llmjp.model.gpt import build_model
+    from megatron_llmjp.training.optimizer import make_optimizer, wrap_for_data_parallel
+    from megatron_llmjp.training.train_step import connect
+
+    chunks = wrap_for_data_parallel(build_model(config, device), config, device)
+    optimizer = make_optimizer(chunks, config, device)
+    connect(chunks, optimizer, config)
+    sent: Counter[str] = Counter()
+
+    class Sent(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "c10d":
+                ranks = dist.ProcessGroup.unbox(group_of(args)).size()
+                name = func._schema.name.removeprefix("c10d::").strip("_")
+                sent[name] += sent_by(name, args, ranks)
+            return func(*args, **(kwargs or {}))
+
+    with Sent():
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        run_micro_batches(chunks, config)
+        optimizer.step()
+    return dict(sent)
+
+
+def group_of(args: Any) -> Any:
+    """The process group among the arguments of an operator."""
+    import torch
+
+    return next(a for a in args if isinstance(a, torch.ScriptObject) and "Group" in str(a._type()))
+
+
+def sent_by(name: str, args: Any, ranks: int) -> int:
+    """Bytes that one of ``ranks`` ranks in a ring sends: of the whole tensor, not of the parts."""
+    import torch
+
+    sizes = []
+    for argument in args[:2]:
+        tensors = argument if isinstance(argument, list | tuple) else [argument]
+        if all(isinstance(tensor, torch.Tensor) for tensor in tensors):
+            sizes.append(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+    if name in ("send", "recv"):
+        return sizes[0] if name == "send" else 0
+    return max(sizes) * (ranks - 1) // ranks * (2 if name.startswith("allreduce") else 1)
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory):
+    return run_ranks(count_all, 2, CASES, str(tmp_path_factory.mktemp("ports")))
+
+
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_bytes_of_a_step(counted, number):
+    config = make(*CASES[number])
+    layout = lay_out(config, 2)
+    for rank in range(2):
+        found = counted[rank][number]
+        told = communicate(config, layout, rank * layout.pp // 2)
+        assert sum(found.values()) == pytest.approx(told.total, rel=0.005)
+        assert found.get("send", 0) == told.pipeline

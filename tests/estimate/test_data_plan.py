@@ -1,0 +1,238 @@
+"""The plan of a run's data: against what LLM-jp published, and each of its warnings."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from data_tools import plan_folds
+from megatron_llmjp import cli as pretrain_cli
+from megatron_llmjp.config.schema import Config
+from megatron_llmjp.data.batch_size import BatchSizes
+from megatron_llmjp.data.folds.loading import read_fold_file
+from megatron_llmjp.data.folds.resolve import resolve
+from megatron_llmjp.data.folds.schedule import DatasetInfo
+from megatron_llmjp.data.folds.schema import FoldFile
+from megatron_llmjp.estimate.data_plan import format_data_plan, make_plan
+from megatron_llmjp.estimate.data_warnings import find_warnings
+from tests.support.datasets import write_dataset
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLE = ROOT / "examples" / "llm-jp-13b-v1.0" / "folds.yaml"
+MODEL = {"num_layers": 1, "hidden_size": 1, "num_attention_heads": 1}
+
+
+def config_of(length, batch, training=None, **optimizer):
+    return Config.model_validate(
+        {
+            "model": MODEL,
+            "data": {"seq_length": length},
+            "training": {"global_batch_size": batch, **(training or {})},
+            "optimizer": optimizer,
+        }
+    )
+
+
+def planned(file, tokens, config, train_iters=None, rate=None):
+    """Plan, and warnings, for datasets of which only the sizes are known."""
+    infos = {path: DatasetInfo(path, n) for path, n in tokens.items()}
+    sizes = BatchSizes(config)
+    schedule = resolve(file, infos, config.data.seq_length, sizes)
+    plan = make_plan(schedule, sizes, train_iters, rate)
+    return plan, find_warnings(plan, schedule, config, file, infos)
+
+
+def test_the_example_is_the_published_run():
+    """llm-jp-13b-v1.0: 87,870 iterations after ten folds, 96,657 and 304.06 B tokens in the end."""
+    file = read_fold_file(EXAMPLE)
+    tokens = dict.fromkeys(file.sources(), 10**9)
+    for fold in file.folds:
+        tokens |= {s.path: int(s.weight * 10**9) for s in fold.blend.values()}
+    config = config_of(
+        2048, 1536, lr=1e-4, min_lr=1e-6, lr_warmup_tokens=3 * 10**9, lr_decay_tokens=3 * 10**11
+    )
+    plan, warnings = planned(file, tokens, config, rate=lambda iteration: iteration * 1e-9)
+
+    assert [fold.iterations for fold in plan.folds] == [8787] * 11
+    assert plan.folds[9].last_iteration == 87_870
+    assert plan.folds[10].first_iteration == 87_871
+    assert plan.train_iters == plan.folds[10].last_iteration == 96_657
+    assert plan.samples == 96_657 * 1536
+    assert plan.tokens == 304_056_631_296
+    assert plan.left_out == 0
+    for fold in plan.folds:
+        assert fold.tokens == 8787 * 1536 * 2048
+        assert sum(row.samples for row in fold.datasets) == fold.samples
+        assert sum(row.share for row in fold.datasets) == pytest.approx(1)
+        for row in fold.datasets:
+            assert row.epochs == pytest.approx(row.tokens / tokens[row.path], rel=1e-3)
+    ja = plan.folds[3].datasets[1]
+    assert ja.name == "ja_mc4" and ja.epochs == pytest.approx(0.961, abs=5e-4)
+
+    text = format_data_plan(plan, warnings)
+    lines = [line.split() for line in text.splitlines()]
+    fold09 = ["fold09", "27.64B", "13,496,832", "8,787", "79,084", "87,870"]
+    assert [*fold09, "7.908e-05", "8.787e-05"] in lines
+    assert ["total", "304.06B", "148,465,152", "96,657"] in lines
+    assert not warnings
+    # 300 B tokens of decay are 95,367 iterations: less than the run, but for the last fold's own.
+    last = file.folds[-1].model_copy(update={"learning_rate": None})
+    one_curve = file.model_copy(update={"folds": (*file.folds[:-1], last)})
+    _, warnings = planned(one_curve, tokens, config)
+    assert len(warnings) == 1
+    assert "decay ends at iteration 95,367, the run at 96,657: 1,290 iterations" in warnings[0]
+
+
+FOLDS = [
+    {"name": "one", "samples": 30, "blend": {"a": {"path": "a", "weight": 1}}},
+    {"name": "tiny", "samples": 3, "blend": {
+        "a": {"path": "a", "weight": 1, "repeat": True},
+        "b": {"path": "b", "weight": 1e-6},
+    }},
+    {"name": "rest", "samples": 24, "blend": {
+        "c": {"path": "c", "weight": 1}, "d": {"path": "c", "weight": 1},
+    }, "learning_rate": {"lr": 1e-4, "lr_warmup_iters": 9, "lr_decay_iters": 1}},
+]  # fmt: skip
+
+
+def test_each_warning_names_its_numbers():
+    validation = {"held out": {"path": "c"}}
+    file = FoldFile.model_validate({"folds": FOLDS, "validation": validation})
+    tokens = {"a": 16 * 32 + 1, "b": 1700, "c": 1700}
+    config = config_of(16, 8, lr_warmup_iters=5, lr_decay_iters=4)
+    plan, warnings = planned(file, tokens, config)
+    text = "\n".join(warnings)
+    for part in (
+        "fold 'tiny' has 3 samples, less than one global batch of 8",
+        "fold 'tiny': the share of b is less than one sample",
+        "the last 1 samples make no full batch",
+        "used in more than one fold: a (2 folds, 1.03 epochs in all)",
+        "samples are seen more than once: a (1.03 epochs)",
+        "fold 'rest': 'c' and 'd' are the same dataset (c)",
+        "validation set 'held out' (c) is also trained on, from fold 'rest' on",
+        "decay ends at iteration 4, the run at 7: 1 iterations are trained at min_lr",
+        "the warm-up of 5 iterations is longer than the first fold ('one', 4 iterations)",
+        "fold 'rest': its warm-up of 9 iterations is longer than the fold (2)",
+        "fold 'rest': its learning rate's decay ends after 1 iterations, 1 before",
+    ):
+        assert part in text
+    assert len(warnings) == 11
+    assert [(f.first_iteration, f.last_iteration) for f in plan.folds] == [(1, 4), (4, 5), (5, 7)]
+
+    one_curve = [{k: v for k, v in fold.items() if k != "learning_rate"} for fold in FOLDS]
+    file = FoldFile.model_validate({"folds": one_curve})
+    _, late = planned(file, tokens, config_of(16, 8, lr_decay_iters=9))
+    assert any("ends at iteration 9, after the run's end at 7: min_lr" in w for w in late)
+    _, early = planned(file, tokens, config_of(16, 8), train_iters=2)
+    assert any("ends at iteration 2, the folds at 7: 41 samples" in w for w in early)
+    assert any("all of fold tiny, rest" in w for w in early)
+    # llm-jp-3: the decay is shorter than the run by the warm-up.
+    _, llmjp = planned(file, tokens, config_of(16, 8, lr_warmup_iters=2, lr_decay_iters=5))
+    assert any("last 2000 steps are at min_lr" in w and "lr_decay_iters 7" in w for w in llmjp)
+
+
+def test_skipped_samples_move_the_folds_behind_them():
+    file = FoldFile.model_validate({"folds": FOLDS[:1], "skip": [{"samples": [4, 14]}]})
+    plan, warnings = planned(file, {"a": 16 * 32 + 1}, config_of(16, 8))
+    fold, skip = plan.folds[0], plan.skips[0]
+    assert (fold.samples, fold.skipped, fold.iterations) == (30, 10, 2)
+    assert (plan.train_iters, plan.samples, plan.left_out) == (2, 16, 4)
+    assert (skip.first, skip.end, skip.fold, skip.before_iteration) == (4, 14, "one", 1)
+    assert "skipped: samples 4 to 13" in format_data_plan(plan, warnings)
+
+
+def test_megatrons_order_does_not_go_on_where_another_stopped():
+    theirs = {**FOLDS[0], "name": "theirs", "order": "megatron"}
+    ours = {**FOLDS[0], "blend": {"a": {"path": "a", "weight": 1, "repeat": True}}}
+    file = FoldFile.model_validate({"folds": [theirs, ours]})
+    plan, warnings = planned(file, {"a": 1700}, config_of(16, 6))
+    assert "theirs (megatron order)" in format_data_plan(plan) and len(warnings) == 2
+    assert "used in Megatron-LM's order and in other folds: a (2 folds" in warnings[0]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_dataset(tmp_path / "ja", 200, seed=1)
+    write_dataset(tmp_path / "en", 200, seed=2)
+    blend = {"ja": {"path": "ja", "weight": 2}, "en": {"path": "en", "weight": 1}}
+    folds = [{"name": f"f{i}", "iterations": 10, "blend": blend} for i in range(2)]
+    (tmp_path / "folds.yaml").write_text(yaml.safe_dump({"folds": folds}, sort_keys=False))
+    return tmp_path
+
+
+def test_plan_folds_needs_neither_model_nor_tokenizer_nor_torch(folder, capsys):
+    flags = ["--fold-file", folder / "folds.yaml", "--seq-length", 32, "--global-batch-size", 8]
+    words = [str(flag) for flag in flags]
+    code = "import sys; from data_tools.plan_folds import main; e = main(sys.argv[1:])\n"
+    code += "assert not {'torch', 'megatron.core'} & set(sys.modules); sys.exit(e)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words, "--json"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["train_iters"] == 20 and plan["tokens"] == 20 * 8 * 32
+    assert [row["samples"] for row in plan["folds"][1]["datasets"]] == [53, 27]
+    assert plan["folds"][0]["last_iteration"] == 10
+
+    assert plan_folds.main([*words, "--csv"]) == 0
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert [row["fold"] for row in rows] == ["f0", "f0", "f1", "f1"]
+    assert sum(int(row["tokens"]) for row in rows) == plan["tokens"]
+
+    assert plan_folds.main([*words, "--train-iters", "21"]) == 2
+    assert "train_iters 21 needs 168 samples" in capsys.readouterr().err
+
+
+def test_learning_rates_and_tokenizers_of_a_whole_command_line(folder, capsys, monkeypatch):
+    """``pretrain_gpt.py --plan-data`` shows megatron-core's rates, and who made which dataset."""
+    makers = {name: {"type": "X", "vocab_size": n, "eod_id": 0, "files": {}} for name, n in
+              (("ja", 100), ("en", 200))}  # fmt: skip
+    for name, maker in makers.items():
+        (folder / f"{name}.json").write_text(json.dumps({"recipe": {"tokenizer": maker}}))
+    words = [
+        "--config", "laptop-llama", "--fold-file", folder / "folds.yaml", "--seq-length", 32,
+        "--global-batch-size", 8, "--lr", 1e-3, "--min-lr", 1e-4, "--lr-warmup-iters", 4,
+        "--lr-decay-style", "linear", "--tokenizer-type", "NullTokenizer", "--vocab-size", 100,
+    ]  # fmt: skip
+    assert pretrain_cli.main([*map(str, words), "--plan-data"]) == 2
+    text = capsys.readouterr().err
+    assert f"{folder / 'en'} was made with another tokenizer than the run's: X (200 ids" in text
+    words.append("--allow-tokenizer-mismatch")
+    assert pretrain_cli.main([*map(str, words), "--plan-data"]) == 0
+    shown = capsys.readouterr().out
+    assert plan_folds.main([*map(str, words), "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert all(f"warning: {warning}\n" in shown for warning in plan["warnings"])
+    assert f"{plan['folds'][1]['last_learning_rate']:.4g}" in shown
+    # As a rank of torchrun: one tells, none trains.
+    place = {
+        "RANK": "1",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "h",
+        "MASTER_PORT": "1",
+    }
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    assert pretrain_cli.main([*map(str, words), "--plan-data"]) == 0
+    assert capsys.readouterr().out == ""
+    first, second = plan["folds"]
+    # Linear from 0 to lr over 4 iterations, then to min_lr at 20.
+    expected = np.interp([0, 9, 10, 19], [0, 4, 20], [0, 1e-3, 1e-4])
+    rates = [f[f"{which}_learning_rate"] for f in (first, second) for which in ("first", "last")]
+    assert rates == pytest.approx(expected)
+    text = "\n".join(plan["warnings"])
+    for name in ("en", "ja"):
+        assert f"{folder / name} was made with another tokenizer than the run's" in text
+    assert "accepted by --allow-tokenizer-mismatch" in text
+    without = [word for word in map(str, words) if "tokenizer" not in word.lower()]
+    assert plan_folds.main([*without, "--json"]) == 0
+    text = "\n".join(json.loads(capsys.readouterr().out)["warnings"])
+    assert "made with different tokenizers" in text and "X (200 ids, EOD 0)" in text

@@ -1,0 +1,61 @@
+"""Suggested layouts: the published ones are among them, and what is suggested can be pasted."""
+
+from __future__ import annotations
+
+import pytest
+from tests.plan.test_rehearse import SCRIPTS, words_of
+
+from megatron_llmjp.config.flags import parse
+from megatron_llmjp.estimate.layout import lay_out
+from megatron_llmjp.estimate.layout_search import flags, show_suggestions, suggest
+from megatron_llmjp.estimate.run_estimate import shape
+
+PUBLISHED = {
+    "pretrain_llm-jp-1.3b-v1.0": "TP 1 x PP 1 x DP 96",
+    "pretrain_llm-jp-13b-v1.0": "TP 1 x PP 8 x DP 12",
+    "pretrain_llm-jp-13b-v2.0": "TP 2 x PP 4 x DP 16",
+    "pretrain_llm-jp-3-150m": "TP 1 x PP 1 x DP 64",
+    "pretrain_llm-jp-3-440m": "TP 1 x PP 1 x DP 32",
+    "pretrain_llm-jp-3-980m": "TP 1 x PP 1 x DP 32",
+    "pretrain_llm-jp-3-1.8b": "TP 1 x PP 1 x DP 32",
+    "pretrain_llm-jp-3-3.7b": "TP 1 x PP 1 x DP 128",
+    "pretrain_llm-jp-3-7.2b": "TP 2 x PP 2 x DP 32",
+    "pretrain_llm-jp-3-13b": "TP 2 x PP 2 x DP 32",
+    "pretrain_llm-jp-3-172b": "TP 4 x PP 16 x DP 8",
+    "pretrain_rinna-japanese-gpt-neox-3.6b": "TP 1 x PP 1 x DP 32",
+}
+
+
+def search(words):
+    command = parse(words)
+    return command.config, command.rehearsal, suggest(command.config, command.rehearsal)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_published_layouts_fit(script):
+    """On the GPUs of their launchers."""
+    words = words_of(script, "--suggest-layout")
+    config, rehearsal, found = search(words)
+    given = [suggestion for suggestion in found if suggestion.given]
+    assert [shape(s.outlook.layout) for s in given] == [PUBLISHED[script.stem]]
+    text = show_suggestions(config, rehearsal, found)
+    assert f"{PUBLISHED[script.stem]} (given)" in text
+    if found[0].given:
+        assert "none is faster" in text
+        return
+    assert "less time: " in text and " s less" in text.split("less time: ")[1]
+    pasted = parse([*words, *flags(found[0].outlook.config).split()]).config
+    assert lay_out(pasted, rehearsal.world_size) == found[0].outlook.layout
+    assert pasted.parallel == found[0].outlook.config.parallel
+
+
+def test_memory_decides():
+    """What 40 GB hold is fewer than what 80 GB hold, and 8 GPUs do not hold the 172b."""
+    words = ["--config", "llm-jp-3-13b", "--suggest-layout", "--gpus", "96"]
+    words += ["--global-batch-size", "960"]
+    _, _, large = search(words)
+    _, _, small = search([*words, "--gpu-memory", "40GB"])
+    assert 0 < len(small) < len(large)
+    words = ["--config", "llm-jp-3-172b", "--suggest-layout", "--gpus", "8"]
+    config, rehearsal, found = search(words)
+    assert found == [] and "no layout fits" in show_suggestions(config, rehearsal, found)

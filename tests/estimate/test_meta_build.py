@@ -1,0 +1,135 @@
+"""Runs on paper as a user meets them: what is printed, and the exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.datasets import write_folds
+from tests.support.processes import ROOT, run_ranks
+
+UNEVEN = "--decoder-first-pipeline-num-layers 4 --decoder-last-pipeline-num-layers 2"
+WITH_DATA = (
+    "--rehearse --world-size 4 --tensor-model-parallel-size 2 --config laptop-llama "
+    "--vocab-size 100 --seq-length 32 --global-batch-size 4 --micro-batch-size 1 --eval-iters 1 "
+    "--lr-warmup-iters 2 --save /nowhere/run --save-interval 4 --keep-last 2 "
+    "--no-masked-softmax-fusion --fold-file"
+)
+COMMANDS = {
+    "172b": "--config llm-jp-3-172b --rehearse --world-size 512",
+    "interleaved": "--config llm-jp-3-1.8b --rehearse --world-size 8 --gpu H200 "
+    "--pipeline-model-parallel-size 4 --virtual-pipeline-model-parallel-size 3",
+    "neox, uneven": "--config rinna-japanese-gpt-neox-3.6b --rehearse --world-size 16 --bf16 "
+    f"--pipeline-model-parallel-size 4 --num-layers 16 {UNEVEN} --global-batch-size 16",
+    "folds": f"{WITH_DATA} FOLDS --tokenizer-type NullTokenizer",
+    "folds, no tokenizer": f"{WITH_DATA} FOLDS",
+    "no folds": f"{WITH_DATA} /nowhere/folds.yaml --tokenizer-type NullTokenizer",
+    "too large": "--config llm-jp-3-13b --rehearse --world-size 4 --gpu A100-40GB",
+    "cannot be": "--config llm-jp-3-13b --rehearse --world-size 6",
+    "no vocabulary": "--config laptop-llama --rehearse --world-size 2",
+    "no world": "--config llm-jp-3-13b --rehearse",
+    "strange GPU": "--config llm-jp-3-13b --rehearse --world-size 128 --gpu Voodoo2",
+}
+SCRIPTS = sorted((ROOT / "slurm").glob("pretrain_*.sh"))
+"""The launchers, each for the GPUs that its model was trained on."""
+
+
+def run_all(commands: dict[str, list[str]]) -> dict[str, Any]:
+    """Exit code, output and errors of each command, in one process."""
+    from megatron_llmjp.cli import main
+
+    found = {}
+    for name, command in commands.items():
+        output, errors = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+            code = main(command)
+        found[name] = [code, output.getvalue(), errors.getvalue()]
+    return found
+
+
+def words_of(script: Path, *flags: str) -> list[str]:
+    """What a launcher calls pretrain_gpt.py with, where there is no Slurm."""
+    env = {**os.environ, "PYTHON": "echo", "MEGATRON_LLMJP": str(ROOT)}
+    done = subprocess.run(["bash", str(script), *flags], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    program, *words = done.stdout.split()
+    assert program == str(ROOT / "pretrain_gpt.py")
+    return words
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folds = write_folds(tmp_path_factory.mktemp("data"))
+    commands = {k: v.replace("FOLDS", str(folds)).split() for k, v in COMMANDS.items()}
+    commands |= {script.name: words_of(script, "--rehearse") for script in SCRIPTS}
+    return run_ranks(run_all, 1, commands)[0]
+
+
+def test_the_172b(results):
+    code, output, _ = results["172b"]
+    assert code == 0
+    for words in (
+        "512 H100: TP 4 x PP 16 x DP 8; each replica does 216 micro-batches of 1",
+        "169,947,181,056 without embeddings",
+        "2,962,243,584",  # the first stage's, with 99,840 rows
+        "2,655,535,104",
+        "2,962,255,872",
+        "480-511  n60 d0-1  n61 d2-3  n62 d4-5  n63 d6-7",
+        "7,077,888 tokens",
+        "pipeline bubble 6.5%",
+        "about 2,000 steps a day on 512 H100, which is 34% MFU",
+        "ranks 0, 32, ..., 480",
+    ):
+        assert words in output, words
+
+
+@pytest.mark.parametrize("name", ["interleaved", "neox, uneven"])
+def test_other_layouts_are_built_as_planned(results, name):
+    code, output, errors = results[name]
+    assert code == 0, errors
+    assert "built on meta tensors" in output and "fits:" in output
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_launchers_without_slurm(results, script):
+    code, output, errors = results[script.name]
+    assert code == 0, errors
+    assert "built on meta tensors" in output and "fits:" in output
+    nodes, gpus = ("n11 ", "96 A100") if script.stem.endswith("-v1.0") else ("n", " ")
+    assert nodes in output and gpus in output.splitlines()[0]
+
+
+def test_with_the_data_of_the_run(results):
+    """15 iterations in three folds: 4, 6 (an end), 8, 11 (an end), 12, 15; the last two are kept,
+    and the ends of folds."""
+    code, output, errors = results["folds"]
+    assert code == 0, errors
+    assert "15 steps (3 folds), 1.92K tokens" in output
+    assert "are written, 4 stay" in output
+    assert "note: --no-masked-softmax-fusion" in errors and "tokenizer" not in errors
+    code, output, errors = results["folds, no tokenizer"]
+    assert code == 0 and "no tokenizer is given: the run itself needs one" in errors
+    code, output, errors = results["no folds"]
+    assert code == 0 and "TP 2 x PP 1 x DP 2" in output
+    assert "the data is not here, and is not checked: /nowhere/folds.yaml" in errors
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("too large", "do not fit"),
+        ("cannot be", "6"),
+        ("no vocabulary", "--vocab-size"),
+        ("no world", "--world-size N"),
+        ("strange GPU", "Voodoo2"),
+    ],
+)
+def test_what_cannot_run(results, name, words):
+    code, _, errors = results[name]
+    assert code == 2 and words in errors and "Traceback" not in errors

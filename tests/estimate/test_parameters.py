@@ -1,0 +1,29 @@
+"""Parameter counts against the published ones; against built models in test_rehearse.py."""
+
+from __future__ import annotations
+
+import pytest
+from tests.plan.test_flops import preset
+
+from megatron_llmjp.config.loading import changed
+from megatron_llmjp.estimate.parameters import count_parameters
+
+NON_EMBEDDING = {
+    "llm-jp-3-1.8b": 1_459_718_144,
+    "llm-jp-3-3.7b": 3_171_068_928,
+    "llm-jp-3-13b": 12_688_184_320,
+    "llm-jp-3-172b": 169_947_181_056,
+}
+ALL = {"llm-jp-1.3b-v1.0": 1_316_605_952, "llm-jp-13b-v1.0": 12_855_592_960}
+ROWS = 50_688
+
+
+@pytest.mark.parametrize("name", NON_EMBEDDING)
+def test_non_embedding(name):
+    assert count_parameters(preset(name)).non_embedding == NON_EMBEDDING[name]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_all(name):
+    config = changed(preset(name), padded_vocab_size=ROWS)
+    assert count_parameters(config).total == ALL[name]

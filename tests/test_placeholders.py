@@ -1,0 +1,104 @@
+"""Planned runs on a machine that lacks their data, tokenizer, packages and folders."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from megatron_llmjp import cli as pretrain_cli
+from tests.config.launch_scripts import SCRIPTS
+from tests.support.datasets import write_folds
+from tests.support.training import arguments
+
+WORLD = {"llm-jp-1.3b-v1.0": 96, "llm-jp-13b-v1.0": 96, "llm-jp-3-172b": 512}
+ABSENT = ("--tokenizer-type", "Llama2Tokenizer", "--tokenizer-model", "absent/tok.model")
+NOT_CHECKED = "tokenizer absent/tok.model is not here, and is not checked"
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path):
+    """Run a command line in an empty folder, on a machine without wandb."""
+
+    def not_reached(*_):
+        raise AssertionError("a run was started")
+
+    def find_spec(name):
+        assert name == "wandb"
+
+    for name in ("_be_rank", "launch"):
+        monkeypatch.setattr(pretrain_cli, name, not_reached)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("megatron_llmjp.planning._build", lambda _: "")  # imports torch: seconds
+    monkeypatch.setattr("megatron_llmjp.placeholders.find_spec", find_spec)
+    monkeypatch.chdir(tmp_path)
+
+    def main(*words):
+        code = pretrain_cli.main([str(word) for word in words])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("script", "mode"),
+    [*((script, "--rehearse") for script in SCRIPTS), (SCRIPTS[0], "--suggest-layout")],
+    ids=lambda value: getattr(value, "preset", value),
+)
+def test_a_published_script_is_planned_unchanged(run, tmp_path, script, mode):
+    world = WORLD.get(script.preset, 32)
+    code, out, err = run(*script.argv, mode, "--world-size", world, "--gpu", "B200")
+    assert code == 0, err
+    assert f"{world} B200" in out
+    assert "the data is not here, and is not checked: data/ja_text_document.idx and " in err
+    assert "tokenizer tokenizer.model is not here, and is not checked; the run needs it" in err
+    assert "taken from preset llm-jp" in err and "whose model is the same" in err
+    assert ("the package wandb is not installed here" in err) == ("--wandb-project" in script.argv)
+    assert ("--load base is not here" in err) == ("--load base" in script.words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_the_vocabulary_is_known_from(run, tmp_path):
+    (tmp_path / "data").mkdir()
+    folds = write_folds(tmp_path / "data")
+    base = arguments("laptop-llama", folds, *ABSENT, vocab_size="", tokenizer_type="")
+
+    def plan(mode, *flags):
+        return run(*base, *flags, mode, "--world-size", 1)
+
+    for mode in ("--dry-run", "--plan-data", "--rehearse"):
+        code, out, err = plan(mode)
+        assert code == 2 and out == ""
+        assert "give --vocab-size or --padded-vocab-size, a preset that has it, or a tok" in err
+        code, out, err = plan(mode, "--vocab-size", 100)
+        assert code == 0 and NOT_CHECKED in err
+        code, out, err = plan(mode, "--padded-vocab-size", 128)
+        assert code == 0 and "vocabulary size 128 taken from --padded-vocab-size" in err
+    made_by = {"type": "Llama2Tokenizer", "vocab_size": 120, "eod_id": 2, "files": {}}
+    for prefix in ("ja", "en"):
+        path = tmp_path / "data" / f"{prefix}.json"
+        path.write_text(json.dumps({"recipe": {"tokenizer": made_by}}))
+    code, out, err = plan("--dry-run")
+    assert code == 0, err
+    assert "vocabulary size 120 taken from" in err and NOT_CHECKED in err
+
+
+def test_a_dry_run_excuses_the_tokenizer_and_packages_alone(run, tmp_path):
+    (tmp_path / "data").mkdir()
+    folds = write_folds(tmp_path / "data")
+    words = arguments("laptop-llama", folds, *ABSENT, "--wandb-project", "p", tokenizer_type="")
+    code, out, err = run(*words, "--dry-run")
+    assert code == 0 and NOT_CHECKED in err and "wandb is not installed here" in err
+    # What is printed is the configuration of the run, without stand-ins.
+    data = yaml.safe_load(out)["data"]
+    assert (data["tokenizer_type"], data["tokenizer_model"]) == (ABSENT[1], ABSENT[3])
+    assert yaml.safe_load(out)["logging"]["wandb_project"] == "p"
+    code, out, err = run(*words, "--dry-run", "--fold-file", "absent.yaml")
+    assert code == 2 and "fold file absent.yaml cannot be read" in err
+    code, out, err = run(*words, "--dry-run", "--load", "absent")
+    assert code == 2 and "--load absent: no complete checkpoint" in err
+    code, out, err = run(*words)
+    assert code == 2 and "needs the package wandb" in err

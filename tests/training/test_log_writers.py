@@ -1,0 +1,225 @@
+"""Log line, metrics.jsonl, tensorboard and Weights & Biases: what is written where."""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import sys
+import types
+
+import pytest
+
+from megatron_llmjp.config.flags import parse
+from megatron_llmjp.errors import UserError
+from megatron_llmjp.training.log_writers import Record, Writers, duration, human, interval_line
+
+MODEL = ("--num-layers", "1", "--hidden-size", "8", "--num-attention-heads", "1")
+
+
+def config(*flags):
+    return parse([*MODEL, *map(str, flags)])[0]
+
+
+def record(iteration, **values):
+    return Record(iteration, 4 * iteration, 128 * iteration, values)
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A stand-in that keeps what it is given."""
+    runs = []
+
+    class Run:
+        def __init__(self, settings):
+            self.settings, self.logged, self.axes, self.finished = settings, [], {}, False
+
+        def define_metric(self, name, step_metric=None):
+            self.axes[name] = step_metric
+
+        def log(self, values):
+            self.logged.append(values)
+
+        def finish(self):
+            self.finished = True
+
+    def init(**settings):
+        runs.append(Run(settings))
+        return runs[-1]
+
+    module = types.ModuleType("wandb")
+    module.init = init
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return runs
+
+
+def test_every_place_gets_the_same(tmp_path, wandb):
+    save = tmp_path / "run"
+    run = config("--save", save, "--wandb-project", "llm-jp")
+    for start in (0, 2):  # the second process goes on from iteration 2
+        writers = Writers(run)
+        writers.write(Record(start, 4 * start, 128 * start, {}, {"event": "start"}))
+        for iteration in (start + 1, start + 2, start + 3):
+            writers.write(record(iteration, **{"lm loss": 5.0 - iteration}))
+        writers.close()
+
+    lines = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [0, 1, 2, 3, 2, 3, 4, 5]
+    assert [line.get("event") for line in lines] == ["start", *[None] * 3, "start", *[None] * 3]
+    assert lines[1] == {"iteration": 1, "consumed samples": 4, "lm loss": 4.0}
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(save / "tensorboard")).Reload()
+    by_iteration = {e.step: e.value for e in events.Scalars("lm loss")}
+    against_tokens = EventAccumulator(str(save / "tensorboard" / "vs_tokens")).Reload()
+    by_tokens = {e.step: e.value for e in against_tokens.Scalars("lm loss")}
+    assert by_iteration == {i: 5.0 - i for i in range(1, 6)}
+    assert by_tokens == {128 * i: 5.0 - i for i in range(1, 6)}
+    text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "hidden_size: 8" in text
+
+    first, second = wandb
+    assert first.settings["project"] == "llm-jp" and first.settings["name"] == "run"
+    assert first.settings["id"] == second.settings["id"] and first.settings["resume"] == "allow"
+    assert first.settings["config"]["model"]["hidden_size"] == 8
+    assert first.axes["*"] == "iteration"
+    assert first.logged[0] == {"iteration": 1, "consumed tokens": 128, "lm loss": 4.0}
+    assert len(first.logged) == 3 and first.finished
+
+
+def test_what_is_no_number_is_null(tmp_path):
+    """JSON has no NaN: a strict parser of another program reads every line."""
+    writers = Writers(config("--save", tmp_path))
+    writers.write(record(1, **{"lm loss": float("nan"), "grad norm": float("inf"), "spikes": 0}))
+    writers.close()
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    found = json.loads(line, parse_constant=pytest.fail)
+    assert (found["lm loss"], found["grad norm"], found["spikes"]) == (None, None, 0)
+
+
+def test_without_wandb(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    Writers(config()).close()
+    with pytest.raises(UserError, match="wandb is not installed: `pip install wandb`"):
+        Writers(config("--wandb-project", "x"))
+
+
+def test_what_libraries_raise_does_not_end_a_run(tmp_path, wandb, monkeypatch, capfd):
+    run = config("--save", tmp_path / "run", "--wandb-project", "llm-jp")
+    writers = Writers(run)
+
+    def broken(values):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(wandb[0], "log", broken, raising=False)
+    for iteration in (1, 2):
+        writers.write(record(iteration, **{"lm loss": 5.0}))
+    writers.close()
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+    told = capfd.readouterr().err
+    assert told.count("warning: WeightsAndBiases: BrokenPipeError: [Errno 32] Broken pipe") == 1
+
+    def unreachable(**settings):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(sys.modules["wandb"], "init", unreachable)
+    writers = Writers(run)
+    writers.write(record(3, **{"lm loss": 5.0}))
+    writers.close()
+    assert "WeightsAndBiases: ConnectionError: no route to host; the run" in capfd.readouterr().err
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_logs_in_a_place_that_cannot_be_written(tmp_path, capfd):
+    """Nor may what is in their place: it is told, and the run goes on."""
+    save = tmp_path / "run"
+    (save / "metrics.jsonl").mkdir(parents=True)
+    (save / "tensorboard").write_text("")
+    (save / "wandb_run_id.txt").write_text("")
+    writers = Writers(config("--save", save))
+    for iteration in (1, 2):
+        writers.write(record(iteration, **{"lm loss": 5.0}))
+    writers.close()
+    told = capfd.readouterr().err
+    assert told.count(f"warning: {save / 'metrics.jsonl'} cannot be written: Is a directory") == 1
+    assert f"{save / 'tensorboard'}/events.out" in told
+
+
+def test_log_line():
+    values = {
+        "consumed tokens": 1.5e9,
+        "seconds per iteration": 0.25,
+        "TFLOP/s per GPU": 412.34,
+        "MFU": 0.4167,
+        "tokens per second": 123456.0,
+        "learning rate": 3e-4,
+        "global batch size": 512,
+        "lm loss": 2.5,
+        "z loss": 1e-3,
+        "loss scale": 1.0,
+        "grad norm": 0.5,
+        "params norm": 321.0,
+        "skipped iterations": 0,
+        "nan iterations": 0,
+        "seconds remaining": 93784.0,
+    }
+    line = interval_line(100, 5000, 51200, values, "fold01 (2/11) 45%")
+    assert "\n" not in line
+    # The parts that scripts for Megatron-LM's log look for, as it writes them.
+    for part in (
+        "iteration      100/    5000 | consumed samples:        51200 |",
+        "| elapsed time per iteration (ms): 250.0 |",
+        "| throughput per GPU (TFLOP/s/GPU): 412.3 |",
+        "| learning rate: 3.000000E-04 | global batch size:   512 | lm loss: 2.500000E+00 |",
+        "| loss scale: 1.0 | grad norm: 0.500 | params norm: 321.000 |",
+        "| number of skipped iterations:   0 | number of nan iterations:   0 |",
+    ):
+        assert part in line
+    assert re.match(r" \[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] iteration ", line)
+    assert "| MFU: 41.7% | tokens/s: 123.46K |" in line and "z loss: 1.000000E-03" in line
+    assert "| fold: fold01 (2/11) 45% | remaining: 1d 02:03:04 |" in line
+    values |= {"spikes": 2, "rollbacks": 1}
+    shown = interval_line(1, 2, 3, values, "a")
+    assert (
+        "| number of nan iterations:   0 | number of spikes:   2 | number of rollbacks:   1 |"
+        in (shown)
+    )
+    without = interval_line(1, 2, 3, {**values, "lm loss": float("nan")}, "a")
+    assert "lm loss" not in without and "grad norm: 0.500" in without
+    for name, shown in (("MFU", "MFU"), ("z loss", "z loss"), ("params norm", "params norm")):
+        del values[name]
+        assert shown not in interval_line(1, 2, 3, values, "a")
+
+
+def test_human_numbers():
+    assert [human(n) for n in (12, 1234, 1.234e6, 27.6e9, 2.1e12)] == [
+        "12", "1.23K", "1.23M", "27.60B", "2.10T",
+    ]  # fmt: skip
+    assert duration(59.6) == "00:01:00" and duration(90061) == "1d 01:01:01"
+
+
+def test_a_disk_that_is_full_for_a_while(tmp_path, capfd):
+    """Nothing ends, nothing is lost, and half a line is not mended into a wrong one."""
+    save = tmp_path / "run"
+    save.mkdir()
+    (save / "metrics.jsonl").write_text('{"iteration": 1, "lm lo')  # the run before was killed
+    writers = Writers(config("--save", save))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        for iteration in range(1, 21):
+            full = iteration in range(3, 15)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (400 if full else limits[0], limits[1]))
+            writers.write(record(iteration, **{"lm loss": 5.0 - iteration}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    writers.close()
+    broken, *lines = (save / "metrics.jsonl").read_text().splitlines()
+    assert broken == '{"iteration": 1, "lm lo'
+    assert [json.loads(line)["iteration"] for line in lines] == list(range(1, 21))
+    assert "waits for room on its disk: File too large" in capfd.readouterr().err
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(save / "tensorboard")).Reload().Scalars("lm loss")
+    assert {e.step: e.value for e in events} == {i: 5.0 - i for i in range(1, 21)}
