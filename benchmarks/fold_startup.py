@@ -130,9 +130,9 @@ def ours(folder: Path, folds: int) -> dict[str, float]:
 
     from megatron_llmjp.config.flags import parse
     from megatron_llmjp.data.dataset import FoldDataset
-    from megatron_llmjp.data.folds.datasets import remember
-    from megatron_llmjp.data.indices.epoch_index import Epochs
-    from megatron_llmjp.data.indices.prefetch import IndexAhead
+    from megatron_llmjp.data.folds.datasets import save_facts
+    from megatron_llmjp.data.indices.epoch_index import EpochDatasets
+    from megatron_llmjp.data.indices.prefetch import IndexPrefetcher
     from megatron_llmjp.run_data import cache_folder, prepare_data
     from megatron_llmjp.tokenizers import load_tokenizer
 
@@ -147,13 +147,13 @@ def ours(folder: Path, folds: int) -> dict[str, float]:
     config = parse(f"{flags} {where} --global-batch-size {BATCH}".split()).config
     tokenizer = load_tokenizer("NullTokenizer", None, vocab_size=31999)
 
-    def first_batch() -> tuple[FoldDataset, IndexAhead]:
+    def first_batch() -> tuple[FoldDataset, IndexPrefetcher]:
         run_data = prepare_data(config)
         cache = cache_folder(config, run_data.folds)
-        data = FoldDataset(run_data.schedule, Epochs(config.data, tokenizer, cache))
-        ahead = IndexAhead(data, first_on_machine=True, say=lambda text: None)
+        data = FoldDataset(run_data.schedule, EpochDatasets(config.data, tokenizer, cache))
+        ahead = IndexPrefetcher(data, first_on_machine=True, say=lambda text: None)
         ahead.start(0, BATCH, [])
-        remember(run_data.datasets, cache)
+        save_facts(run_data.datasets, cache)
         batch_at(data, 0)
         return data, ahead
 
@@ -214,10 +214,10 @@ def average(folder: Path, _: int) -> dict[str, float]:
     from megatron.core.datasets import helpers_cpp
 
     from megatron_llmjp.data.indices.epoch_index import EpochIndex
-    from megatron_llmjp.data.indices.index_cache import ensure, size_on_disk
+    from megatron_llmjp.data.indices.index_cache import ensure_index, size_on_disk
 
     index = EpochIndex(folder / "cache", str(folder / "average"), "average", 1, LENGTH)
-    figures, _built = figure(lambda: ensure(index.folder, index.build))
+    figures, _built = figure(lambda: ensure_index(index.folder, index.build))
     size = 1_000_000
     which, position = np.zeros(size, np.int16), np.zeros(size, np.int64)
     weights = np.full(BIG_DATASETS, 1 / BIG_DATASETS)

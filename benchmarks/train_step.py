@@ -161,7 +161,7 @@ def our_step(config: Any) -> tuple[Callable[[], Any], int]:
     """A step of this project, in one process, and the number of parameters."""
     import itertools
 
-    from megatron_llmjp.data.batch_size import BatchSizes
+    from megatron_llmjp.data.batch_size import BatchSizeSchedule
     from megatron_llmjp.data.folds.schedule import Schedule
     from megatron_llmjp.model.gpt import build_model
     from megatron_llmjp.parallel import process_groups
@@ -176,7 +176,7 @@ def our_step(config: Any) -> tuple[Callable[[], Any], int]:
     chunks = wrap_for_data_parallel(build_model(config, device), config, device)
     optimizer = make_optimizer(chunks, config, device)
     no_folds = Schedule(seed=0, sequence_length=config.data.seq_length, folds=())
-    rates = LearningRates(config, no_folds, BatchSizes(config), config.training.train_iters)
+    rates = LearningRates(config, no_folds, BatchSizeSchedule(config), config.training.train_iters)
     scheduler = RunScheduler(optimizer, rates)
     connect(chunks, optimizer, config)
     micro_batches = config.training.global_batch_size // config.training.micro_batch_size

@@ -14,13 +14,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_tools.common import Parser, cores, positive, run
+from data_tools.common import ToolParser, cores, positive, run_tool
 from data_tools.run_flags import add_data_flags, parse_run_flags, split_flags
-from data_tools.tables import check_report, format_table, write_report
+from data_tools.tables import check_table_path, format_table, write_table
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.config.schema import Config
-from megatron_llmjp.data.folds.datasets import remember
-from megatron_llmjp.data.indices.index_cache import CachedIndex, ensure, fault, size_on_disk
+from megatron_llmjp.data.folds.datasets import save_facts
+from megatron_llmjp.data.indices.index_cache import (
+    CachedIndex,
+    ensure_index,
+    find_damage,
+    size_on_disk,
+)
 from megatron_llmjp.errors import EXIT_DONE, UserError
 from megatron_llmjp.run_data import (
     as_known,
@@ -50,7 +55,7 @@ VALIDATION, ORDER = "(validation)", "(order)"
 
 
 @dataclass
-class Entry:
+class IndexTask:
     """An index that a fold needs for a dataset."""
 
     index: CachedIndex
@@ -66,12 +71,12 @@ class Entry:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
-    parser = Parser("build_indices", "Build all sample indices of a run ahead.", EXAMPLES)
+    parser = ToolParser("build_indices", "Build all sample indices of a run ahead.", EXAMPLES)
     add = parser.add_argument
     add_data_flags(add)
     add("--data-cache-path", metavar="FOLDER", help="where; index_cache beside the fold file")
     args, flags = split_flags(parser, argv, _add_own_flags)
-    return run("build_indices", lambda: build(args, flags))
+    return run_tool("build_indices", lambda: build_indices(args, flags))
 
 
 def _add_own_flags(add: Callable[..., Any]) -> None:
@@ -81,21 +86,21 @@ def _add_own_flags(add: Callable[..., Any]) -> None:
     add("--report", type=Path, metavar="FILE", help="the whole table as .csv or .json")
 
 
-def build(args: argparse.Namespace, flags: list[str]) -> int:
+def build_indices(args: argparse.Namespace, flags: list[str]) -> int:
     """Build what is missing and print the table."""
     if args.report is not None:
-        check_report(args.report)
+        check_table_path(args.report)
     config = parse_run_flags(flags, "build_indices").config
-    entries, cache = find_entries(config, args.folds)
+    entries, cache = find_tasks(config, args.folds)
     first = [entry for entry in entries if entry.is_first]
-    missing = [e for e in first if fault(e.index.folder, thorough=args.verify) is not None]
+    missing = [e for e in first if find_damage(e.index.folder, thorough=args.verify) is not None]
     started = time.monotonic()
     if missing:
-        make(missing, args.workers, args.verify)
-    table = rows(entries)
+        build_missing(missing, args.workers, args.verify)
+    table = table_rows(entries)
     print(format_table(table))
     if args.report is not None:
-        write_report(args.report, table)
+        write_table(args.report, table)
     where = f"in {cache}"
     if missing:
         seconds = time.monotonic() - started
@@ -106,7 +111,7 @@ def build(args: argparse.Namespace, flags: list[str]) -> int:
     return EXIT_DONE
 
 
-def find_entries(config: Config, folds: Sequence[str] | None) -> tuple[list[Entry], Path]:
+def find_tasks(config: Config, folds: Sequence[str] | None) -> tuple[list[IndexTask], Path]:
     """What the folds of a run need, in their order, and the folder of it.
 
     Raises:
@@ -126,19 +131,19 @@ def find_entries(config: Config, folds: Sequence[str] | None) -> tuple[list[Entr
         if name not in names:
             raise UserError(f"--folds {name}: the folds are {', '.join(names)}")
     from megatron_llmjp.data.dataset import FoldDataset, ValidationDataset  # torch: seconds
-    from megatron_llmjp.data.indices.epoch_index import Epochs
+    from megatron_llmjp.data.indices.epoch_index import EpochDatasets
     from megatron_llmjp.tokenizers import load_tokenizer
 
     # An index does not depend on the tokenizer.
     tokenizer = load_tokenizer("NullTokenizer", None, vocab_size=1)
-    epochs = Epochs(config.data, tokenizer, cache_folder(config, data.folds))
-    remember(data.datasets, epochs.cache)
+    epochs = EpochDatasets(config.data, tokenizer, cache_folder(config, data.folds))
+    save_facts(data.datasets, epochs.cache)
     samples = FoldDataset(data.schedule, epochs)
-    found: list[Entry] = []
+    found: list[IndexTask] = []
     seen: set[Path] = set()
 
     def add(index: CachedIndex, fold: str, dataset: str, samples: int) -> None:
-        found.append(Entry(index, fold, dataset, samples, index.folder not in seen))
+        found.append(IndexTask(index, fold, dataset, samples, index.folder not in seen))
         seen.add(index.folder)
 
     for fold in data.schedule.folds:
@@ -156,16 +161,16 @@ def find_entries(config: Config, folds: Sequence[str] | None) -> tuple[list[Entr
     return found, epochs.cache
 
 
-def make(missing: Sequence[Entry], workers: int, verify: bool) -> None:
+def build_missing(missing: Sequence[IndexTask], workers: int, verify: bool) -> None:
     """Make indices in several processes, the largest first, and show how far that is."""
     spawn = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     by_work = sorted(missing, key=lambda entry: -entry.index.work)
     with ProcessPoolExecutor(min(workers, len(missing)), mp_context=spawn) as pool:
-        futures: dict[Future[float], Entry] = {
-            pool.submit(timed, entry.index, verify): entry for entry in by_work
+        futures: dict[Future[float], IndexTask] = {
+            pool.submit(timed_build, entry.index, verify): entry for entry in by_work
         }
         try:
-            with progress(futures.values()) as done:
+            with show_progress(futures.values()) as done:
                 for future in as_completed(futures):
                     futures[future].seconds = future.result()
                     done(futures[future])
@@ -174,15 +179,15 @@ def make(missing: Sequence[Entry], workers: int, verify: bool) -> None:
             raise
 
 
-def timed(index: CachedIndex, verify: bool) -> float:
+def timed_build(index: CachedIndex, verify: bool) -> float:
     """Make an index and return the seconds it took."""
     started = time.monotonic()
-    ensure(index.folder, index.build, thorough=verify)
+    ensure_index(index.folder, index.build, thorough=verify)
     return time.monotonic() - started
 
 
 @contextmanager
-def progress(entries: Iterable[Entry]) -> Iterator[Any]:
+def show_progress(entries: Iterable[IndexTask]) -> Iterator[Any]:
     """A bar on a terminal, a line per index elsewhere; yields what to call with a finished one."""
     entries = list(entries)
     if not sys.stderr.isatty():
@@ -195,7 +200,7 @@ def progress(entries: Iterable[Entry]) -> Iterator[Any]:
               "[{elapsed}<{remaining}]") as bar:  # fmt: skip
         left = {id(entry) for entry in entries}
 
-        def done(entry: Entry) -> None:
+        def done(entry: IndexTask) -> None:
             left.discard(id(entry))
             bar.set_postfix_str(f"{len(entries) - len(left)} of {len(entries)} indices")
             bar.update(entry.index.work)
@@ -203,13 +208,13 @@ def progress(entries: Iterable[Entry]) -> Iterator[Any]:
         yield done
 
 
-def _say(total: int, finished: list[Entry], entry: Entry) -> None:
+def _say(total: int, finished: list[IndexTask], entry: IndexTask) -> None:
     finished.append(entry)
     what = f"{entry.fold} {entry.dataset}, {entry.seconds:.1f} s"
     print(f"index {len(finished)} of {total}: {what}", file=sys.stderr, flush=True)
 
 
-def rows(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+def table_rows(entries: Sequence[IndexTask]) -> list[dict[str, Any]]:
     """One row per fold and dataset, and their total.
 
     An index that several folds need counts, in seconds and bytes, for the first of them.

@@ -23,7 +23,7 @@ from megatron_llmjp.errors import EXIT_FAILURE, EXIT_USER_ERROR, DataError, User
 SECONDS_BETWEEN_LINES = 10.0
 
 
-class Progress:
+class EncodingProgress:
     """Counts documents, bytes and tokens, and shows them with their rates.
 
     MB are 10^6 bytes of decompressed input; the share done and the time left come from the bytes
@@ -107,7 +107,7 @@ def _clock(seconds: float) -> str:
 EXIT_INTERRUPTED = 130
 
 
-class Parser(argparse.ArgumentParser):
+class ToolParser(argparse.ArgumentParser):
     """argparse with one-line errors, exit code 2, and the nearest flag for a mistyped one."""
 
     def __init__(self, prog: str, description: str, examples: str) -> None:
@@ -146,7 +146,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return f"{text} (default: {shown})"
 
 
-def run(program: str, body: Callable[[], int]) -> int:
+def run_tool(program: str, body: Callable[[], int]) -> int:
     """Run a program's body and turn what may go wrong into a message and an exit code."""
     try:
         return body()

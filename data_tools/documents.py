@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_llmjp.data.indexed_dataset import HEADER, Index, bin_path, idx_path
+from megatron_llmjp.data.indexed_dataset import HEADER, DatasetIndex, bin_path, idx_path
 from megatron_llmjp.errors import UserError
 
 DOCUMENTS_PER_PIECE = 1 << 16
@@ -19,7 +19,7 @@ TOKENS_PER_PIECE = 1 << 22
 
 
 @dataclass(frozen=True)
-class Piece:
+class DocumentChunk:
     """Consecutive documents.
 
     Attributes:
@@ -35,7 +35,7 @@ class Piece:
     sequences: npt.NDArray[np.int32]
 
 
-def pieces(index: Index) -> Iterator[Piece]:
+def document_chunks(index: DatasetIndex) -> Iterator[DocumentChunk]:
     """Yield all documents; reads plainly, since a memory map would count as memory used."""
     path, total = idx_path(index.prefix), index.sequences
     at = HEADER.size
@@ -43,7 +43,7 @@ def pieces(index: Index) -> Iterator[Piece]:
         count = min(DOCUMENTS_PER_PIECE, index.documents - first)
         bounds = np.fromfile(path, "<i8", count + 1, offset=at + 12 * total + 8 * first)
         start, number = int(bounds[0]), int(bounds[-1] - bounds[0])
-        yield Piece(
+        yield DocumentChunk(
             first,
             np.fromfile(path, "<i4", number, offset=at + 4 * start),
             np.fromfile(path, "<i8", number, offset=at + 4 * total + 8 * start),
@@ -51,7 +51,9 @@ def pieces(index: Index) -> Iterator[Piece]:
         )
 
 
-def with_tokens(index: Index, piece: Piece) -> Iterator[tuple[npt.NDArray[Any], Piece]]:
+def with_tokens(
+    index: DatasetIndex, piece: DocumentChunk
+) -> Iterator[tuple[npt.NDArray[Any], DocumentChunk]]:
     """Yield the documents of a piece with their tokens, some at a time."""
     ends = np.cumsum(piece.sequences, dtype=np.int64)  # sequences up to and with each document
     totals = np.concatenate(([0], np.cumsum(piece.lengths, dtype=np.int64)))
@@ -61,7 +63,7 @@ def with_tokens(index: Index, piece: Piece) -> Iterator[tuple[npt.NDArray[Any], 
         limit = totals[start] + TOKENS_PER_PIECE
         upto = max(int(np.searchsorted(totals[ends], limit, side="right")), document + 1)
         stop = int(ends[upto - 1])
-        part = Piece(
+        part = DocumentChunk(
             piece.first + document,
             piece.lengths[start:stop],
             piece.pointers[start:stop],
@@ -71,7 +73,7 @@ def with_tokens(index: Index, piece: Piece) -> Iterator[tuple[npt.NDArray[Any], 
         document = upto
 
 
-def _tokens(index: Index, part: Piece) -> npt.NDArray[Any]:
+def _tokens(index: DatasetIndex, part: DocumentChunk) -> npt.NDArray[Any]:
     path, size = bin_path(index.prefix), index.dtype.itemsize
     if not len(part.lengths):
         return np.empty(0, index.dtype)

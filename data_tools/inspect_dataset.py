@@ -16,12 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from data_tools import lineage_report
-from data_tools.common import Parser, positive, run
-from data_tools.documents import pieces, read_manifest
+from data_tools.common import ToolParser, positive, run_tool
+from data_tools.documents import document_chunks, read_manifest
 from data_tools.tables import format_table
 from data_tools.tokenizer_flags import add_tokenizer_flags, tokenizer_of
 from data_tools.verify_dataset import verify
-from megatron_llmjp.data.indexed_dataset import Index, read_checked
+from megatron_llmjp.data.indexed_dataset import DatasetIndex, read_and_check_index
 from megatron_llmjp.errors import EXIT_DONE, EXIT_FAILURE, DataError, UserError
 from megatron_llmjp.tokenizers import Tokenizer
 
@@ -45,7 +45,7 @@ EXAMPLES = """\
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
     examples = EXAMPLES + lineage_report.EXAMPLES
-    parser = Parser("inspect_dataset", "Look into .bin/.idx token datasets and runs.", examples)
+    parser = ToolParser("inspect_dataset", "Look into .bin/.idx token datasets and runs.", examples)
     add = parser.add_argument
     add("prefixes", nargs="*", metavar="PREFIX", help="path without .bin or .idx (or with)")
     add(
@@ -61,10 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     lineage_report.add_flags(parser.add_argument_group("what a run was trained on").add_argument)
     args = parser.parse(argv)
     if args.run is not None:
-        return run("inspect_dataset", lambda: lineage_report.report(args))
+        return run_tool("inspect_dataset", lambda: lineage_report.report_lineage(args))
     if not args.prefixes:
         parser.error("give datasets, or --run FOLDER")
-    return run("inspect_dataset", lambda: inspect(args))
+    return run_tool("inspect_dataset", lambda: inspect(args))
 
 
 def inspect(args: argparse.Namespace) -> int:
@@ -75,7 +75,7 @@ def inspect(args: argparse.Namespace) -> int:
     tokenizer = None
     if args.tokenizer_type:
         tokenizer = tokenizer_of(args)
-    indexes = [read_checked(prefix) for prefix in prefixes]
+    indexes = [read_and_check_index(prefix) for prefix in prefixes]
     if args.documents:
         for index in indexes:
             for number in args.documents:
@@ -108,11 +108,11 @@ def verify_all(prefixes: list[str], vocab_size: int | None) -> int:
     return code
 
 
-def statistics(index: Index) -> tuple[dict[str, Any], npt.NDArray[np.int64]]:
+def statistics(index: DatasetIndex) -> tuple[dict[str, Any], npt.NDArray[np.int64]]:
     """Return a table row, and how many documents have 0, 1, 2-3, 4-7 ... tokens."""
     histogram = np.zeros(BINS, np.int64)
     sizes: list[npt.NDArray[np.int64]] = []
-    for piece in pieces(index):
+    for piece in document_chunks(index):
         totals = np.concatenate(([0], np.cumsum(piece.lengths, dtype=np.int64)))
         ends = np.cumsum(piece.sequences, dtype=np.int64)
         lengths = np.diff(totals[np.concatenate(([0], ends))])
@@ -176,7 +176,7 @@ def write_png(path: Path, histograms: dict[str, npt.NDArray[np.int64]]) -> None:
         raise UserError(f"--png {path}: {error}") from error
 
 
-def show_document(index: Index, number: int, tokenizer: Tokenizer | None, most: int) -> str:
+def show_document(index: DatasetIndex, number: int, tokenizer: Tokenizer | None, most: int) -> str:
     """Return one document with a heading; a long one is cut.
 
     Raises:

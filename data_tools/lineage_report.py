@@ -8,13 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_tools.run_history import PastRun, open_lineage, open_run
+from data_tools.run_history import RecordedRun, open_lineage, open_run
 from data_tools.tables import format_table
 from megatron_llmjp.data.indexed_dataset import read_index
 from megatron_llmjp.errors import EXIT_DONE, UserError
 
 if TYPE_CHECKING:
-    from megatron_llmjp.data.lineage import Lineage, Origin
+    from megatron_llmjp.data.lineage import Lineage, SampleOrigin
 
 EXAMPLES = """\
   What was in the batch of a loss spike? Fold, datasets, documents and their text:
@@ -37,7 +37,7 @@ def add_flags(add: Callable[..., Any]) -> None:
     add("--data-cache-path", type=Path, metavar="FOLDER", help="the run's sample indices")
 
 
-def report(args: argparse.Namespace) -> int:
+def report_lineage(args: argparse.Namespace) -> int:
     """Print what the flags ask for."""
     asked = [
         n for n in ("iteration", "sample", "position", "document") if _get(args, n) is not None
@@ -50,11 +50,11 @@ def report(args: argparse.Namespace) -> int:
     run = open_run(args.run, _covers(args), args.fold_file)
     with open_lineage(run, args.data_cache_path) as lineage:
         if args.document is not None:
-            found = seen(run, lineage, args.dataset, args.document)
+            found = document_occurrences(run, lineage, args.dataset, args.document)
             print(json.dumps(found, indent=1) if args.json else _show_seen(run, args, found))
             return EXIT_DONE
         replicas = args.data_parallel_size or run.manifest.data_parallel_size
-        batch = [sample(run, lineage, p, replicas) for p in _positions(run, args)]
+        batch = [describe_sample(run, lineage, p, replicas) for p in _positions(run, args)]
     if args.json:
         print(json.dumps(batch, indent=1, ensure_ascii=False))
     else:
@@ -62,9 +62,11 @@ def report(args: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def sample(run: PastRun, lineage: Lineage, position: int, replicas: int | None) -> dict[str, Any]:
+def describe_sample(
+    run: RecordedRun, lineage: Lineage, position: int, replicas: int | None
+) -> dict[str, Any]:
     """Everything about one sample, with the text of its documents, as plain values."""
-    from megatron_llmjp.data.lineage import tokens_of
+    from megatron_llmjp.data.lineage import read_tokens
 
     origin = lineage.origin(position)
     return {
@@ -79,14 +81,16 @@ def sample(run: PastRun, lineage: Lineage, position: int, replicas: int | None) 
                 "path": span.path,
                 "document": span.document,
                 "first_token": span.first_token,
-                "tokens": tokens_of(span).tolist(),
+                "tokens": read_tokens(span).tolist(),
             }
             for span in origin.spans
         ],
     }
 
 
-def place_in_batch(run: PastRun, origin: Origin, replicas: int | None) -> dict[str, int | None]:
+def place_in_batch(
+    run: RecordedRun, origin: SampleOrigin, replicas: int | None
+) -> dict[str, int | None]:
     """Iteration, data-parallel rank and its micro-batch (both from 0) that a sample goes to.
 
     Micro-batch k of a run without data parallelism goes to rank k mod d (``data/dataloader.py``).
@@ -104,7 +108,9 @@ def place_in_batch(run: PastRun, origin: Origin, replicas: int | None) -> dict[s
     }
 
 
-def seen(run: PastRun, lineage: Lineage, dataset: str, document: int) -> list[dict[str, Any]]:
+def document_occurrences(
+    run: RecordedRun, lineage: Lineage, dataset: str, document: int
+) -> list[dict[str, Any]]:
     """When a document is trained on: one entry per sample that holds a part of it.
 
     Raises:
@@ -146,7 +152,7 @@ def _covers(args: argparse.Namespace) -> Callable[[Any], bool]:
     return lambda manifest: False  # the newest
 
 
-def _positions(run: PastRun, args: argparse.Namespace) -> list[int]:
+def _positions(run: RecordedRun, args: argparse.Namespace) -> list[int]:
     if args.iteration is not None:
         return [run.schedule.position(number) for number in run.samples_of(args.iteration)]
     number = args.sample if args.sample is not None else args.position
@@ -159,7 +165,7 @@ def _positions(run: PastRun, args: argparse.Namespace) -> list[int]:
     return [run.schedule.position(number) if args.sample is not None else number]
 
 
-def _path_of(run: PastRun, dataset: str) -> str:
+def _path_of(run: RecordedRun, dataset: str) -> str:
     """The path of a dataset, by its name in a fold or by its prefix."""
     wanted = dataset.removesuffix(".idx").removesuffix(".bin")
     paths: dict[str, str] = {}
@@ -178,7 +184,7 @@ def _path_of(run: PastRun, dataset: str) -> str:
     raise UserError(f"--dataset {dataset}: the run's folds have {', '.join(sorted(names))}")
 
 
-def _print_batch(run: PastRun, args: argparse.Namespace, batch: list[dict[str, Any]]) -> None:
+def _print_batch(run: RecordedRun, args: argparse.Namespace, batch: list[dict[str, Any]]) -> None:
     if args.iteration is not None:
         print(
             f"iteration {args.iteration:,}: samples {batch[0]['sample']:,} to "
@@ -219,7 +225,7 @@ def _heading(entry: dict[str, Any]) -> str:
     return ", ".join(words)
 
 
-def _show_document(run: PastRun, part: dict[str, Any], most: int) -> str:
+def _show_document(run: RecordedRun, part: dict[str, Any], most: int) -> str:
     ids = part["tokens"]
     shown = ids[:most]
     text = run.tokenizer.decode(shown) if run.tokenizer else " ".join(map(str, shown))
@@ -231,7 +237,7 @@ def _show_document(run: PastRun, part: dict[str, Any], most: int) -> str:
     )
 
 
-def _show_seen(run: PastRun, args: argparse.Namespace, found: list[dict[str, Any]]) -> str:
+def _show_seen(run: RecordedRun, args: argparse.Namespace, found: list[dict[str, Any]]) -> str:
     name = f"document {args.document:,} of {args.dataset}"
     if not found:
         return f"{name} is in no sample of the run"

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_tools.common import Parser, run
-from data_tools.documents import pieces, read_manifest, with_tokens
+from data_tools.common import ToolParser, run_tool
+from data_tools.documents import document_chunks, read_manifest, with_tokens
 from data_tools.preprocess.shards import find_parts
-from megatron_llmjp.data.indexed_dataset import bin_path, read_checked
-from megatron_llmjp.data.indexed_dataset_writer import IndexedWriter
+from megatron_llmjp.data.indexed_dataset import bin_path, read_and_check_index
+from megatron_llmjp.data.indexed_dataset_writer import IndexedDatasetWriter
 from megatron_llmjp.errors import EXIT_DONE, UserError
 from megatron_llmjp.filesystem import publish, refuse_existing, staging, write_json
 from megatron_llmjp.tokenizers.registry import key_of
@@ -31,7 +31,7 @@ EXAMPLES = """\
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
-    parser = Parser("merge_datasets", "Join .bin/.idx datasets end to end.", EXAMPLES)
+    parser = ToolParser("merge_datasets", "Join .bin/.idx datasets end to end.", EXAMPLES)
     add = parser.add_argument
     add("--input", nargs="+", metavar="PATH", help="folders or prefixes")
     add("--output-prefix", metavar="PREFIX", help="makes PREFIX.{bin,idx,json}")
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse(argv)
     if bool(args.parts) == bool(args.input and args.output_prefix):
         parser.error("give --input and --output-prefix, or --parts")
-    return run("merge_datasets", lambda: merge_all(args))
+    return run_tool("merge_datasets", lambda: merge_all(args))
 
 
 def merge_all(args: argparse.Namespace) -> int:
@@ -62,7 +62,7 @@ def merge(
     if output_prefix in prefixes:
         raise UserError(f"--output-prefix {output_prefix}: is one of the inputs")
     refuse_existing(finals, overwrite)
-    indexes = [read_checked(prefix) for prefix in prefixes]
+    indexes = [read_and_check_index(prefix) for prefix in prefixes]
     for prefix, index in zip(prefixes, indexes, strict=True):
         if index.dtype != indexes[0].dtype:
             raise UserError(
@@ -76,9 +76,9 @@ def merge(
         )
     recipe = common_recipe(prefixes)
     with staging(Path(f"{output_prefix}.partial")) as folder:
-        writer = IndexedWriter(folder / "merged.bin", indexes[0].dtype)
+        writer = IndexedDatasetWriter(folder / "merged.bin", indexes[0].dtype)
         for index in indexes:
-            for piece in pieces(index):
+            for piece in document_chunks(index):
                 for tokens, part in with_tokens(index, piece):
                     writer.add(tokens, part.lengths, part.sequences)
         crc = writer.finish(folder / "merged.idx")
@@ -142,7 +142,7 @@ def _ends(recipe: dict[str, Any]) -> tuple[bool, bool]:
 
 
 def manifest(
-    writer: IndexedWriter, idx_crc: int, recipe: dict[str, Any], prefixes: Sequence[str]
+    writer: IndexedDatasetWriter, idx_crc: int, recipe: dict[str, Any], prefixes: Sequence[str]
 ) -> dict[str, Any]:
     """Return the manifest of the joined dataset."""
     return {

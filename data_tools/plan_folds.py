@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from data_tools.common import Parser, run
+from data_tools.common import ToolParser, run_tool
 from data_tools.run_flags import add_data_flags, parse_run_flags, split_flags
 from megatron_llmjp.errors import EXIT_DONE, UserError
 from megatron_llmjp.estimate.data_plan import as_json, as_rows, format_data_plan
@@ -32,10 +32,10 @@ that command line prints the same. The number of iterations follows from the fol
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
-    parser = Parser("plan_folds", "Print the plan of a run's data, without GPUs.", EXAMPLES)
+    parser = ToolParser("plan_folds", "Print the plan of a run's data, without GPUs.", EXAMPLES)
     add_data_flags(parser.add_argument)
     args, words = split_flags(parser, argv, _add_own_flags)
-    return run("plan_folds", lambda: plan(args, words))
+    return run_tool("plan_folds", lambda: plan_folds(args, words))
 
 
 def _add_own_flags(add: Callable[..., Any]) -> None:
@@ -43,7 +43,7 @@ def _add_own_flags(add: Callable[..., Any]) -> None:
     add("--csv", action="store_true", help="exact numbers as CSV, a row per fold and dataset")
 
 
-def plan(args: argparse.Namespace, words: list[str]) -> int:
+def plan_folds(args: argparse.Namespace, words: list[str]) -> int:
     """Print the plan in the requested form.
 
     Raises:

@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_tools.common import Parser, cores, positive, run
-from data_tools.preprocess.job import Job, share
-from data_tools.preprocess.output import Output
-from data_tools.preprocess.shards import part_prefix, shard_of, take_shard, uneven
-from data_tools.preprocess.sources import find_input, record
-from data_tools.tables import check_report
+from data_tools.common import ToolParser, cores, positive, run_tool
+from data_tools.preprocess.job import PreprocessJob, parse_share
+from data_tools.preprocess.output import DatasetOutput
+from data_tools.preprocess.shards import parse_shard, part_prefix, take_shard, uneven_shards_warning
+from data_tools.preprocess.sources import find_input, ignored_record
+from data_tools.tables import check_table_path
 from data_tools.tokenizer_flags import add_tokenizer_flags, tokenizer_of
 from megatron_llmjp.data.indexed_dataset import best_dtype
 from megatron_llmjp.errors import UserError
@@ -51,11 +51,11 @@ tokenizer types:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
     args = _parser().parse(argv)
-    return run("preprocess_data", lambda: preprocess(args))
+    return run_tool("preprocess_data", lambda: preprocess(args))
 
 
-def _parser() -> Parser:
-    parser = Parser(
+def _parser() -> ToolParser:
+    parser = ToolParser(
         "preprocess_data", "Turn JSON lines into Megatron's .bin/.idx token datasets.", EXAMPLES
     )
     add = parser.add_argument
@@ -127,7 +127,7 @@ def _add_limits(add: Callable[..., Any]) -> None:
     )
     add(
         "--max-rejected",
-        type=share,
+        type=parse_share,
         default=0.01,
         metavar="SHARE",
         help="share of lines that may be rejected, such as 5%% or 0.05; above it the run fails "
@@ -157,23 +157,27 @@ def preprocess(args: argparse.Namespace) -> int:
     if args.append_bos:
         _check_bos(tokenizer)
     if args.sentencepiece_twin:
-        from data_tools.preprocess.fast_encoder import use_twin  # imports the tokenizers library
+        from data_tools.preprocess.fast_encoder import (
+            use_fast_encoder,  # imports the tokenizers library
+        )
 
-        tokenizer, why = use_twin(tokenizer, args.sentencepiece_twin, sources, args.json_keys)
+        tokenizer, why = use_fast_encoder(
+            tokenizer, args.sentencepiece_twin, sources, args.json_keys
+        )
         print(why, file=sys.stderr)
     shard = None
     if args.shard:
-        number, count = shard_of(args.shard)
-        if warning := uneven(sources, count):
+        number, count = parse_shard(args.shard)
+        if warning := uneven_shards_warning(sources, count):
             print(warning, file=sys.stderr)
         sources, whole_list = take_shard(sources, number, count)
         shard = {"number": number, "count": count, "list": whole_list}
         args.output_prefix = part_prefix(args.output_prefix, number, count)
-    output = Output(args.output_prefix, args.json_keys, best_dtype(tokenizer.vocab_size))
-    job = Job(args, sources, tokenizer, output, shard, record(found.ignored))
+    output = DatasetOutput(args.output_prefix, args.json_keys, best_dtype(tokenizer.vocab_size))
+    job = PreprocessJob(args, sources, tokenizer, output, shard, ignored_record(found.ignored))
     if not args.overwrite and job.is_there():
         return job.close()
-    with output.named_errors():
+    with output.name_output_in_errors():
         return job.run()
 
 
@@ -186,7 +190,7 @@ def _check_bos(tokenizer: Tokenizer) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     for path in args.report:
-        check_report(path)
+        check_table_path(path)
     name = Path(args.output_prefix).name
     if not name or args.output_prefix.endswith("/"):
         raise UserError(

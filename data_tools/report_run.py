@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_tools.common import Parser, run
+from data_tools.common import ToolParser, run_tool
 from megatron_llmjp.errors import EXIT_DONE
 from megatron_llmjp.report.history import read_history
 from megatron_llmjp.report.page import write_report
@@ -25,7 +25,7 @@ EXAMPLES = """\
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
-    parser = Parser(
+    parser = ToolParser(
         "report_run",
         "Draw a run's loss, folds, restarts, learning rate, throughput and more from what it has "
         "written so far. The run is only read.",
@@ -36,10 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--output-dir", type=Path, metavar="DIR", help="where to write; SAVE/report if not given")
     add("--summary", action="store_true", help="print the table and write nothing")
     args = parser.parse(argv)
-    return run("report_run", lambda: report(args.folder, args.output_dir, args.summary))
+    return run_tool("report_run", lambda: report_run(args.folder, args.output_dir, args.summary))
 
 
-def report(folder: Path, output: Path | None, summary: bool) -> int:
+def report_run(folder: Path, output: Path | None, summary: bool) -> int:
     """Print the summary; write the page and pictures unless only that is asked for."""
     rows = summarize(read_history(folder))
     width = max(len(label) for label, _ in rows)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from data_tools.common import Parser
+from data_tools.common import ToolParser
 from megatron_llmjp.config.flags import Command, parse, print_notes
 from megatron_llmjp.config.loading import Layers
 from megatron_llmjp.config.megatron_flags import with_dashes
@@ -24,7 +24,7 @@ def add_data_flags(add: Callable[..., Any]) -> None:
 
 
 def split_flags(
-    parser: Parser, argv: Sequence[str] | None, add_own: Callable[[Callable[..., Any]], None]
+    parser: ToolParser, argv: Sequence[str] | None, add_own: Callable[[Callable[..., Any]], None]
 ) -> tuple[argparse.Namespace, list[str]]:
     """Separate a program's own flags from those of the run.
 

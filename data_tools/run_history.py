@@ -16,11 +16,11 @@ from megatron_llmjp.checkpoint.manifest import Manifest
 from megatron_llmjp.checkpoint.resume_checks import changes
 from megatron_llmjp.config.loading import changed, load_resolved
 from megatron_llmjp.config.schema import Config
-from megatron_llmjp.data.batch_size import BatchSizes
-from megatron_llmjp.data.folds.datasets import inspect_sources
+from megatron_llmjp.data.batch_size import BatchSizeSchedule
+from megatron_llmjp.data.folds.datasets import inspect_datasets
 from megatron_llmjp.data.folds.loading import read_fold_file
-from megatron_llmjp.data.folds.resolve import resolve
-from megatron_llmjp.data.folds.schedule import DatasetInfo, Schedule, Skips
+from megatron_llmjp.data.folds.resolve import resolve_folds
+from megatron_llmjp.data.folds.schedule import DatasetInfo, Schedule, SkippedSamples
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.run_data import RunData, as_known, cache_folder, prepare_data, run_tokenizer
 from megatron_llmjp.tokenizers import Tokenizer
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class PastRun:
+class RecordedRun:
     """What a checkpoint says of the run up to it, and of its future as planned then."""
 
     folder: Path
@@ -40,7 +40,7 @@ class PastRun:
     schedule: Schedule
     datasets: dict[str, DatasetInfo]
     """What is known of each dataset, by path."""
-    sizes: BatchSizes
+    sizes: BatchSizeSchedule
     tokenizer: Tokenizer | None
     cache: Path
     """Where the run left its sample indices."""
@@ -60,7 +60,7 @@ class PastRun:
 
 def open_run(
     root: Path, covers: Callable[[Manifest], bool], fold_file: Path | None = None
-) -> PastRun:
+) -> RecordedRun:
     """Read the oldest checkpoint that covers what is asked, or else the newest one.
 
     Args:
@@ -76,7 +76,7 @@ def open_run(
     config = load_resolved(folder / manifests.CONFIG)
     data = _data(folder, config, fold_file)
     data = as_known(data, config, manifest.folds)
-    schedule = data.schedule.skipping(Skips.of(manifest.skips))
+    schedule = data.schedule.with_skips(SkippedSamples.of(manifest.skips))
     found = changes(manifest, schedule)
     if found:
         listed = "\n".join(found)
@@ -84,7 +84,7 @@ def open_run(
             f"the data is not what {folder} was trained on:\n{listed}\n"
             "--fold-file names a file with the paths of the datasets as they were"
         )
-    sizes = BatchSizes(config)
+    sizes = BatchSizeSchedule(config)
     if sizes.consumed_after(manifest.iteration) != manifest.consumed_samples:
         raise UserError(
             f"{folder}: iteration {manifest.iteration:,} had trained on "
@@ -93,11 +93,11 @@ def open_run(
         )
     cache = cache_folder(config, data.folds)
     tokenizer = _tokenizer(folder, config)
-    return PastRun(folder, manifest, config, schedule, data.datasets, sizes, tokenizer, cache)
+    return RecordedRun(folder, manifest, config, schedule, data.datasets, sizes, tokenizer, cache)
 
 
 @contextmanager
-def open_lineage(run: PastRun, cache: Path | None) -> Iterator[Lineage]:
+def open_lineage(run: RecordedRun, cache: Path | None) -> Iterator[Lineage]:
     """The lineage of a run; imports torch.
 
     Args:
@@ -105,14 +105,14 @@ def open_lineage(run: PastRun, cache: Path | None) -> Iterator[Lineage]:
         cache: its folder of sample indices; where the run left them when not given. Where there is
             none, indices are made in a temporary folder: looking at a run writes nothing to it.
     """
-    from megatron_llmjp.data.indices.epoch_index import Epochs
+    from megatron_llmjp.data.indices.epoch_index import EpochDatasets
     from megatron_llmjp.data.lineage import Lineage
 
     folder = cache or run.cache
     with tempfile.TemporaryDirectory(prefix="inspect_dataset.") as temporary:
         where = folder if folder.is_dir() else Path(temporary)
         unknown = SimpleNamespace(eod_id=0, vocab_size=1)  # decides no sample
-        yield Lineage(run.schedule, Epochs(run.config.data, run.tokenizer or unknown, where))
+        yield Lineage(run.schedule, EpochDatasets(run.config.data, run.tokenizer or unknown, where))
 
 
 def _choose(root: Path, covers: Callable[[Manifest], bool]) -> Path:
@@ -139,8 +139,8 @@ def _data(folder: Path, config: Config, fold_file: Path | None) -> RunData:
     if path is None:
         return prepare_data(config)  # a checkpoint of before copies were kept
     folds = read_fold_file(path)
-    datasets = inspect_sources(folds)
-    schedule = resolve(folds, datasets, config.data.seq_length, BatchSizes(config))
+    datasets = inspect_datasets(folds)
+    schedule = resolve_folds(folds, datasets, config.data.seq_length, BatchSizeSchedule(config))
     return RunData(folds, datasets, schedule)
 
 

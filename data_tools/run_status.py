@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data_tools.common import Parser, run
+from data_tools.common import ToolParser, run_tool
 from megatron_llmjp.errors import EXIT_DONE, UserError
 from megatron_llmjp.report.status import Status, read_status
 from megatron_llmjp.report.status_table import show_many, show_one
@@ -32,17 +32,17 @@ machine is gone)."""
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
-    parser = Parser(
+    parser = ToolParser(
         "run_status", "Tell how runs are. They are only read, and not disturbed.", EXAMPLES
     )
     add = parser.add_argument
     add("folders", nargs="+", type=Path, metavar="SAVE", help="a run's --save folder")
     add("--json", action="store_true", help="everything as JSON")
     args = parser.parse(argv)
-    return run("run_status", lambda: tell(args.folders, args.json))
+    return run_tool("run_status", lambda: show_status(args.folders, args.json))
 
 
-def tell(folders: Sequence[Path], as_json: bool) -> int:
+def show_status(folders: Sequence[Path], as_json: bool) -> int:
     """Print the status of each folder that is a run's.
 
     Raises:

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_tools.common import Parser, positive, run
+from data_tools.common import ToolParser, positive, run_tool
 from data_tools.documents import read_manifest
 from data_tools.tables import format_table
-from megatron_llmjp.data.indexed_dataset import Index, bin_path, read_checked
+from megatron_llmjp.data.indexed_dataset import DatasetIndex, bin_path, read_and_check_index
 from megatron_llmjp.data.indexed_dataset_writer import write_idx
 from megatron_llmjp.errors import EXIT_DONE, UserError
 from megatron_llmjp.filesystem import publish, refuse_existing, staging, write_json
@@ -79,7 +79,7 @@ EXAMPLES = """\
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
-    parser = Parser(
+    parser = ToolParser(
         "split_folds", "Cut .bin/.idx datasets into disjoint folds without copying.", EXAMPLES
     )
     add = parser.add_argument
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--link", choices=("hard", "symbolic"), default="hard", help="how folds share the .bin")
     add("--overwrite", action="store_true", help="replace folds that are there")
     args = parser.parse(argv)
-    return run("split_folds", lambda: split(args))
+    return run_tool("split_folds", lambda: split(args))
 
 
 def split(args: argparse.Namespace) -> int:
@@ -108,8 +108,8 @@ def split(args: argparse.Namespace) -> int:
 
 def split_one(prefix: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Split one dataset and return a table row per part."""
-    index = read_checked(prefix)
-    parts = deal(index.documents, args.folds, args.validation_documents, args.seed)
+    index = read_and_check_index(prefix)
+    parts = assign_documents(index.documents, args.folds, args.validation_documents, args.seed)
     refined = read_selection(args, index.documents)
     if refined is not None:
         parts["refined"] = np.setdiff1d(refined, parts.get("validation", refined[:0]))
@@ -128,12 +128,14 @@ def split_one(prefix: str, args: argparse.Namespace) -> list[dict[str, Any]]:
             table.append({"dataset": name, "part": part, **row})
             finals[part].parent.mkdir(parents=True, exist_ok=True)
             pairs += [(folder / f"{part}{s}", Path(f"{finals[part]}{s}")) for s in suffixes]
-        prove(index, {part: folder / part for part in parts if part != "refined"})
+        verify_parts(index, {part: folder / part for part in parts if part != "refined"})
         publish(sorted(pairs, key=lambda pair: pair[1].suffix == ".idx"))
     return table
 
 
-def deal(documents: int, folds: int, validation: int, seed: int) -> dict[str, npt.NDArray[Any]]:
+def assign_documents(
+    documents: int, folds: int, validation: int, seed: int
+) -> dict[str, npt.NDArray[Any]]:
     """Deal document numbers to folds, at random, equally to within one document.
 
     Raises:
@@ -156,7 +158,7 @@ def deal(documents: int, folds: int, validation: int, seed: int) -> dict[str, np
 
 
 def write_part(
-    index: Index, documents: npt.NDArray[Any], path: Path, link: str
+    index: DatasetIndex, documents: npt.NDArray[Any], path: Path, link: str
 ) -> tuple[dict[str, int], int]:
     """Write the .idx of some documents and link the .bin; return the counts and the CRC."""
     first, last = index.document_indices[:-1][documents], index.document_indices[1:][documents]
@@ -187,7 +189,12 @@ def _link(source: Path, target: Path, link: str) -> None:
 
 
 def part_manifest(
-    prefix: str, index: Index, row: dict[str, int], crc: int, part: str, args: argparse.Namespace
+    prefix: str,
+    index: DatasetIndex,
+    row: dict[str, int],
+    crc: int,
+    part: str,
+    args: argparse.Namespace,
 ) -> dict[str, Any]:
     """Return the manifest of a part: its own index, the .bin of the whole."""
     whole = read_manifest(prefix) or {}
@@ -209,7 +216,7 @@ def part_manifest(
     }
 
 
-def prove(index: Index, parts: dict[str, Path]) -> None:
+def verify_parts(index: DatasetIndex, parts: dict[str, Path]) -> None:
     """Read the parts back: together they must hold every sequence exactly once.
 
     Raises:
@@ -218,7 +225,7 @@ def prove(index: Index, parts: dict[str, Path]) -> None:
     seen = index.lengths == 0  # an empty sequence has no place of its own
     documents = 0
     for path in parts.values():
-        part = read_checked(path)
+        part = read_and_check_index(path)
         documents += part.documents
         filled = part.lengths > 0
         # side="right" minus one: behind empty sequences, which share the place of the next

@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_tools.preprocess.journal import Tally
+from data_tools.preprocess.journal import SourceCounts
 from megatron_llmjp.errors import UserError
 
 ROWS_SHOWN = 40
 
 
-def rows(names: list[str], tallies: list[Tally], keys: list[str]) -> list[dict[str, Any]]:
+def summary_rows(
+    names: list[str], tallies: list[SourceCounts], keys: list[str]
+) -> list[dict[str, Any]]:
     """Return one row per source, with a ``total`` row behind them where there are several."""
     table: list[dict[str, Any]] = [
         {
@@ -54,9 +56,9 @@ def format_table(table: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write_report(path: Path, table: Sequence[dict[str, Any]]) -> None:
+def write_table(path: Path, table: Sequence[dict[str, Any]]) -> None:
     """Write rows to a .csv or .json file."""
-    check_report(path)
+    check_table_path(path)
     with path.open("w", encoding="utf-8", newline="") as file:
         if path.suffix == ".json":
             json.dump(list(table), file, indent=1, ensure_ascii=False)
@@ -67,7 +69,7 @@ def write_report(path: Path, table: Sequence[dict[str, Any]]) -> None:
             writer.writerows(table)
 
 
-def check_report(path: Path) -> None:
+def check_table_path(path: Path) -> None:
     """Raise UserError unless the name says CSV or JSON."""
     if path.suffix not in (".csv", ".json"):
         raise UserError(f"--report {path}: expected a name that ends in .csv or .json")

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_tools.common import Parser, positive, run
+from data_tools.common import ToolParser, positive, run_tool
 from data_tools.preprocess.sample import sample_texts
 from data_tools.preprocess.sources import PLAIN_TEXT_SUFFIXES, SUFFIXES, find_input
 from megatron_llmjp.errors import EXIT_DONE, UserError
@@ -41,11 +41,11 @@ Both are compared on real text at the end."""
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
     args = _parser().parse(argv)
-    return run("train_tokenizer", lambda: train(args))
+    return run_tool("train_tokenizer", lambda: train_tokenizer(args))
 
 
-def _parser() -> Parser:
-    parser = Parser(
+def _parser() -> ToolParser:
+    parser = ToolParser(
         "train_tokenizer",
         "Train a SentencePiece Unigram tokenizer with byte fallback on JSON lines or plain text, "
         "and export it\nas a Hugging Face fast tokenizer.",
@@ -100,7 +100,7 @@ def _parser() -> Parser:
     return parser
 
 
-def train(args: argparse.Namespace) -> int:
+def train_tokenizer(args: argparse.Namespace) -> int:
     """Sample, train, export, compare, and only then give the files their names."""
     there = [args.output_dir / name for name in FILES if (args.output_dir / name).exists()]
     if there and not args.overwrite:

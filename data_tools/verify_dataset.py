@@ -6,8 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.documents import pieces, read_manifest, with_tokens
-from megatron_llmjp.data.indexed_dataset import Index, bin_path, idx_path, read_checked
+from data_tools.documents import document_chunks, read_manifest, with_tokens
+from megatron_llmjp.data.indexed_dataset import (
+    DatasetIndex,
+    bin_path,
+    idx_path,
+    read_and_check_index,
+)
 from megatron_llmjp.filesystem import crc32_of
 
 
@@ -25,7 +30,7 @@ def verify(prefix: str, vocab_size: int | None) -> tuple[list[str], list[str]]:
         UserError: it cannot even be opened; the message says what is wrong.
         DataError: an entry of its index is damaged.
     """
-    index, manifest = read_checked(prefix), read_manifest(prefix)
+    index, manifest = read_and_check_index(prefix), read_manifest(prefix)
     checked = ["header, sizes and document index"]
     wrong = check_pointers(index, shared=bool(manifest and manifest["bin"].get("shared")))
     checked.append("pointers and lengths")
@@ -52,13 +57,13 @@ def _stated_vocabulary(manifest: dict[str, Any]) -> int | None:
     return found if isinstance(found, int) else None
 
 
-def check_pointers(index: Index, shared: bool) -> list[str]:
+def check_pointers(index: DatasetIndex, shared: bool) -> list[str]:
     """Return whether the sequences follow each other and fill the .bin, if it is not shared."""
     path, size = bin_path(index.prefix), index.dtype.itemsize
     total, expected = path.stat().st_size, 0
     if shared:
         return []
-    for piece in pieces(index):
+    for piece in document_chunks(index):
         where = f"{idx_path(index.prefix)}: among documents {piece.first:,} and following"
         ends = piece.pointers + piece.lengths.astype(np.int64) * size
         if len(ends):
@@ -70,9 +75,9 @@ def check_pointers(index: Index, shared: bool) -> list[str]:
     return []
 
 
-def check_range(index: Index, vocab_size: int) -> list[str]:
+def check_range(index: DatasetIndex, vocab_size: int) -> list[str]:
     """Return whether a token lies outside the vocabulary."""
-    for piece in pieces(index):
+    for piece in document_chunks(index):
         for tokens, part in with_tokens(index, piece):
             if len(tokens) and (tokens.max() >= vocab_size or tokens.min() < 0):
                 bad = tokens[(tokens >= vocab_size) | (tokens < 0)][0]
@@ -83,7 +88,7 @@ def check_range(index: Index, vocab_size: int) -> list[str]:
     return []
 
 
-def check_manifest(index: Index, manifest: dict[str, Any]) -> list[str]:
+def check_manifest(index: DatasetIndex, manifest: dict[str, Any]) -> list[str]:
     """Return where the files differ from their manifest."""
     wrong = []
     for name, found in (("documents", index.documents), ("tokens", index.tokens)):

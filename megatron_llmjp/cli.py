@@ -29,7 +29,7 @@ from megatron_llmjp.config.flags import Command, Mode, parse, print_notes
 from megatron_llmjp.config.loading import dump
 from megatron_llmjp.config.schema import SECTIONS, Config
 from megatron_llmjp.config.validation import data_parallel_size
-from megatron_llmjp.data.batch_size import BatchSizes
+from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.errors import (
     EXIT_DONE,
     EXIT_FAILURE,
@@ -105,7 +105,7 @@ def describe(run: Run, parsed: Config, origin: Mapping[str, str], world_size: in
     """
     parallel = run.config.parallel
     replicas = data_parallel_size(run.config, world_size)
-    samples = BatchSizes(run.config).consumed_after(run.train_iters)
+    samples = BatchSizeSchedule(run.config).consumed_after(run.train_iters)
     tokens = samples * run.config.data.seq_length
     lines = [
         f"# {world_size} processes: TP {parallel.tensor_model_parallel_size} x PP "

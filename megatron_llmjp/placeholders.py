@@ -21,9 +21,9 @@ from megatron_llmjp.config.loading import (
     read_preset,
 )
 from megatron_llmjp.config.schema import SECTION_OF, Config, ModelConfig
-from megatron_llmjp.data.batch_size import BatchSizes, planned_samples
-from megatron_llmjp.data.dataset_tokenizers import read_tokenizer
-from megatron_llmjp.data.folds.data_path import fold_file_of, given_flags
+from megatron_llmjp.data.batch_size import BatchSizeSchedule, planned_samples
+from megatron_llmjp.data.dataset_tokenizers import recorded_tokenizer
+from megatron_llmjp.data.folds.data_path import fold_file_from_flags, given_data_flags
 from megatron_llmjp.data.folds.loading import read_fold_file
 from megatron_llmjp.data.indexed_dataset import bin_path, idx_path
 from megatron_llmjp.errors import UserError
@@ -135,7 +135,7 @@ def _without_tokenizer(config: Config, changes: dict[str, Any], data: bool) -> I
 def _vocabulary_of_data(config: Config) -> tuple[int, str] | None:
     """The vocabulary of the tokenizer that preprocess_data recorded with a dataset."""
     for path in _datasets(config):
-        size = (read_tokenizer(path) or {}).get("vocab_size")
+        size = (recorded_tokenizer(path) or {}).get("vocab_size")
         if isinstance(size, int):
             return size, f"{path}.json"
     return None
@@ -174,7 +174,9 @@ def _without_data(config: Config, changes: dict[str, Any]) -> Iterator[str]:
         missing += [str(p) for p in (idx_path(prefix), bin_path(prefix)) if not p.exists()]
     if missing:
         more = f" and {len(missing) - 1} more files" if len(missing) > 1 else ""
-        given = [flag.removeprefix("--").replace("-", "_") for flag in given_flags(config.data)]
+        given = [
+            flag.removeprefix("--").replace("-", "_") for flag in given_data_flags(config.data)
+        ]
         empty = type(config.data)()
         changes |= {name: getattr(empty, name) for name in [*given, "fold_file"]}
         yield f"the data is not here, and is not checked: {missing[0]}{more}"
@@ -185,7 +187,7 @@ def _datasets(config: Config) -> list[str]:
     data = config.data
     if any(value and not Path(value).exists() for value in (getattr(data, n) for n in _FILES)):
         return []
-    if given_flags(data):
-        samples = planned_samples(config, BatchSizes(config)) or 1
-        return list(fold_file_of(data, samples, config.training.seed).sources())
-    return list(read_fold_file(Path(data.fold_file)).sources()) if data.fold_file else []
+    if given_data_flags(data):
+        samples = planned_samples(config, BatchSizeSchedule(config)) or 1
+        return list(fold_file_from_flags(data, samples, config.training.seed).dataset_paths())
+    return list(read_fold_file(Path(data.fold_file)).dataset_paths()) if data.fold_file else []

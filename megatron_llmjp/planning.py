@@ -20,9 +20,9 @@ from megatron_llmjp.config.loading import changed
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.config.validation import check
 from megatron_llmjp.config.warnings import Facts, lint
-from megatron_llmjp.data.batch_size import BatchSizes
-from megatron_llmjp.data.dataset_tokenizers import several_makers
-from megatron_llmjp.data.folds.data_path import given_flags
+from megatron_llmjp.data.batch_size import BatchSizeSchedule
+from megatron_llmjp.data.dataset_tokenizers import mixed_tokenizer_warnings
+from megatron_llmjp.data.folds.data_path import given_data_flags
 from megatron_llmjp.errors import EXIT_DONE, EXIT_USER_ERROR
 from megatron_llmjp.estimate.data_plan import DataPlan, LearningRate, format_data_plan, make_plan
 from megatron_llmjp.estimate.data_warnings import find_warnings, overlaps, warnings_of_run
@@ -73,7 +73,7 @@ def plan_data(config: Config, with_learning_rate: bool = True) -> Planned:
     train_iters, _ = count_iterations(config, data.schedule)
     config, _ = shorten_warmup(with_decay(config, data.schedule, train_iters))
     rate = _learning_rate(config, data, train_iters) if with_learning_rate else None
-    plan = make_plan(data.schedule, BatchSizes(config), train_iters, rate)
+    plan = make_plan(data.schedule, BatchSizeSchedule(config), train_iters, rate)
     found = find_warnings(plan, data.schedule, config, data.folds, data.datasets)
     return Planned(plan, (*makers, *found, *overlaps(data.folds)))
 
@@ -88,7 +88,7 @@ def _makers(config: Config, data: RunData) -> list[str]:
     """Warnings on the tokenizers that made the datasets; a run may name none here."""
     tokenizer = run_tokenizer(config)
     if tokenizer is None:
-        return several_makers(data.datasets)
+        return mixed_tokenizer_warnings(data.datasets)
     return check_tokenizer(config, data.datasets, tokenizer)
 
 
@@ -98,7 +98,7 @@ def _with_skips(data: RunData, config: Config) -> RunData:
     if root and not config.checkpoint.finetune and manifests.complete_iterations(Path(root)):
         found = resume.find(config, {})
         manifest = found.manifest if found else None
-    asked, sizes = config.data.skip_iterations, BatchSizes(config)
+    asked, sizes = config.data.skip_iterations, BatchSizeSchedule(config)
     schedule, _ = resume_checks.skip_iterations(data.schedule, asked, manifest, sizes)
     return replace(data, schedule=schedule)
 
@@ -106,7 +106,7 @@ def _with_skips(data: RunData, config: Config) -> RunData:
 def _learning_rate(config: Config, data: RunData, train_iters: int) -> LearningRate:
     from megatron_llmjp.training.lr_scheduler import LearningRates  # imports torch: seconds
 
-    return LearningRates(config, data.schedule, BatchSizes(config), train_iters).at
+    return LearningRates(config, data.schedule, BatchSizeSchedule(config), train_iters).at
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def _resolve(config: Config, world_size: int, other_tokenizer: bool) -> _Resolve
 
     A stand-in for the tokenizer, which is no reason to warn, is ``other_tokenizer``.
     """
-    if config.data.fold_file is None and not given_flags(config.data):
+    if config.data.fold_file is None and not given_data_flags(config.data):
         length = length_without_data(config)
         if length is None:
             return _Resolved(config, None, (), ())
@@ -189,8 +189,8 @@ def _resolve(config: Config, world_size: int, other_tokenizer: bool) -> _Resolve
     run = prepare(config, world_size)
     if other_tokenizer:
         run = replace(run, mismatches=())
-    ends = tuple(run.schedule.trainable(fold)[1] for fold in run.schedule.folds)
-    samples = BatchSizes(run.config).consumed_after(run.train_iters)
+    ends = tuple(run.schedule.sample_range(fold)[1] for fold in run.schedule.folds)
+    samples = BatchSizeSchedule(run.config).consumed_after(run.train_iters)
     source = "1 fold" if len(ends) == 1 else f"{len(ends)} folds"
     length = Length(run.train_iters, samples, source, ends)
     told = [*missing, *run.warnings, *run.lints, *warnings_of_run(run)]

@@ -22,11 +22,11 @@ from megatron_llmjp.config.loading import changed
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.config.validation import check
 from megatron_llmjp.config.warnings import Facts, lint
-from megatron_llmjp.data.batch_size import BatchSizes
-from megatron_llmjp.data.dataset_tokenizers import check_ids
-from megatron_llmjp.data.folds.schedule import DatasetInfo, HeldOut, MegatronBlend, Schedule
+from megatron_llmjp.data.batch_size import BatchSizeSchedule
+from megatron_llmjp.data.dataset_tokenizers import check_largest_ids
+from megatron_llmjp.data.folds.schedule import DatasetInfo, HeldOutDataset, MegatronBlend, Schedule
 from megatron_llmjp.data.folds.schema import FoldFile
-from megatron_llmjp.data.lr_schedule import rate_settings
+from megatron_llmjp.data.lr_schedule import learning_rate_settings
 from megatron_llmjp.errors import Problems, UserError
 from megatron_llmjp.run_data import (
     RunData,
@@ -60,7 +60,7 @@ class Run:
     datasets: dict[str, DatasetInfo]
     """What is known of each dataset, by path."""
     schedule: Schedule
-    validation: dict[str, HeldOut | MegatronBlend]
+    validation: dict[str, HeldOutDataset | MegatronBlend]
     train_iters: int
     resume: Resume | None
     past: Past
@@ -107,13 +107,13 @@ def prepare(
     config, tokenizer, data, notes = _read_inputs(config, world_size)
     mismatch = check_tokenizer(config, data.datasets, tokenizer)
     vocab_size = max(tokenizer.vocab_size, config.model.vocab_size or 0)
-    check_ids(data.datasets, vocab_size, tokenizer.identity())
+    check_largest_ids(data.datasets, vocab_size, tokenizer.identity())
     resume = resuming.find(config, damaged)
     continued = resume if resume is not None and not config.checkpoint.finetune else None
     manifest = continued.manifest if continued is not None else None
     if manifest is not None:
         data = as_known(data, config, manifest.folds)
-    sizes, skips = BatchSizes(config), config.data.skip_iterations
+    sizes, skips = BatchSizeSchedule(config), config.data.skip_iterations
     schedule, skipped = resume_checks.skip_iterations(
         data.schedule, skips, manifest, sizes, left_out
     )
@@ -186,7 +186,7 @@ def _with_length(
     train_iters, notes = count_iterations(config, schedule)
     config, warmup_notes = shorten_warmup(with_decay(config, schedule, train_iters))
     check(config, world_size)
-    rate_settings(config, schedule, BatchSizes(config), train_iters)
+    learning_rate_settings(config, schedule, BatchSizeSchedule(config), train_iters)
     return config, train_iters, [*notes, *warmup_notes]
 
 
@@ -207,7 +207,7 @@ def _look_further(config: Config, problems: Problems) -> None:
 
 
 def _check_validation(
-    config: Config, resume: Resume | None, sets: Mapping[str, HeldOut | MegatronBlend]
+    config: Config, resume: Resume | None, sets: Mapping[str, HeldOutDataset | MegatronBlend]
 ) -> None:
     if resume is None:
         raise UserError("--eval-only validates a checkpoint: give --load, the folder that holds it")

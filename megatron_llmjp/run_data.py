@@ -8,15 +8,15 @@ from pathlib import Path
 
 from megatron_llmjp.config.loading import changed
 from megatron_llmjp.config.schema import Config, DataConfig
-from megatron_llmjp.data.batch_size import BatchSizes, Limit, limits, planned_samples
-from megatron_llmjp.data.dataset_tokenizers import check_makers
+from megatron_llmjp.data.batch_size import BatchSizeSchedule, RunLimit, planned_samples, run_limits
+from megatron_llmjp.data.dataset_tokenizers import check_dataset_tokenizers
 from megatron_llmjp.data.folds import datasets as fold_datasets
-from megatron_llmjp.data.folds.data_path import fold_file_of, given_flags
-from megatron_llmjp.data.folds.datasets import inspect_sources
-from megatron_llmjp.data.folds.fingerprint import FoldRecord
+from megatron_llmjp.data.folds.data_path import fold_file_from_flags, given_data_flags
+from megatron_llmjp.data.folds.datasets import inspect_datasets
+from megatron_llmjp.data.folds.fingerprint import FoldFingerprint
 from megatron_llmjp.data.folds.loading import read_fold_file
-from megatron_llmjp.data.folds.resolve import resolve, resolve_validation
-from megatron_llmjp.data.folds.schedule import DatasetInfo, HeldOut, MegatronBlend, Schedule
+from megatron_llmjp.data.folds.resolve import resolve_folds, resolve_validation
+from megatron_llmjp.data.folds.schedule import DatasetInfo, HeldOutDataset, MegatronBlend, Schedule
 from megatron_llmjp.data.folds.schema import FoldFile
 from megatron_llmjp.data.lr_schedule import in_samples
 from megatron_llmjp.errors import UserError
@@ -40,10 +40,10 @@ def prepare_data(config: Config) -> RunData:
     Raises:
         UserError: whatever is wrong with the fold file or a dataset.
     """
-    batch_sizes, length = BatchSizes(config), config.data.seq_length
-    if given_flags(config.data):
+    batch_sizes, length = BatchSizeSchedule(config), config.data.seq_length
+    if given_data_flags(config.data):
         samples = planned_samples(config, batch_sizes)
-        folds = fold_file_of(config.data, samples, config.training.seed)
+        folds = fold_file_from_flags(config.data, samples, config.training.seed)
     elif config.data.fold_file is None:
         raise UserError(
             "no data: give --fold-file, the file that declares the folds of the run, or "
@@ -56,11 +56,11 @@ def prepare_data(config: Config) -> RunData:
             f"{config.data.fold_file}: sequence_length {folds.sequence_length} differs from the "
             f"run's seq_length {length}: take one of them away"
         )
-    datasets = inspect_sources(folds, cache_folder(config, folds))
-    return RunData(folds, datasets, resolve(folds, datasets, length, batch_sizes))
+    datasets = inspect_datasets(folds, cache_folder(config, folds))
+    return RunData(folds, datasets, resolve_folds(folds, datasets, length, batch_sizes))
 
 
-def as_known(data: RunData, config: Config, records: Mapping[str, FoldRecord]) -> RunData:
+def as_known(data: RunData, config: Config, records: Mapping[str, FoldFingerprint]) -> RunData:
     """Return the data under the keys by which a checkpoint knows its datasets.
 
     Args:
@@ -75,11 +75,11 @@ def as_known(data: RunData, config: Config, records: Mapping[str, FoldRecord]) -
         for dataset_name, dataset in (record.datasets or {}).items()
         if dataset_name in blends.get(name, {})
     ]
-    found = _resolved_again(data, config, fold_datasets.as_known(data.datasets, known))
+    found = _resolved_again(data, config, fold_datasets.with_recorded_keys(data.datasets, known))
     if all(record.datasets is not None for record in records.values()):
         return found
     # The digests of such folds are all that the checkpoint remembers.
-    earlier = _resolved_again(data, config, fold_datasets.all_earlier(data.datasets))
+    earlier = _resolved_again(data, config, fold_datasets.with_legacy_keys(data.datasets))
     digests = {record.digest for record in records.values()}
     return earlier if digests & {fold.digest for fold in earlier.schedule.folds} else found
 
@@ -87,8 +87,8 @@ def as_known(data: RunData, config: Config, records: Mapping[str, FoldRecord]) -
 def _resolved_again(data: RunData, config: Config, datasets: dict[str, DatasetInfo]) -> RunData:
     if datasets == data.datasets:
         return data
-    length, sizes = config.data.seq_length, BatchSizes(config)
-    return RunData(data.folds, datasets, resolve(data.folds, datasets, length, sizes))
+    length, sizes = config.data.seq_length, BatchSizeSchedule(config)
+    return RunData(data.folds, datasets, resolve_folds(data.folds, datasets, length, sizes))
 
 
 def count_iterations(config: Config, schedule: Schedule) -> tuple[int, list[str]]:
@@ -97,14 +97,14 @@ def count_iterations(config: Config, schedule: Schedule) -> tuple[int, list[str]
     Raises:
         UserError: there is not one full batch, or the limits need more samples than the folds have.
     """
-    batch_sizes, where = BatchSizes(config), source_of_data(config.data)
+    batch_sizes, where = BatchSizeSchedule(config), source_of_data(config.data)
     possible, rest = batch_sizes.iterations(schedule.total_samples)
     if possible == 0:
         raise UserError(
             f"{where}: its {schedule.total_samples} samples are less than one global batch of "
             f"{batch_sizes.at(0)}: enlarge the folds or lower global_batch_size"
         )
-    found = limits(config, batch_sizes)
+    found = run_limits(config, batch_sizes)
     if not found:
         note = f"{rest} samples at the end make no full batch and are left out"
         return possible, [note] if rest else []
@@ -125,7 +125,7 @@ def count_iterations(config: Config, schedule: Schedule) -> tuple[int, list[str]
     )
 
 
-def _which_ends(found: list[Limit], possible: int) -> list[str]:
+def _which_ends(found: list[RunLimit], possible: int) -> list[str]:
     """A note on which of several limits ends the run; none where it says nothing new."""
     first, *others = found
     later = [f"{limit} (iteration {limit.iteration:,})" for limit in others]
@@ -151,7 +151,7 @@ def with_decay(config: Config, schedule: Schedule, train_iters: int) -> Config:
     if training.train_samples is not None:
         end = min(training.train_samples, schedule.total_samples)
         return changed(config, lr_decay_samples=end)
-    possible, _ = BatchSizes(config).iterations(schedule.total_samples)
+    possible, _ = BatchSizeSchedule(config).iterations(schedule.total_samples)
     return changed(config, lr_decay_iters=min(training.train_iters or train_iters, possible))
 
 
@@ -163,7 +163,9 @@ def check_tokenizer(
     Raises:
         UserError: a dataset's manifest records another tokenizer.
     """
-    return check_makers(datasets, tokenizer.identity(), config.data.allow_tokenizer_mismatch)
+    return check_dataset_tokenizers(
+        datasets, tokenizer.identity(), config.data.allow_tokenizer_mismatch
+    )
 
 
 def run_tokenizer(config: Config) -> Tokenizer | None:
@@ -192,13 +194,13 @@ def run_tokenizer(config: Config) -> Tokenizer | None:
 
 def validation_sets(
     config: Config, data: RunData, train_iters: int
-) -> tuple[dict[str, HeldOut | MegatronBlend], list[str]]:
+) -> tuple[dict[str, HeldOutDataset | MegatronBlend], list[str]]:
     """The validation sets by name, those in Megatron-LM's order as large as it would make them.
 
     Parts of a split that hold no document are left out, with a note; megatron-core would look for
     samples in them for ever.
     """
-    training, sizes = config.training, BatchSizes(config)
+    training, sizes = config.training, BatchSizeSchedule(config)
     planned = planned_samples(config, sizes)
     if planned is not None:  # Megatron-LM counts the iterations of the run as it was planned
         train_iters = sizes.iterations(planned)[0]
@@ -231,7 +233,7 @@ def repetitions(schedule: Schedule) -> list[str]:
 
 def source_of_data(data: DataConfig) -> str:
     """What the user named the data with: the fold file, or a flag."""
-    return data.fold_file or next(iter(given_flags(data)), "the fold file")
+    return data.fold_file or next(iter(given_data_flags(data)), "the fold file")
 
 
 def cache_folder(config: Config, folds: FoldFile) -> Path:
@@ -239,7 +241,9 @@ def cache_folder(config: Config, folds: FoldFile) -> Path:
     data = config.data
     if data.data_cache_path:
         return Path(data.data_cache_path)
-    return Path(data.fold_file or next(iter(folds.sources()))).resolve().parent / "index_cache"
+    return (
+        Path(data.fold_file or next(iter(folds.dataset_paths()))).resolve().parent / "index_cache"
+    )
 
 
 def shorten_warmup(config: Config) -> tuple[Config, list[str]]:
@@ -250,7 +254,9 @@ def shorten_warmup(config: Config) -> tuple[Config, list[str]]:
     """
     o, end = config.optimizer, decay_end(config)
     samples = in_samples(config, o.lr_warmup_samples, o.lr_warmup_tokens)
-    length = o.lr_warmup_iters if samples is None else BatchSizes(config).iterations(samples)[0]
+    length = (
+        o.lr_warmup_iters if samples is None else BatchSizeSchedule(config).iterations(samples)[0]
+    )
     if not o.lr_warmup_shorten or o.lr_warmup_fraction is not None or not end or length < end:
         return config, []
     new = end // 10
@@ -266,4 +272,4 @@ def decay_end(config: Config) -> int | None:
     """The iteration that the learning rate's decay ends at, in whichever unit it is given."""
     o = config.optimizer
     samples = in_samples(config, o.lr_decay_samples, o.lr_decay_tokens)
-    return o.lr_decay_iters if samples is None else BatchSizes(config).iterations(samples)[0]
+    return o.lr_decay_iters if samples is None else BatchSizeSchedule(config).iterations(samples)[0]

@@ -63,14 +63,14 @@ def _folders(run: Run) -> Iterator[str]:
 def _lacks_indices(run: Run) -> bool:
     """Whether an index of the run is missing in a cache that cannot be written to."""
     from megatron_llmjp.data.dataset import FoldDataset, ValidationDataset  # torch: seconds
-    from megatron_llmjp.data.indices.epoch_index import Epochs
-    from megatron_llmjp.data.indices.index_cache import fault
+    from megatron_llmjp.data.indices.epoch_index import EpochDatasets
+    from megatron_llmjp.data.indices.index_cache import find_damage
 
-    epochs = Epochs(run.config.data, run.tokenizer, run.cache)
+    epochs = EpochDatasets(run.config.data, run.tokenizer, run.cache)
     samples = FoldDataset(run.schedule, epochs)
     indices = [index for fold in run.schedule.folds for index in samples.indices(fold)]
     held_out = [ValidationDataset(sets, epochs).index for sets in run.validation.values()]
-    return any(fault(index.folder) is not None for index in [*indices, *held_out])
+    return any(find_damage(index.folder) is not None for index in [*indices, *held_out])
 
 
 def _space(run: Run) -> Iterator[str]:

@@ -32,7 +32,7 @@ def test_folds_added_later_do_not_move_the_learning_rate(tmp_path):
     path.write_text(yaml.safe_dump(folds))
     longer = prepare(config, 1)
     assert longer.train_iters == 17
-    touched = longer.schedule.touched(run.schedule.total_samples)
+    touched = longer.schedule.consumed_folds(run.schedule.total_samples)
     manifest = Manifest(iteration=11, consumed_samples=44, contents="full", folds=touched, files={})
     adopted, _, notes = adopt(config, Resume(Path(), manifest, run.config), longer.schedule, {})
     assert adopted.optimizer.lr_decay_iters == 11
@@ -51,7 +51,7 @@ def test_load_and_finetune_are_for_the_first_start(tmp_path):
         (folder / CONFIG).write_text(dump(finished.config))
         entry = describe_file(folder / CONFIG)
         consumed = 4 * iteration if name == "run" else 0
-        folds = finished.schedule.touched(consumed)
+        folds = finished.schedule.consumed_folds(consumed)
         manifest = Manifest(
             iteration=iteration,
             consumed_samples=consumed,

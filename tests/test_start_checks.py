@@ -16,7 +16,7 @@ from megatron_llmjp import start_checks
 from megatron_llmjp.config.flags import parse
 from megatron_llmjp.data.folds import datasets as fold_datasets
 from megatron_llmjp.data.indexed_dataset import read_index
-from megatron_llmjp.data.indexed_dataset_writer import IndexedWriter
+from megatron_llmjp.data.indexed_dataset_writer import IndexedDatasetWriter
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.planning import plan_data
 from megatron_llmjp.run import prepare
@@ -157,7 +157,7 @@ def test_another_tokenizer_than_the_datasets_is_an_error(tmp_path, tokenizers, c
     assert "--allow-tokenizer-mismatch" in message
     for check in (
         lambda: plan_data(parse(words).config),
-        lambda: build_indices.find_entries(parse(words).config, None),
+        lambda: build_indices.find_tasks(parse(words).config, None),
     ):
         with pytest.raises(UserError) as error:
             check()
@@ -224,7 +224,7 @@ def test_the_largest_id_is_found_in_files_and_blocks(tmp_path, monkeypatch):
     for name, dtype, last in (("a", np.uint16, 65_000), ("b", np.int32, -1)):
         tokens = np.arange(1000, dtype=dtype)
         tokens[-1] = last
-        writer = IndexedWriter(Path(f"{tmp_path / name}.bin"), np.dtype(dtype))
+        writer = IndexedDatasetWriter(Path(f"{tmp_path / name}.bin"), np.dtype(dtype))
         writer.add(tokens, np.array([1000], np.int32))
         writer.finish(Path(f"{tmp_path / name}.idx"))
     expected = {"a": 65_000, "b": 2**32 - 1}

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from data_tools.preprocess.compression import HEAD_BYTES, find_opener
-from data_tools.preprocess.sources import STDIN, Source
+from data_tools.preprocess.sources import STDIN, InputSource
 from megatron_llmjp.errors import UserError, suggest
 
 
@@ -37,7 +37,7 @@ class FileRange:
 
 
 @dataclass(frozen=True)
-class Rows:
+class TableRows:
     """Columns of a table: values per key, None where a row has none."""
 
     columns: dict[str, list[Any]]
@@ -68,7 +68,7 @@ class Block:
         disk_bytes: bytes of the file on disk used up so far, for the progress bar.
     """
 
-    payload: FileRange | bytes | Rows | LongLine
+    payload: FileRange | bytes | TableRows | LongLine
     end: int
     size: int
     disk_bytes: int
@@ -77,7 +77,7 @@ class Block:
 ROWS_PER_BLOCK = 256
 
 
-def read_parquet(source: Source, start: int, keys: list[str]) -> Iterator[Block]:
+def read_parquet(source: InputSource, start: int, keys: list[str]) -> Iterator[Block]:
     """Yield blocks of rows from row ``start`` on.
 
     Raises:
@@ -102,7 +102,7 @@ def read_parquet(source: Source, start: int, keys: list[str]) -> Iterator[Block]
         raise UserError(f"{source.name}: not a readable Parquet file ({error})") from error
 
 
-def _check_columns(source: Source, names: list[str], keys: list[str]) -> None:
+def _check_columns(source: InputSource, names: list[str], keys: list[str]) -> None:
     for key in keys:
         if key not in names:
             raise UserError(
@@ -111,7 +111,7 @@ def _check_columns(source: Source, names: list[str], keys: list[str]) -> None:
             )
 
 
-def _rows(source: Source, table: Any, start: int, keys: list[str]) -> Iterator[Block]:
+def _rows(source: InputSource, table: Any, start: int, keys: list[str]) -> Iterator[Block]:
     row, total = 0, table.metadata.num_rows
     for group in range(table.num_row_groups):
         rows_of_group = table.metadata.row_group(group).num_rows
@@ -127,14 +127,14 @@ def _rows(source: Source, table: Any, start: int, keys: list[str]) -> Iterator[B
             if batch.num_rows:
                 columns = {key: batch.column(key).to_pylist() for key in keys}
                 disk = source.size * row // total
-                yield Block(Rows(columns, batch.num_rows), row, batch.nbytes, disk)
+                yield Block(TableRows(columns, batch.num_rows), row, batch.nbytes, disk)
 
 
 BLOCK_BYTES = 512 * 1024
 PEEK_BYTES = 64 * 1024
 
 
-def read_blocks(source: Source, start: int, keys: list[str], limit: int) -> Iterator[Block]:
+def read_blocks(source: InputSource, start: int, keys: list[str], limit: int) -> Iterator[Block]:
     """Yield the blocks of a source.
 
     Args:
@@ -154,7 +154,7 @@ def read_blocks(source: Source, start: int, keys: list[str], limit: int) -> Iter
 
 
 def _read_blocks(
-    source: Source, file: BinaryIO, start: int, keys: list[str], limit: int
+    source: InputSource, file: BinaryIO, start: int, keys: list[str], limit: int
 ) -> Iterator[Block]:
     try:
         head = file.peek(HEAD_BYTES)[:HEAD_BYTES] if hasattr(file, "peek") else b""
@@ -176,7 +176,7 @@ def _read_blocks(
         ) from error
 
 
-def _plain_blocks(source: Source, file: BinaryIO, start: int, limit: int) -> Iterator[Block]:
+def _plain_blocks(source: InputSource, file: BinaryIO, start: int, limit: int) -> Iterator[Block]:
     """Find line ends near every BLOCK_BYTES, reading only a little around them.
 
     Of a part of a file, the lines that begin in it.

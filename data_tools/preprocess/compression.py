@@ -8,7 +8,7 @@ import lzma
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
-from data_tools.preprocess.sources import Source
+from data_tools.preprocess.sources import InputSource
 from megatron_llmjp.errors import UserError
 
 HEAD_BYTES = 16
@@ -32,7 +32,7 @@ _SKIPPABLE = b"\x2a\x4d\x18"  # behind a byte 0x50 to 0x5f: a frame without text
 _READABLE = "JSON lines, plain or as gzip, bzip2, xz, lzma, zstd or lz4, and Parquet are read"
 
 
-def find_opener(source: Source, head: bytes) -> Callable[[Any], Any] | None:
+def find_opener(source: InputSource, head: bytes) -> Callable[[Any], Any] | None:
     """Return what opens a compressed file, or None for a file that is not compressed.
 
     Args:
@@ -60,7 +60,7 @@ def find_opener(source: Source, head: bytes) -> Callable[[Any], Any] | None:
     return next((opener for magic, opener in _OPENERS.items() if head.startswith(magic)), None)
 
 
-def _open_lz4(source: Source, file: BinaryIO) -> Any:
+def _open_lz4(source: InputSource, file: BinaryIO) -> Any:
     try:
         import lz4.frame
     except ImportError as error:

@@ -17,7 +17,7 @@ try:
 except ImportError:  # 4 % slower without
     orjson = None  # type: ignore[assignment]
 
-from data_tools.preprocess.blocks import FileRange, Rows
+from data_tools.preprocess.blocks import FileRange, TableRows
 from megatron_llmjp.data.indexed_dataset import best_dtype
 from megatron_llmjp.tokenizers import Tokenizer
 from megatron_llmjp.tokenizers.base import Ids
@@ -26,7 +26,7 @@ Documents = list[list[str]]  # each document a list of one text, or of its sente
 
 
 @dataclass(frozen=True)
-class Encoding:
+class EncodingOptions:
     """How documents become tokens; decides the output together with the tokenizer.
 
     Attributes:
@@ -47,7 +47,7 @@ class Encoding:
 
 
 @dataclass
-class Packed:
+class PackedDocuments:
     """Documents end to end: ids of all sequences, lengths of sequences, sequences of documents."""
 
     tokens: npt.NDArray[Any]
@@ -56,7 +56,7 @@ class Packed:
 
 
 @dataclass(frozen=True)
-class Rejected:
+class RejectedLine:
     """A line that gave no document: its number in the block, the reason, and the line."""
 
     line: int
@@ -66,7 +66,7 @@ class Rejected:
 
 
 @dataclass
-class Encoded:
+class EncodedBlock:
     """What came of one block.
 
     Attributes:
@@ -76,10 +76,10 @@ class Encoded:
         impossible: the first line with a token id outside the vocabulary, and that id.
     """
 
-    packed: dict[str, Packed] = field(default_factory=dict)
+    packed: dict[str, PackedDocuments] = field(default_factory=dict)
     lines: int = 0
     blank: int = 0
-    rejected: list[Rejected] = field(default_factory=list)
+    rejected: list[RejectedLine] = field(default_factory=list)
     empty: list[int] = field(default_factory=list)
     impossible: tuple[int, int] | None = None
 
@@ -95,22 +95,22 @@ class BadLine(ValueError):
 class BlockEncoder:
     """Encodes blocks with one tokenizer."""
 
-    def __init__(self, tokenizer: Tokenizer, encoding: Encoding) -> None:
+    def __init__(self, tokenizer: Tokenizer, encoding: EncodingOptions) -> None:
         self.tokenizer = tokenizer
         self.encoding = encoding
         self.dtype = best_dtype(tokenizer.vocab_size)
         self._eod = np.array([tokenizer.eod_id], np.int32)
         self._bos = np.array([tokenizer.bos_id] if encoding.append_bos else [], np.int32)
 
-    def encode(self, payload: FileRange | bytes | Rows) -> Encoded:
+    def encode(self, payload: FileRange | bytes | TableRows) -> EncodedBlock:
         """Return the packed documents of a block, and what was wrong with the rest."""
         try:
             return self._encode(payload, careful=False)
         except ValueError:  # the tokenizer refuses some text: find out which
             return self._encode(payload, careful=True)
 
-    def _encode(self, payload: FileRange | bytes | Rows, careful: bool) -> Encoded:
-        result = Encoded()
+    def _encode(self, payload: FileRange | bytes | TableRows, careful: bool) -> EncodedBlock:
+        result = EncodedBlock()
         documents: dict[str, Documents] = {key: [] for key in self.encoding.keys}
         lines: list[int] = []  # of each document
         for number, record, raw in self._records(payload, result):
@@ -118,7 +118,7 @@ class BlockEncoder:
                 fields = self._fields(record, raw, careful)
             except BadLine as bad:
                 kept = self._raw(record, raw)
-                result.rejected.append(Rejected(number, bad.reason, bad.detail, kept))
+                result.rejected.append(RejectedLine(number, bad.reason, bad.detail, kept))
                 continue
             if not any(map(any, fields.values())):
                 result.empty.append(number)
@@ -138,10 +138,10 @@ class BlockEncoder:
         return raw if record is None else json.dumps(record, default=str).encode()
 
     def _records(
-        self, payload: FileRange | bytes | Rows, result: Encoded
+        self, payload: FileRange | bytes | TableRows, result: EncodedBlock
     ) -> Iterator[tuple[int, Any, bytes]]:
         """Yield number, record (a dict for rows, None for lines) and raw line; count lines."""
-        if isinstance(payload, Rows):
+        if isinstance(payload, TableRows):
             result.lines = payload.count
             for at in range(payload.count):
                 yield at, {key: column[at] for key, column in payload.columns.items()}, b""
@@ -180,7 +180,7 @@ class BlockEncoder:
                 raise BadLine("not encodable", str(error)) from error
         return fields
 
-    def _pack(self, documents: Documents) -> tuple[Packed, tuple[int, int] | None]:
+    def _pack(self, documents: Documents) -> tuple[PackedDocuments, tuple[int, int] | None]:
         """Return the documents end to end, and the first id outside the vocabulary if any.
 
         That is a pair: the number of its document, and the id.
@@ -202,10 +202,10 @@ class BlockEncoder:
                 lengths[-1] += 1
             sequences[at] = len(lengths) - before
         ids = np.concatenate(parts) if parts else np.empty(0, np.int32)
-        packed = Packed(ids.astype(self.dtype), np.array(lengths, np.int32), sequences)
+        packed = PackedDocuments(ids.astype(self.dtype), np.array(lengths, np.int32), sequences)
         return packed, self._outside(ids, packed)
 
-    def _outside(self, ids: Ids, packed: Packed) -> tuple[int, int] | None:
+    def _outside(self, ids: Ids, packed: PackedDocuments) -> tuple[int, int] | None:
         """Return document and id of the first token outside the vocabulary, or None."""
         size = self.tokenizer.vocab_size
         if not len(ids) or (ids.min() >= 0 and ids.max() < size):

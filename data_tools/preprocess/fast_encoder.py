@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.preprocess.sample import first_texts
-from data_tools.preprocess.sources import Source
+from data_tools.preprocess.sources import InputSource
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.tokenizers import Tokenizer, load_tokenizer
 from megatron_llmjp.tokenizers.base import Ids
@@ -33,7 +33,7 @@ PROBES = (
 )
 
 
-class TwinTokenizer(Tokenizer):
+class FastEncodingTokenizer(Tokenizer):
     """Ids by a SentencePiece model, everything else by the tokenizer it stands in for.
 
     Texts in which a special token is spelled out also stay with the original, which finds it.
@@ -70,8 +70,8 @@ class TwinTokenizer(Tokenizer):
         return self.original.identity() | {"encoded_by": self.twin.identity()}
 
 
-def use_twin(
-    original: Tokenizer, model: str, sources: list[Source], keys: list[str]
+def use_fast_encoder(
+    original: Tokenizer, model: str, sources: list[InputSource], keys: list[str]
 ) -> tuple[Tokenizer, str]:
     """Return the tokenizer to use and a sentence on why.
 
@@ -82,7 +82,7 @@ def use_twin(
         raise UserError("--sentencepiece-twin is for --tokenizer-type HuggingFaceTokenizer")
     if not sources[0].seekable:
         raise UserError("--sentencepiece-twin: tokenizers cannot be compared on a pipe's text")
-    twin = TwinTokenizer(original, load_tokenizer("GPTSentencePieceTokenizer", model))
+    twin = FastEncodingTokenizer(original, load_tokenizer("GPTSentencePieceTokenizer", model))
     texts = [*PROBES, *first_texts(sources, keys, SAMPLE_BYTES)]
     different = [
         text

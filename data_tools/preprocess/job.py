@@ -19,15 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.common import Progress
+from data_tools.common import EncodingProgress
 from data_tools.preprocess.blocks import Block, LongLine, read_blocks
-from data_tools.preprocess.encode import BlockEncoder, Encoded, Encoding, Rejected
-from data_tools.preprocess.journal import Journal, Point, Tally
-from data_tools.preprocess.output import Output
+from data_tools.preprocess.encode import BlockEncoder, EncodedBlock, EncodingOptions, RejectedLine
+from data_tools.preprocess.journal import ResumeJournal, ResumePoint, SourceCounts
+from data_tools.preprocess.output import DatasetOutput
 from data_tools.preprocess.pool import EncoderPool
-from data_tools.preprocess.sources import Source
-from data_tools.tables import format_table, rows, write_report
-from megatron_llmjp.data.indexed_dataset_writer import IndexedWriter
+from data_tools.preprocess.sources import InputSource
+from data_tools.tables import format_table, summary_rows, write_table
+from megatron_llmjp.data.indexed_dataset_writer import IndexedDatasetWriter
 from megatron_llmjp.errors import EXIT_DONE, UserError
 from megatron_llmjp.tokenizers import Tokenizer
 
@@ -36,7 +36,7 @@ ENOUGH_TO_JUDGE = 1000
 
 
 @dataclass(frozen=True)
-class Limits:
+class RejectionLimits:
     """How much may be rejected, and whether a dataset without tokens is wanted.
 
     Attributes:
@@ -47,7 +47,7 @@ class Limits:
     max_rejected: float
     allow_empty: bool
 
-    def check_early(self, tallies: Sequence[Tally]) -> None:
+    def check_early(self, tallies: Sequence[SourceCounts]) -> None:
         """Stop a run that rejects most of its lines long before its end.
 
         Raises:
@@ -56,7 +56,7 @@ class Limits:
         if _reasons(tallies).total() >= ENOUGH_TO_JUDGE:
             self._check_rejected(tallies, max(self.max_rejected, 0.5))
 
-    def check(self, tallies: Sequence[Tally], keys: Sequence[str]) -> None:
+    def check(self, tallies: Sequence[SourceCounts], keys: Sequence[str]) -> None:
         """Check a run that has read all of its input.
 
         Raises:
@@ -73,7 +73,7 @@ class Limits:
                 "--allow-empty to write an empty dataset."
             )
 
-    def _check_rejected(self, tallies: Sequence[Tally], most: float) -> None:
+    def _check_rejected(self, tallies: Sequence[SourceCounts], most: float) -> None:
         reasons = _reasons(tallies)
         rejected = reasons.total()
         total = rejected + sum(tally.documents for tally in tallies)
@@ -87,7 +87,7 @@ class Limits:
         )
 
 
-def _reasons(tallies: Sequence[Tally]) -> Counter[str]:
+def _reasons(tallies: Sequence[SourceCounts]) -> Counter[str]:
     """Count the rejected lines by reason."""
     reasons: Counter[str] = Counter()
     for tally in tallies:
@@ -95,7 +95,7 @@ def _reasons(tallies: Sequence[Tally]) -> Counter[str]:
     return reasons
 
 
-def share(text: str) -> float:
+def parse_share(text: str) -> float:
     """Parse a share such as ``5%`` or ``0.05``, for argparse."""
     match = re.fullmatch(r"([\d.]+)(%?)", text)
     try:
@@ -112,21 +112,21 @@ SECONDS_AFTER_A_SOURCE = 0.5  # a finished source is saved at once, unless they 
 WARNINGS_SHOWN = 10
 
 
-class Job:
+class PreprocessJob:
     """One run: the sources, the tokenizer and the output, and what came of each source."""
 
     def __init__(
         self,
         args: argparse.Namespace,
-        sources: list[Source],
+        sources: list[InputSource],
         tokenizer: Tokenizer,
-        output: Output,
+        output: DatasetOutput,
         shard: dict[str, Any] | None,
         ignored: dict[str, Any],
     ) -> None:
         self.args, self.sources, self.tokenizer, self.output = args, sources, tokenizer, output
         self.ignored = ignored
-        self.encoding = Encoding(
+        self.encoding = EncodingOptions(
             keys=args.json_keys,
             append_eod=args.append_eod,
             keep_empty=args.on_error == "stop",
@@ -149,9 +149,9 @@ class Job:
         if shard is not None:
             self.recipe["shard"] = shard
         # A part of an array may have no documents: merge_datasets looks at the whole.
-        self.limits = Limits(args.max_rejected, args.allow_empty or shard is not None)
-        self.tallies = [Tally() for _ in sources]
-        self.point = Point()  # the state after the last block that was written whole
+        self.limits = RejectionLimits(args.max_rejected, args.allow_empty or shard is not None)
+        self.tallies = [SourceCounts() for _ in sources]
+        self.point = ResumePoint()  # the state after the last block that was written whole
         self.warned = 0
 
     def is_there(self) -> bool:
@@ -164,7 +164,7 @@ class Job:
         same = [self._is_made_by(manifest.get("recipe", {})) for manifest in done]
         if len(done) == len(self.args.json_keys) and all(same):
             print("Already complete: the same input, tokenizer and options made this output.")
-            self.tallies = [Tally(**tally) for tally in done[0]["tallies"]]
+            self.tallies = [SourceCounts(**tally) for tally in done[0]["tallies"]]
             shutil.rmtree(self.output.folder, ignore_errors=True)
             return True
         if others := self.output.others():
@@ -203,7 +203,7 @@ class Job:
         self.output.finish(journal, self._manifest)
         return self.close()
 
-    def _resume(self, journal: Journal) -> None:
+    def _resume(self, journal: ResumeJournal) -> None:
         for source, tally in journal.tallies().items():
             self.tallies[source] = tally
         self.point = copy.deepcopy(journal.last)
@@ -216,11 +216,13 @@ class Job:
                 file=sys.stderr,
             )
 
-    def _encode_all(self, journal: Journal) -> None:
+    def _encode_all(self, journal: ResumeJournal) -> None:
         before = sum(source.length for source in self.sources[: self.point.source])
         at = self.sources[self.point.source]
         done = before + min(max(self.point.position - at.start, 0), at.length)
-        progress = Progress(sum(s.length for s in self.sources), done, self.args.log_interval)
+        progress = EncodingProgress(
+            sum(s.length for s in self.sources), done, self.args.log_interval
+        )
         saved = time.monotonic()
         encoder = BlockEncoder(self.tokenizer, self.encoding)
         with EncoderPool(self.args.workers, encoder) as pool:
@@ -251,12 +253,12 @@ class Job:
             ):
                 yield number, block
 
-    def _take(self, source: int, block: Block, encoded: Encoded) -> None:
+    def _take(self, source: int, block: Block, encoded: EncodedBlock) -> None:
         """Write what one block gave, in the order of the input."""
         tally = self.tallies[source]
         if isinstance(block.payload, LongLine):
             detail = f"{block.size:,} bytes, --max-line-mb is {self.args.max_line_mb}"
-            bad = Rejected(0, "line too long", detail, b"")
+            bad = RejectedLine(0, "line too long", detail, b"")
             self._reject(source, tally.lines + 1, bad, block.payload.parts)
         for bad in encoded.rejected:
             self._reject(source, tally.lines + bad.line + 1, bad, iter([bad.raw]))
@@ -286,7 +288,7 @@ class Job:
             "tokenizer's files do not belong together: save the tokenizer again, or use another."
         )
 
-    def _reject(self, source: int, line: int, bad: Rejected, parts: Iterator[bytes]) -> None:
+    def _reject(self, source: int, line: int, bad: RejectedLine, parts: Iterator[bytes]) -> None:
         name = self.sources[source].label
         if self.args.on_error == "stop":
             detail = f" ({bad.detail})" if bad.detail else ""
@@ -295,7 +297,7 @@ class Job:
                 "again, or go on past bad lines with --on-error skip or --on-error quarantine."
             )
         if self.args.on_error == "quarantine":
-            self.output.put_aside(name, line, bad, parts)
+            self.output.quarantine(name, line, bad, parts)
         rejected = self.tallies[source].rejected
         rejected[bad.reason] = rejected.get(bad.reason, 0) + 1
         self._warn(source, line, bad.reason, bad.detail)
@@ -309,7 +311,7 @@ class Job:
         elif self.warned == WARNINGS_SHOWN + 1:
             print("... further bad lines are counted only", file=sys.stderr)
 
-    def _save(self, journal: Journal) -> None:
+    def _save(self, journal: ResumeJournal) -> None:
         """Bring what was written to disk and note the point reached."""
         if self.point == journal.last:
             return
@@ -318,7 +320,7 @@ class Job:
         self.output.sync()
         journal.add(copy.deepcopy(self.point))
 
-    def _manifest(self, key: str, writer: IndexedWriter, idx_crc: int) -> dict[str, Any]:
+    def _manifest(self, key: str, writer: IndexedDatasetWriter, idx_crc: int) -> dict[str, Any]:
         """Return the manifest of one dataset: nothing in it depends on when or where it ran."""
         rejected: dict[str, int] = {}
         for tally in self.tallies:
@@ -337,7 +339,7 @@ class Job:
     def close(self) -> int:
         """Print the closing table and write it where --report asks for it."""
         keys = self.args.json_keys
-        table = rows([source.label for source in self.sources], self.tallies, keys)
+        table = summary_rows([source.label for source in self.sources], self.tallies, keys)
         print(format_table(table))
         for key in keys:
             print(f"{self.output.prefix_of(key)}.bin .idx .json")
@@ -345,10 +347,10 @@ class Job:
         if table[-1]["rejected"] and aside.exists():
             print(f"{aside} holds the rejected lines, {aside.with_suffix('.csv').name} the reasons")
         for path in self.args.report:
-            write_report(path, table)
+            write_table(path, table)
         return EXIT_DONE
 
 
-def _documents(encoded: Encoded) -> int:
+def _documents(encoded: EncodedBlock) -> int:
     """Return how many documents a block gave, the same for every key."""
     return next((len(part.sequences) for part in encoded.packed.values()), 0)

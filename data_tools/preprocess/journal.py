@@ -14,14 +14,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_tools.preprocess.sources import Source
-from megatron_llmjp.data.indexed_dataset_writer import Position
+from data_tools.preprocess.sources import InputSource
+from megatron_llmjp.data.indexed_dataset_writer import WriterPosition
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.filesystem import write_durably
 
 
 @dataclass
-class Tally:
+class SourceCounts:
     """What came of one source so far; counts in documents and bytes of decompressed input."""
 
     lines: int = 0
@@ -34,7 +34,7 @@ class Tally:
 
 
 @dataclass
-class Point:
+class ResumePoint:
     """A point to resume at.
 
     Attributes:
@@ -51,22 +51,26 @@ class Point:
     source: int = 0
     position: int = 0
     done: bool = False
-    tally: Tally = field(default_factory=Tally)
-    earlier: dict[int, Tally] = field(default_factory=dict)
-    outputs: dict[str, Position] = field(default_factory=dict)
+    tally: SourceCounts = field(default_factory=SourceCounts)
+    earlier: dict[int, SourceCounts] = field(default_factory=dict)
+    outputs: dict[str, WriterPosition] = field(default_factory=dict)
     rejected: dict[str, int] = field(default_factory=dict)
     finishing: bool = False
 
-    def tallies(self) -> Iterator[Tally]:
+    def tallies(self) -> Iterator[SourceCounts]:
         """Return the tallies that this point holds."""
         yield from (*self.earlier.values(), self.tally)
 
 
-class Journal:
+class ResumeJournal:
     """The journal of one work folder."""
 
     def __init__(
-        self, path: Path, recipe: dict[str, Any], sources: Sequence[Source], forget_others: bool
+        self,
+        path: Path,
+        recipe: dict[str, Any],
+        sources: Sequence[InputSource],
+        forget_others: bool,
     ) -> None:
         """Open the journal, or begin one.
 
@@ -81,7 +85,7 @@ class Journal:
         """
         self.path = path
         self.recipe, self.sources = recipe, sources
-        self.points: list[Point] = []
+        self.points: list[ResumePoint] = []
         if path.exists():
             try:
                 self.points = self._still_valid()
@@ -93,18 +97,18 @@ class Journal:
         self._file = path.open("a", encoding="utf-8")
 
     @property
-    def last(self) -> Point:
+    def last(self) -> ResumePoint:
         """The point to resume at; a fresh one where there is none."""
-        return self.points[-1] if self.points else Point()
+        return self.points[-1] if self.points else ResumePoint()
 
-    def tallies(self) -> dict[int, Tally]:
+    def tallies(self) -> dict[int, SourceCounts]:
         """Return the last known tally of each source."""
-        known: dict[int, Tally] = {}
+        known: dict[int, SourceCounts] = {}
         for point in self.points:
             known |= point.earlier | {point.source: point.tally}
         return known
 
-    def add(self, point: Point) -> None:
+    def add(self, point: ResumePoint) -> None:
         """Append a point and bring it to disk."""
         self.points.append(point)
         self._file.write(json.dumps(asdict(point)) + "\n")
@@ -115,7 +119,7 @@ class Journal:
         """Close the file."""
         self._file.close()
 
-    def _still_valid(self) -> list[Point]:
+    def _still_valid(self) -> list[ResumePoint]:
         """Return the points whose sources have not changed since."""
         lines = _whole_lines(self.path)
         if not lines:
@@ -134,7 +138,7 @@ class Journal:
         every = unchanged == len(before["sources"]) == len(self.recipe["sources"])
         return [p for p in points if p.source < unchanged and (every or not p.finishing)]
 
-    def _refuse_other_recipe(self, before: dict[str, Any], points: list[Point]) -> None:
+    def _refuse_other_recipe(self, before: dict[str, Any], points: list[ResumePoint]) -> None:
         old, new = dict(before["options"]), dict(self.recipe["options"])
         if not any(p.tally.rejected or p.tally.empty for p in points):
             old.pop("on_error"), new.pop("on_error")  # without a bad line yet it changed nothing
@@ -166,8 +170,8 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _point(line: dict[str, Any]) -> Point:
-    outputs = {key: Position(**position) for key, position in line.pop("outputs").items()}
-    earlier = {int(source): Tally(**tally) for source, tally in line.pop("earlier").items()}
-    tally = Tally(**line.pop("tally"))
-    return Point(outputs=outputs, tally=tally, earlier=earlier, **line)
+def _point(line: dict[str, Any]) -> ResumePoint:
+    outputs = {key: WriterPosition(**position) for key, position in line.pop("outputs").items()}
+    earlier = {int(source): SourceCounts(**tally) for source, tally in line.pop("earlier").items()}
+    tally = SourceCounts(**line.pop("tally"))
+    return ResumePoint(outputs=outputs, tally=tally, earlier=earlier, **line)

@@ -16,23 +16,23 @@ from typing import Any
 import numpy as np
 
 from data_tools.documents import read_manifest
-from data_tools.preprocess.encode import Packed, Rejected
-from data_tools.preprocess.journal import Journal, Point, Tally, is_finishing
-from data_tools.preprocess.sources import Source
-from megatron_llmjp.data.indexed_dataset_writer import IndexedWriter
+from data_tools.preprocess.encode import PackedDocuments, RejectedLine
+from data_tools.preprocess.journal import ResumeJournal, ResumePoint, SourceCounts, is_finishing
+from data_tools.preprocess.sources import InputSource
+from megatron_llmjp.data.indexed_dataset_writer import IndexedDatasetWriter
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.filesystem import FileLock, lock_file, publish, write_json
 
 REJECTED = ("rejected.jsonl", "rejected.csv")
 
 
-class Output:
+class DatasetOutput:
     """The datasets of all keys, the lines put aside, and the journal that makes them resumable."""
 
     def __init__(self, prefix: str, keys: list[str], dtype: np.dtype[Any]) -> None:
         self.prefix, self.keys, self.dtype = prefix, keys, dtype
         self.folder = Path(f"{prefix}.partial")
-        self.writers: dict[str, IndexedWriter] = {}
+        self.writers: dict[str, IndexedDatasetWriter] = {}
         self._lock: FileLock | None = None
 
     def prefix_of(self, key: str) -> str:
@@ -67,7 +67,9 @@ class Output:
     def _journal_file(self) -> Path:
         return self.folder / "journal.jsonl"
 
-    def open(self, recipe: dict[str, Any], sources: Sequence[Source], overwrite: bool) -> Journal:
+    def open(
+        self, recipe: dict[str, Any], sources: Sequence[InputSource], overwrite: bool
+    ) -> ResumeJournal:
         """Lock the work folder and open everything where the journal says.
 
         Raises:
@@ -78,11 +80,11 @@ class Output:
         except (FileExistsError, NotADirectoryError) as error:
             raise UserError(f"--output-prefix {self.prefix}: {error.filename} is a file") from error
         self._take_lock()
-        journal = Journal(self._journal_file, recipe, sources, forget_others=overwrite)
+        journal = ResumeJournal(self._journal_file, recipe, sources, forget_others=overwrite)
         last = journal.last
         if not last.finishing:
             for key in self.keys:
-                self.writers[key] = IndexedWriter(
+                self.writers[key] = IndexedDatasetWriter(
                     self.folder / f"{key}.bin", self.dtype, last.outputs.get(key)
                 )
             for name in REJECTED:
@@ -99,12 +101,12 @@ class Output:
                 "choose another --output-prefix."
             ) from error
 
-    def add(self, packed: dict[str, Packed]) -> None:
+    def add(self, packed: dict[str, PackedDocuments]) -> None:
         """Append the documents of a block to each key's dataset."""
         for key, part in packed.items():
             self.writers[key].add(part.tokens, part.lengths, part.sequences)
 
-    def put_aside(self, source: str, line: int, bad: Rejected, parts: Iterator[bytes]) -> None:
+    def quarantine(self, source: str, line: int, bad: RejectedLine, parts: Iterator[bytes]) -> None:
         """Append a rejected line to the quarantine, and why it is there."""
         with (self.folder / REJECTED[0]).open("ab") as file:
             ends = b""
@@ -120,9 +122,9 @@ class Output:
         with (self.folder / REJECTED[1]).open("ab") as file:
             file.write(text.getvalue().encode(errors="backslashreplace"))
 
-    def point(self, source: int, position: int, tally: Tally) -> Point:
+    def point(self, source: int, position: int, tally: SourceCounts) -> ResumePoint:
         """Return the state after the last block, to be saved now or later."""
-        return Point(
+        return ResumePoint(
             source,
             position,
             tally=copy.deepcopy(tally),
@@ -138,7 +140,9 @@ class Output:
             with (self.folder / name).open("ab") as file:
                 os.fsync(file.fileno())
 
-    def finish(self, journal: Journal, manifest: Callable[[str, IndexedWriter, int], Any]) -> None:
+    def finish(
+        self, journal: ResumeJournal, manifest: Callable[[str, IndexedDatasetWriter, int], Any]
+    ) -> None:
         """Write the indexes and manifests, then rename everything into place."""
         if not journal.last.finishing:
             for key, writer in self.writers.items():
@@ -155,7 +159,7 @@ class Output:
             self._lock.release()
 
     @contextmanager
-    def named_errors(self) -> Iterator[None]:
+    def name_output_in_errors(self) -> Iterator[None]:
         """Name the output folder in errors that name no file, such as a full disk."""
         try:
             yield

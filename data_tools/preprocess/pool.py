@@ -14,7 +14,7 @@ from multiprocessing import get_context
 from typing import Any
 
 from data_tools.preprocess.blocks import Block, LongLine
-from data_tools.preprocess.encode import BlockEncoder, Encoded
+from data_tools.preprocess.encode import BlockEncoder, EncodedBlock
 
 AHEAD = 4  # blocks in flight per worker: enough to keep it busy, few enough for flat memory
 
@@ -39,9 +39,11 @@ class EncoderPool:
     def __exit__(self, *exception: object) -> None:
         self._executor.shutdown(wait=True, cancel_futures=True)
 
-    def encode(self, blocks: Iterable[tuple[Any, Block]]) -> Iterator[tuple[Any, Block, Encoded]]:
+    def encode(
+        self, blocks: Iterable[tuple[Any, Block]]
+    ) -> Iterator[tuple[Any, Block, EncodedBlock]]:
         """Yield each block with what its worker made of it, in the order given."""
-        waiting: deque[tuple[Any, Block, Future[Encoded] | None]] = deque()
+        waiting: deque[tuple[Any, Block, Future[EncodedBlock] | None]] = deque()
         for tag, block in blocks:
             future = None
             if not isinstance(block.payload, LongLine):
@@ -54,9 +56,11 @@ class EncoderPool:
             yield _result(waiting.popleft())
 
 
-def _result(entry: tuple[Any, Block, Future[Encoded] | None]) -> tuple[Any, Block, Encoded]:
+def _result(
+    entry: tuple[Any, Block, Future[EncodedBlock] | None],
+) -> tuple[Any, Block, EncodedBlock]:
     tag, block, future = entry
-    return tag, block, Encoded(lines=1) if future is None else future.result()
+    return tag, block, EncodedBlock(lines=1) if future is None else future.result()
 
 
 _encoder: BlockEncoder | None = None  # per worker process, set once by _start
@@ -78,6 +82,6 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _encode(payload: Any) -> Encoded:
+def _encode(payload: Any) -> EncodedBlock:
     assert _encoder is not None
     return _encoder.encode(payload)

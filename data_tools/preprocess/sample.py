@@ -5,14 +5,14 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 
-from data_tools.preprocess.blocks import FileRange, LongLine, Rows, read_blocks
+from data_tools.preprocess.blocks import FileRange, LongLine, TableRows, read_blocks
 from data_tools.preprocess.encode import BadLine, parse_line, read_range, texts_of
-from data_tools.preprocess.sources import STDIN, Source, has_suffix
+from data_tools.preprocess.sources import STDIN, InputSource, has_suffix
 
 LONGEST_LINE = 1 << 20
 
 
-def sample_texts(sources: list[Source], keys: list[str], most: int) -> list[str]:
+def sample_texts(sources: list[InputSource], keys: list[str], most: int) -> list[str]:
     """Return texts of the sources, of about ``most`` bytes in all if they have more.
 
     Which texts are taken depends on nothing but the texts: each is drawn by its checksum, and
@@ -34,7 +34,7 @@ def sample_texts(sources: list[Source], keys: list[str], most: int) -> list[str]
     return [text for _, text in kept]
 
 
-def first_texts(sources: list[Source], keys: list[str], most: int) -> list[str]:
+def first_texts(sources: list[InputSource], keys: list[str], most: int) -> list[str]:
     """Return the first texts of the sources, of about ``most`` bytes in all."""
     texts, total = [], 0
     for text in _texts(sources, keys):
@@ -45,14 +45,14 @@ def first_texts(sources: list[Source], keys: list[str], most: int) -> list[str]:
     return texts
 
 
-def _texts(sources: list[Source], keys: list[str]) -> Iterator[str]:
+def _texts(sources: list[InputSource], keys: list[str]) -> Iterator[str]:
     for source in sources:
         is_json = source.name == STDIN or has_suffix(source.name)
         for block in read_blocks(source, 0, keys, LONGEST_LINE):
             payload = block.payload
             if isinstance(payload, LongLine):
                 continue
-            if isinstance(payload, Rows):
+            if isinstance(payload, TableRows):
                 for key in keys:
                     yield from (text for text in payload.columns[key] if isinstance(text, str))
                 continue

@@ -16,7 +16,7 @@ from typing import Any
 
 from data_tools.documents import read_manifest
 from data_tools.preprocess.compression import HEAD_BYTES, find_opener
-from data_tools.preprocess.sources import Source
+from data_tools.preprocess.sources import InputSource
 from megatron_llmjp.errors import UserError
 
 CUT_BYTES = 64 * 1024 * 1024
@@ -24,7 +24,7 @@ CUT_BYTES = 64 * 1024 * 1024
 PART = re.compile(r"_part(\d{5})of(\d{5})_(.+)_document")
 
 
-def shard_of(text: str) -> tuple[int, int]:
+def parse_shard(text: str) -> tuple[int, int]:
     """Return number and count of this task from ``--shard``.
 
     ``3/16`` is task 3 of 0 to 15. ``slurm/16`` takes the number from the Slurm array; the count
@@ -53,7 +53,9 @@ def part_prefix(prefix: str, number: int, count: int) -> str:
     return f"{prefix}_part{number:05}of{count:05}"
 
 
-def take_shard(sources: list[Source], number: int, count: int) -> tuple[list[Source], str]:
+def take_shard(
+    sources: list[InputSource], number: int, count: int
+) -> tuple[list[InputSource], str]:
     """Return the sources of one task, and a checksum of the whole list.
 
     Raises:
@@ -77,7 +79,7 @@ def take_shard(sources: list[Source], number: int, count: int) -> tuple[list[Sou
     return mine, f"{zlib.crc32(whole.encode()):08x}"
 
 
-def _can_be_cut(source: Source) -> bool:
+def _can_be_cut(source: InputSource) -> bool:
     """Return whether a file is large, and holds lines whose place is known without reading them."""
     if source.size < CUT_BYTES:
         return False
@@ -86,7 +88,7 @@ def _can_be_cut(source: Source) -> bool:
     return not head.startswith(b"PAR1") and find_opener(source, head) is None
 
 
-def uneven(sources: list[Source], count: int) -> str:
+def uneven_shards_warning(sources: list[InputSource], count: int) -> str:
     """Return a warning on files too large for one task that cannot be cut; empty if none is."""
     share = sum(source.size for source in sources) / count
     large = [s for s in sources if s.size > 2 * max(share, CUT_BYTES) and not _can_be_cut(s)]

@@ -31,7 +31,7 @@ MANIFEST = b'"megatron_llmjp dataset manifest'
 
 
 @dataclass(frozen=True)
-class Ignored:
+class IgnoredFile:
     """A file or folder below an input folder that is not read."""
 
     name: str
@@ -55,7 +55,7 @@ def has_suffix(name: str, suffixes: Sequence[str] = SUFFIXES) -> bool:
     return name.lower().endswith(tuple(suffixes))
 
 
-def walk(folder: str, suffixes: Sequence[str]) -> tuple[list[str], list[Ignored]]:
+def walk(folder: str, suffixes: Sequence[str]) -> tuple[list[str], list[IgnoredFile]]:
     """Return the input files below a folder, sorted by path, and everything else that is there.
 
     Symbolic links are followed. A folder or file that is reached twice is taken once.
@@ -64,12 +64,12 @@ def walk(folder: str, suffixes: Sequence[str]) -> tuple[list[str], list[Ignored]
         UserError: a folder cannot be read.
     """
     files: list[str] = []
-    ignored: list[Ignored] = []
+    ignored: list[IgnoredFile] = []
     seen: dict[str, str] = {}
     for name, skipped in sorted(_walk(Path(folder), suffixes, {}), key=lambda found: found[0]):
         first = name if skipped else seen.setdefault(os.path.realpath(name), name)
         if skipped is None and first != name:
-            skipped = Ignored(name, "the same file as", first)
+            skipped = IgnoredFile(name, "the same file as", first)
         if skipped is None:
             files.append(name)
         else:
@@ -79,11 +79,11 @@ def walk(folder: str, suffixes: Sequence[str]) -> tuple[list[str], list[Ignored]
 
 def _walk(
     folder: Path, suffixes: Sequence[str], above: dict[str, Path]
-) -> Iterator[tuple[str, Ignored | None]]:
+) -> Iterator[tuple[str, IgnoredFile | None]]:
     """Yield each path, and why it is ignored if it is."""
     real = os.path.realpath(folder)
     if real in above:
-        yield str(folder), Ignored(str(folder), "a link back to", str(above[real]))
+        yield str(folder), IgnoredFile(str(folder), "a link back to", str(above[real]))
         return
     try:
         entries = list(folder.iterdir())
@@ -92,7 +92,7 @@ def _walk(
     for entry in entries:
         reason = _reason_of_folder(entry) if entry.is_dir() else _reason(entry, suffixes)
         if reason is not None:
-            yield str(entry), Ignored(str(entry), reason)
+            yield str(entry), IgnoredFile(str(entry), reason)
         elif entry.is_dir():
             yield from _walk(entry, suffixes, above | {real: folder})
         else:
@@ -127,7 +127,7 @@ def _is_manifest(file: Path) -> bool:
         return MANIFEST in stream.read(200)
 
 
-def describe(ignored: Sequence[Ignored]) -> str:
+def describe_ignored(ignored: Sequence[IgnoredFile]) -> str:
     """Return one line on the files that are not read, by reason; empty if there are none."""
     if not ignored:
         return ""
@@ -142,7 +142,7 @@ def describe(ignored: Sequence[Ignored]) -> str:
     return f"ignored: {len(ignored):,} files: {'; '.join(parts)}"
 
 
-def record(ignored: Sequence[Ignored]) -> dict[str, Any]:
+def ignored_record(ignored: Sequence[IgnoredFile]) -> dict[str, Any]:
     """Return what a manifest keeps of the files that are not read: counts, and the first names."""
     return {
         "files": len(ignored),
@@ -156,7 +156,7 @@ SAMPLES, SAMPLE_BYTES = 16, 64 * 1024  # blocks of a file that identify it
 
 
 @dataclass(frozen=True)
-class Source:
+class InputSource:
     """One input file, or a part of one, as it was when the program started.
 
     Attributes:
@@ -224,19 +224,19 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Input:
+class InputFiles:
     """The files to read, in order, and the files in input folders that are not read."""
 
-    sources: list[Source]
-    ignored: list[Ignored]
+    sources: list[InputSource]
+    ignored: list[IgnoredFile]
 
     def report(self) -> None:
         """Print how many files are not read, and why."""
         if self.ignored:
-            print(describe(self.ignored), file=sys.stderr)
+            print(describe_ignored(self.ignored), file=sys.stderr)
 
 
-def find_input(words: Iterable[str], suffixes: Sequence[str] = SUFFIXES) -> Input:
+def find_input(words: Iterable[str], suffixes: Sequence[str] = SUFFIXES) -> InputFiles:
     """Return the sources that files, folders, glob patterns and ``-`` stand for, in order.
 
     A folder stands for all files below it with one of the suffixes, a pattern for its matches,
@@ -245,7 +245,7 @@ def find_input(words: Iterable[str], suffixes: Sequence[str] = SUFFIXES) -> Inpu
     Raises:
         UserError: something is missing, matches nothing or is named twice.
     """
-    found = Input([], [])
+    found = InputFiles([], [])
     seen: dict[str, str] = {}
     for word in words:
         for name in _expand(word, suffixes, found.ignored):
@@ -260,7 +260,7 @@ def find_input(words: Iterable[str], suffixes: Sequence[str] = SUFFIXES) -> Inpu
     return found
 
 
-def _expand(word: str, suffixes: Sequence[str], ignored: list[Ignored]) -> list[str]:
+def _expand(word: str, suffixes: Sequence[str], ignored: list[IgnoredFile]) -> list[str]:
     if word == STDIN:
         return [STDIN]
     path = Path(word)
@@ -268,11 +268,13 @@ def _expand(word: str, suffixes: Sequence[str], ignored: list[Ignored]) -> list[
         files, not_read = walk(word, suffixes)
         ignored += not_read
         if not files:
-            raise UserError(
-                f"--input {word}: the folder holds no file that ends in one of "
-                f"{' '.join(s for s in suffixes if s.count('.') == 1)} (also compressed: "
-                f"{' '.join(filter(None, COMPRESSED_SUFFIXES))}). {describe(not_read)}".rstrip(". ")
+            plain = " ".join(suffix for suffix in suffixes if suffix.count(".") == 1)
+            compressed = " ".join(filter(None, COMPRESSED_SUFFIXES))
+            message = (
+                f"--input {word}: no file in this folder has one of the suffixes {plain} (or "
+                f"compressed: {compressed}). {describe_ignored(not_read)}"
             )
+            raise UserError(message.rstrip(". "))
         return files
     if path.exists():
         return [word]
@@ -281,7 +283,7 @@ def _expand(word: str, suffixes: Sequence[str], ignored: list[Ignored]) -> list[
     raise UserError(f"--input {word}: no such file or folder{_nearby(path)}")
 
 
-def _matches(word: str, suffixes: Sequence[str], ignored: list[Ignored]) -> list[str]:
+def _matches(word: str, suffixes: Sequence[str], ignored: list[IgnoredFile]) -> list[str]:
     """Return the files that match a pattern, and those of folders that match it."""
     found: list[str] = []
     for name in sorted(glob.glob(word, recursive=True)):  # noqa: PTH207
@@ -292,15 +294,15 @@ def _matches(word: str, suffixes: Sequence[str], ignored: list[Ignored]) -> list
             found += files
             ignored += not_read
         elif not Path(name).is_dir():
-            ignored.append(Ignored(name, "a broken link or not a regular file"))
+            ignored.append(IgnoredFile(name, "a broken link or not a regular file"))
     if not found:
         raise UserError(
-            f"--input {word}: the pattern matches no file. {describe(ignored)}".rstrip()
+            f"--input {word}: the pattern matches no file. {describe_ignored(ignored)}".rstrip()
         )
     return found
 
 
-def _sample(source: Source) -> str:
+def _sample(source: InputSource) -> str:
     """Return a checksum of blocks spread over a file; small files are read whole."""
     crc = 0
     with Path(source.name).open("rb", buffering=0) as file:
@@ -318,12 +320,12 @@ def _nearby(path: Path) -> str:
     return f". {path.parent} holds {', '.join(names)}" if names else ""
 
 
-def _stat(name: str) -> Source:
+def _stat(name: str) -> InputSource:
     if name == STDIN:
-        return Source(STDIN)
+        return InputSource(STDIN)
     status = Path(name).stat()
     if not os.access(name, os.R_OK):
         raise UserError(f"--input {name}: not readable; check its permissions")
     if stat.S_ISREG(status.st_mode):
-        return Source(name, status.st_size, status.st_mtime_ns, seekable=True)
-    return Source(name)
+        return InputSource(name, status.st_size, status.st_mtime_ns, seekable=True)
+    return InputSource(name)

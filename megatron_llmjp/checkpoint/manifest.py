@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
-from megatron_llmjp.data.folds.fingerprint import FoldRecord
+from megatron_llmjp.data.folds.fingerprint import FoldFingerprint
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.filesystem import crc32_of, retried, write_durably
 
@@ -79,7 +79,7 @@ class Manifest(BaseModel):
     consumed_samples: int
     contents: Literal["full", "weights"]
     """``weights`` for a converted model: it can be loaded with ``--finetune`` only."""
-    folds: dict[str, Annotated[FoldRecord, BeforeValidator(_digest_alone)]] = {}
+    folds: dict[str, Annotated[FoldFingerprint, BeforeValidator(_digest_alone)]] = {}
     """Every fold touched so far, by name, in the order they were trained."""
     skips: list[tuple[int, int]] = []
     """Positions of the schedule that are left out, as half-open ranges."""

@@ -13,7 +13,7 @@ from megatron_llmjp.checkpoint.resume_checks import Past, Ranges
 from megatron_llmjp.checkpoint.save_folder import not_ours
 from megatron_llmjp.config.loading import FROZEN_AT_RESUME, changed, differences, load_resolved
 from megatron_llmjp.config.schema import Config, LoggingConfig, OptimizerConfig
-from megatron_llmjp.data.batch_size import BatchSizes
+from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.data.folds.schedule import Schedule
 from megatron_llmjp.errors import UserError, download_hint
 from megatron_llmjp.tokenizers import Tokenizer
@@ -250,7 +250,7 @@ def _wrong_samples(folder: Path, manifest: Manifest, saved: Config, asked: Confi
     is_ours = "megatron_llmjp" in manifest.versions  # other programs may count differently
     if manifest.checksum or not is_ours or accepted & set(BATCH_SIZE):
         return []
-    expected = BatchSizes(saved).consumed_after(manifest.iteration)
+    expected = BatchSizeSchedule(saved).consumed_after(manifest.iteration)
     if manifest.consumed_samples == expected:
         return []
     return [

@@ -13,9 +13,9 @@ from pathlib import Path
 from types import MappingProxyType
 
 from megatron_llmjp.checkpoint.manifest import Manifest, Override
-from megatron_llmjp.data.batch_size import BatchSizes
-from megatron_llmjp.data.folds.fingerprint import differences
-from megatron_llmjp.data.folds.schedule import Schedule, Skips
+from megatron_llmjp.data.batch_size import BatchSizeSchedule
+from megatron_llmjp.data.folds.fingerprint import fold_differences
+from megatron_llmjp.data.folds.schedule import Schedule, SkippedSamples
 from megatron_llmjp.errors import UserError
 
 Ranges = Mapping[str, tuple[int, int]]
@@ -36,7 +36,7 @@ def skip_iterations(
     schedule: Schedule,
     asked: str | None,
     manifest: Manifest | None,
-    batch_sizes: BatchSizes,
+    batch_sizes: BatchSizeSchedule,
     left_out: Ranges = NO_RANGES,
 ) -> tuple[Schedule, dict[str, tuple[int, int]]]:
     """Leave out what ``--skip-iterations`` says, now and in the run that is gone on with.
@@ -52,12 +52,12 @@ def skip_iterations(
         UserError: a range is malformed, past, or beyond the end.
     """
     known = {**(manifest.skipped_iterations if manifest else {}), **left_out}
-    schedule = schedule.skipping(schedule.skips.and_also(known.values()))
+    schedule = schedule.with_skips(schedule.skips.union(known.values()))
     new = {}
     for words in filter(None, (asked or "").replace(" ", "").split(",")):
         if words not in known:
             new[words] = _positions(words, schedule, manifest, batch_sizes)
-    return schedule.skipping(schedule.skips.and_also(new.values())), {**known, **new}
+    return schedule.with_skips(schedule.skips.union(new.values())), {**known, **new}
 
 
 def told(skipped: Ranges) -> list[str]:
@@ -76,9 +76,9 @@ def changes(manifest: Manifest, schedule: Schedule) -> list[str]:
     for name, record in manifest.folds.items():
         if name not in now:
             found.append(f"fold '{name}' is gone from the fold file")
-        elif differs := differences(record, now[name]):
+        elif differs := fold_differences(record, now[name]):
             found.append(f"fold '{name}' has changed: {'; '.join(differs)}")
-    before = Skips.of(manifest.skips)
+    before = SkippedSamples.of(manifest.skips)
     end = before.position(manifest.consumed_samples - 1) + 1 if manifest.consumed_samples else 0
     if before.before(end) != schedule.skips.before(end):
         then, today = (_show(skips.before(end)) for skips in (before, schedule.skips))
@@ -96,7 +96,7 @@ def refusal(folder: Path, found: list[str]) -> list[str]:
 
 
 def _positions(
-    words: str, schedule: Schedule, manifest: Manifest | None, batch_sizes: BatchSizes
+    words: str, schedule: Schedule, manifest: Manifest | None, batch_sizes: BatchSizeSchedule
 ) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)(?:-(\d+))?", words)
     first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
@@ -117,5 +117,5 @@ def _positions(
     return schedule.position(start), schedule.position(end - 1) + 1
 
 
-def _show(skips: Skips) -> str:
+def _show(skips: SkippedSamples) -> str:
     return ", ".join(f"[{a}, {b})" for a, b in skips.ranges) or "none"

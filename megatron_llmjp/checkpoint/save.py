@@ -29,8 +29,8 @@ from megatron_llmjp.checkpoint.sharded_state import RunState, sharded_state
 from megatron_llmjp.checkpoint.writer import HostCopy, plan_write
 from megatron_llmjp.config.loading import dump
 from megatron_llmjp.config.schema import Config
-from megatron_llmjp.data.folds.fingerprint import FoldRecord
-from megatron_llmjp.data.folds.schedule import NOTHING_SKIPPED, Skips
+from megatron_llmjp.data.folds.fingerprint import FoldFingerprint
+from megatron_llmjp.data.folds.schedule import NO_SKIPPED_SAMPLES, SkippedSamples
 from megatron_llmjp.parallel.device import without_warnings
 from megatron_llmjp.parallel.process_groups import UNWATCHED, LongWork
 
@@ -48,9 +48,9 @@ class Progress:
 
     iteration: int = 0
     consumed_samples: int = 0
-    folds: Mapping[str, FoldRecord] | None = None
+    folds: Mapping[str, FoldFingerprint] | None = None
     """The folds touched."""
-    skips: Skips = NOTHING_SKIPPED
+    skips: SkippedSamples = NO_SKIPPED_SAMPLES
     past: Past | None = None
     """What else to remember of the data."""
     metrics: Mapping[str, float] | None = None

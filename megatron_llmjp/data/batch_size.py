@@ -32,7 +32,7 @@ class _Stretch:
     size: int
 
 
-class BatchSizes:
+class BatchSizeSchedule:
     """The global batch size as a function of the samples trained on.
 
     It depends on nothing but the configuration, so that every layout has the same iterations.
@@ -90,7 +90,7 @@ class BatchSizes:
 
 
 @dataclass(frozen=True)
-class Limit:
+class RunLimit:
     """One limit of a run."""
 
     name: str
@@ -105,30 +105,30 @@ class Limit:
         return f"{self.name} {self.value:,}"
 
 
-def limits(config: Config, sizes: BatchSizes) -> list[Limit]:
+def run_limits(config: Config, sizes: BatchSizeSchedule) -> list[RunLimit]:
     """The limits that a configuration sets, the first to be reached first."""
     training, found = config.training, []
     if training.train_iters is not None:
         iters = training.train_iters
-        found.append(Limit("train_iters", iters, iters, sizes.consumed_after(iters)))
+        found.append(RunLimit("train_iters", iters, iters, sizes.consumed_after(iters)))
     if training.train_samples is not None:
         samples = training.train_samples
         iteration, rest = sizes.iterations(samples)
-        found.append(Limit("train_samples", samples, iteration, samples - rest))
+        found.append(RunLimit("train_samples", samples, iteration, samples - rest))
     if training.train_tokens is not None:
         samples = math.ceil(training.train_tokens / config.data.seq_length)
         iteration, rest = sizes.iterations(samples)
         last = iteration + (rest > 0)
-        found.append(Limit("train_tokens", training.train_tokens, last, samples))
+        found.append(RunLimit("train_tokens", training.train_tokens, last, samples))
     return sorted(found, key=lambda limit: limit.iteration)
 
 
-def last_iteration(config: Config, sizes: BatchSizes) -> int | None:
+def last_iteration(config: Config, sizes: BatchSizeSchedule) -> int | None:
     """The iteration that the first limit ends the run at; None without a limit."""
-    return min((limit.iteration for limit in limits(config, sizes)), default=None)
+    return min((limit.iteration for limit in run_limits(config, sizes)), default=None)
 
 
-def planned_samples(config: Config, sizes: BatchSizes) -> int | None:
+def planned_samples(config: Config, sizes: BatchSizeSchedule) -> int | None:
     """Samples that a run is planned for, whether or not train_tokens ends it earlier.
 
     Megatron-LM draws so many samples from its datasets, and decays the learning rate and raises the

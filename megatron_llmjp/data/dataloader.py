@@ -24,13 +24,13 @@ with without_warnings():
 
 Batch = dict[str, torch.Tensor]
 
-BatchSize = Callable[[int], int]
+BatchSizeFunction = Callable[[int], int]
 """Samples consumed -> size of the global batch that follows."""
 
 _INTEGERS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
-def global_batches(first: int, end: int, batch_size: BatchSize) -> Iterator[range]:
+def global_batches(first: int, end: int, batch_size: BatchSizeFunction) -> Iterator[range]:
     """Sample numbers of each full global batch of samples ``[first, end)``."""
     while first < end and first + batch_size(first) <= end:
         batch = range(first, first + batch_size(first))
@@ -38,7 +38,7 @@ def global_batches(first: int, end: int, batch_size: BatchSize) -> Iterator[rang
         first = batch.stop
 
 
-class MicroBatches(Sampler[list[int]]):
+class MicroBatchSampler(Sampler[list[int]]):
     """Sample numbers of this data-parallel rank's micro-batches of samples ``[first, end)``.
 
     They are cut into global batches by ``batch_size``; without it they are one.
@@ -51,7 +51,7 @@ class MicroBatches(Sampler[list[int]]):
         micro_batch_size: int,
         rank: int,
         ranks: int,
-        batch_size: BatchSize | None = None,
+        batch_size: BatchSizeFunction | None = None,
     ) -> None:
         self._batches = (first, end, batch_size or (lambda _: end - first))
         self._micro = micro_batch_size
@@ -70,13 +70,13 @@ def micro_batches(
     device: Device,
     first: int,
     end: int,
-    batch_size: BatchSize,
+    batch_size: BatchSizeFunction,
 ) -> Iterator[Batch]:
     """Micro-batches of samples ``[first, end)`` on this rank's device.
 
     The first rank of a tensor-parallel group reads; the others receive the same tensors.
     """
-    sampler = MicroBatches(
+    sampler = MicroBatchSampler(
         first,
         end,
         config.training.micro_batch_size,
@@ -103,7 +103,7 @@ def micro_batches(
         )
     for _ in sampler:
         batch = _share(next(loader) if loader is not None else None, config, device)
-        yield context_parallel_part(batch)
+        yield slice_for_context_parallel(batch)
 
 
 def _ignore_requests_to_stop(worker: int) -> None:
@@ -115,7 +115,7 @@ def _ignore_requests_to_stop(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def context_parallel_part(batch: Batch) -> Batch:
+def slice_for_context_parallel(batch: Batch) -> Batch:
     """This rank's part of each sequence: chunks r and 2c - 1 - r of 2c, for rank r of c.
 
     So every rank has as many pairs of tokens to attend to under the causal mask

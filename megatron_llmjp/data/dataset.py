@@ -22,14 +22,14 @@ import torch
 from torch.utils.data import Dataset
 
 from megatron_llmjp.data.folds.schedule import (
+    DatasetSlice,
     FoldPlan,
-    HeldOut,
+    HeldOutDataset,
     MegatronBlend,
     Schedule,
-    Slice,
     epoch_seed,
 )
-from megatron_llmjp.data.indices.epoch_index import Epochs
+from megatron_llmjp.data.indices.epoch_index import EpochDatasets
 from megatron_llmjp.data.indices.index_cache import CachedIndex
 from megatron_llmjp.data.indices.interleave import FoldOrder
 from megatron_llmjp.data.indices.megatron_order import megatron_index
@@ -40,7 +40,7 @@ with without_warnings():
     from megatron.core.datasets.gpt_dataset import GPTDataset
 
 
-def vetted(
+def check_token_ids(
     sample: dict[str, torch.Tensor], data: Any, number: int, vocab_size: int | None
 ) -> dict[str, torch.Tensor]:
     """A sample of a GPTDataset, whose tokens are all in the vocabulary.
@@ -94,7 +94,7 @@ class FoldDataset(Dataset[Sample]):
     the vocabulary raises DataError.
     """
 
-    def __init__(self, schedule: Schedule, epochs: Epochs) -> None:
+    def __init__(self, schedule: Schedule, epochs: EpochDatasets) -> None:
         self.schedule = schedule
         self._epochs = epochs
         self._open_epoch = lru_cache(maxsize=256)(self._epoch)
@@ -111,13 +111,13 @@ class FoldDataset(Dataset[Sample]):
         if fold.megatron is not None:
             samples = self._megatron(fold.megatron)
             _, data, sample = samples.source(inside)
-            return vetted(samples[inside], data, sample, self._epochs.vocab_size)
+            return check_token_ids(samples[inside], data, sample, self._epochs.vocab_size)
         piece, number = self._source(fold, inside)
         epoch, sample = divmod(number, piece.samples_per_epoch)
         data = self._open_epoch(piece.key, piece.path, epoch)
-        return vetted(data[sample], data, sample, self._epochs.vocab_size)
+        return check_token_ids(data[sample], data, sample, self._epochs.vocab_size)
 
-    def locate(self, index: int) -> tuple[Slice, int]:
+    def locate(self, index: int) -> tuple[DatasetSlice, int]:
         """The dataset of trained sample ``index`` and its number in the dataset's stream.
 
         In Megatron-LM's order its number in the dataset that Megatron-LM builds of it.
@@ -143,10 +143,10 @@ class FoldDataset(Dataset[Sample]):
     def _place(self, index: int) -> tuple[FoldPlan, int]:
         """The fold of trained sample ``index`` and the sample's number in it."""
         position = self.schedule.position(index)
-        fold = self.schedule.fold_of(position)
+        fold = self.schedule.fold_at_position(position)
         return fold, position - fold.first_sample
 
-    def _source(self, fold: FoldPlan, inside: int) -> tuple[Slice, int]:
+    def _source(self, fold: FoldPlan, inside: int) -> tuple[DatasetSlice, int]:
         which, number = self._order(fold)
         piece = fold.slices[which[inside]]
         return piece, piece.start + int(number[inside])
@@ -158,7 +158,7 @@ class FoldDataset(Dataset[Sample]):
 class ValidationDataset(Dataset[Sample]):
     """The first samples of a validation set, over again when more are asked for."""
 
-    def __init__(self, held_out: HeldOut | MegatronBlend, epochs: Epochs) -> None:
+    def __init__(self, held_out: HeldOutDataset | MegatronBlend, epochs: EpochDatasets) -> None:
         self._held_out = held_out
         self._epochs = epochs
         self._samples: Any = None
@@ -179,7 +179,7 @@ class ValidationDataset(Dataset[Sample]):
         data, sample = samples, number
         if isinstance(self._held_out, MegatronBlend):
             _, data, sample = samples.source(number)
-        return vetted(samples[number], data, sample, self._epochs.vocab_size)
+        return check_token_ids(samples[number], data, sample, self._epochs.vocab_size)
 
     def _opened(self) -> Any:
         if self._samples is None:

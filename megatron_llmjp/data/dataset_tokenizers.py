@@ -19,7 +19,7 @@ from megatron_llmjp.tokenizers.registry import Identity, describe, key_of
 ALLOW = "--allow-tokenizer-mismatch"
 
 
-def read_tokenizer(prefix: str | Path) -> dict[str, Any] | None:
+def recorded_tokenizer(prefix: str | Path) -> dict[str, Any] | None:
     """The tokenizer that preprocess_data recorded with a dataset; None where it recorded none."""
     try:
         manifest = json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8"))
@@ -29,7 +29,7 @@ def read_tokenizer(prefix: str | Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def several_makers(paths: Iterable[str]) -> list[str]:
+def mixed_tokenizer_warnings(paths: Iterable[str]) -> list[str]:
     """A warning where datasets were made with different tokenizers."""
     makers = _makers(paths)
     if len(makers) < 2:
@@ -38,7 +38,7 @@ def several_makers(paths: Iterable[str]) -> list[str]:
     return [f"the datasets were made with different tokenizers: {groups}"]
 
 
-def other_makers(paths: Iterable[str], tokenizer: Identity) -> list[str]:
+def tokenizer_mismatches(paths: Iterable[str], tokenizer: Identity) -> list[str]:
     """One line for each other tokenizer than the run's that made a dataset."""
     return [
         f"{some(paths)} was made with another tokenizer than the run's: {describe(who)}, not "
@@ -48,7 +48,7 @@ def other_makers(paths: Iterable[str], tokenizer: Identity) -> list[str]:
     ]
 
 
-def check_makers(paths: Iterable[str], tokenizer: Identity, allowed: bool) -> list[str]:
+def check_dataset_tokenizers(paths: Iterable[str], tokenizer: Identity, allowed: bool) -> list[str]:
     """Refuse datasets that were made with another tokenizer than the run's.
 
     Returns:
@@ -57,7 +57,7 @@ def check_makers(paths: Iterable[str], tokenizer: Identity, allowed: bool) -> li
     Raises:
         UserError: a dataset's manifest records another tokenizer, and this is not ``allowed``.
     """
-    found = other_makers(paths, tokenizer)
+    found = tokenizer_mismatches(paths, tokenizer)
     if not found or allowed:
         return [f"{line}; accepted by {ALLOW}" for line in found]
     raise UserError(
@@ -67,7 +67,9 @@ def check_makers(paths: Iterable[str], tokenizer: Identity, allowed: bool) -> li
     )
 
 
-def check_ids(datasets: Mapping[str, DatasetInfo], vocab_size: int, tokenizer: Identity) -> None:
+def check_largest_ids(
+    datasets: Mapping[str, DatasetInfo], vocab_size: int, tokenizer: Identity
+) -> None:
     """Refuse datasets with token ids beyond the vocabulary, as far as they were read for it.
 
     Args:
@@ -94,7 +96,7 @@ def _makers(paths: Iterable[str]) -> dict[Hashable, tuple[dict[str, Any], list[s
     """Each tokenizer that made a dataset, and the datasets."""
     makers: dict[Hashable, tuple[dict[str, Any], list[str]]] = {}
     for path in sorted(paths):
-        found = read_tokenizer(path)
+        found = recorded_tokenizer(path)
         if found is not None:
             makers.setdefault(key_of(found), (found, []))[1].append(path)
     return makers

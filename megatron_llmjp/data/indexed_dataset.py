@@ -9,7 +9,7 @@ Format, little endian, from megatron-core ``datasets/indexed_dataset.py``:
 of the document index, int32[S] lengths in tokens, int64[S] offsets in bytes, int64[D] document
 index (0, then the number of sequences up to and with each document: documents = D - 1).
 
-Reading goes through megatron-core's IndexedDataset (``open_indexed``), after checks that it
+Reading goes through megatron-core's IndexedDataset (``open_indexed_dataset``), after checks that it
 lacks: it opens a truncated .bin without a word. ``indexed_writer.py`` writes.
 
 Checks of every entry of an index against the .bin, in constant memory.
@@ -65,7 +65,7 @@ def best_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 @dataclass(frozen=True)
-class Index:
+class DatasetIndex:
     """What an .idx says. The arrays are memory-mapped: opening reads a few pages only.
 
     Attributes:
@@ -103,7 +103,7 @@ class Index:
         return np.memmap(path, self.dtype, mode="r")
 
 
-def read_index(prefix: str | Path) -> Index:
+def read_index(prefix: str | Path) -> DatasetIndex:
     """Open an .idx and check it against itself and its .bin, in constant time.
 
     Raises:
@@ -168,14 +168,16 @@ def _existing(prefix: str | Path) -> Path:
     return path
 
 
-def _map(prefix: Path, path: Path, dtype: np.dtype[Any], sequences: int, entries: int) -> Index:
+def _map(
+    prefix: Path, path: Path, dtype: np.dtype[Any], sequences: int, entries: int
+) -> DatasetIndex:
     def array(kind: type, count: int, offset: int) -> npt.NDArray[Any]:
         if count == 0:  # nothing can be mapped
             return np.empty(0, kind)
         return np.memmap(path, kind, mode="r", offset=offset, shape=(count,))
 
     at = HEADER.size
-    return Index(
+    return DatasetIndex(
         prefix=prefix,
         dtype=dtype,
         lengths=array(np.int32, sequences, at),
@@ -184,7 +186,7 @@ def _map(prefix: Path, path: Path, dtype: np.dtype[Any], sequences: int, entries
     )
 
 
-def _check_bin(index: Index) -> None:
+def _check_bin(index: DatasetIndex) -> None:
     path = bin_path(index.prefix)
     first, last = index.document_indices[0], index.document_indices[-1]
     if first != 0 or last != index.sequences:
@@ -211,7 +213,7 @@ def token_count(prefix: str | Path) -> int:
     return read_index(prefix).tokens
 
 
-def open_indexed(prefix: str | Path) -> Any:
+def open_indexed_dataset(prefix: str | Path) -> Any:
     """Return megatron-core's IndexedDataset of this prefix, after the checks of read_index.
 
     Imports torch. Raises UserError as read_index.
@@ -227,7 +229,7 @@ CHUNK = 1 << 20  # entries at a time
 Mask = npt.NDArray[np.bool_]
 
 
-def read_checked(prefix: str | Path) -> Index:
+def read_and_check_index(prefix: str | Path) -> DatasetIndex:
     """Open an .idx as :func:`read_index` does, and check every entry.
 
     Raises:
@@ -239,7 +241,7 @@ def read_checked(prefix: str | Path) -> Index:
     return index
 
 
-def check_entries(index: Index) -> None:
+def check_entries(index: DatasetIndex) -> None:
     """Check lengths, pointers and documents of an index against each other and the .bin.
 
     Sequences must be in the .bin, at whole tokens, and share no token; they need not be in order
@@ -269,7 +271,7 @@ def check_entries(index: Index) -> None:
 
 
 def _chunks(
-    index: Index,
+    index: DatasetIndex,
 ) -> Iterator[tuple[int, npt.NDArray[np.int32], npt.NDArray[np.int64]]]:
     for first in range(0, index.sequences, CHUNK):
         part = slice(first, first + CHUNK)
@@ -277,7 +279,7 @@ def _chunks(
 
 
 def _check(
-    index: Index, first: int, wrong: Mask, problem: str, lengths: Any, pointers: Any
+    index: DatasetIndex, first: int, wrong: Mask, problem: str, lengths: Any, pointers: Any
 ) -> None:
     """Raise for the first sequence of a chunk for which ``wrong`` is set."""
     if wrong.any():
@@ -286,7 +288,7 @@ def _check(
         _refuse(index, f"sequence {first + at:,}: {found}")
 
 
-def _check_overlap(index: Index) -> None:
+def _check_overlap(index: DatasetIndex) -> None:
     """Raise if two sequences share a token; only for an index that is not in order."""
     filled = np.flatnonzero(index.lengths)
     order = filled[np.argsort(index.pointers[filled], kind="stable")]
@@ -299,7 +301,7 @@ def _check_overlap(index: Index) -> None:
         _refuse(index, f"sequences {one:,} and {other:,} hold the same tokens of the .bin")
 
 
-def _check_documents(index: Index) -> None:
+def _check_documents(index: DatasetIndex) -> None:
     for first in range(0, index.documents, CHUNK):
         ends = np.asarray(index.document_indices[first : first + CHUNK + 1])
         if (ends[1:] < ends[:-1]).any():
@@ -309,7 +311,7 @@ def _check_documents(index: Index) -> None:
             )
 
 
-def _refuse(index: Index, problem: str) -> NoReturn:
+def _refuse(index: DatasetIndex, problem: str) -> NoReturn:
     raise DataError(
         f"{idx_path(index.prefix)}: {problem}. The index is damaged or belongs to another .bin: "
         "copy both files again, or make the dataset again with preprocess_data."

@@ -23,7 +23,7 @@ CHUNK = 1 << 20  # sequences handled at a time when an index is written
 
 
 @dataclass(frozen=True)
-class Position:
+class WriterPosition:
     """How far a writer has come, and the CRC-32 of the .bin up to there.
 
     CRC-32 finds any accidental damage that matters and runs at 3 GB/s; SHA-256, at 0.4 GB/s on
@@ -36,17 +36,19 @@ class Position:
     crc: int = 0
 
 
-class IndexedWriter:
+class IndexedDatasetWriter:
     """Writes a .bin as documents arrive, and its .idx at the end, in constant memory.
 
     Lengths are kept beside the .bin in ``.lengths`` and ``.documents`` files until then, so that
     a killed program can go on from the last ``sync``.
     """
 
-    def __init__(self, path: Path, dtype: np.dtype[Any], resume_at: Position | None = None) -> None:
+    def __init__(
+        self, path: Path, dtype: np.dtype[Any], resume_at: WriterPosition | None = None
+    ) -> None:
         self.path = path
         self.dtype = np.dtype(dtype)
-        self.position = resume_at or Position()
+        self.position = resume_at or WriterPosition()
         self._bin = _open_at(path, self.position.bin_bytes)
         self._lengths = _open_at(path.with_suffix(".lengths"), 4 * self.position.sequences)
         self._documents = _open_at(path.with_suffix(".documents"), 4 * self.position.documents)
@@ -72,14 +74,14 @@ class IndexedWriter:
         self._bin.write(data)
         self._lengths.write(lengths.astype("<i4").tobytes())
         self._documents.write(sequences.astype("<i4").tobytes())
-        self.position = Position(
+        self.position = WriterPosition(
             self.position.bin_bytes + len(data),
             self.position.sequences + len(lengths),
             self.position.documents + len(sequences),
             zlib.crc32(data, self.position.crc),
         )
 
-    def sync(self) -> Position:
+    def sync(self) -> WriterPosition:
         """Bring everything to disk and return the position to resume at."""
         for file in (self._bin, self._lengths, self._documents):
             file.flush()

@@ -3,7 +3,7 @@
 What a sample holds is written in megatron-core's indices (``GPTDataset``): the shuffle index says
 which sample of the unshuffled stream it is, the sample index where that begins and ends in the
 stream of documents, the document index which documents these are. Everything here reads these
-indices; no process group is needed, and no token is read until ``tokens_of`` is asked.
+indices; no process group is needed, and no token is read until ``read_tokens`` is asked.
 
 A sample is ``sequence_length + 1`` tokens: the last one is a label only, and the first of the next
 sample of the stream.
@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_llmjp.data.folds.schedule import FoldPlan, Schedule, Slice, epoch_seed
+from megatron_llmjp.data.folds.schedule import DatasetSlice, FoldPlan, Schedule, epoch_seed
 from megatron_llmjp.data.indexed_dataset import read_index
-from megatron_llmjp.data.indices.epoch_index import Epochs
+from megatron_llmjp.data.indices.epoch_index import EpochDatasets
 from megatron_llmjp.data.indices.interleave import FoldOrder
 from megatron_llmjp.data.indices.megatron_order import megatron_index
 
@@ -30,7 +30,7 @@ OPEN = 64
 
 
 @dataclass(frozen=True)
-class Span:
+class TokenSpan:
     """Consecutive tokens of one document."""
 
     dataset: str
@@ -42,7 +42,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Origin:
+class SampleOrigin:
     """Where a sample comes from."""
 
     number: int | None
@@ -53,7 +53,7 @@ class Origin:
     epoch: int | None
     """How often the dataset had been used up before, from 0; None in Megatron-LM's order, which
     may mix the epochs of a dataset."""
-    spans: tuple[Span, ...]
+    spans: tuple[TokenSpan, ...]
 
 
 class Lineage:
@@ -64,7 +64,7 @@ class Lineage:
         epochs: opens the indices of their datasets, which are made where they are missing.
     """
 
-    def __init__(self, schedule: Schedule, epochs: Epochs) -> None:
+    def __init__(self, schedule: Schedule, epochs: EpochDatasets) -> None:
         self.schedule = schedule
         self._epochs = epochs
         self._epoch = lru_cache(maxsize=OPEN)(self._open_epoch)
@@ -78,7 +78,7 @@ class Lineage:
         spans = self.origin(self.schedule.position(number)).spans
         return [(s.dataset, s.document, s.first_token, s.tokens) for s in spans]
 
-    def origin(self, position: int) -> Origin:
+    def origin(self, position: int) -> SampleOrigin:
         """The origin of the sample at a position of the schedule.
 
         Raises:
@@ -86,7 +86,7 @@ class Lineage:
         """
         if not 0 <= position < self.schedule.total_positions:
             raise IndexError(f"position {position} of {self.schedule.total_positions}")
-        fold = self.schedule.fold_of(position)
+        fold = self.schedule.fold_at_position(position)
         inside = position - fold.first_sample
         epoch = None
         if fold.megatron is not None:
@@ -97,12 +97,12 @@ class Lineage:
             piece = fold.slices[which[inside]]
             epoch, sample = divmod(piece.start + int(number[inside]), piece.samples_per_epoch)
             data = self._epoch(piece, epoch)
-        return Origin(
+        return SampleOrigin(
             number=self._number(position),
             position=position,
             fold=fold.name,
             epoch=epoch,
-            spans=spans_of(piece, data, sample),
+            spans=sample_spans(piece, data, sample),
         )
 
     def positions_of(self, key: str, document: int) -> Iterator[int]:
@@ -125,7 +125,7 @@ class Lineage:
         """Numbers in a fold of the samples of its dataset ``place`` that hold a document."""
         if fold.megatron is not None:
             samples = self._megatron(fold.megatron)
-            wanted = samples_with(samples.datasets[place], document)
+            wanted = samples_containing(samples.datasets[place], document)
             return [int(number) for number in samples.numbers(place, wanted)]
         wanted = self._in_slice(fold.slices[place], document)
         if not len(wanted):
@@ -133,11 +133,11 @@ class Lineage:
         which, number = self._order(fold)
         return [int(n) for n in np.flatnonzero((which == place) & np.isin(number, wanted))]
 
-    def _in_slice(self, piece: Slice, document: int) -> npt.NDArray[np.int64]:
+    def _in_slice(self, piece: DatasetSlice, document: int) -> npt.NDArray[np.int64]:
         """Numbers in the slice of the samples that hold a document."""
         first, size = piece.start // piece.samples_per_epoch, piece.samples_per_epoch
         numbers = [
-            epoch * size + samples_with(self._epoch(piece, epoch), document) - piece.start
+            epoch * size + samples_containing(self._epoch(piece, epoch), document) - piece.start
             for epoch in range(first, piece.last_epoch + 1 if piece.samples else first)
         ]
         found = np.concatenate([np.empty(0, np.int64), *numbers])
@@ -148,12 +148,12 @@ class Lineage:
         skipped = self.schedule.skips.kept(position, position + 1) == 0
         return None if skipped else number
 
-    def _open_epoch(self, piece: Slice, epoch: int) -> Any:
+    def _open_epoch(self, piece: DatasetSlice, epoch: int) -> Any:
         seed = epoch_seed(self.schedule.seed, piece.key, epoch)
         return self._epochs.open(piece.key, piece.path, seed)
 
 
-def spans_of(piece: Slice, data: Any, sample: int) -> tuple[Span, ...]:
+def sample_spans(piece: DatasetSlice, data: Any, sample: int) -> tuple[TokenSpan, ...]:
     """The documents of one sample of a GPTDataset, in order."""
     row = int(data.shuffle_index[sample])
     (first, begin), (last, end) = (
@@ -168,11 +168,11 @@ def spans_of(piece: Slice, data: Any, sample: int) -> tuple[Span, ...]:
         if stop > start:
             document = int(np.searchsorted(documents, sequence, side="right")) - 1
             before = int(lengths[int(documents[document]) : sequence].sum(dtype=np.int64))
-            spans.append(Span(piece.name, piece.path, document, before + start, stop - start))
+            spans.append(TokenSpan(piece.name, piece.path, document, before + start, stop - start))
     return tuple(spans)
 
 
-def samples_with(data: Any, document: int) -> npt.NDArray[np.int64]:
+def samples_containing(data: Any, document: int) -> npt.NDArray[np.int64]:
     """Numbers of the samples of a GPTDataset that hold a token of a document, ascending."""
     first, end = (int(n) for n in data.dataset.document_indices[document : document + 2])
     index = data.document_index
@@ -190,7 +190,7 @@ def samples_with(data: Any, document: int) -> npt.NDArray[np.int64]:
     return np.flatnonzero(np.isin(data.shuffle_index, rows))
 
 
-def tokens_of(span: Span) -> npt.NDArray[Any]:
+def read_tokens(span: TokenSpan) -> npt.NDArray[Any]:
     """The token ids of a span, read from its document."""
     index = read_index(span.path)
     first, end = index.document_indices[span.document : span.document + 2]

@@ -10,28 +10,28 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_llmjp.config.schema import Config
-from megatron_llmjp.data.batch_size import BatchSizes, planned_samples
+from megatron_llmjp.data.batch_size import BatchSizeSchedule, planned_samples
 from megatron_llmjp.data.folds.schedule import Schedule
 from megatron_llmjp.data.folds.schema import FoldLearningRate
 from megatron_llmjp.errors import UserError
 
-Settings = dict[str, Any]
+SchedulerSettings = dict[str, Any]
 """Arguments of megatron-core's ``OptimizerParamScheduler``."""
 
 
 @dataclass(frozen=True)
-class RateSettings:
+class LearningRateSettings:
     """The settings of every curve of a run."""
 
-    run: Settings
+    run: SchedulerSettings
     """Of the curve that spans the run."""
-    folds: tuple[tuple[int, int, Settings], ...]
+    folds: tuple[tuple[int, int, SchedulerSettings], ...]
     """First sample, end and settings of each fold with a learning rate of its own."""
 
 
-def rate_settings(
-    config: Config, schedule: Schedule, sizes: BatchSizes, train_iters: int
-) -> RateSettings:
+def learning_rate_settings(
+    config: Config, schedule: Schedule, sizes: BatchSizeSchedule, train_iters: int
+) -> LearningRateSettings:
     """Work out and check the settings of a run.
 
     Args:
@@ -49,22 +49,24 @@ def rate_settings(
     for fold in schedule.folds:
         if fold.learning_rate is None:
             continue
-        first, end = (_first_iteration(sizes, at) for at in schedule.trainable(fold))
+        first, end = (_first_iteration(sizes, at) for at in schedule.sample_range(fold))
         if first < end:
             settings = {**run, **_settings_of_fold(fold.learning_rate, sizes, first, end)}
             _check(settings, f"fold '{fold.name}', learning_rate")
             start, stop = sizes.consumed_after(first - 1), sizes.consumed_after(end - 1)
             folds.append((start, stop, settings))
-    return RateSettings(run, tuple(folds))
+    return LearningRateSettings(run, tuple(folds))
 
 
-def _first_iteration(sizes: BatchSizes, sample: int) -> int:
+def _first_iteration(sizes: BatchSizeSchedule, sample: int) -> int:
     """The first iteration that begins with trained sample ``sample``, or later."""
     full, rest = sizes.iterations(sample)
     return full + (2 if rest else 1)
 
 
-def _settings_of_fold(own: FoldLearningRate, sizes: BatchSizes, first: int, end: int) -> Settings:
+def _settings_of_fold(
+    own: FoldLearningRate, sizes: BatchSizeSchedule, first: int, end: int
+) -> SchedulerSettings:
     """What differs from the run's; without values of its own, no warm-up and a decay to its end."""
     before = sizes.consumed_after(first - 1)
     decay = sizes.consumed_after(first - 1 + (own.lr_decay_iters or end - first)) - before
@@ -81,7 +83,9 @@ def _settings_of_fold(own: FoldLearningRate, sizes: BatchSizes, first: int, end:
     return {"lr_warmup_steps": warmup, "lr_decay_steps": decay, **given}
 
 
-def _settings_of_run(config: Config, sizes: BatchSizes, train_iters: int) -> Settings:
+def _settings_of_run(
+    config: Config, sizes: BatchSizeSchedule, train_iters: int
+) -> SchedulerSettings:
     """Lengths in samples, from whichever unit they are given in."""
     o = config.optimizer
     decay = in_samples(config, o.lr_decay_samples, o.lr_decay_tokens)
@@ -123,7 +127,7 @@ def in_samples(config: Config, samples: int | None, tokens: int | None) -> int |
     return samples
 
 
-def _check(settings: Settings, where: str) -> None:
+def _check(settings: SchedulerSettings, where: str) -> None:
     """Refuse what megatron-core's scheduler would only assert."""
     s = settings
     if s["lr_warmup_steps"] >= s["lr_decay_steps"]:

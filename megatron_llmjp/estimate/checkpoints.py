@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megatron_llmjp.checkpoint.retention import Moment, reason_to_save, removable
 from megatron_llmjp.config.schema import Config
-from megatron_llmjp.data.batch_size import BatchSizes
+from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.estimate.memory import element_size
 from megatron_llmjp.estimate.parameters import count_parameters
 
@@ -43,7 +43,7 @@ def count_checkpoints(
         fold_ends: samples trained on when each fold ends.
         step_seconds: for those that are saved by the clock.
     """
-    policy, sizes = config.checkpoint, BatchSizes(config)
+    policy, sizes = config.checkpoint, BatchSizeSchedule(config)
     rules = (policy.save_interval, policy.save_policy, policy.save_interval_tokens)
     if not any((*rules, policy.save_interval_minutes, fold_ends)):
         return Checkpoints(1, 1)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron_llmjp.data.batch_size import BatchSizes
+from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.data.folds.schedule import FoldPlan, Schedule
 from megatron_llmjp.formatting import aligned, human
 
@@ -97,7 +97,7 @@ class DataPlan:
 
 def make_plan(
     schedule: Schedule,
-    sizes: BatchSizes,
+    sizes: BatchSizeSchedule,
     train_iters: int | None = None,
     learning_rate: LearningRate | None = None,
 ) -> DataPlan:
@@ -121,7 +121,7 @@ def make_plan(
         SkipRow(
             first=first,
             end=end,
-            fold=schedule.fold_of(first).name,
+            fold=schedule.fold_at_position(first).name,
             before_iteration=sizes.iteration_of(schedule.skips.kept_before(end)),
         )
         for first, end in schedule.skips.ranges
@@ -142,11 +142,11 @@ def _fold(
     fold: FoldPlan,
     datasets: tuple[DatasetRow, ...],
     schedule: Schedule,
-    sizes: BatchSizes,
+    sizes: BatchSizeSchedule,
     train_iters: int,
     learning_rate: LearningRate | None,
 ) -> FoldRow:
-    begin, end = schedule.trainable(fold)
+    begin, end = schedule.sample_range(fold)
     first = sizes.iteration_of(begin)
     last = min(sizes.iteration_of(max(begin, end - 1)), train_iters)
     reached = first <= train_iters and end > begin

@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_llmjp.config.schema import Config
-from megatron_llmjp.data.batch_size import BatchSizes
-from megatron_llmjp.data.folds.schedule import DatasetInfo, Schedule, Slice
+from megatron_llmjp.data.batch_size import BatchSizeSchedule
+from megatron_llmjp.data.folds.schedule import DatasetInfo, DatasetSlice, Schedule
 from megatron_llmjp.data.folds.schema import FoldFile
-from megatron_llmjp.data.indexed_dataset import Index, bin_path, idx_path, read_index
+from megatron_llmjp.data.indexed_dataset import DatasetIndex, bin_path, idx_path, read_index
 from megatron_llmjp.estimate.data_plan import DataPlan, make_plan
 from megatron_llmjp.formatting import some
 from megatron_llmjp.run import Run
@@ -40,7 +40,7 @@ def overlaps(file: FoldFile, largest: int | None = None) -> list[str]:
             for more than that, the warning says how to compare them.
     """
     found, left_out = [], []
-    for paths in _sharing(file.sources()):
+    for paths in _sharing(file.dataset_paths()):
         size = sum(idx_path(path).stat().st_size for path in paths)
         if largest is not None and size > largest:
             left_out.append(
@@ -79,7 +79,7 @@ def _pairs(members: list[str]) -> Iterator[tuple[str, str, int, int]]:
             yield one, other, count, min(len(starts[one]), len(starts[other]))
 
 
-def _starts(index: Index) -> npt.NDArray[Any]:
+def _starts(index: DatasetIndex) -> npt.NDArray[Any]:
     """Return where each document begins in the .bin, without those that hold no token."""
     filled = np.concatenate(([0], np.cumsum(index.lengths > 0)))
     bounds = index.document_indices
@@ -103,7 +103,7 @@ def find_warnings(
         file: the fold file, for validation sets and per-fold learning rates.
         datasets: what is known of each dataset, by path.
     """
-    sizes = BatchSizes(config)
+    sizes = BatchSizeSchedule(config)
     return [
         *_sizes(plan, schedule, sizes),
         *_end(plan, schedule, sizes),
@@ -121,7 +121,7 @@ def warnings_of_run(run: Run) -> list[str]:
 
     The lint of a run warns of the end of the decay. That folds continue a dataset is no mistake.
     """
-    sizes = BatchSizes(run.config)
+    sizes = BatchSizeSchedule(run.config)
     plan = make_plan(run.schedule, sizes, run.train_iters)
     return [
         *_sizes(plan, run.schedule, sizes),
@@ -133,9 +133,9 @@ def warnings_of_run(run: Run) -> list[str]:
     ]
 
 
-def _sizes(plan: DataPlan, schedule: Schedule, sizes: BatchSizes) -> Iterator[str]:
+def _sizes(plan: DataPlan, schedule: Schedule, sizes: BatchSizeSchedule) -> Iterator[str]:
     for fold in schedule.folds:
-        batch = sizes.at(schedule.trainable(fold)[0])
+        batch = sizes.at(schedule.sample_range(fold)[0])
         if fold.samples < batch:
             yield (
                 f"fold '{fold.name}' has {fold.samples:,} samples, less than one global batch of "
@@ -152,7 +152,7 @@ def _sizes(plan: DataPlan, schedule: Schedule, sizes: BatchSizes) -> Iterator[st
             yield f"fold '{row.name}': all of its {row.samples:,} samples are skipped"
 
 
-def _end(plan: DataPlan, schedule: Schedule, sizes: BatchSizes) -> Iterator[str]:
+def _end(plan: DataPlan, schedule: Schedule, sizes: BatchSizeSchedule) -> Iterator[str]:
     possible, rest = sizes.iterations(schedule.total_samples)
     if plan.train_iters < possible:
         missed = [row.name for row in plan.folds if row.first_iteration is None]
@@ -168,7 +168,7 @@ def _end(plan: DataPlan, schedule: Schedule, sizes: BatchSizes) -> Iterator[str]
         )
 
 
-Uses = dict[str, list[tuple[str, Slice]]]
+Uses = dict[str, list[tuple[str, DatasetSlice]]]
 """By key of a dataset, the folds that use it and the slices that they take."""
 
 
@@ -180,7 +180,7 @@ def _uses(schedule: Schedule) -> Uses:
     return uses
 
 
-def _epochs(places: Sequence[tuple[str, Slice]]) -> float:
+def _epochs(places: Sequence[tuple[str, DatasetSlice]]) -> float:
     """How often a dataset is seen in the whole run."""
     return sum(piece.samples for _, piece in places) / places[-1][1].samples_per_epoch
 
@@ -229,7 +229,7 @@ def _in_megatron_order(schedule: Schedule) -> set[str]:
     return {fold.name for fold in schedule.folds if fold.megatron is not None}
 
 
-def _in_several_folds(places: Sequence[tuple[str, Slice]]) -> str:
+def _in_several_folds(places: Sequence[tuple[str, DatasetSlice]]) -> str:
     """A dataset with the number of folds that use it; empty for one fold."""
     folds = len({name for name, _ in places})
     epochs = _epochs(places)
@@ -261,7 +261,7 @@ def _decay(plan: DataPlan, schedule: Schedule, config: Config) -> Iterator[str]:
     o, end = config.optimizer, _iterations(config, "lr_decay")
     if end is None or o.lr_decay_style == "constant":
         return
-    own = _own_iterations(schedule, BatchSizes(config))
+    own = _own_iterations(schedule, BatchSizeSchedule(config))
     left = plan.train_iters - end
     if left > 0:
         last = plan.train_iters + 1
@@ -297,13 +297,13 @@ def _warmup(plan: DataPlan, config: Config) -> Iterator[str]:
         )
 
 
-def _of_folds(plan: DataPlan, schedule: Schedule, sizes: BatchSizes) -> Iterator[str]:
+def _of_folds(plan: DataPlan, schedule: Schedule, sizes: BatchSizeSchedule) -> Iterator[str]:
     """Learning rates of folds; one counts the iterations that begin in its fold."""
     for fold in schedule.folds:
         own = fold.learning_rate
         if own is None:
             continue
-        before, end = (_begun(sizes, number) for number in schedule.trainable(fold))
+        before, end = (_begun(sizes, number) for number in schedule.sample_range(fold))
         length = min(end, plan.train_iters) - before
         if (own.lr_warmup_iters or 0) > length > 0:
             yield (
@@ -319,13 +319,13 @@ def _of_folds(plan: DataPlan, schedule: Schedule, sizes: BatchSizes) -> Iterator
             )
 
 
-def _own_iterations(schedule: Schedule, sizes: BatchSizes) -> list[range]:
+def _own_iterations(schedule: Schedule, sizes: BatchSizeSchedule) -> list[range]:
     """Iterations of the folds that have a learning rate of their own."""
-    bounds = [schedule.trainable(fold) for fold in schedule.folds if fold.learning_rate]
+    bounds = [schedule.sample_range(fold) for fold in schedule.folds if fold.learning_rate]
     return [range(_begun(sizes, a) + 1, _begun(sizes, b) + 1) for a, b in bounds]
 
 
-def _begun(sizes: BatchSizes, number: int) -> int:
+def _begun(sizes: BatchSizeSchedule, number: int) -> int:
     """Iterations whose first sample is before sample ``number``."""
     full, rest = sizes.iterations(number)
     return full + (rest > 0)
@@ -339,6 +339,6 @@ def _iterations(config: Config, field: str) -> int | None:
     if tokens is not None:
         samples = tokens // config.data.seq_length
     if samples is not None:
-        return BatchSizes(config).iterations(samples)[0]
+        return BatchSizeSchedule(config).iterations(samples)[0]
     found: int | None = getattr(o, f"{field}_iters")
     return found

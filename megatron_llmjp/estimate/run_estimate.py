@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from megatron_llmjp.config.machine_flags import Rehearsal
 from megatron_llmjp.config.schema import Config
-from megatron_llmjp.data.batch_size import BatchSizes, last_iteration
+from megatron_llmjp.data.batch_size import BatchSizeSchedule, last_iteration
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.estimate.checkpoints import checkpoint_bytes, count_checkpoints
 from megatron_llmjp.estimate.communication import Communication, communicate
@@ -134,7 +134,7 @@ def find_machine(config: Config, rehearsal: Rehearsal) -> Machine:
 
 def length_without_data(config: Config) -> Length | None:
     """What the training section asks for, or else the end of the learning rate's decay."""
-    sizes = BatchSizes(config)
+    sizes = BatchSizeSchedule(config)
     found, source = last_iteration(config, sizes), "as asked for"
     if found is None:
         found, source = decay_end(config), "to the end of the learning rate's decay"

@@ -15,7 +15,7 @@ import yaml
 
 from megatron_llmjp.checkpoint import manifest, run_lock
 from megatron_llmjp.config.loading import load_resolved
-from megatron_llmjp.data.batch_size import BatchSizes
+from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.report.history import (
     LOSS,
@@ -178,7 +178,7 @@ def _train_iters(folder: Path, last: Record, saved: Saved | None) -> int | None:
     except (AssertionError, UserError, OSError):
         return int(last["iteration"]) + round(left)
     samples = last["consumed samples"] + round(left * last["global batch size"])
-    return BatchSizes(config).iterations(samples)[0]
+    return BatchSizeSchedule(config).iterations(samples)[0]
 
 
 def _folds(folder: Path, saved: Saved | None) -> int | None:

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset
 
 from megatron_llmjp.config.schema import Config
-from megatron_llmjp.data.dataloader import Batch, BatchSize, micro_batches
+from megatron_llmjp.data.dataloader import Batch, BatchSizeFunction, micro_batches
 from megatron_llmjp.data.dataset import FoldDataset, Sample
 from megatron_llmjp.data.folds.schedule import Schedule
 from megatron_llmjp.parallel.device import Device, without_warnings
@@ -50,7 +50,7 @@ def feed(
     device: Device,
     first: int,
     end: int,
-    batch_size: BatchSize,
+    batch_size: BatchSizeFunction,
 ) -> list[Iterator[Batch]]:
     """One iterator per model chunk over the micro-batches of samples ``[first, end)``."""
     chunks = config.parallel.virtual_pipeline_model_parallel_size

@@ -23,9 +23,9 @@ from enum import Enum
 from typing import Any
 
 from megatron_llmjp.config.schema import FaultsConfig, OptimizerConfig
-from megatron_llmjp.data.batch_size import BatchSizes
-from megatron_llmjp.data.folds.schedule import Skips
-from megatron_llmjp.data.indices.epoch_index import Epochs
+from megatron_llmjp.data.batch_size import BatchSizeSchedule
+from megatron_llmjp.data.folds.schedule import SkippedSamples
+from megatron_llmjp.data.indices.epoch_index import EpochDatasets
 from megatron_llmjp.data.lineage import Lineage
 from megatron_llmjp.run import Run
 from megatron_llmjp.run_data import count_iterations
@@ -190,7 +190,7 @@ def count(run: Run) -> int:
     return len(_ranges(run))
 
 
-def count_recent(run: Run, sizes: BatchSizes, iteration: int) -> int:
+def count_recent(run: Run, sizes: BatchSizeSchedule, iteration: int) -> int:
     """Rollbacks that skipped batches of the :data:`WINDOW` iterations before this one."""
     first = sizes.consumed_after(max(0, iteration - WINDOW))
     return sum(run.schedule.skips.kept_before(end) >= first for _, end in _ranges(run).values())
@@ -199,8 +199,8 @@ def count_recent(run: Run, sizes: BatchSizes, iteration: int) -> int:
 def planned_iterations(run: Run) -> int:
     """Iterations that the run would have without its rollbacks."""
     other = [r for words, r in run.past.skipped_iterations.items() if not _is_rollback(words)]
-    by_user = Skips.of([*other, *(skip.samples for skip in run.folds.skip)])
-    return count_iterations(run.config, run.schedule.skipping(by_user))[0]
+    by_user = SkippedSamples.of([*other, *(skip.samples for skip in run.folds.skip)])
+    return count_iterations(run.config, run.schedule.with_skips(by_user))[0]
 
 
 def _ranges(run: Run) -> dict[str, tuple[int, int]]:
@@ -230,7 +230,7 @@ def describe_step(
         grad_norm: before clipping.
         gives_up: whether a limit is reached, which ends the run.
     """
-    fold = run.schedule.fold_at(batch[-1]).name
+    fold = run.schedule.fold_of_sample(batch[-1]).name
     norm = f"gradient norm {grad_norm:.3g}, usually {judge.usual:.3g}"
     return (
         f"iteration {iteration}, fold '{fold}': {judge.verdict.value} ({norm}); "
@@ -283,7 +283,7 @@ def _consequence(run: Run, judge: Judge, gives_up: bool) -> str:
 
 
 def _documents(run: Run, batch: range) -> str:
-    lineage = Lineage(run.schedule, Epochs(run.config.data, run.tokenizer, run.cache))
+    lineage = Lineage(run.schedule, EpochDatasets(run.config.data, run.tokenizer, run.cache))
     found: dict[tuple[str, int], None] = {}
     for number in batch:
         for dataset, document, _, _ in lineage.documents_of(number):

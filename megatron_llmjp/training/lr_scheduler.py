@@ -12,9 +12,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from megatron_llmjp.config.schema import Config
-from megatron_llmjp.data.batch_size import BatchSizes
+from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.data.folds.schedule import Schedule
-from megatron_llmjp.data.lr_schedule import Settings, rate_settings
+from megatron_llmjp.data.lr_schedule import SchedulerSettings, learning_rate_settings
 from megatron_llmjp.parallel.device import without_warnings
 
 with without_warnings():
@@ -46,10 +46,10 @@ class LearningRates:
     """
 
     def __init__(
-        self, config: Config, schedule: Schedule, batch_sizes: BatchSizes, train_iters: int
+        self, config: Config, schedule: Schedule, batch_sizes: BatchSizeSchedule, train_iters: int
     ) -> None:
         self._sizes = batch_sizes
-        settings = rate_settings(config, schedule, batch_sizes, train_iters)
+        settings = learning_rate_settings(config, schedule, batch_sizes, train_iters)
         self.settings = settings.run
         """Of the curve that spans the run."""
         self._run = _curve(settings.run)
@@ -85,6 +85,6 @@ class RunScheduler(OptimizerParamScheduler):
         return self._rates.after(self.num_steps)
 
 
-def _curve(settings: Settings) -> OptimizerParamScheduler:
+def _curve(settings: SchedulerSettings) -> OptimizerParamScheduler:
     """megatron-core's scheduler without an optimizer, to be asked for values."""
     return OptimizerParamScheduler(SimpleNamespace(param_groups=[]), **settings)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_llmjp.config.schema import Config
-from megatron_llmjp.data.batch_size import BatchSizes
+from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.data.folds.schedule import Schedule
 from megatron_llmjp.estimate.flops import compute_dtype, tflops_per_device
 from megatron_llmjp.estimate.gpus import peak_tflops
@@ -77,7 +77,7 @@ class Metrics:
         self,
         config: Config,
         schedule: Schedule,
-        sizes: BatchSizes,
+        sizes: BatchSizeSchedule,
         train_iters: int,
         device: Device,
         writers: Writers | None,
@@ -151,7 +151,7 @@ class Metrics:
         interval.skipped += not result.updated
         interval.nan += verdict is Verdict.BAD
         interval.spikes += verdict is Verdict.SPIKE
-        fold = self._schedule.fold_at(consumed - 1).name
+        fold = self._schedule.fold_of_sample(consumed - 1).name
         if fold != self._fold:
             self.event("fold", iteration, consumed, fold=fold)
         self._fold = fold
@@ -242,8 +242,8 @@ class Metrics:
     ) -> None:
         """Add what the first rank knows by itself, and write."""
         assert self._writers is not None
-        fold = self._schedule.fold_at(consumed - 1)
-        first, end = self._schedule.trainable(fold)
+        fold = self._schedule.fold_of_sample(consumed - 1)
+        first, end = self._schedule.sample_range(fold)
         number = self._schedule.folds.index(fold) + 1
         values["fold number"] = number
         values["fold progress"] = (consumed - first) / (end - first)

@@ -26,12 +26,12 @@ from megatron_llmjp.checkpoint.save import Description
 from megatron_llmjp.checkpoint.saver import FoldEnds, Saver
 from megatron_llmjp.checkpoint.sharded_state import RunState
 from megatron_llmjp.config.schema import Config
-from megatron_llmjp.data.batch_size import BatchSizes
+from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.data.dataset import FoldDataset, Sample, ValidationDataset
-from megatron_llmjp.data.folds.datasets import remember
-from megatron_llmjp.data.indices.epoch_index import Epochs
-from megatron_llmjp.data.indices.index_cache import ensure_all
-from megatron_llmjp.data.indices.prefetch import IndexAhead
+from megatron_llmjp.data.folds.datasets import save_facts
+from megatron_llmjp.data.indices.epoch_index import EpochDatasets
+from megatron_llmjp.data.indices.index_cache import ensure_indices
+from megatron_llmjp.data.indices.prefetch import IndexPrefetcher
 from megatron_llmjp.errors import RunError, UserError
 from megatron_llmjp.filesystem import no_heartbeat, warn
 from megatron_llmjp.formatting import human
@@ -57,7 +57,7 @@ class RunData:
 
     training: Dataset[Sample]
     validation: dict[str, ValidationDataset]
-    indices: IndexAhead
+    indices: IndexPrefetcher
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def open_data(run: Run, ranks: Ranks, beat: Callable[[], None] = no_heartbeat) -
     epochs = _epochs(run)
     data = FoldDataset(run.schedule, epochs)
     validation = _validation(run, epochs)
-    indices = IndexAhead(
+    indices = IndexPrefetcher(
         data,
         first_on_machine=ranks.local_rank == 0,
         say=print if ranks.is_first else lambda text: None,
@@ -87,9 +87,9 @@ def open_data(run: Run, ranks: Ranks, beat: Callable[[], None] = no_heartbeat) -
     )
     _, done = progress(run)
     held_out = [dataset.index for dataset in validation.values()]
-    indices.start(done, BatchSizes(run.config).at(done), held_out)
+    indices.start(done, BatchSizeSchedule(run.config).at(done), held_out)
     if ranks.local_rank == 0:
-        remember(run.datasets, run.cache)
+        save_facts(run.datasets, run.cache)
     return RunData(Labelled(data), validation, indices)
 
 
@@ -99,16 +99,16 @@ def open_validation(
     """The validation sets alone, with their indices made; ``beat`` follows each."""
     validation = _validation(run, _epochs(run))
     indices = [dataset.index for dataset in validation.values()]
-    ensure_all(indices, thorough=ranks.local_rank == 0, done=beat)
+    ensure_indices(indices, thorough=ranks.local_rank == 0, done=beat)
     return validation
 
 
-def _epochs(run: Run) -> Epochs:
+def _epochs(run: Run) -> EpochDatasets:
     vocab_size = max(run.tokenizer.vocab_size, run.config.model.vocab_size or 0)
-    return Epochs(run.config.data, run.tokenizer, run.cache, vocab_size)
+    return EpochDatasets(run.config.data, run.tokenizer, run.cache, vocab_size)
 
 
-def _validation(run: Run, epochs: Epochs) -> dict[str, ValidationDataset]:
+def _validation(run: Run, epochs: EpochDatasets) -> dict[str, ValidationDataset]:
     return {name: ValidationDataset(held_out, epochs) for name, held_out in run.validation.items()}
 
 
@@ -138,11 +138,11 @@ def build(run: Run, device: Device, rates: LearningRates, work: LongWork = UNWAT
 
 
 def make_saver(
-    run: Run, sizes: BatchSizes, may_publish: Callable[[], None], work: LongWork = UNWATCHED
+    run: Run, sizes: BatchSizeSchedule, may_publish: Callable[[], None], work: LongWork = UNWATCHED
 ) -> Saver:
     """Saves the run's checkpoints; ``may_publish`` raises when the save folder is lost."""
     schedule = run.schedule
-    samples = tuple(schedule.trainable(fold)[1] for fold in schedule.folds)
+    samples = tuple(schedule.sample_range(fold)[1] for fold in schedule.folds)
     iterations = frozenset(sizes.iteration_of(end - 1) for end in samples if end > 0)
     tokenizer = {name: path.read_bytes() for name, path in run.tokenizer.files().items()}
     about = Description(run.config, tokenizer)
@@ -163,7 +163,7 @@ def introduce(run: Run, chunks: list[Any], ranks: Ranks, device: Device) -> None
     replicas = ranks.world_size // parallel.model_parallel_size
     parameters = sum(p.numel() for chunk in chunks for p in chunk.parameters())
     tokens = run.schedule.total_samples * run.schedule.sequence_length
-    sizes = BatchSizes(run.config).sizes()
+    sizes = BatchSizeSchedule(run.config).sizes()
     growing = f"{sizes[0]} growing to " if len(sizes) > 1 else ""
     say(
         f"{ranks.world_size} process(es) by {ranks.started_by} on {device.name}: "

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron_llmjp.data.batch_size import BatchSizes
+from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.errors import EXIT_DONE, RunError
 from megatron_llmjp.parallel import process_groups
 from megatron_llmjp.parallel.device import Device, be_deterministic
@@ -96,7 +96,7 @@ def _train(
     """Train from the newest checkpoint, or from the start."""
     run, at = beginning.run, run_setup.progress(beginning.run)
     watch.watchdog.begin(at[0], "building or loading the model", counts_work=True)
-    sizes = BatchSizes(run.config)
+    sizes = BatchSizeSchedule(run.config)
     rates = LearningRates(run.config, run.schedule, sizes, run.train_iters)
     model = run_setup.build(run, place.device, rates, watch.work)
     run_setup.introduce(run, model.chunks, place.ranks, place.device)

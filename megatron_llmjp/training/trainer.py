@@ -13,7 +13,7 @@ from megatron_llmjp.checkpoint.retention import Moment
 from megatron_llmjp.checkpoint.save import Progress
 from megatron_llmjp.checkpoint.saver import Saver
 from megatron_llmjp.checkpoint.sharded_state import RunState
-from megatron_llmjp.data.batch_size import BatchSizes
+from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.data.dataloader import Batch
 from megatron_llmjp.data.folds.fingerprint import dump_fold_file
 from megatron_llmjp.errors import EXIT_DONE, RunError, UserError
@@ -64,7 +64,7 @@ class Trainer:
 
     run: Run
     device: Device
-    sizes: BatchSizes
+    sizes: BatchSizeSchedule
     model: Model
     data: RunData
     saver: Saver
@@ -290,7 +290,7 @@ class Trainer:
         progress = Progress(
             self.iteration,
             self.consumed_samples,
-            folds=run.schedule.touched(self.consumed_samples),
+            folds=run.schedule.consumed_folds(self.consumed_samples),
             skips=run.schedule.skips,
             past=run.past,
             metrics=metrics.last,

@@ -26,7 +26,7 @@ def save_on_rank(folder: str, words: list[str], port: str) -> dict[str, Any]:
     from megatron_llmjp.checkpoint.sharded_state import RunState
     from megatron_llmjp.config.flags import parse
     from megatron_llmjp.config.loading import changed
-    from megatron_llmjp.data.batch_size import BatchSizes
+    from megatron_llmjp.data.batch_size import BatchSizeSchedule
     from megatron_llmjp.errors import UserError
     from megatron_llmjp.parallel import process_groups
     from megatron_llmjp.parallel.device import setup
@@ -39,7 +39,7 @@ def save_on_rank(folder: str, words: list[str], port: str) -> dict[str, Any]:
     rank, world = int(os.environ["RANK"]), 2
     run = prepare(parse(words)[0], world)
     process_groups.start(run.config, Ranks(rank, world, 0, "127.0.0.1", port, "test"), device)
-    rates = LearningRates(run.config, run.schedule, BatchSizes(run.config), run.train_iters)
+    rates = LearningRates(run.config, run.schedule, BatchSizeSchedule(run.config), run.train_iters)
     model = run_setup.build(run, device, rates)
     state = RunState(model.chunks, model.optimizer, model.scheduler, {"counter": [1]})
     parameter = next(model.chunks[0].parameters())

@@ -41,7 +41,7 @@ def convert_on_rank(folder: str, words: dict[str, list[str]], port: str) -> None
     from megatron_llmjp.checkpoint.sharded_state import RunState
     from megatron_llmjp.config.flags import parse
     from megatron_llmjp.config.loading import changed
-    from megatron_llmjp.data.batch_size import BatchSizes
+    from megatron_llmjp.data.batch_size import BatchSizeSchedule
     from megatron_llmjp.parallel import process_groups
     from megatron_llmjp.parallel.device import setup
     from megatron_llmjp.parallel.ranks import Ranks
@@ -56,7 +56,9 @@ def convert_on_rank(folder: str, words: dict[str, list[str]], port: str) -> None
 
     def save(config, name, step):
         run = prepare(config, 2)
-        rates = LearningRates(run.config, run.schedule, BatchSizes(run.config), run.train_iters)
+        rates = LearningRates(
+            run.config, run.schedule, BatchSizeSchedule(run.config), run.train_iters
+        )
         model = run_setup.build(run, device, rates)
         if step:
             generator = torch.Generator().manual_seed(3)

@@ -14,7 +14,7 @@ from megatron_llmjp.checkpoint.manifest import Manifest
 from megatron_llmjp.config.flags import parse
 from megatron_llmjp.config.loading import dump
 from megatron_llmjp.data.folds import datasets as fold_datasets
-from megatron_llmjp.data.folds.datasets import keys_of
+from megatron_llmjp.data.folds.datasets import compute_keys
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.filesystem import crc32_of
 from megatron_llmjp.run import Run, prepare
@@ -43,7 +43,7 @@ def save(run: Run, iteration: int, root: Path) -> Path:
         iteration=iteration,
         consumed_samples=iteration * BATCH,
         contents="full",
-        folds=run.schedule.touched(iteration * BATCH),
+        folds=run.schedule.consumed_folds(iteration * BATCH),
         skips=list(run.schedule.skips.ranges),
         skipped_iterations=dict(run.past.skipped_iterations),
         overrides=list(run.past.overrides),
@@ -133,11 +133,11 @@ def test_runs_of_earlier_versions_keep_their_order(folds, tmp_path, records, los
         state_checksums(tmp_path / name)
 
     def earlier(prefix):
-        keys = keys_of(prefix)
+        keys = compute_keys(prefix)
         return replace(keys, key=keys.earlier or keys.key)
 
     with monkeypatch.context() as patch:
-        patch.setattr(fold_datasets, "keys_of", earlier)
+        patch.setattr(fold_datasets, "compute_keys", earlier)
         before = run_of(folds)
         file = save(before, 7, tmp_path / "run") / manifests.MANIFEST
     content = json.loads(file.read_text())

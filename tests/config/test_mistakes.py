@@ -215,7 +215,7 @@ def write_checkpoint(folder, save, iteration):
             iteration=iteration,
             consumed_samples=iteration * BATCH,
             contents="full",
-            folds=run.schedule.touched(iteration * BATCH),
+            folds=run.schedule.consumed_folds(iteration * BATCH),
             files=manifests.describe_files(inner, manifests.all_files(inner)),
         ),
     )

@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 
 from megatron_llmjp.config.flags import parse
-from megatron_llmjp.data.batch_size import BatchSizes
+from megatron_llmjp.data.batch_size import BatchSizeSchedule
 
 MODEL = ("--num-layers", "1", "--hidden-size", "8", "--num-attention-heads", "1")
 
 
-def batch_sizes(batch: int, *ramp: int) -> BatchSizes:
+def batch_sizes(batch: int, *ramp: int) -> BatchSizeSchedule:
     flags = ["--rampup-batch-size", *map(str, ramp)] if ramp else []
     config = parse([*MODEL, "--global-batch-size", str(batch), *flags]).config
-    return BatchSizes(config)
+    return BatchSizeSchedule(config)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def test_ranks_share_a_sequence_and_the_work(size):
             mock.patch.object(state, "get_context_parallel_world_size", return_value=size),
             mock.patch.object(state, "get_context_parallel_rank", return_value=rank),
         ):
-            parts.append(dataloader.context_parallel_part(dict(batch)))
+            parts.append(dataloader.slice_for_context_parallel(dict(batch)))
     together = torch.cat([part["tokens"] for part in parts], dim=1)
     assert torch.equal(together.sort(dim=1).values, numbers)
     for part in parts:
@@ -38,4 +38,4 @@ def test_one_rank_keeps_its_batch():
     with mock.patch.object(
         dataloader.parallel_state, "get_context_parallel_world_size", return_value=1
     ):
-        assert dataloader.context_parallel_part(batch) is batch
+        assert dataloader.slice_for_context_parallel(batch) is batch

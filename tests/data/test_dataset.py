@@ -16,25 +16,27 @@ from megatron.core.datasets.utils import Split
 
 from megatron_llmjp.config.flags import parse
 from megatron_llmjp.config.schema import DataConfig
-from megatron_llmjp.data.batch_size import BatchSizes
-from megatron_llmjp.data.dataloader import MicroBatches
+from megatron_llmjp.data.batch_size import BatchSizeSchedule
+from megatron_llmjp.data.dataloader import MicroBatchSampler
 from megatron_llmjp.data.dataset import FoldDataset, ValidationDataset
-from megatron_llmjp.data.folds.datasets import inspect_sources
+from megatron_llmjp.data.folds.datasets import inspect_datasets
 from megatron_llmjp.data.folds.loading import read_fold_file
-from megatron_llmjp.data.folds.resolve import resolve
-from megatron_llmjp.data.folds.schedule import FoldPlan, HeldOut, Slice, epoch_seed
-from megatron_llmjp.data.indexed_dataset_writer import IndexedWriter
-from megatron_llmjp.data.indices.epoch_index import DatasetTokenizer, Epochs
+from megatron_llmjp.data.folds.resolve import resolve_folds
+from megatron_llmjp.data.folds.schedule import DatasetSlice, FoldPlan, HeldOutDataset, epoch_seed
+from megatron_llmjp.data.indexed_dataset_writer import IndexedDatasetWriter
+from megatron_llmjp.data.indices.epoch_index import DatasetTokenizer, EpochDatasets
 from megatron_llmjp.data.indices.interleave import blend_order
 from megatron_llmjp.tokenizers import load_tokenizer
 
 LENGTH, BATCH = 16, 8
-BATCHES = BatchSizes(parse(["--config", "laptop-llama", "--global-batch-size", str(BATCH)])[0])
+BATCHES = BatchSizeSchedule(
+    parse(["--config", "laptop-llama", "--global-batch-size", str(BATCH)])[0]
+)
 
 
 def write_numbered(prefix: Path, lengths: list[int], first: int) -> None:
     """A dataset whose tokens are all different, so that each can be followed."""
-    writer = IndexedWriter(prefix.with_suffix(".bin"), np.dtype(np.int32))
+    writer = IndexedDatasetWriter(prefix.with_suffix(".bin"), np.dtype(np.int32))
     tokens = np.arange(first, first + sum(lengths), dtype=np.int32)
     writer.add(tokens, np.array(lengths, np.int32))
     writer.finish(prefix.with_suffix(".idx"))
@@ -66,14 +68,14 @@ def folder(tmp_path_factory):
     return folder
 
 
-def epochs_of(folder: Path, vocab_size: int = 99, **data) -> Epochs:
+def epochs_of(folder: Path, vocab_size: int = 99, **data) -> EpochDatasets:
     tokenizer = load_tokenizer("NullTokenizer", None, vocab_size=vocab_size)
-    return Epochs(DataConfig(seq_length=LENGTH, **data), tokenizer, folder / "cache")
+    return EpochDatasets(DataConfig(seq_length=LENGTH, **data), tokenizer, folder / "cache")
 
 
 def schedule_of(folder: Path, name: str = "folds.yaml"):
     file = read_fold_file(folder / name)
-    return resolve(file, inspect_sources(file), LENGTH, BATCHES)
+    return resolve_folds(file, inspect_datasets(file), LENGTH, BATCHES)
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +178,7 @@ def test_streams_go_on_over_folds_and_epochs(run, folder, tmp_path):
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=6).filter(any))
 @example([0, 0, 0, 0, 0, 1])  # megatron-core's helper crashes on empty datasets
 def test_every_part_of_a_fold_keeps_to_its_blend(counts):
-    slices = tuple(Slice(f"d{i}", "", "", 0, n, 99) for i, n in enumerate(counts))
+    slices = tuple(DatasetSlice(f"d{i}", "", "", 0, n, 99) for i, n in enumerate(counts))
     which, position = blend_order(FoldPlan("f", 0, sum(counts), slices, ""))
     for i, n in enumerate(counts):
         assert position[which == i].tolist() == list(range(n))
@@ -192,7 +194,7 @@ def test_every_part_of_a_fold_keeps_to_its_blend(counts):
 def test_a_global_batch_holds_the_same_samples_in_every_layout(replicas, size, more, skip, count):
     batch = replicas * size * more
     first, end = skip * batch, (skip + count) * batch
-    ranks = [list(MicroBatches(first, end, size, rank, replicas)) for rank in range(replicas)]
+    ranks = [list(MicroBatchSampler(first, end, size, rank, replicas)) for rank in range(replicas)]
     for n in range(count):
         mine = [rank[n * more : (n + 1) * more] for rank in ranks]
         assert all(len(micro) == size for rank in mine for micro in rank)
@@ -214,15 +216,15 @@ def test_a_batch_over_the_edge_of_two_folds(run, folder):
     for replicas, size in ((2, 1), (2, 2), (4, 2), (1, 8)):
         fresh = FoldDataset(schedule, epochs_of(folder))  # another process
         samplers = [
-            MicroBatches(batch[0], batch[-1] + 1, size, r, replicas) for r in range(replicas)
+            MicroBatchSampler(batch[0], batch[-1] + 1, size, r, replicas) for r in range(replicas)
         ]
         found = {i: plain(fresh[i]) for sampler in samplers for micro in sampler for i in micro}
         assert found == one
 
 
 def test_validation_starts_over_at_its_end(folder):
-    info = next(iter(inspect_sources(read_fold_file(folder / "folds.yaml")).values()))
-    held_out = HeldOut(str(folder / "a"), info.key, 7)
+    info = next(iter(inspect_datasets(read_fold_file(folder / "folds.yaml")).values()))
+    held_out = HeldOutDataset(str(folder / "a"), info.key, 7)
     data = ValidationDataset(held_out, epochs_of(folder))
     size = info.samples_per_epoch(LENGTH)
     assert plain(data[0]) == plain(data[size]) != plain(data[1])

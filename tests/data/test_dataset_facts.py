@@ -7,20 +7,22 @@ import os
 import pytest
 
 from megatron_llmjp.data.folds import datasets as fold_datasets
-from megatron_llmjp.data.folds.datasets import inspect_sources
+from megatron_llmjp.data.folds.datasets import inspect_datasets
 from megatron_llmjp.data.folds.loading import read_fold_file
 from tests.support.datasets import write_dataset, write_folds
 
 
 def test_datasets_are_not_read_again_until_they_change(tmp_path, monkeypatch):
     file, cache = read_fold_file(write_folds(tmp_path)), tmp_path / "cache"
-    fresh = inspect_sources(file, cache)
+    fresh = inspect_datasets(file, cache)
     assert not cache.exists()  # looking leaves nothing behind
-    fold_datasets.remember(fresh, cache)
+    fold_datasets.save_facts(fresh, cache)
     read: list[str] = []
-    key_of = fold_datasets.keys_of
-    monkeypatch.setattr(fold_datasets, "keys_of", lambda path: (read.append(path), key_of(path))[1])
-    assert inspect_sources(file, cache) == fresh
+    key_of = fold_datasets.compute_keys
+    monkeypatch.setattr(
+        fold_datasets, "compute_keys", lambda path: (read.append(path), key_of(path))[1]
+    )
+    assert inspect_datasets(file, cache) == fresh
     assert read == []
 
     ja = str(tmp_path / "ja")
@@ -33,20 +35,20 @@ def test_datasets_are_not_read_again_until_they_change(tmp_path, monkeypatch):
         before.st_size,
         before.st_mtime_ns,
     )
-    changed = inspect_sources(file, cache)
+    changed = inspect_datasets(file, cache)
     assert read == [ja]
     assert changed[ja].key != fresh[ja].key
     write_dataset(tmp_path / "ja", 400, seed=1)  # as it was
-    assert inspect_sources(file, cache) == fresh
+    assert inspect_datasets(file, cache) == fresh
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"key": "a"}', "[]"])
 def test_damaged_facts_are_found_out_again(tmp_path, text):
     file, cache = read_fold_file(write_folds(tmp_path)), tmp_path / "cache"
-    fresh = inspect_sources(file)
-    fold_datasets.remember(fresh, cache)
+    fresh = inspect_datasets(file)
+    fold_datasets.save_facts(fresh, cache)
     for path in cache.rglob("*.json"):
         path.write_text(text)
-    assert inspect_sources(file, cache) == fresh
-    fold_datasets.remember(fresh, cache)
-    assert all(fold_datasets.recall(info.stamp, (), cache) == info for info in fresh.values())
+    assert inspect_datasets(file, cache) == fresh
+    fold_datasets.save_facts(fresh, cache)
+    assert all(fold_datasets.load_facts(info.stamp, (), cache) == info for info in fresh.values())

@@ -15,16 +15,16 @@ from torch.utils.data import DataLoader
 
 from megatron_llmjp.config.flags import parse
 from megatron_llmjp.config.schema import DataConfig
-from megatron_llmjp.data.batch_size import BatchSizes
+from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.data.dataset import FoldDataset
-from megatron_llmjp.data.folds.datasets import inspect_sources, keys_of
+from megatron_llmjp.data.folds.datasets import compute_keys, inspect_datasets
 from megatron_llmjp.data.folds.loading import read_fold_file
-from megatron_llmjp.data.folds.resolve import resolve
-from megatron_llmjp.data.indexed_dataset_writer import IndexedWriter
+from megatron_llmjp.data.folds.resolve import resolve_folds
+from megatron_llmjp.data.indexed_dataset_writer import IndexedDatasetWriter
 from megatron_llmjp.data.indices import epoch_index, prefetch
-from megatron_llmjp.data.indices.epoch_index import Epochs
-from megatron_llmjp.data.indices.index_cache import ensure_all, fault
-from megatron_llmjp.data.indices.prefetch import IndexAhead
+from megatron_llmjp.data.indices.epoch_index import EpochDatasets
+from megatron_llmjp.data.indices.index_cache import ensure_indices, find_damage
+from megatron_llmjp.data.indices.prefetch import IndexPrefetcher
 from megatron_llmjp.tokenizers import load_tokenizer
 from tests.support.datasets import write_folds
 
@@ -33,20 +33,20 @@ LENGTH, BATCH = 16, 8
 
 def write(prefix: Path, lengths: list[int]) -> tuple[str, str]:
     """A dataset whose tokens are all different; its contents' key and its path."""
-    writer = IndexedWriter(prefix.with_suffix(".bin"), np.dtype(np.int32))
+    writer = IndexedDatasetWriter(prefix.with_suffix(".bin"), np.dtype(np.int32))
     writer.add(np.arange(sum(lengths), dtype=np.int32), np.array(lengths, np.int32))
     writer.finish(prefix.with_suffix(".idx"))
     writer.clean()
-    return keys_of(str(prefix)).key, str(prefix)
+    return compute_keys(str(prefix)).key, str(prefix)
 
 
 def lengths_of(seed: int) -> list[int]:
     return np.random.default_rng(seed).integers(1, 60, 40).tolist()
 
 
-def epochs_of(folder: Path, vocab_size: int = 99, **data) -> Epochs:
+def epochs_of(folder: Path, vocab_size: int = 99, **data) -> EpochDatasets:
     tokenizer = load_tokenizer("NullTokenizer", None, vocab_size=vocab_size)
-    return Epochs(DataConfig(seq_length=LENGTH, **data), tokenizer, folder / "cache")
+    return EpochDatasets(DataConfig(seq_length=LENGTH, **data), tokenizer, folder / "cache")
 
 
 def samples(data) -> list[list[int]]:
@@ -57,7 +57,7 @@ def folds_of(folder: Path, iterations=(6, 5, 4)) -> FoldDataset:
     file = read_fold_file(write_folds(folder, iterations))
     model = "--num-layers 1 --hidden-size 8 --num-attention-heads 1 --global-batch-size"
     config = parse([*model.split(), str(BATCH)])[0]
-    schedule = resolve(file, inspect_sources(file), LENGTH, BatchSizes(config))
+    schedule = resolve_folds(file, inspect_datasets(file), LENGTH, BatchSizeSchedule(config))
     return FoldDataset(schedule, epochs_of(folder))
 
 
@@ -76,7 +76,7 @@ def test_other_contents_under_the_same_path_are_another_dataset(tmp_path):
     # Elsewhere, the same contents are the same dataset.
     for suffix in (".bin", ".idx"):
         (tmp_path / f"b{suffix}").write_bytes((tmp_path / f"a{suffix}").read_bytes())
-    assert keys_of(str(tmp_path / "b")).key == after
+    assert compute_keys(str(tmp_path / "b")).key == after
 
 
 def test_a_complete_index_is_never_written_again(tmp_path):
@@ -177,7 +177,7 @@ def test_epochs_of_a_dataset_share_its_files(tmp_path):
 def test_later_folds_may_change_without_touching_earlier_indices(tmp_path):
     data = folds_of(tmp_path, (6, 5, 4))
     for fold in data.schedule.folds[:2]:
-        ensure_all(data.indices(fold))
+        ensure_indices(data.indices(fold))
     before = times(tmp_path / "cache")
     path = tmp_path / "folds.yaml"
     content = yaml.safe_load(path.read_text())
@@ -186,8 +186,8 @@ def test_later_folds_may_change_without_touching_earlier_indices(tmp_path):
     path.write_text(yaml.safe_dump(content))
     edited = folds_of(tmp_path, (6, 5, 9, 3))
     for fold in edited.schedule.folds[:2]:
-        assert all(fault(index.folder) is None for index in edited.indices(fold))
-        ensure_all(edited.indices(fold), thorough=True)
+        assert all(find_damage(index.folder) is None for index in edited.indices(fold))
+        ensure_indices(edited.indices(fold), thorough=True)
     assert times(tmp_path / "cache") == before
 
 
@@ -197,7 +197,7 @@ def test_a_fold_is_made_before_it_is_due(tmp_path, monkeypatch):
     first, second, third = data.schedule.folds
     said: list[str] = []
     monkeypatch.setattr(prefetch, "CHEAP", -1)
-    ahead = IndexAhead(data, first_on_machine=True, say=said.append)
+    ahead = IndexPrefetcher(data, first_on_machine=True, say=said.append)
     ahead.start(0, BATCH, [])
     assert not missing(data, first)
     assert missing(data, third)
@@ -206,19 +206,19 @@ def test_a_fold_is_made_before_it_is_due(tmp_path, monkeypatch):
         assert time.monotonic() < end
         time.sleep(0.05)
     files = times(tmp_path / "cache")
-    other_rank = IndexAhead(data, first_on_machine=False, say=said.append)
+    other_rank = IndexPrefetcher(data, first_on_machine=False, say=said.append)
     for consumed in (0, BATCH, BATCH + 1):  # the last batch reaches into the second fold
         other_rank.before(consumed, BATCH)
     assert {p: t for p, t in times(tmp_path / "cache").items() if p in files} == files
     assert len(said) == 1  # "building ..." at the start; nobody waited
     ahead.close()
     monkeypatch.undo()
-    IndexAhead(data, first_on_machine=True, say=said.append).start(BATCH, BATCH, [])
+    IndexPrefetcher(data, first_on_machine=True, say=said.append).start(BATCH, BATCH, [])
     assert not missing(data, third)
 
 
 def missing(data: FoldDataset, fold) -> bool:
-    return any(fault(index.folder) is not None for index in data.indices(fold))
+    return any(find_damage(index.folder) is not None for index in data.indices(fold))
 
 
 def test_inside_a_process_group(tmp_path, monkeypatch):
@@ -231,7 +231,7 @@ def test_inside_a_process_group(tmp_path, monkeypatch):
     try:
         # Whoever builds an index in this process, instead of beside it, meets this.
         monkeypatch.setattr(epoch_index, "_dataset", only_open(epoch_index._dataset))
-        IndexAhead(data, first_on_machine=True).before(0, BATCH)
+        IndexPrefetcher(data, first_on_machine=True).before(0, BATCH)
         assert not missing(data, data.schedule.folds[0])
         order, epoch, *_ = data.indices(data.schedule.folds[0])
         shutil.rmtree(order.folder)

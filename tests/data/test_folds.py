@@ -10,15 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_llmjp.config.flags import parse
-from megatron_llmjp.data.batch_size import BatchSizes
+from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.data.folds.loading import read_fold_file
-from megatron_llmjp.data.folds.resolve import resolve
+from megatron_llmjp.data.folds.resolve import resolve_folds
 from megatron_llmjp.data.folds.schedule import DatasetInfo, apportion, epoch_seed
 from megatron_llmjp.data.folds.schema import FoldFile, parse_count
 from megatron_llmjp.errors import UserError
 
 LENGTH, BATCH = 16, 8
-BATCHES = BatchSizes(parse(["--config", "laptop-llama", "--global-batch-size", str(BATCH)])[0])
+BATCHES = BatchSizeSchedule(
+    parse(["--config", "laptop-llama", "--global-batch-size", str(BATCH)])[0]
+)
 
 weights = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=8)
 
@@ -69,7 +71,7 @@ def fold_files(draw):
 
 
 def schedule_of(content, datasets):
-    return resolve(FoldFile.model_validate(content), datasets, LENGTH, BATCHES)
+    return resolve_folds(FoldFile.model_validate(content), datasets, LENGTH, BATCHES)
 
 
 @given(fold_files())
@@ -109,13 +111,13 @@ def test_budgets_are_kept(case):
 def test_iterations_are_counted_as_they_are_trained():
     """During a batch ramp-up, from the middle of a batch, and whatever is skipped."""
     flags = ["--config", "laptop-llama", "--global-batch-size", "32", "--rampup-batch-size"]
-    sizes = BatchSizes(parse([*flags, "8", "8", "300"])[0])
+    sizes = BatchSizeSchedule(parse([*flags, "8", "8", "300"])[0])
     blend = {"d0": {"path": "d0", "weight": 1, "repeat": True}}
     budgets = [{"iterations": 7}, {"iterations": 9}, {"samples": 100}, {"iterations": 40}]
     folds = [{"name": str(i), "blend": blend, **b} for i, b in enumerate(budgets)]
     datasets = {"d0": DatasetInfo("key", 400 * LENGTH)}
     content = {"folds": folds, "skip": [{"samples": [5, 25]}]}
-    schedule = resolve(FoldFile.model_validate(content), datasets, LENGTH, sizes)
+    schedule = resolve_folds(FoldFile.model_validate(content), datasets, LENGTH, sizes)
     first, second, third, last = schedule.folds
     assert first.end == sizes.consumed_after(7) and second.end == sizes.consumed_after(16)
     begun, rest = sizes.iterations(third.end)
@@ -153,12 +155,12 @@ def test_every_sample_is_in_one_fold(case):
     schedule = schedule_of(*case)
     for fold in schedule.folds:
         for sample in {fold.first_sample, (fold.first_sample + fold.end) // 2, fold.end - 1}:
-            assert schedule.fold_at(sample) is fold
+            assert schedule.fold_of_sample(sample) is fold
         names = [f.name for f in schedule.folds]
         place = names.index(fold.name)
-        assert list(schedule.touched(fold.first_sample)) == names[:place]
-        assert list(schedule.touched(fold.first_sample + 1)) == names[: place + 1]
-    assert schedule.fold_at(schedule.total_samples) is schedule.folds[-1]
+        assert list(schedule.consumed_folds(fold.first_sample)) == names[:place]
+        assert list(schedule.consumed_folds(fold.first_sample + 1)) == names[: place + 1]
+    assert schedule.fold_of_sample(schedule.total_samples) is schedule.folds[-1]
 
 
 def test_seeds_differ_between_epochs_and_datasets():

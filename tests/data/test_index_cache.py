@@ -15,7 +15,12 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_llmjp.data.indices import index_cache, worker
-from megatron_llmjp.data.indices.index_cache import ensure, ensure_all, fault, publish
+from megatron_llmjp.data.indices.index_cache import (
+    atomic_folder,
+    ensure_index,
+    ensure_indices,
+    find_damage,
+)
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.filesystem import lock_file
 
@@ -59,14 +64,14 @@ def until(condition) -> None:
 
 def test_a_killed_builder_leaves_nothing_under_the_name(tmp_path):
     folder = tmp_path / "cache" / "a"
-    child = in_child(lambda: ensure(folder, Logged(folder, 600).build))
+    child = in_child(lambda: ensure_index(folder, Logged(folder, 600).build))
     until(lambda: list(tmp_path.glob("cache/a.tmp-*/half")))
-    assert not ensure(folder, Logged(folder).build, wait=False)  # it is being built
+    assert not ensure_index(folder, Logged(folder).build, wait=False)  # it is being built
     assert not folder.exists()
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     assert not folder.exists()
-    assert ensure(folder, Logged(folder).build)
+    assert ensure_index(folder, Logged(folder).build)
     assert (folder / "rest").read_text() == "a"
     assert [p.name for p in folder.parent.iterdir()] == ["a"]  # nor anything beside it
 
@@ -81,7 +86,7 @@ def test_many_builders_at_once(tmp_path, monkeypatch, locks):
 
         monkeypatch.setattr(fcntl, "lockf", unsupported)
     indices = [Logged(tmp_path / "cache" / f"i{n}", 0.05) for n in range(6)]
-    children = [in_child(partial(ensure_all, indices)) for _ in range(4)]
+    children = [in_child(partial(ensure_indices, indices)) for _ in range(4)]
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 4
     built = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
     assert {name for name, _ in built} == {index.folder.name for index in indices}
@@ -89,7 +94,7 @@ def test_many_builders_at_once(tmp_path, monkeypatch, locks):
         assert len(built) == 6
         assert len({process for _, process in built}) > 1  # they share the work
     for index in indices:
-        assert fault(index.folder, thorough=True) is None
+        assert find_damage(index.folder, thorough=True) is None
         assert (index.folder / "rest").read_text() == index.folder.name
     assert len(list((tmp_path / "cache").iterdir())) == 6
 
@@ -108,16 +113,16 @@ def test_a_lock_that_no_one_frees_is_not_waited_for_without_end(tmp_path, monkey
 
     child = in_child(hold)
     until(locked.exists)
-    assert ensure(folder, Logged(folder).build)
+    assert ensure_index(folder, Logged(folder).build)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
 
 
 def test_the_first_of_two_stays(tmp_path):
     folder = tmp_path / "a"
-    with publish(folder) as slow:
+    with atomic_folder(folder) as slow:
         (slow / "file").write_text("second")
-        with publish(folder) as fast:
+        with atomic_folder(folder) as fast:
             (fast / "file").write_text("first")
     assert (folder / "file").read_text() == "first"
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
@@ -145,11 +150,11 @@ def damages():
 @pytest.mark.parametrize("damage", damages(), ids=lambda f: f.__name__)
 def test_damage_is_seen_and_mended(tmp_path, capsys, damage):
     folder = tmp_path / "cache" / "a"
-    ensure(folder, Logged(folder).build)
+    ensure_index(folder, Logged(folder).build)
     damage(folder)
-    assert fault(folder, thorough=True)
-    assert ensure(folder, Logged(folder).build, thorough=True)
-    assert fault(folder, thorough=True) is None
+    assert find_damage(folder, thorough=True)
+    assert ensure_index(folder, Logged(folder).build, thorough=True)
+    assert find_damage(folder, thorough=True) is None
     assert f"warning: {folder}: " in capsys.readouterr().err
     assert [p.name for p in folder.parent.iterdir()] == ["a"]
 
@@ -157,11 +162,11 @@ def test_damage_is_seen_and_mended(tmp_path, capsys, damage):
 def test_a_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises((UserError, NotADirectoryError)):
-        ensure(tmp_path / "file" / "a", Logged(tmp_path / "file" / "a").build)
+        ensure_index(tmp_path / "file" / "a", Logged(tmp_path / "file" / "a").build)
     if os.geteuid() != 0:  # root may write anywhere
         (tmp_path / "cache").mkdir(mode=0o500)
         with pytest.raises(UserError, match="--data-cache-path"):
-            ensure(tmp_path / "cache" / "a", Logged(tmp_path / "cache" / "a").build)
+            ensure_index(tmp_path / "cache" / "a", Logged(tmp_path / "cache" / "a").build)
 
 
 def test_the_process_beside_a_rank_ends_with_it(tmp_path):
@@ -190,5 +195,5 @@ def alive(pid: int) -> bool:
 def test_a_failure_beside_a_rank_is_told(tmp_path, capfd):
     broken = SimpleNamespace(folder=tmp_path, build=partial(os.rename, str(tmp_path / "nothing")))
     with pytest.raises(RuntimeError, match="exit code 1"):
-        worker.build_beside(broken, tmp_path)
+        worker.build_in_subprocess(broken, tmp_path)
     assert "FileNotFoundError" in capfd.readouterr().err

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from megatron_llmjp.data import indexed_dataset
-from megatron_llmjp.data.folds.datasets import inspect_sources
+from megatron_llmjp.data.folds.datasets import inspect_datasets
 from megatron_llmjp.data.folds.loading import read_fold_file
-from megatron_llmjp.data.indexed_dataset import read_checked
+from megatron_llmjp.data.indexed_dataset import read_and_check_index
 from megatron_llmjp.data.indexed_dataset_writer import write_idx
 from megatron_llmjp.errors import DataError, UserError
 from tests.support.datasets import write_dataset, write_folds
@@ -40,13 +40,13 @@ DAMAGE = [
 def test_each_kind_of_damage_is_named(kind, number, value, message, chunk, tmp_path, monkeypatch):
     monkeypatch.setattr(indexed_dataset, "CHUNK", chunk)
     write_dataset(tmp_path / "d", 50, seed=1)
-    read_checked(tmp_path / "d")
+    read_and_check_index(tmp_path / "d")
     if value == "doubled":
         value = int(indexed_dataset.read_index(tmp_path / "d").pointers[number - 1])
     poke(tmp_path / "d", kind, number, value)
     indexed_dataset.read_index(tmp_path / "d")  # both ends of the index are as they should be
     with pytest.raises(DataError, match=message):
-        read_checked(tmp_path / "d")
+        read_and_check_index(tmp_path / "d")
 
 
 def test_any_order_and_gaps_are_allowed(tmp_path):
@@ -56,11 +56,11 @@ def test_any_order_and_gaps_are_allowed(tmp_path):
     some = np.random.default_rng(0).permutation(50)[:30]
     lengths, pointers = whole.lengths[some], whole.pointers[some]
     write_idx(tmp_path / "d.idx", whole.dtype, lengths, np.ones(30, np.int32), pointers)
-    assert read_checked(tmp_path / "d").documents == 30
+    assert read_and_check_index(tmp_path / "d").documents == 30
 
 
 def test_a_run_refuses_it(tmp_path):
     file = read_fold_file(write_folds(tmp_path))
     poke(tmp_path / "ja", "pointers", 20, 2**62)
     with pytest.raises(UserError, match=r"fold 'fold00', dataset 'ja': .*ja.idx: sequence 20"):
-        inspect_sources(file)
+        inspect_datasets(file)

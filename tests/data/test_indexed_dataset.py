@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from megatron_llmjp.data import indexed_dataset, indexed_dataset_writer
-from megatron_llmjp.data.indexed_dataset_writer import IndexedWriter, Position
+from megatron_llmjp.data.indexed_dataset_writer import IndexedDatasetWriter, WriterPosition
 from megatron_llmjp.errors import UserError
 
 
@@ -23,7 +23,7 @@ def pack(documents, dtype):
 
 
 def write(prefix, documents, dtype=np.uint16):
-    writer = IndexedWriter(indexed_dataset.bin_path(prefix), dtype)
+    writer = IndexedDatasetWriter(indexed_dataset.bin_path(prefix), dtype)
     writer.add(*pack(documents, dtype))
     writer.finish(indexed_dataset.idx_path(prefix))
     writer.clean()
@@ -48,12 +48,12 @@ def test_same_bytes_as_megatron_and_round_trip(tmp_path_factory, documents, dtyp
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(indexed_dataset_writer, "CHUNK", chunk)
         cut = data.draw(st.integers(0, len(documents)))
-        writer = IndexedWriter(folder / "ours.bin", dtype)
+        writer = IndexedDatasetWriter(folder / "ours.bin", dtype)
         writer.add(*pack(documents[:cut], dtype))
         position = writer.sync()
         writer.add(*pack(documents[: cut + 2], dtype))  # written, never synced: to be forgotten
         writer.close()
-        writer = IndexedWriter(folder / "ours.bin", dtype, position)
+        writer = IndexedDatasetWriter(folder / "ours.bin", dtype, position)
         writer.add(*pack(documents[cut:], dtype))
         writer.finish(folder / "ours.idx")
     for suffix in ("bin", "idx"):
@@ -66,7 +66,7 @@ def test_same_bytes_as_megatron_and_round_trip(tmp_path_factory, documents, dtyp
     assert (index.documents, index.sequences) == (len(documents), len(sequences))
     assert index.tokens == indexed_dataset.token_count(folder / "ours") == sum(map(len, sequences))
     if sequences:  # megatron-core cannot map an empty file
-        read = indexed_dataset.open_indexed(folder / "ours")
+        read = indexed_dataset.open_indexed_dataset(folder / "ours")
         assert isinstance(read, IndexedDataset)
         assert [list(read[i]) for i in range(len(read))] == sequences
 
@@ -109,15 +109,15 @@ def test_damage_is_found_and_named(tmp_path):
     assert "document index" in damaged(idx[:-8] + b"\x04" + idx[-7:])
     indexed_dataset.idx_path(prefix).unlink()
     with pytest.raises(UserError, match=r"d\.idx: no such file.*incomplete"):
-        indexed_dataset.open_indexed(prefix)
+        indexed_dataset.open_indexed_dataset(prefix)
     with pytest.raises(UserError, match="without its suffix"):
         indexed_dataset.read_index(f"{prefix}.bin")
 
 
 def test_writer_refuses_wrong_type_and_lost_files(tmp_path):
-    writer = IndexedWriter(tmp_path / "d.bin", np.uint16)
+    writer = IndexedDatasetWriter(tmp_path / "d.bin", np.uint16)
     with pytest.raises(TypeError, match="int32"):
         writer.add(np.array([1], np.int32), np.array([1], np.int32))
     writer.close()
     with pytest.raises(UserError, match="gone or shorter"):
-        IndexedWriter(tmp_path / "d.bin", np.uint16, Position(4, 1, 1))
+        IndexedDatasetWriter(tmp_path / "d.bin", np.uint16, WriterPosition(4, 1, 1))

@@ -11,9 +11,9 @@ import yaml
 from megatron_llmjp.config.loading import changed
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.dataset import FoldDataset
-from megatron_llmjp.data.indexed_dataset_writer import IndexedWriter
-from megatron_llmjp.data.indices.epoch_index import Epochs
-from megatron_llmjp.data.lineage import Lineage, tokens_of
+from megatron_llmjp.data.indexed_dataset_writer import IndexedDatasetWriter
+from megatron_llmjp.data.indices.epoch_index import EpochDatasets
+from megatron_llmjp.data.lineage import Lineage, read_tokens
 from megatron_llmjp.run_data import prepare_data
 from megatron_llmjp.tokenizers import load_tokenizer
 
@@ -39,7 +39,7 @@ def write_numbered(prefix: Path, seed: int, documents: int, first: int) -> list[
     draw = np.random.default_rng(seed)
     sequences = draw.integers(1, 4, documents).astype(np.int32)
     lengths = draw.integers(0, 30, int(sequences.sum())).astype(np.int32)
-    writer = IndexedWriter(prefix.with_suffix(".bin"), np.dtype(np.int32))
+    writer = IndexedDatasetWriter(prefix.with_suffix(".bin"), np.dtype(np.int32))
     writer.add(np.arange(first, first + lengths.sum(), dtype=np.int32), lengths, sequences)
     writer.finish(prefix.with_suffix(".idx"))
     writer.clean()
@@ -63,8 +63,8 @@ def run(tmp_path_factory):
     )
     data = prepare_data(config)
     tokenizer = load_tokenizer("NullTokenizer", None, vocab_size=99)
-    epochs = Epochs(config.data, tokenizer, folder / "cache")
-    every = FoldDataset(data.schedule.skipping(type(data.schedule.skips)()), epochs)
+    epochs = EpochDatasets(config.data, tokenizer, folder / "cache")
+    every = FoldDataset(data.schedule.with_skips(type(data.schedule.skips)()), epochs)
     samples = [plain(every[position]) for position in range(len(every))]
     return documents, Lineage(data.schedule, epochs), samples, FoldDataset(data.schedule, epochs)
 
@@ -77,13 +77,13 @@ def test_a_sample_is_the_tokens_of_its_documents(run):
     documents, lineage, samples, data = run
     for position, sample in enumerate(samples):
         origin = lineage.origin(position)
-        assert origin.fold == lineage.schedule.fold_of(position).name
+        assert origin.fold == lineage.schedule.fold_at_position(position).name
         assert (origin.epoch is None) == (origin.fold == "theirs")
         told = []
         for span in origin.spans:
             tokens = documents[span.dataset][span.document]
             told += tokens[span.first_token : span.first_token + span.tokens]
-            assert tokens_of(span).tolist() == told[-span.tokens :]
+            assert read_tokens(span).tolist() == told[-span.tokens :]
         assert told == sample
     # What is skipped has no number; what is trained on is what the loader yields.
     numbers = [lineage.origin(position).number for position in range(len(samples))]

@@ -20,7 +20,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron_llmjp.config.flags import parse
 from megatron_llmjp.data.dataset import FoldDataset, ValidationDataset
 from megatron_llmjp.data.folds.datasets import split_ends
-from megatron_llmjp.data.indices.epoch_index import DatasetTokenizer, Epochs
+from megatron_llmjp.data.indices.epoch_index import DatasetTokenizer, EpochDatasets
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.run import Run, prepare
 from tests.data.test_dataset import lengths_of, plain, write_numbered
@@ -38,7 +38,7 @@ def run_of(*flags: object, length: int = LENGTH) -> Run:
 
 
 def data_of(run: Run, cache: Path) -> tuple[FoldDataset, dict[str, ValidationDataset]]:
-    epochs = Epochs(run.config.data, run.tokenizer, cache)
+    epochs = EpochDatasets(run.config.data, run.tokenizer, cache)
     held_out = {name: ValidationDataset(h, epochs) for name, h in run.validation.items()}
     return FoldDataset(run.schedule, epochs), held_out
 

@@ -11,7 +11,7 @@ import pytest
 from megatron_llmjp.config.flags import parse
 from megatron_llmjp.config.loading import changed, dump, load_resolved, preset_names
 from megatron_llmjp.config.validation import check
-from megatron_llmjp.data.batch_size import BatchSizes, last_iteration, limits
+from megatron_llmjp.data.batch_size import BatchSizeSchedule, last_iteration, run_limits
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.run import prepare
 from tests.config.launch_scripts import SCRIPTS
@@ -62,7 +62,7 @@ def test_as_a_loop_counts():
             iters = None if samples else generator.randint(1, 60)
             tokens = generator.choice([None, generator.randint(1, 400 * LENGTH)])
             asked = {"train_samples": samples, "train_iters": iters, "train_tokens": tokens}
-            found = last_iteration(changed(config, **asked), BatchSizes(config))
+            found = last_iteration(changed(config, **asked), BatchSizeSchedule(config))
             assert found == loop(full, ramp, samples, tokens, iters), (full, ramp, asked)
 
 
@@ -70,7 +70,7 @@ def test_llm_jp_s_13b_ends_with_its_tokens():
     """300e9 tokens are 95,367.4 batches of 1536 x 2048; train_samples is twice as many."""
     config = parse(SCRIPTS[1].argv)[0]
     check(config, 96)
-    first, second = limits(config, BatchSizes(config))
+    first, second = run_limits(config, BatchSizeSchedule(config))
     assert (first.name, first.iteration) == ("train_tokens", 95_368)
     assert (second.name, second.iteration) == ("train_samples", 292_968_750 // 1536)
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from megatron_llmjp.config.flags import parse
 from megatron_llmjp.config.loading import changed
-from megatron_llmjp.data.batch_size import BatchSizes
-from megatron_llmjp.data.dataloader import MicroBatches
-from megatron_llmjp.data.folds.schedule import FoldPlan, Schedule, Skips, Slice
+from megatron_llmjp.data.batch_size import BatchSizeSchedule
+from megatron_llmjp.data.dataloader import MicroBatchSampler
+from megatron_llmjp.data.folds.schedule import DatasetSlice, FoldPlan, Schedule, SkippedSamples
 from megatron_llmjp.data.indices.interleave import blend_order
 
 CONFIG = parse(["--config", "laptop-llama"])[0]
@@ -32,7 +32,7 @@ def schedules(draw, skipping: bool = True) -> Schedule:
     for number in range(draw(st.integers(1, 4))):
         counts = draw(st.lists(st.integers(0, 60), min_size=3, max_size=3).filter(any))
         slices = tuple(
-            Slice(name, name, name, cursors[name], n, 1000)
+            DatasetSlice(name, name, name, cursors[name], n, 1000)
             for name, n in zip("abc", counts, strict=True)
         )
         for piece in slices:
@@ -40,22 +40,22 @@ def schedules(draw, skipping: bool = True) -> Schedule:
         folds.append(FoldPlan(f"f{number}", first, sum(counts), slices, ""))
         first += sum(counts)
     schedule = Schedule(1, 16, tuple(folds))
-    return schedule.skipping(draw(skips(first))) if skipping else schedule
+    return schedule.with_skips(draw(skips(first))) if skipping else schedule
 
 
-def skips(end: int) -> st.SearchStrategy[Skips]:
+def skips(end: int) -> st.SearchStrategy[SkippedSamples]:
     place = st.integers(0, end)
     return st.lists(st.tuples(place, place), max_size=4).map(
-        lambda pairs: Skips.of(tuple(sorted(pair)) for pair in pairs)
+        lambda pairs: SkippedSamples.of(tuple(sorted(pair)) for pair in pairs)
     )
 
 
 @st.composite
-def batch_sizes(draw) -> BatchSizes:
+def batch_sizes(draw) -> BatchSizeSchedule:
     increments, step, start = (draw(st.integers(low, 3)) for low in (0, 1, 1))
     size = UNIT * (start + increments * step)
     ramp = (UNIT * start, UNIT * step, draw(st.integers(1, 200))) if increments else None
-    return BatchSizes(changed(CONFIG, global_batch_size=size, rampup_batch_size=ramp))
+    return BatchSizeSchedule(changed(CONFIG, global_batch_size=size, rampup_batch_size=ramp))
 
 
 @dataclass
@@ -69,20 +69,20 @@ class Data:
 
     def __getitem__(self, number: int) -> tuple[str, str, int]:
         position = self.schedule.position(number)
-        fold = self.schedule.fold_of(position)
+        fold = self.schedule.fold_at_position(position)
         which, inside = self.orders[fold.name]
         piece = fold.slices[which[position - fold.first_sample]]
         return fold.name, piece.name, piece.start + int(inside[position - fold.first_sample])
 
 
 def train(
-    data: Data, sizes: BatchSizes, start: int, end: int, layout: tuple[int, int]
+    data: Data, sizes: BatchSizeSchedule, start: int, end: int, layout: tuple[int, int]
 ) -> list[Ids]:
     """Global batches of iterations ``(start, end]``, put together from what each rank reads."""
     replicas, micro = layout
     span = sizes.consumed_after(start), sizes.consumed_after(end)
     readers = [
-        iter(MicroBatches(*span, micro, rank, replicas, sizes.at)) for rank in range(replicas)
+        iter(MicroBatchSampler(*span, micro, rank, replicas, sizes.at)) for rank in range(replicas)
     ]
     batches: list[Ids] = []
     for iteration in range(start, end):
@@ -105,7 +105,7 @@ def test_an_interrupted_run_trains_on_the_same_batches(schedule, sizes, draw):
     assert resumed == straight
     # Every position once, in order, but those skipped and the rest that makes no batch.
     flat = [sample for batch in straight for sample in batch]
-    everything = Data(schedule.skipping(Skips()))
+    everything = Data(schedule.with_skips(SkippedSamples()))
     kept = [
         everything[position]
         for position in range(schedule.total_positions)
@@ -121,17 +121,19 @@ def test_counts_follow_the_order(schedule, draw):
     data = Data(schedule)
     consumed = draw.draw(st.integers(0, schedule.total_samples))
     seen = [data[number] for number in range(consumed)]
-    assert [schedule.fold_at(n).name for n in range(consumed)] == [fold for fold, _, _ in seen]
+    assert [schedule.fold_of_sample(n).name for n in range(consumed)] == [
+        fold for fold, _, _ in seen
+    ]
     if consumed:
-        assert schedule.frontier(consumed) == schedule.position(consumed - 1) + 1
+        assert schedule.consumed_end(consumed) == schedule.position(consumed - 1) + 1
     counts = schedule.consumed_by_dataset(consumed)
     assert sum(counts.values()) == consumed
-    assert {fold for fold, _ in counts} == set(schedule.touched(consumed))
+    assert {fold for fold, _ in counts} == set(schedule.consumed_folds(consumed))
     for fold in schedule.folds:
         whole = schedule.skips.kept(fold.first_sample, fold.end) == fold.samples
         for piece in fold.slices:
             exact = sum(sample[:2] == (fold.name, piece.name) for sample in seen)
-            near = 0 if whole and schedule.trainable(fold)[1] <= consumed else 3
+            near = 0 if whole and schedule.sample_range(fold)[1] <= consumed else 3
             if not any(a < fold.end and b > fold.first_sample for a, b in schedule.skips.ranges):
                 assert abs(counts.get((fold.name, piece.name), 0) - exact) <= near
 
@@ -140,7 +142,7 @@ def test_counts_follow_the_order(schedule, draw):
 def test_skips_move_no_position(schedule, draw):
     """Samples skipped later change nothing before them, and nothing is lost but what they name."""
     found = draw.draw(skips(schedule.total_positions))
-    skipping, before = schedule.skipping(found), Data(schedule)
+    skipping, before = schedule.with_skips(found), Data(schedule)
     after = Data(skipping)
     first = found.ranges[0][0] if found else schedule.total_positions
     assert [after[n] for n in range(first)] == [before[n] for n in range(first)]

@@ -7,7 +7,7 @@ import shutil
 
 import numpy as np
 
-from megatron_llmjp.data.folds.datasets import keys_of
+from megatron_llmjp.data.folds.datasets import compute_keys
 from tests.support.datasets import write_dataset
 
 MIB = 1 << 20
@@ -22,26 +22,26 @@ def overwrite(path, place, data=b"\xff\xff"):
 def test_edits_are_seen(tmp_path):
     prefix, bin_file = tmp_path / "a", tmp_path / "a.bin"
     write_dataset(prefix, 100, seed=1)
-    keys = [keys_of(str(prefix)).key]
+    keys = [compute_keys(str(prefix)).key]
     for place in (0, bin_file.stat().st_size // 2, bin_file.stat().st_size - 2):
         overwrite(bin_file, place)  # a token, at equal lengths
-        keys.append(keys_of(str(prefix)).key)
+        keys.append(compute_keys(str(prefix)).key)
     with bin_file.open("ab") as stream:
         stream.write(b"\0\0")
-    keys.append(keys_of(str(prefix)).key)
+    keys.append(compute_keys(str(prefix)).key)
     assert len(set(keys)) == len(keys)
 
     # Neither its place nor its manifest is part of a dataset's identity.
     manifest = {"bin": {"crc32": "00000000"}, "idx": {"crc32": "00000000"}, "tokens": 5}
     prefix.with_suffix(".json").write_text(json.dumps(manifest))
-    found = keys_of(str(prefix))
+    found = compute_keys(str(prefix))
     assert found.key == keys[-1] and found.earlier not in ("", found.key)
     assert found.checksums == "bin 00000000, idx 00000000"
     (tmp_path / "elsewhere").mkdir()
     for suffix in (".bin", ".idx", ".json"):
         shutil.copy(prefix.with_suffix(suffix), tmp_path / "elsewhere")
     (tmp_path / "elsewhere/a.json").write_text(json.dumps({**manifest, "tokens": 6}))
-    assert keys_of(str(tmp_path / "elsewhere/a")).key == keys[-1]
+    assert compute_keys(str(tmp_path / "elsewhere/a")).key == keys[-1]
 
 
 def test_a_large_file_is_sampled(tmp_path):
@@ -50,11 +50,11 @@ def test_a_large_file_is_sampled(tmp_path):
     write_dataset(prefix, 100, seed=1)
     with prefix.with_suffix(".bin").open("r+b") as stream:
         stream.truncate(64 * MIB)
-    before = keys_of(str(prefix)).key
+    before = compute_keys(str(prefix)).key
     seen = 0
     for place in np.linspace(0, 64 * MIB - MIB, 16).astype(int):  # a MiB holds a block or more
         overwrite(prefix.with_suffix(".bin"), int(place), b"\xff" * MIB)
-        seen += keys_of(str(prefix)).key != before
+        seen += compute_keys(str(prefix)).key != before
         overwrite(prefix.with_suffix(".bin"), int(place), b"\0" * MIB)
-        before = keys_of(str(prefix)).key
+        before = compute_keys(str(prefix)).key
     assert seen == 16

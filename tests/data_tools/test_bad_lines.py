@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from data_tools.preprocess import encode
-from data_tools.preprocess.encode import BlockEncoder, Encoding
+from data_tools.preprocess.encode import BlockEncoder, EncodingOptions
 from data_tools.preprocess_data import main
 from megatron_llmjp.data.indexed_dataset import read_index
 from megatron_llmjp.tokenizers import load_tokenizer
@@ -148,7 +148,7 @@ def test_any_bytes_are_either_documents_or_rejected(lines):
     """Fuzz: whatever the lines, each is accounted for and what is kept can be read back."""
     data = b"\n".join(lines)
     encoder = BlockEncoder(
-        load_tokenizer("ByteLevelTokenizer", None), Encoding(["text"], True, True, 30, True)
+        load_tokenizer("ByteLevelTokenizer", None), EncodingOptions(["text"], True, True, 30, True)
     )
     result = encoder.encode(data)
     count = len(data.split(b"\n")) - (not data or data.endswith(b"\n"))

@@ -103,7 +103,7 @@ def test_split_is_complete_disjoint_and_shares_the_tokens(link, datasets, tmp_pa
 
 
 def test_split_of_one_seed_is_always_the_same():
-    same = [split_folds.deal(1000, 10, 50, seed) for seed in (1, 1, 2)]
+    same = [split_folds.assign_documents(1000, 10, 50, seed) for seed in (1, 1, 2)]
     for part in same[0]:
         assert np.array_equal(same[0][part], same[1][part])
     assert not np.array_equal(same[0]["fold00"], same[2]["fold00"])
@@ -116,9 +116,9 @@ def test_split_of_one_seed_is_always_the_same():
 def test_deal(documents, folds, validation, seed):
     if documents - validation < folds:
         with pytest.raises(split_folds.UserError):
-            split_folds.deal(documents, folds, validation, seed)
+            split_folds.assign_documents(documents, folds, validation, seed)
         return
-    parts = split_folds.deal(documents, folds, validation, seed)
+    parts = split_folds.assign_documents(documents, folds, validation, seed)
     assert sorted(np.concatenate(list(parts.values())).tolist()) == list(range(documents))
     sizes = [len(part) for name, part in parts.items() if name.startswith("fold")]
     assert max(sizes) - min(sizes) <= 1

@@ -10,11 +10,11 @@ import yaml
 from data_tools.inspect_dataset import main
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.config.flags import parse
-from megatron_llmjp.data.batch_size import BatchSizes
-from megatron_llmjp.data.dataloader import MicroBatches
+from megatron_llmjp.data.batch_size import BatchSizeSchedule
+from megatron_llmjp.data.dataloader import MicroBatchSampler
 from megatron_llmjp.data.dataset import FoldDataset
 from megatron_llmjp.data.indexed_dataset import read_index
-from megatron_llmjp.data.indices.epoch_index import Epochs
+from megatron_llmjp.data.indices.epoch_index import EpochDatasets
 from megatron_llmjp.run import prepare
 from tests.support.datasets import write_folds
 from tests.support.training import Job, arguments, train_all
@@ -50,8 +50,8 @@ def report(capsys, *words):
 
 def test_the_batch_of_an_iteration_is_what_the_loader_yields(trained, capsys):
     save, run = trained
-    data = FoldDataset(run.schedule, Epochs(run.config.data, run.tokenizer, run.cache))
-    sizes = BatchSizes(run.config)
+    data = FoldDataset(run.schedule, EpochDatasets(run.config.data, run.tokenizer, run.cache))
+    sizes = BatchSizeSchedule(run.config)
     assert [sizes.consumed_after(i) for i in range(ITERATIONS + 1)] == [0, 2, 4, 8, 12, 16, 20]
     for iteration in (1, 3, 5, 6):
         batch = report(capsys, "--run", save, "--iteration", iteration)
@@ -69,7 +69,7 @@ def test_the_batch_of_an_iteration_is_what_the_loader_yields(trained, capsys):
         found = {}
         for rank in range(RANKS):
             span = sizes.consumed_after(iteration - 1), sizes.consumed_after(iteration)
-            for number, micro in enumerate(MicroBatches(*span, 1, rank, RANKS, sizes.at)):
+            for number, micro in enumerate(MicroBatchSampler(*span, 1, rank, RANKS, sizes.at)):
                 samples = [data[k] for k in micro]
                 found[rank, number] = [
                     [*s["tokens"].tolist(), int(s["labels"][-1])] for s in samples

@@ -188,7 +188,7 @@ def test_nothing_in_a_folder_is_dropped_silently(tmp_path, capsys):
     [
         (["nothing.jsonl"], "no such file or folder"),
         (["*.nothing"], "matches no file"),
-        (["empty"], "holds no file"),
+        (["empty"], "no file in this folder"),
         (["c.jsonl", "./c.jsonl"], "already there"),
     ],
 )
@@ -248,7 +248,7 @@ def test_full_disk(corpus, tmp_path, monkeypatch, capsys):
 
     arguments = ["--input", str(corpus), "--output-prefix", str(tmp_path / "o"), *BYTES]
     with monkeypatch.context() as patch:
-        patch.setattr("data_tools.preprocess.output.IndexedWriter.add", full)
+        patch.setattr("data_tools.preprocess.output.IndexedDatasetWriter.add", full)
         assert main(arguments) == 2
     assert f"{tmp_path / 'o.partial'}: No space left on device" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["o.partial"]

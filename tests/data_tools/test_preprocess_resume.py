@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from data_tools.preprocess.job import Job
+from data_tools.preprocess.job import PreprocessJob
 from data_tools.preprocess_data import main
 from tests.data_tools.conftest import make_documents, write_jsonl
 
@@ -64,9 +64,9 @@ def test_killed_at_every_kind_of_moment(
 ):
     """Fault injection: die in the n-th call of something, again and again, until it is done."""
     target = {
-        "add": "data_tools.preprocess.output.IndexedWriter.add",
-        "save": "data_tools.preprocess.journal.Journal.add",
-        "finish": "data_tools.preprocess.output.IndexedWriter.finish",
+        "add": "data_tools.preprocess.output.IndexedDatasetWriter.add",
+        "save": "data_tools.preprocess.journal.ResumeJournal.add",
+        "finish": "data_tools.preprocess.output.IndexedDatasetWriter.finish",
         "rename": "pathlib.Path.replace",
     }[where]
     module, _, name = target.rpartition(".")
@@ -170,7 +170,7 @@ def test_same_again_other_again(inputs, undisturbed, tmp_path, capsys):
 def test_another_run_in_the_work_folder_is_refused(inputs, tmp_path, monkeypatch, eager, capsys):
     arguments = ["--input", *inputs, "--output-prefix", str(tmp_path / "o"), *BYTES]
     with monkeypatch.context() as patch:
-        patch.setattr("data_tools.preprocess.output.Output.finish", lambda *_: 1 / 0)
+        patch.setattr("data_tools.preprocess.output.DatasetOutput.finish", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             main(arguments)
     other = [word for word in arguments if word != "--append-eod"]
@@ -185,7 +185,7 @@ def test_input_that_changes_while_it_is_read(inputs, tmp_path, monkeypatch, caps
     for path, source in zip(paths, inputs, strict=False):
         path.write_bytes(Path(source).read_bytes())
     arguments = ["--input", *map(str, paths), "--output-prefix", str(tmp_path / "o"), *BYTES]
-    finish = Job._encode_all
+    finish = PreprocessJob._encode_all
 
     def appended(self, journal):
         finish(self, journal)
@@ -194,7 +194,7 @@ def test_input_that_changes_while_it_is_read(inputs, tmp_path, monkeypatch, caps
         os.utime(paths[0])  # touched only
 
     with monkeypatch.context() as patch:
-        patch.setattr(Job, "_encode_all", appended)
+        patch.setattr(PreprocessJob, "_encode_all", appended)
         assert main(arguments) == 2
     assert f"{paths[1]}: changed while it was read" in capsys.readouterr().err
     assert not (tmp_path / "o_text_document.idx").exists()

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from data_tools import merge_datasets, preprocess_data
 from data_tools.preprocess.blocks import FileRange, read_blocks
 from data_tools.preprocess.encode import read_range
-from data_tools.preprocess.shards import take_shard, uneven
-from data_tools.preprocess.sources import Source, find_input
+from data_tools.preprocess.shards import take_shard, uneven_shards_warning
+from data_tools.preprocess.sources import InputSource, find_input
 from tests.data_tools.conftest import make_documents, write_jsonl
 
 BYTES = ["--tokenizer-type", "ByteLevelTokenizer", "--append-eod", "--workers", "1"]
@@ -62,7 +62,7 @@ def test_one_large_file_is_cut_between_lines(count, tmp_path, monkeypatch):
         assert sum(source.name == str(large) for part in parts for source in part) >= 4
 
 
-def lines_of(source: Source) -> list[bytes]:
+def lines_of(source: InputSource) -> list[bytes]:
     """Return the lines of a source, read in blocks; resumed at every block it is the same."""
     blocks = list(read_blocks(source, 0, ["text"], 10**6))
     plain = [block for block in blocks if isinstance(block.payload, FileRange)]
@@ -89,7 +89,9 @@ def test_cut_parts_joined_are_the_whole(tmp_path, monkeypatch, capsys):
     for suffix in ("bin", "idx"):
         joined = (tmp_path / f"cut_text_document.{suffix}").read_bytes()
         assert joined == (tmp_path / f"whole_text_document.{suffix}").read_bytes()
-    assert "z.jsonl.gz" in uneven(find_input([str(tmp_path / "z.jsonl.gz")]).sources, 4)
+    assert "z.jsonl.gz" in uneven_shards_warning(
+        find_input([str(tmp_path / "z.jsonl.gz")]).sources, 4
+    )
 
 
 @pytest.mark.parametrize("shard", ["8/8", "x/8", "3", "slurm/4"])
@@ -103,7 +105,7 @@ def test_mistakes(shard, tmp_path, monkeypatch, capsys):
 
 @given(st.lists(st.integers(0, 1000), max_size=30), st.integers(1, 12))
 def test_every_file_goes_to_one_task_in_order(sizes, count):
-    sources = [Source(str(at), size, seekable=True) for at, size in enumerate(sizes)]
+    sources = [InputSource(str(at), size, seekable=True) for at, size in enumerate(sizes)]
     parts = [take_shard(sources, number, count)[0] for number in range(count)]
     assert [source for part in parts for source in part] == sources
     largest = max(sizes, default=0)

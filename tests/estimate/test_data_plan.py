@@ -15,9 +15,9 @@ import yaml
 from data_tools import plan_folds
 from megatron_llmjp import cli as pretrain_cli
 from megatron_llmjp.config.schema import Config
-from megatron_llmjp.data.batch_size import BatchSizes
+from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.data.folds.loading import read_fold_file
-from megatron_llmjp.data.folds.resolve import resolve
+from megatron_llmjp.data.folds.resolve import resolve_folds
 from megatron_llmjp.data.folds.schedule import DatasetInfo
 from megatron_llmjp.data.folds.schema import FoldFile
 from megatron_llmjp.estimate.data_plan import format_data_plan, make_plan
@@ -43,8 +43,8 @@ def config_of(length, batch, training=None, **optimizer):
 def planned(file, tokens, config, train_iters=None, rate=None):
     """Plan, and warnings, for datasets of which only the sizes are known."""
     infos = {path: DatasetInfo(path, n) for path, n in tokens.items()}
-    sizes = BatchSizes(config)
-    schedule = resolve(file, infos, config.data.seq_length, sizes)
+    sizes = BatchSizeSchedule(config)
+    schedule = resolve_folds(file, infos, config.data.seq_length, sizes)
     plan = make_plan(schedule, sizes, train_iters, rate)
     return plan, find_warnings(plan, schedule, config, file, infos)
 
@@ -52,7 +52,7 @@ def planned(file, tokens, config, train_iters=None, rate=None):
 def test_the_example_is_the_published_run():
     """llm-jp-13b-v1.0: 87,870 iterations after ten folds, 96,657 and 304.06 B tokens in the end."""
     file = read_fold_file(EXAMPLE)
-    tokens = dict.fromkeys(file.sources(), 10**9)
+    tokens = dict.fromkeys(file.dataset_paths(), 10**9)
     for fold in file.folds:
         tokens |= {s.path: int(s.weight * 10**9) for s in fold.blend.values()}
     config = config_of(

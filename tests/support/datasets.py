@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from megatron_llmjp.data.indexed_dataset_writer import IndexedWriter
+from megatron_llmjp.data.indexed_dataset_writer import IndexedDatasetWriter
 
 VOCAB_SIZE = 100
 """Of NullTokenizer: ids 0 to 98, and 99 ends a document."""
@@ -25,7 +25,7 @@ def write_dataset(
         tokens = (generator.integers(vocabulary - 1) + np.cumsum(steps)) % (vocabulary - 1)
         tokens[-1] = vocabulary - 1
         parts.append(tokens.astype(np.uint16))
-    writer = IndexedWriter(prefix.with_suffix(".bin"), np.dtype(np.uint16))
+    writer = IndexedDatasetWriter(prefix.with_suffix(".bin"), np.dtype(np.uint16))
     writer.add(np.concatenate(parts), lengths)
     writer.finish(prefix.with_suffix(".idx"))
     writer.clean()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_llmjp.config.flags import parse
-from megatron_llmjp.data.batch_size import BatchSizes
+from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.data.folds.schema import FoldLearningRate
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.training.lr_scheduler import LearningRates, RunScheduler
@@ -33,7 +33,7 @@ def rates(*flags, folds=(), total=ITERS * BATCH, **changes):
     values = {**BASE, **{f"--{k.replace('_', '-')}": v for k, v in changes.items()}}
     words = [w for flag, value in values.items() if value is not None for w in (flag, value)]
     config = parse([str(word) for word in (*MODEL, *words, *flags)]).config
-    sizes = BatchSizes(config)
+    sizes = BatchSizeSchedule(config)
     return LearningRates(config, schedule(folds, total), sizes, ITERS), sizes
 
 

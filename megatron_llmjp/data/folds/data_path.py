@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_llmjp.config.schema import DataConfig
 from megatron_llmjp.data.folds.datasets import split_shares
-from megatron_llmjp.data.folds.schema import Fold, FoldFile, Source, ValidationSet
+from megatron_llmjp.data.folds.schema import BlendEntry, Fold, FoldFile, ValidationSet
 from megatron_llmjp.errors import UserError
 
 LEGACY_SPLIT = "969,30,1"
@@ -28,16 +28,16 @@ _PER_PART = (
     "per_split_data_args_path",
 )
 
-Blend = dict[str, Source]
+Blend = dict[str, BlendEntry]
 
 
-def given_flags(data: DataConfig) -> list[str]:
+def given_data_flags(data: DataConfig) -> list[str]:
     """Those of Megatron-LM's flags for data that are set, ``--split`` among them."""
     names = [name for name in (*_WHOLE, *_PER_PART, "split") if getattr(data, name)]
     return [f"--{name.replace('_', '-')}" for name in names]
 
 
-def fold_file_of(data: DataConfig, samples: int | None, seed: int) -> FoldFile:
+def fold_file_from_flags(data: DataConfig, samples: int | None, seed: int) -> FoldFile:
     """The fold file that Megatron-LM's flags amount to.
 
     Args:
@@ -51,8 +51,8 @@ def fold_file_of(data: DataConfig, samples: int | None, seed: int) -> FoldFile:
     _check(data)
     if samples is None:
         raise UserError(
-            f"{given_flags(data)[0]} needs --train-iters (or --train-samples): Megatron-LM's order "
-            "of samples depends on how many are drawn. A fold file (--fold-file) needs neither"
+            f"{given_data_flags(data)[0]} requires --train-iters or --train-samples: Megatron-LM's "
+            "sample order depends on the number of samples. A fold file (--fold-file) needs neither"
         )
     train, valid, test, split = _blends(data)
     fold = Fold(name="data-path", order="megatron", samples=samples, blend=train, split=split)
@@ -65,7 +65,7 @@ def fold_file_of(data: DataConfig, samples: int | None, seed: int) -> FoldFile:
 
 
 def _check(data: DataConfig) -> None:
-    flags = given_flags(data)
+    flags = given_data_flags(data)
     whole = [name for name in _WHOLE if getattr(data, name)]
     apart = [name for name in _PER_PART if getattr(data, name)]
     if data.fold_file is not None:
@@ -130,7 +130,7 @@ def _blend(words: Sequence[str], where: str) -> Blend:
         if weight is not None and weight <= 0:
             raise UserError(f"{where}: the weight of {path} is {weight:g}: it must be above 0")
         # Megatron-LM repeats a dataset without being asked.
-        blend[_name(path, blend)] = Source(path=path, weight=weight, repeat=True)
+        blend[_name(path, blend)] = BlendEntry(path=path, weight=weight, repeat=True)
     return blend
 
 

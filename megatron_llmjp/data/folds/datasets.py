@@ -10,8 +10,8 @@ By what a dataset is known: digests of its contents.
 
 The digest decides the seeds of the dataset's epochs, and with them the order of a run's samples.
 ``PREFIX.json`` has no part in it. Earlier versions put the checksums that it states into the
-digest: a run that such a version began keeps the digests it began with (``as_known``). Without
-torch.
+digest: a run that such a version began keeps the digests it began with
+(``with_recorded_keys``). Without torch.
 
 What the fold schedule must know of the datasets on disk. Without torch.
 """
@@ -33,16 +33,17 @@ import numpy as np
 from megatron_llmjp.data import indexed_dataset
 from megatron_llmjp.data.folds.schedule import DatasetInfo
 from megatron_llmjp.data.folds.schema import Fold, FoldFile, ValidationSet
-from megatron_llmjp.data.indexed_dataset import Index, check_entries
+from megatron_llmjp.data.indexed_dataset import DatasetIndex, check_entries
 from megatron_llmjp.errors import DataError, UserError
 from megatron_llmjp.filesystem import crc32_of, spread, write_durably
 
 FOLDER = "facts"
-_KEYS = ("key", "earlier_key", "checksums")
+_KEYS = {"key": "key", "earlier_key": "legacy_key", "checksums": "checksums"}
+"""Key in the cache file -> attribute of DatasetInfo."""
 _FORMAT = 4  # from 2 on every entry of the index was checked; 3 has another key, 4 the largest id
 
 
-def file_stamp(prefix: str) -> str:
+def files_stamp(prefix: str) -> str:
     """What changes whenever one of the dataset's files is written or replaced."""
     found: list[object] = [_FORMAT, str(Path(prefix).resolve())]
     for suffix in (".idx", ".bin", ".json"):
@@ -52,7 +53,7 @@ def file_stamp(prefix: str) -> str:
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:32]
 
 
-def recall(stamp: str, splits: Iterable[str], cache: Path) -> DatasetInfo | None:
+def load_facts(stamp: str, splits: Iterable[str], cache: Path) -> DatasetInfo | None:
     """What is known of the dataset with this stamp, if the parts of these splits are."""
     try:
         known = json.loads(_place(stamp, cache).read_text())
@@ -66,16 +67,16 @@ def recall(stamp: str, splits: Iterable[str], cache: Path) -> DatasetInfo | None
     return info if set(splits) <= {split for split, _ in parts} else None
 
 
-def remember(datasets: Mapping[str, DatasetInfo], cache: Path) -> None:
+def save_facts(datasets: Mapping[str, DatasetInfo], cache: Path) -> None:
     """Keep what is known. A cache that cannot be written costs time at the next start only."""
     with suppress(OSError):
         (cache / FOLDER).mkdir(parents=True, exist_ok=True)
         for info in datasets.values():
             place = _place(info.stamp, cache)
-            if place.exists() and recall(info.stamp, {split for split, _ in info.parts}, cache):
+            if place.exists() and load_facts(info.stamp, {split for split, _ in info.parts}, cache):
                 continue
             parts = [[split, part, tokens] for (split, part), tokens in info.parts.items()]
-            keys = {name: getattr(info, name) for name in _KEYS}
+            keys = {name: getattr(info, attribute) for name, attribute in _KEYS.items()}
             found = {"tokens": info.tokens, "largest_id": info.largest_id, "parts": parts}
             write_durably(place, json.dumps({**keys, **found}))
 
@@ -91,7 +92,7 @@ _LARGEST_READ_WHOLE = 1 << 36
 
 
 @dataclass(frozen=True)
-class Keys:
+class DatasetKeys:
     """What identifies a dataset."""
 
     key: str
@@ -102,7 +103,7 @@ class Keys:
     """Of both files whole, as ``PREFIX.json`` states them; empty where it does not."""
 
 
-def keys_of(prefix: str, checksums: str | None = None) -> Keys:
+def compute_keys(prefix: str, checksums: str | None = None) -> DatasetKeys:
     """Find the keys of a dataset, at the cost of some reads.
 
     ``key`` covers the sizes of both files and blocks spread over the index and over the tokens. It
@@ -120,10 +121,10 @@ def keys_of(prefix: str, checksums: str | None = None) -> Keys:
     key = digest.hexdigest()[:32]
     stated = _stated(Path(f"{prefix}.json")) if checksums is None else checksums
     digest.update(stated.replace(", ", "").encode())
-    return Keys(key, digest.hexdigest()[:32] if stated else "", stated)
+    return DatasetKeys(key, digest.hexdigest()[:32] if stated else "", stated)
 
 
-def as_known(
+def with_recorded_keys(
     datasets: Mapping[str, DatasetInfo], known: Iterable[tuple[str, str]]
 ) -> dict[str, DatasetInfo]:
     """Return datasets under the keys by which a run that is resumed knows them.
@@ -142,27 +143,25 @@ def as_known(
     found = dict(datasets)
     for key, path in sorted(pairs):
         info = found.get(path)
-        if info is None or info.earlier_key or key == info.key:
+        if info is None or info.legacy_key or key == info.key:
             continue
         if indexed_dataset.bin_path(path).stat().st_size <= _LARGEST_READ_WHOLE:
-            found[path] = replace(info, earlier_key=_earlier_key(path))
-    if not any(info.earlier_key in keys for info in found.values()):
+            found[path] = replace(info, legacy_key=_compute_legacy_key(path))
+    if not any(info.legacy_key in keys for info in found.values()):
         return dict(datasets)
-    earlier = all_earlier(found)
+    earlier = with_legacy_keys(found)
     return {path: info if info.key in keys else earlier[path] for path, info in found.items()}
 
 
-def all_earlier(datasets: Mapping[str, DatasetInfo]) -> dict[str, DatasetInfo]:
+def with_legacy_keys(datasets: Mapping[str, DatasetInfo]) -> dict[str, DatasetInfo]:
     """Return datasets under the keys of earlier versions."""
-    return {
-        path: replace(info, key=info.earlier_key or info.key) for path, info in datasets.items()
-    }
+    return {path: replace(info, key=info.legacy_key or info.key) for path, info in datasets.items()}
 
 
-def _earlier_key(prefix: str) -> str:
+def _compute_legacy_key(prefix: str) -> str:
     """Return the key that a dataset had while a ``PREFIX.json`` stated its checksums."""
     paths = {"bin": indexed_dataset.bin_path(prefix), "idx": indexed_dataset.idx_path(prefix)}
-    return keys_of(
+    return compute_keys(
         prefix, _joined({n: f"{crc32_of(path):08x}" for n, path in paths.items()})
     ).earlier
 
@@ -192,7 +191,7 @@ _ID_BLOCKS = (64, 1 << 15)
 """How many blocks of how many tokens are searched for the largest id."""
 
 
-def inspect_sources(file: FoldFile, cache: Path | None = None) -> dict[str, DatasetInfo]:
+def inspect_datasets(file: FoldFile, cache: Path | None = None) -> dict[str, DatasetInfo]:
     """Open every dataset of a fold file.
 
     What ``facts.remember`` has put into ``cache`` is not found out again.
@@ -206,11 +205,11 @@ def inspect_sources(file: FoldFile, cache: Path | None = None) -> dict[str, Data
         for source in (holder.blend or {}).values():
             splits.setdefault(source.path, set()).update([holder.split] if holder.split else [])
     found, problems = {}, []
-    for path, place in file.sources().items():
+    for path, place in file.dataset_paths().items():
         try:
-            stamp = file_stamp(path)
+            stamp = files_stamp(path)
             index = indexed_dataset.read_index(path)
-            known = recall(stamp, splits.get(path, ()), cache) if cache else None
+            known = load_facts(stamp, splits.get(path, ()), cache) if cache else None
             if known:
                 found[path] = known
                 continue
@@ -220,7 +219,7 @@ def inspect_sources(file: FoldFile, cache: Path | None = None) -> dict[str, Data
                 for split in splits.get(path, ())
                 for part, tokens in _tokens_of_parts(index, split).items()
             }
-            keys = keys_of(path)
+            keys = compute_keys(path)
             known_keys = (keys.earlier, keys.checksums)
             found[path] = DatasetInfo(
                 keys.key, index.tokens, parts, stamp, *known_keys, largest_id(index)
@@ -232,7 +231,7 @@ def inspect_sources(file: FoldFile, cache: Path | None = None) -> dict[str, Data
     return found
 
 
-def largest_id(index: Index) -> int | None:
+def largest_id(index: DatasetIndex) -> int | None:
     """The largest token id in a dataset, or in blocks spread over a large one.
 
     A negative id, which only damage makes, counts as one beyond every vocabulary. None if there is
@@ -282,7 +281,7 @@ def split_ends(split: str, documents: int) -> dict[str, tuple[int, int]]:
     return dict(zip(PARTS, itertools.pairwise(ends), strict=True))
 
 
-def _tokens_of_parts(index: Index, split: str) -> dict[str, int]:
+def _tokens_of_parts(index: DatasetIndex, split: str) -> dict[str, int]:
     return {
         part: int(index.lengths[first:end].sum(dtype=np.int64))
         for part, (first, end) in split_ends(split, index.sequences).items()

@@ -21,7 +21,7 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class DatasetRecord(_Record):
+class DatasetFingerprint(_Record):
     """What a fold drew from one dataset."""
 
     path: str
@@ -35,7 +35,7 @@ class DatasetRecord(_Record):
     """Of its files, where its manifest stated them."""
 
 
-class FoldRecord(_Record):
+class FoldFingerprint(_Record):
     """A fold, as far as it decides which samples are trained on."""
 
     digest: str
@@ -45,11 +45,11 @@ class FoldRecord(_Record):
     samples: int = 0
     order: str = "folds"
     split: str | None = None
-    datasets: dict[str, DatasetRecord] | None = None
+    datasets: dict[str, DatasetFingerprint] | None = None
     """By name; None in checkpoints of before these were stored."""
 
 
-def differences(old: FoldRecord, new: FoldRecord) -> list[str]:
+def fold_differences(old: FoldFingerprint, new: FoldFingerprint) -> list[str]:
     """How a fold differs from what a checkpoint says of it; empty when it does not."""
     if new.digest == old.digest:
         pairs = ((n, r, (new.datasets or {}).get(n)) for n, r in (old.datasets or {}).items())
@@ -64,7 +64,7 @@ def differences(old: FoldRecord, new: FoldRecord) -> list[str]:
     return found or ["the order of its datasets has changed"]
 
 
-def _of_the_fold(old: FoldRecord, new: FoldRecord) -> Iterator[str]:
+def _of_the_fold(old: FoldFingerprint, new: FoldFingerprint) -> Iterator[str]:
     for name in ("seed", "sequence_length", "order", "split"):
         before, after = getattr(old, name), getattr(new, name)
         if before != after:
@@ -75,7 +75,9 @@ def _of_the_fold(old: FoldRecord, new: FoldRecord) -> Iterator[str]:
         yield f"it has {new.samples:,} samples instead of {old.samples:,}"
 
 
-def _of_the_datasets(old: dict[str, DatasetRecord], new: dict[str, DatasetRecord]) -> Iterator[str]:
+def _of_the_datasets(
+    old: dict[str, DatasetFingerprint], new: dict[str, DatasetFingerprint]
+) -> Iterator[str]:
     for name, before in old.items():
         after = new.get(name)
         if after is None:
@@ -88,7 +90,7 @@ def _of_the_datasets(old: dict[str, DatasetRecord], new: dict[str, DatasetRecord
         yield f"dataset {name} is new"
 
 
-def _of_a_dataset(old: DatasetRecord, new: DatasetRecord) -> Iterator[str]:
+def _of_a_dataset(old: DatasetFingerprint, new: DatasetFingerprint) -> Iterator[str]:
     if old.key != new.key:
         where = new.path if old.path == new.path else f"{old.path}, now {new.path},"
         yield f"contents of {where} changed"

@@ -30,12 +30,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_llmjp.data.folds.schema import (
-    Entry,
+    BlendEntry,
     Fold,
     FoldFile,
+    FoldFileModel,
     FoldLearningRate,
-    Skip,
-    Source,
+    SkipRange,
     ValidationSet,
 )
 from megatron_llmjp.errors import UserError, suggest
@@ -45,7 +45,7 @@ READERS_KEYS = ("include", "root", "blends")
 """Keys of a fold file that the reader resolves."""
 
 
-def describe(error: ValidationError, written: Written) -> str:
+def describe_validation_error(error: ValidationError, written: Written) -> str:
     """One line for each mistake."""
     return "\n".join(
         f"{written.where(tuple(e['loc']))}: {_describe(e, written.data)}" for e in _own(error)
@@ -79,13 +79,13 @@ def _keys_beside(words: list[str]) -> list[str]:
     """The keys that are known where an unknown one was found."""
     if len(words) == 1:
         return [*FoldFile.model_fields, *READERS_KEYS]
-    model: type[Entry] = Fold if words[0].startswith("fold '") else ValidationSet
+    model: type[FoldFileModel] = Fold if words[0].startswith("fold '") else ValidationSet
     if "blend" in words:
-        model = Source
+        model = BlendEntry
     elif "learning_rate" in words:
         model = FoldLearningRate
     elif words[0] == "skip":
-        model = Skip
+        model = SkipRange
     return list(model.model_fields)
 
 
@@ -105,7 +105,7 @@ def read_fold_file(path: Path) -> FoldFile:
     try:
         return FoldFile.model_validate(data)
     except ValidationError as error:
-        raise UserError(describe(error, whole)) from None
+        raise UserError(describe_validation_error(error, whole)) from None
 
 
 def _holders(data: dict[str, Any]) -> Iterator[tuple[At, dict[str, Any]]]:

@@ -7,28 +7,28 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from megatron_llmjp.data.batch_size import BatchSizes
+from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.data.folds.schedule import (
     DatasetInfo,
+    DatasetSlice,
     FoldPlan,
-    HeldOut,
+    HeldOutDataset,
     MegatronBlend,
     Schedule,
-    Skips,
-    Slice,
-    budget,
+    SkippedSamples,
     epoch_seed,
-    shares,
+    fold_budget,
+    samples_per_dataset,
 )
-from megatron_llmjp.data.folds.schema import Fold, FoldFile, Part, Source
+from megatron_llmjp.data.folds.schema import BlendEntry, Fold, FoldFile, SplitPart
 from megatron_llmjp.errors import UserError
 
 
-def resolve(
+def resolve_folds(
     file: FoldFile,
     datasets: Mapping[str, DatasetInfo],
     sequence_length: int,
-    batch_sizes: BatchSizes,
+    batch_sizes: BatchSizeSchedule,
 ) -> Schedule:
     """Turn budgets and blends into exact numbers of samples.
 
@@ -49,7 +49,7 @@ def resolve(
         plan = _plan(fold, file.seed, first, datasets, sequence_length, batch_sizes, cursors)
         folds.append(plan)
         first = plan.end
-    skips = Skips.of(skip.samples for skip in file.skip)
+    skips = SkippedSamples.of(skip.samples for skip in file.skip)
     if skips and skips.ranges[-1][1] > first:
         raise UserError(
             f"skip: samples {list(skips.ranges[-1])} reach beyond the folds' last sample "
@@ -60,7 +60,7 @@ def resolve(
 
 def resolve_validation(
     file: FoldFile, datasets: Mapping[str, DatasetInfo], samples: Mapping[str, int]
-) -> dict[str, HeldOut | MegatronBlend]:
+) -> dict[str, HeldOutDataset | MegatronBlend]:
     """The validation sets by name.
 
     Args:
@@ -69,7 +69,7 @@ def resolve_validation(
         samples: how many Megatron-LM would ask for in the parts ``valid`` and ``test``; its order
             depends on it.
     """
-    found: dict[str, HeldOut | MegatronBlend] = {}
+    found: dict[str, HeldOutDataset | MegatronBlend] = {}
     for name, held_out in file.validation.items():
         if held_out.blend is not None:
             infos = [datasets[source.path] for source in held_out.blend.values()]
@@ -77,7 +77,7 @@ def resolve_validation(
             found[name] = _blend(held_out.blend, infos, split, part, samples[part], file.seed)
         elif held_out.path is not None:
             key = datasets[held_out.path].key
-            found[name] = HeldOut(held_out.path, key, epoch_seed(file.seed, key, 0))
+            found[name] = HeldOutDataset(held_out.path, key, epoch_seed(file.seed, key, 0))
     return found
 
 
@@ -87,7 +87,7 @@ def _plan(
     first: int,
     datasets: Mapping[str, DatasetInfo],
     length: int,
-    batch_sizes: BatchSizes,
+    batch_sizes: BatchSizeSchedule,
     cursors: dict[str, int],
 ) -> FoldPlan:
     """Place one fold at position ``first``; ``cursors`` move to where its slices end."""
@@ -99,7 +99,9 @@ def _plan(
                 f"fold '{fold.name}', dataset '{name}': {source.path} has fewer tokens than one "
                 "sample: shorten seq_length or leave the dataset out"
             )
-    counts = shares(fold, per_epoch, length, budget(fold, first, length, batch_sizes))
+    counts = samples_per_dataset(
+        fold, per_epoch, length, fold_budget(fold, first, length, batch_sizes)
+    )
     if fold.order == "megatron" and fold.kind is None and len(counts) > 1:
         _check_whole(fold, sum(counts), sum(per_epoch.values()))
     slices = []
@@ -109,7 +111,9 @@ def _plan(
         if source.restart or fold.order == "megatron":
             start = -(-start // epoch) * epoch
         checksums = infos[name].checksums
-        piece = Slice(name, source.path, key, start, samples, epoch, _asked(source), checksums)
+        piece = DatasetSlice(
+            name, source.path, key, start, samples, epoch, _asked(source), checksums
+        )
         _check_repetition(fold, source, piece)
         cursors[key] = piece.end
         if fold.order == "megatron":  # its order is another one: nothing can go on within its epoch
@@ -131,10 +135,10 @@ def _plan(
 
 
 def _blend(
-    blend: Mapping[str, Source],
+    blend: Mapping[str, BlendEntry],
     infos: Iterable[DatasetInfo],
     split: str | None,
-    part: Part,
+    part: SplitPart,
     samples: int,
     seed: int,
 ) -> MegatronBlend:
@@ -150,12 +154,12 @@ def _blend(
     )
 
 
-def _asked(source: Source) -> str:
+def _asked(source: BlendEntry) -> str:
     amount = source.amount
     return f"{amount[0]} {amount[1]:g}" if amount else ""
 
 
-def _check_repetition(fold: Fold, source: Source, piece: Slice) -> None:
+def _check_repetition(fold: Fold, source: BlendEntry, piece: DatasetSlice) -> None:
     """More than one epoch must be asked for."""
     asked = source.repeat or (source.epochs or fold.epochs or 0) > 1
     allowed = piece.samples_per_epoch + (piece.start if source.restart else 0)
@@ -182,7 +186,7 @@ def _digest(
     length: int,
     name: str,
     first: int,
-    slices: list[Slice],
+    slices: list[DatasetSlice],
     blend: MegatronBlend | None,
 ) -> str:
     content: list[Any] = [seed, length, name, first]

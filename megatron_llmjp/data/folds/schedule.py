@@ -26,20 +26,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
-from megatron_llmjp.data.batch_size import BatchSizes
-from megatron_llmjp.data.folds.fingerprint import DatasetRecord, FoldRecord
-from megatron_llmjp.data.folds.schema import Fold, FoldLearningRate, Part
+from megatron_llmjp.data.batch_size import BatchSizeSchedule
+from megatron_llmjp.data.folds.fingerprint import DatasetFingerprint, FoldFingerprint
+from megatron_llmjp.data.folds.schema import Fold, FoldLearningRate, SplitPart
 from megatron_llmjp.errors import UserError
 
 
 @dataclass(frozen=True)
-class Skips:
+class SkippedSamples:
     """Positions left out, as half-open ranges in order that neither touch nor overlap."""
 
     ranges: tuple[tuple[int, int], ...] = ()
 
     @classmethod
-    def of(cls, ranges: Iterable[tuple[int, int]]) -> Skips:
+    def of(cls, ranges: Iterable[tuple[int, int]]) -> SkippedSamples:
         """Sort ranges and join those that touch or overlap; empty ones vanish."""
         joined: list[tuple[int, int]] = []
         for start, end in sorted((a, b) for a, b in ranges if a < b):
@@ -52,9 +52,9 @@ class Skips:
     def __bool__(self) -> bool:
         return bool(self.ranges)
 
-    def and_also(self, ranges: Iterable[tuple[int, int]]) -> Skips:
+    def union(self, ranges: Iterable[tuple[int, int]]) -> SkippedSamples:
         """These and more."""
-        return Skips.of([*self.ranges, *ranges])
+        return SkippedSamples.of([*self.ranges, *ranges])
 
     def position(self, number: int) -> int:
         """The position of trained sample ``number``: that of this number among those kept."""
@@ -73,12 +73,12 @@ class Skips:
         """How many of the positions ``[start, end)`` are kept."""
         return max(0, self.kept_before(end) - self.kept_before(start))
 
-    def before(self, position: int) -> Skips:
+    def before(self, position: int) -> SkippedSamples:
         """The part of them below ``position``."""
-        return Skips.of((a, min(b, position)) for a, b in self.ranges)
+        return SkippedSamples.of((a, min(b, position)) for a, b in self.ranges)
 
 
-NOTHING_SKIPPED = Skips()
+NO_SKIPPED_SAMPLES = SkippedSamples()
 
 
 def apportion(total: int, weights: list[float]) -> list[int]:
@@ -97,7 +97,7 @@ def apportion(total: int, weights: list[float]) -> list[int]:
     return counts
 
 
-def shares(
+def samples_per_dataset(
     fold: Fold, per_epoch: Mapping[str, int], sequence_length: int, budget: int | None
 ) -> list[int]:
     """Samples that a fold draws from each dataset of its blend, in the blend's order.
@@ -106,7 +106,7 @@ def shares(
         fold: the fold.
         per_epoch: samples of one epoch of each dataset, by its name in the blend.
         sequence_length: tokens per sample.
-        budget: what :func:`budget` says.
+        budget: what :func:`fold_budget` says.
 
     Raises:
         UserError: the budget is less than one sample.
@@ -127,7 +127,9 @@ def shares(
     return apportion(total, amounts)
 
 
-def budget(fold: Fold, first: int, sequence_length: int, batch_sizes: BatchSizes) -> int | None:
+def fold_budget(
+    fold: Fold, first: int, sequence_length: int, batch_sizes: BatchSizeSchedule
+) -> int | None:
     """Samples of a fold that begins at position ``first``; None where its datasets decide.
 
     Iterations have the sizes of those that follow position ``first``, so that a fold of N
@@ -157,7 +159,7 @@ class DatasetInfo:
     """Tokens of the parts of Megatron-LM's ``--split``, by ``(split, part)``, where they matter."""
     stamp: str = field(default="", compare=False)
     """Of its files when this was found out (``data/folds/datasets.py``)."""
-    earlier_key: str = ""
+    legacy_key: str = ""
     """Its key in earlier versions, where that is another one (``data/folds/datasets.py``)."""
     checksums: str = ""
     """Of its files, as its manifest states them; no part of its identity."""
@@ -171,13 +173,13 @@ class DatasetInfo:
         """
         return max(0, (self.part_tokens(split, "train") - 1) // sequence_length)
 
-    def part_tokens(self, split: str | None, part: Part) -> int:
+    def part_tokens(self, split: str | None, part: SplitPart) -> int:
         """Tokens of one part of a split; of the whole where it is not split."""
         return self.tokens if split is None else self.parts[split, part]
 
 
 @dataclass(frozen=True)
-class Slice:
+class DatasetSlice:
     """What one fold draws from one dataset: samples ``[start, start + samples)`` of its stream.
 
     In Megatron-LM's order the number of samples is the dataset's share, which Megatron-LM keeps
@@ -217,13 +219,13 @@ class MegatronBlend:
     """None: in proportion to the datasets' sizes, one epoch of each at most."""
     split: str | None
     """Megatron-LM's ``--split``; None where the blend is one part whole."""
-    part: Part
+    part: SplitPart
     samples: int
     seed: int
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class HeldOutDataset:
     """A dataset to validate on, in the order of one shuffled epoch."""
 
     path: str
@@ -240,7 +242,7 @@ class FoldPlan:
     """Position of the first sample."""
     samples: int
     """Positions of the fold, those that are skipped included."""
-    slices: tuple[Slice, ...]
+    slices: tuple[DatasetSlice, ...]
     digest: str
     """Of everything that decides this fold's order."""
     learning_rate: FoldLearningRate | None = None
@@ -268,7 +270,7 @@ class Schedule:
     seed: int
     sequence_length: int
     folds: tuple[FoldPlan, ...]
-    skips: Skips = NOTHING_SKIPPED
+    skips: SkippedSamples = NO_SKIPPED_SAMPLES
 
     @property
     def total_positions(self) -> int:
@@ -284,26 +286,26 @@ class Schedule:
         """The position of trained sample ``number``."""
         return self.skips.position(number)
 
-    def frontier(self, consumed_samples: int) -> int:
+    def consumed_end(self, consumed_samples: int) -> int:
         """The position after the last one that was trained on: all before it is the past."""
         return self.position(consumed_samples - 1) + 1 if consumed_samples > 0 else 0
 
-    def fold_at(self, number: int) -> FoldPlan:
+    def fold_of_sample(self, number: int) -> FoldPlan:
         """The fold that holds trained sample ``number``; the last one for the end of the run."""
-        return self.fold_of(self.position(number))
+        return self.fold_at_position(self.position(number))
 
-    def fold_of(self, position: int) -> FoldPlan:
+    def fold_at_position(self, position: int) -> FoldPlan:
         """The fold that holds a position; the last one for the end of the schedule."""
         place = bisect.bisect_right(self.folds, position, key=lambda fold: fold.end)
         return self.folds[min(place, len(self.folds) - 1)]
 
-    def trainable(self, fold: FoldPlan) -> tuple[int, int]:
+    def sample_range(self, fold: FoldPlan) -> tuple[int, int]:
         """The first trained sample of a fold, and the one after its last."""
         return self.skips.kept_before(fold.first_sample), self.skips.kept_before(fold.end)
 
-    def touched(self, consumed_samples: int) -> dict[str, FoldRecord]:
+    def consumed_folds(self, consumed_samples: int) -> dict[str, FoldFingerprint]:
         """What a checkpoint remembers of every fold that is wholly or partly past, by name."""
-        end = self.frontier(consumed_samples)
+        end = self.consumed_end(consumed_samples)
         return {fold.name: self.record(fold) for fold in self.folds if fold.first_sample < end}
 
     def consumed_by_dataset(self, consumed_samples: int) -> dict[tuple[str, str], int]:
@@ -313,7 +315,7 @@ class Schedule:
         skipped, each dataset has its share: the datasets are interleaved so that every part of a
         fold keeps to its blend, within as many samples as there are datasets.
         """
-        end = self.frontier(consumed_samples)
+        end = self.consumed_end(consumed_samples)
         counts: dict[tuple[str, str], int] = {}
         for fold in self.folds:
             if fold.first_sample >= end:
@@ -324,9 +326,9 @@ class Schedule:
                 counts[fold.name, piece.name] = share
         return counts
 
-    def record(self, fold: FoldPlan) -> FoldRecord:
+    def record(self, fold: FoldPlan) -> FoldFingerprint:
         """What a checkpoint remembers of a fold."""
-        return FoldRecord(
+        return FoldFingerprint(
             digest=fold.digest,
             seed=self.seed,
             sequence_length=self.sequence_length,
@@ -335,7 +337,7 @@ class Schedule:
             order=fold.order,
             split=fold.megatron.split if fold.megatron else None,
             datasets={
-                piece.name: DatasetRecord(
+                piece.name: DatasetFingerprint(
                     path=piece.path,
                     key=piece.key,
                     asked=piece.asked,
@@ -347,7 +349,7 @@ class Schedule:
             },
         )
 
-    def skipping(self, skips: Skips) -> Schedule:
+    def with_skips(self, skips: SkippedSamples) -> Schedule:
         """The same schedule with other samples left out."""
         return replace(self, skips=skips)
 

@@ -24,7 +24,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _BUDGETS = ("tokens", "samples", "iterations", "epochs")
 _AMOUNTS = ("weight", "tokens", "epochs")
 
-Part = Literal["train", "valid", "test"]
+SplitPart = Literal["train", "valid", "test"]
 
 
 def parse_count(value: Any) -> Any:
@@ -41,13 +41,13 @@ Count = Annotated[PositiveInt, BeforeValidator(parse_count)]
 Amount = Annotated[PositiveFloat, Field(allow_inf_nan=False)]
 
 
-class Entry(BaseModel):
+class FoldFileModel(BaseModel):
     """Base of all parts of the file: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Source(Entry):
+class BlendEntry(FoldFileModel):
     """One dataset of a blend."""
 
     path: str
@@ -67,13 +67,13 @@ class Source(Entry):
         return given[0] if given else None
 
     @model_validator(mode="after")
-    def _one_amount(self) -> Source:
+    def _one_amount(self) -> BlendEntry:
         if sum(getattr(self, k) is not None for k in _AMOUNTS) > 1:
             raise ValueError("give one of weight, tokens and epochs")
         return self
 
 
-class FoldLearningRate(Entry):
+class FoldLearningRate(FoldFileModel):
     """A learning-rate schedule of a fold's own, counted from the fold's first iteration.
 
     What is left out is the run's; the decay ends with the fold.
@@ -91,7 +91,7 @@ class FoldLearningRate(Entry):
     lr_wsd_decay_iters: PositiveInt | None = None
 
 
-class Fold(Entry):
+class Fold(FoldFileModel):
     """One fold: a budget and a blend."""
 
     name: str
@@ -101,7 +101,7 @@ class Fold(Entry):
     samples: Count | None = None
     iterations: Count | None = None
     epochs: Amount | None = None
-    blend: dict[str, Source] = Field(min_length=1)
+    blend: dict[str, BlendEntry] = Field(min_length=1)
     split: str | None = None
     """``order: megatron`` only: Megatron-LM's ``--split``; the fold takes its first part."""
     learning_rate: FoldLearningRate | None = None
@@ -148,12 +148,12 @@ def _contradictions(fold: Fold, kind: str | None, budget: str | None) -> Iterato
         yield "epochs per dataset are the budget: take the fold's away"
 
 
-class ValidationSet(Entry):
+class ValidationSet(FoldFileModel):
     """A dataset held out, or one part of a blend in Megatron-LM's order."""
 
     path: str | None = None
     """Prefix of the ``.bin`` and ``.idx`` of a dataset held out."""
-    blend: dict[str, Source] | None = Field(None, min_length=1)
+    blend: dict[str, BlendEntry] | None = Field(None, min_length=1)
     """Instead of ``path``: the blend that Megatron-LM would validate on."""
     split: str | None = None
     """Megatron-LM's ``--split``, of which this set is a part; the whole blend when not given."""
@@ -168,13 +168,13 @@ class ValidationSet(Entry):
         return self
 
 
-class Skip(Entry):
+class SkipRange(FoldFileModel):
     """Samples that are left out: positions ``[start, end)`` in the schedule."""
 
     samples: tuple[NonNegativeInt, NonNegativeInt]
 
     @model_validator(mode="after")
-    def _in_order(self) -> Skip:
+    def _in_order(self) -> SkipRange:
         if self.samples[0] >= self.samples[1]:
             raise ValueError(
                 f"[{self.samples[0]}, {self.samples[1]}] holds no sample: the first number is the "
@@ -183,7 +183,7 @@ class Skip(Entry):
         return self
 
 
-class FoldFile(Entry):
+class FoldFile(FoldFileModel):
     """The contents of a fold file."""
 
     seed: NonNegativeInt = 1234
@@ -191,7 +191,7 @@ class FoldFile(Entry):
     """Must equal the run's seq_length where it is given."""
     folds: tuple[Fold, ...] = Field(min_length=1)
     validation: dict[str, ValidationSet] = {}
-    skip: tuple[Skip, ...] = ()
+    skip: tuple[SkipRange, ...] = ()
 
     @field_validator("folds")
     @classmethod
@@ -202,7 +202,7 @@ class FoldFile(Entry):
             raise ValueError(f"two folds are named '{sorted(twice)[0]}'")
         return folds
 
-    def sources(self) -> dict[str, str]:
+    def dataset_paths(self) -> dict[str, str]:
         """The path of every dataset, and the first place that names it."""
         places: dict[str, str] = {}
         for fold in self.folds:

@@ -19,7 +19,7 @@ import numpy as np
 from megatron_llmjp.config.schema import DataConfig
 from megatron_llmjp.data import indexed_dataset
 from megatron_llmjp.data.indices import index_cache
-from megatron_llmjp.data.indices.worker import build_beside
+from megatron_llmjp.data.indices.worker import build_in_subprocess
 from megatron_llmjp.parallel.device import without_warnings
 
 with without_warnings():
@@ -79,9 +79,9 @@ class EpochIndex:
         a process beside them.
         """
         if dist.is_available() and dist.is_initialized():
-            build_beside(self, temporary)
+            build_in_subprocess(self, temporary)
             return
-        tokens = indexed_dataset.open_indexed(self.path)
+        tokens = indexed_dataset.open_indexed_dataset(self.path)
         documents = np.arange(len(tokens), dtype=np.int32)
         flags = dict.fromkeys(
             ("reset_position_ids", "reset_attention_mask", "eod_mask_loss"), False
@@ -89,7 +89,7 @@ class EpochIndex:
         _dataset(self, tokens, temporary, documents, DatasetTokenizer(0, 1), flags)
 
 
-class Epochs:
+class EpochDatasets:
     """Opens epochs of datasets, whose indices are cached on disk under their contents."""
 
     def __init__(
@@ -107,7 +107,7 @@ class Epochs:
         self.cache = cache
         _allow_open_files()
         # Epochs of a dataset share its file handles.
-        self._tokens = lru_cache(maxsize=OPEN_DATASETS)(indexed_dataset.open_indexed)
+        self._tokens = lru_cache(maxsize=OPEN_DATASETS)(indexed_dataset.open_indexed_dataset)
 
     def index(self, key: str, path: str, seed: int) -> EpochIndex:
         """What :meth:`open` will need."""
@@ -116,7 +116,7 @@ class Epochs:
     def build(self, key: str, path: str, seed: int) -> None:
         """Make the cache of an epoch, unless another process does or did."""
         index = self.index(key, path, seed)
-        index_cache.ensure(index.folder, index.build)
+        index_cache.ensure_index(index.folder, index.build)
 
     def open(self, key: str, path: str, seed: int) -> GPTDataset:
         """One epoch, from its cache; memory-mapped, so that all processes of a machine share it.
@@ -124,14 +124,14 @@ class Epochs:
         A cache that is missing or damaged is made again, in whichever process finds that.
         """
         index = self.index(key, path, seed)
-        index_cache.ensure(index.folder, index.build)
+        index_cache.ensure_index(index.folder, index.build)
         inode = index.folder.stat().st_ino
         tokens = self._tokens(path)
         try:
             return self._open(index, tokens)
         except (ValueError, IndexError, EOFError, pickle.UnpicklingError) as error:
-            index_cache.discard(index.folder, inode, str(error))
-            index_cache.ensure(index.folder, index.build)
+            index_cache.discard_damaged(index.folder, inode, str(error))
+            index_cache.ensure_index(index.folder, index.build)
             return self._open(index, tokens)
 
     def _open(self, index: EpochIndex, tokens: Any) -> GPTDataset:

@@ -61,7 +61,7 @@ class CachedIndex(Protocol):
         """Write its files into an existing, empty folder."""
 
 
-def ensure(
+def ensure_index(
     folder: Path, build: Callable[[Path], None], *, thorough: bool = False, wait: bool = True
 ) -> bool:
     """Make ``folder`` by ``build(temporary)``, unless another process does or did.
@@ -81,7 +81,7 @@ def ensure(
         UserError: the cache cannot be written.
     """
     asked, pause = time.monotonic(), 0.05
-    while fault(folder, thorough=thorough) is not None:
+    while find_damage(folder, thorough=thorough) is not None:
         with _try_lock(folder) as mine:
             if mine or time.monotonic() - asked > PATIENCE_SECONDS:
                 return _build(folder, build, thorough)
@@ -92,7 +92,7 @@ def ensure(
     return False
 
 
-def ensure_all(
+def ensure_indices(
     indices: Sequence[CachedIndex],
     *,
     thorough: bool = False,
@@ -102,22 +102,22 @@ def ensure_all(
 
     Args:
         indices: what is needed.
-        thorough: as in :func:`ensure`.
+        thorough: as in :func:`ensure_index`.
         done: called after each index that is there.
     """
     rest = []
     for index in indices:
-        ensure(index.folder, index.build, thorough=thorough, wait=False)
-        if fault(index.folder) is None:
+        ensure_index(index.folder, index.build, thorough=thorough, wait=False)
+        if find_damage(index.folder) is None:
             done()
         else:
             rest.append(index)  # another process is at it: look for one that is free first
     for index in rest:
-        ensure(index.folder, index.build, thorough=thorough)
+        ensure_index(index.folder, index.build, thorough=thorough)
         done()
 
 
-def fault(folder: Path, *, thorough: bool = False) -> str | None:
+def find_damage(folder: Path, *, thorough: bool = False) -> str | None:
     """What is wrong with a cache folder: None when it is whole, "" when it is not there."""
     try:
         listed = json.loads((folder / CONTENTS).read_text())["files"]
@@ -140,7 +140,7 @@ def fault(folder: Path, *, thorough: bool = False) -> str | None:
 
 
 @contextmanager
-def publish(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path) -> Iterator[Path]:
     """A new folder to write files into, renamed to ``folder`` when the block ends well.
 
     Its files are listed with sizes and checksums and brought to disk first. Where ``folder`` is
@@ -161,7 +161,7 @@ def publish(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def discard(folder: Path, inode: int, problem: str) -> None:
+def discard_damaged(folder: Path, inode: int, problem: str) -> None:
     """Remove a cache folder that passed for whole but is not, unless it was replaced meanwhile."""
     try:
         if folder.stat().st_ino == inode:
@@ -177,7 +177,7 @@ def size_on_disk(folder: Path) -> int:
 
 
 def _build(folder: Path, build: Callable[[Path], None], thorough: bool) -> bool:
-    problem = fault(folder, thorough=thorough)
+    problem = find_damage(folder, thorough=thorough)
     if problem is None:  # finished between the look and the lock
         return False
     try:
@@ -185,7 +185,7 @@ def _build(folder: Path, build: Callable[[Path], None], thorough: bool) -> bool:
         if problem:
             _warn(folder, problem)
             _remove(folder)
-        with publish(folder) as temporary:
+        with atomic_folder(folder) as temporary:
             build(temporary)
     except OSError as error:
         if error.errno not in _UNWRITABLE:

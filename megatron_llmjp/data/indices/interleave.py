@@ -46,13 +46,13 @@ class FoldOrder:
 
     def open(self) -> tuple[np.ndarray, np.ndarray]:
         """As :func:`blend_order`, memory-mapped; made first where it is missing."""
-        index_cache.ensure(self.folder, self.build)
+        index_cache.ensure_index(self.folder, self.build)
         inode = self.folder.stat().st_ino
         try:
             return self._load()
         except ValueError as error:
-            index_cache.discard(self.folder, inode, str(error))
-            index_cache.ensure(self.folder, self.build)
+            index_cache.discard_damaged(self.folder, inode, str(error))
+            index_cache.ensure_index(self.folder, self.build)
             return self._load()
 
     def _load(self) -> tuple[np.ndarray, np.ndarray]:

@@ -20,8 +20,8 @@ import numpy.typing as npt
 
 from megatron_llmjp.data.folds.schedule import MegatronBlend
 from megatron_llmjp.data.indices import index_cache
-from megatron_llmjp.data.indices.epoch_index import DatasetTokenizer, Epochs
-from megatron_llmjp.data.indices.worker import build_beside
+from megatron_llmjp.data.indices.epoch_index import DatasetTokenizer, EpochDatasets
+from megatron_llmjp.data.indices.worker import build_in_subprocess
 from megatron_llmjp.parallel.device import without_warnings
 
 with without_warnings():
@@ -63,14 +63,14 @@ class MegatronIndex:
     def build(self, temporary: Path) -> None:
         """Write it into an existing, empty folder; from a process of its own inside a group."""
         if dist.is_available() and dist.is_initialized():
-            build_beside(self, temporary)
+            build_in_subprocess(self, temporary)
             return
         with _world_of_one():  # BlendedDataset asks for its rank when it writes
             _dataset(self, temporary, DatasetTokenizer(0, 1), _PLAIN)
 
-    def open(self, epochs: Epochs) -> MegatronSamples:
+    def open(self, epochs: EpochDatasets) -> MegatronSamples:
         """The samples, memory-mapped; their index is made first where it is missing."""
-        index_cache.ensure(self.folder, self.build)
+        index_cache.ensure_index(self.folder, self.build)
         return MegatronSamples(_dataset(self, self.folder, epochs.tokenizer, epochs.flags))
 
 
@@ -111,7 +111,7 @@ class MegatronSamples:
         return place, self._data.datasets[place], int(self._data.dataset_sample_index[number])
 
 
-def megatron_index(blend: MegatronBlend, epochs: Epochs) -> MegatronIndex:
+def megatron_index(blend: MegatronBlend, epochs: EpochDatasets) -> MegatronIndex:
     """Where the indices of a blend lie."""
     return MegatronIndex(epochs.cache, blend, epochs.sequence_length)
 

@@ -15,7 +15,12 @@ from itertools import chain
 from typing import Protocol
 
 from megatron_llmjp.data.folds.schedule import FoldPlan, Schedule
-from megatron_llmjp.data.indices.index_cache import PATIENCE_SECONDS, CachedIndex, ensure_all, fault
+from megatron_llmjp.data.indices.index_cache import (
+    PATIENCE_SECONDS,
+    CachedIndex,
+    ensure_indices,
+    find_damage,
+)
 from megatron_llmjp.data.indices.worker import build_in_background
 from megatron_llmjp.filesystem import no_heartbeat
 
@@ -33,7 +38,7 @@ def wait_alone(ready: Callable[[], bool]) -> bool:
     return True
 
 
-class IndexedFolds(Protocol):
+class FoldIndexProvider(Protocol):
     """What FoldDataset tells."""
 
     @property
@@ -44,12 +49,12 @@ class IndexedFolds(Protocol):
         """Everything that samples of this fold are looked up in."""
 
 
-class IndexAhead:
+class IndexPrefetcher:
     """Makes the indices of folds in time."""
 
     def __init__(
         self,
-        data: IndexedFolds,
+        data: FoldIndexProvider,
         *,
         first_on_machine: bool,
         say: Callable[[str], None] = print,
@@ -71,11 +76,11 @@ class IndexAhead:
         folds = self._folds(consumed_samples, batch)
         more = self._cheap_after(folds[-1])
         wanted = [*chain.from_iterable(map(self._data.indices, (*folds, *more))), *held_out]
-        missing = [index for index in wanted if fault(index.folder) is not None]
+        missing = [index for index in wanted if find_damage(index.folder) is not None]
         if sum(index.work for index in missing) > CHEAP:
             names = ", ".join(fold.name for fold in folds)
             self._say(f"building {len(missing)} sample indices for {names}")
-        ensure_all(wanted, thorough=self._first_on_machine, done=self._beat)
+        ensure_indices(wanted, thorough=self._first_on_machine, done=self._beat)
         self._ready.update(fold.name for fold in (*folds, *more))
         self._entered.update(fold.name for fold in folds)
         self._prepare_next(folds[-1])
@@ -103,7 +108,7 @@ class IndexAhead:
                 return False
             self._entered.add(fold.name)
             if fold.name not in self._ready:
-                ensure_all(indices, done=self._beat)
+                ensure_indices(indices, done=self._beat)
                 self._ready.add(fold.name)
                 self._prepare_next(fold)
         return True
@@ -118,14 +123,14 @@ class IndexAhead:
     def _folds(self, consumed_samples: int, batch: int) -> tuple[FoldPlan, ...]:
         schedule = self._data.schedule
         edges = (consumed_samples, consumed_samples + batch - 1)
-        first, last = (_number(schedule.fold_at(sample), schedule) for sample in edges)
+        first, last = (_number(schedule.fold_of_sample(sample), schedule) for sample in edges)
         return schedule.folds[first : last + 1]
 
     def _cheap_after(self, fold: FoldPlan) -> list[FoldPlan]:
         schedule, cheap, work = self._data.schedule, [], 0
         for later in schedule.folds[_number(fold, schedule) + 1 :]:
             indices = self._data.indices(later)
-            work += sum(index.work for index in indices if fault(index.folder) is not None)
+            work += sum(index.work for index in indices if find_damage(index.folder) is not None)
             if work > CHEAP:
                 break
             cheap.append(later)
@@ -144,7 +149,7 @@ class IndexAhead:
         else:
             failed = time.monotonic() - asked > PATIENCE_SECONDS
         if failed:
-            ensure_all(indices, done=self._beat)  # raises what is wrong
+            ensure_indices(indices, done=self._beat)  # raises what is wrong
         return failed
 
     def _prepare_next(self, fold: FoldPlan) -> None:
@@ -161,7 +166,7 @@ class IndexAhead:
 
 
 def _are_missing(indices: Iterable[CachedIndex]) -> bool:
-    return any(fault(index.folder) is not None for index in indices)
+    return any(find_damage(index.folder) is not None for index in indices)
 
 
 def _number(fold: FoldPlan, schedule: Schedule) -> int:

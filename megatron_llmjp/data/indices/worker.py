@@ -22,13 +22,13 @@ from functools import partial
 from pathlib import Path
 
 import megatron_llmjp
-from megatron_llmjp.data.indices.index_cache import CachedIndex, ensure_all
+from megatron_llmjp.data.indices.index_cache import CachedIndex, ensure_indices
 
 _SIZE = struct.Struct("<Q")
 _POLITENESS = 10
 
 
-def build_beside(index: CachedIndex, temporary: Path) -> None:
+def build_in_subprocess(index: CachedIndex, temporary: Path) -> None:
     """Write an index into a folder, from a process of its own; returns when it is done.
 
     Raises:
@@ -44,7 +44,7 @@ def build_beside(index: CachedIndex, temporary: Path) -> None:
 
 def build_in_background(indices: Sequence[CachedIndex]) -> subprocess.Popen[bytes]:
     """Begin to make all of these, at low priority."""
-    return _start(partial(ensure_all, list(indices)))
+    return _start(partial(ensure_indices, list(indices)))
 
 
 def _start(job: Callable[[], None]) -> subprocess.Popen[bytes]:
