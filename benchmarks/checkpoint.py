@@ -53,12 +53,12 @@ def measure(folder: Path, rounds: int, with_optimizer: bool) -> None:
     from megatron_llmjp.checkpoint import sharded_state
     from megatron_llmjp.checkpoint.save import Description, Progress
     from megatron_llmjp.checkpoint.saver import FoldEnds, Saver
-    from megatron_llmjp.config.loading import changed
+    from megatron_llmjp.config.loading import replace_fields
 
     config, state = make_state(with_optimizer)
     savers = {}
     for kind in ("sync", "async"):
-        own = changed(config, save=str(folder / kind), async_save=kind == "async")
+        own = replace_fields(config, save=str(folder / kind), async_save=kind == "async")
         savers[kind] = Saver(Description(own), FoldEnds(), lambda: None, 0)
     times: dict[str, list[float]] = {}
     size = 0

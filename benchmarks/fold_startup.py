@@ -133,7 +133,7 @@ def ours(folder: Path, folds: int) -> dict[str, float]:
     from megatron_llmjp.data.folds.datasets import save_facts
     from megatron_llmjp.data.indices.epoch_index import EpochDatasets
     from megatron_llmjp.data.indices.prefetch import IndexPrefetcher
-    from megatron_llmjp.run_data import cache_folder, prepare_data
+    from megatron_llmjp.run_data import index_cache_folder, resolve_data
     from megatron_llmjp.tokenizers import load_tokenizer
 
     content = [
@@ -148,8 +148,8 @@ def ours(folder: Path, folds: int) -> dict[str, float]:
     tokenizer = load_tokenizer("NullTokenizer", None, vocab_size=31999)
 
     def first_batch() -> tuple[FoldDataset, IndexPrefetcher]:
-        run_data = prepare_data(config)
-        cache = cache_folder(config, run_data.folds)
+        run_data = resolve_data(config)
+        cache = index_cache_folder(config, run_data.folds)
         data = FoldDataset(run_data.schedule, EpochDatasets(config.data, tokenizer, cache))
         ahead = IndexPrefetcher(data, first_on_machine=True, say=lambda text: None)
         ahead.start(0, BATCH, [])

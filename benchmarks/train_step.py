@@ -130,11 +130,18 @@ def profile(preset: str, vocab_size: int, steps: int) -> int:
 
 def small_config(preset: str, vocab_size: int) -> Any:
     """The preset, resolved."""
-    from megatron_llmjp.config.loading import Layers, build, changed, read_config
+    from megatron_llmjp.config.loading import (
+        ConfigLayers,
+        build_config,
+        read_config,
+        replace_fields,
+    )
 
-    layers = Layers()
+    layers = ConfigLayers()
     read_config(preset, layers)
-    return changed(build(layers), vocab_size=vocab_size, train_iters=10_000, lr_decay_iters=10_000)
+    return replace_fields(
+        build_config(layers), vocab_size=vocab_size, train_iters=10_000, lr_decay_iters=10_000
+    )
 
 
 def random_batches(config: Any, micro_batches: int) -> list[dict[str, Any]]:
@@ -222,13 +229,13 @@ def their_step(config: Any) -> tuple[Callable[[], Any], int]:
 def their_model(config: Any, transformers: Any) -> Any:
     """transformers' model of the same style and sizes, ready to train."""
     model = config.model
-    common = {"vocab_size": config.rows, "attn_implementation": "sdpa"}
+    common = {"vocab_size": config.padded_vocab_size, "attn_implementation": "sdpa"}
     sizes = {
         "hidden_size": model.hidden_size,
         "num_hidden_layers": model.num_layers,
         "num_attention_heads": model.num_attention_heads,
         "intermediate_size": model.ffn_size,
-        "max_position_embeddings": config.positions,
+        "max_position_embeddings": config.max_positions,
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
     }
     dropout = model.hidden_dropout
@@ -240,7 +247,8 @@ def their_model(config: Any, transformers: Any) -> Any:
     if model.position_embedding_type == "learned_absolute":
         settings = transformers.GPT2Config(
             **common, n_embd=model.hidden_size, n_layer=model.num_layers,
-            n_head=model.num_attention_heads, n_inner=model.ffn_size, n_positions=config.positions,
+            n_head=model.num_attention_heads, n_inner=model.ffn_size,
+            n_positions=config.max_positions,
             activation_function="gelu_new", resid_pdrop=dropout, embd_pdrop=dropout,
             attn_pdrop=model.attention_dropout,
         )  # fmt: skip

@@ -28,13 +28,13 @@ from megatron_llmjp.data.indices.index_cache import (
 )
 from megatron_llmjp.errors import EXIT_DONE, UserError
 from megatron_llmjp.run_data import (
-    as_known,
-    cache_folder,
-    check_tokenizer,
-    count_iterations,
-    prepare_data,
-    run_tokenizer,
+    check_run_tokenizer,
+    index_cache_folder,
+    load_run_tokenizer,
+    resolve_data,
+    train_iterations,
     validation_sets,
+    with_stored_keys,
 )
 
 EXAMPLES = """\
@@ -117,14 +117,14 @@ def find_tasks(config: Config, folds: Sequence[str] | None) -> tuple[list[IndexT
     Raises:
         UserError: the data is wrong, or a fold's name is unknown.
     """
-    data = prepare_data(config)
+    data = resolve_data(config)
     root = config.checkpoint.load or config.checkpoint.save
     if root is not None:
         with suppress(UserError):  # no checkpoint yet
             manifest = manifests.read(manifests.newest(Path(root)))
-            data = as_known(data, config, manifest.folds)
-    run = run_tokenizer(config)
-    for warning in check_tokenizer(config, data.datasets, run) if run else []:
+            data = with_stored_keys(data, config, manifest.folds)
+    run = load_run_tokenizer(config)
+    for warning in check_run_tokenizer(config, data.datasets, run) if run else []:
         print(f"warning: {warning}", file=sys.stderr)
     names = [fold.name for fold in data.schedule.folds]
     for name in folds or ():
@@ -136,7 +136,7 @@ def find_tasks(config: Config, folds: Sequence[str] | None) -> tuple[list[IndexT
 
     # An index does not depend on the tokenizer.
     tokenizer = load_tokenizer("NullTokenizer", None, vocab_size=1)
-    epochs = EpochDatasets(config.data, tokenizer, cache_folder(config, data.folds))
+    epochs = EpochDatasets(config.data, tokenizer, index_cache_folder(config, data.folds))
     save_facts(data.datasets, epochs.cache)
     samples = FoldDataset(data.schedule, epochs)
     found: list[IndexTask] = []
@@ -154,7 +154,7 @@ def find_tasks(config: Config, folds: Sequence[str] | None) -> tuple[list[IndexT
             piece = by_key.get(getattr(index, "key", ""))
             of = (piece.name, piece.samples) if piece else (ORDER, fold.samples)
             add(index, fold.name, *of)
-    train_iters, _ = count_iterations(config, data.schedule)
+    train_iters, _ = train_iterations(config, data.schedule)
     validation, _ = validation_sets(config, data, train_iters)
     for name, held_out in validation.items():
         add(ValidationDataset(held_out, epochs).index, VALIDATION, name, 0)

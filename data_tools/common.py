@@ -18,7 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NoReturn
 
 from megatron_llmjp.config.megatron_flags import with_dashes
-from megatron_llmjp.errors import EXIT_FAILURE, EXIT_USER_ERROR, DataError, UserError, suggest
+from megatron_llmjp.errors import EXIT_FAILURE, EXIT_USER_ERROR, DataError, UserError, did_you_mean
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -130,7 +130,7 @@ class ToolParser(argparse.ArgumentParser):
         for word in given:
             flag = word.partition("=")[0]
             if flag.startswith("--") and len(flag) > 2 and flag not in known:
-                self.error(f"unknown flag {flag}{suggest(flag, known)}")
+                self.error(f"unknown flag {flag}{did_you_mean(flag, known)}")
         return self.parse_args(given)
 
 

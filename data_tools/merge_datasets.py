@@ -14,7 +14,12 @@ from data_tools.preprocess.shards import find_parts
 from megatron_llmjp.data.indexed_dataset import bin_path, read_and_check_index
 from megatron_llmjp.data.indexed_dataset_writer import IndexedDatasetWriter
 from megatron_llmjp.errors import EXIT_DONE, UserError
-from megatron_llmjp.filesystem import publish, refuse_existing, staging, write_json
+from megatron_llmjp.filesystem import (
+    refuse_existing,
+    rename_into_place,
+    staging_folder,
+    write_json_durably,
+)
 from megatron_llmjp.tokenizers.registry import key_of
 
 EXAMPLES = """\
@@ -75,15 +80,15 @@ def merge(
             "Check them with inspect_dataset, or give --allow-empty to write an empty dataset."
         )
     recipe = common_recipe(prefixes)
-    with staging(Path(f"{output_prefix}.partial")) as folder:
+    with staging_folder(Path(f"{output_prefix}.partial")) as folder:
         writer = IndexedDatasetWriter(folder / "merged.bin", indexes[0].dtype)
         for index in indexes:
             for piece in document_chunks(index):
                 for tokens, part in with_tokens(index, piece):
                     writer.add(tokens, part.lengths, part.sequences)
         crc = writer.finish(folder / "merged.idx")
-        write_json(folder / "merged.json", manifest(writer, crc, recipe, prefixes))
-        publish([(folder / f"merged{final.suffix}", final) for final in finals])
+        write_json_durably(folder / "merged.json", manifest(writer, crc, recipe, prefixes))
+        rename_into_place([(folder / f"merged{final.suffix}", final) for final in finals])
     position = writer.position
     tokens_written = position.bin_bytes // writer.dtype.itemsize
     print(

@@ -9,7 +9,7 @@ from typing import Any
 
 from data_tools.common import ToolParser
 from megatron_llmjp.config.flags import Command, parse, print_notes
-from megatron_llmjp.config.loading import Layers
+from megatron_llmjp.config.loading import ConfigLayers
 from megatron_llmjp.config.megatron_flags import with_dashes
 
 _NO_MODEL = {"num_layers": 1, "hidden_size": 1, "num_attention_heads": 1}
@@ -55,7 +55,7 @@ def parse_run_flags(flags: list[str], program: str) -> Command:
     Raises:
         UserError: as for the run itself.
     """
-    layers = Layers()
+    layers = ConfigLayers()
     for name, value in _NO_MODEL.items():
         layers.set(name, value, program)
     command = parse(flags, layers)

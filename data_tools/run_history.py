@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint.manifest import Manifest
 from megatron_llmjp.checkpoint.resume_checks import changes
-from megatron_llmjp.config.loading import changed, load_resolved
+from megatron_llmjp.config.loading import load_config, replace_fields
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.data.folds.datasets import inspect_datasets
@@ -22,7 +22,13 @@ from megatron_llmjp.data.folds.loading import read_fold_file
 from megatron_llmjp.data.folds.resolve import resolve_folds
 from megatron_llmjp.data.folds.schedule import DatasetInfo, Schedule, SkippedSamples
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.run_data import RunData, as_known, cache_folder, prepare_data, run_tokenizer
+from megatron_llmjp.run_data import (
+    ResolvedData,
+    index_cache_folder,
+    load_run_tokenizer,
+    resolve_data,
+    with_stored_keys,
+)
 from megatron_llmjp.tokenizers import Tokenizer
 from megatron_llmjp.tokenizers.stored import stored_tokenizer
 
@@ -73,9 +79,9 @@ def open_run(
     """
     folder = _choose(root, covers)
     manifest = manifests.read(folder)
-    config = load_resolved(folder / manifests.CONFIG)
+    config = load_config(folder / manifests.CONFIG)
     data = _data(folder, config, fold_file)
-    data = as_known(data, config, manifest.folds)
+    data = with_stored_keys(data, config, manifest.folds)
     schedule = data.schedule.with_skips(SkippedSamples.of(manifest.skips))
     found = changes(manifest, schedule)
     if found:
@@ -91,7 +97,7 @@ def open_run(
             f"{manifest.consumed_samples:,} samples, which is not what its batch size gives "
             f"({sizes.consumed_after(manifest.iteration):,}): the batch size changed on the way"
         )
-    cache = cache_folder(config, data.folds)
+    cache = index_cache_folder(config, data.folds)
     tokenizer = _tokenizer(folder, config)
     return RecordedRun(folder, manifest, config, schedule, data.datasets, sizes, tokenizer, cache)
 
@@ -132,20 +138,20 @@ def _choose(root: Path, covers: Callable[[Manifest], bool]) -> Path:
     return whole or manifests.newest(root)
 
 
-def _data(folder: Path, config: Config, fold_file: Path | None) -> RunData:
+def _data(folder: Path, config: Config, fold_file: Path | None) -> ResolvedData:
     """The data by the fold file asked for, or by the checkpoint's copy, or as the flags say."""
     kept = folder / manifests.FOLDS
     path = fold_file or (kept if kept.is_file() else None)
     if path is None:
-        return prepare_data(config)  # a checkpoint of before copies were kept
+        return resolve_data(config)  # a checkpoint of before copies were kept
     folds = read_fold_file(path)
     datasets = inspect_datasets(folds)
     schedule = resolve_folds(folds, datasets, config.data.seq_length, BatchSizeSchedule(config))
-    return RunData(folds, datasets, schedule)
+    return ResolvedData(folds, datasets, schedule)
 
 
 def _tokenizer(folder: Path, config: Config) -> Tokenizer | None:
     """The run's tokenizer, from the checkpoint; None for a run that names none."""
     kind = config.data.tokenizer_type
     stored = stored_tokenizer(folder / manifests.TOKENIZER, kind) if kind else {}
-    return run_tokenizer(changed(config, **stored))
+    return load_run_tokenizer(replace_fields(config, **stored))

@@ -21,7 +21,12 @@ from data_tools.tables import format_table
 from megatron_llmjp.data.indexed_dataset import DatasetIndex, bin_path, read_and_check_index
 from megatron_llmjp.data.indexed_dataset_writer import write_idx
 from megatron_llmjp.errors import EXIT_DONE, UserError
-from megatron_llmjp.filesystem import publish, refuse_existing, staging, write_json
+from megatron_llmjp.filesystem import (
+    refuse_existing,
+    rename_into_place,
+    staging_folder,
+    write_json_durably,
+)
 
 
 def read_selection(args: argparse.Namespace, documents: int) -> npt.NDArray[Any] | None:
@@ -119,17 +124,17 @@ def split_one(prefix: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     paths = [Path(f"{final}{suffix}") for final in finals.values() for suffix in suffixes]
     refuse_existing(paths, args.overwrite)
     table = []
-    with staging(args.output_dir / f".{name}.partial") as folder:
+    with staging_folder(args.output_dir / f".{name}.partial") as folder:
         pairs = []
         for part, documents in parts.items():
             row, crc = write_part(index, documents, folder / part, args.link)
             manifest = part_manifest(prefix, index, row, crc, part, args)
-            write_json(folder / f"{part}.json", manifest)
+            write_json_durably(folder / f"{part}.json", manifest)
             table.append({"dataset": name, "part": part, **row})
             finals[part].parent.mkdir(parents=True, exist_ok=True)
             pairs += [(folder / f"{part}{s}", Path(f"{finals[part]}{s}")) for s in suffixes]
         verify_parts(index, {part: folder / part for part in parts if part != "refined"})
-        publish(sorted(pairs, key=lambda pair: pair[1].suffix == ".idx"))
+        rename_into_place(sorted(pairs, key=lambda pair: pair[1].suffix == ".idx"))
     return table
 
 

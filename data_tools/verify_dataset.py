@@ -13,7 +13,7 @@ from megatron_llmjp.data.indexed_dataset import (
     idx_path,
     read_and_check_index,
 )
-from megatron_llmjp.filesystem import crc32_of
+from megatron_llmjp.filesystem import file_crc32
 
 
 def verify(prefix: str, vocab_size: int | None) -> tuple[list[str], list[str]]:
@@ -98,7 +98,7 @@ def check_manifest(index: DatasetIndex, manifest: dict[str, Any]) -> list[str]:
         expected = manifest[name].get("crc32")
         if expected is None:
             continue
-        found_crc = f"{crc32_of(path):08x}"
+        found_crc = f"{file_crc32(path):08x}"
         if found_crc != expected:
             wrong.append(
                 f"{path}: its bytes have changed since it was made (CRC-32 {found_crc}, "

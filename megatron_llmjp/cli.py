@@ -26,7 +26,7 @@ from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint import run_lock as locks
 from megatron_llmjp.checkpoint.stored_config import add_own_configuration
 from megatron_llmjp.config.flags import Command, Mode, parse, print_notes
-from megatron_llmjp.config.loading import dump
+from megatron_llmjp.config.loading import dump_config
 from megatron_llmjp.config.schema import SECTIONS, Config
 from megatron_llmjp.config.validation import data_parallel_size
 from megatron_llmjp.data.batch_size import BatchSizeSchedule
@@ -49,15 +49,15 @@ from megatron_llmjp.parallel.ranks import (
     run_started,
 )
 from megatron_llmjp.parallel.signals import StopRequests
-from megatron_llmjp.placeholders import check_packages, plan_without
+from megatron_llmjp.placeholders import check_packages, substitute_missing
 from megatron_llmjp.planning import on_paper, print_plan
 from megatron_llmjp.report.page import draw_at_end
-from megatron_llmjp.retrying_file import keep_standard_streams
-from megatron_llmjp.run import Run, prepare
-from megatron_llmjp.start_checks import check_start, overlaps_of_run
+from megatron_llmjp.retrying_file import protect_standard_streams
+from megatron_llmjp.run import Run, resolve_run
+from megatron_llmjp.start_checks import check_start, overlap_warnings
 
 
-def checked(run: Run, world_size: int) -> Run:
+def with_intact_checkpoint(run: Run, world_size: int) -> Run:
     """The run with a checkpoint that passes what the run itself checks of it, and its save folder.
 
     Raises:
@@ -73,7 +73,7 @@ def checked(run: Run, world_size: int) -> Run:
         if not problems:
             break
         damaged[str(folder)] = problems[0]
-        run = prepare(run.asked, world_size, damaged)
+        run = resolve_run(run.requested, world_size, damaged)
     return run
 
 
@@ -94,7 +94,9 @@ def check_model(run: Run) -> None:
         safe_unpickling.vet(run.resume.folder)
 
 
-def describe(run: Run, parsed: Config, origin: Mapping[str, str], world_size: int) -> str:
+def format_resolved_config(
+    run: Run, parsed: Config, origin: Mapping[str, str], world_size: int
+) -> str:
     """The whole run as commented YAML.
 
     Args:
@@ -121,7 +123,7 @@ def describe(run: Run, parsed: Config, origin: Mapping[str, str], world_size: in
 def _fields(config: Config, parsed: Config, origin: Mapping[str, str]) -> list[str]:
     """The lines of the configuration, each with the origin of what is no default."""
     section, lines = "", []
-    for line in dump(config).splitlines():
+    for line in dump_config(config).splitlines():
         name = line.strip().partition(":")[0]
         if not line.startswith((" ", "-")) and name in SECTIONS:
             section = name
@@ -134,7 +136,7 @@ def _fields(config: Config, parsed: Config, origin: Mapping[str, str]) -> list[s
     return lines
 
 
-CONSEQUENCE_SECONDS = 8.0
+PEER_FAILURE_DELAY_SECONDS = 8.0
 """A rank that fails because its peers are gone waits this long, so that the cause is told first."""
 
 
@@ -144,7 +146,7 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         The exit code: 0 done, 2 the user's mistake, 3 stopped with a checkpoint saved, else 1.
     """
-    keep_standard_streams()
+    protect_standard_streams()
     ranks = None
     try:
         ranks = find_ranks()
@@ -152,12 +154,12 @@ def main(argv: Sequence[str]) -> int:
         if ranks is None or (ranks.is_first and ranks.started_by != LOCAL_LAUNCHER):
             print_notes(command.notes)
         if command.mode is not Mode.TRAIN:
-            return _plan(command, ranks)
+            return _run_planning_mode(command, ranks)
         check_packages(command.config)
         if ranks is None and command.processes not in (None, 1):
             return _start_ranks(command, argv)
         ranks = ranks or alone()
-        run = prepare(command.config, ranks.world_size)
+        run = resolve_run(command.config, ranks.world_size)
         found = check_start(run)
     except UserError as error:
         if ranks is None or ranks.is_first:
@@ -166,7 +168,7 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("stopped by Ctrl-C before the start", file=sys.stderr)
         return EXIT_INTERRUPTED
-    return _be_rank(run, ranks, found)
+    return _run_rank(run, ranks, found)
 
 
 def console() -> int:
@@ -174,12 +176,12 @@ def console() -> int:
     return main(sys.argv[1:])
 
 
-def _plan(command: Command, ranks: Ranks | None) -> int:
+def _run_planning_mode(command: Command, ranks: Ranks | None) -> int:
     """What is done instead of training; under a launcher, by the first process alone."""
     if ranks is not None and not ranks.is_first:
         return EXIT_DONE
     if command.mode is Mode.PLAN_DATA:
-        planned = plan_without(command.config)
+        planned = substitute_missing(command.config)
         print_notes(planned.notes)
         print_plan(planned.config)
         return EXIT_DONE
@@ -190,35 +192,35 @@ def _plan(command: Command, ranks: Ranks | None) -> int:
 
 def _dry_run(command: Command, world_size: int) -> int:
     """Check what the run would, but for what this machine lacks, which is reported."""
-    planned = plan_without(command.config)
+    planned = substitute_missing(command.config)
     print_notes(planned.notes)
-    run = checked(prepare(planned.config, world_size), world_size)
-    if planned.has_other_tokenizer:
+    run = with_intact_checkpoint(resolve_run(planned.config, world_size), world_size)
+    if planned.tokenizer_is_placeholder:
         notes = tuple(note for note in run.notes if not note.startswith("tokenizer_"))
-        run = replace(run, mismatches=(), notes=notes)
-    _show([*check_start(run), *overlaps_of_run(run)])
+        run = replace(run, tokenizer_mismatches=(), notes=notes)
+    _print_warnings([*check_start(run), *overlap_warnings(run)])
     check_model(run)
     run = replace(run, config=planned.restored(run.config))
-    print(describe(run, command.config, command.origin, world_size))
+    print(format_resolved_config(run, command.config, command.origin, world_size))
     return EXIT_DONE
 
 
 def _start_ranks(command: Command, argv: Sequence[str]) -> int:
     """Start this program again as each rank, which reads the same words."""
     processes = command.processes or 1
-    check_start(prepare(command.config, processes))
+    check_start(resolve_run(command.config, processes))
     return launch([sys.executable, str(Path(sys.argv[0]).resolve()), *argv], processes)
 
 
-def _be_rank(run: Run, ranks: Ranks, found: Sequence[str]) -> int:
-    requests = _end_with_the_rest(run, ranks)
-    keep_standard_streams(warns=ranks.is_first)
+def _run_rank(run: Run, ranks: Ranks, found: Sequence[str]) -> int:
+    requests = _listen_for_stop_requests(run, ranks)
+    protect_standard_streams(warns=ranks.is_first)
     if ranks.is_first:
-        _show(found)
+        _print_warnings(found)
     warnings.simplefilter("ignore")  # deprecations inside libraries are not the user's to mend
     try:
         if ranks.is_first:
-            _show(overlaps_of_run(run))
+            _print_warnings(overlap_warnings(run))
         from megatron_llmjp.parallel import device as devices
 
         device = devices.setup(ranks.local_rank)
@@ -231,28 +233,28 @@ def _be_rank(run: Run, ranks: Ranks, found: Sequence[str]) -> int:
     except UserError as error:
         if ranks.is_first:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return _leave(EXIT_USER_ERROR)
+        return _exit_now(EXIT_USER_ERROR)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return _leave(EXIT_USER_ERROR)
+        return _exit_now(EXIT_USER_ERROR)
     except RunError as error:
         if ranks.is_first:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return _leave(EXIT_FAILURE)
+        return _exit_now(EXIT_FAILURE)
     except Exception as error:
         if _is_consequence(error):
-            time.sleep(CONSEQUENCE_SECONDS)
+            time.sleep(PEER_FAILURE_DELAY_SECONDS)
         where = f"rank {ranks.rank} of {ranks.world_size}"
         print(f"error: {where}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-        return _leave(EXIT_FAILURE)
+        return _exit_now(EXIT_FAILURE)
 
 
-def _show(found: Iterable[str]) -> None:
+def _print_warnings(found: Iterable[str]) -> None:
     for warning in found:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
-def _leave(code: int) -> int:
+def _exit_now(code: int) -> int:
     """End now: leaving process groups in order would wait for ranks that do not answer."""
     sys.stdout.flush()
     sys.stderr.flush()
@@ -267,7 +269,7 @@ def _is_consequence(error: Exception) -> bool:
     )
 
 
-def _end_with_the_rest(run: Run, ranks: Ranks) -> StopRequests:
+def _listen_for_stop_requests(run: Run, ranks: Ranks) -> StopRequests:
     """Stop at once when asked to, wherever the rank waits, and with a launcher that is killed.
 
     So it is until training begins (``training/stop_signals.py``): there is nothing to save before.

@@ -38,7 +38,7 @@ class DataError(Exception):
         super().__init__(message.rpartition("DataError: ")[2].strip())
 
 
-class Problems:
+class ErrorCollector:
     """User errors that are collected, so that all of them are reported together."""
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class Problems:
             raise UserError("\n".join(dict.fromkeys(lines)))
 
 
-def suggest(name: str, possible: Iterable[str]) -> str:
+def did_you_mean(name: str, possible: Iterable[str]) -> str:
     """Return ``; did you mean 'x'?`` for the possible name nearest to ``name``, or nothing.
 
     Dashes in front do not count: all flags share them.

@@ -41,7 +41,7 @@ from typing import Any, TypeVar
 
 from megatron_llmjp.errors import UserError
 
-TRANSIENT = frozenset(
+TRANSIENT_ERRORS = frozenset(
     {
         errno.EIO,
         errno.ESTALE,
@@ -59,11 +59,11 @@ TRANSIENT = frozenset(
 )
 """Errors of a network file system whose server is away or restarts, and which may pass."""
 
-NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+NO_SPACE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """The disk, the user's quota or the file-size limit takes no more."""
 
 RETRY_PAUSES = (0.1, 0.4, 1.5, 5.0, 10.0)
-"""Seconds between the attempts of :func:`retried`."""
+"""Seconds between the attempts of :func:`retry_transient`."""
 
 _Result = TypeVar("_Result")
 
@@ -77,7 +77,7 @@ def warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
-def retried(
+def retry_transient(
     action: Callable[[], _Result],
     what: str,
     say: Callable[[str], None] = warn,
@@ -98,7 +98,7 @@ def retried(
         try:
             return action()
         except OSError as error:
-            if error.errno not in TRANSIENT:
+            if error.errno not in TRANSIENT_ERRORS:
                 raise
             if number == 0:
                 say(f"{what}: {error.strerror}; retrying for {sum(pauses):.0f} s")
@@ -107,7 +107,7 @@ def retried(
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def name_path_in_errors(path: Path) -> Iterator[None]:
     """Name ``path`` in errors that name no file: a failed write or fsync does not."""
     try:
         yield
@@ -117,7 +117,7 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def write_durably(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     """Replace a small file so that a reader, or a crash, sees the old or the new one whole.
 
     Raises:
@@ -125,7 +125,7 @@ def write_durably(path: Path, text: str) -> None:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}.tmp")
     try:
-        with naming(path), temporary.open("w", encoding="utf-8") as stream:
+        with name_path_in_errors(path), temporary.open("w", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
@@ -134,10 +134,10 @@ def write_durably(path: Path, text: str) -> None:
         with suppress(OSError):
             temporary.unlink()
         raise
-    sync(path.parent)
+    fsync_path(path.parent)
 
 
-def sync(path: Path) -> None:
+def fsync_path(path: Path) -> None:
     """Force a file's bytes, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -146,7 +146,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def crc32_of(path: Path) -> int:
+def file_crc32(path: Path) -> int:
     """CRC-32 of a file's bytes, read 4 MiB at a time."""
     crc = 0
     with path.open("rb") as stream:
@@ -155,7 +155,7 @@ def crc32_of(path: Path) -> int:
     return crc
 
 
-def spread(total: int, size: int, count: int) -> list[int]:
+def evenly_spaced_offsets(total: int, size: int, count: int) -> list[int]:
     """Where ``count`` blocks of ``size`` begin that are spread evenly over ``total``, at most once.
 
     Fewer where they would coincide: a total of one block or less has one, at 0.
@@ -164,16 +164,16 @@ def spread(total: int, size: int, count: int) -> list[int]:
     return sorted({number * last // (count - 1) for number in range(count)})
 
 
-def existing(folder: Path) -> Path:
+def nearest_existing(folder: Path) -> Path:
     """A folder, or the nearest one above it that exists; a link without a target exists."""
     while not os.path.lexists(folder) and folder != folder.parent:
         folder = folder.parent
     return folder
 
 
-def unusable(folder: Path) -> str | None:
+def why_not_writable(folder: Path) -> str | None:
     """Why files cannot be written to a folder, which may be created first; None if they can."""
-    place = existing(folder)
+    place = nearest_existing(folder)
     try:
         if place.is_symlink() and not place.exists():
             return f"{place} is a symbolic link to {place.readlink()}, which does not exist"
@@ -195,7 +195,7 @@ def _is_read_only(place: Path) -> bool:
         return False
 
 
-def process_lives(pid: int) -> bool:
+def process_exists(pid: int) -> bool:
     """Whether a process of this machine lives, whoever's it is."""
     try:
         os.kill(pid, 0)
@@ -210,7 +210,7 @@ _NO_LOCKS = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
 
 
 class FileLock:
-    """A lock that this process holds, from :func:`lock_file`."""
+    """A lock that this process holds, from :func:`acquire_lock`."""
 
     def __init__(self, path: Path, descriptor: int, is_enforced: bool) -> None:
         self.path = path
@@ -235,7 +235,7 @@ class FileLock:
             os.close(self._descriptor)
 
 
-def lock_file(path: Path, patient: bool = True) -> FileLock:
+def acquire_lock(path: Path, patient: bool = True) -> FileLock:
     """Take the lock of a file, which is made if need be.
 
     Args:
@@ -247,9 +247,9 @@ def lock_file(path: Path, patient: bool = True) -> FileLock:
         OSError: the file cannot be made or locked; a transient error has lasted.
     """
     pauses = RETRY_PAUSES if patient else ()
-    with naming(path):
+    with name_path_in_errors(path):
         try:
-            return retried(partial(_take, path), str(path), pauses=pauses)
+            return retry_transient(partial(_take, path), str(path), pauses=pauses)
         except OSError as error:
             if error.errno != errno.ENOLCK:  # for a while, or always without NFS's lock service
                 raise
@@ -292,7 +292,7 @@ def _has_name(descriptor: int, path: Path) -> bool:
         return False
 
 
-def publish(pairs: Sequence[tuple[Path, Path]]) -> None:
+def rename_into_place(pairs: Sequence[tuple[Path, Path]]) -> None:
     """Rename (work file, final file) pairs in their order; give .idx files last.
 
     An old .idx goes first: it must never stand beside a new .bin.
@@ -303,11 +303,11 @@ def publish(pairs: Sequence[tuple[Path, Path]]) -> None:
     for work, final in pairs:
         work.replace(final)
     for folder in {final.parent for _, final in pairs}:
-        sync(folder)
+        fsync_path(folder)
 
 
 @contextmanager
-def staging(folder: Path) -> Iterator[Path]:
+def staging_folder(folder: Path) -> Iterator[Path]:
     """Make a work folder, and remove it at the end with all that is still in it."""
     if folder.exists():
         shutil.rmtree(folder)  # left behind by a killed run
@@ -328,7 +328,7 @@ def refuse_existing(paths: Sequence[Path], overwrite: bool) -> None:
         )
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json_durably(path: Path, content: Any) -> None:
     """Write JSON and bring it to disk."""
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     with path.open("w", encoding="utf-8", errors="backslashreplace") as file:

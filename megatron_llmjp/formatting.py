@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 
 
-def human(number: float) -> str:
+def format_count(number: float) -> str:
     """A number as people say it: 1234567 -> 1.23M."""
     for size, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if abs(number) >= size:
@@ -13,7 +13,7 @@ def human(number: float) -> str:
     return f"{number:.0f}"
 
 
-def short(number: float) -> str:
+def format_tick(number: float) -> str:
     """The same for the ticks of a scale: 1500000 -> 1.5M, 0.25 -> 0.25."""
     for size, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if abs(number) >= size:
@@ -21,32 +21,32 @@ def short(number: float) -> str:
     return f"{number:.3g}"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Seconds as ``1d 02:03:04``."""
     days, rest = divmod(round(seconds), 86400)
     clock = f"{rest // 3600:02d}:{rest // 60 % 60:02d}:{rest % 60:02d}"
     return f"{days}d {clock}" if days else clock
 
 
-def size_of(size: float) -> str:
+def format_bytes(size: float) -> str:
     """Bytes as ``2.41 TB``, ``180.0 GB`` or ``3.2 MB``, of 10^12, 10^9 or 10^6."""
     if size >= 1e12:
         return f"{size / 1e12:.2f} TB"
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
-def gigabytes(size: float) -> str:
+def format_gigabytes(size: float) -> str:
     """Bytes as ``1,011.06 GB`` of 10^9."""
     return f"{size / 1e9:,.2f} GB"
 
 
-def some(names: Sequence[str], most: int = 3) -> str:
+def format_names(names: Sequence[str], most: int = 3) -> str:
     """The first names of a list, and how many more there are."""
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
-def aligned(rows: Sequence[Sequence[str]], right: Container[int]) -> str:
+def format_table(rows: Sequence[Sequence[str]], right: Container[int]) -> str:
     """Rows of cells as text; the columns in ``right`` are numbers."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []

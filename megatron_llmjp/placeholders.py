@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_llmjp.config.loading import (
-    Layers,
-    build,
-    changed,
-    differences,
+    ConfigLayers,
+    build_config,
+    config_differences,
     preset_names,
     read_preset,
+    replace_fields,
 )
 from megatron_llmjp.config.schema import SECTION_OF, Config, ModelConfig
 from megatron_llmjp.data.batch_size import BatchSizeSchedule, planned_samples
@@ -27,15 +27,15 @@ from megatron_llmjp.data.folds.data_path import fold_file_from_flags, given_data
 from megatron_llmjp.data.folds.loading import read_fold_file
 from megatron_llmjp.data.indexed_dataset import bin_path, idx_path
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.filesystem import unusable
-from megatron_llmjp.run_data import run_tokenizer
+from megatron_llmjp.filesystem import why_not_writable
+from megatron_llmjp.run_data import load_run_tokenizer
 
 _WITHOUT_FILE = (None, "ByteLevelTokenizer", "NullTokenizer")
 _FILES = ("fold_file", "data_args_path", "per_split_data_args_path")
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlaceholderConfig:
     """A configuration that can be planned on this machine."""
 
     config: Config
@@ -45,16 +45,16 @@ class Planned:
     """By field, the value that a stand-in replaces."""
 
     @property
-    def has_other_tokenizer(self) -> bool:
+    def tokenizer_is_placeholder(self) -> bool:
         """Whether a stand-in has replaced the tokenizer, which says nothing about the datasets."""
         return "tokenizer_type" in self.replaced
 
     def restored(self, config: Config) -> Config:
         """A configuration that was resolved from this one, with the given values again."""
-        return changed(config, **self.replaced)
+        return replace_fields(config, **self.replaced)
 
 
-def plan_without(config: Config, data: bool = False) -> Planned:
+def substitute_missing(config: Config, data: bool = False) -> PlaceholderConfig:
     """Replace what this machine lacks.
 
     Args:
@@ -78,7 +78,7 @@ def plan_without(config: Config, data: bool = False) -> Planned:
         for name in changes
         if name != "vocab_size"
     }
-    return Planned(changed(config, **changes), tuple(notes), given)
+    return PlaceholderConfig(replace_fields(config, **changes), tuple(notes), given)
 
 
 def check_packages(config: Config) -> None:
@@ -105,7 +105,7 @@ def _without_tokenizer(config: Config, changes: dict[str, Any], data: bool) -> I
     if size is None and kind is not None and not is_absent:
         if not data:
             return
-        tokenizer = run_tokenizer(config)
+        tokenizer = load_run_tokenizer(config)
         size = tokenizer.vocab_size if tokenizer else None
     if size is None:
         size, source = _vocabulary_of_data(config) or (None, "")
@@ -146,11 +146,11 @@ def _vocabulary_of_presets(config: Config) -> tuple[int, str] | None:
     others = set(ModelConfig.model_fields) - {"vocab_size", "padded_vocab_size"}
     found = []
     for name in preset_names():
-        layers = Layers()
+        layers = ConfigLayers()
         read_preset(layers, name, name)
-        preset = build(layers)
+        preset = build_config(layers)
         size = preset.model.vocab_size
-        if size is not None and not others & differences(preset, config).keys():
+        if size is not None and not others & config_differences(preset, config).keys():
             found.append((size, f"preset {name}, whose model is the same"))
     return max(found, default=None)
 
@@ -162,7 +162,7 @@ def _without_folders(config: Config, changes: dict[str, Any]) -> Iterator[str]:
         changes |= {"load": None, "finetune": False}
         yield f"--load {load} is not here, and is not checked"
     save = config.checkpoint.save
-    if save is not None and unusable(Path(save)) is not None:
+    if save is not None and why_not_writable(Path(save)) is not None:
         yield f"--save {save} cannot be written here; the run needs it"
 
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint import resume, resume_checks
 from megatron_llmjp.config.flags import Command, Mode, print_notes
-from megatron_llmjp.config.loading import changed
+from megatron_llmjp.config.loading import replace_fields
 from megatron_llmjp.config.schema import Config
-from megatron_llmjp.config.validation import check
-from megatron_llmjp.config.warnings import Facts, lint
+from megatron_llmjp.config.validation import check_config
+from megatron_llmjp.config.warnings import RunSize, config_warnings
 from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.data.dataset_tokenizers import mixed_tokenizer_warnings
 from megatron_llmjp.data.folds.data_path import given_data_flags
@@ -34,17 +34,17 @@ from megatron_llmjp.estimate.run_estimate import (
     length_without_data,
     look_ahead,
 )
-from megatron_llmjp.placeholders import plan_without
-from megatron_llmjp.run import prepare
+from megatron_llmjp.placeholders import substitute_missing
+from megatron_llmjp.run import resolve_run
 from megatron_llmjp.run_data import (
-    RunData,
-    check_tokenizer,
-    count_iterations,
-    decay_end,
-    prepare_data,
-    run_tokenizer,
-    shorten_warmup,
-    with_decay,
+    ResolvedData,
+    check_run_tokenizer,
+    decay_end_iteration,
+    load_run_tokenizer,
+    resolve_data,
+    train_iterations,
+    with_decay_length,
+    with_shortened_warmup,
 )
 
 
@@ -67,11 +67,11 @@ def plan_data(config: Config, with_learning_rate: bool = True) -> Planned:
         UserError: the fold file, a dataset or a number of iterations is wrong, or a dataset was
             made with another tokenizer than the run's.
     """
-    data = prepare_data(config)
+    data = resolve_data(config)
     makers = _makers(config, data)
     data = _with_skips(data, config)
-    train_iters, _ = count_iterations(config, data.schedule)
-    config, _ = shorten_warmup(with_decay(config, data.schedule, train_iters))
+    train_iters, _ = train_iterations(config, data.schedule)
+    config, _ = with_shortened_warmup(with_decay_length(config, data.schedule, train_iters))
     rate = _learning_rate(config, data, train_iters) if with_learning_rate else None
     plan = make_plan(data.schedule, BatchSizeSchedule(config), train_iters, rate)
     found = find_warnings(plan, data.schedule, config, data.folds, data.datasets)
@@ -84,15 +84,15 @@ def print_plan(config: Config) -> None:
     print(format_data_plan(planned.plan, planned.warnings))
 
 
-def _makers(config: Config, data: RunData) -> list[str]:
+def _makers(config: Config, data: ResolvedData) -> list[str]:
     """Warnings on the tokenizers that made the datasets; a run may name none here."""
-    tokenizer = run_tokenizer(config)
+    tokenizer = load_run_tokenizer(config)
     if tokenizer is None:
         return mixed_tokenizer_warnings(data.datasets)
-    return check_tokenizer(config, data.datasets, tokenizer)
+    return check_run_tokenizer(config, data.datasets, tokenizer)
 
 
-def _with_skips(data: RunData, config: Config) -> RunData:
+def _with_skips(data: ResolvedData, config: Config) -> ResolvedData:
     """With what ``--skip-iterations`` leaves out, now and before the checkpoint to go on from."""
     root, manifest = config.checkpoint.load or config.checkpoint.save, None
     if root and not config.checkpoint.finetune and manifests.complete_iterations(Path(root)):
@@ -103,7 +103,7 @@ def _with_skips(data: RunData, config: Config) -> RunData:
     return replace(data, schedule=schedule)
 
 
-def _learning_rate(config: Config, data: RunData, train_iters: int) -> LearningRate:
+def _learning_rate(config: Config, data: ResolvedData, train_iters: int) -> LearningRate:
     from megatron_llmjp.training.lr_scheduler import LearningRates  # imports torch: seconds
 
     return LearningRates(config, data.schedule, BatchSizeSchedule(config), train_iters).at
@@ -130,15 +130,15 @@ def on_paper(command: Command) -> int:
     """
     rehearsal = command.rehearsal
     assert rehearsal is not None
-    planned = plan_without(command.config, data=True)
+    planned = substitute_missing(command.config, data=True)
     config = planned.config
     if command.mode is Mode.SUGGEST_LAYOUT:
         found = suggest(config, rehearsal)
         print_notes(planned.notes)
         print(show_suggestions(config, rehearsal, found))
         return EXIT_DONE if found else EXIT_USER_ERROR
-    check(config, rehearsal.world_size)
-    run = _resolve(config, rehearsal.world_size, planned.has_other_tokenizer)
+    check_config(config, rehearsal.world_size)
+    run = _resolve(config, rehearsal.world_size, planned.tokenizer_is_placeholder)
     outlook = look_ahead(run.config, rehearsal, run.length)
     print(format_estimate(outlook, rehearsal.mfu, command.config_name), flush=True)
     print(f"\n{_build(outlook)}", flush=True)
@@ -178,20 +178,22 @@ def _resolve(config: Config, world_size: int, other_tokenizer: bool) -> _Resolve
         if length is None:
             return _Resolved(config, None, (), ())
         end = length.iterations
-        facts = Facts(world_size, end, decay_end(config) or end, validation_sets=1)
-        return _Resolved(config, length, (), tuple(lint(config, facts)))
+        facts = RunSize(world_size, end, decay_end_iteration(config) or end, validation_sets=1)
+        return _Resolved(config, length, (), tuple(config_warnings(config, facts)))
     missing = ["no tokenizer is given: the run itself needs one"]
     if config.data.tokenizer_type is None:
         other_tokenizer = True
-        config = changed(config, tokenizer_type="NullTokenizer", allow_tokenizer_mismatch=True)
+        config = replace_fields(
+            config, tokenizer_type="NullTokenizer", allow_tokenizer_mismatch=True
+        )
     else:
         missing = []
-    run = prepare(config, world_size)
+    run = resolve_run(config, world_size)
     if other_tokenizer:
-        run = replace(run, mismatches=())
+        run = replace(run, tokenizer_mismatches=())
     ends = tuple(run.schedule.sample_range(fold)[1] for fold in run.schedule.folds)
     samples = BatchSizeSchedule(run.config).consumed_after(run.train_iters)
     source = "1 fold" if len(ends) == 1 else f"{len(ends)} folds"
     length = Length(run.train_iters, samples, source, ends)
-    told = [*missing, *run.warnings, *run.lints, *warnings_of_run(run)]
+    told = [*missing, *run.warnings, *run.config_warnings, *warnings_of_run(run)]
     return _Resolved(run.config, length, run.notes, tuple(told))

@@ -11,15 +11,15 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from megatron_llmjp.filesystem import NO_ROOM, warn
+from megatron_llmjp.filesystem import NO_SPACE_ERRORS, warn
 
-KEPT_BYTES = 16 << 20
+MAX_PENDING_BYTES = 16 << 20
 """What does not fit is kept up to here, then the oldest of it is given up."""
 
 _NAMES = {1: "standard output", 2: "standard error"}
 
 
-class PatientFile(io.RawIOBase):
+class RetryingFile(io.RawIOBase):
     """A file that is only added to. Writing, opening and closing it raise no ``OSError``.
 
     A full disk, a stale handle or an unwritable folder is reported once, and what is written
@@ -114,10 +114,10 @@ class PatientFile(io.RawIOBase):
         if error.errno == errno.EPIPE:
             self._is_over = True
             self._pending.clear()
-        elif error.errno not in NO_ROOM and self._path is not None:
+        elif error.errno not in NO_SPACE_ERRORS and self._path is not None:
             self._close()  # a stale handle stays stale: open the file again next time
         size = sum(map(len, self._pending))
-        while size > KEPT_BYTES and len(self._pending) > 1:
+        while size > MAX_PENDING_BYTES and len(self._pending) > 1:
             size -= len(self._pending[self._is_torn])
             del self._pending[self._is_torn]  # a half-written line must be completed
         if self.warns and not self._has_warned:
@@ -128,7 +128,7 @@ class PatientFile(io.RawIOBase):
     def _describe(self, error: OSError) -> str:
         if self._is_over:
             return f"{self.name}: its reader is gone ({error.strerror}); the run continues"
-        if error.errno in NO_ROOM:
+        if error.errno in NO_SPACE_ERRORS:
             return f"{self.name} waits for room on its disk: {error.strerror}"
         return f"{self.name} cannot be written: {error.strerror}; the log is kept and written later"
 
@@ -139,8 +139,8 @@ class PatientFile(io.RawIOBase):
             self._descriptor = None
 
 
-def keep_standard_streams(warns: bool = False) -> None:
-    """Have standard output and error never end the program: :class:`PatientFile`.
+def protect_standard_streams(warns: bool = False) -> None:
+    """Have standard output and error never end the program: :class:`RetryingFile`.
 
     A job's log is often on the file system whose quota its checkpoints fill; and the reader of a
     pipe may end, as ``head`` does.
@@ -151,13 +151,13 @@ def keep_standard_streams(warns: bool = False) -> None:
     _occupy_standard_descriptors()
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
-        if isinstance(getattr(stream, "buffer", None), PatientFile):
+        if isinstance(getattr(stream, "buffer", None), RetryingFile):
             stream.buffer.warns = warns and descriptor == 1
         elif stream is not None and stream is getattr(sys, f"__{name}__"):
             with contextlib.suppress(OSError):
                 stream.flush()
             kept = io.TextIOWrapper(
-                PatientFile(descriptor, warns=warns and descriptor == 1),
+                RetryingFile(descriptor, warns=warns and descriptor == 1),
                 encoding=stream.encoding,
                 errors=stream.errors,
                 line_buffering=stream.line_buffering,

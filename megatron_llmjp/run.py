@@ -1,8 +1,8 @@
-"""Everything about a run that can be wrong is found here, before torch or any other process.
+"""Resolution of a configuration into a run, with all checks that need neither torch nor processes.
 
-``prepare`` reads the tokenizer, the fold file with its datasets, and the checkpoint to go on from,
-and returns the resolved run. It is cheap: the process that starts the ranks calls it to speak with
-one voice, and each rank calls it to know the same.
+:func:`resolve_run` reads the tokenizer, the fold file with its datasets, and the checkpoint to
+resume from. The launcher calls it so that one process reports all errors before any rank starts;
+each rank calls it again to get the same :class:`Run`.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from megatron_llmjp.checkpoint.manifest import complete_iterations
 from megatron_llmjp.checkpoint.resume import Resume
 from megatron_llmjp.checkpoint.resume_checks import NO_RANGES, Past, Ranges
 from megatron_llmjp.checkpoint.save_folder import check_save_folder
-from megatron_llmjp.config.loading import changed
+from megatron_llmjp.config.loading import replace_fields
 from megatron_llmjp.config.schema import Config
-from megatron_llmjp.config.validation import check
-from megatron_llmjp.config.warnings import Facts, lint
+from megatron_llmjp.config.validation import check_config
+from megatron_llmjp.config.warnings import RunSize, config_warnings
 from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.data.dataset_tokenizers import check_largest_ids
 from megatron_llmjp.data.folds.schedule import DatasetInfo, HeldOutDataset, MegatronBlend, Schedule
 from megatron_llmjp.data.folds.schema import FoldFile
 from megatron_llmjp.data.lr_schedule import learning_rate_settings
-from megatron_llmjp.errors import Problems, UserError
+from megatron_llmjp.errors import ErrorCollector, UserError
 from megatron_llmjp.run_data import (
-    RunData,
-    as_known,
-    cache_folder,
-    check_tokenizer,
-    count_iterations,
-    decay_end,
-    prepare_data,
-    repetitions,
-    run_tokenizer,
-    shorten_warmup,
-    source_of_data,
+    ResolvedData,
+    check_run_tokenizer,
+    data_source_name,
+    decay_end_iteration,
+    index_cache_folder,
+    load_run_tokenizer,
+    repetition_notes,
+    resolve_data,
+    train_iterations,
     validation_sets,
-    with_decay,
+    with_decay_length,
+    with_shortened_warmup,
+    with_stored_keys,
 )
 from megatron_llmjp.tokenizers import Tokenizer
 
@@ -52,7 +52,7 @@ NOTHING: Mapping[str, str] = MappingProxyType({})
 class Run:
     """A run, resolved."""
 
-    asked: Config
+    requested: Config
     """The configuration as it was given, before the checkpoint and the data had their say."""
     config: Config
     tokenizer: Tokenizer
@@ -67,26 +67,29 @@ class Run:
     """What the run's checkpoints are to remember of the data."""
     notes: tuple[str, ...]
     """What the user should be told at the start."""
-    mismatches: tuple[str, ...] = ()
+    tokenizer_mismatches: tuple[str, ...] = ()
     """Warnings on datasets of another tokenizer that ``--allow-tokenizer-mismatch`` accepts."""
-    lints: tuple[str, ...] = ()
+    config_warnings: tuple[str, ...] = ()
     """Warnings on a configuration that runs, but as a run has gone wrong before."""
 
     @property
     def warnings(self) -> list[str]:
         """What went wrong before and should not be overlooked."""
         if self.resume is None:
-            return [*self.mismatches]
+            return [*self.tokenizer_mismatches]
         going_on = f"; going on from {self.resume.folder}"
-        return [*self.mismatches, *(wrong + going_on for wrong in self.resume.passed_over)]
+        return [
+            *self.tokenizer_mismatches,
+            *(wrong + going_on for wrong in self.resume.passed_over),
+        ]
 
     @property
     def cache(self) -> Path:
         """Folder of sample indices."""
-        return cache_folder(self.config, self.folds)
+        return index_cache_folder(self.config, self.folds)
 
 
-def prepare(
+def resolve_run(
     config: Config,
     world_size: int,
     damaged: Mapping[str, str] = NOTHING,
@@ -103,21 +106,21 @@ def prepare(
     Raises:
         UserError: whatever is wrong with the layout, tokenizer, data or checkpoint.
     """
-    asked = config
+    requested = config
     config, tokenizer, data, notes = _read_inputs(config, world_size)
-    mismatch = check_tokenizer(config, data.datasets, tokenizer)
+    mismatch = check_run_tokenizer(config, data.datasets, tokenizer)
     vocab_size = max(tokenizer.vocab_size, config.model.vocab_size or 0)
     check_largest_ids(data.datasets, vocab_size, tokenizer.identity())
     resume = resuming.find(config, damaged)
     continued = resume if resume is not None and not config.checkpoint.finetune else None
     manifest = continued.manifest if continued is not None else None
     if manifest is not None:
-        data = as_known(data, config, manifest.folds)
+        data = with_stored_keys(data, config, manifest.folds)
     sizes, skips = BatchSizeSchedule(config), config.data.skip_iterations
     schedule, skipped = resume_checks.skip_iterations(
         data.schedule, skips, manifest, sizes, left_out
     )
-    notes += [*repetitions(schedule), *resume_checks.told(skipped)]
+    notes += [*repetition_notes(schedule), *resume_checks.told(skipped)]
     memory = Past(skipped)
     if continued is not None:
         config, memory, changes = resuming.adopt(config, continued, schedule, skipped)
@@ -128,9 +131,9 @@ def prepare(
     validation, validation_notes = validation_sets(config, data, train_iters)
     if config.training.eval_only:
         _check_validation(config, resume, validation)
-    facts = Facts(world_size, train_iters, decay_end(config), len(validation))
+    facts = RunSize(world_size, train_iters, decay_end_iteration(config), len(validation))
     return Run(
-        asked=asked,
+        requested=requested,
         config=config,
         tokenizer=tokenizer,
         folds=data.folds,
@@ -141,12 +144,14 @@ def prepare(
         resume=resume,
         past=memory,
         notes=(*notes, *length_notes, *validation_notes),
-        mismatches=tuple(mismatch),
-        lints=tuple(lint(config, facts)),
+        tokenizer_mismatches=tuple(mismatch),
+        config_warnings=tuple(config_warnings(config, facts)),
     )
 
 
-def _read_inputs(config: Config, world_size: int) -> tuple[Config, Tokenizer, RunData, list[str]]:
+def _read_inputs(
+    config: Config, world_size: int
+) -> tuple[Config, Tokenizer, ResolvedData, list[str]]:
     """Check the configuration and the save folder, and read the tokenizer and the datasets.
 
     Returns:
@@ -155,9 +160,9 @@ def _read_inputs(config: Config, world_size: int) -> tuple[Config, Tokenizer, Ru
     Raises:
         UserError: everything that is wrong, so that no mistake hides another.
     """
-    problems = Problems()
+    problems = ErrorCollector()
     with problems.collect():
-        check(config, world_size)
+        check_config(config, world_size)
     if problems.lines:
         _look_further(config, problems)
     notes = _save_folder(config)
@@ -166,7 +171,7 @@ def _read_inputs(config: Config, world_size: int) -> tuple[Config, Tokenizer, Ru
         tokenizer = _tokenizer(config)
         config = _with_vocabulary(config, tokenizer)
     with problems.collect():
-        data = prepare_data(config)
+        data = resolve_data(config)
     problems.report()
     return config, tokenizer, data, [*notes, *start_notes]
 
@@ -182,15 +187,15 @@ def _with_length(
     Raises:
         UserError: the length contradicts another field.
     """
-    config = changed(config, padded_vocab_size=config.rows)
-    train_iters, notes = count_iterations(config, schedule)
-    config, warmup_notes = shorten_warmup(with_decay(config, schedule, train_iters))
-    check(config, world_size)
+    config = replace_fields(config, padded_vocab_size=config.padded_vocab_size)
+    train_iters, notes = train_iterations(config, schedule)
+    config, warmup_notes = with_shortened_warmup(with_decay_length(config, schedule, train_iters))
+    check_config(config, world_size)
     learning_rate_settings(config, schedule, BatchSizeSchedule(config), train_iters)
     return config, train_iters, [*notes, *warmup_notes]
 
 
-def _look_further(config: Config, problems: Problems) -> None:
+def _look_further(config: Config, problems: ErrorCollector) -> None:
     """Add what else is wrong to broken rules, and report all.
 
     The data is not examined with a batch ramp-up: its arithmetic needs one that fits.
@@ -202,7 +207,7 @@ def _look_further(config: Config, problems: Problems) -> None:
         _tokenizer(config)
     if config.training.rampup_batch_size is None:
         with problems.collect():
-            prepare_data(config)
+            resolve_data(config)
     problems.report()
 
 
@@ -212,7 +217,7 @@ def _check_validation(
     if resume is None:
         raise UserError("--eval-only validates a checkpoint: give --load, the folder that holds it")
     if not sets:
-        where = source_of_data(config.data)
+        where = data_source_name(config.data)
         raise UserError(f"--eval-only: {where} declares no validation sets (docs/folds.md)")
 
 
@@ -236,11 +241,11 @@ def _first_start_is_over(config: Config) -> tuple[Config, list[str]]:
         return config, []
     flags = f"--load {places.load}" + (" --finetune" if places.finetune else "")
     note = f"{places.save} holds checkpoints of this run already: {flags} was for its first start"
-    return changed(config, load=None, finetune=False), [note]
+    return replace_fields(config, load=None, finetune=False), [note]
 
 
 def _tokenizer(config: Config) -> Tokenizer:
-    tokenizer = run_tokenizer(config)
+    tokenizer = load_run_tokenizer(config)
     if tokenizer is None:
         raise UserError(
             "no tokenizer: give --tokenizer-type and --tokenizer-model, those that "
@@ -251,9 +256,9 @@ def _tokenizer(config: Config) -> Tokenizer:
 
 def _with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
     if config.model.vocab_size is None:
-        return changed(config, vocab_size=tokenizer.vocab_size)
+        return replace_fields(config, vocab_size=tokenizer.vocab_size)
     # Not compared with vocab_size: Megatron's SentencePieceTokenizer adds a piece of its own.
-    if tokenizer.vocab_size > config.rows:
+    if tokenizer.vocab_size > config.padded_vocab_size:
         raise UserError(
             f"{config.data.tokenizer_model} has {tokenizer.vocab_size} tokens, but vocab_size is "
             f"{config.model.vocab_size}: leave --vocab-size out, or take the model's tokenizer"

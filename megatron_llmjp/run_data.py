@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_llmjp.config.loading import changed
+from megatron_llmjp.config.loading import replace_fields
 from megatron_llmjp.config.schema import Config, DataConfig
 from megatron_llmjp.data.batch_size import BatchSizeSchedule, RunLimit, planned_samples, run_limits
 from megatron_llmjp.data.dataset_tokenizers import check_dataset_tokenizers
@@ -25,7 +25,7 @@ from megatron_llmjp.tokenizers.settings import TikTokenSettings
 
 
 @dataclass(frozen=True)
-class RunData:
+class ResolvedData:
     """The data of a run, resolved."""
 
     folds: FoldFile
@@ -34,7 +34,7 @@ class RunData:
     schedule: Schedule
 
 
-def prepare_data(config: Config) -> RunData:
+def resolve_data(config: Config) -> ResolvedData:
     """Resolve the data of a run; of the model and the layout nothing need be known.
 
     Raises:
@@ -56,11 +56,13 @@ def prepare_data(config: Config) -> RunData:
             f"{config.data.fold_file}: sequence_length {folds.sequence_length} differs from the "
             f"run's seq_length {length}: take one of them away"
         )
-    datasets = inspect_datasets(folds, cache_folder(config, folds))
-    return RunData(folds, datasets, resolve_folds(folds, datasets, length, batch_sizes))
+    datasets = inspect_datasets(folds, index_cache_folder(config, folds))
+    return ResolvedData(folds, datasets, resolve_folds(folds, datasets, length, batch_sizes))
 
 
-def as_known(data: RunData, config: Config, records: Mapping[str, FoldFingerprint]) -> RunData:
+def with_stored_keys(
+    data: ResolvedData, config: Config, records: Mapping[str, FoldFingerprint]
+) -> ResolvedData:
     """Return the data under the keys by which a checkpoint knows its datasets.
 
     Args:
@@ -84,20 +86,22 @@ def as_known(data: RunData, config: Config, records: Mapping[str, FoldFingerprin
     return earlier if digests & {fold.digest for fold in earlier.schedule.folds} else found
 
 
-def _resolved_again(data: RunData, config: Config, datasets: dict[str, DatasetInfo]) -> RunData:
+def _resolved_again(
+    data: ResolvedData, config: Config, datasets: dict[str, DatasetInfo]
+) -> ResolvedData:
     if datasets == data.datasets:
         return data
     length, sizes = config.data.seq_length, BatchSizeSchedule(config)
-    return RunData(data.folds, datasets, resolve_folds(data.folds, datasets, length, sizes))
+    return ResolvedData(data.folds, datasets, resolve_folds(data.folds, datasets, length, sizes))
 
 
-def count_iterations(config: Config, schedule: Schedule) -> tuple[int, list[str]]:
+def train_iterations(config: Config, schedule: Schedule) -> tuple[int, list[str]]:
     """Iterations of the run: the schedule's, unless a limit is reached first; and notes on its end.
 
     Raises:
         UserError: there is not one full batch, or the limits need more samples than the folds have.
     """
-    batch_sizes, where = BatchSizeSchedule(config), source_of_data(config.data)
+    batch_sizes, where = BatchSizeSchedule(config), data_source_name(config.data)
     possible, rest = batch_sizes.iterations(schedule.total_samples)
     if possible == 0:
         raise UserError(
@@ -137,7 +141,7 @@ def _which_ends(found: list[RunLimit], possible: int) -> list[str]:
     return [f"{first} ends the run at iteration {end:,}, before {' and '.join(later)}"]
 
 
-def with_decay(config: Config, schedule: Schedule, train_iters: int) -> Config:
+def with_decay_length(config: Config, schedule: Schedule, train_iters: int) -> Config:
     """Fix where the learning rate's decay ends, so that folds added later do not move it.
 
     Where nothing is given it ends as in Megatron-LM: with train_samples or train_iters, also if
@@ -147,15 +151,17 @@ def with_decay(config: Config, schedule: Schedule, train_iters: int) -> Config:
     if any(end is not None for end in (o.lr_decay_iters, o.lr_decay_samples, o.lr_decay_tokens)):
         return config
     if o.lr_decay_fraction is not None:
-        return changed(config, lr_decay_iters=max(1, round(o.lr_decay_fraction * train_iters)))
+        return replace_fields(
+            config, lr_decay_iters=max(1, round(o.lr_decay_fraction * train_iters))
+        )
     if training.train_samples is not None:
         end = min(training.train_samples, schedule.total_samples)
-        return changed(config, lr_decay_samples=end)
+        return replace_fields(config, lr_decay_samples=end)
     possible, _ = BatchSizeSchedule(config).iterations(schedule.total_samples)
-    return changed(config, lr_decay_iters=min(training.train_iters or train_iters, possible))
+    return replace_fields(config, lr_decay_iters=min(training.train_iters or train_iters, possible))
 
 
-def check_tokenizer(
+def check_run_tokenizer(
     config: Config, datasets: Mapping[str, DatasetInfo], tokenizer: Tokenizer
 ) -> list[str]:
     """Refuse datasets of another tokenizer, or warn where the configuration allows them.
@@ -168,7 +174,7 @@ def check_tokenizer(
     )
 
 
-def run_tokenizer(config: Config) -> Tokenizer | None:
+def load_run_tokenizer(config: Config) -> Tokenizer | None:
     """The tokenizer of a run; None if it names none.
 
     Raises:
@@ -193,7 +199,7 @@ def run_tokenizer(config: Config) -> Tokenizer | None:
 
 
 def validation_sets(
-    config: Config, data: RunData, train_iters: int
+    config: Config, data: ResolvedData, train_iters: int
 ) -> tuple[dict[str, HeldOutDataset | MegatronBlend], list[str]]:
     """The validation sets by name, those in Megatron-LM's order as large as it would make them.
 
@@ -220,7 +226,7 @@ def validation_sets(
     return found, notes
 
 
-def repetitions(schedule: Schedule) -> list[str]:
+def repetition_notes(schedule: Schedule) -> list[str]:
     """Notes on what Megatron-LM repeats without being asked."""
     return [
         f"fold '{fold.name}': {piece.samples / piece.samples_per_epoch:.2f} epochs of {piece.path}"
@@ -231,12 +237,12 @@ def repetitions(schedule: Schedule) -> list[str]:
     ]
 
 
-def source_of_data(data: DataConfig) -> str:
+def data_source_name(data: DataConfig) -> str:
     """What the user named the data with: the fold file, or a flag."""
     return data.fold_file or next(iter(given_data_flags(data)), "the fold file")
 
 
-def cache_folder(config: Config, folds: FoldFile) -> Path:
+def index_cache_folder(config: Config, folds: FoldFile) -> Path:
     """Folder of sample indices: the one asked for, or one beside the fold file or first dataset."""
     data = config.data
     if data.data_cache_path:
@@ -246,13 +252,13 @@ def cache_folder(config: Config, folds: FoldFile) -> Path:
     )
 
 
-def shorten_warmup(config: Config) -> tuple[Config, list[str]]:
+def with_shortened_warmup(config: Config) -> tuple[Config, list[str]]:
     """Shorten a default warm-up that leaves nothing of the decay, which is fixed already.
 
     Returns:
         The configuration, and a note where the warm-up was shortened.
     """
-    o, end = config.optimizer, decay_end(config)
+    o, end = config.optimizer, decay_end_iteration(config)
     samples = in_samples(config, o.lr_warmup_samples, o.lr_warmup_tokens)
     length = (
         o.lr_warmup_iters if samples is None else BatchSizeSchedule(config).iterations(samples)[0]
@@ -265,10 +271,10 @@ def shorten_warmup(config: Config) -> tuple[Config, list[str]]:
         f"warm-up: {new} iterations, a tenth of the decay's {end}, in place of the default "
         f"{length} (--lr-warmup-iters sets another)"
     )
-    return changed(config, lr_warmup_iters=new, **units), [note]
+    return replace_fields(config, lr_warmup_iters=new, **units), [note]
 
 
-def decay_end(config: Config) -> int | None:
+def decay_end_iteration(config: Config) -> int | None:
     """The iteration that the learning rate's decay ends at, in whichever unit it is given."""
     o = config.optimizer
     samples = in_samples(config, o.lr_decay_samples, o.lr_decay_tokens)

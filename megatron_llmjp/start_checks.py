@@ -1,6 +1,6 @@
-"""Checks and warnings before a run starts, on top of ``prepare``: the same for --dry-run and a run.
+"""Checks and warnings at the start, shared by --dry-run and real runs, after ``resolve_run``.
 
-They look at the folders that the run writes to. Nothing is written.
+The checks cover the folders that the run writes to. Nothing is written.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from pathlib import Path
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.estimate.checkpoints import checkpoint_bytes
 from megatron_llmjp.estimate.data_warnings import QUICK_BYTES, overlaps, warnings_of_run
-from megatron_llmjp.filesystem import existing, unusable
-from megatron_llmjp.formatting import human
+from megatron_llmjp.filesystem import nearest_existing, why_not_writable
+from megatron_llmjp.formatting import format_count
 from megatron_llmjp.run import Run
 
 FEW_INODES = 1000
@@ -31,10 +31,10 @@ def check_start(run: Run) -> list[str]:
     problems = list(_folders(run))
     if problems:
         raise UserError("\n".join(problems))
-    return [*run.warnings, *run.lints, *warnings_of_run(run), *_space(run)]
+    return [*run.warnings, *run.config_warnings, *warnings_of_run(run), *_space(run)]
 
 
-def overlaps_of_run(run: Run) -> list[str]:
+def overlap_warnings(run: Run) -> list[str]:
     """Warnings on datasets of a run that hold the same documents; takes a second at most.
 
     They are for the one process that prints them: others need not look.
@@ -50,9 +50,9 @@ def _folders(run: Run) -> Iterator[str]:
         "--tensorboard-dir": config.logging.tensorboard_dir,
     }
     for flag, path in written.items():
-        if path and not config.training.eval_only and (problem := unusable(Path(path))):
+        if path and not config.training.eval_only and (problem := why_not_writable(Path(path))):
             yield f"{flag} {path}: {problem}: change that, or give another folder"
-    problem = unusable(run.cache)
+    problem = why_not_writable(run.cache)
     if problem is not None and (not run.cache.is_dir() or _lacks_indices(run)):
         yield (
             f"--data-cache-path {run.cache}: {problem}, so sample indices cannot be written there: "
@@ -79,14 +79,14 @@ def _space(run: Run) -> Iterator[str]:
     if not save or run.config.training.eval_only:
         return
     try:
-        found = os.statvfs(existing(Path(save)))
+        found = os.statvfs(nearest_existing(Path(save)))
     except OSError:
         return
     free, needed = found.f_bavail * found.f_frsize, checkpoint_bytes(run.config)
     if free < needed:
         yield (
-            f"--save {save}: {human(free)}B are free, but a checkpoint of this run takes about "
-            f"{human(needed)}B: it cannot be saved until there is room"
+            f"--save {save}: {format_count(free)}B are free, but a checkpoint of this run takes "
+            f"about {format_count(needed)}B: it cannot be saved until there is room"
         )
     if found.f_files and found.f_favail < FEW_INODES:
         yield f"--save {save}: the file system has room for {found.f_favail} more files only"

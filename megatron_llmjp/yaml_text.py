@@ -15,7 +15,7 @@ import yaml
 
 from megatron_llmjp.errors import UserError
 
-At: TypeAlias = "tuple[str | int, ...]"
+YamlPath: TypeAlias = "tuple[str | int, ...]"
 """A place in nested data: keys of mappings and numbers in lists, outermost first."""
 
 _STANDARD = "tag:yaml.org,2002:"
@@ -24,18 +24,18 @@ _PLAIN = {
     _STANDARD + name
     for name in ("map", "seq", "str", "int", "float", "bool", "null", "timestamp", "merge")
 }
-LARGEST = 300_000
+MAX_VALUES = 300_000
 """Values in a file, those of aliases counted each time: a few nested aliases make billions."""
 
 
 @dataclass(frozen=True)
-class Written:
+class YamlDocument:
     """The contents of a file."""
 
     source: str
     """The file, or what else holds the text."""
     data: dict[str, Any]
-    lines: dict[At, str]
+    lines: dict[YamlPath, str]
     """``file, line N`` of every key and list entry."""
 
     def where(self, at: tuple[Any, ...]) -> str:
@@ -46,7 +46,7 @@ class Written:
         return self.source
 
 
-def read_yaml(path: Path, named_by: str) -> Written:
+def read_yaml(path: Path, named_by: str) -> YamlDocument:
     """Read a file that holds one mapping.
 
     Args:
@@ -63,7 +63,7 @@ def read_yaml(path: Path, named_by: str) -> Written:
     return parse_yaml(text, str(path))
 
 
-def parse_yaml(text: str, source: str) -> Written:
+def parse_yaml(text: str, source: str) -> YamlDocument:
     """Parse a text that holds one mapping, or nothing.
 
     Args:
@@ -91,14 +91,16 @@ def parse_yaml(text: str, source: str) -> Written:
     if not isinstance(data, dict):
         found = "nothing" if data is None else f"a {type(data).__name__}"
         raise UserError(f"{source}: the file: expected keys and values, found {found}")
-    return Written(source, data, written)
+    return YamlDocument(source, data, written)
 
 
-def _places(root: yaml.Node | None, source: str) -> dict[At, str]:
-    lines: dict[At, str] = {}
+def _places(root: yaml.Node | None, source: str) -> dict[YamlPath, str]:
+    lines: dict[YamlPath, str] = {}
     for number, (at, node) in enumerate(_walk(root, (), ())):
-        if number == LARGEST:
-            raise UserError(f"{source}: more than {LARGEST:,} values: do not nest aliases (*name)")
+        if number == MAX_VALUES:
+            raise UserError(
+                f"{source}: more than {MAX_VALUES:,} values: do not nest aliases (*name)"
+            )
         lines.setdefault(at, _where(node))
     return lines
 
@@ -108,8 +110,8 @@ def _where(node: yaml.Node) -> str:
 
 
 def _walk(
-    node: yaml.Node | None, at: At, inside: tuple[yaml.Node, ...]
-) -> Iterator[tuple[At, yaml.Node]]:
+    node: yaml.Node | None, at: YamlPath, inside: tuple[yaml.Node, ...]
+) -> Iterator[tuple[YamlPath, yaml.Node]]:
     """Every key and list entry below a node; what a merge key brings comes after its own."""
     if node is None:
         return
@@ -128,8 +130,8 @@ def _walk(
 
 
 def _walk_mapping(
-    node: yaml.MappingNode, at: At, inside: tuple[yaml.Node, ...]
-) -> Iterator[tuple[At, yaml.Node]]:
+    node: yaml.MappingNode, at: YamlPath, inside: tuple[yaml.Node, ...]
+) -> Iterator[tuple[YamlPath, yaml.Node]]:
     merged: list[yaml.Node] = []
     seen: dict[str, yaml.Node] = {}
     for key, value in node.value:

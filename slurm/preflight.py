@@ -20,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from megatron_llmjp.filesystem import write_durably
+from megatron_llmjp.filesystem import write_atomically
 
 SLOWEST = 2.0
 """Times the median that a node's link may take."""
@@ -66,7 +66,7 @@ def check(args: argparse.Namespace) -> int:
 
 
 def _leave(folder: Path, found: dict[str, Any]) -> None:
-    write_durably(folder / f"{found['node']}.json", json.dumps(found))
+    write_atomically(folder / f"{found['node']}.json", json.dumps(found))
 
 
 def _save_folder(args: argparse.Namespace) -> list[str]:

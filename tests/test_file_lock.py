@@ -10,7 +10,7 @@ import signal
 import pytest
 
 from megatron_llmjp import filesystem
-from megatron_llmjp.filesystem import lock_file
+from megatron_llmjp.filesystem import acquire_lock
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def in_another_process(path) -> bool:
     child = os.fork()
     if child == 0:
         try:
-            lock_file(path)
+            acquire_lock(path)
             os._exit(0)
         except BlockingIOError:
             os._exit(1)
@@ -37,12 +37,12 @@ def in_another_process(path) -> bool:
 
 def test_one_process_at_a_time(tmp_path):
     path = tmp_path / "lock"
-    lock = lock_file(path)
+    lock = acquire_lock(path)
     assert lock.is_enforced and lock.is_current()
     assert not in_another_process(path)
     lock.release()
     assert in_another_process(path)  # and its end frees it
-    lock = lock_file(path)
+    lock = acquire_lock(path)
     lock.release(remove=True)
     assert not path.exists()
 
@@ -50,7 +50,7 @@ def test_one_process_at_a_time(tmp_path):
 def test_a_file_that_was_removed_protects_nothing(tmp_path):
     """Nor does a lock on it count for one that opened it before."""
     path = tmp_path / "lock"
-    lock = lock_file(path)
+    lock = acquire_lock(path)
     path.unlink()
     assert not lock.is_current()
     assert in_another_process(path)
@@ -62,7 +62,7 @@ def test_a_killed_owner_frees_it_though_its_worker_lives(tmp_path):
     path, ready = tmp_path / "lock", tmp_path / "ready"
     owner = os.fork()
     if owner == 0:
-        lock_file(path)
+        acquire_lock(path)
         worker = os.fork()
         if worker:
             ready.write_text(str(worker))
@@ -94,7 +94,7 @@ def failing(monkeypatch, code, times):
 @pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO, errno.ENOLCK])
 def test_transient_errors_are_retried(tmp_path, monkeypatch, pauses, capfd, code):
     failing(monkeypatch, code, 3)
-    assert lock_file(tmp_path / "lock").is_enforced
+    assert acquire_lock(tmp_path / "lock").is_enforced
     assert len(pauses) == 3
     assert capfd.readouterr().err.count(f"{tmp_path / 'lock'}: {os.strerror(code)}; retrying") == 1
 
@@ -104,7 +104,7 @@ def test_errors_that_last(tmp_path, monkeypatch, pauses):
     for code, kind in ((errno.ESTALE, OSError), (errno.EIO, OSError), (errno.EACCES, OSError)):
         failing(monkeypatch, code, 100)
         with pytest.raises(kind) as raised:
-            lock_file(path)
+            acquire_lock(path)
         assert raised.value.errno == code and raised.value.filename == str(path)
         monkeypatch.undo()
         monkeypatch.setattr(filesystem.time, "sleep", pauses.append)
@@ -114,9 +114,9 @@ def test_errors_that_last(tmp_path, monkeypatch, pauses):
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
 def test_file_system_without_locks(tmp_path, monkeypatch, pauses, code):
     failing(monkeypatch, code, 100)
-    assert not lock_file(tmp_path / "lock").is_enforced
+    assert not acquire_lock(tmp_path / "lock").is_enforced
 
 
 def test_a_file_that_cannot_be_made(tmp_path):
     with pytest.raises(FileNotFoundError):
-        lock_file(tmp_path / "none" / "lock")
+        acquire_lock(tmp_path / "none" / "lock")

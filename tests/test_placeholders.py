@@ -27,7 +27,7 @@ def run(capsys, monkeypatch, tmp_path):
     def find_spec(name):
         assert name == "wandb"
 
-    for name in ("_be_rank", "launch"):
+    for name in ("_run_rank", "launch"):
         monkeypatch.setattr(pretrain_cli, name, not_reached)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_llmjp import retrying_file
 from megatron_llmjp.checkpoint import manifest as manifests
-from megatron_llmjp.retrying_file import PatientFile
+from megatron_llmjp.retrying_file import RetryingFile
 from tests.support.datasets import write_folds
 from tests.support.processes import ROOT, losses
 from tests.support.training import arguments
@@ -39,7 +39,7 @@ class Outage:
 def test_what_cannot_be_written_is_written_later(tmp_path, monkeypatch, capfd, call, code):
     path = tmp_path / "logs" / "log"
     outage = Outage(monkeypatch, call, code)
-    file = PatientFile(path)
+    file = RetryingFile(path)
     for number in range(3):
         file.write(b"%d\n" % number)
     outage.on = False
@@ -56,7 +56,7 @@ def test_what_cannot_be_written_is_written_later(tmp_path, monkeypatch, capfd, c
 
 def test_no_room_for_the_folder(tmp_path, capfd):
     (tmp_path / "logs").write_text("in the way")
-    file = PatientFile(tmp_path / "logs" / "log")
+    file = RetryingFile(tmp_path / "logs" / "log")
     file.write(b"1\n")
     (tmp_path / "logs").unlink()
     file.close()
@@ -65,9 +65,9 @@ def test_no_room_for_the_folder(tmp_path, capfd):
 
 
 def test_what_is_kept_has_a_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(retrying_file, "KEPT_BYTES", 40)
+    monkeypatch.setattr(retrying_file, "MAX_PENDING_BYTES", 40)
     outage = Outage(monkeypatch, "write", errno.ENOSPC)
-    file = PatientFile(tmp_path / "log")
+    file = RetryingFile(tmp_path / "log")
     for number in range(100):
         file.write(b"line %02d\n" % number)
     outage.on = False
@@ -76,7 +76,7 @@ def test_what_is_kept_has_a_limit(tmp_path, monkeypatch):
 
 
 def test_a_file_that_is_deleted_is_made_again(tmp_path):
-    file = PatientFile(tmp_path / "logs" / "log")
+    file = RetryingFile(tmp_path / "logs" / "log")
     file.write(b"1\n")
     shutil.rmtree(tmp_path / "logs")
     file.write(b"2\n")
@@ -86,7 +86,7 @@ def test_a_file_that_is_deleted_is_made_again(tmp_path):
 
 def test_a_pipe_without_a_reader(capfd):
     reader, writer = os.pipe()
-    file = PatientFile(writer)
+    file = RetryingFile(writer)
     os.close(reader)
     file.write(b"1\n")
     file.write(b"2\n")
@@ -124,8 +124,8 @@ def test_output_that_nobody_reads_any_more(tmp_path):
 def test_closed_streams(tmp_path, streams):
     """The descriptors of closed ones are not given to other files."""
     program = (
-        "import sys; from megatron_llmjp.retrying_file import keep_standard_streams; "
-        "keep_standard_streams(); print('text'); print('text', file=sys.stderr); "
+        "import sys; from megatron_llmjp.retrying_file import protect_standard_streams; "
+        "protect_standard_streams(); print('text'); print('text', file=sys.stderr); "
         f"file = open({str(tmp_path / 'file')!r}, 'w'); sys.exit(file.fileno() < 3)"
     )
     command = f'{sys.executable} -c "{program}" {streams}'

@@ -19,7 +19,7 @@ from megatron_llmjp.data.indexed_dataset import read_index
 from megatron_llmjp.data.indexed_dataset_writer import IndexedDatasetWriter
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.planning import plan_data
-from megatron_llmjp.run import prepare
+from megatron_llmjp.run import resolve_run
 from megatron_llmjp.start_checks import check_start
 from megatron_llmjp.tokenizers import load_tokenizer
 from tests.support.datasets import write_folds
@@ -29,7 +29,7 @@ from tests.support.training import arguments
 
 def start(*words):
     """Resolve and check a run as its first process does; its warnings."""
-    run = prepare(parse([str(word) for word in words]).config, 1)
+    run = resolve_run(parse([str(word) for word in words]).config, 1)
     return "\n".join(check_start(run))
 
 
@@ -198,7 +198,7 @@ def test_resume_with_another_tokenizer_of_equal_size(tmp_path, tokenizers, saved
     assert start(*words, copy) is not None
     assert f"{two} is another tokenizer than {save / 'iter_0000003'}" in refusal(*words, two)
     flags = [*words, two, "--override-resume", "tokenizer"]
-    notes = prepare(parse([str(flag) for flag in flags]).config, 1).notes
+    notes = resolve_run(parse([str(flag) for flag in flags]).config, 1).notes
     assert any("accepted by --override-resume tokenizer" in note for note in notes)
 
 

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 
 from data_tools.preprocess.compression import HEAD_BYTES, find_opener
 from data_tools.preprocess.sources import STDIN, InputSource
-from megatron_llmjp.errors import UserError, suggest
+from megatron_llmjp.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _check_columns(source: InputSource, names: list[str], keys: list[str]) -> No
     for key in keys:
         if key not in names:
             raise UserError(
-                f"{source.name}: no column '{key}'{suggest(key, names)} The file has "
+                f"{source.name}: no column '{key}'{did_you_mean(key, names)} The file has "
                 f"{', '.join(names)}; choose with --json-keys."
             )
 

@@ -17,7 +17,7 @@ from typing import Any
 from data_tools.preprocess.sources import InputSource
 from megatron_llmjp.data.indexed_dataset_writer import WriterPosition
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.filesystem import write_durably
+from megatron_llmjp.filesystem import write_atomically
 
 
 @dataclass
@@ -93,7 +93,7 @@ class ResumeJournal:
                 if not forget_others:
                     raise
         lines = [recipe, *(asdict(point) for point in self.points)]
-        write_durably(path, "".join(json.dumps(line) + "\n" for line in lines))
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
         self._file = path.open("a", encoding="utf-8")
 
     @property

@@ -21,7 +21,7 @@ from data_tools.preprocess.journal import ResumeJournal, ResumePoint, SourceCoun
 from data_tools.preprocess.sources import InputSource
 from megatron_llmjp.data.indexed_dataset_writer import IndexedDatasetWriter
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.filesystem import FileLock, lock_file, publish, write_json
+from megatron_llmjp.filesystem import FileLock, acquire_lock, rename_into_place, write_json_durably
 
 REJECTED = ("rejected.jsonl", "rejected.csv")
 
@@ -94,7 +94,7 @@ class DatasetOutput:
 
     def _take_lock(self) -> None:
         try:
-            self._lock = lock_file(self.folder / "lock")
+            self._lock = acquire_lock(self.folder / "lock")
         except BlockingIOError as error:
             raise UserError(
                 f"{self.folder}: another preprocess_data is writing this output. Wait for it, or "
@@ -147,12 +147,12 @@ class DatasetOutput:
         if not journal.last.finishing:
             for key, writer in self.writers.items():
                 crc = writer.finish(self.folder / f"{key}.idx")
-                write_json(self.folder / f"{key}.json", manifest(key, writer, crc))
+                write_json_durably(self.folder / f"{key}.json", manifest(key, writer, crc))
             for name in REJECTED:
                 if (self.folder / name).stat().st_size == 0:
                     (self.folder / name).unlink()
             journal.add(dataclasses.replace(journal.last, finishing=True))
-        publish([(work, final) for work, final in self.finals() if work.exists()])
+        rename_into_place([(work, final) for work, final in self.finals() if work.exists()])
         journal.close()
         shutil.rmtree(self.folder)
         if self._lock is not None:

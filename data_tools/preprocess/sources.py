@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.filesystem import spread
+from megatron_llmjp.filesystem import evenly_spaced_offsets
 
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 COMPRESSED_SUFFIXES = ("", ".gz", ".gzip", ".zst", ".zstd", ".bz2", ".xz", ".lzma", ".lz4")
@@ -306,7 +306,7 @@ def _sample(source: InputSource) -> str:
     """Return a checksum of blocks spread over a file; small files are read whole."""
     crc = 0
     with Path(source.name).open("rb", buffering=0) as file:
-        for offset in spread(source.size, SAMPLE_BYTES, SAMPLES):
+        for offset in evenly_spaced_offsets(source.size, SAMPLE_BYTES, SAMPLES):
             file.seek(offset)
             crc = zlib.crc32(file.read(min(SAMPLE_BYTES, source.size - offset)), crc)
     return f"{crc:08x}"

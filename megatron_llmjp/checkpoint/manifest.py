@@ -22,7 +22,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from megatron_llmjp.data.folds.fingerprint import FoldFingerprint
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.filesystem import crc32_of, retried, write_durably
+from megatron_llmjp.filesystem import file_crc32, retry_transient, write_atomically
 
 MANIFEST = "manifest.json"
 CONFIG = "config.yaml"
@@ -104,7 +104,7 @@ def folder_name(iteration: int) -> str:
 
 def describe_file(path: Path) -> FileEntry:
     """Size in bytes and CRC-32 of a file."""
-    return FileEntry(bytes=path.stat().st_size, crc32=f"{crc32_of(path):08x}")
+    return FileEntry(bytes=path.stat().st_size, crc32=f"{file_crc32(path):08x}")
 
 
 def describe_files(folder: Path, names: Iterable[str]) -> dict[str, FileEntry]:
@@ -123,7 +123,7 @@ def write(folder: Path, manifest: Manifest) -> None:
     content = json.loads(manifest.model_dump_json(exclude={"checksum"}))
     content["checksum"] = _checksum(content)
     text = json.dumps(content, indent=2, ensure_ascii=False)
-    write_durably(folder / MANIFEST, text + "\n")
+    write_atomically(folder / MANIFEST, text + "\n")
 
 
 def read(folder: Path) -> Manifest:
@@ -135,7 +135,7 @@ def read(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        text = retried(path.read_bytes, str(path)).decode()
+        text = retry_transient(path.read_bytes, str(path)).decode()
         manifest = Manifest.model_validate_json(text)
     except FileNotFoundError:
         raise UserError(f"{folder}: not a complete checkpoint, {MANIFEST} is missing") from None
@@ -175,7 +175,7 @@ def problems(folder: Path, manifest: Manifest, checksums: bool = False) -> list[
         path = folder / name
         try:
             thorough = checksums or not name.endswith(TENSORS)
-            problem = retried(partial(_problem, path, entry, thorough), str(path))
+            problem = retry_transient(partial(_problem, path, entry, thorough), str(path))
         except OSError as error:
             return [*found, f"{path} cannot be read: {error.strerror}"]
         found += [problem] if problem else []
@@ -204,7 +204,7 @@ def complete_iterations(root: Path) -> list[int]:
         UserError: the folder cannot be read.
     """
     try:
-        return retried(lambda: _complete_iterations(root), str(root))
+        return retry_transient(lambda: _complete_iterations(root), str(root))
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
@@ -220,7 +220,7 @@ def read_tracker(root: Path) -> tuple[int | None, list[str]]:
     """The iteration that the tracker file names, or None; and what is wrong with the file."""
     path = root / TRACKER
     try:
-        content = retried(path.read_bytes, str(path))
+        content = retry_transient(path.read_bytes, str(path))
         text = content[:100].decode(errors="replace").strip()
     except FileNotFoundError:
         return None, []

@@ -16,7 +16,12 @@ from pathlib import Path
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint.manifest import FileEntry
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.filesystem import naming, no_heartbeat, sync, write_durably
+from megatron_llmjp.filesystem import (
+    fsync_path,
+    name_path_in_errors,
+    no_heartbeat,
+    write_atomically,
+)
 
 
 def temporary_folder(root: Path, iteration: int) -> Path:
@@ -57,12 +62,12 @@ def add_file(folder: Path, name: str, contents: bytes) -> FileEntry:
     """Write a small file, which may be in a folder of its own, and force it to disk."""
     path = folder / name
     path.parent.mkdir(exist_ok=True)
-    with naming(path), path.open("wb") as stream:
+    with name_path_in_errors(path), path.open("wb") as stream:
         stream.write(contents)
         stream.flush()
         os.fsync(stream.fileno())
     if path.parent != folder:
-        sync(path.parent)
+        fsync_path(path.parent)
     return manifests.describe_file(path)
 
 
@@ -87,8 +92,8 @@ def publish(root: Path, manifest: manifests.Manifest) -> Path:
         shutil.rmtree(replaced, ignore_errors=True)  # else the next save's to remove
     else:
         temporary.replace(final)
-    sync(root)
-    write_durably(root / manifests.TRACKER, f"{manifest.iteration}\n")
+    fsync_path(root)
+    write_atomically(root / manifests.TRACKER, f"{manifest.iteration}\n")
     return final
 
 
@@ -116,5 +121,5 @@ def retire(root: Path, iteration: int) -> Path:
     folder = root / manifests.folder_name(iteration)
     retired = root / f".{folder.name}.removed.tmp"
     folder.replace(retired)
-    sync(root)
+    fsync_path(root)
     return retired

@@ -19,10 +19,10 @@ from pathlib import Path
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint import publish, safe_unpickling
 from megatron_llmjp.checkpoint.retention import removable
-from megatron_llmjp.config.loading import load_resolved
+from megatron_llmjp.config.loading import load_config
 from megatron_llmjp.config.schema import CheckpointConfig
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.filesystem import no_heartbeat, write_durably
+from megatron_llmjp.filesystem import no_heartbeat, write_atomically
 
 PLAIN = "metadata.json"
 """megatron-core's note on the format."""
@@ -40,7 +40,7 @@ def read_back(folder: Path, is_cancelled: Callable[[], bool] = lambda: False) ->
     """
     try:
         manifest = manifests.read(folder)
-        load_resolved(folder / manifests.CONFIG)
+        load_config(folder / manifests.CONFIG)
         safe_unpickling.read_index(folder)
         json.loads((folder / PLAIN).read_bytes())
         for name, entry in manifest.files.items():
@@ -154,7 +154,7 @@ class Thinner:
         folder = self._root / manifests.folder_name(newest)
         older = [i for i in manifests.complete_iterations(self._root) if i < newest]
         if older and manifests.read_tracker(self._root)[0] == newest:
-            write_durably(self._root / manifests.TRACKER, f"{older[-1]}\n")
+            write_atomically(self._root / manifests.TRACKER, f"{older[-1]}\n")
         print(
             f"error: {folder} cannot be resumed from: {problem}. No checkpoint is removed, and "
             f"{manifests.TRACKER} names the one before; the next save tries again",

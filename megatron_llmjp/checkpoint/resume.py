@@ -11,7 +11,12 @@ from megatron_llmjp.checkpoint import resume_checks
 from megatron_llmjp.checkpoint.manifest import Manifest, Override
 from megatron_llmjp.checkpoint.resume_checks import Past, Ranges
 from megatron_llmjp.checkpoint.save_folder import not_ours
-from megatron_llmjp.config.loading import FROZEN_AT_RESUME, changed, differences, load_resolved
+from megatron_llmjp.config.loading import (
+    FROZEN_AT_RESUME,
+    config_differences,
+    load_config,
+    replace_fields,
+)
 from megatron_llmjp.config.schema import Config, LoggingConfig, OptimizerConfig
 from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.data.folds.schedule import Schedule
@@ -126,9 +131,9 @@ def adopt(
     saved, allowed = resume.config, set(config.checkpoint.override_resume)
     notes = []
     if "padded_vocab_size" not in allowed and config.model.padded_vocab_size is None:
-        config = changed(config, padded_vocab_size=saved.rows)
+        config = replace_fields(config, padded_vocab_size=saved.padded_vocab_size)
     problems = []
-    for name, (old, new) in differences(saved, config).items():
+    for name, (old, new) in config_differences(saved, config).items():
         if name == "optimizer":
             problems.append(
                 f"optimizer is {new!r}, but {resume.folder} holds the state of {old!r}: set it "
@@ -149,7 +154,7 @@ def adopt(
                     f"{name}: the checkpoint's {old!r} is kept, not {new!r} "
                     "(--override-opt-param-scheduler takes the new one)"
                 )
-            config = changed(config, **{name: old})
+            config = replace_fields(config, **{name: old})
         elif name not in _OF_NO_CONSEQUENCE:
             notes.append(f"{name}: was {old!r}, now {new!r}")
     found = resume_checks.changes(resume.manifest, schedule)
@@ -197,7 +202,7 @@ def check_weights(config: Config, resume: Resume) -> None:
     Raises:
         UserError: naming each field of the architecture that differs.
     """
-    found = differences(resume.config, config)
+    found = config_differences(resume.config, config)
     problems = [
         f"{name} is {new!r}, but the weights of {resume.folder} were trained with {old!r}: set it "
         "back, or start from other weights"
@@ -231,7 +236,7 @@ def _open(folder: Path, asked: Config, bad: list[str]) -> Resume | None:
         manifest = manifests.read(folder)
         found = manifests.problems(folder, manifest)
         if not found:
-            config = load_resolved(folder / manifests.CONFIG)
+            config = load_config(folder / manifests.CONFIG)
             found = _wrong_samples(folder, manifest, config, asked)
         if not found:
             return Resume(folder, manifest, config)

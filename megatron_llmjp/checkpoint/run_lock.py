@@ -28,13 +28,13 @@ from pathlib import Path
 
 from megatron_llmjp.errors import RunError, UserError
 from megatron_llmjp.filesystem import (
-    NO_ROOM,
-    TRANSIENT,
+    NO_SPACE_ERRORS,
+    TRANSIENT_ERRORS,
     FileLock,
-    lock_file,
-    process_lives,
-    retried,
-    write_durably,
+    acquire_lock,
+    process_exists,
+    retry_transient,
+    write_atomically,
 )
 
 Say = Callable[[str], None]
@@ -96,12 +96,12 @@ class RunLock:
             LostLock: another run has taken it, while this one seemed dead.
             OSError: the folder cannot be read or written; transient errors have lasted.
         """
-        now = retried(lambda: _read_record(self.root), str(self.root), self._say)
+        now = retry_transient(lambda: _read_record(self.root), str(self.root), self._say)
         if now is None or now is UNKNOWN:
             self._take_again(RECORD)
         elif now.token != self.owner.token:
             raise LostLock(f"--save {self.root} was taken by {now} meanwhile")
-        elif not retried(self._lock.is_current, str(self.root), self._say):
+        elif not retry_transient(self._lock.is_current, str(self.root), self._say):
             self._take_again(LOCK)
 
     def release(self) -> None:
@@ -120,7 +120,7 @@ class RunLock:
         self.root.mkdir(parents=True, exist_ok=True)
         if not self._lock.is_current():
             try:
-                lock = lock_file(self.root / LOCK)
+                lock = acquire_lock(self.root / LOCK)
             except BlockingIOError:
                 raise LostLock(f"--save {self.root} was taken by another run meanwhile") from None
             self._lock.release()
@@ -160,7 +160,7 @@ def taken(root: Path, say: Say, patience: float = PATIENCE_SECONDS) -> Iterator[
 def _take(root: Path, say: Say, patience: float) -> RunLock:
     lock = _lock(root)
     try:
-        left_by = retried(lambda: _read_record(root), str(root), say)
+        left_by = retry_transient(lambda: _read_record(root), str(root), say)
         if left_by is not None:
             _make_sure_it_is_dead(root, left_by, lock.is_enforced, say, patience)
         owner = Owner(
@@ -170,10 +170,10 @@ def _take(root: Path, say: Say, patience: float) -> RunLock:
             time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
             uuid.uuid4().hex,
         )
-        retried(lambda: _sign(root, owner), str(root), say)
+        retry_transient(lambda: _sign(root, owner), str(root), say)
         if left_by is not None and not (lock.is_enforced and left_by.boot == owner.boot):
             time.sleep(min(SETTLE_SECONDS, patience))
-            now = retried(lambda: _read_record(root), str(root), say)
+            now = retry_transient(lambda: _read_record(root), str(root), say)
             if now is None or now.token != owner.token:
                 raise _refusal(root, now)
     except BaseException:
@@ -185,9 +185,9 @@ def _take(root: Path, say: Say, patience: float) -> RunLock:
 
 
 def _lock(root: Path) -> FileLock:
-    retried(lambda: root.mkdir(parents=True, exist_ok=True), str(root))
+    retry_transient(lambda: root.mkdir(parents=True, exist_ok=True), str(root))
     try:
-        return lock_file(root / LOCK)
+        return acquire_lock(root / LOCK)
     except BlockingIOError:
         raise _refusal(root, read_owner(root)) from None
 
@@ -197,9 +197,9 @@ def _explained(root: Path, error: OSError) -> UserError | RunError:
     what = f"--save {root}: cannot be written to: {error.strerror}"
     if error.filename and str(error.filename) != str(root):
         what += f" ({error.filename})"
-    if error.errno in TRANSIENT:
+    if error.errno in TRANSIENT_ERRORS:
         return RunError(f"{what}. Its file system does not answer; try again when it does")
-    if error.errno in NO_ROOM:
+    if error.errno in NO_SPACE_ERRORS:
         return UserError(f"{what}. Free some space there, or name another folder")
     return UserError(f"{what}. Name another folder, or change its permissions")
 
@@ -208,7 +208,7 @@ def _make_sure_it_is_dead(
     root: Path, owner: Owner, is_locked: bool, say: Say, patience: float
 ) -> None:
     if owner.boot == _boot():
-        if not is_locked and process_lives(owner.pid):
+        if not is_locked and process_exists(owner.pid):
             raise _refusal(root, owner)
         return
     say(
@@ -247,7 +247,7 @@ def _boot() -> str:
 
 
 def _sign(root: Path, owner: Owner) -> None:
-    write_durably(root / RECORD, json.dumps(asdict(owner)) + "\n")
+    write_atomically(root / RECORD, json.dumps(asdict(owner)) + "\n")
 
 
 def is_alive(root: Path, owner: Owner) -> bool:
@@ -257,7 +257,7 @@ def is_alive(root: Path, owner: Owner) -> bool:
     of both.
     """
     if owner.boot == _boot():
-        return process_lives(owner.pid)
+        return process_exists(owner.pid)
     pulse = _pulse(root)
     return pulse is not None and time.time() - pulse / 1e9 < PATIENCE_SECONDS
 

@@ -27,7 +27,7 @@ from megatron_llmjp.checkpoint.resume_checks import Past
 from megatron_llmjp.checkpoint.safe_unpickling import COMMON, INDEX
 from megatron_llmjp.checkpoint.sharded_state import RunState, sharded_state
 from megatron_llmjp.checkpoint.writer import HostCopy, plan_write
-from megatron_llmjp.config.loading import dump
+from megatron_llmjp.config.loading import dump_config
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.folds.fingerprint import FoldFingerprint
 from megatron_llmjp.data.folds.schedule import NO_SKIPPED_SAMPLES, SkippedSamples
@@ -138,7 +138,7 @@ def _plain_files(common: Any, progress: Progress, about: Description) -> dict[st
     files = {
         COMMON: buffer.getvalue(),
         CONFIG_FNAME: json.dumps(asdict(CheckpointingConfig("torch_dist", 1))).encode(),
-        manifests.CONFIG: dump(about.config).encode(),
+        manifests.CONFIG: dump_config(about.config).encode(),
     }
     if progress.fold_file is not None:
         files[manifests.FOLDS] = progress.fold_file.encode()

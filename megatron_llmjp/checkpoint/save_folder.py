@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.filesystem import retried
+from megatron_llmjp.filesystem import retry_transient
 
 NATIVE = "native"
 HUGGING_FACE = "hf"
@@ -159,7 +159,7 @@ def check_save_folder(root: Path) -> list[str]:
             their manifests; it is a checkpoint itself; or it cannot be read.
     """
     try:
-        return retried(lambda: _check_save(root), str(root))
+        return retry_transient(lambda: _check_save(root), str(root))
     except (FileNotFoundError, NotADirectoryError):
         return []  # whether it can be made is checked with the other folders of a run
     except OSError as error:

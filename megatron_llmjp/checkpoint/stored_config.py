@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_llmjp.checkpoint import manifest as manifests
-from megatron_llmjp.config.loading import Layers, load_resolved
+from megatron_llmjp.config.loading import ConfigLayers, load_config
 from megatron_llmjp.config.schema import SECTION_OF, DataConfig, ModelConfig, OptimizerConfig
 from megatron_llmjp.tokenizers.stored import stored_tokenizer
 
@@ -21,7 +21,7 @@ _BATCHES = (
 )
 
 
-def add_own_configuration(root: Path, layers: Layers) -> bool:
+def add_own_configuration(root: Path, layers: ConfigLayers) -> bool:
     """Add the model, sequence length and tokenizer of a checkpoint; of a run, its settings, too.
 
     A checkpoint of weights alone (``convert_checkpoint``) says nothing of optimizer and batches.
@@ -39,7 +39,7 @@ def add_own_configuration(root: Path, layers: Layers) -> bool:
     if not (root / manifests.MANIFEST).is_file() and not manifests.complete_iterations(root):
         return False
     folder = manifests.newest(root)
-    config, source = load_resolved(folder / manifests.CONFIG), str(folder / manifests.CONFIG)
+    config, source = load_config(folder / manifests.CONFIG), str(folder / manifests.CONFIG)
     names = [*ModelConfig.model_fields, "seq_length"]
     if manifests.read(folder).contents == "full":
         names += [*OptimizerConfig.model_fields, *_BATCHES, "tokenizer_type", *_TIKTOKEN]
@@ -51,7 +51,7 @@ def add_own_configuration(root: Path, layers: Layers) -> bool:
     return True
 
 
-def _add_tokenizer(folder: Path, layers: Layers) -> None:
+def _add_tokenizer(folder: Path, layers: ConfigLayers) -> None:
     """The files in the checkpoint; their kind where the configuration does not name it."""
     kind = layers.values.get("data", {}).get("tokenizer_type")
     for name, value in stored_tokenizer(folder, kind).items():

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.filesystem import (
 )
 
 from megatron_llmjp.checkpoint.manifest import FileEntry
-from megatron_llmjp.filesystem import naming, no_heartbeat
+from megatron_llmjp.filesystem import name_path_in_errors, no_heartbeat
 from megatron_llmjp.parallel.device import without_warnings
 from megatron_llmjp.parallel.process_groups import UNWATCHED, LongWork
 
@@ -140,7 +140,7 @@ class RankWriter(FileSystemWriterAsync):
 
     def _write_file(self, name: str) -> tuple[list[Any], FileEntry]:
         path = self._folder / name
-        with naming(path), _summed(path, self._beat) as stream:
+        with name_path_in_errors(path), _summed(path, self._beat) as stream:
             try:
                 return self._write_items(name, stream), stream.entry
             except Exception:

@@ -20,25 +20,31 @@ from typing import Any, NamedTuple, get_args
 
 from pydantic.fields import FieldInfo
 
-from megatron_llmjp.config.loading import Layers, build, changed, preset_names, read_config
+from megatron_llmjp.config.loading import (
+    ConfigLayers,
+    build_config,
+    preset_names,
+    read_config,
+    replace_fields,
+)
 from megatron_llmjp.config.machine_flags import (
-    Rehearsal,
+    PlannedMachine,
     add_machine_flags,
     machine_flags,
+    planned_machine,
     planned_processes,
-    rehearsal_of,
 )
 from megatron_llmjp.config.megatron_flags import (
-    ALIASES,
-    RENAMED,
+    RENAMED_FLAGS,
     RENAMED_VALUES,
-    explain,
-    set_defaults,
-    settle,
+    SWITCH_ALIASES,
+    apply_dependent_flags,
+    interpret_flags,
+    set_megatron_defaults,
     with_dashes,
 )
 from megatron_llmjp.config.schema import SECTION_OF, SECTIONS, Config
-from megatron_llmjp.errors import Problems, UserError
+from megatron_llmjp.errors import ErrorCollector, UserError
 
 
 class Mode(Enum):
@@ -51,7 +57,7 @@ class Mode(Enum):
     SUGGEST_LAYOUT = "--suggest-layout"
 
 
-HELP: dict[Mode, str] = {
+MODE_HELP: dict[Mode, str] = {
     Mode.DRY_RUN: "check everything, print the resolved configuration and exit",
     Mode.PLAN_DATA: "print the plan of the data (folds, tokens, epochs, learning rates) and exit",
     Mode.REHEARSE: "print layout, memory, traffic, time and warnings of a run of --world-size "
@@ -71,7 +77,7 @@ class Command(NamedTuple):
     processes: int | None
     """Processes of the run: to start on this machine, or, where nothing is trained, of the run
     that is planned. None if no flag gives them."""
-    rehearsal: Rehearsal | None
+    rehearsal: PlannedMachine | None
     """The machine of the run; only with :attr:`Mode.REHEARSE` and :attr:`Mode.SUGGEST_LAYOUT`."""
     config_name: str | None
     """The preset or file of ``--config``."""
@@ -84,7 +90,7 @@ class Command(NamedTuple):
 def add_mode_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the modes that train nothing."""
     group = parser.add_argument_group("modes that train nothing")
-    for mode, text in HELP.items():
+    for mode, text in MODE_HELP.items():
         group.add_argument(mode.value, action="store_true", dest=mode.value, help=text)
 
 
@@ -94,7 +100,7 @@ def mode_of(arguments: Mapping[str, Any]) -> Mode:
     Raises:
         UserError: they select more than one.
     """
-    given = [mode for mode in HELP if arguments[mode.value]]
+    given = [mode for mode in MODE_HELP if arguments[mode.value]]
     if len(given) > 1:
         flags = " and ".join(mode.value for mode in given)
         raise UserError(f"{flags} exclude each other: give one of them")
@@ -144,8 +150,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 def parse(
     argv: Sequence[str],
-    layers: Layers | None = None,
-    own_configuration: Callable[[Path, Layers], bool] | None = None,
+    layers: ConfigLayers | None = None,
+    own_configuration: Callable[[Path, ConfigLayers], bool] | None = None,
 ) -> Command:
     """Read the command line: the one place where its words are looked at.
 
@@ -159,17 +165,17 @@ def parse(
         UserError: every unknown flag or key, wrong value and contradiction, one per line.
     """
     parser = _make_parser()
-    problems = Problems()
+    problems = ErrorCollector()
     known, unknown = _read_words(parser, with_dashes(argv), problems)
     arguments = vars(known)
-    explained = explain(unknown, _all_flags(parser))
+    explained = interpret_flags(unknown, _all_flags(parser))
     problems.lines += explained.problems
     mode, rehearsal, processes = Mode.TRAIN, None, None
     with problems.collect():
         mode = mode_of(arguments)
         processes = _processes(arguments, mode)
         rehearsal = _rehearsal(arguments, mode, processes)
-    layers = layers if layers is not None else Layers()
+    layers = layers if layers is not None else ConfigLayers()
     by_flags_alone = False
     if arguments["num_layers"] is not None or not _folder(arguments).parts:
         own_configuration = None
@@ -177,7 +183,7 @@ def parse(
         if arguments["config"] is not None:
             read_config(arguments["config"], layers)
         elif not (own_configuration and own_configuration(_folder(arguments), layers)):
-            set_defaults(layers)
+            set_megatron_defaults(layers)
             by_flags_alone = True
         for name, (value, origin) in {**_aliases(arguments), **explained.sets}.items():
             layers.set(name, value, origin)
@@ -186,11 +192,13 @@ def parse(
                 value = _renamed(name, arguments[name])
                 layers.set(name, value, f"flag --{name.replace('_', '-')}")
         _shorten_default_warmup(layers)
-        settle(layers, explained, by_flags_alone)
-        config = build(layers, may_be_missing=bool(problems.lines))
+        apply_dependent_flags(layers, explained, by_flags_alone)
+        config = build_config(layers, may_be_missing=bool(problems.lines))
     problems.report()
     if config.checkpoint.load is not None and config.checkpoint.load == config.checkpoint.save:
-        config = changed(config, load=None)  # Megatron's way to say: go on if there is something
+        config = replace_fields(
+            config, load=None
+        )  # Megatron's way to say: go on if there is something
     notes = (*explained.notes, *_unused(arguments, mode))
     return Command(config, mode, processes, rehearsal, arguments["config"], notes, layers.origin)
 
@@ -200,7 +208,7 @@ def _folder(arguments: dict[str, Any]) -> Path:
     return Path(arguments["load"] or arguments["save"] or "")
 
 
-def _shorten_default_warmup(layers: Layers) -> None:
+def _shorten_default_warmup(layers: ConfigLayers) -> None:
     """Let a preset's or file's warm-up follow the length of the run, as the decay does."""
     names = ("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_tokens")
     origins = [layers.origin[name] for name in names if name in layers.origin]
@@ -210,7 +218,7 @@ def _shorten_default_warmup(layers: Layers) -> None:
 
 
 def _read_words(
-    parser: argparse.ArgumentParser, words: Sequence[str], problems: Problems
+    parser: argparse.ArgumentParser, words: Sequence[str], problems: ErrorCollector
 ) -> tuple[argparse.Namespace, list[str]]:
     """Parse what argparse knows; a flag with a wrong value is recorded and read over."""
     words = list(words)
@@ -245,10 +253,12 @@ def _processes(arguments: dict[str, Any], mode: Mode) -> int | None:
     return local if planned is None else planned
 
 
-def _rehearsal(arguments: dict[str, Any], mode: Mode, processes: int | None) -> Rehearsal | None:
+def _rehearsal(
+    arguments: dict[str, Any], mode: Mode, processes: int | None
+) -> PlannedMachine | None:
     if mode not in (Mode.REHEARSE, Mode.SUGGEST_LAYOUT):
         return None
-    return rehearsal_of(arguments, mode.value, processes)
+    return planned_machine(arguments, mode.value, processes)
 
 
 def _unused(arguments: dict[str, Any], mode: Mode) -> list[str]:
@@ -260,7 +270,7 @@ def _unused(arguments: dict[str, Any], mode: Mode) -> list[str]:
 def _aliases(arguments: dict[str, Any]) -> dict[str, tuple[Any, str]]:
     """Fields that Megatron-LM's flags without a value set, in the order of the table."""
     found: dict[str, tuple[Any, str]] = {}
-    for flag, alias in ALIASES.items():
+    for flag, alias in SWITCH_ALIASES.items():
         if arguments.get(flag):
             found |= {name: (value, f"flag {flag}") for name, value in alias.sets.items()}
     return found
@@ -306,14 +316,14 @@ def _make_parser() -> argparse.ArgumentParser:
         for field, info in section.model_fields.items():
             _add_field(group, field, info)
     aliases = parser.add_argument_group("other spellings of Megatron-LM")
-    for flag, alias in ALIASES.items():
+    for flag, alias in SWITCH_ALIASES.items():
         aliases.add_argument(flag, action="store_true", dest=flag, help=alias.help)
     return parser
 
 
 def _add_field(group: argparse._ArgumentGroup, name: str, info: FieldInfo) -> None:
     flags = [f"--{name.replace('_', '-')}"]
-    flags += [flag for flag, field in RENAMED.items() if field == name]
+    flags += [flag for flag, field in RENAMED_FLAGS.items() if field == name]
     text = (info.description or "").replace("%", "%%")
     if info.annotation is bool:
         kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction}

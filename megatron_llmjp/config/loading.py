@@ -17,10 +17,10 @@ import yaml
 from pydantic import ValidationError
 
 from megatron_llmjp.config.schema import SECTION_OF, SECTIONS, Config, DataConfig, ModelConfig
-from megatron_llmjp.errors import Problems, UserError, suggest
-from megatron_llmjp.yaml_text import Written, parse_yaml, read_yaml
+from megatron_llmjp.errors import ErrorCollector, UserError, did_you_mean
+from megatron_llmjp.yaml_text import YamlDocument, parse_yaml, read_yaml
 
-UNITS: tuple[tuple[str, ...], ...] = (
+EQUIVALENT_UNITS: tuple[tuple[str, ...], ...] = (
     ("train_iters", "train_samples"),
     ("lr_decay_iters", "lr_decay_samples", "lr_decay_tokens", "lr_decay_fraction"),
     ("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_tokens", "lr_warmup_fraction"),
@@ -35,7 +35,7 @@ UNITS: tuple[tuple[str, ...], ...] = (
 
 
 @dataclass
-class Layers:
+class ConfigLayers:
     """Values gathered so far, by section and field, and the origin of each field."""
 
     values: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -43,7 +43,7 @@ class Layers:
 
     def set(self, name: str, value: Any, origin: str) -> None:
         """Set a field, over what an earlier layer said; also in another unit."""
-        for other in (unit for units in UNITS if name in units for unit in units):
+        for other in (unit for units in EQUIVALENT_UNITS if name in units for unit in units):
             if value is None or other not in self.origin:
                 continue
             if _source(self.origin[other]) != _source(origin):
@@ -63,7 +63,7 @@ def preset_names() -> list[str]:
     return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name[-5:] == ".yaml")
 
 
-def read_preset(layers: Layers, name: str, origin: str) -> None:
+def read_preset(layers: ConfigLayers, name: str, origin: str) -> None:
     """Add the values of a preset.
 
     Raises:
@@ -77,7 +77,7 @@ def read_preset(layers: Layers, name: str, origin: str) -> None:
     _add_yaml(layers, parse_yaml(text, f"preset {name}"))
 
 
-def read_file(layers: Layers, path: Path) -> None:
+def read_file(layers: ConfigLayers, path: Path) -> None:
     """Add the values of a YAML file; its key ``preset`` is read first.
 
     Raises:
@@ -86,7 +86,7 @@ def read_file(layers: Layers, path: Path) -> None:
     _add_yaml(layers, read_yaml(path, "configuration"))
 
 
-def read_config(name_or_path: str, layers: Layers) -> None:
+def read_config(name_or_path: str, layers: ConfigLayers) -> None:
     """Add ``--config``: a preset's name or a YAML file."""
     if Path(name_or_path).suffix in {".yaml", ".yml"} or Path(name_or_path).exists():
         read_file(layers, Path(name_or_path))
@@ -94,7 +94,7 @@ def read_config(name_or_path: str, layers: Layers) -> None:
         read_preset(layers, name_or_path, "--config")
 
 
-def build(layers: Layers, may_be_missing: bool = False) -> Config:
+def build_config(layers: ConfigLayers, may_be_missing: bool = False) -> Config:
     """Validate the gathered values into a :class:`Config`.
 
     Args:
@@ -119,23 +119,23 @@ def build(layers: Layers, may_be_missing: bool = False) -> Config:
         raise UserError("\n".join(_describe(e, layers) for e in found)) from None
 
 
-def dump(config: Config) -> str:
+def dump_config(config: Config) -> str:
     """The resolved configuration as YAML; reading it back gives an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def load_resolved(path: Path) -> Config:
-    """Read a configuration that :func:`dump` wrote.
+def load_config(path: Path) -> Config:
+    """Read a configuration that :func:`dump_config` wrote.
 
     Raises:
         UserError: the file is missing or was not written by this program.
     """
-    layers = Layers()
+    layers = ConfigLayers()
     read_file(layers, path)
-    return build(layers)
+    return build_config(layers)
 
 
-def changed(config: Config, **fields: Any) -> Config:
+def replace_fields(config: Config, **fields: Any) -> Config:
     """A copy of ``config`` with the named fields replaced, whichever section they are in."""
     update: dict[str, dict[str, Any]] = {}
     for name, value in fields.items():
@@ -144,7 +144,7 @@ def changed(config: Config, **fields: Any) -> Config:
     return config.model_copy(update=sections)
 
 
-def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+def config_differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """Fields whose values differ, as ``{field: (old, new)}``; a size left out means its default."""
     found = {}
     sizes_before, sizes_after = _sizes(old), _sizes(new)
@@ -161,7 +161,7 @@ def _sizes(config: Config) -> dict[str, int]:
         "num_query_groups": config.model.query_groups,
         "kv_channels": config.model.head_dim,
         "ffn_hidden_size": config.model.ffn_size,
-        "max_position_embeddings": config.positions,
+        "max_position_embeddings": config.max_positions,
     }
 
 
@@ -176,10 +176,10 @@ FROZEN_AT_RESUME: tuple[str, ...] = (
 """Fields that would silently change a run: a resume with another value is refused."""
 
 
-def _add_yaml(layers: Layers, written: Written) -> None:
+def _add_yaml(layers: ConfigLayers, written: YamlDocument) -> None:
     """Add a YAML text; sections hold fields, ``preset`` names what it builds on."""
     sections = dict(written.data)
-    problems = Problems()
+    problems = ErrorCollector()
     if "preset" in sections:
         where, name = written.where(("preset",)), sections.pop("preset")
         if not isinstance(name, str):
@@ -191,29 +191,29 @@ def _add_yaml(layers: Layers, written: Written) -> None:
     problems.report()
 
 
-def _add_section(layers: Layers, section: str, fields: Any, written: Written) -> None:
+def _add_section(layers: ConfigLayers, section: str, fields: Any, written: YamlDocument) -> None:
     where = written.where((section,))
     if section not in SECTIONS:
         possible = [*SECTIONS, "preset"]
         raise UserError(
-            f"{where}: unknown section '{section}'{suggest(section, possible)}; "
+            f"{where}: unknown section '{section}'{did_you_mean(section, possible)}; "
             f"possible: {', '.join(possible)}"
         )
     if not isinstance(fields, dict):
         raise UserError(f"{where}: section '{section}' must hold fields, as `name: value` lines")
-    problems = Problems()
+    problems = ErrorCollector()
     for name, value in fields.items():
         where = written.where((section, name))
         if name in SECTIONS[section].model_fields:
             layers.set(name, value, where)
             continue
         home = SECTION_OF.get(name)
-        hint = f"; it belongs to section '{home}'" if home else suggest(name, SECTION_OF)
+        hint = f"; it belongs to section '{home}'" if home else did_you_mean(name, SECTION_OF)
         problems.lines.append(f"{where}: unknown key '{name}' in section '{section}'{hint}")
     problems.report()
 
 
-def _describe(error: Any, layers: Layers) -> str:
+def _describe(error: Any, layers: ConfigLayers) -> str:
     """One line for one of pydantic's errors: where, what was found, what is possible."""
     name = str(error["loc"][1]) if len(error["loc"]) > 1 else str(error["loc"][0])
     if error["type"] == "missing":

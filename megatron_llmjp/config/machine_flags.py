@@ -15,7 +15,7 @@ DEFAULTS: dict[str, Any] = {"gpu": "H100", "gpu_memory": None, "gpus_per_node": 
 
 
 @dataclass(frozen=True)
-class Rehearsal:
+class PlannedMachine:
     """The machine that a run is planned for."""
 
     world_size: int
@@ -62,7 +62,9 @@ def planned_processes(arguments: Mapping[str, Any]) -> int | None:
     return next(iter(given.values()), None)
 
 
-def rehearsal_of(arguments: Mapping[str, Any], flag: str, world_size: int | None) -> Rehearsal:
+def planned_machine(
+    arguments: Mapping[str, Any], flag: str, world_size: int | None
+) -> PlannedMachine:
     """The machine that parsed arguments describe, for the mode of ``flag``.
 
     Raises:
@@ -85,7 +87,7 @@ def rehearsal_of(arguments: Mapping[str, Any], flag: str, world_size: int | None
         problems.append(f"--gpu-memory {text}: expected a size such as 40GB or 80GiB")
     if problems or world_size is None:
         raise UserError("\n".join(problems))
-    return Rehearsal(world_size, given["gpu"], memory, given["gpus_per_node"], given["mfu"])
+    return PlannedMachine(world_size, given["gpu"], memory, given["gpus_per_node"], given["mfu"])
 
 
 def _bytes(text: str) -> float | None:

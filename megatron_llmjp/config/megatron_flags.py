@@ -1,16 +1,12 @@
 """Flags of Megatron-LM and Megatron-DeepSpeed: names, values and defaults mapped to fields.
 
-Megatron-LM's flags that set fields of another name.
+Flags named after a field need no entry, since the command line is generated from the schema. Flags
+that set nothing are in ``unused_flags.py`` and ``refused_flags.py``. Names are written with dashes;
+Megatron-LM's mixed spelling (``--override-opt_param-scheduler``) is accepted too.
 
-Flags that equal a field's name need no entry: the command line is made from the schema. Flags
-that set nothing are in ``megatron_unused.py`` and ``megatron_refused.py``. Names are written with
-dashes; Megatron-LM's own mixture (``--override-opt_param-scheduler``) is read as well.
-
-What a launch script of Megatron-LM or Megatron-DeepSpeed means here.
-
-The flags that the schema does not know are explained (:func:`explain`), and a command line that
-describes its model by flags alone starts from Megatron-LM's defaults (:func:`set_defaults`), so
-that it means here what it meant there.
+:func:`interpret_flags` interprets the flags that the schema does not define. A command line that
+defines its model by flags alone starts from Megatron-LM's defaults (:func:`set_megatron_defaults`),
+so that a launch script of Megatron-LM or Megatron-DeepSpeed trains the same model here.
 """
 
 from __future__ import annotations
@@ -20,11 +16,11 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
-from megatron_llmjp.config.loading import Layers
+from megatron_llmjp.config.loading import ConfigLayers
 from megatron_llmjp.config.refused_flags import FOREIGN, NEWER, REFUSED, REFUSED_FAMILIES
 from megatron_llmjp.config.schema import SECTION_OF
 from megatron_llmjp.config.unused_flags import NOT_NEEDED, NOT_NEEDED_FAMILIES
-from megatron_llmjp.errors import UserError, suggest
+from megatron_llmjp.errors import UserError, did_you_mean
 
 
 class Alias(NamedTuple):
@@ -48,7 +44,7 @@ class Choice(NamedTuple):
 LLMJP_Z_LOSS = 1e-4
 """Strength behind ``--use-z-loss``; fixed in LLM-jp's fork of Megatron-LM (branch nii-geniac)."""
 
-ALIASES: dict[str, Alias] = {
+SWITCH_ALIASES: dict[str, Alias] = {
     "--swiglu": Alias({"activation_function": "swiglu"}, "gated SiLU feed-forward"),
     "--openai-gelu": Alias({"activation_function": "gelu_tanh"}, "the tanh approximation of GELU"),
     "--disable-bias-linear": Alias({"add_bias_linear": False}, "no biases in linear layers"),
@@ -70,7 +66,7 @@ ALIASES: dict[str, Alias] = {
     "--skip-train": Alias({"eval_only": True}, "--eval-only"),
 }
 
-RENAMED: dict[str, str] = {
+RENAMED_FLAGS: dict[str, str] = {
     "--layernorm-epsilon": "norm_epsilon",
     "--rope-theta": "rotary_base",
     "--encoder-num-layers": "num_layers",
@@ -150,7 +146,7 @@ CHOICES: dict[str, Choice] = {
 }
 
 
-DEFAULTS: dict[str, Any] = {
+MEGATRON_DEFAULTS: dict[str, Any] = {
     "normalization": "LayerNorm",
     "position_embedding_type": "learned_absolute",
     "add_bias_linear": True,
@@ -173,18 +169,18 @@ GROUPED = "--group-query-attention"
 RETAINED = "--save-retain-interval"
 WEIGHTS = "--pretrained-checkpoint"
 NO_OPTIMIZER = "--no-load-optim"
-SETTLED = (STAGE_LAYERS, EXACT_GELU, VOCABULARY, GROUPED, RETAINED, WEIGHTS, NO_OPTIMIZER)
-"""Flags whose meaning depends on other values: see :func:`settle`."""
+DEPENDENT_FLAGS = (STAGE_LAYERS, EXACT_GELU, VOCABULARY, GROUPED, RETAINED, WEIGHTS, NO_OPTIMIZER)
+"""Flags whose meaning depends on other values: see :func:`apply_dependent_flags`."""
 
 
 @dataclass
-class Explained:
+class ForeignFlags:
     """What the flags that are no fields of the schema come to."""
 
     sets: dict[str, tuple[Any, str]] = field(default_factory=dict)
     """By field, its value and the flag that set it."""
     later: dict[str, str] = field(default_factory=dict)
-    """Flags of :data:`SETTLED` with their value."""
+    """Flags of :data:`DEPENDENT_FLAGS` with their value."""
     notes: list[str] = field(default_factory=list)
     """One line for each flag without effect."""
     problems: list[str] = field(default_factory=list)
@@ -202,18 +198,18 @@ def with_dashes(argv: Iterable[str]) -> list[str]:
     return words
 
 
-def explain(words: Sequence[str], possible: Iterable[str]) -> Explained:
+def interpret_flags(words: Sequence[str], possible: Iterable[str]) -> ForeignFlags:
     """Explain the words that the schema's flags leave over.
 
     Args:
         words: unknown flags and their values, in order.
         possible: all flags of the schema, to suggest one for an unknown flag.
     """
-    found = Explained()
+    found = ForeignFlags()
     problems = found.problems
     for flag, values in _flags(words, problems):
         value = " ".join(values)
-        if flag in SETTLED:
+        if flag in DEPENDENT_FLAGS:
             found.later[flag] = value
         elif flag in CHOICES:
             choice = CHOICES[flag].values.get(value.removesuffix(".0").lower())
@@ -228,7 +224,7 @@ def explain(words: Sequence[str], possible: Iterable[str]) -> Explained:
         elif (why := _lookup(flag, NOT_NEEDED, NOT_NEEDED_FAMILIES)) is not None:
             found.notes.append(f"{flag} is not needed here: {why}")
         else:
-            problems.append(_unknown(flag, [*possible, *SETTLED, *CHOICES, *NOT_NEEDED]))
+            problems.append(_unknown(flag, [*possible, *DEPENDENT_FLAGS, *CHOICES, *NOT_NEEDED]))
     found.notes = list(dict.fromkeys(found.notes))
     return found
 
@@ -242,7 +238,7 @@ def _unknown(flag: str, possible: Sequence[str]) -> str:
             f"unknown flag {flag}: Megatron-LM has it since megatron-core {NEWER[flag]}, this "
             f"program is built on {_core_version()}; leave it out"
         )
-    return f"unknown flag {flag}{suggest(flag, possible)} (--help lists all flags)"
+    return f"unknown flag {flag}{did_you_mean(flag, possible)} (--help lists all flags)"
 
 
 def _core_version() -> str:
@@ -252,19 +248,21 @@ def _core_version() -> str:
         return "an older one"
 
 
-def set_defaults(layers: Layers) -> None:
+def set_megatron_defaults(layers: ConfigLayers) -> None:
     """Add Megatron-LM's defaults below everything else."""
-    for name, value in DEFAULTS.items():
+    for name, value in MEGATRON_DEFAULTS.items():
         if name not in layers.origin:
             layers.set(name, value, "Megatron-LM's default")
 
 
-def settle(layers: Layers, explained: Explained, by_flags_alone: bool) -> None:
+def apply_dependent_flags(
+    layers: ConfigLayers, explained: ForeignFlags, by_flags_alone: bool
+) -> None:
     """Set what follows from several flags, as Megatron-LM's ``validate_args`` does.
 
     Args:
         layers: all values given; completed here.
-        explained: its flags of :data:`SETTLED`; a note is added for one that says nothing new.
+        explained: its flags of :data:`DEPENDENT_FLAGS`; a note is added for each redundant one.
         by_flags_alone: the model was described without preset or file.
 
     Raises:
@@ -297,7 +295,7 @@ def settle(layers: Layers, explained: Explained, by_flags_alone: bool) -> None:
         _set_virtual_stages(layers, later[STAGE_LAYERS])
 
 
-def _complete_model(layers: Layers, exact_gelu: bool) -> None:
+def _complete_model(layers: ConfigLayers, exact_gelu: bool) -> None:
     """What Megatron-LM works out where a model is described by flags."""
     origin = "Megatron-LM's default"
     activation = _value(layers, "activation_function", None)
@@ -314,7 +312,7 @@ def _complete_model(layers: Layers, exact_gelu: bool) -> None:
         layers.set("vocab_size", ids + 1, "flag --vocab-size, and EOD")
 
 
-def _set_vocabulary(layers: Layers, path: str) -> None:
+def _set_vocabulary(layers: ConfigLayers, path: str) -> None:
     """The vocabulary of GPT2BPETokenizer; or Megatron-DeepSpeed's name of a SentencePiece model."""
     kind = _value(layers, "tokenizer_type", None)
     if kind != "GPT2BPETokenizer" and not path.endswith(".model"):
@@ -325,7 +323,7 @@ def _set_vocabulary(layers: Layers, path: str) -> None:
     layers.set("tokenizer_model", path, f"flag {VOCABULARY}")
 
 
-def _set_virtual_stages(layers: Layers, text: str) -> None:
+def _set_virtual_stages(layers: ConfigLayers, text: str) -> None:
     total = _number(layers, "num_layers", 0)
     stages = _number(layers, "pipeline_model_parallel_size", 1)
     if not text.isdigit() or int(text) < 1:
@@ -367,11 +365,11 @@ def _lookup(flag: str, flags: dict[str, str], families: dict[str, str]) -> str |
     return next((text for start, text in families.items() if flag.startswith(start)), None)
 
 
-def _value(layers: Layers, name: str, otherwise: Any) -> Any:
+def _value(layers: ConfigLayers, name: str, otherwise: Any) -> Any:
     return layers.values.get(SECTION_OF[name], {}).get(name, otherwise)
 
 
-def _number(layers: Layers, name: str, otherwise: int) -> int:
+def _number(layers: ConfigLayers, name: str, otherwise: int) -> int:
     """A number from a file or flag; ``otherwise`` if it is none, which is told when it is read."""
     text = str(_value(layers, name, otherwise))
     return int(text) if text.isdigit() and int(text) > 0 else otherwise

@@ -121,7 +121,7 @@ class ModelConfig(Section):
         """Width of the feed-forward layer (of one of the two halves with SwiGLU)."""
         return self.ffn_hidden_size or 4 * self.hidden_size
 
-    def rows(self, tensor_model_parallel_size: int) -> int:
+    def compute_padded_vocab_size(self, tensor_model_parallel_size: int) -> int:
         """Rows of the embedding: the vocabulary padded as Megatron-LM pads it.
 
         The padding depends on the tensor parallel size; ``padded_vocab_size`` overrides it, which

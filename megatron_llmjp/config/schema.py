@@ -49,12 +49,12 @@ class Config(Section):
     logging: LoggingConfig = LoggingConfig()
 
     @property
-    def rows(self) -> int:
+    def padded_vocab_size(self) -> int:
         """Rows of the embedding in this layout."""
-        return self.model.rows(self.parallel.tensor_model_parallel_size)
+        return self.model.compute_padded_vocab_size(self.parallel.tensor_model_parallel_size)
 
     @property
-    def positions(self) -> int:
+    def max_positions(self) -> int:
         """Longest sequence the model is made for."""
         return self.model.max_position_embeddings or self.data.seq_length
 

@@ -14,13 +14,13 @@ from collections.abc import Iterator
 
 from megatron_llmjp.config import layout_validation
 from megatron_llmjp.config.layout_validation import data_parallel_size
-from megatron_llmjp.config.loading import UNITS
+from megatron_llmjp.config.loading import EQUIVALENT_UNITS
 from megatron_llmjp.config.schema import SECTION_OF, Config
 from megatron_llmjp.errors import UserError
 
-OF_THE_DECAY = next(names for names in UNITS if "lr_decay_iters" in names)
+DECAY_LENGTH_FIELDS = next(names for names in EQUIVALENT_UNITS if "lr_decay_iters" in names)
 """The fields that give the length of the decay."""
-OF_THE_TAIL = next(names for names in UNITS if "lr_wsd_decay_iters" in names)
+WSD_DECAY_LENGTH_FIELDS = next(names for names in EQUIVALENT_UNITS if "lr_wsd_decay_iters" in names)
 """The fields that give the length of WSD's tail."""
 
 
@@ -48,7 +48,7 @@ def _precision(config: Config) -> Iterator[str]:
 
 def _units(config: Config) -> Iterator[str]:
     """A length is given in one unit; lr_decay_fraction is where no other is."""
-    for names in UNITS:
+    for names in EQUIVALENT_UNITS:
         given = [n for n in names if _is_given(config, n) and n != "lr_decay_fraction"]
         if len(given) > 1:
             yield f"{' and '.join(given)} say the same in different units: give one of them"
@@ -65,7 +65,7 @@ def _rates(config: Config) -> Iterator[str]:
     if optimizer.lr_warmup_init > optimizer.lr:
         yield f"lr_warmup_init {optimizer.lr_warmup_init} is above lr {optimizer.lr}"
     end = optimizer.lr_decay_iters
-    if end is None and not any(_is_given(config, name) for name in OF_THE_DECAY):
+    if end is None and not any(_is_given(config, name) for name in DECAY_LENGTH_FIELDS):
         end = training.train_iters
     fixed = not optimizer.lr_warmup_shorten
     if fixed and end is not None and optimizer.lr_warmup_iters >= end:
@@ -73,9 +73,9 @@ def _rates(config: Config) -> Iterator[str]:
             f"lr_warmup_iters {optimizer.lr_warmup_iters} leaves nothing of the {end} iterations "
             "of the learning-rate schedule: shorten the warm-up"
         )
-    tails = [name for name in OF_THE_TAIL if _is_given(config, name)]
+    tails = [name for name in WSD_DECAY_LENGTH_FIELDS if _is_given(config, name)]
     if optimizer.lr_decay_style == "WSD" and not tails:
-        yield f"lr_decay_style WSD needs {OF_THE_TAIL[0]}, the length of its tail"
+        yield f"lr_decay_style WSD needs {WSD_DECAY_LENGTH_FIELDS[0]}, the length of its tail"
     whole, tail = optimizer.lr_decay_iters, optimizer.lr_wsd_decay_iters
     if whole is not None and tail is not None and tail > whole:
         yield (
@@ -139,10 +139,10 @@ def _tokenizer(config: Config) -> Iterator[str]:
         )
 
 
-__all__ = ["check", "data_parallel_size"]
+__all__ = ["check_config", "data_parallel_size"]
 
 
-def check(config: Config, world_size: int) -> None:
+def check_config(config: Config, world_size: int) -> None:
     """Refuse a configuration that cannot run on ``world_size`` processes.
 
     Raises:
@@ -172,10 +172,10 @@ def _model(config: Config) -> Iterator[str]:
         )
     if model.activation_function == "swiglu" and model.add_bias_linear:
         yield "swiglu with add_bias_linear is not supported: set add_bias_linear to false"
-    if config.data.seq_length > config.positions:
+    if config.data.seq_length > config.max_positions:
         yield (
             f"seq_length {config.data.seq_length} exceeds max_position_embeddings "
-            f"{config.positions}: shorten the sequence or enlarge the model's positions"
+            f"{config.max_positions}: shorten the sequence or enlarge the model's positions"
         )
     yield from _positions(config)
     yield from _vocabulary(config)

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 from megatron_llmjp.config.schema import Config
 
-LONG = 1000
+LONG_RUN_ITERATIONS = 1000
 """Iterations from which a run is more than a trial."""
-LARGE = 5e8
+LARGE_MODEL_PARAMETERS = 5e8
 """Parameters from which a model is more than a trial."""
 
 
 @dataclass(frozen=True)
-class Facts:
+class RunSize:
     """What is known of a run besides its configuration."""
 
     world_size: int
@@ -30,15 +30,15 @@ class Facts:
     @property
     def is_long(self) -> bool:
         """Whether this is more than a trial."""
-        return self.train_iters >= LONG
+        return self.train_iters >= LONG_RUN_ITERATIONS
 
 
-def lint(config: Config, facts: Facts) -> list[str]:
+def config_warnings(config: Config, facts: RunSize) -> list[str]:
     """Warnings on a resolved configuration, the costliest mistakes first."""
     return [warning for rule in RULES for warning in rule(config, facts)]
 
 
-def parameters(config: Config) -> float:
+def non_embedding_parameters(config: Config) -> float:
     """About how many parameters the model has, without the embeddings."""
     model = config.model
     matrices = 3 if model.activation_function == "swiglu" else 2
@@ -47,7 +47,7 @@ def parameters(config: Config) -> float:
     return float(model.num_layers * model.hidden_size * layer)
 
 
-def _epsilon(config: Config, _: Facts) -> Iterator[str]:
+def _epsilon(config: Config, _: RunSize) -> Iterator[str]:
     o = config.optimizer
     if o.optimizer == "adam" and o.adam_eps > 1e-7:
         yield (
@@ -56,7 +56,7 @@ def _epsilon(config: Config, _: Facts) -> Iterator[str]:
         )
 
 
-def _decay(config: Config, facts: Facts) -> Iterator[str]:
+def _decay(config: Config, facts: RunSize) -> Iterator[str]:
     o = config.optimizer
     end = facts.decay_end
     if end is None or end == facts.train_iters or o.lr_decay_style == "constant":
@@ -77,7 +77,7 @@ def _decay(config: Config, facts: Facts) -> Iterator[str]:
         )
 
 
-def _saves(config: Config, facts: Facts) -> Iterator[str]:
+def _saves(config: Config, facts: RunSize) -> Iterator[str]:
     c = config.checkpoint
     by_length = (c.save_interval, c.save_interval_tokens, c.save_interval_minutes)
     if c.save is None:
@@ -96,7 +96,7 @@ def _saves(config: Config, facts: Facts) -> Iterator[str]:
         )
 
 
-def _evaluation(config: Config, facts: Facts) -> Iterator[str]:
+def _evaluation(config: Config, facts: RunSize) -> Iterator[str]:
     training = config.training
     if not facts.is_long:
         return
@@ -113,9 +113,9 @@ def _evaluation(config: Config, facts: Facts) -> Iterator[str]:
         )
 
 
-def _precision(config: Config, _: Facts) -> Iterator[str]:
+def _precision(config: Config, _: RunSize) -> Iterator[str]:
     training = config.training
-    if parameters(config) < LARGE or training.bf16:
+    if non_embedding_parameters(config) < LARGE_MODEL_PARAMETERS or training.bf16:
         return
     if training.fp16:
         yield (
@@ -126,7 +126,7 @@ def _precision(config: Config, _: Facts) -> Iterator[str]:
         yield "fp32: this takes twice the memory of bf16 and many times the time on a GPU"
 
 
-def _rates(config: Config, facts: Facts) -> Iterator[str]:
+def _rates(config: Config, facts: RunSize) -> Iterator[str]:
     o = config.optimizer
     given = (o.lr_warmup_iters, o.lr_warmup_samples, o.lr_warmup_tokens, o.lr_warmup_fraction)
     if (
@@ -153,7 +153,7 @@ def _rates(config: Config, facts: Facts) -> Iterator[str]:
         )
 
 
-def _optimizer(config: Config, facts: Facts) -> Iterator[str]:
+def _optimizer(config: Config, facts: RunSize) -> Iterator[str]:
     o = config.optimizer
     if not facts.is_long:
         return
@@ -165,17 +165,20 @@ def _optimizer(config: Config, facts: Facts) -> Iterator[str]:
         yield "clip_grad is 0: one bad batch can ruin the weights; LLM-jp's models took 1.0"
 
 
-def _model(config: Config, _: Facts) -> Iterator[str]:
+def _model(config: Config, _: RunSize) -> Iterator[str]:
     model, data = config.model, config.data
     if model.normalization == "RMSNorm" and (model.hidden_dropout or model.attention_dropout):
         yield (
             "dropout in a LLaMA-style model: LLM-jp's had none since v2.0, and Megatron-LM's "
             "default of 0.1 comes in by leaving --hidden-dropout 0 --attention-dropout 0 out"
         )
-    if model.position_embedding_type == "learned_absolute" and data.seq_length < config.positions:
+    if (
+        model.position_embedding_type == "learned_absolute"
+        and data.seq_length < config.max_positions
+    ):
         yield (
-            f"seq_length {data.seq_length} is below max_position_embeddings {config.positions}: "
-            "the positions behind it are never trained"
+            f"seq_length {data.seq_length} is below max_position_embeddings "
+            f"{config.max_positions}: the positions behind it are never trained"
         )
     if model.position_embedding_type == "rope" and data.seq_length > 8192:
         scaled = model.use_rope_scaling or model.rotary_seq_len_interpolation_factor
@@ -189,22 +192,22 @@ def _model(config: Config, _: Facts) -> Iterator[str]:
 
 
 def _padding(config: Config, vocabulary: int) -> Iterator[str]:
-    wasted = config.rows - vocabulary
-    if wasted / config.rows > 0.05 and wasted * config.model.hidden_size > 1e6:
+    wasted = config.padded_vocab_size - vocabulary
+    if wasted / config.padded_vocab_size > 0.05 and wasted * config.model.hidden_size > 1e6:
         yield (
-            f"{wasted:,} of the embedding's {config.rows:,} rows are padding: lower "
+            f"{wasted:,} of the embedding's {config.padded_vocab_size:,} rows are padding: lower "
             "make_vocab_size_divisible_by (it is multiplied by tensor_model_parallel_size)"
         )
 
 
-def _layout(config: Config, facts: Facts) -> Iterator[str]:
+def _layout(config: Config, facts: RunSize) -> Iterator[str]:
     parallel, training = config.parallel, config.training
     tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     replicas = facts.world_size // parallel.model_parallel_size
     micro_batches = training.global_batch_size // (training.micro_batch_size * replicas)
     chunks = parallel.virtual_pipeline_model_parallel_size or 1
     idle = (stages - 1) / (micro_batches * chunks + stages - 1)
-    if idle > 0.25 and parameters(config) >= LARGE:
+    if idle > 0.25 and non_embedding_parameters(config) >= LARGE_MODEL_PARAMETERS:
         yield (
             f"{idle:.0%} of each step the pipeline's {stages} stages wait, with {micro_batches} "
             "micro-batches: enlarge global_batch_size or lower the stages or data parallelism. "
@@ -212,12 +215,20 @@ def _layout(config: Config, facts: Facts) -> Iterator[str]:
         )
     if tensor > 8:
         yield f"tensor_model_parallel_size {tensor} leaves the node of 8 GPUs: use pipeline stages"
-    if tensor > 1 and not parallel.sequence_parallel and parameters(config) >= LARGE:
+    if (
+        tensor > 1
+        and not parallel.sequence_parallel
+        and non_embedding_parameters(config) >= LARGE_MODEL_PARAMETERS
+    ):
         yield (
             "sequence_parallel is off: norms and their activations are held by all "
             f"{tensor} tensor-parallel processes; LLM-jp's models had it on"
         )
-    if replicas > 1 and not parallel.use_distributed_optimizer and parameters(config) >= LARGE:
+    if (
+        replicas > 1
+        and not parallel.use_distributed_optimizer
+        and non_embedding_parameters(config) >= LARGE_MODEL_PARAMETERS
+    ):
         yield (
             f"use_distributed_optimizer is off: each of the {replicas} copies holds the whole "
             "optimizer state; LLM-jp's models shared it"
@@ -230,13 +241,13 @@ def _layout(config: Config, facts: Facts) -> Iterator[str]:
         )
 
 
-def _log(config: Config, _: Facts) -> Iterator[str]:
+def _log(config: Config, _: RunSize) -> Iterator[str]:
     logging = config.logging
     if logging.wandb_project is None and (logging.wandb_exp_name or logging.wandb_entity):
         yield "Weights & Biases is not used without wandb_project"
 
 
-RULES: tuple[Callable[[Config, Facts], Iterator[str]], ...] = (
+RULES: tuple[Callable[[Config, RunSize], Iterator[str]], ...] = (
     _epsilon,
     _decay,
     _saves,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_llmjp.config.megatron_flags import with_dashes
-from megatron_llmjp.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USER_ERROR, UserError, suggest
+from megatron_llmjp.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USER_ERROR, UserError, did_you_mean
 from megatron_llmjp.tokenizers import TOKENIZER_TYPES
 
 if TYPE_CHECKING:
@@ -236,7 +236,9 @@ def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespa
     for word in argv:
         flag = word.split("=", 1)[0]
         if flag.startswith("--") and flag not in flags:
-            raise UserError(f"unknown flag {flag}{suggest(flag, flags)} (--help lists all flags)")
+            raise UserError(
+                f"unknown flag {flag}{did_you_mean(flag, flags)} (--help lists all flags)"
+            )
     return parser.parse_args(argv)
 
 

@@ -38,7 +38,7 @@ from megatron_llmjp.convert.formats.registry import (
 from megatron_llmjp.convert.plan import Checksums, Copy, Output, Read
 from megatron_llmjp.convert.tensors import WORD_EMBEDDINGS
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.filesystem import FileLock, lock_file, sync
+from megatron_llmjp.filesystem import FileLock, acquire_lock, fsync_path
 
 
 def match(reads: dict[str, Read], output: Output) -> list[Copy]:
@@ -82,7 +82,7 @@ def new_folder(target: Path, nbytes: int) -> Iterator[Path]:
         if target.exists():
             target.rmdir()
         partial.rename(target)
-        sync(target.parent)
+        fsync_path(target.parent)
     except OSError as error:
         raise UserError(
             f"{target}: cannot be written: {error.strerror or error}; nothing was left behind"
@@ -95,7 +95,7 @@ def new_folder(target: Path, nbytes: int) -> Iterator[Path]:
 def _lock(target: Path) -> FileLock:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        return lock_file(target.with_name(f".{target.name}.lock"))
+        return acquire_lock(target.with_name(f".{target.name}.lock"))
     except BlockingIOError:
         raise UserError(f"{target}: another conversion is writing it") from None
     except OSError as error:
@@ -104,7 +104,7 @@ def _lock(target: Path) -> FileLock:
 
 def _sync(folder: Path) -> None:
     for path in [*sorted(folder.rglob("*")), folder]:
-        sync(path)
+        fsync_path(path)
 
 
 def run(

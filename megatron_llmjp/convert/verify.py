@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_llmjp.checkpoint.manifest import CONFIG
-from megatron_llmjp.config.loading import load_resolved
+from megatron_llmjp.config.loading import load_config
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.convert.convert import Conversion, Difference, open_source
 from megatron_llmjp.convert.formats.registry import Options, Source
@@ -132,7 +132,7 @@ def _forward(folder: Path, tokens: Any, dtype: torch.dtype | None) -> Any:
 
 def _config(folder: Path) -> Config:
     """The model of a checkpoint's own configuration in fp32, in one process."""
-    stored = load_resolved(folder / CONFIG)
+    stored = load_config(folder / CONFIG)
     model = stored.model.model_copy(update={"hidden_dropout": 0.0, "attention_dropout": 0.0})
     data = {"seq_length": stored.data.seq_length}
     return Config.model_validate({"model": model.model_dump(), "data": data})

@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_llmjp.data.folds.schedule import DatasetInfo
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.formatting import some
+from megatron_llmjp.formatting import format_names
 from megatron_llmjp.tokenizers.registry import Identity, describe, key_of
 
 ALLOW = "--allow-tokenizer-mismatch"
@@ -34,15 +34,17 @@ def mixed_tokenizer_warnings(paths: Iterable[str]) -> list[str]:
     makers = _makers(paths)
     if len(makers) < 2:
         return []
-    groups = "; ".join(f"{some(paths)} by {describe(who)}" for who, paths in makers.values())
+    groups = "; ".join(
+        f"{format_names(paths)} by {describe(who)}" for who, paths in makers.values()
+    )
     return [f"the datasets were made with different tokenizers: {groups}"]
 
 
 def tokenizer_mismatches(paths: Iterable[str], tokenizer: Identity) -> list[str]:
     """One line for each other tokenizer than the run's that made a dataset."""
     return [
-        f"{some(paths)} was made with another tokenizer than the run's: {describe(who)}, not "
-        f"{describe(tokenizer)}"
+        f"{format_names(paths)} was made with another tokenizer than the run's: {describe(who)}, "
+        f"not {describe(tokenizer)}"
         for key, (who, paths) in _makers(paths).items()
         if key != key_of(tokenizer)
     ]
@@ -87,7 +89,7 @@ def check_largest_ids(
     if beyond:
         raise UserError(
             f"token ids beyond the vocabulary, which ends at {vocab_size - 1:,} with "
-            f"{describe(tokenizer)}: {some(beyond)}\n  Give the tokenizer that the "
+            f"{describe(tokenizer)}: {format_names(beyond)}\n  Give the tokenizer that the "
             "datasets were made with, or make them again with preprocess_data"
         )
 

@@ -45,7 +45,7 @@ def communicate(config: Config, layout: Layout, stage: int) -> Communication:
     parts = t if config.parallel.sequence_parallel else 1
     tied = not model.untie_embeddings_and_output_weights and layout.pp > 1
     ends = stage in (0, layout.pp - 1)
-    words = config.rows // t * model.hidden_size
+    words = config.padded_vocab_size // t * model.hidden_size
     copies = layout.dp * layout.cp
     distributed = config.parallel.use_distributed_optimizer
     reduced = _ring(4 * parameters, copies)

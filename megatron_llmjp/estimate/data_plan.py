@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.data.folds.schedule import FoldPlan, Schedule
-from megatron_llmjp.formatting import aligned, human
+from megatron_llmjp.formatting import format_count, format_table
 
 LearningRate = Callable[[int], float]
 """Iteration (from 1) -> the learning rate that it applies."""
@@ -196,7 +196,7 @@ def format_data_plan(plan: DataPlan, warnings: Iterable[str] = ()) -> str:
         lines.append(_fold_line(fold, with_rates))
         lines += [_dataset_line(row) for row in fold.datasets]
     samples = sum(fold.samples for fold in plan.folds)
-    tokens = human(samples * plan.sequence_length)
+    tokens = format_count(samples * plan.sequence_length)
     total = ("total", "", tokens, f"{samples:,}", "", "", f"{plan.train_iters:,}")
     parts = [_aligned([*lines, total]), _summary(plan)]
     parts += [
@@ -234,12 +234,18 @@ def _fold_line(fold: FoldRow, with_rates: bool) -> Sequence[str]:
     if with_rates and fold.first_iteration is not None:
         rates = [_rate(fold.first_learning_rate), _rate(fold.last_learning_rate)]
     name = fold.name if fold.order == "folds" else f"{fold.name} ({fold.order} order)"
-    return (name, "", human(fold.tokens), f"{fold.samples:,}", "", "", *place, *rates)
+    return (name, "", format_count(fold.tokens), f"{fold.samples:,}", "", "", *place, *rates)
 
 
 def _dataset_line(row: DatasetRow) -> Sequence[str]:
     epochs = (_epochs(row.epochs), _epochs(row.epochs_so_far))
-    return (f"  {row.name}", f"{row.share:.2%}", human(row.tokens), f"{row.samples:,}", *epochs)
+    return (
+        f"  {row.name}",
+        f"{row.share:.2%}",
+        format_count(row.tokens),
+        f"{row.samples:,}",
+        *epochs,
+    )
 
 
 def _epochs(number: float) -> str:
@@ -255,12 +261,13 @@ def _summary(plan: DataPlan) -> str:
     size = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} growing to {sizes[-1]:,}"
     return (
         f"{plan.train_iters:,} iterations of {size} samples of {plan.sequence_length:,} tokens: "
-        f"{human(plan.tokens)} tokens ({plan.tokens:,}) of {len(plan.tokens_by_dataset()):,} "
-        f"datasets in {len(plan.folds)} fold{'s' if len(plan.folds) > 1 else ''}"
+        f"{format_count(plan.tokens)} tokens ({plan.tokens:,}) of "
+        f"{len(plan.tokens_by_dataset()):,} datasets in {len(plan.folds)} "
+        f"fold{'s' if len(plan.folds) > 1 else ''}"
     )
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> str:
     columns = max(map(len, lines))
     cells = [[*line, *[""] * (columns - len(line))] for line in lines]
-    return aligned(cells, right=range(1, columns))
+    return format_table(cells, right=range(1, columns))

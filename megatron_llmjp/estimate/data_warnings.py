@@ -20,7 +20,7 @@ from megatron_llmjp.data.folds.schedule import DatasetInfo, DatasetSlice, Schedu
 from megatron_llmjp.data.folds.schema import FoldFile
 from megatron_llmjp.data.indexed_dataset import DatasetIndex, bin_path, idx_path, read_index
 from megatron_llmjp.estimate.data_plan import DataPlan, make_plan
-from megatron_llmjp.formatting import some
+from megatron_llmjp.formatting import format_names
 from megatron_llmjp.run import Run
 
 SHOWN = 10
@@ -144,8 +144,8 @@ def _sizes(plan: DataPlan, schedule: Schedule, sizes: BatchSizeSchedule) -> Iter
         empty = [piece.name for piece in fold.slices if piece.samples == 0]
         if empty:
             yield (
-                f"fold '{fold.name}': the share of {some(empty)} is less than one sample: nothing "
-                "of it is trained on"
+                f"fold '{fold.name}': the share of {format_names(empty)} is less than one sample: "
+                "nothing of it is trained on"
             )
     for row in plan.folds:
         if row.skipped == row.samples:
@@ -159,7 +159,7 @@ def _end(plan: DataPlan, schedule: Schedule, sizes: BatchSizeSchedule) -> Iterat
         yield (
             f"the run ends at iteration {plan.train_iters:,}, the folds at {possible:,}: "
             f"{plan.left_out:,} samples are not trained on"
-            + (f", among them all of fold {some(missed)}" if missed else "")
+            + (f", among them all of fold {format_names(missed)}" if missed else "")
         )
     elif rest:
         yield (
@@ -195,8 +195,8 @@ def _continued(schedule: Schedule) -> Iterator[str]:
     ]
     if several:
         yield (
-            f"used in more than one fold: {some(several)}; a fold continues where the last one "
-            "stopped, unless it has `restart: true`"
+            f"used in more than one fold: {format_names(several)}; a fold continues where the "
+            "last one stopped, unless it has `restart: true`"
         )
 
 
@@ -218,11 +218,11 @@ def _used_twice(schedule: Schedule) -> Iterator[str]:
             often.append(f"{piece.path} ({_epochs(places):.2f} epochs)")
     if mixed:
         yield (
-            f"used in Megatron-LM's order and in other folds: {some(mixed)}; that order cannot "
-            "continue where another stopped: samples may be seen again"
+            f"used in Megatron-LM's order and in other folds: {format_names(mixed)}; that order "
+            "cannot continue where another stopped: samples may be seen again"
         )
     if often:
-        yield f"samples are seen more than once: {some(often)}"
+        yield f"samples are seen more than once: {format_names(often)}"
 
 
 def _in_megatron_order(schedule: Schedule) -> set[str]:

@@ -58,7 +58,7 @@ def flops_by_part(config: Config) -> Flops:
         # Two products of s x s x queries, of which the causal mask leaves one half.
         attention_scores=factor * s * s * layers * queries,
         feed_forward=factor * s * layers * matrices * h * model.ffn_size,
-        logits=factor * s * h * config.rows,
+        logits=factor * s * h * config.padded_vocab_size,
     )
 
 

@@ -16,14 +16,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from itertools import product
 
-from megatron_llmjp.config.loading import changed
-from megatron_llmjp.config.machine_flags import Rehearsal
+from megatron_llmjp.config.loading import replace_fields
+from megatron_llmjp.config.machine_flags import PlannedMachine
 from megatron_llmjp.config.schema import Config
-from megatron_llmjp.config.validation import check
+from megatron_llmjp.config.validation import check_config
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.estimate.flops import flops_by_part, step_flops
 from megatron_llmjp.estimate.run_estimate import Machine, Outlook, look_ahead, shape
-from megatron_llmjp.formatting import aligned
+from megatron_llmjp.formatting import format_table
 
 MICRO_BATCHES = (1, 2, 4, 8)
 VIRTUAL = (None, 2, 3, 4, 5, 6)
@@ -83,15 +83,15 @@ class Suggestion:
         return flops / self.times.total / self.outlook.layout.world_size / machine.peak
 
 
-def suggest(config: Config, rehearsal: Rehearsal) -> list[Suggestion]:
+def suggest(config: Config, rehearsal: PlannedMachine) -> list[Suggestion]:
     """All layouts that fit, fastest first; the given one is among them if it fits."""
     own = _key(config)
     # What was padded for one tensor-parallel size need not hold for another.
-    config = changed(config, padded_vocab_size=None)
+    config = replace_fields(config, padded_vocab_size=None)
     found: list[Suggestion] = []
     for candidate in [config, *_candidates(config, rehearsal)]:
         try:
-            check(candidate, rehearsal.world_size)
+            check_config(candidate, rehearsal.world_size)
             outlook = look_ahead(candidate, rehearsal)
         except UserError:
             continue
@@ -114,7 +114,7 @@ def _key(config: Config) -> tuple[object, ...]:
     )
 
 
-def _candidates(config: Config, rehearsal: Rehearsal) -> Iterator[Config]:
+def _candidates(config: Config, rehearsal: PlannedMachine) -> Iterator[Config]:
     tensor = [t for t in (1, 2, 4, 8) if t <= rehearsal.gpus_per_node]
     stages = [p for p in range(1, config.model.num_layers + 1) if config.model.num_layers % p == 0]
     keep = KEEP_ALL if config.parallel.recompute_granularity == "full" else {}
@@ -124,7 +124,7 @@ def _candidates(config: Config, rehearsal: Rehearsal) -> Iterator[Config]:
         whole = replicas and not rest and config.training.global_batch_size % (replicas * b) == 0
         if not whole or (v is not None and (p == 1 or config.model.num_layers % (p * v))):
             continue
-        yield changed(
+        yield replace_fields(
             config,
             tensor_model_parallel_size=t,
             sequence_parallel=t > 1,
@@ -191,7 +191,7 @@ WORTH_TELLING = 0.005
 """Part of a step from which a difference is a reason."""
 
 
-def show_suggestions(config: Config, rehearsal: Rehearsal, found: list[Suggestion]) -> str:
+def show_suggestions(config: Config, rehearsal: PlannedMachine, found: list[Suggestion]) -> str:
     """The best layouts, where their time goes, and where the given one stands among them."""
     gpu = rehearsal.gpu
     if rehearsal.gpu_memory:
@@ -210,7 +210,7 @@ def show_suggestions(config: Config, rehearsal: Rehearsal, found: list[Suggestio
     return "\n".join(
         [
             f"{head}{len(found)} layouts fit; the fastest of each TP and PP, by estimated seconds",
-            aligned(rows, right=(1, *range(3, len(columns)))),
+            format_table(rows, right=(1, *range(3, len(columns)))),
             _verdict(found, given),
             f"flags of the first: {flags(found[0].outlook.config)}",
         ]

@@ -55,14 +55,14 @@ def element_size(config: Config) -> int:
 def rank_parameters(config: Config, layout: Layout, chunks: Sequence[Chunk]) -> int:
     """Parameters that one rank of a stage holds, tied copies included."""
     model, t = config.model, layout.tp
-    h, words = model.hidden_size, config.rows // t * model.hidden_size
+    h, words = model.hidden_size, config.padded_vocab_size // t * model.hidden_size
     tied = not model.untie_embeddings_and_output_weights
     total = sum(chunk.layers for chunk in chunks) * layer_parameters(config, t)
     for chunk in chunks:
         if chunk.embedding:
             total += words
             if model.position_embedding_type == "learned_absolute":
-                total += config.positions * h
+                total += config.max_positions * h
         if chunk.output:
             total += norm_parameters(model)
             total += 0 if tied and layout.pp == 1 else words
@@ -180,13 +180,13 @@ def _activations(config: Config, layout: Layout, stage: int, kernels: Kernels) -
 def _logits(config: Config, layout: Layout) -> int:
     """The softmax in fp32, and the logits or their gradient in the type of the activations."""
     n, e = _tokens(config, layout), element_size(config)
-    return n * config.rows // layout.tp * (4 + (e if e < 4 else 0))
+    return n * config.padded_vocab_size // layout.tp * (4 + (e if e < 4 else 0))
 
 
 def _output_buffers(config: Config, layout: Layout) -> int:
     """The output layer's weight gradient before it is added up, and its gathered input."""
     n, e, h = _tokens(config, layout), element_size(config), config.model.hidden_size
-    return config.rows // layout.tp * h * e + n * h * e
+    return config.padded_vocab_size // layout.tp * h * e + n * h * e
 
 
 def _layer_buffers(config: Config, layout: Layout, has_output: bool) -> int:

@@ -47,11 +47,11 @@ def count_parameters(config: Config) -> Parameters:
         ValueError: the vocabulary's size is not known yet.
     """
     model = config.model
-    words = config.rows * model.hidden_size
+    words = config.padded_vocab_size * model.hidden_size
     learned = model.position_embedding_type == "learned_absolute"
     return Parameters(
         embedding=words,
-        positions=config.positions * model.hidden_size if learned else 0,
+        positions=config.max_positions * model.hidden_size if learned else 0,
         layer=2 * norm_parameters(model) + _attention(model) + _feed_forward(model),
         layers=model.num_layers,
         final_norm=norm_parameters(model),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_llmjp.config.machine_flags import Rehearsal
+from megatron_llmjp.config.machine_flags import PlannedMachine
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.batch_size import BatchSizeSchedule, last_iteration
 from megatron_llmjp.errors import UserError
@@ -21,8 +21,8 @@ from megatron_llmjp.estimate.gpus import find_gpu, memory_of
 from megatron_llmjp.estimate.layout import Chunk, Layout, lay_out
 from megatron_llmjp.estimate.memory import Memory, rank_memory, rank_parameters
 from megatron_llmjp.estimate.parameters import count_parameters
-from megatron_llmjp.formatting import aligned, gigabytes, human, size_of
-from megatron_llmjp.run_data import decay_end
+from megatron_llmjp.formatting import format_bytes, format_count, format_gigabytes, format_table
+from megatron_llmjp.run_data import decay_end_iteration
 
 SECONDS_PER_DAY = 86400.0
 RESERVE = 2_500_000_000
@@ -91,7 +91,7 @@ class Outlook:
         return SECONDS_PER_DAY / self.step_seconds
 
 
-def look_ahead(config: Config, rehearsal: Rehearsal, length: Length | None = None) -> Outlook:
+def look_ahead(config: Config, rehearsal: PlannedMachine, length: Length | None = None) -> Outlook:
     """Work a run out.
 
     Raises:
@@ -113,7 +113,7 @@ def look_ahead(config: Config, rehearsal: Rehearsal, length: Length | None = Non
     )
 
 
-def find_machine(config: Config, rehearsal: Rehearsal) -> Machine:
+def find_machine(config: Config, rehearsal: PlannedMachine) -> Machine:
     """The GPU that is asked for.
 
     Raises:
@@ -137,7 +137,7 @@ def length_without_data(config: Config) -> Length | None:
     sizes = BatchSizeSchedule(config)
     found, source = last_iteration(config, sizes), "as asked for"
     if found is None:
-        found, source = decay_end(config), "to the end of the learning rate's decay"
+        found, source = decay_end_iteration(config), "to the end of the learning rate's decay"
     return None if found is None else Length(found, sizes.consumed_after(found), source)
 
 
@@ -182,7 +182,7 @@ def _head(outlook: Outlook) -> str:
         f"{layout.world_size} {outlook.machine.name}: {shape(layout)}; each replica does "
         f"{number} micro-batch{'es' if number > 1 else ''} of {size} in a step\n"
         f"{counts.total:,} parameters, {counts.non_embedding:,} without embeddings; "
-        f"{outlook.config.rows:,} rows"
+        f"{outlook.config.padded_vocab_size:,} rows"
     )
 
 
@@ -208,7 +208,7 @@ def picture(layout: Layout, per_node: int, parameters: Sequence[int]) -> str:
     notes += ["E: embedding, L: output layer and loss"]
     if together > per_node:
         notes += ["a tensor-parallel group spans nodes: its traffic goes over the network"]
-    return "\n".join([aligned(rows, right=(2,)), *notes])
+    return "\n".join([format_table(rows, right=(2,)), *notes])
 
 
 def _ranks(layout: Layout, stage: int) -> tuple[int, int]:
@@ -240,11 +240,13 @@ def _memory(outlook: Outlook) -> str:
     stages = sorted({0, outlook.worst, outlook.layout.pp - 1})
     rows = [("memory of a GPU", *(f"stage {s}" for s in stages))]
     for kind in Memory.__dataclass_fields__:
-        rows.append((f"  {kind}", *(gigabytes(getattr(outlook.memory[s], kind)) for s in stages)))
-    rows.append(("  together", *(gigabytes(outlook.memory[s].total) for s in stages)))
+        rows.append(
+            (f"  {kind}", *(format_gigabytes(getattr(outlook.memory[s], kind)) for s in stages))
+        )
+    rows.append(("  together", *(format_gigabytes(outlook.memory[s].total) for s in stages)))
     most, capacity = outlook.memory[outlook.worst].total, outlook.machine.memory
     return (
-        f"{aligned(rows, right=range(1, len(stages) + 1))}\n"
+        f"{format_table(rows, right=range(1, len(stages) + 1))}\n"
         f"{'fits' if outlook.fits else 'DOES NOT FIT'}: {most / 1e9:.1f} GB and "
         f"{RESERVE / 1e9:.1f} GB for CUDA and NCCL are {outlook.filled:.0%} of "
         f"{capacity / 1e9:.0f} GB"
@@ -262,16 +264,16 @@ def _traffic(outlook: Outlook) -> str:
         ranks = layout.world_size if kind == "embedding" else layout.tp * layout.cp * layout.dp
         where = "inside a node" if reach.get(kind, ranks) <= per_node else "network"
         if any(sent):
-            rows.append((f"  {kind} ({where})", *map(gigabytes, sent)))
+            rows.append((f"  {kind} ({where})", *map(format_gigabytes, sent)))
     if len(rows) == 1:
         return "nothing is sent: there is one GPU"
-    return aligned(rows, right=range(1, len(stages) + 1))
+    return format_table(rows, right=range(1, len(stages) + 1))
 
 
 def _time(outlook: Outlook, mfu: float, name: str | None) -> str:
     config, batch = outlook.config, outlook.config.training.global_batch_size
     tokens, steps = batch * config.data.seq_length, SECONDS_PER_DAY / outlook.step_seconds
-    flops = human(step_flops(config, batch))
+    flops = format_count(step_flops(config, batch))
     rows = [
         (
             "a step",
@@ -281,14 +283,14 @@ def _time(outlook: Outlook, mfu: float, name: str | None) -> str:
         (
             f"at {mfu:.0%} MFU",
             f"{outlook.step_seconds:.2f} s a step, {steps:,.0f} steps and "
-            f"{human(steps * tokens)} tokens a day",
+            f"{format_count(steps * tokens)} tokens a day",
         ),
         ("the run", _length(outlook)),
         ("checkpoints", _checkpoints(outlook)),
     ]
     if name in ANCHORS:
         rows.append(("published", _published(ANCHORS[name], config)))
-    return aligned(rows, right=())
+    return format_table(rows, right=())
 
 
 def _length(outlook: Outlook) -> str:
@@ -298,7 +300,7 @@ def _length(outlook: Outlook) -> str:
     days = length.samples / config.training.global_batch_size * outlook.step_seconds
     tokens = length.samples * config.data.seq_length
     return (
-        f"{length.iterations:,} steps ({length.source}), {human(tokens)} tokens: "
+        f"{length.iterations:,} steps ({length.source}), {format_count(tokens)} tokens: "
         f"{days / SECONDS_PER_DAY:,.1f} days"
     )
 
@@ -307,21 +309,23 @@ def _checkpoints(outlook: Outlook) -> str:
     config, length = outlook.config, outlook.length
     size = checkpoint_bytes(config)
     if length is None:
-        return f"of {size_of(size)} each"
+        return f"of {format_bytes(size)} each"
     seconds = outlook.step_seconds
     found = count_checkpoints(config, length.iterations, length.fold_ends, seconds)
     if found.written == 1:
-        return f"1 of {size_of(size)}, at the end"
+        return f"1 of {format_bytes(size)}, at the end"
     return (
-        f"{found.written:,} of {size_of(size)} are written, {found.kept:,} stay: "
-        f"{size_of(found.kept * size)}"
+        f"{found.written:,} of {format_bytes(size)} are written, {found.kept:,} stay: "
+        f"{format_bytes(found.kept * size)}"
     )
 
 
 def _published(anchor: Anchor, config: Config) -> str:
     batch = config.training.global_batch_size
     if anchor.a_day_on is None:
-        return f"{anchor.text}: {human(anchor.steps * batch * config.data.seq_length)} tokens"
+        return (
+            f"{anchor.text}: {format_count(anchor.steps * batch * config.data.seq_length)} tokens"
+        )
     gpu, number = anchor.a_day_on
     speed = tflops_per_device(config, batch * anchor.steps, SECONDS_PER_DAY, number)
     known = find_gpu(gpu)

@@ -229,8 +229,8 @@ def build_model_chunk(
     model = GPTModel(
         config=core,
         transformer_layer_spec=layer_spec(config, core, device, vp_stage),
-        vocab_size=config.rows,
-        max_sequence_length=config.positions,
+        vocab_size=config.padded_vocab_size,
+        max_sequence_length=config.max_positions,
         pre_process=pre_process,
         post_process=post_process,
         parallel_output=True,

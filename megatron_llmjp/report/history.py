@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_llmjp.checkpoint import manifest
-from megatron_llmjp.config.loading import load_resolved
+from megatron_llmjp.config.loading import load_config
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.errors import UserError
 
@@ -194,6 +194,6 @@ def _number(record: Record, name: str) -> bool:
 def _config(folder: Path) -> Config | None:
     """The configuration in the newest checkpoint; None if there is none yet."""
     try:
-        return load_resolved(manifest.newest(folder) / manifest.CONFIG)
+        return load_config(manifest.newest(folder) / manifest.CONFIG)
     except (UserError, OSError):
         return None

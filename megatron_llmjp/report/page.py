@@ -15,7 +15,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_llmjp.filesystem import write_durably
+from megatron_llmjp.filesystem import write_atomically
 from megatron_llmjp.report.history import History, read_history
 from megatron_llmjp.report.summary import summarize
 
@@ -81,7 +81,7 @@ def write_report(folder: Path, output: Path) -> list[Path]:
             figure.savefig(picture, dpi=130)
             files.append(picture)
     page = output / PAGE
-    write_durably(page, _page(history, images))
+    write_atomically(page, _page(history, images))
     return [page, *files]
 
 

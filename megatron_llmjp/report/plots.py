@@ -19,7 +19,7 @@ from matplotlib import font_manager, rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from megatron_llmjp.formatting import short
+from megatron_llmjp.formatting import format_tick
 from megatron_llmjp.report.history import LOSS, History
 
 COLORS = ("#1f5a8c", "#d1772a", "#3f8f5f", "#9a4f8e", "#b8a12c", "#4aa5b8", "#a34a3f", "#6f6f6f")
@@ -194,7 +194,7 @@ def draw_panel(panel: Panel, history: History) -> Figure:
     if panel.log:
         _log_scale(axes)
     else:
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_tick(value)))
     if panel.name == "throughput":
         _add_mfu(axes, history)
     _mark(axes, history)
@@ -218,7 +218,7 @@ def _log_scale(axes: Any) -> None:
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_tick(value)))
 
 
 def draw_datasets(history: History, datasets: dict[str, tuple[list[int], list[float]]]) -> Figure:
@@ -230,7 +230,7 @@ def draw_datasets(history: History, datasets: dict[str, tuple[list[int], list[fl
     axes.set_title("Consumed tokens per dataset")
     axes.set_ylabel("tokens")
     axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_tick(value)))
     _mark(axes, history)
     axes.legend(loc="upper left", ncols=1 if len(order) < 8 else 2)
     return figure
@@ -329,7 +329,7 @@ def _tokens_below(axes: Any, history: History) -> None:
         -0.17, functions=(lambda at: np.interp(at, x, y), lambda at: np.interp(at, y, x))
     )
     scale.set_xlabel("tokens")
-    scale.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    scale.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_tick(value)))
 
 
 def _has(line: Line, history: History) -> bool:

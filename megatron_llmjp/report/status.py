@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from megatron_llmjp.checkpoint import manifest, run_lock
-from megatron_llmjp.config.loading import load_resolved
+from megatron_llmjp.config.loading import load_config
 from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.report.history import (
@@ -174,7 +174,7 @@ def _train_iters(folder: Path, last: Record, saved: Saved | None) -> int | None:
     try:
         assert saved is not None
         newest = folder / manifest.folder_name(saved.iterations[-1])
-        config = load_resolved(newest / manifest.CONFIG)
+        config = load_config(newest / manifest.CONFIG)
     except (AssertionError, UserError, OSError):
         return int(last["iteration"]) + round(left)
     samples = last["consumed samples"] + round(left * last["global batch size"])

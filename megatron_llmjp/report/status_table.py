@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_llmjp.formatting import aligned, duration, human, size_of
+from megatron_llmjp.formatting import format_bytes, format_count, format_duration, format_table
 from megatron_llmjp.report.jobs import Trouble
 from megatron_llmjp.report.status import Status
 
@@ -27,13 +27,13 @@ def show_one(status: Status) -> str:
         ("last hang", _trouble(status.hang)),
         ("last event", status.event or ""),
     ]
-    return aligned([row for row in rows if row[1]], right=())
+    return format_table([row for row in rows if row[1]], right=())
 
 
 def show_many(runs: Sequence[Status]) -> str:
     """A line for each run."""
     heads = ("run", "state", "iteration", "fold", "loss", "tokens/s", "remaining", "saved", "error")
-    return aligned([heads, *map(_row, runs)], right=(2, 4, 5, 6, 7))
+    return format_table([heads, *map(_row, runs)], right=(2, 4, 5, 6, 7))
 
 
 def _row(status: Status) -> tuple[str, ...]:
@@ -48,8 +48,8 @@ def _row(status: Status) -> tuple[str, ...]:
         f"{status.iteration:,}{total}",
         fold,
         "" if status.loss is None else f"{status.loss:.4f}",
-        "" if status.tokens_per_second is None else human(status.tokens_per_second),
-        "" if not status.seconds_remaining else duration(status.seconds_remaining),
+        "" if status.tokens_per_second is None else format_count(status.tokens_per_second),
+        "" if not status.seconds_remaining else format_duration(status.seconds_remaining),
         saved,
         status.error.what[:60] if status.error else "",
     )
@@ -60,7 +60,7 @@ def _iteration(status: Status) -> str:
     if status.train_iters:
         text += f" of {status.train_iters:,} ({status.iteration / status.train_iters:.1%})"
     if status.consumed_tokens is not None:
-        text += f", {human(status.consumed_tokens)} tokens"
+        text += f", {format_count(status.consumed_tokens)} tokens"
     return text
 
 
@@ -94,7 +94,7 @@ def _not_applied(status: Status) -> str:
 def _speed(status: Status) -> str:
     if status.tokens_per_second is None:
         return ""
-    parts = [f"{human(status.tokens_per_second)} tokens/s"]
+    parts = [f"{format_count(status.tokens_per_second)} tokens/s"]
     if status.tflops_per_gpu is not None:
         parts.append(f"{status.tflops_per_gpu:.1f} TFLOP/s per GPU")
     if status.mfu is not None:
@@ -107,9 +107,9 @@ def _speed(status: Status) -> str:
 def _remaining(status: Status) -> str:
     if status.state == "finished" or status.seconds_remaining is None:
         return ""
-    text = duration(status.seconds_remaining)
+    text = format_duration(status.seconds_remaining)
     if status.seconds_since_log is not None:
-        text += f"; the last line was logged {duration(status.seconds_since_log)} ago"
+        text += f"; the last line was logged {format_duration(status.seconds_since_log)} ago"
     return text
 
 
@@ -121,8 +121,8 @@ def _checkpoints(status: Status) -> str:
         return f"{len(saved.iterations)}; the newest, {saved.iterations[-1]:,}, is damaged"
     newest = ", ".join(f"{iteration:,}" for iteration in reversed(saved.iterations[-3:]))
     return (
-        f"{newest} (of {len(saved.iterations):,}); the newest has {size_of(saved.bytes)} and is "
-        f"{duration(saved.seconds_ago)} old"
+        f"{newest} (of {len(saved.iterations):,}); the newest has {format_bytes(saved.bytes)} "
+        f"and is {format_duration(saved.seconds_ago)} old"
     )
 
 
@@ -139,4 +139,4 @@ def _ends(status: Status) -> str:
 def _trouble(trouble: Trouble | None) -> str:
     if trouble is None:
         return ""
-    return f"{duration(trouble.seconds_ago)} ago: {trouble.what} ({trouble.where})"
+    return f"{format_duration(trouble.seconds_ago)} ago: {trouble.what} ({trouble.where})"

@@ -8,7 +8,7 @@ from statistics import median
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.estimate.flops import flops_per_sample
 from megatron_llmjp.estimate.parameters import count_parameters
-from megatron_llmjp.formatting import duration, human
+from megatron_llmjp.formatting import format_count, format_duration
 from megatron_llmjp.report.history import LOSS, USUAL, History
 
 
@@ -73,7 +73,7 @@ def _progress(history: History) -> list[tuple[str, str]]:
     samples = history.last("consumed samples")
     if config is not None and samples is not None:
         tokens = int(samples) * config.data.seq_length
-        rows.append(("tokens", f"{tokens:,} ({human(tokens)})"))
+        rows.append(("tokens", f"{tokens:,} ({format_count(tokens)})"))
     folds = history.folds()
     if folds:
         rows.append(("folds", f"{len(folds)}, now in {folds[-1].name}"))
@@ -82,15 +82,15 @@ def _progress(history: History) -> list[tuple[str, str]]:
 
 def _speed(history: History) -> list[tuple[str, str]]:
     seconds = training_seconds(history)
-    rows = [("time in steps", duration(seconds) if seconds else "")]
+    rows = [("time in steps", format_duration(seconds) if seconds else "")]
     tokens = history.values("tokens per second")[1]
     if tokens:
-        text = f"{human(median(tokens))} tokens/s"
+        text = f"{format_count(median(tokens))} tokens/s"
         mfu = history.values("MFU")[1]
         rows.append(("speed", text + (f", MFU {median(mfu):.1%}" if mfu else "") + " (median)"))
     remaining = history.last("seconds remaining")
     if remaining:
-        rows.append(("remaining", duration(remaining)))
+        rows.append(("remaining", format_duration(remaining)))
     return rows
 
 

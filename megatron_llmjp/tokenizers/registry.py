@@ -13,7 +13,7 @@ from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_llmjp.errors import UserError, suggest
+from megatron_llmjp.errors import UserError, did_you_mean
 from megatron_llmjp.tokenizers.base import Tokenizer
 from megatron_llmjp.tokenizers.settings import TikTokenSettings
 
@@ -88,7 +88,8 @@ def load_tokenizer(
     if tokenizer_type not in TOKENIZER_TYPES:
         raise UserError(
             f"--tokenizer-type {tokenizer_type}: no such type"
-            f"{suggest(tokenizer_type, TOKENIZER_TYPES)} Possible: {', '.join(TOKENIZER_TYPES)}."
+            f"{did_you_mean(tokenizer_type, TOKENIZER_TYPES)} "
+            f"Possible: {', '.join(TOKENIZER_TYPES)}."
         )
     # Each library is imported only when its type is asked for: programs must start at once.
     if tokenizer_type == "ByteLevelTokenizer":

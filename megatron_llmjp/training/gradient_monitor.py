@@ -28,7 +28,7 @@ from megatron_llmjp.data.folds.schedule import SkippedSamples
 from megatron_llmjp.data.indices.epoch_index import EpochDatasets
 from megatron_llmjp.data.lineage import Lineage
 from megatron_llmjp.run import Run
-from megatron_llmjp.run_data import count_iterations
+from megatron_llmjp.run_data import train_iterations
 
 HISTORY = 128
 """Norms that a new one is compared with, and steps among which spikes are counted."""
@@ -200,7 +200,7 @@ def planned_iterations(run: Run) -> int:
     """Iterations that the run would have without its rollbacks."""
     other = [r for words, r in run.past.skipped_iterations.items() if not _is_rollback(words)]
     by_user = SkippedSamples.of([*other, *(skip.samples for skip in run.folds.skip)])
-    return count_iterations(run.config, run.schedule.with_skips(by_user))[0]
+    return train_iterations(run.config, run.schedule.with_skips(by_user))[0]
 
 
 def _ranges(run: Run) -> dict[str, tuple[int, int]]:

@@ -31,12 +31,12 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import scalar, text
 
-from megatron_llmjp.config.loading import dump
+from megatron_llmjp.config.loading import dump_config
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.filesystem import warn, write_durably
-from megatron_llmjp.formatting import duration, human
-from megatron_llmjp.retrying_file import PatientFile
+from megatron_llmjp.filesystem import warn, write_atomically
+from megatron_llmjp.formatting import format_count, format_duration
+from megatron_llmjp.retrying_file import RetryingFile
 
 VERSION = "brain.Event:2"
 """Of the format, as tensorboard knows it."""
@@ -49,7 +49,7 @@ class EventFile:
     def __init__(self, folder: Path, first_step: int) -> None:
         """Begin at ``first_step``: earlier files' records of it and later ones do not hold."""
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}"
-        self._file = PatientFile(folder / f"{name}.{os.getpid()}.{next(_numbers)}")
+        self._file = RetryingFile(folder / f"{name}.{os.getpid()}.{next(_numbers)}")
         self._add(0, file_version=VERSION)
         self._add(first_step, file_version=VERSION)
         self._add(first_step, session_log=SessionLog(status=SessionLog.START))
@@ -83,11 +83,11 @@ def interval_line(
     parts = [
         f"iteration {iteration:8d}/{train_iters:8d}",
         f"consumed samples: {consumed:12d}",
-        f"consumed tokens: {human(values['consumed tokens'])}",
+        f"consumed tokens: {format_count(values['consumed tokens'])}",
         f"elapsed time per iteration (ms): {values['seconds per iteration'] * 1000:.1f}",
         f"throughput per GPU (TFLOP/s/GPU): {values['TFLOP/s per GPU']:.1f}",
         _if_known("MFU: {:.1%}", values.get("MFU")),
-        f"tokens/s: {human(values['tokens per second'])}",
+        f"tokens/s: {format_count(values['tokens per second'])}",
         f"learning rate: {values['learning rate']:.6E}",
         f"global batch size: {values['global batch size']:5d}",
         _if_known("lm loss: {:.6E}", values["lm loss"]),
@@ -100,7 +100,7 @@ def interval_line(
         _if_not_zero("number of spikes: {:3d}", values.get("spikes")),
         _if_not_zero("number of rollbacks: {:3d}", values.get("rollbacks")),
         f"fold: {fold}",
-        f"remaining: {duration(values['seconds remaining'])}",
+        f"remaining: {format_duration(values['seconds remaining'])}",
     ]
     now = datetime.now().isoformat(sep=" ", timespec="seconds")
     return f" [{now}] {' | '.join(part for part in parts if part)} |"
@@ -192,7 +192,7 @@ class JsonLines:
     """One JSON object a line; all records, events too."""
 
     def __init__(self, path: Path) -> None:
-        self._file = PatientFile(path)
+        self._file = RetryingFile(path)
         if not _ends_a_line(path):  # the run before was killed, or out of disk
             self._file.write(b"\n")
 
@@ -252,7 +252,9 @@ class Tensorboard:
 
         self._by_iteration = EventFile(self._folder, start.iteration + 1)
         self._by_tokens = EventFile(self._folder / "vs_tokens", start.consumed_tokens + 1)
-        self._by_iteration.add_text("config", f"```yaml\n{dump(self._config)}```", start.iteration)
+        self._by_iteration.add_text(
+            "config", f"```yaml\n{dump_config(self._config)}```", start.iteration
+        )
 
 
 class WeightsAndBiases:
@@ -304,5 +306,5 @@ def _run_id(save: Path) -> str:
     known = file.read_text().strip() if file.exists() else ""
     if not known:
         known = uuid.uuid4().hex[:12]
-        write_durably(file, known)
+        write_atomically(file, known)
     return known

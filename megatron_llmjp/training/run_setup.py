@@ -34,12 +34,12 @@ from megatron_llmjp.data.indices.index_cache import ensure_indices
 from megatron_llmjp.data.indices.prefetch import IndexPrefetcher
 from megatron_llmjp.errors import RunError, UserError
 from megatron_llmjp.filesystem import no_heartbeat, warn
-from megatron_llmjp.formatting import human
+from megatron_llmjp.formatting import format_count
 from megatron_llmjp.model.gpt import build_model, choose_kernels
 from megatron_llmjp.parallel.device import Device
 from megatron_llmjp.parallel.process_groups import UNWATCHED, LongWork, exchange, is_first_rank
 from megatron_llmjp.parallel.ranks import Ranks
-from megatron_llmjp.run import Run, prepare
+from megatron_llmjp.run import Run, resolve_run
 from megatron_llmjp.training.batch_iterator import Labelled
 from megatron_llmjp.training.lr_scheduler import LearningRates, RunScheduler
 from megatron_llmjp.training.optimizer import (
@@ -169,8 +169,9 @@ def introduce(run: Run, chunks: list[Any], ranks: Ranks, device: Device) -> None
         f"{ranks.world_size} process(es) by {ranks.started_by} on {device.name}: "
         f"TP {parallel.tensor_model_parallel_size} x PP {parallel.pipeline_model_parallel_size} "
         f"x DP {replicas}\n"
-        f"layers: {choose_kernels(device)}; {human(parameters)} parameters on the first rank\n"
-        f"data: {len(run.schedule.folds)} folds, {human(tokens)} tokens, "
+        f"layers: {choose_kernels(device)}; {format_count(parameters)} parameters on the first "
+        "rank\n"
+        f"data: {len(run.schedule.folds)} folds, {format_count(tokens)} tokens, "
         f"{run.train_iters} iterations of {growing}{sizes[-1]} samples"
     )
     for note in (*run.notes, *slow_precision(run.config, device)):
@@ -277,7 +278,7 @@ def _with_one_checkpoint(run: Run, ranks: Ranks, store: Any) -> Run:
     for pause in LOOKS:
         if pause:
             time.sleep(pause)
-            run = prepare(run.asked, ranks.world_size)
+            run = resolve_run(run.requested, ranks.world_size)
         chosen = str(run.resume.folder) if run.resume is not None else "no checkpoint"
         seen = exchange(store, ranks, f"resume, {pause} s", chosen)
         if len(set(seen)) == 1:
@@ -302,7 +303,7 @@ def _with_good_checkpoint(run: Run, ranks: Ranks, store: Any, beat: Callable[[],
         damaged[str(run.resume.folder)] = problems[0]
         if ranks.is_first:
             warn(f"damaged checkpoint: {problems[0]}")
-        run = prepare(run.asked, ranks.world_size, damaged)
+        run = resolve_run(run.requested, ranks.world_size, damaged)
     return run
 
 

@@ -16,7 +16,7 @@ from megatron_llmjp.parallel.device import Device, be_deterministic
 from megatron_llmjp.parallel.process_groups import LongWork, patient_group
 from megatron_llmjp.parallel.ranks import Ranks
 from megatron_llmjp.parallel.signals import StopRequests
-from megatron_llmjp.run import Run, prepare
+from megatron_llmjp.run import Run, resolve_run
 from megatron_llmjp.training import run_setup
 from megatron_llmjp.training.evaluation import describe, evaluate
 from megatron_llmjp.training.gradient_monitor import Judge, Rollback
@@ -115,7 +115,7 @@ def _back(beginning: Opened, rollback: Rollback, place: _Place) -> Opened:
     gc.collect()  # the model that is given up must not lie beside the new one
     torch.cuda.empty_cache()
     left_out = {**beginning.run.past.skipped_iterations, rollback.words: rollback.positions}
-    run = prepare(beginning.run.asked, place.ranks.world_size, left_out=left_out)
+    run = resolve_run(beginning.run.requested, place.ranks.world_size, left_out=left_out)
     chosen = str(run.resume.folder) if run.resume is not None else ""
     subject = f"rollback {rollback.iteration} {rollback.words}"
     if len(set(process_groups.exchange(place.store, place.ranks, subject, chosen))) > 1:

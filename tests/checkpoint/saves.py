@@ -25,19 +25,19 @@ def save_on_rank(folder: str, words: list[str], port: str) -> dict[str, Any]:
     from megatron_llmjp.checkpoint.saver import FoldEnds, SaveError, Saver
     from megatron_llmjp.checkpoint.sharded_state import RunState
     from megatron_llmjp.config.flags import parse
-    from megatron_llmjp.config.loading import changed
+    from megatron_llmjp.config.loading import replace_fields
     from megatron_llmjp.data.batch_size import BatchSizeSchedule
     from megatron_llmjp.errors import UserError
     from megatron_llmjp.parallel import process_groups
     from megatron_llmjp.parallel.device import setup
     from megatron_llmjp.parallel.ranks import Ranks
-    from megatron_llmjp.run import prepare
+    from megatron_llmjp.run import resolve_run
     from megatron_llmjp.training import run_setup
     from megatron_llmjp.training.lr_scheduler import LearningRates
 
     device = setup()
     rank, world = int(os.environ["RANK"]), 2
-    run = prepare(parse(words)[0], world)
+    run = resolve_run(parse(words)[0], world)
     process_groups.start(run.config, Ranks(rank, world, 0, "127.0.0.1", port, "test"), device)
     rates = LearningRates(run.config, run.schedule, BatchSizeSchedule(run.config), run.train_iters)
     model = run_setup.build(run, device, rates)
@@ -46,7 +46,7 @@ def save_on_rank(folder: str, words: list[str], port: str) -> dict[str, Any]:
     told: dict[str, Any] = {}
 
     def saver(root: Path, **fields: Any) -> Saver:
-        config = changed(run.config, save=str(root), **fields)
+        config = replace_fields(run.config, save=str(root), **fields)
         return Saver(Description(config), FoldEnds((), frozenset({2})), lambda: None, 0)
 
     def attempt(name: str, saves: Saver, iteration: int, obstacle: Any = None) -> None:

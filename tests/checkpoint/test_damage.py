@@ -11,7 +11,7 @@ import pytest
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint import resume
 from megatron_llmjp.config.flags import parse
-from megatron_llmjp.config.loading import dump
+from megatron_llmjp.config.loading import dump_config
 from megatron_llmjp.errors import UserError
 
 SMALL = (".metadata", "metadata.json", "common.pt", "folds.yaml", "tokenizer/tokenizer.model")
@@ -23,7 +23,7 @@ def save(tmp_path):
     for iteration in (1, 2, 3):
         folder = tmp_path / manifests.folder_name(iteration)
         folder.mkdir()
-        (folder / manifests.CONFIG).write_text(dump(config(tmp_path)))
+        (folder / manifests.CONFIG).write_text(dump_config(config(tmp_path)))
         (folder / "__0_0.distcp").write_bytes(bytes(range(256)))
         (folder / manifests.TOKENIZER).mkdir()
         for name in SMALL:

@@ -40,12 +40,12 @@ def convert_on_rank(folder: str, words: dict[str, list[str]], port: str) -> None
     from megatron_llmjp.checkpoint.saver import FoldEnds, Saver
     from megatron_llmjp.checkpoint.sharded_state import RunState
     from megatron_llmjp.config.flags import parse
-    from megatron_llmjp.config.loading import changed
+    from megatron_llmjp.config.loading import replace_fields
     from megatron_llmjp.data.batch_size import BatchSizeSchedule
     from megatron_llmjp.parallel import process_groups
     from megatron_llmjp.parallel.device import setup
     from megatron_llmjp.parallel.ranks import Ranks
-    from megatron_llmjp.run import prepare
+    from megatron_llmjp.run import resolve_run
     from megatron_llmjp.training import run_setup
     from megatron_llmjp.training.lr_scheduler import LearningRates
 
@@ -55,7 +55,7 @@ def convert_on_rank(folder: str, words: dict[str, list[str]], port: str) -> None
     process_groups.start(configs["fp32"], ranks, device)
 
     def save(config, name, step):
-        run = prepare(config, 2)
+        run = resolve_run(config, 2)
         rates = LearningRates(
             run.config, run.schedule, BatchSizeSchedule(run.config), run.train_iters
         )
@@ -67,14 +67,14 @@ def convert_on_rank(folder: str, words: dict[str, list[str]], port: str) -> None
                 parameter.main_grad.copy_(gradient * 2.0**32)  # fp16's first loss scale
             assert model.optimizer.step()[0]
             model.scheduler.step(4)
-        about = Description(changed(run.config, save=str(Path(folder) / name), load=None))
+        about = Description(replace_fields(run.config, save=str(Path(folder) / name), load=None))
         state = RunState(model.chunks, model.optimizer, model.scheduler)
         Saver(about, FoldEnds((), frozenset()), lambda: None, 0).save(state, Progress(1, 4))
 
     for name, config in configs.items():
         save(config, name, step=True)
     for source, target in CHANGES:
-        config = changed(configs[target], load=str(Path(folder) / source))
+        config = replace_fields(configs[target], load=str(Path(folder) / source))
         save(config, f"{source} as {target}", step=False)
     process_groups.stop()
 

@@ -15,7 +15,7 @@ from megatron_llmjp.checkpoint import publish, removal
 from megatron_llmjp.checkpoint.manifest import Manifest
 from megatron_llmjp.checkpoint.removal import Thinner
 from megatron_llmjp.config.flags import parse
-from megatron_llmjp.config.loading import dump
+from megatron_llmjp.config.loading import dump_config
 from megatron_llmjp.config.schema import CheckpointConfig
 
 MODEL = ("--num-layers", "1", "--hidden-size", "8", "--num-attention-heads", "1")
@@ -26,7 +26,7 @@ def save(root: Path, iteration: int) -> Path:
     publish.begin(root, iteration)
     folder = publish.temporary_folder(root, iteration)
     contents = {
-        manifests.CONFIG: dump(parse(list(MODEL))[0]).encode(),
+        manifests.CONFIG: dump_config(parse(list(MODEL))[0]).encode(),
         ".metadata": pickle.dumps(Metadata({}, storage_data={})),
         "metadata.json": b"{}",
         "__0_0.distcp": bytes(1000),

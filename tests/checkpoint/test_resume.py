@@ -11,9 +11,9 @@ import torch
 
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.config.flags import parse
-from megatron_llmjp.config.loading import load_resolved
+from megatron_llmjp.config.loading import load_config
 from megatron_llmjp.convert.formats import native
-from megatron_llmjp.run import prepare
+from megatron_llmjp.run import resolve_run
 from tests.support.datasets import VOCAB_SIZE, write_folds
 from tests.support.proof import tensors
 from tests.support.tolerances import ELEMENTWISE, TRAINED, assert_close
@@ -152,7 +152,10 @@ def test_another_layout_goes_on(runs, source, layout):
     assert_close(after, {i: before[i] for i in after}, TRAINED, "loss")
     # TP 2 pads 100 tokens to 256 rows, TP 1 to 128: the checkpoint's rows stay.
     for folder in (runs / source, save):
-        assert load_resolved(folder / manifests.folder_name(END) / "config.yaml").rows == 256
+        assert (
+            load_config(folder / manifests.folder_name(END) / "config.yaml").padded_vocab_size
+            == 256
+        )
         reads = native.read(folder).reads
         assert reads["output_layer.weight"].read("output_layer.weight").shape == (256, 32)
     straight, resumed = tensors(runs / source), tensors(save)
@@ -194,7 +197,7 @@ def test_learning_rate_is_kept_or_overridden(runs):
 
     words = arguments("laptop-llama", runs / "folds.yaml", "--load", runs / "llama", "--lr", 1e-2)
     config = parse(words).config
-    run = prepare(config, 1)
+    run = resolve_run(config, 1)
     assert run.config.optimizer.lr == 2e-3
     assert any(n.startswith("lr: the checkpoint's 0.002 is kept, not 0.01") for n in run.notes)
 
@@ -214,5 +217,5 @@ def test_what_a_checkpoint_says(runs):
         (runs / "llama" / manifests.folder_name(MIDDLE) / manifests.MANIFEST).read_text()
     )
     assert list(middle["folds"]) == ["fold00", "fold01"]
-    config = load_resolved(runs / "llama" / manifests.folder_name(MIDDLE) / "config.yaml")
+    config = load_config(runs / "llama" / manifests.folder_name(MIDDLE) / "config.yaml")
     assert config.model.activation_function == "swiglu"

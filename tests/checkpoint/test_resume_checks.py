@@ -12,12 +12,12 @@ import yaml
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint.manifest import Manifest
 from megatron_llmjp.config.flags import parse
-from megatron_llmjp.config.loading import dump
+from megatron_llmjp.config.loading import dump_config
 from megatron_llmjp.data.folds import datasets as fold_datasets
 from megatron_llmjp.data.folds.datasets import compute_keys
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.filesystem import crc32_of
-from megatron_llmjp.run import Run, prepare
+from megatron_llmjp.filesystem import file_crc32
+from megatron_llmjp.run import Run, resolve_run
 from tests.support.datasets import write_dataset, write_folds
 from tests.support.training import arguments
 
@@ -31,14 +31,14 @@ def folds(tmp_path):
 
 
 def run_of(path: Path, *flags: object) -> Run:
-    return prepare(parse(arguments("laptop-llama", path, *flags))[0], 1)
+    return resolve_run(parse(arguments("laptop-llama", path, *flags))[0], 1)
 
 
 def save(run: Run, iteration: int, root: Path) -> Path:
     """The checkpoint that a run would leave after an iteration, without tensors."""
     folder = root / manifests.folder_name(iteration)
     folder.mkdir(parents=True)
-    (folder / manifests.CONFIG).write_text(dump(run.config))
+    (folder / manifests.CONFIG).write_text(dump_config(run.config))
     contents = Manifest(
         iteration=iteration,
         consumed_samples=iteration * BATCH,
@@ -102,7 +102,7 @@ def test_changed_contents_are_named(folds, tmp_path):
 def state_checksums(prefix: Path, wrong: str = "") -> None:
     """Write what preprocess_data states beside a dataset, which made another key of it before."""
     checksums = {
-        suffix: {"crc32": wrong or f"{crc32_of(prefix.with_suffix(f'.{suffix}')):08x}"}
+        suffix: {"crc32": wrong or f"{file_crc32(prefix.with_suffix(f'.{suffix}')):08x}"}
         for suffix in ("bin", "idx")
     }
     prefix.with_suffix(".json").write_text(json.dumps(checksums))

@@ -179,7 +179,7 @@ def test_a_folder_that_another_run_takes_after_it_was_deleted(tmp_path):
 
 def failing(monkeypatch, code: int, times: int) -> None:
     """Reading the record and locking fail so many times each."""
-    for module, name in ((locks, "_read_record"), (locks, "lock_file")):
+    for module, name in ((locks, "_read_record"), (locks, "acquire_lock")):
         function, left = getattr(module, name), [times]
 
         def fail(path, *rest, function=function, left=left):

@@ -11,15 +11,18 @@ import megatron_llmjp
 from megatron_llmjp.config.schema import SECTION_OF, SECTIONS
 
 PACKAGE = Path(megatron_llmjp.__file__).parent
-SPEAK_ONLY = ("sections_", "checks", "lint", "megatron", "command_line", "load")
-"""Files of config/ that describe, check or name fields without putting them to use."""
+DECLARING = (
+    "model_config", "run_config", "validation", "layout_validation", "warnings", "megatron",
+    "flags", "loading",
+)  # fmt: skip
+"""Files of config/ that declare, check or name fields without using their values."""
 BY_PROPERTY = {
     # fields that the schema's own properties read
     "num_query_groups": "query_groups",
     "kv_channels": "head_dim",
     "ffn_hidden_size": "ffn_size",
-    "max_position_embeddings": "positions",
-    "make_vocab_size_divisible_by": "rows",
+    "max_position_embeddings": "max_positions",
+    "make_vocab_size_divisible_by": "compute_padded_vocab_size",
 }
 
 
@@ -28,7 +31,7 @@ def code():
     files = [
         path
         for path in PACKAGE.rglob("*.py")
-        if not (path.parent.name == "config" and path.name.startswith(SPEAK_ONLY))
+        if not (path.parent.name == "config" and path.name.startswith(DECLARING))
         and path.parent.name != "convert"
     ]
     return "\n".join(path.read_text() for path in files)

@@ -10,8 +10,13 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 
 from megatron_llmjp import cli as pretrain_cli
-from megatron_llmjp.config.flags import HELP, Mode, flag_names, parse
-from megatron_llmjp.config.megatron_flags import ALIASES, CHOICES, RENAMED, SETTLED
+from megatron_llmjp.config.flags import MODE_HELP, Mode, flag_names, parse
+from megatron_llmjp.config.megatron_flags import (
+    CHOICES,
+    DEPENDENT_FLAGS,
+    RENAMED_FLAGS,
+    SWITCH_ALIASES,
+)
 from megatron_llmjp.config.schema import SECTION_OF, SECTIONS
 from megatron_llmjp.errors import UserError
 from tests.support.datasets import write_folds
@@ -40,9 +45,11 @@ def value(flag: str) -> list[str]:
         return VALUES[flag]
     if flag in CHOICES:
         return [next(iter(CHOICES[flag].values))]
-    name = RENAMED.get(flag, flag.removeprefix("--").replace("-", "_"))
+    name = RENAMED_FLAGS.get(flag, flag.removeprefix("--").replace("-", "_"))
     if name not in SECTION_OF:
-        is_switch = flag in ALIASES or flag.startswith("--no-") or flag in {m.value for m in Mode}
+        is_switch = (
+            flag in SWITCH_ALIASES or flag.startswith("--no-") or flag in {m.value for m in Mode}
+        )
         return [] if is_switch else ["7"]
     info = SECTIONS[SECTION_OF[name]].model_fields[name]
     annotation, kind = info.annotation, str(info.annotation)
@@ -54,7 +61,7 @@ def value(flag: str) -> list[str]:
     return ["8"] if "int" in kind else ["0.5"] if "float" in kind else ["some_path"]
 
 
-FLAGS = sorted({*flag_names(), *SETTLED, *CHOICES} - {"-h", "--help"})
+FLAGS = sorted({*flag_names(), *DEPENDENT_FLAGS, *CHOICES} - {"-h", "--help"})
 
 
 @pytest.mark.parametrize("flag", FLAGS)
@@ -70,7 +77,7 @@ def test_every_flag_in_every_spelling(flag: str) -> None:
         underscored = flag.replace("-", "_").replace("__", "--", 1)
         assert parse([*base, f"{flag}={values[0]}"]) == expected
         assert parse([*base, f"{underscored}={values[0]}"]) == expected
-    modes = {mode.value for mode in HELP}
+    modes = {mode.value for mode in MODE_HELP}
     assert expected.mode is Mode(flag if flag in modes else "--rehearse" if flag in IN_MODE else "")
     if not values and flag in flag_names():
         with pytest.raises(UserError, match="explicit argument"):
@@ -91,13 +98,13 @@ def no_run(monkeypatch):
     def not_reached(*_: Any) -> int:
         raise AssertionError("a run was started")
 
-    for name in ("_be_rank", "launch"):
+    for name in ("_run_rank", "launch"):
         monkeypatch.setattr(pretrain_cli, name, not_reached)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.mark.parametrize("mode", HELP)
+@pytest.mark.parametrize("mode", MODE_HELP)
 @pytest.mark.parametrize("spelling", ["dashes", "underscores"])
 def test_a_mode_trains_and_writes_nothing(mode, spelling, folder, no_run, capsys, monkeypatch):
     monkeypatch.setattr("megatron_llmjp.planning._build", lambda _: "")  # imports torch: seconds
@@ -123,7 +130,7 @@ def test_a_mode_trains_and_writes_nothing(mode, spelling, folder, no_run, capsys
 
 
 def test_modes_exclude_each_other() -> None:
-    flags = [mode.value for mode in HELP]
+    flags = [mode.value for mode in MODE_HELP]
     for first in flags:
         for second in flags:
             words = ["--config", "laptop-llama", "--world-size", "2", first, second]
@@ -178,7 +185,7 @@ def words_of(script: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["bash", str(script), *flags], env=env, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("mode", HELP)
+@pytest.mark.parametrize("mode", MODE_HELP)
 def test_job_scripts_know_the_modes_in_every_spelling(mode: Mode) -> None:
     script = ROOT / "slurm" / "pretrain_llm-jp-3-13b.sh"
     for flag in (mode.value, "--" + mode.value[2:].replace("-", "_")):

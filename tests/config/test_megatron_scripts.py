@@ -8,11 +8,17 @@ import pytest
 
 from megatron_llmjp.config import megatron_flags
 from megatron_llmjp.config.flags import Mode, flag_names, parse
-from megatron_llmjp.config.loading import Layers, build, changed, differences, read_config
+from megatron_llmjp.config.loading import (
+    ConfigLayers,
+    build_config,
+    config_differences,
+    read_config,
+    replace_fields,
+)
 from megatron_llmjp.config.megatron_flags import CHOICES
 from megatron_llmjp.config.refused_flags import FOREIGN, NEWER, REFUSED, REFUSED_FAMILIES
 from megatron_llmjp.config.unused_flags import NOT_NEEDED, NOT_NEEDED_FAMILIES
-from megatron_llmjp.config.validation import check
+from megatron_llmjp.config.validation import check_config
 from megatron_llmjp.errors import UserError
 from tests.config.launch_scripts import SCRIPTS
 
@@ -29,9 +35,9 @@ OF_THE_DATA_AND_PLACE = {
 
 
 def preset(name):
-    layers = Layers()
+    layers = ConfigLayers()
     read_config(name, layers)
-    return build(layers)
+    return build_config(layers)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.preset)
@@ -39,10 +45,10 @@ def test_a_published_script_is_its_preset(script):
     command = parse(script.argv)
     config, notes = command.config, command.notes
     assert (command.mode, command.processes) == (Mode.TRAIN, None)
-    check(config, 2 * config.parallel.model_parallel_size)
+    check_config(config, 2 * config.parallel.model_parallel_size)
     if config.optimizer.lr_decay_iters is None and config.optimizer.lr_decay_tokens is None:
-        config = changed(config, lr_decay_iters=config.training.train_iters)
-    found = differences(preset(script.preset), config)
+        config = replace_fields(config, lr_decay_iters=config.training.train_iters)
+    found = config_differences(preset(script.preset), config)
     assert set(found) <= OF_THE_DATA_AND_PLACE, found
     # Each flag is set, or explained once.
     explained = [note.split()[0] for note in notes]
@@ -55,7 +61,7 @@ def test_a_published_script_is_its_preset(script):
 def kinds(flag, fields):
     """All the ways in which a flag is known."""
     families = (*NOT_NEEDED_FAMILIES, *REFUSED_FAMILIES)
-    tables = (fields, megatron_flags.SETTLED, CHOICES, REFUSED, NOT_NEEDED)
+    tables = (fields, megatron_flags.DEPENDENT_FLAGS, CHOICES, REFUSED, NOT_NEEDED)
     exact = [number for number, table in enumerate(tables) if flag in table]
     return exact or [start for start in families if flag.startswith(start)]
 
@@ -65,7 +71,7 @@ def test_every_flag_of_megatron_is_classified_once():
     found = {flag: kinds(flag, fields) for flag in NAMES}
     assert {flag: kind for flag, kind in found.items() if len(kind) != 1} == {}
     assert len(NAMES) > 700
-    ours = {*megatron_flags.SETTLED, *CHOICES, *REFUSED, *NOT_NEEDED}
+    ours = {*megatron_flags.DEPENDENT_FLAGS, *CHOICES, *REFUSED, *NOT_NEEDED}
     assert {flag: kinds(flag, fields) for flag in ours if len(kinds(flag, fields)) != 1} == {}
 
 

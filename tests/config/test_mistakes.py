@@ -17,9 +17,9 @@ from megatron_llmjp import cli as pretrain_cli
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint.stored_config import add_own_configuration
 from megatron_llmjp.config.flags import parse
-from megatron_llmjp.config.loading import dump
+from megatron_llmjp.config.loading import dump_config
 from megatron_llmjp.config.schema import SECTION_OF
-from megatron_llmjp.run import prepare
+from megatron_llmjp.run import resolve_run
 from tests.support.datasets import write_folds
 from tests.support.training import arguments
 
@@ -38,7 +38,7 @@ def fails(capsys, monkeypatch):
     """Run the command line and return its message."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    for name in ("_be_rank", "launch"):
+    for name in ("_run_rank", "launch"):
         monkeypatch.setattr(pretrain_cli, name, not_reached)
 
     def run(*words):
@@ -124,10 +124,10 @@ def test_several_mistakes_are_told_at_once(folder, fails):
 def test_a_default_warm_up_hides_no_mistake(folder, fails):
     """A default warm-up follows a short run; rules, tokenizer and data are reported together."""
     words = arguments("laptop-llama", folder / "folds.yaml", lr_warmup_iters="")
-    run = prepare(parse([*words, "--train-iters", "2"]).config, 1)
+    run = resolve_run(parse([*words, "--train-iters", "2"]).config, 1)
     assert run.config.optimizer.lr_warmup_iters == 0
     assert any("in place of the default 20 (--lr-warmup-iters" in note for note in run.notes)
-    longer = prepare(parse([*words, "--lr-decay-iters", "100"]).config, 1)
+    longer = resolve_run(parse([*words, "--lr-decay-iters", "100"]).config, 1)
     assert longer.config.optimizer.lr_warmup_iters == 20
     message = fails(*words, "--train-iters", 2, "--lr-warmup-iters", 2)
     assert "lr_warmup_iters 2 leaves nothing of the 2 iterations" in message
@@ -204,10 +204,10 @@ def saved(folder, tmp_path):
 
 def write_checkpoint(folder, save, iteration):
     config = parse(arguments("laptop-llama", folder / "folds.yaml")).config
-    run = prepare(config, 1)
+    run = resolve_run(config, 1)
     inner = save / manifests.folder_name(iteration)
     inner.mkdir(parents=True)
-    (inner / manifests.CONFIG).write_text(dump(run.config))
+    (inner / manifests.CONFIG).write_text(dump_config(run.config))
     (inner / "tensors").write_text("numbers" * 100)
     manifests.write(
         inner,
@@ -241,10 +241,10 @@ def test_resume_with_other_folds(folder, saved, fails):
 
     # A fold that was not touched may change, and any with the override.
     later = arguments("laptop-llama", with_fold(folder, 2, 9), "--load", saved)
-    assert prepare(parse(later)[0], 1).resume.manifest.iteration == 3
+    assert resolve_run(parse(later)[0], 1).resume.manifest.iteration == 3
     allowed = arguments("laptop-llama", with_fold(folder, 1, 9), "--load", saved)
     allowed += ["--override-resume", "folds"]
-    assert prepare(parse(allowed)[0], 1).resume is not None
+    assert resolve_run(parse(allowed)[0], 1).resume is not None
 
 
 @pytest.mark.parametrize(
@@ -263,12 +263,14 @@ def test_resume_with_another_run(folder, saved, fails, flag, value, field, old):
     assert f"{field} is {value!r}" in message and f"trained with {old}" in message
     assert f"--override-resume {field}" in message
     words += ["--override-resume", field, "folds"]
-    config = prepare(parse(words)[0], 1).config
+    config = resolve_run(parse(words)[0], 1).config
     assert getattr(getattr(config, SECTION_OF[field]), field) == value
 
 
 def test_the_run_ends_before_the_checkpoint(folder, saved):
-    run = prepare(parse(arguments("laptop-llama", folder / "folds.yaml", "--load", saved))[0], 1)
+    run = resolve_run(
+        parse(arguments("laptop-llama", folder / "folds.yaml", "--load", saved))[0], 1
+    )
     assert run.train_iters == 6 and run.resume.manifest.iteration == 3
 
 
@@ -278,7 +280,7 @@ def test_damaged_checkpoints_are_passed_over(folder, saved, fails):
     words = arguments("laptop-llama", folder / "folds.yaml", "--save", saved)
 
     def found():
-        run = prepare(parse(words)[0], 1)
+        run = resolve_run(parse(words)[0], 1)
         return run.resume.manifest.iteration, run.warnings
 
     assert found() == (5, [])
@@ -297,7 +299,7 @@ def test_damaged_checkpoints_are_passed_over(folder, saved, fails):
         (saved / manifests.folder_name(iteration) / manifests.MANIFEST).unlink()
     assert "iter_0000005 is a checkpoint of this program without manifest.json" in fails(*words)
     shutil.rmtree(saved)
-    assert prepare(parse(words)[0], 1).resume is None
+    assert resolve_run(parse(words)[0], 1).resume is None
 
 
 def test_converted_weights_need_finetune(folder, saved, fails):
@@ -306,18 +308,18 @@ def test_converted_weights_need_finetune(folder, saved, fails):
     manifests.write(path.parent, manifest.model_copy(update={"contents": "weights"}))
     words = arguments("laptop-llama", folder / "folds.yaml", "--load", saved)
     assert "add --finetune" in fails(*words)
-    assert prepare(parse([*words, "--finetune"])[0], 1).resume.manifest.contents == "weights"
+    assert resolve_run(parse([*words, "--finetune"])[0], 1).resume.manifest.contents == "weights"
 
 
 def test_a_checkpoint_brings_its_own_configuration(folder, saved):
     """``--load`` of a native checkpoint needs no model flags; of weights alone, no tokenizer."""
-    stored = prepare(parse(arguments("laptop-llama", folder / "folds.yaml")).config, 1).config
+    stored = resolve_run(parse(arguments("laptop-llama", folder / "folds.yaml")).config, 1).config
     words = ["--load", str(saved), "--fold-file", str(folder / "folds.yaml")]
 
     def read(*flags):
         return parse([*words, *flags], own_configuration=add_own_configuration).config
 
-    run = prepare(read(), 1)
+    run = resolve_run(read(), 1)
     assert run.resume.manifest.iteration == 3 and run.config.model == stored.model
     assert read("--lr", "1e-4").optimizer.lr == 1e-4
     inner = saved / "iter_0000003"

@@ -7,9 +7,9 @@ import yaml
 
 from megatron_llmjp import cli as pretrain_cli
 from megatron_llmjp.config.flags import parse
-from megatron_llmjp.config.loading import Layers, build, preset_names, read_config
-from megatron_llmjp.config.validation import check
-from megatron_llmjp.config.warnings import Facts, lint
+from megatron_llmjp.config.loading import ConfigLayers, build_config, preset_names, read_config
+from megatron_llmjp.config.validation import check_config
+from megatron_llmjp.config.warnings import RunSize, config_warnings
 from megatron_llmjp.errors import UserError
 from tests.support.datasets import write_folds
 from tests.support.training import arguments
@@ -57,7 +57,7 @@ BROKEN = {
 def test_a_broken_rule_says_how_to_mend_it(flags):
     config = parse(f"--config llm-jp-3-1.8b {flags}".split()).config
     with pytest.raises(UserError) as error:
-        check(config, 8)
+        check_config(config, 8)
     for part in BROKEN[flags]:
         assert part in str(error.value)
 
@@ -78,7 +78,7 @@ KEPT = [
 
 @pytest.mark.parametrize("flags", KEPT)
 def test_a_kept_rule(flags):
-    check(parse(f"--config llm-jp-3-1.8b {flags}".split())[0], 8)
+    check_config(parse(f"--config llm-jp-3-1.8b {flags}".split())[0], 8)
 
 
 def preset(name, flags=""):
@@ -115,7 +115,7 @@ LINTS = {
 @pytest.mark.parametrize("flags", LINTS)
 def test_lint(flags):
     config = preset("llm-jp-3-1.8b", f"--save x --save-interval 1000 {flags}")
-    found = lint(config, Facts(32, 986240, decay_end=986240, validation_sets=1))
+    found = config_warnings(config, RunSize(32, 986240, decay_end=986240, validation_sets=1))
     expected = LINTS[flags]
     assert len(found) == bool(expected), found
     assert expected in "".join(found)
@@ -125,7 +125,7 @@ def test_lint_of_lengths():
     config = preset("llm-jp-3-1.8b")
 
     def warned(config, train_iters, end, sets=1):
-        return " ".join(lint(config, Facts(32, train_iters, end, sets)))
+        return " ".join(config_warnings(config, RunSize(32, train_iters, end, sets)))
 
     published = warned(preset("llm-jp-3-1.8b", "--save x"), 988240, 986240, sets=0)
     assert "the last 2,000 of 988,240 iterations have min_lr" in published
@@ -138,12 +138,12 @@ def test_lint_of_lengths():
 
 @pytest.mark.parametrize("name", preset_names())
 def test_presets_keep_all_rules_and_their_warnings_are_known(name):
-    layers = Layers()
+    layers = ConfigLayers()
     read_config(name, layers)
-    config = build(layers)
+    config = build_config(layers)
     world = config.parallel.model_parallel_size * 2
-    check(config, world)
-    for warning in lint(config, Facts(world, 100, 100, 1)):
+    check_config(config, world)
+    for warning in config_warnings(config, RunSize(world, 100, 100, 1)):
         # Published so: v1.0 in fp16, v4 waiting two hours for its data's indices.
         assert warning.startswith(("fp16", "distributed_timeout_minutes 120")), warning
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.multiprocessing as mp
 
-from megatron_llmjp.config.loading import changed, load_resolved
+from megatron_llmjp.config.loading import load_config, replace_fields
 from megatron_llmjp.config.schema import Config
 from tests.convert.hf_models import STYLES, state
 
@@ -36,8 +36,8 @@ def on_rank(rank: int, port: int, root: Path, tensor_size: int, pipeline_size: i
     from megatron_llmjp.parallel.ranks import Ranks
 
     source = native.read(root / "native").check()
-    config = changed(
-        load_resolved(source.path / "config.yaml"),
+    config = replace_fields(
+        load_config(source.path / "config.yaml"),
         tensor_model_parallel_size=tensor_size,
         pipeline_model_parallel_size=pipeline_size,
     )

@@ -22,7 +22,7 @@ from megatron_llmjp.data.indices.index_cache import (
     find_damage,
 )
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.filesystem import lock_file
+from megatron_llmjp.filesystem import acquire_lock
 
 
 class Logged:
@@ -107,7 +107,7 @@ def test_a_lock_that_no_one_frees_is_not_waited_for_without_end(tmp_path, monkey
     locked = tmp_path / "locked"
 
     def hold() -> None:
-        lock_file(tmp_path / "cache" / "a.lock")
+        acquire_lock(tmp_path / "cache" / "a.lock")
         locked.touch()
         time.sleep(600)
 

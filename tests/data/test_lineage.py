@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import yaml
 
-from megatron_llmjp.config.loading import changed
+from megatron_llmjp.config.loading import replace_fields
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.dataset import FoldDataset
 from megatron_llmjp.data.indexed_dataset_writer import IndexedDatasetWriter
 from megatron_llmjp.data.indices.epoch_index import EpochDatasets
 from megatron_llmjp.data.lineage import Lineage, read_tokens
-from megatron_llmjp.run_data import prepare_data
+from megatron_llmjp.run_data import resolve_data
 from megatron_llmjp.tokenizers import load_tokenizer
 
 LENGTH, BATCH = 16, 8
@@ -58,10 +58,10 @@ def run(tmp_path_factory):
     content = {"seed": 5, "folds": FOLDS, "skip": SKIP}
     (folder / "folds.yaml").write_text(yaml.safe_dump(content))
     config = Config.model_validate({"model": MODEL})
-    config = changed(
+    config = replace_fields(
         config, fold_file=str(folder / "folds.yaml"), seq_length=LENGTH, global_batch_size=BATCH
     )
-    data = prepare_data(config)
+    data = resolve_data(config)
     tokenizer = load_tokenizer("NullTokenizer", None, vocab_size=99)
     epochs = EpochDatasets(config.data, tokenizer, folder / "cache")
     every = FoldDataset(data.schedule.with_skips(type(data.schedule.skips)()), epochs)

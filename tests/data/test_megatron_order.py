@@ -22,7 +22,7 @@ from megatron_llmjp.data.dataset import FoldDataset, ValidationDataset
 from megatron_llmjp.data.folds.datasets import split_ends
 from megatron_llmjp.data.indices.epoch_index import DatasetTokenizer, EpochDatasets
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.run import Run, prepare
+from megatron_llmjp.run import Run, resolve_run
 from tests.data.test_dataset import lengths_of, plain, write_numbered
 
 LLAMA_SMALL = Path(__file__).parents[1] / "parity" / "fixtures" / "llama_small"
@@ -34,7 +34,7 @@ def run_of(*flags: object, length: int = LENGTH) -> Run:
     words = ["--config", "laptop-llama", "--tokenizer-type", "NullTokenizer", "--vocab-size", 40000]
     words += ["--seq-length", length, "--global-batch-size", BATCH, "--eval-iters", 2]
     words += ["--lr-warmup-iters", 0, *flags]
-    return prepare(parse([str(word) for word in words])[0], 1)
+    return resolve_run(parse([str(word) for word in words])[0], 1)
 
 
 def data_of(run: Run, cache: Path) -> tuple[FoldDataset, dict[str, ValidationDataset]]:

@@ -9,11 +9,11 @@ import re
 import pytest
 
 from megatron_llmjp.config.flags import parse
-from megatron_llmjp.config.loading import changed, dump, load_resolved, preset_names
-from megatron_llmjp.config.validation import check
+from megatron_llmjp.config.loading import dump_config, load_config, preset_names, replace_fields
+from megatron_llmjp.config.validation import check_config
 from megatron_llmjp.data.batch_size import BatchSizeSchedule, last_iteration, run_limits
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.run import prepare
+from megatron_llmjp.run import resolve_run
 from tests.config.launch_scripts import SCRIPTS
 from tests.support.datasets import write_folds
 from tests.support.training import arguments
@@ -62,14 +62,14 @@ def test_as_a_loop_counts():
             iters = None if samples else generator.randint(1, 60)
             tokens = generator.choice([None, generator.randint(1, 400 * LENGTH)])
             asked = {"train_samples": samples, "train_iters": iters, "train_tokens": tokens}
-            found = last_iteration(changed(config, **asked), BatchSizeSchedule(config))
+            found = last_iteration(replace_fields(config, **asked), BatchSizeSchedule(config))
             assert found == loop(full, ramp, samples, tokens, iters), (full, ramp, asked)
 
 
 def test_llm_jp_s_13b_ends_with_its_tokens():
     """300e9 tokens are 95,367.4 batches of 1536 x 2048; train_samples is twice as many."""
     config = parse(SCRIPTS[1].argv)[0]
-    check(config, 96)
+    check_config(config, 96)
     first, second = run_limits(config, BatchSizeSchedule(config))
     assert (first.name, first.iteration) == ("train_tokens", 95_368)
     assert (second.name, second.iteration) == ("train_samples", 292_968_750 // 1536)
@@ -96,15 +96,15 @@ def test_runs_end_there_and_read_back(tmp_path, flags):
     path = write_folds(tmp_path, repeat=True)
     path.write_text(re.sub("iterations: .*", "samples: 20", path.read_text()))
     own = {"lr_warmup_iters": ""} if "warmup" in flags else {}
-    run = prepare(parse(arguments("laptop-llama", path, *flags.split(), **own))[0], 1)
+    run = resolve_run(parse(arguments("laptop-llama", path, *flags.split(), **own))[0], 1)
     values = run.config.optimizer.model_dump()
     assert {name: values[name] for name in decay} == decay
     assert note in "\n".join(run.notes)
     assert run.train_iters == iterations
     stored = tmp_path / "config.yaml"
-    stored.write_text(dump(run.config))
-    assert load_resolved(stored) == run.config
-    assert prepare(load_resolved(stored), 1).config == run.config
+    stored.write_text(dump_config(run.config))
+    assert load_config(stored) == run.config
+    assert resolve_run(load_config(stored), 1).config == run.config
 
 
 @pytest.mark.parametrize("order", ["--train-samples 41", "--train-samples 41 --train-tokens 600"])
@@ -112,7 +112,7 @@ def test_megatrons_order_is_drawn_for_all_train_samples(tmp_path, order):
     write_folds(tmp_path)
     words = arguments("laptop-llama", tmp_path, *order.split(), "--data-path", tmp_path / "ja")
     words[words.index("--fold-file") : words.index("--fold-file") + 2] = []
-    run = prepare(parse(words)[0], 1)
+    run = resolve_run(parse(words)[0], 1)
     assert [fold.samples for fold in run.schedule.folds] == [41]
     assert run.train_iters == (5 if "tokens" in order else 10)
 
@@ -126,18 +126,20 @@ def test_resolved_presets_read_back(tmp_path, name):
     flags += ["--lr-warmup-iters", "1", "--vocab-size", "100"]
     config = parse(flags)[0]
     if config.optimizer.lr_decay_style == "WSD":
-        config = changed(config, lr_wsd_decay_iters=1)
-    config = changed(config, lr_decay_iters=None, lr_decay_tokens=None, lr_decay_samples=None)
+        config = replace_fields(config, lr_wsd_decay_iters=1)
+    config = replace_fields(
+        config, lr_decay_iters=None, lr_decay_tokens=None, lr_decay_samples=None
+    )
     size = config.parallel.model_parallel_size
-    run = prepare(config, size)
+    run = resolve_run(config, size)
     stored = tmp_path / "config.yaml"
-    stored.write_text(dump(run.config))
-    assert load_resolved(stored) == run.config
-    check(load_resolved(stored), size)
-    assert prepare(load_resolved(stored), size).config == run.config
+    stored.write_text(dump_config(run.config))
+    assert load_config(stored) == run.config
+    check_config(load_config(stored), size)
+    assert resolve_run(load_config(stored), size).config == run.config
 
 
 def test_less_than_a_batch_is_refused(tmp_path):
     words = arguments("laptop-llama", write_folds(tmp_path), "--train-samples", 3)
     with pytest.raises(UserError, match="train_samples 3 is less than one global batch of 4"):
-        prepare(parse(words)[0], 1)
+        resolve_run(parse(words)[0], 1)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_llmjp.config.flags import parse
-from megatron_llmjp.config.loading import changed
+from megatron_llmjp.config.loading import replace_fields
 from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.data.dataloader import MicroBatchSampler
 from megatron_llmjp.data.folds.schedule import DatasetSlice, FoldPlan, Schedule, SkippedSamples
@@ -55,7 +55,7 @@ def batch_sizes(draw) -> BatchSizeSchedule:
     increments, step, start = (draw(st.integers(low, 3)) for low in (0, 1, 1))
     size = UNIT * (start + increments * step)
     ramp = (UNIT * start, UNIT * step, draw(st.integers(1, 200))) if increments else None
-    return BatchSizeSchedule(changed(CONFIG, global_batch_size=size, rampup_batch_size=ramp))
+    return BatchSizeSchedule(replace_fields(CONFIG, global_batch_size=size, rampup_batch_size=ramp))
 
 
 @dataclass

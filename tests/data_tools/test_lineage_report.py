@@ -15,7 +15,7 @@ from megatron_llmjp.data.dataloader import MicroBatchSampler
 from megatron_llmjp.data.dataset import FoldDataset
 from megatron_llmjp.data.indexed_dataset import read_index
 from megatron_llmjp.data.indices.epoch_index import EpochDatasets
-from megatron_llmjp.run import prepare
+from megatron_llmjp.run import resolve_run
 from tests.support.datasets import write_folds
 from tests.support.training import Job, arguments, train_all
 
@@ -34,7 +34,7 @@ def trained(tmp_path_factory):
         "--num-layers", 1, "--num-attention-heads", 2, "--rampup-batch-size", 2, 2, 4,
     )  # fmt: skip
     config = parse([*flags, "--save", str(folder / "save")]).config
-    run = prepare(config, RANKS)
+    run = resolve_run(config, RANKS)
     train_all([Job("save", (0, RANKS), tuple(flags))], RANKS, folder)
     # What happened is told by the checkpoints, whatever becomes of the fold file.
     folds.write_text("folds: []")

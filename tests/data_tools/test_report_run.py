@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 
 from data_tools.report_run import main
-from megatron_llmjp.config.loading import Layers, build, changed, dump, read_config
+from megatron_llmjp.config.loading import (
+    ConfigLayers,
+    build_config,
+    dump_config,
+    read_config,
+    replace_fields,
+)
 from megatron_llmjp.report.history import FoldSpan, read_history
 from megatron_llmjp.report.page import draw_at_end
 from megatron_llmjp.report.summary import summarize
@@ -78,10 +84,10 @@ def save(tmp_path: Path) -> Path:
     lines.insert(6, "damaged")
     in_progress = '{"iteration": 60, "lm lo'
     (folder / "metrics.jsonl").write_text("\n".join([*lines, in_progress]), encoding="utf-8")
-    layers = Layers()
+    layers = ConfigLayers()
     read_config("laptop-llama", layers)
-    config = changed(build(layers), vocab_size=1024, pipeline_model_parallel_size=2)
-    (checkpoint / "config.yaml").write_text(dump(config), encoding="utf-8")
+    config = replace_fields(build_config(layers), vocab_size=1024, pipeline_model_parallel_size=2)
+    (checkpoint / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     (checkpoint / "manifest.json").write_text("{}")
     return folder
 

@@ -10,8 +10,8 @@ import yaml
 
 from data_tools.preprocess_data import main as preprocess
 from megatron_llmjp.checkpoint import manifest as manifests
-from megatron_llmjp.config.loading import changed, load_resolved
-from megatron_llmjp.run_data import run_tokenizer
+from megatron_llmjp.config.loading import load_config, replace_fields
+from megatron_llmjp.run_data import load_run_tokenizer
 from megatron_llmjp.tokenizers.stored import stored_tokenizer
 from tests.support.processes import pretrain
 from tests.support.tokenizer_files import TEXTS, write_gpt2, write_tiktoken
@@ -33,9 +33,9 @@ def write_data(folder: Path, flags: list[str]) -> Path:
 
 def stored_ids(folder: Path, text: str) -> list[int]:
     """The ids that the tokenizer in a checkpoint gives."""
-    config = load_resolved(folder / manifests.CONFIG)
+    config = load_config(folder / manifests.CONFIG)
     stored = stored_tokenizer(folder / manifests.TOKENIZER, config.data.tokenizer_type)
-    tokenizer = run_tokenizer(changed(config, **stored))
+    tokenizer = load_run_tokenizer(replace_fields(config, **stored))
     assert tokenizer is not None
     return tokenizer.encode(text).tolist()
 
@@ -63,8 +63,8 @@ def test_a_run_keeps_its_tokenizer(kind: str, tmp_path: Path) -> None:
     kept = folder / manifests.TOKENIZER
     assert {path.name: path.read_bytes() for path in kept.iterdir()} == contents
     text = "The cat sat on 1,234 mats.\n猫"
-    config = load_resolved(folder / manifests.CONFIG)
-    tokenizer = run_tokenizer(config)
+    config = load_config(folder / manifests.CONFIG)
+    tokenizer = load_run_tokenizer(config)
     assert tokenizer is not None
     ids = tokenizer.encode(text).tolist()
 

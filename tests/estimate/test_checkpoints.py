@@ -9,7 +9,7 @@ import pytest
 from tests.plan.test_flops import preset
 
 from megatron_llmjp.config.flags import parse
-from megatron_llmjp.config.loading import changed
+from megatron_llmjp.config.loading import replace_fields
 from megatron_llmjp.estimate.checkpoints import Checkpoints, checkpoint_bytes, count_checkpoints
 from tests.support.datasets import write_folds
 from tests.support.training import Job, arguments, train_all
@@ -41,7 +41,7 @@ def words(name: str, folds: Path) -> list[str]:
 @pytest.mark.parametrize("name", JOBS)
 def test_of_a_real_run(saved, name):
     folder, folds = saved
-    config = changed(parse(words(name, folds))[0], vocab_size=100)
+    config = replace_fields(parse(words(name, folds))[0], vocab_size=100)
     kept = sorted((folder / name).glob("iter_*"))
     found = count_checkpoints(config, 5, FOLD_ENDS, step_seconds=1.0)
     assert found.kept == len(kept)
@@ -51,7 +51,10 @@ def test_of_a_real_run(saved, name):
 
 def count(iterations: int, *fold_ends: int, **values: Any) -> tuple[int, int]:
     found = count_checkpoints(
-        changed(preset("laptop-llama"), global_batch_size=10, **values), iterations, fold_ends, 30.0
+        replace_fields(preset("laptop-llama"), global_batch_size=10, **values),
+        iterations,
+        fold_ends,
+        30.0,
     )
     assert isinstance(found, Checkpoints)
     return found.written, found.kept

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_llmjp.config.loading import Layers, build, changed, read_config
+from megatron_llmjp.config.loading import ConfigLayers, build_config, read_config, replace_fields
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.estimate.flops import (
     flops_by_part,
@@ -25,9 +25,9 @@ BATCH = 3
 
 
 def preset(name: str, **values: Any) -> Config:
-    layers = Layers()
+    layers = ConfigLayers()
     read_config(name, layers)
-    return changed(build(layers), **values)
+    return replace_fields(build_config(layers), **values)
 
 
 def small(name: str, **values: Any) -> Config:
@@ -86,7 +86,7 @@ def test_sizes_known_from_parameters():
     norms = (2 * 96 + 1) * 12288
     in_layers = 169_947_181_056 - norms
     assert parts.attention_projections + parts.feed_forward == 6 * 4096 * in_layers
-    assert parts.logits == 6 * 4096 * 12288 * config.rows
+    assert parts.logits == 6 * 4096 * 12288 * config.padded_vocab_size
     assert parts.attention_scores == 6 * 4096 * 4096 * 12288 * 96
     assert step_flops(config, 1728) == 1728 * flops_per_sample(config)
     # Published: about 2,000 steps a day on 512 H100.

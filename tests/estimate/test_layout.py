@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tests.plan.test_flops import preset
 
-from megatron_llmjp.config.loading import changed
+from megatron_llmjp.config.loading import replace_fields
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.estimate.layout import lay_out, split_layers
 
@@ -42,7 +42,7 @@ SPLITS: list[tuple[dict[str, Any], list[list[int]]]] = [
 
 @pytest.mark.parametrize(("values", "expected"), SPLITS)
 def test_layers_of_each_stage(values, expected):
-    config = changed(preset("laptop-llama"), **{"num_layers": 8, **values})
+    config = replace_fields(preset("laptop-llama"), **{"num_layers": 8, **values})
     stages = split_layers(config)
     assert [[chunk.layers for chunk in stage] for stage in stages] == expected
     assert stages[0][0].embedding and stages[-1][-1].output
@@ -61,8 +61,10 @@ def test_the_172b_on_512_gpus():
 
 def test_interleaving_shrinks_the_bubble_and_keeps_more():
     values = {"pipeline_model_parallel_size": 4, "global_batch_size": 128, "num_layers": 8}
-    plain = lay_out(changed(preset("laptop-llama"), **values), 4)
-    config = changed(preset("laptop-llama"), virtual_pipeline_model_parallel_size=2, **values)
+    plain = lay_out(replace_fields(preset("laptop-llama"), **values), 4)
+    config = replace_fields(
+        preset("laptop-llama"), virtual_pipeline_model_parallel_size=2, **values
+    )
     interleaved = lay_out(config, 4)
     assert (plain.bubble, interleaved.bubble) == (3 / 19, 3 / 35)
     # In layers: 8 of 4 x 2 at the first stage, and 11 of 1 with two chunks of one layer.
@@ -79,4 +81,4 @@ def test_interleaving_shrinks_the_bubble_and_keeps_more():
 )
 def test_what_does_not_divide(values, world, words):
     with pytest.raises(UserError, match=words):
-        lay_out(changed(preset("laptop-llama"), micro_batch_size=8, **values), world)
+        lay_out(replace_fields(preset("laptop-llama"), micro_batch_size=8, **values), world)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tests.plan.test_flops import preset
 
-from megatron_llmjp.config.loading import changed
+from megatron_llmjp.config.loading import replace_fields
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.estimate.layout import lay_out
 from megatron_llmjp.estimate.memory import CPU, GPU, layer_activations, rank_memory, rank_parameters
@@ -46,7 +46,7 @@ IN_PAIRS: list[tuple[str, dict[str, Any]]] = [
 
 
 def make(name: str, values: dict[str, Any]) -> Config:
-    return changed(preset(name), **{"vocab_size": 4096, "train_iters": 10, **values})
+    return replace_fields(preset(name), **{"vocab_size": 4096, "train_iters": 10, **values})
 
 
 def measure(cases: list[tuple[str, dict[str, Any]]], folder: str) -> list[dict[str, int]]:
@@ -196,7 +196,9 @@ def test_a_layer_on_gpus_against_the_published_formula(t, sequence_parallel, mul
     """
     values = {"tensor_model_parallel_size": t, "sequence_parallel": sequence_parallel}
     config = make("laptop-gpt2", {**values, "bf16": True, "recompute_granularity": "selective"})
-    config = changed(config, hidden_size=4096, ffn_hidden_size=16384, micro_batch_size=2)
-    dropout = changed(config, hidden_dropout=0.1, attention_dropout=0.1, num_attention_heads=32)
-    kept = layer_activations(dropout, lay_out(changed(dropout, global_batch_size=2), t), GPU)
+    config = replace_fields(config, hidden_size=4096, ffn_hidden_size=16384, micro_batch_size=2)
+    dropout = replace_fields(
+        config, hidden_dropout=0.1, attention_dropout=0.1, num_attention_heads=32
+    )
+    kept = layer_activations(dropout, lay_out(replace_fields(dropout, global_batch_size=2), t), GPU)
     assert kept / (2 * config.data.seq_length * 4096) == pytest.approx(multiple, rel=0.002)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tests.plan.test_flops import preset
 
-from megatron_llmjp.config.loading import changed
+from megatron_llmjp.config.loading import replace_fields
 from megatron_llmjp.estimate.parameters import count_parameters
 
 NON_EMBEDDING = {
@@ -25,5 +25,5 @@ def test_non_embedding(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_all(name):
-    config = changed(preset(name), padded_vocab_size=ROWS)
+    config = replace_fields(preset(name), padded_vocab_size=ROWS)
     assert count_parameters(config).total == ALL[name]

@@ -25,7 +25,7 @@ def poison(words: list[str], factor: float, rank: int | None) -> int:
     from megatron_llmjp.config.flags import parse
     from megatron_llmjp.parallel.device import setup
     from megatron_llmjp.parallel.ranks import find_ranks
-    from megatron_llmjp.run import prepare
+    from megatron_llmjp.run import resolve_run
     from megatron_llmjp.training import train as train_module
     from megatron_llmjp.training import train_step, trainer
 
@@ -52,7 +52,7 @@ def poison(words: list[str], factor: float, rank: int | None) -> int:
     device = setup()
     config = parse(words).config
     try:
-        return train_module.train(prepare(config, here.world_size), here, device)
+        return train_module.train(resolve_run(config, here.world_size), here, device)
     except trainer.TrainingError as error:
         print(error)
         return 1

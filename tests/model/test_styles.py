@@ -11,7 +11,13 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from megatron_llmjp.config.loading import Layers, build, changed, load_resolved, read_config
+from megatron_llmjp.config.loading import (
+    ConfigLayers,
+    build_config,
+    load_config,
+    read_config,
+    replace_fields,
+)
 from megatron_llmjp.convert import cli as converter
 from tests.support.processes import run_ranks
 from tests.support.tolerances import ELEMENTWISE, LOGITS, assert_close, assert_within, distance
@@ -107,7 +113,7 @@ def compute(root: str, styles: list[str], presets: list[str]) -> dict[str, Any]:
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     found: dict[str, Any] = {}
     for number, style in enumerate(styles):
-        config = load_resolved(newest(folder / style) / "config.yaml")
+        config = load_config(newest(folder / style) / "config.yaml")
         if number == 0:
             process_groups.start(config, alone(), device)
         (model,) = build_model(config, device)
@@ -160,7 +166,7 @@ def communication(config: Any, device: Any) -> list[list[bool]]:
     found = []
     for stages, where in ((2, device), (3, device), (2, Device("cuda", "nccl", "a GPU"))):
         sizes = {"pipeline_model_parallel_size": stages, "virtual_pipeline_model_parallel_size": 2}
-        settings = gpt._pipeline_communication(changed(config, **sizes), where)
+        settings = gpt._pipeline_communication(replace_fields(config, **sizes), where)
         names = ("overlap_p2p_comm", "batch_p2p_comm", "deallocate_pipeline_outputs")
         found.append([settings[name] for name in names])
     return found
@@ -177,11 +183,13 @@ def count(preset: str) -> list[int]:
     """All parameters of a preset on one process, and those of word embeddings and output layer."""
     from megatron_llmjp.model import gpt
 
-    layers = Layers()
+    layers = ConfigLayers()
     read_config(preset, layers)
     rows = ROWS if SIZES[preset][0] == "all" else 99_584
     one = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1}
-    config = changed(build(layers), padded_vocab_size=rows, bf16=False, fp16=False, **one)
+    config = replace_fields(
+        build_config(layers), padded_vocab_size=rows, bf16=False, fp16=False, **one
+    )
     before = torch.cuda.current_device, gpt.initialize
     torch.cuda.current_device = lambda: Nowhere.torch  # type: ignore[assignment,return-value]
     gpt.initialize = lambda *_: None
@@ -207,10 +215,10 @@ def test_logits_are_transformers(result, style):
         assert distance(plain, theirs[style]) > 10 * LOGITS
         return
     # The model is of the preset's style in everything but size.
-    layers = Layers()
+    layers = ConfigLayers()
     read_config(style, layers)
-    preset = build(layers).model
-    config = load_resolved(next((folder / style).glob("iter_*")) / "config.yaml").model
+    preset = build_config(layers).model
+    config = load_config(next((folder / style).glob("iter_*")) / "config.yaml").model
     for field in (
         "position_embedding_type", "rotary_percent", "rotary_base", "normalization",
         "use_rope_scaling", "use_parallel_residual", "norm_epsilon", "activation_function",

@@ -73,7 +73,7 @@ def train_on_rank(jobs: list[dict[str, Any]], folder: str) -> None:
     from megatron_llmjp.config.flags import parse
     from megatron_llmjp.parallel.device import setup
     from megatron_llmjp.parallel.ranks import Ranks
-    from megatron_llmjp.run import prepare
+    from megatron_llmjp.run import resolve_run
     from megatron_llmjp.training.train import train
 
     device = setup()
@@ -84,7 +84,7 @@ def train_on_rank(jobs: list[dict[str, Any]], folder: str) -> None:
             continue
         save = Path(folder) / job["name"]
         config = parse([*job["flags"], "--save", str(save)]).config
-        run = prepare(config, end - first)
+        run = resolve_run(config, end - first)
         port = meeting_port(save.with_suffix(".port"), me == first)
         ranks = Ranks(me - first, end - first, 0, "127.0.0.1", port, "test")
         try:

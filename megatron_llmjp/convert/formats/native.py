@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megatron_llmjp.checkpoint import manifest as manifests
-from megatron_llmjp.config.loading import dump, load_resolved
+from megatron_llmjp.config.loading import dump_config, load_config
 from megatron_llmjp.config.schema import Config, ModelConfig
 from megatron_llmjp.convert import generation, optimizer_state
 from megatron_llmjp.convert.files import torch_dist
@@ -26,7 +26,7 @@ from megatron_llmjp.convert.optimizer_state import OptimizerState
 from megatron_llmjp.convert.plan import Checksums, Output
 from megatron_llmjp.convert.tensors import WORD_EMBEDDINGS
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.filesystem import write_durably
+from megatron_llmjp.filesystem import write_atomically
 from megatron_llmjp.tokenizers import TOKENIZER_TYPES
 
 _FILE_SIZE = 1_000_000_000
@@ -44,7 +44,7 @@ def read(path: Path) -> Source:
     problems = manifests.problems(folder, manifest)
     if problems:
         raise UserError("\n".join(problems))
-    config = load_resolved(folder / manifests.CONFIG)
+    config = load_config(folder / manifests.CONFIG)
     files = {
         folder / name: Region(folder / name, 0, entry.bytes, int(entry.crc32, 16), "its manifest")
         for name, entry in manifest.files.items()
@@ -95,7 +95,7 @@ def architecture(config: Config) -> ModelConfig:
             "num_query_groups": model.query_groups,
             "kv_channels": model.head_dim,
             "ffn_hidden_size": model.ffn_size,
-            "max_position_embeddings": config.positions,
+            "max_position_embeddings": config.max_positions,
         }
     )
 
@@ -126,7 +126,7 @@ def plan(source: Source, options: Options) -> Output:
     def finish(out: Path, sums: Checksums) -> None:
         inner = out / folder
         writer.finish(inner, common)
-        (inner / manifests.CONFIG).write_text(dump(config), encoding="utf-8")
+        (inner / manifests.CONFIG).write_text(dump_config(config), encoding="utf-8")
         (inner / manifests.TOKENIZER).mkdir()
         for name, path in tokenizer.files.items():
             shutil.copyfile(path, inner / manifests.TOKENIZER / name)
@@ -145,7 +145,7 @@ def plan(source: Source, options: Options) -> Output:
             files=dict(sorted(files.items())),
         )
         manifests.write(inner, manifest)
-        write_durably(out / manifests.TRACKER, str(iteration))
+        write_atomically(out / manifests.TRACKER, str(iteration))
 
     warnings = [*tokenizer.warnings, *changes]
     return Output(writer.files, writes, finish, list(tokenizer.notes), warnings)
@@ -159,7 +159,9 @@ def _config(source: Source, options: Options) -> Config:
     if model.padded_vocab_size is not None and model.padded_vocab_size < vocabulary:
         raise UserError(f"vocabulary {vocabulary} exceeds its {model.padded_vocab_size} rows")
     unpadded = model.model_copy(update={"vocab_size": vocabulary, "padded_vocab_size": None})
-    model = unpadded.model_copy(update={"padded_vocab_size": unpadded.rows(tensor)})
+    model = unpadded.model_copy(
+        update={"padded_vocab_size": unpadded.compute_padded_vocab_size(tensor)}
+    )
     dtype = options.dtype or source.dtype
     positions = model.max_position_embeddings
     types = {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}

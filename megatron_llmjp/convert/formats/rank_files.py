@@ -144,4 +144,4 @@ def target_rows(
         return stored  # the true size is not known: keep every row
     if divisible_by is not None:
         update["make_vocab_size_divisible_by"] = divisible_by
-    return model.model_copy(update=update).rows(tensor)
+    return model.model_copy(update=update).compute_padded_vocab_size(tensor)

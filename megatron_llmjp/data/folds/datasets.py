@@ -35,7 +35,7 @@ from megatron_llmjp.data.folds.schedule import DatasetInfo
 from megatron_llmjp.data.folds.schema import Fold, FoldFile, ValidationSet
 from megatron_llmjp.data.indexed_dataset import DatasetIndex, check_entries
 from megatron_llmjp.errors import DataError, UserError
-from megatron_llmjp.filesystem import crc32_of, spread, write_durably
+from megatron_llmjp.filesystem import evenly_spaced_offsets, file_crc32, write_atomically
 
 FOLDER = "facts"
 _KEYS = {"key": "key", "earlier_key": "legacy_key", "checksums": "checksums"}
@@ -78,7 +78,7 @@ def save_facts(datasets: Mapping[str, DatasetInfo], cache: Path) -> None:
             parts = [[split, part, tokens] for (split, part), tokens in info.parts.items()]
             keys = {name: getattr(info, attribute) for name, attribute in _KEYS.items()}
             found = {"tokens": info.tokens, "largest_id": info.largest_id, "parts": parts}
-            write_durably(place, json.dumps({**keys, **found}))
+            write_atomically(place, json.dumps({**keys, **found}))
 
 
 def _place(stamp: str, cache: Path) -> Path:
@@ -162,13 +162,13 @@ def _compute_legacy_key(prefix: str) -> str:
     """Return the key that a dataset had while a ``PREFIX.json`` stated its checksums."""
     paths = {"bin": indexed_dataset.bin_path(prefix), "idx": indexed_dataset.idx_path(prefix)}
     return compute_keys(
-        prefix, _joined({n: f"{crc32_of(path):08x}" for n, path in paths.items()})
+        prefix, _joined({n: f"{file_crc32(path):08x}" for n, path in paths.items()})
     ).earlier
 
 
 def _add_blocks(digest: hashlib._Hash, path: Path, blocks: int, size: int) -> None:
     with path.open("rb") as stream:
-        for offset in spread(path.stat().st_size, size, blocks):
+        for offset in evenly_spaced_offsets(path.stat().st_size, size, blocks):
             stream.seek(offset)
             # CRC-32 of a block is several times faster than SHA-256, and against accidents enough.
             digest.update(zlib.crc32(stream.read(size)).to_bytes(4, "little"))
@@ -243,7 +243,7 @@ def largest_id(index: DatasetIndex) -> int | None:
     count, size = _ID_BLOCKS
     if len(tokens) <= count * size:
         return int(tokens.max())
-    starts = spread(len(tokens), size, count)
+    starts = evenly_spaced_offsets(len(tokens), size, count)
     return max(int(tokens[start : start + size].max()) for start in starts)
 
 

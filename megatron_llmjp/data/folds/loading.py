@@ -38,14 +38,14 @@ from megatron_llmjp.data.folds.schema import (
     SkipRange,
     ValidationSet,
 )
-from megatron_llmjp.errors import UserError, suggest
-from megatron_llmjp.yaml_text import At, Written, read_yaml
+from megatron_llmjp.errors import UserError, did_you_mean
+from megatron_llmjp.yaml_text import YamlDocument, YamlPath, read_yaml
 
 READERS_KEYS = ("include", "root", "blends")
 """Keys of a fold file that the reader resolves."""
 
 
-def describe_validation_error(error: ValidationError, written: Written) -> str:
+def describe_validation_error(error: ValidationError, written: YamlDocument) -> str:
     """One line for each mistake."""
     return "\n".join(
         f"{written.where(tuple(e['loc']))}: {_describe(e, written.data)}" for e in _own(error)
@@ -71,7 +71,9 @@ def _describe(error: Any, data: Any) -> str:
     message = message.replace("a valid tuple", "a list").replace("a valid dictionary", "a mapping")
     if error["type"] == "extra_forbidden":
         possible = _keys_beside(words)
-        message = f"unknown key{suggest(words[-1], possible)} (possible: {', '.join(possible)})"
+        message = (
+            f"unknown key{did_you_mean(words[-1], possible)} (possible: {', '.join(possible)})"
+        )
     return f"{', '.join(words) or 'the file'}: {message}"
 
 
@@ -98,7 +100,7 @@ def read_fold_file(path: Path) -> FoldFile:
     library = _Library()
     main = library.read(path, "fold file", ())
     data = {key: value for key, value in main.data.items() if key not in READERS_KEYS}
-    whole = Written(str(path), data, main.lines)
+    whole = YamlDocument(str(path), data, main.lines)
     for at, holder in _holders(data):
         if isinstance(holder.get("blend"), (str, list)):
             holder["blend"] = library.blend(holder["blend"], whole, (*at, "blend"))
@@ -108,7 +110,7 @@ def read_fold_file(path: Path) -> FoldFile:
         raise UserError(describe_validation_error(error, whole)) from None
 
 
-def _holders(data: dict[str, Any]) -> Iterator[tuple[At, dict[str, Any]]]:
+def _holders(data: dict[str, Any]) -> Iterator[tuple[YamlPath, dict[str, Any]]]:
     """The folds and validation sets, which hold a path or a blend, and where they are."""
     folds, validation = data.get("folds"), data.get("validation")
     for number, fold in enumerate(folds if isinstance(folds, list) else []):
@@ -123,11 +125,11 @@ def _holders(data: dict[str, Any]) -> Iterator[tuple[At, dict[str, Any]]]:
 class _Library:
     """The named blends of all files read."""
 
-    blends: dict[str, tuple[Any, Written, At]] = field(default_factory=dict)
+    blends: dict[str, tuple[Any, YamlDocument, YamlPath]] = field(default_factory=dict)
     """By name: the blend, its file, and where it is there."""
     files: set[Path] = field(default_factory=set)
 
-    def read(self, path: Path, named_by: str, including: tuple[Path, ...]) -> Written:
+    def read(self, path: Path, named_by: str, including: tuple[Path, ...]) -> YamlDocument:
         """Read a file and all that it includes; paths in it are resolved, its blends kept.
 
         Raises:
@@ -165,7 +167,7 @@ class _Library:
                     f"that is included holds {', '.join(READERS_KEYS)}"
                 )
 
-    def _add(self, name: str, blend: Any, written: Written) -> None:
+    def _add(self, name: str, blend: Any, written: YamlDocument) -> None:
         where = written.where(("blends", name))
         if name in self.blends:
             _, other, at = self.blends[name]
@@ -174,7 +176,7 @@ class _Library:
             raise UserError(f"{where}: blend '{name}': expected datasets, as `NAME: {{path: ...}}`")
         self.blends[name] = (blend, written, ("blends", name))
 
-    def blend(self, names: str | list[Any], whole: Written, at: At) -> dict[str, Any]:
+    def blend(self, names: str | list[Any], whole: YamlDocument, at: YamlPath) -> dict[str, Any]:
         """The datasets of one or more named blends; their lines are noted as the fold's own.
 
         Raises:
@@ -185,8 +187,9 @@ class _Library:
             if not isinstance(name, str) or name not in self.blends:
                 raise UserError(
                     f"{whole.where(at)}: there is no blend named '{name}'"
-                    f"{suggest(str(name), self.blends)} (known: {', '.join(self.blends) or 'none'};"
-                    " blends are declared under `blends:`, here or in an included file)"
+                    f"{did_you_mean(str(name), self.blends)} "
+                    f"(known: {', '.join(self.blends) or 'none'}; blends are "
+                    "declared under `blends:`, here or in an included file)"
                 )
             blend, written, source = self.blends[name]
             for twice in found.keys() & blend.keys():
@@ -206,7 +209,7 @@ def _texts(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _name_entries(written: Written) -> None:
+def _name_entries(written: YamlDocument) -> None:
     """Turn each blend that is a list of datasets into a mapping, named by ``name`` or the path.
 
     Raises:
@@ -234,7 +237,7 @@ def _name_entries(written: Written) -> None:
             for old, line in list(written.lines.items()):
                 if old[: len(place)] == place and len(old) > len(place):
                     name = names[int(old[len(place)])]
-                    new: At = (*place, name, *old[len(place) + 1 :])
+                    new: YamlPath = (*place, name, *old[len(place) + 1 :])
                     written.lines[new] = line
 
 
@@ -260,7 +263,7 @@ def _expanded(text: str, where: str) -> str:
     return found
 
 
-def _resolve_paths(written: Written) -> None:
+def _resolve_paths(written: YamlDocument) -> None:
     """Put the file's root before every path in it, once for each mapping that anchors share."""
     data = written.data
     root_text = data.get("root") or ""

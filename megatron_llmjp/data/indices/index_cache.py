@@ -35,7 +35,13 @@ from typing import Protocol
 from numpy.lib import format as npy
 
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.filesystem import crc32_of, lock_file, no_heartbeat, process_lives, sync
+from megatron_llmjp.filesystem import (
+    acquire_lock,
+    file_crc32,
+    fsync_path,
+    no_heartbeat,
+    process_exists,
+)
 
 CONTENTS = "contents.json"
 ARRAY = ".npy"
@@ -134,7 +140,7 @@ def find_damage(folder: Path, *, thorough: bool = False) -> str | None:
             return f"{name} has {found:,} bytes, expected {size:,}"
         if name.endswith(ARRAY) and (wrong := _array_fault(folder / name)) is not None:
             return f"{name} {wrong}"
-        if thorough and crc32_of(folder / name) != crc:
+        if thorough and file_crc32(folder / name) != crc:
             return f"{name} has another checksum than when it was written"
     return None
 
@@ -156,7 +162,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-        sync(folder.parent)
+        fsync_path(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -207,7 +213,7 @@ def _try_lock(folder: Path) -> Iterator[bool]:
     path = folder.with_name(f"{folder.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = lock_file(path, patient=False)
+        lock = acquire_lock(path, patient=False)
     except BlockingIOError:
         yield False
         return
@@ -224,13 +230,13 @@ def _seal(folder: Path) -> None:
     """Bring the files to disk, with a list of them."""
     files = {}
     for path in sorted(folder.iterdir()):
-        files[path.name] = (path.stat().st_size, crc32_of(path))
-        sync(path)
+        files[path.name] = (path.stat().st_size, file_crc32(path))
+        fsync_path(path)
     with (folder / CONTENTS).open("w") as stream:
         json.dump({"files": files}, stream, indent=1)
         stream.flush()
         os.fsync(stream.fileno())
-    sync(folder)
+    fsync_path(folder)
 
 
 def _array_fault(path: Path) -> str | None:
@@ -276,5 +282,5 @@ def _remove_abandoned(folder: Path) -> None:
                 old = time.time() - path.stat().st_mtime > ABANDONED_SECONDS
             except FileNotFoundError:
                 continue
-            if old or (host == here and not process_lives(int(pid))):
+            if old or (host == here and not process_exists(int(pid))):
                 shutil.rmtree(path, ignore_errors=True)

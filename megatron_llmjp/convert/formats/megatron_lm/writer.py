@@ -23,7 +23,7 @@ from megatron_llmjp.convert.formats.registry import Options, Source
 from megatron_llmjp.convert.plan import Checksums, Output, Slot
 from megatron_llmjp.convert.tensors import OUTPUT_LAYER, WORD_EMBEDDINGS, shapes
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.filesystem import write_durably
+from megatron_llmjp.filesystem import write_atomically
 
 
 def plan(source: Source, options: Options) -> Output:
@@ -110,7 +110,7 @@ def _folder(iteration: int) -> str:
 
 
 def _write_tracker(out: Path, iteration: int) -> None:
-    write_durably(out / TRACKER, str(iteration) if iteration else "release")
+    write_atomically(out / TRACKER, str(iteration) if iteration else "release")
 
 
 def _plan_legacy(source: Source, options: Options) -> Output:
