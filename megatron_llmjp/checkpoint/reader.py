@@ -7,28 +7,24 @@ tensor that is wanted as it lies in the file is read into its place.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import (
+    CachedMetadataFileSystemReader,
+)
 from torch.distributed.checkpoint.filesystem import _create_file_view
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadItemType
 from torch.futures import Future
 
 from megatron_llmjp.checkpoint.safe_unpickling import read_index
-from megatron_llmjp.parallel.device import without_warnings
 from megatron_llmjp.parallel.process_groups import UNWATCHED, LongWork
-
-with without_warnings():
-    from megatron.core.dist_checkpointing.strategies import torch as core
-    from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import (
-        CachedMetadataFileSystemReader,
-    )
+from megatron_llmjp.patches.checkpoint_reader import storage_reader
 
 READERS = 4
 """Threads of a rank that read at the same time."""
@@ -127,15 +123,6 @@ def _where(archive: Any, target: torch.Tensor) -> int | None:
     return offset if alike else None
 
 
-@contextmanager
-def threaded_reading(work: LongWork = UNWATCHED) -> Iterator[None]:
-    """Have megatron-core's torch_dist format read through :class:`ThreadedReader`.
-
-    megatron-core makes its reader in a function of its own and takes none as an argument.
-    """
-    make = core._get_filesystem_reader
-    core._get_filesystem_reader = lambda folder, cache_metadata=False: ThreadedReader(folder, work)
-    try:
-        yield
-    finally:
-        core._get_filesystem_reader = make
+def threaded_reading(work: LongWork = UNWATCHED) -> AbstractContextManager[None]:
+    """Make megatron-core read torch_dist checkpoints with :class:`ThreadedReader`."""
+    return storage_reader(lambda folder: ThreadedReader(folder, work))

@@ -15,9 +15,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import megatron.core
 import numpy
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingConfig
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
 import megatron_llmjp
 from megatron_llmjp.checkpoint import manifest as manifests
@@ -31,15 +36,7 @@ from megatron_llmjp.config.loading import dump_config
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.folds.fingerprint import FoldFingerprint
 from megatron_llmjp.data.folds.schedule import NO_SKIPPED_SAMPLES, SkippedSamples
-from megatron_llmjp.parallel.device import without_warnings
 from megatron_llmjp.parallel.process_groups import UNWATCHED, LongWork
-
-with without_warnings():
-    import megatron.core
-    from megatron.core import parallel_state
-    from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingConfig
-    from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_llmjp.checkpoint import manifest as manifests
@@ -26,11 +27,7 @@ from megatron_llmjp.checkpoint.sharded_state import RunState
 from megatron_llmjp.checkpoint.writer import HostCopy, NotFiniteError, ThreadCaller
 from megatron_llmjp.config.schema import CheckpointConfig
 from megatron_llmjp.errors import RunError
-from megatron_llmjp.parallel.device import without_warnings
 from megatron_llmjp.parallel.process_groups import UNWATCHED, LongWork
-
-with without_warnings():
-    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
 
 class SaveError(RunError):

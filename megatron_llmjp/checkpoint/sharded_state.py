@@ -26,27 +26,25 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
+from megatron.core.dist_checkpointing.serialization import (
+    load_common_state_dict,
+    load_sharded_metadata,
+)
+from megatron.core.dist_checkpointing.utils import apply_prefix_mapping
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.utils import unwrap_model
 
 from megatron_llmjp.checkpoint import safe_unpickling
 from megatron_llmjp.checkpoint.reader import threaded_reading
-from megatron_llmjp.parallel.device import without_warnings
 from megatron_llmjp.parallel.process_groups import UNWATCHED, LongWork
-
-with without_warnings():
-    from megatron.core.tensor_parallel import get_cuda_rng_tracker
-with without_warnings():
-    from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-    from megatron.core.dist_checkpointing.utils import apply_prefix_mapping
-with without_warnings():
-    from megatron.core import dist_checkpointing, parallel_state
-    from megatron.core.dist_checkpointing.mapping import ShardedObject
-    from megatron.core.dist_checkpointing.serialization import (
-        load_common_state_dict,
-        load_sharded_metadata,
-    )
-    from megatron.core.dist_checkpointing.validation import StrictHandling
-    from megatron.core.utils import unwrap_model
 
 
 def get_random_state() -> dict[str, Any]:

@@ -21,6 +21,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCaller, AsyncRequest
+from megatron.core.dist_checkpointing.strategies.filesystem_async import (
+    FileSystemWriterAsync,
+    _split_by_size_and_type,
+)
+from megatron.core.dist_checkpointing.strategies.state_dict_saver import (
+    save_state_dict_async_finalize,
+    save_state_dict_async_plan,
+)
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
 from torch import Tensor
 from torch.distributed.checkpoint.api import _wrap_exception
 from torch.distributed.checkpoint.filesystem import (
@@ -32,24 +46,7 @@ from torch.distributed.checkpoint.filesystem import (
 
 from megatron_llmjp.checkpoint.manifest import FileEntry
 from megatron_llmjp.filesystem import name_path_in_errors, no_heartbeat
-from megatron_llmjp.parallel.device import without_warnings
 from megatron_llmjp.parallel.process_groups import UNWATCHED, LongWork
-
-with without_warnings():
-    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCaller, AsyncRequest
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import (
-        FileSystemWriterAsync,
-        _split_by_size_and_type,
-    )
-    from megatron.core.dist_checkpointing.strategies.state_dict_saver import (
-        save_state_dict_async_finalize,
-        save_state_dict_async_plan,
-    )
-    from megatron.core.dist_checkpointing.strategies.torch import (
-        MCoreSavePlanner,
-        _replace_state_dict_keys_with_sharded_keys,
-        mcore_to_pyt_state_dict,
-    )
 
 FILES_PER_RANK = 2
 """Files that a rank writes at the same time, as in megatron-core."""

@@ -11,16 +11,14 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.utils import get_batch_on_this_cp_rank
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.dataset import Sample
-from megatron_llmjp.parallel.device import Device, without_warnings
+from megatron_llmjp.parallel.device import Device
 from megatron_llmjp.parallel.signals import SIGNALS
-
-with without_warnings():
-    from megatron.core import parallel_state
-    from megatron.core.utils import get_batch_on_this_cp_rank
 
 Batch = dict[str, torch.Tensor]
 

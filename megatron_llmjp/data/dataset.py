@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core.datasets.gpt_dataset import GPTDataset
 from torch.utils.data import Dataset
 
 from megatron_llmjp.data.folds.schedule import (
@@ -34,10 +35,6 @@ from megatron_llmjp.data.indices.index_cache import CachedIndex
 from megatron_llmjp.data.indices.interleave import FoldOrder
 from megatron_llmjp.data.indices.megatron_order import megatron_index
 from megatron_llmjp.errors import DataError
-from megatron_llmjp.parallel.device import without_warnings
-
-with without_warnings():
-    from megatron.core.datasets.gpt_dataset import GPTDataset
 
 
 def check_token_ids(

@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_llmjp.config.schema import Config
@@ -19,11 +20,8 @@ from megatron_llmjp.errors import UserError
 from megatron_llmjp.estimate.layout import Layout
 from megatron_llmjp.estimate.memory import rank_parameters
 from megatron_llmjp.model.gpt import build_model_chunk, transformer_config
-from megatron_llmjp.parallel.device import Device, setup, without_warnings
+from megatron_llmjp.parallel.device import Device, setup
 from megatron_llmjp.parallel.process_groups import seed_everything
-
-with without_warnings():
-    from megatron.core import parallel_state
 
 
 @dataclass(frozen=True)

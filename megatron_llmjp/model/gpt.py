@@ -9,6 +9,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel, gpt_layer_specs
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_llmjp.config.schema import Config
@@ -16,17 +24,7 @@ from megatron_llmjp.errors import UserError
 from megatron_llmjp.model.initialization import initialize
 from megatron_llmjp.model.layers import ParallelResidualLayer, SDPAttention, norm_class
 from megatron_llmjp.model.losses import add_z_loss
-from megatron_llmjp.parallel.device import Device, without_warnings
-
-with without_warnings():
-    from megatron.core import parallel_state
-    from megatron.core.models.gpt import GPTModel, gpt_layer_specs
-    from megatron.core.transformer.transformer_block import (
-        TransformerBlockSubmodules,
-        get_num_layers_to_build,
-    )
-    from megatron.core.transformer.transformer_config import TransformerConfig
-    from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron_llmjp.parallel.device import Device
 
 
 @dataclass(frozen=True)
@@ -50,8 +48,8 @@ def choose_kernels(device: Device) -> Kernels:
     """The best that is importable on this device."""
     if not device.is_cuda:
         return Kernels(transformer_engine=False, fusions=False, fused_wgrad=False)
-    with without_warnings():
-        from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available
+    from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available
+
     return Kernels(
         transformer_engine=gpt_layer_specs.HAVE_TE,
         fusions=True,
@@ -76,7 +74,7 @@ def transformer_config(config: Config, device: Device) -> TransformerConfig:
     kernels = choose_kernels(device)
     model, parallel = config.model, config.parallel
     activation, fused_activation = _activation(model.activation_function, kernels, config)
-    with without_warnings(), _refusals_told():
+    with _refusals_told():
         core = TransformerConfig(
             num_layers=model.num_layers,
             hidden_size=model.hidden_size,
@@ -186,8 +184,7 @@ def layer_spec(
             f"{device.name}: its attention is the only one that spans processes; install it, or "
             "use sequence_parallel and recompute_granularity for long sequences"
         )
-    with without_warnings():
-        spec = gpt_layer_specs.get_gpt_layer_local_spec(normalization=config.model.normalization)
+    spec = gpt_layer_specs.get_gpt_layer_local_spec(normalization=config.model.normalization)
     norm = norm_class(config.model.normalization)
     attention = spec.submodules.self_attention
     attention = replace(

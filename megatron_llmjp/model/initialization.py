@@ -16,13 +16,10 @@ import re
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from megatron_llmjp.config.schema import Config
-from megatron_llmjp.parallel.device import without_warnings
-
-with without_warnings():
-    from megatron.core import parallel_state
 
 _RESIDUAL = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")

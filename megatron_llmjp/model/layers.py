@@ -18,16 +18,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
-
-from megatron_llmjp.parallel.device import without_warnings
-
-with without_warnings():
-    from megatron.core.tensor_parallel import get_cuda_rng_tracker
-    from megatron.core.transformer.module import MegatronModule
-    from megatron.core.transformer.transformer_config import TransformerConfig
-with without_warnings():
-    from megatron.core.transformer.transformer_layer import TransformerLayer
 
 
 class RMSNorm(nn.RMSNorm):

@@ -12,14 +12,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntropy
+from megatron.core.tensor_parallel.utils import VocabUtility
 from torch import Tensor
-
-from megatron_llmjp.parallel.device import without_warnings
-
-with without_warnings():
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntropy
-    from megatron.core.tensor_parallel.utils import VocabUtility
 
 
 def add_z_loss(model: Any, strength: float) -> None:

@@ -27,21 +27,18 @@ import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.num_microbatches_calculator import (
+    destroy_num_microbatches_calculator,
+    init_num_microbatches_calculator,
+)
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.errors import RunError
 from megatron_llmjp.filesystem import no_heartbeat
-from megatron_llmjp.parallel.device import Device, without_warnings
+from megatron_llmjp.parallel.device import Device
 from megatron_llmjp.parallel.ranks import Ranks
-
-with without_warnings():
-    from megatron.core import parallel_state
-    from megatron.core.num_microbatches_calculator import (
-        destroy_num_microbatches_calculator,
-        init_num_microbatches_calculator,
-    )
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
 
 LONGEST = timedelta(days=30)
 """No limit in practice; gloo wants one."""

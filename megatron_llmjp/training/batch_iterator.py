@@ -7,16 +7,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from torch.utils.data import Dataset
 
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.dataloader import Batch, BatchSizeFunction, micro_batches
 from megatron_llmjp.data.dataset import FoldDataset, Sample
 from megatron_llmjp.data.folds.schedule import Schedule
-from megatron_llmjp.parallel.device import Device, without_warnings
-
-with without_warnings():
-    from megatron.core import parallel_state
+from megatron_llmjp.parallel.device import Device
 
 
 class Labelled(Dataset[Sample]):

@@ -11,14 +11,12 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.data.folds.schedule import Schedule
 from megatron_llmjp.data.lr_schedule import SchedulerSettings, learning_rate_settings
-from megatron_llmjp.parallel.device import without_warnings
-
-with without_warnings():
-    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.data.folds.schedule import Schedule
 from megatron_llmjp.estimate.flops import compute_dtype, tflops_per_device
 from megatron_llmjp.estimate.gpus import peak_tflops
-from megatron_llmjp.parallel.device import Device, without_warnings
+from megatron_llmjp.parallel.device import Device
 from megatron_llmjp.training.batch_iterator import dataset_names
 from megatron_llmjp.training.evaluation import describe, perplexity
 from megatron_llmjp.training.gradient_monitor import Verdict
@@ -27,9 +28,6 @@ from megatron_llmjp.training.train_step import (
     StepResult,
     means_over_ranks,
 )
-
-with without_warnings():
-    from megatron.core import parallel_state
 
 
 @dataclass

@@ -10,24 +10,22 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core import optimizer as core_optimizer
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+)
+from megatron.core.optimizer import distrib_optimizer
+from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import Float16Module, param_is_not_shared
 
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.model.gpt import params_dtype
-from megatron_llmjp.parallel.device import Device, without_warnings
-from megatron_llmjp.patches.megatron_optimizer import save_padding, use_own_adamw
-
-with without_warnings():
-    from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
-    from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
-    from megatron.core.transformer.module import param_is_not_shared
-with without_warnings():
-    from megatron.core import optimizer as core_optimizer
-    from megatron.core.distributed import (
-        DistributedDataParallel,
-        DistributedDataParallelConfig,
-    )
-    from megatron.core.optimizer import distrib_optimizer
-    from megatron.core.transformer.module import Float16Module
+from megatron_llmjp.parallel.device import Device
+from megatron_llmjp.patches.bucket_padding import keep_bucket_padding
+from megatron_llmjp.patches.fused_adamw import register_fused_adamw
+from megatron_llmjp.patches.missing_moments import create_missing_moments
 
 
 @torch.no_grad()
@@ -85,7 +83,7 @@ def wrap_for_data_parallel(chunks: list[Any], config: Config, device: Device) ->
 
 def make_optimizer(chunks: list[Any], config: Config, device: Device) -> Any:
     """The optimizer of megatron-core, distributed over data-parallel ranks if asked for."""
-    use_own_adamw()
+    register_fused_adamw()
     o = config.optimizer
     settings = core_optimizer.OptimizerConfig(
         optimizer=o.optimizer,
@@ -107,16 +105,16 @@ def make_optimizer(chunks: list[Any], config: Config, device: Device) -> Any:
         hysteresis=o.hysteresis,
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
     )
-    with without_warnings():
-        optimizer = core_optimizer.get_megatron_optimizer(
-            settings,
-            chunks,
-            core_optimizer.get_standard_config_overrides(settings),
-            use_gloo_process_groups=False,
-        )
+    optimizer = core_optimizer.get_megatron_optimizer(
+        settings,
+        chunks,
+        core_optimizer.get_standard_config_overrides(settings),
+        use_gloo_process_groups=False,
+    )
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if isinstance(part, distrib_optimizer.DistributedOptimizer):
-            save_padding(part)
+            create_missing_moments(part)
+            keep_bucket_padding(part)
     return optimizer
 
 

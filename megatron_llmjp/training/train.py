@@ -12,7 +12,7 @@ import torch
 from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.errors import EXIT_DONE, RunError
 from megatron_llmjp.parallel import process_groups
-from megatron_llmjp.parallel.device import Device, be_deterministic
+from megatron_llmjp.parallel.device import Device, use_deterministic_kernels
 from megatron_llmjp.parallel.process_groups import LongWork, patient_group
 from megatron_llmjp.parallel.ranks import Ranks
 from megatron_llmjp.parallel.signals import StopRequests
@@ -50,7 +50,7 @@ def train(run: Run, ranks: Ranks, device: Device, requests: StopRequests | None 
     Returns:
         The exit code.
     """
-    be_deterministic(run.config.training.deterministic_mode)
+    use_deterministic_kernels(run.config.training.deterministic_mode)
     store = process_groups.meet(ranks)
     with watched(run.config, ranks, store) as watchdog:
         place = _Place(ranks, device, store, watchdog)

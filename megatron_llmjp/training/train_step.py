@@ -14,19 +14,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.dataloader import Batch
 from megatron_llmjp.filesystem import no_heartbeat
-from megatron_llmjp.parallel.device import without_warnings
-
-with without_warnings():
-    from megatron.core import parallel_state
-    from megatron.core.distributed import finalize_model_grads
-    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-    from megatron.core.utils import get_model_config
 
 BatchIterator = Iterator[Batch]
 

@@ -14,19 +14,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import megatron.core
 import numpy as np
+import torch.distributed as dist
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.utils import Split
 
 from megatron_llmjp.config.schema import DataConfig
 from megatron_llmjp.data import indexed_dataset
 from megatron_llmjp.data.indices import index_cache
 from megatron_llmjp.data.indices.worker import build_in_subprocess
-from megatron_llmjp.parallel.device import without_warnings
-
-with without_warnings():
-    import megatron.core
-    import torch.distributed as dist
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-    from megatron.core.datasets.utils import Split
 
 _PLAIN = {"reset_position_ids": False, "reset_attention_mask": False, "eod_mask_loss": False}
 OPEN_DATASETS = 256

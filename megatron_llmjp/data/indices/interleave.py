@@ -7,15 +7,12 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import megatron.core
 import numpy as np
+from megatron.core.datasets import helpers_cpp
 
 from megatron_llmjp.data.folds.schedule import FoldPlan
 from megatron_llmjp.data.indices import index_cache
-from megatron_llmjp.parallel.device import without_warnings
-
-with without_warnings():
-    import megatron.core
-    from megatron.core.datasets import helpers_cpp
 
 
 @dataclass(frozen=True)

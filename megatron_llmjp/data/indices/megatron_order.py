@@ -15,24 +15,21 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
+import megatron.core
 import numpy as np
 import numpy.typing as npt
+import torch.distributed as dist
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.blended_megatron_dataset_builder import (
+    BlendedMegatronDatasetBuilder,
+)
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.utils import Split
 
 from megatron_llmjp.data.folds.schedule import MegatronBlend
 from megatron_llmjp.data.indices import index_cache
 from megatron_llmjp.data.indices.epoch_index import DatasetTokenizer, EpochDatasets
 from megatron_llmjp.data.indices.worker import build_in_subprocess
-from megatron_llmjp.parallel.device import without_warnings
-
-with without_warnings():
-    import megatron.core
-    import torch.distributed as dist
-    from megatron.core.datasets.blended_dataset import BlendedDataset
-    from megatron.core.datasets.blended_megatron_dataset_builder import (
-        BlendedMegatronDatasetBuilder,
-    )
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-    from megatron.core.datasets.utils import Split
 
 _PLAIN = {"reset_position_ids": False, "reset_attention_mask": False, "eod_mask_loss": False}
 

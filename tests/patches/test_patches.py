@@ -1,0 +1,234 @@
+"""Each patch is still needed: the original code of torch and megatron-core is still wrong.
+
+A failure here after an upgrade means that a patch can be removed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.processes import ROOT, run_ranks
+
+without_fused_optimizers = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) for name in ("transformer_engine", "apex")),
+    reason="Transformer Engine or Apex has its own fused optimizer",
+)
+
+
+def needless(module: str) -> str:
+    """The message of a test that finds a patch without effect."""
+    return f"megatron-core no longer needs it: remove megatron_llmjp/patches/{module}.py"
+
+
+def run_unpatched_cuda() -> dict[str, str]:
+    """The errors of megatron-core on a CPU without the replacement of ``torch.cuda``, by step."""
+    import torch
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    from megatron_llmjp.config.flags import parse
+    from megatron_llmjp.model.gpt import build_model
+    from megatron_llmjp.parallel import process_groups
+    from megatron_llmjp.parallel.device import Device, setup
+    from megatron_llmjp.parallel.ranks import alone
+
+    assert not torch.cuda.is_available()
+    errors = {}
+
+    def attempt(name, function, *arguments):
+        try:
+            function(*arguments)
+        except (RuntimeError, AssertionError, AttributeError) as error:
+            errors[name] = str(error)
+
+    device = Device("cpu", "gloo", "CPU")
+    config = parse(["--config", "laptop-gpt2", "--vocab-size", "100"]).config
+    attempt("groups", process_groups.start, config, alone(), device)
+    attempt("seed", model_parallel_cuda_manual_seed, 1)
+    attempt("model", build_model, config, device)
+    process_groups.stop()
+    setup()
+    process_groups.start(config, alone(), device)
+    build_model(config, device)
+    process_groups.stop()
+    return errors
+
+
+def test_cuda_on_cpu():
+    errors = run_ranks(run_unpatched_cuda, 1)[0]
+    assert {"seed", "model"} <= errors.keys(), needless("torch_cuda_on_cpu")
+
+
+def test_megatron_core_compiles_at_import():
+    code = """\
+import torch
+compiled = []
+torch.compile = lambda function=None, **_: compiled.append(function) or function
+import megatron.core
+print(len(compiled))
+"""
+    count = subprocess.check_output([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT)
+    assert int(count) > 0, needless("torch_cuda_on_cpu (_without_compiler)")
+
+
+def step_optimizers() -> dict[str, Any]:
+    """States of a distributed optimizer over several padded buckets, with and without patches."""
+    import torch
+    from megatron.core import optimizer as core_optimizer
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    from megatron_llmjp.config.flags import parse
+    from megatron_llmjp.model.gpt import build_model
+    from megatron_llmjp.parallel import process_groups
+    from megatron_llmjp.parallel.device import setup
+    from megatron_llmjp.parallel.ranks import alone
+    from megatron_llmjp.patches.bucket_padding import keep_bucket_padding
+    from megatron_llmjp.patches.fused_adamw import register_fused_adamw
+    from megatron_llmjp.patches.missing_moments import create_missing_moments
+
+    device = setup()
+    words = ["--config", "laptop-gpt2", "--vocab-size", "100", "--hidden-size", "24"]
+    config = parse([*words, "--num-attention-heads", "4", "--ffn-hidden-size", "50"]).config
+    process_groups.start(config, alone(), device)
+
+    def make() -> tuple[Any, Any]:
+        settings = DistributedDataParallelConfig(
+            use_distributed_optimizer=True, overlap_grad_reduce=True, bucket_size=1000
+        )
+        (model,) = build_model(config, device)
+        chunk = DistributedDataParallel(model.config, settings, model)
+        optimizer = core_optimizer.get_megatron_optimizer(
+            core_optimizer.OptimizerConfig(
+                optimizer="adam", lr=0.1, use_distributed_optimizer=True, params_dtype=torch.float32
+            ),
+            [chunk],
+            use_gloo_process_groups=False,
+        )
+        (part,) = optimizer.chained_optimizers
+        return chunk, part
+
+    def step(chunk: Any, part: Any) -> None:
+        chunk.zero_grad_buffer()
+        part.step()
+
+    def steps_after_load(chunk: Any, part: Any) -> list[float]:
+        step(chunk, part)
+        part.load_state_dict(part.state_dict())
+        step(chunk, part)
+        adam = part.optimizer
+        counts = {float(group["step"]) for group in adam.param_groups if "step" in group}
+        return sorted(counts | {float(s["step"]) for s in adam.state.values() if "step" in s})
+
+    def misplaced(part: Any) -> int:
+        """Parameters that are not at their offset in the gathered state."""
+        state = part.get_parameter_state_dp_zero(use_gloo_comm=False)
+        wrong = 0
+        for index, buffer in enumerate(part.buffers):
+            assert len(buffer.buckets) > 2
+            (tensors,) = state[index].values()
+            for parameter, (start, end, _) in buffer.param_index_map.items():
+                found = tensors["param"][start:end]
+                wrong += not torch.equal(found, parameter.detach().flatten())
+        return wrong
+
+    def gathers_without_step(part: Any) -> bool:
+        try:
+            part.get_parameter_state_dp_zero(use_gloo_comm=False)
+        except KeyError:
+            return False
+        return True
+
+    chunk, part = make()
+    found: dict[str, Any] = {"gathers before": gathers_without_step(part)}
+    step(chunk, part)
+    found["misplaced before"] = misplaced(part)
+    create_missing_moments(part)
+    keep_bucket_padding(part)
+    found["misplaced after"] = misplaced(part)
+    found["steps before"] = steps_after_load(*make())
+    register_fused_adamw()
+    found["steps after"] = steps_after_load(*make())
+    _, part = make()
+    create_missing_moments(part)
+    found["gathers after"] = gathers_without_step(part)
+    process_groups.stop()
+    return found
+
+
+@pytest.fixture(scope="module")
+def found():
+    return run_ranks(step_optimizers, 1)[0]
+
+
+@without_fused_optimizers
+def test_fused_adamw(found):
+    assert found["steps after"] == [2.0]
+    assert found["steps before"] != [2.0], needless("fused_adamw")
+
+
+def test_bucket_padding(found):
+    assert found["misplaced after"] == 0
+    assert found["misplaced before"] > 0, needless("bucket_padding")
+
+
+def test_missing_moments(found):
+    assert found["gathers after"]
+    assert not found["gathers before"], needless("missing_moments")
+
+
+class Code:
+    """An object whose unpickling creates a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.file,))
+
+
+def open_index(folder: str) -> None:
+    from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
+
+    torch_strategy._get_filesystem_reader(folder, cache_metadata=True).read_metadata()
+
+
+def test_checkpoint_reader(tmp_path):
+    file = tmp_path / "executed"
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Code(file)))
+    with pytest.raises(AssertionError, match="open_index"):  # a path is no index
+        run_ranks(open_index, 1, str(tmp_path))
+    assert file.exists(), needless("checkpoint_reader")
+
+
+@without_fused_optimizers
+def test_import_warnings():
+    """megatron-core still warns without the filters of ``megatron_llmjp/__init__.py``."""
+    command = [sys.executable, "-c", "import megatron.core.models.gpt"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    lines = [line.partition("UserWarning: ")[2] for line in result.stderr.splitlines()]
+    gone = "megatron-core no longer warns: remove the filter from megatron_llmjp/__init__.py"
+    for message in ("Transformer Engine and Apex are not installed", "Apex is not installed"):
+        assert any(line.startswith(message) for line in lines), gone
+
+
+def test_imports_print_nothing():
+    """No module of the package prints a warning as it is imported."""
+    code = """\
+import importlib, json, pkgutil, sys
+for package in ("megatron_llmjp", "data_tools"):
+    path = importlib.import_module(package).__path__
+    for module in pkgutil.walk_packages(path, package + "."):
+        importlib.import_module(module.name)
+print(json.dumps(sorted(name for name in sys.modules if name.startswith("megatron_llmjp."))))
+"""
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert "megatron_llmjp.training.trainer" in json.loads(result.stdout)
+    assert result.stderr == ""
