@@ -52,18 +52,18 @@ def plan_folds(args: argparse.Namespace, words: list[str]) -> int:
     if args.json and args.csv:
         raise UserError("--json and --csv exclude each other: give one of them")
     command = parse_run_flags(words, "plan_folds")
-    planned = plan_data(command.config, with_learning_rate="lr" in command.origin)
+    plan, warnings = plan_data(command.config, with_learning_rate="lr" in command.origin)
     if args.json:
-        print(json.dumps(as_json(planned.plan, planned.warnings), indent=1, ensure_ascii=False))
+        print(json.dumps(as_json(plan, warnings), indent=1, ensure_ascii=False))
     elif args.csv:
-        rows = as_rows(planned.plan)
+        rows = as_rows(plan)
         writer = csv.DictWriter(sys.stdout, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        for warning in planned.warnings:
+        for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
     else:
-        print(format_data_plan(planned.plan, planned.warnings))
+        print(format_data_plan(plan, warnings))
     return EXIT_DONE
 
 

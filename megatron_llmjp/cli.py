@@ -50,7 +50,7 @@ from megatron_llmjp.parallel.ranks import (
 )
 from megatron_llmjp.parallel.signals import StopRequests
 from megatron_llmjp.placeholders import check_packages, substitute_missing
-from megatron_llmjp.planning import on_paper, print_plan
+from megatron_llmjp.planning import print_data_plan, print_estimate
 from megatron_llmjp.report.page import draw_at_end
 from megatron_llmjp.retrying_file import protect_standard_streams
 from megatron_llmjp.run import Run, resolve_run
@@ -183,11 +183,11 @@ def _run_planning_mode(command: Command, ranks: Ranks | None) -> int:
     if command.mode is Mode.PLAN_DATA:
         planned = substitute_missing(command.config)
         print_notes(planned.notes)
-        print_plan(planned.config)
+        print_data_plan(planned.config)
         return EXIT_DONE
     if command.mode is Mode.DRY_RUN:
         return _dry_run(command, command.processes or (ranks.world_size if ranks else 1))
-    return on_paper(command)
+    return print_estimate(command)
 
 
 def _dry_run(command: Command, world_size: int) -> int:

@@ -11,7 +11,11 @@ from pathlib import Path
 
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.estimate.checkpoints import checkpoint_bytes
-from megatron_llmjp.estimate.data_warnings import QUICK_BYTES, overlaps, warnings_of_run
+from megatron_llmjp.estimate.data_warnings import (
+    START_INDEX_BYTES,
+    run_data_warnings,
+    shared_document_warnings,
+)
 from megatron_llmjp.filesystem import nearest_existing, why_not_writable
 from megatron_llmjp.formatting import format_count
 from megatron_llmjp.run import Run
@@ -31,7 +35,7 @@ def check_start(run: Run) -> list[str]:
     problems = list(_folders(run))
     if problems:
         raise UserError("\n".join(problems))
-    return [*run.warnings, *run.config_warnings, *warnings_of_run(run), *_space(run)]
+    return [*run.warnings, *run.config_warnings, *run_data_warnings(run), *_space(run)]
 
 
 def overlap_warnings(run: Run) -> list[str]:
@@ -39,7 +43,7 @@ def overlap_warnings(run: Run) -> list[str]:
 
     They are for the one process that prints them: others need not look.
     """
-    return overlaps(run.folds, largest=QUICK_BYTES)
+    return shared_document_warnings(run.folds, largest=START_INDEX_BYTES)
 
 
 def _folders(run: Run) -> Iterator[str]:

@@ -48,10 +48,10 @@ has_flag() {
 # pretrain ARGUMENTS...: train on all tasks of this job, and requeue the job when there is more to do.
 pretrain() {
     local mode
-    for mode in --rehearse --suggest-layout --dry-run --plan-data; do
+    for mode in --estimate --rehearse --suggest-layout --dry-run --plan-data; do
         ! has_flag "$mode" "$@" || plan "$mode" "$@"
     done
-    [[ -n "${SLURM_JOB_ID:-}" ]] || fail "submit this: sbatch $0 ..., or add --rehearse"
+    [[ -n "${SLURM_JOB_ID:-}" ]] || fail "submit this: sbatch $0 ..., or add --estimate"
     SAVE=$(value_of --save "$@")
     [[ -n "$SAVE" ]] || fail "give --save DIR: a job that is requeued goes on from there"
     "$PYTHON" "$MEGATRON_LLMJP/slurm/check_save.py" "$SAVE" || exit
@@ -70,7 +70,7 @@ plan() {
     nodes=$(sed -n 's/^#SBATCH --nodes=//p' "$0")
     tasks=$(sed -n 's/^#SBATCH --ntasks-per-node=//p' "$0")
     case $mode in
-        --rehearse | --suggest-layout) machine=(--gpus-per-node "$tasks" --gpu "${GPU:-H100}") ;;
+        --estimate | --rehearse | --suggest-layout) machine=(--gpus-per-node "$tasks" --gpu "${GPU:-H100}") ;;
     esac
     has_flag --gpus "$@" || has_flag --world-size "$@" ||
         machine+=(--world-size $((nodes * tasks)))

@@ -17,6 +17,6 @@
 #       --tokenizer-type SentencePieceTokenizer --tokenizer-model tok.model
 set -euo pipefail
 MEGATRON_LLMJP=${MEGATRON_LLMJP:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")/.." && pwd)}}
-GPU=${GPU:-A100-40GB} # for --rehearse
+GPU=${GPU:-A100-40GB} # for --estimate
 source "$MEGATRON_LLMJP/slurm/common.sh"
 pretrain --config llm-jp-1.3b-v1.0 "$@"

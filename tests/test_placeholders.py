@@ -31,7 +31,9 @@ def run(capsys, monkeypatch, tmp_path):
         monkeypatch.setattr(pretrain_cli, name, not_reached)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("megatron_llmjp.planning._build", lambda _: "")  # imports torch: seconds
+    monkeypatch.setattr(
+        "megatron_llmjp.planning._build_on_meta", lambda _: ""
+    )  # imports torch: seconds
     monkeypatch.setattr("megatron_llmjp.placeholders.find_spec", find_spec)
     monkeypatch.chdir(tmp_path)
 
@@ -45,7 +47,7 @@ def run(capsys, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("script", "mode"),
-    [*((script, "--rehearse") for script in SCRIPTS), (SCRIPTS[0], "--suggest-layout")],
+    [*((script, "--estimate") for script in SCRIPTS), (SCRIPTS[0], "--suggest-layout")],
     ids=lambda value: getattr(value, "preset", value),
 )
 def test_a_published_script_is_planned_unchanged(run, tmp_path, script, mode):
@@ -69,7 +71,7 @@ def test_where_the_vocabulary_is_known_from(run, tmp_path):
     def plan(mode, *flags):
         return run(*base, *flags, mode, "--world-size", 1)
 
-    for mode in ("--dry-run", "--plan-data", "--rehearse"):
+    for mode in ("--dry-run", "--plan-data", "--estimate"):
         code, out, err = plan(mode)
         assert code == 2 and out == ""
         assert "give --vocab-size or --padded-vocab-size, a preset that has it, or a tok" in err

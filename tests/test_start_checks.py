@@ -110,7 +110,7 @@ def test_data_warnings_reach_the_run(tmp_path):
     words = arguments("laptop-llama", folds)
     found = start(*words)
     assert "is also trained on" in found
-    planned = plan_data(parse(words).config, with_learning_rate=False).warnings
+    _, planned = plan_data(parse(words).config, with_learning_rate=False)
     usual = [line for line in planned if line.startswith("used in more than one fold")]
     assert len(usual) == 1 and "used in more than one fold" not in found
     assert set(planned) - set(usual) <= set(found.splitlines())

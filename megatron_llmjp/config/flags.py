@@ -53,19 +53,22 @@ class Mode(Enum):
     TRAIN = ""
     DRY_RUN = "--dry-run"
     PLAN_DATA = "--plan-data"
-    REHEARSE = "--rehearse"
+    ESTIMATE = "--estimate"
     SUGGEST_LAYOUT = "--suggest-layout"
 
 
 MODE_HELP: dict[Mode, str] = {
     Mode.DRY_RUN: "check everything, print the resolved configuration and exit",
     Mode.PLAN_DATA: "print the plan of the data (folds, tokens, epochs, learning rates) and exit",
-    Mode.REHEARSE: "print layout, memory, traffic, time and warnings of a run of --world-size "
-    "processes and exit; exit code 2 if it cannot run or does not fit",
+    Mode.ESTIMATE: "print the layout, memory, communication, time and warnings of a run on "
+    "--world-size GPUs and exit; exit code 2 if it cannot run or does not fit",
     Mode.SUGGEST_LAYOUT: "search the layouts of the model on --world-size GPUs, print the best "
     "and exit; global batch and sequence length stay",
 }
 """The modes that train nothing."""
+
+MODE_ALIASES = {Mode.ESTIMATE: ("--rehearse",)}
+"""Former names of flags, accepted for one more release."""
 
 
 class Command(NamedTuple):
@@ -77,8 +80,8 @@ class Command(NamedTuple):
     processes: int | None
     """Processes of the run: to start on this machine, or, where nothing is trained, of the run
     that is planned. None if no flag gives them."""
-    rehearsal: PlannedMachine | None
-    """The machine of the run; only with :attr:`Mode.REHEARSE` and :attr:`Mode.SUGGEST_LAYOUT`."""
+    machine: PlannedMachine | None
+    """The machine of the run; only with :attr:`Mode.ESTIMATE` and :attr:`Mode.SUGGEST_LAYOUT`."""
     config_name: str | None
     """The preset or file of ``--config``."""
     notes: tuple[str, ...]
@@ -91,7 +94,8 @@ def add_mode_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the modes that train nothing."""
     group = parser.add_argument_group("modes that train nothing")
     for mode, text in MODE_HELP.items():
-        group.add_argument(mode.value, action="store_true", dest=mode.value, help=text)
+        names = (mode.value, *MODE_ALIASES.get(mode, ()))
+        group.add_argument(*names, action="store_true", dest=mode.value, help=text)
 
 
 def mode_of(arguments: Mapping[str, Any]) -> Mode:
@@ -170,11 +174,11 @@ def parse(
     arguments = vars(known)
     explained = interpret_flags(unknown, _all_flags(parser))
     problems.lines += explained.problems
-    mode, rehearsal, processes = Mode.TRAIN, None, None
+    mode, machine, processes = Mode.TRAIN, None, None
     with problems.collect():
         mode = mode_of(arguments)
         processes = _processes(arguments, mode)
-        rehearsal = _rehearsal(arguments, mode, processes)
+        machine = _target_machine(arguments, mode, processes)
     layers = layers if layers is not None else ConfigLayers()
     by_flags_alone = False
     if arguments["num_layers"] is not None or not _folder(arguments).parts:
@@ -200,7 +204,7 @@ def parse(
             config, load=None
         )  # Megatron's way to say: go on if there is something
     notes = (*explained.notes, *_unused(arguments, mode))
-    return Command(config, mode, processes, rehearsal, arguments["config"], notes, layers.origin)
+    return Command(config, mode, processes, machine, arguments["config"], notes, layers.origin)
 
 
 def _folder(arguments: dict[str, Any]) -> Path:
@@ -242,21 +246,21 @@ def _processes(arguments: dict[str, Any], mode: Mode) -> int | None:
     flags = machine_flags(arguments)
     if mode is Mode.TRAIN and planned is not None:
         raise UserError(
-            f"--world-size goes with {Mode.DRY_RUN.value} and {Mode.REHEARSE.value}; real "
+            f"--world-size goes with {Mode.DRY_RUN.value} and {Mode.ESTIMATE.value}; real "
             "processes are started with --nproc-per-node, torchrun, srun or mpirun"
         )
     if mode is Mode.TRAIN and flags:
         raise UserError(
             f"{', '.join(flags)} describe the machine of a run that is planned: add "
-            f"{Mode.REHEARSE.value} or {Mode.SUGGEST_LAYOUT.value}, or remove them"
+            f"{Mode.ESTIMATE.value} or {Mode.SUGGEST_LAYOUT.value}, or remove them"
         )
     return local if planned is None else planned
 
 
-def _rehearsal(
+def _target_machine(
     arguments: dict[str, Any], mode: Mode, processes: int | None
 ) -> PlannedMachine | None:
-    if mode not in (Mode.REHEARSE, Mode.SUGGEST_LAYOUT):
+    if mode not in (Mode.ESTIMATE, Mode.SUGGEST_LAYOUT):
         return None
     return planned_machine(arguments, mode.value, processes)
 

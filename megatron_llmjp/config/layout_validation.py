@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 
+from megatron_llmjp.config.pipeline_layout import expand_pipeline_layout
 from megatron_llmjp.config.schema import Config
 
 
@@ -165,9 +165,7 @@ def _uneven(config: Config, first: int | None, last: int | None) -> Iterator[str
 def _spelled_out(config: Config, text: str) -> Iterator[str]:
     """A layout as megatron-core's ``PipelineParallelLayerLayout`` reads it."""
     parallel, name = config.parallel, "pipeline_model_parallel_layout"
-    plain = text.replace(",", "")
-    for pattern in (r"\(([^)]+)\)\*(\d+)", r"(.)\*(\d+)"):
-        plain = re.sub(pattern, lambda match: match[1] * int(match[2]), plain)
+    plain = expand_pipeline_layout(text)
     if strange := set(plain) - set("EtL|"):
         yield (
             f"{name} '{text}': '{min(strange)}' means nothing; E is the embedding, t a layer, L "

@@ -16,7 +16,7 @@ DEFAULTS: dict[str, Any] = {"gpu": "H100", "gpu_memory": None, "gpus_per_node": 
 
 @dataclass(frozen=True)
 class PlannedMachine:
-    """The machine that a run is planned for."""
+    """Machine that a run is estimated for."""
 
     world_size: int
     gpu: str
@@ -65,7 +65,7 @@ def planned_processes(arguments: Mapping[str, Any]) -> int | None:
 def planned_machine(
     arguments: Mapping[str, Any], flag: str, world_size: int | None
 ) -> PlannedMachine:
-    """The machine that parsed arguments describe, for the mode of ``flag``.
+    """Return the machine that parsed arguments format_resolved_config, for the mode of ``flag``.
 
     Raises:
         UserError: the number of processes is missing, or a value is out of range.

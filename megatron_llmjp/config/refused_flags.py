@@ -116,7 +116,7 @@ _BY_REMEDY: dict[str, str] = {
         --record-shapes""",
     "inspect weights with convert_checkpoint inspect": """
         --save-wgrads-interval --save-dgrads-interval --dump-param-to-param-group-map""",
-    "--rehearse shows a layout without its GPUs": "--fake-process-group",
+    "--estimate shows a layout without its GPUs": "--fake-process-group",
     # checkpoints
     "a checkpoint is always whole, to go on from; convert_checkpoint copies the weights alone": """
         --no-save-optim""",

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from megatron_llmjp.config.parameter_counts import layer_parameters
+from megatron_llmjp.config.pipeline_layout import pipeline_bubble, virtual_pipeline_size
 from megatron_llmjp.config.schema import Config
 
 LONG_RUN_ITERATIONS = 1000
@@ -38,13 +40,9 @@ def config_warnings(config: Config, facts: RunSize) -> list[str]:
     return [warning for rule in RULES for warning in rule(config, facts)]
 
 
-def non_embedding_parameters(config: Config) -> float:
-    """About how many parameters the model has, without the embeddings."""
-    model = config.model
-    matrices = 3 if model.activation_function == "swiglu" else 2
-    heads = 2 * model.num_attention_heads + 2 * model.query_groups
-    layer = heads * model.head_dim + matrices * model.ffn_size
-    return float(model.num_layers * model.hidden_size * layer)
+def _is_large(config: Config) -> bool:
+    """Whether the layers have enough parameters for more than a test."""
+    return layer_parameters(config.model) * config.model.num_layers >= LARGE_MODEL_PARAMETERS
 
 
 def _epsilon(config: Config, _: RunSize) -> Iterator[str]:
@@ -115,7 +113,7 @@ def _evaluation(config: Config, facts: RunSize) -> Iterator[str]:
 
 def _precision(config: Config, _: RunSize) -> Iterator[str]:
     training = config.training
-    if non_embedding_parameters(config) < LARGE_MODEL_PARAMETERS or training.bf16:
+    if not _is_large(config) or training.bf16:
         return
     if training.fp16:
         yield (
@@ -205,9 +203,8 @@ def _layout(config: Config, facts: RunSize) -> Iterator[str]:
     tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     replicas = facts.world_size // parallel.model_parallel_size
     micro_batches = training.global_batch_size // (training.micro_batch_size * replicas)
-    chunks = parallel.virtual_pipeline_model_parallel_size or 1
-    idle = (stages - 1) / (micro_batches * chunks + stages - 1)
-    if idle > 0.25 and non_embedding_parameters(config) >= LARGE_MODEL_PARAMETERS:
+    idle = pipeline_bubble(stages, micro_batches, virtual_pipeline_size(parallel))
+    if idle > 0.25 and _is_large(config):
         yield (
             f"{idle:.0%} of each step the pipeline's {stages} stages wait, with {micro_batches} "
             "micro-batches: enlarge global_batch_size or lower the stages or data parallelism. "
@@ -215,20 +212,12 @@ def _layout(config: Config, facts: RunSize) -> Iterator[str]:
         )
     if tensor > 8:
         yield f"tensor_model_parallel_size {tensor} leaves the node of 8 GPUs: use pipeline stages"
-    if (
-        tensor > 1
-        and not parallel.sequence_parallel
-        and non_embedding_parameters(config) >= LARGE_MODEL_PARAMETERS
-    ):
+    if tensor > 1 and not parallel.sequence_parallel and _is_large(config):
         yield (
             "sequence_parallel is off: norms and their activations are held by all "
             f"{tensor} tensor-parallel processes; LLM-jp's models had it on"
         )
-    if (
-        replicas > 1
-        and not parallel.use_distributed_optimizer
-        and non_embedding_parameters(config) >= LARGE_MODEL_PARAMETERS
-    ):
+    if replicas > 1 and not parallel.use_distributed_optimizer and _is_large(config):
         yield (
             f"use_distributed_optimizer is off: each of the {replicas} copies holds the whole "
             "optimizer state; LLM-jp's models shared it"

@@ -1,30 +1,30 @@
-"""Checkpoints of a run on paper: how many it writes, how many stay, how large each is."""
+"""Estimated checkpoints of a run: size, number written and number kept."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from megatron_llmjp.checkpoint.retention import Moment, reason_to_save, removable
+from megatron_llmjp.config.parameter_counts import count_parameters
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.estimate.memory import element_size
-from megatron_llmjp.estimate.parameters import count_parameters
 
 
 @dataclass(frozen=True)
-class Checkpoints:
-    """What a run leaves on disk."""
+class CheckpointCounts:
+    """Number of checkpoints that a run writes and keeps."""
 
     written: int
     kept: int
-    """At the end, by ``keep_last`` and ``keep_every``."""
+    """At the end of the run, under ``keep_last`` and ``keep_every``."""
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """Size of a checkpoint: weights, and the optimizer's state in fp32.
+    """Compute the size of a checkpoint: weights, and optimizer state in fp32.
 
-    The state holds a copy of the weights where it is a main copy (half precision) or where
-    megatron-core's distributed optimizer writes it.
+    The optimizer state includes fp32 main weights in half precision, and with megatron-core's
+    distributed optimizer, which always writes them.
     """
     moments = {"adam": 2, "sgd": 1 if config.optimizer.sgd_momentum else 0}
     copy = element_size(config) < 4 or config.parallel.use_distributed_optimizer
@@ -34,19 +34,19 @@ def checkpoint_bytes(config: Config) -> int:
 
 def count_checkpoints(
     config: Config, iterations: int, fold_ends: tuple[int, ...], step_seconds: float
-) -> Checkpoints:
-    """Go through a run with the trainer's own rule for saving.
+) -> CheckpointCounts:
+    """Count the checkpoints by applying the trainer's save rule to every iteration.
 
     Args:
-        config: the run.
-        iterations: its length.
-        fold_ends: samples trained on when each fold ends.
-        step_seconds: for those that are saved by the clock.
+        config: the run's configuration.
+        iterations: length of the run.
+        fold_ends: consumed samples at the end of each fold.
+        step_seconds: duration of a step, for ``save_interval_minutes``.
     """
     policy, sizes = config.checkpoint, BatchSizeSchedule(config)
     rules = (policy.save_interval, policy.save_policy, policy.save_interval_tokens)
     if not any((*rules, policy.save_interval_minutes, fold_ends)):
-        return Checkpoints(1, 1)
+        return CheckpointCounts(1, 1)
     policy = policy.model_copy(update={"save": policy.save or "somewhere"})
     saved, before = [0], Moment(0, 0)
     for iteration in range(1, iterations + 1):
@@ -58,6 +58,6 @@ def count_checkpoints(
         before = now
     written = sorted({*saved[1:], iterations})
     ends = {sizes.iteration_of(end - 1) for end in fold_ends if end}
-    return Checkpoints(
+    return CheckpointCounts(
         len(written), len(written) - len(removable(written, iterations, policy, ends))
     )

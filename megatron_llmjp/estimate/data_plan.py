@@ -95,7 +95,7 @@ class DataPlan:
         return found
 
 
-def make_plan(
+def make_data_plan(
     schedule: Schedule,
     sizes: BatchSizeSchedule,
     train_iters: int | None = None,

@@ -19,16 +19,16 @@ from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.data.folds.schedule import DatasetInfo, DatasetSlice, Schedule
 from megatron_llmjp.data.folds.schema import FoldFile
 from megatron_llmjp.data.indexed_dataset import DatasetIndex, bin_path, idx_path, read_index
-from megatron_llmjp.estimate.data_plan import DataPlan, make_plan
+from megatron_llmjp.estimate.data_plan import DataPlan, make_data_plan
 from megatron_llmjp.formatting import format_names
 from megatron_llmjp.run import Run
 
 SHOWN = 10
-QUICK_BYTES = 500_000_000
+START_INDEX_BYTES = 500_000_000
 """Indices of this size are compared within about a second."""
 
 
-def overlaps(file: FoldFile, largest: int | None = None) -> list[str]:
+def shared_document_warnings(file: FoldFile, largest: int | None = None) -> list[str]:
     """Return a warning for each pair of datasets of a fold file that hold the same documents.
 
     Datasets are compared if they share a ``.bin``, by a hard or symbolic link; documents are the
@@ -87,7 +87,7 @@ def _starts(index: DatasetIndex) -> npt.NDArray[Any]:
     return np.unique(index.pointers[first])
 
 
-def find_warnings(
+def data_plan_warnings(
     plan: DataPlan,
     schedule: Schedule,
     config: Config,
@@ -116,13 +116,13 @@ def find_warnings(
     ]
 
 
-def warnings_of_run(run: Run) -> list[str]:
+def run_data_warnings(run: Run) -> list[str]:
     """Those of them that a run prints at its start.
 
     The lint of a run warns of the end of the decay. That folds continue a dataset is no mistake.
     """
     sizes = BatchSizeSchedule(run.config)
-    plan = make_plan(run.schedule, sizes, run.train_iters)
+    plan = make_data_plan(run.schedule, sizes, run.train_iters)
     return [
         *_sizes(plan, run.schedule, sizes),
         *_end(plan, run.schedule, sizes),

@@ -1,17 +1,18 @@
-"""Floating point operations of a training step, as Megatron-LM counts them.
+"""Floating-point operations (FLOPs) of a training step, counted as in Megatron-LM.
 
-The count is that of ``num_floating_point_operations`` in Megatron-LM's
-``megatron/training/training.py``, core 0.12.1 to 0.20 (the wheel of core leaves that file out):
+The count matches ``num_floating_point_operations`` in Megatron-LM's
+``megatron/training/training.py``, core 0.12.1 to 0.20 (a file that is not in the
+megatron-core wheel):
 
-- only matrix products count, ``2 m n k`` operations each; a training step does each three times
+- only matrix products count, ``2 m n k`` FLOPs each; a training step performs each three times
   (forward, gradient of the input, gradient of the weight);
 - causal attention counts half of its ``s x s`` scores, whether or not the kernel skips the rest;
-- the logits count over the padded vocabulary; the embedding is a look-up and counts nothing;
-- a recomputed forward pass is not counted: these are the operations of the model, so that
-  TFLOP/s / peak is the MFU, not the HFU.
+- logits are counted over the padded vocabulary; the embedding lookup is not counted;
+- recomputation is not counted: these are model FLOPs, so that TFLOP/s divided by the peak is the
+  MFU, not the HFU.
 
-Megatron-LM of 2024 and before, and so LLM-jp's fork of that time, counted the scores in full: its
-TFLOP/s are higher for the same speed, by 2.7 % for llm-jp-3 172b and 10.8 % for 1.8b.
+Megatron-LM until 2024, and LLM-jp's fork of that time, counted all attention scores: its TFLOP/s
+are higher at the same speed, by 2.7 % for llm-jp-3 172b and by 10.8 % for 1.8b.
 """
 
 from __future__ import annotations
@@ -26,26 +27,26 @@ _FORWARD_AND_BACKWARD = 3
 
 @dataclass(frozen=True)
 class Flops:
-    """Operations of one sample, forward and backward, by the part of the network."""
+    """FLOPs of one sample, forward and backward, by component of the model."""
 
     attention_projections: int
     """Query, key, value and output projections of all layers."""
     attention_scores: int
-    """Query times key and scores times value, causal: half of the square."""
+    """Query times key and scores times value; causal, so half of the square."""
     feed_forward: int
     logits: int
 
     @property
     def total(self) -> int:
-        """All parts together."""
+        """Sum over all components."""
         return self.attention_projections + self.attention_scores + self.feed_forward + self.logits
 
 
 def flops_by_part(config: Config) -> Flops:
-    """Operations of one sample of ``seq_length`` tokens, forward and backward.
+    """Compute the FLOPs of one sample of ``seq_length`` tokens, forward and backward.
 
     Raises:
-        ValueError: the vocabulary's size is not known yet.
+        ValueError: the vocabulary size is not resolved yet.
     """
     model, s = config.model, config.data.seq_length
     h, layers = model.hidden_size, model.num_layers
@@ -55,7 +56,7 @@ def flops_by_part(config: Config) -> Flops:
     factor = _MULTIPLY_ADD * _FORWARD_AND_BACKWARD
     return Flops(
         attention_projections=factor * s * layers * h * (2 * queries + keys_and_values),
-        # Two products of s x s x queries, of which the causal mask leaves one half.
+        # Two products of s x s x queries; the causal mask halves them.
         attention_scores=factor * s * s * layers * queries,
         feed_forward=factor * s * layers * matrices * h * model.ffn_size,
         logits=factor * s * h * config.padded_vocab_size,
@@ -63,22 +64,22 @@ def flops_by_part(config: Config) -> Flops:
 
 
 def flops_per_sample(config: Config) -> int:
-    """Operations of one sample of ``seq_length`` tokens, forward and backward."""
+    """Return the FLOPs of one sample of ``seq_length`` tokens, forward and backward."""
     return flops_by_part(config).total
 
 
 def step_flops(config: Config, global_batch_size: int) -> int:
-    """Operations of one optimizer step over ``global_batch_size`` samples, all ranks together."""
+    """Return the FLOPs of one step over ``global_batch_size`` samples on all ranks."""
     return flops_per_sample(config) * global_batch_size
 
 
 def tflops_per_device(config: Config, samples: int, seconds: float, devices: int) -> float:
-    """TFLOP/s of each of ``devices`` that together train ``samples`` samples in ``seconds``."""
+    """Return the TFLOP/s per device when ``devices`` train ``samples`` samples in ``seconds``."""
     return step_flops(config, samples) / seconds / devices / 1e12
 
 
 def compute_dtype(config: Config) -> str:
-    """Type that matrix products run in: bf16, fp16 or fp32."""
+    """Return the dtype of matrix products: bf16, fp16 or fp32."""
     if config.training.bf16:
         return "bf16"
     return "fp16" if config.training.fp16 else "fp32"

@@ -1,35 +1,39 @@
-"""Which rank holds what: the layout of a run over nodes, stages and layers, without torch.
+"""Parallel layout of a run: ranks, pipeline stages and the layers of each model chunk.
 
-Ranks are numbered as megatron-core numbers them (``parallel_state.RankGenerator``, order
-``tp-cp-ep-dp-pp``): tensor-parallel ranks side by side, then context, then data parallel ones,
-pipeline stages farthest apart.
+Ranks are numbered as in megatron-core (``parallel_state.RankGenerator``, order ``tp-cp-ep-dp-pp``):
+tensor-parallel ranks are adjacent, followed by context-parallel and data-parallel ranks; pipeline
+stages are farthest apart. No torch is needed.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from itertools import accumulate
 
-from megatron_llmjp.config.schema import Config, ParallelConfig
+from megatron_llmjp.config.pipeline_layout import (
+    expand_pipeline_layout,
+    pipeline_bubble,
+    virtual_pipeline_size,
+)
+from megatron_llmjp.config.schema import Config
 from megatron_llmjp.errors import UserError
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Consecutive layers that one rank runs in one go."""
+class ModelChunk:
+    """Consecutive layers of one pipeline stage; with interleaving a stage has several chunks."""
 
     first_layer: int
     """From 0."""
     layers: int
     embedding: bool
     output: bool
-    """Whether the final norm, the output layer and the loss are here."""
+    """Whether the chunk contains the final norm, the output layer and the loss."""
 
 
 @dataclass(frozen=True)
-class Layout:
-    """A configuration spread over a number of processes."""
+class ParallelLayout:
+    """Sizes of all kinds of parallelism, and the model chunks of each pipeline stage."""
 
     tp: int
     cp: int
@@ -37,33 +41,29 @@ class Layout:
     pp: int
     vp: int
     micro_batches: int
-    """Of each replica in one step."""
-    stages: tuple[tuple[Chunk, ...], ...]
+    """Per replica and step."""
+    stages: tuple[tuple[ModelChunk, ...], ...]
     """The chunks of each stage."""
 
     @property
     def world_size(self) -> int:
-        """Number of processes."""
+        """Number of ranks."""
         return self.tp * self.cp * self.dp * self.pp
 
     @property
     def bubble(self) -> float:
-        """The part of a step's time in which a rank waits for the pipeline to fill and drain.
-
-        (p - 1) / (v m + p - 1) with p stages, v chunks each and m micro-batches (Narayanan et al.,
-        2021, section 2.2, as part of the whole).
-        """
-        return (self.pp - 1) / (self.vp * self.micro_batches + self.pp - 1)
+        """Fraction of a step in which a rank waits for the pipeline to fill and drain."""
+        return pipeline_bubble(self.pp, self.micro_batches, self.vp)
 
     def rank(self, tp: int, cp: int, dp: int, pp: int) -> int:
-        """The number of a process."""
+        """Return the global rank at these coordinates."""
         return tp + self.tp * (cp + self.cp * (dp + self.dp * pp))
 
     def in_flight(self, stage: int) -> int:
-        """Chunks of micro-batches whose activations a stage holds at its fullest.
+        """Return the peak number of micro-batches, times chunks, whose activations a stage holds.
 
-        One-forward-one-backward holds as many as there are stages from here to the end; the
-        interleaved schedule (megatron-core's ``get_pp_rank_microbatches``) starts more.
+        One-forward-one-backward holds one per stage from this one to the last; the interleaved
+        schedule (megatron-core's ``get_pp_rank_microbatches``) has a longer warm-up.
         """
         total = self.micro_batches * self.vp
         if self.vp == 1:
@@ -72,19 +72,20 @@ class Layout:
         return min(warm_up + 1, total)
 
 
-def lay_out(config: Config, world_size: int) -> Layout:
-    """Spread a configuration over ``world_size`` processes.
+def make_layout(config: Config, world_size: int) -> ParallelLayout:
+    """Distribute a configuration over ``world_size`` ranks.
 
     Raises:
-        UserError: the sizes do not divide.
+        UserError: ranks, batch or layers are not divisible as the configuration requires.
     """
     parallel, batch = config.parallel, config.training.global_batch_size
     replicas, rest = divmod(world_size, parallel.model_parallel_size)
     if rest or replicas == 0:
         raise UserError(
-            f"{world_size} processes cannot hold copies of TP {parallel.tensor_model_parallel_size}"
-            f" x CP {parallel.context_parallel_size} x PP {parallel.pipeline_model_parallel_size} "
-            f"= {parallel.model_parallel_size} processes: choose a multiple of that"
+            f"{world_size} processes are not divisible into replicas of TP "
+            f"{parallel.tensor_model_parallel_size} x CP {parallel.context_parallel_size} x PP "
+            f"{parallel.pipeline_model_parallel_size} = {parallel.model_parallel_size} processes: "
+            "choose a multiple of that"
         )
     samples = config.training.micro_batch_size * replicas
     if batch % samples:
@@ -92,53 +93,47 @@ def lay_out(config: Config, world_size: int) -> Layout:
             f"global_batch_size {batch} is not a multiple of micro_batch_size x data parallel size "
             f"= {config.training.micro_batch_size} x {replicas} = {samples}"
         )
-    return Layout(
+    return ParallelLayout(
         tp=parallel.tensor_model_parallel_size,
         cp=parallel.context_parallel_size,
         dp=replicas,
         pp=parallel.pipeline_model_parallel_size,
-        vp=virtual_size(parallel),
+        vp=virtual_pipeline_size(parallel),
         micro_batches=batch // samples,
         stages=split_layers(config),
     )
 
 
-def virtual_size(parallel: ParallelConfig) -> int:
-    """Model chunks per stage."""
-    if parallel.pipeline_model_parallel_layout:
-        chunks = len(_layout_counts(parallel.pipeline_model_parallel_layout))
-        return max(1, chunks // parallel.pipeline_model_parallel_size)
-    return parallel.virtual_pipeline_model_parallel_size or 1
-
-
-def split_layers(config: Config) -> tuple[tuple[Chunk, ...], ...]:
-    """The chunks of each pipeline stage, as megatron-core splits the layers.
+def split_layers(config: Config) -> tuple[tuple[ModelChunk, ...], ...]:
+    """Return the chunks of each pipeline stage, split as megatron-core splits the layers.
 
     Raises:
-        UserError: the layers do not divide.
+        UserError: the layers are not divisible over the stages.
     """
     parallel = config.parallel
-    pp, vp = parallel.pipeline_model_parallel_size, virtual_size(parallel)
-    counts = _counts(config, pp, vp)
+    pp, vp = parallel.pipeline_model_parallel_size, virtual_pipeline_size(parallel)
+    counts = _layers_per_chunk(config, pp, vp)
     if sum(counts) != config.model.num_layers or min(counts) < 0:
         raise UserError(
             f"{config.model.num_layers} layers cannot be split over {pp} stages"
             + (f" of {vp} chunks" if vp > 1 else "")
-            + ": change the number of stages, or give the first and last stage other numbers"
+            + ": change pipeline_model_parallel_size, or set decoder_first_pipeline_num_layers or "
+            "decoder_last_pipeline_num_layers"
         )
     starts = [0, *accumulate(counts)]
     chunks = [
-        Chunk(starts[i], n, embedding=i == 0, output=i == len(counts) - 1)
+        ModelChunk(starts[i], n, embedding=i == 0, output=i == len(counts) - 1)
         for i, n in enumerate(counts)
     ]
     return tuple(tuple(chunks[stage::pp]) for stage in range(pp))
 
 
-def _counts(config: Config, pp: int, vp: int) -> list[int]:
-    """Layers of all chunks, in the order the data passes them."""
+def _layers_per_chunk(config: Config, pp: int, vp: int) -> list[int]:
+    """Return the number of layers of each chunk, in forward order."""
     parallel, layers = config.parallel, config.model.num_layers
     if parallel.pipeline_model_parallel_layout:
-        return _layout_counts(parallel.pipeline_model_parallel_layout)
+        text = expand_pipeline_layout(parallel.pipeline_model_parallel_layout)
+        return [chunk.count("t") for chunk in text.split("|")]
     first, last = (
         parallel.decoder_first_pipeline_num_layers,
         parallel.decoder_last_pipeline_num_layers,
@@ -151,15 +146,8 @@ def _counts(config: Config, pp: int, vp: int) -> list[int]:
         stages[0], stages[-1] = first or stages[0], last or stages[-1]
         return [stages[i % pp] // vp for i in range(pp * vp)]
     before = int(parallel.account_for_embedding_in_pipeline_split)
-    behind = int(parallel.account_for_loss_in_pipeline_split)
-    counts = [(layers + before + behind) // (pp * vp)] * (pp * vp)
+    after = int(parallel.account_for_loss_in_pipeline_split)
+    counts = [(layers + before + after) // (pp * vp)] * (pp * vp)
     counts[0] -= before
-    counts[-1] -= behind
+    counts[-1] -= after
     return counts
-
-
-def _layout_counts(text: str) -> list[int]:
-    """Layers of each chunk in megatron-core's notation, ``Et*3|t*4|(t*4|)*2t*3L``."""
-    text = re.sub(r"\(([^()]*)\)\*(\d+)", lambda m: m[1] * int(m[2]), text.replace(" ", ""))
-    chunks = text.replace(",", "").split("|")
-    return [sum(int(n or 1) for n in re.findall(r"t(?:\*(\d+))?", chunk)) for chunk in chunks]

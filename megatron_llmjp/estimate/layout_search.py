@@ -1,13 +1,10 @@
-"""Search over parallel layouts: which fit into memory, and which would be fast.
+"""Search over parallel layouts: those that fit into memory, ranked by estimated step time.
 
-A search over layouts: which fit, and which of them would be fast.
-
-Memory is exact enough to decide (``memory.py``); speed is an estimate to rank by, not a promise:
-matrix products at a fixed part of the peak, less where their pieces are small; the pipeline's
-bubble; recomputation as operations; traffic inside a node at the speed of its links, between nodes
-at that of its network, of which half the gradient traffic hides behind the backward pass.
-
-Suggested layouts as a table for a terminal, with what to say of the given one.
+Memory is predicted closely enough to decide whether a layout fits (``memory.py``). The step time
+only ranks layouts and is no prediction. It assumes matrix products at a fixed fraction of the peak,
+lower for small activations; the pipeline bubble; recomputation as additional FLOPs; communication
+within a node at the bandwidth of its links and between nodes at that of the network; and half of
+the gradient communication overlapped with the backward pass.
 """
 
 from __future__ import annotations
@@ -22,85 +19,87 @@ from megatron_llmjp.config.schema import Config
 from megatron_llmjp.config.validation import check_config
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.estimate.flops import flops_by_part, step_flops
-from megatron_llmjp.estimate.run_estimate import Machine, Outlook, look_ahead, shape
+from megatron_llmjp.estimate.run_estimate import RunEstimate, estimate_run, format_layout
 from megatron_llmjp.formatting import format_table
 
 MICRO_BATCHES = (1, 2, 4, 8)
 VIRTUAL = (None, 2, 3, 4, 5, 6)
-KEEP_ALL: dict[str, object] = {
+NO_RECOMPUTE: dict[str, object] = {
     "recompute_granularity": None,
     "recompute_method": None,
     "recompute_num_layers": None,
 }
-RECOMPUTE_ALL: dict[str, object] = {
+FULL_RECOMPUTE: dict[str, object] = {
     "recompute_granularity": "full",
     "recompute_method": "uniform",
     "recompute_num_layers": 1,
 }
-FULL = 0.95
-"""Part of a GPU's memory that a suggestion may fill: predictions are off by up to 5 %."""
-PRODUCTS = 0.62
-"""Part of the peak that large matrix products and attention reach together."""
-SMALL = 1.2e6
-"""Elements of a rank's piece of an activation at which half of that is reached."""
-LINKS = {"A100": (250e9, 20e9), "V100": (120e9, 10e9), "B200": (700e9, 45e9)}
-"""Bytes per second of a GPU inside its node and over the network, as collectives see them."""
-HOPPER = (370e9, 42e9)
+MAX_MEMORY_FRACTION = 0.95
+"""Fraction of GPU memory that a suggested layout may use: predictions are off by up to 5 %."""
+MATMUL_EFFICIENCY = 0.62
+"""Fraction of the peak that large matrix products and attention reach together."""
+HALF_SPEED_ELEMENTS = 1.2e6
+"""Elements of an activation on one rank at which half of that efficiency is reached."""
+LINK_BANDWIDTH = {"A100": (250e9, 20e9), "V100": (120e9, 10e9), "B200": (700e9, 45e9)}
+"""Bytes per second per GPU in collectives, within a node and over the network."""
+HOPPER_BANDWIDTH = (370e9, 42e9)
 
 
 @dataclass(frozen=True)
-class Times:
-    """Estimated seconds of a step, by what they are spent on."""
+class StepTimes:
+    """Estimated seconds of a step, by activity."""
 
-    computing: float
-    waiting: float
-    """For the pipeline to fill and drain."""
+    compute: float
+    bubble: float
+    """Idle time while the pipeline fills and drains."""
     tensor: float
-    """Traffic among the ranks of a layer, and so on."""
+    """Communication within tensor-parallel groups."""
     pipeline: float
-    replicas: float
+    """Communication between pipeline stages."""
+    data: float
+    """Communication within data-parallel groups, and of tied embeddings."""
 
     @property
     def total(self) -> float:
-        """Of the step."""
+        """Seconds of the whole step."""
         return sum(getattr(self, field.name) for field in fields(self))
 
 
 @dataclass(frozen=True)
-class Suggestion:
-    """A layout that fits, and an estimate of its speed."""
+class LayoutCandidate:
+    """Layout that fits into memory, with its estimated step time."""
 
-    outlook: Outlook
-    times: Times
+    estimate: RunEstimate
+    times: StepTimes
     given: bool
-    """Whether it is the configuration's own."""
+    """Whether it is the layout of the given configuration."""
 
     @property
     def mfu(self) -> float:
-        """Estimated model FLOP/s utilisation."""
-        config, machine = self.outlook.config, self.outlook.machine
+        """Estimated model FLOPs utilization."""
+        config, gpu = self.estimate.config, self.estimate.gpu
         flops = step_flops(config, config.training.global_batch_size)
-        return flops / self.times.total / self.outlook.layout.world_size / machine.peak
+        return flops / self.times.total / self.estimate.layout.world_size / gpu.peak
 
 
-def suggest(config: Config, rehearsal: PlannedMachine) -> list[Suggestion]:
-    """All layouts that fit, fastest first; the given one is among them if it fits."""
+def search_layouts(config: Config, machine: PlannedMachine) -> list[LayoutCandidate]:
+    """Return all layouts that fit, fastest first, including the given one if it fits."""
     own = _key(config)
-    # What was padded for one tensor-parallel size need not hold for another.
+    # The padded vocabulary size depends on the tensor-parallel size.
     config = replace_fields(config, padded_vocab_size=None)
-    found: list[Suggestion] = []
-    for candidate in [config, *_candidates(config, rehearsal)]:
+    found: list[LayoutCandidate] = []
+    for candidate in [config, *_candidates(config, machine)]:
         try:
-            check_config(candidate, rehearsal.world_size)
-            outlook = look_ahead(candidate, rehearsal)
+            check_config(candidate, machine.world_size)
+            estimate = estimate_run(candidate, machine)
         except UserError:
             continue
         given = _key(candidate) == own
         if given and any(other.given for other in found):
             continue
-        if outlook.filled <= (1.0 if given else FULL):
-            found.append(Suggestion(outlook, estimate(outlook), given))
-    return sorted(found, key=lambda suggestion: suggestion.times.total)
+        if estimate.memory_fraction <= (1.0 if given else MAX_MEMORY_FRACTION):
+            found.append(LayoutCandidate(estimate, estimate_step_times(estimate), given))
+    return sorted(found, key=lambda candidate: candidate.times.total)
 
 
 def _key(config: Config) -> tuple[object, ...]:
@@ -114,15 +113,17 @@ def _key(config: Config) -> tuple[object, ...]:
     )
 
 
-def _candidates(config: Config, rehearsal: PlannedMachine) -> Iterator[Config]:
-    tensor = [t for t in (1, 2, 4, 8) if t <= rehearsal.gpus_per_node]
+def _candidates(config: Config, machine: PlannedMachine) -> Iterator[Config]:
+    tensor = [t for t in (1, 2, 4, 8) if t <= machine.gpus_per_node]
     stages = [p for p in range(1, config.model.num_layers + 1) if config.model.num_layers % p == 0]
-    keep = KEEP_ALL if config.parallel.recompute_granularity == "full" else {}
-    recompute = (keep, RECOMPUTE_ALL)
-    for t, p, v, b, again in product(tensor, stages, VIRTUAL, MICRO_BATCHES, recompute):
-        replicas, rest = divmod(rehearsal.world_size, t * p)
-        whole = replicas and not rest and config.training.global_batch_size % (replicas * b) == 0
-        if not whole or (v is not None and (p == 1 or config.model.num_layers % (p * v))):
+    keep = NO_RECOMPUTE if config.parallel.recompute_granularity == "full" else {}
+    recompute = (keep, FULL_RECOMPUTE)
+    for t, p, v, b, recomputation in product(tensor, stages, VIRTUAL, MICRO_BATCHES, recompute):
+        replicas, rest = divmod(machine.world_size, t * p)
+        divisible = (
+            replicas and not rest and config.training.global_batch_size % (replicas * b) == 0
+        )
+        if not divisible or (v is not None and (p == 1 or config.model.num_layers % (p * v))):
             continue
         yield replace_fields(
             config,
@@ -132,34 +133,34 @@ def _candidates(config: Config, rehearsal: PlannedMachine) -> Iterator[Config]:
             virtual_pipeline_model_parallel_size=v,
             use_distributed_optimizer=True,
             micro_batch_size=b,
-            **again,
+            **recomputation,
         )
 
 
-def estimate(outlook: Outlook) -> Times:
-    """Where the time of a step goes."""
-    config, layout, machine = outlook.config, outlook.layout, outlook.machine
-    slowest = max(range(layout.pp), key=lambda s: _stage_seconds(outlook, s))
-    traffic = outlook.traffic[slowest]
-    inside, network = LINKS.get(machine.name, HOPPER)
-    among_replicas = inside if layout.tp * layout.dp <= machine.per_node else network
-    overlapped = 0.5 if config.parallel.overlap_grad_reduce or layout.pp == 1 else 1.0
-    exchange = overlapped * (traffic.gradients + traffic.parameters) / among_replicas
-    computing = _stage_seconds(outlook, slowest)
-    tensor, pipeline = traffic.tensor / inside, traffic.pipeline / network
-    busy = computing + tensor + pipeline
-    return Times(
-        computing=computing,
-        waiting=busy * (layout.pp - 1) / (layout.vp * layout.micro_batches),
+def estimate_step_times(estimate: RunEstimate) -> StepTimes:
+    """Estimate the step time of the slowest stage, by activity."""
+    config, layout, gpu = estimate.config, estimate.layout, estimate.gpu
+    slowest = max(range(layout.pp), key=lambda s: _stage_seconds(estimate, s))
+    traffic = estimate.traffic[slowest]
+    node, network = LINK_BANDWIDTH.get(gpu.name, HOPPER_BANDWIDTH)
+    data_bandwidth = node if layout.tp * layout.dp <= gpu.per_node else network
+    exposed = 0.5 if config.parallel.overlap_grad_reduce or layout.pp == 1 else 1.0
+    data = exposed * (traffic.gradients + traffic.parameters) / data_bandwidth
+    compute = _stage_seconds(estimate, slowest)
+    tensor, pipeline = traffic.tensor / node, traffic.pipeline / network
+    busy = compute + tensor + pipeline
+    return StepTimes(
+        compute=compute,
+        bubble=busy * (layout.pp - 1) / (layout.vp * layout.micro_batches),
         tensor=tensor,
         pipeline=pipeline,
-        replicas=exchange + traffic.embedding / network,
+        data=data + traffic.embedding / network,
     )
 
 
-def _stage_seconds(outlook: Outlook, stage: int) -> float:
-    """Time that a rank of a stage computes in a step."""
-    config, layout, machine = outlook.config, outlook.layout, outlook.machine
+def _stage_seconds(estimate: RunEstimate, stage: int) -> float:
+    """Return the compute time of a rank of a stage per step."""
+    config, layout = estimate.config, estimate.layout
     parts = flops_by_part(config)
     layers = sum(chunk.layers for chunk in layout.stages[stage])
     flops = (parts.total - parts.logits) * layers / config.model.num_layers
@@ -168,66 +169,75 @@ def _stage_seconds(outlook: Outlook, stage: int) -> float:
     if any(chunk.output for chunk in layout.stages[stage]):
         flops += parts.logits
     samples = layout.micro_batches * config.training.micro_batch_size
-    return flops * samples / layout.tp / layout.cp / _speed(outlook, machine)
+    return flops * samples / layout.tp / layout.cp / _effective_flops(estimate)
 
 
-def _speed(outlook: Outlook, machine: Machine) -> float:
-    """FLOP/s of a GPU on pieces of this size."""
-    config, layout = outlook.config, outlook.layout
+def _effective_flops(estimate: RunEstimate) -> float:
+    """Return the FLOP/s of a GPU on activations of this size."""
+    config, layout = estimate.config, estimate.layout
     tokens = config.training.micro_batch_size * config.data.seq_length // layout.cp
-    piece = tokens * config.model.hidden_size / layout.tp
-    return machine.peak * PRODUCTS * piece / (piece + SMALL)
+    size = tokens * config.model.hidden_size / layout.tp
+    return estimate.gpu.peak * MATMUL_EFFICIENCY * size / (size + HALF_SPEED_ELEMENTS)
 
 
 SHOWN = 6
-KINDS = {
-    "computing": "computing",
-    "waiting": "bubble",
-    "tensor": "TP sends",
-    "pipeline": "PP sends",
-    "replicas": "DP sends",
+"""Layouts in the table."""
+TIME_COLUMNS = {
+    "compute": "compute",
+    "bubble": "bubble",
+    "tensor": "TP comm",
+    "pipeline": "PP comm",
+    "data": "DP comm",
 }
-WORTH_TELLING = 0.005
-"""Part of a step from which a difference is a reason."""
+MIN_SHOWN_DIFFERENCE = 0.005
+"""Fraction of the step time above which a difference is reported."""
 
 
-def show_suggestions(config: Config, rehearsal: PlannedMachine, found: list[Suggestion]) -> str:
-    """The best layouts, where their time goes, and where the given one stands among them."""
-    gpu = rehearsal.gpu
-    if rehearsal.gpu_memory:
-        gpu += f" with {rehearsal.gpu_memory / 1e9:.0f} GB"
+def format_candidates(config: Config, machine: PlannedMachine, found: list[LayoutCandidate]) -> str:
+    """Format the best layouts, their step times by activity, and the rank of the given layout."""
+    gpu = machine.gpu
+    if machine.gpu_memory:
+        gpu += f" with {machine.gpu_memory / 1e9:.0f} GB"
     head = (
-        f"{rehearsal.world_size} {gpu}, global batch {config.training.global_batch_size}, "
+        f"{machine.world_size} {gpu}, global batch {config.training.global_batch_size}, "
         f"{config.data.seq_length} tokens: "
     )
     if not found:
-        return head + "no layout fits; more GPUs, or GPUs of more memory, are needed"
+        return head + "no layout fits: use more GPUs, or GPUs with more memory"
     given = next((s for s in found if s.given), None)
     shown = _best_of_each(found)[:SHOWN]
     shown += [given] if given and given not in shown else []
-    columns = ("layout", "micro-batch", "recompute", "memory", "MFU", "a step", *KINDS.values())
+    columns = (
+        "layout",
+        "micro-batch",
+        "recompute",
+        "memory",
+        "MFU",
+        "step",
+        *TIME_COLUMNS.values(),
+    )
     rows = [columns, *(_row(s) for s in shown)]
     return "\n".join(
         [
-            f"{head}{len(found)} layouts fit; the fastest of each TP and PP, by estimated seconds",
+            f"{head}{len(found)} layouts fit; the fastest of each TP and PP, in estimated seconds",
             format_table(rows, right=(1, *range(3, len(columns)))),
-            _verdict(found, given),
-            f"flags of the first: {flags(found[0].outlook.config)}",
+            _compare_given(found, given),
+            f"flags of the fastest: {layout_flags(found[0].estimate.config)}",
         ]
     )
 
 
-def _row(suggestion: Suggestion) -> tuple[str, ...]:
-    outlook, times = suggestion.outlook, suggestion.times
-    again = outlook.config.parallel.recompute_granularity == "full"
+def _row(candidate: LayoutCandidate) -> tuple[str, ...]:
+    estimate, times = candidate.estimate, candidate.times
+    recompute = estimate.config.parallel.recompute_granularity == "full"
     return (
-        shape(outlook.layout) + (" (given)" if suggestion.given else ""),
-        str(outlook.config.training.micro_batch_size),
-        "all layers" if again else "",
-        f"{outlook.filled:.0%}",
-        f"{suggestion.mfu:.0%}",
+        format_layout(estimate.layout) + (" (given)" if candidate.given else ""),
+        str(estimate.config.training.micro_batch_size),
+        "all layers" if recompute else "",
+        f"{estimate.memory_fraction:.0%}",
+        f"{candidate.mfu:.0%}",
         f"{times.total:.2f}",
-        *(_seconds(getattr(times, kind)) for kind in KINDS),
+        *(_seconds(getattr(times, kind)) for kind in TIME_COLUMNS),
     )
 
 
@@ -235,42 +245,42 @@ def _seconds(number: float) -> str:
     return f"{number:.2f}" if number else ""
 
 
-def _best_of_each(found: list[Suggestion]) -> list[Suggestion]:
-    """The fastest of each tensor and pipeline size: variants of one layout say little more."""
-    best: dict[tuple[int, int], Suggestion] = {}
-    for suggestion in found:
-        layout = suggestion.outlook.layout
-        best.setdefault((layout.tp, layout.pp), suggestion)
+def _best_of_each(found: list[LayoutCandidate]) -> list[LayoutCandidate]:
+    """Return the fastest candidate of each combination of tensor and pipeline size."""
+    best: dict[tuple[int, int], LayoutCandidate] = {}
+    for candidate in found:
+        layout = candidate.estimate.layout
+        best.setdefault((layout.tp, layout.pp), candidate)
     return list(best.values())
 
 
-def _verdict(found: list[Suggestion], given: Suggestion | None) -> str:
-    """What to say of the configuration's own layout."""
+def _compare_given(found: list[LayoutCandidate], given: LayoutCandidate | None) -> str:
+    """Format how the given layout compares with the fastest."""
     if given is None:
-        return "the given layout does not run or fit"
-    place = found.index(given) + 1
-    if place == 1:
-        return "the given layout fits, and none is faster by this estimate"
+        return "the given layout is invalid or does not fit"
+    rank = found.index(given) + 1
+    if rank == 1:
+        return "the given layout fits and is the fastest by this estimate"
     return (
-        f"the given layout fits, number {place} of {len(found)}; the first takes "
+        f"the given layout fits and is number {rank} of {len(found)}; the fastest takes "
         f"{1 - found[0].times.total / given.times.total:.0%} less time: "
         f"{_reasons(found[0].times, given.times)}"
     )
 
 
-def _reasons(best: Times, given: Times) -> str:
-    """What makes one layout faster than another."""
+def _reasons(best: StepTimes, given: StepTimes) -> str:
+    """List the activities in which one layout is faster than another."""
     parts = []
-    for field in fields(Times):
+    for field in fields(StepTimes):
         saved = getattr(given, field.name) - getattr(best, field.name)
-        if abs(saved) >= WORTH_TELLING * given.total:
-            more = "less" if saved > 0 else "more"
-            parts.append((saved, f"{KINDS[field.name]} {abs(saved):.2f} s {more}"))
+        if abs(saved) >= MIN_SHOWN_DIFFERENCE * given.total:
+            change = "less" if saved > 0 else "more"
+            parts.append((saved, f"{TIME_COLUMNS[field.name]} {abs(saved):.2f} s {change}"))
     return ", ".join(text for _, text in sorted(parts, reverse=True))
 
 
-def flags(config: Config) -> str:
-    """The flags that make a configuration of the same preset have this layout."""
+def layout_flags(config: Config) -> str:
+    """Return the flags that select this layout, to be added to the same preset."""
     parallel = config.parallel
     words = [
         f"--tensor-model-parallel-size {parallel.tensor_model_parallel_size}",

@@ -1,8 +1,8 @@
-"""The real groups and model chunks of every distinct rank, without the machines they are for.
+"""Real process groups and model chunks of each pipeline stage, built on the meta device.
 
-PyTorch's fake process group lets one process take the place of any rank of any number; on meta
-tensors the model has its sizes and no values. What comes out is compared with the arithmetic of
-``layout.py`` and ``memory.py``: a rehearsal that disagrees with it says so and stops.
+PyTorch's fake process group lets one process act as any rank of any world size; on the meta device
+the model has shapes but no storage. The result is compared with the arithmetic of ``layout.py`` and
+``memory.py``; a difference is an error.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.estimate.layout import Layout
+from megatron_llmjp.estimate.layout import ParallelLayout
 from megatron_llmjp.estimate.memory import rank_parameters
 from megatron_llmjp.model.gpt import build_model_chunk, transformer_config
 from megatron_llmjp.parallel.device import Device, setup
@@ -25,34 +25,37 @@ from megatron_llmjp.parallel.process_groups import seed_everything
 
 
 @dataclass(frozen=True)
-class Rehearsed:
-    """One stage's first rank, as megatron-core sets it up."""
+class BuiltRank:
+    """First rank of a pipeline stage, as megatron-core sets it up."""
 
     rank: int
     parameters: int
 
 
-def rehearse(config: Config, layout: Layout) -> list[Rehearsed]:
-    """Be the first rank of each stage in turn.
+def build_first_ranks(config: Config, layout: ParallelLayout) -> list[BuiltRank]:
+    """Build groups and model chunks of the first rank of each stage, one after the other.
 
     Raises:
-        UserError: megatron-core refuses, or builds something else than was planned.
+        UserError: megatron-core rejects the configuration, or parameters or process groups differ
+            from the estimate.
     """
-    device, found = setup(), []
+    device, built = setup(), []
     for stage in range(layout.pp):
         rank = layout.rank(tp=0, cp=0, dp=0, pp=stage)
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
         try:
-            found.append(_be(rank, stage, config, layout, device))
+            built.append(_build_rank(rank, stage, config, layout, device))
         except (AssertionError, RuntimeError, ValueError) as error:
             raise UserError(f"rank {rank} cannot be set up: {error}") from error
         finally:
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()
-    return found
+    return built
 
 
-def _be(rank: int, stage: int, config: Config, layout: Layout, device: Device) -> Rehearsed:
+def _build_rank(
+    rank: int, stage: int, config: Config, layout: ParallelLayout, device: Device
+) -> BuiltRank:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
@@ -62,10 +65,10 @@ def _be(rank: int, stage: int, config: Config, layout: Layout, device: Device) -
     )
     seed_everything(config.training.seed)
     parameters = sum(_chunk_parameters(config, device, layout, stage))
-    planned = rank_parameters(config, layout, layout.stages[stage])
-    if parameters != planned:
+    estimated = rank_parameters(config, layout, layout.stages[stage])
+    if parameters != estimated:
         raise UserError(
-            f"stage {stage} has {parameters:,} parameters per rank, not the {planned:,} planned"
+            f"stage {stage} has {parameters:,} parameters per rank; the estimate is {estimated:,}"
         )
     groups = {
         "tensor": (parallel_state.get_tensor_model_parallel_group(), layout.rank(1, 0, 0, 0)),
@@ -75,13 +78,18 @@ def _be(rank: int, stage: int, config: Config, layout: Layout, device: Device) -
     for name, (group, step) in groups.items():
         ranks = dist.get_process_group_ranks(group)
         if any(b - a != step for a, b in pairwise(ranks)):
-            raise UserError(f"the {name}-parallel group of rank {rank} is {ranks}, not as planned")
-    return Rehearsed(rank, parameters)
+            raise UserError(
+                f"the {name}-parallel group of rank {rank} is {ranks}; the estimate has steps of "
+                f"{step}"
+            )
+    return BuiltRank(rank, parameters)
 
 
-def _chunk_parameters(config: Config, device: Device, layout: Layout, stage: int) -> list[int]:
+def _chunk_parameters(
+    config: Config, device: Device, layout: ParallelLayout, stage: int
+) -> list[int]:
     core = transformer_config(config, device)
-    # Else megatron-core names a device for each weight, and fills it.
+    # Otherwise megatron-core allocates each weight on a real device and initializes it.
     core.use_cpu_initialization, core.perform_initialization = True, False
     counts = []
     for number, chunk in enumerate(layout.stages[stage]):

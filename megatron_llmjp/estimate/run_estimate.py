@@ -1,9 +1,4 @@
-"""Estimate of a run: memory, communication, FLOPs and days, as numbers and as text.
-
-A run on paper: everything that follows from its configuration and its machine by arithmetic.
-
-A run on paper as text for a terminal.
-"""
+"""Estimate of a run: memory, communication, FLOPs, duration, checkpoints, and its text report."""
 
 from __future__ import annotations
 
@@ -11,214 +6,214 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_llmjp.config.machine_flags import PlannedMachine
+from megatron_llmjp.config.parameter_counts import count_parameters
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.batch_size import BatchSizeSchedule, last_iteration
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.estimate.checkpoints import checkpoint_bytes, count_checkpoints
-from megatron_llmjp.estimate.communication import Communication, communicate
+from megatron_llmjp.estimate.communication import CommunicationVolume, communication_volume
 from megatron_llmjp.estimate.flops import compute_dtype, step_flops, tflops_per_device
-from megatron_llmjp.estimate.gpus import find_gpu, memory_of
-from megatron_llmjp.estimate.layout import Chunk, Layout, lay_out
-from megatron_llmjp.estimate.memory import Memory, rank_memory, rank_parameters
-from megatron_llmjp.estimate.parameters import count_parameters
+from megatron_llmjp.estimate.gpus import find_gpu, gpu_memory, peak_tflops
+from megatron_llmjp.estimate.layout import ModelChunk, ParallelLayout, make_layout
+from megatron_llmjp.estimate.memory import RankMemory, rank_memory, rank_parameters
 from megatron_llmjp.formatting import format_bytes, format_count, format_gigabytes, format_table
 from megatron_llmjp.run_data import decay_end_iteration
 
 SECONDS_PER_DAY = 86400.0
-RESERVE = 2_500_000_000
-"""Bytes that CUDA's context and NCCL's buffers take."""
+CUDA_RESERVE = 2_500_000_000
+"""Bytes assumed for the CUDA context and NCCL buffers."""
 
 
 @dataclass(frozen=True)
-class Machine:
-    """The GPU that a run is planned for."""
+class TargetGpu:
+    """GPU that a run is estimated for."""
 
     name: str
     memory: float
     """Bytes."""
     peak: float
-    """FLOP/s in the type of the run."""
+    """FLOP/s in the dtype of the run."""
     per_node: int
 
 
 @dataclass(frozen=True)
-class Length:
-    """How long a run is."""
+class RunLength:
+    """Length of a run, and the setting that determines it."""
 
     iterations: int
     samples: int
     source: str
-    """What says so, for people."""
+    """Origin of the length, for the report."""
     fold_ends: tuple[int, ...] = ()
-    """Samples trained on when each fold ends."""
+    """Consumed samples at the end of each fold."""
 
 
 @dataclass(frozen=True)
-class Outlook:
-    """What a run will be."""
+class RunEstimate:
+    """Memory, communication and duration of a run on given GPUs."""
 
     config: Config
-    machine: Machine
-    layout: Layout
-    memory: tuple[Memory, ...]
-    """Of a rank of each stage."""
-    traffic: tuple[Communication, ...]
+    gpu: TargetGpu
+    layout: ParallelLayout
+    memory: tuple[RankMemory, ...]
+    """Of one rank of each stage."""
+    traffic: tuple[CommunicationVolume, ...]
+    """Of one rank of each stage."""
     parameters: tuple[int, ...]
-    """Of a rank of each stage."""
+    """Of one rank of each stage."""
     step_seconds: float
     """Of a full batch, at the assumed MFU."""
-    length: Length | None = None
-    """None where nothing says it."""
+    length: RunLength | None = None
+    """None if the configuration does not determine it."""
 
     @property
-    def worst(self) -> int:
-        """The stage whose ranks need the most memory."""
+    def worst_stage(self) -> int:
+        """Stage whose ranks need the most memory."""
         return max(range(len(self.memory)), key=lambda stage: self.memory[stage].total)
 
     @property
     def fits(self) -> bool:
-        """Whether the fullest rank fits its GPU."""
-        return self.filled <= 1.0
+        """Whether the rank with the highest memory use fits its GPU."""
+        return self.memory_fraction <= 1.0
 
     @property
-    def filled(self) -> float:
-        """The part of its GPU's memory that the fullest rank takes."""
-        return (self.memory[self.worst].total + RESERVE) / self.machine.memory
-
-    @property
-    def steps_per_day(self) -> float:
-        """At the assumed MFU."""
-        return SECONDS_PER_DAY / self.step_seconds
+    def memory_fraction(self) -> float:
+        """Fraction of the GPU memory that the rank with the highest memory use needs."""
+        return (self.memory[self.worst_stage].total + CUDA_RESERVE) / self.gpu.memory
 
 
-def look_ahead(config: Config, rehearsal: PlannedMachine, length: Length | None = None) -> Outlook:
-    """Work a run out.
+def estimate_run(
+    config: Config, machine: PlannedMachine, length: RunLength | None = None
+) -> RunEstimate:
+    """Estimate a run on a machine.
 
     Raises:
-        UserError: the layout does not divide, or the GPU is unknown.
+        UserError: the layout is impossible, or the GPU is unknown.
     """
-    machine = find_machine(config, rehearsal)
-    layout = lay_out(config, rehearsal.world_size)
+    gpu = resolve_gpu(config, machine)
+    layout = make_layout(config, machine.world_size)
     stages = range(layout.pp)
     flops = step_flops(config, config.training.global_batch_size)
-    return Outlook(
+    return RunEstimate(
         config=config,
-        machine=machine,
+        gpu=gpu,
         layout=layout,
         memory=tuple(rank_memory(config, layout, stage) for stage in stages),
-        traffic=tuple(communicate(config, layout, stage) for stage in stages),
+        traffic=tuple(communication_volume(config, layout, stage) for stage in stages),
         parameters=tuple(rank_parameters(config, layout, layout.stages[s]) for s in stages),
-        step_seconds=flops / (layout.world_size * machine.peak * rehearsal.mfu),
+        step_seconds=flops / (layout.world_size * gpu.peak * machine.mfu),
         length=length,
     )
 
 
-def find_machine(config: Config, rehearsal: PlannedMachine) -> Machine:
-    """The GPU that is asked for.
+def resolve_gpu(config: Config, machine: PlannedMachine) -> TargetGpu:
+    """Look up the GPU of a machine, with its peak in the dtype of the run.
 
     Raises:
-        UserError: nothing is known of it, or it cannot compute in the type of the run.
+        UserError: the GPU is unknown or does not support the dtype.
     """
-    gpu, dtype = find_gpu(rehearsal.gpu), compute_dtype(config)
+    gpu, dtype = find_gpu(machine.gpu), compute_dtype(config)
     if gpu is None:
         raise UserError(
-            f"--gpu {rehearsal.gpu}: nothing is known of this GPU; take one such as A100, H100, "
-            "H200 or B200"
+            f"--gpu {machine.gpu}: unknown GPU; expected a name such as A100, H100, H200 or B200"
         )
     peak = config.logging.gpu_peak_tflops or gpu.peak_tflops(dtype)
     if peak is None:
-        raise UserError(f"--gpu {gpu.name}: it does not compute in {dtype}; take --fp16")
-    memory = rehearsal.gpu_memory or memory_of(rehearsal.gpu) or 0.0
-    return Machine(gpu.name, memory, peak * 1e12, rehearsal.gpus_per_node)
+        raise UserError(f"--gpu {gpu.name} does not support {dtype}: use --fp16")
+    memory = machine.gpu_memory or gpu_memory(machine.gpu) or 0.0
+    return TargetGpu(gpu.name, memory, peak * 1e12, machine.gpus_per_node)
 
 
-def length_without_data(config: Config) -> Length | None:
-    """What the training section asks for, or else the end of the learning rate's decay."""
+def run_length_without_data(config: Config) -> RunLength | None:
+    """Return the configured length, or else the end of the learning-rate decay."""
     sizes = BatchSizeSchedule(config)
-    found, source = last_iteration(config, sizes), "as asked for"
-    if found is None:
-        found, source = decay_end_iteration(config), "to the end of the learning rate's decay"
-    return None if found is None else Length(found, sizes.consumed_after(found), source)
+    iterations, source = last_iteration(config, sizes), "as configured"
+    if iterations is None:
+        iterations, source = decay_end_iteration(config), "until the end of the learning-rate decay"
+    if iterations is None:
+        return None
+    return RunLength(iterations, sizes.consumed_after(iterations), source)
 
 
 SHOWN_NODES = 4
+"""Nodes of a stage that are printed; of more, the first two and the last."""
 
 
 @dataclass(frozen=True)
-class Anchor:
-    """A published figure of the model that a preset is named for."""
+class PublishedFigure:
+    """Published speed or length of the model that a preset is named after."""
 
     text: str
     steps: int
-    a_day_on: tuple[str, int] | None = None
-    """GPUs that do so many steps a day; None where ``steps`` is the length of the run."""
+    per_day_on: tuple[str, int] | None = None
+    """GPU model and count for ``steps`` per day; None if ``steps`` is the length of the run."""
 
 
-ANCHORS = {
-    "llm-jp-3-172b": Anchor("about 2,000 steps a day on 512 H100", 2000, ("H100", 512)),
-    "llm-jp-3-13b": Anchor("about 20,000 steps a day on 256 H100", 20000, ("H100", 256)),
-    "llm-jp-13b-v1.0": Anchor("87,870 steps for its ten folds, on 96 A100 40 GB", 87870),
-    "llm-jp-1.3b-v1.0": Anchor("87,430 steps for its ten folds, on 96 A100 40 GB", 87430),
+PUBLISHED_FIGURES = {
+    "llm-jp-3-172b": PublishedFigure("about 2,000 steps per day on 512 H100", 2000, ("H100", 512)),
+    "llm-jp-3-13b": PublishedFigure("about 20,000 steps per day on 256 H100", 20000, ("H100", 256)),
+    "llm-jp-13b-v1.0": PublishedFigure("87,870 steps for its ten folds, on 96 A100 40 GB", 87870),
+    "llm-jp-1.3b-v1.0": PublishedFigure("87,430 steps for its ten folds, on 96 A100 40 GB", 87430),
 }
 
 
-def format_estimate(outlook: Outlook, mfu: float, name: str | None = None) -> str:
-    """The whole report, without warnings."""
+def format_estimate(estimate: RunEstimate, mfu: float, name: str | None = None) -> str:
+    """Format the whole report, without warnings."""
     return "\n\n".join(
         [
-            _head(outlook),
-            picture(outlook.layout, outlook.machine.per_node, outlook.parameters),
-            _memory(outlook),
-            _traffic(outlook),
-            _time(outlook, mfu, name),
+            _header(estimate),
+            format_rank_placement(estimate.layout, estimate.gpu.per_node, estimate.parameters),
+            _memory(estimate),
+            _communication(estimate),
+            _duration(estimate, mfu, name),
         ]
     )
 
 
-def _head(outlook: Outlook) -> str:
-    layout, counts = outlook.layout, count_parameters(outlook.config)
-    number, size = layout.micro_batches, outlook.config.training.micro_batch_size
+def _header(estimate: RunEstimate) -> str:
+    layout, counts = estimate.layout, count_parameters(estimate.config)
+    number, size = layout.micro_batches, estimate.config.training.micro_batch_size
     return (
-        f"{layout.world_size} {outlook.machine.name}: {shape(layout)}; each replica does "
-        f"{number} micro-batch{'es' if number > 1 else ''} of {size} in a step\n"
+        f"{layout.world_size} {estimate.gpu.name}: {format_layout(layout)}; "
+        f"{number} micro-batch{'es' if number > 1 else ''} of size {size} per replica and step\n"
         f"{counts.total:,} parameters, {counts.non_embedding:,} without embeddings; "
-        f"{outlook.config.padded_vocab_size:,} rows"
+        f"padded vocabulary size {estimate.config.padded_vocab_size:,}"
     )
 
 
-def shape(layout: Layout) -> str:
-    """``TP 4 x PP 16 x DP 8``."""
+def format_layout(layout: ParallelLayout) -> str:
+    """Format a layout as ``TP 4 x PP 16 x DP 8``."""
     parts = [f"TP {layout.tp}", f"PP {layout.pp}"]
     parts += [f"VP {layout.vp}"] if layout.vp > 1 else []
     parts += [f"CP {layout.cp}"] if layout.cp > 1 else []
     return " x ".join([*parts, f"DP {layout.dp}"])
 
 
-def picture(layout: Layout, per_node: int, parameters: Sequence[int]) -> str:
-    """Which node holds which part: a line per pipeline stage."""
-    rows = [("stage", "layers", "parameters", "ranks", "nodes, and the replicas they hold")]
+def format_rank_placement(layout: ParallelLayout, per_node: int, parameters: Sequence[int]) -> str:
+    """Format a table with the layers, parameters, ranks and nodes of each pipeline stage."""
+    rows = [("stage", "layers", "parameters", "ranks", "nodes and their replicas")]
     for stage, chunks in enumerate(layout.stages):
         first, last = _ranks(layout, stage)
         layers, nodes = " ".join(map(_chunk, chunks)), _nodes(layout, stage, per_node)
         rows.append((str(stage), layers, f"{parameters[stage]:,}", _range(first, last), nodes))
-    together = layout.tp * layout.cp
+    group = layout.tp * layout.cp
     kinds = f"TP {layout.tp}" + (f" x CP {layout.cp}" if layout.cp > 1 else "")
-    gpus = f"{together} neighbouring GPUs ({kinds})" if together > 1 else "1 GPU"
-    notes = [f"a replica of a stage is {gpus}; parameters are those of one GPU"]
+    gpus = f"{group} adjacent GPUs ({kinds})" if group > 1 else "1 GPU"
+    notes = [f"one replica of a stage uses {gpus}; parameters are per GPU"]
     notes += ["E: embedding, L: output layer and loss"]
-    if together > per_node:
-        notes += ["a tensor-parallel group spans nodes: its traffic goes over the network"]
+    if group > per_node:
+        notes += ["tensor-parallel groups span nodes: they communicate over the network"]
     return "\n".join([format_table(rows, right=(2,)), *notes])
 
 
-def _ranks(layout: Layout, stage: int) -> tuple[int, int]:
-    """The first and the last rank of a stage."""
+def _ranks(layout: ParallelLayout, stage: int) -> tuple[int, int]:
+    """Return the first and the last rank of a stage."""
     last = layout.rank(layout.tp - 1, layout.cp - 1, layout.dp - 1, stage)
     return layout.rank(0, 0, 0, stage), last
 
 
-def _nodes(layout: Layout, stage: int, per_node: int) -> str:
-    """``n0 d0-1  n1 d2-3``: two nodes with two replicas each; ``n0:4-7 d0`` is half a node."""
+def _nodes(layout: ParallelLayout, stage: int, per_node: int) -> str:
+    """Format ``n0 d0-1  n1 d2-3``: two nodes with two replicas each; ``n0:4-7`` is half a node."""
     first, last = _ranks(layout, stage)
     cells = []
     for node in range(first // per_node, last // per_node + 1):
@@ -229,75 +224,75 @@ def _nodes(layout: Layout, stage: int, per_node: int) -> str:
     return "  ".join(cells if len(cells) <= SHOWN_NODES else [*cells[:2], "...", cells[-1]])
 
 
-def _chunk(chunk: Chunk) -> str:
+def _chunk(chunk: ModelChunk) -> str:
     layers = _range(chunk.first_layer + 1, chunk.first_layer + chunk.layers)
     parts = [*(["E"] if chunk.embedding else []), layers if chunk.layers else ""]
     return "+".join([part for part in [*parts, "L" if chunk.output else ""] if part]) or "-"
 
 
-def _memory(outlook: Outlook) -> str:
-    """Memory by kind of the first, the fullest and the last stage."""
-    stages = sorted({0, outlook.worst, outlook.layout.pp - 1})
-    rows = [("memory of a GPU", *(f"stage {s}" for s in stages))]
-    for kind in Memory.__dataclass_fields__:
+def _memory(estimate: RunEstimate) -> str:
+    """Format memory by kind, for the first, the worst and the last stage."""
+    stages = sorted({0, estimate.worst_stage, estimate.layout.pp - 1})
+    rows = [("memory per GPU", *(f"stage {s}" for s in stages))]
+    for kind in RankMemory.__dataclass_fields__:
         rows.append(
-            (f"  {kind}", *(format_gigabytes(getattr(outlook.memory[s], kind)) for s in stages))
+            (f"  {kind}", *(format_gigabytes(getattr(estimate.memory[s], kind)) for s in stages))
         )
-    rows.append(("  together", *(format_gigabytes(outlook.memory[s].total) for s in stages)))
-    most, capacity = outlook.memory[outlook.worst].total, outlook.machine.memory
+    rows.append(("  total", *(format_gigabytes(estimate.memory[s].total) for s in stages)))
+    most, capacity = estimate.memory[estimate.worst_stage].total, estimate.gpu.memory
     return (
         f"{format_table(rows, right=range(1, len(stages) + 1))}\n"
-        f"{'fits' if outlook.fits else 'DOES NOT FIT'}: {most / 1e9:.1f} GB and "
-        f"{RESERVE / 1e9:.1f} GB for CUDA and NCCL are {outlook.filled:.0%} of "
+        f"{'fits' if estimate.fits else 'DOES NOT FIT'}: {most / 1e9:.1f} GB + "
+        f"{CUDA_RESERVE / 1e9:.1f} GB for CUDA and NCCL = {estimate.memory_fraction:.0%} of "
         f"{capacity / 1e9:.0f} GB"
     )
 
 
-def _traffic(outlook: Outlook) -> str:
-    """What goes out of a GPU, and whether its group lies in one node."""
-    layout, per_node = outlook.layout, outlook.machine.per_node
-    reach = {"tensor": layout.tp * layout.cp, "pipeline": layout.world_size}
+def _communication(estimate: RunEstimate) -> str:
+    """Format the bytes that a GPU sends, and whether its group fits in one node."""
+    layout, per_node = estimate.layout, estimate.gpu.per_node
+    spans = {"tensor": layout.tp * layout.cp, "pipeline": layout.world_size}
     stages = sorted({0, layout.pp // 2, layout.pp - 1})
-    rows = [("sent by a GPU in a step", *(f"stage {s}" for s in stages))]
-    for kind in Communication.__dataclass_fields__:
-        sent = [getattr(outlook.traffic[s], kind) for s in stages]
+    rows = [("sent per GPU and step", *(f"stage {s}" for s in stages))]
+    for kind in CommunicationVolume.__dataclass_fields__:
+        sent = [getattr(estimate.traffic[s], kind) for s in stages]
         ranks = layout.world_size if kind == "embedding" else layout.tp * layout.cp * layout.dp
-        where = "inside a node" if reach.get(kind, ranks) <= per_node else "network"
+        where = "within a node" if spans.get(kind, ranks) <= per_node else "network"
         if any(sent):
             rows.append((f"  {kind} ({where})", *map(format_gigabytes, sent)))
     if len(rows) == 1:
-        return "nothing is sent: there is one GPU"
+        return "no communication on one GPU"
     return format_table(rows, right=range(1, len(stages) + 1))
 
 
-def _time(outlook: Outlook, mfu: float, name: str | None) -> str:
-    config, batch = outlook.config, outlook.config.training.global_batch_size
-    tokens, steps = batch * config.data.seq_length, SECONDS_PER_DAY / outlook.step_seconds
+def _duration(estimate: RunEstimate, mfu: float, name: str | None) -> str:
+    config, batch = estimate.config, estimate.config.training.global_batch_size
+    tokens, steps = batch * config.data.seq_length, SECONDS_PER_DAY / estimate.step_seconds
     flops = format_count(step_flops(config, batch))
     rows = [
         (
-            "a step",
-            f"{tokens:,} tokens, {flops[:-1]} {flops[-1]}FLOP, pipeline bubble "
-            f"{outlook.layout.bubble:.1%}",
+            "step",
+            f"{tokens:,} tokens, {flops[:-1]} {flops[-1]}FLOPs, pipeline bubble "
+            f"{estimate.layout.bubble:.1%}",
         ),
         (
             f"at {mfu:.0%} MFU",
-            f"{outlook.step_seconds:.2f} s a step, {steps:,.0f} steps and "
-            f"{format_count(steps * tokens)} tokens a day",
+            f"{estimate.step_seconds:.2f} s per step; per day {steps:,.0f} steps and "
+            f"{format_count(steps * tokens)} tokens",
         ),
-        ("the run", _length(outlook)),
-        ("checkpoints", _checkpoints(outlook)),
+        ("run", _length(estimate)),
+        ("checkpoints", _checkpoints(estimate)),
     ]
-    if name in ANCHORS:
-        rows.append(("published", _published(ANCHORS[name], config)))
+    if name in PUBLISHED_FIGURES:
+        rows.append(("published", _published(PUBLISHED_FIGURES[name], config)))
     return format_table(rows, right=())
 
 
-def _length(outlook: Outlook) -> str:
-    length, config = outlook.length, outlook.config
+def _length(estimate: RunEstimate) -> str:
+    length, config = estimate.length, estimate.config
     if length is None:
-        return "of unknown length: give --train-iters or --fold-file"
-    days = length.samples / config.training.global_batch_size * outlook.step_seconds
+        return "unknown length: set --train-iters or --fold-file"
+    days = length.samples / config.training.global_batch_size * estimate.step_seconds
     tokens = length.samples * config.data.seq_length
     return (
         f"{length.iterations:,} steps ({length.source}), {format_count(tokens)} tokens: "
@@ -305,32 +300,31 @@ def _length(outlook: Outlook) -> str:
     )
 
 
-def _checkpoints(outlook: Outlook) -> str:
-    config, length = outlook.config, outlook.length
+def _checkpoints(estimate: RunEstimate) -> str:
+    config, length = estimate.config, estimate.length
     size = checkpoint_bytes(config)
     if length is None:
-        return f"of {format_bytes(size)} each"
-    seconds = outlook.step_seconds
+        return f"{format_bytes(size)} each"
+    seconds = estimate.step_seconds
     found = count_checkpoints(config, length.iterations, length.fold_ends, seconds)
     if found.written == 1:
-        return f"1 of {format_bytes(size)}, at the end"
+        return f"1 x {format_bytes(size)}, at the end"
     return (
-        f"{found.written:,} of {format_bytes(size)} are written, {found.kept:,} stay: "
-        f"{format_bytes(found.kept * size)}"
+        f"{found.written:,} x {format_bytes(size)} written, {found.kept:,} kept "
+        f"({format_bytes(found.kept * size)})"
     )
 
 
-def _published(anchor: Anchor, config: Config) -> str:
+def _published(figure: PublishedFigure, config: Config) -> str:
     batch = config.training.global_batch_size
-    if anchor.a_day_on is None:
+    if figure.per_day_on is None:
         return (
-            f"{anchor.text}: {format_count(anchor.steps * batch * config.data.seq_length)} tokens"
+            f"{figure.text}: {format_count(figure.steps * batch * config.data.seq_length)} tokens"
         )
-    gpu, number = anchor.a_day_on
-    speed = tflops_per_device(config, batch * anchor.steps, SECONDS_PER_DAY, number)
-    known = find_gpu(gpu)
-    assert known is not None
-    return f"{anchor.text}, which is {speed / known.half:.0%} MFU"
+    gpu, number = figure.per_day_on
+    speed = tflops_per_device(config, batch * figure.steps, SECONDS_PER_DAY, number)
+    peak = peak_tflops(gpu, "bf16")
+    return f"{figure.text}: {speed / peak:.0%} MFU" if peak else figure.text
 
 
 def _range(first: int, last: int) -> str:

@@ -241,7 +241,7 @@ def build_model_chunk(
         vp_stage=vp_stage,
     )
     if any(parameter.is_meta for parameter in model.parameters()):
-        return model  # a rehearsal: sizes without values
+        return model  # on the meta device, for --estimate
     initialize(model, config)
     if post_process and config.training.z_loss_strength > 0.0:
         add_z_loss(model, config.training.z_loss_strength)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from statistics import median
 
+from megatron_llmjp.config.parameter_counts import count_parameters
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.estimate.flops import flops_per_sample
-from megatron_llmjp.estimate.parameters import count_parameters
 from megatron_llmjp.formatting import format_count, format_duration
 from megatron_llmjp.report.history import LOSS, USUAL, History
 

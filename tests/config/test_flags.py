@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 
 from megatron_llmjp import cli as pretrain_cli
-from megatron_llmjp.config.flags import MODE_HELP, Mode, flag_names, parse
+from megatron_llmjp.config.flags import MODE_ALIASES, MODE_HELP, Mode, flag_names, parse
 from megatron_llmjp.config.megatron_flags import (
     CHOICES,
     DEPENDENT_FLAGS,
@@ -33,10 +33,14 @@ VALUES: dict[str, list[str]] = {
     "--group-query-attention": [], "--no-bias-gelu-fusion": [], "--no-load-optim": [],
 }  # fmt: skip
 IN_MODE = {
-    "--rehearse", "--suggest-layout", "--world-size", "--gpus", "--gpu", "--gpu-memory",
-    "--gpus-per-node", "--mfu",
+    "--estimate", "--rehearse", "--suggest-layout", "--world-size", "--gpus", "--gpu",
+    "--gpu-memory", "--gpus-per-node", "--mfu",
 }  # fmt: skip
 """Flags of the planned machine, and the modes that need one."""
+MODES = {
+    *(mode.value for mode in Mode),
+    *(alias for names in MODE_ALIASES.values() for alias in names),
+}
 
 
 def value(flag: str) -> list[str]:
@@ -47,9 +51,7 @@ def value(flag: str) -> list[str]:
         return [next(iter(CHOICES[flag].values))]
     name = RENAMED_FLAGS.get(flag, flag.removeprefix("--").replace("-", "_"))
     if name not in SECTION_OF:
-        is_switch = (
-            flag in SWITCH_ALIASES or flag.startswith("--no-") or flag in {m.value for m in Mode}
-        )
+        is_switch = flag in SWITCH_ALIASES or flag.startswith("--no-") or flag in MODES
         return [] if is_switch else ["7"]
     info = SECTIONS[SECTION_OF[name]].model_fields[name]
     annotation, kind = info.annotation, str(info.annotation)
@@ -70,15 +72,16 @@ def test_every_flag_in_every_spelling(flag: str) -> None:
     base = ["--num-layers", "4", "--hidden-size", "64", "--num-attention-heads", "4"]
     base += ["--load", "other", "--finetune"] if flag == "--no-load-optim" else []
     if flag in IN_MODE:
-        base += ["--world-size", "7", *(["--rehearse"] if flag != "--suggest-layout" else [])]
+        base += ["--world-size", "7", *(["--estimate"] if flag != "--suggest-layout" else [])]
     expected = parse([*base, flag, *values])
     assert parse([*base, flag.replace("-", "_").replace("__", "--", 1), *values]) == expected
     if len(values) == 1:
         underscored = flag.replace("-", "_").replace("__", "--", 1)
         assert parse([*base, f"{flag}={values[0]}"]) == expected
         assert parse([*base, f"{underscored}={values[0]}"]) == expected
-    modes = {mode.value for mode in MODE_HELP}
-    assert expected.mode is Mode(flag if flag in modes else "--rehearse" if flag in IN_MODE else "")
+    assert expected.mode is Mode(
+        flag if flag in {m.value for m in MODE_HELP} else "--estimate" if flag in IN_MODE else ""
+    )
     if not values and flag in flag_names():
         with pytest.raises(UserError, match="explicit argument"):
             parse([*base, f"{flag}=true"])
@@ -107,7 +110,7 @@ def no_run(monkeypatch):
 @pytest.mark.parametrize("mode", MODE_HELP)
 @pytest.mark.parametrize("spelling", ["dashes", "underscores"])
 def test_a_mode_trains_and_writes_nothing(mode, spelling, folder, no_run, capsys, monkeypatch):
-    monkeypatch.setattr("megatron_llmjp.planning._build", lambda _: "")  # imports torch: seconds
+    monkeypatch.setattr("megatron_llmjp.planning._build_on_meta", lambda _: "")  # imports torch: seconds
     flag = mode.value if spelling == "dashes" else "--" + mode.value[2:].replace("-", "_")
     words = arguments("laptop-llama", folder / "folds.yaml", "--save", folder / "run")
     before = sorted(folder.rglob("*"))
@@ -116,7 +119,7 @@ def test_a_mode_trains_and_writes_nothing(mode, spelling, folder, no_run, capsys
     sign = {
         Mode.DRY_RUN: "# 2 processes: TP 1 x PP 1",
         Mode.PLAN_DATA: "fold01",
-        Mode.REHEARSE: "2 H100: TP 1 x PP 1 x DP 2",
+        Mode.ESTIMATE: "2 H100: TP 1 x PP 1 x DP 2",
         Mode.SUGGEST_LAYOUT: "2 H100, global batch 4",
     }
     assert sign[mode] in out
@@ -151,13 +154,13 @@ TOGETHER = {
         "flag --num-layers: num_layers = 'x'",
     ],
     "--world-size 4 --seq-length none": [
-        "--world-size goes with --dry-run and --rehearse",
+        "--world-size goes with --dry-run and --estimate",
         "flag --seq-length: seq_length = 'none'",
     ],
-    "--gpus 4 --world-size 8 --rehearse": ["--world-size 8 and --gpus 4 mean the same"],
+    "--gpus 4 --world-size 8 --estimate": ["--world-size 8 and --gpus 4 mean the same"],
     "--gpu A100 --mfu 0.4": ["--gpu, --mfu describe the machine of a run that is planned"],
-    "--rehearse --mfu 2 --gpu-memory big": [
-        "--rehearse needs --world-size N",
+    "--estimate --mfu 2 --gpu-memory big": [
+        "--estimate needs --world-size N",
         "--mfu 2.0: expected",
         "--gpu-memory big: expected",
     ],

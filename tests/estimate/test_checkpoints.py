@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.plan.test_flops import preset
 
 from megatron_llmjp.config.flags import parse
 from megatron_llmjp.config.loading import replace_fields
-from megatron_llmjp.estimate.checkpoints import Checkpoints, checkpoint_bytes, count_checkpoints
+from megatron_llmjp.estimate.checkpoints import (
+    CheckpointCounts,
+    checkpoint_bytes,
+    count_checkpoints,
+)
+from tests.estimate.test_flops import preset
 from tests.support.datasets import write_folds
 from tests.support.training import Job, arguments, train_all
 
@@ -56,7 +60,7 @@ def count(iterations: int, *fold_ends: int, **values: Any) -> tuple[int, int]:
         fold_ends,
         30.0,
     )
-    assert isinstance(found, Checkpoints)
+    assert isinstance(found, CheckpointCounts)
     return found.written, found.kept
 
 

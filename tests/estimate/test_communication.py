@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.plan.test_memory import FULL, PP, TP, make, run_micro_batches
 
 from megatron_llmjp.config.schema import Config
-from megatron_llmjp.estimate.communication import communicate
-from megatron_llmjp.estimate.layout import lay_out
+from megatron_llmjp.estimate.communication import communication_volume
+from megatron_llmjp.estimate.layout import make_layout
+from tests.estimate.test_memory import FULL, PP, TP, make, run_micro_batches
 from tests.support.processes import run_ranks
 from tests.support.training import meeting_port
 
@@ -108,9 +108,9 @@ def counted(tmp_path_factory):
 @pytest.mark.parametrize("number", range(len(CASES)))
 def test_bytes_of_a_step(counted, number):
     config = make(*CASES[number])
-    layout = lay_out(config, 2)
+    layout = make_layout(config, 2)
     for rank in range(2):
         found = counted[rank][number]
-        told = communicate(config, layout, rank * layout.pp // 2)
+        told = communication_volume(config, layout, rank * layout.pp // 2)
         assert sum(found.values()) == pytest.approx(told.total, rel=0.005)
         assert found.get("send", 0) == told.pipeline

@@ -20,8 +20,8 @@ from megatron_llmjp.data.folds.loading import read_fold_file
 from megatron_llmjp.data.folds.resolve import resolve_folds
 from megatron_llmjp.data.folds.schedule import DatasetInfo
 from megatron_llmjp.data.folds.schema import FoldFile
-from megatron_llmjp.estimate.data_plan import format_data_plan, make_plan
-from megatron_llmjp.estimate.data_warnings import find_warnings
+from megatron_llmjp.estimate.data_plan import format_data_plan, make_data_plan
+from megatron_llmjp.estimate.data_warnings import data_plan_warnings
 from tests.support.datasets import write_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,8 +45,8 @@ def planned(file, tokens, config, train_iters=None, rate=None):
     infos = {path: DatasetInfo(path, n) for path, n in tokens.items()}
     sizes = BatchSizeSchedule(config)
     schedule = resolve_folds(file, infos, config.data.seq_length, sizes)
-    plan = make_plan(schedule, sizes, train_iters, rate)
-    return plan, find_warnings(plan, schedule, config, file, infos)
+    plan = make_data_plan(schedule, sizes, train_iters, rate)
+    return plan, data_plan_warnings(plan, schedule, config, file, infos)
 
 
 def test_the_example_is_the_published_run():

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tests.plan.test_flops import preset
 
 from megatron_llmjp.config.loading import replace_fields
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.estimate.layout import lay_out, split_layers
+from megatron_llmjp.estimate.layout import make_layout, split_layers
+from tests.estimate.test_flops import preset
 
 SPLITS: list[tuple[dict[str, Any], list[list[int]]]] = [
     ({}, [[8]]),
@@ -52,7 +52,7 @@ def test_layers_of_each_stage(values, expected):
 
 
 def test_the_172b_on_512_gpus():
-    layout = lay_out(preset("llm-jp-3-172b"), 512)
+    layout = make_layout(preset("llm-jp-3-172b"), 512)
     assert (layout.dp, layout.micro_batches) == (8, 216)
     assert layout.bubble == pytest.approx(15 / 231)
     assert [layout.in_flight(stage) for stage in (0, 7, 15)] == [16, 9, 1]
@@ -61,11 +61,11 @@ def test_the_172b_on_512_gpus():
 
 def test_interleaving_shrinks_the_bubble_and_keeps_more():
     values = {"pipeline_model_parallel_size": 4, "global_batch_size": 128, "num_layers": 8}
-    plain = lay_out(replace_fields(preset("laptop-llama"), **values), 4)
+    plain = make_layout(replace_fields(preset("laptop-llama"), **values), 4)
     config = replace_fields(
         preset("laptop-llama"), virtual_pipeline_model_parallel_size=2, **values
     )
-    interleaved = lay_out(config, 4)
+    interleaved = make_layout(config, 4)
     assert (plain.bubble, interleaved.bubble) == (3 / 19, 3 / 35)
     # In layers: 8 of 4 x 2 at the first stage, and 11 of 1 with two chunks of one layer.
     assert plain.in_flight(0) * 2 == 8 and interleaved.in_flight(0) == 11
@@ -81,4 +81,4 @@ def test_interleaving_shrinks_the_bubble_and_keeps_more():
 )
 def test_what_does_not_divide(values, world, words):
     with pytest.raises(UserError, match=words):
-        lay_out(replace_fields(preset("laptop-llama"), micro_batch_size=8, **values), world)
+        make_layout(replace_fields(preset("laptop-llama"), micro_batch_size=8, **values), world)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from tests.plan.test_rehearse import SCRIPTS, words_of
 
 from megatron_llmjp.config.flags import parse
-from megatron_llmjp.estimate.layout import lay_out
-from megatron_llmjp.estimate.layout_search import flags, show_suggestions, suggest
-from megatron_llmjp.estimate.run_estimate import shape
+from megatron_llmjp.estimate.layout import make_layout
+from megatron_llmjp.estimate.layout_search import format_candidates, layout_flags, search_layouts
+from megatron_llmjp.estimate.run_estimate import format_layout
+from tests.estimate.test_meta_build import SCRIPTS, words_of
 
 PUBLISHED = {
     "pretrain_llm-jp-1.3b-v1.0": "TP 1 x PP 1 x DP 96",
@@ -28,25 +28,25 @@ PUBLISHED = {
 
 def search(words):
     command = parse(words)
-    return command.config, command.rehearsal, suggest(command.config, command.rehearsal)
+    return command.config, command.machine, search_layouts(command.config, command.machine)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_published_layouts_fit(script):
     """On the GPUs of their launchers."""
     words = words_of(script, "--suggest-layout")
-    config, rehearsal, found = search(words)
-    given = [suggestion for suggestion in found if suggestion.given]
-    assert [shape(s.outlook.layout) for s in given] == [PUBLISHED[script.stem]]
-    text = show_suggestions(config, rehearsal, found)
+    config, machine, found = search(words)
+    given = [candidate for candidate in found if candidate.given]
+    assert [format_layout(s.estimate.layout) for s in given] == [PUBLISHED[script.stem]]
+    text = format_candidates(config, machine, found)
     assert f"{PUBLISHED[script.stem]} (given)" in text
     if found[0].given:
-        assert "none is faster" in text
+        assert "is the fastest" in text
         return
     assert "less time: " in text and " s less" in text.split("less time: ")[1]
-    pasted = parse([*words, *flags(found[0].outlook.config).split()]).config
-    assert lay_out(pasted, rehearsal.world_size) == found[0].outlook.layout
-    assert pasted.parallel == found[0].outlook.config.parallel
+    pasted = parse([*words, *layout_flags(found[0].estimate.config).split()]).config
+    assert make_layout(pasted, machine.world_size) == found[0].estimate.layout
+    assert pasted.parallel == found[0].estimate.config.parallel
 
 
 def test_memory_decides():
@@ -57,5 +57,5 @@ def test_memory_decides():
     _, _, small = search([*words, "--gpu-memory", "40GB"])
     assert 0 < len(small) < len(large)
     words = ["--config", "llm-jp-3-172b", "--suggest-layout", "--gpus", "8"]
-    config, rehearsal, found = search(words)
-    assert found == [] and "no layout fits" in show_suggestions(config, rehearsal, found)
+    config, machine, found = search(words)
+    assert found == [] and "no layout fits" in format_candidates(config, machine, found)

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.plan.test_flops import preset
 
 from megatron_llmjp.config.loading import replace_fields
 from megatron_llmjp.config.schema import Config
-from megatron_llmjp.estimate.layout import lay_out
-from megatron_llmjp.estimate.memory import CPU, GPU, layer_activations, rank_memory, rank_parameters
+from megatron_llmjp.estimate.layout import make_layout
+from megatron_llmjp.estimate.memory import layer_activations, rank_memory, rank_parameters
+from tests.estimate.test_flops import preset
 from tests.support.processes import run_ranks
 from tests.support.training import meeting_port
 
@@ -159,11 +159,11 @@ def compare(
     wrong = []
     for number, (name, values) in enumerate(cases):
         config = make(name, values)
-        layout = lay_out(config, world)
+        layout = make_layout(config, world)
         for rank in range(world):
             stage, real = rank // (world // layout.pp), found[rank][number]
             assert real["parameters"] == rank_parameters(config, layout, layout.stages[stage])
-            predicted = rank_memory(config, layout, stage, CPU)
+            predicted = rank_memory(config, layout, stage, fused_kernels=False)
             held = predicted.weights + predicted.gradients + predicted.optimizer
             ratios = (
                 held / real["held"],
@@ -200,5 +200,5 @@ def test_a_layer_on_gpus_against_the_published_formula(t, sequence_parallel, mul
     dropout = replace_fields(
         config, hidden_dropout=0.1, attention_dropout=0.1, num_attention_heads=32
     )
-    kept = layer_activations(dropout, lay_out(replace_fields(dropout, global_batch_size=2), t), GPU)
+    kept = layer_activations(dropout, make_layout(replace_fields(dropout, global_batch_size=2), t))
     assert kept / (2 * config.data.seq_length * 4096) == pytest.approx(multiple, rel=0.002)

@@ -1,4 +1,4 @@
-"""Runs on paper as a user meets them: what is printed, and the exit code."""
+"""``--estimate`` from the command line to its output and exit code, with the meta build."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from tests.support.processes import ROOT, run_ranks
 
 UNEVEN = "--decoder-first-pipeline-num-layers 4 --decoder-last-pipeline-num-layers 2"
 WITH_DATA = (
-    "--rehearse --world-size 4 --tensor-model-parallel-size 2 --config laptop-llama "
+    "--estimate --world-size 4 --tensor-model-parallel-size 2 --config laptop-llama "
     "--vocab-size 100 --seq-length 32 --global-batch-size 4 --micro-batch-size 1 --eval-iters 1 "
     "--lr-warmup-iters 2 --save /nowhere/run --save-interval 4 --keep-last 2 "
     "--no-masked-softmax-fusion --fold-file"
 )
 COMMANDS = {
-    "172b": "--config llm-jp-3-172b --rehearse --world-size 512",
-    "interleaved": "--config llm-jp-3-1.8b --rehearse --world-size 8 --gpu H200 "
+    "172b": "--config llm-jp-3-172b --estimate --world-size 512",
+    "interleaved": "--config llm-jp-3-1.8b --estimate --world-size 8 --gpu H200 "
     "--pipeline-model-parallel-size 4 --virtual-pipeline-model-parallel-size 3",
-    "neox, uneven": "--config rinna-japanese-gpt-neox-3.6b --rehearse --world-size 16 --bf16 "
+    "neox, uneven": "--config rinna-japanese-gpt-neox-3.6b --estimate --world-size 16 --bf16 "
     f"--pipeline-model-parallel-size 4 --num-layers 16 {UNEVEN} --global-batch-size 16",
     "folds": f"{WITH_DATA} FOLDS --tokenizer-type NullTokenizer",
     "folds, no tokenizer": f"{WITH_DATA} FOLDS",
     "no folds": f"{WITH_DATA} /nowhere/folds.yaml --tokenizer-type NullTokenizer",
-    "too large": "--config llm-jp-3-13b --rehearse --world-size 4 --gpu A100-40GB",
-    "cannot be": "--config llm-jp-3-13b --rehearse --world-size 6",
-    "no vocabulary": "--config laptop-llama --rehearse --world-size 2",
-    "no world": "--config llm-jp-3-13b --rehearse",
-    "strange GPU": "--config llm-jp-3-13b --rehearse --world-size 128 --gpu Voodoo2",
+    "too large": "--config llm-jp-3-13b --estimate --world-size 4 --gpu A100-40GB",
+    "cannot be": "--config llm-jp-3-13b --estimate --world-size 6",
+    "no vocabulary": "--config laptop-llama --estimate --world-size 2",
+    "no world": "--config llm-jp-3-13b --estimate",
+    "strange GPU": "--config llm-jp-3-13b --estimate --world-size 128 --gpu Voodoo2",
 }
 SCRIPTS = sorted((ROOT / "slurm").glob("pretrain_*.sh"))
 """The launchers, each for the GPUs that its model was trained on."""
@@ -67,7 +67,7 @@ def words_of(script: Path, *flags: str) -> list[str]:
 def results(tmp_path_factory):
     folds = write_folds(tmp_path_factory.mktemp("data"))
     commands = {k: v.replace("FOLDS", str(folds)).split() for k, v in COMMANDS.items()}
-    commands |= {script.name: words_of(script, "--rehearse") for script in SCRIPTS}
+    commands |= {script.name: words_of(script, "--estimate") for script in SCRIPTS}
     return run_ranks(run_all, 1, commands)[0]
 
 
@@ -75,7 +75,7 @@ def test_the_172b(results):
     code, output, _ = results["172b"]
     assert code == 0
     for words in (
-        "512 H100: TP 4 x PP 16 x DP 8; each replica does 216 micro-batches of 1",
+        "512 H100: TP 4 x PP 16 x DP 8; 216 micro-batches of size 1 per replica and step",
         "169,947,181,056 without embeddings",
         "2,962,243,584",  # the first stage's, with 99,840 rows
         "2,655,535,104",
@@ -83,7 +83,7 @@ def test_the_172b(results):
         "480-511  n60 d0-1  n61 d2-3  n62 d4-5  n63 d6-7",
         "7,077,888 tokens",
         "pipeline bubble 6.5%",
-        "about 2,000 steps a day on 512 H100, which is 34% MFU",
+        "about 2,000 steps per day on 512 H100: 34% MFU",
         "ranks 0, 32, ..., 480",
     ):
         assert words in output, words
@@ -93,14 +93,14 @@ def test_the_172b(results):
 def test_other_layouts_are_built_as_planned(results, name):
     code, output, errors = results[name]
     assert code == 0, errors
-    assert "built on meta tensors" in output and "fits:" in output
+    assert "built on the meta device" in output and "fits:" in output
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_launchers_without_slurm(results, script):
     code, output, errors = results[script.name]
     assert code == 0, errors
-    assert "built on meta tensors" in output and "fits:" in output
+    assert "built on the meta device" in output and "fits:" in output
     nodes, gpus = ("n11 ", "96 A100") if script.stem.endswith("-v1.0") else ("n", " ")
     assert nodes in output and gpus in output.splitlines()[0]
 
@@ -111,10 +111,10 @@ def test_with_the_data_of_the_run(results):
     code, output, errors = results["folds"]
     assert code == 0, errors
     assert "15 steps (3 folds), 1.92K tokens" in output
-    assert "are written, 4 stay" in output
+    assert "written, 4 kept" in output
     assert "note: --no-masked-softmax-fusion" in errors and "tokenizer" not in errors
     code, output, errors = results["folds, no tokenizer"]
-    assert code == 0 and "no tokenizer is given: the run itself needs one" in errors
+    assert code == 0 and "no tokenizer is given; the run needs one" in errors
     code, output, errors = results["no folds"]
     assert code == 0 and "TP 2 x PP 1 x DP 2" in output
     assert "the data is not here, and is not checked: /nowhere/folds.yaml" in errors
@@ -123,7 +123,7 @@ def test_with_the_data_of_the_run(results):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("too large", "do not fit"),
+        ("too large", "do not fit into GPU memory"),
         ("cannot be", "6"),
         ("no vocabulary", "--vocab-size"),
         ("no world", "--world-size N"),

@@ -7,7 +7,7 @@ import yaml
 
 from data_tools import plan_folds, split_folds
 from megatron_llmjp.data.folds.loading import read_fold_file
-from megatron_llmjp.estimate.data_warnings import overlaps
+from megatron_llmjp.estimate.data_warnings import shared_document_warnings
 from tests.support.datasets import write_dataset
 from tests.support.processes import pretrain
 from tests.support.training import arguments
@@ -23,20 +23,20 @@ def test_folds_and_refined_overlap(tmp_path, capsys):
     folds = [{"name": n, "epochs": 1, "blend": {"d": {"path": f"{n}/d"}}} for n in names]
     path = tmp_path / "folds.yaml"
     path.write_text(yaml.safe_dump({"folds": folds[:2]}))
-    assert overlaps(read_fold_file(path)) == []
+    assert shared_document_warnings(read_fold_file(path)) == []
     path.write_text(yaml.safe_dump({"folds": folds}))
     owner = np.arange(400) % 2
     np.random.RandomState(1234).shuffle(owner)  # as split_folds deals
     dealt = [int((owner[::5] == fold).sum()) for fold in (0, 1)]
     assert sum(dealt) == 80
-    found = overlaps(read_fold_file(path))
+    found = shared_document_warnings(read_fold_file(path))
     assert len(found) == 2
     for count, text in zip(dealt, found, strict=True):
         assert f"hold {count} documents in common, of 80" in text
     flags = ["--fold-file", str(path), "--seq-length", "64", "--global-batch-size", "4"]
     assert plan_folds.main(flags) == 0
     assert found[0] in " ".join(capsys.readouterr().out.split())
-    (too_large,) = overlaps(read_fold_file(path), largest=1)
+    (too_large,) = shared_document_warnings(read_fold_file(path), largest=1)
     assert "run plan_folds" in too_large
     for more in ([], ["--dry-run"]):
         result = pretrain(*arguments("laptop-llama", path, "--train-iters", "4", *more))
