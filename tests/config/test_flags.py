@@ -110,7 +110,9 @@ def no_run(monkeypatch):
 @pytest.mark.parametrize("mode", MODE_HELP)
 @pytest.mark.parametrize("spelling", ["dashes", "underscores"])
 def test_a_mode_trains_and_writes_nothing(mode, spelling, folder, no_run, capsys, monkeypatch):
-    monkeypatch.setattr("megatron_llmjp.planning._build_on_meta", lambda _: "")  # imports torch: seconds
+    monkeypatch.setattr(
+        "megatron_llmjp.planning._build_on_meta", lambda _: ""
+    )  # imports torch: seconds
     flag = mode.value if spelling == "dashes" else "--" + mode.value[2:].replace("-", "_")
     words = arguments("laptop-llama", folder / "folds.yaml", "--save", folder / "run")
     before = sorted(folder.rglob("*"))
