@@ -1,17 +1,20 @@
-"""The floors of docs/architecture.md: imports go down, and what must not need torch does not."""
+"""The rules of docs/architecture.md: layers, imports without torch, the table of tasks."""
 
 from __future__ import annotations
 
-import ast
+import importlib
+import re
 import subprocess
 import sys
 
-from tests.support.processes import ROOT
+import pytest
 
-FLOORS = [
+from tests.support.processes import ROOT
+from tools.draw_architecture import PICTURE, dependency_graph, depths, draw, imports
+
+LAYERS = [
     {"errors", "formatting"},
-    {"yaml_text"},
-    {"filesystem"},
+    {"yaml_text", "filesystem"},
     {"config", "tokenizers", "retrying_file"},
     {"patches"},
     {"parallel"},
@@ -29,7 +32,7 @@ FLOORS = [
     {"cli"},
     {"data_tools", "slurm"},
 ]
-"""Those of the documentation, with the arrows within a floor as floors of their own."""
+"""From the lowest to the highest; a part imports from lower layers only."""
 
 WITHOUT_TORCH = [
     "megatron_llmjp.cli",
@@ -45,38 +48,20 @@ WITHOUT_TORCH = [
     "slurm.requeue",
 ]
 
-
-def part(module: str) -> str | None:
-    words = module.split(".")
-    if words[0] == "megatron_llmjp":
-        return words[1] if len(words) > 1 else None
-    return words[0] if words[0] in ("data_tools", "slurm") else None
-
-
-def imports() -> set[tuple[str, str, str]]:
-    found = set()
-    for folder in ("megatron_llmjp", "data_tools", "slurm"):
-        for path in (ROOT / folder).rglob("*.py"):
-            importer = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-            for node in ast.walk(ast.parse(path.read_text())):
-                modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-                if isinstance(node, ast.Import):
-                    modules = [alias.name for alias in node.names]
-                for module in modules:
-                    source, target = part(importer), part(module)
-                    if source and target and source != target:
-                        found.add((source, target, f"{importer} imports {module}"))
-    return found
+TASKS = re.findall(
+    r"^\| [^|]+ \| `([\w/.-]+\.py)`: `(\w+)`", (ROOT / "docs/architecture.md").read_text(), re.M
+)
 
 
 def test_imports_go_down():
-    floor = {name: number for number, names in enumerate(FLOORS) for name in names}
-    wrong = [
-        text
-        for source, target, text in imports()
-        if source != "__init__" and floor[source] <= floor[target]
-    ]
+    layer = {name: number for number, names in enumerate(LAYERS) for name in names}
+    wrong = [found.text for found in imports() if layer[found.source] <= layer[found.target]]
     assert wrong == []
+
+
+def test_the_picture_is_drawn_from_the_imports():
+    depths(dependency_graph())  # raises on circular imports
+    assert PICTURE.read_text(encoding="utf-8") == draw(), "run python tools/draw_architecture.py"
 
 
 def test_no_torch_where_it_is_not_needed():
@@ -87,3 +72,14 @@ for name in {WITHOUT_TORCH}:
     assert "torch" not in sys.modules, name
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_the_table_has_the_commonest_tasks():
+    assert len(TASKS) >= 12
+
+
+@pytest.mark.parametrize(("path", "symbol"), TASKS)
+def test_the_table_of_tasks_names_what_exists(path, symbol):
+    folder = ROOT if (ROOT / path).is_file() else ROOT / "megatron_llmjp"
+    module = (folder / path).relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+    assert hasattr(importlib.import_module(module), symbol)
