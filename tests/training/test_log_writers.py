@@ -12,7 +12,8 @@ import pytest
 
 from megatron_llmjp.config.flags import parse
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.training.log_writers import Record, Writers, duration, human, interval_line
+from megatron_llmjp.formatting import format_count, format_duration
+from megatron_llmjp.training.log_writers import Record, Writers, interval_line
 
 MODEL = ("--num-layers", "1", "--hidden-size", "8", "--num-attention-heads", "1")
 
@@ -193,10 +194,10 @@ def test_log_line():
 
 
 def test_human_numbers():
-    assert [human(n) for n in (12, 1234, 1.234e6, 27.6e9, 2.1e12)] == [
+    assert [format_count(n) for n in (12, 1234, 1.234e6, 27.6e9, 2.1e12)] == [
         "12", "1.23K", "1.23M", "27.60B", "2.10T",
     ]  # fmt: skip
-    assert duration(59.6) == "00:01:00" and duration(90061) == "1d 01:01:01"
+    assert format_duration(59.6) == "00:01:00" and format_duration(90061) == "1d 01:01:01"
 
 
 def test_a_disk_that_is_full_for_a_while(tmp_path, capfd):
