@@ -259,10 +259,7 @@ def with_shortened_warmup(config: Config) -> tuple[Config, list[str]]:
         The configuration, and a note where the warm-up was shortened.
     """
     o, end = config.optimizer, decay_end_iteration(config)
-    samples = in_samples(config, o.lr_warmup_samples, o.lr_warmup_tokens)
-    length = (
-        o.lr_warmup_iters if samples is None else BatchSizeSchedule(config).iterations(samples)[0]
-    )
+    length = warmup_iterations(config)
     if not o.lr_warmup_shorten or o.lr_warmup_fraction is not None or not end or length < end:
         return config, []
     new = end // 10
@@ -279,3 +276,12 @@ def decay_end_iteration(config: Config) -> int | None:
     o = config.optimizer
     samples = in_samples(config, o.lr_decay_samples, o.lr_decay_tokens)
     return o.lr_decay_iters if samples is None else BatchSizeSchedule(config).iterations(samples)[0]
+
+
+def warmup_iterations(config: Config) -> int:
+    """The length of the warm-up in iterations, in whichever unit it is given."""
+    o = config.optimizer
+    samples = in_samples(config, o.lr_warmup_samples, o.lr_warmup_tokens)
+    return (
+        o.lr_warmup_iters if samples is None else BatchSizeSchedule(config).iterations(samples)[0]
+    )

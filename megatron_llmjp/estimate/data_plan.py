@@ -1,11 +1,7 @@
-"""Plan of a run's data by fold: tokens, epochs, iterations and learning rates, as a table.
+"""Plan of a run's data by fold: tokens, epochs, iterations and learning rates; text, JSON and CSV.
 
-The run's data on paper: what is trained on when, in which amount, at which learning rate.
-
-Pure arithmetic over the schedule: no torch, no tokenizer, no model. The learning rate is a function
-that the caller passes in. ``data_warnings.py`` says what looks wrong, ``data_table.py`` prints.
-
-The data plan as a table for people, and as rows for programs.
+The plan is computed from the schedule alone, without torch, tokenizer or model; the caller passes
+the learning rate as a function. Warnings on a plan are in ``data_warnings.py``.
 """
 
 from __future__ import annotations
@@ -20,38 +16,38 @@ from megatron_llmjp.data.folds.schedule import FoldPlan, Schedule
 from megatron_llmjp.formatting import format_count, format_table
 
 LearningRate = Callable[[int], float]
-"""Iteration (from 1) -> the learning rate that it applies."""
+"""Maps an iteration (from 1) to its learning rate."""
 
 
 @dataclass(frozen=True)
 class DatasetRow:
-    """What one fold takes of one dataset."""
+    """Samples that one fold takes from one dataset."""
 
     name: str
     path: str
     samples: int
     tokens: int
     share: float
-    """Of the fold's samples, 0 to 1."""
+    """Fraction of the fold's samples."""
     epochs: float
     epochs_so_far: float
-    """Of this dataset up to the end of this fold, earlier folds included."""
+    """Epochs of this dataset in all folds up to and including this one."""
 
 
 @dataclass(frozen=True)
 class FoldRow:
-    """One fold: its amounts and its place in the run."""
+    """One fold: its size and its position in the run."""
 
     name: str
     order: str
     samples: int
-    """Samples of the schedule; those that are skipped are among them."""
+    """Scheduled samples, including skipped ones."""
     tokens: int
     skipped: int
     iterations: int
-    """Iterations that train on the fold; one over the edge of two folds counts in both."""
+    """Iterations that train on the fold; one that spans two folds counts for both."""
     first_iteration: int | None
-    """None where the run ends before the fold begins."""
+    """None if the run ends before the fold begins."""
     last_iteration: int | None
     first_learning_rate: float | None
     last_learning_rate: float | None
@@ -60,19 +56,19 @@ class FoldRow:
 
 @dataclass(frozen=True)
 class SkipRow:
-    """One range of positions that is not trained on."""
+    """One range of skipped sample positions."""
 
     first: int
     end: int
     fold: str
     """The fold of its first sample."""
     before_iteration: int
-    """The iteration that goes on behind it."""
+    """First iteration after the range."""
 
 
 @dataclass(frozen=True)
 class DataPlan:
-    """The whole table."""
+    """Plan of all folds, with totals."""
 
     sequence_length: int
     batch_sizes: tuple[int, ...]
@@ -83,11 +79,11 @@ class DataPlan:
     samples: int
     """Samples that are trained on."""
     tokens: int
-    left_out: int
-    """Samples of the schedule behind the run's last iteration."""
+    unused_samples: int
+    """Scheduled samples after the run's last iteration."""
 
     def tokens_by_dataset(self) -> dict[str, int]:
-        """Tokens of each dataset in all folds, by path."""
+        """Return the tokens of each dataset over all folds, by path."""
         found: dict[str, int] = {}
         for fold in self.folds:
             for row in fold.datasets:
@@ -101,13 +97,13 @@ def make_data_plan(
     train_iters: int | None = None,
     learning_rate: LearningRate | None = None,
 ) -> DataPlan:
-    """Work out the table.
+    """Compute the plan of a run's data.
 
     Args:
         schedule: the resolved folds.
         sizes: the run's global batch sizes.
-        train_iters: where the run ends; at the end of the folds when not given.
-        learning_rate: what each iteration applies; left out of the table when not given.
+        train_iters: last iteration; default: the end of the folds.
+        learning_rate: learning rate by iteration; default: the plan has no learning rates.
     """
     if train_iters is None:
         train_iters = sizes.iterations(schedule.total_samples)[0]
@@ -134,7 +130,7 @@ def make_data_plan(
         train_iters=train_iters,
         samples=used,
         tokens=used * schedule.sequence_length,
-        left_out=schedule.total_samples - used,
+        unused_samples=schedule.total_samples - used,
     )
 
 
@@ -167,7 +163,7 @@ def _fold(
 
 
 def _datasets(fold: FoldPlan, sequence_length: int, drawn: Counter[str]) -> tuple[DatasetRow, ...]:
-    """Rows of a fold's datasets; ``drawn`` counts the samples of each so far, by its key."""
+    """Return the rows of a fold's datasets; ``drawn`` counts samples so far by dataset key."""
     rows = []
     for piece in fold.slices:
         drawn[piece.key] += piece.samples
@@ -184,12 +180,12 @@ def _datasets(fold: FoldPlan, sequence_length: int, drawn: Counter[str]) -> tupl
     return tuple(rows)
 
 
-_HEADS = ("", "share", "tokens", "samples", "epochs", "in all", "iterations", "first", "last")
+_HEADS = ("", "share", "tokens", "samples", "epochs", "total", "iterations", "first", "last")
 _RATES = ("lr first", "lr last")
 
 
 def format_data_plan(plan: DataPlan, warnings: Iterable[str] = ()) -> str:
-    """The plan as text: a line per fold and dataset, totals, skipped ranges, warnings."""
+    """Format the plan: a line per fold and dataset, totals, skipped ranges, warnings."""
     with_rates = any(fold.first_learning_rate is not None for fold in plan.folds)
     lines: list[Sequence[str]] = [(*_HEADS, *(_RATES if with_rates else ()))]
     for fold in plan.folds:
@@ -200,20 +196,20 @@ def format_data_plan(plan: DataPlan, warnings: Iterable[str] = ()) -> str:
     total = ("total", "", tokens, f"{samples:,}", "", "", f"{plan.train_iters:,}")
     parts = [_aligned([*lines, total]), _summary(plan)]
     parts += [
-        f"skipped: samples {skip.first:,} to {skip.end - 1:,} ({skip.end - skip.first:,} from fold "
-        f"'{skip.fold}' on), before iteration {skip.before_iteration:,}"
+        f"skipped: samples {skip.first:,} to {skip.end - 1:,} ({skip.end - skip.first:,} samples, "
+        f"starting in fold '{skip.fold}'), before iteration {skip.before_iteration:,}"
         for skip in plan.skips
     ]
     return "\n".join([*parts, *(f"warning: {text}" for text in warnings)])
 
 
 def as_json(plan: DataPlan, warnings: Iterable[str] = ()) -> dict[str, Any]:
-    """The plan with exact numbers, as plain JSON values."""
+    """Return the plan with exact numbers, as plain JSON values."""
     return {**asdict(plan), "warnings": list(warnings)}
 
 
 def as_rows(plan: DataPlan) -> list[dict[str, Any]]:
-    """One flat row per fold and dataset, with exact numbers, for a CSV file."""
+    """Return one flat row per fold and dataset with exact numbers, for a CSV file."""
     rows = []
     for fold in plan.folds:
         place = {k: v for k, v in asdict(fold).items() if k not in ("datasets", "name")}
@@ -258,7 +254,7 @@ def _rate(rate: float | None) -> str:
 
 def _summary(plan: DataPlan) -> str:
     sizes = plan.batch_sizes
-    size = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} growing to {sizes[-1]:,}"
+    size = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} increasing to {sizes[-1]:,}"
     return (
         f"{plan.train_iters:,} iterations of {size} samples of {plan.sequence_length:,} tokens: "
         f"{format_count(plan.tokens)} tokens ({plan.tokens:,}) of "

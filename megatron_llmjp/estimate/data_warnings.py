@@ -1,8 +1,6 @@
-"""Warnings on a run's data: repetition, overlap, and schedules that do not match it.
+"""Warnings on a run's data: repeated or shared documents, and schedules that do not match the data.
 
-Documents that several datasets hold because they share one .bin, as folds of split_folds do.
-
-What looks wrong in the plan of a run's data, each with the numbers that show it.
+Datasets share documents if they share one ``.bin`` file, as the folds of split_folds do.
 """
 
 from __future__ import annotations
@@ -22,39 +20,41 @@ from megatron_llmjp.data.indexed_dataset import DatasetIndex, bin_path, idx_path
 from megatron_llmjp.estimate.data_plan import DataPlan, make_data_plan
 from megatron_llmjp.formatting import format_names
 from megatron_llmjp.run import Run
+from megatron_llmjp.run_data import decay_end_iteration, warmup_iterations
 
 SHOWN = 10
+"""Warnings on pairs of datasets that are printed."""
 START_INDEX_BYTES = 500_000_000
-"""Indices of this size are compared within about a second."""
+"""Bytes of ``.idx`` files that can be compared within about a second."""
 
 
 def shared_document_warnings(file: FoldFile, largest: int | None = None) -> list[str]:
-    """Return a warning for each pair of datasets of a fold file that hold the same documents.
+    """Return a warning for each pair of datasets of a fold file that share documents.
 
-    Datasets are compared if they share a ``.bin``, by a hard or symbolic link; documents are the
-    same if they begin at the same token. Reads the indices of such datasets.
+    Datasets are compared if they share a ``.bin`` through a hard or symbolic link; documents are
+    the same if they start at the same token. Only the indices of such datasets are read.
 
     Args:
         file: the fold file.
-        largest: bytes of ``.idx`` files up to which datasets that share a ``.bin`` are compared;
-            for more than that, the warning says how to compare them.
+        largest: maximum size of the ``.idx`` files of datasets that share a ``.bin``, in bytes;
+            above it, they are not compared and the warning names plan_folds.
     """
-    found, left_out = [], []
+    found, not_compared = [], []
     for paths in _sharing(file.dataset_paths()):
         size = sum(idx_path(path).stat().st_size for path in paths)
         if largest is not None and size > largest:
-            left_out.append(
+            not_compared.append(
                 f"{paths[0]} and {len(paths) - 1:,} more share a .bin, but their indices are too "
-                "large to look for common documents here: run plan_folds"
+                "large to search for shared documents at the start: run plan_folds"
             )
             continue
         found += [
-            f"{one} and {other} hold {count:,} documents in common, of {of:,} in the smaller: "
-            "they share a .bin"
+            f"{one} and {other} share a .bin and {count:,} documents, of {of:,} in the smaller "
+            "dataset"
             for one, other, count, of in _pairs(paths)
         ]
     more = [f"... and {len(found) - SHOWN:,} more such pairs"] if len(found) > SHOWN else []
-    return found[:SHOWN] + more + left_out
+    return found[:SHOWN] + more + not_compared
 
 
 def _sharing(paths: Iterable[str]) -> list[list[str]]:
@@ -62,14 +62,14 @@ def _sharing(paths: Iterable[str]) -> list[list[str]]:
     groups: dict[tuple[int, int], list[str]] = {}
     for path in paths:
         if not bin_path(path).is_file():
-            continue  # planned where the data is not
+            continue  # planned on a machine without the data
         status = bin_path(path).stat()
         groups.setdefault((status.st_dev, status.st_ino), []).append(path)
     return [members for members in groups.values() if len(members) > 1]
 
 
 def _pairs(members: list[str]) -> Iterator[tuple[str, str, int, int]]:
-    """Yield each pair of datasets with common documents: how many, and those of the smaller."""
+    """Yield each pair of datasets with shared documents: how many, and how many in the smaller."""
     starts = {path: _starts(read_index(path)) for path in members}
     if len(np.unique(np.concatenate(list(starts.values())))) == sum(map(len, starts.values())):
         return
@@ -80,7 +80,7 @@ def _pairs(members: list[str]) -> Iterator[tuple[str, str, int, int]]:
 
 
 def _starts(index: DatasetIndex) -> npt.NDArray[Any]:
-    """Return where each document begins in the .bin, without those that hold no token."""
+    """Return the offsets of all non-empty documents in the .bin."""
     filled = np.concatenate(([0], np.cumsum(index.lengths > 0)))
     bounds = index.document_indices
     first = bounds[:-1][filled[bounds[1:]] > filled[bounds[:-1]]]
@@ -94,14 +94,14 @@ def data_plan_warnings(
     file: FoldFile,
     datasets: Mapping[str, DatasetInfo],
 ) -> list[str]:
-    """Everything a user should look at before the run starts.
+    """Return all warnings on the data plan of a run.
 
     Args:
-        plan: the table.
-        schedule: what it was made from.
-        config: the run's; only its data, batch sizes and learning rate are looked at.
+        plan: the data plan.
+        schedule: the schedule it was made from.
+        config: the run's configuration; only data, batch sizes and learning rate are used.
         file: the fold file, for validation sets and per-fold learning rates.
-        datasets: what is known of each dataset, by path.
+        datasets: size of each dataset, by path.
     """
     sizes = BatchSizeSchedule(config)
     return [
@@ -112,14 +112,15 @@ def data_plan_warnings(
         *_trained_and_validated(schedule, file, datasets),
         *_decay(plan, schedule, config),
         *_warmup(plan, config),
-        *_of_folds(plan, schedule, sizes),
+        *_fold_schedules(plan, schedule, sizes),
     ]
 
 
 def run_data_warnings(run: Run) -> list[str]:
-    """Those of them that a run prints at its start.
+    """Return the warnings on the data plan that a run prints at its start.
 
-    The lint of a run warns of the end of the decay. That folds continue a dataset is no mistake.
+    ``config_warnings`` covers the end of the learning-rate decay; folds that continue a dataset are
+    reported in plans only.
     """
     sizes = BatchSizeSchedule(run.config)
     plan = make_data_plan(run.schedule, sizes, run.train_iters)
@@ -129,7 +130,7 @@ def run_data_warnings(run: Run) -> list[str]:
         *_used_twice(run.schedule),
         *_trained_and_validated(run.schedule, run.folds, run.datasets),
         *_warmup(plan, run.config),
-        *_of_folds(plan, run.schedule, sizes),
+        *_fold_schedules(plan, run.schedule, sizes),
     ]
 
 
@@ -139,13 +140,13 @@ def _sizes(plan: DataPlan, schedule: Schedule, sizes: BatchSizeSchedule) -> Iter
         if fold.samples < batch:
             yield (
                 f"fold '{fold.name}' has {fold.samples:,} samples, less than one global batch of "
-                f"{batch:,}: it shares its iteration with its neighbours"
+                f"{batch:,}: it shares its iteration with adjacent folds"
             )
         empty = [piece.name for piece in fold.slices if piece.samples == 0]
         if empty:
             yield (
                 f"fold '{fold.name}': the share of {format_names(empty)} is less than one sample: "
-                "nothing of it is trained on"
+                "no sample of it is trained on"
             )
     for row in plan.folds:
         if row.skipped == row.samples:
@@ -158,18 +159,18 @@ def _end(plan: DataPlan, schedule: Schedule, sizes: BatchSizeSchedule) -> Iterat
         missed = [row.name for row in plan.folds if row.first_iteration is None]
         yield (
             f"the run ends at iteration {plan.train_iters:,}, the folds at {possible:,}: "
-            f"{plan.left_out:,} samples are not trained on"
-            + (f", among them all of fold {format_names(missed)}" if missed else "")
+            f"{plan.unused_samples:,} samples are not trained on"
+            + (f", including all of fold {format_names(missed)}" if missed else "")
         )
     elif rest:
         yield (
-            f"the last {rest:,} samples make no full batch and are left out (a batch has "
-            f"{plan.batch_sizes[-1]:,})"
+            f"the last {rest:,} samples do not fill a batch of {plan.batch_sizes[-1]:,} and are "
+            "dropped"
         )
 
 
 Uses = dict[str, list[tuple[str, DatasetSlice]]]
-"""By key of a dataset, the folds that use it and the slices that they take."""
+"""By dataset key, the folds that use it and their slices."""
 
 
 def _uses(schedule: Schedule) -> Uses:
@@ -181,17 +182,17 @@ def _uses(schedule: Schedule) -> Uses:
 
 
 def _epochs(places: Sequence[tuple[str, DatasetSlice]]) -> float:
-    """How often a dataset is seen in the whole run."""
+    """Return the epochs of a dataset in the whole run."""
     return sum(piece.samples for _, piece in places) / places[-1][1].samples_per_epoch
 
 
 def _continued(schedule: Schedule) -> Iterator[str]:
-    """Datasets that several folds continue: the usual way to spread them, so for plans alone."""
-    theirs = _in_megatron_order(schedule)
+    """Report datasets that several folds continue."""
+    megatron_folds = _in_megatron_order(schedule)
     several = [
         text
         for places in _uses(schedule).values()
-        if (text := _in_several_folds(places)) and not theirs & {name for name, _ in places}
+        if (text := _in_several_folds(places)) and not megatron_folds & {name for name, _ in places}
     ]
     if several:
         yield (
@@ -201,28 +202,28 @@ def _continued(schedule: Schedule) -> Iterator[str]:
 
 
 def _used_twice(schedule: Schedule) -> Iterator[str]:
-    """Datasets whose samples are seen again, or may be."""
-    theirs = _in_megatron_order(schedule)
+    """Warn of datasets whose samples are, or may be, used more than once."""
+    megatron_folds = _in_megatron_order(schedule)
     mixed: list[str] = []
     often: list[str] = []
     for places in _uses(schedule).values():
         piece = places[-1][1]
         folds = [name for name, _ in places]
         for name in sorted({n for n in folds if folds.count(n) > 1}):
-            twins = [f"'{p.name}'" for fold, p in places if fold == name]
-            yield f"fold '{name}': {' and '.join(twins)} are the same dataset ({piece.path})"
+            names = [f"'{p.name}'" for fold, p in places if fold == name]
+            yield f"fold '{name}': {' and '.join(names)} are the same dataset ({piece.path})"
         text = _in_several_folds(places)
-        if text and theirs.intersection(folds):
+        if text and megatron_folds.intersection(folds):
             mixed.append(text)
         if max(p.end for _, p in places) > piece.samples_per_epoch:
             often.append(f"{piece.path} ({_epochs(places):.2f} epochs)")
     if mixed:
         yield (
             f"used in Megatron-LM's order and in other folds: {format_names(mixed)}; that order "
-            "cannot continue where another stopped: samples may be seen again"
+            "cannot continue where another fold stopped: samples may be repeated"
         )
     if often:
-        yield f"samples are seen more than once: {format_names(often)}"
+        yield f"samples are repeated: {format_names(often)}"
 
 
 def _in_megatron_order(schedule: Schedule) -> set[str]:
@@ -230,10 +231,12 @@ def _in_megatron_order(schedule: Schedule) -> set[str]:
 
 
 def _in_several_folds(places: Sequence[tuple[str, DatasetSlice]]) -> str:
-    """A dataset with the number of folds that use it; empty for one fold."""
+    """Format a dataset with the number of folds that use it; empty for one fold."""
     folds = len({name for name, _ in places})
     epochs = _epochs(places)
-    return f"{places[-1][1].path} ({folds} folds, {epochs:.2f} epochs in all)" if folds > 1 else ""
+    return (
+        f"{places[-1][1].path} ({folds} folds, {epochs:.2f} epochs in total)" if folds > 1 else ""
+    )
 
 
 def _trained_and_validated(
@@ -243,7 +246,7 @@ def _trained_and_validated(
         piece.key: fold
         for fold in reversed(schedule.folds)
         for piece in fold.slices
-        if fold.megatron is None or fold.megatron.split is None  # else its parts lie apart
+        if fold.megatron is None or fold.megatron.split is None  # a split is disjoint
     }
     for name, held_out in file.validation.items():
         if held_out.path is None:
@@ -252,13 +255,13 @@ def _trained_and_validated(
         if fold is not None:
             yield (
                 f"validation set '{name}' ({held_out.path}) is also trained on, from fold "
-                f"'{fold.name}' on: its loss says nothing about unseen text"
+                f"'{fold.name}' on: its loss does not measure generalization"
             )
 
 
 def _decay(plan: DataPlan, schedule: Schedule, config: Config) -> Iterator[str]:
-    """The run's learning rate, where no fold has one of its own."""
-    o, end = config.optimizer, _iterations(config, "lr_decay")
+    """Warn of a decay that does not end with the run; folds may have their own schedule."""
+    o, end = config.optimizer, decay_end_iteration(config)
     if end is None or o.lr_decay_style == "constant":
         return
     own = _own_iterations(schedule, BatchSizeSchedule(config))
@@ -271,7 +274,7 @@ def _decay(plan: DataPlan, schedule: Schedule, config: Config) -> Iterator[str]:
             f"the learning rate's decay ends at iteration {end:,}, the run at "
             f"{plan.train_iters:,}: {left:,} iterations are trained at min_lr {o.min_lr:g}"
         )
-        if left == _iterations(config, "lr_warmup"):
+        if left == warmup_iterations(config):
             text += (
                 ". They are as many as the warm-up, which is counted inside the decay: adding the "
                 "two, as LLM-jp's scripts did (its models' last 2000 steps are at min_lr), is not "
@@ -286,10 +289,10 @@ def _decay(plan: DataPlan, schedule: Schedule, config: Config) -> Iterator[str]:
 
 
 def _warmup(plan: DataPlan, config: Config) -> Iterator[str]:
-    warmup, first = _iterations(config, "lr_warmup") or 0, plan.folds[0]
+    warmup, first = warmup_iterations(config), plan.folds[0]
     fraction = config.optimizer.lr_warmup_fraction
     if fraction is not None:
-        warmup = int(fraction * (_iterations(config, "lr_decay") or plan.train_iters))
+        warmup = int(fraction * (decay_end_iteration(config) or plan.train_iters))
     if first.last_iteration is not None and warmup > first.last_iteration:
         yield (
             f"the warm-up of {warmup:,} iterations is longer than the first fold "
@@ -297,8 +300,8 @@ def _warmup(plan: DataPlan, config: Config) -> Iterator[str]:
         )
 
 
-def _of_folds(plan: DataPlan, schedule: Schedule, sizes: BatchSizeSchedule) -> Iterator[str]:
-    """Learning rates of folds; one counts the iterations that begin in its fold."""
+def _fold_schedules(plan: DataPlan, schedule: Schedule, sizes: BatchSizeSchedule) -> Iterator[str]:
+    """Warn of per-fold learning-rate schedules that do not match their fold's length."""
     for fold in schedule.folds:
         own = fold.learning_rate
         if own is None:
@@ -320,25 +323,12 @@ def _of_folds(plan: DataPlan, schedule: Schedule, sizes: BatchSizeSchedule) -> I
 
 
 def _own_iterations(schedule: Schedule, sizes: BatchSizeSchedule) -> list[range]:
-    """Iterations of the folds that have a learning rate of their own."""
+    """Return the iterations of the folds that have their own learning-rate schedule."""
     bounds = [schedule.sample_range(fold) for fold in schedule.folds if fold.learning_rate]
     return [range(_begun(sizes, a) + 1, _begun(sizes, b) + 1) for a, b in bounds]
 
 
 def _begun(sizes: BatchSizeSchedule, number: int) -> int:
-    """Iterations whose first sample is before sample ``number``."""
+    """Count the iterations whose first sample precedes sample ``number``."""
     full, rest = sizes.iterations(number)
     return full + (rest > 0)
-
-
-def _iterations(config: Config, field: str) -> int | None:
-    """``lr_decay`` or ``lr_warmup`` in iterations, however it was given."""
-    o = config.optimizer
-    samples = getattr(o, f"{field}_samples")
-    tokens = getattr(o, f"{field}_tokens")
-    if tokens is not None:
-        samples = tokens // config.data.seq_length
-    if samples is not None:
-        return BatchSizeSchedule(config).iterations(samples)[0]
-    found: int | None = getattr(o, f"{field}_iters")
-    return found

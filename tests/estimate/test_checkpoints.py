@@ -1,4 +1,4 @@
-"""Predicted checkpoints against those that real runs leave: their number and their size."""
+"""Number and size of checkpoints: estimates compared with those of real runs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def words(name: str, folds: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_of_a_real_run(saved, name):
+def test_estimate_matches_real_run(saved, name):
     folder, folds = saved
     config = replace_fields(parse(words(name, folds))[0], vocab_size=100)
     kept = sorted((folder / name).glob("iter_*"))
@@ -64,7 +64,7 @@ def count(iterations: int, *fold_ends: int, **values: Any) -> tuple[int, int]:
     return found.written, found.kept
 
 
-def test_numbers():
+def test_counts():
     assert count(1000) == (1, 1)
     assert count(1000, save_interval=100) == (10, 10)
     assert count(1050, save_interval=100) == (11, 11)

@@ -1,4 +1,4 @@
-"""What a rank is said to send against the operators that torch's dispatcher sees in a real step."""
+"""Communication volume compared with the c10d operators of a real step."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 
 
 def count_all(cases: list[tuple[str, dict[str, Any]]], folder: str) -> list[dict[str, int]]:
-    """Bytes that this rank sends in a step, by operator, case by case."""
+    """Return the bytes that this rank sends per step by operator, for each case."""
     import os
 
     from megatron_llmjp.parallel import process_groups
@@ -62,7 +62,7 @@ def count(config: Config, device: Any) -> dict[str, int]:
     connect(chunks, optimizer, config)
     sent: Counter[str] = Counter()
 
-    class Sent(TorchDispatchMode):
+    class CountSentBytes(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func.namespace == "c10d":
                 ranks = dist.ProcessGroup.unbox(group_of(args)).size()
@@ -70,7 +70,7 @@ def count(config: Config, device: Any) -> dict[str, int]:
                 sent[name] += sent_by(name, args, ranks)
             return func(*args, **(kwargs or {}))
 
-    with Sent():
+    with CountSentBytes():
         for chunk in chunks:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
@@ -80,14 +80,14 @@ def count(config: Config, device: Any) -> dict[str, int]:
 
 
 def group_of(args: Any) -> Any:
-    """The process group among the arguments of an operator."""
+    """Return the process group among the arguments of an operator."""
     import torch
 
     return next(a for a in args if isinstance(a, torch.ScriptObject) and "Group" in str(a._type()))
 
 
 def sent_by(name: str, args: Any, ranks: int) -> int:
-    """Bytes that one of ``ranks`` ranks in a ring sends: of the whole tensor, not of the parts."""
+    """Return the bytes that each of ``ranks`` ranks sends in a ring algorithm."""
     import torch
 
     sizes = []
@@ -106,11 +106,11 @@ def counted(tmp_path_factory):
 
 
 @pytest.mark.parametrize("number", range(len(CASES)))
-def test_bytes_of_a_step(counted, number):
+def test_bytes_per_step(counted, number):
     config = make(*CASES[number])
     layout = make_layout(config, 2)
     for rank in range(2):
         found = counted[rank][number]
-        told = communication_volume(config, layout, rank * layout.pp // 2)
-        assert sum(found.values()) == pytest.approx(told.total, rel=0.005)
-        assert found.get("send", 0) == told.pipeline
+        estimated = communication_volume(config, layout, rank * layout.pp // 2)
+        assert sum(found.values()) == pytest.approx(estimated.total, rel=0.005)
+        assert found.get("send", 0) == estimated.pipeline

@@ -1,4 +1,4 @@
-"""The plan of a run's data: against what LLM-jp published, and each of its warnings."""
+"""Data plan of a run: compared with the published llm-jp-13b-v1.0, and each warning."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def config_of(length, batch, training=None, **optimizer):
 
 
 def planned(file, tokens, config, train_iters=None, rate=None):
-    """Plan, and warnings, for datasets of which only the sizes are known."""
+    """Return plan and warnings for datasets of given sizes."""
     infos = {path: DatasetInfo(path, n) for path, n in tokens.items()}
     sizes = BatchSizeSchedule(config)
     schedule = resolve_folds(file, infos, config.data.seq_length, sizes)
@@ -50,7 +50,7 @@ def planned(file, tokens, config, train_iters=None, rate=None):
 
 
 def test_the_example_is_the_published_run():
-    """llm-jp-13b-v1.0: 87,870 iterations after ten folds, 96,657 and 304.06 B tokens in the end."""
+    """llm-jp-13b-v1.0: 87,870 iterations after ten folds, 96,657 and 304.06 B tokens at the end."""
     file = read_fold_file(EXAMPLE)
     tokens = dict.fromkeys(file.dataset_paths(), 10**9)
     for fold in file.folds:
@@ -66,7 +66,7 @@ def test_the_example_is_the_published_run():
     assert plan.train_iters == plan.folds[10].last_iteration == 96_657
     assert plan.samples == 96_657 * 1536
     assert plan.tokens == 304_056_631_296
-    assert plan.left_out == 0
+    assert plan.unused_samples == 0
     for fold in plan.folds:
         assert fold.tokens == 8787 * 1536 * 2048
         assert sum(row.samples for row in fold.datasets) == fold.samples
@@ -82,7 +82,8 @@ def test_the_example_is_the_published_run():
     assert [*fold09, "7.908e-05", "8.787e-05"] in lines
     assert ["total", "304.06B", "148,465,152", "96,657"] in lines
     assert not warnings
-    # 300 B tokens of decay are 95,367 iterations: less than the run, but for the last fold's own.
+    # 300 B tokens of decay are 95,367 iterations: shorter than the run without the last fold's own
+    # schedule.
     last = file.folds[-1].model_copy(update={"learning_rate": None})
     one_curve = file.model_copy(update={"folds": (*file.folds[:-1], last)})
     _, warnings = planned(one_curve, tokens, config)
@@ -102,7 +103,7 @@ FOLDS = [
 ]  # fmt: skip
 
 
-def test_each_warning_names_its_numbers():
+def test_warnings():
     validation = {"held out": {"path": "c"}}
     file = FoldFile.model_validate({"folds": FOLDS, "validation": validation})
     tokens = {"a": 16 * 32 + 1, "b": 1700, "c": 1700}
@@ -112,9 +113,9 @@ def test_each_warning_names_its_numbers():
     for part in (
         "fold 'tiny' has 3 samples, less than one global batch of 8",
         "fold 'tiny': the share of b is less than one sample",
-        "the last 1 samples make no full batch",
-        "used in more than one fold: a (2 folds, 1.03 epochs in all)",
-        "samples are seen more than once: a (1.03 epochs)",
+        "the last 1 samples do not fill a batch of 8",
+        "used in more than one fold: a (2 folds, 1.03 epochs in total)",
+        "samples are repeated: a (1.03 epochs)",
         "fold 'rest': 'c' and 'd' are the same dataset (c)",
         "validation set 'held out' (c) is also trained on, from fold 'rest' on",
         "decay ends at iteration 4, the run at 7: 1 iterations are trained at min_lr",
@@ -138,17 +139,17 @@ def test_each_warning_names_its_numbers():
     assert any("last 2000 steps are at min_lr" in w and "lr_decay_iters 7" in w for w in llmjp)
 
 
-def test_skipped_samples_move_the_folds_behind_them():
+def test_skipped_samples_move_later_folds():
     file = FoldFile.model_validate({"folds": FOLDS[:1], "skip": [{"samples": [4, 14]}]})
     plan, warnings = planned(file, {"a": 16 * 32 + 1}, config_of(16, 8))
     fold, skip = plan.folds[0], plan.skips[0]
     assert (fold.samples, fold.skipped, fold.iterations) == (30, 10, 2)
-    assert (plan.train_iters, plan.samples, plan.left_out) == (2, 16, 4)
+    assert (plan.train_iters, plan.samples, plan.unused_samples) == (2, 16, 4)
     assert (skip.first, skip.end, skip.fold, skip.before_iteration) == (4, 14, "one", 1)
     assert "skipped: samples 4 to 13" in format_data_plan(plan, warnings)
 
 
-def test_megatrons_order_does_not_go_on_where_another_stopped():
+def test_warning_on_megatron_order_after_another_fold():
     theirs = {**FOLDS[0], "name": "theirs", "order": "megatron"}
     ours = {**FOLDS[0], "blend": {"a": {"path": "a", "weight": 1, "repeat": True}}}
     file = FoldFile.model_validate({"folds": [theirs, ours]})
@@ -190,8 +191,8 @@ def test_plan_folds_needs_neither_model_nor_tokenizer_nor_torch(folder, capsys):
     assert "train_iters 21 needs 168 samples" in capsys.readouterr().err
 
 
-def test_learning_rates_and_tokenizers_of_a_whole_command_line(folder, capsys, monkeypatch):
-    """``pretrain_gpt.py --plan-data`` shows megatron-core's rates, and who made which dataset."""
+def test_learning_rates_and_tokenizers(folder, capsys, monkeypatch):
+    """``--plan-data`` prints megatron-core's learning rates and the datasets' tokenizers."""
     makers = {name: {"type": "X", "vocab_size": n, "eod_id": 0, "files": {}} for name, n in
               (("ja", 100), ("en", 200))}  # fmt: skip
     for name, maker in makers.items():
@@ -211,7 +212,7 @@ def test_learning_rates_and_tokenizers_of_a_whole_command_line(folder, capsys, m
     plan = json.loads(capsys.readouterr().out)
     assert all(f"warning: {warning}\n" in shown for warning in plan["warnings"])
     assert f"{plan['folds'][1]['last_learning_rate']:.4g}" in shown
-    # As a rank of torchrun: one tells, none trains.
+    # Under torchrun, only rank 0 prints.
     place = {
         "RANK": "1",
         "LOCAL_RANK": "1",

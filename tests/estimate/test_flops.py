@@ -1,4 +1,4 @@
-"""The count of operations against torch's own count of a real step, and against known sizes."""
+"""FLOPs compared with torch's FlopCounterMode in a real step, and with closed forms."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.processes import run_ranks
 
 STYLES = ("laptop-llama", "laptop-gpt2", "laptop-gpt-neox")
 VARIANTS: list[dict[str, Any]] = [{"kv_channels": 24}, {"recompute_granularity": "full"}]
-"""Heads that do not add up to the hidden size; a forward pass that is run twice."""
+"""Heads whose total size differs from the hidden size; full recomputation."""
 RECOMPUTE = {"recompute_method": "uniform", "recompute_num_layers": 1}
 BATCH = 3
 
@@ -40,7 +40,7 @@ CASES = [(style, {}) for style in STYLES] + [("laptop-llama", variant) for varia
 
 
 def count(cases: list[tuple[str, dict[str, Any]]]) -> list[dict[str, int]]:
-    """What torch counts in a forward and backward pass, attention apart, and with full scores."""
+    """Return torch's FLOPs of a forward and backward pass: attention scores, and the rest."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
@@ -57,7 +57,7 @@ def count(cases: list[tuple[str, dict[str, Any]]]) -> list[dict[str, int]]:
             process_groups.start(config, alone(), device)
         (model,) = build_model(config, device)
         tokens = torch.zeros(BATCH, config.data.seq_length, dtype=torch.long)
-        # torch's own attention, because the fused kernels' count differs from device to device.
+        # The math backend, because the FLOPs counted for fused kernels depend on the device.
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             model(tokens, tokens, None, labels=tokens).sum().backward()
         operations = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
@@ -71,16 +71,16 @@ def test_counts_of_a_real_step():
     for (name, values), found in zip(CASES, counts, strict=True):
         parts = flops_by_part(small(name, **values))
         layers = parts.attention_projections + parts.feed_forward
-        again = "recompute_granularity" in values  # torch sees the layers' forward pass twice
-        matrices = layers * 4 // 3 if again else layers
-        scores = parts.attention_scores * 4 // 3 if again else parts.attention_scores
+        recompute = "recompute_granularity" in values  # torch counts the layers' forward pass twice
+        matrices = layers * 4 // 3 if recompute else layers
+        scores = parts.attention_scores * 4 // 3 if recompute else parts.attention_scores
         assert found["matrices"] == BATCH * (matrices + parts.logits), (name, values)
-        # torch computes both halves of the scores, of which the causal mask leaves one.
+        # torch computes the whole square of the scores; the causal mask uses half.
         assert found["scores"] == BATCH * 2 * scores, (name, values)
 
 
-def test_sizes_known_from_parameters():
-    """Six operations for each parameter in a matrix product and each token, and the scores."""
+def test_closed_forms():
+    """Six FLOPs per token and parameter in a matrix product, plus attention scores."""
     config = preset("llm-jp-3-172b")
     parts = flops_by_part(config)
     norms = (2 * 96 + 1) * 12288
@@ -89,7 +89,7 @@ def test_sizes_known_from_parameters():
     assert parts.logits == 6 * 4096 * 12288 * config.padded_vocab_size
     assert parts.attention_scores == 6 * 4096 * 4096 * 12288 * 96
     assert step_flops(config, 1728) == 1728 * flops_per_sample(config)
-    # Published: about 2,000 steps a day on 512 H100.
+    # Published: about 2,000 steps per day on 512 H100.
     speed = tflops_per_device(config, 1728, 86400 / 2000, 512)
     assert 0.33 < speed / (peak_tflops("NVIDIA H100 80GB HBM3", "bf16") or 0) < 0.40
 
@@ -111,7 +111,7 @@ def test_peaks(name, dtype, peak):
     assert peak_tflops(name, dtype) == peak
 
 
-def test_a_longer_name_is_not_another_gpu():
+def test_longer_gpu_names_are_matched_first():
     gpu = find_gpu("NVIDIA H200 NVL")
     assert gpu is not None and gpu.name == "H200 NVL"
     gpu = find_gpu("NVIDIA L40S")

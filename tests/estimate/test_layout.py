@@ -1,4 +1,4 @@
-"""Layers over stages against megatron-core's own split, and the pipeline's closed forms."""
+"""Pipeline split, bubble and micro-batches in flight, compared with closed forms."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_layers_of_each_stage(values, expected):
     assert [c.first_layer for c in chunks][1:] == [c.first_layer + c.layers for c in chunks][:-1]
 
 
-def test_the_172b_on_512_gpus():
+def test_172b_on_512_gpus():
     layout = make_layout(preset("llm-jp-3-172b"), 512)
     assert (layout.dp, layout.micro_batches) == (8, 216)
     assert layout.bubble == pytest.approx(15 / 231)
@@ -59,7 +59,7 @@ def test_the_172b_on_512_gpus():
     assert layout.rank(tp=3, cp=0, dp=7, pp=0) == 31 and layout.rank(0, 0, 0, 15) == 480
 
 
-def test_interleaving_shrinks_the_bubble_and_keeps_more():
+def test_interleaving_reduces_the_bubble_and_holds_more_activations():
     values = {"pipeline_model_parallel_size": 4, "global_batch_size": 128, "num_layers": 8}
     plain = make_layout(replace_fields(preset("laptop-llama"), **values), 4)
     config = replace_fields(
@@ -67,7 +67,7 @@ def test_interleaving_shrinks_the_bubble_and_keeps_more():
     )
     interleaved = make_layout(config, 4)
     assert (plain.bubble, interleaved.bubble) == (3 / 19, 3 / 35)
-    # In layers: 8 of 4 x 2 at the first stage, and 11 of 1 with two chunks of one layer.
+    # Layers in flight at the first stage: 4 micro-batches x 2 layers; 11 chunks x 1 layer.
     assert plain.in_flight(0) * 2 == 8 and interleaved.in_flight(0) == 11
 
 
@@ -79,6 +79,6 @@ def test_interleaving_shrinks_the_bubble_and_keeps_more():
         ({"pipeline_model_parallel_size": 3}, 3, "4 layers"),
     ],
 )
-def test_what_does_not_divide(values, world, words):
+def test_indivisible_sizes(values, world, words):
     with pytest.raises(UserError, match=words):
         make_layout(replace_fields(preset("laptop-llama"), micro_batch_size=8, **values), world)

@@ -1,4 +1,4 @@
-"""Suggested layouts: the published ones are among them, and what is suggested can be pasted."""
+"""Suggested layouts: the published layouts fit, and the suggested flags select a valid layout."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def search(words):
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_published_layouts_fit(script):
-    """On the GPUs of their launchers."""
+    """Each on the GPUs of its Slurm script."""
     words = words_of(script, "--suggest-layout")
     config, machine, found = search(words)
     given = [candidate for candidate in found if candidate.given]
@@ -44,13 +44,13 @@ def test_published_layouts_fit(script):
         assert "is the fastest" in text
         return
     assert "less time: " in text and " s less" in text.split("less time: ")[1]
-    pasted = parse([*words, *layout_flags(found[0].estimate.config).split()]).config
-    assert make_layout(pasted, machine.world_size) == found[0].estimate.layout
-    assert pasted.parallel == found[0].estimate.config.parallel
+    suggested = parse([*words, *layout_flags(found[0].estimate.config).split()]).config
+    assert make_layout(suggested, machine.world_size) == found[0].estimate.layout
+    assert suggested.parallel == found[0].estimate.config.parallel
 
 
-def test_memory_decides():
-    """What 40 GB hold is fewer than what 80 GB hold, and 8 GPUs do not hold the 172b."""
+def test_gpu_memory_limits_the_layouts():
+    """Fewer layouts fit into 40 GB than into 80 GB, and none for the 172b on 8 GPUs."""
     words = ["--config", "llm-jp-3-13b", "--suggest-layout", "--gpus", "96"]
     words += ["--global-batch-size", "960"]
     _, _, large = search(words)

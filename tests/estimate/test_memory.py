@@ -1,4 +1,4 @@
-"""Predicted memory against what torch allocates in real steps on a CPU."""
+"""Estimated memory compared with torch's allocations in real steps on a CPU."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def make(name: str, values: dict[str, Any]) -> Config:
 
 
 def measure(cases: list[tuple[str, dict[str, Any]]], folder: str) -> list[dict[str, int]]:
-    """Parameters and the largest number of bytes allocated in a step, case by case."""
+    """Return parameters and peak allocated bytes of a step, for each case."""
     import os
 
     from megatron_llmjp.parallel import process_groups
@@ -90,7 +90,7 @@ def measure_step(config: Config, device: Any) -> dict[str, int]:
         run_micro_batches(chunks, config)
         optimizer.step()
 
-    step()  # makes the optimizer's state
+    step()  # allocates the optimizer state
     gc.collect()
     parameters = sum(p.numel() for chunk in chunks for p in chunk.parameters())
     peak = min(largest_allocation(step) for _ in range(2 if dist.get_world_size() > 1 else 1))
@@ -98,10 +98,10 @@ def measure_step(config: Config, device: Any) -> dict[str, int]:
 
 
 def largest_allocation(step: Callable[[], None]) -> int:
-    """Bytes that were allocated at once during a step, as torch's profiler sees it.
+    """Return the peak of allocated bytes during a step, measured by torch's profiler.
 
-    gloo frees what it sent in threads of its own, sooner or later: before the step is waited for
-    that, and of several steps the least is their own.
+    gloo frees sent tensors in its own threads with a delay: wait before the step; the caller takes
+    the minimum of several steps.
     """
     import torch
 
@@ -115,7 +115,7 @@ def largest_allocation(step: Callable[[], None]) -> int:
 
 
 def held(chunks: list[Any], optimizer: Any) -> int:
-    """Bytes of weights, gradients and optimizer state, each storage once."""
+    """Return the bytes of weights, gradients and optimizer state, each storage counted once."""
     tensors = [p for chunk in chunks for p in chunk.parameters()]
     tensors += [p.main_grad for p in tensors]
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
@@ -126,7 +126,7 @@ def held(chunks: list[Any], optimizer: Any) -> int:
 
 
 def run_micro_batches(chunks: list[Any], config: Config) -> None:
-    """Forward and backward over a global batch of zeros by megatron-core's schedule."""
+    """Run forward and backward over a global batch of zeros with megatron-core's schedule."""
     import torch
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -181,7 +181,7 @@ def test_one_process(tmp_path):
 
 
 def test_two_processes(tmp_path):
-    """On a busy machine gloo frees later: 4 % are what a quiet one shows."""
+    """On a busy machine gloo frees memory later; on an idle one the difference is 4 %."""
     compare(IN_PAIRS, 2, tmp_path, 0.1)
 
 
@@ -189,10 +189,11 @@ def test_two_processes(tmp_path):
     ("t", "sequence_parallel", "multiple"),
     [(1, False, 34), (4, False, 10 + 24 / 4), (4, True, 34 / 4)],
 )
-def test_a_layer_on_gpus_against_the_published_formula(t, sequence_parallel, multiple):
-    """Bytes over sbh of Korthikanti et al. (2022), equations 2 and 4 without 5as/h: no scores kept.
+def test_layer_activations_match_published_formula(t, sequence_parallel, multiple):
+    """Bytes / sbh of Korthikanti et al. (2022), equations 2 and 4 without 5as/h (no scores).
 
-    GPT-2 style with dropout, in half precision; statistics of norms and softmax are left out there.
+    GPT-2 architecture with dropout in half precision; the paper omits statistics of norms and
+    softmax.
     """
     values = {"tensor_model_parallel_size": t, "sequence_parallel": sequence_parallel}
     config = make("laptop-gpt2", {**values, "bf16": True, "recompute_granularity": "selective"})

@@ -37,11 +37,11 @@ COMMANDS = {
     "strange GPU": "--config llm-jp-3-13b --estimate --world-size 128 --gpu Voodoo2",
 }
 SCRIPTS = sorted((ROOT / "slurm").glob("pretrain_*.sh"))
-"""The launchers, each for the GPUs that its model was trained on."""
+"""Slurm scripts, each for the GPUs that its model was trained on."""
 
 
 def run_all(commands: dict[str, list[str]]) -> dict[str, Any]:
-    """Exit code, output and errors of each command, in one process."""
+    """Run all commands in one process; return exit code, stdout and stderr of each."""
     from megatron_llmjp.cli import main
 
     found = {}
@@ -54,7 +54,7 @@ def run_all(commands: dict[str, list[str]]) -> dict[str, Any]:
 
 
 def words_of(script: Path, *flags: str) -> list[str]:
-    """What a launcher calls pretrain_gpt.py with, where there is no Slurm."""
+    """Return the arguments that a Slurm script passes to pretrain_gpt.py outside of Slurm."""
     env = {**os.environ, "PYTHON": "echo", "MEGATRON_LLMJP": str(ROOT)}
     done = subprocess.run(["bash", str(script), *flags], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -71,13 +71,13 @@ def results(tmp_path_factory):
     return run_ranks(run_all, 1, commands)[0]
 
 
-def test_the_172b(results):
+def test_172b(results):
     code, output, _ = results["172b"]
     assert code == 0
     for words in (
         "512 H100: TP 4 x PP 16 x DP 8; 216 micro-batches of size 1 per replica and step",
         "169,947,181,056 without embeddings",
-        "2,962,243,584",  # the first stage's, with 99,840 rows
+        "2,962,243,584",  # first stage, padded vocabulary size 99,840
         "2,655,535,104",
         "2,962,255,872",
         "480-511  n60 d0-1  n61 d2-3  n62 d4-5  n63 d6-7",
@@ -90,14 +90,14 @@ def test_the_172b(results):
 
 
 @pytest.mark.parametrize("name", ["interleaved", "neox, uneven"])
-def test_other_layouts_are_built_as_planned(results, name):
+def test_other_layouts_match_the_estimate(results, name):
     code, output, errors = results[name]
     assert code == 0, errors
     assert "built on the meta device" in output and "fits:" in output
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
-def test_launchers_without_slurm(results, script):
+def test_slurm_scripts_outside_slurm(results, script):
     code, output, errors = results[script.name]
     assert code == 0, errors
     assert "built on the meta device" in output and "fits:" in output
@@ -105,9 +105,11 @@ def test_launchers_without_slurm(results, script):
     assert nodes in output and gpus in output.splitlines()[0]
 
 
-def test_with_the_data_of_the_run(results):
-    """15 iterations in three folds: 4, 6 (an end), 8, 11 (an end), 12, 15; the last two are kept,
-    and the ends of folds."""
+def test_with_data(results):
+    """15 iterations in three folds: saves at 4, 6 (fold end), 8, 11 (fold end), 12 and 15.
+
+    The last two and those at fold ends are kept.
+    """
     code, output, errors = results["folds"]
     assert code == 0, errors
     assert "15 steps (3 folds), 1.92K tokens" in output
@@ -130,6 +132,6 @@ def test_with_the_data_of_the_run(results):
         ("strange GPU", "Voodoo2"),
     ],
 )
-def test_what_cannot_run(results, name, words):
+def test_invalid_runs(results, name, words):
     code, _, errors = results[name]
     assert code == 2 and words in errors and "Traceback" not in errors

@@ -1,4 +1,4 @@
-"""Documents in several parts of one dataset."""
+"""Warnings on documents that several datasets share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.training import arguments
 
 
 def test_folds_and_refined_overlap(tmp_path, capsys):
-    """Folds are disjoint; a refined part holds documents of each, as many as were dealt there."""
+    """Folds are disjoint; a refined subset shares documents with each of them."""
     write_dataset(tmp_path / "d", 400, seed=1)
     (tmp_path / "best.txt").write_text("\n".join(map(str, range(0, 400, 5))))
     words = ["--input", str(tmp_path / "d"), "--output-dir", str(tmp_path), "--folds", "2"]
@@ -26,13 +26,13 @@ def test_folds_and_refined_overlap(tmp_path, capsys):
     assert shared_document_warnings(read_fold_file(path)) == []
     path.write_text(yaml.safe_dump({"folds": folds}))
     owner = np.arange(400) % 2
-    np.random.RandomState(1234).shuffle(owner)  # as split_folds deals
-    dealt = [int((owner[::5] == fold).sum()) for fold in (0, 1)]
-    assert sum(dealt) == 80
+    np.random.RandomState(1234).shuffle(owner)  # as in split_folds
+    assigned = [int((owner[::5] == fold).sum()) for fold in (0, 1)]
+    assert sum(assigned) == 80
     found = shared_document_warnings(read_fold_file(path))
     assert len(found) == 2
-    for count, text in zip(dealt, found, strict=True):
-        assert f"hold {count} documents in common, of 80" in text
+    for count, text in zip(assigned, found, strict=True):
+        assert f"share a .bin and {count} documents, of 80" in text
     flags = ["--fold-file", str(path), "--seq-length", "64", "--global-batch-size", "4"]
     assert plan_folds.main(flags) == 0
     assert found[0] in " ".join(capsys.readouterr().out.split())
@@ -41,5 +41,5 @@ def test_folds_and_refined_overlap(tmp_path, capsys):
     for more in ([], ["--dry-run"]):
         result = pretrain(*arguments("laptop-llama", path, "--train-iters", "4", *more))
         assert result.returncode == 0, result.stderr
-        told = [line for line in result.stderr.splitlines() if "documents in common" in line]
-        assert told == [f"warning: {text}" for text in found]
+        printed = [line for line in result.stderr.splitlines() if "share a .bin" in line]
+        assert printed == [f"warning: {text}" for text in found]
