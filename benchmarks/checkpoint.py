@@ -51,7 +51,7 @@ def main() -> None:
 def measure(folder: Path, rounds: int, with_optimizer: bool) -> None:
     """Run all rounds and print the table."""
     from megatron_llmjp.checkpoint import sharded_state
-    from megatron_llmjp.checkpoint.save import Description, Progress
+    from megatron_llmjp.checkpoint.save import RunDescription, SaveProgress
     from megatron_llmjp.checkpoint.saver import FoldEnds, Saver
     from megatron_llmjp.config.loading import replace_fields
 
@@ -59,11 +59,11 @@ def measure(folder: Path, rounds: int, with_optimizer: bool) -> None:
     savers = {}
     for kind in ("sync", "async"):
         own = replace_fields(config, save=str(folder / kind), async_save=kind == "async")
-        savers[kind] = Saver(Description(own), FoldEnds(), lambda: None, 0)
+        savers[kind] = Saver(RunDescription(own), FoldEnds(), lambda: None, 0)
     times: dict[str, list[float]] = {}
     size = 0
     for number in range(1, rounds + 1):
-        progress = Progress(number, number)
+        progress = SaveProgress(number, number)
         if not size:  # the first asynchronous save fills memory that later ones find filled
             for saver in savers.values():
                 saver.save(state, progress)
@@ -76,7 +76,7 @@ def measure(folder: Path, rounds: int, with_optimizer: bool) -> None:
         forget(folder)
         take(times, "raw read", raw_read, folder / "raw")
         forget(folder)
-        take(times, "load", sharded_state.load, saved, state)
+        take(times, "load", sharded_state.load_checkpoint, saved, state)
         for kind in savers:
             shutil.rmtree(folder / kind)
         print(f"round {number}: " + ", ".join(f"{k} {v[-1]:.2f} s" for k, v in times.items()))
@@ -105,12 +105,12 @@ def make_state(with_optimizer: bool) -> tuple[Any, Any]:
     from megatron_llmjp.model.gpt import build_model
     from megatron_llmjp.parallel import process_groups
     from megatron_llmjp.parallel.device import setup
-    from megatron_llmjp.parallel.ranks import alone
+    from megatron_llmjp.parallel.ranks import single_process
     from megatron_llmjp.training.optimizer import make_optimizer, wrap_for_data_parallel
 
     config = parse(MODEL.split()).config
     device = setup()
-    process_groups.start(config, alone(), device)
+    process_groups.initialize(config, single_process(), device)
     chunks = build_model(config, device)
     if not with_optimizer:
         return config, RunState(chunks)

@@ -173,13 +173,13 @@ def our_step(config: Any) -> tuple[Callable[[], Any], int]:
     from megatron_llmjp.model.gpt import build_model
     from megatron_llmjp.parallel import process_groups
     from megatron_llmjp.parallel.device import setup
-    from megatron_llmjp.parallel.ranks import alone
+    from megatron_llmjp.parallel.ranks import single_process
     from megatron_llmjp.training.lr_scheduler import LearningRates, RunScheduler
     from megatron_llmjp.training.optimizer import make_optimizer, wrap_for_data_parallel
     from megatron_llmjp.training.train_step import connect, train_step
 
     device = setup()
-    process_groups.start(config, alone(), device)
+    process_groups.initialize(config, single_process(), device)
     chunks = wrap_for_data_parallel(build_model(config, device), config, device)
     optimizer = make_optimizer(chunks, config, device)
     no_folds = Schedule(seed=0, sequence_length=config.data.seq_length, folds=())

@@ -121,7 +121,7 @@ def find_tasks(config: Config, folds: Sequence[str] | None) -> tuple[list[IndexT
     root = config.checkpoint.load or config.checkpoint.save
     if root is not None:
         with suppress(UserError):  # no checkpoint yet
-            manifest = manifests.read(manifests.newest(Path(root)))
+            manifest = manifests.read_manifest(manifests.newest_checkpoint(Path(root)))
             data = with_stored_keys(data, config, manifest.folds)
     run = load_run_tokenizer(config)
     for warning in check_run_tokenizer(config, data.datasets, run) if run else []:

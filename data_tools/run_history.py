@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint.manifest import Manifest
-from megatron_llmjp.checkpoint.resume_checks import changes
+from megatron_llmjp.checkpoint.resume_checks import history_differences
 from megatron_llmjp.config.loading import load_config, replace_fields
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.batch_size import BatchSizeSchedule
@@ -78,12 +78,12 @@ def open_run(
         UserError: no checkpoint is whole, or the data is not what it was trained on.
     """
     folder = _choose(root, covers)
-    manifest = manifests.read(folder)
+    manifest = manifests.read_manifest(folder)
     config = load_config(folder / manifests.CONFIG)
     data = _data(folder, config, fold_file)
     data = with_stored_keys(data, config, manifest.folds)
     schedule = data.schedule.with_skips(SkippedSamples.of(manifest.skips))
-    found = changes(manifest, schedule)
+    found = history_differences(manifest, schedule)
     if found:
         listed = "\n".join(found)
         raise UserError(
@@ -128,14 +128,14 @@ def _choose(root: Path, covers: Callable[[Manifest], bool]) -> Path:
     for iteration in manifests.complete_iterations(root):
         folder = root / manifests.folder_name(iteration)
         try:
-            manifest = manifests.read(folder)
+            manifest = manifests.read_manifest(folder)
         except UserError as error:
             print(f"warning: damaged checkpoint: {error}", file=sys.stderr)
             continue
         whole = folder
         if covers(manifest):
             return folder
-    return whole or manifests.newest(root)
+    return whole or manifests.newest_checkpoint(root)
 
 
 def _data(folder: Path, config: Config, fold_file: Path | None) -> ResolvedData:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint import run_lock as locks
-from megatron_llmjp.checkpoint.stored_config import add_own_configuration
+from megatron_llmjp.checkpoint.stored_config import add_stored_config
 from megatron_llmjp.config.flags import Command, Mode, parse, print_notes
 from megatron_llmjp.config.loading import dump_config
 from megatron_llmjp.config.schema import SECTIONS, Config
@@ -44,9 +44,9 @@ from megatron_llmjp.parallel.ranks import (
     LAUNCHER_PROCESS_VARIABLE,
     LOCAL_LAUNCHER,
     Ranks,
-    alone,
     find_ranks,
-    run_started,
+    run_start_time,
+    single_process,
 )
 from megatron_llmjp.parallel.signals import StopRequests
 from megatron_llmjp.placeholders import check_packages, substitute_missing
@@ -69,7 +69,7 @@ def with_intact_checkpoint(run: Run, world_size: int) -> Run:
     damaged: dict[str, str] = {}
     while run.resume is not None and run.config.checkpoint.verify_checkpoint:
         folder = run.resume.folder
-        problems = manifests.problems(folder, run.resume.manifest, checksums=True)
+        problems = manifests.file_problems(folder, run.resume.manifest, checksums=True)
         if not problems:
             break
         damaged[str(folder)] = problems[0]
@@ -91,7 +91,7 @@ def check_model(run: Run) -> None:
 
     transformer_config(run.config, device.setup(0))
     if run.resume is not None:
-        safe_unpickling.vet(run.resume.folder)
+        safe_unpickling.check_pickles(run.resume.folder)
 
 
 def format_resolved_config(
@@ -150,7 +150,7 @@ def main(argv: Sequence[str]) -> int:
     ranks = None
     try:
         ranks = find_ranks()
-        command = parse(argv, own_configuration=add_own_configuration)
+        command = parse(argv, own_configuration=add_stored_config)
         if ranks is None or (ranks.is_first and ranks.started_by != LOCAL_LAUNCHER):
             print_notes(command.notes)
         if command.mode is not Mode.TRAIN:
@@ -158,7 +158,7 @@ def main(argv: Sequence[str]) -> int:
         check_packages(command.config)
         if ranks is None and command.processes not in (None, 1):
             return _start_ranks(command, argv)
-        ranks = ranks or alone()
+        ranks = ranks or single_process()
         run = resolve_run(command.config, ranks.world_size)
         found = check_start(run)
     except UserError as error:
@@ -281,7 +281,7 @@ def _listen_for_stop_requests(run: Run, ranks: Ranks) -> StopRequests:
     if launcher is not None and os.getppid() != int(launcher):  # it was killed before
         os._exit(EXIT_FAILURE)
     minutes = run.config.faults.exit_duration_in_mins
-    end = run_started() + 60 * minutes if minutes is not None else None
+    end = run_start_time() + 60 * minutes if minutes is not None else None
     requests = StopRequests(ranks.is_first, end)
     requests.listen()
     return requests

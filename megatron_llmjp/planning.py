@@ -97,10 +97,10 @@ def _with_skips(data: ResolvedData, config: Config) -> ResolvedData:
     """Apply ``--skip-iterations`` and the skips recorded in the checkpoint to resume from."""
     root, manifest = config.checkpoint.load or config.checkpoint.save, None
     if root and not config.checkpoint.finetune and manifests.complete_iterations(Path(root)):
-        found = resume.find(config, {})
+        found = resume.find_checkpoint(config, {})
         manifest = found.manifest if found else None
     skips, sizes = config.data.skip_iterations, BatchSizeSchedule(config)
-    schedule, _ = resume_checks.skip_iterations(data.schedule, skips, manifest, sizes)
+    schedule, _ = resume_checks.apply_skip_iterations(data.schedule, skips, manifest, sizes)
     return replace(data, schedule=schedule)
 
 

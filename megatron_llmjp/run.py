@@ -16,7 +16,7 @@ from megatron_llmjp.checkpoint import resume as resuming
 from megatron_llmjp.checkpoint import resume_checks
 from megatron_llmjp.checkpoint.manifest import complete_iterations
 from megatron_llmjp.checkpoint.resume import Resume
-from megatron_llmjp.checkpoint.resume_checks import NO_RANGES, Past, Ranges
+from megatron_llmjp.checkpoint.resume_checks import NO_SKIPPED_RANGES, RunHistory, SkippedRanges
 from megatron_llmjp.checkpoint.save_folder import check_save_folder
 from megatron_llmjp.config.loading import replace_fields
 from megatron_llmjp.config.schema import Config
@@ -63,7 +63,7 @@ class Run:
     validation: dict[str, HeldOutDataset | MegatronBlend]
     train_iters: int
     resume: Resume | None
-    past: Past
+    past: RunHistory
     """What the run's checkpoints are to remember of the data."""
     notes: tuple[str, ...]
     """What the user should be told at the start."""
@@ -93,7 +93,7 @@ def resolve_run(
     config: Config,
     world_size: int,
     damaged: Mapping[str, str] = NOTHING,
-    left_out: Ranges = NO_RANGES,
+    left_out: SkippedRanges = NO_SKIPPED_RANGES,
 ) -> Run:
     """Resolve a configuration for ``world_size`` processes.
 
@@ -111,19 +111,19 @@ def resolve_run(
     mismatch = check_run_tokenizer(config, data.datasets, tokenizer)
     vocab_size = max(tokenizer.vocab_size, config.model.vocab_size or 0)
     check_largest_ids(data.datasets, vocab_size, tokenizer.identity())
-    resume = resuming.find(config, damaged)
+    resume = resuming.find_checkpoint(config, damaged)
     continued = resume if resume is not None and not config.checkpoint.finetune else None
     manifest = continued.manifest if continued is not None else None
     if manifest is not None:
         data = with_stored_keys(data, config, manifest.folds)
     sizes, skips = BatchSizeSchedule(config), config.data.skip_iterations
-    schedule, skipped = resume_checks.skip_iterations(
+    schedule, skipped = resume_checks.apply_skip_iterations(
         data.schedule, skips, manifest, sizes, left_out
     )
-    notes += [*repetition_notes(schedule), *resume_checks.told(skipped)]
-    memory = Past(skipped)
+    notes += [*repetition_notes(schedule), *resume_checks.describe_skipped_samples(skipped)]
+    memory = RunHistory(skipped)
     if continued is not None:
-        config, memory, changes = resuming.adopt(config, continued, schedule, skipped)
+        config, memory, changes = resuming.resume_config(config, continued, schedule, skipped)
         notes += [*changes, *resuming.check_tokenizer(config, continued, tokenizer)]
     elif resume is not None:
         resuming.check_weights(config, resume)

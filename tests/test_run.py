@@ -10,10 +10,10 @@ from megatron_llmjp.checkpoint.manifest import (
     CONFIG,
     MANIFEST,
     Manifest,
-    describe_file,
+    file_entry,
     folder_name,
 )
-from megatron_llmjp.checkpoint.resume import Resume, adopt
+from megatron_llmjp.checkpoint.resume import Resume, resume_config
 from megatron_llmjp.config.flags import parse
 from megatron_llmjp.config.loading import dump_config
 from megatron_llmjp.run import resolve_run
@@ -34,7 +34,9 @@ def test_folds_added_later_do_not_move_the_learning_rate(tmp_path):
     assert longer.train_iters == 17
     touched = longer.schedule.consumed_folds(run.schedule.total_samples)
     manifest = Manifest(iteration=11, consumed_samples=44, contents="full", folds=touched, files={})
-    adopted, _, notes = adopt(config, Resume(Path(), manifest, run.config), longer.schedule, {})
+    adopted, _, notes = resume_config(
+        config, Resume(Path(), manifest, run.config), longer.schedule, {}
+    )
     assert adopted.optimizer.lr_decay_iters == 11
     assert not [note for note in notes if "lr_decay_iters" in note]
 
@@ -49,7 +51,7 @@ def test_load_and_finetune_are_for_the_first_start(tmp_path):
         folder = tmp_path / name / folder_name(iteration)
         folder.mkdir(parents=True)
         (folder / CONFIG).write_text(dump_config(finished.config))
-        entry = describe_file(folder / CONFIG)
+        entry = file_entry(folder / CONFIG)
         consumed = 4 * iteration if name == "run" else 0
         folds = finished.schedule.consumed_folds(consumed)
         manifest = Manifest(

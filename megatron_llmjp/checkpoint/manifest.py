@@ -31,7 +31,7 @@ TOKENIZER = "tokenizer"
 GENERATION = f"{TOKENIZER}/hf_generation.json"
 """How a model that came from Hugging Face generates text; ``convert_checkpoint`` writes it."""
 TRACKER = "latest_checkpointed_iteration.txt"
-TENSORS = ".distcp"
+TENSOR_SUFFIX = ".distcp"
 """Ending of the files that hold the tensors. All others are small."""
 
 
@@ -58,7 +58,7 @@ def _finite_alone(value: Any) -> Any:
     return {k: v for k, v in value.items() if isinstance(v, numbers) and math.isfinite(v)}
 
 
-class Override(BaseModel):
+class AcceptedOverride(BaseModel):
     """A change of the past that ``--override-resume`` accepted."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -85,7 +85,7 @@ class Manifest(BaseModel):
     """Positions of the schedule that are left out, as half-open ranges."""
     skipped_iterations: dict[str, tuple[int, int]] = {}
     """Those that ``--skip-iterations`` asked for, by its words."""
-    overrides: list[Override] = []
+    overrides: list[AcceptedOverride] = []
     """Changes of the past that were accepted, oldest first."""
     metrics: Annotated[dict[str, float], BeforeValidator(_finite_alone)] = {}
     """The last values of the log, such as ``lm loss``; JSON has no NaN."""
@@ -102,14 +102,14 @@ def folder_name(iteration: int) -> str:
     return f"iter_{iteration:07d}"
 
 
-def describe_file(path: Path) -> FileEntry:
+def file_entry(path: Path) -> FileEntry:
     """Size in bytes and CRC-32 of a file."""
     return FileEntry(bytes=path.stat().st_size, crc32=f"{file_crc32(path):08x}")
 
 
-def describe_files(folder: Path, names: Iterable[str]) -> dict[str, FileEntry]:
+def file_entries(folder: Path, names: Iterable[str]) -> dict[str, FileEntry]:
     """Entries for the named files, relative to ``folder``."""
-    return {name: describe_file(folder / name) for name in sorted(names)}
+    return {name: file_entry(folder / name) for name in sorted(names)}
 
 
 def all_files(folder: Path) -> list[str]:
@@ -118,7 +118,7 @@ def all_files(folder: Path) -> list[str]:
     return sorted(n for n in (p.relative_to(folder).as_posix() for p in paths) if n != MANIFEST)
 
 
-def write(folder: Path, manifest: Manifest) -> None:
+def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write ``manifest.json``, the last file of a checkpoint, and force it to disk."""
     content = json.loads(manifest.model_dump_json(exclude={"checksum"}))
     content["checksum"] = _checksum(content)
@@ -126,7 +126,7 @@ def write(folder: Path, manifest: Manifest) -> None:
     write_atomically(folder / MANIFEST, text + "\n")
 
 
-def read(folder: Path) -> Manifest:
+def read_manifest(folder: Path) -> Manifest:
     """Read a checkpoint's manifest.
 
     Raises:
@@ -164,7 +164,7 @@ def _checksum(content: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def problems(folder: Path, manifest: Manifest, checksums: bool = False) -> list[str]:
+def file_problems(folder: Path, manifest: Manifest, checksums: bool = False) -> list[str]:
     """What is wrong with the files of a checkpoint; empty when it is whole.
 
     Sizes are always compared, and checksums of all files but those of the tensors: a resume reads
@@ -174,7 +174,7 @@ def problems(folder: Path, manifest: Manifest, checksums: bool = False) -> list[
     for name, entry in manifest.files.items():
         path = folder / name
         try:
-            thorough = checksums or not name.endswith(TENSORS)
+            thorough = checksums or not name.endswith(TENSOR_SUFFIX)
             problem = retry_transient(partial(_problem, path, entry, thorough), str(path))
         except OSError as error:
             return [*found, f"{path} cannot be read: {error.strerror}"]
@@ -192,7 +192,7 @@ def _problem(path: Path, entry: FileEntry, checksum: bool) -> str | None:
         return f"{path} is not a file"
     if status.st_size != entry.bytes:
         return f"{path} has {status.st_size} bytes instead of {entry.bytes}"
-    if checksum and describe_file(path).crc32 != entry.crc32:
+    if checksum and file_entry(path).crc32 != entry.crc32:
         return f"{path} does not have the checksum of its manifest"
     return None
 
@@ -231,7 +231,7 @@ def read_tracker(root: Path) -> tuple[int | None, list[str]]:
     return None, [f"{path} holds {text!r} instead of an iteration" if text else f"{path} is empty"]
 
 
-def newest(path: Path) -> Path:
+def newest_checkpoint(path: Path) -> Path:
     """The checkpoint folder that ``path`` means: itself, or its newest complete one.
 
     Raises:

@@ -29,7 +29,9 @@ def temporary_folder(root: Path, iteration: int) -> Path:
     return root / f".{manifests.folder_name(iteration)}.tmp"
 
 
-def begin(root: Path, iteration: int, beat: Callable[[], None] = no_heartbeat) -> None:
+def create_temporary_folder(
+    root: Path, iteration: int, beat: Callable[[], None] = no_heartbeat
+) -> None:
     """Remove what interrupted saves and removals left behind, and make a folder to write into.
 
     ``beat`` is called after each file that was removed.
@@ -38,13 +40,13 @@ def begin(root: Path, iteration: int, beat: Callable[[], None] = no_heartbeat) -
         OSError: the disk does not let it.
     """
     for leftover in root.glob(".iter_*.tmp"):
-        delete(leftover, beat)
+        delete_folder(leftover, beat)
     for file in root.glob(f".{manifests.TRACKER}.*.tmp"):
         file.unlink(missing_ok=True)
     temporary_folder(root, iteration).mkdir(parents=True)
 
 
-def delete(folder: Path, beat: Callable[[], None] = no_heartbeat) -> None:
+def delete_folder(folder: Path, beat: Callable[[], None] = no_heartbeat) -> None:
     """Delete a folder, with a heartbeat after each file; what cannot be deleted stays.
 
     A file of many gigabytes may take seconds, and a checkpoint has a thousand.
@@ -58,7 +60,7 @@ def delete(folder: Path, beat: Callable[[], None] = no_heartbeat) -> None:
         beat()
 
 
-def add_file(folder: Path, name: str, contents: bytes) -> FileEntry:
+def write_small_file(folder: Path, name: str, contents: bytes) -> FileEntry:
     """Write a small file, which may be in a folder of its own, and force it to disk."""
     path = folder / name
     path.parent.mkdir(exist_ok=True)
@@ -68,10 +70,10 @@ def add_file(folder: Path, name: str, contents: bytes) -> FileEntry:
         os.fsync(stream.fileno())
     if path.parent != folder:
         fsync_path(path.parent)
-    return manifests.describe_file(path)
+    return manifests.file_entry(path)
 
 
-def publish(root: Path, manifest: manifests.Manifest) -> Path:
+def publish_checkpoint(root: Path, manifest: manifests.Manifest) -> Path:
     """Give a written folder its manifest and its name, and make it the newest.
 
     Everything else in it must be on disk already. A checkpoint that has the name is replaced.
@@ -99,17 +101,17 @@ def publish(root: Path, manifest: manifests.Manifest) -> Path:
 
 def _write_manifest(folder: Path, manifest: manifests.Manifest) -> None:
     """Write the manifest, and parse what was written: a folder that cannot be read gets no name."""
-    manifests.write(folder, manifest)
+    manifests.write_manifest(folder, manifest)
     path = folder / manifests.MANIFEST
     try:
-        found = manifests.read(folder).model_copy(update={"checksum": manifest.checksum})
+        found = manifests.read_manifest(folder).model_copy(update={"checksum": manifest.checksum})
     except UserError as error:
         raise OSError(errno.EIO, f"reads back as damaged ({error})", str(path)) from None
     if found != manifest:
         raise OSError(errno.EIO, "does not read back as it was written", str(path))
 
 
-def retire(root: Path, iteration: int) -> Path:
+def unpublish_checkpoint(root: Path, iteration: int) -> Path:
     """Take its name from a checkpoint that is no longer wanted; it is not a whole one from now on.
 
     Returns:

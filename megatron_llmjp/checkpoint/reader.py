@@ -23,14 +23,14 @@ from torch.distributed.checkpoint.planner import LoadItemType
 from torch.futures import Future
 
 from megatron_llmjp.checkpoint.safe_unpickling import read_index
-from megatron_llmjp.parallel.process_groups import UNWATCHED, LongWork
+from megatron_llmjp.parallel.process_groups import DEFAULT_RANK_SYNC, RankSync
 from megatron_llmjp.patches.checkpoint_reader import storage_reader
 
-READERS = 4
+READER_THREADS = 4
 """Threads of a rank that read at the same time."""
-LARGE_BYTES = 1 << 20
+READ_IN_PLACE_BYTES = 1 << 20
 """Below this a tensor is read in torch's way: looking where it lies costs more."""
-MOST_BYTES = 64 << 20
+READ_CALL_BYTES = 64 << 20
 """Bytes of one read call; a heartbeat follows each."""
 
 
@@ -39,7 +39,7 @@ class ThreadedReader(CachedMetadataFileSystemReader):
 
     _cached_metadata: Metadata | None
 
-    def __init__(self, folder: str, work: LongWork = UNWATCHED) -> None:
+    def __init__(self, folder: str, work: RankSync = DEFAULT_RANK_SYNC) -> None:
         """Read from ``folder``; ranks wait in ``work`` for the one whose disk is slowest."""
         super().__init__(folder)
         self._work = work
@@ -55,8 +55,8 @@ class ThreadedReader(CachedMetadataFileSystemReader):
 
     def read_data(self, plan: Any, planner: Any) -> Future[None]:
         """Read what the plan names, each thread a share of about the same size."""
-        shares: list[list[Any]] = [[] for _ in range(READERS)]
-        loads = [0] * READERS
+        shares: list[list[Any]] = [[] for _ in range(READER_THREADS)]
+        loads = [0] * READER_THREADS
         lengths = {id(item): self.storage_data[item.storage_index].length for item in plan.items}
         for item in sorted(plan.items, key=lambda item: -lengths[id(item)]):
             least = loads.index(min(loads))
@@ -69,10 +69,10 @@ class ThreadedReader(CachedMetadataFileSystemReader):
             super(ThreadedReader, self).read_data(replace(plan, items=rest), planner)
 
         try:
-            with ThreadPoolExecutor(READERS) as pool:
+            with ThreadPoolExecutor(READER_THREADS) as pool:
                 list(pool.map(read, shares))
         finally:
-            self._work.wait_for_all()
+            self._work.barrier()
         done: Future[None] = Future()
         done.set_result(None)
         return done
@@ -85,19 +85,19 @@ class ThreadedReader(CachedMetadataFileSystemReader):
     def _read_in_place(self, item: Any, planner: Any) -> bool:
         """Read a large tensor into its place, if it lies in the file as it is wanted there."""
         place = self.storage_data[item.storage_index]
-        if item.type is not LoadItemType.TENSOR or place.length < LARGE_BYTES:
+        if item.type is not LoadItemType.TENSOR or place.length < READ_IN_PLACE_BYTES:
             return False
         target = planner.resolve_tensor(item).detach()
         if target.device.type != "cpu" or not target.is_contiguous():
             return False
         with (Path(self.path) / place.relative_path).open("rb", buffering=0) as stream:
-            start = _where(_create_file_view(stream, place.offset, place.length), target)
+            start = _data_offset(_create_file_view(stream, place.offset, place.length), target)
             if start is None:
                 return False
             stream.seek(place.offset + start)
             rest = memoryview(target.view(-1).view(torch.uint8).numpy())
             while rest:
-                count = stream.readinto(rest[:MOST_BYTES])
+                count = stream.readinto(rest[:READ_CALL_BYTES])
                 if not count:
                     raise EOFError(f"{stream.name} ends within a tensor")
                 rest = rest[count:]
@@ -106,7 +106,7 @@ class ThreadedReader(CachedMetadataFileSystemReader):
         return True
 
 
-def _where(archive: Any, target: torch.Tensor) -> int | None:
+def _data_offset(archive: Any, target: torch.Tensor) -> int | None:
     """Where in an archive of torch.save the bytes of a tensor like ``target`` begin.
 
     None where it holds another one: of another type or order of its dimensions, or a larger one of
@@ -123,6 +123,6 @@ def _where(archive: Any, target: torch.Tensor) -> int | None:
     return offset if alike else None
 
 
-def threaded_reading(work: LongWork = UNWATCHED) -> AbstractContextManager[None]:
+def threaded_reading(work: RankSync = DEFAULT_RANK_SYNC) -> AbstractContextManager[None]:
     """Make megatron-core read torch_dist checkpoints with :class:`ThreadedReader`."""
     return storage_reader(lambda folder: ThreadedReader(folder, work))

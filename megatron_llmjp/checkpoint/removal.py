@@ -18,17 +18,17 @@ from pathlib import Path
 
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint import publish, safe_unpickling
-from megatron_llmjp.checkpoint.retention import removable
+from megatron_llmjp.checkpoint.retention import removable_iterations
 from megatron_llmjp.config.loading import load_config
 from megatron_llmjp.config.schema import CheckpointConfig
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.filesystem import no_heartbeat, write_atomically
 
-PLAIN = "metadata.json"
+FORMAT_FILE = "metadata.json"
 """megatron-core's note on the format."""
 
 
-def read_back(folder: Path, is_cancelled: Callable[[], bool] = lambda: False) -> list[str]:
+def verify_checkpoint(folder: Path, is_cancelled: Callable[[], bool] = lambda: False) -> list[str]:
     """What would keep a run from resuming here; empty when nothing would.
 
     The manifest, the configuration and the index are parsed, sizes and checksums of all files
@@ -39,14 +39,14 @@ def read_back(folder: Path, is_cancelled: Callable[[], bool] = lambda: False) ->
         is_cancelled: asked between files; then the answer is that the check was not finished.
     """
     try:
-        manifest = manifests.read(folder)
+        manifest = manifests.read_manifest(folder)
         load_config(folder / manifests.CONFIG)
         safe_unpickling.read_index(folder)
-        json.loads((folder / PLAIN).read_bytes())
+        json.loads((folder / FORMAT_FILE).read_bytes())
         for name, entry in manifest.files.items():
             if is_cancelled():
                 return [f"{folder}: the check was not finished"]
-            found = manifests.problems(
+            found = manifests.file_problems(
                 folder, manifest.model_copy(update={"files": {name: entry}}), checksums=True
             )
             if found:
@@ -56,11 +56,11 @@ def read_back(folder: Path, is_cancelled: Callable[[], bool] = lambda: False) ->
     return []
 
 
-PATIENCE_SECONDS = 60.0
+REMOVAL_WAIT_SECONDS = 60.0
 """A run that ends waits so long for the check of its last checkpoint."""
 
 
-class Thinner:
+class CheckpointRemover:
     """Thins out a save folder after each save; on the first rank only.
 
     Args:
@@ -98,7 +98,7 @@ class Thinner:
                 self._thread = threading.Thread(target=self._run, name="remover")
                 self._thread.start()
 
-    def wait(self, seconds: float = PATIENCE_SECONDS) -> None:
+    def wait(self, seconds: float = REMOVAL_WAIT_SECONDS) -> None:
         """Wait for what is under way; after ``seconds``, cancel it and remove nothing more."""
         thread = self._thread
         if thread is None:
@@ -122,7 +122,7 @@ class Thinner:
         if not self._wanted(newest):
             return
         folder = self._root / manifests.folder_name(newest)
-        found = read_back(folder, self._is_cancelled)
+        found = verify_checkpoint(folder, self._is_cancelled)
         if self._cancelled.is_set():
             return
         if found:
@@ -130,7 +130,7 @@ class Thinner:
         else:
             for retired in self._retire(newest):
                 # What is left of it, the next save deletes.
-                publish.delete(retired, self._beat)
+                publish.delete_folder(retired, self._beat)
 
     def _is_cancelled(self) -> bool:
         self._beat()
@@ -147,7 +147,7 @@ class Thinner:
     def _wanted(self, newest: int) -> list[int]:
         """Iterations to remove."""
         saved = manifests.complete_iterations(self._root)
-        return removable(saved, newest, self._config, self._fold_ends)
+        return removable_iterations(saved, newest, self._config, self._fold_ends)
 
     def _refuse(self, newest: int, problem: str) -> None:
         """Report a checkpoint that cannot be resumed from; the one before is resumed from then."""
@@ -170,7 +170,7 @@ class Thinner:
                 break
             folder = self._root / manifests.folder_name(iteration)
             try:
-                retired.append(publish.retire(self._root, iteration))
+                retired.append(publish.unpublish_checkpoint(self._root, iteration))
                 print(f"removing checkpoint {folder}", flush=True)
             except OSError as error:
                 text = f"warning: {folder} could not be removed: {error}"

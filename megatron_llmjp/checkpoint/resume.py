@@ -8,9 +8,9 @@ from pathlib import Path
 
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint import resume_checks
-from megatron_llmjp.checkpoint.manifest import Manifest, Override
-from megatron_llmjp.checkpoint.resume_checks import Past, Ranges
-from megatron_llmjp.checkpoint.save_folder import not_ours
+from megatron_llmjp.checkpoint.manifest import AcceptedOverride, Manifest
+from megatron_llmjp.checkpoint.resume_checks import RunHistory, SkippedRanges
+from megatron_llmjp.checkpoint.save_folder import explain_load_failure
 from megatron_llmjp.config.loading import (
     FROZEN_AT_RESUME,
     config_differences,
@@ -23,7 +23,7 @@ from megatron_llmjp.data.folds.schedule import Schedule
 from megatron_llmjp.errors import UserError, download_hint
 from megatron_llmjp.tokenizers import Tokenizer
 
-_OF_NO_CONSEQUENCE = {
+_UNREPORTED_FIELDS = {
     *(
         "save",
         "load",
@@ -38,11 +38,11 @@ _OF_NO_CONSEQUENCE = {
 }
 
 
-BATCH_SIZE = ("global_batch_size", "rampup_batch_size")
+BATCH_SIZE_FIELDS = ("global_batch_size", "rampup_batch_size")
 """The fields that decide how many samples an iteration has."""
 
 
-_OF_WEIGHTS = {
+_WEIGHT_SHAPE_FIELDS = {
     "num_layers",
     "hidden_size",
     "num_attention_heads",
@@ -69,7 +69,7 @@ class Resume:
     """What is wrong with newer checkpoints."""
 
 
-def find(config: Config, damaged: Mapping[str, str]) -> Resume | None:
+def find_checkpoint(config: Config, damaged: Mapping[str, str]) -> Resume | None:
     """The newest whole checkpoint of ``load``, or of ``save`` when nothing is to be loaded.
 
     A damaged checkpoint is passed over; the result says so.
@@ -97,16 +97,16 @@ def find(config: Config, damaged: Mapping[str, str]) -> Resume | None:
     if bad or config.checkpoint.load is not None:
         reason = (
             "\n".join(bad)
-            or not_ours(root)
+            or explain_load_failure(root)
             or f"--load {root}: no complete checkpoint (iter_*) was found{download_hint(root)}"
         )
         raise UserError(reason)
     return None
 
 
-def adopt(
-    config: Config, resume: Resume, schedule: Schedule, skipped: Ranges
-) -> tuple[Config, Past, list[str]]:
+def resume_config(
+    config: Config, resume: Resume, schedule: Schedule, skipped: SkippedRanges
+) -> tuple[Config, RunHistory, list[str]]:
     """The configuration to go on with, what to go on remembering, and what to tell the user.
 
     The padded vocabulary stays the checkpoint's, so that the softmax runs over the same rows in
@@ -155,17 +155,19 @@ def adopt(
                     "(--override-opt-param-scheduler takes the new one)"
                 )
             config = replace_fields(config, **{name: old})
-        elif name not in _OF_NO_CONSEQUENCE:
+        elif name not in _UNREPORTED_FIELDS:
             notes.append(f"{name}: was {old!r}, now {new!r}")
-    found = resume_checks.changes(resume.manifest, schedule)
-    problems += resume_checks.refusal(resume.folder, found) if "folds" not in allowed else []
+    found = resume_checks.history_differences(resume.manifest, schedule)
+    problems += (
+        resume_checks.difference_errors(resume.folder, found) if "folds" not in allowed else []
+    )
     if problems:
         raise UserError("\n".join(problems))
     overrides = [
-        Override(iteration=resume.manifest.iteration, difference=change) for change in found
+        AcceptedOverride(iteration=resume.manifest.iteration, difference=change) for change in found
     ]
     notes += [f"accepted by --override-resume folds: {change}" for change in found]
-    memory = Past(skipped, (*resume.manifest.overrides, *overrides))
+    memory = RunHistory(skipped, (*resume.manifest.overrides, *overrides))
     return config, memory, notes
 
 
@@ -184,7 +186,7 @@ def check_tokenizer(config: Config, resume: Resume, tokenizer: Tokenizer) -> lis
     prefix = f"{manifests.TOKENIZER}/"
     stored = [entry for name, entry in resume.manifest.files.items() if name.startswith(prefix)]
     files = tokenizer.identifying_files()
-    others = [path for path in files if manifests.describe_file(path) not in stored]
+    others = [path for path in files if manifests.file_entry(path) not in stored]
     if not others or not stored or config.data.tokenizer_type != resume.config.data.tokenizer_type:
         return []
     change = f"{others[0]} is another tokenizer than {resume.folder / manifests.TOKENIZER}"
@@ -207,7 +209,8 @@ def check_weights(config: Config, resume: Resume) -> None:
         f"{name} is {new!r}, but the weights of {resume.folder} were trained with {old!r}: set it "
         "back, or start from other weights"
         for name, (old, new) in found.items()
-        if name in _OF_WEIGHTS or (name == "activation_function" and "swiglu" in (old, new))
+        if name in _WEIGHT_SHAPE_FIELDS
+        or (name == "activation_function" and "swiglu" in (old, new))
     ]
     if problems:
         raise UserError("\n".join(problems))
@@ -233,11 +236,11 @@ def _candidates(root: Path) -> tuple[list[Path], list[str]]:
 
 def _open(folder: Path, asked: Config, bad: list[str]) -> Resume | None:
     try:
-        manifest = manifests.read(folder)
-        found = manifests.problems(folder, manifest)
+        manifest = manifests.read_manifest(folder)
+        found = manifests.file_problems(folder, manifest)
         if not found:
             config = load_config(folder / manifests.CONFIG)
-            found = _wrong_samples(folder, manifest, config, asked)
+            found = _sample_count_problems(folder, manifest, config, asked)
         if not found:
             return Resume(folder, manifest, config)
         bad.append(f"damaged checkpoint: {found[0]}")
@@ -246,14 +249,16 @@ def _open(folder: Path, asked: Config, bad: list[str]) -> Resume | None:
     return None
 
 
-def _wrong_samples(folder: Path, manifest: Manifest, saved: Config, asked: Config) -> list[str]:
+def _sample_count_problems(
+    folder: Path, manifest: Manifest, saved: Config, asked: Config
+) -> list[str]:
     """Whether the samples of a manifest without a checksum disagree with the batch sizes.
 
     They may where the batch size was changed during the run, which had to be requested by name.
     """
     accepted = {*saved.checkpoint.override_resume, *asked.checkpoint.override_resume}
     is_ours = "megatron_llmjp" in manifest.versions  # other programs may count differently
-    if manifest.checksum or not is_ours or accepted & set(BATCH_SIZE):
+    if manifest.checksum or not is_ours or accepted & set(BATCH_SIZE_FIELDS):
         return []
     expected = BatchSizeSchedule(saved).consumed_after(manifest.iteration)
     if manifest.consumed_samples == expected:
@@ -262,5 +267,5 @@ def _wrong_samples(folder: Path, manifest: Manifest, saved: Config, asked: Confi
         f"{folder / manifests.MANIFEST}: consumed_samples is {manifest.consumed_samples}, but "
         f"iteration {manifest.iteration} ends at sample {expected} with the batch size of "
         f"{manifests.CONFIG}. If the batch size was changed during the run, add "
-        f"--override-resume {BATCH_SIZE[0]}"
+        f"--override-resume {BATCH_SIZE_FIELDS[0]}"
     ]

@@ -12,32 +12,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
-from megatron_llmjp.checkpoint.manifest import Manifest, Override
+from megatron_llmjp.checkpoint.manifest import AcceptedOverride, Manifest
 from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.data.folds.fingerprint import fold_differences
 from megatron_llmjp.data.folds.schedule import Schedule, SkippedSamples
 from megatron_llmjp.errors import UserError
 
-Ranges = Mapping[str, tuple[int, int]]
-NO_RANGES: Ranges = MappingProxyType({})
+SkippedRanges = Mapping[str, tuple[int, int]]
+NO_SKIPPED_RANGES: SkippedRanges = MappingProxyType({})
 
 
 @dataclass(frozen=True)
-class Past:
+class RunHistory:
     """What a checkpoint remembers of the data, as later ones go on remembering it."""
 
-    skipped_iterations: Ranges = field(default_factory=dict)
+    skipped_iterations: SkippedRanges = field(default_factory=dict)
     """Positions left out by ``--skip-iterations``, by its words."""
-    overrides: tuple[Override, ...] = ()
+    overrides: tuple[AcceptedOverride, ...] = ()
     """Changes of the past that were accepted, oldest first."""
 
 
-def skip_iterations(
+def apply_skip_iterations(
     schedule: Schedule,
     asked: str | None,
     manifest: Manifest | None,
     batch_sizes: BatchSizeSchedule,
-    left_out: Ranges = NO_RANGES,
+    left_out: SkippedRanges = NO_SKIPPED_RANGES,
 ) -> tuple[Schedule, dict[str, tuple[int, int]]]:
     """Leave out what ``--skip-iterations`` says, now and in the run that is gone on with.
 
@@ -60,7 +60,7 @@ def skip_iterations(
     return schedule.with_skips(schedule.skips.union(new.values())), {**known, **new}
 
 
-def told(skipped: Ranges) -> list[str]:
+def describe_skipped_samples(skipped: SkippedRanges) -> list[str]:
     """What to say at the start of samples that are left out, and why."""
     return [
         f"samples {start:,} to {end - 1:,} are left out: "
@@ -69,7 +69,7 @@ def told(skipped: Ranges) -> list[str]:
     ]
 
 
-def changes(manifest: Manifest, schedule: Schedule) -> list[str]:
+def history_differences(manifest: Manifest, schedule: Schedule) -> list[str]:
     """How a schedule differs from what a checkpoint was trained on; empty when it goes on."""
     now = {fold.name: schedule.record(fold) for fold in schedule.folds}
     found = []
@@ -86,7 +86,7 @@ def changes(manifest: Manifest, schedule: Schedule) -> list[str]:
     return found
 
 
-def refusal(folder: Path, found: list[str]) -> list[str]:
+def difference_errors(folder: Path, found: list[str]) -> list[str]:
     """Messages for changes that are not accepted."""
     return [
         f"{change}\n  {folder} was trained on it as it was: going on would repeat or drop data. "

@@ -9,7 +9,7 @@ from megatron_llmjp.config.schema import CheckpointConfig
 
 
 @dataclass(frozen=True)
-class Moment:
+class TrainingPosition:
     """A point of a run, after an iteration."""
 
     iteration: int
@@ -18,8 +18,8 @@ class Moment:
 
 def reason_to_save(
     config: CheckpointConfig,
-    before: Moment,
-    now: Moment,
+    before: TrainingPosition,
+    now: TrainingPosition,
     seq_length: int,
     fold_ends: Iterable[int] = (),
     minutes: float = 0.0,
@@ -57,7 +57,7 @@ def reason_to_save(
     return None
 
 
-def ends_a_fold(before: Moment, now: Moment, fold_ends: Iterable[int]) -> bool:
+def ends_a_fold(before: TrainingPosition, now: TrainingPosition, fold_ends: Iterable[int]) -> bool:
     """Whether an iteration trained on the last sample of a fold.
 
     An iteration may take its last samples from the next fold; it ends the first one all the same.
@@ -73,7 +73,7 @@ def is_llm_jp_iteration(iteration: int) -> bool:
     return iteration % step == 0
 
 
-def removable(
+def removable_iterations(
     saved: Iterable[int], newest_good: int, config: CheckpointConfig, fold_ends: Collection[int]
 ) -> list[int]:
     """Iterations whose checkpoints are no longer wanted, oldest first.

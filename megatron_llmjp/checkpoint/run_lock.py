@@ -8,7 +8,8 @@ Why it is safe. On one machine the kernel's lock alone decides: it ends with the
 that dies, and is not inherited by the workers that it forks, which may outlive it. Over machines
 the same holds where the file system passes locks on (NFS, Lustre mounted with ``flock``). Where it
 does not, whoever gets the lock although another machine's run is on record watches that run's
-heartbeat and takes over only after :data:`PATIENCE_SECONDS` without one; no clocks are compared.
+heartbeat and takes over only after :data:`HEARTBEAT_TIMEOUT_SECONDS` without one; no clocks are
+compared.
 A run that was merely frozen that long finds another's name on record and publishes nothing more:
 :meth:`RunLock.check` is called before a checkpoint gets its name.
 """
@@ -37,12 +38,12 @@ from megatron_llmjp.filesystem import (
     write_atomically,
 )
 
-Say = Callable[[str], None]
+Report = Callable[[str], None]
 
 LOCK = ".run.lock"
 RECORD = ".run.json"
 HEARTBEAT_SECONDS = 20.0
-PATIENCE_SECONDS = 120.0
+HEARTBEAT_TIMEOUT_SECONDS = 120.0
 """A run on another machine whose heart has not beaten for so long is dead."""
 SETTLE_SECONDS = 2.0
 """Of two that take over from two machines at once, the later one to sign stays."""
@@ -69,15 +70,15 @@ UNKNOWN = Owner("an unknown machine", "", 0, "an unknown time", "")
 """The owner in a damaged record."""
 
 
-class LostLock(RunError):
+class LockLostError(RunError):
     """Another run has taken the save folder."""
 
 
 class RunLock:
-    """A save folder that is this run's; see :func:`taken`."""
+    """A save folder that is this run's; see :func:`lock_save_folder`."""
 
     def __init__(
-        self, root: Path, owner: Owner, lock: FileLock, left_by: Owner | None, say: Say
+        self, root: Path, owner: Owner, lock: FileLock, left_by: Owner | None, say: Report
     ) -> None:
         self.root, self.owner = root, owner
         self.left_by = left_by
@@ -93,14 +94,14 @@ class RunLock:
         A folder or lock file that was deleted is recreated, with a warning.
 
         Raises:
-            LostLock: another run has taken it, while this one seemed dead.
+            LockLostError: another run has taken it, while this one seemed dead.
             OSError: the folder cannot be read or written; transient errors have lasted.
         """
         now = retry_transient(lambda: _read_record(self.root), str(self.root), self._say)
         if now is None or now is UNKNOWN:
             self._take_again(RECORD)
         elif now.token != self.owner.token:
-            raise LostLock(f"--save {self.root} was taken by {now} meanwhile")
+            raise LockLostError(f"--save {self.root} was taken by {now} meanwhile")
         elif not retry_transient(self._lock.is_current, str(self.root), self._say):
             self._take_again(LOCK)
 
@@ -122,10 +123,12 @@ class RunLock:
             try:
                 lock = acquire_lock(self.root / LOCK)
             except BlockingIOError:
-                raise LostLock(f"--save {self.root} was taken by another run meanwhile") from None
+                raise LockLostError(
+                    f"--save {self.root} was taken by another run meanwhile"
+                ) from None
             self._lock.release()
             self._lock = lock
-        _sign(self.root, self.owner)
+        _write_record(self.root, self.owner)
         self._say(f"{what} was deleted or damaged during the run, and is made again")
 
     def _beat(self) -> None:
@@ -135,7 +138,9 @@ class RunLock:
 
 
 @contextlib.contextmanager
-def taken(root: Path, say: Say, patience: float = PATIENCE_SECONDS) -> Iterator[RunLock]:
+def lock_save_folder(
+    root: Path, say: Report, patience: float = HEARTBEAT_TIMEOUT_SECONDS
+) -> Iterator[RunLock]:
     """Hold a save folder, which is made if need be.
 
     Args:
@@ -148,34 +153,34 @@ def taken(root: Path, say: Say, patience: float = PATIENCE_SECONDS) -> Iterator[
         RunError: its file system does not answer.
     """
     try:
-        lock = _take(root, say, patience)
+        lock = _acquire(root, say, patience)
     except OSError as error:
-        raise _explained(root, error) from None
+        raise _access_error(root, error) from None
     try:
         yield lock
     finally:
         lock.release()
 
 
-def _take(root: Path, say: Say, patience: float) -> RunLock:
-    lock = _lock(root)
+def _acquire(root: Path, say: Report, patience: float) -> RunLock:
+    lock = _acquire_file_lock(root)
     try:
         left_by = retry_transient(lambda: _read_record(root), str(root), say)
         if left_by is not None:
-            _make_sure_it_is_dead(root, left_by, lock.is_enforced, say, patience)
+            _check_owner_is_dead(root, left_by, lock.is_enforced, say, patience)
         owner = Owner(
             socket.gethostname(),
-            _boot(),
+            _boot_id(),
             os.getpid(),
             time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
             uuid.uuid4().hex,
         )
-        retry_transient(lambda: _sign(root, owner), str(root), say)
+        retry_transient(lambda: _write_record(root, owner), str(root), say)
         if left_by is not None and not (lock.is_enforced and left_by.boot == owner.boot):
             time.sleep(min(SETTLE_SECONDS, patience))
             now = retry_transient(lambda: _read_record(root), str(root), say)
             if now is None or now.token != owner.token:
-                raise _refusal(root, now)
+                raise _in_use_error(root, now)
     except BaseException:
         lock.release()
         raise
@@ -184,15 +189,15 @@ def _take(root: Path, say: Say, patience: float) -> RunLock:
     return RunLock(root, owner, lock, left_by, say)
 
 
-def _lock(root: Path) -> FileLock:
+def _acquire_file_lock(root: Path) -> FileLock:
     retry_transient(lambda: root.mkdir(parents=True, exist_ok=True), str(root))
     try:
         return acquire_lock(root / LOCK)
     except BlockingIOError:
-        raise _refusal(root, read_owner(root)) from None
+        raise _in_use_error(root, read_owner(root)) from None
 
 
-def _explained(root: Path, error: OSError) -> UserError | RunError:
+def _access_error(root: Path, error: OSError) -> UserError | RunError:
     """What kept a run from taking its folder: a user's mistake, or a file system's failure."""
     what = f"--save {root}: cannot be written to: {error.strerror}"
     if error.filename and str(error.filename) != str(root):
@@ -204,33 +209,33 @@ def _explained(root: Path, error: OSError) -> UserError | RunError:
     return UserError(f"{what}. Name another folder, or change its permissions")
 
 
-def _make_sure_it_is_dead(
-    root: Path, owner: Owner, is_locked: bool, say: Say, patience: float
+def _check_owner_is_dead(
+    root: Path, owner: Owner, is_locked: bool, say: Report, patience: float
 ) -> None:
-    if owner.boot == _boot():
+    if owner.boot == _boot_id():
         if not is_locked and process_exists(owner.pid):
-            raise _refusal(root, owner)
+            raise _in_use_error(root, owner)
         return
     say(
         f"{root} is marked as in use by {owner}: waiting {patience:g} s for a sign of life before "
         "taking over"
     )
     end = time.monotonic() + patience
-    first = _pulse(root)
+    first = _last_heartbeat(root)
     while time.monotonic() < end:
         time.sleep(min(1.0, patience / 10))
-        if _pulse(root) not in (first, None):
-            raise _refusal(root, owner)
+        if _last_heartbeat(root) not in (first, None):
+            raise _in_use_error(root, owner)
 
 
-def _refusal(root: Path, owner: Owner | None) -> UserError:
+def _in_use_error(root: Path, owner: Owner | None) -> UserError:
     return UserError(
         f"--save {root} is in use by another run ({owner or 'which is just starting'}): stop that "
         "one, or give this one a folder of its own"
     )
 
 
-def _pulse(root: Path) -> int | None:
+def _last_heartbeat(root: Path) -> int | None:
     """When the record was last touched; opened, so that network file systems ask the server."""
     try:
         with (root / RECORD).open("rb") as stream:
@@ -239,27 +244,27 @@ def _pulse(root: Path) -> int | None:
         return None
 
 
-def _boot() -> str:
+def _boot_id() -> str:
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return socket.gethostname()
 
 
-def _sign(root: Path, owner: Owner) -> None:
+def _write_record(root: Path, owner: Owner) -> None:
     write_atomically(root / RECORD, json.dumps(asdict(owner)) + "\n")
 
 
-def is_alive(root: Path, owner: Owner) -> bool:
+def is_owner_alive(root: Path, owner: Owner) -> bool:
     """Whether the run on record seems to live, for those who only look; nothing is locked.
 
     On this machine its process tells, on another one the age of its last heartbeat by the clocks
     of both.
     """
-    if owner.boot == _boot():
+    if owner.boot == _boot_id():
         return process_exists(owner.pid)
-    pulse = _pulse(root)
-    return pulse is not None and time.time() - pulse / 1e9 < PATIENCE_SECONDS
+    pulse = _last_heartbeat(root)
+    return pulse is not None and time.time() - pulse / 1e9 < HEARTBEAT_TIMEOUT_SECONDS
 
 
 def refuse_if_in_use(root: Path) -> None:
@@ -269,8 +274,8 @@ def refuse_if_in_use(root: Path) -> None:
         UserError: naming that run.
     """
     owner = read_owner(root)
-    if owner is not None and is_alive(root, owner):
-        raise _refusal(root, owner)
+    if owner is not None and is_owner_alive(root, owner):
+        raise _in_use_error(root, owner)
 
 
 def read_owner(root: Path) -> Owner | None:

@@ -68,17 +68,17 @@ class _IndexUnpickler(pickle.Unpickler):
             return getattr(torch, name)
         if module in {"builtins", "__builtin__"} and name == "getattr":
             return self._member
-        raise refusal(self._path, f"{module}.{name}")
+        raise unsafe_pickle_error(self._path, f"{module}.{name}")
 
     def _member(self, *arguments: Any) -> Enum:
         """An enumeration's member: Python 3.11.0 to 3.11.3 pickle ``getattr(KIND, NAME)``."""
         kind, name = arguments if len(arguments) == 2 else (None, "")
         if isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__:
             return kind[name]
-        raise refusal(self._path, "builtins.getattr")
+        raise unsafe_pickle_error(self._path, "builtins.getattr")
 
 
-def refusal(path: Path, what: str) -> UserError:
+def unsafe_pickle_error(path: Path, what: str) -> UserError:
     """The message for a file that wants more than to hold data."""
     return UserError(
         f"{path}: refused: opening it would use {what}, which no checkpoint of this program needs. "
@@ -87,7 +87,7 @@ def refusal(path: Path, what: str) -> UserError:
     )
 
 
-def vet(folder: Path) -> None:
+def check_pickles(folder: Path) -> None:
     """Make sure that loading a torch_dist folder executes nothing and reads only inside it.
 
     Raises:
@@ -137,7 +137,7 @@ def _open_archive(path: Path, data: bytes) -> None:
         # torch's unpickler names what it refuses, and stumbles over damage in its own ways.
         named = re.search(r"nsupported (?:global: )?(?:GLOBAL|class) ([\w.]+)", str(error))
         if named:
-            raise refusal(path, named[1]) from None
+            raise unsafe_pickle_error(path, named[1]) from None
         raise UserError(f"{path}: damaged: {_first_line(error)}") from None
     except Exception as error:  # as above
         raise UserError(f"{path}: damaged: {_first_line(error)}") from None

@@ -1,8 +1,9 @@
-"""One checkpoint on its way to disk, written by all ranks together.
+"""Collective save of one checkpoint: sharded tensors, plain files, manifest.
 
-Three steps: :func:`begin` agrees on who writes what and, for an asynchronous save, copies it; the
-request's function writes a rank's files, in any thread; its finalization, a collective on the main
-thread, describes the folder and gives it its name.
+A save has three steps: :func:`plan_save` assigns tensors to ranks and, for an asynchronous save,
+copies them to host memory; the function of the returned request writes a rank's files, in any
+thread; its finalization, a collective on the main thread, writes the manifest and renames the
+folder.
 """
 
 from __future__ import annotations
@@ -28,19 +29,19 @@ import megatron_llmjp
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint import publish
 from megatron_llmjp.checkpoint.manifest import Manifest
-from megatron_llmjp.checkpoint.resume_checks import Past
+from megatron_llmjp.checkpoint.resume_checks import RunHistory
 from megatron_llmjp.checkpoint.safe_unpickling import COMMON, INDEX
-from megatron_llmjp.checkpoint.sharded_state import RunState, sharded_state
-from megatron_llmjp.checkpoint.writer import HostCopy, plan_write
+from megatron_llmjp.checkpoint.sharded_state import RunState, sharded_state_dict
+from megatron_llmjp.checkpoint.writer import HostBuffers, plan_write
 from megatron_llmjp.config.loading import dump_config
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.folds.fingerprint import FoldFingerprint
 from megatron_llmjp.data.folds.schedule import NO_SKIPPED_SAMPLES, SkippedSamples
-from megatron_llmjp.parallel.process_groups import UNWATCHED, LongWork
+from megatron_llmjp.parallel.process_groups import DEFAULT_RANK_SYNC, RankSync
 
 
 @dataclass(frozen=True)
-class Progress:
+class SaveProgress:
     """How far a run is."""
 
     iteration: int = 0
@@ -48,7 +49,7 @@ class Progress:
     folds: Mapping[str, FoldFingerprint] | None = None
     """The folds touched."""
     skips: SkippedSamples = NO_SKIPPED_SAMPLES
-    past: Past | None = None
+    past: RunHistory | None = None
     """What else to remember of the data."""
     metrics: Mapping[str, float] | None = None
     fold_file: str | None = None
@@ -56,7 +57,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Description:
+class RunDescription:
     """What is stored beside the tensors, the same in every checkpoint of a run."""
 
     config: Config
@@ -64,14 +65,14 @@ class Description:
     """Contents by name; read once, since a run may outlive the files it was started with."""
 
 
-def begin(
+def plan_save(
     root: Path,
     state: RunState,
-    progress: Progress,
-    about: Description,
+    progress: SaveProgress,
+    about: RunDescription,
     may_publish: Callable[[], None],
-    host: HostCopy | None = None,
-    work: LongWork = UNWATCHED,
+    host: HostBuffers | None = None,
+    work: RankSync = DEFAULT_RANK_SYNC,
 ) -> AsyncRequest:
     """Plan the checkpoint ``root/iter_*`` of this iteration; all ranks call it.
 
@@ -91,8 +92,10 @@ def begin(
         on all ranks when they fail on the first; the finalization raises torch's
         ``CheckpointException`` when a rank could not write its files.
     """
-    work.first_rank_does(lambda: publish.begin(root, progress.iteration, work.beat))
-    sharded, common = save_preprocess(sharded_state(state, is_loading=False))
+    work.run_on_first_rank(
+        lambda: publish.create_temporary_folder(root, progress.iteration, work.beat)
+    )
+    sharded, common = save_preprocess(sharded_state_dict(state, is_loading=False))
     folder = publish.temporary_folder(root, progress.iteration)
     writer, request = plan_write(sharded, folder, work.beat)
     if host is not None:
@@ -106,29 +109,29 @@ def begin(
         def finish() -> None:
             files = {name: entry for part in parts for name, entry in part.items()}
             for name, contents in plain.items():
-                files[name] = publish.add_file(folder, name, contents)
-            files |= manifests.describe_files(folder, [INDEX])
+                files[name] = publish.write_small_file(folder, name, contents)
+            files |= manifests.file_entries(folder, [INDEX])
             may_publish()
-            publish.publish(root, _manifest(progress, dict(sorted(files.items()))))
+            publish.publish_checkpoint(root, _manifest(progress, dict(sorted(files.items()))))
 
-        work.first_rank_does(finish)
+        work.run_on_first_rank(finish)
 
     request.add_finalize_fn(complete)
     return request
 
 
-def write_now(request: AsyncRequest, work: LongWork = UNWATCHED) -> None:
+def write_synchronously(request: AsyncRequest, work: RankSync = DEFAULT_RANK_SYNC) -> None:
     """Write and complete the checkpoint of a request while training waits; all ranks call it.
 
     megatron-core's ``execute_sync`` waits for the slowest disk in a collective, which gives up.
     """
     request.async_fn()
-    work.wait_for_all()
+    work.barrier()
     for complete in request.finalize_fns:
         complete()
 
 
-def _plain_files(common: Any, progress: Progress, about: Description) -> dict[str, bytes]:
+def _plain_files(common: Any, progress: SaveProgress, about: RunDescription) -> dict[str, bytes]:
     """Small files by name, as they are now."""
     buffer = io.BytesIO()
     torch.save(common, buffer)
@@ -144,7 +147,7 @@ def _plain_files(common: Any, progress: Progress, about: Description) -> dict[st
     return files
 
 
-def _manifest(progress: Progress, files: dict[str, manifests.FileEntry]) -> Manifest:
+def _manifest(progress: SaveProgress, files: dict[str, manifests.FileEntry]) -> Manifest:
     past = progress.past
     return Manifest(
         iteration=progress.iteration,

@@ -31,7 +31,7 @@ _OWN = (manifests.CONFIG, manifests.FOLDS, manifests.TOKENIZER)
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundCheckpoint:
     """A checkpoint, or what is left of one."""
 
     folder: Path
@@ -46,7 +46,7 @@ class Found:
         return self.format not in (NATIVE, None)
 
 
-def recognize(folder: Path) -> Found | None:
+def recognize(folder: Path) -> FoundCheckpoint | None:
     """What one folder is, apart from the folders in it; None for no checkpoint.
 
     Raises:
@@ -54,24 +54,28 @@ def recognize(folder: Path) -> Found | None:
     """
     names = {path.name for path in folder.iterdir()}
     if manifests.MANIFEST in names:
-        return Found(folder, NATIVE, "a checkpoint of this program")
+        return FoundCheckpoint(folder, NATIVE, "a checkpoint of this program")
     if "config.json" in names and _any(names, r".*\.safetensors|pytorch_model.*|model\.safe.*"):
-        return Found(folder, HUGGING_FACE, "a Hugging Face model")
+        return FoundCheckpoint(folder, HUGGING_FACE, "a Hugging Face model")
     if _any(names, r"mp_rank_\d+.*_model_states\.pt|layer_\d+-model_.*\.pt"):
-        return Found(folder, MEGATRON_DEEPSPEED, "a Megatron-DeepSpeed checkpoint")
+        return FoundCheckpoint(folder, MEGATRON_DEEPSPEED, "a Megatron-DeepSpeed checkpoint")
     if _any(names, r"mp_rank_\d+.*"):
         title = "a Megatron-LM checkpoint (--ckpt-format torch, one folder per rank)"
-        return Found(folder, MEGATRON_LM, title)
+        return FoundCheckpoint(folder, MEGATRON_LM, title)
     if any(name in names for name in _OWN) and ("config.json" not in names):
-        return Found(folder, NATIVE, f"a checkpoint of this program without {manifests.MANIFEST}")
+        return FoundCheckpoint(
+            folder, NATIVE, f"a checkpoint of this program without {manifests.MANIFEST}"
+        )
     if ".metadata" in names and {"common.pt", "metadata.json"} & names:
-        return Found(folder, MEGATRON_LM, "a Megatron-LM checkpoint (--ckpt-format torch_dist)")
+        return FoundCheckpoint(
+            folder, MEGATRON_LM, "a Megatron-LM checkpoint (--ckpt-format torch_dist)"
+        )
     if ".metadata" in names or _any(names, r".*\.distcp"):
-        return Found(folder, None, "a part of a torch_dist checkpoint")
+        return FoundCheckpoint(folder, None, "a part of a torch_dist checkpoint")
     return None
 
 
-def checkpoints(root: Path) -> list[Found]:
+def list_checkpoints(root: Path) -> list[FoundCheckpoint]:
     """Checkpoints in a folder by their names (``iter_*``, ``release``, ``global_step*``).
 
     The last one is the newest. A folder that is named so and holds nothing known is listed, too.
@@ -83,11 +87,13 @@ def checkpoints(root: Path) -> list[Found]:
     found = []
     for name in sorted(names, key=lambda name: int("0" + re.sub(r"\D", "", name))):
         what = recognize(root / name)
-        found.append(what or Found(root / name, None, "a checkpoint with no files that are known"))
+        found.append(
+            what or FoundCheckpoint(root / name, None, "a checkpoint with no files that are known")
+        )
     return found
 
 
-def foreign(root: Path) -> Found | None:
+def find_foreign_checkpoint(root: Path) -> FoundCheckpoint | None:
     """The newest checkpoint of another program: the folder itself, or one in it.
 
     Raises:
@@ -96,10 +102,10 @@ def foreign(root: Path) -> Found | None:
     itself = recognize(root)
     if itself is not None:
         return itself if itself.is_foreign else None
-    return next((found for found in reversed(checkpoints(root)) if found.is_foreign), None)
+    return next((found for found in reversed(list_checkpoints(root)) if found.is_foreign), None)
 
 
-def trackers(root: Path) -> Iterator[tuple[Path, str]]:
+def read_trackers(root: Path) -> Iterator[tuple[Path, str]]:
     """Tracker files that name a checkpoint, and the name."""
     for file, pattern in ((manifests.TRACKER, r"\d+|release"), (LATEST, r"global_step\d+")):
         try:
@@ -110,7 +116,7 @@ def trackers(root: Path) -> Iterator[tuple[Path, str]]:
             yield root / file, text
 
 
-def conversion(found: Found, root: Path) -> str:
+def conversion_commands(found: FoundCheckpoint, root: Path) -> str:
     """How to convert another program's checkpoint and train from it, as commands."""
     output = f"{str(root).rstrip('/')}-native"
     if found.format == HUGGING_FACE:
@@ -166,11 +172,11 @@ def check_save_folder(root: Path) -> list[str]:
         raise UserError(f"--save {root}: cannot be read: {error.strerror}") from None
 
 
-def not_ours(root: Path) -> str | None:
+def explain_load_failure(root: Path) -> str | None:
     """Why ``--load ROOT`` holds nothing to resume from, where its files show it."""
     try:
-        found = foreign(root)
-        lost = [] if found else checkpoints(root)
+        found = find_foreign_checkpoint(root)
+        lost = [] if found else list_checkpoints(root)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -178,7 +184,7 @@ def not_ours(root: Path) -> str | None:
     if found is not None:
         return (
             f"--load {root}: {found.folder} is {found.title}: convert it first\n"
-            f"  {conversion(found, root)}"
+            f"  {conversion_commands(found, root)}"
         )
     if lost:
         return f"--load {root}: {lost[-1].folder} is {lost[-1].title}, so it may be incomplete"
@@ -190,15 +196,15 @@ def _check_save(root: Path) -> list[str]:
     if itself is not None:
         raise UserError(_refusal(root, itself))
     own = manifests.complete_iterations(root)
-    found = foreign(root)
+    found = find_foreign_checkpoint(root)
     if found is not None:
         raise UserError(_refusal(root, found))
     if own:
         return []
-    lost = checkpoints(root)
+    lost = list_checkpoints(root)
     if lost:
         raise UserError(_refusal(root, lost[-1]))
-    for file, name in trackers(root):
+    for file, name in read_trackers(root):
         raise UserError(
             f"--save {root}: {file.name} names checkpoint {name}, but no checkpoint is there: the "
             "run would start from iteration 1. Move the checkpoints back, or remove that file to "
@@ -207,13 +213,13 @@ def _check_save(root: Path) -> list[str]:
     return _check_others(root)
 
 
-def _refusal(root: Path, found: Found) -> str:
+def _refusal(root: Path, found: FoundCheckpoint) -> str:
     what = f"--save {root}: " + ("" if found.folder == root else f"{found.folder} ")
     what += f"is {found.title}"
     if found.is_foreign:
         return (
             f"{what}, which this run would ignore, and overwrite in time. Save to another folder, "
-            f"or convert it:\n  {conversion(found, root)}"
+            f"or convert it:\n  {conversion_commands(found, root)}"
         )
     if (found.folder / manifests.MANIFEST).is_file():
         return f"{what}; give the folder that holds it: --save {root.parent}"

@@ -20,14 +20,19 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint import publish
-from megatron_llmjp.checkpoint.removal import PATIENCE_SECONDS, Thinner
-from megatron_llmjp.checkpoint.retention import Moment, reason_to_save
-from megatron_llmjp.checkpoint.save import Description, Progress, begin, write_now
+from megatron_llmjp.checkpoint.removal import REMOVAL_WAIT_SECONDS, CheckpointRemover
+from megatron_llmjp.checkpoint.retention import TrainingPosition, reason_to_save
+from megatron_llmjp.checkpoint.save import (
+    RunDescription,
+    SaveProgress,
+    plan_save,
+    write_synchronously,
+)
 from megatron_llmjp.checkpoint.sharded_state import RunState
-from megatron_llmjp.checkpoint.writer import HostCopy, NotFiniteError, ThreadCaller
+from megatron_llmjp.checkpoint.writer import HostBuffers, NotFiniteError, ThreadAsyncCaller
 from megatron_llmjp.config.schema import CheckpointConfig
 from megatron_llmjp.errors import RunError
-from megatron_llmjp.parallel.process_groups import UNWATCHED, LongWork
+from megatron_llmjp.parallel.process_groups import DEFAULT_RANK_SYNC, RankSync
 
 
 class SaveError(RunError):
@@ -57,12 +62,12 @@ class _Pending:
 class _Queue(AsyncCallsQueue):
     """megatron-core's queue of asynchronous saves, with threads in place of forked processes."""
 
-    def __init__(self, work: LongWork) -> None:
+    def __init__(self, work: RankSync) -> None:
         super().__init__()
         self._work = work
 
-    def _get_async_caller(self) -> ThreadCaller:
-        return ThreadCaller(self._work)
+    def _get_async_caller(self) -> ThreadAsyncCaller:
+        return ThreadAsyncCaller(self._work)
 
 
 class Saver:
@@ -70,11 +75,11 @@ class Saver:
 
     def __init__(
         self,
-        about: Description,
+        about: RunDescription,
         fold_ends: FoldEnds,
         may_publish: Callable[[], None],
         iteration: int,
-        work: LongWork = UNWATCHED,
+        work: RankSync = DEFAULT_RANK_SYNC,
     ) -> None:
         """Prepare to save.
 
@@ -93,15 +98,15 @@ class Saver:
         self.may_remove = True
         """Whether older checkpoints may be removed; False while training has bad steps."""
         self._work, self._queue = work, _Queue(work)
-        self._host = HostCopy() if self._settings.async_save else None
+        self._host = HostBuffers() if self._settings.async_save else None
         self._pending: _Pending | None = None
         self._error: str | None = None
-        self._thinner = Thinner(
+        self._thinner = CheckpointRemover(
             self._root, self._settings, fold_ends.iterations, lambda: self.may_remove, work.beat
         )
         self._last = time.monotonic()
 
-    def reason(self, before: Moment, now: Moment, is_time: bool) -> str | None:
+    def reason(self, before: TrainingPosition, now: TrainingPosition, is_time: bool) -> str | None:
         """Why to save now, or None; see :func:`reason_to_save`.
 
         Args:
@@ -119,7 +124,7 @@ class Saver:
         ends = self._fold_ends.samples
         return reason_to_save(self._settings, before, now, seq_length, ends, minutes)
 
-    def save(self, state: RunState, progress: Progress) -> None:
+    def save(self, state: RunState, progress: SaveProgress) -> None:
         """Save; with ``async_save`` return as soon as everything is copied."""
         began = time.monotonic()
         self._complete(blocking=True)
@@ -127,7 +132,7 @@ class Saver:
         self._last = time.monotonic()
         self._pending = _Pending(progress.iteration, progress.consumed_samples, began)
         try:
-            request = begin(
+            request = plan_save(
                 self._root,
                 state,
                 progress,
@@ -139,7 +144,7 @@ class Saver:
             if self._host is not None:
                 self._queue.schedule_async_request(request)
             else:
-                write_now(request, self._work)
+                write_synchronously(request, self._work)
                 self._succeed()
         except (OSError, CheckpointException) as error:
             self._fail(error)
@@ -155,7 +160,7 @@ class Saver:
         self._complete(blocking=True)
         self._thinner.wait()
 
-    def close(self, removal_seconds: float = PATIENCE_SECONDS) -> None:
+    def close(self, removal_seconds: float = REMOVAL_WAIT_SECONDS) -> None:
         """Wait for the last save.
 
         Args:

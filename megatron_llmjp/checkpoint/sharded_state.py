@@ -44,7 +44,7 @@ from megatron.core.utils import unwrap_model
 
 from megatron_llmjp.checkpoint import safe_unpickling
 from megatron_llmjp.checkpoint.reader import threaded_reading
-from megatron_llmjp.parallel.process_groups import UNWATCHED, LongWork
+from megatron_llmjp.parallel.process_groups import DEFAULT_RANK_SYNC, RankSync
 
 
 def get_random_state() -> dict[str, Any]:
@@ -79,7 +79,7 @@ _SHARDING = "param_state_sharding_type"
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def point_model(model: Any, stored: Mapping[str, Any], dtype: torch.dtype) -> None:
+def redirect_model_keys(model: Any, stored: Mapping[str, Any], dtype: torch.dtype) -> None:
     """Read the weights of an fp32 model from a half-precision checkpoint's fp32 copies.
 
     Args:
@@ -102,7 +102,7 @@ def point_model(model: Any, stored: Mapping[str, Any], dtype: torch.dtype) -> No
     dict_list_map_inplace(point, model)
 
 
-def point_optimizer(optimizer: Any, stored: Mapping[str, Any]) -> None:
+def redirect_optimizer_keys(optimizer: Any, stored: Mapping[str, Any]) -> None:
     """Read an optimizer's fp32 weights from the names that the checkpoint has for them.
 
     Args:
@@ -115,7 +115,7 @@ def point_optimizer(optimizer: Any, stored: Mapping[str, Any]) -> None:
             apply_prefix_mapping(optimizer, {wanted: available[0] if available else ""})
 
 
-def settle_common(loaded: dict[str, Any], wanted: Any, common: Any) -> None:
+def restore_param_groups(loaded: dict[str, Any], wanted: Any, common: Any) -> None:
     """Put the settings of the parameter groups where this kind of optimizer looks for them.
 
     Args:
@@ -151,7 +151,9 @@ class RunState:
     """Plain data that is the same on all ranks, such as sums of the log, by its owner's name."""
 
 
-def load(folder: Path, state: RunState, work: LongWork = UNWATCHED) -> dict[str, Any]:
+def load_checkpoint(
+    folder: Path, state: RunState, work: RankSync = DEFAULT_RANK_SYNC
+) -> dict[str, Any]:
     """Load weights, and the optimizer, scheduler and random state where ``state`` has them.
 
     The layout may differ from the one that saved; the random state is restored only in the same
@@ -164,26 +166,26 @@ def load(folder: Path, state: RunState, work: LongWork = UNWATCHED) -> dict[str,
     Raises:
         UserError: the folder is damaged, or a file in it wants more than to hold data.
     """
-    work.first_rank_does(lambda: safe_unpickling.vet(folder))
-    sharded = sharded_state(state, is_loading=True)
+    work.run_on_first_rank(lambda: safe_unpickling.check_pickles(folder))
+    sharded = sharded_state_dict(state, is_loading=True)
     stored = load_sharded_metadata(str(folder))
     models = {key: sharded.pop(key) for key, _ in _chunk_keys(state.chunks)}
     if state.optimizer is not None:
         dtype = next(state.chunks[0].parameters()).dtype
-        point_model(models, stored, dtype)
-        point_optimizer(sharded["optimizer"], stored)
+        redirect_model_keys(models, stored, dtype)
+        redirect_optimizer_keys(sharded["optimizer"], stored)
         if not _has_random_state(stored):
             del sharded["rng_state"]
     with threaded_reading(work):
         # Apart: a weight and its fp32 copy may be read from the same tensor.
-        weights = _load(models, folder)
-        loaded = _load(sharded, folder) if state.optimizer is not None else {}
+        weights = _load_sharded(models, folder)
+        loaded = _load_sharded(sharded, folder) if state.optimizer is not None else {}
     for key, chunk in _chunk_keys(state.chunks):
         chunk.load_state_dict(weights[key], strict=True)
     if state.optimizer is None:
         return {}
     common = load_common_state_dict(str(folder))["optimizer"]
-    settle_common(loaded["optimizer"], sharded["optimizer"], common)
+    restore_param_groups(loaded["optimizer"], sharded["optimizer"], common)
     with torch.no_grad():
         state.optimizer.load_state_dict(loaded["optimizer"])
     state.scheduler.load_state_dict(loaded["opt_param_scheduler"])
@@ -193,7 +195,7 @@ def load(folder: Path, state: RunState, work: LongWork = UNWATCHED) -> dict[str,
     return counters
 
 
-def _load(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _load_sharded(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:
     strict = StrictHandling.RAISE_UNEXPECTED
     loaded: dict[str, Any] = dist_checkpointing.load(sharded, str(folder), strict=strict)
     return loaded
@@ -207,7 +209,7 @@ def _chunk_keys(chunks: list[Any]) -> list[tuple[str, Any]]:
     return [(f"model{i}", chunk) for i, chunk in enumerate(bare)]
 
 
-def sharded_state(state: RunState, is_loading: bool) -> dict[str, Any]:
+def sharded_state_dict(state: RunState, is_loading: bool) -> dict[str, Any]:
     """Which rank holds which part of which tensor, as dist_checkpointing wants it."""
     metadata = {
         # megatron-core's default raises; this one can be read in any layout.

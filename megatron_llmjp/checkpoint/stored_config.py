@@ -21,7 +21,7 @@ _BATCHES = (
 )
 
 
-def add_own_configuration(root: Path, layers: ConfigLayers) -> bool:
+def add_stored_config(root: Path, layers: ConfigLayers) -> bool:
     """Add the model, sequence length and tokenizer of a checkpoint; of a run, its settings, too.
 
     A checkpoint of weights alone (``convert_checkpoint``) says nothing of optimizer and batches.
@@ -38,10 +38,10 @@ def add_own_configuration(root: Path, layers: ConfigLayers) -> bool:
     """
     if not (root / manifests.MANIFEST).is_file() and not manifests.complete_iterations(root):
         return False
-    folder = manifests.newest(root)
+    folder = manifests.newest_checkpoint(root)
     config, source = load_config(folder / manifests.CONFIG), str(folder / manifests.CONFIG)
     names = [*ModelConfig.model_fields, "seq_length"]
-    if manifests.read(folder).contents == "full":
+    if manifests.read_manifest(folder).contents == "full":
         names += [*OptimizerConfig.model_fields, *_BATCHES, "tokenizer_type", *_TIKTOKEN]
     for name in names:
         value = getattr(getattr(config, SECTION_OF[name]), name)

@@ -46,7 +46,7 @@ from torch.distributed.checkpoint.filesystem import (
 
 from megatron_llmjp.checkpoint.manifest import FileEntry
 from megatron_llmjp.filesystem import name_path_in_errors, no_heartbeat
-from megatron_llmjp.parallel.process_groups import UNWATCHED, LongWork
+from megatron_llmjp.parallel.process_groups import DEFAULT_RANK_SYNC, RankSync
 
 FILES_PER_RANK = 2
 """Files that a rank writes at the same time, as in megatron-core."""
@@ -60,7 +60,7 @@ class NotFiniteError(Exception):
     """A tensor to be saved holds NaN or Inf: such a checkpoint is worse than none."""
 
 
-class HostCopy:
+class HostBuffers:
     """Copies of tensors in host memory, whose space serves one save after another.
 
     The space is kept because memory that the process has used before is filled several times faster
@@ -81,7 +81,7 @@ class HostCopy:
         return space
 
 
-class RankWriter(FileSystemWriterAsync):
+class ThreadedWriter(FileSystemWriterAsync):
     """megatron-core's storage writer with threads in place of processes, and with checksums."""
 
     def __init__(self, folder: Path, beat: Callable[[], None] = no_heartbeat) -> None:
@@ -102,7 +102,7 @@ class RankWriter(FileSystemWriterAsync):
             name = f"{plan.storage_data.prefix}{number}{DEFAULT_SUFFIX}"
             self._files[name] = [(item, planner.resolve_data(item)) for item in items]
 
-    def copy_to(self, host: HostCopy) -> None:
+    def copy_to(self, host: HostBuffers) -> None:
         """Take copies of all tensors, after which training may change them."""
         for name, items in self._files.items():
             copies = []
@@ -116,7 +116,7 @@ class RankWriter(FileSystemWriterAsync):
     def write(self) -> None:
         """Write this rank's files and force them to disk; errors are kept for the end."""
         try:
-            with _unsummed_archives(), ThreadPoolExecutor(FILES_PER_RANK) as pool:
+            with _without_archive_checksums(), ThreadPoolExecutor(FILES_PER_RANK) as pool:
                 done = list(pool.map(self._write_file, self._files))
             for name, (results, entry) in zip(self._files, done, strict=True):
                 self._results += results
@@ -137,7 +137,7 @@ class RankWriter(FileSystemWriterAsync):
 
     def _write_file(self, name: str) -> tuple[list[Any], FileEntry]:
         path = self._folder / name
-        with name_path_in_errors(path), _summed(path, self._beat) as stream:
+        with name_path_in_errors(path), _checksum_stream(path, self._beat) as stream:
             try:
                 return self._write_items(name, stream), stream.entry
             except Exception:
@@ -146,21 +146,21 @@ class RankWriter(FileSystemWriterAsync):
                     raise stream.error from None
                 raise
 
-    def _write_items(self, name: str, stream: _SummedStream) -> list[Any]:
+    def _write_items(self, name: str, stream: _ChecksumStream) -> list[Any]:
         results = []
         for item, data in self._files[name]:
             if isinstance(data, Tensor):
-                data = _alone_on_host(data)
+                data = _compact_on_host(data)
                 _require_finite(item.index.fqn, data)
             transforms, kind = _StorageWriterTransforms(), SerializationFormat.TORCH_SAVE
             results.append(_write_item(transforms, stream, data, item, name, kind))
         return results
 
 
-class ThreadCaller(AsyncCaller):
+class ThreadAsyncCaller(AsyncCaller):
     """Runs megatron-core's asynchronous requests in a thread of this process."""
 
-    def __init__(self, work: LongWork = UNWATCHED) -> None:
+    def __init__(self, work: RankSync = DEFAULT_RANK_SYNC) -> None:
         self._work = work
         self._thread: threading.Thread | None = None
 
@@ -174,7 +174,7 @@ class ThreadCaller(AsyncCaller):
         if blocking:
             self.close()
             if not no_dist:
-                self._work.wait_for_all()
+                self._work.barrier()
             return True
         alive = self._thread is not None and self._thread.is_alive()
         return not alive if no_dist else bool(self.sync_all_async_calls(int(alive)))
@@ -190,7 +190,7 @@ class ThreadCaller(AsyncCaller):
 
 def plan_write(
     sharded: Any, folder: Path, beat: Callable[[], None] = no_heartbeat
-) -> tuple[RankWriter, AsyncRequest]:
+) -> tuple[ThreadedWriter, AsyncRequest]:
     """Agree with all ranks on who writes what; ``beat`` is called after each block written.
 
     Returns:
@@ -198,7 +198,7 @@ def plan_write(
         collective, writes the index or raises torch's ``CheckpointException`` on every rank.
     """
     flat, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
-    writer = RankWriter(folder, beat)
+    writer = ThreadedWriter(folder, beat)
     state, *_ = save_state_dict_async_plan(
         mcore_to_pyt_state_dict(flat, False),
         writer,
@@ -207,7 +207,7 @@ def plan_write(
     return writer, AsyncRequest(writer.write, (), [lambda: save_state_dict_async_finalize(*state)])
 
 
-class _SummedStream(io.RawIOBase):
+class _ChecksumStream(io.RawIOBase):
     """Sums what is written on its way to a file."""
 
     def __init__(self, stream: io.FileIO, beat: Callable[[], None]) -> None:
@@ -252,7 +252,7 @@ class _SummedStream(io.RawIOBase):
 
 
 @contextmanager
-def _unsummed_archives() -> Iterator[None]:
+def _without_archive_checksums() -> Iterator[None]:
     """Have torch.save leave out its own checksums, which torch.load does not look at either."""
     were_on = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
@@ -263,9 +263,9 @@ def _unsummed_archives() -> Iterator[None]:
 
 
 @contextmanager
-def _summed(path: Path, beat: Callable[[], None]) -> Iterator[_SummedStream]:
+def _checksum_stream(path: Path, beat: Callable[[], None]) -> Iterator[_ChecksumStream]:
     with path.open("wb", buffering=0) as stream:
-        summed = _SummedStream(stream, beat)
+        summed = _ChecksumStream(stream, beat)
         yield summed
         summed.sync()
         beat()
@@ -283,7 +283,7 @@ def _require_finite(name: str, tensor: Tensor) -> None:
             raise NotFiniteError(f"{name} holds NaN or Inf")
 
 
-def _alone_on_host(tensor: Tensor) -> Tensor:
+def _compact_on_host(tensor: Tensor) -> Tensor:
     """A tensor on the CPU whose storage is no larger: torch.save writes whole storages."""
     tensor = tensor.detach().cpu()
     if tensor.untyped_storage().nbytes() != tensor.nbytes:

@@ -110,11 +110,11 @@ def _forward(folder: Path, tokens: Any, dtype: torch.dtype | None) -> Any:
     from megatron_llmjp.model.gpt import build_model_chunk
     from megatron_llmjp.parallel import process_groups
     from megatron_llmjp.parallel.device import setup
-    from megatron_llmjp.parallel.ranks import alone
+    from megatron_llmjp.parallel.ranks import single_process
 
     config = _config(folder)
     device = setup()
-    process_groups.start(config, alone(), device)
+    process_groups.initialize(config, single_process(), device)
     try:
         model = build_model_chunk(config, device).eval()
         _load(model, folder)
@@ -127,7 +127,7 @@ def _forward(folder: Path, tokens: Any, dtype: torch.dtype | None) -> Any:
             result: torch.Tensor = model(inputs, positions, None)
         return result.float().numpy()
     finally:
-        process_groups.stop()
+        process_groups.destroy()
 
 
 def _config(folder: Path) -> Config:
@@ -145,7 +145,7 @@ def _load(model: GPTModel, folder: Path) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(torch.nan)
-    sharded_state.load(folder, sharded_state.RunState([model]))
+    sharded_state.load_checkpoint(folder, sharded_state.RunState([model]))
 
 
 TOKENS = (2, 128)

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.dataset import Sample
 from megatron_llmjp.parallel.device import Device
-from megatron_llmjp.parallel.signals import SIGNALS
+from megatron_llmjp.parallel.signals import STOP_SIGNALS
 
 Batch = dict[str, torch.Tensor]
 
@@ -109,7 +109,7 @@ def _ignore_requests_to_stop(worker: int) -> None:
 
     It needs its workers until it has saved; they end with it.
     """
-    for number in SIGNALS:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_llmjp.checkpoint.retention import Moment, reason_to_save, removable
+from megatron_llmjp.checkpoint.retention import (
+    TrainingPosition,
+    reason_to_save,
+    removable_iterations,
+)
 from megatron_llmjp.config.parameter_counts import count_parameters
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.batch_size import BatchSizeSchedule
@@ -48,10 +52,10 @@ def count_checkpoints(
     if not any((*rules, policy.save_interval_minutes, fold_ends)):
         return CheckpointCounts(1, 1)
     policy = policy.model_copy(update={"save": policy.save or "somewhere"})
-    saved, before = [0], Moment(0, 0)
+    saved, before = [0], TrainingPosition(0, 0)
     for iteration in range(1, iterations + 1):
         consumed = before.consumed_samples
-        now = Moment(iteration, consumed + sizes.at(consumed))
+        now = TrainingPosition(iteration, consumed + sizes.at(consumed))
         minutes = (iteration - saved[-1]) * step_seconds / 60
         if reason_to_save(policy, before, now, config.data.seq_length, fold_ends, minutes):
             saved.append(iteration)
@@ -59,5 +63,5 @@ def count_checkpoints(
     written = sorted({*saved[1:], iterations})
     ends = {sizes.iteration_of(end - 1) for end in fold_ends if end}
     return CheckpointCounts(
-        len(written), len(written) - len(removable(written, iterations, policy, ends))
+        len(written), len(written) - len(removable_iterations(written, iterations, policy, ends))
     )

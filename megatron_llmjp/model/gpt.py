@@ -28,7 +28,7 @@ from megatron_llmjp.parallel.device import Device
 
 
 @dataclass(frozen=True)
-class Kernels:
+class KernelChoice:
     """Which implementations the layers use; printed at start."""
 
     transformer_engine: bool
@@ -44,13 +44,13 @@ class Kernels:
         return ", ".join([layers, *extras])
 
 
-def choose_kernels(device: Device) -> Kernels:
+def choose_kernels(device: Device) -> KernelChoice:
     """The best that is importable on this device."""
     if not device.is_cuda:
-        return Kernels(transformer_engine=False, fusions=False, fused_wgrad=False)
+        return KernelChoice(transformer_engine=False, fusions=False, fused_wgrad=False)
     from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available
 
-    return Kernels(
+    return KernelChoice(
         transformer_engine=gpt_layer_specs.HAVE_TE,
         fusions=True,
         fused_wgrad=_grad_accum_fusion_available,
@@ -74,7 +74,7 @@ def transformer_config(config: Config, device: Device) -> TransformerConfig:
     kernels = choose_kernels(device)
     model, parallel = config.model, config.parallel
     activation, fused_activation = _activation(model.activation_function, kernels, config)
-    with _refusals_told():
+    with _as_user_error():
         core = TransformerConfig(
             num_layers=model.num_layers,
             hidden_size=model.hidden_size,
@@ -122,7 +122,7 @@ def transformer_config(config: Config, device: Device) -> TransformerConfig:
 
 
 @contextmanager
-def _refusals_told() -> Iterator[None]:
+def _as_user_error() -> Iterator[None]:
     """Say what megatron-core refuses about a configuration as a user's mistake."""
     try:
         yield
@@ -144,7 +144,7 @@ def _check_chunks(core: TransformerConfig, config: Config) -> None:
 
 
 def _activation(
-    name: str, kernels: Kernels, config: Config
+    name: str, kernels: KernelChoice, config: Config
 ) -> tuple[Callable[[Tensor], Tensor], bool]:
     """The function, and whether megatron-core's fused bias + activation may compute it.
 

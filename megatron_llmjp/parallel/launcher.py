@@ -23,10 +23,10 @@ from megatron_llmjp.parallel.ranks import (
     LAUNCHER_PROCESS_VARIABLE,
     LAUNCHER_VARIABLE,
     LOCAL_LAUNCHER,
-    STARTED_VARIABLE,
-    process_started,
+    START_TIME_VARIABLE,
+    process_start_time,
 )
-from megatron_llmjp.parallel.signals import handled
+from megatron_llmjp.parallel.signals import handled_signals
 
 GRACE_SECONDS = 5.0
 """Time between asking ranks to stop and stopping them."""
@@ -47,7 +47,7 @@ def launch(command: Sequence[str], processes: int) -> int:
         forwarded.append(number)
         _signal(ranks, number)
 
-    previous = {number: signal.signal(number, forward) for number in handled()}
+    previous = {number: signal.signal(number, forward) for number in handled_signals()}
     try:
         for rank in range(processes):
             ranks.append(_start(command, rank, processes, port))
@@ -79,7 +79,7 @@ def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
         "MASTER_PORT": str(port),
         LAUNCHER_VARIABLE: LOCAL_LAUNCHER,
         LAUNCHER_PROCESS_VARIABLE: str(os.getpid()),
-        STARTED_VARIABLE: str(process_started(os.getpid())),
+        START_TIME_VARIABLE: str(process_start_time(os.getpid())),
     }
 
 

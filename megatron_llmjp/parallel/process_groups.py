@@ -1,13 +1,9 @@
-"""Process groups: rendezvous, seeds, collective work of all ranks, shutdown.
+"""Process groups: rendezvous, initialization, random seeds, synchronization of ranks, shutdown.
 
-Work that takes one rank much longer than the others, such as writing to a slow disk.
-
-A collective of training gives up after ``distributed_timeout_minutes``. Before ranks meet in one
-after such work, they wait here instead, as long as it takes: a rank that does nothing any more is
-found by the watchdog (``training/watchdog.py``), to which the work gives heartbeats, and one that
-is gone closes its connections.
-
-Process groups, seeds, and the orderly end of all ranks.
+A training collective times out after ``distributed_timeout_minutes``. After work whose duration
+differs much between ranks, such as writing to a slow disk, ranks synchronize through
+:class:`RankSync`, which has no timeout: the watchdog (``training/watchdog.py``) detects a rank that
+hangs, by its heartbeats, and an exited rank closes its connections.
 """
 
 from __future__ import annotations
@@ -40,29 +36,28 @@ from megatron_llmjp.filesystem import no_heartbeat
 from megatron_llmjp.parallel.device import Device
 from megatron_llmjp.parallel.ranks import Ranks
 
-LONGEST = timedelta(days=30)
-"""No limit in practice; gloo wants one."""
+UNLIMITED = timedelta(days=30)
+"""No timeout in practice; gloo requires one."""
 
 
 @dataclass(frozen=True)
-class LongWork:
-    """How ranks do long work together: its heartbeats, and the group that they wait in."""
+class RankSync:
+    """Heartbeats and synchronization of work whose duration differs between ranks."""
 
     beat: Callable[[], None] = no_heartbeat
-    """Called after each piece of work, from any thread."""
+    """Reports progress to the watchdog; called after each unit of work, from any thread."""
     group: Any = None
-    """Of all ranks, over gloo, without a limit (:func:`patient_group`); None for the default
-    group, whose limit then holds."""
+    """From :func:`new_group_without_timeout`; None for the default group, with its timeout."""
 
-    def wait_for_all(self) -> None:
-        """Return when every rank has come here; a collective."""
+    def barrier(self) -> None:
+        """Wait until every rank has called it; a collective."""
         dist.barrier(self.group)
 
-    def first_rank_does(self, action: Callable[[], None]) -> None:
-        """Have the first rank act; its failure is every rank's, so that none waits for another.
+    def run_on_first_rank(self, action: Callable[[], None]) -> None:
+        """Run a function on rank 0 and raise its error on all ranks; a collective.
 
         Raises:
-            Exception: whatever the action raised, on all ranks.
+            Exception: the exception of ``action``.
         """
         failed: list[Exception | None] = [None]
         if dist.get_rank() == 0:
@@ -75,30 +70,30 @@ class LongWork:
             raise failed[0]
 
 
-UNWATCHED = LongWork()
+DEFAULT_RANK_SYNC = RankSync()
 
 
-def patient_group() -> Any:
-    """A new group of all ranks over gloo, in which they may wait for each other for days."""
-    return dist.new_group(backend="gloo", timeout=LONGEST)
+def new_group_without_timeout() -> Any:
+    """Create a gloo group of all ranks without a timeout."""
+    return dist.new_group(backend="gloo", timeout=UNLIMITED)
 
 
 _AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
-"""torchrun's promise that it runs the store's server itself, where it is "True"."""
+"""Set to "True" by torchrun when it runs the store's server itself."""
 
 
-def meet(ranks: Ranks) -> Any:
-    """Join the key-value store that all ranks share; process groups come later.
+def rendezvous(ranks: Ranks) -> Any:
+    """Connect to the key-value store that all ranks share, before any process group exists.
 
-    What may take longer than a collective waits is agreed on through it.
+    Ranks exchange values through it where one may take longer than a collective's timeout.
     """
     if ranks.world_size == 1:
         return dist.HashStore()
     if is_loopback(ranks.master_addr):
-        return _meet_on_this_machine(ranks)
+        return _rendezvous_on_loopback(ranks)
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = ranks.master_addr, ranks.master_port
-    meeting = dist.rendezvous("env://", rank=ranks.rank, world_size=ranks.world_size)
-    return next(iter(meeting))[0]
+    found = dist.rendezvous("env://", rank=ranks.rank, world_size=ranks.world_size)
+    return next(iter(found))[0]
 
 
 def is_loopback(address: str) -> bool:
@@ -110,10 +105,10 @@ def is_loopback(address: str) -> bool:
     return False
 
 
-def _meet_on_this_machine(ranks: Ranks) -> Any:
-    """The same where all ranks are on this machine: nothing listens to the network.
+def _rendezvous_on_loopback(ranks: Ranks) -> Any:
+    """Connect to a store that listens on the loopback interface only.
 
-    The store has no password, and torch lets its server listen on all interfaces.
+    The store has no authentication, and torch's server listens on all interfaces by default.
     """
     for name, addresses in psutil.net_if_addrs().items():
         if any(a.family == socket.AF_INET and is_loopback(a.address) for a in addresses):
@@ -130,40 +125,43 @@ def _meet_on_this_machine(ranks: Ranks) -> Any:
 
 
 def _listen(ranks: Ranks) -> int:
-    """A socket that takes connections from this machine, as a descriptor."""
+    """Open the store's listening socket and return its file descriptor."""
     family = socket.AF_INET6 if ":" in ranks.master_addr else socket.AF_INET
-    place = (ranks.master_addr, int(ranks.master_port))
+    address = (ranks.master_addr, int(ranks.master_port))
     try:
-        return socket.create_server(place, family=family, backlog=ranks.world_size).detach()
+        return socket.create_server(address, family=family, backlog=ranks.world_size).detach()
     except OSError as error:
         raise RunError(
-            f"cannot listen on {place[0]} port {place[1]}, where the ranks meet: {error.strerror}. "
-            "Start again, or set MASTER_PORT to another port"
+            f"the rendezvous of the ranks cannot listen on {address[0]} port {address[1]}: "
+            f"{error.strerror}. Start again, or set MASTER_PORT to another port"
         ) from None
 
 
-def exchange(store: Any, ranks: Ranks, subject: str, mine: Any) -> list[Any]:
-    """What every rank has to say about a subject, by rank; no two exchanges share a subject.
+def all_gather_from_store(store: Any, ranks: Ranks, key: str, value: Any) -> list[Any]:
+    """Gather a value from every rank through the key-value store.
 
-    It waits as long as the slowest rank takes: the watchdog ends a wait for one that hangs.
+    There is no timeout: the watchdog ends a wait for a rank that hangs.
 
     Args:
-        store: of :func:`meet`.
-        ranks: this process's place.
-        subject: what it is about.
-        mine: this rank's part, as JSON.
+        store: result of :func:`rendezvous`.
+        ranks: rank and world size of this process.
+        key: name of the value; every call needs a new one.
+        value: this rank's value, serializable as JSON.
+
+    Returns:
+        The values by rank.
     """
-    keys = [f"{subject}/{rank}" for rank in range(ranks.world_size)]
-    store.set(keys[ranks.rank], json.dumps(mine))
-    store.wait(keys, LONGEST)
+    keys = [f"{key}/{rank}" for rank in range(ranks.world_size)]
+    store.set(keys[ranks.rank], json.dumps(value))
+    store.wait(keys, UNLIMITED)
     return [json.loads(store.get(key)) for key in keys]
 
 
-def start(config: Config, ranks: Ranks, device: Device, store: Any = None) -> None:
-    """Join the other processes and build tensor, pipeline and data-parallel groups."""
+def initialize(config: Config, ranks: Ranks, device: Device, store: Any = None) -> None:
+    """Initialize torch.distributed and the tensor, pipeline and data-parallel groups."""
     dist.init_process_group(
         device.backend,
-        store=dist.PrefixStore("groups", store if store is not None else meet(ranks)),
+        store=dist.PrefixStore("groups", store if store is not None else rendezvous(ranks)),
         rank=ranks.rank,
         world_size=ranks.world_size,
         timeout=timedelta(minutes=config.parallel.distributed_timeout_minutes),
@@ -184,17 +182,16 @@ def start(config: Config, ranks: Ranks, device: Device, store: Any = None) -> No
         config.training.micro_batch_size,
         parallel_state.get_data_parallel_world_size(),
     )
-    seed_everything(config.training.seed)
+    set_random_seed(config.training.seed)
 
 
-def seed_everything(seed: int) -> None:
-    """Seed all generators: alike over data parallel ranks, apart over pipeline stages.
+def set_random_seed(seed: int) -> None:
+    """Seed all random generators, with Megatron-LM's offsets per pipeline and data-parallel rank.
 
-    The offsets are Megatron-LM's. They decide dropout; initial weights have seeds of their own
-    (``model/initialization.py``).
+    They determine dropout; initial weights have their own seeds (``model/initialization.py``).
     """
     stage = parallel_state.get_pipeline_model_parallel_rank()
-    # Dropout must differ between copies of the model, or all of them drop the same units.
+    # Dropout masks must differ between data-parallel replicas.
     seed = seed + 100 * stage + 10 * parallel_state.get_data_parallel_rank()
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -202,8 +199,8 @@ def seed_everything(seed: int) -> None:
     model_parallel_cuda_manual_seed(seed)
 
 
-def stop() -> None:
-    """Leave all groups; for the end of a run and between tests."""
+def destroy() -> None:
+    """Destroy all process groups, at the end of a run and between tests."""
     destroy_num_microbatches_calculator()
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
@@ -211,5 +208,5 @@ def stop() -> None:
 
 
 def is_first_rank() -> bool:
-    """Whether this process speaks for all."""
+    """Whether this is rank 0, which prints messages; True without process groups."""
     return not dist.is_initialized() or dist.get_rank() == 0

@@ -18,7 +18,7 @@ LAUNCHER_VARIABLE = "MEGATRON_LLMJP_LAUNCHER"
 """Tells ranks that were started by ``parallel/launcher.py`` from those of torchrun."""
 LAUNCHER_PROCESS_VARIABLE = "MEGATRON_LLMJP_LAUNCHER_PROCESS"
 """Its process number: a rank whose launcher is gone must not train on."""
-STARTED_VARIABLE = "MEGATRON_LLMJP_STARTED"
+START_TIME_VARIABLE = "MEGATRON_LLMJP_STARTED"
 """When it was started, in seconds of ``time.monotonic``, which a machine's processes share."""
 _TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"
 
@@ -63,30 +63,30 @@ def find_ranks(env: Mapping[str, str] = os.environ) -> Ranks | None:
     return None
 
 
-def run_started(env: Mapping[str, str] = os.environ) -> float:
+def run_start_time(env: Mapping[str, str] = os.environ) -> float:
     """When the run was started here, in seconds of ``time.monotonic``.
 
     That is when its launcher was, where that is known: torchrun starts ranks again after a failure,
     and the time of the job keeps running.
     """
-    if env.get(STARTED_VARIABLE):
-        return float(env[STARTED_VARIABLE])
-    return process_started(os.getppid() if env.get(_TORCHRUN_VARIABLE) else os.getpid())
+    if env.get(START_TIME_VARIABLE):
+        return float(env[START_TIME_VARIABLE])
+    return process_start_time(os.getppid() if env.get(_TORCHRUN_VARIABLE) else os.getpid())
 
 
-def process_started(number: int) -> float:
+def process_start_time(number: int) -> float:
     """When a process of this machine was started, in seconds of ``time.monotonic``."""
     age = time.time() - psutil.Process(number).create_time()
     return time.monotonic() - max(0.0, age)
 
 
-def alone() -> Ranks:
+def single_process() -> Ranks:
     """The ranks of a run of one process."""
     return Ranks(0, 1, 0, "127.0.0.1", "0", "hand")
 
 
 @dataclass(frozen=True)
-class _Names:
+class _LauncherVariables:
     launcher: str
     rank: str
     world_size: str
@@ -99,8 +99,10 @@ class _Names:
 # Inside a Slurm job the MPI launchers are started by an srun of their own: they are asked first.
 _MPI = "OMPI_COMM_WORLD"
 _LAUNCHERS = (
-    _Names("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
-    _Names(  # Open MPI
+    _LauncherVariables(
+        "torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"
+    ),
+    _LauncherVariables(  # Open MPI
         "mpirun",
         f"{_MPI}_RANK",
         f"{_MPI}_SIZE",
@@ -108,10 +110,10 @@ _LAUNCHERS = (
         f"{_MPI}_SIZE",
         f"{_MPI}_LOCAL_SIZE",
     ),
-    _Names(  # MPICH and Intel MPI
+    _LauncherVariables(  # MPICH and Intel MPI
         "mpiexec", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"
     ),
-    _Names(
+    _LauncherVariables(
         "srun",
         "SLURM_PROCID",
         "SLURM_STEP_NUM_TASKS",
@@ -129,7 +131,7 @@ def _integer(env: Mapping[str, str], name: str) -> int:
     return int(value)
 
 
-def _first_host(env: Mapping[str, str], names: _Names) -> str:
+def _first_host(env: Mapping[str, str], names: _LauncherVariables) -> str:
     """The first host of a Slurm job; this one, when all ranks are on it."""
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")
     if not nodes:

@@ -15,21 +15,21 @@ import time
 
 from megatron_llmjp.errors import EXIT_INTERRUPTED, EXIT_REQUEUE
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
 """Slurm's before it takes a node away, what ``sbatch --signal`` sends as a rule, a closed terminal,
 and Ctrl-C. They all mean: save and stop."""
 
-TWICE_SECONDS = 1.0
+SECOND_INTERRUPT_SECONDS = 1.0
 """A launcher may hand on a Ctrl-C that the terminal has sent as well: only later is it another."""
 
-FIRST_SPEAKS_SECONDS = 10.0
+FIRST_RANK_LEAD_SECONDS = 10.0
 """Of ranks whose time is over before training, the first one ends first, and reports it."""
 
 
-def handled() -> tuple[signal.Signals, ...]:
+def handled_signals() -> tuple[signal.Signals, ...]:
     """The signals that mean to stop: all but SIGHUP where ``nohup`` has it ignored."""
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    return tuple(number for number in SIGNALS if not (ignored and number is signal.SIGHUP))
+    return tuple(number for number in STOP_SIGNALS if not (ignored and number is signal.SIGHUP))
 
 
 class StopRequests:
@@ -60,7 +60,7 @@ class StopRequests:
         self._reader, self._writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         os.register_at_fork(after_in_child=self._leave_to_parent)
-        for number in handled():
+        for number in handled_signals():
             if number is not signal.SIGINT:
                 signal.signal(number, _nothing)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -92,7 +92,7 @@ class StopRequests:
             with self._lock:
                 if ready:
                     received = os.read(self._reader, 64)
-                    for number in SIGNALS:
+                    for number in STOP_SIGNALS:
                         if number in received:
                             self._received(number)
                 elif not self._remembers:
@@ -102,7 +102,7 @@ class StopRequests:
         """Seconds until the time is over, None where nothing happens then."""
         if self._end is None or self._remembers:
             return None
-        end = self._end + (0.0 if self._is_first else FIRST_SPEAKS_SECONDS)
+        end = self._end + (0.0 if self._is_first else FIRST_RANK_LEAD_SECONDS)
         return max(0.0, end - time.monotonic())
 
     def _received(self, number: signal.Signals) -> None:
@@ -110,7 +110,7 @@ class StopRequests:
             self._leave(f"asked by {number.name}", number)
         if number is signal.SIGINT:
             now, before = time.monotonic(), self._interrupted
-            if self.signal is signal.SIGINT and now - before > TWICE_SECONDS:
+            if self.signal is signal.SIGINT and now - before > SECOND_INTERRUPT_SECONDS:
                 os._exit(EXIT_INTERRUPTED)
             if self.signal is not signal.SIGINT:
                 self._interrupted = now

@@ -194,6 +194,6 @@ def _number(record: Record, name: str) -> bool:
 def _config(folder: Path) -> Config | None:
     """The configuration in the newest checkpoint; None if there is none yet."""
     try:
-        return load_config(manifest.newest(folder) / manifest.CONFIG)
+        return load_config(manifest.newest_checkpoint(folder) / manifest.CONFIG)
     except (UserError, OSError):
         return None

@@ -158,7 +158,7 @@ def _saved(folder: Path) -> Saved | None:
         return None
     newest = folder / manifest.folder_name(iterations[-1])
     try:
-        size = sum(entry.bytes for entry in manifest.read(newest).files.values())
+        size = sum(entry.bytes for entry in manifest.read_manifest(newest).files.values())
         age = time.time() - (newest / manifest.MANIFEST).stat().st_mtime
     except (UserError, OSError):  # damaged, or removed meanwhile
         return Saved(iterations, 0, math.nan)
@@ -203,7 +203,7 @@ def _state(
 ) -> tuple[str, str]:
     """One word for the run, and what it is said for."""
     if owner is not None:
-        if not run_lock.is_alive(folder, owner):
+        if not run_lock.is_owner_alive(folder, owner):
             return "dead", f"{owner} ended without a word, or its machine did"
         if not steps or age is None:
             return "starting", str(owner)

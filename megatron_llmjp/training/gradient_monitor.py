@@ -181,7 +181,7 @@ class Rollback:
 
     @property
     def words(self) -> str:
-        """How a checkpoint names the skipped positions (``Past.skipped_iterations``)."""
+        """How a checkpoint names the skipped positions (``RunHistory.skipped_iterations``)."""
         return f"{_WORD} {self.positions[0]}-{self.positions[1]}"
 
 

@@ -22,7 +22,7 @@ from megatron_llmjp.checkpoint import run_lock as locks
 from megatron_llmjp.checkpoint import sharded_state
 from megatron_llmjp.checkpoint.resume import Resume
 from megatron_llmjp.checkpoint.run_lock import RunLock
-from megatron_llmjp.checkpoint.save import Description
+from megatron_llmjp.checkpoint.save import RunDescription
 from megatron_llmjp.checkpoint.saver import FoldEnds, Saver
 from megatron_llmjp.checkpoint.sharded_state import RunState
 from megatron_llmjp.config.schema import Config
@@ -37,7 +37,12 @@ from megatron_llmjp.filesystem import no_heartbeat, warn
 from megatron_llmjp.formatting import format_count
 from megatron_llmjp.model.gpt import build_model, choose_kernels
 from megatron_llmjp.parallel.device import Device
-from megatron_llmjp.parallel.process_groups import UNWATCHED, LongWork, exchange, is_first_rank
+from megatron_llmjp.parallel.process_groups import (
+    DEFAULT_RANK_SYNC,
+    RankSync,
+    all_gather_from_store,
+    is_first_rank,
+)
 from megatron_llmjp.parallel.ranks import Ranks
 from megatron_llmjp.run import Run, resolve_run
 from megatron_llmjp.training.batch_iterator import Labelled
@@ -119,18 +124,20 @@ def progress(run: Run) -> tuple[int, int]:
     return run.resume.manifest.iteration, run.resume.manifest.consumed_samples
 
 
-def build(run: Run, device: Device, rates: LearningRates, work: LongWork = UNWATCHED) -> Model:
+def build(
+    run: Run, device: Device, rates: LearningRates, work: RankSync = DEFAULT_RANK_SYNC
+) -> Model:
     """Model, optimizer and learning rate; from a checkpoint where there is one."""
     config = run.config
     chunks = wrap_for_data_parallel(build_model(config, device), config, device)
     if run.resume is not None and config.checkpoint.finetune:
-        sharded_state.load(run.resume.folder, RunState(chunks), work)
+        sharded_state.load_checkpoint(run.resume.folder, RunState(chunks), work)
     optimizer = make_optimizer(chunks, config, device)
     scheduler = RunScheduler(optimizer, rates)
     connect(chunks, optimizer, config)
     counters: dict[str, Any] = {}
     if run.resume is not None and not config.checkpoint.finetune:
-        counters = sharded_state.load(
+        counters = sharded_state.load_checkpoint(
             run.resume.folder, RunState(chunks, optimizer, scheduler), work
         )
         apply_configuration(optimizer, scheduler, config)
@@ -138,22 +145,25 @@ def build(run: Run, device: Device, rates: LearningRates, work: LongWork = UNWAT
 
 
 def make_saver(
-    run: Run, sizes: BatchSizeSchedule, may_publish: Callable[[], None], work: LongWork = UNWATCHED
+    run: Run,
+    sizes: BatchSizeSchedule,
+    may_publish: Callable[[], None],
+    work: RankSync = DEFAULT_RANK_SYNC,
 ) -> Saver:
     """Saves the run's checkpoints; ``may_publish`` raises when the save folder is lost."""
     schedule = run.schedule
     samples = tuple(schedule.sample_range(fold)[1] for fold in schedule.folds)
     iterations = frozenset(sizes.iteration_of(end - 1) for end in samples if end > 0)
     tokenizer = {name: path.read_bytes() for name, path in run.tokenizer.files().items()}
-    about = Description(run.config, tokenizer)
+    about = RunDescription(run.config, tokenizer)
     return Saver(about, FoldEnds(samples, iterations), may_publish, progress(run)[0], work)
 
 
-def load_weights(run: Run, device: Device, work: LongWork = UNWATCHED) -> list[Any]:
+def load_weights(run: Run, device: Device, work: RankSync = DEFAULT_RANK_SYNC) -> list[Any]:
     """The model alone, from the checkpoint that the run starts from."""
     assert run.resume is not None
     chunks = half_precision(build_model(run.config, device), run.config)
-    sharded_state.load(run.resume.folder, RunState(chunks), work)
+    sharded_state.load_checkpoint(run.resume.folder, RunState(chunks), work)
     return chunks
 
 
@@ -252,13 +262,13 @@ def _take_folder(
     lock, answer = None, {"mistake": "", "failure": "", "was_killed": False}
     if ranks.is_first:
         try:
-            lock = stack.enter_context(locks.taken(Path(save), warn))
+            lock = stack.enter_context(locks.lock_save_folder(Path(save), warn))
             answer["was_killed"] = lock.left_by is not None
         except UserError as error:
             answer["mistake"] = str(error)
         except RunError as error:
             answer["failure"] = str(error)
-    first = exchange(store, ranks, "save folder", answer)[0]
+    first = all_gather_from_store(store, ranks, "save folder", answer)[0]
     if first["mistake"]:
         raise UserError(first["mistake"])
     if first["failure"]:
@@ -280,7 +290,7 @@ def _with_one_checkpoint(run: Run, ranks: Ranks, store: Any) -> Run:
             time.sleep(pause)
             run = resolve_run(run.requested, ranks.world_size)
         chosen = str(run.resume.folder) if run.resume is not None else "no checkpoint"
-        seen = exchange(store, ranks, f"resume, {pause} s", chosen)
+        seen = all_gather_from_store(store, ranks, f"resume, {pause} s", chosen)
         if len(set(seen)) == 1:
             return run
     views = ", ".join(f"rank {seen.index(folder)}: {folder}" for folder in sorted(set(seen)))
@@ -294,7 +304,7 @@ def _with_good_checkpoint(run: Run, ranks: Ranks, store: Any, beat: Callable[[],
     damaged: dict[str, str] = {}
     while run.resume is not None:
         own = _problems(run.resume, ranks, beat)
-        found = exchange(store, ranks, f"verify {run.resume.folder}", own)
+        found = all_gather_from_store(store, ranks, f"verify {run.resume.folder}", own)
         problems = [problem for part in found for problem in part]
         if not problems:
             if ranks.is_first:
@@ -312,6 +322,6 @@ def _problems(resume: Resume, ranks: Ranks, beat: Callable[[], None]) -> list[st
     found = []
     for name in sorted(resume.manifest.files)[ranks.rank :: ranks.world_size]:
         alone = resume.manifest.model_copy(update={"files": {name: resume.manifest.files[name]}})
-        found += manifests.problems(resume.folder, alone, checksums=True)
+        found += manifests.file_problems(resume.folder, alone, checksums=True)
         beat()
     return found

@@ -13,7 +13,7 @@ from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.errors import EXIT_DONE, RunError
 from megatron_llmjp.parallel import process_groups
 from megatron_llmjp.parallel.device import Device, use_deterministic_kernels
-from megatron_llmjp.parallel.process_groups import LongWork, patient_group
+from megatron_llmjp.parallel.process_groups import RankSync, new_group_without_timeout
 from megatron_llmjp.parallel.ranks import Ranks
 from megatron_llmjp.parallel.signals import StopRequests
 from megatron_llmjp.run import Run, resolve_run
@@ -51,7 +51,7 @@ def train(run: Run, ranks: Ranks, device: Device, requests: StopRequests | None 
         The exit code.
     """
     use_deterministic_kernels(run.config.training.deterministic_mode)
-    store = process_groups.meet(ranks)
+    store = process_groups.rendezvous(ranks)
     with watched(run.config, ranks, store) as watchdog:
         place = _Place(ranks, device, store, watchdog)
         if run.config.training.eval_only:
@@ -69,10 +69,10 @@ def train(run: Run, ranks: Ranks, device: Device, requests: StopRequests | None 
                 guard.rest()
                 beginning = _back(beginning, outcome, place)
                 data = _open_data(beginning.run, place)
-                work.wait_for_all()
+                work.barrier()
                 outcome = _train(beginning, data, watch, place)
             guard.close()
-            process_groups.stop()
+            process_groups.destroy()
             return outcome
 
 
@@ -82,12 +82,12 @@ def _open_data(run: Run, place: _Place) -> run_setup.RunData:
     return run_setup.open_data(run, place.ranks, place.watchdog.beat)
 
 
-def _join(run: Run, place: _Place) -> LongWork:
+def _join(run: Run, place: _Place) -> RankSync:
     """Build the process groups, once all ranks are ready: making indices may take one longer."""
     place.watchdog.begin(run_setup.progress(run)[0], "joining the process groups", counts_work=True)
-    process_groups.exchange(place.store, place.ranks, "ready", None)
-    process_groups.start(run.config, place.ranks, place.device, place.store)
-    return LongWork(place.watchdog.beat, patient_group())
+    process_groups.all_gather_from_store(place.store, place.ranks, "ready", None)
+    process_groups.initialize(run.config, place.ranks, place.device, place.store)
+    return RankSync(place.watchdog.beat, new_group_without_timeout())
 
 
 def _train(
@@ -118,7 +118,10 @@ def _back(beginning: Opened, rollback: Rollback, place: _Place) -> Opened:
     run = resolve_run(beginning.run.requested, place.ranks.world_size, left_out=left_out)
     chosen = str(run.resume.folder) if run.resume is not None else ""
     subject = f"rollback {rollback.iteration} {rollback.words}"
-    if len(set(process_groups.exchange(place.store, place.ranks, subject, chosen))) > 1:
+    if (
+        len(set(process_groups.all_gather_from_store(place.store, place.ranks, subject, chosen)))
+        > 1
+    ):
         raise RunError("ranks see different checkpoints to go back to; start the run again")
     return replace(beginning, run=run)
 
@@ -147,5 +150,5 @@ def _validate_only(run: Run, place: _Place) -> int:
             f"the loss on validation set '{wrong[0]}' is {losses[wrong[0]]}: the model of "
             f"{run.resume.folder} holds NaN or Inf, or overflows in this precision"
         )
-    process_groups.stop()
+    process_groups.destroy()
     return EXIT_DONE

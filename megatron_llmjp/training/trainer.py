@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_llmjp.checkpoint import manifest as manifests
-from megatron_llmjp.checkpoint.removal import PATIENCE_SECONDS
-from megatron_llmjp.checkpoint.retention import Moment
-from megatron_llmjp.checkpoint.save import Progress
+from megatron_llmjp.checkpoint.removal import REMOVAL_WAIT_SECONDS
+from megatron_llmjp.checkpoint.retention import TrainingPosition
+from megatron_llmjp.checkpoint.save import SaveProgress
 from megatron_llmjp.checkpoint.saver import Saver
 from megatron_llmjp.checkpoint.sharded_state import RunState
 from megatron_llmjp.data.batch_size import BatchSizeSchedule
@@ -157,7 +157,7 @@ class Trainer:
         self.saver.may_remove = self.judge.may_save
         return result
 
-    def _save_if_due(self, before: Moment, metrics: Metrics) -> None:
+    def _save_if_due(self, before: TrainingPosition, metrics: Metrics) -> None:
         """Save where it is due; what is due while steps are bad is saved after the first good."""
         self.saver.poll()
         is_time = self._is_due(self.run.config.logging.log_interval)
@@ -272,10 +272,10 @@ class Trainer:
             if losses:
                 metrics.log_validation(self.iteration, self.consumed_samples, losses)
 
-    def _moment(self) -> Moment:
-        return Moment(self.iteration, self.consumed_samples)
+    def _moment(self) -> TrainingPosition:
+        return TrainingPosition(self.iteration, self.consumed_samples)
 
-    def _save_last(self, metrics: Metrics, removal_seconds: float = PATIENCE_SECONDS) -> None:
+    def _save_last(self, metrics: Metrics, removal_seconds: float = REMOVAL_WAIT_SECONDS) -> None:
         """Have the run as it is now on disk, unless steps are bad."""
         has_folder = self.run.config.checkpoint.save is not None
         if has_folder and self.saver.saved != self.iteration and self.judge.may_save:
@@ -287,7 +287,7 @@ class Trainer:
         self._begin("a save")
         self.save_is_due = False
         complete_parameters(model.chunks, run.config)
-        progress = Progress(
+        progress = SaveProgress(
             self.iteration,
             self.consumed_samples,
             folds=run.schedule.consumed_folds(self.consumed_samples),

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.errors import EXIT_FAILURE
-from megatron_llmjp.parallel.process_groups import LongWork
+from megatron_llmjp.parallel.process_groups import RankSync
 from megatron_llmjp.parallel.ranks import Ranks
 from megatron_llmjp.training.hang_report import Place, Progress, blame, blame_first_rank, place_of
 from megatron_llmjp.training.stop_signals import Guard
@@ -228,7 +228,7 @@ class Watch(NamedTuple):
 
     guard: Guard
     watchdog: Watchdog
-    work: LongWork
+    work: RankSync
     """Heartbeats for the watchdog, and the group that ranks wait in for each other."""
 
 

@@ -21,7 +21,7 @@ def save_on_rank(folder: str, words: list[str], port: str) -> dict[str, Any]:
     import torch
 
     from megatron_llmjp.checkpoint import sharded_state
-    from megatron_llmjp.checkpoint.save import Description, Progress
+    from megatron_llmjp.checkpoint.save import RunDescription, SaveProgress
     from megatron_llmjp.checkpoint.saver import FoldEnds, SaveError, Saver
     from megatron_llmjp.checkpoint.sharded_state import RunState
     from megatron_llmjp.config.flags import parse
@@ -38,7 +38,7 @@ def save_on_rank(folder: str, words: list[str], port: str) -> dict[str, Any]:
     device = setup()
     rank, world = int(os.environ["RANK"]), 2
     run = resolve_run(parse(words)[0], world)
-    process_groups.start(run.config, Ranks(rank, world, 0, "127.0.0.1", port, "test"), device)
+    process_groups.initialize(run.config, Ranks(rank, world, 0, "127.0.0.1", port, "test"), device)
     rates = LearningRates(run.config, run.schedule, BatchSizeSchedule(run.config), run.train_iters)
     model = run_setup.build(run, device, rates)
     state = RunState(model.chunks, model.optimizer, model.scheduler, {"counter": [1]})
@@ -47,12 +47,12 @@ def save_on_rank(folder: str, words: list[str], port: str) -> dict[str, Any]:
 
     def saver(root: Path, **fields: Any) -> Saver:
         config = replace_fields(run.config, save=str(root), **fields)
-        return Saver(Description(config), FoldEnds((), frozenset({2})), lambda: None, 0)
+        return Saver(RunDescription(config), FoldEnds((), frozenset({2})), lambda: None, 0)
 
     def attempt(name: str, saves: Saver, iteration: int, obstacle: Any = None) -> None:
         with printed() as text:
             with obstacle or contextlib.nullcontext():
-                saves.save(state, Progress(iteration, 4 * iteration))
+                saves.save(state, SaveProgress(iteration, 4 * iteration))
             before = sorted(p.name for p in Path(saves._root).glob("iter_*"))
             with torch.no_grad():
                 parameter.add_(1.0)  # training goes on, and must not reach the checkpoint
@@ -73,13 +73,13 @@ def save_on_rank(folder: str, words: list[str], port: str) -> dict[str, Any]:
             told[f"{kind} limited"]["closed"] = True
         with torch.no_grad():
             parameter.fill_(0.0)
-        counters = sharded_state.load(root / "iter_0000001", state)
+        counters = sharded_state.load_checkpoint(root / "iter_0000001", state)
         told[f"{kind} value"] = [value, float(parameter.sum()), counters]
         attempt(f"{kind} again", saves, 2)
         attempt(f"{kind} third", saves, 3)
         attempt(f"{kind} fourth", saves, 4)
         attempt(f"{kind} read-only", saves, 5, unprivileged())
-        saves.save(state, Progress(5, 20))
+        saves.save(state, SaveProgress(5, 20))
         saves.close()
 
     for name in ("common.pt", ".metadata"):
@@ -90,12 +90,12 @@ def save_on_rank(folder: str, words: list[str], port: str) -> dict[str, Any]:
             damage.write_bytes(b"\0" * len(whole))
         torch.distributed.barrier()
         try:
-            sharded_state.load(damage.parent, state)
+            sharded_state.load_checkpoint(damage.parent, state)
         except UserError as error:
             told[f"damaged {name}"] = str(error)
         torch.distributed.barrier()
     told["threads"] = [t.name for t in threading.enumerate() if t.name == "checkpoint"]
-    process_groups.stop()
+    process_groups.destroy()
     return told
 
 

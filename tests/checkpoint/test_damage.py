@@ -28,8 +28,8 @@ def save(tmp_path):
         (folder / manifests.TOKENIZER).mkdir()
         for name in SMALL:
             (folder / name).write_bytes(f"the content of {name}".encode())
-        files = manifests.describe_files(folder, manifests.all_files(folder))
-        manifests.write(
+        files = manifests.file_entries(folder, manifests.all_files(folder))
+        manifests.write_manifest(
             folder,
             manifests.Manifest(
                 iteration=iteration, consumed_samples=iteration, contents="full", files=files
@@ -83,7 +83,7 @@ def garble_the_config(folder):
 def test_damaged_checkpoint_is_passed_over(save, damage, said):
     damage(save / "iter_0000003")
     before = sorted(save.rglob("*"))
-    found = resume.find(config(save), {})
+    found = resume.find_checkpoint(config(save), {})
     assert found is not None
     assert found.manifest.iteration == 2
     assert len(found.passed_over) == 1
@@ -116,7 +116,7 @@ SMALL_DAMAGE = {
 def test_small_files_are_always_compared(save, name, kind):
     """No file but the tensors' needs --verify-checkpoint, or a killed run, to be checked."""
     SMALL_DAMAGE[kind](save / "iter_0000003" / name)
-    found = resume.find(config(save), {})
+    found = resume.find_checkpoint(config(save), {})
     assert found is not None
     assert found.manifest.iteration == 2
     (said,) = found.passed_over
@@ -124,7 +124,7 @@ def test_small_files_are_always_compared(save, name, kind):
     for iteration in (1, 2):
         SMALL_DAMAGE[kind](save / manifests.folder_name(iteration) / name)
     try:
-        assert resume.find(config(save), {}) is None
+        assert resume.find_checkpoint(config(save), {}) is None
     except UserError as error:
         assert str(error).count("damaged checkpoint: ") == 3
 
@@ -133,10 +133,10 @@ def test_an_edited_manifest_is_damaged(save):
     path = save / "iter_0000003" / manifests.MANIFEST
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content))  # formatted in another way, but the same
-    found = resume.find(config(save), {})
+    found = resume.find_checkpoint(config(save), {})
     assert found is not None and found.manifest.iteration == 3
     path.write_text(json.dumps({**content, "consumed_samples": 36}))
-    found = resume.find(config(save), {})
+    found = resume.find_checkpoint(config(save), {})
     assert found is not None and found.manifest.iteration == 2
     assert "manifest.json: its content does not have its checksum" in found.passed_over[0]
 
@@ -149,27 +149,27 @@ def test_manifest_without_a_checksum(save):
     content["versions"] = {"megatron_llmjp": "0.1"}
     size = config(save).training.global_batch_size
     path.write_text(json.dumps({**content, "consumed_samples": 3 * size}))
-    found = resume.find(config(save), {})
+    found = resume.find_checkpoint(config(save), {})
     assert found is not None and found.manifest.iteration == 3
     path.write_text(json.dumps({**content, "consumed_samples": 4 * size}))
-    found = resume.find(config(save), {})
+    found = resume.find_checkpoint(config(save), {})
     assert found is not None and found.manifest.iteration == 2
     assert f"consumed_samples is {4 * size}, but iteration 3 ends at" in found.passed_over[0]
     accepted = config(save, "--override-resume", "global_batch_size")
-    found = resume.find(accepted, {})
+    found = resume.find_checkpoint(accepted, {})
     assert found is not None and found.manifest.iteration == 3
 
 
 def test_a_renamed_folder_is_refused(save):
     (save / "iter_0000003").rename(save / "iter_0000009")
-    found = resume.find(config(save), {})
+    found = resume.find_checkpoint(config(save), {})
     assert found is not None and found.manifest.iteration == 2
     assert "rename the folder to iter_0000003" in found.passed_over[1]
     only = config(save, "--load", save / "iter_0000009")
     with pytest.raises(UserError, match="iter_0000009: holds the checkpoint of iteration 3"):
-        resume.find(only, {})
+        resume.find_checkpoint(only, {})
     (save / "iter_0000009").rename(save / "best")  # a name that says no iteration
-    found = resume.find(config(save, "--load", save / "best"), {})
+    found = resume.find_checkpoint(config(save, "--load", save / "best"), {})
     assert found is not None and found.manifest.iteration == 3
 
 
@@ -179,10 +179,10 @@ def test_flipped_bit_is_found_by_checksums(save):
     contents = bytearray(path.read_bytes())
     contents[100] ^= 1
     path.write_bytes(contents)
-    manifest = manifests.read(folder)
-    assert manifests.problems(folder, manifest) == []
-    (problem,) = manifests.problems(folder, manifest, checksums=True)
-    found = resume.find(config(save), {str(folder): problem})
+    manifest = manifests.read_manifest(folder)
+    assert manifests.file_problems(folder, manifest) == []
+    (problem,) = manifests.file_problems(folder, manifest, checksums=True)
+    found = resume.find_checkpoint(config(save), {str(folder): problem})
     assert found is not None
     assert found.manifest.iteration == 2
     assert found.passed_over == (
@@ -207,7 +207,7 @@ def test_tracker(save, tracker, iteration, said):
         path.unlink()
     else:
         path.write_bytes(tracker)
-    found = resume.find(config(save), {})
+    found = resume.find_checkpoint(config(save), {})
     assert found is not None
     assert found.manifest.iteration == iteration
     assert len(found.passed_over) == (said is not None)
@@ -218,7 +218,7 @@ def test_a_run_set_back_does_not_jump_forward(save):
     """Checkpoints newer than the tracker's are of an abandoned branch."""
     (save / manifests.TRACKER).write_text("2\n")
     truncate(save / "iter_0000002")
-    found = resume.find(config(save), {})
+    found = resume.find_checkpoint(config(save), {})
     assert found is not None
     assert found.manifest.iteration == 1
 
@@ -227,9 +227,9 @@ def test_nothing_whole_is_an_error(save):
     for iteration in (1, 2, 3):
         truncate(save / manifests.folder_name(iteration))
     with pytest.raises(UserError, match="damaged checkpoint") as error:
-        resume.find(config(save), {})
+        resume.find_checkpoint(config(save), {})
     assert str(error.value).count("has 4 bytes instead of 256") == 3
     for folder in save.glob("iter_*"):
         shutil.rmtree(folder)
     (save / manifests.TRACKER).write_text("")
-    assert resume.find(config(save), {}) is None
+    assert resume.find_checkpoint(config(save), {}) is None

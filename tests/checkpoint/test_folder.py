@@ -41,7 +41,7 @@ def test_second_run_and_run_after_a_kill(tmp_path):
         holder.wait()
 
     newest = save / "iter_0000005"
-    damaged = newest / sorted(manifests.read(newest).files)[1]
+    damaged = newest / sorted(manifests.read_manifest(newest).files)[1]
     contents = bytearray(damaged.read_bytes())
     contents[len(contents) // 2] ^= 1
     damaged.write_bytes(contents)
@@ -52,6 +52,6 @@ def test_second_run_and_run_after_a_kill(tmp_path):
     assert f"checksums of {save / 'iter_0000004'} are right" in third.stdout
     assert f"going on from {save / 'iter_0000004'}" in third.stdout
     assert losses(save) == curve
-    manifest = manifests.read(newest)
-    assert manifests.problems(newest, manifest, checksums=True) == []
+    manifest = manifests.read_manifest(newest)
+    assert manifests.file_problems(newest, manifest, checksums=True) == []
     assert (save / LOCK).exists()

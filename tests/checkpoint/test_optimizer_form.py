@@ -36,7 +36,7 @@ COPIES = ("optimizer.state.param.", "optimizer.state.fp32_param.", "")
 
 def convert_on_rank(folder: str, words: dict[str, list[str]], port: str) -> None:
     """Save each form after a step on random gradients; load it into other forms, and save that."""
-    from megatron_llmjp.checkpoint.save import Description, Progress
+    from megatron_llmjp.checkpoint.save import RunDescription, SaveProgress
     from megatron_llmjp.checkpoint.saver import FoldEnds, Saver
     from megatron_llmjp.checkpoint.sharded_state import RunState
     from megatron_llmjp.config.flags import parse
@@ -52,7 +52,7 @@ def convert_on_rank(folder: str, words: dict[str, list[str]], port: str) -> None
     device = setup()
     ranks = Ranks(int(os.environ["RANK"]), 2, 0, "127.0.0.1", port, "test")
     configs = {name: parse(flags).config for name, flags in words.items()}
-    process_groups.start(configs["fp32"], ranks, device)
+    process_groups.initialize(configs["fp32"], ranks, device)
 
     def save(config, name, step):
         run = resolve_run(config, 2)
@@ -67,16 +67,16 @@ def convert_on_rank(folder: str, words: dict[str, list[str]], port: str) -> None
                 parameter.main_grad.copy_(gradient * 2.0**32)  # fp16's first loss scale
             assert model.optimizer.step()[0]
             model.scheduler.step(4)
-        about = Description(replace_fields(run.config, save=str(Path(folder) / name), load=None))
+        about = RunDescription(replace_fields(run.config, save=str(Path(folder) / name), load=None))
         state = RunState(model.chunks, model.optimizer, model.scheduler)
-        Saver(about, FoldEnds((), frozenset()), lambda: None, 0).save(state, Progress(1, 4))
+        Saver(about, FoldEnds((), frozenset()), lambda: None, 0).save(state, SaveProgress(1, 4))
 
     for name, config in configs.items():
         save(config, name, step=True)
     for source, target in CHANGES:
         config = replace_fields(configs[target], load=str(Path(folder) / source))
         save(config, f"{source} as {target}", step=False)
-    process_groups.stop()
+    process_groups.destroy()
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint import publish, removal
 from megatron_llmjp.checkpoint.manifest import Manifest
-from megatron_llmjp.checkpoint.removal import Thinner
+from megatron_llmjp.checkpoint.removal import CheckpointRemover
 from megatron_llmjp.config.flags import parse
 from megatron_llmjp.config.loading import dump_config
 from megatron_llmjp.config.schema import CheckpointConfig
@@ -23,7 +23,7 @@ MODEL = ("--num-layers", "1", "--hidden-size", "8", "--num-attention-heads", "1"
 
 def save(root: Path, iteration: int) -> Path:
     """A checkpoint without tensors."""
-    publish.begin(root, iteration)
+    publish.create_temporary_folder(root, iteration)
     folder = publish.temporary_folder(root, iteration)
     contents = {
         manifests.CONFIG: dump_config(parse(list(MODEL))[0]).encode(),
@@ -31,13 +31,15 @@ def save(root: Path, iteration: int) -> Path:
         "metadata.json": b"{}",
         "__0_0.distcp": bytes(1000),
     }
-    files = {name: publish.add_file(folder, name, data) for name, data in contents.items()}
+    files = {name: publish.write_small_file(folder, name, data) for name, data in contents.items()}
     fields = {"iteration": iteration, "consumed_samples": 4 * iteration, "contents": "full"}
-    return publish.publish(root, Manifest(**fields, files=files))
+    return publish.publish_checkpoint(root, Manifest(**fields, files=files))
 
 
-def thinner(root: Path, may_remove: Callable[[], bool] = lambda: True) -> Thinner:
-    return Thinner(root, CheckpointConfig(save=str(root), keep_last=1), frozenset(), may_remove)
+def thinner(root: Path, may_remove: Callable[[], bool] = lambda: True) -> CheckpointRemover:
+    return CheckpointRemover(
+        root, CheckpointConfig(save=str(root), keep_last=1), frozenset(), may_remove
+    )
 
 
 def left(root: Path) -> list[int]:
@@ -108,8 +110,8 @@ def test_a_slow_check_holds_up_nothing(tmp_path, monkeypatch):
         may_end.wait()
         return read_back(folder, is_cancelled)
 
-    read_back = removal.read_back
-    monkeypatch.setattr(removal, "read_back", slow)
+    read_back = removal.verify_checkpoint
+    monkeypatch.setattr(removal, "verify_checkpoint", slow)
     for iteration in (1, 2):
         save(tmp_path, iteration)
     worker = thinner(tmp_path)
@@ -135,7 +137,7 @@ def test_a_check_is_cancelled(tmp_path, monkeypatch, capsys):
             pass
         return ["not finished"]
 
-    monkeypatch.setattr(removal, "read_back", endless)
+    monkeypatch.setattr(removal, "verify_checkpoint", endless)
     for iteration in (1, 2):
         save(tmp_path, iteration)
     worker = thinner(tmp_path)
@@ -150,21 +152,21 @@ def test_no_metric_makes_a_manifest_unreadable(tmp_path):
     """Nor has one of an older program's, which wrote null."""
     values = {"lm loss": float("nan"), "inf": float("inf"), "tokens per second": 5.0}
     fields = {"iteration": 1, "consumed_samples": 4, "contents": "full", "files": {}}
-    manifests.write(tmp_path, Manifest(**fields, metrics=values))
-    assert manifests.read(tmp_path).metrics == {"tokens per second": 5.0}
+    manifests.write_manifest(tmp_path, Manifest(**fields, metrics=values))
+    assert manifests.read_manifest(tmp_path).metrics == {"tokens per second": 5.0}
     text = Manifest(**fields, metrics={"a": 1.0}).model_dump_json().replace('"a":1.0', '"a":null')
     (tmp_path / manifests.MANIFEST).write_text(text)
-    assert manifests.read(tmp_path).metrics == {}
+    assert manifests.read_manifest(tmp_path).metrics == {}
 
 
 def test_a_manifest_that_does_not_read_back_gets_no_name(tmp_path, monkeypatch):
     save(tmp_path, 1)
-    write = manifests.write
+    write = manifests.write_manifest
 
     def damaged(folder, manifest):
         write(folder, manifest.model_copy(update={"consumed_samples": 7}))
 
-    monkeypatch.setattr(manifests, "write", damaged)
+    monkeypatch.setattr(manifests, "write_manifest", damaged)
     with pytest.raises(OSError, match="does not read back as it was written"):
         save(tmp_path, 2)
     assert left(tmp_path) == [1] and manifests.read_tracker(tmp_path) == (1, [])

@@ -110,7 +110,7 @@ def test_same_layout_goes_on_bit_for_bit(runs, name):
 
 def test_ramp_up_in_bf16_goes_on_bit_for_bit(runs):
     """Without the distributed optimizer, from an asynchronous save."""
-    middle = manifests.read(runs / "ramp" / manifests.folder_name(MIDDLE))
+    middle = manifests.read_manifest(runs / "ramp" / manifests.folder_name(MIDDLE))
     assert (middle.consumed_samples, list(middle.folds)) == (4, ["fold00", "fold01"])
     norms, again = (history(runs / name, "grad norm") for name in ("ramp", "ramp-again"))
     assert again == {3: norms[3]}
@@ -204,15 +204,15 @@ def test_learning_rate_is_kept_or_overridden(runs):
 
 def test_what_a_checkpoint_says(runs):
     for save in (runs / "llama", runs / "llama-pp2-dp2"):
-        folder = manifests.newest(save)
-        manifest = manifests.read(folder)
+        folder = manifests.newest_checkpoint(save)
+        manifest = manifests.read_manifest(folder)
         assert folder.name == manifests.folder_name(END)
         assert (save / manifests.TRACKER).read_text() == f"{END}\n"
         assert manifest.consumed_samples == END * 4
         assert list(manifest.folds) == ["fold00", "fold01", "fold02"]
         assert manifest.metrics["lm loss"] == history(save)[END]
         assert manifests.all_files(folder) == sorted(manifest.files)
-        assert manifests.problems(folder, manifest, checksums=True) == []
+        assert manifests.file_problems(folder, manifest, checksums=True) == []
     middle = json.loads(
         (runs / "llama" / manifests.folder_name(MIDDLE) / manifests.MANIFEST).read_text()
     )

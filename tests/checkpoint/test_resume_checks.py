@@ -47,9 +47,9 @@ def save(run: Run, iteration: int, root: Path) -> Path:
         skips=list(run.schedule.skips.ranges),
         skipped_iterations=dict(run.past.skipped_iterations),
         overrides=list(run.past.overrides),
-        files=manifests.describe_files(folder, manifests.all_files(folder)),
+        files=manifests.file_entries(folder, manifests.all_files(folder)),
     )
-    manifests.write(folder, contents)
+    manifests.write_manifest(folder, contents)
     return folder
 
 

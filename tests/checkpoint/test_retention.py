@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_llmjp.checkpoint.retention import Moment, reason_to_save, removable
+from megatron_llmjp.checkpoint.retention import (
+    TrainingPosition,
+    reason_to_save,
+    removable_iterations,
+)
 from megatron_llmjp.config.schema import CheckpointConfig
 
 BATCH, SEQ_LENGTH = 4, 32
@@ -15,7 +19,7 @@ def saves(iterations: int, fold_ends: tuple[int, ...] = (), **fields) -> list[in
     config = CheckpointConfig(save="folder", **fields)
     found, last = [], 0
     for i in range(1, iterations + 1):
-        before, now = Moment(i - 1, (i - 1) * BATCH), Moment(i, i * BATCH)
+        before, now = TrainingPosition(i - 1, (i - 1) * BATCH), TrainingPosition(i, i * BATCH)
         if reason_to_save(config, before, now, SEQ_LENGTH, fold_ends, minutes=i - last):
             found.append(i)
             last = i
@@ -56,7 +60,9 @@ def test_fold_ends():
 
 def test_nothing_is_saved_without_a_folder():
     config = CheckpointConfig(save_interval=1)
-    assert reason_to_save(config, Moment(0, 0), Moment(1, 4), SEQ_LENGTH) is None
+    assert (
+        reason_to_save(config, TrainingPosition(0, 0), TrainingPosition(1, 4), SEQ_LENGTH) is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -75,5 +81,5 @@ def test_nothing_is_saved_without_a_folder():
 def test_what_is_removed(fields, expected):
     config = CheckpointConfig(save="folder", **{"save_fold_ends": False, **fields})
     # 60 is newer than the checkpoint just saved: it is not this run's to remove.
-    assert removable([50, 10, 30, 20, 40, 60], 50, config, fold_ends={10}) == expected
-    assert 50 not in removable([50], 50, config, fold_ends=())
+    assert removable_iterations([50, 10, 30, 20, 40, 60], 50, config, fold_ends={10}) == expected
+    assert 50 not in removable_iterations([50], 50, config, fold_ends=())

@@ -17,15 +17,21 @@ import pytest
 
 from megatron_llmjp import filesystem
 from megatron_llmjp.checkpoint import run_lock as locks
-from megatron_llmjp.checkpoint.run_lock import LOCK, RECORD, LostLock, read_owner, taken
+from megatron_llmjp.checkpoint.run_lock import (
+    LOCK,
+    RECORD,
+    LockLostError,
+    lock_save_folder,
+    read_owner,
+)
 from megatron_llmjp.errors import RunError, UserError
 from tests.support.processes import ROOT
 
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from megatron_llmjp.checkpoint.run_lock import taken
-with taken(Path(sys.argv[1]), print, patience=1.0) as lock:
+from megatron_llmjp.checkpoint.run_lock import lock_save_folder
+with lock_save_folder(Path(sys.argv[1]), print, patience=1.0) as lock:
     if os.fork() == 0:  # as a data worker, which may live on for a while
         time.sleep(60)
         os._exit(0)
@@ -53,25 +59,25 @@ def test_second_run_refuses_and_a_killed_one_is_replaced(tmp_path, holder):
     assert owner is not None
     assert owner.pid == holder.pid
     refused = f"in use by another run .process {holder.pid} on .*since"
-    with pytest.raises(UserError, match=refused), taken(tmp_path, print):
+    with pytest.raises(UserError, match=refused), lock_save_folder(tmp_path, print):
         pass
     assert read_owner(tmp_path) == owner
 
     holder.kill()  # its forked child lives on
     holder.wait()
     told: list[str] = []
-    with taken(tmp_path, told.append) as lock:
+    with lock_save_folder(tmp_path, told.append) as lock:
         assert lock.left_by == owner
         assert f"taking the place of process {holder.pid}" in told[0]
     assert not (tmp_path / RECORD).exists()
-    with taken(tmp_path, told.append) as lock:
+    with lock_save_folder(tmp_path, told.append) as lock:
         assert lock.left_by is None
     assert len(told) == 1
 
 
 def record_of_another_machine(root: Path) -> None:
     """As a run on a machine leaves it whose locks this machine does not see."""
-    with taken(root, print) as lock:
+    with lock_save_folder(root, print) as lock:
         elsewhere = replace(lock.owner, host="node07", boot="another kernel", token="another")
     (root / RECORD).write_text(json.dumps(asdict(elsewhere)))
 
@@ -79,7 +85,7 @@ def record_of_another_machine(root: Path) -> None:
 def test_another_machine_is_watched_before_its_place_is_taken(tmp_path):
     record_of_another_machine(tmp_path)
     told: list[str] = []
-    with taken(tmp_path, told.append, patience=0.3) as lock:
+    with lock_save_folder(tmp_path, told.append, patience=0.3) as lock:
         assert lock.left_by is not None
         assert lock.left_by.host == "node07"
     assert "waiting 0.3 s for a sign of life" in told[0]
@@ -94,18 +100,21 @@ def test_another_machine_is_watched_before_its_place_is_taken(tmp_path):
     heart = threading.Thread(target=beat)
     heart.start()
     refused = r"in use by another run .process .* on node07"
-    with pytest.raises(UserError, match=refused), taken(tmp_path, told.append, patience=5.0):
+    with (
+        pytest.raises(UserError, match=refused),
+        lock_save_folder(tmp_path, told.append, patience=5.0),
+    ):
         pass
     end.set()
     heart.join()
 
 
 def test_a_run_that_seemed_dead_publishes_nothing(tmp_path):
-    with taken(tmp_path, print) as lock:
+    with lock_save_folder(tmp_path, print) as lock:
         lock.check()
         other = replace(lock.owner, token="another")
         (tmp_path / RECORD).write_text(json.dumps(asdict(other)))
-        with pytest.raises(LostLock, match="was taken by process"):
+        with pytest.raises(LockLostError, match="was taken by process"):
             lock.check()
     # Not this run's to remove any more.
     assert read_owner(tmp_path) == other
@@ -114,14 +123,17 @@ def test_a_run_that_seemed_dead_publishes_nothing(tmp_path):
 def test_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     refused = r"--save .*: cannot be written to: Not a directory"
-    with pytest.raises(UserError, match=refused), taken(tmp_path / "file" / "save", print):
+    with (
+        pytest.raises(UserError, match=refused),
+        lock_save_folder(tmp_path / "file" / "save", print),
+    ):
         pass
 
 
 def test_damaged_record_is_no_traceback(tmp_path):
     (tmp_path / RECORD).write_text("{")
     told: list[str] = []
-    with taken(tmp_path, told.append, patience=0.2) as lock:
+    with lock_save_folder(tmp_path, told.append, patience=0.2) as lock:
         assert lock.left_by is not None
     assert "waiting 0.2 s" in told[0]
 
@@ -138,7 +150,7 @@ def test_a_folder_that_is_deleted_during_the_run(tmp_path, what):
     """It is made again and stays this run's; nobody else had it."""
     root = tmp_path / "save"
     told: list[str] = []
-    with taken(root, told.append) as lock:
+    with lock_save_folder(root, told.append) as lock:
         if what in ("folder", "remade"):
             shutil.rmtree(root)
             if what == "remade":
@@ -159,7 +171,7 @@ def test_a_folder_that_is_deleted_during_the_run(tmp_path, what):
 
 def test_a_folder_that_another_run_takes_after_it_was_deleted(tmp_path):
     root = tmp_path / "save"
-    with taken(root, print) as lock:
+    with lock_save_folder(root, print) as lock:
         shutil.rmtree(root)
         command = [sys.executable, "-c", HOLD, str(root)]
         other = subprocess.Popen(
@@ -167,10 +179,10 @@ def test_a_folder_that_another_run_takes_after_it_was_deleted(tmp_path):
         )
         try:
             assert other.stdout is not None and other.stdout.readline() == "held False\n"
-            with pytest.raises(LostLock, match=f"was taken by process {other.pid}"):
+            with pytest.raises(LockLostError, match=f"was taken by process {other.pid}"):
                 lock.check()
             (root / RECORD).unlink()
-            with pytest.raises(LostLock, match="was taken by another run"):
+            with pytest.raises(LockLostError, match="was taken by another run"):
                 lock.check()
         finally:
             os.killpg(other.pid, signal.SIGKILL)
@@ -196,7 +208,7 @@ def test_a_file_system_that_does_not_answer_for_a_while(tmp_path, monkeypatch, c
     """It is no other run, and no traceback."""
     monkeypatch.setattr(filesystem.time, "sleep", lambda _: None)
     told: list[str] = []
-    with taken(tmp_path, told.append) as lock:
+    with lock_save_folder(tmp_path, told.append) as lock:
         failing(monkeypatch, code, 2)
         lock.check()
         assert told == [f"{tmp_path}: {os.strerror(code)}; retrying for 17 s"]
@@ -205,7 +217,7 @@ def test_a_file_system_that_does_not_answer_for_a_while(tmp_path, monkeypatch, c
             lock.check()
     with (
         pytest.raises(RunError, match=f"{os.strerror(code)}.*does not answer"),
-        taken(tmp_path, told.append),
+        lock_save_folder(tmp_path, told.append),
     ):
         pass
 
@@ -221,7 +233,7 @@ def test_a_file_system_that_does_not_answer_for_a_while(tmp_path, monkeypatch, c
 )
 def test_what_keeps_a_run_from_its_folder(tmp_path, monkeypatch, code, remedy):
     failing(monkeypatch, code, 100)
-    with pytest.raises(UserError) as refused, taken(tmp_path, print):
+    with pytest.raises(UserError) as refused, lock_save_folder(tmp_path, print):
         pass
     assert f"--save {tmp_path}: cannot be written to: {os.strerror(code)}" in str(refused.value)
     assert remedy in str(refused.value)

@@ -68,7 +68,7 @@ def write(folder: Path, rng: object, common: object, name: str = "__0_0.distcp")
 
 
 def test_data_is_let_through(folder):
-    safe_unpickling.vet(folder)
+    safe_unpickling.check_pickles(folder)
     index = safe_unpickling.read_index(folder)
     assert index.state_dict_metadata["weight"].properties.dtype == torch.bfloat16
 
@@ -92,7 +92,7 @@ def test_indices_of_every_python_are_read(folder):
     written = re.sub(rb"cpathlib(\._local)?\n", b"cpathlib._local\n", stream.getvalue())
     assert b"getattr" in written and b"pathlib._local" in written
     path.write_bytes(written)
-    safe_unpickling.vet(folder)
+    safe_unpickling.check_pickles(folder)
     assert safe_unpickling.read_index(folder) == index
 
 
@@ -108,7 +108,7 @@ def test_code_is_refused_and_not_run(tmp_path, folder, where, monkeypatch):
     else:
         write(folder, [malicious], {})
     with pytest.raises(UserError, match=rf"{where}: refused: .*posix\.system.*nothing.* executed"):
-        safe_unpickling.vet(folder)
+        safe_unpickling.check_pickles(folder)
     assert not (tmp_path / "proof").exists()
 
 
@@ -128,14 +128,14 @@ def test_code_is_refused_and_not_run(tmp_path, folder, where, monkeypatch):
 def test_names_that_lead_elsewhere(folder, callable_):
     (folder / ".metadata").write_bytes(b"\x80\x04" + callable_ + b"(tR.")
     with pytest.raises(UserError, match="refused"):
-        safe_unpickling.vet(folder)
+        safe_unpickling.check_pickles(folder)
 
 
 @pytest.mark.parametrize("name", ["../__0_0.distcp", "/etc/passwd", "..", ""])
 def test_index_cannot_leave_its_folder(tmp_path, name):
     folder = write(tmp_path / "checkpoint", [1], {}, name)
     with pytest.raises(UserError, match=r"\.metadata: names a file outside its folder"):
-        safe_unpickling.vet(folder)
+        safe_unpickling.check_pickles(folder)
 
 
 @pytest.mark.parametrize("name", ["common.pt", ".metadata"])
@@ -146,15 +146,15 @@ def test_damage_is_called_damage(folder, name, damage):
         {"zeros": b"\0" * len(whole), "cut": whole[: len(whole) // 2], "empty": b""}[damage]
     )
     with pytest.raises(UserError, match=rf"{name}: damaged"):
-        safe_unpickling.vet(folder)
+        safe_unpickling.check_pickles(folder)
 
 
 @pytest.mark.parametrize("name", ["../weights", "/etc/passwd", "a/../../b"])
 def test_manifest_cannot_leave_its_folder(tmp_path, name):
     entry = manifests.FileEntry(bytes=1, crc32="0" * 8)
-    manifests.write(
+    manifests.write_manifest(
         tmp_path,
         manifests.Manifest(iteration=1, consumed_samples=1, contents="full", files={name: entry}),
     )
     with pytest.raises(UserError, match="names a file outside its folder"):
-        manifests.read(tmp_path)
+        manifests.read_manifest(tmp_path)

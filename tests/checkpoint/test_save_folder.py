@@ -74,7 +74,9 @@ def test_another_programs_folder(folders, fold_file, tmp_path, capsys, name):
     if name.startswith("megatron-lm"):
         words.remove("--with-optimizer")  # the converter writes weights alone for Megatron-LM
     assert cli.main([*words[:-1], str(tmp_path / "native")]) == 0
-    assert manifests.read(manifests.newest(tmp_path / "native")).iteration == 2 * (name != "hf")
+    assert manifests.read_manifest(
+        manifests.newest_checkpoint(tmp_path / "native")
+    ).iteration == 2 * (name != "hf")
 
 
 def test_own_checkpoints_without_manifests(folders, fold_file, tmp_path, capsys):

@@ -78,8 +78,8 @@ def test_old_ones_are_removed(told, kind):
     )
     assert not list((folder / kind).glob(".iter_*"))
     whole = folder / kind / "iter_0000002"
-    assert manifests.problems(whole, manifests.read(whole), checksums=True) == []
-    assert manifests.all_files(whole) == sorted(manifests.read(whole).files)
+    assert manifests.file_problems(whole, manifests.read_manifest(whole), checksums=True) == []
+    assert manifests.all_files(whole) == sorted(manifests.read_manifest(whole).files)
 
 
 def test_damaged_pickles_are_everyones_error(told):

@@ -10,7 +10,7 @@ import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
-from megatron_llmjp.checkpoint.writer import RankWriter
+from megatron_llmjp.checkpoint.writer import ThreadedWriter
 
 
 class FullDisk(io.FileIO):
@@ -33,7 +33,7 @@ def test_a_full_disk_is_named_wherever_it_strikes(tmp_path, monkeypatch):
     whole = False
     for room in range(0, 8000, 97):
         FullDisk.room = room
-        writer = RankWriter(tmp_path)
+        writer = ThreadedWriter(tmp_path)
         writer._files = {path.name: [(item, torch.zeros(1000))]}
         writer.write()
         if writer._error is None:

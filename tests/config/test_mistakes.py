@@ -15,7 +15,7 @@ import yaml
 
 from megatron_llmjp import cli as pretrain_cli
 from megatron_llmjp.checkpoint import manifest as manifests
-from megatron_llmjp.checkpoint.stored_config import add_own_configuration
+from megatron_llmjp.checkpoint.stored_config import add_stored_config
 from megatron_llmjp.config.flags import parse
 from megatron_llmjp.config.loading import dump_config
 from megatron_llmjp.config.schema import SECTION_OF
@@ -209,14 +209,14 @@ def write_checkpoint(folder, save, iteration):
     inner.mkdir(parents=True)
     (inner / manifests.CONFIG).write_text(dump_config(run.config))
     (inner / "tensors").write_text("numbers" * 100)
-    manifests.write(
+    manifests.write_manifest(
         inner,
         manifests.Manifest(
             iteration=iteration,
             consumed_samples=iteration * BATCH,
             contents="full",
             folds=run.schedule.consumed_folds(iteration * BATCH),
-            files=manifests.describe_files(inner, manifests.all_files(inner)),
+            files=manifests.file_entries(inner, manifests.all_files(inner)),
         ),
     )
     return save
@@ -304,8 +304,8 @@ def test_damaged_checkpoints_are_passed_over(folder, saved, fails):
 
 def test_converted_weights_need_finetune(folder, saved, fails):
     path = saved / "iter_0000003" / manifests.MANIFEST
-    manifest = manifests.read(path.parent)
-    manifests.write(path.parent, manifest.model_copy(update={"contents": "weights"}))
+    manifest = manifests.read_manifest(path.parent)
+    manifests.write_manifest(path.parent, manifest.model_copy(update={"contents": "weights"}))
     words = arguments("laptop-llama", folder / "folds.yaml", "--load", saved)
     assert "add --finetune" in fails(*words)
     assert resolve_run(parse([*words, "--finetune"])[0], 1).resume.manifest.contents == "weights"
@@ -317,7 +317,7 @@ def test_a_checkpoint_brings_its_own_configuration(folder, saved):
     words = ["--load", str(saved), "--fold-file", str(folder / "folds.yaml")]
 
     def read(*flags):
-        return parse([*words, *flags], own_configuration=add_own_configuration).config
+        return parse([*words, *flags], own_configuration=add_stored_config).config
 
     run = resolve_run(read(), 1)
     assert run.resume.manifest.iteration == 3 and run.config.model == stored.model
@@ -325,8 +325,8 @@ def test_a_checkpoint_brings_its_own_configuration(folder, saved):
     inner = saved / "iter_0000003"
     (inner / "tokenizer").mkdir()
     (inner / "tokenizer" / "tokenizer.json").write_text("{}")
-    manifest = manifests.read(inner)
-    manifests.write(inner, manifest.model_copy(update={"contents": "weights"}))
+    manifest = manifests.read_manifest(inner)
+    manifests.write_manifest(inner, manifest.model_copy(update={"contents": "weights"}))
     config = read("--finetune", "--global-batch-size", "8")
     assert (config.data.tokenizer_type, config.data.seq_length) == ("HuggingFaceTokenizer", 32)
     assert config.data.tokenizer_model == str(inner / "tokenizer")

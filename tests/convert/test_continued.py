@@ -62,7 +62,8 @@ def job(folder: Path, name: str, tokens: torch.Tensor, steps: int, *flags: objec
     file = folder / f"{name}.npz"
     np.savez(file, **arrays)
     start = folder / f"{name}-start"
-    words = ("--config", manifests.newest(start) / manifests.CONFIG, "--load", start, *TP2, *PP2,
+    words = ("--config", manifests.newest_checkpoint(start) / manifests.CONFIG,
+             "--load", start, *TP2, *PP2,
              "--fold-file", folder / "folds.yaml", "--tokenizer-type", "NullTokenizer",
              "--seq-length", rows.shape[1] - 1, "--micro-batch-size", 1,
              "--global-batch-size", BATCH, "--log-interval", 1, "--eval-iters", 0,

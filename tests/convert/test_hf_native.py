@@ -86,11 +86,11 @@ def test_round_trip_is_exact(tmp_path, convert, style, changes, dtype):
 def test_native_folder_is_whole(tmp_path, convert):
     llama().save_pretrained(tmp_path / "hf")
     convert("--to", "native", "--input", tmp_path / "hf", "--output", tmp_path / "native")
-    folder = manifest.newest(tmp_path / "native")
-    assert manifest.problems(folder, manifest.read(folder), checksums=True) == []
-    assert manifest.read(folder).contents == "weights"
+    folder = manifest.newest_checkpoint(tmp_path / "native")
+    assert manifest.file_problems(folder, manifest.read_manifest(folder), checksums=True) == []
+    assert manifest.read_manifest(folder).contents == "weights"
     assert (tmp_path / "native" / manifest.TRACKER).read_text() == "0"
-    assert set(manifest.all_files(folder)) == set(manifest.read(folder).files)
+    assert set(manifest.all_files(folder)) == set(manifest.read_manifest(folder).files)
 
 
 def test_workers_and_shards_do_not_change_the_bytes(tmp_path, convert):

@@ -42,13 +42,13 @@ def on_rank(rank: int, port: int, root: Path, tensor_size: int, pipeline_size: i
         pipeline_model_parallel_size=pipeline_size,
     )
     device = setup()
-    process_groups.start(config, Ranks(rank, 2, rank, "127.0.0.1", str(port), "test"), device)
+    process_groups.initialize(config, Ranks(rank, 2, rank, "127.0.0.1", str(port), "test"), device)
     (model,) = build_model(config, device)
     tensor = parallel_state.get_tensor_model_parallel_rank()
     stage = parallel_state.get_pipeline_model_parallel_rank()
 
     forget(model)
-    sharded_state.load(source.path, sharded_state.RunState([model]))
+    sharded_state.load_checkpoint(source.path, sharded_state.RunState([model]))
     compare(model, source, config)
 
     forget(model)
@@ -65,14 +65,14 @@ def on_rank(rank: int, port: int, root: Path, tensor_size: int, pipeline_size: i
     state_dict = model.sharded_state_dict()
     state_dict |= {"args": content["args"], "iteration": 3}
     dist_checkpointing.save(state_dict, str(target))
-    about = save.Description(config)
-    progress = save.Progress(iteration=5)
+    about = save.RunDescription(config)
+    progress = save.SaveProgress(iteration=5)
     state = sharded_state.RunState([model])
-    save.begin(root / "run", state, progress, about, lambda: None).execute_sync()
+    save.plan_save(root / "run", state, progress, about, lambda: None).execute_sync()
     path = root / "saved-legacy" / "iter_0000003" / file
     path.parent.mkdir(parents=True)
     torch.save({**content, "model": model.state_dict()}, path)
-    process_groups.stop()
+    process_groups.destroy()
 
 
 def forget(model: torch.nn.Module) -> None:

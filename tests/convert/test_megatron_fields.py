@@ -136,12 +136,12 @@ def vary(fields: list[str]) -> tuple[list[str], list[str]]:
     from megatron_llmjp.config.schema import Config
     from megatron_llmjp.model import gpt
     from megatron_llmjp.parallel import device, process_groups
-    from megatron_llmjp.parallel.ranks import alone
+    from megatron_llmjp.parallel.ranks import single_process
 
     sizes = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 40}
     config = Config.model_validate({"model": sizes, "data": {"seq_length": 16}})
     cpu = device.setup()
-    process_groups.start(config, alone(), cpu)
+    process_groups.initialize(config, single_process(), cpu)
     plain = gpt.transformer_config(config, cpu)
     expected = logits(gpt.build_model_chunk(config, cpu, plain))
     same, different = [], []
@@ -158,7 +158,7 @@ def vary(fields: list[str]) -> tuple[list[str], list[str]]:
         except Exception:
             continue
         (same if torch.allclose(found, expected, atol=1e-5) else different).append(name)
-    process_groups.stop()
+    process_groups.destroy()
     return same, different
 
 

@@ -69,7 +69,7 @@ def test_moments_are_those_that_deepspeed_finds(tmp_path, convert, deepspeed, mo
     shutil.copytree(REAL, tmp_path / "global_step2")
     zero = universal(tmp_path / "global_step2", tmp_path / "universal", monkeypatch)
     convert("--to", "native", "--with-optimizer", "--input", REAL, "--output", tmp_path / "n")
-    folder = manifests.newest(tmp_path / "n")
+    folder = manifests.newest_checkpoint(tmp_path / "n")
     found = state_of(folder)
     names = [path for path in zero.iterdir() if path.is_dir()]
     assert len(names) == 4 * 12 + 4
@@ -91,7 +91,7 @@ def test_moments_are_those_that_deepspeed_finds(tmp_path, convert, deepspeed, mo
     common = torch.load(folder / "common.pt")
     assert {group["step"] for group in common["optimizer"]["param_groups"]} == {2}
     assert common["opt_param_scheduler"]["num_steps"] == 4
-    manifest = manifests.read(folder)
+    manifest = manifests.read_manifest(folder)
     assert (manifest.contents, manifest.iteration, manifest.consumed_samples) == ("full", 2, 4)
     told = load_config(folder / manifests.CONFIG).optimizer
     # args say 0.999: DeepSpeed's optimizer was given another, which is the one that counts.
@@ -145,13 +145,15 @@ def test_fp16_old_numbers_and_paddings(tmp_path, convert, deepspeed):
     for name, source in (("bf16", REAL), ("fp16", tmp_path / "run")):
         convert("--to", "native", "--with-optimizer", "--dtype", "fp16", "--input", source,
                 "--output", tmp_path / name)  # fmt: skip
-    ours, theirs = (state_of(manifests.newest(tmp_path / name)) for name in ("fp16", "bf16"))
+    ours, theirs = (
+        state_of(manifests.newest_checkpoint(tmp_path / name)) for name in ("fp16", "bf16")
+    )
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    common = torch.load(manifests.newest(tmp_path / "fp16") / "common.pt")
+    common = torch.load(manifests.newest_checkpoint(tmp_path / "fp16") / "common.pt")
     scaler = common["optimizer"]["grad_scaler"]
     assert (scaler["scale"].item(), scaler["hysteresis_tracker"]) == (4096.0, 2)
-    bf16 = torch.load(manifests.newest(tmp_path / "bf16") / "common.pt")
+    bf16 = torch.load(manifests.newest_checkpoint(tmp_path / "bf16") / "common.pt")
     assert "grad_scaler" not in bf16["optimizer"]
 
 

@@ -81,8 +81,8 @@ def assert_gone(ranks: list[psutil.Process]) -> None:
 
 def assert_whole(save: Path) -> Path:
     """The newest checkpoint, which every byte of must be right."""
-    newest = manifests.newest(save)
-    assert manifests.problems(newest, manifests.read(newest), checksums=True) == []
+    newest = manifests.newest_checkpoint(save)
+    assert manifests.file_problems(newest, manifests.read_manifest(newest), checksums=True) == []
     return newest
 
 
@@ -110,7 +110,8 @@ def test_interrupted_and_killed(folder, tmp_path):
 
     # A truncated file: the run goes on from the checkpoint before and says so, once.
     victim = max(
-        (newest / name for name in manifests.read(newest).files), key=lambda p: p.stat().st_size
+        (newest / name for name in manifests.read_manifest(newest).files),
+        key=lambda p: p.stat().st_size,
     )
     os.truncate(victim, victim.stat().st_size - 1)
     before = manifests.complete_iterations(save)[-2]

@@ -58,7 +58,7 @@ def test_a_run_keeps_its_tokenizer(kind: str, tmp_path: Path) -> None:
     words = arguments("laptop-llama", folds, *flags, *run[2:], tokenizer_type="", vocab_size="")
     done = pretrain(*words, "--exit-interval", "3")
     assert done.returncode == 3, done.stderr
-    folder = manifests.newest(save)
+    folder = manifests.newest_checkpoint(save)
     contents = {name: path.read_bytes() for name, path in stored.items()}
     kept = folder / manifests.TOKENIZER
     assert {path.name: path.read_bytes() for path in kept.iterdir()} == contents
@@ -72,5 +72,5 @@ def test_a_run_keeps_its_tokenizer(kind: str, tmp_path: Path) -> None:
         path.unlink()
     done = pretrain(*run, "--save-interval", "1", "--keep-last", "1")
     assert done.returncode == 0, done.stderr
-    assert manifests.newest(save).name == "iter_0000006"
-    assert stored_ids(manifests.newest(save), text) == ids
+    assert manifests.newest_checkpoint(save).name == "iter_0000006"
+    assert stored_ids(manifests.newest_checkpoint(save), text) == ids

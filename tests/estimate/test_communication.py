@@ -43,9 +43,9 @@ def count_all(cases: list[tuple[str, dict[str, Any]]], folder: str) -> list[dict
     for number, (name, values) in enumerate(cases):
         config = make(name, values)
         port = meeting_port(Path(folder) / f"{number}.port", me == 0)
-        process_groups.start(config, Ranks(me, world, 0, "127.0.0.1", port, "test"), device)
+        process_groups.initialize(config, Ranks(me, world, 0, "127.0.0.1", port, "test"), device)
         found.append(count(config, device))
-        process_groups.stop()
+        process_groups.destroy()
     return found
 
 

@@ -48,13 +48,13 @@ def count(cases: list[tuple[str, dict[str, Any]]]) -> list[dict[str, int]]:
     from megatron_llmjp.model.gpt import build_model
     from megatron_llmjp.parallel import process_groups
     from megatron_llmjp.parallel.device import setup
-    from megatron_llmjp.parallel.ranks import alone
+    from megatron_llmjp.parallel.ranks import single_process
 
     device, counts = setup(), []
     for number, (name, values) in enumerate(cases):
         config = small(name, **values)
         if number == 0:
-            process_groups.start(config, alone(), device)
+            process_groups.initialize(config, single_process(), device)
         (model,) = build_model(config, device)
         tokens = torch.zeros(BATCH, config.data.seq_length, dtype=torch.long)
         # The math backend, because the FLOPs counted for fused kernels depend on the device.

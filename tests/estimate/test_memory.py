@@ -55,20 +55,20 @@ def measure(cases: list[tuple[str, dict[str, Any]]], folder: str) -> list[dict[s
 
     from megatron_llmjp.parallel import process_groups
     from megatron_llmjp.parallel.device import setup
-    from megatron_llmjp.parallel.ranks import Ranks, alone
+    from megatron_llmjp.parallel.ranks import Ranks, single_process
 
     device, found = setup(), []
     world = int(os.environ["WORLD_SIZE"])
     me = int(os.environ["RANK"])
     for number, (name, values) in enumerate(cases):
         config = make(name, values)
-        ranks = alone()
+        ranks = single_process()
         if world > 1:
             port = meeting_port(Path(folder) / f"{number}.port", me == 0)
             ranks = Ranks(me, world, 0, "127.0.0.1", port, "test")
-        process_groups.start(config, ranks, device)
+        process_groups.initialize(config, ranks, device)
         found.append(measure_step(config, device))
-        process_groups.stop()
+        process_groups.destroy()
     return found
 
 

@@ -182,10 +182,10 @@ class _Fork:
         self.pid = os.fork()
         if self.pid == 0:
             os.setsid()
-            from megatron_llmjp.parallel.signals import handled
+            from megatron_llmjp.parallel.signals import handled_signals
 
             os.environ.update(env)
-            for number in handled():
+            for number in handled_signals():
                 signal.signal(number, signal.SIG_DFL)
             _inject(fault)
             from megatron_llmjp import cli as pretrain_cli

@@ -218,9 +218,9 @@ def slow_validation(iteration: int, limit: float, pause: float) -> None:
 
 def slow_write(iteration: int, limit: float, pause: float, pieces: int, which: int) -> None:
     """A rank writes some pieces of a checkpoint to a slow disk; without a pause, it hangs."""
-    from megatron_llmjp.checkpoint.writer import _SummedStream
+    from megatron_llmjp.checkpoint.writer import _ChecksumStream
 
-    write, rest = _SummedStream.write, [0]
+    write, rest = _ChecksumStream.write, [0]
 
     def slow(self: Any, data: Any) -> int:
         if rest[0] > 0:
@@ -231,7 +231,7 @@ def slow_write(iteration: int, limit: float, pause: float, pieces: int, which: i
     tight("a save", iteration, limit)
     if rank() == which:
         strike("a save", iteration, lambda _: rest.__setitem__(0, pieces))
-        _SummedStream.write = slow  # type: ignore[method-assign]
+        _ChecksumStream.write = slow  # type: ignore[method-assign]
 
 
 def endless_loop(iteration: int, limit: float, which: int) -> None:
@@ -268,9 +268,9 @@ def endless_start(name: str) -> None:
 
 def started_ago(seconds: float) -> None:
     """The launcher was started so long ago."""
-    from megatron_llmjp.parallel.ranks import STARTED_VARIABLE
+    from megatron_llmjp.parallel.ranks import START_TIME_VARIABLE
 
-    os.environ[STARTED_VARIABLE] = str(time.monotonic() - seconds)
+    os.environ[START_TIME_VARIABLE] = str(time.monotonic() - seconds)
 
 
 def obstructed_save(kind: str, iteration: int, place: str = "") -> None:
@@ -397,16 +397,16 @@ def _full(place: str) -> tuple[Callable[[], None], Callable[[], None]]:
 
 def _quota(_: str) -> tuple[Callable[[], None], Callable[[], None]]:
     """Writing a checkpoint's tensors is refused by the user's quota."""
-    from megatron_llmjp.checkpoint.writer import _SummedStream
+    from megatron_llmjp.checkpoint.writer import _ChecksumStream
 
-    write = _SummedStream.write
+    write = _ChecksumStream.write
 
     def refused(self: Any, data: Any) -> int:
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
     return (
-        lambda: setattr(_SummedStream, "write", refused),
-        lambda: setattr(_SummedStream, "write", write),
+        lambda: setattr(_ChecksumStream, "write", refused),
+        lambda: setattr(_ChecksumStream, "write", write),
     )
 
 

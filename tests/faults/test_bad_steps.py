@@ -55,7 +55,7 @@ def test_one_nan_batch(stage, layout):
     last = [record for record in records(save) if "lm loss" in record][-1]
     assert 4.0 < last["lm loss"] < 5.0 and last["grad norm"] > 0.0
     assert (last["skipped iterations"], last["nan iterations"]) == (1, 1)
-    kept = manifests.read(save / "iter_0000006").metrics
+    kept = manifests.read_manifest(save / "iter_0000006").metrics
     assert kept["lm loss"] == last["lm loss"]
     code, output, errors = stage.run(layout, save, *flags, "--verify-checkpoint")
     assert code == EXIT_DONE, errors

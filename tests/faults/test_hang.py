@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.errors import EXIT_FAILURE
-from megatron_llmjp.parallel.process_groups import LONGEST, LongWork, patient_group
+from megatron_llmjp.parallel.process_groups import UNLIMITED, RankSync, new_group_without_timeout
 from megatron_llmjp.training import watchdog
 from megatron_llmjp.training.hang_report import Place, blame
 from megatron_llmjp.training.watchdog import Patience, Watchdog
@@ -91,17 +91,17 @@ def slow_rank() -> str:
     dist.init_process_group("gloo")
     store = dist.distributed_c10d._get_default_store()
     watch = Watchdog(store, dist.get_rank(), dist.get_world_size(), 0.1, None)
-    work = LongWork(watch.beat, patient_group())
+    work = RankSync(watch.beat, new_group_without_timeout())
     watch.begin(1, "a save")
     watch.start()
     if dist.get_rank() == 1:
         for _ in range(100):
             time.sleep(0.1)
             work.beat()
-    work.wait_for_all()
+    work.barrier()
     watch.close()
     options = work.group._get_backend(torch.device("cpu")).options
-    assert options._timeout == LONGEST  # longer than any collective of training waits
+    assert options._timeout == UNLIMITED  # longer than any collective of training waits
     return "done"
 
 

@@ -67,13 +67,13 @@ def poison(folder: Path, part: str, proof: Path) -> None:
         index.storage_data[place] = moved
         file.write_bytes(file.read_bytes() + archive.getvalue())
         (folder / ".metadata").write_bytes(pickle.dumps(index))
-    manifest = manifests.read(folder)
-    files = manifests.describe_files(folder, manifest.files)
+    manifest = manifests.read_manifest(folder)
+    files = manifests.file_entries(folder, manifest.files)
     if part == "manifest.json":
         secret = proof.with_name("secret")
         secret.write_text("secret")
-        files["../../secret"] = manifests.describe_file(secret)
-    manifests.write(folder, manifest.model_copy(update={"files": files}))
+        files["../../secret"] = manifests.file_entry(secret)
+    manifests.write_manifest(folder, manifest.model_copy(update={"files": files}))
 
 
 @pytest.mark.fault("malicious fold file or configuration", HOW)

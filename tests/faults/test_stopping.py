@@ -15,7 +15,7 @@ HOW = "exit code 3, with a checkpoint if training had begun; the same losses and
 
 @pytest.mark.fault("SIGTERM during start-up", HOW)
 @pytest.mark.parametrize(
-    "function", ["parallel.process_groups.meet", "training.run_setup.build_model"]
+    "function", ["parallel.process_groups.rendezvous", "training.run_setup.build_model"]
 )
 def test_asked_to_stop_before_it_begins(stage, function):
     """Nothing is half-made, and the run may be started again."""
@@ -61,7 +61,7 @@ def test_asked_to_stop_while_it_waits(stage, layout):
     [
         ("dp2", 0.3, ("endless_start", "training.run_setup.open_data")),
         ("alone", 0.05, ("endless_start", "training.run_setup._problems")),
-        ("alone", 0.05, ("endless_start", "checkpoint.sharded_state.load")),
+        ("alone", 0.05, ("endless_start", "checkpoint.sharded_state.load_checkpoint")),
         ("alone", 30, ("started_ago", 3600.0)),
     ],
 )

@@ -102,22 +102,24 @@ def result(tmp_path_factory):
 def compute(root: str, styles: list[str], presets: list[str]) -> dict[str, Any]:
     """The part that needs the CPU substitution, which must not reach transformers."""
     from megatron_llmjp.checkpoint import sharded_state
-    from megatron_llmjp.checkpoint.manifest import newest
+    from megatron_llmjp.checkpoint.manifest import newest_checkpoint
     from megatron_llmjp.model.gpt import build_model
     from megatron_llmjp.parallel import process_groups
     from megatron_llmjp.parallel.device import setup
-    from megatron_llmjp.parallel.ranks import alone
+    from megatron_llmjp.parallel.ranks import single_process
 
     folder, device = Path(root), setup()
     tokens = torch.load(folder / "tokens.pt")
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     found: dict[str, Any] = {}
     for number, style in enumerate(styles):
-        config = load_config(newest(folder / style) / "config.yaml")
+        config = load_config(newest_checkpoint(folder / style) / "config.yaml")
         if number == 0:
-            process_groups.start(config, alone(), device)
+            process_groups.initialize(config, single_process(), device)
         (model,) = build_model(config, device)
-        sharded_state.load(newest(folder / style), sharded_state.RunState([model]))
+        sharded_state.load_checkpoint(
+            newest_checkpoint(folder / style), sharded_state.RunState([model])
+        )
         with torch.no_grad():
             torch.save(model.eval()(tokens, positions, None), folder / f"{style}.pt")
             found[f"leak {style}"] = leak(model, tokens)

@@ -37,7 +37,7 @@ def run_unpatched_cuda() -> dict[str, str]:
     from megatron_llmjp.model.gpt import build_model
     from megatron_llmjp.parallel import process_groups
     from megatron_llmjp.parallel.device import Device, setup
-    from megatron_llmjp.parallel.ranks import alone
+    from megatron_llmjp.parallel.ranks import single_process
 
     assert not torch.cuda.is_available()
     errors = {}
@@ -50,14 +50,14 @@ def run_unpatched_cuda() -> dict[str, str]:
 
     device = Device("cpu", "gloo", "CPU")
     config = parse(["--config", "laptop-gpt2", "--vocab-size", "100"]).config
-    attempt("groups", process_groups.start, config, alone(), device)
+    attempt("groups", process_groups.initialize, config, single_process(), device)
     attempt("seed", model_parallel_cuda_manual_seed, 1)
     attempt("model", build_model, config, device)
-    process_groups.stop()
+    process_groups.destroy()
     setup()
-    process_groups.start(config, alone(), device)
+    process_groups.initialize(config, single_process(), device)
     build_model(config, device)
-    process_groups.stop()
+    process_groups.destroy()
     return errors
 
 
@@ -88,7 +88,7 @@ def step_optimizers() -> dict[str, Any]:
     from megatron_llmjp.model.gpt import build_model
     from megatron_llmjp.parallel import process_groups
     from megatron_llmjp.parallel.device import setup
-    from megatron_llmjp.parallel.ranks import alone
+    from megatron_llmjp.parallel.ranks import single_process
     from megatron_llmjp.patches.bucket_padding import keep_bucket_padding
     from megatron_llmjp.patches.fused_adamw import register_fused_adamw
     from megatron_llmjp.patches.missing_moments import create_missing_moments
@@ -96,7 +96,7 @@ def step_optimizers() -> dict[str, Any]:
     device = setup()
     words = ["--config", "laptop-gpt2", "--vocab-size", "100", "--hidden-size", "24"]
     config = parse([*words, "--num-attention-heads", "4", "--ffn-hidden-size", "50"]).config
-    process_groups.start(config, alone(), device)
+    process_groups.initialize(config, single_process(), device)
 
     def make() -> tuple[Any, Any]:
         settings = DistributedDataParallelConfig(
@@ -158,7 +158,7 @@ def step_optimizers() -> dict[str, Any]:
     _, part = make()
     create_missing_moments(part)
     found["gathers after"] = gathers_without_step(part)
-    process_groups.stop()
+    process_groups.destroy()
     return found
 
 

@@ -35,8 +35,8 @@ def assert_equal_runs(save: Path, reference: Path, unfinished: int | None = None
     assert found == expected
     last = manifests.complete_iterations(reference)[-1]
     assert manifests.complete_iterations(save)[-1] == last
-    whole = manifests.read(save / manifests.folder_name(last))
-    assert manifests.problems(save / manifests.folder_name(last), whole, checksums=True) == []
+    whole = manifests.read_manifest(save / manifests.folder_name(last))
+    assert manifests.file_problems(save / manifests.folder_name(last), whole, checksums=True) == []
     expected, found = tensors(reference, last), tensors(save, last)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -49,6 +49,8 @@ def assert_whole(save: Path) -> None:
     assert len(list(save.glob("iter_*"))) == len(iterations)
     for iteration in iterations:
         folder = save / manifests.folder_name(iteration)
-        assert manifests.problems(folder, manifests.read(folder), checksums=True) == []
+        assert (
+            manifests.file_problems(folder, manifests.read_manifest(folder), checksums=True) == []
+        )
     tracked, wrong = manifests.read_tracker(save)
     assert wrong == [] and (tracked is None or tracked in iterations)

@@ -20,7 +20,7 @@ def step_without_gradients() -> list[list[object]]:
     from megatron_llmjp.model.gpt import build_model
     from megatron_llmjp.parallel import process_groups
     from megatron_llmjp.parallel.device import setup
-    from megatron_llmjp.parallel.ranks import alone
+    from megatron_llmjp.parallel.ranks import single_process
     from megatron_llmjp.training.optimizer import make_optimizer, wrap_for_data_parallel
 
     device = setup()
@@ -29,7 +29,7 @@ def step_without_gradients() -> list[list[object]]:
         words = ["--config", "laptop-gpt2", "--vocab-size", 100, "--optimizer", kind]
         words += ["--lr", LR, "--weight-decay", DECAY, "--hidden-size", 32]
         config = parse([str(word) for word in words]).config
-        process_groups.start(config, alone(), device)
+        process_groups.initialize(config, single_process(), device)
         chunks = wrap_for_data_parallel(build_model(config, device), config, device)
         optimizer = make_optimizer(chunks, config, device)
         for group in optimizer.param_groups:
@@ -44,7 +44,7 @@ def step_without_gradients() -> list[list[object]]:
             factor = float((parameter.detach() / before[name]).mean())
             assert torch.all(parameter.detach() == parameter.detach().flatten()[0])
             found.append([kind, name, parameter.dim(), factor])
-        process_groups.stop()
+        process_groups.destroy()
     return found
 
 

@@ -111,7 +111,7 @@ def test_ramp_up_and_a_restart_in_the_middle(runs):
     assert history(runs / "ramp", "learning rate")[5] == 1e-3  # the third fold's own
     starts = [r for r in records(runs / "ramp-again") if r.get("event") == "start"]
     assert starts == [{"iteration": 2, "consumed samples": 4, "event": "start"}]
-    manifest = manifests.read(manifests.newest(runs / "ramp"))
+    manifest = manifests.read_manifest(manifests.newest_checkpoint(runs / "ramp"))
     assert (manifest.iteration, manifest.consumed_samples) == (5, 16)
 
 

@@ -39,16 +39,16 @@ def read(path: Path) -> Source:
     Raises:
         UserError: it is incomplete, damaged, or not what its configuration says.
     """
-    folder = manifests.newest(path)
-    manifest = manifests.read(folder)
-    problems = manifests.problems(folder, manifest)
+    folder = manifests.newest_checkpoint(path)
+    manifest = manifests.read_manifest(folder)
+    problems = manifests.file_problems(folder, manifest)
     if problems:
         raise UserError("\n".join(problems))
     config = load_config(folder / manifests.CONFIG)
     files = {
         folder / name: Region(folder / name, 0, entry.bytes, int(entry.crc32, 16), "its manifest")
         for name, entry in manifest.files.items()
-        if name.endswith(manifests.TENSORS)
+        if name.endswith(manifests.TENSOR_SUFFIX)
     }
     stored = torch_dist.read_metadata(folder, files)
     entries = mcore_names.weights(stored)
@@ -133,7 +133,7 @@ def plan(source: Source, options: Options) -> Output:
         if source.generation is not None:
             write_json(inner / manifests.GENERATION, generation.to_store(text))
         filled = writer.checksums(sums)
-        files = manifests.describe_files(inner, set(manifests.all_files(inner)) - filled.keys())
+        files = manifests.file_entries(inner, set(manifests.all_files(inner)) - filled.keys())
         for name, crc in filled.items():
             size = (inner / name).stat().st_size
             files[name] = manifests.FileEntry(bytes=size, crc32=f"{crc:08x}")
@@ -144,7 +144,7 @@ def plan(source: Source, options: Options) -> Output:
             versions={"python": platform.python_version(), "torch": torch.__version__},
             files=dict(sorted(files.items())),
         )
-        manifests.write(inner, manifest)
+        manifests.write_manifest(inner, manifest)
         write_atomically(out / manifests.TRACKER, str(iteration))
 
     warnings = [*tokenizer.warnings, *changes]

@@ -19,7 +19,7 @@ from megatron_llmjp.checkpoint.save_folder import (
     HUGGING_FACE,
     MEGATRON_LM,
     NATIVE,
-    checkpoints,
+    list_checkpoints,
     recognize,
 )
 from megatron_llmjp.config.schema import ModelConfig
@@ -153,7 +153,7 @@ def detect(path: Path) -> str:
     check_is_folder(path)
     if complete_iterations(path):
         return NATIVE
-    found = recognize(path) or next(reversed(checkpoints(path)), None)
+    found = recognize(path) or next(reversed(list_checkpoints(path)), None)
     if found is not None and found.format is not None:
         return found.format
     if (path / "config.json").is_file():
