@@ -14,9 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_tools.common import ToolParser, cores, positive, run_tool
+from data_tools.common import ToolParser, cores, run_tool
 from data_tools.run_flags import add_data_flags, parse_run_flags, split_flags
 from data_tools.tables import check_table_path, format_table, write_table
+from megatron_llmjp.arguments import positive_int
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.folds.datasets import save_facts
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _add_own_flags(add: Callable[..., Any]) -> None:
-    add("--workers", type=positive, default=min(8, cores()), metavar="N", help="processes")
+    add("--workers", type=positive_int, default=min(8, cores()), metavar="N", help="processes")
     add("--folds", nargs="+", metavar="NAME", help="only these, and validation sets")
     add("--verify", action="store_true", help="compare checksums and rebuild what is damaged")
     add("--report", type=Path, metavar="FILE", help="the whole table as .csv or .json")

@@ -13,12 +13,12 @@ import errno
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NoReturn
 
-from megatron_llmjp.config.megatron_flags import with_dashes
-from megatron_llmjp.errors import EXIT_FAILURE, EXIT_USER_ERROR, DataError, UserError, did_you_mean
+from megatron_llmjp.arguments import CommandLineParser
+from megatron_llmjp.errors import EXIT_FAILURE, EXIT_USER_ERROR, DataError, UserError
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -107,8 +107,8 @@ def _clock(seconds: float) -> str:
 EXIT_INTERRUPTED = 130
 
 
-class ToolParser(argparse.ArgumentParser):
-    """argparse with one-line errors, exit code 2, and the nearest flag for a mistyped one."""
+class ToolParser(CommandLineParser):
+    """Parser of a data tool: reports a mistake in one line and exits with code 2."""
 
     def __init__(self, prog: str, description: str, examples: str) -> None:
         super().__init__(
@@ -116,22 +116,11 @@ class ToolParser(argparse.ArgumentParser):
             description=description,
             epilog=f"examples:\n{examples}",
             formatter_class=_HelpFormatter,
-            allow_abbrev=False,  # an abbreviation may mean another flag tomorrow
         )
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with code 2."""
         self.exit(EXIT_USER_ERROR, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-    def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
-        """Parse the command line; an unknown flag is answered with the nearest known one."""
-        given = with_dashes(sys.argv[1:] if argv is None else argv)
-        known = self._option_string_actions
-        for word in given:
-            flag = word.partition("=")[0]
-            if flag.startswith("--") and len(flag) > 2 and flag not in known:
-                self.error(f"unknown flag {flag}{did_you_mean(flag, known)}")
-        return self.parse_args(given)
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -190,11 +179,3 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def positive(text: str) -> int:
-    """Parse a whole number above zero, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value

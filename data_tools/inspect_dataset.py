@@ -16,11 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from data_tools import lineage_report
-from data_tools.common import ToolParser, positive, run_tool
+from data_tools.common import ToolParser, run_tool
 from data_tools.documents import document_chunks, read_manifest
 from data_tools.tables import format_table
 from data_tools.tokenizer_flags import add_tokenizer_flags, tokenizer_of
 from data_tools.verify_dataset import verify
+from megatron_llmjp.arguments import positive_int
 from megatron_llmjp.data.indexed_dataset import DatasetIndex, read_and_check_index
 from megatron_llmjp.errors import EXIT_DONE, EXIT_FAILURE, DataError, UserError
 from megatron_llmjp.tokenizers import Tokenizer
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="read all and check it; ids by --vocab-size",
     )
     add("--documents", type=int, nargs="+", default=[], metavar="N", help="show these; -1: last")
-    add("--max-tokens", type=positive, default=200, metavar="N", help="shown of each document")
+    add("--max-tokens", type=positive_int, default=200, metavar="N", help="shown of each document")
     add_tokenizer_flags(add, required=False, use="to show text, not ids: ")
     add("--png", type=Path, metavar="FILE", help="write the histogram as a picture")
     add("--json", action="store_true", help="statistics as JSON")

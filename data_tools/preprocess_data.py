@@ -12,13 +12,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_tools.common import ToolParser, cores, positive, run_tool
+from data_tools.common import ToolParser, cores, run_tool
 from data_tools.preprocess.job import PreprocessJob, parse_share
 from data_tools.preprocess.output import DatasetOutput
 from data_tools.preprocess.shards import parse_shard, part_prefix, take_shard, uneven_shards_warning
 from data_tools.preprocess.sources import find_input, ignored_record
 from data_tools.tables import check_table_path
 from data_tools.tokenizer_flags import add_tokenizer_flags, tokenizer_of
+from megatron_llmjp.arguments import positive_int
 from megatron_llmjp.data.indexed_dataset import best_dtype
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.tokenizers import Tokenizer
@@ -68,11 +69,11 @@ def _parser() -> ToolParser:
         help="output is PREFIX_KEY_document.{bin,idx,json}",
     )
     _add_encoding(add)
-    add("--workers", type=positive, default=cores(), metavar="N", help="processes that encode")
+    add("--workers", type=positive_int, default=cores(), metavar="N", help="processes that encode")
     _add_limits(add)
     add(
         "--log-interval",
-        type=positive,
+        type=positive_int,
         metavar="N",
         help="documents between progress lines (default: one every 10 seconds)",
     )
@@ -140,7 +141,7 @@ def _add_limits(add: Callable[..., Any]) -> None:
     )
     add(
         "--max-line-mb",
-        type=positive,
+        type=positive_int,
         default=32,
         metavar="MB",
         help="longer lines are bad lines; encoding one takes about 30 times its size in memory",

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from data_tools.common import ToolParser
+from megatron_llmjp.arguments import normalize_dashes
 from megatron_llmjp.config.flags import Command, parse, print_notes
 from megatron_llmjp.config.loading import ConfigLayers
-from megatron_llmjp.config.megatron_flags import with_dashes
 
 _NO_MODEL = {"num_layers": 1, "hidden_size": 1, "num_attention_heads": 1}
 """A configuration has a model; nothing here looks at it."""
@@ -41,7 +41,7 @@ def split_flags(
     own.add_argument("-h", "--help", action="store_true")
     for add in (parser.add_argument, own.add_argument):
         add_own(add)
-    args, words = own.parse_known_args(with_dashes(sys.argv[1:] if argv is None else argv))
+    args, words = own.parse_known_args(normalize_dashes(sys.argv[1:] if argv is None else argv))
     if args.help:
         parser.parse_args(["--help"])
     return args, words

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_tools.common import ToolParser, positive, run_tool
+from data_tools.common import ToolParser, run_tool
 from data_tools.documents import read_manifest
 from data_tools.tables import format_table
+from megatron_llmjp.arguments import positive_int
 from megatron_llmjp.data.indexed_dataset import DatasetIndex, bin_path, read_and_check_index
 from megatron_llmjp.data.indexed_dataset_writer import write_idx
 from megatron_llmjp.errors import EXIT_DONE, UserError
@@ -90,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="PREFIX", help="each is cut by itself")
     add("--output-dir", type=Path, required=True, metavar="FOLDER", help="gets a folder per fold")
-    add("--folds", type=positive, required=True, metavar="N", help="number of folds")
+    add("--folds", type=positive_int, required=True, metavar="N", help="number of folds")
     add("--seed", type=int, default=1234, help="another seed deals the documents otherwise")
     add("--validation-documents", type=int, default=0, metavar="N", help="held out from all else")
     add("--refined-list", type=Path, metavar="FILE", help="document numbers, one a line")

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from data_tools.common import positive
+from megatron_llmjp.arguments import positive_int
 from megatron_llmjp.tokenizers import TOKENIZER_TYPES, Tokenizer, load_tokenizer
 from megatron_llmjp.tokenizers.settings import TikTokenSettings
 
@@ -28,7 +28,7 @@ def add_tokenizer_flags(add: Callable[..., Any], required: bool = True, use: str
     add("--merge-file", metavar="FILE", help="merges of GPT2BPETokenizer")
     add(
         "--vocab-size",
-        type=positive,
+        type=positive_int,
         metavar="N",
         help="of NullTokenizer; of TikTokenizer, special tokens included (default: 131072, or all)",
     )
@@ -40,7 +40,7 @@ def add_tokenizer_flags(add: Callable[..., Any], required: bool = True, use: str
     )
     add(
         "--tiktoken-num-special-tokens",
-        type=positive,
+        type=positive_int,
         default=_DEFAULTS.num_special_tokens,
         metavar="N",
         help="ids of TikTokenizer before those of its file (default: 1000)",

@@ -10,9 +10,10 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_tools.common import ToolParser, positive, run_tool
+from data_tools.common import ToolParser, run_tool
 from data_tools.preprocess.sample import sample_texts
 from data_tools.preprocess.sources import PLAIN_TEXT_SUFFIXES, SUFFIXES, find_input
+from megatron_llmjp.arguments import positive_int
 from megatron_llmjp.errors import EXIT_DONE, UserError
 
 FILES = (
@@ -63,7 +64,7 @@ def _parser() -> ToolParser:
     add("--output-dir", type=Path, required=True, metavar="FOLDER", help="made if it is not there")
     add(
         "--vocab-size",
-        type=positive,
+        type=positive_int,
         required=True,
         metavar="N",
         help="number of pieces, with 8 special tokens and 256 bytes",
@@ -78,7 +79,7 @@ def _parser() -> ToolParser:
     )
     add(
         "--max-input-mb",
-        type=positive,
+        type=positive_int,
         default=200,
         metavar="MB",
         help="train on an even sample of the lines, of about this size",
@@ -91,7 +92,7 @@ def _parser() -> ToolParser:
     )
     add(
         "--check-documents",
-        type=positive,
+        type=positive_int,
         default=1000,
         metavar="N",
         help="lines on which both tokenizers are compared",

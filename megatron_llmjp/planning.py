@@ -20,6 +20,7 @@ from megatron_llmjp.config.warnings import RunSize, config_warnings
 from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.data.dataset_tokenizers import mixed_tokenizer_warnings
 from megatron_llmjp.data.folds.data_path import given_data_flags
+from megatron_llmjp.data.lr_schedule import length_in_iterations
 from megatron_llmjp.errors import EXIT_DONE, EXIT_USER_ERROR
 from megatron_llmjp.estimate.data_plan import (
     DataPlan,
@@ -45,7 +46,6 @@ from megatron_llmjp.run import resolve_run
 from megatron_llmjp.run_data import (
     ResolvedData,
     check_run_tokenizer,
-    decay_end_iteration,
     load_run_tokenizer,
     resolve_data,
     train_iterations,
@@ -180,7 +180,9 @@ def _resolve(config: Config, world_size: int, other_tokenizer: bool) -> _Resolve
         if length is None:
             return _ResolvedRun(config, None, (), ())
         end = length.iterations
-        facts = RunSize(world_size, end, decay_end_iteration(config) or end, validation_sets=1)
+        facts = RunSize(
+            world_size, end, length_in_iterations(config, "lr_decay") or end, validation_sets=1
+        )
         return _ResolvedRun(config, length, (), tuple(config_warnings(config, facts)))
     missing = ["no tokenizer is given; the run needs one"]
     if config.data.tokenizer_type is None:

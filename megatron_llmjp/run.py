@@ -26,13 +26,12 @@ from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.data.dataset_tokenizers import check_largest_ids
 from megatron_llmjp.data.folds.schedule import DatasetInfo, HeldOutDataset, MegatronBlend, Schedule
 from megatron_llmjp.data.folds.schema import FoldFile
-from megatron_llmjp.data.lr_schedule import learning_rate_settings
+from megatron_llmjp.data.lr_schedule import learning_rate_settings, length_in_iterations
 from megatron_llmjp.errors import ErrorCollector, UserError
 from megatron_llmjp.run_data import (
     ResolvedData,
     check_run_tokenizer,
     data_source_name,
-    decay_end_iteration,
     index_cache_folder,
     load_run_tokenizer,
     repetition_notes,
@@ -131,7 +130,8 @@ def resolve_run(
     validation, validation_notes = validation_sets(config, data, train_iters)
     if config.training.eval_only:
         _check_validation(config, resume, validation)
-    facts = RunSize(world_size, train_iters, decay_end_iteration(config), len(validation))
+    decay_end = length_in_iterations(config, "lr_decay")
+    size = RunSize(world_size, train_iters, decay_end, len(validation))
     return Run(
         requested=requested,
         config=config,
@@ -145,7 +145,7 @@ def resolve_run(
         past=memory,
         notes=(*notes, *length_notes, *validation_notes),
         tokenizer_mismatches=tuple(mismatch),
-        config_warnings=tuple(config_warnings(config, facts)),
+        config_warnings=tuple(config_warnings(config, size)),
     )
 
 

@@ -18,7 +18,7 @@ from megatron_llmjp.data.folds.loading import read_fold_file
 from megatron_llmjp.data.folds.resolve import resolve_folds, resolve_validation
 from megatron_llmjp.data.folds.schedule import DatasetInfo, HeldOutDataset, MegatronBlend, Schedule
 from megatron_llmjp.data.folds.schema import FoldFile
-from megatron_llmjp.data.lr_schedule import in_samples
+from megatron_llmjp.data.lr_schedule import length_in_iterations
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.tokenizers import Tokenizer, load_tokenizer
 from megatron_llmjp.tokenizers.settings import TikTokenSettings
@@ -258,8 +258,8 @@ def with_shortened_warmup(config: Config) -> tuple[Config, list[str]]:
     Returns:
         The configuration, and a note where the warm-up was shortened.
     """
-    o, end = config.optimizer, decay_end_iteration(config)
-    length = warmup_iterations(config)
+    o, end = config.optimizer, length_in_iterations(config, "lr_decay")
+    length = length_in_iterations(config, "lr_warmup") or 0
     if not o.lr_warmup_shorten or o.lr_warmup_fraction is not None or not end or length < end:
         return config, []
     new = end // 10
@@ -269,19 +269,3 @@ def with_shortened_warmup(config: Config) -> tuple[Config, list[str]]:
         f"{length} (--lr-warmup-iters sets another)"
     )
     return replace_fields(config, lr_warmup_iters=new, **units), [note]
-
-
-def decay_end_iteration(config: Config) -> int | None:
-    """The iteration that the learning rate's decay ends at, in whichever unit it is given."""
-    o = config.optimizer
-    samples = in_samples(config, o.lr_decay_samples, o.lr_decay_tokens)
-    return o.lr_decay_iters if samples is None else BatchSizeSchedule(config).iterations(samples)[0]
-
-
-def warmup_iterations(config: Config) -> int:
-    """The length of the warm-up in iterations, in whichever unit it is given."""
-    o = config.optimizer
-    samples = in_samples(config, o.lr_warmup_samples, o.lr_warmup_tokens)
-    return (
-        o.lr_warmup_iters if samples is None else BatchSizeSchedule(config).iterations(samples)[0]
-    )

@@ -14,7 +14,7 @@ from tools.draw_architecture import PICTURE, dependency_graph, depths, draw, imp
 
 LAYERS = [
     {"errors", "formatting"},
-    {"yaml_text", "filesystem"},
+    {"yaml_text", "filesystem", "arguments"},
     {"config", "tokenizers", "retrying_file"},
     {"patches"},
     {"parallel"},

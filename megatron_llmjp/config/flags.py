@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, get_args
 
 from pydantic.fields import FieldInfo
 
+from megatron_llmjp.arguments import normalize_dashes
 from megatron_llmjp.config.loading import (
     ConfigLayers,
     build_config,
@@ -41,7 +42,6 @@ from megatron_llmjp.config.megatron_flags import (
     apply_dependent_flags,
     interpret_flags,
     set_megatron_defaults,
-    with_dashes,
 )
 from megatron_llmjp.config.schema import SECTION_OF, SECTIONS, Config
 from megatron_llmjp.errors import ErrorCollector, UserError
@@ -170,7 +170,7 @@ def parse(
     """
     parser = _make_parser()
     problems = ErrorCollector()
-    known, unknown = _read_words(parser, with_dashes(argv), problems)
+    known, unknown = _read_words(parser, normalize_dashes(argv), problems)
     arguments = vars(known)
     explained = interpret_flags(unknown, _all_flags(parser))
     problems.lines += explained.problems

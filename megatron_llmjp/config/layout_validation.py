@@ -163,13 +163,13 @@ def _uneven(config: Config, first: int | None, last: int | None) -> Iterator[str
 
 
 def _spelled_out(config: Config, text: str) -> Iterator[str]:
-    """A layout as megatron-core's ``PipelineParallelLayerLayout`` reads it."""
+    """Rules of ``pipeline_model_parallel_layout``."""
     parallel, name = config.parallel, "pipeline_model_parallel_layout"
     plain = expand_pipeline_layout(text)
-    if strange := set(plain) - set("EtL|"):
+    if unknown := set(plain) - set("EtL|"):
         yield (
-            f"{name} '{text}': '{min(strange)}' means nothing; E is the embedding, t a layer, L "
-            "the loss, | the next stage, and x*3 or (xy)*3 repeats"
+            f"{name} '{text}': '{min(unknown)}' is unknown; E is the embedding, t a layer, L the "
+            "loss, | separates stages, and x*3 or (xy)*3 repeats"
         )
         return
     whole = plain.replace("|", "")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_llmjp.arguments import parse_size
 from megatron_llmjp.errors import UserError
 
 DEFAULTS: dict[str, Any] = {"gpu": "H100", "gpu_memory": None, "gpus_per_node": 8, "mfu": 0.38}
@@ -82,16 +82,14 @@ def planned_machine(
     if given["gpus_per_node"] < 1:
         problems.append(f"--gpus-per-node {given['gpus_per_node']}: at least 1 GPU is needed")
     memory = None
-    if given["gpu_memory"] is not None and (memory := _bytes(given["gpu_memory"])) is None:
-        text = given["gpu_memory"]
-        problems.append(f"--gpu-memory {text}: expected a size such as 40GB or 80GiB")
+    if given["gpu_memory"] is not None:
+        try:
+            memory = parse_size(given["gpu_memory"], default_unit="G")
+        except ValueError:
+            memory = 0.0
+        if not memory:
+            text = given["gpu_memory"]
+            problems.append(f"--gpu-memory {text}: expected a size such as 40GB or 80GiB")
     if problems or world_size is None:
         raise UserError("\n".join(problems))
     return PlannedMachine(world_size, given["gpu"], memory, given["gpus_per_node"], given["mfu"])
-
-
-def _bytes(text: str) -> float | None:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GB|GiB|G)?", text, re.IGNORECASE)
-    if match is None or float(match[1]) == 0:
-        return None
-    return float(match[1]) * (2**30 if (match[2] or "").lower() == "gib" else 1e9)

@@ -187,17 +187,6 @@ class ForeignFlags:
     """One line for each flag that is unknown or refused."""
 
 
-def with_dashes(argv: Iterable[str]) -> list[str]:
-    """The words with ``--some_flag=x_y`` as ``--some-flag=x_y``."""
-    words = []
-    for word in argv:
-        flag, equals, value = word.partition("=")
-        if flag.startswith("--"):
-            word = flag.replace("_", "-") + equals + value
-        words.append(word)
-    return words
-
-
 def interpret_flags(words: Sequence[str], possible: Iterable[str]) -> ForeignFlags:
     """Explain the words that the schema's flags leave over.
 

@@ -22,6 +22,9 @@ from pydantic import (
 
 from megatron_llmjp.config.model_config import Section
 
+LRDecayStyle = Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"]
+WSDDecayStyle = Literal["linear", "cosine", "exponential", "minus_sqrt"]
+
 
 class DataConfig(Section):
     """Tokens in: the fold schedule and the tokenizer that made its datasets."""
@@ -205,9 +208,7 @@ class OptimizerConfig(Section):
     optimizer: Literal["adam", "sgd"] = Field("adam", description="adam is AdamW, as in Megatron")
     lr: NonNegativeFloat = Field(3e-4, description="peak learning rate")
     min_lr: NonNegativeFloat = Field(0.0, description="learning rate the decay ends at")
-    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = Field(
-        "cosine", description="shape of the decay"
-    )
+    lr_decay_style: LRDecayStyle = Field("cosine", description="shape of the decay")
     lr_decay_iters: PositiveInt | None = Field(
         None, description="iteration the decay ends at, warm-up included; train_iters if not given"
     )
@@ -230,9 +231,7 @@ class OptimizerConfig(Section):
         "preset or file gives the warm-up",
     )
     lr_warmup_init: NonNegativeFloat = Field(0.0, description="learning rate warm-up starts at")
-    lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = Field(
-        "exponential", description="shape of the tail of WSD"
-    )
+    lr_wsd_decay_style: WSDDecayStyle = Field("exponential", description="shape of the tail of WSD")
     lr_wsd_decay_iters: PositiveInt | None = Field(None, description="length of the tail of WSD")
     lr_wsd_decay_samples: PositiveInt | None = Field(
         None, description="lr_wsd_decay_iters in samples"

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 from megatron_llmjp.config import layout_validation
 from megatron_llmjp.config.layout_validation import data_parallel_size
+from megatron_llmjp.config.learning_rate_rules import ScheduleLengths, learning_rate_problems
 from megatron_llmjp.config.loading import EQUIVALENT_UNITS
 from megatron_llmjp.config.schema import SECTION_OF, Config
 from megatron_llmjp.errors import UserError
@@ -60,28 +61,24 @@ def _is_given(config: Config, name: str) -> bool:
 
 def _rates(config: Config) -> Iterator[str]:
     training, optimizer = config.training, config.optimizer
-    if optimizer.min_lr > optimizer.lr:
-        yield f"min_lr {optimizer.min_lr} is above lr {optimizer.lr}"
-    if optimizer.lr_warmup_init > optimizer.lr:
-        yield f"lr_warmup_init {optimizer.lr_warmup_init} is above lr {optimizer.lr}"
-    end = optimizer.lr_decay_iters
+    end, name = optimizer.lr_decay_iters, "lr_decay_iters"
     if end is None and not any(_is_given(config, name) for name in DECAY_LENGTH_FIELDS):
-        end = training.train_iters
-    fixed = not optimizer.lr_warmup_shorten
-    if fixed and end is not None and optimizer.lr_warmup_iters >= end:
-        yield (
-            f"lr_warmup_iters {optimizer.lr_warmup_iters} leaves nothing of the {end} iterations "
-            "of the learning-rate schedule: shorten the warm-up"
-        )
-    tails = [name for name in WSD_DECAY_LENGTH_FIELDS if _is_given(config, name)]
-    if optimizer.lr_decay_style == "WSD" and not tails:
-        yield f"lr_decay_style WSD needs {WSD_DECAY_LENGTH_FIELDS[0]}, the length of its tail"
-    whole, tail = optimizer.lr_decay_iters, optimizer.lr_wsd_decay_iters
-    if whole is not None and tail is not None and tail > whole:
-        yield (
-            f"lr_wsd_decay_iters {tail}, the tail, is longer than lr_decay_iters {whole}, the "
-            "whole schedule: shorten it"
-        )
+        end, name = training.train_iters, "train_iters"
+    lengths = ScheduleLengths(
+        unit="iters",
+        warmup=0 if optimizer.lr_warmup_shorten else optimizer.lr_warmup_iters,
+        decay=end,
+        wsd_decay=optimizer.lr_wsd_decay_iters,
+        decay_name=name,
+    )
+    yield from learning_rate_problems(
+        optimizer.lr,
+        optimizer.min_lr,
+        optimizer.lr_warmup_init,
+        optimizer.lr_decay_style,
+        lengths,
+        has_wsd_decay=any(_is_given(config, name) for name in WSD_DECAY_LENGTH_FIELDS),
+    )
 
 
 def _weight_decay(config: Config) -> Iterator[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from megatron_llmjp.config.learning_rate_rules import decay_warnings
 from megatron_llmjp.config.parameter_counts import layer_parameters
 from megatron_llmjp.config.pipeline_layout import pipeline_bubble, virtual_pipeline_size
 from megatron_llmjp.config.schema import Config
@@ -37,7 +38,10 @@ class RunSize:
 
 def config_warnings(config: Config, facts: RunSize) -> list[str]:
     """Warnings on a resolved configuration, the costliest mistakes first."""
-    return [warning for rule in RULES for warning in rule(config, facts)]
+    return [
+        *decay_warnings(config.optimizer, facts.decay_end, facts.train_iters),
+        *(warning for rule in RULES for warning in rule(config, facts)),
+    ]
 
 
 def _is_large(config: Config) -> bool:
@@ -51,27 +55,6 @@ def _epsilon(config: Config, _: RunSize) -> Iterator[str]:
         yield (
             f"adam_eps {o.adam_eps:g}: llm-jp-3-172b alpha1 and alpha2 were trained with 1e-5 and "
             "given up for it; the later models took 1e-8"
-        )
-
-
-def _decay(config: Config, facts: RunSize) -> Iterator[str]:
-    o = config.optimizer
-    end = facts.decay_end
-    if end is None or end == facts.train_iters or o.lr_decay_style == "constant":
-        return
-    run = facts.train_iters
-    if end < run:
-        yield (
-            f"the learning rate's decay ends at iteration {end:,}: the last {run - end:,} of "
-            f"{run:,} iterations have min_lr. So it went in llm-jp-3, whose scripts added the "
-            "warm-up to the decay though the decay contains it; to decay to the end, give "
-            f"lr_decay_iters {run}"
-        )
-    elif o.lr_decay_style != "WSD":
-        yield (
-            f"the run ends at iteration {run:,}, before the learning rate's decay does at "
-            f"{end:,}: it never comes down to min_lr {o.min_lr:g}. Right when more data is to "
-            f"follow; else give lr_decay_iters {run}"
         )
 
 
@@ -238,7 +221,6 @@ def _log(config: Config, _: RunSize) -> Iterator[str]:
 
 RULES: tuple[Callable[[Config, RunSize], Iterator[str]], ...] = (
     _epsilon,
-    _decay,
     _saves,
     _evaluation,
     _precision,

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from megatron_llmjp.config.megatron_flags import with_dashes
-from megatron_llmjp.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USER_ERROR, UserError, did_you_mean
+from megatron_llmjp.arguments import CommandLineParser, parse_size, positive_int
+from megatron_llmjp.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USER_ERROR, UserError
 from megatron_llmjp.tokenizers import TOKENIZER_TYPES
 
 if TYPE_CHECKING:
@@ -44,20 +43,13 @@ Exit codes: 0 done, 1 --verify found a difference, 2 a mistake in the arguments 
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (convert_checkpoint --help explains)")
-
-
-def _make_parser() -> _Parser:
-    parser = _Parser(
+def _make_parser() -> CommandLineParser:
+    parser = CommandLineParser(
         prog="convert_checkpoint",
         usage="convert_checkpoint --to FORMAT --input DIR --output DIR [options]\n"
         "       convert_checkpoint inspect DIR [--ignore-args NAME,...]",
         description=DESCRIPTION,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     _add_places(parser.add_argument)
     _add_contents(parser.add_argument)
@@ -110,7 +102,7 @@ def _add_contents(add: Callable[..., Any]) -> None:
     add("--dtype", choices=DTYPES, help="type of the weights; kept when not given")
     add(
         "--vocab-size",
-        type=_positive,
+        type=positive_int,
         metavar="N",
         help="true size of the vocabulary, where the source does not tell it",
     )
@@ -121,14 +113,14 @@ def _add_contents(add: Callable[..., Any]) -> None:
     )
     add(
         "--target-tensor-parallel-size",
-        type=_positive,
+        type=positive_int,
         default=1,
         metavar="TP",
         help="ranks that the output is cut for (default: 1; any TP loads native)",
     )
     add(
         "--target-pipeline-parallel-size",
-        type=_positive,
+        type=positive_int,
         default=1,
         metavar="PP",
         help="stages that the output is cut for (default: 1; any PP loads native)",
@@ -189,7 +181,7 @@ def _add_writing(add: Callable[..., Any]) -> None:
     )
     add(
         "--workers",
-        type=_positive,
+        type=positive_int,
         default=min(4, os.cpu_count() or 1),
         metavar="N",
         help="threads that copy; memory does not grow with them (default: one per core, at most 4)",
@@ -217,39 +209,21 @@ def _add_writing(add: Callable[..., Any]) -> None:
     add("--dry-run", action="store_true", help="print every tensor and file; write nothing")
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a positive whole number, found '{text}'")
-    return int(text)
-
-
 def _size(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text, re.IGNORECASE)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"expected a size such as 5GB or 500MB, found '{text}'")
-    power = " KMGT".index(match[2].upper() or " ")
-    return max(1, int(float(match[1]) * (1024 if match[3] else 1000) ** power))
-
-
-def _parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
-    flags = [flag for action in parser._actions for flag in action.option_strings]
-    for word in argv:
-        flag = word.split("=", 1)[0]
-        if flag.startswith("--") and flag not in flags:
-            raise UserError(
-                f"unknown flag {flag}{did_you_mean(flag, flags)} (--help lists all flags)"
-            )
-    return parser.parse_args(argv)
+    try:
+        return max(1, int(parse_size(text)))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run ``convert_checkpoint``; returns the exit code."""
     signal.signal(signal.SIGTERM, _stop)  # so that an interrupted conversion cleans up
     try:
-        words = with_dashes(sys.argv[1:] if argv is None else argv)
+        words = sys.argv[1:] if argv is None else argv
         if words[:1] == ["inspect"]:
             return _inspect(words[1:])
-        return _convert(_parse(_make_parser(), words))
+        return _convert(_make_parser().parse(words))
     except UserError as error:
         print(f"convert_checkpoint: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -263,14 +237,13 @@ def _stop(*_: object) -> NoReturn:
 
 
 def _inspect(words: list[str]) -> int:
-    parser = _Parser(
+    parser = CommandLineParser(
         prog="convert_checkpoint inspect",
         description="Say what a folder holds, and what it can be converted to.",
-        allow_abbrev=False,
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="a checkpoint, or a run's folder")
     _add_ignored(parser.add_argument)
-    arguments = _parse(parser, words)
+    arguments = parser.parse(words)
     from megatron_llmjp.convert.inspection import describe
 
     print(describe(arguments.folder, arguments.ignore_args))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_llmjp.config.learning_rate_rules import ScheduleLengths, learning_rate_problems
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.batch_size import BatchSizeSchedule, planned_samples
 from megatron_llmjp.data.folds.schedule import Schedule
@@ -127,29 +128,26 @@ def in_samples(config: Config, samples: int | None, tokens: int | None) -> int |
     return samples
 
 
+def length_in_iterations(config: Config, name: str) -> int | None:
+    """Return ``lr_decay`` or ``lr_warmup`` in iterations, in whichever unit it is given."""
+    o = config.optimizer
+    samples = in_samples(config, getattr(o, f"{name}_samples"), getattr(o, f"{name}_tokens"))
+    if samples is not None:
+        return BatchSizeSchedule(config).iterations(samples)[0]
+    iterations: int | None = getattr(o, f"{name}_iters")
+    return iterations
+
+
 def _check(settings: SchedulerSettings, where: str) -> None:
-    """Refuse what megatron-core's scheduler would only assert."""
+    """Raise UserError for a schedule that breaks the rules."""
     s = settings
-    if s["lr_warmup_steps"] >= s["lr_decay_steps"]:
-        raise UserError(
-            f"{where}: a warm-up of {s['lr_warmup_steps']} samples leaves nothing of a schedule of "
-            f"{s['lr_decay_steps']}: shorten the warm-up"
-        )
-    for name in ("min_lr", "init_lr"):
-        if s[name] > s["max_lr"]:
-            label = "lr_warmup_init" if name == "init_lr" else name
-            raise UserError(f"{where}: {label} {s[name]} is above lr {s['max_lr']}: lower it")
-    if s["lr_decay_style"] == "WSD" and s["wsd_decay_steps"] is None:
-        raise UserError(
-            f"{where}: lr_decay_style WSD needs lr_wsd_decay_iters, the length of its tail"
-        )
-    if s["lr_decay_style"] == "WSD" and s["wsd_decay_steps"] > s["lr_decay_steps"]:
-        raise UserError(
-            f"{where}: the tail of WSD is {s['wsd_decay_steps']} samples long, the whole schedule "
-            f"{s['lr_decay_steps']}: shorten the tail"
-        )
-    if s["end_wd"] < s["start_wd"]:
-        raise UserError(
-            f"end_weight_decay {s['end_wd']} is below start_weight_decay {s['start_wd']}: "
-            "weight decay can only grow"
-        )
+    problems = learning_rate_problems(
+        s["max_lr"],
+        s["min_lr"],
+        s["init_lr"],
+        s["lr_decay_style"],
+        ScheduleLengths("samples", s["lr_warmup_steps"], s["lr_decay_steps"], s["wsd_decay_steps"]),
+        has_wsd_decay=s["wsd_decay_steps"] is not None,
+    )
+    if lines := [f"{where}: {problem}" for problem in problems]:
+        raise UserError("\n".join(lines))

@@ -12,15 +12,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_llmjp.config.learning_rate_rules import decay_warnings
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.data.folds.schedule import DatasetInfo, DatasetSlice, Schedule
 from megatron_llmjp.data.folds.schema import FoldFile
 from megatron_llmjp.data.indexed_dataset import DatasetIndex, bin_path, idx_path, read_index
+from megatron_llmjp.data.lr_schedule import length_in_iterations
 from megatron_llmjp.estimate.data_plan import DataPlan, make_data_plan
 from megatron_llmjp.formatting import format_names
 from megatron_llmjp.run import Run
-from megatron_llmjp.run_data import decay_end_iteration, warmup_iterations
 
 SHOWN = 10
 """Warnings on pairs of datasets that are printed."""
@@ -260,39 +261,17 @@ def _trained_and_validated(
 
 
 def _decay(plan: DataPlan, schedule: Schedule, config: Config) -> Iterator[str]:
-    """Warn of a decay that does not end with the run; folds may have their own schedule."""
-    o, end = config.optimizer, decay_end_iteration(config)
-    if end is None or o.lr_decay_style == "constant":
-        return
+    """Warnings on the run's learning-rate decay, outside of folds with a schedule of their own."""
     own = _own_iterations(schedule, BatchSizeSchedule(config))
-    left = plan.train_iters - end
-    if left > 0:
-        last = plan.train_iters + 1
-        left -= sum(len(range(max(r.start, end + 1), min(r.stop, last))) for r in own)
-    if left > 0:
-        text = (
-            f"the learning rate's decay ends at iteration {end:,}, the run at "
-            f"{plan.train_iters:,}: {left:,} iterations are trained at min_lr {o.min_lr:g}"
-        )
-        if left == warmup_iterations(config):
-            text += (
-                ". They are as many as the warm-up, which is counted inside the decay: adding the "
-                "two, as LLM-jp's scripts did (its models' last 2000 steps are at min_lr), is not "
-                f"needed. lr_decay_iters {plan.train_iters} decays to the end"
-            )
-        yield text
-    elif end > plan.train_iters and not any(plan.train_iters in r for r in own):
-        yield (
-            f"the learning rate's decay ends at iteration {end:,}, after the run's end at "
-            f"{plan.train_iters:,}: min_lr {o.min_lr:g} is not reached"
-        )
+    end = length_in_iterations(config, "lr_decay")
+    return decay_warnings(config.optimizer, end, plan.train_iters, own)
 
 
 def _warmup(plan: DataPlan, config: Config) -> Iterator[str]:
-    warmup, first = warmup_iterations(config), plan.folds[0]
+    warmup, first = length_in_iterations(config, "lr_warmup") or 0, plan.folds[0]
     fraction = config.optimizer.lr_warmup_fraction
     if fraction is not None:
-        warmup = int(fraction * (decay_end_iteration(config) or plan.train_iters))
+        warmup = int(fraction * (length_in_iterations(config, "lr_decay") or plan.train_iters))
     if first.last_iteration is not None and warmup > first.last_iteration:
         yield (
             f"the warm-up of {warmup:,} iterations is longer than the first fold "

@@ -9,6 +9,7 @@ from megatron_llmjp.config.machine_flags import PlannedMachine
 from megatron_llmjp.config.parameter_counts import count_parameters
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.batch_size import BatchSizeSchedule, last_iteration
+from megatron_llmjp.data.lr_schedule import length_in_iterations
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.estimate.checkpoints import checkpoint_bytes, count_checkpoints
 from megatron_llmjp.estimate.communication import CommunicationVolume, communication_volume
@@ -17,7 +18,6 @@ from megatron_llmjp.estimate.gpus import find_gpu, gpu_memory, peak_tflops
 from megatron_llmjp.estimate.layout import ModelChunk, ParallelLayout, make_layout
 from megatron_llmjp.estimate.memory import RankMemory, rank_memory, rank_parameters
 from megatron_llmjp.formatting import format_bytes, format_count, format_gigabytes, format_table
-from megatron_llmjp.run_data import decay_end_iteration
 
 SECONDS_PER_DAY = 86400.0
 CUDA_RESERVE = 2_500_000_000
@@ -129,7 +129,8 @@ def run_length_without_data(config: Config) -> RunLength | None:
     sizes = BatchSizeSchedule(config)
     iterations, source = last_iteration(config, sizes), "as configured"
     if iterations is None:
-        iterations, source = decay_end_iteration(config), "until the end of the learning-rate decay"
+        iterations = length_in_iterations(config, "lr_decay")
+        source = "until the end of the learning-rate decay"
     if iterations is None:
         return None
     return RunLength(iterations, sizes.consumed_after(iterations), source)

@@ -117,7 +117,6 @@ def transformer_config(config: Config, device: Device) -> TransformerConfig:
             pipeline_model_parallel_layout=parallel.pipeline_model_parallel_layout,
             **_pipeline_communication(config, device),
         )
-    _check_chunks(core, config)
     return core
 
 
@@ -128,19 +127,6 @@ def _as_user_error() -> Iterator[None]:
         yield
     except (ValueError, AssertionError) as error:
         raise UserError(f"megatron-core refuses the model or its layout: {error}") from error
-
-
-def _check_chunks(core: TransformerConfig, config: Config) -> None:
-    """A pipeline layout says how many chunks a stage has; the configuration must say the same."""
-    found, said = (
-        core.virtual_pipeline_model_parallel_size,
-        config.parallel.virtual_pipeline_model_parallel_size,
-    )
-    if (found or 1) != (said or 1):
-        raise UserError(
-            f"pipeline_model_parallel_layout gives each stage {found} chunks: set "
-            f"virtual_pipeline_model_parallel_size to {found}"
-        )
 
 
 def _activation(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_llmjp.config import megatron_flags
+from megatron_llmjp.arguments import normalize_dashes
 from megatron_llmjp.config.flags import Mode, flag_names, parse
 from megatron_llmjp.config.loading import (
     ConfigLayers,
@@ -15,7 +15,7 @@ from megatron_llmjp.config.loading import (
     read_config,
     replace_fields,
 )
-from megatron_llmjp.config.megatron_flags import CHOICES
+from megatron_llmjp.config.megatron_flags import CHOICES, DEPENDENT_FLAGS
 from megatron_llmjp.config.refused_flags import FOREIGN, NEWER, REFUSED, REFUSED_FAMILIES
 from megatron_llmjp.config.unused_flags import NOT_NEEDED, NOT_NEEDED_FAMILIES
 from megatron_llmjp.config.validation import check_config
@@ -54,14 +54,14 @@ def test_a_published_script_is_its_preset(script):
     explained = [note.split()[0] for note in notes]
     assert len(explained) == len(set(explained))
     for word in set(explained):
-        assert word in megatron_flags.with_dashes(script.argv)
+        assert word in normalize_dashes(script.argv)
     assert all(" is not needed here: " in note for note in notes)
 
 
 def kinds(flag, fields):
     """All the ways in which a flag is known."""
     families = (*NOT_NEEDED_FAMILIES, *REFUSED_FAMILIES)
-    tables = (fields, megatron_flags.DEPENDENT_FLAGS, CHOICES, REFUSED, NOT_NEEDED)
+    tables = (fields, DEPENDENT_FLAGS, CHOICES, REFUSED, NOT_NEEDED)
     exact = [number for number, table in enumerate(tables) if flag in table]
     return exact or [start for start in families if flag.startswith(start)]
 
@@ -71,7 +71,7 @@ def test_every_flag_of_megatron_is_classified_once():
     found = {flag: kinds(flag, fields) for flag in NAMES}
     assert {flag: kind for flag, kind in found.items() if len(kind) != 1} == {}
     assert len(NAMES) > 700
-    ours = {*megatron_flags.DEPENDENT_FLAGS, *CHOICES, *REFUSED, *NOT_NEEDED}
+    ours = {*DEPENDENT_FLAGS, *CHOICES, *REFUSED, *NOT_NEEDED}
     assert {flag: kinds(flag, fields) for flag in ours if len(kinds(flag, fields)) != 1} == {}
 
 

@@ -87,9 +87,9 @@ FLAGS = {
     "--seq-length 64 --max-position-embeddings 32": ["seq_length 64 exceeds", "32"],
     "--train-iters 7": ["train_iters 7 needs 28 samples", "hold 24", "enough for 6"],
     "--global-batch-size 1000": ["fold 'fold00'", "epochs", "repeat: true"],
-    "--min-lr 1": ["min_lr 1.0 is above lr 0.002"],
-    "--lr-warmup-iters 9 --train-iters 6": ["lr_warmup_iters 9 leaves nothing of the 6"],
-    "--lr-warmup-iters 9": ["lr_warmup_iters 9 leaves nothing of the 6"],
+    "--min-lr 1": ["min_lr 1.0 is above lr 0.002: lower min_lr"],
+    "--lr-warmup-iters 9 --train-iters 6": ["lr_warmup_iters 9 must be smaller than train_iters 6"],
+    "--lr-warmup-iters 9": ["lr_warmup_iters 9 must be smaller than lr_decay_iters 6"],
     "--context-parallel-size 2 --nproc-per-node 2": [
         "context_parallel_size 2 is not supported", "Transformer Engine",
     ],
@@ -130,7 +130,7 @@ def test_a_default_warm_up_hides_no_mistake(folder, fails):
     longer = resolve_run(parse([*words, "--lr-decay-iters", "100"]).config, 1)
     assert longer.config.optimizer.lr_warmup_iters == 20
     message = fails(*words, "--train-iters", 2, "--lr-warmup-iters", 2)
-    assert "lr_warmup_iters 2 leaves nothing of the 2 iterations" in message
+    assert "lr_warmup_iters 2 must be smaller than train_iters 2" in message
     message = fails(
         *words, "--train-iters", 2, "--min-lr", 1, "--fold-file", "none.yaml",
         "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", "no.model",

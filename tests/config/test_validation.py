@@ -29,7 +29,7 @@ BROKEN = {
     f"{STAGES} 2 --account-for-loss-in-pipeline-split": ["24, and 1 for embedding and loss,"],
     f"{STAGES} 2 {LAYOUT} Et*12|t*12": ["must begin with E, end with L"],
     f"{STAGES} 2 {LAYOUT} Et*12|t*11L": ["it has 23 layers (t), the model 24"],
-    f"{STAGES} 2 {LAYOUT} Et*12|mt*12L": ["'m' means nothing"],
+    f"{STAGES} 2 {LAYOUT} Et*12|mt*12L": ["'m' is unknown"],
     f"{STAGES} 2 {LAYOUT} Et*6|(t*6|)*2t*6L": [f"give {CHUNKS[2:].replace('-', '_')} 2"],
     f"{STAGES} 2 {LAYOUT} Et*6|t*6|t*12L": ["3 stages for 2 processes", "a multiple of 2"],
     "--rampup-batch-size 30 8 100": ["its start 30 is not a multiple of 32", "try 32"],
@@ -128,10 +128,13 @@ def test_lint_of_lengths():
         return " ".join(config_warnings(config, RunSize(32, train_iters, end, sets)))
 
     published = warned(preset("llm-jp-3-1.8b", "--save x"), 988240, 986240, sets=0)
-    assert "the last 2,000 of 988,240 iterations have min_lr" in published
+    assert (
+        "ends at iteration 986,240, the run at 988,240: 2,000 iterations are trained at min"
+        in published
+    )
     assert "lr_decay_iters 988240" in published
     assert "nothing is saved" in published and "there are no validation sets" in published
-    assert "before the learning rate's decay does at 986,240" in warned(config, 5000, 986240)
+    assert "986,240, after the run's last iteration 5,000" in warned(config, 5000, 986240)
     assert "would leave nothing behind" in warned(config, 5000, 5000)
     assert warned(config, 20, 20) == ""  # a trial
 

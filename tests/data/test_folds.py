@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_llmjp.arguments import parse_count
 from megatron_llmjp.config.flags import parse
 from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.data.folds.loading import read_fold_file
 from megatron_llmjp.data.folds.resolve import resolve_folds
 from megatron_llmjp.data.folds.schedule import DatasetInfo, apportion, epoch_seed
-from megatron_llmjp.data.folds.schema import FoldFile, parse_count
+from megatron_llmjp.data.folds.schema import FoldFile
 from megatron_llmjp.errors import UserError
 
 LENGTH, BATCH = 16, 8

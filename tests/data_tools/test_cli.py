@@ -41,7 +41,7 @@ def test_mistakes_take_one_line(program, capsys):
 def test_missing_and_unknown_values(capsys):
     for arguments, expected in (
         ([], "required: --input"),
-        (["--input", "x", "--output-prefix", "o", "--workers", "0"], "0 is not a positive number"),
+        (["--input", "x", "--output-prefix", "o", "--workers", "0"], "0 is not a positive integer"),
         (["--on-error", "ignore"], "invalid choice: 'ignore'"),
     ):
         with pytest.raises(SystemExit) as caught:

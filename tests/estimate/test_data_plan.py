@@ -130,13 +130,13 @@ def test_warnings():
     one_curve = [{k: v for k, v in fold.items() if k != "learning_rate"} for fold in FOLDS]
     file = FoldFile.model_validate({"folds": one_curve})
     _, late = planned(file, tokens, config_of(16, 8, lr_decay_iters=9))
-    assert any("ends at iteration 9, after the run's end at 7: min_lr" in w for w in late)
+    assert any("ends at iteration 9, after the run's last iteration 7: min_lr" in w for w in late)
     _, early = planned(file, tokens, config_of(16, 8), train_iters=2)
     assert any("ends at iteration 2, the folds at 7: 41 samples" in w for w in early)
     assert any("all of fold tiny, rest" in w for w in early)
     # llm-jp-3: the decay is shorter than the run by the warm-up.
     _, llmjp = planned(file, tokens, config_of(16, 8, lr_warmup_iters=2, lr_decay_iters=5))
-    assert any("last 2000 steps are at min_lr" in w and "lr_decay_iters 7" in w for w in llmjp)
+    assert any("added the warm-up to the decay" in w and "lr_decay_iters 7" in w for w in llmjp)
 
 
 def test_skipped_samples_move_later_folds():

@@ -45,7 +45,7 @@ def schedule(folds, total):
         first = plan.end = first + samples
         plans.append(plan)
 
-    return SimpleNamespace(folds=plans, trainable=lambda plan: (plan.first_sample, plan.end))
+    return SimpleNamespace(folds=plans, sample_range=lambda plan: (plan.first_sample, plan.end))
 
 
 def part(done, start=WARMUP, end=END):
@@ -170,9 +170,12 @@ def test_scheduler_applies_the_rates_and_grows_weight_decay():
     ("own", "words"),
     [
         ({"min_lr": 1e-2}, "fold 'fold0', learning_rate: min_lr 0.01 is above lr 0.003"),
-        ({"lr_warmup_iters": 10}, "fold 'fold0', learning_rate: a warm-up of 40 samples leaves"),
+        (
+            {"lr_warmup_iters": 10},
+            "'fold0', learning_rate: lr_warmup_samples 40 must be smaller",
+        ),
         ({"lr_decay_style": "WSD"}, "lr_wsd_decay_iters"),
-        ({"lr_decay_style": "WSD", "lr_wsd_decay_iters": 11}, "shorten the tail"),
+        ({"lr_decay_style": "WSD", "lr_wsd_decay_iters": 11}, "which includes it: shorten"),
         ({"lr": 1e-3, "lr_warmup_init": 2e-3}, "lr_warmup_init 0.002 is above lr 0.001"),
     ],
 )

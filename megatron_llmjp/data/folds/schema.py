@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from decimal import Decimal
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     BaseModel,
@@ -20,21 +18,13 @@ from pydantic import (
     model_validator,
 )
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+from megatron_llmjp.arguments import parse_count
+from megatron_llmjp.config.run_config import LRDecayStyle, WSDDecayStyle
+
 _BUDGETS = ("tokens", "samples", "iterations", "epochs")
 _AMOUNTS = ("weight", "tokens", "epochs")
 
 SplitPart = Literal["train", "valid", "test"]
-
-
-def parse_count(value: Any) -> Any:
-    """``27.6B`` -> 27600000000; K, M, B and T are powers of a thousand, also in lower case."""
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"\s*(\d[\d_]*\.?\d*(?:[eE][+]?\d{1,2})?)\s*([KMBT]?)\s*", value, re.I)
-    if match is None:
-        raise ValueError(f"expected a number such as 27600000000, 27.6B or 1e9, found '{value}'")
-    return round(Decimal(match[1].replace("_", "")) * _UNITS[match[2].upper()])
 
 
 Count = Annotated[PositiveInt, BeforeValidator(parse_count)]
@@ -81,13 +71,11 @@ class FoldLearningRate(FoldFileModel):
 
     lr: NonNegativeFloat | None = None
     min_lr: NonNegativeFloat | None = None
-    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] | None = (
-        None
-    )
+    lr_decay_style: LRDecayStyle | None = None
     lr_warmup_iters: NonNegativeInt | None = None
     lr_warmup_init: NonNegativeFloat | None = None
     lr_decay_iters: PositiveInt | None = None
-    lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] | None = None
+    lr_wsd_decay_style: WSDDecayStyle | None = None
     lr_wsd_decay_iters: PositiveInt | None = None
 
 
