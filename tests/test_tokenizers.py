@@ -233,6 +233,7 @@ NEW = {"content": "<new>", "lstrip": True, "rstrip": True, "special": False}
         {"additional_special_tokens": ["<x>"], "pad_token": "<pad>"},
         {"added_tokens_decoder": {"300": NEW | {"single_word": False, "normalized": False}}},
         {"tokenizer_class": "GPT2TokenizerFast", "add_prefix_space": True},
+        {"add_bos_token": True, "bos_token": "<s>"},
     ],
 )
 def test_same_ids_as_auto_tokenizer(settings, tmp_path):
@@ -250,3 +251,8 @@ def test_same_ids_as_auto_tokenizer(settings, tmp_path):
         expected = theirs(text, add_special_tokens=False).input_ids
         assert ours.encode(text).tolist() == expected
         assert ours.encode_batch([text, TEXT])[0].tolist() == expected
+    ours.include_special_tokens()
+    for text in (TEXT, "a b</s>c", ""):
+        expected = theirs(text).input_ids
+        assert ours.encode(text).tolist() == expected
+        assert ours.encode_batch([TEXT, text])[1].tolist() == expected

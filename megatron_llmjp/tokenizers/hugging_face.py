@@ -2,19 +2,23 @@
 
 Read with the ``tokenizers`` library alone, since importing transformers costs seconds. The
 template of the tokenizer.json (which may add BOS or EOS) is not applied, as in megatron-core
-0.16: ``--append-eod`` is what ends a document.
+0.16, unless ``include_special_tokens`` is called: ``--append-eod`` is what ends a document.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 
 from megatron_llmjp.errors import UserError, download_hint
+from megatron_llmjp.tokenizers.base import Ids
 from megatron_llmjp.tokenizers.fast import FastTokenizer
+from megatron_llmjp.tokenizers.hf_special_tokens import PROBES, Added, find_added
 
 COMPANIONS = (
     "tokenizer_config.json",
@@ -36,6 +40,7 @@ class HuggingFaceTokenizer(FastTokenizer):
     kind = "HuggingFaceTokenizer"
 
     def __init__(self, path: Path) -> None:
+        self.path, self.added = path, Added([], [])
         self.json_file = path / "tokenizer.json" if path.is_dir() else path
         settings = _settings(self.json_file.parent)
         self.tokenizer = _load(path, self.json_file)
@@ -54,6 +59,28 @@ class HuggingFaceTokenizer(FastTokenizer):
                 "vocabulary."
             )
         self.eod_id = eod
+
+    def include_special_tokens(self) -> None:
+        """Encode texts with the special tokens that transformers adds, from here on.
+
+        Raises:
+            UserError: transformers cannot read the tokenizer, or encodes texts in another way.
+        """
+        plain = [super(HuggingFaceTokenizer, self).encode(text).tolist() for text in PROBES]
+        self.added = find_added(self.path, plain)
+
+    def encode(self, text: str) -> Ids:
+        """Return the ids of one text."""
+        return self._with_added(super().encode(text))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+        """Return the ids of each text."""
+        return [self._with_added(ids) for ids in super().encode_batch(texts)]
+
+    def _with_added(self, ids: Ids) -> Ids:
+        if not self.added.before and not self.added.after:
+            return ids
+        return np.array([*self.added.before, *ids.tolist(), *self.added.after], np.int32)
 
     def _id_of(self, token: Any) -> int | None:
         """Return the id of a token as the configuration spells it: a string, or a mapping."""
