@@ -37,8 +37,8 @@ class Source:
     seq_length: int | None = None
     tokenizer_type: str | None = None
     """Type of the run's tokenizer as the checkpoint names it, which decides what ends a text."""
-    tiktoken: TikTokenSettings | None = None
-    """Settings of a TikTokenizer, where the checkpoint has them."""
+    tiktoken: TikTokenSettings = field(default_factory=TikTokenSettings)
+    """Settings of a TikTokenizer."""
     generation: Generation | None = None
     """Token ids and generation settings of a Hugging Face model, also on its way back."""
     notes: list[str] = field(default_factory=list)

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from megatron_llmjp.config.schema import SECTIONS, ModelConfig, OptimizerConfig
 from megatron_llmjp.convert.hf_keys import make_model, required, unsupported
 from megatron_llmjp.convert.megatron_fields import check_fields
+from megatron_llmjp.tokenizers.settings import TikTokenSettings
 
 
 def model_from_args(args: Any, where: str, ignored: Collection[str] = ()) -> ModelConfig:
@@ -123,6 +124,16 @@ def tokenizer_type_of(args: Any) -> str | None:
     """The type of the run's tokenizer, where the arguments name it."""
     name = getattr(args, "tokenizer_type", None)
     return name if isinstance(name, str) and name else None
+
+
+def tiktoken_of(args: Any) -> TikTokenSettings:
+    """The settings of TikTokenizer, as far as the arguments name them."""
+    default = TikTokenSettings()
+    return TikTokenSettings(
+        getattr(args, "tiktoken_pattern", None) or default.pattern,
+        getattr(args, "tiktoken_num_special_tokens", None) or default.num_special_tokens,
+        tuple(getattr(args, "tiktoken_special_tokens", None) or default.special_tokens),
+    )
 
 
 def _is_core(given: dict[str, Any]) -> bool:

@@ -22,6 +22,7 @@ from megatron_llmjp.convert.megatron_args import (
     model_from_args,
     notes_from_args,
     settings_from_args,
+    tiktoken_of,
     tokenizer_type_of,
 )
 from megatron_llmjp.convert.megatron_ranks import Gathered, new_name
@@ -102,6 +103,7 @@ def _source(
         notes=notes,
         settings=settings_from_args(args),
         tokenizer_type=tokenizer_type_of(args),
+        tiktoken=tiktoken_of(args),
         optimizer=optimizer,
     )
 

@@ -75,13 +75,16 @@ def open_tokenizer(source: Source, options: Options, rows: int) -> ModelTokenize
     """
     given = options.tokenizer is not None
     kind, notes = _kind(source, options)
-    files = tokenizer_files(options.tokenizer or source.tokenizer)
+    path = options.tokenizer or source.tokenizer
+    files = tokenizer_files(path)
     if given and not files:
         raise UserError(
             f"--tokenizer {options.tokenizer}: holds no tokenizer; looked for "
             f"{', '.join((*NAMES, *PATTERNS))}"
         )
-    tokenizer = _load(options.tokenizer or source.tokenizer, kind, source)
+    tokenizer = _load(path, kind, source)
+    if tokenizer is not None:
+        files = _renamed(files, tokenizer.files())
     own = _load(source.tokenizer, kind, source) if given else None
     eod, problems = _end_of_document(kind, tokenizer, own)
     warnings = _check_vocabulary(source, options, tokenizer, rows) + problems
@@ -132,7 +135,7 @@ def _load(path: Path | None, kind: str | None, source: Source) -> Tokenizer | No
         fields["tokenizer_model"],
         merge_file=fields.get("merge_file"),
         vocab_size=size,
-        **({} if source.tiktoken is None else {"tiktoken": source.tiktoken}),
+        tiktoken=source.tiktoken,
     )
 
 
@@ -157,6 +160,12 @@ def _fields(path: Path, kind: str | None) -> Mapping[str, str] | None:
         f"{path}: the run's tokenizer is of type {kind}, found {other['tokenizer_model']}; give "
         f"its files, or --tokenizer-type {other['tokenizer_type']} if the run was trained with it"
     )
+
+
+def _renamed(files: Mapping[str, Path], read: Mapping[str, Path]) -> dict[str, Path]:
+    """Return files by name; those that a tokenizer reads under the names it gives them."""
+    others = {name: path for name, path in files.items() if path not in read.values()}
+    return {**others, **read}
 
 
 def _end_of_document(

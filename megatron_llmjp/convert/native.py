@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from megatron_llmjp.convert.tokenizer_files import tokenizer_files
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.system import write_durably
 from megatron_llmjp.tokenizers import TOKENIZER_TYPES
+from megatron_llmjp.tokenizers.settings import TikTokenSettings
 
 _FILE_SIZE = 1_000_000_000
 """Files no larger than this, so that several threads can read them when a run starts."""
@@ -72,6 +74,11 @@ def read(path: Path) -> Source:
         consumed_samples=manifest.consumed_samples,
         tokenizer=tokenizer if tokenizer.is_dir() and tokenizer_files(tokenizer) else None,
         tokenizer_type=config.data.tokenizer_type,
+        tiktoken=TikTokenSettings(
+            config.data.tiktoken_pattern,
+            config.data.tiktoken_num_special_tokens,
+            config.data.tiktoken_special_tokens,
+        ),
         generation=generation.stored(folder / manifests.GENERATION),
         seq_length=config.data.seq_length,
         optimizer=optimizer,
@@ -163,7 +170,11 @@ def _config(source: Source, options: Options) -> Config:
     types = {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
     told = source.settings
     kind = options.tokenizer_type or source.tokenizer_type
-    data = {**told.get("data", {}), **({"tokenizer_type": kind} if kind in TOKENIZER_TYPES else {})}
+    data = dict(told.get("data", {}))
+    if kind in TOKENIZER_TYPES:
+        data["tokenizer_type"] = kind
+    if kind == "TikTokenizer":
+        data |= {f"tiktoken_{name}": value for name, value in asdict(source.tiktoken).items()}
     adam = optimizer_state.of_source(source).settings if options.with_optimizer else {}
     return Config.model_validate(
         {

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import tokenizers
+
 from megatron_llmjp.convert.json_files import to_bytes
 from megatron_llmjp.convert.model_tokenizer import ModelTokenizer
 from megatron_llmjp.errors import UserError
@@ -23,6 +25,8 @@ from megatron_llmjp.tokenizers.hugging_face import HuggingFaceTokenizer
 from megatron_llmjp.tokenizers.sample_texts import RARE_TEXTS, TEXTS
 from megatron_llmjp.tokenizers.sentencepiece_fast import export_hugging_face
 from megatron_llmjp.tokenizers.spm import SentencePieceModel
+from megatron_llmjp.tokenizers.tik import TikTokenizer
+from megatron_llmjp.tokenizers.tiktoken_fast import fast_tiktoken
 
 FAST, SETTINGS, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 BUILT = (FAST, SETTINGS, SPECIAL)
@@ -61,7 +65,9 @@ def export_tokenizer(chosen: ModelTokenizer, keep: bool, rows: int) -> ExportedT
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return _of_hugging_face(tokenizer, chosen.eod_id, files)
     if isinstance(tokenizer, FastTokenizer):
-        return _of_fast(tokenizer, files)
+        return _of_fast(tokenizer, tokenizer.tokenizer, files)
+    if isinstance(tokenizer, TikTokenizer):
+        return _of_fast(tokenizer, fast_tiktoken(tokenizer), files)
     what = "has no tokenizer; --tokenizer gives one"
     if tokenizer is not None:
         what = f"has no tokenizer that AutoTokenizer reads: none can be built of {tokenizer.kind}"
@@ -143,20 +149,32 @@ def _of_hugging_face(
     )
 
 
-def _of_fast(tokenizer: Tokenizer, files: dict[str, bytes]) -> ExportedTokenizer:
-    """Build tokenizer.json of a vocabulary that the library reads already."""
-    assert isinstance(tokenizer, FastTokenizer)
-    eod = tokenizer.piece(tokenizer.eod_id)
+def _of_fast(
+    tokenizer: Tokenizer, fast: tokenizers.Tokenizer, files: dict[str, bytes]
+) -> ExportedTokenizer:
+    """Write the fast tokenizer of a byte-level vocabulary, if it gives the same ids."""
+    ids = {
+        "bos_token": tokenizer.bos_id,
+        "eos_token": tokenizer.eod_id,
+        "pad_token": tokenizer.pad_id,
+    }
     settings = {
-        "bos_token": eod,
-        "eos_token": eod,
-        "unk_token": eod,
+        **{role: tokenizer.piece(i) for role, i in ids.items() if i is not None},
         "clean_up_tokenization_spaces": False,
         "model_max_length": 10**30,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
-    made = {FAST: tokenizer.tokenizer.to_str().encode(), SETTINGS: to_bytes(settings)}
-    note = f"{FAST} was built as {tokenizer.kind}: a document ends with {eod} ({tokenizer.eod_id})"
+    made = {FAST: fast.to_str().encode(), SETTINGS: to_bytes(settings)}
+    with tempfile.TemporaryDirectory() as temporary:
+        for name, data in made.items():
+            (Path(temporary) / name).write_bytes(data)
+        built = load_tokenizer("HuggingFaceTokenizer", temporary)
+        found = compare(tokenizer, built, ALL, (tokenizer.kind, "Hugging Face"))
+    if found.differences:
+        why = f"AutoTokenizer cannot load the export: no equal {FAST} can be built"
+        return ExportedTokenizer(files, warnings=[f"{why}. {found.report()}"])
+    eod = f"{tokenizer.piece(tokenizer.eod_id)} ({tokenizer.eod_id})"
+    note = f"{FAST} was built as {tokenizer.kind}: a document ends with {eod}. {found.report()}"
     return ExportedTokenizer(files | made, [note])
 
 

@@ -65,6 +65,7 @@ class TikTokenizer(Tokenizer):
         self.vocab_size = vocab_size or min(LARGEST, len(tokens) + len(names))
         _check_size(vocab_file, len(tokens), len(names), self.vocab_size)
         tokens = tokens[: self.vocab_size - len(names)]
+        self.special_names, self.tokens = tuple(names), tuple(tokens)
         self._encoding = _encoding(
             vocab_file,
             PATTERNS[settings.pattern],

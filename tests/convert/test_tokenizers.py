@@ -16,6 +16,7 @@ from megatron_llmjp.tokenizers.sample_texts import RARE_TEXTS, TEXTS
 from megatron_llmjp.tokenizers.sentencepiece_fast import export_hugging_face
 from megatron_llmjp.tokenizers.spm import load_sentencepiece
 from tests.convert.hf_models import STYLES, llama
+from tests.support.tokenizer_files import write_tiktoken
 
 VOCABULARY = 600
 """Of all models here: more than the tokenizers have, as in a padded embedding."""
@@ -268,3 +269,24 @@ def test_a_model_that_has_no_equal_fast_tokenizer_is_not_taken_for_one(
     assert (tmp_path / "out" / "sentencepiece.model").read_bytes() == path.read_bytes()
     with pytest.raises((ValueError, OSError)):
         transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("pattern", ["v1", "v2"])
+def test_a_tiktoken_run_ends_with_its_token(tmp_path, pattern):
+    from megatron_llmjp.convert.model_tokenizer import ModelTokenizer
+    from megatron_llmjp.convert.tokenizer_export import export_tokenizer
+    from megatron_llmjp.tokenizers.settings import TikTokenSettings
+    from megatron_llmjp.tokenizers.tik import TikTokenizer
+
+    path = write_tiktoken(tmp_path / "tiktoken.json", 300)
+    plain = TikTokenizer(path, TikTokenSettings(pattern, 10, ("<unk>", "<s>", "</s>", "<pad>")))
+    chosen = ModelTokenizer("TikTokenizer", plain.files(), plain, plain.eod_id, True, (), ())
+    exported = export_tokenizer(chosen, False, VOCABULARY)
+    assert exported.warnings == []
+    (tmp_path / "out").mkdir()
+    for name, data in exported.files.items():
+        (tmp_path / "out" / name).write_bytes(data)
+    fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (fast.eos_token_id, fast.bos_token_id, fast.pad_token_id) == (2, 1, 3)
+    for text in (*TEXTS, *RARE_TEXTS):
+        assert fast(text).input_ids == plain.encode(text).tolist(), text
