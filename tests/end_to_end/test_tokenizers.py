@@ -11,6 +11,7 @@ import yaml
 from data_tools.preprocess_data import main as preprocess
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.config.load import changed, load_resolved
+from megatron_llmjp.convert.cli import main as convert
 from megatron_llmjp.prepare_data import run_tokenizer
 from megatron_llmjp.tokenizers.stored import stored_tokenizer
 from tests.support.processes import pretrain
@@ -74,3 +75,12 @@ def test_a_run_keeps_its_tokenizer(kind: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert manifests.newest(save).name == "iter_0000006"
     assert stored_ids(manifests.newest(save), text) == ids
+    if kind == "GPT2BPETokenizer":
+        output = tmp_path / "hf"
+        words = f"--from native --to hf --input {save} --output {output}".split()
+        assert convert(words) == 0
+        files = {name: (output / name).read_bytes() for name in stored}
+        assert files == contents
+        theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(output)
+        assert theirs(text).input_ids == ids
+        assert theirs.eos_token == "<|endoftext|>"
