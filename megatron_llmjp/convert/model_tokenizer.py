@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_llmjp.config.megatron_flags import RENAMED_VALUES
 from megatron_llmjp.convert.formats import Options, Source
-from megatron_llmjp.convert.tokenizer_files import NAMES, PATTERNS, tokenizer_files
+from megatron_llmjp.convert.tokenizer_files import tokenizer_files
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.tokenizers import TOKENIZER_TYPES, Tokenizer, load_tokenizer
 from megatron_llmjp.tokenizers.hugging_face import HuggingFaceTokenizer
@@ -74,18 +74,19 @@ def open_tokenizer(source: Source, options: Options, rows: int) -> ModelTokenize
             gives other ids than the run's own.
     """
     given = options.tokenizer is not None
-    kind, notes = _kind(source, options)
+    run_kind = _run_kind(source)
+    kind, notes = _kind(source, options, run_kind)
     path = options.tokenizer or source.tokenizer
     files = tokenizer_files(path)
-    if given and not files:
-        raise UserError(
-            f"--tokenizer {options.tokenizer}: holds no tokenizer; looked for "
-            f"{', '.join((*NAMES, *PATTERNS))}"
-        )
     tokenizer = _load(path, kind, source)
+    if given and tokenizer is None:
+        raise UserError(
+            f"--tokenizer {path}: holds no tokenizer; expected tokenizer.json, a SentencePiece "
+            "*.model, vocab.json with merges.txt, or tiktoken.json"
+        )
     if tokenizer is not None:
         files = _renamed(files, tokenizer.files())
-    own = _load(source.tokenizer, kind, source) if given else None
+    own = _load(source.tokenizer, run_kind, source) if given else None
     eod, problems = _end_of_document(kind, tokenizer, own)
     warnings = _check_vocabulary(source, options, tokenizer, rows) + problems
     if own is not None and tokenizer is not None:
@@ -100,15 +101,21 @@ def open_tokenizer(source: Source, options: Options, rows: int) -> ModelTokenize
     )
 
 
-def _kind(source: Source, options: Options) -> tuple[str | None, list[str]]:
+def _run_kind(source: Source) -> str | None:
+    """The type that the run names, if it is known here."""
+    named = source.tokenizer_type or ""
+    kind = _OTHER_NAMES.get(named.lower(), named)
+    return kind if kind in TOKENIZER_TYPES else None
+
+
+def _kind(source: Source, options: Options, own: str | None) -> tuple[str | None, list[str]]:
     """The type that the user or the run names, and notes."""
-    named = source.tokenizer_type
-    own = _OTHER_NAMES.get(named.lower(), named) if named else None
-    if options.tokenizer_type is not None:
-        other = own not in (None, options.tokenizer_type, "NullTokenizer")
-        note = f"--tokenizer-type {options.tokenizer_type} was taken in place of the run's {named}"
-        return options.tokenizer_type, [note] if other else []
-    if own is not None and own not in TOKENIZER_TYPES:
+    named, asked = source.tokenizer_type, options.tokenizer_type
+    if asked is not None:
+        other = named is not None and own not in (asked, "NullTokenizer")
+        note = f"--tokenizer-type {asked} was taken in place of the run's {named}"
+        return asked, [note] if other else []
+    if named is not None and own is None:
         return None, [f"the run's tokenizer type {named} is not known here"]
     if own in WITHOUT_FILES and options.tokenizer is not None:
         return None, [f"the run's type is {own}, which has no files"]
@@ -122,12 +129,11 @@ def _load(path: Path | None, kind: str | None, source: Source) -> Tokenizer | No
         UserError: the files are damaged, or are not of the type.
     """
     size = source.model.vocab_size
-    if kind in WITHOUT_FILES:
-        ids = (size or source.rows) - 1  # NullTokenizer's end of document is not counted
-        return load_tokenizer(kind, None, vocab_size=ids)
-    if path is None:
-        return None
-    fields = _fields(path, kind)
+    if kind == "NullTokenizer":  # its end of document is the last id
+        return None if size is None else load_tokenizer(kind, None, vocab_size=size - 1)
+    if kind == "ByteLevelTokenizer":
+        return load_tokenizer(kind, None)
+    fields = None if path is None else _fields(path, kind)
     if fields is None:
         return None
     return load_tokenizer(
@@ -208,10 +214,12 @@ def _check_vocabulary(
             f"{options.tokenizer or source.tokenizer}: a tokenizer of {size} tokens, the model has "
             f"{limit}: it belongs to another model"
         )
-    if given and true is not None and tokenizer.vocab_size < true:
+    padded = source.generation is not None  # Hugging Face's vocab_size counts padding
+    if (given or not padded) and true is not None and tokenizer.vocab_size < true:
         return [
-            f"{options.tokenizer} has {tokenizer.vocab_size} ids, the model's vocabulary {true}: "
-            f"the model may generate ids that have no text; is it the model's tokenizer?"
+            f"{options.tokenizer or source.tokenizer or tokenizer.kind} has "
+            f"{tokenizer.vocab_size} ids, the model's vocabulary {true}: the model may generate "
+            "ids that have no text"
         ]
     return []
 

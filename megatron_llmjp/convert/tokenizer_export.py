@@ -19,7 +19,7 @@ from megatron_llmjp.convert.json_files import to_bytes
 from megatron_llmjp.convert.model_tokenizer import ModelTokenizer
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.tokenizers import Tokenizer, load_tokenizer
-from megatron_llmjp.tokenizers.comparison import compare
+from megatron_llmjp.tokenizers.comparison import Comparison, compare
 from megatron_llmjp.tokenizers.fast import FastTokenizer
 from megatron_llmjp.tokenizers.hugging_face import HuggingFaceTokenizer
 from megatron_llmjp.tokenizers.sample_texts import RARE_TEXTS, TEXTS
@@ -79,9 +79,10 @@ def _of_sentencepiece(
 ) -> ExportedTokenizer:
     notes = []
     if FAST in files:
-        other = _difference(model, model.model_file.parent)
+        other, found = _difference(model, model.model_file.parent)
         if other is None:
-            return ExportedTokenizer(files, [f"{FAST} and {model.model_file.name} agree"])
+            note = f"{FAST} and {model.model_file.name} agree. {found.report()}"
+            return ExportedTokenizer(files, [note])
         notes.append(f"the {FAST} next to {model.model_file.name} {other}: it was built again")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -106,17 +107,18 @@ def _of_sentencepiece(
 ALL = (*TEXTS, *RARE_TEXTS)
 
 
-def _difference(model: SentencePieceModel, folder: Path) -> str | None:
+def _difference(model: SentencePieceModel, folder: Path) -> tuple[str | None, Comparison]:
     """How the Hugging Face tokenizer of a folder differs from the model as its type reads it."""
     fast = load_tokenizer("HuggingFaceTokenizer", folder)
     assert isinstance(fast, HuggingFaceTokenizer)
+    found = compare(model, fast, ALL)
     if fast.eos_id != model.eod_id:
         ours, theirs = model.piece(model.eod_id), fast.eos_id
         shown = "nothing" if theirs is None else fast.piece(theirs)
-        return f"ends text with {shown}, {model.kind} with {ours}"
+        return f"ends text with {shown}, {model.kind} with {ours}", found
     if fast.tokenizer.encode(TEXTS[0]).ids != model.encode(TEXTS[0]).tolist():
-        return "puts other special tokens around a text, or gives other ids"
-    return "gives other ids" if compare(model, fast, TEXTS).differences else None
+        return "puts other special tokens around a text, or gives other ids", found
+    return "gives other ids" if found.differences else None, found
 
 
 def _model_only(files: dict[str, bytes], why: str) -> ExportedTokenizer:

@@ -238,8 +238,10 @@ def test_tokenizers_that_do_not_fit_are_refused_or_warned_of(tmp_path, convert, 
     (tmp_path / "empty").mkdir()
     words = ("--to", "hf", "--output", tmp_path / "out", "--tokenizer-type", "Llama2Tokenizer")
     text = convert(*words, "--input", megatron, "--tokenizer", tmp_path / "empty", code=2)
-    assert "empty: holds no tokenizer; looked for" in text
-    assert "empty: no tokenizer is there" not in text
+    assert "empty: holds no tokenizer; expected" in text
+    (tmp_path / "empty" / "tokenizer_config.json").write_text("{}")
+    text = convert(*words, "--input", megatron, "--tokenizer", tmp_path / "empty", code=2)
+    assert "empty: holds no tokenizer; expected" in text
     own = train(tmp_path / "own.model")
     other = train(tmp_path / "other.model", split_digits=True)
     convert("--to", "native", "--input", megatron, "--output", tmp_path / "native",
@@ -290,3 +292,19 @@ def test_a_tiktoken_run_ends_with_its_token(tmp_path, pattern):
     assert (fast.eos_token_id, fast.bos_token_id, fast.pad_token_id) == (2, 1, 3)
     for text in (*TEXTS, *RARE_TEXTS):
         assert fast(text).input_ids == plain.encode(text).tolist(), text
+
+
+def test_a_run_from_converted_weights_reads_the_tokenizer_as_its_type(tmp_path, convert, megatron):
+    from megatron_llmjp.config.command_line import parse
+    from megatron_llmjp.own_checkpoint import add_own_configuration
+
+    path = train(tmp_path / "tok.model")
+    for kind in ("Llama2Tokenizer", None):
+        folder = tmp_path / str(kind)
+        flags = ("--tokenizer-type", kind) if kind else ()
+        convert("--to", "native", "--input", megatron, "--output", folder,
+                "--tokenizer", path, *flags)  # fmt: skip
+        words = ["--load", str(folder), "--finetune", "--lr", "1e-3"]
+        config = parse(words, own_configuration=add_own_configuration).config
+        assert config.data.tokenizer_type == (kind or "SentencePieceTokenizer")
+        assert Path(config.data.tokenizer_model).name == "tok.model"
