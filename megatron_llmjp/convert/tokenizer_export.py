@@ -68,7 +68,7 @@ def export_tokenizer(chosen: ModelTokenizer, keep: bool, rows: int) -> ExportedT
         return _of_fast(tokenizer, tokenizer.tokenizer, files)
     if isinstance(tokenizer, TikTokenizer):
         return _of_fast(tokenizer, fast_tiktoken(tokenizer), files)
-    what = "has no tokenizer; --tokenizer gives one"
+    what = "has no tokenizer, and what ends a text is not known; --tokenizer gives both"
     if tokenizer is not None:
         what = f"has no tokenizer that AutoTokenizer reads: none can be built of {tokenizer.kind}"
     return ExportedTokenizer(files, warnings=[f"the export {what}"])
