@@ -75,12 +75,9 @@ def test_a_run_keeps_its_tokenizer(kind: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert manifests.newest(save).name == "iter_0000006"
     assert stored_ids(manifests.newest(save), text) == ids
-    if kind == "GPT2BPETokenizer":
-        output = tmp_path / "hf"
-        words = f"--from native --to hf --input {save} --output {output}".split()
-        assert convert(words) == 0
-        files = {name: (output / name).read_bytes() for name in stored}
-        assert files == contents
-        theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(output)
-        assert theirs(text).input_ids == ids
-        assert theirs.eos_token == "<|endoftext|>"
+    output = tmp_path / "hf"
+    assert convert(f"--from native --to hf --input {save} --output {output}".split()) == 0
+    assert {name: (output / name).read_bytes() for name in stored} == contents
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(output)
+    assert theirs(text).input_ids == ids
+    assert theirs.eos_token == ("<|endoftext|>" if kind == "GPT2BPETokenizer" else "</s>")
