@@ -17,6 +17,7 @@ from megatron_llmjp.errors import UserError
 from megatron_llmjp.tokenizers import load_tokenizer
 from megatron_llmjp.tokenizers.sentencepiece_fast import export_hugging_face
 from megatron_llmjp.tokenizers.spm import SentencePieceTokenizer
+from tests.support.tokenizer_files import write_gpt2, write_tiktoken
 
 TEXT = "吾輩は猫である。名前はまだ無い。\nHello,  world! def main():\n        return 42 🐈\n"
 
@@ -40,12 +41,58 @@ def test_a_tokenizer_of_the_other_kind_names_its_type(folder, tmp_path):
         ("HuggingFaceTokenizer", tmp_path, sentence_piece),
         ("SentencePieceTokenizer", other, f"{hugging_face} {other}"),
         ("Llama2Tokenizer", folder, f"{hugging_face} {folder}"),
-        ("Llama2Tokenizer", tmp_path, f"give {tmp_path / 'tokenizer.model'}"),
+        ("Llama2Tokenizer", tmp_path, f"--tokenizer-model {tmp_path / 'tokenizer.model'}"),
     ]
     for kind, path, words in wrong:
         with pytest.raises(UserError) as error:
             load_tokenizer(kind, path)
         assert words in str(error.value), str(error.value)
+
+
+def test_json_of_another_type_names_its_type(folder, tmp_path):
+    write_gpt2(tmp_path / "vocab.json", tmp_path / "merges.txt")
+    write_tiktoken(tmp_path / "list.json", 280)
+    (tmp_path / "merges.json").write_text("[1]")
+    vocab, tik, fast = tmp_path / "vocab.json", tmp_path / "list.json", folder / "tokenizer.json"
+    wrong = [
+        ("HuggingFaceTokenizer", tmp_path, "GPT2BPETokenizer --vocab-file"),
+        ("HuggingFaceTokenizer", vocab, "GPT2BPETokenizer --vocab-file"),
+        ("HuggingFaceTokenizer", tik, "TikTokenizer --tokenizer-model"),
+        ("SentencePieceTokenizer", tik, "TikTokenizer --tokenizer-model"),
+        ("Llama2Tokenizer", vocab, "GPT2BPETokenizer --vocab-file"),
+        ("TikTokenizer", vocab, "GPT2BPETokenizer --vocab-file"),
+        ("TikTokenizer", fast, "HuggingFaceTokenizer --tokenizer-model"),
+        ("GPT2BPETokenizer", tik, "TikTokenizer --tokenizer-model"),
+        ("GPT2BPETokenizer", fast, "HuggingFaceTokenizer --tokenizer-model"),
+    ]
+    for kind, path, words in wrong:
+        merges = tmp_path / "merges.txt"
+        with pytest.raises(UserError) as error:
+            load_tokenizer(kind, path, merge_file=merges)
+        assert f"it is read with --tokenizer-type {words} {path}" in str(error.value)
+
+
+def test_gpt2_vocabularies_that_lose_text_are_refused(tmp_path):
+    """Characters without a token were skipped, and a file of merges could end anywhere."""
+    vocab, merges = write_gpt2(tmp_path / "v.json", tmp_path / "m.txt")
+    tokens, lines = json.loads(vocab.read_text()), merges.read_text().splitlines(keepends=True)
+    assert load_tokenizer("GPT2BPETokenizer", vocab, merge_file=merges).vocab_size == 350
+    without_a = {token: number for token, number in tokens.items() if token != "a"}
+    wrong = {
+        json.dumps(without_a): "1 of the 256 bytes have no token, such as 'a'",
+        json.dumps(tokens | {"a": tokens["b"]}): "id .* is given to several tokens",
+        json.dumps(tokens | {"zzz": 350}): "do not make 1 tokens of .*, such as 'zzz'",
+        json.dumps(tokens | {"a": 1.5}): "expected a JSON object of tokens and their ids",
+        vocab.read_text()[:900]: "not valid JSON",
+    }
+    for text, message in wrong.items():
+        (tmp_path / "wrong.json").write_text(text)
+        with pytest.raises(UserError, match=message):
+            load_tokenizer("GPT2BPETokenizer", tmp_path / "wrong.json", merge_file=merges)
+    for kept in (0, 1, len(lines) - 1):
+        (tmp_path / "cut.txt").write_text("".join(lines[:kept]))
+        with pytest.raises(UserError, match=r"cut.txt: its .* merges do not make .* is cut off"):
+            load_tokenizer("GPT2BPETokenizer", vocab, merge_file=tmp_path / "cut.txt")
 
 
 def write_words(path: Path, vocabulary: dict[str, int]) -> tokenizers.Tokenizer:

@@ -19,6 +19,7 @@ from megatron_llmjp.errors import UserError, download_hint
 from megatron_llmjp.tokenizers.base import Ids
 from megatron_llmjp.tokenizers.fast import FastTokenizer
 from megatron_llmjp.tokenizers.hf_special_tokens import PROBES, Added, find_added
+from megatron_llmjp.tokenizers.recognize import hint
 
 COMPANIONS = (
     "tokenizer_config.json",
@@ -163,6 +164,10 @@ def _load(given: Path, json_file: Path) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_file(str(json_file))
     except Exception as error:  # the library raises bare Exception
         raise UserError(
-            f"{json_file}: not a readable tokenizer.json ({error}). Copy the file again, or save "
-            "it with a newer version of the tokenizers library installed here."
+            f"{json_file}: not a readable tokenizer.json ({error})"
+            + (
+                hint(json_file, "HuggingFaceTokenizer")
+                or ". Copy the file again, or save it with the version of the tokenizers library "
+                "that is installed here"
+            )
         ) from error

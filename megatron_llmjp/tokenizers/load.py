@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_llmjp.errors import UserError, suggest
 from megatron_llmjp.tokenizers.base import Tokenizer
+from megatron_llmjp.tokenizers.recognize import SENTENCE_PIECE, first_character, hint
 from megatron_llmjp.tokenizers.settings import TikTokenSettings
 
 DEFAULTS = TikTokenSettings()
@@ -48,7 +49,7 @@ def load_tokenizer(
     if tokenizer_type not in TOKENIZER_TYPES:
         raise UserError(
             f"--tokenizer-type {tokenizer_type}: no such type"
-            f"{suggest(tokenizer_type, TOKENIZER_TYPES)} Possible: {', '.join(TOKENIZER_TYPES)}."
+            f"{suggest(tokenizer_type, TOKENIZER_TYPES)} (possible: {', '.join(TOKENIZER_TYPES)})"
         )
     # Each library is imported only when its type is asked for: programs must start at once.
     if tokenizer_type == "ByteLevelTokenizer":
@@ -85,41 +86,25 @@ def load_tokenizer(
 
 
 def _check_kind(tokenizer_type: str, path: Path) -> None:
-    """Refuse a file of the other kind, whose content neither library can explain.
+    """Refuse a file of another type, whose content the libraries cannot explain.
 
     Raises:
-        UserError: a SentencePiece model for HuggingFaceTokenizer, or a tokenizer.json or a folder
-            for one of the SentencePiece types.
+        UserError: naming the type that reads it.
     """
-    given = f"--tokenizer-type {tokenizer_type} --tokenizer-model {path}"
-    if tokenizer_type == "HuggingFaceTokenizer":
-        models = [path] if path.is_file() and not _is_json(path) else []
-        if path.is_dir() and not (path / "tokenizer.json").is_file():
-            models = sorted(path.glob("*.model"))
-        if models:
-            raise UserError(
-                f"{given}: {models[0].name} is no tokenizer.json. A SentencePiece model is read "
-                f"with --tokenizer-type {_SENTENCE_PIECE} --tokenizer-model {models[0]}"
-            )
+    if not path.exists():
         return
-    if path.is_dir():
-        models = sorted(path.glob("*.model"))
-        if (path / "tokenizer.json").is_file():
-            raise UserError(f"{given}: a Hugging Face folder is read with {_hugging_face(path)}")
-        hint = f"give {models[0]}" if models else "give the *.model file"
-        raise UserError(f"{given}: expected a SentencePiece model, found a folder: {hint}")
-    if path.is_file() and _is_json(path):
-        raise UserError(f"{given}: a tokenizer.json is read with {_hugging_face(path)}")
+    given = f"--tokenizer-type {tokenizer_type} --tokenizer-model {path}"
+    begins = "" if path.is_dir() else first_character(path)
+    if tokenizer_type == "HuggingFaceTokenizer":
+        expected = "a tokenizer.json"
+        wrong = not (path / "tokenizer.json").is_file() if path.is_dir() else begins != "{"
+        other = "" if path.is_dir() else f"; a SentencePiece model is read with {_MODEL} {path}"
+    else:
+        expected, other = "a SentencePiece model (*.model)", ""
+        wrong = path.is_dir() or begins in ("{", "[")
+    if wrong:
+        found = "a folder" if path.is_dir() else "a file of another kind"
+        raise UserError(f"{given}: expected {expected}, found {found}{hint(path) or other}")
 
 
-_SENTENCE_PIECE = "SentencePieceTokenizer (or Llama2Tokenizer, GPTSentencePieceTokenizer)"
-
-
-def _hugging_face(path: Path) -> str:
-    return f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {path}"
-
-
-def _is_json(path: Path) -> bool:
-    """Whether a file begins as JSON does; a SentencePiece model is binary."""
-    with path.open("rb") as file:
-        return file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"{"
+_MODEL = f"--tokenizer-type {SENTENCE_PIECE} --tokenizer-model"

@@ -16,6 +16,7 @@ import numpy as np
 
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.tokenizers.base import Ids, Tokenizer
+from megatron_llmjp.tokenizers.recognize import hint
 from megatron_llmjp.tokenizers.settings import TikTokenSettings
 
 PATTERNS = {
@@ -146,12 +147,11 @@ def _read(path: Path) -> list[bytes]:
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"--tokenizer-model {path}: not a readable TikTokenizer vocabulary ({error}). "
-            f"{_EXPECTED} reads it; a plain .tiktoken file does not say which special tokens and "
-            "pattern belong to it, and its Hugging Face form (HuggingFaceTokenizer) does."
+            f"{_EXPECTED} reads it. A plain .tiktoken file does not name its special tokens and "
+            "pattern: use the same tokenizer's tokenizer.json (HuggingFaceTokenizer)"
         ) from error
     if not isinstance(entries, list):
-        other = "a tokenizer.json is read with --tokenizer-type HuggingFaceTokenizer"
-        raise UserError(f"--tokenizer-model {path}: not a list. {_EXPECTED} reads it; {other}")
+        raise UserError(f"--tokenizer-model {path}: not a list. {_EXPECTED} reads it{hint(path)}")
     tokens = [_token(path, rank, entry) for rank, entry in enumerate(entries)]
     ranks: dict[bytes, int] = {}
     for rank, token in enumerate(tokens):
