@@ -77,6 +77,15 @@ def test_bos_for_every_type(kind: str, tmp_path: Path, model: Path, capsys) -> N
     assert TEXT in capsys.readouterr().out
 
 
+def test_types_in_any_case_and_by_other_names(tmp_path: Path, model: Path, capsys) -> None:
+    """As pretrain_gpt reads them."""
+    words = [*write_text(tmp_path, TEXT), "--tokenizer-model", str(model), "--tokenizer-type"]
+    for word in ("gptsentencepiecetokenizer", "JapaneseSentencePiece", "GPTSentencePieceTokenizer"):
+        assert main([*words, word]) == 0
+    assert capsys.readouterr().out.count("Already complete") == 2
+    assert main([*words, "Sentence"]) == 2
+
+
 def write_hugging_face(folder: Path, template: str) -> None:
     """A tokenizer whose template adds these tokens."""
     fast = byte_level_bpe(("<s>", "</s>"))
