@@ -23,7 +23,7 @@ from megatron_llmjp.tokenizers.comparison import Comparison, compare
 from megatron_llmjp.tokenizers.fast import FastTokenizer
 from megatron_llmjp.tokenizers.hugging_face import HuggingFaceTokenizer
 from megatron_llmjp.tokenizers.sample_texts import RARE_TEXTS, TEXTS
-from megatron_llmjp.tokenizers.sentencepiece_fast import export_hugging_face
+from megatron_llmjp.tokenizers.sentencepiece_fast import export_hugging_face, own_texts
 from megatron_llmjp.tokenizers.spm import SentencePieceModel
 from megatron_llmjp.tokenizers.tik import TikTokenizer
 from megatron_llmjp.tokenizers.tiktoken_fast import fast_tiktoken
@@ -79,7 +79,7 @@ def _of_sentencepiece(
 ) -> ExportedTokenizer:
     notes = []
     if FAST in files:
-        other, found = _difference(model, model.model_file.parent)
+        other, found = _difference(model, model.model_file.parent, rows)
         if other is None:
             note = f"{FAST} and {model.model_file.name} agree. {found.report()}"
             return ExportedTokenizer(files, [note])
@@ -91,27 +91,31 @@ def _of_sentencepiece(
         except UserError as error:
             return _model_only(files, str(error))
         built = load_tokenizer("HuggingFaceTokenizer", folder)
-        texts, rare = compare(model, built, TEXTS), compare(model, built, RARE_TEXTS)
-        if texts.differences:
-            return _model_only(files, texts.report())
+        own = own_texts(model, rows)
+        ordinary = compare(model, built, [*TEXTS, *own])
+        if ordinary.differences:
+            return _model_only(files, ordinary.report())
+        found = compare(model, built, [*ALL, *own])
         made = {name: (folder / name).read_bytes() for name in BUILT}
     made[SETTINGS] = _merged_settings(files.get(SETTINGS), made[SETTINGS])
     notes.append(
         f"{FAST} was built from {model.model_file.name} as {model.kind}: a document ends with "
-        f"{model.piece(model.eod_id)} ({model.eod_id}). {compare(model, built, ALL).report()}"
+        f"{model.piece(model.eod_id)} ({model.eod_id}). {found.report()}"
     )
-    warnings = [f"rare texts differ in {FAST}"] if rare.differences else []
+    warnings = [f"rare texts differ in {FAST}, see above"] if found.differences else []
     return ExportedTokenizer(files | made, notes, warnings)
 
 
 ALL = (*TEXTS, *RARE_TEXTS)
 
 
-def _difference(model: SentencePieceModel, folder: Path) -> tuple[str | None, Comparison]:
+def _difference(
+    model: SentencePieceModel, folder: Path, rows: int
+) -> tuple[str | None, Comparison]:
     """How the Hugging Face tokenizer of a folder differs from the model as its type reads it."""
     fast = load_tokenizer("HuggingFaceTokenizer", folder)
     assert isinstance(fast, HuggingFaceTokenizer)
-    found = compare(model, fast, ALL)
+    found = compare(model, fast, [*ALL, *own_texts(model, rows)])
     if fast.eos_id != model.eod_id:
         ours, theirs = model.piece(model.eod_id), fast.eos_id
         shown = "nothing" if theirs is None else fast.piece(theirs)

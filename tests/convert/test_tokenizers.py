@@ -89,7 +89,8 @@ def test_a_sentencepiece_run_loads_with_its_end_of_text(tmp_path, convert, megat
     plain = sentencepiece.SentencePieceProcessor(model_file=str(path))
     eod = plain.piece_to_id(SENTENCE_PIECE[kind])
     assert f"tokenizer.json was built from any.model as {kind}" in text
-    assert f"{len(TEXTS) + len(RARE_TEXTS)} give the same ids" in text
+    assert "give the same ids in SentencePiece and Hugging Face, 0 differ" in text
+    assert f"{kind}, in " in convert("inspect", tmp_path / "native")
     assert ends(tmp_path / "out") == (eod, eod, eod)
     fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     for sample in (*TEXTS, *RARE_TEXTS):
@@ -232,6 +233,16 @@ def test_generation_config_survives_the_way_through_native(tmp_path, convert):
     changed = json.loads((tmp_path / "other" / "generation_config.json").read_text())
     assert (changed["eos_token_id"], changed["temperature"]) == (4, 0.6)
     assert ends(tmp_path / "other") == (4, 4, 4)
+
+
+@pytest.mark.parametrize(
+    "damage", ["[1]", "{", '{"eos_token_id": ["2"]}', '{"eos_token_id": true}']
+)
+def test_damaged_generation_configs_are_refused(tmp_path, convert, damage):
+    llama(vocab_size=VOCABULARY).save_pretrained(tmp_path / "hf")
+    (tmp_path / "hf" / "generation_config.json").write_text(damage)
+    text = convert("--to", "native", "--input", tmp_path / "hf", "--output", tmp_path / "o", code=2)
+    assert "generation_config.json: " in text and text.count("\n") == 1
 
 
 def test_tokenizers_that_do_not_fit_are_refused_or_warned_of(tmp_path, convert, megatron):
