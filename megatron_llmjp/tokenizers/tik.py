@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ PATTERNS = {
 REQUIRED = ("<unk>", "<s>", "</s>")
 LARGEST = 2**17
 """Megatron-LM's vocabulary size where ``--vocab-size`` is not given, special tokens included."""
+MOST_SPACES, SPACES = 999_000, re.compile(r"\s+")
 _KEYS = {"rank", "token_bytes", "token_str"}
 _EXPECTED = "Expected a JSON list of {rank, token_bytes, token_str}, as Megatron-LM's TikTokenizer"
 
@@ -81,10 +83,14 @@ class TikTokenizer(Tokenizer):
         """Return the ids of one text.
 
         Raises:
-            ValueError: a lone surrogate (tiktoken would write U+FFFD), or about half a million
-                spaces in a row, on which tiktoken's regular expressions run out of memory.
+            ValueError: a lone surrogate (tiktoken would write U+FFFD), or a million spaces in a
+                row, on which tiktoken's regular expressions run out of memory.
         """
         text.encode()
+        if len(text) > MOST_SPACES and max(map(len, SPACES.findall(text)), default=0) > MOST_SPACES:
+            raise ValueError(
+                f"more than {MOST_SPACES:,} spaces in a row, which tiktoken cannot split"
+            )
         try:
             return np.array(self._encoding.encode_ordinary(text), np.int32)
         except BaseException as error:  # a panic in Rust is no Exception

@@ -69,6 +69,9 @@ def test_a_run_keeps_its_tokenizer(kind: str, tmp_path: Path) -> None:
     assert tokenizer is not None
     ids = tokenizer.encode(text).tolist()
 
+    if kind == "TikTokenizer":
+        done = pretrain(*run, "--tiktoken-pattern", "v2")
+        assert (done.returncode, "another tokenizer than the run's" in done.stderr) == (2, True)
     for path in stored.values():
         path.unlink()
     done = pretrain(*run, "--save-interval", "1", "--keep-last", "1")
