@@ -233,15 +233,18 @@ def _gelu(given: dict[str, Any], biases: bool) -> str:
 def true_vocabulary(args: Any) -> int | None:
     """The vocabulary without padding, where the arguments have it.
 
-    ``vocab_size`` is that of NullTokenizer alone, which adds an end-of-document token; for other
-    tokenizers it is a bound at best. This converter writes ``true_vocab_size``.
+    ``vocab_size`` is that of NullTokenizer alone, which adds an end-of-document token up to core
+    0.17 and counts it from 0.18 on (where its id is an argument); for other tokenizers it is a
+    bound at best. This converter writes ``true_vocab_size``.
     """
     true = getattr(args, "true_vocab_size", None)
     if isinstance(true, int):
         return true
     size = getattr(args, "vocab_size", None)
     null = getattr(args, "tokenizer_type", None) == "NullTokenizer"
-    return size + 1 if null and isinstance(size, int) else None
+    if not null or not isinstance(size, int):
+        return None
+    return size if hasattr(args, "null_tokenizer_eod_id") else size + 1
 
 
 def make_args(

@@ -28,6 +28,7 @@ from megatron_llmjp.convert.megatron_args import (
 from megatron_llmjp.convert.megatron_ranks import Gathered, new_name
 from megatron_llmjp.convert.optimizer_state import OptimizerState
 from megatron_llmjp.convert.tensors import FINAL_NORM, OUTPUT_LAYER, WORD_EMBEDDINGS
+from megatron_llmjp.convert.tokenizer_files import tokenizer_files
 from megatron_llmjp.convert.torch_archive import load
 from megatron_llmjp.errors import UserError
 
@@ -91,6 +92,7 @@ def _source(
             "the true vocabulary size is not in the checkpoint: its padding was kept; "
             "--vocab-size N trims it"
         )
+    tokenizer = folder / "tokenizer"  # from core 0.20 on
     return Source(
         "megatron-lm",
         folder,
@@ -99,6 +101,7 @@ def _source(
         layout,
         iteration=iteration if isinstance(iteration, int) else None,
         consumed_samples=getattr(args, "consumed_train_samples", None),
+        tokenizer=tokenizer if tokenizer.is_dir() and tokenizer_files(tokenizer) else None,
         seq_length=getattr(args, "seq_length", None),
         notes=notes,
         settings=settings_from_args(args),

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from megatron_llmjp.config.schema import ModelConfig
+from megatron_llmjp.convert.bucketed import is_bucketed, param_groups, unbucketed
 from megatron_llmjp.convert.dcp import StoredEntry, Writer
 from megatron_llmjp.convert.flattened import unflattened
 from megatron_llmjp.convert.formats import Options, Source, account
@@ -199,15 +200,14 @@ def from_torch_dist(
         where: the folder, for messages.
 
     Raises:
-        UserError: there is none, or it is cut by buckets instead of by tensors.
+        UserError: there is none, or it cannot be read.
     """
-    if any(key.startswith("optimizer.distributed.") for key in entries):
-        raise UserError(
-            f"{where}: its optimizer state is cut by buckets of its own run; load it there and "
-            "save it with --dist-ckpt-optim-fully-reshardable"
-        )
+    if is_bucketed(iter(entries)):
+        groups = param_groups(where)
+        tensors = unbucketed(model, entries, common_state.get("args"), where)
+        return make_state(tensors, groups[0].get("step"), groups, common_state, where)
     kinds = {**{kind: kind for kind in MOMENTS}, MAIN: MAIN, _MAIN_OF_PLAIN: MAIN}
-    tensors: dict[str, dict[str, Read]] = {}
+    tensors = {}
     for stored_kind, kind in kinds.items():
         prefix = f"{PREFIX}{stored_kind}."
         own = {k.removeprefix(prefix): e for k, e in entries.items() if k.startswith(prefix)}
