@@ -17,6 +17,7 @@ from megatron_llmjp.errors import UserError
 from megatron_llmjp.tokenizers import load_tokenizer
 from megatron_llmjp.tokenizers.sentencepiece_fast import export_hugging_face
 from megatron_llmjp.tokenizers.spm import SentencePieceTokenizer
+from megatron_llmjp.tokenizers.stored import stored_tokenizer
 from tests.support.tokenizer_files import write_gpt2, write_tiktoken
 
 TEXT = "吾輩は猫である。名前はまだ無い。\nHello,  world! def main():\n        return 42 🐈\n"
@@ -93,6 +94,40 @@ def test_gpt2_vocabularies_that_lose_text_are_refused(tmp_path):
         (tmp_path / "cut.txt").write_text("".join(lines[:kept]))
         with pytest.raises(UserError, match=r"cut.txt: its .* merges do not make .* is cut off"):
             load_tokenizer("GPT2BPETokenizer", vocab, merge_file=tmp_path / "cut.txt")
+
+
+def test_a_checkpoint_names_its_tokenizer(folder, tmp_path):
+    """By the names of today, and by those under which files were stored before."""
+    fast, model = (folder / "tokenizer.json").read_bytes(), folder / "tokenizer.model"
+    names = {
+        ("tokenizer.json",): "HuggingFaceTokenizer",
+        ("vocab.json", "merges.txt"): "GPT2BPETokenizer",
+        ("gpt2-vocab.json", "gpt2-merges.txt"): "GPT2BPETokenizer",
+        ("tiktoken.json",): "TikTokenizer",
+        ("llm-jp.model",): "SentencePieceTokenizer",
+    }
+    for number, (files, kind) in enumerate(names.items()):
+        stored = tmp_path / str(number)
+        stored.mkdir()
+        for name in files:
+            (stored / name).write_bytes(fast if name == "tokenizer.json" else b"")
+        assert stored_tokenizer(stored)["tokenizer_type"] == kind
+        assert stored_tokenizer(stored, kind) == stored_tokenizer(stored)
+        assert stored_tokenizer(stored, "ByteLevelTokenizer") == {}
+    assert stored_tokenizer(tmp_path / "4", "Llama2Tokenizer")["tokenizer_type"] == (
+        "Llama2Tokenizer"
+    )
+    assert stored_tokenizer(tmp_path / "nowhere", "Llama2Tokenizer") == {}
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "my.json").write_bytes(fast)
+    found = stored_tokenizer(tmp_path / "own", "HuggingFaceTokenizer")
+    assert found["tokenizer_model"] == str(tmp_path / "own" / "my.json")
+    mine = load_tokenizer("HuggingFaceTokenizer", tmp_path / "own" / "my.json")
+    assert list(mine.files()) == ["tokenizer.json"]
+    (tmp_path / "unnamed").write_bytes(model.read_bytes())
+    assert list(load_tokenizer("Llama2Tokenizer", tmp_path / "unnamed").files()) == [
+        "unnamed.model"
+    ]
 
 
 def write_words(path: Path, vocabulary: dict[str, int]) -> tokenizers.Tokenizer:

@@ -1,7 +1,7 @@
 """Byte-level BPE with the tiktoken library, as Megatron-LM's TikTokenizer reads it.
 
 Source of the behaviour: Megatron-LM megatron/training/tokenizer (core 0.12), CustomTikTokenizer.
-A special token that is spelled out in a text is text; newer Megatron-LM (core 0.15 on) finds it.
+A special token that is spelled out in a text is text; megatron-core's own class (0.16) finds it.
 """
 
 from __future__ import annotations
