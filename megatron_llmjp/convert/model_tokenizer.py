@@ -24,11 +24,13 @@ ENDS = {
     "TikTokenizer": ("</s>",),
 }
 """What ends a document by type, as a tokenizer.json of the same vocabulary spells it."""
-_OTHER_NAMES = RENAMED_VALUES["tokenizer_type"] | {
+_NAMES = {
+    **{name.lower(): name for name in TOKENIZER_TYPES},
+    **RENAMED_VALUES["tokenizer_type"],
     "hftokenizer": "HuggingFaceTokenizer",
     "pretrainedfromhf": "HuggingFaceTokenizer",
 }
-"""Megatron-DeepSpeed's names of types, in lower case."""
+"""Types by their names in lower case, Megatron-DeepSpeed's among them."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,8 @@ def open_tokenizer(source: Source, options: Options, rows: int) -> ModelTokenize
             gives other ids than the run's own.
     """
     given = options.tokenizer is not None
-    run_kind = _run_kind(source)
-    kind, notes = _kind(source, options, run_kind)
+    own_kind = run_kind(source)
+    kind, notes = _kind(source, options, own_kind)
     path = options.tokenizer or source.tokenizer
     files = tokenizer_files(path)
     tokenizer = _load(path, kind, source)
@@ -86,7 +88,8 @@ def open_tokenizer(source: Source, options: Options, rows: int) -> ModelTokenize
         )
     if tokenizer is not None:
         files = _renamed(files, tokenizer.files())
-    own = _load(source.tokenizer, run_kind, source) if given else None
+    read_as = None if own_kind == "NullTokenizer" else own_kind  # its ids may mean anything
+    own = _load(source.tokenizer, read_as, source) if given else None
     eod, problems = _end_of_document(kind, tokenizer, own)
     warnings = _check_vocabulary(source, options, tokenizer, rows) + problems
     if own is not None and tokenizer is not None:
@@ -101,23 +104,28 @@ def open_tokenizer(source: Source, options: Options, rows: int) -> ModelTokenize
     )
 
 
-def _run_kind(source: Source) -> str | None:
+def run_kind(source: Source) -> str | None:
     """The type that the run names, if it is known here."""
-    named = source.tokenizer_type or ""
-    kind = _OTHER_NAMES.get(named.lower(), named)
-    return kind if kind in TOKENIZER_TYPES else None
+    return _NAMES.get((source.tokenizer_type or "").lower())
 
 
 def _kind(source: Source, options: Options, own: str | None) -> tuple[str | None, list[str]]:
-    """The type that the user or the run names, and notes."""
+    """The type that the user or the run names, and notes.
+
+    Raises:
+        UserError: the user names a type that has no files, and files.
+    """
     named, asked = source.tokenizer_type, options.tokenizer_type
+    path = options.tokenizer or source.tokenizer
+    if asked in WITHOUT_FILES and options.tokenizer is not None:
+        raise UserError(f"--tokenizer-type {asked} reads no files: leave --tokenizer out")
     if asked is not None:
         other = named is not None and own not in (asked, "NullTokenizer")
         note = f"--tokenizer-type {asked} was taken in place of the run's {named}"
         return asked, [note] if other else []
     if named is not None and own is None:
         return None, [f"the run's tokenizer type {named} is not known here"]
-    if own in WITHOUT_FILES and options.tokenizer is not None:
+    if own in WITHOUT_FILES and path is not None:
         return None, [f"the run's type is {own}, which has no files"]
     return own, []
 

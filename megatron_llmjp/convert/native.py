@@ -18,7 +18,7 @@ from megatron_llmjp.config.schema import Config, ModelConfig
 from megatron_llmjp.convert import dcp, generation, mcore_names, optimizer_state
 from megatron_llmjp.convert.formats import Options, Source
 from megatron_llmjp.convert.json_files import write_json
-from megatron_llmjp.convert.model_tokenizer import open_tokenizer
+from megatron_llmjp.convert.model_tokenizer import open_tokenizer, run_kind
 from megatron_llmjp.convert.optimizer_state import OptimizerState
 from megatron_llmjp.convert.plan import Checksums, Output
 from megatron_llmjp.convert.regions import Region
@@ -26,7 +26,6 @@ from megatron_llmjp.convert.tensors import WORD_EMBEDDINGS
 from megatron_llmjp.convert.tokenizer_files import tokenizer_files
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.system import write_durably
-from megatron_llmjp.tokenizers import TOKENIZER_TYPES
 from megatron_llmjp.tokenizers.settings import TikTokenSettings
 
 _FILE_SIZE = 1_000_000_000
@@ -169,10 +168,8 @@ def _config(source: Source, options: Options) -> Config:
     positions = model.max_position_embeddings
     types = {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
     told = source.settings
-    kind = options.tokenizer_type or source.tokenizer_type
-    data = dict(told.get("data", {}))
-    if kind in TOKENIZER_TYPES:
-        data["tokenizer_type"] = kind
+    kind = options.tokenizer_type or run_kind(source)
+    data = {**told.get("data", {}), "tokenizer_type": kind}
     if kind == "TikTokenizer":
         data |= {f"tiktoken_{name}": value for name, value in asdict(source.tiktoken).items()}
     adam = optimizer_state.of_source(source).settings if options.with_optimizer else {}

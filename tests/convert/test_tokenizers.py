@@ -106,7 +106,7 @@ def test_a_fast_tokenizer_of_another_end_is_built_again(tmp_path, convert, megat
     (path.parent / "chat_template.jinja").write_text("{{ messages }}")
     for kind in ("Llama2Tokenizer", "SentencePieceTokenizer"):
         text = convert("--to", "hf", "--input", megatron, "--output", tmp_path / kind,
-                       "--tokenizer", path.parent, "--tokenizer-type", kind)  # fmt: skip
+                       "--tokenizer", path.parent, "--tokenizer-type", kind.lower())  # fmt: skip
         eod = 2 if kind == "Llama2Tokenizer" else 4
         assert ends(tmp_path / kind) == (eod, eod, eod)
         assert (tmp_path / kind / "chat_template.jinja").read_text() == "{{ messages }}"
@@ -170,6 +170,19 @@ def test_types_without_files_end_with_their_id(tmp_path, convert, megatron, kind
     assert "warning: the export has no tokenizer that AutoTokenizer reads" in text
     for name in ("config.json", "generation_config.json"):
         assert json.loads((tmp_path / "out" / name).read_text())["eos_token_id"] == eod
+
+
+def test_a_run_on_prepared_tokens_gets_the_given_tokenizer(tmp_path, convert, megatron):
+    """The run's NullTokenizer does not say what its ids are, and --tokenizer does."""
+    path = train(tmp_path / "tokenizer.model")
+    convert("--to", "native", "--input", megatron, "--output", tmp_path / "null",
+            "--tokenizer-type", "NullTokenizer")  # fmt: skip
+    convert("--to", "native", "--input", tmp_path / "null", "--output", tmp_path / "native",
+            "--tokenizer", path)  # fmt: skip
+    text = convert("--to", "hf", "--input", tmp_path / "native", "--output", tmp_path / "out")
+    assert "the run's type is NullTokenizer, which has no files" in text
+    assert "SentencePieceTokenizer was assumed" in text
+    assert ends(tmp_path / "out") == (4, 4, 4)
 
 
 def test_an_unknown_type_is_assumed_and_said(tmp_path, convert, megatron):
@@ -265,6 +278,9 @@ def test_tokenizers_that_do_not_fit_are_refused_or_warned_of(tmp_path, convert, 
     text = convert("--to", "megatron-lm", "--input", megatron, "--output", tmp_path / "lm",
                    "--tokenizer", own, code=2)  # fmt: skip
     assert "megatron-lm checkpoints hold no tokenizer" in text
+    text = convert("--to", "hf", "--input", megatron, "--output", tmp_path / "typo",
+                   "--tokenizer-type", "Llama2Tokeniser", code=2)  # fmt: skip
+    assert "did you mean" in text.lower() and "Llama2Tokenizer" in text
     fast = tmp_path / "model_only"
     text = convert("--to", "hf", "--input", megatron, "--output", fast, "--tokenizer-type",
                    "HuggingFaceTokenizer", "--tokenizer", own, code=2)  # fmt: skip
