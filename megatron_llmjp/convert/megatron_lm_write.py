@@ -10,6 +10,7 @@ from megatron_llmjp.checkpoint.manifest import folder_name
 from megatron_llmjp.config.schema import ModelConfig
 from megatron_llmjp.convert import dcp, mcore_names
 from megatron_llmjp.convert.formats import Options, Source
+from megatron_llmjp.convert.hf_keys import LLAMA3
 from megatron_llmjp.convert.megatron_args import make_args
 from megatron_llmjp.convert.megatron_lm import FILE, TRACKER
 from megatron_llmjp.convert.megatron_ranks import (
@@ -33,10 +34,20 @@ def plan(source: Source, options: Options) -> Output:
     """
     if source.model.use_parallel_residual:
         raise UserError(f"{source.path}: Megatron-LM has no layer with a parallel residual")
+    changed = [name for name in LLAMA3.values() if _is_changed(source.model, name)]
+    if source.model.use_rope_scaling and changed:
+        raise UserError(
+            f"{source.path}: Megatron-LM has LLaMA 3.1's constants built in, and no argument for "
+            + ", ".join(f"{name} {getattr(source.model, name)}" for name in changed)
+        )
     plan_format = _plan_torch_dist if options.megatron_format == "torch_dist" else _plan_legacy
     output = plan_format(source, options)
     output.notes += _notes(source.model)
     return output
+
+
+def _is_changed(model: ModelConfig, field: str) -> bool:
+    return bool(getattr(model, field) != ModelConfig.model_fields[field].default)
 
 
 def _notes(model: ModelConfig) -> list[str]:
