@@ -49,6 +49,9 @@ tokenizer types:
   ByteLevelTokenizer         UTF-8 bytes; --append-eod adds 256
   NullTokenizer              integers separated by spaces; --append-eod adds --vocab-size"""
 
+ORDINARY = "aZ5éя猫あ한ض🐈"
+"""Characters that a tokenizer should not drop."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
@@ -168,6 +171,8 @@ def preprocess(args: argparse.Namespace) -> int:
     found.report()
     sources = found.sources
     tokenizer = tokenizer_of(args)
+    if tokenizer.kind == "HuggingFaceTokenizer":
+        _warn_of_dropped(tokenizer)
     if args.tokenizer_hf_include_special_tokens:
         _include_special_tokens(tokenizer, args)
     if args.append_bos:
@@ -191,6 +196,16 @@ def preprocess(args: argparse.Namespace) -> int:
         return job.close()
     with output.named_errors():
         return job.run()
+
+
+def _warn_of_dropped(tokenizer: Tokenizer) -> None:
+    """Warn of a vocabulary that has neither all bytes nor an unknown token: text is lost."""
+    if dropped := [character for character in ORDINARY if not len(tokenizer.encode(character))]:
+        print(
+            "warning: the tokenizer drops characters that it has no token for, as AutoTokenizer "
+            f"does: {' '.join(dropped)} and others",
+            file=sys.stderr,
+        )
 
 
 def _check_bos(tokenizer: Tokenizer) -> None:

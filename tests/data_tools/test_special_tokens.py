@@ -137,3 +137,18 @@ def test_ids_that_transformers_gives_otherwise_are_refused(tmp_path: Path, capsy
     tokenizer.tokenizer.normalizer = tokenizers.normalizers.Lowercase()
     with pytest.raises(Exception, match="gives other ids of 'Hello"):
         tokenizer.include_special_tokens()
+
+
+def test_dropped_characters_are_warned_of(tmp_path: Path, model: Path, capsys) -> None:
+    """A vocabulary of letters, without bytes or an unknown token."""
+    letters = {
+        letter: number for number, letter in enumerate(["</s>", *"abcdefghijklmnopqrstuvwxyz"])
+    }
+    fast = tokenizers.Tokenizer(tokenizers.models.BPE(letters, []))
+    fast.save(str(tmp_path / "tokenizer.json"))
+    words = [*write_text(tmp_path, "a\u732bb"), "--tokenizer-type", "HuggingFaceTokenizer"]
+    assert main([*words, "--tokenizer-model", str(tmp_path)]) == 0
+    assert sequences(tmp_path) == [[1, 2]]
+    assert "the tokenizer drops characters" in capsys.readouterr().err
+    assert main([*words, "--tokenizer-model", str(model.parent), "--overwrite"]) == 0
+    assert "drops" not in capsys.readouterr().err
