@@ -10,6 +10,9 @@ from pathlib import Path
 SENTENCE_PIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 """Types that read a ``*.model``; the first where nothing says which."""
 
+GENERATION = "hf_generation.json"
+"""What ``convert_checkpoint`` stores next to a tokenizer, and is none itself."""
+
 
 def stored_tokenizer(folder: Path, kind: str | None = None) -> dict[str, str]:
     """Return the settings that read a checkpoint's tokenizer.
@@ -34,7 +37,8 @@ def stored_tokenizer(folder: Path, kind: str | None = None) -> dict[str, str]:
     models = _found(folder, "*.model")
     if models and (kind is None or kind in SENTENCE_PIECE):
         return _fields(kind or SENTENCE_PIECE[0], models[0])
-    if kind == "HuggingFaceTokenizer" and len(files := _found(folder, "*.json")) == 1:
+    files = [path for path in _found(folder, "*.json") if path.name != GENERATION]
+    if kind == "HuggingFaceTokenizer" and len(files) == 1:
         return _fields(kind, files[0])  # stored under its own name, as earlier versions did
     return {}
 

@@ -15,6 +15,7 @@ import transformers
 from megatron_llmjp.tokenizers.sample_texts import RARE_TEXTS, TEXTS
 from megatron_llmjp.tokenizers.sentencepiece_fast import export_hugging_face
 from megatron_llmjp.tokenizers.spm import load_sentencepiece
+from megatron_llmjp.tokenizers.stored import stored_tokenizer
 from tests.convert.hf_models import STYLES, llama
 from tests.support.tokenizer_files import write_tiktoken
 
@@ -335,3 +336,11 @@ def test_a_run_from_converted_weights_reads_the_tokenizer_as_its_type(tmp_path, 
         config = parse(words, own_configuration=add_own_configuration).config
         assert config.data.tokenizer_type == (kind or "SentencePieceTokenizer")
         assert Path(config.data.tokenizer_model).name == "tok.model"
+
+
+def test_generation_settings_are_no_tokenizer(tmp_path, convert):
+    llama(vocab_size=VOCABULARY).save_pretrained(tmp_path / "hf")
+    convert("--to", "native", "--input", tmp_path / "hf", "--output", tmp_path / "native")
+    folder = tmp_path / "native" / "iter_0000000" / "tokenizer"
+    assert [path.name for path in folder.iterdir()] == ["hf_generation.json"]
+    assert stored_tokenizer(folder, "HuggingFaceTokenizer") == {}
