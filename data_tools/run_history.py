@@ -24,7 +24,7 @@ from megatron_llmjp.data.folds.schedule import DatasetInfo, Schedule, Skips
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.run_data import RunData, as_known, cache_folder, prepare_data, run_tokenizer
 from megatron_llmjp.tokenizers import Tokenizer
-from megatron_llmjp.tokenizers.stored import stored_tokenizer
+from megatron_llmjp.tokenizers.registry import stored_tokenizer
 
 if TYPE_CHECKING:
     from megatron_llmjp.data.lineage import Lineage

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from megatron_llmjp.config.megatron_flags import with_dashes
+from megatron_llmjp.config.megatron_flags import RENAMED_VALUES, with_dashes
 from megatron_llmjp.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USER_ERROR, UserError, suggest
 from megatron_llmjp.tokenizers import TOKENIZER_TYPES
 
@@ -98,7 +98,7 @@ def _add_places(add: Callable[..., Any]) -> None:
     )
     add(
         "--tokenizer-type",
-        choices=TOKENIZER_TYPES,
+        type=_tokenizer_type,
         metavar="TYPE",
         help="the run's tokenizer type, which decides what ends a text; the source's own when not "
         f"given: {', '.join(TOKENIZER_TYPES)}",
@@ -221,6 +221,17 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"expected a positive whole number, found '{text}'")
     return int(text)
+
+
+def _tokenizer_type(word: str) -> str:
+    """A type as pretrain_gpt reads it: in any case, or by Megatron-DeepSpeed's name."""
+    names = {name.lower(): name for name in TOKENIZER_TYPES} | RENAMED_VALUES["tokenizer_type"]
+    if word.lower() not in names:
+        raise argparse.ArgumentTypeError(
+            f"no such type: '{word}'{suggest(word, TOKENIZER_TYPES)} "
+            f"Possible: {', '.join(TOKENIZER_TYPES)}"
+        )
+    return names[word.lower()]
 
 
 def _size(text: str) -> int:
