@@ -48,6 +48,9 @@ tokenizer types:
   ByteLevelTokenizer         UTF-8 bytes; --append-eod adds 256
   NullTokenizer              integers separated by spaces; --append-eod adds --vocab-size"""
 
+ORDINARY = "aZ5éя猫あ한ض🐈"
+"""Characters that a tokenizer should not drop."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
@@ -115,6 +118,18 @@ def _add_encoding(add: Callable[..., Any]) -> None:
         action="store_true",
         help="begin each document with the BOS token",
     )
+    add(
+        "--tokenizer-hf-include-special-tokens",
+        action="store_true",
+        help="with HuggingFaceTokenizer: write the special tokens that transformers adds around "
+        "each text, as Megatron-LM does up to core 0.14 and from 0.17 on",
+    )
+    add(
+        "--tokenizer-hf-no-include-special-tokens",
+        dest="tokenizer_hf_include_special_tokens",
+        action="store_false",
+        help="write none of them (default)",
+    )
 
 
 def _add_limits(add: Callable[..., Any]) -> None:
@@ -155,6 +170,10 @@ def preprocess(args: argparse.Namespace) -> int:
     found.report()
     sources = found.sources
     tokenizer = tokenizer_of(args)
+    if tokenizer.kind == "HuggingFaceTokenizer":
+        _warn_of_dropped(tokenizer)
+    if args.tokenizer_hf_include_special_tokens:
+        _include_special_tokens(tokenizer, args)
     if args.append_bos:
         _check_bos(tokenizer)
     if args.sentencepiece_twin:
@@ -182,11 +201,52 @@ def preprocess(args: argparse.Namespace) -> int:
         return job.run()
 
 
+def _warn_of_dropped(tokenizer: Tokenizer) -> None:
+    """Warn of a vocabulary that has neither all bytes nor an unknown token: text is lost."""
+    if dropped := [character for character in ORDINARY if not len(tokenizer.encode(character))]:
+        print(
+            "warning: the tokenizer drops characters that it has no token for, as AutoTokenizer "
+            f"does: {' '.join(dropped)} and others",
+            file=sys.stderr,
+        )
+
+
 def _check_bos(tokenizer: Tokenizer) -> None:
     if tokenizer.bos_id is None:
         raise UserError(f"--append-bos: {tokenizer.kind} has no BOS token in this vocabulary")
-    if tokenizer.kind == "Llama2Tokenizer":
-        raise UserError("--append-bos: Llama2Tokenizer writes BOS by itself; leave the flag out")
+    if tokenizer.bos_id in tokenizer.encode("")[:1]:
+        raise UserError(
+            f"--append-bos: {tokenizer.kind} writes BOS before each text by itself: leave "
+            "--append-bos out"
+        )
+
+
+def _include_special_tokens(tokenizer: Tokenizer, args: argparse.Namespace) -> None:
+    """Let the tokenizer write special tokens around texts, and print which.
+
+    Raises:
+        UserError: it has no such tokens, or another flag writes the same ones.
+    """
+    flag = "--tokenizer-hf-include-special-tokens"
+    if args.sentencepiece_twin:
+        raise UserError(f"{flag} and --sentencepiece-twin exclude each other: leave one out")
+    if args.tokenizer_type != "HuggingFaceTokenizer":
+        raise UserError(
+            f"{flag} is for --tokenizer-type HuggingFaceTokenizer; with {args.tokenizer_type} "
+            "--append-bos and --append-eod write special tokens"
+        )
+    from megatron_llmjp.tokenizers.hugging_face import HuggingFaceTokenizer
+
+    assert isinstance(tokenizer, HuggingFaceTokenizer)
+    tokenizer.include_special_tokens()
+    before, after = ([tokenizer.piece(i) for i in ids] for ids in tokenizer.added)
+    print(f"Special tokens before each text: {before}, after it: {after}", file=sys.stderr)
+    if args.append_eod and tokenizer.eod_id in tokenizer.added.after:
+        print(
+            f"warning: --append-eod writes {tokenizer.piece(tokenizer.eod_id)} once more after "
+            "each document, as in Megatron-LM; leave it out to write it once",
+            file=sys.stderr,
+        )
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -30,7 +30,7 @@ from megatron_llmjp.run_data import (
     with_stored_keys,
 )
 from megatron_llmjp.tokenizers import Tokenizer
-from megatron_llmjp.tokenizers.stored import stored_tokenizer
+from megatron_llmjp.tokenizers.registry import stored_tokenizer
 
 if TYPE_CHECKING:
     from megatron_llmjp.data.lineage import Lineage

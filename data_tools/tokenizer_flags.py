@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_llmjp.arguments import positive_int
+from megatron_llmjp.config.megatron_flags import RENAMED_VALUES
 from megatron_llmjp.tokenizers import TOKENIZER_TYPES, Tokenizer, load_tokenizer
-from megatron_llmjp.tokenizers.settings import TikTokenSettings
+from megatron_llmjp.tokenizers.registry import TikTokenSettings
 
 _DEFAULTS = TikTokenSettings()
 
@@ -22,7 +23,7 @@ def add_tokenizer_flags(add: Callable[..., Any], required: bool = True, use: str
         use: what the tokenizer is for, where that is not plain.
     """
     types = ", ".join(TOKENIZER_TYPES)
-    add("--tokenizer-type", required=required, metavar="TYPE", help=f"{use}{types}")
+    add("--tokenizer-type", required=required, type=_type, metavar="TYPE", help=f"{use}{types}")
     add("--tokenizer-model", metavar="PATH", help="model file or folder of the tokenizer")
     add("--vocab-file", metavar="FILE", help="vocabulary of GPT2BPETokenizer, or a *.model")
     add("--merge-file", metavar="FILE", help="merges of GPT2BPETokenizer")
@@ -53,6 +54,12 @@ def add_tokenizer_flags(add: Callable[..., Any], required: bool = True, use: str
         metavar="TOKEN",
         help="names of TikTokenizer's first ids (default: <unk> <s> </s>)",
     )
+
+
+def _type(word: str) -> str:
+    """Return a type as pretrain_gpt reads it: in any case, or by Megatron-DeepSpeed's name."""
+    names = {name.lower(): name for name in TOKENIZER_TYPES} | RENAMED_VALUES["tokenizer_type"]
+    return names.get(word.lower(), word)
 
 
 def tokenizer_of(args: argparse.Namespace) -> Tokenizer:

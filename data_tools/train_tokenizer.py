@@ -130,16 +130,15 @@ def train_tokenizer(args: argparse.Namespace) -> int:
 def _export(folder: Path, eod_token: str, texts: Sequence[str]) -> None:
     """Write the model of a folder as a Hugging Face tokenizer, and compare both on texts."""
     from megatron_llmjp.tokenizers import load_tokenizer
-    from megatron_llmjp.tokenizers.comparison import compare
-    from megatron_llmjp.tokenizers.sample_texts import RARE_TEXTS
+    from megatron_llmjp.tokenizers.comparison import RARE_TEXTS, compare
     from megatron_llmjp.tokenizers.sentencepiece import load_sentencepiece
-    from megatron_llmjp.tokenizers.sentencepiece_fast import export_hugging_face
+    from megatron_llmjp.tokenizers.sentencepiece_fast import export_hugging_face, own_texts
 
     kind = "SentencePieceTokenizer" if eod_token == "<EOD>" else "Llama2Tokenizer"
     model = load_sentencepiece(kind, folder / FILES[0])
     export_hugging_face(model, folder)
     exported = load_tokenizer("HuggingFaceTokenizer", folder)
-    print(compare(model, exported, [*texts, *RARE_TEXTS]).report())
+    print(compare(model, exported, [*texts, *RARE_TEXTS, *own_texts(model)]).report())
 
 
 def train_unigram(texts: Sequence[str], vocab_size: int, coverage: float = 0.9995) -> bytes:

@@ -6,12 +6,12 @@ import io
 
 import pytest
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 
 from megatron_llmjp.tokenizers import load_tokenizer
-from megatron_llmjp.tokenizers.comparison import compare
-from megatron_llmjp.tokenizers.sample_texts import RARE_TEXTS, TEXTS
+from megatron_llmjp.tokenizers.comparison import RARE_TEXTS, TEXTS, compare
 from megatron_llmjp.tokenizers.sentencepiece import TYPES, load_sentencepiece
-from megatron_llmjp.tokenizers.sentencepiece_fast import export_hugging_face
+from megatron_llmjp.tokenizers.sentencepiece_fast import export_hugging_face, own_texts
 
 LLAMA2 = {
     "model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity",
@@ -69,6 +69,25 @@ def test_special_tokens_that_megatron_adds_have_its_ids(tmp_path):
     export_hugging_face(tokenizer, tmp_path, rows=tokenizer.processor.get_piece_size())
     fast = load_tokenizer("HuggingFaceTokenizer", tmp_path)
     assert fast.vocab_size == tokenizer.processor.get_piece_size()
+
+
+def test_user_defined_and_unused_pieces(tmp_path):
+    """SentencePiece always finds the former and never gives the latter."""
+    model = sentencepiece_model_pb2.ModelProto.FromString(
+        train(**LLM_JP, user_defined_symbols=["<tool>", "猫で"])
+    )
+    plain = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+    used = plain.encode(TEXTS[0], out_type=str)
+    longest = max(used, key=len)
+    model.pieces[plain.piece_to_id(longest)].type = 5  # unused
+    (tmp_path / "any.model").write_bytes(model.SerializeToString())
+    tokenizer = load_sentencepiece("Llama2Tokenizer", tmp_path / "any.model")
+    export_hugging_face(tokenizer, tmp_path)
+    fast = load_tokenizer("HuggingFaceTokenizer", tmp_path)
+    texts = own_texts(tokenizer)
+    assert texts == ["a<tool>b <tool>\n<tool>", "a猫でb 猫で\n猫で"]
+    assert not compare(tokenizer, fast, [*TEXTS, *texts]).differences
+    assert longest not in [fast.piece(i) for i in fast.encode(TEXTS[0])]
 
 
 def test_differences_are_reported_with_their_place(tmp_path):

@@ -15,8 +15,10 @@ import tokenizers
 from data_tools.train_tokenizer import SPECIALS, train_unigram
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.tokenizers import load_tokenizer
+from megatron_llmjp.tokenizers.registry import stored_tokenizer
 from megatron_llmjp.tokenizers.sentencepiece import SentencePieceTokenizer
 from megatron_llmjp.tokenizers.sentencepiece_fast import export_hugging_face
+from tests.support.tokenizer_files import write_gpt2, write_tiktoken
 
 TEXT = "吾輩は猫である。名前はまだ無い。\nHello,  world! def main():\n        return 42 🐈\n"
 
@@ -40,12 +42,92 @@ def test_a_tokenizer_of_the_other_kind_names_its_type(folder, tmp_path):
         ("HuggingFaceTokenizer", tmp_path, sentence_piece),
         ("SentencePieceTokenizer", other, f"{hugging_face} {other}"),
         ("Llama2Tokenizer", folder, f"{hugging_face} {folder}"),
-        ("Llama2Tokenizer", tmp_path, f"give {tmp_path / 'tokenizer.model'}"),
+        ("Llama2Tokenizer", tmp_path, f"--tokenizer-model {tmp_path / 'tokenizer.model'}"),
     ]
     for kind, path, words in wrong:
         with pytest.raises(UserError) as error:
             load_tokenizer(kind, path)
         assert words in str(error.value), str(error.value)
+
+
+def test_json_of_another_type_names_its_type(folder, tmp_path):
+    write_gpt2(tmp_path / "vocab.json", tmp_path / "merges.txt")
+    write_tiktoken(tmp_path / "list.json", 280)
+    (tmp_path / "merges.json").write_text("[1]")
+    vocab, tik, fast = tmp_path / "vocab.json", tmp_path / "list.json", folder / "tokenizer.json"
+    wrong = [
+        ("HuggingFaceTokenizer", tmp_path, "GPT2BPETokenizer --vocab-file"),
+        ("HuggingFaceTokenizer", vocab, "GPT2BPETokenizer --vocab-file"),
+        ("HuggingFaceTokenizer", tik, "TikTokenizer --tokenizer-model"),
+        ("SentencePieceTokenizer", tik, "TikTokenizer --tokenizer-model"),
+        ("Llama2Tokenizer", vocab, "GPT2BPETokenizer --vocab-file"),
+        ("TikTokenizer", vocab, "GPT2BPETokenizer --vocab-file"),
+        ("TikTokenizer", fast, "HuggingFaceTokenizer --tokenizer-model"),
+        ("GPT2BPETokenizer", tik, "TikTokenizer --tokenizer-model"),
+        ("GPT2BPETokenizer", fast, "HuggingFaceTokenizer --tokenizer-model"),
+    ]
+    for kind, path, words in wrong:
+        merges = tmp_path / "merges.txt"
+        with pytest.raises(UserError) as error:
+            load_tokenizer(kind, path, merge_file=merges)
+        assert f"it is read with --tokenizer-type {words} {path}" in str(error.value)
+
+
+def test_gpt2_vocabularies_that_lose_text_are_refused(tmp_path):
+    """Characters without a token were skipped, and a file of merges could end anywhere."""
+    vocab, merges = write_gpt2(tmp_path / "v.json", tmp_path / "m.txt")
+    tokens, lines = json.loads(vocab.read_text()), merges.read_text().splitlines(keepends=True)
+    assert load_tokenizer("GPT2BPETokenizer", vocab, merge_file=merges).vocab_size == 350
+    without_a = {token: number for token, number in tokens.items() if token != "a"}
+    wrong = {
+        json.dumps(without_a): "1 of the 256 bytes have no token, such as 'a'",
+        json.dumps(tokens | {"a": tokens["b"]}): "id .* is given to several tokens",
+        json.dumps(tokens | {"zzz": 350}): "do not make 1 tokens of .*, such as 'zzz'",
+        json.dumps(tokens | {"a": 1.5}): "expected a JSON object of tokens and their ids",
+        vocab.read_text()[:900]: "not valid JSON",
+    }
+    for text, message in wrong.items():
+        (tmp_path / "wrong.json").write_text(text)
+        with pytest.raises(UserError, match=message):
+            load_tokenizer("GPT2BPETokenizer", tmp_path / "wrong.json", merge_file=merges)
+    for kept in (0, 1, len(lines) - 1):
+        (tmp_path / "cut.txt").write_text("".join(lines[:kept]))
+        with pytest.raises(UserError, match=r"cut.txt: its .* merges do not make .* is cut off"):
+            load_tokenizer("GPT2BPETokenizer", vocab, merge_file=tmp_path / "cut.txt")
+
+
+def test_a_checkpoint_names_its_tokenizer(folder, tmp_path):
+    """By the names of today, and by those under which files were stored before."""
+    fast, model = (folder / "tokenizer.json").read_bytes(), folder / "tokenizer.model"
+    names = {
+        ("tokenizer.json",): "HuggingFaceTokenizer",
+        ("vocab.json", "merges.txt"): "GPT2BPETokenizer",
+        ("gpt2-vocab.json", "gpt2-merges.txt"): "GPT2BPETokenizer",
+        ("tiktoken.json",): "TikTokenizer",
+        ("llm-jp.model",): "SentencePieceTokenizer",
+    }
+    for number, (files, kind) in enumerate(names.items()):
+        stored = tmp_path / str(number)
+        stored.mkdir()
+        for name in files:
+            (stored / name).write_bytes(fast if name == "tokenizer.json" else b"")
+        assert stored_tokenizer(stored)["tokenizer_type"] == kind
+        assert stored_tokenizer(stored, kind) == stored_tokenizer(stored)
+        assert stored_tokenizer(stored, "ByteLevelTokenizer") == {}
+    assert stored_tokenizer(tmp_path / "4", "Llama2Tokenizer")["tokenizer_type"] == (
+        "Llama2Tokenizer"
+    )
+    assert stored_tokenizer(tmp_path / "nowhere", "Llama2Tokenizer") == {}
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "my.json").write_bytes(fast)
+    found = stored_tokenizer(tmp_path / "own", "HuggingFaceTokenizer")
+    assert found["tokenizer_model"] == str(tmp_path / "own" / "my.json")
+    mine = load_tokenizer("HuggingFaceTokenizer", tmp_path / "own" / "my.json")
+    assert list(mine.files()) == ["tokenizer.json"]
+    (tmp_path / "unnamed").write_bytes(model.read_bytes())
+    assert list(load_tokenizer("Llama2Tokenizer", tmp_path / "unnamed").files()) == [
+        "unnamed.model"
+    ]
 
 
 def write_words(path: Path, vocabulary: dict[str, int]) -> tokenizers.Tokenizer:
@@ -233,6 +315,7 @@ NEW = {"content": "<new>", "lstrip": True, "rstrip": True, "special": False}
         {"additional_special_tokens": ["<x>"], "pad_token": "<pad>"},
         {"added_tokens_decoder": {"300": NEW | {"single_word": False, "normalized": False}}},
         {"tokenizer_class": "GPT2TokenizerFast", "add_prefix_space": True},
+        {"add_bos_token": True, "bos_token": "<s>"},
     ],
 )
 def test_same_ids_as_auto_tokenizer(settings, tmp_path):
@@ -250,3 +333,8 @@ def test_same_ids_as_auto_tokenizer(settings, tmp_path):
         expected = theirs(text, add_special_tokens=False).input_ids
         assert ours.encode(text).tolist() == expected
         assert ours.encode_batch([text, TEXT])[0].tolist() == expected
+    ours.include_special_tokens()
+    for text in (TEXT, "a b</s>c", ""):
+        expected = theirs(text).input_ids
+        assert ours.encode(text).tolist() == expected
+        assert ours.encode_batch([TEXT, text])[1].tolist() == expected

@@ -144,8 +144,9 @@ class PreprocessJob:
             },
             "sources": [source.identity() for source in sources],
         }
-        if args.append_bos:
-            self.recipe["options"]["append_bos"] = True
+        for name in ("append_bos", "tokenizer_hf_include_special_tokens"):
+            if getattr(args, name):
+                self.recipe["options"][name] = True
         if shard is not None:
             self.recipe["shard"] = shard
         # A part of an array may have no documents: merge_datasets looks at the whole.

@@ -23,12 +23,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from megatron_llmjp.data.folds.fingerprint import FoldFingerprint
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.filesystem import file_crc32, retry_transient, write_atomically
+from megatron_llmjp.tokenizers import registry
 
 MANIFEST = "manifest.json"
 CONFIG = "config.yaml"
 FOLDS = "folds.yaml"
 TOKENIZER = "tokenizer"
-GENERATION = f"{TOKENIZER}/hf_generation.json"
+GENERATION = f"{TOKENIZER}/{registry.GENERATION}"
 """How a model that came from Hugging Face generates text; ``convert_checkpoint`` writes it."""
 TRACKER = "latest_checkpointed_iteration.txt"
 TENSOR_SUFFIX = ".distcp"

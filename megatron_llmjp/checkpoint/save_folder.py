@@ -27,7 +27,8 @@ LATEST = "latest"
 
 _CHECKPOINT = re.compile(r"iter_\d+|release|global_step\d+")
 """Folders that Megatron-LM, Megatron-DeepSpeed and this program save to."""
-_OWN = (manifests.CONFIG, manifests.FOLDS, manifests.TOKENIZER)
+_OWN = (manifests.CONFIG, manifests.FOLDS)
+"""Files that no other program writes; Megatron-LM from core 0.20 on has a ``tokenizer``, too."""
 
 
 @dataclass(frozen=True)

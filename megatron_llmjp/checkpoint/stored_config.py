@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.config.loading import ConfigLayers, load_config
 from megatron_llmjp.config.schema import SECTION_OF, DataConfig, ModelConfig, OptimizerConfig
-from megatron_llmjp.tokenizers.stored import stored_tokenizer
+from megatron_llmjp.tokenizers.registry import stored_tokenizer
 
 _TIKTOKEN = [name for name in DataConfig.model_fields if name.startswith("tiktoken_")]
 _BATCHES = (
@@ -40,19 +40,22 @@ def add_stored_config(root: Path, layers: ConfigLayers) -> bool:
         return False
     folder = manifests.newest_checkpoint(root)
     config, source = load_config(folder / manifests.CONFIG), str(folder / manifests.CONFIG)
-    names = [*ModelConfig.model_fields, "seq_length"]
+    names = [*ModelConfig.model_fields, "seq_length", *_TIKTOKEN]
     if manifests.read_manifest(folder).contents == "full":
-        names += [*OptimizerConfig.model_fields, *_BATCHES, "tokenizer_type", *_TIKTOKEN]
+        names += [*OptimizerConfig.model_fields, *_BATCHES, "tokenizer_type"]
     for name in names:
         value = getattr(getattr(config, SECTION_OF[name]), name)
         if value is not None and name != "padded_vocab_size":
             layers.set(name, value, source)
-    _add_tokenizer(folder / manifests.TOKENIZER, layers)
+    _add_tokenizer(folder / manifests.TOKENIZER, config.data.tokenizer_type, layers)
     return True
 
 
-def _add_tokenizer(folder: Path, layers: ConfigLayers) -> None:
-    """The files in the checkpoint; their kind where the configuration does not name it."""
-    kind = layers.values.get("data", {}).get("tokenizer_type")
-    for name, value in stored_tokenizer(folder, kind).items():
+def _add_tokenizer(folder: Path, stored_type: str | None, layers: ConfigLayers) -> None:
+    """The files in the checkpoint; their type where neither flags nor the checkpoint name it."""
+    given = layers.values.get("data", {}).get("tokenizer_type")
+    found = stored_tokenizer(folder, given or stored_type)
+    if not found and given is None:
+        found = stored_tokenizer(folder)
+    for name, value in found.items():
         layers.set(name, value, str(folder))

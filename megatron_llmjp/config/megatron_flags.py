@@ -304,10 +304,14 @@ def _complete_model(layers: ConfigLayers, exact_gelu: bool) -> None:
 def _set_vocabulary(layers: ConfigLayers, path: str) -> None:
     """The vocabulary of GPT2BPETokenizer; or Megatron-DeepSpeed's name of a SentencePiece model."""
     kind = _value(layers, "tokenizer_type", None)
+    if kind is None and not path.endswith(".model"):
+        # What pretrain_gpt.py of Megatron-LM and Megatron-DeepSpeed reads where no type is given.
+        kind = "GPT2BPETokenizer"
+        layers.set("tokenizer_type", kind, "Megatron-LM's default")
     if kind != "GPT2BPETokenizer" and not path.endswith(".model"):
         raise UserError(
             f"{VOCABULARY} {path}: is for --tokenizer-type GPT2BPETokenizer, or a SentencePiece "
-            f"model (*.model); {kind or 'no tokenizer type'} is given"
+            f"model (*.model); {kind} is given"
         )
     layers.set("tokenizer_model", path, f"flag {VOCABULARY}")
 

@@ -73,6 +73,21 @@ class ModelConfig(Section):
     rope_scaling_factor: float = Field(
         8.0, gt=0.0, description="how far use_rope_scaling stretches the low frequencies"
     )
+    rope_scaling_low_freq_factor: float = Field(
+        1.0,
+        gt=0.0,
+        description="use_rope_scaling: turns within the original length below which a "
+        "frequency is low",
+    )
+    rope_scaling_high_freq_factor: float = Field(
+        4.0,
+        gt=0.0,
+        description="use_rope_scaling: turns within the original length above which a "
+        "frequency is kept",
+    )
+    rope_scaling_original_max_position_embeddings: PositiveInt = Field(
+        8192, description="use_rope_scaling: the length that the model was made for at first"
+    )
     normalization: Literal["RMSNorm", "LayerNorm"] = Field("RMSNorm", description="kind of norm")
     norm_epsilon: float = Field(1e-5, gt=0.0, description="epsilon inside the norms")
     activation_function: Literal["swiglu", "gelu", "gelu_tanh"] = Field(

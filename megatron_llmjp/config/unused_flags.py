@@ -65,8 +65,8 @@ _BY_REASON: dict[str, str] = {
         --use-legacy-static-engine --max-seqlen-per-dp-cp-rank --no-inference-wandb-logging""",
     "the tokenizer's own files say it": """
         --tokenizer-metadata --tokenizer-hf-use-fast --no-tokenizer-hf-use-fast --legacy-tokenizer
-        --tokenizer-hf-include-special-tokens --tokenizer-sentencepiece-legacy
-        --trust-remote-code""",
+        --tokenizer-sentencepiece-legacy --trust-remote-code""",
+    "preprocess_data has it: a run reads token ids": "--tokenizer-hf-include-special-tokens",
     # processes
     "ranks are found from torchrun, srun or mpirun": """
         --use-mpi --local-rank --lazy-mpu-init --standalone-embedding-stage

@@ -187,6 +187,12 @@ def _positions(config: Config) -> Iterator[str]:
                 f"rotary_percent {model.rotary_percent} of heads of {model.head_dim} rotates "
                 f"{rotated} numbers, which make no pairs: choose an even part of the head"
             )
+        low, high = model.rope_scaling_low_freq_factor, model.rope_scaling_high_freq_factor
+        if model.use_rope_scaling and low >= high:
+            yield (
+                f"rope_scaling_low_freq_factor {low} must be below rope_scaling_high_freq_factor "
+                f"{high}"
+            )
         return
     for name, given in (
         ("use_rope_scaling", model.use_rope_scaling),

@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_llmjp.arguments import CommandLineParser, parse_size, positive_int
-from megatron_llmjp.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USER_ERROR, UserError
+from megatron_llmjp.config.megatron_flags import RENAMED_VALUES
+from megatron_llmjp.errors import (
+    EXIT_DONE,
+    EXIT_FAILURE,
+    EXIT_USER_ERROR,
+    UserError,
+    did_you_mean,
+)
 from megatron_llmjp.tokenizers import TOKENIZER_TYPES
 
 if TYPE_CHECKING:
@@ -90,7 +97,7 @@ def _add_places(add: Callable[..., Any]) -> None:
     )
     add(
         "--tokenizer-type",
-        choices=TOKENIZER_TYPES,
+        type=_tokenizer_type,
         metavar="TYPE",
         help="the run's tokenizer type, which decides what ends a text; the source's own when not "
         f"given: {', '.join(TOKENIZER_TYPES)}",
@@ -207,6 +214,17 @@ def _add_writing(add: Callable[..., Any]) -> None:
         "state) in order to compare the files' checksums",
     )
     add("--dry-run", action="store_true", help="print every tensor and file; write nothing")
+
+
+def _tokenizer_type(word: str) -> str:
+    """A type as pretrain_gpt reads it: in any case, or by Megatron-DeepSpeed's name."""
+    names = {name.lower(): name for name in TOKENIZER_TYPES} | RENAMED_VALUES["tokenizer_type"]
+    if word.lower() not in names:
+        raise argparse.ArgumentTypeError(
+            f"no such type: '{word}'{did_you_mean(word, TOKENIZER_TYPES)} "
+            f"Possible: {', '.join(TOKENIZER_TYPES)}"
+        )
+    return names[word.lower()]
 
 
 def _size(text: str) -> int:

@@ -298,6 +298,8 @@ def prepare(source_format: str | None, target: str, path: Path, options: Options
         if options.vocab_size > source.rows:
             raise UserError(f"--vocab-size {options.vocab_size}: {path} has {source.rows} rows")
         source.model = source.model.model_copy(update={"vocab_size": options.vocab_size})
+    if (size := source.model.vocab_size or 0) > source.rows:
+        raise UserError(f"{path}: a vocabulary of {size} in {source.rows} rows; give --vocab-size")
     if target.startswith("megatron") and (options.tokenizer or options.tokenizer_type):
         raise UserError(f"--tokenizer, --tokenizer-type: {target} checkpoints hold no tokenizer")
     if options.with_optimizer and target not in ("native", "megatron-deepspeed"):

@@ -53,6 +53,8 @@ def describe(path: Path, ignored_args: frozenset[str] = frozenset()) -> str:
     except UserError as error:
         possible = [name for name in possible if name != "hf"]
         lines.append(f"  {error}")
+    stored = "" if source.tokenizer is None else f", in {source.tokenizer}"
+    lines.append(f"  tokenizer: {source.tokenizer_type or 'of unknown type'}{stored}")
     lines.append(f"  can be converted to: {', '.join(possible)}")
     return "\n".join([*lines, *(f"  note: {note}" for note in source.notes)])
 

@@ -1,4 +1,9 @@
-"""The tokenizer of a converted model: which files, of which type, with which end of text."""
+"""The tokenizer of a converted model: its files, its type and its end of text.
+
+The files of a tokenizer in a folder; they travel with a model byte for byte.
+
+The tokenizer of a converted model: which files, of which type, with which end of text.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +12,49 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_llmjp.config.megatron_flags import RENAMED_VALUES
-from megatron_llmjp.convert.formats.hugging_face.tokenizer import NAMES, PATTERNS, tokenizer_files
 from megatron_llmjp.convert.formats.registry import Options, Source
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.tokenizers import TOKENIZER_TYPES, Tokenizer, load_tokenizer
 from megatron_llmjp.tokenizers.hugging_face import HuggingFaceTokenizer
-from megatron_llmjp.tokenizers.stored import SENTENCE_PIECE, stored_tokenizer
+from megatron_llmjp.tokenizers.registry import SENTENCE_PIECE, stored_tokenizer
+
+NAMES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tiktoken.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+PATTERNS = ("*.model", "*vocab*.json", "*merges*.txt")
+"""SentencePiece models, and both files of GPT2BPETokenizer, under names of their own."""
+
+
+def tokenizer_files(folder: Path | None) -> dict[str, Path]:
+    """Return the tokenizer files of a folder by name, in order of their names.
+
+    Args:
+        folder: of the tokenizer, or a single file.
+
+    Raises:
+        UserError: nothing of this name is there.
+    """
+    if folder is None:
+        return {}
+    if folder.is_file():
+        return {folder.name: folder}
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no tokenizer is there; give a folder or a file")
+    paths = [path for pattern in PATTERNS for path in folder.glob(pattern)]
+    paths += [folder / name for name in NAMES]
+    return {path.name: path for path in sorted(set(paths)) if path.is_file()}
+
 
 WITHOUT_FILES = ("NullTokenizer", "ByteLevelTokenizer")
 _SENTENCE_ENDS = ("</s>", "</s|LLM-jp>")
@@ -24,11 +66,13 @@ ENDS = {
     "TikTokenizer": ("</s>",),
 }
 """What ends a document by type, as a tokenizer.json of the same vocabulary spells it."""
-_OTHER_NAMES = RENAMED_VALUES["tokenizer_type"] | {
+_NAMES = {
+    **{name.lower(): name for name in TOKENIZER_TYPES},
+    **RENAMED_VALUES["tokenizer_type"],
     "hftokenizer": "HuggingFaceTokenizer",
     "pretrainedfromhf": "HuggingFaceTokenizer",
 }
-"""Megatron-DeepSpeed's names of types, in lower case."""
+"""Types by their names in lower case, Megatron-DeepSpeed's among them."""
 
 
 @dataclass(frozen=True)
@@ -74,15 +118,20 @@ def open_tokenizer(source: Source, options: Options, rows: int) -> ModelTokenize
             gives other ids than the run's own.
     """
     given = options.tokenizer is not None
-    kind, notes = _kind(source, options)
-    files = tokenizer_files(options.tokenizer or source.tokenizer)
-    if given and not files:
+    own_kind = run_kind(source)
+    kind, notes = _kind(source, options, own_kind)
+    path = options.tokenizer or source.tokenizer
+    files = tokenizer_files(path)
+    tokenizer = _load(path, kind, source)
+    if given and tokenizer is None:
         raise UserError(
-            f"--tokenizer {options.tokenizer}: holds no tokenizer; looked for "
-            f"{', '.join((*NAMES, *PATTERNS))}"
+            f"--tokenizer {path}: holds no tokenizer; expected tokenizer.json, a SentencePiece "
+            "*.model, vocab.json with merges.txt, or tiktoken.json"
         )
-    tokenizer = _load(options.tokenizer or source.tokenizer, kind, source)
-    own = _load(source.tokenizer, kind, source) if given else None
+    if tokenizer is not None:
+        files = _renamed(files, tokenizer.files())
+    read_as = None if own_kind == "NullTokenizer" else own_kind  # its ids may mean anything
+    own = _load(source.tokenizer, read_as, source) if given else None
     eod, problems = _end_of_document(kind, tokenizer, own)
     warnings = _check_vocabulary(source, options, tokenizer, rows) + problems
     if own is not None and tokenizer is not None:
@@ -97,17 +146,28 @@ def open_tokenizer(source: Source, options: Options, rows: int) -> ModelTokenize
     )
 
 
-def _kind(source: Source, options: Options) -> tuple[str | None, list[str]]:
-    """The type that the user or the run names, and notes."""
-    named = source.tokenizer_type
-    own = _OTHER_NAMES.get(named.lower(), named) if named else None
-    if options.tokenizer_type is not None:
-        other = own not in (None, options.tokenizer_type, "NullTokenizer")
-        note = f"--tokenizer-type {options.tokenizer_type} was taken in place of the run's {named}"
-        return options.tokenizer_type, [note] if other else []
-    if own is not None and own not in TOKENIZER_TYPES:
+def run_kind(source: Source) -> str | None:
+    """The type that the run names, if it is known here."""
+    return _NAMES.get((source.tokenizer_type or "").lower())
+
+
+def _kind(source: Source, options: Options, own: str | None) -> tuple[str | None, list[str]]:
+    """The type that the user or the run names, and notes.
+
+    Raises:
+        UserError: the user names a type that has no files, and files.
+    """
+    named, asked = source.tokenizer_type, options.tokenizer_type
+    path = options.tokenizer or source.tokenizer
+    if asked in WITHOUT_FILES and options.tokenizer is not None:
+        raise UserError(f"--tokenizer-type {asked} reads no files: leave --tokenizer out")
+    if asked is not None:
+        other = named is not None and own not in (asked, "NullTokenizer")
+        note = f"--tokenizer-type {asked} was taken in place of the run's {named}"
+        return asked, [note] if other else []
+    if named is not None and own is None:
         return None, [f"the run's tokenizer type {named} is not known here"]
-    if own in WITHOUT_FILES and options.tokenizer is not None:
+    if own in WITHOUT_FILES and path is not None:
         return None, [f"the run's type is {own}, which has no files"]
     return own, []
 
@@ -119,12 +179,11 @@ def _load(path: Path | None, kind: str | None, source: Source) -> Tokenizer | No
         UserError: the files are damaged, or are not of the type.
     """
     size = source.model.vocab_size
-    if kind in WITHOUT_FILES:
-        ids = (size or source.rows) - 1  # NullTokenizer's end of document is not counted
-        return load_tokenizer(kind, None, vocab_size=ids)
-    if path is None:
-        return None
-    fields = _fields(path, kind)
+    if kind == "NullTokenizer":  # its end of document is the last id
+        return None if size is None else load_tokenizer(kind, None, vocab_size=size - 1)
+    if kind == "ByteLevelTokenizer":
+        return load_tokenizer(kind, None)
+    fields = None if path is None else _fields(path, kind)
     if fields is None:
         return None
     return load_tokenizer(
@@ -132,7 +191,7 @@ def _load(path: Path | None, kind: str | None, source: Source) -> Tokenizer | No
         fields["tokenizer_model"],
         merge_file=fields.get("merge_file"),
         vocab_size=size,
-        **({} if source.tiktoken is None else {"tiktoken": source.tiktoken}),
+        tiktoken=source.tiktoken,
     )
 
 
@@ -157,6 +216,12 @@ def _fields(path: Path, kind: str | None) -> Mapping[str, str] | None:
         f"{path}: the run's tokenizer is of type {kind}, found {other['tokenizer_model']}; give "
         f"its files, or --tokenizer-type {other['tokenizer_type']} if the run was trained with it"
     )
+
+
+def _renamed(files: Mapping[str, Path], read: Mapping[str, Path]) -> dict[str, Path]:
+    """Return files by name; those that a tokenizer reads under the names it gives them."""
+    others = {name: path for name, path in files.items() if path not in read.values()}
+    return {**others, **read}
 
 
 def _end_of_document(
@@ -199,10 +264,12 @@ def _check_vocabulary(
             f"{options.tokenizer or source.tokenizer}: a tokenizer of {size} tokens, the model has "
             f"{limit}: it belongs to another model"
         )
-    if given and true is not None and tokenizer.vocab_size < true:
+    padded = source.generation is not None  # Hugging Face's vocab_size counts padding
+    if (given or not padded) and true is not None and tokenizer.vocab_size < true:
         return [
-            f"{options.tokenizer} has {tokenizer.vocab_size} ids, the model's vocabulary {true}: "
-            f"the model may generate ids that have no text; is it the model's tokenizer?"
+            f"{options.tokenizer or source.tokenizer or tokenizer.kind} has "
+            f"{tokenizer.vocab_size} ids, the model's vocabulary {true}: the model may generate "
+            "ids that have no text"
         ]
     return []
 
@@ -213,8 +280,7 @@ def _check_same(own: Tokenizer, given: Tokenizer, options: Options) -> list[str]
     Raises:
         UserError: ordinary texts have other ids.
     """
-    from megatron_llmjp.tokenizers.comparison import compare
-    from megatron_llmjp.tokenizers.sample_texts import RARE_TEXTS, TEXTS
+    from megatron_llmjp.tokenizers.comparison import RARE_TEXTS, TEXTS, compare
 
     names = ("the run's own", "--tokenizer")
     found = compare(own, given, TEXTS, names)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel, gpt_layer_specs
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -19,7 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from megatron_llmjp.config.schema import Config
+from megatron_llmjp.config.schema import Config, ModelConfig
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.model.initialization import initialize
 from megatron_llmjp.model.layers import ParallelResidualLayer, SDPAttention, norm_class
@@ -221,17 +222,31 @@ def build_model_chunk(
         position_embedding_type=config.model.position_embedding_type,
         rotary_percent=config.model.rotary_percent,
         rotary_base=config.model.rotary_base,
-        rope_scaling=config.model.use_rope_scaling,
-        rope_scaling_factor=config.model.rope_scaling_factor,
         seq_len_interpolation_factor=config.model.rotary_seq_len_interpolation_factor,
         vp_stage=vp_stage,
     )
+    if config.model.use_rope_scaling:
+        _scale_frequencies(model.rotary_pos_emb, config.model)
     if any(parameter.is_meta for parameter in model.parameters()):
         return model  # on the meta device, for --estimate
     initialize(model, config)
     if post_process and config.training.z_loss_strength > 0.0:
         add_z_loss(model, config.training.z_loss_strength)
     return model.to(device.torch)
+
+
+def _scale_frequencies(rotary: RotaryEmbedding, model: ModelConfig) -> None:
+    """Scale the rotary frequencies as LLaMA 3.1 does, with the model's constants.
+
+    GPTModel passes on the factor alone.
+    """
+    rotary.inv_freq = rotary._apply_scaling(
+        rotary.inv_freq,
+        factor=model.rope_scaling_factor,
+        low_freq_factor=model.rope_scaling_low_freq_factor,
+        high_freq_factor=model.rope_scaling_high_freq_factor,
+        original_max_position_embeddings=model.rope_scaling_original_max_position_embeddings,
+    )
 
 
 def build_model(config: Config, device: Device) -> list[GPTModel]:

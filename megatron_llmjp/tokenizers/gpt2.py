@@ -7,14 +7,20 @@ on) reads the files with transformers and finds it there.
 
 from __future__ import annotations
 
+import json
+import re
+from collections import Counter
 from pathlib import Path
 
 import tokenizers
 
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.tokenizers.hugging_face import FastTokenizer
+from megatron_llmjp.tokenizers.registry import hint
 
 EOD = "<|endoftext|>"
+SPECIAL = re.compile(r"<.*>|\[.*\]|madeupword\d+", re.DOTALL)
+"""Tokens that no merge makes: special ones, and those that fill a vocabulary up."""
 
 
 class GPT2BPETokenizer(FastTokenizer):
@@ -24,6 +30,7 @@ class GPT2BPETokenizer(FastTokenizer):
 
     def __init__(self, vocab_file: Path, merge_file: Path | None = None) -> None:
         self.vocab_file, self.merge_file = _both(vocab_file, merge_file)
+        _check_vocabulary(self.vocab_file)
         try:
             model = tokenizers.models.BPE.from_file(str(self.vocab_file), str(self.merge_file))
         except Exception as error:  # the library raises bare Exception
@@ -35,14 +42,61 @@ class GPT2BPETokenizer(FastTokenizer):
         self.tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         self.tokenizer.decoder = tokenizers.decoders.ByteLevel()
         self.vocab_size = max(self.tokenizer.get_vocab().values(), default=-1) + 1
-        eod = self.tokenizer.token_to_id(EOD)
-        if eod is None:
-            raise UserError(f"{self.vocab_file}: has no {EOD} to end a document")
-        self.eod_id = self.eos_id = self.bos_id = eod
+        self.eod_id = self.eos_id = self.bos_id = self.tokenizer.get_vocab()[EOD]
+        _check_merges(self.vocab_file, self.merge_file, self.tokenizer)
 
     def files(self) -> dict[str, Path]:
         """Return the vocabulary and the merges, under the names that transformers looks for."""
         return {"vocab.json": self.vocab_file, "merges.txt": self.merge_file}
+
+
+def _check_vocabulary(path: Path) -> None:
+    """Refuse a vocabulary that would lose text: a character without a token is skipped in silence.
+
+    Raises:
+        UserError: the file is damaged or of another kind, an id is doubled, or a byte is missing.
+    """
+    try:
+        vocabulary = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--vocab-file {path}: not valid JSON ({error}). Copy it again") from error
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
+    if not ids or not all(type(token_id) is int and token_id >= 0 for token_id in ids):
+        raise UserError(
+            f"--vocab-file {path}: expected a JSON object of tokens and their ids"
+            f"{hint(path, 'GPT2BPETokenizer')}"
+        )
+    if len(set(ids)) != len(ids):
+        twice = next(token_id for token_id, count in Counter(ids).items() if count > 1)
+        raise UserError(f"--vocab-file {path}: id {twice} is given to several tokens")
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    if missing := [character for character in alphabet if character not in vocabulary]:
+        raise UserError(
+            f"--vocab-file {path}: {len(missing)} of the 256 bytes have no token, such as "
+            f"{min(missing)!r}: not a byte-level vocabulary"
+        )
+    if EOD not in vocabulary:
+        raise UserError(f"--vocab-file {path}: has no {EOD} to end a document")
+
+
+def _check_merges(vocab: Path, merges: Path, tokenizer: tokenizers.Tokenizer) -> None:
+    """Refuse merges that do not make all of the vocabulary, as a file that was cut off.
+
+    Raises:
+        UserError: naming a token that is not made.
+    """
+    lines = merges.read_text(encoding="utf-8").split("\n")
+    made = {line.rstrip("\r").replace(" ", "") for line in lines if not line.startswith("#version")}
+    lacking = [
+        token
+        for token in tokenizer.get_vocab()
+        if len(token) > 1 and token not in made and not SPECIAL.fullmatch(token)
+    ]
+    if lacking:
+        raise UserError(
+            f"--merge-file {merges}: its {len(made):,} merges do not make {len(lacking):,} tokens "
+            f"of {vocab}, such as {min(lacking)!r}: it is cut off, or belongs to another vocabulary"
+        )
 
 
 def _both(vocab: Path, merges: Path | None) -> tuple[Path, Path]:

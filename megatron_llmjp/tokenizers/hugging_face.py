@@ -1,10 +1,18 @@
-"""Encoding with the ``tokenizers`` library, for every type that is built on it.
+"""Hugging Face fast tokenizers, with the special tokens that transformers adds.
+
+Encoding with the ``tokenizers`` library, for every type that is built on it.
+
+The special tokens that transformers adds around a text.
+
+They follow from the tokenizer.json's template, from ``add_bos_token`` and ``add_eos_token`` of its
+configuration and from the tokenizer's class, differently from release to release. So transformers
+itself encodes a few texts, which takes seconds.
 
 Hugging Face fast tokenizers: a tokenizer.json, or a folder that holds one.
 
 Read with the ``tokenizers`` library alone, since importing transformers costs seconds. The
 template of the tokenizer.json (which may add BOS or EOS) is not applied, as in megatron-core
-0.16: ``--append-eod`` is what ends a document.
+0.16, unless ``include_special_tokens`` is called: ``--append-eod`` is what ends a document.
 """
 
 from __future__ import annotations
@@ -12,13 +20,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
 
 from megatron_llmjp.errors import UserError, download_hint
 from megatron_llmjp.tokenizers.base import Ids, Tokenizer
+from megatron_llmjp.tokenizers.registry import hint
 
 
 class FastTokenizer(Tokenizer):
@@ -55,6 +64,66 @@ def _refuse_surrogates(text: str) -> None:
     text.encode()  # the library's own error for a lone surrogate is a bare TypeError
 
 
+PROBES = ("a", "Hello world.\n 1,234", "吾輩は猫である。")
+
+
+class Added(NamedTuple):
+    """Ids before and after each text."""
+
+    before: list[int]
+    after: list[int]
+
+
+def find_added(path: Path, plain: list[list[int]]) -> Added:
+    """Return what ``AutoTokenizer`` adds to a text.
+
+    Args:
+        path: a tokenizer.json, or a folder that transformers reads.
+        plain: this program's ids of PROBES, without added tokens.
+
+    Raises:
+        UserError: transformers cannot read the tokenizer, or gives other ids of the text itself.
+    """
+    theirs = _load_with_transformers(path)
+    found = {_split(theirs, text, ids, path) for text, ids in zip(PROBES, plain, strict=True)}
+    if len(found) != 1:
+        raise UserError(f"{path}: transformers adds different special tokens to different texts")
+    before, after = found.pop()
+    return Added(list(before), list(after))
+
+
+def _split(
+    theirs: Any, text: str, plain: list[int], path: Path
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the ids before and after those of the text."""
+    encoded = theirs(text, return_special_tokens_mask=True)
+    ids, mask = list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
+    start = mask.index(0) if 0 in mask else len(ids)
+    end = start + len(plain)
+    if ids[start:end] != plain or not all(mask[:start] + mask[end:]):
+        raise UserError(
+            f"{path}: transformers' {type(theirs).__name__} gives other ids of {text!r} "
+            f"({ids}) than the tokenizer.json ({plain}): special tokens cannot be included. Leave "
+            "--tokenizer-hf-include-special-tokens out, and give --append-bos where texts begin "
+            "with it"
+        )
+    return tuple(ids[:start]), tuple(ids[end:])
+
+
+def _load_with_transformers(path: Path) -> Any:
+    try:
+        import transformers
+
+        if path.is_dir():
+            return transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        return transformers.PreTrainedTokenizerFast(tokenizer_file=str(path))
+    except Exception as error:  # many kinds, from many places
+        raise UserError(
+            f"{path}: transformers cannot read it ({str(error).splitlines()[0]}), which "
+            "--tokenizer-hf-include-special-tokens needs"
+        ) from error
+
+
 COMPANIONS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -75,6 +144,7 @@ class HuggingFaceTokenizer(FastTokenizer):
     kind = "HuggingFaceTokenizer"
 
     def __init__(self, path: Path) -> None:
+        self.path, self.added = path, Added([], [])
         self.json_file = path / "tokenizer.json" if path.is_dir() else path
         settings = _settings(self.json_file.parent)
         self.tokenizer = _load(path, self.json_file)
@@ -93,6 +163,28 @@ class HuggingFaceTokenizer(FastTokenizer):
                 "vocabulary."
             )
         self.eod_id = eod
+
+    def include_special_tokens(self) -> None:
+        """Encode texts with the special tokens that transformers adds, from here on.
+
+        Raises:
+            UserError: transformers cannot read the tokenizer, or encodes texts in another way.
+        """
+        plain = [super(HuggingFaceTokenizer, self).encode(text).tolist() for text in PROBES]
+        self.added = find_added(self.path, plain)
+
+    def encode(self, text: str) -> Ids:
+        """Return the ids of one text."""
+        return self._with_added(super().encode(text))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+        """Return the ids of each text."""
+        return [self._with_added(ids) for ids in super().encode_batch(texts)]
+
+    def _with_added(self, ids: Ids) -> Ids:
+        if not self.added.before and not self.added.after:
+            return ids
+        return np.array([*self.added.before, *ids.tolist(), *self.added.after], np.int32)
 
     def _id_of(self, token: Any) -> int | None:
         """Return the id of a token as the configuration spells it: a string, or a mapping."""
@@ -175,6 +267,10 @@ def _load(given: Path, json_file: Path) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_file(str(json_file))
     except Exception as error:  # the library raises bare Exception
         raise UserError(
-            f"{json_file}: not a readable tokenizer.json ({error}). Copy the file again, or save "
-            "it with a newer version of the tokenizers library installed here."
+            f"{json_file}: not a readable tokenizer.json ({error})"
+            + (
+                hint(json_file, "HuggingFaceTokenizer")
+                or ". Copy the file again, or save it with the version of the tokenizers library "
+                "that is installed here"
+            )
         ) from error

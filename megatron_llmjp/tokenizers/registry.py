@@ -1,7 +1,17 @@
-"""Comparing tokenizers by what decides their ids: type, end of document and contents of files.
+"""Registry of tokenizer types: from flags or stored files to a tokenizer, and its identity.
+
+Settings of tokenizers that their files do not hold.
+
+The type that reads a file or folder, for messages on files given to another type.
+
+Comparing tokenizers by what decides their ids: type, end of document and contents of files.
 
 Where a file is stored and what it is called does not matter. An identity is what
 ``Tokenizer.identity`` returns, or what a dataset's manifest has recorded of it.
+
+The tokenizer that a checkpoint stores: which of its files is read as which type.
+
+``Tokenizer.files`` gives the names under which a checkpoint stores them.
 
 From ``--tokenizer-type`` and ``--tokenizer-model`` to a tokenizer.
 """
@@ -10,12 +20,76 @@ from __future__ import annotations
 
 import json
 from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_llmjp.errors import UserError, did_you_mean
 from megatron_llmjp.tokenizers.base import Tokenizer
-from megatron_llmjp.tokenizers.settings import TikTokenSettings
+
+
+@dataclass(frozen=True)
+class TikTokenSettings:
+    """What the flags ``--tiktoken-*`` say of a vocabulary.
+
+    Attributes:
+        pattern: ``v1`` or ``v2``, the regular expression that cuts a text before merging.
+        num_special_tokens: ids before the vocabulary; those without a name are ``<SPECIAL_n>``.
+        special_tokens: names of the first ids; ``<unk> <s> </s>`` where none are given.
+    """
+
+    pattern: str = "v2"
+    num_special_tokens: int = 1000
+    special_tokens: tuple[str, ...] = ()
+
+
+SENTENCE_PIECE_KIND = "SentencePieceTokenizer (or Llama2Tokenizer, GPTSentencePieceTokenizer)"
+
+
+def hint(path: Path, given_type: str = "") -> str:
+    """Return ``; it is read with --tokenizer-type ...``, or nothing where no other type reads it.
+
+    Args:
+        path: an existing file or folder.
+        given_type: the type that does not read it.
+    """
+    kind, model = _folder_type(path) if path.is_dir() else (_file_type(path), path)
+    if kind is None or kind == given_type:
+        return ""
+    flag = "--vocab-file" if kind == "GPT2BPETokenizer" else "--tokenizer-model"
+    return f"; it is read with --tokenizer-type {kind} {flag} {model}"
+
+
+def first_character(path: Path) -> str:
+    """Return the first character that is no space: ``{`` and ``[`` begin JSON."""
+    with path.open("rb") as file:
+        return file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1].decode(errors="replace")
+
+
+def _folder_type(folder: Path) -> tuple[str | None, Path]:
+    """Return the type that reads a folder, and the path that it is given."""
+    if (folder / "tokenizer.json").is_file():
+        return "HuggingFaceTokenizer", folder
+    if models := sorted(folder.glob("*.model")):
+        return SENTENCE_PIECE_KIND, models[0]
+    has_both = any(folder.glob("*vocab*.json")) and any(folder.glob("*merges*.txt"))
+    return ("GPT2BPETokenizer" if has_both else None), folder
+
+
+def _file_type(path: Path) -> str | None:
+    if first_character(path) not in ("{", "["):
+        return None
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(content, list):
+        is_token = bool(content) and isinstance(content[0], dict) and "token_bytes" in content[0]
+        return "TikTokenizer" if is_token else None
+    if isinstance(content.get("model"), dict):
+        return "HuggingFaceTokenizer"
+    return "GPT2BPETokenizer" if all(isinstance(i, int) for i in content.values()) else None
+
 
 Identity = Mapping[str, Any]
 
@@ -46,6 +120,50 @@ def describe(identity: Identity) -> str:
 def _files(identity: Identity) -> dict[str, Any]:
     files = identity.get("files")
     return dict(files) if isinstance(files, Mapping) else {}
+
+
+SENTENCE_PIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
+"""Types that read a ``*.model``; the first where nothing says which."""
+
+GENERATION = "hf_generation.json"
+"""What ``convert_checkpoint`` stores next to a tokenizer, and is none itself."""
+
+
+def stored_tokenizer(folder: Path, kind: str | None = None) -> dict[str, str]:
+    """Return the settings that read a checkpoint's tokenizer.
+
+    Args:
+        folder: the checkpoint's folder of tokenizer files, which may be missing.
+        kind: the tokenizer's type, where the configuration names it; else the first that fits.
+
+    Returns:
+        ``tokenizer_type``, ``tokenizer_model`` and, for GPT2BPETokenizer, ``merge_file``; nothing
+        where the folder holds no file of this type.
+    """
+    if kind in (None, "HuggingFaceTokenizer") and (folder / "tokenizer.json").is_file():
+        return _fields("HuggingFaceTokenizer", folder)
+    if kind in (None, "GPT2BPETokenizer"):
+        vocabularies, merges = _found(folder, "*vocab*.json"), _found(folder, "*merges*.txt")
+        if vocabularies and merges:
+            fields = _fields("GPT2BPETokenizer", vocabularies[0])
+            return {**fields, "merge_file": str(merges[0])}
+    if kind in (None, "TikTokenizer") and (folder / "tiktoken.json").is_file():
+        return _fields("TikTokenizer", folder / "tiktoken.json")
+    models = _found(folder, "*.model")
+    if models and (kind is None or kind in SENTENCE_PIECE):
+        return _fields(kind or SENTENCE_PIECE[0], models[0])
+    files = [path for path in _found(folder, "*.json") if path.name != GENERATION]
+    if kind == "HuggingFaceTokenizer" and len(files) == 1:
+        return _fields(kind, files[0])  # stored under its own name, as earlier versions did
+    return {}
+
+
+def _fields(kind: str, path: Path) -> dict[str, str]:
+    return {"tokenizer_type": kind, "tokenizer_model": str(path)}
+
+
+def _found(folder: Path, pattern: str) -> list[Path]:
+    return sorted(folder.glob(pattern))
 
 
 DEFAULTS = TikTokenSettings()
@@ -89,7 +207,7 @@ def load_tokenizer(
         raise UserError(
             f"--tokenizer-type {tokenizer_type}: no such type"
             f"{did_you_mean(tokenizer_type, TOKENIZER_TYPES)} "
-            f"Possible: {', '.join(TOKENIZER_TYPES)}."
+            f"(possible: {', '.join(TOKENIZER_TYPES)})"
         )
     # Each library is imported only when its type is asked for: programs must start at once.
     if tokenizer_type == "ByteLevelTokenizer":
@@ -112,7 +230,7 @@ def load_tokenizer(
 
         return GPT2BPETokenizer(Path(tokenizer_model), Path(merge_file) if merge_file else None)
     if tokenizer_type == "TikTokenizer":
-        from megatron_llmjp.tokenizers.tik import TikTokenizer
+        from megatron_llmjp.tokenizers.tiktoken import TikTokenizer
 
         return TikTokenizer(Path(tokenizer_model), tiktoken, vocab_size)
     _check_kind(tokenizer_type, Path(tokenizer_model))
@@ -126,41 +244,25 @@ def load_tokenizer(
 
 
 def _check_kind(tokenizer_type: str, path: Path) -> None:
-    """Refuse a file of the other kind, whose content neither library can explain.
+    """Refuse a file of another type, whose content the libraries cannot explain.
 
     Raises:
-        UserError: a SentencePiece model for HuggingFaceTokenizer, or a tokenizer.json or a folder
-            for one of the SentencePiece types.
+        UserError: naming the type that reads it.
     """
-    given = f"--tokenizer-type {tokenizer_type} --tokenizer-model {path}"
-    if tokenizer_type == "HuggingFaceTokenizer":
-        models = [path] if path.is_file() and not _is_json(path) else []
-        if path.is_dir() and not (path / "tokenizer.json").is_file():
-            models = sorted(path.glob("*.model"))
-        if models:
-            raise UserError(
-                f"{given}: {models[0].name} is no tokenizer.json. A SentencePiece model is read "
-                f"with --tokenizer-type {_SENTENCE_PIECE} --tokenizer-model {models[0]}"
-            )
+    if not path.exists():
         return
-    if path.is_dir():
-        models = sorted(path.glob("*.model"))
-        if (path / "tokenizer.json").is_file():
-            raise UserError(f"{given}: a Hugging Face folder is read with {_hugging_face(path)}")
-        hint = f"give {models[0]}" if models else "give the *.model file"
-        raise UserError(f"{given}: expected a SentencePiece model, found a folder: {hint}")
-    if path.is_file() and _is_json(path):
-        raise UserError(f"{given}: a tokenizer.json is read with {_hugging_face(path)}")
+    given = f"--tokenizer-type {tokenizer_type} --tokenizer-model {path}"
+    begins = "" if path.is_dir() else first_character(path)
+    if tokenizer_type == "HuggingFaceTokenizer":
+        expected = "a tokenizer.json"
+        wrong = not (path / "tokenizer.json").is_file() if path.is_dir() else begins != "{"
+        other = "" if path.is_dir() else f"; a SentencePiece model is read with {_MODEL} {path}"
+    else:
+        expected, other = "a SentencePiece model (*.model)", ""
+        wrong = path.is_dir() or begins in ("{", "[")
+    if wrong:
+        found = "a folder" if path.is_dir() else "a file of another kind"
+        raise UserError(f"{given}: expected {expected}, found {found}{hint(path) or other}")
 
 
-_SENTENCE_PIECE = "SentencePieceTokenizer (or Llama2Tokenizer, GPTSentencePieceTokenizer)"
-
-
-def _hugging_face(path: Path) -> str:
-    return f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {path}"
-
-
-def _is_json(path: Path) -> bool:
-    """Whether a file begins as JSON does; a SentencePiece model is binary."""
-    with path.open("rb") as file:
-        return file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"{"
+_MODEL = f"--tokenizer-type {SENTENCE_PIECE_KIND} --tokenizer-model"

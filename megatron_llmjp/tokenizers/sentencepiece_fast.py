@@ -22,7 +22,7 @@ from megatron_llmjp.tokenizers.sentencepiece import SentencePieceModel, Sentence
 
 SPACE = "▁"
 UNIGRAM, BPE = 1, 2
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
 """Types of models and of pieces, as sentencepiece_model.proto numbers them."""
 
 
@@ -51,7 +51,8 @@ def export_hugging_face(
 def fast_tokenizer(tokenizer: SentencePieceModel, rows: int | None = None) -> tokenizers.Tokenizer:
     """Return the fast tokenizer of a SentencePiece model; arguments and errors as above."""
     proto = _proto(tokenizer)
-    pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+    lowest = 2 * min(piece.score for piece in proto.pieces) - 100
+    pieces = [(p.piece, lowest if p.type == UNUSED else p.score) for p in proto.pieces]
     spec = proto.trainer_spec
     if spec.model_type == UNIGRAM:
         unknown = tokenizer.processor.unk_id()
@@ -84,6 +85,19 @@ def fast_tokenizer(tokenizer: SentencePieceModel, rows: int | None = None) -> to
             special_tokens=[(bos, tokenizer.bos_id)],
         )
     return fast
+
+
+def own_texts(tokenizer: SentencePieceModel, rows: int | None = None) -> list[str]:
+    """Return texts to compare in addition, with what only this model or type finds in a text.
+
+    These are user-defined pieces, and for SentencePieceTokenizer its special tokens.
+    """
+    pieces = _proto(tokenizer).pieces
+    found = [piece.piece for piece in pieces if piece.type == USER_DEFINED]
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        special = tokenizer.special_ids.items()
+        found += [name for name, i in special if rows is None or i < rows]
+    return [f"a{name}b {name}\n{name}" for name in found]
 
 
 def _proto(tokenizer: SentencePieceModel) -> Any:
@@ -125,7 +139,10 @@ def _bpe(proto: Any) -> models.BPE:
 def _add_special_tokens(
     fast: tokenizers.Tokenizer, tokenizer: SentencePieceModel, proto: Any, rows: int | None
 ) -> None:
-    """Add control and user-defined pieces, and those that SentencePieceTokenizer adds, in order."""
+    """Add control pieces, and those that SentencePieceTokenizer adds, in order.
+
+    User-defined pieces are found by a Unigram model itself, since no others score better.
+    """
     kinds = {piece.piece: piece.type for piece in proto.pieces}
     special = [name for name, kind in kinds.items() if kind in (UNKNOWN, CONTROL)]
     if isinstance(tokenizer, SentencePieceTokenizer):
@@ -134,8 +151,9 @@ def _add_special_tokens(
     fast.add_special_tokens(
         [tokenizers.AddedToken(name, special=True, normalized=False) for name in special]
     )
-    own = [name for name, kind in kinds.items() if kind == USER_DEFINED]
-    fast.add_tokens([tokenizers.AddedToken(name, normalized=False) for name in own])
+    if proto.trainer_spec.model_type == BPE:
+        own = [name for name, kind in kinds.items() if kind == USER_DEFINED]
+        fast.add_tokens([tokenizers.AddedToken(name, normalized=False) for name in own])
 
 
 def _normalizer(spec: Any) -> normalizers.Normalizer:

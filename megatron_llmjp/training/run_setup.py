@@ -154,9 +154,18 @@ def make_saver(
     schedule = run.schedule
     samples = tuple(schedule.sample_range(fold)[1] for fold in schedule.folds)
     iterations = frozenset(sizes.iteration_of(end - 1) for end in samples if end > 0)
-    tokenizer = {name: path.read_bytes() for name, path in run.tokenizer.files().items()}
-    about = RunDescription(run.config, tokenizer)
+    about = RunDescription(run.config, _tokenizer_files(run))
     return Saver(about, FoldEnds(samples, iterations), may_publish, progress(run)[0], work)
+
+
+def _tokenizer_files(run: Run) -> dict[str, bytes]:
+    """The tokenizer's files, and what the loaded checkpoint stores next to them, by name."""
+    paths = run.tokenizer.files()
+    if run.resume is not None:
+        generation = run.resume.folder / manifests.GENERATION
+        if generation.is_file():
+            paths = {**paths, generation.name: generation}
+    return {name: path.read_bytes() for name, path in paths.items()}
 
 
 def load_weights(run: Run, device: Device, work: RankSync = DEFAULT_RANK_SYNC) -> list[Any]:

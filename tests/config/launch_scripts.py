@@ -13,6 +13,28 @@ from dataclasses import dataclass
 BLEND = "0.5 data/ja_text_document 0.5 data/en_text_document"
 
 
+GPT2_BPE = """
+    --override-opt_param-scheduler --adam-beta1 0.9 --adam-beta2 0.95
+    --tensor-model-parallel-size 1 --init-method-std 0.013 --lr-decay-tokens 300000000000
+    --lr-warmup-tokens 3000000000 --micro-batch-size 2 --exit-duration-in-mins 30000000
+    --global-batch-size 512 --num-layers 24 --hidden-size 2048 --num-attention-heads 16
+    --seq-length 2048 --max-position-embeddings 2048 --train-tokens 300000000000
+    --train-samples 292968750 --lr 2.0e-4 --min-lr 1.0e-6 --lr-decay-style cosine
+    --split 949,50,1 --log-interval 1 --eval-interval 100 --eval-iters 10 --save-interval 100
+    --weight-decay 0.1 --clip-grad 1.0 --hysteresis 2 --num-workers 0 --distributed-backend nccl
+    --fp16 --seed 1234 --load checkpoints --save checkpoints
+    --no-async-tensor-model-parallel-allreduce --use-flash-attn --tensorboard-queue-size 1
+    --log-timers-to-tensorboard --log-batch-size-to-tensorboard
+    --log-validation-ppl-to-tensorboard --tensorboard-dir tensorboard
+    --log-optimizer-states-to-tensorboard --use-mpi --wandb-name name
+    --vocab-file gpt2-vocab.json --merge-file gpt2-merges.txt --data-path data/ja_text_document
+    --data-impl mmap --deepspeed --deepspeed_config ds.json --zero-stage 1
+    --pipeline-model-parallel-size 1
+"""
+"""llm-jp/Megatron-DeepSpeed's scripts/abci/1.3B/dp16_tp1_pp1_zero1_flash_attn.sh, without a type
+of tokenizer, as most of its benchmark scripts are."""
+
+
 @dataclass(frozen=True)
 class Script:
     """A launch script: the preset that stands for it, and its arguments."""

@@ -20,7 +20,7 @@ from megatron_llmjp.config.refused_flags import FOREIGN, NEWER, REFUSED, REFUSED
 from megatron_llmjp.config.unused_flags import NOT_NEEDED, NOT_NEEDED_FAMILIES
 from megatron_llmjp.config.validation import check_config
 from megatron_llmjp.errors import UserError
-from tests.config.launch_scripts import SCRIPTS
+from tests.config.launch_scripts import GPT2_BPE, SCRIPTS
 
 NAMES = (Path(__file__).parent / "megatron_flags.txt").read_text().split()
 
@@ -141,6 +141,10 @@ MEANINGS = {
     },
     "--zero-stage 1": {"use_distributed_optimizer": True},
     "--zero-stage 0.0": {"use_distributed_optimizer": False},
+    GPT2_BPE: {
+        "tokenizer_model": "gpt2-vocab.json", "merge_file": "gpt2-merges.txt",
+        "tokenizer_type": "GPT2BPETokenizer", "lr_decay_tokens": 300_000_000_000,
+    },
     "--vocab-file v.json --merge-file m.txt --tokenizer-type GPT2BPETokenizer": {
         "tokenizer_model": "v.json", "merge_file": "m.txt", "tokenizer_type": "GPT2BPETokenizer",
     },
@@ -204,7 +208,8 @@ REFUSALS = {
     "--num-experts 8": "--num-experts 8 is not supported: mixture-of-experts models are",
     "--fp8-format hybrid": "--fp8-format is not supported: train in --bf16",
     "--no-load-optim": "--no-load-optim is not supported: start from weights alone with --finetune",
-    "--vocab-file gpt2-vocab.json": "is for --tokenizer-type GPT2BPETokenizer",
+    "--vocab-file gpt2-vocab.json --tokenizer-type HuggingFaceTokenizer": "is for --tokenizer-type "
+    "GPT2BPETokenizer",
     "--hidden-size big --swiglu": "hidden_size = 'big': expected a valid integer",
     "--num-layers-per-virtual-pipeline-stage 3": "4 layers do not divide into chunks of 3",
     "--tensor-parallel-size 2": "did you mean '--tensor-model-parallel-size'?",

@@ -7,16 +7,60 @@ import pickle
 import shutil
 import signal
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
+import pytest
 import torch
 from torch.distributed.checkpoint import metadata as torch_dcp
 
+from megatron_llmjp.convert import optimizer_fragments
 from megatron_llmjp.convert.files import torch_archive, torch_dist
 from megatron_llmjp.convert.formats import native
 from megatron_llmjp.convert.plan import Slot, fill
 from tests.convert.hf_models import llama, state
 
-MOMENTS = Path(__file__).parent / "fixtures" / "mds_gpt_tp2pp2dp2_bf16z1" / "ckpt"
+FIXTURES = Path(__file__).parent / "fixtures"
+MOMENTS = FIXTURES / "mds_gpt_tp2pp2dp2_bf16z1" / "ckpt"
+WRITTEN = ("mlm_fully_sharded_model_space", "mlm_dp_reshardable")
+"""Written by LLM-jp's fork of Megatron-LM (core 0.12), and by Megatron-LM itself (core 0.20)."""
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_what_these_programs_wrote(tmp_path, convert, name):
+    """Weights, fp32 weights and both moments are those that the ranks held, bit for bit."""
+    words = ("--with-optimizer", "--target-tensor-parallel-size", "2", "--verify")
+    shutil.copytree(FIXTURES / name, tmp_path / name)
+    if name == "mlm_dp_reshardable":  # empty with NullTokenizer, and so not in the repository
+        (tmp_path / name / "iter_0000003" / "tokenizer").mkdir(exist_ok=True)
+    convert("--to", "native", *words, "--input", tmp_path / name, "--output", tmp_path / "n")
+    source = native.read(tmp_path / "n")
+    state = source.optimizer()
+    found = {("weight", name): read.read(name) for name, read in source.reads.items()}
+    for kind, reads in state.tensors.items():
+        found |= {(kind, name): read.read(name) for name, read in reads.items()}
+    with np.load(FIXTURES / name / "expected.npz") as arrays:
+        expected = {tuple(key.split(" ")): torch.from_numpy(arrays[key]) for key in arrays}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key].float(), expected[key]) for key in expected)
+    assert (source.iteration, state.step, state.scheduler["num_steps"]) == (3, 3, 24)
+    assert source.model.vocab_size == {"mlm_fully_sharded_model_space": 25}.get(name, 24)
+
+
+def test_buckets_that_are_laid_out_otherwise_are_refused(tmp_path, convert):
+    """The order of a rank's parameters is known, not stored: it must not be guessed."""
+    source = FIXTURES / "mlm_dp_reshardable"
+    words = ("--to", "native", "--with-optimizer", "--output", tmp_path / "n", "--input")
+    with mock.patch.dict(optimizer_fragments._ORDERS, clear=True):
+        common = optimizer_fragments._COMMON_ORDER[::-1]
+        order = ("input_layernorm", *common, "self_attention.linear_proj")
+        optimizer_fragments._ORDERS["other"] = order
+        text = convert(*words, source, code=2)
+    assert "no known order of parameters" in text
+    assert "--dist-ckpt-optim-fully-reshardable" in text
+    with mock.patch.object(optimizer_fragments, "_agree", return_value=False):
+        assert "no known order of parameters" in convert(*words, source, code=2)
+    assert not (tmp_path / "n").exists()
 
 
 def test_signals_in_arguments_are_inert(tmp_path):

@@ -9,13 +9,19 @@ import pytest
 import torch
 import transformers
 
-from megatron_llmjp.convert.formats.hugging_face.config import LLAMA3, rotary, rotary_keys
+from megatron_llmjp.convert.formats.hugging_face.config import rotary, rotary_keys
 from megatron_llmjp.convert.formats.hugging_face.llama import STYLE
 from megatron_llmjp.errors import UserError
 from tests.convert.hf_models import llama, state
 
 SIZES = {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 101,
          "intermediate_size": 80, "max_position_embeddings": 64}  # fmt: skip
+LLAMA3 = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+OTHER = {"low_freq_factor": 2.5, "high_freq_factor": 6.0, "original_max_position_embeddings": 40}
 SCALINGS = [
     None,
     {},
@@ -24,6 +30,7 @@ SCALINGS = [
     {"rope_type": "default", "rope_theta": 500000.0},
     {"type": "linear", "rope_type": "default", "factor": 4.0},
     {"rope_type": "llama3", "type": "linear", "factor": 32.0, **LLAMA3},
+    {"rope_type": "llama3", "factor": 4.0, **OTHER},
 ]
 
 
@@ -40,13 +47,16 @@ def test_parameters_are_resolved_as_transformers_does(legacy):
         )
         assert found.get("use_rope_scaling", False) == (kind == "llama3")
         if kind == "llama3":
-            assert found["rope_scaling_factor"] == expected["factor"]
+            for key in ("factor", *LLAMA3):
+                field = "rope_scaling_" + key
+                assert found[field] == expected[key]
 
 
 def test_what_megatron_core_has_not_is_refused():
     for scaling in (
         {"rope_type": "yarn", "factor": 4.0},
-        {"rope_type": "llama3", "factor": 8.0, **LLAMA3, "low_freq_factor": 2.0},
+        {"rope_type": "llama3", "factor": 8.0, **LLAMA3, "low_freq_factor": 4.0},
+        {"rope_type": "llama3", "factor": 8.0},
         {"rope_type": "linear", "factor": 2.5},
         {"rope_type": "linear", "factor": "4"},
         {"full_attention": {"rope_type": "default"}},
@@ -88,6 +98,23 @@ def test_a_context_extended_by_hand_survives(tmp_path, convert):
     back = json.loads((tmp_path / "back" / "config.json").read_text())
     for key in ("max_position_embeddings", "rope_scaling"):
         assert back[key] == config[key]
+
+
+def test_llama3_scaling_with_other_constants(tmp_path, convert):
+    """transformers and megatron-core compute the same with them, in both directions."""
+    parameters = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, **OTHER}
+    model = llama(rope_parameters=parameters, max_position_embeddings=160)
+    model.save_pretrained(tmp_path / "hf")
+    words = ("--verify", "--input")
+    convert("--to", "native", *words, tmp_path / "hf", "--output", tmp_path / "n")
+    convert("--to", "hf", *words, tmp_path / "n", "--output", tmp_path / "back")
+    back = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert back["rope_parameters"] == parameters
+    config = tmp_path / "n" / "iter_0000000" / "config.yaml"
+    assert "rope_scaling_original_max_position_embeddings: 40" in config.read_text()
+    text = convert("--to", "megatron-lm", "--input", tmp_path / "n", "--output", tmp_path / "m",
+                   code=2)  # fmt: skip
+    assert "rope_scaling_low_freq_factor 2.5, rope_scaling_high_freq_factor 6.0" in text
 
 
 def test_biases_of_every_linear_layer_are_kept(tmp_path, convert):

@@ -12,10 +12,12 @@ import tokenizers
 import torch
 import transformers
 
-from megatron_llmjp.tokenizers.sample_texts import RARE_TEXTS, TEXTS
+from megatron_llmjp.tokenizers.comparison import RARE_TEXTS, TEXTS
+from megatron_llmjp.tokenizers.registry import stored_tokenizer
 from megatron_llmjp.tokenizers.sentencepiece import load_sentencepiece
 from megatron_llmjp.tokenizers.sentencepiece_fast import export_hugging_face
 from tests.convert.hf_models import STYLES, llama
+from tests.support.tokenizer_files import write_tiktoken
 
 VOCABULARY = 600
 """Of all models here: more than the tokenizers have, as in a padded embedding."""
@@ -88,7 +90,8 @@ def test_a_sentencepiece_run_loads_with_its_end_of_text(tmp_path, convert, megat
     plain = sentencepiece.SentencePieceProcessor(model_file=str(path))
     eod = plain.piece_to_id(SENTENCE_PIECE[kind])
     assert f"tokenizer.json was built from any.model as {kind}" in text
-    assert f"{len(TEXTS) + len(RARE_TEXTS)} give the same ids" in text
+    assert "give the same ids in SentencePiece and Hugging Face, 0 differ" in text
+    assert f"{kind}, in " in convert("inspect", tmp_path / "native")
     assert ends(tmp_path / "out") == (eod, eod, eod)
     fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     for sample in (*TEXTS, *RARE_TEXTS):
@@ -104,7 +107,7 @@ def test_a_fast_tokenizer_of_another_end_is_built_again(tmp_path, convert, megat
     (path.parent / "chat_template.jinja").write_text("{{ messages }}")
     for kind in ("Llama2Tokenizer", "SentencePieceTokenizer"):
         text = convert("--to", "hf", "--input", megatron, "--output", tmp_path / kind,
-                       "--tokenizer", path.parent, "--tokenizer-type", kind)  # fmt: skip
+                       "--tokenizer", path.parent, "--tokenizer-type", kind.lower())  # fmt: skip
         eod = 2 if kind == "Llama2Tokenizer" else 4
         assert ends(tmp_path / kind) == (eod, eod, eod)
         assert (tmp_path / kind / "chat_template.jinja").read_text() == "{{ messages }}"
@@ -170,6 +173,19 @@ def test_types_without_files_end_with_their_id(tmp_path, convert, megatron, kind
         assert json.loads((tmp_path / "out" / name).read_text())["eos_token_id"] == eod
 
 
+def test_a_run_on_prepared_tokens_gets_the_given_tokenizer(tmp_path, convert, megatron):
+    """The run's NullTokenizer does not say what its ids are, and --tokenizer does."""
+    path = train(tmp_path / "tokenizer.model")
+    convert("--to", "native", "--input", megatron, "--output", tmp_path / "null",
+            "--tokenizer-type", "NullTokenizer")  # fmt: skip
+    convert("--to", "native", "--input", tmp_path / "null", "--output", tmp_path / "native",
+            "--tokenizer", path)  # fmt: skip
+    text = convert("--to", "hf", "--input", tmp_path / "native", "--output", tmp_path / "out")
+    assert "the run's type is NullTokenizer, which has no files" in text
+    assert "SentencePieceTokenizer was assumed" in text
+    assert ends(tmp_path / "out") == (4, 4, 4)
+
+
 def test_an_unknown_type_is_assumed_and_said(tmp_path, convert, megatron):
     path = train(tmp_path / "tok.model")
     text = convert("--to", "hf", "--input", megatron, "--output", tmp_path / "out",
@@ -233,12 +249,24 @@ def test_generation_config_survives_the_way_through_native(tmp_path, convert):
     assert ends(tmp_path / "other") == (4, 4, 4)
 
 
+@pytest.mark.parametrize(
+    "damage", ["[1]", "{", '{"eos_token_id": ["2"]}', '{"eos_token_id": true}']
+)
+def test_damaged_generation_configs_are_refused(tmp_path, convert, damage):
+    llama(vocab_size=VOCABULARY).save_pretrained(tmp_path / "hf")
+    (tmp_path / "hf" / "generation_config.json").write_text(damage)
+    text = convert("--to", "native", "--input", tmp_path / "hf", "--output", tmp_path / "o", code=2)
+    assert "generation_config.json: " in text and text.count("\n") == 1
+
+
 def test_tokenizers_that_do_not_fit_are_refused_or_warned_of(tmp_path, convert, megatron):
     (tmp_path / "empty").mkdir()
     words = ("--to", "hf", "--output", tmp_path / "out", "--tokenizer-type", "Llama2Tokenizer")
     text = convert(*words, "--input", megatron, "--tokenizer", tmp_path / "empty", code=2)
-    assert "empty: holds no tokenizer; looked for" in text
-    assert "empty: no tokenizer is there" not in text
+    assert "empty: holds no tokenizer; expected" in text
+    (tmp_path / "empty" / "tokenizer_config.json").write_text("{}")
+    text = convert(*words, "--input", megatron, "--tokenizer", tmp_path / "empty", code=2)
+    assert "empty: holds no tokenizer; expected" in text
     own = train(tmp_path / "own.model")
     other = train(tmp_path / "other.model", split_digits=True)
     convert("--to", "native", "--input", megatron, "--output", tmp_path / "native",
@@ -251,6 +279,9 @@ def test_tokenizers_that_do_not_fit_are_refused_or_warned_of(tmp_path, convert, 
     text = convert("--to", "megatron-lm", "--input", megatron, "--output", tmp_path / "lm",
                    "--tokenizer", own, code=2)  # fmt: skip
     assert "megatron-lm checkpoints hold no tokenizer" in text
+    text = convert("--to", "hf", "--input", megatron, "--output", tmp_path / "typo",
+                   "--tokenizer-type", "Llama2Tokeniser", code=2)  # fmt: skip
+    assert "did you mean" in text.lower() and "Llama2Tokenizer" in text
     fast = tmp_path / "model_only"
     text = convert("--to", "hf", "--input", megatron, "--output", fast, "--tokenizer-type",
                    "HuggingFaceTokenizer", "--tokenizer", own, code=2)  # fmt: skip
@@ -268,3 +299,48 @@ def test_a_model_that_has_no_equal_fast_tokenizer_is_not_taken_for_one(
     assert (tmp_path / "out" / "sentencepiece.model").read_bytes() == path.read_bytes()
     with pytest.raises((ValueError, OSError)):
         transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("pattern", ["v1", "v2"])
+def test_a_tiktoken_run_ends_with_its_token(tmp_path, pattern):
+    from megatron_llmjp.convert.formats.hugging_face.tokenizer import export_tokenizer
+    from megatron_llmjp.convert.model_tokenizer import ModelTokenizer
+    from megatron_llmjp.tokenizers.registry import TikTokenSettings
+    from megatron_llmjp.tokenizers.tiktoken import TikTokenizer
+
+    path = write_tiktoken(tmp_path / "tiktoken.json", 300)
+    plain = TikTokenizer(path, TikTokenSettings(pattern, 10, ("<unk>", "<s>", "</s>", "<pad>")))
+    chosen = ModelTokenizer("TikTokenizer", plain.files(), plain, plain.eod_id, True, (), ())
+    exported = export_tokenizer(chosen, False, VOCABULARY)
+    assert exported.warnings == []
+    (tmp_path / "out").mkdir()
+    for name, data in exported.files.items():
+        (tmp_path / "out" / name).write_bytes(data)
+    fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (fast.eos_token_id, fast.bos_token_id, fast.pad_token_id) == (2, 1, 3)
+    for text in (*TEXTS, *RARE_TEXTS):
+        assert fast(text).input_ids == plain.encode(text).tolist(), text
+
+
+def test_a_run_from_converted_weights_reads_the_tokenizer_as_its_type(tmp_path, convert, megatron):
+    from megatron_llmjp.checkpoint.stored_config import add_own_configuration
+    from megatron_llmjp.config.flags import parse
+
+    path = train(tmp_path / "tok.model")
+    for kind in ("Llama2Tokenizer", None):
+        folder = tmp_path / str(kind)
+        flags = ("--tokenizer-type", kind) if kind else ()
+        convert("--to", "native", "--input", megatron, "--output", folder,
+                "--tokenizer", path, *flags)  # fmt: skip
+        words = ["--load", str(folder), "--finetune", "--lr", "1e-3"]
+        config = parse(words, own_configuration=add_own_configuration).config
+        assert config.data.tokenizer_type == (kind or "SentencePieceTokenizer")
+        assert Path(config.data.tokenizer_model).name == "tok.model"
+
+
+def test_generation_settings_are_no_tokenizer(tmp_path, convert):
+    llama(vocab_size=VOCABULARY).save_pretrained(tmp_path / "hf")
+    convert("--to", "native", "--input", tmp_path / "hf", "--output", tmp_path / "native")
+    folder = tmp_path / "native" / "iter_0000000" / "tokenizer"
+    assert [path.name for path in folder.iterdir()] == ["hf_generation.json"]
+    assert stored_tokenizer(folder, "HuggingFaceTokenizer") == {}

@@ -11,8 +11,9 @@ import yaml
 from data_tools.preprocess_data import main as preprocess
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.config.loading import load_config, replace_fields
+from megatron_llmjp.convert.cli import main as convert
 from megatron_llmjp.run_data import load_run_tokenizer
-from megatron_llmjp.tokenizers.stored import stored_tokenizer
+from megatron_llmjp.tokenizers.registry import stored_tokenizer
 from tests.support.processes import pretrain
 from tests.support.tokenizer_files import TEXTS, write_gpt2, write_tiktoken
 from tests.support.training import arguments
@@ -68,9 +69,18 @@ def test_a_run_keeps_its_tokenizer(kind: str, tmp_path: Path) -> None:
     assert tokenizer is not None
     ids = tokenizer.encode(text).tolist()
 
+    if kind == "TikTokenizer":
+        done = pretrain(*run, "--tiktoken-pattern", "v2")
+        assert (done.returncode, "another tokenizer than the run's" in done.stderr) == (2, True)
     for path in stored.values():
         path.unlink()
     done = pretrain(*run, "--save-interval", "1", "--keep-last", "1")
     assert done.returncode == 0, done.stderr
     assert manifests.newest_checkpoint(save).name == "iter_0000006"
     assert stored_ids(manifests.newest_checkpoint(save), text) == ids
+    output = tmp_path / "hf"
+    assert convert(f"--from native --to hf --input {save} --output {output}".split()) == 0
+    assert {name: (output / name).read_bytes() for name in stored} == contents
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(output)
+    assert theirs(text).input_ids == ids
+    assert theirs.eos_token == ("<|endoftext|>" if kind == "GPT2BPETokenizer" else "</s>")

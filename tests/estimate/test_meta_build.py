@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from tests.config.launch_scripts import GPT2_BPE
 from tests.support.datasets import write_folds
 from tests.support.processes import ROOT, run_ranks
+from tests.support.tokenizer_files import write_gpt2
 
 UNEVEN = "--decoder-first-pipeline-num-layers 4 --decoder-last-pipeline-num-layers 2"
 WITH_DATA = (
@@ -67,8 +69,19 @@ def words_of(script: Path, *flags: str) -> list[str]:
 def results(tmp_path_factory):
     folds = write_folds(tmp_path_factory.mktemp("data"))
     commands = {k: v.replace("FOLDS", str(folds)).split() for k, v in COMMANDS.items()}
+    vocab, merges = write_gpt2(folds.parent / "gpt2-vocab.json", folds.parent / "gpt2-merges.txt")
+    gpt2 = GPT2_BPE.replace(vocab.name, str(vocab)).replace(merges.name, str(merges))
+    commands["GPT-2 BPE"] = [*gpt2.split(), "--estimate", "--world-size", "16"]
     commands |= {script.name: words_of(script, "--estimate") for script in SCRIPTS}
     return run_ranks(run_all, 1, commands)[0]
+
+
+def test_a_script_of_gpt2s_vocabulary(results):
+    """Its tokenizer is read without its type, its data is not here."""
+    code, output, errors = results["GPT-2 BPE"]
+    assert code == 0, errors
+    assert "384 rows" in output  # 350 tokens, padded to a multiple of 128
+    assert "the data is not here" in errors
 
 
 def test_172b(results):

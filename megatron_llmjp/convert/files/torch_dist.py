@@ -198,14 +198,23 @@ def read_common(folder: Path) -> dict[str, Any]:
     if (folder / "common.pt").exists() or not (folder / METADATA).exists():
         common = load(folder / "common.pt")
     else:  # megatron-core from 0.19 on
-        place = _places(folder, _open_metadata(folder).storage_data).get((_COMMON_STATE, None))
-        if place is None:
+        common = read_object(folder, _COMMON_STATE)
+        if common is None:
             raise UserError(f"{folder}: holds neither common.pt nor {_COMMON_STATE}")
-        common = load(*place)
         common = common[0] if isinstance(common, list) and len(common) == 1 else common
     if not isinstance(common, dict):
         raise UserError(f"{folder}: damaged: its common state is no dictionary")
     return common
+
+
+def read_object(folder: Path, key: str) -> Any:
+    """A small object among the tensors of a distributed checkpoint; None where it is not there.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    place = _places(folder, _open_metadata(folder).storage_data).get((key, None))
+    return None if place is None else load(*place)
 
 
 class _MetadataUnpickler(pickle._Unpickler):  # the one in C trusts sizes in the file

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,20 @@ import torch
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.config.loading import dump_config, load_config
 from megatron_llmjp.config.schema import Config, ModelConfig
-from megatron_llmjp.convert import generation, optimizer_state
+from megatron_llmjp.convert import optimizer_state
 from megatron_llmjp.convert.files import torch_dist
 from megatron_llmjp.convert.files.checksums import Region
 from megatron_llmjp.convert.formats import mcore_names
-from megatron_llmjp.convert.formats.hugging_face.tokenizer import tokenizer_files
+from megatron_llmjp.convert.formats.hugging_face import generation
+from megatron_llmjp.convert.formats.hugging_face.config import write_json
 from megatron_llmjp.convert.formats.registry import Options, Source
-from megatron_llmjp.convert.json_files import write_json
-from megatron_llmjp.convert.model_tokenizer import open_tokenizer
+from megatron_llmjp.convert.model_tokenizer import open_tokenizer, run_kind, tokenizer_files
 from megatron_llmjp.convert.optimizer_state import OptimizerState
 from megatron_llmjp.convert.plan import Checksums, Output
 from megatron_llmjp.convert.tensors import WORD_EMBEDDINGS
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.filesystem import write_atomically
-from megatron_llmjp.tokenizers import TOKENIZER_TYPES
+from megatron_llmjp.tokenizers.registry import TikTokenSettings
 
 _FILE_SIZE = 1_000_000_000
 """Files no larger than this, so that several threads can read them when a run starts."""
@@ -74,6 +75,11 @@ def read(path: Path) -> Source:
         consumed_samples=manifest.consumed_samples,
         tokenizer=tokenizer if tokenizer.is_dir() and tokenizer_files(tokenizer) else None,
         tokenizer_type=config.data.tokenizer_type,
+        tiktoken=TikTokenSettings(
+            config.data.tiktoken_pattern,
+            config.data.tiktoken_num_special_tokens,
+            config.data.tiktoken_special_tokens,
+        ),
         generation=generation.stored(folder / manifests.GENERATION),
         seq_length=config.data.seq_length,
         optimizer=optimizer,
@@ -166,8 +172,10 @@ def _config(source: Source, options: Options) -> Config:
     positions = model.max_position_embeddings
     types = {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
     told = source.settings
-    kind = options.tokenizer_type or source.tokenizer_type
-    data = {**told.get("data", {}), **({"tokenizer_type": kind} if kind in TOKENIZER_TYPES else {})}
+    kind = options.tokenizer_type or run_kind(source)
+    data = {**told.get("data", {}), "tokenizer_type": kind}
+    if kind == "TikTokenizer":
+        data |= {f"tiktoken_{name}": value for name, value in asdict(source.tiktoken).items()}
     adam = optimizer_state.of_source(source).settings if options.with_optimizer else {}
     return Config.model_validate(
         {

@@ -23,11 +23,11 @@ from megatron_llmjp.checkpoint.save_folder import (
     recognize,
 )
 from megatron_llmjp.config.schema import ModelConfig
-from megatron_llmjp.convert.generation import Generation
+from megatron_llmjp.convert.formats.hugging_face.generation import Generation
 from megatron_llmjp.convert.plan import Output, Read
 from megatron_llmjp.convert.tensors import WORD_EMBEDDINGS, shapes
 from megatron_llmjp.errors import UserError, download_hint
-from megatron_llmjp.tokenizers.settings import TikTokenSettings
+from megatron_llmjp.tokenizers.registry import TikTokenSettings
 
 FORMATS = ("native", "hf", "megatron-lm", "megatron-deepspeed")
 
@@ -50,8 +50,8 @@ class Source:
     seq_length: int | None = None
     tokenizer_type: str | None = None
     """Type of the run's tokenizer as the checkpoint names it, which decides what ends a text."""
-    tiktoken: TikTokenSettings | None = None
-    """Settings of a TikTokenizer, where the checkpoint has them."""
+    tiktoken: TikTokenSettings = field(default_factory=TikTokenSettings)
+    """Settings of a TikTokenizer."""
     generation: Generation | None = None
     """Token ids and generation settings of a Hugging Face model, also on its way back."""
     notes: list[str] = field(default_factory=list)

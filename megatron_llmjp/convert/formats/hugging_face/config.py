@@ -1,5 +1,7 @@
 """``config.json`` of Hugging Face models: its keys, by transformers version and model.
 
+JSON objects in files.
+
 Reading config.json of several transformers versions: where each keeps a value.
 
 What an architecture of Hugging Face must say of itself to be read and written.
@@ -7,9 +9,11 @@ What an architecture of Hugging Face must say of itself to be read and written.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
@@ -17,6 +21,33 @@ from pydantic import ValidationError
 from megatron_llmjp.config.schema import ModelConfig
 from megatron_llmjp.convert.tensors import LAYER, Layout, shapes
 from megatron_llmjp.errors import UserError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: does not exist") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: a JSON object was expected")
+    return value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object, indented, as UTF-8."""
+    path.write_bytes(to_bytes(value))
+
+
+def to_bytes(value: Mapping[str, Any]) -> bytes:
+    """Return a JSON object as a file holds it."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def required(config: dict[str, Any], key: str, where: str) -> int:
@@ -90,12 +121,11 @@ def vocabulary(config: dict[str, Any], where: str, tied: bool) -> dict[str, Any]
 
 
 LLAMA3 = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
+    "low_freq_factor": "rope_scaling_low_freq_factor",
+    "high_freq_factor": "rope_scaling_high_freq_factor",
+    "original_max_position_embeddings": "rope_scaling_original_max_position_embeddings",
 }
-"""LLaMA 3.1's scaling in every checkpoint that has one; megatron-core has them built in
-(megatron/core/models/common/embeddings/rotary_pos_embedding.py, ``_apply_scaling``)."""
+"""The constants of LLaMA 3.1's scaling in transformers, and the fields of the model."""
 
 
 def rotary_parameters(config: dict[str, Any], where: str) -> dict[str, Any]:
@@ -145,14 +175,29 @@ def rotary(config: dict[str, Any], where: str, legacy: str = "rope_theta") -> di
     if kind == "linear":
         fields["rotary_seq_len_interpolation_factor"] = int(factor)
     elif kind == "llama3":
-        length = config.get("max_position_embeddings", 2048)
-        constants = {"original_max_position_embeddings": length, **scaling}
-        odd = [
-            f"{key} {constants.get(key)}" for key, v in LLAMA3.items() if constants.get(key) != v
-        ]
-        unsupported(where, **{f"llama3 rope scaling with {', '.join(odd)}": bool(odd)})
         fields |= {"use_rope_scaling": True, "rope_scaling_factor": factor}
+        fields |= _llama3_constants(config, scaling, where)
     return fields
+
+
+def _llama3_constants(
+    config: dict[str, Any], scaling: dict[str, Any], where: str
+) -> dict[str, float]:
+    length = config.get("max_position_embeddings", 2048)
+    given = {"original_max_position_embeddings": length, **scaling}
+    found = {key: number(given.get(key), f"{key} of rope_scaling", where) for key in LLAMA3}
+    low, high, original = found.values()
+    unsupported(
+        where,
+        **{
+            f"llama3 rope scaling with low_freq_factor {low} and high_freq_factor {high}": not (
+                0 < low < high
+            ),
+            f"llama3 rope scaling with original_max_position_embeddings {original}": original < 1
+            or original != original // 1,
+        },
+    )
+    return {LLAMA3[key]: value for key, value in found.items()}
 
 
 def number(value: Any, what: str, where: str) -> float:
@@ -181,7 +226,8 @@ def rotary_keys(model: ModelConfig, legacy: str = "rope_theta", **more: Any) -> 
     scaling: dict[str, Any] | None = None
     parameters: dict[str, Any] = {"rope_type": "default"}
     if model.use_rope_scaling:
-        parameters = {"rope_type": "llama3", "factor": model.rope_scaling_factor, **LLAMA3}
+        constants = {key: getattr(model, field) for key, field in LLAMA3.items()}
+        parameters = {"rope_type": "llama3", "factor": model.rope_scaling_factor, **constants}
         scaling = {"type": "llama3", **parameters}
     elif model.rotary_seq_len_interpolation_factor is not None:
         factor = float(model.rotary_seq_len_interpolation_factor)

@@ -13,18 +13,16 @@ from typing import Any
 import torch
 
 from megatron_llmjp.config.schema import ModelConfig
-from megatron_llmjp.convert import generation
 from megatron_llmjp.convert.files.safetensors import plan_file, read_header
 from megatron_llmjp.convert.files.storage import Stored, byte_count, dtype_name
 from megatron_llmjp.convert.files.torch_archive import load
-from megatron_llmjp.convert.formats.hugging_face import gpt2, gpt_neox, llama
-from megatron_llmjp.convert.formats.hugging_face.config import Style
+from megatron_llmjp.convert.formats.hugging_face import generation, gpt2, gpt_neox, llama
+from megatron_llmjp.convert.formats.hugging_face.config import Style, read_json, write_json
+from megatron_llmjp.convert.formats.hugging_face.tokenizer import export_tokenizer
 from megatron_llmjp.convert.formats.registry import Options, Source, account
-from megatron_llmjp.convert.json_files import read_json, write_json
 from megatron_llmjp.convert.model_tokenizer import open_tokenizer
 from megatron_llmjp.convert.plan import Checksums, Output, OutputFile, Read, Write
 from megatron_llmjp.convert.tensors import VOCABULARY, Shape, part_shapes, shapes
-from megatron_llmjp.convert.tokenizer_export import export_tokenizer
 from megatron_llmjp.errors import UserError
 
 CONFIG = "config.json"

@@ -1,44 +1,200 @@
-"""The files of a tokenizer in a folder; they travel with a model byte for byte."""
+"""The tokenizer's files of a Hugging Face folder, which AutoTokenizer reads.
+
+Files of transformers are copied byte for byte, but for an ``eos_token`` that is not what ended the
+run's documents. Of a SentencePiece model or GPT-2's two files the fast tokenizer is built, and its
+ids are compared with the original's.
+"""
 
 from __future__ import annotations
 
+import json
+import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import tokenizers
+
+from megatron_llmjp.convert.formats.hugging_face.config import to_bytes
+from megatron_llmjp.convert.model_tokenizer import ModelTokenizer
 from megatron_llmjp.errors import UserError
+from megatron_llmjp.tokenizers import Tokenizer, load_tokenizer
+from megatron_llmjp.tokenizers.comparison import RARE_TEXTS, TEXTS, Comparison, compare
+from megatron_llmjp.tokenizers.hugging_face import FastTokenizer, HuggingFaceTokenizer
+from megatron_llmjp.tokenizers.sentencepiece import SentencePieceModel
+from megatron_llmjp.tokenizers.sentencepiece_fast import export_hugging_face, own_texts
+from megatron_llmjp.tokenizers.tiktoken import TikTokenizer
+from megatron_llmjp.tokenizers.tiktoken_fast import fast_tiktoken
 
-NAMES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "spiece.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tiktoken.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-PATTERNS = ("*.model", "*vocab*.json", "*merges*.txt")
-"""SentencePiece models, and both files of GPT2BPETokenizer, under names of their own."""
+FAST, SETTINGS, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+BUILT = (FAST, SETTINGS, SPECIAL)
+KEPT_SETTINGS = ("chat_template", "model_max_length", "padding_side", "truncation_side")
+"""What stays of a tokenizer_config.json where the fast tokenizer is built again."""
+_RENAMED = {"tokenizer.model": "sentencepiece.model", "spiece.model": "sentencepiece.model"}
+"""AutoTokenizer would read the former by itself, with other ids for Unigram models."""
 
 
-def tokenizer_files(folder: Path | None) -> dict[str, Path]:
-    """Return the tokenizer files of a folder by name, in order of their names.
+@dataclass
+class ExportedTokenizer:
+    """Files by name, and what the user should know of them."""
+
+    files: dict[str, bytes]
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def export_tokenizer(chosen: ModelTokenizer, keep: bool, rows: int) -> ExportedTokenizer:
+    """Return the files of an export.
 
     Args:
-        folder: of the tokenizer, or a single file.
+        chosen: the tokenizer.
+        keep: copy whatever is there: the folder of a Hugging Face model, unchanged.
+        rows: of the vocabulary.
 
     Raises:
-        UserError: nothing of this name is there.
+        UserError: a JSON file is damaged.
     """
-    if folder is None:
+    files = {name: path.read_bytes() for name, path in chosen.files.items()}
+    tokenizer = chosen.tokenizer
+    if keep:
+        return ExportedTokenizer(files)
+    if isinstance(tokenizer, SentencePieceModel):
+        return _of_sentencepiece(tokenizer, files, rows)
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return _of_hugging_face(tokenizer, chosen.eod_id, files)
+    if isinstance(tokenizer, FastTokenizer):
+        return _of_fast(tokenizer, tokenizer.tokenizer, files)
+    if isinstance(tokenizer, TikTokenizer):
+        return _of_fast(tokenizer, fast_tiktoken(tokenizer), files)
+    what = "has no tokenizer, and what ends a text is not known; --tokenizer gives both"
+    if tokenizer is not None:
+        what = f"has no tokenizer that AutoTokenizer reads: none can be built of {tokenizer.kind}"
+    return ExportedTokenizer(files, warnings=[f"the export {what}"])
+
+
+def _of_sentencepiece(
+    model: SentencePieceModel, files: dict[str, bytes], rows: int
+) -> ExportedTokenizer:
+    notes = []
+    if FAST in files:
+        other, found = _difference(model, model.model_file.parent, rows)
+        if other is None:
+            note = f"{FAST} and {model.model_file.name} agree. {found.report()}"
+            return ExportedTokenizer(files, [note])
+        notes.append(f"the {FAST} next to {model.model_file.name} {other}: it was built again")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        try:
+            export_hugging_face(model, folder, rows)
+        except UserError as error:
+            return _model_only(files, str(error))
+        built = load_tokenizer("HuggingFaceTokenizer", folder)
+        own = own_texts(model, rows)
+        ordinary = compare(model, built, [*TEXTS, *own])
+        if ordinary.differences:
+            return _model_only(files, ordinary.report())
+        found = compare(model, built, [*ALL, *own])
+        made = {name: (folder / name).read_bytes() for name in BUILT}
+    made[SETTINGS] = _merged_settings(files.get(SETTINGS), made[SETTINGS])
+    notes.append(
+        f"{FAST} was built from {model.model_file.name} as {model.kind}: a document ends with "
+        f"{model.piece(model.eod_id)} ({model.eod_id}). {found.report()}"
+    )
+    warnings = [f"rare texts differ in {FAST}, see above"] if found.differences else []
+    return ExportedTokenizer(files | made, notes, warnings)
+
+
+ALL = (*TEXTS, *RARE_TEXTS)
+
+
+def _difference(
+    model: SentencePieceModel, folder: Path, rows: int
+) -> tuple[str | None, Comparison]:
+    """How the Hugging Face tokenizer of a folder differs from the model as its type reads it."""
+    fast = load_tokenizer("HuggingFaceTokenizer", folder)
+    assert isinstance(fast, HuggingFaceTokenizer)
+    found = compare(model, fast, [*ALL, *own_texts(model, rows)])
+    if fast.eos_id != model.eod_id:
+        ours, theirs = model.piece(model.eod_id), fast.eos_id
+        shown = "nothing" if theirs is None else fast.piece(theirs)
+        return f"ends text with {shown}, {model.kind} with {ours}", found
+    if fast.tokenizer.encode(TEXTS[0]).ids != model.encode(TEXTS[0]).tolist():
+        return "puts other special tokens around a text, or gives other ids", found
+    return "gives other ids" if found.differences else None, found
+
+
+def _model_only(files: dict[str, bytes], why: str) -> ExportedTokenizer:
+    """Keep a model that has no equal fast tokenizer, where AutoTokenizer does not take it."""
+    kept = {_RENAMED.get(n, n): data for n, data in files.items() if n.endswith(".model")}
+    return ExportedTokenizer(
+        kept,
+        warnings=[
+            f"AutoTokenizer cannot load the export, which has {', '.join(kept)} alone: a fast "
+            f"tokenizer with the same ids cannot be built. {why}"
+        ],
+    )
+
+
+def _of_hugging_face(
+    tokenizer: HuggingFaceTokenizer, eod_id: int | None, files: dict[str, bytes]
+) -> ExportedTokenizer:
+    """Copy the files; the token that ended the run's documents becomes ``eos_token``."""
+    if eod_id is None or eod_id == tokenizer.eos_id:
+        return ExportedTokenizer(files)
+    eod = tokenizer.piece(eod_id)
+    before = "none" if tokenizer.eos_id is None else tokenizer.piece(tokenizer.eos_id)
+    settings = _json(files, SETTINGS) or {"tokenizer_class": "PreTrainedTokenizerFast"}
+    changed = {SETTINGS: {**settings, "eos_token": eod}}
+    if SPECIAL in files:
+        changed[SPECIAL] = {**_json(files, SPECIAL), "eos_token": eod}
+    return ExportedTokenizer(
+        files | {name: to_bytes(content) for name, content in changed.items()},
+        [f"eos_token of the tokenizer is {eod} ({eod_id}) in the export, {before} before"],
+    )
+
+
+def _of_fast(
+    tokenizer: Tokenizer, fast: tokenizers.Tokenizer, files: dict[str, bytes]
+) -> ExportedTokenizer:
+    """Write the fast tokenizer of a byte-level vocabulary, if it gives the same ids."""
+    ids = {
+        "bos_token": tokenizer.bos_id,
+        "eos_token": tokenizer.eod_id,
+        "pad_token": tokenizer.pad_id,
+    }
+    settings = {
+        **{role: tokenizer.piece(i) for role, i in ids.items() if i is not None},
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 10**30,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    made = {FAST: fast.to_str().encode(), SETTINGS: to_bytes(settings)}
+    with tempfile.TemporaryDirectory() as temporary:
+        for name, data in made.items():
+            (Path(temporary) / name).write_bytes(data)
+        built = load_tokenizer("HuggingFaceTokenizer", temporary)
+        found = compare(tokenizer, built, ALL, (tokenizer.kind, "Hugging Face"))
+    if found.differences:
+        why = f"AutoTokenizer cannot load the export: no equal {FAST} can be built"
+        return ExportedTokenizer(files, warnings=[f"{why}. {found.report()}"])
+    eod = f"{tokenizer.piece(tokenizer.eod_id)} ({tokenizer.eod_id})"
+    note = f"{FAST} was built as {tokenizer.kind}: a document ends with {eod}. {found.report()}"
+    return ExportedTokenizer(files | made, [note])
+
+
+def _merged_settings(old: bytes | None, new: bytes) -> bytes:
+    """Return the settings of a built tokenizer with what is kept of those that were there."""
+    before = {} if old is None else _json({SETTINGS: old}, SETTINGS)
+    return to_bytes(json.loads(new) | {k: before[k] for k in KEPT_SETTINGS if k in before})
+
+
+def _json(files: dict[str, bytes], name: str) -> dict[str, Any]:
+    if name not in files:
         return {}
-    if folder.is_file():
-        return {folder.name: folder}
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no tokenizer is there; give a folder or a file")
-    paths = [path for pattern in PATTERNS for path in folder.glob(pattern)]
-    paths += [folder / name for name in NAMES]
-    return {path.name: path for path in sorted(set(paths)) if path.is_file()}
+    try:
+        content = json.loads(files[name])
+    except ValueError as error:
+        raise UserError(f"{name} of the tokenizer: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{name} of the tokenizer: a JSON object was expected")
+    return content

@@ -21,6 +21,7 @@ from megatron_llmjp.convert.formats.megatron_deepspeed.names import classify, jo
 from megatron_llmjp.convert.formats.megatron_lm.arguments import (
     model_from_args,
     settings_from_args,
+    tiktoken_of,
     tokenizer_type_of,
 )
 from megatron_llmjp.convert.formats.rank_files import Gathered, new_name
@@ -100,6 +101,7 @@ def read(path: Path, main_weights: bool = False, ignored: Collection[str] = ()) 
         notes=notes,
         settings=settings_from_args(args),
         tokenizer_type=tokenizer_type_of(args),
+        tiktoken=tiktoken_of(args),
         optimizer=lambda: zero().state(content),
     )
 

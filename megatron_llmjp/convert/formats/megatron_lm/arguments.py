@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from megatron_llmjp.config.schema import SECTIONS, ModelConfig, OptimizerConfig
 from megatron_llmjp.convert.formats.hugging_face.config import make_model, required, unsupported
 from megatron_llmjp.convert.formats.megatron_lm.argument_fields import check_fields
+from megatron_llmjp.tokenizers.registry import TikTokenSettings
 
 
 def model_from_args(args: Any, where: str, ignored: Collection[str] = ()) -> ModelConfig:
@@ -125,6 +126,16 @@ def tokenizer_type_of(args: Any) -> str | None:
     return name if isinstance(name, str) and name else None
 
 
+def tiktoken_of(args: Any) -> TikTokenSettings:
+    """The settings of TikTokenizer, as far as the arguments name them."""
+    default = TikTokenSettings()
+    return TikTokenSettings(
+        getattr(args, "tiktoken_pattern", None) or default.pattern,
+        getattr(args, "tiktoken_num_special_tokens", None) or default.num_special_tokens,
+        tuple(getattr(args, "tiktoken_special_tokens", None) or default.special_tokens),
+    )
+
+
 def _is_core(given: dict[str, Any]) -> bool:
     """Whether the run built megatron-core's model, not the older ``megatron.legacy`` one."""
     if "use_legacy_models" in given:
@@ -222,15 +233,18 @@ def _gelu(given: dict[str, Any], biases: bool) -> str:
 def true_vocabulary(args: Any) -> int | None:
     """The vocabulary without padding, where the arguments have it.
 
-    ``vocab_size`` is that of NullTokenizer alone, which adds an end-of-document token; for other
-    tokenizers it is a bound at best. This converter writes ``true_vocab_size``.
+    ``vocab_size`` is that of NullTokenizer alone, which adds an end-of-document token up to core
+    0.17 and counts it from 0.18 on (where its id is an argument); for other tokenizers it is a
+    bound at best. This converter writes ``true_vocab_size``.
     """
     true = getattr(args, "true_vocab_size", None)
     if isinstance(true, int):
         return true
     size = getattr(args, "vocab_size", None)
     null = getattr(args, "tokenizer_type", None) == "NullTokenizer"
-    return size + 1 if null and isinstance(size, int) else None
+    if not null or not isinstance(size, int):
+        return None
+    return size if hasattr(args, "null_tokenizer_eod_id") else size + 1
 
 
 def make_args(

@@ -27,10 +27,12 @@ from megatron_llmjp.convert.formats.megatron_lm.arguments import (
     model_from_args,
     notes_from_args,
     settings_from_args,
+    tiktoken_of,
     tokenizer_type_of,
 )
 from megatron_llmjp.convert.formats.rank_files import Gathered, new_name
 from megatron_llmjp.convert.formats.registry import Source
+from megatron_llmjp.convert.model_tokenizer import tokenizer_files
 from megatron_llmjp.convert.optimizer_state import MAIN, MOMENTS, OptimizerState
 from megatron_llmjp.convert.tensors import FINAL_NORM, OUTPUT_LAYER, WORD_EMBEDDINGS
 from megatron_llmjp.errors import UserError
@@ -152,6 +154,7 @@ def _source(
             "the true vocabulary size is not in the checkpoint: its padding was kept; "
             "--vocab-size N trims it"
         )
+    tokenizer = folder / "tokenizer"  # from core 0.20 on
     return Source(
         "megatron-lm",
         folder,
@@ -160,10 +163,12 @@ def _source(
         layout,
         iteration=iteration if isinstance(iteration, int) else None,
         consumed_samples=getattr(args, "consumed_train_samples", None),
+        tokenizer=tokenizer if tokenizer.is_dir() and tokenizer_files(tokenizer) else None,
         seq_length=getattr(args, "seq_length", None),
         notes=notes,
         settings=settings_from_args(args),
         tokenizer_type=tokenizer_type_of(args),
+        tiktoken=tiktoken_of(args),
         optimizer=optimizer,
     )
 

@@ -11,6 +11,7 @@ from megatron_llmjp.config.schema import ModelConfig
 from megatron_llmjp.convert.files import torch_dist
 from megatron_llmjp.convert.files.torch_archive_writer import Placeholder, plan_archive
 from megatron_llmjp.convert.formats import mcore_names
+from megatron_llmjp.convert.formats.hugging_face.config import LLAMA3
 from megatron_llmjp.convert.formats.megatron_lm.arguments import make_args
 from megatron_llmjp.convert.formats.megatron_lm.reader import FILE, TRACKER
 from megatron_llmjp.convert.formats.rank_files import (
@@ -34,10 +35,20 @@ def plan(source: Source, options: Options) -> Output:
     """
     if source.model.use_parallel_residual:
         raise UserError(f"{source.path}: Megatron-LM has no layer with a parallel residual")
+    changed = [name for name in LLAMA3.values() if _is_changed(source.model, name)]
+    if source.model.use_rope_scaling and changed:
+        raise UserError(
+            f"{source.path}: Megatron-LM has LLaMA 3.1's constants built in, and no argument for "
+            + ", ".join(f"{name} {getattr(source.model, name)}" for name in changed)
+        )
     plan_format = _plan_torch_dist if options.megatron_format == "torch_dist" else _plan_legacy
     output = plan_format(source, options)
     output.notes += _notes(source.model)
     return output
+
+
+def _is_changed(model: ModelConfig, field: str) -> bool:
+    return bool(getattr(model, field) != ModelConfig.model_fields[field].default)
 
 
 def _notes(model: ModelConfig) -> list[str]:

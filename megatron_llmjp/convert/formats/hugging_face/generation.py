@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_llmjp.convert.json_files import read_json
+from megatron_llmjp.convert.formats.hugging_face.config import read_json
 from megatron_llmjp.errors import UserError
 
 FILE = "generation_config.json"

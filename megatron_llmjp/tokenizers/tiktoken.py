@@ -1,13 +1,14 @@
 """Byte-level BPE with the tiktoken library, as Megatron-LM's TikTokenizer reads it.
 
 Source of the behaviour: Megatron-LM megatron/training/tokenizer (core 0.12), CustomTikTokenizer.
-A special token that is spelled out in a text is text; newer Megatron-LM (core 0.15 on) finds it.
+A special token that is spelled out in a text is text; megatron-core's own class (0.16) finds it.
 """
 
 from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.tokenizers.base import Ids, Tokenizer
-from megatron_llmjp.tokenizers.settings import TikTokenSettings
+from megatron_llmjp.tokenizers.registry import TikTokenSettings, hint
 
 PATTERNS = {
     "v1": r"[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
@@ -36,6 +37,7 @@ PATTERNS = {
 REQUIRED = ("<unk>", "<s>", "</s>")
 LARGEST = 2**17
 """Megatron-LM's vocabulary size where ``--vocab-size`` is not given, special tokens included."""
+MOST_SPACES, SPACES = 999_000, re.compile(r"\s+")
 _KEYS = {"rank", "token_bytes", "token_str"}
 _EXPECTED = "Expected a JSON list of {rank, token_bytes, token_str}, as Megatron-LM's TikTokenizer"
 
@@ -65,6 +67,7 @@ class TikTokenizer(Tokenizer):
         self.vocab_size = vocab_size or min(LARGEST, len(tokens) + len(names))
         _check_size(vocab_file, len(tokens), len(names), self.vocab_size)
         tokens = tokens[: self.vocab_size - len(names)]
+        self.special_names, self.tokens = tuple(names), tuple(tokens)
         self._encoding = _encoding(
             vocab_file,
             PATTERNS[settings.pattern],
@@ -79,10 +82,14 @@ class TikTokenizer(Tokenizer):
         """Return the ids of one text.
 
         Raises:
-            ValueError: a lone surrogate (tiktoken would write U+FFFD), or about half a million
-                spaces in a row, on which tiktoken's regular expressions run out of memory.
+            ValueError: a lone surrogate (tiktoken would write U+FFFD), or a million spaces in a
+                row, on which tiktoken's regular expressions run out of memory.
         """
         text.encode()
+        if len(text) > MOST_SPACES and max(map(len, SPACES.findall(text)), default=0) > MOST_SPACES:
+            raise ValueError(
+                f"more than {MOST_SPACES:,} spaces in a row, which tiktoken cannot split"
+            )
         try:
             return np.array(self._encoding.encode_ordinary(text), np.int32)
         except BaseException as error:  # a panic in Rust is no Exception
@@ -145,12 +152,11 @@ def _read(path: Path) -> list[bytes]:
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"--tokenizer-model {path}: not a readable TikTokenizer vocabulary ({error}). "
-            f"{_EXPECTED} reads it; a plain .tiktoken file does not say which special tokens and "
-            "pattern belong to it, and its Hugging Face form (HuggingFaceTokenizer) does."
+            f"{_EXPECTED} reads it. A plain .tiktoken file does not name its special tokens and "
+            "pattern: use the same tokenizer's tokenizer.json (HuggingFaceTokenizer)"
         ) from error
     if not isinstance(entries, list):
-        other = "a tokenizer.json is read with --tokenizer-type HuggingFaceTokenizer"
-        raise UserError(f"--tokenizer-model {path}: not a list. {_EXPECTED} reads it; {other}")
+        raise UserError(f"--tokenizer-model {path}: not a list. {_EXPECTED} reads it{hint(path)}")
     tokens = [_token(path, rank, entry) for rank, entry in enumerate(entries)]
     ranks: dict[bytes, int] = {}
     for rank, token in enumerate(tokens):

@@ -1,0 +1,325 @@
+"""Fragments of Megatron-LM's distributed optimizer state, joined into whole tensors.
+
+Optimizer state of ``fully_sharded_model_space``: flat pieces of fragments.
+
+The format of megatron-core's distributed optimizer in LLM-jp's fork (core 0.12): a tensor is cut
+into a grid of fragments, as tensor parallelism cuts it, each fragment is flattened, and each
+data-parallel rank stores a piece of it. On disk the entry has the shape ``[grid..., elements of a
+fragment]``; stacked layers are the first axis of the grid
+(megatron/core/dist_checkpointing/strategies/torch.py).
+
+Optimizer state of ``dp_reshardable``: the buckets of each model-parallel rank.
+
+The default of Megatron-LM's distributed optimizer from core 0.15 on. A rank lays its parameters
+out in a buffer, the last one first, each at a multiple of 64 elements, and cuts the buffer into
+buckets; on disk, each bucket is one flat tensor, and each piece of a parameter in it one chunk
+(megatron/core/optimizer/distrib_optimizer.py, ``sharded_param_state_dp_reshardable``;
+megatron/core/distributed/param_and_grad_buffer.py). Names are not stored: they follow from the
+order in which megatron-core's model registers its parameters. What follows is checked against the
+chunks, whose bounds must be those of the parameters, and against the norms and biases, which must
+be the model's.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_llmjp.config.schema import ModelConfig
+from megatron_llmjp.convert.files import torch_dist
+from megatron_llmjp.convert.files.checksums import Region
+from megatron_llmjp.convert.files.storage import byte_count, placed
+from megatron_llmjp.convert.files.torch_dist import ChunkTensor, StoredEntry
+from megatron_llmjp.convert.formats import mcore_names
+from megatron_llmjp.convert.formats.mcore_names import on_disk
+from megatron_llmjp.convert.formats.rank_files import Gathered, check_divides, rank_shape
+from megatron_llmjp.convert.plan import Read
+from megatron_llmjp.convert.tensors import (
+    LAYER,
+    OUTPUT_LAYER,
+    WORD_EMBEDDINGS,
+    Shape,
+    boxes,
+    shapes,
+)
+from megatron_llmjp.errors import UserError
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A rectangular part of a tensor, stored as flat pieces."""
+
+    pieces: tuple[tuple[int, ChunkTensor], ...]
+    """Number of the first element, and where the elements from there on are."""
+    shape: Shape
+    dtype: torch.dtype
+
+    @property
+    def source(self) -> str:
+        """The file of the first piece."""
+        return self.pieces[0][1].source
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """The checksums that reading it takes part in."""
+        return tuple(region for _, chunk in self.pieces for region in chunk.regions)
+
+    def read(self, into: torch.Tensor | None = None) -> torch.Tensor:
+        """Read it, into fresh memory or a contiguous tensor of as many elements.
+
+        Raises:
+            UserError: a file is damaged.
+        """
+        flat = torch.empty(byte_count(self.shape, torch.uint8), dtype=self.dtype)
+        for start, chunk in self.pieces:
+            flat[start : start + byte_count(chunk.shape, torch.uint8)] = chunk.read().flatten()
+        return placed(flat.view(self.shape), into)
+
+
+def unflattened(model: ModelConfig, entries: dict[str, StoredEntry]) -> dict[str, Read]:
+    """How to read every canonical tensor of one kind of state.
+
+    Raises:
+        UserError: a tensor is missing, or its pieces do not cover it.
+    """
+    rows = byte_count(entries[WORD_EMBEDDINGS].shape, torch.uint8) // model.hidden_size
+    found = {}
+    for name, shape in shapes(model, rows).items():
+        key, layer = on_disk(name)
+        entry = entries.get(key) or entries.get(name)
+        if entry is not None:
+            found[name] = _read(name, entry, shape, layer if key in entries else None)
+    return found
+
+
+def _read(name: str, entry: StoredEntry, shape: Shape, layer: int | None) -> Read:
+    stacked = layer is not None
+    grid = entry.shape[stacked:-1]
+    where = next(iter(entry.chunks.values()))[0].parent
+    if len(grid) != len(shape) or any(n % g for n, g in zip(shape, grid, strict=True)):
+        raise UserError(f"{where}: {name} {shape} was cut into fragments {grid}, which do not fit")
+    sizes = tuple(n // g for n, g in zip(shape, grid, strict=True))
+    pieces: dict[Shape, list[tuple[int, ChunkTensor]]] = {}
+    for (offsets, lengths), place in entry.chunks.items():
+        if stacked and offsets[0] != layer:
+            continue
+        if any(length != 1 for length in lengths[:-1]):
+            raise UserError(f"{where}: a piece of {name} spans fragments")
+        cell = tuple(i * n for i, n in zip(offsets[stacked:-1], sizes, strict=True))
+        chunk = ChunkTensor(*place, lengths[-1:], entry.dtype, entry.files.get(place[0]))
+        pieces.setdefault(cell, []).append((offsets[-1], chunk))
+    covered = sum(chunk.shape[0] for cell in pieces.values() for _, chunk in cell)
+    if covered != byte_count(shape, torch.uint8):
+        raise UserError(f"{where}: the pieces of {name} {shape} do not cover it")
+    parts = [Fragment(tuple(cell), sizes, entry.dtype) for cell in pieces.values()]
+    return Read(shape, entry.dtype, parts, partial(boxes, places=[(c, sizes) for c in pieces]))
+
+
+_PREFIX = "optimizer.distributed."
+_BUCKET = re.compile(
+    rf"{re.escape(_PREFIX)}dp_group_idx_(\d+)\.gbuf_idx_(\d+)\.dtype_(.+)\.bucket_idx_(\d+)\.(\w+)"
+)
+_ALIGNMENT = 64
+"""Elements; ``pad_param_start`` in megatron/core/optimizer/param_layout.py."""
+
+_COMMON_ORDER = (
+    "self_attention.linear_qkv",
+    "pre_mlp_layernorm",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
+_ORDERS = {
+    "transformer_engine": ("self_attention.linear_proj", "input_layernorm", *_COMMON_ORDER),
+    "local": ("input_layernorm", "self_attention.linear_proj", *_COMMON_ORDER),
+}
+"""Modules of a layer in the order of their parameters; Transformer Engine has fused norms."""
+
+Buckets = dict[tuple[int, int], list[StoredEntry]]
+"""The buckets of one kind of state by model-parallel rank and model chunk."""
+
+
+def is_bucketed(keys: Iterator[str]) -> bool:
+    """Whether a checkpoint with these keys holds optimizer state in buckets."""
+    return any(key.startswith(_PREFIX) for key in keys)
+
+
+def param_groups(where: Path) -> list[dict[str, Any]]:
+    """The settings of the parameter groups, which each rank stores beside its buckets.
+
+    Raises:
+        UserError: they are not there.
+    """
+    stored = torch_dist.read_object(where, f"{_PREFIX}dp_group_idx_0.optimizer/shard_0_1")
+    stored = stored[0] if isinstance(stored, list) and len(stored) == 1 else stored
+    if not isinstance(stored, dict) or not stored.get("param_groups"):
+        raise _unknown(where, "its parameter groups are not there")
+    groups: list[dict[str, Any]] = stored["param_groups"]
+    return groups
+
+
+def unbucketed(
+    model: ModelConfig, entries: dict[str, StoredEntry], args: Any, where: Path
+) -> dict[str, dict[str, Read]]:
+    """How to read every canonical tensor of every kind of state.
+
+    Args:
+        model: the architecture.
+        entries: all tensors of the checkpoint.
+        args: the run's arguments; its layout decides what a rank holds.
+        where: the folder, for messages.
+
+    Raises:
+        UserError: the buckets are not laid out as this module knows.
+    """
+    kinds = _by_kind(entries, where)
+    weights = mcore_names.weights(entries)
+    if "param" not in kinds or WORD_EMBEDDINGS not in weights:
+        raise _unknown(where, "the weights that they belong to are not there")
+    rows = weights[WORD_EMBEDDINGS].shape[0]
+    known = mcore_names.reads(model, rows, weights)
+    first = getattr(args, "transformer_impl", None)
+    for order in sorted(_ORDERS, key=lambda name: name != first):
+        found = {
+            kind: reads
+            for kind, buckets in kinds.items()
+            if (reads := _reads(model, rows, buckets, _ORDERS[order], args, where)) is not None
+        }
+        if found.keys() == kinds.keys() and _agree(found["param"], known):
+            return found
+    raise _unknown(where, "no known order of parameters fits their bounds, norms and biases")
+
+
+def _unknown(where: Path, why: str) -> UserError:
+    return UserError(
+        f"{where}: its optimizer state is cut by buckets in a way that is not known ({why}); load "
+        "it with the program that saved it, and save it with --dist-ckpt-optim-fully-reshardable"
+    )
+
+
+def _by_kind(entries: dict[str, StoredEntry], where: Path) -> dict[str, Buckets]:
+    """The buckets in their order, by kind of state."""
+    numbered: dict[str, dict[tuple[int, int], dict[int, StoredEntry]]] = {}
+    types: dict[tuple[int, int], set[str]] = {}
+    for key, entry in entries.items():
+        match = _BUCKET.fullmatch(key)
+        if match is None:
+            if key.startswith(_PREFIX):
+                raise _unknown(where, f"{key} is no bucket")
+            continue
+        place = int(match[1]), int(match[2])
+        types.setdefault(place, set()).add(match[3])
+        numbered.setdefault(match[5], {}).setdefault(place, {})[int(match[4])] = entry
+    if any(len(found) > 1 for found in types.values()):
+        raise _unknown(where, "parameters of several types")
+    return {
+        kind: {place: [found[i] for i in sorted(found)] for place, found in places.items()}
+        for kind, places in numbered.items()
+    }
+
+
+def _reads(
+    model: ModelConfig,
+    rows: int,
+    buckets: Buckets,
+    order: tuple[str, ...],
+    args: Any,
+    where: Path,
+) -> dict[str, Read] | None:
+    """One kind of state, with the layers' modules in an order; None where that does not fit."""
+    tensor = int(getattr(args, "tensor_model_parallel_size", 0) or 1)
+    pipeline = int(getattr(args, "pipeline_model_parallel_size", 0) or 1)
+    virtual = 1 + max(chunk for _, chunk in buckets)
+    check_divides(model, tensor, pipeline * virtual)
+    if sorted(buckets) != [(r, v) for r in range(tensor * pipeline) for v in range(virtual)]:
+        raise _unknown(where, f"not those of TP {tensor} x PP {pipeline}")
+    shape_of = shapes(model, rows)
+    gathered = Gathered()
+    for (rank, chunk), own in buckets.items():
+        stage, t = divmod(rank, tensor)
+        number, count = chunk * pipeline + stage, pipeline * virtual
+        held = {}
+        for name in _names(model, list(shape_of), number, count, order):
+            whole = WORD_EMBEDDINGS if name not in shape_of else name
+            held[name] = rank_shape(whole, model, shape_of[whole], tensor)
+        fragments = _laid_out(held, own)
+        if fragments is None:
+            return None
+        for name, fragment in fragments.items():
+            if name in shape_of:
+                gathered.add(name, t, fragment)
+    return gathered.reads(where, model, tensor)
+
+
+def _names(
+    model: ModelConfig, names: list[str], number: int, count: int, order: tuple[str, ...]
+) -> list[str]:
+    """The parameters of one of ``count`` parts of the pipeline, as its model registers them."""
+    per_part = model.num_layers // count
+    found = [name for name in names if name.startswith("embedding.") and number == 0]
+    for layer in range(number * per_part, (number + 1) * per_part):
+        prefix = LAYER.format(i=layer)
+        inner = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+        inner.sort(key=lambda name: order.index(name.rpartition(".")[0]))  # weight, then bias
+        found += [prefix + name for name in inner]
+    if number == count - 1:
+        found += [n for n in names if not n.startswith(("embedding.", LAYER.partition("{")[0]))]
+        if count > 1 and not model.untie_embeddings_and_output_weights:
+            found.append(OUTPUT_LAYER)  # the last stage's copy of the embedding
+    return found
+
+
+def _laid_out(held: dict[str, Shape], buckets: list[StoredEntry]) -> dict[str, Fragment] | None:
+    """Where each parameter lies; None where they do not fill the buckets exactly."""
+    found = {}
+    number = end = 0
+    for name in reversed(held):
+        size = math.prod(held[name])
+        start = _aligned(end)
+        if start + size > buckets[number].shape[0]:
+            if buckets[number].shape[0] not in (end, start) or number + 1 == len(buckets):
+                return None
+            number, start = number + 1, 0
+        end = start + size
+        fragment = _fragment(buckets[number], start, end, held[name])
+        if fragment is None:
+            return None
+        found[name] = fragment
+    return found if (number + 1, end) == (len(buckets), buckets[-1].shape[0]) else None
+
+
+def _aligned(position: int) -> int:
+    return -(-position // _ALIGNMENT) * _ALIGNMENT
+
+
+def _fragment(bucket: StoredEntry, start: int, end: int, shape: Shape) -> Fragment | None:
+    """The chunks from one element to another; None where chunks do not begin and end there."""
+    chunks = sorted(bucket.chunks)
+    pieces = []
+    position = start
+    for box in chunks[bisect_left(chunks, ((start,), (0,))) :]:
+        (offset,), (length,) = box
+        if position == end or offset != position or offset + length > end:
+            break
+        place = bucket.chunks[box]
+        chunk = ChunkTensor(*place, (length,), bucket.dtype, bucket.files.get(place[0]))
+        pieces.append((offset - start, chunk))
+        position += length
+    return Fragment(tuple(pieces), shape, bucket.dtype) if position == end else None
+
+
+def _agree(found: dict[str, Read], known: dict[str, Read]) -> bool:
+    """Whether the main weights of all norms and biases are those of the model, rounded."""
+    vectors = [name for name, read in known.items() if len(read.shape) == 1]
+    return all(
+        name in found
+        and torch.equal(found[name].read(name).to(known[name].dtype), known[name].read(name))
+        for name in vectors
+    )
