@@ -153,7 +153,7 @@ def test_another_tokenizer_than_the_datasets_is_an_error(tmp_path, tokenizers, c
         assert "another tokenizer" not in start(*base, "--tokenizer-model", model)
     words = [*base, "--tokenizer-model", str(two)]
     message = refusal(*words)
-    assert "was made with another tokenizer than the run's" in message
+    assert "was tokenized with another tokenizer than the run's" in message
     assert "--allow-tokenizer-mismatch" in message
     for check in (
         lambda: plan_data(parse(words).config),
