@@ -48,7 +48,7 @@ def test_dry_run_and_run_refuse_the_same_and_write_nothing(tmp_path):
     words = arguments("laptop-llama", folds, "--save", tmp_path / "folds.yaml" / "run")
     other = arguments("laptop-llama", folds, "--save", tmp_path / "new", vocab_size=50)
     before = contents(tmp_path)
-    for flags, part in ((words, "folds.yaml is a file"), (other, "token ids beyond the vocab")):
+    for flags, part in ((words, "folds.yaml is a file"), (other, "token ids outside the vocab")):
         dry, run = pretrain(*flags, "--dry-run"), pretrain(*flags)
         assert dry.returncode == run.returncode == 2
         assert part in dry.stderr and dry.stderr == run.stderr

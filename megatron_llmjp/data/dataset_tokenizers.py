@@ -43,8 +43,8 @@ def mixed_tokenizer_warnings(paths: Iterable[str]) -> list[str]:
 def tokenizer_mismatches(paths: Iterable[str], tokenizer: Identity) -> list[str]:
     """Return one line for each recorded tokenizer that is not the run's."""
     return [
-        f"{format_names(paths)} was tokenized with another tokenizer than the run's: {describe(other)}, "
-        f"not {describe(tokenizer)}"
+        f"{format_names(paths)} was tokenized with another tokenizer than the run's: "
+        f"{describe(other)}, not {describe(tokenizer)}"
         for key, (other, paths) in _datasets_by_tokenizer(paths).items()
         if key != key_of(tokenizer)
     ]

@@ -68,7 +68,9 @@ def _describe_one(error: Any, data: Any) -> str:
     message = message.replace("a valid tuple", "a list").replace("a valid dictionary", "a mapping")
     if error["type"] == "extra_forbidden":
         possible = _allowed_keys(words)
-        message = f"unknown key{did_you_mean(words[-1], possible)} (possible: {', '.join(possible)})"
+        message = (
+            f"unknown key{did_you_mean(words[-1], possible)} (possible: {', '.join(possible)})"
+        )
     return f"{', '.join(words) or 'the file'}: {message}"
 
 
@@ -177,7 +179,9 @@ class _NamedBlends:
             raise UserError(f"{where}: blend '{name}': expected datasets, as `NAME: {{path: ...}}`")
         self.blends[name] = (blend, written, ("blends", name))
 
-    def blend(self, names: str | list[Any], whole: YamlDocument, location: YamlPath) -> dict[str, Any]:
+    def blend(
+        self, names: str | list[Any], whole: YamlDocument, location: YamlPath
+    ) -> dict[str, Any]:
         """Return the datasets of one or more named blends, and record their lines for the fold.
 
         Raises:
@@ -186,10 +190,11 @@ class _NamedBlends:
         found: dict[str, Any] = {}
         for name in _as_list(names):
             if not isinstance(name, str) or name not in self.blends:
+                known = ", ".join(self.blends) or "none"
                 raise UserError(
                     f"{whole.where(location)}: no blend named '{name}'"
-                    f"{did_you_mean(str(name), self.blends)} (known: {', '.join(self.blends) or 'none'};"
-                    " blends are declared under `blends:`, here or in an included file)"
+                    f"{did_you_mean(str(name), self.blends)} (known: {known}; blends are declared "
+                    "under `blends:`, here or in an included file)"
                 )
             blend, written, source = self.blends[name]
             for twice in found.keys() & blend.keys():
