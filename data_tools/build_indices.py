@@ -165,10 +165,10 @@ def find_tasks(config: Config, folds: Sequence[str] | None) -> tuple[list[IndexT
 def build_missing(missing: Sequence[IndexTask], workers: int, verify: bool) -> None:
     """Make indices in several processes, the largest first, and show how far that is."""
     spawn = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-    by_work = sorted(missing, key=lambda entry: -entry.index.work)
+    by_cost = sorted(missing, key=lambda entry: -entry.index.build_cost)
     with ProcessPoolExecutor(min(workers, len(missing)), mp_context=spawn) as pool:
         futures: dict[Future[float], IndexTask] = {
-            pool.submit(timed_build, entry.index, verify): entry for entry in by_work
+            pool.submit(timed_build, entry.index, verify): entry for entry in by_cost
         }
         try:
             with show_progress(futures.values()) as done:
@@ -196,7 +196,7 @@ def show_progress(entries: Iterable[IndexTask]) -> Iterator[Any]:
         return
     from tqdm import tqdm
 
-    total = sum(entry.index.work for entry in entries)
+    total = sum(entry.index.build_cost for entry in entries)
     with tqdm(total=total, dynamic_ncols=True, bar_format="{percentage:3.0f}%|{bar}| {postfix} "
               "[{elapsed}<{remaining}]") as bar:  # fmt: skip
         left = {id(entry) for entry in entries}
@@ -204,7 +204,7 @@ def show_progress(entries: Iterable[IndexTask]) -> Iterator[Any]:
         def done(entry: IndexTask) -> None:
             left.discard(id(entry))
             bar.set_postfix_str(f"{len(entries) - len(left)} of {len(entries)} indices")
-            bar.update(entry.index.work)
+            bar.update(entry.index.build_cost)
 
         yield done
 

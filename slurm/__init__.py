@@ -1,1 +1,1 @@
-"""Job scripts, and what they call."""
+"""Slurm and PBS job scripts, and the programs that they call."""

@@ -7,7 +7,7 @@
 #SBATCH --time=4:00:00
 #SBATCH --output=%x_%j.log
 #SBATCH --requeue
-# Build all sample indices of a run on a node without GPUs, so that no GPU ever waits for one.
+# Build all sample indices of a run on a node without GPUs, so that no GPU waits for one.
 #
 #   sbatch slurm/build_indices.sh --config llm-jp-3-13b --fold-file folds.yaml --save checkpoints
 set -euo pipefail

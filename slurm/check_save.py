@@ -1,4 +1,4 @@
-"""Refuses a save folder that holds other checkpoints, before a job writes its logs to it."""
+"""Check of the save folder before a job writes logs to it: refuse foreign checkpoints."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_llmjp.errors import EXIT_DONE, EXIT_USER_ERROR, UserError
 
 
 def main() -> int:
-    """Check the folder that the command line names; the notes are the run's to print."""
+    """Check the folder given on the command line; the run itself prints the notes."""
     try:
         check_save_folder(Path(sys.argv[1]))
     except UserError as error:

@@ -1,16 +1,16 @@
 # shellcheck shell=bash
-# What every job script of this folder does first; sourced, never submitted.
+# Functions shared by all job scripts of this folder; sourced, never submitted.
 #
 # The scripts are submitted from the checkout: `sbatch slurm/NAME.sh ...`. From elsewhere, set
-# MEGATRON_LLMJP to the checkout. slurm/site.sh, when it exists, holds what only this cluster needs
-# (see slurm/site.sh.example); it is sourced in every job. docs/slurm.md explains the choices.
+# MEGATRON_LLMJP to the checkout. slurm/site.sh, if it exists, contains the settings of this cluster
+# (see slurm/site.sh.example); every job sources it. docs/slurm.md explains the design.
 
 if [[ -f "$MEGATRON_LLMJP/slurm/site.sh" ]]; then
     # shellcheck source=/dev/null
     source "$MEGATRON_LLMJP/slurm/site.sh"
 fi
 
-# The interpreter: the site's choice, else the checkout's own environment, else the one on the PATH.
+# The interpreter: PYTHON of site.sh, else .venv of the checkout, else python3 of the PATH.
 if [[ -z "${PYTHON:-}" ]]; then
     PYTHON="$MEGATRON_LLMJP/.venv/bin/python"
     [[ -x "$PYTHON" ]] || PYTHON=python3
@@ -21,8 +21,8 @@ say() { printf '%s %s: %s\n' "$(date '+%F %T')" "${SLURMD_NODENAME:-$(hostname)}
 
 fail() { say "error: $*" >&2; exit 2; }
 
-# value_of --flag ARGUMENTS...: what follows the flag, or nothing. As in the programs themselves,
-# --some_flag is --some-flag.
+# value_of --flag ARGUMENTS...: print the value of the flag, or nothing. --some_flag is the same as
+# --some-flag, as in the programs themselves.
 value_of() {
     local flag=$1 value="" name
     while (($# > 1)); do
@@ -45,15 +45,15 @@ has_flag() {
     return 1
 }
 
-# pretrain ARGUMENTS...: train on all tasks of this job, and requeue the job when there is more to do.
+# pretrain ARGUMENTS...: train on all tasks of this job, and requeue the job if training is not finished.
 pretrain() {
     local mode
     for mode in --estimate --rehearse --suggest-layout --dry-run --plan-data; do
-        ! has_flag "$mode" "$@" || plan "$mode" "$@"
+        ! has_flag "$mode" "$@" || run_planning_mode "$mode" "$@"
     done
-    [[ -n "${SLURM_JOB_ID:-}" ]] || fail "submit this: sbatch $0 ..., or add --estimate"
+    [[ -n "${SLURM_JOB_ID:-}" ]] || fail "submit this script with sbatch $0 ..., or add --estimate"
     SAVE=$(value_of --save "$@")
-    [[ -n "$SAVE" ]] || fail "give --save DIR: a job that is requeued goes on from there"
+    [[ -n "$SAVE" ]] || fail "--save DIR is required: a requeued job resumes from it"
     "$PYTHON" "$MEGATRON_LLMJP/slurm/check_save.py" "$SAVE" || exit
     LOGS="$SAVE/logs/job${SLURM_JOB_ID}_${SLURM_RESTART_COUNT:-0}"
     mkdir -p "$LOGS"
@@ -62,9 +62,9 @@ pretrain() {
     run_ranks "$@"
 }
 
-# plan MODE ARGUMENTS...: print what the run would be, here and now. Its world is what the script's own
-# #SBATCH lines ask for, of the GPU that the site or the script names.
-plan() {
+# run_planning_mode MODE ARGUMENTS...: run --estimate or another mode without training on this machine.
+# The world size is that of the #SBATCH lines of the script, the GPU that of site.sh or the script.
+run_planning_mode() {
     local mode=$1 nodes tasks machine=()
     shift
     nodes=$(sed -n 's/^#SBATCH --nodes=//p' "$0")
@@ -78,8 +78,8 @@ plan() {
 }
 
 set_environment() {
-    # The address Slurm itself reaches the first node by. The port is free on that node, which is
-    # the one this script runs on.
+    # The address by which Slurm reaches the first node. The port is free on that node, which runs
+    # this script.
     local first
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     MASTER_ADDR=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
@@ -93,12 +93,12 @@ set_environment() {
     ulimit -Sn "$(ulimit -Hn)"
 }
 
-# Every node is looked at before any of them waits for the others in training.
+# Check all nodes before any rank waits for another in training.
 preflight() {
     [[ "${PREFLIGHT:-1}" == 1 ]] || return 0
     say "preflight of $SLURM_NNODES nodes"
     mkdir -p "$LOGS/preflight"
-    # shellcheck disable=SC2086  # words of the site
+    # shellcheck disable=SC2086  # word splitting of settings in site.sh
     timeout "${PREFLIGHT_SECONDS:-300}" srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
         --kill-on-bad-exit=0 --output="$LOGS/preflight/%N.log" \
         ${RUN_IN:-} "$PYTHON" "$MEGATRON_LLMJP/slurm/preflight.py" check --folder "$LOGS/preflight" \
@@ -111,71 +111,71 @@ preflight() {
     if [[ "${EXCLUDE_BAD_NODES:-0}" == 1 && -s "$LOGS/preflight/bad_nodes" ]]; then
         exclude "$(<"$LOGS/preflight/bad_nodes")"
     fi
-    say "error: preflight failed; see $LOGS/preflight (PREFLIGHT=0 leaves it out)" >&2
+    say "error: preflight failed; see $LOGS/preflight (PREFLIGHT=0 skips it)" >&2
     exit 1
 }
 
-# exclude NODES: have this job started again on other nodes.
+# exclude NODES: requeue this job on other nodes.
 exclude() {
     local already
-    # Slurm changes the nodes of a job that waits only, and ends this script as soon as it does.
+    # Slurm changes the nodes of pending jobs only; requeueing sends SIGTERM to this script.
     trap '' TERM
     already=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1/p')
     [[ -z "$already" || "$already" == "(null)" ]] || set -- "$already,$1"
     say "excluding $1 and requeueing"
     scontrol requeue "$SLURM_JOB_ID" && scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$1"
-    sleep infinity # until Slurm takes the node away
+    sleep infinity # until Slurm ends the job
 }
 
 # One task per GPU and no torchrun between Slurm and the ranks: signals and exit codes pass through,
-# and Slurm itself ends all tasks when one fails. Every task sees all GPUs of its node, as NCCL wants
-# it for direct copies, and takes the one of its local rank. Cores are handed out in blocks, so that a
-# task's cores and memory lie on the side of the machine where the GPU of the same number usually is.
+# and Slurm ends all tasks when one fails. Every task sees all GPUs of its node, which NCCL needs for
+# peer-to-peer copies, and uses the one of its local rank. Cores are distributed in blocks, so that
+# cores and memory of a task usually belong to the NUMA node of its GPU.
 run_ranks() {
     local code=0
     say "${SLURM_NTASKS} tasks on $SLURM_JOB_NODELIST, master $MASTER_ADDR:$MASTER_PORT, logs in $LOGS"
     touch "$LOGS/rank_0000.log"
     tail -n +1 -F "$LOGS/rank_0000.log" 2>/dev/null &
     local follower=$!
-    # shellcheck disable=SC2086  # words of the site
+    # shellcheck disable=SC2086  # word splitting of settings in site.sh
     srun --kill-on-bad-exit=1 --wait=60 --distribution=block:block --output="$LOGS/rank_%4t.log" \
         ${SRUN_BIND---cpu-bind=cores --mem-bind=local} ${SRUN_FLAGS:-} ${RUN_IN:-} \
         "$PYTHON" "$MEGATRON_LLMJP/pretrain_gpt.py" "$@" 2> >(tee "$LOGS/srun.log" >&2) || code=$?
     sleep 1
     kill "$follower"
-    # srun ends with the highest code of all tasks, and those it stopped itself have high ones: the
+    # srun exits with the highest code of all tasks, and tasks that it stops have high ones: the exit
     # code of the run is that of the task that ended first.
     ((code == 0)) || code=$(first_code "$code")
     ((code == 0 || code == 3)) || show_cause
     "$PYTHON" "$MEGATRON_LLMJP/slurm/requeue.py" --save "$SAVE" --code "$code" || exit "$code"
     ((code == 3)) || wait_for_lost_nodes
     scontrol requeue "$SLURM_JOB_ID"
-    sleep infinity # until Slurm takes the nodes away
+    sleep infinity # until Slurm ends the job
 }
 
-# first_code OTHERWISE: how the first task that failed ended, as srun told. OTHERWISE stands for a task
-# that a signal killed, or none.
+# first_code DEFAULT: print the exit code of the first failed task according to srun's messages, or
+# DEFAULT if a signal killed it or there is none.
 first_code() {
-    local how
-    how=$(sed -n 's/^srun: error: .*: tasks\{0,1\} [-0-9,]*: //p' "$LOGS/srun.log" | head -n 1)
-    case $how in
-        "Exited with exit code "*) printf '%s' "${how##* }" ;;
+    local message
+    message=$(sed -n 's/^srun: error: .*: tasks\{0,1\} [-0-9,]*: //p' "$LOGS/srun.log" | head -n 1)
+    case $message in
+        "Exited with exit code "*) printf '%s' "${message##* }" ;;
         *) printf '%s' "$1" ;;
     esac
 }
 
-# A job that is requeued before Slurm knows of a dead node may start without GPUs (seen with 22.05).
-# Slurm finds out within SlurmdTimeout, and then requeues the job by itself.
+# A job that is requeued before Slurm detects a dead node may start without GPUs (observed with 22.05).
+# Slurm detects it within SlurmdTimeout, and then requeues the job itself.
 wait_for_lost_nodes() {
     timeout 120 srun --overlap --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=0 \
         true && return 0
     local seconds
     seconds=$(scontrol show config | sed -n 's/^SlurmdTimeout *= *\([0-9]*\).*/\1/p')
-    say "a node does not answer; Slurm takes it away within ${seconds:=300} s and requeues"
+    say "a node does not respond; Slurm removes it within ${seconds:=300} s and requeues the job"
     sleep $((seconds + 60))
 }
 
-# The first error that any rank told of; the others' are consequences.
+# Print the first error of any rank; later ones are consequences.
 show_cause() {
     local log
     for log in $(grep -l '^error:' "$LOGS"/rank_*.log | xargs -r ls -tr); do

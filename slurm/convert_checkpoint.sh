@@ -7,7 +7,7 @@
 #SBATCH --time=12:00:00
 #SBATCH --output=%x_%j.log
 #SBATCH --requeue
-# Convert a checkpoint on a node without GPUs; the folder of a running job may be given.
+# Convert a checkpoint on a node without GPUs; the input may be the folder of a running job.
 #
 #   sbatch slurm/convert_checkpoint.sh --from native --to hf --input checkpoints --output model-hf
 set -euo pipefail

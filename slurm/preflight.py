@@ -1,7 +1,7 @@
-"""Looks at every node of a job before training: is it fit, and is it as fast as the others?
+"""Preflight check of all nodes of a job: GPUs, save folder, clock, versions and network links.
 
-`check` runs once per node under srun and leaves a file with what it found; `report` reads the files
-and says which nodes are unfit. A node without a file did not even answer.
+``check`` runs once per node under srun and writes its result to a file; ``report`` reads the files
+and prints unfit nodes. A node without a file did not respond.
 """
 
 from __future__ import annotations
@@ -22,55 +22,57 @@ from typing import Any
 
 from megatron_llmjp.filesystem import write_atomically
 
-SLOWEST = 2.0
-"""Times the median that a node's link may take."""
+MAX_LINK_RATIO = 2.0
+"""Maximum transfer time of a node's links, relative to the median."""
 
 CLOCK_SECONDS = 60.0
-"""Clocks further apart spoil time stamps, and certificates."""
+"""Maximum clock offset from the median; larger ones invalidate time stamps and certificates."""
 
 MEGABYTES = 64
-"""What neighbours send each other."""
+"""Size of the message between neighboring nodes."""
 
 
 def main() -> int:
-    """Run one of the two."""
+    """Run ``check`` or ``report``."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("check", "report"))
-    parser.add_argument("--folder", type=Path, required=True, help="where the nodes' files go")
-    parser.add_argument("--save", type=Path, help="folder of the checkpoints")
-    parser.add_argument("--gpus", type=int, default=0, help="GPUs that every node should have")
-    parser.add_argument("--free-disk-gb", type=float, default=50.0)
-    parser.add_argument("--nodes", help="check: all nodes that should answer, with commas")
+    parser.add_argument("command", choices=("check", "report"))
+    parser.add_argument("--folder", type=Path, required=True, help="folder of the result files")
+    parser.add_argument("--save", type=Path, help="checkpoint folder")
+    parser.add_argument("--gpus", type=int, default=0, help="expected GPUs per node")
+    parser.add_argument(
+        "--free-disk-gb", type=float, default=50.0, help="required free space of --save"
+    )
+    parser.add_argument("--nodes", help="report: all nodes of the job, separated by commas")
     args = parser.parse_args()
-    return check(args) if args.what == "check" else report(args)
+    return check(args) if args.command == "check" else report(args)
 
 
 def node_name() -> str:
-    """The name Slurm knows this node by."""
+    """Return Slurm's name of this node."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def check(args: argparse.Namespace) -> int:
-    """Look at this node, then at its links, and leave what was found."""
+    """Check this node, then its links, and write the result."""
     found: dict[str, Any] = {"node": node_name(), "clock": time.time(), "problems": []}
     found["versions"] = {name: version(name) for name in ("torch", "megatron-core", "numpy")}
     found["versions"]["python"] = sys.version.split()[0]
     found["problems"] += [*_save_folder(args), *_gpus(args, found)]
-    _leave(args.folder, found)
+    _write_result(args.folder, found)
     try:
         found["link_seconds"] = _links(args.gpus)
-    except Exception as error:  # whatever a broken network raises
-        found["problems"].append(f"the nodes cannot talk to each other: {error}")
-    _leave(args.folder, found)
+    except Exception as error:  # any error of a broken network
+        found["problems"].append(f"communication between nodes failed: {error}")
+    _write_result(args.folder, found)
     return 0
 
 
-def _leave(folder: Path, found: dict[str, Any]) -> None:
+def _write_result(folder: Path, found: dict[str, Any]) -> None:
     write_atomically(folder / f"{found['node']}.json", json.dumps(found))
 
 
 def _save_folder(args: argparse.Namespace) -> list[str]:
-    """Whether this node can write where checkpoints go, and how much fits."""
+    """Check that this node can write to the checkpoint folder, and its free space."""
     probe = args.save / f".preflight-{node_name()}"
     try:
         probe.write_bytes(os.urandom(1 << 20))
@@ -79,17 +81,19 @@ def _save_folder(args: argparse.Namespace) -> list[str]:
     except OSError as error:
         return [f"{args.save} cannot be written: {error.strerror}"]
     if not readable:
-        return [f"{args.save} does not keep what is written to it"]
-    free, wanted = shutil.disk_usage(args.save).free / 1e9, args.free_disk_gb
-    if free < wanted:
-        return [f"{args.save} has {free:.0f} GB left of the {wanted:g} wanted (PREFLIGHT_FREE_GB)"]
+        return [f"{args.save} loses data: a test file is shorter than written"]
+    free, required = shutil.disk_usage(args.save).free / 1e9, args.free_disk_gb
+    if free < required:
+        return [
+            f"{args.save} has {free:.0f} GB free; {required:g} GB are required (PREFLIGHT_FREE_GB)"
+        ]
     return []
 
 
 def _gpus(args: argparse.Namespace, found: dict[str, Any]) -> list[str]:
-    """Whether all GPUs are there, work, and are empty; nothing without the driver's tool.
+    """Check number, memory use and ECC errors of the GPUs; skipped without nvidia-smi.
 
-    Their kind and memory go to the versions, which are the same on all nodes.
+    Model and memory are recorded with the versions, which must be equal on all nodes.
     """
     if args.gpus == 0 or shutil.which("nvidia-smi") is None:
         return []
@@ -101,21 +105,21 @@ def _gpus(args: argparse.Namespace, found: dict[str, Any]) -> list[str]:
     rows = [[cell.strip() for cell in row.split(",")] for row in done.stdout.splitlines()]
     problems = []
     if len(rows) < args.gpus:
-        problems.append(f"{len(rows)} GPUs of {args.gpus}")
+        problems.append(f"{len(rows)} of {args.gpus} GPUs")
     found["versions"]["GPUs"] = ", ".join(sorted({f"{row[4]} {row[3]} MiB" for row in rows}))
     for index, used, errors, *_ in rows:
         if used.isdigit() and int(used) > 2048:
-            problems.append(f"GPU {index} holds {used} MiB of somebody else")
+            problems.append(f"GPU {index}: {used} MiB are used by another process")
         if errors.isdigit() and int(errors) > 0:
-            problems.append(f"GPU {index} has {errors} uncorrected memory errors")
+            problems.append(f"GPU {index}: {errors} uncorrected ECC errors")
     return problems
 
 
 def _links(gpus: int) -> list[float]:
-    """Seconds for a message to the next node and for one from the node before, at their best.
+    """Return the shortest transfer times of a message to the next and from the previous node.
 
-    A sum over all nodes takes the same time everywhere and tells nothing about which is slow; the
-    link between two neighbours does.
+    An all-reduce takes the same time on all nodes and does not locate the slow one; transfers
+    between neighbors do.
     """
     import torch
     import torch.distributed as dist
@@ -135,7 +139,7 @@ def _links(gpus: int) -> list[float]:
     total = torch.ones(1, device=device)
     dist.all_reduce(total)
     if int(total.item()) != world:
-        raise RuntimeError(f"a sum over {world} nodes gave {int(total.item())}")
+        raise RuntimeError(f"an all-reduce of ones over {world} nodes gave {int(total.item())}")
     message = torch.zeros(MEGABYTES << 18, device=device)
     pairs = [(first, (first + 1) % world) for first in range(world)]
     mine = []
@@ -164,52 +168,55 @@ def _send(message: Any, sends: bool, pair: tuple[int, int]) -> float:
 
 
 def report(args: argparse.Namespace) -> int:
-    """Say what is wrong where; the names of unfit nodes go to a file."""
+    """Print the problems of each unfit node, and write the names of unfit nodes to a file."""
     names = args.nodes.split(",")
     found = {}
     for name in names:
         path = args.folder / f"{name}.json"
         if path.exists():
             found[name] = json.loads(path.read_text())
-    problems = judge(names, found)
-    for name, why in problems.items():
-        for line in why:
+    problems = find_unfit_nodes(names, found)
+    for name, lines in problems.items():
+        for line in lines:
             print(f"preflight: {name}: {line}", flush=True)
     (args.folder / "bad_nodes").write_text(",".join(problems))
     if problems:
         return 1
     links = [seconds for one in found.values() for seconds in one.get("link_seconds", [])]
     best = f"; slowest link {MEGABYTES / 1e3 / max(links):.2f} GB/s" if links else ""
-    print(f"preflight: {len(names)} nodes are fit{best}", flush=True)
+    print(f"preflight: {len(names)} nodes passed{best}", flush=True)
     return 0
 
 
-def judge(names: list[str], found: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
-    """What is wrong with each unfit node."""
+def find_unfit_nodes(names: list[str], found: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+    """Return the problems of each unfit node."""
     problems: dict[str, list[str]] = {name: [] for name in names}
     for name in names:
         if name not in found:
-            problems[name].append("no answer")
+            problems[name].append("no response")
         else:
             problems[name] += found[name]["problems"]
     links = {n: one["link_seconds"] for n, one in found.items() if one.get("link_seconds")}
     if links:
-        usual = statistics.median([seconds for both in links.values() for seconds in both])
+        median = statistics.median([seconds for both in links.values() for seconds in both])
         for name, both in links.items():
-            if min(both) > SLOWEST * usual:  # one slow link alone is the neighbour's
+            if min(both) > MAX_LINK_RATIO * median:  # if only one is slow, it is the neighbor
+                ratio = min(both) / median
                 problems[name].append(
-                    f"its links take {min(both) / usual:.1f} times the usual {usual * 1e3:.0f} ms"
+                    f"its links take {ratio:.1f} times the median of {median * 1e3:.0f} ms"
                 )
     if found:
         clock = statistics.median([one["clock"] for one in found.values()])
         versions = [json.dumps(one["versions"], sort_keys=True) for one in found.values()]
-        usual_versions = statistics.mode(versions)
+        common_versions = statistics.mode(versions)
         for name, one in found.items():
             if abs(one["clock"] - clock) > CLOCK_SECONDS:
-                problems[name].append(f"its clock is {one['clock'] - clock:+.0f} s off")
-            if json.dumps(one["versions"], sort_keys=True) != usual_versions:
-                problems[name].append(f"{one['versions']}, the others {usual_versions}")
-    return {name: why for name, why in problems.items() if why}
+                problems[name].append(f"its clock is off by {one['clock'] - clock:+.0f} s")
+            if json.dumps(one["versions"], sort_keys=True) != common_versions:
+                problems[name].append(
+                    f"its versions are {one['versions']}, those of most nodes {common_versions}"
+                )
+    return {name: lines for name, lines in problems.items() if lines}
 
 
 if __name__ == "__main__":

@@ -6,28 +6,26 @@
 #SBATCH --cpus-per-task=8
 #SBATCH --output=%x_%A_%a.log
 #SBATCH --requeue
-# Tokenize a list of files over an array of tasks; each takes a run of consecutive files.
+# Tokenize a list of files with a job array; each task processes consecutive files.
 #
 #   sbatch --array=0-63 slurm/preprocess_data.sh --input corpus/ --output-prefix data/ja \
 #       --tokenizer-type SentencePieceTokenizer --tokenizer-model tok.model --append-eod
-#   merge_datasets --parts data/ja     # names the parts that are missing, or joins them
+#   merge_datasets --parts data/ja     # merges the parts, or lists missing ones
 #
-# A task that was killed goes on where it was when it is requeued or submitted again. To submit
-# some tasks of an array again, say how many it had: sbatch --array=3,17 ... --shard slurm/64
+# A killed task resumes when it is requeued or resubmitted. To resubmit some tasks of an array, give
+# the number of tasks of the whole array: sbatch --array=3,17 ... --shard slurm/64
 set -euo pipefail
 MEGATRON_LLMJP=${MEGATRON_LLMJP:-${SLURM_SUBMIT_DIR:-.}}
 source "$MEGATRON_LLMJP/slurm/common.sh"
 
 if [[ -z "${SLURM_ARRAY_TASK_ID:-}" ]]; then
-    say "error: submit this as an array: sbatch --array=0-15 slurm/preprocess_data.sh ..." >&2
-    exit 2
+    fail "submit this as an array: sbatch --array=0-15 slurm/preprocess_data.sh ..."
 fi
 shard=()
 if ! has_flag --shard "$@"; then
     if ((SLURM_ARRAY_TASK_MIN != 0 || SLURM_ARRAY_TASK_COUNT != SLURM_ARRAY_TASK_MAX + 1)); then
-        say "error: only some tasks of an array were submitted: add --shard slurm/COUNT, where" \
-            "COUNT is the number of tasks of the whole array" >&2
-        exit 2
+        fail "only some tasks of an array were submitted: add --shard slurm/COUNT, where COUNT is" \
+            "the number of tasks of the whole array"
     fi
     shard=(--shard "slurm/$SLURM_ARRAY_TASK_COUNT")
 fi

@@ -11,7 +11,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x_%j.log
-# 12 nodes x 8 A100 40 GB = 96 GPUs: DP 96. Ten folds, 87,430 iterations, and a refined one.
+# 12 nodes x 8 A100 40 GB = 96 GPUs: DP 96. Ten folds, 87,430 iterations, plus a refined fold.
 #
 #   sbatch slurm/pretrain_llm-jp-1.3b-v1.0.sh --save DIR --fold-file folds.yaml \
 #       --tokenizer-type SentencePieceTokenizer --tokenizer-model tok.model

@@ -48,7 +48,7 @@ def test_dry_run_and_run_refuse_the_same_and_write_nothing(tmp_path):
     words = arguments("laptop-llama", folds, "--save", tmp_path / "folds.yaml" / "run")
     other = arguments("laptop-llama", folds, "--save", tmp_path / "new", vocab_size=50)
     before = contents(tmp_path)
-    for flags, part in ((words, "folds.yaml is a file"), (other, "token ids beyond the vocab")):
+    for flags, part in ((words, "folds.yaml is a file"), (other, "token ids outside the vocab")):
         dry, run = pretrain(*flags, "--dry-run"), pretrain(*flags)
         assert dry.returncode == run.returncode == 2
         assert part in dry.stderr and dry.stderr == run.stderr
@@ -153,7 +153,7 @@ def test_another_tokenizer_than_the_datasets_is_an_error(tmp_path, tokenizers, c
         assert "another tokenizer" not in start(*base, "--tokenizer-model", model)
     words = [*base, "--tokenizer-model", str(two)]
     message = refusal(*words)
-    assert "was made with another tokenizer than the run's" in message
+    assert "was tokenized with another tokenizer than the run's" in message
     assert "--allow-tokenizer-mismatch" in message
     for check in (
         lambda: plan_data(parse(words).config),

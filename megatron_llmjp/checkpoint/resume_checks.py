@@ -71,7 +71,7 @@ def describe_skipped_samples(skipped: SkippedRanges) -> list[str]:
 
 def history_differences(manifest: Manifest, schedule: Schedule) -> list[str]:
     """How a schedule differs from what a checkpoint was trained on; empty when it goes on."""
-    now = {fold.name: schedule.record(fold) for fold in schedule.folds}
+    now = {fold.name: schedule.fingerprint(fold) for fold in schedule.folds}
     found = []
     for name, record in manifest.folds.items():
         if name not in now:

@@ -1,1 +1,1 @@
-"""Tokens in: indexed datasets, the fold schedule, samples and batches."""
+"""Training data: indexed datasets, the fold schedule, sample indices and the data loader."""

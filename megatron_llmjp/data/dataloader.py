@@ -1,7 +1,7 @@
-"""``consumed_samples`` -> the next micro-batches of this data-parallel rank.
+"""Data loader: micro-batches of a data-parallel rank, starting at ``consumed_samples``.
 
-A global batch is the next so many samples of the schedule in every layout: micro-batch k of a run
-without data parallelism goes to rank ``k mod d``, as in Megatron-LM.
+A global batch is the same range of samples in every parallel layout. Its micro-batch ``k``, counted
+without data parallelism, goes to data-parallel rank ``k mod d``, as in Megatron-LM.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from megatron_llmjp.parallel.signals import STOP_SIGNALS
 Batch = dict[str, torch.Tensor]
 
 BatchSizeFunction = Callable[[int], int]
-"""Samples consumed -> size of the global batch that follows."""
+"""Maps consumed samples to the size of the next global batch."""
 
 _INTEGERS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
 def global_batches(first: int, end: int, batch_size: BatchSizeFunction) -> Iterator[range]:
-    """Sample numbers of each full global batch of samples ``[first, end)``."""
+    """Yield the sample numbers of each full global batch in ``[first, end)``."""
     while first < end and first + batch_size(first) <= end:
         batch = range(first, first + batch_size(first))
         yield batch
@@ -37,9 +37,9 @@ def global_batches(first: int, end: int, batch_size: BatchSizeFunction) -> Itera
 
 
 class MicroBatchSampler(Sampler[list[int]]):
-    """Sample numbers of this data-parallel rank's micro-batches of samples ``[first, end)``.
+    """Batch sampler of one data-parallel rank: micro-batches of samples ``[first, end)``.
 
-    They are cut into global batches by ``batch_size``; without it they are one.
+    ``batch_size`` divides the range into global batches; without it the range is one batch.
     """
 
     def __init__(
@@ -70,9 +70,9 @@ def micro_batches(
     end: int,
     batch_size: BatchSizeFunction,
 ) -> Iterator[Batch]:
-    """Micro-batches of samples ``[first, end)`` on this rank's device.
+    """Yield this rank's micro-batches of samples ``[first, end)``, on its device.
 
-    The first rank of a tensor-parallel group reads; the others receive the same tensors.
+    The first rank of each tensor-parallel group reads them and broadcasts them to the others.
     """
     sampler = MicroBatchSampler(
         first,
@@ -89,36 +89,40 @@ def micro_batches(
                 dataset,
                 batch_sampler=sampler,
                 num_workers=config.data.num_workers,
-                # Python 3.14's own choice would pickle all that is open in a dataset.
+                # Python 3.14's default would pickle the dataset with its open files.
                 multiprocessing_context="fork" if config.data.num_workers else None,
                 collate_fn=default_collate,
-                # Else it draws a seed from the generator of dropout, which on a CPU is torch's
-                # own, and the ranks of a tensor-parallel group no longer drop the same units.
+                # Without its own generator the loader draws a seed from torch's default generator,
+                # which dropout uses on CPUs: the dropout masks of tensor-parallel ranks would
+                # then differ.
                 generator=torch.Generator(),
-                worker_init_fn=_ignore_requests_to_stop,
+                worker_init_fn=_ignore_stop_signals,
                 pin_memory=device.is_cuda,
             )
         )
     for _ in sampler:
-        batch = _share(next(loader) if loader is not None else None, config, device)
+        batch = _broadcast_to_tensor_parallel_ranks(
+            next(loader) if loader is not None else None, config, device
+        )
         yield slice_for_context_parallel(batch)
 
 
-def _ignore_requests_to_stop(worker: int) -> None:
-    """In a worker: the launcher, Slurm or a terminal asks all processes, but the rank decides.
+def _ignore_stop_signals(worker: int) -> None:
+    """Ignore stop signals in a data worker.
 
-    It needs its workers until it has saved; they end with it.
+    The launcher, Slurm or a terminal signals all processes, but the rank needs its workers until it
+    has saved a checkpoint. Workers exit with their rank.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def slice_for_context_parallel(batch: Batch) -> Batch:
-    """This rank's part of each sequence: chunks r and 2c - 1 - r of 2c, for rank r of c.
+    """Return this context-parallel rank's part of each sequence: chunks r and 2c - 1 - r of 2c.
 
-    So every rank has as many pairs of tokens to attend to under the causal mask
-    (megatron/core/utils.py, ``get_batch_on_this_cp_rank``). Without context parallelism it is the
-    batch itself.
+    r is the rank and c the context-parallel size. This balances the attention computation under
+    the causal mask (megatron/core/utils.py, ``get_batch_on_this_cp_rank``). Without context
+    parallelism the batch is returned unchanged.
     """
     if parallel_state.get_context_parallel_world_size() == 1:
         return batch
@@ -126,8 +130,10 @@ def slice_for_context_parallel(batch: Batch) -> Batch:
     return {**batch, **get_batch_on_this_cp_rank(sequences)}
 
 
-def _share(batch: Batch | None, config: Config, device: Device) -> Batch:
-    """Give a batch to all ranks of the tensor-parallel group, in one or two broadcasts."""
+def _broadcast_to_tensor_parallel_ranks(
+    batch: Batch | None, config: Config, device: Device
+) -> Batch:
+    """Broadcast a batch to the ranks of the tensor-parallel group, in one or two broadcasts."""
     shape = (config.training.micro_batch_size, config.data.seq_length)
     packed = torch.zeros(
         len(_INTEGERS) * shape[0] * shape[1] + shape[0], dtype=torch.int64, device=device.torch

@@ -1,15 +1,13 @@
-"""Samples of the fold schedule, read through megatron-core.
+"""Map-style datasets over the fold schedule and the validation sets.
 
-Token ids that no vocabulary has: found where samples are read, and named.
+Samples are read through megatron-core's ``GPTDataset``, one for each epoch of each dataset.
+megatron-core's blended datasets are used only for folds in Megatron-LM's order: they draw 0.5 %
+more samples than requested, repeat datasets without a warning, and renumber all samples when a
+blend changes.
 
-A model would not say so: an id in the rows that pad its embedding is trained on in silence, and
-under tensor parallelism any id that no rank has counts as a row of zeros.
-
-Fold schedule -> samples, through megatron-core's GPTDataset.
-
-One GPTDataset is exactly one epoch of one dataset. megatron-core's blended datasets are used for
-folds in Megatron-LM's order only: they draw 0.5 % more samples than asked for, repeat a dataset
-without being asked, and number their samples anew when a blend changes.
+Token ids are checked against the vocabulary as samples are read, because the model would not detect
+an invalid one: an id within the padding of the vocabulary is trained on without an error, and under
+tensor parallelism an id that belongs to no rank is embedded as a vector of zeros.
 """
 
 from __future__ import annotations
@@ -40,28 +38,28 @@ from megatron_llmjp.errors import DataError
 def check_token_ids(
     sample: dict[str, torch.Tensor], data: Any, number: int, vocab_size: int | None
 ) -> dict[str, torch.Tensor]:
-    """A sample of a GPTDataset, whose tokens are all in the vocabulary.
+    """Return ``sample`` after checking that its token ids are in the vocabulary.
 
     Args:
-        sample: with ``tokens`` and ``labels``, ``[s]``, in host memory.
-        data: the GPTDataset.
-        number: of the sample in it.
-        vocab_size: ids are in ``[0, vocab_size)``; None for any.
+        sample: ``tokens`` and ``labels``, each ``[s]``, in host memory.
+        data: the GPTDataset that holds the sample.
+        number: index of the sample in ``data``.
+        vocab_size: ids must be in ``[0, vocab_size)``; None disables the check.
 
     Raises:
-        DataError: one is not; the dataset, the document and the id are named.
+        DataError: an id is out of range; the message names the dataset, the document and the id.
     """
     if vocab_size is None:
         return sample
     for name in ("tokens", "labels"):
         low, high = torch.aminmax(sample[name])
         if low < 0 or high >= vocab_size:
-            raise DataError(_describe(data, number, vocab_size))
+            raise DataError(_locate_invalid_id(data, number, vocab_size))
     return sample
 
 
-def _describe(data: Any, number: int, vocab_size: int) -> str:
-    """Look the documents of a sample through for the first such token."""
+def _locate_invalid_id(data: Any, number: int, vocab_size: int) -> str:
+    """Return the error message for the first out-of-range token id of a sample."""
     row = int(data.shuffle_index[number])
     first, last = (int(place) for place in data.sample_index[row : row + 2, 0])
     path = data.dataset.path_prefix
@@ -73,22 +71,23 @@ def _describe(data: Any, number: int, vocab_size: int) -> str:
             ends = data.dataset.document_indices
             document = int(np.searchsorted(ends, sequence, side="right")) - 1
             return (
-                f"dataset {path}, document {document}: token id {tokens[wrong[0]]}, but the "
-                f"vocabulary ends at {vocab_size - 1}. The dataset is damaged or was made with "
-                "another tokenizer: make it again with preprocess_data, or give its tokenizer"
+                f"dataset {path}, document {document}: token id {tokens[wrong[0]]} is outside the "
+                f"vocabulary (largest id {vocab_size - 1}). The dataset is damaged or was "
+                "tokenized with another tokenizer: rebuild it with preprocess_data, or give its "
+                "tokenizer"
             )
-    return f"dataset {path}, sample {number}: a token id beyond {vocab_size - 1}"
+    return f"dataset {path}, sample {number}: a token id is outside 0 to {vocab_size - 1}"
 
 
 Sample = dict[str, torch.Tensor]
 
 
 class FoldDataset(Dataset[Sample]):
-    """``data[k]``: trained sample number k, whichever fold it is in.
+    """Map-style dataset over a whole schedule: ``data[k]`` is trained sample ``k``.
 
-    A sample holds ``tokens``, ``labels``, ``loss_mask`` and ``position_ids``, each ``[s]``, and
-    ``attention_mask`` ``[1, s, s]`` where attention is reset at document ends. A token id beyond
-    the vocabulary raises DataError.
+    A sample is a dictionary of ``tokens``, ``labels``, ``loss_mask`` and ``position_ids``, each
+    ``[s]``, and ``attention_mask`` ``[1, s, s]`` if attention is reset at document boundaries. A
+    token id outside the vocabulary raises DataError.
     """
 
     def __init__(self, schedule: Schedule, epochs: EpochDatasets) -> None:
@@ -104,56 +103,58 @@ class FoldDataset(Dataset[Sample]):
         return self.schedule.total_samples
 
     def __getitem__(self, index: int) -> Sample:
-        fold, inside = self._place(index)
+        fold, inside = self._fold_and_offset(index)
         if fold.megatron is not None:
             samples = self._megatron(fold.megatron)
             _, data, sample = samples.source(inside)
             return check_token_ids(samples[inside], data, sample, self._epochs.vocab_size)
-        piece, number = self._source(fold, inside)
-        epoch, sample = divmod(number, piece.samples_per_epoch)
-        data = self._open_epoch(piece.key, piece.path, epoch)
+        dataset_slice, number = self._slice_and_sample(fold, inside)
+        epoch, sample = divmod(number, dataset_slice.samples_per_epoch)
+        data = self._open_epoch(dataset_slice.key, dataset_slice.path, epoch)
         return check_token_ids(data[sample], data, sample, self._epochs.vocab_size)
 
     def locate(self, index: int) -> tuple[DatasetSlice, int]:
-        """The dataset of trained sample ``index`` and its number in the dataset's stream.
+        """Return the dataset slice of trained sample ``index`` and its number in that stream.
 
-        In Megatron-LM's order its number in the dataset that Megatron-LM builds of it.
+        For a fold in Megatron-LM's order, the number refers to the dataset that Megatron-LM builds.
         """
-        fold, inside = self._place(index)
+        fold, inside = self._fold_and_offset(index)
         if fold.megatron is not None:
             which, _, number = self._megatron(fold.megatron).source(inside)
             return fold.slices[which], number
-        return self._source(fold, inside)
+        return self._slice_and_sample(fold, inside)
 
     def indices(self, fold: FoldPlan) -> list[CachedIndex]:
-        """What samples of a fold are looked up in; made when needed, or before by others."""
+        """Return the sample indices that reading a fold requires, built or not."""
         if fold.megatron is not None:
             return [megatron_index(fold.megatron, self._epochs)]
         found: list[CachedIndex] = [FoldOrder(self._epochs.cache, fold)]
-        for piece in fold.slices:
-            first = piece.start // piece.samples_per_epoch
-            for epoch in range(first, piece.last_epoch + 1 if piece.samples else first):
-                seed = epoch_seed(self.schedule.seed, piece.key, epoch)
-                found.append(self._epochs.index(piece.key, piece.path, seed))
+        for dataset_slice in fold.slices:
+            first = dataset_slice.start // dataset_slice.samples_per_epoch
+            for epoch in range(
+                first, dataset_slice.last_epoch + 1 if dataset_slice.samples else first
+            ):
+                seed = epoch_seed(self.schedule.seed, dataset_slice.key, epoch)
+                found.append(self._epochs.index(dataset_slice.key, dataset_slice.path, seed))
         return found
 
-    def _place(self, index: int) -> tuple[FoldPlan, int]:
-        """The fold of trained sample ``index`` and the sample's number in it."""
+    def _fold_and_offset(self, index: int) -> tuple[FoldPlan, int]:
+        """Return the fold of trained sample ``index`` and the sample's offset in the fold."""
         position = self.schedule.position(index)
         fold = self.schedule.fold_at_position(position)
         return fold, position - fold.first_sample
 
-    def _source(self, fold: FoldPlan, inside: int) -> tuple[DatasetSlice, int]:
+    def _slice_and_sample(self, fold: FoldPlan, inside: int) -> tuple[DatasetSlice, int]:
         which, number = self._order(fold)
-        piece = fold.slices[which[inside]]
-        return piece, piece.start + int(number[inside])
+        dataset_slice = fold.slices[which[inside]]
+        return dataset_slice, dataset_slice.start + int(number[inside])
 
     def _epoch(self, key: str, path: str, epoch: int) -> GPTDataset:
         return self._epochs.open(key, path, epoch_seed(self.schedule.seed, key, epoch))
 
 
 class ValidationDataset(Dataset[Sample]):
-    """The first samples of a validation set, over again when more are asked for."""
+    """Map-style dataset over a validation set; indices beyond its end wrap around."""
 
     def __init__(self, held_out: HeldOutDataset | MegatronBlend, epochs: EpochDatasets) -> None:
         self._held_out = held_out
@@ -162,7 +163,7 @@ class ValidationDataset(Dataset[Sample]):
 
     @property
     def index(self) -> CachedIndex:
-        """What its samples are looked up in."""
+        """The sample index that reading this set requires."""
         if isinstance(self._held_out, MegatronBlend):
             return megatron_index(self._held_out, self._epochs)
         return self._epochs.index(self._held_out.key, self._held_out.path, self._held_out.seed)

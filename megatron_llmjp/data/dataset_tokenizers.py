@@ -1,7 +1,7 @@
-"""The tokenizers that datasets were made with, as their manifests record them. Without torch.
+"""Checks that datasets were tokenized with the run's tokenizer; does not import torch.
 
-``preprocess_data`` records its tokenizer in ``PREFIX.json``. Datasets of other programs have no
-manifest: of these only the token ids can be checked.
+``preprocess_data`` records its tokenizer in the manifest ``PREFIX.json``. Datasets of other
+programs have no manifest: only their token ids can be checked.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ALLOW = "--allow-tokenizer-mismatch"
 
 
 def recorded_tokenizer(prefix: str | Path) -> dict[str, Any] | None:
-    """The tokenizer that preprocess_data recorded with a dataset; None where it recorded none."""
+    """Return the tokenizer recorded in a dataset's manifest, or None if there is no such record."""
     try:
         manifest = json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8"))
         found = manifest["recipe"]["tokenizer"]
@@ -30,57 +30,59 @@ def recorded_tokenizer(prefix: str | Path) -> dict[str, Any] | None:
 
 
 def mixed_tokenizer_warnings(paths: Iterable[str]) -> list[str]:
-    """A warning where datasets were made with different tokenizers."""
-    makers = _makers(paths)
-    if len(makers) < 2:
+    """Return a warning if the datasets were tokenized with different tokenizers."""
+    by_tokenizer = _datasets_by_tokenizer(paths)
+    if len(by_tokenizer) < 2:
         return []
     groups = "; ".join(
-        f"{format_names(paths)} by {describe(who)}" for who, paths in makers.values()
+        f"{format_names(paths)} by {describe(other)}" for other, paths in by_tokenizer.values()
     )
-    return [f"the datasets were made with different tokenizers: {groups}"]
+    return [f"the datasets were tokenized with different tokenizers: {groups}"]
 
 
 def tokenizer_mismatches(paths: Iterable[str], tokenizer: Identity) -> list[str]:
-    """One line for each other tokenizer than the run's that made a dataset."""
+    """Return one line for each recorded tokenizer that is not the run's."""
     return [
-        f"{format_names(paths)} was made with another tokenizer than the run's: {describe(who)}, "
-        f"not {describe(tokenizer)}"
-        for key, (who, paths) in _makers(paths).items()
+        f"{format_names(paths)} was tokenized with another tokenizer than the run's: "
+        f"{describe(other)}, not {describe(tokenizer)}"
+        for key, (other, paths) in _datasets_by_tokenizer(paths).items()
         if key != key_of(tokenizer)
     ]
 
 
 def check_dataset_tokenizers(paths: Iterable[str], tokenizer: Identity, allowed: bool) -> list[str]:
-    """Refuse datasets that were made with another tokenizer than the run's.
+    """Check that the datasets were tokenized with the run's tokenizer.
 
     Returns:
-        Warnings, where ``allowed``.
+        One warning for each mismatch, if mismatches are ``allowed``.
 
     Raises:
-        UserError: a dataset's manifest records another tokenizer, and this is not ``allowed``.
+        UserError: a manifest records another tokenizer, and ``allowed`` is False.
     """
     found = tokenizer_mismatches(paths, tokenizer)
     if not found or allowed:
         return [f"{line}; accepted by {ALLOW}" for line in found]
     raise UserError(
-        "\n".join(found) + "\n  The model would be trained on ids that mean something else. Give "
-        "the tokenizer of the datasets (--tokenizer-type, --tokenizer-model), make them again with "
-        f"preprocess_data, or accept the difference with {ALLOW}"
+        "\n".join(found) + "\n  The same ids stand for different tokens in the two vocabularies. "
+        "Give the tokenizer of the datasets (--tokenizer-type, --tokenizer-model), rebuild them "
+        f"with preprocess_data, or accept the difference with {ALLOW}"
     )
 
 
 def check_largest_ids(
     datasets: Mapping[str, DatasetInfo], vocab_size: int, tokenizer: Identity
 ) -> None:
-    """Refuse datasets with token ids beyond the vocabulary, as far as they were read for it.
+    """Check the largest token id found in each dataset against the vocabulary.
+
+    Large datasets are sampled, so an id outside the vocabulary can be missed.
 
     Args:
-        datasets: what is known of each dataset, by path.
+        datasets: dataset facts by path.
         vocab_size: ids must be in ``[0, vocab_size)``.
-        tokenizer: the run's, for the message.
+        tokenizer: the run's tokenizer, for the message.
 
     Raises:
-        UserError: naming such datasets and their largest ids.
+        UserError: ids are out of range; the message names the datasets and their largest ids.
     """
     found = {path: info.largest_id for path, info in datasets.items() if info.largest_id}
     beyond = [
@@ -88,17 +90,19 @@ def check_largest_ids(
     ]
     if beyond:
         raise UserError(
-            f"token ids beyond the vocabulary, which ends at {vocab_size - 1:,} with "
+            f"token ids outside the vocabulary, whose largest id is {vocab_size - 1:,} with "
             f"{describe(tokenizer)}: {format_names(beyond)}\n  Give the tokenizer that the "
-            "datasets were made with, or make them again with preprocess_data"
+            "datasets were tokenized with, or rebuild them with preprocess_data"
         )
 
 
-def _makers(paths: Iterable[str]) -> dict[Hashable, tuple[dict[str, Any], list[str]]]:
-    """Each tokenizer that made a dataset, and the datasets."""
-    makers: dict[Hashable, tuple[dict[str, Any], list[str]]] = {}
+def _datasets_by_tokenizer(
+    paths: Iterable[str],
+) -> dict[Hashable, tuple[dict[str, Any], list[str]]]:
+    """Group datasets by recorded tokenizer; datasets without a record are omitted."""
+    by_tokenizer: dict[Hashable, tuple[dict[str, Any], list[str]]] = {}
     for path in sorted(paths):
         found = recorded_tokenizer(path)
         if found is not None:
-            makers.setdefault(key_of(found), (found, []))[1].append(path)
-    return makers
+            by_tokenizer.setdefault(key_of(found), (found, []))[1].append(path)
+    return by_tokenizer

@@ -1,22 +1,19 @@
-"""Indexed datasets: the ``.bin`` and ``.idx`` files of Megatron-LM, read and checked.
+"""Reader and validator of Megatron-LM's indexed datasets; does not import torch.
 
-Megatron's indexed datasets: ``<prefix>.bin`` (tokens) and ``<prefix>.idx`` (where they are).
+A dataset is two files: ``<prefix>.bin`` (token ids) and ``<prefix>.idx`` (index). Format, little
+endian, from megatron-core ``datasets/indexed_dataset.py``:
 
-Format, little endian, from megatron-core ``datasets/indexed_dataset.py``:
-
-.bin: the tokens of all sequences, nothing else.
+.bin: the token ids of all sequences and nothing else.
 .idx: ``MMIDIDX\0\0`` (9 bytes), u64 version = 1, u8 dtype code, u64 sequences S, u64 entries D
 of the document index, int32[S] lengths in tokens, int64[S] offsets in bytes, int64[D] document
-index (0, then the number of sequences up to and with each document: documents = D - 1).
+index (0, then the cumulative number of sequences at the end of each document: documents = D - 1).
 
-Reading goes through megatron-core's IndexedDataset (``open_indexed_dataset``), after checks that it
-lacks: it opens a truncated .bin without a word. ``indexed_writer.py`` writes.
-
-Checks of every entry of an index against the .bin, in constant memory.
-
-An index that is damaged between its first and its last entry gives tokens of other documents, or
-an error in the middle of a run. Reading 20 bytes per sequence, these checks are made when a
-dataset is first used by a run (``facts.py`` remembers it) and by every data tool. Without torch.
+Samples are read through megatron-core's IndexedDataset (:func:`open_indexed_dataset`) after checks
+that megatron-core lacks: it opens a truncated .bin without an error. An index that is damaged
+between its first and its last entry yields tokens of other documents, or fails in the middle of a
+run. :func:`check_entries` therefore compares every entry with the .bin in constant memory, reading
+20 bytes per sequence. It runs in every data tool and when a run first uses a dataset
+(``folds/datasets.py`` caches the result). ``indexed_dataset_writer.py`` writes datasets.
 """
 
 from __future__ import annotations
@@ -42,36 +39,36 @@ DTYPES = {
     )
 }
 
-NO_IDS = np.dtype(np.float32)
+NON_INTEGER_DTYPE = np.dtype(np.float32)
 
 
 def bin_path(prefix: str | Path) -> Path:
-    """Return the path of the tokens of a dataset."""
+    """Return the path of a dataset's token file."""
     return Path(f"{prefix}.bin")
 
 
 def idx_path(prefix: str | Path) -> Path:
-    """Return the path of the index of a dataset."""
+    """Return the path of a dataset's index file."""
     return Path(f"{prefix}.idx")
 
 
 def best_dtype(vocab_size: int) -> np.dtype[Any]:
-    """Return the type in which Megatron stores ids of this vocabulary: uint16 below 65,500.
+    """Return the dtype in which Megatron-LM stores ids of this vocabulary: uint16 below 65,500.
 
-    ``vocab_size`` is the largest id plus one: Megatron-LM takes the number of tokens, and writes
-    wrong ids where these have gaps.
+    ``vocab_size`` is the largest id plus one. Megatron-LM uses the number of tokens instead, and
+    writes wrong ids if the ids have gaps.
     """
     return np.dtype(np.uint16) if vocab_size < 65500 else np.dtype(np.int32)
 
 
 @dataclass(frozen=True)
 class DatasetIndex:
-    """What an .idx says. The arrays are memory-mapped: opening reads a few pages only.
+    """Contents of an .idx file. The arrays are memory-mapped: opening reads only a few pages.
 
     Attributes:
-        lengths: tokens of each sequence.
-        pointers: offset of each sequence in the .bin, in bytes.
-        document_indices: first sequence of each document, and at the end their number.
+        lengths: tokens per sequence, ``[S]``.
+        pointers: byte offset of each sequence in the .bin, ``[S]``.
+        document_indices: first sequence of each document, followed by S, ``[D]``.
     """
 
     prefix: Path
@@ -82,7 +79,7 @@ class DatasetIndex:
 
     @property
     def sequences(self) -> int:
-        """Number of sequences (one per document, but for datasets cut into sentences)."""
+        """Number of sequences: one per document unless documents are split into sentences."""
         return len(self.lengths)
 
     @property
@@ -92,11 +89,11 @@ class DatasetIndex:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens; reads all lengths."""
+        """Number of tokens; reads the lengths of all sequences."""
         return int(self.lengths.sum(dtype=np.int64))
 
     def read_tokens(self) -> npt.NDArray[Any]:
-        """Return the whole .bin, memory-mapped."""
+        """Return the token ids of the whole .bin, memory-mapped."""
         path = bin_path(self.prefix)
         if path.stat().st_size == 0:
             return np.empty(0, self.dtype)
@@ -104,11 +101,11 @@ class DatasetIndex:
 
 
 def read_index(prefix: str | Path) -> DatasetIndex:
-    """Open an .idx and check it against itself and its .bin, in constant time.
+    """Open an .idx and check its header and sizes against the .bin, in constant time.
 
     Raises:
-        UserError: a file is missing, no index of this format, truncated, or the .bin is too
-            short for it.
+        UserError: a file is missing, truncated or not in this format, or the .bin is shorter than
+            the index requires.
     """
     path = _existing(prefix)
     size = path.stat().st_size
@@ -117,22 +114,22 @@ def read_index(prefix: str | Path) -> DatasetIndex:
     if len(head) < HEADER.size or not head.startswith(MAGIC):
         raise UserError(
             f"{path}: not a Megatron index (starts with {head[:9]!r}, expected {MAGIC!r}). "
-            "Make the dataset again with preprocess_data."
+            "Rebuild the dataset with preprocess_data."
         )
     _, version, code, sequences, entries = HEADER.unpack(head)
-    if version != VERSION or DTYPES.get(code, NO_IDS).kind not in "iu" or entries < 1:
+    if version != VERSION or DTYPES.get(code, NON_INTEGER_DTYPE).kind not in "iu" or entries < 1:
         raise UserError(
             f"{path}: damaged header (version {version}, dtype code {code}, {entries} document "
             f"entries). Expected version {VERSION}, the code of an integer dtype (1 to 5, 8) and "
             "at least one entry."
         )
     expected = HEADER.size + 12 * sequences + 8 * entries
-    # A multimodal index carries one more byte per sequence; nothing here needs it.
+    # A multimodal index has one more byte per sequence, which is not used here.
     if size not in (expected, expected + sequences):
         raise UserError(
             f"{path}: {size:,} bytes, expected {expected:,} for {sequences:,} sequences and "
-            f"{entries - 1:,} documents. The file is truncated or damaged: copy it again or make "
-            "it again with preprocess_data."
+            f"{entries - 1:,} documents. The file is truncated or damaged: copy it again or "
+            "rebuild it with preprocess_data."
         )
     index = _map(Path(prefix), path, DTYPES[code], sequences, entries)
     _check_bin(index)
@@ -140,7 +137,7 @@ def read_index(prefix: str | Path) -> DatasetIndex:
 
 
 def _text_file(path: str) -> str | None:
-    """The path without its suffixes, if they are those of preprocess_data's input."""
+    """Return the path without its suffixes if it names an input file of preprocess_data."""
     for suffix in (".jsonl", ".json", ".parquet"):
         for packed in ("", ".gz", ".zst", ".bz2", ".xz"):
             if path.endswith(suffix + packed):
@@ -156,14 +153,15 @@ def _existing(prefix: str | Path) -> Path:
         hint = "Expected the path without .bin or .idx, such as data/ja_text_document."
         if text := _text_file(str(prefix)):
             hint = (
-                f"{prefix} is text, and datasets hold tokens. Make one, and give its path: "
-                f"preprocess_data --input {prefix} --output-prefix {text} --append-eod "
-                f"--tokenizer-type TYPE --tokenizer-model MODEL makes {text}_text_document"
+                f"{prefix} is a text file, not a tokenized dataset. Tokenize it and give the "
+                f"resulting prefix: preprocess_data --input {prefix} --output-prefix {text} "
+                "--append-eod --tokenizer-type TYPE --tokenizer-model MODEL writes "
+                f"{text}_text_document"
             )
         if str(prefix).endswith((".bin", ".idx")):
             hint = f"Give the path without its suffix: {str(prefix)[:-4]}"
         elif other.is_file():
-            hint = f"{other} is there: the dataset is incomplete. Run preprocess_data again."
+            hint = f"{other} exists: the dataset is incomplete. Run preprocess_data again."
         raise UserError(f"{missing}: no such file. {hint}")
     return path
 
@@ -172,7 +170,7 @@ def _map(
     prefix: Path, path: Path, dtype: np.dtype[Any], sequences: int, entries: int
 ) -> DatasetIndex:
     def array(kind: type, count: int, offset: int) -> npt.NDArray[Any]:
-        if count == 0:  # nothing can be mapped
+        if count == 0:  # an empty array cannot be memory-mapped
             return np.empty(0, kind)
         return np.memmap(path, kind, mode="r", offset=offset, shape=(count,))
 
@@ -199,24 +197,18 @@ def _check_bin(index: DatasetIndex) -> None:
     end = int(index.pointers[-1]) + int(index.lengths[-1]) * index.dtype.itemsize
     if end > path.stat().st_size:
         raise UserError(
-            f"{path}: {path.stat().st_size:,} bytes, but its index needs {end:,}. The file is "
-            "truncated: copy it again or make it again with preprocess_data."
+            f"{path}: {path.stat().st_size:,} bytes, but its index requires {end:,}. The file is "
+            "truncated: copy it again or rebuild it with preprocess_data."
         )
 
 
-def token_count(prefix: str | Path) -> int:
-    """Return the number of tokens of a dataset.
+def open_indexed_dataset(prefix: str | Path) -> Any:
+    """Return megatron-core's IndexedDataset after the checks of :func:`read_index`.
+
+    Imports torch.
 
     Raises:
-        UserError: as read_index.
-    """
-    return read_index(prefix).tokens
-
-
-def open_indexed_dataset(prefix: str | Path) -> Any:
-    """Return megatron-core's IndexedDataset of this prefix, after the checks of read_index.
-
-    Imports torch. Raises UserError as read_index.
+        UserError: as :func:`read_index`.
     """
     read_index(prefix)
     from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -224,17 +216,17 @@ def open_indexed_dataset(prefix: str | Path) -> Any:
     return IndexedDataset(str(prefix))
 
 
-CHUNK = 1 << 20  # entries at a time
+CHUNK = 1 << 20  # index entries checked at a time
 
 Mask = npt.NDArray[np.bool_]
 
 
 def read_and_check_index(prefix: str | Path) -> DatasetIndex:
-    """Open an .idx as :func:`read_index` does, and check every entry.
+    """Open an .idx with :func:`read_index` and check every entry.
 
     Raises:
-        UserError: as read_index.
-        DataError: an entry is damaged; it is named.
+        UserError: as :func:`read_index`.
+        DataError: as :func:`check_entries`.
     """
     index = read_index(prefix)
     check_entries(index)
@@ -242,13 +234,13 @@ def read_and_check_index(prefix: str | Path) -> DatasetIndex:
 
 
 def check_entries(index: DatasetIndex) -> None:
-    """Check lengths, pointers and documents of an index against each other and the .bin.
+    """Check the lengths, pointers and documents of an index against each other and the .bin.
 
-    Sequences must be in the .bin, at whole tokens, and share no token; they need not be in order
-    nor cover the .bin, as those of a fold do not.
+    Sequences must lie within the .bin, be aligned to tokens, and not overlap. They need not be in
+    order or cover the .bin: the folds that ``split_folds`` writes do neither.
 
     Raises:
-        DataError: an entry is damaged; the first such is named.
+        DataError: an entry is damaged; the message names the first one.
     """
     size, total = index.dtype.itemsize, bin_path(index.prefix).stat().st_size
     in_order, end = True, 0
@@ -260,7 +252,14 @@ def check_entries(index: DatasetIndex) -> None:
         )
         _check(index, first, outside, problem, lengths, pointers)
         inside = pointers % size != 0
-        _check(index, first, inside, "byte {pointer} is inside a token", lengths, pointers)
+        _check(
+            index,
+            first,
+            inside,
+            "byte offset {pointer} is not aligned to a token",
+            lengths,
+            pointers,
+        )
         ends = pointers + lengths.astype(np.int64) * size
         starts = np.concatenate(([end], ends[:-1]))
         in_order = in_order and bool((pointers >= starts).all())
@@ -281,7 +280,7 @@ def _chunks(
 def _check(
     index: DatasetIndex, first: int, wrong: Mask, problem: str, lengths: Any, pointers: Any
 ) -> None:
-    """Raise for the first sequence of a chunk for which ``wrong`` is set."""
+    """Raise DataError for the first sequence of a chunk for which ``wrong`` is set."""
     if wrong.any():
         at = int(np.flatnonzero(wrong)[0])
         found = problem.format(length=f"{lengths[at]:,}", pointer=f"{pointers[at]:,}")
@@ -289,7 +288,7 @@ def _check(
 
 
 def _check_overlap(index: DatasetIndex) -> None:
-    """Raise if two sequences share a token; only for an index that is not in order."""
+    """Raise DataError if two sequences overlap; needed only for an index that is not in order."""
     filled = np.flatnonzero(index.lengths)
     order = filled[np.argsort(index.pointers[filled], kind="stable")]
     starts = index.pointers[order]
@@ -298,7 +297,7 @@ def _check_overlap(index: DatasetIndex) -> None:
     if shared.any():
         at = int(np.flatnonzero(shared)[0])
         one, other = sorted((int(order[at]), int(order[at + 1])))
-        _refuse(index, f"sequences {one:,} and {other:,} hold the same tokens of the .bin")
+        _refuse(index, f"sequences {one:,} and {other:,} overlap in the .bin")
 
 
 def _check_documents(index: DatasetIndex) -> None:
@@ -314,5 +313,5 @@ def _check_documents(index: DatasetIndex) -> None:
 def _refuse(index: DatasetIndex, problem: str) -> NoReturn:
     raise DataError(
         f"{idx_path(index.prefix)}: {problem}. The index is damaged or belongs to another .bin: "
-        "copy both files again, or make the dataset again with preprocess_data."
+        "copy both files again, or rebuild the dataset with preprocess_data."
     )

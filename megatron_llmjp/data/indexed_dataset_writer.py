@@ -1,6 +1,7 @@
-"""Writes Megatron's indexed datasets (``indexed.py`` has the format) in constant memory.
+"""Writer of Megatron-LM's indexed datasets, in constant memory and without torch.
 
-megatron-core's IndexedDatasetBuilder imports torch and keeps every length in a Python list.
+``indexed_dataset.py`` describes the format. megatron-core's IndexedDatasetBuilder is not used: it
+imports torch and keeps every sequence length in a Python list.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ import numpy.typing as npt
 from megatron_llmjp.data.indexed_dataset import DTYPES, HEADER, MAGIC, VERSION
 from megatron_llmjp.errors import UserError
 
-CHUNK = 1 << 20  # sequences handled at a time when an index is written
+CHUNK = 1 << 20  # sequences processed at a time when an index is written
 
 
 @dataclass(frozen=True)
 class WriterPosition:
-    """How far a writer has come, and the CRC-32 of the .bin up to there.
+    """Amount of data a writer has written, and the CRC-32 of the .bin up to that point.
 
-    CRC-32 finds any accidental damage that matters and runs at 3 GB/s; SHA-256, at 0.4 GB/s on
-    many machines, would hold up the one process that writes what dozens of workers encode.
+    CRC-32 detects accidental damage and runs at 3 GB/s. SHA-256, at 0.4 GB/s on many machines,
+    would slow down the single process that writes the output of dozens of encoding workers.
     """
 
     bin_bytes: int = 0
@@ -37,10 +38,10 @@ class WriterPosition:
 
 
 class IndexedDatasetWriter:
-    """Writes a .bin as documents arrive, and its .idx at the end, in constant memory.
+    """Writes a .bin as documents are added, and its .idx at the end, in constant memory.
 
-    Lengths are kept beside the .bin in ``.lengths`` and ``.documents`` files until then, so that
-    a killed program can go on from the last ``sync``.
+    Until then the lengths are stored next to the .bin in ``.lengths`` and ``.documents`` files, so
+    that a killed program can resume from the last :meth:`sync`.
     """
 
     def __init__(
@@ -62,12 +63,15 @@ class IndexedDatasetWriter:
         """Append documents.
 
         Args:
-            tokens: ids of all sequences end to end, of this writer's dtype.
-            lengths: tokens of each sequence.
-            sequences: sequences of each document; one each where left out.
+            tokens: concatenated ids of all sequences, in this writer's dtype.
+            lengths: tokens per sequence.
+            sequences: sequences per document; one each by default.
+
+        Raises:
+            TypeError: the tokens have another dtype.
         """
         if tokens.dtype != self.dtype:
-            raise TypeError(f"tokens are {tokens.dtype}, the dataset is {self.dtype}")
+            raise TypeError(f"expected tokens of dtype {self.dtype}, found {tokens.dtype}")
         if sequences is None:
             sequences = np.ones(len(lengths), np.int32)
         data = np.ascontiguousarray(tokens).view(np.uint8).data
@@ -82,21 +86,22 @@ class IndexedDatasetWriter:
         )
 
     def sync(self) -> WriterPosition:
-        """Bring everything to disk and return the position to resume at."""
+        """Flush all files to disk and return the position to resume from."""
         for file in (self._bin, self._lengths, self._documents):
             file.flush()
             os.fsync(file.fileno())
         return self.position
 
     def close(self) -> None:
-        """Close the files; nothing is removed."""
+        """Close the files without removing any."""
         for file in (self._bin, self._lengths, self._documents):
             file.close()
 
     def finish(self, idx: Path) -> int:
-        """Close the .bin and write its .idx, whose CRC-32 is returned.
+        """Close the .bin, write its .idx and return the CRC-32 of the .idx.
 
-        The helper files stay, so that a program killed here can do it again: see clean.
+        The helper files are kept, so that this step can be repeated if the program is killed;
+        :meth:`clean` removes them.
         """
         self.sync()
         self.close()
@@ -104,7 +109,7 @@ class IndexedDatasetWriter:
         return write_idx(idx, self.dtype, lengths, documents)
 
     def describe(self, idx_crc: int) -> dict[str, Any]:
-        """Return what a dataset's manifest says of its .bin and .idx."""
+        """Return the manifest entries that describe the .bin and .idx."""
         position = self.position
         return {
             "dtype": self.dtype.name,
@@ -130,8 +135,12 @@ def write_idx(
 ) -> int:
     """Write an .idx and return its CRC-32.
 
-    Lengths and sequences are arrays, or files of int32 which are read chunk by chunk. Without
-    ``pointers`` the sequences follow each other in the .bin.
+    Args:
+        path: the .idx file.
+        dtype: dtype of the tokens in the .bin.
+        lengths: tokens per sequence: an array, or an int32 file that is read in chunks.
+        sequences_per_document: as ``lengths``.
+        pointers: byte offset of each sequence; by default the sequences are contiguous in the .bin.
     """
     crc = 0
     with path.open("wb") as file:
@@ -179,13 +188,13 @@ def _chunks(numbers: npt.NDArray[Any] | Path) -> Iterator[npt.NDArray[Any]]:
 
 
 def _open_at(path: Path, size: int) -> BinaryIO:
-    """Open a file for appending at ``size``, cutting off what a killed program left behind."""
+    """Open a file for appending at ``size``, truncating data of an interrupted write."""
     if size == 0:
         return path.open("wb")
     if not path.is_file() or path.stat().st_size < size:
         raise UserError(
-            f"{path}: is gone or shorter than the {size:,} bytes that were written to it. Give "
-            "--overwrite to start again."
+            f"{path}: missing, or shorter than the {size:,} bytes written before. Give --overwrite "
+            "to start from the beginning."
         )
     file = path.open("r+b")
     file.truncate(size)

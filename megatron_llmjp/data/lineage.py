@@ -1,12 +1,12 @@
-"""From a sample to the documents it is made of, and back.
+"""Data lineage: the documents that each sample contains, and the samples that contain a document.
 
-What a sample holds is written in megatron-core's indices (``GPTDataset``): the shuffle index says
-which sample of the unshuffled stream it is, the sample index where that begins and ends in the
-stream of documents, the document index which documents these are. Everything here reads these
-indices; no process group is needed, and no token is read until ``read_tokens`` is asked.
+Both are derived from the indices of megatron-core's ``GPTDataset``: the shuffle index gives the
+position of a sample in the unshuffled stream, the sample index where it begins and ends in the
+sequence of documents, and the document index which documents those are. This needs no process
+group, and reads no tokens until :func:`read_tokens` is called.
 
-A sample is ``sequence_length + 1`` tokens: the last one is a label only, and the first of the next
-sample of the stream.
+A sample consists of ``sequence_length + 1`` tokens: the last one is used only as a label and is the
+first token of the next sample of the stream.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from megatron_llmjp.data.indices.epoch_index import EpochDatasets
 from megatron_llmjp.data.indices.interleave import FoldOrder
 from megatron_llmjp.data.indices.megatron_order import megatron_index
 
-OPEN = 64
-"""Epochs of datasets kept open."""
+MAX_OPEN_EPOCHS = 64
+"""Number of dataset epochs kept open."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class TokenSpan:
     """Consecutive tokens of one document."""
 
     dataset: str
-    """The name that the fold gives the dataset."""
+    """Name of the dataset in the fold."""
     path: str
     document: int
     first_token: int
@@ -43,46 +43,45 @@ class TokenSpan:
 
 @dataclass(frozen=True)
 class SampleOrigin:
-    """Where a sample comes from."""
+    """Origin of a sample: its fold, epoch and documents."""
 
     number: int | None
-    """Of the trained samples, from 0; None for one that is skipped."""
+    """Number among the trained samples, from 0; None for a skipped sample."""
     position: int
-    """In the schedule, skipped samples counted."""
+    """Position in the schedule, which counts skipped samples too."""
     fold: str
     epoch: int | None
-    """How often the dataset had been used up before, from 0; None in Megatron-LM's order, which
-    may mix the epochs of a dataset."""
+    """Epoch of the dataset, from 0; None in Megatron-LM's order, which may mix epochs."""
     spans: tuple[TokenSpan, ...]
 
 
 class Lineage:
-    """The origins of a run's samples.
+    """Lookup of sample origins in a run.
 
     Args:
         schedule: the resolved folds.
-        epochs: opens the indices of their datasets, which are made where they are missing.
+        epochs: opens the indices of their datasets, and builds missing ones.
     """
 
     def __init__(self, schedule: Schedule, epochs: EpochDatasets) -> None:
         self.schedule = schedule
         self._epochs = epochs
-        self._epoch = lru_cache(maxsize=OPEN)(self._open_epoch)
+        self._epoch = lru_cache(maxsize=MAX_OPEN_EPOCHS)(self._open_epoch)
         self._order = lru_cache(maxsize=2)(lambda fold: FoldOrder(epochs.cache, fold).open())
         self._megatron = lru_cache(maxsize=2)(
             lambda blend: megatron_index(blend, epochs).open(epochs)
         )
 
     def documents_of(self, number: int) -> list[tuple[str, int, int, int]]:
-        """(dataset, document, first token, tokens) of everything in trained sample ``number``."""
+        """Return (dataset, document, first token, tokens) of each part of a trained sample."""
         spans = self.origin(self.schedule.position(number)).spans
         return [(s.dataset, s.document, s.first_token, s.tokens) for s in spans]
 
     def origin(self, position: int) -> SampleOrigin:
-        """The origin of the sample at a position of the schedule.
+        """Return the origin of the sample at a position of the schedule.
 
         Raises:
-            IndexError: the schedule has no such position.
+            IndexError: the position is outside the schedule.
         """
         if not 0 <= position < self.schedule.total_positions:
             raise IndexError(f"position {position} of {self.schedule.total_positions}")
@@ -91,38 +90,40 @@ class Lineage:
         epoch = None
         if fold.megatron is not None:
             place, data, sample = self._megatron(fold.megatron).source(inside)
-            piece = fold.slices[place]
+            dataset_slice = fold.slices[place]
         else:
             which, number = self._order(fold)
-            piece = fold.slices[which[inside]]
-            epoch, sample = divmod(piece.start + int(number[inside]), piece.samples_per_epoch)
-            data = self._epoch(piece, epoch)
+            dataset_slice = fold.slices[which[inside]]
+            epoch, sample = divmod(
+                dataset_slice.start + int(number[inside]), dataset_slice.samples_per_epoch
+            )
+            data = self._epoch(dataset_slice, epoch)
         return SampleOrigin(
             number=self._number(position),
             position=position,
             fold=fold.name,
             epoch=epoch,
-            spans=sample_spans(piece, data, sample),
+            spans=sample_spans(dataset_slice, data, sample),
         )
 
     def positions_of(self, key: str, document: int) -> Iterator[int]:
-        """Positions of all samples that hold a token of a document, in order.
+        """Yield the positions of all samples that contain a token of a document, in order.
 
         Args:
-            key: digest of the dataset's contents.
-            document: its number in the dataset.
+            key: content digest of the dataset.
+            document: number of the document in the dataset.
         """
         for fold in self.schedule.folds:
             found = [
                 number
-                for place, piece in enumerate(fold.slices)
-                if piece.key == key
+                for place, dataset_slice in enumerate(fold.slices)
+                if dataset_slice.key == key
                 for number in self._in_fold(fold, place, document)
             ]
             yield from (fold.first_sample + number for number in sorted(found))
 
     def _in_fold(self, fold: FoldPlan, place: int, document: int) -> list[int]:
-        """Numbers in a fold of the samples of its dataset ``place`` that hold a document."""
+        """Return the offsets in a fold of the samples of dataset ``place`` with this document."""
         if fold.megatron is not None:
             samples = self._megatron(fold.megatron)
             wanted = samples_containing(samples.datasets[place], document)
@@ -133,28 +134,35 @@ class Lineage:
         which, number = self._order(fold)
         return [int(n) for n in np.flatnonzero((which == place) & np.isin(number, wanted))]
 
-    def _in_slice(self, piece: DatasetSlice, document: int) -> npt.NDArray[np.int64]:
-        """Numbers in the slice of the samples that hold a document."""
-        first, size = piece.start // piece.samples_per_epoch, piece.samples_per_epoch
+    def _in_slice(self, dataset_slice: DatasetSlice, document: int) -> npt.NDArray[np.int64]:
+        """Return the offsets in the slice of the samples with this document."""
+        first, size = (
+            dataset_slice.start // dataset_slice.samples_per_epoch,
+            dataset_slice.samples_per_epoch,
+        )
         numbers = [
-            epoch * size + samples_containing(self._epoch(piece, epoch), document) - piece.start
-            for epoch in range(first, piece.last_epoch + 1 if piece.samples else first)
+            epoch * size
+            + samples_containing(self._epoch(dataset_slice, epoch), document)
+            - dataset_slice.start
+            for epoch in range(
+                first, dataset_slice.last_epoch + 1 if dataset_slice.samples else first
+            )
         ]
         found = np.concatenate([np.empty(0, np.int64), *numbers])
-        return found[(found >= 0) & (found < piece.samples)]
+        return found[(found >= 0) & (found < dataset_slice.samples)]
 
     def _number(self, position: int) -> int | None:
         number = self.schedule.skips.kept_before(position)
         skipped = self.schedule.skips.kept(position, position + 1) == 0
         return None if skipped else number
 
-    def _open_epoch(self, piece: DatasetSlice, epoch: int) -> Any:
-        seed = epoch_seed(self.schedule.seed, piece.key, epoch)
-        return self._epochs.open(piece.key, piece.path, seed)
+    def _open_epoch(self, dataset_slice: DatasetSlice, epoch: int) -> Any:
+        seed = epoch_seed(self.schedule.seed, dataset_slice.key, epoch)
+        return self._epochs.open(dataset_slice.key, dataset_slice.path, seed)
 
 
-def sample_spans(piece: DatasetSlice, data: Any, sample: int) -> tuple[TokenSpan, ...]:
-    """The documents of one sample of a GPTDataset, in order."""
+def sample_spans(dataset_slice: DatasetSlice, data: Any, sample: int) -> tuple[TokenSpan, ...]:
+    """Return the documents of one sample of a GPTDataset, in order."""
     row = int(data.shuffle_index[sample])
     (first, begin), (last, end) = (
         (int(place), int(offset)) for place, offset in data.sample_index[row : row + 2]
@@ -168,18 +176,22 @@ def sample_spans(piece: DatasetSlice, data: Any, sample: int) -> tuple[TokenSpan
         if stop > start:
             document = int(np.searchsorted(documents, sequence, side="right")) - 1
             before = int(lengths[int(documents[document]) : sequence].sum(dtype=np.int64))
-            spans.append(TokenSpan(piece.name, piece.path, document, before + start, stop - start))
+            spans.append(
+                TokenSpan(
+                    dataset_slice.name, dataset_slice.path, document, before + start, stop - start
+                )
+            )
     return tuple(spans)
 
 
 def samples_containing(data: Any, document: int) -> npt.NDArray[np.int64]:
-    """Numbers of the samples of a GPTDataset that hold a token of a document, ascending."""
+    """Return the numbers of the samples of a GPTDataset that contain a document, ascending."""
     first, end = (int(n) for n in data.dataset.document_indices[document : document + 2])
     index = data.document_index
     places = np.flatnonzero((index >= first) & (index < end))
     lengths = data.dataset.sequence_lengths
     places = places[lengths[index[places]] > 0]
-    # Samples are rows [i, i + 1] of the sample index; both ends belong to them.
+    # Sample i spans rows i and i + 1 of the sample index, both ends inclusive.
     starts, stops = data.sample_index[:-1, 0], data.sample_index[1:, 0]
     low = np.searchsorted(stops, places, side="left")
     high = np.searchsorted(starts, places, side="right")
@@ -191,7 +203,7 @@ def samples_containing(data: Any, document: int) -> npt.NDArray[np.int64]:
 
 
 def read_tokens(span: TokenSpan) -> npt.NDArray[Any]:
-    """The token ids of a span, read from its document."""
+    """Return the token ids of a span, read from its document."""
     index = read_index(span.path)
     first, end = index.document_indices[span.document : span.document + 2]
     tokens, size = index.read_tokens(), index.dtype.itemsize

@@ -1,7 +1,7 @@
-"""Settings of megatron-core's learning-rate scheduler, with all lengths in samples. Without torch.
+"""Learning-rate schedule settings for megatron-core's scheduler; does not import torch.
 
-One curve spans the run; a fold with a ``learning_rate`` of its own has another one, which begins at
-the fold's first iteration.
+All lengths are in samples. One schedule spans the run; a fold with a ``learning_rate`` entry has a
+schedule of its own, which starts at the fold's first iteration.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ SchedulerSettings = dict[str, Any]
 
 @dataclass(frozen=True)
 class LearningRateSettings:
-    """The settings of every curve of a run."""
+    """Settings of all learning-rate schedules of a run."""
 
     run: SchedulerSettings
-    """Of the curve that spans the run."""
+    """Of the schedule that spans the run."""
     folds: tuple[tuple[int, int, SchedulerSettings], ...]
-    """First sample, end and settings of each fold with a learning rate of its own."""
+    """(First sample, end, settings) of each fold with a schedule of its own."""
 
 
 def learning_rate_settings(
     config: Config, schedule: Schedule, sizes: BatchSizeSchedule, train_iters: int
 ) -> LearningRateSettings:
-    """Work out and check the settings of a run.
+    """Compute and validate the schedule settings of a run.
 
     Args:
         config: the resolved configuration.
         schedule: the resolved folds.
-        sizes: which iteration has how many samples.
-        train_iters: where the run ends, and a decay without an end of its own.
+        sizes: global batch size of each iteration.
+        train_iters: last iteration of the run, and of a decay whose length is not given.
 
     Raises:
-        UserError: a schedule contradicts itself.
+        UserError: the settings of a schedule contradict each other.
     """
     run = _settings_of_run(config, sizes, train_iters)
     _check(run, "the learning rate")
@@ -60,7 +60,7 @@ def learning_rate_settings(
 
 
 def _first_iteration(sizes: BatchSizeSchedule, sample: int) -> int:
-    """The first iteration that begins with trained sample ``sample``, or later."""
+    """Return the first iteration whose first sample is ``sample`` or a later one."""
     full, rest = sizes.iterations(sample)
     return full + (2 if rest else 1)
 
@@ -68,7 +68,7 @@ def _first_iteration(sizes: BatchSizeSchedule, sample: int) -> int:
 def _settings_of_fold(
     own: FoldLearningRate, sizes: BatchSizeSchedule, first: int, end: int
 ) -> SchedulerSettings:
-    """What differs from the run's; without values of its own, no warm-up and a decay to its end."""
+    """Return the settings that differ from the run's; by default no warm-up, decay to the end."""
     before = sizes.consumed_after(first - 1)
     decay = sizes.consumed_after(first - 1 + (own.lr_decay_iters or end - first)) - before
     warmup = sizes.consumed_after(first - 1 + (own.lr_warmup_iters or 0)) - before
@@ -87,7 +87,7 @@ def _settings_of_fold(
 def _settings_of_run(
     config: Config, sizes: BatchSizeSchedule, train_iters: int
 ) -> SchedulerSettings:
-    """Lengths in samples, from whichever unit they are given in."""
+    """Return the settings of the run's schedule, with all lengths converted to samples."""
     o = config.optimizer
     decay = in_samples(config, o.lr_decay_samples, o.lr_decay_tokens)
     if decay is None:
@@ -122,7 +122,7 @@ def _settings_of_run(
 
 
 def in_samples(config: Config, samples: int | None, tokens: int | None) -> int | None:
-    """A length that is given in samples or tokens, in samples; None if it is in neither."""
+    """Convert a length given in samples or tokens to samples; None if neither is given."""
     if samples is None and tokens is not None:
         return tokens // config.data.seq_length
     return samples

@@ -87,8 +87,8 @@ def open_data(run: Run, ranks: Ranks, beat: Callable[[], None] = no_heartbeat) -
     indices = IndexPrefetcher(
         data,
         first_on_machine=ranks.local_rank == 0,
-        say=print if ranks.is_first else lambda text: None,
-        beat=beat,
+        log=print if ranks.is_first else lambda text: None,
+        heartbeat=beat,
     )
     _, done = progress(run)
     held_out = [dataset.index for dataset in validation.values()]

@@ -170,7 +170,7 @@ class Trainer:
         """Wait for the sample indices of the next batch, unless the run is to stop before."""
         self._begin("a look for sample indices", counts_work=True)
         wait = self.watch.guard.wait_until
-        return self.data.indices.before(self.consumed_samples, batch_size, wait)
+        return self.data.indices.ensure_ready(self.consumed_samples, batch_size, wait)
 
     def _stop(self, request: Request, metrics: Metrics) -> int:
         """End on request, with a checkpoint unless steps are bad; the exit code."""

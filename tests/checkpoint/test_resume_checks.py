@@ -72,11 +72,11 @@ CHANGES = {
     "budget": (lambda c: c["folds"][0].update(iterations=7), "fold 'fold00' has changed: it has "
                "28 samples instead of 24"),
     "seed": (lambda c: c.update(seed=8), "fold 'fold00' has changed: seed 7 -> 8"),
-    "dataset": (lambda c: c["folds"][1]["blend"].pop("en"), "dataset en is gone"),
+    "dataset": (lambda c: c["folds"][1]["blend"].pop("en"), "dataset en was removed"),
     "more": (lambda c: c["folds"][1]["blend"].update(x={"path": "valid", "weight": 1}),
-             "dataset x is new"),
+             "dataset x was added"),
     "restart": (lambda c: c["folds"][1]["blend"]["ja"].update(restart=True),
-                "dataset ja: goes on from sample 632 of its stream instead of 8"),
+                "dataset ja: continues from sample 632 of its stream instead of 8"),
     "order": (lambda c: c["folds"][0].update(order="megatron"), "order folds -> megatron"),
     "skip": (lambda c: c.update(skip=[{"samples": [3, 5]}]),
              "samples skipped so far: none -> [3, 5)"),
@@ -119,7 +119,9 @@ def test_a_manifest_is_no_part_of_a_dataset(folds, tmp_path):
     assert [f.digest for f in resumed.schedule.folds] == [f.digest for f in without.schedule.folds]
     save(resumed, 8, tmp_path / "run")
     state_checksums(tmp_path / "ja", wrong="00000000")  # edited where the digest looks not
-    with pytest.raises(UserError, match=r"dataset ja: contents of .* by the checksums"):
+    with pytest.raises(
+        UserError, match=r"dataset ja: contents of .* changed .checksums in its manifest"
+    ):
         run_of(folds, "--load", tmp_path / "run")
     (tmp_path / "ja.json").unlink()
     assert run_of(folds, "--load", tmp_path / "run").validation == without.validation
@@ -197,7 +199,7 @@ def test_checkpoints_of_before_are_read(folds, tmp_path):
         del content[name]
     file.write_text(json.dumps(content))
     assert run_of(folds, "--load", tmp_path / "run").resume is not None
-    with pytest.raises(UserError, match=r"fold01' has changed: .*too old to say how"):
+    with pytest.raises(UserError, match=r"fold01' has changed: .*does not record how"):
         run_of(edited(folds, weigh), "--load", tmp_path / "run")
 
 

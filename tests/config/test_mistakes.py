@@ -61,7 +61,7 @@ FLAGS = {
     # flags over a run that is right: what the message must say
     "--lerning-rate 1": ["unknown flag --lerning-rate (--help"],
     "--global-batch 8": ["unknown flag --global-batch; did you mean '--global-batch-size'?"],
-    "--data-path x": ["both --fold-file and --data-path declare the data", "take one of them away"],
+    "--data-path x": ["both --fold-file and --data-path declare the data", "remove one of them"],
     "--lr fast": ["flag --lr: lr = 'fast': expected a valid number"],
     "--num-layers 0": ["flag --num-layers: num_layers = '0': expected greater than 0"],
     "--optimizer lion": ["flag --optimizer: optimizer = 'lion': expected 'adam' or 'sgd'"],
@@ -185,10 +185,10 @@ def test_data(folder, tmp_path, fails):
     assert "cut.bin" in refused(path="cut")
     for text in ("corpus/ja.jsonl", "corpus/ja.jsonl.zst", "corpus/ja.parquet"):
         message = refused(path=text)
-        assert f"{text} is text, and datasets hold tokens" in message
+        assert f"{text} is a text file, not a tokenized dataset" in message
         made = folder / "corpus/ja"
         assert f"preprocess_data --input {folder / text} --output-prefix {made} " in message
-        assert f"makes {made}_text_document" in message
+        assert f"writes {made}_text_document" in message
     message = fails(*arguments("laptop-llama", folder / "none.yaml"))
     assert str(folder / "none.yaml") in message
     (folder / "length.yaml").write_text(yaml.safe_dump({**content, "sequence_length": 64}))

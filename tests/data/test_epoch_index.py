@@ -82,11 +82,10 @@ def test_other_contents_under_the_same_path_are_another_dataset(tmp_path):
 def test_a_complete_index_is_never_written_again(tmp_path):
     """megatron-core builds a missing index on rank 0 only, while the other ranks fail."""
     key, path = write(tmp_path / "a", lengths_of(3))
-    epochs_of(tmp_path).build(key, path, 1)
+    epochs_of(tmp_path).open(key, path, 1)
     files = times(tmp_path / "cache")
     other = {"reset_position_ids": True, "reset_attention_mask": True, "eod_mask_loss": True}
     for epochs in (epochs_of(tmp_path, vocab_size=500), epochs_of(tmp_path, **other)):
-        epochs.build(key, path, 1)
         assert len(epochs.open(key, path, 1)) > 0
         assert times(tmp_path / "cache") == files
 
@@ -146,7 +145,7 @@ def test_arrays_of_another_kind_are_replaced(tmp_path, capsys, damage):
         list_as_they_are(file.parent)
     again = folds_of(tmp_path, (6, 5, 4))
     assert [again[i]["tokens"].tolist() for i in range(BATCH)] == good
-    assert capsys.readouterr().err.count("building it again") >= 2
+    assert capsys.readouterr().err.count("rebuilding this index") >= 2
 
 
 @pytest.mark.parametrize("damage", [damage_header, damage_values])
@@ -159,7 +158,7 @@ def test_damage_that_sizes_do_not_show(tmp_path, capsys, damage, which):
     damage(file)
     assert file.stat().st_size == size
     assert samples(epochs_of(tmp_path).open(key, path, 1)) == good
-    assert "building it again" in capsys.readouterr().err
+    assert "rebuilding this index" in capsys.readouterr().err
 
 
 def test_epochs_of_a_dataset_share_its_files(tmp_path):
@@ -195,10 +194,10 @@ def test_a_fold_is_made_before_it_is_due(tmp_path, monkeypatch):
     """The first at once, the next in the background, and no other; small ones all at once."""
     data = folds_of(tmp_path, (2, 2, 2))
     first, second, third = data.schedule.folds
-    said: list[str] = []
-    monkeypatch.setattr(prefetch, "CHEAP", -1)
-    ahead = IndexPrefetcher(data, first_on_machine=True, say=said.append)
-    ahead.start(0, BATCH, [])
+    logged: list[str] = []
+    monkeypatch.setattr(prefetch, "MAX_INLINE_COST", -1)
+    prefetcher = IndexPrefetcher(data, first_on_machine=True, log=logged.append)
+    prefetcher.start(0, BATCH, [])
     assert not missing(data, first)
     assert missing(data, third)
     end = time.monotonic() + 120
@@ -206,14 +205,14 @@ def test_a_fold_is_made_before_it_is_due(tmp_path, monkeypatch):
         assert time.monotonic() < end
         time.sleep(0.05)
     files = times(tmp_path / "cache")
-    other_rank = IndexPrefetcher(data, first_on_machine=False, say=said.append)
+    other_rank = IndexPrefetcher(data, first_on_machine=False, log=logged.append)
     for consumed in (0, BATCH, BATCH + 1):  # the last batch reaches into the second fold
-        other_rank.before(consumed, BATCH)
+        other_rank.ensure_ready(consumed, BATCH)
     assert {p: t for p, t in times(tmp_path / "cache").items() if p in files} == files
-    assert len(said) == 1  # "building ..." at the start; nobody waited
-    ahead.close()
+    assert len(logged) == 1  # "building ..." at the start; nobody waited
+    prefetcher.close()
     monkeypatch.undo()
-    IndexPrefetcher(data, first_on_machine=True, say=said.append).start(BATCH, BATCH, [])
+    IndexPrefetcher(data, first_on_machine=True, log=logged.append).start(BATCH, BATCH, [])
     assert not missing(data, third)
 
 
@@ -231,7 +230,7 @@ def test_inside_a_process_group(tmp_path, monkeypatch):
     try:
         # Whoever builds an index in this process, instead of beside it, meets this.
         monkeypatch.setattr(epoch_index, "_dataset", only_open(epoch_index._dataset))
-        IndexPrefetcher(data, first_on_machine=True).before(0, BATCH)
+        IndexPrefetcher(data, first_on_machine=True).ensure_ready(0, BATCH)
         assert not missing(data, data.schedule.folds[0])
         order, epoch, *_ = data.indices(data.schedule.folds[0])
         shutil.rmtree(order.folder)

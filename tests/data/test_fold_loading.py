@@ -97,7 +97,7 @@ include: b.yaml
 
 include: a.yaml
 """, (
-        "b.yaml, line 3: files include each other in a circle: FOLDER/folds.yaml -> "
+        "b.yaml, line 3: circular include: FOLDER/folds.yaml -> "
         "FOLDER/a.yaml -> FOLDER/b.yaml -> FOLDER/a.yaml"
     )),
     "blend twice": ("""\
@@ -108,7 +108,7 @@ blends:
 blends:
   x: {d: {path: d}}
 """, (
-        "folds.yaml, line 3: a blend named 'x' is also in FOLDER/a.yaml, line 2"
+        "folds.yaml, line 3: a blend named 'x' is already defined in FOLDER/a.yaml, line 2"
     )),
     "unknown blend": ("""\
 blends:
@@ -117,7 +117,7 @@ folds:
 - {name: f, epochs: 1,
    blend: jp}
 """, (
-        "folds.yaml, line 5: there is no blend named 'jp' (known: ja;"
+        "folds.yaml, line 5: no blend named 'jp' (known: ja;"
     )),
     "dataset in two blends": ("""\
 blends:
@@ -167,7 +167,7 @@ folds:
   split: 9,1
   blend: {d: {path: d}}
 """, (
-        "folds.yaml, line 2: fold 'f': split goes with `order: megatron`"
+        "folds.yaml, line 2: fold 'f': split requires `order: megatron`"
     )),
     "megatron without a budget": ("""\
 folds:
@@ -181,7 +181,7 @@ folds:
 skip:
 - samples: [9, 9]
 """, (
-        "folds.yaml, line 4: skip, 0: [9, 9] holds no sample"
+        "folds.yaml, line 4: skip, 0: [9, 9] is empty"
     )),
     "unknown key of a learning rate": ("""\
 folds:

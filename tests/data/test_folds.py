@@ -196,9 +196,9 @@ WRONG = {
         "fold 'f': the blend mixes tokens, weight"
     ),
     "folds: [{name: f, tokens: 9, blend: {a: {path: d, weight: 1, tokens: 3}}}]": (
-        "give one of weight, tokens and epochs"
+        "mutually exclusive: give one of them"
     ),
-    "folds: [{name: f, blend: BLEND}]": "weights need a budget",
+    "folds: [{name: f, blend: BLEND}]": "weights require a budget",
     "folds: [{name: f, tokens: 9, blend: BLEND}, {name: f, tokens: 9, blend: BLEND}]": (
         "two folds are named 'f'"
     ),

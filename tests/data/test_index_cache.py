@@ -101,7 +101,7 @@ def test_many_builders_at_once(tmp_path, monkeypatch, locks):
 
 def test_a_lock_that_no_one_frees_is_not_waited_for_without_end(tmp_path, monkeypatch):
     """NFS 3 keeps the lock of a machine that vanished."""
-    monkeypatch.setattr(index_cache, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(index_cache, "LOCK_TIMEOUT_SECONDS", 0.2)
     folder = tmp_path / "cache" / "a"
     folder.parent.mkdir()
     locked = tmp_path / "locked"
@@ -139,10 +139,10 @@ def damages():
         (folder / "half").unlink()
 
     def unlist(folder):
-        (folder / index_cache.CONTENTS).unlink()
+        (folder / index_cache.CONTENTS_FILE).unlink()
 
     def garble(folder):
-        (folder / index_cache.CONTENTS).write_text("{")
+        (folder / index_cache.CONTENTS_FILE).write_text("{")
 
     return [cut, flip, take, unlist, garble]
 

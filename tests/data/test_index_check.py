@@ -29,8 +29,8 @@ DAMAGE = [
     ("lengths", 20, 10**6, "sequence 20: 1,000,000 tokens at byte"),
     ("pointers", 20, 2**62, "sequence 20: .* are outside"),
     ("pointers", 20, -2, "sequence 20: .* are outside"),
-    ("pointers", 20, 1001, "sequence 20: byte 1,001 is inside a token"),
-    ("pointers", 20, "doubled", "sequences 19 and 20 hold the same tokens"),
+    ("pointers", 20, 1001, "sequence 20: byte offset 1,001 is not aligned to a token"),
+    ("pointers", 20, "doubled", "sequences 19 and 20 overlap"),
     ("documents", 20, 30, "document 20 begins at sequence 30 and ends before it"),
 ]
 

@@ -171,25 +171,25 @@ def test_splits_are_cut_as_megatron_cuts_them():
 
 
 MISTAKES = {
-    "--data-path {a}": "--data-path needs --train-iters (or --train-samples)",
+    "--data-path {a}": "--data-path requires --train-iters or --train-samples",
     "--data-path {a} --train-iters 9 --fold-file x.yaml": "both --fold-file and --data-path",
     "--data-path {a} --train-data-path {b} --train-iters 9": "declare the same data",
     "--data-path {a} --data-args-path {b} --train-iters 9": "declare the same data",
-    "--train-data-path {a} --split 9,1 --train-iters 9": "take --split away",
-    "--valid-data-path {a} --train-iters 9": "without --train-data-path",
-    "--split 9,1": "--split cuts the datasets of --data-path, which is not given",
-    "--data-path 0.3 {a} x {b} --train-iters 9": "found 'x' in place of a weight",
-    "--data-path 0 {a} 1 {b} --train-iters 9": "it must be above 0",
+    "--train-data-path {a} --split 9,1 --train-iters 9": "remove --split",
+    "--valid-data-path {a} --train-iters 9": "requires --train-data-path",
+    "--split 9,1": "--split divides the datasets of --data-path, which is not given",
+    "--data-path 0.3 {a} x {b} --train-iters 9": "found 'x' instead of a weight",
+    "--data-path 0 {a} 1 {b} --train-iters 9": "must be positive",
     "--data-path {a} --split x --train-iters 9": "split 'x': expected the shares",
     "--data-path {a}x --train-iters 9": "ax.idx: no such file",
-    "--data-args-path none.txt --train-iters 9": "none.txt: the list of datasets cannot be read",
-    "--per-split-data-args-path {list} --train-iters 9": "list.txt: not JSON",
+    "--data-args-path none.txt --train-iters 9": "none.txt: cannot read the list of datasets",
+    "--per-split-data-args-path {list} --train-iters 9": "list.txt: invalid JSON",
     "--data-path {a} {b} {c} --train-iters 500": "one epoch of its datasets",
 }
 
 
 @pytest.mark.parametrize("flags", MISTAKES)
-def test_contradictions_are_told(flags, folder):
+def test_contradictory_flags_raise(flags, folder):
     names = {name: folder / name for name in "abc"} | {"list": folder / "list.txt"}
     with pytest.raises(UserError) as caught:
         run_of(*flags.format(**names).split())

@@ -204,7 +204,9 @@ def test_learning_rates_and_tokenizers(folder, capsys, monkeypatch):
     ]  # fmt: skip
     assert pretrain_cli.main([*map(str, words), "--plan-data"]) == 2
     text = capsys.readouterr().err
-    assert f"{folder / 'en'} was made with another tokenizer than the run's: X (200 ids" in text
+    assert (
+        f"{folder / 'en'} was tokenized with another tokenizer than the run's: X (200 ids" in text
+    )
     words.append("--allow-tokenizer-mismatch")
     assert pretrain_cli.main([*map(str, words), "--plan-data"]) == 0
     shown = capsys.readouterr().out
@@ -231,9 +233,9 @@ def test_learning_rates_and_tokenizers(folder, capsys, monkeypatch):
     assert rates == pytest.approx(expected)
     text = "\n".join(plan["warnings"])
     for name in ("en", "ja"):
-        assert f"{folder / name} was made with another tokenizer than the run's" in text
+        assert f"{folder / name} was tokenized with another tokenizer than the run's" in text
     assert "accepted by --allow-tokenizer-mismatch" in text
     without = [word for word in map(str, words) if "tokenizer" not in word.lower()]
     assert plan_folds.main([*without, "--json"]) == 0
     text = "\n".join(json.loads(capsys.readouterr().out)["warnings"])
-    assert "made with different tokenizers" in text and "X (200 ids, EOD 0)" in text
+    assert "tokenized with different tokenizers" in text and "X (200 ids, EOD 0)" in text

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megatron_llmjp.checkpoint import manifest as manifests
-from megatron_llmjp.data.indices.index_cache import CONTENTS
+from megatron_llmjp.data.indices.index_cache import CONTENTS_FILE
 from megatron_llmjp.errors import EXIT_REQUEUE, EXIT_USER_ERROR
 from tests.checkpoint.test_safe_unpickling import Malicious
 from tests.faults.stage import Stage
@@ -110,8 +110,8 @@ def test_index_cache(stage: Stage, tmp_path: Path):
     assert stage.run("alone", save, "--exit-interval", 3, *flags)[0] == EXIT_REQUEUE
     for path in cache.rglob("*.npy"):
         path.write_bytes(pickle.dumps(Malicious(proof)).ljust(path.stat().st_size, b"\0"))
-        listed = json.loads((path.parent / CONTENTS).read_text())
+        listed = json.loads((path.parent / CONTENTS_FILE).read_text())
         listed["files"][path.name][1] = zlib.crc32(path.read_bytes())
-        (path.parent / CONTENTS).write_text(json.dumps(listed))
+        (path.parent / CONTENTS_FILE).write_text(json.dumps(listed))
     _, errors = stage.resume_and_prove("alone", save, *flags)
-    assert "is no array" in errors and not proof.exists()
+    assert "is not an array" in errors and not proof.exists()

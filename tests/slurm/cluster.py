@@ -1,7 +1,7 @@
-"""A real Slurm on this machine: munged, slurmctld and several slurmd, all in one folder.
+"""A real Slurm on one machine: munged, slurmctld and several slurmd, with all files in one folder.
 
-The nodes are named n0, n1, ... and share this host, each slurmd with a port of its own. Nothing of
-the machine's own Slurm configuration is read or changed.
+The nodes are named n0, n1, ... and share this host, each slurmd on its own port. The machine's own
+Slurm configuration is neither read nor changed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _UNKNOWN_JOB = "GONE"
 
 
 def missing_programs() -> list[str]:
-    """Programs that a cluster needs and this machine lacks."""
+    """Return the required programs that are not installed."""
     path = f"{os.environ.get('PATH', '')}:{_SBIN}"
     return [name for name in PROGRAMS if shutil.which(name, path=path) is None]
 
@@ -66,14 +66,14 @@ class Cluster:
         self._start(f"slurmd-{node}", "-D", "-N", node, program="slurmd")
 
     def kill_node(self, node: str) -> None:
-        """Take a node away as a power cut would: its slurmd, its job steps and their tasks."""
+        """Kill a node as in a power failure: its slurmd, job steps and tasks."""
         self._daemons[f"slurmd-{node}"].kill()
         self._daemons[f"slurmd-{node}"].wait()
         for pid in _processes_with(f"SLURMD_NODENAME={node}", f"SLURM_CONF={self.folder}"):
             _kill(pid)
 
     def tasks(self, job: str) -> list[int]:
-        """Processes of a job's training ranks."""
+        """Return the process ids of a job's ranks."""
         ranks = []
         for pid in _processes_with(f"SLURM_CONF={self.folder}", f"SLURM_JOB_ID={job}"):
             with contextlib.suppress(OSError):
@@ -82,7 +82,7 @@ class Cluster:
         return ranks
 
     def run(self, *command: str | Path, check: bool = True) -> str:
-        """Run a Slurm command and return what it prints."""
+        """Run a Slurm command and return its output."""
         done = subprocess.run(
             list(map(str, command)), env=self.env, capture_output=True, text=True, timeout=60
         )
@@ -91,7 +91,7 @@ class Cluster:
         return done.stdout
 
     def submit(self, *arguments: str | Path, cwd: Path, env: dict[str, str] | None = None) -> str:
-        """Run sbatch and return the job's number."""
+        """Run sbatch and return the job id."""
         done = subprocess.run(
             ["sbatch", "--parsable", *map(str, arguments)],
             env={**self.env, **(env or {})},
@@ -104,7 +104,7 @@ class Cluster:
         return done.stdout.strip().partition(";")[0]
 
     def state(self, job: str) -> str:
-        """State of a job or of all tasks of an array: COMPLETED when all are."""
+        """Return the state of a job, or of all tasks of an array: COMPLETED if all are."""
         shown = self.run("scontrol", "--oneliner", "show", "job", job, check=False)
         states = {_field(line, "JobState") for line in shown.splitlines() if "JobState" in line}
         if not states:
@@ -118,7 +118,7 @@ class Cluster:
         return self.state(job)
 
     def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
-        """Wait for a condition, failing with the daemons' logs when it does not come."""
+        """Wait for a condition; on timeout, fail with the daemons' logs."""
         self._wait(condition, what, seconds)
 
     def _write_configuration(self) -> None:
@@ -132,7 +132,7 @@ class Cluster:
         (self.folder / "slurm.conf").write_text(self._slurm_conf(host))
         lines = []
         for node in self.nodes:
-            for i in range(self._gpus):  # any file stands in for a device
+            for i in range(self._gpus):  # any file can serve as a device
                 device = self.folder / "devices" / f"{node}-{i}"
                 device.touch()
                 lines.append(f"NodeName={node} Name=gpu File={device}")
@@ -230,7 +230,7 @@ def _field(line: str, name: str) -> str:
 
 
 def _processes_with(*settings: str) -> list[int]:
-    """Processes in whose environment all settings begin so."""
+    """Return the processes whose environment has variables that start with all settings."""
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():

@@ -1,4 +1,4 @@
-"""One real Slurm for all tests of this folder."""
+"""Fixture: one real Slurm for all tests of this folder."""
 
 from __future__ import annotations
 

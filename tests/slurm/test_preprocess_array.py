@@ -1,4 +1,4 @@
-"""An array of a real Slurm makes what one process makes."""
+"""preprocess_data as an array of a real Slurm, compared with one process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_array_with_a_missing_task(cluster: Cluster, tmp_path, capsys):
     arguments = [SCRIPT, "--input", corpus, "--output-prefix", part, *BYTES]
 
     incomplete = cluster.submit("--array=1-2", *arguments, cwd=tmp_path, env=env)
-    cluster.wait(incomplete)  # of how many tasks? The script cannot know
+    cluster.wait(incomplete)  # the number of tasks of the whole array is unknown
     log = (tmp_path / f"preprocess_data_{incomplete}_1.log").read_text()
     assert cluster.state(incomplete) == "FAILED" and "add --shard slurm/COUNT" in log
 
@@ -34,9 +34,9 @@ def test_array_with_a_missing_task(cluster: Cluster, tmp_path, capsys):
     log = tmp_path / f"preprocess_data_{job}_0.log"
     assert cluster.wait(job) == "COMPLETED", log.read_text()
     assert merge_datasets.main(["--parts", str(part)]) == 2
-    told = capsys.readouterr().err
-    again = re.search(r"(--array=\S+) slurm/preprocess_data.sh (--shard) (slurm/4)", told)
-    assert again is not None, told
+    message = capsys.readouterr().err
+    again = re.search(r"(--array=\S+) slurm/preprocess_data.sh (--shard) (slurm/4)", message)
+    assert again is not None, message
     array, *shard = again.groups()
     job = cluster.submit(array, "--cpus-per-task=2", *arguments, *shard, cwd=tmp_path, env=env)
     assert cluster.wait(job) == "COMPLETED"

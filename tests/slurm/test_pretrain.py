@@ -1,4 +1,4 @@
-"""The real launch script on a real Slurm: whatever happens to the job, its run goes on."""
+"""Slurm job script on a real Slurm: preemption, time limit, lost and unfit nodes, user errors."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from slurm.preflight import judge
-from slurm.requeue import PATIENCE, decide
+from slurm.preflight import find_unfit_nodes
+from slurm.requeue import MAX_FRUITLESS_STARTS, decide
 from tests.slurm.cluster import Cluster
 from tests.support.datasets import write_folds
 from tests.support.processes import ROOT, pretrain
@@ -35,7 +35,7 @@ JOB = {
 }
 
 SLOW = 280.0
-"""Seconds in which eight ranks on two cores have started and done some steps."""
+"""Seconds until eight ranks on two cores have started and trained some steps."""
 
 
 @pytest.fixture(scope="module")
@@ -45,15 +45,15 @@ def folds(tmp_path_factory) -> Path:
 
 def words(folds: Path, save: Path) -> list[str]:
     common = ["--save", save, "--eval-iters", 0, "--save-interval", 10, "--hidden-dropout", 0]
-    rows = {"padded_vocab_size": 256}  # as many with tensor parallelism as without
+    rows = {"padded_vocab_size": 256}  # the same with and without tensor parallelism
     return arguments("laptop-llama", folds, *common, **rows)
 
 
 @pytest.mark.timeout(900)
-def test_a_job_survives(cluster: Cluster, folds: Path, tmp_path: Path):
-    """Preempted, out of time, and with a node lost: the losses are those of one quiet process."""
-    quiet, save = tmp_path / "quiet", tmp_path / "save"
-    done = pretrain(*words(folds, quiet))
+def test_job_is_requeued(cluster: Cluster, folds: Path, tmp_path: Path):
+    """After preemption, time limit and a lost node, losses equal those of an undisturbed run."""
+    undisturbed, save = tmp_path / "undisturbed", tmp_path / "save"
+    done = pretrain(*words(folds, undisturbed))
     assert done.returncode == 0, done.stderr
     layout = [*TP2, *PP2, "--use-distributed-optimizer", "--sequence-parallel"]
     job = cluster.submit(*SMALLER, SCRIPT, *words(folds, save), *layout, cwd=tmp_path, env=JOB)
@@ -73,7 +73,7 @@ def test_a_job_survives(cluster: Cluster, folds: Path, tmp_path: Path):
         cluster.wait_for(lambda: iteration() > before + 2, f"steps of start {number}", SLOW)
 
     next_start(1)
-    cluster.run("scontrol", "requeue", job)  # what a preemption does
+    cluster.run("scontrol", "requeue", job)  # as in a preemption
     next_start(2)
     reach_time_limit(cluster, job)
     cluster.wait_for(lambda: starts() >= 3, "the time limit", SLOW)
@@ -87,31 +87,31 @@ def test_a_job_survives(cluster: Cluster, folds: Path, tmp_path: Path):
     cluster.start_node(lost)
     assert cluster.wait(job, seconds=SLOW) == "COMPLETED", (tmp_path / f"run_{job}.log").read_text()
 
-    expected = history(quiet)
+    expected = history(undisturbed)
     assert list(expected) == list(range(1, ITERATIONS + 1))
     assert_close(history(save), expected, TRAINED)
     ends = [json.loads(line) for line in (save / "requeues.jsonl").read_text().splitlines()]
     assert [ends[-1]["exit code"], ends[-1]["requeued"]] == [0, False]
     assert any(end["exit code"] == 3 and end["requeued"] for end in ends)
     log = (tmp_path / f"run_{job}.log").read_text()
-    assert "preflight: 2 nodes are fit" in log and "8 process(es) by srun" in log
+    assert "preflight: 2 nodes passed" in log and "8 process(es) by srun" in log
     assert (save / "logs" / f"job{job}_0" / "rank_0007.log").exists()
 
 
 def reach_time_limit(cluster: Cluster, job: str) -> None:
-    """Let a job's time be up soon; its ranks rest until they are told, lest they end before."""
+    """Set a job's time limit to soon; stop its ranks until they are signaled, lest they finish."""
     ranks = cluster.tasks(job)
     for pid in ranks:
         os.kill(pid, signal.SIGSTOP)
     cluster.run("scontrol", "update", f"JobId={job}", "EndTime=now+60")
-    cluster.wait_for(lambda: all(map(told, ranks)), "the signal before the time limit")
+    cluster.wait_for(lambda: all(map(signaled, ranks)), "the signal before the time limit")
     for pid in ranks:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
 
 
-def told(pid: int) -> bool:
-    """Whether SIGUSR1 waits for a process, or has ended it: Slurm may wake whom it signals."""
+def signaled(pid: int) -> bool:
+    """Whether SIGUSR1 is pending for a process or has ended it: Slurm may continue stopped ones."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except FileNotFoundError:
@@ -127,8 +127,8 @@ def nodes_of(cluster: Cluster, job: str) -> list[str]:
     return cluster.run("scontrol", "show", "hostnames", listed[1]).split()  # type: ignore[index]
 
 
-def test_an_unfit_node_is_named_and_left_out(cluster: Cluster, folds: Path, tmp_path: Path):
-    """A node with too few GPUs; the job then starts without it, and finds a mistake of the user."""
+def test_unfit_node_is_excluded(cluster: Cluster, folds: Path, tmp_path: Path):
+    """A node has too few GPUs; the job is requeued without it and ends with a user error."""
     driver = tmp_path / "bin" / "nvidia-smi"
     driver.parent.mkdir()
     driver.write_text(
@@ -142,35 +142,35 @@ def test_an_unfit_node_is_named_and_left_out(cluster: Cluster, folds: Path, tmp_
     job = cluster.submit(*SMALLER, SCRIPT, *wrong, cwd=tmp_path, env=env)
     assert cluster.wait(job) == "FAILED"
     log = (tmp_path / f"run_{job}.log").read_text()
-    assert "preflight: n0: 1 GPUs of 2" in log and "excluding n0 and requeueing" in log
-    assert "preflight: 2 nodes are fit" in log and "tensor_model_parallel_size 3" in log
+    assert "preflight: n0: 1 of 2 GPUs" in log and "excluding n0 and requeueing" in log
+    assert "preflight: 2 nodes passed" in log and "tensor_model_parallel_size 3" in log
     assert nodes_of(cluster, job) == ["n1", "n2"]
 
 
-def test_mistakes_are_not_requeued(cluster: Cluster, folds: Path, tmp_path: Path):
+def test_user_errors_are_not_requeued(cluster: Cluster, folds: Path, tmp_path: Path):
     env = {**JOB, "PREFLIGHT": "0"}
     wrong = [*words(folds, tmp_path / "save"), "--tensor-model-parallel-size", "3"]
     job = cluster.submit(*SMALLER, SCRIPT, *wrong, cwd=tmp_path, env=env)
     assert cluster.wait(job) == "FAILED"
     log = (tmp_path / f"run_{job}.log").read_text()
-    assert "tensor_model_parallel_size 3" in log and "not mended by starting again" in log
+    assert "tensor_model_parallel_size 3" in log and "not fixed by a requeue" in log
     assert cluster.state(job) == "FAILED" and "Traceback" not in log
 
 
-def past(*iterations: int) -> list[dict[str, object]]:
+def ends_at(*iterations: int) -> list[dict[str, object]]:
     return [{"iteration": iteration, "requeued": True} for iteration in iterations]
 
 
 def test_decisions():
-    assert decide(0, 100, []) == (False, "the run is over")
+    assert decide(0, 100, []) == (False, "the run is finished")
     assert not decide(2, 100, [])[0]
     for code in (1, 3, 137):
         assert decide(code, 10, [])[0]
-        assert decide(code, 20, past(10, 10))[0]
-        assert decide(code, 10, past(10)[:0])[0]
-        assert not decide(code, 10, past(*[10] * PATIENCE))[0]
-        assert decide(code, 10, [*past(10, 10), {"iteration": 10, "requeued": False}])[0]
-    assert decide(1, 0, [])[0] and not decide(1, 0, past(*[0] * PATIENCE))[0]
+        assert decide(code, 20, ends_at(10, 10))[0]
+        assert decide(code, 10, ends_at(10)[:0])[0]
+        assert not decide(code, 10, ends_at(*[10] * MAX_FRUITLESS_STARTS))[0]
+        assert decide(code, 10, [*ends_at(10, 10), {"iteration": 10, "requeued": False}])[0]
+    assert decide(1, 0, [])[0] and not decide(1, 0, ends_at(*[0] * MAX_FRUITLESS_STARTS))[0]
 
 
 def node(link: float = 0.1, clock: float = 0.0, torch: str = "2.6", **other: object):
@@ -178,13 +178,13 @@ def node(link: float = 0.1, clock: float = 0.0, torch: str = "2.6", **other: obj
     return {**found, "link_seconds": [link, link], **other}
 
 
-def test_unfit_nodes_are_named():
+def test_unfit_nodes():
     good = {f"n{i}": node() for i in range(4)}
-    assert judge(list(good), good) == {}
-    found = {**good, "n1": node(problems=["7 GPUs of 8"]), "n2": node(link=0.5)}
+    assert find_unfit_nodes(list(good), good) == {}
+    found = {**good, "n1": node(problems=["7 of 8 GPUs"]), "n2": node(link=0.5)}
     found["n3"] = node(clock=3600.0, torch="2.5")
-    why = judge([*found, "n9"], found)
-    assert why["n9"] == ["no answer"] and why["n1"] == ["7 GPUs of 8"]
-    assert why["n2"] == ["its links take 5.0 times the usual 100 ms"]
-    assert "clock is +3600 s off" in why["n3"][0] and "2.5" in why["n3"][1]
-    assert "n0" not in why
+    problems = find_unfit_nodes([*found, "n9"], found)
+    assert problems["n9"] == ["no response"] and problems["n1"] == ["7 of 8 GPUs"]
+    assert problems["n2"] == ["its links take 5.0 times the median of 100 ms"]
+    assert "clock is off by +3600 s" in problems["n3"][0] and "2.5" in problems["n3"][1]
+    assert "n0" not in problems

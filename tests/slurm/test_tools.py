@@ -36,7 +36,7 @@ def run_job(cluster: Cluster, name: str, *words: str | Path, folder: Path) -> st
 
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun not found: install Open MPI")
 def test_pbs_and_mpirun_then_indices_and_conversion(cluster: Cluster, folds: Path, tmp_path: Path):
-    """qsub alone is replaced: it writes down what it is asked to do."""
+    """Only qsub is replaced, by a script that records its arguments."""
     save, bin_folder = tmp_path / "save", tmp_path / "bin"
     bin_folder.mkdir()
     (bin_folder / "qsub").write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/qsub\n')

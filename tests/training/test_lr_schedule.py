@@ -179,6 +179,6 @@ def test_scheduler_applies_the_rates_and_grows_weight_decay():
         ({"lr": 1e-3, "lr_warmup_init": 2e-3}, "lr_warmup_init 0.002 is above lr 0.001"),
     ],
 )
-def test_contradictions_are_told(own, words):
+def test_contradictory_settings_raise(own, words):
     with pytest.raises(UserError, match=words):
         rates(folds=[(40, FoldLearningRate(**own)), (160, None)])

@@ -1,1 +1,1 @@
-"""The fold schedule: fold files, resolved against the datasets on disk."""
+"""Folds: fold files, and the schedule that they and the datasets on disk define."""

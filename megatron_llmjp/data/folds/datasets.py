@@ -1,19 +1,14 @@
-"""Datasets on disk as the fold schedule needs them: sizes, content digests, cached facts.
+"""Facts about the datasets on disk that the fold schedule requires; does not import torch.
 
-What was found out about datasets, kept for the next start.
+The facts are a digest of the contents, the number of tokens and the largest token id. Finding them
+takes reads of every dataset of a run, so they are cached, keyed by a stamp of the files: sizes,
+inodes, and times of modification and change. The kernel sets the change time at every write, and
+no copy preserves it.
 
-Keys of contents and numbers of tokens take reads of every dataset of a run, whichever fold is due.
-They are remembered under the stamp of the files: sizes, inodes, times of modification and of
-change, which the kernel sets at every write and no copy preserves. Without torch.
-
-By what a dataset is known: digests of its contents.
-
-The digest decides the seeds of the dataset's epochs, and with them the order of a run's samples.
-``PREFIX.json`` has no part in it. Earlier versions put the checksums that it states into the
-digest: a run that such a version began keeps the digests it began with
-(``with_recorded_keys``). Without torch.
-
-What the fold schedule must know of the datasets on disk. Without torch.
+The content digest identifies a dataset and determines the seeds of its epochs, and thereby the
+order of a run's samples. The manifest ``PREFIX.json`` is not part of it. Earlier versions included
+the checksums of the manifest in the digest: a run that such a version started keeps those digests
+(:func:`with_recorded_keys`).
 """
 
 from __future__ import annotations
@@ -37,15 +32,15 @@ from megatron_llmjp.data.indexed_dataset import DatasetIndex, check_entries
 from megatron_llmjp.errors import DataError, UserError
 from megatron_llmjp.filesystem import evenly_spaced_offsets, file_crc32, write_atomically
 
-FOLDER = "facts"
-_KEYS = {"key": "key", "earlier_key": "legacy_key", "checksums": "checksums"}
+FACTS_FOLDER = "facts"
+_STORED_KEYS = {"key": "key", "earlier_key": "legacy_key", "checksums": "checksums"}
 """Key in the cache file -> attribute of DatasetInfo."""
-_FORMAT = 4  # from 2 on every entry of the index was checked; 3 has another key, 4 the largest id
+_CACHE_FORMAT = 4  # 2: every index entry was checked; 3: another content key; 4: largest token id
 
 
 def files_stamp(prefix: str) -> str:
-    """What changes whenever one of the dataset's files is written or replaced."""
-    found: list[object] = [_FORMAT, str(Path(prefix).resolve())]
+    """Return a stamp that changes whenever one of the dataset's files is written or replaced."""
+    found: list[object] = [_CACHE_FORMAT, str(Path(prefix).resolve())]
     for suffix in (".idx", ".bin", ".json"):
         with suppress(OSError):
             file = Path(f"{prefix}{suffix}").stat()
@@ -54,11 +49,11 @@ def files_stamp(prefix: str) -> str:
 
 
 def load_facts(stamp: str, splits: Iterable[str], cache: Path) -> DatasetInfo | None:
-    """What is known of the dataset with this stamp, if the parts of these splits are."""
+    """Return the cached facts of a dataset by stamp; None if they lack one of ``splits``."""
     try:
-        known = json.loads(_place(stamp, cache).read_text())
+        known = json.loads(_facts_file(stamp, cache).read_text())
         parts = {(split, part): int(tokens) for split, part, tokens in known["parts"]}
-        key, earlier, checksums = (str(known[name]) for name in _KEYS)
+        key, earlier, checksums = (str(known[name]) for name in _STORED_KEYS)
         largest = None if known["largest_id"] is None else int(known["largest_id"])
         tokens = int(known["tokens"])
         info = DatasetInfo(key, tokens, parts, stamp, earlier, checksums, largest)
@@ -68,75 +63,76 @@ def load_facts(stamp: str, splits: Iterable[str], cache: Path) -> DatasetInfo | 
 
 
 def save_facts(datasets: Mapping[str, DatasetInfo], cache: Path) -> None:
-    """Keep what is known. A cache that cannot be written costs time at the next start only."""
+    """Cache dataset facts. If the cache is not writable, they are computed again at each start."""
     with suppress(OSError):
-        (cache / FOLDER).mkdir(parents=True, exist_ok=True)
+        (cache / FACTS_FOLDER).mkdir(parents=True, exist_ok=True)
         for info in datasets.values():
-            place = _place(info.stamp, cache)
-            if place.exists() and load_facts(info.stamp, {split for split, _ in info.parts}, cache):
+            location = _facts_file(info.stamp, cache)
+            if location.exists() and load_facts(
+                info.stamp, {split for split, _ in info.parts}, cache
+            ):
                 continue
             parts = [[split, part, tokens] for (split, part), tokens in info.parts.items()]
-            keys = {name: getattr(info, attribute) for name, attribute in _KEYS.items()}
+            keys = {name: getattr(info, attribute) for name, attribute in _STORED_KEYS.items()}
             found = {"tokens": info.tokens, "largest_id": info.largest_id, "parts": parts}
-            write_atomically(place, json.dumps({**keys, **found}))
+            write_atomically(location, json.dumps({**keys, **found}))
 
 
-def _place(stamp: str, cache: Path) -> Path:
-    return cache / FOLDER / f"{stamp}.json"
+def _facts_file(stamp: str, cache: Path) -> Path:
+    return cache / FACTS_FOLDER / f"{stamp}.json"
 
 
 _INDEX_BLOCKS = (64, 1 << 16)
 _TOKEN_BLOCKS = (128, 1 << 13)
-"""How many blocks of how many bytes are read of a file: smaller files are read whole."""
-_LARGEST_READ_WHOLE = 1 << 36
+"""Number and size in bytes of the blocks read of a file; smaller files are read whole."""
+_MAX_CHECKSUM_BYTES = 1 << 36
 
 
 @dataclass(frozen=True)
 class DatasetKeys:
-    """What identifies a dataset."""
+    """Identity of a dataset."""
 
     key: str
-    """Digest of its contents."""
+    """Content digest."""
     earlier: str
-    """The digest of earlier versions, which covers ``checksums``; empty where there are none."""
+    """Digest of earlier versions, which includes ``checksums``; empty if there are none."""
     checksums: str
-    """Of both files whole, as ``PREFIX.json`` states them; empty where it does not."""
+    """CRC-32 of both files according to ``PREFIX.json``; empty if it has none."""
 
 
 def compute_keys(prefix: str, checksums: str | None = None) -> DatasetKeys:
-    """Find the keys of a dataset, at the cost of some reads.
+    """Compute the keys of a dataset from blocks of its files.
 
-    ``key`` covers the sizes of both files and blocks spread over the index and over the tokens. It
-    does not see tokens edited in place at equal lengths, between the blocks, in a file larger than
-    1 MiB; ``checksums`` does, where whoever edited them wrote a new ``PREFIX.json``.
+    ``key`` covers the sizes of both files, and blocks spread over the index and the tokens. In a
+    file larger than 1 MiB it does not detect tokens that were edited in place, at equal lengths,
+    between the blocks; ``checksums`` does, if ``PREFIX.json`` was updated after the edit.
 
     Args:
         prefix: of the dataset.
-        checksums: to be taken instead of those in ``PREFIX.json``.
+        checksums: replace those in ``PREFIX.json``.
     """
     idx, tokens = indexed_dataset.idx_path(prefix), indexed_dataset.bin_path(prefix)
     digest = hashlib.sha256(f"{idx.stat().st_size}/{tokens.stat().st_size}".encode())
     _add_blocks(digest, idx, *_INDEX_BLOCKS)
     _add_blocks(digest, tokens, *_TOKEN_BLOCKS)
     key = digest.hexdigest()[:32]
-    stated = _stated(Path(f"{prefix}.json")) if checksums is None else checksums
-    digest.update(stated.replace(", ", "").encode())
-    return DatasetKeys(key, digest.hexdigest()[:32] if stated else "", stated)
+    sums = _read_checksums(Path(f"{prefix}.json")) if checksums is None else checksums
+    digest.update(sums.replace(", ", "").encode())
+    return DatasetKeys(key, digest.hexdigest()[:32] if sums else "", sums)
 
 
 def with_recorded_keys(
     datasets: Mapping[str, DatasetInfo], known: Iterable[tuple[str, str]]
 ) -> dict[str, DatasetInfo]:
-    """Return datasets under the keys by which a run that is resumed knows them.
+    """Return datasets with the keys under which a resumed run has recorded them.
+
+    A run that an earlier version started keeps that version's keys for all of its datasets,
+    including those not consumed yet, so that its sample order does not change. If ``PREFIX.json``
+    has been deleted since, its checksums are computed from the files, up to a size of 64 GiB.
 
     Args:
-        datasets: by path.
-        known: key and today's path of each dataset that the checkpoint remembers.
-
-    A run of an earlier version keeps that version's keys for all of its datasets, those it has not
-    yet touched included, so that its order of samples stays what it was. Where ``PREFIX.json`` is
-    gone since, the checksums that it stated are computed from the files, if these are not larger
-    than 64 GiB.
+        datasets: dataset facts by path.
+        known: (key, current path) of each dataset recorded in the checkpoint.
     """
     pairs = set(known)
     keys = {key for key, _ in pairs}
@@ -145,7 +141,7 @@ def with_recorded_keys(
         info = found.get(path)
         if info is None or info.legacy_key or key == info.key:
             continue
-        if indexed_dataset.bin_path(path).stat().st_size <= _LARGEST_READ_WHOLE:
+        if indexed_dataset.bin_path(path).stat().st_size <= _MAX_CHECKSUM_BYTES:
             found[path] = replace(info, legacy_key=_compute_legacy_key(path))
     if not any(info.legacy_key in keys for info in found.values()):
         return dict(datasets)
@@ -154,15 +150,15 @@ def with_recorded_keys(
 
 
 def with_legacy_keys(datasets: Mapping[str, DatasetInfo]) -> dict[str, DatasetInfo]:
-    """Return datasets under the keys of earlier versions."""
+    """Return datasets with the keys of earlier versions."""
     return {path: replace(info, key=info.legacy_key or info.key) for path, info in datasets.items()}
 
 
 def _compute_legacy_key(prefix: str) -> str:
-    """Return the key that a dataset had while a ``PREFIX.json`` stated its checksums."""
+    """Compute the key that earlier versions derived from a ``PREFIX.json`` with checksums."""
     paths = {"bin": indexed_dataset.bin_path(prefix), "idx": indexed_dataset.idx_path(prefix)}
     return compute_keys(
-        prefix, _joined({n: f"{file_crc32(path):08x}" for n, path in paths.items()})
+        prefix, _join_checksums({n: f"{file_crc32(path):08x}" for n, path in paths.items()})
     ).earlier
 
 
@@ -170,34 +166,35 @@ def _add_blocks(digest: hashlib._Hash, path: Path, blocks: int, size: int) -> No
     with path.open("rb") as stream:
         for offset in evenly_spaced_offsets(path.stat().st_size, size, blocks):
             stream.seek(offset)
-            # CRC-32 of a block is several times faster than SHA-256, and against accidents enough.
+            # CRC-32 is several times faster than SHA-256 and sufficient against accidents.
             digest.update(zlib.crc32(stream.read(size)).to_bytes(4, "little"))
 
 
-def _stated(path: Path) -> str:
+def _read_checksums(path: Path) -> str:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        return _joined({name: manifest[name].get("crc32") for name in ("bin", "idx")})
+        return _join_checksums({name: manifest[name].get("crc32") for name in ("bin", "idx")})
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        return ""  # none, or another program's file of that name
+        return ""  # no manifest, or a file of another program
 
 
-def _joined(checksums: Mapping[str, str | None]) -> str:
+def _join_checksums(checksums: Mapping[str, str | None]) -> str:
     return ", ".join(f"{name} {checksum}" for name, checksum in checksums.items())
 
 
-PARTS = ("train", "valid", "test")
+SPLIT_PARTS = ("train", "valid", "test")
 _ID_BLOCKS = (64, 1 << 15)
-"""How many blocks of how many tokens are searched for the largest id."""
+"""Number and size in tokens of the blocks that are searched for the largest id."""
 
 
 def inspect_datasets(file: FoldFile, cache: Path | None = None) -> dict[str, DatasetInfo]:
-    """Open every dataset of a fold file.
+    """Open every dataset of a fold file and return its facts, by path.
 
-    What ``facts.remember`` has put into ``cache`` is not found out again.
+    Facts that :func:`save_facts` stored in ``cache`` are not computed again.
 
     Raises:
-        UserError: naming all datasets that are missing or damaged, and where they are declared.
+        UserError: datasets are missing or damaged; the message names all of them, and where the
+            fold file declares them.
     """
     splits: dict[str, set[str]] = {}
     holders: list[Fold | ValidationSet] = [*file.folds, *file.validation.values()]
@@ -205,7 +202,7 @@ def inspect_datasets(file: FoldFile, cache: Path | None = None) -> dict[str, Dat
         for source in (holder.blend or {}).values():
             splits.setdefault(source.path, set()).update([holder.split] if holder.split else [])
     found, problems = {}, []
-    for path, place in file.dataset_paths().items():
+    for path, location in file.dataset_paths().items():
         try:
             stamp = files_stamp(path)
             index = indexed_dataset.read_index(path)
@@ -217,7 +214,7 @@ def inspect_datasets(file: FoldFile, cache: Path | None = None) -> dict[str, Dat
             parts = {
                 (split, part): tokens
                 for split in splits.get(path, ())
-                for part, tokens in _tokens_of_parts(index, split).items()
+                for part, tokens in _count_tokens_of_parts(index, split).items()
             }
             keys = compute_keys(path)
             known_keys = (keys.earlier, keys.checksums)
@@ -225,17 +222,17 @@ def inspect_datasets(file: FoldFile, cache: Path | None = None) -> dict[str, Dat
                 keys.key, index.tokens, parts, stamp, *known_keys, largest_id(index)
             )
         except (DataError, UserError) as error:
-            problems.append(f"{place}: {error}")
+            problems.append(f"{location}: {error}")
     if problems:
         raise UserError("\n".join(problems))
     return found
 
 
 def largest_id(index: DatasetIndex) -> int | None:
-    """The largest token id in a dataset, or in blocks spread over a large one.
+    """Return the largest token id in a dataset, or in blocks spread over a large dataset.
 
-    A negative id, which only damage makes, counts as one beyond every vocabulary. None if there is
-    no token, or tokens are no integers.
+    A negative id, which only damage produces, is treated as an id above every vocabulary. None if
+    there are no tokens or they are not integers.
     """
     if index.dtype.kind not in "iu" or index.tokens == 0:
         return None
@@ -248,17 +245,17 @@ def largest_id(index: DatasetIndex) -> int | None:
 
 
 def split_shares(split: str) -> tuple[float, float, float]:
-    """The shares of train, valid and test that Megatron-LM's ``--split`` states.
+    """Parse Megatron-LM's ``--split`` into the shares of train, valid and test.
 
     Raises:
-        UserError: these are not one to three shares.
+        UserError: the text does not consist of one to three shares.
     """
     found = re.findall(r"[.0-9]+", split)
     try:
         shares = [float(share) for share in found]
     except ValueError:
         shares = []
-    if not 0 < len(shares) <= len(PARTS) or sum(shares) <= 0:
+    if not 0 < len(shares) <= len(SPLIT_PARTS) or sum(shares) <= 0:
         raise UserError(
             f"split '{split}': expected the shares of train, valid and test, such as 969,30,1"
         )
@@ -267,21 +264,21 @@ def split_shares(split: str) -> tuple[float, float, float]:
 
 
 def split_ends(split: str, documents: int) -> dict[str, tuple[int, int]]:
-    """First document, and the one after the last, of each part of Megatron-LM's ``--split``.
+    """Return the document range ``[first, end)`` of each part of Megatron-LM's ``--split``.
 
-    The arithmetic of megatron-core's ``parse_and_normalize_split`` and
-    ``BlendedMegatronDatasetBuilder``, which cannot be had without torch; the samples themselves
-    come from there.
+    The arithmetic is that of megatron-core's ``parse_and_normalize_split`` and
+    ``BlendedMegatronDatasetBuilder``, which require torch. The samples themselves are drawn by
+    megatron-core.
 
     Raises:
-        UserError: these are not one to three shares.
+        UserError: as :func:`split_shares`.
     """
     shares = (np.array(split_shares(split)) / np.sum(split_shares(split))).tolist()
     ends = [round(end * float(documents)) for end in itertools.accumulate([0, *shares])]
-    return dict(zip(PARTS, itertools.pairwise(ends), strict=True))
+    return dict(zip(SPLIT_PARTS, itertools.pairwise(ends), strict=True))
 
 
-def _tokens_of_parts(index: DatasetIndex, split: str) -> dict[str, int]:
+def _count_tokens_of_parts(index: DatasetIndex, split: str) -> dict[str, int]:
     return {
         part: int(index.lengths[first:end].sum(dtype=np.int64))
         for part, (first, end) in split_ends(split, index.sequences).items()

@@ -1,10 +1,6 @@
-"""Fold files: reading, includes, named blends, and errors with file and line.
+"""Loader of fold files: includes, named blends, path resolution, and errors with file and line.
 
-pydantic's errors in a fold file -> messages that name file, line and fold.
-
-Reading fold files: includes, named blends and roots of paths.
-
-A long list of datasets is written once, as a named blend in a file of its own that fold files
+A long list of datasets can be declared once, as a named blend in a separate file that fold files
 include::
 
     # corpus.yaml                                # folds.yaml
@@ -15,7 +11,7 @@ include::
         ...
       en: {...}
 
-``root`` is where the paths of its own file begin; it is relative to that file's folder.
+``root`` is the base folder of the paths in its file, relative to that file's folder.
 """
 
 from __future__ import annotations
@@ -41,26 +37,27 @@ from megatron_llmjp.data.folds.schema import (
 from megatron_llmjp.errors import UserError, did_you_mean
 from megatron_llmjp.yaml_text import YamlDocument, YamlPath, read_yaml
 
-READERS_KEYS = ("include", "root", "blends")
-"""Keys of a fold file that the reader resolves."""
+LOADER_KEYS = ("include", "root", "blends")
+"""Keys of a fold file that the loader resolves."""
 
 
 def describe_validation_error(error: ValidationError, written: YamlDocument) -> str:
-    """One line for each mistake."""
+    """Return one line per error, with file, line and fold."""
     return "\n".join(
-        f"{written.where(tuple(e['loc']))}: {_describe(e, written.data)}" for e in _own(error)
+        f"{written.where(tuple(e['loc']))}: {_describe_one(e, written.data)}"
+        for e in _relevant_errors(error)
     )
 
 
-def _own(error: ValidationError) -> list[Any]:
-    """Without pydantic's remark that a list with a wrong entry is too short."""
+def _relevant_errors(error: ValidationError) -> list[Any]:
+    """Drop pydantic's secondary error that a list with an invalid entry is too short."""
     errors = error.errors()
     inside = any(len(e["loc"]) > 1 for e in errors)
     return [e for e in errors if not (inside and e["type"] == "too_short")]
 
 
-def _describe(error: Any, data: Any) -> str:
-    """One mistake, with the fold's name instead of its number."""
+def _describe_one(error: Any, data: Any) -> str:
+    """Describe one error, with the fold's name instead of its index."""
     location: list[Any] = list(error["loc"])
     words = [str(part) for part in location]
     if len(location) > 1 and location[0] == "folds" and isinstance(location[1], int):
@@ -70,17 +67,17 @@ def _describe(error: Any, data: Any) -> str:
     message = error["msg"].removeprefix("Value error, ").replace("Input should", "must")
     message = message.replace("a valid tuple", "a list").replace("a valid dictionary", "a mapping")
     if error["type"] == "extra_forbidden":
-        possible = _keys_beside(words)
+        possible = _allowed_keys(words)
         message = (
             f"unknown key{did_you_mean(words[-1], possible)} (possible: {', '.join(possible)})"
         )
     return f"{', '.join(words) or 'the file'}: {message}"
 
 
-def _keys_beside(words: list[str]) -> list[str]:
-    """The keys that are known where an unknown one was found."""
+def _allowed_keys(words: list[str]) -> list[str]:
+    """Return the keys that are allowed where an unknown key was found."""
     if len(words) == 1:
-        return [*FoldFile.model_fields, *READERS_KEYS]
+        return [*FoldFile.model_fields, *LOADER_KEYS]
     model: type[FoldFileModel] = Fold if words[0].startswith("fold '") else ValidationSet
     if "blend" in words:
         model = BlendEntry
@@ -92,26 +89,26 @@ def _keys_beside(words: list[str]) -> list[str]:
 
 
 def read_fold_file(path: Path) -> FoldFile:
-    """Read a fold file; dataset paths become relative to the caller's folder.
+    """Read a fold file; dataset paths become relative to the working directory.
 
     Raises:
-        UserError: with every mistake and where it is.
+        UserError: the file is invalid; the message lists all errors with their lines.
     """
-    library = _Library()
-    main = library.read(path, "fold file", ())
-    data = {key: value for key, value in main.data.items() if key not in READERS_KEYS}
+    named_blends = _NamedBlends()
+    main = named_blends.read(path, "fold file", ())
+    data = {key: value for key, value in main.data.items() if key not in LOADER_KEYS}
     whole = YamlDocument(str(path), data, main.lines)
-    for at, holder in _holders(data):
+    for location, holder in _folds_and_validation_sets(data):
         if isinstance(holder.get("blend"), (str, list)):
-            holder["blend"] = library.blend(holder["blend"], whole, (*at, "blend"))
+            holder["blend"] = named_blends.blend(holder["blend"], whole, (*location, "blend"))
     try:
         return FoldFile.model_validate(data)
     except ValidationError as error:
         raise UserError(describe_validation_error(error, whole)) from None
 
 
-def _holders(data: dict[str, Any]) -> Iterator[tuple[YamlPath, dict[str, Any]]]:
-    """The folds and validation sets, which hold a path or a blend, and where they are."""
+def _folds_and_validation_sets(data: dict[str, Any]) -> Iterator[tuple[YamlPath, dict[str, Any]]]:
+    """Yield the folds and validation sets, each with its location in the file."""
     folds, validation = data.get("folds"), data.get("validation")
     for number, fold in enumerate(folds if isinstance(folds, list) else []):
         if isinstance(fold, dict):
@@ -122,127 +119,135 @@ def _holders(data: dict[str, Any]) -> Iterator[tuple[YamlPath, dict[str, Any]]]:
 
 
 @dataclass
-class _Library:
-    """The named blends of all files read."""
+class _NamedBlends:
+    """Named blends of all files read."""
 
     blends: dict[str, tuple[Any, YamlDocument, YamlPath]] = field(default_factory=dict)
-    """By name: the blend, its file, and where it is there."""
+    """By name: the blend, its file, and its location in that file."""
     files: set[Path] = field(default_factory=set)
 
     def read(self, path: Path, named_by: str, including: tuple[Path, ...]) -> YamlDocument:
-        """Read a file and all that it includes; paths in it are resolved, its blends kept.
+        """Read a file and its includes, resolve its paths and collect its blends.
 
         Raises:
-            UserError: a file is missing or wrong, includes itself, or names a blend again.
+            UserError: a file is missing or invalid, includes itself, or redefines a blend.
         """
         written = read_yaml(path, named_by)
         _name_entries(written)
         _resolve_paths(written)
         self.files.add(path.resolve())
-        for number, name in enumerate(_texts(written.data.get("include") or [])):
-            at = written.where(("include", number))
+        for number, name in enumerate(_as_list(written.data.get("include") or [])):
+            location = written.where(("include", number))
             if not isinstance(name, str):
-                raise UserError(f"{at}: include: expected a file or a list of files, found {name}")
+                raise UserError(
+                    f"{location}: include: expected a file or a list of files, found {name}"
+                )
             other = path.parent / name
             chain = (*including, path)
             if other.resolve() in {file.resolve() for file in chain}:
                 circle = " -> ".join(map(str, (*chain, other)))
-                raise UserError(f"{at}: files include each other in a circle: {circle}")
+                raise UserError(f"{location}: circular include: {circle}")
             if other.resolve() not in self.files:
-                self.read_included(other, f"{at}: include", chain)
+                self.read_included(other, f"{location}: include", chain)
         blends = written.data.get("blends") or {}
         if not isinstance(blends, dict):
-            raise UserError(f"{written.where(('blends',))}: blends: expected names with datasets")
+            raise UserError(
+                f"{written.where(('blends',))}: blends: expected a mapping of names to datasets"
+            )
         for name, blend in blends.items():
             self._add(str(name), blend, written)
         return written
 
     def read_included(self, path: Path, named_by: str, including: tuple[Path, ...]) -> None:
-        """Read a file that another includes: it may hold nothing but blends."""
+        """Read an included file, which may contain only blends."""
         written = self.read(path, named_by, including)
         for key in written.data:
-            if key not in READERS_KEYS:
+            if key not in LOADER_KEYS:
                 raise UserError(
-                    f"{written.where((key,))}: '{key}' belongs in the fold file itself; a file "
-                    f"that is included holds {', '.join(READERS_KEYS)}"
+                    f"{written.where((key,))}: '{key}' belongs in the fold file itself; an "
+                    f"included file may contain only {', '.join(LOADER_KEYS)}"
                 )
 
     def _add(self, name: str, blend: Any, written: YamlDocument) -> None:
         where = written.where(("blends", name))
         if name in self.blends:
-            _, other, at = self.blends[name]
-            raise UserError(f"{where}: a blend named '{name}' is also in {other.where(at)}")
+            _, other, location = self.blends[name]
+            raise UserError(
+                f"{where}: a blend named '{name}' is already defined in {other.where(location)}"
+            )
         if not isinstance(blend, dict) or not blend:
             raise UserError(f"{where}: blend '{name}': expected datasets, as `NAME: {{path: ...}}`")
         self.blends[name] = (blend, written, ("blends", name))
 
-    def blend(self, names: str | list[Any], whole: YamlDocument, at: YamlPath) -> dict[str, Any]:
-        """The datasets of one or more named blends; their lines are noted as the fold's own.
+    def blend(
+        self, names: str | list[Any], whole: YamlDocument, location: YamlPath
+    ) -> dict[str, Any]:
+        """Return the datasets of one or more named blends, and record their lines for the fold.
 
         Raises:
-            UserError: a blend is unknown, or two of them hold a dataset of the same name.
+            UserError: a blend is unknown, or two of them contain a dataset of the same name.
         """
         found: dict[str, Any] = {}
-        for name in _texts(names):
+        for name in _as_list(names):
             if not isinstance(name, str) or name not in self.blends:
+                known = ", ".join(self.blends) or "none"
                 raise UserError(
-                    f"{whole.where(at)}: there is no blend named '{name}'"
-                    f"{did_you_mean(str(name), self.blends)} "
-                    f"(known: {', '.join(self.blends) or 'none'}; blends are "
-                    "declared under `blends:`, here or in an included file)"
+                    f"{whole.where(location)}: no blend named '{name}'"
+                    f"{did_you_mean(str(name), self.blends)} (known: {known}; blends are declared "
+                    "under `blends:`, here or in an included file)"
                 )
             blend, written, source = self.blends[name]
             for twice in found.keys() & blend.keys():
                 raise UserError(
-                    f"{whole.where(at)}: dataset '{twice}' is in two of the blends "
+                    f"{whole.where(location)}: dataset '{twice}' is in two of the blends "
                     f"{', '.join(map(str, names))}: see {written.where((*source, twice))}"
                 )
             found |= blend
-            for place, line in list(written.lines.items()):
-                if place[: len(source)] == source and len(place) > len(source):
-                    whole.lines[at + place[len(source) :]] = line
+            for entry_location, line in list(written.lines.items()):
+                if entry_location[: len(source)] == source and len(entry_location) > len(source):
+                    whole.lines[location + entry_location[len(source) :]] = line
         return found
 
 
-def _texts(value: Any) -> list[Any]:
-    """One text or a list of them as a list."""
+def _as_list(value: Any) -> list[Any]:
+    """Wrap a single value in a list."""
     return value if isinstance(value, list) else [value]
 
 
 def _name_entries(written: YamlDocument) -> None:
-    """Turn each blend that is a list of datasets into a mapping, named by ``name`` or the path.
+    """Convert each blend that is a list of datasets to a mapping, keyed by ``name`` or the path.
 
     Raises:
-        UserError: a list holds datasets and names of blends.
+        UserError: a list mixes datasets and names of blends.
     """
     blends = written.data.get("blends")
-    holders = list(_holders(written.data))
+    holders = list(_folds_and_validation_sets(written.data))
     holders += [((), written.data["blends"])] if isinstance(blends, dict) else []
-    for at, holder in holders:
-        for key in ("blend",) if at else tuple(holder):
+    for location, holder in holders:
+        for key in ("blend",) if location else tuple(holder):
             entries = holder.get(key)
-            place = (*at, key) if at else ("blends", key)
+            entry_location = (*location, key) if location else ("blends", key)
             if not isinstance(entries, list) or not any(isinstance(e, dict) for e in entries):
                 continue
             if not all(isinstance(entry, dict) for entry in entries):
                 raise UserError(
-                    f"{written.where(place)}: expected a list of datasets, as `- {{path: ...}}`, "
-                    "or a list of names of blends, found both"
+                    f"{written.where(entry_location)}: expected a list of datasets, as "
+                    "`- {path: ...}`, or a list of blend names, found both"
                 )
-            names = _names(entries)
+            names = _entry_names(entries)
             holder[key] = {
                 name: {k: v for k, v in entry.items() if k != "name"}
                 for name, entry in zip(names, entries, strict=True)
             }
             for old, line in list(written.lines.items()):
-                if old[: len(place)] == place and len(old) > len(place):
-                    name = names[int(old[len(place)])]
-                    new: YamlPath = (*place, name, *old[len(place) + 1 :])
+                if old[: len(entry_location)] == entry_location and len(old) > len(entry_location):
+                    name = names[int(old[len(entry_location)])]
+                    new: YamlPath = (*entry_location, name, *old[len(entry_location) + 1 :])
                     written.lines[new] = line
 
 
-def _names(entries: list[dict[str, Any]]) -> list[str]:
-    """Return a name for each dataset of a list: the end of its path, or all if others share it."""
+def _entry_names(entries: list[dict[str, Any]]) -> list[str]:
+    """Return a name for each dataset of a list: the last part of its path if that is unique."""
     ends = [str(entry.get("name") or Path(str(entry.get("path"))).name) for entry in entries]
     names = [
         end if ends.count(end) == 1 else str(entry.get("path"))
@@ -251,7 +256,7 @@ def _names(entries: list[dict[str, Any]]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name} {i}" for i, name in enumerate(names)]
 
 
-def _expanded(text: str, where: str) -> str:
+def _expand_variables(text: str, where: str) -> str:
     """Return a path with ``~`` and environment variables replaced.
 
     Raises:
@@ -264,21 +269,23 @@ def _expanded(text: str, where: str) -> str:
 
 
 def _resolve_paths(written: YamlDocument) -> None:
-    """Put the file's root before every path in it, once for each mapping that anchors share."""
+    """Prepend the file's root to its paths, once for each mapping that YAML anchors share."""
     data = written.data
     root_text = data.get("root") or ""
     if not isinstance(root_text, str):
         raise UserError(f"{written.where(('root',))}: root: expected a folder, found {root_text}")
-    root = Path(written.source).parent / _expanded(root_text, written.where(("root",)))
+    root = Path(written.source).parent / _expand_variables(root_text, written.where(("root",)))
     done: set[int] = set()
     blends = data.get("blends")
-    holders = list(_holders(data))
+    holders = list(_folds_and_validation_sets(data))
     if isinstance(blends, dict):
         holders += [(("blends", name), {"blend": blend}) for name, blend in blends.items()]
-    for at, holder in holders:
+    for location, holder in holders:
         blend = holder.get("blend")
         for entry in [holder, *(blend.values() if isinstance(blend, dict) else [])]:
             if isinstance(entry, dict) and isinstance(entry.get("path"), str):
                 if id(entry) not in done:
-                    entry["path"] = str(root / _expanded(entry["path"], written.where(at)))
+                    entry["path"] = str(
+                        root / _expand_variables(entry["path"], written.where(location))
+                    )
                 done.add(id(entry))

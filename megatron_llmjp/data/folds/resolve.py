@@ -1,4 +1,4 @@
-"""Fold file + what is on disk -> the fold schedule. Pure arithmetic, without torch."""
+"""Resolution of a fold file and dataset facts into the fold schedule; does not import torch."""
 
 from __future__ import annotations
 
@@ -30,30 +30,30 @@ def resolve_folds(
     sequence_length: int,
     batch_sizes: BatchSizeSchedule,
 ) -> Schedule:
-    """Turn budgets and blends into exact numbers of samples.
+    """Convert budgets and blends to exact numbers of samples.
 
     Args:
         file: the fold file.
-        datasets: what is known of each dataset, by path.
+        datasets: dataset facts by path.
         sequence_length: tokens per sample.
         batch_sizes: samples per iteration, for budgets in iterations.
 
     Raises:
-        UserError: a dataset is too small for a sample, or for its share without ``repeat``; or
-            samples are skipped beyond the end.
+        UserError: a dataset has less than one sample, or would be repeated without ``repeat``; or
+            ``skip`` exceeds the end of the folds.
     """
     cursors: dict[str, int] = {}
     folds: list[FoldPlan] = []
     first = 0
     for fold in file.folds:
-        plan = _plan(fold, file.seed, first, datasets, sequence_length, batch_sizes, cursors)
+        plan = _plan_fold(fold, file.seed, first, datasets, sequence_length, batch_sizes, cursors)
         folds.append(plan)
         first = plan.end
     skips = SkippedSamples.of(skip.samples for skip in file.skip)
     if skips and skips.ranges[-1][1] > first:
         raise UserError(
-            f"skip: samples {list(skips.ranges[-1])} reach beyond the folds' last sample "
-            f"({first - 1:,}); they are counted from 0 through all folds"
+            f"skip: samples {list(skips.ranges[-1])} exceed the last sample of the folds "
+            f"({first - 1:,}); samples are numbered from 0 through all folds"
         )
     return Schedule(file.seed, sequence_length, tuple(folds), skips)
 
@@ -61,13 +61,13 @@ def resolve_folds(
 def resolve_validation(
     file: FoldFile, datasets: Mapping[str, DatasetInfo], samples: Mapping[str, int]
 ) -> dict[str, HeldOutDataset | MegatronBlend]:
-    """The validation sets by name.
+    """Return the validation sets by name.
 
     Args:
         file: the fold file.
-        datasets: what is known of each dataset, by path.
-        samples: how many Megatron-LM would ask for in the parts ``valid`` and ``test``; its order
-            depends on it.
+        datasets: dataset facts by path.
+        samples: number of samples that Megatron-LM would request of the parts ``valid`` and
+            ``test``, on which its order depends.
     """
     found: dict[str, HeldOutDataset | MegatronBlend] = {}
     for name, held_out in file.validation.items():
@@ -81,7 +81,7 @@ def resolve_validation(
     return found
 
 
-def _plan(
+def _plan_fold(
     fold: Fold,
     seed: int,
     first: int,
@@ -90,20 +90,20 @@ def _plan(
     batch_sizes: BatchSizeSchedule,
     cursors: dict[str, int],
 ) -> FoldPlan:
-    """Place one fold at position ``first``; ``cursors`` move to where its slices end."""
+    """Place one fold at position ``first`` and advance ``cursors`` to the ends of its slices."""
     infos = {name: datasets[source.path] for name, source in fold.blend.items()}
     per_epoch = {name: i.samples_per_epoch(length, fold.split) for name, i in infos.items()}
     for name, source in fold.blend.items():
         if per_epoch[name] < 1:
             raise UserError(
                 f"fold '{fold.name}', dataset '{name}': {source.path} has fewer tokens than one "
-                "sample: shorten seq_length or leave the dataset out"
+                "sample: reduce seq_length or remove the dataset"
             )
     counts = samples_per_dataset(
         fold, per_epoch, length, fold_budget(fold, first, length, batch_sizes)
     )
     if fold.order == "megatron" and fold.kind is None and len(counts) > 1:
-        _check_whole(fold, sum(counts), sum(per_epoch.values()))
+        _check_one_epoch(fold, sum(counts), sum(per_epoch.values()))
     slices = []
     for (name, source), samples in zip(fold.blend.items(), counts, strict=True):
         key, epoch = infos[name].key, per_epoch[name]
@@ -111,14 +111,14 @@ def _plan(
         if source.restart or fold.order == "megatron":
             start = -(-start // epoch) * epoch
         checksums = infos[name].checksums
-        piece = DatasetSlice(
-            name, source.path, key, start, samples, epoch, _asked(source), checksums
+        dataset_slice = DatasetSlice(
+            name, source.path, key, start, samples, epoch, _describe_amount(source), checksums
         )
-        _check_repetition(fold, source, piece)
-        cursors[key] = piece.end
-        if fold.order == "megatron":  # its order is another one: nothing can go on within its epoch
-            cursors[key] = -(-piece.end // epoch) * epoch
-        slices.append(piece)
+        _check_repetition(fold, source, dataset_slice)
+        cursors[key] = dataset_slice.end
+        if fold.order == "megatron":  # a partial epoch cannot be continued in another order
+            cursors[key] = -(-dataset_slice.end // epoch) * epoch
+        slices.append(dataset_slice)
     total = sum(counts)
     blend = None
     if fold.order == "megatron":
@@ -128,7 +128,7 @@ def _plan(
         first_sample=first,
         samples=total,
         slices=tuple(slices),
-        digest=_digest(seed, length, fold.name, first, slices, blend),
+        digest=_fold_digest(seed, length, fold.name, first, slices, blend),
         learning_rate=fold.learning_rate,
         megatron=blend,
     )
@@ -154,34 +154,36 @@ def _blend(
     )
 
 
-def _asked(source: BlendEntry) -> str:
+def _describe_amount(source: BlendEntry) -> str:
     amount = source.amount
     return f"{amount[0]} {amount[1]:g}" if amount else ""
 
 
-def _check_repetition(fold: Fold, source: BlendEntry, piece: DatasetSlice) -> None:
-    """More than one epoch must be asked for."""
-    asked = source.repeat or (source.epochs or fold.epochs or 0) > 1
-    allowed = piece.samples_per_epoch + (piece.start if source.restart else 0)
-    if piece.end > allowed and not asked:
+def _check_repetition(fold: Fold, source: BlendEntry, dataset_slice: DatasetSlice) -> None:
+    """Raise UserError if a dataset is repeated but the fold file does not request it."""
+    requested = source.repeat or (source.epochs or fold.epochs or 0) > 1
+    allowed = dataset_slice.samples_per_epoch + (dataset_slice.start if source.restart else 0)
+    if dataset_slice.end > allowed and not requested:
+        epochs = dataset_slice.end / dataset_slice.samples_per_epoch
         raise UserError(
-            f"fold '{fold.name}', dataset '{piece.name}': up to here the run needs "
-            f"{piece.end / piece.samples_per_epoch:.2f} epochs of {source.path} "
-            f"({piece.end:,} samples of {piece.samples_per_epoch:,}): lower the fold's share, or "
-            "write `repeat: true` to allow more than one epoch"
+            f"fold '{fold.name}', dataset '{dataset_slice.name}': up to this fold the run needs "
+            f"{epochs:.2f} epochs of {source.path} ({dataset_slice.end:,} samples of "
+            f"{dataset_slice.samples_per_epoch:,}): reduce its share, or add `repeat: true` to "
+            "allow more than one epoch"
         )
 
 
-def _check_whole(fold: Fold, asked: int, possible: int) -> None:
-    """Without weights Megatron-LM builds one epoch of each dataset and would end there."""
-    if asked > possible:
+def _check_one_epoch(fold: Fold, requested: int, possible: int) -> None:
+    """Raise UserError for more samples than one epoch: Megatron-LM's limit without weights."""
+    if requested > possible:
         raise UserError(
-            f"fold '{fold.name}': {asked:,} samples are asked for, but without weights Megatron-LM "
-            f"has one epoch of its datasets, {possible:,} samples: give weights, or ask for less"
+            f"fold '{fold.name}': {requested:,} samples are requested, but without weights "
+            f"Megatron-LM uses one epoch of its datasets, {possible:,} samples: give weights, or "
+            "request fewer samples"
         )
 
 
-def _digest(
+def _fold_digest(
     seed: int,
     length: int,
     name: str,

@@ -1,20 +1,14 @@
-"""The fold schedule: budgets, shares, skipped samples, and the folds in order.
+"""The fold schedule: folds in order, the samples each draws from each dataset, and skipped samples.
 
-Samples to leave out: numbers of positions, and of the samples that remain between them.
+Pure arithmetic; does not import torch. The training data is a function ``sample(position)`` for
+positions in ``[0, total_positions)``. A *position* is a sample's number in the schedule and depends
+only on the fold file and its seed. A dataset is a stream of its concatenated epochs, each shuffled
+with its own seed; a fold takes the next slice of the stream of each of its datasets. A dataset that
+recurs in a later fold therefore continues where it stopped, and changing a later fold does not move
+earlier samples.
 
-A *position* is a sample's number in the schedule; it depends on the fold file and its seed alone.
-Leaving samples out moves no position: it only decides which position the next step trains on.
-
-Budgets and blends -> whole numbers of samples. Pure arithmetic.
-
-The fold schedule: folds in order, what each draws from which dataset, and how many samples.
-
-Pure arithmetic, without torch. A run's data is a function ``sample(position)`` for positions in
-``[0, total_positions)``. A dataset is a stream of its epochs end to end, each epoch shuffled with a
-seed of its own; a fold takes the next slice of each of its datasets' streams. Hence a dataset that
-recurs in a later fold goes on where it stopped, and a change to a later fold moves nothing before.
-
-Positions that are skipped stay where they are: trained sample ``k`` is the k-th that is not.
+Skipping samples does not change positions: trained sample ``k`` is the k-th position that is not
+skipped.
 """
 
 from __future__ import annotations
@@ -34,13 +28,13 @@ from megatron_llmjp.errors import UserError
 
 @dataclass(frozen=True)
 class SkippedSamples:
-    """Positions left out, as half-open ranges in order that neither touch nor overlap."""
+    """Skipped positions, as sorted half-open ranges that neither touch nor overlap."""
 
     ranges: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def of(cls, ranges: Iterable[tuple[int, int]]) -> SkippedSamples:
-        """Sort ranges and join those that touch or overlap; empty ones vanish."""
+        """Sort ranges, merge those that touch or overlap, and drop empty ones."""
         joined: list[tuple[int, int]] = []
         for start, end in sorted((a, b) for a, b in ranges if a < b):
             if joined and start <= joined[-1][1]:
@@ -53,11 +47,11 @@ class SkippedSamples:
         return bool(self.ranges)
 
     def union(self, ranges: Iterable[tuple[int, int]]) -> SkippedSamples:
-        """These and more."""
+        """Return these positions and those in ``ranges``."""
         return SkippedSamples.of([*self.ranges, *ranges])
 
     def position(self, number: int) -> int:
-        """The position of trained sample ``number``: that of this number among those kept."""
+        """Return the position of trained sample ``number``."""
         position = number
         for start, end in self.ranges:
             if start > position:
@@ -66,15 +60,15 @@ class SkippedSamples:
         return position
 
     def kept_before(self, position: int) -> int:
-        """How many positions below ``position`` are kept; the inverse of :meth:`position`."""
+        """Count the positions below ``position`` that are not skipped; inverts :meth:`position`."""
         return position - sum(max(0, min(b, position) - a) for a, b in self.ranges)
 
     def kept(self, start: int, end: int) -> int:
-        """How many of the positions ``[start, end)`` are kept."""
+        """Count the positions in ``[start, end)`` that are not skipped."""
         return max(0, self.kept_before(end) - self.kept_before(start))
 
     def before(self, position: int) -> SkippedSamples:
-        """The part of them below ``position``."""
+        """Return the skipped positions below ``position``."""
         return SkippedSamples.of((a, min(b, position)) for a, b in self.ranges)
 
 
@@ -82,10 +76,10 @@ NO_SKIPPED_SAMPLES = SkippedSamples()
 
 
 def apportion(total: int, weights: list[float]) -> list[int]:
-    """Split ``total`` in proportion to ``weights`` into integers that sum to it exactly.
+    """Divide ``total`` in proportion to ``weights`` into integers that sum to it exactly.
 
-    Largest remainder (Hamilton's method), with the weights as they are written: 0.1 is a tenth.
-    Ties go to the earlier entry.
+    Uses the largest remainder method (Hamilton) on the decimal values of the weights: 0.1 is
+    exactly a tenth. Ties go to the earlier entry.
     """
     exact = [Fraction(repr(weight)) for weight in weights]
     whole = sum(exact)
@@ -100,13 +94,13 @@ def apportion(total: int, weights: list[float]) -> list[int]:
 def samples_per_dataset(
     fold: Fold, per_epoch: Mapping[str, int], sequence_length: int, budget: int | None
 ) -> list[int]:
-    """Samples that a fold draws from each dataset of its blend, in the blend's order.
+    """Return the number of samples that a fold draws from each dataset, in the blend's order.
 
     Args:
         fold: the fold.
-        per_epoch: samples of one epoch of each dataset, by its name in the blend.
+        per_epoch: samples per epoch of each dataset, by its name in the blend.
         sequence_length: tokens per sample.
-        budget: what :func:`fold_budget` says.
+        budget: result of :func:`fold_budget`.
 
     Raises:
         UserError: the budget is less than one sample.
@@ -115,7 +109,7 @@ def samples_per_dataset(
     if budget is None and kind in (None, "epochs"):
         times = {name: source.epochs or fold.epochs or 1 for name, source in fold.blend.items()}
         return [max(1, round(times[name] * per_epoch[name])) for name in fold.blend]
-    if kind is None:  # Megatron's order: the datasets' sizes are their weights
+    if kind is None:  # Megatron-LM's order: datasets are weighted by size
         amounts = [float(per_epoch[name]) for name in fold.blend]
     else:
         amounts = [source.amount[1] for source in fold.blend.values() if source.amount]
@@ -130,11 +124,11 @@ def samples_per_dataset(
 def fold_budget(
     fold: Fold, first: int, sequence_length: int, batch_sizes: BatchSizeSchedule
 ) -> int | None:
-    """Samples of a fold that begins at position ``first``; None where its datasets decide.
+    """Return the samples of a fold that starts at position ``first``; None without a budget.
 
-    Iterations have the sizes of those that follow position ``first``, so that a fold of N
-    iterations during a batch ramp-up is N iterations long. Samples that are skipped do not count:
-    they must not move any position.
+    Iterations have the batch sizes that follow position ``first``, so a fold of N iterations during
+    a batch size ramp-up is N iterations long. Skipped samples are not taken into account, because
+    they must not change positions.
     """
     if fold.samples is not None:
         return fold.samples
@@ -150,40 +144,40 @@ def fold_budget(
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What the schedule needs to know of a dataset on disk."""
+    """Facts about a dataset on disk."""
 
     key: str
-    """Digest of its contents: the dataset's identity, wherever it lies."""
+    """Content digest: the dataset's identity, independent of its path."""
     tokens: int
     parts: Mapping[tuple[str, str], int] = field(default_factory=dict)
-    """Tokens of the parts of Megatron-LM's ``--split``, by ``(split, part)``, where they matter."""
+    """Tokens per part of Megatron-LM's ``--split``, by ``(split, part)``, if splits are used."""
     stamp: str = field(default="", compare=False)
-    """Of its files when this was found out (``data/folds/datasets.py``)."""
+    """Stamp of its files when the facts were computed (``data/folds/datasets.py``)."""
     legacy_key: str = ""
-    """Its key in earlier versions, where that is another one (``data/folds/datasets.py``)."""
+    """Key used by earlier versions, if different (``data/folds/datasets.py``)."""
     checksums: str = ""
-    """Of its files, as its manifest states them; no part of its identity."""
+    """Checksums of its files in its manifest; not part of its identity."""
     largest_id: int | None = None
-    """The largest token id in the parts of the file that were read; None if nothing was read."""
+    """Largest token id in the blocks that were read; None if none was read."""
 
     def samples_per_epoch(self, sequence_length: int, split: str | None = None) -> int:
-        """Samples of one epoch: each needs one more token than its length, shared with the next.
+        """Return the samples per epoch, of the training part if ``split`` is given.
 
-        With ``split`` of its training part.
+        Each sample needs one token more than its length, which it shares with the next sample.
         """
         return max(0, (self.part_tokens(split, "train") - 1) // sequence_length)
 
     def part_tokens(self, split: str | None, part: SplitPart) -> int:
-        """Tokens of one part of a split; of the whole where it is not split."""
+        """Return the tokens of one part of a split; of the whole dataset if ``split`` is None."""
         return self.tokens if split is None else self.parts[split, part]
 
 
 @dataclass(frozen=True)
 class DatasetSlice:
-    """What one fold draws from one dataset: samples ``[start, start + samples)`` of its stream.
+    """Samples ``[start, start + samples)`` of a dataset's stream, drawn by one fold.
 
-    In Megatron-LM's order the number of samples is the dataset's share, which Megatron-LM keeps
-    to within a few samples.
+    In Megatron-LM's order the number of samples is the dataset's share, from which Megatron-LM
+    deviates by a few samples.
     """
 
     name: str
@@ -192,33 +186,33 @@ class DatasetSlice:
     start: int
     samples: int
     samples_per_epoch: int
-    asked: str = ""
-    """The amount in the fold file, such as ``weight 3``."""
+    amount: str = ""
+    """Amount requested in the fold file, such as ``weight 3``."""
     checksums: str = ""
-    """Of the dataset's files, as its manifest states them."""
+    """Checksums of the dataset's files in its manifest."""
 
     @property
     def end(self) -> int:
-        """Sample of the stream after the last."""
+        """End of the slice in the stream (exclusive)."""
         return self.start + self.samples
 
     @property
     def last_epoch(self) -> int:
-        """Number of the last epoch touched, from 0."""
+        """Number of the last epoch in the slice, from 0."""
         return (self.end - 1) // self.samples_per_epoch
 
 
 @dataclass(frozen=True)
 class MegatronBlend:
-    """What Megatron-LM is to be asked for: a blend in its own order."""
+    """Arguments of Megatron-LM's dataset builder: a blend in Megatron-LM's order."""
 
     paths: tuple[str, ...]
     keys: tuple[str, ...]
-    """Digests of the datasets' contents."""
+    """Content digests of the datasets."""
     weights: tuple[float, ...] | None
-    """None: in proportion to the datasets' sizes, one epoch of each at most."""
+    """None: in proportion to the datasets' sizes, at most one epoch of each."""
     split: str | None
-    """Megatron-LM's ``--split``; None where the blend is one part whole."""
+    """Megatron-LM's ``--split``; None if the part uses whole datasets."""
     part: SplitPart
     samples: int
     seed: int
@@ -226,7 +220,7 @@ class MegatronBlend:
 
 @dataclass(frozen=True)
 class HeldOutDataset:
-    """A dataset to validate on, in the order of one shuffled epoch."""
+    """A validation dataset, read in the order of one shuffled epoch."""
 
     path: str
     key: str
@@ -235,26 +229,26 @@ class HeldOutDataset:
 
 @dataclass(frozen=True)
 class FoldPlan:
-    """A fold with its place in the run."""
+    """A fold at its position in the run."""
 
     name: str
     first_sample: int
     """Position of the first sample."""
     samples: int
-    """Positions of the fold, those that are skipped included."""
+    """Number of positions in the fold, including skipped ones."""
     slices: tuple[DatasetSlice, ...]
     digest: str
-    """Of everything that decides this fold's order."""
+    """Digest of everything that determines this fold's samples and their order."""
     learning_rate: FoldLearningRate | None = None
     megatron: MegatronBlend | None = None
-    """What to ask Megatron-LM's builder for, where the fold is in its order."""
+    """Arguments of Megatron-LM's builder, for a fold in Megatron-LM's order."""
 
     def __hash__(self) -> int:
-        return hash(self.digest)  # looked up for every sample: not all slices each time
+        return hash(self.digest)  # called for every sample: avoid hashing all slices
 
     @property
     def end(self) -> int:
-        """Position after the fold's last."""
+        """End position of the fold (exclusive)."""
         return self.first_sample + self.samples
 
     @property
@@ -265,7 +259,7 @@ class FoldPlan:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The whole run's data."""
+    """The training data of a whole run."""
 
     seed: int
     sequence_length: int
@@ -274,46 +268,46 @@ class Schedule:
 
     @property
     def total_positions(self) -> int:
-        """Samples in all folds, those that are skipped included."""
+        """Number of samples in all folds, including skipped ones."""
         return self.folds[-1].end
 
     @property
     def total_samples(self) -> int:
-        """Samples that can be trained on."""
+        """Number of samples that are not skipped."""
         return self.skips.kept_before(self.total_positions)
 
     def position(self, number: int) -> int:
-        """The position of trained sample ``number``."""
+        """Return the position of trained sample ``number``."""
         return self.skips.position(number)
 
     def consumed_end(self, consumed_samples: int) -> int:
-        """The position after the last one that was trained on: all before it is the past."""
+        """Return the end position of the consumed samples (exclusive)."""
         return self.position(consumed_samples - 1) + 1 if consumed_samples > 0 else 0
 
     def fold_of_sample(self, number: int) -> FoldPlan:
-        """The fold that holds trained sample ``number``; the last one for the end of the run."""
+        """Return the fold of trained sample ``number``; the last fold for the end of the run."""
         return self.fold_at_position(self.position(number))
 
     def fold_at_position(self, position: int) -> FoldPlan:
-        """The fold that holds a position; the last one for the end of the schedule."""
+        """Return the fold at a position; the last fold for the end of the schedule."""
         place = bisect.bisect_right(self.folds, position, key=lambda fold: fold.end)
         return self.folds[min(place, len(self.folds) - 1)]
 
     def sample_range(self, fold: FoldPlan) -> tuple[int, int]:
-        """The first trained sample of a fold, and the one after its last."""
+        """Return the range ``[first, end)`` of the trained samples of a fold."""
         return self.skips.kept_before(fold.first_sample), self.skips.kept_before(fold.end)
 
     def consumed_folds(self, consumed_samples: int) -> dict[str, FoldFingerprint]:
-        """What a checkpoint remembers of every fold that is wholly or partly past, by name."""
+        """Return the fingerprints of the folds that are wholly or partly consumed, by name."""
         end = self.consumed_end(consumed_samples)
-        return {fold.name: self.record(fold) for fold in self.folds if fold.first_sample < end}
+        return {fold.name: self.fingerprint(fold) for fold in self.folds if fold.first_sample < end}
 
     def consumed_by_dataset(self, consumed_samples: int) -> dict[tuple[str, str], int]:
-        """Samples trained on, by ``(fold, dataset)``, of all folds touched.
+        """Return the consumed samples by ``(fold, dataset)``.
 
-        Exact for a fold that is complete. Of one that is under way, or of which samples are
-        skipped, each dataset has its share: the datasets are interleaved so that every part of a
-        fold keeps to its blend, within as many samples as there are datasets.
+        Exact for a completed fold. In a partly consumed fold, or one with skipped samples, each
+        dataset is counted by its share: datasets are interleaved so that every part of a fold
+        follows the blend to within as many samples as there are datasets.
         """
         end = self.consumed_end(consumed_samples)
         counts: dict[tuple[str, str], int] = {}
@@ -321,13 +315,15 @@ class Schedule:
             if fold.first_sample >= end:
                 break
             trained = self.skips.kept(fold.first_sample, min(end, fold.end))
-            shares = apportion(trained, [float(piece.samples) for piece in fold.slices])
-            for piece, share in zip(fold.slices, shares, strict=True):
-                counts[fold.name, piece.name] = share
+            shares = apportion(
+                trained, [float(dataset_slice.samples) for dataset_slice in fold.slices]
+            )
+            for dataset_slice, share in zip(fold.slices, shares, strict=True):
+                counts[fold.name, dataset_slice.name] = share
         return counts
 
-    def record(self, fold: FoldPlan) -> FoldFingerprint:
-        """What a checkpoint remembers of a fold."""
+    def fingerprint(self, fold: FoldPlan) -> FoldFingerprint:
+        """Return the fingerprint of a fold, which checkpoints store."""
         return FoldFingerprint(
             digest=fold.digest,
             seed=self.seed,
@@ -337,24 +333,24 @@ class Schedule:
             order=fold.order,
             split=fold.megatron.split if fold.megatron else None,
             datasets={
-                piece.name: DatasetFingerprint(
-                    path=piece.path,
-                    key=piece.key,
-                    asked=piece.asked,
-                    start=piece.start,
-                    samples=piece.samples,
-                    checksums=piece.checksums,
+                dataset_slice.name: DatasetFingerprint(
+                    path=dataset_slice.path,
+                    key=dataset_slice.key,
+                    asked=dataset_slice.amount,
+                    start=dataset_slice.start,
+                    samples=dataset_slice.samples,
+                    checksums=dataset_slice.checksums,
                 )
-                for piece in fold.slices
+                for dataset_slice in fold.slices
             },
         )
 
     def with_skips(self, skips: SkippedSamples) -> Schedule:
-        """The same schedule with other samples left out."""
+        """Return the same schedule with other skipped samples."""
         return replace(self, skips=skips)
 
 
 def epoch_seed(seed: int, key: str, epoch: int) -> int:
-    """Seed of one epoch of one dataset, below 2^32."""
+    """Return the seed of one epoch of one dataset, below 2^32."""
     digest = hashlib.sha256(f"{seed}/{key}/{epoch}".encode()).digest()
     return int.from_bytes(digest[:4], "little")

@@ -1,4 +1,4 @@
-"""The fold file: what a run is trained on, as its user declares it (docs/folds.md)."""
+"""Schema of fold files, which declare the training data of a run (docs/folds.md)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Amount = Annotated[PositiveFloat, Field(allow_inf_nan=False)]
 
 
 class FoldFileModel(BaseModel):
-    """Base of all parts of the file: immutable, and an unknown key is an error."""
+    """Base model of all parts of a fold file: immutable, rejects unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -41,32 +41,32 @@ class BlendEntry(FoldFileModel):
     """One dataset of a blend."""
 
     path: str
-    """Prefix of the ``.bin`` and ``.idx``; relative to the file's ``root``."""
+    """Prefix of the ``.bin`` and ``.idx``, relative to the ``root`` of the file."""
     weight: Amount | None = None
     tokens: Count | None = None
     epochs: Amount | None = None
     repeat: bool = False
-    """Whether the run may see this dataset more than once."""
+    """Whether the run may use more than one epoch of this dataset."""
     restart: bool = False
-    """Begin this fold with a new epoch of the dataset, instead of where the last fold stopped."""
+    """Start this fold with a new epoch of the dataset instead of continuing where it stopped."""
 
     @property
     def amount(self) -> tuple[str, float] | None:
-        """The kind of amount given and its value."""
+        """The kind of amount and its value, if one is given."""
         given = [(k, v) for k in _AMOUNTS if (v := getattr(self, k))]
         return given[0] if given else None
 
     @model_validator(mode="after")
     def _one_amount(self) -> BlendEntry:
         if sum(getattr(self, k) is not None for k in _AMOUNTS) > 1:
-            raise ValueError("give one of weight, tokens and epochs")
+            raise ValueError("weight, tokens and epochs are mutually exclusive: give one of them")
         return self
 
 
 class FoldLearningRate(FoldFileModel):
-    """A learning-rate schedule of a fold's own, counted from the fold's first iteration.
+    """Learning-rate schedule of one fold, counted from the fold's first iteration.
 
-    What is left out is the run's; the decay ends with the fold.
+    Omitted settings are the run's; by default the decay ends with the fold.
     """
 
     lr: NonNegativeFloat | None = None
@@ -84,7 +84,7 @@ class Fold(FoldFileModel):
 
     name: str
     order: Literal["folds", "megatron"] = "folds"
-    """``megatron``: the order Megatron-LM itself would give for this budget and blend."""
+    """``megatron``: Megatron-LM's own sample order for this budget and blend."""
     tokens: Count | None = None
     samples: Count | None = None
     iterations: Count | None = None
@@ -96,7 +96,7 @@ class Fold(FoldFileModel):
 
     @property
     def kind(self) -> str | None:
-        """What the amounts of the datasets are: weight, tokens, epochs, or nothing."""
+        """Kind of the datasets' amounts: weight, tokens, epochs or None."""
         amount = next(iter(self.blend.values())).amount
         return amount[0] if amount else None
 
@@ -104,7 +104,7 @@ class Fold(FoldFileModel):
     def _check(self) -> Fold:
         budgets = [k for k in _BUDGETS if getattr(self, k) is not None]
         if len(budgets) > 1:
-            raise ValueError(f"budget given as {' and '.join(budgets)}: give one")
+            raise ValueError(f"budget given as {' and '.join(budgets)}: give only one")
         kinds = {s.amount[0] if s.amount else None for s in self.blend.values()}
         if len(kinds) > 1:
             found = ", ".join(sorted(k or "nothing" for k in kinds))
@@ -120,44 +120,44 @@ def _contradictions(fold: Fold, kind: str | None, budget: str | None) -> Iterato
         if budget in (None, "epochs"):
             yield "order: megatron needs a budget in iterations, samples or tokens"
         if kind not in (None, "weight"):
-            yield f"order: megatron knows weights or none, not {kind} per dataset"
+            yield f"order: megatron takes weights or no amounts, not {kind} per dataset"
         if any(source.restart for source in fold.blend.values()):
-            yield "order: megatron always begins its datasets anew: take `restart` away"
+            yield "order: megatron always starts its datasets from the beginning: remove `restart`"
         return
     if fold.split is not None:
-        yield "split goes with `order: megatron`; otherwise name validation sets of their own"
+        yield "split requires `order: megatron`; otherwise declare separate validation sets"
     if budget == "epochs" and kind is not None:
-        yield "with epochs as budget the datasets carry no amounts of their own"
+        yield "a budget in epochs excludes amounts per dataset: remove them"
     if kind is None and budget != "epochs":
-        yield "the datasets need weight, tokens or epochs; or give the fold epochs"
+        yield "give each dataset weight, tokens or epochs, or give the fold epochs"
     if kind == "weight" and budget is None:
-        yield "weights need a budget: give the fold tokens, samples or iterations"
+        yield "weights require a budget: give the fold tokens, samples or iterations"
     if kind == "epochs" and budget is not None:
-        yield "epochs per dataset are the budget: take the fold's away"
+        yield "epochs per dataset define the budget: remove the fold's budget"
 
 
 class ValidationSet(FoldFileModel):
-    """A dataset held out, or one part of a blend in Megatron-LM's order."""
+    """A held-out dataset, or one part of a blend in Megatron-LM's order."""
 
     path: str | None = None
-    """Prefix of the ``.bin`` and ``.idx`` of a dataset held out."""
+    """Prefix of the ``.bin`` and ``.idx`` of a held-out dataset."""
     blend: dict[str, BlendEntry] | None = Field(None, min_length=1)
-    """Instead of ``path``: the blend that Megatron-LM would validate on."""
+    """Instead of ``path``: a blend to validate on in Megatron-LM's order."""
     split: str | None = None
-    """Megatron-LM's ``--split``, of which this set is a part; the whole blend when not given."""
+    """Megatron-LM's ``--split``, of which this set is a part; by default the whole blend."""
     part: Literal["valid", "test"] = "valid"
 
     @model_validator(mode="after")
     def _one_of(self) -> ValidationSet:
         if (self.path is None) == (self.blend is None):
-            raise ValueError("give one of path and blend")
+            raise ValueError("give either path or blend")
         if self.path is not None and self.split is not None:
-            raise ValueError("split needs a blend: write `blend: {name: {path: ...}}`")
+            raise ValueError("split requires a blend: write `blend: {name: {path: ...}}`")
         return self
 
 
 class SkipRange(FoldFileModel):
-    """Samples that are left out: positions ``[start, end)`` in the schedule."""
+    """Skipped samples: positions ``[start, end)`` in the schedule."""
 
     samples: tuple[NonNegativeInt, NonNegativeInt]
 
@@ -165,8 +165,8 @@ class SkipRange(FoldFileModel):
     def _in_order(self) -> SkipRange:
         if self.samples[0] >= self.samples[1]:
             raise ValueError(
-                f"[{self.samples[0]}, {self.samples[1]}] holds no sample: the first number is the "
-                "first sample left out, the second the first one kept again"
+                f"[{self.samples[0]}, {self.samples[1]}] is empty: expected [START, END], which "
+                "skips the samples from START up to, but not including, END"
             )
         return self
 
@@ -176,7 +176,7 @@ class FoldFile(FoldFileModel):
 
     seed: NonNegativeInt = 1234
     sequence_length: PositiveInt | None = None
-    """Must equal the run's seq_length where it is given."""
+    """If given, must equal the run's seq_length."""
     folds: tuple[Fold, ...] = Field(min_length=1)
     validation: dict[str, ValidationSet] = {}
     skip: tuple[SkipRange, ...] = ()
@@ -191,7 +191,7 @@ class FoldFile(FoldFileModel):
         return folds
 
     def dataset_paths(self) -> dict[str, str]:
-        """The path of every dataset, and the first place that names it."""
+        """Return the path of each dataset, with the first place in the file that declares it."""
         places: dict[str, str] = {}
         for fold in self.folds:
             for name, source in fold.blend.items():

@@ -1,1 +1,1 @@
-"""Sample indices: built once, cached on disk, shared by all processes."""
+"""Sample indices: built once, cached on disk and shared by all processes."""

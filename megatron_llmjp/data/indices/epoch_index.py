@@ -1,7 +1,8 @@
-"""Indices of single epochs: which tokens each sample of one epoch of one dataset holds.
+"""Sample index of one epoch of one dataset, which maps samples to tokens.
 
-One GPTDataset is exactly one epoch of one dataset. megatron-core builds its index, in a folder of
-our cache; its own cache is written in place and ignores contents.
+Each epoch of each dataset is a megatron-core ``GPTDataset``. megatron-core builds the index in a
+folder of this package's cache: its own cache is written in place and does not depend on the
+datasets' contents.
 """
 
 from __future__ import annotations
@@ -25,55 +26,55 @@ from megatron_llmjp.data import indexed_dataset
 from megatron_llmjp.data.indices import index_cache
 from megatron_llmjp.data.indices.worker import build_in_subprocess
 
-_PLAIN = {"reset_position_ids": False, "reset_attention_mask": False, "eod_mask_loss": False}
+_NO_RESETS = {"reset_position_ids": False, "reset_attention_mask": False, "eod_mask_loss": False}
 OPEN_DATASETS = 256
-"""Datasets kept open: more than a fold has as a rule."""
+"""Number of datasets kept open: more than most folds have."""
 
 
 class DatasetTokenizer:
-    """The little that megatron-core's datasets ask of a tokenizer."""
+    """Minimal tokenizer interface required by megatron-core's datasets."""
 
     pad = -1
-    """No token is padding: all samples are full."""
+    """No token is padding, because all samples are full."""
 
     def __init__(self, eod: int, vocab_size: int) -> None:
         self.eod = eod
         self.vocab_size = vocab_size
         self.special_tokens_dict: dict[str, int] = {"eod": eod}
-        # Part of the cache's file names: an order of samples does not depend on a tokenizer.
+        # Part of megatron-core's cache file names; the order does not depend on the tokenizer.
         self.unique_identifiers: OrderedDict[str, int] = OrderedDict()
 
 
 @dataclass(frozen=True)
 class EpochIndex:
-    """The index of one epoch of a dataset, in a folder named by all that decides it."""
+    """Index of one epoch of a dataset, in a folder named after everything that determines it."""
 
     cache: Path
     path: str
     key: str
-    """Of the dataset's contents."""
+    """Content digest of the dataset."""
     seed: int
     sequence_length: int
 
     @property
     def folder(self) -> Path:
-        """Where it lies when it is whole."""
+        """Folder of the complete index."""
         version = megatron.core.__version__
         name = f"{self.key}-{self.sequence_length}-{self.seed:08x}-core{version}"
         return self.cache / name
 
     @property
-    def work(self) -> int:
-        """Documents and samples that are shuffled."""
+    def build_cost(self) -> int:
+        """Number of documents and samples to shuffle."""
         index = indexed_dataset.read_index(self.path)
         tokens = indexed_dataset.bin_path(self.path).stat().st_size // index.dtype.itemsize
         return index.sequences + tokens // self.sequence_length
 
     def build(self, temporary: Path) -> None:
-        """Write it into an existing, empty folder.
+        """Write the index into an existing, empty folder.
 
-        megatron-core builds on the first rank only, so ranks of a process group leave the work to
-        a process beside them.
+        megatron-core builds only on the first rank of a process group, so a rank within a group
+        builds in a subprocess.
         """
         if dist.is_available() and dist.is_initialized():
             build_in_subprocess(self, temporary)
@@ -87,12 +88,12 @@ class EpochIndex:
 
 
 class EpochDatasets:
-    """Opens epochs of datasets, whose indices are cached on disk under their contents."""
+    """Opens epochs of datasets, whose indices are cached on disk by content digest."""
 
     def __init__(
         self, data: DataConfig, tokenizer: Any, cache: Path, vocab_size: int | None = None
     ) -> None:
-        """Open with the run's settings; ids from ``vocab_size`` on are refused if it is given."""
+        """Use the run's data settings; token ids must be below ``vocab_size`` if it is given."""
         self.vocab_size = vocab_size
         self.sequence_length = data.seq_length
         self.flags = {
@@ -103,22 +104,17 @@ class EpochDatasets:
         self.tokenizer = DatasetTokenizer(tokenizer.eod_id, tokenizer.vocab_size)
         self.cache = cache
         _allow_open_files()
-        # Epochs of a dataset share its file handles.
+        # All epochs of a dataset share its file handles.
         self._tokens = lru_cache(maxsize=OPEN_DATASETS)(indexed_dataset.open_indexed_dataset)
 
     def index(self, key: str, path: str, seed: int) -> EpochIndex:
-        """What :meth:`open` will need."""
+        """Return the index that :meth:`open` requires."""
         return EpochIndex(self.cache, path, key, seed, self.sequence_length)
 
-    def build(self, key: str, path: str, seed: int) -> None:
-        """Make the cache of an epoch, unless another process does or did."""
-        index = self.index(key, path, seed)
-        index_cache.ensure_index(index.folder, index.build)
-
     def open(self, key: str, path: str, seed: int) -> GPTDataset:
-        """One epoch, from its cache; memory-mapped, so that all processes of a machine share it.
+        """Open one epoch, memory-mapped so that all processes of a machine share its index.
 
-        A cache that is missing or damaged is made again, in whichever process finds that.
+        An index that is missing or damaged is built again by the process that finds it so.
         """
         index = self.index(key, path, seed)
         index_cache.ensure_index(index.folder, index.build)
@@ -132,7 +128,7 @@ class EpochDatasets:
             return self._open(index, tokens)
 
     def _open(self, index: EpochIndex, tokens: Any) -> GPTDataset:
-        # The documents' numbers serve to build an index only: 4 bytes each that nobody needs here.
+        # Document numbers (4 bytes each) are required only for building an index.
         nothing = np.empty(0, np.int32)
         data = _dataset(index, tokens, index.folder, nothing, self.tokenizer, self.flags)
         _check_ranges(data, len(tokens))
@@ -157,13 +153,13 @@ def _dataset(
         create_attention_mask=flags["reset_attention_mask"],
         **flags,
     )
-    # The description becomes the cache's file name: leave the path out of it, as the folder's
-    # name says which contents these are.
+    # The description is part of megatron-core's cache file names; the path is omitted from it
+    # because the folder's name identifies the contents.
     return GPTDataset(tokens, "", documents, None, Split.train, config)
 
 
 def _check_ranges(data: GPTDataset, documents: int) -> None:
-    """Raise ValueError if the arrays of an index do not fit each other; reads a few pages."""
+    """Raise ValueError if the arrays of an index are inconsistent; reads a few pages."""
     ends = data.sample_index[[0, -1]]
     fits = (
         len(data.document_index) == documents
@@ -173,12 +169,13 @@ def _check_ranges(data: GPTDataset, documents: int) -> None:
         and int(data.shuffle_index[-1]) < len(data.shuffle_index)
     )
     if not fits:
-        raise ValueError("its arrays do not fit each other")
+        raise ValueError("its arrays are inconsistent")
 
 
 def _allow_open_files() -> None:
-    """Lift the soft limit, often 1,024: a memory map keeps its file open, three of an epoch and
-    three of its dataset.
+    """Raise the soft limit on open files (often 1,024) to the hard limit.
+
+    Memory maps keep their files open: three per epoch and three per dataset.
     """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

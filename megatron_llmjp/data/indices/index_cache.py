@@ -1,19 +1,19 @@
-"""Folders of index files on disk, built once by whoever needs them first. Without torch.
+"""Cache of sample indices on disk: one folder per index, built once; does not import torch.
 
-Many processes on many machines may want the same index at once, on a shared file system. What is
-correct and what is merely thrifty are kept apart:
+Many processes on many machines may need the same index at once, on a shared file system.
+Correctness and efficiency use separate mechanisms:
 
-Correct by renaming. Each builder writes into a folder of its own and renames it to the final name
-when its files are on disk. Renaming a folder is atomic and fails where a full folder has the name
-already, on NFS and Lustre as well; then the loser throws its own away. No reader ever sees half an
-index, whoever dies when.
+Correctness relies on renaming. Each builder writes into its own temporary folder and renames it to
+the final name after its files are on disk. Renaming a folder is atomic, and fails if a non-empty
+folder already has the name, on NFS and Lustre as well; the later builder then discards its own
+copy. No reader ever sees an incomplete index, whichever process is killed at whatever time.
 
-Thrifty by a lock (``filesystem.py``). Builders of the same index take it first, so that one builds
-and the rest wait. It is advice only: where a file system has no locks (some Lustre mounts), holds
-them per node, or keeps that of a machine that vanished (NFS 3), some work is done twice. A lock
-file created with O_EXCL and a heartbeat would also outlive its dead owner, and the heartbeat stops
-whenever numpy or megatron-core's helpers hold the interpreter for the minute that a large index
-takes.
+A lock (``filesystem.py``) only avoids duplicate work: builders of the same index acquire it first,
+so that one builds and the others wait. Where a file system has no locks (some Lustre mounts), has
+node-local locks, or keeps the lock of a machine that disappeared (NFS 3), some work is done twice.
+A lock file created with O_EXCL and a heartbeat would not work better: it outlives its owner, and
+the heartbeat stops while numpy or megatron-core's helpers hold the interpreter lock, about a minute
+for a large index.
 """
 
 from __future__ import annotations
@@ -43,54 +43,54 @@ from megatron_llmjp.filesystem import (
     process_exists,
 )
 
-CONTENTS = "contents.json"
+CONTENTS_FILE = "contents.json"
 ARRAY = ".npy"
-PATIENCE_SECONDS = 600.0
-"""How long another process's lock on an index that does not appear is respected."""
+LOCK_TIMEOUT_SECONDS = 600.0
+"""Time to wait for another process that holds the lock before building anyway."""
 ABANDONED_SECONDS = 24 * 3600.0
-"""Age at which the unfinished folder of another machine is taken for abandoned."""
+"""Age at which an unfinished folder of another machine is considered abandoned."""
 _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
 
 
 class CachedIndex(Protocol):
-    """Something that can be built into a cache folder, here or in another process (pickled)."""
+    """An index that can be built into a cache folder, here or (pickled) in another process."""
 
     @property
     def folder(self) -> Path:
-        """Where it lies when it is whole; the name says all that decides its contents."""
+        """Folder of the complete index, named after everything that determines its contents."""
 
     @property
-    def work(self) -> int:
-        """About how long building takes: entries that are shuffled, below 0.2 us each."""
+    def build_cost(self) -> int:
+        """Estimated build time, in shuffled entries of less than 0.2 us each."""
 
     def build(self, temporary: Path) -> None:
-        """Write its files into an existing, empty folder."""
+        """Write the index files into an existing, empty folder."""
 
 
 def ensure_index(
     folder: Path, build: Callable[[Path], None], *, thorough: bool = False, wait: bool = True
 ) -> bool:
-    """Make ``folder`` by ``build(temporary)``, unless another process does or did.
+    """Build an index in ``folder`` unless it exists or another process builds it.
 
-    A damaged one is replaced, with a warning.
+    A damaged index is replaced, with a warning.
 
     Args:
-        folder: the final place.
+        folder: final location of the index.
         build: writes the files into an existing, empty folder.
-        thorough: compare checksums, not sizes only; reads the whole index.
-        wait: for another process that is building it; else return without it.
+        thorough: compare checksums too, not only sizes; reads the whole index.
+        wait: wait for another process that is building the index, instead of returning.
 
     Returns:
-        Whether this process built it.
+        Whether this process built the index.
 
     Raises:
-        UserError: the cache cannot be written.
+        UserError: the cache is not writable.
     """
     asked, pause = time.monotonic(), 0.05
     while find_damage(folder, thorough=thorough) is not None:
         with _try_lock(folder) as mine:
-            if mine or time.monotonic() - asked > PATIENCE_SECONDS:
-                return _build(folder, build, thorough)
+            if mine or time.monotonic() - asked > LOCK_TIMEOUT_SECONDS:
+                return _build_missing(folder, build, thorough)
         if not wait:
             return False
         time.sleep(pause)
@@ -104,12 +104,12 @@ def ensure_indices(
     thorough: bool = False,
     done: Callable[[], None] = no_heartbeat,
 ) -> None:
-    """Make all of these; processes that call this together share the work.
+    """Build all missing indices; processes that call this concurrently share the work.
 
     Args:
-        indices: what is needed.
+        indices: the required indices.
         thorough: as in :func:`ensure_index`.
-        done: called after each index that is there.
+        done: called after each index that exists or was built.
     """
     rest = []
     for index in indices:
@@ -117,20 +117,20 @@ def ensure_indices(
         if find_damage(index.folder) is None:
             done()
         else:
-            rest.append(index)  # another process is at it: look for one that is free first
+            rest.append(index)  # another process is building it: try the others first
     for index in rest:
         ensure_index(index.folder, index.build, thorough=thorough)
         done()
 
 
 def find_damage(folder: Path, *, thorough: bool = False) -> str | None:
-    """What is wrong with a cache folder: None when it is whole, "" when it is not there."""
+    """Describe the damage of a cache folder: None if it is intact, "" if it does not exist."""
     try:
-        listed = json.loads((folder / CONTENTS).read_text())["files"]
+        listed = json.loads((folder / CONTENTS_FILE).read_text())["files"]
     except FileNotFoundError:
-        return f"{CONTENTS} is missing" if folder.is_dir() else ""
+        return f"{CONTENTS_FILE} is missing" if folder.is_dir() else ""
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{CONTENTS} cannot be read: {error}"
+        return f"{CONTENTS_FILE} cannot be read: {error}"
     for name, (size, crc) in listed.items():
         try:
             found = (folder / name).stat().st_size
@@ -138,7 +138,7 @@ def find_damage(folder: Path, *, thorough: bool = False) -> str | None:
             return f"{name}: {error.strerror}"
         if found != size:
             return f"{name} has {found:,} bytes, expected {size:,}"
-        if name.endswith(ARRAY) and (wrong := _array_fault(folder / name)) is not None:
+        if name.endswith(ARRAY) and (wrong := _find_array_damage(folder / name)) is not None:
             return f"{name} {wrong}"
         if thorough and file_crc32(folder / name) != crc:
             return f"{name} has another checksum than when it was written"
@@ -147,16 +147,16 @@ def find_damage(folder: Path, *, thorough: bool = False) -> str | None:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A new folder to write files into, renamed to ``folder`` when the block ends well.
+    """Provide a temporary folder that is renamed to ``folder`` when the block succeeds.
 
-    Its files are listed with sizes and checksums and brought to disk first. Where ``folder`` is
-    there by then, it stays, and the new one is thrown away.
+    Before that its files are flushed to disk and listed with sizes and checksums. If ``folder``
+    exists by then, it is kept and the new one is discarded.
     """
-    temporary = _unique(folder, "tmp")
+    temporary = _unique_sibling(folder, "tmp")
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        _seal(temporary)
+        _write_contents_file(temporary)
         try:
             temporary.rename(folder)
         except OSError as error:
@@ -168,28 +168,28 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def discard_damaged(folder: Path, inode: int, problem: str) -> None:
-    """Remove a cache folder that passed for whole but is not, unless it was replaced meanwhile."""
+    """Remove a damaged cache folder that :func:`find_damage` missed, unless it was replaced."""
     try:
         if folder.stat().st_ino == inode:
-            _warn(folder, problem)
+            _warn_of_rebuild(folder, problem)
             _remove(folder)
     except FileNotFoundError:
-        return  # another process did it
+        return  # removed by another process
 
 
 def size_on_disk(folder: Path) -> int:
-    """Bytes of the files of a cache folder."""
+    """Return the total size in bytes of the files of a cache folder."""
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
-def _build(folder: Path, build: Callable[[Path], None], thorough: bool) -> bool:
+def _build_missing(folder: Path, build: Callable[[Path], None], thorough: bool) -> bool:
     problem = find_damage(folder, thorough=thorough)
-    if problem is None:  # finished between the look and the lock
+    if problem is None:  # completed before this process got the lock
         return False
     try:
         _remove_abandoned(folder)
         if problem:
-            _warn(folder, problem)
+            _warn_of_rebuild(folder, problem)
             _remove(folder)
         with atomic_folder(folder) as temporary:
             build(temporary)
@@ -197,19 +197,19 @@ def _build(folder: Path, build: Callable[[Path], None], thorough: bool) -> bool:
         if error.errno not in _UNWRITABLE:
             raise
         raise UserError(
-            f"{folder.parent}: sample indices cannot be written there ({error.strerror}): make it "
-            "writable, or give another folder with --data-cache-path"
+            f"{folder.parent}: cannot write sample indices ({error.strerror}): make the folder "
+            "writable, or choose another one with --data-cache-path"
         ) from error
     return True
 
 
-def _warn(folder: Path, problem: str) -> None:
-    print(f"warning: {folder}: {problem}; building it again", file=sys.stderr, flush=True)
+def _warn_of_rebuild(folder: Path, problem: str) -> None:
+    print(f"warning: {folder}: {problem}; rebuilding this index", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def _try_lock(folder: Path) -> Iterator[bool]:
-    """Whether this process may build; the kernel frees the lock of a killed one."""
+    """Yield whether this process may build; the kernel releases the lock of a killed process."""
     path = folder.with_name(f"{folder.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -218,7 +218,7 @@ def _try_lock(folder: Path) -> Iterator[bool]:
         yield False
         return
     except OSError:
-        yield True  # building reports what is wrong with the place
+        yield True  # building will report the error of the folder
         return
     try:
         yield True
@@ -226,24 +226,24 @@ def _try_lock(folder: Path) -> Iterator[bool]:
         lock.release(remove=True)
 
 
-def _seal(folder: Path) -> None:
-    """Bring the files to disk, with a list of them."""
+def _write_contents_file(folder: Path) -> None:
+    """Flush the files to disk and write a list of them."""
     files = {}
     for path in sorted(folder.iterdir()):
         files[path.name] = (path.stat().st_size, file_crc32(path))
         fsync_path(path)
-    with (folder / CONTENTS).open("w") as stream:
+    with (folder / CONTENTS_FILE).open("w") as stream:
         json.dump({"files": files}, stream, indent=1)
         stream.flush()
         os.fsync(stream.fileno())
     fsync_path(folder)
 
 
-def _array_fault(path: Path) -> str | None:
-    """What is wrong with an array file, by its header; None if it holds integers, all of them.
+def _find_array_damage(path: Path) -> str | None:
+    """Check the header of an array file; return the problem, or None for a complete integer array.
 
-    megatron-core has numpy load pickles: an array of objects, or a file that is no array, must not
-    come so far.
+    megatron-core lets numpy load pickles, so an array of objects, or a file that is not an array,
+    must be rejected before megatron-core opens it.
     """
     try:
         with path.open("rb") as stream:
@@ -252,28 +252,28 @@ def _array_fault(path: Path) -> str | None:
             shape, _, dtype = read(stream)
             expected = stream.tell() + math.prod(shape) * dtype.itemsize
     except (OSError, ValueError, TypeError, SyntaxError, RecursionError) as error:
-        return f"is no array ({' '.join(str(error).split())[:80]})"
+        return f"is not an array ({' '.join(str(error).split())[:80]})"
     if dtype.kind not in "iu":
         return f"holds {dtype} instead of integers"
     if path.stat().st_size != expected:
-        return f"has {path.stat().st_size:,} bytes, its header says {expected:,}"
+        return f"has {path.stat().st_size:,} bytes, but its header requires {expected:,}"
     return None
 
 
-def _unique(folder: Path, kind: str) -> Path:
+def _unique_sibling(folder: Path, kind: str) -> Path:
     owner = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
     return folder.with_name(f"{folder.name}.{kind}-{owner}")
 
 
 def _remove(folder: Path) -> None:
-    """Take a folder away from its name at once, then delete it."""
-    away = _unique(folder, "old")
+    """Rename a folder, which is atomic, and then delete it."""
+    away = _unique_sibling(folder, "old")
     folder.rename(away)
     shutil.rmtree(away, ignore_errors=True)
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Delete what killed processes left behind while they built this index."""
+    """Delete temporary folders that killed builders of this index left behind."""
     here = socket.gethostname()
     for kind in ("tmp", "old"):
         for path in folder.parent.glob(f"{folder.name}.{kind}-*"):

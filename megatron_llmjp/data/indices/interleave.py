@@ -1,4 +1,4 @@
-"""Which dataset each sample of a fold comes from, cached: all processes of a machine share it."""
+"""Interleaving of a fold's datasets, cached on disk and shared by all processes of a machine."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from megatron_llmjp.data.indices import index_cache
 
 @dataclass(frozen=True)
 class FoldOrder:
-    """The interleaving of a fold's slices, in a folder named by their sizes."""
+    """Interleaving of a fold's slices, in a folder named after their sizes."""
 
     cache: Path
     fold: FoldPlan
 
     @property
     def folder(self) -> Path:
-        """Where it lies when it is whole."""
-        sizes = json.dumps([piece.samples for piece in self.fold.slices])
+        """Folder of the complete index."""
+        sizes = json.dumps([dataset_slice.samples for dataset_slice in self.fold.slices])
         name = hashlib.sha256(sizes.encode()).hexdigest()[:32]
         return self.cache / f"order-{name}-core{megatron.core.__version__}"
 
     @property
-    def work(self) -> int:
-        """Samples times datasets, each a hundredth of an entry that is shuffled."""
+    def build_cost(self) -> int:
+        """Samples times datasets, each a hundredth of the cost of a shuffled entry."""
         return self.fold.samples * len(self.fold.slices) // 100
 
     def build(self, temporary: Path) -> None:
-        """Write it into an existing, empty folder."""
-        which, position = blend_order(self.fold)
+        """Write the index into an existing, empty folder."""
+        dataset_numbers, sample_numbers = blend_order(self.fold)
         small = np.int32 if self.fold.samples <= np.iinfo(np.int32).max else np.int64
-        np.save(temporary / "which.npy", which)
-        np.save(temporary / "position.npy", position.astype(small))
+        np.save(temporary / "which.npy", dataset_numbers)
+        np.save(temporary / "position.npy", sample_numbers.astype(small))
 
     def open(self) -> tuple[np.ndarray, np.ndarray]:
-        """As :func:`blend_order`, memory-mapped; made first where it is missing."""
+        """Return the arrays of :func:`blend_order`, memory-mapped; build them if missing."""
         index_cache.ensure_index(self.folder, self.build)
         inode = self.folder.stat().st_ino
         try:
@@ -54,26 +54,34 @@ class FoldOrder:
 
     def _load(self) -> tuple[np.ndarray, np.ndarray]:
         names = ("which.npy", "position.npy")
-        which, position = (
+        dataset_numbers, sample_numbers = (
             np.load(self.folder / name, mmap_mode="r", allow_pickle=False) for name in names
         )
-        if which.shape != (self.fold.samples,) or position.shape != which.shape:
+        if (
+            dataset_numbers.shape != (self.fold.samples,)
+            or sample_numbers.shape != dataset_numbers.shape
+        ):
             raise ValueError(
-                f"its arrays do not hold the {self.fold.samples:,} samples of the fold"
+                f"its arrays do not have the {self.fold.samples:,} samples of the fold"
             )
-        return which, position
+        return dataset_numbers, sample_numbers
 
 
 def blend_order(fold: FoldPlan) -> tuple[np.ndarray, np.ndarray]:
-    """Which dataset each sample of a fold comes from, and its number in the fold's slice.
+    """Return the dataset of each sample of a fold, and its number in the dataset's slice.
 
-    megatron-core's helper interleaves the datasets so that every prefix of the fold keeps to the
-    blend, and uses each slice exactly once.
+    megatron-core's helper interleaves the datasets so that every prefix of the fold follows the
+    blend and each sample of each slice is used exactly once.
+
+    Returns:
+        Dataset numbers (int16) and sample numbers (int64), each ``[samples of the fold]``.
     """
-    sizes = np.array([piece.samples for piece in fold.slices], dtype=np.int64)
-    # The helper writes past the end of its arrays when a dataset's share is zero.
+    sizes = np.array([dataset_slice.samples for dataset_slice in fold.slices], dtype=np.int64)
+    # The helper writes past the end of its arrays if a dataset has no samples.
     present = np.flatnonzero(sizes)
-    which = np.zeros(fold.samples, dtype=np.int16)
-    position = np.zeros(fold.samples, dtype=np.int64)
-    helpers_cpp.build_exhaustive_blending_indices(which, position, sizes[present], len(present))
-    return present.astype(np.int16)[which], position
+    dataset_numbers = np.zeros(fold.samples, dtype=np.int16)
+    sample_numbers = np.zeros(fold.samples, dtype=np.int64)
+    helpers_cpp.build_exhaustive_blending_indices(
+        dataset_numbers, sample_numbers, sizes[present], len(present)
+    )
+    return present.astype(np.int16)[dataset_numbers], sample_numbers

@@ -1,8 +1,8 @@
-"""Samples in Megatron-LM's own order, through megatron-core's builder of blended datasets.
+"""Sample index in Megatron-LM's order, built by megatron-core's blended dataset builder.
 
-The order of Megatron-LM is one of the whole run: it depends on the number of samples asked for, on
-all weights and on the split. So it is built whole and cannot go on where another fold stopped; it
-is there to take over a Megatron-LM run in the middle, sample for sample.
+Megatron-LM's order is determined for the whole run: it depends on the requested number of samples,
+on all weights and on the split. It is therefore built as a whole and cannot continue where another
+fold stopped. It serves to continue a Megatron-LM run from any iteration, sample for sample.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from megatron_llmjp.data.indices import index_cache
 from megatron_llmjp.data.indices.epoch_index import DatasetTokenizer, EpochDatasets
 from megatron_llmjp.data.indices.worker import build_in_subprocess
 
-_PLAIN = {"reset_position_ids": False, "reset_attention_mask": False, "eod_mask_loss": False}
+_NO_RESETS = {"reset_position_ids": False, "reset_attention_mask": False, "eod_mask_loss": False}
 
 
 @dataclass(frozen=True)
 class MegatronIndex:
-    """All index files of a blend in Megatron-LM's order, in a folder named by what decides it."""
+    """Index of a blend in Megatron-LM's order, in a folder named after everything it depends on."""
 
     cache: Path
     blend: MegatronBlend
@@ -44,35 +44,35 @@ class MegatronIndex:
 
     @property
     def folder(self) -> Path:
-        """Where it lies when it is whole.
+        """Folder of the complete index.
 
-        The paths are part of the name, as megatron-core names its files by them.
+        Its name depends on the datasets' paths, because megatron-core's file names do.
         """
         content = json.dumps([*astuple(self.blend), self.sequence_length])
         name = hashlib.sha256(content.encode()).hexdigest()[:32]
         return self.cache / f"megatron-{name}-core{megatron.core.__version__}"
 
     @property
-    def work(self) -> int:
-        """Samples that are shuffled and blended."""
+    def build_cost(self) -> int:
+        """Number of samples to shuffle and blend."""
         return self.blend.samples * max(1, len(self.blend.paths) // 10)
 
     def build(self, temporary: Path) -> None:
-        """Write it into an existing, empty folder; from a process of its own inside a group."""
+        """Write the index into an empty folder; within a process group, in a subprocess."""
         if dist.is_available() and dist.is_initialized():
             build_in_subprocess(self, temporary)
             return
-        with _world_of_one():  # BlendedDataset asks for its rank when it writes
-            _dataset(self, temporary, DatasetTokenizer(0, 1), _PLAIN)
+        with _single_process_group():  # BlendedDataset queries its rank when it writes
+            _dataset(self, temporary, DatasetTokenizer(0, 1), _NO_RESETS)
 
     def open(self, epochs: EpochDatasets) -> MegatronSamples:
-        """The samples, memory-mapped; their index is made first where it is missing."""
+        """Return the samples, memory-mapped; build the index if it is missing."""
         index_cache.ensure_index(self.folder, self.build)
         return MegatronSamples(_dataset(self, self.folder, epochs.tokenizer, epochs.flags))
 
 
 class MegatronSamples:
-    """The samples of a blend as Megatron-LM would number them."""
+    """Samples of a blend with Megatron-LM's numbering."""
 
     def __init__(self, data: BlendedDataset | GPTDataset) -> None:
         self._data = data
@@ -86,21 +86,21 @@ class MegatronSamples:
 
     @property
     def datasets(self) -> list[GPTDataset]:
-        """Those that are blended, in the blend's order."""
+        """The blended datasets, in the order of the blend."""
         return [self._data] if isinstance(self._data, GPTDataset) else list(self._data.datasets)
 
     def numbers(self, place: int, wanted: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Numbers of the samples that are one of ``wanted`` in dataset ``place``, ascending."""
+        """Return the numbers of samples that are in ``wanted`` of dataset ``place``, ascending."""
         if isinstance(self._data, GPTDataset):
             return np.sort(wanted)
         mine = self._data.dataset_index == place
         return np.flatnonzero(mine & np.isin(self._data.dataset_sample_index, wanted))
 
     def source(self, number: int) -> tuple[int, GPTDataset, int]:
-        """Where a sample comes from.
+        """Locate a sample.
 
         Returns:
-            The place of its dataset in the blend, that dataset, and the sample's number in it.
+            Position of its dataset in the blend, the dataset, and the sample's number in it.
         """
         if isinstance(self._data, GPTDataset):
             return 0, self._data, number
@@ -109,12 +109,12 @@ class MegatronSamples:
 
 
 def megatron_index(blend: MegatronBlend, epochs: EpochDatasets) -> MegatronIndex:
-    """Where the indices of a blend lie."""
+    """Return the index of a blend."""
     return MegatronIndex(epochs.cache, blend, epochs.sequence_length)
 
 
 class _Builder(BlendedMegatronDatasetBuilder):
-    """Without barriers: only ranks that read data open it, and each finds the files there."""
+    """Builder without barriers: only ranks that read data use it, and the files exist already."""
 
     @staticmethod
     def build_generic_dataset(
@@ -148,7 +148,7 @@ def _dataset(
         **where,
         **flags,
     )
-    if config.split_matrix is not None:  # the other parts are none of this dataset's business
+    if config.split_matrix is not None:  # build this part only
         config.split_matrix = [
             ends if i == part else None for i, ends in enumerate(config.split_matrix)
         ]
@@ -157,7 +157,7 @@ def _dataset(
 
 
 @contextmanager
-def _world_of_one() -> Iterator[None]:
+def _single_process_group() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield

@@ -1,8 +1,8 @@
-"""Indices of a fold are there before its samples are needed, and no sooner than useful.
+"""Prefetching of sample indices: each fold's indices are built before its samples are needed.
 
-The fold that a run begins with is made before process groups exist. The next one is made by a
-process beside the first rank of each machine while the run trains. No collective waits for an
-index: every rank sees to it, by itself, that the indices of a batch are there before its step.
+The indices of the first fold are built before process groups exist. Those of the next fold are
+built by a subprocess of the first rank of each machine while the run trains. No collective waits
+for an index: before each step every rank ensures, on its own, that the indices of the batch exist.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Protocol
 
 from megatron_llmjp.data.folds.schedule import FoldPlan, Schedule
 from megatron_llmjp.data.indices.index_cache import (
-    PATIENCE_SECONDS,
+    LOCK_TIMEOUT_SECONDS,
     CachedIndex,
     ensure_indices,
     find_damage,
@@ -24,97 +24,100 @@ from megatron_llmjp.data.indices.index_cache import (
 from megatron_llmjp.data.indices.worker import build_in_background
 from megatron_llmjp.filesystem import no_heartbeat
 
-CHEAP = 1_000_000
-"""Work that is done at once, at most some 0.2 s: a process takes longer to start."""
+MAX_INLINE_COST = 1_000_000
+"""Build cost up to which indices are built immediately: about 0.2 s, less than a process start."""
 
-Wait = Callable[[Callable[[], bool]], bool]
-"""Waits until a function returns True; returns False when it gives up before."""
+WaitFunction = Callable[[Callable[[], bool]], bool]
+"""Waits until a function returns True; returns False if it gives up first."""
 
 
 def wait_alone(ready: Callable[[], bool]) -> bool:
-    """Wait for this process only, for as long as it takes."""
+    """Wait in this process only, without a time limit."""
     while not ready():
         time.sleep(0.2)
     return True
 
 
 class FoldIndexProvider(Protocol):
-    """What FoldDataset tells."""
+    """The part of FoldDataset that the prefetcher uses."""
 
     @property
     def schedule(self) -> Schedule:
-        """The run's data."""
+        """The fold schedule."""
 
     def indices(self, fold: FoldPlan) -> Sequence[CachedIndex]:
-        """Everything that samples of this fold are looked up in."""
+        """Return the sample indices that reading this fold requires."""
 
 
 class IndexPrefetcher:
-    """Makes the indices of folds in time."""
+    """Builds the sample indices of each fold before it starts."""
 
     def __init__(
         self,
         data: FoldIndexProvider,
         *,
         first_on_machine: bool,
-        say: Callable[[str], None] = print,
-        beat: Callable[[], None] = no_heartbeat,
+        log: Callable[[str], None] = print,
+        heartbeat: Callable[[], None] = no_heartbeat,
     ) -> None:
-        """Make those of ``data``; ``beat`` is called after each that is there."""
+        """Prefetch the indices of ``data``; ``heartbeat`` is called after each index."""
         self._data = data
         self._first_on_machine = first_on_machine
-        self._say, self._beat = say, beat
+        self._log, self._heartbeat = log, heartbeat
         self._ready: set[str] = set()
-        self._entered: set[str] = set()  # the same on all ranks, as what is ready is not
-        self._background: subprocess.Popen[bytes] | None = None  # makes the next fold's
+        self._entered: set[str] = set()  # identical on all ranks, unlike _ready
+        self._background: subprocess.Popen[bytes] | None = None  # builds the next fold's indices
 
     def start(self, consumed_samples: int, batch: int, held_out: Iterable[CachedIndex]) -> None:
-        """Make what the next batch and the validation sets need; no process group exists yet.
+        """Build the indices of the next batch and of the validation sets.
 
-        Small folds that follow are made as well. The first rank of a machine compares checksums.
+        Called before process groups exist. Small folds that follow are built as well. The first
+        rank of each machine also compares checksums.
         """
         folds = self._folds(consumed_samples, batch)
-        more = self._cheap_after(folds[-1])
+        more = self._following_cheap_folds(folds[-1])
         wanted = [*chain.from_iterable(map(self._data.indices, (*folds, *more))), *held_out]
         missing = [index for index in wanted if find_damage(index.folder) is not None]
-        if sum(index.work for index in missing) > CHEAP:
+        if sum(index.build_cost for index in missing) > MAX_INLINE_COST:
             names = ", ".join(fold.name for fold in folds)
-            self._say(f"building {len(missing)} sample indices for {names}")
-        ensure_indices(wanted, thorough=self._first_on_machine, done=self._beat)
+            self._log(f"building {len(missing)} sample indices for {names}")
+        ensure_indices(wanted, thorough=self._first_on_machine, done=self._heartbeat)
         self._ready.update(fold.name for fold in (*folds, *more))
         self._entered.update(fold.name for fold in folds)
-        self._prepare_next(folds[-1])
+        self._prefetch_next(folds[-1])
 
-    def before(self, consumed_samples: int, batch: int, wait: Wait = wait_alone) -> bool:
-        """Return when the indices of the next batch are there; every rank calls it at each step.
+    def ensure_ready(
+        self, consumed_samples: int, batch: int, wait: WaitFunction = wait_alone
+    ) -> bool:
+        """Return once the indices of the next batch exist; every rank calls this at each step.
 
-        Costs microseconds, but for the first time in a fold: then every rank calls ``wait``.
+        Takes microseconds, except at the start of a fold, when every rank calls ``wait``.
 
         Args:
-            consumed_samples: before the batch.
-            batch: its samples.
-            wait: returns when a function of each rank returns True, or False to give up.
+            consumed_samples: samples consumed before the batch.
+            batch: number of samples in the batch.
+            wait: returns when the given function returns True on every rank; False to give up.
 
         Returns:
-            False when the wait was given up.
+            False if ``wait`` gave up.
         """
         for fold in self._folds(consumed_samples, batch):
             if fold.name in self._entered:
                 continue
             indices = self._data.indices(fold)
-            if _are_missing(indices):
-                self._say(f"waiting for the sample indices of fold '{fold.name}'")
-            if not wait(partial(self._are_there, indices, time.monotonic())):
+            if _any_missing(indices):
+                self._log(f"waiting for the sample indices of fold '{fold.name}'")
+            if not wait(partial(self._ready_or_building, indices, time.monotonic())):
                 return False
             self._entered.add(fold.name)
             if fold.name not in self._ready:
-                ensure_indices(indices, done=self._beat)
+                ensure_indices(indices, done=self._heartbeat)
                 self._ready.add(fold.name)
-                self._prepare_next(fold)
+                self._prefetch_next(fold)
         return True
 
     def close(self) -> None:
-        """End the process that makes indices, if there is one."""
+        """Stop the background process, if there is one."""
         if self._background is not None:
             self._background.kill()
             self._background.wait()
@@ -123,51 +126,53 @@ class IndexPrefetcher:
     def _folds(self, consumed_samples: int, batch: int) -> tuple[FoldPlan, ...]:
         schedule = self._data.schedule
         edges = (consumed_samples, consumed_samples + batch - 1)
-        first, last = (_number(schedule.fold_of_sample(sample), schedule) for sample in edges)
+        first, last = (_fold_number(schedule.fold_of_sample(sample), schedule) for sample in edges)
         return schedule.folds[first : last + 1]
 
-    def _cheap_after(self, fold: FoldPlan) -> list[FoldPlan]:
-        schedule, cheap, work = self._data.schedule, [], 0
-        for later in schedule.folds[_number(fold, schedule) + 1 :]:
+    def _following_cheap_folds(self, fold: FoldPlan) -> list[FoldPlan]:
+        schedule, cheap, cost = self._data.schedule, [], 0
+        for later in schedule.folds[_fold_number(fold, schedule) + 1 :]:
             indices = self._data.indices(later)
-            work += sum(index.work for index in indices if find_damage(index.folder) is not None)
-            if work > CHEAP:
+            cost += sum(
+                index.build_cost for index in indices if find_damage(index.folder) is not None
+            )
+            if cost > MAX_INLINE_COST:
                 break
             cheap.append(later)
         return cheap
 
-    def _are_there(self, indices: Sequence[CachedIndex], asked: float) -> bool:
-        """Whether these are there; sees to it that a process makes them.
+    def _ready_or_building(self, indices: Sequence[CachedIndex], since: float) -> bool:
+        """Return whether the indices exist; otherwise ensure that a process is building them.
 
-        One process of a machine makes them all, as each takes seconds to start and loads torch.
+        One process per machine builds all of them, as each takes seconds to start and loads torch.
         """
-        if not _are_missing(indices):
+        if not _any_missing(indices):
             return True
         if self._first_on_machine:
             self._background = self._background or build_in_background(indices)
-            failed = self._background.poll() is not None and _are_missing(indices)
+            failed = self._background.poll() is not None and _any_missing(indices)
         else:
-            failed = time.monotonic() - asked > PATIENCE_SECONDS
+            failed = time.monotonic() - since > LOCK_TIMEOUT_SECONDS
         if failed:
-            ensure_indices(indices, done=self._beat)  # raises what is wrong
+            ensure_indices(indices, done=self._heartbeat)  # raises the error that prevents building
         return failed
 
-    def _prepare_next(self, fold: FoldPlan) -> None:
-        """Have the first rank of a machine make the next fold that is not there."""
+    def _prefetch_next(self, fold: FoldPlan) -> None:
+        """On the first rank of a machine, start building the next fold that is not ready."""
         schedule = self._data.schedule
-        later = schedule.folds[_number(fold, schedule) + 1 :]
+        later = schedule.folds[_fold_number(fold, schedule) + 1 :]
         following = next((f for f in later if f.name not in self._ready), None)
         if following is None or not self._first_on_machine:
             return
-        self.close()  # of the fold that has just begun: it is done
+        self.close()  # the process of the fold that just started, which has finished
         indices = self._data.indices(following)
-        if _are_missing(indices):
+        if _any_missing(indices):
             self._background = build_in_background(indices)
 
 
-def _are_missing(indices: Iterable[CachedIndex]) -> bool:
+def _any_missing(indices: Iterable[CachedIndex]) -> bool:
     return any(find_damage(index.folder) is not None for index in indices)
 
 
-def _number(fold: FoldPlan, schedule: Schedule) -> int:
+def _fold_number(fold: FoldPlan, schedule: Schedule) -> int:
     return next(i for i, other in enumerate(schedule.folds) if other is fold)

@@ -1,10 +1,10 @@
-"""Building indices in a process beside a rank.
+"""Subprocess of a rank that builds sample indices.
 
-A rank in a process group cannot do it itself: megatron-core builds on the first rank only, and a
-thread would hold the interpreter while numpy shuffles. The child is a fresh interpreter, as a
-process with CUDA or threads must not fork.
+A rank within a process group cannot build indices itself: megatron-core builds only on the first
+rank, and a thread would hold the interpreter lock while numpy shuffles. The child is a new
+interpreter, because a process with CUDA or threads must not fork.
 
-The child reads pickled jobs from its standard input and ends when that is closed, so it never
+The child reads a pickled job from its standard input and exits when that is closed, so it never
 outlives the rank.
 """
 
@@ -25,14 +25,14 @@ import megatron_llmjp
 from megatron_llmjp.data.indices.index_cache import CachedIndex, ensure_indices
 
 _SIZE = struct.Struct("<Q")
-_POLITENESS = 10
+_NICENESS = 10
 
 
 def build_in_subprocess(index: CachedIndex, temporary: Path) -> None:
-    """Write an index into a folder, from a process of its own; returns when it is done.
+    """Write an index into a folder in a subprocess, and wait for it.
 
     Raises:
-        RuntimeError: the process failed; it has told why on standard error.
+        RuntimeError: the subprocess failed; its standard error has the cause.
     """
     child = _start(partial(index.build, temporary))
     code = child.wait()
@@ -43,14 +43,14 @@ def build_in_subprocess(index: CachedIndex, temporary: Path) -> None:
 
 
 def build_in_background(indices: Sequence[CachedIndex]) -> subprocess.Popen[bytes]:
-    """Begin to make all of these, at low priority."""
+    """Start building the missing ones of these indices at low priority, and return."""
     return _start(partial(ensure_indices, list(indices)))
 
 
 def _start(job: Callable[[], None]) -> subprocess.Popen[bytes]:
     root = str(Path(megatron_llmjp.__file__).resolve().parents[1])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    # Neither a GPU's memory nor all cores: the rank needs them.
+    # Leave the GPU memory and the cores to the rank.
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),
         "CUDA_VISIBLE_DEVICES": "",
@@ -67,9 +67,9 @@ def _start(job: Callable[[], None]) -> subprocess.Popen[bytes]:
 
 
 def main() -> None:
-    """Do the job on standard input."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the child without a word
-    os.nice(_POLITENESS)
+    """Run the job that is read from standard input."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the child without a traceback
+    os.nice(_NICENESS)
     stream = sys.stdin.buffer
     (size,) = _SIZE.unpack(stream.read(_SIZE.size))
     written = stream.read(size)
