@@ -116,7 +116,7 @@ def layer_activations(config: Config, layout: Layout, kernels: Kernels) -> int:
     t, p = layout.tp, _sequence_parts(config, layout)
     queries = model.num_attention_heads * model.head_dim
     groups = model.query_groups * model.head_dim
-    rope = model.position_embedding_type == "rope"
+    rope = model.is_rotary
     mask = 1 if kernels.fused else e
     kept = _norms(config, n // p, kernels)
     # The input of the projection, from which values are a view; rotated queries and keys.
