@@ -49,13 +49,18 @@ _WEIGHT_SHAPE_FIELDS = {
     "num_query_groups",
     "kv_channels",
     "ffn_hidden_size",
-    "position_embedding_type",
     "normalization",
     "add_bias_linear",
     "add_qkv_bias",
     "untie_embeddings_and_output_weights",
 }
 """Fields that decide which weights a model has, and their shapes."""
+
+_OF_ONE_VALUE = {
+    "activation_function": "swiglu",
+    "position_embedding_type": "learned_absolute",
+}
+"""Fields of which one value alone, against all others, does."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +215,7 @@ def check_weights(config: Config, resume: Resume) -> None:
         "back, or start from other weights"
         for name, (old, new) in found.items()
         if name in _WEIGHT_SHAPE_FIELDS
-        or (name == "activation_function" and "swiglu" in (old, new))
+        or (name in _OF_ONE_VALUE and _OF_ONE_VALUE[name] in (old, new))
     ]
     if problems:
         raise UserError("\n".join(problems))

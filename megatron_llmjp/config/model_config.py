@@ -57,8 +57,10 @@ class ModelConfig(Section):
     max_position_embeddings: PositiveInt | None = Field(
         None, description="longest sequence the model is made for; seq_length when not given"
     )
-    position_embedding_type: Literal["rope", "learned_absolute"] = Field(
-        "rope", description="rotary positions, or a learned table as in GPT-2"
+    position_embedding_type: Literal["rope", "yarn", "learned_absolute"] = Field(
+        "rope",
+        description="rotary positions, rotary ones stretched by YaRN, or a learned table as in "
+        "GPT-2",
     )
     rotary_base: PositiveInt = Field(10000, description="base of the rotary frequencies")
     rotary_percent: float = Field(
@@ -87,6 +89,33 @@ class ModelConfig(Section):
     )
     rope_scaling_original_max_position_embeddings: PositiveInt = Field(
         8192, description="use_rope_scaling: the length that the model was made for at first"
+    )
+    yarn_rotary_scaling_factor: float = Field(
+        1.0, ge=1.0, description="yarn: how far positions are stretched"
+    )
+    yarn_original_max_position_embeddings: PositiveInt = Field(
+        4096, description="yarn: the length that the model was made for at first"
+    )
+    yarn_beta_fast: float = Field(
+        32.0,
+        gt=0.0,
+        description="yarn: turns within the original length above which a frequency is kept",
+    )
+    yarn_beta_slow: float = Field(
+        1.0,
+        gt=0.0,
+        description="yarn: turns within the original length below which a frequency "
+        "is stretched in full",
+    )
+    yarn_mscale: float | None = Field(
+        None,
+        gt=0.0,
+        description="yarn: growth of queries and keys with the factor's logarithm, "
+        "relative to yarn_mscale_all_dim; 1 when not given",
+    )
+    yarn_mscale_all_dim: float | None = Field(None, gt=0.0, description="yarn: see yarn_mscale")
+    yarn_correction_range_round_to_int: bool = Field(
+        True, description="yarn: round the dimensions between kept and stretched frequencies"
     )
     normalization: Literal["RMSNorm", "LayerNorm"] = Field("RMSNorm", description="kind of norm")
     norm_epsilon: float = Field(1e-5, gt=0.0, description="epsilon inside the norms")
@@ -120,6 +149,11 @@ class ModelConfig(Section):
     padded_vocab_size: PositiveInt | None = Field(
         None, description="rows of the embedding, when they are not to be computed"
     )
+
+    @property
+    def is_rotary(self) -> bool:
+        """Whether positions are rotations, of whatever frequencies."""
+        return self.position_embedding_type != "learned_absolute"
 
     @property
     def query_groups(self) -> int:

@@ -220,11 +220,9 @@ _BY_RELEASE: dict[str, str] = {
         --logits-load-prefetch-factor --logits-save-dir --logits-save-dtype --logits-save-top-k
         --logits-save-top-p --logits-save-top-p-min-k --megatron-fsdp-max-pool-double-buffer
         --no-dsa-indexer-rotate-activation --no-dsa-indexer-scoring-relu
-        --no-stream-ckpt-dequant --no-yarn-correction-range-round-to-int
+        --no-stream-ckpt-dequant
         --override-ckpt-iteration --tensor-parallel-num-weight-shards
-        --use-grouped-gemm-for-shared-expert --use-same-sampling-seed-across-dp-ranks
-        --yarn-beta-fast --yarn-beta-slow --yarn-correction-range-round-to-int
-        --yarn-original-max-position-embeddings""",
+        --use-grouped-gemm-for-shared-expert --use-same-sampling-seed-across-dp-ranks""",
     "0.20": """
         --batch-invariant-backend --ckpt-drop-redundant-extra-state
         --ckpt-fully-parallel-load-per-rank-objects --ckpt-pg-tensors-cache-create

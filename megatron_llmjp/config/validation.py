@@ -16,7 +16,7 @@ from megatron_llmjp.config import layout_validation
 from megatron_llmjp.config.layout_validation import data_parallel_size
 from megatron_llmjp.config.learning_rate_rules import ScheduleLengths, learning_rate_problems
 from megatron_llmjp.config.loading import EQUIVALENT_UNITS
-from megatron_llmjp.config.schema import SECTION_OF, Config
+from megatron_llmjp.config.schema import SECTION_OF, Config, ModelConfig
 from megatron_llmjp.errors import UserError
 
 DECAY_LENGTH_FIELDS = next(names for names in EQUIVALENT_UNITS if "lr_decay_iters" in names)
@@ -180,13 +180,15 @@ def _model(config: Config) -> Iterator[str]:
 
 def _positions(config: Config) -> Iterator[str]:
     model = config.model
-    if model.position_embedding_type == "rope":
+    if model.is_rotary:
         rotated = int(model.head_dim * model.rotary_percent)
         if rotated % 2 or rotated == 0:
             yield (
                 f"rotary_percent {model.rotary_percent} of heads of {model.head_dim} rotates "
                 f"{rotated} numbers, which make no pairs: choose an even part of the head"
             )
+        if model.position_embedding_type == "yarn":
+            yield from _yarn(model)
         low, high = model.rope_scaling_low_freq_factor, model.rope_scaling_high_freq_factor
         if model.use_rope_scaling and low >= high:
             yield (
@@ -204,6 +206,19 @@ def _positions(config: Config) -> Iterator[str]:
                 f"{name} is for rotary positions: set position_embedding_type to rope, or leave "
                 f"{name} out"
             )
+
+
+def _yarn(model: ModelConfig) -> Iterator[str]:
+    """megatron-core's YaRN takes no notice of the other ways to change the frequencies."""
+    for name, given in (
+        ("use_rope_scaling", model.use_rope_scaling),
+        ("rotary_seq_len_interpolation_factor", model.rotary_seq_len_interpolation_factor),
+        ("rotary_percent", model.rotary_percent != 1.0),
+    ):
+        if given:
+            yield f"{name} has no effect with position_embedding_type yarn: leave one of them out"
+    if (model.yarn_mscale is None) != (model.yarn_mscale_all_dim is None):
+        yield "yarn_mscale and yarn_mscale_all_dim: give both or none"
 
 
 def _vocabulary(config: Config) -> Iterator[str]:

@@ -161,8 +161,9 @@ def _model(config: Config, _: RunSize) -> Iterator[str]:
             f"seq_length {data.seq_length} is below max_position_embeddings "
             f"{config.max_positions}: the positions behind it are never trained"
         )
-    if model.position_embedding_type == "rope" and data.seq_length > 8192:
-        scaled = model.use_rope_scaling or model.rotary_seq_len_interpolation_factor
+    if model.is_rotary and data.seq_length > 8192:
+        yarn = model.position_embedding_type == "yarn"
+        scaled = yarn or model.use_rope_scaling or model.rotary_seq_len_interpolation_factor
         if model.rotary_base <= 10000 and not scaled:
             yield (
                 f"rotary_base {model.rotary_base} for sequences of {data.seq_length}: v4 took "

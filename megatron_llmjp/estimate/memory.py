@@ -100,7 +100,7 @@ def layer_activations(config: Config, layout: ParallelLayout, fused_kernels: boo
     t, p = layout.tp, _sequence_parts(config, layout)
     queries = model.num_attention_heads * model.head_dim
     groups = model.query_groups * model.head_dim
-    rope = model.position_embedding_type == "rope"
+    rope = model.is_rotary
     mask = 1 if fused_kernels else e
     kept = _norms(config, n // p, fused_kernels)
     # Output of the QKV projection, of which values are a view; rotated queries and keys.

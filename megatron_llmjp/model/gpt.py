@@ -118,7 +118,18 @@ def transformer_config(config: Config, device: Device) -> TransformerConfig:
             pipeline_model_parallel_layout=parallel.pipeline_model_parallel_layout,
             **_pipeline_communication(config, device),
         )
+    if model.position_embedding_type == "yarn":
+        _add_yarn(core, model)
     return core
+
+
+def _add_yarn(core: Any, model: ModelConfig) -> None:
+    """Set YaRN's settings, which GPTModel and the attention look for among the attributes."""
+    core.yarn_rotary_scaling_factor = model.yarn_rotary_scaling_factor
+    core.yarn_original_max_position_embeddings = model.yarn_original_max_position_embeddings
+    core.yarn_beta_fast, core.yarn_beta_slow = model.yarn_beta_fast, model.yarn_beta_slow
+    core.yarn_mscale, core.yarn_mscale_all_dim = model.yarn_mscale, model.yarn_mscale_all_dim
+    core.yarn_correction_range_round_to_int = model.yarn_correction_range_round_to_int
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 
 import pytest
 import torch
@@ -54,7 +55,9 @@ def test_parameters_are_resolved_as_transformers_does(legacy):
 
 def test_what_megatron_core_has_not_is_refused():
     for scaling in (
-        {"rope_type": "yarn", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.5},
+        {"rope_type": "yarn", "factor": "4"},
+        {"rope_type": "dynamic", "factor": 4.0},
         {"rope_type": "llama3", "factor": 8.0, **LLAMA3, "low_freq_factor": 4.0},
         {"rope_type": "llama3", "factor": 8.0},
         {"rope_type": "linear", "factor": 2.5},
@@ -115,6 +118,28 @@ def test_llama3_scaling_with_other_constants(tmp_path, convert):
     text = convert("--to", "megatron-lm", "--input", tmp_path / "n", "--output", tmp_path / "m",
                    code=2)  # fmt: skip
     assert "rope_scaling_low_freq_factor 2.5, rope_scaling_high_freq_factor 6.0" in text
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "beta_fast": 24.0,
+        "beta_slow": 2.0, "original_max_position_embeddings": 40, "truncate": True}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"mscale": 0.7, "mscale_all_dim": 0.4}, {"truncate": False, "factor": 2.5}]
+)
+def test_yarn(tmp_path, convert, more):
+    """transformers and megatron-core compute the same with it, in both directions."""
+    model = llama(rope_parameters={**YARN, **more}, max_position_embeddings=160)
+    model.save_pretrained(tmp_path / "hf")
+    words = ("--verify", "--input")
+    convert("--to", "native", *words, tmp_path / "hf", "--output", tmp_path / "n")
+    convert("--to", "hf", *words, tmp_path / "n", "--output", tmp_path / "back")
+    back = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert back["rope_parameters"] == {**YARN, **more}
+    assert back["rope_scaling"]["type"] == back["rope_scaling"]["rope_type"] == "yarn"
+    for target in ("megatron-lm", "megatron-deepspeed"):
+        words = ("--to", target, "--input", tmp_path / "n", "--output", tmp_path / "m")
+        assert re.search("YaRN|scaled rotary", convert(*words, code=2))
 
 
 def test_biases_of_every_linear_layer_are_kept(tmp_path, convert):

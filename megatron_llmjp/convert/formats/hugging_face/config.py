@@ -120,6 +120,9 @@ def vocabulary(config: dict[str, Any], where: str, tied: bool) -> dict[str, Any]
     }
 
 
+KINDS = ("default", "linear", "llama3", "yarn")
+"""Rotary scalings of transformers that megatron-core has."""
+
 LLAMA3 = {
     "low_freq_factor": "rope_scaling_low_freq_factor",
     "high_freq_factor": "rope_scaling_high_freq_factor",
@@ -165,18 +168,20 @@ def rotary(config: dict[str, Any], where: str, legacy: str = "rope_theta") -> di
     unsupported(
         where,
         **{
-            f"rope scaling '{kind}'": kind not in ("default", "linear", "llama3"),
+            f"rope scaling '{kind}'": kind not in KINDS,
             f"{legacy} {value} (not a whole number)": value != value // 1,
             f"linear rope scaling by {factor} (not a whole number)": kind == "linear"
             and factor != factor // 1,
         },
     )
-    fields: dict[str, Any] = {"rotary_base": int(value)}
+    fields: dict[str, Any] = {"position_embedding_type": "rope", "rotary_base": int(value)}
     if kind == "linear":
         fields["rotary_seq_len_interpolation_factor"] = int(factor)
     elif kind == "llama3":
         fields |= {"use_rope_scaling": True, "rope_scaling_factor": factor}
         fields |= _llama3_constants(config, scaling, where)
+    elif kind == "yarn":
+        fields |= _yarn_fields(config, scaling, factor, where)
     return fields
 
 
@@ -198,6 +203,49 @@ def _llama3_constants(
         },
     )
     return {LLAMA3[key]: value for key, value in found.items()}
+
+
+YARN = {
+    "original_max_position_embeddings": "yarn_original_max_position_embeddings",
+    "beta_fast": "yarn_beta_fast",
+    "beta_slow": "yarn_beta_slow",
+    "mscale": "yarn_mscale",
+    "mscale_all_dim": "yarn_mscale_all_dim",
+    "truncate": "yarn_correction_range_round_to_int",
+}
+"""YaRN's settings in transformers beside the factor, and the fields of the model."""
+
+
+def _yarn_fields(
+    config: dict[str, Any], scaling: dict[str, Any], factor: float, where: str
+) -> dict[str, Any]:
+    """As modeling_rope_utils.py of transformers, ``_compute_yarn_parameters``."""
+    length = scaling.get("original_max_position_embeddings")
+    length = config.get("max_position_embeddings", 2048) if length is None else length
+    given = {
+        "original_max_position_embeddings": length,
+        "beta_fast": scaling.get("beta_fast") or 32.0,
+        "beta_slow": scaling.get("beta_slow") or 1.0,
+    }
+    scales = [scaling.get(key) for key in ("mscale", "mscale_all_dim")]
+    if all(scales):  # one alone means nothing
+        given |= dict(zip(("mscale", "mscale_all_dim"), scales, strict=True))
+    found = {YARN[k]: number(value, f"{k} of rope_scaling", where) for k, value in given.items()}
+    truncate = scaling.get("truncate", True)
+    unsupported(
+        where,
+        **{
+            "yarn rope scaling with attention_factor": scaling.get("attention_factor") is not None,
+            f"yarn rope scaling by {factor}": factor < 1.0,
+            f"yarn rope scaling with truncate {truncate!r}": not isinstance(truncate, bool),
+        },
+    )
+    return {
+        "position_embedding_type": "yarn",
+        "yarn_rotary_scaling_factor": factor,
+        YARN["truncate"]: truncate,
+        **found,
+    }
 
 
 def number(value: Any, what: str, where: str) -> float:
@@ -229,6 +277,11 @@ def rotary_keys(model: ModelConfig, legacy: str = "rope_theta", **more: Any) -> 
         constants = {key: getattr(model, field) for key, field in LLAMA3.items()}
         parameters = {"rope_type": "llama3", "factor": model.rope_scaling_factor, **constants}
         scaling = {"type": "llama3", **parameters}
+    elif model.position_embedding_type == "yarn":
+        settings = {key: getattr(model, field) for key, field in YARN.items()}
+        settings = {key: value for key, value in settings.items() if value is not None}
+        parameters = {"rope_type": "yarn", "factor": model.yarn_rotary_scaling_factor, **settings}
+        scaling = {"type": "yarn", **parameters}
     elif model.rotary_seq_len_interpolation_factor is not None:
         factor = float(model.rotary_seq_len_interpolation_factor)
         parameters = {"rope_type": "linear", "factor": factor}

@@ -60,7 +60,9 @@ def _rules(model: ModelConfig) -> list[Rule]:
 
 def _refusals(model: ModelConfig) -> list[str]:
     held = {
-        "learned positions": model.position_embedding_type == "rope",
+        f"position_embedding_type {model.position_embedding_type}": (
+            model.position_embedding_type == "rope"
+        ),
         **rotary_refusals(model),
         **layer_norm_gelu_refusals(model),
     }
@@ -89,6 +91,8 @@ def _to_config(model: ModelConfig) -> dict[str, Any]:
 def _from_config(config: dict[str, Any], where: str) -> ModelConfig:
     unsupported(where, **{"attention_bias false": not config.get("attention_bias", True)})
     parameters = rotary_parameters(config, where)
+    positions = rotary(config, where, "rotary_emb_base")
+    unsupported(where, **{"yarn rope scaling": positions["position_embedding_type"] == "yarn"})
     percent = parameters.get("partial_rotary_factor", config.get("rotary_pct", 0.25))
     heads = required(config, "num_attention_heads", where)
     hidden = required(config, "hidden_size", where)
@@ -103,8 +107,7 @@ def _from_config(config: dict[str, Any], where: str) -> ModelConfig:
         max_position_embeddings=required(
             {"max_position_embeddings": 2048, **config}, "max_position_embeddings", where
         ),
-        position_embedding_type="rope",
-        **rotary(config, where, "rotary_emb_base"),
+        **positions,
         rotary_percent=percent,
         norm_epsilon=config.get("layer_norm_eps", 1e-5),
         use_parallel_residual=config.get("use_parallel_residual", True),

@@ -65,7 +65,7 @@ def _rules(model: ModelConfig) -> list[Rule]:
 
 def _refusals(model: ModelConfig) -> list[str]:
     held = {
-        "learned positions": model.position_embedding_type == "rope",
+        "learned positions": model.is_rotary,
         f"rotary_percent {model.rotary_percent}": model.rotary_percent == 1.0,
         f"normalization {model.normalization}": model.normalization == "RMSNorm",
         f"activation {model.activation_function}": model.activation_function == "swiglu",
@@ -123,7 +123,6 @@ def _from_config(config: dict[str, Any], where: str) -> ModelConfig:
         max_position_embeddings=required(
             {"max_position_embeddings": 2048, **config}, "max_position_embeddings", where
         ),
-        position_embedding_type="rope",
         **rotary(config, where),
         normalization="RMSNorm",
         norm_epsilon=config.get("rms_norm_eps", 1e-6),

@@ -167,9 +167,10 @@ def _optimizer_file(
 
 def _check_expressible(model: ModelConfig) -> None:
     problems = []
-    if model.position_embedding_type == "rope" and model.rotary_base != 10000:
+    if model.is_rotary and model.rotary_base != 10000:
         problems.append(f"rotary_base {model.rotary_base}: Megatron-DeepSpeed has 10000 built in")
-    if model.use_rope_scaling or model.rotary_seq_len_interpolation_factor is not None:
+    yarn = model.position_embedding_type == "yarn"
+    if yarn or model.use_rope_scaling or model.rotary_seq_len_interpolation_factor is not None:
         problems.append("scaled rotary positions")
     if model.use_parallel_residual:
         problems.append("parallel residual")

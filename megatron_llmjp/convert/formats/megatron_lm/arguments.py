@@ -161,16 +161,12 @@ def _check_consistent(given: dict[str, Any], where: str) -> None:
 def _is_rope(given: dict[str, Any], where: str) -> bool:
     """Megatron-LM says ``position_embedding_type``, Megatron-DeepSpeed has two switches."""
     kind = given.get("position_embedding_type")
+    known = (None, "rope", "learned_absolute")
+    unsupported(where, **{f"position_embedding_type {kind}": kind not in known})
     if given.get("use_rotary_position_embeddings") or kind == "rope":
         return True
     added = bool(given.get("add_position_embedding", True))
-    unsupported(
-        where,
-        **{
-            f"position_embedding_type {kind}": kind not in (None, "learned_absolute"),
-            "a model without position embeddings": not added,
-        },
-    )
+    unsupported(where, **{"a model without position embeddings": not added})
     return False
 
 

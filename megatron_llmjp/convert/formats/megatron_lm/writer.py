@@ -35,6 +35,8 @@ def plan(source: Source, options: Options) -> Output:
     """
     if source.model.use_parallel_residual:
         raise UserError(f"{source.path}: Megatron-LM has no layer with a parallel residual")
+    if source.model.position_embedding_type == "yarn":
+        raise UserError(f"{source.path}: YaRN's positions are not written for Megatron-LM")
     changed = [name for name in LLAMA3.values() if _is_changed(source.model, name)]
     if source.model.use_rope_scaling and changed:
         raise UserError(
