@@ -198,14 +198,14 @@ def count_recent(run: Run, sizes: BatchSizeSchedule, iteration: int) -> int:
 
 def planned_iterations(run: Run) -> int:
     """Iterations that the run would have without its rollbacks."""
-    other = [r for words, r in run.past.skipped_iterations.items() if not _is_rollback(words)]
+    other = [r for words, r in run.history.skipped_iterations.items() if not _is_rollback(words)]
     by_user = SkippedSamples.of([*other, *(skip.samples for skip in run.folds.skip)])
     return train_iterations(run.config, run.schedule.with_skips(by_user))[0]
 
 
 def _ranges(run: Run) -> dict[str, tuple[int, int]]:
     """Positions that rollbacks skipped, by their words."""
-    skipped = run.past.skipped_iterations
+    skipped = run.history.skipped_iterations
     return {words: positions for words, positions in skipped.items() if _is_rollback(words)}
 
 

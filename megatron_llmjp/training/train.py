@@ -114,8 +114,8 @@ def _back(beginning: Opened, rollback: Rollback, place: _Place) -> Opened:
     """The run as of its last checkpoint, without the batches that led to a spike."""
     gc.collect()  # the model that is given up must not lie beside the new one
     torch.cuda.empty_cache()
-    left_out = {**beginning.run.past.skipped_iterations, rollback.words: rollback.positions}
-    run = resolve_run(beginning.run.requested, place.ranks.world_size, left_out=left_out)
+    left_out = {**beginning.run.history.skipped_iterations, rollback.words: rollback.positions}
+    run = resolve_run(beginning.run.requested, place.ranks.world_size, skipped_ranges=left_out)
     chosen = str(run.resume.folder) if run.resume is not None else ""
     subject = f"rollback {rollback.iteration} {rollback.words}"
     if (

@@ -218,7 +218,7 @@ def test_a_disk_that_is_full_for_a_while(tmp_path, capfd):
     broken, *lines = (save / "metrics.jsonl").read_text().splitlines()
     assert broken == '{"iteration": 1, "lm lo'
     assert [json.loads(line)["iteration"] for line in lines] == list(range(1, 21))
-    assert "waits for room on its disk: File too large" in capfd.readouterr().err
+    assert "waits for free disk space: File too large" in capfd.readouterr().err
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
