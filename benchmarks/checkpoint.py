@@ -106,7 +106,7 @@ def make_state(with_optimizer: bool) -> tuple[Any, Any]:
     from megatron_llmjp.parallel import process_groups
     from megatron_llmjp.parallel.device import setup
     from megatron_llmjp.parallel.ranks import single_process
-    from megatron_llmjp.training.optimizer import make_optimizer, wrap_for_data_parallel
+    from megatron_llmjp.training.optimizer import build_optimizer, wrap_for_data_parallel
 
     config = parse(MODEL.split()).config
     device = setup()
@@ -114,8 +114,8 @@ def make_state(with_optimizer: bool) -> tuple[Any, Any]:
     chunks = build_model(config, device)
     if not with_optimizer:
         return config, RunState(chunks)
-    chunks = wrap_for_data_parallel(chunks, config, device)
-    return config, RunState(chunks, make_optimizer(chunks, config, device), NoSchedule())
+    chunks = wrap_for_data_parallel(chunks, config)
+    return config, RunState(chunks, build_optimizer(chunks, config), NoSchedule())
 
 
 class NoSchedule:

@@ -174,18 +174,20 @@ def our_step(config: Any) -> tuple[Callable[[], Any], int]:
     from megatron_llmjp.parallel import process_groups
     from megatron_llmjp.parallel.device import setup
     from megatron_llmjp.parallel.ranks import single_process
-    from megatron_llmjp.training.lr_scheduler import LearningRates, RunScheduler
-    from megatron_llmjp.training.optimizer import make_optimizer, wrap_for_data_parallel
-    from megatron_llmjp.training.train_step import connect, train_step
+    from megatron_llmjp.training.lr_scheduler import LearningRateSchedule, RunScheduler
+    from megatron_llmjp.training.optimizer import build_optimizer, wrap_for_data_parallel
+    from megatron_llmjp.training.train_step import configure_schedules, train_step
 
     device = setup()
     process_groups.initialize(config, single_process(), device)
-    chunks = wrap_for_data_parallel(build_model(config, device), config, device)
-    optimizer = make_optimizer(chunks, config, device)
+    chunks = wrap_for_data_parallel(build_model(config, device), config)
+    optimizer = build_optimizer(chunks, config)
     no_folds = Schedule(seed=0, sequence_length=config.data.seq_length, folds=())
-    rates = LearningRates(config, no_folds, BatchSizeSchedule(config), config.training.train_iters)
+    rates = LearningRateSchedule(
+        config, no_folds, BatchSizeSchedule(config), config.training.train_iters
+    )
     scheduler = RunScheduler(optimizer, rates)
-    connect(chunks, optimizer, config)
+    configure_schedules(chunks, optimizer, config)
     micro_batches = config.training.global_batch_size // config.training.micro_batch_size
     data = [itertools.cycle(random_batches(config, micro_batches))]
     parameters = sum(p.numel() for p in chunks[0].parameters())

@@ -47,7 +47,7 @@ from megatron_llmjp.parallel.ranks import (
 from megatron_llmjp.parallel.signals import StopRequests
 from megatron_llmjp.placeholders import check_packages, substitute_missing
 from megatron_llmjp.planning import print_data_plan, print_estimate
-from megatron_llmjp.report.page import draw_at_end
+from megatron_llmjp.report.page import write_report_at_end
 from megatron_llmjp.retrying_file import protect_standard_streams
 from megatron_llmjp.run import Run, resolve_run
 from megatron_llmjp.start_checks import check_start, overlap_warnings
@@ -229,7 +229,7 @@ def _run_rank(run: Run, ranks: Ranks, start_warnings: Sequence[str]) -> int:
 
         code = train(run, ranks, device, requests)
         if code == EXIT_DONE and ranks.is_first:
-            draw_at_end(run.config.checkpoint.save)
+            write_report_at_end(run.config.checkpoint.save)
         return code
     except UserError as error:
         if ranks.is_first:
