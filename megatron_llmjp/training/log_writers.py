@@ -98,7 +98,6 @@ def interval_line(
     return f" [{now}] {' | '.join(parts)} |"
 
 
-WANDB = "WeightsAndBiases"
 WANDB_RUN_ID_FILE = "wandb_run_id.txt"
 
 
@@ -141,7 +140,7 @@ class MetricsWriters:
         if events:
             self._writers.append(TensorboardWriter(events, config))
         if config.logging.wandb_project:
-            self._attempt(WANDB, lambda: self._writers.append(WandbWriter(config)))
+            self._attempt(WandbWriter.__name__, lambda: self._writers.append(WandbWriter(config)))
 
     def write(self, record: MetricsRecord) -> None:
         """Write a record to all destinations."""

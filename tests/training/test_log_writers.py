@@ -119,7 +119,7 @@ def test_what_libraries_raise_does_not_end_a_run(tmp_path, wandb, monkeypatch, c
     writers.close()
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
     told = capfd.readouterr().err
-    assert told.count("warning: WeightsAndBiases: BrokenPipeError: [Errno 32] Broken pipe") == 1
+    assert told.count("warning: WandbWriter: BrokenPipeError: [Errno 32] Broken pipe") == 1
 
     def unreachable(**settings):
         raise ConnectionError("no route to host")
@@ -128,7 +128,7 @@ def test_what_libraries_raise_does_not_end_a_run(tmp_path, wandb, monkeypatch, c
     writers = MetricsWriters(run)
     writers.write(record(3, **{"lm loss": 5.0}))
     writers.close()
-    assert "WeightsAndBiases: ConnectionError: no route to host; the run" in capfd.readouterr().err
+    assert "WandbWriter: ConnectionError: no route to host; the run" in capfd.readouterr().err
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
 
 
