@@ -151,7 +151,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         ranks = find_ranks()
         command = parse(argv, own_configuration=add_stored_config)
-        if ranks is None or (ranks.is_first and ranks.started_by != LOCAL_LAUNCHER):
+        if ranks is None or (ranks.is_first and ranks.launcher != LOCAL_LAUNCHER):
             print_notes(command.notes)
         if command.mode is not Mode.TRAIN:
             return _run_planning_mode(command, ranks)
@@ -275,7 +275,7 @@ def _listen_for_stop_requests(run: Run, ranks: Ranks) -> StopRequests:
 
     This applies until training starts (``training/stop_signals.py``), when nothing can be saved.
     """
-    if sys.platform == "linux" and ranks.started_by != "hand":  # a shell may exit, with nohup
+    if sys.platform == "linux" and ranks.launcher != "hand":  # a shell may exit, with nohup
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG in <sys/prctl.h>
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
     launcher = os.environ.get(LAUNCHER_PROCESS_VARIABLE)

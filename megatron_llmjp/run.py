@@ -79,7 +79,7 @@ class Run:
         resumed = f"; resuming from {self.resume.folder}"
         return [
             *self.tokenizer_mismatches,
-            *(damage + resumed for damage in self.resume.passed_over),
+            *(damage + resumed for damage in self.resume.rejected),
         ]
 
     @property

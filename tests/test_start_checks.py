@@ -196,7 +196,7 @@ def test_resume_with_another_tokenizer_of_equal_size(tmp_path, tokenizers, saved
     shutil.copy(one, copy)
     words = [*words, "--save", save, "--tokenizer-model"]
     assert start(*words, copy) is not None
-    assert f"{two} is another tokenizer than {save / 'iter_0000003'}" in refusal(*words, two)
+    assert f"{two} is not the tokenizer in {save / 'iter_0000003'}" in refusal(*words, two)
     flags = [*words, two, "--override-resume", "tokenizer"]
     notes = resolve_run(parse([str(flag) for flag in flags]).config, 1).notes
     assert any("accepted by --override-resume tokenizer" in note for note in notes)

@@ -181,7 +181,7 @@ def print_run_summary(run: Run, chunks: list[Any], ranks: Ranks, device: Device)
     sizes = BatchSizeSchedule(run.config).sizes()
     growing = f"{sizes[0]} growing to " if len(sizes) > 1 else ""
     print_rank_0(
-        f"{ranks.world_size} process(es) by {ranks.started_by} on {device.name}: "
+        f"{ranks.world_size} process(es) by {ranks.launcher} on {device.name}: "
         f"TP {parallel.tensor_model_parallel_size} x PP {parallel.pipeline_model_parallel_size} "
         f"x DP {data_parallel}\n"
         f"layers: {choose_kernels(device)}; {format_count(parameters)} parameters on the first "

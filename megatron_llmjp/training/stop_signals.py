@@ -84,11 +84,11 @@ class StopCoordinator:
         In a run without a save folder signals keep ending the process immediately.
         """
         if self._file is not None:
-            self._requests.remember()
+            self._requests.defer()
 
     def end_on_signal(self) -> None:
         """Let signals end the process immediately: there is nothing new to save."""
-        self._requests.end_at_once()
+        self._requests.exit_immediately()
 
     def close(self) -> None:
         """Wait for the pending all-reduce."""
@@ -135,7 +135,7 @@ class StopCoordinator:
             return StopReason.SIGNAL
         if not self._is_first:
             return StopReason.NONE
-        if self._requests.time_is_over:
+        if self._requests.time_limit_reached:
             return StopReason.DURATION
         now = time.monotonic()
         if self._file is not None and now - self._last_file_check >= STOP_FILE_POLL_SECONDS:

@@ -219,7 +219,7 @@ def test_skipped_iterations_stay_skipped(folds, tmp_path):
     first = run_of(folds, *load, "--skip-iterations", "9-10, 12")
     assert positions(first) == without(9, 10, 12)
     assert first.train_iters == 12
-    assert "samples 32 to 39 are left out: --skip-iterations 9-10" in first.notes
+    assert "samples 32 to 39 are skipped: --skip-iterations 9-10" in first.notes
     save(first, 8, tmp_path / "run")
     # The next one is numbered as the log of that run numbers it: iteration 10 is now 13.
     for flags, gone in {
@@ -237,7 +237,7 @@ def test_skipped_iterations_stay_skipped(folds, tmp_path):
 @pytest.mark.parametrize(
     ("flag", "message"),
     {
-        "7": "iteration 7 is already trained, the checkpoint is at 7",
+        "7": "iteration 7 is already trained, the checkpoint is at iteration 7",
         "9-16": "the run has 15 iterations",
         "9-8": "expected iterations from 1 such as 1050-1060,2000, found '9-8'",
         "x": "found 'x'",

@@ -49,7 +49,7 @@ def test_asked_to_stop_while_it_waits(stage, layout):
         start.until(lambda: start.out.count("waiting for nothing") == ranks)
         os.kill(start.pid, signal.SIGTERM)
         assert start.wait() == EXIT_REQUEUE, start.err
-        assert "stopped: asked by SIGTERM; there is nothing new to save" in start.out
+        assert "stopped: received SIGTERM; nothing new to save" in start.out
         assert "Traceback" not in start.err
 
 
@@ -73,7 +73,7 @@ def test_the_time_is_over_before_the_first_step(stage, layout, minutes, fault):
     flags = ("--exit-duration-in-mins", minutes, "--verify-checkpoint")
     code, output, errors = stage.run(layout, save, *flags, fault=fault)
     assert code == EXIT_REQUEUE, errors
-    assert "stopped: --exit-duration-in-mins is over; there is nothing new to save" in output
+    assert "stopped: --exit-duration-in-mins reached; nothing new to save" in output
     assert "Traceback" not in errors and "stopped at iteration" not in output
     assert (save / manifests.TRACKER).stat().st_mtime_ns == before
     stage.resume_and_prove(layout, save)
