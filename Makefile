@@ -1,4 +1,4 @@
-# Two commands do everything on a fresh clone: `make quickstart` and `make test`.
+# On a fresh clone, `make quickstart` and `make test` install what they need.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,18 +7,18 @@ RUN := $(VENV)/bin/python
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart test faults lint clean
 
-help:  ## show this
+help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
 
-install: $(VENV)/.installed  ## make .venv and install; the CPU build of PyTorch without an NVIDIA GPU
+install: $(VENV)/.installed  ## create .venv and install; PyTorch for CPU if there is no NVIDIA GPU
 
-quickstart: $(VENV)/.installed  ## the whole chain on a small corpus, from raw text to generated text
+quickstart: $(VENV)/.installed  ## run the whole chain on a small corpus, from raw text to generated text
 	@$(RUN) examples/quickstart/run.py $(QUICKSTART_FLAGS)
 
 test: $(VENV)/.installed-dev  ## run the tests
 	@$(RUN) -m pytest $(PYTEST_FLAGS)
 
-faults: $(VENV)/.installed-dev  ## the long fault suite; writes its counts into docs/reliability.md
+faults: $(VENV)/.installed-dev  ## run the long fault suite and write its counts to docs/reliability.md
 	@FAULT_KILLS=$${FAULT_KILLS:-200} FAULT_RESULTS=fault_results.json $(RUN) -m pytest \
 		-m fault -p tests.support.fault_results $(PYTEST_FLAGS)
 	@$(RUN) -m tests.faults.report fault_results.json docs/reliability.md
@@ -28,7 +28,7 @@ lint: $(VENV)/.installed-dev  ## check style and types
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
 
-clean:  ## remove what the quickstart made (.venv stays)
+clean:  ## remove the output of the quickstart (keeps .venv)
 	rm -rf quickstart_output
 
 $(VENV)/.installed: setup.py tools/install.sh

@@ -1,7 +1,7 @@
-"""Pretrain a GPT: ``python pretrain_gpt.py --help`` shows how.
+"""Entry point of pretraining; ``python pretrain_gpt.py --help`` lists all options.
 
-This file decides only who runs: the process that was started by hand checks the arguments and
-starts the local ranks; a rank trains. torch is not imported before the arguments are right.
+A process that is not a rank checks the arguments and starts the local ranks; a rank trains. torch
+is imported only after the arguments are checked.
 """
 
 from __future__ import annotations
@@ -10,5 +10,5 @@ import sys
 
 from megatron_llmjp.cli import main
 
-if __name__ == "__main__":  # checkpointing spawns processes that import this file again
+if __name__ == "__main__":  # spawned processes import this file again
     sys.exit(main(sys.argv[1:]))

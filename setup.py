@@ -1,4 +1,4 @@
-"""Install megatron_llmjp and its command line programs."""
+"""Packages, dependencies and command line programs of megatron_llmjp."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "megatron_llmjp/__init__.py").read_text())
 
-# Preparing data needs neither torch nor a GPU; everything else is for training.
 REQUIRES = [
     "torch>=2.6",
     "megatron-core>=0.16.1,<0.17",
@@ -18,8 +17,8 @@ REQUIRES = [
     "safetensors>=0.4.3",
     "tokenizers>=0.20",
     "sentencepiece>=0.2.0",
-    "protobuf>=4",  # reads SentencePiece models
-    "tiktoken>=0.7",  # 4 MB; reads TikTokenizer's vocabularies
+    "protobuf>=4",  # to read SentencePiece models
+    "tiktoken>=0.7",  # 4 MB; to read TikTokenizer's vocabularies
     "pydantic>=2.7",
     "PyYAML>=6.0",
     "numpy>=1.26",
@@ -44,7 +43,7 @@ EXTRAS = {
         "mypy>=1.11",
         "types-PyYAML",
         "types-tqdm",
-        "deepspeed>=0.16",  # reads what convert_checkpoint writes
+        "deepspeed>=0.16",  # to read checkpoints of convert_checkpoint in tests
         "lz4>=4",
     ],
 }

@@ -1,12 +1,12 @@
-"""Saving and loading a checkpoint, beside the raw speed of the disk with the same bytes.
+"""Benchmark: saving and loading a checkpoint, compared with raw disk speed for the same bytes.
 
     python benchmarks/checkpoint.py --folder /scratch/benchmark --rounds 5
 
 One process and a GPT of 0.54 B parameters in fp32 (2.1 GB of weights; with ``--with-optimizer`` the
-two moments of Adam, too, 6.4 GB, for which 20 GB of memory are needed). Each round writes the same
-number of bytes three times, in turn: raw, with one ``write`` after the other and an ``fsync``, like
-``dd conv=fsync``; a synchronous save; and an asynchronous one. Then it reads them twice, after the
-kernel was asked to forget the files: raw, and as a load.
+two moments of Adam, 6.4 GB, which needs 20 GB of memory). Each round writes the same number of
+bytes three times: raw, with consecutive ``write`` calls and an ``fsync`` like ``dd conv=fsync``; as
+a synchronous save; as an asynchronous save. Then it reads them twice, after dropping the page cache
+of the files: raw, and as a load.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--folder", type=Path, required=True, help="on the disk to be measured")
+    parser.add_argument("--folder", type=Path, required=True, help="folder on the disk to measure")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--with-optimizer", action="store_true", help="save Adam's state, too")
+    parser.add_argument("--with-optimizer", action="store_true", help="also save Adam's state")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -64,7 +64,7 @@ def measure(folder: Path, rounds: int, with_optimizer: bool) -> None:
     size = 0
     for number in range(1, rounds + 1):
         progress = SaveProgress(number, number)
-        if not size:  # the first asynchronous save fills memory that later ones find filled
+        if not size:  # warm-up: the first asynchronous save allocates its buffers
             for saver in savers.values():
                 saver.save(state, progress)
                 saver.wait()
@@ -73,9 +73,9 @@ def measure(folder: Path, rounds: int, with_optimizer: bool) -> None:
         take(times, "synchronous save", savers["sync"].save, state, progress)
         take(times, "asynchronous save", save_and_wait, savers["async"], state, progress, times)
         saved = folder / "sync" / f"iter_{number:07d}"
-        forget(folder)
+        drop_page_cache(folder)
         take(times, "raw read", raw_read, folder / "raw")
-        forget(folder)
+        drop_page_cache(folder)
         take(times, "load", sharded_state.load_checkpoint, saved, state)
         for kind in savers:
             shutil.rmtree(folder / kind)
@@ -86,27 +86,27 @@ def measure(folder: Path, rounds: int, with_optimizer: bool) -> None:
 def take(
     times: dict[str, list[float]], name: str, action: Callable[..., Any], *arguments: Any
 ) -> None:
-    """Add the time of a call."""
+    """Time a call and record it."""
     started = time.perf_counter()
     action(*arguments)
     times.setdefault(name, []).append(time.perf_counter() - started)
 
 
 def save_and_wait(saver: Any, state: Any, progress: Any, times: dict[str, list[float]]) -> None:
-    """An asynchronous save from its beginning to its name; its stall is timed apart."""
+    """Run an asynchronous save until it is published; record its stall separately."""
     take(times, "stall of asynchronous save", saver.save, state, progress)
     saver.wait()
 
 
 def make_state(with_optimizer: bool) -> tuple[Any, Any]:
-    """A configuration, and the live objects of a run that has not begun."""
+    """Return a configuration, and the state of a run before its first step."""
     from megatron_llmjp.checkpoint.sharded_state import RunState
     from megatron_llmjp.config.flags import parse
     from megatron_llmjp.model.gpt import build_model
     from megatron_llmjp.parallel import process_groups
     from megatron_llmjp.parallel.device import setup
     from megatron_llmjp.parallel.ranks import single_process
-    from megatron_llmjp.training.optimizer import make_optimizer, wrap_for_data_parallel
+    from megatron_llmjp.training.optimizer import build_optimizer, wrap_for_data_parallel
 
     config = parse(MODEL.split()).config
     device = setup()
@@ -114,28 +114,28 @@ def make_state(with_optimizer: bool) -> tuple[Any, Any]:
     chunks = build_model(config, device)
     if not with_optimizer:
         return config, RunState(chunks)
-    chunks = wrap_for_data_parallel(chunks, config, device)
-    return config, RunState(chunks, make_optimizer(chunks, config, device), NoSchedule())
+    chunks = wrap_for_data_parallel(chunks, config)
+    return config, RunState(chunks, build_optimizer(chunks, config), NoSchedule())
 
 
 class NoSchedule:
-    """In place of a learning-rate schedule."""
+    """Learning-rate scheduler without state."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing to give."""
+        """Return an empty state."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to take."""
+        """Ignore the state."""
 
 
 def files(folder: Path) -> Iterator[Path]:
-    """All files below a folder."""
+    """Return all files below a folder."""
     return (path for path in folder.rglob("*") if path.is_file())
 
 
 def raw_write(path: Path, size: int) -> None:
-    """Write ``size`` bytes to a new file and force them to disk."""
+    """Write ``size`` bytes to a new file and fsync it."""
     path.unlink(missing_ok=True)
     block = os.urandom(BLOCK)
     with path.open("wb", buffering=0) as stream:
@@ -145,15 +145,15 @@ def raw_write(path: Path, size: int) -> None:
 
 
 def raw_read(path: Path) -> None:
-    """Read a file from end to end."""
+    """Read a whole file."""
     buffer = bytearray(BLOCK)
     with path.open("rb", buffering=0) as stream:
         while stream.readinto(buffer):
             pass
 
 
-def forget(folder: Path) -> None:
-    """Ask the kernel to drop its copies of the files, so that reading means the disk."""
+def drop_page_cache(folder: Path) -> None:
+    """Drop the page cache of all files in a folder, so that reads access the disk."""
     for path in files(folder):
         descriptor = os.open(path, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -161,9 +161,9 @@ def forget(folder: Path) -> None:
 
 
 def report(times: dict[str, list[float]], size: int) -> None:
-    """Medians over the rounds, and the share of the raw speed in each round."""
+    """Print medians over the rounds, and the fraction of the raw speed in each round."""
     print(f"\n{size / 1e9:.2f} GB, median of {len(times['load'])} rounds")
-    print(f"{'':28} {'seconds':>8} {'MB/s':>6}  of raw, per round: median (least to most)")
+    print(f"{'':28} {'seconds':>8} {'MB/s':>6}  of raw, per round: median (min to max)")
     for name, values in times.items():
         middle = statistics.median(values)
         line = f"{name:28} {middle:8.2f}"

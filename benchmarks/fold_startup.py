@@ -1,17 +1,17 @@
-"""Time to the first batch, and memory per process: folds beside one big Megatron blend.
+"""Benchmark: time to the first batch and memory per process, folds compared with Megatron's blend.
 
     python benchmarks/fold_startup.py --folder /tmp/fold_startup
 
 Synthetic data: 30 B tokens (times --scale) in 55 datasets, five in each of 11 folds, documents of
-log-normal length (median 545, mean 900 tokens). The .bin are sparse files and cost no disk; the
-.idx are real. Both sides read the same files, each in a process of its own, in turn: the run's
-first 1, 3 and all 11 folds. Cold: no index is cached. Again: a restart, as every other rank. The
-clock starts after torch and megatron-core are imported.
+log-normal length (median 545, mean 900 tokens). The .bin are sparse files that use no disk space;
+the .idx are real. Both sides read the same files, each in its own process, alternately: the first
+1, 3 and all 11 folds of the run. Cold: no index is cached. Warm: a restart, as on every other rank.
+The clock starts after the imports of torch and megatron-core.
 
-Megatron's blend is asked for 99 % of the samples: its surplus of 0.5 % would reach into a second
-epoch of every dataset else. What 2.1 T tokens in 113 datasets would cost is computed from the
-measured index of one dataset of the average size and from the blend's measured cost per sample and
-dataset, and labelled so.
+Megatron's blend covers 99 % of the samples: otherwise its surplus of 0.5 % would start a second
+epoch of every dataset. The cost of 2.1 T tokens in 113 datasets is computed from the measured index
+of one dataset of average size and from the blend's measured cost per sample and dataset, and is
+labelled as computed.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ MIB = 1 << 20
 
 
 def main() -> int:
-    """Measure all sides in turn and print one table."""
+    """Measure all sides alternately and print one table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--folder", type=Path, required=True, help="gets the data (0.7 GB at full scale)")
-    add("--scale", type=float, default=1.0, help="share of the 30 B tokens")
-    add("--rounds", type=int, default=2, help="medians are shown")
+    add("--folder", type=Path, required=True, help="folder for the data (0.7 GB at full scale)")
+    add("--scale", type=float, default=1.0, help="fraction of the 30 B tokens")
+    add("--rounds", type=int, default=2, help="rounds; the table shows medians")
     add("--child", nargs=2, metavar=("SIDE", "FOLDS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -63,7 +63,7 @@ def main() -> int:
 
 
 def write_data(folder: Path, scale: float) -> None:
-    """Datasets of the given size and a dataset of the size of one of 113 of 2.1 T tokens."""
+    """Write all datasets, and one of the average size of 113 datasets with 2.1 T tokens."""
     folder.mkdir(parents=True, exist_ok=True)
     share = TOKENS * scale / (FOLDS * SOURCES)
     names = [f"fold{fold:02d}_{source}" for fold in range(FOLDS) for source in range(SOURCES)]
@@ -73,7 +73,7 @@ def write_data(folder: Path, scale: float) -> None:
 
 
 def write_dataset(prefix: Path, tokens: float, seed: int) -> None:
-    """An .idx of documents of random lengths, and a .bin of holes."""
+    """Write an .idx of documents of random lengths, and a sparse .bin."""
     from megatron_llmjp.data.indexed_dataset_writer import write_idx
 
     if prefix.with_suffix(".idx").exists():
@@ -89,19 +89,19 @@ def write_dataset(prefix: Path, tokens: float, seed: int) -> None:
 
 
 def measure(args: argparse.Namespace) -> dict[tuple[str, int], dict[str, float]]:
-    """Run every side over every number of folds, in turn, and return medians."""
+    """Run every side with every number of folds, and return medians."""
     found: dict[tuple[str, int], list[dict[str, float]]] = defaultdict(list)
     for _ in range(args.rounds):
         for folds in (1, 3, FOLDS):
             for side in ("ours", "megatron"):
                 shutil.rmtree(args.folder / "cache", ignore_errors=True)
-                cold, again = (run_child(args.folder, side, folds) for _ in range(2))
+                cold, warm = (run_child(args.folder, side, folds) for _ in range(2))
                 found[side, folds].append(
                     {
                         "cold": cold["seconds"],
                         "cold_peak": cold["peak"],
-                        "again": again["seconds"],
-                        "private": again["private"],
+                        "warm": warm["seconds"],
+                        "private": warm["private"],
                         "edge": cold.get("edge", 0.0),
                     }
                 )
@@ -115,7 +115,7 @@ def measure(args: argparse.Namespace) -> dict[tuple[str, int], dict[str, float]]
 
 
 def run_child(folder: Path, side: str, folds: int) -> dict[str, float]:
-    """Measure one side in a process of its own."""
+    """Measure one side in its own process."""
     command = [sys.executable, __file__, "--folder", str(folder), "--child", side, str(folds)]
     quiet = os.environ | {"PYTHONWARNINGS": "ignore"}
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=quiet)
@@ -125,7 +125,7 @@ def run_child(folder: Path, side: str, folds: int) -> dict[str, float]:
 
 
 def ours(folder: Path, folds: int) -> dict[str, float]:
-    """The run's first batch, as a rank gets it, and the first of the next fold."""
+    """Measure the run's first batch on a rank, and the first batch of the next fold."""
     import yaml
 
     from megatron_llmjp.config.flags import parse
@@ -151,28 +151,28 @@ def ours(folder: Path, folds: int) -> dict[str, float]:
         run_data = resolve_data(config)
         cache = index_cache_folder(config, run_data.folds)
         data = FoldDataset(run_data.schedule, EpochDatasets(config.data, tokenizer, cache))
-        ahead = IndexPrefetcher(data, first_on_machine=True, say=lambda text: None)
-        ahead.start(0, BATCH, [])
+        prefetcher = IndexPrefetcher(data, first_on_machine=True, say=lambda text: None)
+        prefetcher.start(0, BATCH, [])
         save_facts(run_data.datasets, cache)
         batch_at(data, 0)
-        return data, ahead
+        return data, prefetcher
 
-    figures, (data, ahead) = figure(first_batch)
+    figures, (data, prefetcher) = measure_call(first_batch)
     if folds > 1:
-        background = ahead._background
+        background = prefetcher._background
         if background is not None:
             background.wait()
         edge = data.schedule.folds[1].first_sample
         started = time.monotonic()
-        ahead.before(edge, BATCH)
+        prefetcher.before(edge, BATCH)
         batch_at(data, edge)
         figures["edge"] = time.monotonic() - started
-    ahead.close()
+    prefetcher.close()
     return figures
 
 
 def megatron(folder: Path, folds: int) -> dict[str, float]:
-    """The first batch of megatron-core's blend of all datasets of these folds."""
+    """Measure the first batch of megatron-core's blend of all datasets of these folds."""
     import torch.distributed as dist
     from megatron.core.datasets.blended_megatron_dataset_builder import (
         BlendedMegatronDatasetBuilder,
@@ -204,20 +204,20 @@ def megatron(folder: Path, folds: int) -> dict[str, float]:
         batch_at(data, 0)
         return data
 
-    figures, _ = figure(first_batch)
+    figures, _ = measure_call(first_batch)
     dist.destroy_process_group()
     return figures
 
 
 def average(folder: Path, _: int) -> dict[str, float]:
-    """What an index of a dataset of average size costs, and a blend of 113 per sample."""
+    """Measure the index of a dataset of average size, and a blend of 113 datasets per sample."""
     from megatron.core.datasets import helpers_cpp
 
     from megatron_llmjp.data.indices.epoch_index import EpochIndex
     from megatron_llmjp.data.indices.index_cache import ensure_index, size_on_disk
 
     index = EpochIndex(folder / "cache", str(folder / "average"), "average", 1, LENGTH)
-    figures, _built = figure(lambda: ensure_index(index.folder, index.build))
+    figures, _built = measure_call(lambda: ensure_index(index.folder, index.build))
     size = 1_000_000
     which, position = np.zeros(size, np.int16), np.zeros(size, np.int64)
     weights = np.full(BIG_DATASETS, 1 / BIG_DATASETS)
@@ -236,19 +236,19 @@ SIDES: dict[str, Callable[[Path, int], dict[str, float]]] = {
 
 
 def prefixes(folder: Path, folds: int) -> list[list[Path]]:
-    """Paths of the datasets of the first folds."""
+    """Return the dataset paths of the first folds."""
     return [[folder / f"fold{f:02d}_{s}" for s in range(SOURCES)] for f in range(folds)]
 
 
 def batch_at(data: Any, first: int) -> None:
-    """Read a batch."""
+    """Read the samples of one batch."""
     for number in range(first, first + BATCH):
         assert len(data[number]["tokens"]) == LENGTH
 
 
-def figure(body: Callable[[], Any]) -> tuple[dict[str, float], Any]:
-    """Seconds of ``body``, MiB added to the peak, and MiB of private memory added at its end."""
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+def measure_call(body: Callable[[], Any]) -> tuple[dict[str, float], Any]:
+    """Return seconds of ``body``, MiB added to the peak and to private memory, and its result."""
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     resident, private = memory("VmRSS:"), private_memory()
     started = time.monotonic()
     result = body()
@@ -258,36 +258,36 @@ def figure(body: Callable[[], Any]) -> tuple[dict[str, float], Any]:
 
 
 def memory(name: str) -> int:
-    """Bytes of a line of this process's status."""
+    """Return the bytes of a line of /proc/self/status."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name))
 
 
 def private_memory() -> int:
-    """Bytes that belong to this process alone: mapped files are shared with other ranks."""
+    """Return the bytes that this process does not share with other ranks, unlike mapped files."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Private_Dirty:"))
 
 
 def report(found: dict[tuple[str, int], dict[str, float]], args: argparse.Namespace) -> None:
-    """Print the table and what it means for a large run."""
+    """Print the table and the extrapolation to a large run."""
     print(
         f"{TOKENS * args.scale / 1e9:.1f} B tokens, {FOLDS * SOURCES} datasets, {FOLDS} folds, "
         f"sequences of {LENGTH}; median of {args.rounds}"
     )
-    head = ("folds", "side", "cold s", "again s", "next fold s", "cold peak MiB", "private MiB")
+    head = ("folds", "side", "cold s", "warm s", "next fold s", "cold peak MiB", "private MiB")
     print("  ".join(f"{name:>13}" for name in head))
     for (side, folds), row in found.items():
         if side != "average":
             edge = f"{row['edge']:.3f}" if row["edge"] else "-"
-            numbers = [f"{row['cold']:.2f}", f"{row['again']:.2f}", edge]
+            numbers = [f"{row['cold']:.2f}", f"{row['warm']:.2f}", edge]
             numbers += [f"{row['cold_peak']:.0f}", f"{row['private']:.1f}"]
             print("  ".join(f"{cell:>13}" for cell in (str(folds), side, *numbers)))
     extrapolate(found["average", 0], args.scale)
 
 
 def extrapolate(row: dict[str, float], scale: float) -> None:
-    """What 2.1 T tokens in 113 datasets would cost, from one of them."""
+    """Print the computed cost of 2.1 T tokens in 113 datasets."""
     samples = BIG_TOKENS * scale / LENGTH
     in_fold = -(-BIG_DATASETS // FOLDS)
     whole = row["seconds"] * BIG_DATASETS + row["blend"] * samples
@@ -297,7 +297,7 @@ def extrapolate(row: dict[str, float], scale: float) -> None:
         f"datasets, from one of {row['documents'] / 1e6:.1f} M documents ({row['seconds']:.1f} s, "
         f"{row['bytes'] / MIB:.0f} MiB) and {row['blend'] * 1e9:.0f} ns per blended sample:\n"
         f"  the first of {FOLDS} folds: {fold:.0f} s in one process; "
-        f"the whole blend: {whole:.0f} s, of which {row['blend'] * samples:.0f} s cannot be shared"
+        f"the whole blend: {whole:.0f} s, of which {row['blend'] * samples:.0f} s are not shared"
     )
 
 

@@ -1,12 +1,13 @@
-"""preprocess_data beside the raw tokenizer and, given a checkout, Megatron-LM's own tool.
+"""Benchmark: preprocess_data, compared with the raw tokenizer and Megatron-LM's tool.
 
-One table, all sides measured in one run and in turn, since a shared machine's speed drifts:
+One table; all sides are measured alternately in one run, because the speed of a shared machine
+drifts:
 
     python benchmarks/preprocess.py --corpus corpus.jsonl --tokenizer-model tok.model \
         --workers 2 --megatron-lm ../Megatron-LM
 
-MB are 10^6 bytes of UTF-8 text, whatever its JSON escapes. "Steady state" leaves out the start:
-it is the slope between a run over the corpus once and a run over it --repeat times.
+MB are 10^6 bytes of UTF-8 text, without JSON escapes. "Steady state" excludes the start: it is the
+slope between a run over the corpus once and a run over --repeat copies of it.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def main() -> int:
     add("--workers", type=int, default=2)
     add("--repeat", type=int, default=6, help="copies of the corpus in the long run")
     add("--rounds", type=int, default=5)
-    add("--megatron-lm", type=Path, help="a checkout of Megatron-LM, to run its tool too")
+    add("--megatron-lm", type=Path, help="checkout of Megatron-LM, to measure its tool")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         report(args, Path(work))
@@ -47,7 +48,7 @@ def main() -> int:
 
 
 def report(args: argparse.Namespace, work: Path) -> None:
-    """Run all sides in turn, ``rounds`` times, and print what came of it."""
+    """Run all sides alternately, ``rounds`` times, and print the table."""
     texts = [json.loads(line)["text"] for line in args.corpus.open(encoding="utf-8")]
     size = sum(len(text.encode()) for text in texts) / 1e6
     short, long = work / "short.jsonl", work / "long.jsonl"
@@ -84,7 +85,7 @@ def whole_and_steady(
     size: float,
     work: Path,
 ) -> tuple[float, float]:
-    """Return the seconds of a run over the corpus once, and MB/s beyond that."""
+    """Return the seconds of a run over the corpus, and the MB/s of additional copies."""
     once = seconds(args, short, work)
     more = seconds(args, long, work) - once
     return once, size * (args.repeat - 1) / max(more, 1e-9)
@@ -105,7 +106,7 @@ def seconds_raw(processor: sentencepiece.SentencePieceProcessor, texts: list[str
 
 
 def our_command(args: argparse.Namespace, corpus: Path, work: Path) -> list[str]:
-    """Return the command of a whole run of ours."""
+    """Return the command of preprocess_data."""
     command = [sys.executable, "-m", "data_tools.preprocess_data", "--input", str(corpus.resolve())]
     command += ["--output-prefix", str(work / "ours"), "--overwrite", "--append-eod"]
     command += ["--tokenizer-type", "SentencePieceTokenizer", "--workers", str(args.workers)]
@@ -113,7 +114,7 @@ def our_command(args: argparse.Namespace, corpus: Path, work: Path) -> list[str]
 
 
 def seconds_ours(args: argparse.Namespace, corpus: Path, work: Path) -> float:
-    """Return the time of a whole run of ours."""
+    """Return the time of a whole run of preprocess_data."""
     started = time.perf_counter()
     subprocess.run(our_command(args, corpus, work), check=True, capture_output=True, cwd=ROOT)
     return time.perf_counter() - started
@@ -140,7 +141,7 @@ def seconds_theirs(args: argparse.Namespace, corpus: Path, work: Path) -> float:
     command += ["--tokenizer-type", "SentencePieceTokenizer", "--workers", str(args.workers)]
     command += ["--tokenizer-model", str(args.tokenizer_model.resolve())]
     started = time.perf_counter()
-    # The checkout goes first: its tools do not fit the megatron-core that is installed here.
+    # The checkout comes first: its tools do not match the installed megatron-core.
     paths = [str(args.megatron_lm.resolve()), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": ":".join(paths)}
     subprocess.run(command, check=True, capture_output=True, cwd=args.megatron_lm, env=environment)

@@ -1,12 +1,12 @@
-"""Training steps per second of the laptop presets beside an equal Hugging Face + torch loop.
+"""Benchmark: training steps per second, compared with an equal loop of transformers and torch.
 
     python benchmarks/train_step.py --presets laptop-llama laptop-gpt2 --rounds 10
 
 Each side is one process on the same cores, with the same sizes, batch, precision, gradient
 accumulation, clipping, AdamW (torch's fused one) and learning-rate schedule, on random tokens in
-memory. The sides take turns, a few steps each, since a shared machine's speed drifts; a round's
-ratio compares neighbours, and the median over all rounds is told. Above 1 this project is faster.
-On a machine with other load, --threads 1 and the ratio by CPU time say more than the wall clock.
+memory. The sides alternate every few steps, because the speed of a shared machine drifts; the table
+shows the median ratio of adjacent measurements. Above 1 this project is faster. On a machine with
+other load, use --threads 1 and the ratio of CPU times.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SIDES = ("ours", "transformers")
 
 
 def main() -> int:
-    """Measure and print one table, or be one of its sides."""
+    """Measure and print one table, or run one of its sides."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -39,14 +39,14 @@ def main() -> int:
     add("--presets", nargs="+", default=LAPTOP)
     add("--vocab-size", type=int, default=4096)
     add("--rounds", type=int, default=10)
-    add("--steps", type=int, default=4, help="steps of a side before the other's turn")
-    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each side")
-    add("--profile", action="store_true", help="what our own steps spend their time on, instead")
+    add("--steps", type=int, default=4, help="steps per side and turn")
+    add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of each side")
+    add("--profile", action="store_true", help="profile our steps instead")
     add("--side", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     if args.side:
-        return work(args.side, args.presets[0], args.vocab_size)
+        return run_side(args.side, args.presets[0], args.vocab_size)
     if args.profile:
         return profile(args.presets[0], args.vocab_size, args.steps)
     print(f"{args.threads} thread(s); ratios of speeds, medians over {args.rounds} rounds")
@@ -57,7 +57,7 @@ def main() -> int:
 
 
 def compare(preset: str, args: argparse.Namespace) -> str:
-    """Let both sides take turns; one line of the table."""
+    """Measure both sides alternately and return one line of the table."""
     command = [sys.executable, __file__, "--presets", preset, "--vocab-size", str(args.vocab_size)]
     sides = {
         name: subprocess.Popen(
@@ -88,19 +88,19 @@ def compare(preset: str, args: argparse.Namespace) -> str:
 
 
 def ask(process: subprocess.Popen[str], steps: int | None = None) -> list[float]:
-    """A side's numbers: its parameters at the start, afterwards seconds, and of the CPU."""
+    """Return a side's numbers: parameters at the start; then seconds and CPU seconds of steps."""
     assert process.stdin is not None and process.stdout is not None
     if steps is not None:
         process.stdin.write(f"{steps}\n")
         process.stdin.flush()
     line = process.stdout.readline()
     if not line:
-        raise SystemExit("a side of the comparison failed; its error stands above")
+        raise SystemExit("a side of the comparison failed; see the error above")
     return [float(number) for number in json.loads(line)]
 
 
-def work(side: str, preset: str, vocab_size: int) -> int:
-    """One side: build, warm up, and take as many steps as the other process asks for."""
+def run_side(side: str, preset: str, vocab_size: int) -> int:
+    """Run one side: build, warm up, and run as many steps as requested on stdin."""
     config = small_config(preset, vocab_size)
     step, parameters = our_step(config) if side == "ours" else their_step(config)
     for _ in range(WARM_UP):
@@ -115,7 +115,7 @@ def work(side: str, preset: str, vocab_size: int) -> int:
 
 
 def profile(preset: str, vocab_size: int, steps: int) -> int:
-    """torch's profiler over some of our steps."""
+    """Print torch's profile of some of our steps."""
     import torch
 
     step, _ = our_step(small_config(preset, vocab_size))
@@ -129,7 +129,7 @@ def profile(preset: str, vocab_size: int, steps: int) -> int:
 
 
 def small_config(preset: str, vocab_size: int) -> Any:
-    """The preset, resolved."""
+    """Return the resolved preset."""
     from megatron_llmjp.config.loading import (
         ConfigLayers,
         build_config,
@@ -145,7 +145,7 @@ def small_config(preset: str, vocab_size: int) -> Any:
 
 
 def random_batches(config: Any, micro_batches: int) -> list[dict[str, Any]]:
-    """A global batch of tokens as the data loader gives it."""
+    """Return a global batch of random tokens in the data loader's form."""
     import torch
 
     b, s = config.training.micro_batch_size, config.data.seq_length
@@ -165,7 +165,7 @@ def random_batches(config: Any, micro_batches: int) -> list[dict[str, Any]]:
 
 
 def our_step(config: Any) -> tuple[Callable[[], Any], int]:
-    """A step of this project, in one process, and the number of parameters."""
+    """Return a training step of this project in one process, and the number of parameters."""
     import itertools
 
     from megatron_llmjp.data.batch_size import BatchSizeSchedule
@@ -174,18 +174,20 @@ def our_step(config: Any) -> tuple[Callable[[], Any], int]:
     from megatron_llmjp.parallel import process_groups
     from megatron_llmjp.parallel.device import setup
     from megatron_llmjp.parallel.ranks import single_process
-    from megatron_llmjp.training.lr_scheduler import LearningRates, RunScheduler
-    from megatron_llmjp.training.optimizer import make_optimizer, wrap_for_data_parallel
-    from megatron_llmjp.training.train_step import connect, train_step
+    from megatron_llmjp.training.lr_scheduler import LearningRateSchedule, RunScheduler
+    from megatron_llmjp.training.optimizer import build_optimizer, wrap_for_data_parallel
+    from megatron_llmjp.training.train_step import configure_schedules, train_step
 
     device = setup()
     process_groups.initialize(config, single_process(), device)
-    chunks = wrap_for_data_parallel(build_model(config, device), config, device)
-    optimizer = make_optimizer(chunks, config, device)
+    chunks = wrap_for_data_parallel(build_model(config, device), config)
+    optimizer = build_optimizer(chunks, config)
     no_folds = Schedule(seed=0, sequence_length=config.data.seq_length, folds=())
-    rates = LearningRates(config, no_folds, BatchSizeSchedule(config), config.training.train_iters)
+    rates = LearningRateSchedule(
+        config, no_folds, BatchSizeSchedule(config), config.training.train_iters
+    )
     scheduler = RunScheduler(optimizer, rates)
-    connect(chunks, optimizer, config)
+    configure_schedules(chunks, optimizer, config)
     micro_batches = config.training.global_batch_size // config.training.micro_batch_size
     data = [itertools.cycle(random_batches(config, micro_batches))]
     parameters = sum(p.numel() for p in chunks[0].parameters())
@@ -194,7 +196,7 @@ def our_step(config: Any) -> tuple[Callable[[], Any], int]:
 
 
 def their_step(config: Any) -> tuple[Callable[[], Any], int]:
-    """The same step by transformers' model and torch's AdamW, and the number of parameters."""
+    """Return the same step with transformers' model and torch's AdamW, and its parameters."""
     import torch
     import torch.nn.functional as F
     import transformers
@@ -227,7 +229,7 @@ def their_step(config: Any) -> tuple[Callable[[], Any], int]:
 
 
 def their_model(config: Any, transformers: Any) -> Any:
-    """transformers' model of the same style and sizes, ready to train."""
+    """Return transformers' model of the same architecture and sizes, in training mode."""
     model = config.model
     common = {"vocab_size": config.padded_vocab_size, "attn_implementation": "sdpa"}
     sizes = {

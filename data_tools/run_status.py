@@ -12,8 +12,8 @@ from typing import Any
 
 from data_tools.common import ToolParser, run_tool
 from megatron_llmjp.errors import EXIT_DONE, UserError
-from megatron_llmjp.report.status import Status, read_status
-from megatron_llmjp.report.status_table import show_many, show_one
+from megatron_llmjp.report.status import RunStatus, read_status
+from megatron_llmjp.report.status_table import format_status, format_statuses
 
 EXAMPLES = """\
   A run, going on or ended: iteration, fold, loss, speed, what remains, checkpoints, last error:
@@ -48,7 +48,7 @@ def show_status(folders: Sequence[Path], as_json: bool) -> int:
     Raises:
         UserError: some are not; the others are printed.
     """
-    found: list[Status] = []
+    found: list[RunStatus] = []
     wrong = []
     for folder in folders:
         try:
@@ -58,9 +58,9 @@ def show_status(folders: Sequence[Path], as_json: bool) -> int:
     if as_json:
         print(json.dumps([_plain(asdict(s)) for s in found], indent=1, ensure_ascii=False))
     elif len(folders) > 1 and found:
-        print(show_many(found))
+        print(format_statuses(found))
     elif found:
-        print(show_one(found[0]))
+        print(format_status(found[0]))
     if wrong:
         raise UserError("\n".join(wrong))
     return EXIT_DONE

@@ -1,12 +1,8 @@
-"""The command line of ``pretrain_gpt.py``: dispatch to a mode, start of ranks, exit codes.
+"""Entry point of ``pretrain_gpt.py``: parse, check, then plan or start ranks; exit codes.
 
-``--dry-run``: all checks of a run, and its resolved configuration with where each value is from.
-
-What is printed is a YAML file that ``--config`` reads back. Nothing is written.
-
-From a command line to a run: check, start the ranks or be one, and turn errors into exit codes.
-
-torch is imported only in a rank, and only when the arguments are right.
+``--dry-run`` runs all checks and prints the resolved configuration with the origin of each value,
+as YAML that ``--config`` reads back. Nothing is written. torch is imported only in a rank, after
+the arguments were found valid.
 """
 
 from __future__ import annotations
@@ -51,17 +47,20 @@ from megatron_llmjp.parallel.ranks import (
 from megatron_llmjp.parallel.signals import StopRequests
 from megatron_llmjp.placeholders import check_packages, substitute_missing
 from megatron_llmjp.planning import print_data_plan, print_estimate
-from megatron_llmjp.report.page import draw_at_end
+from megatron_llmjp.report.page import write_report_at_end
 from megatron_llmjp.retrying_file import protect_standard_streams
 from megatron_llmjp.run import Run, resolve_run
 from megatron_llmjp.start_checks import check_start, overlap_warnings
 
 
 def with_intact_checkpoint(run: Run, world_size: int) -> Run:
-    """The run with a checkpoint that passes what the run itself checks of it, and its save folder.
+    """Apply a run's own checks of the save folder and the checkpoint, as ``--dry-run`` needs them.
+
+    Returns:
+        The run, resumed from the newest checkpoint that passes.
 
     Raises:
-        UserError: another run holds the save folder, or no checkpoint is whole.
+        UserError: another run uses the save folder, or no checkpoint is complete.
     """
     save = run.config.checkpoint.save
     if save and not run.config.training.eval_only:
@@ -78,12 +77,12 @@ def with_intact_checkpoint(run: Run, world_size: int) -> Run:
 
 
 def check_model(run: Run) -> None:
-    """Have megatron-core check the model's configuration, and vet the checkpoint's files.
+    """Check the model with megatron-core, and the pickles of the checkpoint.
 
     Imports torch, which takes seconds.
 
     Raises:
-        UserError: megatron-core refuses the model, or the checkpoint holds more than data.
+        UserError: megatron-core refuses the model, or a pickle is not plain data.
     """
     from megatron_llmjp.checkpoint import safe_unpickling
     from megatron_llmjp.model.gpt import transformer_config
@@ -97,13 +96,13 @@ def check_model(run: Run) -> None:
 def format_resolved_config(
     run: Run, parsed: Config, origin: Mapping[str, str], world_size: int
 ) -> str:
-    """The whole run as commented YAML.
+    """Format the resolved configuration as commented YAML.
 
     Args:
         run: the resolved run.
-        parsed: the configuration before it was resolved.
-        origin: by field, where its value was given.
-        world_size: processes of the run.
+        parsed: the configuration before resolution.
+        origin: origin of each given value, by field.
+        world_size: number of processes.
     """
     parallel = run.config.parallel
     replicas = data_parallel_size(run.config, world_size)
@@ -114,14 +113,14 @@ def format_resolved_config(
         f"{parallel.pipeline_model_parallel_size} x CP {parallel.context_parallel_size} x DP "
         f"{replicas}",
         f"# {run.train_iters:,} iterations, {tokens:,} tokens, {len(run.schedule.folds)} fold(s)",
-        f"# goes on from {run.resume.folder}" if run.resume else "# starts anew",
+        f"# resumes from {run.resume.folder}" if run.resume else "# starts from iteration 0",
         *(f"# note: {note}" for note in run.notes),
     ]
     return "\n".join([*lines, *_fields(run.config, parsed, origin)])
 
 
 def _fields(config: Config, parsed: Config, origin: Mapping[str, str]) -> list[str]:
-    """The lines of the configuration, each with the origin of what is no default."""
+    """Return the lines of the configuration, each with the origin of its value unless a default."""
     section, lines = "", []
     for line in dump_config(config).splitlines():
         name = line.strip().partition(":")[0]
@@ -137,21 +136,22 @@ def _fields(config: Config, parsed: Config, origin: Mapping[str, str]) -> list[s
 
 
 PEER_FAILURE_DELAY_SECONDS = 8.0
-"""A rank that fails because its peers are gone waits this long, so that the cause is told first."""
+"""Delay of a rank that fails because a peer exited, so that the cause is printed first."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Run ``pretrain_gpt.py``.
 
     Returns:
-        The exit code: 0 done, 2 the user's mistake, 3 stopped with a checkpoint saved, else 1.
+        The exit code: 0 finished, 2 user error, 3 stopped with a checkpoint saved, 130
+        interrupted before the start, 1 any other failure.
     """
     protect_standard_streams()
     ranks = None
     try:
         ranks = find_ranks()
         command = parse(argv, own_configuration=add_stored_config)
-        if ranks is None or (ranks.is_first and ranks.started_by != LOCAL_LAUNCHER):
+        if ranks is None or (ranks.is_first and ranks.launcher != LOCAL_LAUNCHER):
             print_notes(command.notes)
         if command.mode is not Mode.TRAIN:
             return _run_planning_mode(command, ranks)
@@ -160,24 +160,24 @@ def main(argv: Sequence[str]) -> int:
             return _start_ranks(command, argv)
         ranks = ranks or single_process()
         run = resolve_run(command.config, ranks.world_size)
-        found = check_start(run)
+        start_warnings = check_start(run)
     except UserError as error:
         if ranks is None or ranks.is_first:
             print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        print("stopped by Ctrl-C before the start", file=sys.stderr)
+        print("interrupted before the start", file=sys.stderr)
         return EXIT_INTERRUPTED
-    return _run_rank(run, ranks, found)
+    return _run_rank(run, ranks, start_warnings)
 
 
 def console() -> int:
-    """The console script ``pretrain_gpt``."""
+    """Run the console script ``pretrain_gpt``."""
     return main(sys.argv[1:])
 
 
 def _run_planning_mode(command: Command, ranks: Ranks | None) -> int:
-    """What is done instead of training; under a launcher, by the first process alone."""
+    """Run a mode that does not train; under a launcher, on the first process only."""
     if ranks is not None and not ranks.is_first:
         return EXIT_DONE
     if command.mode is Mode.PLAN_DATA:
@@ -191,7 +191,7 @@ def _run_planning_mode(command: Command, ranks: Ranks | None) -> int:
 
 
 def _dry_run(command: Command, world_size: int) -> int:
-    """Check what the run would, but for what this machine lacks, which is reported."""
+    """Run all checks of the run; what is missing on this machine is replaced and reported."""
     planned = substitute_missing(command.config)
     print_notes(planned.notes)
     run = with_intact_checkpoint(resolve_run(planned.config, world_size), world_size)
@@ -206,18 +206,19 @@ def _dry_run(command: Command, world_size: int) -> int:
 
 
 def _start_ranks(command: Command, argv: Sequence[str]) -> int:
-    """Start this program again as each rank, which reads the same words."""
+    """Start this program with the same arguments once per rank."""
     processes = command.processes or 1
     check_start(resolve_run(command.config, processes))
     return launch([sys.executable, str(Path(sys.argv[0]).resolve()), *argv], processes)
 
 
-def _run_rank(run: Run, ranks: Ranks, found: Sequence[str]) -> int:
+def _run_rank(run: Run, ranks: Ranks, start_warnings: Sequence[str]) -> int:
+    """Train as one rank; the first rank prints the warnings."""
     requests = _listen_for_stop_requests(run, ranks)
     protect_standard_streams(warns=ranks.is_first)
     if ranks.is_first:
-        _print_warnings(found)
-    warnings.simplefilter("ignore")  # deprecations inside libraries are not the user's to mend
+        _print_warnings(start_warnings)
+    warnings.simplefilter("ignore")  # deprecations inside libraries
     try:
         if ranks.is_first:
             _print_warnings(overlap_warnings(run))
@@ -228,7 +229,7 @@ def _run_rank(run: Run, ranks: Ranks, found: Sequence[str]) -> int:
 
         code = train(run, ranks, device, requests)
         if code == EXIT_DONE and ranks.is_first:
-            draw_at_end(run.config.checkpoint.save)
+            write_report_at_end(run.config.checkpoint.save)
         return code
     except UserError as error:
         if ranks.is_first:
@@ -249,36 +250,36 @@ def _run_rank(run: Run, ranks: Ranks, found: Sequence[str]) -> int:
         return _exit_now(EXIT_FAILURE)
 
 
-def _print_warnings(found: Iterable[str]) -> None:
-    for warning in found:
+def _print_warnings(texts: Iterable[str]) -> None:
+    for warning in texts:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
 def _exit_now(code: int) -> int:
-    """End now: leaving process groups in order would wait for ranks that do not answer."""
+    """Exit immediately: destroying process groups would wait for ranks that do not respond."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def _is_consequence(error: Exception) -> bool:
-    """Whether an error only says that another rank is gone."""
+    """Return whether an error is only the consequence of another rank's exit."""
     text = str(error)
     return any(
-        sign in text for sign in ("closed by peer", "Connection reset", "Broken pipe", "NCCL")
+        pattern in text for pattern in ("closed by peer", "Connection reset", "Broken pipe", "NCCL")
     )
 
 
 def _listen_for_stop_requests(run: Run, ranks: Ranks) -> StopRequests:
-    """Stop at once when asked to, wherever the rank waits, and with a launcher that is killed.
+    """Exit on a stop request wherever the rank waits, and when its launcher is killed.
 
-    So it is until training begins (``training/stop_signals.py``): there is nothing to save before.
+    This applies until training starts (``training/stop_signals.py``), when nothing can be saved.
     """
-    if sys.platform == "linux" and ranks.started_by != "hand":  # a shell may be left, by nohup
+    if sys.platform == "linux" and ranks.launcher != "hand":  # a shell may exit, with nohup
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG in <sys/prctl.h>
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
     launcher = os.environ.get(LAUNCHER_PROCESS_VARIABLE)
-    if launcher is not None and os.getppid() != int(launcher):  # it was killed before
+    if launcher is not None and os.getppid() != int(launcher):  # killed already
         os._exit(EXIT_FAILURE)
     minutes = run.config.faults.exit_duration_in_mins
     end = run_start_time() + 60 * minutes if minutes is not None else None

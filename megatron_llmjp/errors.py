@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: shown as one message, without a traceback."""
+"""User, run and data errors, exit codes, and helpers for error messages."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ EXIT_INTERRUPTED = 130
 class UserError(Exception):
     """A mistake in a flag, a configuration, a data file or a checkpoint.
 
-    Entry points print the message and exit with code 2. A message names the file and line or
-    field, what was found, what was expected, and how to mend it.
+    Entry points print the message without a traceback and exit with code 2. A message names the
+    file and line or the field, the value found, the value expected, and how to fix it.
     """
 
 
 class RunError(RuntimeError):
-    """A run cannot go on. All ranks know it; the first one tells, and the exit code is 1."""
+    """A failure known to all ranks: the first rank prints it, and the exit code is 1."""
 
 
 class DataError(Exception):
-    """What is wrong with a dataset that only the rank knows which read it.
+    """An error in a dataset, known only to the rank that read it.
 
-    That rank tells, and the exit code is 2, as with :class:`UserError`. torch's data workers pass
-    an exception on with its traceback for a message, of which the last line is kept.
+    That rank prints it, and the exit code is 2, as for :class:`UserError`. torch's data workers
+    re-raise an exception with its traceback as the message; only the last line is kept.
     """
 
     def __init__(self, message: str) -> None:
@@ -39,24 +39,24 @@ class DataError(Exception):
 
 
 class ErrorCollector:
-    """User errors that are collected, so that all of them are reported together."""
+    """Collector of user errors, to report all of them together."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
 
     @contextmanager
     def collect(self) -> Iterator[None]:
-        """Record a :class:`UserError` of the body, which ends there."""
+        """Record a :class:`UserError` raised by the body."""
         try:
             yield
         except UserError as error:
             self.lines.append(str(error))
 
     def report(self) -> None:
-        """Raise what was recorded as one error; the same line is reported once.
+        """Raise the recorded errors as one; duplicate lines are reported once.
 
         Raises:
-            UserError: anything was recorded.
+            UserError: an error was recorded.
         """
         if self.lines:
             lines = (line for text in self.lines for line in text.splitlines())
@@ -64,9 +64,9 @@ class ErrorCollector:
 
 
 def did_you_mean(name: str, possible: Iterable[str]) -> str:
-    """Return ``; did you mean 'x'?`` for the possible name nearest to ``name``, or nothing.
+    """Return ``; did you mean 'x'?`` for the possible name closest to ``name``, or nothing.
 
-    Dashes in front do not count: all flags share them.
+    Leading dashes are ignored, since all flags share them.
     """
     names = {other.lstrip("-"): other for other in possible}
     near = difflib.get_close_matches(name.lstrip("-"), names, n=1, cutoff=0.75)
@@ -74,11 +74,11 @@ def did_you_mean(name: str, possible: Iterable[str]) -> str:
 
 
 def download_hint(path: Path) -> str:
-    """Return how to download what looks like a name on the Hugging Face Hub, or nothing."""
+    """Return a download command for a path that looks like a Hugging Face Hub name, or nothing."""
     name = str(path)
     if path.exists() or re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is None:
         return ""
     return (
-        ". If it is a repository of the Hugging Face Hub, download it first, with "
-        f"`hf download {name} --local-dir {path.name}`, and give {path.name}"
+        ". If it is a Hugging Face Hub repository, download it first with "
+        f"`hf download {name} --local-dir {path.name}`, and pass {path.name}"
     )

@@ -1,25 +1,19 @@
-"""Files on disk: durable and atomic writes, checksums, locks, living processes.
+"""Files on disk: durable and atomic writes, checksums, file locks, retries, process liveness.
 
-What several parts ask of the operating system: files on disk, their sums, living processes.
+:func:`acquire_lock` is the project's only lock, used for save folders (``checkpoint/run_lock.py``),
+sample indices, conversions and unfinished datasets. The kernel releases it when its process ends,
+however it ends. File-system errors are interpreted here, once:
 
-A lock on a file that the kernel frees when its process ends, however it ends.
-
-The only lock of the project: on save folders (``checkpoint/run_lock.py``), sample indices,
-conversions and unfinished datasets. What each does without a lock, or while another
-process has it, is its own affair; what an error of the file system means is decided here, once:
-
-- the lock is taken: ``BlockingIOError``, and nothing else;
+- the lock is held by another process: ``BlockingIOError``, and nothing else;
 - the file system has no locks (some Lustre and FUSE mounts, NFS without its lock service): the
-  lock is held in name only, :attr:`FileLock.is_enforced` is False;
-- the server is away or restarts (ESTALE, EIO, ...): tried again for some seconds;
-- anything else, such as EACCES, EROFS or ENOSPC: the ``OSError``, with the file's name.
+  lock is returned with :attr:`FileLock.is_enforced` False;
+- the server is unavailable or restarts (ESTALE, EIO, ...): retried for some seconds;
+- any other error, such as EACCES, EROFS or ENOSPC: the ``OSError``, with the file's name.
 
-``fcntl.lockf`` rather than ``flock``: a forked data worker that outlives its rank does not inherit
-it, and NFS and Lustre pass it on to other machines. The library ``filelock`` would not do: it takes
-every error for a taken lock, and its locks are inherited. One process must not take the same lock
-twice: closing either would free both.
-
-Files appear under their final names only when they are whole.
+``fcntl.lockf`` instead of ``flock``: a forked data worker that outlives its rank does not inherit
+it, and NFS and Lustre propagate it to other machines. The ``filelock`` library is not used: it
+treats every error as a held lock, and its locks are inherited by forked processes. One process must
+not take the same lock twice: closing either descriptor releases both.
 """
 
 from __future__ import annotations
@@ -57,10 +51,10 @@ TRANSIENT_ERRORS = frozenset(
         errno.ESHUTDOWN,
     }
 )
-"""Errors of a network file system whose server is away or restarts, and which may pass."""
+"""Errors of a network file system whose server is unavailable or restarts."""
 
 NO_SPACE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-"""The disk, the user's quota or the file-size limit takes no more."""
+"""Errors of a full disk, an exceeded quota or file-size limit."""
 
 RETRY_PAUSES = (0.1, 0.4, 1.5, 5.0, 10.0)
 """Seconds between the attempts of :func:`retry_transient`."""
@@ -69,7 +63,7 @@ _Result = TypeVar("_Result")
 
 
 def no_heartbeat() -> None:
-    """For work that nothing watches."""
+    """Do nothing: the heartbeat of work that is not monitored."""
 
 
 def warn(text: str) -> None:
@@ -79,20 +73,20 @@ def warn(text: str) -> None:
 
 def retry_transient(
     action: Callable[[], _Result],
-    what: str,
-    say: Callable[[str], None] = warn,
+    subject: str,
+    report: Callable[[str], None] = warn,
     pauses: Sequence[float] = RETRY_PAUSES,
 ) -> _Result:
-    """Call ``action``, and again for some seconds while it fails with a transient error.
+    """Call ``action``, and retry for some seconds while it fails with a transient error.
 
     Args:
         action: may be called several times.
-        what: the subject of the warning, such as a path.
-        say: receives one warning, at the first failure.
+        subject: the subject of the warning, such as a path.
+        report: receives one warning, at the first failure.
         pauses: seconds between the attempts.
 
     Raises:
-        OSError: a permanent error at once; a transient one that lasts.
+        OSError: a permanent error immediately; a transient one that persists.
     """
     for number, pause in enumerate(pauses):
         try:
@@ -101,14 +95,14 @@ def retry_transient(
             if error.errno not in TRANSIENT_ERRORS:
                 raise
             if number == 0:
-                say(f"{what}: {error.strerror}; retrying for {sum(pauses):.0f} s")
+                report(f"{subject}: {error.strerror}; retrying for {sum(pauses):.0f} s")
             time.sleep(pause)
     return action()
 
 
 @contextmanager
 def name_path_in_errors(path: Path) -> Iterator[None]:
-    """Name ``path`` in errors that name no file: a failed write or fsync does not."""
+    """Add ``path`` to an ``OSError`` of the body that has no file name, as of write or fsync."""
     try:
         yield
     except OSError as error:
@@ -118,10 +112,10 @@ def name_path_in_errors(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file so that a reader, or a crash, sees the old or the new one whole.
+    """Replace a text file atomically and durably: readers and crashes see the old or new content.
 
     Raises:
-        OSError: the file cannot be written; no temporary file is left behind.
+        OSError: the file cannot be written; the temporary file is removed.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}.tmp")
     try:
@@ -138,7 +132,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def fsync_path(path: Path) -> None:
-    """Force a file's bytes, or the names in a folder, to disk."""
+    """Flush a file's contents, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -147,7 +141,7 @@ def fsync_path(path: Path) -> None:
 
 
 def file_crc32(path: Path) -> int:
-    """CRC-32 of a file's bytes, read 4 MiB at a time."""
+    """Return the CRC-32 of a file's contents, read 4 MiB at a time."""
     crc = 0
     with path.open("rb") as stream:
         while block := stream.read(1 << 22):
@@ -156,23 +150,23 @@ def file_crc32(path: Path) -> int:
 
 
 def evenly_spaced_offsets(total: int, size: int, count: int) -> list[int]:
-    """Where ``count`` blocks of ``size`` begin that are spread evenly over ``total``, at most once.
+    """Return the offsets of ``count`` blocks of ``size`` spread evenly over ``total``, ascending.
 
-    Fewer where they would coincide: a total of one block or less has one, at 0.
+    Coinciding offsets are returned once: a total of at most one block gives offset 0 only.
     """
     last = max(0, total - size)
     return sorted({number * last // (count - 1) for number in range(count)})
 
 
 def nearest_existing(folder: Path) -> Path:
-    """A folder, or the nearest one above it that exists; a link without a target exists."""
+    """Return the folder or its nearest existing parent; a dangling link counts as existing."""
     while not os.path.lexists(folder) and folder != folder.parent:
         folder = folder.parent
     return folder
 
 
 def why_not_writable(folder: Path) -> str | None:
-    """Why files cannot be written to a folder, which may be created first; None if they can."""
+    """Return why files cannot be written to a folder, or None; the folder need not exist yet."""
     place = nearest_existing(folder)
     try:
         if place.is_symlink() and not place.exists():
@@ -196,7 +190,7 @@ def _is_read_only(place: Path) -> bool:
 
 
 def process_exists(pid: int) -> bool:
-    """Whether a process of this machine lives, whoever's it is."""
+    """Return whether a process of this machine exists, of any user."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -210,24 +204,24 @@ _NO_LOCKS = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
 
 
 class FileLock:
-    """A lock that this process holds, from :func:`acquire_lock`."""
+    """A lock held by this process, from :func:`acquire_lock`."""
 
     def __init__(self, path: Path, descriptor: int, is_enforced: bool) -> None:
         self.path = path
         self.is_enforced = is_enforced
-        """Whether the kernel keeps others from taking it."""
+        """Whether the kernel prevents other processes from taking it."""
         self._descriptor = descriptor
 
     def is_current(self) -> bool:
-        """Whether the locked file still has its name: a removed one protects nothing.
+        """Return whether the locked file still exists under its path; a removed one has no effect.
 
         Raises:
-            OSError: the file system does not answer.
+            OSError: the file system does not respond.
         """
         return _has_name(self._descriptor, self.path)
 
     def release(self, remove: bool = False) -> None:
-        """Free the lock, and remove its file while still holding it if ``remove``."""
+        """Release the lock; with ``remove``, delete its file before."""
         with suppress(OSError):
             if remove and self.is_current():
                 self.path.unlink()
@@ -235,23 +229,23 @@ class FileLock:
             os.close(self._descriptor)
 
 
-def acquire_lock(path: Path, patient: bool = True) -> FileLock:
-    """Take the lock of a file, which is made if need be.
+def acquire_lock(path: Path, retry: bool = True) -> FileLock:
+    """Lock a file, which is created if needed.
 
     Args:
         path: the file; its folder must exist.
-        patient: try again for some seconds where the file system's server does not answer.
+        retry: retry for some seconds when the file system's server does not respond.
 
     Raises:
-        BlockingIOError: another process has it.
-        OSError: the file cannot be made or locked; a transient error has lasted.
+        BlockingIOError: another process holds it.
+        OSError: the file cannot be created or locked, or a transient error persists.
     """
-    pauses = RETRY_PAUSES if patient else ()
+    pauses = RETRY_PAUSES if retry else ()
     with name_path_in_errors(path):
         try:
             return retry_transient(partial(_take, path), str(path), pauses=pauses)
         except OSError as error:
-            if error.errno != errno.ENOLCK:  # for a while, or always without NFS's lock service
+            if error.errno != errno.ENOLCK:  # persists on NFS without its lock service
                 raise
             return FileLock(path, _open(path), is_enforced=False)
 
@@ -261,7 +255,7 @@ def _take(path: Path) -> FileLock:
         descriptor = _open(path)
         try:
             lock = FileLock(path, descriptor, _lock(descriptor))
-            # Its last holder may have removed the file between our opening and locking it.
+            # The last holder may have removed the file between open and lock.
             if not lock.is_enforced or lock.is_current():
                 return lock
         except BaseException:
@@ -275,7 +269,7 @@ def _open(path: Path) -> int:
 
 
 def _lock(descriptor: int) -> bool:
-    """Lock an open file; False where the file system has no locks."""
+    """Lock an open file; return False if the file system has no locks."""
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -293,9 +287,9 @@ def _has_name(descriptor: int, path: Path) -> bool:
 
 
 def rename_into_place(pairs: Sequence[tuple[Path, Path]]) -> None:
-    """Rename (work file, final file) pairs in their order; give .idx files last.
+    """Rename (work file, final file) pairs in order; .idx files must come last.
 
-    An old .idx goes first: it must never stand beside a new .bin.
+    Old .idx files are removed first, so that none is ever found next to a new .bin.
     """
     for _, final in pairs:
         if final.suffix == ".idx":
@@ -308,9 +302,9 @@ def rename_into_place(pairs: Sequence[tuple[Path, Path]]) -> None:
 
 @contextmanager
 def staging_folder(folder: Path) -> Iterator[Path]:
-    """Make a work folder, and remove it at the end with all that is still in it."""
+    """Create a work folder, and remove it with its remaining contents at the end."""
     if folder.exists():
-        shutil.rmtree(folder)  # left behind by a killed run
+        shutil.rmtree(folder)  # from a killed process
     folder.mkdir(parents=True)
     try:
         yield folder
@@ -319,17 +313,17 @@ def staging_folder(folder: Path) -> Iterator[Path]:
 
 
 def refuse_existing(paths: Sequence[Path], overwrite: bool) -> None:
-    """Raise UserError if any of these files exists and may not be replaced."""
-    there = [str(path) for path in paths if path.exists()]
-    if there and not overwrite:
+    """Raise UserError if one of these files exists and ``overwrite`` is False."""
+    existing = [str(path) for path in paths if path.exists()]
+    if existing and not overwrite:
         raise UserError(
-            f"{', '.join(there[:3])} exists already. Choose another output, or give --overwrite "
+            f"{', '.join(existing[:3])} already exists. Choose another output, or pass --overwrite "
             "to replace it."
         )
 
 
 def write_json_durably(path: Path, content: Any) -> None:
-    """Write JSON and bring it to disk."""
+    """Write a JSON file and flush it to disk."""
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)

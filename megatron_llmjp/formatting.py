@@ -1,4 +1,4 @@
-"""Numbers, times and tables as a person reads them at a glance."""
+"""Formatting of counts, sizes, durations, lists and tables for people."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Container, Sequence
 
 
 def format_count(number: float) -> str:
-    """A number as people say it: 1234567 -> 1.23M."""
+    """Format a count: 1234567 -> 1.23M."""
     for size, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if abs(number) >= size:
             return f"{number / size:.2f}{unit}"
@@ -14,7 +14,7 @@ def format_count(number: float) -> str:
 
 
 def format_tick(number: float) -> str:
-    """The same for the ticks of a scale: 1500000 -> 1.5M, 0.25 -> 0.25."""
+    """Format a tick label of a plot axis: 1500000 -> 1.5M, 0.25 -> 0.25."""
     for size, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if abs(number) >= size:
             return f"{number / size:.3g}{unit}"
@@ -22,32 +22,32 @@ def format_tick(number: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds as ``1d 02:03:04``."""
+    """Format seconds as ``1d 02:03:04``."""
     days, rest = divmod(round(seconds), 86400)
     clock = f"{rest // 3600:02d}:{rest // 60 % 60:02d}:{rest % 60:02d}"
     return f"{days}d {clock}" if days else clock
 
 
 def format_bytes(size: float) -> str:
-    """Bytes as ``2.41 TB``, ``180.0 GB`` or ``3.2 MB``, of 10^12, 10^9 or 10^6."""
+    """Format bytes as ``2.41 TB``, ``180.0 GB`` or ``3.2 MB`` (10^12, 10^9, 10^6)."""
     if size >= 1e12:
         return f"{size / 1e12:.2f} TB"
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def format_gigabytes(size: float) -> str:
-    """Bytes as ``1,011.06 GB`` of 10^9."""
+    """Format bytes as ``1,011.06 GB`` (10^9)."""
     return f"{size / 1e9:,.2f} GB"
 
 
 def format_names(names: Sequence[str], most: int = 3) -> str:
-    """The first names of a list, and how many more there are."""
+    """Format the first names of a list and the number of the others."""
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
 def format_table(rows: Sequence[Sequence[str]], right: Container[int]) -> str:
-    """Rows of cells as text; the columns in ``right`` are numbers."""
+    """Format rows of cells as aligned text; the columns in ``right`` are right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:

@@ -1,6 +1,6 @@
-"""Stand-ins for what a planned run has and this machine lacks: packages, tokenizer, data, folders.
+"""Placeholders for what a planned run needs and this machine lacks: packages, tokenizer, data.
 
-The modes that train nothing report each as a note, and check the rest. Without torch.
+The modes that do not train report each placeholder as a note, and check the rest. Without torch.
 """
 
 from __future__ import annotations
@@ -36,43 +36,43 @@ _FILES = ("fold_file", "data_args_path", "per_split_data_args_path")
 
 @dataclass(frozen=True)
 class PlaceholderConfig:
-    """A configuration that can be planned on this machine."""
+    """A configuration that can be resolved on this machine."""
 
     config: Config
     notes: tuple[str, ...]
-    """What is not here, and therefore not checked."""
+    """What is missing here, and therefore not checked."""
     replaced: dict[str, Any]
-    """By field, the value that a stand-in replaces."""
+    """The values that placeholders replace, by field."""
 
     @property
     def tokenizer_is_placeholder(self) -> bool:
-        """Whether a stand-in has replaced the tokenizer, which says nothing about the datasets."""
+        """Whether the tokenizer was replaced: the datasets cannot be compared with it."""
         return "tokenizer_type" in self.replaced
 
     def restored(self, config: Config) -> Config:
-        """A configuration that was resolved from this one, with the given values again."""
+        """Return a configuration that was resolved from this one with the given values restored."""
         return replace_fields(config, **self.replaced)
 
 
 def substitute_missing(config: Config, data: bool = False) -> PlaceholderConfig:
-    """Replace what this machine lacks.
+    """Replace what this machine lacks by placeholders.
 
     Args:
-        config: the run's.
-        data: whether datasets and folders may be missing, too, and the size of the vocabulary may
-            be taken from a preset of the same model: for a run on paper.
+        config: configuration of the run.
+        data: whether datasets and folders may be missing too, and the vocabulary size may be taken
+            from a preset of the same model: for estimates.
 
     Raises:
-        UserError: the vocabulary is not known.
+        UserError: the vocabulary size is not known.
     """
     changes: dict[str, Any] = {}
     notes: list[str] = []
     if _needs_wandb(config):
         notes.append("the package wandb is not installed here; the run needs it")
     if data:
-        notes += _without_folders(config, changes)
-        notes += _without_data(config, changes)
-    notes += _without_tokenizer(config, changes, data)
+        notes += _replace_folders(config, changes)
+        notes += _replace_data(config, changes)
+    notes += _replace_tokenizer(config, changes, data)
     given = {
         name: getattr(getattr(config, SECTION_OF[name]), name)
         for name in changes
@@ -82,10 +82,10 @@ def substitute_missing(config: Config, data: bool = False) -> PlaceholderConfig:
 
 
 def check_packages(config: Config) -> None:
-    """Refuse to start a run that needs a package which is not installed.
+    """Check that the packages a run needs are installed.
 
     Raises:
-        UserError: naming it.
+        UserError: with the missing package.
     """
     if _needs_wandb(config):
         raise UserError("wandb_project needs the package wandb: `pip install wandb`, or remove it")
@@ -95,8 +95,8 @@ def _needs_wandb(config: Config) -> bool:
     return bool(config.logging.wandb_project) and find_spec("wandb") is None
 
 
-def _without_tokenizer(config: Config, changes: dict[str, Any], data: bool) -> Iterator[str]:
-    """Find the size of the vocabulary where the tokenizer is not here."""
+def _replace_tokenizer(config: Config, changes: dict[str, Any], data: bool) -> Iterator[str]:
+    """Find the vocabulary size where the tokenizer is missing."""
     kind, model = config.data.tokenizer_type, config.data.tokenizer_model
     is_absent = kind not in _WITHOUT_FILE and model is not None and not os.path.lexists(model)
     size, source = config.model.vocab_size, ""
@@ -112,28 +112,28 @@ def _without_tokenizer(config: Config, changes: dict[str, Any], data: bool) -> I
     if size is None and data:
         size, source = _vocabulary_of_presets(config) or (None, "")
     if size is None and (is_absent or data):
-        why = f"--tokenizer-model {model} is not here" if is_absent else "no tokenizer is given"
+        why = f"--tokenizer-model {model} is missing" if is_absent else "no tokenizer is given"
         raise UserError(
-            f"the vocabulary's size is not known, and {why}: give --vocab-size or "
+            f"the vocabulary size is not known, and {why}: pass --vocab-size, "
             "--padded-vocab-size, a preset that has it, or a tokenizer"
         )
     if size is not None and config.model.vocab_size is None and (is_absent or data):
         changes["vocab_size"] = size
         if source:
-            yield f"vocabulary size {size:,} taken from {source}; --vocab-size sets another"
+            yield f"vocabulary size {size:,} taken from {source}; --vocab-size overrides it"
     if is_absent:
         changes |= {"tokenizer_type": "NullTokenizer", "tokenizer_model": None}
         changes["tiktoken_special_tokens"] = ()
         changes["allow_tokenizer_mismatch"] = True
-        # A checkpoint to resume from is not compared with a stand-in.
+        # A checkpoint to resume from is not compared with a placeholder.
         assumed = ("vocab_size",) if config.model.vocab_size is None else ()
         others = ("tokenizer_type", "tokenizer", "tiktoken_special_tokens")
         changes["override_resume"] = (*config.checkpoint.override_resume, *others, *assumed)
-        yield f"tokenizer {model} is not here, and is not checked; the run needs it"
+        yield f"tokenizer {model} is missing here and is not checked; the run needs it"
 
 
 def _vocabulary_of_data(config: Config) -> tuple[int, str] | None:
-    """The vocabulary of the tokenizer that preprocess_data recorded with a dataset."""
+    """Return the vocabulary size that preprocess_data recorded with a dataset, and its source."""
     for path in _datasets(config):
         size = (recorded_tokenizer(path) or {}).get("vocab_size")
         if isinstance(size, int):
@@ -142,7 +142,7 @@ def _vocabulary_of_data(config: Config) -> tuple[int, str] | None:
 
 
 def _vocabulary_of_presets(config: Config) -> tuple[int, str] | None:
-    """The largest vocabulary of the presets whose model is otherwise the same."""
+    """Return the largest vocabulary size of the presets with otherwise the same model."""
     others = set(ModelConfig.model_fields) - {"vocab_size", "padded_vocab_size"}
     found = []
     for name in preset_names():
@@ -155,19 +155,19 @@ def _vocabulary_of_presets(config: Config) -> tuple[int, str] | None:
     return max(found, default=None)
 
 
-def _without_folders(config: Config, changes: dict[str, Any]) -> Iterator[str]:
-    """A checkpoint to start from that is not here; folders to write to are not made."""
+def _replace_folders(config: Config, changes: dict[str, Any]) -> Iterator[str]:
+    """Replace a missing checkpoint to load, and note an unwritable save folder."""
     load = config.checkpoint.load
     if load is not None and not Path(load).exists():
         changes |= {"load": None, "finetune": False}
-        yield f"--load {load} is not here, and is not checked"
+        yield f"--load {load} is missing here and is not checked"
     save = config.checkpoint.save
     if save is not None and why_not_writable(Path(save)) is not None:
         yield f"--save {save} cannot be written here; the run needs it"
 
 
-def _without_data(config: Config, changes: dict[str, Any]) -> Iterator[str]:
-    """Leave the data out if a part of it is not here."""
+def _replace_data(config: Config, changes: dict[str, Any]) -> Iterator[str]:
+    """Remove the data from the configuration if a part of it is missing."""
     files = [str(value) for name in _FILES if (value := getattr(config.data, name))]
     missing = [file for file in files if not Path(file).exists()]
     for prefix in _datasets(config):
@@ -179,11 +179,11 @@ def _without_data(config: Config, changes: dict[str, Any]) -> Iterator[str]:
         ]
         empty = type(config.data)()
         changes |= {name: getattr(empty, name) for name in [*given, "fold_file"]}
-        yield f"the data is not here, and is not checked: {missing[0]}{more}"
+        yield f"the data is missing here and is not checked: {missing[0]}{more}"
 
 
 def _datasets(config: Config) -> list[str]:
-    """The datasets of the run; none where the file that lists them is not here."""
+    """Return the datasets of the run; none if the file that lists them is missing."""
     data = config.data
     if any(value and not Path(value).exists() for value in (getattr(data, n) for n in _FILES)):
         return []

@@ -1,4 +1,4 @@
-"""Files for logs: what cannot be written now is kept and written later, and never ends a run."""
+"""Log files whose failed writes are kept in memory and retried, so that they never end a run."""
 
 from __future__ import annotations
 
@@ -14,59 +14,59 @@ from typing import Any
 from megatron_llmjp.filesystem import NO_SPACE_ERRORS, warn
 
 MAX_PENDING_BYTES = 16 << 20
-"""What does not fit is kept up to here, then the oldest of it is given up."""
+"""Limit of the writes kept in memory; beyond it the oldest ones are dropped."""
 
 _NAMES = {1: "standard output", 2: "standard error"}
 
 
 class RetryingFile(io.RawIOBase):
-    """A file that is only added to. Writing, opening and closing it raise no ``OSError``.
+    """An append-only file. Writing, opening and closing it raise no ``OSError``.
 
-    A full disk, a stale handle or an unwritable folder is reported once, and what is written
-    meanwhile is kept in memory. A file that was deleted is recreated. Nothing is kept for a pipe
-    whose reader is gone.
+    A full disk, a stale handle or an unwritable folder is reported once, and writes are kept in
+    memory until they succeed. A deleted file is recreated. Nothing is kept for a pipe whose reader
+    has exited.
 
-    Without a lock, since a process that forks while another thread holds one would stop at it: of
-    what several threads write at once the order may change, but no write is torn or lost.
+    There is no lock, since a process forked while another thread holds one would deadlock:
+    concurrent writes of several threads may be reordered, but none is torn or lost.
     """
 
     def __init__(self, file: Path | int, warns: bool = True) -> None:
-        """Open ``file``, or take a descriptor that is open; ``warns`` on standard error."""
+        """Open ``file``, or use an open descriptor; with ``warns``, report to standard error."""
         super().__init__()
         self._path = file if isinstance(file, Path) else None
         self._descriptor = file if isinstance(file, int) else None
         self.name = str(file) if isinstance(file, Path) else _NAMES.get(file, f"descriptor {file}")
         self._pending: deque[bytes] = deque()
         self._is_torn = False
-        """Whether the first part of the oldest write that waits is in the file already."""
-        self._is_over = False
+        """Whether the oldest pending write is partly in the file already."""
+        self._reader_exited = False
         self.warns, self._has_warned = warns, False
         self._drain()
 
     def writable(self) -> bool:
-        """It is."""
+        """Return True."""
         return True
 
     def fileno(self) -> int:
-        """The descriptor.
+        """Return the descriptor.
 
         Raises:
-            OSError: the file is not open at the moment.
+            OSError: the file is not open currently.
         """
         if self._descriptor is None:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF), self.name)
         return self._descriptor
 
     def write(self, data: Any) -> int:
-        """Add bytes, all of them, now or later."""
+        """Append bytes, now or later; returns their number."""
         text = bytes(data)
-        if not self._is_over:
+        if not self._reader_exited:
             self._pending.append(text)
             self._drain()
         return len(text)
 
     def close(self) -> None:
-        """Try once more to write what waits, and close."""
+        """Try once more to write pending data, and close."""
         if not self.closed:
             self._drain()
             if self._path is not None:
@@ -74,7 +74,7 @@ class RetryingFile(io.RawIOBase):
         super().close()
 
     def _drain(self) -> None:
-        """Write what waits, as far as possible."""
+        """Write pending data as far as possible."""
         try:
             self._open()
             while self._pending:
@@ -97,7 +97,7 @@ class RetryingFile(io.RawIOBase):
         assert self._descriptor is not None
         try:
             text = self._pending.popleft()
-        except IndexError:  # another thread was faster
+        except IndexError:  # another thread took it
             return
         written = 0
         try:
@@ -110,27 +110,27 @@ class RetryingFile(io.RawIOBase):
                 self._is_torn = False
 
     def _keep(self, error: OSError) -> None:
-        """Report what is wrong, and keep what waits up to a limit."""
+        """Report an error, and limit the pending writes."""
         if error.errno == errno.EPIPE:
-            self._is_over = True
+            self._reader_exited = True
             self._pending.clear()
         elif error.errno not in NO_SPACE_ERRORS and self._path is not None:
             self._close()  # a stale handle stays stale: open the file again next time
         size = sum(map(len, self._pending))
         while size > MAX_PENDING_BYTES and len(self._pending) > 1:
             size -= len(self._pending[self._is_torn])
-            del self._pending[self._is_torn]  # a half-written line must be completed
+            del self._pending[self._is_torn]  # a partly written line must be completed
         if self.warns and not self._has_warned:
             self._has_warned = True
-            with contextlib.suppress(OSError, ValueError):  # standard error may be no better
+            with contextlib.suppress(OSError, ValueError):  # standard error may fail too
                 warn(self._describe(error))
 
     def _describe(self, error: OSError) -> str:
-        if self._is_over:
-            return f"{self.name}: its reader is gone ({error.strerror}); the run continues"
+        if self._reader_exited:
+            return f"{self.name}: its reader has exited ({error.strerror}); the run continues"
         if error.errno in NO_SPACE_ERRORS:
-            return f"{self.name} waits for room on its disk: {error.strerror}"
-        return f"{self.name} cannot be written: {error.strerror}; the log is kept and written later"
+            return f"{self.name} waits for free disk space: {error.strerror}"
+        return f"{self.name} cannot be written: {error.strerror}; the log is kept in memory"
 
     def _close(self) -> None:
         if self._descriptor is not None:
@@ -140,13 +140,13 @@ class RetryingFile(io.RawIOBase):
 
 
 def protect_standard_streams(warns: bool = False) -> None:
-    """Have standard output and error never end the program: :class:`RetryingFile`.
+    """Replace standard output and error by :class:`RetryingFile`, so that they never end a run.
 
-    A job's log is often on the file system whose quota its checkpoints fill; and the reader of a
-    pipe may end, as ``head`` does.
+    A job's log is often on the file system whose quota its checkpoints fill, and the reader of a
+    pipe may exit, as ``head`` does.
 
     Args:
-        warns: report on standard error what is wrong with standard output.
+        warns: report failures of standard output to standard error.
     """
     _occupy_standard_descriptors()
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
@@ -156,20 +156,23 @@ def protect_standard_streams(warns: bool = False) -> None:
         elif stream is not None and stream is getattr(sys, f"__{name}__"):
             with contextlib.suppress(OSError):
                 stream.flush()
-            kept = io.TextIOWrapper(
+            wrapped = io.TextIOWrapper(
                 RetryingFile(descriptor, warns=warns and descriptor == 1),
                 encoding=stream.encoding,
                 errors=stream.errors,
                 line_buffering=stream.line_buffering,
                 write_through=True,
             )
-            setattr(sys, name, kept)
+            setattr(sys, name, wrapped)
 
 
 def _occupy_standard_descriptors() -> None:
-    """Open closed ones on nothing: else a checkpoint may get the number, and a library's text."""
+    """Open closed descriptors 0 to 2 on /dev/null, so that no checkpoint file gets their numbers.
+
+    Text that a library prints would be written into such a file.
+    """
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest free number, hence this one
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number: this one

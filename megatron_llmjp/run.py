@@ -44,66 +44,66 @@ from megatron_llmjp.run_data import (
 )
 from megatron_llmjp.tokenizers import Tokenizer
 
-NOTHING: Mapping[str, str] = MappingProxyType({})
+_NONE_DAMAGED: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run, resolved."""
+    """A resolved run."""
 
     requested: Config
-    """The configuration as it was given, before the checkpoint and the data had their say."""
+    """The configuration as given, before checkpoint and data override it."""
     config: Config
     tokenizer: Tokenizer
     folds: FoldFile
     datasets: dict[str, DatasetInfo]
-    """What is known of each dataset, by path."""
+    """Size and contents of each dataset, by path."""
     schedule: Schedule
     validation: dict[str, HeldOutDataset | MegatronBlend]
     train_iters: int
     resume: Resume | None
-    past: RunHistory
-    """What the run's checkpoints are to remember of the data."""
+    history: RunHistory
+    """Data history that the run's checkpoints record."""
     notes: tuple[str, ...]
-    """What the user should be told at the start."""
+    """Notes printed at the start."""
     tokenizer_mismatches: tuple[str, ...] = ()
-    """Warnings on datasets of another tokenizer that ``--allow-tokenizer-mismatch`` accepts."""
+    """Warnings on datasets of another tokenizer, with ``--allow-tokenizer-mismatch``."""
     config_warnings: tuple[str, ...] = ()
-    """Warnings on a configuration that runs, but as a run has gone wrong before."""
+    """Warnings on valid settings that are known to cause problems."""
 
     @property
     def warnings(self) -> list[str]:
-        """What went wrong before and should not be overlooked."""
+        """Warnings on tokenizer mismatches and damaged checkpoints."""
         if self.resume is None:
             return [*self.tokenizer_mismatches]
-        going_on = f"; going on from {self.resume.folder}"
+        resumed = f"; resuming from {self.resume.folder}"
         return [
             *self.tokenizer_mismatches,
-            *(wrong + going_on for wrong in self.resume.passed_over),
+            *(damage + resumed for damage in self.resume.rejected),
         ]
 
     @property
     def cache(self) -> Path:
-        """Folder of sample indices."""
+        """Folder of the sample indices."""
         return index_cache_folder(self.config, self.folds)
 
 
 def resolve_run(
     config: Config,
     world_size: int,
-    damaged: Mapping[str, str] = NOTHING,
-    left_out: SkippedRanges = NO_SKIPPED_RANGES,
+    damaged: Mapping[str, str] = _NONE_DAMAGED,
+    skipped_ranges: SkippedRanges = NO_SKIPPED_RANGES,
 ) -> Run:
     """Resolve a configuration for ``world_size`` processes.
 
     Args:
-        config: what is asked for.
+        config: the requested configuration.
         world_size: number of processes.
-        damaged: checkpoint folders that are known to be damaged, and how.
-        left_out: positions of the schedule to skip, by words that tell why.
+        damaged: damage of checkpoint folders that must not be used, by folder.
+        skipped_ranges: positions of the schedule to skip, by reason.
 
     Raises:
-        UserError: whatever is wrong with the layout, tokenizer, data or checkpoint.
+        UserError: all problems of the layout, tokenizer, data or checkpoint.
     """
     requested = config
     config, tokenizer, data, notes = _read_inputs(config, world_size)
@@ -117,12 +117,12 @@ def resolve_run(
         data = with_stored_keys(data, config, manifest.folds)
     sizes, skips = BatchSizeSchedule(config), config.data.skip_iterations
     schedule, skipped = resume_checks.apply_skip_iterations(
-        data.schedule, skips, manifest, sizes, left_out
+        data.schedule, skips, manifest, sizes, skipped_ranges
     )
     notes += [*repetition_notes(schedule), *resume_checks.describe_skipped_samples(skipped)]
-    memory = RunHistory(skipped)
+    history = RunHistory(skipped)
     if continued is not None:
-        config, memory, changes = resuming.resume_config(config, continued, schedule, skipped)
+        config, history, changes = resuming.resume_config(config, continued, schedule, skipped)
         notes += [*changes, *resuming.check_tokenizer(config, continued, tokenizer)]
     elif resume is not None:
         resuming.check_weights(config, resume)
@@ -142,7 +142,7 @@ def resolve_run(
         validation=validation,
         train_iters=train_iters,
         resume=resume,
-        past=memory,
+        history=history,
         notes=(*notes, *length_notes, *validation_notes),
         tokenizer_mismatches=tuple(mismatch),
         config_warnings=tuple(config_warnings(config, size)),
@@ -155,18 +155,18 @@ def _read_inputs(
     """Check the configuration and the save folder, and read the tokenizer and the datasets.
 
     Returns:
-        The configuration with its vocabulary, the tokenizer, the data and notes for the user.
+        The configuration with its vocabulary size, the tokenizer, the data, and notes.
 
     Raises:
-        UserError: everything that is wrong, so that no mistake hides another.
+        UserError: all problems, so that none hides another.
     """
     problems = ErrorCollector()
     with problems.collect():
         check_config(config, world_size)
     if problems.lines:
-        _look_further(config, problems)
+        _raise_all_problems(config, problems)
     notes = _save_folder(config)
-    config, start_notes = _first_start_is_over(config)
+    config, start_notes = _ignore_load_after_first_start(config)
     with problems.collect():
         tokenizer = _tokenizer(config)
         config = _with_vocabulary(config, tokenizer)
@@ -179,10 +179,10 @@ def _read_inputs(
 def _with_length(
     config: Config, schedule: Schedule, world_size: int
 ) -> tuple[Config, int, list[str]]:
-    """Resolve what follows from the run's length: decay and warm-up of the learning rate.
+    """Resolve the fields that depend on the run's length: learning-rate decay and warm-up.
 
     Returns:
-        The configuration, the number of iterations and notes for the user.
+        The configuration, the number of iterations, and notes.
 
     Raises:
         UserError: the length contradicts another field.
@@ -195,10 +195,10 @@ def _with_length(
     return config, train_iters, [*notes, *warmup_notes]
 
 
-def _look_further(config: Config, problems: ErrorCollector) -> None:
-    """Add what else is wrong to broken rules, and report all.
+def _raise_all_problems(config: Config, problems: ErrorCollector) -> None:
+    """Report broken rules together with the errors of tokenizer and data.
 
-    The data is not examined with a batch ramp-up: its arithmetic needs one that fits.
+    The data is not checked with a batch size ramp-up, which must be valid to compute iterations.
 
     Raises:
         UserError: always.
@@ -215,23 +215,23 @@ def _check_validation(
     config: Config, resume: Resume | None, sets: Mapping[str, HeldOutDataset | MegatronBlend]
 ) -> None:
     if resume is None:
-        raise UserError("--eval-only validates a checkpoint: give --load, the folder that holds it")
+        raise UserError("--eval-only validates a checkpoint: pass its folder as --load")
     if not sets:
         where = data_source_name(config.data)
         raise UserError(f"--eval-only: {where} declares no validation sets (docs/folds.md)")
 
 
 def _save_folder(config: Config) -> list[str]:
-    """Notes on the save folder of a run that writes to one."""
+    """Return notes on the save folder, if the run writes to one."""
     if config.checkpoint.save is None or config.training.eval_only:
         return []
     return check_save_folder(Path(config.checkpoint.save))
 
 
-def _first_start_is_over(config: Config) -> tuple[Config, list[str]]:
-    """``load`` and ``finetune`` are for a run's first start: later its own checkpoints count.
+def _ignore_load_after_first_start(config: Config) -> tuple[Config, list[str]]:
+    """Ignore ``load`` and ``finetune`` after the first start: the run's own checkpoints are used.
 
-    So a job that is requeued with its first command line goes on, and does not begin again.
+    A job that is requeued with its first command line thereby resumes instead of starting over.
     """
     places = config.checkpoint
     if not (places.save and places.load) or config.training.eval_only:
@@ -240,7 +240,7 @@ def _first_start_is_over(config: Config) -> tuple[Config, list[str]]:
     if load == save or save in load.parents or not complete_iterations(save):
         return config, []
     flags = f"--load {places.load}" + (" --finetune" if places.finetune else "")
-    note = f"{places.save} holds checkpoints of this run already: {flags} was for its first start"
+    note = f"{places.save} already holds checkpoints of this run: {flags} is ignored"
     return replace_fields(config, load=None, finetune=False), [note]
 
 
@@ -248,8 +248,8 @@ def _tokenizer(config: Config) -> Tokenizer:
     tokenizer = load_run_tokenizer(config)
     if tokenizer is None:
         raise UserError(
-            "no tokenizer: give --tokenizer-type and --tokenizer-model, those that "
-            "preprocess_data made the datasets with"
+            "no tokenizer: pass the --tokenizer-type and --tokenizer-model that preprocess_data "
+            "used for the datasets"
         )
     return tokenizer
 
@@ -257,10 +257,10 @@ def _tokenizer(config: Config) -> Tokenizer:
 def _with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
     if config.model.vocab_size is None:
         return replace_fields(config, vocab_size=tokenizer.vocab_size)
-    # Not compared with vocab_size: Megatron's SentencePieceTokenizer adds a piece of its own.
+    # Not compared with vocab_size: Megatron's SentencePieceTokenizer adds a piece.
     if tokenizer.vocab_size > config.padded_vocab_size:
         raise UserError(
             f"{config.data.tokenizer_model} has {tokenizer.vocab_size} tokens, but vocab_size is "
-            f"{config.model.vocab_size}: leave --vocab-size out, or take the model's tokenizer"
+            f"{config.model.vocab_size}: omit --vocab-size, or use the model's tokenizer"
         )
     return config

@@ -1,4 +1,4 @@
-"""The data of a run, resolved: schedule, number of iterations, validation sets. Without torch."""
+"""Resolution of a run's data without torch: fold schedule, iterations, decay, validation sets."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from megatron_llmjp.tokenizers.registry import TikTokenSettings
 
 @dataclass(frozen=True)
 class ResolvedData:
-    """The data of a run, resolved."""
+    """Resolved data of a run."""
 
     folds: FoldFile
     datasets: dict[str, DatasetInfo]
-    """What is known of each dataset, by path."""
+    """Size and contents of each dataset, by path."""
     schedule: Schedule
 
 
 def resolve_data(config: Config) -> ResolvedData:
-    """Resolve the data of a run; of the model and the layout nothing need be known.
+    """Resolve the data of a run; model and layout are not used.
 
     Raises:
-        UserError: whatever is wrong with the fold file or a dataset.
+        UserError: all problems of the fold file and its datasets.
     """
     batch_sizes, length = BatchSizeSchedule(config), config.data.seq_length
     if given_data_flags(config.data):
@@ -46,15 +46,15 @@ def resolve_data(config: Config) -> ResolvedData:
         folds = fold_file_from_flags(config.data, samples, config.training.seed)
     elif config.data.fold_file is None:
         raise UserError(
-            "no data: give --fold-file, the file that declares the folds of the run, or "
-            "--data-path as for Megatron-LM"
+            "no data: pass --fold-file, the file that defines the folds of the run, or "
+            "--data-path as in Megatron-LM"
         )
     else:
         folds = read_fold_file(Path(config.data.fold_file))
     if folds.sequence_length not in (None, length):
         raise UserError(
             f"{config.data.fold_file}: sequence_length {folds.sequence_length} differs from the "
-            f"run's seq_length {length}: take one of them away"
+            f"run's seq_length {length}: remove one of them"
         )
     datasets = inspect_datasets(folds, index_cache_folder(config, folds))
     return ResolvedData(folds, datasets, resolve_folds(folds, datasets, length, batch_sizes))
@@ -63,11 +63,11 @@ def resolve_data(config: Config) -> ResolvedData:
 def with_stored_keys(
     data: ResolvedData, config: Config, records: Mapping[str, FoldFingerprint]
 ) -> ResolvedData:
-    """Return the data under the keys by which a checkpoint knows its datasets.
+    """Return the data with the dataset keys that a checkpoint stores.
 
     Args:
-        data: as resolved without the checkpoint.
-        config: the run's.
+        data: data resolved without the checkpoint.
+        config: configuration of the run.
         records: the folds that the checkpoint was trained on, by name.
     """
     blends = {fold.name: fold.blend for fold in data.folds.folds}
@@ -80,7 +80,7 @@ def with_stored_keys(
     found = _resolved_again(data, config, fold_datasets.with_recorded_keys(data.datasets, known))
     if all(record.datasets is not None for record in records.values()):
         return found
-    # The digests of such folds are all that the checkpoint remembers.
+    # Of folds without datasets the checkpoint stores the digests only.
     earlier = _resolved_again(data, config, fold_datasets.with_legacy_keys(data.datasets))
     digests = {record.digest for record in records.values()}
     return earlier if digests & {fold.digest for fold in earlier.schedule.folds} else found
@@ -96,27 +96,27 @@ def _resolved_again(
 
 
 def train_iterations(config: Config, schedule: Schedule) -> tuple[int, list[str]]:
-    """Iterations of the run: the schedule's, unless a limit is reached first; and notes on its end.
+    """Return the number of iterations, from the limits and the schedule, and notes on the end.
 
     Raises:
-        UserError: there is not one full batch, or the limits need more samples than the folds have.
+        UserError: there is no full batch, or the limits need more samples than the folds have.
     """
     batch_sizes, where = BatchSizeSchedule(config), data_source_name(config.data)
     possible, rest = batch_sizes.iterations(schedule.total_samples)
     if possible == 0:
         raise UserError(
-            f"{where}: its {schedule.total_samples} samples are less than one global batch of "
-            f"{batch_sizes.at(0)}: enlarge the folds or lower global_batch_size"
+            f"{where}: its {schedule.total_samples} samples are fewer than one global batch of "
+            f"{batch_sizes.at(0)}: enlarge the folds or reduce global_batch_size"
         )
     found = run_limits(config, batch_sizes)
     if not found:
-        note = f"{rest} samples at the end make no full batch and are left out"
+        note = f"the last {rest} samples do not fill a batch and are dropped"
         return possible, [note] if rest else []
     first = found[0]
     if first.iteration == 0:
         raise UserError(f"{first} is less than one global batch of {batch_sizes.at(0)}: raise it")
     if first.samples <= schedule.total_samples:
-        return min(first.iteration, possible), _which_ends(found, possible)
+        return min(first.iteration, possible), _first_limit_note(found, possible)
     if first.samples <= schedule.total_positions:
         return possible, [
             f"the run ends at iteration {possible:,}, not with {first} at iteration "
@@ -124,13 +124,13 @@ def train_iterations(config: Config, schedule: Schedule) -> tuple[int, list[str]
         ]
     raise UserError(
         f"{first.name} {first.value} needs {first.samples:,} samples, but the folds of {where} "
-        f"hold {schedule.total_samples:,}, enough for {possible} iterations: leave {first.name} "
-        "out, or give the folds more tokens"
+        f"hold {schedule.total_samples:,}, enough for {possible} iterations: remove {first.name}, "
+        "or give the folds more tokens"
     )
 
 
-def _which_ends(found: list[RunLimit], possible: int) -> list[str]:
-    """A note on which of several limits ends the run; none where it says nothing new."""
+def _first_limit_note(found: list[RunLimit], possible: int) -> list[str]:
+    """Return a note on which of several limits ends the run; none if there is only one."""
     first, *others = found
     later = [f"{limit} (iteration {limit.iteration:,})" for limit in others]
     if first.iteration < possible:
@@ -142,10 +142,10 @@ def _which_ends(found: list[RunLimit], possible: int) -> list[str]:
 
 
 def with_decay_length(config: Config, schedule: Schedule, train_iters: int) -> Config:
-    """Fix where the learning rate's decay ends, so that folds added later do not move it.
+    """Set the end of the learning-rate decay, so that folds added later do not change it.
 
-    Where nothing is given it ends as in Megatron-LM: with train_samples or train_iters, also if
-    train_tokens ends the run earlier.
+    By default it is that of Megatron-LM: train_samples or train_iters, even if train_tokens ends
+    the run earlier.
     """
     o, training = config.optimizer, config.training
     if any(end is not None for end in (o.lr_decay_iters, o.lr_decay_samples, o.lr_decay_tokens)):
@@ -164,7 +164,7 @@ def with_decay_length(config: Config, schedule: Schedule, train_iters: int) -> C
 def check_run_tokenizer(
     config: Config, datasets: Mapping[str, DatasetInfo], tokenizer: Tokenizer
 ) -> list[str]:
-    """Refuse datasets of another tokenizer, or warn where the configuration allows them.
+    """Refuse datasets of another tokenizer; return warnings if the configuration allows them.
 
     Raises:
         UserError: a dataset's manifest records another tokenizer.
@@ -175,7 +175,7 @@ def check_run_tokenizer(
 
 
 def load_run_tokenizer(config: Config) -> Tokenizer | None:
-    """The tokenizer of a run; None if it names none.
+    """Load the tokenizer of a run; None if it has none.
 
     Raises:
         UserError: it cannot be loaded.
@@ -183,7 +183,7 @@ def load_run_tokenizer(config: Config) -> Tokenizer | None:
     data, ids = config.data, config.model.vocab_size
     if data.tokenizer_type is None:
         return None
-    # NullTokenizer counts the ids below its EOD; the model's vocabulary counts that too.
+    # NullTokenizer's size excludes its EOD; the model's vocabulary includes it.
     size = ids - 1 if ids and data.tokenizer_type == "NullTokenizer" else ids
     return load_tokenizer(
         data.tokenizer_type,
@@ -201,14 +201,14 @@ def load_run_tokenizer(config: Config) -> Tokenizer | None:
 def validation_sets(
     config: Config, data: ResolvedData, train_iters: int
 ) -> tuple[dict[str, HeldOutDataset | MegatronBlend], list[str]]:
-    """The validation sets by name, those in Megatron-LM's order as large as it would make them.
+    """Return the validation sets by name; those in Megatron-LM's order have its sizes.
 
-    Parts of a split that hold no document are left out, with a note; megatron-core would look for
-    samples in them for ever.
+    Parts of a split without documents are omitted, with a note; megatron-core would search for
+    samples in them endlessly.
     """
     training, sizes = config.training, BatchSizeSchedule(config)
     planned = planned_samples(config, sizes)
-    if planned is not None:  # Megatron-LM counts the iterations of the run as it was planned
+    if planned is not None:  # Megatron-LM counts the planned iterations
         train_iters = sizes.iterations(planned)[0]
     times = train_iters // training.eval_interval + 1 if training.eval_interval else 1
     once = max(1, training.eval_iters * training.global_batch_size)
@@ -227,7 +227,7 @@ def validation_sets(
 
 
 def repetition_notes(schedule: Schedule) -> list[str]:
-    """Notes on what Megatron-LM repeats without being asked."""
+    """Return notes on datasets that Megatron-LM's order repeats."""
     return [
         f"fold '{fold.name}': {piece.samples / piece.samples_per_epoch:.2f} epochs of {piece.path}"
         for fold in schedule.folds
@@ -238,12 +238,15 @@ def repetition_notes(schedule: Schedule) -> list[str]:
 
 
 def data_source_name(data: DataConfig) -> str:
-    """What the user named the data with: the fold file, or a flag."""
+    """Return the fold file or flag that names the data, for messages."""
     return data.fold_file or next(iter(given_data_flags(data)), "the fold file")
 
 
 def index_cache_folder(config: Config, folds: FoldFile) -> Path:
-    """Folder of sample indices: the one asked for, or one beside the fold file or first dataset."""
+    """Return the folder of sample indices: data_cache_path, or one next to the data.
+
+    That is index_cache next to the fold file, or next to the first dataset.
+    """
     data = config.data
     if data.data_cache_path:
         return Path(data.data_cache_path)
@@ -253,7 +256,7 @@ def index_cache_folder(config: Config, folds: FoldFile) -> Path:
 
 
 def with_shortened_warmup(config: Config) -> tuple[Config, list[str]]:
-    """Shorten a default warm-up that leaves nothing of the decay, which is fixed already.
+    """Shorten a default warm-up that is as long as the decay or longer.
 
     Returns:
         The configuration, and a note where the warm-up was shortened.
@@ -265,7 +268,7 @@ def with_shortened_warmup(config: Config) -> tuple[Config, list[str]]:
     new = end // 10
     units = {"lr_warmup_samples": None, "lr_warmup_tokens": None}
     note = (
-        f"warm-up: {new} iterations, a tenth of the decay's {end}, in place of the default "
-        f"{length} (--lr-warmup-iters sets another)"
+        f"warm-up: {new} iterations, a tenth of the decay's {end}, instead of the default "
+        f"{length} (--lr-warmup-iters overrides it)"
     )
     return replace_fields(config, lr_warmup_iters=new, **units), [note]

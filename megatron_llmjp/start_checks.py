@@ -20,17 +20,17 @@ from megatron_llmjp.filesystem import nearest_existing, why_not_writable
 from megatron_llmjp.formatting import format_count
 from megatron_llmjp.run import Run
 
-FEW_INODES = 1000
+MIN_FREE_INODES = 1000
 
 
 def check_start(run: Run) -> list[str]:
-    """Refuse a run that could not start on this machine.
+    """Check that a run can start on this machine.
 
     Returns:
-        Warnings: on the checkpoint it resumes from, its configuration, its data and its folders.
+        Warnings on the resumed checkpoint, the configuration, the data and the folders.
 
     Raises:
-        UserError: one line for each folder that cannot be used.
+        UserError: one line for each unusable folder.
     """
     problems = list(_folders(run))
     if problems:
@@ -39,15 +39,15 @@ def check_start(run: Run) -> list[str]:
 
 
 def overlap_warnings(run: Run) -> list[str]:
-    """Warnings on datasets of a run that hold the same documents; takes a second at most.
+    """Return warnings on datasets of a run that share documents; takes at most a second.
 
-    They are for the one process that prints them: others need not look.
+    Only the process that prints them needs to call this.
     """
     return shared_document_warnings(run.folds, largest=START_INDEX_BYTES)
 
 
 def _folders(run: Run) -> Iterator[str]:
-    """Why a folder that the run writes to cannot be used, with its flag; nothing if all can."""
+    """Yield one line for each folder of the run that cannot be written, with its flag."""
     config = run.config
     written = {
         "--save": config.checkpoint.save,
@@ -55,17 +55,17 @@ def _folders(run: Run) -> Iterator[str]:
     }
     for flag, path in written.items():
         if path and not config.training.eval_only and (problem := why_not_writable(Path(path))):
-            yield f"{flag} {path}: {problem}: change that, or give another folder"
+            yield f"{flag} {path}: {problem}: fix it, or choose another folder"
     problem = why_not_writable(run.cache)
     if problem is not None and (not run.cache.is_dir() or _lacks_indices(run)):
         yield (
             f"--data-cache-path {run.cache}: {problem}, so sample indices cannot be written there: "
-            "change its permissions, or give another folder"
+            "change its permissions, or choose another folder"
         )
 
 
 def _lacks_indices(run: Run) -> bool:
-    """Whether an index of the run is missing in a cache that cannot be written to."""
+    """Return whether a read-only index cache lacks an index of the run."""
     from megatron_llmjp.data.dataset import FoldDataset, ValidationDataset  # torch: seconds
     from megatron_llmjp.data.indices.epoch_index import EpochDatasets
     from megatron_llmjp.data.indices.index_cache import find_damage
@@ -78,7 +78,7 @@ def _lacks_indices(run: Run) -> bool:
 
 
 def _space(run: Run) -> Iterator[str]:
-    """Warnings on a save folder that has no room for a checkpoint."""
+    """Yield warnings on a save folder without space for a checkpoint."""
     save = run.config.checkpoint.save
     if not save or run.config.training.eval_only:
         return
@@ -90,7 +90,7 @@ def _space(run: Run) -> Iterator[str]:
     if free < needed:
         yield (
             f"--save {save}: {format_count(free)}B are free, but a checkpoint of this run takes "
-            f"about {format_count(needed)}B: it cannot be saved until there is room"
+            f"about {format_count(needed)}B: it cannot be saved until space is freed"
         )
-    if found.f_files and found.f_favail < FEW_INODES:
-        yield f"--save {save}: the file system has room for {found.f_favail} more files only"
+    if found.f_files and found.f_favail < MIN_FREE_INODES:
+        yield f"--save {save}: the file system has {found.f_favail} free inodes only"

@@ -1,7 +1,7 @@
-"""YAML text -> plain data that remembers on which line each of its parts was written.
+"""YAML parsing into plain data with the line number of every key and list entry.
 
-Every YAML file that a user writes is read here: configurations and fold files. Only plain data is
-accepted: mappings with text as keys, lists, and scalars.
+Reads all YAML files that users write: configurations and fold files. Only plain data is accepted:
+mappings with text keys, lists, and scalars.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import yaml
 from megatron_llmjp.errors import UserError
 
 YamlPath: TypeAlias = "tuple[str | int, ...]"
-"""A place in nested data: keys of mappings and numbers in lists, outermost first."""
+"""Position in nested data: mapping keys and list indices, outermost first."""
 
 _STANDARD = "tag:yaml.org,2002:"
 _MERGE = _STANDARD + "merge"
@@ -25,21 +25,21 @@ _PLAIN = {
     for name in ("map", "seq", "str", "int", "float", "bool", "null", "timestamp", "merge")
 }
 MAX_VALUES = 300_000
-"""Values in a file, those of aliases counted each time: a few nested aliases make billions."""
+"""Limit of values in a file; values of aliases count each time, since nesting multiplies them."""
 
 
 @dataclass(frozen=True)
 class YamlDocument:
-    """The contents of a file."""
+    """Contents of a YAML file."""
 
     source: str
-    """The file, or what else holds the text."""
+    """Name of the file or other source."""
     data: dict[str, Any]
     lines: dict[YamlPath, str]
     """``file, line N`` of every key and list entry."""
 
     def where(self, at: tuple[Any, ...]) -> str:
-        """The place nearest to ``at`` that was written."""
+        """Return the file and line of ``at``, or of its nearest parent that has one."""
         for end in range(len(at), 0, -1):
             if at[:end] in self.lines:
                 return self.lines[at[:end]]
@@ -51,7 +51,7 @@ def read_yaml(path: Path, named_by: str) -> YamlDocument:
 
     Args:
         path: the file.
-        named_by: what names it, for the message when it cannot be read.
+        named_by: kind of file or flag that names it, for the error message.
 
     Raises:
         UserError: it cannot be read, or as for :func:`parse_yaml`.
@@ -71,22 +71,22 @@ def parse_yaml(text: str, source: str) -> YamlDocument:
         source: the file, for messages.
 
     Raises:
-        UserError: it is not YAML or no mapping; a key is not text or occurs twice in a mapping; it
-            has a tag for other than plain data, or aliases that contain themselves or multiply.
+        UserError: it is not YAML or not a mapping; a key is not text or is duplicated; it has a tag
+            other than those of plain data, or recursive or excessively nested aliases.
     """
     loader = yaml.SafeLoader("")
     try:
         loader = yaml.SafeLoader(text)
         loader.name = source  # in the marks of nodes and errors
         root = loader.get_single_node()
-        # First, as constructing puts the contents of merge keys in their place.
+        # Before construction, which replaces merge keys by their contents.
         written = _places(root, source)
         data = loader.construct_document(root) if root is not None else {}
     except yaml.YAMLError as error:
         raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise UserError(f"{source}: not valid YAML: it is nested too deeply") from None
-    except ValueError as error:  # of a date or number that looks like one
+    except ValueError as error:  # of an invalid date or number
         raise UserError(f"{source}: not valid YAML: {error}; put the value in quotes") from None
     if not isinstance(data, dict):
         found = "nothing" if data is None else f"a {type(data).__name__}"
@@ -112,7 +112,7 @@ def _where(node: yaml.Node) -> str:
 def _walk(
     node: yaml.Node | None, at: YamlPath, inside: tuple[yaml.Node, ...]
 ) -> Iterator[tuple[YamlPath, yaml.Node]]:
-    """Every key and list entry below a node; what a merge key brings comes after its own."""
+    """Yield every key and list entry below a node, those of merge keys last."""
     if node is None:
         return
     if node in inside:
@@ -142,7 +142,7 @@ def _walk_mapping(
         if name in seen:
             raise UserError(
                 f"{_where(key)}: '{name}' is given twice, first in line "
-                f"{seen[name].start_mark.line + 1}: take one away"
+                f"{seen[name].start_mark.line + 1}: remove one"
             )
         seen[name] = key
         yield (*at, name), key
@@ -152,7 +152,7 @@ def _walk_mapping(
 
 
 def _key(key: yaml.Node) -> str:
-    """The text of a key."""
+    """Return the text of a key."""
     if not isinstance(key, yaml.ScalarNode):
         kind = "list" if isinstance(key, yaml.SequenceNode) else "mapping"
         raise UserError(

@@ -14,7 +14,7 @@ from tools.draw_architecture import PICTURE, dependency_graph, depths, draw, imp
 
 LAYERS = [
     {"errors", "formatting"},
-    {"yaml_text", "filesystem", "arguments"},
+    {"yaml_text", "filesystem", "arguments", "metric_registry"},
     {"config", "tokenizers", "retrying_file"},
     {"patches"},
     {"parallel"},

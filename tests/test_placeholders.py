@@ -14,7 +14,7 @@ from tests.support.training import arguments
 
 WORLD = {"llm-jp-1.3b-v1.0": 96, "llm-jp-13b-v1.0": 96, "llm-jp-3-172b": 512}
 ABSENT = ("--tokenizer-type", "Llama2Tokenizer", "--tokenizer-model", "absent/tok.model")
-NOT_CHECKED = "tokenizer absent/tok.model is not here, and is not checked"
+NOT_CHECKED = "tokenizer absent/tok.model is missing here and is not checked"
 
 
 @pytest.fixture
@@ -55,11 +55,11 @@ def test_a_published_script_is_planned_unchanged(run, tmp_path, script, mode):
     code, out, err = run(*script.argv, mode, "--world-size", world, "--gpu", "B200")
     assert code == 0, err
     assert f"{world} B200" in out
-    assert "the data is not here, and is not checked: data/ja_text_document.idx and " in err
-    assert "tokenizer tokenizer.model is not here, and is not checked; the run needs it" in err
+    assert "the data is missing here and is not checked: data/ja_text_document.idx and " in err
+    assert "tokenizer tokenizer.model is missing here and is not checked; the run needs it" in err
     assert "taken from preset llm-jp" in err and "whose model is the same" in err
     assert ("the package wandb is not installed here" in err) == ("--wandb-project" in script.argv)
-    assert ("--load base is not here" in err) == ("--load base" in script.words)
+    assert ("--load base is missing here" in err) == ("--load base" in script.words)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -74,7 +74,7 @@ def test_where_the_vocabulary_is_known_from(run, tmp_path):
     for mode in ("--dry-run", "--plan-data", "--estimate"):
         code, out, err = plan(mode)
         assert code == 2 and out == ""
-        assert "give --vocab-size or --padded-vocab-size, a preset that has it, or a tok" in err
+        assert "pass --vocab-size, --padded-vocab-size, a preset that has it, or a tok" in err
         code, out, err = plan(mode, "--vocab-size", 100)
         assert code == 0 and NOT_CHECKED in err
         code, out, err = plan(mode, "--padded-vocab-size", 128)

@@ -92,7 +92,7 @@ def test_a_pipe_without_a_reader(capfd):
     file.write(b"2\n")
     file.close()
     os.close(writer)
-    assert capfd.readouterr().err.count("its reader is gone (Broken pipe)") == 1
+    assert capfd.readouterr().err.count("its reader has exited (Broken pipe)") == 1
 
 
 def test_output_that_nobody_reads_any_more(tmp_path):
@@ -113,7 +113,7 @@ def test_output_that_nobody_reads_any_more(tmp_path):
         code = process.wait()
     said = (tmp_path / "stderr").read_text()
     assert first and code == 0, said
-    assert "standard output: its reader is gone (Broken pipe); the run continues" in said
+    assert "standard output: its reader has exited (Broken pipe); the run continues" in said
     assert "Traceback" not in said and "Exception" not in said
     assert list(losses(save)) == [1, 2, 3, 4, 5]
     assert manifests.complete_iterations(save) == [2, 4, 5]

@@ -69,4 +69,4 @@ def test_load_and_finetune_are_for_the_first_start(tmp_path):
     again = resolve_run(config, 1)
     assert again.resume and again.resume.manifest.iteration == 3
     assert not again.config.checkpoint.finetune
-    assert "--finetune was for its first start" in again.notes[0]
+    assert "--finetune is ignored" in again.notes[0]

@@ -196,7 +196,7 @@ def test_resume_with_another_tokenizer_of_equal_size(tmp_path, tokenizers, saved
     shutil.copy(one, copy)
     words = [*words, "--save", save, "--tokenizer-model"]
     assert start(*words, copy) is not None
-    assert f"{two} is another tokenizer than {save / 'iter_0000003'}" in refusal(*words, two)
+    assert f"{two} is not the tokenizer in {save / 'iter_0000003'}" in refusal(*words, two)
     flags = [*words, two, "--override-resume", "tokenizer"]
     notes = resolve_run(parse([str(flag) for flag in flags]).config, 1).notes
     assert any("accepted by --override-resume tokenizer" in note for note in notes)
@@ -208,8 +208,8 @@ def test_a_dry_run_of_a_resume_excuses_an_absent_tokenizer(tmp_path, saved):
     flags = [*words, "--save", save, "--tokenizer-model", absent, "--padded-vocab-size", 384]
     dry = pretrain(*flags, "--dry-run")
     assert dry.returncode == 0, dry.stderr
-    assert f"tokenizer {absent} is not here, and is not checked" in dry.stderr
-    assert f"# goes on from {save / 'iter_0000003'}" in dry.stdout
+    assert f"tokenizer {absent} is missing here and is not checked" in dry.stderr
+    assert f"# resumes from {save / 'iter_0000003'}" in dry.stdout
     assert "NullTokenizer" not in dry.stdout and "lr_warmup" not in dry.stdout.split("model:")[0]
 
 

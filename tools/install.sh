@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Make a virtual environment and install the project into it: tools/install.sh VENV [EXTRA]
+# Create a virtual environment and install the project into it: tools/install.sh VENV [EXTRA]
 #
-# PyTorch is chosen first, or pip would take the newest build with gigabytes of CUDA libraries:
-# with an NVIDIA GPU the CUDA build, else the CPU build.
+# PyTorch is installed first, because pip would install the newest build with gigabytes of CUDA
+# libraries: the CUDA build with an NVIDIA GPU, else the CPU build.
 set -euo pipefail
 
 venv=$1
@@ -15,15 +15,15 @@ cd "$(dirname "$0")/.."
 say() { printf '%s\n' "$*"; }
 
 if ! "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null; then
-    say "error: $("$python" --version 2>&1) found, Python 3.10 to 3.13 is needed." \
-        "Name another with: make PYTHON=python3.11 install" >&2
+    say "error: found $("$python" --version 2>&1); Python 3.10 to 3.13 is required." \
+        "Select another one: make PYTHON=python3.11 install" >&2
     exit 2
 fi
 if [ ! -x "$venv/bin/python" ]; then
-    say "making $venv with $("$python" --version)"
+    say "creating $venv with $("$python" --version)"
     if ! "$python" -m venv "$venv"; then
         rm -rf "$venv"
-        say "error: python3 cannot make a virtual environment; on Debian and Ubuntu install" \
+        say "error: $python cannot create a virtual environment; on Debian and Ubuntu install" \
             "the package python3-venv" >&2
         exit 2
     fi
@@ -37,13 +37,13 @@ if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
     elif say "installing PyTorch $torch for CPU" && pip install "torch==$torch+cpu" 2>/dev/null; then
         :
     else
-        # The package index has one build only for this Python: it runs on a CPU too.
-        say "your package index has no CPU build: taking the one it has. Several GB; to avoid that," \
-            "set PIP_EXTRA_INDEX_URL to the CPU address on PyTorch's installation page"
+        # The package index has only the CUDA build, which also runs on a CPU.
+        say "the package index has no CPU build: installing the CUDA build (several GB). To avoid it," \
+            "set PIP_EXTRA_INDEX_URL to the CPU index given on PyTorch's installation page"
         pip install "torch==$torch"
     fi
 fi
-say "installing megatron_llmjp${extra:+ with what $extra needs}"
-# setuptools below makes the editable install work without fetching a build environment anew.
+say "installing megatron_llmjp${extra:+ with the extra $extra}"
+# With setuptools installed, the editable install needs no isolated build environment.
 pip install "setuptools>=77.0.3" wheel
 pip install --no-build-isolation -e ".${extra:+[$extra]}"

@@ -1,4 +1,4 @@
-"""Generate text with a converted model, through transformers alone.
+"""Text generation with a converted model, using transformers only.
 
 python examples/quickstart/generate.py MODEL "日本の" "def read("
 """
@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 
 def main() -> int:
-    """Continue each prompt."""
+    """Print a continuation of each prompt."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", help="a Hugging Face model folder")
     parser.add_argument("prompts", nargs="+")

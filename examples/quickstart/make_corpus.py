@@ -1,8 +1,8 @@
-"""Write the quickstart's corpus: own Japanese and English texts, and Python's standard library.
+"""Corpus of the quickstart: Japanese and English texts of this folder, and Python's library.
 
     python examples/quickstart/make_corpus.py --output-dir quickstart_output/corpus
 
-Makes ja.jsonl, en.jsonl and code.jsonl, and a valid_*.jsonl of each with every twentieth document.
+Writes ja.jsonl, en.jsonl and code.jsonl, and a valid_*.jsonl of each with every 20th document.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-OWN = Path(__file__).parent / "corpus"
+TEXTS = Path(__file__).parent / "corpus"
 CODE_BYTES = 2_500_000
 ENGLISH_BYTES = 700_000
 VALIDATION_EVERY = 20
 
 
 def main() -> int:
-    """Write all files and say how large they are."""
+    """Write all files and print their sizes."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output-dir", type=Path, required=True)
     folder = parser.parse_args().output_dir
@@ -39,21 +39,21 @@ def main() -> int:
 
 
 def own_texts(language: str) -> Iterator[str]:
-    """The texts that were written for this project."""
-    for line in (OWN / f"{language}.jsonl").read_text(encoding="utf-8").splitlines():
+    """Yield the texts of this folder."""
+    for line in (TEXTS / f"{language}.jsonl").read_text(encoding="utf-8").splitlines():
         document = json.loads(line)
         yield f"{document['title']}\n{document['text']}"
 
 
 def library_files() -> list[Path]:
-    """Modules of the standard library of this Python, in a fixed order."""
+    """Return the modules of Python's standard library in a fixed order."""
     library = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
     return [p for p in sorted(library.rglob("*.py")) if not skipped & set(p.parts)]
 
 
 def sources() -> Iterator[str]:
-    """Source files of reasonable length."""
+    """Yield source files of moderate length."""
     for path in library_files():
         text = path.read_text(encoding="utf-8", errors="replace")
         if 500 < len(text) < 60_000 and "encodings" not in path.parts:
@@ -61,7 +61,7 @@ def sources() -> Iterator[str]:
 
 
 def docstrings() -> Iterator[str]:
-    """The English of the standard library: what its modules, classes and functions say."""
+    """Yield the English docstrings of the standard library, joined by module."""
     for path in library_files():
         try:
             tree = ast.parse(path.read_text(encoding="utf-8", errors="replace"))
@@ -75,7 +75,7 @@ def docstrings() -> Iterator[str]:
 
 
 def capped(texts: Iterator[str], size: int) -> Iterator[str]:
-    """Texts until ``size`` bytes are reached."""
+    """Yield texts until ``size`` bytes are reached."""
     for text in texts:
         size -= len(text.encode())
         if size < 0:
@@ -84,7 +84,7 @@ def capped(texts: Iterator[str], size: int) -> Iterator[str]:
 
 
 def write(path: Path, documents: list[str]) -> None:
-    """One JSON object a line."""
+    """Write one JSON object per line."""
     lines = [json.dumps({"text": text}, ensure_ascii=False) for text in documents]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"{path}: {len(documents)} documents, {path.stat().st_size / 1e6:.2f} MB")

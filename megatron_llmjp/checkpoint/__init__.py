@@ -1,1 +1,1 @@
-"""The run at rest: what a checkpoint holds, and how it is written and read."""
+"""Checkpoints: contents, saving, loading, retention, resume."""

@@ -1,9 +1,10 @@
-"""``manifest.json``: what a checkpoint folder holds, so that anyone can tell whether it is whole.
+"""``manifest.json`` of a checkpoint, the tracker file, and completeness checks.
 
 A checkpoint is a folder ``iter_0001000`` with megatron-core's torch_dist files, the resolved
 configuration (``config.yaml``), the fold file (``folds.yaml``), the tokenizer's files
-(``tokenizer/``) and this manifest. It is written under a temporary name and renamed when complete;
-``latest_checkpointed_iteration.txt`` beside it names the newest one, as in Megatron-LM.
+(``tokenizer/``) and the manifest, which lists all files with sizes and checksums. The folder is
+written under a temporary name and renamed when complete. ``latest_checkpointed_iteration.txt`` in
+the save folder contains the newest iteration, as in Megatron-LM.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ CONFIG = "config.yaml"
 FOLDS = "folds.yaml"
 TOKENIZER = "tokenizer"
 GENERATION = f"{TOKENIZER}/{registry.GENERATION}"
-"""How a model that came from Hugging Face generates text; ``convert_checkpoint`` writes it."""
+"""Generation settings of a model converted from Hugging Face, from ``convert_checkpoint``."""
 TRACKER = "latest_checkpointed_iteration.txt"
 TENSOR_SUFFIX = ".distcp"
-"""Ending of the files that hold the tensors. All others are small."""
+"""Suffix of the tensor files. All other files are small."""
 
 
 class FileEntry(BaseModel):
@@ -43,16 +44,16 @@ class FileEntry(BaseModel):
 
     bytes: int
     crc32: str
-    """Eight hexadecimal digits. It finds any accidental damage and keeps pace with a fast disk."""
+    """Eight hexadecimal digits. CRC-32 detects accidental damage at the speed of a fast disk."""
 
 
-def _digest_alone(value: Any) -> Any:
-    """Checkpoints of before records were stored hold a fold's digest in its place."""
+def _accept_plain_digest(value: Any) -> Any:
+    """Accept a plain digest, as in checkpoints written before fold fingerprints were stored."""
     return {"digest": value} if isinstance(value, str) else value
 
 
-def _finite_alone(value: Any) -> Any:
-    """Without what is no number, such as the mean of no losses: it is of no use to a resume."""
+def _drop_non_finite(value: Any) -> Any:
+    """Drop values that are not finite numbers, such as the mean of no losses."""
     if not isinstance(value, dict):
         return value
     numbers = (int, float)
@@ -60,12 +61,12 @@ def _finite_alone(value: Any) -> Any:
 
 
 class AcceptedOverride(BaseModel):
-    """A change of the past that ``--override-resume`` accepted."""
+    """A difference from the run history that ``--override-resume`` accepted."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     iteration: int
-    """Iteration of the checkpoint that was gone on from."""
+    """Iteration of the checkpoint that was resumed."""
     difference: str
 
 
@@ -79,48 +80,48 @@ class Manifest(BaseModel):
     iteration: int
     consumed_samples: int
     contents: Literal["full", "weights"]
-    """``weights`` for a converted model: it can be loaded with ``--finetune`` only."""
-    folds: dict[str, Annotated[FoldFingerprint, BeforeValidator(_digest_alone)]] = {}
-    """Every fold touched so far, by name, in the order they were trained."""
+    """``weights`` for a converted model, which can only be loaded with ``--finetune``."""
+    folds: dict[str, Annotated[FoldFingerprint, BeforeValidator(_accept_plain_digest)]] = {}
+    """The consumed folds by name, in training order."""
     skips: list[tuple[int, int]] = []
-    """Positions of the schedule that are left out, as half-open ranges."""
+    """Skipped positions of the schedule, as half-open ranges."""
     skipped_iterations: dict[str, tuple[int, int]] = {}
-    """Those that ``--skip-iterations`` asked for, by its words."""
+    """Skipped positions by the range that was given to ``--skip-iterations``."""
     overrides: list[AcceptedOverride] = []
-    """Changes of the past that were accepted, oldest first."""
-    metrics: Annotated[dict[str, float], BeforeValidator(_finite_alone)] = {}
-    """The last values of the log, such as ``lm loss``; JSON has no NaN."""
+    """Accepted differences from the run history, oldest first."""
+    metrics: Annotated[dict[str, float], BeforeValidator(_drop_non_finite)] = {}
+    """Latest logged values, such as ``lm loss``; finite, as JSON has no NaN."""
     data_parallel_size: int | None = None
-    """Of the run that saved; it decides which rank trained on which sample."""
+    """Data-parallel size of the run that saved; it determines which rank consumed which sample."""
     versions: dict[str, str] = {}
     files: dict[str, FileEntry]
     checksum: str | None = None
-    """SHA-256 of everything else in the file; None in manifests of before it was stored."""
+    """SHA-256 of all other fields; None in manifests of earlier versions."""
 
 
 def folder_name(iteration: int) -> str:
-    """The folder of an iteration's checkpoint, as Megatron-LM names it."""
+    """Return the folder name of an iteration's checkpoint, as in Megatron-LM."""
     return f"iter_{iteration:07d}"
 
 
 def file_entry(path: Path) -> FileEntry:
-    """Size in bytes and CRC-32 of a file."""
+    """Return size and CRC-32 of a file."""
     return FileEntry(bytes=path.stat().st_size, crc32=f"{file_crc32(path):08x}")
 
 
 def file_entries(folder: Path, names: Iterable[str]) -> dict[str, FileEntry]:
-    """Entries for the named files, relative to ``folder``."""
+    """Return size and CRC-32 of the named files, relative to ``folder``."""
     return {name: file_entry(folder / name) for name in sorted(names)}
 
 
 def all_files(folder: Path) -> list[str]:
-    """Every file below ``folder`` but the manifest, as relative POSIX paths."""
+    """List all files below ``folder`` except the manifest, as relative POSIX paths."""
     paths = (p for p in folder.rglob("*") if p.is_file())
     return sorted(n for n in (p.relative_to(folder).as_posix() for p in paths) if n != MANIFEST)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write ``manifest.json``, the last file of a checkpoint, and force it to disk."""
+    """Write ``manifest.json``, the last file of a checkpoint, and sync it to disk."""
     content = json.loads(manifest.model_dump_json(exclude={"checksum"}))
     content["checksum"] = _checksum(content)
     text = json.dumps(content, indent=2, ensure_ascii=False)
@@ -131,8 +132,8 @@ def read_manifest(folder: Path) -> Manifest:
     """Read a checkpoint's manifest.
 
     Raises:
-        UserError: it is missing, damaged or edited, belongs to another iteration than the folder's
-            name says, or names files outside the folder.
+        UserError: it is missing, damaged or edited, its iteration differs from the folder's name,
+            or it names files outside the folder.
     """
     path = folder / MANIFEST
     try:
@@ -145,12 +146,12 @@ def read_manifest(folder: Path) -> Manifest:
     except (UnicodeDecodeError, ValidationError) as error:
         raise UserError(f"{path}: cannot be read: {_first_line(error)}") from None
     if manifest.checksum is not None and manifest.checksum != _checksum(json.loads(text)):
-        raise UserError(f"{path}: its content does not have its checksum: it was edited or damaged")
+        raise UserError(f"{path}: checksum mismatch: the file was edited or damaged")
     name = folder.absolute().name
     if re.fullmatch(r"iter_\d+", name) and name != folder_name(manifest.iteration):
         raise UserError(
-            f"{folder}: holds the checkpoint of iteration {manifest.iteration}; rename the folder "
-            f"to {folder_name(manifest.iteration)}"
+            f"{folder}: contains the checkpoint of iteration {manifest.iteration}; rename the "
+            f"folder to {folder_name(manifest.iteration)}"
         )
     outside = [n for n in manifest.files if n.startswith("/") or ".." in Path(n).parts]
     if outside:
@@ -159,32 +160,32 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _checksum(content: dict[str, Any]) -> str:
-    """SHA-256 of a manifest's content, however its JSON is formatted."""
+    """Return the SHA-256 of a manifest's fields, independent of the JSON formatting."""
     rest = {name: value for name, value in content.items() if name != "checksum"}
     text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def file_problems(folder: Path, manifest: Manifest, checksums: bool = False) -> list[str]:
-    """What is wrong with the files of a checkpoint; empty when it is whole.
+    """Compare the files of a checkpoint with its manifest and return the differences.
 
-    Sizes are always compared, and checksums of all files but those of the tensors: a resume reads
-    them anyway. ``checksums`` reads the tensors, too. A file that cannot be read ends the search.
+    Compares the sizes of all files and the checksums of all files but tensor files; with
+    ``checksums``, also those of tensor files. Stops at the first file that cannot be read.
     """
     found: list[str] = []
     for name, entry in manifest.files.items():
         path = folder / name
         try:
-            thorough = checksums or not name.endswith(TENSOR_SUFFIX)
-            problem = retry_transient(partial(_problem, path, entry, thorough), str(path))
+            with_checksum = checksums or not name.endswith(TENSOR_SUFFIX)
+            problem = retry_transient(partial(_file_problem, path, entry, with_checksum), str(path))
         except OSError as error:
             return [*found, f"{path} cannot be read: {error.strerror}"]
         found += [problem] if problem else []
     return found
 
 
-def _problem(path: Path, entry: FileEntry, checksum: bool) -> str | None:
-    """What is wrong with one file."""
+def _file_problem(path: Path, entry: FileEntry, checksum: bool) -> str | None:
+    """Return how one file differs from its entry, or None."""
     try:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -199,7 +200,7 @@ def _problem(path: Path, entry: FileEntry, checksum: bool) -> str | None:
 
 
 def complete_iterations(root: Path) -> list[int]:
-    """Iterations of the checkpoints under ``root`` that carry a manifest, ascending.
+    """List the iterations of the checkpoints in ``root`` that have a manifest, ascending.
 
     Raises:
         UserError: the folder cannot be read.
@@ -218,7 +219,7 @@ def _complete_iterations(root: Path) -> list[int]:
 
 
 def read_tracker(root: Path) -> tuple[int | None, list[str]]:
-    """The iteration that the tracker file names, or None; and what is wrong with the file."""
+    """Return the iteration in the tracker file, or None, and problems of the file."""
     path = root / TRACKER
     try:
         content = retry_transient(path.read_bytes, str(path))
@@ -229,14 +230,16 @@ def read_tracker(root: Path) -> tuple[int | None, list[str]]:
         return None, [f"{path} cannot be read: {error.strerror}"]
     if re.fullmatch(r"\d{1,18}", text):
         return int(text), []
-    return None, [f"{path} holds {text!r} instead of an iteration" if text else f"{path} is empty"]
+    return None, [
+        f"{path} contains {text!r} instead of an iteration" if text else f"{path} is empty"
+    ]
 
 
 def newest_checkpoint(path: Path) -> Path:
-    """The checkpoint folder that ``path`` means: itself, or its newest complete one.
+    """Return ``path`` if it is a checkpoint, else its newest complete checkpoint.
 
     Raises:
-        UserError: there is none.
+        UserError: no complete checkpoint exists there.
     """
     if (path / MANIFEST).is_file():
         return path

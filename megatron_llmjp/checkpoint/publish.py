@@ -1,7 +1,8 @@
-"""How a checkpoint folder gets and loses its name, so that a crash at any moment leaves whole ones.
+"""Atomic creation, replacement and removal of checkpoint folders by renaming. Without torch.
 
-Whatever is not whole has a name that begins with a dot and ends in ``.tmp``; only the run that
-holds the save folder removes such leftovers, before its next save. Without torch.
+Incomplete folders have names that begin with a dot and end in ``.tmp``, so that a crash at any
+moment leaves complete checkpoints only. The run that holds the lock of the save folder removes such
+leftovers before its next save.
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ from megatron_llmjp.filesystem import (
 
 
 def temporary_folder(root: Path, iteration: int) -> Path:
-    """Where the checkpoint of an iteration is while it is being written."""
+    """Return the folder in which the checkpoint of an iteration is written."""
     return root / f".{manifests.folder_name(iteration)}.tmp"
 
 
 def create_temporary_folder(
     root: Path, iteration: int, beat: Callable[[], None] = no_heartbeat
 ) -> None:
-    """Remove what interrupted saves and removals left behind, and make a folder to write into.
+    """Delete leftovers of interrupted saves and removals, and create a folder to write into.
 
-    ``beat`` is called after each file that was removed.
+    ``beat`` is called after each deleted file.
 
     Raises:
-        OSError: the disk does not let it.
+        OSError: a file cannot be deleted or the folder cannot be created.
     """
     for leftover in root.glob(".iter_*.tmp"):
         delete_folder(leftover, beat)
@@ -47,9 +48,9 @@ def create_temporary_folder(
 
 
 def delete_folder(folder: Path, beat: Callable[[], None] = no_heartbeat) -> None:
-    """Delete a folder, with a heartbeat after each file; what cannot be deleted stays.
+    """Delete a folder, with a heartbeat after each file; errors are ignored.
 
-    A file of many gigabytes may take seconds, and a checkpoint has a thousand.
+    Deleting a file of many gigabytes may take seconds, and a checkpoint may have a thousand files.
     """
     for path in (*sorted(folder.rglob("*"), reverse=True), folder):
         with contextlib.suppress(OSError):
@@ -61,7 +62,7 @@ def delete_folder(folder: Path, beat: Callable[[], None] = no_heartbeat) -> None
 
 
 def write_small_file(folder: Path, name: str, contents: bytes) -> FileEntry:
-    """Write a small file, which may be in a folder of its own, and force it to disk."""
+    """Write a small file, possibly in a subfolder, and sync it to disk."""
     path = folder / name
     path.parent.mkdir(exist_ok=True)
     with name_path_in_errors(path), path.open("wb") as stream:
@@ -74,15 +75,16 @@ def write_small_file(folder: Path, name: str, contents: bytes) -> FileEntry:
 
 
 def publish_checkpoint(root: Path, manifest: manifests.Manifest) -> Path:
-    """Give a written folder its manifest and its name, and make it the newest.
+    """Write the manifest, rename the folder to its final name, and update the tracker.
 
-    Everything else in it must be on disk already. A checkpoint that has the name is replaced.
+    All other files must be synced to disk already. An existing checkpoint of the iteration is
+    replaced.
 
     Returns:
-        The finished folder.
+        The final folder.
 
     Raises:
-        OSError: the disk does not let it, or the manifest does not read back as it was.
+        OSError: writing or renaming failed, or the manifest on disk differs from what was written.
     """
     temporary = temporary_folder(root, manifest.iteration)
     final = root / manifests.folder_name(manifest.iteration)
@@ -91,7 +93,7 @@ def publish_checkpoint(root: Path, manifest: manifests.Manifest) -> Path:
         replaced = root / f".{final.name}.replaced.tmp"
         final.replace(replaced)
         temporary.replace(final)
-        shutil.rmtree(replaced, ignore_errors=True)  # else the next save's to remove
+        shutil.rmtree(replaced, ignore_errors=True)  # leftovers: deleted by the next save
     else:
         temporary.replace(final)
     fsync_path(root)
@@ -100,28 +102,28 @@ def publish_checkpoint(root: Path, manifest: manifests.Manifest) -> Path:
 
 
 def _write_manifest(folder: Path, manifest: manifests.Manifest) -> None:
-    """Write the manifest, and parse what was written: a folder that cannot be read gets no name."""
+    """Write the manifest and read it back, so that an unreadable checkpoint is not published."""
     manifests.write_manifest(folder, manifest)
     path = folder / manifests.MANIFEST
     try:
         found = manifests.read_manifest(folder).model_copy(update={"checksum": manifest.checksum})
     except UserError as error:
-        raise OSError(errno.EIO, f"reads back as damaged ({error})", str(path)) from None
+        raise OSError(errno.EIO, f"is damaged after writing ({error})", str(path)) from None
     if found != manifest:
-        raise OSError(errno.EIO, "does not read back as it was written", str(path))
+        raise OSError(errno.EIO, "differs from what was written", str(path))
 
 
 def unpublish_checkpoint(root: Path, iteration: int) -> Path:
-    """Take its name from a checkpoint that is no longer wanted; it is not a whole one from now on.
+    """Rename a checkpoint to a temporary name, so that it no longer counts as complete.
 
     Returns:
-        Where it is until it is deleted.
+        The temporary folder, to be deleted.
 
     Raises:
-        OSError: the disk does not let it.
+        OSError: renaming failed.
     """
     folder = root / manifests.folder_name(iteration)
-    retired = root / f".{folder.name}.removed.tmp"
-    folder.replace(retired)
+    unpublished = root / f".{folder.name}.removed.tmp"
+    folder.replace(unpublished)
     fsync_path(root)
-    return retired
+    return unpublished

@@ -1,11 +1,7 @@
-"""Removal of old checkpoints, after the newest one was read back from disk.
+"""Removal of old checkpoints, in a background thread.
 
-Reads a checkpoint back from disk as a resume would, every byte of it.
-
-Removal of checkpoints that are no longer wanted, in a background thread.
-
-An older checkpoint is removed only after the newest one was read back from disk: the one that is
-kept must be one that a run can resume from.
+Older checkpoints are removed only after the newest one has been read from disk completely and
+verified, so that at least one checkpoint can be resumed from.
 """
 
 from __future__ import annotations
@@ -25,18 +21,18 @@ from megatron_llmjp.errors import UserError
 from megatron_llmjp.filesystem import no_heartbeat, write_atomically
 
 FORMAT_FILE = "metadata.json"
-"""megatron-core's note on the format."""
+"""File in which megatron-core stores the checkpoint format."""
 
 
 def verify_checkpoint(folder: Path, is_cancelled: Callable[[], bool] = lambda: False) -> list[str]:
-    """What would keep a run from resuming here; empty when nothing would.
+    """Return the problems that would prevent a resume from a checkpoint.
 
-    The manifest, the configuration and the index are parsed, sizes and checksums of all files
-    compared with the manifest. Only this process reads.
+    Parses the manifest, the configuration and the index, and compares sizes and checksums of all
+    files with the manifest. Not a collective.
 
     Args:
-        folder: a checkpoint.
-        is_cancelled: asked between files; then the answer is that the check was not finished.
+        folder: the checkpoint.
+        is_cancelled: called between files; if true, the result says that the check is incomplete.
     """
     try:
         manifest = manifests.read_manifest(folder)
@@ -45,7 +41,7 @@ def verify_checkpoint(folder: Path, is_cancelled: Callable[[], bool] = lambda: F
         json.loads((folder / FORMAT_FILE).read_bytes())
         for name, entry in manifest.files.items():
             if is_cancelled():
-                return [f"{folder}: the check was not finished"]
+                return [f"{folder}: the check was cancelled"]
             found = manifests.file_problems(
                 folder, manifest.model_copy(update={"files": {name: entry}}), checksums=True
             )
@@ -57,18 +53,18 @@ def verify_checkpoint(folder: Path, is_cancelled: Callable[[], bool] = lambda: F
 
 
 REMOVAL_WAIT_SECONDS = 60.0
-"""A run that ends waits so long for the check of its last checkpoint."""
+"""Time that a finishing run waits for the verification of its last checkpoint."""
 
 
 class CheckpointRemover:
-    """Thins out a save folder after each save; on the first rank only.
+    """Removes old checkpoints after each save; used on rank 0 only.
 
     Args:
         root: the save folder.
         config: which checkpoints to keep.
-        fold_ends: iterations that end a fold.
-        may_remove: whether training is sound; asked again right before a checkpoint is removed.
-        beat: called after each file that was read back or deleted.
+        fold_ends: last iterations of folds.
+        may_remove: whether removal is allowed (no bad steps); called before each removal.
+        beat: called after each file that was verified or deleted.
     """
 
     def __init__(
@@ -87,19 +83,19 @@ class CheckpointRemover:
         self._cancelled = threading.Event()
 
     def start(self, newest: int) -> None:
-        """Thin out for the checkpoint just published, after what is under way; does not wait.
+        """Start removal after a new checkpoint was published; does not wait.
 
-        A check that takes longer than the time between two saves is finished first: meanwhile
-        older checkpoints stay.
+        If the previous verification is still running, it is finished first; no checkpoint is
+        removed until then.
         """
         with self._lock:
             self._newest = newest
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="remover")
+                self._thread = threading.Thread(target=self._run, name="checkpoint remover")
                 self._thread.start()
 
     def wait(self, seconds: float = REMOVAL_WAIT_SECONDS) -> None:
-        """Wait for what is under way; after ``seconds``, cancel it and remove nothing more."""
+        """Wait for the running removal; cancel it after ``seconds``."""
         thread = self._thread
         if thread is None:
             return
@@ -107,36 +103,36 @@ class CheckpointRemover:
         if thread.is_alive():
             self._cancelled.set()
             thread.join()
-            text = "the newest one was not read back in time; the next save removes them"
-            print(f"older checkpoints stay: {text}", flush=True)
+            text = "the newest one was not verified in time; the next save removes them"
+            print(f"older checkpoints are kept: {text}", flush=True)
 
     def _run(self) -> None:
-        while (newest := self._take()) is not None:
+        while (newest := self._next()) is not None:
             try:
-                self._thin_out(newest)
+                self._remove_old(newest)
             except (OSError, UserError) as error:
-                text = f"warning: {self._root} could not be thinned out: {error}"
+                text = f"warning: {self._root}: old checkpoints could not be removed: {error}"
                 print(text, file=sys.stderr, flush=True)
 
-    def _thin_out(self, newest: int) -> None:
-        if not self._wanted(newest):
+    def _remove_old(self, newest: int) -> None:
+        if not self._removable(newest):
             return
         folder = self._root / manifests.folder_name(newest)
         found = verify_checkpoint(folder, self._is_cancelled)
         if self._cancelled.is_set():
             return
         if found:
-            self._refuse(newest, found[0])
+            self._report_unusable(newest, found[0])
         else:
-            for retired in self._retire(newest):
-                # What is left of it, the next save deletes.
-                publish.delete_folder(retired, self._beat)
+            for unpublished in self._unpublish_old(newest):
+                # The next save deletes leftovers.
+                publish.delete_folder(unpublished, self._beat)
 
     def _is_cancelled(self) -> bool:
         self._beat()
         return self._cancelled.is_set()
 
-    def _take(self) -> int | None:
+    def _next(self) -> int | None:
         with self._lock:
             newest, self._newest = self._newest, None
             if newest is None or self._cancelled.is_set():
@@ -144,35 +140,35 @@ class CheckpointRemover:
                 return None
             return newest
 
-    def _wanted(self, newest: int) -> list[int]:
-        """Iterations to remove."""
+    def _removable(self, newest: int) -> list[int]:
+        """Return the iterations to remove."""
         saved = manifests.complete_iterations(self._root)
         return removable_iterations(saved, newest, self._config, self._fold_ends)
 
-    def _refuse(self, newest: int, problem: str) -> None:
-        """Report a checkpoint that cannot be resumed from; the one before is resumed from then."""
+    def _report_unusable(self, newest: int, problem: str) -> None:
+        """Report a checkpoint that cannot be resumed, and set the tracker to the previous one."""
         folder = self._root / manifests.folder_name(newest)
         older = [i for i in manifests.complete_iterations(self._root) if i < newest]
         if older and manifests.read_tracker(self._root)[0] == newest:
             write_atomically(self._root / manifests.TRACKER, f"{older[-1]}\n")
         print(
-            f"error: {folder} cannot be resumed from: {problem}. No checkpoint is removed, and "
-            f"{manifests.TRACKER} names the one before; the next save tries again",
+            f"error: cannot resume from {folder}: {problem}. No checkpoint is removed, and "
+            f"{manifests.TRACKER} is set to the previous one; the next save tries again",
             file=sys.stderr,
             flush=True,
         )
 
-    def _retire(self, newest: int) -> list[Path]:
-        """Take their names from checkpoints; where they are until they are deleted."""
-        retired = []
-        for iteration in self._wanted(newest):
+    def _unpublish_old(self, newest: int) -> list[Path]:
+        """Rename old checkpoints to temporary names and return these."""
+        unpublished = []
+        for iteration in self._removable(newest):
             if not self._may_remove():
                 break
             folder = self._root / manifests.folder_name(iteration)
             try:
-                retired.append(publish.unpublish_checkpoint(self._root, iteration))
+                unpublished.append(publish.unpublish_checkpoint(self._root, iteration))
                 print(f"removing checkpoint {folder}", flush=True)
             except OSError as error:
                 text = f"warning: {folder} could not be removed: {error}"
                 print(text, file=sys.stderr, flush=True)
-        return retired
+        return unpublished

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether it may. Without torch."""
+"""Selection of the checkpoint to resume from, and checks of the resumed configuration. No torch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _UNREPORTED_FIELDS = {
 
 
 BATCH_SIZE_FIELDS = ("global_batch_size", "rampup_batch_size")
-"""The fields that decide how many samples an iteration has."""
+"""Fields that determine the number of samples per iteration."""
 
 
 _WEIGHT_SHAPE_FIELDS = {
@@ -54,7 +54,7 @@ _WEIGHT_SHAPE_FIELDS = {
     "add_qkv_bias",
     "untie_embeddings_and_output_weights",
 }
-"""Fields that decide which weights a model has, and their shapes."""
+"""Fields that determine the names and shapes of the weights."""
 
 _OF_ONE_VALUE = {
     "activation_function": "swiglu",
@@ -65,43 +65,45 @@ _OF_ONE_VALUE = {
 
 @dataclass(frozen=True)
 class Resume:
-    """A whole checkpoint to start from."""
+    """A complete checkpoint to start from."""
 
     folder: Path
     manifest: Manifest
     config: Config
-    passed_over: tuple[str, ...] = ()
-    """What is wrong with newer checkpoints."""
+    rejected: tuple[str, ...] = ()
+    """Problems of newer checkpoints, which were rejected."""
 
 
 def find_checkpoint(config: Config, damaged: Mapping[str, str]) -> Resume | None:
-    """The newest whole checkpoint of ``load``, or of ``save`` when nothing is to be loaded.
+    """Find the newest complete checkpoint of ``load``, or of ``save`` without ``load``.
 
-    A damaged checkpoint is passed over; the result says so.
+    Damaged checkpoints are skipped and listed in the result.
 
     Args:
-        config: what is asked for.
-        damaged: checkpoint folders that are known to be damaged, and how.
+        config: the requested configuration.
+        damaged: problems of checkpoint folders that are known to be damaged.
+
+    Returns:
+        None if ``load`` is not given and ``save`` contains no checkpoint.
 
     Raises:
-        UserError: ``load`` was given and holds no whole checkpoint, or ``save`` holds damaged
-            ones only.
+        UserError: ``load`` contains no complete checkpoint, or ``save`` contains only damaged ones.
     """
-    wanted = config.checkpoint.load or config.checkpoint.save
-    if wanted is None:
+    source = config.checkpoint.load or config.checkpoint.save
+    if source is None:
         return None
-    root = Path(wanted)
-    candidates, bad = _candidates(root)
+    root = Path(source)
+    candidates, problems = _candidates(root)
     for folder in candidates:
         if str(folder) in damaged:
-            bad.append(f"damaged checkpoint: {damaged[str(folder)]}")
+            problems.append(f"damaged checkpoint: {damaged[str(folder)]}")
             continue
-        found = _open(folder, config, bad)
+        found = _open(folder, config, problems)
         if found is not None:
-            return replace(found, passed_over=tuple(bad))
-    if bad or config.checkpoint.load is not None:
+            return replace(found, rejected=tuple(problems))
+    if problems or config.checkpoint.load is not None:
         reason = (
-            "\n".join(bad)
+            "\n".join(problems)
             or explain_load_failure(root)
             or f"--load {root}: no complete checkpoint (iter_*) was found{download_hint(root)}"
         )
@@ -112,26 +114,25 @@ def find_checkpoint(config: Config, damaged: Mapping[str, str]) -> Resume | None
 def resume_config(
     config: Config, resume: Resume, schedule: Schedule, skipped: SkippedRanges
 ) -> tuple[Config, RunHistory, list[str]]:
-    """The configuration to go on with, what to go on remembering, and what to tell the user.
+    """Return the configuration and the run history of a resumed run, and notes for the user.
 
-    The padded vocabulary stays the checkpoint's, so that the softmax runs over the same rows in
-    every layout. The learning-rate schedule stays the checkpoint's unless
-    ``override_opt_param_scheduler`` is set.
+    The padded vocabulary size is the checkpoint's, so that the softmax is the same in every layout.
+    The learning-rate schedule is the checkpoint's unless ``override_opt_param_scheduler`` is set.
 
     Args:
-        config: what is asked for.
+        config: the requested configuration.
         resume: the checkpoint.
-        schedule: of the data asked for.
-        skipped: what ``--skip-iterations`` leaves out of it.
+        schedule: schedule of the requested data.
+        skipped: samples that ``--skip-iterations`` skips.
 
     Raises:
-        UserError: the checkpoint holds weights alone, or a field or the past of the data differs
-            in a way that would silently change the run.
+        UserError: the checkpoint contains only weights, or a field or the consumed data differs in
+            a way that would silently change the run.
     """
     if resume.manifest.contents != "full":
         raise UserError(
-            f"{resume.folder} holds weights without optimizer state: add --finetune to start a new "
-            "run from them"
+            f"{resume.folder} contains weights without optimizer state: add --finetune to start a "
+            "new run from them"
         )
     saved, allowed = resume.config, set(config.checkpoint.override_resume)
     notes = []
@@ -141,7 +142,7 @@ def resume_config(
     for name, (old, new) in config_differences(saved, config).items():
         if name == "optimizer":
             problems.append(
-                f"optimizer is {new!r}, but {resume.folder} holds the state of {old!r}: set it "
+                f"optimizer is {new!r}, but {resume.folder} contains the state of {old!r}: set it "
                 "back, or start a new run from its weights with --finetune"
             )
         elif name in FROZEN_AT_RESUME and name not in allowed:
@@ -152,12 +153,12 @@ def resume_config(
         elif name in OptimizerConfig.model_fields and not (
             config.optimizer.override_opt_param_scheduler
         ):
-            # A default warm-up was shortened when the run began: nobody requested the new one.
+            # A default warm-up was shortened at the first start; the new value is not requested.
             is_default = name.startswith("lr_warmup_") and config.optimizer.lr_warmup_shorten
             if new is not None and name != "override_opt_param_scheduler" and not is_default:
                 notes.append(
-                    f"{name}: the checkpoint's {old!r} is kept, not {new!r} "
-                    "(--override-opt-param-scheduler takes the new one)"
+                    f"{name}: the checkpoint's {old!r} is used, not {new!r} "
+                    "(--override-opt-param-scheduler uses the new value)"
                 )
             config = replace_fields(config, **{name: old})
         elif name not in _UNREPORTED_FIELDS:
@@ -172,21 +173,21 @@ def resume_config(
         AcceptedOverride(iteration=resume.manifest.iteration, difference=change) for change in found
     ]
     notes += [f"accepted by --override-resume folds: {change}" for change in found]
-    memory = RunHistory(skipped, (*resume.manifest.overrides, *overrides))
-    return config, memory, notes
+    history = RunHistory(skipped, (*resume.manifest.overrides, *overrides))
+    return config, history, notes
 
 
 def check_tokenizer(config: Config, resume: Resume, tokenizer: Tokenizer) -> list[str]:
-    """Refuse to resume with a tokenizer of other contents than the checkpoint's.
+    """Refuse to resume with a tokenizer whose files differ from the checkpoint's.
 
-    Contents are compared by size and checksum with those of the manifest; a file may have another
-    name and place. The type is compared with the configuration's other fields.
+    Files are compared by size and checksum with the manifest, independent of their names. The
+    tokenizer type is compared with the other configuration fields.
 
     Returns:
-        A note, where ``--override-resume tokenizer`` accepts the change.
+        A note if ``--override-resume tokenizer`` accepts the difference.
 
     Raises:
-        UserError: a file that decides the ids is not in the checkpoint.
+        UserError: a file that determines the token IDs is not in the checkpoint.
     """
     prefix = f"{manifests.TOKENIZER}/"
     stored = [entry for name, entry in resume.manifest.files.items() if name.startswith(prefix)]
@@ -194,20 +195,21 @@ def check_tokenizer(config: Config, resume: Resume, tokenizer: Tokenizer) -> lis
     others = [path for path in files if manifests.file_entry(path) not in stored]
     if not others or not stored or config.data.tokenizer_type != resume.config.data.tokenizer_type:
         return []
-    change = f"{others[0]} is another tokenizer than {resume.folder / manifests.TOKENIZER}"
+    change = f"{others[0]} is not the tokenizer in {resume.folder / manifests.TOKENIZER}"
     if "tokenizer" in config.checkpoint.override_resume:
         return [f"{change}; accepted by --override-resume tokenizer"]
     raise UserError(
-        f"{change}, with which the run was trained: its ids mean something else. Give that one "
-        "(--tokenizer-model), or accept the change with --override-resume tokenizer"
+        f"{change}, with which the run was trained: token IDs may have another meaning. Use the "
+        "checkpoint's tokenizer (--tokenizer-model), or accept the change with "
+        "--override-resume tokenizer"
     )
 
 
 def check_weights(config: Config, resume: Resume) -> None:
-    """Refuse to start a model from weights of other shapes (``--finetune``).
+    """Refuse to start from weights of another architecture (``--finetune``).
 
     Raises:
-        UserError: naming each field of the architecture that differs.
+        UserError: fields of the architecture differ; the message lists all of them.
     """
     found = config_differences(resume.config, config)
     problems = [
@@ -222,10 +224,10 @@ def check_weights(config: Config, resume: Resume) -> None:
 
 
 def _candidates(root: Path) -> tuple[list[Path], list[str]]:
-    """Checkpoints to try, the best first, and what is wrong with the tracker.
+    """List the checkpoints to try, newest first, and problems of the tracker file.
 
-    The tracker decides where it can: whoever sets it back to an earlier checkpoint, as Megatron-LM
-    allows, goes on from there. None that is newer is tried then, not even for a damaged one.
+    If the tracker names a checkpoint, newer ones are not tried: as in Megatron-LM, the tracker can
+    be set back to resume from an earlier iteration.
     """
     if (root / manifests.MANIFEST).is_file():
         return [root], []
@@ -234,35 +236,35 @@ def _candidates(root: Path) -> tuple[list[Path], list[str]]:
     if tracked in iterations:
         iterations = [iteration for iteration in iterations if iteration <= tracked]
     elif tracked is not None:
-        wrong = [f"{root / manifests.TRACKER} names iteration {tracked}, which is not here whole"]
+        wrong = [f"{root / manifests.TRACKER} names iteration {tracked}, which is not complete"]
     folders = [root / manifests.folder_name(iteration) for iteration in reversed(iterations)]
     return folders, wrong if folders else []
 
 
-def _open(folder: Path, asked: Config, bad: list[str]) -> Resume | None:
+def _open(folder: Path, requested: Config, problems: list[str]) -> Resume | None:
     try:
         manifest = manifests.read_manifest(folder)
         found = manifests.file_problems(folder, manifest)
         if not found:
             config = load_config(folder / manifests.CONFIG)
-            found = _sample_count_problems(folder, manifest, config, asked)
+            found = _sample_count_problems(folder, manifest, config, requested)
         if not found:
             return Resume(folder, manifest, config)
-        bad.append(f"damaged checkpoint: {found[0]}")
+        problems.append(f"damaged checkpoint: {found[0]}")
     except UserError as error:
-        bad.append(f"damaged checkpoint: {error}")
+        problems.append(f"damaged checkpoint: {error}")
     return None
 
 
 def _sample_count_problems(
-    folder: Path, manifest: Manifest, saved: Config, asked: Config
+    folder: Path, manifest: Manifest, saved: Config, requested: Config
 ) -> list[str]:
-    """Whether the samples of a manifest without a checksum disagree with the batch sizes.
+    """Compare the consumed samples of a manifest without a checksum with the batch sizes.
 
-    They may where the batch size was changed during the run, which had to be requested by name.
+    They may differ if the batch size was changed during the run with ``--override-resume``.
     """
-    accepted = {*saved.checkpoint.override_resume, *asked.checkpoint.override_resume}
-    is_ours = "megatron_llmjp" in manifest.versions  # other programs may count differently
+    accepted = {*saved.checkpoint.override_resume, *requested.checkpoint.override_resume}
+    is_ours = "megatron_llmjp" in manifest.versions  # converted checkpoints may count differently
     if manifest.checksum or not is_ours or accepted & set(BATCH_SIZE_FIELDS):
         return []
     expected = BatchSizeSchedule(saved).consumed_after(manifest.iteration)

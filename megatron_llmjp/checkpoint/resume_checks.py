@@ -1,7 +1,7 @@
-"""The past is frozen, the future is open: whether a schedule may go on from a checkpoint.
+"""Compatibility of a data schedule with the run history in a checkpoint. Without torch.
 
-What was trained on must still be what the schedule says: the folds touched, and the samples skipped
-before the point that was reached. Everything after that point may change. Without torch.
+The consumed folds and the samples skipped so far must be the same in the new schedule. Everything
+after the position of the checkpoint may change.
 """
 
 from __future__ import annotations
@@ -24,73 +24,80 @@ NO_SKIPPED_RANGES: SkippedRanges = MappingProxyType({})
 
 @dataclass(frozen=True)
 class RunHistory:
-    """What a checkpoint remembers of the data, as later ones go on remembering it."""
+    """History of the data of a run; every later checkpoint contains it."""
 
     skipped_iterations: SkippedRanges = field(default_factory=dict)
-    """Positions left out by ``--skip-iterations``, by its words."""
+    """Positions skipped by ``--skip-iterations`` or a rollback, by range or reason."""
     overrides: tuple[AcceptedOverride, ...] = ()
-    """Changes of the past that were accepted, oldest first."""
+    """Accepted differences from the run history, oldest first."""
 
 
 def apply_skip_iterations(
     schedule: Schedule,
-    asked: str | None,
+    ranges: str | None,
     manifest: Manifest | None,
     batch_sizes: BatchSizeSchedule,
-    left_out: SkippedRanges = NO_SKIPPED_RANGES,
+    rolled_back: SkippedRanges = NO_SKIPPED_RANGES,
 ) -> tuple[Schedule, dict[str, tuple[int, int]]]:
-    """Leave out what ``--skip-iterations`` says, now and in the run that is gone on with.
+    """Skip the iterations of ``--skip-iterations``, of the checkpoint and of a rollback.
 
-    A range that the checkpoint knows keeps its meaning, so that a job may be started again with the
-    same command line. A new one counts iterations as that run did, or as a new run would without
-    the flag. What a rollback left out is known too.
+    A range in the checkpoint keeps its positions, so that a job can be restarted with the same
+    command line. Iteration numbers of a new range refer to the resumed run, or to a new run without
+    the flag.
+
+    Args:
+        schedule: the schedule to skip samples of.
+        ranges: value of ``--skip-iterations``, such as ``1050-1060,2000``.
+        manifest: of the checkpoint to resume from.
+        batch_sizes: batch size of each iteration.
+        rolled_back: positions that a rollback skips, by reason.
 
     Returns:
-        The schedule with all samples to skip; positions by the words of their ranges.
+        The schedule with all skipped samples; skipped positions by range.
 
     Raises:
-        UserError: a range is malformed, past, or beyond the end.
+        UserError: a range is malformed, already trained, or beyond the end of the run.
     """
-    known = {**(manifest.skipped_iterations if manifest else {}), **left_out}
+    known = {**(manifest.skipped_iterations if manifest else {}), **rolled_back}
     schedule = schedule.with_skips(schedule.skips.union(known.values()))
     new = {}
-    for words in filter(None, (asked or "").replace(" ", "").split(",")):
+    for words in filter(None, (ranges or "").replace(" ", "").split(",")):
         if words not in known:
             new[words] = _positions(words, schedule, manifest, batch_sizes)
     return schedule.with_skips(schedule.skips.union(new.values())), {**known, **new}
 
 
 def describe_skipped_samples(skipped: SkippedRanges) -> list[str]:
-    """What to say at the start of samples that are left out, and why."""
+    """Return one line per skipped range with its samples and reason, for the start of a run."""
     return [
-        f"samples {start:,} to {end - 1:,} are left out: "
+        f"samples {start:,} to {end - 1:,} are skipped: "
         + (f"--skip-iterations {words}" if words[:1].isdigit() else words)
         for words, (start, end) in skipped.items()
     ]
 
 
 def history_differences(manifest: Manifest, schedule: Schedule) -> list[str]:
-    """How a schedule differs from what a checkpoint was trained on; empty when it goes on."""
+    """Return the differences between a schedule and the run history; empty if compatible."""
     now = {fold.name: schedule.fingerprint(fold) for fold in schedule.folds}
     found = []
     for name, record in manifest.folds.items():
         if name not in now:
-            found.append(f"fold '{name}' is gone from the fold file")
+            found.append(f"fold '{name}' is missing in the fold file")
         elif differs := fold_differences(record, now[name]):
             found.append(f"fold '{name}' has changed: {'; '.join(differs)}")
     before = SkippedSamples.of(manifest.skips)
     end = before.position(manifest.consumed_samples - 1) + 1 if manifest.consumed_samples else 0
     if before.before(end) != schedule.skips.before(end):
-        then, today = (_show(skips.before(end)) for skips in (before, schedule.skips))
+        then, today = (_format_ranges(skips.before(end)) for skips in (before, schedule.skips))
         found.append(f"samples skipped so far: {then} -> {today}")
     return found
 
 
 def difference_errors(folder: Path, found: list[str]) -> list[str]:
-    """Messages for changes that are not accepted."""
+    """Return error messages for differences that are not accepted."""
     return [
-        f"{change}\n  {folder} was trained on it as it was: going on would repeat or drop data. "
-        "Set it back (folds not yet touched may change), or accept it with --override-resume folds"
+        f"{change}\n  {folder} was trained on the original: resuming would repeat or drop data. "
+        "Restore it (folds not yet consumed may change), or accept it with --override-resume folds"
         for change in found
     ]
 
@@ -108,7 +115,7 @@ def _positions(
     if first <= done:
         raise UserError(
             f"--skip-iterations {words}: iteration {first} is already trained, the checkpoint is "
-            f"at {done}: go on from one before it (--load SAVE/iter_...)"
+            f"at iteration {done}: resume from an earlier one (--load SAVE/iter_...)"
         )
     start, end = batch_sizes.consumed_after(first - 1), batch_sizes.consumed_after(last)
     if end > schedule.total_samples:
@@ -117,5 +124,5 @@ def _positions(
     return schedule.position(start), schedule.position(end - 1) + 1
 
 
-def _show(skips: SkippedSamples) -> str:
+def _format_ranges(skips: SkippedSamples) -> str:
     return ", ".join(f"[{a}, {b})" for a, b in skips.ranges) or "none"

@@ -1,4 +1,4 @@
-"""When a checkpoint is saved, and which old ones are removed. Pure functions, without torch."""
+"""Policies for saving checkpoints and for removing old ones. Pure functions, without torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_llmjp.config.schema import CheckpointConfig
 
 @dataclass(frozen=True)
 class TrainingPosition:
-    """A point of a run, after an iteration."""
+    """Iteration and consumed samples of a run."""
 
     iteration: int
     consumed_samples: int
@@ -24,18 +24,18 @@ def reason_to_save(
     fold_ends: Iterable[int] = (),
     minutes: float = 0.0,
 ) -> str | None:
-    """Why the iteration that led from ``before`` to ``now`` is one to save after.
+    """Return why a checkpoint is due after the iteration between ``before`` and ``now``.
 
     Args:
-        config: the policy.
-        before: the moment before the iteration.
-        now: the moment after it.
+        config: the save policy.
+        before: position before the iteration.
+        now: position after the iteration.
         seq_length: tokens per sample.
-        fold_ends: samples trained on when each fold ends.
-        minutes: time since the last save. Clocks of ranks differ: pass the first rank's to all.
+        fold_ends: consumed samples at the end of each fold.
+        minutes: time since the last save, which must be the same on all ranks: broadcast rank 0's.
 
     Returns:
-        A word for the log, or None when nothing asks for a checkpoint.
+        The reason for the log, or None if no checkpoint is due.
     """
     if config.save is None:
         return None
@@ -45,8 +45,8 @@ def reason_to_save(
         return "LLM-jp's pattern"
     if config.save_interval_tokens:
         old, new = (
-            moment.consumed_samples * seq_length // config.save_interval_tokens
-            for moment in (before, now)
+            position.consumed_samples * seq_length // config.save_interval_tokens
+            for position in (before, now)
         )
         if new > old:
             return f"every {config.save_interval_tokens} tokens"
@@ -60,13 +60,13 @@ def reason_to_save(
 def ends_a_fold(before: TrainingPosition, now: TrainingPosition, fold_ends: Iterable[int]) -> bool:
     """Whether an iteration trained on the last sample of a fold.
 
-    An iteration may take its last samples from the next fold; it ends the first one all the same.
+    The remaining samples of the iteration may be from the next fold.
     """
     return any(before.consumed_samples < end <= now.consumed_samples for end in fold_ends)
 
 
 def is_llm_jp_iteration(iteration: int) -> bool:
-    """LLM-jp's pattern: 1..9, 10..90 by 10, 100..900 by 100, then every 1000."""
+    """Whether LLM-jp's policy saves: 1..9, 10..90 by 10, 100..900 by 100, then every 1000."""
     step = 1
     while step < 1000 and iteration >= 10 * step:
         step *= 10
@@ -76,14 +76,14 @@ def is_llm_jp_iteration(iteration: int) -> bool:
 def removable_iterations(
     saved: Iterable[int], newest_good: int, config: CheckpointConfig, fold_ends: Collection[int]
 ) -> list[int]:
-    """Iterations whose checkpoints are no longer wanted, oldest first.
+    """Return the iterations whose checkpoints the policy removes, oldest first.
 
-    Never ``newest_good`` nor any that is newer: those are another run's, or not known to be whole.
+    ``newest_good`` and newer ones are always kept: they may belong to another run or be damaged.
 
     Args:
         saved: iterations of the checkpoints in the folder.
         newest_good: the iteration just saved and verified.
-        config: the policy.
+        config: the retention policy.
         fold_ends: iterations that ended a fold; kept when ``save_fold_ends`` is set.
     """
     if config.keep_last is None:
@@ -91,11 +91,11 @@ def removable_iterations(
     old = sorted(iteration for iteration in saved if iteration < newest_good)
     recent = set(old[max(0, len(old) - (config.keep_last - 1)) :])
 
-    def is_wanted(iteration: int) -> bool:
+    def is_kept(iteration: int) -> bool:
         return (
             iteration in recent
             or bool(config.keep_every and iteration % config.keep_every == 0)
             or (config.save_fold_ends and iteration in fold_ends)
         )
 
-    return [iteration for iteration in old if not is_wanted(iteration)]
+    return [iteration for iteration in old if not is_kept(iteration)]

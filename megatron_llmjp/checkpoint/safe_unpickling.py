@@ -1,11 +1,11 @@
-"""Nothing in a checkpoint is executed: its pickles are vetted before megatron-core opens them.
+"""Restricted unpickling of checkpoints, so that loading one executes no code from it.
 
-A torch_dist folder holds three kinds of pickles. ``common.pt`` and the tensors are archives of
-``torch.save``; megatron-core opens them with torch's ``weights_only`` unpickler, unless an
-environment variable turns that off. Small objects inside the ``.distcp`` files, such as random
-states, and the index ``.metadata`` are opened with Python's own unpickler, which calls whatever a
-file names (torch/distributed/checkpoint/{default_planner,filesystem}.py). So each is opened here
-first, by an unpickler that knows only the names that checkpoints consist of.
+A torch_dist folder contains three kinds of pickles. ``common.pt`` and the tensors are archives of
+``torch.save``; megatron-core loads them with torch's ``weights_only`` unpickler, unless an
+environment variable disables it. Small objects in the ``.distcp`` files, such as random states, and
+the index ``.metadata`` are loaded with Python's unpickler, which calls any function that a file
+names (torch/distributed/checkpoint/{default_planner,filesystem}.py). Therefore all of them are
+first loaded here, by an unpickler with an allow-list of the names that checkpoints contain.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("torch.serialization", "_get_layout"): _get_layout,
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): filesystem._StorageInfo,
     ("pathlib", "PosixPath"): Path,
-    ("pathlib._local", "PosixPath"): Path,  # of Python 3.13
+    ("pathlib._local", "PosixPath"): Path,  # Python 3.13
     **{
         (module.__name__, name): getattr(module, name)
         for module, names in (
@@ -57,6 +57,8 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 
 
 class _IndexUnpickler(pickle.Unpickler):
+    """Unpickler of ``.metadata`` with an allow-list."""
+
     def __init__(self, stream: Any, path: Path) -> None:
         super().__init__(stream)
         self._path = path
@@ -71,28 +73,28 @@ class _IndexUnpickler(pickle.Unpickler):
         raise unsafe_pickle_error(self._path, f"{module}.{name}")
 
     def _member(self, *arguments: Any) -> Enum:
-        """An enumeration's member: Python 3.11.0 to 3.11.3 pickle ``getattr(KIND, NAME)``."""
+        """Return an enum member; Python 3.11.0 to 3.11.3 pickle it as ``getattr(KIND, NAME)``."""
         kind, name = arguments if len(arguments) == 2 else (None, "")
         if isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__:
             return kind[name]
         raise unsafe_pickle_error(self._path, "builtins.getattr")
 
 
-def unsafe_pickle_error(path: Path, what: str) -> UserError:
-    """The message for a file that wants more than to hold data."""
+def unsafe_pickle_error(path: Path, name: str) -> UserError:
+    """Return the error for a file that contains more than data."""
     return UserError(
-        f"{path}: refused: opening it would use {what}, which no checkpoint of this program needs. "
-        "The file may be malicious: nothing in it was executed. Take an earlier checkpoint "
+        f"{path}: refused: loading it would use {name}, which is not on the allow-list. "
+        "The file may be malicious; nothing in it was executed. Use an earlier checkpoint "
         "(--load SAVE/iter_...)"
     )
 
 
 def check_pickles(folder: Path) -> None:
-    """Make sure that loading a torch_dist folder executes nothing and reads only inside it.
+    """Check that loading a torch_dist folder executes no code and reads no file outside it.
 
     Raises:
-        UserError: a pickle names something that is not on the list, is damaged, or the index
-            names a file outside the folder.
+        UserError: a pickle is damaged or names something that is not on the allow-list, or the
+            index names a file outside the folder.
     """
     index = read_index(folder)
     _open_archive(folder / COMMON, (folder / COMMON).read_bytes())
@@ -103,15 +105,15 @@ def check_pickles(folder: Path) -> None:
             with path.open("rb") as stream:
                 stream.seek(info.offset)
                 data = stream.read(info.length)
-            if data:  # megatron-core's layers leave empty ones
+            if data:  # megatron-core's layers write empty ones
                 _open_archive(path, data)
 
 
 def read_index(folder: Path) -> Any:
-    """torch's ``Metadata`` of a folder, opened without executing anything.
+    """Load the index (torch's ``Metadata``) of a folder without executing code.
 
     Raises:
-        UserError: it is missing, damaged, malicious, or names a file outside the folder.
+        UserError: it is missing, damaged or malicious, or names a file outside the folder.
     """
     path = folder / INDEX
     try:
@@ -119,10 +121,10 @@ def read_index(folder: Path) -> Any:
             index = _IndexUnpickler(stream, path).load()
         names = {info.relative_path for info in index.storage_data.values()}
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: this is no complete checkpoint") from None
+        raise UserError(f"{path} is missing: the checkpoint is incomplete") from None
     except UserError:
         raise
-    except Exception as error:  # a damaged pickle raises nearly anything
+    except Exception as error:  # a damaged pickle may raise any exception
         raise UserError(f"{path}: damaged: {error!r}") from None
     for name in sorted(names):
         if "/" in name or name in {"", ".", ".."}:
@@ -134,7 +136,7 @@ def _open_archive(path: Path, data: bytes) -> None:
     try:
         torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # torch's unpickler names what it refuses, and stumbles over damage in its own ways.
+        # The message contains the refused name; damage raises other messages.
         named = re.search(r"nsupported (?:global: )?(?:GLOBAL|class) ([\w.]+)", str(error))
         if named:
             raise unsafe_pickle_error(path, named[1]) from None

@@ -1,4 +1,4 @@
-"""Config -> megatron-core GPTModel, in the GPT-2, LLaMA and GPT-NeoX styles."""
+"""megatron-core GPTModel from a Config: GPT-2, LLaMA and GPT-NeoX architectures."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel, gpt_layer_specs
+from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
@@ -24,20 +25,20 @@ from megatron_llmjp.config.schema import Config, ModelConfig
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.model.initialization import initialize
 from megatron_llmjp.model.layers import ParallelResidualLayer, SDPAttention, norm_class
-from megatron_llmjp.model.losses import add_z_loss
+from megatron_llmjp.model.losses import GPTModelWithZLoss
 from megatron_llmjp.parallel.device import Device
 
 
 @dataclass(frozen=True)
 class KernelChoice:
-    """Which implementations the layers use; printed at start."""
+    """Implementations of the layers on a device; printed at start."""
 
     transformer_engine: bool
     """Transformer Engine's layers instead of torch's."""
     fusions: bool
-    """Element-wise chains compiled into one kernel; pays on a GPU only."""
+    """Compiled fusions of element-wise operations; faster on a GPU only."""
     fused_wgrad: bool
-    """Weight gradients accumulated inside the matrix product (Apex)."""
+    """Weight gradients accumulated in the matrix multiplication (Apex)."""
 
     def __str__(self) -> str:
         layers = "Transformer Engine" if self.transformer_engine else "SDPA attention, torch norms"
@@ -46,11 +47,9 @@ class KernelChoice:
 
 
 def choose_kernels(device: Device) -> KernelChoice:
-    """The best that is importable on this device."""
+    """Return the fastest implementations that are installed for this device."""
     if not device.is_cuda:
         return KernelChoice(transformer_engine=False, fusions=False, fused_wgrad=False)
-    from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available
-
     return KernelChoice(
         transformer_engine=gpt_layer_specs.HAVE_TE,
         fusions=True,
@@ -59,19 +58,19 @@ def choose_kernels(device: Device) -> KernelChoice:
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """The tanh approximation of GELU, as Megatron's fused bias-GELU computes it."""
+    """Tanh approximation of GELU, as in Megatron's fused bias-GELU."""
     return F.gelu(x, approximate="tanh")
 
 
 def params_dtype(config: Config) -> torch.dtype:
-    """Type of weights and activations."""
+    """Return the dtype of weights and activations."""
     if config.training.bf16:
         return torch.bfloat16
     return torch.float16 if config.training.fp16 else torch.float32
 
 
 def transformer_config(config: Config, device: Device) -> TransformerConfig:
-    """megatron-core's configuration of the network and its layout."""
+    """Return megatron-core's configuration of the network and its parallel layout."""
     kernels = choose_kernels(device)
     model, parallel = config.model, config.parallel
     activation, fused_activation = _activation(model.activation_function, kernels, config)
@@ -134,19 +133,21 @@ def _add_yarn(core: Any, model: ModelConfig) -> None:
 
 @contextmanager
 def _as_user_error() -> Iterator[None]:
-    """Say what megatron-core refuses about a configuration as a user's mistake."""
+    """Raise megatron-core's errors about a configuration as :class:`UserError`."""
     try:
         yield
     except (ValueError, AssertionError) as error:
-        raise UserError(f"megatron-core refuses the model or its layout: {error}") from error
+        raise UserError(
+            f"megatron-core rejects the model or its parallel layout: {error}"
+        ) from error
 
 
 def _activation(
     name: str, kernels: KernelChoice, config: Config
 ) -> tuple[Callable[[Tensor], Tensor], bool]:
-    """The function, and whether megatron-core's fused bias + activation may compute it.
+    """Return the activation, and whether megatron-core's fused bias + activation computes it.
 
-    Its fused GELU is the tanh approximation whatever function is named, and wants a bias.
+    Its fused GELU is always the tanh approximation, and requires a bias.
     """
     if name == "swiglu":
         return F.silu, kernels.fusions
@@ -158,13 +159,13 @@ def _activation(
 def _pipeline_communication(config: Config, device: Device) -> dict[str, Any]:
     parallel = config.parallel
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
-    # With two stages, the batched sends and receives of the interleaved schedule cross between
-    # one pair of ranks and gradients are silently wrong: send and receive one by one there.
-    one_by_one = interleaved and parallel.pipeline_model_parallel_size == 2
+    # With two stages, the batched sends and receives of the interleaved schedule are mixed up
+    # between the same pair of ranks and gradients are silently wrong: use individual ones there.
+    individual = interleaved and parallel.pipeline_model_parallel_size == 2
     return {
-        "overlap_p2p_comm": one_by_one,
-        "batch_p2p_comm": not one_by_one,
-        # gloo still reads a buffer after the call returns: freeing it would send garbage.
+        "overlap_p2p_comm": individual,
+        "batch_p2p_comm": not individual,
+        # gloo may read a buffer after the call has returned: it must not be freed.
         "deallocate_pipeline_outputs": device.is_cuda,
     }
 
@@ -172,15 +173,15 @@ def _pipeline_communication(config: Config, device: Device) -> dict[str, Any]:
 def layer_spec(
     config: Config, core: TransformerConfig, device: Device, vp_stage: int | None
 ) -> Any:
-    """The layers of one model chunk: Transformer Engine's, else torch's kernels."""
+    """Return the layer spec of one model chunk: Transformer Engine's layers, or torch's."""
     layer = ParallelResidualLayer if config.model.use_parallel_residual else TransformerLayer
     if choose_kernels(device).transformer_engine:
         return replace(gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(), module=layer)
     if config.parallel.context_parallel_size > 1:
         raise UserError(
-            "context_parallel_size is above 1, but Transformer Engine is not importable on "
-            f"{device.name}: its attention is the only one that spans processes; install it, or "
-            "use sequence_parallel and recompute_granularity for long sequences"
+            "context_parallel_size > 1 requires Transformer Engine's attention, which is not "
+            f"installed for {device.name}: install it, or use sequence_parallel and "
+            "recompute_granularity for long sequences"
         )
     spec = gpt_layer_specs.get_gpt_layer_local_spec(normalization=config.model.normalization)
     norm = norm_class(config.model.normalization)
@@ -210,18 +211,20 @@ def build_model_chunk(
     post_process: bool = True,
     vp_stage: int | None = None,
 ) -> GPTModel:
-    """One stage of the model, with initial weights that do not depend on the layout.
+    """Build one chunk of the model, with initial weights that do not depend on the layout.
 
     Args:
-        config: the run; ``vocab_size`` must be known.
-        device: where the weights go.
-        core: the result of :func:`transformer_config`, to share among chunks.
-        pre_process: whether this chunk holds the embedding.
-        post_process: whether it holds the final norm and the output layer.
-        vp_stage: number of the chunk with the interleaved schedule.
+        config: configuration of the run, with ``vocab_size``.
+        device: device of the weights.
+        core: result of :func:`transformer_config`, shared by all chunks.
+        pre_process: whether this chunk contains the embedding.
+        post_process: whether it contains the final norm and the output layer.
+        vp_stage: number of the chunk in the interleaved schedule.
     """
     core = core or transformer_config(config, device)
-    model = GPTModel(
+    z_loss_strength = config.training.z_loss_strength
+    has_z_loss = post_process and z_loss_strength > 0.0
+    model = (GPTModelWithZLoss if has_z_loss else GPTModel)(
         config=core,
         transformer_layer_spec=layer_spec(config, core, device, vp_stage),
         vocab_size=config.padded_vocab_size,
@@ -241,8 +244,8 @@ def build_model_chunk(
     if any(parameter.is_meta for parameter in model.parameters()):
         return model  # on the meta device, for --estimate
     initialize(model, config)
-    if post_process and config.training.z_loss_strength > 0.0:
-        add_z_loss(model, config.training.z_loss_strength)
+    if has_z_loss:
+        model.z_loss_strength = z_loss_strength
     return model.to(device.torch)
 
 
@@ -261,7 +264,7 @@ def _scale_frequencies(rotary: RotaryEmbedding, model: ModelConfig) -> None:
 
 
 def build_model(config: Config, device: Device) -> list[GPTModel]:
-    """The model chunks of this rank: one, or one per virtual stage."""
+    """Build the model chunks of this rank: one, or one per virtual pipeline stage."""
     core = transformer_config(config, device)
     chunks = config.parallel.virtual_pipeline_model_parallel_size
     return [

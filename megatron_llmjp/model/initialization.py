@@ -1,8 +1,8 @@
 """Initial weights that depend on the seed and the tensor's global name, not on the layout.
 
-megatron-core seeds each pipeline stage apart, so that one seed gives another model in another
-layout. Here every tensor is drawn whole from a seed of its own and each rank keeps its part: TP, PP
-and VP change nothing.
+megatron-core seeds each pipeline stage separately, so that the same seed gives different weights in
+different parallel layouts. Here every full tensor is drawn from its own seed and each rank keeps
+its slice: the weights do not depend on TP, PP and VP sizes.
 
 Standard deviations are Megatron-LM's: ``init_method_std``, and ``init_method_std / sqrt(2 L)`` for
 the two projections back into the residual stream; norms are 1, biases 0.
@@ -27,7 +27,7 @@ _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 @torch.no_grad()
 def initialize(model: nn.Module, config: Config) -> None:
-    """Overwrite the weights of a model chunk with its part of the global initial weights."""
+    """Initialize the weights of a model chunk with its slices of the global initial weights."""
     for name, parameter in model.named_parameters():
         name = global_name(model, name)
         if name == "output_layer.weight" and not config.model.untie_embeddings_and_output_weights:
@@ -41,7 +41,7 @@ def initialize(model: nn.Module, config: Config) -> None:
 
 
 def global_name(model: nn.Module, name: str) -> str:
-    """A parameter's name with the number of its layer counted over all stages, from 0."""
+    """Return a parameter's name with its layer number counted over all stages, from 0."""
     match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
     if match is None:
         return name
@@ -50,7 +50,7 @@ def global_name(model: nn.Module, name: str) -> str:
 
 
 def _local_part(parameter: nn.Parameter, name: str, config: Config) -> Tensor:
-    """This rank's slice of the tensor ``name``, drawn whole."""
+    """Draw the full tensor ``name`` and return this rank's slice."""
     size = parallel_state.get_tensor_model_parallel_world_size()
     rank = parallel_state.get_tensor_model_parallel_rank()
     split = size > 1 and getattr(parameter, "tensor_model_parallel", False)
@@ -72,9 +72,9 @@ def _draw(name: str, shape: list[int], config: Config, device: torch.device) -> 
     if name.endswith(_RESIDUAL):
         std /= math.sqrt(2.0 * config.model.num_layers)
     if name in _VOCABULARY and config.model.vocab_size is not None:
-        # The padding differs between layouts; the rows of real tokens must not.
-        rows, padding = config.model.vocab_size, shape[0] - config.model.vocab_size
-        real = _normal(name, [rows, *shape[1:]], std, config, device)
+        # The padded vocabulary size depends on the layout; embeddings of real tokens must not.
+        vocab_size, padding = config.model.vocab_size, shape[0] - config.model.vocab_size
+        real = _normal(name, [vocab_size, *shape[1:]], std, config, device)
         return torch.cat(
             [real, _normal(f"{name}/padding", [padding, *shape[1:]], std, config, device)]
         )

@@ -1,14 +1,11 @@
-"""Transformer layers that megatron-core lacks without Transformer Engine.
+"""Transformer layers without Transformer Engine: norms, attention, parallel residual.
 
-What megatron-core lacks without Transformer Engine: attention and norms for every layout.
+megatron-core's local attention materializes ``s x s`` scores, and its local norm does not support
+sequence parallelism. torch's kernels replace both, on CPU and GPU.
 
-megatron-core's own fallback attention materialises ``s x s`` scores, and its fallback norm refuses
-sequence parallelism. Both are replaced here by torch's kernels, on CPU and GPU alike.
-
-GPT-NeoX's parallel residual: ``x + attention(norm1(x)) + mlp(norm2(x))``.
-
-megatron-core's layer feeds the feed-forward network what attention made of its input; here both
-read the layer's input (Wang and Komatsuzaki 2021, GPT-J; Black et al. 2022, GPT-NeoX-20B).
+GPT-NeoX's parallel residual is ``x + attention(norm1(x)) + mlp(norm2(x))``: attention and MLP both
+read the layer's input, whereas in megatron-core's layer the MLP reads the output of attention
+(Wang and Komatsuzaki 2021, GPT-J; Black et al. 2022, GPT-NeoX-20B).
 """
 
 from __future__ import annotations
@@ -32,7 +29,7 @@ class RMSNorm(nn.RMSNorm):
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
     ) -> None:
         super().__init__(hidden_size, eps=eps, device=torch.cuda.current_device())
-        _mark(self, config)
+        _mark_sequence_parallel(self, config)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -42,23 +39,23 @@ class LayerNorm(nn.LayerNorm):
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
     ) -> None:
         super().__init__(hidden_size, eps=eps, device=torch.cuda.current_device())
-        _mark(self, config)
+        _mark_sequence_parallel(self, config)
 
 
 def norm_class(normalization: str) -> type[nn.Module]:
-    """The norm of a configuration's ``normalization``."""
+    """Return the norm class of the configuration's ``normalization``."""
     return RMSNorm if normalization == "RMSNorm" else LayerNorm
 
 
-def _mark(norm: nn.Module, config: TransformerConfig) -> None:
-    """Have the gradients summed over the TP group: each rank sees a part of the sequence."""
+def _mark_sequence_parallel(norm: nn.Module, config: TransformerConfig) -> None:
+    """Mark parameters whose gradients are summed over the TP group with sequence parallelism."""
     norm.to(config.params_dtype)
     for parameter in norm.parameters():
         parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 class SDPAttention(MegatronModule):
-    """Core attention by ``torch.nn.functional.scaled_dot_product_attention``."""
+    """Core attention with ``torch.nn.functional.scaled_dot_product_attention``."""
 
     def __init__(
         self,
@@ -82,12 +79,12 @@ class SDPAttention(MegatronModule):
         attention_mask: Tensor | None,
         **_: Any,
     ) -> Tensor:
-        """Attend causally.
+        """Compute causal attention.
 
         Args:
             query: ``[s, b, n/t, d]``, the n heads split over t tensor parallel ranks.
-            key: ``[s, b, g/t, d]`` with g query groups.
-            value: like ``key``.
+            key: ``[s, b, g/t, d]``, g query groups.
+            value: same shape as ``key``.
             attention_mask: None for the causal mask, or ``[b, 1, s, s]``, true where masked.
 
         Returns:
@@ -95,8 +92,8 @@ class SDPAttention(MegatronModule):
         """
         dropout = self.dropout if self.training else 0.0
         # Heads differ between tensor-parallel ranks, and so must their dropout masks.
-        random = get_cuda_rng_tracker().fork() if dropout > 0.0 else nullcontext()
-        with random:
+        rng_context = get_cuda_rng_tracker().fork() if dropout > 0.0 else nullcontext()
+        with rng_context:
             context = F.scaled_dot_product_attention(
                 query.permute(1, 2, 0, 3),
                 key.permute(1, 2, 0, 3),
@@ -111,21 +108,21 @@ class SDPAttention(MegatronModule):
 
 
 class ParallelResidualLayer(TransformerLayer):
-    """A layer whose two halves both read its input; parameters and names are megatron-core's."""
+    """Layer with a parallel residual; parameters and their names are megatron-core's."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         """Run the layer.
 
         Args:
             hidden_states: ``[s, b, h]``, or ``[s/t, b, h]`` with sequence parallelism.
-            args: as megatron-core's layer takes them.
-            kwargs: likewise.
+            args: as in megatron-core's TransformerLayer.
+            kwargs: as in megatron-core's TransformerLayer.
 
         Returns:
-            The output, shaped like the input; the context, unchanged.
+            The output, with the shape of the input; the context, unchanged.
         """
         kwargs.pop("dynamic_inference_decode_only", None)
         attended, context = self._forward_attention(hidden_states, *args, **kwargs)
         output_with_bias = self.mlp(self._forward_pre_mlp_layernorm(hidden_states))
-        # What attention added to the residual stream is the residual of the second sum.
+        # The residual of the MLP is the residual stream after attention.
         return self._forward_post_mlp(output_with_bias, attended), context

@@ -1,1 +1,1 @@
-"""Processes of a run: device, ranks, process groups, launcher, signals."""
+"""Processes of a run: device, ranks, process groups, local launcher, signals."""

@@ -1,8 +1,8 @@
-"""Start the ranks of a run on this machine: a small torchrun that passes exit codes through.
+"""Launcher of the ranks of one machine (``--nproc-per-node``) that preserves exit codes.
 
-torchrun turns every exit code into 1 and buries the cause under its own report. Here the code of
-the first rank that fails is the code of the run, all other ranks are stopped at once, and signals
-reach every rank.
+torchrun replaces every exit code by 1 and prints its own report below the cause. Here the exit code
+of the first rank that fails becomes that of the run, all other ranks are stopped immediately, and
+signals are forwarded to every rank.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from megatron_llmjp.parallel.ranks import (
 from megatron_llmjp.parallel.signals import handled_signals
 
 GRACE_SECONDS = 5.0
-"""Time between asking ranks to stop and stopping them."""
+"""Time that ranks have to exit by themselves before they are killed."""
 
 
 def launch(command: Sequence[str], processes: int) -> int:
     """Run ``command`` as ``processes`` ranks of one world and wait for them.
 
     Returns:
-        0 when all ranks end with 0, else the exit code of the rank that failed first; 130 after
+        0 if all ranks exit with 0, else the exit code of the rank that failed first; 130 after
         Ctrl-C.
     """
     port = free_port()
@@ -51,7 +51,7 @@ def launch(command: Sequence[str], processes: int) -> int:
     try:
         for rank in range(processes):
             ranks.append(_start(command, rank, processes, port))
-            if forwarded:  # those that were not started yet have missed it
+            if forwarded:  # the signal arrived before this rank was started
                 _signal(ranks[-1:], forwarded[-1])
         return _wait(ranks, forwarded)
     finally:
@@ -62,14 +62,14 @@ def launch(command: Sequence[str], processes: int) -> int:
 
 def _start(command: Sequence[str], rank: int, world: int, port: int) -> subprocess.Popen[bytes]:
     env = {**os.environ, **rank_environment(rank, world, port)}
-    # Without this, every rank starts a thread per core and they fight for the cores.
+    # By default every rank would start one thread per core.
     env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world)))
-    # A session of its own keeps a terminal's Ctrl-C from reaching the ranks twice.
+    # In a new session, so that a terminal's Ctrl-C reaches the ranks only through forward().
     return subprocess.Popen(list(command), env=env, start_new_session=True)
 
 
 def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
-    """The variables by which a rank on this machine knows itself and its world."""
+    """Return the environment variables that define a rank of this machine."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -95,14 +95,14 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], forwarded: Sequence[int]) ->
 
 
 def _report(rank: int, code: int, forwarded: Sequence[int]) -> int:
-    """Tell of a rank that was killed; what failed by itself has told why."""
+    """Report a rank that was killed by a signal; a rank that failed by itself has printed why."""
     if signal.SIGINT in forwarded and code in (-signal.SIGINT, 128 + signal.SIGINT):
         print("stopped by Ctrl-C: all ranks", file=sys.stderr)
         return 128 + signal.SIGINT
     if code < 0:
         name = signal.Signals(-code).name
-        if -code in forwarded:  # the rank was still starting, and had nothing to save
-            print(f"stopped: asked by {name}; there is nothing new to save", file=sys.stderr)
+        if -code in forwarded:  # before the rank installed its signal handlers
+            print(f"stopped: received {name}; nothing new to save", file=sys.stderr)
             return EXIT_REQUEUE
         print(f"error: rank {rank} was killed by {name}; all ranks are stopped", file=sys.stderr)
         return 1
@@ -110,19 +110,19 @@ def _report(rank: int, code: int, forwarded: Sequence[int]) -> int:
 
 
 def _stop(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
-    """End every rank that still runs, and what it started."""
-    # Ranks that stop on request, or for a mistake that the first one tells of, end together:
-    # leave them the time to do so.
-    end = time.monotonic() + (GRACE_SECONDS if _in_order(ranks) else 0)
+    """Kill all ranks that are still running, with their child processes."""
+    # Ranks that stop on request, or for a user error that rank 0 prints, exit at about the same
+    # time: wait for them.
+    end = time.monotonic() + (GRACE_SECONDS if _exited_regularly(ranks) else 0)
     while time.monotonic() < end and any(p.poll() is None for p in ranks):
         time.sleep(0.05)
     for process in ranks:
-        _signal_group(process, signal.SIGKILL)  # a dead rank's helpers may live on
+        _signal_group(process, signal.SIGKILL)  # also data workers of a rank that has exited
         process.wait()
 
 
-def _in_order(ranks: Sequence[subprocess.Popen[bytes]]) -> bool:
-    """Whether every rank that ended did so by itself and with a reason."""
+def _exited_regularly(ranks: Sequence[subprocess.Popen[bytes]]) -> bool:
+    """Whether all ranks that have exited did so with an expected exit code."""
     return all(p.poll() in (None, EXIT_DONE, EXIT_USER_ERROR, EXIT_REQUEUE) for p in ranks)
 
 
@@ -138,10 +138,10 @@ def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
 
 
 def free_port() -> int:
-    """A port that nobody listens on, below those that kernels hand out by themselves.
+    """Return an unused port below the kernel's ephemeral range.
 
-    The ranks need seconds until they listen on it; a port of the kernel's range would now and then
-    be gone by then, to a connection of any program.
+    Rank 0 listens on it only seconds later; a port of the ephemeral range could be assigned to
+    another connection before that.
     """
     while True:
         port = random.SystemRandom().randrange(10_000, 16_000)

@@ -1,4 +1,4 @@
-"""Which process am I? Asked before torch is imported, of whoever started the process."""
+"""Rank and world size of this process, from the launcher's environment variables. Without torch."""
 
 from __future__ import annotations
 
@@ -15,88 +15,91 @@ from megatron_llmjp.errors import UserError
 DEFAULT_PORT = "29500"
 LOCAL_LAUNCHER = "--nproc-per-node"
 LAUNCHER_VARIABLE = "MEGATRON_LLMJP_LAUNCHER"
-"""Tells ranks that were started by ``parallel/launcher.py`` from those of torchrun."""
+"""Set by ``parallel/launcher.py``, to distinguish its ranks from those of torchrun."""
 LAUNCHER_PROCESS_VARIABLE = "MEGATRON_LLMJP_LAUNCHER_PROCESS"
-"""Its process number: a rank whose launcher is gone must not train on."""
+"""Process ID of the local launcher: ranks exit when it is gone."""
 START_TIME_VARIABLE = "MEGATRON_LLMJP_STARTED"
-"""When it was started, in seconds of ``time.monotonic``, which a machine's processes share."""
+"""Start time of the local launcher, in seconds of ``time.monotonic``, the same in all processes."""
 _TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among all processes of a run."""
+    """Rank, world size and rendezvous address of this process."""
 
     rank: int
     world_size: int
     local_rank: int
     master_addr: str
     master_port: str
-    started_by: str
+    launcher: str
+    """The program that started the ranks, such as ``torchrun``."""
 
     @property
     def is_first(self) -> bool:
-        """Whether this process speaks for all."""
+        """Whether this is rank 0, which prints messages and writes shared files."""
         return self.rank == 0
 
 
 def find_ranks(env: Mapping[str, str] = os.environ) -> Ranks | None:
-    """The ranks that torchrun, mpirun, mpiexec or srun put into the environment.
+    """Read the ranks from the variables of torchrun, mpirun, mpiexec or srun.
 
     Returns:
         None without a launcher.
 
     Raises:
-        UserError: a launcher set some of its variables but not all, or nothing tells on which host
-            the first rank is.
+        UserError: some of a launcher's variables are missing or invalid, or the host of rank 0 is
+            unknown.
     """
     for names in _LAUNCHERS:
-        if names.rank in env and names.known_by in env:
+        if names.rank in env and names.identified_by in env:
             return Ranks(
                 rank=_integer(env, names.rank),
                 world_size=_integer(env, names.world_size),
                 local_rank=_integer(env, names.local_rank),
                 master_addr=env.get("MASTER_ADDR") or _first_host(env, names),
                 master_port=env.get("MASTER_PORT", DEFAULT_PORT),
-                started_by=env.get(LAUNCHER_VARIABLE, names.launcher),
+                launcher=env.get(LAUNCHER_VARIABLE, names.launcher),
             )
     return None
 
 
 def run_start_time(env: Mapping[str, str] = os.environ) -> float:
-    """When the run was started here, in seconds of ``time.monotonic``.
+    """Return when the run was started on this machine, in seconds of ``time.monotonic``.
 
-    That is when its launcher was, where that is known: torchrun starts ranks again after a failure,
-    and the time of the job keeps running.
+    This is the start time of the launcher if there is one: torchrun restarts failed ranks, which
+    does not extend the time limit of the job.
     """
     if env.get(START_TIME_VARIABLE):
         return float(env[START_TIME_VARIABLE])
     return process_start_time(os.getppid() if env.get(_TORCHRUN_VARIABLE) else os.getpid())
 
 
-def process_start_time(number: int) -> float:
-    """When a process of this machine was started, in seconds of ``time.monotonic``."""
-    age = time.time() - psutil.Process(number).create_time()
+def process_start_time(pid: int) -> float:
+    """Return when a process of this machine was started, in seconds of ``time.monotonic``."""
+    age = time.time() - psutil.Process(pid).create_time()
     return time.monotonic() - max(0.0, age)
 
 
 def single_process() -> Ranks:
-    """The ranks of a run of one process."""
+    """Return the ranks of a run of a single process."""
     return Ranks(0, 1, 0, "127.0.0.1", "0", "hand")
 
 
 @dataclass(frozen=True)
 class _LauncherVariables:
+    """Environment variables of one launcher."""
+
     launcher: str
     rank: str
     world_size: str
     local_rank: str
-    known_by: str
-    """Who else sets ``rank`` does not set this."""
+    identified_by: str
+    """A variable that other launchers with the same ``rank`` variable do not set."""
     local_size: str
 
 
-# Inside a Slurm job the MPI launchers are started by an srun of their own: they are asked first.
+# MPI launchers inside a Slurm job start their ranks by srun: their variables take precedence.
 _MPI = "OMPI_COMM_WORLD"
 _LAUNCHERS = (
     _LauncherVariables(
@@ -132,12 +135,12 @@ def _integer(env: Mapping[str, str], name: str) -> int:
 
 
 def _first_host(env: Mapping[str, str], names: _LauncherVariables) -> str:
-    """The first host of a Slurm job; this one, when all ranks are on it."""
+    """Return the first host of a Slurm job, or this machine if all ranks run on it."""
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")
     if not nodes:
         if env.get(names.local_size, env[names.world_size]) != env[names.world_size]:
             raise UserError(
-                f"MASTER_ADDR is not set and {names.launcher} does not tell the first rank's host: "
+                f"MASTER_ADDR is not set and {names.launcher} does not provide the host of rank 0: "
                 "export it (Open MPI: mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=29500 ...)"
             )
         return "127.0.0.1"

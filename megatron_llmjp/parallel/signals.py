@@ -1,7 +1,7 @@
-"""Requests to end this process: signals, and the end of the time that it has.
+"""Stop requests of a process: signals and the time limit of the run.
 
-A thread takes them. Python runs the handlers of signals on the main thread only, and only when that
-is back in Python; a rank may wait in a collective or at a store for hours.
+A thread handles them. Python runs signal handlers on the main thread only, between two bytecode
+instructions, while a rank may wait inside a collective or for the store for hours.
 """
 
 from __future__ import annotations
@@ -16,98 +16,95 @@ import time
 from megatron_llmjp.errors import EXIT_INTERRUPTED, EXIT_REQUEUE
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
-"""Slurm's before it takes a node away, what ``sbatch --signal`` sends as a rule, a closed terminal,
-and Ctrl-C. They all mean: save and stop."""
+"""From Slurm before it kills a job, from ``sbatch --signal``, a closed terminal, and Ctrl-C. Each
+requests to save a checkpoint and stop."""
 
 SECOND_INTERRUPT_SECONDS = 1.0
-"""A launcher may hand on a Ctrl-C that the terminal has sent as well: only later is it another."""
+"""A second SIGINT within this time is the same Ctrl-C, sent by the terminal and by a launcher."""
 
 FIRST_RANK_LEAD_SECONDS = 10.0
-"""Of ranks whose time is over before training, the first one ends first, and reports it."""
+"""When the time limit is reached before training, other ranks exit this much after rank 0, whose
+message is then printed."""
 
 
 def handled_signals() -> tuple[signal.Signals, ...]:
-    """The signals that mean to stop: all but SIGHUP where ``nohup`` has it ignored."""
+    """Return the stop signals; without SIGHUP if ``nohup`` set it to be ignored."""
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return tuple(number for number in STOP_SIGNALS if not (ignored and number is signal.SIGHUP))
 
 
 class StopRequests:
-    """Ends the process at a request, or, while it trains, remembers the request."""
+    """Exits the process at a stop request or, during training, stores the request."""
 
     def __init__(self, is_first: bool = True, end: float | None = None) -> None:
-        """Take nothing yet.
+        """Initialize without listening.
 
         Args:
-            is_first: whether this rank speaks for all.
-            end: ``time.monotonic()`` at which the time is over.
+            is_first: whether this is rank 0, which prints the reason.
+            end: time limit as a value of ``time.monotonic()``.
         """
         self.signal: signal.Signals | None = None
-        """The last one, while requests are remembered."""
+        """The last stop signal that was stored during training."""
         self._is_first, self._end = is_first, end
-        self._remembers = False
+        self._is_training = False
         self._interrupted = -float("inf")
         self._lock = threading.Lock()
         self._reader = self._writer = -1
 
     @property
-    def time_is_over(self) -> bool:
-        """Whether the process has had the time it was given."""
+    def time_limit_reached(self) -> bool:
+        """Whether the time limit of the run is reached."""
         return self._end is not None and time.monotonic() >= self._end
 
     def listen(self) -> None:
-        """Take requests from now on; each ends the process."""
+        """Start listening; until :meth:`defer`, a request exits the process."""
         self._reader, self._writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        os.register_at_fork(after_in_child=self._leave_to_parent)
+        os.register_at_fork(after_in_child=_ignore_signals_in_child)
         for number in handled_signals():
             if number is not signal.SIGINT:
-                signal.signal(number, _nothing)
+                signal.signal(number, _ignore)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        threading.Thread(target=self._take, name="stop requests", daemon=True).start()
+        threading.Thread(target=self._listen, name="stop requests", daemon=True).start()
 
-    def remember(self) -> None:
-        """Remember requests from now on: the process trains, and saves before it ends."""
+    def defer(self) -> None:
+        """Store requests from now on: training checks them and saves before it exits."""
         with self._lock:
-            self._remembers = True
+            self._is_training = True
         if self._writer >= 0:
-            signal.signal(signal.SIGINT, _nothing)
+            signal.signal(signal.SIGINT, _ignore)
 
-    def end_at_once(self) -> None:
-        """End the process at a request again: all that was trained is saved, or given up."""
+    def exit_immediately(self) -> None:
+        """Exit at a request again, also one that is stored: there is nothing left to save."""
         with self._lock:
-            self._remembers = False
+            self._is_training = False
             if self.signal is not None:
-                self._leave(f"asked by {self.signal.name}", self.signal)
+                self._exit(f"received {self.signal.name}", self.signal)
         if self._writer >= 0:
-            os.write(self._writer, bytes(1))  # the thread looks at the time again
+            os.write(self._writer, bytes(1))  # wakes the thread, which computes its timeout again
 
-    def _leave_to_parent(self) -> None:
-        """In a child that was forked: its signals are not this process's."""
-        signal.set_wakeup_fd(-1)
-
-    def _take(self) -> None:
+    def _listen(self) -> None:
         while True:
-            ready, _, _ = select.select([self._reader], [], [], self._patience())
+            ready, _, _ = select.select([self._reader], [], [], self._timeout())
             with self._lock:
                 if ready:
                     received = os.read(self._reader, 64)
                     for number in STOP_SIGNALS:
                         if number in received:
-                            self._received(number)
-                elif not self._remembers:
-                    self._leave("--exit-duration-in-mins is over")
+                            self._handle(number)
+                elif not self._is_training:
+                    self._exit("--exit-duration-in-mins reached")
 
-    def _patience(self) -> float | None:
-        """Seconds until the time is over, None where nothing happens then."""
-        if self._end is None or self._remembers:
+    def _timeout(self) -> float | None:
+        """Seconds until the process exits at the time limit; None if it does not."""
+        if self._end is None or self._is_training:
             return None
         end = self._end + (0.0 if self._is_first else FIRST_RANK_LEAD_SECONDS)
         return max(0.0, end - time.monotonic())
 
-    def _received(self, number: signal.Signals) -> None:
-        if not self._remembers:
-            self._leave(f"asked by {number.name}", number)
+    def _handle(self, number: signal.Signals) -> None:
+        if not self._is_training:
+            self._exit(f"received {number.name}", number)
         if number is signal.SIGINT:
             now, before = time.monotonic(), self._interrupted
             if self.signal is signal.SIGINT and now - before > SECOND_INTERRUPT_SECONDS:
@@ -116,13 +113,18 @@ class StopRequests:
                 self._interrupted = now
         self.signal = number
 
-    def _leave(self, why: str, number: signal.Signals | None = None) -> None:
-        """End the process, of which nothing is to be saved."""
+    def _exit(self, reason: str, number: signal.Signals | None = None) -> None:
+        """Exit the process without saving."""
         if self._is_first:
-            with contextlib.suppress(OSError):  # past buffers, which the main thread may hold
-                os.write(1, f"stopped: {why}; there is nothing new to save\n".encode())
+            with contextlib.suppress(OSError):  # unbuffered: the main thread may hold the buffer
+                os.write(1, f"stopped: {reason}; nothing new to save\n".encode())
         os._exit(EXIT_INTERRUPTED if number is signal.SIGINT else EXIT_REQUEUE)
 
 
-def _nothing(*_: object) -> None:
-    """The thread acts."""
+def _ignore(*_: object) -> None:
+    """Signal handler without effect: the thread reads the signal from the wakeup descriptor."""
+
+
+def _ignore_signals_in_child() -> None:
+    """Detach a forked child process from the wakeup descriptor of its parent."""
+    signal.set_wakeup_fd(-1)

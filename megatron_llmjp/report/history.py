@@ -23,16 +23,16 @@ from megatron_llmjp.checkpoint import manifest
 from megatron_llmjp.config.loading import load_config
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.errors import UserError
+from megatron_llmjp.metric_registry import METRICS_FILE
 
-METRICS = "metrics.jsonl"
-LOSS = "lm loss"
-VALIDATION = "validation/"
-CONSUMED = "consumed tokens/"
+LM_LOSS = "lm loss"
+VALIDATION_PREFIX = "validation/"
+CONSUMED_PREFIX = "consumed tokens/"
 
-USUAL = ("start", "fold", "end")
+ROUTINE_EVENTS = ("start", "fold", "end")
 """Events of every run; the others are exceptions, such as ``bad step``, and say ``why``."""
 
-Record = dict[str, Any]
+JsonRecord = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,16 @@ class FoldSpan:
 
 
 @dataclass
-class History:
+class MetricsHistory:
     """A run so far."""
 
     folder: Path
-    training: list[Record] = field(default_factory=list)
+    training: list[JsonRecord] = field(default_factory=list)
     """Intervals that hold, by iteration."""
-    abandoned: list[list[Record]] = field(default_factory=list)
+    abandoned: list[list[JsonRecord]] = field(default_factory=list)
     """Intervals that a restart did again, one list per restart."""
-    validation: list[Record] = field(default_factory=list)
-    events: list[Record] = field(default_factory=list)
+    validation: list[JsonRecord] = field(default_factory=list)
+    events: list[JsonRecord] = field(default_factory=list)
     restarts: list[int] = field(default_factory=list)
     """Iterations that a new process went on from."""
     damaged_lines: int = 0
@@ -68,7 +68,9 @@ class History:
 
     def values(self, name: str) -> tuple[list[int], list[float]]:
         """Iterations and finite values of a training metric, where it was logged."""
-        found = [(int(r["iteration"]), float(r[name])) for r in self.training if _number(r, name)]
+        found = [
+            (int(r["iteration"]), float(r[name])) for r in self.training if _has_number(r, name)
+        ]
         return [i for i, _ in found], [v for _, v in found]
 
     def validation_sets(self) -> dict[str, tuple[list[int], list[float]]]:
@@ -76,16 +78,20 @@ class History:
         sets: dict[str, tuple[list[int], list[float]]] = {}
         for record in self.validation:
             for key in record:
-                if key.startswith(VALIDATION) and _number(record, key):
-                    iterations, losses = sets.setdefault(key.removeprefix(VALIDATION), ([], []))
+                if key.startswith(VALIDATION_PREFIX) and _has_number(record, key):
+                    iterations, losses = sets.setdefault(
+                        key.removeprefix(VALIDATION_PREFIX), ([], [])
+                    )
                     iterations.append(int(record["iteration"]))
                     losses.append(float(record[key]))
         return sets
 
     def consumed_by_dataset(self) -> dict[str, tuple[list[int], list[float]]]:
         """Iterations and tokens trained on of each dataset."""
-        names = {key for record in self.training for key in record if key.startswith(CONSUMED)}
-        return {name.removeprefix(CONSUMED): self.values(name) for name in sorted(names)}
+        names = {
+            key for record in self.training for key in record if key.startswith(CONSUMED_PREFIX)
+        }
+        return {name.removeprefix(CONSUMED_PREFIX): self.values(name) for name in sorted(names)}
 
     def folds(self) -> list[FoldSpan]:
         """The folds trained on so far, in order.
@@ -112,29 +118,29 @@ class History:
         return values[-1] if values else None
 
 
-def read_history(folder: Path) -> History:
+def read_history(folder: Path) -> MetricsHistory:
     """Read a run's save folder.
 
     Raises:
         UserError: it holds no metrics.
     """
-    path = folder / METRICS
+    path = folder / METRICS_FILE
     if not path.is_file():
         raise UserError(
-            f"{folder}: there is no {METRICS}; give the folder that the run got as --save"
+            f"{folder}: there is no {METRICS_FILE}; give the folder that the run got as --save"
         )
-    history = History(folder)
+    history = MetricsHistory(folder)
     history.config = _config(folder)
     text = path.read_text(encoding="utf-8", errors="replace")
     # A run in progress may be in the middle of its last line.
     records = list(_parse(text[: text.rfind("\n") + 1].splitlines(), history))
     for record in records:
-        _take(record, history)
-    history.validation = _last_of_each(history.validation)
+        _add_record(record, history)
+    history.validation = _merge_by_iteration(history.validation)
     return history
 
 
-def _parse(lines: Iterable[str], history: History) -> Iterable[Record]:
+def _parse(lines: Iterable[str], history: MetricsHistory) -> Iterable[JsonRecord]:
     for line in lines:
         record = parse_record(line)
         if record is None:
@@ -143,7 +149,7 @@ def _parse(lines: Iterable[str], history: History) -> Iterable[Record]:
             yield record
 
 
-def parse_record(line: str) -> Record | None:
+def parse_record(line: str) -> JsonRecord | None:
     """One line of the file; None if it is damaged, as the last one of a killed run may be."""
     try:
         record = json.loads(line)
@@ -153,21 +159,21 @@ def parse_record(line: str) -> Record | None:
     return dict(record)
 
 
-def _take(record: Record, history: History) -> None:
+def _add_record(record: JsonRecord, history: MetricsHistory) -> None:
     iteration = int(record["iteration"])
     if "event" in record:
         history.events.append(record)
         if record["event"] == "start" and history.training:
-            _restart(iteration, history)
-    elif LOSS in record:
+            _drop_after(iteration, history)
+    elif LM_LOSS in record:
         if history.training and iteration <= int(history.training[-1]["iteration"]):
-            _restart(iteration - 1, history)
+            _drop_after(iteration - 1, history)
         history.training.append(record)
-    elif any(key.startswith(VALIDATION) for key in record):
+    elif any(key.startswith(VALIDATION_PREFIX) for key in record):
         history.validation.append(record)
 
 
-def _restart(iteration: int, history: History) -> None:
+def _drop_after(iteration: int, history: MetricsHistory) -> None:
     """A process goes on from ``iteration``: what was logged after it does not hold."""
     history.restarts.append(iteration)
     lost = [r for r in history.training if int(r["iteration"]) > iteration]
@@ -177,15 +183,15 @@ def _restart(iteration: int, history: History) -> None:
     history.validation = [r for r in history.validation if int(r["iteration"]) <= iteration]
 
 
-def _last_of_each(records: list[Record]) -> list[Record]:
+def _merge_by_iteration(records: list[JsonRecord]) -> list[JsonRecord]:
     """One record per iteration: a set validated alone later does not hide the others."""
-    merged: dict[int, Record] = {}
+    merged: dict[int, JsonRecord] = {}
     for record in records:
         merged.setdefault(int(record["iteration"]), {}).update(record)
     return [merged[iteration] for iteration in sorted(merged)]
 
 
-def _number(record: Record, name: str) -> bool:
+def _has_number(record: JsonRecord, name: str) -> bool:
     """Whether a record has a finite value; NaN is null, and was ``NaN`` in older files."""
     value = record.get(name)
     return isinstance(value, int | float) and math.isfinite(value)

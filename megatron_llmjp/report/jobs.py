@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-REQUEUES = "requeues.jsonl"
+REQUEUE_LOG = "requeues.jsonl"
 """One line for each end of a Slurm job (``slurm/requeue.py``)."""
 HANG_REPORT = "hang/report.txt"
 """What the watchdog found when it ended a run that hung (``training/watchdog.py``)."""
@@ -17,7 +17,7 @@ TAIL_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
-class Trouble:
+class Incident:
     """Something that went wrong."""
 
     what: str
@@ -26,9 +26,9 @@ class Trouble:
     seconds_ago: float
 
 
-def read_ends(folder: Path) -> list[dict[str, Any]]:
+def read_job_ends(folder: Path) -> list[dict[str, Any]]:
     """Every end of a job, oldest first; a line that is half written is left out."""
-    return [record for line in _lines(folder / REQUEUES) if (record := _parse(line)) is not None]
+    return [record for line in _lines(folder / REQUEUE_LOG) if (record := _parse(line)) is not None]
 
 
 def _parse(line: str) -> dict[str, Any] | None:
@@ -39,14 +39,14 @@ def _parse(line: str) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def last_error(folder: Path) -> Trouble | None:
+def last_error(folder: Path) -> Incident | None:
     """The first error of the newest job that had one; those of other ranks are consequences."""
     jobs = [job for job in folder.glob("logs/job*") if job.is_dir()]
-    for job in sorted(jobs, key=_changed, reverse=True):
-        for log in sorted(job.glob("rank_*.log"), key=_changed):
+    for job in sorted(jobs, key=_modified_at, reverse=True):
+        for log in sorted(job.glob("rank_*.log"), key=_modified_at):
             what = first_error(tail(log, TAIL_BYTES))
             if what is not None:
-                return Trouble(what, str(log.relative_to(folder)), time.time() - _changed(log))
+                return Incident(what, str(log.relative_to(folder)), time.time() - _modified_at(log))
     return None
 
 
@@ -63,14 +63,14 @@ def first_error(lines: list[str]) -> str | None:
     return None
 
 
-def last_hang(folder: Path) -> Trouble | None:
+def last_hang(folder: Path) -> Incident | None:
     """What the watchdog said of the last hang, and whom to look at first."""
     report = folder / HANG_REPORT
     lines = _lines(report)
     if not lines:
         return None
     what = "; ".join(line.removeprefix("error:").strip() for line in lines[:2])
-    return Trouble(what, HANG_REPORT, time.time() - _changed(report))
+    return Incident(what, HANG_REPORT, time.time() - _modified_at(report))
 
 
 def tail(path: Path, size: int) -> list[str]:
@@ -92,7 +92,7 @@ def _lines(path: Path) -> list[str]:
         return []
 
 
-def _changed(path: Path) -> float:
+def _modified_at(path: Path) -> float:
     try:
         return path.stat().st_mtime
     except OSError:  # gone meanwhile

@@ -16,30 +16,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_llmjp.filesystem import write_atomically
-from megatron_llmjp.report.history import History, read_history
+from megatron_llmjp.report.history import MetricsHistory, read_history
 from megatron_llmjp.report.summary import summarize
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-FOLDER = "report"
+REPORT_FOLDER = "report"
 """In the save folder."""
 
 
-def draw_at_end(save: str | None) -> None:
+def write_report_at_end(save: str | None) -> None:
     """Write ``SAVE/report/``, and say where; a failure is told, never raised."""
     if save is None:
         return
     try:
-        page = write_report(Path(save), Path(save) / FOLDER)[0]
+        page = write_report(Path(save), Path(save) / REPORT_FOLDER)[0]
     except Exception as error:
         print(f"note: no report was drawn: {type(error).__name__}: {error}", flush=True)
     else:
         print(f"report: {page}", flush=True)
 
 
-PAGE = "report.html"
+REPORT_FILE = "report.html"
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #333; margin: 2rem auto; max-width: 75rem;
@@ -80,12 +80,12 @@ def write_report(folder: Path, output: Path) -> list[Path]:
             picture = output / f"{name}.png"
             figure.savefig(picture, dpi=130)
             files.append(picture)
-    page = output / PAGE
+    page = output / REPORT_FILE
     write_atomically(page, _page(history, images))
     return [page, *files]
 
 
-def _page(history: History, images: list[str]) -> str:
+def _page(history: MetricsHistory, images: list[str]) -> str:
     name = html.escape(history.folder.resolve().name)
     rows = "\n".join(
         f"<tr><th>{html.escape(label)}</th><td>{html.escape(value)}</td></tr>"

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from megatron_llmjp.formatting import format_tick
-from megatron_llmjp.report.history import LOSS, History
+from megatron_llmjp.report.history import LM_LOSS, MetricsHistory
 
 COLORS = ("#1f5a8c", "#d1772a", "#3f8f5f", "#9a4f8e", "#b8a12c", "#4aa5b8", "#a34a3f", "#6f6f6f")
 """Of lines; told apart with colour-blind eyes too."""
@@ -64,12 +64,12 @@ STYLE: dict[str, Any] = {
 }
 
 
-POINTS = 1200
+MAX_POINTS = 1200
 """Points drawn of one line; of more, their mean in so many places and the range around it."""
 
 
 @dataclass(frozen=True)
-class Line:
+class PlotLine:
     """One metric of a picture."""
 
     metric: str
@@ -84,43 +84,45 @@ class Panel:
     name: str
     title: str
     unit: str
-    lines: tuple[Line, ...]
+    lines: tuple[PlotLine, ...]
     log: bool = False
     from_zero: bool = False
 
 
 PANELS = (
-    Panel("learning_rate", "Learning rate", "", (Line("learning rate"),), from_zero=True),
+    Panel("learning_rate", "Learning rate", "", (PlotLine("learning rate"),), from_zero=True),
     Panel(
         "throughput",
         "Throughput",
         "tokens per second",
-        (Line("tokens per second"),),
+        (PlotLine("tokens per second"),),
         from_zero=True,
     ),
-    Panel("gradient_norm", "Gradient norm, before clipping", "", (Line("grad norm"),), log=True),
-    Panel("parameter_norm", "Norm of all parameters", "", (Line("params norm"),)),
-    Panel("z_loss", "z-loss", "", (Line("z loss"),)),
+    Panel(
+        "gradient_norm", "Gradient norm, before clipping", "", (PlotLine("grad norm"),), log=True
+    ),
+    Panel("parameter_norm", "Norm of all parameters", "", (PlotLine("params norm"),)),
+    Panel("z_loss", "z-loss", "", (PlotLine("z loss"),)),
     Panel(
         "memory",
         "Memory of the first rank",
         "GB",
         (
-            Line("memory peak bytes", "peak", 1e-9),
-            Line("memory allocated bytes", "allocated", 1e-9),
-            Line("memory reserved bytes", "reserved", 1e-9),
+            PlotLine("memory peak bytes", "peak", 1e-9),
+            PlotLine("memory allocated bytes", "allocated", 1e-9),
+            PlotLine("memory reserved bytes", "reserved", 1e-9),
         ),
         from_zero=True,
     ),
-    Panel("batch_size", "Global batch size", "samples", (Line("global batch size"),)),
-    Panel("loss_scale", "Loss scale", "", (Line("loss scale"),), log=True),
+    Panel("batch_size", "Global batch size", "samples", (PlotLine("global batch size"),)),
+    Panel("loss_scale", "Loss scale", "", (PlotLine("loss scale"),), log=True),
 )
 
-CONSTANT = ("batch_size", "loss_scale")
+SKIPPED_IF_CONSTANT = ("batch_size", "loss_scale")
 """Pictures that say nothing when the line is flat."""
 
 
-def draw_all(history: History) -> Iterator[tuple[str, str, Figure]]:
+def draw_all(history: MetricsHistory) -> Iterator[tuple[str, str, Figure]]:
     """Name, title and figure of each picture that the run has values for.
 
     Raises:
@@ -133,21 +135,21 @@ def draw_all(history: History) -> Iterator[tuple[str, str, Figure]]:
         if any(len(where) > 1 for where, _ in history.validation_sets().values()):
             yield "validation", "Validation loss", draw_validation(history)
         for panel in PANELS:
-            if _worth_drawing(panel, history):
+            if _has_data(panel, history):
                 yield panel.name, panel.title, draw_panel(panel, history)
         datasets = history.consumed_by_dataset()
         if datasets:
             yield "datasets", "Consumed tokens per dataset", draw_datasets(history, datasets)
 
 
-def draw_loss(history: History) -> Figure:
+def draw_loss(history: MetricsHistory) -> Figure:
     """Training loss with folds, restarts and what restarts threw away; validation as dots."""
-    figure, axes = _new((10.0, 4.6))
-    iterations, losses = history.values(LOSS)
+    figure, axes = _new_figure((10.0, 4.6))
+    iterations, losses = history.values(LM_LOSS)
     _draw_line(axes, iterations, losses, COLORS[0], "training")
     for number, lost in enumerate(history.abandoned):
-        known = [r for r in lost if r[LOSS] is not None]
-        where, what = [int(r["iteration"]) for r in known], [float(r[LOSS]) for r in known]
+        known = [r for r in lost if r[LM_LOSS] is not None]
+        where, what = [int(r["iteration"]) for r in known], [float(r[LM_LOSS]) for r in known]
         label = "lost at a restart" if number == 0 else None
         axes.plot(where, what, color=FAINT, linewidth=1.0, linestyle=":", label=label)
     sets = history.validation_sets()
@@ -155,34 +157,34 @@ def draw_loss(history: History) -> Figure:
         axes.plot(where, what, "o", color=color, markersize=4, label=f"validation {name}")
     _limit_loss(axes, losses, [loss for _, what in sets.values() for loss in what])
     axes.set_ylabel("nats per token")
-    named = _mark(axes, history, names=True)
+    named = _mark_folds_and_restarts(axes, history, names=True)
     axes.set_title("Loss", pad=20 if named else 8)
-    _tokens_below(axes, history)
+    _add_token_axis(axes, history)
     if len(axes.get_legend_handles_labels()[0]) > 1:
         axes.legend()
     return figure
 
 
-def draw_validation(history: History) -> Figure:
+def draw_validation(history: MetricsHistory) -> Figure:
     """Loss of each validation set."""
-    figure, axes = _new()
+    figure, axes = _new_figure()
     sets = history.validation_sets()
     for (name, (where, what)), color in zip(sets.items(), cycle(COLORS[1:]), strict=False):
         axes.plot(where, what, "o-", color=color, markersize=3.5, label=name)
     axes.set_ylabel("nats per token")
     axes.set_title("Validation loss")
     axes.margins(y=0.12)
-    _mark(axes, history)
+    _mark_folds_and_restarts(axes, history)
     axes.legend(ncols=1 if len(sets) < 6 else 2)
     return figure
 
 
-def draw_panel(panel: Panel, history: History) -> Figure:
+def draw_panel(panel: Panel, history: MetricsHistory) -> Figure:
     """Training metrics over iterations."""
-    figure, axes = _new()
+    figure, axes = _new_figure()
     top = 0.0
     for line, color in zip(panel.lines, COLORS, strict=False):
-        if _has(line, history):
+        if _has_values(line, history):
             iterations, values = history.values(line.metric)
             values = [value * line.scale for value in values]
             _draw_line(axes, iterations, values, color, line.label)
@@ -197,13 +199,13 @@ def draw_panel(panel: Panel, history: History) -> Figure:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_tick(value)))
     if panel.name == "throughput":
         _add_mfu(axes, history)
-    _mark(axes, history)
+    _mark_folds_and_restarts(axes, history)
     if len(axes.get_legend_handles_labels()[0]) > 1:
         axes.legend(loc="lower right")
     return figure
 
 
-def _add_mfu(axes: Any, history: History) -> None:
+def _add_mfu(axes: Any, history: MetricsHistory) -> None:
     """The model FLOP/s utilisation is proportional to the speed: a scale at the right."""
     pairs = [(r["MFU"], r["tokens per second"]) for r in history.training if r.get("MFU")]
     if pairs:
@@ -221,9 +223,11 @@ def _log_scale(axes: Any) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_tick(value)))
 
 
-def draw_datasets(history: History, datasets: dict[str, tuple[list[int], list[float]]]) -> Figure:
+def draw_datasets(
+    history: MetricsHistory, datasets: dict[str, tuple[list[int], list[float]]]
+) -> Figure:
     """Tokens of each dataset trained on so far, over each other."""
-    figure, axes = _new()
+    figure, axes = _new_figure()
     order = sorted(datasets, key=lambda name: -datasets[name][1][-1])
     for name, color in zip(order, cycle(COLORS), strict=False):
         axes.plot(*datasets[name], color=color, label=name)
@@ -231,12 +235,12 @@ def draw_datasets(history: History, datasets: dict[str, tuple[list[int], list[fl
     axes.set_ylabel("tokens")
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_tick(value)))
-    _mark(axes, history)
+    _mark_folds_and_restarts(axes, history)
     axes.legend(loc="upper left", ncols=1 if len(order) < 8 else 2)
     return figure
 
 
-def _new(size: tuple[float, float] = (6.0, 3.4)) -> tuple[Figure, Any]:
+def _new_figure(size: tuple[float, float] = (6.0, 3.4)) -> tuple[Figure, Any]:
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     axes.set_xlabel("iteration")
@@ -252,11 +256,11 @@ def _draw_line(
     x, y = np.asarray(iterations, float), np.asarray(values, float)
     x, y = x[np.isfinite(y)], y[np.isfinite(y)]
     label = label or "_"
-    if len(x) <= POINTS:
+    if len(x) <= MAX_POINTS:
         alone = len(x) == 1
         axes.plot(x, y, color=color, label=label, marker="o" if alone else None)
         return
-    starts = np.linspace(0, len(x), POINTS, endpoint=False).astype(int)
+    starts = np.linspace(0, len(x), MAX_POINTS, endpoint=False).astype(int)
     counts = np.diff(np.append(starts, len(x)))
     middle = np.add.reduceat(x, starts) / counts
     low, high = np.minimum.reduceat(y, starts), np.maximum.reduceat(y, starts)
@@ -275,7 +279,7 @@ def _limit_loss(axes: Any, losses: Sequence[float], validation: Sequence[float])
     axes.set_ylim(low - 0.05 * (high - low), high + 0.08 * (high - low))
 
 
-def _mark(axes: Any, history: History, names: bool = False) -> bool:
+def _mark_folds_and_restarts(axes: Any, history: MetricsHistory, names: bool = False) -> bool:
     """Boundaries of folds, and restarts at the foot; whether names of folds were written."""
     spans = history.folds()
     first, last = 0, max(history.iteration, 1)
@@ -298,7 +302,7 @@ def _mark(axes: Any, history: History, names: bool = False) -> bool:
     return names and _name_folds(axes, history)
 
 
-def _name_folds(axes: Any, history: History) -> bool:
+def _name_folds(axes: Any, history: MetricsHistory) -> bool:
     """Write each fold's name above its part of the picture, where there is room."""
     spans, wide = history.folds(), axes.get_xlim()[1] - axes.get_xlim()[0]
     if len(spans) < 2:
@@ -316,7 +320,7 @@ def _name_folds(axes: Any, history: History) -> bool:
     return True
 
 
-def _tokens_below(axes: Any, history: History) -> None:
+def _add_token_axis(axes: Any, history: MetricsHistory) -> None:
     """Tokens trained on, as a second scale of the iterations."""
     iterations, samples = history.values("consumed samples")
     if history.config is None or len(iterations) < 2:
@@ -332,12 +336,12 @@ def _tokens_below(axes: Any, history: History) -> None:
     scale.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_tick(value)))
 
 
-def _has(line: Line, history: History) -> bool:
+def _has_values(line: PlotLine, history: MetricsHistory) -> bool:
     return any(value != 0.0 for value in history.values(line.metric)[1])
 
 
-def _worth_drawing(panel: Panel, history: History) -> bool:
-    found = [line for line in panel.lines if _has(line, history)]
-    if panel.name in CONSTANT:
+def _has_data(panel: Panel, history: MetricsHistory) -> bool:
+    found = [line for line in panel.lines if _has_values(line, history)]
+    if panel.name in SKIPPED_IF_CONSTANT:
         return any(len(set(history.values(line.metric)[1])) > 1 for line in found)
     return bool(found)

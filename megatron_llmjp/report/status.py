@@ -18,24 +18,24 @@ from megatron_llmjp.config.loading import load_config
 from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.report.history import (
-    LOSS,
-    METRICS,
-    USUAL,
-    VALIDATION,
-    Record,
+    LM_LOSS,
+    METRICS_FILE,
+    ROUTINE_EVENTS,
+    VALIDATION_PREFIX,
+    JsonRecord,
     parse_record,
 )
-from megatron_llmjp.report.jobs import Trouble, last_error, last_hang, read_ends, tail
+from megatron_llmjp.report.jobs import Incident, last_error, last_hang, read_job_ends, tail
 
 TAIL_BYTES = 1 << 20
 """Some hundred records."""
-PATIENCE_SECONDS = 120.0
-LATE = 10
+STALL_SECONDS = 120.0
+STALL_INTERVALS = 10
 """A living run that logs nothing for so many intervals, and for that long, stands still."""
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedCheckpoints:
     """The checkpoints of a run."""
 
     iterations: list[int]
@@ -45,7 +45,7 @@ class Saved:
 
 
 @dataclass(frozen=True)
-class Status:
+class RunStatus:
     """A run as its save folder tells it; None for what is not known."""
 
     folder: str
@@ -73,16 +73,16 @@ class Status:
     seconds_per_iteration: float | None = None
     seconds_remaining: float | None = None
     seconds_since_log: float | None = None
-    saved: Saved | None = None
+    saved: SavedCheckpoints | None = None
     ends: list[dict[str, Any]] = field(default_factory=list)
     """Ends of its Slurm jobs, oldest first."""
-    error: Trouble | None = None
-    hang: Trouble | None = None
+    error: Incident | None = None
+    hang: Incident | None = None
     event: str | None = None
     """The last exceptional one near the end, such as a bad step."""
 
 
-def read_status(folder: Path) -> Status:
+def read_status(folder: Path) -> RunStatus:
     """Look at a run.
 
     Raises:
@@ -90,24 +90,24 @@ def read_status(folder: Path) -> Status:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder")
-    saved, owner = _saved(folder), run_lock.read_owner(folder)
-    ends, hang, error = read_ends(folder), last_hang(folder), last_error(folder)
-    metrics = folder / METRICS
+    saved, owner = _saved_checkpoints(folder), run_lock.read_owner(folder)
+    ends, hang, error = read_job_ends(folder), last_hang(folder), last_error(folder)
+    metrics = folder / METRICS_FILE
     if not (metrics.exists() or saved or owner or ends or error):
         raise UserError(
-            f"{folder}: not the save folder of a run: it holds no {METRICS}, no checkpoint and no "
-            "run in progress; give the folder that the run got as --save"
+            f"{folder} is not the save folder of a run: it has no {METRICS_FILE}, no checkpoint "
+            "and no run in progress; expected the folder given to the run as --save"
         )
     parsed = (parse_record(line) for line in tail(metrics, TAIL_BYTES))
     records = [record for record in parsed if record is not None]
-    steps = [record for record in records if LOSS in record]
+    steps = [record for record in records if LM_LOSS in record]
     last = steps[-1] if steps else {}
     age = time.time() - metrics.stat().st_mtime if metrics.exists() else None
     total = _train_iters(folder, last, saved)
-    begun = _begun(records)
+    begun = _restarted_at(records)
     steps = [] if begun is not None else steps
-    state, why = _state(folder, owner, steps, total, age, ends, _ended(records))
-    return Status(
+    state, why = _state(folder, owner, steps, total, age, ends, _last_end(records))
+    return RunStatus(
         folder=str(folder),
         state=state,
         why=why,
@@ -118,12 +118,12 @@ def read_status(folder: Path) -> Status:
         spikes=int(last.get("total spikes", 0)),
         rollbacks=int(last.get("rollbacks", 0)),
         fold=last.get("fold"),
-        fold_number=_whole(last.get("fold number")),
+        fold_number=_to_int(last.get("fold number")),
         folds=_folds(folder, saved),
         fold_progress=last.get("fold progress"),
-        consumed_tokens=_whole(last.get("consumed tokens")),
-        loss=last.get(LOSS),
-        validation=_validation(records),
+        consumed_tokens=_to_int(last.get("consumed tokens")),
+        loss=last.get(LM_LOSS),
+        validation=_validation_losses(records),
         tokens_per_second=last.get("tokens per second"),
         tflops_per_gpu=last.get("TFLOP/s per GPU"),
         mfu=last.get("MFU"),
@@ -134,25 +134,25 @@ def read_status(folder: Path) -> Status:
         ends=ends,
         error=error,
         hang=hang,
-        event=_event(records),
+        event=_last_exceptional_event(records),
     )
 
 
-def _begun(records: list[Record]) -> int | None:
+def _restarted_at(records: list[JsonRecord]) -> int | None:
     """The iteration that a process went on from, where it has not logged a step yet."""
     for record in reversed(records):
-        if LOSS in record:
+        if LM_LOSS in record:
             return None
         if record.get("event") == "start":
             return int(record["iteration"])
     return None
 
 
-def _whole(number: float | None) -> int | None:
+def _to_int(number: float | None) -> int | None:
     return None if number is None else int(number)
 
 
-def _saved(folder: Path) -> Saved | None:
+def _saved_checkpoints(folder: Path) -> SavedCheckpoints | None:
     iterations = manifest.complete_iterations(folder)
     if not iterations:
         return None
@@ -161,11 +161,11 @@ def _saved(folder: Path) -> Saved | None:
         size = sum(entry.bytes for entry in manifest.read_manifest(newest).files.values())
         age = time.time() - (newest / manifest.MANIFEST).stat().st_mtime
     except (UserError, OSError):  # damaged, or removed meanwhile
-        return Saved(iterations, 0, math.nan)
-    return Saved(iterations, size, age)
+        return SavedCheckpoints(iterations, 0, math.nan)
+    return SavedCheckpoints(iterations, size, age)
 
 
-def _train_iters(folder: Path, last: Record, saved: Saved | None) -> int | None:
+def _train_iters(folder: Path, last: JsonRecord, saved: SavedCheckpoints | None) -> int | None:
     """The run's length, from what remains; with a growing batch the configuration tells more."""
     remaining, each = last.get("seconds remaining"), last.get("seconds per iteration")
     if remaining is None or not each:
@@ -181,7 +181,7 @@ def _train_iters(folder: Path, last: Record, saved: Saved | None) -> int | None:
     return BatchSizeSchedule(config).iterations(samples)[0]
 
 
-def _folds(folder: Path, saved: Saved | None) -> int | None:
+def _folds(folder: Path, saved: SavedCheckpoints | None) -> int | None:
     """How many folds the run has, by the copy of its fold file."""
     if saved is None:
         return None
@@ -195,11 +195,11 @@ def _folds(folder: Path, saved: Saved | None) -> int | None:
 def _state(
     folder: Path,
     owner: run_lock.Owner | None,
-    steps: list[Record],
+    steps: list[JsonRecord],
     total: int | None,
     age: float | None,
     ends: list[dict[str, Any]],
-    ended: Record | None,
+    ended: JsonRecord | None,
 ) -> tuple[str, str]:
     """One word for the run, and what it is said for."""
     if owner is not None:
@@ -207,7 +207,7 @@ def _state(
             return "dead", f"{owner} ended without a word, or its machine did"
         if not steps or age is None:
             return "starting", str(owner)
-        if age > max(PATIENCE_SECONDS, LATE * _interval(steps)):
+        if age > max(STALL_SECONDS, STALL_INTERVALS * _log_interval_seconds(steps)):
             return "still", f"{owner} lives, but logs nothing"
         return "running", str(owner)
     outcome = ended.get("outcome") if ended is not None else None
@@ -221,7 +221,7 @@ def _state(
     return "stopped", str(ends[-1].get("why")) if ends else "it gave its folder back"
 
 
-def _ended(records: list[Record]) -> Record | None:
+def _last_end(records: list[JsonRecord]) -> JsonRecord | None:
     """How the last process ended, where it could say so."""
     for record in reversed(records):
         if record.get("event") == "end":
@@ -231,24 +231,24 @@ def _ended(records: list[Record]) -> Record | None:
     return None
 
 
-def _interval(steps: list[Record]) -> float:
+def _log_interval_seconds(steps: list[JsonRecord]) -> float:
     """Seconds between the last two lines of the log."""
     between = int(steps[-1]["iteration"]) - int(steps[-2]["iteration"]) if len(steps) > 1 else 1
     return max(1, between) * float(steps[-1].get("seconds per iteration", 0.0))
 
 
-def _validation(records: list[Record]) -> dict[str, float]:
+def _validation_losses(records: list[JsonRecord]) -> dict[str, float]:
     """The last loss of each set that the end of the log knows."""
     return {
-        key.removeprefix(VALIDATION): float(value)
+        key.removeprefix(VALIDATION_PREFIX): float(value)
         for record in records
         for key, value in record.items()
-        if key.startswith(VALIDATION) and isinstance(value, int | float)
+        if key.startswith(VALIDATION_PREFIX) and isinstance(value, int | float)
     }
 
 
-def _event(records: list[Record]) -> str | None:
+def _last_exceptional_event(records: list[JsonRecord]) -> str | None:
     for record in reversed(records):
-        if record.get("event") not in (None, *USUAL):
+        if record.get("event") not in (None, *ROUTINE_EVENTS):
             return f"{record['event']} at iteration {record['iteration']}: {record.get('why', '')}"
     return None

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_llmjp.formatting import format_bytes, format_count, format_duration, format_table
-from megatron_llmjp.report.jobs import Trouble
-from megatron_llmjp.report.status import Status
+from megatron_llmjp.report.jobs import Incident
+from megatron_llmjp.report.status import RunStatus
 
 
-def show_one(status: Status) -> str:
+def format_status(status: RunStatus) -> str:
     """Labels and values of a run, those that are known."""
     rows = [
         ("run", status.folder),
@@ -23,20 +23,20 @@ def show_one(status: Status) -> str:
         ("remaining", _remaining(status)),
         ("checkpoints", _checkpoints(status)),
         ("job ends", _ends(status)),
-        ("last error", _trouble(status.error)),
-        ("last hang", _trouble(status.hang)),
+        ("last error", _incident(status.error)),
+        ("last hang", _incident(status.hang)),
         ("last event", status.event or ""),
     ]
     return format_table([row for row in rows if row[1]], right=())
 
 
-def show_many(runs: Sequence[Status]) -> str:
+def format_statuses(runs: Sequence[RunStatus]) -> str:
     """A line for each run."""
     heads = ("run", "state", "iteration", "fold", "loss", "tokens/s", "remaining", "saved", "error")
     return format_table([heads, *map(_row, runs)], right=(2, 4, 5, 6, 7))
 
 
-def _row(status: Status) -> tuple[str, ...]:
+def _row(status: RunStatus) -> tuple[str, ...]:
     total = f"/{status.train_iters:,}" if status.train_iters else ""
     saved = f"{status.saved.iterations[-1]:,}" if status.saved else "none"
     fold = ""
@@ -55,7 +55,7 @@ def _row(status: Status) -> tuple[str, ...]:
     )
 
 
-def _iteration(status: Status) -> str:
+def _iteration(status: RunStatus) -> str:
     text = f"{status.iteration:,}"
     if status.train_iters:
         text += f" of {status.train_iters:,} ({status.iteration / status.train_iters:.1%})"
@@ -64,7 +64,7 @@ def _iteration(status: Status) -> str:
     return text
 
 
-def _fold(status: Status) -> str:
+def _fold(status: RunStatus) -> str:
     if status.fold is None:
         return ""
     number = f" ({status.fold_number}" if status.fold_number else ""
@@ -72,13 +72,13 @@ def _fold(status: Status) -> str:
     return f"{status.fold}{number}, {status.fold_progress or 0:.0%} done"
 
 
-def _loss(status: Status) -> str:
+def _loss(status: RunStatus) -> str:
     parts = [] if status.loss is None else [f"{status.loss:.4f}"]
     parts += [f"validation {name} {loss:.4f}" for name, loss in status.validation.items()]
     return ", ".join(parts)
 
 
-def _not_applied(status: Status) -> str:
+def _not_applied(status: RunStatus) -> str:
     """Steps that changed nothing, and why; nothing where there are none."""
     parts = [
         (status.nan, "with a NaN or Inf"),
@@ -91,7 +91,7 @@ def _not_applied(status: Status) -> str:
     return f"{status.skipped:,} steps so far" + (f"; {known}" if known else "")
 
 
-def _speed(status: Status) -> str:
+def _speed(status: RunStatus) -> str:
     if status.tokens_per_second is None:
         return ""
     parts = [f"{format_count(status.tokens_per_second)} tokens/s"]
@@ -104,7 +104,7 @@ def _speed(status: Status) -> str:
     return ", ".join(parts)
 
 
-def _remaining(status: Status) -> str:
+def _remaining(status: RunStatus) -> str:
     if status.state == "finished" or status.seconds_remaining is None:
         return ""
     text = format_duration(status.seconds_remaining)
@@ -113,7 +113,7 @@ def _remaining(status: Status) -> str:
     return text
 
 
-def _checkpoints(status: Status) -> str:
+def _checkpoints(status: RunStatus) -> str:
     saved = status.saved
     if saved is None:
         return "none yet"
@@ -126,7 +126,7 @@ def _checkpoints(status: Status) -> str:
     )
 
 
-def _ends(status: Status) -> str:
+def _ends(status: RunStatus) -> str:
     if not status.ends:
         return ""
     last = status.ends[-1]
@@ -136,7 +136,7 @@ def _ends(status: Status) -> str:
     )
 
 
-def _trouble(trouble: Trouble | None) -> str:
+def _incident(trouble: Incident | None) -> str:
     if trouble is None:
         return ""
     return f"{format_duration(trouble.seconds_ago)} ago: {trouble.what} ({trouble.where})"

@@ -9,10 +9,10 @@ from megatron_llmjp.config.parameter_counts import count_parameters
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.estimate.flops import flops_per_sample
 from megatron_llmjp.formatting import format_count, format_duration
-from megatron_llmjp.report.history import LOSS, USUAL, History
+from megatron_llmjp.report.history import LM_LOSS, ROUTINE_EVENTS, MetricsHistory
 
 
-def summarize(history: History) -> list[tuple[str, str]]:
+def summarize(history: MetricsHistory) -> list[tuple[str, str]]:
     """Labels and values, in the order they are shown."""
     config = history.config
     rows = [("folder", str(history.folder))]
@@ -22,7 +22,7 @@ def summarize(history: History) -> list[tuple[str, str]]:
     rows += _progress(history)
     rows += _speed(history)
     rows += _losses(history)
-    rows += _incidents(history)
+    rows += _anomalies(history)
     return [(label, value) for label, value in rows if value]
 
 
@@ -42,7 +42,7 @@ def _model(config: Config) -> list[tuple[str, str]]:
     ]
 
 
-def _layout(config: Config, history: History) -> str:
+def _layout(config: Config, history: MetricsHistory) -> str:
     parallel = config.parallel
     parts = [
         f"TP {parallel.tensor_model_parallel_size}",
@@ -59,7 +59,7 @@ def _layout(config: Config, history: History) -> str:
     return f"{' x '.join(parts)} on {processes} processes"
 
 
-def _processes(config: Config, history: History) -> int | None:
+def _processes(config: Config, history: MetricsHistory) -> int | None:
     """How many computed: the speed of all over that of each."""
     speed, each = history.last("tokens per second"), history.last("TFLOP/s per GPU")
     if not speed or not each:
@@ -67,7 +67,7 @@ def _processes(config: Config, history: History) -> int | None:
     return round(flops_per_sample(config) / config.data.seq_length * speed / each / 1e12)
 
 
-def _progress(history: History) -> list[tuple[str, str]]:
+def _progress(history: MetricsHistory) -> list[tuple[str, str]]:
     config = history.config
     rows = [("iterations", f"{history.iteration:,}")]
     samples = history.last("consumed samples")
@@ -80,7 +80,7 @@ def _progress(history: History) -> list[tuple[str, str]]:
     return rows
 
 
-def _speed(history: History) -> list[tuple[str, str]]:
+def _speed(history: MetricsHistory) -> list[tuple[str, str]]:
     seconds = training_seconds(history)
     rows = [("time in steps", format_duration(seconds) if seconds else "")]
     tokens = history.values("tokens per second")[1]
@@ -94,7 +94,7 @@ def _speed(history: History) -> list[tuple[str, str]]:
     return rows
 
 
-def training_seconds(history: History) -> float:
+def training_seconds(history: MetricsHistory) -> float:
     """Time spent in steps that hold; saves, validations and lost iterations not counted."""
     iterations, seconds = history.values("seconds per iteration")
     return sum(
@@ -103,9 +103,9 @@ def training_seconds(history: History) -> float:
     )
 
 
-def _losses(history: History) -> list[tuple[str, str]]:
+def _losses(history: MetricsHistory) -> list[tuple[str, str]]:
     rows = []
-    iterations, losses = history.values(LOSS)
+    iterations, losses = history.values(LM_LOSS)
     if losses:
         rows.append(("training loss", f"{losses[-1]:.4f} at iteration {iterations[-1]:,}"))
     for name, (where, what) in history.validation_sets().items():
@@ -117,7 +117,7 @@ def _losses(history: History) -> list[tuple[str, str]]:
     return rows
 
 
-def _incidents(history: History) -> list[tuple[str, str]]:
+def _anomalies(history: MetricsHistory) -> list[tuple[str, str]]:
     again = sum(
         int(lost[-1]["iteration"]) - int(lost[0]["iteration"]) for lost in history.abandoned
     )
@@ -126,7 +126,7 @@ def _incidents(history: History) -> list[tuple[str, str]]:
         restarts += f", from {', '.join(f'{i:,}' for i in history.restarts[-5:])}"
         restarts += f"; about {again:,} iterations done again" if again else ""
     skipped = int(sum(history.values("skipped iterations")[1]))
-    exceptions = [e for e in history.events if e["event"] not in USUAL]
+    exceptions = [e for e in history.events if e["event"] not in ROUTINE_EVENTS]
     rows = [("restarts", restarts), ("skipped iterations", str(skipped) if skipped else "")]
     for label in ("nan iterations", "spikes"):
         times = int(sum(history.values(label)[1]))

@@ -1,4 +1,4 @@
-"""Batches for the model chunks of this rank: real ones where tokens or labels are needed."""
+"""Batch iterators of the model chunks of this rank."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from megatron_llmjp.data.folds.schedule import Schedule
 from megatron_llmjp.parallel.device import Device
 
 
-class Labelled(Dataset[Sample]):
-    """The run's samples with ``dataset_id``, the number of the dataset that a sample is from."""
+class SamplesWithDatasetId(Dataset[Sample]):
+    """Training samples with an added ``dataset_id``, the index into :func:`dataset_names`."""
 
     def __init__(self, data: FoldDataset) -> None:
         self._data = data
@@ -30,19 +30,19 @@ class Labelled(Dataset[Sample]):
 
 
 def dataset_names(schedule: Schedule) -> list[str]:
-    """Names of the run's datasets, in the order they first occur."""
+    """Return the names of the run's datasets, in order of first use."""
     names = (piece.name for fold in schedule.folds for piece in fold.slices)
     return list(dict.fromkeys(names))
 
 
-class _Nothing(dict[str, Any]):
-    """The batch of a middle stage: no tensor in it is looked at."""
+class _EmptyBatch(dict[str, Any]):
+    """Batch of a middle pipeline stage, which reads no tensor of it: every key gives None."""
 
     def __missing__(self, key: str) -> None:
         return None
 
 
-def feed(
+def batch_iterators(
     dataset: Dataset[Sample],
     config: Config,
     device: Device,
@@ -50,22 +50,25 @@ def feed(
     end: int,
     batch_size: BatchSizeFunction,
 ) -> list[Iterator[Batch]]:
-    """One iterator per model chunk over the micro-batches of samples ``[first, end)``."""
+    """Return one iterator per model chunk over the micro-batches of samples ``[first, end)``.
+
+    Only chunks that need tokens or labels load data; the others get empty batches.
+    """
     chunks = config.parallel.virtual_pipeline_model_parallel_size
     iterators: list[Iterator[Batch]] = []
     for vp_stage in range(chunks) if chunks else [None]:
-        if _reads(config, vp_stage):
+        if _needs_batches(config, vp_stage):
             iterators.append(micro_batches(dataset, config, device, first, end, batch_size))
         else:
-            iterators.append(itertools.repeat(_Nothing()))
+            iterators.append(itertools.repeat(_EmptyBatch()))
     return iterators
 
 
-def _reads(config: Config, vp_stage: int | None) -> bool:
-    where = {"ignore_virtual": False, "vp_stage": vp_stage}
+def _needs_batches(config: Config, vp_stage: int | None) -> bool:
+    stage = {"ignore_virtual": False, "vp_stage": vp_stage}
     if config.data.reset_attention_mask:
-        return True  # every stage applies the mask
+        return True  # every stage applies the attention mask
     return bool(
-        parallel_state.is_pipeline_first_stage(**where)
-        or parallel_state.is_pipeline_last_stage(**where)
+        parallel_state.is_pipeline_first_stage(**stage)
+        or parallel_state.is_pipeline_last_stage(**stage)
     )

@@ -12,12 +12,12 @@ from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.dataset import ValidationDataset
 from megatron_llmjp.filesystem import no_heartbeat
 from megatron_llmjp.parallel.device import Device
-from megatron_llmjp.training.batch_iterator import feed
+from megatron_llmjp.training.batch_iterator import batch_iterators
 from megatron_llmjp.training.train_step import (
-    LM_LOSS,
+    LM_LOSS_ROW,
     means_over_ranks,
     run_micro_batches,
-    sums_of_none,
+    zero_sums,
 )
 
 
@@ -27,15 +27,22 @@ def evaluate(
     datasets: dict[str, ValidationDataset],
     config: Config,
     device: Device,
-    is_over: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] = lambda: False,
     beat: Callable[[], None] = no_heartbeat,
 ) -> dict[str, float]:
-    """Mean cross entropy in nats per token of each validation set; all ranks call it.
+    """Return the mean cross entropy (nats per token) of each validation set; all ranks call it.
 
-    A set is read from its beginning each time: ``eval_iters`` global batches, or as many full ones
-    as it holds, but at least one. A set smaller than one batch is repeated to fill it. When
-    ``is_over`` says so, on all ranks at once, the sets that are not finished are omitted. ``beat``
-    is called after each micro-batch and batch.
+    Each validation reads a set from its beginning: ``eval_iters`` global batches, or as many full
+    ones as it has, but at least one; a set smaller than one batch is repeated to fill it.
+
+    Args:
+        chunks: model chunks of this rank.
+        datasets: validation sets by name.
+        config: the run's configuration.
+        device: the device of this rank.
+        should_stop: called before each batch; must return the same on all ranks. Once it is true,
+            sets that are not finished are omitted.
+        beat: heartbeat, called after each micro-batch and each batch.
     """
     for chunk in chunks:
         chunk.eval()
@@ -43,27 +50,27 @@ def evaluate(
     losses = {}
     for name, dataset in datasets.items():
         batches = min(config.training.eval_iters, max(1, len(dataset) // size))
-        data = feed(dataset, config, device, 0, batches * size, lambda _: size)
-        sums = sums_of_none()
+        data = batch_iterators(dataset, config, device, 0, batches * size, lambda _: size)
+        sums = zero_sums()
         for _ in range(batches):
-            if is_over():
+            if should_stop():
                 break
             sums += run_micro_batches(chunks, data, config, size, forward_only=True, beat=beat)
             beat()
         else:
-            losses[name] = means_over_ranks(sums)[LM_LOSS]
+            losses[name] = means_over_ranks(sums)[LM_LOSS_ROW]
     for chunk in chunks:
         chunk.train()
     return losses
 
 
 def perplexity(loss: float) -> float:
-    """e^loss; as in Megatron-LM no loss counts as more than 20. NaN for a NaN."""
+    """Return e^loss, with the loss clamped to 20 as in Megatron-LM; NaN for NaN."""
     return math.exp(min(loss, 20.0))
 
 
-def describe(losses: dict[str, float], iteration: int) -> str:
-    """The line that shows validation losses."""
+def validation_line(losses: dict[str, float], iteration: int) -> str:
+    """Return the log line of a validation."""
     parts = [
         f"{name} loss: {loss:.6E} | {name} PPL: {perplexity(loss):.6E}"
         for name, loss in losses.items()

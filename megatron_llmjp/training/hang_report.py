@@ -1,11 +1,7 @@
-"""Progress of all ranks, and the report on a hang: where each rank is, and which to look at first.
+"""Progress of all ranks of a run, and the report on the states of its ranks after a hang.
 
-Where the ranks of a run stand when it hangs, and which of them to look at first.
-
-Whether any rank of a run makes progress: one counter that all ranks add to.
-
-A rank that waits for another one in a collective makes no progress by itself, and is healthy as
-long as the other one does. So progress is counted for the whole run, in the rendezvous store.
+A rank that waits in a collective makes no progress itself, but is healthy as long as the rank it
+waits for does. Progress is therefore counted for the whole run, in the rendezvous store.
 """
 
 from __future__ import annotations
@@ -23,53 +19,56 @@ from typing import Any
 
 import psutil
 
-_WAITS_FOR_OTHERS = (
+_COMMUNICATION_FILES = (
     "torch/distributed/",
     "p2p_communication.py",
     "param_and_grad_buffer.py",
     "megatron_llmjp/parallel/process_groups.py",
     "megatron_llmjp/training/stop_signals.py",
 )
-"""Files whose functions wait for other ranks."""
+"""Files whose functions wait for other ranks; matched against the innermost stack frames."""
+
+
+_SILENT = "no response (process stopped or exited, or machine down)"
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a rank stands."""
+class RankState:
+    """State of a rank at the time of a hang."""
 
     rank: int
     host: str
     iteration: int
     phase: str
-    """What it was about to do: a step, a validation, a save."""
+    """Phase of the run, such as a step, a validation or a save."""
     line: str
-    """The innermost line of Python of its main thread."""
+    """Innermost line of Python code of the main thread."""
     waits: bool
-    """Whether that line is inside a collective, hence waits for another rank."""
+    """Whether that line is inside a collective, waiting for another rank."""
 
 
-def place_of(thread: int, rank: int, iteration: int, phase: str) -> Place:
-    """Where a thread of this process stands."""
+def rank_state(thread: int, rank: int, iteration: int, phase: str) -> RankState:
+    """Return the state of a thread of this process."""
     frames = traceback.extract_stack(sys._current_frames()[thread])
     inner = frames[-1]
     own = next((f for f in reversed(frames) if "megatron" in f.filename), inner)
-    return Place(
+    return RankState(
         rank,
         socket.gethostname(),
         iteration,
         phase,
-        f"{_short(own.filename)}:{own.lineno} in {own.name}",
-        waits_for_others([frame.filename for frame in frames]),
+        f"{_short_path(own.filename)}:{own.lineno} in {own.name}",
+        is_communicating([frame.filename for frame in frames]),
     )
 
 
-def waits_for_others(files: list[str]) -> bool:
-    """Whether a stack of these files, innermost last, is inside a collective."""
-    return any(part in name for name in files[-4:] for part in _WAITS_FOR_OTHERS)
+def is_communicating(files: list[str]) -> bool:
+    """Return whether a stack of these files, innermost last, is inside a collective."""
+    return any(part in name for name in files[-4:] for part in _COMMUNICATION_FILES)
 
 
-def files_of(frame: FrameType | None) -> list[str]:
-    """Files of a stack, innermost last; reads no source, so it is cheap."""
+def stack_files(frame: FrameType | None) -> list[str]:
+    """Return the file names of a stack, innermost last, without reading the sources."""
     names = []
     while frame is not None:
         names.append(frame.f_code.co_filename)
@@ -77,46 +76,51 @@ def files_of(frame: FrameType | None) -> list[str]:
     return names[::-1]
 
 
-def blame(places: list[Place], world_size: int) -> list[str]:
-    """Which ranks to look at, from the places of those that answer; a line for each group."""
-    answered = {place.rank for place in places}
-    silent = [rank for rank in range(world_size) if rank not in answered]
+def describe_ranks(states: list[RankState], world_size: int) -> list[str]:
+    """Return one line per group of ranks with the same state, the most suspicious first.
+
+    Args:
+        states: states of the ranks that responded.
+        world_size: number of ranks.
+    """
+    responding = {state.rank for state in states}
+    silent = [rank for rank in range(world_size) if rank not in responding]
     lines = []
     if silent:
-        lines.append(f"{_ranks(silent)}: no answer (stopped, gone, or its machine is)")
-    groups: dict[tuple[int, str, str, bool], list[Place]] = defaultdict(list)
-    for place in places:
-        groups[place.iteration, place.phase, place.line, place.waits].append(place)
-    # Those behind come first, then those that are busy with something of their own.
+        lines.append(f"{_format_ranks(silent)}: {_SILENT}")
+    groups: dict[tuple[int, str, str, bool], list[RankState]] = defaultdict(list)
+    for state in states:
+        groups[state.iteration, state.phase, state.line, state.waits].append(state)
+    # Ranks at an earlier iteration come first, then ranks that do not wait for others.
     for key in sorted(groups, key=lambda k: (k[0], k[3])):
-        lines.append(_describe(groups[key]))
+        lines.append(_describe_group(groups[key]))
     if not silent and len(groups) > 1:
         lines[0] += "   <- look here first"
     return lines
 
 
-def blame_first_rank(own: Place) -> list[str]:
-    """The same where the store does not answer: the first rank holds it."""
+def describe_silent_first_rank(own: RankState) -> list[str]:
+    """Return the report if the store does not respond, which the first rank serves."""
     return [
-        "rank 0: no answer (stopped, gone, or its machine is); the other ranks cannot be asked "
-        "without it   <- look here first",
-        _describe([own]),
+        f"rank 0: {_SILENT}; it serves the store, without which the states of the other ranks are "
+        "unknown   <- look here first",
+        _describe_group([own]),
     ]
 
 
-def _describe(members: list[Place]) -> str:
-    """A line for ranks that stand at the same place."""
-    one = members[0]
-    hosts = ", ".join(sorted({place.host for place in members})[:4])
-    what = "waits for other ranks" if one.waits else "does not wait for another rank"
+def _describe_group(members: list[RankState]) -> str:
+    """Return a line for ranks with the same state."""
+    state = members[0]
+    hosts = ", ".join(sorted({member.host for member in members})[:4])
+    wait = "waits for other ranks" if state.waits else "does not wait for another rank"
     return (
-        f"{_ranks([p.rank for p in members])} on {hosts}: iteration {one.iteration}, {one.phase}; "
-        f"{what}; {one.line}"
+        f"{_format_ranks([member.rank for member in members])} on {hosts}: iteration "
+        f"{state.iteration}, {state.phase}; {wait}; {state.line}"
     )
 
 
-def _ranks(ranks: list[int]) -> str:
-    """``ranks 0-3, 8``."""
+def _format_ranks(ranks: list[int]) -> str:
+    """Format rank numbers as in ``ranks 0-3, 8``."""
     runs: list[list[int]] = []
     for rank in sorted(ranks):
         if runs and rank == runs[-1][-1] + 1:
@@ -127,74 +131,75 @@ def _ranks(ranks: list[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {text}"
 
 
-def _short(filename: str) -> str:
-    """A file's path from its package on."""
+def _short_path(filename: str) -> str:
+    """Return a file's path relative to the folder of its package."""
     parts = Path(filename).parts
     at = max((i for i, part in enumerate(parts) if part.startswith("megatron")), default=0)
     return "/".join(parts[at:] if at else parts[-2:])
 
 
-COUNTER = "progress"
+PROGRESS_KEY = "progress"
+"""Key in the store of the counter that all ranks increment."""
 
-LEAST_SHARE = 0.02
-"""Of a processor that work takes; a thread that waits and looks now and then takes less."""
+MIN_CPU_FRACTION = 0.02
+"""Least CPU utilization that counts as work; a thread that waits and polls uses less."""
 
 
-class Progress:
-    """Heartbeats of this rank, and news of those of the others."""
+class HeartbeatExchange:
+    """Exchange heartbeats among all ranks through the store, in a thread."""
 
     def __init__(self, store: Any, period: float) -> None:
-        """Exchange news every ``period`` seconds through ``store``, from a thread."""
+        """Exchange heartbeats every ``period`` seconds through ``store``."""
         self.counts_work = False
-        """Whether work of the main thread counts, although it gives no heartbeat: its processor
-        time, and that of processes it started. For phases with long calls into libraries."""
+        """Whether CPU time of the main thread and of child processes counts as a heartbeat; for
+        phases with long library calls."""
         self._store, self._period = store, period
-        self._own = self._news = False
+        self._own = self._progressed = False
         self._seen = -1
         self._main = threading.get_ident()
-        self._activity = _Activity(period)
+        self._activity = _ThreadActivity(period)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._exchange, name="progress", daemon=True)
 
     def start(self) -> None:
-        """Begin to exchange news."""
+        """Start the thread."""
         self._thread.start()
 
     def beat(self) -> None:
-        """This rank makes progress. Called from any thread; costs nothing."""
-        self._own = self._news = True
+        """Give a heartbeat. Cheap, and callable from any thread."""
+        self._own = self._progressed = True
 
-    def take_news(self) -> bool:
-        """Whether any rank made progress since this was asked last."""
-        news, self._news = self._news, False
-        return news
+    def take_progress(self) -> bool:
+        """Return whether any rank made progress since the last call."""
+        progressed, self._progressed = self._progressed, False
+        return progressed
 
     def close(self) -> None:
-        """End the thread, unless it waits for a store that does not answer."""
+        """Stop the thread, unless it waits for a store that does not respond."""
         self._stopped.set()
         if self._thread.is_alive():
             self._thread.join(2 * self._period)
 
     def _exchange(self) -> None:
-        # A store whose process is stopped never answers: nothing but this thread waits for it.
+        # The store does not respond if its process is stopped: only this thread may wait for it.
         while not self._stopped.wait(self._period):
             if self._activity.advanced(self.counts_work and not self._waits()):
                 self.beat()
             own, self._own = self._own, False
             try:
-                count = self._store.add(COUNTER, int(own))
-            except Exception:  # the first rank is gone, which is reported elsewhere
+                count = self._store.add(PROGRESS_KEY, int(own))
+            except Exception:  # the first rank has exited, which is reported elsewhere
                 return
             if count != self._seen:
-                self._seen, self._news = count, True
+                self._seen, self._progressed = count, True
 
     def _waits(self) -> bool:
-        """Whether the main thread waits for other ranks, which takes processor time, too."""
-        return waits_for_others(files_of(sys._current_frames().get(self._main)))
+        """Whether the main thread waits for other ranks, which may use CPU time too."""
+        return is_communicating(stack_files(sys._current_frames().get(self._main)))
 
 
-class _Activity:
-    """What the kernel counted for the main thread: bytes read and written, processor time."""
+class _ThreadActivity:
+    """I/O and CPU time of the main thread, as counted by the kernel."""
 
     def __init__(self, period: float) -> None:
         self._period = period
@@ -203,17 +208,17 @@ class _Activity:
         self._bytes, self._seconds = self._transferred(), 0.0
 
     def advanced(self, counts_work: bool) -> bool:
-        """Whether there is more than when this was asked last."""
+        """Return whether there was I/O, or with ``counts_work`` CPU time, since the last call."""
         transferred, before = self._transferred(), self._bytes
         self._bytes = transferred
         if not counts_work:
             return transferred != before
-        seconds, worked = self._worked(), self._seconds
+        seconds, before_seconds = self._cpu_seconds(), self._seconds
         self._seconds = seconds
-        return transferred != before or seconds - worked > LEAST_SHARE * self._period
+        return transferred != before or seconds - before_seconds > MIN_CPU_FRACTION * self._period
 
     def _transferred(self) -> int:
-        """Bytes that the thread read and wrote so far; 0 where the kernel does not report them."""
+        """Return the bytes that the thread read and wrote; 0 if the kernel does not report them."""
         try:
             lines = (self._task / "io").read_text().splitlines()
         except OSError:
@@ -221,8 +226,8 @@ class _Activity:
         counts = dict(line.split(": ") for line in lines)
         return int(counts["rchar"]) + int(counts["wchar"])
 
-    def _worked(self) -> float:
-        """Processor seconds of the thread and of the processes that this one started."""
+    def _cpu_seconds(self) -> float:
+        """Return the CPU seconds of the thread and of all child processes."""
         seconds = 0.0
         with contextlib.suppress(OSError, psutil.Error):
             fields = (self._task / "stat").read_text().rpartition(")")[2].split()

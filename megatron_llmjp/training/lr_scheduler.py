@@ -1,7 +1,8 @@
-"""The learning rate and weight decay as functions of the samples trained on.
+"""Learning rate and weight decay as functions of the number of consumed samples.
 
-The curves are megatron-core's ``OptimizerParamScheduler``, which counts samples. One of them spans
-the run; a fold with a ``learning_rate`` of its own has another that begins at its first iteration.
+They are computed by megatron-core's ``OptimizerParamScheduler``, whose steps are samples. One
+scheduler spans the run; a fold with its own ``learning_rate`` has another one, which starts at the
+first iteration of the fold.
 """
 
 from __future__ import annotations
@@ -20,27 +21,27 @@ from megatron_llmjp.data.lr_schedule import SchedulerSettings, learning_rate_set
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """Samples ``[first, end)`` with a curve of their own, whose steps count from ``first``."""
+class _FoldSchedule:
+    """Scheduler of one fold, for samples ``[first, end)``; its steps count from ``first``."""
 
     first: int
     end: int
-    curve: OptimizerParamScheduler
+    scheduler: OptimizerParamScheduler
 
 
-class LearningRates:
-    """The rate that each iteration applies, whether or not the run is ever started.
+class LearningRateSchedule:
+    """Learning rate of every iteration of a run, computed without an optimizer.
 
-    An iteration has the rate of the fold that its first sample is in.
+    An iteration uses the learning rate of the fold that contains its first sample.
 
     Args:
         config: the resolved configuration.
         schedule: the resolved folds.
-        batch_sizes: which iteration has how many samples.
-        train_iters: where the run ends, and a decay without an end of its own.
+        batch_sizes: the batch size of each iteration.
+        train_iters: length of the run, and of a decay without its own end.
 
     Raises:
-        UserError: a schedule contradicts itself.
+        UserError: the settings of a schedule are invalid.
     """
 
     def __init__(
@@ -49,40 +50,42 @@ class LearningRates:
         self._sizes = batch_sizes
         settings = learning_rate_settings(config, schedule, batch_sizes, train_iters)
         self.settings = settings.run
-        """Of the curve that spans the run."""
-        self._run = _curve(settings.run)
-        self._pieces = [_Piece(start, end, _curve(own)) for start, end, own in settings.folds]
+        """Scheduler arguments of the whole run."""
+        self._run = _scheduler(settings.run)
+        self._folds = [
+            _FoldSchedule(start, end, _scheduler(own)) for start, end, own in settings.folds
+        ]
 
     def at(self, iteration: int) -> float:
-        """The rate that iteration ``iteration`` (from 1) applies."""
+        """Return the learning rate of an iteration, counted from 1."""
         return self.after(self._sizes.consumed_after(iteration - 1))
 
     def after(self, samples: int) -> float:
-        """The rate of the step that follows ``samples`` samples."""
-        curve = self._run
-        place = bisect.bisect_right(self._pieces, samples, key=lambda piece: piece.first)
-        if place > 0 and samples < self._pieces[place - 1].end:
-            curve = self._pieces[place - 1].curve
-            samples -= self._pieces[place - 1].first
-        curve.num_steps = samples
-        return float(curve.get_lr({}))
+        """Return the learning rate of the step after ``samples`` consumed samples."""
+        scheduler = self._run
+        index = bisect.bisect_right(self._folds, samples, key=lambda fold: fold.first)
+        if index > 0 and samples < self._folds[index - 1].end:
+            scheduler = self._folds[index - 1].scheduler
+            samples -= self._folds[index - 1].first
+        scheduler.num_steps = samples
+        return float(scheduler.get_lr({}))
 
 
 class RunScheduler(OptimizerParamScheduler):
-    """megatron-core's scheduler on an optimizer, with the folds' own learning rates.
+    """megatron-core's scheduler of an optimizer, with the learning rates of the folds.
 
-    ``num_steps`` counts samples; as in Megatron-LM it stays behind when fp16 skips a step.
+    ``num_steps`` counts samples; as in Megatron-LM it does not advance when a step is skipped.
     """
 
-    def __init__(self, optimizer: Any, rates: LearningRates) -> None:
+    def __init__(self, optimizer: Any, rates: LearningRateSchedule) -> None:
         self._rates = rates
         super().__init__(optimizer, **rates.settings)
 
     def get_lr(self, param_group: dict[str, Any]) -> float:
-        """The rate of the next step, which is the same for all parameters."""
+        """Return the learning rate of the next step, which is the same for all parameters."""
         return self._rates.after(self.num_steps)
 
 
-def _curve(settings: SchedulerSettings) -> OptimizerParamScheduler:
-    """megatron-core's scheduler without an optimizer, to be asked for values."""
+def _scheduler(settings: SchedulerSettings) -> OptimizerParamScheduler:
+    """Return megatron-core's scheduler without an optimizer."""
     return OptimizerParamScheduler(SimpleNamespace(param_groups=[]), **settings)

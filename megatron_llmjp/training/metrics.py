@@ -1,4 +1,4 @@
-"""The numbers of an interval: gathered step by step, worked out when a line is due."""
+"""Accumulation of training metrics over log intervals, and their records."""
 
 from __future__ import annotations
 
@@ -16,15 +16,25 @@ from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.data.folds.schedule import Schedule
 from megatron_llmjp.estimate.flops import compute_dtype, tflops_per_device
 from megatron_llmjp.estimate.gpus import peak_tflops
+from megatron_llmjp.metric_registry import (
+    DATASET_LOSS,
+    DATASET_TOKENS,
+    LM_LOSS,
+    PERPLEXITY,
+    TOKENS_PER_SECOND,
+    VALIDATION_LOSS,
+    IntervalStats,
+    interval_values,
+)
 from megatron_llmjp.parallel.device import Device
 from megatron_llmjp.training.batch_iterator import dataset_names
-from megatron_llmjp.training.evaluation import describe, perplexity
-from megatron_llmjp.training.gradient_monitor import Verdict
-from megatron_llmjp.training.log_writers import Record, Writers, interval_line
+from megatron_llmjp.training.evaluation import perplexity, validation_line
+from megatron_llmjp.training.gradient_monitor import StepStatus
+from megatron_llmjp.training.log_writers import MetricsRecord, MetricsWriters, interval_line
 from megatron_llmjp.training.train_step import (
-    DATASETS,
-    LM_LOSS,
-    Z_LOSS,
+    FIRST_DATASET_ROW,
+    LM_LOSS_ROW,
+    Z_LOSS_ROW,
     StepResult,
     means_over_ranks,
 )
@@ -32,12 +42,12 @@ from megatron_llmjp.training.train_step import (
 
 @dataclass
 class _Interval:
-    """What was gathered since the last line."""
+    """Counters and loss sums since the last log line."""
 
     sums: torch.Tensor | None = None
-    """Losses of the steps whose update was applied."""
+    """Loss sums of the applied steps."""
     skipped_sums: torch.Tensor | None = None
-    """Losses of the others: logged only where there is no step of the first kind."""
+    """Loss sums of the other steps; logged only if no step of the interval was applied."""
     steps: int = 0
     samples: int = 0
     skipped: int = 0
@@ -46,29 +56,32 @@ class _Interval:
 
 
 SUMS = ("sums", "skipped_sums")
-EVENTFUL = ("skipped", "nan", "spikes")
-"""Counted over the interval and over the run."""
-COUNTERS = ("steps", "samples", *EVENTFUL)
+EVENT_COUNTERS = ("skipped", "nan", "spikes")
+"""Counters over the interval that are also summed over the run."""
+COUNTERS = ("steps", "samples", *EVENT_COUNTERS)
+
+IN_MANIFEST = (LM_LOSS.name, TOKENS_PER_SECOND.name)
+"""Metrics that are stored in the manifests of checkpoints."""
 
 
 def _tensor_parallel_size() -> int:
     return parallel_state.get_tensor_model_parallel_world_size()
 
 
-class Metrics:
-    """Gathers over an interval and writes on the first rank.
+class TrainingMetrics:
+    """Accumulate metrics over an interval, and write them on the first rank.
 
-    Losses stay on the device until a line is due: logging is the only place that waits for them.
+    Losses stay on the device until a log line is due: only logging waits for them.
 
     Args:
-        config: the run.
-        schedule: its data.
-        sizes: which iteration has how many samples.
-        train_iters: where it ends.
-        planned_iters: where it would end if no rollback had skipped batches.
-        rollbacks: how many there were.
-        device: what it runs on.
-        writers: where metrics go; None on all ranks but the first.
+        config: the run's configuration.
+        schedule: the resolved folds.
+        sizes: the batch size of each iteration.
+        train_iters: number of iterations of the run.
+        planned_iters: number of iterations without the batches that rollbacks skipped.
+        rollbacks: number of rollbacks so far.
+        device: the device of this rank.
+        writers: destinations of the metrics; None except on the first rank.
     """
 
     def __init__(
@@ -78,7 +91,7 @@ class Metrics:
         sizes: BatchSizeSchedule,
         train_iters: int,
         device: Device,
-        writers: Writers | None,
+        writers: MetricsWriters | None,
         planned_iters: int,
         rollbacks: int,
     ) -> None:
@@ -95,18 +108,18 @@ class Metrics:
         )
         self._fold: str | None = None
         self._interval = _Interval()
-        self._totals = dict.fromkeys(EVENTFUL, 0)
+        self._totals = dict.fromkeys(EVENT_COUNTERS, 0)
         self._since = self._paused_at = time.perf_counter()
         self.last: dict[str, float] = {}
-        """The last known values that a checkpoint remembers; all are finite."""
+        """Latest finite values of :data:`IN_MANIFEST`, for the manifest of a checkpoint."""
 
     def start(self, iteration: int, consumed: int) -> None:
-        """Tell that a process goes on from here."""
+        """Write the event of a process that starts after this iteration."""
         self.event("start", iteration, consumed)
         self._since = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
-        """The interval so far, as plain data, for a checkpoint; all ranks call it."""
+        """Return the interval so far as plain data, for a checkpoint; all ranks call it."""
         interval = self._interval
         state: dict[str, Any] = {name: getattr(interval, name) for name in COUNTERS}
         state["totals"] = dict(self._totals)
@@ -115,30 +128,30 @@ class Metrics:
             if sums is not None:
                 total = sums.double()
                 dist.all_reduce(total)
-                # Tensor-parallel ranks counted the same tokens.
+                # Tensor-parallel ranks hold the same sums.
                 state[name] = (total / _tensor_parallel_size()).tolist()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue an interval that a checkpoint cut in two; older checkpoints count less."""
+        """Restore an interval that a checkpoint interrupted; older ones lack some counters."""
         self._interval = _Interval(**{name: state.get(name, 0) for name in COUNTERS})
         self._totals |= state.get("totals", {})
         for name in SUMS:
             if name not in state:
                 continue
             total = torch.tensor(state[name], dtype=torch.float64, device=self._device.torch)
-            # One rank holds the sums; the others hold zeros, so that all know there are some.
+            # The first rank holds the sums. The others hold zeros rather than None, so that all
+            # ranks agree on whether there are sums.
             is_first = dist.get_rank() == 0
-            held = total * _tensor_parallel_size() if is_first else torch.zeros_like(total).float()
-            setattr(self._interval, name, held)
+            sums = total * _tensor_parallel_size() if is_first else torch.zeros_like(total).float()
+            setattr(self._interval, name, sums)
 
     def add(
-        self, iteration: int, consumed: int, result: StepResult, samples: int, verdict: Verdict
+        self, iteration: int, consumed: int, result: StepResult, samples: int, status: StepStatus
     ) -> None:
-        """Count the step of an iteration, after which ``consumed`` samples are trained on.
+        """Add the step of an iteration, after which ``consumed`` samples have been consumed.
 
-        The losses of a step that was not applied stay out of the interval's means: a NaN among them
-        would hide the others.
+        Losses of steps that were not applied are kept separately: a NaN would make the means NaN.
         """
         interval = self._interval
         name = "sums" if result.updated else "skipped_sums"
@@ -147,18 +160,18 @@ class Metrics:
         interval.steps += 1
         interval.samples += samples
         interval.skipped += not result.updated
-        interval.nan += verdict is Verdict.BAD
-        interval.spikes += verdict is Verdict.SPIKE
+        interval.nan += status is StepStatus.BAD
+        interval.spikes += status is StepStatus.SPIKE
         fold = self._schedule.fold_of_sample(consumed - 1).name
         if fold != self._fold:
             self.event("fold", iteration, consumed, fold=fold)
         self._fold = fold
 
     def pause(self) -> None:
-        """Leave out of the step time what follows until :meth:`go_on`: a save or a validation."""
+        """Exclude the time until :meth:`resume` from the step time: saves and validations."""
         self._paused_at = time.perf_counter()
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """End a pause."""
         self._since += time.perf_counter() - self._paused_at
 
@@ -173,31 +186,56 @@ class Metrics:
         parameter_norm: float | None,
     ) -> None:
         """Write the interval that ends with this iteration; all ranks call it."""
-        interval = self._interval
+        interval, config = self._interval, self._config
         sums = interval.sums if interval.sums is not None else interval.skipped_sums
         assert sums is not None
         means = means_over_ranks(sums)
         seconds = time.perf_counter() - self._since
-        values: dict[str, float] = {
-            "lm loss": means[LM_LOSS],
-            "grad norm": result.grad_norm,
-            "learning rate": learning_rate,
-            "global batch size": batch_size,
-            "loss scale": loss_scale,
-            "skipped iterations": interval.skipped,
-            "nan iterations": interval.nan,
-            "spikes": interval.spikes,
-            **self._totals_with(interval),
-            **self._speed(interval, seconds, consumed),
-        }
-        if self._config.training.z_loss_strength > 0.0:
-            values["z loss"] = means[Z_LOSS]
-        if parameter_norm is not None:
-            values["params norm"] = parameter_norm
-        remembered = {name: values[name] for name in ("lm loss", "tokens per second")}
-        self.last |= {name: value for name, value in remembered.items() if math.isfinite(value)}
+        for name in EVENT_COUNTERS:
+            self._totals[name] += getattr(interval, name)
+        fold = self._schedule.fold_of_sample(consumed - 1)
+        first, end = self._schedule.sample_range(fold)
+        stats = IntervalStats(
+            steps=interval.steps,
+            samples=interval.samples,
+            seconds=seconds,
+            consumed_samples=consumed,
+            remaining_samples=self._end - consumed,
+            sequence_length=config.data.seq_length,
+            lm_loss=means[LM_LOSS_ROW],
+            z_loss=means[Z_LOSS_ROW] if config.training.z_loss_strength > 0.0 else None,
+            grad_norm=result.grad_norm,
+            params_norm=parameter_norm,
+            learning_rate=learning_rate,
+            global_batch_size=batch_size,
+            loss_scale=loss_scale,
+            skipped=interval.skipped,
+            nan=interval.nan,
+            spikes=interval.spikes,
+            total_skipped=self._totals["skipped"],
+            total_nan=self._totals["nan"],
+            total_spikes=self._totals["spikes"],
+            rollbacks=self._rollbacks,
+            tflops_per_gpu=tflops_per_device(
+                config, interval.samples, seconds, dist.get_world_size()
+            ),
+            peak_tflops=self._peak,
+            fold_number=self._schedule.folds.index(fold) + 1,
+            fold_progress=(consumed - first) / (end - first),
+            memory=self._device.memory(),
+        )
+        values = interval_values(stats)
+        latest = {name: values[name] for name in IN_MANIFEST}
+        self.last |= {name: value for name, value in latest.items() if math.isfinite(value)}
         if self._writers:
-            self._write(iteration, consumed, values, means[DATASETS:])
+            position = f"{fold.name} ({stats.fold_number}/{len(self._schedule.folds)})"
+            position += f" {stats.fold_progress:.0%}"
+            print(
+                interval_line(iteration, self._planned_iters, consumed, values, position),
+                flush=True,
+            )
+            values |= self._by_dataset(consumed, means[FIRST_DATASET_ROW:])
+            self._writers.write(self._record(iteration, consumed, values, fold=fold.name))
         self._interval = _Interval()
         self._since = time.perf_counter()
 
@@ -205,74 +243,32 @@ class Metrics:
         """Write validation losses."""
         if not self._writers:
             return
-        print(describe(losses, iteration), flush=True)
-        values = {f"validation/{name}": loss for name, loss in losses.items()}
-        values |= {f"perplexity/{name}": perplexity(loss) for name, loss in losses.items()}
+        print(validation_line(losses, iteration), flush=True)
+        values = {VALIDATION_LOSS.key(name): loss for name, loss in losses.items()}
+        values |= {PERPLEXITY.key(name): perplexity(loss) for name, loss in losses.items()}
         self._writers.write(self._record(iteration, consumed, values))
-
-    def _totals_with(self, interval: _Interval) -> dict[str, float]:
-        """The run's counts, this interval's included."""
-        for name in EVENTFUL:
-            self._totals[name] += getattr(interval, name)
-        return {
-            "total skipped iterations": self._totals["skipped"],
-            "total nan iterations": self._totals["nan"],
-            "total spikes": self._totals["spikes"],
-            "rollbacks": self._rollbacks,
-        }
-
-    def _speed(self, interval: _Interval, seconds: float, consumed: int) -> dict[str, float]:
-        config = self._config
-        speed = interval.samples / seconds
-        each = tflops_per_device(config, interval.samples, seconds, dist.get_world_size())
-        values = {
-            "seconds per iteration": seconds / interval.steps,
-            "seconds remaining": (self._end - consumed) / speed,
-            "tokens per second": speed * config.data.seq_length,
-            "TFLOP/s per GPU": each,
-        }
-        if self._peak is not None:
-            values["MFU"] = each / self._peak
-        return values
-
-    def _write(
-        self, iteration: int, consumed: int, values: dict[str, float], datasets: list[float]
-    ) -> None:
-        """Add what the first rank knows by itself, and write."""
-        assert self._writers is not None
-        fold = self._schedule.fold_of_sample(consumed - 1)
-        first, end = self._schedule.sample_range(fold)
-        number = self._schedule.folds.index(fold) + 1
-        values["fold number"] = number
-        values["fold progress"] = (consumed - first) / (end - first)
-        values["consumed tokens"] = consumed * self._config.data.seq_length
-        shown = f"{fold.name} ({number}/{len(self._schedule.folds)}) {values['fold progress']:.0%}"
-        print(interval_line(iteration, self._planned_iters, consumed, values, shown), flush=True)
-        values |= self._device.memory()
-        values |= self._by_dataset(consumed, datasets)
-        self._writers.write(self._record(iteration, consumed, values, fold=fold.name))
 
     def _by_dataset(self, consumed: int, losses: list[float]) -> dict[str, float]:
         values: dict[str, float] = {}
         for name, loss in zip(self._names, losses, strict=False):
-            if math.isfinite(loss):  # else it was not in this interval
-                values[f"dataset loss/{name}"] = loss
+            if math.isfinite(loss):  # NaN if the interval has no samples of the dataset
+                values[DATASET_LOSS.key(name)] = loss
         for (_, name), samples in self._schedule.consumed_by_dataset(consumed).items():
-            key = f"consumed tokens/{name}"
+            key = DATASET_TOKENS.key(name)
             values[key] = values.get(key, 0) + samples * self._config.data.seq_length
         return values
 
-    def event(self, kind: str, iteration: int, consumed: int, **words: str) -> None:
-        """Write that something happened."""
+    def event(self, kind: str, iteration: int, consumed: int, **strings: str) -> None:
+        """Write an event."""
         if self._writers:
-            self._writers.write(self._record(iteration, consumed, {}, event=kind, **words))
+            self._writers.write(self._record(iteration, consumed, {}, event=kind, **strings))
 
     def end(self, iteration: int, consumed: int, outcome: str, why: str) -> None:
-        """Write how the process ended: ``done``, ``stopped`` on request, or ``failed``."""
+        """Write the end of the process: ``done``, ``stopped`` on request, or ``failed``."""
         self.event("end", iteration, consumed, outcome=outcome, why=why)
 
     def _record(
-        self, iteration: int, consumed: int, values: dict[str, float], **words: str
-    ) -> Record:
+        self, iteration: int, consumed: int, values: dict[str, float], **strings: str
+    ) -> MetricsRecord:
         tokens = consumed * self._config.data.seq_length
-        return Record(iteration, consumed, tokens, values, words)
+        return MetricsRecord(iteration, consumed, tokens, values, strings)

@@ -1,9 +1,4 @@
-"""megatron-core's optimizer and data-parallel wrapper for a model.
-
-The norm of all parameters.
-
-megatron-core's optimizer and data-parallel wrapper for a model.
-"""
+"""megatron-core's optimizer and data-parallel wrapper for a model, and the parameter norm."""
 
 from __future__ import annotations
 
@@ -22,7 +17,6 @@ from megatron.core.transformer.module import Float16Module, param_is_not_shared
 
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.model.gpt import params_dtype
-from megatron_llmjp.parallel.device import Device
 from megatron_llmjp.patches.bucket_padding import keep_bucket_padding
 from megatron_llmjp.patches.fused_adamw import register_fused_adamw
 from megatron_llmjp.patches.missing_moments import create_missing_moments
@@ -30,11 +24,11 @@ from megatron_llmjp.patches.missing_moments import create_missing_moments
 
 @torch.no_grad()
 def parameter_norm(optimizer: Any) -> float:
-    """L2 norm of the fp32 parameters that the optimizer updates; all ranks call it.
+    """Return the L2 norm of the fp32 parameters that the optimizer updates; all ranks call it.
 
-    Each rank sums what it owns, and megatron-core adds up over the same ranks as for the gradient
-    norm: tied embeddings and what tensor-parallel ranks share count once, the distributed
-    optimizer's shards all together.
+    Each rank sums the parameters that it owns, and megatron-core reduces over the same ranks as for
+    the gradient norm: tied embeddings and parameters that tensor-parallel ranks share count once,
+    and all shards of the distributed optimizer are included.
     """
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     owned = [
@@ -48,30 +42,30 @@ def parameter_norm(optimizer: Any) -> float:
     return float(get_grad_norm_fp32(owned, 2, optimizer.get_grad_stats_parallel_group()))
 
 
-def half_precision(chunks: list[Any], config: Config) -> list[Any]:
-    """Have the chunks compute in bf16 or fp16 where the run does."""
+def wrap_half_precision(chunks: list[Any], config: Config) -> list[Any]:
+    """Wrap the chunks in ``Float16Module`` if the run computes in bf16 or fp16."""
     if config.training.bf16 or config.training.fp16:
         return [Float16Module(chunk.config, chunk) for chunk in chunks]
     return chunks
 
 
-def wrap_for_data_parallel(chunks: list[Any], config: Config, device: Device) -> list[Any]:
+def wrap_for_data_parallel(chunks: list[Any], config: Config) -> list[Any]:
     """Wrap model chunks so that their gradients are reduced over the data-parallel group."""
-    chunks = half_precision(chunks, config)
+    chunks = wrap_half_precision(chunks, config)
     parallel = config.parallel
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=config.training.bf16 or config.training.fp16,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
-        check_for_nan_in_grad=False,  # the step's gradient norm is checked instead, once
+        check_for_nan_in_grad=False,  # the gradient monitor checks the norm of each step instead
     )
     wrapped = [
         DistributedDataParallel(
             chunk.config,
             ddp,
             chunk,
-            # The first chunk's gradients come last: bucketing the others overlaps nothing.
+            # Gradients of the first chunk are ready last: bucketing the others overlaps nothing.
             disable_bucketing=index > 0,
         )
         for index, chunk in enumerate(chunks)
@@ -81,8 +75,8 @@ def wrap_for_data_parallel(chunks: list[Any], config: Config, device: Device) ->
     return wrapped
 
 
-def make_optimizer(chunks: list[Any], config: Config, device: Device) -> Any:
-    """The optimizer of megatron-core, distributed over data-parallel ranks if asked for."""
+def build_optimizer(chunks: list[Any], config: Config) -> Any:
+    """Return megatron-core's optimizer, with the distributed optimizer if configured."""
     register_fused_adamw()
     o = config.optimizer
     settings = core_optimizer.OptimizerConfig(
@@ -118,15 +112,16 @@ def make_optimizer(chunks: list[Any], config: Config, device: Device) -> Any:
     return optimizer
 
 
-def apply_configuration(optimizer: Any, scheduler: Any, config: Config) -> None:
-    """After a load, make the configuration's values hold.
+def apply_config_after_load(optimizer: Any, scheduler: Any, config: Config) -> None:
+    """Overwrite the loaded hyperparameters with those of the configuration.
 
-    megatron-core restores the parameter groups whole, and their old learning rates win over the
-    configuration. What is to be kept from the checkpoint is in the configuration already.
+    Loading a checkpoint restores all values of megatron-core's parameter groups, which would
+    override the configuration. Values to be kept from the checkpoint are already part of the
+    resolved configuration.
     """
     o = config.optimizer
     for group in optimizer.param_groups:
-        group["max_lr"], group["min_lr"] = o.lr, o.min_lr  # of no effect, but told in the next one
+        group["max_lr"], group["min_lr"] = o.lr, o.min_lr  # unused, but saved
         if o.optimizer == "adam":
             group["betas"], group["eps"] = (o.adam_beta1, o.adam_beta2), o.adam_eps
         if "start_wd" in group:
@@ -134,11 +129,11 @@ def apply_configuration(optimizer: Any, scheduler: Any, config: Config) -> None:
     scheduler.step(0)
 
 
-def complete_parameters(chunks: list[Any], config: Config) -> None:
-    """Gather what the last step updated, so that every rank holds every parameter.
+def gather_parameters(chunks: list[Any], config: Config) -> None:
+    """Gather the parameters that the last step updated, so that every rank has current values.
 
-    With an overlapped gather, parameters that other ranks own are one step old until the next
-    forward pass: a checkpoint must not take them.
+    With ``overlap_param_gather``, parameters that other ranks own are one step old until the next
+    forward pass and must not be saved.
     """
     if config.parallel.overlap_param_gather:
         for chunk in chunks:

@@ -1,9 +1,4 @@
-"""Setup of a run: save folder, data, model, optimizer, schedule.
-
-The live objects of a run, from its resolved configuration: data, model, optimizer, schedule.
-
-What a run does before its process groups: take its save folder, and look over its checkpoint.
-"""
+"""Setup of a run: save folder lock, checkpoint verification, data, model, optimizer, saver."""
 
 from __future__ import annotations
 
@@ -45,20 +40,20 @@ from megatron_llmjp.parallel.process_groups import (
 )
 from megatron_llmjp.parallel.ranks import Ranks
 from megatron_llmjp.run import Run, resolve_run
-from megatron_llmjp.training.batch_iterator import Labelled
-from megatron_llmjp.training.lr_scheduler import LearningRates, RunScheduler
+from megatron_llmjp.training.batch_iterator import SamplesWithDatasetId
+from megatron_llmjp.training.lr_scheduler import LearningRateSchedule, RunScheduler
 from megatron_llmjp.training.optimizer import (
-    apply_configuration,
-    half_precision,
-    make_optimizer,
+    apply_config_after_load,
+    build_optimizer,
     wrap_for_data_parallel,
+    wrap_half_precision,
 )
-from megatron_llmjp.training.train_step import connect
+from megatron_llmjp.training.train_step import configure_schedules
 
 
 @dataclass(frozen=True)
-class RunData:
-    """Samples of all folds and validation sets, and their indices."""
+class RunDatasets:
+    """Training and validation datasets of a run, and the prefetch of their sample indices."""
 
     training: Dataset[Sample]
     validation: dict[str, ValidationDataset]
@@ -66,43 +61,44 @@ class RunData:
 
 
 @dataclass(frozen=True)
-class Model:
-    """What a step works on."""
+class ModelAndOptimizer:
+    """Model chunks of this rank with their optimizer and parameter scheduler."""
 
     chunks: list[Any]
     optimizer: Any
     scheduler: RunScheduler
     counters: dict[str, Any]
-    """What the checkpoint had counted, by the counter's name; empty in a new run."""
+    """Counters loaded from the checkpoint, by name; empty in a new run."""
 
 
-def open_data(run: Run, ranks: Ranks, beat: Callable[[], None] = no_heartbeat) -> RunData:
-    """Open the datasets and make the indices that are needed first; ``beat`` follows each.
+def open_datasets(run: Run, ranks: Ranks, beat: Callable[[], None] = no_heartbeat) -> RunDatasets:
+    """Open the datasets and build the sample indices that are needed first.
 
-    Before process groups exist: an index may take longer than a collective waits.
+    Called before process groups exist: building an index may take longer than the timeout of a
+    collective. ``beat`` is called after each index.
     """
     epochs = _epochs(run)
     data = FoldDataset(run.schedule, epochs)
-    validation = _validation(run, epochs)
+    validation = _validation_datasets(run, epochs)
     indices = IndexPrefetcher(
         data,
         first_on_machine=ranks.local_rank == 0,
         log=print if ranks.is_first else lambda text: None,
         heartbeat=beat,
     )
-    _, done = progress(run)
+    _, consumed = initial_progress(run)
     held_out = [dataset.index for dataset in validation.values()]
-    indices.start(done, BatchSizeSchedule(run.config).at(done), held_out)
+    indices.start(consumed, BatchSizeSchedule(run.config).at(consumed), held_out)
     if ranks.local_rank == 0:
         save_facts(run.datasets, run.cache)
-    return RunData(Labelled(data), validation, indices)
+    return RunDatasets(SamplesWithDatasetId(data), validation, indices)
 
 
-def open_validation(
+def open_validation_sets(
     run: Run, ranks: Ranks, beat: Callable[[], None] = no_heartbeat
 ) -> dict[str, ValidationDataset]:
-    """The validation sets alone, with their indices made; ``beat`` follows each."""
-    validation = _validation(run, _epochs(run))
+    """Open only the validation sets and build their indices, with a heartbeat after each."""
+    validation = _validation_datasets(run, _epochs(run))
     indices = [dataset.index for dataset in validation.values()]
     ensure_indices(indices, thorough=ranks.local_rank == 0, done=beat)
     return validation
@@ -113,49 +109,49 @@ def _epochs(run: Run) -> EpochDatasets:
     return EpochDatasets(run.config.data, run.tokenizer, run.cache, vocab_size)
 
 
-def _validation(run: Run, epochs: EpochDatasets) -> dict[str, ValidationDataset]:
+def _validation_datasets(run: Run, epochs: EpochDatasets) -> dict[str, ValidationDataset]:
     return {name: ValidationDataset(held_out, epochs) for name, held_out in run.validation.items()}
 
 
-def progress(run: Run) -> tuple[int, int]:
-    """Iterations done and samples trained on where the run begins."""
+def initial_progress(run: Run) -> tuple[int, int]:
+    """Return the iteration and the consumed samples that the run starts from."""
     if run.resume is None or run.config.checkpoint.finetune:
         return 0, 0
     return run.resume.manifest.iteration, run.resume.manifest.consumed_samples
 
 
-def build(
-    run: Run, device: Device, rates: LearningRates, work: RankSync = DEFAULT_RANK_SYNC
-) -> Model:
-    """Model, optimizer and learning rate; from a checkpoint where there is one."""
+def setup_model_and_optimizer(
+    run: Run, device: Device, rates: LearningRateSchedule, work: RankSync = DEFAULT_RANK_SYNC
+) -> ModelAndOptimizer:
+    """Build model, optimizer and scheduler, and load the checkpoint if there is one."""
     config = run.config
-    chunks = wrap_for_data_parallel(build_model(config, device), config, device)
+    chunks = wrap_for_data_parallel(build_model(config, device), config)
     if run.resume is not None and config.checkpoint.finetune:
         sharded_state.load_checkpoint(run.resume.folder, RunState(chunks), work)
-    optimizer = make_optimizer(chunks, config, device)
+    optimizer = build_optimizer(chunks, config)
     scheduler = RunScheduler(optimizer, rates)
-    connect(chunks, optimizer, config)
+    configure_schedules(chunks, optimizer, config)
     counters: dict[str, Any] = {}
     if run.resume is not None and not config.checkpoint.finetune:
         counters = sharded_state.load_checkpoint(
             run.resume.folder, RunState(chunks, optimizer, scheduler), work
         )
-        apply_configuration(optimizer, scheduler, config)
-    return Model(chunks, optimizer, scheduler, counters)
+        apply_config_after_load(optimizer, scheduler, config)
+    return ModelAndOptimizer(chunks, optimizer, scheduler, counters)
 
 
-def make_saver(
+def build_saver(
     run: Run,
     sizes: BatchSizeSchedule,
-    may_publish: Callable[[], None],
+    check_lock: Callable[[], None],
     work: RankSync = DEFAULT_RANK_SYNC,
 ) -> Saver:
-    """Saves the run's checkpoints; ``may_publish`` raises when the save folder is lost."""
+    """Build the saver; ``check_lock`` raises if another run has taken the save folder."""
     schedule = run.schedule
     samples = tuple(schedule.sample_range(fold)[1] for fold in schedule.folds)
     iterations = frozenset(sizes.iteration_of(end - 1) for end in samples if end > 0)
     about = RunDescription(run.config, _tokenizer_files(run))
-    return Saver(about, FoldEnds(samples, iterations), may_publish, progress(run)[0], work)
+    return Saver(about, FoldEnds(samples, iterations), check_lock, initial_progress(run)[0], work)
 
 
 def _tokenizer_files(run: Run) -> dict[str, bytes]:
@@ -169,102 +165,102 @@ def _tokenizer_files(run: Run) -> dict[str, bytes]:
 
 
 def load_weights(run: Run, device: Device, work: RankSync = DEFAULT_RANK_SYNC) -> list[Any]:
-    """The model alone, from the checkpoint that the run starts from."""
+    """Build the model and load its weights from the checkpoint that the run starts from."""
     assert run.resume is not None
-    chunks = half_precision(build_model(run.config, device), run.config)
+    chunks = wrap_half_precision(build_model(run.config, device), run.config)
     sharded_state.load_checkpoint(run.resume.folder, RunState(chunks), work)
     return chunks
 
 
-def introduce(run: Run, chunks: list[Any], ranks: Ranks, device: Device) -> None:
-    """Tell what runs where; all ranks call it, so that none is ahead of what is told."""
+def print_run_summary(run: Run, chunks: list[Any], ranks: Ranks, device: Device) -> None:
+    """Print layout, model, data and notes on the first rank; all ranks call it and wait for it."""
     parallel = run.config.parallel
-    replicas = ranks.world_size // parallel.model_parallel_size
+    data_parallel = ranks.world_size // parallel.model_parallel_size
     parameters = sum(p.numel() for chunk in chunks for p in chunk.parameters())
     tokens = run.schedule.total_samples * run.schedule.sequence_length
     sizes = BatchSizeSchedule(run.config).sizes()
     growing = f"{sizes[0]} growing to " if len(sizes) > 1 else ""
-    say(
-        f"{ranks.world_size} process(es) by {ranks.started_by} on {device.name}: "
+    print_rank_0(
+        f"{ranks.world_size} process(es) by {ranks.launcher} on {device.name}: "
         f"TP {parallel.tensor_model_parallel_size} x PP {parallel.pipeline_model_parallel_size} "
-        f"x DP {replicas}\n"
+        f"x DP {data_parallel}\n"
         f"layers: {choose_kernels(device)}; {format_count(parameters)} parameters on the first "
         "rank\n"
         f"data: {len(run.schedule.folds)} folds, {format_count(tokens)} tokens, "
         f"{run.train_iters} iterations of {growing}{sizes[-1]} samples"
     )
-    for note in (*run.notes, *slow_precision(run.config, device)):
-        say(f"note: {note}")
+    for note in (*run.notes, *half_precision_notes(run.config, device)):
+        print_rank_0(f"note: {note}")
     if run.resume is not None:
-        how = "weights of" if run.config.checkpoint.finetune else "going on from"
-        say(f"{how} {run.resume.folder}")
+        action = "loading weights from" if run.config.checkpoint.finetune else "resuming from"
+        print_rank_0(f"{action} {run.resume.folder}")
     dist.barrier()
 
 
-def slow_precision(config: Config, device: Device) -> list[str]:
-    """A note on half precision where it is slower than fp32: on a CPU."""
+def half_precision_notes(config: Config, device: Device) -> list[str]:
+    """Return a note if the run uses bf16 or fp16 on a CPU, where they are slower than fp32."""
     kind = "bf16" if config.training.bf16 else "fp16" if config.training.fp16 else None
     if kind is None or device.is_cuda:
         return []
     return [
-        f"{kind} is slower than fp32 on a CPU: give --no-{kind} (a checkpoint can be resumed in "
-        "either)"
+        f"{kind} is slower than fp32 on a CPU: use --no-{kind} (checkpoints can be resumed in "
+        "either precision)"
     ]
 
 
-def say(text: str) -> None:
-    """Print on the first rank."""
+def print_rank_0(text: str) -> None:
+    """Print on the first rank only."""
     if is_first_rank():
         print(text, flush=True)
 
 
-LOOKS = (0, 1, 5, 20)
-"""Seconds before each look, while ranks find different checkpoints."""
+RETRY_PAUSES = (0, 1, 5, 20)
+"""Seconds before each attempt, as long as ranks find different checkpoints."""
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A run that may begin."""
+class LockedRun:
+    """A run whose save folder is locked."""
 
     run: Run
-    may_publish: Callable[[], None]
-    """Raises when another run has taken the save folder."""
+    check_lock: Callable[[], None]
+    """Raises if another run has taken the save folder."""
 
 
 @contextmanager
-def opened(run: Run, ranks: Ranks, store: Any, beat: Callable[[], None]) -> Iterator[Opened]:
-    """Hold the run's save folder, with a checkpoint to go on from whose checksums are right.
+def locked_run(run: Run, ranks: Ranks, store: Any, beat: Callable[[], None]) -> Iterator[LockedRun]:
+    """Lock the run's save folder, and choose a checkpoint that all ranks agree on.
 
-    Checksums are compared when ``verify_checkpoint`` asks for it, or when the last run in the save
-    folder ended without closing: each rank reads a share of the files. A damaged checkpoint is
-    passed over for the one before.
+    Checksums are verified with ``verify_checkpoint``, or if the last run in the save folder was
+    killed; each rank reads a share of the files. A damaged checkpoint is skipped for the previous
+    one.
 
     Args:
-        run: the run as it was prepared.
-        ranks: this process's place.
-        store: shared by all ranks.
-        beat: called after each file that was read.
+        run: the resolved run.
+        ranks: rank and world size of this process.
+        store: key-value store shared by all ranks.
+        beat: heartbeat, called after each file that was read.
 
     Raises:
-        UserError: another run holds the folder, or no checkpoint is whole.
-        RunError: the file system of the folder does not answer.
+        UserError: another run holds the folder, or no checkpoint is complete.
+        RunError: the file system of the folder does not respond.
     """
     with ExitStack() as stack:
-        lock, was_killed = _take_folder(run, ranks, store, stack)
-        run = _with_one_checkpoint(run, ranks, store)
+        lock, was_killed = _lock_save_folder(run, ranks, store, stack)
+        run = _agree_on_checkpoint(run, ranks, store)
         if was_killed or run.config.checkpoint.verify_checkpoint:
-            run = _with_good_checkpoint(run, ranks, store, beat)
-        yield Opened(run, lock.check if lock is not None else _always)
+            run = _verify_checkpoint(run, ranks, store, beat)
+        yield LockedRun(run, lock.check if lock is not None else _no_check)
 
 
-def _always() -> None:
-    """Other ranks than the first publish nothing."""
+def _no_check() -> None:
+    """Do nothing: only the first rank holds the lock."""
 
 
-def _take_folder(
+def _lock_save_folder(
     run: Run, ranks: Ranks, store: Any, stack: ExitStack
 ) -> tuple[RunLock | None, bool]:
-    """The lock on the first rank; and, for all, whether the last run was killed."""
+    """Return the lock (on the first rank) and whether the last run was killed (on all ranks)."""
     save = run.config.checkpoint.save
     if save is None or run.config.training.eval_only:
         return None, False
@@ -285,16 +281,16 @@ def _take_folder(
     return lock, first["was_killed"]
 
 
-def _with_one_checkpoint(run: Run, ranks: Ranks, store: Any) -> Run:
-    """The run, going on from the same checkpoint on all ranks.
+def _agree_on_checkpoint(run: Run, ranks: Ranks, store: Any) -> Run:
+    """Resolve the run again until all ranks choose the same checkpoint.
 
-    Some may have looked before the last run in the folder published its last one, some after; or
-    their machines' views of a network file system differ for a while.
+    They may differ at first if the last run in the folder was publishing its last checkpoint, or
+    while caches of a network file system differ between machines.
 
     Raises:
-        RunError: their views stay different.
+        RunError: ranks still find different checkpoints.
     """
-    for pause in LOOKS:
+    for pause in RETRY_PAUSES:
         if pause:
             time.sleep(pause)
             run = resolve_run(run.requested, ranks.world_size)
@@ -303,21 +299,19 @@ def _with_one_checkpoint(run: Run, ranks: Ranks, store: Any) -> Run:
         if len(set(seen)) == 1:
             return run
     views = ", ".join(f"rank {seen.index(folder)}: {folder}" for folder in sorted(set(seen)))
-    raise RunError(
-        f"ranks find different checkpoints to resume from ({views}); start the run again"
-    )
+    raise RunError(f"ranks find different checkpoints to resume from ({views}); restart the run")
 
 
-def _with_good_checkpoint(run: Run, ranks: Ranks, store: Any, beat: Callable[[], None]) -> Run:
-    """The run, going on from the newest checkpoint whose checksums are right."""
+def _verify_checkpoint(run: Run, ranks: Ranks, store: Any, beat: Callable[[], None]) -> Run:
+    """Return the run, resumed from the newest checkpoint whose checksums are correct."""
     damaged: dict[str, str] = {}
     while run.resume is not None:
-        own = _problems(run.resume, ranks, beat)
+        own = _verify_share(run.resume, ranks, beat)
         found = all_gather_from_store(store, ranks, f"verify {run.resume.folder}", own)
         problems = [problem for part in found for problem in part]
         if not problems:
             if ranks.is_first:
-                print(f"checksums of {run.resume.folder} are right", flush=True)
+                print(f"checksums of {run.resume.folder} are correct", flush=True)
             return run
         damaged[str(run.resume.folder)] = problems[0]
         if ranks.is_first:
@@ -326,8 +320,8 @@ def _with_good_checkpoint(run: Run, ranks: Ranks, store: Any, beat: Callable[[],
     return run
 
 
-def _problems(resume: Resume, ranks: Ranks, beat: Callable[[], None]) -> list[str]:
-    """What is wrong with this rank's share of the files."""
+def _verify_share(resume: Resume, ranks: Ranks, beat: Callable[[], None]) -> list[str]:
+    """Return the problems found in this rank's share of the files."""
     found = []
     for name in sorted(resume.manifest.files)[ranks.rank :: ranks.world_size]:
         alone = resume.manifest.model_copy(update={"files": {name: resume.manifest.files[name]}})

@@ -1,9 +1,9 @@
-"""Why a run stops before its end: a signal, a clock or a file. All ranks learn it together.
+"""Stop requests of a run (signals, time limit, stop file) and the agreement of ranks on them.
 
-A rank that is asked to stop cannot just stop: the others would wait for it in the next collective.
-So every iteration ends with a one-number agreement among all ranks, over gloo. The agreement of one
-iteration is collected in the next: nobody waits for it, and a request that reached any rank takes
-effect on all of them one iteration later.
+A rank that receives a request cannot stop alone: the others would wait for it in the next
+collective. Every iteration therefore ends with an all-reduce of one integer over gloo. Its result
+is read in the next iteration, so that no rank waits for it, and a request that reaches any rank
+takes effect on all ranks one iteration later.
 """
 
 from __future__ import annotations
@@ -21,18 +21,17 @@ from megatron_llmjp.errors import EXIT_DONE, EXIT_REQUEUE
 from megatron_llmjp.parallel.signals import StopRequests
 
 STOP_FILE = "stop"
-"""A file of this name in the save folder stops the run."""
+"""Name of the file in the save folder that stops the run."""
 
-SECONDS_BETWEEN_LOOKS = 2.0
-"""The stop file is on a shared file system: it is not looked for more often."""
+STOP_FILE_POLL_SECONDS = 2.0
+"""Shortest time between two checks for the stop file, which is on a shared file system."""
+
+WAIT_POLL_SECONDS = 0.2
+"""Time between two votes of :meth:`StopCoordinator.wait_until`."""
 
 
-SECONDS_BETWEEN_VOTES = 0.2
-"""While ranks wait for each other."""
-
-
-class Request(IntEnum):
-    """Why to stop; of two requests of one iteration the greater counts."""
+class StopReason(IntEnum):
+    """Reason to stop; of several requests in one iteration the greatest takes effect."""
 
     NONE = 0
     FILE = 1
@@ -41,106 +40,106 @@ class Request(IntEnum):
     SIGNAL = 4
 
     @property
-    def why(self) -> str:
-        """The reason in words."""
+    def description(self) -> str:
+        """The reason as shown in the log; empty for ``NONE``."""
         return {
-            Request.FILE: f"a file named '{STOP_FILE}' in the save folder asks for it",
-            Request.INTERVAL: "--exit-interval asks for it",
-            Request.DURATION: "--exit-duration-in-mins is over",
-            Request.SIGNAL: "a signal asks for it",
+            StopReason.FILE: f"file '{STOP_FILE}' found in the save folder",
+            StopReason.INTERVAL: "--exit-interval reached",
+            StopReason.DURATION: "--exit-duration-in-mins reached",
+            StopReason.SIGNAL: "signal received",
         }.get(self, "")
 
     @property
     def exit_code(self) -> int:
-        """A person who leaves a file wants no requeue; everything else does."""
-        return EXIT_DONE if self is Request.FILE else EXIT_REQUEUE
+        """Exit code of the run; only a stop file prevents a requeue."""
+        return EXIT_DONE if self is StopReason.FILE else EXIT_REQUEUE
 
 
-class Guard:
-    """Collects requests to stop on this rank and agrees on them with the others."""
+class StopCoordinator:
+    """Collect stop requests on this rank and agree on them with all other ranks."""
 
     def __init__(
         self, save: str | None, requests: StopRequests, is_first: bool, group: Any
     ) -> None:
-        """Agree in ``group``, of all ranks over gloo, on what reaches this one.
+        """Create a coordinator; it has no effect on signals before :meth:`defer_signals`.
 
         Args:
-            save: the save folder, which may hold the stop file; None for a run that saves nothing.
-            requests: that reach this process.
-            is_first: whether this rank looks at the clock and for the stop file.
-            group: of all ranks.
+            save: the save folder, where the stop file is looked for; None for a run without one.
+            requests: requests that this process receives.
+            is_first: whether this rank checks the time limit and the stop file.
+            group: gloo group of all ranks.
         """
         self._requests = requests
         self._file = Path(save) / STOP_FILE if save is not None else None
         self._is_first = is_first
-        self._looked = 0.0
+        self._last_file_check = 0.0
         self._group = group
         self._vote = torch.zeros(1, dtype=torch.int32)
         self._pending: Any = None
-        self._agreed = Request.NONE
+        self._agreed = StopReason.NONE
 
-    def watch(self) -> None:
-        """Take requests from now on; they no longer end the process at once.
+    def defer_signals(self) -> None:
+        """Record signals from now on, so that the run saves before it ends.
 
-        A run that saves nothing has nothing to do before it ends: signals end it as they come.
+        In a run without a save folder signals keep ending the process immediately.
         """
         if self._file is not None:
-            self._requests.remember()
+            self._requests.defer()
 
-    def rest(self) -> None:
-        """Have requests end the process at once: nothing is trained that is not saved."""
-        self._requests.end_at_once()
+    def end_on_signal(self) -> None:
+        """Let signals end the process immediately: there is nothing new to save."""
+        self._requests.exit_immediately()
 
     def close(self) -> None:
-        """Collect the last agreement."""
+        """Wait for the pending all-reduce."""
         if self._pending is not None:
             self._pending.wait()
             self._pending = None
 
-    def agreed(self) -> Request:
-        """What all ranks agreed on so far; every rank must call it as often as the others."""
-        if self._agreed is Request.NONE:
+    def agreed(self) -> StopReason:
+        """Return the reason that all ranks agreed on; all ranks must call it equally often."""
+        if self._agreed is StopReason.NONE:
             if self._pending is not None:
                 self._pending.wait()
-            self._agreed = Request(int(self._vote.item()))
-            self._vote.fill_(self._own())
+            self._agreed = StopReason(int(self._vote.item()))
+            self._vote.fill_(self._local_reason())
             op = dist.ReduceOp.MAX
             self._pending = dist.all_reduce(self._vote, op, self._group, async_op=True)
         return self._agreed
 
     def wait_until(self, ready: Callable[[], bool]) -> bool:
-        """Wait until something is ready on every rank, unless they agree to stop; all call it.
+        """Wait until ``ready`` is true on all ranks or they agree to stop; all ranks call it.
 
-        They meet several times a second: no collective waits as long as the slowest rank takes.
+        Ranks vote several times a second, so that no collective has to wait for the slowest rank.
 
         Returns:
-            Whether it is ready; else :meth:`agreed` returns why to stop.
+            Whether all ranks are ready; if not, :meth:`agreed` returns the reason to stop.
         """
         while True:
-            votes = torch.tensor([int(not ready()), int(self._own())], dtype=torch.int32)
+            votes = torch.tensor([int(not ready()), int(self._local_reason())], dtype=torch.int32)
             dist.all_reduce(votes, dist.ReduceOp.MAX, self._group)
-            missing, request = votes.tolist()
-            if missing and request:
-                self._agreed = Request(request)
-            if request or not missing:
-                return not missing
-            time.sleep(SECONDS_BETWEEN_VOTES)
+            not_ready, reason = votes.tolist()
+            if not_ready and reason:
+                self._agreed = StopReason(reason)
+            if reason or not not_ready:
+                return not not_ready
+            time.sleep(WAIT_POLL_SECONDS)
 
-    def answered(self, request: Request) -> None:
-        """Remove the stop file, so that the next run is not stopped by it too."""
-        if request is Request.FILE and self._is_first and self._file is not None:
+    def acknowledge(self, reason: StopReason) -> None:
+        """Remove the stop file if it was the reason, so that it does not stop the next run."""
+        if reason is StopReason.FILE and self._is_first and self._file is not None:
             self._file.unlink(missing_ok=True)
 
-    def _own(self) -> Request:
+    def _local_reason(self) -> StopReason:
         if self._requests.signal is not None:
-            return Request.SIGNAL
+            return StopReason.SIGNAL
         if not self._is_first:
-            return Request.NONE
-        if self._requests.time_is_over:
-            return Request.DURATION
+            return StopReason.NONE
+        if self._requests.time_limit_reached:
+            return StopReason.DURATION
         now = time.monotonic()
-        if self._file is not None and now - self._looked >= SECONDS_BETWEEN_LOOKS:
-            self._looked = now
+        if self._file is not None and now - self._last_file_check >= STOP_FILE_POLL_SECONDS:
+            self._last_file_check = now
             if self._file.exists():
-                return Request.FILE
-        return Request.NONE
+                return StopReason.FILE
+        return StopReason.NONE

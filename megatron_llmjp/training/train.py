@@ -1,4 +1,4 @@
-"""A run on this rank, from opening its folder to its exit code."""
+"""Training and validation of a run on one rank, from the save folder's lock to the exit code."""
 
 from __future__ import annotations
 
@@ -18,137 +18,139 @@ from megatron_llmjp.parallel.ranks import Ranks
 from megatron_llmjp.parallel.signals import StopRequests
 from megatron_llmjp.run import Run, resolve_run
 from megatron_llmjp.training import run_setup
-from megatron_llmjp.training.evaluation import describe, evaluate
-from megatron_llmjp.training.gradient_monitor import Judge, Rollback
-from megatron_llmjp.training.lr_scheduler import LearningRates
-from megatron_llmjp.training.run_setup import Opened, opened, say
-from megatron_llmjp.training.stop_signals import Guard
-from megatron_llmjp.training.trainer import NORMS, Trainer
-from megatron_llmjp.training.watchdog import Watch, Watchdog, watched
+from megatron_llmjp.training.evaluation import evaluate, validation_line
+from megatron_llmjp.training.gradient_monitor import GradientMonitor, Rollback
+from megatron_llmjp.training.lr_scheduler import LearningRateSchedule
+from megatron_llmjp.training.run_setup import LockedRun, locked_run, print_rank_0
+from megatron_llmjp.training.stop_signals import StopCoordinator
+from megatron_llmjp.training.trainer import GRADIENT_NORMS_STATE, Trainer
+from megatron_llmjp.training.watchdog import RunControl, Watchdog, hang_detection
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a run is trained, as this rank sees it."""
+class _RankContext:
+    """Objects of this rank that outlive a rollback."""
 
     ranks: Ranks
     device: Device
     store: Any
-    """Shared by all ranks."""
+    """Key-value store shared by all ranks."""
     watchdog: Watchdog
 
 
 def train(run: Run, ranks: Ranks, device: Device, requests: StopRequests | None = None) -> int:
-    """Build a run on this rank and train it, or only validate it.
+    """Train a run on this rank, or validate it with ``eval_only``.
 
     Args:
-        run: what is trained.
-        ranks: this process's place.
-        device: what this rank computes on.
-        requests: to stop; none are taken without.
+        run: the resolved run.
+        ranks: rank and world size of this process.
+        device: the device of this rank.
+        requests: stop requests that this process receives; None to ignore signals.
 
     Returns:
         The exit code.
     """
     use_deterministic_kernels(run.config.training.deterministic_mode)
     store = process_groups.rendezvous(ranks)
-    with watched(run.config, ranks, store) as watchdog:
-        place = _Place(ranks, device, store, watchdog)
+    with hang_detection(run.config, ranks, store) as watchdog:
+        context = _RankContext(ranks, device, store, watchdog)
         if run.config.training.eval_only:
-            return _validate_only(run, place)
+            return _validate_only(run, context)
         watchdog.begin(0, "opening the save folder and its checkpoint", counts_work=True)
-        with opened(run, ranks, store, watchdog.beat) as beginning:
-            data = _open_data(beginning.run, place)
-            work = _join(beginning.run, place)
-            guard = Guard(
+        with locked_run(run, ranks, store, watchdog.beat) as locked:
+            data = _open_datasets(locked.run, context)
+            work = _start_process_groups(locked.run, context)
+            stop = StopCoordinator(
                 run.config.checkpoint.save, requests or StopRequests(), ranks.is_first, work.group
             )
-            watch = Watch(guard, watchdog, work)
-            outcome = _train(beginning, data, watch, place)
+            control = RunControl(stop, watchdog, work)
+            outcome = _train(locked, data, control, context)
             while isinstance(outcome, Rollback):
-                guard.rest()
-                beginning = _back(beginning, outcome, place)
-                data = _open_data(beginning.run, place)
+                stop.end_on_signal()
+                locked = _prepare_rollback(locked, outcome, context)
+                data = _open_datasets(locked.run, context)
                 work.barrier()
-                outcome = _train(beginning, data, watch, place)
-            guard.close()
+                outcome = _train(locked, data, control, context)
+            stop.close()
             process_groups.destroy()
             return outcome
 
 
-def _open_data(run: Run, place: _Place) -> run_setup.RunData:
-    """The datasets, with the indices that are needed first."""
-    place.watchdog.begin(run_setup.progress(run)[0], "building sample indices", counts_work=True)
-    return run_setup.open_data(run, place.ranks, place.watchdog.beat)
+def _open_datasets(run: Run, context: _RankContext) -> run_setup.RunDatasets:
+    """Open the datasets and build the sample indices that are needed first."""
+    context.watchdog.begin(
+        run_setup.initial_progress(run)[0], "building sample indices", counts_work=True
+    )
+    return run_setup.open_datasets(run, context.ranks, context.watchdog.beat)
 
 
-def _join(run: Run, place: _Place) -> RankSync:
-    """Build the process groups, once all ranks are ready: making indices may take one longer."""
-    place.watchdog.begin(run_setup.progress(run)[0], "joining the process groups", counts_work=True)
-    process_groups.all_gather_from_store(place.store, place.ranks, "ready", None)
-    process_groups.initialize(run.config, place.ranks, place.device, place.store)
-    return RankSync(place.watchdog.beat, new_group_without_timeout())
+def _start_process_groups(run: Run, context: _RankContext) -> RankSync:
+    """Initialize the process groups once all ranks have finished their setup so far."""
+    context.watchdog.begin(
+        run_setup.initial_progress(run)[0], "joining the process groups", counts_work=True
+    )
+    process_groups.all_gather_from_store(context.store, context.ranks, "ready", None)
+    process_groups.initialize(run.config, context.ranks, context.device, context.store)
+    return RankSync(context.watchdog.beat, new_group_without_timeout())
 
 
 def _train(
-    beginning: Opened, data: run_setup.RunData, watch: Watch, place: _Place
+    locked: LockedRun, data: run_setup.RunDatasets, control: RunControl, context: _RankContext
 ) -> int | Rollback:
-    """Train from the newest checkpoint, or from the start."""
-    run, at = beginning.run, run_setup.progress(beginning.run)
-    watch.watchdog.begin(at[0], "building or loading the model", counts_work=True)
+    """Train from the checkpoint to resume, or from the start."""
+    run, start = locked.run, run_setup.initial_progress(locked.run)
+    control.watchdog.begin(start[0], "building or loading the model", counts_work=True)
     sizes = BatchSizeSchedule(run.config)
-    rates = LearningRates(run.config, run.schedule, sizes, run.train_iters)
-    model = run_setup.build(run, place.device, rates, watch.work)
-    run_setup.introduce(run, model.chunks, place.ranks, place.device)
-    saver = run_setup.make_saver(run, sizes, beginning.may_publish, watch.work)
-    judge = Judge(run.config.faults, model.counters.get(NORMS, ()))
-    watch.guard.watch()
-    trainer = Trainer(run, place.device, sizes, model, data, saver, watch, judge, *at)
+    rates = LearningRateSchedule(run.config, run.schedule, sizes, run.train_iters)
+    model = run_setup.setup_model_and_optimizer(run, context.device, rates, control.work)
+    run_setup.print_run_summary(run, model.chunks, context.ranks, context.device)
+    saver = run_setup.build_saver(run, sizes, locked.check_lock, control.work)
+    monitor = GradientMonitor(run.config.faults, model.counters.get(GRADIENT_NORMS_STATE, ()))
+    control.stop.defer_signals()
+    trainer = Trainer(run, context.device, sizes, model, data, saver, control, monitor, *start)
     outcome = trainer.train()
-    watch.watchdog.begin(trainer.iteration, "the end of the run")
+    control.watchdog.begin(trainer.iteration, "the end of the run")
     data.indices.close()
     return outcome
 
 
-def _back(beginning: Opened, rollback: Rollback, place: _Place) -> Opened:
-    """The run as of its last checkpoint, without the batches that led to a spike."""
-    gc.collect()  # the model that is given up must not lie beside the new one
+def _prepare_rollback(locked: LockedRun, rollback: Rollback, context: _RankContext) -> LockedRun:
+    """Return the run as of its last checkpoint, with the batches of the spike skipped."""
+    gc.collect()  # free the old model before the new one is built
     torch.cuda.empty_cache()
-    left_out = {**beginning.run.past.skipped_iterations, rollback.words: rollback.positions}
-    run = resolve_run(beginning.run.requested, place.ranks.world_size, left_out=left_out)
+    skipped = {**locked.run.history.skipped_iterations, rollback.key: rollback.positions}
+    run = resolve_run(locked.run.requested, context.ranks.world_size, skipped_ranges=skipped)
     chosen = str(run.resume.folder) if run.resume is not None else ""
-    subject = f"rollback {rollback.iteration} {rollback.words}"
-    if (
-        len(set(process_groups.all_gather_from_store(place.store, place.ranks, subject, chosen)))
-        > 1
-    ):
-        raise RunError("ranks see different checkpoints to go back to; start the run again")
-    return replace(beginning, run=run)
+    subject = f"rollback {rollback.iteration} {rollback.key}"
+    folders = process_groups.all_gather_from_store(context.store, context.ranks, subject, chosen)
+    if len(set(folders)) > 1:
+        raise RunError("ranks find different checkpoints to roll back to; restart the run")
+    return replace(locked, run=run)
 
 
-def _validate_only(run: Run, place: _Place) -> int:
-    """Print the losses of a checkpoint on the validation sets; nothing is written.
+def _validate_only(run: Run, context: _RankContext) -> int:
+    """Print the losses of a checkpoint on the validation sets; write nothing.
 
     Raises:
         RunError: a loss is NaN or Inf.
     """
     assert run.resume is not None
-    beat = place.watchdog.beat
-    place.watchdog.begin(0, "building sample indices", counts_work=True)
-    validation = run_setup.open_validation(run, place.ranks, beat)
-    work = _join(run, place)
+    beat = context.watchdog.beat
+    context.watchdog.begin(0, "building sample indices", counts_work=True)
+    validation = run_setup.open_validation_sets(run, context.ranks, beat)
+    work = _start_process_groups(run, context)
     iteration = run.resume.manifest.iteration
-    place.watchdog.begin(iteration, "loading the model", counts_work=True)
-    chunks = run_setup.load_weights(run, place.device, work)
-    run_setup.introduce(run, chunks, place.ranks, place.device)
-    place.watchdog.begin(iteration, "a validation")
-    losses = evaluate(chunks, validation, run.config, place.device, beat=beat)
-    say(describe(losses, iteration))
+    context.watchdog.begin(iteration, "loading the model", counts_work=True)
+    chunks = run_setup.load_weights(run, context.device, work)
+    run_setup.print_run_summary(run, chunks, context.ranks, context.device)
+    context.watchdog.begin(iteration, "a validation")
+    losses = evaluate(chunks, validation, run.config, context.device, beat=beat)
+    print_rank_0(validation_line(losses, iteration))
     wrong = [name for name, loss in losses.items() if not math.isfinite(loss)]
     if wrong:
         raise RunError(
-            f"the loss on validation set '{wrong[0]}' is {losses[wrong[0]]}: the model of "
-            f"{run.resume.folder} holds NaN or Inf, or overflows in this precision"
+            f"the loss on validation set '{wrong[0]}' is {losses[wrong[0]]}: the model in "
+            f"{run.resume.folder} contains NaN or Inf, or overflows in this precision"
         )
     process_groups.destroy()
     return EXIT_DONE

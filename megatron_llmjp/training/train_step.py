@@ -1,7 +1,6 @@
-"""One optimizer step: forward and backward over all micro-batches, reduce, clip, update.
+"""The optimizer step: forward and backward over all micro-batches, reduce, clip, update.
 
-What the log needs stays on the device: the host waits once per step, where megatron-core's
-optimizer reads the gradient norm to clip by it.
+Losses stay on the device: the host synchronizes once per step, where the gradient norm is read.
 """
 
 from __future__ import annotations
@@ -27,35 +26,35 @@ from megatron_llmjp.filesystem import no_heartbeat
 
 BatchIterator = Iterator[Batch]
 
-LM_LOSS, Z_LOSS, DATASETS = 0, 1, 2
-"""Rows of the sums that a step gives: a sum of token losses, and the number of its tokens.
+LM_LOSS_ROW, Z_LOSS_ROW, FIRST_DATASET_ROW = 0, 1, 2
+"""Rows of the loss sums of a step; each row has a sum over tokens and the number of tokens.
 
-Row 0 is the cross entropy, row 1 the z-loss, row 2 + i the cross entropy of dataset number i.
+Row 0 is the cross entropy, row 1 the z-loss, row 2 + i the cross entropy on dataset i.
 """
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step gave."""
+    """Result of one optimizer step on this rank."""
 
     sums: Tensor
-    """``[2 + datasets, 2]`` of this rank; zeros off the last stage."""
+    """Loss sums ``[2 + datasets, 2]`` of this rank; zeros except on the last pipeline stage."""
     grad_norm: float
-    """Before clipping; NaN when fp16 overflowed."""
+    """Gradient norm before clipping; NaN if fp16 overflowed."""
     updated: bool
-    """False when fp16 overflowed, or the gradient norm was judged bad."""
+    """Whether the update was applied; not after an fp16 overflow or a rejected gradient norm."""
 
 
-def connect(chunks: list[Any], optimizer: Any, config: Config) -> None:
-    """Tell megatron-core's schedules how gradients are reduced and losses scaled."""
+def configure_schedules(chunks: list[Any], optimizer: Any, config: Config) -> None:
+    """Set the gradient reduction and loss scaling functions that megatron-core's schedules call."""
     core = get_model_config(chunks[0])
     core.finalize_model_grads_func = finalize_model_grads
     core.grad_scale_func = optimizer.scale_loss
     if config.parallel.overlap_grad_reduce:
-        core.no_sync_func = _one_or_all([chunk.no_sync for chunk in chunks])
-        core.grad_sync_func = _one_or_all([chunk.start_grad_sync for chunk in chunks])
+        core.no_sync_func = _single_or_list([chunk.no_sync for chunk in chunks])
+        core.grad_sync_func = _single_or_list([chunk.start_grad_sync for chunk in chunks])
     if config.parallel.overlap_param_gather:
-        core.param_sync_func = _one_or_all([chunk.start_param_sync for chunk in chunks])
+        core.param_sync_func = _single_or_list([chunk.start_param_sync for chunk in chunks])
 
 
 def train_step(
@@ -66,38 +65,38 @@ def train_step(
     config: Config,
     batch_size: int,
     datasets: int = 0,
-    may_take: Callable[[float], bool] = lambda grad_norm: True,
+    should_apply: Callable[[float], bool] = lambda grad_norm: True,
     beat: Callable[[], None] = no_heartbeat,
 ) -> StepResult:
-    """Take one optimizer step over a global batch.
+    """Run one optimizer step over a global batch.
 
     Args:
         chunks: model chunks of this rank.
-        optimizer: megatron-core's.
-        scheduler: steps by samples.
-        data: micro-batches for each chunk.
-        config: the run.
-        batch_size: samples of this global batch.
-        datasets: number of datasets that losses are told apart by.
-        may_take: judges the gradient norm; without its consent nothing is updated.
-        beat: called after the forward pass of each micro-batch.
+        optimizer: megatron-core's optimizer.
+        scheduler: parameter scheduler, stepped by the number of samples.
+        data: micro-batch iterator of each chunk.
+        config: the run's configuration.
+        batch_size: number of samples in this global batch.
+        datasets: number of datasets to report losses for.
+        should_apply: called with the gradient norm; the update is skipped if it returns false.
+        beat: heartbeat, called after the forward pass of each micro-batch.
     """
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     sums = run_micro_batches(chunks, data, config, batch_size, datasets=datasets, beat=beat)
-    updated, grad_norm = _update(optimizer, may_take)
+    updated, grad_norm = _clip_and_update(optimizer, should_apply)
     if updated:
         scheduler.step(increment=batch_size)
     return StepResult(sums, grad_norm, updated)
 
 
-def _update(optimizer: Any, may_take: Callable[[float], bool]) -> tuple[bool, float]:
-    """megatron-core's ``step`` in its parts: it would take an update whatever its norm is."""
-    if optimizer.prepare_grads():  # fp16 overflowed, and the loss scale is lowered
+def _clip_and_update(optimizer: Any, should_apply: Callable[[float], bool]) -> tuple[bool, float]:
+    """Do what megatron-core's ``step`` does, with ``should_apply`` between norm and update."""
+    if optimizer.prepare_grads():  # fp16 overflowed; the loss scale is lowered
         return False, math.nan
     grad_norm = float(optimizer.get_grad_norm())
-    if not may_take(grad_norm):
+    if not should_apply(grad_norm):
         return False, grad_norm
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if part.config.clip_grad > 0.0 and (parameters := part.get_parameters()):
@@ -117,7 +116,7 @@ def run_micro_batches(
     """Run a global batch through the pipeline, with a heartbeat for each micro-batch.
 
     Returns:
-        ``[2 + datasets, 2]``, the sums of this rank; zeros off the last pipeline stage.
+        The loss sums of this rank, ``[2 + datasets, 2]``; zeros except on the last pipeline stage.
     """
     replicas = parallel_state.get_data_parallel_world_size()
     results = get_forward_backward_func()(
@@ -130,13 +129,13 @@ def run_micro_batches(
         decoder_seq_length=config.data.seq_length,
         forward_only=forward_only,
     )
-    return torch.stack(results).sum(dim=0) if results else sums_of_none(datasets)
+    return torch.stack(results).sum(dim=0) if results else zero_sums(datasets)
 
 
 def forward_step(
     datasets: int, beat: Callable[[], None], data: BatchIterator, model: Any
 ) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """Run one micro-batch through one model chunk, as megatron-core's schedules call it."""
+    """Run one micro-batch through one model chunk; called by megatron-core's schedules."""
     batch = next(data)
     output = model(
         batch["tokens"],
@@ -150,42 +149,42 @@ def forward_step(
 
 
 def masked_loss(batch: Batch, datasets: int, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of the losses of the tokens that count.
+    """Sum the losses over the tokens of the loss mask.
 
-    The schedule divides by the number of tokens and of micro-batches: each micro-batch weighs the
-    same, as in Megatron-LM without per-token loss.
+    The schedule divides by the numbers of tokens and of micro-batches: each micro-batch has the
+    same weight, as in Megatron-LM without per-token loss.
 
     Args:
-        batch: with ``loss_mask`` ``[b, s]``, 1 where a token counts, and ``dataset_id`` ``[b]``.
+        batch: has ``loss_mask`` ``[b, s]``, 1 for tokens in the loss, and ``dataset_id`` ``[b]``.
         datasets: number of datasets.
-        losses: ``[b, s]``, cross entropy in nats; or ``[2, b, s]`` with the z-loss.
+        losses: cross entropy in nats, ``[b, s]``; with the z-loss ``[2, b, s]``.
 
     Returns:
-        The sum that is trained on; the number of tokens; ``[2 + datasets, 2]`` for the log.
+        The loss sum to minimize; the number of tokens; the loss sums ``[2 + datasets, 2]``.
     """
     mask = batch["loss_mask"]
     counted = losses.float().view(-1, *mask.shape) * mask
     total = counted.sum()
     tokens = mask.sum()
     with torch.no_grad():
-        sums = sums_of_none(datasets)
+        sums = zero_sums(datasets)
         sums[: len(counted), 0] = counted.sum(dim=(1, 2))
-        sums[:DATASETS, 1] = tokens
+        sums[:FIRST_DATASET_ROW, 1] = tokens
         if datasets:
             per_sample = torch.stack([counted[0].sum(dim=1), mask.sum(dim=1)], dim=1)
-            sums[DATASETS:].index_add_(0, batch["dataset_id"], per_sample)
+            sums[FIRST_DATASET_ROW:].index_add_(0, batch["dataset_id"], per_sample)
     return total, tokens.int(), sums
 
 
-def sums_of_none(datasets: int = 0) -> Tensor:
-    """The sums before anything was summed: ``[2 + datasets, 2]`` zeros on this device."""
-    return torch.zeros(DATASETS + datasets, 2, device=torch.cuda.current_device())
+def zero_sums(datasets: int = 0) -> Tensor:
+    """Return ``[2 + datasets, 2]`` zeros on the current device."""
+    return torch.zeros(FIRST_DATASET_ROW + datasets, 2, device=torch.cuda.current_device())
 
 
 def means_over_ranks(sums: Tensor) -> list[float]:
-    """The mean of each row over the tokens of all ranks, NaN for a row without tokens.
+    """Return the mean of each row over the tokens of all ranks; NaN for a row without tokens.
 
-    The host waits here. Tensor-parallel ranks of the last stage hold equal sums, which cancel in
+    Synchronizes the host. Tensor-parallel ranks of the last stage hold equal sums, which cancel in
     the quotient.
     """
     total = sums.double()
@@ -195,11 +194,11 @@ def means_over_ranks(sums: Tensor) -> list[float]:
 
 
 def is_finite_on_all_ranks(sums: Tensor) -> bool:
-    """Whether the losses that a step summed are numbers, on every rank; the host waits here."""
-    total = sums[:DATASETS, 0].double().sum()
+    """Return whether the losses of a step are finite on all ranks. Synchronizes the host."""
+    total = sums[:FIRST_DATASET_ROW, 0].double().sum()
     dist.all_reduce(total)
     return math.isfinite(float(total))
 
 
-def _one_or_all(functions: list[Any]) -> Any:
+def _single_or_list(functions: list[Any]) -> Any:
     return functions if len(functions) > 1 else functions[0]

@@ -1,18 +1,14 @@
-"""Hang detection: heartbeats of a rank, and a thread that ends a run without progress.
+"""Hang detection: a watchdog thread on every rank that ends a run without progress.
 
-A thread on every rank that ends a hanging run and says which rank is to blame.
+When one rank stops, all others wait for it in a collective, and no log identifies the cause. With
+the watchdog every rank gives heartbeats, and the run is considered hung if no rank gave one for too
+long. Each rank then writes the stacks of its threads to a file and its state to the rendezvous
+store; the first rank that responds compares the states and reports the ranks that differ.
 
-When one rank stops, all others wait for it in some collective, and no log identifies the cause.
-Here every rank gives heartbeats, and the run hangs when no rank gave one for too long. Then each
-rank writes the stacks of its threads to a file and where it stands to the rendezvous store; the
-first rank that answers compares all ranks and names those that are not where the others are.
-
-What must not end a healthy run: long phases, in which heartbeats come from every batch and every
-piece of a file (``parallel/process_groups.py``); a rank that waits for another one which
-makes progress; a machine that was suspended, whose time away is not counted. And after
-the limit the watchdog looks again before it acts.
-
-What watches a run: whether it is asked to stop, and whether it hangs.
+Healthy runs are not ended by: long phases, which give a heartbeat for every batch and every part of
+a file (``parallel/process_groups.py``); waiting for another rank that makes progress; a suspended
+machine, since that time is not counted. After the limit the watchdog checks once more before it
+acts.
 """
 
 from __future__ import annotations
@@ -36,126 +32,131 @@ from megatron_llmjp.config.schema import Config
 from megatron_llmjp.errors import EXIT_FAILURE
 from megatron_llmjp.parallel.process_groups import RankSync
 from megatron_llmjp.parallel.ranks import Ranks
-from megatron_llmjp.training.hang_report import Place, Progress, blame, blame_first_rank, place_of
-from megatron_llmjp.training.stop_signals import Guard
+from megatron_llmjp.training.hang_report import (
+    HeartbeatExchange,
+    RankState,
+    describe_ranks,
+    describe_silent_first_rank,
+    rank_state,
+)
+from megatron_llmjp.training.stop_signals import StopCoordinator
 
 GRACE_SECONDS = 10.0
-"""Ranks notice a hang at slightly different times: this long the others are waited for."""
+"""Time to wait for the states of other ranks, which notice a hang at slightly different times."""
 
-PERIODS = 10
-"""How often the watchdog looks within its limit."""
-LONGEST_PERIOD = 5.0
-"""Seconds."""
+CHECKS_PER_LIMIT = 10
+"""Number of checks within the limit."""
+MAX_PERIOD = 5.0
+"""Longest time between two checks, in seconds."""
 
 
-class Patience:
-    """Whether a run was quiet for too long, asked every ``period`` seconds."""
+class HangTimer:
+    """Measure the time without progress; :meth:`expired` is called every ``period`` seconds."""
 
     def __init__(self, limit: float) -> None:
         self.limit = limit
         """Seconds."""
-        self.period = min(LONGEST_PERIOD, limit / PERIODS)
-        self._quiet, self._last = 0.0, math.inf
-        self._suspects = False
+        self.period = min(MAX_PERIOD, limit / CHECKS_PER_LIMIT)
+        self._idle, self._last = 0.0, math.inf
+        self._was_exceeded = False
 
-    def is_over(self, now: float, news: bool) -> bool:
-        """Whether to act.
+    def expired(self, now: float, progressed: bool) -> bool:
+        """Return whether the limit was exceeded at this check and the previous one.
 
         Args:
-            now: seconds of any clock.
-            news: whether there was progress since this was asked last.
+            now: current time of any clock, in seconds.
+            progressed: whether there was progress since the last check.
         """
-        # No more than two periods are counted: a process that was stopped, or a machine that was
-        # suspended, comes back to find the limit long exceeded.
-        self._quiet += max(0.0, min(now - self._last, 2 * self.period))
+        # At most two periods are counted per check: after a stopped process or a suspended machine
+        # continues, the clock may be far beyond the limit.
+        self._idle += max(0.0, min(now - self._last, 2 * self.period))
         self._last = now
-        if news:
-            self._quiet, self._suspects = 0.0, False
-        if self._quiet <= self.limit:
+        if progressed:
+            self._idle, self._was_exceeded = 0.0, False
+        if self._idle <= self.limit:
             return False
-        # Look again before acting.
-        self._suspects, suspected = True, self._suspects
-        return suspected
+        self._was_exceeded, confirmed = True, self._was_exceeded
+        return confirmed
 
 
 class Watchdog:
-    """Watches the main thread of this rank."""
+    """Thread that detects hangs of the main threads of all ranks."""
 
     def __init__(
         self, store: Any, rank: int, world_size: int, minutes: float, logs: Path | None
     ) -> None:
-        """Watch with connections of its own to ``store``.
+        """Create a watchdog with its own connections to ``store``.
 
         Args:
-            store: shared by all ranks.
-            rank: of this process.
+            store: key-value store shared by all ranks.
+            rank: rank of this process.
             world_size: number of ranks.
-            minutes: without progress of any rank that end the run; 0 for never.
-            logs: where stacks go.
+            minutes: time without progress of any rank after which the run ends; 0 to disable.
+            logs: folder for the stacks; None to write none.
         """
-        self._store = _connection(store)
+        self._store = _own_connection(store)
         self._rank, self._world_size, self._logs = rank, world_size, logs
-        self._patience = Patience(60 * minutes)
+        self._timer = HangTimer(60 * minutes)
         self._main = threading.get_ident()
-        self._mark = (0, "start")
-        self._progress = Progress(_connection(store), self._patience.period)
+        self._phase = (0, "start")
+        self._heartbeats = HeartbeatExchange(_own_connection(store), self._timer.period)
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def start(self) -> None:
-        """Begin to watch, unless the limit is 0."""
-        if self._patience.limit > 0:
-            self._progress.start()
+        """Start the thread, unless the limit is 0."""
+        if self._timer.limit > 0:
+            self._heartbeats.start()
             self._thread.start()
 
     def begin(self, iteration: int, phase: str, counts_work: bool = False) -> None:
-        """Note what the main thread does next, which is progress.
+        """Record the phase that the main thread begins; this counts as progress.
 
         Args:
-            iteration: where the run is.
-            phase: what is begun, in words.
-            counts_work: whether processor time spent in it counts as progress, as long as the main
-                thread waits for no other rank: for calls into libraries that take long and give no
-                heartbeat. A loop without an end is not found in such a phase.
+            iteration: current iteration.
+            phase: description of the phase.
+            counts_work: whether CPU time counts as progress while the main thread does not wait for
+                another rank; for long library calls that give no heartbeat. Endless loops are not
+                detected in such a phase.
         """
-        self._mark = (iteration, phase)
-        self._progress.counts_work = counts_work
-        self._progress.beat()
+        self._phase = (iteration, phase)
+        self._heartbeats.counts_work = counts_work
+        self._heartbeats.beat()
 
     def beat(self) -> None:
-        """A heartbeat: some piece of the phase is done. Called from any thread; costs nothing."""
-        self._progress.beat()
+        """Give a heartbeat: a part of the phase is done. Cheap, and callable from any thread."""
+        self._heartbeats.beat()
 
     def close(self) -> None:
-        """End the watch."""
+        """Stop the thread."""
         self._stopped.set()
         if self._thread.is_alive():
             self._thread.join()
-        self._progress.close()
+        self._heartbeats.close()
 
-    def _watch(self) -> None:
-        while not self._stopped.wait(self._patience.period):
-            if self._patience.is_over(time.monotonic(), self._progress.take_news()):
+    def _run(self) -> None:
+        while not self._stopped.wait(self._timer.period):
+            if self._timer.expired(time.monotonic(), self._heartbeats.take_progress()):
                 self._report()
                 os._exit(EXIT_FAILURE)
 
     def _report(self) -> None:
-        """Leave the stacks in a file, and tell what can be found out about all ranks."""
-        place = place_of(self._main, self._rank, *self._mark)
+        """Write the stacks to a file, and report the states of all ranks."""
+        state = rank_state(self._main, self._rank, *self._phase)
         self._write_stacks()
-        places = self._ask_all(place)
-        if places is None:
-            self._tell(blame_first_rank(place))
-        elif places[0].rank == self._rank:
-            self._tell(blame(places, self._world_size))
-        # The first rank holds the store: the others read it until now.
+        states = self._gather_states(state)
+        if states is None:
+            self._print_report(describe_silent_first_rank(state))
+        elif states[0].rank == self._rank:
+            self._print_report(describe_ranks(states, self._world_size))
+        # The first rank serves the store, which the others may still be reading.
         time.sleep(GRACE_SECONDS / 4 if self._rank else GRACE_SECONDS / 2)
 
-    def _tell(self, ranks: list[str]) -> None:
-        minutes = f"{self._patience.limit / 60:g} minutes"
-        lines = [f"error: no progress for {minutes} at iteration {self._mark[0]}", *ranks]
+    def _print_report(self, ranks: list[str]) -> None:
+        minutes = f"{self._timer.limit / 60:g} minutes"
+        lines = [f"error: no progress for {minutes} at iteration {self._phase[0]}", *ranks]
         if self._logs is not None:
-            lines.append(f"stacks of all ranks that answer: {self._logs}")
+            lines.append(f"stacks of all responding ranks: {self._logs}")
         text = "\n".join(lines)
         print(text, file=sys.stderr, flush=True)
         self._log(lambda logs: (logs / "report.txt").write_text(f"{text}\n"))
@@ -169,85 +170,88 @@ class Watchdog:
         self._log(dump)
 
     def _log(self, write: Callable[[Path], object]) -> None:
-        """Write a file, without waiting for ever for a file system that may be what hangs."""
+        """Write a file with a timeout: the file system may be the cause of the hang."""
         logs = self._logs
         if logs is not None:
-            _bounded(lambda: write(logs), GRACE_SECONDS)
+            _run_with_timeout(lambda: write(logs), GRACE_SECONDS)
 
-    def _ask_all(self, own: Place) -> list[Place] | None:
-        """Places of the ranks that answer, by rank; None when the store does not."""
-        places: list[Place] = []
-        # Each rank learns of progress a period late at most, and looks again a period later.
-        patience = GRACE_SECONDS + 2 * self._patience.period
+    def _gather_states(self, own: RankState) -> list[RankState] | None:
+        """Return the states of responding ranks, by rank; None if the store does not respond."""
+        states: list[RankState] = []
+        # A rank sees progress up to one period late, and checks again one period later.
+        timeout = GRACE_SECONDS + 2 * self._timer.period
 
-        def ask() -> None:
+        def exchange() -> None:
             self._store.set(f"hang/{self._rank}", json.dumps(asdict(own)))
-            end = time.monotonic() + patience
-            while len(self._gather()) < self._world_size and time.monotonic() < end:
+            end = time.monotonic() + timeout
+            while len(self._read_states()) < self._world_size and time.monotonic() < end:
                 time.sleep(GRACE_SECONDS / 10)
-            places.extend(self._gather())
+            states.extend(self._read_states())
 
-        # A store whose process is stopped never answers.
-        _bounded(ask, patience + GRACE_SECONDS)
-        return places or None
+        # The store does not respond if the process that serves it is stopped.
+        _run_with_timeout(exchange, timeout + GRACE_SECONDS)
+        return states or None
 
-    def _gather(self) -> list[Place]:
+    def _read_states(self) -> list[RankState]:
         keys = {rank: f"hang/{rank}" for rank in range(self._world_size)}
-        answered = [rank for rank, key in keys.items() if self._store.check([key])]
-        return [Place(**json.loads(self._store.get(keys[rank]))) for rank in answered]
+        responding = [rank for rank, key in keys.items() if self._store.check([key])]
+        return [RankState(**json.loads(self._store.get(keys[rank]))) for rank in responding]
 
 
-def _bounded(action: Callable[[], object], seconds: float) -> None:
-    """Act for so long at most; what the action raises is ignored."""
+def _run_with_timeout(action: Callable[[], object], seconds: float) -> None:
+    """Run an action for at most ``seconds``, ignoring its exceptions."""
 
-    def act() -> None:
+    def run() -> None:
         with contextlib.suppress(Exception):
             action()
 
-    thread = threading.Thread(target=act, name="hang report", daemon=True)
+    thread = threading.Thread(target=run, name="hang report", daemon=True)
     thread.start()
     thread.join(seconds)
 
 
-def _connection(store: Any) -> Any:
-    """A connection of one thread's own."""
+def _own_connection(store: Any) -> Any:
+    """Return a separate connection to the store for one thread."""
     own = store.clone() if hasattr(store, "clone") else store
     own.set_timeout(timedelta(seconds=GRACE_SECONDS))
     return own
 
 
-STACKS = "hang"
-"""Folder of stacks in the save folder."""
+STACKS_FOLDER = "hang"
+"""Folder in the save folder that stacks are written to."""
 
-SHARE_OF_TIMEOUT = 0.8
-"""A hang is told before a collective gives up, which tells less."""
+TIMEOUT_FRACTION = 0.8
+"""Default limit relative to ``distributed_timeout_minutes``: a hang is reported before collectives
+time out, whose error does not name the rank."""
 
 
-class Watch(NamedTuple):
-    """What watches a run."""
+class RunControl(NamedTuple):
+    """Stop requests and hang detection of a run."""
 
-    guard: Guard
+    stop: StopCoordinator
     watchdog: Watchdog
     work: RankSync
-    """Heartbeats for the watchdog, and the group that ranks wait in for each other."""
+    """Heartbeats for the watchdog, and the group in which ranks wait for each other."""
 
 
 @contextmanager
-def watched(config: Config, ranks: Ranks, store: Any) -> Iterator[Watchdog]:
-    """End the run if it hangs, from now on.
+def hang_detection(config: Config, ranks: Ranks, store: Any) -> Iterator[Watchdog]:
+    """Run a watchdog that ends the process if the run hangs.
 
     Args:
-        config: the run.
-        ranks: this process's place.
-        store: shared by all ranks.
+        config: the run's configuration.
+        ranks: rank and world size of this process.
+        store: key-value store shared by all ranks.
     """
     minutes = config.faults.hang_timeout_minutes
     if minutes is None:
-        minutes = SHARE_OF_TIMEOUT * config.parallel.distributed_timeout_minutes
+        minutes = TIMEOUT_FRACTION * config.parallel.distributed_timeout_minutes
     save = config.checkpoint.save
-    logs = Path(save) / STACKS if save is not None and not config.training.eval_only else None
+    logs = (
+        Path(save) / STACKS_FOLDER if save is not None and not config.training.eval_only else None
+    )
     watchdog = Watchdog(store, ranks.rank, ranks.world_size, minutes, logs)
     watchdog.start()
     yield watchdog
-    # Not after an error: the other ranks may be gone, and closing would wait for them.
+    # Not after an error: closing would wait for other ranks, which may have exited.
     watchdog.close()

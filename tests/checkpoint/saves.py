@@ -33,14 +33,16 @@ def save_on_rank(folder: str, words: list[str], port: str) -> dict[str, Any]:
     from megatron_llmjp.parallel.ranks import Ranks
     from megatron_llmjp.run import resolve_run
     from megatron_llmjp.training import run_setup
-    from megatron_llmjp.training.lr_scheduler import LearningRates
+    from megatron_llmjp.training.lr_scheduler import LearningRateSchedule
 
     device = setup()
     rank, world = int(os.environ["RANK"]), 2
     run = resolve_run(parse(words)[0], world)
     process_groups.initialize(run.config, Ranks(rank, world, 0, "127.0.0.1", port, "test"), device)
-    rates = LearningRates(run.config, run.schedule, BatchSizeSchedule(run.config), run.train_iters)
-    model = run_setup.build(run, device, rates)
+    rates = LearningRateSchedule(
+        run.config, run.schedule, BatchSizeSchedule(run.config), run.train_iters
+    )
+    model = run_setup.setup_model_and_optimizer(run, device, rates)
     state = RunState(model.chunks, model.optimizer, model.scheduler, {"counter": [1]})
     parameter = next(model.chunks[0].parameters())
     told: dict[str, Any] = {}

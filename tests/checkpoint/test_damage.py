@@ -77,7 +77,7 @@ def garble_the_config(folder):
         (copy_half, r"is missing|has 5 bytes"),
         (cut_the_manifest, r"manifest\.json: cannot be read"),
         (garble_the_config, r"config\.yaml"),
-        (lose_the_manifest, "names iteration 3, which is not here whole"),
+        (lose_the_manifest, "names iteration 3, which is not complete"),
     ],
 )
 def test_damaged_checkpoint_is_passed_over(save, damage, said):
@@ -86,8 +86,8 @@ def test_damaged_checkpoint_is_passed_over(save, damage, said):
     found = resume.find_checkpoint(config(save), {})
     assert found is not None
     assert found.manifest.iteration == 2
-    assert len(found.passed_over) == 1
-    assert re.search(said, found.passed_over[0])
+    assert len(found.rejected) == 1
+    assert re.search(said, found.rejected[0])
     assert sorted(save.rglob("*")) == before  # reading never writes
 
 
@@ -119,7 +119,7 @@ def test_small_files_are_always_compared(save, name, kind):
     found = resume.find_checkpoint(config(save), {})
     assert found is not None
     assert found.manifest.iteration == 2
-    (said,) = found.passed_over
+    (said,) = found.rejected
     assert str(save / "iter_0000003" / name) in said or "names iteration 3" in said
     for iteration in (1, 2):
         SMALL_DAMAGE[kind](save / manifests.folder_name(iteration) / name)
@@ -138,7 +138,7 @@ def test_an_edited_manifest_is_damaged(save):
     path.write_text(json.dumps({**content, "consumed_samples": 36}))
     found = resume.find_checkpoint(config(save), {})
     assert found is not None and found.manifest.iteration == 2
-    assert "manifest.json: its content does not have its checksum" in found.passed_over[0]
+    assert "manifest.json: checksum mismatch" in found.rejected[0]
 
 
 def test_manifest_without_a_checksum(save):
@@ -154,7 +154,7 @@ def test_manifest_without_a_checksum(save):
     path.write_text(json.dumps({**content, "consumed_samples": 4 * size}))
     found = resume.find_checkpoint(config(save), {})
     assert found is not None and found.manifest.iteration == 2
-    assert f"consumed_samples is {4 * size}, but iteration 3 ends at" in found.passed_over[0]
+    assert f"consumed_samples is {4 * size}, but iteration 3 ends at" in found.rejected[0]
     accepted = config(save, "--override-resume", "global_batch_size")
     found = resume.find_checkpoint(accepted, {})
     assert found is not None and found.manifest.iteration == 3
@@ -164,9 +164,9 @@ def test_a_renamed_folder_is_refused(save):
     (save / "iter_0000003").rename(save / "iter_0000009")
     found = resume.find_checkpoint(config(save), {})
     assert found is not None and found.manifest.iteration == 2
-    assert "rename the folder to iter_0000003" in found.passed_over[1]
+    assert "rename the folder to iter_0000003" in found.rejected[1]
     only = config(save, "--load", save / "iter_0000009")
-    with pytest.raises(UserError, match="iter_0000009: holds the checkpoint of iteration 3"):
+    with pytest.raises(UserError, match="iter_0000009: contains the checkpoint of iteration 3"):
         resume.find_checkpoint(only, {})
     (save / "iter_0000009").rename(save / "best")  # a name that says no iteration
     found = resume.find_checkpoint(config(save, "--load", save / "best"), {})
@@ -185,7 +185,7 @@ def test_flipped_bit_is_found_by_checksums(save):
     found = resume.find_checkpoint(config(save), {str(folder): problem})
     assert found is not None
     assert found.manifest.iteration == 2
-    assert found.passed_over == (
+    assert found.rejected == (
         f"damaged checkpoint: {path} does not have the checksum of its manifest",
     )
 
@@ -196,8 +196,8 @@ def test_flipped_bit_is_found_by_checksums(save):
         (b"2\n", 2, None),  # set back by hand, or killed before it moved
         (b"", 3, "is empty"),
         (b"\0" * 8, 3, "instead of an iteration"),
-        (b"release", 3, "holds 'release' instead of an iteration"),
-        (b"7", 3, "names iteration 7, which is not here whole"),
+        (b"release", 3, "contains 'release' instead of an iteration"),
+        (b"7", 3, "names iteration 7, which is not complete"),
         (None, 3, None),
     ],
 )
@@ -210,8 +210,8 @@ def test_tracker(save, tracker, iteration, said):
     found = resume.find_checkpoint(config(save), {})
     assert found is not None
     assert found.manifest.iteration == iteration
-    assert len(found.passed_over) == (said is not None)
-    assert said is None or said in found.passed_over[0]
+    assert len(found.rejected) == (said is not None)
+    assert said is None or said in found.rejected[0]
 
 
 def test_a_run_set_back_does_not_jump_forward(save):

@@ -49,8 +49,8 @@ def test_second_run_and_run_after_a_kill(tmp_path):
     assert third.returncode == 0, third.stderr
     assert f"taking the place of process {holder.pid}" in third.stderr
     assert f"{damaged} does not have the checksum of its manifest" in third.stderr
-    assert f"checksums of {save / 'iter_0000004'} are right" in third.stdout
-    assert f"going on from {save / 'iter_0000004'}" in third.stdout
+    assert f"checksums of {save / 'iter_0000004'} are correct" in third.stdout
+    assert f"resuming from {save / 'iter_0000004'}" in third.stdout
     assert losses(save) == curve
     manifest = manifests.read_manifest(newest)
     assert manifests.file_problems(newest, manifest, checksums=True) == []

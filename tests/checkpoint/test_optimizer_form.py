@@ -47,7 +47,7 @@ def convert_on_rank(folder: str, words: dict[str, list[str]], port: str) -> None
     from megatron_llmjp.parallel.ranks import Ranks
     from megatron_llmjp.run import resolve_run
     from megatron_llmjp.training import run_setup
-    from megatron_llmjp.training.lr_scheduler import LearningRates
+    from megatron_llmjp.training.lr_scheduler import LearningRateSchedule
 
     device = setup()
     ranks = Ranks(int(os.environ["RANK"]), 2, 0, "127.0.0.1", port, "test")
@@ -56,10 +56,10 @@ def convert_on_rank(folder: str, words: dict[str, list[str]], port: str) -> None
 
     def save(config, name, step):
         run = resolve_run(config, 2)
-        rates = LearningRates(
+        rates = LearningRateSchedule(
             run.config, run.schedule, BatchSizeSchedule(run.config), run.train_iters
         )
-        model = run_setup.build(run, device, rates)
+        model = run_setup.setup_model_and_optimizer(run, device, rates)
         if step:
             generator = torch.Generator().manual_seed(3)
             for parameter in model.chunks[0].parameters():

@@ -81,7 +81,7 @@ def test_none_is_removed_for_a_damaged_one(tmp_path, capsys, name, said):
     worker.wait()
     assert left(tmp_path) == [1, 2] and manifests.read_tracker(tmp_path) == (1, [])
     error = capsys.readouterr().err
-    assert f"error: {tmp_path / 'iter_0000002'} cannot be resumed from: " in error
+    assert f"error: cannot resume from {tmp_path / 'iter_0000002'}: " in error
     assert said in error and "No checkpoint is removed" in error
     save(tmp_path, 3)
     worker.start(3)
@@ -145,7 +145,7 @@ def test_a_check_is_cancelled(tmp_path, monkeypatch, capsys):
     reading.wait()
     worker.wait(0.0)
     assert left(tmp_path) == [1, 2] and manifests.read_tracker(tmp_path) == (2, [])
-    assert "older checkpoints stay" in capsys.readouterr().out
+    assert "older checkpoints are kept" in capsys.readouterr().out
 
 
 def test_no_metric_makes_a_manifest_unreadable(tmp_path):
@@ -167,6 +167,6 @@ def test_a_manifest_that_does_not_read_back_gets_no_name(tmp_path, monkeypatch):
         write(folder, manifest.model_copy(update={"consumed_samples": 7}))
 
     monkeypatch.setattr(manifests, "write_manifest", damaged)
-    with pytest.raises(OSError, match="does not read back as it was written"):
+    with pytest.raises(OSError, match="differs from what was written"):
         save(tmp_path, 2)
     assert left(tmp_path) == [1] and manifests.read_tracker(tmp_path) == (1, [])

@@ -199,7 +199,7 @@ def test_learning_rate_is_kept_or_overridden(runs):
     config = parse(words).config
     run = resolve_run(config, 1)
     assert run.config.optimizer.lr == 2e-3
-    assert any(n.startswith("lr: the checkpoint's 0.002 is kept, not 0.01") for n in run.notes)
+    assert any(n.startswith("lr: the checkpoint's 0.002 is used, not 0.01") for n in run.notes)
 
 
 def test_what_a_checkpoint_says(runs):

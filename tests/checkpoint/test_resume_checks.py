@@ -45,8 +45,8 @@ def save(run: Run, iteration: int, root: Path) -> Path:
         contents="full",
         folds=run.schedule.consumed_folds(iteration * BATCH),
         skips=list(run.schedule.skips.ranges),
-        skipped_iterations=dict(run.past.skipped_iterations),
-        overrides=list(run.past.overrides),
+        skipped_iterations=dict(run.history.skipped_iterations),
+        overrides=list(run.history.overrides),
         files=manifests.file_entries(folder, manifests.all_files(folder)),
     )
     manifests.write_manifest(folder, contents)
@@ -173,7 +173,7 @@ def test_the_future_is_open(folds, tmp_path):
         content["skip"] = [{"samples": [28, 30]}]  # the first that was not trained on
 
     run = run_of(edited(folds, later), "--load", tmp_path / "run")
-    assert run.past.overrides == () and run.schedule.position(28) == 30
+    assert run.history.overrides == () and run.schedule.position(28) == 30
 
 
 def test_an_override_leaves_a_trace(folds, tmp_path):
@@ -185,7 +185,7 @@ def test_an_override_leaves_a_trace(folds, tmp_path):
     save(run, 8, tmp_path / "run")
     # It stays in later checkpoints, once, and the changed fold is the past from now on.
     again = run_of(edited(folds, weigh), *flags)
-    assert [(o.iteration, said in o.difference) for o in again.past.overrides] == [(7, True)]
+    assert [(o.iteration, said in o.difference) for o in again.history.overrides] == [(7, True)]
     assert not [note for note in again.notes if "--override-resume folds" in note]
 
 
@@ -219,7 +219,7 @@ def test_skipped_iterations_stay_skipped(folds, tmp_path):
     first = run_of(folds, *load, "--skip-iterations", "9-10, 12")
     assert positions(first) == without(9, 10, 12)
     assert first.train_iters == 12
-    assert "samples 32 to 39 are left out: --skip-iterations 9-10" in first.notes
+    assert "samples 32 to 39 are skipped: --skip-iterations 9-10" in first.notes
     save(first, 8, tmp_path / "run")
     # The next one is numbered as the log of that run numbers it: iteration 10 is now 13.
     for flags, gone in {
@@ -237,7 +237,7 @@ def test_skipped_iterations_stay_skipped(folds, tmp_path):
 @pytest.mark.parametrize(
     ("flag", "message"),
     {
-        "7": "iteration 7 is already trained, the checkpoint is at 7",
+        "7": "iteration 7 is already trained, the checkpoint is at iteration 7",
         "9-16": "the run has 15 iterations",
         "9-8": "expected iterations from 1 such as 1050-1060,2000, found '9-8'",
         "x": "found 'x'",

@@ -126,7 +126,7 @@ def test_a_default_warm_up_hides_no_mistake(folder, fails):
     words = arguments("laptop-llama", folder / "folds.yaml", lr_warmup_iters="")
     run = resolve_run(parse([*words, "--train-iters", "2"]).config, 1)
     assert run.config.optimizer.lr_warmup_iters == 0
-    assert any("in place of the default 20 (--lr-warmup-iters" in note for note in run.notes)
+    assert any("instead of the default 20 (--lr-warmup-iters" in note for note in run.notes)
     longer = resolve_run(parse([*words, "--lr-decay-iters", "100"]).config, 1)
     assert longer.config.optimizer.lr_warmup_iters == 20
     message = fails(*words, "--train-iters", 2, "--lr-warmup-iters", 2)
@@ -287,7 +287,7 @@ def test_damaged_checkpoints_are_passed_over(folder, saved, fails):
     (newest / "tensors").write_text("cut")
     iteration, (warning,) = found()
     assert iteration == 4
-    assert "tensors has 3 bytes instead of 700" in warning and "going on from" in warning
+    assert "tensors has 3 bytes instead of 700" in warning and "resuming from" in warning
     (saved / "iter_0000004" / manifests.MANIFEST).write_text("{")
     assert found()[0] == 3 and len(found()[1]) == 2
     (saved / "iter_0000003" / manifests.CONFIG).unlink()

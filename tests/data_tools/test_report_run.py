@@ -18,7 +18,7 @@ from megatron_llmjp.config.loading import (
     replace_fields,
 )
 from megatron_llmjp.report.history import FoldSpan, read_history
-from megatron_llmjp.report.page import draw_at_end
+from megatron_llmjp.report.page import write_report_at_end
 from megatron_llmjp.report.summary import summarize
 
 PNG = b"\x89PNG"
@@ -142,9 +142,9 @@ def test_a_page_that_needs_nothing_but_itself(save, tmp_path, capsys):
 
 
 def test_the_end_of_a_run_never_fails(save, tmp_path, capsys):
-    draw_at_end(str(save))
-    draw_at_end(None)
-    draw_at_end(str(tmp_path / "nothing"))
+    write_report_at_end(str(save))
+    write_report_at_end(None)
+    write_report_at_end(str(tmp_path / "nothing"))
     output = capsys.readouterr().out
     assert (save / "report/report.html").exists() and str(save) in output
     assert "no report was drawn" in output

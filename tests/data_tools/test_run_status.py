@@ -16,9 +16,9 @@ import pytest
 
 from data_tools.run_status import main
 from megatron_llmjp.checkpoint.run_lock import RECORD
-from megatron_llmjp.report.jobs import REQUEUES, first_error
-from megatron_llmjp.report.status import Status, read_status
-from megatron_llmjp.report.status_table import show_one
+from megatron_llmjp.report.jobs import REQUEUE_LOG, first_error
+from megatron_llmjp.report.status import RunStatus, read_status
+from megatron_llmjp.report.status_table import format_status
 from slurm.requeue import HISTORY
 from tests.support.datasets import write_folds
 from tests.support.processes import ROOT, TIMEOUT
@@ -32,7 +32,7 @@ def files(folder: Path) -> dict[str, int]:
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory) -> tuple[Path, Status]:
+def killed(tmp_path_factory) -> tuple[Path, RunStatus]:
     """The folder of a run that was killed, and its status before that."""
     folder = tmp_path_factory.mktemp("run")
     folds = write_folds(folder, (ITERATIONS // 2, ITERATIONS // 2), repeat=True)
@@ -75,7 +75,7 @@ def test_a_run_that_goes_on(killed):
     assert status.consumed_tokens == status.iteration * 4 * 32
     assert status.saved is not None and status.saved.iterations[0] == 2 and status.saved.bytes > 0
     assert status.loss and status.tokens_per_second and status.seconds_remaining
-    text = show_one(status)
+    text = format_status(status)
     for words in (f"of {ITERATIONS:,} (0.", "fold00 (1 of 2), 0% done", "tokens/s", "the newest"):
         assert words in text, words
 
@@ -99,7 +99,7 @@ def test_ends(save):
     status = read_status(save)
     assert status.state == "finished" and status.iteration == status.train_iters == ITERATIONS
     ended(save, **{"lm loss": float("nan")})
-    assert "loss         nan" in show_one(read_status(save))
+    assert "loss         nan" in format_status(read_status(save))
 
 
 def test_how_the_process_ended(save):
@@ -113,7 +113,7 @@ def test_how_the_process_ended(save):
             stream.write(json.dumps(record) + "\n")
         assert read_status(save).state == state
         assert (read_status(save).why == "too many bad steps") == (state == "failed")
-    text = show_one(read_status(save))
+    text = format_status(read_status(save))
     assert "not applied  12 steps so far; 9 with a NaN or Inf, 2 rollbacks" in text
 
 
@@ -130,10 +130,10 @@ def test_a_growing_batch(save):
 
 def test_what_jobs_leave(save, capsys):
     ended(save)
-    assert REQUEUES == HISTORY
+    assert REQUEUE_LOG == HISTORY
     why = "stopped on request; requeued, since there is a new checkpoint"
     record = {"time": "2025-01-02 03:04:05", "exit code": 3, "iteration": 2, "requeued": True}
-    (save / REQUEUES).write_text(json.dumps({**record, "why": why}) + '\n{"time": ')
+    (save / REQUEUE_LOG).write_text(json.dumps({**record, "why": why}) + '\n{"time": ')
     logs = {
         "job7_0/rank_0001.log": (100, "error: an older job's\n"),
         "job8_0/rank_0000.log": (
@@ -196,7 +196,7 @@ def test_a_run_that_is_just_starting(tmp_path):
     (tmp_path / "metrics.jsonl").touch()
     status = read_status(tmp_path)
     assert (status.state, status.iteration, status.loss) == ("stopped", 0, None)
-    assert "none yet" in show_one(status)
+    assert "none yet" in format_status(status)
 
 
 def test_without_torch(killed):

@@ -104,7 +104,7 @@ def test_interrupted_and_killed(folder, tmp_path):
         assert process.returncode == 3, errors
         assert_gone(ranks)
         assert "Traceback" not in errors
-        stopped = re.search(r"stopped at iteration (\d+): a signal asks for it", output)
+        stopped = re.search(r"stopped at iteration (\d+): signal received", output)
     newest = assert_whole(save)
     assert stopped is not None and newest.name == manifests.folder_name(int(stopped[1]))
 
@@ -117,7 +117,7 @@ def test_interrupted_and_killed(folder, tmp_path):
     before = manifests.complete_iterations(save)[-2]
     with started(*words) as process:
         output = wait_for(process, f" iteration {before + 1:8d}/")
-        assert f"going on from {save / manifests.folder_name(before)}" in output
+        assert f"resuming from {save / manifests.folder_name(before)}" in output
         ranks = ranks_of(process.pid)
         second = next(p for p in ranks if p.environ().get("RANK") == "1")
         second.send_signal(signal.SIGKILL)
@@ -156,7 +156,7 @@ def test_alone_from_the_first_to_the_last_iteration(folder, tmp_path):
     assert assert_whole(save).name == "iter_0000002"
     second = pretrain(*words)
     assert second.returncode == 0, second.stderr
-    assert f"going on from {save / 'iter_0000002'}" in second.stdout
+    assert f"resuming from {save / 'iter_0000002'}" in second.stdout
     assert assert_whole(save).name == "iter_0000004"
     assert list(history(save)) == [1, 2, 3, 4]
     assert list(history(save, "validation/valid")) == [4]

@@ -54,12 +54,12 @@ def count(config: Config, device: Any) -> dict[str, int]:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from megatron_llmjp.model.gpt import build_model
-    from megatron_llmjp.training.optimizer import make_optimizer, wrap_for_data_parallel
-    from megatron_llmjp.training.train_step import connect
+    from megatron_llmjp.training.optimizer import build_optimizer, wrap_for_data_parallel
+    from megatron_llmjp.training.train_step import configure_schedules
 
-    chunks = wrap_for_data_parallel(build_model(config, device), config, device)
-    optimizer = make_optimizer(chunks, config, device)
-    connect(chunks, optimizer, config)
+    chunks = wrap_for_data_parallel(build_model(config, device), config)
+    optimizer = build_optimizer(chunks, config)
+    configure_schedules(chunks, optimizer, config)
     sent: Counter[str] = Counter()
 
     class CountSentBytes(TorchDispatchMode):

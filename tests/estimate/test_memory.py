@@ -78,10 +78,10 @@ def measure_step(config: Config, device: Any) -> dict[str, int]:
     import torch.distributed as dist
 
     from megatron_llmjp.model.gpt import build_model
-    from megatron_llmjp.training.optimizer import make_optimizer, wrap_for_data_parallel
+    from megatron_llmjp.training.optimizer import build_optimizer, wrap_for_data_parallel
 
-    chunks = wrap_for_data_parallel(build_model(config, device), config, device)
-    optimizer = make_optimizer(chunks, config, device)
+    chunks = wrap_for_data_parallel(build_model(config, device), config)
+    optimizer = build_optimizer(chunks, config)
 
     def step() -> None:
         for chunk in chunks:

@@ -132,7 +132,7 @@ def test_with_data(results):
     assert code == 0 and "no tokenizer is given; the run needs one" in errors
     code, output, errors = results["no folds"]
     assert code == 0 and "TP 2 x PP 1 x DP 2" in output
-    assert "the data is not here, and is not checked: /nowhere/folds.yaml" in errors
+    assert "the data is missing here and is not checked: /nowhere/folds.yaml" in errors
 
 
 @pytest.mark.parametrize(

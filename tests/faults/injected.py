@@ -192,12 +192,12 @@ def tight(what: str, iteration: int, limit: float) -> None:
     from megatron_llmjp.training import watchdog
 
     # The watchdogs' first look after that comes a period later, of the time before.
-    watchdog.GRACE_SECONDS = 2.0 + watchdog.LONGEST_PERIOD
+    watchdog.GRACE_SECONDS = 2.0 + watchdog.MAX_PERIOD
 
     def tightened(trainer: Any) -> None:
-        watch = trainer.watch.watchdog
-        watch._patience.limit, watch._patience.period = limit, limit / 10
-        watch._progress._period = limit / 10
+        watch = trainer.control.watchdog
+        watch._timer.limit, watch._timer.period = limit, limit / 10
+        watch._heartbeats._period = limit / 10
 
     strike(what, iteration, tightened)
 
@@ -301,7 +301,7 @@ def nan_at(where: str, iteration: int, which: int) -> None:
 
     hit: list[Any] = []
     strike("a step", iteration, hit.append)
-    share, update = dataloader._share, train_step._update
+    share, update = dataloader._share, train_step._clip_and_update
 
     def shared(*arguments: Any) -> Any:
         batch = share(*arguments)
@@ -315,7 +315,7 @@ def nan_at(where: str, iteration: int, which: int) -> None:
             _first(hit.pop()).main_grad.view(-1)[0] = _NAN
         return update(*arguments)
 
-    dataloader._share, train_step._update = shared, updated
+    dataloader._share, train_step._clip_and_update = shared, updated
 
 
 def nan_weight_at(what: str, iteration: int, which: int = 0) -> None:
@@ -343,7 +343,7 @@ def gradients_times(factor: float, iteration: int) -> None:
     from megatron_llmjp.training import train_step
     from megatron_llmjp.training.trainer import Trainer
 
-    begin, update, hit = Trainer._begin, train_step._update, []
+    begin, update, hit = Trainer._begin, train_step._clip_and_update, []
 
     def begun(self: Any, phase: str, **more: Any) -> None:
         begin(self, phase, **more)
@@ -356,7 +356,7 @@ def gradients_times(factor: float, iteration: int) -> None:
                     parameter.main_grad.mul_(factor)
         return update(*arguments)
 
-    Trainer._begin, train_step._update = begun, updated  # type: ignore[method-assign]
+    Trainer._begin, train_step._clip_and_update = begun, updated  # type: ignore[method-assign]
 
 
 _NAN = float("nan")

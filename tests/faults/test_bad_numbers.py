@@ -11,7 +11,7 @@ import torch
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.config.schema import FaultsConfig
 from megatron_llmjp.report.status import read_status
-from megatron_llmjp.training.gradient_monitor import FEWEST, Judge, Verdict
+from megatron_llmjp.training.gradient_monitor import MIN_HISTORY, GradientMonitor, StepStatus
 from tests.support.datasets import write_folds
 from tests.support.processes import run_ranks
 from tests.support.training import TP2, arguments, history
@@ -32,13 +32,13 @@ def poison(words: list[str], factor: float, rank: int | None) -> int:
     here = find_ranks()
     assert here is not None
     live: list[trainer.Trainer] = []
-    train, update = trainer.Trainer.train, train_step._update
+    train, update = trainer.Trainer.train, train_step._clip_and_update
 
     def remember(self):
         live[:] = [self]
         return train(self)
 
-    def spoil(optimizer, may_take):
+    def spoil(optimizer, should_apply):
         now = live[0]
         size = now.sizes.at(now.consumed_samples)
         positions = [now.run.schedule.position(now.consumed_samples + i) for i in range(size)]
@@ -46,9 +46,9 @@ def poison(words: list[str], factor: float, rank: int | None) -> int:
             for chunk in now.model.chunks:
                 for parameter in chunk.parameters():
                     parameter.main_grad.mul_(factor)
-        return update(optimizer, may_take)
+        return update(optimizer, should_apply)
 
-    trainer.Trainer.train, train_step._update = remember, spoil
+    trainer.Trainer.train, train_step._clip_and_update = remember, spoil
     device = setup()
     config = parse(words).config
     try:
@@ -95,7 +95,7 @@ def test_a_nan_on_one_rank_is_not_taken(folds, tmp_path, capfd):
     ]
     assert len(told) == 1
     assert "fold 'fold01': a NaN or Inf in the gradients" in told[0]
-    assert "the step is not taken. Documents: ja" in told[0] or "Documents: en" in told[0]
+    assert "the step is not applied. Documents: ja" in told[0] or "Documents: en" in told[0]
     assert len(history(save)) == 30 and all(loss == loss for loss in history(save).values())
 
 
@@ -106,15 +106,15 @@ def test_too_many_nans_end_the_run(folds, tmp_path):
 
 def test_verdicts():
     faults = FaultsConfig(spike_action="skip", spike_threshold=5.0, max_bad_steps=2)
-    judge = Judge(faults)
-    assert all(judge.may_take(1.0) for _ in range(FEWEST - 1))
-    assert judge.may_take(100.0)  # too early to know
-    assert judge.may_take(4.9) and not judge.may_take(5.1)
-    assert judge.verdict is Verdict.SPIKE and judge.history.count(5.1) == 0
-    again = Judge(faults, list(judge.history))
-    assert not again.may_take(5.1) and not again.wants_rollback
-    assert not judge.may_take(float("nan")) and not judge.hopeless
-    assert not judge.may_take(float("inf")) and judge.hopeless
-    assert judge.may_take(1.0) and not judge.hopeless
-    assert Judge(FaultsConfig(spike_action="off"), [1.0] * 99).may_take(1e9)
-    assert Judge(FaultsConfig(spike_action="warn"), [1.0] * 99).may_take(1e9)
+    monitor = GradientMonitor(faults)
+    assert all(monitor.should_apply(1.0) for _ in range(MIN_HISTORY - 1))
+    assert monitor.should_apply(100.0)  # too early to know
+    assert monitor.should_apply(4.9) and not monitor.should_apply(5.1)
+    assert monitor.status is StepStatus.SPIKE and monitor.history.count(5.1) == 0
+    again = GradientMonitor(faults, list(monitor.history))
+    assert not again.should_apply(5.1) and not again.needs_rollback
+    assert not monitor.should_apply(float("nan")) and not monitor.limit_reached
+    assert not monitor.should_apply(float("inf")) and monitor.limit_reached
+    assert monitor.should_apply(1.0) and not monitor.limit_reached
+    assert GradientMonitor(FaultsConfig(spike_action="off"), [1.0] * 99).should_apply(1e9)
+    assert GradientMonitor(FaultsConfig(spike_action="warn"), [1.0] * 99).should_apply(1e9)

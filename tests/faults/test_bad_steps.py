@@ -59,7 +59,7 @@ def test_one_nan_batch(stage, layout):
     assert kept["lm loss"] == last["lm loss"]
     code, output, errors = stage.run(layout, save, *flags, "--verify-checkpoint")
     assert code == EXIT_DONE, errors
-    assert f"going on from {save / 'iter_0000006'}" in output and "damaged" not in errors
+    assert f"resuming from {save / 'iter_0000006'}" in output and "damaged" not in errors
     assert manifests.complete_iterations(save) == [LAST]
 
 
@@ -72,7 +72,7 @@ def test_a_poisoned_model(stage, layout, which):
     fault = ("nan_weight_at", "a step", 6, which)
     code, _, errors = stage.run(layout, save, *SAVE_ALL, "--max-bad-steps", 3, fault=fault)
     assert code == EXIT_FAILURE
-    assert_failed(save, errors, 6, "iteration 9 was the last of too many bad steps in a row")
+    assert_failed(save, errors, 6, "iteration 9 was the last of too many consecutive bad steps")
     stage.resume_and_prove(layout, save)
 
 
@@ -86,7 +86,7 @@ def test_a_model_poisoned_as_it_is_saved(stage, layout, which):
     assert code == EXIT_FAILURE
     assert "the checkpoint of iteration 6 was not saved: " in errors
     assert "holds NaN or Inf" in errors
-    assert_failed(save, errors, 5, "too many bad steps")
+    assert_failed(save, errors, 5, "too many consecutive bad steps")
     stage.resume_and_prove(layout, save)
 
 
@@ -96,7 +96,7 @@ def test_the_last_step_is_bad(stage):
     save = stage.folder("last-bad")
     code, _, errors = stage.run("alone", save, *SAVE_ALL, fault=("nan_at", "data", LAST - 1, 0))
     assert code == EXIT_FAILURE
-    assert_failed(save, errors, LAST - 1, "the run is not done")
+    assert_failed(save, errors, LAST - 1, "the run is incomplete")
     stage.resume_and_prove("alone", save)
 
 
@@ -150,7 +150,9 @@ def test_fp16(stage, fault, flags, last):
     limit = ("--max-bad-steps", 2)
     code, _, errors = stage.run("alone", save, *SAVE_ALL, *flags, *limit, fault=fault)
     assert code == EXIT_FAILURE
-    assert_failed(save, errors, last - 2, f"iteration {last} was the last of too many bad steps")
+    assert_failed(
+        save, errors, last - 2, f"iteration {last} was the last of too many consecutive bad steps"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -172,9 +174,9 @@ def test_spikes_without_end(long, tmp_path):
     fault = ("gradients_times", 1000.0, 22)
     code, output, errors = run(long, save, "--spike-action", "skip", fault=fault)
     assert code == EXIT_FAILURE
-    why = "iteration 30 was one of too many skipped spikes (--max-spikes 8 among 128 steps)"
+    why = "iteration 30 was one of too many skipped spikes (--max-spikes 8 in 128 steps)"
     assert_failed(save, errors, 23, why)
-    assert "restart with --spike-action warn or a higher --spike-threshold than 10" in errors
+    assert "restart with --spike-action warn or with --spike-threshold above 10" in errors
     assert "number of spikes:   1" in output
     assert read_status(save).spikes == 7
     code, _, errors = run(long, save, "--spike-action", "warn", fault=fault)
@@ -189,5 +191,5 @@ def test_rollbacks_without_end(long, tmp_path):
     flags = ("--spike-action", "rollback", "--max-rollbacks", 2)
     code, output, errors = run(long, save, *flags, fault=("gradients_times", 1000.0, 22))
     assert code == EXIT_FAILURE
-    assert output.count("going back to the last checkpoint") == 2
+    assert output.count("rolling back to the last checkpoint") == 2
     assert_failed(save, errors, 22, "iteration 23 is a spike after 2 rollbacks (--max-rollbacks 2")

@@ -122,7 +122,7 @@ def test_the_newest_good_one_is_taken(
     shutil.copytree(half[layout], save)
     damage(save / "iter_0000006")
     output, errors = stage.resume_and_prove(layout, save, "--verify-checkpoint")
-    assert f"going on from {save / manifests.folder_name(iteration)}" in output
+    assert f"resuming from {save / manifests.folder_name(iteration)}" in output
     assert re.search(said, errors), errors
     assert errors.count("warning: ") == 1
 
@@ -153,5 +153,5 @@ def test_small_files_need_no_flag(
     shutil.copytree(half[end], save)
     damage(save / "iter_0000006")
     output, errors = stage.resume_and_prove("alone", save)
-    assert f"going on from {save / 'iter_0000004'}" in output
+    assert f"resuming from {save / 'iter_0000004'}" in output
     assert re.search(said, errors), errors

@@ -38,10 +38,10 @@ def test_a_rank_that_is_stopped_is_named(stage, which):
     code, _, errors = stage.run("tp2-async", save, *limit, fault=("stop_at", 5, which, 2.0))
     assert code == EXIT_FAILURE
     assert "error: no progress for 0.1 minutes at iteration 5" in errors
-    assert f"rank {which}: no answer" in errors
+    assert f"rank {which}: no response" in errors
     assert re.search(rf"rank {other} on .*: iteration 5, a step; waits for other ranks", errors)
     assert "train_step" in (save / "hang" / f"stacks-rank{other:05d}.txt").read_text()
-    assert f"rank {which}: no answer" in (save / "hang" / "report.txt").read_text()
+    assert f"rank {which}: no response" in (save / "hang" / "report.txt").read_text()
     stage.resume_and_prove("tp2-async", save)
 
 
@@ -81,6 +81,6 @@ def test_a_nan_ends_the_run_before_it_is_saved(stage, layout, where, which):
     iteration = fault[2] + 1
     assert f"warning: iteration {iteration}, fold " in output + errors
     assert "a NaN or Inf in the gradients" in output + errors
-    assert f"error: iteration {iteration} was the last of too many bad steps" in errors
+    assert f"error: iteration {iteration} was the last of too many consecutive bad steps" in errors
     assert "Traceback" not in errors
     stage.resume_and_prove(layout, save)

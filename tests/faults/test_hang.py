@@ -17,8 +17,8 @@ from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.errors import EXIT_FAILURE
 from megatron_llmjp.parallel.process_groups import UNLIMITED, RankSync, new_group_without_timeout
 from megatron_llmjp.training import watchdog
-from megatron_llmjp.training.hang_report import Place, blame
-from megatron_llmjp.training.watchdog import Patience, Watchdog
+from megatron_llmjp.training.hang_report import RankState, describe_ranks
+from megatron_llmjp.training.watchdog import HangTimer, Watchdog
 from tests.faults.stage import LAST
 from tests.support.processes import run_ranks
 
@@ -56,33 +56,33 @@ def test_the_rank_that_does_not_come_is_named(tmp_path):
     assert second.startswith("ranks 0, 2 on") and "waits for other ranks" in second
 
 
-def place(rank: int, iteration: int = 7, waits: bool = True, line: str = "a") -> Place:
-    return Place(rank, f"node{rank // 2}", iteration, "step", line, waits)
+def place(rank: int, iteration: int = 7, waits: bool = True, line: str = "a") -> RankState:
+    return RankState(rank, f"node{rank // 2}", iteration, "step", line, waits)
 
 
 def test_blame():
-    everyone_waits = blame([place(r) for r in (0, 1, 2, 3)], 4)
+    everyone_waits = describe_ranks([place(r) for r in (0, 1, 2, 3)], 4)
     assert len(everyone_waits) == 1 and everyone_waits[0].startswith("ranks 0-3 on node0, node1")
-    silent = blame([place(r) for r in (0, 1, 3, 4, 7)], 8)
-    assert silent[0].startswith("ranks 2, 5-6: no answer")
-    busy = blame([place(0), place(1), place(2, waits=False, line="read")], 3)
+    silent = describe_ranks([place(r) for r in (0, 1, 3, 4, 7)], 8)
+    assert silent[0].startswith("ranks 2, 5-6: no response")
+    busy = describe_ranks([place(0), place(1), place(2, waits=False, line="read")], 3)
     assert busy[0].startswith("rank 2 on node1") and busy[0].endswith("look here first")
-    behind = blame([place(0, 8, waits=False), place(1, 7), place(2, 8)], 3)
+    behind = describe_ranks([place(0, 8, waits=False), place(1, 7), place(2, 8)], 3)
     assert behind[0].startswith("rank 1 on node0: iteration 7")
 
 
 def test_patience():
     """It acts at a second look, and counts no time in which the process was stopped."""
-    patience = Patience(100.0)
-    looks = [patience.is_over(5.0 * i, news=False) for i in range(24)]
+    timer = HangTimer(100.0)
+    looks = [timer.expired(5.0 * i, progressed=False) for i in range(24)]
     assert looks.index(True) == 22  # 105 s are more than 100, and then it looks again
-    assert not patience.is_over(120.0, news=True)
-    assert not patience.is_over(10_000.0, news=False)  # a night in which the machine slept
-    recovers = Patience(100.0)
+    assert not timer.expired(120.0, progressed=True)
+    assert not timer.expired(10_000.0, progressed=False)  # a night in which the machine slept
+    recovers = HangTimer(100.0)
     for i in range(22):
-        assert not recovers.is_over(5.0 * i, news=False)
-    assert not recovers.is_over(110.0, news=True)
-    assert not recovers.is_over(115.0, news=False)
+        assert not recovers.expired(5.0 * i, progressed=False)
+    assert not recovers.expired(110.0, progressed=True)
+    assert not recovers.expired(115.0, progressed=False)
 
 
 def slow_rank() -> str:

@@ -42,7 +42,7 @@ def test_checkpoint(stage: Stage, half: Path, tmp_path: Path, layout: str, part:
     assert code == EXIT_USER_ERROR, output + errors
     assert not proof.exists()
     said = {"manifest.json": "names a file outside its folder", "config.yaml": "config.yaml"}
-    assert said.get(part, "refused: opening it would use posix.system") in errors
+    assert said.get(part, "refused: loading it would use posix.system") in errors
     assert "Traceback" not in errors and errors.count("error: ") == 1
 
 

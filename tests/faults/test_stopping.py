@@ -34,7 +34,7 @@ def test_all_processes_are_asked_to_stop(stage):
     assert code == EXIT_REQUEUE, errors
     assert "Traceback" not in errors
     stopped = manifests.complete_iterations(save)[-1]
-    assert f"stopped at iteration {stopped}: a signal asks for it" in output
+    assert f"stopped at iteration {stopped}: signal received" in output
     stage.resume_and_prove("alone-async", save, unfinished=stopped)
 
 
@@ -43,13 +43,13 @@ def test_all_processes_are_asked_to_stop(stage):
 def test_asked_to_stop_while_it_waits(stage, layout):
     """Where Python's own handlers would not run for hours."""
     save = stage.folder("asked-waiting")
-    fault = ("endless_start", "training.run_setup.open_data")
+    fault = ("endless_start", "training.run_setup.open_datasets")
     ranks = 1 if layout == "alone" else 2
     with stage.started(layout, save, fault=fault) as start:
         start.until(lambda: start.out.count("waiting for nothing") == ranks)
         os.kill(start.pid, signal.SIGTERM)
         assert start.wait() == EXIT_REQUEUE, start.err
-        assert "stopped: asked by SIGTERM; there is nothing new to save" in start.out
+        assert "stopped: received SIGTERM; nothing new to save" in start.out
         assert "Traceback" not in start.err
 
 
@@ -59,8 +59,8 @@ def test_asked_to_stop_while_it_waits(stage, layout):
 @pytest.mark.parametrize(
     ("layout", "minutes", "fault"),
     [
-        ("dp2", 0.3, ("endless_start", "training.run_setup.open_data")),
-        ("alone", 0.05, ("endless_start", "training.run_setup._problems")),
+        ("dp2", 0.3, ("endless_start", "training.run_setup.open_datasets")),
+        ("alone", 0.05, ("endless_start", "training.run_setup._verify_share")),
         ("alone", 0.05, ("endless_start", "checkpoint.sharded_state.load_checkpoint")),
         ("alone", 30, ("started_ago", 3600.0)),
     ],
@@ -73,7 +73,7 @@ def test_the_time_is_over_before_the_first_step(stage, layout, minutes, fault):
     flags = ("--exit-duration-in-mins", minutes, "--verify-checkpoint")
     code, output, errors = stage.run(layout, save, *flags, fault=fault)
     assert code == EXIT_REQUEUE, errors
-    assert "stopped: --exit-duration-in-mins is over; there is nothing new to save" in output
+    assert "stopped: --exit-duration-in-mins reached; nothing new to save" in output
     assert "Traceback" not in errors and "stopped at iteration" not in output
     assert (save / manifests.TRACKER).stat().st_mtime_ns == before
     stage.resume_and_prove(layout, save)
@@ -102,7 +102,7 @@ def test_asked_to_stop(stage, layout, what, iteration, number):
     assert code == EXIT_REQUEUE, errors
     assert "Traceback" not in errors
     stopped = manifests.complete_iterations(save)[-1]
-    assert f"stopped at iteration {stopped}: a signal asks for it" in output
+    assert f"stopped at iteration {stopped}: signal received" in output
     assert iteration <= stopped <= iteration + 2
     stage.resume_and_prove(layout, save, unfinished=stopped)
 

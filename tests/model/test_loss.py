@@ -1,4 +1,4 @@
-"""z-loss over a split vocabulary equals one process' formula, in values and gradients."""
+"""z-loss over a split vocabulary against the formula on one process: values and gradients."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ SEQUENCE, BATCH, VOCABULARY, STRENGTH = 5, 3, 16, 0.3
 
 
 def compare(ranks: int) -> list[float]:
-    """The largest differences on this rank: losses, z-losses, gradients, core's own loss.
+    """Largest differences on this rank: losses, z-losses, gradients, megatron-core's own loss.
 
-    The first three are relative to the largest value, and from the formula in fp64.
+    The first three are relative to the largest value of the formula in fp64.
     """
     import torch
     import torch.distributed as dist
 
-    from megatron_llmjp.model.losses import losses_with_z
+    from megatron_llmjp.model.losses import cross_entropy_and_z_loss
     from megatron_llmjp.parallel.device import setup
 
     setup()
@@ -32,7 +32,7 @@ def compare(ranks: int) -> list[float]:
     logits = torch.randn(SEQUENCE, BATCH, VOCABULARY) * 9
     whole = logits.double().requires_grad_()
     labels = torch.randint(VOCABULARY, (BATCH, SEQUENCE))
-    weights = torch.rand(2, BATCH, SEQUENCE)  # unlike gradients for the two losses
+    weights = torch.rand(2, BATCH, SEQUENCE)  # different gradients for the two losses
 
     log_z = torch.logsumexp(whole, dim=-1).transpose(0, 1)
     expected = torch.stack(
@@ -49,7 +49,7 @@ def compare(ranks: int) -> list[float]:
         return full.chunk(ranks, dim=-1)[dist.get_rank()]
 
     part = own(logits).clone().requires_grad_()
-    found = losses_with_z(labels, part * 1.0, STRENGTH)
+    found = cross_entropy_and_z_loss(labels, part * 1.0, STRENGTH)
     (found * weights).sum().backward()
     alone = tensor_parallel.vocab_parallel_cross_entropy(
         own(logits).clone(), labels.transpose(0, 1).contiguous()

@@ -42,7 +42,7 @@ def test_ranks_of_every_launcher(env, launcher):
     ranks = find_ranks({**env, **MASTER})
     assert ranks is not None
     assert (ranks.rank, ranks.world_size, ranks.local_rank) == (5, 16, 1)
-    assert (ranks.master_addr, ranks.master_port, ranks.started_by) == ("n0", "1234", launcher)
+    assert (ranks.master_addr, ranks.master_port, ranks.launcher) == ("n0", "1234", launcher)
 
 
 def test_tests_start_no_ranks_of_the_shell_they_are_started_in():

@@ -13,7 +13,7 @@ import pytest
 from megatron_llmjp.config.flags import parse
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.formatting import format_count, format_duration
-from megatron_llmjp.training.log_writers import Record, Writers, interval_line
+from megatron_llmjp.training.log_writers import MetricsRecord, MetricsWriters, interval_line
 
 MODEL = ("--num-layers", "1", "--hidden-size", "8", "--num-attention-heads", "1")
 
@@ -23,7 +23,7 @@ def config(*flags):
 
 
 def record(iteration, **values):
-    return Record(iteration, 4 * iteration, 128 * iteration, values)
+    return MetricsRecord(iteration, 4 * iteration, 128 * iteration, values)
 
 
 @pytest.fixture
@@ -58,8 +58,8 @@ def test_every_place_gets_the_same(tmp_path, wandb):
     save = tmp_path / "run"
     run = config("--save", save, "--wandb-project", "llm-jp")
     for start in (0, 2):  # the second process goes on from iteration 2
-        writers = Writers(run)
-        writers.write(Record(start, 4 * start, 128 * start, {}, {"event": "start"}))
+        writers = MetricsWriters(run)
+        writers.write(MetricsRecord(start, 4 * start, 128 * start, {}, {"event": "start"}))
         for iteration in (start + 1, start + 2, start + 3):
             writers.write(record(iteration, **{"lm loss": 5.0 - iteration}))
         writers.close()
@@ -91,7 +91,7 @@ def test_every_place_gets_the_same(tmp_path, wandb):
 
 def test_what_is_no_number_is_null(tmp_path):
     """JSON has no NaN: a strict parser of another program reads every line."""
-    writers = Writers(config("--save", tmp_path))
+    writers = MetricsWriters(config("--save", tmp_path))
     writers.write(record(1, **{"lm loss": float("nan"), "grad norm": float("inf"), "spikes": 0}))
     writers.close()
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -101,14 +101,14 @@ def test_what_is_no_number_is_null(tmp_path):
 
 def test_without_wandb(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    Writers(config()).close()
+    MetricsWriters(config()).close()
     with pytest.raises(UserError, match="wandb is not installed: `pip install wandb`"):
-        Writers(config("--wandb-project", "x"))
+        MetricsWriters(config("--wandb-project", "x"))
 
 
 def test_what_libraries_raise_does_not_end_a_run(tmp_path, wandb, monkeypatch, capfd):
     run = config("--save", tmp_path / "run", "--wandb-project", "llm-jp")
-    writers = Writers(run)
+    writers = MetricsWriters(run)
 
     def broken(values):
         raise BrokenPipeError(32, "Broken pipe")
@@ -119,16 +119,16 @@ def test_what_libraries_raise_does_not_end_a_run(tmp_path, wandb, monkeypatch, c
     writers.close()
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
     told = capfd.readouterr().err
-    assert told.count("warning: WeightsAndBiases: BrokenPipeError: [Errno 32] Broken pipe") == 1
+    assert told.count("warning: WandbWriter: BrokenPipeError: [Errno 32] Broken pipe") == 1
 
     def unreachable(**settings):
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(sys.modules["wandb"], "init", unreachable)
-    writers = Writers(run)
+    writers = MetricsWriters(run)
     writers.write(record(3, **{"lm loss": 5.0}))
     writers.close()
-    assert "WeightsAndBiases: ConnectionError: no route to host; the run" in capfd.readouterr().err
+    assert "WandbWriter: ConnectionError: no route to host; the run" in capfd.readouterr().err
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
 
 
@@ -138,7 +138,7 @@ def test_logs_in_a_place_that_cannot_be_written(tmp_path, capfd):
     (save / "metrics.jsonl").mkdir(parents=True)
     (save / "tensorboard").write_text("")
     (save / "wandb_run_id.txt").write_text("")
-    writers = Writers(config("--save", save))
+    writers = MetricsWriters(config("--save", save))
     for iteration in (1, 2):
         writers.write(record(iteration, **{"lm loss": 5.0}))
     writers.close()
@@ -205,7 +205,7 @@ def test_a_disk_that_is_full_for_a_while(tmp_path, capfd):
     save = tmp_path / "run"
     save.mkdir()
     (save / "metrics.jsonl").write_text('{"iteration": 1, "lm lo')  # the run before was killed
-    writers = Writers(config("--save", save))
+    writers = MetricsWriters(config("--save", save))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         for iteration in range(1, 21):
@@ -218,7 +218,7 @@ def test_a_disk_that_is_full_for_a_while(tmp_path, capfd):
     broken, *lines = (save / "metrics.jsonl").read_text().splitlines()
     assert broken == '{"iteration": 1, "lm lo'
     assert [json.loads(line)["iteration"] for line in lines] == list(range(1, 21))
-    assert "waits for room on its disk: File too large" in capfd.readouterr().err
+    assert "waits for free disk space: File too large" in capfd.readouterr().err
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

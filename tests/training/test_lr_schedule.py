@@ -12,7 +12,7 @@ from megatron_llmjp.config.flags import parse
 from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.data.folds.schema import FoldLearningRate
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.training.lr_scheduler import LearningRates, RunScheduler
+from megatron_llmjp.training.lr_scheduler import LearningRateSchedule, RunScheduler
 
 BATCH, LENGTH, ITERS = 4, 8, 50
 PEAK, LOW, WARMUP, END, TAIL = 3e-3, 1e-4, 5, 40, 10
@@ -34,7 +34,7 @@ def rates(*flags, folds=(), total=ITERS * BATCH, **changes):
     words = [w for flag, value in values.items() if value is not None for w in (flag, value)]
     config = parse([str(word) for word in (*MODEL, *words, *flags)]).config
     sizes = BatchSizeSchedule(config)
-    return LearningRates(config, schedule(folds, total), sizes, ITERS), sizes
+    return LearningRateSchedule(config, schedule(folds, total), sizes, ITERS), sizes
 
 
 def schedule(folds, total):

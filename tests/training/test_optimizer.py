@@ -21,7 +21,7 @@ def step_without_gradients() -> list[list[object]]:
     from megatron_llmjp.parallel import process_groups
     from megatron_llmjp.parallel.device import setup
     from megatron_llmjp.parallel.ranks import single_process
-    from megatron_llmjp.training.optimizer import make_optimizer, wrap_for_data_parallel
+    from megatron_llmjp.training.optimizer import build_optimizer, wrap_for_data_parallel
 
     device = setup()
     found: list[list[object]] = []
@@ -30,8 +30,8 @@ def step_without_gradients() -> list[list[object]]:
         words += ["--lr", LR, "--weight-decay", DECAY, "--hidden-size", 32]
         config = parse([str(word) for word in words]).config
         process_groups.initialize(config, single_process(), device)
-        chunks = wrap_for_data_parallel(build_model(config, device), config, device)
-        optimizer = make_optimizer(chunks, config, device)
+        chunks = wrap_for_data_parallel(build_model(config, device), config)
+        optimizer = build_optimizer(chunks, config)
         for group in optimizer.param_groups:
             group["lr"], group["weight_decay"] = LR, DECAY * group["wd_mult"]
         before = {}

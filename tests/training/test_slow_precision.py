@@ -9,12 +9,12 @@ from tests.support.processes import run_ranks
 def notes() -> list[list[str]]:
     """The notes on fp32, bf16 and fp16 on a CPU, then bf16 on a GPU."""
     from megatron_llmjp.parallel.device import Device
-    from megatron_llmjp.training.run_setup import slow_precision
+    from megatron_llmjp.training.run_setup import half_precision_notes
 
     cpu, gpu = Device("cpu", "gloo", "CPU"), Device("cuda", "nccl", "GPU")
     runs = [([], cpu), (["--bf16"], cpu), (["--fp16"], cpu), (["--bf16"], gpu)]
     return [
-        slow_precision(parse(["--config", "laptop-llama", *flags]).config, device)
+        half_precision_notes(parse(["--config", "laptop-llama", *flags]).config, device)
         for flags, device in runs
     ]
 

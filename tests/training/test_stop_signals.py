@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_llmjp.parallel.process_groups import new_group_without_timeout
 from megatron_llmjp.parallel.signals import StopRequests
-from megatron_llmjp.training.stop_signals import Guard, Request
+from megatron_llmjp.training.stop_signals import StopCoordinator, StopReason
 from tests.support.processes import run_ranks
 
 
@@ -18,7 +18,7 @@ def wait_together() -> list[Any]:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     requests = StopRequests()
-    guard = Guard(None, requests, rank == 0, new_group_without_timeout())
+    guard = StopCoordinator(None, requests, rank == 0, new_group_without_timeout())
     told: list[Any] = [guard.agreed().name]
     there = time.monotonic() + (1.0 if rank == 1 else 0.0)
     told.append(guard.wait_until(lambda: time.monotonic() > there))
@@ -33,5 +33,5 @@ def wait_together() -> list[Any]:
 
 
 def test_ranks_wait_for_each_other_or_stop_together():
-    expected = ["NONE", True, True, "NONE", False, Request.SIGNAL.name]
+    expected = ["NONE", True, True, "NONE", False, StopReason.SIGNAL.name]
     assert run_ranks(wait_together, 2) == [expected, expected]

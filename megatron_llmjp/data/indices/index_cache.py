@@ -213,7 +213,7 @@ def _try_lock(folder: Path) -> Iterator[bool]:
     path = folder.with_name(f"{folder.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = acquire_lock(path, patient=False)
+        lock = acquire_lock(path, retry=False)
     except BlockingIOError:
         yield False
         return

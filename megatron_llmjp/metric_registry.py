@@ -1,0 +1,382 @@
+"""The metrics of a training run: stored name, meaning, value, log line and plot of each.
+
+Trainer, log line, ``metrics.jsonl``, TensorBoard, Weights & Biases, report and ``run_status`` take
+metrics from this registry. To add one, register a :class:`Metric` here; its value is computed from
+the measurements in :class:`IntervalStats`.
+
+``metrics.jsonl`` has one JSON object per line. Every record has :data:`ITERATION`; a record with
+:data:`LM_LOSS` (null if no step had a loss) is a log interval of training, a record with keys of
+:data:`VALIDATION_LOSS` a validation, a record with :data:`EVENT` an event.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from megatron_llmjp.formatting import format_count
+
+METRICS_FILE = "metrics.jsonl"
+"""Name of the metrics file in the save folder."""
+
+ITERATION, CONSUMED_SAMPLES, EVENT, FOLD = "iteration", "consumed samples", "event", "fold"
+"""Fields of records that are not metrics."""
+
+
+@dataclass(frozen=True)
+class IntervalStats:
+    """Measurements of one log interval; values of a step are those of the last one."""
+
+    steps: int
+    samples: int
+    seconds: float
+    """Time spent in steps; validations and saves are excluded."""
+    consumed_samples: int
+    """Since the start of the run."""
+    remaining_samples: int
+    sequence_length: int
+    lm_loss: float
+    """Mean cross entropy in nats per token; NaN if no step had a loss."""
+    z_loss: float | None
+    """Mean z-loss per token; None if it is disabled."""
+    grad_norm: float
+    params_norm: float | None
+    """None if it is not logged."""
+    learning_rate: float
+    global_batch_size: int
+    loss_scale: float
+    skipped: int
+    nan: int
+    spikes: int
+    total_skipped: int
+    total_nan: int
+    total_spikes: int
+    rollbacks: int
+    tflops_per_gpu: float
+    peak_tflops: float | None
+    """Peak TFLOP/s of one device; None if unknown."""
+    fold_number: int
+    fold_progress: float
+    memory: Mapping[str, float] = field(default_factory=dict)
+    """Bytes, by the name of the metric (``Device.memory``)."""
+
+    @property
+    def samples_per_second(self) -> float:
+        """Throughput of all ranks."""
+        return self.samples / self.seconds
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A plot of the report, with the metrics whose :attr:`Metric.panel` it is."""
+
+    name: str
+    """Stem of the image file."""
+    title: str
+    unit: str = ""
+    log_scale: bool = False
+    from_zero: bool = False
+    hide_constant: bool = False
+    """Whether to omit the plot if its values never change."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric of training, with one value per log interval."""
+
+    name: str
+    """Name in ``metrics.jsonl``, TensorBoard and Weights & Biases."""
+    description: str
+    """Entry of the table in docs/training.md."""
+    value: Callable[[IntervalStats], float | None]
+    """Computes the value; None if the run does not have this metric."""
+    log_line: Callable[[float], str] | None = None
+    """Formats the value for the log line; an empty string omits it."""
+    panel: Panel | None = None
+    """Plot that shows the metric."""
+    label: str = ""
+    """Legend entry, in a plot of several metrics."""
+    scale: float = 1.0
+    """Factor for plotted values."""
+
+
+@dataclass(frozen=True)
+class MetricGroup:
+    """A metric with one value per dataset or validation set, stored as ``PREFIX/NAME``."""
+
+    prefix: str
+    description: str
+
+    def key(self, name: str) -> str:
+        """Return the stored name of the metric of a dataset or validation set."""
+        return f"{self.prefix}/{name}"
+
+    def names(self, keys: Iterable[str]) -> dict[str, str]:
+        """Return the datasets or validation sets among the keys of a record, by key."""
+        start = f"{self.prefix}/"
+        return {key: key.removeprefix(start) for key in keys if key.startswith(start)}
+
+
+METRICS: dict[str, Metric] = {}
+"""All metrics by name, in the order of the log line."""
+
+GROUPS: dict[str, MetricGroup] = {}
+"""All metrics with one value per dataset or validation set, by prefix."""
+
+LEARNING_RATE_PANEL = Panel("learning_rate", "Learning rate", from_zero=True)
+THROUGHPUT_PANEL = Panel("throughput", "Throughput", "tokens per second", from_zero=True)
+GRADIENT_NORM_PANEL = Panel("gradient_norm", "Gradient norm, before clipping", log_scale=True)
+PARAMETER_NORM_PANEL = Panel("parameter_norm", "Norm of all parameters")
+Z_LOSS_PANEL = Panel("z_loss", "z-loss")
+MEMORY_PANEL = Panel("memory", "Memory of the first rank", "GB", from_zero=True)
+BATCH_SIZE_PANEL = Panel("batch_size", "Global batch size", "samples", hide_constant=True)
+LOSS_SCALE_PANEL = Panel("loss_scale", "Loss scale", log_scale=True, hide_constant=True)
+
+FIRST_PANELS = (
+    LEARNING_RATE_PANEL,
+    THROUGHPUT_PANEL,
+    GRADIENT_NORM_PANEL,
+    PARAMETER_NORM_PANEL,
+    Z_LOSS_PANEL,
+    MEMORY_PANEL,
+    BATCH_SIZE_PANEL,
+    LOSS_SCALE_PANEL,
+)
+"""Order of panels in the report; others follow in the order of :data:`METRICS`."""
+
+
+def register(metric: Metric) -> Metric:
+    """Add a metric to the registry and return it."""
+    METRICS[metric.name] = metric
+    return metric
+
+
+def register_group(group: MetricGroup) -> MetricGroup:
+    """Add a metric of datasets or validation sets to the registry and return it."""
+    GROUPS[group.prefix] = group
+    return group
+
+
+def panels() -> dict[Panel, list[Metric]]:
+    """Return the panels of the report with their metrics."""
+    found: dict[Panel, list[Metric]] = {panel: [] for panel in FIRST_PANELS}
+    for metric in METRICS.values():
+        if metric.panel is not None:
+            found.setdefault(metric.panel, []).append(metric)
+    return found
+
+
+def interval_values(stats: IntervalStats) -> dict[str, float]:
+    """Return the values of all metrics that the run has, by name."""
+    values = {name: metric.value(stats) for name, metric in METRICS.items()}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def log_line_parts(values: Mapping[str, float]) -> list[str]:
+    """Return the parts of the log line, in the order of :data:`METRICS`."""
+    parts = [
+        metric.log_line(values[name])
+        for name, metric in METRICS.items()
+        if metric.log_line is not None and name in values
+    ]
+    return [part for part in parts if part]
+
+
+def _format(form: str) -> Callable[[float], str]:
+    return form.format
+
+
+def _if_finite(form: str) -> Callable[[float], str]:
+    return lambda value: form.format(value) if math.isfinite(value) else ""
+
+
+def _if_nonzero(form: str) -> Callable[[float], str]:
+    return lambda value: form.format(value) if value else ""
+
+
+def _mfu(stats: IntervalStats) -> float | None:
+    return None if stats.peak_tflops is None else stats.tflops_per_gpu / stats.peak_tflops
+
+
+CONSUMED_TOKENS = register(
+    Metric(
+        "consumed tokens",
+        "tokens since the start of the run",
+        lambda s: s.consumed_samples * s.sequence_length,
+        lambda tokens: f"consumed tokens: {format_count(tokens)}",
+    )
+)
+SECONDS_PER_ITERATION = register(
+    Metric(
+        "seconds per iteration",
+        "mean over the interval, without validations and saves",
+        lambda s: s.seconds / s.steps,
+        lambda seconds: f"elapsed time per iteration (ms): {seconds * 1000:.1f}",
+    )
+)
+TFLOPS_PER_GPU = register(
+    Metric(
+        "TFLOP/s per GPU",
+        "over the interval, by Megatron-LM's formula",
+        lambda s: s.tflops_per_gpu,
+        _format("throughput per GPU (TFLOP/s/GPU): {:.1f}"),
+    )
+)
+MFU = register(
+    Metric("MFU", "model FLOP/s utilization, from 0 to 1", _mfu, _if_finite("MFU: {:.1%}"))
+)
+TOKENS_PER_SECOND = register(
+    Metric(
+        "tokens per second",
+        "over the interval, of all ranks",
+        lambda s: s.samples_per_second * s.sequence_length,
+        lambda speed: f"tokens/s: {format_count(speed)}",
+        THROUGHPUT_PANEL,
+    )
+)
+LEARNING_RATE = register(
+    Metric(
+        "learning rate",
+        "of the interval's last step",
+        lambda s: s.learning_rate,
+        _format("learning rate: {:.6E}"),
+        LEARNING_RATE_PANEL,
+    )
+)
+GLOBAL_BATCH_SIZE = register(
+    Metric(
+        "global batch size",
+        "of the interval's last step, in samples",
+        lambda s: s.global_batch_size,
+        _format("global batch size: {:5d}"),
+        BATCH_SIZE_PANEL,
+    )
+)
+LM_LOSS = register(
+    Metric(
+        "lm loss",
+        "cross entropy in nats per token over the interval, without the z-loss",
+        lambda s: s.lm_loss,
+        _if_finite("lm loss: {:.6E}"),
+    )
+)
+Z_LOSS = register(
+    Metric(
+        "z loss",
+        "z-loss per token over the interval",
+        lambda s: s.z_loss,
+        _if_finite("z loss: {:.6E}"),
+        Z_LOSS_PANEL,
+    )
+)
+LOSS_SCALE = register(
+    Metric(
+        "loss scale",
+        "after the interval's last step",
+        lambda s: s.loss_scale,
+        _format("loss scale: {:.1f}"),
+        LOSS_SCALE_PANEL,
+    )
+)
+GRAD_NORM = register(
+    Metric(
+        "grad norm",
+        "of the interval's last step, before clipping",
+        lambda s: s.grad_norm,
+        _format("grad norm: {:.3f}"),
+        GRADIENT_NORM_PANEL,
+    )
+)
+PARAMS_NORM = register(
+    Metric(
+        "params norm",
+        "after the interval's last step; unless `--no-log-params-norm`",
+        lambda s: s.params_norm,
+        _if_finite("params norm: {:.3f}"),
+        PARAMETER_NORM_PANEL,
+    )
+)
+SKIPPED_ITERATIONS = register(
+    Metric(
+        "skipped iterations",
+        "steps of the interval that were not applied",
+        lambda s: s.skipped,
+        _format("number of skipped iterations: {:3d}"),
+    )
+)
+NAN_ITERATIONS = register(
+    Metric(
+        "nan iterations",
+        "bad steps of the interval",
+        lambda s: s.nan,
+        _format("number of nan iterations: {:3d}"),
+    )
+)
+SPIKES = register(
+    Metric(
+        "spikes",
+        "spikes of the interval, applied or skipped",
+        lambda s: s.spikes,
+        _if_nonzero("number of spikes: {:3d}"),
+    )
+)
+TOTAL_SKIPPED = register(
+    Metric("total skipped iterations", "since the start of the run", lambda s: s.total_skipped)
+)
+TOTAL_NAN = register(
+    Metric("total nan iterations", "since the start of the run", lambda s: s.total_nan)
+)
+TOTAL_SPIKES = register(
+    Metric("total spikes", "since the start of the run", lambda s: s.total_spikes)
+)
+ROLLBACKS = register(
+    Metric(
+        "rollbacks",
+        "since the start of the run",
+        lambda s: s.rollbacks,
+        _if_nonzero("number of rollbacks: {:3d}"),
+    )
+)
+SECONDS_REMAINING = register(
+    Metric(
+        "seconds remaining",
+        "estimated time to the end of the run, at the interval's throughput",
+        lambda s: s.remaining_samples / s.samples_per_second,
+    )
+)
+FOLD_NUMBER = register(Metric("fold number", "current fold, from 1", lambda s: s.fold_number))
+FOLD_PROGRESS = register(
+    Metric("fold progress", "fraction of the current fold, from 0 to 1", lambda s: s.fold_progress)
+)
+
+
+def _memory(name: str, description: str, label: str) -> Metric:
+    def value(stats: IntervalStats) -> float | None:
+        return stats.memory.get(name)
+
+    return register(Metric(name, description, value, panel=MEMORY_PANEL, label=label, scale=1e-9))
+
+
+MEMORY_PEAK = _memory(
+    "memory peak bytes",
+    "most memory allocated on the first rank; on a CPU its largest resident set size",
+    "peak",
+)
+MEMORY_ALLOCATED = _memory(
+    "memory allocated bytes", "GPU memory in use by tensors of the first rank", "allocated"
+)
+MEMORY_RESERVED = _memory(
+    "memory reserved bytes", "GPU memory reserved by the first rank's allocator", "reserved"
+)
+
+VALIDATION_LOSS = register_group(
+    MetricGroup("validation", "loss on a validation set, in nats per token")
+)
+PERPLEXITY = register_group(MetricGroup("perplexity", "perplexity on a validation set"))
+DATASET_LOSS = register_group(
+    MetricGroup("dataset loss", "loss on the interval's samples of one dataset")
+)
+DATASET_TOKENS = register_group(
+    MetricGroup("consumed tokens", "tokens of one dataset since the start of the run")
+)
