@@ -151,7 +151,7 @@ def ours(folder: Path, folds: int) -> dict[str, float]:
         run_data = resolve_data(config)
         cache = index_cache_folder(config, run_data.folds)
         data = FoldDataset(run_data.schedule, EpochDatasets(config.data, tokenizer, cache))
-        prefetcher = IndexPrefetcher(data, first_on_machine=True, say=lambda text: None)
+        prefetcher = IndexPrefetcher(data, first_on_machine=True, log=lambda text: None)
         prefetcher.start(0, BATCH, [])
         save_facts(run_data.datasets, cache)
         batch_at(data, 0)

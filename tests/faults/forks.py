@@ -159,7 +159,7 @@ def _main(words: list[str], fault: Fault | None) -> None:
 
     launcher._start = fork  # type: ignore[assignment]
     # Drawing the report of a run that ends costs more than the run.
-    pretrain_cli.draw_at_end = lambda save: None  # type: ignore[assignment]
+    pretrain_cli.write_report_at_end = lambda save: None  # type: ignore[assignment]
     if "--nproc-per-node" not in words or (fault and fault[0] in IN_THE_LAUNCHER_TOO):
         _inject(fault)
     code = pretrain_cli.main(words)

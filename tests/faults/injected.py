@@ -301,7 +301,7 @@ def nan_at(where: str, iteration: int, which: int) -> None:
 
     hit: list[Any] = []
     strike("a step", iteration, hit.append)
-    share, update = dataloader._share, train_step._clip_and_update
+    share, update = dataloader._broadcast_to_tensor_parallel_ranks, train_step._clip_and_update
 
     def shared(*arguments: Any) -> Any:
         batch = share(*arguments)
@@ -315,7 +315,7 @@ def nan_at(where: str, iteration: int, which: int) -> None:
             _first(hit.pop()).main_grad.view(-1)[0] = _NAN
         return update(*arguments)
 
-    dataloader._share, train_step._clip_and_update = shared, updated
+    dataloader._broadcast_to_tensor_parallel_ranks, train_step._clip_and_update = shared, updated
 
 
 def nan_weight_at(what: str, iteration: int, which: int = 0) -> None:
