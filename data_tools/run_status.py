@@ -25,7 +25,7 @@ EXAMPLES = """\
   For another program, a list with an object for each folder:
     run_status SAVE --json
 
-States: running; still (it lives, but logs nothing); starting; finished; stopped; failed (it ended
+States: running; stalled (alive, but logging nothing); starting; finished; stopped; failed (it ended
 before it was done, and says why); requeued (its job waits in Slurm's queue); dead (killed, or its
 machine is gone)."""
 

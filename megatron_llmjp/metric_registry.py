@@ -183,6 +183,11 @@ def log_line_parts(values: Mapping[str, float]) -> list[str]:
     return [part for part in parts if part]
 
 
+def perplexity(loss: float) -> float:
+    """Return e^loss, with the loss clamped to 20 as in Megatron-LM; NaN for NaN."""
+    return math.exp(min(loss, 20.0))
+
+
 def _format(form: str) -> Callable[[float], str]:
     return form.format
 

@@ -1,12 +1,10 @@
-"""A run's history, read from the files in its save folder while it goes on or afterwards.
+"""The history of a run, read from its save folder during or after the run.
 
-``metrics.jsonl`` has one JSON object per line. Every object has ``iteration``; what else it has
-says what it is: ``lm loss`` (null where no step had one) makes it an interval of training, keys
-``validation/NAME`` a validation, ``event`` something that happened: ``start`` of a process after
-this iteration, ``fold`` begun with it, ``end`` of a process with its ``outcome``: ``done``,
-``stopped`` or ``failed``. A run that resumes from a checkpoint appends to the same file, and may do
-iterations again that were logged before: the later ones hold, the earlier ones are kept apart as
-abandoned.
+The format of ``metrics.jsonl`` is described in ``metric_registry.py``. Events are ``start`` (a
+process starts after this iteration), ``fold`` (a fold begins with this iteration), ``end`` (a
+process ends, with its ``outcome``: ``done``, ``stopped`` or ``failed``) and exceptional events such
+as ``bad step``. A resumed run appends to the same file and may repeat iterations that were logged
+before: the later records are valid, the earlier ones are kept as abandoned.
 """
 
 from __future__ import annotations
@@ -23,21 +21,26 @@ from megatron_llmjp.checkpoint import manifest
 from megatron_llmjp.config.loading import load_config
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.metric_registry import METRICS_FILE
-
-LM_LOSS = "lm loss"
-VALIDATION_PREFIX = "validation/"
-CONSUMED_PREFIX = "consumed tokens/"
+from megatron_llmjp.metric_registry import (
+    DATASET_TOKENS,
+    EVENT,
+    FOLD,
+    ITERATION,
+    LM_LOSS,
+    METRICS_FILE,
+    VALIDATION_LOSS,
+)
 
 ROUTINE_EVENTS = ("start", "fold", "end")
-"""Events of every run; the others are exceptions, such as ``bad step``, and say ``why``."""
+"""Events of every run; the others are exceptional, such as ``bad step``, with a ``why``."""
 
 JsonRecord = dict[str, Any]
+"""A line of the metrics file."""
 
 
 @dataclass(frozen=True)
 class FoldSpan:
-    """The part of a run that one fold fills."""
+    """Range of iterations of a fold."""
 
     name: str
     first: int
@@ -47,92 +50,86 @@ class FoldSpan:
 
 @dataclass
 class MetricsHistory:
-    """A run so far."""
+    """Metrics and events of a run so far."""
 
     folder: Path
     training: list[JsonRecord] = field(default_factory=list)
-    """Intervals that hold, by iteration."""
+    """Valid log intervals, by iteration."""
     abandoned: list[list[JsonRecord]] = field(default_factory=list)
-    """Intervals that a restart did again, one list per restart."""
+    """Intervals that were repeated after a restart, one list per restart."""
     validation: list[JsonRecord] = field(default_factory=list)
     events: list[JsonRecord] = field(default_factory=list)
     restarts: list[int] = field(default_factory=list)
-    """Iterations that a new process went on from."""
+    """Iterations that restarts resumed from."""
     damaged_lines: int = 0
     config: Config | None = None
 
     @property
     def iteration(self) -> int:
-        """The last one that was logged."""
-        return max((int(r["iteration"]) for r in [*self.training, *self.validation]), default=0)
+        """The last logged iteration."""
+        return max((int(r[ITERATION]) for r in [*self.training, *self.validation]), default=0)
 
     def values(self, name: str) -> tuple[list[int], list[float]]:
-        """Iterations and finite values of a training metric, where it was logged."""
-        found = [
-            (int(r["iteration"]), float(r[name])) for r in self.training if _has_number(r, name)
-        ]
+        """Return the iterations and finite values of a training metric."""
+        found = [(int(r[ITERATION]), float(r[name])) for r in self.training if _has_number(r, name)]
         return [i for i, _ in found], [v for _, v in found]
 
     def validation_sets(self) -> dict[str, tuple[list[int], list[float]]]:
-        """Iterations and losses of each validation set."""
+        """Return the iterations and losses of each validation set."""
         sets: dict[str, tuple[list[int], list[float]]] = {}
         for record in self.validation:
-            for key in record:
-                if key.startswith(VALIDATION_PREFIX) and _has_number(record, key):
-                    iterations, losses = sets.setdefault(
-                        key.removeprefix(VALIDATION_PREFIX), ([], [])
-                    )
-                    iterations.append(int(record["iteration"]))
+            for key, name in VALIDATION_LOSS.names(record).items():
+                if _has_number(record, key):
+                    iterations, losses = sets.setdefault(name, ([], []))
+                    iterations.append(int(record[ITERATION]))
                     losses.append(float(record[key]))
         return sets
 
     def consumed_by_dataset(self) -> dict[str, tuple[list[int], list[float]]]:
-        """Iterations and tokens trained on of each dataset."""
-        names = {
-            key for record in self.training for key in record if key.startswith(CONSUMED_PREFIX)
-        }
-        return {name.removeprefix(CONSUMED_PREFIX): self.values(name) for name in sorted(names)}
+        """Return the iterations and consumed tokens of each dataset."""
+        keys = sorted({key for record in self.training for key in record})
+        return {name: self.values(key) for key, name in DATASET_TOKENS.names(keys).items()}
 
     def folds(self) -> list[FoldSpan]:
-        """The folds trained on so far, in order.
+        """Return the folds trained on so far, in order.
 
-        Bounds are as fine as the log interval, where no event tells them.
+        Without events of folds, their bounds are accurate to the log interval.
         """
-        begun = {str(e.get("fold")): int(e["iteration"]) - 1 for e in reversed(self.events)}
+        begun = {str(e.get(FOLD)): int(e[ITERATION]) - 1 for e in reversed(self.events)}
         spans: list[FoldSpan] = []
-        for before, record in pairwise([{"iteration": 0}, *self.training]):
-            name, last = record.get("fold"), int(record["iteration"])
+        for before, record in pairwise([{ITERATION: 0}, *self.training]):
+            name, last = record.get(FOLD), int(record[ITERATION])
             if name is None:
                 continue
             if spans and spans[-1].name == name:
                 spans[-1] = FoldSpan(name, spans[-1].first, last)
                 continue
-            first = begun.get(name, int(before["iteration"])) if spans else 0
+            first = begun.get(name, int(before[ITERATION])) if spans else 0
             spans = [*spans[:-1], *(FoldSpan(s.name, s.first, first) for s in spans[-1:])]
             spans.append(FoldSpan(name, first, last))
         return spans
 
     def last(self, name: str) -> float | None:
-        """The last value of a training metric."""
+        """Return the last value of a training metric; None without any."""
         values = self.values(name)[1]
         return values[-1] if values else None
 
 
 def read_history(folder: Path) -> MetricsHistory:
-    """Read a run's save folder.
+    """Read the metrics of a save folder.
 
     Raises:
-        UserError: it holds no metrics.
+        UserError: the folder has no metrics file.
     """
     path = folder / METRICS_FILE
     if not path.is_file():
         raise UserError(
-            f"{folder}: there is no {METRICS_FILE}; give the folder that the run got as --save"
+            f"{folder} has no {METRICS_FILE}; expected the folder given to the run as --save"
         )
     history = MetricsHistory(folder)
     history.config = _config(folder)
     text = path.read_text(encoding="utf-8", errors="replace")
-    # A run in progress may be in the middle of its last line.
+    # A running process may be writing the last line.
     records = list(_parse(text[: text.rfind("\n") + 1].splitlines(), history))
     for record in records:
         _add_record(record, history)
@@ -150,55 +147,55 @@ def _parse(lines: Iterable[str], history: MetricsHistory) -> Iterable[JsonRecord
 
 
 def parse_record(line: str) -> JsonRecord | None:
-    """One line of the file; None if it is damaged, as the last one of a killed run may be."""
+    """Parse a line of the file; None if it is damaged, as the last one of a killed run may be."""
     try:
         record = json.loads(line)
-        int(record["iteration"])
+        int(record[ITERATION])
     except (ValueError, KeyError, TypeError):
         return None
     return dict(record)
 
 
 def _add_record(record: JsonRecord, history: MetricsHistory) -> None:
-    iteration = int(record["iteration"])
-    if "event" in record:
+    iteration = int(record[ITERATION])
+    if EVENT in record:
         history.events.append(record)
-        if record["event"] == "start" and history.training:
+        if record[EVENT] == "start" and history.training:
             _drop_after(iteration, history)
-    elif LM_LOSS in record:
-        if history.training and iteration <= int(history.training[-1]["iteration"]):
+    elif LM_LOSS.name in record:
+        if history.training and iteration <= int(history.training[-1][ITERATION]):
             _drop_after(iteration - 1, history)
         history.training.append(record)
-    elif any(key.startswith(VALIDATION_PREFIX) for key in record):
+    elif VALIDATION_LOSS.names(record):
         history.validation.append(record)
 
 
 def _drop_after(iteration: int, history: MetricsHistory) -> None:
-    """A process goes on from ``iteration``: what was logged after it does not hold."""
+    """Mark intervals after ``iteration``, which a process resumed from, as abandoned."""
     history.restarts.append(iteration)
-    lost = [r for r in history.training if int(r["iteration"]) > iteration]
-    if lost:
-        history.abandoned.append(lost)
-        history.training = history.training[: -len(lost)]
-    history.validation = [r for r in history.validation if int(r["iteration"]) <= iteration]
+    abandoned = [r for r in history.training if int(r[ITERATION]) > iteration]
+    if abandoned:
+        history.abandoned.append(abandoned)
+        history.training = history.training[: -len(abandoned)]
+    history.validation = [r for r in history.validation if int(r[ITERATION]) <= iteration]
 
 
 def _merge_by_iteration(records: list[JsonRecord]) -> list[JsonRecord]:
-    """One record per iteration: a set validated alone later does not hide the others."""
+    """Merge records by iteration: a later one with one validation set keeps the other sets."""
     merged: dict[int, JsonRecord] = {}
     for record in records:
-        merged.setdefault(int(record["iteration"]), {}).update(record)
+        merged.setdefault(int(record[ITERATION]), {}).update(record)
     return [merged[iteration] for iteration in sorted(merged)]
 
 
 def _has_number(record: JsonRecord, name: str) -> bool:
-    """Whether a record has a finite value; NaN is null, and was ``NaN`` in older files."""
+    """Return whether a record has a finite value; NaN is null, in older files ``NaN``."""
     value = record.get(name)
     return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _config(folder: Path) -> Config | None:
-    """The configuration in the newest checkpoint; None if there is none yet."""
+    """Return the configuration of the newest checkpoint; None without a checkpoint."""
     try:
         return load_config(manifest.newest_checkpoint(folder) / manifest.CONFIG)
     except (UserError, OSError):

@@ -1,4 +1,4 @@
-"""What the jobs of a run left in its save folder: ends, errors, hangs. Everything is only read."""
+"""Ends, errors and hangs of a run's jobs, read from its save folder."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from pathlib import Path
 from typing import Any
 
 REQUEUE_LOG = "requeues.jsonl"
-"""One line for each end of a Slurm job (``slurm/requeue.py``)."""
+"""File with one line per end of a Slurm job, written by ``slurm/requeue.py``."""
 HANG_REPORT = "hang/report.txt"
-"""What the watchdog found when it ended a run that hung (``training/watchdog.py``)."""
+"""Report of the watchdog on a hang (``training/watchdog.py``)."""
 TAIL_BYTES = 1 << 16
-"""An error is one of the last things in a log."""
+"""Size of the end of a log that is searched for an error."""
 
 
 @dataclass(frozen=True)
 class Incident:
-    """Something that went wrong."""
+    """An error or hang of a run."""
 
     what: str
     where: str
-    """The file that tells more, relative to the save folder."""
+    """File with details, relative to the save folder."""
     seconds_ago: float
 
 
 def read_job_ends(folder: Path) -> list[dict[str, Any]]:
-    """Every end of a job, oldest first; a line that is half written is left out."""
+    """Return all ends of jobs, oldest first; incomplete lines are omitted."""
     return [record for line in _lines(folder / REQUEUE_LOG) if (record := _parse(line)) is not None]
 
 
@@ -40,7 +40,7 @@ def _parse(line: str) -> dict[str, Any] | None:
 
 
 def last_error(folder: Path) -> Incident | None:
-    """The first error of the newest job that had one; those of other ranks are consequences."""
+    """Return the first error of the newest job with errors; it causes those of other ranks."""
     jobs = [job for job in folder.glob("logs/job*") if job.is_dir()]
     for job in sorted(jobs, key=_modified_at, reverse=True):
         for log in sorted(job.glob("rank_*.log"), key=_modified_at):
@@ -51,7 +51,7 @@ def last_error(folder: Path) -> Incident | None:
 
 
 def first_error(lines: list[str]) -> str | None:
-    """The first line that begins with ``error:``, with the cause at the end of its traceback."""
+    """Return the first line that starts with ``error:``, and the last line of its traceback."""
     for number, line in enumerate(lines):
         if not line.startswith("error:"):
             continue
@@ -64,7 +64,7 @@ def first_error(lines: list[str]) -> str | None:
 
 
 def last_hang(folder: Path) -> Incident | None:
-    """What the watchdog said of the last hang, and whom to look at first."""
+    """Return the watchdog's message on the last hang, with the rank to check first."""
     report = folder / HANG_REPORT
     lines = _lines(report)
     if not lines:
@@ -74,7 +74,7 @@ def last_hang(folder: Path) -> Incident | None:
 
 
 def tail(path: Path, size: int) -> list[str]:
-    """Whole lines at the end of a file; the last one also where it is still being written."""
+    """Return the complete lines in the last ``size`` bytes; the last line may be incomplete."""
     try:
         with path.open("rb") as stream:
             end = stream.seek(0, 2)
@@ -95,5 +95,5 @@ def _lines(path: Path) -> list[str]:
 def _modified_at(path: Path) -> float:
     try:
         return path.stat().st_mtime
-    except OSError:  # gone meanwhile
+    except OSError:  # removed in the meantime
         return 0.0

@@ -1,9 +1,4 @@
-"""The report of a run as one HTML page, and its plots as PNG files.
-
-The report that a run leaves behind: whatever happens here, the run has ended well.
-
-A run's report as files: one HTML page with everything in it, and the pictures as PNG.
-"""
+"""The report of a run: one self-contained HTML page, and its plots as PNG files."""
 
 from __future__ import annotations
 
@@ -24,17 +19,17 @@ if TYPE_CHECKING:
 
 
 REPORT_FOLDER = "report"
-"""In the save folder."""
+"""Name of the report's folder in the save folder."""
 
 
 def write_report_at_end(save: str | None) -> None:
-    """Write ``SAVE/report/``, and say where; a failure is told, never raised."""
+    """Write ``SAVE/report/`` and print its path; failures are printed and never raised."""
     if save is None:
         return
     try:
         page = write_report(Path(save), Path(save) / REPORT_FOLDER)[0]
     except Exception as error:
-        print(f"note: no report was drawn: {type(error).__name__}: {error}", flush=True)
+        print(f"note: the report was not written: {type(error).__name__}: {error}", flush=True)
     else:
         print(f"report: {page}", flush=True)
 
@@ -57,29 +52,29 @@ main img:first-child { grid-column: 1 / -1; }
 
 
 def write_report(folder: Path, output: Path) -> list[Path]:
-    """Read the run in ``folder`` and write ``output/report.html`` and one PNG per picture.
+    """Read the run in ``folder`` and write ``output/report.html`` and one PNG per plot.
 
-    The run itself is not touched: it may still be going on.
+    Nothing else is written, so that the run may still be in progress.
 
     Returns:
         The files written, the page first.
 
     Raises:
-        UserError: the folder holds no metrics.
+        UserError: the folder has no metrics file.
     """
-    from megatron_llmjp.report.plots import draw_all  # here: matplotlib takes a second
+    from megatron_llmjp.report.plots import draw_all  # imported late: matplotlib takes a second
 
     history = read_history(folder)
     output.mkdir(parents=True, exist_ok=True)
     images, files = [], []
     with warnings.catch_warnings():
-        # Without a Japanese font a PNG shows boxes; the page takes the reader's fonts.
+        # Without a Japanese font PNG files show boxes; the page uses the fonts of the browser.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         for name, title, figure in draw_all(history):
             images.append(_image(figure, title))
-            picture = output / f"{name}.png"
-            figure.savefig(picture, dpi=130)
-            files.append(picture)
+            plot = output / f"{name}.png"
+            figure.savefig(plot, dpi=130)
+            files.append(plot)
     page = output / REPORT_FILE
     write_atomically(page, _page(history, images))
     return [page, *files]
@@ -107,7 +102,7 @@ def _page(history: MetricsHistory, images: list[str]) -> str:
 
 
 def _image(figure: Figure, title: str) -> str:
-    """A picture inside the page; as an image of its own, its names cannot meet another's."""
+    """Return a plot as an embedded image, which keeps the ids of its SVG elements separate."""
     stream = io.BytesIO()
     figure.savefig(stream, format="svg", metadata={"Date": None})
     data = base64.b64encode(stream.getvalue()).decode()

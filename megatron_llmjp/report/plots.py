@@ -1,15 +1,12 @@
 """Plots of a run's report, drawn by matplotlib without a display.
 
-How a report looks: colours and fonts.
-
-The pictures of a run's report, drawn by matplotlib without a display.
+The plots of single metrics are the panels of the metric registry.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import cycle
 from statistics import median
 from typing import Any
@@ -20,10 +17,21 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from megatron_llmjp.formatting import format_tick
-from megatron_llmjp.report.history import LM_LOSS, MetricsHistory
+from megatron_llmjp.metric_registry import (
+    CONSUMED_SAMPLES,
+    ITERATION,
+    LM_LOSS,
+    MFU,
+    THROUGHPUT_PANEL,
+    TOKENS_PER_SECOND,
+    Metric,
+    Panel,
+    panels,
+)
+from megatron_llmjp.report.history import MetricsHistory
 
 COLORS = ("#1f5a8c", "#d1772a", "#3f8f5f", "#9a4f8e", "#b8a12c", "#4aa5b8", "#a34a3f", "#6f6f6f")
-"""Of lines; told apart with colour-blind eyes too."""
+"""Line colors, distinguishable with color blindness."""
 INK, EDGE, BOUNDARY, FAINT, RESTART = "#333333", "#b5b5b5", "#c4c4c4", "#8a8a8a", "#c0392b"
 
 FONTS = (
@@ -36,7 +44,7 @@ FONTS = (
     "Hiragino Sans",
     "Yu Gothic",
 )
-"""Names of folds and validation sets may be Japanese: what is installed of these is used."""
+"""Fonts to use if installed; names of folds and validation sets may be Japanese."""
 
 STYLE: dict[str, Any] = {
     "font.size": 9.5,
@@ -58,72 +66,18 @@ STYLE: dict[str, Any] = {
     "legend.fontsize": 8.5,
     "xtick.color": INK,
     "ytick.color": INK,
-    "svg.fonttype": "none",  # the reader's fonts: small files, and Japanese where they have it
+    "svg.fonttype": "none",  # text in the browser's fonts
     "svg.hashsalt": "megatron_llmjp",  # the same run gives the same file
     "path.simplify": True,
 }
 
 
 MAX_POINTS = 1200
-"""Points drawn of one line; of more, their mean in so many places and the range around it."""
-
-
-@dataclass(frozen=True)
-class PlotLine:
-    """One metric of a picture."""
-
-    metric: str
-    label: str = ""
-    scale: float = 1.0
-
-
-@dataclass(frozen=True)
-class Panel:
-    """A picture of training metrics; it is drawn when the run has logged one of them."""
-
-    name: str
-    title: str
-    unit: str
-    lines: tuple[PlotLine, ...]
-    log: bool = False
-    from_zero: bool = False
-
-
-PANELS = (
-    Panel("learning_rate", "Learning rate", "", (PlotLine("learning rate"),), from_zero=True),
-    Panel(
-        "throughput",
-        "Throughput",
-        "tokens per second",
-        (PlotLine("tokens per second"),),
-        from_zero=True,
-    ),
-    Panel(
-        "gradient_norm", "Gradient norm, before clipping", "", (PlotLine("grad norm"),), log=True
-    ),
-    Panel("parameter_norm", "Norm of all parameters", "", (PlotLine("params norm"),)),
-    Panel("z_loss", "z-loss", "", (PlotLine("z loss"),)),
-    Panel(
-        "memory",
-        "Memory of the first rank",
-        "GB",
-        (
-            PlotLine("memory peak bytes", "peak", 1e-9),
-            PlotLine("memory allocated bytes", "allocated", 1e-9),
-            PlotLine("memory reserved bytes", "reserved", 1e-9),
-        ),
-        from_zero=True,
-    ),
-    Panel("batch_size", "Global batch size", "samples", (PlotLine("global batch size"),)),
-    Panel("loss_scale", "Loss scale", "", (PlotLine("loss scale"),), log=True),
-)
-
-SKIPPED_IF_CONSTANT = ("batch_size", "loss_scale")
-"""Pictures that say nothing when the line is flat."""
+"""Number of points per line; longer lines show the mean and range of that many groups."""
 
 
 def draw_all(history: MetricsHistory) -> Iterator[tuple[str, str, Figure]]:
-    """Name, title and figure of each picture that the run has values for.
+    """Yield name, title and figure of each plot that the run has values for.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -132,30 +86,31 @@ def draw_all(history: MetricsHistory) -> Iterator[tuple[str, str, Figure]]:
     fonts = [name for name in FONTS if name in known]
     with rc_context({**STYLE, "font.family": fonts}):
         yield "loss", "Loss", draw_loss(history)
-        if any(len(where) > 1 for where, _ in history.validation_sets().values()):
+        if any(len(iterations) > 1 for iterations, _ in history.validation_sets().values()):
             yield "validation", "Validation loss", draw_validation(history)
-        for panel in PANELS:
-            if _has_data(panel, history):
-                yield panel.name, panel.title, draw_panel(panel, history)
+        for panel, metrics in panels().items():
+            logged = [metric for metric in metrics if _is_logged(metric, history)]
+            if logged and not (panel.hide_constant and _is_constant(logged, history)):
+                yield panel.name, panel.title, draw_panel(panel, logged, history)
         datasets = history.consumed_by_dataset()
         if datasets:
             yield "datasets", "Consumed tokens per dataset", draw_datasets(history, datasets)
 
 
 def draw_loss(history: MetricsHistory) -> Figure:
-    """Training loss with folds, restarts and what restarts threw away; validation as dots."""
+    """Plot the training and validation losses with folds, restarts and abandoned intervals."""
     figure, axes = _new_figure((10.0, 4.6))
-    iterations, losses = history.values(LM_LOSS)
+    iterations, losses = history.values(LM_LOSS.name)
     _draw_line(axes, iterations, losses, COLORS[0], "training")
-    for number, lost in enumerate(history.abandoned):
-        known = [r for r in lost if r[LM_LOSS] is not None]
-        where, what = [int(r["iteration"]) for r in known], [float(r[LM_LOSS]) for r in known]
-        label = "lost at a restart" if number == 0 else None
-        axes.plot(where, what, color=FAINT, linewidth=1.0, linestyle=":", label=label)
+    for number, abandoned in enumerate(history.abandoned):
+        known = [r for r in abandoned if r[LM_LOSS.name] is not None]
+        x, y = [int(r[ITERATION]) for r in known], [float(r[LM_LOSS.name]) for r in known]
+        label = "repeated after a restart" if number == 0 else None
+        axes.plot(x, y, color=FAINT, linewidth=1.0, linestyle=":", label=label)
     sets = history.validation_sets()
-    for (name, (where, what)), color in zip(sets.items(), cycle(COLORS[1:]), strict=False):
-        axes.plot(where, what, "o", color=color, markersize=4, label=f"validation {name}")
-    _limit_loss(axes, losses, [loss for _, what in sets.values() for loss in what])
+    for (name, (x, y)), color in zip(sets.items(), cycle(COLORS[1:]), strict=False):
+        axes.plot(x, y, "o", color=color, markersize=4, label=f"validation {name}")
+    _limit_loss(axes, losses, [loss for _, y in sets.values() for loss in y])
     axes.set_ylabel("nats per token")
     named = _mark_folds_and_restarts(axes, history, names=True)
     axes.set_title("Loss", pad=20 if named else 8)
@@ -166,11 +121,11 @@ def draw_loss(history: MetricsHistory) -> Figure:
 
 
 def draw_validation(history: MetricsHistory) -> Figure:
-    """Loss of each validation set."""
+    """Plot the loss of each validation set."""
     figure, axes = _new_figure()
     sets = history.validation_sets()
-    for (name, (where, what)), color in zip(sets.items(), cycle(COLORS[1:]), strict=False):
-        axes.plot(where, what, "o-", color=color, markersize=3.5, label=name)
+    for (name, (x, y)), color in zip(sets.items(), cycle(COLORS[1:]), strict=False):
+        axes.plot(x, y, "o-", color=color, markersize=3.5, label=name)
     axes.set_ylabel("nats per token")
     axes.set_title("Validation loss")
     axes.margins(y=0.12)
@@ -179,25 +134,24 @@ def draw_validation(history: MetricsHistory) -> Figure:
     return figure
 
 
-def draw_panel(panel: Panel, history: MetricsHistory) -> Figure:
-    """Training metrics over iterations."""
+def draw_panel(panel: Panel, metrics: Sequence[Metric], history: MetricsHistory) -> Figure:
+    """Plot the metrics of a panel over iterations."""
     figure, axes = _new_figure()
     top = 0.0
-    for line, color in zip(panel.lines, COLORS, strict=False):
-        if _has_values(line, history):
-            iterations, values = history.values(line.metric)
-            values = [value * line.scale for value in values]
-            _draw_line(axes, iterations, values, color, line.label)
-            top = max([top, *filter(math.isfinite, values)])
+    for metric, color in zip(metrics, cycle(COLORS), strict=False):
+        iterations, values = history.values(metric.name)
+        values = [value * metric.scale for value in values]
+        _draw_line(axes, iterations, values, color, metric.label)
+        top = max([top, *filter(math.isfinite, values)])
     axes.set_title(panel.title)
     axes.set_ylabel(panel.unit)
     if panel.from_zero:
         axes.set_ylim(0, 1.12 * top)
-    if panel.log:
+    if panel.log_scale:
         _log_scale(axes)
     else:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_tick(value)))
-    if panel.name == "throughput":
+    if panel is THROUGHPUT_PANEL:
         _add_mfu(axes, history)
     _mark_folds_and_restarts(axes, history)
     if len(axes.get_legend_handles_labels()[0]) > 1:
@@ -206,8 +160,9 @@ def draw_panel(panel: Panel, history: MetricsHistory) -> Figure:
 
 
 def _add_mfu(axes: Any, history: MetricsHistory) -> None:
-    """The model FLOP/s utilisation is proportional to the speed: a scale at the right."""
-    pairs = [(r["MFU"], r["tokens per second"]) for r in history.training if r.get("MFU")]
+    """Add an axis with the MFU, which is proportional to the throughput."""
+    records = [r for r in history.training if r.get(MFU.name)]
+    pairs = [(r[MFU.name], r[TOKENS_PER_SECOND.name]) for r in records]
     if pairs:
         each = 100.0 * median(mfu / speed for mfu, speed in pairs)
         scale = axes.secondary_yaxis("right", functions=(lambda v: v * each, lambda v: v / each))
@@ -216,7 +171,7 @@ def _add_mfu(axes: Any, history: MetricsHistory) -> None:
 
 
 def _log_scale(axes: Any) -> None:
-    """Plain numbers at 1, 2 and 5 times each power of ten."""
+    """Use a logarithmic scale with ticks at 1, 2 and 5 times the powers of ten."""
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_minor_locator(NullLocator())
@@ -226,7 +181,7 @@ def _log_scale(axes: Any) -> None:
 def draw_datasets(
     history: MetricsHistory, datasets: dict[str, tuple[list[int], list[float]]]
 ) -> Figure:
-    """Tokens of each dataset trained on so far, over each other."""
+    """Plot the consumed tokens of each dataset."""
     figure, axes = _new_figure()
     order = sorted(datasets, key=lambda name: -datasets[name][1][-1])
     for name, color in zip(order, cycle(COLORS), strict=False):
@@ -252,13 +207,13 @@ def _new_figure(size: tuple[float, float] = (6.0, 3.4)) -> tuple[Figure, Any]:
 def _draw_line(
     axes: Any, iterations: Sequence[int], values: Sequence[float], color: str, label: str
 ) -> None:
-    """A line through finite values; of a long one the mean, with its range as a band."""
+    """Draw a line of the finite values; for a long one the means, with the ranges as a band."""
     x, y = np.asarray(iterations, float), np.asarray(values, float)
     x, y = x[np.isfinite(y)], y[np.isfinite(y)]
     label = label or "_"
     if len(x) <= MAX_POINTS:
-        alone = len(x) == 1
-        axes.plot(x, y, color=color, label=label, marker="o" if alone else None)
+        marker = "o" if len(x) == 1 else None
+        axes.plot(x, y, color=color, label=label, marker=marker)
         return
     starts = np.linspace(0, len(x), MAX_POINTS, endpoint=False).astype(int)
     counts = np.diff(np.append(starts, len(x)))
@@ -269,7 +224,7 @@ def _draw_line(
 
 
 def _limit_loss(axes: Any, losses: Sequence[float], validation: Sequence[float]) -> None:
-    """Leave the first fall of a long run out of the frame, so that the rest can be seen."""
+    """Limit the y axis to the loss after the initial drop, for runs of at least 200 points."""
     finite = [loss for loss in losses if math.isfinite(loss)]
     if len(finite) < 200:
         axes.margins(y=0.08)
@@ -280,7 +235,7 @@ def _limit_loss(axes: Any, losses: Sequence[float], validation: Sequence[float])
 
 
 def _mark_folds_and_restarts(axes: Any, history: MetricsHistory, names: bool = False) -> bool:
-    """Boundaries of folds, and restarts at the foot; whether names of folds were written."""
+    """Mark fold boundaries and restarts; return whether names of folds were drawn."""
     spans = history.folds()
     first, last = 0, max(history.iteration, 1)
     axes.set_xlim(first, last + 0.02 * (last - first))
@@ -303,11 +258,11 @@ def _mark_folds_and_restarts(axes: Any, history: MetricsHistory, names: bool = F
 
 
 def _name_folds(axes: Any, history: MetricsHistory) -> bool:
-    """Write each fold's name above its part of the picture, where there is room."""
+    """Draw the name of each fold above its range, if there is room."""
     spans, wide = history.folds(), axes.get_xlim()[1] - axes.get_xlim()[0]
     if len(spans) < 2:
         return False
-    characters = 125  # that fit side by side over the axes
+    characters = 125  # that fit above the axes
     for span in spans:
         room = int((span.last - span.first) / wide * characters)
         text = span.name if len(span.name) <= room else span.name[: room - 1] + "…"
@@ -321,12 +276,12 @@ def _name_folds(axes: Any, history: MetricsHistory) -> bool:
 
 
 def _add_token_axis(axes: Any, history: MetricsHistory) -> None:
-    """Tokens trained on, as a second scale of the iterations."""
-    iterations, samples = history.values("consumed samples")
+    """Add a second x axis with the consumed tokens."""
+    iterations, samples = history.values(CONSUMED_SAMPLES)
     if history.config is None or len(iterations) < 2:
         return
     tokens = np.asarray(samples) * history.config.data.seq_length
-    beyond = 2 * iterations[-1], 2 * tokens[-1] - tokens[0]  # the frame is wider than the run
+    beyond = 2 * iterations[-1], 2 * tokens[-1] - tokens[0]  # the axis is longer than the run
     x = np.concatenate([[0.0], iterations, beyond[:1]])
     y = np.concatenate([[0.0], tokens, beyond[1:]])
     scale = axes.secondary_xaxis(
@@ -336,12 +291,9 @@ def _add_token_axis(axes: Any, history: MetricsHistory) -> None:
     scale.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_tick(value)))
 
 
-def _has_values(line: PlotLine, history: MetricsHistory) -> bool:
-    return any(value != 0.0 for value in history.values(line.metric)[1])
+def _is_logged(metric: Metric, history: MetricsHistory) -> bool:
+    return any(value != 0.0 for value in history.values(metric.name)[1])
 
 
-def _has_data(panel: Panel, history: MetricsHistory) -> bool:
-    found = [line for line in panel.lines if _has_values(line, history)]
-    if panel.name in SKIPPED_IF_CONSTANT:
-        return any(len(set(history.values(line.metric)[1])) > 1 for line in found)
-    return bool(found)
+def _is_constant(metrics: Sequence[Metric], history: MetricsHistory) -> bool:
+    return all(len(set(history.values(metric.name)[1])) <= 1 for metric in metrics)

@@ -1,6 +1,6 @@
-"""How a run is: far, fast, alive, in trouble. Read from its save folder, of which nothing changes.
+"""The status of a run, read from its save folder: progress, throughput, liveness, errors.
 
-Only the end of the metrics is read, so that a run of a million iterations is told at once.
+Only the end of the metrics file is read, so that long runs are shown as quickly as short ones.
 """
 
 from __future__ import annotations
@@ -15,23 +15,44 @@ import yaml
 
 from megatron_llmjp.checkpoint import manifest, run_lock
 from megatron_llmjp.config.loading import load_config
+from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.report.history import (
+from megatron_llmjp.metric_registry import (
+    CONSUMED_SAMPLES,
+    CONSUMED_TOKENS,
+    EVENT,
+    FOLD,
+    FOLD_NUMBER,
+    FOLD_PROGRESS,
+    GLOBAL_BATCH_SIZE,
+    ITERATION,
     LM_LOSS,
     METRICS_FILE,
+    MFU,
+    ROLLBACKS,
+    SECONDS_PER_ITERATION,
+    SECONDS_REMAINING,
+    TFLOPS_PER_GPU,
+    TOKENS_PER_SECOND,
+    TOTAL_NAN,
+    TOTAL_SKIPPED,
+    TOTAL_SPIKES,
+    VALIDATION_LOSS,
+)
+from megatron_llmjp.report.history import (
     ROUTINE_EVENTS,
-    VALIDATION_PREFIX,
     JsonRecord,
     parse_record,
 )
 from megatron_llmjp.report.jobs import Incident, last_error, last_hang, read_job_ends, tail
 
 TAIL_BYTES = 1 << 20
-"""Some hundred records."""
+"""Size of the end of the metrics file that is read: some hundred records."""
 STALL_SECONDS = 120.0
+"""A live run is stalled if it logged nothing for this long and for :data:`STALL_INTERVALS`."""
 STALL_INTERVALS = 10
-"""A living run that logs nothing for so many intervals, and for that long, stands still."""
+"""Number of log intervals."""
 
 
 @dataclass(frozen=True)
@@ -40,23 +61,24 @@ class SavedCheckpoints:
 
     iterations: list[int]
     bytes: int
-    """Of the newest."""
+    """Size of the newest checkpoint; 0 if it is damaged."""
     seconds_ago: float
+    """Age of the newest checkpoint."""
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """A run as its save folder tells it; None for what is not known."""
+    """Status of a run; None for unknown values."""
 
     folder: str
     state: str
-    """running, still, starting, finished, stopped, requeued, failed or dead."""
+    """running, stalled, starting, finished, stopped, requeued, failed or dead."""
     why: str
     iteration: int = 0
     skipped: int = 0
-    """Steps that were not applied so far."""
+    """Steps that were not applied since the start of the run."""
     nan: int = 0
-    """Of these, those with a NaN or Inf."""
+    """Bad steps among the skipped ones."""
     spikes: int = 0
     rollbacks: int = 0
     train_iters: int | None = None
@@ -75,21 +97,21 @@ class RunStatus:
     seconds_since_log: float | None = None
     saved: SavedCheckpoints | None = None
     ends: list[dict[str, Any]] = field(default_factory=list)
-    """Ends of its Slurm jobs, oldest first."""
+    """Ends of the run's Slurm jobs, oldest first."""
     error: Incident | None = None
     hang: Incident | None = None
     event: str | None = None
-    """The last exceptional one near the end, such as a bad step."""
+    """Last exceptional event near the end of the metrics, such as a bad step."""
 
 
 def read_status(folder: Path) -> RunStatus:
-    """Look at a run.
+    """Read the status of a run; write nothing.
 
     Raises:
-        UserError: the folder is not one that a run saves to.
+        UserError: the folder is not the save folder of a run.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: there is no such folder")
+        raise UserError(f"{folder} does not exist")
     saved, owner = _saved_checkpoints(folder), run_lock.read_owner(folder)
     ends, hang, error = read_job_ends(folder), last_hang(folder), last_error(folder)
     metrics = folder / METRICS_FILE
@@ -100,35 +122,35 @@ def read_status(folder: Path) -> RunStatus:
         )
     parsed = (parse_record(line) for line in tail(metrics, TAIL_BYTES))
     records = [record for record in parsed if record is not None]
-    steps = [record for record in records if LM_LOSS in record]
+    steps = [record for record in records if LM_LOSS.name in record]
     last = steps[-1] if steps else {}
     age = time.time() - metrics.stat().st_mtime if metrics.exists() else None
-    total = _train_iters(folder, last, saved)
-    begun = _restarted_at(records)
-    steps = [] if begun is not None else steps
-    state, why = _state(folder, owner, steps, total, age, ends, _last_end(records))
+    train_iters = _train_iters(folder, last, saved)
+    restarted = _restarted_at(records)
+    steps = [] if restarted is not None else steps
+    state, why = _state(folder, owner, steps, train_iters, age, ends, _last_end(records))
     return RunStatus(
         folder=str(folder),
         state=state,
         why=why,
-        iteration=begun if begun is not None else int(last.get("iteration", 0)),
-        train_iters=total,
-        skipped=int(last.get("total skipped iterations", 0)),
-        nan=int(last.get("total nan iterations", 0)),
-        spikes=int(last.get("total spikes", 0)),
-        rollbacks=int(last.get("rollbacks", 0)),
-        fold=last.get("fold"),
-        fold_number=_to_int(last.get("fold number")),
+        iteration=restarted if restarted is not None else int(last.get(ITERATION, 0)),
+        train_iters=train_iters,
+        skipped=int(last.get(TOTAL_SKIPPED.name, 0)),
+        nan=int(last.get(TOTAL_NAN.name, 0)),
+        spikes=int(last.get(TOTAL_SPIKES.name, 0)),
+        rollbacks=int(last.get(ROLLBACKS.name, 0)),
+        fold=last.get(FOLD),
+        fold_number=_to_int(last.get(FOLD_NUMBER.name)),
         folds=_folds(folder, saved),
-        fold_progress=last.get("fold progress"),
-        consumed_tokens=_to_int(last.get("consumed tokens")),
-        loss=last.get(LM_LOSS),
+        fold_progress=last.get(FOLD_PROGRESS.name),
+        consumed_tokens=_to_int(last.get(CONSUMED_TOKENS.name)),
+        loss=last.get(LM_LOSS.name),
         validation=_validation_losses(records),
-        tokens_per_second=last.get("tokens per second"),
-        tflops_per_gpu=last.get("TFLOP/s per GPU"),
-        mfu=last.get("MFU"),
-        seconds_per_iteration=last.get("seconds per iteration"),
-        seconds_remaining=last.get("seconds remaining"),
+        tokens_per_second=last.get(TOKENS_PER_SECOND.name),
+        tflops_per_gpu=last.get(TFLOPS_PER_GPU.name),
+        mfu=last.get(MFU.name),
+        seconds_per_iteration=last.get(SECONDS_PER_ITERATION.name),
+        seconds_remaining=last.get(SECONDS_REMAINING.name),
         seconds_since_log=age,
         saved=saved,
         ends=ends,
@@ -139,12 +161,12 @@ def read_status(folder: Path) -> RunStatus:
 
 
 def _restarted_at(records: list[JsonRecord]) -> int | None:
-    """The iteration that a process went on from, where it has not logged a step yet."""
+    """Return the iteration that a process resumed from, if it has not logged a step yet."""
     for record in reversed(records):
-        if LM_LOSS in record:
+        if LM_LOSS.name in record:
             return None
-        if record.get("event") == "start":
-            return int(record["iteration"])
+        if record.get(EVENT) == "start":
+            return int(record[ITERATION])
     return None
 
 
@@ -160,29 +182,37 @@ def _saved_checkpoints(folder: Path) -> SavedCheckpoints | None:
     try:
         size = sum(entry.bytes for entry in manifest.read_manifest(newest).files.values())
         age = time.time() - (newest / manifest.MANIFEST).stat().st_mtime
-    except (UserError, OSError):  # damaged, or removed meanwhile
+    except (UserError, OSError):  # damaged, or removed in the meantime
         return SavedCheckpoints(iterations, 0, math.nan)
     return SavedCheckpoints(iterations, size, age)
 
 
 def _train_iters(folder: Path, last: JsonRecord, saved: SavedCheckpoints | None) -> int | None:
-    """The run's length, from what remains; with a growing batch the configuration tells more."""
-    remaining, each = last.get("seconds remaining"), last.get("seconds per iteration")
-    if remaining is None or not each:
+    """Return the length of the run, computed from the remaining time and the last batch size."""
+    seconds, each = last.get(SECONDS_REMAINING.name), last.get(SECONDS_PER_ITERATION.name)
+    if seconds is None or not each:
         return None
-    left = remaining / each
-    try:
-        assert saved is not None
-        newest = folder / manifest.folder_name(saved.iterations[-1])
-        config = load_config(newest / manifest.CONFIG)
-    except (AssertionError, UserError, OSError):
-        return int(last["iteration"]) + round(left)
-    samples = last["consumed samples"] + round(left * last["global batch size"])
+    remaining = seconds / each
+    config = _newest_config(folder, saved)
+    if config is None:  # without batch size ramp-up this is exact
+        return int(last[ITERATION]) + round(remaining)
+    samples = last[CONSUMED_SAMPLES] + round(remaining * last[GLOBAL_BATCH_SIZE.name])
     return BatchSizeSchedule(config).iterations(samples)[0]
 
 
+def _newest_config(folder: Path, saved: SavedCheckpoints | None) -> Config | None:
+    """Return the configuration of the newest checkpoint; None if it cannot be read."""
+    if saved is None:
+        return None
+    newest = folder / manifest.folder_name(saved.iterations[-1])
+    try:
+        return load_config(newest / manifest.CONFIG)
+    except (UserError, OSError):
+        return None
+
+
 def _folds(folder: Path, saved: SavedCheckpoints | None) -> int | None:
-    """How many folds the run has, by the copy of its fold file."""
+    """Return the number of folds, from the fold file in the newest checkpoint."""
     if saved is None:
         return None
     copy = folder / manifest.folder_name(saved.iterations[-1]) / manifest.FOLDS
@@ -196,59 +226,59 @@ def _state(
     folder: Path,
     owner: run_lock.Owner | None,
     steps: list[JsonRecord],
-    total: int | None,
+    train_iters: int | None,
     age: float | None,
     ends: list[dict[str, Any]],
     ended: JsonRecord | None,
 ) -> tuple[str, str]:
-    """One word for the run, and what it is said for."""
+    """Return the state of the run and its reason."""
     if owner is not None:
         if not run_lock.is_owner_alive(folder, owner):
-            return "dead", f"{owner} ended without a word, or its machine did"
+            return "dead", f"{owner} was killed, or its machine is down"
         if not steps or age is None:
             return "starting", str(owner)
         if age > max(STALL_SECONDS, STALL_INTERVALS * _log_interval_seconds(steps)):
-            return "still", f"{owner} lives, but logs nothing"
+            return "stalled", f"{owner} is alive, but logs nothing"
         return "running", str(owner)
     outcome = ended.get("outcome") if ended is not None else None
     if ended is not None and outcome == "failed":
         return "failed", str(ended.get("why", ""))
-    all_done = steps and total is not None and int(steps[-1]["iteration"]) >= total
+    all_done = steps and train_iters is not None and int(steps[-1][ITERATION]) >= train_iters
     if outcome == "done" or (outcome is None and all_done):
         return "finished", "all iterations are done"
     if ends and ends[-1].get("requeued"):
-        return "requeued", f"waits in Slurm's queue: {ends[-1].get('why')}"
-    return "stopped", str(ends[-1].get("why")) if ends else "it gave its folder back"
+        return "requeued", f"waiting in Slurm's queue: {ends[-1].get('why')}"
+    return "stopped", str(ends[-1].get("why")) if ends else "the save folder was released"
 
 
 def _last_end(records: list[JsonRecord]) -> JsonRecord | None:
-    """How the last process ended, where it could say so."""
+    """Return the event with which the last process ended; None if it was killed."""
     for record in reversed(records):
-        if record.get("event") == "end":
+        if record.get(EVENT) == "end":
             return record
-        if record.get("event") == "start":
+        if record.get(EVENT) == "start":
             return None
     return None
 
 
 def _log_interval_seconds(steps: list[JsonRecord]) -> float:
-    """Seconds between the last two lines of the log."""
-    between = int(steps[-1]["iteration"]) - int(steps[-2]["iteration"]) if len(steps) > 1 else 1
-    return max(1, between) * float(steps[-1].get("seconds per iteration", 0.0))
+    """Return the seconds between the last two log lines."""
+    between = int(steps[-1][ITERATION]) - int(steps[-2][ITERATION]) if len(steps) > 1 else 1
+    return max(1, between) * float(steps[-1].get(SECONDS_PER_ITERATION.name, 0.0))
 
 
 def _validation_losses(records: list[JsonRecord]) -> dict[str, float]:
-    """The last loss of each set that the end of the log knows."""
+    """Return the last loss of each validation set in the records."""
     return {
-        key.removeprefix(VALIDATION_PREFIX): float(value)
+        name: float(record[key])
         for record in records
-        for key, value in record.items()
-        if key.startswith(VALIDATION_PREFIX) and isinstance(value, int | float)
+        for key, name in VALIDATION_LOSS.names(record).items()
+        if isinstance(record[key], int | float)
     }
 
 
 def _last_exceptional_event(records: list[JsonRecord]) -> str | None:
     for record in reversed(records):
-        if record.get("event") not in (None, *ROUTINE_EVENTS):
-            return f"{record['event']} at iteration {record['iteration']}: {record.get('why', '')}"
+        if record.get(EVENT) not in (None, *ROUTINE_EVENTS):
+            return f"{record[EVENT]} at iteration {record[ITERATION]}: {record.get('why', '')}"
     return None

@@ -1,4 +1,4 @@
-"""The status of one run as lines, of several as a table."""
+"""The status of runs as text: one run as a list of fields, several as a table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_llmjp.report.status import RunStatus
 
 
 def format_status(status: RunStatus) -> str:
-    """Labels and values of a run, those that are known."""
+    """Return the known fields of a run, one per line."""
     rows = [
         ("run", status.folder),
         ("state", f"{status.state}: {status.why}"),
@@ -31,7 +31,7 @@ def format_status(status: RunStatus) -> str:
 
 
 def format_statuses(runs: Sequence[RunStatus]) -> str:
-    """A line for each run."""
+    """Return a table with one line per run."""
     heads = ("run", "state", "iteration", "fold", "loss", "tokens/s", "remaining", "saved", "error")
     return format_table([heads, *map(_row, runs)], right=(2, 4, 5, 6, 7))
 
@@ -79,7 +79,7 @@ def _loss(status: RunStatus) -> str:
 
 
 def _not_applied(status: RunStatus) -> str:
-    """Steps that changed nothing, and why; nothing where there are none."""
+    """Return the number of steps that were not applied and the reasons; empty without any."""
     parts = [
         (status.nan, "with a NaN or Inf"),
         (status.spikes, "spikes"),
@@ -100,7 +100,7 @@ def _speed(status: RunStatus) -> str:
     if status.mfu is not None:
         parts.append(f"MFU {status.mfu:.1%}")
     if status.seconds_per_iteration is not None:
-        parts.append(f"{status.seconds_per_iteration:.2f} s an iteration")
+        parts.append(f"{status.seconds_per_iteration:.2f} s per iteration")
     return ", ".join(parts)
 
 
@@ -109,7 +109,7 @@ def _remaining(status: RunStatus) -> str:
         return ""
     text = format_duration(status.seconds_remaining)
     if status.seconds_since_log is not None:
-        text += f"; the last line was logged {format_duration(status.seconds_since_log)} ago"
+        text += f"; last log line {format_duration(status.seconds_since_log)} ago"
     return text
 
 

@@ -1,19 +1,34 @@
-"""The table over a run's report: what was trained, how far, how fast, and what went wrong."""
+"""The summary of a run: model, layout, progress, throughput, losses, anomalies."""
 
 from __future__ import annotations
 
-import math
 from statistics import median
 
 from megatron_llmjp.config.parameter_counts import count_parameters
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.estimate.flops import flops_per_sample
 from megatron_llmjp.formatting import format_count, format_duration
-from megatron_llmjp.report.history import LM_LOSS, ROUTINE_EVENTS, MetricsHistory
+from megatron_llmjp.metric_registry import (
+    CONSUMED_SAMPLES,
+    EVENT,
+    LM_LOSS,
+    METRICS_FILE,
+    MFU,
+    NAN_ITERATIONS,
+    ROLLBACKS,
+    SECONDS_PER_ITERATION,
+    SECONDS_REMAINING,
+    SKIPPED_ITERATIONS,
+    SPIKES,
+    TFLOPS_PER_GPU,
+    TOKENS_PER_SECOND,
+    perplexity,
+)
+from megatron_llmjp.report.history import ROUTINE_EVENTS, MetricsHistory
 
 
 def summarize(history: MetricsHistory) -> list[tuple[str, str]]:
-    """Labels and values, in the order they are shown."""
+    """Return the labels and values of the summary, in display order."""
     config = history.config
     rows = [("folder", str(history.folder))]
     if config is not None:
@@ -60,8 +75,8 @@ def _layout(config: Config, history: MetricsHistory) -> str:
 
 
 def _processes(config: Config, history: MetricsHistory) -> int | None:
-    """How many computed: the speed of all over that of each."""
-    speed, each = history.last("tokens per second"), history.last("TFLOP/s per GPU")
+    """Return the number of processes: total throughput divided by throughput per GPU."""
+    speed, each = history.last(TOKENS_PER_SECOND.name), history.last(TFLOPS_PER_GPU.name)
     if not speed or not each:
         return None
     return round(flops_per_sample(config) / config.data.seq_length * speed / each / 1e12)
@@ -70,33 +85,33 @@ def _processes(config: Config, history: MetricsHistory) -> int | None:
 def _progress(history: MetricsHistory) -> list[tuple[str, str]]:
     config = history.config
     rows = [("iterations", f"{history.iteration:,}")]
-    samples = history.last("consumed samples")
+    samples = history.last(CONSUMED_SAMPLES)
     if config is not None and samples is not None:
         tokens = int(samples) * config.data.seq_length
         rows.append(("tokens", f"{tokens:,} ({format_count(tokens)})"))
     folds = history.folds()
     if folds:
-        rows.append(("folds", f"{len(folds)}, now in {folds[-1].name}"))
+        rows.append(("folds", f"{len(folds)}, current: {folds[-1].name}"))
     return rows
 
 
 def _speed(history: MetricsHistory) -> list[tuple[str, str]]:
     seconds = training_seconds(history)
     rows = [("time in steps", format_duration(seconds) if seconds else "")]
-    tokens = history.values("tokens per second")[1]
+    tokens = history.values(TOKENS_PER_SECOND.name)[1]
     if tokens:
         text = f"{format_count(median(tokens))} tokens/s"
-        mfu = history.values("MFU")[1]
+        mfu = history.values(MFU.name)[1]
         rows.append(("speed", text + (f", MFU {median(mfu):.1%}" if mfu else "") + " (median)"))
-    remaining = history.last("seconds remaining")
+    remaining = history.last(SECONDS_REMAINING.name)
     if remaining:
         rows.append(("remaining", format_duration(remaining)))
     return rows
 
 
 def training_seconds(history: MetricsHistory) -> float:
-    """Time spent in steps that hold; saves, validations and lost iterations not counted."""
-    iterations, seconds = history.values("seconds per iteration")
+    """Return the time spent in valid steps, without saves, validations and abandoned iterations."""
+    iterations, seconds = history.values(SECONDS_PER_ITERATION.name)
     return sum(
         (iteration - before) * each
         for before, iteration, each in zip([0, *iterations], iterations, seconds, strict=False)
@@ -105,15 +120,14 @@ def training_seconds(history: MetricsHistory) -> float:
 
 def _losses(history: MetricsHistory) -> list[tuple[str, str]]:
     rows = []
-    iterations, losses = history.values(LM_LOSS)
+    iterations, losses = history.values(LM_LOSS.name)
     if losses:
         rows.append(("training loss", f"{losses[-1]:.4f} at iteration {iterations[-1]:,}"))
-    for name, (where, what) in history.validation_sets().items():
-        finite = [(loss, at) for at, loss in zip(where, what, strict=True) if math.isfinite(loss)]
-        if finite:
-            loss, at = min(finite)
-            perplexity = f"perplexity {math.exp(min(loss, 20.0)):.2f}"
-            rows.append((f"best validation {name}", f"{loss:.4f} ({perplexity}) at {at:,}"))
+    for name, (iterations, losses) in history.validation_sets().items():
+        if losses:
+            loss, iteration = min(zip(losses, iterations, strict=True))
+            text = f"{loss:.4f} (perplexity {perplexity(loss):.2f}) at {iteration:,}"
+            rows.append((f"best validation {name}", text))
     return rows
 
 
@@ -124,20 +138,20 @@ def _anomalies(history: MetricsHistory) -> list[tuple[str, str]]:
     restarts = str(len(history.restarts))
     if history.restarts:
         restarts += f", from {', '.join(f'{i:,}' for i in history.restarts[-5:])}"
-        restarts += f"; about {again:,} iterations done again" if again else ""
-    skipped = int(sum(history.values("skipped iterations")[1]))
-    exceptions = [e for e in history.events if e["event"] not in ROUTINE_EVENTS]
-    rows = [("restarts", restarts), ("skipped iterations", str(skipped) if skipped else "")]
-    for label in ("nan iterations", "spikes"):
+        restarts += f"; about {again:,} iterations repeated" if again else ""
+    skipped = int(sum(history.values(SKIPPED_ITERATIONS.name)[1]))
+    exceptions = [e for e in history.events if e[EVENT] not in ROUTINE_EVENTS]
+    rows = [("restarts", restarts), (SKIPPED_ITERATIONS.name, str(skipped) if skipped else "")]
+    for label in (NAN_ITERATIONS.name, SPIKES.name):
         times = int(sum(history.values(label)[1]))
         rows.append((label, str(times) if times else ""))
-    rollbacks = int(history.last("rollbacks") or 0)
-    rows.append(("rollbacks", str(rollbacks) if rollbacks else ""))
+    rollbacks = int(history.last(ROLLBACKS.name) or 0)
+    rows.append((ROLLBACKS.name, str(rollbacks) if rollbacks else ""))
     if exceptions:
         last = exceptions[-1]
-        what = ": ".join(filter(None, (str(last["event"]), str(last.get("why", "")))))
+        what = ": ".join(filter(None, (str(last[EVENT]), str(last.get("why", "")))))
         at = f"{int(last['iteration']):,}"
-        rows.append(("exceptions", f"{len(exceptions)}, the last at {at}: {what}"))
+        rows.append(("exceptional events", f"{len(exceptions)}, the last at {at}: {what}"))
     if history.damaged_lines:
-        rows.append(("damaged lines", f"{history.damaged_lines} in the metrics, left out"))
+        rows.append(("damaged lines", f"{history.damaged_lines} in {METRICS_FILE}, ignored"))
     return rows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.dataset import ValidationDataset
 from megatron_llmjp.filesystem import no_heartbeat
+from megatron_llmjp.metric_registry import perplexity
 from megatron_llmjp.parallel.device import Device
 from megatron_llmjp.training.batch_iterator import batch_iterators
 from megatron_llmjp.training.train_step import (
@@ -62,11 +62,6 @@ def evaluate(
     for chunk in chunks:
         chunk.train()
     return losses
-
-
-def perplexity(loss: float) -> float:
-    """Return e^loss, with the loss clamped to 20 as in Megatron-LM; NaN for NaN."""
-    return math.exp(min(loss, 20.0))
 
 
 def validation_line(losses: dict[str, float], iteration: int) -> str:

@@ -25,10 +25,11 @@ from megatron_llmjp.metric_registry import (
     VALIDATION_LOSS,
     IntervalStats,
     interval_values,
+    perplexity,
 )
 from megatron_llmjp.parallel.device import Device
 from megatron_llmjp.training.batch_iterator import dataset_names
-from megatron_llmjp.training.evaluation import perplexity, validation_line
+from megatron_llmjp.training.evaluation import validation_line
 from megatron_llmjp.training.gradient_monitor import StepStatus
 from megatron_llmjp.training.log_writers import MetricsRecord, MetricsWriters, interval_line
 from megatron_llmjp.training.train_step import (

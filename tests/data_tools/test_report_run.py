@@ -123,7 +123,7 @@ def test_the_table(save):
     assert rows["parameters"].startswith(f"{2 * 1024 * 128 + 738_432:,}")
     assert rows["best validation <en>"].startswith("4.4000 (perplexity 81.45) at 40")
     assert rows["restarts"].startswith("1, from 20")
-    assert rows["exceptions"] == "1, the last at 28: bad step: no numbers"
+    assert rows["exceptional events"] == "1, the last at 28: bad step: no numbers"
     assert rows["time in steps"] == "00:00:25"
 
 
@@ -147,7 +147,7 @@ def test_the_end_of_a_run_never_fails(save, tmp_path, capsys):
     write_report_at_end(str(tmp_path / "nothing"))
     output = capsys.readouterr().out
     assert (save / "report/report.html").exists() and str(save) in output
-    assert "no report was drawn" in output
+    assert "the report was not written" in output
 
 
 def test_another_folder(tmp_path, capsys):

@@ -87,7 +87,7 @@ def test_a_killed_run(save, capsys):
     before = files(save)
     assert main([str(save)]) == 0
     output = capsys.readouterr().out
-    assert "dead: process" in output and "ended without a word" in output
+    assert "dead: process" in output and "was killed, or its machine is down" in output
     assert files(save) == before
 
 
@@ -151,15 +151,15 @@ def test_what_jobs_leave(save, capsys):
         os.utime(log, (when, when))
     os.utime(save / "logs" / "job7_0", (100, 100))
     (save / "hang").mkdir()
-    hang = "error: no progress for 8 minutes at iteration 2\nrank 3: no answer\nrank 0: waits\n"
+    hang = "error: no progress for 8 minutes at iteration 2\nrank 3: no response\nrank 0: waits\n"
     (save / "hang" / "report.txt").write_text(hang)
     assert main([str(save)]) == 0
     output = capsys.readouterr().out
     for words in (
-        f"requeued: waits in Slurm's queue: {why}",
+        f"requeued: waiting in Slurm's queue: {why}",
         f"1, the last on 2025-01-02 03:04:05 with exit code 3 at iteration 2: {why}",
         "no room on /data (logs/job8_0/rank_0003.log)",
-        "no progress for 8 minutes at iteration 2; rank 3: no answer (hang/report.txt)",
+        "no progress for 8 minutes at iteration 2; rank 3: no response (hang/report.txt)",
     ):
         assert words in output, words
     assert main([str(save), "--json"]) == 0
@@ -182,10 +182,12 @@ def test_several(save, tmp_path, capsys):
     assert main([str(save), str(save), str(other)]) == 2
     captured = capsys.readouterr()
     assert [line.split()[:2] for line in captured.out.splitlines()[1:]] == [["save", "stopped"]] * 2
-    assert "日本語: not the save folder of a run" in captured.err
+    assert "日本語 is not the save folder of a run" in captured.err
 
 
-@pytest.mark.parametrize(("name", "words"), [("empty", "not the save folder"), ("no", "no such")])
+@pytest.mark.parametrize(
+    ("name", "words"), [("empty", "not the save folder"), ("no", "does not exist")]
+)
 def test_what_is_no_run(name, words, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert main([str(tmp_path / name)]) == 2
