@@ -172,7 +172,7 @@ def _build_on_meta(estimate: RunEstimate) -> str:
 def _resolve(config: Config, world_size: int, other_tokenizer: bool) -> _ResolvedRun:
     """Resolve a run as at its start if its data is given, and collect notes and warnings.
 
-    ``other_tokenizer`` is whether a stand-in replaces the tokenizer; its mismatches with the
+    ``other_tokenizer`` is whether a placeholder replaces the tokenizer; its mismatches with the
     datasets are not reported.
     """
     if config.data.fold_file is None and not given_data_flags(config.data):

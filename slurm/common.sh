@@ -17,9 +17,9 @@ if [[ -z "${PYTHON:-}" ]]; then
 fi
 export PYTHONPATH="$MEGATRON_LLMJP${PYTHONPATH:+:$PYTHONPATH}"
 
-say() { printf '%s %s: %s\n' "$(date '+%F %T')" "${SLURMD_NODENAME:-$(hostname)}" "$*"; }
+log() { printf '%s %s: %s\n' "$(date '+%F %T')" "${SLURMD_NODENAME:-$(hostname)}" "$*"; }
 
-fail() { say "error: $*" >&2; exit 2; }
+fail() { log "error: $*" >&2; exit 2; }
 
 # value_of --flag ARGUMENTS...: print the value of the flag, or nothing. --some_flag is the same as
 # --some-flag, as in the programs themselves.
@@ -96,7 +96,7 @@ set_environment() {
 # Check all nodes before any rank waits for another in training.
 preflight() {
     [[ "${PREFLIGHT:-1}" == 1 ]] || return 0
-    say "preflight of $SLURM_NNODES nodes"
+    log "preflight of $SLURM_NNODES nodes"
     mkdir -p "$LOGS/preflight"
     # shellcheck disable=SC2086  # word splitting of settings in site.sh
     timeout "${PREFLIGHT_SECONDS:-300}" srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
@@ -111,7 +111,7 @@ preflight() {
     if [[ "${EXCLUDE_BAD_NODES:-0}" == 1 && -s "$LOGS/preflight/bad_nodes" ]]; then
         exclude "$(<"$LOGS/preflight/bad_nodes")"
     fi
-    say "error: preflight failed; see $LOGS/preflight (PREFLIGHT=0 skips it)" >&2
+    log "error: preflight failed; see $LOGS/preflight (PREFLIGHT=0 skips it)" >&2
     exit 1
 }
 
@@ -122,7 +122,7 @@ exclude() {
     trap '' TERM
     already=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1/p')
     [[ -z "$already" || "$already" == "(null)" ]] || set -- "$already,$1"
-    say "excluding $1 and requeueing"
+    log "excluding $1 and requeueing"
     scontrol requeue "$SLURM_JOB_ID" && scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$1"
     sleep infinity # until Slurm ends the job
 }
@@ -133,7 +133,7 @@ exclude() {
 # cores and memory of a task usually belong to the NUMA node of its GPU.
 run_ranks() {
     local code=0
-    say "${SLURM_NTASKS} tasks on $SLURM_JOB_NODELIST, master $MASTER_ADDR:$MASTER_PORT, logs in $LOGS"
+    log "${SLURM_NTASKS} tasks on $SLURM_JOB_NODELIST, master $MASTER_ADDR:$MASTER_PORT, logs in $LOGS"
     touch "$LOGS/rank_0000.log"
     tail -n +1 -F "$LOGS/rank_0000.log" 2>/dev/null &
     local follower=$!
@@ -171,15 +171,15 @@ wait_for_lost_nodes() {
         true && return 0
     local seconds
     seconds=$(scontrol show config | sed -n 's/^SlurmdTimeout *= *\([0-9]*\).*/\1/p')
-    say "a node does not respond; Slurm removes it within ${seconds:=300} s and requeues the job"
+    log "a node does not respond; Slurm removes it within ${seconds:=300} s and requeues the job"
     sleep $((seconds + 60))
 }
 
 # Print the first error of any rank; later ones are consequences.
 show_cause() {
-    local log
-    for log in $(grep -l '^error:' "$LOGS"/rank_*.log | xargs -r ls -tr); do
-        [[ "$log" == *rank_0000.log ]] || { say "$log:"; grep -A 20 '^error:' "$log" | head -n 40; }
+    local file
+    for file in $(grep -l '^error:' "$LOGS"/rank_*.log | xargs -r ls -tr); do
+        [[ "$file" == *rank_0000.log ]] || { log "$file:"; grep -A 20 '^error:' "$file" | head -n 40; }
         return 0
     done
 }

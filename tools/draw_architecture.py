@@ -2,7 +2,7 @@
 
 Each box is a package, or a module of the top level, with the first line of its docstring. Boxes
 are arranged by dependency depth: every arrow points down, to what is imported. Arrows that follow
-from others are left out of the drawing (transitive reduction), as are those to the base modules.
+from others are omitted (transitive reduction), as are those to the base modules.
 
     python tools/draw_architecture.py            # write docs/architecture.svg
     python tools/draw_architecture.py --check    # exit code 1 if it is out of date

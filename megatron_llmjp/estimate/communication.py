@@ -6,7 +6,7 @@ a reduce-scatter, and twice that for an all-reduce.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.estimate.layout import ParallelLayout
@@ -27,11 +27,6 @@ class CommunicationVolume:
     """Updated parameters within the data-parallel group (distributed optimizer)."""
     embedding: int
     """Gradients of tied embeddings, between the first and the last stage."""
-
-    @property
-    def total(self) -> int:
-        """Sum over all kinds."""
-        return sum(getattr(self, field.name) for field in fields(self))
 
 
 def communication_volume(config: Config, layout: ParallelLayout, stage: int) -> CommunicationVolume:

@@ -82,14 +82,6 @@ class DataPlan:
     unused_samples: int
     """Scheduled samples after the run's last iteration."""
 
-    def tokens_by_dataset(self) -> dict[str, int]:
-        """Return the tokens of each dataset over all folds, by path."""
-        found: dict[str, int] = {}
-        for fold in self.folds:
-            for row in fold.datasets:
-                found[row.path] = found.get(row.path, 0) + row.tokens
-        return found
-
 
 def make_data_plan(
     schedule: Schedule,
@@ -254,11 +246,12 @@ def _rate(rate: float | None) -> str:
 
 def _summary(plan: DataPlan) -> str:
     sizes = plan.batch_sizes
+    paths = {row.path for fold in plan.folds for row in fold.datasets}
     size = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} increasing to {sizes[-1]:,}"
     return (
         f"{plan.train_iters:,} iterations of {size} samples of {plan.sequence_length:,} tokens: "
         f"{format_count(plan.tokens)} tokens ({plan.tokens:,}) of "
-        f"{len(plan.tokens_by_dataset()):,} datasets in {len(plan.folds)} "
+        f"{len(paths):,} datasets in {len(plan.folds)} "
         f"fold{'s' if len(plan.folds) > 1 else ''}"
     )
 

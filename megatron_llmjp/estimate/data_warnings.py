@@ -261,7 +261,7 @@ def _trained_and_validated(
 
 
 def _decay(plan: DataPlan, schedule: Schedule, config: Config) -> Iterator[str]:
-    """Warnings on the run's learning-rate decay, outside of folds with a schedule of their own."""
+    """Warn of a decay that does not end with the run; folds may have their own schedules."""
     own = _own_iterations(schedule, BatchSizeSchedule(config))
     end = length_in_iterations(config, "lr_decay")
     return decay_warnings(config.optimizer, end, plan.train_iters, own)
