@@ -150,7 +150,7 @@ def main(argv: Sequence[str]) -> int:
     ranks = None
     try:
         ranks = find_ranks()
-        command = parse(argv, own_configuration=add_stored_config)
+        command = parse(argv, add_stored_config=add_stored_config)
         if ranks is None or (ranks.is_first and ranks.launcher != LOCAL_LAUNCHER):
             print_notes(command.notes)
         if command.mode is not Mode.TRAIN:

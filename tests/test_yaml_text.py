@@ -47,7 +47,7 @@ BAD = {
 BAD_CONFIGURATION = {
     "preset: [a]\n": "line 1: preset: expected a name, found ['a']",
     "preset:\n": "line 1: preset: expected a name, found None",
-    "preset: laptop-llama\nmodel:\n": "line 2: section 'model' must hold fields",
+    "preset: laptop-llama\nmodel:\n": "line 2: section 'model' must contain fields",
     "preset: laptop-llama\nmodel: {num_layers: [1], seed: 1}\noptimiser: {}\n": (
         "line 2: unknown key 'seed' in section 'model'; it belongs to section 'training'\n"
         "FILE, line 3: unknown section 'optimiser'; did you mean 'optimizer'?"

@@ -1,1 +1,1 @@
-"""What a run is: typed sections, read from preset, file and command line, and checked."""
+"""Configuration of a run: schema, presets, command line, validation and warnings."""

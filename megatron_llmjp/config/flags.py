@@ -1,10 +1,7 @@
-"""The command line of ``pretrain_gpt.py``, generated from the configuration schema.
+"""Command line of ``pretrain_gpt.py``, generated from the configuration schema.
 
-The typed result of a command line: what to do, with which configuration.
-
-The command line of ``pretrain_gpt.py``, made from the schema.
-
-Each field of each section is a flag; ``--help`` shows them by section with their defaults.
+Each field of each section is a flag; ``--help`` lists them by section with their defaults.
+:func:`parse` returns the typed result, a :class:`Command`.
 """
 
 from __future__ import annotations
@@ -48,7 +45,7 @@ from megatron_llmjp.errors import ErrorCollector, UserError
 
 
 class Mode(Enum):
-    """What ``pretrain_gpt.py`` does; the value is the flag that selects it."""
+    """Modes of ``pretrain_gpt.py``; the value is the flag that selects the mode."""
 
     TRAIN = ""
     DRY_RUN = "--dry-run"
@@ -58,28 +55,28 @@ class Mode(Enum):
 
 
 MODE_HELP: dict[Mode, str] = {
-    Mode.DRY_RUN: "check everything, print the resolved configuration and exit",
-    Mode.PLAN_DATA: "print the plan of the data (folds, tokens, epochs, learning rates) and exit",
+    Mode.DRY_RUN: "run all checks, print the resolved configuration and exit",
+    Mode.PLAN_DATA: "print the data plan (folds, tokens, epochs, learning rates) and exit",
     Mode.ESTIMATE: "print the layout, memory, communication, time and warnings of a run on "
     "--world-size GPUs and exit; exit code 2 if it cannot run or does not fit",
-    Mode.SUGGEST_LAYOUT: "search the layouts of the model on --world-size GPUs, print the best "
-    "and exit; global batch and sequence length stay",
+    Mode.SUGGEST_LAYOUT: "print the best layouts of the model on --world-size GPUs and exit; "
+    "global batch size and sequence length are not changed",
 }
-"""The modes that train nothing."""
+"""Help texts of the modes that do not train."""
 
 MODE_ALIASES = {Mode.ESTIMATE: ("--rehearse",)}
 """Former names of flags, accepted for one more release."""
 
 
 class Command(NamedTuple):
-    """A parsed command line. Nothing reads the words again after this."""
+    """A parsed command line; the only place where the arguments are parsed."""
 
     config: Config
-    """Validated; not yet resolved with data, tokenizer and checkpoint."""
+    """Validated; not yet resolved against data, tokenizer and checkpoint."""
     mode: Mode
     processes: int | None
-    """Processes of the run: to start on this machine, or, where nothing is trained, of the run
-    that is planned. None if no flag gives them."""
+    """Number of processes to start on this machine, or of the planned run in a mode that does not
+    train. None if not given."""
     machine: PlannedMachine | None
     """The machine of the run; only with :attr:`Mode.ESTIMATE` and :attr:`Mode.SUGGEST_LAYOUT`."""
     config_name: str | None
@@ -87,19 +84,19 @@ class Command(NamedTuple):
     notes: tuple[str, ...]
     """One line for each flag that is accepted without effect."""
     origin: Mapping[str, str]
-    """By field, the preset, file or flag that its value is from."""
+    """Origin of each value by field: a preset, file or flag."""
 
 
 def add_mode_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of the modes that train nothing."""
-    group = parser.add_argument_group("modes that train nothing")
+    """Add the flags of the modes that do not train."""
+    group = parser.add_argument_group("modes that do not train")
     for mode, text in MODE_HELP.items():
         names = (mode.value, *MODE_ALIASES.get(mode, ()))
         group.add_argument(*names, action="store_true", dest=mode.value, help=text)
 
 
 def mode_of(arguments: Mapping[str, Any]) -> Mode:
-    """The mode that parsed arguments select.
+    """Return the mode that the arguments select.
 
     Raises:
         UserError: they select more than one.
@@ -107,30 +104,30 @@ def mode_of(arguments: Mapping[str, Any]) -> Mode:
     given = [mode for mode in MODE_HELP if arguments[mode.value]]
     if len(given) > 1:
         flags = " and ".join(mode.value for mode in given)
-        raise UserError(f"{flags} exclude each other: give one of them")
+        raise UserError(f"{flags} are mutually exclusive: pass one of them")
     return given[0] if given else Mode.TRAIN
 
 
-DESCRIPTION = "Pretrain a GPT with tensor, pipeline and data parallelism on megatron-core."
+DESCRIPTION = "Pretrain a GPT model with tensor, pipeline and data parallelism on megatron-core."
 
 EXAMPLES = """\
 examples:
   four processes on this machine, TP2 x PP2:
     python pretrain_gpt.py --config laptop-llama --fold-file folds.yaml --nproc-per-node 4 \\
         --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --save checkpoints
-  the same under torchrun, srun or mpirun, which start the processes themselves:
+  under torchrun, srun or mpirun, which start the processes:
     torchrun --nproc-per-node 8 pretrain_gpt.py --config llm-jp-3-1.8b --fold-file folds.yaml ...
-  go on from the newest checkpoint of a run, in another layout:
+  resume from the newest checkpoint of a run, in another layout:
     python pretrain_gpt.py --config laptop-llama --fold-file folds.yaml --nproc-per-node 4 \\
         --pipeline-model-parallel-size 2 --save checkpoints
-  check everything of a run of 512 processes, and see what its values are and where from:
+  check a run of 512 processes, and print its configuration with the origin of each value:
     python pretrain_gpt.py --config llm-jp-3-172b --fold-file folds.yaml --world-size 512 \\
         --tokenizer-type Llama2Tokenizer --tokenizer-model tokenizer.model --dry-run
 
-Values come from the preset, then the YAML file of --config, then the flags (docs/configuration.md).
-Launch scripts of Megatron-LM and Megatron-DeepSpeed are understood: without --config, what is not
-given has Megatron-LM's default. Exit codes: 0 done, 2 a mistake in the arguments or data, 3 stopped
-on request with a checkpoint saved, 1 anything else.
+Flags override the YAML file of --config, which overrides its preset (docs/configuration.md).
+Arguments of Megatron-LM and Megatron-DeepSpeed are accepted; without --config, Megatron-LM's
+defaults apply. Exit codes: 0 finished, 2 error in the arguments or data, 3 stopped on request with
+a checkpoint saved, 1 any other failure.
 """
 
 
@@ -142,11 +139,11 @@ METAVARS = {
     "wandb_entity": "NAME",
     "wandb_exp_name": "NAME",
 }
-"""What stands for the value of a text that is no path."""
+"""Placeholders in ``--help`` for the values of text fields that are not paths."""
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Breaks lines between words only: a preset's name stays whole."""
+    """Help formatter that does not break lines at hyphens, as in names of presets."""
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
@@ -155,25 +152,25 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 def parse(
     argv: Sequence[str],
     layers: ConfigLayers | None = None,
-    own_configuration: Callable[[Path, ConfigLayers], bool] | None = None,
+    add_stored_config: Callable[[Path, ConfigLayers], bool] | None = None,
 ) -> Command:
-    """Read the command line: the one place where its words are looked at.
+    """Parse the command line.
 
     Args:
-        argv: the words after the program's name; ``--some_flag`` is ``--some-flag``.
-        layers: values below those of presets, files and flags, which are added to it.
-        own_configuration: adds what the checkpoint of a folder stores to the layers, and returns
-            whether there is one; asked where neither ``--config`` nor a flag gives a model.
+        argv: the arguments without the program's name; ``--some_flag`` equals ``--some-flag``.
+        layers: values with a lower priority than presets, files and flags, which are added to it.
+        add_stored_config: adds the configuration that the checkpoint of a folder stores, and
+            returns whether there is one; called if neither ``--config`` nor a flag gives a model.
 
     Raises:
-        UserError: every unknown flag or key, wrong value and contradiction, one per line.
+        UserError: every unknown flag or key, invalid value and contradiction, one per line.
     """
     parser = _make_parser()
     problems = ErrorCollector()
-    known, unknown = _read_words(parser, normalize_dashes(argv), problems)
+    known, unknown = _parse_known(parser, normalize_dashes(argv), problems)
     arguments = vars(known)
-    explained = interpret_flags(unknown, _all_flags(parser))
-    problems.lines += explained.problems
+    foreign = interpret_flags(unknown, _all_flags(parser))
+    problems.lines += foreign.problems
     mode, machine, processes = Mode.TRAIN, None, None
     with problems.collect():
         mode = mode_of(arguments)
@@ -182,38 +179,37 @@ def parse(
     layers = layers if layers is not None else ConfigLayers()
     by_flags_alone = False
     if arguments["num_layers"] is not None or not _folder(arguments).parts:
-        own_configuration = None
+        add_stored_config = None
     with problems.collect():
         if arguments["config"] is not None:
             read_config(arguments["config"], layers)
-        elif not (own_configuration and own_configuration(_folder(arguments), layers)):
+        elif not (add_stored_config and add_stored_config(_folder(arguments), layers)):
             set_megatron_defaults(layers)
             by_flags_alone = True
-        for name, (value, origin) in {**_aliases(arguments), **explained.sets}.items():
+        for name, (value, origin) in {**_aliases(arguments), **foreign.sets}.items():
             layers.set(name, value, origin)
         for name in SECTION_OF:
             if arguments.get(name) is not None:
                 value = _renamed(name, arguments[name])
                 layers.set(name, value, f"flag --{name.replace('_', '-')}")
         _shorten_default_warmup(layers)
-        apply_dependent_flags(layers, explained, by_flags_alone)
+        apply_dependent_flags(layers, foreign, by_flags_alone)
         config = build_config(layers, may_be_missing=bool(problems.lines))
     problems.report()
     if config.checkpoint.load is not None and config.checkpoint.load == config.checkpoint.save:
-        config = replace_fields(
-            config, load=None
-        )  # Megatron's way to say: go on if there is something
-    notes = (*explained.notes, *_unused(arguments, mode))
+        # In Megatron-LM's scripts: resume if there is a checkpoint.
+        config = replace_fields(config, load=None)
+    notes = (*foreign.notes, *_unused(arguments, mode))
     return Command(config, mode, processes, machine, arguments["config"], notes, layers.origin)
 
 
 def _folder(arguments: dict[str, Any]) -> Path:
-    """The folder of the checkpoint that a command line names; empty if it names none."""
+    """Return the checkpoint folder that the arguments name; an empty path if none."""
     return Path(arguments["load"] or arguments["save"] or "")
 
 
 def _shorten_default_warmup(layers: ConfigLayers) -> None:
-    """Let a preset's or file's warm-up follow the length of the run, as the decay does."""
+    """Allow the warm-up of a preset or file to be shortened to the length of the run."""
     names = ("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_tokens")
     origins = [layers.origin[name] for name in names if name in layers.origin]
     is_flag = any(origin.startswith("flag ") for origin in origins)
@@ -221,10 +217,10 @@ def _shorten_default_warmup(layers: ConfigLayers) -> None:
         layers.set("lr_warmup_shorten", True, origins[0])
 
 
-def _read_words(
+def _parse_known(
     parser: argparse.ArgumentParser, words: Sequence[str], problems: ErrorCollector
 ) -> tuple[argparse.Namespace, list[str]]:
-    """Parse what argparse knows; a flag with a wrong value is recorded and read over."""
+    """Parse the known flags; those with an invalid value are recorded and removed."""
     words = list(words)
     while True:
         try:
@@ -238,7 +234,7 @@ def _read_words(
 
 
 def _processes(arguments: dict[str, Any], mode: Mode) -> int | None:
-    """Local processes to start; or those of the run that is planned."""
+    """Return the number of local processes to start, or of the planned run."""
     local: int | None = arguments["nproc_per_node"]
     planned = planned_processes(arguments)
     if local is not None and local < 1:
@@ -246,12 +242,12 @@ def _processes(arguments: dict[str, Any], mode: Mode) -> int | None:
     flags = machine_flags(arguments)
     if mode is Mode.TRAIN and planned is not None:
         raise UserError(
-            f"--world-size goes with {Mode.DRY_RUN.value} and {Mode.ESTIMATE.value}; real "
-            "processes are started with --nproc-per-node, torchrun, srun or mpirun"
+            f"--world-size requires {Mode.DRY_RUN.value} or {Mode.ESTIMATE.value}; processes "
+            "are started with --nproc-per-node, torchrun, srun or mpirun"
         )
     if mode is Mode.TRAIN and flags:
         raise UserError(
-            f"{', '.join(flags)} describe the machine of a run that is planned: add "
+            f"{', '.join(flags)} describe the machine of a planned run: add "
             f"{Mode.ESTIMATE.value} or {Mode.SUGGEST_LAYOUT.value}, or remove them"
         )
     return local if planned is None else planned
@@ -266,13 +262,13 @@ def _target_machine(
 
 
 def _unused(arguments: dict[str, Any], mode: Mode) -> list[str]:
-    """Notes on flags of the planned machine in a mode that plans none."""
+    """Return notes on machine flags in a mode that does not use them."""
     flags = machine_flags(arguments) if mode in (Mode.DRY_RUN, Mode.PLAN_DATA) else []
     return [f"{flag} has no effect with {mode.value}" for flag in flags]
 
 
 def _aliases(arguments: dict[str, Any]) -> dict[str, tuple[Any, str]]:
-    """Fields that Megatron-LM's flags without a value set, in the order of the table."""
+    """Return the fields that Megatron-LM's switches set, in the order of the table."""
     found: dict[str, tuple[Any, str]] = {}
     for flag, alias in SWITCH_ALIASES.items():
         if arguments.get(flag):
@@ -287,7 +283,7 @@ def _renamed(name: str, value: Any) -> Any:
 
 
 def flag_names() -> set[str]:
-    """All flags that the command line knows itself: fields, their other names and aliases."""
+    """Return all flags of the parser: fields, their other names and aliases."""
     return set(_all_flags(_make_parser()))
 
 
@@ -305,7 +301,7 @@ def _make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--config",
         metavar="PRESET|FILE",
-        help=f"a YAML file or a preset: {', '.join(preset_names())}",
+        help=f"YAML file or preset: {', '.join(preset_names())}",
     )
     parser.add_argument(
         "--nproc-per-node",
@@ -319,7 +315,7 @@ def _make_parser() -> argparse.ArgumentParser:
         group = parser.add_argument_group(name, (section.__doc__ or "").strip())
         for field, info in section.model_fields.items():
             _add_field(group, field, info)
-    aliases = parser.add_argument_group("other spellings of Megatron-LM")
+    aliases = parser.add_argument_group("further flags of Megatron-LM")
     for flag, alias in SWITCH_ALIASES.items():
         aliases.add_argument(flag, action="store_true", dest=flag, help=alias.help)
     return parser

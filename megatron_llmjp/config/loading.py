@@ -1,7 +1,7 @@
-"""Preset, then YAML file, then command line: the three layers that make a :class:`Config`.
+"""Construction of a :class:`Config` from its layers: preset, YAML file, command line.
 
-Every value remembers where it came from, so that a message can say "run.yaml, line 12" or
-"flag --lr". All mistakes of a layer are reported together.
+The origin of each value is recorded, for messages such as "run.yaml, line 12" or "flag --lr". All
+errors of a layer are reported together.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ EQUIVALENT_UNITS: tuple[tuple[str, ...], ...] = (
         "lr_wsd_decay_fraction",
     ),
 )
-"""Fields that say one length in different units: a later layer's unit replaces an earlier one's."""
+"""Fields of one length in different units: a later layer's unit replaces an earlier one's."""
 
 
 @dataclass
 class ConfigLayers:
-    """Values gathered so far, by section and field, and the origin of each field."""
+    """Values collected from the layers, by section and field, and the origin of each field."""
 
     values: dict[str, dict[str, Any]] = field(default_factory=dict)
     origin: dict[str, str] = field(default_factory=dict)
 
     def set(self, name: str, value: Any, origin: str) -> None:
-        """Set a field, over what an earlier layer said; also in another unit."""
+        """Set a field, overriding earlier layers, also those that give it in another unit."""
         for other in (unit for units in EQUIVALENT_UNITS if name in units for unit in units):
             if value is None or other not in self.origin:
                 continue
@@ -53,12 +53,12 @@ class ConfigLayers:
 
 
 def _source(origin: str) -> str:
-    """The preset or file that a value is from, or the command line."""
+    """Return the layer of an origin: a preset, a file or ``flag``."""
     return "flag" if origin.startswith("flag ") else origin.rsplit(", line ", 1)[0]
 
 
 def preset_names() -> list[str]:
-    """Names of the presets that ship with the package."""
+    """Return the names of the presets in the package's ``presets`` folder."""
     folder = resources.files("megatron_llmjp.config") / "presets"
     return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name[-5:] == ".yaml")
 
@@ -72,13 +72,13 @@ def read_preset(layers: ConfigLayers, name: str, origin: str) -> None:
     names = preset_names()
     if name not in names:
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names
-        raise UserError(f"{origin}: there is no preset or file '{name}'; try {', '.join(near)}")
+        raise UserError(f"{origin}: no preset or file '{name}'; possible: {', '.join(near)}")
     text = (resources.files("megatron_llmjp.config") / "presets" / f"{name}.yaml").read_text()
     _add_yaml(layers, parse_yaml(text, f"preset {name}"))
 
 
 def read_file(layers: ConfigLayers, path: Path) -> None:
-    """Add the values of a YAML file; its key ``preset`` is read first.
+    """Add the values of a YAML file; the preset named by its key ``preset`` comes first.
 
     Raises:
         UserError: the file cannot be read, is not YAML, or has an unknown key.
@@ -95,20 +95,19 @@ def read_config(name_or_path: str, layers: ConfigLayers) -> None:
 
 
 def build_config(layers: ConfigLayers, may_be_missing: bool = False) -> Config:
-    """Validate the gathered values into a :class:`Config`.
+    """Validate the collected values into a :class:`Config`.
 
     Args:
         layers: the values.
-        may_be_missing: a value that is not given is no mistake of its own: another one is known
-            that explains it.
+        may_be_missing: do not report missing values, since another error explains them.
 
     Raises:
-        UserError: with every wrong value, its origin and what is possible.
+        UserError: every invalid value, with its origin and the possible values.
     """
     missing_model = [n for n in ("num_layers", "hidden_size") if n not in layers.origin]
     if missing_model and not may_be_missing:
         raise UserError(
-            "no model was chosen: give --config PRESET or a YAML file, or --num-layers, "
+            "no model is given: pass --config with a preset or a YAML file, or --num-layers, "
             "--hidden-size and --num-attention-heads.\n"
             f"  presets: {', '.join(preset_names())}"
         )
@@ -120,7 +119,7 @@ def build_config(layers: ConfigLayers, may_be_missing: bool = False) -> Config:
 
 
 def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML; reading it back gives an equal one."""
+    """Return a configuration as YAML; reading it back gives an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
@@ -136,7 +135,7 @@ def load_config(path: Path) -> Config:
 
 
 def replace_fields(config: Config, **fields: Any) -> Config:
-    """A copy of ``config`` with the named fields replaced, whichever section they are in."""
+    """Return a copy of ``config`` with the given fields replaced, in whichever section."""
     update: dict[str, dict[str, Any]] = {}
     for name, value in fields.items():
         update.setdefault(SECTION_OF[name], {})[name] = value
@@ -145,7 +144,7 @@ def replace_fields(config: Config, **fields: Any) -> Config:
 
 
 def config_differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """Fields whose values differ, as ``{field: (old, new)}``; a size left out means its default."""
+    """Return differing fields as ``{field: (old, new)}``; an omitted size means its default."""
     found = {}
     sizes_before, sizes_after = _sizes(old), _sizes(new)
     for name, section in SECTION_OF.items():
@@ -156,7 +155,7 @@ def config_differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def _sizes(config: Config) -> dict[str, int]:
-    """Sizes of the model that follow from others where they are not given."""
+    """Return the model sizes that have computed defaults."""
     return {
         "num_query_groups": config.model.query_groups,
         "kv_channels": config.model.head_dim,
@@ -173,11 +172,11 @@ FROZEN_AT_RESUME: tuple[str, ...] = (
     "global_batch_size",
     "rampup_batch_size",
 )
-"""Fields that would silently change a run: a resume with another value is refused."""
+"""Fields that must not change on resume, since they would silently change the run."""
 
 
 def _add_yaml(layers: ConfigLayers, written: YamlDocument) -> None:
-    """Add a YAML text; sections hold fields, ``preset`` names what it builds on."""
+    """Add the sections of a YAML text, on top of the preset that its key ``preset`` names."""
     sections = dict(written.data)
     problems = ErrorCollector()
     if "preset" in sections:
@@ -200,7 +199,7 @@ def _add_section(layers: ConfigLayers, section: str, fields: Any, written: YamlD
             f"possible: {', '.join(possible)}"
         )
     if not isinstance(fields, dict):
-        raise UserError(f"{where}: section '{section}' must hold fields, as `name: value` lines")
+        raise UserError(f"{where}: section '{section}' must contain fields, as `name: value` lines")
     problems = ErrorCollector()
     for name, value in fields.items():
         where = written.where((section, name))
@@ -214,10 +213,10 @@ def _add_section(layers: ConfigLayers, section: str, fields: Any, written: YamlD
 
 
 def _describe(error: Any, layers: ConfigLayers) -> str:
-    """One line for one of pydantic's errors: where, what was found, what is possible."""
+    """Return one line for a pydantic error: origin, value found, values possible."""
     name = str(error["loc"][1]) if len(error["loc"]) > 1 else str(error["loc"][0])
     if error["type"] == "missing":
-        return f"{name} is missing: give --{name.replace('_', '-')} or a preset that has it"
+        return f"{name} is missing: pass --{name.replace('_', '-')} or a preset that has it"
     origin = layers.origin.get(name, "configuration")
     message = error["msg"].replace("Input should be", "expected").removeprefix("Value error, ")
     return f"{origin}: {name} = {reprlib.repr(error['input'])}: {message}"

@@ -1,4 +1,4 @@
-"""Flags that describe the machine of a planned run: GPUs, their memory, nodes, assumed MFU."""
+"""Flags that describe the machine of a planned run: GPU type and memory, GPUs per node, MFU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_llmjp.arguments import parse_size
 from megatron_llmjp.errors import UserError
 
 DEFAULTS: dict[str, Any] = {"gpu": "H100", "gpu_memory": None, "gpus_per_node": 8, "mfu": 0.38}
-"""By argument, its value where no flag gives one."""
+"""Default values, by argument."""
 
 
 @dataclass(frozen=True)
@@ -21,33 +21,37 @@ class PlannedMachine:
     world_size: int
     gpu: str
     gpu_memory: float | None
-    """Bytes; None for that of the GPU."""
+    """In bytes; None for the memory of the GPU type."""
     gpus_per_node: int
     mfu: float
 
 
 def add_machine_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags; those that are not given are None."""
-    group = parser.add_argument_group("machine of a run that is planned, not started")
+    """Add the flags, with default None."""
+    group = parser.add_argument_group("machine of a planned run")
     add = group.add_argument
-    add("--world-size", type=int, metavar="N", help="processes of the planned run")
+    add("--world-size", type=int, metavar="N", help="number of processes (GPUs) of the planned run")
     add("--gpus", type=int, metavar="N", help="the same as --world-size")
-    add("--gpu", metavar="NAME", help="kind of GPU, such as A100-40GB (default: H100)")
-    add("--gpu-memory", metavar="SIZE", help="memory of a GPU, such as 40GB (default: its kind's)")
-    add("--gpus-per-node", type=int, metavar="N", help="(default: 8)")
-    add("--mfu", type=float, metavar="X", help="assumed MFU (default: 0.38)")
+    add("--gpu", metavar="NAME", help="GPU type, such as A100-40GB (default: H100)")
+    add(
+        "--gpu-memory",
+        metavar="SIZE",
+        help="memory per GPU, such as 40GB (default: of the GPU type)",
+    )
+    add("--gpus-per-node", type=int, metavar="N", help="GPUs per node (default: 8)")
+    add("--mfu", type=float, metavar="X", help="assumed model FLOPs utilization (default: 0.38)")
 
 
 def machine_flags(arguments: Mapping[str, Any]) -> list[str]:
-    """The flags of this file that were given, :func:`planned_processes` left aside."""
+    """Return the given flags of :data:`DEFAULTS`."""
     return [f"--{name.replace('_', '-')}" for name in DEFAULTS if arguments[name] is not None]
 
 
 def planned_processes(arguments: Mapping[str, Any]) -> int | None:
-    """Processes of the planned run, as ``--world-size`` or ``--gpus`` gives them.
+    """Return ``--world-size`` or ``--gpus``, the number of processes of the planned run.
 
     Raises:
-        UserError: both differ, or there are none.
+        UserError: they differ, or are not positive.
     """
     given = {f"--{n.replace('_', '-')}": arguments[n] for n in ("world_size", "gpus")}
     given = {flag: number for flag, number in given.items() if number is not None}
@@ -56,8 +60,8 @@ def planned_processes(arguments: Mapping[str, Any]) -> int | None:
             raise UserError(f"{flag} {number}: at least 1 process is needed")
     if len(set(given.values())) > 1:
         raise UserError(
-            f"--world-size {given['--world-size']} and --gpus {given['--gpus']} mean the same: "
-            "give one of them"
+            f"--world-size {given['--world-size']} and --gpus {given['--gpus']} are synonyms: "
+            "pass one of them"
         )
     return next(iter(given.values()), None)
 
@@ -65,7 +69,7 @@ def planned_processes(arguments: Mapping[str, Any]) -> int | None:
 def planned_machine(
     arguments: Mapping[str, Any], flag: str, world_size: int | None
 ) -> PlannedMachine:
-    """Return the machine that parsed arguments format_resolved_config, for the mode of ``flag``.
+    """Return the machine that the arguments describe, for the mode of ``flag``.
 
     Raises:
         UserError: the number of processes is missing, or a value is out of range.
@@ -78,7 +82,7 @@ def planned_machine(
     if world_size is None:
         problems.append(f"{flag} needs --world-size N, the number of GPUs")
     if not 0.0 < given["mfu"] <= 1.0:
-        problems.append(f"--mfu {given['mfu']}: expected a part of the peak, such as 0.38")
+        problems.append(f"--mfu {given['mfu']}: expected a fraction of the peak, such as 0.38")
     if given["gpus_per_node"] < 1:
         problems.append(f"--gpus-per-node {given['gpus_per_node']}: at least 1 GPU is needed")
     memory = None

@@ -24,34 +24,39 @@ from megatron_llmjp.errors import UserError, did_you_mean
 
 
 class Alias(NamedTuple):
-    """A flag without a value that sets fields."""
+    """A switch that sets fields."""
 
     sets: dict[str, Any]
     help: str
 
 
 class Choice(NamedTuple):
-    """A flag with one value, of which some set fields, some need nothing and the rest is refused.
+    """A flag whose values set fields, have no effect, or are refused.
 
-    A value's entry is the fields it sets, or why it is not needed.
+    The entry of a value is the fields it sets, or why it has no effect.
     """
 
     values: dict[str, dict[str, Any] | str]
     otherwise: str
-    """What to use instead of any other value."""
+    """Remedy for any other value."""
 
 
 LLMJP_Z_LOSS = 1e-4
-"""Strength behind ``--use-z-loss``; fixed in LLM-jp's fork of Megatron-LM (branch nii-geniac)."""
+"""Strength of ``--use-z-loss``, a constant in LLM-jp's fork of Megatron-LM (branch nii-geniac)."""
 
 SWITCH_ALIASES: dict[str, Alias] = {
-    "--swiglu": Alias({"activation_function": "swiglu"}, "gated SiLU feed-forward"),
-    "--openai-gelu": Alias({"activation_function": "gelu_tanh"}, "the tanh approximation of GELU"),
-    "--disable-bias-linear": Alias({"add_bias_linear": False}, "no biases in linear layers"),
-    "--use-rotary-position-embeddings": Alias(
-        {"position_embedding_type": "rope"}, "rotary positions"
+    "--swiglu": Alias(
+        {"activation_function": "swiglu"},
+        "use the SwiGLU activation (--activation-function swiglu)",
     ),
-    "--use-z-loss": Alias({"z_loss_strength": LLMJP_Z_LOSS}, "--z-loss-strength 1e-4"),
+    "--openai-gelu": Alias(
+        {"activation_function": "gelu_tanh"}, "use the tanh approximation of GELU"
+    ),
+    "--disable-bias-linear": Alias({"add_bias_linear": False}, "omit biases in linear layers"),
+    "--use-rotary-position-embeddings": Alias(
+        {"position_embedding_type": "rope"}, "use rotary position embeddings"
+    ),
+    "--use-z-loss": Alias({"z_loss_strength": LLMJP_Z_LOSS}, "same as --z-loss-strength 1e-4"),
     "--recompute-activations": Alias(
         {"recompute_granularity": "selective"}, "recompute attention in the backward pass"
     ),
@@ -63,7 +68,7 @@ SWITCH_ALIASES: dict[str, Alias] = {
         },
         "recompute every layer in the backward pass (Megatron-DeepSpeed)",
     ),
-    "--skip-train": Alias({"eval_only": True}, "--eval-only"),
+    "--skip-train": Alias({"eval_only": True}, "same as --eval-only"),
 }
 
 RENAMED_FLAGS: dict[str, str] = {
@@ -77,20 +82,20 @@ RENAMED_FLAGS: dict[str, str] = {
     "--wandb-name": "wandb_exp_name",
     "--tokenizer-special-tokens": "tiktoken_special_tokens",
 }
-"""A flag with a value, and the field it sets."""
+"""Field that a flag with a value sets, by flag."""
 
 RENAMED_VALUES: dict[str, dict[str, str]] = {
-    # Megatron-DeepSpeed's: SentencePiece as it is, end of document </s>.
+    # Megatron-DeepSpeed's: plain SentencePiece, end of document </s>.
     "tokenizer_type": {"japanesesentencepiece": "GPTSentencePieceTokenizer"},
     # Adam here is AdamW, as in Megatron-LM.
     "optimizer": {"adamw": "adam"},
     "position_embedding_type": {"rotary": "rope", "learned": "learned_absolute"},
 }
-"""By field, another program's name of a value, in lower case, and this program's."""
+"""This program's name of a value, by field and other programs' name in lower case."""
 
-_ONE_DATASET = "an .idx/.bin pair as preprocess_data writes it is the only kind"
+_ONE_DATASET = "datasets are always .idx/.bin pairs as preprocess_data writes them"
 _DENSE = "the model is dense"
-_NO_EXPERTS = "mixture-of-experts models are not; only dense ones are"
+_NO_EXPERTS = "mixture-of-experts models are not supported, only dense ones"
 _ONE_GROUP = "the optimizer is sharded over the whole data-parallel group"
 _FP32_STATE = "main weights, gradients and moments are kept in fp32"
 
@@ -100,25 +105,23 @@ CHOICES: dict[str, Choice] = {
             "0": {"use_distributed_optimizer": False},
             "1": {"use_distributed_optimizer": True},
         },
-        "ZeRO 2 and 3 are not offered; use --zero-stage 1 and shard the model with "
+        "ZeRO 2 and 3 are not available; use --zero-stage 1 and shard the model with "
         "--tensor-model-parallel-size and --pipeline-model-parallel-size",
     ),
     "--data-impl": Choice(
         {"mmap": _ONE_DATASET, "infer": _ONE_DATASET},
-        "make the data anew with preprocess_data, which writes mmap datasets",
+        "rebuild the dataset with preprocess_data, which writes mmap datasets",
     ),
     "--dataloader-type": Choice(
-        {"single": "samples are read in the order of the schedule"},
-        "leave it out: each epoch of a dataset is shuffled anew",
+        {"single": "samples are read in the order of the fold schedule"},
+        "remove it: each epoch of a dataset is shuffled separately",
     ),
     "--num-experts": Choice({"1": _DENSE}, _NO_EXPERTS),
     "--expert-model-parallel-size": Choice({"1": _DENSE}, _NO_EXPERTS),
     "--ds-sequence-parallel-size": Choice(
-        {"1": "sequences are whole"}, "split sequences with --sequence-parallel over TP"
+        {"1": "sequences are not split"}, "split sequences with --sequence-parallel over TP"
     ),
-    "--num-distributed-optimizer-instances": Choice(
-        {"1": _ONE_GROUP}, f"leave it out: {_ONE_GROUP}"
-    ),
+    "--num-distributed-optimizer-instances": Choice({"1": _ONE_GROUP}, f"remove it: {_ONE_GROUP}"),
     "--data-parallel-sharding-strategy": Choice(
         {
             "no_shard": {"use_distributed_optimizer": False},
@@ -126,22 +129,24 @@ CHOICES: dict[str, Choice] = {
         },
         "shard the optimizer with --use-distributed-optimizer, the model with TP and PP",
     ),
-    "--main-params-dtype": Choice({"fp32": _FP32_STATE}, f"leave it out: {_FP32_STATE}"),
-    "--main-grads-dtype": Choice({"fp32": _FP32_STATE}, f"leave it out: {_FP32_STATE}"),
-    "--exp-avg-dtype": Choice({"fp32": _FP32_STATE}, f"leave it out: {_FP32_STATE}"),
-    "--exp-avg-sq-dtype": Choice({"fp32": _FP32_STATE}, f"leave it out: {_FP32_STATE}"),
+    "--main-params-dtype": Choice({"fp32": _FP32_STATE}, f"remove it: {_FP32_STATE}"),
+    "--main-grads-dtype": Choice({"fp32": _FP32_STATE}, f"remove it: {_FP32_STATE}"),
+    "--exp-avg-dtype": Choice({"fp32": _FP32_STATE}, f"remove it: {_FP32_STATE}"),
+    "--exp-avg-sq-dtype": Choice({"fp32": _FP32_STATE}, f"remove it: {_FP32_STATE}"),
     "--recompute-modules": Choice(
         {"core_attn": {"recompute_granularity": "selective"}},
         "recompute attention with --recompute-granularity selective, or layers with full",
     ),
     "--rope-type": Choice({"rope": {"position_embedding_type": "rope"}}, "use plain rope"),
-    "--vocab-extra-ids": Choice({"0": "no ids are added"}, "leave it out: ids are the tokenizer's"),
+    "--vocab-extra-ids": Choice(
+        {"0": "no ids are added"}, "remove it: the ids are the tokenizer's"
+    ),
     "--distributed-backend": Choice(
         {
-            "nccl": "nccl is used on GPUs, gloo on a machine without",
-            "gloo": "nccl is used on GPUs, gloo on a machine without",
+            "nccl": "nccl is used on GPUs, gloo on CPUs",
+            "gloo": "nccl is used on GPUs, gloo on CPUs",
         },
-        "leave it out: nccl is used on GPUs, gloo on a machine without",
+        "remove it: nccl is used on GPUs, gloo on CPUs",
     ),
 }
 
@@ -170,17 +175,17 @@ RETAINED = "--save-retain-interval"
 WEIGHTS = "--pretrained-checkpoint"
 NO_OPTIMIZER = "--no-load-optim"
 DEPENDENT_FLAGS = (STAGE_LAYERS, EXACT_GELU, VOCABULARY, GROUPED, RETAINED, WEIGHTS, NO_OPTIMIZER)
-"""Flags whose meaning depends on other values: see :func:`apply_dependent_flags`."""
+"""Flags whose effect depends on other values: see :func:`apply_dependent_flags`."""
 
 
 @dataclass
 class ForeignFlags:
-    """What the flags that are no fields of the schema come to."""
+    """Interpretation of the flags that the schema does not define."""
 
     sets: dict[str, tuple[Any, str]] = field(default_factory=dict)
-    """By field, its value and the flag that set it."""
-    later: dict[str, str] = field(default_factory=dict)
-    """Flags of :data:`DEPENDENT_FLAGS` with their value."""
+    """Value and origin of each field that they set."""
+    dependent: dict[str, str] = field(default_factory=dict)
+    """Given flags of :data:`DEPENDENT_FLAGS` with their values."""
     notes: list[str] = field(default_factory=list)
     """One line for each flag without effect."""
     problems: list[str] = field(default_factory=list)
@@ -188,18 +193,18 @@ class ForeignFlags:
 
 
 def interpret_flags(words: Sequence[str], possible: Iterable[str]) -> ForeignFlags:
-    """Explain the words that the schema's flags leave over.
+    """Interpret flags that the schema does not define.
 
     Args:
-        words: unknown flags and their values, in order.
-        possible: all flags of the schema, to suggest one for an unknown flag.
+        words: these flags and their values, in order.
+        possible: all flags of the schema, for suggestions.
     """
     found = ForeignFlags()
     problems = found.problems
     for flag, values in _flags(words, problems):
         value = " ".join(values)
         if flag in DEPENDENT_FLAGS:
-            found.later[flag] = value
+            found.dependent[flag] = value
         elif flag in CHOICES:
             choice = CHOICES[flag].values.get(value.removesuffix(".0").lower())
             if isinstance(choice, dict):
@@ -219,13 +224,13 @@ def interpret_flags(words: Sequence[str], possible: Iterable[str]) -> ForeignFla
 
 
 def _unknown(flag: str, possible: Sequence[str]) -> str:
-    """What an unknown flag may be: another program's, a newer Megatron-LM's, or misspelt."""
+    """Return a message on an unknown flag: of another program, a newer Megatron-LM, or misspelt."""
     if flag in FOREIGN:
         return f"unknown flag {flag}; {FOREIGN[flag]} (--help lists all flags)"
     if flag in NEWER:
         return (
-            f"unknown flag {flag}: Megatron-LM has it since megatron-core {NEWER[flag]}, this "
-            f"program is built on {_core_version()}; leave it out"
+            f"unknown flag {flag}: added to Megatron-LM with megatron-core {NEWER[flag]}, but this "
+            f"program uses {_core_version()}; remove it"
         )
     return f"unknown flag {flag}{did_you_mean(flag, possible)} (--help lists all flags)"
 
@@ -234,62 +239,62 @@ def _core_version() -> str:
     try:
         return f"megatron-core {version('megatron-core')}"
     except PackageNotFoundError:
-        return "an older one"
+        return "an older version"
 
 
 def set_megatron_defaults(layers: ConfigLayers) -> None:
-    """Add Megatron-LM's defaults below everything else."""
+    """Add Megatron-LM's defaults with the lowest priority."""
     for name, value in MEGATRON_DEFAULTS.items():
         if name not in layers.origin:
             layers.set(name, value, "Megatron-LM's default")
 
 
 def apply_dependent_flags(
-    layers: ConfigLayers, explained: ForeignFlags, by_flags_alone: bool
+    layers: ConfigLayers, foreign: ForeignFlags, by_flags_alone: bool
 ) -> None:
-    """Set what follows from several flags, as Megatron-LM's ``validate_args`` does.
+    """Set the fields that depend on several flags, as Megatron-LM's ``validate_args`` does.
 
     Args:
-        layers: all values given; completed here.
-        explained: its flags of :data:`DEPENDENT_FLAGS`; a note is added for each redundant one.
-        by_flags_alone: the model was described without preset or file.
+        layers: all given values; completed here.
+        foreign: its flags of :data:`DEPENDENT_FLAGS`; a note is added for each redundant one.
+        by_flags_alone: whether the model is defined without preset or file.
 
     Raises:
-        UserError: a value that does not fit the others.
+        UserError: a value contradicts others.
     """
-    later = explained.later
+    dependent = foreign.dependent
     if by_flags_alone:
-        _complete_model(layers, EXACT_GELU in later)
-    elif EXACT_GELU in later and _value(layers, "activation_function", None) == "gelu_tanh":
+        _complete_model(layers, EXACT_GELU in dependent)
+    elif EXACT_GELU in dependent and _value(layers, "activation_function", None) == "gelu_tanh":
         layers.set("activation_function", "gelu", f"flag {EXACT_GELU}")
-    if GROUPED in later and "num_query_groups" not in layers.origin:
+    if GROUPED in dependent and "num_query_groups" not in layers.origin:
         layers.set("num_query_groups", 1, f"flag {GROUPED}")
-    if RETAINED in later:
+    if RETAINED in dependent:
         # Megatron-LM keeps the newest checkpoint and those at multiples of the interval.
         layers.set("keep_last", 1, f"flag {RETAINED}")
-        layers.set("keep_every", later[RETAINED], f"flag {RETAINED}")
-    if WEIGHTS in later:
-        layers.set("load", later[WEIGHTS], f"flag {WEIGHTS}")
+        layers.set("keep_every", dependent[RETAINED], f"flag {RETAINED}")
+    if WEIGHTS in dependent:
+        layers.set("load", dependent[WEIGHTS], f"flag {WEIGHTS}")
         layers.set("finetune", True, f"flag {WEIGHTS}")
-    if NO_OPTIMIZER in later:
+    if NO_OPTIMIZER in dependent:
         if not _value(layers, "finetune", False):
             raise UserError(
-                f"{NO_OPTIMIZER} is not supported: start from weights alone with --finetune "
-                "(iteration 0, a new optimizer)"
+                f"{NO_OPTIMIZER} is not supported: load weights only with --finetune (iteration "
+                "0, new optimizer)"
             )
-        explained.notes.append(f"{NO_OPTIMIZER} is not needed here: --finetune says it")
-    if VOCABULARY in later:
-        _set_vocabulary(layers, later[VOCABULARY])
-    if STAGE_LAYERS in later:
-        _set_virtual_stages(layers, later[STAGE_LAYERS])
+        foreign.notes.append(f"{NO_OPTIMIZER} is not needed here: --finetune implies it")
+    if VOCABULARY in dependent:
+        _set_vocabulary(layers, dependent[VOCABULARY])
+    if STAGE_LAYERS in dependent:
+        _set_virtual_stages(layers, dependent[STAGE_LAYERS])
 
 
 def _complete_model(layers: ConfigLayers, exact_gelu: bool) -> None:
-    """What Megatron-LM works out where a model is described by flags."""
+    """Set the fields that Megatron-LM derives for a model defined by flags."""
     origin = "Megatron-LM's default"
     activation = _value(layers, "activation_function", None)
     if activation is None:
-        # Megatron's fused bias and GELU is the tanh approximation; it needs the bias.
+        # Megatron's fused bias-GELU is the tanh approximation; it requires the bias.
         fused = not exact_gelu and _value(layers, "add_bias_linear", True)
         layers.set("activation_function", "gelu_tanh" if fused else "gelu", origin)
     hidden = _number(layers, "hidden_size", 0)
@@ -297,12 +302,12 @@ def _complete_model(layers: ConfigLayers, exact_gelu: bool) -> None:
         layers.set("ffn_hidden_size", int(4 * hidden * 2 / 3 / 64) * 64, origin)
     ids = _number(layers, "vocab_size", 0)
     if ids and _value(layers, "tokenizer_type", None) == "NullTokenizer":
-        # Megatron-LM's NullTokenizer puts EOD behind the ids that it is given the number of.
+        # Megatron-LM's NullTokenizer adds EOD after the given number of ids.
         layers.set("vocab_size", ids + 1, "flag --vocab-size, and EOD")
 
 
 def _set_vocabulary(layers: ConfigLayers, path: str) -> None:
-    """The vocabulary of GPT2BPETokenizer; or Megatron-DeepSpeed's name of a SentencePiece model."""
+    """Set the vocabulary of GPT2BPETokenizer, or Megatron-DeepSpeed's SentencePiece model."""
     kind = _value(layers, "tokenizer_type", None)
     if kind is None and not path.endswith(".model"):
         # What pretrain_gpt.py of Megatron-LM and Megatron-DeepSpeed reads where no type is given.
@@ -310,7 +315,7 @@ def _set_vocabulary(layers: ConfigLayers, path: str) -> None:
         layers.set("tokenizer_type", kind, "Megatron-LM's default")
     if kind != "GPT2BPETokenizer" and not path.endswith(".model"):
         raise UserError(
-            f"{VOCABULARY} {path}: is for --tokenizer-type GPT2BPETokenizer, or a SentencePiece "
+            f"{VOCABULARY} {path}: requires --tokenizer-type GPT2BPETokenizer, or a SentencePiece "
             f"model (*.model); {kind} is given"
         )
     layers.set("tokenizer_model", path, f"flag {VOCABULARY}")
@@ -323,8 +328,9 @@ def _set_virtual_stages(layers: ConfigLayers, text: str) -> None:
         raise UserError(f"{STAGE_LAYERS} {text}: expected a number of layers")
     if total % (stages * int(text)):
         raise UserError(
-            f"{STAGE_LAYERS} {text}: {total} layers do not divide into chunks of {text} over "
-            f"{stages} stages; give --virtual-pipeline-model-parallel-size, the chunks per stage"
+            f"{STAGE_LAYERS} {text}: {total} layers are not divisible into chunks of {text} over "
+            f"{stages} stages; pass --virtual-pipeline-model-parallel-size, the number of chunks "
+            "per stage"
         )
     chunks = total // stages // int(text)
     layers.set(
@@ -335,7 +341,7 @@ def _set_virtual_stages(layers: ConfigLayers, text: str) -> None:
 
 
 def _flags(words: Sequence[str], problems: list[str]) -> Iterator[tuple[str, list[str]]]:
-    """The flags with the words behind them, which are their values."""
+    """Yield the flags, each with its values."""
     flag = ""
     values: list[str] = []
     for word in words:
@@ -363,6 +369,6 @@ def _value(layers: ConfigLayers, name: str, otherwise: Any) -> Any:
 
 
 def _number(layers: ConfigLayers, name: str, otherwise: int) -> int:
-    """A number from a file or flag; ``otherwise`` if it is none, which is told when it is read."""
+    """Return a positive integer, or ``otherwise``; validation reports invalid values."""
     text = str(_value(layers, name, otherwise))
     return int(text) if text.isdigit() and int(text) > 0 else otherwise

@@ -1,9 +1,4 @@
-"""Sections of a configuration for the architecture and the parallel layout.
-
-Base of all sections of a configuration.
-
-The network and how it is laid over processes.
-"""
+"""Configuration sections of the architecture and the parallel layout, and their base class."""
 
 from __future__ import annotations
 
@@ -14,22 +9,22 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 
 class Section(BaseModel):
-    """Base of all sections: immutable, and an unknown key is an error.
+    """Base class of all sections: immutable, and an unknown key is an error.
 
-    A choice among words is accepted in upper and lower case: ``rmsnorm`` is ``RMSNorm``.
+    Values of ``Literal`` fields are case-insensitive: ``rmsnorm`` means ``RMSNorm``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     @model_validator(mode="before")
     @classmethod
-    def _spell_choices(cls, values: Any) -> Any:
+    def _normalize_literals(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        return {name: cls._spelled(name, value) for name, value in values.items()}
+        return {name: cls._normalized(name, value) for name, value in values.items()}
 
     @classmethod
-    def _spelled(cls, name: str, value: Any) -> Any:
+    def _normalized(cls, name: str, value: Any) -> Any:
         info = cls.model_fields.get(name)
         if info is None or not isinstance(value, str):
             return value
@@ -40,114 +35,122 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """The network. The defaults are a LLaMA-style block without sizes."""
+    """Architecture. The defaults are those of LLaMA, without sizes."""
 
-    num_layers: PositiveInt = Field(description="transformer layers")
-    hidden_size: PositiveInt = Field(description="width of the residual stream, h")
-    num_attention_heads: PositiveInt = Field(description="query heads")
+    num_layers: PositiveInt = Field(description="number of transformer layers")
+    hidden_size: PositiveInt = Field(description="hidden size of the transformer")
+    num_attention_heads: PositiveInt = Field(description="number of query heads")
     num_query_groups: PositiveInt | None = Field(
-        None, description="key/value heads (grouped-query attention); all heads when not given"
+        None,
+        description="number of key/value heads (grouped-query attention); default: "
+        "num_attention_heads",
     )
     kv_channels: PositiveInt | None = Field(
-        None, description="size of one head; hidden_size / num_attention_heads when not given"
+        None, description="size of one attention head; default: hidden_size / num_attention_heads"
     )
     ffn_hidden_size: PositiveInt | None = Field(
-        None, description="width of the feed-forward layer; 4 x hidden_size when not given"
+        None, description="hidden size of the feed-forward layer; default: 4 x hidden_size"
     )
     max_position_embeddings: PositiveInt | None = Field(
-        None, description="longest sequence the model is made for; seq_length when not given"
+        None, description="maximum sequence length of the model; default: seq_length"
     )
     position_embedding_type: Literal["rope", "yarn", "learned_absolute"] = Field(
         "rope",
-        description="rotary positions, rotary ones stretched by YaRN, or a learned table as in "
-        "GPT-2",
+        description="rotary position embeddings, YaRN, or learned ones as in GPT-2",
     )
-    rotary_base: PositiveInt = Field(10000, description="base of the rotary frequencies")
+    rotary_base: PositiveInt = Field(10000, description="base of the rotary frequencies (theta)")
     rotary_percent: float = Field(
-        1.0, gt=0.0, le=1.0, description="part of each head that is rotated (GPT-NeoX)"
+        1.0, gt=0.0, le=1.0, description="fraction of each head that is rotated (GPT-NeoX)"
     )
     rotary_seq_len_interpolation_factor: PositiveInt | None = Field(
-        None, description="positions are divided by this: linear scaling for longer sequences"
+        None, description="divide positions by this factor: linear scaling for longer sequences"
     )
     use_rope_scaling: bool = Field(
-        False, description="rescale the low rotary frequencies as LLaMA 3.1 does"
+        False, description="rescale the low rotary frequencies as in LLaMA 3.1"
     )
     rope_scaling_factor: float = Field(
-        8.0, gt=0.0, description="how far use_rope_scaling stretches the low frequencies"
+        8.0, gt=0.0, description="scaling factor of use_rope_scaling"
     )
     rope_scaling_low_freq_factor: float = Field(
         1.0,
         gt=0.0,
-        description="use_rope_scaling: turns within the original length below which a "
+        description="use_rope_scaling: rotations within the original length below which a "
         "frequency is low",
     )
     rope_scaling_high_freq_factor: float = Field(
         4.0,
         gt=0.0,
-        description="use_rope_scaling: turns within the original length above which a "
-        "frequency is kept",
+        description="use_rope_scaling: rotations within the original length above which a "
+        "frequency is unchanged",
     )
     rope_scaling_original_max_position_embeddings: PositiveInt = Field(
-        8192, description="use_rope_scaling: the length that the model was made for at first"
+        8192, description="use_rope_scaling: original maximum sequence length"
     )
     yarn_rotary_scaling_factor: float = Field(
-        1.0, ge=1.0, description="yarn: how far positions are stretched"
+        1.0, ge=1.0, description="yarn: scaling factor of the context length"
     )
     yarn_original_max_position_embeddings: PositiveInt = Field(
-        4096, description="yarn: the length that the model was made for at first"
+        4096, description="yarn: original maximum sequence length"
     )
     yarn_beta_fast: float = Field(
         32.0,
         gt=0.0,
-        description="yarn: turns within the original length above which a frequency is kept",
+        description="yarn: rotations within the original length above which a frequency is "
+        "unchanged",
     )
     yarn_beta_slow: float = Field(
         1.0,
         gt=0.0,
-        description="yarn: turns within the original length below which a frequency "
-        "is stretched in full",
+        description="yarn: rotations within the original length below which a frequency is "
+        "fully interpolated",
     )
     yarn_mscale: float | None = Field(
         None,
         gt=0.0,
-        description="yarn: growth of queries and keys with the factor's logarithm, "
-        "relative to yarn_mscale_all_dim; 1 when not given",
+        description="yarn: scale of queries and keys per logarithm of the scaling factor, "
+        "relative to yarn_mscale_all_dim (default: 1)",
     )
     yarn_mscale_all_dim: float | None = Field(None, gt=0.0, description="yarn: see yarn_mscale")
     yarn_correction_range_round_to_int: bool = Field(
-        True, description="yarn: round the dimensions between kept and stretched frequencies"
+        True,
+        description="yarn: round the dimensions between unchanged and interpolated frequencies",
     )
-    normalization: Literal["RMSNorm", "LayerNorm"] = Field("RMSNorm", description="kind of norm")
-    norm_epsilon: float = Field(1e-5, gt=0.0, description="epsilon inside the norms")
+    normalization: Literal["RMSNorm", "LayerNorm"] = Field(
+        "RMSNorm", description="type of normalization"
+    )
+    norm_epsilon: float = Field(1e-5, gt=0.0, description="epsilon of the normalization layers")
     activation_function: Literal["swiglu", "gelu", "gelu_tanh"] = Field(
         "swiglu",
-        description="feed-forward activation; gelu is the exact (erf) one, gelu_tanh the "
+        description="feed-forward activation; gelu is the exact (erf) function, gelu_tanh the "
         "approximation that Megatron's fused kernel computes",
     )
-    add_bias_linear: bool = Field(False, description="biases in the linear layers")
-    add_qkv_bias: bool = Field(False, description="a bias in the QKV projection alone")
+    add_bias_linear: bool = Field(False, description="add biases to the linear layers")
+    add_qkv_bias: bool = Field(False, description="add a bias to the QKV projection only")
     untie_embeddings_and_output_weights: bool = Field(
-        True, description="output layer with weights of its own"
+        True, description="use separate weights for the embedding and the output layer"
     )
     use_parallel_residual: bool = Field(
         False,
-        description="attention and feed-forward both read the layer's input (GPT-NeoX, GPT-J)",
+        description="compute attention and feed-forward both from the layer's input (GPT-NeoX, "
+        "GPT-J)",
     )
-    hidden_dropout: float = Field(0.0, ge=0.0, lt=1.0, description="dropout after each sublayer")
+    hidden_dropout: float = Field(
+        0.0, ge=0.0, lt=1.0, description="dropout probability after each sublayer"
+    )
     attention_dropout: float = Field(
-        0.0, ge=0.0, lt=1.0, description="dropout on attention weights"
+        0.0, ge=0.0, lt=1.0, description="dropout probability of attention weights"
     )
     init_method_std: float = Field(
-        0.02, gt=0.0, description="standard deviation of initial weights"
+        0.02, gt=0.0, description="standard deviation of the initial weights"
     )
     vocab_size: PositiveInt | None = Field(
-        None, description="true vocabulary size; the tokenizer's when not given"
+        None, description="vocabulary size without padding; default: the tokenizer's"
     )
     make_vocab_size_divisible_by: PositiveInt = Field(
-        128, description="the vocabulary is padded to a multiple of this x tensor parallel size"
+        128, description="pad the vocabulary size to a multiple of this x tensor parallel size"
     )
     padded_vocab_size: PositiveInt | None = Field(
-        None, description="rows of the embedding, when they are not to be computed"
+        None, description="padded vocabulary size; overrides the computed one"
     )
 
     @property
@@ -167,14 +170,14 @@ class ModelConfig(Section):
 
     @property
     def ffn_size(self) -> int:
-        """Width of the feed-forward layer (of one of the two halves with SwiGLU)."""
+        """Hidden size of the feed-forward layer (of each half with SwiGLU)."""
         return self.ffn_hidden_size or 4 * self.hidden_size
 
     def compute_padded_vocab_size(self, tensor_model_parallel_size: int) -> int:
-        """Rows of the embedding: the vocabulary padded as Megatron-LM pads it.
+        """Return the vocabulary size padded as in Megatron-LM: the rows of the embedding.
 
-        The padding depends on the tensor parallel size; ``padded_vocab_size`` overrides it, which
-        is how a checkpoint keeps its rows when it is resumed in another layout.
+        The padding depends on the tensor parallel size. ``padded_vocab_size`` overrides it, so that
+        a checkpoint keeps its size when it is resumed in another layout.
         """
         if self.padded_vocab_size is not None:
             return self.padded_vocab_size
@@ -185,18 +188,22 @@ class ModelConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How the model is laid over processes; what is left of the world is data parallel."""
+    """Parallel layout; the data-parallel size is the world size divided by TP x CP x PP."""
 
-    tensor_model_parallel_size: PositiveInt = Field(1, description="TP: processes sharing a layer")
-    pipeline_model_parallel_size: PositiveInt = Field(1, description="PP: stages of layers")
+    tensor_model_parallel_size: PositiveInt = Field(
+        1, description="degree of tensor model parallelism (TP)"
+    )
+    pipeline_model_parallel_size: PositiveInt = Field(
+        1, description="degree of pipeline model parallelism (PP)"
+    )
     virtual_pipeline_model_parallel_size: PositiveInt | None = Field(
-        None, description="model chunks per stage: the interleaved schedule"
+        None, description="number of model chunks per pipeline stage (interleaved schedule)"
     )
     decoder_first_pipeline_num_layers: PositiveInt | None = Field(
-        None, description="layers of the first stage, when stages are to be uneven"
+        None, description="number of layers of the first pipeline stage, for uneven stages"
     )
     decoder_last_pipeline_num_layers: PositiveInt | None = Field(
-        None, description="layers of the last stage, when stages are to be uneven"
+        None, description="number of layers of the last pipeline stage, for uneven stages"
     )
     account_for_embedding_in_pipeline_split: bool = Field(
         False, description="count the embedding as one layer of the first stage"
@@ -206,40 +213,42 @@ class ParallelConfig(Section):
     )
     pipeline_model_parallel_layout: str | None = Field(
         None,
-        description="what each stage holds, as megatron-core writes it: 'Et*3|t*4|t*4|t*3L' (E "
-        "embedding, t layer, L loss, | next stage)",
+        description="contents of each stage in megatron-core's notation: 'Et*3|t*4|t*4|t*3L' (E"
+        " embedding, t layer, L loss, | separates stages)",
     )
     context_parallel_size: PositiveInt = Field(
-        1, description="CP: processes sharing a sequence (needs Transformer Engine)"
+        1, description="degree of context parallelism (CP); requires Transformer Engine"
     )
     sequence_parallel: bool = Field(
-        False, description="split norms and dropout along the sequence over the TP group"
+        False, description="split normalization and dropout along the sequence over the TP group"
     )
     use_distributed_optimizer: bool = Field(
-        False, description="shard optimizer state over the data-parallel group (ZeRO-1)"
+        False, description="shard the optimizer state over the data-parallel group (ZeRO-1)"
     )
     overlap_grad_reduce: bool = Field(
-        False, description="reduce gradients while the backward pass still runs"
+        False, description="overlap gradient reduction with the backward pass"
     )
     overlap_param_gather: bool = Field(
-        False, description="gather updated parameters while the forward pass already runs"
+        False, description="overlap the all-gather of parameters with the forward pass"
     )
     recompute_granularity: Literal["selective", "full"] | None = Field(
-        None, description="recompute activations in the backward pass: attention only, or layers"
+        None,
+        description="recompute activations in the backward pass: of attention only, or of whole"
+        " layers",
     )
     recompute_method: Literal["uniform", "block"] | None = Field(
-        None, description="which layers a full recompute covers"
+        None, description="which layers a full recomputation covers"
     )
     recompute_num_layers: PositiveInt | None = Field(
-        None, description="layers per recomputed unit (uniform) or per stage (block)"
+        None, description="number of layers per recomputed unit (uniform) or per stage (block)"
     )
     distributed_timeout_minutes: PositiveInt = Field(
-        10, description="a collective that waits longer than this fails"
+        10, description="timeout of collective operations"
     )
 
     @property
     def model_parallel_size(self) -> int:
-        """Processes that hold one copy of the model: TP x CP x PP."""
+        """Number of processes per model replica: TP x CP x PP."""
         return (
             self.tensor_model_parallel_size
             * self.pipeline_model_parallel_size

@@ -1,11 +1,11 @@
-"""What a run is: one frozen, typed model per section.
+"""Configuration of a run: one frozen, typed model per section.
 
-Field names are Megatron-LM's flags in snake_case wherever Megatron-LM has one, so that
-``--tensor-model-parallel-size 2`` and ``tensor_model_parallel_size: 2`` say the same thing. A name
-is used once across all sections. The description of a field is its line in ``--help``.
+Field names are Megatron-LM's flags in snake_case where Megatron-LM has one, so that
+``--tensor-model-parallel-size 2`` and ``tensor_model_parallel_size: 2`` are equivalent. A name is
+unique across sections. The description of a field is its line in ``--help``.
 
-The sections themselves are in ``sections_model.py`` (model, parallel), ``sections_run.py`` (data,
-training, checkpoint, logging) and ``sections_optimizer.py``; everything is imported from here.
+The sections are defined in ``model_config.py`` (model, parallel) and ``run_config.py`` (all others)
+and imported from here.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = [
 
 
 class Config(Section):
-    """A whole run."""
+    """Configuration of a run."""
 
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
@@ -50,12 +50,12 @@ class Config(Section):
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding in this layout."""
+        """Vocabulary size with padding in this layout: the rows of the embedding."""
         return self.model.compute_padded_vocab_size(self.parallel.tensor_model_parallel_size)
 
     @property
     def max_positions(self) -> int:
-        """Longest sequence the model is made for."""
+        """Maximum sequence length of the model."""
         return self.model.max_position_embeddings or self.data.seq_length
 
 
@@ -69,9 +69,9 @@ SECTIONS: dict[str, type[Section]] = {
     "faults": FaultsConfig,
     "logging": LoggingConfig,
 }
-"""Every section by its name, in the order they are read and shown."""
+"""Sections by name, in the order in which they are printed."""
 
 SECTION_OF: dict[str, str] = {
     field: name for name, section in SECTIONS.items() for field in section.model_fields
 }
-"""The section that holds a field; a field's name occurs in one section only."""
+"""Section of each field."""

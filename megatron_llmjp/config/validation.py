@@ -1,11 +1,7 @@
 """Validation of a configuration: rules across fields, all violations reported together.
 
-Rules of training: precision, schedules in one unit each, and what needs a folder.
-
-Rules across fields. All that are broken are told at once, each with its remedy.
-
-Here are the rules of the model itself; those of its layout over processes are in
-``checks_layout.py``, those of training in ``checks_training.py``.
+Rules of the model, precision, learning rate, checkpoints and tokenizer; those of the parallel
+layout are in ``layout_validation.py``. Each message names the remedy.
 """
 
 from __future__ import annotations
@@ -20,13 +16,13 @@ from megatron_llmjp.config.schema import SECTION_OF, Config, ModelConfig
 from megatron_llmjp.errors import UserError
 
 DECAY_LENGTH_FIELDS = next(names for names in EQUIVALENT_UNITS if "lr_decay_iters" in names)
-"""The fields that give the length of the decay."""
+"""Fields that give the length of the learning-rate decay."""
 WSD_DECAY_LENGTH_FIELDS = next(names for names in EQUIVALENT_UNITS if "lr_wsd_decay_iters" in names)
-"""The fields that give the length of WSD's tail."""
+"""Fields that give the length of WSD's final decay."""
 
 
 def training_rules(config: Config) -> Iterator[str]:
-    """One line for each broken rule."""
+    """Yield one line for each violated rule."""
     yield from _precision(config)
     yield from _units(config)
     yield from _rates(config)
@@ -37,22 +33,22 @@ def training_rules(config: Config) -> Iterator[str]:
 
 def _precision(config: Config) -> Iterator[str]:
     if config.training.bf16 and config.training.fp16:
-        yield "bf16 and fp16 exclude each other"
+        yield "bf16 and fp16 are mutually exclusive"
     if config.optimizer.loss_scale is not None and not config.training.fp16:
-        yield "loss_scale is for fp16: bf16 and fp32 need no scaling"
+        yield "loss_scale requires fp16: bf16 and fp32 need no loss scaling"
     if config.optimizer.optimizer == "sgd" and config.parallel.use_distributed_optimizer:
         yield (
-            "megatron-core's distributed optimizer shards Adam only: set optimizer to adam, or "
+            "megatron-core's distributed optimizer supports Adam only: set optimizer to adam, or "
             "use_distributed_optimizer to false"
         )
 
 
 def _units(config: Config) -> Iterator[str]:
-    """A length is given in one unit; lr_decay_fraction is where no other is."""
+    """Rules of lengths in several units: one unit each, except lr_decay_fraction as a fallback."""
     for names in EQUIVALENT_UNITS:
         given = [n for n in names if _is_given(config, n) and n != "lr_decay_fraction"]
         if len(given) > 1:
-            yield f"{' and '.join(given)} say the same in different units: give one of them"
+            yield f"{' and '.join(given)} are the same length in different units: set one of them"
 
 
 def _is_given(config: Config, name: str) -> bool:
@@ -92,17 +88,17 @@ def _weight_decay(config: Config) -> Iterator[str]:
             if value is not None and value != o.weight_decay:
                 yield (
                     f"{name} {value} differs from weight_decay {o.weight_decay}: set "
-                    "weight_decay_incr_style to linear or cosine, or leave it out"
+                    f"weight_decay_incr_style to linear or cosine, or remove {name}"
                 )
     elif None in ends.values():
         yield (
-            f"weight_decay_incr_style {o.weight_decay_incr_style} needs start_weight_decay and "
+            f"weight_decay_incr_style {o.weight_decay_incr_style} requires start_weight_decay and "
             "end_weight_decay"
         )
     elif (o.start_weight_decay or 0.0) > (o.end_weight_decay or 0.0):
         yield (
             f"start_weight_decay {o.start_weight_decay} is above end_weight_decay "
-            f"{o.end_weight_decay}: weight decay can only grow"
+            f"{o.end_weight_decay}: weight decay can only increase"
         )
 
 
@@ -111,27 +107,30 @@ def _folders(config: Config) -> Iterator[str]:
     if checkpoint.save is None:
         for name in ("save_interval", "save_interval_tokens", "save_interval_minutes"):
             if getattr(checkpoint, name) is not None:
-                yield f"{name} needs save, the folder to save in"
+                yield f"{name} requires save, the folder of the checkpoints"
         if checkpoint.save_policy is not None:
-            yield "save_policy needs save, the folder to save in"
+            yield "save_policy requires save, the folder of the checkpoints"
         for name in ("exit_interval", "exit_duration_in_mins"):
             if getattr(faults, name) is not None:
-                yield f"{name} saves before it stops: give save, the folder to save in"
+                yield f"{name} saves before exiting: set save, the folder of the checkpoints"
         if faults.spike_action == "rollback":
-            yield "spike_action rollback goes back to a checkpoint: give save, or choose skip"
+            yield "spike_action rollback requires checkpoints: set save, or choose skip"
     if checkpoint.keep_every is not None and checkpoint.keep_last is None:
-        yield "keep_every says what is kept beside keep_last, which is not given: all are kept"
+        yield (
+            "keep_every has no effect without keep_last, since all checkpoints are kept: set "
+            "keep_last"
+        )
     if checkpoint.finetune and checkpoint.load is None and checkpoint.save is None:
-        yield "finetune starts from weights: give load, the folder that has them"
+        yield "finetune requires load, the folder of the weights"
     if config.training.eval_only and checkpoint.load is None and checkpoint.save is None:
-        yield "eval_only needs a model: give load, the folder of its checkpoint"
+        yield "eval_only requires load, the folder of the checkpoint"
 
 
 def _tokenizer(config: Config) -> Iterator[str]:
     data = config.data
     if data.tiktoken_special_tokens and data.tokenizer_type != "TikTokenizer":
         yield (
-            "tiktoken_special_tokens is for tokenizer_type TikTokenizer: other tokenizers have "
+            "tiktoken_special_tokens requires tokenizer_type TikTokenizer: other tokenizers have "
             "their special tokens in their files. Remove it, or add the tokens to the tokenizer"
         )
 
@@ -140,10 +139,10 @@ __all__ = ["check_config", "data_parallel_size"]
 
 
 def check_config(config: Config, world_size: int) -> None:
-    """Refuse a configuration that cannot run on ``world_size`` processes.
+    """Validate a configuration for ``world_size`` processes.
 
     Raises:
-        UserError: one line for each broken rule.
+        UserError: one line for each violated rule.
     """
     problems = [
         *layout_validation.layout_rules(config, world_size),
@@ -158,13 +157,13 @@ def _model(config: Config) -> Iterator[str]:
     model = config.model
     if model.kv_channels is None and model.hidden_size % model.num_attention_heads:
         yield (
-            f"hidden_size {model.hidden_size} does not divide by num_attention_heads "
-            f"{model.num_attention_heads}: change one of them, or give kv_channels"
+            f"hidden_size {model.hidden_size} is not divisible by num_attention_heads "
+            f"{model.num_attention_heads}: change one of them, or set kv_channels"
         )
     if model.num_attention_heads % model.query_groups:
         yield (
-            f"num_attention_heads {model.num_attention_heads} does not divide by num_query_groups "
-            f"{model.query_groups}: possible groups are "
+            f"num_attention_heads {model.num_attention_heads} is not divisible by num_query_groups "
+            f"{model.query_groups}: possible numbers of groups are "
             f"{layout_validation.divisors(model.num_attention_heads)}"
         )
     if model.activation_function == "swiglu" and model.add_bias_linear:
@@ -172,7 +171,7 @@ def _model(config: Config) -> Iterator[str]:
     if config.data.seq_length > config.max_positions:
         yield (
             f"seq_length {config.data.seq_length} exceeds max_position_embeddings "
-            f"{config.max_positions}: shorten the sequence or enlarge the model's positions"
+            f"{config.max_positions}: reduce seq_length or increase max_position_embeddings"
         )
     yield from _positions(config)
     yield from _vocabulary(config)
@@ -184,8 +183,8 @@ def _positions(config: Config) -> Iterator[str]:
         rotated = int(model.head_dim * model.rotary_percent)
         if rotated % 2 or rotated == 0:
             yield (
-                f"rotary_percent {model.rotary_percent} of heads of {model.head_dim} rotates "
-                f"{rotated} numbers, which make no pairs: choose an even part of the head"
+                f"rotary_percent {model.rotary_percent} of head size {model.head_dim} is "
+                f"{rotated}: the number of rotated dimensions must be even and positive"
             )
         if model.position_embedding_type == "yarn":
             yield from _yarn(model)
@@ -203,8 +202,8 @@ def _positions(config: Config) -> Iterator[str]:
     ):
         if given:
             yield (
-                f"{name} is for rotary positions: set position_embedding_type to rope, or leave "
-                f"{name} out"
+                f"{name} requires rotary embeddings: set position_embedding_type to rope, or "
+                f"remove {name}"
             )
 
 
@@ -223,17 +222,17 @@ def _yarn(model: ModelConfig) -> Iterator[str]:
 
 def _vocabulary(config: Config) -> Iterator[str]:
     model, tensor = config.model, config.parallel.tensor_model_parallel_size
-    rows = model.padded_vocab_size
-    if rows is None:
+    padded = model.padded_vocab_size
+    if padded is None:
         return
-    if rows % tensor:
+    if padded % tensor:
         yield (
-            f"tensor_model_parallel_size {tensor} does not divide padded_vocab_size {rows}: "
-            "choose one that does, or have the vocabulary padded anew with --override-resume "
+            f"padded_vocab_size {padded} is not divisible by tensor_model_parallel_size {tensor}: "
+            "choose a divisor, or compute the padding again with --override-resume "
             "padded_vocab_size"
         )
-    if model.vocab_size is not None and rows < model.vocab_size:
+    if model.vocab_size is not None and padded < model.vocab_size:
         yield (
-            f"padded_vocab_size {rows} is below vocab_size {model.vocab_size}: leave it out to "
+            f"padded_vocab_size {padded} is below vocab_size {model.vocab_size}: remove it to "
             "have it computed"
         )

@@ -142,7 +142,7 @@ def test_modes_exclude_each_other() -> None:
             if first == second:
                 assert parse(words).mode is Mode(first)
                 continue
-            with pytest.raises(UserError, match="exclude each other: give one of them"):
+            with pytest.raises(UserError, match="are mutually exclusive: pass one of them"):
                 parse(words)
 
 
@@ -152,15 +152,15 @@ TOGETHER = {
         "argument --lr: expected one argument",
         "unknown flag --hiden-size",
         "--yaml-cfg is not supported",
-        "--dry-run and --plan-data exclude",
+        "--dry-run and --plan-data are mutually exclusive",
         "flag --num-layers: num_layers = 'x'",
     ],
     "--world-size 4 --seq-length none": [
-        "--world-size goes with --dry-run and --estimate",
+        "--world-size requires --dry-run or --estimate",
         "flag --seq-length: seq_length = 'none'",
     ],
-    "--gpus 4 --world-size 8 --estimate": ["--world-size 8 and --gpus 4 mean the same"],
-    "--gpu A100 --mfu 0.4": ["--gpu, --mfu describe the machine of a run that is planned"],
+    "--gpus 4 --world-size 8 --estimate": ["--world-size 8 and --gpus 4 are synonyms"],
+    "--gpu A100 --mfu 0.4": ["--gpu, --mfu describe the machine of a planned run"],
     "--estimate --mfu 2 --gpu-memory big": [
         "--estimate needs --world-size N",
         "--mfu 2.0: expected",

@@ -204,16 +204,16 @@ def test_names_of_other_programs_are_not_ours():
 
 
 REFUSALS = {
-    "--zero-stage 3": "--zero-stage 3 is not supported: ZeRO 2 and 3 are not offered; use",
-    "--num-experts 8": "--num-experts 8 is not supported: mixture-of-experts models are",
+    "--zero-stage 3": "--zero-stage 3 is not supported: ZeRO 2 and 3 are not available; use",
+    "--num-experts 8": "--num-experts 8 is not supported: mixture-of-experts models are not",
     "--fp8-format hybrid": "--fp8-format is not supported: train in --bf16",
-    "--no-load-optim": "--no-load-optim is not supported: start from weights alone with --finetune",
-    "--vocab-file gpt2-vocab.json --tokenizer-type HuggingFaceTokenizer": "is for --tokenizer-type "
+    "--no-load-optim": "--no-load-optim is not supported: load weights only with --finetune",
+    "--vocab-file gpt2-vocab.json --tokenizer-type HuggingFaceTokenizer": "requires --tokenizer"
     "GPT2BPETokenizer",
     "--hidden-size big --swiglu": "hidden_size = 'big': expected a valid integer",
-    "--num-layers-per-virtual-pipeline-stage 3": "4 layers do not divide into chunks of 3",
+    "--num-layers-per-virtual-pipeline-stage 3": "4 layers are not divisible into chunks of 3",
     "--tensor-parallel-size 2": "did you mean '--tensor-model-parallel-size'?",
-    "--data-impl lazy": "make the data anew with preprocess_data",
+    "--data-impl lazy": "rebuild the dataset with preprocess_data",
     # names of other programs, and of newer releases of Megatron-LM
     "--learning-rate 1e-3": "unknown flag --learning-rate; did you mean '--lr'?",
     "--batch-size 8": "--batch-size is not supported: use --micro-batch-size and",
@@ -225,9 +225,9 @@ REFUSALS = {
     "--per_device_train_batch_size 8": "did you mean '--micro-batch-size'?",
     "--max-steps 8": "did you mean '--train-iters'?",
     "--warmup-steps 8": "did you mean '--lr-warmup-iters'?",
-    "--use-mup": "Megatron-LM has it since megatron-core 0.17, this program is built on",
-    "--step-batch-size-schedule x": "Megatron-LM has it since megatron-core 0.18",
-    "--enable-mhc-connections": "Megatron-LM has it since megatron-core 0.20",
+    "--use-mup": "added to Megatron-LM with megatron-core 0.17, but this program uses",
+    "--step-batch-size-schedule x": "added to Megatron-LM with megatron-core 0.18",
+    "--enable-mhc-connections": "added to Megatron-LM with megatron-core 0.20",
     "--bananas 8": "unknown flag --bananas (--help lists all flags)",
     "--lerning-rte 8": "unknown flag --lerning-rte (--help lists all flags)",
     "--normalization BatchNorm": "expected 'RMSNorm' or 'LayerNorm'",

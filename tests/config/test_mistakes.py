@@ -71,18 +71,18 @@ FLAGS = {
     "--config laptop-lama": ["no preset or file 'laptop-lama'", "laptop-llama"],
     "--fold-file none.yaml": ["fold file none.yaml cannot be read", "No such file"],
     "--tensor-model-parallel-size 3 --num-attention-heads 16 --nproc-per-node 3": [
-        "tensor_model_parallel_size 3 does not divide num_attention_heads 16",
+        "num_attention_heads 16 is not divisible by tensor_model_parallel_size 3",
         "possible are 1, 2, 4, 8, 16",
     ],
     "--pipeline-model-parallel-size 2 --tensor-model-parallel-size 2 --nproc-per-node 6": [
-        "6 processes cannot hold tensor 2 x pipeline 2", "a multiple of 4", "1, 2, 3, 6",
+        "6 processes are not divisible by tensor 2 x pipeline 2", "a multiple of 4", "1, 2, 3, 6",
     ],
     "--nproc-per-node 3": [
         "global_batch_size 4 is not a multiple of micro_batch_size 1 x data-parallel size 3 = 3",
         "try 3",
     ],
     "--pipeline-model-parallel-size 3 --nproc-per-node 3 --global-batch-size 3": [
-        "num_layers 4 does not divide into 3 pipeline chunks", "1, 2, 4",
+        "num_layers 4 is not divisible into 3 pipeline chunks", "1, 2, 4",
     ],
     "--seq-length 64 --max-position-embeddings 32": ["seq_length 64 exceeds", "32"],
     "--train-iters 7": ["train_iters 7 needs 28 samples", "hold 24", "enough for 6"],
@@ -102,9 +102,9 @@ FLAGS = {
     "--tokenizer-type HuggingFaceTokenizer --tokenizer-model llm-jp/llm-jp-3-1.8b": [
         "does not exist", "`hf download llm-jp/llm-jp-3-1.8b",
     ],
-    "--save-interval 5": ["save_interval needs save"],
-    "--bf16 --fp16": ["bf16 and fp16 exclude each other"],
-    "--virtual-pipeline-model-parallel-size 2": ["needs pipeline_model_parallel_size of 2"],
+    "--save-interval 5": ["save_interval requires save"],
+    "--bf16 --fp16": ["bf16 and fp16 are mutually exclusive"],
+    "--virtual-pipeline-model-parallel-size 2": ["requires pipeline_model_parallel_size 2"],
 }  # fmt: skip
 
 
@@ -150,8 +150,8 @@ YAML = {
         "line 2: unknown section 'optimiser'; did you mean 'optimizer'?"
     ),
     "preset: laptop-llama\n\noptimizer:\n  lr: fast\n": "line 4: lr = 'fast': expected a valid",
-    "preset: lapto-llama\n": "line 1: there is no preset or file 'lapto-llama'; try laptop-llama",
-    "preset: laptop-llama\ntraining: 5\n": "line 2: section 'training' must hold fields",
+    "preset: lapto-llama\n": "line 1: no preset or file 'lapto-llama'; possible: laptop-llama",
+    "preset: laptop-llama\ntraining: 5\n": "line 2: section 'training' must contain fields",
     "- 1\n": "expected keys and values, found a list",
     "model: [\n": "not valid YAML",
     "model:\n  num_layers: 2\n  hidden_size: 8\n": "num_attention_heads is missing",
@@ -317,7 +317,7 @@ def test_a_checkpoint_brings_its_own_configuration(folder, saved):
     words = ["--load", str(saved), "--fold-file", str(folder / "folds.yaml")]
 
     def read(*flags):
-        return parse([*words, *flags], own_configuration=add_stored_config).config
+        return parse([*words, *flags], add_stored_config=add_stored_config).config
 
     run = resolve_run(read(), 1)
     assert run.resume.manifest.iteration == 3 and run.config.model == stored.model

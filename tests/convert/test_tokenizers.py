@@ -333,7 +333,7 @@ def test_a_run_from_converted_weights_reads_the_tokenizer_as_its_type(tmp_path, 
         convert("--to", "native", "--input", megatron, "--output", folder,
                 "--tokenizer", path, *flags)  # fmt: skip
         words = ["--load", str(folder), "--finetune", "--lr", "1e-3"]
-        config = parse(words, own_configuration=add_stored_config).config
+        config = parse(words, add_stored_config=add_stored_config).config
         assert config.data.tokenizer_type == (kind or "SentencePieceTokenizer")
         assert Path(config.data.tokenizer_model).name == "tok.model"
 
