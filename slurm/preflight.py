@@ -28,7 +28,7 @@ MAX_LINK_RATIO = 2.0
 CLOCK_SECONDS = 60.0
 """Maximum clock offset from the median; larger ones invalidate time stamps and certificates."""
 
-MEGABYTES = 64
+MESSAGE_MIB = 64
 """Size of the message between neighboring nodes."""
 
 
@@ -140,7 +140,7 @@ def _links(gpus: int) -> list[float]:
     dist.all_reduce(total)
     if int(total.item()) != world:
         raise RuntimeError(f"an all-reduce of ones over {world} nodes gave {int(total.item())}")
-    message = torch.zeros(MEGABYTES << 18, device=device)
+    message = torch.zeros(MESSAGE_MIB << 18, device=device)
     pairs = [(first, (first + 1) % world) for first in range(world)]
     mine = []
     for pair in pairs if world > 2 else pairs[:1]:
@@ -183,7 +183,7 @@ def report(args: argparse.Namespace) -> int:
     if problems:
         return 1
     links = [seconds for one in found.values() for seconds in one.get("link_seconds", [])]
-    best = f"; slowest link {MEGABYTES / 1e3 / max(links):.2f} GB/s" if links else ""
+    best = f"; slowest link {MESSAGE_MIB / 1e3 / max(links):.2f} GB/s" if links else ""
     print(f"preflight: {len(names)} nodes passed{best}", flush=True)
     return 0
 

@@ -22,8 +22,10 @@ from megatron_llmjp.estimate.flops import flops_by_part, step_flops
 from megatron_llmjp.estimate.run_estimate import RunEstimate, estimate_run, format_layout
 from megatron_llmjp.formatting import format_table
 
-MICRO_BATCHES = (1, 2, 4, 8)
-VIRTUAL = (None, 2, 3, 4, 5, 6)
+MICRO_BATCH_SIZES = (1, 2, 4, 8)
+"""Searched sizes."""
+VIRTUAL_SIZES = (None, 2, 3, 4, 5, 6)
+"""Searched model chunks per stage; None: no interleaving."""
 NO_RECOMPUTE: dict[str, object] = {
     "recompute_granularity": None,
     "recompute_method": None,
@@ -43,6 +45,7 @@ HALF_SPEED_ELEMENTS = 1.2e6
 LINK_BANDWIDTH = {"A100": (250e9, 20e9), "V100": (120e9, 10e9), "B200": (700e9, 45e9)}
 """Bytes per second per GPU in collectives, within a node and over the network."""
 HOPPER_BANDWIDTH = (370e9, 42e9)
+"""Of H100, H200 and all other GPUs."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,9 @@ def _candidates(config: Config, machine: PlannedMachine) -> Iterator[Config]:
     stages = [p for p in range(1, config.model.num_layers + 1) if config.model.num_layers % p == 0]
     keep = NO_RECOMPUTE if config.parallel.recompute_granularity == "full" else {}
     recompute = (keep, FULL_RECOMPUTE)
-    for t, p, v, b, recomputation in product(tensor, stages, VIRTUAL, MICRO_BATCHES, recompute):
+    for t, p, v, b, recomputation in product(
+        tensor, stages, VIRTUAL_SIZES, MICRO_BATCH_SIZES, recompute
+    ):
         replicas, rest = divmod(machine.world_size, t * p)
         divisible = (
             replicas and not rest and config.training.global_batch_size % (replicas * b) == 0
@@ -141,20 +146,20 @@ def estimate_step_times(estimate: RunEstimate) -> StepTimes:
     """Estimate the step time of the slowest stage, by activity."""
     config, layout, gpu = estimate.config, estimate.layout, estimate.gpu
     slowest = max(range(layout.pp), key=lambda s: _stage_seconds(estimate, s))
-    traffic = estimate.traffic[slowest]
+    sent = estimate.communication[slowest]
     node, network = LINK_BANDWIDTH.get(gpu.name, HOPPER_BANDWIDTH)
     data_bandwidth = node if layout.tp * layout.dp <= gpu.per_node else network
     exposed = 0.5 if config.parallel.overlap_grad_reduce or layout.pp == 1 else 1.0
-    data = exposed * (traffic.gradients + traffic.parameters) / data_bandwidth
+    data = exposed * (sent.gradients + sent.parameters) / data_bandwidth
     compute = _stage_seconds(estimate, slowest)
-    tensor, pipeline = traffic.tensor / node, traffic.pipeline / network
+    tensor, pipeline = sent.tensor / node, sent.pipeline / network
     busy = compute + tensor + pipeline
     return StepTimes(
         compute=compute,
         bubble=busy * (layout.pp - 1) / (layout.vp * layout.micro_batches),
         tensor=tensor,
         pipeline=pipeline,
-        data=data + traffic.embedding / network,
+        data=data + sent.embedding / network,
     )
 
 

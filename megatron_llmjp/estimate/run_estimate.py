@@ -57,7 +57,7 @@ class RunEstimate:
     layout: ParallelLayout
     memory: tuple[RankMemory, ...]
     """Of one rank of each stage."""
-    traffic: tuple[CommunicationVolume, ...]
+    communication: tuple[CommunicationVolume, ...]
     """Of one rank of each stage."""
     parameters: tuple[int, ...]
     """Of one rank of each stage."""
@@ -99,7 +99,7 @@ def estimate_run(
         gpu=gpu,
         layout=layout,
         memory=tuple(rank_memory(config, layout, stage) for stage in stages),
-        traffic=tuple(communication_volume(config, layout, stage) for stage in stages),
+        communication=tuple(communication_volume(config, layout, stage) for stage in stages),
         parameters=tuple(rank_parameters(config, layout, layout.stages[s]) for s in stages),
         step_seconds=flops / (layout.world_size * gpu.peak * machine.mfu),
         length=length,
@@ -256,7 +256,7 @@ def _communication(estimate: RunEstimate) -> str:
     stages = sorted({0, layout.pp // 2, layout.pp - 1})
     rows = [("sent per GPU and step", *(f"stage {s}" for s in stages))]
     for kind in CommunicationVolume.__dataclass_fields__:
-        sent = [getattr(estimate.traffic[s], kind) for s in stages]
+        sent = [getattr(estimate.communication[s], kind) for s in stages]
         ranks = layout.world_size if kind == "embedding" else layout.tp * layout.cp * layout.dp
         where = "within a node" if spans.get(kind, ranks) <= per_node else "network"
         if any(sent):
