@@ -1,1 +1,1 @@
-"""Command line programs on data; each module named like a program holds its ``main``."""
+"""Command-line programs for data and runs; each program's module has a ``main`` function."""

@@ -1,4 +1,4 @@
-"""Build all sample indices of a run ahead, on a machine without GPUs."""
+"""Build all sample indices of a run in advance; needs no GPU."""
 
 from __future__ import annotations
 
@@ -39,66 +39,80 @@ from megatron_llmjp.run_data import (
 )
 
 EXAMPLES = """\
-  Before the job, with the flags of the run that have to do with data:
+  Build all indices before the job, with the data flags of the run:
     build_indices --fold-file folds.yaml --seq-length 4096 --global-batch-size 1024 --workers 8
-  or with all of them: the flags of pretrain_gpt.py are taken, a run's command line can be pasted.
+  All flags of pretrain_gpt.py are accepted, so a run's command line can be used unchanged:
     build_indices --config llm-jp-3-13b --fold-file folds.yaml --data-cache-path /fast/index_cache
 
-  Only what the next fold needs; and to compare the checksums of all that is there:
+  Build the indices of one fold only; compare the checksums of existing indices:
     build_indices ... --folds fold03
     build_indices ... --verify
 
-Without this a run makes the indices of its first fold at the start and each next fold's in the
-background. The same command goes on where it was interrupted, and a run may start meanwhile. A
-worker needs about 30 bytes per document of its dataset. See docs/folds.md."""
+Otherwise a run builds the indices of its first fold at the start, and those of each following fold
+in the background. The same command resumes an interrupted build, and a run may start meanwhile. A
+worker uses about 30 bytes of memory per document of its dataset. See docs/folds.md."""
 
 VALIDATION, ORDER = "(validation)", "(order)"
 
 
 @dataclass
 class IndexTask:
-    """An index that a fold needs for a dataset."""
+    """An index that a fold requires for a dataset."""
 
     index: CachedIndex
     fold: str
     dataset: str
     samples: int
-    """Of this dataset in this fold."""
+    """Number of samples of this dataset in this fold."""
     is_first: bool
-    """Whether no fold before needs the same index."""
+    """Whether no earlier fold requires the same index."""
     seconds: float | None = None
-    """What making it took; None where it was there or is made for a fold before."""
+    """Build time; None if the index existed or was built for an earlier fold."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
-    parser = ToolParser("build_indices", "Build all sample indices of a run ahead.", EXAMPLES)
+    parser = ToolParser("build_indices", "Build all sample indices of a run in advance.", EXAMPLES)
     add = parser.add_argument
     add_data_flags(add)
-    add("--data-cache-path", metavar="FOLDER", help="where; index_cache beside the fold file")
+    add(
+        "--data-cache-path",
+        metavar="FOLDER",
+        help="cache folder (default: index_cache next to the fold file)",
+    )
     args, flags = split_flags(parser, argv, _add_own_flags)
     return run_tool("build_indices", lambda: build_indices(args, flags))
 
 
 def _add_own_flags(add: Callable[..., Any]) -> None:
-    add("--workers", type=positive_int, default=min(8, cores()), metavar="N", help="processes")
-    add("--folds", nargs="+", metavar="NAME", help="only these, and validation sets")
-    add("--verify", action="store_true", help="compare checksums and rebuild what is damaged")
-    add("--report", type=Path, metavar="FILE", help="the whole table as .csv or .json")
+    add(
+        "--workers",
+        type=positive_int,
+        default=min(8, cores()),
+        metavar="N",
+        help="number of worker processes",
+    )
+    add(
+        "--folds", nargs="+", metavar="NAME", help="build only these folds, and the validation sets"
+    )
+    add("--verify", action="store_true", help="compare checksums and rebuild damaged indices")
+    add(
+        "--report", type=Path, metavar="FILE", help="write the whole table to FILE.csv or FILE.json"
+    )
 
 
 def build_indices(args: argparse.Namespace, flags: list[str]) -> int:
-    """Build what is missing and print the table."""
+    """Build the missing indices and print the table."""
     if args.report is not None:
         check_table_path(args.report)
     config = parse_run_flags(flags, "build_indices").config
-    entries, cache = find_tasks(config, args.folds)
-    first = [entry for entry in entries if entry.is_first]
+    tasks, cache = find_index_tasks(config, args.folds)
+    first = [task for task in tasks if task.is_first]
     missing = [e for e in first if find_damage(e.index.folder, thorough=args.verify) is not None]
     started = time.monotonic()
     if missing:
         build_missing(missing, args.workers, args.verify)
-    table = table_rows(entries)
+    table = table_rows(tasks)
     print(format_table(table))
     if args.report is not None:
         write_table(args.report, table)
@@ -107,16 +121,16 @@ def build_indices(args: argparse.Namespace, flags: list[str]) -> int:
         seconds = time.monotonic() - started
         print(f"built {len(missing)} of {len(first)} indices {where}, {seconds:.1f} s")
     else:
-        checked = ", their checksums are right" if args.verify else ""
-        print(f"all {len(first)} indices are there already {where}{checked}")
+        checked = ", with correct checksums" if args.verify else ""
+        print(f"all {len(first)} indices exist {where}{checked}")
     return EXIT_DONE
 
 
-def find_tasks(config: Config, folds: Sequence[str] | None) -> tuple[list[IndexTask], Path]:
-    """What the folds of a run need, in their order, and the folder of it.
+def find_index_tasks(config: Config, folds: Sequence[str] | None) -> tuple[list[IndexTask], Path]:
+    """Return the indices that the folds of a run require, in order, and the cache folder.
 
     Raises:
-        UserError: the data is wrong, or a fold's name is unknown.
+        UserError: the data is invalid, or a fold name is unknown.
     """
     data = resolve_data(config)
     root = config.checkpoint.load or config.checkpoint.save
@@ -131,11 +145,11 @@ def find_tasks(config: Config, folds: Sequence[str] | None) -> tuple[list[IndexT
     for name in folds or ():
         if name not in names:
             raise UserError(f"--folds {name}: the folds are {', '.join(names)}")
-    from megatron_llmjp.data.dataset import FoldDataset, ValidationDataset  # torch: seconds
+    from megatron_llmjp.data.dataset import FoldDataset, ValidationDataset  # imports torch
     from megatron_llmjp.data.indices.epoch_index import EpochDatasets
     from megatron_llmjp.tokenizers import load_tokenizer
 
-    # An index does not depend on the tokenizer.
+    # Indices do not depend on the tokenizer.
     tokenizer = load_tokenizer("NullTokenizer", None, vocab_size=1)
     epochs = EpochDatasets(config.data, tokenizer, index_cache_folder(config, data.folds))
     save_facts(data.datasets, epochs.cache)
@@ -150,10 +164,14 @@ def find_tasks(config: Config, folds: Sequence[str] | None) -> tuple[list[IndexT
     for fold in data.schedule.folds:
         if folds and fold.name not in folds:
             continue
-        by_key = {piece.key: piece for piece in fold.slices}
+        by_key = {dataset_slice.key: dataset_slice for dataset_slice in fold.slices}
         for index in samples.indices(fold):
-            piece = by_key.get(getattr(index, "key", ""))
-            of = (piece.name, piece.samples) if piece else (ORDER, fold.samples)
+            dataset_slice = by_key.get(getattr(index, "key", ""))
+            of = (
+                (dataset_slice.name, dataset_slice.samples)
+                if dataset_slice
+                else (ORDER, fold.samples)
+            )
             add(index, fold.name, *of)
     train_iters, _ = train_iterations(config, data.schedule)
     validation, _ = validation_sets(config, data, train_iters)
@@ -163,12 +181,12 @@ def find_tasks(config: Config, folds: Sequence[str] | None) -> tuple[list[IndexT
 
 
 def build_missing(missing: Sequence[IndexTask], workers: int, verify: bool) -> None:
-    """Make indices in several processes, the largest first, and show how far that is."""
+    """Build indices in several processes, the largest first, and show the progress."""
     spawn = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-    by_cost = sorted(missing, key=lambda entry: -entry.index.build_cost)
+    by_cost = sorted(missing, key=lambda task: -task.index.build_cost)
     with ProcessPoolExecutor(min(workers, len(missing)), mp_context=spawn) as pool:
         futures: dict[Future[float], IndexTask] = {
-            pool.submit(timed_build, entry.index, verify): entry for entry in by_cost
+            pool.submit(timed_build, task.index, verify): task for task in by_cost
         }
         try:
             with show_progress(futures.values()) as done:
@@ -181,54 +199,54 @@ def build_missing(missing: Sequence[IndexTask], workers: int, verify: bool) -> N
 
 
 def timed_build(index: CachedIndex, verify: bool) -> float:
-    """Make an index and return the seconds it took."""
+    """Build an index and return the time taken in seconds."""
     started = time.monotonic()
     ensure_index(index.folder, index.build, thorough=verify)
     return time.monotonic() - started
 
 
 @contextmanager
-def show_progress(entries: Iterable[IndexTask]) -> Iterator[Any]:
-    """A bar on a terminal, a line per index elsewhere; yields what to call with a finished one."""
-    entries = list(entries)
+def show_progress(tasks: Iterable[IndexTask]) -> Iterator[Any]:
+    """Show a bar on a terminal, else a line per index; yields a callback."""
+    tasks = list(tasks)
     if not sys.stderr.isatty():
-        yield partial(_say, len(entries), [])
+        yield partial(_log_finished, len(tasks), [])
         return
     from tqdm import tqdm
 
-    total = sum(entry.index.build_cost for entry in entries)
+    total = sum(task.index.build_cost for task in tasks)
     with tqdm(total=total, dynamic_ncols=True, bar_format="{percentage:3.0f}%|{bar}| {postfix} "
               "[{elapsed}<{remaining}]") as bar:  # fmt: skip
-        left = {id(entry) for entry in entries}
+        left = {id(task) for task in tasks}
 
-        def done(entry: IndexTask) -> None:
-            left.discard(id(entry))
-            bar.set_postfix_str(f"{len(entries) - len(left)} of {len(entries)} indices")
-            bar.update(entry.index.build_cost)
+        def done(task: IndexTask) -> None:
+            left.discard(id(task))
+            bar.set_postfix_str(f"{len(tasks) - len(left)} of {len(tasks)} indices")
+            bar.update(task.index.build_cost)
 
         yield done
 
 
-def _say(total: int, finished: list[IndexTask], entry: IndexTask) -> None:
-    finished.append(entry)
-    what = f"{entry.fold} {entry.dataset}, {entry.seconds:.1f} s"
+def _log_finished(total: int, finished: list[IndexTask], task: IndexTask) -> None:
+    finished.append(task)
+    what = f"{task.fold} {task.dataset}, {task.seconds:.1f} s"
     print(f"index {len(finished)} of {total}: {what}", file=sys.stderr, flush=True)
 
 
-def table_rows(entries: Sequence[IndexTask]) -> list[dict[str, Any]]:
-    """One row per fold and dataset, and their total.
+def table_rows(tasks: Sequence[IndexTask]) -> list[dict[str, Any]]:
+    """Return one row per fold and dataset, and their total.
 
-    An index that several folds need counts, in seconds and bytes, for the first of them.
+    The seconds and bytes of an index that several folds require are counted for the first one.
     """
     table: dict[tuple[str, str], dict[str, Any]] = {}
-    for entry in entries:
-        empty = {"epochs": 0, "samples": entry.samples, "built": 0, "seconds": 0.0, "bytes": 0}
-        place = {"fold": entry.fold, "dataset": entry.dataset}
-        row = table.setdefault((entry.fold, entry.dataset), place | empty)
-        row["epochs"] += entry.dataset != ORDER
-        row["built"] += entry.seconds is not None
-        row["seconds"] = round(row["seconds"] + (entry.seconds or 0.0), 2)
-        row["bytes"] += size_on_disk(entry.index.folder) if entry.is_first else 0
+    for task in tasks:
+        empty = {"epochs": 0, "samples": task.samples, "built": 0, "seconds": 0.0, "bytes": 0}
+        place = {"fold": task.fold, "dataset": task.dataset}
+        row = table.setdefault((task.fold, task.dataset), place | empty)
+        row["epochs"] += task.dataset != ORDER
+        row["built"] += task.seconds is not None
+        row["seconds"] = round(row["seconds"] + (task.seconds or 0.0), 2)
+        row["bytes"] += size_on_disk(task.index.folder) if task.is_first else 0
     found = list(table.values())
     total: dict[str, Any] = {"fold": "total", "dataset": ""}
     for name in ("epochs", "samples", "built", "seconds", "bytes"):

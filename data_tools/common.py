@@ -1,9 +1,4 @@
-"""Shared by the command line programs: arguments, progress, errors and exit codes.
-
-How far a run has come: a bar on a terminal, plain lines elsewhere.
-
-What the command line programs share: teaching flags, errors without tracebacks, exit codes.
-"""
+"""Common parts of the command-line programs: arguments, progress, errors and exit codes."""
 
 from __future__ import annotations
 
@@ -24,10 +19,10 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class EncodingProgress:
-    """Counts documents, bytes and tokens, and shows them with their rates.
+    """Counts documents, bytes and tokens, and displays them with their rates.
 
-    MB are 10^6 bytes of decompressed input; the share done and the time left come from the bytes
-    of the files on disk.
+    On a terminal it is a progress bar, elsewhere one line every few seconds. MB are 10^6 bytes of
+    decompressed input; percentage and remaining time are computed from bytes of the files on disk.
     """
 
     def __init__(self, total: int, done: int, log_interval: int | None) -> None:
@@ -41,7 +36,7 @@ class EncodingProgress:
         self._terminal = sys.stderr.isatty()
 
     def update(self, documents: int, size: int, tokens: int, disk: int) -> None:
-        """Count what a block gave; ``disk`` is the position in all files on disk, in bytes."""
+        """Add the counts of a block; ``disk`` is the position in all files on disk, in bytes."""
         self.documents += documents
         self.bytes += size
         self.tokens += tokens
@@ -58,7 +53,7 @@ class EncodingProgress:
             self._bar.close()
 
     def line(self) -> str:
-        """Return one line on the state, beginning as Megatron-LM's does."""
+        """Return a progress line that begins like Megatron-LM's."""
         seconds = max(time.monotonic() - self._started, 1e-9)
         rates = (
             f"{self.documents / seconds:,.0f} docs/s, {self.bytes / seconds / 1e6:.2f} MB/s, "
@@ -77,7 +72,7 @@ class EncodingProgress:
 
     def _show_bar(self) -> None:
         if self._bar is None:
-            from tqdm import tqdm  # here, not above: tqdm's thread must not exist before the fork
+            from tqdm import tqdm  # imported late: its thread must not exist before workers fork
 
             self._bar = tqdm(
                 total=self.total or None,
@@ -136,46 +131,49 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def run_tool(program: str, body: Callable[[], int]) -> int:
-    """Run a program's body and turn what may go wrong into a message and an exit code."""
+    """Run a program's body and convert its errors to a message and an exit code."""
     try:
         return body()
     except (DataError, UserError) as error:
-        return _say(f"{program}: {error}", EXIT_USER_ERROR)
+        return _fail(f"{program}: {error}", EXIT_USER_ERROR)
     except KeyboardInterrupt:
-        hint = " The same command goes on from here." if program == "preprocess_data" else ""
-        return _say(f"\n{program}: interrupted; nothing unfinished under a final name.{hint}", 130)
-    except BrokenPipeError:  # the reader of our output (head, less) has left
+        hint = " Run the same command to resume." if program == "preprocess_data" else ""
+        return _fail(
+            f"\n{program}: interrupted; no incomplete output was left.{hint}", EXIT_INTERRUPTED
+        )
+    except BrokenPipeError:  # the reader of the output (head, less) has exited
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILURE
     except BrokenProcessPool:
-        return _say(
-            f"{program}: a worker process was killed, most likely for memory. Use fewer --workers "
-            "or a smaller --max-line-mb; the same command goes on from the last saved point.",
+        return _fail(
+            f"{program}: a worker process was killed, probably because it ran out of memory. Use "
+            "fewer --workers or a smaller --max-line-mb; the same command resumes from the last "
+            "saved point.",
             EXIT_FAILURE,
         )
     except OSError as error:
-        return _say(f"{program}: {_explain(error)}", EXIT_USER_ERROR)
+        return _fail(f"{program}: {_explain(error)}", EXIT_USER_ERROR)
 
 
 def _explain(error: OSError) -> str:
     where = f"{error.filename}: " if error.filename else ""
     remedies = {
-        errno.ENOSPC: "Free some space; the same command then goes on.",
-        errno.EDQUOT: "The quota is used up: free some space; the same command then goes on.",
+        errno.ENOSPC: "Free some space, then run the same command to resume.",
+        errno.EDQUOT: "Disk quota exceeded: free some space, then run the same command to resume.",
         errno.EACCES: "Check the permissions, or choose another folder.",
-        errno.EROFS: "Choose a folder that can be written to.",
+        errno.EROFS: "Choose a writable folder.",
     }
     return f"{where}{error.strerror or error}. {remedies.get(error.errno or 0, '')}".rstrip()
 
 
-def _say(message: str, code: int) -> int:
+def _fail(message: str, code: int) -> int:
     print(message, file=sys.stderr, flush=True)
     return code
 
 
 def cores() -> int:
-    """Return the number of cores this process may use."""
+    """Return the number of CPU cores available to this process."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""Documents of an indexed dataset in pieces of limited size, for programs that stream."""
+"""Streaming reader of indexed datasets: documents in chunks of limited size, and manifests."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import numpy.typing as npt
 from megatron_llmjp.data.indexed_dataset import HEADER, DatasetIndex, bin_path, idx_path
 from megatron_llmjp.errors import UserError
 
-DOCUMENTS_PER_PIECE = 1 << 16
-TOKENS_PER_PIECE = 1 << 22
+DOCUMENTS_PER_CHUNK = 1 << 16
+TOKENS_PER_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class DocumentChunk:
 
     Attributes:
         first: number of the first document.
-        lengths: tokens of each sequence.
-        pointers: offset of each sequence in the .bin, in bytes.
-        sequences: sequences of each document.
+        lengths: tokens per sequence.
+        pointers: byte offset of each sequence in the .bin.
+        sequences: sequences per document.
     """
 
     first: int
@@ -36,11 +36,11 @@ class DocumentChunk:
 
 
 def document_chunks(index: DatasetIndex) -> Iterator[DocumentChunk]:
-    """Yield all documents; reads plainly, since a memory map would count as memory used."""
+    """Yield all documents, read without a memory map, which would count as used memory."""
     path, total = idx_path(index.prefix), index.sequences
     at = HEADER.size
-    for first in range(0, index.documents, DOCUMENTS_PER_PIECE):
-        count = min(DOCUMENTS_PER_PIECE, index.documents - first)
+    for first in range(0, index.documents, DOCUMENTS_PER_CHUNK):
+        count = min(DOCUMENTS_PER_CHUNK, index.documents - first)
         bounds = np.fromfile(path, "<i8", count + 1, offset=at + 12 * total + 8 * first)
         start, number = int(bounds[0]), int(bounds[-1] - bounds[0])
         yield DocumentChunk(
@@ -51,23 +51,23 @@ def document_chunks(index: DatasetIndex) -> Iterator[DocumentChunk]:
         )
 
 
-def with_tokens(
-    index: DatasetIndex, piece: DocumentChunk
+def chunks_with_tokens(
+    index: DatasetIndex, chunk: DocumentChunk
 ) -> Iterator[tuple[npt.NDArray[Any], DocumentChunk]]:
-    """Yield the documents of a piece with their tokens, some at a time."""
-    ends = np.cumsum(piece.sequences, dtype=np.int64)  # sequences up to and with each document
-    totals = np.concatenate(([0], np.cumsum(piece.lengths, dtype=np.int64)))
+    """Yield the documents of a chunk with their tokens, in smaller chunks."""
+    ends = np.cumsum(chunk.sequences, dtype=np.int64)  # cumulative number of sequences
+    totals = np.concatenate(([0], np.cumsum(chunk.lengths, dtype=np.int64)))
     document = 0
     while document < len(ends):
         start = int(ends[document - 1]) if document else 0
-        limit = totals[start] + TOKENS_PER_PIECE
+        limit = totals[start] + TOKENS_PER_CHUNK
         upto = max(int(np.searchsorted(totals[ends], limit, side="right")), document + 1)
         stop = int(ends[upto - 1])
         part = DocumentChunk(
-            piece.first + document,
-            piece.lengths[start:stop],
-            piece.pointers[start:stop],
-            piece.sequences[document:upto],
+            chunk.first + document,
+            chunk.lengths[start:stop],
+            chunk.pointers[start:stop],
+            chunk.sequences[document:upto],
         )
         yield _tokens(index, part), part
         document = upto
@@ -81,16 +81,16 @@ def _tokens(index: DatasetIndex, part: DocumentChunk) -> npt.NDArray[Any]:
     ends = part.pointers + part.lengths.astype(np.int64) * size
     if np.array_equal(part.pointers[1:], ends[:-1]):
         return np.fromfile(path, index.dtype, total, offset=int(part.pointers[0]))
-    tokens = index.read_tokens()  # a fold: its sequences lie apart
+    tokens = index.read_tokens()  # the sequences of a fold are not contiguous
     starts = part.pointers // size
     return np.concatenate([tokens[at : at + n] for at, n in zip(starts, part.lengths, strict=True)])
 
 
 def read_manifest(prefix: str | Path) -> dict[str, Any] | None:
-    """Return the manifest beside a dataset, or None where there is none (Megatron-LM's).
+    """Return the manifest of a dataset, or None if there is none, as for Megatron-LM's datasets.
 
     Raises:
-        UserError: it is no JSON object.
+        UserError: the file is not a dataset manifest.
     """
     path = Path(f"{prefix}.json")
     if not path.is_file():
@@ -98,8 +98,8 @@ def read_manifest(prefix: str | Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); a damaged manifest?") from error
+        raise UserError(f"{path}: invalid JSON ({error}): the manifest is damaged") from error
     parts = [manifest.get(name) for name in ("bin", "idx")] if isinstance(manifest, dict) else []
     if not parts or not all(isinstance(part, dict) for part in parts):
-        raise UserError(f"{path}: not a dataset's manifest (no 'bin' and 'idx' in it)")
+        raise UserError(f"{path}: not a dataset manifest (it has no 'bin' and 'idx' entries)")
     return manifest

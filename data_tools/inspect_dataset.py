@@ -1,6 +1,6 @@
-"""Look into indexed datasets: statistics, documents as text, and whether they are whole.
+"""Inspect indexed datasets: statistics, documents as text, and verification.
 
-With ``--run`` into what a run was trained on: ``lineage_report.py``.
+``--run`` inspects the training data of a run: ``lineage_report.py``.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from data_tools.common import ToolParser, run_tool
 from data_tools.documents import document_chunks, read_manifest
 from data_tools.tables import format_table
 from data_tools.tokenizer_flags import add_tokenizer_flags, tokenizer_of
-from data_tools.verify_dataset import verify
+from data_tools.verify_dataset import verify_dataset
 from megatron_llmjp.arguments import positive_int
 from megatron_llmjp.data.indexed_dataset import DatasetIndex, read_and_check_index
 from megatron_llmjp.errors import EXIT_DONE, EXIT_FAILURE, DataError, UserError
 from megatron_llmjp.tokenizers import Tokenizer
 
-BINS = 40  # powers of two: documents of up to 2^39 tokens
-BAR = 40
+HISTOGRAM_BINS = 40  # powers of two: documents of up to 2^39 tokens
+BAR_WIDTH = 40
 
 EXAMPLES = """\
-  Statistics and a histogram of document lengths, also as a picture:
+  Print statistics and a histogram of document lengths, and save the histogram as a PNG file:
     inspect_dataset data/ja_text_document --png lengths.png
 
-  The first, the eighth and the last document as text:
+  Print the first, the eighth and the last document as text:
     inspect_dataset data/ja_text_document --documents 0 7 -1 \\
         --tokenizer-type SentencePieceTokenizer --tokenizer-model tok.model
 
-  Is every dataset whole? (exit code 1 if one is not)
+  Verify datasets (exit code 1 if one is damaged):
     inspect_dataset --verify data/*.idx
 
 """
@@ -46,30 +46,47 @@ EXAMPLES = """\
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
     examples = EXAMPLES + lineage_report.EXAMPLES
-    parser = ToolParser("inspect_dataset", "Look into .bin/.idx token datasets and runs.", examples)
+    parser = ToolParser(
+        "inspect_dataset",
+        "Inspect .bin/.idx token datasets and the training data of runs.",
+        examples,
+    )
     add = parser.add_argument
     add("prefixes", nargs="*", metavar="PREFIX", help="path without .bin or .idx (or with)")
     add(
         "--verify",
         action="store_true",
-        help="read all and check it; ids by --vocab-size",
+        help="read and check the whole dataset; token ids are checked against --vocab-size",
     )
-    add("--documents", type=int, nargs="+", default=[], metavar="N", help="show these; -1: last")
-    add("--max-tokens", type=positive_int, default=200, metavar="N", help="shown of each document")
-    add_tokenizer_flags(add, required=False, use="to show text, not ids: ")
-    add("--png", type=Path, metavar="FILE", help="write the histogram as a picture")
-    add("--json", action="store_true", help="statistics as JSON")
-    lineage_report.add_flags(parser.add_argument_group("what a run was trained on").add_argument)
+    add(
+        "--documents",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="print these documents; -1 is the last",
+    )
+    add(
+        "--max-tokens",
+        type=positive_int,
+        default=200,
+        metavar="N",
+        help="number of tokens printed per document",
+    )
+    add_tokenizer_flags(add, required=False, use="prints text instead of ids: ")
+    add("--png", type=Path, metavar="FILE", help="write the histogram to a PNG file")
+    add("--json", action="store_true", help="print statistics as JSON")
+    lineage_report.add_flags(parser.add_argument_group("training data of a run").add_argument)
     args = parser.parse(argv)
     if args.run is not None:
         return run_tool("inspect_dataset", lambda: lineage_report.report_lineage(args))
     if not args.prefixes:
-        parser.error("give datasets, or --run FOLDER")
-    return run_tool("inspect_dataset", lambda: inspect(args))
+        parser.error("expected datasets or --run FOLDER")
+    return run_tool("inspect_dataset", lambda: run_inspection(args))
 
 
-def inspect(args: argparse.Namespace) -> int:
-    """Do what the flags ask for, for each dataset."""
+def run_inspection(args: argparse.Namespace) -> int:
+    """Run the requested action for each dataset."""
     prefixes = [word.removesuffix(".idx").removesuffix(".bin") for word in args.prefixes]
     if args.verify:
         return verify_all(prefixes, args.vocab_size)
@@ -82,24 +99,24 @@ def inspect(args: argparse.Namespace) -> int:
             for number in args.documents:
                 print(show_document(index, number, tokenizer, args.max_tokens))
         return EXIT_DONE
-    found = [statistics(index) for index in indexes]
+    found = [dataset_statistics(index) for index in indexes]
     if args.json:
         print(json.dumps([stats | {"histogram": h.tolist()} for stats, h in found], indent=1))
     else:
         print(format_table([stats for stats, _ in found]))
         for index, (_, histogram) in zip(indexes, found, strict=True):
-            print(f"\n{index.prefix}: documents by length in tokens\n{draw(histogram)}")
+            print(f"\n{index.prefix}: documents by length in tokens\n{draw_histogram(histogram)}")
     if args.png:
         write_png(args.png, {str(i.prefix): h for i, (_, h) in zip(indexes, found, strict=True)})
     return EXIT_DONE
 
 
 def verify_all(prefixes: list[str], vocab_size: int | None) -> int:
-    """Verify each dataset, print the findings and return the exit code."""
+    """Verify each dataset, print the results and return the exit code."""
     code = EXIT_DONE
     for prefix in prefixes:
         try:
-            checked, wrong = verify(prefix, vocab_size)
+            checked, wrong = verify_dataset(prefix, vocab_size)
         except (DataError, UserError) as error:
             checked, wrong = [], [str(error)]
         print(f"{prefix}: {'DAMAGED' if wrong else 'ok'} ({'; '.join(checked)})")
@@ -109,17 +126,17 @@ def verify_all(prefixes: list[str], vocab_size: int | None) -> int:
     return code
 
 
-def statistics(index: DatasetIndex) -> tuple[dict[str, Any], npt.NDArray[np.int64]]:
-    """Return a table row, and how many documents have 0, 1, 2-3, 4-7 ... tokens."""
-    histogram = np.zeros(BINS, np.int64)
+def dataset_statistics(index: DatasetIndex) -> tuple[dict[str, Any], npt.NDArray[np.int64]]:
+    """Return a table row and a histogram: the documents with 0, 1, 2-3, 4-7 ... tokens."""
+    histogram = np.zeros(HISTOGRAM_BINS, np.int64)
     sizes: list[npt.NDArray[np.int64]] = []
-    for piece in document_chunks(index):
-        totals = np.concatenate(([0], np.cumsum(piece.lengths, dtype=np.int64)))
-        ends = np.cumsum(piece.sequences, dtype=np.int64)
+    for chunk in document_chunks(index):
+        totals = np.concatenate(([0], np.cumsum(chunk.lengths, dtype=np.int64)))
+        ends = np.cumsum(chunk.sequences, dtype=np.int64)
         lengths = np.diff(totals[np.concatenate(([0], ends))])
         sizes.append(lengths)
         bins = np.where(lengths > 0, np.log2(np.maximum(lengths, 1)).astype(int) + 1, 0)
-        histogram += np.bincount(bins, minlength=BINS)[:BINS]
+        histogram += np.bincount(bins, minlength=HISTOGRAM_BINS)[:HISTOGRAM_BINS]
     lengths = np.concatenate(sizes) if sizes else np.zeros(1, np.int64)
     tokens = int(lengths.sum())
     row = {
@@ -138,28 +155,28 @@ def statistics(index: DatasetIndex) -> tuple[dict[str, Any], npt.NDArray[np.int6
 
 
 def bin_names(histogram: npt.NDArray[np.int64]) -> dict[str, int]:
-    """Return the filled range of a histogram, by the lengths that each bin stands for."""
+    """Return the non-empty range of a histogram, keyed by the length range of each bin."""
     filled = np.flatnonzero(histogram)
     if not len(filled):
         return {}
-    names = ["0", "1", *(f"{2 ** (i - 1):,}-{2**i - 1:,}" for i in range(2, BINS))]
+    names = ["0", "1", *(f"{2 ** (i - 1):,}-{2**i - 1:,}" for i in range(2, HISTOGRAM_BINS))]
     return {names[i]: int(histogram[i]) for i in range(filled[0], filled[-1] + 1)}
 
 
-def draw(histogram: npt.NDArray[np.int64]) -> str:
-    """Return a histogram as text."""
+def draw_histogram(histogram: npt.NDArray[np.int64]) -> str:
+    """Return a histogram as a text chart."""
     named = bin_names(histogram)
-    most = max(named.values(), default=1)
+    max_tokens = max(named.values(), default=1)
     width = max(map(len, named), default=0)
     return "\n".join(
-        f"{name:>{width}} {'█' * round(BAR * count / most):{BAR}} {count:,}"
+        f"{name:>{width}} {'█' * round(BAR_WIDTH * count / max_tokens):{BAR_WIDTH}} {count:,}"
         for name, count in named.items()
     )
 
 
 def write_png(path: Path, histograms: dict[str, npt.NDArray[np.int64]]) -> None:
-    """Draw the histograms over each other."""
-    from matplotlib.figure import Figure  # here: it takes half a second to import
+    """Draw the histograms into one figure."""
+    from matplotlib.figure import Figure  # imported late: takes half a second
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -177,8 +194,10 @@ def write_png(path: Path, histograms: dict[str, npt.NDArray[np.int64]]) -> None:
         raise UserError(f"--png {path}: {error}") from error
 
 
-def show_document(index: DatasetIndex, number: int, tokenizer: Tokenizer | None, most: int) -> str:
-    """Return one document with a heading; a long one is cut.
+def show_document(
+    index: DatasetIndex, number: int, tokenizer: Tokenizer | None, max_tokens: int
+) -> str:
+    """Return one document with a heading; long documents are truncated.
 
     Raises:
         UserError: there is no such document.
@@ -195,8 +214,8 @@ def show_document(index: DatasetIndex, number: int, tokenizer: Tokenizer | None,
     for sequence in range(first, last):
         at = int(index.pointers[sequence]) // size
         ids += tokens[at : at + int(index.lengths[sequence])].tolist()
-    shown = ids[:most]
-    cut = f", the first {most:,} shown" if len(ids) > most else ""
+    shown = ids[:max_tokens]
+    cut = f", the first {max_tokens:,} shown" if len(ids) > max_tokens else ""
     heading = f"--- {index.prefix} document {position:,}: {len(ids):,} tokens{cut}"
     if tokenizer is None:
         return f"{heading}\n{' '.join(map(str, shown))}"

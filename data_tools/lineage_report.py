@@ -1,4 +1,4 @@
-"""What a global batch of a run was made of, and when a document was seen, for people to read."""
+"""Reports on a run's data lineage: contents of a global batch, occurrences of a document."""
 
 from __future__ import annotations
 
@@ -17,41 +17,63 @@ if TYPE_CHECKING:
     from megatron_llmjp.data.lineage import Lineage, SampleOrigin
 
 EXAMPLES = """\
-  What was in the batch of a loss spike? Fold, datasets, documents and their text:
+  Show the folds, datasets, documents and texts of a global batch, for example of a loss spike:
     inspect_dataset --run checkpoints --iteration 61203 | less
 
-  In which iterations was, or will be, document 1234 of a dataset?
+  List the iterations that contain document 1234 of a dataset, past and future:
     inspect_dataset --run checkpoints --dataset ja_wiki --document 1234"""
 
 
 def add_flags(add: Callable[..., Any]) -> None:
-    """The flags of inspect_dataset that look into a run."""
+    """Add the flags of inspect_dataset that concern a run."""
     add("--run", type=Path, metavar="FOLDER", help="save folder, or a checkpoint of it")
     add("--iteration", type=int, metavar="N", help="show the global batch of this iteration")
-    add("--sample", type=int, metavar="K", help="show this sample, counted as trained, from 0")
-    add("--position", type=int, metavar="P", help="show this sample, skipped ones counted too")
-    add("--dataset", metavar="NAME|PREFIX", help="with --document: when was it seen?")
-    add("--document", type=int, metavar="D", help="number of a document, from 0")
-    add("--data-parallel-size", type=int, metavar="N", help="to tell the rank, if not recorded")
-    add("--fold-file", type=Path, metavar="FILE", help="where the run's datasets lie now")
-    add("--data-cache-path", type=Path, metavar="FOLDER", help="the run's sample indices")
+    add("--sample", type=int, metavar="K", help="show trained sample K, counted from 0")
+    add(
+        "--position",
+        type=int,
+        metavar="P",
+        help="show the sample at this position, which counts skipped samples too",
+    )
+    add("--dataset", metavar="NAME|PREFIX", help="dataset of --document, by name or prefix")
+    add(
+        "--document",
+        type=int,
+        metavar="D",
+        help="list the samples that contain this document, counted from 0",
+    )
+    add(
+        "--data-parallel-size",
+        type=int,
+        metavar="N",
+        help="for the data-parallel rank, if the checkpoint does not record it",
+    )
+    add(
+        "--fold-file",
+        type=Path,
+        metavar="FILE",
+        help="fold file with the current paths of the datasets",
+    )
+    add("--data-cache-path", type=Path, metavar="FOLDER", help="folder of the run's sample indices")
 
 
 def report_lineage(args: argparse.Namespace) -> int:
-    """Print what the flags ask for."""
-    asked = [
+    """Print the requested report."""
+    requested = [
         n for n in ("iteration", "sample", "position", "document") if _get(args, n) is not None
     ]
-    if len(asked) != 1 or (args.dataset is None) != (args.document is None):
+    if len(requested) != 1 or (args.dataset is None) != (args.document is None):
         raise UserError(
-            "--run needs one of --iteration N, --sample K, --position P, and --dataset NAME with "
+            "--run requires one of --iteration N, --sample K, --position P, or --dataset NAME with "
             "--document D"
         )
-    run = open_run(args.run, _covers(args), args.fold_file)
+    run = open_run(args.run, _checkpoint_filter(args), args.fold_file)
     with open_lineage(run, args.data_cache_path) as lineage:
         if args.document is not None:
             found = document_occurrences(run, lineage, args.dataset, args.document)
-            print(json.dumps(found, indent=1) if args.json else _show_seen(run, args, found))
+            print(
+                json.dumps(found, indent=1) if args.json else _format_occurrences(run, args, found)
+            )
             return EXIT_DONE
         replicas = args.data_parallel_size or run.manifest.data_parallel_size
         batch = [describe_sample(run, lineage, p, replicas) for p in _positions(run, args)]
@@ -65,7 +87,7 @@ def report_lineage(args: argparse.Namespace) -> int:
 def describe_sample(
     run: RecordedRun, lineage: Lineage, position: int, replicas: int | None
 ) -> dict[str, Any]:
-    """Everything about one sample, with the text of its documents, as plain values."""
+    """Return the origin of one sample, with its documents' tokens, as plain values."""
     from megatron_llmjp.data.lineage import read_tokens
 
     origin = lineage.origin(position)
@@ -91,7 +113,7 @@ def describe_sample(
 def place_in_batch(
     run: RecordedRun, origin: SampleOrigin, replicas: int | None
 ) -> dict[str, int | None]:
-    """Iteration, data-parallel rank and its micro-batch (both from 0) that a sample goes to.
+    """Return the iteration, data-parallel rank and micro-batch of a sample (the latter two from 0).
 
     Micro-batch k of a run without data parallelism goes to rank k mod d (``data/dataloader.py``).
     """
@@ -111,12 +133,12 @@ def place_in_batch(
 def document_occurrences(
     run: RecordedRun, lineage: Lineage, dataset: str, document: int
 ) -> list[dict[str, Any]]:
-    """When a document is trained on: one entry per sample that holds a part of it.
+    """Return one entry for each sample that contains a part of a document.
 
     Raises:
         UserError: the run has no such dataset or document.
     """
-    path = _path_of(run, dataset)
+    path = _dataset_path(run, dataset)
     documents = read_index(path).documents
     if not 0 <= document < documents:
         raise UserError(f"--document {document}: {path} has documents 0 to {documents - 1:,}")
@@ -143,13 +165,13 @@ def _get(args: argparse.Namespace, name: str) -> Any:
     return getattr(args, name)
 
 
-def _covers(args: argparse.Namespace) -> Callable[[Any], bool]:
-    """Whether a checkpoint is late enough to tell what is asked."""
+def _checkpoint_filter(args: argparse.Namespace) -> Callable[[Any], bool]:
+    """Return a test whether a checkpoint's manifest covers the requested samples."""
     if args.iteration is not None:
         return lambda manifest: bool(manifest.iteration >= args.iteration)
     if args.sample is not None:
         return lambda manifest: bool(manifest.consumed_samples > args.sample)
-    return lambda manifest: False  # the newest
+    return lambda manifest: False  # use the newest checkpoint
 
 
 def _positions(run: RecordedRun, args: argparse.Namespace) -> list[int]:
@@ -161,43 +183,43 @@ def _positions(run: RecordedRun, args: argparse.Namespace) -> list[int]:
         total = run.schedule.total_positions
     if not 0 <= number < total:
         flag = "--sample" if args.sample is not None else "--position"
-        raise UserError(f"{flag} {number}: the run's data gives 0 to {total - 1:,}")
+        raise UserError(f"{flag} {number}: expected 0 to {total - 1:,}")
     return [run.schedule.position(number) if args.sample is not None else number]
 
 
-def _path_of(run: RecordedRun, dataset: str) -> str:
-    """The path of a dataset, by its name in a fold or by its prefix."""
+def _dataset_path(run: RecordedRun, dataset: str) -> str:
+    """Return the path of a dataset, given by its name in a fold or its prefix."""
     wanted = dataset.removesuffix(".idx").removesuffix(".bin")
     paths: dict[str, str] = {}
     names: dict[str, set[str]] = {}
     for fold in run.schedule.folds:
-        for piece in fold.slices:
-            paths[str(Path(piece.path).resolve())] = piece.path
-            names.setdefault(piece.name, set()).add(piece.path)
+        for dataset_slice in fold.slices:
+            paths[str(Path(dataset_slice.path).resolve())] = dataset_slice.path
+            names.setdefault(dataset_slice.name, set()).add(dataset_slice.path)
     if str(Path(wanted).resolve()) in paths:
         return paths[str(Path(wanted).resolve())]
     found = sorted(names.get(dataset, ()))
     if len(found) == 1:
         return found[0]
     if found:
-        raise UserError(f"--dataset {dataset}: give one of its prefixes: {', '.join(found)}")
-    raise UserError(f"--dataset {dataset}: the run's folds have {', '.join(sorted(names))}")
+        raise UserError(f"--dataset {dataset}: give one of these prefixes: {', '.join(found)}")
+    raise UserError(f"--dataset {dataset}: the datasets of the run are {', '.join(sorted(names))}")
 
 
 def _print_batch(run: RecordedRun, args: argparse.Namespace, batch: list[dict[str, Any]]) -> None:
     if args.iteration is not None:
         print(
             f"iteration {args.iteration:,}: samples {batch[0]['sample']:,} to "
-            f"{batch[-1]['sample']:,}, as {run.folder} tells\n{format_table(_summary(batch))}"
+            f"{batch[-1]['sample']:,}, according to {run.folder}\n{format_table(_summary(batch))}"
         )
     for entry in batch:
         print(f"\n{_heading(entry)}")
         for part in entry["documents"]:
-            print(_show_document(run, part, args.max_tokens))
+            print(_format_document(run, part, args.max_tokens))
 
 
 def _summary(batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Samples, documents and tokens of a batch by fold and dataset, the largest first."""
+    """Return samples, documents and tokens of a batch by fold and dataset, the largest first."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for entry in batch:
         for number, part in enumerate(entry["documents"]):
@@ -225,11 +247,11 @@ def _heading(entry: dict[str, Any]) -> str:
     return ", ".join(words)
 
 
-def _show_document(run: RecordedRun, part: dict[str, Any], most: int) -> str:
+def _format_document(run: RecordedRun, part: dict[str, Any], max_tokens: int) -> str:
     ids = part["tokens"]
-    shown = ids[:most]
+    shown = ids[:max_tokens]
     text = run.tokenizer.decode(shown) if run.tokenizer else " ".join(map(str, shown))
-    cut = f", the first {most:,} shown" if len(ids) > most else ""
+    cut = f", the first {max_tokens:,} shown" if len(ids) > max_tokens else ""
     first = part["first_token"]
     return (
         f"{part['dataset']} document {part['document']:,}, tokens {first:,} to "
@@ -237,15 +259,18 @@ def _show_document(run: RecordedRun, part: dict[str, Any], most: int) -> str:
     )
 
 
-def _show_seen(run: RecordedRun, args: argparse.Namespace, found: list[dict[str, Any]]) -> str:
+def _format_occurrences(
+    run: RecordedRun, args: argparse.Namespace, found: list[dict[str, Any]]
+) -> str:
     name = f"document {args.document:,} of {args.dataset}"
     if not found:
-        return f"{name} is in no sample of the run"
+        return f"{name} is not in any sample of the run"
     done = run.manifest.iteration
     past = sum(e["iteration"] is not None and e["iteration"] <= done for e in found)
     skipped = sum(e["iteration"] is None for e in found)
     rows = [{k: "skipped" if v is None else v for k, v in entry.items()} for entry in found]
-    counts = f"{past} trained on by iteration {done:,}, {len(found) - past - skipped} to come"
+    later = len(found) - past - skipped
+    counts = f"{past} trained on by iteration {done:,}, {later} in later iterations"
     return (
         f"{name} is in {len(found)} samples: {counts}"
         + (f", {skipped} skipped" if skipped else "")

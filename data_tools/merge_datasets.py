@@ -1,4 +1,4 @@
-"""Join indexed datasets end to end, in constant memory."""
+"""Concatenate indexed datasets in constant memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.common import ToolParser, run_tool
-from data_tools.documents import document_chunks, read_manifest, with_tokens
+from data_tools.documents import chunks_with_tokens, document_chunks, read_manifest
 from data_tools.preprocess.shards import find_parts
 from megatron_llmjp.data.indexed_dataset import bin_path, read_and_check_index
 from megatron_llmjp.data.indexed_dataset_writer import IndexedDatasetWriter
@@ -23,71 +23,73 @@ from megatron_llmjp.filesystem import (
 from megatron_llmjp.tokenizers.registry import key_of
 
 EXAMPLES = """\
-  All datasets of a folder, in the order of their names (as Megatron-LM's merge_datasets.py):
+  Merge all datasets of a folder, in the order of their names (as Megatron-LM's merge_datasets.py):
     merge_datasets --input parts/ --output-prefix data/ja_text_document
 
-  Some, in this order:
+  Merge datasets in the given order:
     merge_datasets --input data/wiki_text_document data/cc_text_document --output-prefix data/all
 
-  What the tasks of an array made with preprocess_data --output-prefix data/ja --shard slurm/16;
-  parts that are missing are named:
+  Merge the parts written by preprocess_data --output-prefix data/ja --shard slurm/16;
+  missing parts are reported:
     merge_datasets --parts data/ja"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
-    parser = ToolParser("merge_datasets", "Join .bin/.idx datasets end to end.", EXAMPLES)
+    parser = ToolParser("merge_datasets", "Concatenate .bin/.idx datasets.", EXAMPLES)
     add = parser.add_argument
     add("--input", nargs="+", metavar="PATH", help="folders or prefixes")
-    add("--output-prefix", metavar="PREFIX", help="makes PREFIX.{bin,idx,json}")
-    add("--parts", metavar="PREFIX", help="join all that preprocess_data --shard made")
-    add("--overwrite", action="store_true", help="replace a dataset that is there")
+    add("--output-prefix", metavar="PREFIX", help="output is PREFIX.{bin,idx,json}")
+    add("--parts", metavar="PREFIX", help="merge all parts written by preprocess_data --shard")
+    add("--overwrite", action="store_true", help="replace an existing dataset")
     add("--allow-empty", action="store_true", help="write a dataset without tokens")
     args = parser.parse(argv)
     if bool(args.parts) == bool(args.input and args.output_prefix):
-        parser.error("give --input and --output-prefix, or --parts")
-    return run_tool("merge_datasets", lambda: merge_all(args))
+        parser.error("expected --input and --output-prefix, or --parts")
+    return run_tool("merge_datasets", lambda: merge_requested(args))
 
 
-def merge_all(args: argparse.Namespace) -> int:
-    """Join what is asked for: some datasets, or the parts of every key."""
+def merge_requested(args: argparse.Namespace) -> int:
+    """Merge the given datasets, or the parts of each key."""
     if not args.parts:
-        merge(find_prefixes(args.input), args.output_prefix, args.overwrite, args.allow_empty)
+        merge_datasets(
+            find_prefixes(args.input), args.output_prefix, args.overwrite, args.allow_empty
+        )
         return EXIT_DONE
     for key, prefixes in find_parts(args.parts).items():
-        merge(prefixes, f"{args.parts}_{key}_document", args.overwrite, args.allow_empty)
+        merge_datasets(prefixes, f"{args.parts}_{key}_document", args.overwrite, args.allow_empty)
     return EXIT_DONE
 
 
-def merge(
+def merge_datasets(
     prefixes: list[str], output_prefix: str, overwrite: bool, allow_empty: bool = False
 ) -> None:
-    """Check that the datasets belong together, and join them."""
+    """Check that the datasets are compatible, and merge them."""
     finals = [Path(output_prefix + suffix) for suffix in (".bin", ".json", ".idx")]
     if output_prefix in prefixes:
-        raise UserError(f"--output-prefix {output_prefix}: is one of the inputs")
+        raise UserError(f"--output-prefix {output_prefix}: the output is one of the inputs")
     refuse_existing(finals, overwrite)
     indexes = [read_and_check_index(prefix) for prefix in prefixes]
     for prefix, index in zip(prefixes, indexes, strict=True):
         if index.dtype != indexes[0].dtype:
             raise UserError(
-                f"{prefix}: holds {index.dtype}, but {prefixes[0]} holds {indexes[0].dtype}. They "
-                "were made with different vocabularies."
+                f"{prefix}: tokens are {index.dtype}, but those of {prefixes[0]} are "
+                f"{indexes[0].dtype}: the vocabularies differ."
             )
     if not allow_empty and not any(bin_path(prefix).stat().st_size for prefix in prefixes):
         raise UserError(
-            f"--output-prefix {output_prefix}: none of the {len(prefixes):,} datasets has a token. "
+            f"--output-prefix {output_prefix}: all {len(prefixes):,} datasets are without tokens. "
             "Check them with inspect_dataset, or give --allow-empty to write an empty dataset."
         )
     recipe = common_recipe(prefixes)
     with staging_folder(Path(f"{output_prefix}.partial")) as folder:
         writer = IndexedDatasetWriter(folder / "merged.bin", indexes[0].dtype)
         for index in indexes:
-            for piece in document_chunks(index):
-                for tokens, part in with_tokens(index, piece):
+            for chunk in document_chunks(index):
+                for tokens, part in chunks_with_tokens(index, chunk):
                     writer.add(tokens, part.lengths, part.sequences)
         crc = writer.finish(folder / "merged.idx")
-        write_json_durably(folder / "merged.json", manifest(writer, crc, recipe, prefixes))
+        write_json_durably(folder / "merged.json", merged_manifest(writer, crc, recipe, prefixes))
         rename_into_place([(folder / f"merged{final.suffix}", final) for final in finals])
     position = writer.position
     tokens_written = position.bin_bytes // writer.dtype.itemsize
@@ -98,10 +100,10 @@ def merge(
 
 
 def find_prefixes(words: Sequence[str]) -> list[str]:
-    """Return the prefixes that folders and prefixes stand for; a folder's are sorted by name.
+    """Expand folders to the dataset prefixes in them, sorted by name.
 
     Raises:
-        UserError: a folder holds no dataset, or half of one.
+        UserError: a folder contains no dataset files.
     """
     prefixes: list[str] = []
     for word in words:
@@ -111,28 +113,30 @@ def find_prefixes(words: Sequence[str]) -> list[str]:
             continue
         stems = {p.with_suffix("") for p in folder.iterdir() if p.suffix in (".bin", ".idx")}
         if not stems:
-            raise UserError(f"--input {word}: the folder holds no .bin and .idx files")
+            raise UserError(f"--input {word}: the folder contains no .bin or .idx files")
         prefixes += map(str, sorted(stems))
     return prefixes
 
 
 def common_recipe(prefixes: Sequence[str]) -> dict[str, Any]:
-    """Return the tokenizer and options that all parts with a manifest share.
+    """Return the tokenizer and options common to all parts that have a manifest.
 
     Raises:
-        UserError: two parts were made with different tokenizers or options.
+        UserError: two parts were tokenized with different tokenizers or options.
     """
     first: dict[str, Any] = {}
     named = ""
     for prefix in prefixes:
         recipe = (read_manifest(prefix) or {}).get("recipe", {})
         ours = {name: recipe[name] for name in ("tokenizer", "options") if name in recipe}
-        ends = _ends(ours)
+        ends = _added_tokens(ours)
         if first and ours:
-            if key_of(ours["tokenizer"]) != key_of(first["tokenizer"]) or ends != _ends(first):
+            if key_of(ours["tokenizer"]) != key_of(first["tokenizer"]) or ends != _added_tokens(
+                first
+            ):
                 raise UserError(
-                    f"{prefix}: was made with another tokenizer, --append-eod or --append-bos than "
-                    f"{named}:\n"
+                    f"{prefix}: was tokenized with another tokenizer, --append-eod or --append-bos "
+                    f"than {named}:\n"
                     f"  {ours}\n  {first}"
                 )
         elif ours:
@@ -140,16 +144,16 @@ def common_recipe(prefixes: Sequence[str]) -> dict[str, Any]:
     return first
 
 
-def _ends(recipe: dict[str, Any]) -> tuple[bool, bool]:
-    """Return whether EOD and BOS were written around each document."""
+def _added_tokens(recipe: dict[str, Any]) -> tuple[bool, bool]:
+    """Return whether EOD and BOS tokens were added to each document."""
     options = recipe.get("options", {})
     return bool(options.get("append_eod")), bool(options.get("append_bos"))
 
 
-def manifest(
+def merged_manifest(
     writer: IndexedDatasetWriter, idx_crc: int, recipe: dict[str, Any], prefixes: Sequence[str]
 ) -> dict[str, Any]:
-    """Return the manifest of the joined dataset."""
+    """Return the manifest of the merged dataset."""
     return {
         "format": "megatron_llmjp dataset manifest 1",
         **writer.describe(idx_crc),

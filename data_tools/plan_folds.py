@@ -1,4 +1,4 @@
-"""Print what a run is trained on when: tokens, epochs, iterations and learning rates by fold."""
+"""Print a run's fold schedule: tokens, epochs, iterations and learning rates by fold."""
 
 from __future__ import annotations
 
@@ -16,41 +16,45 @@ from megatron_llmjp.estimate.data_plan import as_json, as_rows, format_data_plan
 from megatron_llmjp.planning import plan_data
 
 EXAMPLES = """\
-  The table of a fold file; reads only the indices of its datasets:
+  Print the schedule of a fold file; reads only the indices of its datasets:
     plan_folds --fold-file folds.yaml --seq-length 2048 --global-batch-size 1536
 
-  With learning rates at both ends of each fold, where lr is known (imports torch: seconds):
+  Include the learning rates at both ends of each fold (imports torch, which takes seconds):
     plan_folds --config llm-jp-3-13b --fold-file folds.yaml --lr 2e-4 --lr-warmup-iters 2000
 
-  The exact numbers for another program:
+  Print exact numbers for another program:
     plan_folds --fold-file folds.yaml --seq-length 2048 --global-batch-size 1536 --json > plan.json
 
-All flags of pretrain_gpt.py are taken, so that a run's command line can be pasted; --plan-data on
-that command line prints the same. The number of iterations follows from the folds when
---train-iters is not given. Warnings stand at the end, as in: decay that ends before the run."""
+All flags of pretrain_gpt.py are accepted, so a run's command line can be used unchanged; with
+--plan-data, pretrain_gpt.py prints the same table. By default the folds determine the number of
+iterations. Warnings follow the table, such as a decay that ends before the run."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
-    parser = ToolParser("plan_folds", "Print the plan of a run's data, without GPUs.", EXAMPLES)
+    parser = ToolParser("plan_folds", "Print a run's fold schedule; needs no GPU.", EXAMPLES)
     add_data_flags(parser.add_argument)
     args, words = split_flags(parser, argv, _add_own_flags)
     return run_tool("plan_folds", lambda: plan_folds(args, words))
 
 
 def _add_own_flags(add: Callable[..., Any]) -> None:
-    add("--json", action="store_true", help="exact numbers and warnings as JSON")
-    add("--csv", action="store_true", help="exact numbers as CSV, a row per fold and dataset")
+    add("--json", action="store_true", help="print exact numbers and warnings as JSON")
+    add(
+        "--csv",
+        action="store_true",
+        help="print exact numbers as CSV, one row per fold and dataset",
+    )
 
 
 def plan_folds(args: argparse.Namespace, words: list[str]) -> int:
-    """Print the plan in the requested form.
+    """Print the schedule in the requested format.
 
     Raises:
-        UserError: two forms are requested, or something is wrong with the run's flags or data.
+        UserError: two formats are requested, or the run's flags or data are invalid.
     """
     if args.json and args.csv:
-        raise UserError("--json and --csv exclude each other: give one of them")
+        raise UserError("--json and --csv are mutually exclusive")
     command = parse_run_flags(words, "plan_folds")
     plan, warnings = plan_data(command.config, with_learning_rate="lr" in command.origin)
     if args.json:

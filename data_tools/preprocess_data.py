@@ -1,7 +1,7 @@
-"""Turn JSON lines into Megatron's indexed token datasets.
+"""Tokenize JSON lines into Megatron-LM's indexed datasets.
 
-The same bytes as Megatron-LM's tools/preprocess_data.py, at the tokenizer's own speed: worker
-processes encode blocks of lines, the main process only orders and writes what they return.
+The output is byte for byte that of Megatron-LM's tools/preprocess_data.py. Worker processes encode
+blocks of lines; the main process only orders and writes the results.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from megatron_llmjp.errors import UserError
 from megatron_llmjp.tokenizers import Tokenizer
 
 EXAMPLES = """\
-  One file, LLM-jp's way (no BOS, <EOD> after each document):
+  Tokenize one file as LLM-jp does (no BOS, <EOD> after each document):
     preprocess_data --input ja.jsonl --output-prefix data/ja \\
         --tokenizer-type SentencePieceTokenizer --tokenizer-model tok.model --append-eod
-  makes data/ja_text_document.bin, .idx and .json (the manifest).
+  writes data/ja_text_document.bin, .idx and .json (the manifest).
 
-  Folders, patterns, compressed files, Parquet, standard input (-); several keys:
+  Read folders, glob patterns, compressed files, Parquet and standard input (-); several keys:
     preprocess_data --input corpus/ 'more/*.jsonl.zst' - --json-keys title text ...
 
-  Go on past bad lines and keep them in data/ja_rejected.jsonl, with reasons in .csv:
+  Continue after bad lines and store them in data/ja_rejected.jsonl, with the reasons in .csv:
     preprocess_data ... --on-error quarantine
 
-  Killed or out of disk? The same command goes on where it stopped.
+  After an interruption or a full disk, run the same command again to resume.
 
 tokenizer types:
   SentencePieceTokenizer     no BOS; --append-eod adds <EOD>, else </s> where there is none
@@ -60,11 +60,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> ToolParser:
     parser = ToolParser(
-        "preprocess_data", "Turn JSON lines into Megatron's .bin/.idx token datasets.", EXAMPLES
+        "preprocess_data", "Tokenize JSON lines into Megatron-LM's .bin/.idx datasets.", EXAMPLES
     )
     add = parser.add_argument
-    add("--input", nargs="+", required=True, metavar="PATH", help="files, folders, patterns, -")
-    add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="one dataset per key")
+    add(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="files, folders, glob patterns or -",
+    )
+    add(
+        "--json-keys",
+        nargs="+",
+        default=["text"],
+        metavar="KEY",
+        help="JSON keys of the text; one dataset per key",
+    )
     add(
         "--output-prefix",
         required=True,
@@ -72,7 +84,13 @@ def _parser() -> ToolParser:
         help="output is PREFIX_KEY_document.{bin,idx,json}",
     )
     _add_encoding(add)
-    add("--workers", type=positive_int, default=cores(), metavar="N", help="processes that encode")
+    add(
+        "--workers",
+        type=positive_int,
+        default=cores(),
+        metavar="N",
+        help="number of encoding processes",
+    )
     _add_limits(add)
     add(
         "--log-interval",
@@ -86,37 +104,42 @@ def _parser() -> ToolParser:
         action="append",
         default=[],
         metavar="FILE",
-        help="also write the closing table to FILE.csv or FILE.json; may be repeated",
+        help="also write the summary table to FILE.csv or FILE.json; may be repeated",
     )
     add(
         "--shard",
         metavar="NUMBER/COUNT",
-        help="do this part of the input only, 0/16 to 15/16; large files of plain lines are cut. "
-        "slurm/16 takes the number from the Slurm array. merge_datasets --parts PREFIX joins the "
-        "parts",
+        help="process only this part of the input, 0/16 to 15/16; large files of plain lines are "
+        "split. slurm/16 takes the number from the Slurm array. merge_datasets --parts PREFIX "
+        "merges the parts",
     )
-    add("--overwrite", action="store_true", help="replace datasets and unfinished runs")
-    for flag in ("--dataset-impl", "--partitions"):  # in Megatron-LM's scripts; order is kept here
+    add("--overwrite", action="store_true", help="replace existing datasets and unfinished runs")
+    for flag in (
+        "--dataset-impl",
+        "--partitions",
+    ):  # accepted from Megatron-LM's scripts; order is always kept
         add(flag, help=argparse.SUPPRESS)
     add("--keep-sequential-samples", action="store_true", help=argparse.SUPPRESS)
     return parser
 
 
 def _add_encoding(add: Callable[..., Any]) -> None:
-    """Add the flags that decide which ids a document becomes."""
+    """Add the flags that determine the ids of a document."""
     add_tokenizer_flags(add)
     add(
-        "--sentencepiece-twin",
+        "--fast-encoder",
+        "--sentencepiece-twin",  # deprecated alias
+        dest="fast_encoder",
         metavar="MODEL",
         help="with HuggingFaceTokenizer: encode with this SentencePiece model, 8 to 15 times "
         "faster, if it gives the same ids on text of the corpus",
     )
-    add("--append-eod", action="store_true", help="end each document with the EOD token")
+    add("--append-eod", action="store_true", help="append the EOD token to each document")
     add(
         "--append-bos",
         "--prepend-bos",
         action="store_true",
-        help="begin each document with the BOS token",
+        help="prepend the BOS token to each document",
     )
     add(
         "--tokenizer-hf-include-special-tokens",
@@ -138,7 +161,7 @@ def _add_limits(add: Callable[..., Any]) -> None:
         "--on-error",
         choices=("stop", "skip", "quarantine"),
         default="stop",
-        help="what a bad line does: stop the run, be skipped, or be skipped and written to "
+        help="on a bad line: stop the run, skip the line, or skip it and write it to "
         "PREFIX_rejected.jsonl",
     )
     add(
@@ -146,25 +169,26 @@ def _add_limits(add: Callable[..., Any]) -> None:
         type=parse_share,
         default=0.01,
         metavar="SHARE",
-        help="share of lines that may be rejected, such as 5%% or 0.05; above it the run fails "
+        help="maximum share of rejected lines, such as 5%% or 0.05; above it the run fails "
         "(default: 1%%)",
     )
     add(
         "--allow-empty",
         action="store_true",
-        help="write a dataset without tokens where the input has no documents",
+        help="write a dataset without tokens if the input has no documents",
     )
     add(
         "--max-line-mb",
         type=positive_int,
         default=32,
         metavar="MB",
-        help="longer lines are bad lines; encoding one takes about 30 times its size in memory",
+        help="maximum line length; longer lines are bad lines. Encoding a line takes about 30 "
+        "times its size in memory",
     )
 
 
 def preprocess(args: argparse.Namespace) -> int:
-    """Check everything that can be checked before the work, then do it."""
+    """Validate the arguments and the input, and run the job."""
     _check(args)
     found = find_input(args.input)
     found.report()
@@ -176,15 +200,13 @@ def preprocess(args: argparse.Namespace) -> int:
         _include_special_tokens(tokenizer, args)
     if args.append_bos:
         _check_bos(tokenizer)
-    if args.sentencepiece_twin:
+    if args.fast_encoder:
         from data_tools.preprocess.fast_encoder import (
             use_fast_encoder,  # imports the tokenizers library
         )
 
-        tokenizer, why = use_fast_encoder(
-            tokenizer, args.sentencepiece_twin, sources, args.json_keys
-        )
-        print(why, file=sys.stderr)
+        tokenizer, message = use_fast_encoder(tokenizer, args.fast_encoder, sources, args.json_keys)
+        print(message, file=sys.stderr)
     shard = None
     if args.shard:
         number, count = parse_shard(args.shard)
@@ -195,8 +217,8 @@ def preprocess(args: argparse.Namespace) -> int:
         args.output_prefix = part_prefix(args.output_prefix, number, count)
     output = DatasetOutput(args.output_prefix, args.json_keys, best_dtype(tokenizer.vocab_size))
     job = PreprocessJob(args, sources, tokenizer, output, shard, ignored_record(found.ignored))
-    if not args.overwrite and job.is_there():
-        return job.close()
+    if not args.overwrite and job.is_complete():
+        return job.print_summary()
     with output.name_output_in_errors():
         return job.run()
 
@@ -228,8 +250,8 @@ def _include_special_tokens(tokenizer: Tokenizer, args: argparse.Namespace) -> N
         UserError: it has no such tokens, or another flag writes the same ones.
     """
     flag = "--tokenizer-hf-include-special-tokens"
-    if args.sentencepiece_twin:
-        raise UserError(f"{flag} and --sentencepiece-twin exclude each other: leave one out")
+    if args.fast_encoder:
+        raise UserError(f"{flag} and --fast-encoder are mutually exclusive")
     if args.tokenizer_type != "HuggingFaceTokenizer":
         raise UserError(
             f"{flag} is for --tokenizer-type HuggingFaceTokenizer; with {args.tokenizer_type} "
@@ -255,12 +277,12 @@ def _check(args: argparse.Namespace) -> None:
     name = Path(args.output_prefix).name
     if not name or args.output_prefix.endswith("/"):
         raise UserError(
-            f"--output-prefix {args.output_prefix}: expected a folder and the beginning of a "
-            "file name, such as data/ja"
+            f"--output-prefix {args.output_prefix}: expected a folder and a file name prefix, "
+            "such as data/ja"
         )
     for key in args.json_keys:
         if "/" in key or args.json_keys.count(key) > 1:
-            raise UserError(f"--json-keys {key}: a key may be given once and hold no '/'")
+            raise UserError(f"--json-keys {key}: keys must be unique and must not contain '/'")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draw what a training run did: one HTML page, and its pictures as PNG files."""
+"""Plot a training run: one HTML report, and its figures as PNG files."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from megatron_llmjp.report.page import write_report
 from megatron_llmjp.report.summary import summarize
 
 EXAMPLES = """\
-  The page and pictures of a run, finished or still going on, in SAVE/report:
+  Write the report of a finished or running run to SAVE/report:
     report_run SAVE
 
-  Into another folder, when the run is somebody else's:
+  Write it to another folder, for a run whose folder is not writable:
     report_run /shared/run7 --output-dir ~/run7
 
-  Only the table, on the screen:
+  Print only the summary table:
     report_run SAVE --summary"""
 
 
@@ -27,27 +27,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
     parser = ToolParser(
         "report_run",
-        "Draw a run's loss, folds, restarts, learning rate, throughput and more from what it has "
-        "written so far. The run is only read.",
+        "Plot a run's loss, folds, restarts, learning rate, throughput and more from its logs "
+        "(read-only).",
         EXAMPLES,
     )
     add = parser.add_argument
     add("folder", type=Path, metavar="SAVE", help="the run's --save folder")
-    add("--output-dir", type=Path, metavar="DIR", help="where to write; SAVE/report if not given")
-    add("--summary", action="store_true", help="print the table and write nothing")
+    add("--output-dir", type=Path, metavar="DIR", help="output folder (default: SAVE/report)")
+    add("--summary", action="store_true", help="print the summary table without writing files")
     args = parser.parse(argv)
     return run_tool("report_run", lambda: report_run(args.folder, args.output_dir, args.summary))
 
 
 def report_run(folder: Path, output: Path | None, summary: bool) -> int:
-    """Print the summary; write the page and pictures unless only that is asked for."""
+    """Print the summary, and write the page and figures unless only the summary is requested."""
     rows = summarize(read_history(folder))
     width = max(len(label) for label, _ in rows)
     for label, value in rows:
         print(f"{label:<{width}}  {value}")
     if not summary:
         page, *pictures = write_report(folder, output or folder / "report")
-        print(f"\nwrote {page} and {len(pictures)} pictures beside it")
+        print(f"\nwrote {page} and {len(pictures)} figures next to it")
     return EXIT_DONE
 
 

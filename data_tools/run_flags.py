@@ -1,4 +1,4 @@
-"""A run's command line, read for its data alone by the programs that plan and index it."""
+"""Flags of pretrain_gpt.py for programs that use only a run's data settings."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from megatron_llmjp.arguments import normalize_dashes
 from megatron_llmjp.config.flags import Command, parse, print_notes
 from megatron_llmjp.config.loading import ConfigLayers
 
-_NO_MODEL = {"num_layers": 1, "hidden_size": 1, "num_attention_heads": 1}
-"""A configuration has a model; nothing here looks at it."""
+_PLACEHOLDER_MODEL = {"num_layers": 1, "hidden_size": 1, "num_attention_heads": 1}
+"""A configuration requires a model, which these programs do not use."""
 
 
 def add_data_flags(add: Callable[..., Any]) -> None:
-    """Describe the flags that such a program is most often given; it takes all of a run's."""
-    add("--fold-file", metavar="FILE", help="the folds (docs/folds.md)")
+    """Document the most common flags; all flags of a run are accepted."""
+    add("--fold-file", metavar="FILE", help="fold file (docs/folds.md)")
     add("--seq-length", metavar="N", help="tokens per sample")
     add("--global-batch-size", metavar="N", help="samples per iteration")
 
@@ -30,11 +30,11 @@ def split_flags(
 
     Args:
         parser: describes the program, for ``--help``; ``add_own``'s flags are added to it.
-        argv: the words after the program's name; those of this process if None.
-        add_own: adds the program's own flags with an ``add_argument``.
+        argv: command-line arguments; those of this process if None.
+        add_own: adds the program's own flags through an ``add_argument``.
 
     Returns:
-        The program's own arguments, and the words that are the run's.
+        The program's own arguments, and the remaining ones, which are the run's.
     """
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.error = parser.error  # type: ignore[method-assign]
@@ -48,15 +48,15 @@ def split_flags(
 
 
 def parse_run_flags(flags: list[str], program: str) -> Command:
-    """Read a run's flags, of which those on the model may be left out, and print notes on them.
+    """Parse a run's flags, of which those of the model are optional, and print notes on them.
 
-    The mode that they select is not looked at: a run's command line can be pasted with it.
+    A mode such as ``--dry-run`` is ignored, so that a run's command line can be used unchanged.
 
     Raises:
-        UserError: as for the run itself.
+        UserError: the flags are invalid, as for the run itself.
     """
     layers = ConfigLayers()
-    for name, value in _NO_MODEL.items():
+    for name, value in _PLACEHOLDER_MODEL.items():
         layers.set(name, value, program)
     command = parse(flags, layers)
     print_notes(command.notes)

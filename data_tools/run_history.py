@@ -1,4 +1,4 @@
-"""A run as its checkpoints tell it: its folds, what it skipped, its batches and its tokenizer."""
+"""Reconstruction of a run from its checkpoints: folds, skipped samples, batches and tokenizer."""
 
 from __future__ import annotations
 
@@ -38,57 +38,57 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """What a checkpoint says of the run up to it, and of its future as planned then."""
+    """A run as recorded in one of its checkpoints."""
 
     folder: Path
     manifest: Manifest
     config: Config
     schedule: Schedule
     datasets: dict[str, DatasetInfo]
-    """What is known of each dataset, by path."""
+    """Dataset facts by path."""
     sizes: BatchSizeSchedule
     tokenizer: Tokenizer | None
     cache: Path
-    """Where the run left its sample indices."""
+    """Folder of the run's sample indices."""
 
     def samples_of(self, iteration: int) -> range:
-        """Numbers of the samples of a global batch.
+        """Return the sample numbers of the global batch of an iteration.
 
         Raises:
-            UserError: the run has no such iteration.
+            UserError: the iteration is out of range.
         """
         first, end = (self.sizes.consumed_after(i) for i in (iteration - 1, iteration))
         if iteration < 1 or end > self.schedule.total_samples:
             possible, _ = self.sizes.iterations(self.schedule.total_samples)
-            raise UserError(f"--iteration {iteration}: the run's data gives 1 to {possible:,}")
+            raise UserError(f"--iteration {iteration}: expected 1 to {possible:,}")
         return range(first, end)
 
 
 def open_run(
-    root: Path, covers: Callable[[Manifest], bool], fold_file: Path | None = None
+    root: Path, is_late_enough: Callable[[Manifest], bool], fold_file: Path | None = None
 ) -> RecordedRun:
-    """Read the oldest checkpoint that covers what is asked, or else the newest one.
+    """Read the oldest checkpoint that is late enough, or the newest one.
 
     Args:
         root: a save folder, or one checkpoint in it.
-        covers: whether a checkpoint is late enough to tell.
-        fold_file: in place of the one in the checkpoint, where datasets have moved.
+        is_late_enough: whether a checkpoint covers the requested samples.
+        fold_file: replaces the one in the checkpoint, for datasets that have moved.
 
     Raises:
-        UserError: no checkpoint is whole, or the data is not what it was trained on.
+        UserError: no checkpoint is intact, or the data differs from the data it was trained on.
     """
-    folder = _choose(root, covers)
+    folder = _choose_checkpoint(root, is_late_enough)
     manifest = manifests.read_manifest(folder)
     config = load_config(folder / manifests.CONFIG)
-    data = _data(folder, config, fold_file)
+    data = _load_data(folder, config, fold_file)
     data = with_stored_keys(data, config, manifest.folds)
     schedule = data.schedule.with_skips(SkippedSamples.of(manifest.skips))
     found = history_differences(manifest, schedule)
     if found:
         listed = "\n".join(found)
         raise UserError(
-            f"the data is not what {folder} was trained on:\n{listed}\n"
-            "--fold-file names a file with the paths of the datasets as they were"
+            f"the data differs from the data that {folder} was trained on:\n{listed}\n"
+            "give a fold file with the paths of the original datasets with --fold-file"
         )
     sizes = BatchSizeSchedule(config)
     if sizes.consumed_after(manifest.iteration) != manifest.consumed_samples:
@@ -98,18 +98,18 @@ def open_run(
             f"({sizes.consumed_after(manifest.iteration):,}): the batch size changed on the way"
         )
     cache = index_cache_folder(config, data.folds)
-    tokenizer = _tokenizer(folder, config)
+    tokenizer = _load_tokenizer(folder, config)
     return RecordedRun(folder, manifest, config, schedule, data.datasets, sizes, tokenizer, cache)
 
 
 @contextmanager
 def open_lineage(run: RecordedRun, cache: Path | None) -> Iterator[Lineage]:
-    """The lineage of a run; imports torch.
+    """Provide the data lineage of a run; imports torch.
 
     Args:
         run: the run.
-        cache: its folder of sample indices; where the run left them when not given. Where there is
-            none, indices are made in a temporary folder: looking at a run writes nothing to it.
+        cache: folder of sample indices; by default the run's. If the folder does not exist,
+            indices are built in a temporary folder, so that nothing is written to the run.
     """
     from megatron_llmjp.data.indices.epoch_index import EpochDatasets
     from megatron_llmjp.data.lineage import Lineage
@@ -117,11 +117,11 @@ def open_lineage(run: RecordedRun, cache: Path | None) -> Iterator[Lineage]:
     folder = cache or run.cache
     with tempfile.TemporaryDirectory(prefix="inspect_dataset.") as temporary:
         where = folder if folder.is_dir() else Path(temporary)
-        unknown = SimpleNamespace(eod_id=0, vocab_size=1)  # decides no sample
+        unknown = SimpleNamespace(eod_id=0, vocab_size=1)  # no sample depends on it
         yield Lineage(run.schedule, EpochDatasets(run.config.data, run.tokenizer or unknown, where))
 
 
-def _choose(root: Path, covers: Callable[[Manifest], bool]) -> Path:
+def _choose_checkpoint(root: Path, is_late_enough: Callable[[Manifest], bool]) -> Path:
     if (root / manifests.MANIFEST).is_file():
         return root
     whole = None
@@ -133,25 +133,25 @@ def _choose(root: Path, covers: Callable[[Manifest], bool]) -> Path:
             print(f"warning: damaged checkpoint: {error}", file=sys.stderr)
             continue
         whole = folder
-        if covers(manifest):
+        if is_late_enough(manifest):
             return folder
     return whole or manifests.newest_checkpoint(root)
 
 
-def _data(folder: Path, config: Config, fold_file: Path | None) -> ResolvedData:
-    """The data by the fold file asked for, or by the checkpoint's copy, or as the flags say."""
+def _load_data(folder: Path, config: Config, fold_file: Path | None) -> ResolvedData:
+    """Load the data from ``fold_file``, the checkpoint's copy, or the configuration."""
     kept = folder / manifests.FOLDS
     path = fold_file or (kept if kept.is_file() else None)
     if path is None:
-        return resolve_data(config)  # a checkpoint of before copies were kept
+        return resolve_data(config)  # an older checkpoint without a copy of the fold file
     folds = read_fold_file(path)
     datasets = inspect_datasets(folds)
     schedule = resolve_folds(folds, datasets, config.data.seq_length, BatchSizeSchedule(config))
     return ResolvedData(folds, datasets, schedule)
 
 
-def _tokenizer(folder: Path, config: Config) -> Tokenizer | None:
-    """The run's tokenizer, from the checkpoint; None for a run that names none."""
+def _load_tokenizer(folder: Path, config: Config) -> Tokenizer | None:
+    """Load the run's tokenizer from the checkpoint; None if the run has none."""
     kind = config.data.tokenizer_type
     stored = stored_tokenizer(folder / manifests.TOKENIZER, kind) if kind else {}
     return load_run_tokenizer(replace_fields(config, **stored))

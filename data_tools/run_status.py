@@ -1,4 +1,4 @@
-"""Tell how runs are, from what they have written so far."""
+"""Show the status of runs from the files they have written."""
 
 from __future__ import annotations
 
@@ -16,37 +16,35 @@ from megatron_llmjp.report.status import RunStatus, read_status
 from megatron_llmjp.report.status_table import format_status, format_statuses
 
 EXAMPLES = """\
-  A run, going on or ended: iteration, fold, loss, speed, what remains, checkpoints, last error:
+  Show iteration, fold, loss, throughput, remaining time, checkpoints and last error of a run:
     run_status SAVE
 
-  All runs of a project, a line for each:
+  List all runs of a project, one per line:
     run_status /data/runs/*/
 
-  For another program, a list with an object for each folder:
+  Print a JSON list with one object per folder, for another program:
     run_status SAVE --json
 
-States: running; stalled (alive, but logging nothing); starting; finished; stopped; failed (it ended
-before it was done, and says why); requeued (its job waits in Slurm's queue); dead (killed, or its
-machine is gone)."""
+States: running; stalled (alive, but writes no log lines); starting; finished; stopped; failed
+(ended early with an error); requeued (its job is pending in Slurm's queue); dead (killed, or its machine
+is down)."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
-    parser = ToolParser(
-        "run_status", "Tell how runs are. They are only read, and not disturbed.", EXAMPLES
-    )
+    parser = ToolParser("run_status", "Show the status of runs (read-only).", EXAMPLES)
     add = parser.add_argument
     add("folders", nargs="+", type=Path, metavar="SAVE", help="a run's --save folder")
-    add("--json", action="store_true", help="everything as JSON")
+    add("--json", action="store_true", help="print everything as JSON")
     args = parser.parse(argv)
     return run_tool("run_status", lambda: show_status(args.folders, args.json))
 
 
 def show_status(folders: Sequence[Path], as_json: bool) -> int:
-    """Print the status of each folder that is a run's.
+    """Print the status of the run in each folder.
 
     Raises:
-        UserError: some are not; the others are printed.
+        UserError: a folder has no run; the others are printed first.
     """
     found: list[RunStatus] = []
     wrong = []
@@ -67,7 +65,7 @@ def show_status(folders: Sequence[Path], as_json: bool) -> int:
 
 
 def _plain(value: Any) -> Any:
-    """Without numbers that JSON does not know."""
+    """Replace infinities and NaN, which JSON lacks, by None."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list):

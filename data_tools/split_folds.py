@@ -1,6 +1,6 @@
-"""Which documents go into the refined selection: a list of numbers, or the best scores.
+"""Split a tokenized dataset into disjoint folds that share its .bin, without copying tokens.
 
-Cut a tokenized dataset into disjoint folds that share its .bin: no token is copied.
+An additional ``refined`` part takes the best documents, by a list of numbers or by scores.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from megatron_llmjp.filesystem import (
 
 
 def read_selection(args: argparse.Namespace, documents: int) -> npt.NDArray[Any] | None:
-    """Return the selected document numbers in ascending order, or None if none are asked for.
+    """Return the selected document numbers in ascending order, or None without a selection.
 
     Raises:
-        UserError: both ways are given, or a file does not fit the dataset.
+        UserError: both a list and scores are given, or a file does not match the dataset.
     """
     if args.refined_list and args.refined_scores:
-        raise UserError("give --refined-list or --refined-scores, not both")
+        raise UserError("--refined-list and --refined-scores are mutually exclusive")
     if args.refined_list:
         numbers = _numbers(args.refined_list).astype(np.int64)
         for wrong in numbers[(numbers < 0) | (numbers >= documents)][:1]:
             raise UserError(
-                f"--refined-list {args.refined_list}: document {wrong} is not among 0 to "
+                f"--refined-list {args.refined_list}: document {wrong} is outside 0 to "
                 f"{documents - 1}"
             )
         return np.unique(numbers)
@@ -51,7 +51,7 @@ def read_selection(args: argparse.Namespace, documents: int) -> npt.NDArray[Any]
         if len(scores) != documents:
             raise UserError(
                 f"--refined-scores {args.refined_scores}: {len(scores):,} scores for "
-                f"{documents:,} documents; expected one a line, in the order of the documents"
+                f"{documents:,} documents; expected one score per line, in document order"
             )
         best = max(1, round(documents * args.refined_share))
         return np.sort(np.argsort(-scores, kind="stable")[:best])
@@ -65,48 +65,72 @@ def _numbers(path: Path) -> npt.NDArray[np.float64]:
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except ValueError as error:
-        raise UserError(f"{path}: expected one number a line ({error})") from error
+        raise UserError(f"{path}: expected one number per line ({error})") from error
 
 
 EXAMPLES = """\
-  Ten folds, 1,000 documents held out before:
+  Split into ten folds after holding out 1,000 documents for validation:
     split_folds --input data/ja_text_document --output-dir data/folds --folds 10 \\
         --validation-documents 1000
-  makes data/folds/fold00/ja_text_document.{bin,idx,json} ... fold09, validation. Each .bin is a
-  link to the one of the input; only the .idx differs, so any Megatron reader takes them.
+  writes data/folds/fold00/ja_text_document.{bin,idx,json} ... fold09, validation. Each .bin is a
+  link to that of the input; only the .idx differs, so every Megatron reader accepts them.
 
-  An extra selection of the better documents for a last fold, by a score per document:
+  Select better documents for a last fold, by a score per document:
     split_folds ... --refined-scores scores.txt --refined-share 0.1
-  or by their numbers (0 is the first), one a line:
+  or by document numbers (0 is the first), one per line:
     split_folds ... --refined-list numbers.txt
 
-  Readers that cut a .bin themselves instead of using the index must not be given a fold."""
+  Folds are not suitable for readers that partition a .bin without using the index."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
     parser = ToolParser(
-        "split_folds", "Cut .bin/.idx datasets into disjoint folds without copying.", EXAMPLES
+        "split_folds", "Split .bin/.idx datasets into disjoint folds without copying.", EXAMPLES
     )
     add = parser.add_argument
-    add("--input", nargs="+", required=True, metavar="PREFIX", help="each is cut by itself")
-    add("--output-dir", type=Path, required=True, metavar="FOLDER", help="gets a folder per fold")
+    add(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PREFIX",
+        help="datasets, each split separately",
+    )
+    add(
+        "--output-dir",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="output folder, with one subfolder per fold",
+    )
     add("--folds", type=positive_int, required=True, metavar="N", help="number of folds")
-    add("--seed", type=int, default=1234, help="another seed deals the documents otherwise")
-    add("--validation-documents", type=int, default=0, metavar="N", help="held out from all else")
-    add("--refined-list", type=Path, metavar="FILE", help="document numbers, one a line")
-    add("--refined-scores", type=Path, metavar="FILE", help="a score per document, one a line")
-    add("--refined-share", type=float, default=0.1, metavar="X", help="share of best scores taken")
+    add("--seed", type=int, default=1234, help="seed of the random assignment")
+    add(
+        "--validation-documents",
+        type=int,
+        default=0,
+        metavar="N",
+        help="documents held out for validation",
+    )
+    add("--refined-list", type=Path, metavar="FILE", help="file of document numbers, one per line")
+    add("--refined-scores", type=Path, metavar="FILE", help="file of document scores, one per line")
+    add(
+        "--refined-share",
+        type=float,
+        default=0.1,
+        metavar="X",
+        help="share of documents taken by score",
+    )
     add("--link", choices=("hard", "symbolic"), default="hard", help="how folds share the .bin")
-    add("--overwrite", action="store_true", help="replace folds that are there")
+    add("--overwrite", action="store_true", help="replace existing folds")
     args = parser.parse(argv)
     return run_tool("split_folds", lambda: split(args))
 
 
 def split(args: argparse.Namespace) -> int:
-    """Split every input, prove the result and print the table."""
+    """Split and verify every input, and print the table."""
     if len({Path(prefix).name for prefix in args.input}) < len(args.input):
-        raise UserError("--input: two datasets of the same name would get the same files")
+        raise UserError("--input: two datasets of the same name would be written to the same files")
     table = [row for prefix in args.input for row in split_one(prefix, args)]
     print(format_table(table))
     return EXIT_DONE
@@ -142,34 +166,38 @@ def split_one(prefix: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 def assign_documents(
     documents: int, folds: int, validation: int, seed: int
 ) -> dict[str, npt.NDArray[Any]]:
-    """Deal document numbers to folds, at random, equally to within one document.
+    """Assign documents to folds at random, in equal numbers to within one document.
 
     Raises:
         UserError: there are fewer documents than parts.
     """
     if validation < 0 or documents - validation < folds or folds > 65000:
         raise UserError(
-            f"{documents:,} documents cannot be cut into {folds:,} folds after {validation:,} for "
-            "validation; choose smaller numbers"
+            f"{documents:,} documents cannot be split into {folds:,} folds and {validation:,} "
+            "validation documents: reduce --folds or --validation-documents"
         )
-    owner = np.arange(documents - validation, dtype=np.int64) % folds
-    owner = np.concatenate([owner, np.full(validation, folds)]).astype(np.uint16)
-    # RandomState, as in megatron-core: numpy has promised never to change what it draws.
-    np.random.RandomState(seed).shuffle(owner)
+    part_of_document = np.arange(documents - validation, dtype=np.int64) % folds
+    part_of_document = np.concatenate([part_of_document, np.full(validation, folds)]).astype(
+        np.uint16
+    )
+    # RandomState, as in megatron-core: numpy guarantees that its random stream never changes.
+    np.random.RandomState(seed).shuffle(part_of_document)
     width = max(2, len(str(folds - 1)))
-    parts = {f"fold{fold:0{width}}": np.flatnonzero(owner == fold) for fold in range(folds)}
+    parts = {
+        f"fold{fold:0{width}}": np.flatnonzero(part_of_document == fold) for fold in range(folds)
+    }
     if validation:
-        parts["validation"] = np.flatnonzero(owner == folds)
+        parts["validation"] = np.flatnonzero(part_of_document == folds)
     return parts
 
 
 def write_part(
     index: DatasetIndex, documents: npt.NDArray[Any], path: Path, link: str
 ) -> tuple[dict[str, int], int]:
-    """Write the .idx of some documents and link the .bin; return the counts and the CRC."""
+    """Write the .idx of one part and link its .bin; return the counts and the CRC-32."""
     first, last = index.document_indices[:-1][documents], index.document_indices[1:][documents]
     counts = (last - first).astype(np.int32)
-    # The numbers of all sequences of these documents: a running count, offset per document.
+    # Sequence numbers of these documents: a running count plus an offset per document.
     before = np.repeat(first - (np.cumsum(counts, dtype=np.int64) - counts), counts)
     sequences = before + np.arange(len(before))
     lengths = index.lengths[sequences]
@@ -189,8 +217,8 @@ def _link(source: Path, target: Path, link: str) -> None:
         os.link(real, target)
     except OSError as error:
         raise UserError(
-            f"{target}: cannot be a hard link to {real} ({error.strerror}), as for another file "
-            "system. Give --link symbolic."
+            f"{target}: cannot create a hard link to {real} ({error.strerror}); they may be on "
+            "different file systems. Give --link symbolic."
         ) from error
 
 
@@ -202,7 +230,7 @@ def part_manifest(
     part: str,
     args: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Return the manifest of a part: its own index, the .bin of the whole."""
+    """Return the manifest of a part, which describes its own .idx and the shared .bin."""
     whole = read_manifest(prefix) or {}
     binary = whole.get("bin", {"bytes": bin_path(prefix).stat().st_size})
     return {
@@ -223,24 +251,26 @@ def part_manifest(
 
 
 def verify_parts(index: DatasetIndex, parts: dict[str, Path]) -> None:
-    """Read the parts back: together they must hold every sequence exactly once.
+    """Read the parts back and check that they contain every sequence exactly once.
 
     Raises:
-        RuntimeError: they do not; a fault of this program.
+        RuntimeError: they do not, which is an error of this program.
     """
-    seen = index.lengths == 0  # an empty sequence has no place of its own
+    seen = index.lengths == 0  # empty sequences have no tokens in the .bin
     documents = 0
     for path in parts.values():
         part = read_and_check_index(path)
         documents += part.documents
         filled = part.lengths > 0
-        # side="right" minus one: behind empty sequences, which share the place of the next
+        # side="right" minus one skips empty sequences, which have the pointer of the next one
         order = np.searchsorted(index.pointers, part.pointers[filled], side="right") - 1
         if seen[order].any() or not np.array_equal(index.lengths[order], part.lengths[filled]):
-            raise RuntimeError(f"{path}: holds a sequence that another part holds too")
+            raise RuntimeError(f"{path}: contains a sequence that is also in another part")
         seen[order] = True
     if documents != index.documents or not seen.all():
-        raise RuntimeError(f"{index.prefix}: the parts hold {documents} documents, not all")
+        raise RuntimeError(
+            f"{index.prefix}: the parts contain {documents} documents, expected {index.documents}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The closing table of a run, on the screen and as CSV or JSON."""
+"""Summary tables of the data tools: aligned text, CSV and JSON."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ ROWS_SHOWN = 40
 
 
 def summary_rows(
-    names: list[str], tallies: list[SourceCounts], keys: list[str]
+    names: list[str], counts: list[SourceCounts], keys: list[str]
 ) -> list[dict[str, Any]]:
-    """Return one row per source, with a ``total`` row behind them where there are several."""
+    """Return one row per source, and a ``total`` row if there are several."""
     table: list[dict[str, Any]] = [
         {
             "source": name,
-            "documents": tally.documents,
-            "bytes": tally.bytes,
-            **{f"tokens_{key}": tally.tokens.get(key, 0) for key in keys},
-            "rejected": sum(tally.rejected.values()),
-            "empty": tally.empty,
-            "blank": tally.blank,
+            "documents": count.documents,
+            "bytes": count.bytes,
+            **{f"tokens_{key}": count.tokens.get(key, 0) for key in keys},
+            "rejected": sum(count.rejected.values()),
+            "empty": count.empty,
+            "blank": count.blank,
         }
-        for name, tally in zip(names, tallies, strict=True)
+        for name, count in zip(names, counts, strict=True)
     ]
     if len(table) != 1:
         total: dict[str, Any] = {"source": "total"}
@@ -40,9 +40,9 @@ def summary_rows(
 
 
 def format_table(table: Sequence[dict[str, Any]]) -> str:
-    """Return rows as aligned text; a long middle is left out."""
-    left_out = max(len(table) - ROWS_SHOWN, 0)
-    shown = list(table) if not left_out else [*table[: ROWS_SHOWN - 1], table[-1]]
+    """Return rows as aligned text; in long tables the middle rows are omitted."""
+    omitted = max(len(table) - ROWS_SHOWN, 0)
+    shown = list(table) if not omitted else [*table[: ROWS_SHOWN - 1], table[-1]]
     heads = list(shown[0])
     cells = [[_cell(row[head]) for head in heads] for row in shown]
     widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
@@ -51,8 +51,8 @@ def format_table(table: Sequence[dict[str, Any]]) -> str:
         first = cell_row[0].ljust(widths[0])
         rest = (c.rjust(w) for c, w in zip(cell_row[1:], widths[1:], strict=True))
         lines.append("  ".join([first, *rest]).rstrip())
-    if left_out:
-        lines.insert(-1, f"... {left_out} more, see the manifest or --report")
+    if omitted:
+        lines.insert(-1, f"... {omitted} more rows, see the manifest or --report")
     return "\n".join(lines)
 
 
@@ -70,9 +70,9 @@ def write_table(path: Path, table: Sequence[dict[str, Any]]) -> None:
 
 
 def check_table_path(path: Path) -> None:
-    """Raise UserError unless the name says CSV or JSON."""
+    """Raise UserError unless the path ends in .csv or .json."""
     if path.suffix not in (".csv", ".json"):
-        raise UserError(f"--report {path}: expected a name that ends in .csv or .json")
+        raise UserError(f"--report {path}: expected a file name ending in .csv or .json")
 
 
 def _cell(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Whether a dataset is what its index and its manifest say."""
+"""Verification of a dataset against its index and its manifest."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.documents import document_chunks, read_manifest, with_tokens
+from data_tools.documents import chunks_with_tokens, document_chunks, read_manifest
 from megatron_llmjp.data.indexed_dataset import (
     DatasetIndex,
     bin_path,
@@ -16,84 +16,84 @@ from megatron_llmjp.data.indexed_dataset import (
 from megatron_llmjp.filesystem import file_crc32
 
 
-def verify(prefix: str, vocab_size: int | None) -> tuple[list[str], list[str]]:
-    """Check a dataset from end to end, in constant memory.
+def verify_dataset(prefix: str, vocab_size: int | None) -> tuple[list[str], list[str]]:
+    """Check a whole dataset in constant memory.
 
     Args:
         prefix: of the dataset.
-        vocab_size: what every token must be below; the manifest's where it is None.
+        vocab_size: token ids must be below it; by default the manifest's.
 
     Returns:
-        what was checked, and what is wrong.
+        The checks made, and the problems found.
 
     Raises:
-        UserError: it cannot even be opened; the message says what is wrong.
+        UserError: the dataset cannot be opened.
         DataError: an entry of its index is damaged.
     """
     index, manifest = read_and_check_index(prefix), read_manifest(prefix)
     checked = ["header, sizes and document index"]
-    wrong = check_pointers(index, shared=bool(manifest and manifest["bin"].get("shared")))
+    wrong = find_gaps(index, shared=bool(manifest and manifest["bin"].get("shared")))
     checked.append("pointers and lengths")
     if vocab_size is None and manifest:
-        vocab_size = _stated_vocabulary(manifest)
+        vocab_size = _recorded_vocab_size(manifest)
     if vocab_size is not None and not wrong:
-        wrong += check_range(index, vocab_size)
+        wrong += find_invalid_ids(index, vocab_size)
         checked.append(f"tokens below {vocab_size:,}")
     if manifest is None:
-        checked.append("no manifest: a flipped bit cannot be found")
+        checked.append("no manifest: flipped bits cannot be detected")
         return checked, wrong
-    wrong += check_manifest(index, manifest)
+    wrong += find_manifest_differences(index, manifest)
     checked.append("counts and checksums against the manifest")
     if unchecked := [f".{name}" for name in ("bin", "idx") if "crc32" not in manifest[name]]:
         checked.append(f"the manifest has no checksum of {' and '.join(unchecked)}")
     return checked, wrong
 
 
-def _stated_vocabulary(manifest: dict[str, Any]) -> int | None:
-    """Return the vocabulary size that a manifest states, if it does."""
+def _recorded_vocab_size(manifest: dict[str, Any]) -> int | None:
+    """Return the vocabulary size in a manifest, if it has one."""
     found: Any = manifest
     for name in ("recipe", "tokenizer", "vocab_size"):
         found = found.get(name) if isinstance(found, dict) else None
     return found if isinstance(found, int) else None
 
 
-def check_pointers(index: DatasetIndex, shared: bool) -> list[str]:
-    """Return whether the sequences follow each other and fill the .bin, if it is not shared."""
+def find_gaps(index: DatasetIndex, shared: bool) -> list[str]:
+    """Check that the sequences are contiguous and cover the .bin, unless it is shared."""
     path, size = bin_path(index.prefix), index.dtype.itemsize
     total, expected = path.stat().st_size, 0
     if shared:
         return []
-    for piece in document_chunks(index):
-        where = f"{idx_path(index.prefix)}: among documents {piece.first:,} and following"
-        ends = piece.pointers + piece.lengths.astype(np.int64) * size
+    for chunk in document_chunks(index):
+        where = f"{idx_path(index.prefix)}: in documents from {chunk.first:,} on"
+        ends = chunk.pointers + chunk.lengths.astype(np.int64) * size
         if len(ends):
-            if piece.pointers[0] != expected or (piece.pointers[1:] != ends[:-1]).any():
-                return [f"{where}, the sequences do not follow each other"]
+            if chunk.pointers[0] != expected or (chunk.pointers[1:] != ends[:-1]).any():
+                return [f"{where}, the sequences are not contiguous"]
             expected = int(ends[-1])
     if expected != total:
-        return [f"{path}: {total:,} bytes, the index accounts for {expected:,}"]
+        return [f"{path}: {total:,} bytes, the index covers {expected:,}"]
     return []
 
 
-def check_range(index: DatasetIndex, vocab_size: int) -> list[str]:
-    """Return whether a token lies outside the vocabulary."""
-    for piece in document_chunks(index):
-        for tokens, part in with_tokens(index, piece):
+def find_invalid_ids(index: DatasetIndex, vocab_size: int) -> list[str]:
+    """Check that all token ids are below the vocabulary size."""
+    for chunk in document_chunks(index):
+        for tokens, part in chunks_with_tokens(index, chunk):
             if len(tokens) and (tokens.max() >= vocab_size or tokens.min() < 0):
                 bad = tokens[(tokens >= vocab_size) | (tokens < 0)][0]
                 return [
-                    f"{bin_path(index.prefix)}: token {bad} in documents {part.first:,} and "
-                    f"following is not below the vocabulary of {vocab_size:,}"
+                    f"{bin_path(index.prefix)}: token id {bad} in documents from {part.first:,} on "
+                    f"is outside the vocabulary of {vocab_size:,}"
                 ]
     return []
 
 
-def check_manifest(index: DatasetIndex, manifest: dict[str, Any]) -> list[str]:
-    """Return where the files differ from their manifest."""
+def find_manifest_differences(index: DatasetIndex, manifest: dict[str, Any]) -> list[str]:
+    """Return the differences between the files and their manifest."""
     wrong = []
     for name, found in (("documents", index.documents), ("tokens", index.tokens)):
         if manifest.get(name, found) != found:
-            wrong.append(f"{index.prefix}: {found:,} {name}, the manifest says {manifest[name]}")
+            wrong.append(f"{index.prefix}: {found:,} {name}, but {manifest[name]} in the manifest")
     for name, path in (("bin", bin_path(index.prefix)), ("idx", idx_path(index.prefix))):
         expected = manifest[name].get("crc32")
         if expected is None:
@@ -101,7 +101,7 @@ def check_manifest(index: DatasetIndex, manifest: dict[str, Any]) -> list[str]:
         found_crc = f"{file_crc32(path):08x}"
         if found_crc != expected:
             wrong.append(
-                f"{path}: its bytes have changed since it was made (CRC-32 {found_crc}, "
-                f"expected {expected}). Copy it again, or make it again."
+                f"{path}: its contents have changed since it was written (CRC-32 {found_crc}, "
+                f"expected {expected}). Copy or rebuild it."
             )
     return wrong

@@ -1,1 +1,1 @@
-"""The steps of ``preprocess_data``: from input files to indexed datasets."""
+"""Pipeline of ``preprocess_data``: input files, tokenization, indexed datasets, resumption."""

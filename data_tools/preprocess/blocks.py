@@ -1,13 +1,8 @@
-"""Input files as blocks of whole lines or rows, the unit that a worker encodes.
+"""Reading of input files in blocks of whole lines or rows, the unit that a worker encodes.
 
-What is handed to a worker: a piece of an input file, or where it lies.
-
-Parquet files as blocks of rows.
-
-Input files as blocks of whole lines or rows, the unit that a worker encodes.
-
-A plain file is never read by the main process: a block says where its lines lie, and the worker
-reads them. Compressed files, pipes and Parquet are read here and handed over.
+A plain file is not read by the main process: a block gives the byte range of its lines, which the
+worker reads. Compressed files, pipes and Parquet files are read by the main process, and the text
+is passed to the worker.
 """
 
 from __future__ import annotations
@@ -29,7 +24,7 @@ from megatron_llmjp.errors import UserError, did_you_mean
 
 @dataclass(frozen=True)
 class FileRange:
-    """Lines of a plain file, to be read by the worker."""
+    """Byte range of lines in a plain file, read by the worker."""
 
     path: str
     offset: int
@@ -38,7 +33,7 @@ class FileRange:
 
 @dataclass(frozen=True)
 class TableRows:
-    """Columns of a table: values per key, None where a row has none."""
+    """Rows of a table: column values per key, None for missing values."""
 
     columns: dict[str, list[Any]]
     count: int
@@ -46,11 +41,11 @@ class TableRows:
 
 @dataclass(frozen=True)
 class LongLine:
-    """A line above the size limit: it is named and counted, and copied if it is quarantined.
+    """A line above the size limit, which is rejected.
 
     Attributes:
-        length: in bytes, with its newline.
-        parts: its bytes, to be read before the next block is asked for.
+        length: length in bytes, including the newline.
+        parts: its bytes, which must be read before the next block is requested.
     """
 
     length: int
@@ -59,13 +54,13 @@ class LongLine:
 
 @dataclass(frozen=True)
 class Block:
-    """A piece of a source.
+    """A part of a source.
 
     Attributes:
-        payload: what to encode.
-        end: where the next block starts, in bytes of the decompressed text or in rows.
-        size: decompressed bytes.
-        disk_bytes: bytes of the file on disk used up so far, for the progress bar.
+        payload: the lines or rows to encode.
+        end: start of the next block, in bytes of decompressed text or in rows.
+        size: size in bytes of decompressed text.
+        disk_bytes: bytes of the file on disk consumed so far, for the progress bar.
     """
 
     payload: FileRange | bytes | TableRows | LongLine
@@ -81,21 +76,21 @@ def read_parquet(source: InputSource, start: int, keys: list[str]) -> Iterator[B
     """Yield blocks of rows from row ``start`` on.
 
     Raises:
-        UserError: pyarrow is not installed, the file is damaged or lacks a column.
+        UserError: pyarrow is not installed, or the file is damaged or lacks a column.
     """
     try:
         import pyarrow
         import pyarrow.parquet as pq
     except ImportError as error:
         raise UserError(
-            f"{source.name}: reading Parquet needs pyarrow: pip install pyarrow"
+            f"{source.name}: reading Parquet requires pyarrow: pip install pyarrow"
         ) from error
     if not source.seekable:
         raise UserError(f"{source.name}: Parquet cannot be read from a pipe; give a file")
     try:
         with pq.ParquetFile(source.name, memory_map=True) as table:
             _check_columns(source, table.schema_arrow.names, keys)
-            yield from _rows(source, table, start, keys)
+            yield from _row_blocks(source, table, start, keys)
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
@@ -106,12 +101,12 @@ def _check_columns(source: InputSource, names: list[str], keys: list[str]) -> No
     for key in keys:
         if key not in names:
             raise UserError(
-                f"{source.name}: no column '{key}'{did_you_mean(key, names)} The file has "
+                f"{source.name}: no column '{key}'{did_you_mean(key, names)} The columns are "
                 f"{', '.join(names)}; choose with --json-keys."
             )
 
 
-def _rows(source: InputSource, table: Any, start: int, keys: list[str]) -> Iterator[Block]:
+def _row_blocks(source: InputSource, table: Any, start: int, keys: list[str]) -> Iterator[Block]:
     row, total = 0, table.metadata.num_rows
     for group in range(table.num_row_groups):
         rows_of_group = table.metadata.row_group(group).num_rows
@@ -139,12 +134,12 @@ def read_blocks(source: InputSource, start: int, keys: list[str], limit: int) ->
 
     Args:
         source: the file.
-        start: where to begin: 0, or the ``end`` of a block that was yielded before.
-        keys: the columns wanted, for tables.
-        limit: longest line that is kept whole, in bytes.
+        start: 0, or the ``end`` of an earlier block.
+        keys: the columns to read, for tables.
+        limit: maximum length of a line in bytes; longer lines are yielded as LongLine.
 
     Raises:
-        UserError: the file is truncated, damaged or of a kind that cannot be read here.
+        UserError: the file is truncated, damaged or not supported.
     """
     with contextlib.ExitStack() as stack:
         file: BinaryIO = sys.stdin.buffer
@@ -169,17 +164,17 @@ def _read_blocks(
         yield from _stream_blocks(stream, file, start, limit)
     except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # the disk's own error, not one of gzip's or bz2's
+            raise  # an error of the file system, not of the decompressor
         raise UserError(
             f"{source.name}: the compressed file is truncated or damaged ({error}). Copy it "
-            "again; finished files will not be repeated."
+            "again and run the same command; finished files are not repeated."
         ) from error
 
 
 def _plain_blocks(source: InputSource, file: BinaryIO, start: int, limit: int) -> Iterator[Block]:
-    """Find line ends near every BLOCK_BYTES, reading only a little around them.
+    """Yield byte ranges of about BLOCK_BYTES that end at line ends, reading only around those.
 
-    Of a part of a file, the lines that begin in it.
+    A part of a file includes all lines that begin in it.
     """
     stop = source.size if source.end is None else _line_end(file, source.end, source.size)
     begin = _line_end(file, source.start, source.size) if source.start else 0
@@ -188,19 +183,19 @@ def _plain_blocks(source: InputSource, file: BinaryIO, start: int, limit: int) -
         nominal = min(start + BLOCK_BYTES, stop)
         end = _line_end(file, nominal, source.size)
         length, newline = end - start, 0
-        if length > limit:  # perhaps one long line: take what lies before it, or it alone
+        if length > limit:  # may contain a long line: yield the lines before it, or it alone
             file.seek(start)
             newline = file.read(nominal - start).rfind(b"\n") + 1
             length = newline or length
         payload: FileRange | LongLine = FileRange(source.name, start, length)
         if length > limit and not newline:
-            payload = LongLine(length, _parts(file, start, length))
+            payload = LongLine(length, _read_in_parts(file, start, length))
         start += length
         yield Block(payload, start, length, start - source.start)
 
 
 def _line_end(file: BinaryIO, offset: int, size: int) -> int:
-    """Return the offset behind the first newline at or after ``offset - 1``."""
+    """Return the offset after the first newline at or after ``offset - 1``."""
     file.seek(offset - 1)
     at = offset - 1
     while data := file.read(PEEK_BYTES):
@@ -211,7 +206,7 @@ def _line_end(file: BinaryIO, offset: int, size: int) -> int:
     return size
 
 
-def _parts(file: BinaryIO, offset: int, length: int) -> Iterator[bytes]:
+def _read_in_parts(file: BinaryIO, offset: int, length: int) -> Iterator[bytes]:
     file.seek(offset)
     while length and (data := file.read(min(length, BLOCK_BYTES))):
         length -= len(data)
@@ -219,28 +214,28 @@ def _parts(file: BinaryIO, offset: int, length: int) -> Iterator[bytes]:
 
 
 def _stream_blocks(stream: Any, raw: BinaryIO, start: int, limit: int) -> Iterator[Block]:
-    """Cut a stream into blocks; a line above the limit goes to a temporary file on disk."""
-    position, pending = _skip(stream, start), b""
+    """Split a stream into blocks; a line above the limit is copied to a temporary file."""
+    position, pending = _skip_bytes(stream, start), b""
     while data := stream.read(BLOCK_BYTES):
         newline = data.rfind(b"\n") + 1
         if newline:
             text, pending = pending + data[:newline], data[newline:]
             position += len(text)
-            yield Block(text, position, len(text), _tell(raw))
+            yield Block(text, position, len(text), _position_on_disk(raw))
         else:
             pending += data
         if len(pending) > limit:
             with tempfile.TemporaryFile() as spool:
-                length, pending = _spool_line(spool, pending, stream)
+                length, pending = _spool_long_line(spool, pending, stream)
                 position += length
-                line = LongLine(length, _parts(spool, 0, length))
-                yield Block(line, position, length, _tell(raw))
+                line = LongLine(length, _read_in_parts(spool, 0, length))
+                yield Block(line, position, length, _position_on_disk(raw))
     if pending:
-        yield Block(pending, position + len(pending), len(pending), _tell(raw))
+        yield Block(pending, position + len(pending), len(pending), _position_on_disk(raw))
 
 
-def _spool_line(spool: BinaryIO, pending: bytes, stream: Any) -> tuple[int, bytes]:
-    """Copy the rest of a line to ``spool``; return its length and what came behind it."""
+def _spool_long_line(spool: BinaryIO, pending: bytes, stream: Any) -> tuple[int, bytes]:
+    """Copy the rest of a line to ``spool``; return its length and the bytes read after it."""
     length, rest = spool.write(pending), b""
     while data := stream.read(BLOCK_BYTES):
         newline = data.find(b"\n") + 1
@@ -251,14 +246,14 @@ def _spool_line(spool: BinaryIO, pending: bytes, stream: Any) -> tuple[int, byte
     return length, rest
 
 
-def _skip(stream: Any, start: int) -> int:
+def _skip_bytes(stream: Any, start: int) -> int:
     left = start
     while left > 0 and (data := stream.read(min(left, BLOCK_BYTES))):
         left -= len(data)
     return start - left
 
 
-def _tell(raw: BinaryIO) -> int:
+def _position_on_disk(raw: BinaryIO) -> int:
     try:
         return raw.tell()
     except OSError:  # a pipe

@@ -1,4 +1,4 @@
-"""Compressed input files, recognized by content; unreadable formats are refused by name."""
+"""Decompression of input files, detected by content, and names of unsupported formats."""
 
 from __future__ import annotations
 
@@ -28,32 +28,36 @@ OTHER_FORMATS = {
     b"ORC": "an ORC file",
     b"Obj\x01": "an Avro file",
 }
-_SKIPPABLE = b"\x2a\x4d\x18"  # behind a byte 0x50 to 0x5f: a frame without text, as pzstd's first
-_READABLE = "JSON lines, plain or as gzip, bzip2, xz, lzma, zstd or lz4, and Parquet are read"
+_SKIPPABLE = (
+    b"\x2a\x4d\x18"  # after a byte 0x50 to 0x5f: a frame without text, such as pzstd's first
+)
+_SUPPORTED = "Supported: JSON lines (plain, gzip, bzip2, xz, lzma, zstd or lz4) and Parquet"
 
 
 def find_opener(source: InputSource, head: bytes) -> Callable[[Any], Any] | None:
-    """Return what opens a compressed file, or None for a file that is not compressed.
+    """Return the decompressor of a compressed file, or None for an uncompressed file.
 
     Args:
-        source: the file; its name matters only where its contents are ambiguous.
+        source: the file; its name is used only if its contents are ambiguous.
         head: its first bytes.
 
     Raises:
-        UserError: the file is of a kind that cannot be read; the message names it.
+        UserError: the format is not supported.
     """
     name = source.name.lower()
     for magic, kind in OTHER_FORMATS.items():
         if head.startswith(magic):
-            raise UserError(f"{source.name}: is {kind}. {_READABLE}: convert it first.")
+            raise UserError(
+                f"{source.name}: {kind} is not supported. {_SUPPORTED}: convert the file first."
+            )
     if name.endswith(OTHER_SUFFIXES):
-        raise UserError(f"{source.name}: files of this kind cannot be read. {_READABLE}.")
+        raise UserError(f"{source.name}: unsupported file type. {_SUPPORTED}.")
     skippable = head[1:4] == _SKIPPABLE and head[0] >> 4 == 5
     if head.startswith(b"\x04\x22\x4d\x18") or (skippable and name.endswith(".lz4")):
         return lambda file: _open_lz4(source, file)
     if skippable:
         return ZstdReader
-    # lzma's older format has no magic number: properties, then the size of a dictionary.
+    # The older lzma format has no magic number: it starts with properties and a dictionary size.
     named = name.endswith(".lzma") and head[:1] not in b"{[ \t\r\n"
     if named or head.startswith(b"\x5d\x00\x00"):
         return lzma.LZMAFile
@@ -65,21 +69,21 @@ def _open_lz4(source: InputSource, file: BinaryIO) -> Any:
         import lz4.frame
     except ImportError as error:
         raise UserError(
-            f"{source.name}: reading LZ4 needs the lz4 package: pip install lz4; or compress the "
-            "file with zstd"
+            f"{source.name}: reading LZ4 requires the lz4 package (pip install lz4); or compress "
+            "the file with zstd"
         ) from error
     return lz4.frame.LZ4FrameFile(file)
 
 
 class ZstdReader:
-    """A zstd stream of any number of frames; unlike zstandard's own, it notices truncation."""
+    """Reader of a zstd stream with any number of frames, which detects truncated streams."""
 
     def __init__(self, file: BinaryIO) -> None:
         try:
             import zstandard
         except ImportError as error:
             raise UserError(
-                "a .zst file needs the zstandard package: pip install zstandard"
+                "reading zstd requires the zstandard package: pip install zstandard"
             ) from error
         self._file = file
         self._new: Callable[[], Any] = zstandard.ZstdDecompressor().decompressobj
@@ -88,7 +92,7 @@ class ZstdReader:
         self._rest = b""
 
     def read(self, size: int) -> bytes:
-        """Return some decompressed bytes, none at the end; ``size`` is not obeyed."""
+        """Return decompressed bytes, b"" at the end; ``size`` is ignored."""
         del size
         while True:
             data = self._rest or self._file.read(32 * 1024)

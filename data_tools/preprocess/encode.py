@@ -1,4 +1,4 @@
-"""What a worker does: a block of lines in, packed token arrays out."""
+"""Encoding of a block of lines or rows to packed token arrays, as done by a worker."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from megatron_llmjp.data.indexed_dataset import best_dtype
 from megatron_llmjp.tokenizers import Tokenizer
 from megatron_llmjp.tokenizers.base import Ids
 
-Documents = list[list[str]]  # each document a list of one text, or of its sentences
+Documents = list[list[str]]  # per document its texts: one, or one per sentence
 
 
 @dataclass(frozen=True)
 class EncodingOptions:
-    """How documents become tokens; decides the output together with the tokenizer.
+    """Options of the encoding; with the tokenizer they determine the output.
 
     Attributes:
         keys: JSON keys, one dataset each.
-        append_eod: whether the end-of-document id follows each document.
-        append_bos: whether the beginning-of-sequence id stands before each document.
-        keep_empty: whether a document without tokens is kept, as Megatron-LM does.
-        limit: longest line in bytes.
-        keep_raw: whether rejected lines are wanted back, for quarantine.
+        append_eod: append the end-of-document id to each document.
+        append_bos: prepend the beginning-of-sequence id to each document.
+        keep_empty: keep documents without tokens, as Megatron-LM does.
+        limit: maximum length of a line in bytes.
+        keep_raw: return rejected lines, for the quarantine.
     """
 
     keys: list[str]
@@ -48,7 +48,7 @@ class EncodingOptions:
 
 @dataclass
 class PackedDocuments:
-    """Documents end to end: ids of all sequences, lengths of sequences, sequences of documents."""
+    """Concatenated documents: ids, tokens per sequence, sequences per document."""
 
     tokens: npt.NDArray[Any]
     lengths: npt.NDArray[np.int32]
@@ -57,7 +57,7 @@ class PackedDocuments:
 
 @dataclass(frozen=True)
 class RejectedLine:
-    """A line that gave no document: its number in the block, the reason, and the line."""
+    """A line that yields no document: its number in the block, the reason, and the line."""
 
     line: int
     reason: str
@@ -67,13 +67,13 @@ class RejectedLine:
 
 @dataclass
 class EncodedBlock:
-    """What came of one block.
+    """Result of encoding one block.
 
     Attributes:
         packed: documents per key.
-        lines: lines of the block, blank and rejected ones included.
-        empty: lines whose documents are kept though they hold no text.
-        impossible: the first line with a token id outside the vocabulary, and that id.
+        lines: number of lines in the block, including blank and rejected ones.
+        empty: lines whose documents are kept although they have no text.
+        invalid_id: first line with a token id outside the vocabulary, and that id.
     """
 
     packed: dict[str, PackedDocuments] = field(default_factory=dict)
@@ -81,11 +81,11 @@ class EncodedBlock:
     blank: int = 0
     rejected: list[RejectedLine] = field(default_factory=list)
     empty: list[int] = field(default_factory=list)
-    impossible: tuple[int, int] | None = None
+    invalid_id: tuple[int, int] | None = None
 
 
 class BadLine(ValueError):
-    """A line from which no document can be made: a reason to count by, and what was found."""
+    """A line that yields no document, with the reason to count it under and details."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -93,7 +93,7 @@ class BadLine(ValueError):
 
 
 class BlockEncoder:
-    """Encodes blocks with one tokenizer."""
+    """Encodes blocks of lines or rows with a tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer, encoding: EncodingOptions) -> None:
         self.tokenizer = tokenizer
@@ -103,21 +103,23 @@ class BlockEncoder:
         self._bos = np.array([tokenizer.bos_id] if encoding.append_bos else [], np.int32)
 
     def encode(self, payload: FileRange | bytes | TableRows) -> EncodedBlock:
-        """Return the packed documents of a block, and what was wrong with the rest."""
+        """Return the packed documents of a block, and its rejected lines."""
         try:
-            return self._encode(payload, careful=False)
-        except ValueError:  # the tokenizer refuses some text: find out which
-            return self._encode(payload, careful=True)
+            return self._encode(payload, check_each_text=False)
+        except ValueError:  # the tokenizer rejects a text: find out which one
+            return self._encode(payload, check_each_text=True)
 
-    def _encode(self, payload: FileRange | bytes | TableRows, careful: bool) -> EncodedBlock:
+    def _encode(
+        self, payload: FileRange | bytes | TableRows, check_each_text: bool
+    ) -> EncodedBlock:
         result = EncodedBlock()
         documents: dict[str, Documents] = {key: [] for key in self.encoding.keys}
-        lines: list[int] = []  # of each document
+        lines: list[int] = []  # line number of each document
         for number, record, raw in self._records(payload, result):
             try:
-                fields = self._fields(record, raw, careful)
+                fields = self._texts_by_key(record, raw, check_each_text)
             except BadLine as bad:
-                kept = self._raw(record, raw)
+                kept = self._raw_line(record, raw)
                 result.rejected.append(RejectedLine(number, bad.reason, bad.detail, kept))
                 continue
             if not any(map(any, fields.values())):
@@ -126,13 +128,13 @@ class BlockEncoder:
             for key, texts in fields.items():
                 documents[key].append(texts)
         for key, of_key in documents.items():
-            result.packed[key], wrong = self._pack(of_key)
-            if wrong is not None and result.impossible is None:
-                result.impossible = (lines[wrong[0]], wrong[1])
+            result.packed[key], wrong = self._pack_documents(of_key)
+            if wrong is not None and result.invalid_id is None:
+                result.invalid_id = (lines[wrong[0]], wrong[1])
         return result
 
-    def _raw(self, record: Any, raw: bytes) -> bytes:
-        """Return a rejected line, where it is wanted; for a table's row the same as JSON."""
+    def _raw_line(self, record: Any, raw: bytes) -> bytes:
+        """Return a rejected line if it is to be kept; a table row is converted to JSON."""
         if not self.encoding.keep_raw:
             return b""
         return raw if record is None else json.dumps(record, default=str).encode()
@@ -140,7 +142,7 @@ class BlockEncoder:
     def _records(
         self, payload: FileRange | bytes | TableRows, result: EncodedBlock
     ) -> Iterator[tuple[int, Any, bytes]]:
-        """Yield number, record (a dict for rows, None for lines) and raw line; count lines."""
+        """Yield line number, record (a dict for rows, None for lines) and raw line; count lines."""
         if isinstance(payload, TableRows):
             result.lines = payload.count
             for at in range(payload.count):
@@ -156,11 +158,11 @@ class BlockEncoder:
             else:
                 result.blank += 1
 
-    def _fields(self, record: Any, raw: bytes, careful: bool) -> dict[str, list[str]]:
+    def _texts_by_key(self, record: Any, raw: bytes, check_each_text: bool) -> dict[str, list[str]]:
         """Return the texts of each key.
 
         Raises:
-            BadLine: anything that keeps the line from being a document.
+            BadLine: the line yields no document.
         """
         if len(raw) > self.encoding.limit:
             raise BadLine("line too long", f"{len(raw):,} bytes")
@@ -168,7 +170,7 @@ class BlockEncoder:
         fields = {key: texts_of(record, key) for key in self.encoding.keys}
         if not self.encoding.keep_empty and not any(map(any, fields.values())):
             raise BadLine("empty document")
-        for text in (text for texts in fields.values() for text in texts if careful):
+        for text in (text for texts in fields.values() for text in texts if check_each_text):
             try:
                 self.tokenizer.encode(text)
             except UnicodeEncodeError as error:
@@ -180,10 +182,12 @@ class BlockEncoder:
                 raise BadLine("not encodable", str(error)) from error
         return fields
 
-    def _pack(self, documents: Documents) -> tuple[PackedDocuments, tuple[int, int] | None]:
-        """Return the documents end to end, and the first id outside the vocabulary if any.
+    def _pack_documents(
+        self, documents: Documents
+    ) -> tuple[PackedDocuments, tuple[int, int] | None]:
+        """Concatenate the documents; also return the first id outside the vocabulary, if any.
 
-        That is a pair: the number of its document, and the id.
+        It is returned as a pair of document number and id.
         """
         parts: list[npt.NDArray[np.int32]] = []
         lengths: list[int] = []
@@ -193,7 +197,7 @@ class BlockEncoder:
             before = len(lengths)
             for _ in texts:
                 ids = next(flat)
-                if len(ids):  # Megatron-LM writes no empty sequence
+                if len(ids):  # as Megatron-LM, which writes no empty sequences
                     bos = self._bos if len(lengths) == before else self._bos[:0]
                     parts += [bos, ids]
                     lengths.append(len(bos) + len(ids))
@@ -203,10 +207,10 @@ class BlockEncoder:
             sequences[at] = len(lengths) - before
         ids = np.concatenate(parts) if parts else np.empty(0, np.int32)
         packed = PackedDocuments(ids.astype(self.dtype), np.array(lengths, np.int32), sequences)
-        return packed, self._outside(ids, packed)
+        return packed, self._find_invalid_id(ids, packed)
 
-    def _outside(self, ids: Ids, packed: PackedDocuments) -> tuple[int, int] | None:
-        """Return document and id of the first token outside the vocabulary, or None."""
+    def _find_invalid_id(self, ids: Ids, packed: PackedDocuments) -> tuple[int, int] | None:
+        """Return the document number and the first id outside the vocabulary, or None."""
         size = self.tokenizer.vocab_size
         if not len(ids) or (ids.min() >= 0 and ids.max() < size):
             return None
@@ -220,12 +224,12 @@ def parse_line(raw: bytes) -> dict[str, Any]:
     """Return the JSON object of a line.
 
     Raises:
-        BadLine: the line is no UTF-8, no JSON or no object.
+        BadLine: the line is not UTF-8, not JSON or not an object.
     """
     with contextlib.suppress(ValueError):
         if orjson is not None and isinstance(record := orjson.loads(raw), dict):
             return record
-    # The standard library is slower, takes a little more, and says what is wrong.
+    # The standard library is slower, but accepts slightly more and reports the error.
     try:
         line = raw.decode()
     except UnicodeDecodeError as error:
@@ -244,10 +248,12 @@ def texts_of(record: dict[str, Any], key: str) -> list[str]:
     """Return the value of a key as a list of texts.
 
     Raises:
-        BadLine: the key is missing, or holds something else than text.
+        BadLine: the key is missing, or its value is not text.
     """
     if key not in record:
-        raise BadLine("missing key", f"'{key}' among {', '.join(map(repr, list(record)[:8]))}")
+        raise BadLine(
+            "missing key", f"'{key}' is not among {', '.join(map(repr, list(record)[:8]))}"
+        )
     value = record[key]
     texts = value if isinstance(value, list) else [value]
     for text in texts:
@@ -262,5 +268,5 @@ def read_range(block: FileRange) -> bytes:
         file.seek(block.offset)
         data = file.read(block.length)
     if len(data) != block.length:
-        raise OSError(f"{block.path}: the file has become shorter while it was read")
+        raise OSError(f"{block.path}: the file was truncated while it was being read")
     return data

@@ -1,7 +1,7 @@
-"""A SentencePiece model in place of the Hugging Face tokenizer that was made from it.
+"""Fast encoding: a SentencePiece model that replaces an equivalent Hugging Face tokenizer.
 
-SentencePiece encodes LLM-jp's vocabularies 8 to 15 times faster. Nothing in the files says that
-two tokenizers agree, so they are compared on text of the corpus itself before one stands in.
+SentencePiece encodes LLM-jp's vocabularies 8 to 15 times faster. The files do not state whether two
+tokenizers are equivalent, so their ids are compared on text of the corpus first.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron_llmjp.tokenizers.base import Ids
 from megatron_llmjp.tokenizers.hugging_face import HuggingFaceTokenizer
 
 SAMPLE_BYTES = 2_000_000
-PROBES = (
+PROBE_TEXTS = (
     "",
     " ",
     "\n",
@@ -34,13 +34,13 @@ PROBES = (
 
 
 class FastEncodingTokenizer(Tokenizer):
-    """Ids by a SentencePiece model, everything else by the tokenizer it stands in for.
+    """Tokenizer that encodes with a SentencePiece model, and otherwise acts as the original one.
 
-    Texts in which a special token is spelled out also stay with the original, which finds it.
+    Texts that contain a special token are encoded by the original tokenizer, which recognizes it.
     """
 
-    def __init__(self, original: HuggingFaceTokenizer, twin: Tokenizer) -> None:
-        self.original, self.twin = original, twin
+    def __init__(self, original: HuggingFaceTokenizer, fast: Tokenizer) -> None:
+        self.original, self.fast = original, fast
         special = original.tokenizer.get_added_tokens_decoder().values()
         self._special = re.compile("|".join(re.escape(token.content) for token in special) or "$.")
         self.kind, self.vocab_size = original.kind, original.vocab_size
@@ -48,54 +48,53 @@ class FastEncodingTokenizer(Tokenizer):
         self.bos_id, self.pad_id = original.bos_id, original.pad_id
 
     def encode(self, text: str) -> Ids:
-        """Return the twin's ids."""
-        return (self.original if self._special.search(text) else self.twin).encode(text)
+        """Return the ids of a text."""
+        return (self.original if self._special.search(text) else self.fast).encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        """Return the twin's ids of each text."""
+        """Return the ids of each text."""
         if any(map(self._special.search, texts)):
             return [self.encode(text) for text in texts]
-        return self.twin.encode_batch(texts)
+        return self.fast.encode_batch(texts)
 
     def decode(self, ids: Sequence[int] | Ids) -> str:
-        """Return the original's text."""
+        """Decode with the original tokenizer."""
         return self.original.decode(ids)
 
     def files(self) -> dict[str, Path]:
-        """Return the original's files."""
+        """Return the files of the original tokenizer."""
         return self.original.files()
 
     def identity(self) -> dict[str, Any]:
-        """Return the original's identity, and by what its ids were made."""
-        return self.original.identity() | {"encoded_by": self.twin.identity()}
+        """Return the identity of the original tokenizer, and of the model that encodes."""
+        return self.original.identity() | {"encoded_by": self.fast.identity()}
 
 
 def use_fast_encoder(
     original: Tokenizer, model: str, sources: list[InputSource], keys: list[str]
 ) -> tuple[Tokenizer, str]:
-    """Return the tokenizer to use and a sentence on why.
+    """Return the tokenizer to use, and a message with the reason.
 
     Raises:
-        UserError: there is nothing to compare on, or the model cannot be read.
+        UserError: the input is a pipe, which cannot be sampled, or the model is not readable.
     """
     if not isinstance(original, HuggingFaceTokenizer):
-        raise UserError("--sentencepiece-twin is for --tokenizer-type HuggingFaceTokenizer")
+        raise UserError("--fast-encoder requires --tokenizer-type HuggingFaceTokenizer")
     if not sources[0].seekable:
-        raise UserError("--sentencepiece-twin: tokenizers cannot be compared on a pipe's text")
-    twin = FastEncodingTokenizer(original, load_tokenizer("GPTSentencePieceTokenizer", model))
-    texts = [*PROBES, *first_texts(sources, keys, SAMPLE_BYTES)]
+        raise UserError("--fast-encoder: the tokenizers cannot be compared on the text of a pipe")
+    fast = FastEncodingTokenizer(original, load_tokenizer("GPTSentencePieceTokenizer", model))
+    texts = [*PROBE_TEXTS, *first_texts(sources, keys, SAMPLE_BYTES)]
     different = [
         text
         for text, ids in zip(texts, original.encode_batch(texts), strict=True)
-        if twin.encode(text).tolist() != ids.tolist()
+        if fast.encode(text).tolist() != ids.tolist()
     ]
     if different:
         return original, (
-            f"Not encoding with {model}: {len(different):,} of {len(texts):,} texts give other "
-            f"ids, such as {different[0][:40]!r}. The Hugging Face tokenizer is used, which is "
-            "slower."
+            f"Not encoding with {model}: {len(different):,} of {len(texts):,} texts give different "
+            f"ids, such as {different[0][:40]!r}. Using the slower Hugging Face tokenizer."
         )
-    return twin, (
-        f"Encoding with {model}: the same ids as the Hugging Face tokenizer on {len(texts):,} "
-        "texts of the corpus."
+    return fast, (
+        f"Encoding with {model}, which gives the same ids as the Hugging Face tokenizer on "
+        f"{len(texts):,} texts of the corpus."
     )

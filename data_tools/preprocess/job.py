@@ -1,6 +1,6 @@
-"""Limits on what a run may lose: a run that rejects its input, or finds none, is no success.
+"""One run of ``preprocess_data``: the loop from blocks to datasets, which can resume at any time.
 
-One run of preprocess_data: the loop from blocks to datasets, resumable at any moment.
+A run that rejects more than a given share of its lines, or finds no documents, fails.
 """
 
 from __future__ import annotations
@@ -31,67 +31,67 @@ from megatron_llmjp.data.indexed_dataset_writer import IndexedDatasetWriter
 from megatron_llmjp.errors import EXIT_DONE, UserError
 from megatron_llmjp.tokenizers import Tokenizer
 
-ENOUGH_TO_JUDGE = 1000
-"""Rejected lines after which a run is stopped early if most of its lines are rejected."""
+MIN_REJECTED_TO_STOP_EARLY = 1000
+"""Rejected lines after which a run stops early if most of its lines are rejected."""
 
 
 @dataclass(frozen=True)
 class RejectionLimits:
-    """How much may be rejected, and whether a dataset without tokens is wanted.
+    """Limits on rejected lines and on datasets without tokens.
 
     Attributes:
-        max_rejected: largest share of rejected lines, among rejected lines and documents.
-        allow_empty: whether a dataset without tokens is written.
+        max_rejected: maximum share of rejected lines, among rejected lines and documents.
+        allow_empty: allow datasets without tokens.
     """
 
     max_rejected: float
     allow_empty: bool
 
-    def check_early(self, tallies: Sequence[SourceCounts]) -> None:
-        """Stop a run that rejects most of its lines long before its end.
+    def check_early(self, counts: Sequence[SourceCounts]) -> None:
+        """Stop a run that rejects most of its lines before it has read all input.
 
         Raises:
             UserError: more than half of the lines, and more than the limit, were rejected.
         """
-        if _reasons(tallies).total() >= ENOUGH_TO_JUDGE:
-            self._check_rejected(tallies, max(self.max_rejected, 0.5))
+        if _reasons(counts).total() >= MIN_REJECTED_TO_STOP_EARLY:
+            self._check_rejected(counts, max(self.max_rejected, 0.5))
 
-    def check(self, tallies: Sequence[SourceCounts], keys: Sequence[str]) -> None:
-        """Check a run that has read all of its input.
+    def check(self, counts: Sequence[SourceCounts], keys: Sequence[str]) -> None:
+        """Check a run that has read all input.
 
         Raises:
-            UserError: too many lines were rejected, or a dataset would be without tokens.
+            UserError: too many lines were rejected, or a dataset would have no tokens.
         """
-        self._check_rejected(tallies, self.max_rejected)
-        empty = [key for key in keys if not sum(tally.tokens.get(key, 0) for tally in tallies)]
+        self._check_rejected(counts, self.max_rejected)
+        empty = [key for key in keys if not any(found.tokens.get(key, 0) for found in counts)]
         if empty and not self.allow_empty:
-            lines = sum(tally.lines for tally in tallies)
-            rejected = _reasons(tallies).total()
+            lines = sum(source_counts.lines for source_counts in counts)
+            rejected = _reasons(counts).total()
             raise UserError(
                 f"no tokens for --json-keys {' '.join(empty)}: {lines:,} lines were read, "
                 f"{rejected:,} of them rejected. Check --input and --json-keys, or give "
                 "--allow-empty to write an empty dataset."
             )
 
-    def _check_rejected(self, tallies: Sequence[SourceCounts], most: float) -> None:
-        reasons = _reasons(tallies)
+    def _check_rejected(self, counts: Sequence[SourceCounts], limit: float) -> None:
+        reasons = _reasons(counts)
         rejected = reasons.total()
-        total = rejected + sum(tally.documents for tally in tallies)
-        if rejected <= most * total:
+        total = rejected + sum(source_counts.documents for source_counts in counts)
+        if rejected <= limit * total:
             return
         listed = ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common())
         raise UserError(
             f"{rejected:,} of {total:,} lines were rejected ({rejected / total:.1%}): {listed}. "
-            f"--max-rejected is {self.max_rejected:.4%}. Fix the input or --json-keys, or give a "
-            "larger --max-rejected: the same command then continues."
+            f"--max-rejected is {self.max_rejected:.4%}. Fix the input or --json-keys, or run the "
+            "same command with a larger --max-rejected to resume."
         )
 
 
-def _reasons(tallies: Sequence[SourceCounts]) -> Counter[str]:
+def _reasons(counts: Sequence[SourceCounts]) -> Counter[str]:
     """Count the rejected lines by reason."""
     reasons: Counter[str] = Counter()
-    for tally in tallies:
-        reasons.update(tally.rejected)
+    for source_counts in counts:
+        reasons.update(source_counts.rejected)
     return reasons
 
 
@@ -108,12 +108,12 @@ def parse_share(text: str) -> float:
 
 
 SECONDS_BETWEEN_SAVES = 15.0
-SECONDS_AFTER_A_SOURCE = 0.5  # a finished source is saved at once, unless they are tiny
-WARNINGS_SHOWN = 10
+SECONDS_AFTER_A_SOURCE = 0.5  # a finished source is saved immediately, unless sources are tiny
+MAX_WARNINGS_PRINTED = 10
 
 
 class PreprocessJob:
-    """One run: the sources, the tokenizer and the output, and what came of each source."""
+    """One run: the sources, the tokenizer, the output, and the counts of each source."""
 
     def __init__(
         self,
@@ -149,43 +149,44 @@ class PreprocessJob:
                 self.recipe["options"][name] = True
         if shard is not None:
             self.recipe["shard"] = shard
-        # A part of an array may have no documents: merge_datasets looks at the whole.
+        # A part of an array may have no documents: merge_datasets checks the merged dataset.
         self.limits = RejectionLimits(args.max_rejected, args.allow_empty or shard is not None)
-        self.tallies = [SourceCounts() for _ in sources]
-        self.point = ResumePoint()  # the state after the last block that was written whole
+        self.counts = [SourceCounts() for _ in sources]
+        self.point = ResumePoint()  # the state after the last block that was written
         self.warned = 0
 
-    def is_there(self) -> bool:
-        """Return whether the output is complete, made by this very recipe.
+    def is_complete(self) -> bool:
+        """Return whether the complete output of this recipe exists.
 
         Raises:
-            UserError: there is output of another recipe.
+            UserError: output of another recipe exists.
         """
         done = self.output.manifests()
         same = [self._is_made_by(manifest.get("recipe", {})) for manifest in done]
         if len(done) == len(self.args.json_keys) and all(same):
-            print("Already complete: the same input, tokenizer and options made this output.")
-            self.tallies = [SourceCounts(**tally) for tally in done[0]["tallies"]]
+            print("Already complete: written before with the same input, tokenizer and options.")
+            self.counts = [SourceCounts(**source_counts) for source_counts in done[0]["tallies"]]
             shutil.rmtree(self.output.folder, ignore_errors=True)
             return True
-        if others := self.output.others():
+        if conflicting_files := self.output.conflicting_files():
             raise UserError(
-                f"--output-prefix {self.args.output_prefix}: {', '.join(map(str, others))} exists "
-                "already. Choose another prefix, or give --overwrite to replace it."
+                f"--output-prefix {self.args.output_prefix}: "
+                f"{', '.join(map(str, conflicting_files))} already exists. Choose another prefix, "
+                "or give --overwrite to replace it."
             )
         return False
 
-    def _is_made_by(self, earlier: dict[str, Any]) -> bool:
-        """Return whether a manifest's recipe is this one, wherever the input lies by now."""
-        ours, theirs = ({**recipe, "sources": None} for recipe in (self.recipe, earlier))
-        before = earlier.get("sources", [])
+    def _is_made_by(self, recorded: dict[str, Any]) -> bool:
+        """Return whether a manifest has the same recipe, regardless of the paths of the input."""
+        ours, theirs = ({**recipe, "sources": None} for recipe in (self.recipe, recorded))
+        before = recorded.get("sources", [])
         if ours != theirs or len(before) != len(self.sources):
             return False
         triples = zip(self.sources, self.recipe["sources"], before, strict=True)
         return all(source.is_same(new, old) for source, new, old in triples)
 
     def run(self) -> int:
-        """Encode what is not yet encoded, and finish."""
+        """Encode the remaining input, and finish the output."""
         journal = self.output.open(self.recipe, self.sources, self.args.overwrite)
         self._resume(journal)
         if self.sources and not self.point.finishing:
@@ -200,19 +201,19 @@ class PreprocessJob:
         if not self.point.finishing:
             for source, identity in zip(self.sources, self.recipe["sources"], strict=True):
                 source.refuse_changed(identity)
-            self.limits.check(self.tallies, self.args.json_keys)
+            self.limits.check(self.counts, self.args.json_keys)
         self.output.finish(journal, self._manifest)
-        return self.close()
+        return self.print_summary()
 
     def _resume(self, journal: ResumeJournal) -> None:
-        for source, tally in journal.tallies().items():
-            self.tallies[source] = tally
+        for source, source_counts in journal.counts_by_source().items():
+            self.counts[source] = source_counts
         self.point = copy.deepcopy(journal.last)
         if journal.points:
-            documents = sum(tally.documents for tally in self.tallies)
+            documents = sum(source_counts.documents for source_counts in self.counts)
             finished = self.point.source + self.point.done
             print(
-                f"Going on with {self.output.folder}: {documents:,} documents are done, "
+                f"Resuming {self.output.folder}: {documents:,} documents are done, "
                 f"{finished:,} of {len(self.sources):,} files finished.",
                 file=sys.stderr,
             )
@@ -237,7 +238,7 @@ class PreprocessJob:
                     if age > (SECONDS_AFTER_A_SOURCE if changed else SECONDS_BETWEEN_SAVES):
                         self._save(journal)
                         saved = time.monotonic()
-                    self._take(source, block, encoded)
+                    self._write_block(source, block, encoded)
                     tokens = sum(len(part.tokens) for part in encoded.packed.values())
                     progress.update(
                         _documents(encoded), block.size, tokens, before + block.disk_bytes
@@ -254,39 +255,44 @@ class PreprocessJob:
             ):
                 yield number, block
 
-    def _take(self, source: int, block: Block, encoded: EncodedBlock) -> None:
-        """Write what one block gave, in the order of the input."""
-        tally = self.tallies[source]
+    def _write_block(self, source: int, block: Block, encoded: EncodedBlock) -> None:
+        """Write the documents of one block, in input order, and update the counts."""
+        source_counts = self.counts[source]
         if isinstance(block.payload, LongLine):
             detail = f"{block.size:,} bytes, --max-line-mb is {self.args.max_line_mb}"
             bad = RejectedLine(0, "line too long", detail, b"")
-            self._reject(source, tally.lines + 1, bad, block.payload.parts)
+            self._reject(source, source_counts.lines + 1, bad, block.payload.parts)
         for bad in encoded.rejected:
-            self._reject(source, tally.lines + bad.line + 1, bad, iter([bad.raw]))
+            self._reject(source, source_counts.lines + bad.line + 1, bad, iter([bad.raw]))
         for line in encoded.empty:
             self._warn(
-                source, tally.lines + line + 1, "empty document", "kept, as Megatron-LM does"
+                source,
+                source_counts.lines + line + 1,
+                "empty document",
+                "kept, as Megatron-LM does",
             )
-        if encoded.impossible is not None:
-            self._refuse_id(source, tally.lines + encoded.impossible[0] + 1, encoded.impossible[1])
+        if encoded.invalid_id is not None:
+            line, token_id = encoded.invalid_id
+            self._raise_invalid_id(source, source_counts.lines + line + 1, token_id)
         self.output.add(encoded.packed)
-        tally.lines += encoded.lines
-        tally.documents += _documents(encoded)
-        tally.bytes += block.size
-        tally.blank += encoded.blank
-        tally.empty += len(encoded.empty)
+        source_counts.lines += encoded.lines
+        source_counts.documents += _documents(encoded)
+        source_counts.bytes += block.size
+        source_counts.blank += encoded.blank
+        source_counts.empty += len(encoded.empty)
         for key, part in encoded.packed.items():
-            tally.tokens[key] = tally.tokens.get(key, 0) + len(part.tokens)
-        self.point = self.output.point(source, block.end, tally)
+            source_counts.tokens[key] = source_counts.tokens.get(key, 0) + len(part.tokens)
+        self.point = self.output.resume_point(source, block.end, source_counts)
         if encoded.rejected:
-            self.limits.check_early(self.tallies)
+            self.limits.check_early(self.counts)
 
-    def _refuse_id(self, source: int, line: int, token_id: int) -> None:
+    def _raise_invalid_id(self, source: int, line: int, token_id: int) -> None:
         size = self.tokenizer.vocab_size
         raise UserError(
-            f"{self.sources[source].label}:{line}: the tokenizer gives token id {token_id}, but "
-            f"its vocabulary ends at {size - 1} and ids are stored as {self.output.dtype}. The "
-            "tokenizer's files do not belong together: save the tokenizer again, or use another."
+            f"{self.sources[source].label}:{line}: the tokenizer returned token id {token_id}, but "
+            f"the largest id of its vocabulary is {size - 1} and ids are stored as "
+            f"{self.output.dtype}. The tokenizer's files are inconsistent: save the tokenizer "
+            "again, or use another one."
         )
 
     def _reject(self, source: int, line: int, bad: RejectedLine, parts: Iterator[bytes]) -> None:
@@ -295,37 +301,37 @@ class PreprocessJob:
             detail = f" ({bad.detail})" if bad.detail else ""
             raise UserError(
                 f"{name}:{line}: {bad.reason}{detail}. Fix the line and run the same command "
-                "again, or go on past bad lines with --on-error skip or --on-error quarantine."
+                "again, or continue after bad lines with --on-error skip or --on-error quarantine."
             )
         if self.args.on_error == "quarantine":
             self.output.quarantine(name, line, bad, parts)
-        rejected = self.tallies[source].rejected
+        rejected = self.counts[source].rejected
         rejected[bad.reason] = rejected.get(bad.reason, 0) + 1
         self._warn(source, line, bad.reason, bad.detail)
 
     def _warn(self, source: int, line: int, reason: str, detail: str) -> None:
         self.warned += 1
-        if self.warned <= WARNINGS_SHOWN:
+        if self.warned <= MAX_WARNINGS_PRINTED:
             what = f"{reason} ({detail})" if detail else reason
             text = f"{self.sources[source].label}:{line}: {what}"
             print(text.encode(errors="backslashreplace").decode(), file=sys.stderr)
-        elif self.warned == WARNINGS_SHOWN + 1:
-            print("... further bad lines are counted only", file=sys.stderr)
+        elif self.warned == MAX_WARNINGS_PRINTED + 1:
+            print("... further bad lines are only counted", file=sys.stderr)
 
     def _save(self, journal: ResumeJournal) -> None:
-        """Bring what was written to disk and note the point reached."""
+        """Flush the output to disk and record the point reached."""
         if self.point == journal.last:
             return
         since = range(journal.last.source, self.point.source)
-        self.point.earlier = {source: self.tallies[source] for source in since}
+        self.point.finished = {source: self.counts[source] for source in since}
         self.output.sync()
         journal.add(copy.deepcopy(self.point))
 
     def _manifest(self, key: str, writer: IndexedDatasetWriter, idx_crc: int) -> dict[str, Any]:
-        """Return the manifest of one dataset: nothing in it depends on when or where it ran."""
+        """Return the manifest of one dataset, which is independent of time and place of the run."""
         rejected: dict[str, int] = {}
-        for tally in self.tallies:
-            for reason, count in tally.rejected.items():
+        for source_counts in self.counts:
+            for reason, count in source_counts.rejected.items():
                 rejected[reason] = rejected.get(reason, 0) + count
         return {
             "format": "megatron_llmjp dataset manifest 1",
@@ -334,24 +340,24 @@ class PreprocessJob:
             "rejected": rejected,
             "ignored": self.ignored,
             "recipe": self.recipe,
-            "tallies": [vars(tally) for tally in self.tallies],
+            "tallies": [vars(source_counts) for source_counts in self.counts],
         }
 
-    def close(self) -> int:
-        """Print the closing table and write it where --report asks for it."""
+    def print_summary(self) -> int:
+        """Print the summary table, and write it to the --report files."""
         keys = self.args.json_keys
-        table = summary_rows([source.label for source in self.sources], self.tallies, keys)
+        table = summary_rows([source.label for source in self.sources], self.counts, keys)
         print(format_table(table))
         for key in keys:
             print(f"{self.output.prefix_of(key)}.bin .idx .json")
-        aside = Path(f"{self.args.output_prefix}_rejected.jsonl")
-        if table[-1]["rejected"] and aside.exists():
-            print(f"{aside} holds the rejected lines, {aside.with_suffix('.csv').name} the reasons")
+        quarantined = Path(f"{self.args.output_prefix}_rejected.jsonl")
+        if table[-1]["rejected"] and quarantined.exists():
+            print(f"{quarantined}: rejected lines; {quarantined.with_suffix('.csv').name}: reasons")
         for path in self.args.report:
             write_table(path, table)
         return EXIT_DONE
 
 
 def _documents(encoded: EncodedBlock) -> int:
-    """Return how many documents a block gave, the same for every key."""
+    """Return the number of documents of a block, which is the same for every key."""
     return next((len(part.sequences) for part in encoded.packed.values()), 0)

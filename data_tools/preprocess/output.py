@@ -1,4 +1,4 @@
-"""The files a run makes: written in a work folder, renamed to their names when complete."""
+"""Output files of ``preprocess_data``, written to a work folder and renamed when complete."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ REJECTED = ("rejected.jsonl", "rejected.csv")
 
 
 class DatasetOutput:
-    """The datasets of all keys, the lines put aside, and the journal that makes them resumable."""
+    """Datasets of all keys, quarantined lines, and the journal from which a run resumes."""
 
     def __init__(self, prefix: str, keys: list[str], dtype: np.dtype[Any]) -> None:
         self.prefix, self.keys, self.dtype = prefix, keys, dtype
@@ -36,11 +36,11 @@ class DatasetOutput:
         self._lock: FileLock | None = None
 
     def prefix_of(self, key: str) -> str:
-        """Return the prefix of one key's dataset, as Megatron-LM names it."""
+        """Return the prefix of a key's dataset, with Megatron-LM's naming."""
         return f"{self.prefix}_{key}_document"
 
-    def finals(self) -> list[tuple[Path, Path]]:
-        """Return (work file, final file) in the order of renaming: every .idx last."""
+    def final_paths(self) -> list[tuple[Path, Path]]:
+        """Return (work file, final file) pairs in the order of renaming, with every .idx last."""
         pairs = [(self.folder / name, Path(f"{self.prefix}_{name}")) for name in REJECTED]
         for suffix in (".bin", ".json", ".idx"):
             for key in self.keys:
@@ -48,7 +48,7 @@ class DatasetOutput:
         return pairs
 
     def manifests(self) -> list[dict[str, Any]]:
-        """Return the manifests of the datasets that are there under their final names."""
+        """Return the manifests of datasets that exist under their final names."""
         found = []
         for key in self.keys:
             prefix = self.prefix_of(key)
@@ -57,11 +57,11 @@ class DatasetOutput:
                 found.append(read_manifest(prefix) or {})
         return found
 
-    def others(self) -> list[Path]:
-        """Return files under the final names that are not this unfinished run's own."""
+    def conflicting_files(self) -> list[Path]:
+        """Return existing files under the final names that this unfinished run did not write."""
         if is_finishing(self._journal_file):
             return []
-        return [final for _, final in self.finals()[2:] if final.exists()]
+        return [final for _, final in self.final_paths()[2:] if final.exists()]
 
     @property
     def _journal_file(self) -> Path:
@@ -70,17 +70,19 @@ class DatasetOutput:
     def open(
         self, recipe: dict[str, Any], sources: Sequence[InputSource], overwrite: bool
     ) -> ResumeJournal:
-        """Lock the work folder and open everything where the journal says.
+        """Lock the work folder and open all files at the positions in the journal.
 
         Raises:
-            UserError: another process is at work, or the folder belongs to another run.
+            UserError: another process uses the folder, or it belongs to another run.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
-            raise UserError(f"--output-prefix {self.prefix}: {error.filename} is a file") from error
-        self._take_lock()
-        journal = ResumeJournal(self._journal_file, recipe, sources, forget_others=overwrite)
+            raise UserError(
+                f"--output-prefix {self.prefix}: {error.filename} is a file, not a folder"
+            ) from error
+        self._acquire_lock()
+        journal = ResumeJournal(self._journal_file, recipe, sources, overwrite=overwrite)
         last = journal.last
         if not last.finishing:
             for key in self.keys:
@@ -92,22 +94,22 @@ class DatasetOutput:
                     file.truncate(last.rejected.get(name, 0))
         return journal
 
-    def _take_lock(self) -> None:
+    def _acquire_lock(self) -> None:
         try:
             self._lock = acquire_lock(self.folder / "lock")
         except BlockingIOError as error:
             raise UserError(
-                f"{self.folder}: another preprocess_data is writing this output. Wait for it, or "
-                "choose another --output-prefix."
+                f"{self.folder}: another preprocess_data is writing this output. Wait until it "
+                "finishes, or choose another --output-prefix."
             ) from error
 
     def add(self, packed: dict[str, PackedDocuments]) -> None:
-        """Append the documents of a block to each key's dataset."""
+        """Append the documents of a block to the dataset of each key."""
         for key, part in packed.items():
             self.writers[key].add(part.tokens, part.lengths, part.sequences)
 
     def quarantine(self, source: str, line: int, bad: RejectedLine, parts: Iterator[bytes]) -> None:
-        """Append a rejected line to the quarantine, and why it is there."""
+        """Append a rejected line to the quarantine file, and its reason to the CSV file."""
         with (self.folder / REJECTED[0]).open("ab") as file:
             ends = b""
             for part in parts:
@@ -122,18 +124,18 @@ class DatasetOutput:
         with (self.folder / REJECTED[1]).open("ab") as file:
             file.write(text.getvalue().encode(errors="backslashreplace"))
 
-    def point(self, source: int, position: int, tally: SourceCounts) -> ResumePoint:
-        """Return the state after the last block, to be saved now or later."""
+    def resume_point(self, source: int, position: int, counts: SourceCounts) -> ResumePoint:
+        """Return the state after the last block, to resume from."""
         return ResumePoint(
             source,
             position,
-            tally=copy.deepcopy(tally),
+            counts=copy.deepcopy(counts),
             outputs={key: writer.position for key, writer in self.writers.items()},
             rejected={name: (self.folder / name).stat().st_size for name in REJECTED},
         )
 
     def sync(self) -> None:
-        """Bring everything to disk."""
+        """Flush all files to disk."""
         for writer in self.writers.values():
             writer.sync()
         for name in REJECTED:
@@ -143,7 +145,7 @@ class DatasetOutput:
     def finish(
         self, journal: ResumeJournal, manifest: Callable[[str, IndexedDatasetWriter, int], Any]
     ) -> None:
-        """Write the indexes and manifests, then rename everything into place."""
+        """Write the indices and manifests, then rename all files to their final names."""
         if not journal.last.finishing:
             for key, writer in self.writers.items():
                 crc = writer.finish(self.folder / f"{key}.idx")
@@ -152,7 +154,7 @@ class DatasetOutput:
                 if (self.folder / name).stat().st_size == 0:
                     (self.folder / name).unlink()
             journal.add(dataclasses.replace(journal.last, finishing=True))
-        rename_into_place([(work, final) for work, final in self.finals() if work.exists()])
+        rename_into_place([(work, final) for work, final in self.final_paths() if work.exists()])
         journal.close()
         shutil.rmtree(self.folder)
         if self._lock is not None:
@@ -160,7 +162,7 @@ class DatasetOutput:
 
     @contextmanager
     def name_output_in_errors(self) -> Iterator[None]:
-        """Name the output folder in errors that name no file, such as a full disk."""
+        """Add the output folder to errors without a file name, such as a full disk."""
         try:
             yield
         except OSError as error:

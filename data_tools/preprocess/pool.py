@@ -1,4 +1,4 @@
-"""An ordered map over worker processes that neither runs ahead without bound nor hangs."""
+"""Worker pool for encoding: an ordered map with bounded read-ahead that detects killed workers."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from typing import Any
 from data_tools.preprocess.blocks import Block, LongLine
 from data_tools.preprocess.encode import BlockEncoder, EncodedBlock
 
-AHEAD = 4  # blocks in flight per worker: enough to keep it busy, few enough for flat memory
+BLOCKS_IN_FLIGHT = 4  # per worker: keeps it busy while limiting memory
 
 
 class EncoderPool:
-    """Worker processes that encode blocks; used as a context manager.
+    """Worker processes that encode blocks; a context manager.
 
-    ProcessPoolExecutor rather than multiprocessing.Pool: it notices a worker that was killed
-    (for memory, say) and raises BrokenProcessPool, where Pool waits forever.
+    Uses ProcessPoolExecutor because it raises BrokenProcessPool if a worker is killed, for example
+    when it runs out of memory; multiprocessing.Pool would wait forever.
     """
 
     def __init__(self, workers: int, encoder: BlockEncoder) -> None:
         self.workers = workers
         # fork: workers share the loaded tokenizer and start in milliseconds.
         self._executor = ProcessPoolExecutor(
-            workers, get_context("fork"), initializer=_start, initargs=(encoder, os.getpid())
+            workers, get_context("fork"), initializer=_init_worker, initargs=(encoder, os.getpid())
         )
 
     def __enter__(self) -> EncoderPool:
@@ -42,41 +42,41 @@ class EncoderPool:
     def encode(
         self, blocks: Iterable[tuple[Any, Block]]
     ) -> Iterator[tuple[Any, Block, EncodedBlock]]:
-        """Yield each block with what its worker made of it, in the order given."""
+        """Yield each block with its encoding, in the input order."""
         waiting: deque[tuple[Any, Block, Future[EncodedBlock] | None]] = deque()
         for tag, block in blocks:
             future = None
             if not isinstance(block.payload, LongLine):
                 future = self._executor.submit(_encode, block.payload)
             waiting.append((tag, block, future))
-            # A long line must be dealt with before the next block is read.
-            while waiting and (len(waiting) >= AHEAD * self.workers or future is None):
-                yield _result(waiting.popleft())
+            # A long line must be consumed before the next block is read.
+            while waiting and (len(waiting) >= BLOCKS_IN_FLIGHT * self.workers or future is None):
+                yield _wait_for_result(waiting.popleft())
         while waiting:
-            yield _result(waiting.popleft())
+            yield _wait_for_result(waiting.popleft())
 
 
-def _result(
+def _wait_for_result(
     entry: tuple[Any, Block, Future[EncodedBlock] | None],
 ) -> tuple[Any, Block, EncodedBlock]:
     tag, block, future = entry
     return tag, block, EncodedBlock(lines=1) if future is None else future.result()
 
 
-_encoder: BlockEncoder | None = None  # per worker process, set once by _start
+_encoder: BlockEncoder | None = None  # per worker process, set once by _init_worker
 
 
-def _start(encoder: BlockEncoder, parent: int) -> None:
-    """Prepare a worker: Ctrl-C is the parent's business, and without a parent it ends."""
+def _init_worker(encoder: BlockEncoder, parent: int) -> None:
+    """Initialize a worker: ignore Ctrl-C, which the parent handles, and exit with the parent."""
     global _encoder
     _encoder = encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    gc.freeze()  # what the parent made need not be looked at again
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    gc.freeze()  # exclude objects inherited from the parent from garbage collection
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # workers already run in parallel
+    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
 
 
-def _end_with(parent: int) -> None:
+def _exit_with_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)

@@ -1,4 +1,4 @@
-"""An even, reproducible sample of the text of a corpus."""
+"""Reproducible sampling of the texts of a corpus."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from data_tools.preprocess.blocks import FileRange, LongLine, TableRows, read_bl
 from data_tools.preprocess.encode import BadLine, parse_line, read_range, texts_of
 from data_tools.preprocess.sources import STDIN, InputSource, has_suffix
 
-LONGEST_LINE = 1 << 20
+MAX_LINE_BYTES = 1 << 20
 
 
-def sample_texts(sources: list[InputSource], keys: list[str], most: int) -> list[str]:
-    """Return texts of the sources, of about ``most`` bytes in all if they have more.
+def sample_texts(sources: list[InputSource], keys: list[str], max_bytes: int) -> list[str]:
+    """Return a random sample of the texts, of about ``max_bytes`` bytes in total.
 
-    Which texts are taken depends on nothing but the texts: each is drawn by its checksum, and
-    the share taken shrinks as they come. Bad lines are passed over; preprocess_data names them.
+    The sample depends only on the texts: each is drawn by its checksum, and the share drawn is
+    reduced as texts are read. Invalid lines are skipped; preprocess_data reports them.
     """
     kept: list[tuple[int, str]] = []
     total, share = 0, 1 << 32
@@ -27,20 +27,20 @@ def sample_texts(sources: list[InputSource], keys: list[str], most: int) -> list
             continue
         kept.append((draw, text))
         total += len(utf8)
-        if total > most:
+        if total > max_bytes:
             share = share * 3 // 4
             kept = [pair for pair in kept if pair[0] < share]
             total = sum(len(text.encode()) for _, text in kept)
     return [text for _, text in kept]
 
 
-def first_texts(sources: list[InputSource], keys: list[str], most: int) -> list[str]:
-    """Return the first texts of the sources, of about ``most`` bytes in all."""
+def first_texts(sources: list[InputSource], keys: list[str], max_bytes: int) -> list[str]:
+    """Return the first texts of the sources, of about ``max_bytes`` bytes in total."""
     texts, total = [], 0
     for text in _texts(sources, keys):
         texts.append(text)
         total += len(text.encode())
-        if total >= most:
+        if total >= max_bytes:
             break
     return texts
 
@@ -48,7 +48,7 @@ def first_texts(sources: list[InputSource], keys: list[str], most: int) -> list[
 def _texts(sources: list[InputSource], keys: list[str]) -> Iterator[str]:
     for source in sources:
         is_json = source.name == STDIN or has_suffix(source.name)
-        for block in read_blocks(source, 0, keys, LONGEST_LINE):
+        for block in read_blocks(source, 0, keys, MAX_LINE_BYTES):
             payload = block.payload
             if isinstance(payload, LongLine):
                 continue
@@ -59,10 +59,10 @@ def _texts(sources: list[InputSource], keys: list[str]) -> Iterator[str]:
             data = read_range(payload) if isinstance(payload, FileRange) else payload
             for line in data.splitlines():
                 if line.strip():
-                    yield from _of_line(line, keys if is_json else None)
+                    yield from _texts_of_line(line, keys if is_json else None)
 
 
-def _of_line(line: bytes, keys: list[str] | None) -> list[str]:
+def _texts_of_line(line: bytes, keys: list[str] | None) -> list[str]:
     if keys is None:
         return [line.decode(errors="ignore")]
     try:

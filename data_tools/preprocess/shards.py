@@ -1,8 +1,8 @@
-"""One input list over many tasks of a Slurm array, and the parts joined again.
+"""Sharding of the input over the tasks of a Slurm array, and lookup of the parts they wrote.
 
-Each task takes a run of consecutive files of about equal size, so the parts joined in order are
-what one task would have made. Large files of plain JSON lines are cut between lines. Which files
-a task takes depends on nothing but the list.
+Each task takes consecutive files with about the same total size, so that concatenating the parts in
+order gives the output of a single task. Large files of plain JSON lines are split between lines.
+The assignment depends only on the list of files.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from data_tools.preprocess.compression import HEAD_BYTES, find_opener
 from data_tools.preprocess.sources import InputSource
 from megatron_llmjp.errors import UserError
 
-CUT_BYTES = 64 * 1024 * 1024
-"""Files of plain lines are cut from this size on; smaller ones go to one task."""
-PART = re.compile(r"_part(\d{5})of(\d{5})_(.+)_document")
+MIN_SPLIT_BYTES = 64 * 1024 * 1024
+"""Minimum size of a file of plain lines that is split between tasks."""
+_PART_NAME = re.compile(r"_part(\d{5})of(\d{5})_(.+)_document")
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """Return number and count of this task from ``--shard``.
+    """Parse ``--shard`` into the number of this task and the number of tasks.
 
-    ``3/16`` is task 3 of 0 to 15. ``slurm/16`` takes the number from the Slurm array; the count
-    is given, since Slurm's own would be wrong when some tasks are submitted again.
+    ``3/16`` is task 3 of 0 to 15. ``slurm/16`` takes the task number from the Slurm array; the
+    number of tasks is explicit because Slurm's is wrong when only some tasks are resubmitted.
 
     Raises:
-        UserError: it is neither, or there is no Slurm array around.
+        UserError: the value is invalid, or there is no Slurm array.
     """
     match = re.fullmatch(r"(\d+|slurm)/(\d+)", text)
     if not match:
@@ -44,7 +44,7 @@ def parse_shard(text: str) -> tuple[int, int]:
         )
     number, count = int(task), int(match[2])
     if not 0 <= number < count <= 99999:
-        raise UserError(f"--shard {text}: task {number} is not among 0 to {count - 1}")
+        raise UserError(f"--shard {text}: task {number} is outside 0 to {count - 1}")
     return number, count
 
 
@@ -59,15 +59,15 @@ def take_shard(
     """Return the sources of one task, and a checksum of the whole list.
 
     Raises:
-        UserError: a source is a pipe, which tasks cannot share.
+        UserError: a source is a pipe, which cannot be sharded.
     """
     for source in sources:
         if not source.seekable:
-            raise UserError(f"--shard: {source.name} is a pipe; tasks need files")
+            raise UserError(f"--shard: {source.name} is a pipe; sharding requires files")
     total, before, mine = sum(source.size for source in sources) or 1, 0, []
     for source in sources:
         middle = before + source.size / 2
-        if _can_be_cut(source):
+        if _is_splittable(source):
             bounds = (total * at // count - before for at in (number, number + 1))
             start, end = (min(max(bound, 0), source.size) for bound in bounds)
             if start < end:
@@ -79,9 +79,9 @@ def take_shard(
     return mine, f"{zlib.crc32(whole.encode()):08x}"
 
 
-def _can_be_cut(source: InputSource) -> bool:
-    """Return whether a file is large, and holds lines whose place is known without reading them."""
-    if source.size < CUT_BYTES:
+def _is_splittable(source: InputSource) -> bool:
+    """Return whether a file is large and consists of uncompressed lines."""
+    if source.size < MIN_SPLIT_BYTES:
         return False
     with Path(source.name).open("rb") as file:
         head = file.read(HEAD_BYTES)
@@ -89,40 +89,42 @@ def _can_be_cut(source: InputSource) -> bool:
 
 
 def uneven_shards_warning(sources: list[InputSource], count: int) -> str:
-    """Return a warning on files too large for one task that cannot be cut; empty if none is."""
+    """Return a warning on files that are too large for one task but cannot be split, or ""."""
     share = sum(source.size for source in sources) / count
-    large = [s for s in sources if s.size > 2 * max(share, CUT_BYTES) and not _can_be_cut(s)]
+    large = [
+        s for s in sources if s.size > 2 * max(share, MIN_SPLIT_BYTES) and not _is_splittable(s)
+    ]
     if not large:
         return ""
     return (
-        f"warning: {large[0].name} ({large[0].size:,} bytes) is larger than two tasks' shares, but "
-        "one task reads it whole: where a line begins in a compressed file is known only after "
-        "all before it is decompressed, and a Parquet file is read by row groups. Split it into "
-        f"files, or decompress it.{f' So are {len(large) - 1:,} more.' if len(large) > 1 else ''}"
+        f"warning: {large[0].name} ({large[0].size:,} bytes) is larger than the shares of two "
+        "tasks, but is read by one task: compressed files and Parquet files cannot be split. "
+        "Divide it into several files, or decompress it."
+        f"{f' This affects {len(large) - 1:,} more files.' if len(large) > 1 else ''}"
     )
 
 
 def find_parts(prefix: str) -> dict[str, list[str]]:
-    """Return for each key the prefixes of all parts, in order.
+    """Return the prefixes of all parts in order, by key.
 
     Raises:
-        UserError: parts are missing, or were not made from one list by one array.
+        UserError: parts are missing, or belong to different arrays or input lists.
     """
     found: dict[tuple[str, int], dict[int, str]] = {}
     folder, name = Path(prefix).parent, Path(prefix).name
     for path in folder.glob("*.idx") if folder.is_dir() else ():
-        match = PART.fullmatch(path.stem[len(name) :])
+        match = _PART_NAME.fullmatch(path.stem[len(name) :])
         if match and path.stem.startswith(name):
             number, count, key = int(match[1]), int(match[2]), match[3]
             found.setdefault((key, count), {})[number] = str(path.with_suffix(""))
     if not found:
-        raise UserError(f"--parts {prefix}: found no {prefix}_part*of*_*_document.idx")
+        raise UserError(f"--parts {prefix}: no file {prefix}_part*of*_*_document.idx")
     parts: dict[str, list[str]] = {}
     for (key, count), by_number in sorted(found.items()):
         if key in parts:
             raise UserError(
-                f"--parts {prefix}: there are parts of two arrays, of {len(parts[key])} and of "
-                f"{count} tasks. Remove those of the wrong one."
+                f"--parts {prefix}: found parts of two arrays, of {len(parts[key])} and of "
+                f"{count} tasks. Remove those of one array."
             )
         if missing := [n for n in range(count) if n not in by_number]:
             raise UserError(
@@ -132,17 +134,17 @@ def find_parts(prefix: str) -> dict[str, list[str]]:
                 f"slurm/{count} and the other arguments as before"
             )
         parts[key] = [by_number[number] for number in range(count)]
-        _check_list(parts[key])
+        _check_input_lists(parts[key])
     return parts
 
 
-def _check_list(prefixes: list[str]) -> None:
+def _check_input_lists(prefixes: list[str]) -> None:
     lists: dict[Any, str] = {}
     for prefix in prefixes:
         recipe = (read_manifest(prefix) or {}).get("recipe", {})
         lists.setdefault(recipe.get("shard", {}).get("list"), prefix)
     if len(lists) > 1:
         raise UserError(
-            f"{' and '.join(lists.values())} were made from different input lists: the input "
-            "changed between two tasks. Make the older ones again."
+            f"{' and '.join(lists.values())} were written from different input lists: the input "
+            "changed between two tasks. Rebuild the older parts."
         )

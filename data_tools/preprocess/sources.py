@@ -1,8 +1,6 @@
-"""Input files of ``preprocess_data``: from ``--input`` to an ordered list of files.
+"""Input files of ``preprocess_data``: expansion of ``--input`` to an ordered list of files.
 
-The input files in a folder, and the files in it that are not read, with the reasons.
-
-From ``--input`` words to the ordered list of files they mean.
+Files in an input folder that are not read are recorded with the reasons.
 """
 
 from __future__ import annotations
@@ -25,48 +23,50 @@ JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 COMPRESSED_SUFFIXES = ("", ".gz", ".gzip", ".zst", ".zstd", ".bz2", ".xz", ".lzma", ".lz4")
 SUFFIXES = (*(t + c for t in JSON_SUFFIXES for c in COMPRESSED_SUFFIXES), ".parquet")
 PLAIN_TEXT_SUFFIXES = tuple(f".txt{c}" for c in COMPRESSED_SUFFIXES)
-NAMES_SHOWN = 3
-NAMES_KEPT = 100
+MAX_NAMES_PRINTED = 3
+MAX_NAMES_RECORDED = 100
 MANIFEST = b'"megatron_llmjp dataset manifest'
 
 
 @dataclass(frozen=True)
 class IgnoredFile:
-    """A file or folder below an input folder that is not read."""
+    """A file or folder within an input folder that is not read."""
 
     name: str
     reason: str
     other: str = ""
-    """The path that the reason is about, such as the one that the file is reached by already."""
+    """The path that the reason refers to, such as another path of the same file."""
 
     @property
     def kind(self) -> str:
-        """The reason without the path that it is about."""
+        """The reason without the path that it refers to."""
         return f"{self.reason} another" if self.other else self.reason
 
     @property
     def text(self) -> str:
-        """The whole reason."""
+        """The complete reason."""
         return f"{self.reason} {self.other}" if self.other else self.reason
 
 
 def has_suffix(name: str, suffixes: Sequence[str] = SUFFIXES) -> bool:
-    """Return whether a file name ends in one of these suffixes, in any case."""
+    """Return whether a file name ends in one of these suffixes, ignoring case."""
     return name.lower().endswith(tuple(suffixes))
 
 
-def walk(folder: str, suffixes: Sequence[str]) -> tuple[list[str], list[IgnoredFile]]:
-    """Return the input files below a folder, sorted by path, and everything else that is there.
+def find_input_files(folder: str, suffixes: Sequence[str]) -> tuple[list[str], list[IgnoredFile]]:
+    """Return the input files below a folder, sorted by path, and all ignored files.
 
-    Symbolic links are followed. A folder or file that is reached twice is taken once.
+    Symbolic links are followed. A file that is reachable by several paths is read once.
 
     Raises:
-        UserError: a folder cannot be read.
+        UserError: a folder is not readable.
     """
     files: list[str] = []
     ignored: list[IgnoredFile] = []
     seen: dict[str, str] = {}
-    for name, skipped in sorted(_walk(Path(folder), suffixes, {}), key=lambda found: found[0]):
+    for name, skipped in sorted(
+        _walk_folder(Path(folder), suffixes, {}), key=lambda found: found[0]
+    ):
         first = name if skipped else seen.setdefault(os.path.realpath(name), name)
         if skipped is None and first != name:
             skipped = IgnoredFile(name, "the same file as", first)
@@ -77,10 +77,10 @@ def walk(folder: str, suffixes: Sequence[str]) -> tuple[list[str], list[IgnoredF
     return files, ignored
 
 
-def _walk(
+def _walk_folder(
     folder: Path, suffixes: Sequence[str], above: dict[str, Path]
 ) -> Iterator[tuple[str, IgnoredFile | None]]:
-    """Yield each path, and why it is ignored if it is."""
+    """Yield each path, with the reason if it is ignored."""
     real = os.path.realpath(folder)
     if real in above:
         yield str(folder), IgnoredFile(str(folder), "a link back to", str(above[real]))
@@ -88,25 +88,29 @@ def _walk(
     try:
         entries = list(folder.iterdir())
     except OSError as error:
-        raise UserError(f"--input: {folder} cannot be read: {error.strerror}") from error
+        raise UserError(f"--input: cannot read folder {folder}: {error.strerror}") from error
     for entry in entries:
-        reason = _reason_of_folder(entry) if entry.is_dir() else _reason(entry, suffixes)
+        reason = (
+            _why_folder_is_ignored(entry)
+            if entry.is_dir()
+            else _why_file_is_ignored(entry, suffixes)
+        )
         if reason is not None:
             yield str(entry), IgnoredFile(str(entry), reason)
         elif entry.is_dir():
-            yield from _walk(entry, suffixes, above | {real: folder})
+            yield from _walk_folder(entry, suffixes, above | {real: folder})
         else:
             yield str(entry), None
 
 
-def _reason_of_folder(folder: Path) -> str | None:
+def _why_folder_is_ignored(folder: Path) -> str | None:
     if folder.name.startswith("."):
         return "a hidden folder"
     return "unfinished output" if folder.name.endswith(".partial") else None
 
 
-def _reason(file: Path, suffixes: Sequence[str]) -> str | None:
-    """Return why a file is not read, or None if it is."""
+def _why_file_is_ignored(file: Path, suffixes: Sequence[str]) -> str | None:
+    """Return why a file is not read, or None if it is read."""
     if file.name.startswith("."):
         return "hidden"
     if not file.exists():
@@ -128,7 +132,7 @@ def _is_manifest(file: Path) -> bool:
 
 
 def describe_ignored(ignored: Sequence[IgnoredFile]) -> str:
-    """Return one line on the files that are not read, by reason; empty if there are none."""
+    """Return one line on the ignored files, grouped by reason; empty if there are none."""
     if not ignored:
         return ""
     by_reason = {
@@ -137,33 +141,33 @@ def describe_ignored(ignored: Sequence[IgnoredFile]) -> str:
     }
     parts = []
     for reason, names in by_reason.items():
-        more = ", ..." if len(names) > NAMES_SHOWN else ""
-        parts.append(f"{len(names):,} {reason} ({', '.join(names[:NAMES_SHOWN])}{more})")
+        more = ", ..." if len(names) > MAX_NAMES_PRINTED else ""
+        parts.append(f"{len(names):,} {reason} ({', '.join(names[:MAX_NAMES_PRINTED])}{more})")
     return f"ignored: {len(ignored):,} files: {'; '.join(parts)}"
 
 
 def ignored_record(ignored: Sequence[IgnoredFile]) -> dict[str, Any]:
-    """Return what a manifest keeps of the files that are not read: counts, and the first names."""
+    """Return the manifest entry on ignored files: counts, and the first names."""
     return {
         "files": len(ignored),
         "reasons": dict(sorted(Counter(entry.kind for entry in ignored).items())),
-        "first": {entry.name: entry.text for entry in ignored[:NAMES_KEPT]},
+        "first": {entry.name: entry.text for entry in ignored[:MAX_NAMES_RECORDED]},
     }
 
 
 STDIN = "-"
-SAMPLES, SAMPLE_BYTES = 16, 64 * 1024  # blocks of a file that identify it
+SAMPLES, SAMPLE_BYTES = 16, 64 * 1024  # number and size of the blocks that identify a file
 
 
 @dataclass(frozen=True)
 class InputSource:
-    """One input file, or a part of one, as it was when the program started.
+    """An input file, or a part of one, as it was when the program started.
 
     Attributes:
         name: the path as given, or ``-`` for standard input.
-        size: bytes on disk; 0 where it cannot be known (standard input, a pipe).
-        start, end: the lines that begin at these bytes are meant, all where there is no end.
-        mtime: time of the last change, in nanoseconds, to notice a change while it is read.
+        size: bytes on disk; 0 if unknown (standard input, a pipe).
+        start, end: byte range ``[start, end)`` in which the lines begin; all lines without an end.
+        mtime: modification time in nanoseconds, to detect changes during the run.
     """
 
     name: str
@@ -175,29 +179,29 @@ class InputSource:
 
     @property
     def label(self) -> str:
-        """The name, and which bytes of the file are meant if not all are."""
+        """The name, with the byte range if this is a part of a file."""
         return self.name if self.end is None else f"{self.name}[bytes {self.start}-{self.end}]"
 
     @property
     def length(self) -> int:
-        """Bytes of this source."""
+        """Number of bytes of this source."""
         return self.size if self.end is None else self.end - self.start
 
     def identity(self) -> dict[str, Any]:
-        """Return the name, for people, and what must not have changed when a run is resumed.
+        """Return the name and the properties that must be the same when a run is resumed.
 
-        That is the size and a checksum of blocks spread over the file: neither another time of
-        modification nor another path makes an input another one. Both are None for a pipe.
+        These are the size and a checksum of blocks spread over the file; the modification time and
+        the path may change. Both are None for a pipe.
         """
         if not self.seekable:
             return {"name": self.name, "size": None, "content": None}
-        whole = {"name": self.name, "size": self.size, "content": _sample(self)}
+        whole = {"name": self.name, "size": self.size, "content": _sampled_checksum(self)}
         return whole if self.end is None else whole | {"bytes": [self.start, self.end]}
 
     def is_same(self, identity: dict[str, Any], earlier: dict[str, Any]) -> bool:
-        """Return whether this source, of this identity, is the one of an earlier run.
+        """Return whether this source is the one of an earlier run; False for a pipe.
 
-        A pipe never is. Earlier versions noted the time of modification in place of a checksum.
+        Earlier versions recorded the modification time instead of a checksum.
         """
         if not self.seekable:
             return False
@@ -206,44 +210,44 @@ class InputSource:
         return all(earlier.get(key) == identity.get(key) for key in ("size", "content", "bytes"))
 
     def refuse_changed(self, identity: dict[str, Any]) -> None:
-        """Raise UserError if the file was changed or removed since ``identity`` was found."""
+        """Raise UserError if the file was changed or removed since ``identity`` was computed."""
         if not self.seekable:
             return
         try:
             now = Path(self.name).stat()
         except FileNotFoundError as error:
-            raise UserError(f"{self.name}: was removed while it was read") from error
+            raise UserError(f"{self.name}: the file was removed while it was being read") from error
         if (now.st_size, now.st_mtime_ns) == (self.size, self.mtime):
             return
-        if now.st_size != self.size or _sample(self) != identity["content"]:
+        if now.st_size != self.size or _sampled_checksum(self) != identity["content"]:
             raise UserError(
-                f"{self.name}: changed while it was read ({self.size:,} bytes at the start, "
-                f"{now.st_size:,} now). Wait until nothing writes to it, then run the same command "
-                "again: it repeats this file and those behind it."
+                f"{self.name}: the file changed while it was being read ({self.size:,} bytes at "
+                f"the start, {now.st_size:,} now). Wait until no program writes to it, then run "
+                "the same command again: it repeats this file and the following ones."
             )
 
 
 @dataclass(frozen=True)
 class InputFiles:
-    """The files to read, in order, and the files in input folders that are not read."""
+    """The files to read, in order, and the ignored files in input folders."""
 
     sources: list[InputSource]
     ignored: list[IgnoredFile]
 
     def report(self) -> None:
-        """Print how many files are not read, and why."""
+        """Print the number of ignored files, and the reasons."""
         if self.ignored:
             print(describe_ignored(self.ignored), file=sys.stderr)
 
 
 def find_input(words: Iterable[str], suffixes: Sequence[str] = SUFFIXES) -> InputFiles:
-    """Return the sources that files, folders, glob patterns and ``-`` stand for, in order.
+    """Expand files, folders, glob patterns and ``-`` to input sources, in order.
 
-    A folder stands for all files below it with one of the suffixes, a pattern for its matches,
+    A folder is expanded to all files below it with one of the suffixes, a pattern to its matches,
     both sorted by name.
 
     Raises:
-        UserError: something is missing, matches nothing or is named twice.
+        UserError: a path does not exist, a pattern matches nothing, or a file is given twice.
     """
     found = InputFiles([], [])
     seen: dict[str, str] = {}
@@ -252,11 +256,11 @@ def find_input(words: Iterable[str], suffixes: Sequence[str] = SUFFIXES) -> Inpu
             real = name if name == STDIN else os.path.realpath(name)
             if real in seen:
                 raise UserError(
-                    f"--input {word}: {name} is already there as {seen[real]}. Its documents "
-                    "would be written twice; name it once."
+                    f"--input {word}: {name} is already included as {seen[real]}. Its documents "
+                    "would be written twice: give it once."
                 )
             seen[real] = name
-            found.sources.append(_stat(name))
+            found.sources.append(_input_source(name))
     return found
 
 
@@ -265,7 +269,7 @@ def _expand(word: str, suffixes: Sequence[str], ignored: list[IgnoredFile]) -> l
         return [STDIN]
     path = Path(word)
     if path.is_dir():
-        files, not_read = walk(word, suffixes)
+        files, not_read = find_input_files(word, suffixes)
         ignored += not_read
         if not files:
             plain = " ".join(suffix for suffix in suffixes if suffix.count(".") == 1)
@@ -279,18 +283,18 @@ def _expand(word: str, suffixes: Sequence[str], ignored: list[IgnoredFile]) -> l
     if path.exists():
         return [word]
     if glob.has_magic(word):
-        return _matches(word, suffixes, ignored)
-    raise UserError(f"--input {word}: no such file or folder{_nearby(path)}")
+        return _expand_pattern(word, suffixes, ignored)
+    raise UserError(f"--input {word}: no such file or folder{_hint_of_existing_files(path)}")
 
 
-def _matches(word: str, suffixes: Sequence[str], ignored: list[IgnoredFile]) -> list[str]:
-    """Return the files that match a pattern, and those of folders that match it."""
+def _expand_pattern(word: str, suffixes: Sequence[str], ignored: list[IgnoredFile]) -> list[str]:
+    """Return the files that match a pattern, and those in folders that match it."""
     found: list[str] = []
     for name in sorted(glob.glob(word, recursive=True)):  # noqa: PTH207
         if Path(name).is_file():
             found.append(name)
-        elif "**" not in word and Path(name).is_dir():  # ** matches the files in it by itself
-            files, not_read = walk(name, suffixes)
+        elif "**" not in word and Path(name).is_dir():  # ** matches the files in the folder itself
+            files, not_read = find_input_files(name, suffixes)
             found += files
             ignored += not_read
         elif not Path(name).is_dir():
@@ -302,8 +306,8 @@ def _matches(word: str, suffixes: Sequence[str], ignored: list[IgnoredFile]) -> 
     return found
 
 
-def _sample(source: InputSource) -> str:
-    """Return a checksum of blocks spread over a file; small files are read whole."""
+def _sampled_checksum(source: InputSource) -> str:
+    """Return a checksum of blocks spread over a file; small files are read completely."""
     crc = 0
     with Path(source.name).open("rb", buffering=0) as file:
         for offset in evenly_spaced_offsets(source.size, SAMPLE_BYTES, SAMPLES):
@@ -312,15 +316,15 @@ def _sample(source: InputSource) -> str:
     return f"{crc:08x}"
 
 
-def _nearby(path: Path) -> str:
-    """Return a hint on what does exist there."""
+def _hint_of_existing_files(path: Path) -> str:
+    """Return a hint on the input files that exist in the folder."""
     if not path.parent.is_dir():
-        return f" (nor is there a folder {path.parent})"
+        return f" (the folder {path.parent} does not exist either)"
     names = sorted(p.name for p in path.parent.iterdir() if has_suffix(p.name))[:5]
-    return f". {path.parent} holds {', '.join(names)}" if names else ""
+    return f". {path.parent} contains {', '.join(names)}" if names else ""
 
 
-def _stat(name: str) -> InputSource:
+def _input_source(name: str) -> InputSource:
     if name == STDIN:
         return InputSource(STDIN)
     status = Path(name).stat()

@@ -30,7 +30,7 @@ def test_all_indices_are_made_once_and_mended(tmp_path, capsys):
 
     before = {p: p.stat().st_mtime_ns for p in cache.rglob("*")}
     assert main(flags) == 0
-    assert f"all 6 indices are there already in {cache}" in capsys.readouterr().out
+    assert f"all 6 indices exist in {cache}" in capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in cache.rglob("*")} == before
 
     damaged = next(cache.rglob("*document_index.npy"))

@@ -15,7 +15,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 
 from data_tools import documents as documents_module
 from data_tools import inspect_dataset, merge_datasets, preprocess_data, split_folds
-from data_tools.verify_dataset import verify
+from data_tools.verify_dataset import verify_dataset
 from megatron_llmjp.data.indexed_dataset import read_index
 
 
@@ -46,8 +46,8 @@ def documents_of(prefix) -> list[list[int]]:
 
 
 def test_merge_is_megatrons(datasets, tmp_path, monkeypatch):
-    monkeypatch.setattr(documents_module, "DOCUMENTS_PER_PIECE", 7)
-    monkeypatch.setattr(documents_module, "TOKENS_PER_PIECE", 1000)
+    monkeypatch.setattr(documents_module, "DOCUMENTS_PER_CHUNK", 7)
+    monkeypatch.setattr(documents_module, "TOKENS_PER_CHUNK", 1000)
     builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.uint16)
     for prefix in datasets:
         builder.add_index(prefix)
@@ -59,7 +59,7 @@ def test_merge_is_megatrons(datasets, tmp_path, monkeypatch):
         for suffix in ("bin", "idx"):
             ours = (tmp_path / f"{name}.{suffix}").read_bytes()
             assert ours == (tmp_path / f"theirs.{suffix}").read_bytes()
-        assert verify(str(tmp_path / name), None)[1] == []
+        assert verify_dataset(str(tmp_path / name), None)[1] == []
     assert json.loads((tmp_path / "a.json").read_text())["documents"] == 300
     assert merge_datasets.main(arguments) == 2  # there already
 
@@ -96,7 +96,7 @@ def test_split_is_complete_disjoint_and_shares_the_tokens(link, datasets, tmp_pa
     assert refined == [text for text in best if text not in parts["validation"]]
     for part in (tmp_path / "f").iterdir():
         assert (part / f"{name}.bin").samefile(f"{datasets[1]}.bin")
-        assert verify(str(part / name), None)[1] == []
+        assert verify_dataset(str(part / name), None)[1] == []
     table = capsys.readouterr().out
     assert "fold00" in table and "validation" in table
     assert split_folds.main(arguments) == 2  # there already
@@ -153,7 +153,7 @@ def test_verify_finds_damage(datasets, tmp_path, capsys):
         (tmp_path / f"d.{name}").write_bytes(data)
     assert inspect_dataset.main(["--verify", str(tmp_path / "d")]) == 0
     assert inspect_dataset.main(["--verify", str(tmp_path / "d"), "--vocab-size", "200"]) == 1
-    assert "is not below the vocabulary of 200" in capsys.readouterr().out
+    assert "is outside the vocabulary of 200" in capsys.readouterr().out
 
 
 def test_statistics_documents_and_picture(datasets, documents, tmp_path, capsys):

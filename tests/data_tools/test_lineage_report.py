@@ -115,10 +115,10 @@ def test_for_people(trained, capsys):
     assert "--- sample 13, position 17, iteration 5, fold 'fold01', epoch 0, " in text
     assert "micro-batch 0 of data-parallel rank 1" in text
     assert main(["--run", str(save), "--dataset", "ja", "--document", "0"]) == 0
-    assert "document 0 of ja is in " in capsys.readouterr().out
+    assert "document 0 of ja is " in capsys.readouterr().out
     for words, message in (
-        (["--iteration", "9"], "--iteration 9: the run's data gives 1 to "),
-        (["--dataset", "jp", "--document", "1"], "the run's folds have en, ja"),
+        (["--iteration", "9"], "--iteration 9: expected 1 to "),
+        (["--dataset", "jp", "--document", "1"], "the datasets of the run are en, ja"),
         (["--dataset", "ja", "--document", "999"], "ja has documents 0 to 399"),
         (["--sample", "-1"], "--sample -1: the run's data gives 0 to "),
         (["--dataset", "ja"], "--run needs one of"),

@@ -72,22 +72,22 @@ def test_hugging_face_and_no_eod(corpus, documents, tokenizer_folder, tmp_path):
     assert_same_files(tmp_path / "ours_text_document", tmp_path / "theirs")
 
 
-def test_sentencepiece_twin_only_if_it_is_one(
+def test_fast_encoder_only_if_ids_are_equal(
     corpus, documents, model, tokenizer_folder, tmp_path, capsys
 ):
     arguments = ["--input", str(corpus), "--tokenizer-type", "HuggingFaceTokenizer"]
     arguments += ["--tokenizer-model", str(tokenizer_folder), "--append-eod", "--output-prefix"]
     assert main([*arguments, str(tmp_path / "slow")]) == 0
-    twin = ["--sentencepiece-twin", str(model)]
-    assert main([*arguments, str(tmp_path / "fast"), *twin]) == 0
+    fast = ["--fast-encoder", str(model)]
+    assert main([*arguments, str(tmp_path / "fast"), *fast]) == 0
     assert "the same ids as the Hugging Face tokenizer" in capsys.readouterr().err
     assert_same_files(tmp_path / "fast_text_document", tmp_path / "slow_text_document")
     manifest = json.loads((tmp_path / "fast_text_document.json").read_text())
     assert list(manifest["recipe"]["tokenizer"]["encoded_by"]["files"]) == ["tokenizer.model"]
 
     (tmp_path / "other.model").write_bytes(train_unigram(documents[:50], 450))
-    twin = ["--sentencepiece-twin", str(tmp_path / "other.model")]
-    assert main([*arguments, str(tmp_path / "other"), *twin]) == 0
+    fast = ["--sentencepiece-twin", str(tmp_path / "other.model")]
+    assert main([*arguments, str(tmp_path / "other"), *fast]) == 0
     assert "Not encoding with" in capsys.readouterr().err
     assert_same_files(tmp_path / "other_text_document", tmp_path / "slow_text_document")
 

@@ -196,7 +196,7 @@ def test_input_that_changes_while_it_is_read(inputs, tmp_path, monkeypatch, caps
     with monkeypatch.context() as patch:
         patch.setattr(PreprocessJob, "_encode_all", appended)
         assert main(arguments) == 2
-    assert f"{paths[1]}: changed while it was read" in capsys.readouterr().err
+    assert f"{paths[1]}: the file changed while it was being read" in capsys.readouterr().err
     assert not (tmp_path / "o_text_document.idx").exists()
     assert main(arguments) == 0
     assert main([*arguments, "--output-prefix", str(tmp_path / "p")]) == 0

@@ -49,7 +49,7 @@ def test_parts_joined_are_the_whole(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("count", [1, 2, 7, 40])
 def test_one_large_file_is_cut_between_lines(count, tmp_path, monkeypatch):
     """More tasks than some lines have bytes: every line goes to exactly one task."""
-    monkeypatch.setattr("data_tools.preprocess.shards.CUT_BYTES", 1000)
+    monkeypatch.setattr("data_tools.preprocess.shards.MIN_SPLIT_BYTES", 1000)
     monkeypatch.setattr("data_tools.preprocess.blocks.BLOCK_BYTES", 700)
     large = write_jsonl(tmp_path / "b.jsonl", make_documents(60, seed=1))
     small = write_jsonl(tmp_path / "a.jsonl", make_documents(1, seed=2))
@@ -75,7 +75,7 @@ def lines_of(source: InputSource) -> list[bytes]:
 
 
 def test_cut_parts_joined_are_the_whole(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("data_tools.preprocess.shards.CUT_BYTES", 1000)
+    monkeypatch.setattr("data_tools.preprocess.shards.MIN_SPLIT_BYTES", 1000)
     write_jsonl(tmp_path / "large.jsonl", make_documents(60, seed=1))
     (tmp_path / "z.jsonl.gz").write_bytes(gzip.compress(os.urandom(9000).hex().encode()))
     common = ["--input", str(tmp_path / "large.jsonl"), *BYTES, "--output-prefix"]

@@ -10,7 +10,7 @@ import sentencepiece
 
 from data_tools.preprocess.sample import sample_texts
 from data_tools.preprocess.sources import find_input
-from data_tools.train_tokenizer import SPECIALS, main
+from data_tools.train_tokenizer import SPECIAL_TOKENS, main
 
 
 def test_whole_program_and_transformers(corpus, documents, tmp_path, capsys):
@@ -23,7 +23,7 @@ def test_whole_program_and_transformers(corpus, documents, tmp_path, capsys):
     assert main([*arguments, "--overwrite", "--eod-token", "</s>"]) == 0
     assert (tmp_path / "tokenizer.model").read_bytes() == first  # the same text, the same model
     sp = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
-    assert [sp.id_to_piece(i) for i in range(8)] == list(SPECIALS)
+    assert [sp.id_to_piece(i) for i in range(8)] == list(SPECIAL_TOKENS)
     assert sp.id_to_piece(8) == "<0x00>" and sp.get_piece_size() == 600
 
     transformers = pytest.importorskip("transformers")
