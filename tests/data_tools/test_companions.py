@@ -61,10 +61,10 @@ def test_merge_is_megatrons(datasets, tmp_path, monkeypatch):
             assert ours == (tmp_path / f"theirs.{suffix}").read_bytes()
         assert verify_dataset(str(tmp_path / name), None)[1] == []
     assert json.loads((tmp_path / "a.json").read_text())["documents"] == 300
-    assert merge_datasets.main(arguments) == 2  # there already
+    assert merge_datasets.main(arguments) == 2  # exists already
 
 
-def test_merge_refuses_what_does_not_belong_together(datasets, tmp_path, capsys):
+def test_merge_of_incompatible_datasets_raises(datasets, tmp_path, capsys):
     path = tmp_path / "n.jsonl"
     path.write_text('{"text": "1"}')
     common = ["--input", str(path), "--tokenizer-type", "NullTokenizer", "--append-eod"]
@@ -75,7 +75,7 @@ def test_merge_refuses_what_does_not_belong_together(datasets, tmp_path, capsys)
         arguments = ["--input", datasets[0], other, "--output-prefix", str(tmp_path / "o")]
         assert merge_datasets.main(arguments) == 2
     message = capsys.readouterr().err
-    assert "holds int32" in message and "another tokenizer" in message
+    assert "tokens are int32" in message and "another tokenizer" in message
     assert not list(tmp_path.glob("o*"))
 
 
@@ -99,7 +99,7 @@ def test_split_is_complete_disjoint_and_shares_the_tokens(link, datasets, tmp_pa
         assert verify_dataset(str(part / name), None)[1] == []
     table = capsys.readouterr().out
     assert "fold00" in table and "validation" in table
-    assert split_folds.main(arguments) == 2  # there already
+    assert split_folds.main(arguments) == 2  # exists already
 
 
 def test_split_of_one_seed_is_always_the_same():
@@ -113,7 +113,7 @@ def test_split_of_one_seed_is_always_the_same():
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 300), st.integers(1, 12), st.integers(0, 40), st.integers(0, 9))
-def test_deal(documents, folds, validation, seed):
+def test_assign_documents(documents, folds, validation, seed):
     if documents - validation < folds:
         with pytest.raises(split_folds.UserError):
             split_folds.assign_documents(documents, folds, validation, seed)

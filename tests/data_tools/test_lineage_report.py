@@ -107,11 +107,11 @@ def test_a_document_is_found_where_it_was_seen(trained, capsys):
     assert [entry["position"] for entry in found] == expected
 
 
-def test_for_people(trained, capsys):
+def test_text_report(trained, capsys):
     save, _ = trained
     assert main(["--run", str(save), "--iteration", "5", "--max-tokens", "3"]) == 0
     text = capsys.readouterr().out
-    assert "iteration 5: samples 12 to 15, as " in text and "iter_0000006" in text
+    assert "iteration 5: samples 12 to 15, according to " in text and "iter_0000006" in text
     assert "--- sample 13, position 17, iteration 5, fold 'fold01', epoch 0, " in text
     assert "micro-batch 0 of data-parallel rank 1" in text
     assert main(["--run", str(save), "--dataset", "ja", "--document", "0"]) == 0
@@ -120,15 +120,15 @@ def test_for_people(trained, capsys):
         (["--iteration", "9"], "--iteration 9: expected 1 to "),
         (["--dataset", "jp", "--document", "1"], "the datasets of the run are en, ja"),
         (["--dataset", "ja", "--document", "999"], "ja has documents 0 to 399"),
-        (["--sample", "-1"], "--sample -1: the run's data gives 0 to "),
-        (["--dataset", "ja"], "--run needs one of"),
+        (["--sample", "-1"], "--sample -1: expected 0 to "),
+        (["--dataset", "ja"], "--run requires one of"),
         (["--iteration", "1", "--fold-file", "none.yaml"], "none.yaml cannot be read"),
     ):
         assert main(["--run", str(save), *words]) == 2
         assert message in capsys.readouterr().err
 
 
-def test_changed_data_is_not_told_of(trained, capsys):
+def test_changed_data_raises(trained, capsys):
     save, _ = trained
     copy = save / manifests.folder_name(6) / manifests.FOLDS
     content = yaml.safe_load(copy.read_text())
@@ -137,5 +137,5 @@ def test_changed_data_is_not_told_of(trained, capsys):
     other.write_text(yaml.safe_dump(content, sort_keys=False))
     assert main(["--run", str(save), "--iteration", "5", "--fold-file", str(other)]) == 2
     message = capsys.readouterr().err
-    assert "the data is not what" in message and "fold 'fold00'" in message
+    assert "the data differs from" in message and "fold 'fold00'" in message
     assert "weight 1 -> 7: 6 samples instead of 3" in message

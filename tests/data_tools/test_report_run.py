@@ -138,7 +138,7 @@ def test_a_page_that_needs_nothing_but_itself(save, tmp_path, capsys):
     pictures = {p.stem: p.read_bytes()[:4] for p in (tmp_path / "report").glob("*.png")}
     expected = {"loss", "validation", "learning_rate", "throughput", "gradient_norm", "datasets"}
     assert set(pictures) == expected and set(pictures.values()) == {PNG}
-    assert "6 pictures" in capsys.readouterr().out
+    assert "6 figures" in capsys.readouterr().out
 
 
 def test_the_end_of_a_run_never_fails(save, tmp_path, capsys):
