@@ -48,8 +48,8 @@ tokenizer types:
   ByteLevelTokenizer         UTF-8 bytes; --append-eod adds 256
   NullTokenizer              integers separated by spaces; --append-eod adds --vocab-size"""
 
-ORDINARY = "aZ5éя猫あ한ض🐈"
-"""Characters that a tokenizer should not drop."""
+PROBE_CHARACTERS = "aZ5éя猫あ한ض🐈"
+"""Characters of several scripts that a tokenizer should not drop."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -114,10 +114,8 @@ def _parser() -> ToolParser:
         "merges the parts",
     )
     add("--overwrite", action="store_true", help="replace existing datasets and unfinished runs")
-    for flag in (
-        "--dataset-impl",
-        "--partitions",
-    ):  # accepted from Megatron-LM's scripts; order is always kept
+    # Flags of Megatron-LM that have no effect: the order of documents is always preserved.
+    for flag in ("--dataset-impl", "--partitions"):
         add(flag, help=argparse.SUPPRESS)
     add("--keep-sequential-samples", action="store_true", help=argparse.SUPPRESS)
     return parser
@@ -151,7 +149,7 @@ def _add_encoding(add: Callable[..., Any]) -> None:
         "--tokenizer-hf-no-include-special-tokens",
         dest="tokenizer_hf_include_special_tokens",
         action="store_false",
-        help="write none of them (default)",
+        help="do not write them (default)",
     )
 
 
@@ -195,7 +193,7 @@ def preprocess(args: argparse.Namespace) -> int:
     sources = found.sources
     tokenizer = tokenizer_of(args)
     if tokenizer.kind == "HuggingFaceTokenizer":
-        _warn_of_dropped(tokenizer)
+        _warn_of_dropped_characters(tokenizer)
     if args.tokenizer_hf_include_special_tokens:
         _include_special_tokens(tokenizer, args)
     if args.append_bos:
@@ -223,9 +221,11 @@ def preprocess(args: argparse.Namespace) -> int:
         return job.run()
 
 
-def _warn_of_dropped(tokenizer: Tokenizer) -> None:
-    """Warn of a vocabulary that has neither all bytes nor an unknown token: text is lost."""
-    if dropped := [character for character in ORDINARY if not len(tokenizer.encode(character))]:
+def _warn_of_dropped_characters(tokenizer: Tokenizer) -> None:
+    """Warn if the vocabulary has neither all bytes nor an unknown token, so that text is lost."""
+    if dropped := [
+        character for character in PROBE_CHARACTERS if not len(tokenizer.encode(character))
+    ]:
         print(
             "warning: the tokenizer drops characters that it has no token for, as AutoTokenizer "
             f"does: {' '.join(dropped)} and others",
@@ -238,23 +238,23 @@ def _check_bos(tokenizer: Tokenizer) -> None:
         raise UserError(f"--append-bos: {tokenizer.kind} has no BOS token in this vocabulary")
     if tokenizer.bos_id in tokenizer.encode("")[:1]:
         raise UserError(
-            f"--append-bos: {tokenizer.kind} writes BOS before each text by itself: leave "
-            "--append-bos out"
+            f"--append-bos: {tokenizer.kind} always writes BOS before each text: remove "
+            "--append-bos"
         )
 
 
 def _include_special_tokens(tokenizer: Tokenizer, args: argparse.Namespace) -> None:
-    """Let the tokenizer write special tokens around texts, and print which.
+    """Make the tokenizer write special tokens around texts, and print them.
 
     Raises:
-        UserError: it has no such tokens, or another flag writes the same ones.
+        UserError: it has no such tokens, or the flag contradicts another one.
     """
     flag = "--tokenizer-hf-include-special-tokens"
     if args.fast_encoder:
         raise UserError(f"{flag} and --fast-encoder are mutually exclusive")
     if args.tokenizer_type != "HuggingFaceTokenizer":
         raise UserError(
-            f"{flag} is for --tokenizer-type HuggingFaceTokenizer; with {args.tokenizer_type} "
+            f"{flag} requires --tokenizer-type HuggingFaceTokenizer; with {args.tokenizer_type}, "
             "--append-bos and --append-eod write special tokens"
         )
     from megatron_llmjp.tokenizers.hugging_face import HuggingFaceTokenizer
@@ -265,8 +265,8 @@ def _include_special_tokens(tokenizer: Tokenizer, args: argparse.Namespace) -> N
     print(f"Special tokens before each text: {before}, after it: {after}", file=sys.stderr)
     if args.append_eod and tokenizer.eod_id in tokenizer.added.after:
         print(
-            f"warning: --append-eod writes {tokenizer.piece(tokenizer.eod_id)} once more after "
-            "each document, as in Megatron-LM; leave it out to write it once",
+            f"warning: --append-eod writes a second {tokenizer.piece(tokenizer.eod_id)} after "
+            "each document, as in Megatron-LM; remove it to write only one",
             file=sys.stderr,
         )
 

@@ -26,8 +26,8 @@ EXAMPLES = """\
     run_status SAVE --json
 
 States: running; stalled (alive, but writes no log lines); starting; finished; stopped; failed
-(ended early with an error); requeued (its job is pending in Slurm's queue); dead (killed, or its machine
-is down)."""
+(ended early with an error); requeued (its job is pending in Slurm's queue); dead (killed, or its
+machine is down)."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

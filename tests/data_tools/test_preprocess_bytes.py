@@ -161,6 +161,7 @@ def test_ids_are_stored_whole_or_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(f"{kind}.vocab_size", property(lambda _: 4, lambda *_: None), raising=False)
     assert main([*arguments, str(tmp_path / "p"), "--on-error", "skip"]) == 2
     assert (
-        f"{tmp_path / 'in.jsonl'}:4: the tokenizer returned token id 70000" in capsys.readouterr().err
+        f"{tmp_path / 'in.jsonl'}:4: the tokenizer returned token id 70000"
+        in capsys.readouterr().err
     )
     assert not (tmp_path / "p_text_document.idx").exists()

@@ -61,8 +61,8 @@ def test_bos_for_every_type(kind: str, tmp_path: Path, model: Path, capsys) -> N
     bos = BOS[kind]
     if bos is None:
         assert main([*words, "--append-bos"]) == 2
-        said = "leave --append-bos out" if kind == "Llama2Tokenizer" else "has no BOS token"
-        assert said in capsys.readouterr().err
+        expected = "remove --append-bos" if kind == "Llama2Tokenizer" else "has no BOS token"
+        assert expected in capsys.readouterr().err
         return
     assert main(words) == 0
     [plain] = sequences(tmp_path)
@@ -118,8 +118,8 @@ def test_special_tokens_of_transformers(template: str, tmp_path: Path, capsys) -
     code = main([*words, include, "--append-bos", "--append-eod", "--overwrite"])
     error = capsys.readouterr().err
     twice = "<s>" in template
-    assert (code, "leave --append-bos out" in error) == (2 if twice else 0, twice)
-    assert ("once more after each document" in error) == ("</s>" in template)
+    assert (code, "remove --append-bos" in error) == (2 if twice else 0, twice)
+    assert ("writes a second" in error) == ("</s>" in template)
 
 
 @pytest.mark.parametrize("kind", ["GPT2BPETokenizer", "SentencePieceTokenizer"])
