@@ -57,10 +57,13 @@ def _source(origin: str) -> str:
     return "flag" if origin.startswith("flag ") else origin.rsplit(", line ", 1)[0]
 
 
+PRESETS = resources.files("megatron_llmjp.config") / "presets"
+"""Folder of the presets, one YAML file each."""
+
+
 def preset_names() -> list[str]:
-    """Return the names of the presets in the package's ``presets`` folder."""
-    folder = resources.files("megatron_llmjp.config") / "presets"
-    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name[-5:] == ".yaml")
+    """Return the names of all presets."""
+    return sorted(p.name.removesuffix(".yaml") for p in PRESETS.iterdir() if p.name[-5:] == ".yaml")
 
 
 def read_preset(layers: ConfigLayers, name: str, origin: str) -> None:
@@ -73,7 +76,7 @@ def read_preset(layers: ConfigLayers, name: str, origin: str) -> None:
     if name not in names:
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names
         raise UserError(f"{origin}: no preset or file '{name}'; possible: {', '.join(near)}")
-    text = (resources.files("megatron_llmjp.config") / "presets" / f"{name}.yaml").read_text()
+    text = (PRESETS / f"{name}.yaml").read_text()
     _add_yaml(layers, parse_yaml(text, f"preset {name}"))
 
 

@@ -1,21 +1,16 @@
 """Flags of other programs that are refused, each with the reason and what to use instead.
 
-Flags of Megatron-LM and Megatron-DeepSpeed that would change the run and cannot be honoured.
-
-By remedy: what to do instead, and the flags.
-
-Flags of Megatron-LM releases newer than the megatron-core that is used here.
-
-By the first megatron-core release whose argument parser has them.
-
-Flags of Hugging Face Trainer, DeepSpeed, torchrun and others, and what they are called here.
+- Flags of Megatron-LM and Megatron-DeepSpeed that would change the run and are not supported.
+- Flags of Megatron-LM releases newer than the installed megatron-core, by the first release that
+  has them.
+- Flags of Hugging Face Trainer, DeepSpeed, torchrun and others, with their equivalents here.
 """
 
 from __future__ import annotations
 
 _BY_REMEDY: dict[str, str] = {
     # model
-    "this part of a model is not implemented; leave it out if your model is without": """
+    "this part of a model is not implemented; remove it if your model does not use it": """
         --apply-layernorm-1p --squared-relu --quick-geglu --use-fused-weighted-squared-relu
         --apply-residual-connection-post-layernorm --fp32-residual-connection
         --rotary-interleaved --no-rope-freq --qk-l2-norm
@@ -37,15 +32,15 @@ _BY_REMEDY: dict[str, str] = {
         --cpu-offloading-num-layers --fine-grained-activation-offloading
         --min-offloaded-tensor-size --offload-modules""",
     "use --deterministic-mode": "--batch-invariant-mode",
-    "weights are drawn with --init-method-std": """
+    "initial weights are set by --init-method-std": """
         --init-method-xavier-uniform --embedding-init-method-std --data-parallel-random-init""",
-    "megatron-core's models are the only ones; leave it out": "--use-legacy-models",
-    "give --num-layers": "--decoder-num-layers",
-    "give --seq-length": "--decoder-seq-length --retriever-seq-length",
-    "models are decoders with one pipeline; leave it out": """
+    "only megatron-core's models are available; remove it": "--use-legacy-models",
+    "pass --num-layers": "--decoder-num-layers",
+    "pass --seq-length": "--decoder-seq-length --retriever-seq-length",
+    "models are decoders with one pipeline; remove it": """
         --encoder-pipeline-model-parallel-size --encoder-tensor-model-parallel-size
         --pipeline-model-parallel-split-rank""",
-    "divide layers with --decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers "
+    "set the stages with --decoder-first-pipeline-num-layers, --decoder-last-pipeline-num-layers "
     "or --pipeline-model-parallel-layout": "--pp-partition-method",
     "only GPT is pretrained here": """
         --biencoder-projection-dim --mask-factor --mask-prob --mask-type --short-seq-prob
@@ -56,7 +51,7 @@ _BY_REMEDY: dict[str, str] = {
         --output-bert-embeddings --use-one-sent-docs --sample-rate --sft
         --sft-tokenizer-prompt-format --test-mode --inference --ds-inference
         --perform-rl-step --max-tokens-to-oom --mlp-chunks-for-prefill --refit-method""",
-    "distillation is not offered; leave it out": """
+    "distillation is not supported; remove it": """
         --kd --kd-alpha-ce --kd-beta-ce --kd-temp --mos --hidden-size-teacher
         --num-attention-heads-teacher --num-layers-teacher --num-experts-teacher --load-teacher
         --num-experts-switch --reset-iteration --no-load-lr-state""",
@@ -68,7 +63,7 @@ _BY_REMEDY: dict[str, str] = {
         --reuse-grad-buf-for-mxfp8-param-ag --kitchen-config-file --kitchen-recipe-number
         --te-precision-config-file --kitchen-attention-backend --use-kitchen-attention
         --disable-fp8-wgrad""",
-    "leave it out: gradients are reduced and the loss is computed in fp32": """
+    "remove it: gradients are reduced and the loss is computed in fp32": """
         --grad-reduce-in-bf16 --fp16-lm-cross-entropy""",
     # processes
     "shard with --use-distributed-optimizer, --tensor-model-parallel-size and "
@@ -78,11 +73,11 @@ _BY_REMEDY: dict[str, str] = {
         --no-strict-fsdp-dtensor-load --disable-strict-fsdp-dtensor-load
         --strict-fsdp-dtensor-load --fsdp-manual-registration
         --outer-dp-sharding-strategy --remote-device --force-ds-sequence-parallel""",
-    "leave it out: the optimizer runs where the model is, with fp32 state": """
+    "remove it: the optimizer runs on the model's device, with fp32 state": """
         --optimizer-cpu-offload --optimizer-offload-fraction --overlap-cpu-optimizer-d2h-h2d
         --use-torch-optimizer-for-cpu-offload --no-pin-cpu-grads --no-pin-cpu-params
         --use-precision-aware-optimizer --cpu-optimizer --cpu-torch-adam""",
-    "restart jobs with the scheduler that runs them; a run goes on from its newest checkpoint": """
+    "restart jobs with the job scheduler; a run resumes from its newest checkpoint": """
         --adlr-autoresume --adlr-autoresume-interval --enable-ft-package --calc-ft-timeouts
         --ft-num-warmup-iters --replication --replication-factor --replication-jump""",
     "use --tensor-model-parallel-size": "--model-parallel-size",
@@ -91,56 +86,56 @@ _BY_REMEDY: dict[str, str] = {
     "choose --global-batch-size as a multiple of micro batch x data-parallel size": """
         --decrease-batch-size-if-needed""",
     # data
-    "declare the data in a fold file and give --fold-file (docs/folds.md)": """
+    "define the data in a fold file and pass --fold-file (docs/folds.md)": """
         --renormalize-blend-weights --mock-data --use-dataset-only
         --aml-data-download-path --phase-transition-iterations --train-data-exact-num-epochs
         --full-validation --multiple-validation-sets""",
-    "the order of samples is the schedule's; inspect_dataset shows it": """
+    "the fold schedule determines the sample order; inspect_dataset shows it": """
         --train-doc-idx-path --train-sample-idx-path --train-shuffle-idx-path --train-desc-path
         --train-idx-path --return-data-index""",
-    "samples are whole sequences in the order of the schedule; leave it out": """
+    "samples are whole sequences in the order of the fold schedule; remove it": """
         --data-efficiency-curriculum-learning --curriculum-learning --random-ltd --fim-data
         --allow-ambiguous-pad-tokens""",
-    "give --skip-iterations A-B: what is skipped is recorded and stays skipped on a resume": """
+    "pass --skip-iterations A-B: skipped samples are recorded and stay skipped on resume": """
         --skip-train-iteration-range --iterations-to-skip""",
     # training
-    "micro-batches weigh the same, as in Megatron-LM without it; leave it out": """
+    "micro-batches have equal weights, as in Megatron-LM without it; remove it": """
         --calculate-per-token-loss""",
-    "all weights have one learning rate; leave it out": """
+    "all weights have the same learning rate; remove it": """
         --decoupled-lr --decoupled-min-lr --head-lr-mult --no-weight-decay-cond-type""",
-    "end the run early with --train-iters, and give --lr-decay-iters for the schedule": """
+    "end the run early with --train-iters, and set --lr-decay-iters for the schedule": """
         --force-stop-iter""",
-    "profile a rank from outside, as in `nsys profile python pretrain_gpt.py ...`": """
+    "profile a rank with an external profiler, as in `nsys profile python pretrain_gpt.py ...`": """
         --profile --profile-ranks --profile-step-start --profile-step-end --use-pytorch-profiler
         --use-nsys-profiler --record-memory-history --memory-snapshot-path --nvtx-ranges
         --record-shapes""",
     "inspect weights with convert_checkpoint inspect": """
         --save-wgrads-interval --save-dgrads-interval --dump-param-to-param-group-map""",
-    "--estimate shows a layout without its GPUs": "--fake-process-group",
+    "--estimate computes memory and time of a layout without GPUs": "--fake-process-group",
     # checkpoints
-    "a checkpoint is always whole, to go on from; convert_checkpoint copies the weights alone": """
+    "checkpoints always include the optimizer; convert_checkpoint exports the weights only": """
         --no-save-optim""",
     "convert the checkpoint with convert_checkpoint": """
         --ckpt-convert-format --ckpt-convert-save --ckpt-convert-update-legacy-dist-opt-format
         --universal-checkpoint""",
-    "name the checkpoint's folder: --load SAVE/iter_0001000": "--ckpt-step",
-    "save by LLM-jp's pattern with --save-policy llm-jp": "--save-iter-patterns",
-    "save every so many iterations with --save-interval, and --async-save": """
+    "pass the checkpoint's folder: --load SAVE/iter_0001000": "--ckpt-step",
+    "save at LLM-jp's iterations with --save-policy llm-jp": "--save-iter-patterns",
+    "use --save-interval and --async-save": """
         --persistent-save-interval --non-persistent-save-interval
         --non-persistent-ckpt-type --non-persistent-global-ckpt-dir
         --non-persistent-local-ckpt-dir --non-persistent-local-ckpt-algo
         --use-gcp-dynamic-checkpointing --dynamic-checkpointing-min""",
-    "keep the newest with --keep-last": "--most-recent-k",
+    "use --keep-last": "--most-recent-k",
     # log
-    "give a YAML file as --config FILE": "--yaml-cfg",
-    "the log is plain text on standard output, metrics.jsonl and tensorboard": """
+    "pass a YAML file as --config FILE": "--yaml-cfg",
+    "logs are plain text on standard output, metrics.jsonl and TensorBoard events": """
         --enable-one-logger""",
 }
 
 REFUSED: dict[str, str] = {
     flag: remedy for remedy, flags in _BY_REMEDY.items() for flag in flags.split()
 }
-"""A flag, and what to do instead."""
+"""Remedy by flag."""
 
 _ONLY_GPT = "only GPT is pretrained here"
 
@@ -148,9 +143,9 @@ REFUSED_FAMILIES: dict[str, str] = {
     "--fp8-": "train in --bf16, or --fp16",
     "--fp4-": "train in --bf16, or --fp16",
     "--muon-": "optimizers are --optimizer adam and sgd",
-    "--inprocess-": "restart jobs with the scheduler that runs them",
-    "--fim-": "samples are whole sequences; leave it out",
-    "--mtp-": "one token is predicted; leave it out",
+    "--inprocess-": "restart jobs with the job scheduler",
+    "--fim-": "samples are whole sequences; remove it",
+    "--mtp-": "multi-token prediction is not supported; remove it",
     "--retro-": _ONLY_GPT,
     "--vision-": _ONLY_GPT,
     "--dino-": _ONLY_GPT,
@@ -165,9 +160,9 @@ REFUSED_FAMILIES: dict[str, str] = {
     "--langrl-": _ONLY_GPT,
     "--no-rl-": _ONLY_GPT,
     "--no-langrl-": _ONLY_GPT,
-    "--dsa-": "this part of a model is not implemented; leave it out if your model is without",
+    "--dsa-": "this part of a model is not implemented; remove it if your model does not use it",
 }
-"""The beginning of a flag's name, and what to do instead of those that begin with it."""
+"""Remedy by prefix of a flag."""
 
 
 _BY_RELEASE: dict[str, str] = {
@@ -238,7 +233,7 @@ _BY_RELEASE: dict[str, str] = {
 NEWER: dict[str, str] = {
     flag: release for release, flags in _BY_RELEASE.items() for flag in flags.split()
 }
-"""A flag, and the megatron-core release that it came with."""
+"""First megatron-core release that has a flag, by flag."""
 
 
 _BY_FLAG: dict[str, str] = {
@@ -304,12 +299,12 @@ _BY_FLAG: dict[str, str] = {
 }
 
 _ADVICE: dict[str, str] = {
-    "--gradient-accumulation-steps": "it follows from --global-batch-size, which is "
-    "--micro-batch-size x data-parallel size x accumulation steps",
-    "--num-train-epochs": "give `epochs` to a fold in the fold file (docs/folds.md)",
-    "--mixed-precision": "give --bf16 or --fp16",
-    "--report-to": "give --wandb-project, or --tensorboard-dir",
-    "--nnodes": "it is torchrun's: give it before pretrain_gpt.py, or leave it out",
+    "--gradient-accumulation-steps": "set --global-batch-size: it is --micro-batch-size x "
+    "data-parallel size x accumulation steps",
+    "--num-train-epochs": "set `epochs` of a fold in the fold file (docs/folds.md)",
+    "--mixed-precision": "pass --bf16 or --fp16",
+    "--report-to": "pass --wandb-project or --tensorboard-dir",
+    "--nnodes": "it is a flag of torchrun: place it before pretrain_gpt.py, or remove it",
 }
 
 _SAME: dict[str, str] = {
@@ -326,4 +321,4 @@ FOREIGN: dict[str, str] = {
     **_ADVICE,
     **{other: _ADVICE[flag] for flag, s in _SAME.items() for other in s.split()},
 }
-"""A flag that other programs have, and what to give instead."""
+"""What to use instead, by flag of another program."""

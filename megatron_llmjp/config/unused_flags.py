@@ -1,22 +1,22 @@
 """Flags of Megatron-LM and Megatron-DeepSpeed that are accepted, reported once, and set nothing.
 
-By reason: why the flag is not needed, and the flags. Only flags that cannot change the trained
-model belong here; what would is in ``megatron_refused.py``.
+Listed by reason. Only flags that cannot change the trained model belong here; all others are in
+``refused_flags.py``.
 """
 
 from __future__ import annotations
 
 _BY_REASON: dict[str, str] = {
     # model and kernels
-    "megatron-core's models are the only ones": "--use-mcore-models --model-spec",
-    "the fastest attention at hand is chosen and printed at the start": """
+    "only megatron-core's models are available": "--use-mcore-models --model-spec",
+    "the fastest available attention is chosen and printed at the start": """
         --use-flash-attn --use-flash-attn-v1 --use-flash-attn-v2 --use-flash-attn-triton
         --attention-backend --flash-decode""",
-    "Transformer Engine is used where it is importable": "--transformer-impl",
+    "Transformer Engine is used if installed": "--transformer-impl",
     "softmax is always computed in fp32, inside the attention kernel": """
         --attention-softmax-in-fp32 --no-masked-softmax-fusion
         --apply-query-key-layer-scaling --no-query-key-layer-scaling""",
-    "kernels are fused where the machine has them; the result is the same": """
+    "fused kernels are used where available; the result is the same": """
         --no-bias-swiglu-fusion --no-bias-dropout-fusion --no-rope-fusion
         --no-persist-layer-norm --disable-mem-efficient-ln --no-gradient-accumulation-fusion
         --cross-entropy-loss-fusion --cross-entropy-fusion-impl --disable-jit-fuser
@@ -24,7 +24,7 @@ _BY_REASON: dict[str, str] = {
         --enable-experimental --enable-cuda-graph --external-cuda-graph --cuda-graph-scope
         --cuda-graph-warmup-steps --cuda-graph-impl --use-te-activation-func
         --te-rng-tracker --inference-rng-tracker""",
-    "there are no experts in a dense model": """
+    "a dense model has no experts": """
         --expert-tensor-parallel-size --expert-interval --expert-parallel --topk
         --create-moe-param-group --disable-moe-token-dropping --use-tutel --mlp-type
         --overlap-moe-expert-parallel-comm
@@ -54,25 +54,25 @@ _BY_REASON: dict[str, str] = {
         --moe-token-dispatcher-type --moe-token-drop-policy --moe-token-dropping
         --moe-train-capacity-factor --moe-upcycling-granularity --moe-use-grouped-tensor
         --moe-use-legacy-grouped-gemm --moe-use-upcycling --moe-z-loss-coeff""",
-    "--position-embedding-type says it": "--no-position-embedding",
-    "initial weights depend on the seed and a tensor's name only, in every layout": """
+    "--position-embedding-type implies it": "--no-position-embedding",
+    "initial weights depend on the seed and the tensor's name only, in every layout": """
         --use-cpu-initialization --no-initialization --init-model-with-meta-device""",
     "the vocabulary is padded for the layout; --padded-vocab-size overrides it": """
         --use-tokenizer-model-from-checkpoint-args --no-use-tokenizer-model-from-checkpoint-args
         --disable-use-tokenizer-model-from-checkpoint-args""",
-    "it is for inference": """
+    "it concerns inference only": """
         --decode-only-cuda-graphs --enable-chunked-prefill --disable-chunked-prefill
         --use-legacy-static-engine --max-seqlen-per-dp-cp-rank --no-inference-wandb-logging""",
-    "the tokenizer's own files say it": """
+    "the tokenizer's files determine it": """
         --tokenizer-metadata --tokenizer-hf-use-fast --no-tokenizer-hf-use-fast --legacy-tokenizer
         --tokenizer-sentencepiece-legacy --trust-remote-code""",
     "preprocess_data has it: a run reads token ids": "--tokenizer-hf-include-special-tokens",
     # processes
-    "ranks are found from torchrun, srun or mpirun": """
+    "ranks are read from the environment of torchrun, srun or mpirun": """
         --use-mpi --local-rank --lazy-mpu-init --standalone-embedding-stage
         --no-pipeline-parallel --split-transformers""",
-    "ranks are laid out in the order TP, CP, DP, PP": "--use-tp-pp-dp-mapping",
-    "how gradients and stages are communicated is chosen; the result is the same": """
+    "ranks are ordered TP, CP, DP, PP": "--use-tp-pp-dp-mapping",
+    "communication settings are chosen automatically; the result is the same": """
         --DDP-impl --no-async-tensor-model-parallel-allreduce --no-overlap-p2p-communication
         --overlap-p2p-communication --overlap-p2p-communication-warmup-flush
         --no-scatter-gather-tensors-in-pipeline --scattered-embeddings --use-ring-exchange-p2p
@@ -97,12 +97,12 @@ _BY_REASON: dict[str, str] = {
         --no-tp-comm-split-ag --no-tp-comm-split-rs""",
     "gradients of bf16 and fp16 weights are accumulated and reduced in fp32": """
         --accumulate-allreduce-grads-in-fp32""",
-    "saved activations are split over the tensor-parallel ranks by --sequence-parallel": """
+    "--sequence-parallel splits saved activations over the tensor-parallel ranks": """
         --distribute-saved-activations --distribute-checkpointed-activations""",
     # DeepSpeed
-    "what DeepSpeed's configuration says of batch sizes, ZeRO and precision, the flags say": """
+    "batch sizes, ZeRO and precision are set by flags, not by DeepSpeed's configuration": """
         --deepspeed --deepspeed-config --deepspeed-mpi""",
-    "DeepSpeed's buffers and activation memory have no counterpart here": """
+    "DeepSpeed's buffers and activation memory do not exist here": """
         --deepspeed-activation-checkpointing --partition-activations --checkpoint-in-cpu
         --contigious-checkpointing --synchronize-each-layer --profile-backward
         --zero-allgather-bucket-size --zero-reduce-bucket-size --zero-contigious-gradients
@@ -114,12 +114,12 @@ _BY_REASON: dict[str, str] = {
         --dataloader-defer-npy-index-mmap --per-dataset-sequences-path
         --no-create-attention-mask-in-dataloader --create-attention-mask-in-dataloader""",
     # training
-    "a gradient norm that is not finite stops the run in any case": """
+    "a step whose gradient norm is not finite is always skipped": """
         --check-for-nan-in-loss --check-for-nan-in-loss-and-grad
         --no-check-for-nan-in-loss-and-grad --check-for-spiky-loss --check-for-large-grads
         --rerun-mode --error-injection-rate --error-injection-type
         --result-rejected-tracker-filename""",
-    "collecting garbage and memory is left to Python and PyTorch": """
+    "garbage collection and memory are managed by Python and PyTorch": """
         --manual-gc --manual-gc-interval --manual-gc-eval --no-manual-gc-eval
         --disable-manual-gc-eval
         --empty-unused-memory-level --train-sync-interval""",
@@ -128,7 +128,7 @@ _BY_REASON: dict[str, str] = {
     "weights are not compared between replicas": """
         --check-weight-hash-across-dp-replicas-interval""",
     # checkpoints
-    "checkpoints are torch_dist and fit every layout; convert_checkpoint makes other formats": """
+    "checkpoints are torch_dist and load in every layout; convert_checkpoint converts them": """
         --ckpt-format --dist-ckpt-format --use-dist-ckpt --auto-detect-ckpt-format
         --ckpt-fully-parallel-save --no-ckpt-fully-parallel-save
         --disable-ckpt-fully-parallel-save --ckpt-fully-parallel-load
@@ -136,14 +136,14 @@ _BY_REASON: dict[str, str] = {
         --dist-ckpt-optim-fully-reshardable --distrib-optim-fully-reshardable-mem-efficient
         --dist-ckpt-save-pre-mcore-014 --use-mp-args-from-checkpoint-args
         --load-main-params-from-ckpt --save-tokenizer-assets""",
-    "the checkpoint's configuration is compared with this one, and differences are told": """
+    "the checkpoint's configuration is compared with this one, and differences are reported": """
         --use-checkpoint-args""",
     "the checkpoint's learning-rate schedule is kept unless --override-opt-param-scheduler": """
         --use-checkpoint-opt-param-scheduler""",
-    "--load without a whole checkpoint is always an error": "--exit-on-missing-checkpoint",
-    "random state only moves dropout, and is restored in the layout it was saved in": """
+    "--load without a complete checkpoint is always an error": "--exit-on-missing-checkpoint",
+    "random state affects dropout only, and is restored in the same layout": """
         --no-load-rng --no-save-rng""",
-    "--async-save writes in a process of its own anyway": """
+    "--async-save always writes in a separate process": """
         --use-persistent-ckpt-worker --async-strategy""",
     # log
     "it is always logged": """
@@ -154,35 +154,35 @@ _BY_REASON: dict[str, str] = {
         --disable-log-loss-scale-to-tensorboard""",
     "tensorboard events are written with each log line (--log-interval)": """
         --tensorboard-log-interval --tensorboard-queue-size""",
-    "it is not logged: reading it each step would hold up the GPU": """
+    "it is not logged: reading it each step would stall the GPU": """
         --log-optimizer-states-to-tensorboard --log-num-zeros-in-grad --log-timers-to-tensorboard
         --log-world-size-to-tensorboard --log-energy --log-max-attention-logit
         --log-l2-norm-grad-to-tensorboard --log-runtime-to-tensorboard --log-memory-interval
         --log-device-memory-used --memory-keys --runtime-time-unit --throughput-window-size
         --timing-log-level --timing-log-option --no-barrier-with-level-1-timing
         --barrier-with-L1-time""",
-    "Weights & Biases keeps its files in the save folder, and the run's name over restarts": """
+    "Weights & Biases files are in the save folder, and restarts keep the run's name": """
         --wandb-id --wandb-save-dir""",
     "the log is plain text on standard output": """
         --logging-level --filter-warnings --modules-to-filter --set-level-for-all-loggers
         --config-logger-dir --save-config-filepath --app-tag-run-name --app-tag-run-version
         --no-one-logger --one-logger-async --log-straggler --disable-straggler-on-startup
         --run-workload-inspector-server""",
-    "object stores are not read: data and checkpoints are files": """
+    "object stores are not supported: data and checkpoints are files": """
         --disable-msc --enable-msc --object-storage-cache-path --s3-cache-path""",
 }
 
 NOT_NEEDED: dict[str, str] = {
     flag: why for why, flags in _BY_REASON.items() for flag in flags.split()
 }
-"""A flag, and why it is not needed."""
+"""Reason why a flag is not needed, by flag."""
 
 NOT_NEEDED_FAMILIES: dict[str, str] = {
-    "--inference-": "it is for inference",
+    "--inference-": "it concerns inference only",
     "--one-logger-": "the log is plain text on standard output",
-    "--straggler-": "stragglers are not searched for",
+    "--straggler-": "stragglers are not detected",
     "--otel-": "the log is plain text on standard output",
     "--curriculum-learning-": "sequences have one length",
-    "--nccl-": "NCCL is set up by its environment variables",
+    "--nccl-": "NCCL is configured by its environment variables",
 }
-"""The beginning of a flag's name, and why those that begin with it are not needed."""
+"""Reason why flags are not needed, by their prefix."""

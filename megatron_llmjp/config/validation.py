@@ -208,16 +208,16 @@ def _positions(config: Config) -> Iterator[str]:
 
 
 def _yarn(model: ModelConfig) -> Iterator[str]:
-    """megatron-core's YaRN takes no notice of the other ways to change the frequencies."""
+    """Rules of YaRN; megatron-core's ignores the other settings of rotary frequencies."""
     for name, given in (
         ("use_rope_scaling", model.use_rope_scaling),
         ("rotary_seq_len_interpolation_factor", model.rotary_seq_len_interpolation_factor),
         ("rotary_percent", model.rotary_percent != 1.0),
     ):
         if given:
-            yield f"{name} has no effect with position_embedding_type yarn: leave one of them out"
+            yield f"{name} has no effect with position_embedding_type yarn: remove one of them"
     if (model.yarn_mscale is None) != (model.yarn_mscale_all_dim is None):
-        yield "yarn_mscale and yarn_mscale_all_dim: give both or none"
+        yield "yarn_mscale and yarn_mscale_all_dim must be set together"
 
 
 def _vocabulary(config: Config) -> Iterator[str]:

@@ -28,7 +28,7 @@ VALUES: dict[str, list[str]] = {
     "--config": ["laptop-gpt2"], "--data-path": ["a"], "--override-resume": ["folds"],
     "--rampup-batch-size": ["16", "16", "1000"], "--gpu-memory": ["40GB"],
     "--hidden-dropout": ["0.5"], "--attention-dropout": ["0.5"], "--mfu": ["0.5"],
-    "--spike-threshold": ["8"],
+    "--spike-threshold": ["8"], "--yarn-rotary-scaling-factor": ["2"],
     "--vocab-file": ["x.model"], "--num-layers-per-virtual-pipeline-stage": ["2"],
     "--group-query-attention": [], "--no-bias-gelu-fusion": [], "--no-load-optim": [],
 }  # fmt: skip

@@ -208,8 +208,8 @@ REFUSALS = {
     "--num-experts 8": "--num-experts 8 is not supported: mixture-of-experts models are not",
     "--fp8-format hybrid": "--fp8-format is not supported: train in --bf16",
     "--no-load-optim": "--no-load-optim is not supported: load weights only with --finetune",
-    "--vocab-file gpt2-vocab.json --tokenizer-type HuggingFaceTokenizer": "requires --tokenizer"
-    "GPT2BPETokenizer",
+    "--vocab-file gpt2-vocab.json --tokenizer-type HuggingFaceTokenizer": "requires --tokenizer-"
+    "type GPT2BPETokenizer",
     "--hidden-size big --swiglu": "hidden_size = 'big': expected a valid integer",
     "--num-layers-per-virtual-pipeline-stage 3": "4 layers are not divisible into chunks of 3",
     "--tensor-parallel-size 2": "did you mean '--tensor-model-parallel-size'?",
@@ -221,7 +221,7 @@ REFUSALS = {
     "--moe-grouped-gem": "unknown flag --moe-grouped-gem; did you mean '--moe-grouped-gemm'?",
     "--num_heads 8": "unknown flag --num-heads; did you mean '--num-attention-heads'?",
     "--lr-scheduler cosine": "did you mean '--lr-decay-style'?",
-    "--gradient-accumulation-steps 8": "it follows from --global-batch-size",
+    "--gradient-accumulation-steps 8": "set --global-batch-size: it is --micro-batch-size x",
     "--per_device_train_batch_size 8": "did you mean '--micro-batch-size'?",
     "--max-steps 8": "did you mean '--train-iters'?",
     "--warmup-steps 8": "did you mean '--lr-warmup-iters'?",

@@ -237,7 +237,7 @@ def test_resume_with_other_folds(folder, saved, fails):
     del content["folds"][0]
     (folder / "gone.yaml").write_text(yaml.safe_dump(content))
     message = fails(*arguments("laptop-llama", folder / "gone.yaml", "--load", saved))
-    assert "fold 'fold00' is gone" in message and "fold 'fold01' has changed" in message
+    assert "fold 'fold00' is missing" in message and "fold 'fold01' has changed" in message
 
     # A fold that was not touched may change, and any with the override.
     later = arguments("laptop-llama", with_fold(folder, 2, 9), "--load", saved)

@@ -1,0 +1,63 @@
+"""A preset is one file: it appears in --help, the documentation, and estimates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_llmjp import cli
+from megatron_llmjp.config import flags, loading
+from tools.preset_table import PAGE, preset_table, with_table
+
+NAME = "added-model-7b"
+TEXT = """\
+model:
+  num_layers: 32
+  hidden_size: 4096
+  num_attention_heads: 32
+  num_query_groups: 8
+  vocab_size: 32000
+training:
+  global_batch_size: 512
+  bf16: true
+optimizer:
+  lr: 2.5e-4
+"""
+
+
+@pytest.fixture
+def added(tmp_path, monkeypatch):
+    """A folder of presets with one more file."""
+    for name in loading.preset_names():
+        (tmp_path / f"{name}.yaml").write_text((loading.PRESETS / f"{name}.yaml").read_text())
+    (tmp_path / f"{NAME}.yaml").write_text(TEXT)
+    monkeypatch.setattr(loading, "PRESETS", tmp_path)
+    flags._make_parser.cache_clear()
+    yield
+    flags._make_parser.cache_clear()
+
+
+def test_all_presets_are_in_the_documentation():
+    page = PAGE.read_text(encoding="utf-8")
+    assert page == with_table(page), "run python tools/preset_table.py"
+    assert all(f"\n| {name} |" in page for name in loading.preset_names())
+
+
+def test_an_added_preset_appears_everywhere(added, capsys, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["--help"])
+    assert exit.value.code == 0
+    assert NAME in capsys.readouterr().out
+    row = f"| {NAME} | 32 / 4096 / 32 (8) | 1 x 1 | 1 / 512 | 2.5e-4 |\n"
+    assert row in preset_table()
+    assert row in with_table(Path(PAGE).read_text(encoding="utf-8"))
+    monkeypatch.setattr("megatron_llmjp.planning._build_on_meta", lambda _: "")  # imports torch
+    words = ["--config", NAME, "--use-distributed-optimizer", "--sequence-parallel"]
+    assert cli.main([*words, "--estimate", "--world-size", "64", "--train-iters", "100"]) == 0
+    printed = capsys.readouterr().out
+    assert "64 H100" in printed
+    assert cli.main(["--config", "added-model", "--dry-run"]) == 2
+    assert NAME in capsys.readouterr().err
