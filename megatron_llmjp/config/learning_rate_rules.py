@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from megatron_llmjp.config.lr_decay_styles import DECAY_STYLES
 from megatron_llmjp.config.run_config import OptimizerConfig
 
 
@@ -51,10 +52,13 @@ def learning_rate_problems(
             f"lr_warmup_{unit} {lengths.warmup} must be smaller than {decay_name} {decay}: shorten "
             "the warm-up"
         )
-    if lr_decay_style != "WSD":
+    if not DECAY_STYLES[lr_decay_style].has_final_decay:
         return
     if not has_wsd_decay:
-        yield "lr_decay_style WSD needs lr_wsd_decay_iters, the length of the final decay"
+        yield (
+            f"lr_decay_style {lr_decay_style} needs lr_wsd_decay_iters, the length of the final "
+            "decay"
+        )
     if decay is not None and lengths.wsd_decay is not None and lengths.wsd_decay > decay:
         yield (
             f"lr_wsd_decay_{unit} {lengths.wsd_decay} is longer than {decay_name} {decay}, which "
@@ -76,7 +80,8 @@ def decay_warnings(
         train_iters: last iteration of the run.
         fold_iterations: iterations of folds that have a learning-rate schedule of their own.
     """
-    if decay_end is None or optimizer.lr_decay_style == "constant":
+    style = DECAY_STYLES[optimizer.lr_decay_style]
+    if decay_end is None or not style.decays:
         return
     end = train_iters + 1
     own = sum(len(range(max(r.start, decay_end + 1), min(r.stop, end))) for r in fold_iterations)
@@ -90,7 +95,7 @@ def decay_warnings(
         )
     elif (
         decay_end > train_iters
-        and optimizer.lr_decay_style != "WSD"
+        and not style.has_final_decay
         and not any(train_iters in iterations for iterations in fold_iterations)
     ):
         yield (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import (
     Field,
@@ -13,9 +13,14 @@ from pydantic import (
     field_validator,
 )
 
+from megatron_llmjp.config.lr_decay_styles import DECAY_STYLES
 from megatron_llmjp.config.model_config import Section
 
-LRDecayStyle = Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"]
+if TYPE_CHECKING:
+    LRDecayStyle = str
+else:
+    LRDecayStyle = Literal[tuple(DECAY_STYLES)]
+
 WSDDecayStyle = Literal["linear", "cosine", "exponential", "minus_sqrt"]
 
 

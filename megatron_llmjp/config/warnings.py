@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from megatron_llmjp.config.learning_rate_rules import decay_warnings
+from megatron_llmjp.config.lr_decay_styles import DECAY_STYLES
 from megatron_llmjp.config.parameter_counts import layer_parameters
 from megatron_llmjp.config.pipeline_layout import pipeline_bubble, virtual_pipeline_size
 from megatron_llmjp.config.schema import Config
@@ -118,12 +119,14 @@ def _rates(config: Config, size: RunSize) -> Iterator[str]:
             f"the warm-up of {o.lr_warmup_iters:,} iterations is more than a fifth of the "
             f"run's {size.train_iters:,}"
         )
-    if o.lr_decay_style not in ("constant", "WSD") and o.min_lr > o.lr / 5:
+    style = DECAY_STYLES[o.lr_decay_style]
+    decays = style.decays and not style.has_final_decay
+    if decays and o.min_lr > o.lr / 5:
         yield (
             f"min_lr {o.min_lr:g} is more than a fifth of lr {o.lr:g}, so the decay has little "
             "effect; llm-jp-3 and v4 decayed to a tenth"
         )
-    if o.lr_decay_style not in ("constant", "WSD") and o.min_lr == 0 and size.is_long:
+    if decays and o.min_lr == 0 and size.is_long:
         yield (
             "min_lr 0: the last iterations have no effect, and continued training needs another "
             "warm-up; llm-jp-3 and v4 decayed to a tenth of lr"

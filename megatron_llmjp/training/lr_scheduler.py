@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_llmjp.config.lr_decay_styles import DECAY_STYLES
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.data.folds.schedule import Schedule
@@ -27,6 +28,20 @@ class _FoldSchedule:
     first: int
     end: int
     scheduler: OptimizerParamScheduler
+
+
+class _DecayScheduler(OptimizerParamScheduler):
+    """megatron-core's scheduler, with the decay styles that megatron-core does not have."""
+
+    def get_lr(self, param_group: dict[str, Any]) -> float:
+        """Return the learning rate of the next step."""
+        factor = DECAY_STYLES[self.lr_decay_style].factor
+        in_warmup = self.lr_warmup_steps > 0 and self.num_steps <= self.lr_warmup_steps
+        if factor is None or in_warmup or self.num_steps > self.lr_decay_steps:
+            return float(super().get_lr(param_group))
+        decay_steps = self.lr_decay_steps - self.lr_warmup_steps
+        weight = factor((self.num_steps - self.lr_warmup_steps) / decay_steps)
+        return float(self.min_lr + weight * (self.max_lr - self.min_lr))
 
 
 class LearningRateSchedule:
@@ -86,6 +101,6 @@ class RunScheduler(OptimizerParamScheduler):
         return self._rates.after(self.num_steps)
 
 
-def _scheduler(settings: SchedulerSettings) -> OptimizerParamScheduler:
-    """Return megatron-core's scheduler without an optimizer."""
-    return OptimizerParamScheduler(SimpleNamespace(param_groups=[]), **settings)
+def _scheduler(settings: SchedulerSettings) -> _DecayScheduler:
+    """Return a scheduler without an optimizer."""
+    return _DecayScheduler(SimpleNamespace(param_groups=[]), **settings)
