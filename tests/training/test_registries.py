@@ -30,9 +30,12 @@ register(DecayStyle("square", "(1 - x)^2", lambda part: (1 - part) ** 2))
 
 def pretrain_with(registration: str, *words: str) -> str:
     """Run pretrain_gpt.py with a registry entry added in one place; return its output."""
-    code = f"import sys\n{registration}from megatron_llmjp import cli\nsys.exit(cli.main(sys.argv[1:]))"
+    program = "import sys\nfrom megatron_llmjp import cli\nsys.exit(cli.main(sys.argv[1:]))"
     done = subprocess.run(
-        [sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-c", registration + program, *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
