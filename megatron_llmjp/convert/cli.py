@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_llmjp.arguments import CommandLineParser, parse_size, positive_int
+from megatron_llmjp.checkpoint.save_folder import NATIVE
 from megatron_llmjp.config.megatron_flags import RENAMED_VALUES
+from megatron_llmjp.convert.formats.registry import FORMATS
 from megatron_llmjp.errors import (
     EXIT_DONE,
     EXIT_FAILURE,
@@ -27,7 +29,6 @@ from megatron_llmjp.tokenizers import TOKENIZER_TYPES
 if TYPE_CHECKING:
     from megatron_llmjp.convert.convert import Conversion
 
-FORMATS = ("native", "hf", "megatron-lm", "megatron-deepspeed")
 DTYPES = ("fp32", "fp16", "bf16")
 
 DESCRIPTION = """\
@@ -64,6 +65,11 @@ def _make_parser() -> CommandLineParser:
     return parser
 
 
+def _names(capability: str) -> str:
+    """Return the formats with a capability, an attribute of CheckpointFormat, as text."""
+    return " or ".join(name for name, entry in FORMATS.items() if getattr(entry, capability))
+
+
 def _add_places(add: Callable[..., Any]) -> None:
     """What is converted, from where to where."""
     add(
@@ -93,7 +99,8 @@ def _add_places(add: Callable[..., Any]) -> None:
         "--tokenizer",
         type=Path,
         metavar="DIR",
-        help="to native and hf: the tokenizer's folder or file; the source's own when not given",
+        help=f"to {_names('stores_tokenizer')}: the tokenizer's folder or file "
+        "(default: the source's own)",
     )
     add(
         "--tokenizer-type",
@@ -135,15 +142,15 @@ def _add_contents(add: Callable[..., Any]) -> None:
     add(
         "--main-weights",
         action="store_true",
-        help="from megatron-deepspeed: the fp32 weights of the ZeRO optimizer",
+        help=f"from {_names('has_main_weights')}: convert the fp32 weights of the ZeRO optimizer",
     )
     _add_ignored(add)
     add(
         "--with-optimizer",
         action="store_true",
-        help="to native or megatron-deepspeed: carry Adam's moments, the fp32 weights and the "
-        "schedule over, to go on without --finetune; where the source has none (hf), "
-        "megatron-deepspeed gets moments of zero, as ds_to_universal needs some",
+        help=f"to {_names('writes_optimizer')}: also convert Adam's moments, the fp32 weights and "
+        "the schedule, to resume without --finetune; if the source has no optimizer state (hf), "
+        "megatron-deepspeed gets zero moments, which ds_to_universal requires",
     )
     add(
         "--no-pipeline",
@@ -172,8 +179,8 @@ def _add_ignored(add: Callable[..., Any]) -> None:
         type=lambda text: frozenset(text.split(",")),
         default=frozenset(),
         metavar="NAME,...",
-        help="from Megatron formats: arguments of the run that are read as if they were not "
-        "there, because you know that they do not change the network",
+        help=f"from {_names('has_megatron_args')}: arguments of the run to ignore because they do "
+        "not change the network",
     )
 
 
@@ -271,10 +278,10 @@ def _inspect(words: list[str]) -> int:
 def _convert(arguments: argparse.Namespace) -> int:
     from megatron_llmjp.convert.convert import Difference, prepare
     from megatron_llmjp.convert.files.storage import DTYPES as TORCH_TYPES
-    from megatron_llmjp.convert.formats.registry import Options
+    from megatron_llmjp.convert.formats.base import ConversionOptions
     from megatron_llmjp.convert.inspection import show_plan, summary
 
-    options = Options(
+    options = ConversionOptions(
         dtype=TORCH_TYPES[arguments.dtype] if arguments.dtype else None,
         tensor_parallel=arguments.target_tensor_parallel_size,
         pipeline_parallel=arguments.target_pipeline_parallel_size,
@@ -327,9 +334,9 @@ def _print_notes(conversion: Conversion) -> None:
 
 def _checksums(conversion: Conversion) -> str:
     """What the bytes that were read were compared with."""
-    if conversion.source.format == "hf" and not conversion.regions():
-        return "checksums: safetensors files have none; compare them with those of the publisher"
-    if conversion.source.format == "native" and not conversion.checksums:
+    if not FORMATS[conversion.source.format].has_checksums and not conversion.regions():
+        return "checksums: the files have none; compare them with those of the publisher"
+    if conversion.source.format == NATIVE and not conversion.checksums:
         return "checksums: not compared (--no-checksums)"
     files = len({region.path for region in conversion.regions()})
     if not files:

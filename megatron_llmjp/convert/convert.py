@@ -26,15 +26,9 @@ from pydantic import ValidationError
 
 from megatron_llmjp.convert import optimizer_state
 from megatron_llmjp.convert.files.checksums import Region
+from megatron_llmjp.convert.formats.base import ConversionOptions, SourceCheckpoint
 from megatron_llmjp.convert.formats.rank_files import check_divides
-from megatron_llmjp.convert.formats.registry import (
-    Options,
-    Source,
-    check_is_folder,
-    detect,
-    planner,
-    reader,
-)
+from megatron_llmjp.convert.formats.registry import FORMATS, check_is_folder, detect_format
 from megatron_llmjp.convert.plan import Checksums, Copy, Output, Read
 from megatron_llmjp.convert.tensors import WORD_EMBEDDINGS
 from megatron_llmjp.errors import UserError
@@ -197,7 +191,7 @@ class Difference(Exception):
 class Conversion:
     """A planned conversion."""
 
-    source: Source
+    source: SourceCheckpoint
     target: str
     output: Output
     copies: list[Copy]
@@ -237,17 +231,18 @@ class Conversion:
         return time.monotonic() - begin - checking
 
 
-def open_source(name: str, path: Path, options: Options) -> Source:
+def open_source(name: str, path: Path, options: ConversionOptions) -> SourceCheckpoint:
     """Open a checkpoint of a format.
 
     Raises:
         UserError: it is not whole, or does not have what was asked for.
     """
-    if options.main_weights and name != "megatron-deepspeed":
+    entry = FORMATS[name]
+    if options.main_weights and not entry.has_main_weights:
         raise UserError(f"--main-weights is for megatron-deepspeed, {path} is {name}")
-    if options.ignored_args and name not in ("megatron-lm", "megatron-deepspeed"):
+    if options.ignored_args and not entry.has_megatron_args:
         raise UserError(f"--ignore-args is for Megatron's checkpoints, {path} is {name}")
-    return reader(name)(path, options)
+    return entry.read(path, options)
 
 
 _FOREIGN = (
@@ -272,7 +267,7 @@ def _check_place(output: Path, source: Path) -> None:
         )
 
 
-def _changed_rows(source: Source, output: Output) -> list[str]:
+def _changed_rows(source: SourceCheckpoint, output: Output) -> list[str]:
     """Rows of the vocabulary that are dropped or added."""
     before, after = source.rows, output.writes[WORD_EMBEDDINGS].rows
     if after is None or after == before:
@@ -282,7 +277,9 @@ def _changed_rows(source: Source, output: Output) -> list[str]:
     return [f"vocabulary: {after - before} rows of padding were added to {before}"]
 
 
-def prepare(source_format: str | None, target: str, path: Path, options: Options) -> Conversion:
+def prepare(
+    source_format: str | None, target: str, path: Path, options: ConversionOptions
+) -> Conversion:
     """Open the source, account for its tensors, and lay out the target.
 
     Raises:
@@ -290,7 +287,7 @@ def prepare(source_format: str | None, target: str, path: Path, options: Options
     """
     check_is_folder(path)
     try:
-        source = open_source(source_format or detect(path), path, options).check()
+        source = open_source(source_format or detect_format(path).name, path, options).check()
     except _FOREIGN as error:
         raise UserError(f"{path}: damaged, or of a form that is not known ({error!r})") from error
     check_divides(source.model, options.tensor_parallel, options.pipeline_parallel)
@@ -300,16 +297,17 @@ def prepare(source_format: str | None, target: str, path: Path, options: Options
         source.model = source.model.model_copy(update={"vocab_size": options.vocab_size})
     if (size := source.model.vocab_size or 0) > source.rows:
         raise UserError(f"{path}: a vocabulary of {size} in {source.rows} rows; give --vocab-size")
-    if target.startswith("megatron") and (options.tokenizer or options.tokenizer_type):
+    entry = FORMATS[target]
+    if not entry.stores_tokenizer and (options.tokenizer or options.tokenizer_type):
         raise UserError(f"--tokenizer, --tokenizer-type: {target} checkpoints hold no tokenizer")
-    if options.with_optimizer and target not in ("native", "megatron-deepspeed"):
+    if options.with_optimizer and not entry.writes_optimizer:
         raise UserError(f"--with-optimizer: no optimizer state is written for {target}")
-    # For Megatron-DeepSpeed moments of zero will do.
-    with_state = options.with_optimizer and (target == "native" or source.optimizer is not None)
+    has_state = source.optimizer is not None or not entry.creates_optimizer
+    with_state = options.with_optimizer and has_state
     if with_state:
         source = optimizer_state.opened(source, options)
     try:
-        output = planner(target)(source, options)
+        output = entry.plan(source, options)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))

@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_llmjp.convert.files.storage import byte_count, dtype_name
-from megatron_llmjp.convert.formats.registry import FORMATS, Options, Source, detect, reader
+from megatron_llmjp.convert.formats.base import ConversionOptions, SourceCheckpoint
+from megatron_llmjp.convert.formats.registry import FORMATS, detect_format
 from megatron_llmjp.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_llmjp.convert.convert import Conversion
 
 
-def summary(source: Source) -> str:
+def summary(source: SourceCheckpoint) -> str:
     """Two lines: what the source is, and its architecture."""
     model = source.model
     vocabulary = f"vocabulary {model.vocab_size or 'of unknown size'}"
@@ -45,7 +46,7 @@ def describe(path: Path, ignored_args: frozenset[str] = frozenset()) -> str:
     """
     from megatron_llmjp.convert.formats.hugging_face.folder import style_for
 
-    source = reader(detect(path))(path, Options(ignored_args=ignored_args)).check()
+    source = detect_format(path).read(path, ConversionOptions(ignored_args=ignored_args)).check()
     possible = [name for name in FORMATS if name != source.format]
     lines = [summary(source)]
     try:

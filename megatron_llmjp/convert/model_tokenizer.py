@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_llmjp.config.megatron_flags import RENAMED_VALUES
-from megatron_llmjp.convert.formats.registry import Options, Source
+from megatron_llmjp.convert.formats.base import ConversionOptions, SourceCheckpoint
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.tokenizers import TOKENIZER_TYPES, Tokenizer, load_tokenizer
 from megatron_llmjp.tokenizers.hugging_face import HuggingFaceTokenizer
@@ -105,7 +105,9 @@ class ModelTokenizer:
         return {f"{k}_token_id": i for k, i in found.items() if i is not None and i < rows}
 
 
-def open_tokenizer(source: Source, options: Options, rows: int) -> ModelTokenizer:
+def open_tokenizer(
+    source: SourceCheckpoint, options: ConversionOptions, rows: int
+) -> ModelTokenizer:
     """Return the tokenizer of a conversion: the one the user gave, or the source's own.
 
     Args:
@@ -146,12 +148,14 @@ def open_tokenizer(source: Source, options: Options, rows: int) -> ModelTokenize
     )
 
 
-def run_kind(source: Source) -> str | None:
+def run_kind(source: SourceCheckpoint) -> str | None:
     """The type that the run names, if it is known here."""
     return _NAMES.get((source.tokenizer_type or "").lower())
 
 
-def _kind(source: Source, options: Options, own: str | None) -> tuple[str | None, list[str]]:
+def _kind(
+    source: SourceCheckpoint, options: ConversionOptions, own: str | None
+) -> tuple[str | None, list[str]]:
     """The type that the user or the run names, and notes.
 
     Raises:
@@ -172,7 +176,7 @@ def _kind(source: Source, options: Options, own: str | None) -> tuple[str | None
     return own, []
 
 
-def _load(path: Path | None, kind: str | None, source: Source) -> Tokenizer | None:
+def _load(path: Path | None, kind: str | None, source: SourceCheckpoint) -> Tokenizer | None:
     """Read the tokenizer of a folder or file as a type, or as the first that fits.
 
     Raises:
@@ -246,7 +250,7 @@ def _end_of_document(
 
 
 def _check_vocabulary(
-    source: Source, options: Options, tokenizer: Tokenizer | None, rows: int
+    source: SourceCheckpoint, options: ConversionOptions, tokenizer: Tokenizer | None, rows: int
 ) -> list[str]:
     """Compare the tokenizer's ids with the model's vocabulary; returns warnings.
 
@@ -274,7 +278,7 @@ def _check_vocabulary(
     return []
 
 
-def _check_same(own: Tokenizer, given: Tokenizer, options: Options) -> list[str]:
+def _check_same(own: Tokenizer, given: Tokenizer, options: ConversionOptions) -> list[str]:
     """Compare the ids of the given tokenizer with those of the run's own; returns warnings.
 
     Raises:

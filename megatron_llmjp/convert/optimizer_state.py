@@ -17,8 +17,12 @@ import torch
 
 from megatron_llmjp.config.schema import ModelConfig
 from megatron_llmjp.convert.files.torch_dist import StoredEntry, Writer
+from megatron_llmjp.convert.formats.base import (
+    ConversionOptions,
+    SourceCheckpoint,
+    check_tensor_names,
+)
 from megatron_llmjp.convert.formats.mcore_names import on_disk, reads
-from megatron_llmjp.convert.formats.registry import Options, Source, account
 from megatron_llmjp.convert.optimizer_fragments import (
     is_bucketed,
     param_groups,
@@ -67,7 +71,7 @@ class OptimizerState:
         return {name: value for name, value in found.items() if value is not None}
 
 
-def opened(source: Source, options: Options) -> Source:
+def opened(source: SourceCheckpoint, options: ConversionOptions) -> SourceCheckpoint:
     """A checkpoint whose optimizer's state is open, and fits what is to be written.
 
     Weights that are to be fp32 are the main ones.
@@ -86,7 +90,7 @@ def opened(source: Source, options: Options) -> Source:
     return replace(source, optimizer=lambda: state)
 
 
-def of_source(source: Source) -> OptimizerState:
+def of_source(source: SourceCheckpoint) -> OptimizerState:
     """The optimizer state of a checkpoint.
 
     Raises:
@@ -101,7 +105,9 @@ def of_source(source: Source) -> OptimizerState:
     return state
 
 
-def reads_of(source: Source, state: OptimizerState, options: Options) -> dict[str, Read]:
+def reads_of(
+    source: SourceCheckpoint, state: OptimizerState, options: ConversionOptions
+) -> dict[str, Read]:
     """Every tensor that is carried over, by its name in the conversion.
 
     Raises:
@@ -111,7 +117,7 @@ def reads_of(source: Source, state: OptimizerState, options: Options) -> dict[st
     found = {}
     for kind in _kinds(source, state, options):
         where = Path(f"{source.path}, {kind} of the optimizer")
-        account(where, source.reads, tensors.get(kind, {}))
+        check_tensor_names(where, source.reads, tensors.get(kind, {}))
         for name, weight in source.reads.items():
             read = tensors[kind][name]
             if read.shape != weight.shape:
@@ -123,7 +129,7 @@ def reads_of(source: Source, state: OptimizerState, options: Options) -> dict[st
     return found
 
 
-def prefixes(source: Source, options: Options) -> dict[str, str]:
+def prefixes(source: SourceCheckpoint, options: ConversionOptions) -> dict[str, str]:
     """For each kind, what stands before a weight's name in the name of the tensor that fills it.
 
     Weights stand for the main ones where there are no others; without a state there is no more.
@@ -140,7 +146,11 @@ def parameter(name: str) -> str:
 
 
 def add_state(
-    writer: Writer, source: Source, state: OptimizerState, options: Options, rows: int
+    writer: Writer,
+    source: SourceCheckpoint,
+    state: OptimizerState,
+    options: ConversionOptions,
+    rows: int,
 ) -> dict[str, Write]:
     """Make room for the optimizer's tensors, in fp32, beside a model with ``rows`` rows.
 
@@ -186,7 +196,9 @@ def common(state: OptimizerState) -> dict[str, Any]:
     return {"optimizer": optimizer, "opt_param_scheduler": state.scheduler}
 
 
-def _kinds(source: Source, state: OptimizerState, options: Options) -> tuple[str, ...]:
+def _kinds(
+    source: SourceCheckpoint, state: OptimizerState, options: ConversionOptions
+) -> tuple[str, ...]:
     """Kinds of tensors to write; fp32 weights are their own main weights."""
     fp32 = (options.dtype or source.dtype) == torch.float32
     return MOMENTS if fp32 and MAIN not in state.tensors else (*MOMENTS, MAIN)

@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_llmjp.convert.formats.registry import Source
+from megatron_llmjp.convert.formats.base import SourceCheckpoint
 from megatron_llmjp.convert.reference_files import Parts, open_parts
 
 
 def logits(
-    source: Source,
+    source: SourceCheckpoint,
     tokens: Tensor,
     dtype: torch.dtype | None,
     ignored: Collection[str] = (),

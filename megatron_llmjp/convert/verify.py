@@ -37,7 +37,8 @@ from megatron_llmjp.checkpoint.manifest import CONFIG
 from megatron_llmjp.config.loading import load_config
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.convert.convert import Conversion, Difference, open_source
-from megatron_llmjp.convert.formats.registry import Options, Source
+from megatron_llmjp.convert.formats.base import ConversionOptions, SourceCheckpoint
+from megatron_llmjp.convert.formats.registry import FORMATS, Verification
 from megatron_llmjp.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
 
 def hugging_face_logits(
-    source: Source, tokens: torch.Tensor, dtype: torch.dtype | None
+    source: SourceCheckpoint, tokens: torch.Tensor, dtype: torch.dtype | None
 ) -> torch.Tensor:
     """fp32 logits ``[batch, length, rows]`` of tokens ``[batch, length]``.
 
@@ -77,7 +78,9 @@ def hugging_face_logits(
     return result
 
 
-def native_logits(source: Source, tokens: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+def native_logits(
+    source: SourceCheckpoint, tokens: torch.Tensor, dtype: torch.dtype | None
+) -> torch.Tensor:
     """fp32 logits ``[batch, length, rows]`` of tokens ``[batch, length]``.
 
     Args:
@@ -152,7 +155,9 @@ TOKENS = (2, 128)
 """Batch and length of the compared tokens."""
 
 
-def verifier(conversion: Conversion, options: Options, tolerance: float) -> Callable[[Path], None]:
+def verifier(
+    conversion: Conversion, options: ConversionOptions, tolerance: float
+) -> Callable[[Path], None]:
     """The check of a finished output folder.
 
     Args:
@@ -164,9 +169,12 @@ def verifier(conversion: Conversion, options: Options, tolerance: float) -> Call
         A function that prints the figures and raises :class:`Difference` beyond the tolerance.
     """
 
+    for name in (conversion.source.format, conversion.target):
+        _verification(name)
+
     def verify(folder: Path) -> None:
         source = conversion.source
-        target = open_source(conversion.target, folder, Options()).check()
+        target = open_source(conversion.target, folder, ConversionOptions()).check()
         vocabulary = source.model.vocab_size or min(source.rows, target.rows)
         tokens = _tokens(source, vocabulary)
         stored = open_source(source.format, source.path, _only_reading(options)).dtype
@@ -180,27 +188,22 @@ def verifier(conversion: Conversion, options: Options, tolerance: float) -> Call
     return verify
 
 
-def _only_reading(options: Options) -> Options:
-    return Options(ignored_args=options.ignored_args)
+def _only_reading(options: ConversionOptions) -> ConversionOptions:
+    return ConversionOptions(ignored_args=options.ignored_args)
 
 
 def _narrow(dtype: torch.dtype) -> torch.dtype | None:
     return dtype if dtype.itemsize == 2 else None
 
 
-def _program(source: Source) -> str:
+def _program(source: SourceCheckpoint) -> str:
     """Who computed a side, and from what."""
-    files = {
-        "hf": "transformers {transformers}, from config.json and the weights' own names",
-        "native": "megatron-core {megatron-core}, loaded as a run loads it, from config.yaml",
-    }
-    other = "plain PyTorch {torch}, from the run's args and each rank's tensors as they are stored"
-    text = files.get(source.format, other)
+    text = _verification(source.format).program
     names = re.findall(r"{(.*?)}", text)
     return text.format_map({name: version(name) for name in names})
 
 
-def _tokens(source: Source, vocabulary: int) -> torch.Tensor:
+def _tokens(source: SourceCheckpoint, vocabulary: int) -> torch.Tensor:
     """Random tokens ``[batch, length + 1]``, the same every time."""
     batch, length = TOKENS
     length = min(length, (source.model.max_position_embeddings or length))
@@ -209,17 +212,25 @@ def _tokens(source: Source, vocabulary: int) -> torch.Tensor:
 
 
 def _logits(
-    source: Source, tokens: torch.Tensor, dtype: torch.dtype | None, ignored: frozenset[str]
+    source: SourceCheckpoint,
+    tokens: torch.Tensor,
+    dtype: torch.dtype | None,
+    ignored: frozenset[str],
 ) -> torch.Tensor:
     """fp32 logits ``[batch, length, rows]`` of the tokens but the last."""
-    from megatron_llmjp.convert import reference
+    return _verification(source.format).logits(source, tokens[:, :-1], dtype, ignored)
 
-    inputs = tokens[:, :-1]
-    if source.format == "hf":
-        return hugging_face_logits(source, inputs, dtype)
-    if source.format == "native":
-        return native_logits(source, inputs, dtype)
-    return reference.logits(source, inputs, dtype, ignored)
+
+def _verification(format_name: str) -> Verification:
+    """Return the entry of a format.
+
+    Raises:
+        UserError: the format cannot be verified.
+    """
+    found = FORMATS[format_name].verification
+    if found is None:
+        raise UserError(f"--verify: not supported for {format_name}")
+    return found
 
 
 def _compare(

@@ -17,9 +17,9 @@ import transformers
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.convert import cli as converter
 from megatron_llmjp.convert.formats import native
+from megatron_llmjp.convert.formats.base import SourceCheckpoint
 from megatron_llmjp.convert.formats.hugging_face import gpt2
 from megatron_llmjp.convert.formats.megatron_deepspeed import reader as megatron_deepspeed
-from megatron_llmjp.convert.formats.registry import Source
 from tests.convert.hf_models import STYLES
 from tests.support.datasets import write_folds
 from tests.support.tolerances import (
@@ -126,7 +126,10 @@ def test_the_next_steps_have_the_moments(runs):
     parameters = dict(model.named_parameters())
     losses, norms = history(runs / "moments"), history(runs / "moments", "grad norm")
     assert list(losses) == list(range(3, 3 + STEPS))
-    before, tokens = state(megatron_deepspeed.read(FIXTURES / GPT / "ckpt")), tokens_of(GPT)
+    before, tokens = (
+        state(megatron_deepspeed.read_checkpoint(FIXTURES / GPT / "ckpt")),
+        tokens_of(GPT),
+    )
     for step, iteration in enumerate(losses):
         for key, parameter in parameters.items():
             parameter.data.copy_(before["param"][key])
@@ -137,7 +140,7 @@ def test_the_next_steps_have_the_moments(runs):
         assert_close(losses[iteration], loss.item(), LOSS, "loss")
         assert_close(norms[iteration], norm.item(), GRADIENT_NORM, "gradient norm")
 
-        after = state(native.read(runs / "moments" / manifests.folder_name(iteration)))
+        after = state(native.read_checkpoint(runs / "moments" / manifests.folder_name(iteration)))
         rate = 1e-3 + (3e-3 - 1e-3) * (1 - (4 + BATCH * step) / 20)  # linear, over 20 samples
         for key, parameter in parameters.items():
             gradient, decay = parameter.grad, 0.01 if parameter.dim() > 1 else 0.0
@@ -153,7 +156,7 @@ def test_the_next_steps_have_the_moments(runs):
     assert losses[3] - losses[2 + STEPS] > 0.1
 
 
-def state(source: Source) -> dict[str, dict[str, torch.Tensor]]:
+def state(source: SourceCheckpoint) -> dict[str, dict[str, torch.Tensor]]:
     """fp32 weights and both moments in fp64 by transformers' names, ``[out, in]`` as in GPT-2."""
     tensors = {"param": source.check().reads, **source.optimizer().tensors}
     found: dict[str, dict[str, torch.Tensor]] = {}

@@ -32,7 +32,7 @@ def test_help_answers_without_torch(tmp_path):
         (["--to", "hf", "--input", "nowhere", "--output", "b"], "nowhere: does not exist"),
         (
             ["--to", "native", "--from", "hf", "--input", "llm-jp/llm-jp-3-150m", "--output", "b"],
-            "`hf download llm-jp/llm-jp-3-150m --local-dir llm-jp-3-150m`, and give llm-jp-3-150m",
+            "`hf download llm-jp/llm-jp-3-150m --local-dir llm-jp-3-150m`, and pass llm-jp-3-150m",
         ),
         (["--to", "hf", "--input", ".", "--output", "b", "--workers", "0"], "positive whole"),
         (["--to", "hf", "--input", ".", "--output", "b", "--max-shard-size", "5 tons"], "5GB"),

@@ -12,7 +12,7 @@ import torch
 
 from megatron_llmjp.convert.convert import prepare
 from megatron_llmjp.convert.files.safetensors import read_header
-from megatron_llmjp.convert.formats.registry import Options
+from megatron_llmjp.convert.formats.base import ConversionOptions
 from megatron_llmjp.errors import UserError
 from tests.convert.hf_models import gpt2, llama, state
 
@@ -77,7 +77,7 @@ def mutated_bytes(content: bytes, generator: random.Random) -> bytes:
     return bytes(data)
 
 
-def opened(folder: Path, format_name: str, options: Options) -> None:
+def opened(folder: Path, format_name: str, options: ConversionOptions) -> None:
     """Plan a conversion; whatever is wrong must be a user's error of few lines."""
     try:
         prepare(format_name, "native", folder, options)
@@ -141,7 +141,7 @@ def test_damage_never_ends_in_a_traceback(tmp_path, sources, name, format_name, 
     victim = folder / file
     good = victim.read_bytes()
     generator = random.Random(file)
-    options = Options(with_optimizer=name == "zero")
+    options = ConversionOptions(with_optimizer=name == "zero")
     for _ in range(100 if name == "zero" else 500):  # it opens twelve files each time
         if victim.suffix == ".json":
             value = mutated_json(json.loads(good), generator)
@@ -166,11 +166,11 @@ def test_files_of_torch_that_hold_something_else(tmp_path, sources, content):
         shutil.copytree(sources / name, tmp_path / name)
         torch.save(content, tmp_path / name / file)
         with pytest.raises(UserError):
-            prepare("megatron-lm", "native", tmp_path / name, Options())
+            prepare("megatron-lm", "native", tmp_path / name, ConversionOptions())
     shutil.copytree(FIXTURE, tmp_path / "mds")
     torch.save(content, next((tmp_path / "mds").glob("*/mp_rank_00_model_states.pt")))
     with pytest.raises(UserError):
-        prepare("megatron-deepspeed", "native", tmp_path / "mds", Options())
+        prepare("megatron-deepspeed", "native", tmp_path / "mds", ConversionOptions())
 
 
 def test_outputs_in_the_source_are_refused(tmp_path, convert, monkeypatch):

@@ -12,8 +12,8 @@ from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.convert import optimizer_state
 from megatron_llmjp.convert.files import torch_dist
 from megatron_llmjp.convert.formats import native
+from megatron_llmjp.convert.formats.base import ConversionOptions
 from megatron_llmjp.convert.formats.megatron_lm import reader as megatron_lm
-from megatron_llmjp.convert.formats.registry import Options
 from megatron_llmjp.convert.tensors import tensor_parallel
 from tests.support.processes import ROOT
 
@@ -23,9 +23,9 @@ RANK = Path("mp_rank_00", "model_optim_rng.pt")
 
 def everything(path: Path) -> tuple[dict[str, torch.Tensor], optimizer_state.OptimizerState]:
     """All tensors of a checkpoint of Megatron-LM: weights and optimizer."""
-    source = megatron_lm.read(path).check()
+    source = megatron_lm.read_checkpoint(path).check()
     state = optimizer_state.of_source(source)
-    reads = {**source.reads, **optimizer_state.reads_of(source, state, Options())}
+    reads = {**source.reads, **optimizer_state.reads_of(source, state, ConversionOptions())}
     return {name: read.read(name) for name, read in reads.items()}, state
 
 
@@ -56,7 +56,7 @@ def test_four_ranks(expected, tmp_path):
 
     Each rank's file is written as Megatron-LM would, cut from the fixture.
     """
-    model = megatron_lm.read(REAL).model
+    model = megatron_lm.read_checkpoint(REAL).model
     content = torch.load(REAL / RANK, weights_only=False)
     for t in range(2):
         for p in range(2):
@@ -138,7 +138,7 @@ def test_torch_dist(expected, tmp_path, convert):
 def test_another_type_keeps_the_fp32_weights(expected, tmp_path, convert):
     convert("--to", "native", "--input", REAL, "--output", tmp_path / "n", "--with-optimizer",
             "--dtype", "bf16")  # fmt: skip
-    source = native.read(tmp_path / "n")
+    source = native.read_checkpoint(tmp_path / "n")
     entries = torch_dist.read_metadata(source.path)
     for name in ("output_layer.weight", "embedding.word_embeddings.weight"):
         assert source.reads[name].read(name).dtype == torch.bfloat16

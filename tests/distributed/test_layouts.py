@@ -160,6 +160,6 @@ def test_one_seed_gives_one_model(runs):
 
 def weights(save):
     """A checkpoint's parameters, without the padding of the vocabulary."""
-    source = native.read(save)
+    source = native.read_checkpoint(save)
     found = {name: read.read(name) for name, read in source.reads.items()}
     return {k: v[:VOCAB_SIZE] if "word_embeddings" in k else v for k, v in found.items()}

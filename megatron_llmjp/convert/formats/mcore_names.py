@@ -13,7 +13,7 @@ from functools import partial
 
 from megatron_llmjp.config.schema import ModelConfig
 from megatron_llmjp.convert.files.torch_dist import StoredEntry, Writer
-from megatron_llmjp.convert.formats.registry import Options, Source
+from megatron_llmjp.convert.formats.base import ConversionOptions, SourceCheckpoint
 from megatron_llmjp.convert.plan import Read, Write
 from megatron_llmjp.convert.tensors import LAYER, VOCABULARY, boxes, shapes
 
@@ -88,7 +88,9 @@ def _candidates(name: str) -> Iterable[tuple[str, int | None]]:
     yield name, None
 
 
-def add_model(writer: Writer, source: Source, options: Options, rows: int) -> dict[str, Write]:
+def add_model(
+    writer: Writer, source: SourceCheckpoint, options: ConversionOptions, rows: int
+) -> dict[str, Write]:
     """Make room for a model with ``rows`` rows of vocabulary, extra states included.
 
     megatron-core asks for an ``_extra_state`` object of every linear layer when it loads.

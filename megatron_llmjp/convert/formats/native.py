@@ -13,15 +13,16 @@ from typing import Any
 import torch
 
 from megatron_llmjp.checkpoint import manifest as manifests
+from megatron_llmjp.checkpoint.save_folder import NATIVE
 from megatron_llmjp.config.loading import dump_config, load_config
 from megatron_llmjp.config.schema import Config, ModelConfig
 from megatron_llmjp.convert import optimizer_state
 from megatron_llmjp.convert.files import torch_dist
 from megatron_llmjp.convert.files.checksums import Region
 from megatron_llmjp.convert.formats import mcore_names
+from megatron_llmjp.convert.formats.base import ConversionOptions, SourceCheckpoint
 from megatron_llmjp.convert.formats.hugging_face import generation
 from megatron_llmjp.convert.formats.hugging_face.config import write_json
-from megatron_llmjp.convert.formats.registry import Options, Source
 from megatron_llmjp.convert.model_tokenizer import open_tokenizer, run_kind, tokenizer_files
 from megatron_llmjp.convert.optimizer_state import OptimizerState
 from megatron_llmjp.convert.plan import Checksums, Output
@@ -34,7 +35,7 @@ _FILE_SIZE = 1_000_000_000
 """Files no larger than this, so that several threads can read them when a run starts."""
 
 
-def read(path: Path) -> Source:
+def read_checkpoint(path: Path) -> SourceCheckpoint:
     """Open a checkpoint, or the newest complete one of a run's folder.
 
     Raises:
@@ -55,7 +56,7 @@ def read(path: Path) -> Source:
     entries = mcore_names.weights(stored)
     if WORD_EMBEDDINGS not in entries:
         raise UserError(f"{folder}: holds no {WORD_EMBEDDINGS}")
-    model = architecture(config)
+    model = model_with_sizes(config)
     tokenizer = folder / manifests.TOKENIZER
     parallel = config.parallel
     trained = (
@@ -65,8 +66,8 @@ def read(path: Path) -> Source:
     optimizer: Callable[[], OptimizerState] | None = partial(_optimizer, model, stored, folder)
     if manifest.contents == "weights":
         trained, optimizer = "weights only", None
-    return Source(
-        "native",
+    return SourceCheckpoint(
+        NATIVE,
         folder,
         model,
         mcore_names.reads(model, entries[WORD_EMBEDDINGS].shape[0], entries),
@@ -93,7 +94,7 @@ def _optimizer(
     return optimizer_state.from_torch_dist(model, stored, common, folder)
 
 
-def architecture(config: Config) -> ModelConfig:
+def model_with_sizes(config: Config) -> ModelConfig:
     """The model of a resolved configuration, with every size filled in."""
     model = config.model
     return model.model_copy(
@@ -106,7 +107,7 @@ def architecture(config: Config) -> ModelConfig:
     )
 
 
-def plan(source: Source, options: Options) -> Output:
+def plan_output(source: SourceCheckpoint, options: ConversionOptions) -> Output:
     """Lay out ``OUT/iter_*``, which ``--load OUT --finetune`` reads in any layout.
 
     With the optimizer's state it is a checkpoint to go on from: ``--load OUT``.
@@ -157,7 +158,7 @@ def plan(source: Source, options: Options) -> Output:
     return Output(writer.files, writes, finish, list(tokenizer.notes), warnings)
 
 
-def _config(source: Source, options: Options) -> Config:
+def _config(source: SourceCheckpoint, options: ConversionOptions) -> Config:
     """The configuration that is stored beside converted weights."""
     tensor = options.tensor_parallel
     model = source.model

@@ -1,174 +1,269 @@
-"""Registry of checkpoint formats: detection, readers and writers.
+"""Registry of the checkpoint formats: description, detection, reader, writer and verification.
 
-What every format offers: a reader that opens a checkpoint, a writer that plans one.
-
-Which format a path holds, and who reads and writes it.
+An entry of :data:`FORMATS` is all that a format needs: the choices and the help of
+``convert_checkpoint``, ``inspect``, detection and the table in docs/convert.md are made from it.
+Readers and writers are imported when they are called, so that ``--help`` does not import torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING
 
 from megatron_llmjp.checkpoint.manifest import complete_iterations
 from megatron_llmjp.checkpoint.save_folder import (
     HUGGING_FACE,
+    MEGATRON_DEEPSPEED,
     MEGATRON_LM,
     NATIVE,
     list_checkpoints,
     recognize,
 )
-from megatron_llmjp.config.schema import ModelConfig
-from megatron_llmjp.convert.formats.hugging_face.generation import Generation
-from megatron_llmjp.convert.plan import Output, Read
-from megatron_llmjp.convert.tensors import WORD_EMBEDDINGS, shapes
 from megatron_llmjp.errors import UserError, download_hint
-from megatron_llmjp.tokenizers.registry import TikTokenSettings
 
-FORMATS = ("native", "hf", "megatron-lm", "megatron-deepspeed")
+if TYPE_CHECKING:
+    import torch
 
+    from megatron_llmjp.convert.formats.base import ConversionOptions, SourceCheckpoint
+    from megatron_llmjp.convert.plan import Output
 
-@dataclass
-class Source:
-    """An opened checkpoint: its architecture, and how to read each canonical tensor."""
-
-    format: str
-    path: Path
-    model: ModelConfig
-    """With every size filled in; ``vocab_size`` is None where the format does not tell it."""
-    reads: dict[str, Read]
-    layout: str
-    """How the checkpoint is cut into files, in words."""
-    iteration: int | None = None
-    consumed_samples: int | None = None
-    tokenizer: Path | None = None
-    """Folder with tokenizer files, where the checkpoint carries them."""
-    seq_length: int | None = None
-    tokenizer_type: str | None = None
-    """Type of the run's tokenizer as the checkpoint names it, which decides what ends a text."""
-    tiktoken: TikTokenSettings = field(default_factory=TikTokenSettings)
-    """Settings of a TikTokenizer."""
-    generation: Generation | None = None
-    """Token ids and generation settings of a Hugging Face model, also on its way back."""
-    notes: list[str] = field(default_factory=list)
-    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Sections of the run's configuration that the checkpoint tells."""
-    optimizer: Callable[[], Any] | None = None
-    """Opens the optimizer's state, an ``optimizer_state.OptimizerState``."""
-
-    @property
-    def rows(self) -> int:
-        """Rows of the embedding as stored."""
-        return self.reads[WORD_EMBEDDINGS].shape[0]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the embedding, which stands for the model's."""
-        return self.reads[WORD_EMBEDDINGS].dtype
-
-    @property
-    def parameters(self) -> int:
-        """Number of parameters, padding included."""
-        return sum(torch.Size(read.shape).numel() for read in self.reads.values())
-
-    def check(self) -> Source:
-        """Account for every tensor: names and shapes are those of the architecture.
-
-        Raises:
-            UserError: a tensor is missing, unexpected, wrongly shaped, or not of a float type.
-        """
-        expected = shapes(self.model, self.rows)
-        account(self.path, expected, self.reads)
-        for name, shape in expected.items():
-            read = self.reads[name]
-            if read.shape != shape:
-                raise UserError(
-                    f"{self.path}: {name} has shape {read.shape}, its configuration says {shape}"
-                )
-            if not read.dtype.is_floating_point:
-                raise UserError(f"{self.path}: {name} has type {read.dtype}: quantized?")
-            read.check(name)
-        self.reads = {name: self.reads[name] for name in expected}
-        return self
+    Reader = Callable[[Path, ConversionOptions], SourceCheckpoint]
+    Planner = Callable[[SourceCheckpoint, ConversionOptions], Output]
+    Logits = Callable[
+        [SourceCheckpoint, torch.Tensor, torch.dtype | None, frozenset[str]], torch.Tensor
+    ]
 
 
 @dataclass(frozen=True)
-class Options:
-    """What the user may ask of a writer."""
+class Verification:
+    """Computation of a checkpoint's logits for ``--verify``, independent of the converter.
 
-    dtype: torch.dtype | None = None
-    tensor_parallel: int = 1
-    pipeline_parallel: int = 1
-    max_shard_size: int = 5_000_000_000
-    keep_vocabulary_padding: bool = False
-    tokenizer: Path | None = None
-    tokenizer_type: str | None = None
-    vocab_size: int | None = None
-    megatron_format: str = "torch_dist"
-    transformer_impl: str = "transformer_engine"
-    main_weights: bool = False
-    with_optimizer: bool = False
-    no_pipeline: bool = False
-    checksums: bool = True
-    """Read the rest of files that a manifest has checksums of, to compare them."""
-    ignored_args: frozenset[str] = frozenset()
-    """Arguments of a Megatron run that the user declares to be irrelevant."""
-
-    def dtype_of(self, read: Read) -> torch.dtype:
-        """The type a tensor is written in: its own unless another was asked for."""
-        return self.dtype or read.dtype
-
-
-def account(
-    where: Path, expected: Iterable[str], found: Iterable[str] | Mapping[str, object]
-) -> None:
-    """Compare names, exactly.
-
-    Raises:
-        UserError: naming the first missing and unexpected ones.
+    Attributes:
+        logits: returns fp32 logits ``[batch, length, padded vocabulary]`` of tokens
+            ``[batch, length]``. Arguments: the checkpoint, of which the path and the format are
+            used; the tokens; the dtype to which the weights are rounded first, or None; names of
+            Megatron arguments to ignore.
+        program: how the logits are computed; ``{package}`` becomes the version of the package.
     """
-    wanted, given = set(expected), set(found)
-    lines = []
-    for title, names in (("missing", wanted - given), ("unexpected", given - wanted)):
-        if names:
-            shown = ", ".join(sorted(names)[:4])
-            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-            lines.append(f"{title}: {shown}{more}")
-    if lines:
-        raise UserError(
-            f"{where}: its tensors are not those of its configuration\n  " + "\n  ".join(lines)
-        )
+
+    logits: Logits
+    program: str
 
 
-def detect(path: Path) -> str:
-    """The format of a checkpoint, told from the names of its files.
+@dataclass(frozen=True)
+class CheckpointFormat:
+    """A checkpoint format.
+
+    Attributes:
+        name: the value of ``--from`` and ``--to``.
+        description: programs and files, as Markdown: a row of the table in docs/convert.md.
+        detect: returns whether a folder holds a checkpoint of this format, by file names.
+        read: opens a checkpoint.
+        plan: lays out the output files.
+        verification: None if ``--verify`` is not supported.
+        has_main_weights: whether the reader supports ``--main-weights``.
+        has_megatron_args: whether the reader supports ``--ignore-args``.
+        stores_tokenizer: whether the writer supports ``--tokenizer`` and ``--tokenizer-type``.
+        writes_optimizer: whether the writer supports ``--with-optimizer``.
+        creates_optimizer: whether the writer writes zero moments if the source has no optimizer.
+        has_checksums: whether the files have checksums of their own.
+    """
+
+    name: str
+    description: str
+    detect: Callable[[Path], bool]
+    read: Reader
+    plan: Planner
+    verification: Verification | None = None
+    has_main_weights: bool = False
+    has_megatron_args: bool = False
+    stores_tokenizer: bool = False
+    writes_optimizer: bool = False
+    creates_optimizer: bool = False
+    has_checksums: bool = True
+
+
+def _recognized(path: Path) -> str | None:
+    """Return the format of a folder or of the newest checkpoint in it, by file names."""
+    found = recognize(path) or next(reversed(list_checkpoints(path)), None)
+    return None if found is None else found.format
+
+
+def _is_native(path: Path) -> bool:
+    return bool(complete_iterations(path)) or _recognized(path) == NATIVE
+
+
+def _read_native(path: Path, _: ConversionOptions) -> SourceCheckpoint:
+    from megatron_llmjp.convert.formats import native
+
+    return native.read_checkpoint(path)
+
+
+def _plan_native(source: SourceCheckpoint, options: ConversionOptions) -> Output:
+    from megatron_llmjp.convert.formats import native
+
+    return native.plan_output(source, options)
+
+
+def _native_logits(
+    source: SourceCheckpoint, tokens: torch.Tensor, dtype: torch.dtype | None, _: frozenset[str]
+) -> torch.Tensor:
+    from megatron_llmjp.convert import verify
+
+    return verify.native_logits(source, tokens, dtype)
+
+
+def _is_hugging_face(path: Path) -> bool:
+    found = _recognized(path)
+    return found == HUGGING_FACE or (found is None and (path / "config.json").is_file())
+
+
+def _read_hugging_face(path: Path, _: ConversionOptions) -> SourceCheckpoint:
+    from megatron_llmjp.convert.formats.hugging_face import folder
+
+    return folder.read_checkpoint(path)
+
+
+def _plan_hugging_face(source: SourceCheckpoint, options: ConversionOptions) -> Output:
+    from megatron_llmjp.convert.formats.hugging_face import folder
+
+    return folder.plan_output(source, options)
+
+
+def _hugging_face_logits(
+    source: SourceCheckpoint, tokens: torch.Tensor, dtype: torch.dtype | None, _: frozenset[str]
+) -> torch.Tensor:
+    from megatron_llmjp.convert import verify
+
+    return verify.hugging_face_logits(source, tokens, dtype)
+
+
+def _is_megatron_lm(path: Path) -> bool:
+    found = _recognized(path)
+    if found is not None or (path / "config.json").is_file():
+        return found == MEGATRON_LM
+    patterns = (".metadata", "*/.metadata", "*/mp_rank_*/model_optim_rng.pt")
+    return any(next(path.glob(pattern), None) for pattern in patterns)
+
+
+def _read_megatron_lm(path: Path, options: ConversionOptions) -> SourceCheckpoint:
+    from megatron_llmjp.convert.formats.megatron_lm import reader
+
+    return reader.read_checkpoint(path, options.ignored_args)
+
+
+def _plan_megatron_lm(source: SourceCheckpoint, options: ConversionOptions) -> Output:
+    from megatron_llmjp.convert.formats.megatron_lm import writer
+
+    return writer.plan_output(source, options)
+
+
+def _read_megatron_deepspeed(path: Path, options: ConversionOptions) -> SourceCheckpoint:
+    from megatron_llmjp.convert.formats.megatron_deepspeed import reader
+
+    return reader.read_checkpoint(path, options.main_weights, options.ignored_args)
+
+
+def _plan_megatron_deepspeed(source: SourceCheckpoint, options: ConversionOptions) -> Output:
+    from megatron_llmjp.convert.formats.megatron_deepspeed import writer
+
+    return writer.plan_output(source, options)
+
+
+def _reference_logits(
+    source: SourceCheckpoint,
+    tokens: torch.Tensor,
+    dtype: torch.dtype | None,
+    ignored: frozenset[str],
+) -> torch.Tensor:
+    from megatron_llmjp.convert import reference
+
+    return reference.logits(source, tokens, dtype, ignored)
+
+
+_REFERENCE = Verification(
+    _reference_logits,
+    "plain PyTorch {torch}, from the run's args and each rank's tensors as they are stored",
+)
+
+FORMATS = {
+    entry.name: entry
+    for entry in (
+        CheckpointFormat(
+            NATIVE,
+            "this project's checkpoints: `SAVE/iter_0001000/` with torch_dist files, "
+            "`config.yaml`, `tokenizer/`, `manifest.json`",
+            _is_native,
+            _read_native,
+            _plan_native,
+            Verification(
+                _native_logits,
+                "megatron-core {megatron-core}, loaded as a run loads it, from config.yaml",
+            ),
+            stores_tokenizer=True,
+            writes_optimizer=True,
+        ),
+        CheckpointFormat(
+            HUGGING_FACE,
+            "Hugging Face: `config.json` and safetensors files of the architectures below",
+            _is_hugging_face,
+            _read_hugging_face,
+            _plan_hugging_face,
+            Verification(
+                _hugging_face_logits,
+                "transformers {transformers}, from config.json and the weights' own names",
+            ),
+            stores_tokenizer=True,
+            has_checksums=False,
+        ),
+        CheckpointFormat(
+            MEGATRON_LM,
+            "NVIDIA's and LLM-jp's Megatron-LM: `torch_dist`, or the older `torch` format with one "
+            "file per rank",
+            _is_megatron_lm,
+            _read_megatron_lm,
+            _plan_megatron_lm,
+            _REFERENCE,
+            has_megatron_args=True,
+        ),
+        CheckpointFormat(
+            MEGATRON_DEEPSPEED,
+            "LLM-jp v1.0's trainer: `global_step*/layer_*-model_*`, or one module per rank "
+            "(`--no-pipeline`)",
+            lambda path: _recognized(path) == MEGATRON_DEEPSPEED,
+            _read_megatron_deepspeed,
+            _plan_megatron_deepspeed,
+            _REFERENCE,
+            has_main_weights=True,
+            has_megatron_args=True,
+            writes_optimizer=True,
+            creates_optimizer=True,
+        ),
+    )
+}
+"""The checkpoint formats by name; a folder has the first format that detects it."""
+
+
+def detect_format(path: Path) -> CheckpointFormat:
+    """Return the format of the checkpoint in a folder, by file names.
 
     Raises:
-        UserError: it is none that is known.
+        UserError: the folder does not exist or holds no checkpoint of a known format.
     """
     check_is_folder(path)
-    if complete_iterations(path):
-        return NATIVE
-    found = recognize(path) or next(reversed(list_checkpoints(path)), None)
-    if found is not None and found.format is not None:
-        return found.format
-    if (path / "config.json").is_file():
-        return HUGGING_FACE
-    megatron = (".metadata", "*/.metadata", "*/mp_rank_*/model_optim_rng.pt")
-    if any(next(path.glob(pattern), None) for pattern in megatron):
-        return MEGATRON_LM
+    for entry in FORMATS.values():
+        if entry.detect(path):
+            return entry
     raise UserError(
-        f"{path}: holds no checkpoint of a known format; say --from "
-        f"{'|'.join(FORMATS)} to learn what is missing"
+        f"{path}: no checkpoint of a known format found; use --from "
+        f"{'|'.join(FORMATS)} to see which files are missing"
     )
 
 
 def check_is_folder(path: Path) -> None:
-    """Refuse an ``--input`` that is no folder.
+    """Check that ``--input`` is a folder.
 
     Raises:
         UserError: it is a file, or does not exist.
@@ -177,39 +272,3 @@ def check_is_folder(path: Path) -> None:
         raise UserError(f"--input {path}: is not a folder")
     if not path.is_dir():
         raise UserError(f"--input {path}: does not exist{download_hint(path)}")
-
-
-def reader(name: str) -> Callable[[Path, Options], Source]:
-    """The function that opens a checkpoint of a format."""
-    from megatron_llmjp.convert.formats import native
-    from megatron_llmjp.convert.formats.hugging_face import folder as hugging_face
-    from megatron_llmjp.convert.formats.megatron_deepspeed import reader as megatron_deepspeed
-    from megatron_llmjp.convert.formats.megatron_lm import reader as megatron_lm
-
-    readers: dict[str, Callable[[Path, Options], Source]] = {
-        "native": lambda path, _: native.read(path),
-        "hf": lambda path, _: hugging_face.read(path),
-        "megatron-lm": lambda path, given: megatron_lm.read(path, given.ignored_args),
-        "megatron-deepspeed": lambda path, given: megatron_deepspeed.read(
-            path, given.main_weights, given.ignored_args
-        ),
-    }
-    return readers[name]
-
-
-def planner(name: str) -> Callable[[Source, Options], Output]:
-    """The function that lays out a checkpoint of a format."""
-    from megatron_llmjp.convert.formats import native
-    from megatron_llmjp.convert.formats.hugging_face import folder as hugging_face
-    from megatron_llmjp.convert.formats.megatron_deepspeed import (
-        writer as megatron_deepspeed_writer,
-    )
-    from megatron_llmjp.convert.formats.megatron_lm import writer as megatron_lm_writer
-
-    planners = {
-        "native": native.plan,
-        "hf": hugging_face.plan,
-        "megatron-lm": megatron_lm_writer.plan,
-        "megatron-deepspeed": megatron_deepspeed_writer.plan,
-    }
-    return planners[name]

@@ -12,14 +12,19 @@ from typing import Any
 
 import torch
 
+from megatron_llmjp.checkpoint.save_folder import HUGGING_FACE
 from megatron_llmjp.config.schema import ModelConfig
 from megatron_llmjp.convert.files.safetensors import plan_file, read_header
 from megatron_llmjp.convert.files.storage import Stored, byte_count, dtype_name
 from megatron_llmjp.convert.files.torch_archive import load
+from megatron_llmjp.convert.formats.base import (
+    ConversionOptions,
+    SourceCheckpoint,
+    check_tensor_names,
+)
 from megatron_llmjp.convert.formats.hugging_face import generation, gpt2, gpt_neox, llama
 from megatron_llmjp.convert.formats.hugging_face.config import Style, read_json, write_json
 from megatron_llmjp.convert.formats.hugging_face.tokenizer import export_tokenizer
-from megatron_llmjp.convert.formats.registry import Options, Source, account
 from megatron_llmjp.convert.model_tokenizer import open_tokenizer
 from megatron_llmjp.convert.plan import Checksums, Output, OutputFile, Read, Write
 from megatron_llmjp.convert.tensors import VOCABULARY, Shape, part_shapes, shapes
@@ -50,7 +55,7 @@ def style_for(model: ModelConfig) -> Style:
     raise UserError("no Hugging Face architecture holds this model\n" + "\n".join(reasons))
 
 
-def read(path: Path) -> Source:
+def read_checkpoint(path: Path) -> SourceCheckpoint:
     """Open a Hugging Face folder.
 
     Raises:
@@ -72,7 +77,7 @@ def read(path: Path) -> Source:
         }
     rules = style.expanded(model)
     replicas = _tied_copies(style, model, tensors)
-    account(path, [key for rule in rules for key in rule.keys], tensors)
+    check_tensor_names(path, [key for rule in rules for key in rule.keys], tensors)
     shape_of = shapes(model, model.vocab_size or 0)
     reads = {}
     for rule in rules:
@@ -81,8 +86,8 @@ def read(path: Path) -> Source:
             shape_of[rule.name], parts[0].dtype, parts, rule.layout, replicas.get(rule.name, ())
         )
     files = len({stored.source for stored in tensors.values()})
-    return Source(
-        "hf",
+    return SourceCheckpoint(
+        HUGGING_FACE,
         path,
         model,
         reads,
@@ -134,7 +139,7 @@ def _tensors(path: Path) -> dict[str, Stored]:
                 name: opened(_inside(path, name)) for name in sorted(set(weight_map.values()))
             }
             found = {key: t for shard in shards.values() for key, t in shard.items()}
-            account(path / index, weight_map, found)
+            check_tensor_names(path / index, weight_map, found)
             return found
     raise UserError(f"{path}: holds neither model.safetensors nor {INDEX}")
 
@@ -145,7 +150,7 @@ def _inside(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def plan(source: Source, options: Options) -> Output:
+def plan_output(source: SourceCheckpoint, options: ConversionOptions) -> Output:
     """Lay out a Hugging Face folder.
 
     Raises:
@@ -215,7 +220,11 @@ def _shards(placed: dict[str, tuple[Shape, torch.dtype]], limit: int) -> list[Ou
 
 
 def _config(
-    style: Style, source: Source, options: Options, rows: int, ids: Mapping[str, Any]
+    style: Style,
+    source: SourceCheckpoint,
+    options: ConversionOptions,
+    rows: int,
+    ids: Mapping[str, Any],
 ) -> dict[str, Any]:
     """config.json with the keys that transformers 4.35 reads and those that 5 reads."""
     dtype = _TORCH_NAMES[dtype_name(options.dtype or source.dtype)]

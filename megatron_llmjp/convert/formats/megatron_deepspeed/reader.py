@@ -14,8 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_llmjp.checkpoint.save_folder import MEGATRON_DEEPSPEED
 from megatron_llmjp.config.schema import ModelConfig
 from megatron_llmjp.convert.files.torch_archive import load
+from megatron_llmjp.convert.formats.base import SourceCheckpoint
 from megatron_llmjp.convert.formats.megatron_deepspeed import zero as zero_files
 from megatron_llmjp.convert.formats.megatron_deepspeed.names import classify, join_separate_keys
 from megatron_llmjp.convert.formats.megatron_lm.arguments import (
@@ -25,7 +27,6 @@ from megatron_llmjp.convert.formats.megatron_lm.arguments import (
     tokenizer_type_of,
 )
 from megatron_llmjp.convert.formats.rank_files import Gathered, new_name
-from megatron_llmjp.convert.formats.registry import Source
 from megatron_llmjp.convert.optimizer_state import MAIN
 from megatron_llmjp.convert.tensors import (
     LAYER,
@@ -40,7 +41,9 @@ _LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt$")
 _RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt$")
 
 
-def read(path: Path, main_weights: bool = False, ignored: Collection[str] = ()) -> Source:
+def read_checkpoint(
+    path: Path, main_weights: bool = False, ignored: Collection[str] = ()
+) -> SourceCheckpoint:
     """Open a ``global_step*`` folder, or the one that ``latest`` names.
 
     Args:
@@ -89,8 +92,8 @@ def read(path: Path, main_weights: bool = False, ignored: Collection[str] = ()) 
             "the true vocabulary size is not in the checkpoint: its padding was kept; "
             "--vocab-size N trims it"
         )
-    return Source(
-        "megatron-deepspeed",
+    return SourceCheckpoint(
+        MEGATRON_DEEPSPEED,
         folder,
         model,
         reads,

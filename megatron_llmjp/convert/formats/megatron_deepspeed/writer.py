@@ -15,6 +15,7 @@ import torch
 from megatron_llmjp.config.schema import ModelConfig
 from megatron_llmjp.convert import optimizer_state
 from megatron_llmjp.convert.files.torch_archive_writer import Placeholder, plan_archive
+from megatron_llmjp.convert.formats.base import ConversionOptions, SourceCheckpoint
 from megatron_llmjp.convert.formats.megatron_deepspeed import zero_writer
 from megatron_llmjp.convert.formats.megatron_deepspeed.reader import LATEST
 from megatron_llmjp.convert.formats.megatron_lm.arguments import make_args
@@ -25,7 +26,6 @@ from megatron_llmjp.convert.formats.rank_files import (
     target_rows,
     write_of,
 )
-from megatron_llmjp.convert.formats.registry import Options, Source
 from megatron_llmjp.convert.plan import Checksums, Output, Slot
 from megatron_llmjp.convert.tensors import (
     FINAL_NORM,
@@ -39,7 +39,7 @@ from megatron_llmjp.convert.tensors import (
 from megatron_llmjp.errors import UserError
 
 
-def plan(source: Source, options: Options) -> Output:
+def plan_output(source: SourceCheckpoint, options: ConversionOptions) -> Output:
     """Lay out a checkpoint that Megatron-DeepSpeed loads with ``--finetune``.
 
     Raises:
@@ -52,7 +52,7 @@ def plan(source: Source, options: Options) -> Output:
     return _plan_layers(source, options)
 
 
-def _plan_modules(source: Source, options: Options) -> Output:
+def _plan_modules(source: SourceCheckpoint, options: ConversionOptions) -> Output:
     """One file per tensor-parallel rank with everything in it, as ``--no-pipeline-parallel``."""
     if options.pipeline_parallel > 1 or options.with_optimizer:
         raise UserError("--no-pipeline excludes pipeline stages and --with-optimizer")
@@ -94,17 +94,17 @@ def _module(model: ModelConfig, held: dict[str, Placeholder]) -> dict[str, Any]:
     return {"language_model": language}
 
 
-def _tag(source: Source) -> str:
+def _tag(source: SourceCheckpoint) -> str:
     return f"global_step{source.iteration or 0}"
 
 
-def _write_trackers(folder: Path, source: Source) -> None:
+def _write_trackers(folder: Path, source: SourceCheckpoint) -> None:
     (folder / LATEST).write_text(_tag(source), encoding="utf-8")
     iteration = str(source.iteration or 0)
     (folder / "latest_checkpointed_iteration.txt").write_text(iteration, encoding="utf-8")
 
 
-def _plan_layers(source: Source, options: Options) -> Output:
+def _plan_layers(source: SourceCheckpoint, options: ConversionOptions) -> Output:
     """One file per layer and tensor-parallel rank."""
     model, tensor = source.model, options.tensor_parallel
     rows = target_rows(model, source.rows, tensor)
@@ -140,7 +140,7 @@ def _plan_layers(source: Source, options: Options) -> Output:
 
     def finish(folder: Path, _: Checksums) -> None:
         for file in optimizers:
-            zero_writer.finish(folder, file)
+            zero_writer.write_checksums(folder, file)
         _write_trackers(folder, source)
 
     writes = {
@@ -151,8 +151,12 @@ def _plan_layers(source: Source, options: Options) -> Output:
 
 
 def _optimizer_file(
-    source: Source, options: Options, stage: dict[int, dict[str, str]], rank: int, rows: int
-) -> zero_writer.Optimizer:
+    source: SourceCheckpoint,
+    options: ConversionOptions,
+    stage: dict[int, dict[str, str]],
+    rank: int,
+    rows: int,
+) -> zero_writer.OptimizerFile:
     """Lay out the optimizer of one rank, whose layer files are ``stage``."""
     model, tensor = source.model, options.tensor_parallel
     names = zero_writer.parameter_names(stage, model)
@@ -162,7 +166,7 @@ def _optimizer_file(
     prefix = "bf16_" if dtype == torch.bfloat16 else ""
     path = f"{_tag(source)}/{prefix}zero_pp_rank_0_mp_rank_{rank:02d}_optim_states.pt"
     found = None if source.optimizer is None else optimizer_state.of_source(source)
-    return zero_writer.plan(path, names, held, dtype, found)
+    return zero_writer.plan_optimizer_file(path, names, held, dtype, found)
 
 
 def _check_expressible(model: ModelConfig) -> None:
@@ -249,7 +253,9 @@ def _universal_info(model: ModelConfig, rows: int) -> dict[str, Any]:
     }
 
 
-def _rank_content(source: Source, options: Options, rows: int) -> dict[str, Any]:
+def _rank_content(
+    source: SourceCheckpoint, options: ConversionOptions, rows: int
+) -> dict[str, Any]:
     """What DeepSpeed's engine and Megatron insist on when they load."""
     model, tensor, stages = source.model, options.tensor_parallel, options.pipeline_parallel
     iteration = source.iteration or 0

@@ -27,7 +27,7 @@ _ALIGNMENT = 2  # elements per data-parallel rank
 
 
 @dataclass
-class Optimizer:
+class OptimizerFile:
     """A planned file, the slots of every parameter in it, and the shapes that describe it."""
 
     file: OutputFile
@@ -53,13 +53,13 @@ def parameter_names(stage: dict[int, dict[str, str]], model: ModelConfig) -> dic
     }
 
 
-def plan(
+def plan_optimizer_file(
     path: str,
     names: dict[str, str],
     shapes: dict[str, Shape],
     dtype: torch.dtype,
     found: OptimizerState | None,
-) -> Optimizer:
+) -> OptimizerFile:
     """Lay out the file of one model-parallel rank.
 
     Args:
@@ -101,7 +101,7 @@ def plan(
     # Megatron-DeepSpeed can count tokens too, which this schedule does not.
     by_tokens = {"lr_warmup_tokens": None, "lr_decay_tokens": None, "num_tokens": 0}
     scheduler = {**by_tokens, **found.scheduler} if found else None
-    return Optimizer(file, slots, param_shapes, scheduler)
+    return OptimizerFile(file, slots, param_shapes, scheduler)
 
 
 def _groups(names: dict[str, str], shapes: dict[str, Shape]) -> list[list[str]]:
@@ -149,7 +149,7 @@ def _by_decay(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [decayed, next((group for group in groups if not group.get("wd_mult", 1.0)), decayed)]
 
 
-def finish(folder: Path, file: OutputFile) -> None:
+def write_checksums(folder: Path, file: OutputFile) -> None:
     """Write the checksums of the flat arrays, whose parts arrive in any order."""
     for slot in file.slots.values():
         descriptor = os.open(folder / file.name, os.O_RDWR)

@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_llmjp.checkpoint.manifest import folder_name
+from megatron_llmjp.checkpoint.save_folder import MEGATRON_LM
 from megatron_llmjp.config.schema import ModelConfig
 from megatron_llmjp.convert import optimizer_state
 from megatron_llmjp.convert.files import torch_dist
 from megatron_llmjp.convert.files.storage import Stored
 from megatron_llmjp.convert.files.torch_archive import load
 from megatron_llmjp.convert.formats import mcore_names
+from megatron_llmjp.convert.formats.base import SourceCheckpoint
 from megatron_llmjp.convert.formats.megatron_lm.arguments import (
     model_from_args,
     notes_from_args,
@@ -31,7 +33,6 @@ from megatron_llmjp.convert.formats.megatron_lm.arguments import (
     tokenizer_type_of,
 )
 from megatron_llmjp.convert.formats.rank_files import Gathered, new_name
-from megatron_llmjp.convert.formats.registry import Source
 from megatron_llmjp.convert.model_tokenizer import tokenizer_files
 from megatron_llmjp.convert.optimizer_state import MAIN, MOMENTS, OptimizerState
 from megatron_llmjp.convert.tensors import FINAL_NORM, OUTPUT_LAYER, WORD_EMBEDDINGS
@@ -106,7 +107,7 @@ _OLD_ROOTS = {
 _TIED_COPIES = ("word_embeddings_for_head.weight", "word_embeddings.weight")
 
 
-def read(path: Path, ignored: Collection[str] = ()) -> Source:
+def read_checkpoint(path: Path, ignored: Collection[str] = ()) -> SourceCheckpoint:
     """Open an iteration's folder, or that of a run, whose tracker names the iteration.
 
     Args:
@@ -147,7 +148,7 @@ def _source(
     reads: dict[str, Any],
     layout: str,
     optimizer: Callable[[], OptimizerState],
-) -> Source:
+) -> SourceCheckpoint:
     notes = notes_from_args(args)
     if model.vocab_size is None:
         notes.append(
@@ -155,8 +156,8 @@ def _source(
             "--vocab-size N trims it"
         )
     tokenizer = folder / "tokenizer"  # from core 0.20 on
-    return Source(
-        "megatron-lm",
+    return SourceCheckpoint(
+        MEGATRON_LM,
         folder,
         model,
         reads,
@@ -173,7 +174,7 @@ def _source(
     )
 
 
-def _read_torch_dist(folder: Path, ignored: Collection[str]) -> Source:
+def _read_torch_dist(folder: Path, ignored: Collection[str]) -> SourceCheckpoint:
     common = torch_dist.read_common(folder)
     stored = torch_dist.read_metadata(folder)
     entries = mcore_names.weights(stored)
@@ -188,7 +189,7 @@ def _read_torch_dist(folder: Path, ignored: Collection[str]) -> Source:
     return _source(folder, common["args"], iteration, model, reads, "torch_dist", optimizer)
 
 
-def _read_legacy(folder: Path, ignored: Collection[str]) -> Source:
+def _read_legacy(folder: Path, ignored: Collection[str]) -> SourceCheckpoint:
     ranks = _rank_files(folder)
     tensor = 1 + max(t for t, _ in ranks)
     pipeline = 1 + max(p for _, p in ranks)

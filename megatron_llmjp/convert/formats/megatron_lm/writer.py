@@ -11,6 +11,7 @@ from megatron_llmjp.config.schema import ModelConfig
 from megatron_llmjp.convert.files import torch_dist
 from megatron_llmjp.convert.files.torch_archive_writer import Placeholder, plan_archive
 from megatron_llmjp.convert.formats import mcore_names
+from megatron_llmjp.convert.formats.base import ConversionOptions, SourceCheckpoint
 from megatron_llmjp.convert.formats.hugging_face.config import LLAMA3
 from megatron_llmjp.convert.formats.megatron_lm.arguments import make_args
 from megatron_llmjp.convert.formats.megatron_lm.reader import FILE, TRACKER
@@ -20,14 +21,13 @@ from megatron_llmjp.convert.formats.rank_files import (
     target_rows,
     write_of,
 )
-from megatron_llmjp.convert.formats.registry import Options, Source
 from megatron_llmjp.convert.plan import Checksums, Output, Slot
 from megatron_llmjp.convert.tensors import OUTPUT_LAYER, WORD_EMBEDDINGS, shapes
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.filesystem import write_atomically
 
 
-def plan(source: Source, options: Options) -> Output:
+def plan_output(source: SourceCheckpoint, options: ConversionOptions) -> Output:
     """Lay out a checkpoint that Megatron-LM loads with ``--load OUT --finetune``.
 
     Raises:
@@ -67,7 +67,7 @@ def _notes(model: ModelConfig) -> list[str]:
     ]
 
 
-def _args(source: Source, options: Options, rows: int) -> Any:
+def _args(source: SourceCheckpoint, options: ConversionOptions, rows: int) -> Any:
     model = source.model
     grouped = model.query_groups != model.num_attention_heads
     extra = {
@@ -98,7 +98,7 @@ def _args(source: Source, options: Options, rows: int) -> Any:
     return make_args(model, rows, dtype, *sizes, extra)
 
 
-def _plan_torch_dist(source: Source, options: Options) -> Output:
+def _plan_torch_dist(source: SourceCheckpoint, options: ConversionOptions) -> Output:
     rows = target_rows(source.model, source.rows, options.tensor_parallel)
     iteration = source.iteration or 0
     folder = _folder(iteration)
@@ -126,7 +126,7 @@ def _write_tracker(out: Path, iteration: int) -> None:
     write_atomically(out / TRACKER, str(iteration) if iteration else "release")
 
 
-def _plan_legacy(source: Source, options: Options) -> Output:
+def _plan_legacy(source: SourceCheckpoint, options: ConversionOptions) -> Output:
     model, tensor, pipeline = source.model, options.tensor_parallel, options.pipeline_parallel
     check_divides(model, tensor, pipeline)
     rows = target_rows(model, source.rows, tensor)
@@ -165,7 +165,9 @@ def _plan_legacy(source: Source, options: Options) -> Output:
     return Output(files, writes, lambda out, _: _write_tracker(out, iteration))
 
 
-def _placed(name: str, per_stage: int, pipeline: int, options: Options) -> list[tuple[int, str]]:
+def _placed(
+    name: str, per_stage: int, pipeline: int, options: ConversionOptions
+) -> list[tuple[int, str]]:
     """The stages that hold a tensor, with its key there."""
     match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
     if match:
