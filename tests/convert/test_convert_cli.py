@@ -34,7 +34,7 @@ def test_help_answers_without_torch(tmp_path):
             ["--to", "native", "--from", "hf", "--input", "llm-jp/llm-jp-3-150m", "--output", "b"],
             "`hf download llm-jp/llm-jp-3-150m --local-dir llm-jp-3-150m`, and pass llm-jp-3-150m",
         ),
-        (["--to", "hf", "--input", ".", "--output", "b", "--workers", "0"], "positive whole"),
+        (["--to", "hf", "--input", ".", "--output", "b", "--workers", "0"], "positive integer"),
         (["--to", "hf", "--input", ".", "--output", "b", "--max-shard-size", "5 tons"], "5GB"),
         (["--to", "hf", "--output", "b"], "--input"),
         (["inspect"], "required: DIR"),
