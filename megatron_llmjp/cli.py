@@ -20,7 +20,7 @@ from pathlib import Path
 
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint import run_lock as locks
-from megatron_llmjp.checkpoint.stored_config import add_stored_config
+from megatron_llmjp.checkpoint.resume import add_stored_config
 from megatron_llmjp.config.flags import Command, Mode, parse, print_notes
 from megatron_llmjp.config.loading import dump_config
 from megatron_llmjp.config.schema import SECTIONS, Config

@@ -1,8 +1,8 @@
-"""Reads a rank's share of a checkpoint with several threads, and its index without trusting it.
+"""Multi-threaded reader of torch_dist checkpoints, with restricted unpickling of the index.
 
-torch's reader takes one tensor after the other, into fresh memory and from there to its place, so
-that the disk waits for the memory and the other way round: half of a disk's speed is lost. Here a
-tensor that is wanted as it lies in the file is read into its place.
+torch's reader reads one tensor after another into new memory and then copies it to its target:
+reading and copying alternate, at about half of a disk's throughput. This reader uses several
+threads, and reads a tensor directly into its target if it is stored in the same form.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from megatron_llmjp.parallel.process_groups import DEFAULT_RANK_SYNC, RankSync
 from megatron_llmjp.patches.checkpoint_reader import storage_reader
 
 READER_THREADS = 4
-"""Threads of a rank that read at the same time."""
+"""Reader threads per rank."""
 READ_IN_PLACE_BYTES = 1 << 20
-"""Below this a tensor is read in torch's way: looking where it lies costs more."""
+"""Minimum size of a tensor that is read directly into its target; locating it costs time."""
 READ_CALL_BYTES = 64 << 20
-"""Bytes of one read call; a heartbeat follows each."""
+"""Bytes per read call; each is followed by a heartbeat."""
 
 
 class ThreadedReader(CachedMetadataFileSystemReader):
-    """torch's reader of a folder, several times at once."""
+    """Storage reader of a torch_dist folder with several threads."""
 
     _cached_metadata: Metadata | None
 
-    def __init__(self, folder: str, work: RankSync = DEFAULT_RANK_SYNC) -> None:
-        """Read from ``folder``; ranks wait in ``work`` for the one whose disk is slowest."""
+    def __init__(self, folder: str, sync: RankSync = DEFAULT_RANK_SYNC) -> None:
+        """Read from ``folder``; ``sync`` provides heartbeats, and barriers without a timeout."""
         super().__init__(folder)
-        self._work = work
+        self._sync = sync
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        """Open the index by our own unpickler; it executes nothing."""
+        """Load the index with the restricted unpickler."""
         if self._cached_metadata is None:
             index: Metadata = read_index(Path(self.path))
             index.storage_meta = index.storage_meta or StorageMeta()
@@ -54,7 +54,7 @@ class ThreadedReader(CachedMetadataFileSystemReader):
         return self._cached_metadata
 
     def read_data(self, plan: Any, planner: Any) -> Future[None]:
-        """Read what the plan names, each thread a share of about the same size."""
+        """Read the items of a plan; each thread reads about the same number of bytes."""
         shares: list[list[Any]] = [[] for _ in range(READER_THREADS)]
         loads = [0] * READER_THREADS
         lengths = {id(item): self.storage_data[item.storage_index].length for item in plan.items}
@@ -72,18 +72,18 @@ class ThreadedReader(CachedMetadataFileSystemReader):
             with ThreadPoolExecutor(READER_THREADS) as pool:
                 list(pool.map(read, shares))
         finally:
-            self._work.barrier()
+            self._sync.barrier()
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
     def _slice_file(self, file: Any, place: Any) -> Any:
-        """Open one item of those that torch's reader reads: the one before it is done."""
-        self._work.beat()
+        """Open one item of torch's reader, with a heartbeat for the previous one."""
+        self._sync.beat()
         return super()._slice_file(file, place)
 
     def _read_in_place(self, item: Any, planner: Any) -> bool:
-        """Read a large tensor into its place, if it lies in the file as it is wanted there."""
+        """Read a large tensor directly into its target if the stored form is the same."""
         place = self.storage_data[item.storage_index]
         if item.type is not LoadItemType.TENSOR or place.length < READ_IN_PLACE_BYTES:
             return False
@@ -101,28 +101,27 @@ class ThreadedReader(CachedMetadataFileSystemReader):
                 if not count:
                     raise EOFError(f"{stream.name} ends within a tensor")
                 rest = rest[count:]
-                self._work.beat()
+                self._sync.beat()
         planner.commit_tensor(item, target)
         return True
 
 
 def _data_offset(archive: Any, target: torch.Tensor) -> int | None:
-    """Where in an archive of torch.save the bytes of a tensor like ``target`` begin.
+    """Return the offset of the tensor's bytes in an archive of ``torch.save``.
 
-    None where it holds another one: of another type or order of its dimensions, or a larger one of
-    which a part is wanted.
+    None if dtype, shape or memory layout of the stored tensor differ from ``target``.
     """
     stored = torch.load(archive, map_location="meta", weights_only=True)
-    alike = (
+    is_same_form = (
         stored.dtype == target.dtype
         and stored.shape == target.shape
         and stored.is_contiguous()
         and stored.storage_offset() == 0
     )
     offset: int | None = getattr(stored.untyped_storage(), "_checkpoint_offset", None)
-    return offset if alike else None
+    return offset if is_same_form else None
 
 
-def threaded_reading(work: RankSync = DEFAULT_RANK_SYNC) -> AbstractContextManager[None]:
+def threaded_reading(sync: RankSync = DEFAULT_RANK_SYNC) -> AbstractContextManager[None]:
     """Make megatron-core read torch_dist checkpoints with :class:`ThreadedReader`."""
-    return storage_reader(lambda folder: ThreadedReader(folder, work))
+    return storage_reader(lambda folder: ThreadedReader(folder, sync))

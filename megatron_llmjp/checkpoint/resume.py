@@ -1,4 +1,4 @@
-"""Selection of the checkpoint to resume from, and checks of the resumed configuration. No torch."""
+"""Selection of the checkpoint to resume from, and the configuration it provides. Without torch."""
 
 from __future__ import annotations
 
@@ -13,15 +13,24 @@ from megatron_llmjp.checkpoint.resume_checks import RunHistory, SkippedRanges
 from megatron_llmjp.checkpoint.save_folder import explain_load_failure
 from megatron_llmjp.config.loading import (
     FROZEN_AT_RESUME,
+    ConfigLayers,
     config_differences,
     load_config,
     replace_fields,
 )
-from megatron_llmjp.config.schema import Config, LoggingConfig, OptimizerConfig
+from megatron_llmjp.config.schema import (
+    SECTION_OF,
+    Config,
+    DataConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+)
 from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.data.folds.schedule import Schedule
 from megatron_llmjp.errors import UserError, download_hint
 from megatron_llmjp.tokenizers import Tokenizer
+from megatron_llmjp.tokenizers.registry import stored_tokenizer
 
 _UNREPORTED_FIELDS = {
     *(
@@ -56,11 +65,23 @@ _WEIGHT_SHAPE_FIELDS = {
 }
 """Fields that determine the names and shapes of the weights."""
 
-_OF_ONE_VALUE = {
+_WEIGHT_SHAPE_VALUES = {
     "activation_function": "swiglu",
     "position_embedding_type": "learned_absolute",
 }
-"""Fields of which one value alone, against all others, does."""
+"""Fields of which only this value, compared with any other, changes the weights."""
+
+
+_TIKTOKEN_FIELDS = [name for name in DataConfig.model_fields if name.startswith("tiktoken_")]
+_BATCH_FIELDS = (
+    "micro_batch_size",
+    "global_batch_size",
+    "rampup_batch_size",
+    "seed",
+    "bf16",
+    "fp16",
+    "z_loss_strength",
+)
 
 
 @dataclass(frozen=True)
@@ -217,7 +238,7 @@ def check_weights(config: Config, resume: Resume) -> None:
         "back, or start from other weights"
         for name, (old, new) in found.items()
         if name in _WEIGHT_SHAPE_FIELDS
-        or (name in _OF_ONE_VALUE and _OF_ONE_VALUE[name] in (old, new))
+        or (name in _WEIGHT_SHAPE_VALUES and _WEIGHT_SHAPE_VALUES[name] in (old, new))
     ]
     if problems:
         raise UserError("\n".join(problems))
@@ -276,3 +297,44 @@ def _sample_count_problems(
         f"{manifests.CONFIG}. If the batch size was changed during the run, add "
         f"--override-resume {BATCH_SIZE_FIELDS[0]}"
     ]
+
+
+def add_stored_config(root: Path, layers: ConfigLayers) -> bool:
+    """Add the stored configuration of a checkpoint below all flags, for a run that gives no model.
+
+    From every checkpoint: model, sequence length and tokenizer. From a checkpoint of a run, also
+    optimizer and batch settings, which a converted one (``contents`` is ``weights``) does not have.
+
+    Args:
+        root: the folder of ``--load`` or ``--save``.
+        layers: receives the values.
+
+    Returns:
+        Whether ``root`` contains a checkpoint of this program.
+
+    Raises:
+        UserError: its configuration or manifest cannot be read.
+    """
+    if not (root / manifests.MANIFEST).is_file() and not manifests.complete_iterations(root):
+        return False
+    folder = manifests.newest_checkpoint(root)
+    config, source = load_config(folder / manifests.CONFIG), str(folder / manifests.CONFIG)
+    names = [*ModelConfig.model_fields, "seq_length", *_TIKTOKEN_FIELDS]
+    if manifests.read_manifest(folder).contents == "full":
+        names += [*OptimizerConfig.model_fields, *_BATCH_FIELDS, "tokenizer_type"]
+    for name in names:
+        value = getattr(getattr(config, SECTION_OF[name]), name)
+        if value is not None and name != "padded_vocab_size":
+            layers.set(name, value, source)
+    _add_tokenizer(folder / manifests.TOKENIZER, config.data.tokenizer_type, layers)
+    return True
+
+
+def _add_tokenizer(folder: Path, stored_type: str | None, layers: ConfigLayers) -> None:
+    """Add the checkpoint's tokenizer files; detect their type if no flag or config names it."""
+    given = layers.values.get("data", {}).get("tokenizer_type")
+    found = stored_tokenizer(folder, given or stored_type)
+    if not found and given is None:
+        found = stored_tokenizer(folder)
+    for name, value in found.items():
+        layers.set(name, value, str(folder))

@@ -1,17 +1,17 @@
-"""One run per save folder: the second one refuses, and a dead one's place is taken.
+"""Lock of a save folder: one run at a time writes to it, and takeover from a dead run.
 
-Two files are in the save folder. ``.run.lock`` is locked by the kernel (``filesystem.py``) for as
-long as the run's first process lives. ``.run.json`` says who that is, is touched every
-:data:`HEARTBEAT_SECONDS` and is removed at an orderly end.
+The save folder contains two files. ``.run.lock`` is locked by the kernel (``filesystem.py``) while
+rank 0 of the run exists. ``.run.json`` records the owner; its modification time is updated every
+:data:`HEARTBEAT_SECONDS`, and it is removed at a regular exit.
 
-Why it is safe. On one machine the kernel's lock alone decides: it ends with the process, however
-that dies, and is not inherited by the workers that it forks, which may outlive it. Over machines
-the same holds where the file system passes locks on (NFS, Lustre mounted with ``flock``). Where it
-does not, whoever gets the lock although another machine's run is on record watches that run's
-heartbeat and takes over only after :data:`HEARTBEAT_TIMEOUT_SECONDS` without one; no clocks are
-compared.
-A run that was merely frozen that long finds another's name on record and publishes nothing more:
-:meth:`RunLock.check` is called before a checkpoint gets its name.
+On one machine the kernel's lock is sufficient: it is released when the process exits for any
+reason, and is not inherited by forked data workers, which may outlive the process. Between machines
+the same holds if the file system supports locks (NFS, Lustre mounted with ``flock``). If it does
+not, a run that gets the lock while the owner record names another machine monitors the heartbeat of
+that owner, and takes over after :data:`HEARTBEAT_TIMEOUT_SECONDS` without one; clocks of different
+machines are not compared. A run that was suspended longer than that finds another owner in the
+record and publishes no checkpoint: :meth:`RunLock.check` is called before each checkpoint is
+renamed.
 """
 
 from __future__ import annotations
@@ -44,69 +44,69 @@ LOCK = ".run.lock"
 RECORD = ".run.json"
 HEARTBEAT_SECONDS = 20.0
 HEARTBEAT_TIMEOUT_SECONDS = 120.0
-"""A run on another machine whose heart has not beaten for so long is dead."""
+"""A run on another machine without a heartbeat for this time is considered dead."""
 SETTLE_SECONDS = 2.0
-"""Of two that take over from two machines at once, the later one to sign stays."""
+"""If two machines take over at the same time, the last one to write the record is the owner."""
 
 
 @dataclass(frozen=True)
 class Owner:
-    """Who writes to a save folder."""
+    """The run that writes to a save folder."""
 
     host: str
     boot: str
-    """Of the running kernel: its locks can be trusted where this is equal."""
+    """Boot ID of the kernel; equal for runs on the same machine."""
     pid: int
     started: str
-    """When it took the folder, UTC."""
+    """Time at which it acquired the folder, in UTC."""
     token: str
-    """Different for every run."""
+    """Unique ID of the run."""
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, since {self.started}"
 
 
 UNKNOWN = Owner("an unknown machine", "", 0, "an unknown time", "")
-"""The owner in a damaged record."""
+"""The owner if the record is damaged."""
 
 
 class LockLostError(RunError):
-    """Another run has taken the save folder."""
+    """Another run has acquired the save folder."""
 
 
 class RunLock:
-    """A save folder that is this run's; see :func:`lock_save_folder`."""
+    """The lock of a save folder, held by this run; see :func:`lock_save_folder`."""
 
     def __init__(
-        self, root: Path, owner: Owner, lock: FileLock, left_by: Owner | None, say: Report
+        self, root: Path, owner: Owner, lock: FileLock, previous: Owner | None, report: Report
     ) -> None:
         self.root, self.owner = root, owner
-        self.left_by = left_by
-        """The run that ended without giving the folder back, if there was one."""
-        self._lock, self._say = lock, say
+        self.previous = previous
+        """The owner that exited without releasing the folder, if any."""
+        self._lock, self._report = lock, report
         self._ended = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._heart.start()
 
     def check(self) -> None:
-        """Make sure that the folder is still this run's.
+        """Check that this run still owns the folder.
 
-        A folder or lock file that was deleted is recreated, with a warning.
+        A deleted folder or lock file is recreated, with a warning.
 
         Raises:
-            LockLostError: another run has taken it, while this one seemed dead.
-            OSError: the folder cannot be read or written; transient errors have lasted.
+            LockLostError: another run has acquired it, as this one had no heartbeat.
+            OSError: the folder cannot be read or written; transient errors persist after retries.
         """
-        now = retry_transient(lambda: _read_record(self.root), str(self.root), self._say)
+        now = retry_transient(lambda: _read_record(self.root), str(self.root), self._report)
         if now is None or now is UNKNOWN:
-            self._take_again(RECORD)
+            self._acquire_again(RECORD)
         elif now.token != self.owner.token:
-            raise LockLostError(f"--save {self.root} was taken by {now} meanwhile")
-        elif not retry_transient(self._lock.is_current, str(self.root), self._say):
-            self._take_again(LOCK)
+            raise LockLostError(f"--save {self.root} was acquired by {now} in the meantime")
+        elif not retry_transient(self._lock.is_current, str(self.root), self._report):
+            self._acquire_again(LOCK)
 
     def release(self) -> None:
-        """Give the folder back, as an orderly end does."""
+        """Release the folder at a regular exit."""
         self._ended.set()
         self._heart.join()
         with contextlib.suppress(OSError):
@@ -115,8 +115,8 @@ class RunLock:
                 (self.root / RECORD).unlink()
         self._lock.release()
 
-    def _take_again(self, missing: str) -> None:
-        """Take the folder like a new run, after it or a file of it was deleted."""
+    def _acquire_again(self, missing: str) -> None:
+        """Acquire the folder again after it or one of its lock files was deleted."""
         what = self.root / missing if self.root.is_dir() else self.root
         self.root.mkdir(parents=True, exist_ok=True)
         if not self._lock.is_current():
@@ -124,36 +124,36 @@ class RunLock:
                 lock = acquire_lock(self.root / LOCK)
             except BlockingIOError:
                 raise LockLostError(
-                    f"--save {self.root} was taken by another run meanwhile"
+                    f"--save {self.root} was acquired by another run in the meantime"
                 ) from None
             self._lock.release()
             self._lock = lock
         _write_record(self.root, self.owner)
-        self._say(f"{what} was deleted or damaged during the run, and is made again")
+        self._report(f"{what} was deleted or damaged during the run and is recreated")
 
     def _beat(self) -> None:
         while not self._ended.wait(HEARTBEAT_SECONDS):
-            with contextlib.suppress(OSError):  # works on a full disk, too
+            with contextlib.suppress(OSError):  # also possible on a full disk
                 os.utime(self.root / RECORD)
 
 
 @contextlib.contextmanager
 def lock_save_folder(
-    root: Path, say: Report, patience: float = HEARTBEAT_TIMEOUT_SECONDS
+    root: Path, report: Report, patience: float = HEARTBEAT_TIMEOUT_SECONDS
 ) -> Iterator[RunLock]:
-    """Hold a save folder, which is made if need be.
+    """Acquire a save folder for the duration of the context; it is created if missing.
 
     Args:
         root: the save folder.
-        say: receives warnings: what is waited for, and whose place is taken.
-        patience: seconds without a heartbeat after which another machine's run is dead.
+        report: receives warnings about waiting for or taking over from another run.
+        patience: seconds without a heartbeat after which another machine's run is considered dead.
 
     Raises:
-        UserError: another run holds it, or it cannot be written to.
-        RunError: its file system does not answer.
+        UserError: another run owns it, or it is not writable.
+        RunError: its file system does not respond.
     """
     try:
-        lock = _acquire(root, say, patience)
+        lock = _acquire(root, report, patience)
     except OSError as error:
         raise _access_error(root, error) from None
     try:
@@ -162,12 +162,12 @@ def lock_save_folder(
         lock.release()
 
 
-def _acquire(root: Path, say: Report, patience: float) -> RunLock:
+def _acquire(root: Path, report: Report, patience: float) -> RunLock:
     lock = _acquire_file_lock(root)
     try:
-        left_by = retry_transient(lambda: _read_record(root), str(root), say)
-        if left_by is not None:
-            _check_owner_is_dead(root, left_by, lock.is_enforced, say, patience)
+        previous = retry_transient(lambda: _read_record(root), str(root), report)
+        if previous is not None:
+            _check_owner_is_dead(root, previous, lock.is_enforced, report, patience)
         owner = Owner(
             socket.gethostname(),
             _boot_id(),
@@ -175,18 +175,18 @@ def _acquire(root: Path, say: Report, patience: float) -> RunLock:
             time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
             uuid.uuid4().hex,
         )
-        retry_transient(lambda: _write_record(root, owner), str(root), say)
-        if left_by is not None and not (lock.is_enforced and left_by.boot == owner.boot):
+        retry_transient(lambda: _write_record(root, owner), str(root), report)
+        if previous is not None and not (lock.is_enforced and previous.boot == owner.boot):
             time.sleep(min(SETTLE_SECONDS, patience))
-            now = retry_transient(lambda: _read_record(root), str(root), say)
+            now = retry_transient(lambda: _read_record(root), str(root), report)
             if now is None or now.token != owner.token:
                 raise _in_use_error(root, now)
     except BaseException:
         lock.release()
         raise
-    if left_by is not None:
-        say(f"{root}: taking the place of {left_by}, which ended without closing its run")
-    return RunLock(root, owner, lock, left_by, say)
+    if previous is not None:
+        report(f"{root}: taking over from {previous}, which exited without releasing the folder")
+    return RunLock(root, owner, lock, previous, report)
 
 
 def _acquire_file_lock(root: Path) -> FileLock:
@@ -198,26 +198,26 @@ def _acquire_file_lock(root: Path) -> FileLock:
 
 
 def _access_error(root: Path, error: OSError) -> UserError | RunError:
-    """What kept a run from taking its folder: a user's mistake, or a file system's failure."""
-    what = f"--save {root}: cannot be written to: {error.strerror}"
+    """Return the error for a folder that cannot be acquired, by the kind of ``OSError``."""
+    what = f"--save {root}: not writable: {error.strerror}"
     if error.filename and str(error.filename) != str(root):
         what += f" ({error.filename})"
     if error.errno in TRANSIENT_ERRORS:
-        return RunError(f"{what}. Its file system does not answer; try again when it does")
+        return RunError(f"{what}. Its file system does not respond; start again when it does")
     if error.errno in NO_SPACE_ERRORS:
-        return UserError(f"{what}. Free some space there, or name another folder")
-    return UserError(f"{what}. Name another folder, or change its permissions")
+        return UserError(f"{what}. Free some space, or choose another folder")
+    return UserError(f"{what}. Choose another folder, or change its permissions")
 
 
 def _check_owner_is_dead(
-    root: Path, owner: Owner, is_locked: bool, say: Report, patience: float
+    root: Path, owner: Owner, is_locked: bool, report: Report, patience: float
 ) -> None:
     if owner.boot == _boot_id():
         if not is_locked and process_exists(owner.pid):
             raise _in_use_error(root, owner)
         return
-    say(
-        f"{root} is marked as in use by {owner}: waiting {patience:g} s for a sign of life before "
+    report(
+        f"{root} is recorded as in use by {owner}: waiting {patience:g} s for a heartbeat before "
         "taking over"
     )
     end = time.monotonic() + patience
@@ -231,12 +231,12 @@ def _check_owner_is_dead(
 def _in_use_error(root: Path, owner: Owner | None) -> UserError:
     return UserError(
         f"--save {root} is in use by another run ({owner or 'which is just starting'}): stop that "
-        "one, or give this one a folder of its own"
+        "run, or use another folder"
     )
 
 
 def _last_heartbeat(root: Path) -> int | None:
-    """When the record was last touched; opened, so that network file systems ask the server."""
+    """Return the modification time of the record; opens it, so that NFS revalidates its cache."""
     try:
         with (root / RECORD).open("rb") as stream:
             return os.fstat(stream.fileno()).st_mtime_ns
@@ -256,10 +256,10 @@ def _write_record(root: Path, owner: Owner) -> None:
 
 
 def is_owner_alive(root: Path, owner: Owner) -> bool:
-    """Whether the run on record seems to live, for those who only look; nothing is locked.
+    """Whether the recorded run is probably alive; read-only, without locking.
 
-    On this machine its process tells, on another one the age of its last heartbeat by the clocks
-    of both.
+    On this machine, checks its process; on another machine, the age of its last heartbeat, by the
+    clocks of both machines.
     """
     if owner.boot == _boot_id():
         return process_exists(owner.pid)
@@ -268,10 +268,10 @@ def is_owner_alive(root: Path, owner: Owner) -> bool:
 
 
 def refuse_if_in_use(root: Path) -> None:
-    """Refuse a folder that another run seems to write to; nothing is locked.
+    """Refuse a folder whose recorded run is probably alive; read-only, without locking.
 
     Raises:
-        UserError: naming that run.
+        UserError: the folder is in use; the message names the run.
     """
     owner = read_owner(root)
     if owner is not None and is_owner_alive(root, owner):
@@ -279,7 +279,7 @@ def refuse_if_in_use(root: Path) -> None:
 
 
 def read_owner(root: Path) -> Owner | None:
-    """Who is on record as writing to ``root``; None for nobody. Reads only."""
+    """Return the recorded owner of ``root``, or None; read-only."""
     try:
         return _read_record(root)
     except OSError:
@@ -287,7 +287,7 @@ def read_owner(root: Path) -> Owner | None:
 
 
 def _read_record(root: Path) -> Owner | None:
-    """The record; None where there is none.
+    """Read the owner record; None if there is none.
 
     Raises:
         OSError: it cannot be read.

@@ -42,27 +42,27 @@ from megatron_llmjp.parallel.process_groups import DEFAULT_RANK_SYNC, RankSync
 
 @dataclass(frozen=True)
 class SaveProgress:
-    """How far a run is."""
+    """Progress of a run at a checkpoint."""
 
     iteration: int = 0
     consumed_samples: int = 0
     folds: Mapping[str, FoldFingerprint] | None = None
-    """The folds touched."""
+    """Fingerprints of the consumed folds."""
     skips: SkippedSamples = NO_SKIPPED_SAMPLES
-    past: RunHistory | None = None
-    """What else to remember of the data."""
+    history: RunHistory | None = None
+    """Skipped iterations and accepted overrides."""
     metrics: Mapping[str, float] | None = None
     fold_file: str | None = None
-    """The run's fold file as text, so that what it was trained on can be told later."""
+    """The run's fold file as text, so that its training data can be reconstructed later."""
 
 
 @dataclass(frozen=True)
 class RunDescription:
-    """What is stored beside the tensors, the same in every checkpoint of a run."""
+    """Configuration and tokenizer of a run, stored in each of its checkpoints."""
 
     config: Config
     tokenizer_files: Mapping[str, bytes] = field(default_factory=dict)
-    """Contents by name; read once, since a run may outlive the files it was started with."""
+    """Contents by name; read once, as the original files may be deleted during the run."""
 
 
 def plan_save(
@@ -72,32 +72,32 @@ def plan_save(
     about: RunDescription,
     may_publish: Callable[[], None],
     host: HostBuffers | None = None,
-    work: RankSync = DEFAULT_RANK_SYNC,
+    sync: RankSync = DEFAULT_RANK_SYNC,
 ) -> AsyncRequest:
-    """Plan the checkpoint ``root/iter_*`` of this iteration; all ranks call it.
+    """Plan the checkpoint ``root/iter_*`` of this iteration; a collective.
 
     Args:
         root: the save folder.
-        state: what is to be saved.
-        progress: how far the run is.
-        about: what else goes into the folder.
-        may_publish: called by the first rank before the folder gets its name; raises if another
-            run has taken ``root``.
-        host: where to copy everything, so that training may go on before it is written.
-        work: takes heartbeats; ranks wait in it for the one whose disk is slowest.
+        state: model, optimizer and scheduler to save.
+        progress: progress of the run.
+        about: configuration and tokenizer files.
+        may_publish: called on rank 0 before the folder is renamed; raises if another run has
+            acquired ``root``.
+        host: buffers for a copy of all tensors, so that training continues while they are written.
+        sync: heartbeats, and barriers without a timeout.
 
     Returns:
         A request whose function writes this rank's files and whose finalization completes the
-        folder. Both finalization and this function raise OSError, or what ``may_publish`` raises,
-        on all ranks when they fail on the first; the finalization raises torch's
-        ``CheckpointException`` when a rank could not write its files.
+        folder. This function and the finalization raise errors of rank 0 (OSError, or those of
+        ``may_publish``) on all ranks; the finalization raises torch's ``CheckpointException`` if a
+        rank could not write its files.
     """
-    work.run_on_first_rank(
-        lambda: publish.create_temporary_folder(root, progress.iteration, work.beat)
+    sync.run_on_first_rank(
+        lambda: publish.create_temporary_folder(root, progress.iteration, sync.beat)
     )
     sharded, common = save_preprocess(sharded_state_dict(state, is_loading=False))
     folder = publish.temporary_folder(root, progress.iteration)
-    writer, request = plan_write(sharded, folder, work.beat)
+    writer, request = plan_write(sharded, folder, sync.beat)
     if host is not None:
         writer.copy_to(host)
     plain = _plain_files(common, progress, about) if dist.get_rank() == 0 else {}
@@ -114,25 +114,25 @@ def plan_save(
             may_publish()
             publish.publish_checkpoint(root, _manifest(progress, dict(sorted(files.items()))))
 
-        work.run_on_first_rank(finish)
+        sync.run_on_first_rank(finish)
 
     request.add_finalize_fn(complete)
     return request
 
 
-def write_synchronously(request: AsyncRequest, work: RankSync = DEFAULT_RANK_SYNC) -> None:
-    """Write and complete the checkpoint of a request while training waits; all ranks call it.
+def write_synchronously(request: AsyncRequest, sync: RankSync = DEFAULT_RANK_SYNC) -> None:
+    """Write and finalize a checkpoint synchronously; a collective.
 
-    megatron-core's ``execute_sync`` waits for the slowest disk in a collective, which gives up.
+    megatron-core's ``execute_sync`` waits for the slowest rank in a collective, which times out.
     """
     request.async_fn()
-    work.barrier()
+    sync.barrier()
     for complete in request.finalize_fns:
         complete()
 
 
 def _plain_files(common: Any, progress: SaveProgress, about: RunDescription) -> dict[str, bytes]:
-    """Small files by name, as they are now."""
+    """Return the contents of the small files by name, at the time of the call."""
     buffer = io.BytesIO()
     torch.save(common, buffer)
     files = {
@@ -148,15 +148,15 @@ def _plain_files(common: Any, progress: SaveProgress, about: RunDescription) -> 
 
 
 def _manifest(progress: SaveProgress, files: dict[str, manifests.FileEntry]) -> Manifest:
-    past = progress.past
+    history = progress.history
     return Manifest(
         iteration=progress.iteration,
         consumed_samples=progress.consumed_samples,
         contents="full",
         folds=dict(progress.folds or {}),
         skips=list(progress.skips.ranges),
-        skipped_iterations=dict(past.skipped_iterations) if past else {},
-        overrides=list(past.overrides) if past else [],
+        skipped_iterations=dict(history.skipped_iterations) if history else {},
+        overrides=list(history.overrides) if history else [],
         metrics=dict(progress.metrics or {}),
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
         versions=_versions(),

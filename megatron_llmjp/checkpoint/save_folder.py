@@ -1,8 +1,7 @@
-"""Checks of the save and load folders: contents, owner, and use by a run.
+"""Checks of the ``--save`` and ``--load`` folders before anything is written. Without torch.
 
-Whose checkpoints a folder holds, by the names of its files. Nothing is opened; without torch.
-
-Checks of a run's save and load folders, before anything is written. Without torch.
+Checkpoints of this program, Megatron-LM, Megatron-DeepSpeed and Hugging Face are recognized by the
+names of their files; no file of a checkpoint is opened.
 """
 
 from __future__ import annotations
@@ -23,23 +22,23 @@ HUGGING_FACE = "hf"
 MEGATRON_LM = "megatron-lm"
 MEGATRON_DEEPSPEED = "megatron-deepspeed"
 LATEST = "latest"
-"""Megatron-DeepSpeed's tracker."""
+"""Megatron-DeepSpeed's tracker file."""
 
 _CHECKPOINT = re.compile(r"iter_\d+|release|global_step\d+")
-"""Folders that Megatron-LM, Megatron-DeepSpeed and this program save to."""
-_OWN = (manifests.CONFIG, manifests.FOLDS)
+"""Names of the checkpoint folders of Megatron-LM, Megatron-DeepSpeed and this program."""
+_NATIVE_FILES = (manifests.CONFIG, manifests.FOLDS)
 """Files that no other program writes; Megatron-LM from core 0.20 on has a ``tokenizer``, too."""
 
 
 @dataclass(frozen=True)
 class FoundCheckpoint:
-    """A checkpoint, or what is left of one."""
+    """A complete or incomplete checkpoint."""
 
     folder: Path
     format: str | None
-    """As ``convert_checkpoint --from`` names it; None where the files do not show it."""
+    """Name of the format in ``convert_checkpoint --from``; None if unknown."""
     title: str
-    """In words, with an article."""
+    """Description for messages, with an article."""
 
     @property
     def is_foreign(self) -> bool:
@@ -48,7 +47,7 @@ class FoundCheckpoint:
 
 
 def recognize(folder: Path) -> FoundCheckpoint | None:
-    """What one folder is, apart from the folders in it; None for no checkpoint.
+    """Recognize a checkpoint folder by the files directly in it; None for any other folder.
 
     Raises:
         OSError: the folder cannot be read.
@@ -63,7 +62,7 @@ def recognize(folder: Path) -> FoundCheckpoint | None:
     if _any(names, r"mp_rank_\d+.*"):
         title = "a Megatron-LM checkpoint (--ckpt-format torch, one folder per rank)"
         return FoundCheckpoint(folder, MEGATRON_LM, title)
-    if any(name in names for name in _OWN) and ("config.json" not in names):
+    if any(name in names for name in _NATIVE_FILES) and ("config.json" not in names):
         return FoundCheckpoint(
             folder, NATIVE, f"a checkpoint of this program without {manifests.MANIFEST}"
         )
@@ -77,9 +76,9 @@ def recognize(folder: Path) -> FoundCheckpoint | None:
 
 
 def list_checkpoints(root: Path) -> list[FoundCheckpoint]:
-    """Checkpoints in a folder by their names (``iter_*``, ``release``, ``global_step*``).
+    """List the checkpoints in a folder (``iter_*``, ``release``, ``global_step*``), oldest first.
 
-    The last one is the newest. A folder that is named so and holds nothing known is listed, too.
+    Folders with such a name and unknown files are included.
 
     Raises:
         OSError: the folder cannot be read.
@@ -89,13 +88,13 @@ def list_checkpoints(root: Path) -> list[FoundCheckpoint]:
     for name in sorted(names, key=lambda name: int("0" + re.sub(r"\D", "", name))):
         what = recognize(root / name)
         found.append(
-            what or FoundCheckpoint(root / name, None, "a checkpoint with no files that are known")
+            what or FoundCheckpoint(root / name, None, "a checkpoint without any known files")
         )
     return found
 
 
 def find_foreign_checkpoint(root: Path) -> FoundCheckpoint | None:
-    """The newest checkpoint of another program: the folder itself, or one in it.
+    """Find the newest checkpoint of another program: the folder itself, or one in it.
 
     Raises:
         OSError: the folder cannot be read.
@@ -107,7 +106,7 @@ def find_foreign_checkpoint(root: Path) -> FoundCheckpoint | None:
 
 
 def read_trackers(root: Path) -> Iterator[tuple[Path, str]]:
-    """Tracker files that name a checkpoint, and the name."""
+    """Yield the tracker files that name a checkpoint, and the name."""
     for file, pattern in ((manifests.TRACKER, r"\d+|release"), (LATEST, r"global_step\d+")):
         try:
             text = (root / file).read_bytes()[:100].decode(errors="replace").strip()
@@ -118,7 +117,7 @@ def read_trackers(root: Path) -> Iterator[tuple[Path, str]]:
 
 
 def conversion_commands(found: FoundCheckpoint, root: Path) -> str:
-    """How to convert another program's checkpoint and train from it, as commands."""
+    """Return the commands to convert another program's checkpoint and train from it."""
     output = f"{str(root).rstrip('/')}-native"
     if found.format == HUGGING_FACE:
         flags, start = "", f"--load {output} --finetune"
@@ -127,7 +126,7 @@ def conversion_commands(found: FoundCheckpoint, root: Path) -> str:
     return (
         f"convert_checkpoint --from {found.format} --to native{flags} --input {found.folder} "
         f"--output {output}\n"
-        f"  then train with {start} and a --save folder of its own"
+        f"  then train with {start} and another --save folder"
     )
 
 
@@ -136,9 +135,9 @@ def _any(names: Iterable[str], pattern: str) -> bool:
 
 
 METRICS = "metrics.jsonl"
-_SHOWN = 4
-"""Names of other files that a note shows."""
-_OF_A_RUN = frozenset(
+_MAX_LISTED = 4
+"""Maximum number of other files listed in a note."""
+_RUN_FILES = frozenset(
     {
         METRICS,
         manifests.TRACKER,
@@ -152,7 +151,7 @@ _OF_A_RUN = frozenset(
         "wandb_run_id.txt",
     }
 )
-"""What this program, its launchers and wandb write to a save folder, hidden files apart."""
+"""Files that this program, the Slurm scripts and wandb write to a save folder; no hidden ones."""
 
 
 def check_save_folder(root: Path) -> list[str]:
@@ -162,19 +161,19 @@ def check_save_folder(root: Path) -> list[str]:
         Notes for the user.
 
     Raises:
-        UserError: it holds checkpoints of another program, or some of this one that have lost
-            their manifests; it is a checkpoint itself; or it cannot be read.
+        UserError: it contains checkpoints of another program or checkpoints without manifests, is a
+            checkpoint itself, or cannot be read.
     """
     try:
-        return retry_transient(lambda: _check_save(root), str(root))
+        return retry_transient(lambda: _check_contents(root), str(root))
     except (FileNotFoundError, NotADirectoryError):
-        return []  # whether it can be made is checked with the other folders of a run
+        return []  # start_checks.py checks whether it can be created
     except OSError as error:
         raise UserError(f"--save {root}: cannot be read: {error.strerror}") from None
 
 
 def explain_load_failure(root: Path) -> str | None:
-    """Why ``--load ROOT`` holds nothing to resume from, where its files show it."""
+    """Explain why ``--load ROOT`` contains no checkpoint to resume from, or return None."""
     try:
         found = find_foreign_checkpoint(root)
         lost = [] if found else list_checkpoints(root)
@@ -192,7 +191,7 @@ def explain_load_failure(root: Path) -> str | None:
     return None
 
 
-def _check_save(root: Path) -> list[str]:
+def _check_contents(root: Path) -> list[str]:
     itself = recognize(root)
     if itself is not None:
         raise UserError(_refusal(root, itself))
@@ -207,11 +206,11 @@ def _check_save(root: Path) -> list[str]:
         raise UserError(_refusal(root, lost[-1]))
     for file, name in read_trackers(root):
         raise UserError(
-            f"--save {root}: {file.name} names checkpoint {name}, but no checkpoint is there: the "
-            "run would start from iteration 1. Move the checkpoints back, or remove that file to "
+            f"--save {root}: {file.name} names checkpoint {name}, but there is no checkpoint: the "
+            "run would start from iteration 1. Restore the checkpoints, or remove that file to "
             "start a new run"
         )
-    return _check_others(root)
+    return _check_other_files(root)
 
 
 def _refusal(root: Path, found: FoundCheckpoint) -> str:
@@ -219,42 +218,44 @@ def _refusal(root: Path, found: FoundCheckpoint) -> str:
     what += f"is {found.title}"
     if found.is_foreign:
         return (
-            f"{what}, which this run would ignore, and overwrite in time. Save to another folder, "
-            f"or convert it:\n  {conversion_commands(found, root)}"
+            f"{what}, which this run would ignore and eventually overwrite. Use another --save "
+            f"folder, or convert it:\n  {conversion_commands(found, root)}"
         )
     if (found.folder / manifests.MANIFEST).is_file():
-        return f"{what}; give the folder that holds it: --save {root.parent}"
+        return f"{what}; use its parent folder: --save {root.parent}"
     return (
-        f"{what}: it was copied only in part, or its manifest was removed. This run would ignore "
-        "it, start from iteration 1 and overwrite it in time. Copy it again, or save to another "
-        "folder"
+        f"{what}: it was copied incompletely, or its manifest was removed. This run would ignore "
+        "it, start from iteration 1 and eventually overwrite it. Copy it again, or use another "
+        "--save folder"
     )
 
 
-def _check_others(root: Path) -> list[str]:
-    """A folder without checkpoints: its metrics must be a run's, and other files are noted."""
+def _check_other_files(root: Path) -> list[str]:
+    """Check a folder without checkpoints: refuse foreign metrics, and note other files."""
     if _is_foreign_log(root / METRICS):
         raise UserError(
             f"--save {root}: its {METRICS} was written by another program, and this run would "
-            "append to it. Save to another folder"
+            "append to it. Use another folder"
         )
-    others = sorted(p.name for p in root.iterdir() if p.name not in _OF_A_RUN)
+    others = sorted(p.name for p in root.iterdir() if p.name not in _RUN_FILES)
     others = [name for name in others if not name.startswith(".")]
     if not others:
         return []
-    shown = ", ".join(others[:_SHOWN]) + (", ..." if len(others) > _SHOWN else "")
-    return [f"--save {root} holds other files ({shown}); the run writes its own next to them"]
+    shown = ", ".join(others[:_MAX_LISTED]) + (", ..." if len(others) > _MAX_LISTED else "")
+    return [f"--save {root} contains other files ({shown}); they are kept"]
 
 
 def _is_foreign_log(path: Path) -> bool:
-    """Whether the beginning of a file of JSON lines holds one that is no record of a run."""
+    """Whether the first lines of a JSON Lines file contain a record that is not from a run."""
     try:
         with path.open("rb") as stream:
             text = stream.read(1 << 16)
     except (FileNotFoundError, IsADirectoryError):
         return False
     for line in text[: text.rfind(b"\n") + 1].splitlines():
-        with contextlib.suppress(ValueError, RecursionError):  # a killed run leaves half a line
+        with contextlib.suppress(
+            ValueError, RecursionError
+        ):  # the line may be incomplete after a kill
             record = json.loads(line)
             if not isinstance(record, dict) or not record.keys() >= {"iteration"}:
                 return True

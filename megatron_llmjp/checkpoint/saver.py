@@ -1,7 +1,7 @@
-"""A run's checkpoints over time: written at once or beside training, reported, and thinned out.
+"""Synchronous and asynchronous saves during a run, their log lines, and removal of old checkpoints.
 
-A checkpoint that cannot be written does not end the run: its cause is told, training goes on, and
-the next save starts afresh. Only the last one must succeed (:meth:`Saver.close`).
+A failed save does not end the run: its cause is printed, training continues, and the next save is a
+new attempt. Only the last save must succeed (:meth:`Saver.close`).
 """
 
 from __future__ import annotations
@@ -41,37 +41,38 @@ class SaveError(RunError):
 
 @dataclass(frozen=True)
 class FoldEnds:
-    """Where folds end in a run."""
+    """Ends of the folds of a run."""
 
     samples: tuple[int, ...] = ()
-    """Samples trained on."""
+    """Consumed samples at the end of each fold."""
     iterations: frozenset[int] = frozenset()
+    """Last iteration of each fold."""
 
 
 @dataclass
 class _Pending:
-    """A save under way."""
+    """A save in progress."""
 
     iteration: int
     samples: int
     began: float
     stall: float = 0.0
-    """Seconds that training waited for it."""
+    """Seconds that training was blocked."""
 
 
 class _Queue(AsyncCallsQueue):
-    """megatron-core's queue of asynchronous saves, with threads in place of forked processes."""
+    """megatron-core's queue of asynchronous saves, with threads instead of forked processes."""
 
-    def __init__(self, work: RankSync) -> None:
+    def __init__(self, sync: RankSync) -> None:
         super().__init__()
-        self._work = work
+        self._sync = sync
 
     def _get_async_caller(self) -> ThreadAsyncCaller:
-        return ThreadAsyncCaller(self._work)
+        return ThreadAsyncCaller(self._sync)
 
 
 class Saver:
-    """Saves a run's checkpoints; all ranks call its methods at the same iterations."""
+    """Saves the checkpoints of a run; its methods are collectives."""
 
     def __init__(
         self,
@@ -79,44 +80,46 @@ class Saver:
         fold_ends: FoldEnds,
         may_publish: Callable[[], None],
         iteration: int,
-        work: RankSync = DEFAULT_RANK_SYNC,
+        sync: RankSync = DEFAULT_RANK_SYNC,
     ) -> None:
-        """Prepare to save.
+        """Initialize without saving.
 
         Args:
             about: configuration and tokenizer files of the run.
-            fold_ends: where its folds end.
-            may_publish: raises when another run has taken the save folder.
-            iteration: where the run begins.
-            work: takes heartbeats; ranks wait in it for the one whose disk is slowest.
+            fold_ends: ends of its folds.
+            may_publish: raises if another run has acquired the save folder.
+            iteration: first iteration of this process.
+            sync: heartbeats, and barriers without a timeout.
         """
         self.saved = iteration
-        """Iteration of the newest save begun, or where the run began."""
+        """Iteration of the newest save that was started, or the first iteration."""
         self.published_samples: int | None = None
-        """Samples trained on in the newest checkpoint of this process that has its name."""
+        """Consumed samples of the newest checkpoint that this process has published."""
         self._about, self._fold_ends, self._may_publish = about, fold_ends, may_publish
         self.may_remove = True
-        """Whether older checkpoints may be removed; False while training has bad steps."""
-        self._work, self._queue = work, _Queue(work)
+        """Whether old checkpoints may be removed; false during bad steps."""
+        self._sync, self._queue = sync, _Queue(sync)
         self._host = HostBuffers() if self._settings.async_save else None
         self._pending: _Pending | None = None
         self._error: str | None = None
-        self._thinner = CheckpointRemover(
-            self._root, self._settings, fold_ends.iterations, lambda: self.may_remove, work.beat
+        self._remover = CheckpointRemover(
+            self._root, self._settings, fold_ends.iterations, lambda: self.may_remove, sync.beat
         )
         self._last = time.monotonic()
 
-    def reason(self, before: TrainingPosition, now: TrainingPosition, is_time: bool) -> str | None:
-        """Why to save now, or None; see :func:`reason_to_save`.
+    def reason(
+        self, before: TrainingPosition, now: TrainingPosition, check_time: bool
+    ) -> str | None:
+        """Return why a checkpoint is due, or None; see :func:`reason_to_save`.
 
         Args:
-            before: the moment before the last iteration.
-            now: the moment after it.
-            is_time: whether to look at the clock. Ranks agree on the first one's, which costs a
-                collective: every log interval is often enough.
+            before: position before the last iteration.
+            now: position after it.
+            check_time: whether to check ``save_interval_minutes`` by rank 0's clock. This requires
+                a broadcast: done once per log interval.
         """
         minutes = 0.0
-        if is_time and self._settings.save_interval_minutes:
+        if check_time and self._settings.save_interval_minutes:
             agreed = [(time.monotonic() - self._last) / 60]
             dist.broadcast_object_list(agreed, src=0)
             minutes = agreed[0]
@@ -125,7 +128,7 @@ class Saver:
         return reason_to_save(self._settings, before, now, seq_length, ends, minutes)
 
     def save(self, state: RunState, progress: SaveProgress) -> None:
-        """Save; with ``async_save`` return as soon as everything is copied."""
+        """Save a checkpoint; with ``async_save``, return when all tensors are copied."""
         began = time.monotonic()
         self._complete(blocking=True)
         self.saved = progress.iteration
@@ -139,12 +142,12 @@ class Saver:
                 self._about,
                 self._may_publish,
                 self._host,
-                self._work,
+                self._sync,
             )
             if self._host is not None:
                 self._queue.schedule_async_request(request)
             else:
-                write_synchronously(request, self._work)
+                write_synchronously(request, self._sync)
                 self._succeed()
         except (OSError, CheckpointException) as error:
             self._fail(error)
@@ -152,25 +155,25 @@ class Saver:
             self._pending.stall = time.monotonic() - began
 
     def poll(self) -> None:
-        """Complete an asynchronous save if all ranks have written; costs nothing without one."""
+        """Finalize an asynchronous save if all ranks have written their files."""
         self._complete(blocking=False)
 
     def wait(self) -> None:
-        """Wait for an asynchronous save and complete it, and for the removal of older ones."""
+        """Wait for an asynchronous save and its finalization, and for the removal of old ones."""
         self._complete(blocking=True)
-        self._thinner.wait()
+        self._remover.wait()
 
     def close(self, removal_seconds: float = REMOVAL_WAIT_SECONDS) -> None:
         """Wait for the last save.
 
         Args:
-            removal_seconds: how long to wait for the removal of older checkpoints.
+            removal_seconds: time to wait for the removal of old checkpoints.
 
         Raises:
             SaveError: the last save failed.
         """
         self._complete(blocking=True)
-        self._thinner.wait(removal_seconds)
+        self._remover.wait(removal_seconds)
         if self._error is not None:
             raise SaveError(self._error)
 
@@ -197,15 +200,15 @@ class Saver:
         self.published_samples = pending.samples
         if dist.get_rank() != 0:
             return
-        taken = time.monotonic() - pending.began
-        how = f"training waited {pending.stall:.1f} s" if self._host is not None else "synchronous"
+        seconds = time.monotonic() - pending.began
+        mode = f"training waited {pending.stall:.1f} s" if self._host is not None else "synchronous"
         name = self._root / manifests.folder_name(pending.iteration)
-        print(f"saved checkpoint {name} in {taken:.1f} s ({how})", flush=True)
+        print(f"saved checkpoint {name} in {seconds:.1f} s ({mode})", flush=True)
         if self.may_remove:
-            self._thinner.start(pending.iteration)
+            self._remover.start(pending.iteration)
 
     def _fail(self, error: OSError | CheckpointException) -> None:
-        """Tell of a save that failed on some rank; every rank knows of it."""
+        """Handle a save that failed on any rank; called on all ranks. Rank 0 prints the cause."""
         assert self._pending is not None
         pending, self._pending = self._pending, None
         self._error = f"the checkpoint of iteration {pending.iteration} was not saved"
@@ -214,24 +217,28 @@ class Saver:
         self._error += f": {_cause(error)}"
         shutil.rmtree(publish.temporary_folder(self._root, pending.iteration), ignore_errors=True)
         print(
-            f"error: {self._error}. Training goes on, and the next save tries again; earlier "
-            "checkpoints are untouched",
+            f"error: {self._error}. Training continues, and the next save tries again; earlier "
+            "checkpoints are unchanged",
             file=sys.stderr,
             flush=True,
         )
 
 
 def _cause(error: OSError | CheckpointException) -> str:
-    """One line: what went wrong, and on which rank if not on the first."""
+    """Describe the error in one line, with its rank unless the error is rank 0's ``OSError``."""
     if isinstance(error, OSError):
-        return _of_system(error)
+        return _describe_os_error(error)
     failures: dict[int, Any] = error.failures
     rank, (first, _) = min(failures.items())
     if isinstance(first, NotFiniteError):
         return f"rank {rank}: {first}"
-    what = _of_system(first) if isinstance(first, OSError) else f"{type(first).__name__}: {first}"
-    return f"rank {rank}: {what}"
+    text = (
+        _describe_os_error(first)
+        if isinstance(first, OSError)
+        else f"{type(first).__name__}: {first}"
+    )
+    return f"rank {rank}: {text}"
 
 
-def _of_system(error: OSError) -> str:
+def _describe_os_error(error: OSError) -> str:
     return f"{error.strerror}: {error.filename}" if error.filename else str(error)

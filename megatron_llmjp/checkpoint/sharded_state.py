@@ -1,19 +1,14 @@
-"""The sharded state of a run: what a checkpoint contains, and loading it in any layout.
+"""Sharded state of a run: contents of a checkpoint by rank, and loading it in any parallel layout.
 
-The random state of one rank, as plain data that loads without unpickling code.
+megatron-core's optimizers use different keys for the same tensors. The fp32 main weights are
+``optimizer.state.param.*`` of the distributed optimizer; those of the non-distributed one are
+``optimizer.state.fp32_param.*`` in half precision and the model's own weights in fp32. The options
+of the parameter groups are stored in two different places of ``common.pt``. On load, the keys of
+the sharded state are redirected to those in the checkpoint, so that a resume can switch the
+distributed optimizer on or off and change the precision; fp32 weights and moments stay
+bit-identical.
 
-Loading the state of one kind of optimizer into another, and of one precision into another.
-
-megatron-core's optimizers name the same numbers differently. The fp32 weights that updates are
-added to are ``optimizer.state.param.*`` of the distributed optimizer, those of the plain one are
-``optimizer.state.fp32_param.*`` in half precision and the model's own weights in fp32; the settings
-of the parameter groups are in two places of ``common.pt``. Here a load is pointed at the names that
-a checkpoint has, so that a resume may switch the distributed optimizer on or off and change the
-precision without losing a bit of the fp32 weights and moments.
-
-What of a run is in a checkpoint, by rank and tensor, and loading it in any layout.
-
-Reading never writes. Writing is in ``saving.py``.
+Random states are stored as plain data that loads without unpickling code. Saving is in ``save.py``.
 """
 
 from __future__ import annotations
@@ -48,7 +43,7 @@ from megatron_llmjp.parallel.process_groups import DEFAULT_RANK_SYNC, RankSync
 
 
 def get_random_state() -> dict[str, Any]:
-    """All generators that training draws from."""
+    """Return the state of all random generators of this rank."""
     legacy: Any = np.random.get_state()
     name, keys, position, has_gauss, cached = legacy
     version, words, gauss = random.getstate()
@@ -62,7 +57,7 @@ def get_random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put all generators where :func:`get_random_state` found them."""
+    """Restore the random generators from :func:`get_random_state`."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
@@ -73,19 +68,19 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 DISTRIBUTED, PLAIN = "optimizer.state.param.", "optimizer.state.fp32_param."
-"""What precedes a weight's name in the name of its fp32 copy."""
+"""Key prefixes of the fp32 main weights, with and without the distributed optimizer."""
 
 _SHARDING = "param_state_sharding_type"
 _HALF = (torch.bfloat16, torch.float16)
 
 
 def redirect_model_keys(model: Any, stored: Mapping[str, Any], dtype: torch.dtype) -> None:
-    """Read the weights of an fp32 model from a half-precision checkpoint's fp32 copies.
+    """Load the weights of an fp32 model from the fp32 main weights of a half-precision checkpoint.
 
     Args:
         model: sharded state of the model; changed in place.
-        stored: the checkpoint's tensors by name, without their data.
-        dtype: of the model's weights.
+        stored: the checkpoint's tensors by key, without data.
+        dtype: dtype of the model's weights.
     """
     if dtype in _HALF:
         return
@@ -103,70 +98,69 @@ def redirect_model_keys(model: Any, stored: Mapping[str, Any], dtype: torch.dtyp
 
 
 def redirect_optimizer_keys(optimizer: Any, stored: Mapping[str, Any]) -> None:
-    """Read an optimizer's fp32 weights from the names that the checkpoint has for them.
+    """Load an optimizer's fp32 main weights from the keys that the checkpoint has for them.
 
     Args:
         optimizer: sharded state of the optimizer; changed in place.
-        stored: the checkpoint's tensors by name.
+        stored: the checkpoint's tensors by key.
     """
     available = [p for p in (DISTRIBUTED, PLAIN) if any(key.startswith(p) for key in stored)]
-    for wanted in (DISTRIBUTED, PLAIN):
-        if wanted not in available:
-            apply_prefix_mapping(optimizer, {wanted: available[0] if available else ""})
+    for prefix in (DISTRIBUTED, PLAIN):
+        if prefix not in available:
+            apply_prefix_mapping(optimizer, {prefix: available[0] if available else ""})
 
 
-def restore_param_groups(loaded: dict[str, Any], wanted: Any, common: Any) -> None:
-    """Put the settings of the parameter groups where this kind of optimizer looks for them.
+def restore_param_groups(loaded: dict[str, Any], requested: Any, common: Any) -> None:
+    """Move the options of the parameter groups to where this kind of optimizer expects them.
 
     Args:
-        loaded: the optimizer's state as loaded; changed in place.
-        wanted: the sharded state that was to be loaded, which identifies the kind.
-        common: the optimizer's part of the checkpoint's ``common.pt``.
+        loaded: loaded state of the optimizer; changed in place.
+        requested: sharded state that was requested, which identifies the kind of optimizer.
+        common: the optimizer's entry in the checkpoint's ``common.pt``.
     """
     saved = (
         common["param_groups"] if "param_groups" in common else common["optimizer"]["param_groups"]
     )
     saved = [{k: v for k, v in group.items() if k != "params"} for group in saved]
-    is_distributed = _SHARDING in wanted
+    is_distributed = _SHARDING in requested
     if is_distributed:
         loaded[_SHARDING] = "fully_reshardable"
         loaded.setdefault("optimizer", {})["param_groups"] = saved
         return
-    place = loaded["optimizer"] if "fp32_from_fp16_params" in wanted else loaded
-    params = [group["params"] for group in place["param_groups"]]
-    place["param_groups"] = [
+    state = loaded["optimizer"] if "fp32_from_fp16_params" in requested else loaded
+    params = [group["params"] for group in state["param_groups"]]
+    state["param_groups"] = [
         {**group, "params": own} for group, own in zip(saved, params, strict=True)
     ]
 
 
 @dataclass(frozen=True)
 class RunState:
-    """The live objects of a run that a checkpoint covers."""
+    """The objects of a run whose state is saved."""
 
     chunks: list[Any]
-    """Model chunks of this rank, wrapped or bare."""
+    """Model chunks of this rank, with or without data-parallel wrapper."""
     optimizer: Any = None
     scheduler: Any = None
     counters: dict[str, Any] = field(default_factory=dict)
-    """Plain data that is the same on all ranks, such as sums of the log, by its owner's name."""
+    """Plain data, the same on all ranks, such as running sums of the log, by component."""
 
 
 def load_checkpoint(
-    folder: Path, state: RunState, work: RankSync = DEFAULT_RANK_SYNC
+    folder: Path, state: RunState, sync: RankSync = DEFAULT_RANK_SYNC
 ) -> dict[str, Any]:
-    """Load weights, and the optimizer, scheduler and random state where ``state`` has them.
+    """Load the weights and, if ``state`` has them, optimizer, scheduler and random state.
 
-    The layout may differ from the one that saved; the random state is restored only in the same
-    one, since it has no meaning in another. ``work`` takes heartbeats, and ranks wait in it for
-    the one that reads slowest.
+    The parallel layout may differ from that of the save; random states are restored only in the
+    same layout. ``sync`` provides heartbeats, and barriers without a timeout.
 
     Returns:
-        The counters that were saved, by their owner's name.
+        The saved counters by component.
 
     Raises:
-        UserError: the folder is damaged, or a file in it wants more than to hold data.
+        UserError: the folder is damaged, or a file in it contains more than data.
     """
-    work.run_on_first_rank(lambda: safe_unpickling.check_pickles(folder))
+    sync.run_on_first_rank(lambda: safe_unpickling.check_pickles(folder))
     sharded = sharded_state_dict(state, is_loading=True)
     stored = load_sharded_metadata(str(folder))
     models = {key: sharded.pop(key) for key, _ in _chunk_keys(state.chunks)}
@@ -176,8 +170,8 @@ def load_checkpoint(
         redirect_optimizer_keys(sharded["optimizer"], stored)
         if not _has_random_state(stored):
             del sharded["rng_state"]
-    with threaded_reading(work):
-        # Apart: a weight and its fp32 copy may be read from the same tensor.
+    with threaded_reading(sync):
+        # Separate loads: a weight and its fp32 copy may be loaded from the same tensor.
         weights = _load_sharded(models, folder)
         loaded = _load_sharded(sharded, folder) if state.optimizer is not None else {}
     for key, chunk in _chunk_keys(state.chunks):
@@ -202,7 +196,7 @@ def _load_sharded(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _chunk_keys(chunks: list[Any]) -> list[tuple[str, Any]]:
-    """Bare chunks and the names of their entries, as in Megatron-LM's checkpoints."""
+    """Return the unwrapped chunks with their keys in Megatron-LM's checkpoints."""
     bare = unwrap_model(chunks)
     if len(bare) == 1:
         return [("model", bare[0])]
@@ -210,9 +204,9 @@ def _chunk_keys(chunks: list[Any]) -> list[tuple[str, Any]]:
 
 
 def sharded_state_dict(state: RunState, is_loading: bool) -> dict[str, Any]:
-    """Which rank holds which part of which tensor, as dist_checkpointing wants it."""
+    """Return the sharded state dict of ``megatron.core.dist_checkpointing``."""
     metadata = {
-        # megatron-core's default raises; this one can be read in any layout.
+        # Can be loaded in any layout, unlike megatron-core's default.
         "distrib_optim_sharding_type": "fully_reshardable",
         "distrib_optim_fully_reshardable_mem_efficient": False,
         "chained_optim_avoid_prefix": True,
@@ -236,8 +230,8 @@ def sharded_state_dict(state: RunState, is_loading: bool) -> dict[str, Any]:
     return sharded
 
 
-def _random_state_place() -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Shape and index of this rank's random state over (PP, TP, DP)."""
+def _random_state_index() -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Return world sizes and indices of this rank's random state over (PP, TP, DP)."""
     p = parallel_state
     return (
         (
@@ -254,12 +248,12 @@ def _random_state_place() -> tuple[tuple[int, int, int], tuple[int, int, int]]:
 
 
 def _sharded_random_state() -> ShardedObject:
-    shape, index = _random_state_place()
+    shape, index = _random_state_index()
     return ShardedObject("rng_state", get_random_state(), shape, index, replica_id=0)
 
 
 def _has_random_state(stored: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint with these entries was saved in this layout."""
-    shape, index = _random_state_place()
+    """Whether a checkpoint contains this rank's random state for the same layout."""
+    shape, index = _random_state_index()
     own = ShardedObject("rng_state", None, shape, index).unique_key
     return own in stored

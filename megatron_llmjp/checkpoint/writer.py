@@ -1,10 +1,10 @@
-"""Writes a rank's share of a checkpoint: the files of megatron-core's torch_dist format.
+"""Multi-threaded writer of torch_dist checkpoints, with checksums.
 
-Planning, naming and the index (``.metadata``) are megatron-core's. How bytes reach the disk is not:
-megatron-core starts a manager and two more processes per rank for it, which outlive a rank that is
-killed and go on writing into its folder, wait for ever for one that was killed themselves, and
-leave no checksums. Here threads write, which end with their rank; a failure is an exception; and
-checksums are taken from the bytes on their way, so that a finished file is not read again.
+Planning, file names and the index (``.metadata``) are megatron-core's; writing the files is not.
+megatron-core starts a manager process and two writer processes per rank. They outlive a killed rank
+and keep writing into its folder, wait forever for a killed writer process, and compute no
+checksums. This writer uses threads, which end with their rank; errors are exceptions; and checksums
+are computed while writing, so that files need not be read again.
 """
 
 from __future__ import annotations
@@ -49,72 +49,73 @@ from megatron_llmjp.filesystem import name_path_in_errors, no_heartbeat
 from megatron_llmjp.parallel.process_groups import DEFAULT_RANK_SYNC, RankSync
 
 FILES_PER_RANK = 2
-"""Files that a rank writes at the same time, as in megatron-core."""
+"""Files that a rank writes in parallel, as in megatron-core."""
 BLOCK_BYTES = 1 << 20
+"""Bytes per write call; each is followed by a heartbeat."""
 SYNC_BYTES = 256 << 20
-"""What is written between two looks whether it is on disk: forcing a large file to a slow disk at
-its end would be one call of many minutes, without a heartbeat."""
+"""Bytes between two fsync calls: a single fsync of a large file on a slow disk could take many
+minutes without a heartbeat."""
 
 
 class NotFiniteError(Exception):
-    """A tensor to be saved holds NaN or Inf: such a checkpoint is worse than none."""
+    """A tensor to be saved contains NaN or Inf."""
 
 
 class HostBuffers:
-    """Copies of tensors in host memory, whose space serves one save after another.
+    """Host memory buffers for copies of tensors, reused by consecutive saves.
 
-    The space is kept because memory that the process has used before is filled several times faster
-    than fresh memory, and training waits for it.
+    Copying to memory that the process has used before is several times faster than to new memory,
+    and training is blocked during the copy.
     """
 
     def __init__(self) -> None:
-        self._space: dict[tuple[Any, ...], Tensor] = {}
+        self._buffers: dict[tuple[Any, ...], Tensor] = {}
 
-    def take(self, key: tuple[Any, ...], tensor: Tensor) -> Tensor:
-        """Start a copy of ``tensor``; complete after ``torch.cuda.synchronize``."""
-        space = self._space.get(key)
-        if space is None or space.shape != tensor.shape or space.dtype != tensor.dtype:
+    def copy(self, key: tuple[Any, ...], tensor: Tensor) -> Tensor:
+        """Copy ``tensor`` to its buffer; complete after ``torch.cuda.synchronize``."""
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
             on_gpu = tensor.device.type == "cuda"
-            space = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu)
-            self._space[key] = space
-        space.copy_(tensor, non_blocking=True)
-        return space
+            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu)
+            self._buffers[key] = buffer
+        buffer.copy_(tensor, non_blocking=True)
+        return buffer
 
 
 class ThreadedWriter(FileSystemWriterAsync):
-    """megatron-core's storage writer with threads in place of processes, and with checksums."""
+    """megatron-core's storage writer with threads instead of processes, and with checksums."""
 
     def __init__(self, folder: Path, beat: Callable[[], None] = no_heartbeat) -> None:
         """Write into ``folder``; ``beat`` is called after each block, from any thread."""
         super().__init__(str(folder), thread_count=FILES_PER_RANK)
         self._beat = beat
         self.entries: dict[str, FileEntry] = {}
-        """Sizes and checksums of this rank's files, when they are written."""
+        """Sizes and checksums of this rank's files, set by :meth:`write`."""
         self._folder = folder
         self._files: dict[str, list[tuple[Any, Any]]] = {}
         self._results: list[Any] = []
         self._error: Exception | None = None
 
     def prepare_write_data(self, plan: Any, planner: Any) -> None:
-        """Note which of this rank's tensors and objects go to which file; copies nothing."""
+        """Assign this rank's tensors and objects to files, without copying."""
         buckets = _split_by_size_and_type(FILES_PER_RANK, plan.items)
         for number, items in enumerate(items for items in buckets if items):
             name = f"{plan.storage_data.prefix}{number}{DEFAULT_SUFFIX}"
             self._files[name] = [(item, planner.resolve_data(item)) for item in items]
 
     def copy_to(self, host: HostBuffers) -> None:
-        """Take copies of all tensors, after which training may change them."""
+        """Copy all tensors to host memory, after which training may change them."""
         for name, items in self._files.items():
             copies = []
             for number, (item, data) in enumerate(items):
                 is_tensor = isinstance(data, Tensor)
-                copies.append((item, host.take((name, number), data) if is_tensor else data))
+                copies.append((item, host.copy((name, number), data) if is_tensor else data))
                 self._beat()
             self._files[name] = copies
         torch.cuda.synchronize()
 
     def write(self) -> None:
-        """Write this rank's files and force them to disk; errors are kept for the end."""
+        """Write this rank's files and sync them to disk; an error is stored for finalization."""
         try:
             with _without_archive_checksums(), ThreadPoolExecutor(FILES_PER_RANK) as pool:
                 done = list(pool.map(self._write_file, self._files))
@@ -126,11 +127,11 @@ class ThreadedWriter(FileSystemWriterAsync):
         self._files = {}
 
     def retrieve_write_results(self) -> Any:
-        """What megatron-core gathers for the index, or the error."""
+        """Return the results that megatron-core gathers for the index, or the error."""
         return self._results if self._error is None else _wrap_exception(self._error)
 
     def finish(self, metadata: Any, results: Any) -> None:
-        """Write the index, without the plans that megatron-core adds for its own caching."""
+        """Write the index, without the plans that megatron-core adds for caching."""
         if hasattr(metadata, "all_local_plans"):
             del metadata.all_local_plans
         super().finish(metadata, results)
@@ -141,7 +142,7 @@ class ThreadedWriter(FileSystemWriterAsync):
             try:
                 return self._write_items(name, stream), stream.entry
             except Exception:
-                # torch's archive writer reports a write that failed as "unexpected pos".
+                # torch's archive writer reports any failed write as "unexpected pos".
                 if stream.error is not None:
                     raise stream.error from None
                 raise
@@ -160,42 +161,42 @@ class ThreadedWriter(FileSystemWriterAsync):
 class ThreadAsyncCaller(AsyncCaller):
     """Runs megatron-core's asynchronous requests in a thread of this process."""
 
-    def __init__(self, work: RankSync = DEFAULT_RANK_SYNC) -> None:
-        self._work = work
+    def __init__(self, sync: RankSync = DEFAULT_RANK_SYNC) -> None:
+        self._sync = sync
         self._thread: threading.Thread | None = None
 
     def schedule_async_call(self, async_req: AsyncRequest) -> None:
-        """Start writing. What is to be written must be a copy already."""
+        """Start the writer thread; tensors must have been copied."""
         self._thread = threading.Thread(target=async_req.async_fn, name="checkpoint", daemon=True)
         self._thread.start()
 
     def is_current_async_call_done(self, blocking: bool, no_dist: bool) -> bool:
-        """Whether every rank has written; a collective unless ``no_dist``."""
+        """Whether all ranks have finished writing; a collective unless ``no_dist``."""
         if blocking:
             self.close()
             if not no_dist:
-                self._work.barrier()
+                self._sync.barrier()
             return True
         alive = self._thread is not None and self._thread.is_alive()
         return not alive if no_dist else bool(self.sync_all_async_calls(int(alive)))
 
     def close(self, abort: bool = False) -> None:
-        """Wait for the thread; it cannot be aborted, but ends with the process."""
+        """Wait for the thread, which cannot be aborted."""
         if self._thread is not None and not abort:
             self._thread.join()
 
     def __del__(self) -> None:
-        """Nothing outlives the thread."""
+        """Override the destructor of the base class, which is not implemented."""
 
 
 def plan_write(
     sharded: Any, folder: Path, beat: Callable[[], None] = no_heartbeat
 ) -> tuple[ThreadedWriter, AsyncRequest]:
-    """Agree with all ranks on who writes what; ``beat`` is called after each block written.
+    """Assign tensors to ranks and files; a collective. ``beat`` is called after each block.
 
     Returns:
-        This rank's writer, and a request whose function writes, and whose finalization, a
-        collective, writes the index or raises torch's ``CheckpointException`` on every rank.
+        This rank's writer, and a request whose function writes the files and whose finalization, a
+        collective, writes the index or raises torch's ``CheckpointException`` on all ranks.
     """
     flat, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
     writer = ThreadedWriter(folder, beat)
@@ -208,17 +209,17 @@ def plan_write(
 
 
 class _ChecksumStream(io.RawIOBase):
-    """Sums what is written on its way to a file."""
+    """Output stream of a file that computes size and CRC-32 of the data."""
 
     def __init__(self, stream: io.FileIO, beat: Callable[[], None]) -> None:
         self.error: OSError | None = None
-        """Why a write failed."""
+        """Error of a failed write."""
         self._stream, self._beat = stream, beat
         self._crc = self._size = self._synced = 0
 
     @property
     def entry(self) -> FileEntry:
-        """Size and checksum of everything written."""
+        """Size and checksum of the data written so far."""
         return FileEntry(bytes=self._size, crc32=f"{self._crc:08x}")
 
     def writable(self) -> bool:
@@ -231,7 +232,7 @@ class _ChecksumStream(io.RawIOBase):
         rest = memoryview(data).cast("B")
         size = len(rest)
         while rest:
-            # In blocks, so that the second look at each finds it in the processor's cache.
+            # In blocks, so that a block is still in the CPU cache when its checksum is computed.
             try:
                 written = self._stream.write(rest[:BLOCK_BYTES])
                 self._size += written
@@ -246,20 +247,20 @@ class _ChecksumStream(io.RawIOBase):
         return size
 
     def sync(self) -> None:
-        """Force what was written to disk."""
+        """Sync the data written so far to disk."""
         os.fsync(self._stream.fileno())
         self._synced = self._size
 
 
 @contextmanager
 def _without_archive_checksums() -> Iterator[None]:
-    """Have torch.save leave out its own checksums, which torch.load does not look at either."""
-    were_on = torch.serialization.get_crc32_options()
+    """Disable the checksums in ``torch.save``, which ``torch.load`` does not verify."""
+    previous = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
         yield
     finally:
-        torch.serialization.set_crc32_options(were_on)
+        torch.serialization.set_crc32_options(previous)
 
 
 @contextmanager
@@ -272,19 +273,19 @@ def _checksum_stream(path: Path, beat: Callable[[], None]) -> Iterator[_Checksum
 
 
 def _require_finite(name: str, tensor: Tensor) -> None:
-    """Refuse NaN and Inf, with one look at each number and no copy.
+    """Check for NaN and Inf in one pass without a copy.
 
     Raises:
-        NotFiniteError: there is one.
+        NotFiniteError: the tensor contains NaN or Inf.
     """
     if tensor.is_floating_point() and tensor.numel():
         low, high = torch.aminmax(tensor)
         if not (math.isfinite(low) and math.isfinite(high)):
-            raise NotFiniteError(f"{name} holds NaN or Inf")
+            raise NotFiniteError(f"{name} contains NaN or Inf")
 
 
 def _compact_on_host(tensor: Tensor) -> Tensor:
-    """A tensor on the CPU whose storage is no larger: torch.save writes whole storages."""
+    """Return the tensor on the CPU with a storage of its size: torch.save writes full storages."""
     tensor = tensor.detach().cpu()
     if tensor.untyped_storage().nbytes() != tensor.nbytes:
         tensor = tensor.clone(memory_format=torch.contiguous_format)

@@ -268,7 +268,7 @@ def _lock_save_folder(
     if ranks.is_first:
         try:
             lock = stack.enter_context(locks.lock_save_folder(Path(save), warn))
-            answer["was_killed"] = lock.left_by is not None
+            answer["was_killed"] = lock.previous is not None
         except UserError as error:
             answer["mistake"] = str(error)
         except RunError as error:

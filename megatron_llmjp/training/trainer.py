@@ -298,7 +298,7 @@ class Trainer:
             self.consumed_samples,
             folds=run.schedule.consumed_folds(self.consumed_samples),
             skips=run.schedule.skips,
-            past=run.history,
+            history=run.history,
             metrics=metrics.last,
             fold_file=dump_fold_file(run.folds),
         )

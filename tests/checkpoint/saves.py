@@ -1,4 +1,4 @@
-"""What ``test_saver.py`` does on two ranks: saves that succeed, fail and succeed again."""
+"""The two-rank program of ``test_saver.py``: saves that succeed, fail and succeed again."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 LIMIT = 20_000
-"""Bytes; every rank's tensors need more."""
+"""File-size limit in bytes, smaller than every rank's tensors."""
 
 
 def save_on_rank(folder: str, words: list[str], port: str) -> dict[str, Any]:
-    """Save by all ways; what was printed and which folders there are, after each."""
+    """Save in all modes; return what was printed and the folder's contents after each save."""
     import torch
 
     from megatron_llmjp.checkpoint import sharded_state
@@ -57,7 +57,7 @@ def save_on_rank(folder: str, words: list[str], port: str) -> dict[str, Any]:
                 saves.save(state, SaveProgress(iteration, 4 * iteration))
             before = sorted(p.name for p in Path(saves._root).glob("iter_*"))
             with torch.no_grad():
-                parameter.add_(1.0)  # training goes on, and must not reach the checkpoint
+                parameter.add_(1.0)  # training continues; its updates must not reach the checkpoint
             saves.wait()
         told[name] = {"text": text.getvalue(), "before": before, **listing(saves._root)}
 
@@ -66,8 +66,8 @@ def save_on_rank(folder: str, words: list[str], port: str) -> dict[str, Any]:
         saves = saver(root, async_save=kind == "async", keep_last=1)
         value = float(parameter.sum())
         attempt(f"{kind} good", saves, 1)
-        if rank == 0:  # it is the one that looks and removes
-            (root / ".iter_0000009.tmp").mkdir()  # as a killed run leaves it
+        if rank == 0:  # rank 0 removes leftovers
+            (root / ".iter_0000009.tmp").mkdir()  # leftover of a killed run
         with file_size_limit():
             attempt(f"{kind} limited", saves, 2)
         with contextlib.suppress(SaveError):
@@ -102,7 +102,7 @@ def save_on_rank(folder: str, words: list[str], port: str) -> dict[str, Any]:
 
 
 def listing(root: Path) -> dict[str, Any]:
-    """Names in a save folder, and what its tracker says."""
+    """Return the names in a save folder and the content of its tracker."""
     tracker = root / "latest_checkpointed_iteration.txt"
     names = sorted(p.name for p in root.iterdir() if "iter_" in p.name)
     names = [name for name in names if not name.endswith(".removed.tmp")]  # being deleted
@@ -111,7 +111,7 @@ def listing(root: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def printed() -> Iterator[io.StringIO]:
-    """What is printed to either stream."""
+    """Capture standard output and standard error."""
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
         yield text
@@ -119,7 +119,7 @@ def printed() -> Iterator[io.StringIO]:
 
 @contextlib.contextmanager
 def file_size_limit() -> Iterator[None]:
-    """As a quota or a full disk: files end at :data:`LIMIT`."""
+    """Limit the file size to :data:`LIMIT`, like a quota or a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, hard))
@@ -131,7 +131,7 @@ def file_size_limit() -> Iterator[None]:
 
 @contextlib.contextmanager
 def unprivileged() -> Iterator[None]:
-    """As nobody, to whom the folder is read-only."""
+    """Run as user ``nobody``, who cannot write to the folder."""
     if os.geteuid() != 0:
         yield
         return

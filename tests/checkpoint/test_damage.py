@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from when some are damaged, or the tracker is."""
+"""Selection of the checkpoint to resume from when checkpoints or the tracker are damaged."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def garble_the_config(folder):
         (lose_the_manifest, "names iteration 3, which is not complete"),
     ],
 )
-def test_damaged_checkpoint_is_passed_over(save, damage, said):
+def test_damaged_checkpoint_is_skipped(save, damage, said):
     damage(save / "iter_0000003")
     before = sorted(save.rglob("*"))
     found = resume.find_checkpoint(config(save), {})
@@ -88,7 +88,7 @@ def test_damaged_checkpoint_is_passed_over(save, damage, said):
     assert found.manifest.iteration == 2
     assert len(found.rejected) == 1
     assert re.search(said, found.rejected[0])
-    assert sorted(save.rglob("*")) == before  # reading never writes
+    assert sorted(save.rglob("*")) == before  # loading writes nothing
 
 
 def flip(path):
@@ -113,8 +113,8 @@ SMALL_DAMAGE = {
 
 @pytest.mark.parametrize("kind", SMALL_DAMAGE)
 @pytest.mark.parametrize("name", [*SMALL, manifests.CONFIG, manifests.MANIFEST])
-def test_small_files_are_always_compared(save, name, kind):
-    """No file but the tensors' needs --verify-checkpoint, or a killed run, to be checked."""
+def test_checksums_of_small_files_are_always_verified(save, name, kind):
+    """Only tensor files need --verify-checkpoint, or a killed run, to be verified."""
     SMALL_DAMAGE[kind](save / "iter_0000003" / name)
     found = resume.find_checkpoint(config(save), {})
     assert found is not None
@@ -132,7 +132,7 @@ def test_small_files_are_always_compared(save, name, kind):
 def test_an_edited_manifest_is_damaged(save):
     path = save / "iter_0000003" / manifests.MANIFEST
     content = json.loads(path.read_text())
-    path.write_text(json.dumps(content))  # formatted in another way, but the same
+    path.write_text(json.dumps(content))  # other formatting, same content
     found = resume.find_checkpoint(config(save), {})
     assert found is not None and found.manifest.iteration == 3
     path.write_text(json.dumps({**content, "consumed_samples": 36}))
@@ -142,7 +142,7 @@ def test_an_edited_manifest_is_damaged(save):
 
 
 def test_manifest_without_a_checksum(save):
-    """As they were before: read, but its samples are compared with the batch size."""
+    """From earlier versions: accepted if the consumed samples match the batch size."""
     path = save / "iter_0000003" / manifests.MANIFEST
     content = json.loads(path.read_text())
     del content["checksum"]
@@ -168,7 +168,7 @@ def test_a_renamed_folder_is_refused(save):
     only = config(save, "--load", save / "iter_0000009")
     with pytest.raises(UserError, match="iter_0000009: contains the checkpoint of iteration 3"):
         resume.find_checkpoint(only, {})
-    (save / "iter_0000009").rename(save / "best")  # a name that says no iteration
+    (save / "iter_0000009").rename(save / "best")  # a name without an iteration
     found = resume.find_checkpoint(config(save, "--load", save / "best"), {})
     assert found is not None and found.manifest.iteration == 3
 
@@ -193,7 +193,7 @@ def test_flipped_bit_is_found_by_checksums(save):
 @pytest.mark.parametrize(
     ("tracker", "iteration", "said"),
     [
-        (b"2\n", 2, None),  # set back by hand, or killed before it moved
+        (b"2\n", 2, None),  # set back by the user, or the run was killed before updating it
         (b"", 3, "is empty"),
         (b"\0" * 8, 3, "instead of an iteration"),
         (b"release", 3, "contains 'release' instead of an iteration"),
@@ -214,8 +214,8 @@ def test_tracker(save, tracker, iteration, said):
     assert said is None or said in found.rejected[0]
 
 
-def test_a_run_set_back_does_not_jump_forward(save):
-    """Checkpoints newer than the tracker's are of an abandoned branch."""
+def test_tracker_set_back_is_respected(save):
+    """Checkpoints newer than the tracker are not resumed from."""
     (save / manifests.TRACKER).write_text("2\n")
     truncate(save / "iter_0000002")
     found = resume.find_checkpoint(config(save), {})
@@ -223,7 +223,7 @@ def test_a_run_set_back_does_not_jump_forward(save):
     assert found.manifest.iteration == 1
 
 
-def test_nothing_whole_is_an_error(save):
+def test_no_complete_checkpoint_is_an_error(save):
     for iteration in (1, 2, 3):
         truncate(save / manifests.folder_name(iteration))
     with pytest.raises(UserError, match="damaged checkpoint") as error:

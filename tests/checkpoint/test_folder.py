@@ -1,4 +1,4 @@
-"""pretrain_gpt.py on a save folder that is in use, or that a killed run left."""
+"""pretrain_gpt.py with a save folder that is in use, or was left by a killed run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_second_run_and_run_after_a_kill(tmp_path):
     words = arguments("laptop-llama", folds, "--save", save, "--keep-last", 1)
     first = pretrain(*words, "--save-interval", 2)
     assert first.returncode == 0, first.stderr
-    # Fold ends are kept, and of the others the last one.
+    # Checkpoints at fold ends and the newest one are kept.
     assert manifests.complete_iterations(save) == [2, 4, 5]
     assert not list(save.glob(".*json*"))
     curve = losses(save)
@@ -47,7 +47,7 @@ def test_second_run_and_run_after_a_kill(tmp_path):
     damaged.write_bytes(contents)
     third = pretrain(*words)
     assert third.returncode == 0, third.stderr
-    assert f"taking the place of process {holder.pid}" in third.stderr
+    assert f"taking over from process {holder.pid}" in third.stderr
     assert f"{damaged} does not have the checksum of its manifest" in third.stderr
     assert f"checksums of {save / 'iter_0000004'} are correct" in third.stdout
     assert f"resuming from {save / 'iter_0000004'}" in third.stdout

@@ -1,4 +1,4 @@
-"""Checkpoints resumed with another kind of optimizer or in another precision, number by number."""
+"""Bit-identical resume with another kind of optimizer or in another precision."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ CHANGES = [
     ("bf16-distributed", "fp32"), ("bf16-distributed", "bf16"),
     ("fp16-distributed", "bf16"), ("fp32", "fp16-distributed"),
 ]  # fmt: skip
-"""Forms that a run is saved in and continued in."""
+"""Forms of the save and of the resume."""
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 COPIES = ("optimizer.state.param.", "optimizer.state.fp32_param.", "")
 
 
 def convert_on_rank(folder: str, words: dict[str, list[str]], port: str) -> None:
-    """Save each form after a step on random gradients; load it into other forms, and save that."""
+    """Save each form after a step on random gradients; load it into other forms and save again."""
     from megatron_llmjp.checkpoint.save import RunDescription, SaveProgress
     from megatron_llmjp.checkpoint.saver import FoldEnds, Saver
     from megatron_llmjp.checkpoint.sharded_state import RunState
@@ -89,7 +89,7 @@ def folder(tmp_path_factory):
 
 
 def main_weights(stored):
-    """The weights that updates are added to, by name."""
+    """Return the fp32 main weights by name."""
     names = [name for name in stored if not name.startswith("optimizer.")]
     places = [[prefix + name for prefix in COPIES if prefix + name in stored] for name in names]
     return {name: stored[place[0]] for name, place in zip(names, places, strict=True)}

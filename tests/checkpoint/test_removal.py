@@ -1,4 +1,4 @@
-"""Old checkpoints are removed once the newest was read back from disk, and not before."""
+"""Removal of old checkpoints after the newest one is verified."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MODEL = ("--num-layers", "1", "--hidden-size", "8", "--num-attention-heads", "1"
 
 
 def save(root: Path, iteration: int) -> Path:
-    """A checkpoint without tensors."""
+    """Write a checkpoint without tensors."""
     publish.create_temporary_folder(root, iteration)
     folder = publish.temporary_folder(root, iteration)
     contents = {
@@ -36,7 +36,7 @@ def save(root: Path, iteration: int) -> Path:
     return publish.publish_checkpoint(root, Manifest(**fields, files=files))
 
 
-def thinner(root: Path, may_remove: Callable[[], bool] = lambda: True) -> CheckpointRemover:
+def make_remover(root: Path, may_remove: Callable[[], bool] = lambda: True) -> CheckpointRemover:
     return CheckpointRemover(
         root, CheckpointConfig(save=str(root), keep_last=1), frozenset(), may_remove
     )
@@ -49,14 +49,14 @@ def left(root: Path) -> list[int]:
 def test_older_ones_are_removed(tmp_path, capsys):
     for iteration in (1, 2, 3):
         save(tmp_path, iteration)
-    worker = thinner(tmp_path)
+    worker = make_remover(tmp_path)
     worker.start(3)
     worker.wait()
     assert left(tmp_path) == [3] and not list(tmp_path.glob(".iter_*"))
     output = capsys.readouterr().out.splitlines()
     assert output == [f"removing checkpoint {tmp_path / f'iter_000000{i}'}" for i in (1, 2)]
     save(tmp_path, 4)
-    worker.start(4)  # it works more than once
+    worker.start(4)  # a second removal
     worker.wait()
     assert left(tmp_path) == [4]
 
@@ -71,12 +71,12 @@ def test_older_ones_are_removed(tmp_path, capsys):
         ("metadata.json", ""),
     ],
 )
-def test_none_is_removed_for_a_damaged_one(tmp_path, capsys, name, said):
-    """The one before is resumed from, and a good save makes up for it."""
+def test_none_is_removed_if_the_newest_is_damaged(tmp_path, capsys, name, said):
+    """The previous one is resumed from, and the next good save removes old ones."""
     save(tmp_path, 1)
     damaged = save(tmp_path, 2) / name
     damaged.write_bytes(b"\1" * damaged.stat().st_size)
-    worker = thinner(tmp_path)
+    worker = make_remover(tmp_path)
     worker.start(2)
     worker.wait()
     assert left(tmp_path) == [1, 2] and manifests.read_tracker(tmp_path) == (1, [])
@@ -90,17 +90,17 @@ def test_none_is_removed_for_a_damaged_one(tmp_path, capsys, name, said):
 
 
 def test_none_is_removed_while_steps_are_bad(tmp_path):
-    """Also when they became bad while the newest one was being read."""
+    """Also if they became bad during the verification."""
     for iteration in (1, 2):
         save(tmp_path, iteration)
-    worker = thinner(tmp_path, lambda: False)
+    worker = make_remover(tmp_path, lambda: False)
     worker.start(2)
     worker.wait()
     assert left(tmp_path) == [1, 2]
 
 
-def test_a_slow_check_holds_up_nothing(tmp_path, monkeypatch):
-    """A save that is published meanwhile is the next one's turn; none is removed before."""
+def test_a_slow_verification_blocks_nothing(tmp_path, monkeypatch):
+    """A checkpoint published meanwhile is verified next; none is removed before."""
     reading, may_end = threading.Event(), threading.Event()
     checked = []
 
@@ -114,7 +114,7 @@ def test_a_slow_check_holds_up_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(removal, "verify_checkpoint", slow)
     for iteration in (1, 2):
         save(tmp_path, iteration)
-    worker = thinner(tmp_path)
+    worker = make_remover(tmp_path)
     worker.start(2)
     reading.wait()
     for iteration in (3, 4):
@@ -126,8 +126,8 @@ def test_a_slow_check_holds_up_nothing(tmp_path, monkeypatch):
     assert left(tmp_path) == [4] and checked == ["iter_0000002", "iter_0000004"]
 
 
-def test_a_check_is_cancelled(tmp_path, monkeypatch, capsys):
-    """A run that is asked to stop does not wait for it, and removes nothing."""
+def test_a_verification_is_cancelled(tmp_path, monkeypatch, capsys):
+    """A stopping run does not wait for it, and removes nothing."""
 
     reading = threading.Event()
 
@@ -140,7 +140,7 @@ def test_a_check_is_cancelled(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(removal, "verify_checkpoint", endless)
     for iteration in (1, 2):
         save(tmp_path, iteration)
-    worker = thinner(tmp_path)
+    worker = make_remover(tmp_path)
     worker.start(2)
     reading.wait()
     worker.wait(0.0)
@@ -149,7 +149,7 @@ def test_a_check_is_cancelled(tmp_path, monkeypatch, capsys):
 
 
 def test_no_metric_makes_a_manifest_unreadable(tmp_path):
-    """Nor has one of an older program's, which wrote null."""
+    """Including null, which earlier versions wrote."""
     values = {"lm loss": float("nan"), "inf": float("inf"), "tokens per second": 5.0}
     fields = {"iteration": 1, "consumed_samples": 4, "contents": "full", "files": {}}
     manifests.write_manifest(tmp_path, Manifest(**fields, metrics=values))
@@ -159,7 +159,7 @@ def test_no_metric_makes_a_manifest_unreadable(tmp_path):
     assert manifests.read_manifest(tmp_path).metrics == {}
 
 
-def test_a_manifest_that_does_not_read_back_gets_no_name(tmp_path, monkeypatch):
+def test_a_manifest_damaged_on_disk_is_not_published(tmp_path, monkeypatch):
     save(tmp_path, 1)
     write = manifests.write_manifest
 

@@ -1,4 +1,4 @@
-"""Runs that go on from a checkpoint: in the same layout bit for bit, in another one nearly so."""
+"""Resumed runs: bit-identical in the same layout, within tolerance in another one."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ MIDDLE, END = 2, 4
 DROPOUT_RUN = (*TP2, *SP, *DISTRIBUTED, *OVERLAP)
 BF16_RUN = (*PP2, *VP2, *DISTRIBUTED, "--bf16")
 RAMP_RUN = ("--bf16", "--async-save", "--rampup-batch-size", 2, 2, 4, "--log-interval", 3)
-"""Batches of 2, 2, 4 and 4: the save cuts a fold and an interval of the log in two."""
+"""Batches of 2, 2, 4 and 4: the save is in the middle of a fold and of a log interval."""
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Every run that this file looks at, from one world of four processes."""
+    """All runs of this file, trained in one world of four processes."""
     folder = tmp_path_factory.mktemp("resume")
     folds = write_folds(folder, (1, 2, 1))
     middle = manifests.folder_name(MIDDLE)
@@ -52,7 +52,7 @@ def runs(tmp_path_factory):
             flags = (*flags, "--save-interval", MIDDLE)
         jobs.append(Job(name, ranks, tuple(arguments(preset, folds, *flags))))
 
-    # gpt2 has dropout. The layouts differ in what a resume has to bring back.
+    # gpt2 has dropout. The layouts differ in the state that a resume restores.
     add("alone", (0, 1), "laptop-gpt2")
     add("alone-again", (0, 1), "laptop-gpt2", "--num-workers", 1, load="alone")
     add("alone-watched", (1, 2), "laptop-gpt2", "--eval-interval", 1)
@@ -62,12 +62,12 @@ def runs(tmp_path_factory):
     add("dropout-again", (0, 4), "laptop-gpt2", *DROPOUT_RUN, load="dropout")
     add("ramp", (3, 4), "laptop-gpt2", *RAMP_RUN)
     add("ramp-again", (3, 4), "laptop-gpt2", *RAMP_RUN, load="ramp")
-    # llama has none, so that layouts can be compared.
+    # llama has no dropout, so that layouts can be compared.
     add("llama", (0, 4), "laptop-llama", *TP2, *PP2, *SP, *DISTRIBUTED)
     add("llama-pp2-dp2", (0, 4), "laptop-llama", *PP2, *DISTRIBUTED, load="llama")
     add("llama-pp2-vp2", (2, 4), "laptop-llama", *PP2, *VP2, *DISTRIBUTED, load="llama")
     add("llama-one", (0, 1), "laptop-llama", *DISTRIBUTED, load="llama")
-    # From one layout to another and on to a third, the optimizer's parts with it.
+    # From one layout to a second and a third, including the optimizer state.
     late = manifests.folder_name(END - 1)
     add("llama-dp4", (0, 4), "laptop-llama", *DISTRIBUTED, *OVERLAP, load="llama")
     add("llama-tp2-dp2", (0, 4), "laptop-llama", *TP2, *SP, *DISTRIBUTED, load="llama-dp4", at=late)
@@ -86,7 +86,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["alone", "bf16", "dropout"])
-def test_same_layout_goes_on_bit_for_bit(runs, name):
+def test_same_layout_is_bit_identical(runs, name):
     before, after = history(runs / name), history(runs / f"{name}-again")
     assert list(after) == list(range(MIDDLE + 1, END + 1))
     assert after == {i: before[i] for i in after}
@@ -101,20 +101,20 @@ def test_same_layout_goes_on_bit_for_bit(runs, name):
     for key, value in straight.items():
         assert torch.equal(value, resumed[key]), key
     for key in parameters:
-        # The optimizer's own copy, from which it goes on after a resume.
+        # The optimizer's main weights, from which training continues.
         copy = straight.get(f"optimizer.state.param.{key}", straight[key])
         assert torch.equal(copy.to(straight[key].dtype), straight[key]), key
     for save in (runs / name, runs / f"{name}-again"):
         assert adam_steps(save) == {END}
 
 
-def test_ramp_up_in_bf16_goes_on_bit_for_bit(runs):
+def test_ramp_up_in_bf16_is_bit_identical(runs):
     """Without the distributed optimizer, from an asynchronous save."""
     middle = manifests.read_manifest(runs / "ramp" / manifests.folder_name(MIDDLE))
     assert (middle.consumed_samples, list(middle.folds)) == (4, ["fold00", "fold01"])
     norms, again = (history(runs / name, "grad norm") for name in ("ramp", "ramp-again"))
     assert again == {3: norms[3]}
-    # The mean over iterations 2 and 3, of which the first was before the save.
+    # The mean over iterations 2 (before the save) and 3.
     found, mean = history(runs / "ramp-again")[3], history(runs / "ramp")[3]
     assert_close(found, mean, ELEMENTWISE, "mean")
     straight, resumed = (tensors(runs / name) for name in ("ramp", "ramp-again"))
@@ -123,15 +123,15 @@ def test_ramp_up_in_bf16_goes_on_bit_for_bit(runs):
 
 
 def adam_steps(save: Path, iteration: int = END) -> set[int]:
-    """The ``step`` of every parameter group, from the part of a checkpoint that is not tensors."""
+    """Return the ``step`` of all parameter groups in ``common.pt``."""
     common = torch.load(save / manifests.folder_name(iteration) / "common.pt", weights_only=False)
     optimizer = common["optimizer"]
     groups = optimizer.get("param_groups") or optimizer["optimizer"]["param_groups"]
     return {int(group["step"]) for group in groups}
 
 
-def test_watching_a_run_does_not_change_it(runs):
-    """Validation in the middle draws nothing from the generators of training."""
+def test_validation_does_not_change_training(runs):
+    """Validation does not use the random generators of training."""
     assert history(runs / "alone-watched") == history(runs / "alone")
 
 
@@ -143,14 +143,14 @@ def test_watching_a_run_does_not_change_it(runs):
         ("plain", "one"),
     ],
 )
-def test_another_layout_goes_on(runs, source, layout):
+def test_resume_in_another_layout(runs, source, layout):
     """With the distributed optimizer and, as ``plain``, without it."""
     before, save = history(runs / source), runs / f"{source}-{layout}"
     after = history(save)
     first = END if layout.startswith("tp2") or save.name == "plain-one" else MIDDLE + 1
     assert list(after) == list(range(first, END + 1))
     assert_close(after, {i: before[i] for i in after}, TRAINED, "loss")
-    # TP 2 pads 100 tokens to 256 rows, TP 1 to 128: the checkpoint's rows stay.
+    # TP 2 pads 100 tokens to 256, TP 1 to 128: the checkpoint's padding is kept.
     for folder in (runs / source, save):
         assert (
             load_config(folder / manifests.folder_name(END) / "config.yaml").padded_vocab_size
@@ -165,19 +165,19 @@ def test_another_layout_goes_on(runs, source, layout):
 
 
 def test_finetune_takes_weights_only(runs):
-    """One step of a new run, which its warm-up takes with a learning rate of 0."""
+    """One step of a new run, with a learning rate of 0 by its warm-up."""
     assert list(history(runs / "llama-finetuned", "learning rate").values()) == [0.0]
     old, new = tensors(runs / "llama", MIDDLE), tensors(runs / "llama-finetuned", 1)
     for key in old:
         if not key.startswith("optimizer."):
-            # A new run pads the vocabulary for its own layout: 128 rows, not 256.
+            # A new run pads the vocabulary for its own layout: to 128, not 256.
             rows = VOCAB_SIZE if "word_embeddings" in key or "output_layer" in key else None
             assert torch.equal(new[key][:rows], old[key][:rows]), key
     assert adam_steps(runs / "llama-finetuned", 1) == {1}
 
 
 def cosine(iteration: int, lr: float, min_lr: float, warmup: int = 2, end: int = END) -> float:
-    """The rate that step ``iteration`` (from 1) applies: steps before it count."""
+    """Return the learning rate of step ``iteration`` (from 1)."""
     done = iteration - 1
     if done <= warmup:
         return lr * done / warmup
@@ -202,7 +202,7 @@ def test_learning_rate_is_kept_or_overridden(runs):
     assert any(n.startswith("lr: the checkpoint's 0.002 is used, not 0.01") for n in run.notes)
 
 
-def test_what_a_checkpoint_says(runs):
+def test_manifest_contents(runs):
     for save in (runs / "llama", runs / "llama-pp2-dp2"):
         folder = manifests.newest_checkpoint(save)
         manifest = manifests.read_manifest(folder)

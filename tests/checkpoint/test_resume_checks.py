@@ -1,4 +1,4 @@
-"""The past is frozen, the future is open: what a resume refuses, says, accepts and remembers."""
+"""Compatibility of a resumed run's data with the run history, and its overrides."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run_of(path: Path, *flags: object) -> Run:
 
 
 def save(run: Run, iteration: int, root: Path) -> Path:
-    """The checkpoint that a run would leave after an iteration, without tensors."""
+    """Write the checkpoint of a run after an iteration, without tensors."""
     folder = root / manifests.folder_name(iteration)
     folder.mkdir(parents=True)
     (folder / manifests.CONFIG).write_text(dump_config(run.config))
@@ -66,7 +66,7 @@ def weigh(content):
 
 
 CHANGES = {
-    # what is edited -> what is said of it; ja and en are 3 to 1 in fold01 of 20 samples
+    # edit -> message; ja and en are 3 to 1 in fold01 of 20 samples
     "weight": (weigh, "fold 'fold01' has changed: dataset en: 7 samples instead of 5; dataset ja: "
                "weight 3 -> 2: 13 samples instead of 15"),
     "budget": (lambda c: c["folds"][0].update(iterations=7), "fold 'fold00' has changed: it has "
@@ -84,7 +84,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("case", CHANGES)
-def test_a_changed_past_is_named(folds, tmp_path, case):
+def test_changes_of_consumed_folds_are_reported(folds, tmp_path, case):
     change, expected = CHANGES[case]
     save(run_of(folds), 7, tmp_path / "run")
     with pytest.raises(UserError) as caught:
@@ -92,7 +92,7 @@ def test_a_changed_past_is_named(folds, tmp_path, case):
     assert expected in str(caught.value) and "--override-resume folds" in str(caught.value)
 
 
-def test_changed_contents_are_named(folds, tmp_path):
+def test_changed_datasets_are_reported(folds, tmp_path):
     save(run_of(folds), 7, tmp_path / "run")
     write_dataset(tmp_path / "ja", 400, seed=9)
     with pytest.raises(UserError, match=f"dataset ja: contents of {tmp_path / 'ja'} changed"):
@@ -100,7 +100,7 @@ def test_changed_contents_are_named(folds, tmp_path):
 
 
 def state_checksums(prefix: Path, wrong: str = "") -> None:
-    """Write what preprocess_data states beside a dataset, which made another key of it before."""
+    """Write a dataset's manifest, which was part of its key in earlier versions."""
     checksums = {
         suffix: {"crc32": wrong or f"{file_crc32(prefix.with_suffix(f'.{suffix}')):08x}"}
         for suffix in ("bin", "idx")
@@ -108,8 +108,8 @@ def state_checksums(prefix: Path, wrong: str = "") -> None:
     prefix.with_suffix(".json").write_text(json.dumps(checksums))
 
 
-def test_a_manifest_is_no_part_of_a_dataset(folds, tmp_path):
-    """Gained or lost, it changes no sample of a run and refuses no resume."""
+def test_a_dataset_manifest_does_not_change_a_dataset(folds, tmp_path):
+    """Adding or removing it changes no sample and does not prevent a resume."""
     without = run_of(folds)
     save(without, 7, tmp_path / "run")
     for name in ("ja", "valid"):
@@ -118,7 +118,7 @@ def test_a_manifest_is_no_part_of_a_dataset(folds, tmp_path):
     resumed = run_of(folds, "--load", tmp_path / "run")
     assert [f.digest for f in resumed.schedule.folds] == [f.digest for f in without.schedule.folds]
     save(resumed, 8, tmp_path / "run")
-    state_checksums(tmp_path / "ja", wrong="00000000")  # edited where the digest looks not
+    state_checksums(tmp_path / "ja", wrong="00000000")  # edited outside the digested bytes
     with pytest.raises(
         UserError, match=r"dataset ja: contents of .* changed .checksums in its manifest"
     ):
@@ -130,7 +130,7 @@ def test_a_manifest_is_no_part_of_a_dataset(folds, tmp_path):
 @pytest.mark.parametrize("records", [True, False], ids=["records", "digests only"])
 @pytest.mark.parametrize("lost", [True, False], ids=["manifest lost", "manifest kept"])
 def test_runs_of_earlier_versions_keep_their_order(folds, tmp_path, records, lost, monkeypatch):
-    """Their keys covered the checksums in the manifests: all folds stay as they were."""
+    """Their keys included the checksums in the manifests: all folds keep their order."""
     for name in ("ja", "valid"):
         state_checksums(tmp_path / name)
 
@@ -153,7 +153,7 @@ def test_runs_of_earlier_versions_keep_their_order(folds, tmp_path, records, los
     assert run_of(folds).schedule.folds[0].digest != before.schedule.folds[0].digest
     if lost:
         (tmp_path / "ja.json").unlink()
-        if not records:  # nothing says which datasets these were
+        if not records:  # the datasets are not recorded
             with pytest.raises(UserError, match="has changed"):
                 run_of(folds, "--load", tmp_path / "run")
             return
@@ -164,33 +164,33 @@ def test_runs_of_earlier_versions_keep_their_order(folds, tmp_path, records, los
     assert after.validation == before.validation
 
 
-def test_the_future_is_open(folds, tmp_path):
+def test_later_folds_may_change(folds, tmp_path):
     save(run_of(folds), 7, tmp_path / "run")
 
     def later(content):
         content["folds"][2]["blend"]["ja"]["weight"] = 9
         content["folds"].append({**content["folds"][2], "name": "added"})
-        content["skip"] = [{"samples": [28, 30]}]  # the first that was not trained on
+        content["skip"] = [{"samples": [28, 30]}]  # the first sample that is not consumed
 
     run = run_of(edited(folds, later), "--load", tmp_path / "run")
     assert run.history.overrides == () and run.schedule.position(28) == 30
 
 
-def test_an_override_leaves_a_trace(folds, tmp_path):
+def test_overrides_are_recorded(folds, tmp_path):
     save(run_of(folds), 7, tmp_path / "run")
     flags = ("--load", tmp_path / "run", "--override-resume", "folds")
     run = run_of(edited(folds, weigh), *flags)
     said = "dataset ja: weight 3 -> 2"
     assert [note for note in run.notes if "--override-resume folds" in note and said in note]
     save(run, 8, tmp_path / "run")
-    # It stays in later checkpoints, once, and the changed fold is the past from now on.
+    # Later checkpoints contain it once, and compare with the changed fold.
     again = run_of(edited(folds, weigh), *flags)
     assert [(o.iteration, said in o.difference) for o in again.history.overrides] == [(7, True)]
     assert not [note for note in again.notes if "--override-resume folds" in note]
 
 
-def test_checkpoints_of_before_are_read(folds, tmp_path):
-    """Manifests that hold a digest in place of a fold's record."""
+def test_checkpoints_of_earlier_versions_are_read(folds, tmp_path):
+    """Manifests that contain a digest instead of a fold's fingerprint."""
     run = run_of(folds)
     file = save(run, 7, tmp_path / "run") / manifests.MANIFEST
     content = json.loads(file.read_text())
@@ -208,12 +208,12 @@ def positions(run: Run) -> list[int]:
 
 
 def without(*iterations: int) -> list[int]:
-    """Positions of all 15 iterations but these."""
+    """Positions of all 15 iterations except these."""
     return [p for p in range(15 * BATCH) if p // BATCH + 1 not in iterations]
 
 
 def test_skipped_iterations_stay_skipped(folds, tmp_path):
-    """With the flag or without, however often the run is started again."""
+    """With and without the flag, also after several resumes."""
     save(run_of(folds), 7, tmp_path / "run")
     load = ("--load", tmp_path / "run")
     first = run_of(folds, *load, "--skip-iterations", "9-10, 12")
@@ -221,14 +221,14 @@ def test_skipped_iterations_stay_skipped(folds, tmp_path):
     assert first.train_iters == 12
     assert "samples 32 to 39 are skipped: --skip-iterations 9-10" in first.notes
     save(first, 8, tmp_path / "run")
-    # The next one is numbered as the log of that run numbers it: iteration 10 is now 13.
+    # Iteration numbers refer to the resumed run: iteration 10 is now 13.
     for flags, gone in {
         (): (9, 10, 12),
         ("--skip-iterations", "9-10,12"): (9, 10, 12),
         ("--skip-iterations", "9-10,12,10"): (9, 10, 12, 13),
     }.items():
         assert positions(run_of(folds, *load, *flags)) == without(*gone)
-    # One that the fold file skips is counted by neither.
+    # Iterations that the fold file skips are not counted.
     skip = edited(folds, lambda c: c.update(skip=[{"samples": [32, 36]}]))
     assert positions(run_of(skip, *load[:1], tmp_path / "run" / manifests.folder_name(7),
                             "--skip-iterations", "9")) == without(9, 10)  # fmt: skip
@@ -244,14 +244,14 @@ def test_skipped_iterations_stay_skipped(folds, tmp_path):
         "0-3": "found '0-3'",
     }.items(),
 )
-def test_what_cannot_be_skipped(folds, tmp_path, flag, message):
+def test_invalid_skip_iterations(folds, tmp_path, flag, message):
     save(run_of(folds), 7, tmp_path / "run")
     with pytest.raises(UserError) as caught:
         run_of(folds, "--load", tmp_path / "run", "--skip-iterations", flag)
     assert message in str(caught.value)
 
 
-def test_a_run_that_names_its_iterations_may_skip_some(folds):
+def test_skip_iterations_with_train_iters(folds):
     run = run_of(folds, "--train-iters", 15, "--skip-iterations", "2-3")
     assert run.train_iters == 13
     expected = "the run ends at iteration 13, not with train_iters 15 at iteration 15: samples are "

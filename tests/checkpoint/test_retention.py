@@ -1,4 +1,4 @@
-"""When checkpoints are saved and which are kept, as tables."""
+"""Save and retention policies."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BATCH, SEQ_LENGTH = 4, 32
 
 
 def saves(iterations: int, fold_ends: tuple[int, ...] = (), **fields) -> list[int]:
-    """The iterations after which a run saves; one iteration takes a minute."""
+    """Return the iterations after which a run saves; an iteration takes a minute."""
     config = CheckpointConfig(save="folder", **fields)
     found, last = [], 0
     for i in range(1, iterations + 1):
@@ -31,7 +31,7 @@ def saves(iterations: int, fold_ends: tuple[int, ...] = (), **fields) -> list[in
     [
         ({}, []),
         ({"save_interval": 4}, [4, 8, 12]),
-        # 128 tokens an iteration: 300 are passed in iterations 3, 5, 8, 10 and 12.
+        # 128 tokens per iteration: multiples of 300 are reached in iterations 3, 5, 8, 10 and 12.
         ({"save_interval_tokens": 300}, [3, 5, 8, 10, 12]),
         ({"save_interval_tokens": 1}, list(range(1, 13))),
         ({"save_interval_minutes": 5}, [5, 10]),
@@ -51,10 +51,10 @@ def test_pattern_of_llm_jp():
 
 
 def test_fold_ends():
-    # A fold of 10 samples ends inside iteration 3, whose last samples are the next fold's.
+    # A fold of 10 samples ends inside iteration 3; its last samples are from the next fold.
     assert saves(6, fold_ends=(10, 20)) == [3, 5]
     assert saves(6, fold_ends=(10, 20), save_fold_ends=False) == []
-    # Two folds that end in one iteration are one reason.
+    # Two folds that end in one iteration cause one save.
     assert saves(6, fold_ends=(9, 10)) == [3]
 
 
@@ -78,8 +78,8 @@ def test_nothing_is_saved_without_a_folder():
         ({"keep_last": 1, "keep_every": 30, "save_fold_ends": True}, [20, 40]),
     ],
 )
-def test_what_is_removed(fields, expected):
+def test_removed_iterations(fields, expected):
     config = CheckpointConfig(save="folder", **{"save_fold_ends": False, **fields})
-    # 60 is newer than the checkpoint just saved: it is not this run's to remove.
+    # 60 is newer than the checkpoint just saved: it may belong to another run.
     assert removable_iterations([50, 10, 30, 20, 40, 60], 50, config, fold_ends={10}) == expected
     assert 50 not in removable_iterations([50], 50, config, fold_ends=())

@@ -1,4 +1,4 @@
-"""One run per save folder, among real processes."""
+"""Lock of a save folder between processes."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ import os, sys, time
 from pathlib import Path
 from megatron_llmjp.checkpoint.run_lock import lock_save_folder
 with lock_save_folder(Path(sys.argv[1]), print, patience=1.0) as lock:
-    if os.fork() == 0:  # as a data worker, which may live on for a while
+    if os.fork() == 0:  # like a data worker, which may outlive the run
         time.sleep(60)
         os._exit(0)
-    print("held", lock.left_by is not None, flush=True)
+    print("held", lock.previous is not None, flush=True)
     time.sleep(60)
 """
 
 
 @pytest.fixture
 def holder(tmp_path):
-    """Another process that holds ``tmp_path``."""
+    """Another process that owns ``tmp_path``."""
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
@@ -63,32 +63,32 @@ def test_second_run_refuses_and_a_killed_one_is_replaced(tmp_path, holder):
         pass
     assert read_owner(tmp_path) == owner
 
-    holder.kill()  # its forked child lives on
+    holder.kill()  # its forked child is still running
     holder.wait()
     told: list[str] = []
     with lock_save_folder(tmp_path, told.append) as lock:
-        assert lock.left_by == owner
-        assert f"taking the place of process {holder.pid}" in told[0]
+        assert lock.previous == owner
+        assert f"taking over from process {holder.pid}" in told[0]
     assert not (tmp_path / RECORD).exists()
     with lock_save_folder(tmp_path, told.append) as lock:
-        assert lock.left_by is None
+        assert lock.previous is None
     assert len(told) == 1
 
 
 def record_of_another_machine(root: Path) -> None:
-    """As a run on a machine leaves it whose locks this machine does not see."""
+    """Write the record of a run on a machine whose locks are not visible here."""
     with lock_save_folder(root, print) as lock:
         elsewhere = replace(lock.owner, host="node07", boot="another kernel", token="another")
     (root / RECORD).write_text(json.dumps(asdict(elsewhere)))
 
 
-def test_another_machine_is_watched_before_its_place_is_taken(tmp_path):
+def test_heartbeat_of_another_machine_is_monitored_before_a_takeover(tmp_path):
     record_of_another_machine(tmp_path)
     told: list[str] = []
     with lock_save_folder(tmp_path, told.append, patience=0.3) as lock:
-        assert lock.left_by is not None
-        assert lock.left_by.host == "node07"
-    assert "waiting 0.3 s for a sign of life" in told[0]
+        assert lock.previous is not None
+        assert lock.previous.host == "node07"
+    assert "waiting 0.3 s for a heartbeat" in told[0]
 
     record_of_another_machine(tmp_path)
     end = threading.Event()
@@ -109,20 +109,20 @@ def test_another_machine_is_watched_before_its_place_is_taken(tmp_path):
     heart.join()
 
 
-def test_a_run_that_seemed_dead_publishes_nothing(tmp_path):
+def test_a_run_that_lost_the_lock_publishes_nothing(tmp_path):
     with lock_save_folder(tmp_path, print) as lock:
         lock.check()
         other = replace(lock.owner, token="another")
         (tmp_path / RECORD).write_text(json.dumps(asdict(other)))
-        with pytest.raises(LockLostError, match="was taken by process"):
+        with pytest.raises(LockLostError, match="was acquired by process"):
             lock.check()
-    # Not this run's to remove any more.
+    # It belongs to the other run now.
     assert read_owner(tmp_path) == other
 
 
 def test_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    refused = r"--save .*: cannot be written to: Not a directory"
+    refused = r"--save .*: not writable: Not a directory"
     with (
         pytest.raises(UserError, match=refused),
         lock_save_folder(tmp_path / "file" / "save", print),
@@ -130,16 +130,16 @@ def test_folder_that_cannot_be_written(tmp_path):
         pass
 
 
-def test_damaged_record_is_no_traceback(tmp_path):
+def test_damaged_record(tmp_path):
     (tmp_path / RECORD).write_text("{")
     told: list[str] = []
     with lock_save_folder(tmp_path, told.append, patience=0.2) as lock:
-        assert lock.left_by is not None
+        assert lock.previous is not None
     assert "waiting 0.2 s" in told[0]
 
 
-def another_takes(root: Path) -> bool:
-    """Whether a run of another process can take the folder."""
+def another_acquires(root: Path) -> bool:
+    """Whether another process can acquire the folder."""
     program = HOLD.replace("if os.fork() == 0:", "sys.exit()\n    if os.fork() == 0:")
     command = [sys.executable, "-c", program, str(root)]
     return subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
@@ -147,7 +147,7 @@ def another_takes(root: Path) -> bool:
 
 @pytest.mark.parametrize("what", ["folder", "remade", LOCK, RECORD, "damaged"])
 def test_a_folder_that_is_deleted_during_the_run(tmp_path, what):
-    """It is made again and stays this run's; nobody else had it."""
+    """It is recreated and stays this run's: no other run acquired it."""
     root = tmp_path / "save"
     told: list[str] = []
     with lock_save_folder(root, told.append) as lock:
@@ -164,9 +164,9 @@ def test_a_folder_that_is_deleted_during_the_run(tmp_path, what):
         lock.check()
         assert len(told) == 1
         assert read_owner(root) == lock.owner
-        assert not another_takes(root)
+        assert not another_acquires(root)
     assert not (root / RECORD).exists()
-    assert another_takes(root)
+    assert another_acquires(root)
 
 
 def test_a_folder_that_another_run_takes_after_it_was_deleted(tmp_path):
@@ -179,10 +179,10 @@ def test_a_folder_that_another_run_takes_after_it_was_deleted(tmp_path):
         )
         try:
             assert other.stdout is not None and other.stdout.readline() == "held False\n"
-            with pytest.raises(LockLostError, match=f"was taken by process {other.pid}"):
+            with pytest.raises(LockLostError, match=f"was acquired by process {other.pid}"):
                 lock.check()
             (root / RECORD).unlink()
-            with pytest.raises(LockLostError, match="was taken by another run"):
+            with pytest.raises(LockLostError, match="was acquired by another run"):
                 lock.check()
         finally:
             os.killpg(other.pid, signal.SIGKILL)
@@ -190,7 +190,7 @@ def test_a_folder_that_another_run_takes_after_it_was_deleted(tmp_path):
 
 
 def failing(monkeypatch, code: int, times: int) -> None:
-    """Reading the record and locking fail so many times each."""
+    """Make reading the record and locking fail ``times`` times each."""
     for module, name in ((locks, "_read_record"), (locks, "acquire_lock")):
         function, left = getattr(module, name), [times]
 
@@ -204,8 +204,8 @@ def failing(monkeypatch, code: int, times: int) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO])
-def test_a_file_system_that_does_not_answer_for_a_while(tmp_path, monkeypatch, code):
-    """It is no other run, and no traceback."""
+def test_transient_errors_are_retried(tmp_path, monkeypatch, code):
+    """They are not treated as another run."""
     monkeypatch.setattr(filesystem.time, "sleep", lambda _: None)
     told: list[str] = []
     with lock_save_folder(tmp_path, told.append) as lock:
@@ -216,7 +216,7 @@ def test_a_file_system_that_does_not_answer_for_a_while(tmp_path, monkeypatch, c
         with pytest.raises(OSError, match=os.strerror(code)):
             lock.check()
     with (
-        pytest.raises(RunError, match=f"{os.strerror(code)}.*does not answer"),
+        pytest.raises(RunError, match=f"{os.strerror(code)}.*does not respond"),
         lock_save_folder(tmp_path, told.append),
     ):
         pass
@@ -226,14 +226,14 @@ def test_a_file_system_that_does_not_answer_for_a_while(tmp_path, monkeypatch, c
     ("code", "remedy"),
     [
         (errno.EACCES, "change its permissions"),
-        (errno.EROFS, "Name another folder"),
-        (errno.ENOSPC, "Free some space there"),
-        (errno.EDQUOT, "Free some space there"),
+        (errno.EROFS, "Choose another folder"),
+        (errno.ENOSPC, "Free some space"),
+        (errno.EDQUOT, "Free some space"),
     ],
 )
-def test_what_keeps_a_run_from_its_folder(tmp_path, monkeypatch, code, remedy):
+def test_errors_when_acquiring_a_folder(tmp_path, monkeypatch, code, remedy):
     failing(monkeypatch, code, 100)
     with pytest.raises(UserError) as refused, lock_save_folder(tmp_path, print):
         pass
-    assert f"--save {tmp_path}: cannot be written to: {os.strerror(code)}" in str(refused.value)
+    assert f"--save {tmp_path}: not writable: {os.strerror(code)}" in str(refused.value)
     assert remedy in str(refused.value)

@@ -1,4 +1,4 @@
-"""Checkpoints that would run code, or reach outside their folder: refused, and nothing is run."""
+"""Checkpoints with code or with paths outside their folder are refused; no code is executed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from megatron_llmjp.errors import UserError
 
 
 class Malicious:
-    """Runs a command when it is unpickled."""
+    """Executes a command when it is unpickled."""
 
     def __init__(self, proof: Path) -> None:
         self.proof = proof
@@ -39,7 +39,7 @@ class Malicious:
 
 @pytest.fixture
 def folder(tmp_path):
-    """A small folder in the format, as torch writes it."""
+    """A small torch_dist folder, written by torch."""
     return write(tmp_path / "checkpoint", rng=[1, 2], common={"iteration": 1})
 
 
@@ -67,14 +67,14 @@ def write(folder: Path, rng: object, common: object, name: str = "__0_0.distcp")
     return folder
 
 
-def test_data_is_let_through(folder):
+def test_data_is_accepted(folder):
     safe_unpickling.check_pickles(folder)
     index = safe_unpickling.read_index(folder)
     assert index.state_dict_metadata["weight"].properties.dtype == torch.bfloat16
 
 
 class OtherPython(pickle.Pickler):
-    """Pickles enumerations as Python 3.11.0 to 3.11.3 do."""
+    """Pickles enum members like Python 3.11.0 to 3.11.3."""
 
     def reducer_override(self, value):
         if isinstance(value, Enum):
@@ -88,7 +88,7 @@ def test_indices_of_every_python_are_read(folder):
     index.storage_meta = StorageMeta(checkpoint_id=Path("there"))
     stream = io.BytesIO()
     OtherPython(stream, protocol=2).dump(index)
-    # The name of the class in Python 3.13.
+    # The class name in Python 3.13.
     written = re.sub(rb"cpathlib(\._local)?\n", b"cpathlib._local\n", stream.getvalue())
     assert b"getattr" in written and b"pathlib._local" in written
     path.write_bytes(written)
@@ -97,8 +97,8 @@ def test_indices_of_every_python_are_read(folder):
 
 
 @pytest.mark.parametrize("where", ["common.pt", "__0_0.distcp", ".metadata"])
-def test_code_is_refused_and_not_run(tmp_path, folder, where, monkeypatch):
-    # It turns off torch's own guard, where nothing is said.
+def test_code_is_refused_and_not_executed(tmp_path, folder, where, monkeypatch):
+    # Disables torch's own weights_only default.
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     malicious = Malicious(tmp_path / "proof")
     if where == "common.pt":
@@ -125,7 +125,7 @@ def test_code_is_refused_and_not_run(tmp_path, folder, where, monkeypatch):
         b"ctorch.distributed.checkpoint.filesystem\npickle\n",
     ],
 )
-def test_names_that_lead_elsewhere(folder, callable_):
+def test_callables_behind_allowed_names(folder, callable_):
     (folder / ".metadata").write_bytes(b"\x80\x04" + callable_ + b"(tR.")
     with pytest.raises(UserError, match="refused"):
         safe_unpickling.check_pickles(folder)
@@ -140,7 +140,7 @@ def test_index_cannot_leave_its_folder(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["common.pt", ".metadata"])
 @pytest.mark.parametrize("damage", ["zeros", "cut", "empty"])
-def test_damage_is_called_damage(folder, name, damage):
+def test_damage_is_reported_as_damage(folder, name, damage):
     whole = (folder / name).read_bytes()
     (folder / name).write_bytes(
         {"zeros": b"\0" * len(whole), "cut": whole[: len(whole) // 2], "empty": b""}[damage]

@@ -1,4 +1,4 @@
-"""Save and load folders with checkpoints that a run would ignore, and overwrite."""
+"""Save and load folders with checkpoints that a run would ignore and overwrite."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tests.support.processes import ROOT
 from tests.support.training import arguments
 
 FIXTURE = ROOT / "tests/convert/fixtures/mds_gpt_tp2pp2dp2_bf16z1/ckpt"
-"""A checkpoint that the real Megatron-DeepSpeed wrote."""
+"""A checkpoint written by Megatron-DeepSpeed."""
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """The same model in folders of each format."""
+    """The same model in each checkpoint format."""
     root = tmp_path_factory.mktemp("formats")
     made = {"megatron-deepspeed": FIXTURE}
 
@@ -58,7 +58,7 @@ FOREIGN = {
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_another_programs_folder(folders, fold_file, tmp_path, capsys, name):
-    """Refused in the dry run and the run, nothing is written, and the printed command works."""
+    """Refused in the dry run and the run without writing; the printed command works."""
     folder = folders[name]
     before = contents(folder)
     for flags in (("--save", folder), ("--save", folder, "--dry-run"), ("--load", folder)):
@@ -72,7 +72,7 @@ def test_another_programs_folder(folders, fold_file, tmp_path, capsys, name):
     _, *words = shlex.split(found[1])
     assert words[-1] == found[2]
     if name.startswith("megatron-lm"):
-        words.remove("--with-optimizer")  # the converter writes weights alone for Megatron-LM
+        words.remove("--with-optimizer")  # the converter writes only weights for Megatron-LM
     assert cli.main([*words[:-1], str(tmp_path / "native")]) == 0
     assert manifests.read_manifest(
         manifests.newest_checkpoint(tmp_path / "native")
@@ -95,7 +95,7 @@ def test_own_checkpoints_without_manifests(folders, fold_file, tmp_path, capsys)
 
 
 def lay(root: Path, *names: str) -> Path:
-    """Files by their names; a text after a colon."""
+    """Write files with these names; the text after a colon is the content."""
     for entry_ in names:
         name, _, text = entry_.partition(":")
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -106,14 +106,14 @@ def lay(root: Path, *names: str) -> Path:
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        (["latest_checkpointed_iteration.txt:700"], "names checkpoint 700, but no checkpoint is"),
+        (["latest_checkpointed_iteration.txt:700"], "names checkpoint 700, but there is no"),
         (["latest:global_step10"], "names checkpoint global_step10, but"),
         (["iter_0000700/__0_0.distcp"], "a part of a torch_dist checkpoint"),
-        (["iter_0000700/model.zarr/0"], "a checkpoint with no files that are known"),
+        (["iter_0000700/model.zarr/0"], "a checkpoint without any known files"),
         (["release/mp_rank_00/model_optim_rng.pt"], "a Megatron-LM checkpoint"),
         (["mp_rank_00_000/model_optim_rng.pt"], "a Megatron-LM checkpoint"),
         (["global_step7/layer_01-model_00-model_states.pt"], "a Megatron-DeepSpeed checkpoint"),
-        (["manifest.json"], "give the folder that holds it: --save "),
+        (["manifest.json"], "use its parent folder: --save "),
         (['metrics.jsonl:{"step": 1, "loss": 2.0}\n'], "metrics.jsonl was written by another"),
     ],
 )
@@ -136,11 +136,11 @@ def test_accepted(tmp_path, names):
     assert check_save_folder(lay(tmp_path / "save", *names)) == []
 
 
-def test_a_folder_of_other_things(tmp_path):
+def test_a_folder_with_other_files(tmp_path):
     (note,) = check_save_folder(lay(tmp_path, "ja.bin", "ja.idx", "train.sh", "a/b", "z"))
-    assert "holds other files (a, ja.bin, ja.idx, train.sh, ...)" in note
+    assert "contains other files (a, ja.bin, ja.idx, train.sh, ...)" in note
     assert check_save_folder(tmp_path / "z") == []  # start_checks refuses a file
-    # Own checkpoints do not hide another program's, which the run would come to.
+    # Also if there are own checkpoints: the run would overwrite the other program's later.
     lay(tmp_path, "iter_0000002/manifest.json", "iter_0000009/mp_rank_00/model_optim_rng.pt")
     with pytest.raises(UserError, match="iter_0000009 is a Megatron-LM checkpoint"):
         check_save_folder(tmp_path)

@@ -1,4 +1,4 @@
-"""Saves that fail: told, survived, and nothing half-made is left; asynchronous ones too."""
+"""Failed saves are reported, survived, and leave no incomplete files; also asynchronous ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.training import DISTRIBUTED, arguments
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
-    """What the two ranks told, and the folder they saved in."""
+    """Output of the two ranks, and their save folder."""
     folder = tmp_path_factory.mktemp("saver")
     folder.chmod(0o755)
     words = arguments("laptop-llama", write_folds(folder), *DISTRIBUTED)
@@ -31,7 +31,7 @@ def test_good_save(told, kind):
     name = folder / kind / "iter_0000001"
     assert good["text"].startswith(f"saved checkpoint {name} in ")
     assert second[f"{kind} good"]["text"] == ""
-    # An asynchronous one has its name, and is called saved, only when it is.
+    # An asynchronous save is renamed and reported only when it is complete.
     assert good["before"] == (["iter_0000001"] if kind == "sync" else [])
     assert good["names"] == ["iter_0000001"]
     assert good["tracker"] == "1"
@@ -46,9 +46,9 @@ def test_failed_save(told, kind):
     failed = first[f"{kind} limited"]
     assert "error: the checkpoint of iteration 2 was not saved: " in failed["text"]
     assert f"File too large: {folder / kind / '.iter_0000002.tmp'}" in failed["text"]
-    assert "Training goes on" in failed["text"]
+    assert "Training continues" in failed["text"]
     assert second[f"{kind} limited"]["text"] == ""
-    # What the failed save and a killed run left is gone; the last good one is untouched.
+    # Leftovers of the failed save and a killed run are removed; the last good one is unchanged.
     assert failed["names"] == ["iter_0000001"]
     assert failed["tracker"] == "1"
     assert "closed" not in failed
@@ -68,7 +68,7 @@ def test_read_only_folder(told, kind):
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
 def test_old_ones_are_removed(told, kind):
-    """Iteration 2 ended a fold; of the others the last one is kept."""
+    """Iteration 2 ended a fold; of the others, the newest one is kept."""
     folder, (first, _) = told
     assert first[f"{kind} again"]["names"] == ["iter_0000002"]
     assert first[f"{kind} third"]["names"] == ["iter_0000002", "iter_0000003"]
@@ -82,7 +82,7 @@ def test_old_ones_are_removed(told, kind):
     assert manifests.all_files(whole) == sorted(manifests.read_manifest(whole).files)
 
 
-def test_damaged_pickles_are_everyones_error(told):
+def test_damaged_pickles_raise_on_all_ranks(told):
     _, ranks = told
     for name in ("common.pt", ".metadata"):
         for rank in ranks:

@@ -1,4 +1,4 @@
-"""What is told of a write that fails."""
+"""Error messages of failed writes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_llmjp.checkpoint.writer import ThreadedWriter
 
 
 class FullDisk(io.FileIO):
-    """A file on a disk with so many bytes left."""
+    """A file on a disk with a given number of free bytes."""
 
     room = 0
 
@@ -25,7 +25,7 @@ class FullDisk(io.FileIO):
         return super().write(data)
 
 
-def test_a_full_disk_is_named_wherever_it_strikes(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_at_any_write(tmp_path, monkeypatch):
     """torch's archive writer would report "unexpected pos 704 vs 598"."""
     item = WriteItem(index=MetadataIndex("a"), type=WriteItemType.TENSOR)
     path = tmp_path / "x.distcp"

@@ -15,7 +15,7 @@ import yaml
 
 from megatron_llmjp import cli as pretrain_cli
 from megatron_llmjp.checkpoint import manifest as manifests
-from megatron_llmjp.checkpoint.stored_config import add_stored_config
+from megatron_llmjp.checkpoint.resume import add_stored_config
 from megatron_llmjp.config.flags import parse
 from megatron_llmjp.config.loading import dump_config
 from megatron_llmjp.config.schema import SECTION_OF

@@ -323,7 +323,7 @@ def test_a_tiktoken_run_ends_with_its_token(tmp_path, pattern):
 
 
 def test_a_run_from_converted_weights_reads_the_tokenizer_as_its_type(tmp_path, convert, megatron):
-    from megatron_llmjp.checkpoint.stored_config import add_stored_config
+    from megatron_llmjp.checkpoint.resume import add_stored_config
     from megatron_llmjp.config.flags import parse
 
     path = train(tmp_path / "tok.model")

@@ -85,7 +85,7 @@ def test_a_model_poisoned_as_it_is_saved(stage, layout, which):
     code, _, errors = stage.run(layout, save, *SAVE_ALL, fault=fault)
     assert code == EXIT_FAILURE
     assert "the checkpoint of iteration 6 was not saved: " in errors
-    assert "holds NaN or Inf" in errors
+    assert "contains NaN or Inf" in errors
     assert_failed(save, errors, 5, "too many consecutive bad steps")
     stage.resume_and_prove(layout, save)
 

@@ -71,7 +71,7 @@ def test_a_deleted_folder(stage, layout):
     save = stage.folder("deleted")
     code, _, errors = stage.run(layout, save, fault=("delete_at", str(save), 6))
     assert code == 0, errors
-    assert "was deleted or damaged during the run, and is made again" in errors
+    assert "was deleted or damaged during the run, and is recreated" in errors
     assert "Traceback" not in errors
     assert manifests.complete_iterations(save) == [9, LAST]
     reference = history(stage.reference(layout))
@@ -85,7 +85,7 @@ def test_a_folder_that_another_run_takes(stage, layout):
     save = stage.folder("taken")
     code, _, errors = stage.run(layout, save, fault=("taken_over_at", str(save), 4))
     assert code == 1, errors
-    assert errors.count(f"error: --save {save} was taken by process ") == 1
+    assert errors.count(f"error: --save {save} was acquired by process ") == 1
     assert "on node07" in errors and "Traceback" not in errors
     assert manifests.complete_iterations(save) == [3, 4][: 1 + (layout == "dp2")]
     assert (save / RECORD).exists()  # the other run's
@@ -97,7 +97,7 @@ def test_a_file_system_that_does_not_answer(stage, layout):
     save = stage.folder("stale")
     code, _, errors = stage.run(layout, save, fault=("stale_lock", errno.ESTALE))
     assert code == 1, errors
-    said = f"error: --save {save}: cannot be written to: {os.strerror(errno.ESTALE)}"
+    said = f"error: --save {save}: not writable: {os.strerror(errno.ESTALE)}"
     assert errors.count(said) == 1
     assert "in use by another run" not in errors and "Traceback" not in errors
 

@@ -1,4 +1,4 @@
-"""The three styles of model against transformers, torch and published sizes."""
+"""The three architectures against transformers, torch and published sizes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SIZES = {
     "llm-jp-13b-v1.0": ("all", 12_855_592_960),
 }
 ROWS = 50_688
-"""Of the two models of which all parameters are counted."""
+"""Padded vocabulary size of the two models of which all parameters are counted."""
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 101}
 
@@ -74,12 +74,12 @@ VARIANTS = {
     "llama-base": partial(llama, rope_theta=500_000.0),
     "neox-parallel": partial(gpt_neox, parallel=True),
 }
-"""The styles, and what each of them may have besides."""
+"""The architectures and their variants."""
 
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
-    """What one process of megatron-core computes, and transformers' models to compare with."""
+    """Results of one process of megatron-core, and logits of transformers' models."""
     folder = tmp_path_factory.mktemp("styles")
     theirs = {}
     tokens = torch.randint(0, 101, (2, 32), generator=torch.Generator().manual_seed(3))
@@ -89,7 +89,9 @@ def result(tmp_path_factory):
         model = make().eval()
         generator = torch.Generator().manual_seed(7)
         with torch.no_grad():
-            for parameter in model.parameters():  # a lost bias or a permuted norm must show
+            for (
+                parameter
+            ) in model.parameters():  # so that a missing bias or a permuted norm is detected
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
             theirs[name] = model(tokens).logits
         model.save_pretrained(folder / f"{name}-hf")
@@ -100,7 +102,7 @@ def result(tmp_path_factory):
 
 
 def compute(root: str, styles: list[str], presets: list[str]) -> dict[str, Any]:
-    """The part that needs the CPU substitution, which must not reach transformers."""
+    """Compute in a separate process: the replaced torch.cuda must not affect transformers."""
     from megatron_llmjp.checkpoint import sharded_state
     from megatron_llmjp.checkpoint.manifest import newest_checkpoint
     from megatron_llmjp.model.gpt import build_model
@@ -132,7 +134,7 @@ def compute(root: str, styles: list[str], presets: list[str]) -> dict[str, Any]:
 
 
 def leak(model: Any, tokens: torch.Tensor) -> list[float]:
-    """How far the second document of a pack moves with the first, and without the mask."""
+    """Return the effect of one packed document on the logits of the next, with and without mask."""
     other = tokens.clone()
     other[:, :10] = (other[:, :10] + 1) % 101
     length = tokens.shape[1]
@@ -161,7 +163,7 @@ def activation_errors(model: Any) -> list[float]:
 
 
 def communication(config: Any, device: Any) -> list[list[bool]]:
-    """How stages talk: two stages, three, and two on a GPU."""
+    """Return communication settings for two stages, three stages, and two on a GPU."""
     from megatron_llmjp.model import gpt
     from megatron_llmjp.parallel.device import Device
 
@@ -175,14 +177,14 @@ def communication(config: Any, device: Any) -> list[list[bool]]:
 
 
 class Nowhere:
-    """A device whose tensors have no memory."""
+    """The meta device."""
 
     is_cuda = False
     torch = torch.device("meta")
 
 
 def count(preset: str) -> list[int]:
-    """All parameters of a preset on one process, and those of word embeddings and output layer."""
+    """Count a preset's parameters: all, and those of word embeddings and output layer."""
     from megatron_llmjp.model import gpt
 
     layers = ConfigLayers()
@@ -207,16 +209,16 @@ def count(preset: str) -> list[int]:
 
 
 @pytest.mark.parametrize("style", VARIANTS)
-def test_logits_are_transformers(result, style):
+def test_logits_equal_transformers(result, style):
     folder, theirs, _ = result
     ours = torch.load(folder / f"{style}.pt")[..., :101]
     assert float(theirs[style].abs().max()) > 0.5
     assert_close(ours, theirs[style], LOGITS, style)
-    if style not in STYLES:  # the same weights without what makes it a variant
+    if style not in STYLES:  # the same weights without the variant's change
         plain = theirs["laptop-llama" if "llama" in style else "laptop-gpt-neox"]
         assert distance(plain, theirs[style]) > 10 * LOGITS
         return
-    # The model is of the preset's style in everything but size.
+    # The model has the preset's architecture in everything but size.
     layers = ConfigLayers()
     read_config(style, layers)
     preset = build_config(layers).model
@@ -241,13 +243,13 @@ def test_both_gelus(result):
 
 
 @pytest.mark.parametrize("style", VARIANTS)
-def test_documents_of_a_pack_do_not_see_each_other(result, style):
+def test_packed_documents_are_masked(result, style):
     masked, unmasked = result[2][f"leak {style}"]
     assert masked == 0.0 and unmasked > 0.01
 
 
-def test_how_stages_talk(result):
-    """Two interleaved stages send one by one, and gloo's buffers are not freed under it."""
+def test_pipeline_communication(result):
+    """Two interleaved stages use individual sends, and gloo's buffers are not freed."""
     assert result[2]["interleaved"] == [
         [True, False, False],
         [False, True, False],

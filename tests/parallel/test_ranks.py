@@ -1,4 +1,4 @@
-"""Which rank am I: the variables of each launcher, as the launchers themselves set them."""
+"""Ranks from the environment variables of each launcher."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_ranks_of_every_launcher(env, launcher):
     assert (ranks.master_addr, ranks.master_port, ranks.launcher) == ("n0", "1234", launcher)
 
 
-def test_tests_start_no_ranks_of_the_shell_they_are_started_in():
+def test_tests_ignore_the_launcher_of_their_shell():
     """In a Slurm job, after nohup and with threads configured for training."""
     script = (
         "import os, signal, tests.conftest; from megatron_llmjp.parallel.ranks import find_ranks; "
@@ -57,7 +57,7 @@ def test_tests_start_no_ranks_of_the_shell_they_are_started_in():
     assert done.stdout.split() == ["None", "1", "0"], done.stderr
 
 
-def test_the_first_host_is_told_or_asked_for():
+def test_host_of_rank_zero():
     assert find_ranks({}) is None
     one_host = {**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "16"}
     assert find_ranks(one_host).master_addr == "127.0.0.1"  # type: ignore[union-attr]

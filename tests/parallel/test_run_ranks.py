@@ -1,4 +1,4 @@
-"""The helper that starts ranks: results, the first failure's error, and the time-out."""
+"""``run_ranks``: results, the error of the first failed rank, and the timeout."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def rank_and_sum(numbers: list[int]) -> list[int]:
 def fail_on_rank_1(folder: str) -> None:
     leave_pid(folder)
     if os.environ["RANK"] == "1":
-        raise ValueError("rank 1 cannot go on")
+        raise ValueError("rank 1 failed on purpose")
     time.sleep(SLEEP)
 
 
@@ -48,7 +48,7 @@ def test_results_of_all_ranks():
 
 def test_the_first_error_is_shown_and_the_others_are_stopped(tmp_path):
     start = time.monotonic()
-    with pytest.raises(AssertionError, match=r"rank 1 failed(?s:.*)rank 1 cannot go on"):
+    with pytest.raises(AssertionError, match=r"rank 1 failed(?s:.*)rank 1 failed on purpose"):
         run_ranks(fail_on_rank_1, 2, str(tmp_path))
     assert time.monotonic() - start < SLEEP / 2
     assert_gone(tmp_path)

@@ -1,4 +1,4 @@
-"""Which signals stop a run, and when its time began."""
+"""Stop signals, and the start time of a run."""
 
 from __future__ import annotations
 
