@@ -1,4 +1,4 @@
-"""One environment for all tests, whatever machine, shell or job pytest is started in.
+"""Environment of all tests, independent of the machine, shell or job that pytest runs in.
 
 Tests run on a CPU, in processes that they start themselves. Inside a Slurm job, under MPI, on a
 machine with GPUs or with threads configured for training, the programs under test would do
@@ -14,7 +14,7 @@ LAUNCHERS = ("SLURM_", "SBATCH_", "OMPI_", "PMI", "MPI_", "MASTER_", "TORCHELAST
 SERVICES = ("WANDB_", "NCCL_", "GLOO_")
 RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MEGATRON_LLMJP_LAUNCHER")
 THREADS = "TEST_THREADS"
-"""The threads of each process, to vary them on purpose (:mod:`tests.support.tolerances`)."""
+"""Variable with the threads per process, which tests vary (:mod:`tests.support.tolerances`)."""
 
 for name in list(os.environ):
     if name.startswith((*LAUNCHERS, *SERVICES)) or name in RANK or name.endswith("_NUM_THREADS"):

@@ -1,4 +1,4 @@
-"""Planned runs on a machine that lacks their data, tokenizer, packages and folders."""
+"""Planning on a machine without the run's data, tokenizer, packages and folders."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_published_script_is_planned_unchanged(run, tmp_path, script, mode):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_where_the_vocabulary_is_known_from(run, tmp_path):
+def test_sources_of_the_vocabulary_size(run, tmp_path):
     (tmp_path / "data").mkdir()
     folds = write_folds(tmp_path / "data")
     base = arguments("laptop-llama", folds, *ABSENT, vocab_size="", tokenizer_type="")
@@ -88,13 +88,13 @@ def test_where_the_vocabulary_is_known_from(run, tmp_path):
     assert "vocabulary size 120 taken from" in err and NOT_CHECKED in err
 
 
-def test_a_dry_run_excuses_the_tokenizer_and_packages_alone(run, tmp_path):
+def test_a_dry_run_requires_all_but_tokenizer_and_packages(run, tmp_path):
     (tmp_path / "data").mkdir()
     folds = write_folds(tmp_path / "data")
     words = arguments("laptop-llama", folds, *ABSENT, "--wandb-project", "p", tokenizer_type="")
     code, out, err = run(*words, "--dry-run")
     assert code == 0 and NOT_CHECKED in err and "wandb is not installed here" in err
-    # What is printed is the configuration of the run, without stand-ins.
+    # The printed configuration contains no placeholders.
     data = yaml.safe_load(out)["data"]
     assert (data["tokenizer_type"], data["tokenizer_model"]) == (ABSENT[1], ABSENT[3])
     assert yaml.safe_load(out)["logging"]["wandb_project"] == "p"

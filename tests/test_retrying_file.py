@@ -1,4 +1,4 @@
-"""Logs that cannot be written, and a program whose output nobody reads any more."""
+"""Logs that cannot be written, and output whose reader has exited."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OUTAGES = [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EACCES, er
 
 
 class Outage:
-    """A system call that fails with an error while it lasts."""
+    """A system call that fails while ``on`` is True."""
 
     def __init__(self, monkeypatch, name: str, code: int) -> None:
         self.on, call = True, getattr(os, name)
@@ -36,7 +36,7 @@ class Outage:
 
 @pytest.mark.parametrize("code", OUTAGES)
 @pytest.mark.parametrize("call", ["open", "write"])
-def test_what_cannot_be_written_is_written_later(tmp_path, monkeypatch, capfd, call, code):
+def test_failed_writes_are_repeated(tmp_path, monkeypatch, capfd, call, code):
     path = tmp_path / "logs" / "log"
     outage = Outage(monkeypatch, call, code)
     file = RetryingFile(path)
@@ -49,12 +49,12 @@ def test_what_cannot_be_written_is_written_later(tmp_path, monkeypatch, capfd, c
     outage.on = False
     file.close()
     assert path.read_text() == "0\n1\n2\n3\n4\n"
-    told = capfd.readouterr().err
-    assert told.count(f"warning: {path} ") == (1 if call == "open" else 2)
-    assert os.strerror(code) in told
+    printed = capfd.readouterr().err
+    assert printed.count(f"warning: {path} ") == (1 if call == "open" else 2)
+    assert os.strerror(code) in printed
 
 
-def test_no_room_for_the_folder(tmp_path, capfd):
+def test_the_folder_cannot_be_created(tmp_path, capfd):
     (tmp_path / "logs").write_text("in the way")
     file = RetryingFile(tmp_path / "logs" / "log")
     file.write(b"1\n")
@@ -64,7 +64,7 @@ def test_no_room_for_the_folder(tmp_path, capfd):
     assert "cannot be written: " in capfd.readouterr().err
 
 
-def test_what_is_kept_has_a_limit(tmp_path, monkeypatch):
+def test_pending_writes_are_limited(tmp_path, monkeypatch):
     monkeypatch.setattr(retrying_file, "MAX_PENDING_BYTES", 40)
     outage = Outage(monkeypatch, "write", errno.ENOSPC)
     file = RetryingFile(tmp_path / "log")
@@ -75,7 +75,7 @@ def test_what_is_kept_has_a_limit(tmp_path, monkeypatch):
     assert (tmp_path / "log").read_text() == "".join(f"line {n}\n" for n in range(95, 100))
 
 
-def test_a_file_that_is_deleted_is_made_again(tmp_path):
+def test_a_deleted_file_is_recreated(tmp_path):
     file = RetryingFile(tmp_path / "logs" / "log")
     file.write(b"1\n")
     shutil.rmtree(tmp_path / "logs")
@@ -95,8 +95,8 @@ def test_a_pipe_without_a_reader(capfd):
     assert capfd.readouterr().err.count("its reader has exited (Broken pipe)") == 1
 
 
-def test_output_that_nobody_reads_any_more(tmp_path):
-    """``pretrain_gpt ... | head``: the launcher and its ranks train to the end."""
+def test_output_whose_reader_exits(tmp_path):
+    """``pretrain_gpt ... | head``: launcher and ranks train until the end."""
     save = tmp_path / "save"
     words = arguments("laptop-llama", write_folds(tmp_path, (2, 2, 1)), "--save", save)
     command = [sys.executable, str(ROOT / "pretrain_gpt.py"), *words, "--nproc-per-node", "2"]
@@ -111,10 +111,10 @@ def test_output_that_nobody_reads_any_more(tmp_path):
         first = process.stdout.readline()
         process.stdout.close()
         code = process.wait()
-    said = (tmp_path / "stderr").read_text()
-    assert first and code == 0, said
-    assert "standard output: its reader has exited (Broken pipe); the run continues" in said
-    assert "Traceback" not in said and "Exception" not in said
+    printed = (tmp_path / "stderr").read_text()
+    assert first and code == 0, printed
+    assert "standard output: its reader has exited (Broken pipe); the run continues" in printed
+    assert "Traceback" not in printed and "Exception" not in printed
     assert list(losses(save)) == [1, 2, 3, 4, 5]
     assert manifests.complete_iterations(save) == [2, 4, 5]
     assert (save / "report" / "report.html").is_file()
@@ -122,7 +122,7 @@ def test_output_that_nobody_reads_any_more(tmp_path):
 
 @pytest.mark.parametrize("streams", [">&-", "2>&-", ">&- 2>&- <&-"])
 def test_closed_streams(tmp_path, streams):
-    """The descriptors of closed ones are not given to other files."""
+    """Other files do not get the descriptors of closed streams."""
     program = (
         "import sys; from megatron_llmjp.retrying_file import protect_standard_streams; "
         "protect_standard_streams(); print('text'); print('text', file=sys.stderr); "

@@ -1,4 +1,4 @@
-"""What a run resolves to before torch is imported."""
+"""Resolution of runs: decay with added folds, and --load after the first start."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def test_folds_added_later_do_not_move_the_learning_rate(tmp_path):
     assert not [note for note in notes if "lr_decay_iters" in note]
 
 
-def test_load_and_finetune_are_for_the_first_start(tmp_path):
-    """A job that is requeued with its first command line goes on with what it saved."""
+def test_load_and_finetune_apply_to_the_first_start_only(tmp_path):
+    """A job requeued with its first command line resumes from its own checkpoints."""
     words = arguments("laptop-llama", write_folds(tmp_path))
     words += ["--load", tmp_path / "base", "--save", tmp_path / "run", "--finetune"]
     config = parse([str(word) for word in words])[0]

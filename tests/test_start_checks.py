@@ -1,4 +1,4 @@
-"""What --dry-run and a run refuse before the first step, and what they warn of."""
+"""Errors and warnings of --dry-run and of runs before the first step."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.support.training import arguments
 
 
 def start(*words):
-    """Resolve and check a run as its first process does; its warnings."""
+    """Resolve and check a run as its first process does; return the warnings."""
     run = resolve_run(parse([str(word) for word in words]).config, 1)
     return "\n".join(check_start(run))
 
@@ -81,7 +81,7 @@ def test_folders_that_cannot_be_written_are_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "new").exists()
 
 
-def test_a_read_only_cache_will_do_when_it_is_complete(tmp_path, monkeypatch):
+def test_a_complete_read_only_cache_is_accepted(tmp_path, monkeypatch):
     folds, cache = write_folds(tmp_path), tmp_path / "cache"
     words = [*arguments("laptop-llama", folds), "--data-cache-path", str(cache)]
     assert build_indices.main(words) == 0
@@ -93,7 +93,7 @@ def test_a_read_only_cache_will_do_when_it_is_complete(tmp_path, monkeypatch):
     assert "sample indices cannot be written there" in refusal(*words)
 
 
-def test_a_full_disk_is_warned_of(tmp_path, monkeypatch):
+def test_warning_on_a_full_disk(tmp_path, monkeypatch):
     words = arguments("laptop-llama", write_folds(tmp_path), "--save", tmp_path / "save")
     assert "are free" not in start(*words)
     found = list(os.statvfs(tmp_path))
@@ -102,7 +102,7 @@ def test_a_full_disk_is_warned_of(tmp_path, monkeypatch):
     assert "a checkpoint of this run takes about 54" in start(*words)
 
 
-def test_data_warnings_reach_the_run(tmp_path):
+def test_runs_print_data_warnings(tmp_path):
     folds = write_folds(tmp_path)
     file = yaml.safe_load(folds.read_text())
     file["validation"]["valid"]["path"] = "ja"
@@ -120,7 +120,7 @@ def test_data_warnings_reach_the_run(tmp_path):
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory):
-    """Two SentencePiece models of equal size and other contents."""
+    """Two different SentencePiece models of the same size."""
     folder = tmp_path_factory.mktemp("tokenizers")
     models = []
     for name in ("one", "two"):
@@ -136,7 +136,7 @@ def tokenizers(tmp_path_factory):
 
 
 def made_with(folder, tokenizer):
-    """Record a tokenizer as the maker of all datasets."""
+    """Record a tokenizer in the manifests of all datasets."""
     for name in ("ja", "en", "valid"):
         recipe = {"recipe": {"tokenizer": tokenizer.identity()}}
         (folder / f"{name}.json").write_text(json.dumps(recipe))
@@ -163,7 +163,7 @@ def test_another_tokenizer_than_the_datasets_is_an_error(tmp_path, tokenizers, c
             check()
         assert str(error.value) == message
     assert "accepted by --allow" in start(*words, "--allow-tokenizer-mismatch")
-    # The same pieces with BOS before each document, or with another end of document.
+    # The same vocabulary with BOS before each document, or with another EOD.
     assert "another tokenizer" in refusal(
         *arguments("laptop-llama", folds, tokenizer_type="Llama2Tokenizer", vocab_size=""),
         *("--tokenizer-model", one),
@@ -179,7 +179,7 @@ def test_null_tokenizers_are_equal_by_their_size(tmp_path):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, tokenizers):
-    """The arguments of a run, without its tokenizer's model, that has a checkpoint."""
+    """Arguments, without --tokenizer-model, of a run that has a checkpoint."""
     folder = tmp_path_factory.mktemp("saved")
     kind = {"tokenizer_type": "GPTSentencePieceTokenizer", "vocab_size": ""}
     words = arguments("laptop-llama", write_folds(folder), **kind)
@@ -202,7 +202,7 @@ def test_resume_with_another_tokenizer_of_equal_size(tmp_path, tokenizers, saved
     assert any("accepted by --override-resume tokenizer" in note for note in notes)
 
 
-def test_a_dry_run_of_a_resume_excuses_an_absent_tokenizer(tmp_path, saved):
+def test_a_dry_run_of_a_resume_without_the_tokenizer(tmp_path, saved):
     words, save = saved
     absent = tmp_path / "absent.model"
     flags = [*words, "--save", save, "--tokenizer-model", absent, "--padded-vocab-size", 384]

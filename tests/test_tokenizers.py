@@ -1,4 +1,4 @@
-"""Tokenizers against the libraries they stand on."""
+"""Tokenizers compared with the libraries they are based on."""
 
 from __future__ import annotations
 
@@ -319,7 +319,7 @@ NEW = {"content": "<new>", "lstrip": True, "rstrip": True, "special": False}
     ],
 )
 def test_same_ids_as_auto_tokenizer(settings, tmp_path):
-    """Whatever a tokenizer.json was saved with, and its configuration says."""
+    """For all settings of tokenizer.json and tokenizer_config.json."""
     transformers = pytest.importorskip("transformers")
     fast = byte_level_bpe()
     fast.enable_truncation(3)

@@ -1,4 +1,4 @@
-"""Every YAML file of a user: one message that names file and line, whatever it holds."""
+"""YAML files of users: every error is one message with file and line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
 )
 FOLD = "folds: [{name: a, tokens: 5, blend: {d: {path: x}}}]\n"
 BAD = {
-    # text: what the message says, of a configuration and of a fold file
+    # text: part of the message, for configurations and fold files
     "? [a, b]\n: 1\n": "line 1: a key is a list, expected text",
     "{a: 1}: 2\n": "line 1: a key is a mapping, expected text",
     "model:\n  ? {a: b}\n  : 1\n": "line 2: a key is a mapping",

@@ -37,14 +37,14 @@ of tokenizer, as most of its benchmark scripts are."""
 
 @dataclass(frozen=True)
 class Script:
-    """A launch script: the preset that stands for it, and its arguments."""
+    """A published launch script: its arguments and the equivalent preset."""
 
     preset: str
     words: str
 
     @property
     def argv(self) -> list[str]:
-        """The arguments as a list."""
+        """Return the arguments as a list."""
         return self.words.split()
 
 

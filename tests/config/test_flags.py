@@ -1,4 +1,4 @@
-"""The command line is read once: every flag in every spelling, and modes that train nothing."""
+"""Command line: every flag in every spelling, modes that do not train, error messages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.processes import ROOT
 from tests.support.training import arguments
 
 VALUES: dict[str, list[str]] = {
-    # where the type alone does not give a valid value
+    # where a valid value does not follow from the type
     "--config": ["laptop-gpt2"], "--data-path": ["a"], "--override-resume": ["folds"],
     "--rampup-batch-size": ["16", "16", "1000"], "--gpu-memory": ["40GB"],
     "--hidden-dropout": ["0.5"], "--attention-dropout": ["0.5"], "--mfu": ["0.5"],
@@ -44,7 +44,7 @@ MODES = {
 
 
 def value(flag: str) -> list[str]:
-    """Words that may follow a flag."""
+    """Return a valid value of a flag."""
     if flag in VALUES:
         return VALUES[flag]
     if flag in CHOICES:
@@ -109,7 +109,7 @@ def no_run(monkeypatch):
 
 @pytest.mark.parametrize("mode", MODE_HELP)
 @pytest.mark.parametrize("spelling", ["dashes", "underscores"])
-def test_a_mode_trains_and_writes_nothing(mode, spelling, folder, no_run, capsys, monkeypatch):
+def test_planning_modes_do_not_train_or_write(mode, spelling, folder, no_run, capsys, monkeypatch):
     monkeypatch.setattr(
         "megatron_llmjp.planning._build_on_meta", lambda _: ""
     )  # imports torch: seconds
@@ -134,7 +134,7 @@ def test_a_mode_trains_and_writes_nothing(mode, spelling, folder, no_run, capsys
         assert bool(capsys.readouterr().out) == (rank == 0)
 
 
-def test_modes_exclude_each_other() -> None:
+def test_modes_are_mutually_exclusive() -> None:
     flags = [mode.value for mode in MODE_HELP]
     for first in flags:
         for second in flags:
@@ -147,7 +147,7 @@ def test_modes_exclude_each_other() -> None:
 
 
 TOGETHER = {
-    # words over a preset: the beginning of each line of the message
+    # arguments after a preset: beginning of each line of the message
     "--lr --hiden-size 5 --num-layers x --dry-run --plan_data --yaml-cfg x": [
         "argument --lr: expected one argument",
         "unknown flag --hiden-size",
@@ -174,7 +174,7 @@ TOGETHER = {
 
 
 @pytest.mark.parametrize("words", TOGETHER)
-def test_all_mistakes_of_a_command_line_are_reported(words: str) -> None:
+def test_all_errors_of_a_command_line_are_reported(words: str) -> None:
     with pytest.raises(UserError) as error:
         parse(["--config", "laptop-llama", *words.split()])
     lines = str(error.value).splitlines()
@@ -184,14 +184,14 @@ def test_all_mistakes_of_a_command_line_are_reported(words: str) -> None:
 
 
 def words_of(script: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    """Run a job script on a machine without Slurm, where it may only plan."""
+    """Run a job script on a machine without Slurm, where only planning modes are possible."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
     env |= {"PYTHON": "echo", "MEGATRON_LLMJP": str(ROOT)}
     return subprocess.run(["bash", str(script), *flags], env=env, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("mode", MODE_HELP)
-def test_job_scripts_know_the_modes_in_every_spelling(mode: Mode) -> None:
+def test_job_scripts_accept_the_modes_in_every_spelling(mode: Mode) -> None:
     script = ROOT / "slurm" / "pretrain_llm-jp-3-13b.sh"
     for flag in (mode.value, "--" + mode.value[2:].replace("-", "_")):
         done = words_of(script, "--fold-file", "f", flag)

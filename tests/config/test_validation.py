@@ -19,8 +19,8 @@ LAYOUT = "--pipeline-model-parallel-layout"
 FIRST, LAST = "--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers"
 CHUNKS = "--virtual-pipeline-model-parallel-size"
 
-BROKEN = {
-    # flags over llm-jp-3-1.8b (24 layers, 16 heads) on 8 processes: what the message says
+INVALID = {
+    # flags over llm-jp-3-1.8b (24 layers, 16 heads) on 8 processes: parts of the message
     f"{STAGES} 5": ["processes are not divisible", "24 is not divisible into 5", "2, 3, 4, 6, 8"],
     f"{STAGES} 4 {FIRST} 5": ["the 19 layers between", "3 pipeline chunks"],
     f"{STAGES} 2 {FIRST} 20 {LAST} 5": ["20 and 5 layers at the ends leave -1 layers"],
@@ -53,16 +53,16 @@ BROKEN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("flags", BROKEN)
-def test_a_broken_rule_names_a_remedy(flags):
+@pytest.mark.parametrize("flags", INVALID)
+def test_violated_rules(flags):
     config = parse(f"--config llm-jp-3-1.8b {flags}".split()).config
     with pytest.raises(UserError) as error:
         check_config(config, 8)
-    for part in BROKEN[flags]:
+    for part in INVALID[flags]:
         assert part in str(error.value)
 
 
-KEPT = [
+VALID = [
     f"{STAGES} 4 {FIRST} 5 {LAST} 7",
     f"{STAGES} 2 {FIRST} 10",
     f"{STAGES} 2 --account-for-loss-in-pipeline-split --account-for-embedding-in-pipeline-split",
@@ -71,13 +71,13 @@ KEPT = [
     "--rampup-batch-size 64 64 10000",
     "--lr-decay-style WSD --lr-wsd-decay-fraction 0.1",
     "--weight-decay-incr-style cosine --start-weight-decay 0 --end-weight-decay 0.1",
-    # Another unit of a preset's length takes its place.
+    # Another unit replaces that of a preset's length.
     "--lr-warmup-fraction 0.01 --lr-decay-tokens 1000000000",
 ]
 
 
-@pytest.mark.parametrize("flags", KEPT)
-def test_a_kept_rule(flags):
+@pytest.mark.parametrize("flags", VALID)
+def test_valid_configurations(flags):
     check_config(parse(f"--config llm-jp-3-1.8b {flags}".split())[0], 8)
 
 
@@ -86,7 +86,7 @@ def preset(name, flags=""):
 
 
 WARNINGS = {
-    # flags over llm-jp-3-1.8b for 986,240 iterations: what is warned of, and nothing else
+    # flags over llm-jp-3-1.8b for 986,240 iterations: the only warning
     "": "",
     "--adam-eps 1e-5": "alpha1 and alpha2",
     "--adam-beta2 0.999": "Megatron-LM's default",
@@ -140,14 +140,14 @@ def test_warnings_on_lengths():
 
 
 @pytest.mark.parametrize("name", preset_names())
-def test_presets_keep_all_rules_and_their_warnings_are_known(name):
+def test_presets_are_valid_and_their_warnings_known(name):
     layers = ConfigLayers()
     read_config(name, layers)
     config = build_config(layers)
     world = config.parallel.model_parallel_size * 2
     check_config(config, world)
     for warning in config_warnings(config, RunSize(world, 100, 100, 1)):
-        # Published so: v1.0 in fp16, v4 waiting two hours for its data's indices.
+        # As published: v1.0 in fp16, v4 with a timeout of two hours to build its sample indices.
         assert warning.startswith(("fp16", "distributed_timeout_minutes 120")), warning
 
 
@@ -170,7 +170,7 @@ def test_dry_run(tmp_path, capsys, monkeypatch):
     assert origins["normalization"].startswith("preset laptop-llama, line ")
     assert origins["padded_vocab_size"] == origins["lr_decay_iters"] == "resolved"
     assert origins["rotary_base"] == ""
-    # What is printed is a configuration.
+    # The output can be read back as a configuration.
     (tmp_path / "again.yaml").write_text(printed.out)
     assert pretrain_cli.main(["--config", str(tmp_path / "again.yaml"), *layout[2:]]) == 0
     assert yaml.safe_load(capsys.readouterr().out) == yaml.safe_load(printed.out)

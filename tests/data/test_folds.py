@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_llmjp.arguments import parse_count
 from megatron_llmjp.config.flags import parse
 from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.data.folds.loading import read_fold_file
@@ -169,14 +168,6 @@ def test_seeds_differ_between_epochs_and_datasets():
     assert Counter(seeds).most_common(1)[0][1] == 1
     assert all(0 <= seed < 2**32 for seed in seeds)
     assert epoch_seed(7, "a", 0) == epoch_seed(7, "a", 0)
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [("27.6B", 27_600_000_000), ("1_000", 1000), (" 0.15 M", 150_000), ("1T", 10**12), (5, 5)],
-)
-def test_counts(text, number):
-    assert parse_count(text) == number
 
 
 WRONG = {

@@ -1,4 +1,4 @@
-"""The lock on a file, among real processes, and what errors of the file system mean."""
+"""File locks among real processes, and the interpretation of file-system errors."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from megatron_llmjp.filesystem import acquire_lock
 
 @pytest.fixture
 def pauses(monkeypatch):
-    """Retries that cost no time; the pauses that were made."""
+    """Make retries immediate; return the list of pauses."""
     made: list[float] = []
     monkeypatch.setattr(filesystem.time, "sleep", made.append)
     return made
 
 
 def in_another_process(path) -> bool:
-    """Whether another process can take the lock."""
+    """Return whether another process can take the lock."""
     child = os.fork()
     if child == 0:
         try:
@@ -41,24 +41,24 @@ def test_one_process_at_a_time(tmp_path):
     assert lock.is_enforced and lock.is_current()
     assert not in_another_process(path)
     lock.release()
-    assert in_another_process(path)  # and its end frees it
+    assert in_another_process(path)  # released when its process ended
     lock = acquire_lock(path)
     lock.release(remove=True)
     assert not path.exists()
 
 
-def test_a_file_that_was_removed_protects_nothing(tmp_path):
-    """Nor does a lock on it count for one that opened it before."""
+def test_a_lock_on_a_removed_file_has_no_effect(tmp_path):
+    """Also for a process that opened the file before its removal."""
     path = tmp_path / "lock"
     lock = acquire_lock(path)
     path.unlink()
     assert not lock.is_current()
     assert in_another_process(path)
-    lock.release(remove=True)  # the new file is not its own
+    lock.release(remove=True)  # another process's file
     assert path.exists()
 
 
-def test_a_killed_owner_frees_it_though_its_worker_lives(tmp_path):
+def test_a_killed_owner_releases_it_though_its_worker_runs(tmp_path):
     path, ready = tmp_path / "lock", tmp_path / "ready"
     owner = os.fork()
     if owner == 0:
@@ -78,7 +78,7 @@ def test_a_killed_owner_frees_it_though_its_worker_lives(tmp_path):
 
 
 def failing(monkeypatch, code, times):
-    """``lockf`` fails so many times."""
+    """Make ``lockf`` fail ``times`` times."""
     left = [times]
     lockf = fcntl.lockf
 
@@ -99,7 +99,7 @@ def test_transient_errors_are_retried(tmp_path, monkeypatch, pauses, capfd, code
     assert capfd.readouterr().err.count(f"{tmp_path / 'lock'}: {os.strerror(code)}; retrying") == 1
 
 
-def test_errors_that_last(tmp_path, monkeypatch, pauses):
+def test_persistent_errors(tmp_path, monkeypatch, pauses):
     path = tmp_path / "lock"
     for code, kind in ((errno.ESTALE, OSError), (errno.EIO, OSError), (errno.EACCES, OSError)):
         failing(monkeypatch, code, 100)
@@ -108,7 +108,7 @@ def test_errors_that_last(tmp_path, monkeypatch, pauses):
         assert raised.value.errno == code and raised.value.filename == str(path)
         monkeypatch.undo()
         monkeypatch.setattr(filesystem.time, "sleep", pauses.append)
-    assert len(pauses) == 2 * len(filesystem.RETRY_PAUSES)  # permission is not waited for
+    assert len(pauses) == 2 * len(filesystem.RETRY_PAUSES)  # EACCES is not retried
 
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
@@ -117,6 +117,6 @@ def test_file_system_without_locks(tmp_path, monkeypatch, pauses, code):
     assert not acquire_lock(tmp_path / "lock").is_enforced
 
 
-def test_a_file_that_cannot_be_made(tmp_path):
+def test_a_file_that_cannot_be_created(tmp_path):
     with pytest.raises(FileNotFoundError):
         acquire_lock(tmp_path / "none" / "lock")

@@ -1,4 +1,4 @@
-"""Launch scripts of Megatron-LM and Megatron-DeepSpeed mean here what they meant there."""
+"""Flags of Megatron-LM and Megatron-DeepSpeed: presets of launch scripts, defaults, refusals."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OF_THE_DATA_AND_PLACE = {
     "tensorboard_dir", "wandb_exp_name", "wandb_project", "wandb_entity", "exit_duration_in_mins",
     "override_opt_param_scheduler", "async_save",
 }  # fmt: skip
-"""What a script says of its data, checkpoints and log, which no preset does."""
+"""Fields of data, checkpoints and logs, which scripts set and presets do not."""
 
 
 def preset(name):
@@ -41,7 +41,7 @@ def preset(name):
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.preset)
-def test_a_published_script_is_its_preset(script):
+def test_published_scripts_equal_their_presets(script):
     command = parse(script.argv)
     config, notes = command.config, command.notes
     assert (command.mode, command.processes) == (Mode.TRAIN, None)
@@ -50,7 +50,7 @@ def test_a_published_script_is_its_preset(script):
         config = replace_fields(config, lr_decay_iters=config.training.train_iters)
     found = config_differences(preset(script.preset), config)
     assert set(found) <= OF_THE_DATA_AND_PLACE, found
-    # Each flag is set, or explained once.
+    # Each flag sets a field or is reported once.
     explained = [note.split()[0] for note in notes]
     assert len(explained) == len(set(explained))
     for word in set(explained):
@@ -59,7 +59,7 @@ def test_a_published_script_is_its_preset(script):
 
 
 def kinds(flag, fields):
-    """All the ways in which a flag is known."""
+    """Return all tables that contain a flag."""
     families = (*NOT_NEEDED_FAMILIES, *REFUSED_FAMILIES)
     tables = (fields, DEPENDENT_FLAGS, CHOICES, REFUSED, NOT_NEEDED)
     exact = [number for number, table in enumerate(tables) if flag in table]
@@ -99,7 +99,7 @@ REAL_DEFAULTS = {
 }  # fmt: skip
 
 
-def test_what_flags_leave_out_is_megatrons_default():
+def test_megatrons_defaults_without_config():
     config = parse(BASE.split()).config
     values = {k: v for section in config.model_dump().values() for k, v in section.items()}
     assert {name: values[name] for name in REAL_DEFAULTS} == REAL_DEFAULTS
@@ -107,7 +107,7 @@ def test_what_flags_leave_out_is_megatrons_default():
 
 BASE = "--num-layers 4 --hidden-size 128 --num-attention-heads 8"
 MEANINGS = {
-    # flags: what the fields come to
+    # flags: resulting values of fields
     "": {
         "activation_function": "gelu_tanh", "normalization": "LayerNorm", "hidden_dropout": 0.1,
         "position_embedding_type": "learned_absolute", "add_bias_linear": True, "adam_beta2": 0.999,
@@ -160,17 +160,17 @@ MEANINGS = {
     },
     "--load a --save a": {"load": None, "save": "a"},
     "--load b --save a": {"load": "b", "save": "a"},
-    # 0 is Megatron-LM's default of a unit that is not used
+    # 0 is Megatron-LM's default of an unused unit
     "--lr-warmup-samples 0 --lr-warmup-iters 4": {"lr_warmup_samples": None, "lr_warmup_iters": 4},
     "--rampup-batch-size 16 16 1000": {"rampup_batch_size": (16, 16, 1000)},
     "--skip-train": {"eval_only": True},
     "--finetune --no-load-optim --no-load-rng --load a": {"finetune": True, "load": "a"},
-    # ids below EOD, as Megatron-LM's NullTokenizer counts; with a preset, all of the vocabulary
+    # without EOD, as in Megatron-LM's NullTokenizer; with a preset, the whole vocabulary
     "--tokenizer-type NullTokenizer --vocab-size 500": {"vocab_size": 501},
     "--config laptop-llama --tokenizer-type NullTokenizer --vocab-size 500": {"vocab_size": 500},
     "--save-retain-interval 1000": {"keep_last": 1, "keep_every": 1000},
     "--pretrained-checkpoint a --save b": {"load": "a", "finetune": True, "save": "b"},
-    # words that are chosen from are accepted in any case
+    # choices are case-insensitive
     "--normalization rmsnorm --optimizer Adam --lr-decay-style wsd --lr-wsd-decay-style LINEAR": {
         "normalization": "RMSNorm", "optimizer": "adam", "lr_decay_style": "WSD",
         "lr_wsd_decay_style": "linear",
@@ -192,8 +192,8 @@ def test_meaning(flags):
     assert {name: values[name] for name in MEANINGS[flags]} == MEANINGS[flags]
 
 
-def test_names_of_other_programs_are_not_ours():
-    """A flag is explained as another program's or a newer release's only where it is no other."""
+def test_flags_of_other_programs_are_in_no_other_table():
+    """Flags of other programs and newer releases must not be accepted, refused or ignored ones."""
     fields = flag_names()
     for table in (FOREIGN, NEWER):
         assert [flag for flag in table if kinds(flag, fields)] == []
@@ -214,7 +214,7 @@ REFUSALS = {
     "--num-layers-per-virtual-pipeline-stage 3": "4 layers are not divisible into chunks of 3",
     "--tensor-parallel-size 2": "did you mean '--tensor-model-parallel-size'?",
     "--data-impl lazy": "rebuild the dataset with preprocess_data",
-    # names of other programs, and of newer releases of Megatron-LM
+    # flags of other programs and of newer releases of Megatron-LM
     "--learning-rate 1e-3": "unknown flag --learning-rate; did you mean '--lr'?",
     "--batch-size 8": "--batch-size is not supported: use --micro-batch-size and",
     "--max-seq-len 8": "did you mean '--seq-length'?",
@@ -241,10 +241,10 @@ def test_refused_with_a_remedy(flags):
     assert REFUSALS[flags] in str(error.value)
 
 
-def test_all_refused_and_unknown_flags_are_told_at_once():
+def test_all_refused_and_unknown_flags_are_reported_together():
     with pytest.raises(UserError) as error:
         parse(f"{BASE} --use-flash-attn --yaml-cfg x --hiden-size 5 --fp8-margin 0".split())
-    told = str(error.value).splitlines()
-    assert [line.split(" ")[0 if line[0] == "-" else 2] for line in told] == [
+    lines = str(error.value).splitlines()
+    assert [line.split(" ")[0 if line[0] == "-" else 2] for line in lines] == [
         "--yaml-cfg", "--hiden-size;", "--fp8-margin",
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""A field is there because something reads it, and says what it does."""
+"""Every field is read by some module and has a description."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DECLARING = (
 )  # fmt: skip
 """Files of config/ that declare, check or name fields without using their values."""
 BY_PROPERTY = {
-    # fields that the schema's own properties read
+    # fields that are read through properties of the schema
     "num_query_groups": "query_groups",
     "kv_channels": "head_dim",
     "ffn_hidden_size": "ffn_size",

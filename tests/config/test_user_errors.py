@@ -1,4 +1,4 @@
-"""Mistakes of the user: one message that names the thing, and exit code 2, without torch.
+"""User errors: one message that names the cause, and exit code 2, without importing torch.
 
 ``main`` is called in this process, as the process that starts the ranks calls it; every mistake
 here is found before a rank exists.
@@ -54,11 +54,11 @@ def fails(capsys, monkeypatch):
 
 
 def not_reached(*_):
-    raise AssertionError("the mistake was not found")
+    raise AssertionError("the error was not found")
 
 
 FLAGS = {
-    # flags over a run that is right: what the message must say
+    # flags added to a valid run: parts of the message
     "--lerning-rate 1": ["unknown flag --lerning-rate (--help"],
     "--global-batch 8": ["unknown flag --global-batch; did you mean '--global-batch-size'?"],
     "--data-path x": ["both --fold-file and --data-path declare the data", "remove one of them"],
@@ -115,14 +115,14 @@ def test_flags(folder, fails, flags):
         assert part in message, message
 
 
-def test_several_mistakes_are_told_at_once(folder, fails):
+def test_several_errors_are_reported_together(folder, fails):
     words = "--min-lr 1 --pipeline-model-parallel-size 3 --nproc-per-node 3"
     message = fails(*arguments("laptop-llama", folder / "folds.yaml"), *words.split())
     assert [line.split()[0] for line in message.splitlines()] == ["num_layers", "min_lr"]
 
 
-def test_a_default_warm_up_hides_no_mistake(folder, fails):
-    """A default warm-up follows a short run; rules, tokenizer and data are reported together."""
+def test_a_default_warm_up_hides_no_error(folder, fails):
+    """A default warm-up is shortened; errors of rules, tokenizer and data are reported together."""
     words = arguments("laptop-llama", folder / "folds.yaml", lr_warmup_iters="")
     run = resolve_run(parse([*words, "--train-iters", "2"]).config, 1)
     assert run.config.optimizer.lr_warmup_iters == 0
@@ -239,7 +239,7 @@ def test_resume_with_other_folds(folder, saved, fails):
     message = fails(*arguments("laptop-llama", folder / "gone.yaml", "--load", saved))
     assert "fold 'fold00' is missing" in message and "fold 'fold01' has changed" in message
 
-    # A fold that was not touched may change, and any with the override.
+    # A fold that was not consumed may change, and any with --override-resume.
     later = arguments("laptop-llama", with_fold(folder, 2, 9), "--load", saved)
     assert resolve_run(parse(later)[0], 1).resume.manifest.iteration == 3
     allowed = arguments("laptop-llama", with_fold(folder, 1, 9), "--load", saved)
@@ -274,7 +274,7 @@ def test_the_run_ends_before_the_checkpoint(folder, saved):
     assert run.train_iters == 6 and run.resume.manifest.iteration == 3
 
 
-def test_damaged_checkpoints_are_passed_over(folder, saved, fails):
+def test_damaged_checkpoints_are_skipped(folder, saved, fails):
     write_checkpoint(folder, saved, 4)
     newest = write_checkpoint(folder, saved, 5) / manifests.folder_name(5)
     words = arguments("laptop-llama", folder / "folds.yaml", "--save", saved)
@@ -294,7 +294,7 @@ def test_damaged_checkpoints_are_passed_over(folder, saved, fails):
     message = fails(*words)
     assert message.count("damaged checkpoint") == 3
 
-    # What was copied in part, or lost its manifest, is not overwritten.
+    # Incomplete copies and checkpoints without a manifest are not overwritten.
     for iteration in (3, 4, 5):
         (saved / manifests.folder_name(iteration) / manifests.MANIFEST).unlink()
     assert "iter_0000005 is a checkpoint of this program without manifest.json" in fails(*words)
@@ -311,8 +311,8 @@ def test_converted_weights_need_finetune(folder, saved, fails):
     assert resolve_run(parse([*words, "--finetune"])[0], 1).resume.manifest.contents == "weights"
 
 
-def test_a_checkpoint_brings_its_own_configuration(folder, saved):
-    """``--load`` of a native checkpoint needs no model flags; of weights alone, no tokenizer."""
+def test_a_checkpoint_provides_its_configuration(folder, saved):
+    """``--load`` of a native checkpoint needs no model flags; of weights only, no tokenizer."""
     stored = resolve_run(parse(arguments("laptop-llama", folder / "folds.yaml")).config, 1).config
     words = ["--load", str(saved), "--fold-file", str(folder / "folds.yaml")]
 
@@ -331,11 +331,11 @@ def test_a_checkpoint_brings_its_own_configuration(folder, saved):
     assert (config.data.tokenizer_type, config.data.seq_length) == ("HuggingFaceTokenizer", 32)
     assert config.data.tokenizer_model == str(inner / "tokenizer")
     assert config.training.global_batch_size == 8
-    # A model that is given by flags or a preset is that one.
+    # A model given by flags or a preset overrides the stored one.
     assert read("--config", "laptop-gpt2").model.normalization == "LayerNorm"
 
 
-def test_only_the_first_rank_speaks(folder, capsys, monkeypatch):
+def test_only_the_first_rank_prints(folder, capsys, monkeypatch):
     words = arguments("laptop-llama", folder / "none.yaml")
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in range(2):
@@ -345,7 +345,7 @@ def test_only_the_first_rank_speaks(folder, capsys, monkeypatch):
         assert bool(capsys.readouterr().err) == (rank == 0)
 
 
-def test_torch_is_not_needed_to_be_wrong():
-    """A mistake is told at once: nothing of torch is imported before."""
+def test_errors_are_found_without_torch():
+    """The entry point does not import torch."""
     code = "import sys, megatron_llmjp.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
