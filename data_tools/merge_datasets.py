@@ -20,7 +20,7 @@ from megatron_llmjp.filesystem import (
     staging_folder,
     write_json_durably,
 )
-from megatron_llmjp.tokenizers.registry import key_of
+from megatron_llmjp.tokenizers.registry import identity_key
 
 EXAMPLES = """\
   Merge all datasets of a folder, in the order of their names (as Megatron-LM's merge_datasets.py):
@@ -131,9 +131,9 @@ def common_recipe(prefixes: Sequence[str]) -> dict[str, Any]:
         ours = {name: recipe[name] for name in ("tokenizer", "options") if name in recipe}
         ends = _added_tokens(ours)
         if first and ours:
-            if key_of(ours["tokenizer"]) != key_of(first["tokenizer"]) or ends != _added_tokens(
-                first
-            ):
+            if identity_key(ours["tokenizer"]) != identity_key(
+                first["tokenizer"]
+            ) or ends != _added_tokens(first):
                 raise UserError(
                     f"{prefix}: was tokenized with another tokenizer, --append-eod or --append-bos "
                     f"than {named}:\n"

@@ -30,7 +30,7 @@ from megatron_llmjp.run_data import (
     with_stored_keys,
 )
 from megatron_llmjp.tokenizers import Tokenizer
-from megatron_llmjp.tokenizers.registry import stored_tokenizer
+from megatron_llmjp.tokenizers.registry import stored_tokenizer_fields
 
 if TYPE_CHECKING:
     from megatron_llmjp.data.lineage import Lineage
@@ -153,5 +153,5 @@ def _load_data(folder: Path, config: Config, fold_file: Path | None) -> Resolved
 def _load_tokenizer(folder: Path, config: Config) -> Tokenizer | None:
     """Load the run's tokenizer from the checkpoint; None if the run has none."""
     kind = config.data.tokenizer_type
-    stored = stored_tokenizer(folder / manifests.TOKENIZER, kind) if kind else {}
+    stored = stored_tokenizer_fields(folder / manifests.TOKENIZER, kind) if kind else {}
     return load_run_tokenizer(replace_fields(config, **stored))

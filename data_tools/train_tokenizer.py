@@ -136,15 +136,22 @@ def train_tokenizer(args: argparse.Namespace) -> int:
 def _export_hugging_face(folder: Path, eod_token: str, texts: Sequence[str]) -> None:
     """Export the SentencePiece model in a folder to Hugging Face, and compare both on texts."""
     from megatron_llmjp.tokenizers import load_tokenizer
-    from megatron_llmjp.tokenizers.comparison import RARE_TEXTS, compare
+    from megatron_llmjp.tokenizers.comparison import RARE_TEXTS, compare_tokenizers
     from megatron_llmjp.tokenizers.sentencepiece import load_sentencepiece
-    from megatron_llmjp.tokenizers.sentencepiece_fast import export_hugging_face, own_texts
+    from megatron_llmjp.tokenizers.sentencepiece_fast import (
+        export_hugging_face,
+        model_specific_texts,
+    )
 
     kind = "SentencePieceTokenizer" if eod_token == "<EOD>" else "Llama2Tokenizer"
     model = load_sentencepiece(kind, folder / FILES[0])
     export_hugging_face(model, folder)
     exported = load_tokenizer("HuggingFaceTokenizer", folder)
-    print(compare(model, exported, [*texts, *RARE_TEXTS, *own_texts(model)]).report())
+    print(
+        compare_tokenizers(
+            model, exported, [*texts, *RARE_TEXTS, *model_specific_texts(model)]
+        ).report()
+    )
 
 
 def train_unigram(texts: Sequence[str], vocab_size: int, coverage: float = 0.9995) -> bytes:

@@ -9,9 +9,9 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from megatron_llmjp.tokenizers import load_tokenizer
-from megatron_llmjp.tokenizers.comparison import RARE_TEXTS, TEXTS, compare
-from megatron_llmjp.tokenizers.sentencepiece import TYPES, load_sentencepiece
-from megatron_llmjp.tokenizers.sentencepiece_fast import export_hugging_face, own_texts
+from megatron_llmjp.tokenizers.comparison import RARE_TEXTS, TEXTS, compare_tokenizers
+from megatron_llmjp.tokenizers.sentencepiece import SENTENCEPIECE_CLASSES, load_sentencepiece
+from megatron_llmjp.tokenizers.sentencepiece_fast import export_hugging_face, model_specific_texts
 
 LLAMA2 = {
     "model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity",
@@ -34,7 +34,7 @@ def train(**settings) -> bytes:
 
 
 @pytest.mark.parametrize("settings", [LLAMA2, LLM_JP, NFKC], ids=["bpe", "unigram", "nfkc"])
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", SENTENCEPIECE_CLASSES)
 def test_auto_tokenizer_has_the_ids_of_sentencepiece(tmp_path, kind, settings):
     transformers = pytest.importorskip("transformers")
     path = tmp_path / "any.model"
@@ -84,9 +84,9 @@ def test_user_defined_and_unused_pieces(tmp_path):
     tokenizer = load_sentencepiece("Llama2Tokenizer", tmp_path / "any.model")
     export_hugging_face(tokenizer, tmp_path)
     fast = load_tokenizer("HuggingFaceTokenizer", tmp_path)
-    texts = own_texts(tokenizer)
+    texts = model_specific_texts(tokenizer)
     assert texts == ["a<tool>b <tool>\n<tool>", "a猫でb 猫で\n猫で"]
-    assert not compare(tokenizer, fast, [*TEXTS, *texts]).differences
+    assert not compare_tokenizers(tokenizer, fast, [*TEXTS, *texts]).differences
     assert longest not in [fast.piece(i) for i in fast.encode(TEXTS[0])]
 
 
@@ -96,7 +96,7 @@ def test_differences_are_reported_with_their_place(tmp_path):
     first, second = (
         load_sentencepiece("Llama2Tokenizer", tmp_path / n) for n in ("first", "second")
     )
-    assert not compare(first, first, TEXTS).differences
-    found = compare(first, second, TEXTS, ("the first", "the second"))
+    assert not compare_tokenizers(first, first, TEXTS).differences
+    found = compare_tokenizers(first, second, TEXTS, ("the first", "the second"))
     assert found.differences and "differs at token" in found.report()
     assert "the second " in found.report()

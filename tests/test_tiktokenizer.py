@@ -9,7 +9,7 @@ import pytest
 
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.tokenizers import load_tokenizer
-from megatron_llmjp.tokenizers.registry import TikTokenSettings, describe, key_of
+from megatron_llmjp.tokenizers.registry import TikTokenSettings, describe_identity, identity_key
 from tests.support.tokenizer_files import TEXTS, tiktoken_entries, write_tiktoken
 
 
@@ -60,13 +60,13 @@ def test_what_decides_the_ids_is_compared(vocabulary):
     plain = load_tokenizer("TikTokenizer", vocabulary).identity()
     spelled_out = TikTokenSettings(special_tokens=("<unk>", "<s>", "</s>"))
     same = load_tokenizer("TikTokenizer", vocabulary, tiktoken=spelled_out, vocab_size=1300)
-    assert key_of(same.identity()) == key_of(plain)
+    assert identity_key(same.identity()) == identity_key(plain)
     for settings in changed:
         other = load_tokenizer("TikTokenizer", vocabulary, tiktoken=settings).identity()
-        assert key_of(other) != key_of(plain)
-        assert describe(other) != describe(plain)
+        assert identity_key(other) != identity_key(plain)
+        assert describe_identity(other) != describe_identity(plain)
     smaller = load_tokenizer("TikTokenizer", vocabulary, vocab_size=1299).identity()
-    assert key_of(smaller) != key_of(plain)
+    assert identity_key(smaller) != identity_key(plain)
 
 
 GOOD = tiktoken_entries(260)

@@ -15,7 +15,7 @@ import tokenizers
 from data_tools.train_tokenizer import SPECIALS, train_unigram
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.tokenizers import load_tokenizer
-from megatron_llmjp.tokenizers.registry import stored_tokenizer
+from megatron_llmjp.tokenizers.registry import stored_tokenizer_fields
 from megatron_llmjp.tokenizers.sentencepiece import SentencePieceTokenizer
 from megatron_llmjp.tokenizers.sentencepiece_fast import export_hugging_face
 from tests.support.tokenizer_files import write_gpt2, write_tiktoken
@@ -111,16 +111,16 @@ def test_a_checkpoint_names_its_tokenizer(folder, tmp_path):
         stored.mkdir()
         for name in files:
             (stored / name).write_bytes(fast if name == "tokenizer.json" else b"")
-        assert stored_tokenizer(stored)["tokenizer_type"] == kind
-        assert stored_tokenizer(stored, kind) == stored_tokenizer(stored)
-        assert stored_tokenizer(stored, "ByteLevelTokenizer") == {}
-    assert stored_tokenizer(tmp_path / "4", "Llama2Tokenizer")["tokenizer_type"] == (
+        assert stored_tokenizer_fields(stored)["tokenizer_type"] == kind
+        assert stored_tokenizer_fields(stored, kind) == stored_tokenizer_fields(stored)
+        assert stored_tokenizer_fields(stored, "ByteLevelTokenizer") == {}
+    assert stored_tokenizer_fields(tmp_path / "4", "Llama2Tokenizer")["tokenizer_type"] == (
         "Llama2Tokenizer"
     )
-    assert stored_tokenizer(tmp_path / "nowhere", "Llama2Tokenizer") == {}
+    assert stored_tokenizer_fields(tmp_path / "nowhere", "Llama2Tokenizer") == {}
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "my.json").write_bytes(fast)
-    found = stored_tokenizer(tmp_path / "own", "HuggingFaceTokenizer")
+    found = stored_tokenizer_fields(tmp_path / "own", "HuggingFaceTokenizer")
     assert found["tokenizer_model"] == str(tmp_path / "own" / "my.json")
     mine = load_tokenizer("HuggingFaceTokenizer", tmp_path / "own" / "my.json")
     assert list(mine.files()) == ["tokenizer.json"]

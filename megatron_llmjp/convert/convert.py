@@ -27,7 +27,7 @@ from pydantic import ValidationError
 from megatron_llmjp.convert import optimizer_state
 from megatron_llmjp.convert.files.checksums import Region
 from megatron_llmjp.convert.formats.base import ConversionOptions, SourceCheckpoint
-from megatron_llmjp.convert.formats.rank_files import check_divides
+from megatron_llmjp.convert.formats.rank_files import check_parallel_sizes
 from megatron_llmjp.convert.formats.registry import FORMATS, check_is_folder, detect_format
 from megatron_llmjp.convert.plan import Checksums, Copy, Output, Read
 from megatron_llmjp.convert.tensors import WORD_EMBEDDINGS
@@ -290,7 +290,7 @@ def prepare(
         source = open_source(source_format or detect_format(path).name, path, options).check()
     except _FOREIGN as error:
         raise UserError(f"{path}: damaged, or of a form that is not known ({error!r})") from error
-    check_divides(source.model, options.tensor_parallel, options.pipeline_parallel)
+    check_parallel_sizes(source.model, options.tensor_parallel, options.pipeline_parallel)
     if options.vocab_size is not None:
         if options.vocab_size > source.rows:
             raise UserError(f"--vocab-size {options.vocab_size}: {path} has {source.rows} rows")

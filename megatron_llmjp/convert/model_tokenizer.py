@@ -16,7 +16,7 @@ from megatron_llmjp.convert.formats.base import ConversionOptions, SourceCheckpo
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.tokenizers import TOKENIZER_TYPES, Tokenizer, load_tokenizer
 from megatron_llmjp.tokenizers.hugging_face import HuggingFaceTokenizer
-from megatron_llmjp.tokenizers.registry import SENTENCE_PIECE, stored_tokenizer
+from megatron_llmjp.tokenizers.registry import SENTENCEPIECE_TYPES, stored_tokenizer_fields
 
 NAMES = (
     "tokenizer.json",
@@ -206,12 +206,12 @@ def _fields(path: Path, kind: str | None) -> Mapping[str, str] | None:
         UserError: it holds a tokenizer of another type.
     """
     if path.is_file():
-        if path.suffix == ".json" and kind in (None, *SENTENCE_PIECE):
+        if path.suffix == ".json" and kind in (None, *SENTENCEPIECE_TYPES):
             kind = "HuggingFaceTokenizer"
-        return {"tokenizer_type": kind or SENTENCE_PIECE[0], "tokenizer_model": str(path)}
-    if found := stored_tokenizer(path, kind):
+        return {"tokenizer_type": kind or SENTENCEPIECE_TYPES[0], "tokenizer_model": str(path)}
+    if found := stored_tokenizer_fields(path, kind):
         return found
-    other = stored_tokenizer(path)
+    other = stored_tokenizer_fields(path)
     if not other:
         return None
     if other["tokenizer_type"] == "HuggingFaceTokenizer":
@@ -284,17 +284,17 @@ def _check_same(own: Tokenizer, given: Tokenizer, options: ConversionOptions) ->
     Raises:
         UserError: ordinary texts have other ids.
     """
-    from megatron_llmjp.tokenizers.comparison import RARE_TEXTS, TEXTS, compare
+    from megatron_llmjp.tokenizers.comparison import RARE_TEXTS, TEXTS, compare_tokenizers
 
     names = ("the run's own", "--tokenizer")
-    found = compare(own, given, TEXTS, names)
+    found = compare_tokenizers(own, given, TEXTS, names)
     if found.differences:
         raise UserError(
             f"--tokenizer {options.tokenizer}: gives other ids than the tokenizer that the model "
             f"was trained with. {found.report()}\n  Leave --tokenizer out to export the run's own"
         )
     warnings = []
-    rare = compare(own, given, RARE_TEXTS, names)
+    rare = compare_tokenizers(own, given, RARE_TEXTS, names)
     if rare.differences:
         warnings.append(f"--tokenizer {options.tokenizer}: rare texts differ. {rare.report()}")
     if own.kind == given.kind and own.eod_id != given.eod_id:

@@ -39,8 +39,8 @@ from megatron_llmjp.convert.files.checksums import Region
 from megatron_llmjp.convert.files.storage import byte_count, placed
 from megatron_llmjp.convert.files.torch_dist import ChunkTensor, StoredEntry
 from megatron_llmjp.convert.formats import mcore_names
-from megatron_llmjp.convert.formats.mcore_names import on_disk
-from megatron_llmjp.convert.formats.rank_files import Gathered, check_divides, rank_shape
+from megatron_llmjp.convert.formats.mcore_names import stored_key
+from megatron_llmjp.convert.formats.rank_files import RankTensors, check_parallel_sizes, rank_shape
 from megatron_llmjp.convert.plan import Read
 from megatron_llmjp.convert.tensors import (
     LAYER,
@@ -93,7 +93,7 @@ def unflattened(model: ModelConfig, entries: dict[str, StoredEntry]) -> dict[str
     rows = byte_count(entries[WORD_EMBEDDINGS].shape, torch.uint8) // model.hidden_size
     found = {}
     for name, shape in shapes(model, rows).items():
-        key, layer = on_disk(name)
+        key, layer = stored_key(name)
         entry = entries.get(key) or entries.get(name)
         if entry is not None:
             found[name] = _read(name, entry, shape, layer if key in entries else None)
@@ -180,11 +180,11 @@ def unbucketed(
         UserError: the buckets are not laid out as this module knows.
     """
     kinds = _by_kind(entries, where)
-    weights = mcore_names.weights(entries)
+    weights = mcore_names.model_entries(entries)
     if "param" not in kinds or WORD_EMBEDDINGS not in weights:
         raise _unknown(where, "the weights that they belong to are not there")
     rows = weights[WORD_EMBEDDINGS].shape[0]
-    known = mcore_names.reads(model, rows, weights)
+    known = mcore_names.tensor_reads(model, rows, weights)
     first = getattr(args, "transformer_impl", None)
     for order in sorted(_ORDERS, key=lambda name: name != first):
         found = {
@@ -237,11 +237,11 @@ def _reads(
     tensor = int(getattr(args, "tensor_model_parallel_size", 0) or 1)
     pipeline = int(getattr(args, "pipeline_model_parallel_size", 0) or 1)
     virtual = 1 + max(chunk for _, chunk in buckets)
-    check_divides(model, tensor, pipeline * virtual)
+    check_parallel_sizes(model, tensor, pipeline * virtual)
     if sorted(buckets) != [(r, v) for r in range(tensor * pipeline) for v in range(virtual)]:
         raise _unknown(where, f"not those of TP {tensor} x PP {pipeline}")
     shape_of = shapes(model, rows)
-    gathered = Gathered()
+    gathered = RankTensors()
     for (rank, chunk), own in buckets.items():
         stage, t = divmod(rank, tensor)
         number, count = chunk * pipeline + stage, pipeline * virtual

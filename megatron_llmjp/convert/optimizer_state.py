@@ -22,7 +22,7 @@ from megatron_llmjp.convert.formats.base import (
     SourceCheckpoint,
     check_tensor_names,
 )
-from megatron_llmjp.convert.formats.mcore_names import on_disk, reads
+from megatron_llmjp.convert.formats.mcore_names import stored_key, tensor_reads
 from megatron_llmjp.convert.optimizer_fragments import (
     is_bucketed,
     param_groups,
@@ -158,7 +158,7 @@ def add_state(
     names mean the same bytes.
     """
     model = source.model
-    keys = {name: on_disk(name) for name in shapes(model, rows)}
+    keys = {name: stored_key(name) for name in shapes(model, rows)}
     kinds = _kinds(source, state, options)
     writes = {}
     for kind in kinds:
@@ -241,7 +241,7 @@ def _reads(model: ModelConfig, entries: dict[str, StoredEntry]) -> dict[str, Rea
     """How to read one kind of state, whole or cut into flat pieces of fragments."""
     embedding = entries[WORD_EMBEDDINGS].shape
     if len(embedding) == 2:
-        return reads(model, embedding[0], entries)
+        return tensor_reads(model, embedding[0], entries)
     return unflattened(model, entries)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from megatron_llmjp.data.folds.schedule import DatasetInfo
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.formatting import format_names
-from megatron_llmjp.tokenizers.registry import Identity, describe, key_of
+from megatron_llmjp.tokenizers.registry import Identity, describe_identity, identity_key
 
 ALLOW = "--allow-tokenizer-mismatch"
 
@@ -35,7 +35,8 @@ def mixed_tokenizer_warnings(paths: Iterable[str]) -> list[str]:
     if len(by_tokenizer) < 2:
         return []
     groups = "; ".join(
-        f"{format_names(paths)} by {describe(other)}" for other, paths in by_tokenizer.values()
+        f"{format_names(paths)} by {describe_identity(other)}"
+        for other, paths in by_tokenizer.values()
     )
     return [f"the datasets were tokenized with different tokenizers: {groups}"]
 
@@ -44,9 +45,9 @@ def tokenizer_mismatches(paths: Iterable[str], tokenizer: Identity) -> list[str]
     """Return one line for each recorded tokenizer that is not the run's."""
     return [
         f"{format_names(paths)} was tokenized with another tokenizer than the run's: "
-        f"{describe(other)}, not {describe(tokenizer)}"
+        f"{describe_identity(other)}, not {describe_identity(tokenizer)}"
         for key, (other, paths) in _datasets_by_tokenizer(paths).items()
-        if key != key_of(tokenizer)
+        if key != identity_key(tokenizer)
     ]
 
 
@@ -91,7 +92,7 @@ def check_largest_ids(
     if beyond:
         raise UserError(
             f"token ids outside the vocabulary, whose largest id is {vocab_size - 1:,} with "
-            f"{describe(tokenizer)}: {format_names(beyond)}\n  Give the tokenizer that the "
+            f"{describe_identity(tokenizer)}: {format_names(beyond)}\n  Give the tokenizer that the "
             "datasets were tokenized with, or rebuild them with preprocess_data"
         )
 
@@ -104,5 +105,5 @@ def _datasets_by_tokenizer(
     for path in sorted(paths):
         found = recorded_tokenizer(path)
         if found is not None:
-            by_tokenizer.setdefault(key_of(found), (found, []))[1].append(path)
+            by_tokenizer.setdefault(identity_key(found), (found, []))[1].append(path)
     return by_tokenizer

@@ -66,7 +66,7 @@ class Tokenizer(ABC):
             "type": self.kind,
             "vocab_size": self.vocab_size,
             "eod_id": self.eod_id,
-            "files": {path.name: sha256_of(path) for path in self.identifying_files()},
+            "files": {path.name: file_sha256(path) for path in self.identifying_files()},
         }
 
     def identifying_files(self) -> list[Path]:
@@ -74,7 +74,7 @@ class Tokenizer(ABC):
         return list(self.files().values())
 
 
-def sha256_of(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     """Return the sha256 of a file as hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:

@@ -56,7 +56,7 @@ DIFFERENCES_SHOWN = 5
 
 
 @dataclass(frozen=True)
-class Difference:
+class TokenDifference:
     """A text with the tokens of both tokenizers from the first different one on."""
 
     text: str
@@ -72,7 +72,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class TokenizerComparison:
     """How two tokenizers agree on some texts.
 
     Attributes:
@@ -86,7 +86,7 @@ class Comparison:
     texts: int
     size: int
     tokens: int
-    differences: tuple[Difference, ...]
+    differences: tuple[TokenDifference, ...]
     broken: int
 
     def report(self) -> str:
@@ -103,12 +103,12 @@ class Comparison:
         return "\n".join(lines)
 
 
-def compare(
+def compare_tokenizers(
     first: Tokenizer,
     second: Tokenizer,
     texts: Sequence[str],
     names: tuple[str, str] = ("SentencePiece", "Hugging Face"),
-) -> Comparison:
+) -> TokenizerComparison:
     """Encode texts with both tokenizers, without BOS, and return where their ids differ."""
     differences, tokens, broken = [], 0, 0
     for text, ours, theirs in zip(texts, _ids(first, texts), _ids(second, texts), strict=True):
@@ -117,7 +117,7 @@ def compare(
         if ours.tolist() != theirs.tolist():
             differences.append(_difference(text, (first, ours), (second, theirs)))
     size = sum(len(text.encode()) for text in texts)
-    return Comparison(names, len(texts), size, tokens, tuple(differences), broken)
+    return TokenizerComparison(names, len(texts), size, tokens, tuple(differences), broken)
 
 
 def _ids(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Ids]:
@@ -128,9 +128,9 @@ def _ids(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Ids]:
 
 def _difference(
     text: str, first: tuple[Tokenizer, Ids], second: tuple[Tokenizer, Ids]
-) -> Difference:
+) -> TokenDifference:
     ours, theirs = first[1], second[1]
     pairs = enumerate(zip(ours, theirs, strict=False))
     at = next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
     shown = ([tokenizer.piece(i) for i in ids[at : at + 8]] for tokenizer, ids in (first, second))
-    return Difference(text, at, (next(shown), next(shown)))
+    return TokenDifference(text, at, (next(shown), next(shown)))

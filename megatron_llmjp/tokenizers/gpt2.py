@@ -16,7 +16,7 @@ import tokenizers
 
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.tokenizers.hugging_face import FastTokenizer
-from megatron_llmjp.tokenizers.registry import hint
+from megatron_llmjp.tokenizers.registry import suggest_type
 
 EOD = "<|endoftext|>"
 SPECIAL = re.compile(r"<.*>|\[.*\]|madeupword\d+", re.DOTALL)
@@ -64,7 +64,7 @@ def _check_vocabulary(path: Path) -> None:
     if not ids or not all(type(token_id) is int and token_id >= 0 for token_id in ids):
         raise UserError(
             f"--vocab-file {path}: expected a JSON object of tokens and their ids"
-            f"{hint(path, 'GPT2BPETokenizer')}"
+            f"{suggest_type(path, 'GPT2BPETokenizer')}"
         )
     if len(set(ids)) != len(ids):
         twice = next(token_id for token_id, count in Counter(ids).items() if count > 1)

@@ -27,7 +27,7 @@ import tokenizers
 
 from megatron_llmjp.errors import UserError, download_hint
 from megatron_llmjp.tokenizers.base import Ids, Tokenizer
-from megatron_llmjp.tokenizers.registry import hint
+from megatron_llmjp.tokenizers.registry import suggest_type
 
 
 class FastTokenizer(Tokenizer):
@@ -67,14 +67,14 @@ def _refuse_surrogates(text: str) -> None:
 PROBES = ("a", "Hello world.\n 1,234", "吾輩は猫である。")
 
 
-class Added(NamedTuple):
+class AddedTokens(NamedTuple):
     """Ids before and after each text."""
 
     before: list[int]
     after: list[int]
 
 
-def find_added(path: Path, plain: list[list[int]]) -> Added:
+def find_added_tokens(path: Path, plain: list[list[int]]) -> AddedTokens:
     """Return what ``AutoTokenizer`` adds to a text.
 
     Args:
@@ -89,7 +89,7 @@ def find_added(path: Path, plain: list[list[int]]) -> Added:
     if len(found) != 1:
         raise UserError(f"{path}: transformers adds different special tokens to different texts")
     before, after = found.pop()
-    return Added(list(before), list(after))
+    return AddedTokens(list(before), list(after))
 
 
 def _split(
@@ -144,7 +144,7 @@ class HuggingFaceTokenizer(FastTokenizer):
     kind = "HuggingFaceTokenizer"
 
     def __init__(self, path: Path) -> None:
-        self.path, self.added = path, Added([], [])
+        self.path, self.added = path, AddedTokens([], [])
         self.json_file = path / "tokenizer.json" if path.is_dir() else path
         settings = _settings(self.json_file.parent)
         self.tokenizer = _load(path, self.json_file)
@@ -171,7 +171,7 @@ class HuggingFaceTokenizer(FastTokenizer):
             UserError: transformers cannot read the tokenizer, or encodes texts in another way.
         """
         plain = [super(HuggingFaceTokenizer, self).encode(text).tolist() for text in PROBES]
-        self.added = find_added(self.path, plain)
+        self.added = find_added_tokens(self.path, plain)
 
     def encode(self, text: str) -> Ids:
         """Return the ids of one text."""
@@ -269,7 +269,7 @@ def _load(given: Path, json_file: Path) -> tokenizers.Tokenizer:
         raise UserError(
             f"{json_file}: not a readable tokenizer.json ({error})"
             + (
-                hint(json_file, "HuggingFaceTokenizer")
+                suggest_type(json_file, "HuggingFaceTokenizer")
                 or ". Copy the file again, or save it with the version of the tokenizers library "
                 "that is installed here"
             )

@@ -43,10 +43,10 @@ class TikTokenSettings:
     special_tokens: tuple[str, ...] = ()
 
 
-SENTENCE_PIECE_KIND = "SentencePieceTokenizer (or Llama2Tokenizer, GPTSentencePieceTokenizer)"
+SENTENCEPIECE_HINT = "SentencePieceTokenizer (or Llama2Tokenizer, GPTSentencePieceTokenizer)"
 
 
-def hint(path: Path, given_type: str = "") -> str:
+def suggest_type(path: Path, given_type: str = "") -> str:
     """Return ``; it is read with --tokenizer-type ...``, or nothing where no other type reads it.
 
     Args:
@@ -71,7 +71,7 @@ def _folder_type(folder: Path) -> tuple[str | None, Path]:
     if (folder / "tokenizer.json").is_file():
         return "HuggingFaceTokenizer", folder
     if models := sorted(folder.glob("*.model")):
-        return SENTENCE_PIECE_KIND, models[0]
+        return SENTENCEPIECE_HINT, models[0]
     has_both = any(folder.glob("*vocab*.json")) and any(folder.glob("*merges*.txt"))
     return ("GPT2BPETokenizer" if has_both else None), folder
 
@@ -94,7 +94,7 @@ def _file_type(path: Path) -> str | None:
 Identity = Mapping[str, Any]
 
 
-def key_of(identity: Identity) -> Hashable:
+def identity_key(identity: Identity) -> Hashable:
     """Equal for two tokenizers that give the same ids.
 
     The vocabulary's size follows from the files; it counts for types that have none. Settings are
@@ -106,7 +106,7 @@ def key_of(identity: Identity) -> Hashable:
     return identity.get("type"), identity.get("eod_id"), size, sums, settings
 
 
-def describe(identity: Identity) -> str:
+def describe_identity(identity: Identity) -> str:
     """A tokenizer in words: what decides its ids."""
     sums = sorted(str(digest)[:12] for digest in _files(identity).values())
     known = [f"{identity.get('vocab_size')} ids", f"EOD {identity.get('eod_id')}"]
@@ -122,14 +122,14 @@ def _files(identity: Identity) -> dict[str, Any]:
     return dict(files) if isinstance(files, Mapping) else {}
 
 
-SENTENCE_PIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
+SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 """Types that read a ``*.model``; the first where nothing says which."""
 
-GENERATION = "hf_generation.json"
+GENERATION_FILE = "hf_generation.json"
 """What ``convert_checkpoint`` stores next to a tokenizer, and is none itself."""
 
 
-def stored_tokenizer(folder: Path, kind: str | None = None) -> dict[str, str]:
+def stored_tokenizer_fields(folder: Path, kind: str | None = None) -> dict[str, str]:
     """Return the settings that read a checkpoint's tokenizer.
 
     Args:
@@ -150,9 +150,9 @@ def stored_tokenizer(folder: Path, kind: str | None = None) -> dict[str, str]:
     if kind in (None, "TikTokenizer") and (folder / "tiktoken.json").is_file():
         return _fields("TikTokenizer", folder / "tiktoken.json")
     models = _found(folder, "*.model")
-    if models and (kind is None or kind in SENTENCE_PIECE):
-        return _fields(kind or SENTENCE_PIECE[0], models[0])
-    files = [path for path in _found(folder, "*.json") if path.name != GENERATION]
+    if models and (kind is None or kind in SENTENCEPIECE_TYPES):
+        return _fields(kind or SENTENCEPIECE_TYPES[0], models[0])
+    files = [path for path in _found(folder, "*.json") if path.name != GENERATION_FILE]
     if kind == "HuggingFaceTokenizer" and len(files) == 1:
         return _fields(kind, files[0])  # stored under its own name, as earlier versions did
     return {}
@@ -166,7 +166,7 @@ def _found(folder: Path, pattern: str) -> list[Path]:
     return sorted(folder.glob(pattern))
 
 
-DEFAULTS = TikTokenSettings()
+DEFAULT_TIKTOKEN = TikTokenSettings()
 
 TOKENIZER_TYPES = (
     "SentencePieceTokenizer",
@@ -186,7 +186,7 @@ def load_tokenizer(
     *,
     vocab_size: int | None = None,
     merge_file: str | Path | None = None,
-    tiktoken: TikTokenSettings = DEFAULTS,
+    tiktoken: TikTokenSettings = DEFAULT_TIKTOKEN,
 ) -> Tokenizer:
     """Return the tokenizer that Megatron-LM's flags of these names describe.
 
@@ -262,7 +262,7 @@ def _check_kind(tokenizer_type: str, path: Path) -> None:
         wrong = path.is_dir() or begins in ("{", "[")
     if wrong:
         found = "a folder" if path.is_dir() else "a file of another kind"
-        raise UserError(f"{given}: expected {expected}, found {found}{hint(path) or other}")
+        raise UserError(f"{given}: expected {expected}, found {found}{suggest_type(path) or other}")
 
 
-_MODEL = f"--tokenizer-type {SENTENCE_PIECE_KIND} --tokenizer-model"
+_MODEL = f"--tokenizer-type {SENTENCEPIECE_HINT} --tokenizer-model"

@@ -19,7 +19,7 @@ from megatron_llmjp.errors import UserError
 from megatron_llmjp.tokenizers.base import Ids, Tokenizer, optional_id
 
 BATCH = 128  # texts per call
-HUGGING_FACE_TWIN = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+HUGGING_FACE_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 class SentencePieceModel(Tokenizer):
@@ -79,7 +79,7 @@ class SentencePieceModel(Tokenizer):
 
     def files(self) -> dict[str, Path]:
         """Return the model, and its Hugging Face twin where both are in the same folder."""
-        twin = [self.model_file.parent / name for name in HUGGING_FACE_TWIN]
+        twin = [self.model_file.parent / name for name in HUGGING_FACE_FILES]
         has_twin = twin[0].exists()
         named = {path.name: path for path in twin if has_twin and path.exists()}
         return {self.model_file.name.removesuffix(".model") + ".model": self.model_file} | named
@@ -175,7 +175,7 @@ class SentencePieceTokenizer(SentencePieceModel):
         return super().piece(token_id)
 
 
-TYPES: dict[str, type[SentencePieceModel]] = {
+SENTENCEPIECE_CLASSES: dict[str, type[SentencePieceModel]] = {
     "SentencePieceTokenizer": SentencePieceTokenizer,
     "GPTSentencePieceTokenizer": SentencePieceModel,
     "Llama2Tokenizer": Llama2Tokenizer,
@@ -189,7 +189,7 @@ def load_sentencepiece(tokenizer_type: str, model_file: Path) -> SentencePieceMo
     Raises:
         UserError: the file is missing, broken or unfit for the type.
     """
-    return TYPES[tokenizer_type](model_file)
+    return SENTENCEPIECE_CLASSES[tokenizer_type](model_file)
 
 
 def _to_ids(processor: Any, texts: Sequence[str], add_bos: bool = False) -> list[Ids]:

@@ -87,7 +87,7 @@ def fast_tokenizer(tokenizer: SentencePieceModel, rows: int | None = None) -> to
     return fast
 
 
-def own_texts(tokenizer: SentencePieceModel, rows: int | None = None) -> list[str]:
+def model_specific_texts(tokenizer: SentencePieceModel, rows: int | None = None) -> list[str]:
     """Return texts to compare in addition, with what only this model or type finds in a text.
 
     These are user-defined pieces, and for SentencePieceTokenizer its special tokens.

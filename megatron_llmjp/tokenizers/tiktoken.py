@@ -17,7 +17,7 @@ import numpy as np
 
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.tokenizers.base import Ids, Tokenizer
-from megatron_llmjp.tokenizers.registry import TikTokenSettings, hint
+from megatron_llmjp.tokenizers.registry import TikTokenSettings, suggest_type
 
 PATTERNS = {
     "v1": r"[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
@@ -156,7 +156,9 @@ def _read(path: Path) -> list[bytes]:
             "pattern: use the same tokenizer's tokenizer.json (HuggingFaceTokenizer)"
         ) from error
     if not isinstance(entries, list):
-        raise UserError(f"--tokenizer-model {path}: not a list. {_EXPECTED} reads it{hint(path)}")
+        raise UserError(
+            f"--tokenizer-model {path}: not a list. {_EXPECTED} reads it{suggest_type(path)}"
+        )
     tokens = [_token(path, rank, entry) for rank, entry in enumerate(entries)]
     ranks: dict[bytes, int] = {}
     for rank, token in enumerate(tokens):

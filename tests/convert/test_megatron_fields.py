@@ -11,7 +11,7 @@ from multiprocessing import get_context
 import pytest
 import torch
 
-from megatron_llmjp.convert.formats.megatron_lm.argument_fields import kind_of
+from megatron_llmjp.convert.formats.megatron_lm.argument_fields import field_kind
 from megatron_llmjp.convert.formats.megatron_lm.arguments import model_from_args
 from megatron_llmjp.errors import UserError
 from tests.convert.hf_models import llama
@@ -115,7 +115,7 @@ def test_a_network_field_is_understood_or_refused(name, value):
 
 
 def test_every_field_of_megatron_core_is_known():
-    assert [f for f in [*core_fields(), *MAIN_OF_AUGUST_2026] if kind_of(f) == "unknown"] == []
+    assert [f for f in [*core_fields(), *MAIN_OF_AUGUST_2026] if field_kind(f) == "unknown"] == []
 
 
 def test_fields_of_training_do_not_change_the_logits():
@@ -147,7 +147,7 @@ def vary(fields: list[str]) -> tuple[list[str], list[str]]:
     same, different = [], []
     for name in fields:
         default = getattr(plain, name, None)
-        if kind_of(name) != "training" or not isinstance(default, bool | int | float):
+        if field_kind(name) != "training" or not isinstance(default, bool | int | float):
             continue
         if name.startswith(("moe_", "mamba_", "tp_comm_", "cpu_", "fp8", "fp4", "cuda_", "infer")):
             continue

@@ -35,12 +35,12 @@ def model(tmp_path) -> Path:
     shape_of = shapes(MODEL, 16384)
     tensors = {
         key: (shape, torch.bfloat16)
-        for rule in llama.STYLE.expanded(MODEL)
+        for rule in llama.ARCHITECTURE.expanded(MODEL)
         for key, shape in zip(rule.keys, part_shapes(rule.layout, shape_of[rule.name]), strict=True)
     }
     plan_file("model.safetensors", tensors).create(folder)
     config = {"model_type": "llama", "vocab_size": 16384, "tie_word_embeddings": False}
-    (folder / "config.json").write_text(json.dumps(config | llama.STYLE.to_config(MODEL)))
+    (folder / "config.json").write_text(json.dumps(config | llama.ARCHITECTURE.to_config(MODEL)))
     return folder
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 import transformers
 
-from megatron_llmjp.convert.formats.hugging_face.config import rotary, rotary_keys
-from megatron_llmjp.convert.formats.hugging_face.llama import STYLE
+from megatron_llmjp.convert.formats.hugging_face.config import rope_fields, rope_keys
+from megatron_llmjp.convert.formats.hugging_face.llama import ARCHITECTURE
 from megatron_llmjp.errors import UserError
 from tests.convert.hf_models import llama, state
 
@@ -40,7 +40,7 @@ def test_parameters_are_resolved_as_transformers_does(legacy):
     for scaling, parameters in itertools.product(SCALINGS, SCALINGS):
         given = {**SIZES, **legacy, "rope_scaling": scaling, "rope_parameters": parameters}
         expected = transformers.LlamaConfig(**json.loads(json.dumps(given))).rope_parameters
-        found = rotary(given, "config.json")
+        found = rope_fields(given, "config.json")
         kind = expected["rope_type"]
         assert found["rotary_base"] == expected["rope_theta"]
         assert found.get("rotary_seq_len_interpolation_factor") == (
@@ -66,13 +66,13 @@ def test_what_megatron_core_has_not_is_refused():
         ["linear"],
     ):
         with pytest.raises(UserError, match=r"config\.json: "):
-            rotary({**SIZES, "rope_scaling": scaling}, "config.json")
+            rope_fields({**SIZES, "rope_scaling": scaling}, "config.json")
 
 
 @pytest.mark.parametrize("scaling", [SCALINGS[2], SCALINGS[6], SCALINGS[4]])
 def test_exports_are_read_by_every_version(scaling):
-    model = STYLE.from_config({**SIZES, "rope_scaling": scaling}, "config.json")
-    keys = json.loads(json.dumps(rotary_keys(model)))
+    model = ARCHITECTURE.from_config({**SIZES, "rope_scaling": scaling}, "config.json")
+    keys = json.loads(json.dumps(rope_keys(model)))
     now = transformers.LlamaConfig(**SIZES, **json.loads(json.dumps(keys))).rope_parameters
     assert now["rope_type"] == scaling.get("rope_type", scaling.get("type"))
     older = keys["rope_scaling"]

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from megatron_llmjp.tokenizers.comparison import RARE_TEXTS, TEXTS
-from megatron_llmjp.tokenizers.registry import stored_tokenizer
+from megatron_llmjp.tokenizers.registry import stored_tokenizer_fields
 from megatron_llmjp.tokenizers.sentencepiece import load_sentencepiece
 from megatron_llmjp.tokenizers.sentencepiece_fast import export_hugging_face
 from tests.convert.hf_models import STYLES, llama
@@ -343,4 +343,4 @@ def test_generation_settings_are_no_tokenizer(tmp_path, convert):
     convert("--to", "native", "--input", tmp_path / "hf", "--output", tmp_path / "native")
     folder = tmp_path / "native" / "iter_0000000" / "tokenizer"
     assert [path.name for path in folder.iterdir()] == ["hf_generation.json"]
-    assert stored_tokenizer(folder, "HuggingFaceTokenizer") == {}
+    assert stored_tokenizer_fields(folder, "HuggingFaceTokenizer") == {}

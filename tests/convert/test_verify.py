@@ -93,7 +93,7 @@ def changed(function, **fields):
 
 def other_model(**fields):
     """``make_model`` that gives every model these fields."""
-    made = hf_config.make_model
+    made = hf_config.validated_model
     return lambda where, **given: made(where, **{**given, **fields})
 
 
@@ -109,7 +109,7 @@ MISTAKES = {
     "keys for values": (llama, "query_key_value", keys_for_values),
     "ups for gates": (llama, "gate_up", ups_for_gates),
     "input for output": (llama, "whole", inputs_for_outputs),
-    "base, to Hugging Face": (llama, "rotary_keys", changed(hf_config.rotary_keys,
+    "base, to Hugging Face": (llama, "rotary_keys", changed(hf_config.rope_keys,
         rope_theta=10001.0, rope_parameters={"rope_type": "default", "rope_theta": 20000.0})),
     "base, from Hugging Face": (llama, "make_model", other_model(rotary_base=20000)),
     "base, from arguments": (arguments, "make_model", other_model(rotary_base=20000)),

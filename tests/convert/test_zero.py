@@ -11,8 +11,8 @@ import torch
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.config.loading import load_config
 from megatron_llmjp.convert.files import torch_dist
-from megatron_llmjp.convert.formats.mcore_names import on_disk
-from megatron_llmjp.convert.formats.rank_files import new_name
+from megatron_llmjp.convert.formats.mcore_names import stored_key
+from megatron_llmjp.convert.formats.rank_files import canonical_name_in_layer
 
 REAL = Path(__file__).parent / "fixtures" / "mds_gpt_tp2pp2dp2_bf16z1" / "ckpt" / "global_step2"
 KINDS = {"fp32": "param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
@@ -25,7 +25,7 @@ def canonical(name: str) -> str:
     number, _, inner = name.partition(".")
     if number == "6":
         return f"decoder.final_layernorm.{inner}"
-    return f"decoder.layers.{int(number) - 2}.{new_name(inner)}"
+    return f"decoder.layers.{int(number) - 2}.{canonical_name_in_layer(inner)}"
 
 
 def state_of(folder: Path) -> dict[tuple[str, str], torch.Tensor]:
@@ -78,7 +78,7 @@ def test_moments_are_those_that_deepspeed_finds(tmp_path, convert, deepspeed, mo
         name = canonical(path.name)
         for theirs, ours in KINDS.items():
             expected = torch.load(path / f"{theirs}.pt")["param"]
-            key = on_disk(name)[0]
+            key = stored_key(name)[0]
             key = (
                 key
                 if "layers" not in name

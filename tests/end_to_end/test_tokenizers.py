@@ -13,7 +13,7 @@ from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.config.loading import load_config, replace_fields
 from megatron_llmjp.convert.cli import main as convert
 from megatron_llmjp.run_data import load_run_tokenizer
-from megatron_llmjp.tokenizers.registry import stored_tokenizer
+from megatron_llmjp.tokenizers.registry import stored_tokenizer_fields
 from tests.support.processes import pretrain
 from tests.support.tokenizer_files import TEXTS, write_gpt2, write_tiktoken
 from tests.support.training import arguments
@@ -35,7 +35,7 @@ def write_data(folder: Path, flags: list[str]) -> Path:
 def stored_ids(folder: Path, text: str) -> list[int]:
     """The ids that the tokenizer in a checkpoint gives."""
     config = load_config(folder / manifests.CONFIG)
-    stored = stored_tokenizer(folder / manifests.TOKENIZER, config.data.tokenizer_type)
+    stored = stored_tokenizer_fields(folder / manifests.TOKENIZER, config.data.tokenizer_type)
     tokenizer = load_run_tokenizer(replace_fields(config, **stored))
     assert tokenizer is not None
     return tokenizer.encode(text).tolist()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron_llmjp.config.schema import ModelConfig
-from megatron_llmjp.convert.formats.hugging_face.generation import Generation
+from megatron_llmjp.convert.formats.hugging_face.generation import GenerationSettings
 from megatron_llmjp.convert.plan import Read
 from megatron_llmjp.convert.tensors import WORD_EMBEDDINGS, shapes
 from megatron_llmjp.errors import UserError
@@ -37,7 +37,7 @@ class SourceCheckpoint:
     """Type of the run's tokenizer as the checkpoint names it, which decides what ends a text."""
     tiktoken: TikTokenSettings = field(default_factory=TikTokenSettings)
     """Settings of a TikTokenizer."""
-    generation: Generation | None = None
+    generation: GenerationSettings | None = None
     """Token ids and generation settings of a Hugging Face model, also on its way back."""
     notes: list[str] = field(default_factory=list)
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -17,7 +17,7 @@ from megatron_llmjp.convert.formats.base import ConversionOptions, SourceCheckpo
 from megatron_llmjp.convert.plan import Read, Write
 from megatron_llmjp.convert.tensors import LAYER, VOCABULARY, boxes, shapes
 
-FUSED = {
+FUSED_NORMS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
@@ -37,18 +37,18 @@ EXTRA_STATES = (
 """Modules of a layer that Transformer Engine gives an ``_extra_state`` object."""
 
 
-def on_disk(name: str) -> tuple[str, int | None]:
+def stored_key(name: str) -> tuple[str, int | None]:
     """The key of a canonical tensor on disk, and its layer in the stack."""
     match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
     if match is None:
         return name, None
     rest = match[2]
-    for local, fused in FUSED.items():
+    for local, fused in FUSED_NORMS.items():
         rest = rest.replace(local, fused)
     return f"decoder.layers.{rest}", int(match[1])
 
 
-def weights(entries: dict[str, StoredEntry]) -> dict[str, StoredEntry]:
+def model_entries(entries: dict[str, StoredEntry]) -> dict[str, StoredEntry]:
     """The model's tensors of a distributed checkpoint, without what wraps a model in training."""
     kept = {key: e for key, e in entries.items() if not _NOT_WEIGHTS.search(key)}
     for prefix in ("model.module.", "model.", "module."):
@@ -57,7 +57,7 @@ def weights(entries: dict[str, StoredEntry]) -> dict[str, StoredEntry]:
     return kept
 
 
-def reads(model: ModelConfig, rows: int, entries: dict[str, StoredEntry]) -> dict[str, Read]:
+def tensor_reads(model: ModelConfig, rows: int, entries: dict[str, StoredEntry]) -> dict[str, Read]:
     """How to read every canonical tensor that the entries hold.
 
     Tensors the model does not expect keep their own names, so that they are reported.
@@ -77,7 +77,7 @@ def reads(model: ModelConfig, rows: int, entries: dict[str, StoredEntry]) -> dic
 
 def _candidates(name: str) -> Iterable[tuple[str, int | None]]:
     """Possible places: stacked with fused names, stacked with local names, numbered layers."""
-    key, layer = on_disk(name)
+    key, layer = stored_key(name)
     yield key, layer
     if layer is None:
         return
@@ -88,7 +88,7 @@ def _candidates(name: str) -> Iterable[tuple[str, int | None]]:
     yield name, None
 
 
-def add_model(
+def add_model_tensors(
     writer: Writer, source: SourceCheckpoint, options: ConversionOptions, rows: int
 ) -> dict[str, Write]:
     """Make room for a model with ``rows`` rows of vocabulary, extra states included.
@@ -98,7 +98,7 @@ def add_model(
     model = source.model
     writes = {}
     for name, shape in shapes(model, rows).items():
-        key, index = on_disk(name)
+        key, index = stored_key(name)
         layer = None if index is None else (index, model.num_layers)
         placed = writer.add_tensor(key, shape, options.dtype_of(source.reads[name]), layer)
         layout = partial(boxes, places=tuple(box for box, _ in placed))

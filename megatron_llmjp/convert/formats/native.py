@@ -53,7 +53,7 @@ def read_checkpoint(path: Path) -> SourceCheckpoint:
         if name.endswith(manifests.TENSOR_SUFFIX)
     }
     stored = torch_dist.read_metadata(folder, files)
-    entries = mcore_names.weights(stored)
+    entries = mcore_names.model_entries(stored)
     if WORD_EMBEDDINGS not in entries:
         raise UserError(f"{folder}: holds no {WORD_EMBEDDINGS}")
     model = model_with_sizes(config)
@@ -70,7 +70,7 @@ def read_checkpoint(path: Path) -> SourceCheckpoint:
         NATIVE,
         folder,
         model,
-        mcore_names.reads(model, entries[WORD_EMBEDDINGS].shape[0], entries),
+        mcore_names.tensor_reads(model, entries[WORD_EMBEDDINGS].shape[0], entries),
         f"torch_dist, {trained}",
         iteration=manifest.iteration,
         consumed_samples=manifest.consumed_samples,
@@ -81,7 +81,7 @@ def read_checkpoint(path: Path) -> SourceCheckpoint:
             config.data.tiktoken_num_special_tokens,
             config.data.tiktoken_special_tokens,
         ),
-        generation=generation.stored(folder / manifests.GENERATION),
+        generation=generation.read_stored_generation(folder / manifests.GENERATION),
         seq_length=config.data.seq_length,
         optimizer=optimizer,
     )
@@ -119,11 +119,11 @@ def plan_output(source: SourceCheckpoint, options: ConversionOptions) -> Output:
     assert rows is not None
     tokenizer = open_tokenizer(source, options, rows)
     ids = tokenizer.token_ids(rows)
-    text, changes = generation.resolve(source.generation, ids, tokenizer.decides, rows)
+    text, changes = generation.resolve_generation(source.generation, ids, tokenizer.decides, rows)
     iteration = source.iteration or 0
     folder = manifests.folder_name(iteration)
     writer = torch_dist.Writer(min(options.max_shard_size, _FILE_SIZE), folder)
-    writes = mcore_names.add_model(writer, source, options, rows)
+    writes = mcore_names.add_model_tensors(writer, source, options, rows)
     common: dict[str, Any] = {"iteration": iteration}
     if options.with_optimizer:
         state = optimizer_state.of_source(source)
@@ -138,7 +138,7 @@ def plan_output(source: SourceCheckpoint, options: ConversionOptions) -> Output:
         for name, path in tokenizer.files.items():
             shutil.copyfile(path, inner / manifests.TOKENIZER / name)
         if source.generation is not None:
-            write_json(inner / manifests.GENERATION, generation.to_store(text))
+            write_json(inner / manifests.GENERATION, generation.stored_content(text))
         filled = writer.checksums(sums)
         files = manifests.file_entries(inner, set(manifests.all_files(inner)) - filled.keys())
         for name, crc in filled.items():

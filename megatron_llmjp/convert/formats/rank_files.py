@@ -31,14 +31,14 @@ OLD_NAMES = {
 """Modules of a layer before megatron-core, and in Megatron-DeepSpeed, with their names now."""
 
 
-def new_name(old: str) -> str:
+def canonical_name_in_layer(old: str) -> str:
     """The canonical name, inside a layer, of a parameter that may have an old one."""
     module, _, kind = old.rpartition(".")
     return f"{OLD_NAMES.get(module, module)}.{kind}"
 
 
 @dataclass
-class Gathered:
+class RankTensors:
     """The tensors of all ranks by canonical name and tensor-parallel rank."""
 
     parts: dict[str, dict[int, Stored]] = field(default_factory=dict)
@@ -90,16 +90,16 @@ class Gathered:
         shape, dtype = shape_of[name], ranks[0].dtype
         if split_of(name, model) == "replicated":
             return Read(shape, dtype, ranks[:1], replicas=tuple(ranks[1:]))
-        return Read(shape, dtype, ranks, layout_over(name, model, len(ranks)))
+        return Read(shape, dtype, ranks, tensor_parallel_layout(name, model, len(ranks)))
 
 
-def layout_over(name: str, model: ModelConfig, size: int) -> Layout:
+def tensor_parallel_layout(name: str, model: ModelConfig, size: int) -> Layout:
     """The layout over ranks, after checking that the model divides."""
-    check_divides(model, size)
+    check_parallel_sizes(model, size)
     return tensor_parallel(name, model, size)
 
 
-def check_divides(model: ModelConfig, tensor: int, pipeline: int = 1) -> None:
+def check_parallel_sizes(model: ModelConfig, tensor: int, pipeline: int = 1) -> None:
     """Refuse sizes that do not divide the model.
 
     Raises:
@@ -120,14 +120,14 @@ def check_divides(model: ModelConfig, tensor: int, pipeline: int = 1) -> None:
 
 def rank_shape(name: str, model: ModelConfig, shape: tuple[int, ...], size: int) -> tuple[int, ...]:
     """Shape of what one tensor-parallel rank holds of a canonical tensor."""
-    return part_shapes(layout_over(name, model, size), shape)[0]
+    return part_shapes(tensor_parallel_layout(name, model, size), shape)[0]
 
 
-def write_of(
+def rank_write(
     name: str, model: ModelConfig, size: int, slots: Mapping[int, list[Slot]], rows: int
 ) -> Write:
     """The way of a canonical tensor to the slots of each tensor-parallel rank."""
-    layout = layout_over(name, model, size)
+    layout = tensor_parallel_layout(name, model, size)
     if split_of(name, model) == "replicated" or size == 1:
         places = [[slot for rank in range(size) for slot in slots[rank]]]
     else:
@@ -135,7 +135,7 @@ def write_of(
     return Write(layout, places, rows if name in VOCABULARY else None)
 
 
-def target_rows(
+def target_padded_vocab_size(
     model: ModelConfig, stored: int, tensor: int, divisible_by: int | None = None
 ) -> int:
     """Rows of the vocabulary for a tensor parallel size, padded as Megatron-LM pads."""

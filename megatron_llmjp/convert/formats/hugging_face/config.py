@@ -42,15 +42,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON object, indented, as UTF-8."""
-    path.write_bytes(to_bytes(value))
+    path.write_bytes(json_bytes(value))
 
 
-def to_bytes(value: Mapping[str, Any]) -> bytes:
+def json_bytes(value: Mapping[str, Any]) -> bytes:
     """Return a JSON object as a file holds it."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def required(config: dict[str, Any], key: str, where: str) -> int:
+def positive_int_field(config: dict[str, Any], key: str, where: str) -> int:
     """A whole number that has no safe default.
 
     Raises:
@@ -62,7 +62,7 @@ def required(config: dict[str, Any], key: str, where: str) -> int:
     return value
 
 
-def unsupported(where: str, **found: bool) -> None:
+def refuse_unsupported(where: str, **found: bool) -> None:
     """Refuse what the canonical model cannot represent.
 
     Raises:
@@ -84,14 +84,16 @@ _GELUS = {
 }
 
 
-def layer_norm_gelu(config: dict[str, Any], key: str, default: str, where: str) -> dict[str, Any]:
+def layer_norm_gelu_fields(
+    config: dict[str, Any], key: str, default: str, where: str
+) -> dict[str, Any]:
     """What GPT-2 and GPT-NeoX share: LayerNorm, biases, and a GELU that ``key`` names.
 
     Raises:
         UserError: the activation is another one.
     """
     name = config.get(key, default)
-    unsupported(where, **{f"{key} '{name}'": name not in _GELUS})
+    refuse_unsupported(where, **{f"{key} '{name}'": name not in _GELUS})
     return {
         "normalization": "LayerNorm",
         "activation_function": _GELUS[name],
@@ -99,7 +101,7 @@ def layer_norm_gelu(config: dict[str, Any], key: str, default: str, where: str) 
     }
 
 
-def layer_norm_gelu_refusals(model: ModelConfig) -> dict[str, bool]:
+def layer_norm_gelu_requirements(model: ModelConfig) -> dict[str, bool]:
     """What GPT-2 and GPT-NeoX demand of a model, as true of one that they can hold."""
     heads = model.num_attention_heads
     return {
@@ -111,19 +113,19 @@ def layer_norm_gelu_refusals(model: ModelConfig) -> dict[str, bool]:
     }
 
 
-def vocabulary(config: dict[str, Any], where: str, tied: bool) -> dict[str, Any]:
+def embedding_fields(config: dict[str, Any], where: str, tied: bool) -> dict[str, Any]:
     """The embedding of every architecture; ``tied`` is its class's default."""
     return {
         "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", tied),
         "init_method_std": config.get("initializer_range", 0.02),
-        "vocab_size": required(config, "vocab_size", where),
+        "vocab_size": positive_int_field(config, "vocab_size", where),
     }
 
 
-KINDS = ("default", "linear", "llama3", "yarn")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotary scalings of transformers that megatron-core has."""
 
-LLAMA3 = {
+LLAMA3_FIELDS = {
     "low_freq_factor": "rope_scaling_low_freq_factor",
     "high_freq_factor": "rope_scaling_high_freq_factor",
     "original_max_position_embeddings": "rope_scaling_original_max_position_embeddings",
@@ -131,7 +133,7 @@ LLAMA3 = {
 """The constants of LLaMA 3.1's scaling in transformers, and the fields of the model."""
 
 
-def rotary_parameters(config: dict[str, Any], where: str) -> dict[str, Any]:
+def rope_parameters(config: dict[str, Any], where: str) -> dict[str, Any]:
     """The dictionary of rotary parameters that transformers 5 takes.
 
     ``rope_scaling``, its name in transformers 4, wins where both are given: whoever extends a
@@ -147,7 +149,7 @@ def rotary_parameters(config: dict[str, Any], where: str) -> dict[str, Any]:
     return given
 
 
-def rotary(config: dict[str, Any], where: str, legacy: str = "rope_theta") -> dict[str, Any]:
+def rope_fields(config: dict[str, Any], where: str, legacy: str = "rope_theta") -> dict[str, Any]:
     """Base and scaling of the rotary frequencies, as fields of the model.
 
     Resolved as transformers 5 does (modeling_rope_utils.py, ``convert_rope_params_to_dict``).
@@ -161,14 +163,14 @@ def rotary(config: dict[str, Any], where: str, legacy: str = "rope_theta") -> di
         UserError: the positions are scaled in a way that megatron-core has not, or the base is no
             whole number.
     """
-    scaling = rotary_parameters(config, where)
+    scaling = rope_parameters(config, where)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    value = number(scaling.get("rope_theta", config.get(legacy, 10000.0)), legacy, where)
-    factor = number(scaling.get("factor", 1.0), "the factor of rope_scaling", where)
-    unsupported(
+    value = finite_number(scaling.get("rope_theta", config.get(legacy, 10000.0)), legacy, where)
+    factor = finite_number(scaling.get("factor", 1.0), "the factor of rope_scaling", where)
+    refuse_unsupported(
         where,
         **{
-            f"rope scaling '{kind}'": kind not in KINDS,
+            f"rope scaling '{kind}'": kind not in ROPE_TYPES,
             f"{legacy} {value} (not a whole number)": value != value // 1,
             f"linear rope scaling by {factor} (not a whole number)": kind == "linear"
             and factor != factor // 1,
@@ -190,9 +192,11 @@ def _llama3_constants(
 ) -> dict[str, float]:
     length = config.get("max_position_embeddings", 2048)
     given = {"original_max_position_embeddings": length, **scaling}
-    found = {key: number(given.get(key), f"{key} of rope_scaling", where) for key in LLAMA3}
+    found = {
+        key: finite_number(given.get(key), f"{key} of rope_scaling", where) for key in LLAMA3_FIELDS
+    }
     low, high, original = found.values()
-    unsupported(
+    refuse_unsupported(
         where,
         **{
             f"llama3 rope scaling with low_freq_factor {low} and high_freq_factor {high}": not (
@@ -202,10 +206,10 @@ def _llama3_constants(
             or original != original // 1,
         },
     )
-    return {LLAMA3[key]: value for key, value in found.items()}
+    return {LLAMA3_FIELDS[key]: value for key, value in found.items()}
 
 
-YARN = {
+YARN_FIELDS = {
     "original_max_position_embeddings": "yarn_original_max_position_embeddings",
     "beta_fast": "yarn_beta_fast",
     "beta_slow": "yarn_beta_slow",
@@ -230,9 +234,12 @@ def _yarn_fields(
     scales = [scaling.get(key) for key in ("mscale", "mscale_all_dim")]
     if all(scales):  # one alone means nothing
         given |= dict(zip(("mscale", "mscale_all_dim"), scales, strict=True))
-    found = {YARN[k]: number(value, f"{k} of rope_scaling", where) for k, value in given.items()}
+    found = {
+        YARN_FIELDS[k]: finite_number(value, f"{k} of rope_scaling", where)
+        for k, value in given.items()
+    }
     truncate = scaling.get("truncate", True)
-    unsupported(
+    refuse_unsupported(
         where,
         **{
             "yarn rope scaling with attention_factor": scaling.get("attention_factor") is not None,
@@ -243,12 +250,12 @@ def _yarn_fields(
     return {
         "position_embedding_type": "yarn",
         "yarn_rotary_scaling_factor": factor,
-        YARN["truncate"]: truncate,
+        YARN_FIELDS["truncate"]: truncate,
         **found,
     }
 
 
-def number(value: Any, what: str, where: str) -> float:
+def finite_number(value: Any, what: str, where: str) -> float:
     """A finite number of a JSON file.
 
     Raises:
@@ -259,8 +266,8 @@ def number(value: Any, what: str, where: str) -> float:
     return float(value)
 
 
-def rotary_keys(model: ModelConfig, legacy: str = "rope_theta", **more: Any) -> dict[str, Any]:
-    """The inverse of :func:`rotary`: keys that transformers 4.35 to 5 read.
+def rope_keys(model: ModelConfig, legacy: str = "rope_theta", **more: Any) -> dict[str, Any]:
+    """The inverse of :func:`rope_fields`: keys that transformers 4.35 to 5 read.
 
     Up to 4.42 ``rope_scaling`` is ``type`` and a ``factor`` of type float, nothing else, and llama3
     is not known; from 4.43 on ``rope_type`` is read, else ``type``.
@@ -274,11 +281,11 @@ def rotary_keys(model: ModelConfig, legacy: str = "rope_theta", **more: Any) -> 
     scaling: dict[str, Any] | None = None
     parameters: dict[str, Any] = {"rope_type": "default"}
     if model.use_rope_scaling:
-        constants = {key: getattr(model, field) for key, field in LLAMA3.items()}
+        constants = {key: getattr(model, field) for key, field in LLAMA3_FIELDS.items()}
         parameters = {"rope_type": "llama3", "factor": model.rope_scaling_factor, **constants}
         scaling = {"type": "llama3", **parameters}
     elif model.position_embedding_type == "yarn":
-        settings = {key: getattr(model, field) for key, field in YARN.items()}
+        settings = {key: getattr(model, field) for key, field in YARN_FIELDS.items()}
         settings = {key: value for key, value in settings.items() if value is not None}
         parameters = {"rope_type": "yarn", "factor": model.yarn_rotary_scaling_factor, **settings}
         scaling = {"type": "yarn", **parameters}
@@ -293,7 +300,7 @@ def rotary_keys(model: ModelConfig, legacy: str = "rope_theta", **more: Any) -> 
     }
 
 
-def rotary_refusals(model: ModelConfig) -> dict[str, bool]:
+def rope_requirements(model: ModelConfig) -> dict[str, bool]:
     """What Hugging Face cannot hold of a model's rotary positions, as true of a model it can."""
     both = model.use_rope_scaling and model.rotary_seq_len_interpolation_factor is not None
     return {"use_rope_scaling with rotary_seq_len_interpolation_factor": not both}
@@ -302,7 +309,7 @@ def rotary_refusals(model: ModelConfig) -> dict[str, bool]:
 _MOST_LAYERS = 10_000
 
 
-def make_model(where: str, **fields: Any) -> ModelConfig:
+def validated_model(where: str, **fields: Any) -> ModelConfig:
     """A validated model.
 
     Raises:
@@ -319,7 +326,7 @@ def make_model(where: str, **fields: Any) -> ModelConfig:
         ) from None
 
 
-class Rule(NamedTuple):
+class TensorRule(NamedTuple):
     """A canonical tensor, the keys of its parts, and how it is cut into them."""
 
     name: str
@@ -328,7 +335,7 @@ class Rule(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Style:
+class HuggingFaceArchitecture:
     """One architecture of Hugging Face.
 
     Attributes:
@@ -342,12 +349,12 @@ class Style:
     model_type: str
     architecture: str
     refusals: Callable[[ModelConfig], list[str]]
-    rules: Callable[[ModelConfig], list[Rule]]
+    rules: Callable[[ModelConfig], list[TensorRule]]
     to_config: Callable[[ModelConfig], dict[str, Any]]
     from_config: Callable[[dict[str, Any], str], ModelConfig]
     ignored: re.Pattern[str]
 
-    def expanded(self, model: ModelConfig) -> list[Rule]:
+    def expanded(self, model: ModelConfig) -> list[TensorRule]:
         """The rules of every layer, in canonical order, without those the model lacks."""
         names = shapes(model, 1)
         mark = LAYER.format(i="{i}")
@@ -357,5 +364,5 @@ class Style:
             layer = re.fullmatch(re.escape(mark).replace(r"\{i\}", r"(\d+)") + "(.*)", name)
             rule = table[mark + layer[2] if layer else name]
             i = layer[1] if layer else ""
-            found.append(Rule(name, tuple(key.format(i=i) for key in rule.keys), rule.layout))
+            found.append(TensorRule(name, tuple(key.format(i=i) for key in rule.keys), rule.layout))
         return found

@@ -1,7 +1,7 @@
 """The Hugging Face format: a folder with config.json and safetensors shards.
 
 What differs between architectures is in ``hf_llama.py``, ``hf_gpt2.py`` and ``hf_gpt_neox.py``;
-each is a :class:`Style`.
+each is a :class:`HuggingFaceArchitecture`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ from megatron_llmjp.convert.formats.base import (
     check_tensor_names,
 )
 from megatron_llmjp.convert.formats.hugging_face import generation, gpt2, gpt_neox, llama
-from megatron_llmjp.convert.formats.hugging_face.config import Style, read_json, write_json
+from megatron_llmjp.convert.formats.hugging_face.config import (
+    HuggingFaceArchitecture,
+    read_json,
+    write_json,
+)
 from megatron_llmjp.convert.formats.hugging_face.tokenizer import export_tokenizer
 from megatron_llmjp.convert.model_tokenizer import open_tokenizer
 from megatron_llmjp.convert.plan import Checksums, Output, OutputFile, Read, Write
@@ -35,12 +39,12 @@ INDEX = "model.safetensors.index.json"
 _TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
-def styles() -> dict[str, Style]:
+def styles() -> dict[str, HuggingFaceArchitecture]:
     """The known architectures by ``model_type``."""
-    return {s.model_type: s for s in (llama.STYLE, gpt2.STYLE, gpt_neox.STYLE)}
+    return {s.model_type: s for s in (llama.ARCHITECTURE, gpt2.ARCHITECTURE, gpt_neox.ARCHITECTURE)}
 
 
-def style_for(model: ModelConfig) -> Style:
+def architecture_for(model: ModelConfig) -> HuggingFaceArchitecture:
     """The architecture that holds a model.
 
     Raises:
@@ -71,7 +75,9 @@ def read_checkpoint(path: Path) -> SourceCheckpoint:
     _refuse_quantized(config, path / CONFIG)
     model = style.from_config(config, str(path / CONFIG))
     tensors = {k: v for k, v in _tensors(path).items() if not style.ignored.search(k)}
-    if style is gpt2.STYLE and "wte.weight" in tensors:  # saved from GPT2Model, as the original
+    if (
+        style is gpt2.ARCHITECTURE and "wte.weight" in tensors
+    ):  # saved from GPT2Model, as the original
         tensors = {
             k if k.startswith("lm_head.") else f"transformer.{k}": v for k, v in tensors.items()
         }
@@ -94,7 +100,7 @@ def read_checkpoint(path: Path) -> SourceCheckpoint:
         f"{files} file(s)",
         tokenizer=path,
         seq_length=model.max_position_embeddings,
-        generation=generation.of_hugging_face(path, config),
+        generation=generation.read_generation(path, config),
     )
 
 
@@ -112,7 +118,7 @@ def _refuse_quantized(config: dict[str, Any], where: Path) -> None:
 
 
 def _tied_copies(
-    style: Style, model: ModelConfig, tensors: dict[str, Stored]
+    style: HuggingFaceArchitecture, model: ModelConfig, tensors: dict[str, Stored]
 ) -> dict[str, tuple[Stored, ...]]:
     """Take the head out of a tied model's tensors, to be compared with the embedding."""
     if model.untie_embeddings_and_output_weights:
@@ -156,7 +162,7 @@ def plan_output(source: SourceCheckpoint, options: ConversionOptions) -> Output:
     Raises:
         UserError: no architecture of Hugging Face holds the model.
     """
-    style = style_for(source.model)
+    style = architecture_for(source.model)
     rows = source.rows
     if source.model.vocab_size is not None and not options.keep_vocabulary_padding:
         rows = source.model.vocab_size
@@ -181,7 +187,7 @@ def plan_output(source: SourceCheckpoint, options: ConversionOptions) -> Output:
     keep = not tokenizer.decides and source.generation is not None
     exported = export_tokenizer(tokenizer, keep, rows)
     ids = tokenizer.token_ids(rows)
-    text, changes = generation.resolve(source.generation, ids, tokenizer.decides, rows)
+    text, changes = generation.resolve_generation(source.generation, ids, tokenizer.decides, rows)
 
     def finish(folder: Path, _: Checksums) -> None:
         for name, data in exported.files.items():
@@ -220,7 +226,7 @@ def _shards(placed: dict[str, tuple[Shape, torch.dtype]], limit: int) -> list[Ou
 
 
 def _config(
-    style: Style,
+    style: HuggingFaceArchitecture,
     source: SourceCheckpoint,
     options: ConversionOptions,
     rows: int,

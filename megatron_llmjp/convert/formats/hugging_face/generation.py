@@ -22,7 +22,7 @@ Ids = Mapping[str, int]
 
 
 @dataclass(frozen=True)
-class Generation:
+class GenerationSettings:
     """How a model is meant to generate text.
 
     Attributes:
@@ -34,7 +34,7 @@ class Generation:
     config: Mapping[str, Any] | None
 
 
-def of_hugging_face(folder: Path, config: Mapping[str, Any]) -> Generation:
+def read_generation(folder: Path, config: Mapping[str, Any]) -> GenerationSettings:
     """Return what a Hugging Face folder says.
 
     Args:
@@ -46,13 +46,13 @@ def of_hugging_face(folder: Path, config: Mapping[str, Any]) -> Generation:
     """
     path = folder / FILE
     stated = read_json(path) if path.is_file() else None
-    return Generation(
+    return GenerationSettings(
         _token_ids(config, folder / "config.json"),
         None if stated is None else {**stated, **_token_ids(stated, path)},
     )
 
 
-def stored(path: Path) -> Generation | None:
+def read_stored_generation(path: Path) -> GenerationSettings | None:
     """Return what a native checkpoint stores; None where it is not of Hugging Face's origin.
 
     Raises:
@@ -64,17 +64,17 @@ def stored(path: Path) -> Generation | None:
     config = content.get("generation_config")
     if not isinstance(config, dict | None) or not isinstance(content.get("token_ids"), dict):
         raise UserError(f"{path}: expected the objects token_ids and generation_config")
-    return Generation(_token_ids(content["token_ids"], path), config)
+    return GenerationSettings(_token_ids(content["token_ids"], path), config)
 
 
-def to_store(generation: Generation) -> dict[str, Any]:
-    """Return the content of the file that :func:`stored` reads."""
+def stored_content(generation: GenerationSettings) -> dict[str, Any]:
+    """Return the content of the file that :func:`read_stored_generation` reads."""
     return {"token_ids": generation.token_ids, "generation_config": generation.config}
 
 
-def resolve(
-    generation: Generation | None, ids: Ids, decides: bool, rows: int
-) -> tuple[Generation, list[str]]:
+def resolve_generation(
+    generation: GenerationSettings | None, ids: Ids, decides: bool, rows: int
+) -> tuple[GenerationSettings, list[str]]:
     """Return what an export says, and warnings.
 
     Args:
@@ -96,15 +96,15 @@ def resolve(
             f"the source's {EOS} {ends} were replaced by {ids[EOS]}, with which the tokenizer "
             "ends a document"
         ]
-        return Generation(ids, {**kept, **ids}), warnings if ends else []
+        return GenerationSettings(ids, {**kept, **ids}), warnings if ends else []
     token_ids = {**ids, **token_ids}
     if config is None:
         return _derived(token_ids), []
-    return Generation(token_ids, {**ids, **config} if decides else config), []
+    return GenerationSettings(token_ids, {**ids, **config} if decides else config), []
 
 
-def _derived(ids: Mapping[str, Any]) -> Generation:
-    return Generation(ids, {"_from_model_config": True, **ids})
+def _derived(ids: Mapping[str, Any]) -> GenerationSettings:
+    return GenerationSettings(ids, {"_from_model_config": True, **ids})
 
 
 def _token_ids(values: Mapping[str, Any], path: Path) -> dict[str, Any]:

@@ -13,14 +13,14 @@ from typing import Any
 from megatron_llmjp.config.schema import ModelConfig
 from megatron_llmjp.convert.formats.hugging_face.config import (
     GELU_NAMES,
-    Rule,
-    Style,
-    layer_norm_gelu,
-    layer_norm_gelu_refusals,
-    make_model,
-    required,
-    unsupported,
-    vocabulary,
+    HuggingFaceArchitecture,
+    TensorRule,
+    embedding_fields,
+    layer_norm_gelu_fields,
+    layer_norm_gelu_requirements,
+    positive_int_field,
+    refuse_unsupported,
+    validated_model,
 )
 from megatron_llmjp.convert.tensors import (
     FINAL_NORM,
@@ -35,13 +35,13 @@ from megatron_llmjp.convert.tensors import (
 )
 
 
-def _rules(model: ModelConfig) -> list[Rule]:
+def _rules(model: ModelConfig) -> list[TensorRule]:
     qkv = partial(query_key_value_conv1d, heads=model.num_attention_heads)
     theirs = "transformer.h.{i}."
     rules = [
-        Rule(WORD_EMBEDDINGS, ("transformer.wte.weight",), whole),
-        Rule(POSITION_EMBEDDINGS, ("transformer.wpe.weight",), whole),
-        Rule(OUTPUT_LAYER, ("lm_head.weight",), whole),
+        TensorRule(WORD_EMBEDDINGS, ("transformer.wte.weight",), whole),
+        TensorRule(POSITION_EMBEDDINGS, ("transformer.wpe.weight",), whole),
+        TensorRule(OUTPUT_LAYER, ("lm_head.weight",), whole),
     ]
     linears: dict[str, tuple[str, Layout, Layout]] = {
         "self_attention.linear_qkv": ("attn.c_attn", qkv, qkv),
@@ -50,15 +50,17 @@ def _rules(model: ModelConfig) -> list[Rule]:
         "mlp.linear_fc2": ("mlp.c_proj", transposed, whole),
     }
     for mine, (name, weight, bias) in linears.items():
-        rules.append(Rule(f"{LAYER}{mine}.weight", (f"{theirs}{name}.weight",), weight))
-        rules.append(Rule(f"{LAYER}{mine}.bias", (f"{theirs}{name}.bias",), bias))
+        rules.append(TensorRule(f"{LAYER}{mine}.weight", (f"{theirs}{name}.weight",), weight))
+        rules.append(TensorRule(f"{LAYER}{mine}.bias", (f"{theirs}{name}.bias",), bias))
     norms = {
         f"{LAYER}input_layernorm": f"{theirs}ln_1",
         f"{LAYER}pre_mlp_layernorm": f"{theirs}ln_2",
         FINAL_NORM: "transformer.ln_f",
     }
     for mine, name in norms.items():
-        rules += [Rule(f"{mine}.{kind}", (f"{name}.{kind}",), whole) for kind in ("weight", "bias")]
+        rules += [
+            TensorRule(f"{mine}.{kind}", (f"{name}.{kind}",), whole) for kind in ("weight", "bias")
+        ]
     return rules
 
 
@@ -66,7 +68,7 @@ def _refusals(model: ModelConfig) -> list[str]:
     held = {
         "rotary positions": model.position_embedding_type == "learned_absolute",
         "parallel residual": not model.use_parallel_residual,
-        **layer_norm_gelu_refusals(model),
+        **layer_norm_gelu_requirements(model),
     }
     return [f"cannot hold {what}" for what, fine in held.items() if not fine]
 
@@ -92,32 +94,35 @@ def _to_config(model: ModelConfig) -> dict[str, Any]:
 
 
 def _from_config(config: dict[str, Any], where: str) -> ModelConfig:
-    unsupported(
+    refuse_unsupported(
         where,
         scale_attn_weights=not config.get("scale_attn_weights", True),
         scale_attn_by_inverse_layer_idx=config.get("scale_attn_by_inverse_layer_idx", False),
         add_cross_attention=config.get("add_cross_attention", False),
     )
-    hidden, heads = required(config, "n_embd", where), required(config, "n_head", where)
-    return make_model(
+    hidden, heads = (
+        positive_int_field(config, "n_embd", where),
+        positive_int_field(config, "n_head", where),
+    )
+    return validated_model(
         where,
-        num_layers=required(config, "n_layer", where),
+        num_layers=positive_int_field(config, "n_layer", where),
         hidden_size=hidden,
         num_attention_heads=heads,
         num_query_groups=heads,
         kv_channels=hidden // heads,
         ffn_hidden_size=config.get("n_inner") or 4 * hidden,
-        max_position_embeddings=required(config, "n_positions", where),
+        max_position_embeddings=positive_int_field(config, "n_positions", where),
         position_embedding_type="learned_absolute",
         norm_epsilon=config.get("layer_norm_epsilon", 1e-5),
         hidden_dropout=config.get("resid_pdrop", 0.1),
         attention_dropout=config.get("attn_pdrop", 0.1),
-        **layer_norm_gelu(config, "activation_function", "gelu_new", where),
-        **vocabulary(config, where, tied=True),
+        **layer_norm_gelu_fields(config, "activation_function", "gelu_new", where),
+        **embedding_fields(config, where, tied=True),
     )
 
 
-STYLE = Style(
+ARCHITECTURE = HuggingFaceArchitecture(
     "gpt2",
     "GPT2LMHeadModel",
     _refusals,

@@ -12,18 +12,18 @@ from typing import Any
 from megatron_llmjp.config.schema import ModelConfig
 from megatron_llmjp.convert.formats.hugging_face.config import (
     GELU_NAMES,
-    Rule,
-    Style,
-    layer_norm_gelu,
-    layer_norm_gelu_refusals,
-    make_model,
-    required,
-    rotary,
-    rotary_keys,
-    rotary_parameters,
-    rotary_refusals,
-    unsupported,
-    vocabulary,
+    HuggingFaceArchitecture,
+    TensorRule,
+    embedding_fields,
+    layer_norm_gelu_fields,
+    layer_norm_gelu_requirements,
+    positive_int_field,
+    refuse_unsupported,
+    rope_fields,
+    rope_keys,
+    rope_parameters,
+    rope_requirements,
+    validated_model,
 )
 from megatron_llmjp.convert.tensors import (
     FINAL_NORM,
@@ -34,7 +34,7 @@ from megatron_llmjp.convert.tensors import (
 )
 
 
-def _rules(model: ModelConfig) -> list[Rule]:
+def _rules(model: ModelConfig) -> list[TensorRule]:
     theirs = "gpt_neox.layers.{i}."
     modules = {
         f"{LAYER}input_layernorm": f"{theirs}input_layernorm",
@@ -46,15 +46,15 @@ def _rules(model: ModelConfig) -> list[Rule]:
         FINAL_NORM: "gpt_neox.final_layer_norm",
     }
     rules = [
-        Rule(f"{mine}.{kind}", (f"{name}.{kind}",), whole)
+        TensorRule(f"{mine}.{kind}", (f"{name}.{kind}",), whole)
         for mine, name in modules.items()
         for kind in ("weight", "bias")
     ]
     # On disk the head is embed_out in every version; only 5.x also reads lm_head.
     return [
-        Rule(WORD_EMBEDDINGS, ("gpt_neox.embed_in.weight",), whole),
+        TensorRule(WORD_EMBEDDINGS, ("gpt_neox.embed_in.weight",), whole),
         *rules,
-        Rule(OUTPUT_LAYER, ("embed_out.weight",), whole),
+        TensorRule(OUTPUT_LAYER, ("embed_out.weight",), whole),
     ]
 
 
@@ -63,8 +63,8 @@ def _refusals(model: ModelConfig) -> list[str]:
         f"position_embedding_type {model.position_embedding_type}": (
             model.position_embedding_type == "rope"
         ),
-        **rotary_refusals(model),
-        **layer_norm_gelu_refusals(model),
+        **rope_requirements(model),
+        **layer_norm_gelu_requirements(model),
     }
     return [f"cannot hold {what}" for what, fine in held.items() if not fine]
 
@@ -84,27 +84,29 @@ def _to_config(model: ModelConfig) -> dict[str, Any]:
         "hidden_dropout": model.hidden_dropout,
         "attention_dropout": model.attention_dropout,
         "rotary_pct": model.rotary_percent,
-        **rotary_keys(model, "rotary_emb_base", partial_rotary_factor=model.rotary_percent),
+        **rope_keys(model, "rotary_emb_base", partial_rotary_factor=model.rotary_percent),
     }
 
 
 def _from_config(config: dict[str, Any], where: str) -> ModelConfig:
-    unsupported(where, **{"attention_bias false": not config.get("attention_bias", True)})
-    parameters = rotary_parameters(config, where)
-    positions = rotary(config, where, "rotary_emb_base")
-    unsupported(where, **{"yarn rope scaling": positions["position_embedding_type"] == "yarn"})
+    refuse_unsupported(where, **{"attention_bias false": not config.get("attention_bias", True)})
+    parameters = rope_parameters(config, where)
+    positions = rope_fields(config, where, "rotary_emb_base")
+    refuse_unsupported(
+        where, **{"yarn rope scaling": positions["position_embedding_type"] == "yarn"}
+    )
     percent = parameters.get("partial_rotary_factor", config.get("rotary_pct", 0.25))
-    heads = required(config, "num_attention_heads", where)
-    hidden = required(config, "hidden_size", where)
-    return make_model(
+    heads = positive_int_field(config, "num_attention_heads", where)
+    hidden = positive_int_field(config, "hidden_size", where)
+    return validated_model(
         where,
-        num_layers=required(config, "num_hidden_layers", where),
+        num_layers=positive_int_field(config, "num_hidden_layers", where),
         hidden_size=hidden,
         num_attention_heads=heads,
         num_query_groups=heads,
         kv_channels=hidden // heads,
-        ffn_hidden_size=required(config, "intermediate_size", where),
-        max_position_embeddings=required(
+        ffn_hidden_size=positive_int_field(config, "intermediate_size", where),
+        max_position_embeddings=positive_int_field(
             {"max_position_embeddings": 2048, **config}, "max_position_embeddings", where
         ),
         **positions,
@@ -113,12 +115,12 @@ def _from_config(config: dict[str, Any], where: str) -> ModelConfig:
         use_parallel_residual=config.get("use_parallel_residual", True),
         hidden_dropout=config.get("hidden_dropout", 0.0),
         attention_dropout=config.get("attention_dropout", 0.0),
-        **layer_norm_gelu(config, "hidden_act", "gelu", where),
-        **vocabulary(config, where, tied=False),
+        **layer_norm_gelu_fields(config, "hidden_act", "gelu", where),
+        **embedding_fields(config, where, tied=False),
     )
 
 
-STYLE = Style(
+ARCHITECTURE = HuggingFaceArchitecture(
     "gpt_neox",
     "GPTNeoXForCausalLM",
     _refusals,

@@ -12,16 +12,16 @@ from typing import Any
 
 from megatron_llmjp.config.schema import ModelConfig
 from megatron_llmjp.convert.formats.hugging_face.config import (
-    Rule,
-    Style,
-    make_model,
-    required,
-    rotary,
-    rotary_keys,
-    rotary_parameters,
-    rotary_refusals,
-    unsupported,
-    vocabulary,
+    HuggingFaceArchitecture,
+    TensorRule,
+    embedding_fields,
+    positive_int_field,
+    refuse_unsupported,
+    rope_fields,
+    rope_keys,
+    rope_parameters,
+    rope_requirements,
+    validated_model,
 )
 from megatron_llmjp.convert.tensors import (
     FINAL_NORM,
@@ -37,18 +37,18 @@ from megatron_llmjp.convert.tensors import (
 _MINE, _THEIRS = LAYER, "model.layers.{i}."
 
 
-def _rules(model: ModelConfig) -> list[Rule]:
+def _rules(model: ModelConfig) -> list[TensorRule]:
     qkv = partial(query_key_value, groups=model.query_groups, head_dim=model.head_dim)
     rules = [
-        Rule(WORD_EMBEDDINGS, ("model.embed_tokens.weight",), whole),
-        Rule(f"{_MINE}input_layernorm.weight", (f"{_THEIRS}input_layernorm.weight",), whole),
-        Rule(
+        TensorRule(WORD_EMBEDDINGS, ("model.embed_tokens.weight",), whole),
+        TensorRule(f"{_MINE}input_layernorm.weight", (f"{_THEIRS}input_layernorm.weight",), whole),
+        TensorRule(
             f"{_MINE}pre_mlp_layernorm.weight",
             (f"{_THEIRS}post_attention_layernorm.weight",),
             whole,
         ),
-        Rule(f"{FINAL_NORM}.weight", ("model.norm.weight",), whole),
-        Rule(OUTPUT_LAYER, ("lm_head.weight",), whole),
+        TensorRule(f"{FINAL_NORM}.weight", ("model.norm.weight",), whole),
+        TensorRule(OUTPUT_LAYER, ("lm_head.weight",), whole),
     ]
     linears: dict[str, tuple[tuple[str, ...], Layout]] = {
         "self_attention.linear_qkv": (tuple(f"self_attn.{x}_proj" for x in "qkv"), qkv),
@@ -59,7 +59,7 @@ def _rules(model: ModelConfig) -> list[Rule]:
     for mine, (names, layout) in linears.items():
         for kind in ("weight", "bias"):
             keys = tuple(f"{_THEIRS}{name}.{kind}" for name in names)
-            rules.append(Rule(f"{_MINE}{mine}.{kind}", keys, layout))
+            rules.append(TensorRule(f"{_MINE}{mine}.{kind}", keys, layout))
     return rules
 
 
@@ -70,7 +70,7 @@ def _refusals(model: ModelConfig) -> list[str]:
         f"normalization {model.normalization}": model.normalization == "RMSNorm",
         f"activation {model.activation_function}": model.activation_function == "swiglu",
         "parallel residual": not model.use_parallel_residual,
-        **rotary_refusals(model),
+        **rope_requirements(model),
         "add_qkv_bias (its attention_bias means the output projection too)": not model.add_qkv_bias,
     }
     return [f"cannot hold {what}" for what, fine in held.items() if not fine]
@@ -88,7 +88,7 @@ def _to_config(model: ModelConfig) -> dict[str, Any]:
         "max_position_embeddings": model.max_position_embeddings,
         "initializer_range": model.init_method_std,
         "rms_norm_eps": model.norm_epsilon,
-        **rotary_keys(model),
+        **rope_keys(model),
         "attention_bias": model.add_bias_linear,
         "attention_dropout": 0.0,
         "mlp_bias": model.add_bias_linear,
@@ -98,41 +98,41 @@ def _to_config(model: ModelConfig) -> dict[str, Any]:
 
 def _from_config(config: dict[str, Any], where: str) -> ModelConfig:
     attention_bias, mlp_bias = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
-    unsupported(
+    refuse_unsupported(
         where,
         **{
             "attention_bias without mlp_bias": attention_bias and not mlp_bias,
             "mlp_bias without attention_bias": mlp_bias and not attention_bias,
         },
         hidden_act=config.get("hidden_act", "silu") not in ("silu", "swish"),
-        partial_rotary_factor=rotary_parameters(config, where).get(
+        partial_rotary_factor=rope_parameters(config, where).get(
             "partial_rotary_factor", config.get("partial_rotary_factor", 1.0)
         )
         != 1.0,
     )
-    heads = required(config, "num_attention_heads", where)
-    hidden = required(config, "hidden_size", where)
-    return make_model(
+    heads = positive_int_field(config, "num_attention_heads", where)
+    hidden = positive_int_field(config, "hidden_size", where)
+    return validated_model(
         where,
-        num_layers=required(config, "num_hidden_layers", where),
+        num_layers=positive_int_field(config, "num_hidden_layers", where),
         hidden_size=hidden,
         num_attention_heads=heads,
         num_query_groups=config.get("num_key_value_heads") or heads,
         kv_channels=config.get("head_dim") or hidden // heads,
-        ffn_hidden_size=required(config, "intermediate_size", where),
-        max_position_embeddings=required(
+        ffn_hidden_size=positive_int_field(config, "intermediate_size", where),
+        max_position_embeddings=positive_int_field(
             {"max_position_embeddings": 2048, **config}, "max_position_embeddings", where
         ),
-        **rotary(config, where),
+        **rope_fields(config, where),
         normalization="RMSNorm",
         norm_epsilon=config.get("rms_norm_eps", 1e-6),
         activation_function="swiglu",
         add_bias_linear=attention_bias,
-        **vocabulary(config, where, tied=False),
+        **embedding_fields(config, where, tied=False),
     )
 
 
-STYLE = Style(
+ARCHITECTURE = HuggingFaceArchitecture(
     "llama",
     "LlamaForCausalLM",
     _refusals,

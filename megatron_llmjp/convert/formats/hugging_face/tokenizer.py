@@ -15,14 +15,19 @@ from typing import Any
 
 import tokenizers
 
-from megatron_llmjp.convert.formats.hugging_face.config import to_bytes
+from megatron_llmjp.convert.formats.hugging_face.config import json_bytes
 from megatron_llmjp.convert.model_tokenizer import ModelTokenizer
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.tokenizers import Tokenizer, load_tokenizer
-from megatron_llmjp.tokenizers.comparison import RARE_TEXTS, TEXTS, Comparison, compare
+from megatron_llmjp.tokenizers.comparison import (
+    RARE_TEXTS,
+    TEXTS,
+    TokenizerComparison,
+    compare_tokenizers,
+)
 from megatron_llmjp.tokenizers.hugging_face import FastTokenizer, HuggingFaceTokenizer
 from megatron_llmjp.tokenizers.sentencepiece import SentencePieceModel
-from megatron_llmjp.tokenizers.sentencepiece_fast import export_hugging_face, own_texts
+from megatron_llmjp.tokenizers.sentencepiece_fast import export_hugging_face, model_specific_texts
 from megatron_llmjp.tokenizers.tiktoken import TikTokenizer
 from megatron_llmjp.tokenizers.tiktoken_fast import fast_tiktoken
 
@@ -89,11 +94,11 @@ def _of_sentencepiece(
         except UserError as error:
             return _model_only(files, str(error))
         built = load_tokenizer("HuggingFaceTokenizer", folder)
-        own = own_texts(model, rows)
-        ordinary = compare(model, built, [*TEXTS, *own])
+        own = model_specific_texts(model, rows)
+        ordinary = compare_tokenizers(model, built, [*TEXTS, *own])
         if ordinary.differences:
             return _model_only(files, ordinary.report())
-        found = compare(model, built, [*ALL, *own])
+        found = compare_tokenizers(model, built, [*ALL, *own])
         made = {name: (folder / name).read_bytes() for name in BUILT}
     made[SETTINGS] = _merged_settings(files.get(SETTINGS), made[SETTINGS])
     notes.append(
@@ -109,11 +114,11 @@ ALL = (*TEXTS, *RARE_TEXTS)
 
 def _difference(
     model: SentencePieceModel, folder: Path, rows: int
-) -> tuple[str | None, Comparison]:
+) -> tuple[str | None, TokenizerComparison]:
     """How the Hugging Face tokenizer of a folder differs from the model as its type reads it."""
     fast = load_tokenizer("HuggingFaceTokenizer", folder)
     assert isinstance(fast, HuggingFaceTokenizer)
-    found = compare(model, fast, [*ALL, *own_texts(model, rows)])
+    found = compare_tokenizers(model, fast, [*ALL, *model_specific_texts(model, rows)])
     if fast.eos_id != model.eod_id:
         ours, theirs = model.piece(model.eod_id), fast.eos_id
         shown = "nothing" if theirs is None else fast.piece(theirs)
@@ -148,7 +153,7 @@ def _of_hugging_face(
     if SPECIAL in files:
         changed[SPECIAL] = {**_json(files, SPECIAL), "eos_token": eod}
     return ExportedTokenizer(
-        files | {name: to_bytes(content) for name, content in changed.items()},
+        files | {name: json_bytes(content) for name, content in changed.items()},
         [f"eos_token of the tokenizer is {eod} ({eod_id}) in the export, {before} before"],
     )
 
@@ -168,12 +173,12 @@ def _of_fast(
         "model_max_length": 10**30,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
-    made = {FAST: fast.to_str().encode(), SETTINGS: to_bytes(settings)}
+    made = {FAST: fast.to_str().encode(), SETTINGS: json_bytes(settings)}
     with tempfile.TemporaryDirectory() as temporary:
         for name, data in made.items():
             (Path(temporary) / name).write_bytes(data)
         built = load_tokenizer("HuggingFaceTokenizer", temporary)
-        found = compare(tokenizer, built, ALL, (tokenizer.kind, "Hugging Face"))
+        found = compare_tokenizers(tokenizer, built, ALL, (tokenizer.kind, "Hugging Face"))
     if found.differences:
         why = f"AutoTokenizer cannot load the export: no equal {FAST} can be built"
         return ExportedTokenizer(files, warnings=[f"{why}. {found.report()}"])
@@ -185,7 +190,7 @@ def _of_fast(
 def _merged_settings(old: bytes | None, new: bytes) -> bytes:
     """Return the settings of a built tokenizer with what is kept of those that were there."""
     before = {} if old is None else _json({SETTINGS: old}, SETTINGS)
-    return to_bytes(json.loads(new) | {k: before[k] for k in KEPT_SETTINGS if k in before})
+    return json_bytes(json.loads(new) | {k: before[k] for k in KEPT_SETTINGS if k in before})
 
 
 def _json(files: dict[str, bytes], name: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 
 from megatron_llmjp.config.schema import ModelConfig
 from megatron_llmjp.convert.files.storage import Stored
-from megatron_llmjp.convert.formats.rank_files import Gathered, new_name
+from megatron_llmjp.convert.formats.rank_files import RankTensors, canonical_name_in_layer
 from megatron_llmjp.convert.plan import Read
 from megatron_llmjp.convert.tensors import FINAL_NORM, LAYER, OUTPUT_LAYER, Part, shapes
 from megatron_llmjp.errors import UserError
@@ -27,7 +27,7 @@ _MODULES = {
 }
 
 
-def classify(key: str, stored: Stored, layer: int) -> tuple[str, str]:
+def canonical_name(key: str, stored: Stored, layer: int) -> tuple[str, str]:
     """Canonical name of a key of a layer file, and the layer's prefix if it is of a layer."""
     if key in ("word_embeddings.weight", "position_embeddings.weight"):
         return f"embedding.{key}", ""
@@ -38,10 +38,10 @@ def classify(key: str, stored: Stored, layer: int) -> tuple[str, str]:
     if key.endswith("local_embeddings.weight"):
         raise UserError(f"{stored.source}: position embeddings split by sequence parallelism")
     prefix = LAYER.format(i=layer)
-    return prefix + new_name(key), prefix
+    return prefix + canonical_name_in_layer(key), prefix
 
 
-def parameter_name(name: str, stored: Stored, numbers: list[int]) -> str:
+def canonical_parameter_name(name: str, stored: Stored, numbers: list[int]) -> str:
     """The canonical name of one of DeepSpeed's parameter names.
 
     Args:
@@ -51,20 +51,20 @@ def parameter_name(name: str, stored: Stored, numbers: list[int]) -> str:
     """
     for root in ("tied_modules.embed.", f"{numbers[0] if numbers else 1}."):
         if name.startswith(root):
-            return classify(name.removeprefix(root), stored, 0)[0]
+            return canonical_name(name.removeprefix(root), stored, 0)[0]
     if match := re.match(r"(\d+)\.(.*)", name):
         number = int(match[1])
         layer = numbers.index(number) - 1 if number in numbers else 0
-        return classify(match[2], stored, layer)[0]
+        return canonical_name(match[2], stored, layer)[0]
     name = name.removeprefix("module.")
     for old, new in _MODULES.items():
         name = name.replace(old, new)
     match = re.match(r"layers\.(\d+)\.(.*)", name)
-    return LAYER.format(i=match[1]) + new_name(match[2]) if match else name
+    return LAYER.format(i=match[1]) + canonical_name_in_layer(match[2]) if match else name
 
 
 def join_separate_keys(
-    folder: Path, gathered: Gathered, model: ModelConfig, tensor: int
+    folder: Path, gathered: RankTensors, model: ModelConfig, tensor: int
 ) -> dict[str, Read]:
     """Grouped-query attention before November 2023 kept ``query`` and ``key_value`` apart."""
     reads = {}

@@ -19,14 +19,17 @@ from megatron_llmjp.config.schema import ModelConfig
 from megatron_llmjp.convert.files.torch_archive import load
 from megatron_llmjp.convert.formats.base import SourceCheckpoint
 from megatron_llmjp.convert.formats.megatron_deepspeed import zero as zero_files
-from megatron_llmjp.convert.formats.megatron_deepspeed.names import classify, join_separate_keys
+from megatron_llmjp.convert.formats.megatron_deepspeed.names import (
+    canonical_name,
+    join_separate_keys,
+)
 from megatron_llmjp.convert.formats.megatron_lm.arguments import (
     model_from_args,
     settings_from_args,
     tiktoken_of,
     tokenizer_type_of,
 )
-from megatron_llmjp.convert.formats.rank_files import Gathered, new_name
+from megatron_llmjp.convert.formats.rank_files import RankTensors, canonical_name_in_layer
 from megatron_llmjp.convert.optimizer_state import MAIN
 from megatron_llmjp.convert.tensors import (
     LAYER,
@@ -54,7 +57,7 @@ def read_checkpoint(
     Raises:
         UserError: it is incomplete, damaged, or cannot be represented.
     """
-    folder = newest(path)
+    folder = newest_step_folder(path)
     first, ranks = _rank_files(folder)
     content = load(first)
     if "args" not in content:
@@ -69,7 +72,7 @@ def read_checkpoint(
     known = content.get("universal_checkpoint_info") or {}
     if isinstance(known.get("original_vocab_size"), int):
         model = model.model_copy(update={"vocab_size": known["original_vocab_size"]})
-    gathered = Gathered()
+    gathered = RankTensors()
     if content.get("module") is None:
         tensor = _gather_layers(folder, model, gathered)
         layout = f"pipeline layers, TP {tensor} x PP {max(1, len(ranks) // tensor)}"
@@ -79,7 +82,7 @@ def read_checkpoint(
         layout = f"no pipeline, TP {tensor}"
     if getattr(args, "sequence_parallel", False) and POSITION_EMBEDDINGS in gathered.parts:
         raise UserError(f"{folder}: position embeddings split by sequence parallelism")
-    zero = partial(zero_files.open_folder, folder, model, ranks, tensor)
+    zero = partial(zero_files.open_zero_folder, folder, model, ranks, tensor)
     if main_weights:
         reads = zero().tensors(MAIN)
         layout += ", fp32 weights of the optimizer"
@@ -115,7 +118,7 @@ def _consumed_samples(args: Any, content: dict[str, Any]) -> int | None:
     return next((count for count in counts if count), None)
 
 
-def newest(path: Path) -> Path:
+def newest_step_folder(path: Path) -> Path:
     """The ``global_step*`` folder that ``path`` means."""
     if next(path.glob("mp_rank_*_model_states.pt"), None):
         return path
@@ -144,7 +147,7 @@ def _rank_files(folder: Path) -> tuple[Path, dict[int, Path]]:
     return found[0], found
 
 
-def _gather_layers(folder: Path, model: ModelConfig, gathered: Gathered) -> int:
+def _gather_layers(folder: Path, model: ModelConfig, gathered: RankTensors) -> int:
     """Take up the layer files; returns the tensor parallel size."""
     files: dict[int, dict[int, Path]] = {}
     for path in folder.iterdir():
@@ -158,7 +161,7 @@ def _gather_layers(folder: Path, model: ModelConfig, gathered: Gathered) -> int:
         prefix = ""
         for rank, path in sorted(ranks.items()):
             for key, stored in load(path).items():
-                name, prefix = classify(key, stored, layer)
+                name, prefix = canonical_name(key, stored, layer)
                 if (
                     name == WORD_EMBEDDINGS
                     and name in gathered.parts
@@ -173,7 +176,7 @@ def _gather_layers(folder: Path, model: ModelConfig, gathered: Gathered) -> int:
     return tensor
 
 
-def _gather_modules(ranks: dict[int, Path], gathered: Gathered) -> None:
+def _gather_modules(ranks: dict[int, Path], gathered: RankTensors) -> None:
     """Take up the modules of a checkpoint without pipeline."""
     for rank, path in ranks.items():
         language = load(path)["module"].get("language_model", {})
@@ -183,7 +186,11 @@ def _gather_modules(ranks: dict[int, Path], gathered: Gathered) -> None:
                 gathered.add(f"embedding.{name}.weight", rank, embedding[name]["weight"])
         for key, stored in encoder.items():
             match = re.match(r"layers\.(\d+)\.(.*)", key)
-            name = LAYER.format(i=match[1]) + new_name(match[2]) if match else f"decoder.{key}"
+            name = (
+                LAYER.format(i=match[1]) + canonical_name_in_layer(match[2])
+                if match
+                else f"decoder.{key}"
+            )
             gathered.add(name, rank, stored)
         if "output_layer" in language:
             gathered.add(OUTPUT_LAYER, rank, language["output_layer"]["weight"])

@@ -21,10 +21,10 @@ from megatron_llmjp.convert.formats.megatron_deepspeed.reader import LATEST
 from megatron_llmjp.convert.formats.megatron_lm.arguments import make_args
 from megatron_llmjp.convert.formats.rank_files import (
     OLD_NAMES,
-    check_divides,
+    check_parallel_sizes,
     rank_shape,
-    target_rows,
-    write_of,
+    rank_write,
+    target_padded_vocab_size,
 )
 from megatron_llmjp.convert.plan import Checksums, Output, Slot
 from megatron_llmjp.convert.tensors import (
@@ -45,7 +45,7 @@ def plan_output(source: SourceCheckpoint, options: ConversionOptions) -> Output:
     Raises:
         UserError: it has no way to express the model.
     """
-    check_divides(source.model, options.tensor_parallel, options.pipeline_parallel)
+    check_parallel_sizes(source.model, options.tensor_parallel, options.pipeline_parallel)
     _check_expressible(source.model)
     if options.no_pipeline:
         return _plan_modules(source, options)
@@ -57,7 +57,7 @@ def _plan_modules(source: SourceCheckpoint, options: ConversionOptions) -> Outpu
     if options.pipeline_parallel > 1 or options.with_optimizer:
         raise UserError("--no-pipeline excludes pipeline stages and --with-optimizer")
     model, tensor = source.model, options.tensor_parallel
-    rows = target_rows(model, source.rows, tensor)
+    rows = target_padded_vocab_size(model, source.rows, tensor)
     tag = _tag(source)
     files = []
     slots: dict[str, dict[int, list[Slot]]] = {name: {} for name in source.reads}
@@ -73,7 +73,7 @@ def _plan_modules(source: SourceCheckpoint, options: ConversionOptions) -> Outpu
         files.append(file)
         for name in held:
             slots[name][t] = [file.slots[name]]
-    writes = {name: write_of(name, model, tensor, slots[name], rows) for name in source.reads}
+    writes = {name: rank_write(name, model, tensor, slots[name], rows) for name in source.reads}
     return Output(files, writes, lambda folder, _: _write_trackers(folder, source))
 
 
@@ -107,7 +107,7 @@ def _write_trackers(folder: Path, source: SourceCheckpoint) -> None:
 def _plan_layers(source: SourceCheckpoint, options: ConversionOptions) -> Output:
     """One file per layer and tensor-parallel rank."""
     model, tensor = source.model, options.tensor_parallel
-    rows = target_rows(model, source.rows, tensor)
+    rows = target_padded_vocab_size(model, source.rows, tensor)
     tag = _tag(source)
     groups = _layer_files(model)
     shape_of = shapes(model, rows)
@@ -144,7 +144,7 @@ def _plan_layers(source: SourceCheckpoint, options: ConversionOptions) -> Output
         _write_trackers(folder, source)
 
     writes = {
-        name: write_of(optimizer_state.parameter(name), model, tensor, own, rows)
+        name: rank_write(optimizer_state.parameter(name), model, tensor, own, rows)
         for name, own in slots.items()
     }
     return Output(files + optimizers, writes, finish)

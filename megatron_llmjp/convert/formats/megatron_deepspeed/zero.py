@@ -26,10 +26,10 @@ from megatron_llmjp.convert.files.checksums import Region
 from megatron_llmjp.convert.files.storage import FileTensor, Stored, byte_count, read_elements
 from megatron_llmjp.convert.files.torch_archive import load
 from megatron_llmjp.convert.formats.megatron_deepspeed.names import (
+    canonical_parameter_name,
     join_separate_keys,
-    parameter_name,
 )
-from megatron_llmjp.convert.formats.rank_files import Gathered
+from megatron_llmjp.convert.formats.rank_files import RankTensors
 from megatron_llmjp.convert.optimizer_state import (
     MAIN,
     MOMENTS,
@@ -44,7 +44,7 @@ _FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt
 
 
 @dataclass(frozen=True)
-class Span:
+class FlatSlice:
     """A range of a flat array in a file."""
 
     flat: FileTensor
@@ -53,10 +53,10 @@ class Span:
 
 
 @dataclass(frozen=True)
-class SpanTensor:
+class FlatSliceTensor:
     """A tensor whose elements lie in consecutive ranges of several files."""
 
-    spans: tuple[Span, ...]
+    spans: tuple[FlatSlice, ...]
     shape: Shape
     dtype: torch.dtype
 
@@ -139,11 +139,11 @@ class ZeroRank:
                 spans = tuple(_spans(flats, start, count))
                 if sum(span.count for span in spans) != count:
                     raise UserError(f"{flats[-1].path}: ends before parameter {name}")
-                yield name, SpanTensor(spans, tuple(shape), flats[0].dtype)
+                yield name, FlatSliceTensor(spans, tuple(shape), flats[0].dtype)
                 start += count + padding
 
 
-def open_rank(folder: Path, rank: int, param_shapes: Any) -> ZeroRank:
+def open_zero_rank(folder: Path, rank: int, param_shapes: Any) -> ZeroRank:
     """Open the optimizer files of one model-parallel rank.
 
     Args:
@@ -211,14 +211,14 @@ def _base(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     return base
 
 
-def _spans(flats: list[FileTensor], start: int, count: int) -> Iterator[Span]:
+def _spans(flats: list[FileTensor], start: int, count: int) -> Iterator[FlatSlice]:
     """The ranges that elements ``start`` to ``start + count`` of joined arrays fall into."""
     base = 0
     for flat in flats:
         length = flat.shape[0]
         first, last = max(start, base), min(start + count, base + length)
         if first < last:
-            yield Span(flat, first - base, last - first)
+            yield FlatSlice(flat, first - base, last - first)
         base += length
 
 
@@ -246,12 +246,12 @@ class ZeroFolder:
         """
         found = (_LAYER_FILE.match(path.name) for path in self.folder.iterdir())
         numbers = sorted({int(match[1]) for match in found if match})
-        gathered = Gathered()
+        gathered = RankTensors()
         for rank, state in self.ranks.items():
             for name, stored in state.tensors(kind):
                 if name.startswith("tied_modules.embed.") and rank >= self.tensor_parallel:
                     continue
-                canonical = parameter_name(name, stored, numbers)
+                canonical = canonical_parameter_name(name, stored, numbers)
                 gathered.add(canonical, rank % self.tensor_parallel, stored)
         where, size = self.folder, self.tensor_parallel
         joined = join_separate_keys(where, gathered, self.model, size)
@@ -275,7 +275,7 @@ class ZeroFolder:
         return make_state(tensors, first.step, first.groups, told, self.folder)
 
 
-def open_folder(
+def open_zero_folder(
     folder: Path, model: ModelConfig, ranks: dict[int, Path], tensor_parallel: int
 ) -> ZeroFolder:
     """Open the optimizer files beside every ``mp_rank_*`` file.
@@ -284,7 +284,7 @@ def open_folder(
         UserError: one is missing or damaged, or the run was trained without ZeRO.
     """
     opened = {
-        rank: open_rank(folder, rank, load(path).get("param_shapes"))
+        rank: open_zero_rank(folder, rank, load(path).get("param_shapes"))
         for rank, path in sorted(ranks.items())
     }
     return ZeroFolder(folder, model, opened, tensor_parallel)

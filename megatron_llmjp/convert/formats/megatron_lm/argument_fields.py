@@ -142,7 +142,7 @@ NAMES = frozenset(_NAMES.split())
 """Single names."""
 
 
-def is_training(name: str) -> bool:
+def is_training_only(name: str) -> bool:
     """Whether a field is known not to change the function of the trained model."""
     return name in NAMES or name.startswith(PREFIXES)
 
@@ -270,7 +270,7 @@ def check_fields(given: Fields, where: str, ignored: Collection[str] = ()) -> No
     for name, value in sorted(given.items()):
         if name in ignored or name in UNDERSTOOD:
             continue
-        kind = kind_of(name)
+        kind = field_kind(name)
         if kind == "network" and not _is_harmless(name, value, given):
             network.append(f"{name} = {_shown(value)}")
         elif kind == "unknown" and not _is_off(value):
@@ -287,14 +287,14 @@ def check_fields(given: Fields, where: str, ignored: Collection[str] = ()) -> No
         raise UserError(f"{where}: {'; '.join(lines)}")
 
 
-def kind_of(name: str) -> str:
+def field_kind(name: str) -> str:
     """``understood``, ``network``, ``training`` (no influence on the function) or ``unknown``."""
     if name in UNDERSTOOD:
         return "understood"
     if name in HARMLESS or name in _APPROXIMATE_GELU:
         return "network"
     owned = any(name.startswith(prefixes) for prefixes in _OWNERS.values())
-    return "training" if owned or is_training(name) else "unknown"
+    return "training" if owned or is_training_only(name) else "unknown"
 
 
 def _is_harmless(name: str, value: Any, given: Fields) -> bool:

@@ -15,7 +15,11 @@ import torch
 from pydantic import ValidationError
 
 from megatron_llmjp.config.schema import SECTIONS, ModelConfig, OptimizerConfig
-from megatron_llmjp.convert.formats.hugging_face.config import make_model, required, unsupported
+from megatron_llmjp.convert.formats.hugging_face.config import (
+    positive_int_field,
+    refuse_unsupported,
+    validated_model,
+)
 from megatron_llmjp.convert.formats.megatron_lm.argument_fields import check_fields
 from megatron_llmjp.tokenizers.registry import TikTokenSettings
 
@@ -34,14 +38,14 @@ def model_from_args(args: Any, where: str, ignored: Collection[str] = ()) -> Mod
     given = {name: value for name, value in _fields(args).items() if name not in ignored}
     check_fields(given, where)
     _check_consistent(given, where)
-    heads = required(given, "num_attention_heads", where)
-    hidden = required(given, "hidden_size", where)
+    heads = positive_int_field(given, "num_attention_heads", where)
+    hidden = positive_int_field(given, "hidden_size", where)
     swiglu = bool(given.get("swiglu"))
     biases = bool(given.get("add_bias_linear", True))
     rope = _is_rope(given, where)
-    return make_model(
+    return validated_model(
         where,
-        num_layers=required(given, "num_layers", where),
+        num_layers=positive_int_field(given, "num_layers", where),
         hidden_size=hidden,
         num_attention_heads=heads,
         num_query_groups=_groups(given, heads, where),
@@ -66,7 +70,7 @@ def model_from_args(args: Any, where: str, ignored: Collection[str] = ()) -> Mod
         attention_dropout=given.get("attention_dropout", 0.0),
         init_method_std=given.get("init_method_std") or 0.02,
         make_vocab_size_divisible_by=given.get("make_vocab_size_divisible_by") or 128,
-        vocab_size=true_vocabulary(args),
+        vocab_size=true_vocab_size(args),
     )
 
 
@@ -148,7 +152,7 @@ def _check_consistent(given: dict[str, Any], where: str) -> None:
     swiglu = bool(given.get("swiglu"))
     layers = given.get("encoder_num_layers")
     epsilons = [given[name] for name in ("norm_epsilon", "layernorm_epsilon") if given.get(name)]
-    unsupported(
+    refuse_unsupported(
         where,
         **{
             "gated_linear_unit without swiglu": bool(given.get("gated_linear_unit")) and not swiglu,
@@ -162,11 +166,11 @@ def _is_rope(given: dict[str, Any], where: str) -> bool:
     """Megatron-LM says ``position_embedding_type``, Megatron-DeepSpeed has two switches."""
     kind = given.get("position_embedding_type")
     known = (None, "rope", "learned_absolute")
-    unsupported(where, **{f"position_embedding_type {kind}": kind not in known})
+    refuse_unsupported(where, **{f"position_embedding_type {kind}": kind not in known})
     if given.get("use_rotary_position_embeddings") or kind == "rope":
         return True
     added = bool(given.get("add_position_embedding", True))
-    unsupported(where, **{"a model without position embeddings": not added})
+    refuse_unsupported(where, **{"a model without position embeddings": not added})
     return False
 
 
@@ -180,7 +184,7 @@ def _rotary_base(given: dict[str, Any], where: str) -> int:
     theta = given.get("rope_theta")
     if theta is None:
         theta = base
-    unsupported(
+    refuse_unsupported(
         where,
         **{
             f"rope_theta {theta} with rotary_base {base}": base not in (10000, theta),
@@ -200,7 +204,7 @@ def _normalization(given: dict[str, Any], where: str) -> str:
     """Megatron-LM writes ``RMSNorm``, Megatron-DeepSpeed ``rmsnorm``."""
     name = str(given.get("normalization") or "LayerNorm")
     known = {"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}
-    unsupported(where, **{f"normalization {name}": name.lower() not in known})
+    refuse_unsupported(where, **{f"normalization {name}": name.lower() not in known})
     return known[name.lower()]
 
 
@@ -208,7 +212,7 @@ def _groups(given: dict[str, Any], heads: int, where: str) -> int:
     """Megatron-LM's ``num_query_groups`` is 1 and means nothing without the switch."""
     if "group_query_attention" in given:
         grouped = given["group_query_attention"]
-        return required(given, "num_query_groups", where) if grouped else heads
+        return positive_int_field(given, "num_query_groups", where) if grouped else heads
     return given.get("num_key_value_heads") or heads
 
 
@@ -226,7 +230,7 @@ def _gelu(given: dict[str, Any], biases: bool) -> str:
     return "gelu_tanh" if given.get("bias_gelu_fusion") and biases else "gelu"
 
 
-def true_vocabulary(args: Any) -> int | None:
+def true_vocab_size(args: Any) -> int | None:
     """The vocabulary without padding, where the arguments have it.
 
     ``vocab_size`` is that of NullTokenizer alone, which adds an end-of-document token up to core

@@ -32,14 +32,14 @@ from megatron_llmjp.convert.formats.megatron_lm.arguments import (
     tiktoken_of,
     tokenizer_type_of,
 )
-from megatron_llmjp.convert.formats.rank_files import Gathered, new_name
+from megatron_llmjp.convert.formats.rank_files import RankTensors, canonical_name_in_layer
 from megatron_llmjp.convert.model_tokenizer import tokenizer_files
 from megatron_llmjp.convert.optimizer_state import MAIN, MOMENTS, OptimizerState
 from megatron_llmjp.convert.tensors import FINAL_NORM, OUTPUT_LAYER, WORD_EMBEDDINGS
 from megatron_llmjp.errors import UserError
 
 
-class RankState(NamedTuple):
+class RankOptimizerState(NamedTuple):
     """The optimizer state of one rank's file, by the model chunk and the key of the weight."""
 
     chunks: dict[str, list[dict[str, Stored]]]
@@ -48,7 +48,9 @@ class RankState(NamedTuple):
     groups: list[dict[str, Any]]
 
 
-def of_rank(content: dict[str, Any], chunks: list[dict[str, Any]], path: Path) -> RankState:
+def rank_optimizer_state(
+    content: dict[str, Any], chunks: list[dict[str, Any]], path: Path
+) -> RankOptimizerState:
     """Give the numbered states in a rank's file the names of their weights.
 
     megatron-core numbers parameters group by group: the ones with weight decay and those without,
@@ -87,7 +89,7 @@ def of_rank(content: dict[str, Any], chunks: list[dict[str, Any]], path: Path) -
             for (i, key), stored in zip(names, tensors, strict=True):
                 placed[i][key] = stored
     step = next(iter(inner["state"].values())).get("step", inner["param_groups"][0].get("step"))
-    return RankState(found, step, inner["param_groups"])
+    return RankOptimizerState(found, step, inner["param_groups"])
 
 
 def _decays(key: str, stored: Stored) -> bool:
@@ -117,13 +119,13 @@ def read_checkpoint(path: Path, ignored: Collection[str] = ()) -> SourceCheckpoi
     Raises:
         UserError: it is incomplete, damaged, or cannot be represented.
     """
-    folder = newest(path)
+    folder = newest_iteration(path)
     if (folder / torch_dist.METADATA).is_file():
         return _read_torch_dist(folder, ignored)
     return _read_legacy(folder, ignored)
 
 
-def newest(path: Path) -> Path:
+def newest_iteration(path: Path) -> Path:
     """The iteration's folder that ``path`` means."""
     if (path / torch_dist.METADATA).is_file() or next(path.glob(f"mp_rank_*/{FILE}"), None):
         return path
@@ -177,13 +179,13 @@ def _source(
 def _read_torch_dist(folder: Path, ignored: Collection[str]) -> SourceCheckpoint:
     common = torch_dist.read_common(folder)
     stored = torch_dist.read_metadata(folder)
-    entries = mcore_names.weights(stored)
+    entries = mcore_names.model_entries(stored)
     if "args" not in common:
         raise UserError(f"{folder / 'common.pt'}: holds no args, so the model is not known")
     if WORD_EMBEDDINGS not in entries:
         raise UserError(f"{folder}: holds no {WORD_EMBEDDINGS}")
     model = model_from_args(common["args"], str(folder / "common.pt"), ignored)
-    reads = mcore_names.reads(model, entries[WORD_EMBEDDINGS].shape[0], entries)
+    reads = mcore_names.tensor_reads(model, entries[WORD_EMBEDDINGS].shape[0], entries)
     optimizer = partial(optimizer_state.from_torch_dist, model, stored, common, folder)
     iteration = common.get("iteration")
     return _source(folder, common["args"], iteration, model, reads, "torch_dist", optimizer)
@@ -195,7 +197,7 @@ def _read_legacy(folder: Path, ignored: Collection[str]) -> SourceCheckpoint:
     pipeline = 1 + max(p for _, p in ranks)
     if len(ranks) != tensor * pipeline:
         raise UserError(f"{folder}: {len(ranks)} ranks found, {tensor} x {pipeline} expected")
-    gathered = Gathered()
+    gathered = RankTensors()
     args: Any = None
     iteration = None
     for t in range(tensor):
@@ -223,17 +225,17 @@ def _legacy_optimizer(
     folder: Path, model: ModelConfig, ranks: dict[tuple[int, int], Path], tensor: int, pipeline: int
 ) -> OptimizerState:
     """The optimizer's tensors go the way of the weights: numbered by layer, joined over TP."""
-    kinds: dict[str, Gathered] = {}
+    kinds: dict[str, RankTensors] = {}
     for t in range(tensor):
         stages = []
         for p in range(pipeline):
             content = load(ranks[t, p])
             chunks = _chunks(content, ranks[t, p])
-            stages.append(of_rank(content, chunks, ranks[t, p]))
+            stages.append(rank_optimizer_state(content, chunks, ranks[t, p]))
         for kind in stages[0].chunks:
             moments = [stage.chunks[kind] for stage in stages]
             for name, stored in _numbered(moments, model.untie_embeddings_and_output_weights):
-                kinds.setdefault(kind, Gathered()).add(name, t, stored)
+                kinds.setdefault(kind, RankTensors()).add(name, t, stored)
     tensors = {kind: gathered.reads(folder, model, tensor) for kind, gathered in kinds.items()}
     last = stages[-1]
     return optimizer_state.make_state(tensors, last.step, last.groups, content, folder)
@@ -311,6 +313,6 @@ def _current(key: str) -> str:
 
 def _inner(name: str) -> str:
     """The canonical name inside a layer: fused norms and old names undone."""
-    for local, fused in mcore_names.FUSED.items():
+    for local, fused in mcore_names.FUSED_NORMS.items():
         name = name.replace(fused, local)
-    return new_name(name)
+    return canonical_name_in_layer(name)

@@ -12,14 +12,14 @@ from megatron_llmjp.convert.files import torch_dist
 from megatron_llmjp.convert.files.torch_archive_writer import Placeholder, plan_archive
 from megatron_llmjp.convert.formats import mcore_names
 from megatron_llmjp.convert.formats.base import ConversionOptions, SourceCheckpoint
-from megatron_llmjp.convert.formats.hugging_face.config import LLAMA3
+from megatron_llmjp.convert.formats.hugging_face.config import LLAMA3_FIELDS
 from megatron_llmjp.convert.formats.megatron_lm.arguments import make_args
 from megatron_llmjp.convert.formats.megatron_lm.reader import FILE, TRACKER
 from megatron_llmjp.convert.formats.rank_files import (
-    check_divides,
+    check_parallel_sizes,
     rank_shape,
-    target_rows,
-    write_of,
+    rank_write,
+    target_padded_vocab_size,
 )
 from megatron_llmjp.convert.plan import Checksums, Output, Slot
 from megatron_llmjp.convert.tensors import OUTPUT_LAYER, WORD_EMBEDDINGS, shapes
@@ -37,7 +37,7 @@ def plan_output(source: SourceCheckpoint, options: ConversionOptions) -> Output:
         raise UserError(f"{source.path}: Megatron-LM has no layer with a parallel residual")
     if source.model.position_embedding_type == "yarn":
         raise UserError(f"{source.path}: YaRN's positions are not written for Megatron-LM")
-    changed = [name for name in LLAMA3.values() if _is_changed(source.model, name)]
+    changed = [name for name in LLAMA3_FIELDS.values() if _is_changed(source.model, name)]
     if source.model.use_rope_scaling and changed:
         raise UserError(
             f"{source.path}: Megatron-LM has LLaMA 3.1's constants built in, and no argument for "
@@ -99,11 +99,11 @@ def _args(source: SourceCheckpoint, options: ConversionOptions, rows: int) -> An
 
 
 def _plan_torch_dist(source: SourceCheckpoint, options: ConversionOptions) -> Output:
-    rows = target_rows(source.model, source.rows, options.tensor_parallel)
+    rows = target_padded_vocab_size(source.model, source.rows, options.tensor_parallel)
     iteration = source.iteration or 0
     folder = _folder(iteration)
     writer = torch_dist.Writer(options.max_shard_size, folder)
-    writes = mcore_names.add_model(writer, source, options, rows)
+    writes = mcore_names.add_model_tensors(writer, source, options, rows)
     common = {
         "args": _args(source, options, rows),
         "checkpoint_version": 3.0,
@@ -128,8 +128,8 @@ def _write_tracker(out: Path, iteration: int) -> None:
 
 def _plan_legacy(source: SourceCheckpoint, options: ConversionOptions) -> Output:
     model, tensor, pipeline = source.model, options.tensor_parallel, options.pipeline_parallel
-    check_divides(model, tensor, pipeline)
-    rows = target_rows(model, source.rows, tensor)
+    check_parallel_sizes(model, tensor, pipeline)
+    rows = target_padded_vocab_size(model, source.rows, tensor)
     iteration = source.iteration or 0
     local = {
         name: _placed(name, model.num_layers // pipeline, pipeline, options)
@@ -161,7 +161,7 @@ def _plan_legacy(source: SourceCheckpoint, options: ConversionOptions) -> Output
                 slots[name].setdefault(t, []).extend(
                     file.slots[key] for stage, key in places if stage == p
                 )
-    writes = {name: write_of(name, model, tensor, slots[name], rows) for name in local}
+    writes = {name: rank_write(name, model, tensor, slots[name], rows) for name in local}
     return Output(files, writes, lambda out, _: _write_tracker(out, iteration))
 
 
@@ -174,7 +174,7 @@ def _placed(
         stage, layer = divmod(int(match[1]), per_stage)
         inner = match[2]
         if options.transformer_impl == "transformer_engine":
-            for plain, fused in mcore_names.FUSED.items():
+            for plain, fused in mcore_names.FUSED_NORMS.items():
                 inner = inner.replace(plain, fused)
         return [(stage, f"decoder.layers.{layer}.{inner}")]
     return [(0 if name.startswith("embedding.") else pipeline - 1, name)]
