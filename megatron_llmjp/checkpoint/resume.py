@@ -30,7 +30,7 @@ from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.data.folds.schedule import Schedule
 from megatron_llmjp.errors import UserError, download_hint
 from megatron_llmjp.tokenizers import Tokenizer
-from megatron_llmjp.tokenizers.registry import stored_tokenizer
+from megatron_llmjp.tokenizers.registry import stored_tokenizer_fields
 
 _UNREPORTED_FIELDS = {
     *(
@@ -333,8 +333,8 @@ def add_stored_config(root: Path, layers: ConfigLayers) -> bool:
 def _add_tokenizer(folder: Path, stored_type: str | None, layers: ConfigLayers) -> None:
     """Add the checkpoint's tokenizer files; detect their type if no flag or config names it."""
     given = layers.values.get("data", {}).get("tokenizer_type")
-    found = stored_tokenizer(folder, given or stored_type)
+    found = stored_tokenizer_fields(folder, given or stored_type)
     if not found and given is None:
-        found = stored_tokenizer(folder)
+        found = stored_tokenizer_fields(folder)
     for name, value in found.items():
         layers.set(name, value, str(folder))

@@ -92,8 +92,8 @@ def check_largest_ids(
     if beyond:
         raise UserError(
             f"token ids outside the vocabulary, whose largest id is {vocab_size - 1:,} with "
-            f"{describe_identity(tokenizer)}: {format_names(beyond)}\n  Give the tokenizer that the "
-            "datasets were tokenized with, or rebuild them with preprocess_data"
+            f"{describe_identity(tokenizer)}: {format_names(beyond)}\n  Give the tokenizer that "
+            "the datasets were tokenized with, or rebuild them with preprocess_data"
         )
 
 
