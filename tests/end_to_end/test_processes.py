@@ -88,7 +88,7 @@ def assert_whole(save: Path) -> Path:
 
 @pytest.mark.fault(
     "Ctrl-C once and twice, a damaged checkpoint, a rank and the launcher killed, in one run",
-    "saved and exit code 3, or ended at once; no process is left",
+    "saved with exit code 3, or ended immediately; no process remains",
 )
 def test_interrupted_and_killed(folder, tmp_path):
     """Ctrl-C, a damaged checkpoint, a killed rank and a killed launcher, one after the other."""

@@ -1,4 +1,4 @@
-"""One stage for all tests of this folder."""
+"""Fixture with the datasets and reference runs of all fault tests."""
 
 from __future__ import annotations
 

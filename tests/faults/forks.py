@@ -1,7 +1,7 @@
-"""Starts of pretrain_gpt.py that cost a second: forks of a process that has imported everything.
+"""Fast starts of pretrain_gpt.py, as forks of a process that has imported everything.
 
-What runs in them is the whole program from its command line to its exit code, launcher and ranks
-included; only ``subprocess.Popen`` in the launcher is a fork.
+The forks run the whole program from command line to exit code, including launcher and ranks; only
+``subprocess.Popen`` in the launcher is replaced by a fork.
 """
 
 from __future__ import annotations
@@ -22,17 +22,21 @@ from typing import Any
 import psutil
 
 SLOW = 120.0
-"""Seconds in which anything happens, on the busiest machine."""
+"""Timeout in seconds, on a busy machine."""
 
 Fault = tuple[Any, ...]
-"""Name of a function of :mod:`tests.faults.injected`, and its arguments."""
+"""Name of a function in one of :data:`FAULT_MODULES`, and its arguments."""
 
-IN_THE_LAUNCHER_TOO = {"ids_not_searched"}
-"""Faults of what the launcher does before it starts the ranks; others strike the ranks alone."""
+FAULT_MODULES = tuple(
+    f"tests.faults.injected_{kind}" for kind in ("interruptions", "hangs", "storage", "numbers")
+)
+
+ALSO_IN_LAUNCHER = {"skip_token_id_check"}
+"""Faults that are also injected into the launcher; others are injected into the ranks only."""
 
 
 class Start:
-    """One start of the program, and what it writes."""
+    """One start of the program, with its output."""
 
     def __init__(self, words: Sequence[Any], folder: Path, fault: Fault | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -48,7 +52,7 @@ class Start:
 
     @property
     def pid(self) -> int:
-        """Of the launcher, or of the only process."""
+        """Process id of the launcher, or of the only process."""
         assert self._process.pid is not None
         return self._process.pid
 
@@ -65,7 +69,7 @@ class Start:
         return self._err.read_text(errors="replace")
 
     def ranks(self) -> list[psutil.Process]:
-        """The processes that train, data workers left out."""
+        """Return the processes that train, without data workers."""
         with contextlib.suppress(psutil.NoSuchProcess):
             own = psutil.Process(self.pid)
             return own.children() if self._has_launcher else [own]
@@ -75,9 +79,9 @@ class Start:
         """``kill -9`` of ``all`` processes, of ``one`` rank, or of the ``launcher``."""
         with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
             if victim == "all":
-                everyone = psutil.Process(self.pid).children(recursive=True)
+                processes = psutil.Process(self.pid).children(recursive=True)
                 os.kill(self.pid, signal.SIGKILL)
-                for found in everyone:
+                for found in processes:
                     with contextlib.suppress(psutil.NoSuchProcess):
                         found.kill()
             elif victim == "launcher":
@@ -86,17 +90,17 @@ class Start:
                 draw.choice(ranks).kill()
 
     def until(self, condition: Callable[[], object], pause: float = 0.001) -> bool:
-        """Wait for a condition; False when the program ended first."""
+        """Wait for a condition; return false if the program ended first."""
         end = time.monotonic() + SLOW
         while not condition():
             if self.is_over:
                 return bool(condition())
-            assert time.monotonic() < end, f"nothing happens:\n{self.out[-3000:]}{self.err[-3000:]}"
+            assert time.monotonic() < end, f"timeout:\n{self.out[-3000:]}{self.err[-3000:]}"
             time.sleep(pause)
         return True
 
     def wait(self, seconds: float = SLOW) -> int:
-        """The exit code; negative for a signal."""
+        """Return the exit code; negative for a signal."""
         self._process.join(seconds)
         code = self._process.exitcode
         assert code is not None, f"still running:\n{self.out[-3000:]}{self.err[-3000:]}"
@@ -105,7 +109,7 @@ class Start:
 
 @contextlib.contextmanager
 def started(words: Sequence[Any], folder: Path, fault: Fault | None = None) -> Iterator[Start]:
-    """A start of which nothing is left in the end."""
+    """Start the program, and kill all of its processes at the end."""
     start = Start(words, folder, fault)
     with contextlib.suppress(psutil.NoSuchProcess):
         psutil.Process(start.pid)
@@ -117,7 +121,7 @@ def started(words: Sequence[Any], folder: Path, fault: Fault | None = None) -> I
 
 
 def finish(words: Sequence[Any], folder: Path, fault: Fault | None = None) -> tuple[int, str, str]:
-    """Start, and wait for the end: exit code, standard output and standard error."""
+    """Run the program to its end; return exit code, standard output and standard error."""
     with started(words, folder, fault) as start:
         return start.wait(), start.out, start.err
 
@@ -127,18 +131,18 @@ def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         [
-            "pytest",  # the children look at it, as their first process is pytest
+            "pytest",  # imported in the children, since the parent process is pytest
             "megatron_llmjp.cli",
             "megatron_llmjp.training.train",
             "torch.utils.data._utils",
-            "tests.faults.injected",
+            *FAULT_MODULES,
         ]
     )
     return context
 
 
 def _be_program(words: list[str], out: str, err: str, fault: Fault | None) -> None:
-    """The program, in a fork."""
+    """Run the program in a fork."""
     os.setsid()
     for path, descriptor in ((out, 1), (err, 2)):
         file = os.open(path, os.O_WRONLY | os.O_APPEND)
@@ -158,9 +162,9 @@ def _main(words: list[str], fault: Fault | None) -> None:
         return _Fork(words, launcher.rank_environment(rank, world, port), fault)
 
     launcher._start = fork  # type: ignore[assignment]
-    # Drawing the report of a run that ends costs more than the run.
+    # Writing the report takes longer than the run.
     pretrain_cli.write_report_at_end = lambda save: None  # type: ignore[assignment]
-    if "--nproc-per-node" not in words or (fault and fault[0] in IN_THE_LAUNCHER_TOO):
+    if "--nproc-per-node" not in words or (fault and fault[0] in ALSO_IN_LAUNCHER):
         _inject(fault)
     code = pretrain_cli.main(words)
     sys.stdout.flush()
@@ -171,11 +175,12 @@ def _main(words: list[str], fault: Fault | None) -> None:
 def _inject(fault: Fault | None) -> None:
     if fault is not None:
         name, *arguments = fault
-        getattr(importlib.import_module("tests.faults.injected"), name)(*arguments)
+        modules = map(importlib.import_module, FAULT_MODULES)
+        next(getattr(module, name) for module in modules if hasattr(module, name))(*arguments)
 
 
 class _Fork:
-    """What the launcher wants of a Popen."""
+    """Replacement for ``subprocess.Popen`` in the launcher."""
 
     def __init__(self, words: list[str], env: dict[str, str], fault: Fault | None) -> None:
         self._code: int | None = None

@@ -1,4 +1,4 @@
-"""Put the counts of a run of the fault suite into docs/reliability.md.
+"""Write the results of the fault suite into docs/reliability.md.
 
 python -m tests.faults.report fault_results.json docs/reliability.md
 """
@@ -14,17 +14,17 @@ BEGIN, END = "<!-- counts: written by make faults -->", "<!-- end of counts -->"
 
 
 def table(results: dict[str, Any]) -> str:
-    """The counts as Markdown."""
+    """Return the results as Markdown."""
     faults = results["faults"]
     passed, failed, skipped = (
         sum(entry[kind] for entry in faults.values()) for kind in ("passed", "failed", "skipped")
     )
     lines = [
         f"{results['day']}, {results['cores']} cores, {results['minutes']} minutes, "
-        f"seed {results['seed']}: {passed + failed} faults tried, {failed} not survived, "
+        f"seed {results['seed']}: {passed + failed} faults injected, {failed} tests failed, "
         f"{skipped} skipped (not possible on that machine).",
         "",
-        "| fault | tried | survived | how |",
+        "| fault | injected | passed | outcome |",
         "|---|---:|---:|---|",
     ]
     for name, entry in sorted(faults.items()):

@@ -1,4 +1,4 @@
-"""The runs that faults strike, and what they would be without."""
+"""Runs that faults are injected into, and reference runs without faults."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.proof import assert_equal_runs, assert_whole
 from tests.support.training import DISTRIBUTED, OVERLAP, SP, TP2, arguments
 
 FOLDS = (4, 5, 3)
-"""Iterations of each fold."""
+"""Number of iterations of each fold."""
 FOLD_ENDS = (4, 9, 12)
 LAST = sum(FOLDS)
 
@@ -23,7 +23,7 @@ LAYOUTS: dict[str, tuple[Any, ...]] = {
     "dp2": (*TWO, *DISTRIBUTED, *OVERLAP, "--bf16"),
     "tp2-async": (*TWO, *TP2, *SP, "--async-save"),
 }
-"""All with dropout."""
+"""Flags of each layout; all use dropout."""
 
 TINY = {
     "num_layers": 1,
@@ -35,7 +35,7 @@ TINY = {
 
 
 class Stage:
-    """A folder with datasets; runs in it, each layout's undisturbed one among them."""
+    """Folder with datasets, in which runs and the reference run of each layout are started."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -44,42 +44,42 @@ class Stage:
         self._references: dict[str, Path] = {}
 
     def words(self, layout: str, save: Path, *flags: Any) -> list[str]:
-        """A command line. Later flags hold."""
+        """Return a command line; of repeated flags the last one is used."""
         common = ("--save", save, "--save-interval", 3, *LAYOUTS[layout], *flags)
         return arguments("laptop-gpt2", self.folds, *common, **TINY)
 
     def folder(self, name: str) -> Path:
-        """A new save folder."""
+        """Return a new save folder."""
         return self.root / f"{name}-{next(self._numbers)}"
 
     def run(
         self, layout: str, save: Path, *flags: Any, fault: Fault | None = None
     ) -> tuple[int, str, str]:
-        """Start a run and wait for its end: exit code, standard output, standard error."""
+        """Run to the end; return exit code, standard output and standard error."""
         return finish(self.words(layout, save, *flags), self._log(save), fault)
 
     def started(self, layout: str, save: Path, *flags: Any, fault: Fault | None = None) -> Any:
-        """A run under way, in a ``with``."""
+        """Return a context manager of a running program."""
         return started(self.words(layout, save, *flags), self._log(save), fault)
 
     def reference(self, layout: str) -> Path:
-        """The save folder of the run that nothing disturbs."""
+        """Return the save folder of the layout's run without faults."""
         if layout not in self._references:
-            save = self.root / f"undisturbed-{layout}"
+            save = self.root / f"reference-{layout}"
             code, _, errors = self.run(layout, save)
             assert code == 0, errors
             self._references[layout] = save
         return self._references[layout]
 
     def prove(self, layout: str, save: Path, unfinished: int | None = None) -> None:
-        """Losses and final weights equal those of the undisturbed run."""
+        """Assert that losses and final weights equal those of the reference run."""
         assert_whole(save)
         assert_equal_runs(save, self.reference(layout), unfinished)
 
     def resume_and_prove(
         self, layout: str, save: Path, *flags: Any, unfinished: int | None = None
     ) -> tuple[str, str]:
-        """Start again what a fault ended, to its end; standard output and standard error."""
+        """Resume a run to its end, compare it, and return standard output and standard error."""
         code, output, errors = self.run(layout, save, *flags)
         assert code == 0, errors
         assert "Traceback" not in errors

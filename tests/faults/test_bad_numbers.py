@@ -1,4 +1,4 @@
-"""NaNs and spikes: not taken, told with their documents, and rolled back."""
+"""NaN and spikes: skipped steps, their reports, and rollbacks."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tests.support.processes import run_ranks
 from tests.support.training import TP2, arguments, history
 
 BAD = range(88, 92)
-"""Positions whose batch, the 23rd, spoils the gradients."""
+"""Positions of the 23rd batch, whose gradients are changed."""
 
 
-def poison(words: list[str], factor: float, rank: int | None) -> int:
-    """Train, with the gradients of a rank multiplied wherever the batch holds a bad position."""
+def train_with_bad_batch(words: list[str], factor: float, rank: int | None) -> int:
+    """Train with the gradients multiplied by a factor for batches with a bad position."""
     from megatron_llmjp.config.flags import parse
     from megatron_llmjp.parallel.device import setup
     from megatron_llmjp.parallel.ranks import find_ranks
@@ -31,24 +31,26 @@ def poison(words: list[str], factor: float, rank: int | None) -> int:
 
     here = find_ranks()
     assert here is not None
-    live: list[trainer.Trainer] = []
+    trainers: list[trainer.Trainer] = []
     train, update = trainer.Trainer.train, train_step._clip_and_update
 
     def remember(self):
-        live[:] = [self]
+        trainers[:] = [self]
         return train(self)
 
-    def spoil(optimizer, should_apply):
-        now = live[0]
-        size = now.sizes.at(now.consumed_samples)
-        positions = [now.run.schedule.position(now.consumed_samples + i) for i in range(size)]
+    def scaled_update(optimizer, should_apply):
+        current = trainers[0]
+        size = current.sizes.at(current.consumed_samples)
+        positions = [
+            current.run.schedule.position(current.consumed_samples + i) for i in range(size)
+        ]
         if set(positions) & set(BAD) and rank in (None, here.rank):
-            for chunk in now.model.chunks:
+            for chunk in current.model.chunks:
                 for parameter in chunk.parameters():
                     parameter.main_grad.mul_(factor)
         return update(optimizer, should_apply)
 
-    trainer.Trainer.train, train_step._clip_and_update = remember, spoil
+    trainer.Trainer.train, train_step._clip_and_update = remember, scaled_update
     device = setup()
     config = parse(words).config
     try:
@@ -71,44 +73,54 @@ def words(folds: Path, save: Path, *flags: object) -> list[str]:
     return arguments("laptop-llama", folds, *common)
 
 
-@pytest.mark.fault("a spike, with --spike-action rollback", "as if its batch had been left out")
+@pytest.mark.fault(
+    "a spike, with --spike-action rollback", "the same losses as with its batches skipped"
+)
 def test_a_spike_is_rolled_back(folds, tmp_path):
-    """As if its batch had been left out from the beginning; but the run lacks two iterations."""
+    """The losses equal those of a run that skips the batches; two iterations are missing."""
     flags = ["--spike-action", "rollback", "--spike-skip-iterations", 2, "--save-interval", 20]
-    assert run_ranks(poison, 2, words(folds, tmp_path / "a", *flags), 1e4, None) == [1, 1]
+    assert run_ranks(train_with_bad_batch, 2, words(folds, tmp_path / "a", *flags), 1e4, None) == [
+        1,
+        1,
+    ]
     status = read_status(tmp_path / "a")
     assert status.state == "failed" and "ended at iteration 28 of 30" in status.why
     assert manifests.complete_iterations(tmp_path / "a") == [16, 20, 24, 28]
     plain = ["--skip-iterations", "22-23"]
-    assert run_ranks(poison, 2, words(folds, tmp_path / "b", *plain), 1.0, None) == [0, 0]
+    assert run_ranks(train_with_bad_batch, 2, words(folds, tmp_path / "b", *plain), 1.0, None) == [
+        0,
+        0,
+    ]
     rolled, skipped = history(tmp_path / "a"), history(tmp_path / "b")
     assert list(skipped) == list(range(1, 29))
     assert {i: rolled[i] for i in skipped} == skipped
 
 
-@pytest.mark.fault("a NaN in the gradients of one rank, once", "not taken, told; training goes on")
-def test_a_nan_on_one_rank_is_not_taken(folds, tmp_path, capfd):
+@pytest.mark.fault(
+    "a NaN in the gradients of one rank, once", "not applied, reported; training continues"
+)
+def test_a_nan_on_one_rank_is_not_applied(folds, tmp_path, capfd):
     save = tmp_path / "nan"
-    assert run_ranks(poison, 2, words(folds, save), float("nan"), 1) == [0, 0]
-    told = [
+    assert run_ranks(train_with_bad_batch, 2, words(folds, save), float("nan"), 1) == [0, 0]
+    warnings = [
         line for line in (save / "metrics.jsonl").read_text().splitlines() if "bad step" in line
     ]
-    assert len(told) == 1
-    assert "fold 'fold01': a NaN or Inf in the gradients" in told[0]
-    assert "the step is not applied. Documents: ja" in told[0] or "Documents: en" in told[0]
+    assert len(warnings) == 1
+    assert "fold 'fold01': a NaN or Inf in the gradients" in warnings[0]
+    assert "the step is not applied. Documents: ja" in warnings[0] or "Documents: en" in warnings[0]
     assert len(history(save)) == 30 and all(loss == loss for loss in history(save).values())
 
 
 def test_too_many_nans_end_the_run(folds, tmp_path):
     flags = words(folds, tmp_path / "end", "--max-bad-steps", 1)
-    assert run_ranks(poison, 2, flags, float("inf"), 0) == [1, 1]
+    assert run_ranks(train_with_bad_batch, 2, flags, float("inf"), 0) == [1, 1]
 
 
-def test_verdicts():
+def test_classification_of_steps():
     faults = FaultsConfig(spike_action="skip", spike_threshold=5.0, max_bad_steps=2)
     monitor = GradientMonitor(faults)
     assert all(monitor.should_apply(1.0) for _ in range(MIN_HISTORY - 1))
-    assert monitor.should_apply(100.0)  # too early to know
+    assert monitor.should_apply(100.0)  # too few recorded norms
     assert monitor.should_apply(4.9) and not monitor.should_apply(5.1)
     assert monitor.status is StepStatus.SPIKE and monitor.history.count(5.1) == 0
     again = GradientMonitor(faults, list(monitor.history))

@@ -1,4 +1,4 @@
-"""Steps that stay bad: the run ends with exit code 1, and its last good checkpoint is there."""
+"""Permanently bad steps: exit code 1, with the last good checkpoint kept."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from tests.support.proof import assert_whole
 from tests.support.training import arguments
 
 SAVE_ALL = ("--save-interval", 1, "--keep-last", 1, "--no-save-fold-ends")
-KEPT = "ends with exit code 1; its last good checkpoint is there and named"
+OUTCOME = "exit code 1; the last good checkpoint is complete and named in the error"
 
 
 def records(save: Path) -> list[dict[str, Any]]:
-    """Of ``metrics.jsonl``, as strict JSON."""
+    """Return the records of ``metrics.jsonl``, parsed as strict JSON."""
 
     def refuse(word: str) -> None:
         raise AssertionError(f"{word} is not JSON")
@@ -32,7 +32,7 @@ def records(save: Path) -> list[dict[str, Any]]:
 
 
 def assert_failed(save: Path, errors: str, good: int, why: str) -> None:
-    """The run gave up; its last good checkpoint is the newest, and named."""
+    """Assert that the run failed, and that its newest checkpoint is the last good one."""
     assert f"the last good checkpoint is {save / manifests.folder_name(good)}" in errors, errors
     assert why in errors and "Traceback" not in errors
     assert manifests.complete_iterations(save)[-1] == good
@@ -43,7 +43,8 @@ def assert_failed(save: Path, errors: str, good: int, why: str) -> None:
 
 
 @pytest.mark.fault(
-    "a NaN in one batch of a logged interval", "not in the mean; the checkpoint is resumed from"
+    "a NaN in one batch of a logged interval",
+    "excluded from the mean; the run resumes from its checkpoint",
 )
 @pytest.mark.parametrize("layout", ["alone", "dp2"])
 def test_one_nan_batch(stage, layout):
@@ -63,12 +64,12 @@ def test_one_nan_batch(stage, layout):
     assert manifests.complete_iterations(save) == [LAST]
 
 
-@pytest.mark.fault("a NaN in a weight, with --save-interval 1 --keep-last 1", KEPT)
+@pytest.mark.fault("a NaN in a weight, with --save-interval 1 --keep-last 1", OUTCOME)
 @pytest.mark.parametrize(
     ("layout", "which"), [("alone", 0), ("alone-async", 0), ("dp2", 1), ("tp2-async", 1)]
 )
-def test_a_poisoned_model(stage, layout, which):
-    save = stage.folder("poisoned")
+def test_a_model_with_nan(stage, layout, which):
+    save = stage.folder("nan-weight")
     fault = ("nan_weight_at", "a step", 6, which)
     code, _, errors = stage.run(layout, save, *SAVE_ALL, "--max-bad-steps", 3, fault=fault)
     assert code == EXIT_FAILURE
@@ -76,11 +77,11 @@ def test_a_poisoned_model(stage, layout, which):
     stage.resume_and_prove(layout, save)
 
 
-@pytest.mark.fault("a NaN in a weight that no step has seen yet", KEPT)
+@pytest.mark.fault("a NaN in a weight after the last step", OUTCOME)
 @pytest.mark.parametrize(("layout", "which"), [("alone", 0), ("tp2-async", 1)])
-def test_a_model_poisoned_as_it_is_saved(stage, layout, which):
-    """No step was bad when the save began."""
-    save = stage.folder("poisoned-save")
+def test_a_model_with_nan_while_it_is_saved(stage, layout, which):
+    """No step was bad before the save."""
+    save = stage.folder("nan-weight-save")
     fault = ("nan_weight_at", "a save", 6, which)
     code, _, errors = stage.run(layout, save, *SAVE_ALL, fault=fault)
     assert code == EXIT_FAILURE
@@ -90,9 +91,9 @@ def test_a_model_poisoned_as_it_is_saved(stage, layout, which):
     stage.resume_and_prove(layout, save)
 
 
-@pytest.mark.fault("a run that ends in bad steps", KEPT)
+@pytest.mark.fault("a run that ends in bad steps", OUTCOME)
 def test_the_last_step_is_bad(stage):
-    """Not done: a restart repeats the step."""
+    """The run is incomplete: a restart repeats the step."""
     save = stage.folder("last-bad")
     code, _, errors = stage.run("alone", save, *SAVE_ALL, fault=("nan_at", "data", LAST - 1, 0))
     assert code == EXIT_FAILURE
@@ -100,7 +101,7 @@ def test_the_last_step_is_bad(stage):
     stage.resume_and_prove("alone", save)
 
 
-@pytest.mark.fault("a stop request amid bad steps", "exit code 3; nothing bad is saved")
+@pytest.mark.fault("a stop request amid bad steps", "exit code 3; no bad model is saved")
 def test_a_stop_amid_bad_steps(stage):
     save = stage.folder("stopped-bad")
     fault = ("nan_at", "data", 5, 0)
@@ -112,9 +113,9 @@ def test_a_stop_amid_bad_steps(stage):
 
 
 @pytest.mark.fault("a NaN in the losses of --eval-only", "exit code 1")
-def test_a_validation_without_a_number(stage):
+def test_a_validation_with_nan(stage):
     save = stage.reference("alone")
-    code, output, errors = stage.run("alone", save, "--eval-only", fault=("nan_validation",))
+    code, output, errors = stage.run("alone", save, "--eval-only", fault=("nan_in_validation",))
     assert code == EXIT_FAILURE and "valid loss: NAN | valid PPL: NAN" in output
     assert f"the loss on validation set 'valid' is nan: the model of {save}/iter_" in errors
 
@@ -122,7 +123,7 @@ def test_a_validation_without_a_number(stage):
 FP16 = ("--fp16", "--initial-loss-scale", 1024)
 
 
-@pytest.mark.fault("fp16 with a permanent NaN", KEPT)
+@pytest.mark.fault("fp16 with a permanent NaN", OUTCOME)
 @pytest.mark.parametrize(
     ("fault", "flags", "last"),
     [
@@ -131,21 +132,24 @@ FP16 = ("--fp16", "--initial-loss-scale", 1024)
             ("gradients_times", float("nan"), 4),
             (*FP16, "--max-overflow-steps", 3),
             9,
-            id="a limit in a row",
+            id="max-overflow-steps",
         ),
         pytest.param(
             ("gradients_times", float("nan"), 4),
             (*FP16, "--min-loss-scale", 512, "--hysteresis", 1),
             7,
-            id="the loss scale is at its floor",
+            id="min-loss-scale",
         ),
         pytest.param(
-            ("gradients_times", float("nan"), 4), ("--fp16", "--loss-scale", 1024), 6, id="constant"
+            ("gradients_times", float("nan"), 4),
+            ("--fp16", "--loss-scale", 1024),
+            6,
+            id="constant loss scale",
         ),
     ],
 )
 def test_fp16(stage, fault, flags, last):
-    """Overflows that lower the loss scale are no bad steps; they are saved after."""
+    """Overflows that lower the loss scale are not bad steps; saves continue after them."""
     save = stage.folder("fp16")
     limit = ("--max-bad-steps", 2)
     code, _, errors = stage.run("alone", save, *SAVE_ALL, *flags, *limit, fault=fault)
@@ -157,7 +161,7 @@ def test_fp16(stage, fault, flags, last):
 
 @pytest.fixture(scope="module")
 def long(tmp_path_factory) -> Path:
-    """A fold file of 40 iterations."""
+    """Fold file of 40 iterations."""
     return write_folds(tmp_path_factory.mktemp("long"), (40,), repeat=True)
 
 
@@ -167,9 +171,9 @@ def run(folds: Path, save: Path, *flags: Any, fault: Any) -> tuple[int, str, str
     return finish(words, save.with_suffix(".log"), fault)
 
 
-@pytest.mark.fault("gradient norms at a new level, with --spike-action skip", KEPT)
-def test_spikes_without_end(long, tmp_path):
-    """Saved is what the first skipped batch left; the next command line of the message works."""
+@pytest.mark.fault("permanently larger gradient norms, with --spike-action skip", OUTCOME)
+def test_permanent_spikes(long, tmp_path):
+    """The last save is after the first skipped batch; the restart given in the message works."""
     save = tmp_path / "skip"
     fault = ("gradients_times", 1000.0, 22)
     code, output, errors = run(long, save, "--spike-action", "skip", fault=fault)
@@ -184,9 +188,9 @@ def test_spikes_without_end(long, tmp_path):
     assert read_status(save).state == "finished" and read_status(save).iteration == 40
 
 
-@pytest.mark.fault("gradient norms at a new level, with --spike-action rollback", KEPT)
-def test_rollbacks_without_end(long, tmp_path):
-    """Of the batches to leave out, those that the checkpoint was trained on stay."""
+@pytest.mark.fault("permanently larger gradient norms, with --spike-action rollback", OUTCOME)
+def test_permanent_rollbacks(long, tmp_path):
+    """Batches that the checkpoint was trained on are not skipped."""
     save = tmp_path / "rollback"
     flags = ("--spike-action", "rollback", "--max-rollbacks", 2)
     code, output, errors = run(long, save, *flags, fault=("gradients_times", 1000.0, 22))

@@ -1,4 +1,4 @@
-"""Checkpoints that were damaged after they were saved: passed over, and said so."""
+"""Damaged checkpoints are skipped with a warning."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from tests.faults.stage import Stage
 
 @pytest.fixture(scope="module")
 def half(stage) -> dict[str, Path]:
-    """Runs that stopped at iteration 6, by their layouts."""
+    """Save folders of runs that were stopped at iteration 6, by layout."""
     found = {}
     for layout in ("alone", "tp2-async"):
         found[layout] = stage.folder("half")
         code, _, errors = stage.run(layout, found[layout], "--exit-interval", 6)
         assert code == 3, errors
-    # The same, but killed after the checkpoint of iteration 6.
+    # Killed after the checkpoint of iteration 6.
     found["killed"] = stage.folder("half")
     die = ("signal_at", signal.SIGKILL, "a step", 6)
     code, _, errors = stage.run("alone", found["killed"], fault=die)
@@ -50,7 +50,7 @@ def lose(folder: Path) -> None:
 
 
 def copy_half(folder: Path) -> None:
-    """As ``cp -r`` leaves it that was interrupted."""
+    """Remove half of the files, as after an interrupted ``cp -r``."""
     for path in sorted(folder.rglob("*"))[1::2]:
         if path.is_file():
             path.unlink()
@@ -90,7 +90,9 @@ def edit_the_samples(folder: Path) -> None:
     path.write_text(changed)
 
 
-HOW = "said what and why; the newest good one is taken; the same losses and weights"
+OUTCOME = (
+    "reported with its cause; the newest undamaged checkpoint is used; the same losses and weights"
+)
 CASES = [
     ("alone", "truncated file", truncate, 4, r"\.distcp has \d+ bytes instead of \d+"),
     ("tp2-async", "truncated file", truncate, 4, r"\.distcp has \d+ bytes instead of \d+"),
@@ -104,26 +106,26 @@ CASES = [
 
 
 @pytest.mark.parametrize(
-    ("layout", "damage", "iteration", "said"),
+    ("layout", "damage", "iteration", "message"),
     [
-        pytest.param(c[0], c[2], *c[3:], marks=pytest.mark.fault(f"checkpoint: {c[1]}", HOW))
+        pytest.param(c[0], c[2], *c[3:], marks=pytest.mark.fault(f"checkpoint: {c[1]}", OUTCOME))
         for c in CASES
     ],
 )
-def test_the_newest_good_one_is_taken(
+def test_the_newest_undamaged_checkpoint_is_used(
     stage: Stage,
     half: dict[str, Path],
     layout: str,
     damage: Callable[[Path], None],
     iteration: int,
-    said: str,
+    message: str,
 ):
     save = stage.folder("damaged")
     shutil.copytree(half[layout], save)
     damage(save / "iter_0000006")
     output, errors = stage.resume_and_prove(layout, save, "--verify-checkpoint")
     assert f"resuming from {save / manifests.folder_name(iteration)}" in output
-    assert re.search(said, errors), errors
+    assert re.search(message, errors), errors
     assert errors.count("warning: ") == 1
 
 
@@ -138,20 +140,20 @@ SMALL = [
 
 @pytest.mark.parametrize("end", ["alone", "killed"])
 @pytest.mark.parametrize(
-    ("damage", "said"),
-    [pytest.param(*c[1:], marks=pytest.mark.fault(f"checkpoint: {c[0]}", HOW)) for c in SMALL],
+    ("damage", "message"),
+    [pytest.param(*c[1:], marks=pytest.mark.fault(f"checkpoint: {c[0]}", OUTCOME)) for c in SMALL],
 )
-def test_small_files_need_no_flag(
+def test_small_files_are_always_verified(
     stage: Stage,
     half: dict[str, Path],
     end: str,
     damage: Callable[[Path], None],
-    said: str,
+    message: str,
 ):
-    """After an orderly end as after a kill."""
+    """After a stop and after a kill."""
     save = stage.folder("damaged")
     shutil.copytree(half[end], save)
     damage(save / "iter_0000006")
     output, errors = stage.resume_and_prove("alone", save)
     assert f"resuming from {save / 'iter_0000004'}" in output
-    assert re.search(said, errors), errors
+    assert re.search(message, errors), errors

@@ -1,4 +1,4 @@
-"""Datasets that change or break under a run, and indices that do."""
+"""Datasets and sample indices that change or are damaged between two starts of a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.datasets import VOCAB_SIZE
 
 @pytest.fixture
 def own(tmp_path_factory) -> Stage:
-    """A stage whose data a test may damage."""
+    """Stage with its own data, which a test may damage."""
     return Stage(tmp_path_factory.mktemp("own"))
 
 
@@ -33,7 +33,7 @@ def garbled(root: Path) -> None:
 
 
 def replaced(root: Path) -> None:
-    """Made again from other documents, with the same name."""
+    """Replace the dataset by one of other documents with the same name."""
     for suffix in (".bin", ".idx"):
         shutil.copy(root / f"en{suffix}", root / f"ja{suffix}")
 
@@ -42,13 +42,15 @@ DAMAGES = {
     "truncated .bin": (truncated, "ja.bin: "),
     ".idx of another dataset": (of_another, "fold 'fold00' has changed"),
     "garbage in .idx": (garbled, "ja.idx: not a Megatron index"),
-    "made again from other documents": (replaced, "fold 'fold00' has changed"),
+    "rebuilt from other documents": (replaced, "fold 'fold00' has changed"),
 }
 
 
-@pytest.mark.fault("dataset", "refused before training, exit code 2; mended, nothing is lost")
-def test_a_dataset_that_breaks_while_a_run_rests(own, record_property):
-    """Refused before anything is trained; mended, the run goes on as if nothing had been."""
+@pytest.mark.fault(
+    "dataset", "refused before training, exit code 2; the same losses and weights once repaired"
+)
+def test_a_dataset_damaged_between_two_starts(own, record_property):
+    """The run is refused before training; once the dataset is repaired, it resumes."""
     save = own.folder("half")
     assert own.run("alone", save, "--exit-interval", 6)[0] == EXIT_REQUEUE
     good = own.root / "good"
@@ -70,17 +72,17 @@ def test_a_dataset_that_breaks_while_a_run_rests(own, record_property):
     "dataset: token id beyond the vocabulary", "dataset and document named, exit code 2"
 )
 @pytest.mark.parametrize(("layout", "workers"), [("alone", 0), ("alone", 1), ("dp2", 0)])
-def test_a_token_beyond_the_vocabulary_is_named(own, layout, workers):
+def test_a_token_beyond_the_vocabulary_is_reported(own, layout, workers):
     good = (own.root / "ja.bin").read_bytes()
     tokens = np.frombuffer(good, np.uint16).copy()
-    tokens[::5] = VOCAB_SIZE + 7  # in the first batch, whatever its documents are
+    tokens[::5] = VOCAB_SIZE + 7  # any first batch has some of them
     (own.root / "ja.bin").write_bytes(tokens.tobytes())
     save = own.folder("vocabulary")
     code, _, errors = own.run(layout, save, "--num-workers", workers)
     assert code == EXIT_USER_ERROR and not save.exists(), errors
     assert f"{own.root / 'ja'} (id {VOCAB_SIZE + 7})" in errors
-    unseen = ("ids_not_searched",)  # as rare ones of a large dataset
-    code, _, errors = own.run(layout, save, "--num-workers", workers, fault=unseen)
+    disabled = ("skip_token_id_check",)  # as for rare ids in a large dataset
+    code, _, errors = own.run(layout, save, "--num-workers", workers, fault=disabled)
     assert code == EXIT_USER_ERROR, errors
     assert f"error: dataset {own.root / 'ja'}, document " in errors
     assert f"token id {VOCAB_SIZE + 7} is outside the vocabulary" in errors
@@ -89,9 +91,9 @@ def test_a_token_beyond_the_vocabulary_is_named(own, layout, workers):
     own.resume_and_prove(layout, save, "--num-workers", workers)
 
 
-@pytest.mark.fault("index cache damaged", "made again; the same losses and weights")
+@pytest.mark.fault("index cache damaged", "rebuilt; the same losses and weights")
 @pytest.mark.parametrize("how", ["truncated", "flipped", "missing", "garbage"])
-def test_a_damaged_index_is_made_again(own, how):
+def test_a_damaged_index_is_rebuilt(own, how):
     save = own.folder("half")
     cache = own.root / "cache"
     flags = ("--data-cache-path", cache)

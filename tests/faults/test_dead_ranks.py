@@ -1,4 +1,4 @@
-"""Ranks that fail, are stopped or meet another run: named, ended, and nothing is lost."""
+"""Ranks that fail or are stopped, and two runs on one save folder."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ import pytest
 from megatron_llmjp.errors import EXIT_FAILURE, EXIT_USER_ERROR
 
 SAME = "the same losses and weights after a restart"
-AT_ONCE = 30.0
-"""Seconds in which all ranks are gone."""
+EXIT_TIMEOUT = 30.0
+"""Seconds within which all ranks must have exited."""
 
 
-@pytest.mark.fault("an error on one rank", f"all end, its error first; {SAME}")
-def test_the_cause_is_told_first(stage):
+@pytest.mark.fault("an error on one rank", f"all ranks end, its error is printed first; {SAME}")
+def test_the_cause_is_printed_first(stage):
     save = stage.folder("raised")
     with stage.started("dp2", save, fault=("raise_at", 5, 1)) as start:
         start.until(lambda: "ZeroDivisionError" in start.err)
         began = time.monotonic()
-        assert start.wait(AT_ONCE) == EXIT_FAILURE
-        assert time.monotonic() - began < AT_ONCE
+        assert start.wait(EXIT_TIMEOUT) == EXIT_FAILURE
+        assert time.monotonic() - began < EXIT_TIMEOUT
         first = next(line for line in start.err.splitlines() if line.startswith("error:"))
         assert first == "error: rank 1 of 2:"
         assert start.err.count("Traceback") == 1
     stage.resume_and_prove("dp2", save)
 
 
-@pytest.mark.fault("one rank stopped (SIGSTOP)", f"named, with stacks; exit code 1; {SAME}")
+@pytest.mark.fault("one rank stopped (SIGSTOP)", f"reported, with stacks; exit code 1; {SAME}")
 @pytest.mark.parametrize("which", [0, 1])
-def test_a_rank_that_is_stopped_is_named(stage, which):
-    """Of the first rank, which holds the store, the others learn by its silence."""
+def test_a_stopped_rank_is_reported(stage, which):
+    """The first rank serves the store: the others notice that it does not respond."""
     save, other = stage.folder("stopped"), 1 - which
     limit = ("--hang-timeout-minutes", 0.1)
     code, _, errors = stage.run("tp2-async", save, *limit, fault=("stop_at", 5, which, 2.0))
@@ -45,9 +45,11 @@ def test_a_rank_that_is_stopped_is_named(stage, which):
     stage.resume_and_prove("tp2-async", save)
 
 
-@pytest.mark.fault("two runs on one save folder", "the second refuses; the first is not disturbed")
+@pytest.mark.fault(
+    "two runs on one save folder", "the second is refused; the first is not affected"
+)
 @pytest.mark.parametrize("layout", ["alone", "dp2"])
-def test_a_second_run_refuses_and_the_first_goes_on(stage, layout):
+def test_a_second_run_is_refused(stage, layout):
     save = stage.folder("shared")
     reference = stage.reference(layout)
     with stage.started(layout, save) as first:
@@ -60,7 +62,7 @@ def test_a_second_run_refuses_and_the_first_goes_on(stage, layout):
     assert reference.is_dir()
 
 
-@pytest.mark.fault("a NaN in data, a weight or a gradient of one rank", f"not taken; {SAME}")
+@pytest.mark.fault("a NaN in data, a weight or a gradient of one rank", f"not applied; {SAME}")
 @pytest.mark.parametrize(
     ("layout", "where", "which"),
     [
@@ -73,7 +75,7 @@ def test_a_second_run_refuses_and_the_first_goes_on(stage, layout):
     ],
 )
 def test_a_nan_ends_the_run_before_it_is_saved(stage, layout, where, which):
-    """Hardware that computes wrongly once: with ``--max-bad-steps 1`` a restart mends it."""
+    """A hardware error: with ``--max-bad-steps 1`` a restart repeats the step."""
     save = stage.folder("nan")
     fault = ("nan_at", where, random.Random(where + layout).randint(4, 8), which)
     code, output, errors = stage.run(layout, save, "--max-bad-steps", 1, fault=fault)

@@ -1,4 +1,4 @@
-"""A rank that hangs is named, with the stacks of all ranks; one that is slow is left alone."""
+"""Hang detection: hung ranks are reported with the stacks of all ranks, slow ones are not."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.processes import run_ranks
 
 
 def hang(folder: str, culprit: int) -> None:
-    """Three ranks reduce; one of them never comes."""
+    """Reduce on three ranks, one of which never joins."""
     watchdog.GRACE_SECONDS = 2.0
     dist.init_process_group("gloo", timeout=timedelta(minutes=2))
     store = dist.distributed_c10d._get_default_store()
@@ -35,58 +35,60 @@ def hang(folder: str, culprit: int) -> None:
         watch.begin(iteration, "step")
         dist.all_reduce(torch.ones(1))
         if iteration == 2 and rank == culprit:
-            lost_in_thought()
+            sleep_forever()
     watch.begin(3, "step")
     dist.all_reduce(torch.ones(1))
 
 
-def lost_in_thought() -> None:
+def sleep_forever() -> None:
     time.sleep(100)
 
 
-@pytest.mark.fault("a rank that does not come", "named, with the stacks of all ranks; exit code 1")
-def test_the_rank_that_does_not_come_is_named(tmp_path):
+@pytest.mark.fault(
+    "a rank that does not reach a collective", "reported, with the stacks of all ranks; exit code 1"
+)
+def test_a_missing_rank_is_reported(tmp_path):
     with pytest.raises(AssertionError, match="failed"):
         run_ranks(hang, 3, str(tmp_path), 1)
     report, *stacks = sorted(tmp_path.iterdir())
     assert [path.name for path in stacks] == [f"stacks-rank{rank:05d}.txt" for rank in range(3)]
-    assert ["lost_in_thought" in path.read_text() for path in stacks] == [False, True, False]
+    assert ["sleep_forever" in path.read_text() for path in stacks] == [False, True, False]
     first, second = report.read_text().splitlines()[1:3]
     assert first.startswith("rank 1 on") and first.endswith("look here first")
     assert second.startswith("ranks 0, 2 on") and "waits for other ranks" in second
 
 
-def place(rank: int, iteration: int = 7, waits: bool = True, line: str = "a") -> RankState:
+def state(rank: int, iteration: int = 7, waits: bool = True, line: str = "a") -> RankState:
     return RankState(rank, f"node{rank // 2}", iteration, "step", line, waits)
 
 
-def test_blame():
-    everyone_waits = describe_ranks([place(r) for r in (0, 1, 2, 3)], 4)
+def test_description_of_ranks():
+    everyone_waits = describe_ranks([state(r) for r in (0, 1, 2, 3)], 4)
     assert len(everyone_waits) == 1 and everyone_waits[0].startswith("ranks 0-3 on node0, node1")
-    silent = describe_ranks([place(r) for r in (0, 1, 3, 4, 7)], 8)
+    silent = describe_ranks([state(r) for r in (0, 1, 3, 4, 7)], 8)
     assert silent[0].startswith("ranks 2, 5-6: no response")
-    busy = describe_ranks([place(0), place(1), place(2, waits=False, line="read")], 3)
+    busy = describe_ranks([state(0), state(1), state(2, waits=False, line="read")], 3)
     assert busy[0].startswith("rank 2 on node1") and busy[0].endswith("look here first")
-    behind = describe_ranks([place(0, 8, waits=False), place(1, 7), place(2, 8)], 3)
+    behind = describe_ranks([state(0, 8, waits=False), state(1, 7), state(2, 8)], 3)
     assert behind[0].startswith("rank 1 on node0: iteration 7")
 
 
-def test_patience():
-    """It acts at a second look, and counts no time in which the process was stopped."""
+def test_hang_timer():
+    """It expires at a second check, and excludes time in which the process was stopped."""
     timer = HangTimer(100.0)
-    looks = [timer.expired(5.0 * i, progressed=False) for i in range(24)]
-    assert looks.index(True) == 22  # 105 s are more than 100, and then it looks again
+    checks = [timer.expired(5.0 * i, progressed=False) for i in range(24)]
+    assert checks.index(True) == 22  # exceeded at 105 s, confirmed by the next check
     assert not timer.expired(120.0, progressed=True)
-    assert not timer.expired(10_000.0, progressed=False)  # a night in which the machine slept
-    recovers = HangTimer(100.0)
+    assert not timer.expired(10_000.0, progressed=False)  # the machine was suspended
+    recovering = HangTimer(100.0)
     for i in range(22):
-        assert not recovers.expired(5.0 * i, progressed=False)
-    assert not recovers.expired(110.0, progressed=True)
-    assert not recovers.expired(115.0, progressed=False)
+        assert not recovering.expired(5.0 * i, progressed=False)
+    assert not recovering.expired(110.0, progressed=True)
+    assert not recovering.expired(115.0, progressed=False)
 
 
 def slow_rank() -> str:
-    """One rank works for longer than the watchdog's limit; the other waits."""
+    """Work on one rank for longer than the limit, while the other waits."""
     watchdog.GRACE_SECONDS = 1.0
     dist.init_process_group("gloo")
     store = dist.distributed_c10d._get_default_store()
@@ -101,7 +103,7 @@ def slow_rank() -> str:
     work.barrier()
     watch.close()
     options = work.group._get_backend(torch.device("cpu")).options
-    assert options._timeout == UNLIMITED  # longer than any collective of training waits
+    assert options._timeout == UNLIMITED  # longer than the timeout of training
     return "done"
 
 
@@ -111,7 +113,7 @@ def test_a_rank_that_waits_for_a_slow_one_is_healthy():
 
 SLOW = "the run continues; the same losses and weights"
 LIMIT = 4.0
-"""Seconds; what is slow takes twice as long."""
+"""Hang limit in seconds; slow operations take twice as long."""
 
 
 @pytest.mark.fault("a validation that takes longer than the hang limit", "the run continues")
@@ -126,7 +128,7 @@ def test_a_slow_validation(stage):
 @pytest.mark.fault("a write that takes longer than the hang limit", SLOW)
 @pytest.mark.parametrize(("layout", "which"), [("alone", 0), ("alone-async", 0), ("dp2", 1)])
 def test_a_slow_disk(stage, layout, which):
-    """At the last save, for which the run waits; the other rank waits for this one."""
+    """At the last save, which is synchronous; the other rank waits for this one."""
     save = stage.folder("slow-disk")
     fault = ("slow_write", LAST, LIMIT, LIMIT / 8, 16, which)
     code, _, errors = stage.run(layout, save, fault=fault)
@@ -146,7 +148,7 @@ def test_a_process_that_is_suspended(stage):
     stage.prove("alone", save)
 
 
-NAMED = "named, with stacks; exit code 1; the same losses and weights after a restart"
+REPORTED = "reported, with stacks; exit code 1; the same losses and weights after a restart"
 
 
 @pytest.mark.parametrize(
@@ -156,13 +158,13 @@ NAMED = "named, with stacks; exit code 1; the same losses and weights after a re
             "dp2",
             ("slow_write", 6, 3.0, 0, 1, 1),
             r"rank 1 on .*: iteration 6, a save; does not wait for another rank; .*   <- look here",
-            marks=pytest.mark.fault("a write that hangs", NAMED),
+            marks=pytest.mark.fault("a write that hangs", REPORTED),
         ),
         pytest.param(
             "dp2",
             ("endless_loop", 5, 3.0, 1),
             r"rank 1 on .*: iteration 5, a step; does not wait for another rank; .*   <- look here",
-            marks=pytest.mark.fault("a rank in a loop without an end", NAMED),
+            marks=pytest.mark.fault("a rank in an endless loop", REPORTED),
         ),
     ],
 )

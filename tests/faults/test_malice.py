@@ -1,4 +1,4 @@
-"""Files of a run that would execute code or reach outside: refused, and nothing is executed."""
+"""Malicious files that would execute code or read other files: refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_llmjp.errors import EXIT_REQUEUE, EXIT_USER_ERROR
 from tests.checkpoint.test_safe_unpickling import Malicious
 from tests.faults.stage import Stage
 
-HOW = "refused with exit code 2; nothing is executed"
+OUTCOME = "refused with exit code 2; nothing is executed"
 PARTS = ("common.pt", ".metadata", "rng_state", "manifest.json", "config.yaml")
 CASES = [*(("alone", part) for part in PARTS), ("dp2", ".metadata")]
 
@@ -32,7 +32,7 @@ def half(stage) -> Path:
     return save
 
 
-@pytest.mark.fault("malicious checkpoint", HOW)
+@pytest.mark.fault("malicious checkpoint", OUTCOME)
 @pytest.mark.parametrize(("layout", "part"), CASES)
 def test_checkpoint(stage: Stage, half: Path, tmp_path: Path, layout: str, part: str):
     save, proof = tmp_path / "save", tmp_path / "proof"
@@ -76,7 +76,7 @@ def poison(folder: Path, part: str, proof: Path) -> None:
     manifests.write_manifest(folder, manifest.model_copy(update={"files": files}))
 
 
-@pytest.mark.fault("malicious fold file or configuration", HOW)
+@pytest.mark.fault("malicious fold file or configuration", OUTCOME)
 @pytest.mark.parametrize("flag", ["--fold-file", "--config"])
 def test_yaml(stage: Stage, tmp_path: Path, flag: str):
     proof, file = tmp_path / "proof", tmp_path / "file.yaml"
@@ -88,7 +88,7 @@ def test_yaml(stage: Stage, tmp_path: Path, flag: str):
     assert not proof.exists()
 
 
-@pytest.mark.fault("malicious tokenizer", "its Python files are not looked at")
+@pytest.mark.fault("malicious tokenizer", "its Python files are not read")
 def test_tokenizer(stage: Stage, tmp_path: Path):
     """As ``trust_remote_code`` would run it; without a tokenizer.json there is nothing to read."""
     proof = tmp_path / "proof"
@@ -102,7 +102,7 @@ def test_tokenizer(stage: Stage, tmp_path: Path):
     assert not proof.exists()
 
 
-@pytest.mark.fault("malicious index cache", "made again; nothing is executed")
+@pytest.mark.fault("malicious index cache", "rebuilt; nothing is executed")
 def test_index_cache(stage: Stage, tmp_path: Path):
     """numpy opens a ``.npy`` file that is a pickle, when it is asked as megatron-core asks it."""
     save, cache, proof = tmp_path / "save", tmp_path / "cache", tmp_path / "proof"

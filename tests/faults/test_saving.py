@@ -1,4 +1,4 @@
-"""Saves that fail: told with their cause, training goes on, and the next one works."""
+"""Failing saves: reported with their cause, and training continues."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from megatron_llmjp.checkpoint.run_lock import RECORD
 from tests.faults.stage import LAST
 from tests.support.training import history
 
-HOW = "the cause is told, training goes on, the next save works; the same losses and weights"
+OUTCOME = (
+    "the cause is reported, training continues, the next save succeeds; the same losses and weights"
+)
 ROOT_ONLY = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become nobody")
 
 
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Path]:
-    """A disk of 8 MiB."""
+    """Mount a disk of 8 MiB."""
     if os.geteuid() != 0:
         pytest.skip("only root can mount a small disk")
     folder = tmp_path / "disk"
@@ -34,7 +36,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
 
 
 def fault(name: str):
-    return pytest.mark.fault(f"{name} while saving", HOW)
+    return pytest.mark.fault(f"{name} while saving", OUTCOME)
 
 
 @pytest.mark.parametrize(
@@ -50,18 +52,20 @@ def fault(name: str):
         ),
     ],
 )
-def test_a_save_that_fails(stage, layout, kind, cause):
+def test_a_failing_save(stage, layout, kind, cause):
     save = stage.folder("obstructed")
-    strikes(stage, save, layout, kind, cause, "")
+    run_with_failing_save(stage, save, layout, kind, cause, "")
     stage.prove(layout, save)
 
 
 @pytest.mark.parametrize("layout", ["alone", "alone-async"])
-@pytest.mark.fault("disk full while saving, under the log too", HOW)
+@pytest.mark.fault("disk full while saving, log on the same disk", OUTCOME)
 def test_a_full_disk(stage, small_disk, layout):
-    """A real one, on which the log lies, too."""
+    """A full disk that also contains the log."""
     save = small_disk / "save"
-    strikes(stage, save, layout, "disk full", "No space left on device", str(small_disk))
+    run_with_failing_save(
+        stage, save, layout, "disk full", "No space left on device", str(small_disk)
+    )
     stage.prove(layout, save)
 
 
@@ -69,9 +73,9 @@ def test_a_full_disk(stage, small_disk, layout):
 @pytest.mark.parametrize("layout", ["alone-async", "dp2"])
 def test_a_deleted_folder(stage, layout):
     save = stage.folder("deleted")
-    code, _, errors = stage.run(layout, save, fault=("delete_at", str(save), 6))
+    code, _, errors = stage.run(layout, save, fault=("delete_folder_at", str(save), 6))
     assert code == 0, errors
-    assert "was deleted or damaged during the run, and is recreated" in errors
+    assert "was deleted or damaged during the run and is recreated" in errors
     assert "Traceback" not in errors
     assert manifests.complete_iterations(save) == [9, LAST]
     reference = history(stage.reference(layout))
@@ -79,37 +83,39 @@ def test_a_deleted_folder(stage, layout):
     assert not (save / RECORD).exists()
 
 
-@pytest.mark.fault("folder taken by another run", "the first one ends before it saves; exit code 1")
+@pytest.mark.fault("folder taken by another run", "the first run ends before saving; exit code 1")
 @pytest.mark.parametrize("layout", ["alone-async", "dp2"])
-def test_a_folder_that_another_run_takes(stage, layout):
+def test_a_folder_taken_by_another_run(stage, layout):
     save = stage.folder("taken")
-    code, _, errors = stage.run(layout, save, fault=("taken_over_at", str(save), 4))
+    code, _, errors = stage.run(layout, save, fault=("take_folder_at", str(save), 4))
     assert code == 1, errors
     assert errors.count(f"error: --save {save} was acquired by process ") == 1
     assert "on node07" in errors and "Traceback" not in errors
     assert manifests.complete_iterations(save) == [3, 4][: 1 + (layout == "dp2")]
-    assert (save / RECORD).exists()  # the other run's
+    assert (save / RECORD).exists()  # of the other run
 
 
 @pytest.mark.fault("stale handle at the start", "retried, then reported; exit code 1")
 @pytest.mark.parametrize("layout", ["dp2"])
-def test_a_file_system_that_does_not_answer(stage, layout):
+def test_a_file_system_that_does_not_respond(stage, layout):
     save = stage.folder("stale")
-    code, _, errors = stage.run(layout, save, fault=("stale_lock", errno.ESTALE))
+    code, _, errors = stage.run(layout, save, fault=("failing_lock", errno.ESTALE))
     assert code == 1, errors
     said = f"error: --save {save}: not writable: {os.strerror(errno.ESTALE)}"
     assert errors.count(said) == 1
     assert "in use by another run" not in errors and "Traceback" not in errors
 
 
-def strikes(stage, save: Path, layout: str, kind: str, cause: str, place: str) -> None:
-    """The save of iteration 3 fails for a cause that is told, and that of iteration 4 does not."""
-    injected = ("obstructed_save", kind, 3, place)
-    code, output, errors = stage.run(layout, save, fault=injected)
+def run_with_failing_save(
+    stage, save: Path, layout: str, kind: str, cause: str, place: str
+) -> None:
+    """Assert that only the save of iteration 3 fails, with its cause reported."""
+    fault = ("failing_save", kind, 3, place)
+    code, output, errors = stage.run(layout, save, fault=fault)
     assert code == 0, errors
     assert errors.count("error: the checkpoint of iteration 3 was not saved: ") == 1
-    (told,) = [line for line in errors.splitlines() if line.startswith("error: ")]
-    assert cause in told and str(save) in told and "Training goes on" in told
+    (error,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert cause in error and str(save) in error and "Training continues" in error
     assert "Traceback" not in errors
     assert output.count("saved checkpoint ") == 4
     assert manifests.complete_iterations(save) == [4, 6, 9, LAST]
