@@ -22,9 +22,9 @@ from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint import run_lock as locks
 from megatron_llmjp.checkpoint.resume import add_stored_config
 from megatron_llmjp.config.flags import Command, Mode, parse, print_notes
+from megatron_llmjp.config.layout_validation import data_parallel_size
 from megatron_llmjp.config.loading import dump_config
 from megatron_llmjp.config.schema import SECTIONS, Config
-from megatron_llmjp.config.validation import data_parallel_size
 from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.errors import (
     EXIT_DONE,

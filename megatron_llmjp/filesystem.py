@@ -111,7 +111,7 @@ def name_path_in_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str, errors: str = "strict") -> None:
     """Replace a text file atomically and durably: readers and crashes see the old or new content.
 
     Raises:
@@ -119,7 +119,10 @@ def write_atomically(path: Path, text: str) -> None:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}.tmp")
     try:
-        with name_path_in_errors(path), temporary.open("w", encoding="utf-8") as stream:
+        with (
+            name_path_in_errors(path),
+            temporary.open("w", encoding="utf-8", errors=errors) as stream,
+        ):
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
@@ -323,9 +326,6 @@ def refuse_existing(paths: Sequence[Path], overwrite: bool) -> None:
 
 
 def write_json_durably(path: Path, content: Any) -> None:
-    """Write a JSON file and flush it to disk."""
+    """Write a JSON file as :func:`write_atomically` does; lone surrogates are escaped."""
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    write_atomically(path, text, errors="backslashreplace")

@@ -112,18 +112,14 @@ def resolve_run(
     check_largest_ids(data.datasets, vocab_size, tokenizer.identity())
     resume = resuming.find_checkpoint(config, damaged)
     continued = resume if resume is not None and not config.checkpoint.finetune else None
-    manifest = continued.manifest if continued is not None else None
-    if manifest is not None:
-        data = with_stored_keys(data, config, manifest.folds)
-    sizes, skips = BatchSizeSchedule(config), config.data.skip_iterations
-    schedule, skipped = resume_checks.apply_skip_iterations(
-        data.schedule, skips, manifest, sizes, skipped_ranges
-    )
-    notes += [*repetition_notes(schedule), *resume_checks.describe_skipped_samples(skipped)]
-    history = RunHistory(skipped)
     if continued is not None:
-        config, history, changes = resuming.resume_config(config, continued, schedule, skipped)
-        notes += [*changes, *resuming.check_tokenizer(config, continued, tokenizer)]
+        data = with_stored_keys(data, config, continued.manifest.folds)
+    config, schedule, history, history_notes = _with_history(
+        config, data.schedule, continued, skipped_ranges
+    )
+    notes += history_notes
+    if continued is not None:
+        notes += resuming.check_tokenizer(config, continued, tokenizer)
     elif resume is not None:
         resuming.check_weights(config, resume)
     config, train_iters, length_notes = _with_length(config, schedule, world_size)
@@ -174,6 +170,29 @@ def _read_inputs(
         data = resolve_data(config)
     problems.report()
     return config, tokenizer, data, [*notes, *start_notes]
+
+
+def _with_history(
+    config: Config, schedule: Schedule, resume: Resume | None, skipped_ranges: SkippedRanges
+) -> tuple[Config, Schedule, RunHistory, list[str]]:
+    """Skip samples, and adopt the configuration and history of the checkpoint to resume from.
+
+    Returns:
+        The configuration, the schedule without skipped samples, the data history, and notes.
+
+    Raises:
+        UserError: the data or a frozen field differs from the checkpoint's.
+    """
+    manifest = resume.manifest if resume is not None else None
+    sizes, skips = BatchSizeSchedule(config), config.data.skip_iterations
+    schedule, skipped = resume_checks.apply_skip_iterations(
+        schedule, skips, manifest, sizes, skipped_ranges
+    )
+    notes = [*repetition_notes(schedule), *resume_checks.describe_skipped_samples(skipped)]
+    if resume is None:
+        return config, schedule, RunHistory(skipped), notes
+    config, history, changes = resuming.resume_config(config, resume, schedule, skipped)
+    return config, schedule, history, [*notes, *changes]
 
 
 def _with_length(

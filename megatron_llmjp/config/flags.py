@@ -169,7 +169,7 @@ def parse(
     problems = ErrorCollector()
     known, unknown = _parse_known(parser, normalize_dashes(argv), problems)
     arguments = vars(known)
-    foreign = interpret_flags(unknown, _all_flags(parser))
+    foreign = interpret_flags(unknown, flag_names())
     problems.lines += foreign.problems
     mode, machine, processes = Mode.TRAIN, None, None
     with problems.collect():
@@ -282,11 +282,6 @@ def _renamed(name: str, value: Any) -> Any:
     return RENAMED_VALUES.get(name, {}).get(value.lower(), value)
 
 
-def flag_names() -> set[str]:
-    """Return all flags of the parser: fields, their other names and aliases."""
-    return set(_all_flags(_make_parser()))
-
-
 @cache
 def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -351,8 +346,9 @@ def _metavar(name: str, info: FieldInfo) -> str:
     return "N" if "int" in text else "X" if "float" in text else METAVARS.get(name, "PATH")
 
 
-def _all_flags(parser: argparse.ArgumentParser) -> list[str]:
-    return [flag for action in parser._actions for flag in action.option_strings]
+def flag_names() -> list[str]:
+    """Return all flags of the parser: fields, their other names and aliases."""
+    return [flag for action in _make_parser()._actions for flag in action.option_strings]
 
 
 def print_notes(notes: Iterable[str]) -> None:

@@ -9,7 +9,7 @@ from megatron_llmjp.config.pipeline_layout import expand_pipeline_layout
 from megatron_llmjp.config.schema import Config
 
 
-def layout_rules(config: Config, world_size: int) -> Iterator[str]:
+def layout_problems(config: Config, world_size: int) -> Iterator[str]:
     """Yield one line for each violated rule."""
     parallel = config.parallel
     size = parallel.model_parallel_size

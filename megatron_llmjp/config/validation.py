@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_llmjp.config import layout_validation
-from megatron_llmjp.config.layout_validation import data_parallel_size
+from megatron_llmjp.config.layout_validation import divisors, layout_problems
 from megatron_llmjp.config.learning_rate_rules import ScheduleLengths, learning_rate_problems
 from megatron_llmjp.config.loading import EQUIVALENT_UNITS
 from megatron_llmjp.config.schema import SECTION_OF, Config, ModelConfig
@@ -21,14 +20,18 @@ WSD_DECAY_LENGTH_FIELDS = next(names for names in EQUIVALENT_UNITS if "lr_wsd_de
 """Fields that give the length of WSD's final decay."""
 
 
-def training_rules(config: Config) -> Iterator[str]:
-    """Yield one line for each violated rule."""
-    yield from _precision(config)
-    yield from _units(config)
-    yield from _rates(config)
-    yield from _weight_decay(config)
-    yield from _folders(config)
-    yield from _tokenizer(config)
+def check_config(config: Config, world_size: int) -> None:
+    """Validate a configuration for ``world_size`` processes.
+
+    Raises:
+        UserError: one line for each violated rule.
+    """
+    rules = (_model, _precision, _units, _rates, _weight_decay, _folders, _tokenizer)
+    problems = [*layout_problems(config, world_size)]
+    for rule in rules:
+        problems += rule(config)
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 def _precision(config: Config) -> Iterator[str]:
@@ -135,24 +138,6 @@ def _tokenizer(config: Config) -> Iterator[str]:
         )
 
 
-__all__ = ["check_config", "data_parallel_size"]
-
-
-def check_config(config: Config, world_size: int) -> None:
-    """Validate a configuration for ``world_size`` processes.
-
-    Raises:
-        UserError: one line for each violated rule.
-    """
-    problems = [
-        *layout_validation.layout_rules(config, world_size),
-        *_model(config),
-        *training_rules(config),
-    ]
-    if problems:
-        raise UserError("\n".join(problems))
-
-
 def _model(config: Config) -> Iterator[str]:
     model = config.model
     if model.kv_channels is None and model.hidden_size % model.num_attention_heads:
@@ -164,7 +149,7 @@ def _model(config: Config) -> Iterator[str]:
         yield (
             f"num_attention_heads {model.num_attention_heads} is not divisible by num_query_groups "
             f"{model.query_groups}: possible numbers of groups are "
-            f"{layout_validation.divisors(model.num_attention_heads)}"
+            f"{divisors(model.num_attention_heads)}"
         )
     if model.activation_function == "swiglu" and model.add_bias_linear:
         yield "swiglu with add_bias_linear is not supported: set add_bias_linear to false"

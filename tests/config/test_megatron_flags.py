@@ -194,7 +194,7 @@ def test_meaning(flags):
 
 def test_flags_of_other_programs_are_in_no_other_table():
     """Flags of other programs and newer releases must not be accepted, refused or ignored ones."""
-    fields = flag_names()
+    fields = set(flag_names())
     for table in (FOREIGN, NEWER):
         assert [flag for flag in table if kinds(flag, fields)] == []
         assert [flag for flag in table if flag in NAMES] == []
