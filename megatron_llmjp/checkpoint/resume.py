@@ -155,11 +155,26 @@ def resume_config(
             f"{resume.folder} contains weights without optimizer state: add --finetune to start a "
             "new run from them"
         )
+    config, problems, notes = _resume_fields(config, resume)
+    found = resume_checks.history_differences(resume.manifest, schedule)
+    if "folds" not in config.checkpoint.override_resume:
+        problems += resume_checks.difference_errors(resume.folder, found)
+    if problems:
+        raise UserError("\n".join(problems))
+    overrides = [
+        AcceptedOverride(iteration=resume.manifest.iteration, difference=change) for change in found
+    ]
+    notes += [f"accepted by --override-resume folds: {change}" for change in found]
+    history = RunHistory(skipped, (*resume.manifest.overrides, *overrides))
+    return config, history, notes
+
+
+def _resume_fields(config: Config, resume: Resume) -> tuple[Config, list[str], list[str]]:
+    """Return the configuration with the fields kept from the checkpoint, errors, and notes."""
     saved, allowed = resume.config, set(config.checkpoint.override_resume)
-    notes = []
+    problems, notes = [], []
     if "padded_vocab_size" not in allowed and config.model.padded_vocab_size is None:
         config = replace_fields(config, padded_vocab_size=saved.padded_vocab_size)
-    problems = []
     for name, (old, new) in config_differences(saved, config).items():
         if name == "optimizer":
             problems.append(
@@ -184,18 +199,7 @@ def resume_config(
             config = replace_fields(config, **{name: old})
         elif name not in _UNREPORTED_FIELDS:
             notes.append(f"{name}: was {old!r}, now {new!r}")
-    found = resume_checks.history_differences(resume.manifest, schedule)
-    problems += (
-        resume_checks.difference_errors(resume.folder, found) if "folds" not in allowed else []
-    )
-    if problems:
-        raise UserError("\n".join(problems))
-    overrides = [
-        AcceptedOverride(iteration=resume.manifest.iteration, difference=change) for change in found
-    ]
-    notes += [f"accepted by --override-resume folds: {change}" for change in found]
-    history = RunHistory(skipped, (*resume.manifest.overrides, *overrides))
-    return config, history, notes
+    return config, problems, notes
 
 
 def check_tokenizer(config: Config, resume: Resume, tokenizer: Tokenizer) -> list[str]:

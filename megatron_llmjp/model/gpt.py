@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel, gpt_layer_specs
 from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available
 from megatron.core.transformer.transformer_block import (
@@ -27,6 +26,7 @@ from megatron_llmjp.model.initialization import initialize
 from megatron_llmjp.model.layers import ParallelResidualLayer, SDPAttention, norm_class
 from megatron_llmjp.model.losses import GPTModelWithZLoss
 from megatron_llmjp.parallel.device import Device
+from megatron_llmjp.patches.llama3_rope_scaling import scale_rotary_frequencies
 
 
 @dataclass(frozen=True)
@@ -240,27 +240,13 @@ def build_model_chunk(
         vp_stage=vp_stage,
     )
     if config.model.use_rope_scaling:
-        _scale_frequencies(model.rotary_pos_emb, config.model)
+        scale_rotary_frequencies(model.rotary_pos_emb, config.model)
     if any(parameter.is_meta for parameter in model.parameters()):
         return model  # on the meta device, for --estimate
     initialize(model, config)
     if has_z_loss:
         model.z_loss_strength = z_loss_strength
     return model.to(device.torch)
-
-
-def _scale_frequencies(rotary: RotaryEmbedding, model: ModelConfig) -> None:
-    """Scale the rotary frequencies as LLaMA 3.1 does, with the model's constants.
-
-    GPTModel passes on the factor alone.
-    """
-    rotary.inv_freq = rotary._apply_scaling(
-        rotary.inv_freq,
-        factor=model.rope_scaling_factor,
-        low_freq_factor=model.rope_scaling_low_freq_factor,
-        high_freq_factor=model.rope_scaling_high_freq_factor,
-        original_max_position_embeddings=model.rope_scaling_original_max_position_embeddings,
-    )
 
 
 def build_model(config: Config, device: Device) -> list[GPTModel]:

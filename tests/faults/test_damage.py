@@ -134,7 +134,7 @@ SMALL = [
     ("missing metadata.json", lose_the_format, r"metadata\.json is missing"),
     ("empty common.pt", empty_common, r"common\.pt has 0 bytes instead of"),
     ("folder in place of a file", folder_for_a_file, r"folds\.yaml is not a file"),
-    ("edited number of samples", edit_the_samples, "does not have its checksum"),
+    ("edited number of samples", edit_the_samples, "manifest.json: checksum mismatch"),
 ]
 
 

@@ -10,6 +10,7 @@ import json
 import pickle
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,20 @@ def test_bucket_padding(found):
 def test_missing_moments(found):
     assert found["gathers after"]
     assert not found["gathers before"], needless("missing_moments")
+
+
+def rope_parameters() -> list[str]:
+    """Parameters of megatron-core's classes that set constants of LLaMA 3's rotary scaling."""
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+    from megatron.core.models.gpt import GPTModel
+
+    names = {name for cls in (GPTModel, RotaryEmbedding) for name in signature(cls).parameters}
+    return sorted(name for name in names if "rope_scaling" in name or "freq_factor" in name)
+
+
+def test_llama3_rope_scaling():
+    found = run_ranks(rope_parameters, 1)[0]
+    assert found == ["rope_scaling", "rope_scaling_factor"], needless("llama3_rope_scaling")
 
 
 class Code:
