@@ -27,7 +27,7 @@ from megatron_llmjp.errors import (
 from megatron_llmjp.tokenizers import TOKENIZER_TYPES
 
 if TYPE_CHECKING:
-    from megatron_llmjp.convert.convert import Conversion
+    from megatron_llmjp.convert.conversion import Conversion
 
 DTYPES = ("fp32", "fp16", "bf16")
 
@@ -269,17 +269,17 @@ def _inspect(words: list[str]) -> int:
     parser.add_argument("folder", type=Path, metavar="DIR", help="a checkpoint, or a run's folder")
     _add_ignored(parser.add_argument)
     arguments = parser.parse(words)
-    from megatron_llmjp.convert.inspection import describe
+    from megatron_llmjp.convert.inspection import describe_checkpoint
 
-    print(describe(arguments.folder, arguments.ignore_args))
+    print(describe_checkpoint(arguments.folder, arguments.ignore_args))
     return EXIT_DONE
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    from megatron_llmjp.convert.convert import Difference, prepare
+    from megatron_llmjp.convert.conversion import VerificationError, plan_conversion
     from megatron_llmjp.convert.files.storage import DTYPES as TORCH_TYPES
     from megatron_llmjp.convert.formats.base import ConversionOptions
-    from megatron_llmjp.convert.inspection import show_plan, summary
+    from megatron_llmjp.convert.inspection import format_plan, summarize
 
     options = ConversionOptions(
         dtype=TORCH_TYPES[arguments.dtype] if arguments.dtype else None,
@@ -298,20 +298,20 @@ def _convert(arguments: argparse.Namespace) -> int:
         checksums=arguments.checksums,
         ignored_args=arguments.ignore_args,
     )
-    conversion = prepare(arguments.source, arguments.target, arguments.input, options)
-    print(summary(conversion.source))
+    conversion = plan_conversion(arguments.source, arguments.target, arguments.input, options)
+    print(summarize(conversion.source))
     if arguments.dry_run:
-        print(show_plan(conversion))
+        print(format_plan(conversion))
         _print_notes(conversion)
         return EXIT_DONE
     check = None
     if arguments.verify:
-        from megatron_llmjp.convert.verify import verifier
+        from megatron_llmjp.convert.verify import make_verifier
 
-        check = verifier(conversion, options, arguments.tolerance)
+        check = make_verifier(conversion, options, arguments.tolerance)
     try:
         seconds = conversion.run(arguments.output, arguments.workers, False, check)
-    except Difference as error:
+    except VerificationError as error:
         print(f"convert_checkpoint: {error}; {arguments.output} was not made", file=sys.stderr)
         return EXIT_FAILURE
     _print_notes(conversion)
@@ -334,11 +334,11 @@ def _print_notes(conversion: Conversion) -> None:
 
 def _checksums(conversion: Conversion) -> str:
     """What the bytes that were read were compared with."""
-    if not FORMATS[conversion.source.format].has_checksums and not conversion.regions():
+    if not FORMATS[conversion.source.format].has_checksums and not conversion.checksum_ranges():
         return "checksums: the files have none; compare them with those of the publisher"
     if conversion.source.format == NATIVE and not conversion.checksums:
         return "checksums: not compared (--no-checksums)"
-    files = len({region.path for region in conversion.regions()})
+    files = len({checksum_range.path for checksum_range in conversion.checksum_ranges()})
     if not files:
         return "checksums: those inside the files agree, where they have some"
     return f"checksums: those of {files} file(s) that were read agree"

@@ -11,15 +11,15 @@ from megatron_llmjp.convert.formats.registry import FORMATS, detect_format
 from megatron_llmjp.errors import UserError
 
 if TYPE_CHECKING:
-    from megatron_llmjp.convert.convert import Conversion
+    from megatron_llmjp.convert.conversion import Conversion
 
 
-def summary(source: SourceCheckpoint) -> str:
+def summarize(source: SourceCheckpoint) -> str:
     """Two lines: what the source is, and its architecture."""
     model = source.model
     vocabulary = f"vocabulary {model.vocab_size or 'of unknown size'}"
-    if model.vocab_size != source.rows:
-        vocabulary += f" in {source.rows} rows"
+    if model.vocab_size != source.padded_vocab_size:
+        vocabulary += f" in {source.padded_vocab_size} rows"
     head = "untied" if model.untie_embeddings_and_output_weights else "tied"
     step = "" if source.iteration is None else f", iteration {source.iteration}"
     heads = f"{model.num_attention_heads} heads"
@@ -34,7 +34,7 @@ def summary(source: SourceCheckpoint) -> str:
     )
 
 
-def describe(path: Path, ignored_args: frozenset[str] = frozenset()) -> str:
+def describe_checkpoint(path: Path, ignored_args: frozenset[str] = frozenset()) -> str:
     """What a folder holds, and what can be done with it.
 
     Args:
@@ -48,7 +48,7 @@ def describe(path: Path, ignored_args: frozenset[str] = frozenset()) -> str:
 
     source = detect_format(path).read(path, ConversionOptions(ignored_args=ignored_args)).check()
     possible = [name for name in FORMATS if name != source.format]
-    lines = [summary(source)]
+    lines = [summarize(source)]
     try:
         lines.append(f"  Hugging Face: {architecture_for(source.model).architecture}")
     except UserError as error:
@@ -60,7 +60,7 @@ def describe(path: Path, ignored_args: frozenset[str] = frozenset()) -> str:
     return "\n".join([*lines, *(f"  note: {note}" for note in source.notes)])
 
 
-def show_plan(conversion: Conversion) -> str:
+def format_plan(conversion: Conversion) -> str:
     """Every tensor with its shape, its files and its bytes, then the files and their sizes."""
     lines = []
     for copy in conversion.copies:

@@ -18,7 +18,7 @@ from megatron_llmjp.tokenizers import TOKENIZER_TYPES, Tokenizer, load_tokenizer
 from megatron_llmjp.tokenizers.hugging_face import HuggingFaceTokenizer
 from megatron_llmjp.tokenizers.registry import SENTENCEPIECE_TYPES, stored_tokenizer_fields
 
-NAMES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -32,7 +32,7 @@ NAMES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-PATTERNS = ("*.model", "*vocab*.json", "*merges*.txt")
+TOKENIZER_FILE_PATTERNS = ("*.model", "*vocab*.json", "*merges*.txt")
 """SentencePiece models, and both files of GPT2BPETokenizer, under names of their own."""
 
 
@@ -51,14 +51,14 @@ def tokenizer_files(folder: Path | None) -> dict[str, Path]:
         return {folder.name: folder}
     if not folder.is_dir():
         raise UserError(f"{folder}: no tokenizer is there; give a folder or a file")
-    paths = [path for pattern in PATTERNS for path in folder.glob(pattern)]
-    paths += [folder / name for name in NAMES]
+    paths = [path for pattern in TOKENIZER_FILE_PATTERNS for path in folder.glob(pattern)]
+    paths += [folder / name for name in TOKENIZER_FILES]
     return {path.name: path for path in sorted(set(paths)) if path.is_file()}
 
 
 WITHOUT_FILES = ("NullTokenizer", "ByteLevelTokenizer")
 _SENTENCE_ENDS = ("</s>", "</s|LLM-jp>")
-ENDS = {
+END_OF_DOCUMENT_TOKENS = {
     "SentencePieceTokenizer": ("<EOD>", "<EOD|LLM-jp>", *_SENTENCE_ENDS),
     "GPTSentencePieceTokenizer": _SENTENCE_ENDS,
     "Llama2Tokenizer": _SENTENCE_ENDS,
@@ -120,7 +120,7 @@ def open_tokenizer(
             gives other ids than the run's own.
     """
     given = options.tokenizer is not None
-    own_kind = run_kind(source)
+    own_kind = run_tokenizer_type(source)
     kind, notes = _kind(source, options, own_kind)
     path = options.tokenizer or source.tokenizer
     files = tokenizer_files(path)
@@ -148,7 +148,7 @@ def open_tokenizer(
     )
 
 
-def run_kind(source: SourceCheckpoint) -> str | None:
+def run_tokenizer_type(source: SourceCheckpoint) -> str | None:
     """The type that the run names, if it is known here."""
     return _NAMES.get((source.tokenizer_type or "").lower())
 
@@ -239,12 +239,12 @@ def _end_of_document(
     if own is not None and own.kind == kind:
         return own.eod_id, []
     assert isinstance(tokenizer, HuggingFaceTokenizer)
-    ids = [tokenizer.tokenizer.token_to_id(name) for name in ENDS.get(kind, ())]
+    ids = [tokenizer.tokenizer.token_to_id(name) for name in END_OF_DOCUMENT_TOKENS.get(kind, ())]
     found = next((i for i in ids if i is not None), None)
     if found is not None:
         return found, []
     return tokenizer.eod_id, [
-        f"{kind} ends a document with {' or '.join(ENDS[kind][:1])}, which "
+        f"{kind} ends a document with {' or '.join(END_OF_DOCUMENT_TOKENS[kind][:1])}, which "
         f"{tokenizer.json_file} does not have: {_spelled(tokenizer, tokenizer.eod_id)} was taken"
     ]
 

@@ -35,26 +35,26 @@ import torch
 
 from megatron_llmjp.config.schema import ModelConfig
 from megatron_llmjp.convert.files import torch_dist
-from megatron_llmjp.convert.files.checksums import Region
-from megatron_llmjp.convert.files.storage import byte_count, placed
-from megatron_llmjp.convert.files.torch_dist import ChunkTensor, StoredEntry
+from megatron_llmjp.convert.files.checksums import ChecksumRange
+from megatron_llmjp.convert.files.storage import byte_count, copy_into
+from megatron_llmjp.convert.files.torch_dist import ChunkTensor, TensorEntry
 from megatron_llmjp.convert.formats import mcore_names
 from megatron_llmjp.convert.formats.mcore_names import stored_key
 from megatron_llmjp.convert.formats.rank_files import RankTensors, check_parallel_sizes, rank_shape
-from megatron_llmjp.convert.plan import Read
+from megatron_llmjp.convert.plan import TensorRead
 from megatron_llmjp.convert.tensors import (
     LAYER,
     OUTPUT_LAYER,
     WORD_EMBEDDINGS,
     Shape,
-    boxes,
-    shapes,
+    rectangular_parts,
+    tensor_shapes,
 )
 from megatron_llmjp.errors import UserError
 
 
 @dataclass(frozen=True)
-class Fragment:
+class FlatFragment:
     """A rectangular part of a tensor, stored as flat pieces."""
 
     pieces: tuple[tuple[int, ChunkTensor], ...]
@@ -68,9 +68,11 @@ class Fragment:
         return self.pieces[0][1].source
 
     @property
-    def regions(self) -> tuple[Region, ...]:
+    def checksum_ranges(self) -> tuple[ChecksumRange, ...]:
         """The checksums that reading it takes part in."""
-        return tuple(region for _, chunk in self.pieces for region in chunk.regions)
+        return tuple(
+            checksum_range for _, chunk in self.pieces for checksum_range in chunk.checksum_ranges
+        )
 
     def read(self, into: torch.Tensor | None = None) -> torch.Tensor:
         """Read it, into fresh memory or a contiguous tensor of as many elements.
@@ -81,10 +83,12 @@ class Fragment:
         flat = torch.empty(byte_count(self.shape, torch.uint8), dtype=self.dtype)
         for start, chunk in self.pieces:
             flat[start : start + byte_count(chunk.shape, torch.uint8)] = chunk.read().flatten()
-        return placed(flat.view(self.shape), into)
+        return copy_into(flat.view(self.shape), into)
 
 
-def unflattened(model: ModelConfig, entries: dict[str, StoredEntry]) -> dict[str, Read]:
+def read_flat_fragments(
+    model: ModelConfig, entries: dict[str, TensorEntry]
+) -> dict[str, TensorRead]:
     """How to read every canonical tensor of one kind of state.
 
     Raises:
@@ -92,7 +96,7 @@ def unflattened(model: ModelConfig, entries: dict[str, StoredEntry]) -> dict[str
     """
     rows = byte_count(entries[WORD_EMBEDDINGS].shape, torch.uint8) // model.hidden_size
     found = {}
-    for name, shape in shapes(model, rows).items():
+    for name, shape in tensor_shapes(model, rows).items():
         key, layer = stored_key(name)
         entry = entries.get(key) or entries.get(name)
         if entry is not None:
@@ -100,7 +104,7 @@ def unflattened(model: ModelConfig, entries: dict[str, StoredEntry]) -> dict[str
     return found
 
 
-def _read(name: str, entry: StoredEntry, shape: Shape, layer: int | None) -> Read:
+def _read(name: str, entry: TensorEntry, shape: Shape, layer: int | None) -> TensorRead:
     stacked = layer is not None
     grid = entry.shape[stacked:-1]
     where = next(iter(entry.chunks.values()))[0].parent
@@ -119,8 +123,10 @@ def _read(name: str, entry: StoredEntry, shape: Shape, layer: int | None) -> Rea
     covered = sum(chunk.shape[0] for cell in pieces.values() for _, chunk in cell)
     if covered != byte_count(shape, torch.uint8):
         raise UserError(f"{where}: the pieces of {name} {shape} do not cover it")
-    parts = [Fragment(tuple(cell), sizes, entry.dtype) for cell in pieces.values()]
-    return Read(shape, entry.dtype, parts, partial(boxes, places=[(c, sizes) for c in pieces]))
+    parts = [FlatFragment(tuple(cell), sizes, entry.dtype) for cell in pieces.values()]
+    return TensorRead(
+        shape, entry.dtype, parts, partial(rectangular_parts, places=[(c, sizes) for c in pieces])
+    )
 
 
 _PREFIX = "optimizer.distributed."
@@ -142,16 +148,16 @@ _ORDERS = {
 }
 """Modules of a layer in the order of their parameters; Transformer Engine has fused norms."""
 
-Buckets = dict[tuple[int, int], list[StoredEntry]]
+Buckets = dict[tuple[int, int], list[TensorEntry]]
 """The buckets of one kind of state by model-parallel rank and model chunk."""
 
 
-def is_bucketed(keys: Iterator[str]) -> bool:
+def has_buckets(keys: Iterator[str]) -> bool:
     """Whether a checkpoint with these keys holds optimizer state in buckets."""
     return any(key.startswith(_PREFIX) for key in keys)
 
 
-def param_groups(where: Path) -> list[dict[str, Any]]:
+def read_param_groups(where: Path) -> list[dict[str, Any]]:
     """The settings of the parameter groups, which each rank stores beside its buckets.
 
     Raises:
@@ -165,9 +171,9 @@ def param_groups(where: Path) -> list[dict[str, Any]]:
     return groups
 
 
-def unbucketed(
-    model: ModelConfig, entries: dict[str, StoredEntry], args: Any, where: Path
-) -> dict[str, dict[str, Read]]:
+def read_buckets(
+    model: ModelConfig, entries: dict[str, TensorEntry], args: Any, where: Path
+) -> dict[str, dict[str, TensorRead]]:
     """How to read every canonical tensor of every kind of state.
 
     Args:
@@ -204,9 +210,9 @@ def _unknown(where: Path, why: str) -> UserError:
     )
 
 
-def _by_kind(entries: dict[str, StoredEntry], where: Path) -> dict[str, Buckets]:
+def _by_kind(entries: dict[str, TensorEntry], where: Path) -> dict[str, Buckets]:
     """The buckets in their order, by kind of state."""
-    numbered: dict[str, dict[tuple[int, int], dict[int, StoredEntry]]] = {}
+    numbered: dict[str, dict[tuple[int, int], dict[int, TensorEntry]]] = {}
     types: dict[tuple[int, int], set[str]] = {}
     for key, entry in entries.items():
         match = _BUCKET.fullmatch(key)
@@ -232,7 +238,7 @@ def _reads(
     order: tuple[str, ...],
     args: Any,
     where: Path,
-) -> dict[str, Read] | None:
+) -> dict[str, TensorRead] | None:
     """One kind of state, with the layers' modules in an order; None where that does not fit."""
     tensor = int(getattr(args, "tensor_model_parallel_size", 0) or 1)
     pipeline = int(getattr(args, "pipeline_model_parallel_size", 0) or 1)
@@ -240,7 +246,7 @@ def _reads(
     check_parallel_sizes(model, tensor, pipeline * virtual)
     if sorted(buckets) != [(r, v) for r in range(tensor * pipeline) for v in range(virtual)]:
         raise _unknown(where, f"not those of TP {tensor} x PP {pipeline}")
-    shape_of = shapes(model, rows)
+    shape_of = tensor_shapes(model, rows)
     gathered = RankTensors()
     for (rank, chunk), own in buckets.items():
         stage, t = divmod(rank, tensor)
@@ -276,7 +282,7 @@ def _names(
     return found
 
 
-def _laid_out(held: dict[str, Shape], buckets: list[StoredEntry]) -> dict[str, Fragment] | None:
+def _laid_out(held: dict[str, Shape], buckets: list[TensorEntry]) -> dict[str, FlatFragment] | None:
     """Where each parameter lies; None where they do not fill the buckets exactly."""
     found = {}
     number = end = 0
@@ -299,7 +305,7 @@ def _aligned(position: int) -> int:
     return -(-position // _ALIGNMENT) * _ALIGNMENT
 
 
-def _fragment(bucket: StoredEntry, start: int, end: int, shape: Shape) -> Fragment | None:
+def _fragment(bucket: TensorEntry, start: int, end: int, shape: Shape) -> FlatFragment | None:
     """The chunks from one element to another; None where chunks do not begin and end there."""
     chunks = sorted(bucket.chunks)
     pieces = []
@@ -312,10 +318,10 @@ def _fragment(bucket: StoredEntry, start: int, end: int, shape: Shape) -> Fragme
         chunk = ChunkTensor(*place, (length,), bucket.dtype, bucket.files.get(place[0]))
         pieces.append((offset - start, chunk))
         position += length
-    return Fragment(tuple(pieces), shape, bucket.dtype) if position == end else None
+    return FlatFragment(tuple(pieces), shape, bucket.dtype) if position == end else None
 
 
-def _agree(found: dict[str, Read], known: dict[str, Read]) -> bool:
+def _agree(found: dict[str, TensorRead], known: dict[str, TensorRead]) -> bool:
     """Whether the main weights of all norms and biases are those of the model, rounded."""
     vectors = [name for name, read in known.items() if len(read.shape) == 1]
     return all(

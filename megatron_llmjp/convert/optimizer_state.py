@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from megatron_llmjp.config.schema import ModelConfig
-from megatron_llmjp.convert.files.torch_dist import StoredEntry, Writer
+from megatron_llmjp.convert.files.torch_dist import TensorEntry, TorchDistWriter
 from megatron_llmjp.convert.formats.base import (
     ConversionOptions,
     SourceCheckpoint,
@@ -24,17 +24,22 @@ from megatron_llmjp.convert.formats.base import (
 )
 from megatron_llmjp.convert.formats.mcore_names import stored_key, tensor_reads
 from megatron_llmjp.convert.optimizer_fragments import (
-    is_bucketed,
-    param_groups,
-    unbucketed,
-    unflattened,
+    has_buckets,
+    read_buckets,
+    read_flat_fragments,
+    read_param_groups,
 )
-from megatron_llmjp.convert.plan import Read, Write
-from megatron_llmjp.convert.tensors import VOCABULARY, WORD_EMBEDDINGS, boxes, shapes
+from megatron_llmjp.convert.plan import TensorRead, TensorWrite
+from megatron_llmjp.convert.tensors import (
+    VOCABULARY,
+    WORD_EMBEDDINGS,
+    rectangular_parts,
+    tensor_shapes,
+)
 from megatron_llmjp.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-MAIN = "param"
+MAIN_WEIGHTS = "param"
 """The fp32 weights that updates are added to, where the model's own are of another type."""
 
 PREFIX = "optimizer.state."
@@ -50,7 +55,7 @@ _GROUP_IDENTITY = {"is_expert_parallel": False, "is_decoupled_lr": False, "lr_mu
 class OptimizerState:
     """What AdamW has gathered until now."""
 
-    tensors: dict[str, dict[str, Read]]
+    tensors: dict[str, dict[str, TensorRead]]
     """By kind, then by canonical name. The main weights are left out where the model is fp32."""
     step: int
     """Updates taken."""
@@ -71,7 +76,7 @@ class OptimizerState:
         return {name: value for name, value in found.items() if value is not None}
 
 
-def opened(source: SourceCheckpoint, options: ConversionOptions) -> SourceCheckpoint:
+def open_optimizer_state(source: SourceCheckpoint, options: ConversionOptions) -> SourceCheckpoint:
     """A checkpoint whose optimizer's state is open, and fits what is to be written.
 
     Weights that are to be fp32 are the main ones.
@@ -79,18 +84,18 @@ def opened(source: SourceCheckpoint, options: ConversionOptions) -> SourceCheckp
     Raises:
         UserError: it has none, or one that cannot be read.
     """
-    state = of_source(source)
+    state = read_optimizer_state(source)
     tensors = dict(state.tensors)
     scaler = state.grad_scaler
-    if (options.dtype or source.dtype) == torch.float32 and MAIN in tensors:
-        source = replace(source, reads=tensors.pop(MAIN)).check()
+    if (options.dtype or source.dtype) == torch.float32 and MAIN_WEIGHTS in tensors:
+        source = replace(source, reads=tensors.pop(MAIN_WEIGHTS)).check()
     if (options.dtype or source.dtype) != torch.float16:
         scaler = None
     state = replace(state, tensors=tensors, grad_scaler=scaler)
     return replace(source, optimizer=lambda: state)
 
 
-def of_source(source: SourceCheckpoint) -> OptimizerState:
+def read_optimizer_state(source: SourceCheckpoint) -> OptimizerState:
     """The optimizer state of a checkpoint.
 
     Raises:
@@ -105,15 +110,15 @@ def of_source(source: SourceCheckpoint) -> OptimizerState:
     return state
 
 
-def reads_of(
+def optimizer_reads(
     source: SourceCheckpoint, state: OptimizerState, options: ConversionOptions
-) -> dict[str, Read]:
+) -> dict[str, TensorRead]:
     """Every tensor that is carried over, by its name in the conversion.
 
     Raises:
         UserError: a weight lacks its state, or has one of another shape.
     """
-    tensors = {MAIN: source.reads, **state.tensors}
+    tensors = {MAIN_WEIGHTS: source.reads, **state.tensors}
     found = {}
     for kind in _kinds(source, state, options):
         where = Path(f"{source.path}, {kind} of the optimizer")
@@ -129,57 +134,57 @@ def reads_of(
     return found
 
 
-def prefixes(source: SourceCheckpoint, options: ConversionOptions) -> dict[str, str]:
+def state_prefixes(source: SourceCheckpoint, options: ConversionOptions) -> dict[str, str]:
     """For each kind, what stands before a weight's name in the name of the tensor that fills it.
 
     Weights stand for the main ones where there are no others; without a state there is no more.
     """
     if source.optimizer is None:
-        return {MAIN: ""}
-    kinds = _kinds(source, of_source(source), options)
-    return {MAIN: "", **{kind: f"{PREFIX}{kind}." for kind in kinds}}
+        return {MAIN_WEIGHTS: ""}
+    kinds = _kinds(source, read_optimizer_state(source), options)
+    return {MAIN_WEIGHTS: "", **{kind: f"{PREFIX}{kind}." for kind in kinds}}
 
 
-def parameter(name: str) -> str:
+def weight_name(name: str) -> str:
     """The weight that a tensor of a conversion belongs to, or is."""
     return name.removeprefix(PREFIX).partition(".")[2] if name.startswith(PREFIX) else name
 
 
-def add_state(
-    writer: Writer,
+def add_optimizer_state(
+    writer: TorchDistWriter,
     source: SourceCheckpoint,
     state: OptimizerState,
     options: ConversionOptions,
     rows: int,
-) -> dict[str, Write]:
+) -> dict[str, TensorWrite]:
     """Make room for the optimizer's tensors, in fp32, beside a model with ``rows`` rows.
 
     Each optimizer of megatron-core finds the main weights under the name it expects: the further
     names mean the same bytes.
     """
     model = source.model
-    keys = {name: stored_key(name) for name in shapes(model, rows)}
+    keys = {name: stored_key(name) for name in tensor_shapes(model, rows)}
     kinds = _kinds(source, state, options)
     writes = {}
     for kind in kinds:
-        for name, shape in shapes(model, rows).items():
+        for name, shape in tensor_shapes(model, rows).items():
             stored, index = keys[name]
             layer = None if index is None else (index, model.num_layers)
             placed = writer.add_tensor(f"{PREFIX}{kind}.{stored}", shape, torch.float32, layer)
-            layout = partial(boxes, places=tuple(box for box, _ in placed))
+            layout = partial(rectangular_parts, places=tuple(box for box, _ in placed))
             vocabulary = rows if name in VOCABULARY else None
-            writes[f"{PREFIX}{kind}.{name}"] = Write(
+            writes[f"{PREFIX}{kind}.{name}"] = TensorWrite(
                 layout, [[slot] for _, slot in placed], vocabulary
             )
     for stored in dict.fromkeys(stored for stored, _ in keys.values()):
-        main = f"{PREFIX}{MAIN}.{stored}"
-        if MAIN not in kinds:
+        main = f"{PREFIX}{MAIN_WEIGHTS}.{stored}"
+        if MAIN_WEIGHTS not in kinds:
             writer.add_alias(main, stored)
         writer.add_alias(f"{PREFIX}{_MAIN_OF_PLAIN}.{stored}", main)
     return writes
 
 
-def common(state: OptimizerState) -> dict[str, Any]:
+def optimizer_common_state(state: OptimizerState) -> dict[str, Any]:
     """What goes beside the tensors, in the forms of the plain and the distributed optimizer."""
     groups = [
         {**_GROUP_IDENTITY, "default_config": True, **group, "step": state.step}
@@ -201,11 +206,11 @@ def _kinds(
 ) -> tuple[str, ...]:
     """Kinds of tensors to write; fp32 weights are their own main weights."""
     fp32 = (options.dtype or source.dtype) == torch.float32
-    return MOMENTS if fp32 and MAIN not in state.tensors else (*MOMENTS, MAIN)
+    return MOMENTS if fp32 and MAIN_WEIGHTS not in state.tensors else (*MOMENTS, MAIN_WEIGHTS)
 
 
-def from_torch_dist(
-    model: ModelConfig, entries: dict[str, StoredEntry], common_state: dict[str, Any], where: Path
+def read_torch_dist_state(
+    model: ModelConfig, entries: dict[str, TensorEntry], common_state: dict[str, Any], where: Path
 ) -> OptimizerState:
     """The state in a distributed checkpoint of Megatron-LM or of this project.
 
@@ -218,11 +223,15 @@ def from_torch_dist(
     Raises:
         UserError: there is none, or it cannot be read.
     """
-    if is_bucketed(iter(entries)):
-        groups = param_groups(where)
-        tensors = unbucketed(model, entries, common_state.get("args"), where)
-        return make_state(tensors, groups[0].get("step"), groups, common_state, where)
-    kinds = {**{kind: kind for kind in MOMENTS}, MAIN: MAIN, _MAIN_OF_PLAIN: MAIN}
+    if has_buckets(iter(entries)):
+        groups = read_param_groups(where)
+        tensors = read_buckets(model, entries, common_state.get("args"), where)
+        return make_optimizer_state(tensors, groups[0].get("step"), groups, common_state, where)
+    kinds = {
+        **{kind: kind for kind in MOMENTS},
+        MAIN_WEIGHTS: MAIN_WEIGHTS,
+        _MAIN_OF_PLAIN: MAIN_WEIGHTS,
+    }
     tensors = {}
     for stored_kind, kind in kinds.items():
         prefix = f"{PREFIX}{stored_kind}."
@@ -234,19 +243,19 @@ def from_torch_dist(
         raise UserError(f"{where}: holds no optimizer state: saved with --no-save-optim?")
     inner = optimizer if "param_groups" in optimizer else optimizer["optimizer"]
     step = inner.get("state", {}).get("common_step", inner["param_groups"][0].get("step"))
-    return make_state(tensors, step, inner["param_groups"], common_state, where)
+    return make_optimizer_state(tensors, step, inner["param_groups"], common_state, where)
 
 
-def _reads(model: ModelConfig, entries: dict[str, StoredEntry]) -> dict[str, Read]:
+def _reads(model: ModelConfig, entries: dict[str, TensorEntry]) -> dict[str, TensorRead]:
     """How to read one kind of state, whole or cut into flat pieces of fragments."""
     embedding = entries[WORD_EMBEDDINGS].shape
     if len(embedding) == 2:
         return tensor_reads(model, embedding[0], entries)
-    return unflattened(model, entries)
+    return read_flat_fragments(model, entries)
 
 
-def make_state(
-    tensors: dict[str, dict[str, Read]],
+def make_optimizer_state(
+    tensors: dict[str, dict[str, TensorRead]],
     step: Any,
     groups: list[dict[str, Any]],
     content: dict[str, Any],
@@ -265,10 +274,10 @@ def make_state(
     optimizer = content.get("optimizer")
     scaler = optimizer.get("grad_scaler") if isinstance(optimizer, dict) else None
     if scaler is not None:
-        scaler = {**scaler, "scale": float(plain_number(scaler["scale"]))}
-    return OptimizerState(tensors, int(plain_number(step)), plain, dict(scheduler), scaler)
+        scaler = {**scaler, "scale": float(to_number(scaler["scale"]))}
+    return OptimizerState(tensors, int(to_number(step)), plain, dict(scheduler), scaler)
 
 
-def plain_number(value: Any) -> Any:
+def to_number(value: Any) -> Any:
     """A number that a file may hold as a tensor."""
     return value.read().item() if hasattr(value, "read") else value

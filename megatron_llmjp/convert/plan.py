@@ -15,8 +15,14 @@ from pathlib import Path
 
 import torch
 
-from megatron_llmjp.convert.files.storage import Stored, as_bytes, byte_count, dtype_name, write_at
-from megatron_llmjp.convert.tensors import Layout, Shape, fit_rows, part_shapes, whole
+from megatron_llmjp.convert.files.storage import (
+    StoredTensor,
+    as_bytes,
+    byte_count,
+    dtype_name,
+    write_at,
+)
+from megatron_llmjp.convert.tensors import Layout, Shape, part_shapes, resize_vocabulary, whole
 from megatron_llmjp.errors import UserError
 
 Checksums = dict[tuple[str, int], int]
@@ -64,7 +70,7 @@ class OutputFile:
 
 
 @dataclass(frozen=True)
-class Read:
+class TensorRead:
     """Where a canonical tensor comes from.
 
     ``parts`` are the stored parts of ``layout``, in order. ``replicas`` lists further copies of
@@ -73,9 +79,9 @@ class Read:
 
     shape: Shape
     dtype: torch.dtype
-    parts: Sequence[Stored]
+    parts: Sequence[StoredTensor]
     layout: Layout = whole
-    replicas: Sequence[Stored] = ()
+    replicas: Sequence[StoredTensor] = ()
 
     def check(self, name: str) -> None:
         """Compare the stored shapes with those that the layout expects, and the types.
@@ -121,22 +127,22 @@ class Read:
 
 
 @dataclass
-class Write:
+class TensorWrite:
     """Where a canonical tensor goes: for each part of ``layout`` the slots that receive it."""
 
     layout: Layout
     slots: list[list[Slot]]
-    rows: int | None = None
+    padded_vocab_size: int | None = None
     """Rows of the vocabulary in the target; None for tensors that are kept as they are."""
 
 
 @dataclass(frozen=True)
-class Copy:
+class TensorCopy:
     """One canonical tensor's way."""
 
     name: str
-    read: Read
-    write: Write
+    read: TensorRead
+    write: TensorWrite
 
     @property
     def nbytes(self) -> int:
@@ -159,17 +165,17 @@ class Copy:
         """
         sums: Checksums = {}
         tensor = self.read.read(self.name)
-        if self.write.rows is not None:
-            tensor = fit_rows(tensor, self.write.rows)
+        if self.write.padded_vocab_size is not None:
+            tensor = resize_vocabulary(tensor, self.write.padded_vocab_size)
         for part, slots in zip(self.write.layout(tensor), self.write.slots, strict=True):
             for slot in slots:
-                checksum = fill(folder, slot, part.view)
+                checksum = write_slot(folder, slot, part.view)
                 if checksum is not None:
                     sums[slot.file, slot.offset] = checksum
         return sums
 
 
-def fill(folder: Path, slot: Slot, view: torch.Tensor) -> int | None:
+def write_slot(folder: Path, slot: Slot, view: torch.Tensor) -> int | None:
     """Write a tensor into its slot, cast and contiguous.
 
     Returns:
@@ -198,7 +204,7 @@ def fill(folder: Path, slot: Slot, view: torch.Tensor) -> int | None:
 
 
 @dataclass
-class Output:
+class OutputPlan:
     """Everything that a target will hold.
 
     ``finish`` writes the small files (configurations, indices) into the folder once all tensors
@@ -206,7 +212,7 @@ class Output:
     """
 
     files: list[OutputFile]
-    writes: dict[str, Write]
+    writes: dict[str, TensorWrite]
     finish: Callable[[Path, Checksums], None]
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)

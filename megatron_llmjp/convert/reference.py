@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_llmjp.convert.formats.base import SourceCheckpoint
-from megatron_llmjp.convert.reference_files import Parts, open_parts
+from megatron_llmjp.convert.reference_files import RankTensors, open_rank_tensors
 
 
-def logits(
+def reference_logits(
     source: SourceCheckpoint,
     tokens: Tensor,
     dtype: torch.dtype | None,
@@ -36,7 +36,7 @@ def logits(
         dtype: round the weights to this type first.
         ignored: arguments to read as if they were not there.
     """
-    parts, args = open_parts(source.format, source.path)
+    parts, args = open_rank_tensors(source.format, source.path)
     given = {name: value for name, value in vars(args).items() if name not in ignored}
     with torch.no_grad():
         return _Model(_Network.of(given), parts, dtype).logits(tokens)
@@ -119,7 +119,7 @@ def _inverse_frequencies(args: dict[str, Any], head_dim: int) -> Tensor:
 
 
 class _Model:
-    def __init__(self, network: _Network, parts: Parts, dtype: torch.dtype | None) -> None:
+    def __init__(self, network: _Network, parts: RankTensors, dtype: torch.dtype | None) -> None:
         self._network, self._parts, self._dtype = network, parts, dtype
 
     def logits(self, tokens: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from megatron_llmjp.convert.files import torch_dist
-from megatron_llmjp.convert.files.torch_archive import load
+from megatron_llmjp.convert.files.torch_archive import load_archive
 
-Parts = dict[str, list[Callable[[], torch.Tensor]]]
+RankTensors = dict[str, list[Callable[[], torch.Tensor]]]
 """For each name, such as ``layers.3.qkv.weight``, how to read what each rank holds."""
 
 _KINDS = {
@@ -36,7 +36,7 @@ _KINDS = {
 }
 
 
-def open_parts(kind: str, folder: Path) -> tuple[Parts, Any]:
+def open_rank_tensors(kind: str, folder: Path) -> tuple[RankTensors, Any]:
     """The tensors of a folder that the converter has opened, and the arguments of its run.
 
     Args:
@@ -61,7 +61,11 @@ def _plain(key: str) -> tuple[str, int | None] | None:
 
 
 def _take(
-    parts: Parts, rank: int, items: Iterable[tuple[str, Any]], offset: int, bare: int | None = None
+    parts: RankTensors,
+    rank: int,
+    items: Iterable[tuple[str, Any]],
+    offset: int,
+    bare: int | None = None,
 ) -> int:
     """Add the tensors of one file of a rank; returns how many layers it has.
 
@@ -88,13 +92,13 @@ def _take(
     return len(layers)
 
 
-def _legacy(folder: Path) -> tuple[Parts, Any]:
-    parts: Parts = {}
+def _legacy(folder: Path) -> tuple[RankTensors, Any]:
+    parts: RankTensors = {}
     args = None
     files = sorted(folder.glob("mp_rank_*/model_optim_rng.pt"), key=_numbers)
     ranks: dict[int, list[dict[str, Any]]] = {}
     for path in files:
-        content = load(path)
+        content = load_archive(path)
         args = args or content["args"]
         ranks.setdefault(_numbers(path)[0], []).append(content)
     for rank, stages in sorted(ranks.items()):
@@ -121,13 +125,13 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]
             yield f"{prefix}{key}", value
 
 
-def _deepspeed(folder: Path) -> tuple[Parts, Any]:
-    parts: Parts = {}
+def _deepspeed(folder: Path) -> tuple[RankTensors, Any]:
+    parts: RankTensors = {}
     states = sorted(folder.glob("mp_rank_*_model_states.pt"))
-    first = load(states[0])
+    first = load_archive(states[0])
     if first.get("module") is not None:
         for rank, path in enumerate(states):
-            _take(parts, rank, _flat(load(path)["module"]), 0)
+            _take(parts, rank, _flat(load_archive(path)["module"]), 0)
         return parts, first["args"]
     files = [(_layer_file(path), path) for path in folder.glob("layer_*-model_*-model_states.pt")]
     numbers = sorted({number for (number, _), _ in files})
@@ -136,7 +140,7 @@ def _deepspeed(folder: Path) -> tuple[Parts, Any]:
         found = 0
         for (of, rank), path in sorted(files):
             if of == number:
-                content = load(path)
+                content = load_archive(path)
                 bare = {f"final_norm.{k}": v for k, v in content.items() if k in ("weight", "bias")}
                 found = _take(parts, rank, (bare or content).items(), layer, bare=0)
         layer += found
@@ -148,8 +152,8 @@ def _layer_file(path: Path) -> tuple[int, int]:
     return int(number), int(rank)
 
 
-def _torch_dist(folder: Path) -> tuple[Parts, Any]:
-    parts: Parts = {}
+def _torch_dist(folder: Path) -> tuple[RankTensors, Any]:
+    parts: RankTensors = {}
     for key, entry in torch_dist.read_metadata(folder).items():
         found = None if key.startswith("optimizer.") else _plain(key)
         if found is None:
@@ -163,10 +167,10 @@ def _torch_dist(folder: Path) -> tuple[Parts, Any]:
         else:
             for i in range(entry.shape[0]):
                 parts[f"layers.{i}.{name}"] = [partial(_joined, entry, i)]
-    return parts, torch_dist.read_common(folder)["args"]
+    return parts, torch_dist.read_common_state(folder)["args"]
 
 
-def _joined(entry: torch_dist.StoredEntry, layer: int | None = None) -> torch.Tensor:
+def _joined(entry: torch_dist.TensorEntry, layer: int | None = None) -> torch.Tensor:
     """A tensor from its chunks, or one layer of a stack ``[layers, ...]``."""
     whole = torch.empty(entry.shape if layer is None else (1, *entry.shape[1:]), dtype=entry.dtype)
     for (offsets, sizes), (path, offset, length) in entry.chunks.items():

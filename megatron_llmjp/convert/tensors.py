@@ -44,11 +44,11 @@ class Part(NamedTuple):
 
 Layout = Callable[[torch.Tensor], list[Part]]
 
-Split = Literal["replicated", "rows", "columns", "gate_up"]
+ParallelSplit = Literal["replicated", "rows", "columns", "gate_up"]
 """How tensor parallelism divides a tensor."""
 
 
-def shapes(model: ModelConfig, rows: int) -> dict[str, Shape]:
+def tensor_shapes(model: ModelConfig, rows: int) -> dict[str, Shape]:
     """Name and shape of every tensor of a model, in the order of its forward pass.
 
     Args:
@@ -63,7 +63,7 @@ def shapes(model: ModelConfig, rows: int) -> dict[str, Shape]:
     for i in range(model.num_layers):
         prefix = LAYER.format(i=i)
         found |= {prefix + name: shape for name, shape in block.items()}
-    found |= {f"{FINAL_NORM}.{kind}": (h,) for kind in norm_kinds(model)}
+    found |= {f"{FINAL_NORM}.{kind}": (h,) for kind in norm_parameters(model)}
     if model.untie_embeddings_and_output_weights:
         found[OUTPUT_LAYER] = (rows, h)
     return found
@@ -75,7 +75,7 @@ def _positions(model: ModelConfig) -> int:
     return model.max_position_embeddings
 
 
-def norm_kinds(model: ModelConfig) -> tuple[str, ...]:
+def norm_parameters(model: ModelConfig) -> tuple[str, ...]:
     """Parameters of a norm: LayerNorm has a bias, RMSNorm has none."""
     return ("weight", "bias") if model.normalization == "LayerNorm" else ("weight",)
 
@@ -85,7 +85,7 @@ def _block_shapes(model: ModelConfig) -> dict[str, Shape]:
     heads = model.num_attention_heads * model.head_dim
     qkv = heads + 2 * model.query_groups * model.head_dim
     fc1 = 2 * ffn if model.activation_function == "swiglu" else ffn
-    norms: tuple[str, ...] = norm_kinds(model)
+    norms: tuple[str, ...] = norm_parameters(model)
     biases = model.add_bias_linear
     block: dict[str, Shape] = {f"input_layernorm.{kind}": (h,) for kind in norms}
     block["self_attention.linear_qkv.weight"] = (qkv, h)
@@ -104,7 +104,7 @@ def _block_shapes(model: ModelConfig) -> dict[str, Shape]:
     return block
 
 
-def split_of(name: str, model: ModelConfig) -> Split:
+def parallel_split(name: str, model: ModelConfig) -> ParallelSplit:
     """How tensor parallelism divides the tensor of this name."""
     if name in VOCABULARY or ".linear_qkv." in name:
         return "rows"
@@ -115,15 +115,15 @@ def split_of(name: str, model: ModelConfig) -> Split:
     return "replicated"
 
 
-def tensor_parallel(name: str, model: ModelConfig, size: int) -> Layout:
+def rank_layout(name: str, model: ModelConfig, size: int) -> Layout:
     """The layout of one tensor over ``size`` tensor-parallel ranks.
 
     It has one part per rank, or a single one for a tensor that all ranks hold whole.
     """
-    split = split_of(name, model)
+    split = parallel_split(name, model)
     if size == 1 or split == "replicated":
         return whole
-    functions = {"rows": rows, "columns": columns, "gate_up": gate_up_rows}
+    functions = {"rows": split_rows, "columns": split_columns, "gate_up": gate_up_rows}
     return partial(functions[split], size=size)
 
 
@@ -138,19 +138,19 @@ def transposed(tensor: torch.Tensor) -> list[Part]:
     return [Part(view, tuple(view.shape))]
 
 
-def rows(tensor: torch.Tensor, size: int) -> list[Part]:
+def split_rows(tensor: torch.Tensor, size: int) -> list[Part]:
     """``size`` equal parts of the first dimension."""
     return [Part(view, tuple(view.shape)) for view in tensor.chunk(size)]
 
 
-def columns(tensor: torch.Tensor, size: int) -> list[Part]:
+def split_columns(tensor: torch.Tensor, size: int) -> list[Part]:
     """``size`` equal parts of the second dimension."""
     return [Part(view, tuple(view.shape)) for view in tensor.chunk(size, dim=1)]
 
 
 def gate_up(tensor: torch.Tensor) -> list[Part]:
     """``[2 x ffn, ...]`` as gate and up, each ``[ffn, ...]``."""
-    return rows(tensor, 2)
+    return split_rows(tensor, 2)
 
 
 def gate_up_rows(tensor: torch.Tensor, size: int) -> list[Part]:
@@ -187,7 +187,7 @@ def query_key_value_conv1d(tensor: torch.Tensor, heads: int) -> list[Part]:
     return [Part(per_head.permute(3, 1, 0, 2), (tensor.shape[1], tensor.shape[0]))]
 
 
-def boxes(tensor: torch.Tensor, places: Sequence[tuple[Shape, Shape]]) -> list[Part]:
+def rectangular_parts(tensor: torch.Tensor, places: Sequence[tuple[Shape, Shape]]) -> list[Part]:
     """Rectangular parts of a tensor, each given by its offsets and its sizes."""
     parts = []
     for offsets, sizes in places:
@@ -203,7 +203,7 @@ def part_shapes(layout: Layout, shape: Shape) -> list[Shape]:
     return [part.shape for part in layout(torch.empty(shape, device="meta"))]
 
 
-def fit_rows(tensor: torch.Tensor, count: int) -> torch.Tensor:
+def resize_vocabulary(tensor: torch.Tensor, count: int) -> torch.Tensor:
     """Trim or pad the first dimension; padding repeats the last row, as Megatron-LM does.
 
     A row that repeats a rare token's row keeps the padding as unlikely as that token. Rows of

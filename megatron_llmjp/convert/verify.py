@@ -36,7 +36,7 @@ import torch
 from megatron_llmjp.checkpoint.manifest import CONFIG
 from megatron_llmjp.config.loading import load_config
 from megatron_llmjp.config.schema import Config
-from megatron_llmjp.convert.convert import Conversion, Difference, open_source
+from megatron_llmjp.convert.conversion import Conversion, VerificationError, open_checkpoint
 from megatron_llmjp.convert.formats.base import ConversionOptions, SourceCheckpoint
 from megatron_llmjp.convert.formats.registry import FORMATS, Verification
 from megatron_llmjp.errors import UserError
@@ -151,11 +151,11 @@ def _load(model: GPTModel, folder: Path) -> None:
     sharded_state.load_checkpoint(folder, sharded_state.RunState([model]))
 
 
-TOKENS = (2, 128)
+TOKENS_SHAPE = (2, 128)
 """Batch and length of the compared tokens."""
 
 
-def verifier(
+def make_verifier(
     conversion: Conversion, options: ConversionOptions, tolerance: float
 ) -> Callable[[Path], None]:
     """The check of a finished output folder.
@@ -166,7 +166,8 @@ def verifier(
         tolerance: largest logit difference, relative to the largest logit.
 
     Returns:
-        A function that prints the figures and raises :class:`Difference` beyond the tolerance.
+        A function that prints the figures and raises :class:`VerificationError` beyond the
+        tolerance.
     """
 
     for name in (conversion.source.format, conversion.target):
@@ -174,10 +175,12 @@ def verifier(
 
     def verify(folder: Path) -> None:
         source = conversion.source
-        target = open_source(conversion.target, folder, ConversionOptions()).check()
-        vocabulary = source.model.vocab_size or min(source.rows, target.rows)
+        target = open_checkpoint(conversion.target, folder, ConversionOptions()).check()
+        vocabulary = source.model.vocab_size or min(
+            source.padded_vocab_size, target.padded_vocab_size
+        )
         tokens = _tokens(source, vocabulary)
-        stored = open_source(source.format, source.path, _only_reading(options)).dtype
+        stored = open_checkpoint(source.format, source.path, _only_reading(options)).dtype
         before = _logits(source, tokens, _narrow(target.dtype), options.ignored_args)
         after = _logits(target, tokens, _narrow(stored), frozenset())
         print(f"verify: source: {_program(source)}\nverify: result: {_program(target)}")
@@ -205,7 +208,7 @@ def _program(source: SourceCheckpoint) -> str:
 
 def _tokens(source: SourceCheckpoint, vocabulary: int) -> torch.Tensor:
     """Random tokens ``[batch, length + 1]``, the same every time."""
-    batch, length = TOKENS
+    batch, length = TOKENS_SHAPE
     length = min(length, (source.model.max_position_embeddings or length))
     generator = torch.Generator().manual_seed(1234)
     return torch.randint(vocabulary, (batch, length + 1), generator=generator)
@@ -245,7 +248,7 @@ def _compare(
         f"loss {_loss(before, tokens):.6f} before, {_loss(after, tokens):.6f} after"
     )
     if not relative <= tolerance:  # not-a-number fails as well
-        raise Difference(
+        raise VerificationError(
             f"--verify: logits differ by {relative:.2e} of the largest, {tolerance:.1e} is allowed"
         )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_llmjp.convert.files.checksums import Region
+from megatron_llmjp.convert.files.checksums import ChecksumRange
 from megatron_llmjp.convert.files.torch_dist import read_metadata
 from megatron_llmjp.errors import UserError
 from tests.convert.hf_models import llama
@@ -94,11 +94,11 @@ def test_pieces_in_any_order_give_the_sum_of_the_whole(tmp_path):
             chosen.append((cuts[0], cuts[3]))  # bytes that another piece has as well
         expected = zlib.crc32(content[100:9900])
         for crc in (expected, expected ^ 1):
-            region = Region(tmp_path / "a", 100, 9800, crc, "a test")
+            checksum_range = ChecksumRange(tmp_path / "a", 100, 9800, crc, "a test")
             try:
                 for start, end in chosen:
-                    region.add(start, memoryview(content)[start:end])
-                region.finish()
+                    checksum_range.add(start, memoryview(content)[start:end])
+                checksum_range.finish()
             except UserError as error:
                 assert crc != expected
                 assert "does not have the checksum of a test" in str(error)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_llmjp.convert.convert import prepare
+from megatron_llmjp.convert.conversion import plan_conversion
 from megatron_llmjp.convert.files.safetensors import read_header
 from megatron_llmjp.convert.formats.base import ConversionOptions
 from megatron_llmjp.errors import UserError
@@ -80,7 +80,7 @@ def mutated_bytes(content: bytes, generator: random.Random) -> bytes:
 def opened(folder: Path, format_name: str, options: ConversionOptions) -> None:
     """Plan a conversion; whatever is wrong must be a user's error of few lines."""
     try:
-        prepare(format_name, "native", folder, options)
+        plan_conversion(format_name, "native", folder, options)
     except UserError as error:
         assert str(error)
         assert str(error).count("\n") <= 3
@@ -155,7 +155,7 @@ def test_damage_never_ends_in_a_traceback(tmp_path, sources, name, format_name, 
         opened(folder, format_name, options)
     victim.write_bytes(good)
     agree(folder, file)
-    prepare(format_name, "native", folder, options)
+    plan_conversion(format_name, "native", folder, options)
 
 
 @pytest.mark.parametrize("content", [[1, 2], {}, 3, torch.ones(3), {"args": 5, "model": None},
@@ -166,11 +166,11 @@ def test_files_of_torch_that_hold_something_else(tmp_path, sources, content):
         shutil.copytree(sources / name, tmp_path / name)
         torch.save(content, tmp_path / name / file)
         with pytest.raises(UserError):
-            prepare("megatron-lm", "native", tmp_path / name, ConversionOptions())
+            plan_conversion("megatron-lm", "native", tmp_path / name, ConversionOptions())
     shutil.copytree(FIXTURE, tmp_path / "mds")
     torch.save(content, next((tmp_path / "mds").glob("*/mp_rank_00_model_states.pt")))
     with pytest.raises(UserError):
-        prepare("megatron-deepspeed", "native", tmp_path / "mds", ConversionOptions())
+        plan_conversion("megatron-deepspeed", "native", tmp_path / "mds", ConversionOptions())
 
 
 def test_outputs_in_the_source_are_refused(tmp_path, convert, monkeypatch):

@@ -85,7 +85,7 @@ def compare(model: torch.nn.Module, source, config: Config) -> None:
     """Every parameter of this rank is its part of the canonical tensor."""
     from megatron.core import parallel_state
 
-    from megatron_llmjp.convert.tensors import split_of, tensor_parallel
+    from megatron_llmjp.convert.tensors import parallel_split, rank_layout
 
     tensor = parallel_state.get_tensor_model_parallel_rank()
     stage = parallel_state.get_pipeline_model_parallel_rank()
@@ -99,8 +99,8 @@ def compare(model: torch.nn.Module, source, config: Config) -> None:
         elif key == "output_layer.weight" and name not in source.reads:
             name = "embedding.word_embeddings.weight"  # the last stage's tied copy
         whole = source.reads[name].read(name)
-        parts = tensor_parallel(name, source.model, size)(whole)
-        part = parts[0 if split_of(name, source.model) == "replicated" else tensor]
+        parts = rank_layout(name, source.model, size)(whole)
+        part = parts[0 if parallel_split(name, source.model) == "replicated" else tensor]
         assert torch.equal(parameter, part.view.reshape(part.shape)), key
 
 

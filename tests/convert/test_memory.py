@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from megatron_llmjp.config.schema import ModelConfig
-from megatron_llmjp.convert.files.safetensors import plan_file
+from megatron_llmjp.convert.files.safetensors import plan_safetensors
 from megatron_llmjp.convert.formats.hugging_face import llama
-from megatron_llmjp.convert.tensors import part_shapes, shapes
+from megatron_llmjp.convert.tensors import part_shapes, tensor_shapes
 
 MODEL = ModelConfig(
     num_layers=10, hidden_size=1024, num_attention_heads=16, num_query_groups=8,
@@ -32,13 +32,13 @@ def model(tmp_path) -> Path:
     """A model of 0.3 GB that takes no space: a file of holes."""
     folder = tmp_path / "hf"
     folder.mkdir()
-    shape_of = shapes(MODEL, 16384)
+    shape_of = tensor_shapes(MODEL, 16384)
     tensors = {
         key: (shape, torch.bfloat16)
         for rule in llama.ARCHITECTURE.expanded(MODEL)
         for key, shape in zip(rule.keys, part_shapes(rule.layout, shape_of[rule.name]), strict=True)
     }
-    plan_file("model.safetensors", tensors).create(folder)
+    plan_safetensors("model.safetensors", tensors).create(folder)
     config = {"model_type": "llama", "vocab_size": 16384, "tie_word_embeddings": False}
     (folder / "config.json").write_text(json.dumps(config | llama.ARCHITECTURE.to_config(MODEL)))
     return folder

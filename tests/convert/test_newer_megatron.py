@@ -17,7 +17,7 @@ from torch.distributed.checkpoint import metadata as torch_dcp
 from megatron_llmjp.convert import optimizer_fragments
 from megatron_llmjp.convert.files import torch_archive, torch_dist
 from megatron_llmjp.convert.formats import native
-from megatron_llmjp.convert.plan import Slot, fill
+from megatron_llmjp.convert.plan import Slot, write_slot
 from tests.convert.hf_models import llama, state
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -66,9 +66,9 @@ def test_buckets_that_are_laid_out_otherwise_are_refused(tmp_path, convert):
 def test_signals_in_arguments_are_inert(tmp_path):
     args = argparse.Namespace(exit_signal=signal.SIGTERM, num_layers=2)
     torch.save({"args": args}, tmp_path / "a.pt")
-    found = torch_archive.load(tmp_path / "a.pt")["args"]
+    found = torch_archive.load_archive(tmp_path / "a.pt")["args"]
     assert found.num_layers == 2
-    assert isinstance(found.exit_signal, torch_archive.Record)
+    assert isinstance(found.exit_signal, torch_archive.InertObject)
 
 
 def test_tensors_with_attributes_are_tensors(tmp_path):
@@ -76,7 +76,7 @@ def test_tensors_with_attributes_are_tensors(tmp_path):
     tensor = torch.arange(6.0).view(2, 3)
     tensor.tensor_model_parallel = True
     torch.save({"master": tensor}, tmp_path / "a.pt")
-    found = torch_archive.load(tmp_path / "a.pt")["master"]
+    found = torch_archive.load_archive(tmp_path / "a.pt")["master"]
     assert torch.equal(found.read(), tensor)
 
 
@@ -127,15 +127,17 @@ def test_moments_in_flat_pieces_of_fragments(tmp_path, convert):
 
 
 def flattened(
-    root: Path, file: str, key: str, entry: torch_dist.StoredEntry
-) -> torch_dist.StoredEntry:
+    root: Path, file: str, key: str, entry: torch_dist.TensorEntry
+) -> torch_dist.TensorEntry:
     """An entry's content as pieces ``[layers, grid..., elements]`` in another file."""
     stacked = "layers." in key
-    layers = [entry.layer(i if stacked else None) for i in range(entry.shape[0] if stacked else 1)]
+    layers = [
+        entry.tensor_read(i if stacked else None) for i in range(entry.shape[0] if stacked else 1)
+    ]
     wholes = [layer.read(key) for layer in layers]
     shape = wholes[0].shape
     grid = tuple(2 if axis == len(shape) - 1 and n % 2 == 0 else 1 for axis, n in enumerate(shape))
-    writer = torch_dist.Writer(1 << 30, ".")
+    writer = torch_dist.TorchDistWriter(1 << 30, ".")
     slots: list[tuple[Slot, torch.Tensor]] = []
     chunks = {}
     places = {}
@@ -152,12 +154,12 @@ def flattened(
     for output in writer.files:
         output.create(root)
     for slot, piece in slots:
-        fill(root, slot, piece)
+        write_slot(root, slot, piece)
     (root / "__0_0.distcp").rename(root / file)
     for (name, _, _), (_, offset, length) in writer._storage.items():
         places[name] = (root / file, offset, length)
     size = (*((len(wholes),) if stacked else ()), *grid, wholes[0].numel() // grid[-1])
-    return torch_dist.StoredEntry(
+    return torch_dist.TensorEntry(
         size, entry.dtype, {box: places[name] for box, name in chunks.items()}
     )
 

@@ -14,7 +14,7 @@ from megatron_llmjp.convert.files import torch_dist
 from megatron_llmjp.convert.formats import native
 from megatron_llmjp.convert.formats.base import ConversionOptions
 from megatron_llmjp.convert.formats.megatron_lm import reader as megatron_lm
-from megatron_llmjp.convert.tensors import tensor_parallel
+from megatron_llmjp.convert.tensors import rank_layout
 from tests.support.processes import ROOT
 
 REAL = ROOT / "tests" / "parity" / "fixtures" / "llama_small" / "iter_0000010"
@@ -24,8 +24,8 @@ RANK = Path("mp_rank_00", "model_optim_rng.pt")
 def everything(path: Path) -> tuple[dict[str, torch.Tensor], optimizer_state.OptimizerState]:
     """All tensors of a checkpoint of Megatron-LM: weights and optimizer."""
     source = megatron_lm.read_checkpoint(path).check()
-    state = optimizer_state.of_source(source)
-    reads = {**source.reads, **optimizer_state.reads_of(source, state, ConversionOptions())}
+    state = optimizer_state.read_optimizer_state(source)
+    reads = {**source.reads, **optimizer_state.optimizer_reads(source, state, ConversionOptions())}
     return {name: read.read(name) for name, read in reads.items()}, state
 
 
@@ -73,7 +73,7 @@ def test_four_ranks(expected, tmp_path):
                     continue
                 else:
                     local = name
-                own[local] = (name, tensor_parallel(name, model, 2))
+                own[local] = (name, rank_layout(name, model, 2))
             save_rank(tmp_path / f"mp_rank_{t:02d}_{p:03d}" / RANK.name, content, own, expected, t)
     found, _ = everything(tmp_path)
     for name, tensor in expected.items():
@@ -143,7 +143,7 @@ def test_another_type_keeps_the_fp32_weights(expected, tmp_path, convert):
     for name in ("output_layer.weight", "embedding.word_embeddings.weight"):
         assert source.reads[name].read(name).dtype == torch.bfloat16
         for kind in ("param", "fp32_param"):
-            main = entries[f"optimizer.state.{kind}.{name}"].layer(None).read(name)
+            main = entries[f"optimizer.state.{kind}.{name}"].tensor_read(None).read(name)
             assert torch.equal(main, expected[name])
 
 

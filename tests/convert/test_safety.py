@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.planner import WriteItemType
 
-from megatron_llmjp.convert.files.torch_archive import load
+from megatron_llmjp.convert.files.torch_archive import load_archive
 from megatron_llmjp.errors import UserError
 from tests.convert.hf_models import llama, state
 
@@ -40,17 +40,17 @@ def test_malicious_pickle_is_refused(tmp_path, call):
     ]
     torch.save({"module": Malicious(call[0], *arguments)}, tmp_path / "bad.pt")
     with pytest.raises(UserError, match="refused: it would call"):
-        load(tmp_path / "bad.pt")
+        load_archive(tmp_path / "bad.pt")
     assert not mark.exists()
 
 
 def test_members_of_enumerations_are_data(tmp_path):
     """Python 3.11.0 to 3.11.3 pickle them as a call of getattr."""
     torch.save({"args": Malicious(getattr, WriteItemType, "TENSOR")}, tmp_path / "good.pt")
-    assert load(tmp_path / "good.pt")["args"].kind.endswith(".WriteItemType")
+    assert load_archive(tmp_path / "good.pt")["args"].kind.endswith(".WriteItemType")
     torch.save({"args": Malicious(getattr, torch.Size, "count")}, tmp_path / "bad.pt")
     with pytest.raises(UserError, match=r"refused: it would call builtins\.getattr"):
-        load(tmp_path / "bad.pt")
+        load_archive(tmp_path / "bad.pt")
 
 
 def test_malicious_metadata_is_refused(tmp_path, hf, convert):

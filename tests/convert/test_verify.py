@@ -99,10 +99,10 @@ def other_model(**fields):
 
 def ranks_joined_end_to_end(name, model, size):
     """SwiGLU's gate and up rows of each rank are not taken apart."""
-    split = tensors.split_of(name, model)
+    split = tensors.parallel_split(name, model)
     if split == "gate_up" and size > 1:
-        return partial(tensors.rows, size=size)
-    return tensors.tensor_parallel(name, model, size)
+        return partial(tensors.split_rows, size=size)
+    return tensors.rank_layout(name, model, size)
 
 
 MISTAKES = {
@@ -115,7 +115,7 @@ MISTAKES = {
     "base, from arguments": (arguments, "make_model", other_model(rotary_base=20000)),
     "epsilon, from Hugging Face": (llama, "make_model", other_model(norm_epsilon=1e-2)),
     "epsilon, from arguments": (arguments, "make_model", other_model(norm_epsilon=1e-2)),
-    "ranks end to end": (rank_files, "tensor_parallel", ranks_joined_end_to_end),
+    "ranks end to end": (rank_files, "rank_layout", ranks_joined_end_to_end),
 }  # fmt: skip
 SIDES = {
     **dict.fromkeys(MISTAKES, ("to megatron", "from megatron")),

@@ -39,10 +39,10 @@ def state_of(folder: Path) -> dict[tuple[str, str], torch.Tensor]:
         if not state or kind not in KINDS.values():
             continue
         if not name.startswith("decoder.layers."):
-            found[kind, name] = entry.layer(None).read(key)
+            found[kind, name] = entry.tensor_read(None).read(key)
         for i in layers if name.startswith("decoder.layers.") else ():
             numbered = name.replace("decoder.layers.", f"decoder.layers.{i}.")
-            found[kind, numbered] = entry.layer(i).read(key)
+            found[kind, numbered] = entry.tensor_read(i).read(key)
     return found
 
 

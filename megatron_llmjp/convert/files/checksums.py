@@ -7,9 +7,9 @@ x^(8 n) modulo the generator. Bits are reflected, as in zip (APPNOTE 6.3) and zl
 
 Checksums of what is read, computed while it is read.
 
-A :class:`Region` is a range of a file that has one CRC-32: a whole file of a manifest, or an entry
-of a zip archive. Whoever reads a part of it adds the part; the parts' sums are combined, so that no
-byte is read twice. What nobody has read by the end is read then.
+A :class:`ChecksumRange` is a range of a file that has one CRC-32: a whole file of a manifest, or
+an entry of a zip archive. Whoever reads a part of it adds the part; the parts' sums are combined,
+so that no byte is read twice. What nobody has read by the end is read then.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _power(count: int) -> int:
     return result
 
 
-def joined(first: int, second: int, length: int) -> int:
+def combine_crc32(first: int, second: int, length: int) -> int:
     """The CRC-32 of two pieces end to end, from theirs and the second one's bytes."""
     return _multiply(_power(length), first) ^ second
 
@@ -58,7 +58,7 @@ def joined(first: int, second: int, length: int) -> int:
 _BLOCK = 1 << 22
 
 
-class Region:
+class ChecksumRange:
     """Bytes of a file that have one CRC-32. Threads may share it."""
 
     def __init__(self, path: Path, start: int, length: int, crc: int, what: str) -> None:
@@ -118,7 +118,7 @@ class Region:
                             raise UserError(f"{self.path}: truncated at {position} bytes")
                         total = zlib.crc32(block, total)
                         position += len(block)
-                    total = joined(total, crc, length)
+                    total = combine_crc32(total, crc, length)
                     position += length
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read: {error.strerror}") from error

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_llmjp.convert.files.storage import FileTensor, byte_count, truncated
+from megatron_llmjp.convert.files.storage import FileTensor, byte_count, truncation_error
 from megatron_llmjp.convert.plan import OutputFile, Slot
 from megatron_llmjp.convert.tensors import Shape
 from megatron_llmjp.errors import UserError
@@ -45,7 +45,7 @@ def read_header(path: Path) -> dict[str, FileTensor]:
         if not 2 <= length <= _LARGEST_HEADER:
             raise UserError(f"{path}: not a safetensors file (a Git LFS pointer?)")
         if 8 + length > size:
-            raise truncated(path, 8 + length)
+            raise truncation_error(path, 8 + length)
         try:
             header: dict[str, Any] = json.loads(stream.read(length))
         except (ValueError, RecursionError) as error:
@@ -73,7 +73,7 @@ def _entry(path: Path, base: int, size: int, key: str, value: Any) -> FileTensor
     if end - start != byte_count(shape, dtype):
         raise UserError(f"{path}: damaged header: {key} {shape} does not fill its bytes")
     if base + end > size:
-        raise truncated(path, base + end)
+        raise truncation_error(path, base + end)
     return FileTensor(path, base + start, shape, dtype)
 
 
@@ -87,7 +87,7 @@ def _check_overlap(path: Path, tensors: dict[str, FileTensor]) -> None:
             end, last = reach, key
 
 
-def plan_file(name: str, tensors: dict[str, tuple[Shape, torch.dtype]]) -> OutputFile:
+def plan_safetensors(name: str, tensors: dict[str, tuple[Shape, torch.dtype]]) -> OutputFile:
     """Lay out a file that will hold these tensors in this order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # older transformers insist on it
     end = 0

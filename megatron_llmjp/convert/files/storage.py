@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from megatron_llmjp.convert.files.checksums import Region
+from megatron_llmjp.convert.files.checksums import ChecksumRange
 from megatron_llmjp.convert.tensors import Shape
 from megatron_llmjp.errors import UserError
 
@@ -43,7 +43,7 @@ def byte_count(shape: Shape, dtype: torch.dtype) -> int:
     return count
 
 
-class Stored(Protocol):
+class StoredTensor(Protocol):
     """A tensor in a file. Picklable: worker processes read it."""
 
     @property
@@ -59,7 +59,7 @@ class Stored(Protocol):
         """The file, for messages and plans."""
 
     @property
-    def regions(self) -> tuple[Region, ...]:
+    def checksum_ranges(self) -> tuple[ChecksumRange, ...]:
         """The checksums that reading it takes part in."""
 
     def read(self, into: torch.Tensor | None = None) -> torch.Tensor:
@@ -75,13 +75,13 @@ class FileTensor:
     shape: Shape
     dtype: torch.dtype
     stride: Shape | None = None
-    region: Region | None = None
+    checksum_range: ChecksumRange | None = None
     """What has a checksum, if its bytes are part of such a thing."""
 
     @property
-    def regions(self) -> tuple[Region, ...]:
+    def checksum_ranges(self) -> tuple[ChecksumRange, ...]:
         """The checksums that reading it takes part in."""
-        return () if self.region is None else (self.region,)
+        return () if self.checksum_range is None else (self.checksum_range,)
 
     @property
     def source(self) -> str:
@@ -95,14 +95,18 @@ class FileTensor:
             UserError: the file ends before the tensor does, or cannot be read.
         """
         if self.stride is None:
-            return read_elements(self.path, self.offset, self.dtype, self.shape, into, self.region)
+            return read_elements(
+                self.path, self.offset, self.dtype, self.shape, into, self.checksum_range
+            )
         last = sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
         size = (last + 1,)
-        elements = read_elements(self.path, self.offset, self.dtype, size, None, self.region)
-        return placed(elements.as_strided(self.shape, self.stride).contiguous(), into)
+        elements = read_elements(
+            self.path, self.offset, self.dtype, size, None, self.checksum_range
+        )
+        return copy_into(elements.as_strided(self.shape, self.stride).contiguous(), into)
 
 
-def placed(tensor: torch.Tensor, into: torch.Tensor | None) -> torch.Tensor:
+def copy_into(tensor: torch.Tensor, into: torch.Tensor | None) -> torch.Tensor:
     """The tensor itself, or the one it was to be read into."""
     return tensor if into is None else into.copy_(tensor.view(into.shape))
 
@@ -113,7 +117,7 @@ def read_elements(
     dtype: torch.dtype,
     shape: Shape,
     into: torch.Tensor | None = None,
-    region: Region | None = None,
+    checksum_range: ChecksumRange | None = None,
 ) -> torch.Tensor:
     """Read a contiguous tensor that starts at byte ``offset``.
 
@@ -123,7 +127,7 @@ def read_elements(
         dtype: of the elements.
         shape: of the tensor.
         into: contiguous memory for as many elements, instead of fresh one.
-        region: is given what was read.
+        checksum_range: is given what was read.
 
     Raises:
         UserError: the file ends too early, or cannot be read.
@@ -139,16 +143,16 @@ def read_elements(
             while done < len(buffer):
                 count = stream.readinto(buffer[done:]) or 0
                 if count == 0:
-                    raise truncated(path, offset + len(buffer))
+                    raise truncation_error(path, offset + len(buffer))
                 done += count
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    if region is not None:
-        region.add(offset, buffer)
+    if checksum_range is not None:
+        checksum_range.add(offset, buffer)
     return tensor
 
 
-def truncated(path: Path, needed: int) -> UserError:
+def truncation_error(path: Path, needed: int) -> UserError:
     """The error for a file that is shorter than its own header says."""
     size = path.stat().st_size
     return UserError(f"{path}: truncated: {size} bytes, at least {needed} needed; copy it again")

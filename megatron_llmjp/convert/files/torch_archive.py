@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_llmjp.convert.files.checksums import Region
-from megatron_llmjp.convert.files.storage import FileTensor, truncated
+from megatron_llmjp.convert.files.checksums import ChecksumRange
+from megatron_llmjp.convert.files.storage import FileTensor, truncation_error
 from megatron_llmjp.convert.tensors import Shape
 from megatron_llmjp.errors import UserError
 
@@ -66,7 +66,7 @@ _PLAIN_BUILTINS = frozenset(
 )
 
 
-class Record:
+class InertObject:
     """An inert stand-in for an object of a class that is not imported: its state as attributes."""
 
     kind = "object"
@@ -101,8 +101,11 @@ class _StorageRef(NamedTuple):
     key: str
 
 
-def load(
-    path: Path, offset: int = 0, length: int | None = None, region: Region | None = None
+def load_archive(
+    path: Path,
+    offset: int = 0,
+    length: int | None = None,
+    checksum_range: ChecksumRange | None = None,
 ) -> Any:
     """Open an archive that is a file, or a part of one.
 
@@ -110,7 +113,8 @@ def load(
         path: the file.
         offset: where the archive begins, in bytes.
         length: its size; the rest of the file when not given.
-        region: has the checksum of the whole file; otherwise each storage has that of its entry,
+        checksum_range: has the checksum of the whole file; otherwise each storage has that of
+            its entry,
             if the archive has any.
 
     Returns:
@@ -127,8 +131,8 @@ def load(
             root = next(n for n in places if PurePosixPath(n).name == "data.pkl")
             folder = root.rsplit("/", 1)[0]
             contents = _read_entry(archive, window, root, places[root][0] - offset)
-            regions = _regions(path, archive, places, region)
-            return _Unpickler(io.BytesIO(contents), path, folder, places, regions).load()
+            checksum_ranges = _checksum_ranges(path, archive, places, checksum_range)
+            return _Unpickler(io.BytesIO(contents), path, folder, places, checksum_ranges).load()
     except FileNotFoundError:
         raise UserError(f"{path}: does not exist") from None
     except (zipfile.BadZipFile, StopIteration, struct.error, EOFError) as error:
@@ -145,17 +149,17 @@ def load(
         raise UserError(f"{path}: damaged ({error!r})") from error
 
 
-def _regions(
+def _checksum_ranges(
     path: Path,
     archive: zipfile.ZipFile,
     places: dict[str, tuple[int, int]],
-    whole: Region | None,
-) -> Mapping[str, Region]:
+    whole: ChecksumRange | None,
+) -> Mapping[str, ChecksumRange]:
     """The checksum that covers each entry. torch leaves them 0 where they are switched off."""
     if whole is not None:
         return dict.fromkeys(places, whole)
     return {
-        entry.filename: Region(path, *places[entry.filename], entry.CRC, entry.filename)
+        entry.filename: ChecksumRange(path, *places[entry.filename], entry.CRC, entry.filename)
         for entry in archive.infolist()
         if entry.CRC
     }
@@ -178,7 +182,7 @@ class _Window(io.RawIOBase):
         end = stream.seek(0, io.SEEK_END)
         self._size = end - start if length is None else length
         if start + self._size > end:
-            raise truncated(Path(stream.name), start + self._size)
+            raise truncation_error(Path(stream.name), start + self._size)
         self._position = 0
 
     def readable(self) -> bool:
@@ -226,14 +230,14 @@ class _Unpickler(pickle.Unpickler):
         path: Path,
         folder: str,
         places: dict[str, tuple[int, int]],
-        regions: Mapping[str, Region],
+        checksum_ranges: Mapping[str, ChecksumRange],
     ) -> None:
         super().__init__(stream, encoding="utf-8")
         self._path, self._folder, self._places = path, folder, places
-        self._regions = regions
+        self._checksum_ranges = checksum_ranges
 
     def find_class(self, module: str, name: str) -> Any:
-        return resolve(module, name, self._path, self._rebuild)
+        return resolve_global(module, name, self._path, self._rebuild)
 
     def persistent_load(self, pid: Any) -> _StorageRef:
         kind, storage, key = pid[0], pid[1], pid[2]
@@ -259,11 +263,13 @@ class _Unpickler(pickle.Unpickler):
             shape,
             storage.dtype,
             None if _is_contiguous(shape, stride) else stride,
-            self._regions.get(name),
+            self._checksum_ranges.get(name),
         )
 
 
-def resolve(module: str, name: str, path: Path, rebuild: Callable[..., Any] | None = None) -> Any:
+def resolve_global(
+    module: str, name: str, path: Path, rebuild: Callable[..., Any] | None = None
+) -> Any:
     """What a name in a pickle stands for; the allow-list.
 
     Raises:
@@ -308,22 +314,22 @@ def _refusal(path: Path, what: str) -> UserError:
     )
 
 
-def _member(path: Path, *arguments: Any) -> Record:
+def _member(path: Path, *arguments: Any) -> InertObject:
     """An enumeration's member: Python 3.11.0 to 3.11.3 pickle ``getattr(KIND, NAME)``."""
     kind, name = arguments if len(arguments) == 2 else (None, None)
-    if isinstance(kind, type) and issubclass(kind, Record) and isinstance(name, str):
+    if isinstance(kind, type) and issubclass(kind, InertObject) and isinstance(name, str):
         return kind(name)
     raise _refusal(path, "builtins.getattr")
 
 
-def _inert_class(module: str, name: str) -> type[Record]:
-    return type(name.rpartition(".")[2], (Record,), {"kind": f"{module}.{name}"})
+def _inert_class(module: str, name: str) -> type[InertObject]:
+    return type(name.rpartition(".")[2], (InertObject,), {"kind": f"{module}.{name}"})
 
 
 def _without_type(function: Any, kind: Any, arguments: Any, state: Any) -> Any:
     """A tensor with attributes, which Megatron-LM puts on its fp32 masters, without them.
 
-    The function is what :func:`resolve` gave for a name in the same pickle.
+    The function is what :func:`resolve_global` gave for a name in the same pickle.
     """
     return function(*arguments)
 

@@ -34,7 +34,7 @@ _STORAGE_CLASSES = {
 
 
 @dataclass(frozen=True)
-class Placeholder:
+class TensorPlaceholder:
     """Stands for a tensor in an object that is to be saved; ``key`` names its slot."""
 
     key: str
@@ -45,7 +45,7 @@ class Placeholder:
 class _Storage:
     """What a placeholder's pickle refers to as its storage."""
 
-    def __init__(self, number: int, placeholder: Placeholder) -> None:
+    def __init__(self, number: int, placeholder: TensorPlaceholder) -> None:
         self.number, self.placeholder = number, placeholder
 
 
@@ -55,7 +55,7 @@ class _Pickler(pickle.Pickler):
         self.storages: list[_Storage] = []
 
     def reducer_override(self, value: Any) -> Any:
-        if not isinstance(value, Placeholder):
+        if not isinstance(value, TensorPlaceholder):
             return NotImplemented
         storage = _Storage(len(self.storages), value)
         self.storages.append(storage)
@@ -90,7 +90,7 @@ def plan_archive(file: str, value: Any, base: int = 0) -> OutputFile:
 
     Args:
         file: name of the output file.
-        value: what ``torch.load`` shall return, with :class:`Placeholder` for tensors.
+        value: what ``torch.load`` shall return, with :class:`TensorPlaceholder` for tensors.
         base: offset of the archive in the file (a ``.distcp`` file holds many).
 
     Returns:

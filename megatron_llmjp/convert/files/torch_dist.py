@@ -22,16 +22,16 @@ from typing import Any
 
 import torch
 
-from megatron_llmjp.convert.files.checksums import Region, joined
+from megatron_llmjp.convert.files.checksums import ChecksumRange, combine_crc32
 from megatron_llmjp.convert.files.storage import FileTensor, byte_count
-from megatron_llmjp.convert.files.torch_archive import load, resolve
-from megatron_llmjp.convert.files.torch_archive_writer import Placeholder, plan_archive
-from megatron_llmjp.convert.plan import OutputFile, Read, Slot
-from megatron_llmjp.convert.tensors import Shape, boxes, whole
+from megatron_llmjp.convert.files.torch_archive import load_archive, resolve_global
+from megatron_llmjp.convert.files.torch_archive_writer import TensorPlaceholder, plan_archive
+from megatron_llmjp.convert.plan import OutputFile, Slot, TensorRead
+from megatron_llmjp.convert.tensors import Shape, rectangular_parts, whole
 from megatron_llmjp.errors import UserError
 
 
-def of_file(file: OutputFile, sums: Mapping[tuple[str, int], int]) -> int:
+def planned_file_crc32(file: OutputFile, sums: Mapping[tuple[str, int], int]) -> int:
     """The CRC-32 of a file that was filled.
 
     Args:
@@ -52,7 +52,7 @@ def of_file(file: OutputFile, sums: Mapping[tuple[str, int], int]) -> int:
     for start, length, crc in sorted(pieces):
         if start != position:
             raise ValueError(f"{file.name}: nothing is planned at {position}")
-        total = joined(total, crc, length)
+        total = combine_crc32(total, crc, length)
         position += length
     if position != file.size:
         raise ValueError(f"{file.name}: {position} of {file.size} bytes are planned")
@@ -87,13 +87,13 @@ class ChunkTensor:
     length: int
     shape: Shape
     dtype: torch.dtype
-    region: Region | None = None
+    checksum_range: ChecksumRange | None = None
     """The file, where a manifest has its checksum; else the archive may have one inside."""
 
     @property
-    def regions(self) -> tuple[Region, ...]:
+    def checksum_ranges(self) -> tuple[ChecksumRange, ...]:
         """The checksums that reading it takes part in."""
-        return () if self.region is None else (self.region,)
+        return () if self.checksum_range is None else (self.checksum_range,)
 
     @property
     def source(self) -> str:
@@ -106,27 +106,27 @@ class ChunkTensor:
         Raises:
             UserError: the file is damaged.
         """
-        found = load(self.path, self.offset, self.length, self.region)
+        found = load_archive(self.path, self.offset, self.length, self.checksum_range)
         count = byte_count(self.shape, torch.uint8)
         if not isinstance(found, FileTensor) or byte_count(found.shape, torch.uint8) != count:
             raise UserError(f"{self.path}: damaged: no tensor {self.shape} at {self.offset}")
         tensor = found.read(into).view(self.shape)
-        if self.region is None and found.region is not None:
-            found.region.finish()  # nobody else reads this archive
+        if self.checksum_range is None and found.checksum_range is not None:
+            found.checksum_range.finish()  # nobody else reads this archive
         return tensor
 
 
 @dataclass(frozen=True)
-class StoredEntry:
+class TensorEntry:
     """One tensor of a distributed checkpoint: its shape, and the place of each chunk."""
 
     shape: Shape
     dtype: torch.dtype
     chunks: dict[tuple[Shape, Shape], tuple[Path, int, int]]
-    files: Mapping[Path, Region] = field(default_factory=dict)
+    files: Mapping[Path, ChecksumRange] = field(default_factory=dict)
     """Files with a checksum of their own."""
 
-    def layer(self, index: int | None) -> Read:
+    def tensor_read(self, index: int | None) -> TensorRead:
         """How to read the tensor, or one layer of a tensor stacked as ``[layers, ...]``.
 
         Raises:
@@ -148,13 +148,13 @@ class StoredEntry:
             ChunkTensor(path, offset, length, sizes, self.dtype, self.files.get(path))
             for (_, sizes), (path, offset, length) in wanted.items()
         ]
-        layout = whole if len(parts) == 1 else partial(boxes, places=tuple(wanted))
-        return Read(shape, self.dtype, parts, layout)
+        layout = whole if len(parts) == 1 else partial(rectangular_parts, places=tuple(wanted))
+        return TensorRead(shape, self.dtype, parts, layout)
 
 
 def read_metadata(
-    folder: Path, files: Mapping[Path, Region] | None = None
-) -> dict[str, StoredEntry]:
+    folder: Path, files: Mapping[Path, ChecksumRange] | None = None
+) -> dict[str, TensorEntry]:
     """The tensors of a distributed checkpoint by key; objects are left out.
 
     Args:
@@ -189,14 +189,14 @@ def _open_metadata(folder: Path) -> Any:
         raise UserError(f"{path}: damaged ({error!r})") from error
 
 
-def read_common(folder: Path) -> dict[str, Any]:
+def read_common_state(folder: Path) -> dict[str, Any]:
     """What a distributed checkpoint stores next to its tensors: arguments, iteration, schedule.
 
     Raises:
         UserError: it is missing or damaged.
     """
     if (folder / "common.pt").exists() or not (folder / METADATA).exists():
-        common = load(folder / "common.pt")
+        common = load_archive(folder / "common.pt")
     else:  # megatron-core from 0.19 on
         common = read_object(folder, _COMMON_STATE)
         if common is None:
@@ -214,7 +214,7 @@ def read_object(folder: Path, key: str) -> Any:
         UserError: it is damaged.
     """
     place = _places(folder, _open_metadata(folder).storage_data).get((key, None))
-    return None if place is None else load(*place)
+    return None if place is None else load_archive(*place)
 
 
 class _MetadataUnpickler(pickle._Unpickler):  # the one in C trusts sizes in the file
@@ -223,7 +223,7 @@ class _MetadataUnpickler(pickle._Unpickler):  # the one in C trusts sizes in the
         self._path = path
 
     def find_class(self, module: str, name: str) -> Any:
-        return resolve(module, name, self._path)
+        return resolve_global(module, name, self._path)
 
 
 def _places(folder: Path, storage_data: Any) -> dict[tuple[str, Any], tuple[Path, int, int]]:
@@ -241,17 +241,17 @@ def _places(folder: Path, storage_data: Any) -> dict[tuple[str, Any], tuple[Path
 
 
 def _entry(
-    key: str, value: Any, places: dict[Any, Any], files: Mapping[Path, Region]
-) -> StoredEntry:
+    key: str, value: Any, places: dict[Any, Any], files: Mapping[Path, ChecksumRange]
+) -> TensorEntry:
     dtype = value.properties.state[0]
     chunks = {}
     for chunk in value.chunks:
         offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
         chunks[offsets, sizes] = places[key, offsets]
-    return StoredEntry(tuple(value.size), dtype, chunks, files)
+    return TensorEntry(tuple(value.size), dtype, chunks, files)
 
 
-class Writer:
+class TorchDistWriter:
     """Lays out a distributed checkpoint: chunks of tensors and small objects in files of a size.
 
     Call :meth:`add_tensor` and :meth:`add_object`, then take :attr:`files`; call :meth:`finish`
@@ -283,13 +283,13 @@ class Writer:
         stacked = shape if layer is None else (layer[1], *shape)
         _, _, chunks = self._tensors.setdefault(key, (stacked, dtype, []))
         found = []
-        for offsets, sizes in row_blocks(shape, dtype):
+        for offsets, sizes in split_into_chunks(shape, dtype):
             where = (*lead, *offsets)
             size = sizes if layer is None else (1, *sizes)
             name = f"{key}{list(where)}"
             file = self._room(byte_count(sizes, dtype))
             start = file.size
-            archive = plan_archive(file.name, Placeholder(name, size, dtype), start)
+            archive = plan_archive(file.name, TensorPlaceholder(name, size, dtype), start)
             self._append(file, archive)
             self._storage[key, where, len(chunks)] = (
                 Path(file.name).name,
@@ -326,7 +326,7 @@ class Writer:
 
     def checksums(self, sums: Mapping[tuple[str, int], int]) -> dict[str, int]:
         """CRC-32 of every file, by its name in the folder, from those of the tensors in it."""
-        return {Path(file.name).name: of_file(file, sums) for file in self.files}
+        return {Path(file.name).name: planned_file_crc32(file, sums) for file in self.files}
 
     def finish(self, folder: Path, common: dict[str, Any]) -> None:
         """Write what goes beside the chunks: ``.metadata``, ``common.pt`` and ``metadata.json``."""
@@ -362,7 +362,7 @@ class Writer:
         return pickle.dumps(dcp.Metadata(entries, storage_data=storage))
 
 
-def row_blocks(shape: Shape, dtype: torch.dtype) -> Iterator[tuple[Shape, Shape]]:
+def split_into_chunks(shape: Shape, dtype: torch.dtype) -> Iterator[tuple[Shape, Shape]]:
     """Cut a tensor along its first dimension into boxes of at most ``CHUNK_BYTES``."""
     total = byte_count(shape, dtype)
     count = shape[0]

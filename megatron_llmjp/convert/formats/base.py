@@ -11,8 +11,8 @@ import torch
 
 from megatron_llmjp.config.schema import ModelConfig
 from megatron_llmjp.convert.formats.hugging_face.generation import GenerationSettings
-from megatron_llmjp.convert.plan import Read
-from megatron_llmjp.convert.tensors import WORD_EMBEDDINGS, shapes
+from megatron_llmjp.convert.plan import TensorRead
+from megatron_llmjp.convert.tensors import WORD_EMBEDDINGS, tensor_shapes
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.tokenizers.registry import TikTokenSettings
 
@@ -25,7 +25,7 @@ class SourceCheckpoint:
     path: Path
     model: ModelConfig
     """With every size filled in; ``vocab_size`` is None where the format does not tell it."""
-    reads: dict[str, Read]
+    reads: dict[str, TensorRead]
     layout: str
     """How the checkpoint is cut into files, in words."""
     iteration: int | None = None
@@ -46,7 +46,7 @@ class SourceCheckpoint:
     """Opens the optimizer's state, an ``optimizer_state.OptimizerState``."""
 
     @property
-    def rows(self) -> int:
+    def padded_vocab_size(self) -> int:
         """Rows of the embedding as stored."""
         return self.reads[WORD_EMBEDDINGS].shape[0]
 
@@ -66,7 +66,7 @@ class SourceCheckpoint:
         Raises:
             UserError: a tensor is missing, unexpected, wrongly shaped, or not of a float type.
         """
-        expected = shapes(self.model, self.rows)
+        expected = tensor_shapes(self.model, self.padded_vocab_size)
         check_tensor_names(self.path, expected, self.reads)
         for name, shape in expected.items():
             read = self.reads[name]
@@ -103,7 +103,7 @@ class ConversionOptions:
     ignored_args: frozenset[str] = frozenset()
     """Arguments of a Megatron run that the user declares to be irrelevant."""
 
-    def dtype_of(self, read: Read) -> torch.dtype:
+    def dtype_of(self, read: TensorRead) -> torch.dtype:
         """The type a tensor is written in: its own unless another was asked for."""
         return self.dtype or read.dtype
 

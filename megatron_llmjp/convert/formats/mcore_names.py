@@ -12,10 +12,10 @@ from collections.abc import Iterable
 from functools import partial
 
 from megatron_llmjp.config.schema import ModelConfig
-from megatron_llmjp.convert.files.torch_dist import StoredEntry, Writer
+from megatron_llmjp.convert.files.torch_dist import TensorEntry, TorchDistWriter
 from megatron_llmjp.convert.formats.base import ConversionOptions, SourceCheckpoint
-from megatron_llmjp.convert.plan import Read, Write
-from megatron_llmjp.convert.tensors import LAYER, VOCABULARY, boxes, shapes
+from megatron_llmjp.convert.plan import TensorRead, TensorWrite
+from megatron_llmjp.convert.tensors import LAYER, VOCABULARY, rectangular_parts, tensor_shapes
 
 FUSED_NORMS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
@@ -48,7 +48,7 @@ def stored_key(name: str) -> tuple[str, int | None]:
     return f"decoder.layers.{rest}", int(match[1])
 
 
-def model_entries(entries: dict[str, StoredEntry]) -> dict[str, StoredEntry]:
+def model_entries(entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
     """The model's tensors of a distributed checkpoint, without what wraps a model in training."""
     kept = {key: e for key, e in entries.items() if not _NOT_WEIGHTS.search(key)}
     for prefix in ("model.module.", "model.", "module."):
@@ -57,21 +57,23 @@ def model_entries(entries: dict[str, StoredEntry]) -> dict[str, StoredEntry]:
     return kept
 
 
-def tensor_reads(model: ModelConfig, rows: int, entries: dict[str, StoredEntry]) -> dict[str, Read]:
+def tensor_reads(
+    model: ModelConfig, rows: int, entries: dict[str, TensorEntry]
+) -> dict[str, TensorRead]:
     """How to read every canonical tensor that the entries hold.
 
     Tensors the model does not expect keep their own names, so that they are reported.
     """
-    found: dict[str, Read] = {}
+    found: dict[str, TensorRead] = {}
     used: set[str] = set()
-    for name in shapes(model, rows):
+    for name in tensor_shapes(model, rows):
         for key, layer in _candidates(name):
             if key in entries and (layer is None or entries[key].shape[0] > layer):
-                found[name] = entries[key].layer(layer)
+                found[name] = entries[key].tensor_read(layer)
                 used.add(key)
                 break
     for key in entries.keys() - used:
-        found[key] = entries[key].layer(None)
+        found[key] = entries[key].tensor_read(None)
     return found
 
 
@@ -89,21 +91,21 @@ def _candidates(name: str) -> Iterable[tuple[str, int | None]]:
 
 
 def add_model_tensors(
-    writer: Writer, source: SourceCheckpoint, options: ConversionOptions, rows: int
-) -> dict[str, Write]:
+    writer: TorchDistWriter, source: SourceCheckpoint, options: ConversionOptions, rows: int
+) -> dict[str, TensorWrite]:
     """Make room for a model with ``rows`` rows of vocabulary, extra states included.
 
     megatron-core asks for an ``_extra_state`` object of every linear layer when it loads.
     """
     model = source.model
     writes = {}
-    for name, shape in shapes(model, rows).items():
+    for name, shape in tensor_shapes(model, rows).items():
         key, index = stored_key(name)
         layer = None if index is None else (index, model.num_layers)
         placed = writer.add_tensor(key, shape, options.dtype_of(source.reads[name]), layer)
-        layout = partial(boxes, places=tuple(box for box, _ in placed))
+        layout = partial(rectangular_parts, places=tuple(box for box, _ in placed))
         slots = [[slot] for _, slot in placed]
-        writes[name] = Write(layout, slots, rows if name in VOCABULARY else None)
+        writes[name] = TensorWrite(layout, slots, rows if name in VOCABULARY else None)
     for module in EXTRA_STATES:
         for i in range(model.num_layers):
             key = f"decoder.layers.{module}._extra_state/shard_{i}_{model.num_layers}"

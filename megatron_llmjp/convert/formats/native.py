@@ -18,14 +18,18 @@ from megatron_llmjp.config.loading import dump_config, load_config
 from megatron_llmjp.config.schema import Config, ModelConfig
 from megatron_llmjp.convert import optimizer_state
 from megatron_llmjp.convert.files import torch_dist
-from megatron_llmjp.convert.files.checksums import Region
+from megatron_llmjp.convert.files.checksums import ChecksumRange
 from megatron_llmjp.convert.formats import mcore_names
 from megatron_llmjp.convert.formats.base import ConversionOptions, SourceCheckpoint
 from megatron_llmjp.convert.formats.hugging_face import generation
 from megatron_llmjp.convert.formats.hugging_face.config import write_json
-from megatron_llmjp.convert.model_tokenizer import open_tokenizer, run_kind, tokenizer_files
+from megatron_llmjp.convert.model_tokenizer import (
+    open_tokenizer,
+    run_tokenizer_type,
+    tokenizer_files,
+)
 from megatron_llmjp.convert.optimizer_state import OptimizerState
-from megatron_llmjp.convert.plan import Checksums, Output
+from megatron_llmjp.convert.plan import Checksums, OutputPlan
 from megatron_llmjp.convert.tensors import WORD_EMBEDDINGS
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.filesystem import write_atomically
@@ -48,7 +52,9 @@ def read_checkpoint(path: Path) -> SourceCheckpoint:
         raise UserError("\n".join(problems))
     config = load_config(folder / manifests.CONFIG)
     files = {
-        folder / name: Region(folder / name, 0, entry.bytes, int(entry.crc32, 16), "its manifest")
+        folder / name: ChecksumRange(
+            folder / name, 0, entry.bytes, int(entry.crc32, 16), "its manifest"
+        )
         for name, entry in manifest.files.items()
         if name.endswith(manifests.TENSOR_SUFFIX)
     }
@@ -88,10 +94,10 @@ def read_checkpoint(path: Path) -> SourceCheckpoint:
 
 
 def _optimizer(
-    model: ModelConfig, stored: dict[str, torch_dist.StoredEntry], folder: Path
+    model: ModelConfig, stored: dict[str, torch_dist.TensorEntry], folder: Path
 ) -> OptimizerState:
-    common = torch_dist.read_common(folder)
-    return optimizer_state.from_torch_dist(model, stored, common, folder)
+    common = torch_dist.read_common_state(folder)
+    return optimizer_state.read_torch_dist_state(model, stored, common, folder)
 
 
 def model_with_sizes(config: Config) -> ModelConfig:
@@ -107,7 +113,7 @@ def model_with_sizes(config: Config) -> ModelConfig:
     )
 
 
-def plan_output(source: SourceCheckpoint, options: ConversionOptions) -> Output:
+def plan_output(source: SourceCheckpoint, options: ConversionOptions) -> OutputPlan:
     """Lay out ``OUT/iter_*``, which ``--load OUT --finetune`` reads in any layout.
 
     With the optimizer's state it is a checkpoint to go on from: ``--load OUT``.
@@ -122,13 +128,13 @@ def plan_output(source: SourceCheckpoint, options: ConversionOptions) -> Output:
     text, changes = generation.resolve_generation(source.generation, ids, tokenizer.decides, rows)
     iteration = source.iteration or 0
     folder = manifests.folder_name(iteration)
-    writer = torch_dist.Writer(min(options.max_shard_size, _FILE_SIZE), folder)
+    writer = torch_dist.TorchDistWriter(min(options.max_shard_size, _FILE_SIZE), folder)
     writes = mcore_names.add_model_tensors(writer, source, options, rows)
     common: dict[str, Any] = {"iteration": iteration}
     if options.with_optimizer:
-        state = optimizer_state.of_source(source)
-        writes |= optimizer_state.add_state(writer, source, state, options, rows)
-        common |= optimizer_state.common(state)
+        state = optimizer_state.read_optimizer_state(source)
+        writes |= optimizer_state.add_optimizer_state(writer, source, state, options, rows)
+        common |= optimizer_state.optimizer_common_state(state)
 
     def finish(out: Path, sums: Checksums) -> None:
         inner = out / folder
@@ -155,14 +161,14 @@ def plan_output(source: SourceCheckpoint, options: ConversionOptions) -> Output:
         write_atomically(out / manifests.TRACKER, str(iteration))
 
     warnings = [*tokenizer.warnings, *changes]
-    return Output(writer.files, writes, finish, list(tokenizer.notes), warnings)
+    return OutputPlan(writer.files, writes, finish, list(tokenizer.notes), warnings)
 
 
 def _config(source: SourceCheckpoint, options: ConversionOptions) -> Config:
     """The configuration that is stored beside converted weights."""
     tensor = options.tensor_parallel
     model = source.model
-    vocabulary = model.vocab_size or source.rows
+    vocabulary = model.vocab_size or source.padded_vocab_size
     if model.padded_vocab_size is not None and model.padded_vocab_size < vocabulary:
         raise UserError(f"vocabulary {vocabulary} exceeds its {model.padded_vocab_size} rows")
     unpadded = model.model_copy(update={"vocab_size": vocabulary, "padded_vocab_size": None})
@@ -173,11 +179,11 @@ def _config(source: SourceCheckpoint, options: ConversionOptions) -> Config:
     positions = model.max_position_embeddings
     types = {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
     told = source.settings
-    kind = options.tokenizer_type or run_kind(source)
+    kind = options.tokenizer_type or run_tokenizer_type(source)
     data = {**told.get("data", {}), "tokenizer_type": kind}
     if kind == "TikTokenizer":
         data |= {f"tiktoken_{name}": value for name, value in asdict(source.tiktoken).items()}
-    adam = optimizer_state.of_source(source).settings if options.with_optimizer else {}
+    adam = optimizer_state.read_optimizer_state(source).settings if options.with_optimizer else {}
     return Config.model_validate(
         {
             "model": model.model_dump(),

@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_llmjp.config.schema import ModelConfig
-from megatron_llmjp.convert.files.storage import Stored, dtype_name
-from megatron_llmjp.convert.plan import Read, Slot, Write
+from megatron_llmjp.convert.files.storage import StoredTensor, dtype_name
+from megatron_llmjp.convert.plan import Slot, TensorRead, TensorWrite
 from megatron_llmjp.convert.tensors import (
     VOCABULARY,
     WORD_EMBEDDINGS,
     Layout,
+    parallel_split,
     part_shapes,
-    shapes,
-    split_of,
-    tensor_parallel,
+    rank_layout,
+    tensor_shapes,
 )
 from megatron_llmjp.errors import UserError
 
@@ -41,9 +41,9 @@ def canonical_name_in_layer(old: str) -> str:
 class RankTensors:
     """The tensors of all ranks by canonical name and tensor-parallel rank."""
 
-    parts: dict[str, dict[int, Stored]] = field(default_factory=dict)
+    parts: dict[str, dict[int, StoredTensor]] = field(default_factory=dict)
 
-    def add(self, name: str, rank: int, stored: Stored) -> None:
+    def add(self, name: str, rank: int, stored: StoredTensor) -> None:
         """Add what one rank holds; a second copy for the same rank is an error.
 
         Raises:
@@ -54,7 +54,7 @@ class RankTensors:
             raise UserError(f"{stored.source}: {name} is there twice")
         ranks[rank] = stored
 
-    def reads(self, path: Path, model: ModelConfig, size: int) -> dict[str, Read]:
+    def reads(self, path: Path, model: ModelConfig, size: int) -> dict[str, TensorRead]:
         """How to read every gathered tensor from ``size`` tensor-parallel ranks.
 
         Raises:
@@ -64,7 +64,7 @@ class RankTensors:
             raise UserError(f"{path}: holds no word embeddings")
         first = self.parts[WORD_EMBEDDINGS]
         rows = sum(stored.shape[0] for stored in first.values())
-        shape_of = shapes(model, rows)
+        shape_of = tensor_shapes(model, rows)
         found = {}
         for name, ranks in self.parts.items():
             if sorted(ranks) != list(range(size)):
@@ -78,25 +78,25 @@ class RankTensors:
     def _read(
         self,
         name: str,
-        ranks: list[Stored],
+        ranks: list[StoredTensor],
         model: ModelConfig,
         shape_of: dict[str, tuple[int, ...]],
-    ) -> Read:
+    ) -> TensorRead:
         if name not in shape_of:  # reported as unexpected later
-            return Read(tuple(ranks[0].shape), ranks[0].dtype, ranks[:1])
+            return TensorRead(tuple(ranks[0].shape), ranks[0].dtype, ranks[:1])
         kinds = {dtype_name(stored.dtype) for stored in ranks}
         if len(kinds) > 1:
             raise UserError(f"{ranks[0].source}: {name} has types {', '.join(sorted(kinds))}")
         shape, dtype = shape_of[name], ranks[0].dtype
-        if split_of(name, model) == "replicated":
-            return Read(shape, dtype, ranks[:1], replicas=tuple(ranks[1:]))
-        return Read(shape, dtype, ranks, tensor_parallel_layout(name, model, len(ranks)))
+        if parallel_split(name, model) == "replicated":
+            return TensorRead(shape, dtype, ranks[:1], replicas=tuple(ranks[1:]))
+        return TensorRead(shape, dtype, ranks, tensor_parallel_layout(name, model, len(ranks)))
 
 
 def tensor_parallel_layout(name: str, model: ModelConfig, size: int) -> Layout:
     """The layout over ranks, after checking that the model divides."""
     check_parallel_sizes(model, size)
-    return tensor_parallel(name, model, size)
+    return rank_layout(name, model, size)
 
 
 def check_parallel_sizes(model: ModelConfig, tensor: int, pipeline: int = 1) -> None:
@@ -125,14 +125,14 @@ def rank_shape(name: str, model: ModelConfig, shape: tuple[int, ...], size: int)
 
 def rank_write(
     name: str, model: ModelConfig, size: int, slots: Mapping[int, list[Slot]], rows: int
-) -> Write:
+) -> TensorWrite:
     """The way of a canonical tensor to the slots of each tensor-parallel rank."""
     layout = tensor_parallel_layout(name, model, size)
-    if split_of(name, model) == "replicated" or size == 1:
+    if parallel_split(name, model) == "replicated" or size == 1:
         places = [[slot for rank in range(size) for slot in slots[rank]]]
     else:
         places = [slots[rank] for rank in range(size)]
-    return Write(layout, places, rows if name in VOCABULARY else None)
+    return TensorWrite(layout, places, rows if name in VOCABULARY else None)
 
 
 def target_padded_vocab_size(

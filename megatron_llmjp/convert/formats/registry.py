@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     import torch
 
     from megatron_llmjp.convert.formats.base import ConversionOptions, SourceCheckpoint
-    from megatron_llmjp.convert.plan import Output
+    from megatron_llmjp.convert.plan import OutputPlan
 
     Reader = Callable[[Path, ConversionOptions], SourceCheckpoint]
-    Planner = Callable[[SourceCheckpoint, ConversionOptions], Output]
+    Planner = Callable[[SourceCheckpoint, ConversionOptions], OutputPlan]
     Logits = Callable[
         [SourceCheckpoint, torch.Tensor, torch.dtype | None, frozenset[str]], torch.Tensor
     ]
@@ -101,7 +101,7 @@ def _read_native(path: Path, _: ConversionOptions) -> SourceCheckpoint:
     return native.read_checkpoint(path)
 
 
-def _plan_native(source: SourceCheckpoint, options: ConversionOptions) -> Output:
+def _plan_native(source: SourceCheckpoint, options: ConversionOptions) -> OutputPlan:
     from megatron_llmjp.convert.formats import native
 
     return native.plan_output(source, options)
@@ -126,7 +126,7 @@ def _read_hugging_face(path: Path, _: ConversionOptions) -> SourceCheckpoint:
     return folder.read_checkpoint(path)
 
 
-def _plan_hugging_face(source: SourceCheckpoint, options: ConversionOptions) -> Output:
+def _plan_hugging_face(source: SourceCheckpoint, options: ConversionOptions) -> OutputPlan:
     from megatron_llmjp.convert.formats.hugging_face import folder
 
     return folder.plan_output(source, options)
@@ -154,7 +154,7 @@ def _read_megatron_lm(path: Path, options: ConversionOptions) -> SourceCheckpoin
     return reader.read_checkpoint(path, options.ignored_args)
 
 
-def _plan_megatron_lm(source: SourceCheckpoint, options: ConversionOptions) -> Output:
+def _plan_megatron_lm(source: SourceCheckpoint, options: ConversionOptions) -> OutputPlan:
     from megatron_llmjp.convert.formats.megatron_lm import writer
 
     return writer.plan_output(source, options)
@@ -166,7 +166,7 @@ def _read_megatron_deepspeed(path: Path, options: ConversionOptions) -> SourceCh
     return reader.read_checkpoint(path, options.main_weights, options.ignored_args)
 
 
-def _plan_megatron_deepspeed(source: SourceCheckpoint, options: ConversionOptions) -> Output:
+def _plan_megatron_deepspeed(source: SourceCheckpoint, options: ConversionOptions) -> OutputPlan:
     from megatron_llmjp.convert.formats.megatron_deepspeed import writer
 
     return writer.plan_output(source, options)
@@ -180,7 +180,7 @@ def _reference_logits(
 ) -> torch.Tensor:
     from megatron_llmjp.convert import reference
 
-    return reference.logits(source, tokens, dtype, ignored)
+    return reference.reference_logits(source, tokens, dtype, ignored)
 
 
 _REFERENCE = Verification(

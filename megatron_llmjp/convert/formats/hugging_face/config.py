@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from megatron_llmjp.config.schema import ModelConfig
-from megatron_llmjp.convert.tensors import LAYER, Layout, shapes
+from megatron_llmjp.convert.tensors import LAYER, Layout, tensor_shapes
 from megatron_llmjp.errors import UserError
 
 
@@ -356,7 +356,7 @@ class HuggingFaceArchitecture:
 
     def expanded(self, model: ModelConfig) -> list[TensorRule]:
         """The rules of every layer, in canonical order, without those the model lacks."""
-        names = shapes(model, 1)
+        names = tensor_shapes(model, 1)
         mark = LAYER.format(i="{i}")
         table = {rule.name: rule for rule in self.rules(model)}
         found = []

@@ -14,9 +14,9 @@ import torch
 
 from megatron_llmjp.checkpoint.save_folder import HUGGING_FACE
 from megatron_llmjp.config.schema import ModelConfig
-from megatron_llmjp.convert.files.safetensors import plan_file, read_header
-from megatron_llmjp.convert.files.storage import Stored, byte_count, dtype_name
-from megatron_llmjp.convert.files.torch_archive import load
+from megatron_llmjp.convert.files.safetensors import plan_safetensors, read_header
+from megatron_llmjp.convert.files.storage import StoredTensor, byte_count, dtype_name
+from megatron_llmjp.convert.files.torch_archive import load_archive
 from megatron_llmjp.convert.formats.base import (
     ConversionOptions,
     SourceCheckpoint,
@@ -30,8 +30,8 @@ from megatron_llmjp.convert.formats.hugging_face.config import (
 )
 from megatron_llmjp.convert.formats.hugging_face.tokenizer import export_tokenizer
 from megatron_llmjp.convert.model_tokenizer import open_tokenizer
-from megatron_llmjp.convert.plan import Checksums, Output, OutputFile, Read, Write
-from megatron_llmjp.convert.tensors import VOCABULARY, Shape, part_shapes, shapes
+from megatron_llmjp.convert.plan import Checksums, OutputFile, OutputPlan, TensorRead, TensorWrite
+from megatron_llmjp.convert.tensors import VOCABULARY, Shape, part_shapes, tensor_shapes
 from megatron_llmjp.errors import UserError
 
 CONFIG = "config.json"
@@ -84,11 +84,11 @@ def read_checkpoint(path: Path) -> SourceCheckpoint:
     rules = style.expanded(model)
     replicas = _tied_copies(style, model, tensors)
     check_tensor_names(path, [key for rule in rules for key in rule.keys], tensors)
-    shape_of = shapes(model, model.vocab_size or 0)
+    shape_of = tensor_shapes(model, model.vocab_size or 0)
     reads = {}
     for rule in rules:
         parts = [tensors[key] for key in rule.keys]
-        reads[rule.name] = Read(
+        reads[rule.name] = TensorRead(
             shape_of[rule.name], parts[0].dtype, parts, rule.layout, replicas.get(rule.name, ())
         )
     files = len({stored.source for stored in tensors.values()})
@@ -118,8 +118,8 @@ def _refuse_quantized(config: dict[str, Any], where: Path) -> None:
 
 
 def _tied_copies(
-    style: HuggingFaceArchitecture, model: ModelConfig, tensors: dict[str, Stored]
-) -> dict[str, tuple[Stored, ...]]:
+    style: HuggingFaceArchitecture, model: ModelConfig, tensors: dict[str, StoredTensor]
+) -> dict[str, tuple[StoredTensor, ...]]:
     """Take the head out of a tied model's tensors, to be compared with the embedding."""
     if model.untie_embeddings_and_output_weights:
         return {}
@@ -130,18 +130,18 @@ def _tied_copies(
     return {} if copy is None else {"embedding.word_embeddings.weight": (copy,)}
 
 
-def _tensors(path: Path) -> dict[str, Stored]:
+def _tensors(path: Path) -> dict[str, StoredTensor]:
     """All tensors of a folder by key, from the files that transformers would take."""
     kinds: list[tuple[str, str, Callable[[Path], Any]]] = [
         ("model.safetensors", INDEX, read_header),
-        ("pytorch_model.bin", "pytorch_model.bin.index.json", load),
+        ("pytorch_model.bin", "pytorch_model.bin.index.json", load_archive),
     ]
     for single, index, opened in kinds:
         if (path / single).is_file():
             return dict(opened(path / single))
         if (path / index).is_file():
             weight_map = read_json(path / index)["weight_map"]
-            shards: dict[str, dict[str, Stored]] = {
+            shards: dict[str, dict[str, StoredTensor]] = {
                 name: opened(_inside(path, name)) for name in sorted(set(weight_map.values()))
             }
             found = {key: t for shard in shards.values() for key, t in shard.items()}
@@ -156,19 +156,19 @@ def _inside(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def plan_output(source: SourceCheckpoint, options: ConversionOptions) -> Output:
+def plan_output(source: SourceCheckpoint, options: ConversionOptions) -> OutputPlan:
     """Lay out a Hugging Face folder.
 
     Raises:
         UserError: no architecture of Hugging Face holds the model.
     """
     style = architecture_for(source.model)
-    rows = source.rows
+    rows = source.padded_vocab_size
     if source.model.vocab_size is not None and not options.keep_vocabulary_padding:
         rows = source.model.vocab_size
     placed: dict[str, tuple[Shape, torch.dtype]] = {}
     rules = style.expanded(source.model)
-    target_shapes = shapes(source.model, rows)
+    target_shapes = tensor_shapes(source.model, rows)
     for rule in rules:
         dtype = options.dtype_of(source.reads[rule.name])
         kinds = part_shapes(rule.layout, target_shapes[rule.name])
@@ -176,7 +176,7 @@ def plan_output(source: SourceCheckpoint, options: ConversionOptions) -> Output:
     files = _shards(placed, options.max_shard_size)
     slots = {key: slot for file in files for key, slot in file.slots.items()}
     writes = {
-        rule.name: Write(
+        rule.name: TensorWrite(
             rule.layout,
             [[slots[key]] for key in rule.keys],
             rows if rule.name in VOCABULARY else None,
@@ -203,7 +203,7 @@ def plan_output(source: SourceCheckpoint, options: ConversionOptions) -> Output:
 
     notes = [*tokenizer.notes, *exported.notes]
     warnings = [*tokenizer.warnings, *exported.warnings, *changes]
-    return Output(files, writes, finish, notes, warnings)
+    return OutputPlan(files, writes, finish, notes, warnings)
 
 
 def _shards(placed: dict[str, tuple[Shape, torch.dtype]], limit: int) -> list[OutputFile]:
@@ -218,9 +218,9 @@ def _shards(placed: dict[str, tuple[Shape, torch.dtype]], limit: int) -> list[Ou
         groups[-1][key] = (shape, dtype)
         size += nbytes
     if len(groups) == 1:
-        return [plan_file("model.safetensors", groups[0])]
+        return [plan_safetensors("model.safetensors", groups[0])]
     return [
-        plan_file(f"model-{n:05d}-of-{len(groups):05d}.safetensors", group)
+        plan_safetensors(f"model-{n:05d}-of-{len(groups):05d}.safetensors", group)
         for n, group in enumerate(groups, 1)
     ]
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 from megatron_llmjp.config.schema import ModelConfig
-from megatron_llmjp.convert.files.storage import Stored
+from megatron_llmjp.convert.files.storage import StoredTensor
 from megatron_llmjp.convert.formats.rank_files import RankTensors, canonical_name_in_layer
-from megatron_llmjp.convert.plan import Read
-from megatron_llmjp.convert.tensors import FINAL_NORM, LAYER, OUTPUT_LAYER, Part, shapes
+from megatron_llmjp.convert.plan import TensorRead
+from megatron_llmjp.convert.tensors import FINAL_NORM, LAYER, OUTPUT_LAYER, Part, tensor_shapes
 from megatron_llmjp.errors import UserError
 
 _MODULES = {
@@ -27,7 +27,7 @@ _MODULES = {
 }
 
 
-def canonical_name(key: str, stored: Stored, layer: int) -> tuple[str, str]:
+def canonical_name(key: str, stored: StoredTensor, layer: int) -> tuple[str, str]:
     """Canonical name of a key of a layer file, and the layer's prefix if it is of a layer."""
     if key in ("word_embeddings.weight", "position_embeddings.weight"):
         return f"embedding.{key}", ""
@@ -41,7 +41,7 @@ def canonical_name(key: str, stored: Stored, layer: int) -> tuple[str, str]:
     return prefix + canonical_name_in_layer(key), prefix
 
 
-def canonical_parameter_name(name: str, stored: Stored, numbers: list[int]) -> str:
+def canonical_parameter_name(name: str, stored: StoredTensor, numbers: list[int]) -> str:
     """The canonical name of one of DeepSpeed's parameter names.
 
     Args:
@@ -65,10 +65,10 @@ def canonical_parameter_name(name: str, stored: Stored, numbers: list[int]) -> s
 
 def join_separate_keys(
     folder: Path, gathered: RankTensors, model: ModelConfig, tensor: int
-) -> dict[str, Read]:
+) -> dict[str, TensorRead]:
     """Grouped-query attention before November 2023 kept ``query`` and ``key_value`` apart."""
     reads = {}
-    shape_of = shapes(model, 1)
+    shape_of = tensor_shapes(model, 1)
     for i in range(model.num_layers):
         for kind in ("weight", "bias"):
             prefix = f"{LAYER.format(i=i)}self_attention."
@@ -83,7 +83,7 @@ def join_separate_keys(
                 query_and_key_value, groups=model.query_groups, head_dim=model.head_dim, size=tensor
             )
             parts = [ranks[t] for t in range(tensor) for ranks in (query, pair)]
-            reads[name] = Read(shape_of[name], query[0].dtype, parts, layout)
+            reads[name] = TensorRead(shape_of[name], query[0].dtype, parts, layout)
     return reads
 
 

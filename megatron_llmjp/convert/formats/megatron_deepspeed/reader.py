@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_llmjp.checkpoint.save_folder import MEGATRON_DEEPSPEED
 from megatron_llmjp.config.schema import ModelConfig
-from megatron_llmjp.convert.files.torch_archive import load
+from megatron_llmjp.convert.files.torch_archive import load_archive
 from megatron_llmjp.convert.formats.base import SourceCheckpoint
 from megatron_llmjp.convert.formats.megatron_deepspeed import zero as zero_files
 from megatron_llmjp.convert.formats.megatron_deepspeed.names import (
@@ -30,7 +30,7 @@ from megatron_llmjp.convert.formats.megatron_lm.arguments import (
     tokenizer_type_of,
 )
 from megatron_llmjp.convert.formats.rank_files import RankTensors, canonical_name_in_layer
-from megatron_llmjp.convert.optimizer_state import MAIN
+from megatron_llmjp.convert.optimizer_state import MAIN_WEIGHTS
 from megatron_llmjp.convert.tensors import (
     LAYER,
     OUTPUT_LAYER,
@@ -59,7 +59,7 @@ def read_checkpoint(
     """
     folder = newest_step_folder(path)
     first, ranks = _rank_files(folder)
-    content = load(first)
+    content = load_archive(first)
     if "args" not in content:
         raise UserError(f"{first}: holds no args: not of Megatron-DeepSpeed")
     args = content["args"]
@@ -84,7 +84,7 @@ def read_checkpoint(
         raise UserError(f"{folder}: position embeddings split by sequence parallelism")
     zero = partial(zero_files.open_zero_folder, folder, model, ranks, tensor)
     if main_weights:
-        reads = zero().tensors(MAIN)
+        reads = zero().tensors(MAIN_WEIGHTS)
         layout += ", fp32 weights of the optimizer"
     else:
         reads = join_separate_keys(folder, gathered, model, tensor)
@@ -160,7 +160,7 @@ def _gather_layers(folder: Path, model: ModelConfig, gathered: RankTensors) -> i
     for _, ranks in sorted(files.items()):
         prefix = ""
         for rank, path in sorted(ranks.items()):
-            for key, stored in load(path).items():
+            for key, stored in load_archive(path).items():
                 name, prefix = canonical_name(key, stored, layer)
                 if (
                     name == WORD_EMBEDDINGS
@@ -179,7 +179,7 @@ def _gather_layers(folder: Path, model: ModelConfig, gathered: RankTensors) -> i
 def _gather_modules(ranks: dict[int, Path], gathered: RankTensors) -> None:
     """Take up the modules of a checkpoint without pipeline."""
     for rank, path in ranks.items():
-        language = load(path)["module"].get("language_model", {})
+        language = load_archive(path)["module"].get("language_model", {})
         embedding, encoder = language.get("embedding", {}), language.get("encoder", {})
         for name in ("word_embeddings", "position_embeddings"):
             if name in embedding:

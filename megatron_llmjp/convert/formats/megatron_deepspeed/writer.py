@@ -14,7 +14,7 @@ import torch
 
 from megatron_llmjp.config.schema import ModelConfig
 from megatron_llmjp.convert import optimizer_state
-from megatron_llmjp.convert.files.torch_archive_writer import Placeholder, plan_archive
+from megatron_llmjp.convert.files.torch_archive_writer import TensorPlaceholder, plan_archive
 from megatron_llmjp.convert.formats.base import ConversionOptions, SourceCheckpoint
 from megatron_llmjp.convert.formats.megatron_deepspeed import zero_writer
 from megatron_llmjp.convert.formats.megatron_deepspeed.reader import LATEST
@@ -26,20 +26,20 @@ from megatron_llmjp.convert.formats.rank_files import (
     rank_write,
     target_padded_vocab_size,
 )
-from megatron_llmjp.convert.plan import Checksums, Output, Slot
+from megatron_llmjp.convert.plan import Checksums, OutputPlan, Slot
 from megatron_llmjp.convert.tensors import (
     FINAL_NORM,
     LAYER,
     OUTPUT_LAYER,
     POSITION_EMBEDDINGS,
     WORD_EMBEDDINGS,
-    norm_kinds,
-    shapes,
+    norm_parameters,
+    tensor_shapes,
 )
 from megatron_llmjp.errors import UserError
 
 
-def plan_output(source: SourceCheckpoint, options: ConversionOptions) -> Output:
+def plan_output(source: SourceCheckpoint, options: ConversionOptions) -> OutputPlan:
     """Lay out a checkpoint that Megatron-DeepSpeed loads with ``--finetune``.
 
     Raises:
@@ -52,21 +52,21 @@ def plan_output(source: SourceCheckpoint, options: ConversionOptions) -> Output:
     return _plan_layers(source, options)
 
 
-def _plan_modules(source: SourceCheckpoint, options: ConversionOptions) -> Output:
+def _plan_modules(source: SourceCheckpoint, options: ConversionOptions) -> OutputPlan:
     """One file per tensor-parallel rank with everything in it, as ``--no-pipeline-parallel``."""
     if options.pipeline_parallel > 1 or options.with_optimizer:
         raise UserError("--no-pipeline excludes pipeline stages and --with-optimizer")
     model, tensor = source.model, options.tensor_parallel
-    rows = target_padded_vocab_size(model, source.rows, tensor)
+    rows = target_padded_vocab_size(model, source.padded_vocab_size, tensor)
     tag = _tag(source)
     files = []
     slots: dict[str, dict[int, list[Slot]]] = {name: {} for name in source.reads}
     for t in range(tensor):
         held = {
-            name: Placeholder(
+            name: TensorPlaceholder(
                 name, rank_shape(name, model, shape, tensor), options.dtype_of(source.reads[name])
             )
-            for name, shape in shapes(model, rows).items()
+            for name, shape in tensor_shapes(model, rows).items()
         }
         content = _rank_content(source, options, rows) | {"module": _module(model, held)}
         file = plan_archive(f"{tag}/mp_rank_{t:02d}_model_states.pt", content)
@@ -74,15 +74,15 @@ def _plan_modules(source: SourceCheckpoint, options: ConversionOptions) -> Outpu
         for name in held:
             slots[name][t] = [file.slots[name]]
     writes = {name: rank_write(name, model, tensor, slots[name], rows) for name in source.reads}
-    return Output(files, writes, lambda folder, _: _write_trackers(folder, source))
+    return OutputPlan(files, writes, lambda folder, _: _write_trackers(folder, source))
 
 
-def _module(model: ModelConfig, held: dict[str, Placeholder]) -> dict[str, Any]:
+def _module(model: ModelConfig, held: dict[str, TensorPlaceholder]) -> dict[str, Any]:
     """The nested state of Megatron-DeepSpeed's GPTModel."""
     embedding = {"word_embeddings": {"weight": held[WORD_EMBEDDINGS]}}
     if POSITION_EMBEDDINGS in held:
         embedding["position_embeddings"] = {"weight": held[POSITION_EMBEDDINGS]}
-    encoder: OrderedDict[str, Placeholder] = OrderedDict()
+    encoder: OrderedDict[str, TensorPlaceholder] = OrderedDict()
     last = model.num_layers + 2
     for number, names in _layer_files(model).items():
         module = "final_layernorm" if number == last else f"layers.{number - 2}"
@@ -104,13 +104,13 @@ def _write_trackers(folder: Path, source: SourceCheckpoint) -> None:
     (folder / "latest_checkpointed_iteration.txt").write_text(iteration, encoding="utf-8")
 
 
-def _plan_layers(source: SourceCheckpoint, options: ConversionOptions) -> Output:
+def _plan_layers(source: SourceCheckpoint, options: ConversionOptions) -> OutputPlan:
     """One file per layer and tensor-parallel rank."""
     model, tensor = source.model, options.tensor_parallel
-    rows = target_padded_vocab_size(model, source.rows, tensor)
+    rows = target_padded_vocab_size(model, source.padded_vocab_size, tensor)
     tag = _tag(source)
     groups = _layer_files(model)
-    shape_of = shapes(model, rows)
+    shape_of = tensor_shapes(model, rows)
     files, optimizers = [], []
     slots: dict[str, dict[int, list[Slot]]] = {}
     for number, names in groups.items():
@@ -118,7 +118,7 @@ def _plan_layers(source: SourceCheckpoint, options: ConversionOptions) -> Output
             tree = {}
             for name, key in names.items():
                 shape = rank_shape(name, model, shape_of[name], tensor)
-                tree[key] = Placeholder(key, shape, options.dtype_of(source.reads[name]))
+                tree[key] = TensorPlaceholder(key, shape, options.dtype_of(source.reads[name]))
             path = f"{tag}/layer_{number:02d}-model_{t:02d}-model_states.pt"
             file = plan_archive(path, tree)
             files.append(file)
@@ -132,7 +132,7 @@ def _plan_layers(source: SourceCheckpoint, options: ConversionOptions) -> Output
             content["param_shapes"] = optimizer.param_shapes
             content["lr_scheduler"] = optimizer.scheduler
             optimizers.append(optimizer.file)
-            for kind, prefix in optimizer_state.prefixes(source, options).items():
+            for kind, prefix in optimizer_state.state_prefixes(source, options).items():
                 for name, slot in optimizer.slots[kind].items():
                     ranks = slots.setdefault(prefix + name, {})
                     ranks.setdefault(rank % tensor, []).append(slot)
@@ -144,10 +144,10 @@ def _plan_layers(source: SourceCheckpoint, options: ConversionOptions) -> Output
         _write_trackers(folder, source)
 
     writes = {
-        name: rank_write(optimizer_state.parameter(name), model, tensor, own, rows)
+        name: rank_write(optimizer_state.weight_name(name), model, tensor, own, rows)
         for name, own in slots.items()
     }
-    return Output(files + optimizers, writes, finish)
+    return OutputPlan(files + optimizers, writes, finish)
 
 
 def _optimizer_file(
@@ -160,12 +160,12 @@ def _optimizer_file(
     """Lay out the optimizer of one rank, whose layer files are ``stage``."""
     model, tensor = source.model, options.tensor_parallel
     names = zero_writer.parameter_names(stage, model)
-    shape_of = shapes(model, rows)
+    shape_of = tensor_shapes(model, rows)
     held = {name: rank_shape(name, model, shape_of[name], tensor) for name in names}
     dtype = options.dtype or source.dtype
     prefix = "bf16_" if dtype == torch.bfloat16 else ""
     path = f"{_tag(source)}/{prefix}zero_pp_rank_0_mp_rank_{rank:02d}_optim_states.pt"
-    found = None if source.optimizer is None else optimizer_state.of_source(source)
+    found = None if source.optimizer is None else optimizer_state.read_optimizer_state(source)
     return zero_writer.plan_optimizer_file(path, names, held, dtype, found)
 
 
@@ -191,7 +191,7 @@ def _layer_files(model: ModelConfig) -> dict[int, dict[str, str]]:
         first[POSITION_EMBEDDINGS] = "position_embeddings.weight"
     files = {1: first}
     old = {new: name for name, new in OLD_NAMES.items()}
-    names = shapes(model, 1)
+    names = tensor_shapes(model, 1)
     for i in range(model.num_layers):
         prefix = LAYER.format(i=i)
         inner = [n.removeprefix(prefix) for n in names if n.startswith(prefix)]
@@ -199,7 +199,7 @@ def _layer_files(model: ModelConfig) -> dict[int, dict[str, str]]:
             prefix + n: f"{old[n.rpartition('.')[0]]}.{n.rpartition('.')[2]}" for n in inner
         }
     last = model.num_layers + 2
-    files[last] = {f"{FINAL_NORM}.{kind}": kind for kind in norm_kinds(model)}
+    files[last] = {f"{FINAL_NORM}.{kind}": kind for kind in norm_parameters(model)}
     if model.untie_embeddings_and_output_weights:
         files[last + 1] = {OUTPUT_LAYER: "lm_head.weight"}
     return files
@@ -224,7 +224,7 @@ def _universal_info(model: ModelConfig, rows: int) -> dict[str, Any]:
     tied = not model.untie_embeddings_and_output_weights
     learned = model.position_embedding_type == "learned_absolute"
     root = r"tied_modules.embed" if tied else r"\d+"
-    kinds = norm_kinds(model)
+    kinds = norm_parameters(model)
     replicated = [
         rf"\d+.{norm}.{kind}"
         for kind in kinds

@@ -22,21 +22,21 @@ from typing import Any
 import torch
 
 from megatron_llmjp.config.schema import ModelConfig
-from megatron_llmjp.convert.files.checksums import Region
-from megatron_llmjp.convert.files.storage import FileTensor, Stored, byte_count, read_elements
-from megatron_llmjp.convert.files.torch_archive import load
+from megatron_llmjp.convert.files.checksums import ChecksumRange
+from megatron_llmjp.convert.files.storage import FileTensor, StoredTensor, byte_count, read_elements
+from megatron_llmjp.convert.files.torch_archive import load_archive
 from megatron_llmjp.convert.formats.megatron_deepspeed.names import (
     canonical_parameter_name,
     join_separate_keys,
 )
 from megatron_llmjp.convert.formats.rank_files import RankTensors
 from megatron_llmjp.convert.optimizer_state import (
-    MAIN,
+    MAIN_WEIGHTS,
     MOMENTS,
     OptimizerState,
-    make_state,
+    make_optimizer_state,
 )
-from megatron_llmjp.convert.plan import Read
+from megatron_llmjp.convert.plan import TensorRead
 from megatron_llmjp.convert.tensors import Shape
 from megatron_llmjp.errors import UserError
 
@@ -61,9 +61,11 @@ class FlatSliceTensor:
     dtype: torch.dtype
 
     @property
-    def regions(self) -> tuple[Region, ...]:
+    def checksum_ranges(self) -> tuple[ChecksumRange, ...]:
         """The checksums that reading it takes part in."""
-        return tuple(region for span in self.spans for region in span.flat.regions)
+        return tuple(
+            checksum_range for span in self.spans for checksum_range in span.flat.checksum_ranges
+        )
 
     @property
     def source(self) -> str:
@@ -82,7 +84,7 @@ class FlatSliceTensor:
             offset = span.flat.offset + span.start * self.dtype.itemsize
             place = flat[done : done + span.count]
             read_elements(
-                span.flat.path, offset, self.dtype, (span.count,), place, span.flat.region
+                span.flat.path, offset, self.dtype, (span.count,), place, span.flat.checksum_range
             )
             done += span.count
         return tensor
@@ -123,7 +125,7 @@ class ZeroRank:
         left = getattr(scaler, "cur_hysteresis", 1)
         return {"scale": scaler.cur_scale, "growth_tracker": 0, "hysteresis_tracker": left}
 
-    def tensors(self, kind: str) -> Iterator[tuple[str, Stored]]:
+    def tensors(self, kind: str) -> Iterator[tuple[str, StoredTensor]]:
         """Every parameter's fp32 weight (``param``), or moment, by DeepSpeed's name.
 
         Raises:
@@ -174,7 +176,7 @@ def _shards(folder: Path, rank: int) -> list[tuple[Path, dict[str, Any]]]:
         )
     found = []
     for _, path in sorted(files.items()):
-        state = load(path).get("optimizer_state_dict") or {}
+        state = load_archive(path).get("optimizer_state_dict") or {}
         if "single_partition_of_fp32_groups" not in state:
             raise UserError(f"{path}: holds no fp32 weights (ZeRO stage 1 or 2 is needed)")
         partitions = state.get("partition_count", len(files))
@@ -187,7 +189,7 @@ def _shards(folder: Path, rank: int) -> list[tuple[Path, dict[str, Any]]]:
 
 def _flat(path: Path, state: dict[str, Any], kind: str, group: int) -> FileTensor:
     """A data-parallel rank's slice of one parameter group."""
-    if kind == MAIN:
+    if kind == MAIN_WEIGHTS:
         flat: FileTensor = state["single_partition_of_fp32_groups"][group]
         return flat
     found = _moments(path, state, group)
@@ -235,7 +237,7 @@ class ZeroFolder:
     """By model-parallel rank, stage by stage."""
     tensor_parallel: int
 
-    def tensors(self, kind: str) -> dict[str, Read]:
+    def tensors(self, kind: str) -> dict[str, TensorRead]:
         """How to read one kind, ``param`` or a moment, of every parameter; its type is fp32.
 
         Of tied embeddings the first stage's are taken: the last one's copy of the position
@@ -267,12 +269,12 @@ class ZeroFolder:
             UserError: there are no moments, or no schedule.
         """
         first = self.ranks[0]
-        tensors = {kind: self.tensors(kind) for kind in (*MOMENTS, MAIN)}
+        tensors = {kind: self.tensors(kind) for kind in (*MOMENTS, MAIN_WEIGHTS)}
         told = {
             "opt_param_scheduler": content.get("lr_scheduler"),
             "optimizer": {"grad_scaler": first.grad_scaler},
         }
-        return make_state(tensors, first.step, first.groups, told, self.folder)
+        return make_optimizer_state(tensors, first.step, first.groups, told, self.folder)
 
 
 def open_zero_folder(
@@ -284,7 +286,7 @@ def open_zero_folder(
         UserError: one is missing or damaged, or the run was trained without ZeRO.
     """
     opened = {
-        rank: open_zero_rank(folder, rank, load(path).get("param_shapes"))
+        rank: open_zero_rank(folder, rank, load_archive(path).get("param_shapes"))
         for rank, path in sorted(ranks.items())
     }
     return ZeroFolder(folder, model, opened, tensor_parallel)

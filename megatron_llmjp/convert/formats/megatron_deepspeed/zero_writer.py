@@ -18,8 +18,8 @@ import torch
 
 from megatron_llmjp.config.schema import ModelConfig
 from megatron_llmjp.convert.files.storage import BLOCK, byte_count, write_at
-from megatron_llmjp.convert.files.torch_archive_writer import Placeholder, plan_archive
-from megatron_llmjp.convert.optimizer_state import MAIN, MOMENTS, OptimizerState
+from megatron_llmjp.convert.files.torch_archive_writer import TensorPlaceholder, plan_archive
+from megatron_llmjp.convert.optimizer_state import MAIN_WEIGHTS, MOMENTS, OptimizerState
 from megatron_llmjp.convert.plan import OutputFile, Slot
 from megatron_llmjp.convert.tensors import Shape
 
@@ -80,10 +80,10 @@ def plan_optimizer_file(
             starts[name] = (g, position)
             position += count
         length = (position + -position % _ALIGNMENT,)
-        flats.append(Placeholder(f"{MAIN} {g}", length, torch.float32))
+        flats.append(TensorPlaceholder(f"{MAIN_WEIGHTS} {g}", length, torch.float32))
         state[g] = {
             "step": found.step if found else 0,
-            **{kind: Placeholder(f"{kind} {g}", length, torch.float32) for kind in MOMENTS},
+            **{kind: TensorPlaceholder(f"{kind} {g}", length, torch.float32) for kind in MOMENTS},
         }
         mappings.append(mapping)
         param_shapes.append(OrderedDict((names[n], torch.Size(shapes[n])) for n in group))
@@ -93,7 +93,7 @@ def plan_optimizer_file(
     ]
     content = _content(flats, state, mappings, paddings, dtype, found)
     file = plan_archive(path, content)
-    slots: dict[str, dict[str, Slot]] = {kind: {} for kind in (MAIN, *MOMENTS)}
+    slots: dict[str, dict[str, Slot]] = {kind: {} for kind in (MAIN_WEIGHTS, *MOMENTS)}
     for kind, own in slots.items():
         for name, (g, start) in starts.items():
             offset = file.slots[f"{kind} {g}"].offset + 4 * start
@@ -111,7 +111,7 @@ def _groups(names: dict[str, str], shapes: dict[str, Shape]) -> list[list[str]]:
 
 
 def _content(
-    flats: list[Placeholder],
+    flats: list[TensorPlaceholder],
     state: dict[int, Any],
     mappings: list[Any],
     paddings: list[int],

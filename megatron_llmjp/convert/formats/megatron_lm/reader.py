@@ -21,8 +21,8 @@ from megatron_llmjp.checkpoint.save_folder import MEGATRON_LM
 from megatron_llmjp.config.schema import ModelConfig
 from megatron_llmjp.convert import optimizer_state
 from megatron_llmjp.convert.files import torch_dist
-from megatron_llmjp.convert.files.storage import Stored
-from megatron_llmjp.convert.files.torch_archive import load
+from megatron_llmjp.convert.files.storage import StoredTensor
+from megatron_llmjp.convert.files.torch_archive import load_archive
 from megatron_llmjp.convert.formats import mcore_names
 from megatron_llmjp.convert.formats.base import SourceCheckpoint
 from megatron_llmjp.convert.formats.megatron_lm.arguments import (
@@ -34,7 +34,7 @@ from megatron_llmjp.convert.formats.megatron_lm.arguments import (
 )
 from megatron_llmjp.convert.formats.rank_files import RankTensors, canonical_name_in_layer
 from megatron_llmjp.convert.model_tokenizer import tokenizer_files
-from megatron_llmjp.convert.optimizer_state import MAIN, MOMENTS, OptimizerState
+from megatron_llmjp.convert.optimizer_state import MAIN_WEIGHTS, MOMENTS, OptimizerState
 from megatron_llmjp.convert.tensors import FINAL_NORM, OUTPUT_LAYER, WORD_EMBEDDINGS
 from megatron_llmjp.errors import UserError
 
@@ -42,7 +42,7 @@ from megatron_llmjp.errors import UserError
 class RankOptimizerState(NamedTuple):
     """The optimizer state of one rank's file, by the model chunk and the key of the weight."""
 
-    chunks: dict[str, list[dict[str, Stored]]]
+    chunks: dict[str, list[dict[str, StoredTensor]]]
     """By kind: one dictionary per model chunk, with the keys of the weights."""
     step: Any
     groups: list[dict[str, Any]]
@@ -70,7 +70,7 @@ def rank_optimizer_state(
             "it with Megatron-LM and save it with --ckpt-format torch_dist"
         )
     weights = [(i, key) for i, chunk in enumerate(chunks) for key in chunk]
-    found: dict[str, list[dict[str, Stored]]] = {}
+    found: dict[str, list[dict[str, StoredTensor]]] = {}
     masters = optimizer.get("fp32_from_fp16_params")
     for number, group in enumerate(inner["param_groups"]):
         decays = bool(group.get("wd_mult", 1.0))
@@ -83,7 +83,7 @@ def rank_optimizer_state(
         states = [inner["state"][index] for index in group["params"]]
         parts = {kind: [state[kind] for state in states] for kind in MOMENTS}
         if masters is not None:
-            parts[MAIN] = list(masters[number])
+            parts[MAIN_WEIGHTS] = list(masters[number])
         for kind, tensors in parts.items():
             placed = found.setdefault(kind, [{} for _ in chunks])
             for (i, key), stored in zip(names, tensors, strict=True):
@@ -92,7 +92,7 @@ def rank_optimizer_state(
     return RankOptimizerState(found, step, inner["param_groups"])
 
 
-def _decays(key: str, stored: Stored) -> bool:
+def _decays(key: str, stored: StoredTensor) -> bool:
     """Whether weight decay touches a parameter: not a bias, not of one dimension."""
     return not key.endswith(".bias") and len(stored.shape) > 1
 
@@ -177,7 +177,7 @@ def _source(
 
 
 def _read_torch_dist(folder: Path, ignored: Collection[str]) -> SourceCheckpoint:
-    common = torch_dist.read_common(folder)
+    common = torch_dist.read_common_state(folder)
     stored = torch_dist.read_metadata(folder)
     entries = mcore_names.model_entries(stored)
     if "args" not in common:
@@ -186,7 +186,7 @@ def _read_torch_dist(folder: Path, ignored: Collection[str]) -> SourceCheckpoint
         raise UserError(f"{folder}: holds no {WORD_EMBEDDINGS}")
     model = model_from_args(common["args"], str(folder / "common.pt"), ignored)
     reads = mcore_names.tensor_reads(model, entries[WORD_EMBEDDINGS].shape[0], entries)
-    optimizer = partial(optimizer_state.from_torch_dist, model, stored, common, folder)
+    optimizer = partial(optimizer_state.read_torch_dist_state, model, stored, common, folder)
     iteration = common.get("iteration")
     return _source(folder, common["args"], iteration, model, reads, "torch_dist", optimizer)
 
@@ -203,7 +203,7 @@ def _read_legacy(folder: Path, ignored: Collection[str]) -> SourceCheckpoint:
     for t in range(tensor):
         stages = []
         for p in range(pipeline):
-            content = load(ranks[t, p])
+            content = load_archive(ranks[t, p])
             args = args or content.get("args")
             iteration = content.get("iteration", iteration)
             if (version := content.get("checkpoint_version", 0)) < 2.0:
@@ -229,7 +229,7 @@ def _legacy_optimizer(
     for t in range(tensor):
         stages = []
         for p in range(pipeline):
-            content = load(ranks[t, p])
+            content = load_archive(ranks[t, p])
             chunks = _chunks(content, ranks[t, p])
             stages.append(rank_optimizer_state(content, chunks, ranks[t, p]))
         for kind in stages[0].chunks:
@@ -238,7 +238,7 @@ def _legacy_optimizer(
                 kinds.setdefault(kind, RankTensors()).add(name, t, stored)
     tensors = {kind: gathered.reads(folder, model, tensor) for kind, gathered in kinds.items()}
     last = stages[-1]
-    return optimizer_state.make_state(tensors, last.step, last.groups, content, folder)
+    return optimizer_state.make_optimizer_state(tensors, last.step, last.groups, content, folder)
 
 
 def _rank_files(folder: Path) -> dict[tuple[int, int], Path]:

@@ -9,7 +9,7 @@ from typing import Any
 from megatron_llmjp.checkpoint.manifest import folder_name
 from megatron_llmjp.config.schema import ModelConfig
 from megatron_llmjp.convert.files import torch_dist
-from megatron_llmjp.convert.files.torch_archive_writer import Placeholder, plan_archive
+from megatron_llmjp.convert.files.torch_archive_writer import TensorPlaceholder, plan_archive
 from megatron_llmjp.convert.formats import mcore_names
 from megatron_llmjp.convert.formats.base import ConversionOptions, SourceCheckpoint
 from megatron_llmjp.convert.formats.hugging_face.config import LLAMA3_FIELDS
@@ -21,13 +21,13 @@ from megatron_llmjp.convert.formats.rank_files import (
     rank_write,
     target_padded_vocab_size,
 )
-from megatron_llmjp.convert.plan import Checksums, Output, Slot
-from megatron_llmjp.convert.tensors import OUTPUT_LAYER, WORD_EMBEDDINGS, shapes
+from megatron_llmjp.convert.plan import Checksums, OutputPlan, Slot
+from megatron_llmjp.convert.tensors import OUTPUT_LAYER, WORD_EMBEDDINGS, tensor_shapes
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.filesystem import write_atomically
 
 
-def plan_output(source: SourceCheckpoint, options: ConversionOptions) -> Output:
+def plan_output(source: SourceCheckpoint, options: ConversionOptions) -> OutputPlan:
     """Lay out a checkpoint that Megatron-LM loads with ``--load OUT --finetune``.
 
     Raises:
@@ -98,11 +98,11 @@ def _args(source: SourceCheckpoint, options: ConversionOptions, rows: int) -> An
     return make_args(model, rows, dtype, *sizes, extra)
 
 
-def _plan_torch_dist(source: SourceCheckpoint, options: ConversionOptions) -> Output:
-    rows = target_padded_vocab_size(source.model, source.rows, options.tensor_parallel)
+def _plan_torch_dist(source: SourceCheckpoint, options: ConversionOptions) -> OutputPlan:
+    rows = target_padded_vocab_size(source.model, source.padded_vocab_size, options.tensor_parallel)
     iteration = source.iteration or 0
     folder = _folder(iteration)
-    writer = torch_dist.Writer(options.max_shard_size, folder)
+    writer = torch_dist.TorchDistWriter(options.max_shard_size, folder)
     writes = mcore_names.add_model_tensors(writer, source, options, rows)
     common = {
         "args": _args(source, options, rows),
@@ -114,7 +114,7 @@ def _plan_torch_dist(source: SourceCheckpoint, options: ConversionOptions) -> Ou
         writer.finish(out / folder, common)
         _write_tracker(out, iteration)
 
-    return Output(writer.files, writes, finish)
+    return OutputPlan(writer.files, writes, finish)
 
 
 def _folder(iteration: int) -> str:
@@ -126,14 +126,14 @@ def _write_tracker(out: Path, iteration: int) -> None:
     write_atomically(out / TRACKER, str(iteration) if iteration else "release")
 
 
-def _plan_legacy(source: SourceCheckpoint, options: ConversionOptions) -> Output:
+def _plan_legacy(source: SourceCheckpoint, options: ConversionOptions) -> OutputPlan:
     model, tensor, pipeline = source.model, options.tensor_parallel, options.pipeline_parallel
     check_parallel_sizes(model, tensor, pipeline)
-    rows = target_padded_vocab_size(model, source.rows, tensor)
+    rows = target_padded_vocab_size(model, source.padded_vocab_size, tensor)
     iteration = source.iteration or 0
     local = {
         name: _placed(name, model.num_layers // pipeline, pipeline, options)
-        for name in shapes(model, rows)
+        for name in tensor_shapes(model, rows)
     }
     if not model.untie_embeddings_and_output_weights and pipeline > 1:
         local[WORD_EMBEDDINGS].append((pipeline - 1, OUTPUT_LAYER))
@@ -142,11 +142,13 @@ def _plan_legacy(source: SourceCheckpoint, options: ConversionOptions) -> Output
     for t in range(tensor):
         for p in range(pipeline):
             tree: dict[str, Any] = {}
-            for name, shape in shapes(model, rows).items():
+            for name, shape in tensor_shapes(model, rows).items():
                 held = rank_shape(name, model, shape, tensor)
                 dtype = options.dtype_of(source.reads[name])
                 tree |= {
-                    key: Placeholder(key, held, dtype) for stage, key in local[name] if stage == p
+                    key: TensorPlaceholder(key, held, dtype)
+                    for stage, key in local[name]
+                    if stage == p
                 }
             content = {
                 "args": _args(source, options, rows),
@@ -162,7 +164,7 @@ def _plan_legacy(source: SourceCheckpoint, options: ConversionOptions) -> Output
                     file.slots[key] for stage, key in places if stage == p
                 )
     writes = {name: rank_write(name, model, tensor, slots[name], rows) for name in local}
-    return Output(files, writes, lambda out, _: _write_tracker(out, iteration))
+    return OutputPlan(files, writes, lambda out, _: _write_tracker(out, iteration))
 
 
 def _placed(

@@ -25,17 +25,17 @@ import torch
 from pydantic import ValidationError
 
 from megatron_llmjp.convert import optimizer_state
-from megatron_llmjp.convert.files.checksums import Region
+from megatron_llmjp.convert.files.checksums import ChecksumRange
 from megatron_llmjp.convert.formats.base import ConversionOptions, SourceCheckpoint
 from megatron_llmjp.convert.formats.rank_files import check_parallel_sizes
 from megatron_llmjp.convert.formats.registry import FORMATS, check_is_folder, detect_format
-from megatron_llmjp.convert.plan import Checksums, Copy, Output, Read
+from megatron_llmjp.convert.plan import Checksums, OutputPlan, TensorCopy, TensorRead
 from megatron_llmjp.convert.tensors import WORD_EMBEDDINGS
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.filesystem import FileLock, acquire_lock, fsync_path
 
 
-def match(reads: dict[str, Read], output: Output) -> list[Copy]:
+def pair_tensors(reads: dict[str, TensorRead], output: OutputPlan) -> list[TensorCopy]:
     """Pair every tensor that is read with its place in the output.
 
     Raises:
@@ -44,11 +44,11 @@ def match(reads: dict[str, Read], output: Output) -> list[Copy]:
     if reads.keys() != output.writes.keys():
         odd = sorted(reads.keys() ^ output.writes.keys())
         raise ValueError(f"source and target disagree on {odd[:5]}")
-    return [Copy(name, read, output.writes[name]) for name, read in reads.items()]
+    return [TensorCopy(name, read, output.writes[name]) for name, read in reads.items()]
 
 
 @contextmanager
-def new_folder(target: Path, nbytes: int) -> Iterator[Path]:
+def atomic_output_folder(target: Path, nbytes: int) -> Iterator[Path]:
     """A folder that becomes ``target`` when the block ends well, and vanishes when it does not.
 
     Args:
@@ -101,8 +101,8 @@ def _sync(folder: Path) -> None:
         fsync_path(path)
 
 
-def run(
-    copies: Sequence[Copy], output: Output, folder: Path, workers: int, quiet: bool
+def copy_tensors(
+    copies: Sequence[TensorCopy], output: OutputPlan, folder: Path, workers: int, quiet: bool
 ) -> Checksums:
     """Make the files and copy every tensor, in ``workers`` threads.
 
@@ -117,7 +117,7 @@ def run(
     """
     for file in output.files:
         file.create(folder)
-    progress = Progress(sum(copy.nbytes for copy in copies), quiet)
+    progress = ProgressBar(sum(copy.nbytes for copy in copies), quiet)
     memory = _Memory(max((copy.memory for copy in copies), default=0))
     sums: Checksums = {}
     # Largest first, so that no worker is left with the embedding at the end.
@@ -141,7 +141,7 @@ class _Memory:
     def __init__(self, limit: int) -> None:
         self._free, self._changed = limit, threading.Condition()
 
-    def run(self, copy: Copy, folder: Path) -> Checksums:
+    def run(self, copy: TensorCopy, folder: Path) -> Checksums:
         with self._changed:
             self._changed.wait_for(lambda: copy.memory <= self._free)
             self._free -= copy.memory
@@ -153,7 +153,7 @@ class _Memory:
                 self._changed.notify_all()
 
 
-class Progress:
+class ProgressBar:
     """One rewritten line of gigabytes, speed and remaining time; silent without a terminal."""
 
     def __init__(self, total: int, quiet: bool) -> None:
@@ -183,7 +183,7 @@ class Progress:
             sys.stderr.write("\n")
 
 
-class Difference(Exception):
+class VerificationError(Exception):
     """Both sides of a conversion compute different logits."""
 
 
@@ -193,16 +193,20 @@ class Conversion:
 
     source: SourceCheckpoint
     target: str
-    output: Output
-    copies: list[Copy]
+    output: OutputPlan
+    copies: list[TensorCopy]
     checksums: bool = True
     """Compare the checksums of what was read, before the result appears."""
 
-    def regions(self) -> list[Region]:
+    def checksum_ranges(self) -> list[ChecksumRange]:
         """Everything that was read and has a checksum."""
         reads = [copy.read for copy in self.copies]
         stored = [part for read in reads for part in (*read.parts, *read.replicas)]
-        return list(dict.fromkeys(region for part in stored for region in part.regions))
+        return list(
+            dict.fromkeys(
+                checksum_range for part in stored for checksum_range in part.checksum_ranges
+            )
+        )
 
     def run(
         self, path: Path, workers: int, quiet: bool, verify: Callable[[Path], None] | None
@@ -218,11 +222,11 @@ class Conversion:
         _check_place(path, self.source.path)
         path = path.absolute()
         begin, checking = time.monotonic(), 0.0
-        with new_folder(path, self.output.nbytes) as folder:
-            sums = run(self.copies, self.output, folder, workers, quiet)
+        with atomic_output_folder(path, self.output.nbytes) as folder:
+            sums = copy_tensors(self.copies, self.output, folder, workers, quiet)
             if self.checksums:
-                for region in self.regions():
-                    region.finish()
+                for checksum_range in self.checksum_ranges():
+                    checksum_range.finish()
             self.output.finish(folder, sums)
             if verify is not None:
                 paused = time.monotonic()
@@ -231,7 +235,7 @@ class Conversion:
         return time.monotonic() - begin - checking
 
 
-def open_source(name: str, path: Path, options: ConversionOptions) -> SourceCheckpoint:
+def open_checkpoint(name: str, path: Path, options: ConversionOptions) -> SourceCheckpoint:
     """Open a checkpoint of a format.
 
     Raises:
@@ -267,9 +271,9 @@ def _check_place(output: Path, source: Path) -> None:
         )
 
 
-def _changed_rows(source: SourceCheckpoint, output: Output) -> list[str]:
+def _changed_rows(source: SourceCheckpoint, output: OutputPlan) -> list[str]:
     """Rows of the vocabulary that are dropped or added."""
-    before, after = source.rows, output.writes[WORD_EMBEDDINGS].rows
+    before, after = source.padded_vocab_size, output.writes[WORD_EMBEDDINGS].padded_vocab_size
     if after is None or after == before:
         return []
     if after < before:
@@ -277,7 +281,7 @@ def _changed_rows(source: SourceCheckpoint, output: Output) -> list[str]:
     return [f"vocabulary: {after - before} rows of padding were added to {before}"]
 
 
-def prepare(
+def plan_conversion(
     source_format: str | None, target: str, path: Path, options: ConversionOptions
 ) -> Conversion:
     """Open the source, account for its tensors, and lay out the target.
@@ -287,16 +291,20 @@ def prepare(
     """
     check_is_folder(path)
     try:
-        source = open_source(source_format or detect_format(path).name, path, options).check()
+        source = open_checkpoint(source_format or detect_format(path).name, path, options).check()
     except _FOREIGN as error:
         raise UserError(f"{path}: damaged, or of a form that is not known ({error!r})") from error
     check_parallel_sizes(source.model, options.tensor_parallel, options.pipeline_parallel)
     if options.vocab_size is not None:
-        if options.vocab_size > source.rows:
-            raise UserError(f"--vocab-size {options.vocab_size}: {path} has {source.rows} rows")
+        if options.vocab_size > source.padded_vocab_size:
+            raise UserError(
+                f"--vocab-size {options.vocab_size}: {path} has {source.padded_vocab_size} rows"
+            )
         source.model = source.model.model_copy(update={"vocab_size": options.vocab_size})
-    if (size := source.model.vocab_size or 0) > source.rows:
-        raise UserError(f"{path}: a vocabulary of {size} in {source.rows} rows; give --vocab-size")
+    if (size := source.model.vocab_size or 0) > source.padded_vocab_size:
+        raise UserError(
+            f"{path}: a vocabulary of {size} in {source.padded_vocab_size} rows; give --vocab-size"
+        )
     entry = FORMATS[target]
     if not entry.stores_tokenizer and (options.tokenizer or options.tokenizer_type):
         raise UserError(f"--tokenizer, --tokenizer-type: {target} checkpoints hold no tokenizer")
@@ -305,7 +313,7 @@ def prepare(
     has_state = source.optimizer is not None or not entry.creates_optimizer
     with_state = options.with_optimizer and has_state
     if with_state:
-        source = optimizer_state.opened(source, options)
+        source = optimizer_state.open_optimizer_state(source, options)
     try:
         output = entry.plan(source, options)
     except ValidationError as error:
@@ -314,7 +322,9 @@ def prepare(
         raise UserError(f"{path}: {place} = {first['input']!r}: {first['msg']}") from None
     reads = source.reads
     if with_state:
-        reads = reads | optimizer_state.reads_of(source, optimizer_state.of_source(source), options)
+        reads = reads | optimizer_state.optimizer_reads(
+            source, optimizer_state.read_optimizer_state(source), options
+        )
     output.notes += _changed_rows(source, output)
-    copies = match(reads, output)
+    copies = pair_tensors(reads, output)
     return Conversion(source, target, output, copies, options.checksums)
