@@ -38,7 +38,7 @@ from megatron_llmjp.filesystem import (
     write_atomically,
 )
 
-Report = Callable[[str], None]
+Warn = Callable[[str], None]
 
 LOCK = ".run.lock"
 RECORD = ".run.json"
@@ -78,15 +78,15 @@ class RunLock:
     """The lock of a save folder, held by this run; see :func:`lock_save_folder`."""
 
     def __init__(
-        self, root: Path, owner: Owner, lock: FileLock, previous: Owner | None, report: Report
+        self, root: Path, owner: Owner, lock: FileLock, previous: Owner | None, warn: Warn
     ) -> None:
         self.root, self.owner = root, owner
         self.previous = previous
         """The owner that exited without releasing the folder, if any."""
-        self._lock, self._report = lock, report
-        self._ended = threading.Event()
-        self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
-        self._heart.start()
+        self._lock, self._warn = lock, warn
+        self._stopped = threading.Event()
+        self._heartbeat_thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._heartbeat_thread.start()
 
     def check(self) -> None:
         """Check that this run still owns the folder.
@@ -97,27 +97,27 @@ class RunLock:
             LockLostError: another run has acquired it, as this one had no heartbeat.
             OSError: the folder cannot be read or written; transient errors persist after retries.
         """
-        now = retry_transient(lambda: _read_record(self.root), str(self.root), self._report)
-        if now is None or now is UNKNOWN:
+        current = retry_transient(lambda: _read_record(self.root), str(self.root), self._warn)
+        if current is None or current is UNKNOWN:
             self._acquire_again(RECORD)
-        elif now.token != self.owner.token:
-            raise LockLostError(f"--save {self.root} was acquired by {now} in the meantime")
-        elif not retry_transient(self._lock.is_current, str(self.root), self._report):
+        elif current.token != self.owner.token:
+            raise LockLostError(f"--save {self.root} was acquired by {current} in the meantime")
+        elif not retry_transient(self._lock.is_current, str(self.root), self._warn):
             self._acquire_again(LOCK)
 
     def release(self) -> None:
         """Release the folder at a regular exit."""
-        self._ended.set()
-        self._heart.join()
+        self._stopped.set()
+        self._heartbeat_thread.join()
         with contextlib.suppress(OSError):
-            now = _read_record(self.root)
-            if now is not None and now.token == self.owner.token:
+            current = _read_record(self.root)
+            if current is not None and current.token == self.owner.token:
                 (self.root / RECORD).unlink()
         self._lock.release()
 
     def _acquire_again(self, missing: str) -> None:
         """Acquire the folder again after it or one of its lock files was deleted."""
-        what = self.root / missing if self.root.is_dir() else self.root
+        path = self.root / missing if self.root.is_dir() else self.root
         self.root.mkdir(parents=True, exist_ok=True)
         if not self._lock.is_current():
             try:
@@ -129,31 +129,31 @@ class RunLock:
             self._lock.release()
             self._lock = lock
         _write_record(self.root, self.owner)
-        self._report(f"{what} was deleted or damaged during the run and is recreated")
+        self._warn(f"{path} was deleted or damaged during the run and is recreated")
 
     def _beat(self) -> None:
-        while not self._ended.wait(HEARTBEAT_SECONDS):
+        while not self._stopped.wait(HEARTBEAT_SECONDS):
             with contextlib.suppress(OSError):  # also possible on a full disk
                 os.utime(self.root / RECORD)
 
 
 @contextlib.contextmanager
 def lock_save_folder(
-    root: Path, report: Report, patience: float = HEARTBEAT_TIMEOUT_SECONDS
+    root: Path, warn: Warn, timeout: float = HEARTBEAT_TIMEOUT_SECONDS
 ) -> Iterator[RunLock]:
     """Acquire a save folder for the duration of the context; it is created if missing.
 
     Args:
         root: the save folder.
-        report: receives warnings about waiting for or taking over from another run.
-        patience: seconds without a heartbeat after which another machine's run is considered dead.
+        warn: receives warnings about waiting for or taking over from another run.
+        timeout: seconds without a heartbeat after which another machine's run is considered dead.
 
     Raises:
         UserError: another run owns it, or it is not writable.
         RunError: its file system does not respond.
     """
     try:
-        lock = _acquire(root, report, patience)
+        lock = _acquire(root, warn, timeout)
     except OSError as error:
         raise _access_error(root, error) from None
     try:
@@ -162,12 +162,12 @@ def lock_save_folder(
         lock.release()
 
 
-def _acquire(root: Path, report: Report, patience: float) -> RunLock:
+def _acquire(root: Path, warn: Warn, timeout: float) -> RunLock:
     lock = _acquire_file_lock(root)
     try:
-        previous = retry_transient(lambda: _read_record(root), str(root), report)
+        previous = retry_transient(lambda: _read_record(root), str(root), warn)
         if previous is not None:
-            _check_owner_is_dead(root, previous, lock.is_enforced, report, patience)
+            _check_owner_is_dead(root, previous, lock.is_enforced, warn, timeout)
         owner = Owner(
             socket.gethostname(),
             _boot_id(),
@@ -175,18 +175,18 @@ def _acquire(root: Path, report: Report, patience: float) -> RunLock:
             time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
             uuid.uuid4().hex,
         )
-        retry_transient(lambda: _write_record(root, owner), str(root), report)
+        retry_transient(lambda: _write_record(root, owner), str(root), warn)
         if previous is not None and not (lock.is_enforced and previous.boot == owner.boot):
-            time.sleep(min(SETTLE_SECONDS, patience))
-            now = retry_transient(lambda: _read_record(root), str(root), report)
-            if now is None or now.token != owner.token:
-                raise _in_use_error(root, now)
+            time.sleep(min(SETTLE_SECONDS, timeout))
+            current = retry_transient(lambda: _read_record(root), str(root), warn)
+            if current is None or current.token != owner.token:
+                raise _in_use_error(root, current)
     except BaseException:
         lock.release()
         raise
     if previous is not None:
-        report(f"{root}: taking over from {previous}, which exited without releasing the folder")
-    return RunLock(root, owner, lock, previous, report)
+        warn(f"{root}: taking over from {previous}, which exited without releasing the folder")
+    return RunLock(root, owner, lock, previous, warn)
 
 
 def _acquire_file_lock(root: Path) -> FileLock:
@@ -199,31 +199,31 @@ def _acquire_file_lock(root: Path) -> FileLock:
 
 def _access_error(root: Path, error: OSError) -> UserError | RunError:
     """Return the error for a folder that cannot be acquired, by the kind of ``OSError``."""
-    what = f"--save {root}: not writable: {error.strerror}"
+    message = f"--save {root}: not writable: {error.strerror}"
     if error.filename and str(error.filename) != str(root):
-        what += f" ({error.filename})"
+        message += f" ({error.filename})"
     if error.errno in TRANSIENT_ERRORS:
-        return RunError(f"{what}. Its file system does not respond; start again when it does")
+        return RunError(f"{message}. Its file system does not respond; start again when it does")
     if error.errno in NO_SPACE_ERRORS:
-        return UserError(f"{what}. Free some space, or choose another folder")
-    return UserError(f"{what}. Choose another folder, or change its permissions")
+        return UserError(f"{message}. Free some space, or choose another folder")
+    return UserError(f"{message}. Choose another folder, or change its permissions")
 
 
 def _check_owner_is_dead(
-    root: Path, owner: Owner, is_locked: bool, report: Report, patience: float
+    root: Path, owner: Owner, is_locked: bool, warn: Warn, timeout: float
 ) -> None:
     if owner.boot == _boot_id():
         if not is_locked and process_exists(owner.pid):
             raise _in_use_error(root, owner)
         return
-    report(
-        f"{root} is recorded as in use by {owner}: waiting {patience:g} s for a heartbeat before "
+    warn(
+        f"{root} is recorded as in use by {owner}: waiting {timeout:g} s for a heartbeat before "
         "taking over"
     )
-    end = time.monotonic() + patience
+    end = time.monotonic() + timeout
     first = _last_heartbeat(root)
     while time.monotonic() < end:
-        time.sleep(min(1.0, patience / 10))
+        time.sleep(min(1.0, timeout / 10))
         if _last_heartbeat(root) not in (first, None):
             raise _in_use_error(root, owner)
 

@@ -31,7 +31,7 @@ HOLD = """
 import os, sys, time
 from pathlib import Path
 from megatron_llmjp.checkpoint.run_lock import lock_save_folder
-with lock_save_folder(Path(sys.argv[1]), print, patience=1.0) as lock:
+with lock_save_folder(Path(sys.argv[1]), print, timeout=1.0) as lock:
     if os.fork() == 0:  # like a data worker, which may outlive the run
         time.sleep(60)
         os._exit(0)
@@ -85,7 +85,7 @@ def record_of_another_machine(root: Path) -> None:
 def test_heartbeat_of_another_machine_is_monitored_before_a_takeover(tmp_path):
     record_of_another_machine(tmp_path)
     told: list[str] = []
-    with lock_save_folder(tmp_path, told.append, patience=0.3) as lock:
+    with lock_save_folder(tmp_path, told.append, timeout=0.3) as lock:
         assert lock.previous is not None
         assert lock.previous.host == "node07"
     assert "waiting 0.3 s for a heartbeat" in told[0]
@@ -102,7 +102,7 @@ def test_heartbeat_of_another_machine_is_monitored_before_a_takeover(tmp_path):
     refused = r"in use by another run .process .* on node07"
     with (
         pytest.raises(UserError, match=refused),
-        lock_save_folder(tmp_path, told.append, patience=5.0),
+        lock_save_folder(tmp_path, told.append, timeout=5.0),
     ):
         pass
     end.set()
@@ -133,7 +133,7 @@ def test_folder_that_cannot_be_written(tmp_path):
 def test_damaged_record(tmp_path):
     (tmp_path / RECORD).write_text("{")
     told: list[str] = []
-    with lock_save_folder(tmp_path, told.append, patience=0.2) as lock:
+    with lock_save_folder(tmp_path, told.append, timeout=0.2) as lock:
         assert lock.previous is not None
     assert "waiting 0.2 s" in told[0]
 
