@@ -1,8 +1,8 @@
 """Environment of all tests, independent of the machine, shell or job that pytest runs in.
 
 Tests run on a CPU, in processes that they start themselves. Inside a Slurm job, under MPI, on a
-machine with GPUs or with threads configured for training, the programs under test would do
-something else. This is set before torch is imported, and inherited by all processes of tests.
+machine with GPUs or with threads configured for training, the programs under test would behave
+differently. The environment is set before torch is imported, and inherited by all processes.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ for name in list(os.environ):
 os.environ |= {
     "OMP_NUM_THREADS": os.environ.get(THREADS, "1"),
     "CUDA_VISIBLE_DEVICES": "",
-    "HF_HUB_OFFLINE": "1",  # no test downloads; without a network each attempt would wait
+    "HF_HUB_OFFLINE": "1",  # tests do not download; without a network each attempt would time out
 }
 
-# A background job of a script ignores Ctrl-C, and nohup ignores hang-ups; so would what it starts.
+# Background jobs ignore SIGINT and nohup ignores SIGHUP; child processes would inherit that.
 DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
 for number, handler in DEFAULTS.items():
     if signal.getsignal(number) == signal.SIG_IGN:

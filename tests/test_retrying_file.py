@@ -14,8 +14,8 @@ from megatron_llmjp import retrying_file
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.retrying_file import RetryingFile
 from tests.support.datasets import write_folds
-from tests.support.processes import ROOT, losses
-from tests.support.training import arguments
+from tests.support.processes import ROOT
+from tests.support.training import arguments, history
 
 OUTAGES = [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EACCES, errno.EROFS]
 
@@ -115,7 +115,7 @@ def test_output_whose_reader_exits(tmp_path):
     assert first and code == 0, printed
     assert "standard output: its reader has exited (Broken pipe); the run continues" in printed
     assert "Traceback" not in printed and "Exception" not in printed
-    assert list(losses(save)) == [1, 2, 3, 4, 5]
+    assert list(history(save)) == [1, 2, 3, 4, 5]
     assert manifests.complete_iterations(save) == [2, 4, 5]
     assert (save / "report" / "report.html").is_file()
 

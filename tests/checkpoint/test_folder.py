@@ -11,8 +11,8 @@ from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint.run_lock import LOCK
 from tests.checkpoint.test_run_lock import HOLD
 from tests.support.datasets import write_folds
-from tests.support.processes import ROOT, losses, pretrain
-from tests.support.training import arguments
+from tests.support.processes import ROOT, pretrain
+from tests.support.training import arguments, history
 
 
 def test_second_run_and_run_after_a_kill(tmp_path):
@@ -24,7 +24,7 @@ def test_second_run_and_run_after_a_kill(tmp_path):
     # Checkpoints at fold ends and the newest one are kept.
     assert manifests.complete_iterations(save) == [2, 4, 5]
     assert not list(save.glob(".*json*"))
-    curve = losses(save)
+    curve = history(save)
 
     command = [sys.executable, "-c", HOLD, str(save)]
     holder = subprocess.Popen(
@@ -51,7 +51,7 @@ def test_second_run_and_run_after_a_kill(tmp_path):
     assert f"{damaged} does not have the checksum of its manifest" in third.stderr
     assert f"checksums of {save / 'iter_0000004'} are correct" in third.stdout
     assert f"resuming from {save / 'iter_0000004'}" in third.stdout
-    assert losses(save) == curve
+    assert history(save) == curve
     manifest = manifests.read_manifest(newest)
     assert manifests.file_problems(newest, manifest, checksums=True) == []
     assert (save / LOCK).exists()

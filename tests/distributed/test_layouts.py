@@ -1,8 +1,8 @@
-"""Twenty steps in many layouts, up to eight processes: the numbers of a single process.
+"""Parity of parallel layouts on up to eight processes with a single process, over twenty steps.
 
-Losses, gradient norms, the validation loss and the weights at the end are compared. The gradient
-norm finds what a loss hides: gradients that were not summed over a group, or that crossed in the
-pipeline. Runs with a fault of that kind are among them, and must be found.
+Losses, gradient norms, the validation loss and the final weights are compared. The gradient norm
+detects errors that the loss hides, such as gradients that are not summed over a group. Mutations of
+that kind must be detected.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.support.training import (
     train_all,
 )
 
-pytestmark = pytest.mark.timeout(900)  # forty runs in one world, on a busy machine too
+pytestmark = pytest.mark.timeout(900)  # forty runs, on a busy machine
 
 STEPS = 20
 PACKED = ("--reset-position-ids", "--reset-attention-mask", "--eod-mask-loss")
@@ -55,7 +55,7 @@ MODELS = {
 }
 ONES = {f"{model}-one": ((i, i + 1), ()) for i, model in enumerate(MODELS)}
 LAYOUTS = {
-    # name: ranks, flags, what only this one would show
+    # name: ranks, flags; comment: the feature that only this layout tests
     "llama-tp2-sp": ((0, 2), (*TP2, *SP, *DISTRIBUTED)),  # norms' gradients summed over TP
     "llama-pp2-vp2": ((2, 4), (*PP2, *VP2)),  # sends and receives of one pair of ranks
     "gpt2-pp2": ((4, 6), PP2),  # the tied embeddings' gradients summed over the pair
@@ -79,7 +79,7 @@ LAYOUTS = {
     "neox-eight": ((0, 8), (*TP2, *PP2, *SP, *SELECTIVE)),
     "deep-eight": ((0, 8), (*TP2, *PP4, *VP2, *SP, *DISTRIBUTED)),
 }
-FAULTS = {
+MUTATED = {
     "tied_embeddings_apart": ("gpt2", (0, 2), PP2),
     "norms_apart": ("llama", (2, 4), (*TP2, *SP)),
     "tokens_weigh_alike": ("packed", (4, 5), ()),
@@ -89,15 +89,15 @@ INITIAL = (
     ("initial-tp2", (2, 4), (*TP2, *SP)),
     ("initial-pp2-vp2", (0, 2), (*PP2, *VP2)),
 )
-"""Runs of one step, which the warm-up takes with a learning rate of 0."""
+"""Runs of one step with a learning rate of 0."""
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("layouts")
-    folds = write_folds(folder, (STEPS,))  # one fold: a run saves at the end of each
-    # The same rows in every layout: their number takes part in the softmax. Adam makes steps of
-    # gradients that are 0 but for rounding (the keys' biases) unless its epsilon hides them.
+    folds = write_folds(folder, (STEPS,))  # one fold: runs save at the end of every fold
+    # The padded vocabulary is part of the softmax, so it must be equal in all layouts. With a
+    # smaller epsilon, Adam would amplify gradients that are 0 except for rounding (key biases).
     same = {"padded_vocab_size": 512, "adam_eps": 1e-5}
 
     def words(model, *flags):
@@ -110,7 +110,7 @@ def runs(tmp_path_factory):
     ]
     jobs += [
         Job(fault, ranks, words(model, *flags), fault)
-        for fault, (model, ranks, flags) in FAULTS.items()
+        for fault, (model, ranks, flags) in MUTATED.items()
     ]
     for name, ranks, flags in INITIAL:
         once = ("--train-iters", 1, "--lr-decay-iters", 9, "--eval-iters", 0)
@@ -129,13 +129,16 @@ def test_same_numbers_as_one_process(runs, name):
         assert_within(found, TRAINED, value)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_shows(runs, fault):
-    assert max(distances(runs / f"{FAULTS[fault][0]}-one", runs / fault).values()) > 10 * TRAINED
+@pytest.mark.parametrize("mutation", MUTATED)
+def test_a_mutation_is_detected(runs, mutation):
+    assert (
+        max(distances(runs / f"{MUTATED[mutation][0]}-one", runs / mutation).values())
+        > 10 * TRAINED
+    )
 
 
 def distances(one, other):
-    """How far two runs are from each other."""
+    """Return the distances of two runs."""
     found = {}
     for value in ("lm loss", "grad norm", "validation/valid"):
         expected, values = history(one, value), history(other, value)
@@ -146,7 +149,7 @@ def distances(one, other):
     return found
 
 
-def test_one_seed_gives_one_model(runs):
+def test_initial_weights_do_not_depend_on_the_layout(runs):
     whole = weights(runs / "initial-one")
     assert float(whole["decoder.layers.0.mlp.linear_fc1.weight"].std()) == pytest.approx(0.02, 0.1)
     for name in ("initial-tp2", "initial-pp2-vp2"):
@@ -159,7 +162,7 @@ def test_one_seed_gives_one_model(runs):
 
 
 def weights(save):
-    """A checkpoint's parameters, without the padding of the vocabulary."""
+    """Return the parameters of a checkpoint, without vocabulary padding."""
     source = native.read_checkpoint(save)
     found = {name: read.read(name) for name, read in source.reads.items()}
     return {k: v[:VOCAB_SIZE] if "word_embeddings" in k else v for k, v in found.items()}

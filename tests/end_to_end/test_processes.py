@@ -1,4 +1,4 @@
-"""pretrain_gpt.py as a user starts it: real processes, signals and exit codes."""
+"""pretrain_gpt.py in separate processes: signals, kills and exit codes."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from tests.support.processes import ROOT, pretrain
 from tests.support.training import arguments, history
 
 SLOW = 120.0
-"""Seconds in which anything happens, on the busiest machine."""
+"""Timeout in seconds, on a busy machine."""
 
-AT_ONCE = 15.0
-"""Seconds in which all ranks are gone; a collective's time-out is ten minutes."""
+EXIT_TIMEOUT = 15.0
+"""Seconds within which all ranks must exit; the timeout of collectives is ten minutes."""
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 
 @contextlib.contextmanager
 def started(*words: str) -> Iterator[subprocess.Popen[str]]:
-    """The launcher of two ranks; whatever is left of it ends with the test."""
+    """Start the launcher of two ranks, and kill all processes at the end."""
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "pretrain_gpt.py"), *words, "--nproc-per-node", "2"],
         stdout=subprocess.PIPE,
@@ -53,7 +53,7 @@ def started(*words: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def ranks_of(launcher: int) -> list[psutil.Process]:
-    """The launcher's children and theirs."""
+    """Return all descendants of the launcher."""
     try:
         return psutil.Process(launcher).children(recursive=True)
     except psutil.NoSuchProcess:
@@ -61,7 +61,7 @@ def ranks_of(launcher: int) -> list[psutil.Process]:
 
 
 def wait_for(process: subprocess.Popen[str], text: str) -> str:
-    """Read the output until a line holds ``text``."""
+    """Read the output until a line contains ``text``."""
     output, end = "", time.monotonic() + SLOW
     assert process.stdout is not None
     for line in process.stdout:
@@ -70,17 +70,17 @@ def wait_for(process: subprocess.Popen[str], text: str) -> str:
             return output
         if time.monotonic() > end:
             break
-    raise AssertionError(f"'{text}' did not come:\n{output}\n{process.communicate()[1]}")
+    raise AssertionError(f"'{text}' was not printed:\n{output}\n{process.communicate()[1]}")
 
 
-def assert_gone(ranks: list[psutil.Process]) -> None:
+def assert_exited(ranks: list[psutil.Process]) -> None:
     assert len(ranks) >= 2
-    _, alive = psutil.wait_procs(ranks, timeout=AT_ONCE)
+    _, alive = psutil.wait_procs(ranks, timeout=EXIT_TIMEOUT)
     assert [p for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
 
 
 def assert_whole(save: Path) -> Path:
-    """The newest checkpoint, which every byte of must be right."""
+    """Return the newest checkpoint after verifying its checksums."""
     newest = manifests.newest_checkpoint(save)
     assert manifests.file_problems(newest, manifests.read_manifest(newest), checksums=True) == []
     return newest
@@ -91,7 +91,7 @@ def assert_whole(save: Path) -> Path:
     "saved with exit code 3, or ended immediately; no process remains",
 )
 def test_interrupted_and_killed(folder, tmp_path):
-    """Ctrl-C, a damaged checkpoint, a killed rank and a killed launcher, one after the other."""
+    """Ctrl-C, a damaged checkpoint, a killed rank and a killed launcher, in this order."""
     save = tmp_path / "run"
     words = arguments("laptop-llama", folder / "folds.yaml", "--save", save, "--save-interval", 3)
     words += ["--tensor-model-parallel-size", "2"]
@@ -100,15 +100,15 @@ def test_interrupted_and_killed(folder, tmp_path):
         wait_for(process, "iter_0000006")
         ranks = ranks_of(process.pid)
         process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=AT_ONCE)
+        output, errors = process.communicate(timeout=EXIT_TIMEOUT)
         assert process.returncode == 3, errors
-        assert_gone(ranks)
+        assert_exited(ranks)
         assert "Traceback" not in errors
         stopped = re.search(r"stopped at iteration (\d+): signal received", output)
     newest = assert_whole(save)
     assert stopped is not None and newest.name == manifests.folder_name(int(stopped[1]))
 
-    # A truncated file: the run goes on from the checkpoint before and says so, once.
+    # A truncated file: the run resumes from the previous checkpoint, with one warning.
     victim = max(
         (newest / name for name in manifests.read_manifest(newest).files),
         key=lambda p: p.stat().st_size,
@@ -121,31 +121,31 @@ def test_interrupted_and_killed(folder, tmp_path):
         ranks = ranks_of(process.pid)
         second = next(p for p in ranks if p.environ().get("RANK") == "1")
         second.send_signal(signal.SIGKILL)
-        _, errors = process.communicate(timeout=AT_ONCE)
+        _, errors = process.communicate(timeout=EXIT_TIMEOUT)
         assert process.returncode == 1
-        assert_gone(ranks)
+        assert_exited(ranks)
         assert errors.count("warning: damaged checkpoint") == 1 and victim.name in errors
         assert "rank 1 was killed by SIGKILL" in errors and "Traceback" not in errors
 
     with started(*words) as process:
         wait_for(process, " iteration ")
         ranks = ranks_of(process.pid)
-        process.send_signal(signal.SIGINT)  # asks
-        time.sleep(1.1)  # sooner it would be taken for the same one
-        process.send_signal(signal.SIGINT)  # does not wait for the answer
-        _, errors = process.communicate(timeout=AT_ONCE)
+        process.send_signal(signal.SIGINT)  # requests a stop
+        time.sleep(1.1)  # sooner it would count as the same one
+        process.send_signal(signal.SIGINT)  # ends immediately
+        _, errors = process.communicate(timeout=EXIT_TIMEOUT)
         assert process.returncode in (130, 3) and "Traceback" not in errors
-        assert_gone(ranks)
+        assert_exited(ranks)
 
     with started(*words) as process:
         wait_for(process, " iteration ")
         ranks = ranks_of(process.pid)
         process.kill()
-        assert_gone(ranks)
+        assert_exited(ranks)
 
 
-def test_alone_from_the_first_to_the_last_iteration(folder, tmp_path):
-    """A plain ``python pretrain_gpt.py`` saves, in processes that import its file again."""
+def test_single_process(folder, tmp_path):
+    """Asynchronous saves and data workers import ``pretrain_gpt.py`` again."""
     save = tmp_path / "run"
     words = ["--train-iters", "4", "--tensorboard-dir", tmp_path / "events", "--num-workers", "2"]
     words += ["--save", save, "--exit-interval", "2", "--lr-decay-iters", "4"]
@@ -165,8 +165,8 @@ def test_alone_from_the_first_to_the_last_iteration(folder, tmp_path):
         assert "Traceback" not in output.stderr and "error" not in output.stderr
 
 
-def test_one_voice(folder):
-    """Mistakes that only real processes can repeat: each is told once."""
+def test_errors_are_printed_once(folder):
+    """With several ranks, each user error is printed once."""
     wrong = arguments("laptop-llama", folder / "none.yaml")
     for extra in ([], ["--nproc-per-node", "2"]):
         result = pretrain(*wrong, *extra)

@@ -8,7 +8,7 @@ from typing import Any
 
 from tests.faults.forks import Fault, Start, finish, started
 from tests.support.datasets import write_folds
-from tests.support.proof import assert_equal_runs, assert_whole
+from tests.support.proof import assert_checkpoints_complete, assert_equal_runs
 from tests.support.training import DISTRIBUTED, OVERLAP, SP, TP2, arguments
 
 FOLDS = (4, 5, 3)
@@ -73,7 +73,7 @@ class Stage:
 
     def prove(self, layout: str, save: Path, unfinished: int | None = None) -> None:
         """Assert that losses and final weights equal those of the reference run."""
-        assert_whole(save)
+        assert_checkpoints_complete(save)
         assert_equal_runs(save, self.reference(layout), unfinished)
 
     def resume_and_prove(

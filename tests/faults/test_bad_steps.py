@@ -14,7 +14,7 @@ from megatron_llmjp.report.status import read_status
 from tests.faults.forks import finish
 from tests.faults.stage import LAST, TINY
 from tests.support.datasets import write_folds
-from tests.support.proof import assert_whole
+from tests.support.proof import assert_checkpoints_complete
 from tests.support.training import arguments
 
 SAVE_ALL = ("--save-interval", 1, "--keep-last", 1, "--no-save-fold-ends")
@@ -37,7 +37,7 @@ def assert_failed(save: Path, errors: str, good: int, why: str) -> None:
     assert why in errors and "Traceback" not in errors
     assert manifests.complete_iterations(save)[-1] == good
     assert manifests.read_tracker(save) == (good, [])
-    assert_whole(save)
+    assert_checkpoints_complete(save)
     status = read_status(save)
     assert status.state == "failed" and why in status.why
 

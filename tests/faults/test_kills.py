@@ -21,7 +21,7 @@ from megatron_llmjp.checkpoint import manifest as manifests
 from tests.faults.forks import Fault
 from tests.faults.injected_interruptions import UNFINISHED, kill_at_call, kill_while_writing
 from tests.faults.stage import FOLD_ENDS, LAYOUTS, Stage, Start
-from tests.support.proof import assert_whole
+from tests.support.proof import assert_checkpoints_complete
 
 KILLS = int(os.environ.get("FAULT_KILLS", "24"))
 SEED = int(os.environ.get("FAULT_SEED", "20"))
@@ -108,7 +108,7 @@ def kill_once(
         if "Traceback" in start.err:
             assert "closed by peer" in start.err or "Connection" in start.err, start.err
     if save.is_dir():
-        assert_whole(save)
+        assert_checkpoints_complete(save)
     killed = "the first rank" if moment == AT_A_CALL else VICTIMS[victim]
     if unfinished(save) - before:
         return f"{killed} {WRITING}"

@@ -1,8 +1,8 @@
-"""The three styles against loops of transformers and torch that share nothing with the trainer.
+"""Parity with training loops of transformers and torch that share no code with the trainer.
 
-Same weights, samples and schedule; each loop writes down Megatron's conventions on its own: every
-micro-batch's loss is the mean over its mask and weighs the same, the warm-up counts from step 0,
-biases and norms do not decay. Masks are uneven, so that another way of averaging would show.
+Weights, samples and schedule are the same. Each loop implements Megatron's conventions: the loss is
+the mean over micro-batches of the means over their masks, the warm-up counts from step 0, weight
+decay is not applied to biases and norms. Masks are uneven, so that different averaging is detected.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ WSD = ("--lr-decay-style", "WSD", "--lr-wsd-decay-iters", 20, "--lr-wsd-decay-st
 LINEAR = ("--lr-decay-style", "linear")
 NO_DROPOUT = ("--hidden-dropout", 0, "--attention-dropout", 0)
 STYLES = {
-    # name: transformers' model, preset, ffn, the schedule as flags and as a function of steps done
+    # name: transformers' model, preset, ffn size, schedule flags, schedule as a function of the step
     "llama": (llama, "laptop-llama", 64, WSD, wsd),
     "gpt2": (gpt2, "laptop-gpt2", 128, NO_DROPOUT, cosine),
     "neox": (gpt_neox, "laptop-gpt-neox", 128, LINEAR, linear),
@@ -88,12 +88,12 @@ SMALL = {
     "micro_batch_size": MICRO, "lr": LR, "min_lr": MIN_LR, "lr_warmup_iters": WARMUP,
     "lr_decay_iters": STEPS, "weight_decay": DECAY, "eval_iters": 0, "vocab_size": VOCABULARY,
 }  # fmt: skip
-FAULTY_STEPS = 15
-FAULTS = ("tokens_weigh_alike", "everything_decays", "schedule_ahead")
+MUTATED_STEPS = 15
+MUTATED = ("tokens_weigh_alike", "everything_decays", "schedule_ahead")
 
 
 def samples() -> dict[str, np.ndarray]:
-    """Sequences with a pattern, and masks of very different sizes."""
+    """Return sequences with a pattern, and masks of very different sizes."""
     generator = np.random.default_rng(11)
     count = STEPS * BATCH
     steps = generator.integers(1, 4, (count, LENGTH + 1))
@@ -107,7 +107,7 @@ def samples() -> dict[str, np.ndarray]:
 
 
 def independent(model: torch.nn.Module, schedule, data) -> tuple[list[float], list[float]]:
-    """Losses and gradient norms of a plain loop."""
+    """Return the losses and gradient norms of a plain training loop."""
     data = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in data.items()}
     parameters = list(model.parameters())
     groups = [
@@ -148,7 +148,7 @@ def runs(tmp_path_factory):
         torch.manual_seed(3)
         model = make()
         with torch.no_grad():
-            for parameter in model.parameters():  # biases that are 0 and norms that are 1 hide much
+            for parameter in model.parameters():  # biases of 0 and norms of 1 hide errors
                 parameter.add_(0.05 * torch.randn(parameter.shape))
         model.save_pretrained(folder / f"{name}-hf")
         places = ("--input", folder / f"{name}-hf", "--output", folder / f"{name}-0")
@@ -158,14 +158,14 @@ def runs(tmp_path_factory):
         words = arguments(preset, folds, *flags, **SMALL, ffn_hidden_size=ffn)
         jobs.append(Job(name, (0, 1), tuple(words), samples=file))
         if name == "gpt2":
-            words += ["--train-iters", str(FAULTY_STEPS)]
-            jobs += [Job(fault, (1, 2), tuple(words), fault, file) for fault in FAULTS]
+            words += ["--train-iters", str(MUTATED_STEPS)]
+            jobs += [Job(name, (1, 2), tuple(words), name, file) for name in MUTATED]
     train_all(jobs, 2, folder)
     return folder, expected
 
 
 def curves(folder: Path, name: str, losses: list[float], norms: list[float]):
-    """A run's losses and gradient norms, and as many of the expected ones."""
+    """Yield a run's losses and gradient norms with the expected ones."""
     for value, expected in (("lm loss", losses), ("grad norm", norms)):
         found = history(folder / name, value)
         assert list(found) == list(range(1, len(found) + 1))
@@ -177,13 +177,13 @@ def test_losses_of_fifty_steps(runs, name):
     folder, expected = runs
     losses, _ = expected[name]
     assert len(history(folder / name)) == STEPS
-    assert losses[-1] < losses[0] - 0.5  # it learns: equal noise would prove little
+    assert losses[-1] < losses[0] - 0.5  # the model learns
     for value, ours, theirs in curves(folder, name, *expected[name]):
         assert_close(ours, theirs, TRAINED, value)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_shows(runs, fault):
+@pytest.mark.parametrize("mutation", MUTATED)
+def test_a_mutation_is_detected(runs, mutation):
     folder, expected = runs
-    for value, ours, theirs in curves(folder, fault, *expected["gpt2"]):
+    for value, ours, theirs in curves(folder, mutation, *expected["gpt2"]):
         assert distance(ours, theirs) > 10 * TRAINED, value

@@ -1,7 +1,7 @@
-"""The real Megatron-LM's training curve, from its own checkpoints (fixtures/llama_small/README.md).
+"""Parity with Megatron-LM's training curves, from its checkpoints in fixtures/llama_small.
 
-Losses and gradient norms are those that Megatron-LM (core 0.12.1) itself computed, so that what
-this trainer and megatron-core 0.16 make of the same weights and batches is measured from outside.
+The expected losses and gradient norms were computed by Megatron-LM (core 0.12.1) from the same
+weights and batches.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ RUNS = {
     "dp2-resumed": ((2, 4), "middle", ("--use-distributed-optimizer",)),
 }
 CURVES = (("lm loss", "lm_loss", LOSS), ("grad norm", "grad_norm", GRADIENT_NORM))
-"""Logged values, by their names here and in the recorded files."""
-FAULTS = {
+"""Metrics, by their names in our log and in the recorded files."""
+MUTATED = {
     "everything_decays": ((0, 1), "start", ("--finetune",)),
     "schedule_ahead": ((1, 2), "start", ("--finetune",)),
     "norms_apart": ((0, 2), "start", ("--finetune", *TP2, "--sequence-parallel")),
 }
-"""Runs of a trainer that does one thing wrong."""
+"""Runs with a mutation of the trainer."""
 
 
 @pytest.fixture(scope="module")
@@ -60,16 +60,16 @@ def runs(tmp_path_factory):
             name,
             ranks,
             (*FLAGS, *data, "--load", folder / load, *flags),
-            mutation=name if name in FAULTS else None,
+            mutation=name if name in MUTATED else None,
         )
-        for name, (ranks, load, flags) in {**RUNS, **FAULTS}.items()
+        for name, (ranks, load, flags) in {**RUNS, **MUTATED}.items()
     ]
     train_all(jobs, 4, folder)
     return folder
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_the_real_curve(runs, name):
+def test_equal_curves(runs, name):
     golden = "golden_tp2pp2.json" if name.startswith("tp2") else "golden_tp1pp1.json"
     records = json.loads((FIXTURES / golden).read_text())["iterations"]
     first = 11 if name.endswith("resumed") else 1
@@ -81,10 +81,10 @@ def test_the_real_curve(runs, name):
     assert rates == pytest.approx({i: r["lr_used"] for i, r in expected.items()}, rel=1e-9)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_leaves_the_curve(runs, fault):
-    """Of each: the losses and the gradient norms are beyond the tolerance that the test allows."""
+@pytest.mark.parametrize("mutation", MUTATED)
+def test_a_mutation_is_detected(runs, mutation):
+    """Losses and gradient norms differ by more than the tolerance."""
     records = json.loads((FIXTURES / "golden_tp1pp1.json").read_text())["iterations"]
     for ours, theirs, tolerance in CURVES:
         expected = {r["iteration"]: r[theirs] for r in records}
-        assert distance(history(runs / fault, ours), expected) > 10 * tolerance, ours
+        assert distance(history(runs / mutation, ours), expected) > 10 * tolerance, ours

@@ -1,1 +1,1 @@
-"""What tests share: small datasets, and real processes."""
+"""Helpers shared by tests: small datasets, processes, training runs, comparisons."""

@@ -10,13 +10,13 @@ import yaml
 from megatron_llmjp.data.indexed_dataset_writer import IndexedDatasetWriter
 
 VOCAB_SIZE = 100
-"""Of NullTokenizer: ids 0 to 98, and 99 ends a document."""
+"""Vocabulary size of NullTokenizer: ids 0 to 98, and 99 as EOD."""
 
 
 def write_dataset(
     prefix: Path, documents: int, seed: int, length: int = 40, vocabulary: int = VOCAB_SIZE
 ) -> None:
-    """A dataset of documents of random lengths; its tokens follow a pattern that can be learned."""
+    """Write a dataset of documents of random lengths, with tokens in a learnable pattern."""
     generator = np.random.default_rng(seed)
     lengths = generator.integers(length // 2, 2 * length, documents).astype(np.int32)
     parts = []
@@ -37,7 +37,7 @@ def write_folds(
     repeat: bool = False,
     vocabulary: int = VOCAB_SIZE,
 ) -> Path:
-    """Two datasets, folds of different blends, and a validation set; the fold file's path."""
+    """Write two datasets, a validation set and a fold file; return the path of the fold file."""
     write_dataset(folder / "ja", 400, seed=1, vocabulary=vocabulary)
     write_dataset(folder / "en", 300, seed=2, vocabulary=vocabulary)
     write_dataset(folder / "valid", 60, seed=3, vocabulary=vocabulary)

@@ -1,10 +1,10 @@
-"""A pytest plugin that keeps count of faults: which were tried how often, and what became of them.
+"""Pytest plugin that counts injected faults and their outcomes.
 
     python -m pytest -m fault -p tests.support.fault_results
 
-It writes ``fault_results.json``, or the file that ``FAULT_RESULTS`` names. A test that proves a
-fault to be survived is marked ``fault(name, outcome)``; one that tries several faults, or one
-many times, adds counts by ``record_property("fault: NAME", times)``.
+It writes ``fault_results.json``, or the file given by ``FAULT_RESULTS``. Tests of faults have the
+marker ``fault(name, outcome)``; a test of several faults, or of many injections, adds counts with
+``record_property("fault: NAME", times)``.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ PREFIX = "fault: "
 
 
 class Counts:
-    """Faults by name."""
+    """Counts of injected faults, by name."""
 
     def __init__(self) -> None:
         self.faults: dict[str, dict[str, Any]] = {}
         self.began = time.monotonic()
 
     def add(self, item: pytest.Item, report: pytest.TestReport) -> None:
-        """Count a test's faults, once it has ended."""
+        """Add the faults of a finished test."""
         marker = item.get_closest_marker("fault")
         if marker is None or not (report.when == "call" or report.skipped or report.failed):
             return
@@ -46,7 +46,7 @@ class Counts:
             entry[report.outcome] += number
 
     def write(self, path: Path) -> None:
-        """Write all counts."""
+        """Write all counts as JSON."""
         about = {
             "day": time.strftime("%Y-%m-%d", time.gmtime()),
             "minutes": round((time.monotonic() - self.began) / 60, 1),

@@ -1,4 +1,4 @@
-"""Faults that a test must find: each changes one thing that a trainer gets wrong in silence."""
+"""Mutations of the trainer that tests must detect; each is a typical silent error."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from unittest import mock
 
 
 def mutated(name: str | None) -> AbstractContextManager[Any]:
-    """The fault of this name while the context lasts; none without a name."""
+    """Return a context manager that applies the named mutation; None for no mutation."""
     return MUTATIONS[name]() if name else nullcontext()
 
 
 def tied_embeddings_apart() -> AbstractContextManager[Any]:
-    """The gradients of the first and the last stage's copy of the embedding are not summed."""
+    """Do not sum the gradients of the embedding copies on the first and last stage."""
     module = "megatron.core.distributed.finalize_model_grads"
     return _patched(f"{module}._allreduce_word_embedding_grads", lambda *_, **__: None)
 
 
 def norms_apart() -> AbstractContextManager[Any]:
-    """Norms' gradients, each of a part of the sequence, are not summed under sequence parallel."""
+    """Do not sum the gradients of norms over the sequence-parallel ranks."""
     module = "megatron.core.distributed.finalize_model_grads"
     return _patched(f"{module}._allreduce_non_tensor_model_parallel_grads", lambda *_, **__: None)
 
 
 def tokens_weigh_alike() -> AbstractContextManager[Any]:
-    """The gradient is the mean over tokens, where each micro-batch should weigh the same."""
+    """Weight tokens equally instead of micro-batches."""
     from megatron_llmjp.model import gpt
 
     right = gpt.transformer_config
@@ -41,12 +41,12 @@ def tokens_weigh_alike() -> AbstractContextManager[Any]:
 
 
 def everything_decays() -> AbstractContextManager[Any]:
-    """Weight decay touches norms and biases."""
+    """Apply weight decay to norms and biases."""
     return _patched("megatron.core.optimizer.get_standard_config_overrides", lambda _: {})
 
 
 def schedule_ahead() -> AbstractContextManager[Any]:
-    """From the second step on, every step applies the learning rate of the next one."""
+    """Use the learning rate of the next step from the second step on."""
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
     right: Callable[[Any, int], None] = OptimizerParamScheduler.step

@@ -1,4 +1,4 @@
-"""Run a function, or pretrain_gpt.py, in real processes."""
+"""Run a function on several ranks, or pretrain_gpt.py, in separate processes."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ TIMEOUT = 270.0
 def run_ranks(
     function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = TIMEOUT
 ) -> list[Any]:
-    """Run ``function(*arguments)`` on each rank of a gloo world and return the ranks' results.
+    """Run ``function(*arguments)`` on each rank of a gloo world and return the results by rank.
 
-    The function is imported by its name in fresh processes; arguments and results are JSON. The
-    error of the rank that failed first is raised, and all others are stopped.
+    The function is imported by name in new processes; arguments and results are JSON. If a rank
+    fails, its error is raised and all others are killed.
     """
     port = free_port()
-    # A test file's module name is another one in pytest than in a process of its own.
+    # In pytest the module of a test file has a different name.
     place = Path(inspect.getfile(function)).resolve().relative_to(ROOT).with_suffix("")
     call = json.dumps([".".join(place.parts), function.__qualname__, arguments])
     ranks = []
@@ -47,7 +47,7 @@ def run_ranks(
 
 
 class Rank:
-    """A process whose output goes to files: a pipe that nobody reads would stop it when full."""
+    """A process that writes its output to files, since an unread pipe would block it when full."""
 
     def __init__(self, command: list[str], env: dict[str, str]) -> None:
         self._out = tempfile.TemporaryFile()  # noqa: SIM115 (closed with this object)
@@ -57,7 +57,7 @@ class Rank:
         )
 
     def output(self) -> tuple[str, str]:
-        """What it has written until now."""
+        """Return standard output and standard error so far."""
         texts = []
         for file in (self._out, self._err):
             file.seek(0)
@@ -76,7 +76,9 @@ def _gather(ranks: list[Rank], name: str, timeout: float) -> list[Any]:
                 raise AssertionError(f"{name}: rank {failed[0]} failed:\n{output[-6000:]}")
             if time.monotonic() > end:
                 waiting = [i for i, process in enumerate(processes) if process.poll() is None]
-                raise AssertionError(f"{name}: ranks {waiting} still run after {timeout:.0f} s")
+                raise AssertionError(
+                    f"{name}: ranks {waiting} are still running after {timeout:.0f} s"
+                )
             time.sleep(0.05)
     finally:
         for process in processes:
@@ -90,7 +92,7 @@ def _gather(ranks: list[Rank], name: str, timeout: float) -> list[Any]:
 
 
 def pretrain(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run ``pretrain_gpt.py`` to its end, as a user would."""
+    """Run ``pretrain_gpt.py`` to its end."""
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [sys.executable, str(ROOT / "pretrain_gpt.py"), *map(str, arguments)],
@@ -100,9 +102,3 @@ def pretrain(*arguments: str | Path, cwd: Path | None = None) -> subprocess.Comp
         cwd=cwd,
         env=env,
     )
-
-
-def losses(save: Path) -> dict[int, float]:
-    """The training losses that a run wrote, by iteration."""
-    records = map(json.loads, (save / "metrics.jsonl").read_text().splitlines())
-    return {r["iteration"]: r["lm loss"] for r in records if "lm loss" in r}

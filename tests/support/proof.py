@@ -1,4 +1,4 @@
-"""The proof that nothing was lost: the losses and the weights of two runs are equal."""
+"""Comparison of two runs: their losses and weights must be equal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ VALIDATION = "validation/valid"
 
 
 def tensors(save: Path, iteration: int | None = None) -> dict:
-    """All tensors of a checkpoint, those of the optimizer too; of the newest one by default."""
+    """Return all tensors of a checkpoint, including the optimizer; by default of the newest one."""
     from megatron_llmjp.convert.files import torch_dist
 
     number = iteration if iteration is not None else manifests.complete_iterations(save)[-1]
@@ -21,9 +21,9 @@ def tensors(save: Path, iteration: int | None = None) -> dict:
 
 
 def assert_equal_runs(save: Path, reference: Path, unfinished: int | None = None) -> None:
-    """Every number that was logged and every tensor of the last checkpoint, bit for bit.
+    """Assert that logged values and the tensors of the last checkpoint are equal bit for bit.
 
-    The validation of iteration ``unfinished`` may lack: a run that is asked to stop leaves it out.
+    The validation at iteration ``unfinished`` may be missing: a stop request ends a validation.
     """
     import torch
 
@@ -35,16 +35,18 @@ def assert_equal_runs(save: Path, reference: Path, unfinished: int | None = None
     assert found == expected
     last = manifests.complete_iterations(reference)[-1]
     assert manifests.complete_iterations(save)[-1] == last
-    whole = manifests.read_manifest(save / manifests.folder_name(last))
-    assert manifests.file_problems(save / manifests.folder_name(last), whole, checksums=True) == []
+    manifest = manifests.read_manifest(save / manifests.folder_name(last))
+    assert (
+        manifests.file_problems(save / manifests.folder_name(last), manifest, checksums=True) == []
+    )
     expected, found = tensors(reference, last), tensors(save, last)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
 
 
-def assert_whole(save: Path) -> None:
-    """Whatever has a checkpoint's name is whole, and the tracker names none that is not there."""
+def assert_checkpoints_complete(save: Path) -> None:
+    """Assert that all checkpoint folders are complete, and that the tracker names one of them."""
     iterations = manifests.complete_iterations(save)
     assert len(list(save.glob("iter_*"))) == len(iterations)
     for iteration in iterations:

@@ -1,4 +1,4 @@
-"""One rank of ``run_ranks``: calls the function that the command line names."""
+"""Entry point of a rank of ``run_ranks``: calls the function given on the command line."""
 
 from __future__ import annotations
 

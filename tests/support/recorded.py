@@ -1,4 +1,4 @@
-"""Training on given samples instead of a dataset's: what another program was trained on."""
+"""Training on recorded samples of another program instead of a dataset."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from unittest import mock
 
 
 def recorded(file: str | None) -> AbstractContextManager[Any]:
-    """Sample number k of every run is row k of the arrays in an ``.npz`` file.
+    """Replace sample k of every run by row k of the arrays in an ``.npz`` file.
 
-    It holds ``tokens``, ``labels``, ``loss_mask`` and ``position_ids``, each ``[samples, s]``.
+    The file has ``tokens``, ``labels``, ``loss_mask`` and ``position_ids``, each ``[samples, s]``.
     """
     if file is None:
         return nullcontext()

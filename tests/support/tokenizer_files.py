@@ -1,4 +1,4 @@
-"""Small vocabularies in the forms that Megatron-LM's tokenizers read."""
+"""Small vocabularies in the formats of Megatron-LM's tokenizers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TEXTS = (
 
 
 def byte_level_bpe(special_tokens: tuple[str, ...] = ()) -> tokenizers.Tokenizer:
-    """What byte-level BPE learns of the texts."""
+    """Train a byte-level BPE tokenizer on the texts."""
     fast = tokenizers.Tokenizer(tokenizers.models.BPE())
     fast.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = tokenizers.decoders.ByteLevel()
@@ -32,13 +32,13 @@ def byte_level_bpe(special_tokens: tuple[str, ...] = ()) -> tokenizers.Tokenizer
 
 
 def write_gpt2(vocab: Path, merges: Path) -> tuple[Path, Path]:
-    """Write GPT2BPETokenizer's two files, under any names."""
-    made_vocab, made_merges = byte_level_bpe(("<|endoftext|>",)).model.save(str(vocab.parent))
-    return Path(made_vocab).rename(vocab), Path(made_merges).rename(merges)
+    """Write the two files of GPT2BPETokenizer."""
+    written_vocab, written_merges = byte_level_bpe(("<|endoftext|>",)).model.save(str(vocab.parent))
+    return Path(written_vocab).rename(vocab), Path(written_merges).rename(merges)
 
 
 def tiktoken_entries(number: int) -> list[dict[str, object]]:
-    """TikTokenizer's entries: the 256 bytes, and what byte-level BPE learns."""
+    """Return TikTokenizer entries: the 256 bytes and learned tokens."""
     fast = byte_level_bpe()
     by_id = sorted(fast.get_vocab().items(), key=lambda pair: pair[1])
     learned = [fast.decoder.decode([piece]).encode() for piece, _ in by_id]
@@ -55,6 +55,6 @@ def tiktoken_entries(number: int) -> list[dict[str, object]]:
 
 
 def write_tiktoken(path: Path, number: int) -> Path:
-    """Write TikTokenizer's file."""
+    """Write the file of TikTokenizer."""
     path.write_text(json.dumps(tiktoken_entries(number)))
     return path

@@ -1,8 +1,8 @@
-"""Relative tolerances of the tests, and the comparisons that use them.
+"""Relative tolerances of the tests, and comparisons that use them.
 
-Every CPU's kernels round differently. A tolerance leaves a factor of 5 or more above the largest
-difference that was measured with varied kernels, and stays below what any fault changes. To measure
-again, for example with kernels that use no vector instructions:
+Kernels of different CPUs round differently. Each tolerance is at least 5 times the largest
+difference measured with different kernels, and below the effect of any mutation. To measure again,
+for example with kernels without vector instructions:
 
     export TOLERANCE_REPORT=$PWD/report.jsonl
     ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE TEST_THREADS=3 make test
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 ELEMENTWISE = 2e-6
-"""Few fp32 operations per element: an update of AdamW, a softmax over few classes, a norm."""
+"""Few fp32 operations per element: an AdamW update, a softmax over few classes, a norm."""
 
 LOSS = 2e-6
 """The loss of the same weights and tokens: a mean over tokens."""
@@ -33,14 +33,14 @@ GRADIENT_NORM = 1e-5
 """The gradient norm of the same weights and tokens."""
 
 GRADIENT = 1e-4
-"""A gradient of the same weights and tokens, relative to its largest element: fp32 itself is 1e-5
-away from fp64 in the first layers, behind which the rounding of all others adds up."""
+"""A gradient of the same weights and tokens, relative to its largest element: in the first layers,
+where rounding errors accumulate, fp32 itself differs from fp64 by 1e-5."""
 
 TRAINED = 1e-5
-"""Losses, norms and weights after several steps, each of which builds on earlier rounding."""
+"""Losses, norms and weights after several steps, which accumulate rounding errors."""
 
 REPORT = "TOLERANCE_REPORT"
-"""The environment variable that names a file to append every measured distance to."""
+"""Environment variable with a file that every measured distance is appended to."""
 
 
 def distance(found: Any, expected: Any) -> float:
@@ -50,8 +50,8 @@ def distance(found: Any, expected: Any) -> float:
         found: a number, a sequence or a mapping of numbers, or a tensor.
         expected: the same; a mapping has the same keys in the same order.
 
-    Numbers are compared one by one. The elements of a tensor are compared relative to its largest
-    one: those near 0 are sums whose terms cancel, and are as exact as their terms.
+    Numbers are compared individually, elements of a tensor relative to its largest one: elements
+    near 0 are sums of canceling terms, as exact as these terms.
     """
     if isinstance(expected, torch.Tensor):
         assert found.shape == expected.shape

@@ -1,4 +1,4 @@
-"""Many training runs in one world of processes: what start-up costs is paid once."""
+"""Many training runs in one set of processes, to pay the start-up cost once."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SMALL = {
     "--num-workers": 0,
     "--tensorboard-dir": "",
 }
-"""A run that takes a second, for the datasets of :mod:`tests.support.datasets`."""
+"""Flags of a run of one second, for the datasets of :mod:`tests.support.datasets`."""
 
 TP2 = ("--tensor-model-parallel-size", 2)
 PP2 = ("--pipeline-model-parallel-size", 2)
@@ -42,20 +42,20 @@ OVERLAP = ("--overlap-grad-reduce", "--overlap-param-gather")
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a world: its name, the ranks it runs on, and its flags over :data:`SMALL`."""
+    """One training run: name, ranks, and flags in addition to :data:`SMALL`."""
 
     name: str
     ranks: tuple[int, int]
-    """The first rank and the one after the last."""
+    """Half-open range of ranks."""
     flags: tuple[Any, ...]
     mutation: str | None = None
-    """A fault of :mod:`tests.support.mutations` that this run has."""
+    """A mutation of :mod:`tests.support.mutations` to apply."""
     samples: str | None = None
-    """An ``.npz`` file of the samples to train on, as :mod:`tests.support.recorded` reads them."""
+    """An ``.npz`` file of samples for :mod:`tests.support.recorded`."""
 
 
 def arguments(preset: str, fold_file: Path, *flags: Any, **small: Any) -> list[str]:
-    """A command line for a small run of a preset."""
+    """Return the command line of a small run of a preset."""
     values = {**SMALL, **{f"--{k.replace('_', '-')}": v for k, v in small.items()}}
     words = ["--config", preset, "--fold-file", fold_file]
     words += [word for flag, value in values.items() if value != "" for word in (flag, value)]
@@ -63,13 +63,13 @@ def arguments(preset: str, fold_file: Path, *flags: Any, **small: Any) -> list[s
 
 
 def train_all(jobs: list[Job], world_size: int, folder: Path, timeout: float = TIMEOUT) -> None:
-    """Train every job, in order where they share ranks; each saves in ``folder/NAME``."""
+    """Run all jobs, in order on each rank; each saves to ``folder/NAME``."""
     plain = [{**asdict(job), "flags": [str(flag) for flag in job.flags]} for job in jobs]
     run_ranks(train_on_rank, world_size, plain, str(folder), timeout=timeout)
 
 
 def train_on_rank(jobs: list[dict[str, Any]], folder: str) -> None:
-    """Take this rank's part in all jobs."""
+    """Run all jobs of this rank."""
     from megatron_llmjp.config.flags import parse
     from megatron_llmjp.parallel.device import setup
     from megatron_llmjp.parallel.ranks import Ranks
@@ -85,7 +85,7 @@ def train_on_rank(jobs: list[dict[str, Any]], folder: str) -> None:
         save = Path(folder) / job["name"]
         config = parse([*job["flags"], "--save", str(save)]).config
         run = resolve_run(config, end - first)
-        port = meeting_port(save.with_suffix(".port"), me == first)
+        port = rendezvous_port(save.with_suffix(".port"), me == first)
         ranks = Ranks(me - first, end - first, 0, "127.0.0.1", port, "test")
         try:
             with mutated(job["mutation"]), recorded(job["samples"]):
@@ -95,8 +95,8 @@ def train_on_rank(jobs: list[dict[str, Any]], folder: str) -> None:
         assert code == 0, job["name"]
 
 
-def meeting_port(file: Path, choose: bool) -> str:
-    """A port that the first rank of a job chooses just before it listens."""
+def rendezvous_port(file: Path, choose: bool) -> str:
+    """Return a port, chosen by the first rank of a job just before it listens."""
     if choose:
         temporary = file.with_suffix(".tmp")
         temporary.write_text(str(free_port()))
@@ -107,6 +107,6 @@ def meeting_port(file: Path, choose: bool) -> str:
 
 
 def history(save: Path, value: str = "lm loss") -> dict[int, float]:
-    """One of the logged values of a run, by iteration."""
+    """Return a logged metric of a run, by iteration."""
     records = map(json.loads, (save / "metrics.jsonl").read_text().splitlines())
     return {r["iteration"]: r[value] for r in records if value in r}

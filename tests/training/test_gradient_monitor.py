@@ -1,4 +1,4 @@
-"""What the gradient monitor makes of norms, overflows and spikes."""
+"""Classification of steps by the gradient monitor: norms, overflows and spikes."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def test_nothing_is_saved_while_steps_are_bad():
     assert monitor.should_apply(1.0) and monitor.may_save and not monitor.limit_reached
 
 
-def verdicts(optimizer: OptimizerConfig, faults: FaultsConfig, scales: list[float]) -> str:
-    """O for a plain overflow, B for a bad step, of overflows that leave these loss scales."""
+def classify(optimizer: OptimizerConfig, faults: FaultsConfig, scales: list[float]) -> str:
+    """Return O for each overflow and B for each bad step, given the loss scales after the steps."""
     monitor = GradientMonitor(faults)
     found = ""
     for scale in scales:
@@ -39,12 +39,12 @@ def verdicts(optimizer: OptimizerConfig, faults: FaultsConfig, scales: list[floa
 def test_overflows_that_a_lower_loss_scale_cannot_help():
     faults = FaultsConfig()
     halved = [2.0**n for n in range(10, -1, -1)]
-    floor = OptimizerConfig(min_loss_scale=0.1)  # no float32
-    assert verdicts(floor, faults, [0.4, 0.2, 0.10000000149, 0.10000000149]) == "OOOB"
-    assert verdicts(OptimizerConfig(), faults, [*halved, 1.0, 1.0]) == "O" * 11 + "BB"
-    assert verdicts(OptimizerConfig(loss_scale=128.0), faults, [128.0] * 2) == "BB"
+    floor = OptimizerConfig(min_loss_scale=0.1)  # not exact in float32
+    assert classify(floor, faults, [0.4, 0.2, 0.10000000149, 0.10000000149]) == "OOOB"
+    assert classify(OptimizerConfig(), faults, [*halved, 1.0, 1.0]) == "O" * 11 + "BB"
+    assert classify(OptimizerConfig(loss_scale=128.0), faults, [128.0] * 2) == "BB"
     limited = FaultsConfig(max_overflow_steps=3)
-    assert verdicts(OptimizerConfig(), limited, [2.0**40] * 5) == "OOOBB"
+    assert classify(OptimizerConfig(), limited, [2.0**40] * 5) == "OOOBB"
     monitor = GradientMonitor(faults)
     monitor.record_overflow(OptimizerConfig(), 2.0**32, loss_is_finite=False)
     assert monitor.status is StepStatus.BAD
@@ -59,11 +59,11 @@ def test_overflows_in_a_row_are_counted_across_a_restart():
     again.load_state_dict(monitor.state_dict())
     again.record_overflow(OptimizerConfig(), 2.0**20, loss_is_finite=True)
     assert again.status is StepStatus.BAD
-    again.load_state_dict({})  # of a checkpoint from before it was counted
+    again.load_state_dict({})  # older checkpoints have no counters
 
 
 def test_skipped_spikes_have_a_limit():
-    """One in a row is a batch; two may be the model. They are counted among the last 128 steps."""
+    """One skipped spike allows saves, two in a row do not; the limit is within 128 steps."""
     faults = FaultsConfig(spike_action="skip", max_spikes=4)
     monitor = GradientMonitor(faults)
     assert all(monitor.should_apply(1.0) for _ in range(MIN_HISTORY))
@@ -78,7 +78,7 @@ def test_skipped_spikes_have_a_limit():
     assert not monitor.should_apply(50.0) and not monitor.limit_reached
 
 
-def test_spikes_that_are_taken_have_none():
+def test_applied_spikes_have_no_limit():
     monitor = GradientMonitor(FaultsConfig(spike_action="warn", max_spikes=1), [1.0] * MIN_HISTORY)
     assert monitor.should_apply(50.0) and monitor.status is StepStatus.SPIKE
     assert monitor.should_apply(50.0) and monitor.may_save and not monitor.limit_reached

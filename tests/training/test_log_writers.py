@@ -1,4 +1,4 @@
-"""Log line, metrics.jsonl, tensorboard and Weights & Biases: what is written where."""
+"""Log line, metrics.jsonl, TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def record(iteration, **values):
 
 @pytest.fixture
 def wandb(monkeypatch):
-    """A stand-in that keeps what it is given."""
+    """Replacement of wandb that records its calls."""
     runs = []
 
     class Run:
@@ -54,10 +54,10 @@ def wandb(monkeypatch):
     return runs
 
 
-def test_every_place_gets_the_same(tmp_path, wandb):
+def test_all_destinations_get_the_same_records(tmp_path, wandb):
     save = tmp_path / "run"
     run = config("--save", save, "--wandb-project", "llm-jp")
-    for start in (0, 2):  # the second process goes on from iteration 2
+    for start in (0, 2):  # the second process resumes from iteration 2
         writers = MetricsWriters(run)
         writers.write(MetricsRecord(start, 4 * start, 128 * start, {}, {"event": "start"}))
         for iteration in (start + 1, start + 2, start + 3):
@@ -89,8 +89,8 @@ def test_every_place_gets_the_same(tmp_path, wandb):
     assert len(first.logged) == 3 and first.finished
 
 
-def test_what_is_no_number_is_null(tmp_path):
-    """JSON has no NaN: a strict parser of another program reads every line."""
+def test_nan_is_null(tmp_path):
+    """JSON has no NaN: strict parsers can read every line."""
     writers = MetricsWriters(config("--save", tmp_path))
     writers.write(record(1, **{"lm loss": float("nan"), "grad norm": float("inf"), "spikes": 0}))
     writers.close()
@@ -106,7 +106,7 @@ def test_without_wandb(monkeypatch):
         MetricsWriters(config("--wandb-project", "x"))
 
 
-def test_what_libraries_raise_does_not_end_a_run(tmp_path, wandb, monkeypatch, capfd):
+def test_errors_of_libraries_do_not_end_a_run(tmp_path, wandb, monkeypatch, capfd):
     run = config("--save", tmp_path / "run", "--wandb-project", "llm-jp")
     writers = MetricsWriters(run)
 
@@ -118,8 +118,8 @@ def test_what_libraries_raise_does_not_end_a_run(tmp_path, wandb, monkeypatch, c
         writers.write(record(iteration, **{"lm loss": 5.0}))
     writers.close()
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
-    told = capfd.readouterr().err
-    assert told.count("warning: WandbWriter: BrokenPipeError: [Errno 32] Broken pipe") == 1
+    output = capfd.readouterr().err
+    assert output.count("warning: WandbWriter: BrokenPipeError: [Errno 32] Broken pipe") == 1
 
     def unreachable(**settings):
         raise ConnectionError("no route to host")
@@ -132,8 +132,8 @@ def test_what_libraries_raise_does_not_end_a_run(tmp_path, wandb, monkeypatch, c
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
 
 
-def test_logs_in_a_place_that_cannot_be_written(tmp_path, capfd):
-    """Nor may what is in their place: it is told, and the run goes on."""
+def test_logs_that_cannot_be_written(tmp_path, capfd):
+    """Files and folders in place of logs are reported, and the run continues."""
     save = tmp_path / "run"
     (save / "metrics.jsonl").mkdir(parents=True)
     (save / "tensorboard").write_text("")
@@ -142,9 +142,9 @@ def test_logs_in_a_place_that_cannot_be_written(tmp_path, capfd):
     for iteration in (1, 2):
         writers.write(record(iteration, **{"lm loss": 5.0}))
     writers.close()
-    told = capfd.readouterr().err
-    assert told.count(f"warning: {save / 'metrics.jsonl'} cannot be written: Is a directory") == 1
-    assert f"{save / 'tensorboard'}/events.out" in told
+    output = capfd.readouterr().err
+    assert output.count(f"warning: {save / 'metrics.jsonl'} cannot be written: Is a directory") == 1
+    assert f"{save / 'tensorboard'}/events.out" in output
 
 
 def test_log_line():
@@ -167,7 +167,7 @@ def test_log_line():
     }
     line = interval_line(100, 5000, 51200, values, "fold01 (2/11) 45%")
     assert "\n" not in line
-    # The parts that scripts for Megatron-LM's log look for, as it writes them.
+    # Parts that scripts for Megatron-LM's log search for.
     for part in (
         "iteration      100/    5000 | consumed samples:        51200 |",
         "| elapsed time per iteration (ms): 250.0 |",
@@ -193,7 +193,7 @@ def test_log_line():
         assert shown not in interval_line(1, 2, 3, values, "a")
 
 
-def test_human_numbers():
+def test_formatted_numbers():
     assert [format_count(n) for n in (12, 1234, 1.234e6, 27.6e9, 2.1e12)] == [
         "12", "1.23K", "1.23M", "27.60B", "2.10T",
     ]  # fmt: skip
@@ -201,10 +201,10 @@ def test_human_numbers():
 
 
 def test_a_disk_that_is_full_for_a_while(tmp_path, capfd):
-    """Nothing ends, nothing is lost, and half a line is not mended into a wrong one."""
+    """No record is lost, and an incomplete line is not completed with a later one."""
     save = tmp_path / "run"
     save.mkdir()
-    (save / "metrics.jsonl").write_text('{"iteration": 1, "lm lo')  # the run before was killed
+    (save / "metrics.jsonl").write_text('{"iteration": 1, "lm lo')  # the previous run was killed
     writers = MetricsWriters(config("--save", save))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:

@@ -1,4 +1,4 @@
-"""What the optimizer does to which parameter, in one process."""
+"""Weight decay of parameters by the optimizer, in one process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LR, DECAY = 0.25, 0.5
 
 
 def step_without_gradients() -> list[list[object]]:
-    """For AdamW and SGD: each parameter's name, dimensions and by how much a step shrinks it."""
+    """Return, for AdamW and SGD, each parameter's name, dimensions and shrinkage by a step."""
     import torch
 
     from megatron_llmjp.config.flags import parse
@@ -36,7 +36,7 @@ def step_without_gradients() -> list[list[object]]:
             group["lr"], group["weight_decay"] = LR, DECAY * group["wd_mult"]
         before = {}
         for name, parameter in chunks[0].named_parameters():
-            parameter.data.fill_(1.0)  # norms' weights are 1, biases 0: nothing may hide
+            parameter.data.fill_(1.0)  # the effect of weight decay is visible on all parameters
             before[name] = parameter.detach().clone()
         chunks[0].zero_grad_buffer()
         optimizer.step()
@@ -53,11 +53,11 @@ def found():
     return run_ranks(step_without_gradients, 1)[0]
 
 
-def test_weight_decay_spares_norms_and_biases(found):
+def test_weight_decay_excludes_norms_and_biases(found):
     names = [name for _, name, _, _ in found]
     assert any(name.endswith("linear_fc1.bias") for name in names)
     assert any("layernorm.weight" in name for name in names), json.dumps(names)
     for kind, name, dimensions, factor in found:
-        spared = name.endswith("bias") or "layernorm" in name
-        assert spared == (dimensions == 1)
-        assert_close(factor, 1.0 if spared else 1 - LR * DECAY, ELEMENTWISE, f"{kind} {name}")
+        excluded = name.endswith("bias") or "layernorm" in name
+        assert excluded == (dimensions == 1)
+        assert_close(factor, 1.0 if excluded else 1 - LR * DECAY, ELEMENTWISE, f"{kind} {name}")

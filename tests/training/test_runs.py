@@ -1,4 +1,4 @@
-"""What runs log and do: batch ramp-up, z-loss, losses per dataset, norms, precision, eval-only."""
+"""Logged metrics of runs: batch ramp-up, z-loss, dataset losses, norms, fp16, eval-only."""
 
 from __future__ import annotations
 
@@ -27,10 +27,12 @@ FIXED = ("--padded-vocab-size", 256)
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Every run that this file looks at, from one world of two processes."""
+    """Save folders of all runs of this file, trained by two processes."""
     folder = tmp_path_factory.mktemp("runs")
     folds = write_folds(folder, (2, 2, 1))
-    write_dataset(folder / "tiny", 2, seed=4, length=50)  # less than a batch, and read as one
+    write_dataset(
+        folder / "tiny", 2, seed=4, length=50
+    )  # less than a batch, which it is repeated to fill
     declared = yaml.safe_load(folds.read_text())
     declared["validation"]["tiny"] = {"path": "tiny"}
     declared["folds"][2]["learning_rate"] = {"lr": 1e-3, "lr_decay_style": "constant"}
@@ -61,13 +63,13 @@ def runs(tmp_path_factory):
 
 
 def train_and_evaluate(jobs, folder, evaluation):
-    """Take this rank's part in all jobs, then in an evaluation; what the latter printed."""
+    """Run all jobs, then an evaluation; return the output of the evaluation."""
     from tests.support.training import train_on_rank
 
     train_on_rank(jobs, folder)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        # Every job has a --save; here nothing may appear there.
+        # Nothing may be written to the --save folder.
         train_on_rank([vars(Job("eval", BOTH, evaluation))], folder)
     return printed.getvalue()
 
@@ -83,13 +85,13 @@ def test_micro_batches_are_averaged(runs):
         assert_close(history(runs / "plain", value), whole, TRAINED, value)
 
 
-def test_z_loss_is_trained_on_but_not_in_the_loss(runs):
+def test_z_loss_is_logged_separately(runs):
     with_z, without = history(runs / "z"), history(runs / "plain")
-    # The first two steps work on the same weights: the warm-up begins with a rate of 0.
+    # The first two steps use the same weights: the warm-up starts with a learning rate of 0.
     assert [with_z[i] for i in (1, 2)] == [without[i] for i in (1, 2)]
     assert with_z[5] != without[5]
     z_loss = history(runs / "z", "z loss")
-    assert z_loss[1] == pytest.approx(1e-3 * math.log(256) ** 2, rel=0.05)  # of small logits
+    assert z_loss[1] == pytest.approx(1e-3 * math.log(256) ** 2, rel=0.05)  # for small logits
     assert history(runs / "plain", "z loss") == {}
     for value in ("lm loss", "z loss", "grad norm", "params norm", "dataset loss/ja"):
         expected = history(runs / "z", value)
@@ -98,7 +100,7 @@ def test_z_loss_is_trained_on_but_not_in_the_loss(runs):
 
 
 def test_ramp_up_and_a_restart_in_the_middle(runs):
-    """2 folds of 2 iterations and 1 of 1: with sizes 2, 2, 4, 4 and 4 samples."""
+    """Two folds of 2 iterations and one of 1, with batches of 2, 2, 4, 4 and 4 samples."""
     sizes = history(runs / "ramp", "global batch size")
     assert list(sizes.values()) == [2, 2, 4, 4, 4]
     consumed = history(runs / "ramp", "consumed tokens")
@@ -108,7 +110,7 @@ def test_ramp_up_and_a_restart_in_the_middle(runs):
     for value in ("lm loss", "grad norm", "learning rate", "global batch size"):
         straight = history(runs / "ramp", value)
         assert history(runs / "ramp-again", value) == {i: straight[i] for i in (3, 4, 5)}, value
-    assert history(runs / "ramp", "learning rate")[5] == 1e-3  # the third fold's own
+    assert history(runs / "ramp", "learning rate")[5] == 1e-3  # of the third fold
     starts = [r for r in records(runs / "ramp-again") if r.get("event") == "start"]
     assert starts == [{"iteration": 2, "consumed samples": 4, "event": "start"}]
     manifest = manifests.read_manifest(manifests.newest_checkpoint(runs / "ramp"))
@@ -116,18 +118,18 @@ def test_ramp_up_and_a_restart_in_the_middle(runs):
 
 
 def test_the_same_run_twice_is_the_same_bit_for_bit(runs):
-    """With dropout, in another process' place in the world and after other runs."""
+    """With dropout, on another rank and after other runs."""
     for value in ("lm loss", "grad norm", "params norm"):
         assert history(runs / "ramp-twice", value) == history(runs / "ramp", value)
 
 
 def test_losses_and_tokens_of_datasets(runs):
     found = [r for r in records(runs / "sgd") if "lm loss" in r]
-    assert [r["iteration"] for r in found] == [1, 2, 4]  # the first, then every second
+    assert [r["iteration"] for r in found] == [1, 2, 4]  # the first, then every second one
     first, second, *_ = (
         {name: r[f"consumed tokens/{name}"] / 32 for name in ("ja", "en")} for r in found
     )
-    record = found[1]  # iteration 2 alone: 4 samples, all of equal length
+    record = found[1]  # iteration 2 only: 4 samples of equal length
     shares = {name: (second[name] - first[name]) / 4 for name in ("ja", "en")}
     expected = sum(share * record[f"dataset loss/{name}"] for name, share in shares.items())
     assert sum(shares.values()) == 1
@@ -136,7 +138,7 @@ def test_losses_and_tokens_of_datasets(runs):
 
 
 def test_parameter_norm(runs):
-    """Of a tied model over two stages and two shards of the optimizer: each weight once."""
+    """Tied embeddings, tensor-parallel and optimizer shards count each weight once."""
     for name in ("tied-pp2", "z-tp2", "plain"):
         source = native.read_checkpoint(runs / name)
         total = sum(float(read.read(key).double().square().sum()) for key, read in
@@ -152,14 +154,14 @@ def test_fp16_finds_its_loss_scale(runs):
     assert sum(skipped.values()) > 0
     steps = [after / before for before, after in itertools.pairwise(scales)]
     assert steps == [0.5 if skipped[i] else 1.0 for i in range(2, 6)]
-    assert losses[1] == pytest.approx(history(runs / "plain")[1], rel=1e-3)  # of 11 bits
+    assert losses[1] == pytest.approx(history(runs / "plain")[1], rel=1e-3)  # 11 bits of precision
     # A skipped step does not advance the learning rate, as in Megatron-LM.
     rates = list(history(runs / "fp16-dp2", "learning rate").values())
     assert rates[1] == (rates[0] if skipped[1] else 1e-3)
 
 
 def test_eval_only(runs):
-    """In another layout, the losses that the run itself saw at its end; nothing is written."""
+    """The losses equal those at the end of the run, in another layout; nothing is written."""
     printed = (runs / "eval-only.txt").read_text()
     assert " validation at iteration 5 | " in printed
     for name in ("valid", "tiny"):

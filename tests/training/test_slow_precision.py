@@ -1,4 +1,4 @@
-"""Half precision on a CPU is slower than fp32, and the log says so."""
+"""The note on half precision on a CPU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from tests.support.processes import run_ranks
 
 
 def notes() -> list[list[str]]:
-    """The notes on fp32, bf16 and fp16 on a CPU, then bf16 on a GPU."""
+    """Return the notes for fp32, bf16 and fp16 on a CPU, and bf16 on a GPU."""
     from megatron_llmjp.parallel.device import Device
     from megatron_llmjp.training.run_setup import half_precision_notes
 
@@ -22,5 +22,5 @@ def notes() -> list[list[str]]:
 def test_half_precision_on_a_cpu_is_noted():
     fp32, bf16, fp16, on_gpu = run_ranks(notes, 1)[0]
     assert fp32 == on_gpu == []
-    assert "bf16 is slower than fp32 on a CPU: give --no-bf16" in bf16[0]
+    assert "bf16 is slower than fp32 on a CPU: use --no-bf16" in bf16[0]
     assert "--no-fp16" in fp16[0]

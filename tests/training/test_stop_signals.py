@@ -1,4 +1,4 @@
-"""Ranks agree on when to stop, also while they wait for one of them."""
+"""Agreement of ranks on stop requests, including while they wait for a rank."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ def wait_together() -> list[Any]:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     requests = StopRequests()
-    guard = StopCoordinator(None, requests, rank == 0, new_group_without_timeout())
-    told: list[Any] = [guard.agreed().name]
-    there = time.monotonic() + (1.0 if rank == 1 else 0.0)
-    told.append(guard.wait_until(lambda: time.monotonic() > there))
-    told.append(time.monotonic() > there)
-    told.append(guard.agreed().name)
+    coordinator = StopCoordinator(None, requests, rank == 0, new_group_without_timeout())
+    results: list[Any] = [coordinator.agreed().name]
+    ready_at = time.monotonic() + (1.0 if rank == 1 else 0.0)
+    results.append(coordinator.wait_until(lambda: time.monotonic() > ready_at))
+    results.append(time.monotonic() > ready_at)
+    results.append(coordinator.agreed().name)
     if rank == 1:
         requests.signal = signal.SIGTERM
-    told.append(guard.wait_until(lambda: rank == 1))  # the other never is
-    told.append(guard.agreed().name)
-    guard.close()
-    return told
+    results.append(coordinator.wait_until(lambda: rank == 1))  # rank 0 is never ready
+    results.append(coordinator.agreed().name)
+    coordinator.close()
+    return results
 
 
-def test_ranks_wait_for_each_other_or_stop_together():
+def test_ranks_wait_or_stop_together():
     expected = ["NONE", True, True, "NONE", False, StopReason.SIGNAL.name]
     assert run_ranks(wait_together, 2) == [expected, expected]
