@@ -44,13 +44,13 @@ def describe_checkpoint(path: Path, ignored_args: frozenset[str] = frozenset()) 
     Raises:
         UserError: it holds no whole checkpoint of a known format.
     """
-    from megatron_llmjp.convert.formats.hugging_face.folder import architecture_for
+    from megatron_llmjp.convert.formats.hugging_face.registry import architecture_for
 
     source = detect_format(path).read(path, ConversionOptions(ignored_args=ignored_args)).check()
     possible = [name for name in FORMATS if name != source.format]
     lines = [summarize(source)]
     try:
-        lines.append(f"  Hugging Face: {architecture_for(source.model).architecture}")
+        lines.append(f"  Hugging Face: {architecture_for(source.model).class_name}")
     except UserError as error:
         possible = [name for name in possible if name != "hf"]
         lines.append(f"  {error}")

@@ -22,7 +22,7 @@ def llama(**changes) -> transformers.PreTrainedModel:
         "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
     config = transformers.LlamaConfig(**{**COMMON, **fields, **changes})
-    return _noisy(transformers.LlamaForCausalLM(config))
+    return noisy(transformers.LlamaForCausalLM(config))
 
 
 def gpt2(**changes) -> transformers.PreTrainedModel:
@@ -30,7 +30,7 @@ def gpt2(**changes) -> transformers.PreTrainedModel:
         "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 64, "n_inner": 144,
         "activation_function": "gelu_new", "vocab_size": 101,
     }  # fmt: skip
-    return _noisy(transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**fields, **changes})))
+    return noisy(transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**fields, **changes})))
 
 
 def gpt_neox(**changes) -> transformers.PreTrainedModel:
@@ -41,13 +41,13 @@ def gpt_neox(**changes) -> transformers.PreTrainedModel:
         "rotary_emb_base": 5000,
     }  # fmt: skip
     config = transformers.GPTNeoXConfig(**{**COMMON, **fields, **changes})
-    return _noisy(transformers.GPTNeoXForCausalLM(config))
+    return noisy(transformers.GPTNeoXForCausalLM(config))
 
 
 STYLES = {"llama": llama, "gpt2": gpt2, "gpt_neox": gpt_neox}
 
 
-def _noisy(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+def noisy(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
     """Noise on every parameter: a lost bias or a permuted norm must show."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():

@@ -160,7 +160,7 @@ def state(source: SourceCheckpoint) -> dict[str, dict[str, torch.Tensor]]:
     """fp32 weights and both moments in fp64 by transformers' names, ``[out, in]`` as in GPT-2."""
     tensors = {"param": source.check().reads, **source.optimizer().tensors}
     found: dict[str, dict[str, torch.Tensor]] = {}
-    for rule in gpt2.ARCHITECTURE.expanded(source.model):
+    for rule in gpt2.ARCHITECTURE.expanded_rules(source.model):
         for kind in ("param", "exp_avg", "exp_avg_sq"):
             parts = rule.layout(tensors[kind][rule.name].read(rule.name))
             for key, part in zip(rule.keys, parts, strict=True):

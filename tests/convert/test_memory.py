@@ -35,7 +35,7 @@ def model(tmp_path) -> Path:
     shape_of = tensor_shapes(MODEL, 16384)
     tensors = {
         key: (shape, torch.bfloat16)
-        for rule in llama.ARCHITECTURE.expanded(MODEL)
+        for rule in llama.ARCHITECTURE.expanded_rules(MODEL)
         for key, shape in zip(rule.keys, part_shapes(rule.layout, shape_of[rule.name]), strict=True)
     }
     plan_safetensors("model.safetensors", tensors).create(folder)

@@ -1,25 +1,18 @@
-"""``config.json`` of Hugging Face models: its keys, by transformers version and model.
+"""JSON files and the keys of ``config.json`` that several Hugging Face architectures share.
 
-JSON objects in files.
-
-Reading config.json of several transformers versions: where each keeps a value.
-
-What an architecture of Hugging Face must say of itself to be read and written.
+The keys are read and written as transformers 4.35 to 5 store them.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pydantic import ValidationError
 
 from megatron_llmjp.config.schema import ModelConfig
-from megatron_llmjp.convert.tensors import LAYER, Layout, tensor_shapes
 from megatron_llmjp.errors import UserError
 
 
@@ -36,7 +29,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path}: a JSON object was expected")
+        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
 
 
@@ -46,35 +39,35 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def json_bytes(value: Mapping[str, Any]) -> bytes:
-    """Return a JSON object as a file holds it."""
+    """Return the content of a JSON file: indented, UTF-8."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def positive_int_field(config: dict[str, Any], key: str, where: str) -> int:
-    """A whole number that has no safe default.
+    """Return a field that has no safe default.
 
     Raises:
-        UserError: it is missing or no positive whole number.
+        UserError: it is missing or not a positive integer.
     """
     value = config.get(key)
     if not isinstance(value, int) or value <= 0:
-        raise UserError(f"{where}: {key} must be a positive whole number, found {value!r}")
+        raise UserError(f"{where}: {key} must be a positive integer, found {value!r}")
     return value
 
 
 def refuse_unsupported(where: str, **found: bool) -> None:
-    """Refuse what the canonical model cannot represent.
+    """Refuse features that the canonical model does not have.
 
     Raises:
-        UserError: naming each key that is true.
+        UserError: naming each feature whose value is true.
     """
-    names = [name for name, bad in found.items() if bad]
+    names = [name for name, is_used in found.items() if is_used]
     if names:
-        raise UserError(f"{where}: cannot be represented: {', '.join(names)}")
+        raise UserError(f"{where}: not supported: {', '.join(names)}")
 
 
 GELU_NAMES = {"gelu": "gelu", "gelu_tanh": "gelu_new"}
-"""What Hugging Face calls the exact GELU and its tanh approximation."""
+"""Names in Hugging Face of the exact GELU and of its tanh approximation."""
 
 _GELUS = {
     "gelu": "gelu",
@@ -87,10 +80,16 @@ _GELUS = {
 def layer_norm_gelu_fields(
     config: dict[str, Any], key: str, default: str, where: str
 ) -> dict[str, Any]:
-    """What GPT-2 and GPT-NeoX share: LayerNorm, biases, and a GELU that ``key`` names.
+    """Return model fields of GPT-2 and GPT-NeoX: LayerNorm, biases, and a GELU.
+
+    Args:
+        config: the content of config.json.
+        key: the key of the activation's name.
+        default: the name if the key is missing.
+        where: the file, for messages.
 
     Raises:
-        UserError: the activation is another one.
+        UserError: the activation is not a GELU.
     """
     name = config.get(key, default)
     refuse_unsupported(where, **{f"{key} '{name}'": name not in _GELUS})
@@ -102,7 +101,7 @@ def layer_norm_gelu_fields(
 
 
 def layer_norm_gelu_requirements(model: ModelConfig) -> dict[str, bool]:
-    """What GPT-2 and GPT-NeoX demand of a model, as true of one that they can hold."""
+    """Return requirements of GPT-2 and GPT-NeoX (see ``HuggingFaceArchitecture``)."""
     heads = model.num_attention_heads
     return {
         f"normalization {model.normalization}": model.normalization == "LayerNorm",
@@ -114,7 +113,7 @@ def layer_norm_gelu_requirements(model: ModelConfig) -> dict[str, bool]:
 
 
 def embedding_fields(config: dict[str, Any], where: str, tied: bool) -> dict[str, Any]:
-    """The embedding of every architecture; ``tied`` is its class's default."""
+    """Return the model fields of the embedding; ``tied`` is the default of the class."""
     return {
         "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", tied),
         "init_method_std": config.get("initializer_range", 0.02),
@@ -123,45 +122,45 @@ def embedding_fields(config: dict[str, Any], where: str, tied: bool) -> dict[str
 
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""Rotary scalings of transformers that megatron-core has."""
+"""Types of RoPE scaling in transformers that megatron-core supports."""
 
 LLAMA3_FIELDS = {
     "low_freq_factor": "rope_scaling_low_freq_factor",
     "high_freq_factor": "rope_scaling_high_freq_factor",
     "original_max_position_embeddings": "rope_scaling_original_max_position_embeddings",
 }
-"""The constants of LLaMA 3.1's scaling in transformers, and the fields of the model."""
+"""Constants of LLaMA 3.1's scaling: keys in transformers, and fields of the model."""
 
 
 def rope_parameters(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """The dictionary of rotary parameters that transformers 5 takes.
+    """Return ``rope_parameters``, the RoPE settings of transformers 5.
 
-    ``rope_scaling``, its name in transformers 4, wins where both are given: whoever extends a
-    context by editing the file writes that one.
+    ``rope_scaling``, its name in transformers 4, takes precedence if both exist: context lengths
+    are usually extended by editing that key.
 
     Raises:
-        UserError: it is no dictionary, or one for each kind of layer.
+        UserError: it is not a dictionary, or has one dictionary per type of layer.
     """
     given = config.get("rope_scaling") or config.get("rope_parameters") or {}
     nested = isinstance(given, dict) and any(isinstance(v, dict) for v in given.values())
     if not isinstance(given, dict) or nested:
-        raise UserError(f"{where}: rotary parameters of a form that is not known: {given!r}")
+        raise UserError(f"{where}: unknown form of RoPE parameters: {given!r}")
     return given
 
 
 def rope_fields(config: dict[str, Any], where: str, legacy: str = "rope_theta") -> dict[str, Any]:
-    """Base and scaling of the rotary frequencies, as fields of the model.
+    """Return the base and scaling of the rotary frequencies as model fields.
 
-    Resolved as transformers 5 does (modeling_rope_utils.py, ``convert_rope_params_to_dict``).
+    They are resolved as in transformers 5 (``convert_rope_params_to_dict`` of
+    modeling_rope_utils.py).
 
     Args:
         config: the content of config.json.
         where: the file, for messages.
-        legacy: the key of the base where the dictionary has none.
+        legacy: the key of the base if the dictionary has none.
 
     Raises:
-        UserError: the positions are scaled in a way that megatron-core has not, or the base is no
-            whole number.
+        UserError: megatron-core does not support the scaling, or the base is not an integer.
     """
     scaling = rope_parameters(config, where)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
@@ -171,8 +170,8 @@ def rope_fields(config: dict[str, Any], where: str, legacy: str = "rope_theta") 
         where,
         **{
             f"rope scaling '{kind}'": kind not in ROPE_TYPES,
-            f"{legacy} {value} (not a whole number)": value != value // 1,
-            f"linear rope scaling by {factor} (not a whole number)": kind == "linear"
+            f"{legacy} {value} (not an integer)": value != value // 1,
+            f"linear rope scaling by {factor} (not an integer)": kind == "linear"
             and factor != factor // 1,
         },
     )
@@ -217,13 +216,13 @@ YARN_FIELDS = {
     "mscale_all_dim": "yarn_mscale_all_dim",
     "truncate": "yarn_correction_range_round_to_int",
 }
-"""YaRN's settings in transformers beside the factor, and the fields of the model."""
+"""YaRN's settings except the factor: keys in transformers, and fields of the model."""
 
 
 def _yarn_fields(
     config: dict[str, Any], scaling: dict[str, Any], factor: float, where: str
 ) -> dict[str, Any]:
-    """As modeling_rope_utils.py of transformers, ``_compute_yarn_parameters``."""
+    """Return the fields as ``_compute_yarn_parameters`` of modeling_rope_utils.py does."""
     length = scaling.get("original_max_position_embeddings")
     length = config.get("max_position_embeddings", 2048) if length is None else length
     given = {
@@ -232,7 +231,7 @@ def _yarn_fields(
         "beta_slow": scaling.get("beta_slow") or 1.0,
     }
     scales = [scaling.get(key) for key in ("mscale", "mscale_all_dim")]
-    if all(scales):  # one alone means nothing
+    if all(scales):  # one alone has no effect
         given |= dict(zip(("mscale", "mscale_all_dim"), scales, strict=True))
     found = {
         YARN_FIELDS[k]: finite_number(value, f"{k} of rope_scaling", where)
@@ -256,10 +255,15 @@ def _yarn_fields(
 
 
 def finite_number(value: Any, what: str, where: str) -> float:
-    """A finite number of a JSON file.
+    """Return a finite number of a JSON file.
+
+    Args:
+        value: the number.
+        what: its name, for messages.
+        where: the file, for messages.
 
     Raises:
-        UserError: it is none.
+        UserError: it is not a number, or not finite.
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or value - value != 0:
         raise UserError(f"{where}: {what} must be a number, found {value!r}")
@@ -267,10 +271,10 @@ def finite_number(value: Any, what: str, where: str) -> float:
 
 
 def rope_keys(model: ModelConfig, legacy: str = "rope_theta", **more: Any) -> dict[str, Any]:
-    """The inverse of :func:`rope_fields`: keys that transformers 4.35 to 5 read.
+    """Return the inverse of :func:`rope_fields`: keys that transformers 4.35 to 5 read.
 
-    Up to 4.42 ``rope_scaling`` is ``type`` and a ``factor`` of type float, nothing else, and llama3
-    is not known; from 4.43 on ``rope_type`` is read, else ``type``.
+    Up to 4.42, ``rope_scaling`` has only ``type`` and a ``factor`` of type float, and llama3 is not
+    supported; from 4.43 on, ``rope_type`` takes precedence over ``type``.
 
     Args:
         model: the architecture.
@@ -301,22 +305,25 @@ def rope_keys(model: ModelConfig, legacy: str = "rope_theta", **more: Any) -> di
 
 
 def rope_requirements(model: ModelConfig) -> dict[str, bool]:
-    """What Hugging Face cannot hold of a model's rotary positions, as true of a model it can."""
+    """Return requirements on rotary embeddings (see ``HuggingFaceArchitecture``)."""
     both = model.use_rope_scaling and model.rotary_seq_len_interpolation_factor is not None
     return {"use_rope_scaling with rotary_seq_len_interpolation_factor": not both}
 
 
-_MOST_LAYERS = 10_000
+_MAX_LAYERS = 10_000
 
 
 def validated_model(where: str, **fields: Any) -> ModelConfig:
-    """A validated model.
+    """Return a model configuration.
 
     Raises:
-        UserError: a value of config.json is impossible.
+        UserError: a value is not valid.
     """
-    if isinstance(fields["num_layers"], int) and fields["num_layers"] > _MOST_LAYERS:
-        raise UserError(f"{where}: {fields['num_layers']} layers: damaged?")
+    if isinstance(fields["num_layers"], int) and fields["num_layers"] > _MAX_LAYERS:
+        raise UserError(
+            f"{where}: {fields['num_layers']} layers, at most {_MAX_LAYERS} are supported; "
+            "is the file damaged?"
+        )
     try:
         return ModelConfig(**fields)
     except ValidationError as error:
@@ -324,45 +331,3 @@ def validated_model(where: str, **fields: Any) -> ModelConfig:
         raise UserError(
             f"{where}: {first['loc'][0]} = {first['input']!r}: {first['msg']}"
         ) from None
-
-
-class TensorRule(NamedTuple):
-    """A canonical tensor, the keys of its parts, and how it is cut into them."""
-
-    name: str
-    keys: tuple[str, ...]
-    layout: Layout
-
-
-@dataclass(frozen=True)
-class HuggingFaceArchitecture:
-    """One architecture of Hugging Face.
-
-    Attributes:
-        refusals: why a model cannot be held, one line each; none when it can.
-        rules: the table of names; ``{i}`` is the layer.
-        to_config: the architecture's keys of config.json; model to dictionary.
-        from_config: the inverse; raises UserError for what cannot be represented.
-        ignored: keys of older files that hold no parameters.
-    """
-
-    model_type: str
-    architecture: str
-    refusals: Callable[[ModelConfig], list[str]]
-    rules: Callable[[ModelConfig], list[TensorRule]]
-    to_config: Callable[[ModelConfig], dict[str, Any]]
-    from_config: Callable[[dict[str, Any], str], ModelConfig]
-    ignored: re.Pattern[str]
-
-    def expanded(self, model: ModelConfig) -> list[TensorRule]:
-        """The rules of every layer, in canonical order, without those the model lacks."""
-        names = tensor_shapes(model, 1)
-        mark = LAYER.format(i="{i}")
-        table = {rule.name: rule for rule in self.rules(model)}
-        found = []
-        for name in names:
-            layer = re.fullmatch(re.escape(mark).replace(r"\{i\}", r"(\d+)") + "(.*)", name)
-            rule = table[mark + layer[2] if layer else name]
-            i = layer[1] if layer else ""
-            found.append(TensorRule(name, tuple(key.format(i=i) for key in rule.keys), rule.layout))
-        return found

@@ -1,8 +1,4 @@
-"""The Hugging Face format: a folder with config.json and safetensors shards.
-
-What differs between architectures is in ``hf_llama.py``, ``hf_gpt2.py`` and ``hf_gpt_neox.py``;
-each is a :class:`HuggingFaceArchitecture`.
-"""
+"""Reader and writer of Hugging Face models: config.json, safetensors shards and a tokenizer."""
 
 from __future__ import annotations
 
@@ -22,16 +18,21 @@ from megatron_llmjp.convert.formats.base import (
     SourceCheckpoint,
     check_tensor_names,
 )
-from megatron_llmjp.convert.formats.hugging_face import generation, gpt2, gpt_neox, llama
-from megatron_llmjp.convert.formats.hugging_face.config import (
-    HuggingFaceArchitecture,
-    read_json,
-    write_json,
-)
+from megatron_llmjp.convert.formats.hugging_face import generation
+from megatron_llmjp.convert.formats.hugging_face.architecture import HuggingFaceArchitecture
+from megatron_llmjp.convert.formats.hugging_face.config import read_json, write_json
+from megatron_llmjp.convert.formats.hugging_face.registry import ARCHITECTURES, architecture_for
 from megatron_llmjp.convert.formats.hugging_face.tokenizer import export_tokenizer
 from megatron_llmjp.convert.model_tokenizer import open_tokenizer
 from megatron_llmjp.convert.plan import Checksums, OutputFile, OutputPlan, TensorRead, TensorWrite
-from megatron_llmjp.convert.tensors import VOCABULARY, Shape, part_shapes, tensor_shapes
+from megatron_llmjp.convert.tensors import (
+    OUTPUT_LAYER,
+    VOCABULARY,
+    WORD_EMBEDDINGS,
+    Shape,
+    part_shapes,
+    tensor_shapes,
+)
 from megatron_llmjp.errors import UserError
 
 CONFIG = "config.json"
@@ -39,50 +40,26 @@ INDEX = "model.safetensors.index.json"
 _TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
-def styles() -> dict[str, HuggingFaceArchitecture]:
-    """The known architectures by ``model_type``."""
-    return {s.model_type: s for s in (llama.ARCHITECTURE, gpt2.ARCHITECTURE, gpt_neox.ARCHITECTURE)}
-
-
-def architecture_for(model: ModelConfig) -> HuggingFaceArchitecture:
-    """The architecture that holds a model.
-
-    Raises:
-        UserError: none does; with the reasons of each.
-    """
-    reasons = []
-    for style in styles().values():
-        why = style.refusals(model)
-        if not why:
-            return style
-        reasons.append(f"  {style.architecture}: {'; '.join(why)}")
-    raise UserError("no Hugging Face architecture holds this model\n" + "\n".join(reasons))
-
-
 def read_checkpoint(path: Path) -> SourceCheckpoint:
-    """Open a Hugging Face folder.
+    """Open a Hugging Face model.
 
     Raises:
-        UserError: a file is missing or damaged, or the model cannot be represented.
+        UserError: a file is missing or damaged, or the model is not supported.
     """
     config = read_json(path / CONFIG)
-    style = styles().get(config.get("model_type", ""))
-    if style is None:
+    architecture = ARCHITECTURES.get(config.get("model_type", ""))
+    if architecture is None:
         raise UserError(
-            f"{path / CONFIG}: model_type {config.get('model_type')!r} cannot be converted; "
-            f"possible: {', '.join(styles())}"
+            f"{path / CONFIG}: model_type {config.get('model_type')!r} is not supported; "
+            f"supported: {', '.join(ARCHITECTURES)}"
         )
     _refuse_quantized(config, path / CONFIG)
-    model = style.from_config(config, str(path / CONFIG))
-    tensors = {k: v for k, v in _tensors(path).items() if not style.ignored.search(k)}
-    if (
-        style is gpt2.ARCHITECTURE and "wte.weight" in tensors
-    ):  # saved from GPT2Model, as the original
-        tensors = {
-            k if k.startswith("lm_head.") else f"transformer.{k}": v for k, v in tensors.items()
-        }
-    rules = style.expanded(model)
-    replicas = _tied_copies(style, model, tensors)
+    model = architecture.from_config(config, str(path / CONFIG))
+    stored = _tensors(path).items()
+    tensors = {k: v for k, v in stored if not architecture.ignored_keys.search(k)}
+    tensors = _with_base_prefix(architecture, model, tensors)
+    rules = architecture.expanded_rules(model)
+    replicas = _pop_tied_head(architecture, model, tensors)
     check_tensor_names(path, [key for rule in rules for key in rule.keys], tensors)
     shape_of = tensor_shapes(model, model.vocab_size or 0)
     reads = {}
@@ -105,33 +82,55 @@ def read_checkpoint(path: Path) -> SourceCheckpoint:
 
 
 def _refuse_quantized(config: dict[str, Any], where: Path) -> None:
-    """Refuse weights that are codes with scales beside them, which only its method decodes."""
+    """Refuse quantized weights: integer codes and scales, specific to the quantization method.
+
+    Raises:
+        UserError: config.json has a ``quantization_config``.
+    """
     settings = config.get("quantization_config")
     if settings is None:
         return
     method = settings.get("quant_method") if isinstance(settings, dict) else settings
     raise UserError(
-        f"{where}: quantization_config (quant_method {method!r}): the weights are quantized, and "
-        "only unquantized ones can be converted: take the model it was made from, or dequantize "
-        "it with transformers (model.dequantize()) and save that"
+        f"{where}: quantization_config (quant_method {method!r}): quantized weights cannot be "
+        "converted: use the original model, or dequantize this one with transformers "
+        "(model.dequantize()) and save it"
     )
 
 
-def _tied_copies(
-    style: HuggingFaceArchitecture, model: ModelConfig, tensors: dict[str, StoredTensor]
+def _with_base_prefix(
+    architecture: HuggingFaceArchitecture, model: ModelConfig, tensors: dict[str, StoredTensor]
+) -> dict[str, StoredTensor]:
+    """Return the tensors under the keys of the full model if the base model was saved."""
+    prefix = architecture.base_prefix
+    embedding, head = _key(architecture, model, WORD_EMBEDDINGS), _head_key(architecture, model)
+    if not prefix or embedding.removeprefix(prefix) not in tensors:
+        return tensors
+    return {key if key == head else prefix + key: stored for key, stored in tensors.items()}
+
+
+def _pop_tied_head(
+    architecture: HuggingFaceArchitecture, model: ModelConfig, tensors: dict[str, StoredTensor]
 ) -> dict[str, tuple[StoredTensor, ...]]:
-    """Take the head out of a tied model's tensors, to be compared with the embedding."""
+    """Remove the head of a tied model; return it as a replica of the embedding."""
     if model.untie_embeddings_and_output_weights:
         return {}
+    copy = tensors.pop(_head_key(architecture, model), None)
+    return {} if copy is None else {WORD_EMBEDDINGS: (copy,)}
+
+
+def _head_key(architecture: HuggingFaceArchitecture, model: ModelConfig) -> str:
     untied = model.model_copy(update={"untie_embeddings_and_output_weights": True})
-    rules = {rule.name: rule for rule in style.rules(untied)}
-    head = rules["output_layer.weight"].keys[0]
-    copy = tensors.pop(head, None)
-    return {} if copy is None else {"embedding.word_embeddings.weight": (copy,)}
+    return _key(architecture, untied, OUTPUT_LAYER)
+
+
+def _key(architecture: HuggingFaceArchitecture, model: ModelConfig, name: str) -> str:
+    """Return the stored key of a canonical tensor that is stored as a whole."""
+    return next(rule.keys[0] for rule in architecture.rules(model) if rule.name == name)
 
 
 def _tensors(path: Path) -> dict[str, StoredTensor]:
-    """All tensors of a folder by key, from the files that transformers would take."""
+    """Return all tensors of a folder by key, from the files that transformers would load."""
     kinds: list[tuple[str, str, Callable[[Path], Any]]] = [
         ("model.safetensors", INDEX, read_header),
         ("pytorch_model.bin", "pytorch_model.bin.index.json", load_archive),
@@ -147,27 +146,30 @@ def _tensors(path: Path) -> dict[str, StoredTensor]:
             found = {key: t for shard in shards.values() for key, t in shard.items()}
             check_tensor_names(path / index, weight_map, found)
             return found
-    raise UserError(f"{path}: holds neither model.safetensors nor {INDEX}")
+    raise UserError(
+        f"{path}: no weights found; expected model.safetensors, {INDEX}, "
+        "pytorch_model.bin or pytorch_model.bin.index.json"
+    )
 
 
 def _inside(folder: Path, name: str) -> Path:
     if "/" in name or not (folder / name).is_file():
-        raise UserError(f"{folder}: the index names {name}, which is not there")
+        raise UserError(f"{folder}: {name}, listed in the index, is missing")
     return folder / name
 
 
 def plan_output(source: SourceCheckpoint, options: ConversionOptions) -> OutputPlan:
-    """Lay out a Hugging Face folder.
+    """Lay out a Hugging Face model.
 
     Raises:
-        UserError: no architecture of Hugging Face holds the model.
+        UserError: no Hugging Face architecture supports the model.
     """
-    style = architecture_for(source.model)
+    architecture = architecture_for(source.model)
     rows = source.padded_vocab_size
     if source.model.vocab_size is not None and not options.keep_vocabulary_padding:
         rows = source.model.vocab_size
     placed: dict[str, tuple[Shape, torch.dtype]] = {}
-    rules = style.expanded(source.model)
+    rules = architecture.expanded_rules(source.model)
     target_shapes = tensor_shapes(source.model, rows)
     for rule in rules:
         dtype = options.dtype_of(source.reads[rule.name])
@@ -192,7 +194,7 @@ def plan_output(source: SourceCheckpoint, options: ConversionOptions) -> OutputP
     def finish(folder: Path, _: Checksums) -> None:
         for name, data in exported.files.items():
             (folder / name).write_bytes(data)
-        write_json(folder / CONFIG, _config(style, source, options, rows, text.token_ids))
+        write_json(folder / CONFIG, _config(architecture, source, options, rows, text.token_ids))
         write_json(folder / generation.FILE, text.config or {})
         if len(files) > 1:
             total = sum(slot.nbytes for slot in slots.values())
@@ -226,21 +228,21 @@ def _shards(placed: dict[str, tuple[Shape, torch.dtype]], limit: int) -> list[Ou
 
 
 def _config(
-    style: HuggingFaceArchitecture,
+    architecture: HuggingFaceArchitecture,
     source: SourceCheckpoint,
     options: ConversionOptions,
     rows: int,
     ids: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """config.json with the keys that transformers 4.35 reads and those that 5 reads."""
+    """Return config.json with the keys of transformers 4.35 and those of 5."""
     dtype = _TORCH_NAMES[dtype_name(options.dtype or source.dtype)]
     return {
-        "architectures": [style.architecture],
-        "model_type": style.model_type,
-        **style.to_config(source.model),
+        "architectures": [architecture.class_name],
+        "model_type": architecture.model_type,
+        **architecture.to_config(source.model),
         "vocab_size": rows,
         "tie_word_embeddings": not source.model.untie_embeddings_and_output_weights,
-        # Unknown ids are said to be so: the classes' defaults would name other tokens.
+        # Unknown ids are null: the defaults of the classes would be other tokens.
         **{"bos_token_id": None, "eos_token_id": None, **ids},
         "torch_dtype": dtype,
         "dtype": dtype,

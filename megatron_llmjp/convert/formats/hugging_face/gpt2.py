@@ -1,6 +1,6 @@
-"""GPT2LMHeadModel: LLM-jp v1.0 and everything GPT-2-shaped.
+"""GPT2LMHeadModel, the architecture of GPT-2 and LLM-jp v1.0.
 
-Linear layers are Conv1D, stored as ``[in, out]``; ``c_attn`` has the columns q | k | v. Source:
+Linear layers are Conv1D, stored as ``[in, out]``; the columns of ``c_attn`` are q | k | v. Source:
 transformers, models/gpt2/modeling_gpt2.py.
 """
 
@@ -11,10 +11,12 @@ from functools import partial
 from typing import Any
 
 from megatron_llmjp.config.schema import ModelConfig
-from megatron_llmjp.convert.formats.hugging_face.config import (
-    GELU_NAMES,
+from megatron_llmjp.convert.formats.hugging_face.architecture import (
     HuggingFaceArchitecture,
     TensorRule,
+)
+from megatron_llmjp.convert.formats.hugging_face.config import (
+    GELU_NAMES,
     embedding_fields,
     layer_norm_gelu_fields,
     layer_norm_gelu_requirements,
@@ -37,7 +39,7 @@ from megatron_llmjp.convert.tensors import (
 
 def _rules(model: ModelConfig) -> list[TensorRule]:
     qkv = partial(query_key_value_conv1d, heads=model.num_attention_heads)
-    theirs = "transformer.h.{i}."
+    prefix = "transformer.h.{i}."
     rules = [
         TensorRule(WORD_EMBEDDINGS, ("transformer.wte.weight",), whole),
         TensorRule(POSITION_EMBEDDINGS, ("transformer.wpe.weight",), whole),
@@ -49,28 +51,28 @@ def _rules(model: ModelConfig) -> list[TensorRule]:
         "mlp.linear_fc1": ("mlp.c_fc", transposed, whole),
         "mlp.linear_fc2": ("mlp.c_proj", transposed, whole),
     }
-    for mine, (name, weight, bias) in linears.items():
-        rules.append(TensorRule(f"{LAYER}{mine}.weight", (f"{theirs}{name}.weight",), weight))
-        rules.append(TensorRule(f"{LAYER}{mine}.bias", (f"{theirs}{name}.bias",), bias))
+    for canonical, (name, weight, bias) in linears.items():
+        rules.append(TensorRule(f"{LAYER}{canonical}.weight", (f"{prefix}{name}.weight",), weight))
+        rules.append(TensorRule(f"{LAYER}{canonical}.bias", (f"{prefix}{name}.bias",), bias))
     norms = {
-        f"{LAYER}input_layernorm": f"{theirs}ln_1",
-        f"{LAYER}pre_mlp_layernorm": f"{theirs}ln_2",
+        f"{LAYER}input_layernorm": f"{prefix}ln_1",
+        f"{LAYER}pre_mlp_layernorm": f"{prefix}ln_2",
         FINAL_NORM: "transformer.ln_f",
     }
-    for mine, name in norms.items():
+    for canonical, name in norms.items():
         rules += [
-            TensorRule(f"{mine}.{kind}", (f"{name}.{kind}",), whole) for kind in ("weight", "bias")
+            TensorRule(f"{canonical}.{kind}", (f"{name}.{kind}",), whole)
+            for kind in ("weight", "bias")
         ]
     return rules
 
 
-def _refusals(model: ModelConfig) -> list[str]:
-    held = {
-        "rotary positions": model.position_embedding_type == "learned_absolute",
+def _requirements(model: ModelConfig) -> dict[str, bool]:
+    return {
+        "rotary position embeddings": model.position_embedding_type == "learned_absolute",
         "parallel residual": not model.use_parallel_residual,
         **layer_norm_gelu_requirements(model),
     }
-    return [f"cannot hold {what}" for what, fine in held.items() if not fine]
 
 
 def _to_config(model: ModelConfig) -> dict[str, Any]:
@@ -125,9 +127,11 @@ def _from_config(config: dict[str, Any], where: str) -> ModelConfig:
 ARCHITECTURE = HuggingFaceArchitecture(
     "gpt2",
     "GPT2LMHeadModel",
-    _refusals,
+    "LLM-jp v1.0",
+    _requirements,
     _rules,
     _to_config,
     _from_config,
-    ignored=re.compile(r"\.attn\.(masked_)?bias$"),  # causal masks of older versions
+    ignored_keys=re.compile(r"\.attn\.(masked_)?bias$"),  # causal masks of older versions
+    base_prefix="transformer.",
 )

@@ -1,6 +1,6 @@
-"""GPTNeoXForCausalLM with and without parallel residual: rinna's 3.6b has none.
+"""GPTNeoXForCausalLM, with and without parallel residual; rinna's 3.6b has none.
 
-``query_key_value`` has megatron-core's own order, per head q, k, v. Source: transformers,
+``query_key_value`` has the order of megatron-core, per head q, k, v. Source: transformers,
 models/gpt_neox/modeling_gpt_neox.py.
 """
 
@@ -10,10 +10,12 @@ import re
 from typing import Any
 
 from megatron_llmjp.config.schema import ModelConfig
-from megatron_llmjp.convert.formats.hugging_face.config import (
-    GELU_NAMES,
+from megatron_llmjp.convert.formats.hugging_face.architecture import (
     HuggingFaceArchitecture,
     TensorRule,
+)
+from megatron_llmjp.convert.formats.hugging_face.config import (
+    GELU_NAMES,
     embedding_fields,
     layer_norm_gelu_fields,
     layer_norm_gelu_requirements,
@@ -35,22 +37,22 @@ from megatron_llmjp.convert.tensors import (
 
 
 def _rules(model: ModelConfig) -> list[TensorRule]:
-    theirs = "gpt_neox.layers.{i}."
+    prefix = "gpt_neox.layers.{i}."
     modules = {
-        f"{LAYER}input_layernorm": f"{theirs}input_layernorm",
-        f"{LAYER}self_attention.linear_qkv": f"{theirs}attention.query_key_value",
-        f"{LAYER}self_attention.linear_proj": f"{theirs}attention.dense",
-        f"{LAYER}pre_mlp_layernorm": f"{theirs}post_attention_layernorm",
-        f"{LAYER}mlp.linear_fc1": f"{theirs}mlp.dense_h_to_4h",
-        f"{LAYER}mlp.linear_fc2": f"{theirs}mlp.dense_4h_to_h",
+        f"{LAYER}input_layernorm": f"{prefix}input_layernorm",
+        f"{LAYER}self_attention.linear_qkv": f"{prefix}attention.query_key_value",
+        f"{LAYER}self_attention.linear_proj": f"{prefix}attention.dense",
+        f"{LAYER}pre_mlp_layernorm": f"{prefix}post_attention_layernorm",
+        f"{LAYER}mlp.linear_fc1": f"{prefix}mlp.dense_h_to_4h",
+        f"{LAYER}mlp.linear_fc2": f"{prefix}mlp.dense_4h_to_h",
         FINAL_NORM: "gpt_neox.final_layer_norm",
     }
     rules = [
-        TensorRule(f"{mine}.{kind}", (f"{name}.{kind}",), whole)
-        for mine, name in modules.items()
+        TensorRule(f"{canonical}.{kind}", (f"{name}.{kind}",), whole)
+        for canonical, name in modules.items()
         for kind in ("weight", "bias")
     ]
-    # On disk the head is embed_out in every version; only 5.x also reads lm_head.
+    # The stored name of the head is embed_out in every version; only 5.x also reads lm_head.
     return [
         TensorRule(WORD_EMBEDDINGS, ("gpt_neox.embed_in.weight",), whole),
         *rules,
@@ -58,15 +60,14 @@ def _rules(model: ModelConfig) -> list[TensorRule]:
     ]
 
 
-def _refusals(model: ModelConfig) -> list[str]:
-    held = {
+def _requirements(model: ModelConfig) -> dict[str, bool]:
+    return {
         f"position_embedding_type {model.position_embedding_type}": (
             model.position_embedding_type == "rope"
         ),
         **rope_requirements(model),
         **layer_norm_gelu_requirements(model),
     }
-    return [f"cannot hold {what}" for what, fine in held.items() if not fine]
 
 
 def _to_config(model: ModelConfig) -> dict[str, Any]:
@@ -123,9 +124,10 @@ def _from_config(config: dict[str, Any], where: str) -> ModelConfig:
 ARCHITECTURE = HuggingFaceArchitecture(
     "gpt_neox",
     "GPTNeoXForCausalLM",
-    _refusals,
+    "rinna 3.6b; with and without parallel residual",
+    _requirements,
     _rules,
     _to_config,
     _from_config,
-    ignored=re.compile(r"\.attention\.((masked_)?bias|rotary_emb\.inv_freq)$"),
+    ignored_keys=re.compile(r"\.attention\.((masked_)?bias|rotary_emb\.inv_freq)$"),
 )

@@ -1,4 +1,4 @@
-"""LlamaForCausalLM: LLM-jp v2.0, llm-jp-3 and everything LLaMA-shaped.
+"""LlamaForCausalLM, the architecture of LLaMA, LLM-jp v2.0 and llm-jp-3.
 
 Source of names and keys: transformers, models/llama/modeling_llama.py and
 configuration_llama.py (4.35 and 5.x).
@@ -11,9 +11,11 @@ from functools import partial
 from typing import Any
 
 from megatron_llmjp.config.schema import ModelConfig
-from megatron_llmjp.convert.formats.hugging_face.config import (
+from megatron_llmjp.convert.formats.hugging_face.architecture import (
     HuggingFaceArchitecture,
     TensorRule,
+)
+from megatron_llmjp.convert.formats.hugging_face.config import (
     embedding_fields,
     positive_int_field,
     refuse_unsupported,
@@ -34,17 +36,17 @@ from megatron_llmjp.convert.tensors import (
     whole,
 )
 
-_MINE, _THEIRS = LAYER, "model.layers.{i}."
+_PREFIX = "model.layers.{i}."
 
 
 def _rules(model: ModelConfig) -> list[TensorRule]:
     qkv = partial(query_key_value, groups=model.query_groups, head_dim=model.head_dim)
     rules = [
         TensorRule(WORD_EMBEDDINGS, ("model.embed_tokens.weight",), whole),
-        TensorRule(f"{_MINE}input_layernorm.weight", (f"{_THEIRS}input_layernorm.weight",), whole),
+        TensorRule(f"{LAYER}input_layernorm.weight", (f"{_PREFIX}input_layernorm.weight",), whole),
         TensorRule(
-            f"{_MINE}pre_mlp_layernorm.weight",
-            (f"{_THEIRS}post_attention_layernorm.weight",),
+            f"{LAYER}pre_mlp_layernorm.weight",
+            (f"{_PREFIX}post_attention_layernorm.weight",),
             whole,
         ),
         TensorRule(f"{FINAL_NORM}.weight", ("model.norm.weight",), whole),
@@ -56,24 +58,23 @@ def _rules(model: ModelConfig) -> list[TensorRule]:
         "mlp.linear_fc1": (("mlp.gate_proj", "mlp.up_proj"), gate_up),
         "mlp.linear_fc2": (("mlp.down_proj",), whole),
     }
-    for mine, (names, layout) in linears.items():
+    for canonical, (names, layout) in linears.items():
         for kind in ("weight", "bias"):
-            keys = tuple(f"{_THEIRS}{name}.{kind}" for name in names)
-            rules.append(TensorRule(f"{_MINE}{mine}.{kind}", keys, layout))
+            keys = tuple(f"{_PREFIX}{name}.{kind}" for name in names)
+            rules.append(TensorRule(f"{LAYER}{canonical}.{kind}", keys, layout))
     return rules
 
 
-def _refusals(model: ModelConfig) -> list[str]:
-    held = {
-        "learned positions": model.is_rotary,
+def _requirements(model: ModelConfig) -> dict[str, bool]:
+    return {
+        "learned position embeddings": model.is_rotary,
         f"rotary_percent {model.rotary_percent}": model.rotary_percent == 1.0,
         f"normalization {model.normalization}": model.normalization == "RMSNorm",
         f"activation {model.activation_function}": model.activation_function == "swiglu",
         "parallel residual": not model.use_parallel_residual,
         **rope_requirements(model),
-        "add_qkv_bias (its attention_bias means the output projection too)": not model.add_qkv_bias,
+        "add_qkv_bias (attention_bias includes the output projection)": not model.add_qkv_bias,
     }
-    return [f"cannot hold {what}" for what, fine in held.items() if not fine]
 
 
 def _to_config(model: ModelConfig) -> dict[str, Any]:
@@ -135,9 +136,10 @@ def _from_config(config: dict[str, Any], where: str) -> ModelConfig:
 ARCHITECTURE = HuggingFaceArchitecture(
     "llama",
     "LlamaForCausalLM",
-    _refusals,
+    "LLM-jp v2.0, llm-jp-3",
+    _requirements,
     _rules,
     _to_config,
     _from_config,
-    ignored=re.compile(r"rotary_emb\.inv_freq$"),
+    ignored_keys=re.compile(r"rotary_emb\.inv_freq$"),
 )
