@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from megatron_llmjp.config.schema import ModelConfig
-from megatron_llmjp.convert.files.safetensors import plan_file, read_header
+from megatron_llmjp.convert.files.safetensors import plan_safetensors, read_header
 from megatron_llmjp.convert.formats.base import SourceCheckpoint
 from megatron_llmjp.convert.formats.hugging_face import llama as llama_module
 from megatron_llmjp.convert.formats.hugging_face.registry import ARCHITECTURES
@@ -49,7 +49,7 @@ def read_toy(path, _options) -> SourceCheckpoint:
 
 
 def plan_toy(source, options) -> OutputPlan:
-    file = plan_file(
+    file = plan_safetensors(
         "toy.safetensors",
         {name: (read.shape, options.dtype_of(read)) for name, read in source.reads.items()},
     )
