@@ -10,7 +10,7 @@ from data_tools.common import ToolParser, run_tool
 from megatron_llmjp.errors import EXIT_DONE
 from megatron_llmjp.report.history import read_history
 from megatron_llmjp.report.page import write_report
-from megatron_llmjp.report.summary import summarize
+from megatron_llmjp.report.summary import summary_rows
 
 EXAMPLES = """\
   Write the report of a finished or running run to SAVE/report:
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def report_run(folder: Path, output: Path | None, summary: bool) -> int:
     """Print the summary, and write the page and figures unless only the summary is requested."""
-    rows = summarize(read_history(folder))
+    rows = summary_rows(read_history(folder))
     width = max(len(label) for label, _ in rows)
     for label, value in rows:
         print(f"{label:<{width}}  {value}")

@@ -146,13 +146,13 @@ FIRST_PANELS = (
 """Order of panels in the report; others follow in the order of :data:`METRICS`."""
 
 
-def register(metric: Metric) -> Metric:
+def register_metric(metric: Metric) -> Metric:
     """Add a metric to the registry and return it."""
     METRICS[metric.name] = metric
     return metric
 
 
-def register_group(group: MetricGroup) -> MetricGroup:
+def register_metric_group(group: MetricGroup) -> MetricGroup:
     """Add a metric of datasets or validation sets to the registry and return it."""
     GROUPS[group.prefix] = group
     return group
@@ -204,7 +204,7 @@ def _mfu(stats: IntervalStats) -> float | None:
     return None if stats.peak_tflops is None else stats.tflops_per_gpu / stats.peak_tflops
 
 
-CONSUMED_TOKENS = register(
+CONSUMED_TOKENS = register_metric(
     Metric(
         "consumed tokens",
         "tokens since the start of the run",
@@ -212,7 +212,7 @@ CONSUMED_TOKENS = register(
         lambda tokens: f"consumed tokens: {format_count(tokens)}",
     )
 )
-SECONDS_PER_ITERATION = register(
+SECONDS_PER_ITERATION = register_metric(
     Metric(
         "seconds per iteration",
         "mean over the interval, without validations and saves",
@@ -220,7 +220,7 @@ SECONDS_PER_ITERATION = register(
         lambda seconds: f"elapsed time per iteration (ms): {seconds * 1000:.1f}",
     )
 )
-TFLOPS_PER_GPU = register(
+TFLOPS_PER_GPU = register_metric(
     Metric(
         "TFLOP/s per GPU",
         "over the interval, by Megatron-LM's formula",
@@ -228,10 +228,10 @@ TFLOPS_PER_GPU = register(
         _format("throughput per GPU (TFLOP/s/GPU): {:.1f}"),
     )
 )
-MFU = register(
+MFU = register_metric(
     Metric("MFU", "model FLOP/s utilization, from 0 to 1", _mfu, _if_finite("MFU: {:.1%}"))
 )
-TOKENS_PER_SECOND = register(
+TOKENS_PER_SECOND = register_metric(
     Metric(
         "tokens per second",
         "over the interval, of all ranks",
@@ -240,7 +240,7 @@ TOKENS_PER_SECOND = register(
         THROUGHPUT_PANEL,
     )
 )
-LEARNING_RATE = register(
+LEARNING_RATE = register_metric(
     Metric(
         "learning rate",
         "of the interval's last step",
@@ -249,7 +249,7 @@ LEARNING_RATE = register(
         LEARNING_RATE_PANEL,
     )
 )
-GLOBAL_BATCH_SIZE = register(
+GLOBAL_BATCH_SIZE = register_metric(
     Metric(
         "global batch size",
         "of the interval's last step, in samples",
@@ -258,7 +258,7 @@ GLOBAL_BATCH_SIZE = register(
         BATCH_SIZE_PANEL,
     )
 )
-LM_LOSS = register(
+LM_LOSS = register_metric(
     Metric(
         "lm loss",
         "cross entropy in nats per token over the interval, without the z-loss",
@@ -266,7 +266,7 @@ LM_LOSS = register(
         _if_finite("lm loss: {:.6E}"),
     )
 )
-Z_LOSS = register(
+Z_LOSS = register_metric(
     Metric(
         "z loss",
         "z-loss per token over the interval",
@@ -275,7 +275,7 @@ Z_LOSS = register(
         Z_LOSS_PANEL,
     )
 )
-LOSS_SCALE = register(
+LOSS_SCALE = register_metric(
     Metric(
         "loss scale",
         "after the interval's last step",
@@ -284,7 +284,7 @@ LOSS_SCALE = register(
         LOSS_SCALE_PANEL,
     )
 )
-GRAD_NORM = register(
+GRAD_NORM = register_metric(
     Metric(
         "grad norm",
         "of the interval's last step, before clipping",
@@ -293,7 +293,7 @@ GRAD_NORM = register(
         GRADIENT_NORM_PANEL,
     )
 )
-PARAMS_NORM = register(
+PARAMS_NORM = register_metric(
     Metric(
         "params norm",
         "after the interval's last step; unless `--no-log-params-norm`",
@@ -302,7 +302,7 @@ PARAMS_NORM = register(
         PARAMETER_NORM_PANEL,
     )
 )
-SKIPPED_ITERATIONS = register(
+SKIPPED_ITERATIONS = register_metric(
     Metric(
         "skipped iterations",
         "steps of the interval that were not applied",
@@ -310,7 +310,7 @@ SKIPPED_ITERATIONS = register(
         _format("number of skipped iterations: {:3d}"),
     )
 )
-NAN_ITERATIONS = register(
+NAN_ITERATIONS = register_metric(
     Metric(
         "nan iterations",
         "bad steps of the interval",
@@ -318,7 +318,7 @@ NAN_ITERATIONS = register(
         _format("number of nan iterations: {:3d}"),
     )
 )
-SPIKES = register(
+SPIKES = register_metric(
     Metric(
         "spikes",
         "spikes of the interval, applied or skipped",
@@ -326,16 +326,16 @@ SPIKES = register(
         _if_nonzero("number of spikes: {:3d}"),
     )
 )
-TOTAL_SKIPPED = register(
+TOTAL_SKIPPED = register_metric(
     Metric("total skipped iterations", "since the start of the run", lambda s: s.total_skipped)
 )
-TOTAL_NAN = register(
+TOTAL_NAN = register_metric(
     Metric("total nan iterations", "since the start of the run", lambda s: s.total_nan)
 )
-TOTAL_SPIKES = register(
+TOTAL_SPIKES = register_metric(
     Metric("total spikes", "since the start of the run", lambda s: s.total_spikes)
 )
-ROLLBACKS = register(
+ROLLBACKS = register_metric(
     Metric(
         "rollbacks",
         "since the start of the run",
@@ -343,15 +343,17 @@ ROLLBACKS = register(
         _if_nonzero("number of rollbacks: {:3d}"),
     )
 )
-SECONDS_REMAINING = register(
+SECONDS_REMAINING = register_metric(
     Metric(
         "seconds remaining",
         "estimated time to the end of the run, at the interval's throughput",
         lambda s: s.remaining_samples / s.samples_per_second,
     )
 )
-FOLD_NUMBER = register(Metric("fold number", "current fold, from 1", lambda s: s.fold_number))
-FOLD_PROGRESS = register(
+FOLD_NUMBER = register_metric(
+    Metric("fold number", "current fold, from 1", lambda s: s.fold_number)
+)
+FOLD_PROGRESS = register_metric(
     Metric("fold progress", "fraction of the current fold, from 0 to 1", lambda s: s.fold_progress)
 )
 
@@ -360,7 +362,9 @@ def _memory(name: str, description: str, label: str) -> Metric:
     def value(stats: IntervalStats) -> float | None:
         return stats.memory.get(name)
 
-    return register(Metric(name, description, value, panel=MEMORY_PANEL, label=label, scale=1e-9))
+    return register_metric(
+        Metric(name, description, value, panel=MEMORY_PANEL, label=label, scale=1e-9)
+    )
 
 
 MEMORY_PEAK = _memory(
@@ -375,13 +379,13 @@ MEMORY_RESERVED = _memory(
     "memory reserved bytes", "GPU memory reserved by the first rank's allocator", "reserved"
 )
 
-VALIDATION_LOSS = register_group(
+VALIDATION_LOSS = register_metric_group(
     MetricGroup("validation", "loss on a validation set, in nats per token")
 )
-PERPLEXITY = register_group(MetricGroup("perplexity", "perplexity on a validation set"))
-DATASET_LOSS = register_group(
+PERPLEXITY = register_metric_group(MetricGroup("perplexity", "perplexity on a validation set"))
+DATASET_LOSS = register_metric_group(
     MetricGroup("dataset loss", "loss on the interval's samples of one dataset")
 )
-DATASET_TOKENS = register_group(
+DATASET_TOKENS = register_metric_group(
     MetricGroup("consumed tokens", "tokens of one dataset since the start of the run")
 )

@@ -30,17 +30,19 @@ DECAY_STYLES: dict[str, DecayStyle] = {}
 """All decay styles by name."""
 
 
-def register(style: DecayStyle) -> DecayStyle:
+def register_decay_style(style: DecayStyle) -> DecayStyle:
     """Add a decay style to the registry and return it; before the configuration is imported."""
     DECAY_STYLES[style.name] = style
     return style
 
 
-register(DecayStyle("constant", "`lr`", decays=False))
-register(DecayStyle("linear", "linear from `lr` to `min_lr`"))
-register(DecayStyle("cosine", "half a cosine from `lr` to `min_lr`"))
-register(DecayStyle("inverse-square-root", "`lr` x sqrt(warm-up / n), not below `min_lr`"))
-register(
+register_decay_style(DecayStyle("constant", "`lr`", decays=False))
+register_decay_style(DecayStyle("linear", "linear from `lr` to `min_lr`"))
+register_decay_style(DecayStyle("cosine", "half a cosine from `lr` to `min_lr`"))
+register_decay_style(
+    DecayStyle("inverse-square-root", "`lr` x sqrt(warm-up / n), not below `min_lr`")
+)
+register_decay_style(
     DecayStyle(
         "WSD",
         "`lr`, then a final decay to `min_lr`; `lr_wsd_decay_style`: linear, cosine, exponential "

@@ -1,1 +1,1 @@
-"""What a run did, read from what it wrote: no torch, and nothing of the run is touched."""
+"""Status, plots and HTML report of a run, from the files in its save folder; without torch."""

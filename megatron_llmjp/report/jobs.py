@@ -44,9 +44,11 @@ def last_error(folder: Path) -> Incident | None:
     jobs = [job for job in folder.glob("logs/job*") if job.is_dir()]
     for job in sorted(jobs, key=_modified_at, reverse=True):
         for log in sorted(job.glob("rank_*.log"), key=_modified_at):
-            what = first_error(tail(log, TAIL_BYTES))
-            if what is not None:
-                return Incident(what, str(log.relative_to(folder)), time.time() - _modified_at(log))
+            message = first_error(tail(log, TAIL_BYTES))
+            if message is not None:
+                return Incident(
+                    message, str(log.relative_to(folder)), time.time() - _modified_at(log)
+                )
     return None
 
 
@@ -69,8 +71,8 @@ def last_hang(folder: Path) -> Incident | None:
     lines = _lines(report)
     if not lines:
         return None
-    what = "; ".join(line.removeprefix("error:").strip() for line in lines[:2])
-    return Incident(what, HANG_REPORT, time.time() - _modified_at(report))
+    message = "; ".join(line.removeprefix("error:").strip() for line in lines[:2])
+    return Incident(message, HANG_REPORT, time.time() - _modified_at(report))
 
 
 def tail(path: Path, size: int) -> list[str]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from megatron_llmjp.filesystem import write_atomically
 from megatron_llmjp.report.history import MetricsHistory, read_history
-from megatron_llmjp.report.summary import summarize
+from megatron_llmjp.report.summary import summary_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -84,7 +84,7 @@ def _page(history: MetricsHistory, images: list[str]) -> str:
     name = html.escape(history.folder.resolve().name)
     rows = "\n".join(
         f"<tr><th>{html.escape(label)}</th><td>{html.escape(value)}</td></tr>"
-        for label, value in summarize(history)
+        for label, value in summary_rows(history)
     )
     now = time.strftime("%Y-%m-%d %H:%M")
     return f"""<!doctype html>

@@ -85,7 +85,7 @@ def _not_applied(status: RunStatus) -> str:
         (status.spikes, "spikes"),
         (status.rollbacks, "rollbacks"),
     ]
-    known = ", ".join(f"{number:,} {what}" for number, what in parts if number)
+    known = ", ".join(f"{number:,} {cause}" for number, cause in parts if number)
     if not known and not status.skipped:
         return ""
     return f"{status.skipped:,} steps so far" + (f"; {known}" if known else "")
@@ -136,7 +136,7 @@ def _ends(status: RunStatus) -> str:
     )
 
 
-def _incident(trouble: Incident | None) -> str:
-    if trouble is None:
+def _incident(incident: Incident | None) -> str:
+    if incident is None:
         return ""
-    return f"{format_duration(trouble.seconds_ago)} ago: {trouble.what} ({trouble.where})"
+    return f"{format_duration(incident.seconds_ago)} ago: {incident.what} ({incident.where})"

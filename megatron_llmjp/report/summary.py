@@ -27,7 +27,7 @@ from megatron_llmjp.metric_registry import (
 from megatron_llmjp.report.history import ROUTINE_EVENTS, MetricsHistory
 
 
-def summarize(history: MetricsHistory) -> list[tuple[str, str]]:
+def summary_rows(history: MetricsHistory) -> list[tuple[str, str]]:
     """Return the labels and values of the summary, in display order."""
     config = history.config
     rows = [("folder", str(history.folder))]
@@ -140,18 +140,18 @@ def _anomalies(history: MetricsHistory) -> list[tuple[str, str]]:
         restarts += f", from {', '.join(f'{i:,}' for i in history.restarts[-5:])}"
         restarts += f"; about {again:,} iterations repeated" if again else ""
     skipped = int(sum(history.values(SKIPPED_ITERATIONS.name)[1]))
-    exceptions = [e for e in history.events if e[EVENT] not in ROUTINE_EVENTS]
+    exceptional = [e for e in history.events if e[EVENT] not in ROUTINE_EVENTS]
     rows = [("restarts", restarts), (SKIPPED_ITERATIONS.name, str(skipped) if skipped else "")]
     for label in (NAN_ITERATIONS.name, SPIKES.name):
         times = int(sum(history.values(label)[1]))
         rows.append((label, str(times) if times else ""))
     rollbacks = int(history.last(ROLLBACKS.name) or 0)
     rows.append((ROLLBACKS.name, str(rollbacks) if rollbacks else ""))
-    if exceptions:
-        last = exceptions[-1]
-        what = ": ".join(filter(None, (str(last[EVENT]), str(last.get("why", "")))))
+    if exceptional:
+        last = exceptional[-1]
+        event = ": ".join(filter(None, (str(last[EVENT]), str(last.get("why", "")))))
         at = f"{int(last['iteration']):,}"
-        rows.append(("exceptional events", f"{len(exceptions)}, the last at {at}: {what}"))
+        rows.append(("exceptional events", f"{len(exceptional)}, the last at {at}: {event}"))
     if history.damaged_lines:
         rows.append(("damaged lines", f"{history.damaged_lines} in {METRICS_FILE}, ignored"))
     return rows

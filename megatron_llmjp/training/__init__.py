@@ -1,1 +1,1 @@
-"""The run itself: the loop, one step, the optimizer, validation and the log."""
+"""Training: setup, loop, step, optimizer, gradient monitor, hang detection, metrics."""

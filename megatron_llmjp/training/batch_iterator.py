@@ -36,7 +36,7 @@ def dataset_names(schedule: Schedule) -> list[str]:
 
 
 class _EmptyBatch(dict[str, Any]):
-    """Batch of a middle pipeline stage, which reads no tensor of it: every key gives None."""
+    """Batch of a middle pipeline stage, which needs no tensors: every key gives None."""
 
     def __missing__(self, key: str) -> None:
         return None

@@ -95,7 +95,7 @@ def describe_ranks(states: list[RankState], world_size: int) -> list[str]:
     for key in sorted(groups, key=lambda k: (k[0], k[3])):
         lines.append(_describe_group(groups[key]))
     if not silent and len(groups) > 1:
-        lines[0] += "   <- look here first"
+        lines[0] += "   <- check first"
     return lines
 
 
@@ -103,7 +103,7 @@ def describe_silent_first_rank(own: RankState) -> list[str]:
     """Return the report if the store does not respond, which the first rank serves."""
     return [
         f"rank 0: {_SILENT}; it serves the store, without which the states of the other ranks are "
-        "unknown   <- look here first",
+        "unknown   <- check first",
         _describe_group([own]),
     ]
 

@@ -279,7 +279,7 @@ class WandbWriter:
             self._run.log({**position, **record.values})
 
     def close(self) -> None:
-        """Send what is pending."""
+        """Send pending records and close."""
         self._run.finish()
 
 

@@ -187,16 +187,47 @@ class TrainingMetrics:
         parameter_norm: float | None,
     ) -> None:
         """Write the interval that ends with this iteration; all ranks call it."""
-        interval, config = self._interval, self._config
+        interval = self._interval
         sums = interval.sums if interval.sums is not None else interval.skipped_sums
         assert sums is not None
         means = means_over_ranks(sums)
-        seconds = time.perf_counter() - self._since
         for name in EVENT_COUNTERS:
             self._totals[name] += getattr(interval, name)
         fold = self._schedule.fold_of_sample(consumed - 1)
+        stats = self._stats(
+            consumed, means, result, learning_rate, batch_size, loss_scale, parameter_norm
+        )
+        values = interval_values(stats)
+        latest = {name: values[name] for name in IN_MANIFEST}
+        self.last |= {name: value for name, value in latest.items() if math.isfinite(value)}
+        if self._writers:
+            position = f"{fold.name} ({stats.fold_number}/{len(self._schedule.folds)})"
+            position += f" {stats.fold_progress:.0%}"
+            print(
+                interval_line(iteration, self._planned_iters, consumed, values, position),
+                flush=True,
+            )
+            values |= self._by_dataset(consumed, means[FIRST_DATASET_ROW:])
+            self._writers.write(self._record(iteration, consumed, values, fold=fold.name))
+        self._interval = _Interval()
+        self._since = time.perf_counter()
+
+    def _stats(
+        self,
+        consumed: int,
+        means: list[float],
+        result: StepResult,
+        learning_rate: float,
+        batch_size: int,
+        loss_scale: float,
+        parameter_norm: float | None,
+    ) -> IntervalStats:
+        """Return the measurements of the current interval."""
+        interval, config = self._interval, self._config
+        seconds = time.perf_counter() - self._since
+        fold = self._schedule.fold_of_sample(consumed - 1)
         first, end = self._schedule.sample_range(fold)
-        stats = IntervalStats(
+        return IntervalStats(
             steps=interval.steps,
             samples=interval.samples,
             seconds=seconds,
@@ -225,20 +256,6 @@ class TrainingMetrics:
             fold_progress=(consumed - first) / (end - first),
             memory=self._device.memory(),
         )
-        values = interval_values(stats)
-        latest = {name: values[name] for name in IN_MANIFEST}
-        self.last |= {name: value for name, value in latest.items() if math.isfinite(value)}
-        if self._writers:
-            position = f"{fold.name} ({stats.fold_number}/{len(self._schedule.folds)})"
-            position += f" {stats.fold_progress:.0%}"
-            print(
-                interval_line(iteration, self._planned_iters, consumed, values, position),
-                flush=True,
-            )
-            values |= self._by_dataset(consumed, means[FIRST_DATASET_ROW:])
-            self._writers.write(self._record(iteration, consumed, values, fold=fold.name))
-        self._interval = _Interval()
-        self._since = time.perf_counter()
 
     def log_validation(self, iteration: int, consumed: int, losses: dict[str, float]) -> None:
         """Write validation losses."""

@@ -155,7 +155,7 @@ def build_saver(
 
 
 def _tokenizer_files(run: Run) -> dict[str, bytes]:
-    """The tokenizer's files, and what the loaded checkpoint stores next to them, by name."""
+    """Return the tokenizer files, and the files that the loaded checkpoint stores with them."""
     paths = run.tokenizer.files()
     if run.resume is not None:
         generation = run.resume.folder / manifests.GENERATION

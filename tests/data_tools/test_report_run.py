@@ -19,7 +19,7 @@ from megatron_llmjp.config.loading import (
 )
 from megatron_llmjp.report.history import FoldSpan, read_history
 from megatron_llmjp.report.page import write_report_at_end
-from megatron_llmjp.report.summary import summarize
+from megatron_llmjp.report.summary import summary_rows
 
 PNG = b"\x89PNG"
 
@@ -116,7 +116,7 @@ def test_a_file_of_many_starts_without_events(save):
 
 
 def test_the_table(save):
-    rows = dict(summarize(read_history(save)))
+    rows = dict(summary_rows(read_history(save)))
     assert rows["layout"] == "TP 1 x PP 2 x DP 2 on 4 processes"
     assert rows["iterations"] == "50" and rows["remaining"] == "00:00:25"
     assert rows["tokens"].startswith(f"{50 * 16 * 128:,}")

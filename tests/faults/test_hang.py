@@ -54,7 +54,7 @@ def test_a_missing_rank_is_reported(tmp_path):
     assert [path.name for path in stacks] == [f"stacks-rank{rank:05d}.txt" for rank in range(3)]
     assert ["sleep_forever" in path.read_text() for path in stacks] == [False, True, False]
     first, second = report.read_text().splitlines()[1:3]
-    assert first.startswith("rank 1 on") and first.endswith("look here first")
+    assert first.startswith("rank 1 on") and first.endswith("check first")
     assert second.startswith("ranks 0, 2 on") and "waits for other ranks" in second
 
 
@@ -68,7 +68,7 @@ def test_description_of_ranks():
     silent = describe_ranks([state(r) for r in (0, 1, 3, 4, 7)], 8)
     assert silent[0].startswith("ranks 2, 5-6: no response")
     busy = describe_ranks([state(0), state(1), state(2, waits=False, line="read")], 3)
-    assert busy[0].startswith("rank 2 on node1") and busy[0].endswith("look here first")
+    assert busy[0].startswith("rank 2 on node1") and busy[0].endswith("check first")
     behind = describe_ranks([state(0, 8, waits=False), state(1, 7), state(2, 8)], 3)
     assert behind[0].startswith("rank 1 on node0: iteration 7")
 
@@ -157,13 +157,13 @@ REPORTED = "reported, with stacks; exit code 1; the same losses and weights afte
         pytest.param(
             "dp2",
             ("slow_write", 6, 3.0, 0, 1, 1),
-            r"rank 1 on .*: iteration 6, a save; does not wait for another rank; .*   <- look here",
+            r"rank 1 on .*: iteration 6, a save; does not wait for another rank; .* <- check first",
             marks=pytest.mark.fault("a write that hangs", REPORTED),
         ),
         pytest.param(
             "dp2",
             ("endless_loop", 5, 3.0, 1),
-            r"rank 1 on .*: iteration 5, a step; does not wait for another rank; .*   <- look here",
+            r"rank 1 on .*: iteration 5, a step; does not wait for another rank; .* <- check first",
             marks=pytest.mark.fault("a rank in an endless loop", REPORTED),
         ),
     ],

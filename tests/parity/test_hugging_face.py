@@ -71,7 +71,7 @@ WSD = ("--lr-decay-style", "WSD", "--lr-wsd-decay-iters", 20, "--lr-wsd-decay-st
 LINEAR = ("--lr-decay-style", "linear")
 NO_DROPOUT = ("--hidden-dropout", 0, "--attention-dropout", 0)
 STYLES = {
-    # name: transformers' model, preset, ffn size, schedule flags, schedule as a function of the step
+    # name: transformers' model, preset, ffn size, schedule flags, schedule as a function
     "llama": (llama, "laptop-llama", 64, WSD, wsd),
     "gpt2": (gpt2, "laptop-gpt2", 128, NO_DROPOUT, cosine),
     "neox": (gpt_neox, "laptop-gpt-neox", 128, LINEAR, linear),

@@ -18,13 +18,13 @@ from tests.support.processes import ROOT
 from tests.support.training import arguments, history
 
 METRIC = """\
-from megatron_llmjp.metric_registry import Metric, Panel, register
-register(Metric("samples per second", "over the interval", lambda s: s.samples_per_second,
+from megatron_llmjp.metric_registry import Metric, Panel, register_metric
+register_metric(Metric("samples per second", "over the interval", lambda s: s.samples_per_second,
                 "samples/s: {:.1f}".format, Panel("samples", "Samples per second")))
 """
 STYLE = """\
-from megatron_llmjp.config.lr_decay_styles import DecayStyle, register
-register(DecayStyle("square", "(1 - x)^2", lambda part: (1 - part) ** 2))
+from megatron_llmjp.config.lr_decay_styles import DecayStyle, register_decay_style
+register_decay_style(DecayStyle("square", "(1 - x)^2", lambda part: (1 - part) ** 2))
 """
 
 
