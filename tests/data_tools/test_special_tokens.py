@@ -126,7 +126,7 @@ def test_special_tokens_of_transformers(template: str, tmp_path: Path, capsys) -
 def test_special_tokens_of_other_types(kind: str, tmp_path: Path, model: Path, capsys) -> None:
     words = [*write_text(tmp_path, TEXT), *flags_of(kind, tmp_path, model)]
     assert main([*words, "--tokenizer-hf-include-special-tokens"]) == 2
-    assert f"with {kind} --append-bos and --append-eod" in capsys.readouterr().err
+    assert f"with {kind}, --append-bos and --append-eod" in capsys.readouterr().err
 
 
 def test_ids_that_transformers_gives_otherwise_are_refused(tmp_path: Path, capsys) -> None:
