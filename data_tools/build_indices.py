@@ -16,7 +16,7 @@ from typing import Any
 
 from data_tools.common import ToolParser, cores, run_tool
 from data_tools.run_flags import add_data_flags, parse_run_flags, split_flags
-from data_tools.tables import check_table_path, format_table, write_table
+from data_tools.tables import check_table_path, format_rows, write_table
 from megatron_llmjp.arguments import positive_int
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.config.schema import Config
@@ -113,7 +113,7 @@ def build_indices(args: argparse.Namespace, flags: list[str]) -> int:
     if missing:
         build_missing(missing, args.workers, args.verify)
     table = table_rows(tasks)
-    print(format_table(table))
+    print(format_rows(table))
     if args.report is not None:
         write_table(args.report, table)
     where = f"in {cache}"

@@ -86,7 +86,7 @@ def _tokens(index: DatasetIndex, part: DocumentChunk) -> npt.NDArray[Any]:
     return np.concatenate([tokens[at : at + n] for at, n in zip(starts, part.lengths, strict=True)])
 
 
-def read_manifest(prefix: str | Path) -> dict[str, Any] | None:
+def read_dataset_manifest(prefix: str | Path) -> dict[str, Any] | None:
     """Return the manifest of a dataset, or None if there is none, as for Megatron-LM's datasets.
 
     Raises:

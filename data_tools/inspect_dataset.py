@@ -17,9 +17,9 @@ import numpy.typing as npt
 
 from data_tools import lineage_report
 from data_tools.common import ToolParser, run_tool
-from data_tools.documents import document_chunks, read_manifest
-from data_tools.tables import format_table
-from data_tools.tokenizer_flags import add_tokenizer_flags, tokenizer_of
+from data_tools.documents import document_chunks, read_dataset_manifest
+from data_tools.tables import format_rows
+from data_tools.tokenizer_flags import add_tokenizer_flags, tokenizer_from_args
 from data_tools.verify_dataset import verify_dataset
 from megatron_llmjp.arguments import positive_int
 from megatron_llmjp.data.indexed_dataset import DatasetIndex, read_and_check_index
@@ -92,7 +92,7 @@ def run_inspection(args: argparse.Namespace) -> int:
         return verify_all(prefixes, args.vocab_size)
     tokenizer = None
     if args.tokenizer_type:
-        tokenizer = tokenizer_of(args)
+        tokenizer = tokenizer_from_args(args)
     indexes = [read_and_check_index(prefix) for prefix in prefixes]
     if args.documents:
         for index in indexes:
@@ -103,7 +103,7 @@ def run_inspection(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([stats | {"histogram": h.tolist()} for stats, h in found], indent=1))
     else:
-        print(format_table([stats for stats, _ in found]))
+        print(format_rows([stats for stats, _ in found]))
         for index, (_, histogram) in zip(indexes, found, strict=True):
             print(f"\n{index.prefix}: documents by length in tokens\n{draw_histogram(histogram)}")
     if args.png:
@@ -149,7 +149,7 @@ def dataset_statistics(index: DatasetIndex) -> tuple[dict[str, Any], npt.NDArray
         "median": int(np.median(lengths)),
         "mean": round(float(lengths.mean()), 1),
         "longest": int(lengths.max()),
-        "manifest": "yes" if read_manifest(index.prefix) else "no",
+        "manifest": "yes" if read_dataset_manifest(index.prefix) else "no",
     }
     return row, histogram
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_tools.run_history import RecordedRun, open_lineage, open_run
-from data_tools.tables import format_table
+from data_tools.tables import format_rows
 from megatron_llmjp.data.indexed_dataset import read_index
 from megatron_llmjp.errors import EXIT_DONE, UserError
 
@@ -210,7 +210,7 @@ def _print_batch(run: RecordedRun, args: argparse.Namespace, batch: list[dict[st
     if args.iteration is not None:
         print(
             f"iteration {args.iteration:,}: samples {batch[0]['sample']:,} to "
-            f"{batch[-1]['sample']:,}, according to {run.folder}\n{format_table(_summary(batch))}"
+            f"{batch[-1]['sample']:,}, according to {run.folder}\n{format_rows(_summary(batch))}"
         )
     for entry in batch:
         print(f"\n{_heading(entry)}")
@@ -274,5 +274,5 @@ def _format_occurrences(
     return (
         f"{name} is in {len(found)} samples: {counts}"
         + (f", {skipped} skipped" if skipped else "")
-        + f"\n{format_table(rows)}"
+        + f"\n{format_rows(rows)}"
     )

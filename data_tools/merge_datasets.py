@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.common import ToolParser, run_tool
-from data_tools.documents import chunks_with_tokens, document_chunks, read_manifest
+from data_tools.documents import chunks_with_tokens, document_chunks, read_dataset_manifest
 from data_tools.preprocess.shards import find_parts
 from megatron_llmjp.data.indexed_dataset import bin_path, read_and_check_index
 from megatron_llmjp.data.indexed_dataset_writer import IndexedDatasetWriter
@@ -127,7 +127,7 @@ def common_recipe(prefixes: Sequence[str]) -> dict[str, Any]:
     first: dict[str, Any] = {}
     named = ""
     for prefix in prefixes:
-        recipe = (read_manifest(prefix) or {}).get("recipe", {})
+        recipe = (read_dataset_manifest(prefix) or {}).get("recipe", {})
         ours = {name: recipe[name] for name in ("tokenizer", "options") if name in recipe}
         ends = _added_tokens(ours)
         if first and ours:

@@ -18,7 +18,7 @@ from data_tools.preprocess.output import DatasetOutput
 from data_tools.preprocess.shards import parse_shard, part_prefix, take_shard, uneven_shards_warning
 from data_tools.preprocess.sources import find_input, ignored_record
 from data_tools.tables import check_table_path
-from data_tools.tokenizer_flags import add_tokenizer_flags, tokenizer_of
+from data_tools.tokenizer_flags import add_tokenizer_flags, tokenizer_from_args
 from megatron_llmjp.arguments import positive_int
 from megatron_llmjp.data.indexed_dataset import best_dtype
 from megatron_llmjp.errors import UserError
@@ -191,7 +191,7 @@ def preprocess(args: argparse.Namespace) -> int:
     found = find_input(args.input)
     found.report()
     sources = found.sources
-    tokenizer = tokenizer_of(args)
+    tokenizer = tokenizer_from_args(args)
     if tokenizer.kind == "HuggingFaceTokenizer":
         _warn_of_dropped_characters(tokenizer)
     if args.tokenizer_hf_include_special_tokens:

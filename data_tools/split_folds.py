@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from data_tools.common import ToolParser, run_tool
-from data_tools.documents import read_manifest
-from data_tools.tables import format_table
+from data_tools.documents import read_dataset_manifest
+from data_tools.tables import format_rows
 from megatron_llmjp.arguments import positive_int
 from megatron_llmjp.data.indexed_dataset import DatasetIndex, bin_path, read_and_check_index
 from megatron_llmjp.data.indexed_dataset_writer import write_idx
@@ -132,7 +132,7 @@ def split(args: argparse.Namespace) -> int:
     if len({Path(prefix).name for prefix in args.input}) < len(args.input):
         raise UserError("--input: two datasets of the same name would be written to the same files")
     table = [row for prefix in args.input for row in split_one(prefix, args)]
-    print(format_table(table))
+    print(format_rows(table))
     return EXIT_DONE
 
 
@@ -231,7 +231,7 @@ def part_manifest(
     args: argparse.Namespace,
 ) -> dict[str, Any]:
     """Return the manifest of a part, which describes its own .idx and the shared .bin."""
-    whole = read_manifest(prefix) or {}
+    whole = read_dataset_manifest(prefix) or {}
     binary = whole.get("bin", {"bytes": bin_path(prefix).stat().st_size})
     return {
         "format": "megatron_llmjp dataset manifest 1",

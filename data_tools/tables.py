@@ -39,7 +39,7 @@ def summary_rows(
     return table
 
 
-def format_table(table: Sequence[dict[str, Any]]) -> str:
+def format_rows(table: Sequence[dict[str, Any]]) -> str:
     """Return rows as aligned text; in long tables the middle rows are omitted."""
     omitted = max(len(table) - ROWS_SHOWN, 0)
     shown = list(table) if not omitted else [*table[: ROWS_SHOWN - 1], table[-1]]

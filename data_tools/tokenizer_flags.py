@@ -1,4 +1,4 @@
-"""Flags that name a tokenizer, the same in every data tool."""
+"""Tokenizer flags of the data tools."""
 
 from __future__ import annotations
 
@@ -15,15 +15,21 @@ _DEFAULTS = TikTokenSettings()
 
 
 def add_tokenizer_flags(add: Callable[..., Any], required: bool = True, use: str = "") -> None:
-    """Add the flags.
+    """Add the tokenizer flags.
 
     Args:
         add: ``add_argument`` of a parser or group.
         required: whether ``--tokenizer-type`` must be given.
-        use: what the tokenizer is for, where that is not plain.
+        use: purpose of the tokenizer, prepended to the help text.
     """
     types = ", ".join(TOKENIZER_TYPES)
-    add("--tokenizer-type", required=required, type=_type, metavar="TYPE", help=f"{use}{types}")
+    add(
+        "--tokenizer-type",
+        required=required,
+        type=_parse_tokenizer_type,
+        metavar="TYPE",
+        help=f"{use}{types}",
+    )
     add("--tokenizer-model", metavar="PATH", help="model file or folder of the tokenizer")
     add("--vocab-file", metavar="FILE", help="vocabulary of GPT2BPETokenizer, or a *.model")
     add("--merge-file", metavar="FILE", help="merges of GPT2BPETokenizer")
@@ -31,20 +37,21 @@ def add_tokenizer_flags(add: Callable[..., Any], required: bool = True, use: str
         "--vocab-size",
         type=positive_int,
         metavar="N",
-        help="of NullTokenizer; of TikTokenizer, special tokens included (default: 131072, or all)",
+        help="vocabulary size of NullTokenizer; of TikTokenizer, including special tokens "
+        "(default: 131072, or all)",
     )
     add(
         "--tiktoken-pattern",
         choices=("v1", "v2"),
         default=_DEFAULTS.pattern,
-        help="how TikTokenizer cuts texts (default: v2)",
+        help="pattern by which TikTokenizer splits texts (default: v2)",
     )
     add(
         "--tiktoken-num-special-tokens",
         type=positive_int,
         default=_DEFAULTS.num_special_tokens,
         metavar="N",
-        help="ids of TikTokenizer before those of its file (default: 1000)",
+        help="number of TikTokenizer's special tokens, before its file's tokens (default: 1000)",
     )
     add(
         "--tiktoken-special-tokens",
@@ -52,21 +59,21 @@ def add_tokenizer_flags(add: Callable[..., Any], required: bool = True, use: str
         nargs="+",
         default=(),
         metavar="TOKEN",
-        help="names of TikTokenizer's first ids (default: <unk> <s> </s>)",
+        help="names of TikTokenizer's first special tokens (default: <unk> <s> </s>)",
     )
 
 
-def _type(word: str) -> str:
-    """Return a type as pretrain_gpt reads it: in any case, or by Megatron-DeepSpeed's name."""
+def _parse_tokenizer_type(word: str) -> str:
+    """Parse a tokenizer type as pretrain_gpt does: in any case, or Megatron-DeepSpeed's name."""
     names = {name.lower(): name for name in TOKENIZER_TYPES} | RENAMED_VALUES["tokenizer_type"]
     return names.get(word.lower(), word)
 
 
-def tokenizer_of(args: argparse.Namespace) -> Tokenizer:
-    """Return the tokenizer that the flags describe.
+def tokenizer_from_args(args: argparse.Namespace) -> Tokenizer:
+    """Load the tokenizer given by the flags.
 
     Raises:
-        UserError: a file or value that gives none.
+        UserError: a value or a file is invalid.
     """
     return load_tokenizer(
         args.tokenizer_type,

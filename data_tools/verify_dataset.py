@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.documents import chunks_with_tokens, document_chunks, read_manifest
+from data_tools.documents import chunks_with_tokens, document_chunks, read_dataset_manifest
 from megatron_llmjp.data.indexed_dataset import (
     DatasetIndex,
     bin_path,
@@ -30,7 +30,7 @@ def verify_dataset(prefix: str, vocab_size: int | None) -> tuple[list[str], list
         UserError: the dataset cannot be opened.
         DataError: an entry of its index is damaged.
     """
-    index, manifest = read_and_check_index(prefix), read_manifest(prefix)
+    index, manifest = read_and_check_index(prefix), read_dataset_manifest(prefix)
     checked = ["header, sizes and document index"]
     wrong = find_gaps(index, shared=bool(manifest and manifest["bin"].get("shared")))
     checked.append("pointers and lengths")

@@ -9,7 +9,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from megatron_llmjp.tokenizers import load_tokenizer
-from megatron_llmjp.tokenizers.comparison import RARE_TEXTS, TEXTS, compare_tokenizers
+from megatron_llmjp.tokenizers.comparison import COMMON_TEXTS, RARE_TEXTS, compare_tokenizers
 from megatron_llmjp.tokenizers.sentencepiece import SENTENCEPIECE_CLASSES, load_sentencepiece
 from megatron_llmjp.tokenizers.sentencepiece_fast import export_hugging_face, model_specific_texts
 
@@ -26,7 +26,7 @@ NFKC = {"model_type": "unigram", "add_dummy_prefix": False}
 def train(**settings) -> bytes:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(line for text in TEXTS * 3 for line in text.split("\n") if line),
+        sentence_iterator=(line for text in COMMON_TEXTS * 3 for line in text.split("\n") if line),
         model_writer=model, vocab_size=560, hard_vocab_limit=False, character_coverage=0.98,
         minloglevel=2, num_threads=1, **settings,
     )  # fmt: skip
@@ -43,7 +43,11 @@ def test_auto_tokenizer_has_the_ids_of_sentencepiece(tmp_path, kind, settings):
     fast = transformers.AutoTokenizer.from_pretrained(tmp_path)
     plain = sentencepiece.SentencePieceProcessor(model_file=str(path))
     # SentencePiece's NFKC composes characters over the ends of its table's entries.
-    texts = [text for text in (*TEXTS, *RARE_TEXTS) if settings is not NFKC or "\u3099" not in text]
+    texts = [
+        text
+        for text in (*COMMON_TEXTS, *RARE_TEXTS)
+        if settings is not NFKC or "\u3099" not in text
+    ]
     for text in texts:
         assert fast(text, add_special_tokens=False).input_ids == plain.encode(text), text
     bos = [plain.bos_id()] if kind == "Llama2Tokenizer" else []
@@ -77,7 +81,7 @@ def test_user_defined_and_unused_pieces(tmp_path):
         train(**LLM_JP, user_defined_symbols=["<tool>", "猫で"])
     )
     plain = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
-    used = plain.encode(TEXTS[0], out_type=str)
+    used = plain.encode(COMMON_TEXTS[0], out_type=str)
     longest = max(used, key=len)
     model.pieces[plain.piece_to_id(longest)].type = 5  # unused
     (tmp_path / "any.model").write_bytes(model.SerializeToString())
@@ -86,8 +90,8 @@ def test_user_defined_and_unused_pieces(tmp_path):
     fast = load_tokenizer("HuggingFaceTokenizer", tmp_path)
     texts = model_specific_texts(tokenizer)
     assert texts == ["a<tool>b <tool>\n<tool>", "a猫でb 猫で\n猫で"]
-    assert not compare_tokenizers(tokenizer, fast, [*TEXTS, *texts]).differences
-    assert longest not in [fast.piece(i) for i in fast.encode(TEXTS[0])]
+    assert not compare_tokenizers(tokenizer, fast, [*COMMON_TEXTS, *texts]).differences
+    assert longest not in [fast.piece(i) for i in fast.encode(COMMON_TEXTS[0])]
 
 
 def test_differences_are_reported_with_their_place(tmp_path):
@@ -96,7 +100,7 @@ def test_differences_are_reported_with_their_place(tmp_path):
     first, second = (
         load_sentencepiece("Llama2Tokenizer", tmp_path / n) for n in ("first", "second")
     )
-    assert not compare_tokenizers(first, first, TEXTS).differences
-    found = compare_tokenizers(first, second, TEXTS, ("the first", "the second"))
+    assert not compare_tokenizers(first, first, COMMON_TEXTS).differences
+    found = compare_tokenizers(first, second, COMMON_TEXTS, ("the first", "the second"))
     assert found.differences and "differs at token" in found.report()
     assert "the second " in found.report()

@@ -47,7 +47,7 @@ def test_special_tokens_in_a_text_are_text(vocabulary):
     assert min(ours.encode("a</s><SPECIAL_3>")) >= 1000
     with pytest.raises(ValueError, match="surrogate"):
         ours.encode("a\ud800")
-    with pytest.raises(ValueError, match="spaces in a row"):
+    with pytest.raises(ValueError, match="consecutive spaces"):
         ours.encode("x" + " \t" * 500_000 + "x")
 
 
@@ -76,11 +76,11 @@ WRONG = {
     "other keys": ([*GOOD, {"rank": 260}], "entry 260 is {'rank': 260}"),
     "no entry": ([*GOOD, "x"], "entry 260 is x"),
     "a wrong rank": ([*GOOD, GOOD[1]], "entry 260 has rank 1"),
-    "no base64": ([*GOOD, GOOD[1] | {"rank": 260, "token_bytes": "*"}], "no base64"),
-    "no text": ([*GOOD, GOOD[1] | {"rank": 260, "token_bytes": 5}], "no base64"),
-    "twice": ([*GOOD, GOOD[7] | {"rank": 260}], "entry 260 holds the same bytes as entry 7"),
-    "no bytes": ([*GOOD[:9], GOOD[9] | {"token_bytes": "YQ=="}], "first 256 entries are"),
-    "too short": (GOOD[:200], "do not fit into a vocabulary of 1200"),
+    "no base64": ([*GOOD, GOOD[1] | {"rank": 260, "token_bytes": "*"}], "not base64"),
+    "no text": ([*GOOD, GOOD[1] | {"rank": 260, "token_bytes": 5}], "not base64"),
+    "twice": ([*GOOD, GOOD[7] | {"rank": 260}], "entry 260 has the same bytes as entry 7"),
+    "no bytes": ([*GOOD[:9], GOOD[9] | {"token_bytes": "YQ=="}], "first 256 entries must be"),
+    "too short": (GOOD[:200], "exceed a vocabulary of 1200"),
 }
 
 
@@ -99,18 +99,18 @@ def test_damaged_vocabularies_are_named(content, tmp_path):
     ("settings", "size", "message"),
     [
         (TikTokenSettings("v3"), None, "--tiktoken-pattern v3: expected v1 or v2"),
-        (TikTokenSettings(special_tokens=("<s>",)), None, "<unk> </s> must be among them"),
-        (TikTokenSettings(num_special_tokens=2), None, "num-special-tokens 2: there are 3"),
+        (TikTokenSettings(special_tokens=("<s>",)), None, "<unk> </s> must be included"),
+        (TikTokenSettings(num_special_tokens=2), None, "num-special-tokens 2: 3 are given"),
         (
             TikTokenSettings(special_tokens=("<unk>", "<s>", "</s>", "<s>")),
             None,
             "<s> is given twice",
         ),
         (TikTokenSettings(), 2000, "--vocab-size 2000: .* has 300 tokens, with 1000 special"),
-        (TikTokenSettings(), 1200, "do not fit into a vocabulary of 1200"),
+        (TikTokenSettings(), 1200, "exceed a vocabulary of 1200"),
     ],
 )
-def test_impossible_settings_are_named(settings, size, message, vocabulary):
+def test_invalid_settings_raise(settings, size, message, vocabulary):
     with pytest.raises(UserError, match=message):
         load_tokenizer("TikTokenizer", vocabulary, vocab_size=size, tiktoken=settings)
     for path, words in ((vocabulary.parent, "is a directory"), ("none.json", "does not exist")):

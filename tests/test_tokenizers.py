@@ -12,7 +12,7 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from data_tools.train_tokenizer import SPECIALS, train_unigram
+from data_tools.train_tokenizer import SPECIAL_TOKENS, train_unigram
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.tokenizers import load_tokenizer
 from megatron_llmjp.tokenizers.registry import stored_tokenizer_fields
@@ -81,10 +81,10 @@ def test_gpt2_vocabularies_that_lose_text_are_refused(tmp_path):
     without_a = {token: number for token, number in tokens.items() if token != "a"}
     wrong = {
         json.dumps(without_a): "1 of the 256 bytes have no token, such as 'a'",
-        json.dumps(tokens | {"a": tokens["b"]}): "id .* is given to several tokens",
-        json.dumps(tokens | {"zzz": 350}): "do not make 1 tokens of .*, such as 'zzz'",
-        json.dumps(tokens | {"a": 1.5}): "expected a JSON object of tokens and their ids",
-        vocab.read_text()[:900]: "not valid JSON",
+        json.dumps(tokens | {"a": tokens["b"]}): "several tokens have id",
+        json.dumps(tokens | {"zzz": 350}): "do not produce 1 tokens of .*, such as 'zzz'",
+        json.dumps(tokens | {"a": 1.5}): "expected a JSON object of tokens and ids",
+        vocab.read_text()[:900]: "invalid JSON",
     }
     for text, message in wrong.items():
         (tmp_path / "wrong.json").write_text(text)
@@ -92,7 +92,9 @@ def test_gpt2_vocabularies_that_lose_text_are_refused(tmp_path):
             load_tokenizer("GPT2BPETokenizer", tmp_path / "wrong.json", merge_file=merges)
     for kept in (0, 1, len(lines) - 1):
         (tmp_path / "cut.txt").write_text("".join(lines[:kept]))
-        with pytest.raises(UserError, match=r"cut.txt: its .* merges do not make .* is cut off"):
+        with pytest.raises(
+            UserError, match=r"cut.txt: its .* merges do not produce .* file is truncated"
+        ):
             load_tokenizer("GPT2BPETokenizer", vocab, merge_file=tmp_path / "cut.txt")
 
 
@@ -145,7 +147,7 @@ def test_sentencepiece_types(folder):
     assert tokenizer.encode(TEXT).tolist() == plain
     assert (tokenizer.eod_id, tokenizer.eos_id, tokenizer.pad_id) == (7, 2, 4)
     assert tokenizer.decode(plain) == TEXT
-    assert [tokenizer.piece(i) for i in range(8)] == list(SPECIALS)
+    assert [tokenizer.piece(i) for i in range(8)] == list(SPECIAL_TOKENS)
     llama = load_tokenizer("Llama2Tokenizer", model)
     assert llama.encode(TEXT).tolist() == [1, *plain]
     assert (llama.eod_id, llama.bos_id, llama.vocab_size) == (2, 1, 500)
@@ -249,7 +251,7 @@ def test_bytes_and_integers():
         ("HuggingFaceTokenizer", None, "does not exist"),
         ("HuggingFaceTokenizer", b"{}", "not a readable tokenizer.json"),
         ("SentencepieceTokenizer", b"", "did you mean 'SentencePieceTokenizer'"),
-        ("NullTokenizer", b"", "needs --vocab-size"),
+        ("NullTokenizer", b"", "requires --vocab-size"),
     ],
 )
 def test_mistakes_are_named(kind, content, message, tmp_path):

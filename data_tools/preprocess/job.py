@@ -26,7 +26,7 @@ from data_tools.preprocess.journal import ResumeJournal, ResumePoint, SourceCoun
 from data_tools.preprocess.output import DatasetOutput
 from data_tools.preprocess.pool import EncoderPool
 from data_tools.preprocess.sources import InputSource
-from data_tools.tables import format_table, summary_rows, write_table
+from data_tools.tables import format_rows, summary_rows, write_table
 from megatron_llmjp.data.indexed_dataset_writer import IndexedDatasetWriter
 from megatron_llmjp.errors import EXIT_DONE, UserError
 from megatron_llmjp.tokenizers import Tokenizer
@@ -347,7 +347,7 @@ class PreprocessJob:
         """Print the summary table, and write it to the --report files."""
         keys = self.args.json_keys
         table = summary_rows([source.label for source in self.sources], self.counts, keys)
-        print(format_table(table))
+        print(format_rows(table))
         for key in keys:
             print(f"{self.output.prefix_of(key)}.bin .idx .json")
         quarantined = Path(f"{self.args.output_prefix}_rejected.jsonl")

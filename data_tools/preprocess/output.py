@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.documents import read_manifest
+from data_tools.documents import read_dataset_manifest
 from data_tools.preprocess.encode import PackedDocuments, RejectedLine
 from data_tools.preprocess.journal import ResumeJournal, ResumePoint, SourceCounts, is_finishing
 from data_tools.preprocess.sources import InputSource
@@ -54,7 +54,7 @@ class DatasetOutput:
             prefix = self.prefix_of(key)
             paths = [Path(prefix + suffix) for suffix in (".bin", ".idx", ".json")]
             if all(path.exists() for path in paths):
-                found.append(read_manifest(prefix) or {})
+                found.append(read_dataset_manifest(prefix) or {})
         return found
 
     def conflicting_files(self) -> list[Path]:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data_tools.documents import read_manifest
+from data_tools.documents import read_dataset_manifest
 from data_tools.preprocess.compression import HEAD_BYTES, find_opener
 from data_tools.preprocess.sources import InputSource
 from megatron_llmjp.errors import UserError
@@ -141,7 +141,7 @@ def find_parts(prefix: str) -> dict[str, list[str]]:
 def _check_input_lists(prefixes: list[str]) -> None:
     lists: dict[Any, str] = {}
     for prefix in prefixes:
-        recipe = (read_manifest(prefix) or {}).get("recipe", {})
+        recipe = (read_dataset_manifest(prefix) or {}).get("recipe", {})
         lists.setdefault(recipe.get("shard", {}).get("list"), prefix)
     if len(lists) > 1:
         raise UserError(

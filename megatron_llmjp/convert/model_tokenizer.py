@@ -284,10 +284,10 @@ def _check_same(own: Tokenizer, given: Tokenizer, options: ConversionOptions) ->
     Raises:
         UserError: ordinary texts have other ids.
     """
-    from megatron_llmjp.tokenizers.comparison import RARE_TEXTS, TEXTS, compare_tokenizers
+    from megatron_llmjp.tokenizers.comparison import COMMON_TEXTS, RARE_TEXTS, compare_tokenizers
 
     names = ("the run's own", "--tokenizer")
-    found = compare_tokenizers(own, given, TEXTS, names)
+    found = compare_tokenizers(own, given, COMMON_TEXTS, names)
     if found.differences:
         raise UserError(
             f"--tokenizer {options.tokenizer}: gives other ids than the tokenizer that the model "

@@ -1,4 +1,4 @@
-"""Tokenizers behind one small interface: see base.Tokenizer and load.load_tokenizer."""
+"""Tokenizers with a common interface: base.Tokenizer, created by registry.load_tokenizer."""
 
 from megatron_llmjp.tokenizers.base import Tokenizer
 from megatron_llmjp.tokenizers.registry import TOKENIZER_TYPES, load_tokenizer

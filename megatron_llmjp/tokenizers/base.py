@@ -1,4 +1,4 @@
-"""What the rest of the system may ask of a tokenizer."""
+"""Abstract interface of tokenizers."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ Ids = npt.NDArray[np.int32]
 
 
 class Tokenizer(ABC):
-    """Text to token ids and back, for one vocabulary.
+    """Converts text to token ids and back.
 
     Attributes:
-        kind: the name given to ``--tokenizer-type``.
-        vocab_size: the largest token id plus one, unpadded. It exceeds the number of tokens where
-            ids have gaps; every id that encode returns is below it.
-        eod_id: the id that ``--append-eod`` puts after each document.
-        bos_id, eos_id, pad_id: None where the vocabulary has no such token.
+        kind: the value of ``--tokenizer-type``.
+        vocab_size: largest token id plus one, unpadded. Exceeds the number of tokens if the ids
+            have gaps; every id that encode returns is below it.
+        eod_id: id that ``--append-eod`` appends to each document.
+        bos_id, eos_id, pad_id: None if the vocabulary has no such token.
 
-    ``encode`` returns what Megatron-LM's tokenizer of the same name returns from ``tokenize``:
-    it includes BOS where that type writes one, and never the end of document.
+    ``encode`` returns the same ids as ``tokenize`` of Megatron-LM's tokenizer with this name:
+    including BOS if that type writes it, and never including the end of document.
     """
 
     kind: str
@@ -40,12 +40,12 @@ class Tokenizer(ABC):
         """Return the token ids of one text.
 
         Raises:
-            ValueError: the text cannot be encoded (a lone surrogate, or no integer for
-                NullTokenizer).
+            ValueError: the text cannot be encoded (a lone surrogate, or text that is not an integer
+                for NullTokenizer).
         """
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        """Return the token ids of each text; same ids as encode, often faster."""
+        """Return the token ids of each text; the same ids as encode, often faster."""
         return [self.encode(text) for text in texts]
 
     @abstractmethod
@@ -53,15 +53,15 @@ class Tokenizer(ABC):
         """Return the text of token ids."""
 
     def piece(self, token_id: int) -> str:
-        """Return one token as readable text, for tables and inspection."""
+        """Return one token as readable text, for reports and inspection."""
         return self.decode([token_id])
 
     def files(self) -> dict[str, Path]:
-        """Return the files that a checkpoint stores, by their names there (see stored.py)."""
+        """Return the files that a checkpoint stores, by their names in the checkpoint."""
         return {}
 
     def identity(self) -> dict[str, Any]:
-        """Return what identifies this tokenizer: type, vocabulary size, file names and sha256."""
+        """Return the identity of this tokenizer: type, vocabulary size, file names and sha256."""
         return {
             "type": self.kind,
             "vocab_size": self.vocab_size,
@@ -70,12 +70,12 @@ class Tokenizer(ABC):
         }
 
     def identifying_files(self) -> list[Path]:
-        """Return the files that decide the ids."""
+        """Return the files that determine the ids."""
         return list(self.files().values())
 
 
 def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file as hexadecimal digits."""
+    """Return the SHA-256 of a file in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -84,5 +84,5 @@ def file_sha256(path: Path) -> str:
 
 
 def optional_id(token_id: int) -> int | None:
-    """Return a token id, or None for the -1 by which SentencePiece says that there is none."""
+    """Return a token id, or None for -1, SentencePiece's value for a missing token."""
     return token_id if token_id >= 0 else None

@@ -1,4 +1,4 @@
-"""Tokenizers without a model file: bytes, and integers written out."""
+"""Tokenizers without a model file: UTF-8 bytes, and integers as text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_llmjp.tokenizers.base import Ids, Tokenizer
 
 
 class ByteLevelTokenizer(Tokenizer):
-    """One token per UTF-8 byte (ids 0 to 255), end of document 256, padding 257."""
+    """One token per UTF-8 byte (ids 0 to 255); end of document is 256, padding 257."""
 
     kind = "ByteLevelTokenizer"
     vocab_size = 258
@@ -24,7 +24,7 @@ class ByteLevelTokenizer(Tokenizer):
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
 
     def decode(self, ids: Sequence[int] | Ids) -> str:
-        """Return the text; bytes that are no UTF-8 become U+FFFD."""
+        """Return the text; invalid UTF-8 becomes U+FFFD."""
         return bytes(int(i) for i in ids if 0 <= i < 256).decode(errors="replace")
 
     def piece(self, token_id: int) -> str:
@@ -52,7 +52,7 @@ class NullTokenizer(Tokenizer):
         """Return the integers of the text.
 
         Raises:
-            ValueError: a word is no integer, or lies outside the vocabulary.
+            ValueError: a word is not an integer, or outside the vocabulary.
         """
         numbers = [int(word) for word in text.split()]
         if numbers and (min(numbers) < 0 or max(numbers) >= self.vocab_size):

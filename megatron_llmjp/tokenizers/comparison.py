@@ -1,9 +1,4 @@
-"""Comparison of the ids that two tokenizers give to the same texts.
-
-Texts on which two tokenizers are compared where no corpus is at hand.
-
-Comparing the ids that two tokenizers give to the same texts.
-"""
+"""Comparison of two tokenizers by the ids they give for the same texts, and texts for it."""
 
 from __future__ import annotations
 
@@ -13,7 +8,7 @@ from dataclasses import dataclass
 from megatron_llmjp.tokenizers.base import Ids, Tokenizer
 from megatron_llmjp.tokenizers.sentencepiece import SentencePieceModel
 
-TEXTS = (
+COMMON_TEXTS = (
     "The quick brown fox jumps over the lazy dog. It was 7:45 p.m., and nobody noticed.",
     "In 1984, 3.14159 people out of 1,000,000 paid $12.50 (about 1,900 yen) for the book.",
     "We're sure they've said: “it isn't the end” — but what's next? Don't ask!",
@@ -31,7 +26,7 @@ TEXTS = (
     "| a | b |\n|---|---|\n| 1 | **two** |\n\n- item\n  - nested\n\n$\\sum_{i=1}^{n} x_i^2$",
     "SELECT name, COUNT(*) FROM users WHERE id >= 10 GROUP BY name;",
 )
-"""Ordinary text: languages, numbers, code and markup."""
+"""Common texts: languages, numbers, code and markup."""
 
 RARE_TEXTS = (
     "",
@@ -49,7 +44,7 @@ RARE_TEXTS = (
     "zero\u200bwidth, soft\u00adhyphen, no\u00a0break, \ufeffmark",
     "\x00\x1f\x7f",
 )
-"""What tokenizers treat differently: spaces, bytes spelled out, emoji, combining characters."""
+"""Texts that tokenizers often treat differently: spaces, literal bytes, emoji, combining marks."""
 
 
 DIFFERENCES_SHOWN = 5
@@ -57,7 +52,7 @@ DIFFERENCES_SHOWN = 5
 
 @dataclass(frozen=True)
 class TokenDifference:
-    """A text with the tokens of both tokenizers from the first different one on."""
+    """A text with different tokens, and the tokens from the first difference on."""
 
     text: str
     token: int
@@ -73,13 +68,13 @@ class TokenDifference:
 
 @dataclass(frozen=True)
 class TokenizerComparison:
-    """How two tokenizers agree on some texts.
+    """Result of comparing two tokenizers on a list of texts.
 
     Attributes:
-        names: what the two are called in reports.
+        names: names of the tokenizers in the report.
         texts, size, tokens: number of texts, their UTF-8 bytes, ids of the first tokenizer.
         differences: one for each text with different ids.
-        broken: texts that the second tokenizer does not decode to themselves.
+        broken: number of texts that the second tokenizer does not decode to the same text.
     """
 
     names: tuple[str, str]
@@ -90,7 +85,7 @@ class TokenizerComparison:
     broken: int
 
     def report(self) -> str:
-        """Return the counts and the first differences as lines of text."""
+        """Return the counts and the first differences as text."""
         first, second = self.names
         lines = [
             f"Compared on {self.texts:,} texts ({self.size:,} bytes, {self.tokens:,} tokens, "
@@ -109,7 +104,7 @@ def compare_tokenizers(
     texts: Sequence[str],
     names: tuple[str, str] = ("SentencePiece", "Hugging Face"),
 ) -> TokenizerComparison:
-    """Encode texts with both tokenizers, without BOS, and return where their ids differ."""
+    """Encode texts with both tokenizers, without BOS, and compare the ids."""
     differences, tokens, broken = [], 0, 0
     for text, ours, theirs in zip(texts, _ids(first, texts), _ids(second, texts), strict=True):
         tokens += len(ours)

@@ -1,8 +1,8 @@
-"""GPT-2's byte-level BPE as Megatron-LM's GPT2BPETokenizer: a vocabulary and its merges.
+"""GPT-2's byte-level BPE, compatible with Megatron-LM's GPT2BPETokenizer.
 
 Source of the behaviour: Megatron-LM megatron/training/tokenizer (core 0.12), _GPT2BPETokenizer.
-``<|endoftext|>`` ends a document; spelled out in a text it is text. Newer Megatron-LM (core 0.15
-on) reads the files with transformers and finds it there.
+``<|endoftext|>`` ends a document; within a text it is encoded as text. Newer versions of
+Megatron-LM (from core 0.15) read the files with transformers, which recognizes it in a text.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from megatron_llmjp.tokenizers.hugging_face import FastTokenizer
 from megatron_llmjp.tokenizers.registry import suggest_type
 
 EOD = "<|endoftext|>"
-SPECIAL = re.compile(r"<.*>|\[.*\]|madeupword\d+", re.DOTALL)
-"""Tokens that no merge makes: special ones, and those that fill a vocabulary up."""
+UNMERGED_TOKENS = re.compile(r"<.*>|\[.*\]|madeupword\d+", re.DOTALL)
+"""Tokens that no merge produces: special tokens, and padding of the vocabulary."""
 
 
 class GPT2BPETokenizer(FastTokenizer):
-    """Byte-level BPE without special tokens in the text."""
+    """Byte-level BPE that does not recognize special tokens in the text."""
 
     kind = "GPT2BPETokenizer"
 
     def __init__(self, vocab_file: Path, merge_file: Path | None = None) -> None:
-        self.vocab_file, self.merge_file = _both(vocab_file, merge_file)
+        self.vocab_file, self.merge_file = _find_files(vocab_file, merge_file)
         _check_vocabulary(self.vocab_file)
         try:
             model = tokenizers.models.BPE.from_file(str(self.vocab_file), str(self.merge_file))
         except Exception as error:  # the library raises bare Exception
             raise UserError(
-                f"{self.vocab_file} and {self.merge_file}: not a vocabulary as JSON and its merges "
-                f"({error}). Copy both files again."
+                f"{self.vocab_file} and {self.merge_file}: expected a JSON vocabulary and its "
+                f"merges ({error}). Copy both files again."
             ) from error
         self.tokenizer = tokenizers.Tokenizer(model)
         self.tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -46,61 +46,66 @@ class GPT2BPETokenizer(FastTokenizer):
         _check_merges(self.vocab_file, self.merge_file, self.tokenizer)
 
     def files(self) -> dict[str, Path]:
-        """Return the vocabulary and the merges, under the names that transformers looks for."""
+        """Return the vocabulary and the merges, under the names that transformers expects."""
         return {"vocab.json": self.vocab_file, "merges.txt": self.merge_file}
 
 
 def _check_vocabulary(path: Path) -> None:
-    """Refuse a vocabulary that would lose text: a character without a token is skipped in silence.
+    """Check for a vocabulary that loses text: the library silently drops bytes without a token.
 
     Raises:
-        UserError: the file is damaged or of another kind, an id is doubled, or a byte is missing.
+        UserError: the file is damaged or of another type, has a duplicate id, or lacks a byte.
     """
     try:
         vocabulary = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise UserError(f"--vocab-file {path}: not valid JSON ({error}). Copy it again") from error
+        raise UserError(
+            f"--vocab-file {path}: invalid JSON ({error}). Copy the file again"
+        ) from error
     ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
     if not ids or not all(type(token_id) is int and token_id >= 0 for token_id in ids):
         raise UserError(
-            f"--vocab-file {path}: expected a JSON object of tokens and their ids"
+            f"--vocab-file {path}: expected a JSON object of tokens and ids"
             f"{suggest_type(path, 'GPT2BPETokenizer')}"
         )
     if len(set(ids)) != len(ids):
         twice = next(token_id for token_id, count in Counter(ids).items() if count > 1)
-        raise UserError(f"--vocab-file {path}: id {twice} is given to several tokens")
+        raise UserError(f"--vocab-file {path}: several tokens have id {twice}")
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     if missing := [character for character in alphabet if character not in vocabulary]:
         raise UserError(
-            f"--vocab-file {path}: {len(missing)} of the 256 bytes have no token, such as "
-            f"{min(missing)!r}: not a byte-level vocabulary"
+            f"--vocab-file {path}: not a byte-level vocabulary: {len(missing)} of the 256 bytes "
+            f"have no token, such as {min(missing)!r}"
         )
     if EOD not in vocabulary:
-        raise UserError(f"--vocab-file {path}: has no {EOD} to end a document")
+        raise UserError(f"--vocab-file {path}: no {EOD} token, which ends a document")
 
 
 def _check_merges(vocab: Path, merges: Path, tokenizer: tokenizers.Tokenizer) -> None:
-    """Refuse merges that do not make all of the vocabulary, as a file that was cut off.
+    """Check that the merges produce the whole vocabulary; those of a truncated file do not.
 
     Raises:
-        UserError: naming a token that is not made.
+        UserError: a token is not produced; the message names it.
     """
     lines = merges.read_text(encoding="utf-8").split("\n")
-    made = {line.rstrip("\r").replace(" ", "") for line in lines if not line.startswith("#version")}
+    produced = {
+        line.rstrip("\r").replace(" ", "") for line in lines if not line.startswith("#version")
+    }
     lacking = [
         token
         for token in tokenizer.get_vocab()
-        if len(token) > 1 and token not in made and not SPECIAL.fullmatch(token)
+        if len(token) > 1 and token not in produced and not UNMERGED_TOKENS.fullmatch(token)
     ]
     if lacking:
         raise UserError(
-            f"--merge-file {merges}: its {len(made):,} merges do not make {len(lacking):,} tokens "
-            f"of {vocab}, such as {min(lacking)!r}: it is cut off, or belongs to another vocabulary"
+            f"--merge-file {merges}: its {len(produced):,} merges do not produce "
+            f"{len(lacking):,} tokens of {vocab}, such as {min(lacking)!r}: the file is truncated, "
+            "or belongs to another vocabulary"
         )
 
 
-def _both(vocab: Path, merges: Path | None) -> tuple[Path, Path]:
-    """Return both files; a folder holds them, and merges are looked for near the vocabulary."""
+def _find_files(vocab: Path, merges: Path | None) -> tuple[Path, Path]:
+    """Return both files; in a folder, or next to the vocabulary, they are found by name."""
     if vocab.is_dir():
         found = sorted(vocab.glob("*vocab*.json"))
         vocab = found[0] if found else vocab / "vocab.json"
@@ -112,7 +117,7 @@ def _both(vocab: Path, merges: Path | None) -> tuple[Path, Path]:
     for path, flag in ((vocab, "--vocab-file"), (merges, "--merge-file")):
         if not path.is_file():
             raise UserError(
-                f"{flag} {path}: no such file. GPT2BPETokenizer needs a vocabulary as JSON and its "
+                f"{flag} {path}: no such file. GPT2BPETokenizer requires a JSON vocabulary and its "
                 "merges, such as gpt2-vocab.json and gpt2-merges.txt"
             )
     return vocab, merges

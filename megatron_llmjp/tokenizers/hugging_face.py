@@ -1,18 +1,13 @@
-"""Hugging Face fast tokenizers, with the special tokens that transformers adds.
+"""Hugging Face fast tokenizers: a tokenizer.json, or a folder that contains one.
 
-Encoding with the ``tokenizers`` library, for every type that is built on it.
+They are read with the ``tokenizers`` library alone, because importing transformers takes seconds.
+The template of the tokenizer.json, which may add BOS or EOS, is not applied, as in megatron-core
+0.16, unless ``include_special_tokens`` is called; ``--append-eod`` ends a document.
 
-The special tokens that transformers adds around a text.
-
-They follow from the tokenizer.json's template, from ``add_bos_token`` and ``add_eos_token`` of its
-configuration and from the tokenizer's class, differently from release to release. So transformers
-itself encodes a few texts, which takes seconds.
-
-Hugging Face fast tokenizers: a tokenizer.json, or a folder that holds one.
-
-Read with the ``tokenizers`` library alone, since importing transformers costs seconds. The
-template of the tokenizer.json (which may add BOS or EOS) is not applied, as in megatron-core
-0.16, unless ``include_special_tokens`` is called: ``--append-eod`` is what ends a document.
+The special tokens that transformers adds around a text depend on the template of the
+tokenizer.json, on ``add_bos_token`` and ``add_eos_token`` of its configuration, on the tokenizer's
+class and on the release of transformers. They are therefore found by encoding a few texts with
+transformers.
 """
 
 from __future__ import annotations
@@ -31,7 +26,7 @@ from megatron_llmjp.tokenizers.registry import suggest_type
 
 
 class FastTokenizer(Tokenizer):
-    """A tokenizer of the library, to which no special tokens are added.
+    """A tokenizer of the ``tokenizers`` library, without added special tokens.
 
     Attributes:
         tokenizer: the library's object.
@@ -40,72 +35,74 @@ class FastTokenizer(Tokenizer):
     tokenizer: tokenizers.Tokenizer
 
     def encode(self, text: str) -> Ids:
-        """Return the ids of one text, without what the tokenizer's template would add."""
-        _refuse_surrogates(text)
+        """Return the ids of one text, without the special tokens of the template."""
+        _check_encodable(text)
         return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        """Return the ids of each text, encoded together."""
+        """Return the ids of each text, encoded as a batch."""
         for text in texts:
-            _refuse_surrogates(text)
+            _check_encodable(text)
         encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def decode(self, ids: Sequence[int] | Ids) -> str:
-        """Return the text, special tokens included."""
+        """Return the text, including special tokens."""
         return str(self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False))
 
     def piece(self, token_id: int) -> str:
-        """Return the token of one id, as it stands in the vocabulary."""
+        """Return the token of one id as in the vocabulary."""
         return str(self.tokenizer.id_to_token(int(token_id)))
 
 
-def _refuse_surrogates(text: str) -> None:
-    text.encode()  # the library's own error for a lone surrogate is a bare TypeError
+def _check_encodable(text: str) -> None:
+    text.encode()  # for a lone surrogate the library itself raises a bare TypeError
 
 
-PROBES = ("a", "Hello world.\n 1,234", "吾輩は猫である。")
+PROBE_TEXTS = ("a", "Hello world.\n 1,234", "吾輩は猫である。")
 
 
 class AddedTokens(NamedTuple):
-    """Ids before and after each text."""
+    """Ids of the special tokens before and after each text."""
 
     before: list[int]
     after: list[int]
 
 
 def find_added_tokens(path: Path, plain: list[list[int]]) -> AddedTokens:
-    """Return what ``AutoTokenizer`` adds to a text.
+    """Return the special tokens that ``AutoTokenizer`` adds to a text.
 
     Args:
         path: a tokenizer.json, or a folder that transformers reads.
-        plain: this program's ids of PROBES, without added tokens.
+        plain: ids of PROBE_TEXTS without added tokens, as encoded by this module.
 
     Raises:
-        UserError: transformers cannot read the tokenizer, or gives other ids of the text itself.
+        UserError: transformers cannot read the tokenizer, or gives different ids for the text.
     """
     theirs = _load_with_transformers(path)
-    found = {_split(theirs, text, ids, path) for text, ids in zip(PROBES, plain, strict=True)}
+    found = {
+        _split_added_ids(theirs, text, ids, path)
+        for text, ids in zip(PROBE_TEXTS, plain, strict=True)
+    }
     if len(found) != 1:
         raise UserError(f"{path}: transformers adds different special tokens to different texts")
     before, after = found.pop()
     return AddedTokens(list(before), list(after))
 
 
-def _split(
+def _split_added_ids(
     theirs: Any, text: str, plain: list[int], path: Path
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the ids before and after those of the text."""
+    """Return the added ids before and after those of the text."""
     encoded = theirs(text, return_special_tokens_mask=True)
     ids, mask = list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
     start = mask.index(0) if 0 in mask else len(ids)
     end = start + len(plain)
     if ids[start:end] != plain or not all(mask[:start] + mask[end:]):
         raise UserError(
-            f"{path}: transformers' {type(theirs).__name__} gives other ids of {text!r} "
-            f"({ids}) than the tokenizer.json ({plain}): special tokens cannot be included. Leave "
-            "--tokenizer-hf-include-special-tokens out, and give --append-bos where texts begin "
-            "with it"
+            f"{path}: transformers' {type(theirs).__name__} gives other ids for {text!r} "
+            f"({ids}) than the tokenizer.json ({plain}): special tokens cannot be included. Remove "
+            "--tokenizer-hf-include-special-tokens, and give --append-bos if texts start with BOS"
         )
     return tuple(ids[:start]), tuple(ids[end:])
 
@@ -117,60 +114,60 @@ def _load_with_transformers(path: Path) -> Any:
         if path.is_dir():
             return transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True)
         return transformers.PreTrainedTokenizerFast(tokenizer_file=str(path))
-    except Exception as error:  # many kinds, from many places
+    except Exception as error:  # transformers raises many types
         raise UserError(
-            f"{path}: transformers cannot read it ({str(error).splitlines()[0]}), which "
-            "--tokenizer-hf-include-special-tokens needs"
+            f"{path}: transformers cannot read the tokenizer ({str(error).splitlines()[0]}), as "
+            "--tokenizer-hf-include-special-tokens requires"
         ) from error
 
 
-COMPANIONS = (
+COMPANION_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
     "tokenizer.model",
 )
-WITH_PREFIX_SPACE = ("GPT2", "Roberta", "Bart")
-"""Classes of transformers whose ``add_prefix_space`` stands over the tokenizer.json's."""
+PREFIX_SPACE_CLASSES = ("GPT2", "Roberta", "Bart")
+"""Classes of transformers whose ``add_prefix_space`` overrides the tokenizer.json's."""
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-# Where no tokenizer_config.json names the eos token: the first of these in the vocabulary.
-LIKELY_EOD = ("<EOD>", "<EOD|LLM-jp>", "<|eod|>", "<|endoftext|>", "</s>", "<eos>")
+# Without an eos token in tokenizer_config.json, the first of these in the vocabulary is used.
+EOD_CANDIDATES = ("<EOD>", "<EOD|LLM-jp>", "<|eod|>", "<|endoftext|>", "</s>", "<eos>")
 
 
 class HuggingFaceTokenizer(FastTokenizer):
-    """A fast tokenizer; end of document is its ``eos_token``, or a token named like ``<EOD>``."""
+    """A fast tokenizer; end of document is its ``eos_token``, or one of EOD_CANDIDATES."""
 
     kind = "HuggingFaceTokenizer"
 
     def __init__(self, path: Path) -> None:
         self.path, self.added = path, AddedTokens([], [])
         self.json_file = path / "tokenizer.json" if path.is_dir() else path
-        settings = _settings(self.json_file.parent)
+        settings = _read_settings(self.json_file.parent)
         self.tokenizer = _load(path, self.json_file)
-        _apply(settings, self.tokenizer)
+        _apply_settings(settings, self.tokenizer)
         ids = self.tokenizer.get_vocab(with_added_tokens=True).values()
-        self.vocab_size = max(ids, default=-1) + 1  # not their number: there may be gaps
+        self.vocab_size = max(ids, default=-1) + 1  # not their number: ids may have gaps
         self.bos_id = self._id_of(settings.get("bos_token"))
         self.pad_id = self._id_of(settings.get("pad_token"))
         self.eos_id = self._id_of(settings.get("eos_token"))
-        likely = (self._id_of(name) for name in LIKELY_EOD)
-        eod = self.eos_id if self.eos_id is not None else next(filter(_known, likely), None)
+        likely = (self._id_of(name) for name in EOD_CANDIDATES)
+        eod = self.eos_id if self.eos_id is not None else next(filter(_is_known, likely), None)
         if eod is None:
             raise UserError(
-                f"{self.json_file}: no end-of-document token. Expected an eos_token in "
-                f"tokenizer_config.json beside it, or one of {', '.join(LIKELY_EOD)} in its "
-                "vocabulary."
+                f"{self.json_file}: no end-of-document token. Expected an eos_token in the "
+                f"tokenizer_config.json of its folder, or one of {', '.join(EOD_CANDIDATES)} in "
+                "its vocabulary."
             )
         self.eod_id = eod
 
     def include_special_tokens(self) -> None:
-        """Encode texts with the special tokens that transformers adds, from here on.
+        """Include the special tokens that transformers adds in all further encodings.
 
         Raises:
-            UserError: transformers cannot read the tokenizer, or encodes texts in another way.
+            UserError: as :func:`find_added_tokens`.
         """
-        plain = [super(HuggingFaceTokenizer, self).encode(text).tolist() for text in PROBES]
+        plain = [super(HuggingFaceTokenizer, self).encode(text).tolist() for text in PROBE_TEXTS]
         self.added = find_added_tokens(self.path, plain)
 
     def encode(self, text: str) -> Ids:
@@ -187,27 +184,27 @@ class HuggingFaceTokenizer(FastTokenizer):
         return np.array([*self.added.before, *ids.tolist(), *self.added.after], np.int32)
 
     def _id_of(self, token: Any) -> int | None:
-        """Return the id of a token as the configuration spells it: a string, or a mapping."""
+        """Return the id of a token given as in the configuration: a string or a mapping."""
         name = token.get("content") if isinstance(token, dict) else token
         return self.tokenizer.token_to_id(name) if isinstance(name, str) else None
 
     def files(self) -> dict[str, Path]:
-        """Return tokenizer.json, whatever its name, and what transformers reads next to it."""
-        companions = {name: self.json_file.parent / name for name in COMPANIONS}
+        """Return tokenizer.json, under this name, and the other files that transformers reads."""
+        companions = {name: self.json_file.parent / name for name in COMPANION_FILES}
         found = {name: path for name, path in companions.items() if path.is_file()}
         return {"tokenizer.json": self.json_file} | found
 
     def identifying_files(self) -> list[Path]:
-        """Return the file that decides the ids."""
+        """Return the file that determines the ids."""
         return [self.json_file]
 
 
-def _known(token_id: int | None) -> bool:
+def _is_known(token_id: int | None) -> bool:
     return token_id is not None
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    """Return the special tokens that the folder's configuration names."""
+def _read_settings(folder: Path) -> dict[str, Any]:
+    """Return the special tokens and settings in the folder's configuration files."""
     settings: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         path = folder / name
@@ -215,23 +212,21 @@ def _settings(folder: Path) -> dict[str, Any]:
             try:
                 settings.update(json.loads(path.read_text(encoding="utf-8")))
             except ValueError as error:
-                raise UserError(
-                    f"{path}: not valid JSON ({error}). Copy the file again."
-                ) from error
+                raise UserError(f"{path}: invalid JSON ({error}). Copy the file again.") from error
     return settings
 
 
-def _apply(settings: dict[str, Any], tokenizer: tokenizers.Tokenizer) -> None:
-    """Change a tokenizer as transformers' AutoTokenizer does before it encodes.
+def _apply_settings(settings: dict[str, Any], tokenizer: tokenizers.Tokenizer) -> None:
+    """Apply the configuration to a tokenizer as transformers' AutoTokenizer does.
 
-    Truncation and padding belong to a call there, not to the tokenizer. Tokens that only the
-    configuration names are added.
+    Truncation and padding are disabled, since transformers takes them from the call. Tokens that
+    only the configuration defines are added.
     """
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = bool(settings.get("split_special_tokens", False))
     split = tokenizer.pre_tokenizer
-    named = str(settings.get("tokenizer_class") or "").startswith(WITH_PREFIX_SPACE)
+    named = str(settings.get("tokenizer_class") or "").startswith(PREFIX_SPACE_CLASSES)
     if named and isinstance(split, tokenizers.pre_tokenizers.ByteLevel):
         split.add_prefix_space = bool(settings.get("add_prefix_space", False))
         tokenizer.pre_tokenizer = split
@@ -241,13 +236,15 @@ def _apply(settings: dict[str, Any], tokenizer: tokenizers.Tokenizer) -> None:
     for name in ("additional_special_tokens", "extra_special_tokens"):
         tokens = settings.get(name) or []
         extra += tokens.values() if isinstance(tokens, dict) else tokens
-    added = [_added(token) for _, token in sorted(declared.items(), key=lambda pair: int(pair[0]))]
-    added += [_added(token, special=True) for token in extra if token]
+    added = [
+        _added_token(token) for _, token in sorted(declared.items(), key=lambda pair: int(pair[0]))
+    ]
+    added += [_added_token(token, special=True) for token in extra if token]
     tokenizer.add_tokens([token for token in added if token.content not in known])
 
 
-def _added(token: Any, special: bool = False) -> tokenizers.AddedToken:
-    """Return a token as the configuration spells it: a string, or a mapping."""
+def _added_token(token: Any, special: bool = False) -> tokenizers.AddedToken:
+    """Return a token given as in the configuration: a string or a mapping."""
     if not isinstance(token, dict):
         return tokenizers.AddedToken(str(token), special=special)
     flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
@@ -258,7 +255,7 @@ def _added(token: Any, special: bool = False) -> tokenizers.AddedToken:
 def _load(given: Path, json_file: Path) -> tokenizers.Tokenizer:
     if not json_file.is_file():
         missing = f"does not exist{download_hint(given)}"
-        what = missing if not given.exists() else "holds no tokenizer.json"
+        what = missing if not given.exists() else "contains no tokenizer.json"
         raise UserError(
             f"--tokenizer-model {given}: {what}. Expected a tokenizer.json or a folder with one "
             "(a fast tokenizer; for a SentencePiece *.model use SentencePieceTokenizer)."
@@ -270,7 +267,7 @@ def _load(given: Path, json_file: Path) -> tokenizers.Tokenizer:
             f"{json_file}: not a readable tokenizer.json ({error})"
             + (
                 suggest_type(json_file, "HuggingFaceTokenizer")
-                or ". Copy the file again, or save it with the version of the tokenizers library "
-                "that is installed here"
+                or ". Copy the file again, or save it with the installed version of the "
+                "tokenizers library"
             )
         ) from error

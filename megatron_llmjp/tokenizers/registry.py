@@ -1,19 +1,8 @@
-"""Registry of tokenizer types: from flags or stored files to a tokenizer, and its identity.
+"""Tokenizer types: loading from flags or from a checkpoint, and tokenizer identities.
 
-Settings of tokenizers that their files do not hold.
-
-The type that reads a file or folder, for messages on files given to another type.
-
-Comparing tokenizers by what decides their ids: type, end of document and contents of files.
-
-Where a file is stored and what it is called does not matter. An identity is what
-``Tokenizer.identity`` returns, or what a dataset's manifest has recorded of it.
-
-The tokenizer that a checkpoint stores: which of its files is read as which type.
-
-``Tokenizer.files`` gives the names under which a checkpoint stores them.
-
-From ``--tokenizer-type`` and ``--tokenizer-model`` to a tokenizer.
+An identity is the result of ``Tokenizer.identity``, or its record in a dataset's manifest: the
+type, the end-of-document id, and the contents of the files, independent of their paths and names.
+A checkpoint stores a tokenizer's files under the names given by ``Tokenizer.files``.
 """
 
 from __future__ import annotations
@@ -30,12 +19,12 @@ from megatron_llmjp.tokenizers.base import Tokenizer
 
 @dataclass(frozen=True)
 class TikTokenSettings:
-    """What the flags ``--tiktoken-*`` say of a vocabulary.
+    """Settings of TikTokenizer that its vocabulary file does not contain (``--tiktoken-*``).
 
     Attributes:
-        pattern: ``v1`` or ``v2``, the regular expression that cuts a text before merging.
-        num_special_tokens: ids before the vocabulary; those without a name are ``<SPECIAL_n>``.
-        special_tokens: names of the first ids; ``<unk> <s> </s>`` where none are given.
+        pattern: ``v1`` or ``v2``, the regular expression that splits a text before merging.
+        num_special_tokens: number of ids before the vocabulary; unnamed ones are ``<SPECIAL_n>``.
+        special_tokens: names of the first ids; by default ``<unk> <s> </s>``.
     """
 
     pattern: str = "v2"
@@ -47,11 +36,11 @@ SENTENCEPIECE_HINT = "SentencePieceTokenizer (or Llama2Tokenizer, GPTSentencePie
 
 
 def suggest_type(path: Path, given_type: str = "") -> str:
-    """Return ``; it is read with --tokenizer-type ...``, or nothing where no other type reads it.
+    """Return ``; it is read with --tokenizer-type ...``, or "" if no other type reads the path.
 
     Args:
         path: an existing file or folder.
-        given_type: the type that does not read it.
+        given_type: the type that cannot read it.
     """
     kind, model = _folder_type(path) if path.is_dir() else (_file_type(path), path)
     if kind is None or kind == given_type:
@@ -61,13 +50,13 @@ def suggest_type(path: Path, given_type: str = "") -> str:
 
 
 def first_character(path: Path) -> str:
-    """Return the first character that is no space: ``{`` and ``[`` begin JSON."""
+    """Return the first non-space character of a file: JSON starts with ``{`` or ``[``."""
     with path.open("rb") as file:
         return file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1].decode(errors="replace")
 
 
 def _folder_type(folder: Path) -> tuple[str | None, Path]:
-    """Return the type that reads a folder, and the path that it is given."""
+    """Return the type that reads a folder, and the path to pass to it."""
     if (folder / "tokenizer.json").is_file():
         return "HuggingFaceTokenizer", folder
     if models := sorted(folder.glob("*.model")):
@@ -95,10 +84,10 @@ Identity = Mapping[str, Any]
 
 
 def identity_key(identity: Identity) -> Hashable:
-    """Equal for two tokenizers that give the same ids.
+    """Return a key that is equal for two tokenizers that give the same ids.
 
-    The vocabulary's size follows from the files; it counts for types that have none. Settings are
-    those of flags that a type needs next to its files (TikTokenizer).
+    The vocabulary size is included only for types without files, as it follows from the files.
+    Settings are flags that a type requires in addition to its files (TikTokenizer).
     """
     sums = tuple(sorted(map(str, _files(identity).values())))
     size = None if sums else identity.get("vocab_size")
@@ -107,7 +96,7 @@ def identity_key(identity: Identity) -> Hashable:
 
 
 def describe_identity(identity: Identity) -> str:
-    """A tokenizer in words: what decides its ids."""
+    """Describe the properties of a tokenizer that determine its ids, for messages."""
     sums = sorted(str(digest)[:12] for digest in _files(identity).values())
     known = [f"{identity.get('vocab_size')} ids", f"EOD {identity.get('eod_id')}"]
     settings = identity.get("settings")
@@ -123,36 +112,39 @@ def _files(identity: Identity) -> dict[str, Any]:
 
 
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
-"""Types that read a ``*.model``; the first where nothing says which."""
+"""Types that read a ``*.model``; the first is the default."""
 
 GENERATION_FILE = "hf_generation.json"
-"""What ``convert_checkpoint`` stores next to a tokenizer, and is none itself."""
+"""File that ``convert_checkpoint`` stores next to a tokenizer, which is not part of it."""
 
 
 def stored_tokenizer_fields(folder: Path, kind: str | None = None) -> dict[str, str]:
-    """Return the settings that read a checkpoint's tokenizer.
+    """Return the settings that load a checkpoint's tokenizer.
 
     Args:
-        folder: the checkpoint's folder of tokenizer files, which may be missing.
-        kind: the tokenizer's type, where the configuration names it; else the first that fits.
+        folder: the checkpoint's folder of tokenizer files, which need not exist.
+        kind: the tokenizer's type; by default the first type that matches the files.
 
     Returns:
-        ``tokenizer_type``, ``tokenizer_model`` and, for GPT2BPETokenizer, ``merge_file``; nothing
-        where the folder holds no file of this type.
+        ``tokenizer_type``, ``tokenizer_model`` and, for GPT2BPETokenizer, ``merge_file``; empty if
+        the folder has no file of this type.
     """
     if kind in (None, "HuggingFaceTokenizer") and (folder / "tokenizer.json").is_file():
         return _fields("HuggingFaceTokenizer", folder)
     if kind in (None, "GPT2BPETokenizer"):
-        vocabularies, merges = _found(folder, "*vocab*.json"), _found(folder, "*merges*.txt")
+        vocabularies, merges = (
+            _find_files(folder, "*vocab*.json"),
+            _find_files(folder, "*merges*.txt"),
+        )
         if vocabularies and merges:
             fields = _fields("GPT2BPETokenizer", vocabularies[0])
             return {**fields, "merge_file": str(merges[0])}
     if kind in (None, "TikTokenizer") and (folder / "tiktoken.json").is_file():
         return _fields("TikTokenizer", folder / "tiktoken.json")
-    models = _found(folder, "*.model")
+    models = _find_files(folder, "*.model")
     if models and (kind is None or kind in SENTENCEPIECE_TYPES):
         return _fields(kind or SENTENCEPIECE_TYPES[0], models[0])
-    files = [path for path in _found(folder, "*.json") if path.name != GENERATION_FILE]
+    files = [path for path in _find_files(folder, "*.json") if path.name != GENERATION_FILE]
     if kind == "HuggingFaceTokenizer" and len(files) == 1:
         return _fields(kind, files[0])  # stored under its own name, as earlier versions did
     return {}
@@ -162,7 +154,7 @@ def _fields(kind: str, path: Path) -> dict[str, str]:
     return {"tokenizer_type": kind, "tokenizer_model": str(path)}
 
 
-def _found(folder: Path, pattern: str) -> list[Path]:
+def _find_files(folder: Path, pattern: str) -> list[Path]:
     return sorted(folder.glob(pattern))
 
 
@@ -188,28 +180,28 @@ def load_tokenizer(
     merge_file: str | Path | None = None,
     tiktoken: TikTokenSettings = DEFAULT_TIKTOKEN,
 ) -> Tokenizer:
-    """Return the tokenizer that Megatron-LM's flags of these names describe.
+    """Load the tokenizer given by Megatron-LM's flags of these names.
 
     Args:
         tokenizer_type: one of TOKENIZER_TYPES.
         tokenizer_model: a SentencePiece ``*.model``; for HuggingFaceTokenizer a tokenizer.json
             or its folder; for GPT2BPETokenizer the vocabulary as JSON, or a folder; for
             TikTokenizer a JSON list; not used by ByteLevelTokenizer and NullTokenizer.
-        merge_file: of GPT2BPETokenizer; found near the vocabulary where it is None.
-        vocab_size: ids that NullTokenizer's text may hold; number of ids that TikTokenizer takes
-            from its file, special tokens included. The other types know their own.
-        tiktoken: how TikTokenizer cuts texts, and its special tokens.
+        merge_file: for GPT2BPETokenizer; by default searched next to the vocabulary.
+        vocab_size: for NullTokenizer, number of ids in its text; for TikTokenizer, number of ids
+            including special tokens. Other types determine it from their files.
+        tiktoken: further settings of TikTokenizer.
 
     Raises:
-        UserError: an unknown type, or a file that is missing, broken or unfit for the type.
+        UserError: the type is unknown, or a file is missing, damaged or of another type.
     """
     if tokenizer_type not in TOKENIZER_TYPES:
         raise UserError(
-            f"--tokenizer-type {tokenizer_type}: no such type"
+            f"--tokenizer-type {tokenizer_type}: unknown type"
             f"{did_you_mean(tokenizer_type, TOKENIZER_TYPES)} "
             f"(possible: {', '.join(TOKENIZER_TYPES)})"
         )
-    # Each library is imported only when its type is asked for: programs must start at once.
+    # Each library is imported only for its type, so that programs start quickly.
     if tokenizer_type == "ByteLevelTokenizer":
         from megatron_llmjp.tokenizers.byte_level import ByteLevelTokenizer
 
@@ -218,13 +210,13 @@ def load_tokenizer(
         from megatron_llmjp.tokenizers.byte_level import NullTokenizer
 
         if vocab_size is None:
-            raise UserError("--tokenizer-type NullTokenizer needs --vocab-size")
+            raise UserError("--tokenizer-type NullTokenizer requires --vocab-size")
         return NullTokenizer(vocab_size)
     if not tokenizer_model:
         needed = "--tokenizer-model PATH"
         if tokenizer_type == "GPT2BPETokenizer":
             needed = "--vocab-file PATH and --merge-file PATH"
-        raise UserError(f"--tokenizer-type {tokenizer_type} needs {needed}")
+        raise UserError(f"--tokenizer-type {tokenizer_type} requires {needed}")
     if tokenizer_type == "GPT2BPETokenizer":
         from megatron_llmjp.tokenizers.gpt2 import GPT2BPETokenizer
 
@@ -233,7 +225,7 @@ def load_tokenizer(
         from megatron_llmjp.tokenizers.tiktoken import TikTokenizer
 
         return TikTokenizer(Path(tokenizer_model), tiktoken, vocab_size)
-    _check_kind(tokenizer_type, Path(tokenizer_model))
+    _check_file_type(tokenizer_type, Path(tokenizer_model))
     if tokenizer_type == "HuggingFaceTokenizer":
         from megatron_llmjp.tokenizers.hugging_face import HuggingFaceTokenizer
 
@@ -243,11 +235,11 @@ def load_tokenizer(
     return load_sentencepiece(tokenizer_type, Path(tokenizer_model))
 
 
-def _check_kind(tokenizer_type: str, path: Path) -> None:
-    """Refuse a file of another type, whose content the libraries cannot explain.
+def _check_file_type(tokenizer_type: str, path: Path) -> None:
+    """Check for a file of another type, for which the libraries give unclear errors.
 
     Raises:
-        UserError: naming the type that reads it.
+        UserError: the file is of another type, which the message names.
     """
     if not path.exists():
         return
@@ -256,13 +248,17 @@ def _check_kind(tokenizer_type: str, path: Path) -> None:
     if tokenizer_type == "HuggingFaceTokenizer":
         expected = "a tokenizer.json"
         wrong = not (path / "tokenizer.json").is_file() if path.is_dir() else begins != "{"
-        other = "" if path.is_dir() else f"; a SentencePiece model is read with {_MODEL} {path}"
+        other = (
+            ""
+            if path.is_dir()
+            else f"; a SentencePiece model is read with {_SENTENCEPIECE_FLAGS} {path}"
+        )
     else:
         expected, other = "a SentencePiece model (*.model)", ""
         wrong = path.is_dir() or begins in ("{", "[")
     if wrong:
-        found = "a folder" if path.is_dir() else "a file of another kind"
+        found = "a folder" if path.is_dir() else "a file of another type"
         raise UserError(f"{given}: expected {expected}, found {found}{suggest_type(path) or other}")
 
 
-_MODEL = f"--tokenizer-type {SENTENCEPIECE_HINT} --tokenizer-model"
+_SENTENCEPIECE_FLAGS = f"--tokenizer-type {SENTENCEPIECE_HINT} --tokenizer-model"

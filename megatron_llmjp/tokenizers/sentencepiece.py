@@ -1,8 +1,8 @@
-"""SentencePiece models, with the three ways in which Megatron-LM uses them.
+"""SentencePiece models: the three tokenizer types in which Megatron-LM uses them.
 
-Source of the behaviours: Megatron-LM megatron/training/tokenizer/tokenizer.py (core 0.12),
-classes _SentencePieceTokenizer, _GPTSentencePieceTokenizer and _Llama2Tokenizer. Newer
-Megatron-LM (core 0.16) no longer writes BOS under the name Llama2Tokenizer.
+Source of the behaviour: Megatron-LM megatron/training/tokenizer/tokenizer.py (core 0.12), classes
+_SentencePieceTokenizer, _GPTSentencePieceTokenizer and _Llama2Tokenizer. In newer versions of
+Megatron-LM (core 0.16), Llama2Tokenizer no longer writes BOS.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import sentencepiece
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.tokenizers.base import Ids, Tokenizer, optional_id
 
-BATCH = 128  # texts per call
+BATCH_SIZE = 128  # texts per call
 HUGGING_FACE_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 class SentencePieceModel(Tokenizer):
-    """What the SentencePiece types share: no BOS, end of document is ``</s>``.
+    """Base of the SentencePiece types: no BOS, end of document is ``</s>``.
 
-    As it stands this is ``GPTSentencePieceTokenizer``.
+    This class itself implements ``GPTSentencePieceTokenizer``.
     """
 
     kind = "GPTSentencePieceTokenizer"
@@ -46,13 +46,13 @@ class SentencePieceModel(Tokenizer):
         if self.eos_id is None:
             raise UserError(
                 f"{self.model_file}: the model has no end-of-sentence piece, which "
-                f"{self.kind} needs to mark the end of a document. Train it with an eos_id, or "
-                "use --tokenizer-type SentencePieceTokenizer with a model that has <EOD>."
+                f"{self.kind} requires to end a document. Train it with an eos_id, or use "
+                "--tokenizer-type SentencePieceTokenizer with a model that has <EOD>."
             )
         return self.eos_id
 
     def id_of(self, *pieces: str) -> int | None:
-        """Return the id of the first of these pieces that the vocabulary has."""
+        """Return the id of the first of these pieces in the vocabulary, or None."""
         for piece in pieces:
             token_id = self.processor.piece_to_id(piece)
             if self.processor.id_to_piece(token_id) == piece:
@@ -60,37 +60,37 @@ class SentencePieceModel(Tokenizer):
         return None
 
     def encode(self, text: str) -> Ids:
-        """Return the ids of one text, behind BOS where this type writes it."""
+        """Return the ids of one text, with BOS if this type writes it."""
         return _to_ids(self.processor, [text], self.writes_bos)[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        """Return the ids of each text; a fourth faster for short ones."""
-        batches = (texts[at : at + BATCH] for at in range(0, len(texts), BATCH))
+        """Return the ids of each text; 25 % faster for short texts."""
+        batches = (texts[at : at + BATCH_SIZE] for at in range(0, len(texts), BATCH_SIZE))
         return [ids for batch in batches for ids in _to_ids(self.processor, batch, self.writes_bos)]
 
     def decode(self, ids: Sequence[int] | Ids) -> str:
-        """Return the text; control tokens (BOS, EOD) have none."""
+        """Return the text; control tokens (BOS, EOD) are omitted."""
         pieces = self.processor.get_piece_size()
         return str(self.processor.decode([int(i) for i in ids if 0 <= i < pieces]))
 
     def piece(self, token_id: int) -> str:
-        """Return the piece of one id, as it stands in the vocabulary."""
+        """Return the piece of one id as in the vocabulary."""
         return str(self.processor.id_to_piece(int(token_id)))
 
     def files(self) -> dict[str, Path]:
-        """Return the model, and its Hugging Face twin where both are in the same folder."""
-        twin = [self.model_file.parent / name for name in HUGGING_FACE_FILES]
-        has_twin = twin[0].exists()
-        named = {path.name: path for path in twin if has_twin and path.exists()}
+        """Return the model, and its Hugging Face export if that is in the same folder."""
+        companions = [self.model_file.parent / name for name in HUGGING_FACE_FILES]
+        has_export = companions[0].exists()
+        named = {path.name: path for path in companions if has_export and path.exists()}
         return {self.model_file.name.removesuffix(".model") + ".model": self.model_file} | named
 
     def identifying_files(self) -> list[Path]:
-        """Return the file that decides the ids."""
+        """Return the file that determines the ids."""
         return [self.model_file]
 
 
 class Llama2Tokenizer(SentencePieceModel):
-    """BOS before every document; end of document is ``</s>``."""
+    """Writes BOS before every document; end of document is ``</s>``."""
 
     kind = "Llama2Tokenizer"
     writes_bos = True
@@ -105,13 +105,13 @@ class Llama2Tokenizer(SentencePieceModel):
 
 
 class SentencePieceTokenizer(SentencePieceModel):
-    """No BOS; end of document is ``<EOD>``; special tokens spelled out in the text are found.
+    """No BOS; end of document is ``<EOD>``; special tokens in the text are recognized.
 
-    Megatron-LM cuts a text at literal special tokens (``<CLS> <SEP> <EOD> <MASK> <pad> <s>
-    </s>``) and writes their ids. Those that the model lacks get new ids behind its last piece,
-    so ``vocab_size`` can exceed the model's: 50,571 for LLM-jp's ver2.1 model of 50,570 pieces,
-    which has ``<mask>`` but no ``<MASK>``. The one departure: where the model has no ``<EOD>``,
-    Megatron-LM adds one too, but here the end of document is ``</s>``.
+    Megatron-LM splits a text at literal special tokens (``<CLS> <SEP> <EOD> <MASK> <pad> <s>
+    </s>``) and writes their ids. Those that the model lacks get new ids after its last piece, so
+    ``vocab_size`` can exceed the model's: 50,571 for LLM-jp's ver2.1 model of 50,570 pieces, which
+    has ``<mask>`` but no ``<MASK>``. The only difference: if the model has no ``<EOD>``,
+    Megatron-LM adds one, but here the end of document is ``</s>``.
     """
 
     kind = "SentencePieceTokenizer"
@@ -120,14 +120,14 @@ class SentencePieceTokenizer(SentencePieceModel):
         super().__init__(model_file)
         self.special_ids = self._special_tokens()
         self.vocab_size = max(self.vocab_size, max(self.special_ids.values()) + 1)
-        self._cut = re.compile("(" + "|".join(map(re.escape, self.special_ids)) + ")")
+        self._special_pattern = re.compile("(" + "|".join(map(re.escape, self.special_ids)) + ")")
 
     def _find_eod(self) -> int:
         eod = self.id_of("<EOD>")
         return eod if eod is not None else super()._find_eod()
 
     def _special_tokens(self) -> dict[str, int]:
-        """Return the special tokens in the order in which Megatron-LM looks for them."""
+        """Return the special tokens in the order in which Megatron-LM searches for them."""
         special: dict[str, int] = {}
         next_id = self.processor.get_piece_size()
         for name in self._special_names():
@@ -152,8 +152,8 @@ class SentencePieceTokenizer(SentencePieceModel):
         return names
 
     def encode(self, text: str) -> Ids:
-        """Return the ids of one text; literal special tokens become their ids."""
-        parts = self._cut.split(text)  # text and special tokens in turn
+        """Return the ids of one text; literal special tokens are converted to their ids."""
+        parts = self._special_pattern.split(text)  # alternating texts and special tokens
         if len(parts) == 1:
             return super().encode(text)
         ids = _to_ids(self.processor, parts)
@@ -163,12 +163,12 @@ class SentencePieceTokenizer(SentencePieceModel):
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """Return the ids of each text."""
-        if any(map(self._cut.search, texts)):
+        if any(map(self._special_pattern.search, texts)):
             return [self.encode(text) for text in texts]
         return super().encode_batch(texts)
 
     def piece(self, token_id: int) -> str:
-        """Return the piece of one id; ids behind the model's last piece are added specials."""
+        """Return the piece of one id; ids after the model's last piece are added special tokens."""
         for name, added in self.special_ids.items():
             if added == token_id:
                 return name
@@ -184,17 +184,17 @@ SENTENCEPIECE_CLASSES: dict[str, type[SentencePieceModel]] = {
 
 
 def load_sentencepiece(tokenizer_type: str, model_file: Path) -> SentencePieceModel:
-    """Return a SentencePiece model as one of TYPES uses it.
+    """Load a SentencePiece model as one of SENTENCEPIECE_CLASSES.
 
     Raises:
-        UserError: the file is missing, broken or unfit for the type.
+        UserError: the file is missing or damaged, or the model does not suit the type.
     """
     return SENTENCEPIECE_CLASSES[tokenizer_type](model_file)
 
 
 def _to_ids(processor: Any, texts: Sequence[str], add_bos: bool = False) -> list[Ids]:
-    """Encode without building Python lists of ids where this version of SentencePiece can."""
-    utf8 = [text.encode() for text in texts]  # a lone surrogate raises here, with its place
+    """Encode texts, without Python lists of ids if this version of SentencePiece supports it."""
+    utf8 = [text.encode() for text in texts]  # raises for a lone surrogate, with its position
     if hasattr(processor, "encode_as_numpy"):
         ids: list[Ids] = processor.encode_as_numpy(utf8, add_bos=add_bos, num_threads=1)
         return ids
@@ -206,7 +206,7 @@ def _load(model_file: Path) -> Any:
         what = "is a directory" if model_file.is_dir() else "does not exist"
         raise UserError(
             f"--tokenizer-model {model_file}: {what}. Expected a SentencePiece model file "
-            "(*.model); train_tokenizer makes one."
+            "(*.model), as written by train_tokenizer."
         )
     try:
         return sentencepiece.SentencePieceProcessor(model_file=str(model_file))

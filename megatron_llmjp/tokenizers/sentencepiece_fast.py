@@ -1,9 +1,9 @@
-"""SentencePiece models as Hugging Face fast tokenizers.
+"""Conversion of SentencePiece models to Hugging Face fast tokenizers.
 
-Unigram follows llm-jp-tokenizer's conversion: text is not split at spaces, so that runs of spaces
-and Japanese text reach the model whole, as in SentencePiece. BPE follows transformers' conversion
-of Llama-2 (convert_slow_tokenizer.py, ``generate_merges``). Nothing in the files guarantees equal
-ids: :mod:`megatron_llmjp.tokenizers.comparison` compares them.
+Unigram follows llm-jp-tokenizer's conversion: text is not split at spaces, so that the model
+receives runs of spaces and Japanese text unsplit, as in SentencePiece. BPE follows transformers'
+conversion of Llama-2 (convert_slow_tokenizer.py, ``generate_merges``). Equal ids are not
+guaranteed: :mod:`megatron_llmjp.tokenizers.comparison` compares them.
 """
 
 from __future__ import annotations
@@ -23,34 +23,36 @@ from megatron_llmjp.tokenizers.sentencepiece import SentencePieceModel, Sentence
 SPACE = "▁"
 UNIGRAM, BPE = 1, 2
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
-"""Types of models and of pieces, as sentencepiece_model.proto numbers them."""
+"""Types of models and of pieces, as defined in sentencepiece_model.proto."""
 
 
 def export_hugging_face(
-    tokenizer: SentencePieceModel, folder: Path, rows: int | None = None
+    tokenizer: SentencePieceModel, folder: Path, model_vocab_size: int | None = None
 ) -> None:
     """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json.
 
-    ``eos_token`` is what ends a document in the tokenizer's type: ``<EOD>`` for
-    SentencePieceTokenizer, ``</s>`` for the others. BOS is put before a text where the type
-    writes it (Llama2Tokenizer).
+    ``eos_token`` is the end of document of the tokenizer's type: ``<EOD>`` for
+    SentencePieceTokenizer, ``</s>`` for the others. BOS is prepended to a text if the type writes
+    it (Llama2Tokenizer).
 
     Args:
         tokenizer: the model and its type.
-        folder: where the files are written.
-        rows: ids of the model; special tokens that the type adds beyond them are omitted.
+        folder: output folder.
+        model_vocab_size: number of ids of the model; added special tokens beyond it are omitted.
 
     Raises:
         UserError: the model is neither Unigram nor BPE.
     """
-    fast = fast_tokenizer(tokenizer, rows)
+    fast = build_fast_tokenizer(tokenizer, model_vocab_size)
     fast.save(str(folder / "tokenizer.json"))
     _write_settings(folder, tokenizer)
 
 
-def fast_tokenizer(tokenizer: SentencePieceModel, rows: int | None = None) -> tokenizers.Tokenizer:
-    """Return the fast tokenizer of a SentencePiece model; arguments and errors as above."""
-    proto = _proto(tokenizer)
+def build_fast_tokenizer(
+    tokenizer: SentencePieceModel, model_vocab_size: int | None = None
+) -> tokenizers.Tokenizer:
+    """Return the fast tokenizer of a SentencePiece model; see :func:`export_hugging_face`."""
+    proto = _model_proto(tokenizer)
     lowest = 2 * min(piece.score for piece in proto.pieces) - 100
     pieces = [(p.piece, lowest if p.type == UNUSED else p.score) for p in proto.pieces]
     spec = proto.trainer_spec
@@ -58,17 +60,17 @@ def fast_tokenizer(tokenizer: SentencePieceModel, rows: int | None = None) -> to
         unknown = tokenizer.processor.unk_id()
         model: models.Model = models.Unigram(pieces, unknown, byte_fallback=spec.byte_fallback)
     elif spec.model_type == BPE:
-        model = _bpe(proto)
+        model = _build_bpe(proto)
     else:
         raise UserError(
-            f"{tokenizer.model_file}: a SentencePiece model of type {spec.model_type}; a fast "
-            "tokenizer can be built from Unigram (1) and BPE (2)"
+            f"{tokenizer.model_file}: unsupported SentencePiece model type {spec.model_type}; "
+            "expected Unigram (1) or BPE (2)"
         )
     fast = tokenizers.Tokenizer(model)
-    _add_special_tokens(fast, tokenizer, proto, rows)
+    _add_special_tokens(fast, tokenizer, proto, model_vocab_size)
     fast.normalizer = _normalizer(proto.normalizer_spec)
     if spec.byte_fallback and spec.model_type == UNIGRAM:
-        fast.pre_tokenizer = _literal_bytes_cut([piece for piece, _ in pieces])
+        fast.pre_tokenizer = _split_literal_bytes([piece for piece, _ in pieces])
     steps: list[decoders.Decoder] = [
         decoders.Replace(SPACE, " "),
         decoders.ByteFallback(),
@@ -87,20 +89,22 @@ def fast_tokenizer(tokenizer: SentencePieceModel, rows: int | None = None) -> to
     return fast
 
 
-def model_specific_texts(tokenizer: SentencePieceModel, rows: int | None = None) -> list[str]:
-    """Return texts to compare in addition, with what only this model or type finds in a text.
+def model_specific_texts(
+    tokenizer: SentencePieceModel, model_vocab_size: int | None = None
+) -> list[str]:
+    """Return texts with tokens that only this model or type recognizes, for the comparison.
 
-    These are user-defined pieces, and for SentencePieceTokenizer its special tokens.
+    These are user-defined pieces and, for SentencePieceTokenizer, its special tokens.
     """
-    pieces = _proto(tokenizer).pieces
+    pieces = _model_proto(tokenizer).pieces
     found = [piece.piece for piece in pieces if piece.type == USER_DEFINED]
     if isinstance(tokenizer, SentencePieceTokenizer):
         special = tokenizer.special_ids.items()
-        found += [name for name, i in special if rows is None or i < rows]
+        found += [name for name, i in special if model_vocab_size is None or i < model_vocab_size]
     return [f"a{name}b {name}\n{name}" for name in found]
 
 
-def _proto(tokenizer: SentencePieceModel) -> Any:
+def _model_proto(tokenizer: SentencePieceModel) -> Any:
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto()
@@ -108,11 +112,11 @@ def _proto(tokenizer: SentencePieceModel) -> Any:
     return proto
 
 
-def _bpe(proto: Any) -> models.BPE:
-    """Return the merges that build each piece, best pieces first.
+def _build_bpe(proto: Any) -> models.BPE:
+    """Return a BPE model with the merges that produce each piece, best pieces first.
 
-    Bytes and special tokens are not built from characters, so that ``<0x0A>`` spelled out in a
-    text stays text.
+    Bytes and special tokens are not produced from characters, so that a literal ``<0x0A>`` in a
+    text remains text.
     """
     ids = {piece.piece: at for at, piece in enumerate(proto.pieces)}
     parts = {piece.piece for piece in proto.pieces if piece.type in (NORMAL, USER_DEFINED)}
@@ -137,17 +141,22 @@ def _bpe(proto: Any) -> models.BPE:
 
 
 def _add_special_tokens(
-    fast: tokenizers.Tokenizer, tokenizer: SentencePieceModel, proto: Any, rows: int | None
+    fast: tokenizers.Tokenizer,
+    tokenizer: SentencePieceModel,
+    proto: Any,
+    model_vocab_size: int | None,
 ) -> None:
-    """Add control pieces, and those that SentencePieceTokenizer adds, in order.
+    """Add control pieces, and the special tokens that SentencePieceTokenizer adds, in order.
 
-    User-defined pieces are found by a Unigram model itself, since no others score better.
+    A Unigram model recognizes user-defined pieces by itself, since no other pieces score better.
     """
     kinds = {piece.piece: piece.type for piece in proto.pieces}
     special = [name for name, kind in kinds.items() if kind in (UNKNOWN, CONTROL)]
     if isinstance(tokenizer, SentencePieceTokenizer):
         added = {i: name for name, i in tokenizer.special_ids.items() if i >= len(proto.pieces)}
-        special += [added[i] for i in sorted(added) if rows is None or i < rows]
+        special += [
+            added[i] for i in sorted(added) if model_vocab_size is None or i < model_vocab_size
+        ]
     fast.add_special_tokens(
         [tokenizers.AddedToken(name, special=True, normalized=False) for name in special]
     )
@@ -157,7 +166,7 @@ def _add_special_tokens(
 
 
 def _normalizer(spec: Any) -> normalizers.Normalizer:
-    """Return SentencePiece's normalization: its character map, its spaces, its prefix."""
+    """Return SentencePiece's normalization: character map, spaces and prefix."""
     steps: list[normalizers.Normalizer] = []
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
@@ -170,12 +179,12 @@ def _normalizer(spec: Any) -> normalizers.Normalizer:
     return normalizers.Sequence(steps)
 
 
-def _literal_bytes_cut(pieces: Sequence[str]) -> pre_tokenizers.PreTokenizer:
-    """Return a pre-tokenizer that cuts a text inside each literal ``<0x0A>``.
+def _split_literal_bytes(pieces: Sequence[str]) -> pre_tokenizers.PreTokenizer:
+    """Return a pre-tokenizer that splits a text inside each literal ``<0x0A>``.
 
-    The fast Unigram model would take the six characters for the piece of that name, and so make
-    them a newline; SentencePiece does not. The cut is where no other piece crosses it if there is
-    such a place, so that the best segmentation stays the same.
+    The fast Unigram model would match the six characters with the piece of that name, and convert
+    them to a newline; SentencePiece does not. If possible, the split is at a position that no other
+    piece spans, so that the best segmentation does not change.
     """
     parts = ("<", "0", "x", "[0-9A-F]", "[0-9A-F]", ">")
     texts = [piece for piece in pieces if not re.fullmatch("".join(parts), piece)]
@@ -200,7 +209,7 @@ def _write_settings(folder: Path, tokenizer: SentencePieceModel) -> None:
     settings: Mapping[str, Any] = {
         **tokens,
         "clean_up_tokenization_spaces": False,
-        "model_max_length": 10**30,  # transformers' way to say: no limit
+        "model_max_length": 10**30,  # transformers' value for "no limit"
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
     for name, content in (

@@ -1,6 +1,7 @@
-"""TikTokenizer's vocabularies as Hugging Face fast tokenizers.
+"""Conversion of TikTokenizer vocabularies to Hugging Face fast tokenizers.
 
-As transformers' TikTokenConverter (convert_slow_tokenizer.py), with ids behind the special tokens.
+Follows transformers' TikTokenConverter (convert_slow_tokenizer.py), with ids after the special
+tokens.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from tokenizers import decoders, models, pre_tokenizers
 from megatron_llmjp.tokenizers.tiktoken import PATTERNS, TikTokenizer
 
 
-def fast_tiktoken(tokenizer: TikTokenizer) -> tokenizers.Tokenizer:
-    """Return the fast tokenizer of a vocabulary: its tokens, their merges, its pattern."""
+def build_fast_tiktoken(tokenizer: TikTokenizer) -> tokenizers.Tokenizer:
+    """Return the fast tokenizer of a vocabulary, with its tokens, merges and pattern."""
     ranks = {token: rank for rank, token in enumerate(tokenizer.tokens)}
-    letters = _letters()
+    letters = _byte_characters()
     spelled = ["".join(letters[byte] for byte in token) for token in tokenizer.tokens]
     first = len(tokenizer.special_names)
     vocabulary = {name: at for at, name in enumerate(tokenizer.special_names)}
@@ -38,8 +39,8 @@ def fast_tiktoken(tokenizer: TikTokenizer) -> tokenizers.Tokenizer:
     return fast
 
 
-def _letters() -> list[str]:
-    """Return the character that stands for each byte in byte-level vocabularies (GPT-2's)."""
+def _byte_characters() -> list[str]:
+    """Return the character that represents each byte in GPT-2's byte-level vocabularies."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(byte if byte in printable else 256 + others.index(byte)) for byte in range(256)]

@@ -12,7 +12,7 @@ import tokenizers
 import torch
 import transformers
 
-from megatron_llmjp.tokenizers.comparison import RARE_TEXTS, TEXTS
+from megatron_llmjp.tokenizers.comparison import COMMON_TEXTS, RARE_TEXTS
 from megatron_llmjp.tokenizers.registry import stored_tokenizer_fields
 from megatron_llmjp.tokenizers.sentencepiece import load_sentencepiece
 from megatron_llmjp.tokenizers.sentencepiece_fast import export_hugging_face
@@ -27,7 +27,7 @@ def train(path: Path, kind: str = "unigram", **settings) -> Path:
     """Save a SentencePiece model with <EOD>, as LLM-jp's have it."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(line for text in TEXTS * 3 for line in text.split("\n") if line),
+        sentence_iterator=(line for text in COMMON_TEXTS * 3 for line in text.split("\n") if line),
         model_writer=model, vocab_size=560, hard_vocab_limit=False, character_coverage=0.98,
         model_type=kind, byte_fallback=True, normalization_rule_name="identity",
         remove_extra_whitespaces=False, minloglevel=2, num_threads=1,
@@ -47,7 +47,7 @@ def save_gpt2_bpe(folder: Path) -> None:
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    fast.train_from_iterator(TEXTS, trainer)
+    fast.train_from_iterator(COMMON_TEXTS, trainer)
     folder.mkdir()
     fast.model.save(str(folder))
 
@@ -94,7 +94,7 @@ def test_a_sentencepiece_run_loads_with_its_end_of_text(tmp_path, convert, megat
     assert f"{kind}, in " in convert("inspect", tmp_path / "native")
     assert ends(tmp_path / "out") == (eod, eod, eod)
     fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    for sample in (*TEXTS, *RARE_TEXTS):
+    for sample in (*COMMON_TEXTS, *RARE_TEXTS):
         assert fast(sample, add_special_tokens=False).input_ids == plain.encode(sample)
     assert (fast("a").input_ids[0] == plain.bos_id()) == (kind == "Llama2Tokenizer")
     assert (tmp_path / "out" / "any.model").read_bytes() == path.read_bytes()
@@ -157,7 +157,7 @@ def test_a_gpt2_bpe_run_ends_with_its_token(tmp_path, convert, megatron):
     assert ends(tmp_path / "out") == (1, 1, 1)
     plain = transformers.GPT2Tokenizer.from_pretrained(tmp_path / "tok")
     fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    for text in (*TEXTS, *RARE_TEXTS):
+    for text in (*COMMON_TEXTS, *RARE_TEXTS):
         assert fast(text).input_ids == plain(text).input_ids
 
 
@@ -318,7 +318,7 @@ def test_a_tiktoken_run_ends_with_its_token(tmp_path, pattern):
         (tmp_path / "out" / name).write_bytes(data)
     fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert (fast.eos_token_id, fast.bos_token_id, fast.pad_token_id) == (2, 1, 3)
-    for text in (*TEXTS, *RARE_TEXTS):
+    for text in (*COMMON_TEXTS, *RARE_TEXTS):
         assert fast(text).input_ids == plain.encode(text).tolist(), text
 
 

@@ -135,7 +135,7 @@ def test_ids_that_transformers_gives_otherwise_are_refused(tmp_path: Path, capsy
     write_hugging_face(tmp_path, "<s> $A")
     tokenizer = load_tokenizer("HuggingFaceTokenizer", tmp_path)
     tokenizer.tokenizer.normalizer = tokenizers.normalizers.Lowercase()
-    with pytest.raises(Exception, match="gives other ids of 'Hello"):
+    with pytest.raises(Exception, match="gives other ids for 'Hello"):
         tokenizer.include_special_tokens()
 
 

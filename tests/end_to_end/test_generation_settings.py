@@ -10,7 +10,7 @@ import yaml
 
 from data_tools.preprocess_data import main as preprocess
 from megatron_llmjp.convert.cli import main as convert
-from megatron_llmjp.tokenizers.comparison import TEXTS
+from megatron_llmjp.tokenizers.comparison import COMMON_TEXTS
 from megatron_llmjp.tokenizers.sentencepiece import load_sentencepiece
 from megatron_llmjp.tokenizers.sentencepiece_fast import export_hugging_face
 from tests.convert.hf_models import llama
@@ -28,7 +28,7 @@ def test_ids_and_sampling_defaults_survive_training(tmp_path: Path) -> None:
 
     flags = ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", source)
     with (tmp_path / "raw.jsonl").open("w") as file:
-        file.writelines(json.dumps({"text": text}) + "\n" for text in TEXTS)
+        file.writelines(json.dumps({"text": text}) + "\n" for text in COMMON_TEXTS)
     run(preprocess, "--input", tmp_path / "raw.jsonl", "--output-prefix", tmp_path / "d",
         "--append-eod", "--workers", 1, *flags)  # fmt: skip
     blend = {"only": {"path": "d_text_document", "weight": 1, "repeat": True}}

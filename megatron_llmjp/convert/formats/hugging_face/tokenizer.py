@@ -20,8 +20,8 @@ from megatron_llmjp.convert.model_tokenizer import ModelTokenizer
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.tokenizers import Tokenizer, load_tokenizer
 from megatron_llmjp.tokenizers.comparison import (
+    COMMON_TEXTS,
     RARE_TEXTS,
-    TEXTS,
     TokenizerComparison,
     compare_tokenizers,
 )
@@ -29,7 +29,7 @@ from megatron_llmjp.tokenizers.hugging_face import FastTokenizer, HuggingFaceTok
 from megatron_llmjp.tokenizers.sentencepiece import SentencePieceModel
 from megatron_llmjp.tokenizers.sentencepiece_fast import export_hugging_face, model_specific_texts
 from megatron_llmjp.tokenizers.tiktoken import TikTokenizer
-from megatron_llmjp.tokenizers.tiktoken_fast import fast_tiktoken
+from megatron_llmjp.tokenizers.tiktoken_fast import build_fast_tiktoken
 
 FAST, SETTINGS, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 BUILT = (FAST, SETTINGS, SPECIAL)
@@ -70,7 +70,7 @@ def export_tokenizer(chosen: ModelTokenizer, keep: bool, rows: int) -> ExportedT
     if isinstance(tokenizer, FastTokenizer):
         return _of_fast(tokenizer, tokenizer.tokenizer, files)
     if isinstance(tokenizer, TikTokenizer):
-        return _of_fast(tokenizer, fast_tiktoken(tokenizer), files)
+        return _of_fast(tokenizer, build_fast_tiktoken(tokenizer), files)
     what = "has no tokenizer, and what ends a text is not known; --tokenizer gives both"
     if tokenizer is not None:
         what = f"has no tokenizer that AutoTokenizer reads: none can be built of {tokenizer.kind}"
@@ -95,7 +95,7 @@ def _of_sentencepiece(
             return _model_only(files, str(error))
         built = load_tokenizer("HuggingFaceTokenizer", folder)
         own = model_specific_texts(model, rows)
-        ordinary = compare_tokenizers(model, built, [*TEXTS, *own])
+        ordinary = compare_tokenizers(model, built, [*COMMON_TEXTS, *own])
         if ordinary.differences:
             return _model_only(files, ordinary.report())
         found = compare_tokenizers(model, built, [*ALL, *own])
@@ -109,7 +109,7 @@ def _of_sentencepiece(
     return ExportedTokenizer(files | made, notes, warnings)
 
 
-ALL = (*TEXTS, *RARE_TEXTS)
+ALL = (*COMMON_TEXTS, *RARE_TEXTS)
 
 
 def _difference(
@@ -123,7 +123,7 @@ def _difference(
         ours, theirs = model.piece(model.eod_id), fast.eos_id
         shown = "nothing" if theirs is None else fast.piece(theirs)
         return f"ends text with {shown}, {model.kind} with {ours}", found
-    if fast.tokenizer.encode(TEXTS[0]).ids != model.encode(TEXTS[0]).tolist():
+    if fast.tokenizer.encode(COMMON_TEXTS[0]).ids != model.encode(COMMON_TEXTS[0]).tolist():
         return "puts other special tokens around a text, or gives other ids", found
     return "gives other ids" if found.differences else None, found
 
