@@ -70,7 +70,7 @@ def test_special_tokens_that_megatron_adds_have_its_ids(tmp_path):
     assert fast.vocab_size == tokenizer.vocab_size > tokenizer.processor.get_piece_size()
     text = "a<CLS>b<EOD> c<MASK>\n</s>"
     assert fast.encode(text).tolist() == tokenizer.encode(text).tolist()
-    export_hugging_face(tokenizer, tmp_path, rows=tokenizer.processor.get_piece_size())
+    export_hugging_face(tokenizer, tmp_path, model_vocab_size=tokenizer.processor.get_piece_size())
     fast = load_tokenizer("HuggingFaceTokenizer", tmp_path)
     assert fast.vocab_size == tokenizer.processor.get_piece_size()
 
