@@ -1,23 +1,18 @@
-"""Fragments of Megatron-LM's distributed optimizer state, joined into whole tensors.
+"""Reader of two formats of optimizer state of Megatron-LM's distributed optimizer.
 
-Optimizer state of ``fully_sharded_model_space``: flat pieces of fragments.
+``fully_sharded_model_space`` (core 0.12, and LLM-jp's fork): a tensor is split into a grid of
+fragments, as tensor parallelism splits it, each fragment is flattened, and each data-parallel rank
+stores a piece of it. The stored entry has the shape ``[grid..., elements of a fragment]``; stacked
+layers are the first dimension of the grid (megatron/core/dist_checkpointing/strategies/torch.py).
 
-The format of megatron-core's distributed optimizer in LLM-jp's fork (core 0.12): a tensor is cut
-into a grid of fragments, as tensor parallelism cuts it, each fragment is flattened, and each
-data-parallel rank stores a piece of it. On disk the entry has the shape ``[grid..., elements of a
-fragment]``; stacked layers are the first axis of the grid
-(megatron/core/dist_checkpointing/strategies/torch.py).
-
-Optimizer state of ``dp_reshardable``: the buckets of each model-parallel rank.
-
-The default of Megatron-LM's distributed optimizer from core 0.15 on. A rank lays its parameters
-out in a buffer, the last one first, each at a multiple of 64 elements, and cuts the buffer into
-buckets; on disk, each bucket is one flat tensor, and each piece of a parameter in it one chunk
-(megatron/core/optimizer/distrib_optimizer.py, ``sharded_param_state_dp_reshardable``;
-megatron/core/distributed/param_and_grad_buffer.py). Names are not stored: they follow from the
-order in which megatron-core's model registers its parameters. What follows is checked against the
-chunks, whose bounds must be those of the parameters, and against the norms and biases, which must
-be the model's.
+``dp_reshardable`` (default from core 0.15 on): each model-parallel rank stores the buckets of its
+parameter buffer. A rank places its parameters in the buffer in reverse order, each at a multiple of
+64 elements, and splits the buffer into buckets. Each bucket is one flat tensor, and each piece of a
+parameter in it one chunk (megatron/core/optimizer/distrib_optimizer.py,
+``sharded_param_state_dp_reshardable``; megatron/core/distributed/param_and_grad_buffer.py).
+Names are not stored: they follow from the order in which megatron-core's model registers its
+parameters. The derived names are checked against the bounds of the chunks, which must be those of
+the parameters, and against the norms and biases, which must be equal to the model's.
 """
 
 from __future__ import annotations
@@ -36,7 +31,7 @@ import torch
 from megatron_llmjp.config.schema import ModelConfig
 from megatron_llmjp.convert.files import torch_dist
 from megatron_llmjp.convert.files.checksums import ChecksumRange
-from megatron_llmjp.convert.files.storage import byte_count, copy_into
+from megatron_llmjp.convert.files.storage import copy_into
 from megatron_llmjp.convert.files.torch_dist import ChunkTensor, TensorEntry
 from megatron_llmjp.convert.formats import mcore_names
 from megatron_llmjp.convert.formats.mcore_names import stored_key
@@ -58,43 +53,43 @@ class FlatFragment:
     """A rectangular part of a tensor, stored as flat pieces."""
 
     pieces: tuple[tuple[int, ChunkTensor], ...]
-    """Number of the first element, and where the elements from there on are."""
+    """Index of the first element of each piece, and the piece."""
     shape: Shape
     dtype: torch.dtype
 
     @property
     def source(self) -> str:
-        """The file of the first piece."""
+        """Path of the first piece's file."""
         return self.pieces[0][1].source
 
     @property
     def checksum_ranges(self) -> tuple[ChecksumRange, ...]:
-        """The checksums that reading it takes part in."""
+        """The ranges whose CRC-32 includes the fragment's bytes."""
         return tuple(
             checksum_range for _, chunk in self.pieces for checksum_range in chunk.checksum_ranges
         )
 
     def read(self, into: torch.Tensor | None = None) -> torch.Tensor:
-        """Read it, into fresh memory or a contiguous tensor of as many elements.
+        """Read the fragment into new memory, or into a contiguous tensor of as many elements.
 
         Raises:
             UserError: a file is damaged.
         """
-        flat = torch.empty(byte_count(self.shape, torch.uint8), dtype=self.dtype)
+        flat = torch.empty(math.prod(self.shape), dtype=self.dtype)
         for start, chunk in self.pieces:
-            flat[start : start + byte_count(chunk.shape, torch.uint8)] = chunk.read().flatten()
+            flat[start : start + math.prod(chunk.shape)] = chunk.read().flatten()
         return copy_into(flat.view(self.shape), into)
 
 
 def read_flat_fragments(
     model: ModelConfig, entries: dict[str, TensorEntry]
 ) -> dict[str, TensorRead]:
-    """How to read every canonical tensor of one kind of state.
+    """Return how to read every canonical tensor of one kind of state in flat fragments.
 
     Raises:
-        UserError: a tensor is missing, or its pieces do not cover it.
+        UserError: the pieces of a tensor do not cover it.
     """
-    rows = byte_count(entries[WORD_EMBEDDINGS].shape, torch.uint8) // model.hidden_size
+    rows = math.prod(entries[WORD_EMBEDDINGS].shape) // model.hidden_size
     found = {}
     for name, shape in tensor_shapes(model, rows).items():
         key, layer = stored_key(name)
@@ -109,19 +104,19 @@ def _read(name: str, entry: TensorEntry, shape: Shape, layer: int | None) -> Ten
     grid = entry.shape[stacked:-1]
     where = next(iter(entry.chunks.values()))[0].parent
     if len(grid) != len(shape) or any(n % g for n, g in zip(shape, grid, strict=True)):
-        raise UserError(f"{where}: {name} {shape} was cut into fragments {grid}, which do not fit")
+        raise UserError(f"{where}: {name} {shape} is not divisible into its fragments {grid}")
     sizes = tuple(n // g for n, g in zip(shape, grid, strict=True))
     pieces: dict[Shape, list[tuple[int, ChunkTensor]]] = {}
     for (offsets, lengths), place in entry.chunks.items():
         if stacked and offsets[0] != layer:
             continue
         if any(length != 1 for length in lengths[:-1]):
-            raise UserError(f"{where}: a piece of {name} spans fragments")
+            raise UserError(f"{where}: a piece of {name} spans several fragments")
         cell = tuple(i * n for i, n in zip(offsets[stacked:-1], sizes, strict=True))
         chunk = ChunkTensor(*place, lengths[-1:], entry.dtype, entry.files.get(place[0]))
         pieces.setdefault(cell, []).append((offsets[-1], chunk))
     covered = sum(chunk.shape[0] for cell in pieces.values() for _, chunk in cell)
-    if covered != byte_count(shape, torch.uint8):
+    if covered != math.prod(shape):
         raise UserError(f"{where}: the pieces of {name} {shape} do not cover it")
     parts = [FlatFragment(tuple(cell), sizes, entry.dtype) for cell in pieces.values()]
     return TensorRead(
@@ -146,27 +141,27 @@ _ORDERS = {
     "transformer_engine": ("self_attention.linear_proj", "input_layernorm", *_COMMON_ORDER),
     "local": ("input_layernorm", "self_attention.linear_proj", *_COMMON_ORDER),
 }
-"""Modules of a layer in the order of their parameters; Transformer Engine has fused norms."""
+"""Modules of a layer in the order of their parameters; Transformer Engine fuses norms."""
 
 Buckets = dict[tuple[int, int], list[TensorEntry]]
-"""The buckets of one kind of state by model-parallel rank and model chunk."""
+"""The buckets of one kind of state, by model-parallel rank and model chunk."""
 
 
 def has_buckets(keys: Iterator[str]) -> bool:
-    """Whether a checkpoint with these keys holds optimizer state in buckets."""
+    """Return whether a checkpoint with these keys contains optimizer state in buckets."""
     return any(key.startswith(_PREFIX) for key in keys)
 
 
 def read_param_groups(where: Path) -> list[dict[str, Any]]:
-    """The settings of the parameter groups, which each rank stores beside its buckets.
+    """Read the settings of the parameter groups, which each rank stores with its buckets.
 
     Raises:
-        UserError: they are not there.
+        UserError: the settings are missing.
     """
     stored = torch_dist.read_object(where, f"{_PREFIX}dp_group_idx_0.optimizer/shard_0_1")
     stored = stored[0] if isinstance(stored, list) and len(stored) == 1 else stored
     if not isinstance(stored, dict) or not stored.get("param_groups"):
-        raise _unknown(where, "its parameter groups are not there")
+        raise _unsupported(where, "its parameter groups are missing")
     groups: list[dict[str, Any]] = stored["param_groups"]
     return groups
 
@@ -174,21 +169,21 @@ def read_param_groups(where: Path) -> list[dict[str, Any]]:
 def read_buckets(
     model: ModelConfig, entries: dict[str, TensorEntry], args: Any, where: Path
 ) -> dict[str, dict[str, TensorRead]]:
-    """How to read every canonical tensor of every kind of state.
+    """Return how to read every canonical tensor of every kind of state in buckets.
 
     Args:
         model: the architecture.
         entries: all tensors of the checkpoint.
-        args: the run's arguments; its layout decides what a rank holds.
+        args: the run's arguments, which contain its parallel layout.
         where: the folder, for messages.
 
     Raises:
-        UserError: the buckets are not laid out as this module knows.
+        UserError: the layout of the buckets is not supported.
     """
     kinds = _by_kind(entries, where)
     weights = mcore_names.model_entries(entries)
     if "param" not in kinds or WORD_EMBEDDINGS not in weights:
-        raise _unknown(where, "the weights that they belong to are not there")
+        raise _unsupported(where, "the model's weights are missing")
     rows = weights[WORD_EMBEDDINGS].shape[0]
     known = mcore_names.tensor_reads(model, rows, weights)
     first = getattr(args, "transformer_impl", None)
@@ -198,33 +193,33 @@ def read_buckets(
             for kind, buckets in kinds.items()
             if (reads := _reads(model, rows, buckets, _ORDERS[order], args, where)) is not None
         }
-        if found.keys() == kinds.keys() and _agree(found["param"], known):
+        if found.keys() == kinds.keys() and _equal_norms_and_biases(found["param"], known):
             return found
-    raise _unknown(where, "no known order of parameters fits their bounds, norms and biases")
+    raise _unsupported(where, "no known order of parameters matches the bounds, norms and biases")
 
 
-def _unknown(where: Path, why: str) -> UserError:
+def _unsupported(where: Path, why: str) -> UserError:
     return UserError(
-        f"{where}: its optimizer state is cut by buckets in a way that is not known ({why}); load "
-        "it with the program that saved it, and save it with --dist-ckpt-optim-fully-reshardable"
+        f"{where}: unsupported dp_reshardable optimizer state ({why}); load the checkpoint with "
+        "the program that saved it, and save it with --dist-ckpt-optim-fully-reshardable"
     )
 
 
 def _by_kind(entries: dict[str, TensorEntry], where: Path) -> dict[str, Buckets]:
-    """The buckets in their order, by kind of state."""
+    """Return the buckets in order, by kind of state."""
     numbered: dict[str, dict[tuple[int, int], dict[int, TensorEntry]]] = {}
     types: dict[tuple[int, int], set[str]] = {}
     for key, entry in entries.items():
         match = _BUCKET.fullmatch(key)
         if match is None:
             if key.startswith(_PREFIX):
-                raise _unknown(where, f"{key} is no bucket")
+                raise _unsupported(where, f"{key} is not a bucket")
             continue
         place = int(match[1]), int(match[2])
         types.setdefault(place, set()).add(match[3])
         numbered.setdefault(match[5], {}).setdefault(place, {})[int(match[4])] = entry
     if any(len(found) > 1 for found in types.values()):
-        raise _unknown(where, "parameters of several types")
+        raise _unsupported(where, "parameters of several types")
     return {
         kind: {place: [found[i] for i in sorted(found)] for place, found in places.items()}
         for kind, places in numbered.items()
@@ -239,13 +234,16 @@ def _reads(
     args: Any,
     where: Path,
 ) -> dict[str, TensorRead] | None:
-    """One kind of state, with the layers' modules in an order; None where that does not fit."""
+    """Return how to read one kind of state, assuming an order of a layer's modules.
+
+    None if the order does not match the buckets.
+    """
     tensor = int(getattr(args, "tensor_model_parallel_size", 0) or 1)
     pipeline = int(getattr(args, "pipeline_model_parallel_size", 0) or 1)
     virtual = 1 + max(chunk for _, chunk in buckets)
     check_parallel_sizes(model, tensor, pipeline * virtual)
     if sorted(buckets) != [(r, v) for r in range(tensor * pipeline) for v in range(virtual)]:
-        raise _unknown(where, f"not those of TP {tensor} x PP {pipeline}")
+        raise _unsupported(where, f"the buckets are not those of TP {tensor} x PP {pipeline}")
     shape_of = tensor_shapes(model, rows)
     gathered = RankTensors()
     for (rank, chunk), own in buckets.items():
@@ -255,7 +253,7 @@ def _reads(
         for name in _names(model, list(shape_of), number, count, order):
             whole = WORD_EMBEDDINGS if name not in shape_of else name
             held[name] = rank_shape(whole, model, shape_of[whole], tensor)
-        fragments = _laid_out(held, own)
+        fragments = _locate(held, own)
         if fragments is None:
             return None
         for name, fragment in fragments.items():
@@ -267,7 +265,7 @@ def _reads(
 def _names(
     model: ModelConfig, names: list[str], number: int, count: int, order: tuple[str, ...]
 ) -> list[str]:
-    """The parameters of one of ``count`` parts of the pipeline, as its model registers them."""
+    """Return the parameters of part ``number`` of ``count`` parts of the pipeline, in order."""
     per_part = model.num_layers // count
     found = [name for name in names if name.startswith("embedding.") and number == 0]
     for layer in range(number * per_part, (number + 1) * per_part):
@@ -282,8 +280,8 @@ def _names(
     return found
 
 
-def _laid_out(held: dict[str, Shape], buckets: list[TensorEntry]) -> dict[str, FlatFragment] | None:
-    """Where each parameter lies; None where they do not fill the buckets exactly."""
+def _locate(held: dict[str, Shape], buckets: list[TensorEntry]) -> dict[str, FlatFragment] | None:
+    """Locate each parameter in the buckets; None if parameters do not fill the buckets exactly."""
     found = {}
     number = end = 0
     for name in reversed(held):
@@ -306,23 +304,23 @@ def _aligned(position: int) -> int:
 
 
 def _fragment(bucket: TensorEntry, start: int, end: int, shape: Shape) -> FlatFragment | None:
-    """The chunks from one element to another; None where chunks do not begin and end there."""
+    """Return the chunks of a range of elements; None if its bounds are not bounds of chunks."""
     chunks = sorted(bucket.chunks)
     pieces = []
     position = start
-    for box in chunks[bisect_left(chunks, ((start,), (0,))) :]:
-        (offset,), (length,) = box
+    for chunk_range in chunks[bisect_left(chunks, ((start,), (0,))) :]:
+        (offset,), (length,) = chunk_range
         if position == end or offset != position or offset + length > end:
             break
-        place = bucket.chunks[box]
+        place = bucket.chunks[chunk_range]
         chunk = ChunkTensor(*place, (length,), bucket.dtype, bucket.files.get(place[0]))
         pieces.append((offset - start, chunk))
         position += length
     return FlatFragment(tuple(pieces), shape, bucket.dtype) if position == end else None
 
 
-def _agree(found: dict[str, TensorRead], known: dict[str, TensorRead]) -> bool:
-    """Whether the main weights of all norms and biases are those of the model, rounded."""
+def _equal_norms_and_biases(found: dict[str, TensorRead], known: dict[str, TensorRead]) -> bool:
+    """Return whether the main weights of all norms and biases, rounded, equal the model's."""
     vectors = [name for name, read in known.items() if len(read.shape) == 1]
     return all(
         name in found

@@ -1,8 +1,8 @@
-"""A conversion on paper: which bytes of which files become which bytes of which files.
+"""Plan of a conversion: which bytes of the source files become which bytes of the output files.
 
-All shapes are known beforehand, so every output file is laid out before the first tensor is read.
-What remains is a list of independent copies, one per canonical tensor, which any number of
-processes can carry out in any order.
+All shapes are known in advance, so every output file is laid out before the first tensor is read.
+The rest is a list of independent copies, one per canonical tensor, which threads execute in any
+order.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from megatron_llmjp.convert.tensors import Layout, Shape, part_shapes, resize_vo
 from megatron_llmjp.errors import UserError
 
 Checksums = dict[tuple[str, int], int]
-"""CRC-32 of tensors that were written, by file and offset."""
+"""CRC-32 of the tensors that were written, by file and offset."""
 
 
 @dataclass(frozen=True)
 class Slot:
-    """The place of one tensor in an output file."""
+    """The location of a tensor in an output file."""
 
     file: str
     key: str
@@ -39,17 +39,17 @@ class Slot:
     shape: Shape
     dtype: torch.dtype
     checksums: tuple[int, ...] = ()
-    """Offsets at which the CRC-32 of the bytes belongs (zip archives)."""
+    """Offsets in the file at which the CRC-32 of the tensor is written (zip archives)."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensor."""
+        """Size of the tensor in bytes."""
         return byte_count(self.shape, self.dtype)
 
 
 @dataclass
 class OutputFile:
-    """A file with room for tensors: its name, size, fixed bytes and slots."""
+    """Layout of an output file: its name, size, fixed bytes by offset, and slots by key."""
 
     name: str
     size: int
@@ -57,7 +57,7 @@ class OutputFile:
     slots: dict[str, Slot]
 
     def create(self, folder: Path) -> None:
-        """Make the file at its full size, with its fixed bytes and holes for the tensors."""
+        """Create the file with its full size and its fixed bytes; slots are left sparse."""
         path = folder / self.name
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
@@ -71,10 +71,10 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class TensorRead:
-    """Where a canonical tensor comes from.
+    """How to read a canonical tensor.
 
-    ``parts`` are the stored parts of ``layout``, in order. ``replicas`` lists further copies of
-    the whole tensor, which must be equal to it.
+    ``parts`` are the stored parts of ``layout``, in order. ``replicas`` are further copies of the
+    whole tensor, which must be equal to it.
     """
 
     shape: Shape
@@ -84,29 +84,29 @@ class TensorRead:
     replicas: Sequence[StoredTensor] = ()
 
     def check(self, name: str) -> None:
-        """Compare the stored shapes with those that the layout expects, and the types.
+        """Compare the stored shapes and types with those of the layout.
 
         Raises:
-            UserError: one differs.
+            UserError: a shape or a type differs.
         """
         expected = part_shapes(self.layout, self.shape)
         for stored, shape in zip(self.parts, expected, strict=True):
             if tuple(stored.shape) != shape:
                 raise UserError(
                     f"{stored.source}: {name} has shape {tuple(stored.shape)}, "
-                    f"the configuration expects {shape}"
+                    f"expected {shape} from the configuration"
                 )
             if stored.dtype != self.dtype:
                 raise UserError(
-                    f"{stored.source}: {name} has parts of types {dtype_name(self.dtype)} and "
-                    f"{dtype_name(stored.dtype)}"
+                    f"{stored.source}: {name} has type {dtype_name(stored.dtype)}, "
+                    f"its other parts have {dtype_name(self.dtype)}"
                 )
 
     def read(self, name: str) -> torch.Tensor:
-        """Assemble the canonical tensor in fresh memory.
+        """Read the canonical tensor into new memory.
 
         Raises:
-            UserError: a file is damaged, or copies that must be equal differ.
+            UserError: a file is damaged, or replicas differ.
         """
         if self.layout is whole:
             tensor = self.parts[0].read()
@@ -120,25 +120,25 @@ class TensorRead:
         for replica in self.replicas:
             if not torch.equal(replica.read(), tensor):
                 raise UserError(
-                    f"{replica.source}: {name} differs from the copy in {self.parts[0].source}, "
-                    "though all ranks should hold the same"
+                    f"{replica.source}: {name} differs from its replica in {self.parts[0].source}; "
+                    "it must be equal on all ranks"
                 )
         return tensor
 
 
 @dataclass
 class TensorWrite:
-    """Where a canonical tensor goes: for each part of ``layout`` the slots that receive it."""
+    """How to write a canonical tensor: for each part of ``layout``, the slots to write it to."""
 
     layout: Layout
     slots: list[list[Slot]]
     padded_vocab_size: int | None = None
-    """Rows of the vocabulary in the target; None for tensors that are kept as they are."""
+    """Padded vocabulary size of the target; None for tensors without a vocabulary dimension."""
 
 
 @dataclass(frozen=True)
 class TensorCopy:
-    """One canonical tensor's way."""
+    """The copy of one canonical tensor."""
 
     name: str
     read: TensorRead
@@ -146,22 +146,22 @@ class TensorCopy:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are written."""
+        """Bytes to write."""
         return sum(slot.nbytes for slots in self.write.slots for slot in slots)
 
     @property
     def memory(self) -> int:
-        """Bytes that it needs at its peak, at most."""
+        """Upper bound of the peak memory, in bytes."""
         return 3 * byte_count(self.read.shape, self.read.dtype)
 
     def run(self, folder: Path) -> Checksums:
-        """Read, rearrange and write the tensor; the files exist already.
+        """Read, rearrange and write the tensor; the files must exist.
 
-        Peak memory is the tensor, one stored part of it while reading and one written part of it
-        while writing.
+        Peak memory is the tensor, plus one stored part while reading or one written part while
+        writing.
 
         Returns:
-            The CRC-32 of what was written, where the file asks for it.
+            CRC-32 of the slots that store one.
         """
         sums: Checksums = {}
         tensor = self.read.read(self.name)
@@ -176,17 +176,17 @@ class TensorCopy:
 
 
 def write_slot(folder: Path, slot: Slot, view: torch.Tensor) -> int | None:
-    """Write a tensor into its slot, cast and contiguous.
+    """Cast a tensor to the type of its slot and write it there.
 
     Returns:
-        Its CRC-32, if the slot has places for it.
+        The CRC-32 of the written bytes, if the slot stores one.
 
     Raises:
-        UserError: a value does not fit the type, or the disk is full.
+        UserError: a value is out of range of the type, or the disk is full.
     """
     cast = view.to(slot.dtype).contiguous()
     if slot.dtype == torch.float16 != view.dtype and not torch.isfinite(cast).all():
-        raise UserError(f"{slot.key}: values beyond the range of fp16; choose bf16 or fp32")
+        raise UserError(f"{slot.key}: values out of range of fp16; use --dtype bf16 or fp32")
     data = as_bytes(cast)
     if len(data) != slot.nbytes:
         raise ValueError(f"{slot.key}: {len(data)} bytes for a slot of {slot.nbytes}")
@@ -205,10 +205,10 @@ def write_slot(folder: Path, slot: Slot, view: torch.Tensor) -> int | None:
 
 @dataclass
 class OutputPlan:
-    """Everything that a target will hold.
+    """Plan of all output files.
 
-    ``finish`` writes the small files (configurations, indices) into the folder once all tensors
-    are in place; it is given what the tensors' checksums are.
+    ``finish`` writes the small files (configurations, indices) into the folder after all tensors
+    were written; it receives the CRC-32s of the tensors.
     """
 
     files: list[OutputFile]
@@ -219,5 +219,5 @@ class OutputPlan:
 
     @property
     def nbytes(self) -> int:
-        """Size of all planned files."""
+        """Size of all planned files in bytes."""
         return sum(file.size for file in self.files)

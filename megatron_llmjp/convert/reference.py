@@ -1,10 +1,10 @@
-"""Logits of a Megatron checkpoint in plain PyTorch, from its files as they are.
+"""Reference model in plain PyTorch: logits of a Megatron checkpoint from its unconverted files.
 
-The second reading that ``--verify`` compares with. It shares nothing with the converter but what
-opens a file: arguments are read again from ``args``, names are matched here, and tensors stay as
-their ranks hold them. Each tensor-parallel rank computes with its own rows, row-parallel products
-are summed, as in Megatron (megatron/core/transformer/attention.py and mlp.py); nothing is joined or
-rearranged. One layer is in memory at a time.
+``--verify`` compares with these logits. Only the functions that open files are shared with the
+converter: arguments are read from ``args``, names are matched in :mod:`reference_files`, and
+tensors stay as each rank stores them. Each tensor-parallel rank computes with its own rows, and
+row-parallel products are summed, as in Megatron (megatron/core/transformer/attention.py and
+mlp.py); no tensor is concatenated or rearranged. One layer is in memory at a time.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def reference_logits(
     dtype: torch.dtype | None,
     ignored: Collection[str] = (),
 ) -> Tensor:
-    """fp32 logits ``[batch, length, rows]`` of tokens ``[batch, length]``.
+    """Compute fp32 logits ``[batch, length, padded vocabulary]`` of tokens ``[batch, length]``.
 
     Args:
-        source: names the folder and the format; its derived fields are not looked at.
-        tokens: the input.
-        dtype: round the weights to this type first.
-        ignored: arguments to read as if they were not there.
+        source: checkpoint; only its format and path are used.
+        tokens: input token ids.
+        dtype: type to round the weights to before computing in fp32.
+        ignored: arguments of the run to ignore (``--ignore-args``).
     """
     parts, args = open_rank_tensors(source.format, source.path)
     given = {name: value for name, value in vars(args).items() if name not in ignored}
@@ -44,7 +44,7 @@ def reference_logits(
 
 @dataclass(frozen=True)
 class _Network:
-    """What the arguments of a run say of its network."""
+    """Architecture of the network, from the arguments of its run."""
 
     layers: int
     heads: int
@@ -103,7 +103,7 @@ def _gelu_tanh(x: Tensor) -> Tensor:
 
 
 def _inverse_frequencies(args: dict[str, Any], head_dim: int) -> Tensor:
-    """Radians per position ``[rotated / 2]``."""
+    """Return the rotary frequencies ``[rotated / 2]``, in radians per position."""
     base = float(args.get("rope_theta") or args.get("rotary_base") or 10000.0)
     percent = args.get("rotary_percent") or 1.0
     rotated = int(head_dim * percent)
@@ -111,7 +111,7 @@ def _inverse_frequencies(args: dict[str, Any], head_dim: int) -> Tensor:
     frequencies = base**-exponents
     if not args.get("use_rope_scaling"):
         return frequencies
-    # LLaMA 3.1: wave lengths above 8192 are stretched, those below 2048 kept.
+    # LLaMA 3.1: wavelengths above 8192 are scaled, those below 2048 are kept.
     factor = float(args.get("rope_scaling_factor") or 8.0)
     turns = 8192.0 * frequencies / (2.0 * math.pi)
     kept = ((turns - 1.0) / (4.0 - 1.0)).clamp(0.0, 1.0)
@@ -123,7 +123,7 @@ class _Model:
         self._network, self._parts, self._dtype = network, parts, dtype
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """fp32 logits ``[batch, length, rows]``."""
+        """Compute fp32 logits ``[batch, length, padded vocabulary]``."""
         embedding = torch.cat(self._all("embedding.weight"))
         x = embedding[tokens]
         if not self._network.rotary:
@@ -135,7 +135,7 @@ class _Model:
         return self._norm("final_norm", x) @ (torch.cat(head) if head else embedding).T
 
     def _all(self, name: str) -> list[Tensor]:
-        """What each tensor-parallel rank holds under a name; nothing where there is none."""
+        """Read the tensors of a name, one per rank; an empty list if there is none."""
         found = [read() for read in self._parts.get(name, [])]
         return [(t if self._dtype is None else t.to(self._dtype)).float() for t in found]
 
@@ -148,7 +148,7 @@ class _Model:
         return F.layer_norm(x, weight.shape, weight, bias, self._network.epsilon)
 
     def _column(self, name: str, x: Tensor) -> list[Tensor]:
-        """A column-parallel layer: each rank's own outputs."""
+        """Compute the outputs of each rank of a column-parallel layer."""
         weights, biases = self._all(f"{name}.weight"), self._all(f"{name}.bias")
         return [
             F.linear(x, weight, biases[rank] if biases else None)
@@ -156,7 +156,7 @@ class _Model:
         ]
 
     def _row(self, name: str, inputs: list[Tensor]) -> Tensor:
-        """A row-parallel layer: the sum of the ranks' products, and one bias."""
+        """Compute a row-parallel layer: the sum of the ranks' products, plus the bias."""
         weights, biases = self._all(f"{name}.weight"), self._all(f"{name}.bias")
         total = torch.stack([x @ w.T for x, w in zip(inputs, weights, strict=True)]).sum(0)
         return total + biases[0] if biases else total
@@ -178,7 +178,10 @@ class _Model:
         return self._row(f"{prefix}proj", contexts)
 
     def _mixed(self, prefix: str, x: Tensor) -> list[Tensor]:
-        """Queries, key and value ``[batch, length, groups, heads per group + 2, d]`` per rank."""
+        """Compute queries, key and value per rank.
+
+        Each has the shape ``[batch, length, groups, heads per group + 2, d]``.
+        """
         network = self._network
         per_group = network.heads // network.groups
         if f"{prefix}qkv.weight" in self._parts:
@@ -197,7 +200,7 @@ class _Model:
         ]
 
     def _rotated(self, x: Tensor) -> Tensor:
-        """Rotary positions on ``[batch, length, groups, heads, d]``, by halves."""
+        """Apply rotary position embeddings to ``[batch, length, groups, heads, d]``, by halves."""
         frequencies = self._network.inverse_frequencies
         positions = torch.arange(x.shape[1], dtype=torch.float32) * self._network.position_scale
         angles = torch.outer(positions, frequencies)[:, None, None, :]

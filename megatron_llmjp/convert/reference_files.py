@@ -1,7 +1,7 @@
-"""The tensors of Megatron checkpoints by plain names, as each tensor-parallel rank holds them.
+"""Reader of Megatron checkpoints for the reference model, one tensor per tensor-parallel rank.
 
-Part of the second reading (:mod:`reference`): names are matched by what they are called in any of
-the programs, layers are counted here, and nothing is joined.
+Names are matched by patterns for all programs, layers are counted here, and no tensor is
+concatenated. Shares with the converter only the functions that open files (:mod:`reference`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron_llmjp.convert.files import torch_dist
 from megatron_llmjp.convert.files.torch_archive import load_archive
 
 RankTensors = dict[str, list[Callable[[], torch.Tensor]]]
-"""For each name, such as ``layers.3.qkv.weight``, how to read what each rank holds."""
+"""For each name, such as ``layers.3.qkv.weight``, functions that read each rank's tensor."""
 
 _KINDS = {
     r"word_embeddings": "embedding",
@@ -37,11 +37,11 @@ _KINDS = {
 
 
 def open_rank_tensors(kind: str, folder: Path) -> tuple[RankTensors, Any]:
-    """The tensors of a folder that the converter has opened, and the arguments of its run.
+    """Open the tensors of a checkpoint, and the arguments of its run.
 
     Args:
         kind: ``megatron-lm`` or ``megatron-deepspeed``.
-        folder: of one iteration.
+        folder: checkpoint of one iteration.
     """
     if kind == "megatron-deepspeed":
         return _deepspeed(folder)
@@ -51,7 +51,7 @@ def open_rank_tensors(kind: str, folder: Path) -> tuple[RankTensors, Any]:
 
 
 def _plain(key: str) -> tuple[str, int | None] | None:
-    """The plain name of a key without its layer's number, and that number."""
+    """Return the name of a key without the layer number, and the layer number."""
     match = re.search(r"layers\.(\d+)\.", key)
     for pattern, kind in _KINDS.items():
         ending = re.search(rf"(^|\.)({pattern})[._](weight|bias)$", key)
@@ -67,14 +67,14 @@ def _take(
     offset: int,
     bare: int | None = None,
 ) -> int:
-    """Add the tensors of one file of a rank; returns how many layers it has.
+    """Add the tensors of one file of a rank; return the number of its layers.
 
     Args:
-        parts: is added to.
-        rank: tensor-parallel; a name that the rank has already is a tied copy.
+        parts: tensors found so far; modified.
+        rank: tensor-parallel rank; a second tensor of a name and rank is a tied copy.
         items: keys and stored tensors.
         offset: number of the first layer of the file.
-        bare: number of the layer where keys do not carry one.
+        bare: layer number for keys that do not contain one.
     """
     layers = set()
     for key, stored in items:
@@ -113,7 +113,7 @@ def _legacy(folder: Path) -> tuple[RankTensors, Any]:
 
 
 def _numbers(path: Path) -> tuple[int, ...]:
-    """Tensor and pipeline rank in a folder's name."""
+    """Return the tensor and pipeline rank in a folder's name."""
     return tuple(int(number) for number in re.findall(r"\d+", path.parent.name))
 
 
@@ -171,7 +171,7 @@ def _torch_dist(folder: Path) -> tuple[RankTensors, Any]:
 
 
 def _joined(entry: torch_dist.TensorEntry, layer: int | None = None) -> torch.Tensor:
-    """A tensor from its chunks, or one layer of a stack ``[layers, ...]``."""
+    """Read a tensor from its chunks, or one layer of a tensor stacked as ``[layers, ...]``."""
     whole = torch.empty(entry.shape if layer is None else (1, *entry.shape[1:]), dtype=entry.dtype)
     for (offsets, sizes), (path, offset, length) in entry.chunks.items():
         first = offsets[0] - (layer or 0)

@@ -1,16 +1,16 @@
-"""The canonical tensor model: names, shapes and every layout another format may use.
+"""Canonical tensors of a model: names, shapes and all layouts of the checkpoint formats.
 
-Canonical tensors carry the names of megatron-core's GPTModel with global layer numbers and no
+Canonical tensors have the names of megatron-core's GPTModel with global layer numbers and no
 tensor parallelism, in megatron-core's layout (megatron/core/transformer/attention.py and mlp.py):
 
 - ``linear_qkv`` rows are grouped, ``[groups, heads per group + 2, head_dim]``: the queries of a
   group, its key, its value;
-- ``linear_fc1`` of a SwiGLU holds all gates, then all ups: ``[2 x ffn, h]``;
-- matrices are ``[out, in]``; rotary positions rotate halves, as in Hugging Face.
+- ``linear_fc1`` of SwiGLU contains all gate rows, then all up rows: ``[2 x ffn, h]``;
+- matrices are ``[out, in]``; rotary position embeddings rotate halves, as in Hugging Face.
 
-A layout is a function from a canonical tensor to the parts that a file holds, each a *view* of it.
-Reading copies files into the views, writing copies the views into files, so that each layout is
-written down once and both directions agree.
+A layout is a function from a canonical tensor to the parts that are stored in files, each a *view*
+of the tensor. Reading copies files into the views, writing copies the views into files: each layout
+is defined once for both directions.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ OUTPUT_LAYER = "output_layer.weight"
 LAYER = "decoder.layers.{i}."
 
 VOCABULARY = frozenset({WORD_EMBEDDINGS, OUTPUT_LAYER})
-"""Tensors whose first dimension is the padded vocabulary."""
+"""Tensors whose first dimension is the padded vocabulary size."""
 
 Shape = tuple[int, ...]
 
 
 class Part(NamedTuple):
-    """What a file holds of a canonical tensor: a view of it, and the shape in the file."""
+    """A stored part of a canonical tensor: a view of the tensor, and the shape in the file."""
 
     view: torch.Tensor
     shape: Shape
@@ -45,18 +45,19 @@ class Part(NamedTuple):
 Layout = Callable[[torch.Tensor], list[Part]]
 
 ParallelSplit = Literal["replicated", "rows", "columns", "gate_up"]
-"""How tensor parallelism divides a tensor."""
+"""How tensor parallelism splits a tensor."""
 
 
-def tensor_shapes(model: ModelConfig, rows: int) -> dict[str, Shape]:
-    """Name and shape of every tensor of a model, in the order of its forward pass.
+def tensor_shapes(model: ModelConfig, padded_vocab_size: int) -> dict[str, Shape]:
+    """Return name and shape of every tensor of a model, in the order of the forward pass.
 
     Args:
-        model: the architecture; ``max_position_embeddings`` is needed with learned positions.
-        rows: rows of the embedding, ``[rows, h]``.
+        model: the architecture; ``max_position_embeddings`` is required for learned position
+            embeddings.
+        padded_vocab_size: first dimension of the embedding ``[padded_vocab_size, h]``.
     """
     h = model.hidden_size
-    found: dict[str, Shape] = {WORD_EMBEDDINGS: (rows, h)}
+    found: dict[str, Shape] = {WORD_EMBEDDINGS: (padded_vocab_size, h)}
     if model.position_embedding_type == "learned_absolute":
         found[POSITION_EMBEDDINGS] = (_positions(model), h)
     block = _block_shapes(model)
@@ -65,18 +66,18 @@ def tensor_shapes(model: ModelConfig, rows: int) -> dict[str, Shape]:
         found |= {prefix + name: shape for name, shape in block.items()}
     found |= {f"{FINAL_NORM}.{kind}": (h,) for kind in norm_parameters(model)}
     if model.untie_embeddings_and_output_weights:
-        found[OUTPUT_LAYER] = (rows, h)
+        found[OUTPUT_LAYER] = (padded_vocab_size, h)
     return found
 
 
 def _positions(model: ModelConfig) -> int:
     if model.max_position_embeddings is None:
-        raise ValueError("max_position_embeddings is not known")
+        raise ValueError("max_position_embeddings is not set")
     return model.max_position_embeddings
 
 
 def norm_parameters(model: ModelConfig) -> tuple[str, ...]:
-    """Parameters of a norm: LayerNorm has a bias, RMSNorm has none."""
+    """Return the parameters of a norm; RMSNorm has no bias."""
     return ("weight", "bias") if model.normalization == "LayerNorm" else ("weight",)
 
 
@@ -105,7 +106,7 @@ def _block_shapes(model: ModelConfig) -> dict[str, Shape]:
 
 
 def parallel_split(name: str, model: ModelConfig) -> ParallelSplit:
-    """How tensor parallelism divides the tensor of this name."""
+    """Return how tensor parallelism splits the tensor of this name."""
     if name in VOCABULARY or ".linear_qkv." in name:
         return "rows"
     if ".linear_fc1." in name:
@@ -116,9 +117,9 @@ def parallel_split(name: str, model: ModelConfig) -> ParallelSplit:
 
 
 def rank_layout(name: str, model: ModelConfig, size: int) -> Layout:
-    """The layout of one tensor over ``size`` tensor-parallel ranks.
+    """Return the layout of a tensor over ``size`` tensor-parallel ranks.
 
-    It has one part per rank, or a single one for a tensor that all ranks hold whole.
+    It has one part per rank, or a single part for a replicated tensor.
     """
     split = parallel_split(name, model)
     if size == 1 or split == "replicated":
@@ -128,35 +129,35 @@ def rank_layout(name: str, model: ModelConfig, size: int) -> Layout:
 
 
 def whole(tensor: torch.Tensor) -> list[Part]:
-    """The tensor as it is."""
+    """Return the whole tensor as a single part."""
     return [Part(tensor, tuple(tensor.shape))]
 
 
 def transposed(tensor: torch.Tensor) -> list[Part]:
-    """``[out, in]`` as GPT-2's Conv1D keeps it: ``[in, out]``."""
+    """Transpose ``[out, in]`` to ``[in, out]``, the layout of GPT-2's Conv1D."""
     view = tensor.t()
     return [Part(view, tuple(view.shape))]
 
 
 def split_rows(tensor: torch.Tensor, size: int) -> list[Part]:
-    """``size`` equal parts of the first dimension."""
+    """Split the first dimension into ``size`` equal parts."""
     return [Part(view, tuple(view.shape)) for view in tensor.chunk(size)]
 
 
 def split_columns(tensor: torch.Tensor, size: int) -> list[Part]:
-    """``size`` equal parts of the second dimension."""
+    """Split the second dimension into ``size`` equal parts."""
     return [Part(view, tuple(view.shape)) for view in tensor.chunk(size, dim=1)]
 
 
 def gate_up(tensor: torch.Tensor) -> list[Part]:
-    """``[2 x ffn, ...]`` as gate and up, each ``[ffn, ...]``."""
+    """Split ``[2 x ffn, ...]`` into gate and up, each ``[ffn, ...]``."""
     return split_rows(tensor, 2)
 
 
 def gate_up_rows(tensor: torch.Tensor, size: int) -> list[Part]:
-    """``[2 x ffn, ...]`` as ``[gate_t; up_t]`` of each tensor-parallel rank ``t``.
+    """Split ``[2 x ffn, ...]`` into ``[gate_t; up_t]`` of each tensor-parallel rank ``t``.
 
-    Joining the ranks' rows without this gives a model that loads and is wrong.
+    Concatenating the ranks' rows instead gives a model that loads and computes wrong outputs.
     """
     rest = tensor.shape[1:]
     split = tensor.view(2, size, -1, *rest)
@@ -165,9 +166,9 @@ def gate_up_rows(tensor: torch.Tensor, size: int) -> list[Part]:
 
 
 def query_key_value(tensor: torch.Tensor, groups: int, head_dim: int) -> list[Part]:
-    """Grouped ``linear_qkv`` rows as queries, keys and values, each heads-major.
+    """Split grouped ``linear_qkv`` rows into queries, keys and values, each head by head.
 
-    ``[(n + 2 g) d, ...]`` gives ``[n d, ...]``, ``[g d, ...]`` and ``[g d, ...]``.
+    ``[(n + 2 g) d, ...]`` becomes ``[n d, ...]``, ``[g d, ...]`` and ``[g d, ...]``.
     """
     rest = tensor.shape[1:]
     grouped = tensor.view(groups, -1, head_dim, *rest)
@@ -176,10 +177,10 @@ def query_key_value(tensor: torch.Tensor, groups: int, head_dim: int) -> list[Pa
 
 
 def query_key_value_conv1d(tensor: torch.Tensor, heads: int) -> list[Part]:
-    """Per-head ``linear_qkv`` as GPT-2's ``c_attn``: columns q | k | v, each heads-major.
+    """Rearrange per-head ``linear_qkv`` to GPT-2's ``c_attn``: columns q | k | v, head by head.
 
-    A weight ``[3 n d, h]`` gives ``[h, 3 n d]`` (Conv1D is transposed), a bias ``[3 n d]`` itself
-    in that order.
+    A weight ``[3 n d, h]`` becomes ``[h, 3 n d]`` (Conv1D is transposed); a bias ``[3 n d]`` keeps
+    its shape.
     """
     per_head = tensor.view(heads, 3, -1, *tensor.shape[1:])
     if tensor.dim() == 1:
@@ -188,7 +189,7 @@ def query_key_value_conv1d(tensor: torch.Tensor, heads: int) -> list[Part]:
 
 
 def rectangular_parts(tensor: torch.Tensor, places: Sequence[tuple[Shape, Shape]]) -> list[Part]:
-    """Rectangular parts of a tensor, each given by its offsets and its sizes."""
+    """Return rectangular parts of a tensor, each given by its offsets and its sizes."""
     parts = []
     for offsets, sizes in places:
         view = tensor
@@ -199,17 +200,17 @@ def rectangular_parts(tensor: torch.Tensor, places: Sequence[tuple[Shape, Shape]
 
 
 def part_shapes(layout: Layout, shape: Shape) -> list[Shape]:
-    """The shapes that a layout's parts have in the file, without touching data."""
+    """Return the shapes of a layout's parts in the file, computed without data."""
     return [part.shape for part in layout(torch.empty(shape, device="meta"))]
 
 
-def resize_vocabulary(tensor: torch.Tensor, count: int) -> torch.Tensor:
-    """Trim or pad the first dimension; padding repeats the last row, as Megatron-LM does.
+def resize_vocabulary(tensor: torch.Tensor, padded_vocab_size: int) -> torch.Tensor:
+    """Trim or pad the first dimension; padding repeats the last row, as in Megatron-LM.
 
-    A row that repeats a rare token's row keeps the padding as unlikely as that token. Rows of
-    zeros would have logit 0, which is far from unlikely in a trained model.
+    A padding row that repeats the row of a rare token is as improbable as that token. A row of
+    zeros would have logit 0, which is not improbable in a trained model.
     """
-    missing = count - tensor.shape[0]
+    missing = padded_vocab_size - tensor.shape[0]
     if missing <= 0:
-        return tensor[:count]
+        return tensor[:padded_vocab_size]
     return torch.cat([tensor, tensor[-1:].expand(missing, *tensor.shape[1:])])

@@ -1,15 +1,12 @@
-"""CRC-32 of what is read, computed while it is read, and of concatenated pieces.
+"""CRC-32 of file ranges, computed while they are read, and CRC-32 of concatenated data.
 
-The CRC-32 of bytes end to end, from those of the pieces.
+A :class:`ChecksumRange` is a range of a file with a known CRC-32: a whole file listed in a
+manifest, or an entry of a zip archive. Readers pass it the bytes that they read; the CRC-32s of the
+parts are combined, so that no byte is read twice. ``finish`` reads the parts that were not read
+by then.
 
-A CRC is a remainder of polynomials over GF(2): appending n bytes multiplies the one before by
+A CRC is the remainder of a polynomial over GF(2): appending n bytes multiplies the previous CRC by
 x^(8 n) modulo the generator. Bits are reflected, as in zip (APPNOTE 6.3) and zlib.
-
-Checksums of what is read, computed while it is read.
-
-A :class:`ChecksumRange` is a range of a file that has one CRC-32: a whole file of a manifest, or
-an entry of a zip archive. Whoever reads a part of it adds the part; the parts' sums are combined,
-so that no byte is read twice. What nobody has read by the end is read then.
 """
 
 from __future__ import annotations
@@ -23,11 +20,11 @@ from megatron_llmjp.errors import UserError
 
 _GENERATOR = 0xEDB88320
 _ONE = 1 << 31
-"""The polynomial 1."""
+"""The polynomial 1, bits reflected."""
 
 
 def _multiply(a: int, b: int) -> int:
-    """Product of two polynomials modulo the generator."""
+    """Return the product of two polynomials modulo the generator."""
     product = 0
     bit = _ONE
     while bit:
@@ -40,7 +37,7 @@ def _multiply(a: int, b: int) -> int:
 
 @lru_cache(maxsize=4096)
 def _power(count: int) -> int:
-    """x^(8 count) modulo the generator."""
+    """Return x^(8 count) modulo the generator."""
     result, square, exponent = _ONE, _ONE >> 1, 8 * count
     while exponent:
         if exponent & 1:
@@ -51,7 +48,13 @@ def _power(count: int) -> int:
 
 
 def combine_crc32(first: int, second: int, length: int) -> int:
-    """The CRC-32 of two pieces end to end, from theirs and the second one's bytes."""
+    """Return the CRC-32 of two concatenated byte strings.
+
+    Args:
+        first: CRC-32 of the first string.
+        second: CRC-32 of the second string.
+        length: bytes of the second string.
+    """
     return _multiply(_power(length), first) ^ second
 
 
@@ -59,20 +62,20 @@ _BLOCK = 1 << 22
 
 
 class ChecksumRange:
-    """Bytes of a file that have one CRC-32. Threads may share it."""
+    """A range of a file with one expected CRC-32; thread-safe."""
 
-    def __init__(self, path: Path, start: int, length: int, crc: int, what: str) -> None:
+    def __init__(self, path: Path, start: int, length: int, crc: int, origin: str) -> None:
         self.path = path
-        self._start, self._length, self._crc, self._what = start, length, crc, what
+        self._start, self._length, self._crc, self._origin = start, length, crc, origin
         self._pieces: dict[int, tuple[int, int]] = {}
         self._overlap = self._checked = False
         self._lock = threading.Lock()
 
     def add(self, offset: int, data: memoryview) -> None:
-        """Take up bytes that were read at an offset of the file.
+        """Add bytes that were read at an offset of the file; check the CRC-32 once all were added.
 
         Raises:
-            UserError: they are all, and their checksum is another one.
+            UserError: the CRC-32 is not the expected one.
         """
         with self._lock:
             known = self._pieces.get(offset)
@@ -87,17 +90,17 @@ class ChecksumRange:
             self.finish()
 
     def finish(self) -> None:
-        """Read what is missing, and compare.
+        """Read the bytes that were not added yet, and check the CRC-32.
 
         Raises:
-            UserError: the checksum is another one, or the file cannot be read.
+            UserError: the CRC-32 is not the expected one, or the file cannot be read.
         """
         if self._checked:
             return
         if self._total() != self._crc:
             raise UserError(
-                f"{self.path}: damaged: its content does not have the checksum of {self._what}; "
-                "restore the file from a copy, or take another checkpoint"
+                f"{self.path}: damaged: its content does not match the checksum in {self._origin}; "
+                "restore the file from a copy, or use another checkpoint"
             )
         self._checked = True
 
@@ -106,7 +109,7 @@ class ChecksumRange:
         ends = [start + length for start, (length, _) in pieces]
         starts = [start for start, _ in pieces[1:]]
         if self._overlap or any(end > start for end, start in zip(ends, starts, strict=False)):
-            pieces = []  # parts that share bytes cannot be combined: read all
+            pieces = []  # overlapping parts cannot be combined: read all bytes again
         total, position = 0, self._start
         try:
             with self.path.open("rb", buffering=0) as stream:

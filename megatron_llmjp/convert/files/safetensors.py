@@ -1,7 +1,8 @@
-"""The safetensors format: a length, a JSON header, then the tensors' bytes.
+"""Reader and writer of safetensors headers.
 
-Source: https://huggingface.co/docs/safetensors, "Format". Written here rather than with the
-library because the library wants a whole shard in memory.
+A file consists of the header's length, a JSON header and the tensors' bytes. Source:
+https://huggingface.co/docs/safetensors, "Format". The library is not used: it gives no byte
+offsets, and writes a shard only from tensors in memory.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ _CODES = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: code for code, dtype in _CODES.items()}
-_LARGEST_HEADER = 100_000_000  # the library's own limit
+_LARGEST_HEADER = 100_000_000  # the limit of the safetensors library
 
 
 def read_header(path: Path) -> dict[str, FileTensor]:
-    """The tensors of a file, by key.
+    """Read the tensors of a file, by key.
 
     Raises:
-        UserError: the file is damaged, truncated, or holds a type that weights do not have.
+        UserError: the file is damaged or truncated, or a tensor's type is not supported.
     """
     size = path.stat().st_size
     with path.open("rb") as stream:
@@ -51,7 +52,7 @@ def read_header(path: Path) -> dict[str, FileTensor]:
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: damaged header ({error})") from error
     if not isinstance(header, dict):
-        raise UserError(f"{path}: damaged header: no JSON object")
+        raise UserError(f"{path}: damaged header: not a JSON object")
     header.pop("__metadata__", None)
     found = {key: _entry(path, 8 + length, size, key, value) for key, value in header.items()}
     _check_overlap(path, found)
@@ -62,34 +63,41 @@ def _entry(path: Path, base: int, size: int, key: str, value: Any) -> FileTensor
     try:
         code, lengths, (start, end) = value["dtype"], value["shape"], value["data_offsets"]
     except (TypeError, KeyError, ValueError):
-        raise UserError(f"{path}: damaged header: {key} has no type, shape and offsets") from None
+        raise UserError(
+            f"{path}: damaged header: {key} lacks dtype, shape or data_offsets"
+        ) from None
     numbers = [start, end, *(lengths if isinstance(lengths, list) else [None])]
     if any(type(n) is not int or n < 0 for n in numbers) or start > end:
         raise UserError(f"{path}: damaged header: {key} has shape {lengths} at {start} to {end}")
     dtype = _CODES.get(code) if isinstance(code, str) else None
     if dtype is None:
-        raise UserError(f"{path}: {key} has type {code}, which cannot be converted")
+        raise UserError(
+            f"{path}: {key} has type {code}, which is not supported; expected one of "
+            f"{', '.join(_CODES)}"
+        )
     shape = tuple(lengths)
     if end - start != byte_count(shape, dtype):
-        raise UserError(f"{path}: damaged header: {key} {shape} does not fill its bytes")
+        raise UserError(
+            f"{path}: damaged header: {key} {shape} does not match its size of {end - start} bytes"
+        )
     if base + end > size:
         raise truncation_error(path, base + end)
     return FileTensor(path, base + start, shape, dtype)
 
 
 def _check_overlap(path: Path, tensors: dict[str, FileTensor]) -> None:
-    """Refuse tensors that share bytes, which the format forbids."""
+    """Refuse overlapping tensors, which the format forbids."""
     end, last = 0, ""
     for key, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
         if tensor.offset < end and byte_count(tensor.shape, tensor.dtype):
-            raise UserError(f"{path}: damaged header: {key} and {last} share bytes")
+            raise UserError(f"{path}: damaged header: {key} and {last} overlap")
         if (reach := tensor.offset + byte_count(tensor.shape, tensor.dtype)) > end:
             end, last = reach, key
 
 
 def plan_safetensors(name: str, tensors: dict[str, tuple[Shape, torch.dtype]]) -> OutputFile:
-    """Lay out a file that will hold these tensors in this order."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # older transformers insist on it
+    """Lay out a file that contains these tensors in this order."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # required by older transformers
     end = 0
     for key, (shape, dtype) in tensors.items():
         start, end = end, end + byte_count(shape, dtype)

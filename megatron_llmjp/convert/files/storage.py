@@ -1,7 +1,7 @@
-"""Tensors at rest: where the bytes of a tensor lie, and how they are read and written.
+"""Tensors stored in files: their location, and functions that read and write their bytes.
 
 Bytes are read with ordinary reads into memory of exactly the tensor's size. A memory map would
-count every page ever touched as resident memory, and is slower on parallel file systems.
+count every page that was touched as resident memory, and is slower on parallel file systems.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ DTYPES: dict[str, torch.dtype] = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
 }
-"""Types of weights, by the name that ``--dtype`` takes."""
+"""Types of weights, by their names in ``--dtype``."""
 
 BLOCK = 1 << 26
-"""Bytes written per call: Linux moves at most 2 GiB at once, and progress is shown in between."""
+"""Bytes per write call; Linux writes at most 2 GiB at once."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The name of a type as ``--dtype`` takes it, or torch's own."""
+    """Return the name of a type in ``--dtype``, or torch's name for other types."""
     names = {known: name for name, known in DTYPES.items()}
     return names.get(dtype, str(dtype).removeprefix("torch."))
 
 
 def byte_count(shape: Shape, dtype: torch.dtype) -> int:
-    """Bytes of a contiguous tensor."""
+    """Return the size of a contiguous tensor in bytes."""
     count = dtype.itemsize
     for length in shape:
         count *= length
@@ -44,31 +44,31 @@ def byte_count(shape: Shape, dtype: torch.dtype) -> int:
 
 
 class StoredTensor(Protocol):
-    """A tensor in a file. Picklable: worker processes read it."""
+    """Interface of a tensor that is stored in a file."""
 
     @property
     def shape(self) -> Shape:
-        """Its shape."""
+        """Shape of the tensor."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Its type."""
+        """Type of the elements."""
 
     @property
     def source(self) -> str:
-        """The file, for messages and plans."""
+        """Path of the file, for messages."""
 
     @property
     def checksum_ranges(self) -> tuple[ChecksumRange, ...]:
-        """The checksums that reading it takes part in."""
+        """The ranges whose CRC-32 includes the tensor's bytes."""
 
     def read(self, into: torch.Tensor | None = None) -> torch.Tensor:
-        """Read it, into fresh memory or a contiguous tensor of as many elements."""
+        """Read the tensor into new memory, or into a contiguous tensor of as many elements."""
 
 
 @dataclass(frozen=True)
 class FileTensor:
-    """A tensor whose elements lie at an offset of a file, row-major unless strides are given."""
+    """A tensor at an offset of a file, row-major unless strides are given."""
 
     path: Path
     offset: int
@@ -76,23 +76,23 @@ class FileTensor:
     dtype: torch.dtype
     stride: Shape | None = None
     checksum_range: ChecksumRange | None = None
-    """What has a checksum, if its bytes are part of such a thing."""
+    """The range with a checksum that contains the tensor, if there is one."""
 
     @property
     def checksum_ranges(self) -> tuple[ChecksumRange, ...]:
-        """The checksums that reading it takes part in."""
+        """The ranges whose CRC-32 includes the tensor's bytes."""
         return () if self.checksum_range is None else (self.checksum_range,)
 
     @property
     def source(self) -> str:
-        """The file."""
+        """Path of the file."""
         return str(self.path)
 
     def read(self, into: torch.Tensor | None = None) -> torch.Tensor:
-        """Read it, into fresh memory or a contiguous tensor of as many elements.
+        """Read the tensor into new memory, or into a contiguous tensor of as many elements.
 
         Raises:
-            UserError: the file ends before the tensor does, or cannot be read.
+            UserError: the file ends before the end of the tensor, or cannot be read.
         """
         if self.stride is None:
             return read_elements(
@@ -107,7 +107,7 @@ class FileTensor:
 
 
 def copy_into(tensor: torch.Tensor, into: torch.Tensor | None) -> torch.Tensor:
-    """The tensor itself, or the one it was to be read into."""
+    """Copy a tensor into another one of as many elements, if given; return the result."""
     return tensor if into is None else into.copy_(tensor.view(into.shape))
 
 
@@ -123,14 +123,14 @@ def read_elements(
 
     Args:
         path: the file.
-        offset: in bytes.
-        dtype: of the elements.
-        shape: of the tensor.
-        into: contiguous memory for as many elements, instead of fresh one.
-        checksum_range: is given what was read.
+        offset: bytes from the start of the file.
+        dtype: type of the elements.
+        shape: shape of the tensor.
+        into: contiguous tensor of as many elements to read into, instead of new memory.
+        checksum_range: receives the bytes that were read.
 
     Raises:
-        UserError: the file ends too early, or cannot be read.
+        UserError: the file ends before the end of the tensor, or cannot be read.
     """
     tensor = torch.empty(shape, dtype=dtype) if into is None else into
     if tensor.numel() == 0:
@@ -153,13 +153,13 @@ def read_elements(
 
 
 def truncation_error(path: Path, needed: int) -> UserError:
-    """The error for a file that is shorter than its own header says."""
+    """Return the error for a file that is shorter than its header requires."""
     size = path.stat().st_size
-    return UserError(f"{path}: truncated: {size} bytes, at least {needed} needed; copy it again")
+    return UserError(f"{path}: truncated: {size} bytes, expected at least {needed}; copy it again")
 
 
 def write_at(descriptor: int, offset: int, data: bytes | memoryview) -> None:
-    """Write all bytes at an offset.
+    """Write bytes at an offset of a file.
 
     Raises:
         UserError: the disk is full.
@@ -171,11 +171,11 @@ def write_at(descriptor: int, offset: int, data: bytes | memoryview) -> None:
             done += os.pwrite(descriptor, view[done : done + BLOCK], offset + done)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError("the disk is full; nothing was left behind") from error
+            raise UserError("the disk is full; the incomplete output was removed") from error
         raise
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous tensor, without a copy."""
+    """Return the bytes of a contiguous tensor without copying them."""
     array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
     return memoryview(array)

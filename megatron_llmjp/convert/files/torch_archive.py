@@ -1,10 +1,10 @@
-"""Reading what ``torch.save`` wrote, without running anything that the file names.
+"""Reader of ``torch.save`` archives that executes nothing and reads no tensor data.
 
 A file of ``torch.save`` is a zip archive of stored (uncompressed) entries: a pickle and one entry
-per storage (torch/serialization.py). Its pickle is opened here with an unpickler that builds plain
-containers, argparse namespaces and descriptions of tensors. Classes of training programs become
-inert records, so neither ``megatron`` nor ``deepspeed`` needs to be installed; anything else that
-a pickle could call is refused. Tensors stay in the file until they are read.
+per storage (torch/serialization.py). The unpickler here creates plain containers, argparse
+namespaces and descriptions of tensors (:class:`FileTensor`). Classes of training programs become
+:class:`InertObject`, so that neither ``megatron`` nor ``deepspeed`` must be installed; any other
+callable in a pickle is refused.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ _PLAIN_BUILTINS = frozenset(
 
 
 class InertObject:
-    """An inert stand-in for an object of a class that is not imported: its state as attributes."""
+    """Replaces an object of a class that is not imported; its state becomes attributes."""
 
     kind = "object"
 
@@ -84,7 +84,7 @@ class InertObject:
             self.state = state
 
     def append(self, value: Any) -> None:
-        """Ignore list items: the record stands for a container of no interest."""
+        """Ignore list items."""
 
     def extend(self, values: Any) -> None:
         """Ignore list items."""
@@ -107,30 +107,30 @@ def load_archive(
     length: int | None = None,
     checksum_range: ChecksumRange | None = None,
 ) -> Any:
-    """Open an archive that is a file, or a part of one.
+    """Load the object of an archive, which is a file or a part of one.
 
     Args:
         path: the file.
-        offset: where the archive begins, in bytes.
-        length: its size; the rest of the file when not given.
-        checksum_range: has the checksum of the whole file; otherwise each storage has that of
-            its entry,
-            if the archive has any.
+        offset: start of the archive in the file, in bytes.
+        length: size of the archive; default: the rest of the file.
+        checksum_range: range of the whole file, if its CRC-32 is known; default: the ranges of
+            the archive's entries that have a CRC-32.
 
     Returns:
         The pickled object, with a :class:`FileTensor` in place of every tensor.
 
     Raises:
-        UserError: the file is truncated, not of this format, or names a foreign callable.
+        UserError: the file is truncated or not of this format, or refers to a callable that is not
+            allowed.
     """
     try:
         with path.open("rb") as stream:
-            window = _Window(stream, offset, length)
-            archive = zipfile.ZipFile(window)
-            places = _entry_places(archive, window, offset)
+            file_slice = _FileSlice(stream, offset, length)
+            archive = zipfile.ZipFile(file_slice)
+            places = _entry_locations(archive, file_slice, offset)
             root = next(n for n in places if PurePosixPath(n).name == "data.pkl")
             folder = root.rsplit("/", 1)[0]
-            contents = _read_entry(archive, window, root, places[root][0] - offset)
+            contents = _read_entry(archive, file_slice, root, places[root][0] - offset)
             checksum_ranges = _checksum_ranges(path, archive, places, checksum_range)
             return _Unpickler(io.BytesIO(contents), path, folder, places, checksum_ranges).load()
     except FileNotFoundError:
@@ -138,7 +138,8 @@ def load_archive(
     except (zipfile.BadZipFile, StopIteration, struct.error, EOFError) as error:
         if offset == 0 and _is_old_format(path):
             raise UserError(
-                f"{path}: in the format of torch before 1.6; load and save it with a newer torch"
+                f"{path}: in the format of torch before 1.6, which is not supported; load it "
+                "and save it again with a newer torch"
             ) from None
         raise UserError(f"{path}: damaged or truncated ({error or 'no data.pkl'})") from error
     except pickle.UnpicklingError as error:
@@ -155,7 +156,7 @@ def _checksum_ranges(
     places: dict[str, tuple[int, int]],
     whole: ChecksumRange | None,
 ) -> Mapping[str, ChecksumRange]:
-    """The checksum that covers each entry. torch leaves them 0 where they are switched off."""
+    """Return the range with a checksum for each entry; torch writes 0 for disabled CRC-32s."""
     if whole is not None:
         return dict.fromkeys(places, whole)
     return {
@@ -165,17 +166,17 @@ def _checksum_ranges(
     }
 
 
-def _read_entry(archive: zipfile.ZipFile, window: _Window, name: str, start: int) -> bytes:
+def _read_entry(archive: zipfile.ZipFile, file_slice: _FileSlice, name: str, start: int) -> bytes:
     entry = archive.getinfo(name)
     if entry.CRC:
         return archive.read(name)
-    # Files whose manifest sums them whole have no sums inside (torch's set_crc32_options).
-    window.seek(start)
-    return window.read(entry.file_size)
+    # Native files have CRC-32s in their manifest and none inside (torch's set_crc32_options).
+    file_slice.seek(start)
+    return file_slice.read(entry.file_size)
 
 
-class _Window(io.RawIOBase):
-    """A part of a file that looks like a file of its own."""
+class _FileSlice(io.RawIOBase):
+    """A part of a file as a file object."""
 
     def __init__(self, stream: Any, start: int, length: int | None) -> None:
         self._stream, self._start = stream, start
@@ -208,16 +209,16 @@ class _Window(io.RawIOBase):
         return data
 
 
-def _entry_places(
-    archive: zipfile.ZipFile, window: _Window, base: int
+def _entry_locations(
+    archive: zipfile.ZipFile, file_slice: _FileSlice, base: int
 ) -> dict[str, tuple[int, int]]:
-    """Offset in the file and size of the data of every entry."""
+    """Return the offset in the file and the size of every entry's data."""
     places = {}
     for entry in archive.infolist():
         if entry.compress_type != zipfile.ZIP_STORED:
-            raise zipfile.BadZipFile(f"{entry.filename} is compressed, which torch.save never does")
-        window.seek(entry.header_offset)
-        header = _LOCAL_HEADER.unpack(window.read(_LOCAL_HEADER.size))
+            raise zipfile.BadZipFile(f"{entry.filename} is compressed, unlike those of torch.save")
+        file_slice.seek(entry.header_offset)
+        header = _LOCAL_HEADER.unpack(file_slice.read(_LOCAL_HEADER.size))
         start = entry.header_offset + _LOCAL_HEADER.size + header[9] + header[10]
         places[entry.filename] = (base + start, entry.file_size)
     return places
@@ -242,7 +243,7 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> _StorageRef:
         kind, storage, key = pid[0], pid[1], pid[2]
         if kind != "storage" or not isinstance(storage, torch.dtype):
-            raise UserError(f"{self._path}: a storage of a kind that is not known: {pid!r}")
+            raise UserError(f"{self._path}: unsupported storage: {pid!r}")
         return _StorageRef(storage, str(key))
 
     def _rebuild(
@@ -250,7 +251,7 @@ class _Unpickler(pickle.Unpickler):
     ) -> FileTensor:
         name = f"{self._folder}/data/{storage.key}"
         if name not in self._places:
-            raise UserError(f"{self._path}: damaged: the data of a tensor ({name}) is missing")
+            raise UserError(f"{self._path}: damaged: the data of a tensor is missing: {name}")
         start, size = self._places[name]
         shape, stride = tuple(shape), tuple(stride)
         itemsize = storage.dtype.itemsize
@@ -270,16 +271,22 @@ class _Unpickler(pickle.Unpickler):
 def resolve_global(
     module: str, name: str, path: Path, rebuild: Callable[..., Any] | None = None
 ) -> Any:
-    """What a name in a pickle stands for; the allow-list.
+    """Return the class or function for a global of a pickle; this is the allow-list.
+
+    Args:
+        module: module of the global.
+        name: name of the global in the module.
+        path: the file, for messages.
+        rebuild: replaces ``torch._utils._rebuild_tensor_v2``; without it, tensors are refused.
 
     Raises:
-        UserError: the name is not known to be harmless.
+        UserError: the global is not on the allow-list.
     """
     package = module.partition(".")[0]
     if (module, name) == ("torch._utils", "_rebuild_tensor_v2") and rebuild is not None:
         return rebuild
     if module == "torch._utils" and name in {"_rebuild_parameter", "_rebuild_parameter_with_state"}:
-        return _first
+        return _first_argument
     if module in {"torch", "torch.storage"} and name in _STORAGES:
         return _STORAGES[name]
     if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
@@ -287,7 +294,7 @@ def resolve_global(
     if (module, name) == ("torch", "Size"):
         return torch.Size
     if (module, name) == ("torch._tensor", "_rebuild_from_type_v2"):
-        return _without_type
+        return _rebuild_without_attributes
     if (module, name) == ("signal", "Signals"):
         return _inert_class(module, name)
     if (module, name) == ("collections", "OrderedDict"):
@@ -303,19 +310,19 @@ def resolve_global(
     if package in _INERT_PACKAGES:
         return _inert_class(module, name)
     if module in {"builtins", "__builtin__"} and name == "getattr":
-        return partial(_member, path)
+        return partial(_enum_member, path)
     raise _refusal(path, f"{module}.{name}")
 
 
-def _refusal(path: Path, what: str) -> UserError:
+def _refusal(path: Path, name: str) -> UserError:
     return UserError(
-        f"{path}: refused: it would call {what}, which no checkpoint needs. "
+        f"{path}: refused: its pickle calls {name}, which is not on the allow-list. "
         "Do not load this file with torch.load either unless you trust its origin"
     )
 
 
-def _member(path: Path, *arguments: Any) -> InertObject:
-    """An enumeration's member: Python 3.11.0 to 3.11.3 pickle ``getattr(KIND, NAME)``."""
+def _enum_member(path: Path, *arguments: Any) -> InertObject:
+    """Return a member of an enumeration; Python 3.11.0 to 3.11.3 pickle ``getattr(ENUM, NAME)``."""
     kind, name = arguments if len(arguments) == 2 else (None, None)
     if isinstance(kind, type) and issubclass(kind, InertObject) and isinstance(name, str):
         return kind(name)
@@ -326,15 +333,15 @@ def _inert_class(module: str, name: str) -> type[InertObject]:
     return type(name.rpartition(".")[2], (InertObject,), {"kind": f"{module}.{name}"})
 
 
-def _without_type(function: Any, kind: Any, arguments: Any, state: Any) -> Any:
-    """A tensor with attributes, which Megatron-LM puts on its fp32 masters, without them.
+def _rebuild_without_attributes(function: Any, kind: Any, arguments: Any, state: Any) -> Any:
+    """Rebuild a tensor without its attributes, which Megatron-LM sets on fp32 main weights.
 
-    The function is what :func:`resolve_global` gave for a name in the same pickle.
+    The function was returned by :func:`resolve_global` for a global of the same pickle.
     """
     return function(*arguments)
 
 
-def _first(value: Any, *_: Any) -> Any:
+def _first_argument(value: Any, *_: Any) -> Any:
     return value
 
 

@@ -1,8 +1,8 @@
-"""Laying out an archive that ``torch.load`` reads, before its tensors exist.
+"""Layout of archives for ``torch.load`` whose tensors are written later.
 
-``torch.save`` wants all tensors in memory. Here the pickle is made from placeholders, every
-storage gets its place in the zip archive, and the bytes are filled in later, in any order.
-Source of the layout: torch/serialization.py (``_save``) and the ZIP specification (APPNOTE 6.3).
+``torch.save`` needs all tensors in memory. Here the pickle is created from placeholders, every
+storage gets an offset in the zip archive, and the bytes are written later, in any order.
+Source of the layout: torch/serialization.py (``_save``) and the zip specification (APPNOTE 6.3).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatron_llmjp.convert.tensors import Shape
 
 _ALIGNMENT = 64
 _LIMIT = 0xFFFFFFFF
-_DATE = (1 << 5) | 1  # 1980-01-01, the earliest that zip can say: output does not depend on time
+_DATE = (1 << 5) | 1  # 1980-01-01, the earliest date of zip: output is reproducible
 _STORAGE_CLASSES = {
     torch.float32: torch.FloatStorage,
     torch.float16: torch.HalfStorage,
@@ -35,7 +35,7 @@ _STORAGE_CLASSES = {
 
 @dataclass(frozen=True)
 class TensorPlaceholder:
-    """Stands for a tensor in an object that is to be saved; ``key`` names its slot."""
+    """Replaces a tensor in an object to be saved; ``key`` is the key of its slot."""
 
     key: str
     shape: Shape
@@ -43,7 +43,7 @@ class TensorPlaceholder:
 
 
 class _Storage:
-    """What a placeholder's pickle refers to as its storage."""
+    """The storage of a placeholder in the pickle."""
 
     def __init__(self, number: int, placeholder: TensorPlaceholder) -> None:
         self.number, self.placeholder = number, placeholder
@@ -51,7 +51,7 @@ class _Storage:
 
 class _Pickler(pickle.Pickler):
     def __init__(self, stream: io.BytesIO) -> None:
-        super().__init__(stream, protocol=2)  # as torch.save; weights_only loading insists on it
+        super().__init__(stream, protocol=2)  # as torch.save; required by weights_only
         self.storages: list[_Storage] = []
 
     def reducer_override(self, value: Any) -> Any:
@@ -90,11 +90,11 @@ def plan_archive(file: str, value: Any, base: int = 0) -> OutputFile:
 
     Args:
         file: name of the output file.
-        value: what ``torch.load`` shall return, with :class:`TensorPlaceholder` for tensors.
-        base: offset of the archive in the file (a ``.distcp`` file holds many).
+        value: the object to be saved, with :class:`TensorPlaceholder` in place of tensors.
+        base: offset of the archive in the file (a ``.distcp`` file contains many archives).
 
     Returns:
-        The file; its size is the end of the archive, its slots are named by placeholder.
+        The file; its size is the end of the archive, its slots have the placeholders' keys.
     """
     stream = io.BytesIO()
     pickler = _Pickler(stream)
@@ -117,20 +117,20 @@ def plan_archive(file: str, value: Any, base: int = 0) -> OutputFile:
 
 
 class _Zip:
-    """A zip archive of stored entries at an offset of a file, some of them still empty."""
+    """A zip archive of stored entries at an offset of a file, some with data written later."""
 
     def __init__(self, base: int) -> None:
         self.base = self.position = base
         self.fixed: list[tuple[int, bytes]] = []
-        self._entries: list[tuple[bytes, int, int, int]] = []  # name, crc, size, header's place
+        self._entries: list[tuple[bytes, int, int, int]] = []  # name, crc, size, header's offset
 
     def add(self, name: str, data: bytes) -> None:
-        """An entry with known bytes."""
+        """Add an entry with known bytes."""
         start = self._header(name, len(data), zlib.crc32(data))
         self.fixed.append((start, data))
 
     def add_hole(self, name: str, size: int) -> int:
-        """An entry to be filled later; returns where its bytes start."""
+        """Add an entry whose bytes are written later; returns the offset of its bytes."""
         return self._header(name, size, 0)
 
     def _header(self, name: str, size: int, crc: int) -> int:
@@ -138,7 +138,7 @@ class _Zip:
         place = self.position
         extra = b"" if size < _LIMIT else struct.pack("<HHQQ", 1, 16, size, size)
         start = place + 30 + len(encoded) + len(extra)
-        # Data starts on a multiple of 64 bytes of the archive, as memory maps like it.
+        # Data is aligned to 64 bytes of the archive, for memory maps.
         gap = -(start + 4 - self.base) % _ALIGNMENT
         extra += struct.pack("<HH", 0x4246, gap) + b"Z" * gap  # torch's own padding field, "FB"
         small = min(size, _LIMIT)
@@ -163,7 +163,7 @@ class _Zip:
         return start
 
     def close(self) -> dict[str, tuple[int, ...]]:
-        """Write the directory; returns the two places of every entry's checksum."""
+        """Add the central directory; returns the two offsets of every entry's CRC-32."""
         directory = b""
         crcs: dict[str, tuple[int, ...]] = {}
         begin = self.position

@@ -1,9 +1,7 @@
-"""The CRC-32 of a file from those of its pieces, without reading what was written.
+"""Reader and writer of PyTorch distributed checkpoints (torch_dist) without a process group.
 
-PyTorch distributed checkpoints (torch_dist) without a process group.
-
-A folder holds ``.metadata``, a pickle that says which rectangular chunk of which tensor lies at
-which bytes of which ``.distcp`` file, and each chunk is an archive of ``torch.save`` of its own.
+A folder contains ``.metadata``, a pickle with the file, the offset and the length of every
+rectangular chunk of every tensor, and ``.distcp`` files; each chunk is a ``torch.save`` archive.
 Source: torch/distributed/checkpoint/{metadata,filesystem}.py; megatron-core adds ``common.pt``
 and ``metadata.json`` (megatron/core/dist_checkpointing/serialization.py).
 """
@@ -12,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import pickle
 import zlib
 from collections.abc import Iterator, Mapping
@@ -32,14 +31,14 @@ from megatron_llmjp.errors import UserError
 
 
 def planned_file_crc32(file: OutputFile, sums: Mapping[tuple[str, int], int]) -> int:
-    """The CRC-32 of a file that was filled.
+    """Return the CRC-32 of a written file without reading it.
 
     Args:
-        file: its plan.
+        file: layout of the file.
         sums: CRC-32 of the tensors in it, by file and offset.
 
     Raises:
-        ValueError: the pieces do not cover the file, which is a bug of a format.
+        ValueError: fixed bytes and tensors do not cover the file, a bug in a format.
     """
     patches = {
         place: sums[slot.file, slot.offset].to_bytes(4, "little")
@@ -51,7 +50,7 @@ def planned_file_crc32(file: OutputFile, sums: Mapping[tuple[str, int], int]) ->
     total = position = 0
     for start, length, crc in sorted(pieces):
         if start != position:
-            raise ValueError(f"{file.name}: nothing is planned at {position}")
+            raise ValueError(f"{file.name}: no data is planned at byte {position}")
         total = combine_crc32(total, crc, length)
         position += length
     if position != file.size:
@@ -60,7 +59,7 @@ def planned_file_crc32(file: OutputFile, sums: Mapping[tuple[str, int], int]) ->
 
 
 def _patched(start: int, data: bytes, patches: Mapping[int, bytes]) -> bytes:
-    """Fixed bytes with the checksums that were written into them."""
+    """Return fixed bytes with the CRC-32s that were written into them."""
     found = {
         place - start: four for place, four in patches.items() if 0 <= place - start < len(data)
     }
@@ -75,12 +74,12 @@ def _patched(start: int, data: bytes, patches: Mapping[int, bytes]) -> bytes:
 METADATA = ".metadata"
 _COMMON_STATE = "common_state/shard_0_1"
 CHUNK_BYTES = 256 << 20
-"""Chunks are written no larger than this: whoever loads one holds it twice."""
+"""Largest chunk that is written; loading a chunk needs twice its size in memory."""
 
 
 @dataclass(frozen=True)
 class ChunkTensor:
-    """A chunk, of one layer if layers are stacked: an archive inside a ``.distcp`` file."""
+    """A chunk of a tensor, or of one layer of stacked layers: an archive in a ``.distcp`` file."""
 
     path: Path
     offset: int
@@ -88,49 +87,52 @@ class ChunkTensor:
     shape: Shape
     dtype: torch.dtype
     checksum_range: ChecksumRange | None = None
-    """The file, where a manifest has its checksum; else the archive may have one inside."""
+    """The file, if a manifest has its CRC-32; otherwise the archive may contain CRC-32s."""
 
     @property
     def checksum_ranges(self) -> tuple[ChecksumRange, ...]:
-        """The checksums that reading it takes part in."""
+        """The ranges whose CRC-32 includes the chunk's bytes."""
         return () if self.checksum_range is None else (self.checksum_range,)
 
     @property
     def source(self) -> str:
-        """The file."""
+        """Path of the file."""
         return str(self.path)
 
     def read(self, into: torch.Tensor | None = None) -> torch.Tensor:
-        """Read the chunk, into fresh memory or a contiguous tensor of as many elements.
+        """Read the chunk into new memory, or into a contiguous tensor of as many elements.
 
         Raises:
             UserError: the file is damaged.
         """
         found = load_archive(self.path, self.offset, self.length, self.checksum_range)
-        count = byte_count(self.shape, torch.uint8)
-        if not isinstance(found, FileTensor) or byte_count(found.shape, torch.uint8) != count:
-            raise UserError(f"{self.path}: damaged: no tensor {self.shape} at {self.offset}")
+        count = math.prod(self.shape)
+        if not isinstance(found, FileTensor) or math.prod(found.shape) != count:
+            raise UserError(f"{self.path}: damaged: no tensor {self.shape} at byte {self.offset}")
         tensor = found.read(into).view(self.shape)
         if self.checksum_range is None and found.checksum_range is not None:
-            found.checksum_range.finish()  # nobody else reads this archive
+            found.checksum_range.finish()  # this archive is read only once
         return tensor
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a distributed checkpoint: its shape, and the place of each chunk."""
+    """A tensor of a distributed checkpoint: its shape, and the location of each chunk.
+
+    ``chunks`` maps (offsets, sizes) in the tensor to (file, offset in bytes, length in bytes).
+    """
 
     shape: Shape
     dtype: torch.dtype
     chunks: dict[tuple[Shape, Shape], tuple[Path, int, int]]
     files: Mapping[Path, ChecksumRange] = field(default_factory=dict)
-    """Files with a checksum of their own."""
+    """Files with a known CRC-32."""
 
     def tensor_read(self, index: int | None) -> TensorRead:
-        """How to read the tensor, or one layer of a tensor stacked as ``[layers, ...]``.
+        """Return how to read the tensor, or one layer of a tensor stacked as ``[layers, ...]``.
 
         Raises:
-            UserError: the chunks do not cover it.
+            UserError: the chunks do not cover the tensor.
         """
         wanted, shape = self.chunks, self.shape
         if index is not None:
@@ -140,8 +142,8 @@ class TensorEntry:
                 if offsets[0] == index and sizes[0] == 1
             }
             shape = self.shape[1:]
-        covered = sum(byte_count(sizes, torch.uint8) for _, sizes in wanted)
-        if covered != byte_count(shape, torch.uint8):
+        covered = sum(math.prod(sizes) for _, sizes in wanted)
+        if covered != math.prod(shape):
             where = next(iter(self.chunks.values()))[0].parent
             raise UserError(f"{where}: the chunks of a tensor {shape} do not cover it")
         parts = [
@@ -155,18 +157,18 @@ class TensorEntry:
 def read_metadata(
     folder: Path, files: Mapping[Path, ChecksumRange] | None = None
 ) -> dict[str, TensorEntry]:
-    """The tensors of a distributed checkpoint by key; objects are left out.
+    """Read the tensors of a distributed checkpoint by key, without other objects.
 
     Args:
-        folder: of one iteration.
-        files: checksums of its files, where a manifest has them.
+        folder: checkpoint of one iteration.
+        files: files with a CRC-32 in a manifest.
 
     Raises:
-        UserError: ``.metadata`` is missing, damaged or of a kind that cannot be read.
+        UserError: ``.metadata`` is missing, damaged or not supported.
     """
     metadata = _open_metadata(folder)
     try:
-        places = _places(folder, metadata.storage_data)
+        places = _chunk_locations(folder, metadata.storage_data)
         return {
             key: _entry(key, value, places, files or {})
             for key, value in metadata.state_dict_metadata.items()
@@ -182,7 +184,7 @@ def _open_metadata(folder: Path) -> Any:
         with path.open("rb") as stream:
             return _MetadataUnpickler(stream, path).load()
     except FileNotFoundError:
-        raise UserError(f"{path}: missing, so this is no distributed checkpoint") from None
+        raise UserError(f"{path}: not found; the folder is not a distributed checkpoint") from None
     except UserError:
         raise
     except Exception as error:  # a damaged pickle may raise anything
@@ -190,34 +192,34 @@ def _open_metadata(folder: Path) -> Any:
 
 
 def read_common_state(folder: Path) -> dict[str, Any]:
-    """What a distributed checkpoint stores next to its tensors: arguments, iteration, schedule.
+    """Read the common state of a distributed checkpoint: arguments, iteration, scheduler.
 
     Raises:
-        UserError: it is missing or damaged.
+        UserError: the state is missing or damaged.
     """
     if (folder / "common.pt").exists() or not (folder / METADATA).exists():
         common = load_archive(folder / "common.pt")
     else:  # megatron-core from 0.19 on
         common = read_object(folder, _COMMON_STATE)
         if common is None:
-            raise UserError(f"{folder}: holds neither common.pt nor {_COMMON_STATE}")
+            raise UserError(f"{folder}: contains neither common.pt nor {_COMMON_STATE}")
         common = common[0] if isinstance(common, list) and len(common) == 1 else common
     if not isinstance(common, dict):
-        raise UserError(f"{folder}: damaged: its common state is no dictionary")
+        raise UserError(f"{folder}: damaged: its common state is not a dictionary")
     return common
 
 
 def read_object(folder: Path, key: str) -> Any:
-    """A small object among the tensors of a distributed checkpoint; None where it is not there.
+    """Read an object of a distributed checkpoint that is not a tensor; None if it does not exist.
 
     Raises:
-        UserError: it is damaged.
+        UserError: the object is damaged.
     """
-    place = _places(folder, _open_metadata(folder).storage_data).get((key, None))
+    place = _chunk_locations(folder, _open_metadata(folder).storage_data).get((key, None))
     return None if place is None else load_archive(*place)
 
 
-class _MetadataUnpickler(pickle._Unpickler):  # the one in C trusts sizes in the file
+class _MetadataUnpickler(pickle._Unpickler):  # the C implementation trusts sizes in the file
     def __init__(self, stream: Any, path: Path) -> None:
         super().__init__(stream)
         self._path = path
@@ -226,13 +228,15 @@ class _MetadataUnpickler(pickle._Unpickler):  # the one in C trusts sizes in the
         return resolve_global(module, name, self._path)
 
 
-def _places(folder: Path, storage_data: Any) -> dict[tuple[str, Any], tuple[Path, int, int]]:
+def _chunk_locations(
+    folder: Path, storage_data: Any
+) -> dict[tuple[str, Any], tuple[Path, int, int]]:
     places = {}
     for index, info in storage_data.items():
         if getattr(info, "transform_descriptors", None):
-            raise UserError(f"{folder}: compressed chunks cannot be read")
+            raise UserError(f"{folder}: compressed chunks are not supported")
         if "/" in info.relative_path:
-            raise UserError(f"{folder}: names a file outside its folder: {info.relative_path}")
+            raise UserError(f"{folder}: .metadata names a file outside it: {info.relative_path}")
         offset = getattr(index, "offset", None)
         where = None if offset is None else tuple(offset)
         place = (folder / info.relative_path, int(info.offset), int(info.length))
@@ -252,10 +256,10 @@ def _entry(
 
 
 class TorchDistWriter:
-    """Lays out a distributed checkpoint: chunks of tensors and small objects in files of a size.
+    """Layout of a distributed checkpoint: tensor chunks and objects in files of limited size.
 
-    Call :meth:`add_tensor` and :meth:`add_object`, then take :attr:`files`; call :meth:`finish`
-    when the files are filled.
+    Call :meth:`add_tensor` and :meth:`add_object`, then write the tensors of :attr:`files`, then
+    call :meth:`finish`.
     """
 
     def __init__(self, max_file_size: int, folder: str) -> None:
@@ -268,16 +272,16 @@ class TorchDistWriter:
     def add_tensor(
         self, key: str, shape: Shape, dtype: torch.dtype, layer: tuple[int, int] | None = None
     ) -> list[tuple[tuple[Shape, Shape], Slot]]:
-        """Make room for a tensor, or for one layer of a tensor stacked as ``[layers, ...]``.
+        """Add a tensor, or one layer of a tensor stacked as ``[layers, ...]``.
 
         Args:
-            key: the tensor's name on disk.
-            shape: of the tensor, or of the one layer.
-            dtype: its type.
+            key: name of the tensor in the checkpoint.
+            shape: shape of the tensor, or of the layer.
+            dtype: type of the elements.
             layer: (index, number of layers) for a stacked tensor.
 
         Returns:
-            The boxes into which the tensor is cut, and the slot of each.
+            Offsets and sizes of the chunks, and the slot of each chunk.
         """
         lead = () if layer is None else (layer[0],)
         stacked = shape if layer is None else (layer[1], *shape)
@@ -287,7 +291,7 @@ class TorchDistWriter:
             where = (*lead, *offsets)
             size = sizes if layer is None else (1, *sizes)
             name = f"{key}{list(where)}"
-            file = self._room(byte_count(sizes, dtype))
+            file = self._file_with_space(byte_count(sizes, dtype))
             start = file.size
             archive = plan_archive(file.name, TensorPlaceholder(name, size, dtype), start)
             self._append(file, archive)
@@ -301,20 +305,20 @@ class TorchDistWriter:
         return found
 
     def add_alias(self, key: str, of: str) -> None:
-        """Let another name mean the same bytes as the tensor ``of``, which is complete."""
+        """Add a second key for the bytes of the tensor ``of``, all chunks of which were added."""
         self._tensors[key] = self._tensors[of]
         for index, (where, _) in enumerate(self._tensors[of][2]):
             self._storage[key, where, index] = self._storage[of, where, index]
 
     def add_object(self, key: str, value: Any) -> None:
-        """Add a small object without tensors."""
-        file = self._room(0)
+        """Add an object without tensors."""
+        file = self._file_with_space(0)
         start = file.size
         self._append(file, plan_archive(file.name, value, start))
         self._storage[key, None, None] = (Path(file.name).name, start, file.size - start)
         self._objects.append(key)
 
-    def _room(self, size: int) -> OutputFile:
+    def _file_with_space(self, size: int) -> OutputFile:
         if not self.files or (self.files[-1].size and self.files[-1].size + size > self._limit):
             self.files.append(OutputFile(f"{self._folder}/__0_{len(self.files)}.distcp", 0, [], {}))
         return self.files[-1]
@@ -325,13 +329,13 @@ class TorchDistWriter:
         file.slots |= archive.slots
 
     def checksums(self, sums: Mapping[tuple[str, int], int]) -> dict[str, int]:
-        """CRC-32 of every file, by its name in the folder, from those of the tensors in it."""
+        """Return the CRC-32 of every file by its name in the folder, from those of its tensors."""
         return {Path(file.name).name: planned_file_crc32(file, sums) for file in self.files}
 
     def finish(self, folder: Path, common: dict[str, Any]) -> None:
-        """Write what goes beside the chunks: ``.metadata``, ``common.pt`` and ``metadata.json``."""
+        """Write ``.metadata``, ``common.pt`` and ``metadata.json`` next to the chunks."""
         (folder / METADATA).write_bytes(self._metadata())
-        buffer = io.BytesIO()  # torch.save into a file does not say why it failed
+        buffer = io.BytesIO()  # torch.save into a file hides the cause of an error
         torch.save(common, buffer)
         (folder / "common.pt").write_bytes(buffer.getvalue())
         backend = {
@@ -363,7 +367,10 @@ class TorchDistWriter:
 
 
 def split_into_chunks(shape: Shape, dtype: torch.dtype) -> Iterator[tuple[Shape, Shape]]:
-    """Cut a tensor along its first dimension into boxes of at most ``CHUNK_BYTES``."""
+    """Split a tensor along its first dimension into chunks of at most ``CHUNK_BYTES``.
+
+    Yields offsets and sizes of each chunk.
+    """
     total = byte_count(shape, dtype)
     count = shape[0]
     step = max(1, count if total <= CHUNK_BYTES else count * CHUNK_BYTES // total)
