@@ -1,6 +1,6 @@
-"""``convert_checkpoint``: the command line.
+"""Command line of ``convert_checkpoint``.
 
-torch is imported only when there is something to convert, so that ``--help`` answers at once.
+torch is imported only by conversions and ``inspect``, so that ``--help`` is printed at once.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ DTYPES = ("fp32", "fp16", "bf16")
 
 DESCRIPTION = """\
 Convert a checkpoint between this project's own format, Hugging Face, Megatron-LM and
-Megatron-DeepSpeed. Needs no GPU and, whatever the model's size, a few gigabytes of memory."""
+Megatron-DeepSpeed. Needs no GPU, and a few gigabytes of memory for any model size."""
 
 EXAMPLES = """\
 examples:
-  the newest checkpoint of a run, for transformers; compare both on the same tokens:
+  convert the newest checkpoint of a run for transformers, and compare logits of both:
     convert_checkpoint --from native --to hf --input checkpoints --output model-hf --verify
-  a Hugging Face model to go on training (pretrain_gpt.py --load start --finetune):
+  convert a Hugging Face model to train it (pretrain_gpt.py --load start --finetune):
     convert_checkpoint --from hf --to native --input model-hf --output start
-  see what would be written:
+  print the tensors and files that would be written:
     convert_checkpoint --to hf --input checkpoints/iter_0001000 --output model-hf --dry-run
-  see what a folder holds:
+  describe the checkpoint in a folder:
     convert_checkpoint inspect checkpoints
 
-The input is never written to. The output appears under its name only when it is complete.
-Exit codes: 0 done, 1 --verify found a difference, 2 a mistake in the arguments or the checkpoint.
+The input is never modified. The output folder is created only when it is complete.
+Exit codes: 0 success, 1 --verify found a difference, 2 invalid arguments or checkpoint.
 """
 
 
@@ -59,9 +59,9 @@ def _make_parser() -> CommandLineParser:
         description=DESCRIPTION,
         epilog=EXAMPLES,
     )
-    _add_places(parser.add_argument)
-    _add_contents(parser.add_argument)
-    _add_writing(parser.add_argument)
+    _add_input_and_output(parser.add_argument)
+    _add_output_options(parser.add_argument)
+    _add_execution_options(parser.add_argument)
     return parser
 
 
@@ -70,14 +70,14 @@ def _names(capability: str) -> str:
     return " or ".join(name for name, entry in FORMATS.items() if getattr(entry, capability))
 
 
-def _add_places(add: Callable[..., Any]) -> None:
-    """What is converted, from where to where."""
+def _add_input_and_output(add: Callable[..., Any]) -> None:
+    """Add the flags for formats, folders and tokenizer."""
     add(
         "--from",
         dest="source",
         choices=FORMATS,
         metavar="FORMAT",
-        help=f"{', '.join(FORMATS)}; told from the files when not given",
+        help=f"format of the input: {', '.join(FORMATS)} (default: detected from the files)",
     )
     add(
         "--to",
@@ -85,16 +85,16 @@ def _add_places(add: Callable[..., Any]) -> None:
         choices=FORMATS,
         metavar="FORMAT",
         required=True,
-        help="the same names",
+        help="format of the output: one of the same names",
     )
     add(
         "--input",
         type=Path,
         required=True,
         metavar="DIR",
-        help="the checkpoint, or a run's folder, whose newest complete checkpoint is taken",
+        help="checkpoint, or folder of a run: its newest complete checkpoint is converted",
     )
-    add("--output", type=Path, required=True, metavar="DIR", help="a folder that does not exist")
+    add("--output", type=Path, required=True, metavar="DIR", help="folder to create")
     add(
         "--tokenizer",
         type=Path,
@@ -106,38 +106,38 @@ def _add_places(add: Callable[..., Any]) -> None:
         "--tokenizer-type",
         type=_tokenizer_type,
         metavar="TYPE",
-        help="the run's tokenizer type, which decides what ends a text; the source's own when not "
-        f"given: {', '.join(TOKENIZER_TYPES)}",
+        help="tokenizer type of the run, which determines the end-of-document token (default: the "
+        f"source's own): {', '.join(TOKENIZER_TYPES)}",
     )
 
 
-def _add_contents(add: Callable[..., Any]) -> None:
-    """What the output holds, and how it is cut."""
-    add("--dtype", choices=DTYPES, help="type of the weights; kept when not given")
+def _add_output_options(add: Callable[..., Any]) -> None:
+    """Add the flags for the contents and the parallel layout of the output."""
+    add("--dtype", choices=DTYPES, help="type of the weights (default: the source's own)")
     add(
         "--vocab-size",
         type=positive_int,
         metavar="N",
-        help="true size of the vocabulary, where the source does not tell it",
+        help="vocabulary size without padding, if the source does not store it",
     )
     add(
         "--keep-vocab-padding",
         action="store_true",
-        help="hf: keep the padding rows of the vocabulary",
+        help="to hf: keep the padding rows of the vocabulary",
     )
     add(
         "--target-tensor-parallel-size",
         type=positive_int,
         default=1,
         metavar="TP",
-        help="ranks that the output is cut for (default: 1; any TP loads native)",
+        help="tensor-parallel size of the output (default: 1; native loads with any size)",
     )
     add(
         "--target-pipeline-parallel-size",
         type=positive_int,
         default=1,
         metavar="PP",
-        help="stages that the output is cut for (default: 1; any PP loads native)",
+        help="pipeline-parallel size of the output (default: 1; native loads with any size)",
     )
     add(
         "--main-weights",
@@ -155,25 +155,25 @@ def _add_contents(add: Callable[..., Any]) -> None:
     add(
         "--no-pipeline",
         action="store_true",
-        help="to megatron-deepspeed: for runs with --no-pipeline-parallel",
+        help="to megatron-deepspeed: write a checkpoint for --no-pipeline-parallel",
     )
     add(
         "--ckpt-format",
         choices=("torch_dist", "torch"),
         default="torch_dist",
-        help="megatron-lm: Megatron-LM's flag of this name (default: torch_dist)",
+        help="to megatron-lm: same as Megatron-LM's flag (default: torch_dist)",
     )
     add(
         "--transformer-impl",
         choices=("transformer_engine", "local"),
         default="transformer_engine",
-        help="megatron-lm with --ckpt-format torch: the layers that will load it "
-        "(default: transformer_engine, as in Megatron-LM)",
+        help="to megatron-lm with --ckpt-format torch: same as Megatron-LM's flag "
+        "(default: transformer_engine)",
     )
 
 
 def _add_ignored(add: Callable[..., Any]) -> None:
-    """What of a Megatron run's arguments is not to be read."""
+    """Add ``--ignore-args``."""
     add(
         "--ignore-args",
         type=lambda text: frozenset(text.split(",")),
@@ -184,52 +184,53 @@ def _add_ignored(add: Callable[..., Any]) -> None:
     )
 
 
-def _add_writing(add: Callable[..., Any]) -> None:
-    """How the work is done and checked."""
+def _add_execution_options(add: Callable[..., Any]) -> None:
+    """Add the flags for files, threads and verification."""
     add(
         "--max-shard-size",
         type=_size,
         default="5GB",
         metavar="SIZE",
-        help="largest file of weights, such as 500MB (default: 5GB)",
+        help="maximum size of a weight file, such as 500MB (default: 5GB)",
     )
     add(
         "--workers",
         type=positive_int,
         default=min(4, os.cpu_count() or 1),
         metavar="N",
-        help="threads that copy; memory does not grow with them (default: one per core, at most 4)",
+        help="number of copying threads; does not change memory use (default: one per core, at "
+        "most 4)",
     )
     add(
         "--verify",
         action="store_true",
-        help="run both models on the same tokens in fp32 and compare logits and losses",
+        help="compute logits and losses of both models on the same tokens in fp32 and compare them",
     )
     add(
         "--tolerance",
         type=float,
         default=1e-4,
         metavar="X",
-        help="--verify: largest allowed logit difference, relative to the largest logit "
+        help="for --verify: maximum logit difference, relative to the largest logit "
         "(default: 1e-4)",
     )
     add(
         "--no-checksums",
         dest="checksums",
         action="store_false",
-        help="from native: do not read the parts of files that are not converted (the optimizer's "
-        "state) in order to compare the files' checksums",
+        help="from native: do not verify checksums, which requires reading files completely, "
+        "including optimizer state that is not converted",
     )
-    add("--dry-run", action="store_true", help="print every tensor and file; write nothing")
+    add("--dry-run", action="store_true", help="print all tensors and files; write nothing")
 
 
 def _tokenizer_type(word: str) -> str:
-    """A type as pretrain_gpt reads it: in any case, or by Megatron-DeepSpeed's name."""
+    """Parse a tokenizer type like pretrain_gpt: in any case, or Megatron-DeepSpeed's name."""
     names = {name.lower(): name for name in TOKENIZER_TYPES} | RENAMED_VALUES["tokenizer_type"]
     if word.lower() not in names:
         raise argparse.ArgumentTypeError(
-            f"no such type: '{word}'{did_you_mean(word, TOKENIZER_TYPES)} "
-            f"Possible: {', '.join(TOKENIZER_TYPES)}"
+            f"invalid tokenizer type: '{word}'{did_you_mean(word, TOKENIZER_TYPES)} "
+            f"Expected one of: {', '.join(TOKENIZER_TYPES)}"
         )
     return names[word.lower()]
 
@@ -243,7 +244,7 @@ def _size(text: str) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run ``convert_checkpoint``; returns the exit code."""
-    signal.signal(signal.SIGTERM, _stop)  # so that an interrupted conversion cleans up
+    signal.signal(signal.SIGTERM, _stop)  # removes the incomplete output
     try:
         words = sys.argv[1:] if argv is None else argv
         if words[:1] == ["inspect"]:
@@ -253,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"convert_checkpoint: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        print("convert_checkpoint: interrupted; nothing was left behind", file=sys.stderr)
+        print("convert_checkpoint: interrupted; the incomplete output was removed", file=sys.stderr)
         return EXIT_FAILURE
 
 
@@ -264,9 +265,9 @@ def _stop(*_: object) -> NoReturn:
 def _inspect(words: list[str]) -> int:
     parser = CommandLineParser(
         prog="convert_checkpoint inspect",
-        description="Say what a folder holds, and what it can be converted to.",
+        description="Describe the checkpoint in a folder, and list the formats to convert it to.",
     )
-    parser.add_argument("folder", type=Path, metavar="DIR", help="a checkpoint, or a run's folder")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="checkpoint, or folder of a run")
     _add_ignored(parser.add_argument)
     arguments = parser.parse(words)
     from megatron_llmjp.convert.inspection import describe_checkpoint
@@ -312,10 +313,10 @@ def _convert(arguments: argparse.Namespace) -> int:
     try:
         seconds = conversion.run(arguments.output, arguments.workers, False, check)
     except VerificationError as error:
-        print(f"convert_checkpoint: {error}; {arguments.output} was not made", file=sys.stderr)
+        print(f"convert_checkpoint: {error}; {arguments.output} was not created", file=sys.stderr)
         return EXIT_FAILURE
     _print_notes(conversion)
-    print(_checksums(conversion))
+    print(_checksum_summary(conversion))
     size = conversion.output.nbytes / 1e9
     print(
         f"wrote {arguments.output}: {arguments.target}, {size:.3f} GB in {seconds:.1f} s, "
@@ -325,23 +326,23 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _print_notes(conversion: Conversion) -> None:
-    """Print what the user should know, warnings last."""
+    """Print notes, then warnings."""
     for note in [*conversion.source.notes, *conversion.output.notes]:
         print(f"note: {note}", file=sys.stderr)
     for warning in conversion.output.warnings:
         print(f"warning: {warning}", file=sys.stderr)
 
 
-def _checksums(conversion: Conversion) -> str:
-    """What the bytes that were read were compared with."""
+def _checksum_summary(conversion: Conversion) -> str:
+    """Return which checksums were verified."""
     if not FORMATS[conversion.source.format].has_checksums and not conversion.checksum_ranges():
-        return "checksums: the files have none; compare them with those of the publisher"
+        return "checksums: the files have none; compare their hashes with those of the publisher"
     if conversion.source.format == NATIVE and not conversion.checksums:
-        return "checksums: not compared (--no-checksums)"
-    files = len({checksum_range.path for checksum_range in conversion.checksum_ranges()})
+        return "checksums: not verified (--no-checksums)"
+    files = len({known.path for known in conversion.checksum_ranges()})
     if not files:
-        return "checksums: those inside the files agree, where they have some"
-    return f"checksums: those of {files} file(s) that were read agree"
+        return "checksums: all checksums inside the files match"
+    return f"checksums: {files} file(s) verified"
 
 
 if __name__ == "__main__":

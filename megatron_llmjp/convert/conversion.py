@@ -1,11 +1,7 @@
-"""A conversion from start to end: plan, workers, progress, and publishing the result.
+"""Conversion of a checkpoint: plan, copying threads, progress, and atomic output folder.
 
-Carrying out a plan: workers copy tensors, progress is shown, the result appears when complete.
-
-The output is built in a hidden folder beside its final place, forced to disk, and renamed. An
-interrupted conversion leaves at most that folder, which the next one starts by removing.
-
-One conversion from beginning to end.
+The output is written to a hidden folder next to the output folder, synced to disk and renamed. A
+killed conversion leaves at most the hidden folder, which the next conversion removes first.
 """
 
 from __future__ import annotations
@@ -36,30 +32,31 @@ from megatron_llmjp.filesystem import FileLock, acquire_lock, fsync_path
 
 
 def pair_tensors(reads: dict[str, TensorRead], output: OutputPlan) -> list[TensorCopy]:
-    """Pair every tensor that is read with its place in the output.
+    """Pair every tensor to read with its location in the output.
 
     Raises:
-        ValueError: the two sides disagree on names, which is a bug of a format.
+        ValueError: the names of the two sides differ, a bug in a format.
     """
     if reads.keys() != output.writes.keys():
         odd = sorted(reads.keys() ^ output.writes.keys())
-        raise ValueError(f"source and target disagree on {odd[:5]}")
+        raise ValueError(f"names only in the source or only in the target: {odd[:5]}")
     return [TensorCopy(name, read, output.writes[name]) for name, read in reads.items()]
 
 
 @contextmanager
 def atomic_output_folder(target: Path, nbytes: int) -> Iterator[Path]:
-    """A folder that becomes ``target`` when the block ends well, and vanishes when it does not.
+    """Yield a folder that is renamed to ``target`` on success and removed on an exception.
 
     Args:
-        target: the final place, which must not exist.
-        nbytes: what will be written; refused beforehand when the disk cannot hold it.
+        target: the output folder, which must not exist.
+        nbytes: size of the output, compared with the free disk space first.
 
     Raises:
-        UserError: the target exists, cannot be written, is being written, or does not fit.
+        UserError: the target exists, cannot be written, is being written by another process, or
+            is larger than the free disk space.
     """
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f"{target}: exists already; choose another --output or remove it")
+        raise UserError(f"{target}: already exists; choose another --output or remove it")
     partial = target.with_name(f".{target.name}.partial")
     lock = _lock(target)
     try:
@@ -69,7 +66,7 @@ def atomic_output_folder(target: Path, nbytes: int) -> Iterator[Path]:
         free = shutil.disk_usage(partial).free
         if nbytes > free:
             raise UserError(
-                f"{target.parent}: {nbytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free"
+                f"{target.parent}: {nbytes / 1e9:.1f} GB required, {free / 1e9:.1f} GB free"
             )
         yield partial
         _sync(partial)
@@ -79,7 +76,8 @@ def atomic_output_folder(target: Path, nbytes: int) -> Iterator[Path]:
         fsync_path(target.parent)
     except OSError as error:
         raise UserError(
-            f"{target}: cannot be written: {error.strerror or error}; nothing was left behind"
+            f"{target}: cannot be written: {error.strerror or error}; the incomplete output was "
+            "removed"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -91,9 +89,9 @@ def _lock(target: Path) -> FileLock:
         target.parent.mkdir(parents=True, exist_ok=True)
         return acquire_lock(target.with_name(f".{target.name}.lock"))
     except BlockingIOError:
-        raise UserError(f"{target}: another conversion is writing it") from None
+        raise UserError(f"{target}: is being written by another conversion") from None
     except OSError as error:
-        raise UserError(f"{target}: cannot be made: {error.strerror}") from error
+        raise UserError(f"{target}: cannot be created: {error.strerror}") from error
 
 
 def _sync(folder: Path) -> None:
@@ -104,13 +102,13 @@ def _sync(folder: Path) -> None:
 def copy_tensors(
     copies: Sequence[TensorCopy], output: OutputPlan, folder: Path, workers: int, quiet: bool
 ) -> Checksums:
-    """Make the files and copy every tensor, in ``workers`` threads.
+    """Create the output files and copy every tensor, in ``workers`` threads.
 
-    Threads do: reading, writing, sums and copies of memory all leave Python to others meanwhile.
-    Together they hold no more in memory than the largest tensor needs alone.
+    Threads suffice: reading, writing, checksums and copies of memory release the GIL. All threads
+    together use no more memory than the largest tensor alone.
 
     Returns:
-        The CRC-32 of what was written, where a file asks for it.
+        CRC-32 of the slots that store one.
 
     Raises:
         UserError: a source file is damaged, or the disk is full.
@@ -120,7 +118,7 @@ def copy_tensors(
     progress = ProgressBar(sum(copy.nbytes for copy in copies), quiet)
     memory = _Memory(max((copy.memory for copy in copies), default=0))
     sums: Checksums = {}
-    # Largest first, so that no worker is left with the embedding at the end.
+    # Largest first, so that the last copies are small and all threads finish together.
     order = sorted(copies, key=lambda copy: -copy.nbytes)
     share = max(1, (os.cpu_count() or 1) // workers)
     with ThreadPoolExecutor(workers, "copy", torch.set_num_threads, (share,)) as pool:
@@ -136,7 +134,7 @@ def copy_tensors(
 
 
 class _Memory:
-    """Lets as many copies run at once as fit into a number of bytes."""
+    """Limits the memory of concurrent copies to a number of bytes."""
 
     def __init__(self, limit: int) -> None:
         self._free, self._changed = limit, threading.Condition()
@@ -154,7 +152,7 @@ class _Memory:
 
 
 class ProgressBar:
-    """One rewritten line of gigabytes, speed and remaining time; silent without a terminal."""
+    """Progress bar with gigabytes, throughput and remaining time; hidden without a terminal."""
 
     def __init__(self, total: int, quiet: bool) -> None:
         self._total, self._done, self._begin = total, 0, time.monotonic()
@@ -184,7 +182,7 @@ class ProgressBar:
 
 
 class VerificationError(Exception):
-    """Both sides of a conversion compute different logits."""
+    """Source and output compute different logits."""
 
 
 @dataclass
@@ -196,30 +194,32 @@ class Conversion:
     output: OutputPlan
     copies: list[TensorCopy]
     checksums: bool = True
-    """Compare the checksums of what was read, before the result appears."""
+    """Verify the checksums of the source files before the output folder is created."""
 
     def checksum_ranges(self) -> list[ChecksumRange]:
-        """Everything that was read and has a checksum."""
+        """Return all ranges of the source files that have a checksum."""
         reads = [copy.read for copy in self.copies]
         stored = [part for read in reads for part in (*read.parts, *read.replicas)]
-        return list(
-            dict.fromkeys(
-                checksum_range for part in stored for checksum_range in part.checksum_ranges
-            )
-        )
+        return list(dict.fromkeys(found for part in stored for found in part.checksum_ranges))
 
     def run(
         self, path: Path, workers: int, quiet: bool, verify: Callable[[Path], None] | None
     ) -> float:
-        """Carry it out; ``path`` appears when everything, ``verify`` included, went well.
+        """Execute the conversion; ``path`` is created only on success, including ``verify``.
+
+        Args:
+            path: the output folder.
+            workers: number of copying threads.
+            quiet: hide the progress bar.
+            verify: checks the complete output before it is renamed to ``path``.
 
         Returns:
-            Seconds that it took until all was on disk, without ``verify``.
+            Seconds until the output was synced to disk, without ``verify``.
 
         Raises:
             UserError: a file is damaged, the disk is full, or the target exists.
         """
-        _check_place(path, self.source.path)
+        _check_output_path(path, self.source.path)
         path = path.absolute()
         begin, checking = time.monotonic(), 0.0
         with atomic_output_folder(path, self.output.nbytes) as folder:
@@ -239,77 +239,101 @@ def open_checkpoint(name: str, path: Path, options: ConversionOptions) -> Source
     """Open a checkpoint of a format.
 
     Raises:
-        UserError: it is not whole, or does not have what was asked for.
+        UserError: the checkpoint is incomplete, or an option does not apply to it.
     """
     entry = FORMATS[name]
     if options.main_weights and not entry.has_main_weights:
-        raise UserError(f"--main-weights is for megatron-deepspeed, {path} is {name}")
+        raise UserError(f"--main-weights: not supported for {name} checkpoints: {path}")
     if options.ignored_args and not entry.has_megatron_args:
-        raise UserError(f"--ignore-args is for Megatron's checkpoints, {path} is {name}")
+        raise UserError(f"--ignore-args: not supported for {name} checkpoints: {path}")
     return entry.read(path, options)
 
 
-_FOREIGN = (
+_MALFORMED_INPUT_ERRORS = (
     *(AttributeError, IndexError, KeyError, TypeError, ValueError, ArithmeticError),
     *(RecursionError, MemoryError, OSError, RuntimeError),
 )
-"""What content of another form than expected raises, wherever it is looked into."""
+"""Exceptions that readers raise on files with unexpected content."""
 
 
-def _check_place(output: Path, source: Path) -> None:
-    """Refuse an output that is the source or inside it, and one that is a link.
+def _check_output_path(output: Path, source: Path) -> None:
+    """Refuse an output that is the source, inside the source, or a symbolic link.
 
     Raises:
-        UserError: naming both.
+        UserError: the output is one of these.
     """
     if output.is_symlink():
-        raise UserError(f"--output {output}: is a symbolic link; name the folder itself")
+        raise UserError(f"--output {output}: is a symbolic link; give the folder itself")
     place, root = output.resolve(), source.resolve()
     if place == root or root in place.parents:
         raise UserError(
-            f"--output {output}: is inside the source, which is never written: {source}"
+            f"--output {output}: is inside the source, which is never modified: {source}"
         )
 
 
-def _changed_rows(source: SourceCheckpoint, output: OutputPlan) -> list[str]:
-    """Rows of the vocabulary that are dropped or added."""
+def _vocabulary_notes(source: SourceCheckpoint, output: OutputPlan) -> list[str]:
+    """Return a note if the padded vocabulary size changes."""
     before, after = source.padded_vocab_size, output.writes[WORD_EMBEDDINGS].padded_vocab_size
     if after is None or after == before:
         return []
     if after < before:
-        return [f"vocabulary: rows {after} to {before - 1} of {before} were dropped as padding"]
-    return [f"vocabulary: {after - before} rows of padding were added to {before}"]
+        return [
+            f"vocabulary: rows {after} to {before - 1} of {before} are padding and were removed"
+        ]
+    return [f"vocabulary: {after - before} padding rows were added to {before}"]
+
+
+def _check_options(source: SourceCheckpoint, target: str, options: ConversionOptions) -> None:
+    """Check the options against the source and the target's format.
+
+    Raises:
+        UserError: an option is invalid.
+    """
+    check_parallel_sizes(source.model, options.tensor_parallel, options.pipeline_parallel)
+    path, rows = source.path, source.padded_vocab_size
+    if options.vocab_size is not None and options.vocab_size > rows:
+        raise UserError(
+            f"--vocab-size {options.vocab_size}: larger than the padded vocabulary size "
+            f"{rows} of {path}"
+        )
+    if options.vocab_size is None and (size := source.model.vocab_size or 0) > rows:
+        raise UserError(
+            f"{path}: vocabulary size {size} is larger than the padded vocabulary size "
+            f"{rows}; give --vocab-size"
+        )
+    entry = FORMATS[target]
+    if not entry.stores_tokenizer and (options.tokenizer or options.tokenizer_type):
+        raise UserError(
+            f"--tokenizer, --tokenizer-type: {target} checkpoints do not contain a tokenizer"
+        )
+    if options.with_optimizer and not entry.writes_optimizer:
+        raise UserError(f"--with-optimizer: writing optimizer state to {target} is not supported")
 
 
 def plan_conversion(
     source_format: str | None, target: str, path: Path, options: ConversionOptions
 ) -> Conversion:
-    """Open the source, account for its tensors, and lay out the target.
+    """Open the source, check its tensors, and plan the output.
+
+    Args:
+        source_format: name of the source's format; None detects it.
+        target: name of the output's format.
+        path: folder of the source.
+        options: the user's options.
 
     Raises:
-        UserError: the source is not whole, or the target cannot hold it.
+        UserError: the source is incomplete or damaged, an option is invalid, or the target does not
+            support the model.
     """
     check_is_folder(path)
     try:
         source = open_checkpoint(source_format or detect_format(path).name, path, options).check()
-    except _FOREIGN as error:
-        raise UserError(f"{path}: damaged, or of a form that is not known ({error!r})") from error
-    check_parallel_sizes(source.model, options.tensor_parallel, options.pipeline_parallel)
+    except _MALFORMED_INPUT_ERRORS as error:
+        raise UserError(f"{path}: damaged, or not in a supported format ({error!r})") from error
+    _check_options(source, target, options)
     if options.vocab_size is not None:
-        if options.vocab_size > source.padded_vocab_size:
-            raise UserError(
-                f"--vocab-size {options.vocab_size}: {path} has {source.padded_vocab_size} rows"
-            )
         source.model = source.model.model_copy(update={"vocab_size": options.vocab_size})
-    if (size := source.model.vocab_size or 0) > source.padded_vocab_size:
-        raise UserError(
-            f"{path}: a vocabulary of {size} in {source.padded_vocab_size} rows; give --vocab-size"
-        )
     entry = FORMATS[target]
-    if not entry.stores_tokenizer and (options.tokenizer or options.tokenizer_type):
-        raise UserError(f"--tokenizer, --tokenizer-type: {target} checkpoints hold no tokenizer")
-    if options.with_optimizer and not entry.writes_optimizer:
-        raise UserError(f"--with-optimizer: no optimizer state is written for {target}")
     has_state = source.optimizer is not None or not entry.creates_optimizer
     with_state = options.with_optimizer and has_state
     if with_state:
@@ -325,6 +349,6 @@ def plan_conversion(
         reads = reads | optimizer_state.optimizer_reads(
             source, optimizer_state.read_optimizer_state(source), options
         )
-    output.notes += _changed_rows(source, output)
+    output.notes += _vocabulary_notes(source, output)
     copies = pair_tensors(reads, output)
     return Conversion(source, target, output, copies, options.checksums)

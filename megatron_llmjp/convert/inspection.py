@@ -1,4 +1,4 @@
-"""What a checkpoint is and what a conversion would do, in words."""
+"""Text output of ``inspect`` and ``--dry-run``: descriptions of checkpoints and conversions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def summarize(source: SourceCheckpoint) -> str:
-    """Two lines: what the source is, and its architecture."""
+    """Return two lines: the checkpoint, and its architecture."""
     model = source.model
     vocabulary = f"vocabulary {model.vocab_size or 'of unknown size'}"
     if model.vocab_size != source.padded_vocab_size:
@@ -35,14 +35,14 @@ def summarize(source: SourceCheckpoint) -> str:
 
 
 def describe_checkpoint(path: Path, ignored_args: frozenset[str] = frozenset()) -> str:
-    """What a folder holds, and what can be done with it.
+    """Describe the checkpoint in a folder, and list the formats to convert it to.
 
     Args:
         path: the folder.
-        ignored_args: arguments of a Megatron run to read as if they were not there.
+        ignored_args: arguments of a Megatron run to ignore.
 
     Raises:
-        UserError: it holds no whole checkpoint of a known format.
+        UserError: the folder contains no complete checkpoint of a known format.
     """
     from megatron_llmjp.convert.formats.hugging_face.registry import architecture_for
 
@@ -61,7 +61,7 @@ def describe_checkpoint(path: Path, ignored_args: frozenset[str] = frozenset()) 
 
 
 def format_plan(conversion: Conversion) -> str:
-    """Every tensor with its shape, its files and its bytes, then the files and their sizes."""
+    """List all tensors with shape, type and files, then all files with their sizes."""
     lines = []
     for copy in conversion.copies:
         sources = sorted({Path(part.source).name for part in copy.read.parts})

@@ -1,8 +1,6 @@
-"""The tokenizer of a converted model: its files, its type and its end of text.
+"""Tokenizer of a converted model: its files, its type and its end-of-document token.
 
-The files of a tokenizer in a folder; they travel with a model byte for byte.
-
-The tokenizer of a converted model: which files, of which type, with which end of text.
+The tokenizer's files are copied unchanged.
 """
 
 from __future__ import annotations
@@ -33,24 +31,24 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 TOKENIZER_FILE_PATTERNS = ("*.model", "*vocab*.json", "*merges*.txt")
-"""SentencePiece models, and both files of GPT2BPETokenizer, under names of their own."""
+"""SentencePiece models and the files of GPT2BPETokenizer with other names."""
 
 
 def tokenizer_files(folder: Path | None) -> dict[str, Path]:
-    """Return the tokenizer files of a folder by name, in order of their names.
+    """Return the tokenizer files of a folder by name, sorted by name.
 
     Args:
-        folder: of the tokenizer, or a single file.
+        folder: folder of the tokenizer, or a single file.
 
     Raises:
-        UserError: nothing of this name is there.
+        UserError: the folder does not exist.
     """
     if folder is None:
         return {}
     if folder.is_file():
         return {folder.name: folder}
     if not folder.is_dir():
-        raise UserError(f"{folder}: no tokenizer is there; give a folder or a file")
+        raise UserError(f"{folder}: does not exist; give the folder or the file of a tokenizer")
     paths = [path for pattern in TOKENIZER_FILE_PATTERNS for path in folder.glob(pattern)]
     paths += [folder / name for name in TOKENIZER_FILES]
     return {path.name: path for path in sorted(set(paths)) if path.is_file()}
@@ -65,28 +63,28 @@ END_OF_DOCUMENT_TOKENS = {
     "GPT2BPETokenizer": ("<|endoftext|>",),
     "TikTokenizer": ("</s>",),
 }
-"""What ends a document by type, as a tokenizer.json of the same vocabulary spells it."""
+"""End-of-document tokens by tokenizer type, as in a tokenizer.json of the same vocabulary."""
 _NAMES = {
     **{name.lower(): name for name in TOKENIZER_TYPES},
     **RENAMED_VALUES["tokenizer_type"],
     "hftokenizer": "HuggingFaceTokenizer",
     "pretrainedfromhf": "HuggingFaceTokenizer",
 }
-"""Types by their names in lower case, Megatron-DeepSpeed's among them."""
+"""Tokenizer types by their names in lower case, including Megatron-DeepSpeed's."""
 
 
 @dataclass(frozen=True)
 class ModelTokenizer:
-    """A tokenizer with what is known of it.
+    """The tokenizer of a converted model.
 
     Attributes:
-        kind: the type that a run or the user names; None where neither does.
-        files: what is copied, by name.
-        tokenizer: the files as they are read; None where there is none.
-        eod_id: the id that ends a document.
-        decides: whether the type is known, or the user gave the files, so that the end of text
-            follows from them whatever else the source says.
-        notes, warnings: for the user.
+        kind: tokenizer type of the run or given by the user; None if unknown.
+        files: files to copy, by name.
+        tokenizer: the tokenizer loaded from the files; None if there is none.
+        eod_id: end-of-document id.
+        decides: whether the type is known or the user gave the files; ``eod_id`` then overrides
+            other settings of the source.
+        notes, warnings: messages for the user.
     """
 
     kind: str | None
@@ -98,7 +96,7 @@ class ModelTokenizer:
     warnings: tuple[str, ...]
 
     def token_ids(self, rows: int) -> dict[str, int]:
-        """Return ``bos_token_id``, ``eos_token_id``, ``pad_token_id`` as far as there are any."""
+        """Return ``bos_token_id``, ``eos_token_id``, ``pad_token_id``, those that are defined."""
         if self.tokenizer is None:
             return {}
         found = {"bos": self.tokenizer.bos_id, "eos": self.eod_id, "pad": self.tokenizer.pad_id}
@@ -108,16 +106,16 @@ class ModelTokenizer:
 def open_tokenizer(
     source: SourceCheckpoint, options: ConversionOptions, rows: int
 ) -> ModelTokenizer:
-    """Return the tokenizer of a conversion: the one the user gave, or the source's own.
+    """Return the tokenizer of a conversion: given by the user, or the source's own.
 
     Args:
-        source: the checkpoint, with its tokenizer's type where that is known.
+        source: the checkpoint.
         options: ``--tokenizer`` and ``--tokenizer-type``.
-        rows: of the vocabulary in the output.
+        rows: padded vocabulary size of the output.
 
     Raises:
-        UserError: there is none where one was given; it does not fit its type or the model; or it
-            gives other ids than the run's own.
+        UserError: the given folder contains no tokenizer; the tokenizer does not match its type or
+            the model; or its ids differ from those of the run's own tokenizer.
     """
     given = options.tokenizer is not None
     own_kind = run_tokenizer_type(source)
@@ -127,12 +125,12 @@ def open_tokenizer(
     tokenizer = _load(path, kind, source)
     if given and tokenizer is None:
         raise UserError(
-            f"--tokenizer {path}: holds no tokenizer; expected tokenizer.json, a SentencePiece "
+            f"--tokenizer {path}: contains no tokenizer; expected tokenizer.json, a SentencePiece "
             "*.model, vocab.json with merges.txt, or tiktoken.json"
         )
     if tokenizer is not None:
         files = _renamed(files, tokenizer.files())
-    read_as = None if own_kind == "NullTokenizer" else own_kind  # its ids may mean anything
+    read_as = None if own_kind == "NullTokenizer" else own_kind  # its ids have no text
     own = _load(source.tokenizer, read_as, source) if given else None
     eod, problems = _end_of_document(kind, tokenizer, own)
     warnings = _check_vocabulary(source, options, tokenizer, rows) + problems
@@ -140,8 +138,9 @@ def open_tokenizer(
         warnings += _check_same(own, tokenizer, options)
     if kind is None and tokenizer is not None and (given or source.generation is None):
         notes.append(
-            f"the type of the run's tokenizer is not known: {tokenizer.kind} was assumed, which "
-            f"ends text with {_spelled(tokenizer, eod)}; --tokenizer-type names another"
+            f"the run's tokenizer type is unknown: assumed {tokenizer.kind}, with the "
+            f"end-of-document token {_token_and_id(tokenizer, eod)}; override it with "
+            "--tokenizer-type"
         )
     return ModelTokenizer(
         kind, files, tokenizer, eod, given or kind is not None, tuple(notes), tuple(warnings)
@@ -149,38 +148,38 @@ def open_tokenizer(
 
 
 def run_tokenizer_type(source: SourceCheckpoint) -> str | None:
-    """The type that the run names, if it is known here."""
+    """Return the tokenizer type of the run, or None if it is unknown."""
     return _NAMES.get((source.tokenizer_type or "").lower())
 
 
 def _kind(
     source: SourceCheckpoint, options: ConversionOptions, own: str | None
 ) -> tuple[str | None, list[str]]:
-    """The type that the user or the run names, and notes.
+    """Return the tokenizer type given by the user or stored by the run, and notes.
 
     Raises:
-        UserError: the user names a type that has no files, and files.
+        UserError: the user gave both files and a type without files.
     """
     named, asked = source.tokenizer_type, options.tokenizer_type
     path = options.tokenizer or source.tokenizer
     if asked in WITHOUT_FILES and options.tokenizer is not None:
-        raise UserError(f"--tokenizer-type {asked} reads no files: leave --tokenizer out")
+        raise UserError(f"--tokenizer-type {asked} has no files: omit --tokenizer")
     if asked is not None:
         other = named is not None and own not in (asked, "NullTokenizer")
-        note = f"--tokenizer-type {asked} was taken in place of the run's {named}"
+        note = f"--tokenizer-type {asked} replaces the run's {named}"
         return asked, [note] if other else []
     if named is not None and own is None:
-        return None, [f"the run's tokenizer type {named} is not known here"]
+        return None, [f"the run's tokenizer type {named} is not supported"]
     if own in WITHOUT_FILES and path is not None:
-        return None, [f"the run's type is {own}, which has no files"]
+        return None, [f"the run's tokenizer type is {own}, which has no files"]
     return own, []
 
 
 def _load(path: Path | None, kind: str | None, source: SourceCheckpoint) -> Tokenizer | None:
-    """Read the tokenizer of a folder or file as a type, or as the first that fits.
+    """Load the tokenizer of a folder or file; without a type, it follows from the files.
 
     Raises:
-        UserError: the files are damaged, or are not of the type.
+        UserError: the files are damaged or belong to another type.
     """
     size = source.model.vocab_size
     if kind == "NullTokenizer":  # its end of document is the last id
@@ -200,10 +199,10 @@ def _load(path: Path | None, kind: str | None, source: SourceCheckpoint) -> Toke
 
 
 def _fields(path: Path, kind: str | None) -> Mapping[str, str] | None:
-    """The settings that read a folder or file; None where it holds no tokenizer.
+    """Return the settings that load a folder or file; None if it contains no tokenizer.
 
     Raises:
-        UserError: it holds a tokenizer of another type.
+        UserError: the folder contains a tokenizer of another type.
     """
     if path.is_file():
         if path.suffix == ".json" and kind in (None, *SENTENCEPIECE_TYPES):
@@ -223,7 +222,7 @@ def _fields(path: Path, kind: str | None) -> Mapping[str, str] | None:
 
 
 def _renamed(files: Mapping[str, Path], read: Mapping[str, Path]) -> dict[str, Path]:
-    """Return files by name; those that a tokenizer reads under the names it gives them."""
+    """Return files by name; files that a tokenizer reads get the names that it defines."""
     others = {name: path for name, path in files.items() if path not in read.values()}
     return {**others, **read}
 
@@ -231,7 +230,7 @@ def _renamed(files: Mapping[str, Path], read: Mapping[str, Path]) -> dict[str, P
 def _end_of_document(
     kind: str | None, tokenizer: Tokenizer | None, own: Tokenizer | None
 ) -> tuple[int | None, list[str]]:
-    """The id that ended the run's documents, and warnings."""
+    """Return the end-of-document id of the run, and warnings."""
     if tokenizer is None:
         return None, []
     if kind is None or tokenizer.kind == kind:
@@ -244,45 +243,48 @@ def _end_of_document(
     if found is not None:
         return found, []
     return tokenizer.eod_id, [
-        f"{kind} ends a document with {' or '.join(END_OF_DOCUMENT_TOKENS[kind][:1])}, which "
-        f"{tokenizer.json_file} does not have: {_spelled(tokenizer, tokenizer.eod_id)} was taken"
+        f"{kind} ends a document with {END_OF_DOCUMENT_TOKENS[kind][0]}, which "
+        f"{tokenizer.json_file} does not contain: using "
+        f"{_token_and_id(tokenizer, tokenizer.eod_id)}"
     ]
 
 
 def _check_vocabulary(
     source: SourceCheckpoint, options: ConversionOptions, tokenizer: Tokenizer | None, rows: int
 ) -> list[str]:
-    """Compare the tokenizer's ids with the model's vocabulary; returns warnings.
+    """Compare the tokenizer's size with the model's vocabulary; return warnings.
 
     Raises:
-        UserError: it has more than the model.
+        UserError: the tokenizer has more tokens than the model.
     """
     if tokenizer is None:
         return []
     given, true = options.tokenizer is not None, source.model.vocab_size
     limit = true if given and true is not None else rows
-    processor = getattr(tokenizer, "processor", None)  # without what SentencePieceTokenizer adds
+    processor = getattr(
+        tokenizer, "processor", None
+    )  # without the tokens that SentencePieceTokenizer adds
     size = processor.get_piece_size() if processor is not None else tokenizer.vocab_size
     if size > limit:
         raise UserError(
-            f"{options.tokenizer or source.tokenizer}: a tokenizer of {size} tokens, the model has "
-            f"{limit}: it belongs to another model"
+            f"{options.tokenizer or source.tokenizer}: the tokenizer has {size} tokens, the model "
+            f"has {limit}; give the tokenizer of this model"
         )
     padded = source.generation is not None  # Hugging Face's vocab_size counts padding
     if (given or not padded) and true is not None and tokenizer.vocab_size < true:
         return [
             f"{options.tokenizer or source.tokenizer or tokenizer.kind} has "
             f"{tokenizer.vocab_size} ids, the model's vocabulary {true}: the model may generate "
-            "ids that have no text"
+            "ids without text"
         ]
     return []
 
 
 def _check_same(own: Tokenizer, given: Tokenizer, options: ConversionOptions) -> list[str]:
-    """Compare the ids of the given tokenizer with those of the run's own; returns warnings.
+    """Compare the ids of the given tokenizer with those of the run's own; return warnings.
 
     Raises:
-        UserError: ordinary texts have other ids.
+        UserError: the ids of an ordinary text differ.
     """
     from megatron_llmjp.tokenizers.comparison import COMMON_TEXTS, RARE_TEXTS, compare_tokenizers
 
@@ -290,20 +292,22 @@ def _check_same(own: Tokenizer, given: Tokenizer, options: ConversionOptions) ->
     found = compare_tokenizers(own, given, COMMON_TEXTS, names)
     if found.differences:
         raise UserError(
-            f"--tokenizer {options.tokenizer}: gives other ids than the tokenizer that the model "
-            f"was trained with. {found.report()}\n  Leave --tokenizer out to export the run's own"
+            f"--tokenizer {options.tokenizer}: its ids differ from those of the tokenizer that the "
+            f"model was trained with. {found.report()}\n  Omit --tokenizer to export the run's own"
         )
     warnings = []
     rare = compare_tokenizers(own, given, RARE_TEXTS, names)
     if rare.differences:
-        warnings.append(f"--tokenizer {options.tokenizer}: rare texts differ. {rare.report()}")
+        warnings.append(
+            f"--tokenizer {options.tokenizer}: the ids of rare texts differ. {rare.report()}"
+        )
     if own.kind == given.kind and own.eod_id != given.eod_id:
         warnings.append(
-            f"--tokenizer {options.tokenizer} ends text with {_spelled(given, given.eod_id)}, the "
-            f"run's documents ended with {_spelled(own, own.eod_id)}"
+            f"--tokenizer {options.tokenizer}: its end-of-document token is "
+            f"{_token_and_id(given, given.eod_id)}, the run's is {_token_and_id(own, own.eod_id)}"
         )
     return warnings
 
 
-def _spelled(tokenizer: Tokenizer, token_id: int | None) -> str:
+def _token_and_id(tokenizer: Tokenizer, token_id: int | None) -> str:
     return "nothing" if token_id is None else f"{tokenizer.piece(token_id)} ({token_id})"

@@ -1,7 +1,7 @@
-"""AdamW's state in checkpoints: both moments and the fp32 weights, as canonical tensors.
+"""AdamW's state in checkpoints: both moments and the fp32 main weights, as canonical tensors.
 
-A moment has the name, the shape and the layout of the weight it belongs to, so that every layout of
-:mod:`tensors` holds for it. Source of the keys: megatron/core/optimizer/optimizer.py
+A moment has the name, the shape and the layout of its weight, so that all layouts of
+:mod:`tensors` apply to it. Source of the keys: megatron/core/optimizer/optimizer.py
 (``sharded_state_dict`` of FP32Optimizer and Float16OptimizerWithFloat16Params) and
 distrib_optimizer.py (``fully_reshardable``).
 """
@@ -40,35 +40,35 @@ from megatron_llmjp.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MAIN_WEIGHTS = "param"
-"""The fp32 weights that updates are added to, where the model's own are of another type."""
+"""The fp32 main weights of the optimizer, if the model's weights have another type."""
 
 PREFIX = "optimizer.state."
-"""Of its tensors' names in a conversion and in distributed checkpoints, before the kind."""
+"""Prefix of the names of optimizer tensors, in a conversion and in distributed checkpoints."""
 
-_MAIN_OF_PLAIN = "fp32_param"
-"""What the optimizer that is not distributed calls them."""
+_PLAIN_MAIN_WEIGHTS = "fp32_param"
+"""Kind of the main weights in the optimizer that is not distributed."""
 
 _GROUP_IDENTITY = {"is_expert_parallel": False, "is_decoupled_lr": False, "lr_mult": 1.0}
 
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """What AdamW has gathered until now."""
+    """State of AdamW, its parameter groups, the scheduler and the gradient scaler."""
 
     tensors: dict[str, dict[str, TensorRead]]
-    """By kind, then by canonical name. The main weights are left out where the model is fp32."""
+    """By kind, then by canonical name; without main weights if the model is fp32."""
     step: int
-    """Updates taken."""
+    """Number of updates."""
     groups: list[dict[str, Any]]
-    """The parameter groups' settings: with weight decay, and without."""
+    """Settings of the parameter groups with and without weight decay."""
     scheduler: dict[str, Any]
-    """State of megatron-core's OptimizerParamScheduler, which counts samples."""
+    """State of megatron-core's OptimizerParamScheduler, in samples."""
     grad_scaler: dict[str, Any] | None = None
     """fp16: ``scale``, ``growth_tracker`` and ``hysteresis_tracker`` of the loss scale."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the parameter groups tell of AdamW, as fields of the configuration."""
+        """Hyperparameters of AdamW in the parameter groups, as fields of the configuration."""
         group = self.groups[0]
         found = {"adam_eps": group.get("eps")}
         if "betas" in group:
@@ -77,12 +77,12 @@ class OptimizerState:
 
 
 def open_optimizer_state(source: SourceCheckpoint, options: ConversionOptions) -> SourceCheckpoint:
-    """A checkpoint whose optimizer's state is open, and fits what is to be written.
+    """Return the checkpoint with its optimizer state opened, in the form to be written.
 
-    Weights that are to be fp32 are the main ones.
+    If the output is fp32, the main weights replace the model's weights.
 
     Raises:
-        UserError: it has none, or one that cannot be read.
+        UserError: the checkpoint has no optimizer state, or it is not supported.
     """
     state = read_optimizer_state(source)
     tensors = dict(state.tensors)
@@ -96,15 +96,15 @@ def open_optimizer_state(source: SourceCheckpoint, options: ConversionOptions) -
 
 
 def read_optimizer_state(source: SourceCheckpoint) -> OptimizerState:
-    """The optimizer state of a checkpoint.
+    """Return the optimizer state of a checkpoint.
 
     Raises:
-        UserError: it has none, or one that cannot be read.
+        UserError: the checkpoint has no optimizer state, or it is not supported.
     """
     if source.optimizer is None:
         raise UserError(
-            f"{source.path}: --with-optimizer: no optimizer state is read from {source.format}; "
-            "leave the flag out, and start a new run with --load OUTPUT --finetune"
+            f"{source.path}: --with-optimizer: reading optimizer state from {source.format} is not "
+            "supported; omit the flag, and start a new run with --load OUTPUT --finetune"
         )
     state: OptimizerState = source.optimizer()
     return state
@@ -113,10 +113,10 @@ def read_optimizer_state(source: SourceCheckpoint) -> OptimizerState:
 def optimizer_reads(
     source: SourceCheckpoint, state: OptimizerState, options: ConversionOptions
 ) -> dict[str, TensorRead]:
-    """Every tensor that is carried over, by its name in the conversion.
+    """Return how to read all optimizer tensors, by their names in the conversion.
 
     Raises:
-        UserError: a weight lacks its state, or has one of another shape.
+        UserError: the state of a weight is missing or has another shape.
     """
     tensors = {MAIN_WEIGHTS: source.reads, **state.tensors}
     found = {}
@@ -135,9 +135,10 @@ def optimizer_reads(
 
 
 def state_prefixes(source: SourceCheckpoint, options: ConversionOptions) -> dict[str, str]:
-    """For each kind, what stands before a weight's name in the name of the tensor that fills it.
+    """Return, by kind of state, the prefix of the conversion's tensor names.
 
-    Weights stand for the main ones where there are no others; without a state there is no more.
+    The model's weights (an empty prefix) replace missing main weights; without an optimizer state
+    there are no other kinds.
     """
     if source.optimizer is None:
         return {MAIN_WEIGHTS: ""}
@@ -146,7 +147,7 @@ def state_prefixes(source: SourceCheckpoint, options: ConversionOptions) -> dict
 
 
 def weight_name(name: str) -> str:
-    """The weight that a tensor of a conversion belongs to, or is."""
+    """Return the name of the weight of a conversion's tensor, without the prefix of its kind."""
     return name.removeprefix(PREFIX).partition(".")[2] if name.startswith(PREFIX) else name
 
 
@@ -157,10 +158,10 @@ def add_optimizer_state(
     options: ConversionOptions,
     rows: int,
 ) -> dict[str, TensorWrite]:
-    """Make room for the optimizer's tensors, in fp32, beside a model with ``rows`` rows.
+    """Add the optimizer's tensors, in fp32, to a model with ``rows`` padded vocabulary rows.
 
-    Each optimizer of megatron-core finds the main weights under the name it expects: the further
-    names mean the same bytes.
+    Each optimizer class of megatron-core expects the main weights under another key: all keys refer
+    to the same bytes.
     """
     model = source.model
     keys = {name: stored_key(name) for name in tensor_shapes(model, rows)}
@@ -180,12 +181,12 @@ def add_optimizer_state(
         main = f"{PREFIX}{MAIN_WEIGHTS}.{stored}"
         if MAIN_WEIGHTS not in kinds:
             writer.add_alias(main, stored)
-        writer.add_alias(f"{PREFIX}{_MAIN_OF_PLAIN}.{stored}", main)
+        writer.add_alias(f"{PREFIX}{_PLAIN_MAIN_WEIGHTS}.{stored}", main)
     return writes
 
 
 def optimizer_common_state(state: OptimizerState) -> dict[str, Any]:
-    """What goes beside the tensors, in the forms of the plain and the distributed optimizer."""
+    """Return the common state, in the form of both the plain and the distributed optimizer."""
     groups = [
         {**_GROUP_IDENTITY, "default_config": True, **group, "step": state.step}
         for group in state.groups
@@ -204,7 +205,7 @@ def optimizer_common_state(state: OptimizerState) -> dict[str, Any]:
 def _kinds(
     source: SourceCheckpoint, state: OptimizerState, options: ConversionOptions
 ) -> tuple[str, ...]:
-    """Kinds of tensors to write; fp32 weights are their own main weights."""
+    """Return the kinds of tensors to write; fp32 models have no separate main weights."""
     fp32 = (options.dtype or source.dtype) == torch.float32
     return MOMENTS if fp32 and MAIN_WEIGHTS not in state.tensors else (*MOMENTS, MAIN_WEIGHTS)
 
@@ -212,7 +213,7 @@ def _kinds(
 def read_torch_dist_state(
     model: ModelConfig, entries: dict[str, TensorEntry], common_state: dict[str, Any], where: Path
 ) -> OptimizerState:
-    """The state in a distributed checkpoint of Megatron-LM or of this project.
+    """Read the optimizer state of a distributed checkpoint of Megatron-LM or this project.
 
     Args:
         model: the architecture.
@@ -221,7 +222,7 @@ def read_torch_dist_state(
         where: the folder, for messages.
 
     Raises:
-        UserError: there is none, or it cannot be read.
+        UserError: there is no optimizer state, or it is not supported.
     """
     if has_buckets(iter(entries)):
         groups = read_param_groups(where)
@@ -230,7 +231,7 @@ def read_torch_dist_state(
     kinds = {
         **{kind: kind for kind in MOMENTS},
         MAIN_WEIGHTS: MAIN_WEIGHTS,
-        _MAIN_OF_PLAIN: MAIN_WEIGHTS,
+        _PLAIN_MAIN_WEIGHTS: MAIN_WEIGHTS,
     }
     tensors = {}
     for stored_kind, kind in kinds.items():
@@ -240,14 +241,14 @@ def read_torch_dist_state(
             tensors[kind] = _reads(model, own)
     optimizer = common_state.get("optimizer")
     if not tensors or not isinstance(optimizer, dict):
-        raise UserError(f"{where}: holds no optimizer state: saved with --no-save-optim?")
+        raise UserError(f"{where}: contains no optimizer state (saved with --no-save-optim?)")
     inner = optimizer if "param_groups" in optimizer else optimizer["optimizer"]
     step = inner.get("state", {}).get("common_step", inner["param_groups"][0].get("step"))
     return make_optimizer_state(tensors, step, inner["param_groups"], common_state, where)
 
 
 def _reads(model: ModelConfig, entries: dict[str, TensorEntry]) -> dict[str, TensorRead]:
-    """How to read one kind of state, whole or cut into flat pieces of fragments."""
+    """Return how to read one kind of state, stored as tensors or as flat fragments."""
     embedding = entries[WORD_EMBEDDINGS].shape
     if len(embedding) == 2:
         return tensor_reads(model, embedding[0], entries)
@@ -261,10 +262,17 @@ def make_optimizer_state(
     content: dict[str, Any],
     where: Path,
 ) -> OptimizerState:
-    """Put together what a checkpoint of Megatron-LM says of its optimizer.
+    """Create the optimizer state from the content of a Megatron-LM checkpoint.
+
+    Args:
+        tensors: tensors by kind and canonical name.
+        step: number of updates, as a number or a tensor.
+        groups: the parameter groups.
+        content: common state, with the scheduler's and the gradient scaler's state.
+        where: the folder, for messages.
 
     Raises:
-        UserError: the number of updates or the schedule's state is missing.
+        UserError: the number of updates or the scheduler's state is missing.
     """
     scheduler = content.get("opt_param_scheduler")
     if step is None or not scheduler:
@@ -279,5 +287,5 @@ def make_optimizer_state(
 
 
 def to_number(value: Any) -> Any:
-    """A number that a file may hold as a tensor."""
+    """Return a number that may be stored as a tensor."""
     return value.read().item() if hasattr(value, "read") else value

@@ -1,20 +1,14 @@
-"""``--verify``: logits of both sides of a conversion for the same tokens, compared.
+"""Verification of conversions (``--verify``): compares the logits of source and output.
 
-Logits of a Hugging Face folder, computed by transformers.
+Each side is computed by a program that shares no name, no layout and no derived field with the
+converter: Hugging Face folders by transformers from their config.json, native checkpoints by the
+trainer and megatron-core from their config.yaml, Megatron checkpoints by :mod:`reference` from
+their arguments. An error in the converter's tables is therefore not repeated in the verification.
+Both sides compute in fp32. If one side has 16-bit weights, the other side's weights are rounded to
+the same type first, so that rounding by ``--dtype`` is not reported as a difference.
 
-Logits of a native checkpoint, computed by megatron-core with what a run loads.
-
-The model runs in a process of its own, on the CPU: megatron-core wants a process group, and the
-CPU substitution of ``parallel.device`` must not reach transformers.
-
-``--verify``: both sides of a conversion compute logits of the same tokens, and are compared.
-
-Each side is read a second time by a program that shares no name, no layout and no derived field
-with the converter: Hugging Face folders by transformers from their own config.json, native
-checkpoints by the trainer and megatron-core from their own config.yaml, Megatron's by
-:mod:`reference` from their own arguments. A mistake in the converter's tables would have to be
-made a second time there to go unseen. Arithmetic is fp32 on both; weights that one side has in 16
-bits are rounded on the other alike, since the question is whether the meaning was kept.
+Native checkpoints are computed in a separate process on the CPU: megatron-core requires a process
+group, and the CPU substitution of ``parallel.device`` must not affect transformers.
 """
 
 from __future__ import annotations
@@ -48,15 +42,15 @@ if TYPE_CHECKING:
 def hugging_face_logits(
     source: SourceCheckpoint, tokens: torch.Tensor, dtype: torch.dtype | None
 ) -> torch.Tensor:
-    """fp32 logits ``[batch, length, rows]`` of tokens ``[batch, length]``.
+    """Compute fp32 logits ``[batch, length, padded vocabulary]`` of tokens ``[batch, length]``.
 
     Args:
-        source: the folder.
-        tokens: the input.
-        dtype: round the weights to this type first.
+        source: checkpoint; only its path is used.
+        tokens: input token ids.
+        dtype: type to round the weights to before computing in fp32.
 
     Raises:
-        UserError: transformers is not installed, or did not find every tensor.
+        UserError: transformers is not installed, or reports missing or unexpected tensors.
     """
     try:
         import transformers
@@ -81,12 +75,12 @@ def hugging_face_logits(
 def native_logits(
     source: SourceCheckpoint, tokens: torch.Tensor, dtype: torch.dtype | None
 ) -> torch.Tensor:
-    """fp32 logits ``[batch, length, rows]`` of tokens ``[batch, length]``.
+    """Compute fp32 logits ``[batch, length, padded vocabulary]`` of tokens ``[batch, length]``.
 
     Args:
-        source: names the folder; its derived fields are not looked at.
-        tokens: the input.
-        dtype: round the weights to this type first.
+        source: checkpoint; only its path is used.
+        tokens: input token ids.
+        dtype: type to round the weights to before computing in fp32.
     """
     with _without_gpus(), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         result = pool.submit(_forward, source.path, tokens.numpy(), dtype).result()
@@ -95,7 +89,7 @@ def native_logits(
 
 @contextmanager
 def _without_gpus() -> Iterator[None]:
-    """Hide the GPUs from processes started inside: fp32 on a GPU is not the same arithmetic."""
+    """Hide the GPUs from processes started in the block: fp32 arithmetic differs on GPUs."""
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     try:
@@ -107,7 +101,7 @@ def _without_gpus() -> Iterator[None]:
 
 
 def _forward(folder: Path, tokens: Any, dtype: torch.dtype | None) -> Any:
-    # megatron-core's advice on deprecations and generators is for trainers.
+    # megatron-core's warnings on deprecations and random generators do not apply here.
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     from megatron_llmjp.model.gpt import build_model_chunk
@@ -134,7 +128,7 @@ def _forward(folder: Path, tokens: Any, dtype: torch.dtype | None) -> Any:
 
 
 def _config(folder: Path) -> Config:
-    """The model of a checkpoint's own configuration in fp32, in one process."""
+    """Return the configuration of a checkpoint's model in fp32, for one process."""
     stored = load_config(folder / CONFIG)
     model = stored.model.model_copy(update={"hidden_dropout": 0.0, "attention_dropout": 0.0})
     data = {"seq_length": stored.data.seq_length}
@@ -142,7 +136,7 @@ def _config(folder: Path) -> Config:
 
 
 def _load(model: GPTModel, folder: Path) -> None:
-    """Fill the model by the trainer's own loader; what is not loaded is not a number."""
+    """Load the model with the trainer's loader; weights that are not loaded stay NaN."""
     from megatron_llmjp.checkpoint import sharded_state
 
     with torch.no_grad():
@@ -152,22 +146,25 @@ def _load(model: GPTModel, folder: Path) -> None:
 
 
 TOKENS_SHAPE = (2, 128)
-"""Batch and length of the compared tokens."""
+"""Batch size and length of the compared tokens."""
 
 
 def make_verifier(
     conversion: Conversion, options: ConversionOptions, tolerance: float
 ) -> Callable[[Path], None]:
-    """The check of a finished output folder.
+    """Return a function that verifies a complete output folder.
 
     Args:
-        conversion: what was converted.
-        options: what was asked for.
-        tolerance: largest logit difference, relative to the largest logit.
+        conversion: the conversion.
+        options: the user's options.
+        tolerance: maximum logit difference, relative to the largest logit.
 
     Returns:
-        A function that prints the figures and raises :class:`VerificationError` beyond the
-        tolerance.
+        A function that prints the results; it raises :class:`VerificationError` if the difference
+        is larger than the tolerance.
+
+    Raises:
+        UserError: one of the formats does not support ``--verify``.
     """
 
     for name in (conversion.source.format, conversion.target):
@@ -180,34 +177,34 @@ def make_verifier(
             source.padded_vocab_size, target.padded_vocab_size
         )
         tokens = _tokens(source, vocabulary)
-        stored = open_checkpoint(source.format, source.path, _only_reading(options)).dtype
-        before = _logits(source, tokens, _narrow(target.dtype), options.ignored_args)
-        after = _logits(target, tokens, _narrow(stored), frozenset())
+        stored = open_checkpoint(source.format, source.path, _reader_options(options)).dtype
+        before = _logits(source, tokens, _sixteen_bit_type(target.dtype), options.ignored_args)
+        after = _logits(target, tokens, _sixteen_bit_type(stored), frozenset())
         print(f"verify: source: {_program(source)}\nverify: result: {_program(target)}")
         if options.with_optimizer:
-            print("verify: the optimizer's state is not part of the comparison")
+            print("verify: the optimizer state is not compared")
         _compare(before[..., :vocabulary], after[..., :vocabulary], tokens, tolerance)
 
     return verify
 
 
-def _only_reading(options: ConversionOptions) -> ConversionOptions:
+def _reader_options(options: ConversionOptions) -> ConversionOptions:
     return ConversionOptions(ignored_args=options.ignored_args)
 
 
-def _narrow(dtype: torch.dtype) -> torch.dtype | None:
+def _sixteen_bit_type(dtype: torch.dtype) -> torch.dtype | None:
     return dtype if dtype.itemsize == 2 else None
 
 
 def _program(source: SourceCheckpoint) -> str:
-    """Who computed a side, and from what."""
+    """Return which program computed the logits of a checkpoint, and from which files."""
     text = _verification(source.format).program
     names = re.findall(r"{(.*?)}", text)
     return text.format_map({name: version(name) for name in names})
 
 
 def _tokens(source: SourceCheckpoint, vocabulary: int) -> torch.Tensor:
-    """Random tokens ``[batch, length + 1]``, the same every time."""
+    """Return random tokens ``[batch, length + 1]`` with a fixed seed."""
     batch, length = TOKENS_SHAPE
     length = min(length, (source.model.max_position_embeddings or length))
     generator = torch.Generator().manual_seed(1234)
@@ -220,15 +217,15 @@ def _logits(
     dtype: torch.dtype | None,
     ignored: frozenset[str],
 ) -> torch.Tensor:
-    """fp32 logits ``[batch, length, rows]`` of the tokens but the last."""
+    """Compute fp32 logits ``[batch, length, padded vocabulary]`` of all tokens except the last."""
     return _verification(source.format).logits(source, tokens[:, :-1], dtype, ignored)
 
 
 def _verification(format_name: str) -> Verification:
-    """Return the entry of a format.
+    """Return the verification of a format.
 
     Raises:
-        UserError: the format cannot be verified.
+        UserError: the format does not support ``--verify``.
     """
     found = FORMATS[format_name].verification
     if found is None:
@@ -247,13 +244,13 @@ def _compare(
         f"largest logit difference {largest:.3e} of logits up to {scale:.3e}; "
         f"loss {_loss(before, tokens):.6f} before, {_loss(after, tokens):.6f} after"
     )
-    if not relative <= tolerance:  # not-a-number fails as well
+    if not relative <= tolerance:  # also true for NaN
         raise VerificationError(
             f"--verify: logits differ by {relative:.2e} of the largest, {tolerance:.1e} is allowed"
         )
 
 
 def _loss(logits: torch.Tensor, tokens: torch.Tensor) -> float:
-    """Mean cross entropy over the true vocabulary."""
+    """Return the mean cross entropy over the vocabulary without padding."""
     labels = tokens[:, 1:].flatten()
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1).double(), labels).item()

@@ -77,7 +77,7 @@ def test_the_rest_of_a_native_file_is_read_unless_switched_off(tmp_path, convert
     path, offset, length = next(iter(moments.chunks.values()))
     flip(path, offset + length // 2)
     words = ("--to", "hf", "--input", native, "--output", tmp_path / "o")
-    assert "its content does not have the checksum of its manifest" in convert(*words, code=2)
+    assert "its content does not match the checksum in its manifest" in convert(*words, code=2)
     assert not (tmp_path / "o").exists()
     assert "checksums: not compared" in convert(*words, "--no-checksums")
 
@@ -101,6 +101,6 @@ def test_pieces_in_any_order_give_the_sum_of_the_whole(tmp_path):
                 checksum_range.finish()
             except UserError as error:
                 assert crc != expected
-                assert "does not have the checksum of a test" in str(error)
+                assert "does not match the checksum in a test" in str(error)
             else:
                 assert crc == expected

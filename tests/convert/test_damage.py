@@ -34,12 +34,12 @@ def header(folder: Path, change) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda h: [h], "no JSON object"),
-        (lambda h: {**h, "model.norm.weight": 3}, "no type, shape and offsets"),
+        (lambda h: [h], "not a JSON object"),
+        (lambda h: {**h, "model.norm.weight": 3}, "lacks dtype, shape or data_offsets"),
         (lambda h: {**h, "model.norm.weight":
                     {**h["model.norm.weight"], "data_offsets": [-256, 0]}}, "at -256 to 0"),
         (lambda h: {**h, "model.norm.weight":
-                    {**h["model.norm.weight"], "data_offsets": [0, 256]}}, "share bytes"),
+                    {**h["model.norm.weight"], "data_offsets": [0, 256]}}, "overlap"),
         (lambda h: {**h, "model.norm.weight":
                     {**h["model.norm.weight"], "shape": [-8, -8]}}, "shape [-8, -8]"),
     ],

@@ -182,7 +182,7 @@ def test_a_run_on_prepared_tokens_gets_the_given_tokenizer(tmp_path, convert, me
             "--tokenizer", path)  # fmt: skip
     text = convert("--to", "hf", "--input", tmp_path / "native", "--output", tmp_path / "out")
     assert "the run's type is NullTokenizer, which has no files" in text
-    assert "SentencePieceTokenizer was assumed" in text
+    assert "assumed SentencePieceTokenizer" in text
     assert ends(tmp_path / "out") == (4, 4, 4)
 
 
@@ -190,7 +190,7 @@ def test_an_unknown_type_is_assumed_and_said(tmp_path, convert, megatron):
     path = train(tmp_path / "tok.model")
     text = convert("--to", "hf", "--input", megatron, "--output", tmp_path / "out",
                    "--tokenizer", path)  # fmt: skip
-    assert "SentencePieceTokenizer was assumed, which ends text with <EOD> (4)" in text
+    assert "assumed SentencePieceTokenizer, with the end-of-document token <EOD> (4)" in text
     assert "--tokenizer-type" in text
     text = convert("--to", "hf", "--input", megatron, "--output", tmp_path / "none")
     assert "warning: the export has no tokenizer" in text
@@ -263,22 +263,22 @@ def test_tokenizers_that_do_not_fit_are_refused_or_warned_of(tmp_path, convert, 
     (tmp_path / "empty").mkdir()
     words = ("--to", "hf", "--output", tmp_path / "out", "--tokenizer-type", "Llama2Tokenizer")
     text = convert(*words, "--input", megatron, "--tokenizer", tmp_path / "empty", code=2)
-    assert "empty: holds no tokenizer; expected" in text
+    assert "empty: contains no tokenizer; expected" in text
     (tmp_path / "empty" / "tokenizer_config.json").write_text("{}")
     text = convert(*words, "--input", megatron, "--tokenizer", tmp_path / "empty", code=2)
-    assert "empty: holds no tokenizer; expected" in text
+    assert "empty: contains no tokenizer; expected" in text
     own = train(tmp_path / "own.model")
     other = train(tmp_path / "other.model", split_digits=True)
     convert("--to", "native", "--input", megatron, "--output", tmp_path / "native",
             "--tokenizer", own, "--tokenizer-type", "Llama2Tokenizer")  # fmt: skip
     text = convert(*words, "--input", tmp_path / "native", "--tokenizer", other, code=2)
-    assert "gives other ids than the tokenizer that the model was trained with" in text
+    assert "its ids differ from those of the tokenizer that the model was trained with" in text
     assert "differs at token" in text and not (tmp_path / "out").exists()
     text = convert(*words, "--input", megatron, "--tokenizer", other)
     assert f"ids, the model's vocabulary {VOCABULARY}: the model may generate ids" in text
     text = convert("--to", "megatron-lm", "--input", megatron, "--output", tmp_path / "lm",
                    "--tokenizer", own, code=2)  # fmt: skip
-    assert "megatron-lm checkpoints hold no tokenizer" in text
+    assert "megatron-lm checkpoints do not contain a tokenizer" in text
     text = convert("--to", "hf", "--input", megatron, "--output", tmp_path / "typo",
                    "--tokenizer-type", "Llama2Tokeniser", code=2)  # fmt: skip
     assert "did you mean" in text.lower() and "Llama2Tokenizer" in text
