@@ -341,7 +341,7 @@ def _checksum_summary(conversion: Conversion) -> str:
         return "checksums: not verified (--no-checksums)"
     files = len({known.path for known in conversion.checksum_ranges()})
     if not files:
-        return "checksums: all checksums inside the files match"
+        return "checksums: those inside the files verified"
     return f"checksums: {files} file(s) verified"
 
 

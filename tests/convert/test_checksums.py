@@ -1,4 +1,4 @@
-"""A flipped bit anywhere in what is converted is an error, wherever the format has checksums."""
+"""Checksums of source files: flipped bits are errors in all formats that have checksums."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def flip(path: Path, offset: int) -> None:
 
 
 def inside_a_tensor(path: Path) -> int:
-    """An offset in the largest entry of an archive."""
+    """Return an offset in the largest entry of an archive."""
     with zipfile.ZipFile(path) as archive:
         entry = max(archive.infolist(), key=lambda entry: entry.file_size)
     return entry.header_offset + entry.file_size // 2 + 200
@@ -45,7 +45,7 @@ def test_a_flipped_bit_is_found(tmp_path, convert, flags):
     llama(rope_theta=10000.0).save_pretrained(tmp_path / "hf")
     convert(*flags, "--input", tmp_path / "hf", "--output", tmp_path / "there")
     back = ("--to", "hf", "--input", tmp_path / "there", "--output", tmp_path / "o")
-    assert "checksums: those" in convert(*back, "--dry-run") + convert(*back)
+    assert " verified" in convert(*back, "--dry-run") + convert(*back)
     (tmp_path / "o").rename(tmp_path / "good")
     files = [p for p in (tmp_path / "there").rglob("*") if p.suffix in (".pt", ".distcp")]
     victim = max(files, key=lambda path: path.stat().st_size)
@@ -57,7 +57,7 @@ def test_a_flipped_bit_is_found(tmp_path, convert, flags):
     assert not (tmp_path / "o").exists()
 
 
-def test_files_of_torch_have_checksums_too(tmp_path, convert):
+def test_torch_archives_have_checksums(tmp_path, convert):
     model = llama()
     model.save_pretrained(tmp_path / "hf")
     (tmp_path / "hf" / "model.safetensors").unlink()
@@ -68,8 +68,8 @@ def test_files_of_torch_have_checksums_too(tmp_path, convert):
     assert "pytorch_model.bin: damaged" in text
 
 
-def test_the_rest_of_a_native_file_is_read_unless_switched_off(tmp_path, convert):
-    """A manifest has one checksum for weights and moments in one file."""
+def test_native_files_are_read_completely_without_no_checksums(tmp_path, convert):
+    """A manifest has one checksum per file, which contains weights and moments."""
     native = tmp_path / "native"
     convert("--to", "native", "--with-optimizer", "--input", FIXTURE, "--output", native)
     moments = read_metadata(native / "iter_0000002")["optimizer.state.exp_avg.decoder.layers.mlp."
@@ -79,10 +79,10 @@ def test_the_rest_of_a_native_file_is_read_unless_switched_off(tmp_path, convert
     words = ("--to", "hf", "--input", native, "--output", tmp_path / "o")
     assert "its content does not match the checksum in its manifest" in convert(*words, code=2)
     assert not (tmp_path / "o").exists()
-    assert "checksums: not compared" in convert(*words, "--no-checksums")
+    assert "checksums: not verified" in convert(*words, "--no-checksums")
 
 
-def test_pieces_in_any_order_give_the_sum_of_the_whole(tmp_path):
+def test_parts_in_any_order_give_the_checksum_of_the_range(tmp_path):
     generator = random.Random(3)
     content = generator.randbytes(10_000)
     (tmp_path / "a").write_bytes(content)
@@ -91,7 +91,7 @@ def test_pieces_in_any_order_give_the_sum_of_the_whole(tmp_path):
         pieces = list(pairwise(cuts))
         chosen = generator.sample(pieces, generator.randint(0, 6))
         if generator.random() < 0.3:
-            chosen.append((cuts[0], cuts[3]))  # bytes that another piece has as well
+            chosen.append((cuts[0], cuts[3]))  # overlaps another piece
         expected = zlib.crc32(content[100:9900])
         for crc in (expected, expected ^ 1):
             checksum_range = ChecksumRange(tmp_path / "a", 100, 9800, crc, "a test")

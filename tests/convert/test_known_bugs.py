@@ -1,4 +1,4 @@
-"""Mistakes that other converters made, where no other test has them already (docs/convert.md)."""
+"""Bugs of other converters that no other test covers (table in docs/convert.md)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.convert.hf_models import gpt2, llama, state
 
 @pytest.fixture
 def there(tmp_path, convert):
-    """A LLaMA in the format of the name that it is called with; the folder of its files."""
+    """Return a function that converts a LLaMA to a format and returns the folder of its files."""
 
     def make(target: str, *flags: object) -> Path:
         llama(rope_theta=10000.0).save_pretrained(tmp_path / "hf")
@@ -26,7 +26,7 @@ def there(tmp_path, convert):
 
 
 def refused(convert, folder: Path) -> str:
-    """The message; nothing is written."""
+    """Run a conversion that fails; return the message."""
     out = folder.parent.parent / "out"
     text = convert("--to", "hf", "--input", folder, "--output", out, code=2)
     assert not out.exists()
@@ -47,7 +47,7 @@ REFUSED = {
 
 
 def test_arguments_that_change_the_network_are_refused(there, convert):
-    """Rotary interleaving was ignored, the biases of SwiGLU were forgotten."""
+    """Converters ignored rotary interleaving and the biases of SwiGLU."""
     path = there("megatron-lm", "--ckpt-format", "torch") / "mp_rank_00" / "model_optim_rng.pt"
     folder = path.parent.parent
     for name, value in {**REFUSED, "add_bias_linear": True}.items():
@@ -64,7 +64,7 @@ def test_arguments_that_change_the_network_are_refused(there, convert):
 
 
 def test_quantized_weights_are_refused(tmp_path, convert):
-    """Some have the names and shapes of plain weights beside their scales: fp8."""
+    """fp8 weights have the names and shapes of unquantized weights."""
     llama().save_pretrained(tmp_path / "hf")
     path = tmp_path / "hf" / "config.json"
     config = json.loads(path.read_text())
@@ -74,8 +74,8 @@ def test_quantized_weights_are_refused(tmp_path, convert):
         assert f"config.json: quantization_config (quant_method '{method}')" in text
 
 
-def test_the_order_of_qkv_rows_has_to_be_known(there, convert):
-    """Without ``checkpoint_version`` rows have an order of 2020."""
+def test_an_unknown_order_of_qkv_rows_is_refused(there, convert):
+    """Without ``checkpoint_version`` rows have the order of 2020."""
     legacy = there("megatron-lm", "--ckpt-format", "torch")
     edit(legacy / "mp_rank_00" / "model_optim_rng.pt", lambda c: c.pop("checkpoint_version"))
     assert "checkpoint_version 0 has another order" in refused(convert, legacy)
@@ -84,8 +84,8 @@ def test_the_order_of_qkv_rows_has_to_be_known(there, convert):
     assert "checkpoint_version 0 has another order" in refused(convert, deepspeed)
 
 
-def test_embeddings_of_other_models_are_refused(there, convert):
-    """BLOOM has a norm after the embedding; sequence parallelism once cut the positions."""
+def test_unsupported_embeddings_are_refused(there, convert):
+    """BLOOM has a norm after the embedding; old sequence parallelism split the positions."""
     path = there("megatron-deepspeed") / "layer_01-model_00-model_states.pt"
     for key, message in (
         ("word_embeddings.norm.weight", "unexpected: decoder.layers.0.word_embeddings.norm.weight"),
@@ -96,8 +96,8 @@ def test_embeddings_of_other_models_are_refused(there, convert):
         edit(path, lambda layer, key=key: layer.pop(key))
 
 
-def test_a_head_that_is_not_there_is_an_error(tmp_path, convert):
-    """An untied model without a head got a random one; an index named what no file has."""
+def test_a_missing_output_layer_is_an_error(tmp_path, convert):
+    """transformers initializes a missing output layer randomly; an index lists a missing tensor."""
     llama().save_pretrained(tmp_path / "hf", max_shard_size="60KB")
     index = tmp_path / "hf" / "model.safetensors.index.json"
     places = json.loads(index.read_text())["weight_map"]
@@ -114,8 +114,8 @@ def test_a_head_that_is_not_there_is_an_error(tmp_path, convert):
     assert not (tmp_path / "o").exists()
 
 
-def test_files_of_hugging_face_are_as_its_own(tmp_path, convert):
-    """GPT-2's end of text was passed on; the header said no format; a tied head was there twice."""
+def test_files_are_like_those_of_transformers(tmp_path, convert):
+    """Converters kept GPT-2's eos, omitted the header's format, and wrote a tied layer twice."""
     gpt2().save_pretrained(tmp_path / "hf")
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] == 50256
     convert("--to", "hf", "--input", tmp_path / "hf", "--output", tmp_path / "back")

@@ -1,4 +1,4 @@
-"""Memory does not grow with the model; an interrupted conversion leaves nothing."""
+"""Memory use, and interrupted and killed conversions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LARGEST = 2 * 16384 * 1024  # bytes of the embedding in bf16
 
 @pytest.fixture
 def model(tmp_path) -> Path:
-    """A model of 0.3 GB that takes no space: a file of holes."""
+    """Write a model of 0.3 GB as a sparse file."""
     folder = tmp_path / "hf"
     folder.mkdir()
     shape_of = tensor_shapes(MODEL, 16384)
@@ -50,14 +50,14 @@ def start(*arguments: object) -> subprocess.Popen[bytes]:
 
 
 def peak(process: subprocess.Popen[bytes]) -> int:
-    """Wait for success; returns the largest resident memory in bytes."""
+    """Wait for success; return the peak resident memory in bytes."""
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0
     return usage.ru_maxrss * 1024
 
 
-def test_memory_is_a_few_tensors(tmp_path, model):
+def test_memory_is_proportional_to_the_largest_tensor(tmp_path, model):
     begin = peak(start("--to", "native", "--input", model, "--output", tmp_path / "x", "--dry-run"))
     native = peak(start("--to", "native", "--input", model, "--output", tmp_path / "native"))
     back = peak(start("--to", "megatron-deepspeed", "--target-tensor-parallel-size", 4,
@@ -67,7 +67,7 @@ def test_memory_is_a_few_tensors(tmp_path, model):
     assert max(native, back) < begin + 3 * LARGEST + 50_000_000
 
 
-def test_interrupted_conversion_leaves_nothing(tmp_path, model):
+def test_interrupted_conversion_removes_its_output(tmp_path, model):
     process = start("--to", "native", "--input", model, "--output", tmp_path / "native")
     partial = tmp_path / ".native.partial"
     while not list(partial.glob("*/*.distcp")) and process.poll() is None:
@@ -75,19 +75,19 @@ def test_interrupted_conversion_leaves_nothing(tmp_path, model):
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 1
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
-    partial.mkdir()  # as a killed one leaves it
+    partial.mkdir()  # as left by a killed conversion
     (partial / "rubbish").write_text("x")
     assert start("--to", "native", "--input", model, "--output", tmp_path / "native").wait() == 0
     assert not partial.exists()
     assert not list((tmp_path / "native").rglob("rubbish"))
 
 
-def test_killed_conversion_begins_anew(tmp_path, model):
-    """kill -9 among the copies; the same command then gives the bytes of an undisturbed one."""
+def test_killed_conversion_can_be_repeated(tmp_path, model):
+    """Send SIGKILL during the copies; repeating the command gives the usual output."""
     with (model / "model.safetensors").open("r+b") as file:
         header = int.from_bytes(file.read(8), "little")
         file.seek(8 + header)
-        file.write(random.Random(5).randbytes(60_000_000))  # among zeros nothing would be missed
+        file.write(random.Random(5).randbytes(60_000_000))  # missing bytes would be equal to zeros
     words = ("--to", "native", "--input", model, "--output")
     process = start(*words, tmp_path / "killed")
     partial = tmp_path / ".killed.partial"
@@ -111,5 +111,5 @@ def test_killed_conversion_begins_anew(tmp_path, model):
 
 
 def written(folder: Path) -> bool:
-    """Whether a tensor has been copied: files begin as holes."""
+    """Return whether a tensor was copied: files are sparse first."""
     return any(path.stat().st_blocks * 512 > 5_000_000 for path in folder.glob("*/*.distcp"))

@@ -1,4 +1,4 @@
-"""AdamW's state of Megatron-LM's checkpoints, on the way to a native one."""
+"""Conversion of AdamW's state from Megatron-LM to native."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RANK = Path("mp_rank_00", "model_optim_rng.pt")
 
 
 def everything(path: Path) -> tuple[dict[str, torch.Tensor], optimizer_state.OptimizerState]:
-    """All tensors of a checkpoint of Megatron-LM: weights and optimizer."""
+    """Return all tensors of a Megatron-LM checkpoint: weights and optimizer state."""
     source = megatron_lm.read_checkpoint(path).check()
     state = optimizer_state.read_optimizer_state(source)
     reads = {**source.reads, **optimizer_state.optimizer_reads(source, state, ConversionOptions())}
@@ -31,7 +31,7 @@ def everything(path: Path) -> tuple[dict[str, torch.Tensor], optimizer_state.Opt
 
 @pytest.fixture(scope="module")
 def expected():
-    """The fixture read by torch alone, its states numbered by two groups."""
+    """Return the fixture's content, read with torch only; states are numbered across two groups."""
     content = torch.load(REAL / RANK, weights_only=False)
     weights = {k: v for k, v in content["model"].items() if torch.is_tensor(v)}
     state = content["optimizer"]["state"]
@@ -52,9 +52,9 @@ def test_one_rank(expected):
 
 
 def test_four_ranks(expected, tmp_path):
-    """TP 2 x PP 2 in bf16, whose fp32 weights lie apart, and the groups in an order of each rank's.
+    """TP2 x PP2 in bf16 with separate fp32 weights, and another order of groups on each rank.
 
-    Each rank's file is written as Megatron-LM would, cut from the fixture.
+    Each rank's file is written like Megatron-LM's, from parts of the fixture.
     """
     model = megatron_lm.read_checkpoint(REAL).model
     content = torch.load(REAL / RANK, weights_only=False)
@@ -115,7 +115,7 @@ def save_rank(path, content, own, tensors, t):
 
 
 def test_torch_dist(expected, tmp_path, convert):
-    """The native checkpoint, with Megatron-LM's arguments beside it, is one of Megatron-LM."""
+    """A native checkpoint with Megatron-LM's arguments is a Megatron-LM checkpoint."""
     convert("--to", "native", "--input", REAL, "--output", tmp_path / "n", "--with-optimizer")
     folder = tmp_path / "n" / manifests.folder_name(10)
     common = torch.load(folder / "common.pt", weights_only=False)
@@ -127,7 +127,7 @@ def test_torch_dist(expected, tmp_path, convert):
     for name in found:
         assert torch.equal(found[name], expected[name.removeprefix("optimizer.state.param.")])
     assert state.step == 10
-    # Weights in fp32 are their own main weights: three names, the same bytes.
+    # fp32 models have no separate main weights: three keys refer to the same bytes.
     entries = torch_dist.read_metadata(folder)
     name = "decoder.layers.mlp.linear_fc2.weight"
     places = [entries[f"{p}{name}"].chunks for p in ("", "optimizer.state.param.",
@@ -147,7 +147,7 @@ def test_another_type_keeps_the_fp32_weights(expected, tmp_path, convert):
             assert torch.equal(main, expected[name])
 
 
-def test_what_cannot_be_read_is_named(tmp_path, convert):
+def test_unsupported_optimizer_state_is_named(tmp_path, convert):
     def output(change):
         folder = tmp_path / "source" / RANK.parent
         folder.mkdir(parents=True)
@@ -156,7 +156,7 @@ def test_what_cannot_be_read_is_named(tmp_path, convert):
         torch.save(content, folder / RANK.name)
         words = ("--to", "native", "--input", folder.parent, "--output", tmp_path / "n")
         text = convert(*words, "--with-optimizer", code=2)
-        convert(*words)  # the weights alone are fine
+        convert(*words)  # the weights alone are supported
         shutil.rmtree(folder.parent)
         shutil.rmtree(tmp_path / "n")
         return text

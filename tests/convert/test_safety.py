@@ -1,4 +1,4 @@
-"""Nothing half-made, nothing executed, every damage named."""
+"""Malicious, damaged and inconsistent files; incomplete output is removed."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def test_malicious_pickle_is_refused(tmp_path, call):
     assert not mark.exists()
 
 
-def test_members_of_enumerations_are_data(tmp_path):
-    """Python 3.11.0 to 3.11.3 pickle them as a call of getattr."""
+def test_members_of_enumerations_are_allowed(tmp_path):
+    """Python 3.11.0 to 3.11.3 pickle members of enumerations as a call of getattr."""
     torch.save({"args": Malicious(getattr, WriteItemType, "TENSOR")}, tmp_path / "good.pt")
     assert load_archive(tmp_path / "good.pt")["args"].kind.endswith(".WriteItemType")
     torch.save({"args": Malicious(getattr, torch.Size, "count")}, tmp_path / "bad.pt")
@@ -64,7 +64,7 @@ def test_malicious_metadata_is_refused(tmp_path, hf, convert):
 
 
 @pytest.mark.parametrize("target", ["native", "hf", "megatron-deepspeed", "megatron-lm"])
-def test_truncated_files_are_named_and_nothing_is_left(tmp_path, hf, convert, target):
+def test_truncated_files_are_named_and_no_output_is_left(tmp_path, hf, convert, target):
     convert("--to", target, "--input", hf, "--output", tmp_path / "there")
     victim = max(
         (p for p in (tmp_path / "there").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
@@ -97,8 +97,8 @@ def test_wrong_shapes_are_errors(tmp_path, hf, convert):
     assert "decoder.final_layernorm.weight has shape (65,)" in text
 
 
-def test_replicas_that_differ_are_errors(tmp_path, hf, convert):
-    """GPT-NeoX once stored partial sums of biases on each rank."""
+def test_different_replicas_are_errors(tmp_path, hf, convert):
+    """Old versions of GPT-NeoX stored partial sums of biases on each rank."""
     there = tmp_path / "there"
     convert(
         "--to",
@@ -115,11 +115,11 @@ def test_replicas_that_differ_are_errors(tmp_path, hf, convert):
     layer["input_layernorm.weight"] += 1
     torch.save(layer, path)
     text = convert("--to", "hf", "--input", there, "--output", tmp_path / "o", code=2)
-    assert "differs from the copy in" in text
+    assert "differs from its replica in" in text
     assert not (tmp_path / "o").exists()
 
 
-def test_source_is_never_written(tmp_path, hf, convert):
+def test_source_is_never_modified(tmp_path, hf, convert):
     convert("--to", "native", "--input", hf, "--output", tmp_path / "native")
     files = [p for p in (tmp_path / "native").rglob("*") if p.is_file()]
     before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in files}
@@ -136,8 +136,8 @@ def test_existing_output_is_kept(tmp_path, hf, convert):
     assert (tmp_path / "o" / "mine").read_text() == "precious"
 
 
-def test_full_disk_is_reported_and_nothing_left(tmp_path, hf):
-    """Writes begin to fail in the middle, as on a full disk."""
+def test_full_disk_is_reported_and_no_output_is_left(tmp_path, hf):
+    """Writes start to fail during the copies, as on a full disk."""
     program = (
         "import sys\n"
         "from megatron_llmjp.convert.cli import main\n"
@@ -161,8 +161,8 @@ def test_full_disk_is_reported_and_nothing_left(tmp_path, hf):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]
 
 
-def test_a_file_beyond_the_limit_is_reported(tmp_path, hf):
-    """The kernel itself refuses: files may have 100 kB, as under a quota."""
+def test_a_file_size_limit_is_reported(tmp_path, hf):
+    """The kernel limits the file size to 100 kB, like a quota."""
     program = (
         "import resource, sys\n"
         "from megatron_llmjp.convert.cli import main\n"
@@ -186,10 +186,10 @@ def test_mixed_types_in_one_projection_are_errors(tmp_path, hf, convert):
     key = "model.layers.0.self_attn.k_proj.weight"
     save_file({**tensors, key: tensors[key].bfloat16()}, hf / "model.safetensors")
     text = convert("--to", "native", "--input", hf, "--output", tmp_path / "o", code=2)
-    assert "parts of types fp32 and bf16" in text
+    assert "has type bf16, its other parts have fp32" in text
 
 
-def test_values_beyond_fp16_are_errors(tmp_path, hf, convert):
+def test_values_out_of_range_of_fp16_are_errors(tmp_path, hf, convert):
     from safetensors.torch import save_file
 
     tensors = state(hf)

@@ -1,4 +1,4 @@
-"""--verify: megatron-core's model and transformers' compute the same."""
+"""--verify: agreement of both sides, and detection of errors in the converter."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.tolerances import LOGITS, LOSS, assert_close, assert_within
 
 
 def figures(text: str) -> tuple[float, float, float]:
-    """Largest logit difference, relative to the largest logit, and the two losses."""
+    """Return the largest logit difference, relative to the largest logit, and the two losses."""
     number = r"([\d.e+-]+)"
     match = re.search(
         rf"difference {number} of logits up to {number}; loss {number} before, {number} after", text
@@ -54,8 +54,8 @@ def test_llama_of_megatron_deepspeed_rounded_to_bf16(tmp_path, convert):
     assert_within(figures(text)[0], LOGITS, "logits")
 
 
-def test_a_difference_leaves_nothing(tmp_path, convert, monkeypatch):
-    """Names and shapes cannot tell that the wrong GELU is written; the logits do."""
+def test_no_output_is_left_after_a_difference(tmp_path, convert, monkeypatch):
+    """A wrong GELU changes no names or shapes, only the logits."""
     from megatron_llmjp.convert.formats.hugging_face import config as hf_config
 
     STYLES["gpt2"]().save_pretrained(tmp_path / "hf")
@@ -81,24 +81,24 @@ def ups_for_gates(tensor):
 
 
 def inputs_for_outputs(tensor):
-    """Square matrices transposed."""
+    """Transpose square matrices."""
     square = tensor.dim() == 2 and tensor.shape[0] == tensor.shape[1]
     return tensors.transposed(tensor) if square else tensors.whole(tensor)
 
 
 def changed(function, **fields):
-    """The function, whose result has other values."""
+    """Return the function with changed values in its result."""
     return lambda *args, **kwargs: {**function(*args, **kwargs), **fields}
 
 
 def other_model(**fields):
-    """``make_model`` that gives every model these fields."""
+    """Return ``make_model`` with these fields changed in every model."""
     made = hf_config.validated_model
     return lambda where, **given: made(where, **{**given, **fields})
 
 
 def ranks_joined_end_to_end(name, model, size):
-    """SwiGLU's gate and up rows of each rank are not taken apart."""
+    """Concatenate SwiGLU's ranks without separating gate and up rows."""
     split = tensors.parallel_split(name, model)
     if split == "gate_up" and size > 1:
         return partial(tensors.split_rows, size=size)
@@ -127,7 +127,7 @@ CASES = [(mistake, side) for mistake, sides in SIDES.items() for side in sides]
 
 @pytest.fixture(scope="module")
 def megatron(tmp_path_factory):
-    """A LLaMA with square attention matrices as Hugging Face and as Megatron-LM at TP2 x PP3."""
+    """Write a LLaMA with square attention matrices for Hugging Face and Megatron-LM, TP2 x PP3."""
     from megatron_llmjp.convert.cli import main
 
     root = tmp_path_factory.mktemp("verify")
@@ -141,10 +141,10 @@ TP2PP3 = ["--target-tensor-parallel-size", "2", "--target-pipeline-parallel-size
 
 
 @pytest.mark.parametrize(("mistake", "side"), CASES)
-def test_a_mistake_in_the_converter_is_found(
+def test_an_error_in_the_converter_is_detected(
     tmp_path, convert, megatron, monkeypatch, mistake, side
 ):
-    """Both directions use the same tables: what writes them wrong reads them wrong as well."""
+    """Both directions use the same tables, so a round trip does not detect these errors."""
     module, name, wrong = MISTAKES[mistake]
     monkeypatch.setattr(module, name, wrong)
     words = {
@@ -158,7 +158,9 @@ def test_a_mistake_in_the_converter_is_found(
 
 
 @pytest.mark.parametrize("side", ["to native", "from native"])
-def test_keys_for_values_are_found_in_native_checkpoints(tmp_path, convert, monkeypatch, side):
+def test_swapped_keys_and_values_are_detected_in_native_checkpoints(
+    tmp_path, convert, monkeypatch, side
+):
     STYLES["llama"]().save_pretrained(tmp_path / "hf")
     convert("--to", "native", "--input", tmp_path / "hf", "--output", tmp_path / "native")
     monkeypatch.setattr(llama, "query_key_value", keys_for_values)
@@ -178,7 +180,7 @@ def test_keys_for_values_are_found_in_native_checkpoints(tmp_path, convert, monk
         ("llama", ["--to", "megatron-deepspeed", "--no-pipeline", "--dtype", "bf16"]),
     ],
 )
-def test_the_second_reading_knows_every_layout(tmp_path, convert, style, flags):
+def test_the_reference_model_supports_every_layout(tmp_path, convert, style, flags):
     rope = {"llama": {"rope_theta": 10000.0}, "gpt_neox": {"rotary_emb_base": 10000}}
     STYLES[style](**rope.get(style, {})).save_pretrained(tmp_path / "hf")
     text = convert("--input", tmp_path / "hf", "--output", tmp_path / "o", "--verify", *flags)

@@ -1,7 +1,8 @@
-"""Training goes on from what other programs left: at TP2 x PP2, from the loss that they had.
+"""Training from converted checkpoints at TP2 x PP2, compared with the original programs.
 
-Of Megatron-DeepSpeed's checkpoints that is the loss its own engine computed. With ZeRO's moments,
-the steps that follow are those of transformers' model and torch's AdamW, given the same moments.
+The first loss is compared with the loss of Megatron-DeepSpeed's engine or transformers. With ZeRO's
+moments, the next steps are compared with transformers' model and torch's AdamW, given the same
+moments.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ STEPS, BATCH = 3, 2
 
 
 def tokens_of(name: str) -> torch.Tensor:
-    """Two sequences and the token after them, ``[2, s + 1]``."""
+    """Return two sequences and their next token, ``[2, s + 1]``."""
     if name in ENGINE:
         return torch.from_numpy(np.load(FIXTURES / name / "tokens.npy"))
     return torch.arange(BATCH * 33).view(BATCH, 33) * 7 % 101
@@ -54,7 +55,7 @@ def convert(*words: object) -> None:
 
 
 def job(folder: Path, name: str, tokens: torch.Tensor, steps: int, *flags: object) -> Job:
-    """A run from ``folder/NAME-start`` whose every step sees the same batch."""
+    """Train from ``folder/NAME-start`` on the same batch in every step."""
     rows = tokens.repeat(steps + 4, 1).numpy()
     arrays = {"tokens": rows[:, :-1], "labels": rows[:, 1:]}
     arrays["loss_mask"] = np.ones_like(rows[:, 1:])
@@ -103,7 +104,7 @@ def test_the_loss_of_megatron_deepspeed(runs, name):
 
 @pytest.mark.parametrize("name", STYLES)
 def test_the_loss_of_transformers(runs, name):
-    """Rows that pad the vocabulary repeat the last one, and are in the softmax."""
+    """The softmax includes the padding rows of the vocabulary, which repeat the last row."""
     model = transformers.AutoModelForCausalLM.from_pretrained(runs / f"{name}-hf").double()
     tokens = tokens_of(name)
     with torch.no_grad():
@@ -113,12 +114,12 @@ def test_the_loss_of_transformers(runs, name):
     assert_close(history(runs / name), {1: expected}, LOSS, "loss")
 
 
-def test_the_next_steps_have_the_moments(runs):
-    """Each step is compared with one in fp64 that starts from the state saved before it.
+def test_the_next_steps_use_the_moments(runs):
+    """Each step is compared with a step in fp64 from the previously saved state.
 
-    The gradients are compared by the moments, and the weights with the update that the saved
-    moments give: an update from moments of its own would magnify the rounding of gradients near 0,
-    and the next step would build on it.
+    Gradients are compared through the moments, and weights with the update by the saved moments: an
+    update by recomputed moments would magnify the rounding of gradients near 0, and the error would
+    accumulate.
     """
     places = ("--input", runs / "moments-start", "--output", runs / "moments-hf")
     convert("--to", "hf", "--keep-vocab-padding", *places)
@@ -157,7 +158,7 @@ def test_the_next_steps_have_the_moments(runs):
 
 
 def state(source: SourceCheckpoint) -> dict[str, dict[str, torch.Tensor]]:
-    """fp32 weights and both moments in fp64 by transformers' names, ``[out, in]`` as in GPT-2."""
+    """Return fp32 weights and both moments in fp64, with the names and layout of GPT-2."""
     tensors = {"param": source.check().reads, **source.optimizer().tensors}
     found: dict[str, dict[str, torch.Tensor]] = {}
     for rule in gpt2.ARCHITECTURE.expanded_rules(source.model):

@@ -1,4 +1,4 @@
-"""Exported tokenizers and ends of text, as transformers reads them."""
+"""Exported tokenizers and end-of-text tokens, as transformers loads them."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from tests.convert.hf_models import STYLES, llama
 from tests.support.tokenizer_files import write_tiktoken
 
 VOCABULARY = 600
-"""Of all models here: more than the tokenizers have, as in a padded embedding."""
+"""Vocabulary size of all models here: larger than the tokenizers', like a padded embedding."""
 
 
 def train(path: Path, kind: str = "unigram", **settings) -> Path:
-    """Save a SentencePiece model with <EOD>, as LLM-jp's have it."""
+    """Save a SentencePiece model with <EOD>, like LLM-jp's."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(line for text in COMMON_TEXTS * 3 for line in text.split("\n") if line),
@@ -54,7 +54,7 @@ def save_gpt2_bpe(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def megatron(tmp_path_factory) -> Path:
-    """A checkpoint of Megatron-LM whose arguments do not name a tokenizer."""
+    """Write a checkpoint of Megatron-LM without a tokenizer type in its arguments."""
     from megatron_llmjp.convert.cli import main
 
     folder = tmp_path_factory.mktemp("megatron")
@@ -65,7 +65,7 @@ def megatron(tmp_path_factory) -> Path:
 
 
 def ends(folder: Path) -> tuple[object, object, object]:
-    """What ends a text by config.json, generation_config.json and the tokenizer."""
+    """Return the end of text in config.json, generation_config.json and the tokenizer."""
     return (
         transformers.AutoConfig.from_pretrained(folder).eos_token_id,
         transformers.GenerationConfig.from_pretrained(folder).eos_token_id,
@@ -100,8 +100,8 @@ def test_a_sentencepiece_run_loads_with_its_end_of_text(tmp_path, convert, megat
     assert (tmp_path / "out" / "any.model").read_bytes() == path.read_bytes()
 
 
-def test_a_fast_tokenizer_of_another_end_is_built_again(tmp_path, convert, megatron):
-    """train_tokenizer made it for <EOD>, the run read the model as Llama2Tokenizer."""
+def test_a_fast_tokenizer_with_another_end_of_text_is_rebuilt(tmp_path, convert, megatron):
+    """train_tokenizer built it with <EOD>, the run used the model as Llama2Tokenizer."""
     path = train(tmp_path / "tok" / "tokenizer.model")
     export_hugging_face(load_sentencepiece("SentencePieceTokenizer", path), path.parent)
     (path.parent / "chat_template.jinja").write_text("{{ messages }}")
@@ -116,8 +116,8 @@ def test_a_fast_tokenizer_of_another_end_is_built_again(tmp_path, convert, megat
     assert (tmp_path / "SentencePieceTokenizer" / "tokenizer.json").read_bytes() == same
 
 
-def test_a_tokenizer_json_gets_the_end_of_the_run(tmp_path, convert, megatron):
-    """A Hugging Face tokenizer of the run's vocabulary; the type that Megatron's arguments name."""
+def test_a_tokenizer_json_gets_the_runs_end_of_text(tmp_path, convert, megatron):
+    """A Hugging Face tokenizer with the run's vocabulary, and the type of Megatron's arguments."""
     path = train(tmp_path / "tok.model")
     folder = tmp_path / "fast"
     folder.mkdir()
@@ -133,7 +133,7 @@ def test_a_tokenizer_json_gets_the_end_of_the_run(tmp_path, convert, megatron):
 
 
 def test_a_hugging_face_run_ends_with_its_eos_token(tmp_path, convert, megatron):
-    """Without a tokenizer_config.json that names one, it is the token that looks like one."""
+    """Without tokenizer_config.json, eos is chosen by the token's name."""
     path = train(tmp_path / "tok.model")
     export_hugging_face(load_sentencepiece("GPTSentencePieceTokenizer", path), tmp_path)
     for name, files in (("bare", ["tokenizer.json"]),
@@ -164,7 +164,7 @@ def test_a_gpt2_bpe_run_ends_with_its_token(tmp_path, convert, megatron):
 @pytest.mark.parametrize(
     "kind, eod", [("NullTokenizer", VOCABULARY - 1), ("ByteLevelTokenizer", 256)]
 )
-def test_types_without_files_end_with_their_id(tmp_path, convert, megatron, kind, eod):
+def test_types_without_files_have_an_end_of_text_id(tmp_path, convert, megatron, kind, eod):
     convert("--to", "native", "--input", megatron, "--output", tmp_path / "native",
             "--tokenizer-type", kind)  # fmt: skip
     text = convert("--to", "hf", "--input", tmp_path / "native", "--output", tmp_path / "out")
@@ -173,20 +173,20 @@ def test_types_without_files_end_with_their_id(tmp_path, convert, megatron, kind
         assert json.loads((tmp_path / "out" / name).read_text())["eos_token_id"] == eod
 
 
-def test_a_run_on_prepared_tokens_gets_the_given_tokenizer(tmp_path, convert, megatron):
-    """The run's NullTokenizer does not say what its ids are, and --tokenizer does."""
+def test_a_null_tokenizer_is_replaced_by_the_given_tokenizer(tmp_path, convert, megatron):
+    """The run's NullTokenizer has no tokens; --tokenizer defines them."""
     path = train(tmp_path / "tokenizer.model")
     convert("--to", "native", "--input", megatron, "--output", tmp_path / "null",
             "--tokenizer-type", "NullTokenizer")  # fmt: skip
     convert("--to", "native", "--input", tmp_path / "null", "--output", tmp_path / "native",
             "--tokenizer", path)  # fmt: skip
     text = convert("--to", "hf", "--input", tmp_path / "native", "--output", tmp_path / "out")
-    assert "the run's type is NullTokenizer, which has no files" in text
+    assert "the run's tokenizer type is NullTokenizer, which has no files" in text
     assert "assumed SentencePieceTokenizer" in text
     assert ends(tmp_path / "out") == (4, 4, 4)
 
 
-def test_an_unknown_type_is_assumed_and_said(tmp_path, convert, megatron):
+def test_an_unknown_type_is_assumed_with_a_note(tmp_path, convert, megatron):
     path = train(tmp_path / "tok.model")
     text = convert("--to", "hf", "--input", megatron, "--output", tmp_path / "out",
                    "--tokenizer", path)  # fmt: skip
@@ -224,7 +224,7 @@ GENERATION = {
 }  # fmt: skip
 
 
-def test_generation_config_survives_the_way_through_native(tmp_path, convert):
+def test_generation_config_is_kept_in_native_checkpoints(tmp_path, convert):
     llama(vocab_size=VOCABULARY, eos_token_id=[2, 5]).save_pretrained(tmp_path / "hf")
     (tmp_path / "hf" / "generation_config.json").write_text(json.dumps(GENERATION))
     path = train(tmp_path / "tok" / "tokenizer.model")
@@ -259,7 +259,7 @@ def test_damaged_generation_configs_are_refused(tmp_path, convert, damage):
     assert "generation_config.json: " in text and text.count("\n") == 1
 
 
-def test_tokenizers_that_do_not_fit_are_refused_or_warned_of(tmp_path, convert, megatron):
+def test_tokenizers_of_other_models_are_errors_or_warnings(tmp_path, convert, megatron):
     (tmp_path / "empty").mkdir()
     words = ("--to", "hf", "--output", tmp_path / "out", "--tokenizer-type", "Llama2Tokenizer")
     text = convert(*words, "--input", megatron, "--tokenizer", tmp_path / "empty", code=2)
@@ -288,7 +288,7 @@ def test_tokenizers_that_do_not_fit_are_refused_or_warned_of(tmp_path, convert, 
     assert "HuggingFaceTokenizer" in text
 
 
-def test_a_model_that_has_no_equal_fast_tokenizer_is_not_taken_for_one(
+def test_a_model_without_an_equal_fast_tokenizer_is_copied(
     tmp_path, convert, megatron, monkeypatch
 ):
     path = train(tmp_path / "tokenizer.model", "char")
@@ -322,7 +322,7 @@ def test_a_tiktoken_run_ends_with_its_token(tmp_path, pattern):
         assert fast(text).input_ids == plain.encode(text).tolist(), text
 
 
-def test_a_run_from_converted_weights_reads_the_tokenizer_as_its_type(tmp_path, convert, megatron):
+def test_a_run_from_converted_weights_uses_the_tokenizer_type(tmp_path, convert, megatron):
     from megatron_llmjp.checkpoint.resume import add_stored_config
     from megatron_llmjp.config.flags import parse
 
@@ -338,7 +338,7 @@ def test_a_run_from_converted_weights_reads_the_tokenizer_as_its_type(tmp_path, 
         assert Path(config.data.tokenizer_model).name == "tok.model"
 
 
-def test_generation_settings_are_no_tokenizer(tmp_path, convert):
+def test_generation_settings_are_not_a_tokenizer(tmp_path, convert):
     llama(vocab_size=VOCABULARY).save_pretrained(tmp_path / "hf")
     convert("--to", "native", "--input", tmp_path / "hf", "--output", tmp_path / "native")
     folder = tmp_path / "native" / "iter_0000000" / "tokenizer"

@@ -1,4 +1,4 @@
-"""The command line: quick, helpful, one message per mistake."""
+"""Command line of convert_checkpoint: help, errors, --dry-run and inspect."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from tests.convert.hf_models import gpt2, llama
 
 
-def test_help_answers_without_torch(tmp_path):
+def test_help_does_not_import_torch(tmp_path):
     program = (
         "import sys; from megatron_llmjp.convert.cli import main\n"
         "try: main(['--help'])\n"
@@ -41,14 +41,14 @@ def test_help_answers_without_torch(tmp_path):
         (["inspect", ".", "--ignore-arg", "x"], "did you mean '--ignore-args'?"),
     ],
 )
-def test_mistakes_are_one_line(convert, arguments, message, monkeypatch, tmp_path):
+def test_errors_are_one_line(convert, arguments, message, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     text = convert(*arguments, code=2)
     assert message in text
     assert text.count("\n") == 1
 
 
-def test_dry_run_shows_the_plan_and_writes_nothing(tmp_path, convert):
+def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, convert):
     llama().save_pretrained(tmp_path / "hf")
     text = convert(
         "--to", "native", "--input", tmp_path / "hf", "--output", tmp_path / "o", "--dry-run"
@@ -61,7 +61,7 @@ def test_dry_run_shows_the_plan_and_writes_nothing(tmp_path, convert):
 
 
 @pytest.mark.parametrize("target", ["native", "hf", "megatron-lm", "megatron-deepspeed"])
-def test_inspect_tells_what_a_folder_is(tmp_path, convert, target):
+def test_inspect_describes_a_folder(tmp_path, convert, target):
     gpt2().save_pretrained(tmp_path / "hf")
     folder = tmp_path / "hf"
     if target != "hf":
@@ -84,7 +84,7 @@ def test_inspect_tells_what_a_folder_is(tmp_path, convert, target):
     assert f"vocabulary 101{rows}\n" in text
 
 
-def test_refusals_name_what_cannot_be_held(tmp_path, convert):
+def test_unsupported_properties_are_named(tmp_path, convert):
     llama(num_key_value_heads=2, attention_bias=True).save_pretrained(tmp_path / "bias")
     text = convert(
         "--to", "native", "--input", tmp_path / "bias", "--output", tmp_path / "o", code=2
@@ -113,4 +113,4 @@ def test_tokenizer_of_another_model_is_refused(tmp_path, convert):
     llama().save_pretrained(tmp_path / "hf")
     text = convert("--to", "native", "--input", tmp_path / "hf", "--output", tmp_path / "o",
                    "--tokenizer", tmp_path / "tokenizer", code=2)  # fmt: skip
-    assert "a tokenizer of 200 tokens, the model has 101" in text
+    assert "the tokenizer has 200 tokens, the model has 101" in text

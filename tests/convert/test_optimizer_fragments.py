@@ -1,4 +1,4 @@
-"""Checkpoints of megatron-core from 0.17 on, and of LLM-jp's fork with its optimizer."""
+"""Optimizer state in fragments and buckets; checkpoints of megatron-core from 0.17 on."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from tests.convert.hf_models import llama, state
 FIXTURES = Path(__file__).parent / "fixtures"
 MOMENTS = FIXTURES / "mds_gpt_tp2pp2dp2_bf16z1" / "ckpt"
 WRITTEN = ("mlm_fully_sharded_model_space", "mlm_dp_reshardable")
-"""Written by LLM-jp's fork of Megatron-LM (core 0.12), and by Megatron-LM itself (core 0.20)."""
+"""Written by LLM-jp's fork of Megatron-LM (core 0.12), and by Megatron-LM (core 0.20)."""
 
 
 @pytest.mark.parametrize("name", WRITTEN)
-def test_what_these_programs_wrote(tmp_path, convert, name):
-    """Weights, fp32 weights and both moments are those that the ranks held, bit for bit."""
+def test_checkpoints_of_these_programs(tmp_path, convert, name):
+    """Weights, fp32 weights and both moments are equal to those of the ranks, bit for bit."""
     words = ("--with-optimizer", "--target-tensor-parallel-size", "2", "--verify")
     shutil.copytree(FIXTURES / name, tmp_path / name)
     if name == "mlm_dp_reshardable":  # empty with NullTokenizer, and so not in the repository
@@ -47,8 +47,8 @@ def test_what_these_programs_wrote(tmp_path, convert, name):
     assert source.model.vocab_size == {"mlm_fully_sharded_model_space": 25}.get(name, 24)
 
 
-def test_buckets_that_are_laid_out_otherwise_are_refused(tmp_path, convert):
-    """The order of a rank's parameters is known, not stored: it must not be guessed."""
+def test_other_bucket_layouts_are_refused(tmp_path, convert):
+    """The order of a rank's parameters is not stored: other layouts must be refused."""
     source = FIXTURES / "mlm_dp_reshardable"
     words = ("--to", "native", "--with-optimizer", "--output", tmp_path / "n", "--input")
     with mock.patch.dict(optimizer_fragments._ORDERS, clear=True):
@@ -71,8 +71,8 @@ def test_signals_in_arguments_are_inert(tmp_path):
     assert isinstance(found.exit_signal, torch_archive.InertObject)
 
 
-def test_tensors_with_attributes_are_tensors(tmp_path):
-    """Megatron-LM marks the fp32 masters of its plain optimizer."""
+def test_attributes_of_tensors_are_ignored(tmp_path):
+    """Megatron-LM sets attributes on the fp32 main weights of its plain optimizer."""
     tensor = torch.arange(6.0).view(2, 3)
     tensor.tensor_model_parallel = True
     torch.save({"master": tensor}, tmp_path / "a.pt")
@@ -101,8 +101,8 @@ def test_common_state_inside_the_distributed_checkpoint(tmp_path, convert):
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-def test_moments_in_flat_pieces_of_fragments(tmp_path, convert):
-    """Cut as tensor parallelism of 2 cuts, each fragment in two pieces that end within a row."""
+def test_moments_in_flat_fragments(tmp_path, convert):
+    """Fragments of tensor parallel size 2, each in two pieces that end within a row."""
     convert("--to", "native", "--with-optimizer", "--input", MOMENTS, "--output", tmp_path / "n")
     source = native.read_checkpoint(tmp_path / "n")
     folder = source.path
@@ -129,7 +129,7 @@ def test_moments_in_flat_pieces_of_fragments(tmp_path, convert):
 def flattened(
     root: Path, file: str, key: str, entry: torch_dist.TensorEntry
 ) -> torch_dist.TensorEntry:
-    """An entry's content as pieces ``[layers, grid..., elements]`` in another file."""
+    """Write an entry as pieces ``[layers, grid..., elements]`` to another file."""
     stacked = "layers." in key
     layers = [
         entry.tensor_read(i if stacked else None) for i in range(entry.shape[0] if stacked else 1)
@@ -168,7 +168,7 @@ def test_vocab_size_trims_for_null_tokenizers_only(tmp_path, convert):
     llama(rope_theta=10000.0).save_pretrained(tmp_path / "hf")
     text = convert("--to", "megatron-lm", "--ckpt-format", "torch", "--input", tmp_path / "hf",
                    "--output", tmp_path / "mlm")  # fmt: skip
-    assert "27 rows of padding were added to 101" in text
+    assert "27 padding rows were added to 101" in text
     path = next(tmp_path.glob("mlm/*/*/*.pt"))
     content = torch.load(path, weights_only=False)
     del content["args"].true_vocab_size
@@ -179,5 +179,5 @@ def test_vocab_size_trims_for_null_tokenizers_only(tmp_path, convert):
         out = tmp_path / kind
         text = convert("--to", "hf", "--input", tmp_path / "mlm", "--output", out)
         assert state(out)["model.embed_tokens.weight"].shape[0] == rows
-        assert ("rows 101 to 127 of 128 were dropped" in text) == (rows == 101)
+        assert ("rows 101 to 127 of 128 are padding and were removed" in text) == (rows == 101)
         assert ("true vocabulary size is not in the checkpoint" in text) == (rows == 128)

@@ -1,4 +1,4 @@
-"""Whatever a file holds, opening it gives a checkpoint or one line."""
+"""Damaged files: every error is a UserError of few lines."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def header(folder: Path, change) -> None:
                     {**h["model.norm.weight"], "shape": [-8, -8]}}, "shape [-8, -8]"),
     ],
 )  # fmt: skip
-def test_headers_that_lie_are_refused(tmp_path, change, message):
+def test_invalid_headers_are_refused(tmp_path, change, message):
     llama().save_pretrained(tmp_path)
     header(tmp_path, change)
     with pytest.raises(UserError, match=r"model\.safetensors") as error:
@@ -53,7 +53,7 @@ def test_headers_that_lie_are_refused(tmp_path, change, message):
 
 
 def mutated_json(value: object, generator: random.Random) -> object:
-    """One value somewhere inside replaced."""
+    """Replace one value in a JSON tree."""
     if isinstance(value, (dict, list)) and value and generator.random() < 0.8:
         key = generator.choice(list(value) if isinstance(value, dict) else range(len(value)))
         changed = value.copy()
@@ -63,7 +63,7 @@ def mutated_json(value: object, generator: random.Random) -> object:
 
 
 def mutated_bytes(content: bytes, generator: random.Random) -> bytes:
-    """A few bytes changed, a piece cut out, or the end missing."""
+    """Change a few bytes, remove some, or truncate the content."""
     data = bytearray(content)
     kind = generator.randrange(3)
     if kind == 0:
@@ -77,8 +77,8 @@ def mutated_bytes(content: bytes, generator: random.Random) -> bytes:
     return bytes(data)
 
 
-def opened(folder: Path, format_name: str, options: ConversionOptions) -> None:
-    """Plan a conversion; whatever is wrong must be a user's error of few lines."""
+def plan_or_user_error(folder: Path, format_name: str, options: ConversionOptions) -> None:
+    """Plan a conversion; an error must be a UserError of few lines."""
     try:
         plan_conversion(format_name, "native", folder, options)
     except UserError as error:
@@ -106,8 +106,8 @@ def sources(tmp_path_factory) -> Path:
     return root
 
 
-def agree(folder: Path, file: str) -> None:
-    """Have a manifest tell the size that a file has, so that its content is looked at."""
+def update_manifest(folder: Path, file: str) -> None:
+    """Set the size in the manifest to that of the file, so that the content is read."""
     path = folder / "iter_0000000" / "manifest.json"
     if path.is_file() and path.name != Path(file).name:
         manifest = json.loads(path.read_text())
@@ -135,7 +135,7 @@ def agree(folder: Path, file: str) -> None:
         ),
     ],
 )
-def test_damage_never_ends_in_a_traceback(tmp_path, sources, name, format_name, file):
+def test_damage_never_causes_a_traceback(tmp_path, sources, name, format_name, file):
     folder = tmp_path / name
     shutil.copytree(sources / name, folder)
     victim = folder / file
@@ -151,16 +151,16 @@ def test_damage_never_ends_in_a_traceback(tmp_path, sources, name, format_name, 
             header(folder, lambda value: mutated_json(value, generator))
         else:
             victim.write_bytes(mutated_bytes(good, generator))
-        agree(folder, file)
-        opened(folder, format_name, options)
+        update_manifest(folder, file)
+        plan_or_user_error(folder, format_name, options)
     victim.write_bytes(good)
-    agree(folder, file)
+    update_manifest(folder, file)
     plan_conversion(format_name, "native", folder, options)
 
 
 @pytest.mark.parametrize("content", [[1, 2], {}, 3, torch.ones(3), {"args": 5, "model": None},
                                      {"args": None, "module": {}, "model": []}])  # fmt: skip
-def test_files_of_torch_that_hold_something_else(tmp_path, sources, content):
+def test_torch_files_with_other_content(tmp_path, sources, content):
     for name, file in (("legacy", "release/mp_rank_00/model_optim_rng.pt"),
                        ("dist", "release/common.pt")):  # fmt: skip
         shutil.copytree(sources / name, tmp_path / name)
@@ -173,7 +173,7 @@ def test_files_of_torch_that_hold_something_else(tmp_path, sources, content):
         plan_conversion("megatron-deepspeed", "native", tmp_path / "mds", ConversionOptions())
 
 
-def test_outputs_in_the_source_are_refused(tmp_path, convert, monkeypatch):
+def test_outputs_inside_the_source_are_refused(tmp_path, convert, monkeypatch):
     llama().save_pretrained(tmp_path / "hf")
     before = sorted(tmp_path.rglob("*"))
     (tmp_path / "link").symlink_to(tmp_path / "hf")
@@ -188,7 +188,7 @@ def test_outputs_in_the_source_are_refused(tmp_path, convert, monkeypatch):
 
 
 @pytest.mark.parametrize("target", ["native", "hf", "megatron-lm", "megatron-deepspeed"])
-def test_impossible_layouts_are_refused_for_every_target(tmp_path, convert, target):
+def test_invalid_parallel_sizes_are_refused_for_every_target(tmp_path, convert, target):
     gpt2().save_pretrained(tmp_path / "hf")
     words = ("--to", target, "--input", tmp_path / "hf", "--output", tmp_path / "o")
     text = convert(*words, "--target-tensor-parallel-size", "3", code=2)
@@ -197,7 +197,7 @@ def test_impossible_layouts_are_refused_for_every_target(tmp_path, convert, targ
     assert "pipeline parallel size 8 does not divide num_layers 3" in text
 
 
-def test_gpt2_without_the_prefix_of_its_keys(tmp_path, convert):
+def test_gpt2_without_the_prefix_of_keys(tmp_path, convert):
     from safetensors.torch import save_file
 
     gpt2().save_pretrained(tmp_path / "hf")
