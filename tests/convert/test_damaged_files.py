@@ -192,9 +192,9 @@ def test_invalid_parallel_sizes_are_refused_for_every_target(tmp_path, convert, 
     gpt2().save_pretrained(tmp_path / "hf")
     words = ("--to", target, "--input", tmp_path / "hf", "--output", tmp_path / "o")
     text = convert(*words, "--target-tensor-parallel-size", "3", code=2)
-    assert "tensor parallel size 3 does not divide num_attention_heads 4" in text
+    assert "num_attention_heads 4 is not divisible by tensor parallel size 3" in text
     text = convert(*words, "--target-pipeline-parallel-size", "8", code=2)
-    assert "pipeline parallel size 8 does not divide num_layers 3" in text
+    assert "num_layers 3 is not divisible by pipeline parallel size 8" in text
 
 
 def test_gpt2_without_the_prefix_of_keys(tmp_path, convert):

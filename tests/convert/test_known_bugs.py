@@ -78,10 +78,10 @@ def test_an_unknown_order_of_qkv_rows_is_refused(there, convert):
     """Without ``checkpoint_version`` rows have the order of 2020."""
     legacy = there("megatron-lm", "--ckpt-format", "torch")
     edit(legacy / "mp_rank_00" / "model_optim_rng.pt", lambda c: c.pop("checkpoint_version"))
-    assert "checkpoint_version 0 has another order" in refused(convert, legacy)
+    assert "checkpoint_version 0 has a different order" in refused(convert, legacy)
     deepspeed = there("megatron-deepspeed")
     edit(deepspeed / "mp_rank_00_model_states.pt", lambda c: c.pop("checkpoint_version"))
-    assert "checkpoint_version 0 has another order" in refused(convert, deepspeed)
+    assert "checkpoint_version 0 has a different order" in refused(convert, deepspeed)
 
 
 def test_unsupported_embeddings_are_refused(there, convert):

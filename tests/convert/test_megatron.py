@@ -144,8 +144,8 @@ def test_vocabulary_is_padded_for_the_target(tmp_path, convert):
 def test_pieces_that_do_not_divide_are_refused(tmp_path, convert):
     STYLES["llama"](rope_theta=10000.0).save_pretrained(tmp_path / "hf")
     for flags, message in (
-        (("--target-tensor-parallel-size", 3), "does not divide num_attention_heads 8"),
-        (("--target-pipeline-parallel-size", 2), "does not divide num_layers 3"),
+        (("--target-tensor-parallel-size", 3), "num_attention_heads 8 is not divisible"),
+        (("--target-pipeline-parallel-size", 2), "num_layers 3 is not divisible"),
     ):
         text = convert(
             "--to",

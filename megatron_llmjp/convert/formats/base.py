@@ -19,40 +19,40 @@ from megatron_llmjp.tokenizers.registry import TikTokenSettings
 
 @dataclass
 class SourceCheckpoint:
-    """An opened checkpoint: its architecture, and how to read each canonical tensor."""
+    """An opened checkpoint: its architecture, and the reads of the canonical tensors."""
 
     format: str
     path: Path
     model: ModelConfig
-    """With every size filled in; ``vocab_size`` is None where the format does not tell it."""
+    """With all sizes resolved; ``vocab_size`` is None if the checkpoint does not contain it."""
     reads: dict[str, TensorRead]
     layout: str
-    """How the checkpoint is cut into files, in words."""
+    """Description of the files and the parallel layout."""
     iteration: int | None = None
     consumed_samples: int | None = None
     tokenizer: Path | None = None
-    """Folder with tokenizer files, where the checkpoint carries them."""
+    """Folder with tokenizer files; None if the checkpoint has none."""
     seq_length: int | None = None
     tokenizer_type: str | None = None
-    """Type of the run's tokenizer as the checkpoint names it, which decides what ends a text."""
+    """The run's ``--tokenizer-type``, which determines the end-of-document token."""
     tiktoken: TikTokenSettings = field(default_factory=TikTokenSettings)
     """Settings of a TikTokenizer."""
     generation: GenerationSettings | None = None
-    """Token ids and generation settings of a Hugging Face model, also on its way back."""
+    """Token ids and generation settings, if the model comes from Hugging Face."""
     notes: list[str] = field(default_factory=list)
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Sections of the run's configuration that the checkpoint tells."""
+    """Sections of the run's configuration that the checkpoint contains."""
     optimizer: Callable[[], Any] | None = None
-    """Opens the optimizer's state, an ``optimizer_state.OptimizerState``."""
+    """Opens the optimizer state and returns an ``optimizer_state.OptimizerState``."""
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding as stored."""
+        """Padded vocabulary size as stored."""
         return self.reads[WORD_EMBEDDINGS].shape[0]
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the embedding, which stands for the model's."""
+        """Data type of the embedding, taken as that of the model."""
         return self.reads[WORD_EMBEDDINGS].dtype
 
     @property
@@ -61,10 +61,10 @@ class SourceCheckpoint:
         return sum(torch.Size(read.shape).numel() for read in self.reads.values())
 
     def check(self) -> SourceCheckpoint:
-        """Account for every tensor: names and shapes are those of the architecture.
+        """Check that the tensors have the names, shapes and types of the architecture.
 
         Raises:
-            UserError: a tensor is missing, unexpected, wrongly shaped, or not of a float type.
+            UserError: a tensor is missing, unexpected, of another shape, or not floating point.
         """
         expected = tensor_shapes(self.model, self.padded_vocab_size)
         check_tensor_names(self.path, expected, self.reads)
@@ -72,10 +72,14 @@ class SourceCheckpoint:
             read = self.reads[name]
             if read.shape != shape:
                 raise UserError(
-                    f"{self.path}: {name} has shape {read.shape}, its configuration says {shape}"
+                    f"{self.path}: {name} has shape {read.shape}, "
+                    f"expected {shape} from its configuration"
                 )
             if not read.dtype.is_floating_point:
-                raise UserError(f"{self.path}: {name} has type {read.dtype}: quantized?")
+                raise UserError(
+                    f"{self.path}: {name} has type {read.dtype}, expected floating point; "
+                    "is the model quantized?"
+                )
             read.check(name)
         self.reads = {name: self.reads[name] for name in expected}
         return self
@@ -83,7 +87,7 @@ class SourceCheckpoint:
 
 @dataclass(frozen=True)
 class ConversionOptions:
-    """What the user may ask of a writer."""
+    """Options of a conversion, from the command line."""
 
     dtype: torch.dtype | None = None
     tensor_parallel: int = 1
@@ -99,22 +103,22 @@ class ConversionOptions:
     with_optimizer: bool = False
     no_pipeline: bool = False
     checksums: bool = True
-    """Read the rest of files that a manifest has checksums of, to compare them."""
+    """Read files with a checksum in the manifest to the end, to verify it."""
     ignored_args: frozenset[str] = frozenset()
-    """Arguments of a Megatron run that the user declares to be irrelevant."""
+    """Arguments of a Megatron run to ignore."""
 
     def dtype_of(self, read: TensorRead) -> torch.dtype:
-        """The type a tensor is written in: its own unless another was asked for."""
+        """Return the data type of a written tensor: ``--dtype``, or its own."""
         return self.dtype or read.dtype
 
 
 def check_tensor_names(
     where: Path, expected: Iterable[str], found: Iterable[str] | Mapping[str, object]
 ) -> None:
-    """Compare names, exactly.
+    """Check that the tensor names are exactly the expected ones.
 
     Raises:
-        UserError: naming the first missing and unexpected ones.
+        UserError: names are missing or unexpected; the message has the first four of each.
     """
     wanted, given = set(expected), set(found)
     lines = []
@@ -125,5 +129,5 @@ def check_tensor_names(
             lines.append(f"{title}: {shown}{more}")
     if lines:
         raise UserError(
-            f"{where}: its tensors are not those of its configuration\n  " + "\n  ".join(lines)
+            f"{where}: its tensors do not match its configuration\n  " + "\n  ".join(lines)
         )

@@ -1,7 +1,7 @@
-"""Names of tensors in megatron-core's distributed checkpoints, ours and Megatron-LM's.
+"""Tensor names in megatron-core's distributed checkpoints, native ones and Megatron-LM's.
 
-Layers are stacked, ``[layers, ...]``, under one key without the layer's number, and norms carry
-the names of Transformer Engine's fused layers whichever layers were trained
+Layers are stacked, ``[layers, ...]``, under one key without the layer index, and norms have the
+names of Transformer Engine's fused layers, whichever layers were trained
 (megatron/core/models/gpt/gpt_layer_specs.py, ``sharded_state_dict_keys_map``).
 """
 
@@ -21,7 +21,7 @@ FUSED_NORMS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
-"""Norms of local layers, and where Transformer Engine's fused layers keep them."""
+"""Norms of local layers, and their names in Transformer Engine's fused layers."""
 
 _NOT_WEIGHTS = re.compile(
     r"^(optimizer|rng_state|rerun_state_machine|opt_param_scheduler)|_extra_state"
@@ -34,11 +34,11 @@ EXTRA_STATES = (
     "mlp.linear_fc1",
     "mlp.linear_fc2",
 )
-"""Modules of a layer that Transformer Engine gives an ``_extra_state`` object."""
+"""Modules of a layer for which Transformer Engine stores an ``_extra_state`` object."""
 
 
 def stored_key(name: str) -> tuple[str, int | None]:
-    """The key of a canonical tensor on disk, and its layer in the stack."""
+    """Return the stored key of a canonical tensor, and its layer index in the stack."""
     match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
     if match is None:
         return name, None
@@ -49,7 +49,7 @@ def stored_key(name: str) -> tuple[str, int | None]:
 
 
 def model_entries(entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
-    """The model's tensors of a distributed checkpoint, without what wraps a model in training."""
+    """Return the tensors of the model by key, without the prefix of wrapper modules."""
     kept = {key: e for key, e in entries.items() if not _NOT_WEIGHTS.search(key)}
     for prefix in ("model.module.", "model.", "module."):
         if all(key.startswith(prefix) for key in kept):
@@ -60,9 +60,9 @@ def model_entries(entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
 def tensor_reads(
     model: ModelConfig, rows: int, entries: dict[str, TensorEntry]
 ) -> dict[str, TensorRead]:
-    """How to read every canonical tensor that the entries hold.
+    """Return the read of every canonical tensor that is stored.
 
-    Tensors the model does not expect keep their own names, so that they are reported.
+    Unexpected tensors keep their own names, so that they are reported.
     """
     found: dict[str, TensorRead] = {}
     used: set[str] = set()
@@ -78,7 +78,7 @@ def tensor_reads(
 
 
 def _candidates(name: str) -> Iterable[tuple[str, int | None]]:
-    """Possible places: stacked with fused names, stacked with local names, numbered layers."""
+    """Yield possible keys: stacked with fused names, stacked with local names, numbered layers."""
     key, layer = stored_key(name)
     yield key, layer
     if layer is None:
@@ -93,9 +93,18 @@ def _candidates(name: str) -> Iterable[tuple[str, int | None]]:
 def add_model_tensors(
     writer: TorchDistWriter, source: SourceCheckpoint, options: ConversionOptions, rows: int
 ) -> dict[str, TensorWrite]:
-    """Make room for a model with ``rows`` rows of vocabulary, extra states included.
+    """Add the tensors of a model and its extra states to a distributed checkpoint.
 
-    megatron-core asks for an ``_extra_state`` object of every linear layer when it loads.
+    megatron-core requires an ``_extra_state`` object for every linear layer when it loads.
+
+    Args:
+        writer: of the checkpoint.
+        source: provides the model and the data types.
+        options: provides ``--dtype``.
+        rows: padded vocabulary size of the target.
+
+    Returns:
+        The write of every canonical tensor.
     """
     model = source.model
     writes = {}

@@ -1,4 +1,4 @@
-"""This project's own checkpoints: torch_dist files, config.yaml, tokenizer/ and manifest.json."""
+"""Reader and writer of native checkpoints: torch_dist, config.yaml, tokenizer/, manifest.json."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ from megatron_llmjp.errors import UserError
 from megatron_llmjp.filesystem import write_atomically
 from megatron_llmjp.tokenizers.registry import TikTokenSettings
 
-_FILE_SIZE = 1_000_000_000
-"""Files no larger than this, so that several threads can read them when a run starts."""
+_MAX_FILE_SIZE = 1_000_000_000
+"""In bytes; limited so that several threads can read the files when a run starts."""
 
 
 def read_checkpoint(path: Path) -> SourceCheckpoint:
-    """Open a checkpoint, or the newest complete one of a run's folder.
+    """Open a checkpoint, or the latest complete checkpoint of a run's folder.
 
     Raises:
-        UserError: it is incomplete, damaged, or not what its configuration says.
+        UserError: it is incomplete, damaged, or does not match its configuration.
     """
     folder = manifests.newest_checkpoint(path)
     manifest = manifests.read_manifest(folder)
@@ -61,7 +61,7 @@ def read_checkpoint(path: Path) -> SourceCheckpoint:
     stored = torch_dist.read_metadata(folder, files)
     entries = mcore_names.model_entries(stored)
     if WORD_EMBEDDINGS not in entries:
-        raise UserError(f"{folder}: holds no {WORD_EMBEDDINGS}")
+        raise UserError(f"{folder}: {WORD_EMBEDDINGS} is missing")
     model = model_with_sizes(config)
     tokenizer = folder / manifests.TOKENIZER
     parallel = config.parallel
@@ -101,7 +101,7 @@ def _optimizer(
 
 
 def model_with_sizes(config: Config) -> ModelConfig:
-    """The model of a resolved configuration, with every size filled in."""
+    """Return the model of a resolved configuration, with all sizes explicit."""
     model = config.model
     return model.model_copy(
         update={
@@ -114,11 +114,10 @@ def model_with_sizes(config: Config) -> ModelConfig:
 
 
 def plan_output(source: SourceCheckpoint, options: ConversionOptions) -> OutputPlan:
-    """Lay out ``OUT/iter_*``, which ``--load OUT --finetune`` reads in any layout.
+    """Lay out ``OUT/iter_*``, which ``--load OUT --finetune`` loads in any parallel layout.
 
-    With the optimizer's state it is a checkpoint to go on from: ``--load OUT``.
-
-    The vocabulary is padded for the target tensor parallel size.
+    With the optimizer state it can be resumed with ``--load OUT``. The vocabulary is padded for the
+    target tensor parallel size.
     """
     config = _config(source, options)
     rows = config.model.padded_vocab_size
@@ -128,7 +127,7 @@ def plan_output(source: SourceCheckpoint, options: ConversionOptions) -> OutputP
     text, changes = generation.resolve_generation(source.generation, ids, tokenizer.decides, rows)
     iteration = source.iteration or 0
     folder = manifests.folder_name(iteration)
-    writer = torch_dist.TorchDistWriter(min(options.max_shard_size, _FILE_SIZE), folder)
+    writer = torch_dist.TorchDistWriter(min(options.max_shard_size, _MAX_FILE_SIZE), folder)
     writes = mcore_names.add_model_tensors(writer, source, options, rows)
     common: dict[str, Any] = {"iteration": iteration}
     if options.with_optimizer:
@@ -165,12 +164,14 @@ def plan_output(source: SourceCheckpoint, options: ConversionOptions) -> OutputP
 
 
 def _config(source: SourceCheckpoint, options: ConversionOptions) -> Config:
-    """The configuration that is stored beside converted weights."""
+    """Return the configuration that is stored with converted weights."""
     tensor = options.tensor_parallel
     model = source.model
     vocabulary = model.vocab_size or source.padded_vocab_size
     if model.padded_vocab_size is not None and model.padded_vocab_size < vocabulary:
-        raise UserError(f"vocabulary {vocabulary} exceeds its {model.padded_vocab_size} rows")
+        raise UserError(
+            f"vocabulary {vocabulary} exceeds padded_vocab_size {model.padded_vocab_size}"
+        )
     unpadded = model.model_copy(update={"vocab_size": vocabulary, "padded_vocab_size": None})
     model = unpadded.model_copy(
         update={"padded_vocab_size": unpadded.compute_padded_vocab_size(tensor)}
@@ -178,9 +179,9 @@ def _config(source: SourceCheckpoint, options: ConversionOptions) -> Config:
     dtype = options.dtype or source.dtype
     positions = model.max_position_embeddings
     types = {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
-    told = source.settings
+    stored = source.settings
     kind = options.tokenizer_type or run_tokenizer_type(source)
-    data = {**told.get("data", {}), "tokenizer_type": kind}
+    data = {**stored.get("data", {}), "tokenizer_type": kind}
     if kind == "TikTokenizer":
         data |= {f"tiktoken_{name}": value for name, value in asdict(source.tiktoken).items()}
     adam = optimizer_state.read_optimizer_state(source).settings if options.with_optimizer else {}
@@ -188,7 +189,7 @@ def _config(source: SourceCheckpoint, options: ConversionOptions) -> Config:
         {
             "model": model.model_dump(),
             "data": {**data, "seq_length": source.seq_length or positions},
-            "training": {**told.get("training", {}), **types},
-            "optimizer": {**told.get("optimizer", {}), **adam},
+            "training": {**stored.get("training", {}), **types},
+            "optimizer": {**stored.get("optimizer", {}), **adam},
         }
     )

@@ -1,4 +1,4 @@
-"""What checkpoints with one file per rank share: layers local to a stage, tensors cut by TP."""
+"""Tensors in checkpoints with one file per rank: names, tensor-parallel parts, padding."""
 
 from __future__ import annotations
 
@@ -28,40 +28,40 @@ OLD_NAMES = {
     "mlp.dense_h_to_4h": "mlp.linear_fc1",
     "mlp.dense_4h_to_h": "mlp.linear_fc2",
 }
-"""Modules of a layer before megatron-core, and in Megatron-DeepSpeed, with their names now."""
+"""Modules of a layer before megatron-core and in Megatron-DeepSpeed, with megatron-core's names."""
 
 
 def canonical_name_in_layer(old: str) -> str:
-    """The canonical name, inside a layer, of a parameter that may have an old one."""
+    """Return the canonical name, relative to its layer, of a parameter with an old or new name."""
     module, _, kind = old.rpartition(".")
     return f"{OLD_NAMES.get(module, module)}.{kind}"
 
 
 @dataclass
 class RankTensors:
-    """The tensors of all ranks by canonical name and tensor-parallel rank."""
+    """Stored tensors by canonical name and tensor-parallel rank."""
 
     parts: dict[str, dict[int, StoredTensor]] = field(default_factory=dict)
 
     def add(self, name: str, rank: int, stored: StoredTensor) -> None:
-        """Add what one rank holds; a second copy for the same rank is an error.
+        """Add the tensor of one rank.
 
         Raises:
-            UserError: the tensor is there twice.
+            UserError: the rank has this tensor already.
         """
         ranks = self.parts.setdefault(name, {})
         if rank in ranks:
-            raise UserError(f"{stored.source}: {name} is there twice")
+            raise UserError(f"{stored.source}: duplicate tensor {name}")
         ranks[rank] = stored
 
     def reads(self, path: Path, model: ModelConfig, size: int) -> dict[str, TensorRead]:
-        """How to read every gathered tensor from ``size`` tensor-parallel ranks.
+        """Return the read of every tensor from ``size`` tensor-parallel ranks.
 
         Raises:
-            UserError: a rank lacks a tensor, or the sizes do not divide.
+            UserError: a tensor of a rank is missing, or a size is not divisible.
         """
         if WORD_EMBEDDINGS not in self.parts:
-            raise UserError(f"{path}: holds no word embeddings")
+            raise UserError(f"{path}: word embeddings are missing")
         first = self.parts[WORD_EMBEDDINGS]
         rows = sum(stored.shape[0] for stored in first.values())
         shape_of = tensor_shapes(model, rows)
@@ -94,16 +94,16 @@ class RankTensors:
 
 
 def tensor_parallel_layout(name: str, model: ModelConfig, size: int) -> Layout:
-    """The layout over ranks, after checking that the model divides."""
+    """Return the layout over ranks, after checking that the sizes are divisible."""
     check_parallel_sizes(model, size)
     return rank_layout(name, model, size)
 
 
 def check_parallel_sizes(model: ModelConfig, tensor: int, pipeline: int = 1) -> None:
-    """Refuse sizes that do not divide the model.
+    """Check that the model's sizes are divisible by the parallel sizes.
 
     Raises:
-        UserError: naming the quantity.
+        UserError: one is not.
     """
     for what, count in (
         ("num_attention_heads", model.num_attention_heads),
@@ -111,22 +111,22 @@ def check_parallel_sizes(model: ModelConfig, tensor: int, pipeline: int = 1) -> 
         ("ffn_hidden_size", model.ffn_size),
     ):
         if count % tensor:
-            raise UserError(f"tensor parallel size {tensor} does not divide {what} {count}")
+            raise UserError(f"{what} {count} is not divisible by tensor parallel size {tensor}")
     if model.num_layers % pipeline:
         raise UserError(
-            f"pipeline parallel size {pipeline} does not divide num_layers {model.num_layers}"
+            f"num_layers {model.num_layers} is not divisible by pipeline parallel size {pipeline}"
         )
 
 
 def rank_shape(name: str, model: ModelConfig, shape: tuple[int, ...], size: int) -> tuple[int, ...]:
-    """Shape of what one tensor-parallel rank holds of a canonical tensor."""
+    """Return the shape of one tensor-parallel rank's part of a canonical tensor."""
     return part_shapes(tensor_parallel_layout(name, model, size), shape)[0]
 
 
 def rank_write(
     name: str, model: ModelConfig, size: int, slots: Mapping[int, list[Slot]], rows: int
 ) -> TensorWrite:
-    """The way of a canonical tensor to the slots of each tensor-parallel rank."""
+    """Return the write of a canonical tensor to the slots of each tensor-parallel rank."""
     layout = tensor_parallel_layout(name, model, size)
     if parallel_split(name, model) == "replicated" or size == 1:
         places = [[slot for rank in range(size) for slot in slots[rank]]]
@@ -138,10 +138,10 @@ def rank_write(
 def target_padded_vocab_size(
     model: ModelConfig, stored: int, tensor: int, divisible_by: int | None = None
 ) -> int:
-    """Rows of the vocabulary for a tensor parallel size, padded as Megatron-LM pads."""
+    """Return the vocabulary size padded for a tensor parallel size, as in Megatron-LM."""
     update = {"padded_vocab_size": None, "vocab_size": model.vocab_size or stored}
     if model.vocab_size is None and stored % tensor == 0:
-        return stored  # the true size is not known: keep every row
+        return stored  # unpadded size unknown: keep every row
     if divisible_by is not None:
         update["make_vocab_size_divisible_by"] = divisible_by
     return model.model_copy(update=update).compute_padded_vocab_size(tensor)

@@ -1,7 +1,7 @@
-"""Token ids of ``config.json`` and the content of ``generation_config.json``.
+"""Special token ids of ``config.json`` and the content of ``generation_config.json``.
 
-A Hugging Face source's are kept on its way to native and back, in one file next to the
-tokenizer's, which runs that start from such a checkpoint store in their own checkpoints.
+A native checkpoint converted from Hugging Face stores both in one file in its tokenizer folder, as
+do the checkpoints of runs that start from it, so that they survive the conversion back.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ Ids = Mapping[str, int]
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How a model is meant to generate text.
+    """Special token ids and generation settings of a model.
 
     Attributes:
-        token_ids: those of config.json: ids, or lists of ids; without those that are null.
-        config: generation_config.json; None where the source has none.
+        token_ids: ids or lists of ids in config.json, without null values.
+        config: content of generation_config.json; None if there is none.
     """
 
     token_ids: Mapping[str, Any]
@@ -35,14 +35,14 @@ class GenerationSettings:
 
 
 def read_generation(folder: Path, config: Mapping[str, Any]) -> GenerationSettings:
-    """Return what a Hugging Face folder says.
+    """Return the settings of a Hugging Face model.
 
     Args:
-        folder: the model's.
+        folder: of the model.
         config: the content of its config.json.
 
     Raises:
-        UserError: an id is no whole number, or generation_config.json is damaged.
+        UserError: an id is not an integer, or generation_config.json is damaged.
     """
     path = folder / FILE
     stated = read_json(path) if path.is_file() else None
@@ -53,7 +53,7 @@ def read_generation(folder: Path, config: Mapping[str, Any]) -> GenerationSettin
 
 
 def read_stored_generation(path: Path) -> GenerationSettings | None:
-    """Return what a native checkpoint stores; None where it is not of Hugging Face's origin.
+    """Return the settings in a native checkpoint; None if it does not come from Hugging Face.
 
     Raises:
         UserError: the file is damaged.
@@ -75,15 +75,15 @@ def stored_content(generation: GenerationSettings) -> dict[str, Any]:
 def resolve_generation(
     generation: GenerationSettings | None, ids: Ids, decides: bool, rows: int
 ) -> tuple[GenerationSettings, list[str]]:
-    """Return what an export says, and warnings.
+    """Return the settings of an export, and warnings.
 
     Args:
-        generation: the source's.
-        ids: the tokenizer's; its ``eos_token_id`` is what ends a document.
-        decides: whether the tokenizer's type is known, or the user gave the tokenizer. Then text
-            ends with its id, whatever the source says.
-        rows: of the vocabulary; ids beyond them name no token (GPT-2's defaults stay in
-            configurations of smaller vocabularies).
+        generation: settings of the source.
+        ids: special token ids of the tokenizer; ``eos_token_id`` is its end-of-document id.
+        decides: whether the tokenizer's type is known, or the user specified the tokenizer. Then
+            its end-of-document id takes precedence over the source's.
+        rows: size of the vocabulary; ids beyond it are dropped (GPT-2's default ids often remain
+            in configurations with smaller vocabularies).
     """
     if generation is None:
         return _derived(ids), []
@@ -93,8 +93,8 @@ def resolve_generation(
     if decides and EOS in ids and ids[EOS] not in ends:
         kept = {k: v for k, v in (config or {}).items() if k not in TOKEN_IDS}
         warnings = [
-            f"the source's {EOS} {ends} were replaced by {ids[EOS]}, with which the tokenizer "
-            "ends a document"
+            f"the source's {EOS} {ends} were replaced by {ids[EOS]}, the tokenizer's "
+            "end-of-document id"
         ]
         return GenerationSettings(ids, {**kept, **ids}), warnings if ends else []
     token_ids = {**ids, **token_ids}
@@ -108,10 +108,10 @@ def _derived(ids: Mapping[str, Any]) -> GenerationSettings:
 
 
 def _token_ids(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The ids among some values.
+    """Return the special token ids in a dictionary.
 
     Raises:
-        UserError: one is neither a whole number nor a list of them.
+        UserError: one is neither an integer nor a list of integers.
     """
     found = {name: values[name] for name in TOKEN_IDS if values.get(name) is not None}
     for name, value in found.items():
@@ -121,7 +121,7 @@ def _token_ids(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _within(values: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    """Return the values without ids of bos, eos and pad that the vocabulary does not have."""
+    """Return the values without bos, eos and pad ids outside the vocabulary."""
     found = dict(values)
     for name in TOKEN_IDS:
         given = values.get(name)

@@ -1,8 +1,8 @@
-"""The tokenizer's files of a Hugging Face folder, which AutoTokenizer reads.
+"""Export of a tokenizer as files of a Hugging Face model, for AutoTokenizer.
 
-Files of transformers are copied byte for byte, but for an ``eos_token`` that is not what ended the
-run's documents. Of a SentencePiece model or GPT-2's two files the fast tokenizer is built, and its
-ids are compared with the original's.
+Files of transformers are copied byte for byte, except an ``eos_token`` that is not the run's
+end-of-document token. From SentencePiece models, GPT-2's vocabulary and merges, and TikTokenizer's
+vocabulary a fast tokenizer is built, and its ids are compared with the original's.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from megatron_llmjp.tokenizers.tiktoken_fast import build_fast_tiktoken
 FAST, SETTINGS, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 BUILT = (FAST, SETTINGS, SPECIAL)
 KEPT_SETTINGS = ("chat_template", "model_max_length", "padding_side", "truncation_side")
-"""What stays of a tokenizer_config.json where the fast tokenizer is built again."""
+"""Settings of tokenizer_config.json that are kept if the fast tokenizer is rebuilt."""
 _RENAMED = {"tokenizer.model": "sentencepiece.model", "spiece.model": "sentencepiece.model"}
-"""AutoTokenizer would read the former by itself, with other ids for Unigram models."""
+"""New names of models that AutoTokenizer would load, with other ids for Unigram models."""
 
 
 @dataclass
 class ExportedTokenizer:
-    """Files by name, and what the user should know of them."""
+    """Files by name, with notes and warnings for the user."""
 
     files: dict[str, bytes]
     notes: list[str] = field(default_factory=list)
@@ -53,8 +53,8 @@ def export_tokenizer(chosen: ModelTokenizer, keep: bool, rows: int) -> ExportedT
 
     Args:
         chosen: the tokenizer.
-        keep: copy whatever is there: the folder of a Hugging Face model, unchanged.
-        rows: of the vocabulary.
+        keep: copy all files unchanged, as for the tokenizer of a Hugging Face model.
+        rows: size of the vocabulary.
 
     Raises:
         UserError: a JSON file is damaged.
@@ -71,10 +71,10 @@ def export_tokenizer(chosen: ModelTokenizer, keep: bool, rows: int) -> ExportedT
         return _of_fast(tokenizer, tokenizer.tokenizer, files)
     if isinstance(tokenizer, TikTokenizer):
         return _of_fast(tokenizer, build_fast_tiktoken(tokenizer), files)
-    what = "has no tokenizer, and what ends a text is not known; --tokenizer gives both"
+    problem = "no tokenizer, and the end-of-text token is unknown; specify --tokenizer"
     if tokenizer is not None:
-        what = f"has no tokenizer that AutoTokenizer reads: none can be built of {tokenizer.kind}"
-    return ExportedTokenizer(files, warnings=[f"the export {what}"])
+        problem = f"no tokenizer for AutoTokenizer: none can be built from {tokenizer.kind}"
+    return ExportedTokenizer(files, warnings=[f"the export has {problem}"])
 
 
 def _of_sentencepiece(
@@ -86,7 +86,7 @@ def _of_sentencepiece(
         if other is None:
             note = f"{FAST} and {model.model_file.name} agree. {found.report()}"
             return ExportedTokenizer(files, [note])
-        notes.append(f"the {FAST} next to {model.model_file.name} {other}: it was built again")
+        notes.append(f"the {FAST} next to {model.model_file.name} {other}; it was rebuilt")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         try:
@@ -115,7 +115,7 @@ ALL = (*COMMON_TEXTS, *RARE_TEXTS)
 def _difference(
     model: SentencePieceModel, folder: Path, rows: int
 ) -> tuple[str | None, TokenizerComparison]:
-    """How the Hugging Face tokenizer of a folder differs from the model as its type reads it."""
+    """Return the difference between a folder's fast tokenizer and the model, and the comparison."""
     fast = load_tokenizer("HuggingFaceTokenizer", folder)
     assert isinstance(fast, HuggingFaceTokenizer)
     found = compare_tokenizers(model, fast, [*ALL, *model_specific_texts(model, rows)])
@@ -124,18 +124,18 @@ def _difference(
         shown = "nothing" if theirs is None else fast.piece(theirs)
         return f"ends text with {shown}, {model.kind} with {ours}", found
     if fast.tokenizer.encode(COMMON_TEXTS[0]).ids != model.encode(COMMON_TEXTS[0]).tolist():
-        return "puts other special tokens around a text, or gives other ids", found
-    return "gives other ids" if found.differences else None, found
+        return "adds other special tokens to a text, or encodes it to other ids", found
+    return "encodes to other ids" if found.differences else None, found
 
 
 def _model_only(files: dict[str, bytes], why: str) -> ExportedTokenizer:
-    """Keep a model that has no equal fast tokenizer, where AutoTokenizer does not take it."""
+    """Keep a model that has no equal fast tokenizer, under a name that AutoTokenizer ignores."""
     kept = {_RENAMED.get(n, n): data for n, data in files.items() if n.endswith(".model")}
     return ExportedTokenizer(
         kept,
         warnings=[
-            f"AutoTokenizer cannot load the export, which has {', '.join(kept)} alone: a fast "
-            f"tokenizer with the same ids cannot be built. {why}"
+            f"AutoTokenizer cannot load the export, which has only {', '.join(kept)}: no fast "
+            f"tokenizer with the same ids can be built. {why}"
         ],
     )
 
@@ -143,7 +143,7 @@ def _model_only(files: dict[str, bytes], why: str) -> ExportedTokenizer:
 def _of_hugging_face(
     tokenizer: HuggingFaceTokenizer, eod_id: int | None, files: dict[str, bytes]
 ) -> ExportedTokenizer:
-    """Copy the files; the token that ended the run's documents becomes ``eos_token``."""
+    """Copy the files; the run's end-of-document token becomes ``eos_token``."""
     if eod_id is None or eod_id == tokenizer.eos_id:
         return ExportedTokenizer(files)
     eod = tokenizer.piece(eod_id)
@@ -161,7 +161,7 @@ def _of_hugging_face(
 def _of_fast(
     tokenizer: Tokenizer, fast: tokenizers.Tokenizer, files: dict[str, bytes]
 ) -> ExportedTokenizer:
-    """Write the fast tokenizer of a byte-level vocabulary, if it gives the same ids."""
+    """Write the fast tokenizer of a byte-level vocabulary, if it encodes to the same ids."""
     ids = {
         "bos_token": tokenizer.bos_id,
         "eos_token": tokenizer.eod_id,
@@ -188,7 +188,7 @@ def _of_fast(
 
 
 def _merged_settings(old: bytes | None, new: bytes) -> bytes:
-    """Return the settings of a built tokenizer with what is kept of those that were there."""
+    """Return the settings of a built tokenizer, merged with the kept ones of the original."""
     before = {} if old is None else _json({SETTINGS: old}, SETTINGS)
     return json_bytes(json.loads(new) | {k: before[k] for k in KEPT_SETTINGS if k in before})
 
@@ -201,5 +201,5 @@ def _json(files: dict[str, bytes], name: str) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{name} of the tokenizer: not valid JSON ({error})") from error
     if not isinstance(content, dict):
-        raise UserError(f"{name} of the tokenizer: a JSON object was expected")
+        raise UserError(f"{name} of the tokenizer: expected a JSON object")
     return content

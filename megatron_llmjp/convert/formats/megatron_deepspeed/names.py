@@ -1,7 +1,7 @@
-"""Megatron-DeepSpeed's names of tensors: keys of layer files, parameters of its optimizer.
+"""Tensor names of Megatron-DeepSpeed: keys of layer files, parameters of the optimizer.
 
-Source: megatron/model/gpt_model.py and transformer.py of LLM-jp's fork. A layer file's number
-differs between versions; its keys tell what it is.
+Source: megatron/model/gpt_model.py and transformer.py of LLM-jp's fork. The numbers
+of layer files differ between versions; the keys identify the modules.
 """
 
 from __future__ import annotations
@@ -28,7 +28,11 @@ _MODULES = {
 
 
 def canonical_name(key: str, stored: StoredTensor, layer: int) -> tuple[str, str]:
-    """Canonical name of a key of a layer file, and the layer's prefix if it is of a layer."""
+    """Return the canonical name of a key in a layer file, and the prefix of its layer, if any.
+
+    Raises:
+        UserError: the position embeddings are split by sequence parallelism.
+    """
     if key in ("word_embeddings.weight", "position_embeddings.weight"):
         return f"embedding.{key}", ""
     if key == "lm_head.weight":
@@ -42,12 +46,12 @@ def canonical_name(key: str, stored: StoredTensor, layer: int) -> tuple[str, str
 
 
 def canonical_parameter_name(name: str, stored: StoredTensor, numbers: list[int]) -> str:
-    """The canonical name of one of DeepSpeed's parameter names.
+    """Return the canonical name of a DeepSpeed parameter name.
 
     Args:
-        name: such as ``4.mlp.dense_4h_to_h.weight``; 4 is the number of a layer file.
-        stored: for messages.
-        numbers: of the layer files; the first is the embedding's.
+        name: such as ``4.mlp.dense_4h_to_h.weight``; 4 is the number of its layer file.
+        stored: the tensor, for messages.
+        numbers: numbers of the layer files; the first is that of the embedding.
     """
     for root in ("tied_modules.embed.", f"{numbers[0] if numbers else 1}."):
         if name.startswith(root):
@@ -66,7 +70,13 @@ def canonical_parameter_name(name: str, stored: StoredTensor, numbers: list[int]
 def join_separate_keys(
     folder: Path, gathered: RankTensors, model: ModelConfig, tensor: int
 ) -> dict[str, TensorRead]:
-    """Grouped-query attention before November 2023 kept ``query`` and ``key_value`` apart."""
+    """Remove and join ``query`` and ``key_value`` of grouped-query attention.
+
+    They were stored separately before November 2023.
+
+    Raises:
+        UserError: the tensors do not match the model.
+    """
     reads = {}
     shape_of = tensor_shapes(model, 1)
     for i in range(model.num_layers):
@@ -78,7 +88,9 @@ def join_separate_keys(
                 continue
             name = f"{prefix}linear_qkv.{kind}"
             if name not in shape_of or len(query) != tensor or len(pair) != tensor:
-                raise UserError(f"{folder}: query and key_value of layer {i} do not fit")
+                raise UserError(
+                    f"{folder}: query and key_value of layer {i} do not match the model"
+                )
             layout = partial(
                 query_and_key_value, groups=model.query_groups, head_dim=model.head_dim, size=tensor
             )
@@ -88,7 +100,7 @@ def join_separate_keys(
 
 
 def query_and_key_value(tensor: torch.Tensor, groups: int, head_dim: int, size: int) -> list[Part]:
-    """Grouped ``linear_qkv`` rows as ``query`` and ``key_value`` of each tensor-parallel rank."""
+    """Split rows of grouped ``linear_qkv`` into ``query`` and ``key_value`` of each rank."""
     rest = tuple(tensor.shape[1:])
     grouped = tensor.view(size, groups // size, -1, head_dim, *rest)
     parts = []

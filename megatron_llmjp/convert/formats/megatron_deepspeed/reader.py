@@ -1,9 +1,10 @@
-"""Megatron-DeepSpeed's checkpoints: pipeline layer files, or the whole module in rank files.
+"""Reader of Megatron-DeepSpeed checkpoints: pipeline layer files, or one module per rank.
 
 Source: deepspeed/runtime/pipe/module.py and engine.py, megatron/model/gpt_model.py of LLM-jp's
-fork. ``global_step<N>/layer_LL-model_TT-model_states.pt`` holds a flat dictionary per layer and
-tensor-parallel rank, ``mp_rank_*`` the arguments; without pipeline, ``module`` of ``mp_rank_TT``
-holds everything. Layer files are told apart by their keys: their numbers differ between versions.
+fork. ``global_step<N>/layer_LL-model_TT-model_states.pt`` contains a flat dictionary per layer and
+tensor-parallel rank, ``mp_rank_*`` the arguments; without pipeline parallelism, ``module`` of
+``mp_rank_TT`` contains everything. Layer files are identified by their keys, because their numbers
+differ between versions.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from megatron_llmjp.convert.formats.megatron_lm.arguments import (
     settings_from_args,
     tiktoken_of,
     tokenizer_type_of,
+    vocabulary_notes,
 )
 from megatron_llmjp.convert.formats.rank_files import RankTensors, canonical_name_in_layer
 from megatron_llmjp.convert.optimizer_state import MAIN_WEIGHTS
@@ -47,31 +49,31 @@ _RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt$")
 def read_checkpoint(
     path: Path, main_weights: bool = False, ignored: Collection[str] = ()
 ) -> SourceCheckpoint:
-    """Open a ``global_step*`` folder, or the one that ``latest`` names.
+    """Open a ``global_step*`` folder, or the one named in the file ``latest``.
 
     Args:
         path: the folder.
-        main_weights: take the fp32 weights of the ZeRO optimizer instead of the model's.
-        ignored: arguments of the run to read as if they were not there.
+        main_weights: read the fp32 weights of the ZeRO optimizer instead of the model's.
+        ignored: names of arguments to ignore.
 
     Raises:
-        UserError: it is incomplete, damaged, or cannot be represented.
+        UserError: it is incomplete, damaged, or not supported.
     """
     folder = newest_step_folder(path)
     first, ranks = _rank_files(folder)
     content = load_archive(first)
     if "args" not in content:
-        raise UserError(f"{first}: holds no args: not of Megatron-DeepSpeed")
+        raise UserError(f"{first}: no args found; is it a Megatron-DeepSpeed checkpoint?")
     args = content["args"]
     if content.get("checkpoint_version", 0) < 2.0:
         raise UserError(
-            f"{first}: checkpoint_version {content.get('checkpoint_version', 0)} has another order "
-            "of QKV rows; load and save it with a newer Megatron-DeepSpeed"
+            f"{first}: checkpoint_version {content.get('checkpoint_version', 0)} has a different "
+            "order of QKV rows; load and save it with a newer Megatron-DeepSpeed"
         )
     model = model_from_args(args, str(first), ignored)
-    known = content.get("universal_checkpoint_info") or {}
-    if isinstance(known.get("original_vocab_size"), int):
-        model = model.model_copy(update={"vocab_size": known["original_vocab_size"]})
+    universal = content.get("universal_checkpoint_info") or {}
+    if isinstance(universal.get("original_vocab_size"), int):
+        model = model.model_copy(update={"vocab_size": universal["original_vocab_size"]})
     gathered = RankTensors()
     if content.get("module") is None:
         tensor = _gather_layers(folder, model, gathered)
@@ -89,12 +91,6 @@ def read_checkpoint(
     else:
         reads = join_separate_keys(folder, gathered, model, tensor)
         reads |= gathered.reads(folder, model, tensor)
-    notes = []
-    if model.vocab_size is None:
-        notes.append(
-            "the true vocabulary size is not in the checkpoint: its padding was kept; "
-            "--vocab-size N trims it"
-        )
     return SourceCheckpoint(
         MEGATRON_DEEPSPEED,
         folder,
@@ -104,7 +100,7 @@ def read_checkpoint(
         iteration=content.get("iteration"),
         consumed_samples=_consumed_samples(args, content),
         seq_length=getattr(args, "seq_length", None),
-        notes=notes,
+        notes=vocabulary_notes(model),
         settings=settings_from_args(args),
         tokenizer_type=tokenizer_type_of(args),
         tiktoken=tiktoken_of(args),
@@ -113,20 +109,20 @@ def read_checkpoint(
 
 
 def _consumed_samples(args: Any, content: dict[str, Any]) -> int | None:
-    """Megatron's count, or DeepSpeed's where another program than Megatron drove it."""
+    """Return Megatron's count, or DeepSpeed's if the run used DeepSpeed without Megatron."""
     counts = (getattr(args, "consumed_train_samples", None), content.get("global_samples"))
     return next((count for count in counts if count), None)
 
 
 def newest_step_folder(path: Path) -> Path:
-    """The ``global_step*`` folder that ``path`` means."""
+    """Return the ``global_step*`` folder in ``path``: itself, the latest or the last one."""
     if next(path.glob("mp_rank_*_model_states.pt"), None):
         return path
     latest = path / LATEST
     if latest.is_file():
         tag = latest.read_text(encoding="utf-8").strip()
         if not tag or "/" in tag or not (path / tag).is_dir():
-            raise UserError(f"{latest}: names '{tag}', which is not in {path}")
+            raise UserError(f"{latest}: '{tag}' is not a checkpoint in {path}")
         return path / tag
     steps = [
         (int(m[1]), p)
@@ -134,7 +130,7 @@ def newest_step_folder(path: Path) -> Path:
         if (m := re.fullmatch(r"global_step(\d+)", p.name))
     ]
     if not steps:
-        raise UserError(f"{path}: holds neither {LATEST} nor global_step* nor mp_rank_* files")
+        raise UserError(f"{path}: no {LATEST}, global_step* or mp_rank_* files found")
     return max(steps)[1]
 
 
@@ -143,18 +139,18 @@ def _rank_files(folder: Path) -> tuple[Path, dict[int, Path]]:
     if 0 not in found:
         raise UserError(f"{folder}: mp_rank_00_model_states.pt is missing")
     if sorted(found) != list(range(len(found))):
-        raise UserError(f"{folder}: of mp_rank_* files only {sorted(found)} are there")
+        raise UserError(f"{folder}: mp_rank_* files are missing, found only {sorted(found)}")
     return found[0], found
 
 
 def _gather_layers(folder: Path, model: ModelConfig, gathered: RankTensors) -> int:
-    """Take up the layer files; returns the tensor parallel size."""
+    """Add the tensors of the layer files; return the tensor parallel size."""
     files: dict[int, dict[int, Path]] = {}
     for path in folder.iterdir():
         if match := _LAYER_FILE.match(path.name):
             files.setdefault(int(match[1]), {})[int(match[2])] = path
     if not files:
-        raise UserError(f"{folder}: holds no layer_*-model_* files")
+        raise UserError(f"{folder}: no layer_*-model_* files found")
     tensor = 1 + max(rank for ranks in files.values() for rank in ranks)
     layer = 0
     for _, ranks in sorted(files.items()):
@@ -170,14 +166,14 @@ def _gather_layers(folder: Path, model: ModelConfig, gathered: RankTensors) -> i
                         and not model.untie_embeddings_and_output_weights
                     )
                 ):
-                    continue  # a tied copy at the end
+                    continue  # the tied copy of the last stage
                 gathered.add(name, rank, stored)
         layer += prefix != ""
     return tensor
 
 
 def _gather_modules(ranks: dict[int, Path], gathered: RankTensors) -> None:
-    """Take up the modules of a checkpoint without pipeline."""
+    """Add the tensors of a checkpoint without pipeline parallelism."""
     for rank, path in ranks.items():
         language = load_archive(path)["module"].get("language_model", {})
         embedding, encoder = language.get("embedding", {}), language.get("encoder", {})

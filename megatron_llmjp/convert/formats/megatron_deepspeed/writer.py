@@ -1,6 +1,6 @@
-"""Writing for Megatron-DeepSpeed: pipeline layer files, rank files, and ZeRO files if asked for.
+"""Writer of Megatron-DeepSpeed checkpoints: layer files, rank files and optional ZeRO files.
 
-The names are those of ``names.py``; what its loaders insist on is in DeepSpeed's
+The names are those of ``names.py``; the content that the loaders require is defined in DeepSpeed's
 runtime/engine.py (``_load_checkpoint``) and checkpoint/deepspeed_checkpoint.py.
 """
 
@@ -43,7 +43,7 @@ def plan_output(source: SourceCheckpoint, options: ConversionOptions) -> OutputP
     """Lay out a checkpoint that Megatron-DeepSpeed loads with ``--finetune``.
 
     Raises:
-        UserError: it has no way to express the model.
+        UserError: Megatron-DeepSpeed does not support the model.
     """
     check_parallel_sizes(source.model, options.tensor_parallel, options.pipeline_parallel)
     _check_expressible(source.model)
@@ -53,9 +53,12 @@ def plan_output(source: SourceCheckpoint, options: ConversionOptions) -> OutputP
 
 
 def _plan_modules(source: SourceCheckpoint, options: ConversionOptions) -> OutputPlan:
-    """One file per tensor-parallel rank with everything in it, as ``--no-pipeline-parallel``."""
+    """Lay out one file per tensor-parallel rank, for ``--no-pipeline-parallel``."""
     if options.pipeline_parallel > 1 or options.with_optimizer:
-        raise UserError("--no-pipeline excludes pipeline stages and --with-optimizer")
+        raise UserError(
+            "--no-pipeline cannot be combined with --target-pipeline-parallel-size or "
+            "--with-optimizer"
+        )
     model, tensor = source.model, options.tensor_parallel
     rows = target_padded_vocab_size(model, source.padded_vocab_size, tensor)
     tag = _tag(source)
@@ -78,7 +81,7 @@ def _plan_modules(source: SourceCheckpoint, options: ConversionOptions) -> Outpu
 
 
 def _module(model: ModelConfig, held: dict[str, TensorPlaceholder]) -> dict[str, Any]:
-    """The nested state of Megatron-DeepSpeed's GPTModel."""
+    """Return the nested state of Megatron-DeepSpeed's GPTModel."""
     embedding = {"word_embeddings": {"weight": held[WORD_EMBEDDINGS]}}
     if POSITION_EMBEDDINGS in held:
         embedding["position_embeddings"] = {"weight": held[POSITION_EMBEDDINGS]}
@@ -105,7 +108,7 @@ def _write_trackers(folder: Path, source: SourceCheckpoint) -> None:
 
 
 def _plan_layers(source: SourceCheckpoint, options: ConversionOptions) -> OutputPlan:
-    """One file per layer and tensor-parallel rank."""
+    """Lay out one file per layer and tensor-parallel rank."""
     model, tensor = source.model, options.tensor_parallel
     rows = target_padded_vocab_size(model, source.padded_vocab_size, tensor)
     tag = _tag(source)
@@ -157,7 +160,7 @@ def _optimizer_file(
     rank: int,
     rows: int,
 ) -> zero_writer.OptimizerFile:
-    """Lay out the optimizer of one rank, whose layer files are ``stage``."""
+    """Lay out the optimizer file of one rank, with the parameters of the layer files ``stage``."""
     model, tensor = source.model, options.tensor_parallel
     names = zero_writer.parameter_names(stage, model)
     shape_of = tensor_shapes(model, rows)
@@ -172,20 +175,20 @@ def _optimizer_file(
 def _check_expressible(model: ModelConfig) -> None:
     problems = []
     if model.is_rotary and model.rotary_base != 10000:
-        problems.append(f"rotary_base {model.rotary_base}: Megatron-DeepSpeed has 10000 built in")
+        problems.append(f"rotary_base {model.rotary_base}: Megatron-DeepSpeed supports only 10000")
     yarn = model.position_embedding_type == "yarn"
     if yarn or model.use_rope_scaling or model.rotary_seq_len_interpolation_factor is not None:
-        problems.append("scaled rotary positions")
+        problems.append("scaled rotary embeddings")
     if model.use_parallel_residual:
         problems.append("parallel residual")
     if model.add_qkv_bias and not model.add_bias_linear:
-        problems.append("add_qkv_bias: it has biases in all linear layers or in none")
+        problems.append("add_qkv_bias: linear layers have biases in all or none")
     if problems:
-        raise UserError("megatron-deepspeed cannot hold this model: " + "; ".join(problems))
+        raise UserError("megatron-deepspeed does not support this model: " + "; ".join(problems))
 
 
 def _layer_files(model: ModelConfig) -> dict[int, dict[str, str]]:
-    """Names and keys of every layer file, numbered as since July 2023."""
+    """Return names and keys of every layer file, numbered as since July 2023."""
     first = {WORD_EMBEDDINGS: "word_embeddings.weight"}
     if model.position_embedding_type == "learned_absolute":
         first[POSITION_EMBEDDINGS] = "position_embeddings.weight"
@@ -208,7 +211,7 @@ def _layer_files(model: ModelConfig) -> dict[int, dict[str, str]]:
 def _stage(
     groups: dict[int, dict[str, str]], stage: int, stages: int, model: ModelConfig
 ) -> dict[int, dict[str, str]]:
-    """The layer files of one pipeline stage; a tied embedding is on the last stage as well."""
+    """Return the layer files of one pipeline stage; the last one also has a tied embedding."""
     per_stage = model.num_layers // stages
     found = {}
     for number, names in groups.items():
@@ -220,7 +223,7 @@ def _stage(
 
 
 def _universal_info(model: ModelConfig, rows: int) -> dict[str, Any]:
-    """What ``ds_to_universal`` has to know of the parameters, as patterns of their names."""
+    """Return the patterns of parameter names that ``ds_to_universal`` requires."""
     tied = not model.untie_embeddings_and_output_weights
     learned = model.position_embedding_type == "learned_absolute"
     root = r"tied_modules.embed" if tied else r"\d+"
@@ -256,7 +259,7 @@ def _universal_info(model: ModelConfig, rows: int) -> dict[str, Any]:
 def _rank_content(
     source: SourceCheckpoint, options: ConversionOptions, rows: int
 ) -> dict[str, Any]:
-    """What DeepSpeed's engine and Megatron insist on when they load."""
+    """Return the content of a rank file that DeepSpeed's engine and Megatron require."""
     model, tensor, stages = source.model, options.tensor_parallel, options.pipeline_parallel
     iteration = source.iteration or 0
     rope = model.position_embedding_type == "rope"

@@ -1,14 +1,9 @@
-"""DeepSpeed's ZeRO-1 and ZeRO-2 optimizer files, read as canonical tensors.
+"""Reader of DeepSpeed's ZeRO-1 and ZeRO-2 optimizer files: fp32 weights and Adam's moments.
 
-DeepSpeed's ZeRO-1 and 2 optimizer files: fp32 weights and Adam's moments, in flat arrays.
-
-Each ``*zero_pp_rank_D_mp_rank_MM_optim_states.pt`` holds one data-parallel slice of flat arrays,
-one per parameter group; ``param_shapes`` of ``mp_rank_MM`` lists what lies in them, in order.
-Source: deepspeed/utils/zero_to_fp32.py, ``_zero2_merge_trainable_params``.
-
-The optimizer of a Megatron-DeepSpeed run, as canonical tensors: what ZeRO keeps of it.
-
-:mod:`zero` reads one model-parallel rank; here ranks are joined, as the weights are.
+Each ``*zero_pp_rank_D_mp_rank_MM_optim_states.pt`` contains one data-parallel slice of flat arrays,
+one array per parameter group; ``param_shapes`` of ``mp_rank_MM`` lists their parameters in order.
+Source: deepspeed/utils/zero_to_fp32.py, ``_zero2_merge_trainable_params``. The model-parallel ranks
+are joined into canonical tensors, as the weights are.
 """
 
 from __future__ import annotations
@@ -54,7 +49,7 @@ class FlatSlice:
 
 @dataclass(frozen=True)
 class FlatSliceTensor:
-    """A tensor whose elements lie in consecutive ranges of several files."""
+    """A tensor whose elements are stored in consecutive ranges of several files."""
 
     spans: tuple[FlatSlice, ...]
     shape: Shape
@@ -62,7 +57,7 @@ class FlatSliceTensor:
 
     @property
     def checksum_ranges(self) -> tuple[ChecksumRange, ...]:
-        """The checksums that reading it takes part in."""
+        """Regions with checksums that are read."""
         return tuple(
             checksum_range for span in self.spans for checksum_range in span.flat.checksum_ranges
         )
@@ -92,7 +87,7 @@ class FlatSliceTensor:
 
 @dataclass(frozen=True)
 class ZeroRank:
-    """What the data-parallel ranks of one model-parallel rank hold together."""
+    """Optimizer state of one model-parallel rank, partitioned over its data-parallel ranks."""
 
     param_shapes: list[dict[str, Shape]]
     """Parameters by DeepSpeed's names, in the order of the flat arrays, per parameter group."""
@@ -107,17 +102,18 @@ class ZeroRank:
 
     @property
     def step(self) -> Any:
-        """Updates taken: beside the moments, or in the group with some of DeepSpeed's optimizers.
+        """Number of updates; None if it is not stored.
 
-        None where neither has it.
+        It is stored with the moments, or in the group by some optimizers of DeepSpeed.
         """
         return _moments(*self.shards[0], 0).get("step", self.groups[0].get("step"))
 
     @property
     def grad_scaler(self) -> dict[str, Any] | None:
-        """fp16's loss scale in megatron-core's terms; None where there is none.
+        """State of fp16's loss scaler in megatron-core's form; None if there is none.
 
-        Good steps are counted anew: megatron-core asks for exactly ``loss_scale_window`` of them.
+        The growth tracker is reset: megatron-core requires exactly ``loss_scale_window`` good
+        steps.
         """
         scaler: Any = self.shards[0][1].get("loss_scaler")
         if not str(getattr(scaler, "kind", "")).endswith(".DynamicLossScaler"):
@@ -126,10 +122,10 @@ class ZeroRank:
         return {"scale": scaler.cur_scale, "growth_tracker": 0, "hysteresis_tracker": left}
 
     def tensors(self, kind: str) -> Iterator[tuple[str, StoredTensor]]:
-        """Every parameter's fp32 weight (``param``), or moment, by DeepSpeed's name.
+        """Yield the fp32 weight (``param``) or moment of every parameter, by DeepSpeed's name.
 
         Raises:
-            UserError: there are none, or the arrays are shorter than the parameters.
+            UserError: they are missing, or the arrays are shorter than the parameters.
         """
         for group, shapes in enumerate(self.param_shapes):
             flats = [_flat(path, state, kind, group) for path, state in self.shards]
@@ -151,13 +147,15 @@ def open_zero_rank(folder: Path, rank: int, param_shapes: Any) -> ZeroRank:
     Args:
         folder: ``global_step*``.
         rank: ``MM`` of ``mp_rank_MM``.
-        param_shapes: of that rank's file; one dictionary of shapes per parameter group.
+        param_shapes: stored in the file of that rank; one dictionary of shapes per parameter group.
 
     Raises:
         UserError: a file is missing, or the run was trained without ZeRO.
     """
     if not param_shapes:
-        raise UserError(f"{folder}: rank {rank} has no param_shapes: trained without ZeRO")
+        raise UserError(
+            f"{folder}: rank {rank} has no param_shapes; was the run trained without ZeRO?"
+        )
     return ZeroRank(param_shapes, _shards(folder, rank))
 
 
@@ -171,36 +169,38 @@ def _shards(folder: Path, rank: int) -> list[tuple[Path, dict[str, Any]]]:
         )
     if sorted(files) != list(range(len(files))):
         raise UserError(
-            f"{folder}: of the optimizer files of mp_rank_{rank:02d} only data-parallel ranks "
-            f"{sorted(files)} are there"
+            f"{folder}: optimizer files of mp_rank_{rank:02d} are missing; found only "
+            f"data-parallel ranks {sorted(files)}"
         )
     found = []
     for _, path in sorted(files.items()):
         state = load_archive(path).get("optimizer_state_dict") or {}
         if "single_partition_of_fp32_groups" not in state:
-            raise UserError(f"{path}: holds no fp32 weights (ZeRO stage 1 or 2 is needed)")
+            raise UserError(f"{path}: no fp32 weights found (ZeRO stage 1 or 2 is required)")
         partitions = state.get("partition_count", len(files))
         count = max(partitions) if isinstance(partitions, list) else partitions
         if count != len(files):
-            raise UserError(f"{folder}: {len(files)} of {count} data-parallel ranks are there")
+            raise UserError(f"{folder}: found {len(files)} of {count} data-parallel ranks")
         found.append((path, state))
     return found
 
 
 def _flat(path: Path, state: dict[str, Any], kind: str, group: int) -> FileTensor:
-    """A data-parallel rank's slice of one parameter group."""
+    """Return a data-parallel rank's slice of one parameter group."""
     if kind == MAIN_WEIGHTS:
         flat: FileTensor = state["single_partition_of_fp32_groups"][group]
         return flat
     found = _moments(path, state, group)
     if kind not in found:
-        raise UserError(f"{path}: parameter group {group} has no {kind}: not trained with Adam?")
+        raise UserError(
+            f"{path}: parameter group {group} has no {kind}; was the run trained with Adam?"
+        )
     moment: FileTensor = found[kind]
     return moment
 
 
 def _moments(path: Path, state: dict[str, Any], group: int) -> dict[str, Any]:
-    """The state of the one flat parameter that the optimizer sees of a group."""
+    """Return the state of a group's flat parameter, the only one of its optimizer."""
     base = _base(path, state)
     found: dict[str, Any] = base["state"].get(base["param_groups"][group]["params"][0], {})
     return found
@@ -209,12 +209,12 @@ def _moments(path: Path, state: dict[str, Any], group: int) -> dict[str, Any]:
 def _base(path: Path, state: dict[str, Any]) -> dict[str, Any]:
     base = state.get("base_optimizer_state")
     if not isinstance(base, dict) or "param_groups" not in base:
-        raise UserError(f"{path}: holds no state of Adam, or one saved with elastic_checkpoint")
+        raise UserError(f"{path}: no state of Adam found, or it was saved with elastic_checkpoint")
     return base
 
 
 def _spans(flats: list[FileTensor], start: int, count: int) -> Iterator[FlatSlice]:
-    """The ranges that elements ``start`` to ``start + count`` of joined arrays fall into."""
+    """Yield the ranges that contain elements ``start`` to ``start + count`` of joined arrays."""
     base = 0
     for flat in flats:
         length = flat.shape[0]
@@ -238,13 +238,13 @@ class ZeroFolder:
     tensor_parallel: int
 
     def tensors(self, kind: str) -> dict[str, TensorRead]:
-        """How to read one kind, ``param`` or a moment, of every parameter; its type is fp32.
+        """Return the fp32 reads of one kind, ``param`` or a moment, of every parameter.
 
-        Of tied embeddings the first stage's are taken: the last one's copy of the position
-        embeddings is never kept in step with them.
+        Tied embeddings are read from the first stage: the last stage's copy of the position
+        embeddings is not synchronized with it.
 
         Raises:
-            UserError: a rank lacks them.
+            UserError: a rank does not have them.
         """
         found = (_LAYER_FILE.match(path.name) for path in self.folder.iterdir())
         numbers = sorted({int(match[1]) for match in found if match})
@@ -260,27 +260,27 @@ class ZeroFolder:
         return joined | gathered.reads(where, self.model, size)
 
     def state(self, content: dict[str, Any]) -> OptimizerState:
-        """What a run goes on with.
+        """Return the state from which a run resumes.
 
         Args:
-            content: of the first rank's ``mp_rank_*`` file, which has the schedule's state.
+            content: of the first rank's ``mp_rank_*`` file, with the state of the schedule.
 
         Raises:
             UserError: there are no moments, or no schedule.
         """
         first = self.ranks[0]
         tensors = {kind: self.tensors(kind) for kind in (*MOMENTS, MAIN_WEIGHTS)}
-        told = {
+        stored = {
             "opt_param_scheduler": content.get("lr_scheduler"),
             "optimizer": {"grad_scaler": first.grad_scaler},
         }
-        return make_optimizer_state(tensors, first.step, first.groups, told, self.folder)
+        return make_optimizer_state(tensors, first.step, first.groups, stored, self.folder)
 
 
 def open_zero_folder(
     folder: Path, model: ModelConfig, ranks: dict[int, Path], tensor_parallel: int
 ) -> ZeroFolder:
-    """Open the optimizer files beside every ``mp_rank_*`` file.
+    """Open the optimizer files of every ``mp_rank_*`` file.
 
     Raises:
         UserError: one is missing or damaged, or the run was trained without ZeRO.

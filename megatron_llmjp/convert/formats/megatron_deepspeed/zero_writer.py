@@ -1,6 +1,6 @@
-"""Laying out ZeRO-1 optimizer files for one data-parallel rank: fp32 weights and Adam's moments.
+"""Writer of ZeRO-1 optimizer files for one data-parallel rank: fp32 weights, Adam's moments.
 
-With them DeepSpeed resumes without ``--finetune``, and its own tools read the checkpoint. Source:
+DeepSpeed requires them to resume without ``--finetune``, as do its tools. Source:
 deepspeed/runtime/bf16_optimizer.py and zero/stage_1_and_2.py (``state_dict``).
 """
 
@@ -28,22 +28,22 @@ _ALIGNMENT = 2  # elements per data-parallel rank
 
 @dataclass
 class OptimizerFile:
-    """A planned file, the slots of every parameter in it, and the shapes that describe it."""
+    """Layout of an optimizer file: slots of every parameter, and their shapes."""
 
     file: OutputFile
     slots: dict[str, dict[str, Slot]]
     """By kind, ``param`` or a moment, and by canonical name."""
     param_shapes: list[OrderedDict[str, torch.Size]]
     scheduler: dict[str, Any] | None
-    """What Megatron's schedule loads."""
+    """State of Megatron's learning-rate schedule."""
 
 
 def parameter_names(stage: dict[int, dict[str, str]], model: ModelConfig) -> dict[str, str]:
-    """DeepSpeed's parameter names of a stage by canonical name, in the order of its modules.
+    """Return DeepSpeed's parameter names of a stage by canonical name, in the order of modules.
 
     Args:
         stage: number, names and keys of its layer files.
-        model: tied embeddings have a name of their own.
+        model: determines the names of tied embeddings.
     """
     tied = not model.untie_embeddings_and_output_weights
     return {
@@ -63,11 +63,11 @@ def plan_optimizer_file(
     """Lay out the file of one model-parallel rank.
 
     Args:
-        path: of the file.
+        path: of the file, relative to the output folder.
         names: DeepSpeed's parameter names by canonical name.
         shapes: of the parameters on this rank.
         dtype: of the weights; bf16 has an optimizer class of its own.
-        found: what Adam has gathered; without it the moments are zero.
+        found: state of Adam; None for zero moments.
     """
     flat_groups = _groups(names, shapes)
     param_shapes, mappings, flats, state, starts = [], [], [], {}, {}
@@ -98,14 +98,14 @@ def plan_optimizer_file(
         for name, (g, start) in starts.items():
             offset = file.slots[f"{kind} {g}"].offset + 4 * start
             own[name] = Slot(path, names[name], offset, shapes[name], torch.float32)
-    # Megatron-DeepSpeed can count tokens too, which this schedule does not.
+    # Megatron-DeepSpeed can also schedule by tokens, which this schedule does not.
     by_tokens = {"lr_warmup_tokens": None, "lr_decay_tokens": None, "num_tokens": 0}
     scheduler = {**by_tokens, **found.scheduler} if found else None
     return OptimizerFile(file, slots, param_shapes, scheduler)
 
 
 def _groups(names: dict[str, str], shapes: dict[str, Shape]) -> list[list[str]]:
-    """Parameters with weight decay, and those without: vectors."""
+    """Return the parameters with weight decay, and those without: vectors."""
     found = [[n for n in names if len(shapes[n]) > 1], [n for n in names if len(shapes[n]) == 1]]
     return [group for group in found if group]
 
@@ -118,12 +118,13 @@ def _content(
     dtype: torch.dtype,
     found: OptimizerState | None,
 ) -> dict[str, Any]:
-    # torch.optim.Adam, Megatron's without apex, takes from here that the decay is AdamW's; apex
-    # does not look. Without it the decay would go into the moments.
+    # torch.optim.Adam, which Megatron uses without apex, reads from here that the decay is AdamW's;
+    # apex ignores it. Without it the decay would be added to the gradients and so to
+    # the moments.
     fresh = {"lr": 0.0, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
     fresh |= {"decoupled_weight_decay": True}
-    told = _by_decay(found.groups) if found else [{}, {}]
-    groups = [{**fresh, **told[g], "params": [g]} for g in range(len(flats))]
+    settings = _by_decay(found.groups) if found else [{}, {}]
+    groups = [{**fresh, **settings[g], "params": [g]} for g in range(len(flats))]
     optimizer = {
         "clip_grad": 1.0,
         "base_optimizer_state": {"state": state, "param_groups": groups},
@@ -144,13 +145,13 @@ def _content(
 
 
 def _by_decay(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Settings of the parameters with weight decay, and of those without."""
+    """Return settings of the parameters with weight decay, and of those without."""
     decayed = next((group for group in groups if group.get("wd_mult", 1.0)), groups[0])
     return [decayed, next((group for group in groups if not group.get("wd_mult", 1.0)), decayed)]
 
 
 def write_checksums(folder: Path, file: OutputFile) -> None:
-    """Write the checksums of the flat arrays, whose parts arrive in any order."""
+    """Write the checksums of the flat arrays, whose parts are written in any order."""
     for slot in file.slots.values():
         descriptor = os.open(folder / file.name, os.O_RDWR)
         try:

@@ -1,24 +1,16 @@
-"""Allow-list of the arguments in Megatron checkpoints: understood, irrelevant or refused.
-
-Arguments of Megatron programs that do not change the function a trained model computes.
-
-They configure data, optimizer, schedule, parallel layout, kernels, numeric precision, logging,
-checkpoints, inference servers and reinforcement learning. Names only, collected from
-megatron/training/arguments.py and the configuration classes it exposes, Megatron-LM core 0.4 to
-0.19 and main of August 2026, LLM-jp's branches of it, and LLM-jp's Megatron-DeepSpeed.
-
-Which arguments of a Megatron checkpoint may be ignored: an allow-list over every field.
+"""Allow-list of the arguments in Megatron checkpoints.
 
 A field of ``args`` is one of four kinds:
 
-- understood: ``arguments.py`` reads it;
-- without influence on the trained function, or belonging to a
-  feature that is off (experts, latent attention, ...);
-- a network option that the canonical model does not have: refused unless at a harmless value;
+- understood: read by ``arguments.py``;
+- training: does not change the function that the trained model computes, or belongs to a disabled
+  feature (experts, latent attention, ...);
+- network: an option that the canonical model does not have; refused unless it is disabled;
 - unknown: refused unless it is unset or off (None, False, empty).
 
-Source: megatron/core/transformer/transformer_config.py and megatron/training/arguments.py of
-Megatron-LM, core 0.4 to 0.19 and main of August 2026; megatron/arguments.py of Megatron-DeepSpeed.
+Names were collected from megatron/training/arguments.py, the configuration classes it exposes, and
+megatron/core/transformer/transformer_config.py of Megatron-LM (core 0.4 to 0.19 and main of August
+2026), LLM-jp's branches of it, and megatron/arguments.py of LLM-jp's Megatron-DeepSpeed.
 """
 
 from __future__ import annotations
@@ -43,7 +35,7 @@ validation_ varlen_ vision_ wandb_ weight_decay zero_
 """
 
 PREFIXES = tuple(_PREFIXES.split())
-"""Families of such names, by their first letters."""
+"""Prefixes of training arguments: data, optimizer, parallel layout, kernels, logging, inference."""
 
 _NAMES = """
 DDP_impl _cpu_offloading_context _is_global_batch_size_explicitly_specified
@@ -139,11 +131,11 @@ wgrad_deferral_limit world_size wsd_decay_steps z_loss_strength
 """
 
 NAMES = frozenset(_NAMES.split())
-"""Single names."""
+"""Other training arguments."""
 
 
 def is_training_only(name: str) -> bool:
-    """Whether a field is known not to change the function of the trained model."""
+    """Return whether a field is known not to change the function of the trained model."""
     return name in NAMES or name.startswith(PREFIXES)
 
 
@@ -165,7 +157,7 @@ UNDERSTOOD = frozenset(_UNDERSTOOD.split())
 
 _OFF = (None, False)
 
-HARMLESS: dict[str, tuple[Any, ...]] = {
+DISABLED_VALUES: dict[str, tuple[Any, ...]] = {
     "activation_func": (None,),
     "activation_func_clamp_value": (None,),
     "apply_layernorm_1p": _OFF,
@@ -223,7 +215,7 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "window_size": (None, (-1, -1), (-1, 0), [-1, -1], [-1, 0]),
     "yaml_cfg": (None,),
 }
-"""Options that change the network, with the values at which they do not."""
+"""Network options, with the values that disable them."""
 
 _OWNERS: dict[str, tuple[str, ...]] = {
     "num_experts": ("moe_", "topk", "create_moe_param_group"),
@@ -246,24 +238,26 @@ _OWNERS: dict[str, tuple[str, ...]] = {
     "modelopt_enabled": ("export_",),
     "position_embedding_type": ("yarn_", "relative_attention_"),
 }
-"""Options that say nothing while the option before them is off. An owner that is on is refused
-(``position_embedding_type`` when it is read); clipping of attention logits and quantization act on
-weights in training, and leave no trace in the function."""
+"""Prefixes of options without effect while the option that is their key is disabled.
+
+An enabled key is refused (``position_embedding_type`` by ``arguments.py``), except clipping of
+attention logits and quantization, which act on weights during training and do not change the
+function."""
 
 _APPROXIMATE_GELU = ("use_te_activation_func", "use_transformer_engine_op_fuser")
-"""Transformer Engine's own GELU is the tanh approximation; its SwiGLU is the function itself."""
+"""Transformer Engine's own GELU is the tanh approximation; its SwiGLU is exact."""
 
 
 def check_fields(given: Fields, where: str, ignored: Collection[str] = ()) -> None:
-    """Refuse arguments that this converter does not understand.
+    """Refuse arguments that the converter does not support.
 
     Args:
         given: the arguments by name.
         where: the file, for messages.
-        ignored: names that the user has declared to be irrelevant.
+        ignored: names to skip.
 
     Raises:
-        UserError: naming every refused field with its value.
+        UserError: fields are refused; the message has their names and values.
     """
     network = []
     unknown = []
@@ -271,13 +265,13 @@ def check_fields(given: Fields, where: str, ignored: Collection[str] = ()) -> No
         if name in ignored or name in UNDERSTOOD:
             continue
         kind = field_kind(name)
-        if kind == "network" and not _is_harmless(name, value, given):
+        if kind == "network" and not _is_disabled(name, value, given):
             network.append(f"{name} = {_shown(value)}")
         elif kind == "unknown" and not _is_off(value):
             unknown.append(f"{name} = {_shown(value)}")
     lines = []
     if network:
-        lines.append(f"cannot be represented: {', '.join(network)}")
+        lines.append(f"not supported: {', '.join(network)}")
     if unknown:
         lines.append(
             f"unknown arguments: {', '.join(unknown)}; if they do not change the network, add "
@@ -288,23 +282,23 @@ def check_fields(given: Fields, where: str, ignored: Collection[str] = ()) -> No
 
 
 def field_kind(name: str) -> str:
-    """``understood``, ``network``, ``training`` (no influence on the function) or ``unknown``."""
+    """Return the kind of a field: understood, network, training or unknown."""
     if name in UNDERSTOOD:
         return "understood"
-    if name in HARMLESS or name in _APPROXIMATE_GELU:
+    if name in DISABLED_VALUES or name in _APPROXIMATE_GELU:
         return "network"
     owned = any(name.startswith(prefixes) for prefixes in _OWNERS.values())
     return "training" if owned or is_training_only(name) else "unknown"
 
 
-def _is_harmless(name: str, value: Any, given: Fields) -> bool:
+def _is_disabled(name: str, value: Any, given: Fields) -> bool:
     if name in _APPROXIMATE_GELU:
         return not value or bool(given.get("swiglu"))
-    return any(_same(value, harmless) for harmless in HARMLESS[name])
+    return any(_same(value, disabled) for disabled in DISABLED_VALUES[name])
 
 
-def _same(value: Any, harmless: Any) -> bool:
-    return type(value) in (type(harmless), int, float) and bool(value == harmless)
+def _same(value: Any, disabled: Any) -> bool:
+    return type(value) in (type(disabled), int, float) and bool(value == disabled)
 
 
 def _is_off(value: Any) -> bool:

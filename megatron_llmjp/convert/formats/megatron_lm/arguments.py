@@ -1,8 +1,8 @@
-"""The ``args`` of Megatron-LM and Megatron-DeepSpeed checkpoints: their command line, as parsed.
+"""Parsed arguments (``args``) in checkpoints of Megatron-LM and Megatron-DeepSpeed.
 
 Source: megatron/training/arguments.py of Megatron-LM (core 0.6 to 0.12) and megatron/arguments.py
-of Megatron-DeepSpeed. Both are covered by one reading: where names differ, each program lacks the
-other's.
+of Megatron-DeepSpeed. One function reads both: if the names of an argument differ, neither program
+has the name of the other.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from megatron_llmjp.tokenizers.registry import TikTokenSettings
 
 
 def model_from_args(args: Any, where: str, ignored: Collection[str] = ()) -> ModelConfig:
-    """The architecture that a program's arguments describe.
+    """Return the model that the arguments describe.
 
     Args:
         args: the namespace of the checkpoint.
         where: the file, for messages.
-        ignored: arguments to read as if they were not there.
+        ignored: names of arguments to ignore.
 
     Raises:
-        UserError: an argument is missing, not known, or asks for what cannot be represented.
+        UserError: an argument is missing, unknown, or sets an option that is not supported.
     """
     given = {name: value for name, value in _fields(args).items() if name not in ignored}
     check_fields(given, where)
@@ -75,22 +75,32 @@ def model_from_args(args: Any, where: str, ignored: Collection[str] = ()) -> Mod
 
 
 def notes_from_args(args: Any) -> list[str]:
-    """What a user should know of arguments that Megatron-LM itself treats unevenly."""
+    """Return notes on arguments that Megatron-LM accepts but does not pass to the model."""
     given = _fields(args)
     if not _is_core(given):
         return []
-    uneven = {
+    unpassed = {
         "rope_scaling_factor": bool(given.get("use_rope_scaling"))
         and given.get("rope_scaling_factor") not in (None, 8.0),
         "rotary_seq_len_interpolation_factor": given.get("rotary_seq_len_interpolation_factor")
         not in (None, 1),
     }
     return [
-        f"{name} {given[name]} was taken as part of the model; pretrain_gpt.py of Megatron-LM up "
-        f"to core 0.19 does not pass it on: if the run was trained without it, add "
+        f"{name} {given[name]} is converted as part of the model; pretrain_gpt.py of Megatron-LM "
+        f"up to core 0.19 does not pass it to the model: if the run was trained without it, add "
         f"--ignore-args {name}"
-        for name, found in uneven.items()
+        for name, found in unpassed.items()
         if found
+    ]
+
+
+def vocabulary_notes(model: ModelConfig) -> list[str]:
+    """Return a note if the checkpoint does not contain the true vocabulary size."""
+    if model.vocab_size is not None:
+        return []
+    return [
+        "the true vocabulary size is not in the checkpoint: its padding was kept; "
+        "--vocab-size N trims it"
     ]
 
 
@@ -98,7 +108,7 @@ def _fields(args: Any) -> dict[str, Any]:
     return dict(vars(args)) if hasattr(args, "__dict__") else {}
 
 
-_TOLD = {
+_CONVERTED_FIELDS = {
     "data": ("tokenizer_type",),
     "training": ("global_batch_size", "micro_batch_size", "seed"),
     "optimizer": tuple(OptimizerConfig.model_fields),
@@ -106,12 +116,12 @@ _TOLD = {
 
 
 def settings_from_args(args: Any) -> dict[str, dict[str, Any]]:
-    """What a program's arguments say of data, batches and optimizer, by section.
+    """Return settings of data, batches and optimizer in the arguments, by section.
 
-    Values that this project's configuration does not know are left out.
+    Values that are not valid in this project's configuration are omitted.
     """
     found: dict[str, dict[str, Any]] = {}
-    for section, names in _TOLD.items():
+    for section, names in _CONVERTED_FIELDS.items():
         for name in names:
             value = getattr(args, name, None)
             if value is None or isinstance(value, (dict, list)):
@@ -125,13 +135,13 @@ def settings_from_args(args: Any) -> dict[str, dict[str, Any]]:
 
 
 def tokenizer_type_of(args: Any) -> str | None:
-    """The type of the run's tokenizer, where the arguments name it."""
+    """Return ``tokenizer_type``, or None if it is not set."""
     name = getattr(args, "tokenizer_type", None)
     return name if isinstance(name, str) and name else None
 
 
 def tiktoken_of(args: Any) -> TikTokenSettings:
-    """The settings of TikTokenizer, as far as the arguments name them."""
+    """Return the settings of TikTokenizer, with defaults for unset arguments."""
     default = TikTokenSettings()
     return TikTokenSettings(
         getattr(args, "tiktoken_pattern", None) or default.pattern,
@@ -141,14 +151,14 @@ def tiktoken_of(args: Any) -> TikTokenSettings:
 
 
 def _is_core(given: dict[str, Any]) -> bool:
-    """Whether the run built megatron-core's model, not the older ``megatron.legacy`` one."""
+    """Return whether the run used megatron-core's model, not that of ``megatron.legacy``."""
     if "use_legacy_models" in given:
         return not given["use_legacy_models"]
     return bool(given.get("use_mcore_models"))
 
 
 def _check_consistent(given: dict[str, Any], where: str) -> None:
-    """Refuse arguments that contradict each other, or a combination the model does not have."""
+    """Refuse contradicting arguments and unsupported combinations."""
     swiglu = bool(given.get("swiglu"))
     layers = given.get("encoder_num_layers")
     epsilons = [given[name] for name in ("norm_epsilon", "layernorm_epsilon") if given.get(name)]
@@ -163,7 +173,7 @@ def _check_consistent(given: dict[str, Any], where: str) -> None:
 
 
 def _is_rope(given: dict[str, Any], where: str) -> bool:
-    """Megatron-LM says ``position_embedding_type``, Megatron-DeepSpeed has two switches."""
+    """Read ``position_embedding_type`` of Megatron-LM, or the two flags of Megatron-DeepSpeed."""
     kind = given.get("position_embedding_type")
     known = (None, "rope", "learned_absolute")
     refuse_unsupported(where, **{f"position_embedding_type {kind}": kind not in known})
@@ -175,10 +185,10 @@ def _is_rope(given: dict[str, Any], where: str) -> bool:
 
 
 def _rotary_base(given: dict[str, Any], where: str) -> int:
-    """``rotary_base``, which LLM-jp's branches of 2024 call ``rope_theta``.
+    """Return ``rotary_base``, which is ``rope_theta`` in LLM-jp's branches of 2024.
 
-    They pass it to megatron-core's model only; their older model, like Megatron-DeepSpeed's, has
-    10000 written down.
+    They pass it to megatron-core's model only; in their legacy model, as in Megatron-DeepSpeed, the
+    base is the constant 10000.
     """
     base = given.get("rotary_base") or 10000
     theta = given.get("rope_theta")
@@ -188,9 +198,9 @@ def _rotary_base(given: dict[str, Any], where: str) -> int:
         where,
         **{
             f"rope_theta {theta} with rotary_base {base}": base not in (10000, theta),
-            f"rope_theta {theta} in a model that is not megatron-core's": theta != base
+            f"rope_theta {theta} in a legacy model (not megatron-core's)": theta != base
             and not _is_core(given),
-            f"rotary base {theta} (not a whole number)": not _is_whole(theta),
+            f"rotary base {theta} (not an integer)": not _is_whole(theta),
         },
     )
     return int(theta)
@@ -201,7 +211,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def _normalization(given: dict[str, Any], where: str) -> str:
-    """Megatron-LM writes ``RMSNorm``, Megatron-DeepSpeed ``rmsnorm``."""
+    """Normalize the spelling: ``RMSNorm`` in Megatron-LM, ``rmsnorm`` in Megatron-DeepSpeed."""
     name = str(given.get("normalization") or "LayerNorm")
     known = {"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}
     refuse_unsupported(where, **{f"normalization {name}": name.lower() not in known})
@@ -209,7 +219,7 @@ def _normalization(given: dict[str, Any], where: str) -> str:
 
 
 def _groups(given: dict[str, Any], heads: int, where: str) -> int:
-    """Megatron-LM's ``num_query_groups`` is 1 and means nothing without the switch."""
+    """Return the query groups; without ``group_query_attention`` one per head."""
     if "group_query_attention" in given:
         grouped = given["group_query_attention"]
         return positive_int_field(given, "num_query_groups", where) if grouped else heads
@@ -217,10 +227,10 @@ def _groups(given: dict[str, Any], heads: int, where: str) -> int:
 
 
 def _gelu(given: dict[str, Any], biases: bool) -> str:
-    """The fused kernel computes the tanh approximation; unfused is the exact function.
+    """Return the GELU variant: the fused kernel is the tanh approximation, unfused is exact.
 
-    megatron-core's model knows nothing of ``openai_gelu`` and ``onnx_safe``; in the older model
-    they come before the fused kernel.
+    megatron-core's model ignores ``openai_gelu`` and ``onnx_safe``; in the legacy model they take
+    precedence over the fused kernel.
     """
     if not _is_core(given):
         if given.get("openai_gelu"):
@@ -231,11 +241,11 @@ def _gelu(given: dict[str, Any], biases: bool) -> str:
 
 
 def true_vocab_size(args: Any) -> int | None:
-    """The vocabulary without padding, where the arguments have it.
+    """Return the vocabulary size without padding, or None if the arguments do not contain it.
 
-    ``vocab_size`` is that of NullTokenizer alone, which adds an end-of-document token up to core
-    0.17 and counts it from 0.18 on (where its id is an argument); for other tokenizers it is a
-    bound at best. This converter writes ``true_vocab_size``.
+    ``vocab_size`` is exact for NullTokenizer only, which adds an end-of-document token up to core
+    0.17 and includes it from 0.18 on (where its id is an argument); for other tokenizers it is at
+    most an upper bound. This converter writes ``true_vocab_size``.
     """
     true = getattr(args, "true_vocab_size", None)
     if isinstance(true, int):
@@ -255,14 +265,15 @@ def make_args(
     pipeline: int,
     extra: dict[str, Any],
 ) -> argparse.Namespace:
-    """Arguments of plain types that describe a model to both programs.
+    """Return arguments of built-in types that describe a model to both programs.
 
     Args:
-        rows: of the padded vocabulary.
+        model: the model.
+        rows: padded vocabulary size.
         dtype: of the weights.
         tensor: tensor parallel size.
         pipeline: pipeline parallel size.
-        extra: what only one of the programs knows.
+        extra: arguments of one program only; they take precedence.
     """
     rope = model.position_embedding_type == "rope"
     tanh = model.activation_function == "gelu_tanh"

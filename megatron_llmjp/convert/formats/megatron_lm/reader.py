@@ -1,11 +1,10 @@
-"""The numbered optimizer states of Megatron-LM's legacy files, under the names of their weights.
-
-Reading Megatron-LM's checkpoints: legacy ``torch``, one file per rank, and ``torch_dist``.
+"""Reader of Megatron-LM checkpoints: legacy ``torch``, one file per rank, and ``torch_dist``.
 
 Source: megatron/training/checkpointing.py (core 0.6 to 0.16). Legacy files are
 ``iter_0000100/mp_rank_TT[_PPP]/model_optim_rng.pt`` with ``args``, ``iteration`` and ``model``, a
 flat dictionary whose layers are numbered within the stage (``model0``, ``model1``, ... with
-virtual stages). ``torch_dist`` has the layout of ``mcore_names.py``, and args in ``common.pt``.
+virtual stages); its optimizer states are numbered. ``torch_dist`` has the layout of
+``mcore_names.py``, and args in ``common.pt``.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ from megatron_llmjp.convert.formats.megatron_lm.arguments import (
     settings_from_args,
     tiktoken_of,
     tokenizer_type_of,
+    vocabulary_notes,
 )
 from megatron_llmjp.convert.formats.rank_files import RankTensors, canonical_name_in_layer
 from megatron_llmjp.convert.model_tokenizer import tokenizer_files
@@ -40,10 +40,10 @@ from megatron_llmjp.errors import UserError
 
 
 class RankOptimizerState(NamedTuple):
-    """The optimizer state of one rank's file, by the model chunk and the key of the weight."""
+    """The optimizer state of one rank's file, by model chunk and key of the weight."""
 
     chunks: dict[str, list[dict[str, StoredTensor]]]
-    """By kind: one dictionary per model chunk, with the keys of the weights."""
+    """By kind (moments, fp32 weights): one dictionary per model chunk, with the weights' keys."""
     step: Any
     groups: list[dict[str, Any]]
 
@@ -51,22 +51,22 @@ class RankOptimizerState(NamedTuple):
 def rank_optimizer_state(
     content: dict[str, Any], chunks: list[dict[str, Any]], path: Path
 ) -> RankOptimizerState:
-    """Give the numbered states in a rank's file the names of their weights.
+    """Assign the numbered optimizer states of a rank's file to the keys of the weights.
 
-    megatron-core numbers parameters group by group: the ones with weight decay and those without,
-    in an order that is the rank's own, and inside a group as the model lists them
+    megatron-core numbers parameters group by group: those with and those without weight decay, in
+    an order that depends on the rank, and within a group in the order of the model
     (megatron/core/optimizer/__init__.py, ``_get_param_groups``).
 
     Raises:
-        UserError: there is no state, it lies in another file, or the numbers do not fit.
+        UserError: there is no state, it is stored in another file, or the numbers do not match.
     """
     optimizer = content.get("optimizer")
     if not isinstance(optimizer, dict):
-        raise UserError(f"{path}: holds no optimizer state: saved with --no-save-optim?")
+        raise UserError(f"{path}: no optimizer state; was it saved with --no-save-optim?")
     inner = optimizer.get("optimizer", optimizer)
     if not inner.get("state"):
         raise UserError(
-            f"{path}: its optimizer state is in distrib_optim.pt, flat and cut by buckets; load "
+            f"{path}: its optimizer state is in distrib_optim.pt, flattened into buckets; load "
             "it with Megatron-LM and save it with --ckpt-format torch_dist"
         )
     weights = [(i, key) for i, chunk in enumerate(chunks) for key in chunk]
@@ -77,7 +77,7 @@ def rank_optimizer_state(
         names = [(i, key) for i, key in weights if _decays(key, chunks[i][key]) == decays]
         if len(names) != len(group["params"]):
             raise UserError(
-                f"{path}: a parameter group holds {len(group['params'])} states for {len(names)} "
+                f"{path}: a parameter group has {len(group['params'])} states for {len(names)} "
                 f"weights {'with' if decays else 'without'} weight decay"
             )
         states = [inner["state"][index] for index in group["params"]]
@@ -93,7 +93,7 @@ def rank_optimizer_state(
 
 
 def _decays(key: str, stored: StoredTensor) -> bool:
-    """Whether weight decay touches a parameter: not a bias, not of one dimension."""
+    """Return whether a parameter has weight decay: not a bias, more than one dimension."""
     return not key.endswith(".bias") and len(stored.shape) > 1
 
 
@@ -110,14 +110,14 @@ _TIED_COPIES = ("word_embeddings_for_head.weight", "word_embeddings.weight")
 
 
 def read_checkpoint(path: Path, ignored: Collection[str] = ()) -> SourceCheckpoint:
-    """Open an iteration's folder, or that of a run, whose tracker names the iteration.
+    """Open the folder of an iteration, or of a run with a tracker file.
 
     Args:
         path: the folder.
-        ignored: arguments of the run to read as if they were not there.
+        ignored: names of arguments to ignore.
 
     Raises:
-        UserError: it is incomplete, damaged, or cannot be represented.
+        UserError: it is incomplete, damaged, or not supported.
     """
     folder = newest_iteration(path)
     if (folder / torch_dist.METADATA).is_file():
@@ -126,7 +126,7 @@ def read_checkpoint(path: Path, ignored: Collection[str] = ()) -> SourceCheckpoi
 
 
 def newest_iteration(path: Path) -> Path:
-    """The iteration's folder that ``path`` means."""
+    """Return the folder of the iteration in ``path``: itself, the tracked or the last one."""
     if (path / torch_dist.METADATA).is_file() or next(path.glob(f"mp_rank_*/{FILE}"), None):
         return path
     tracker = path / TRACKER
@@ -135,10 +135,10 @@ def newest_iteration(path: Path) -> Path:
         name = text if text == "release" else folder_name(int(text)) if text.isdigit() else ""
         if name and (path / name).is_dir():
             return path / name
-        raise UserError(f"{tracker}: names '{text}', which is not in {path}")
+        raise UserError(f"{tracker}: '{text}' is not a checkpoint in {path}")
     folders = sorted(p for p in path.glob("iter_*") if p.is_dir())
     if not folders:
-        raise UserError(f"{path}: holds neither {TRACKER} nor iter_* nor mp_rank_* folders")
+        raise UserError(f"{path}: no {TRACKER}, iter_* or mp_rank_* folders found")
     return folders[-1]
 
 
@@ -151,12 +151,7 @@ def _source(
     layout: str,
     optimizer: Callable[[], OptimizerState],
 ) -> SourceCheckpoint:
-    notes = notes_from_args(args)
-    if model.vocab_size is None:
-        notes.append(
-            "the true vocabulary size is not in the checkpoint: its padding was kept; "
-            "--vocab-size N trims it"
-        )
+    notes = [*notes_from_args(args), *vocabulary_notes(model)]
     tokenizer = folder / "tokenizer"  # from core 0.20 on
     return SourceCheckpoint(
         MEGATRON_LM,
@@ -181,9 +176,9 @@ def _read_torch_dist(folder: Path, ignored: Collection[str]) -> SourceCheckpoint
     stored = torch_dist.read_metadata(folder)
     entries = mcore_names.model_entries(stored)
     if "args" not in common:
-        raise UserError(f"{folder / 'common.pt'}: holds no args, so the model is not known")
+        raise UserError(f"{folder / 'common.pt'}: no args found, which define the model")
     if WORD_EMBEDDINGS not in entries:
-        raise UserError(f"{folder}: holds no {WORD_EMBEDDINGS}")
+        raise UserError(f"{folder}: {WORD_EMBEDDINGS} is missing")
     model = model_from_args(common["args"], str(folder / "common.pt"), ignored)
     reads = mcore_names.tensor_reads(model, entries[WORD_EMBEDDINGS].shape[0], entries)
     optimizer = partial(optimizer_state.read_torch_dist_state, model, stored, common, folder)
@@ -208,7 +203,7 @@ def _read_legacy(folder: Path, ignored: Collection[str]) -> SourceCheckpoint:
             iteration = content.get("iteration", iteration)
             if (version := content.get("checkpoint_version", 0)) < 2.0:
                 raise UserError(
-                    f"{ranks[t, p]}: checkpoint_version {version} has another order of "
+                    f"{ranks[t, p]}: checkpoint_version {version} has a different order of "
                     "QKV rows; load and save it with a newer Megatron-LM"
                 )
             stages.append(_chunks(content, ranks[t, p]))
@@ -224,7 +219,7 @@ def _read_legacy(folder: Path, ignored: Collection[str]) -> SourceCheckpoint:
 def _legacy_optimizer(
     folder: Path, model: ModelConfig, ranks: dict[tuple[int, int], Path], tensor: int, pipeline: int
 ) -> OptimizerState:
-    """The optimizer's tensors go the way of the weights: numbered by layer, joined over TP."""
+    """Read the optimizer state like the weights: renumber layers, join tensor-parallel ranks."""
     kinds: dict[str, RankTensors] = {}
     for t in range(tensor):
         stages = []
@@ -251,24 +246,24 @@ def _rank_files(folder: Path) -> dict[tuple[int, int], Path]:
             raise UserError(f"{path / FILE}: missing")
         found[int(match[1]), int(match[2] or 0)] = path / FILE
     if not found:
-        raise UserError(f"{folder}: holds no mp_rank_* folders")
+        raise UserError(f"{folder}: no mp_rank_* folders found")
     return found
 
 
 def _chunks(content: dict[str, Any], path: Path) -> list[dict[str, Any]]:
-    """The model chunks of a rank, flat: one, or one for each virtual stage."""
+    """Return the flattened model chunks of a rank: one, or one per virtual stage."""
     names = (
         ["model"]
         if "model" in content
         else sorted((k for k in content if re.fullmatch(r"model\d+", k)), key=lambda k: int(k[5:]))
     )
     if not names:
-        raise UserError(f"{path}: holds no model")
+        raise UserError(f"{path}: no model found")
     return [_flat(content[name]) for name in names]
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Names of an older, nested model joined by dots; extra states left out."""
+    """Flatten the nested state of an older model, joining names by dots; skip extra states."""
     found: dict[str, Any] = {}
     for key, item in value.items():
         if key.endswith("_extra_state"):
@@ -281,10 +276,9 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _numbered(stages: list[list[dict[str, Any]]], untied: bool) -> Iterator[tuple[str, Any]]:
-    """The tensors of one tensor-parallel rank with global layer numbers.
+    """Yield the tensors of one tensor-parallel rank with global layer numbers.
 
-    Chunks follow each other by virtual stage, then by stage; a stage may hold any number of
-    layers.
+    Chunks are ordered by virtual stage, then by stage; a stage may have any number of layers.
     """
     offset = 0
     for virtual in range(len(stages[0])):
@@ -303,7 +297,7 @@ def _numbered(stages: list[list[dict[str, Any]]], untied: bool) -> Iterator[tupl
 
 
 def _current(key: str) -> str:
-    """The canonical root of a key that may come from before megatron-core."""
+    """Return a key with canonical module names above the layers; it may predate megatron-core."""
     key = key.removeprefix("module.")
     for old, new in _OLD_ROOTS.items():
         if key.startswith(old):
@@ -312,7 +306,7 @@ def _current(key: str) -> str:
 
 
 def _inner(name: str) -> str:
-    """The canonical name inside a layer: fused norms and old names undone."""
+    """Return the canonical name relative to a layer, from fused norms or old names."""
     for local, fused in mcore_names.FUSED_NORMS.items():
         name = name.replace(fused, local)
     return canonical_name_in_layer(name)

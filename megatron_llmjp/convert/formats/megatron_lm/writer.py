@@ -1,4 +1,4 @@
-"""Writing for Megatron-LM, in both of its formats; what they are is told in ``reader.py``."""
+"""Writer of Megatron-LM checkpoints in both formats, which ``reader.py`` describes."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def plan_output(source: SourceCheckpoint, options: ConversionOptions) -> OutputP
     """Lay out a checkpoint that Megatron-LM loads with ``--load OUT --finetune``.
 
     Raises:
-        UserError: it has no way to express the model.
+        UserError: Megatron-LM does not support the model.
     """
     if source.model.use_parallel_residual:
         raise UserError(f"{source.path}: Megatron-LM has no layer with a parallel residual")
     if source.model.position_embedding_type == "yarn":
-        raise UserError(f"{source.path}: YaRN's positions are not written for Megatron-LM")
+        raise UserError(f"{source.path}: YaRN is not supported for Megatron-LM")
     changed = [name for name in LLAMA3_FIELDS.values() if _is_changed(source.model, name)]
     if source.model.use_rope_scaling and changed:
         raise UserError(
@@ -54,15 +54,15 @@ def _is_changed(model: ModelConfig, field: str) -> bool:
 
 
 def _notes(model: ModelConfig) -> list[str]:
-    """What pretrain_gpt.py of Megatron-LM has to be changed for."""
+    """Return notes on changes to pretrain_gpt.py that Megatron-LM needs for the model."""
     missing = []
     if model.use_rope_scaling and model.rope_scaling_factor != 8.0:
         missing.append(f"rope_scaling_factor={model.rope_scaling_factor}")
     if model.rotary_seq_len_interpolation_factor is not None:
         missing.append(f"seq_len_interpolation_factor={model.rotary_seq_len_interpolation_factor}")
     return [
-        f"pretrain_gpt.py of Megatron-LM up to core 0.19 has the flag but does not pass it on: "
-        f"give its GPTModel(...) {argument}, or it computes another model"
+        f"pretrain_gpt.py of Megatron-LM up to core 0.19 has the flag but does not pass it to the "
+        f"model: add {argument} to its GPTModel(...)"
         for argument in missing
     ]
 
@@ -118,7 +118,7 @@ def _plan_torch_dist(source: SourceCheckpoint, options: ConversionOptions) -> Ou
 
 
 def _folder(iteration: int) -> str:
-    """Megatron-LM refuses iteration 0 through its tracker; a converted model is a release."""
+    """Return the folder name; Megatron-LM does not load iteration 0, but a ``release``."""
     return folder_name(iteration) if iteration else "release"
 
 
@@ -170,7 +170,7 @@ def _plan_legacy(source: SourceCheckpoint, options: ConversionOptions) -> Output
 def _placed(
     name: str, per_stage: int, pipeline: int, options: ConversionOptions
 ) -> list[tuple[int, str]]:
-    """The stages that hold a tensor, with its key there."""
+    """Return the stages that store a tensor, with its key there."""
     match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
     if match:
         stage, layer = divmod(int(match[1]), per_stage)
@@ -183,7 +183,7 @@ def _placed(
 
 
 def _with_extra_states(tree: dict[str, Any]) -> dict[str, Any]:
-    """Add the ``_extra_state`` that megatron-core keeps beside every linear layer."""
+    """Add the ``_extra_state`` that megatron-core stores with every linear layer."""
     found: dict[str, Any] = {}
     for key, placeholder in tree.items():
         found[key] = placeholder
