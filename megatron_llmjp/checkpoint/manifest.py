@@ -24,14 +24,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from megatron_llmjp.data.folds.fingerprint import FoldFingerprint
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.filesystem import file_crc32, retry_transient, write_atomically
-from megatron_llmjp.tokenizers import registry
 
 MANIFEST = "manifest.json"
 CONFIG = "config.yaml"
 FOLDS = "folds.yaml"
 TOKENIZER = "tokenizer"
-GENERATION = f"{TOKENIZER}/{registry.GENERATION_FILE}"
-"""Generation settings of a model converted from Hugging Face, from ``convert_checkpoint``."""
+GENERATION = f"{TOKENIZER}/hf_generation.json"
+"""Generation settings of a model converted from Hugging Face, from ``convert_checkpoint``. The name
+is ``GENERATION_FILE`` of ``tokenizers/registry.py``, which imports NumPy; run_status must not."""
 TRACKER = "latest_checkpointed_iteration.txt"
 TENSOR_SUFFIX = ".distcp"
 """Suffix of the tensor files. All other files are small."""

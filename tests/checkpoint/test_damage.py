@@ -13,6 +13,7 @@ from megatron_llmjp.checkpoint import resume
 from megatron_llmjp.config.flags import parse
 from megatron_llmjp.config.loading import dump_config
 from megatron_llmjp.errors import UserError
+from megatron_llmjp.tokenizers import registry
 
 SMALL = (".metadata", "metadata.json", "common.pt", "folds.yaml", "tokenizer/tokenizer.model")
 
@@ -233,3 +234,7 @@ def test_no_complete_checkpoint_is_an_error(save):
         shutil.rmtree(folder)
     (save / manifests.TRACKER).write_text("")
     assert resume.find_checkpoint(config(save), {}) is None
+
+
+def test_generation_settings_are_not_read_as_a_tokenizer():
+    assert f"{manifests.TOKENIZER}/{registry.GENERATION_FILE}" == manifests.GENERATION

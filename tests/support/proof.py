@@ -17,7 +17,7 @@ def tensors(save: Path, iteration: int | None = None) -> dict:
 
     number = iteration if iteration is not None else manifests.complete_iterations(save)[-1]
     entries = torch_dist.read_metadata(save / manifests.folder_name(number))
-    return {name: entry.layer(None).read(name) for name, entry in entries.items()}
+    return {name: entry.tensor_read(None).read(name) for name, entry in entries.items()}
 
 
 def assert_equal_runs(save: Path, reference: Path, unfinished: int | None = None) -> None:
