@@ -44,7 +44,7 @@ def gpt_neox(**changes) -> transformers.PreTrainedModel:
     return noisy(transformers.GPTNeoXForCausalLM(config))
 
 
-STYLES = {"llama": llama, "gpt2": gpt2, "gpt_neox": gpt_neox}
+MODELS = {"llama": llama, "gpt2": gpt2, "gpt_neox": gpt_neox}
 
 
 def noisy(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:

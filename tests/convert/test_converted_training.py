@@ -21,7 +21,7 @@ from megatron_llmjp.convert.formats import native
 from megatron_llmjp.convert.formats.base import SourceCheckpoint
 from megatron_llmjp.convert.formats.hugging_face import gpt2
 from megatron_llmjp.convert.formats.megatron_deepspeed import reader as megatron_deepspeed
-from tests.convert.hf_models import STYLES
+from tests.convert.hf_models import MODELS
 from tests.support.datasets import write_folds
 from tests.support.tolerances import (
     ELEMENTWISE,
@@ -83,7 +83,7 @@ def runs(tmp_path_factory):
         places = ("--input", FIXTURES / name / "ckpt", "--output", folder / f"{name}-start")
         convert(*to_native, *places)
         jobs.append(job(folder, name, tokens_of(name), 1, *once))
-    for name, make in STYLES.items():
+    for name, make in MODELS.items():
         make(**{DEPTH[name]: 4}).save_pretrained(folder / f"{name}-hf")
         places = ("--input", folder / f"{name}-hf", "--output", folder / f"{name}-start")
         convert("--to", "native", *places)
@@ -102,7 +102,7 @@ def test_the_loss_of_megatron_deepspeed(runs, name):
     assert_close(history(runs / name), {1: expected}, LOSS, "loss")
 
 
-@pytest.mark.parametrize("name", STYLES)
+@pytest.mark.parametrize("name", MODELS)
 def test_the_loss_of_transformers(runs, name):
     """The softmax includes the padding rows of the vocabulary, which repeat the last row."""
     model = transformers.AutoModelForCausalLM.from_pretrained(runs / f"{name}-hf").double()

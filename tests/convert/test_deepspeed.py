@@ -1,4 +1,4 @@
-"""DeepSpeed itself reads what is written for Megatron-DeepSpeed."""
+"""DeepSpeed's own tools read checkpoints written for Megatron-DeepSpeed."""
 
 from __future__ import annotations
 
@@ -7,22 +7,24 @@ import argparse
 import pytest
 import torch
 
-from tests.convert.hf_models import STYLES
+from tests.convert.hf_models import MODELS
 
 
-@pytest.mark.parametrize(("style", "tensor", "pipeline"), [("gpt2", 2, 3), ("llama", 4, 1)])
-def test_deepspeed_checkpoint_reads_it(tmp_path, convert, monkeypatch, style, tensor, pipeline):
+@pytest.mark.parametrize(("architecture", "tensor", "pipeline"), [("gpt2", 2, 3), ("llama", 4, 1)])
+def test_deepspeed_checkpoint_reads_the_output(
+    tmp_path, convert, monkeypatch, architecture, tensor, pipeline
+):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     from deepspeed.checkpoint import DeepSpeedCheckpoint
 
-    model = STYLES[style](**({"rope_theta": 10000.0} if style == "llama" else {}))
+    model = MODELS[architecture](**({"rope_theta": 10000.0} if architecture == "llama" else {}))
     model.save_pretrained(tmp_path / "hf")
     convert("--to", "megatron-deepspeed", "--input", tmp_path / "hf",
             "--output", tmp_path / "there", "--target-tensor-parallel-size", tensor,
             "--target-pipeline-parallel-size", pipeline)  # fmt: skip
     folder = next((tmp_path / "there").glob("global_step*"))
-    for rank in range(tensor * pipeline):  # it insists on optimizer files, even empty ones
+    for rank in range(tensor * pipeline):  # it requires optimizer files, even empty ones
         path = folder / f"zero_pp_rank_0_mp_rank_{rank:02d}_optim_states.pt"
         torch.save({"optimizer_state_dict": {}}, path)
     untied = not model.config.tie_word_embeddings
@@ -42,17 +44,21 @@ def test_deepspeed_checkpoint_reads_it(tmp_path, convert, monkeypatch, style, te
 
 
 def _trusting(load):
-    """DeepSpeed 0.10 to 0.19 load with torch's old default."""
+    """DeepSpeed 0.10 to 0.19 use torch.load with its old default."""
     return lambda *args, **kwargs: load(*args, **{**kwargs, "weights_only": False})
 
 
-@pytest.mark.parametrize(("style", "dtype"), [("llama", torch.float32), ("gpt2", torch.bfloat16)])
-def test_ds_to_universal_reads_the_optimizer(tmp_path, convert, monkeypatch, style, dtype):
+@pytest.mark.parametrize(
+    ("architecture", "dtype"), [("llama", torch.float32), ("gpt2", torch.bfloat16)]
+)
+def test_ds_to_universal_reads_the_optimizer(tmp_path, convert, monkeypatch, architecture, dtype):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     from deepspeed.checkpoint import ds_to_universal
 
-    model = STYLES[style](**({"rope_theta": 10000.0} if style == "llama" else {})).to(dtype)
+    model = MODELS[architecture](**({"rope_theta": 10000.0} if architecture == "llama" else {})).to(
+        dtype
+    )
     model.save_pretrained(tmp_path / "hf")
     convert("--to", "megatron-deepspeed", "--input", tmp_path / "hf",
             "--output", tmp_path / "there", "--with-optimizer",
@@ -64,7 +70,7 @@ def test_ds_to_universal_reads_the_optimizer(tmp_path, convert, monkeypatch, sty
     monkeypatch.setattr("sys.argv", ["ds_to_universal", *flags])
     ds_to_universal.main(ds_to_universal.parse_arguments())
     zero = tmp_path / "universal" / "zero"
-    if style == "llama":
+    if architecture == "llama":
         mlp = model.model.layers[0].mlp
         fc1 = torch.load(zero / "2.mlp.dense_h_to_4h.weight" / "fp32.pt")["param"]
         assert torch.equal(fc1, torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))

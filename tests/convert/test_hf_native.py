@@ -1,4 +1,4 @@
-"""Hugging Face to native and back, checked with transformers' own models."""
+"""Conversion from Hugging Face to native and back, compared with transformers' models."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from megatron_llmjp.checkpoint import manifest
-from tests.convert.hf_models import STYLES, llama, state
+from tests.convert.hf_models import MODELS, llama, state
 from tests.support.tolerances import LOGITS, assert_close
 
 LINEAR = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}
@@ -21,7 +21,7 @@ TOKENS = torch.arange(2 * 24).view(2, 24) * 7 % 101
 
 
 @pytest.mark.parametrize(
-    ("style", "changes", "dtype"),
+    ("architecture", "changes", "dtype"),
     [
         ("llama", {}, torch.float32),
         ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 8}, torch.bfloat16),
@@ -36,8 +36,8 @@ TOKENS = torch.arange(2 * 24).view(2, 24) * 7 % 101
         ("gpt_neox", {"hidden_act": "gelu_new", "tie_word_embeddings": True}, torch.bfloat16),
     ],
 )
-def test_round_trip_is_exact(tmp_path, convert, style, changes, dtype):
-    model = STYLES[style](**changes)
+def test_round_trip_is_exact(tmp_path, convert, architecture, changes, dtype):
+    model = MODELS[architecture](**changes)
     model.to(dtype).save_pretrained(tmp_path / "hf", max_shard_size="60KB")
     convert(
         "--from",
@@ -83,7 +83,7 @@ def test_round_trip_is_exact(tmp_path, convert, style, changes, dtype):
     assert_close(found, expected, LOGITS, "logits")
 
 
-def test_native_folder_is_whole(tmp_path, convert):
+def test_native_checkpoint_is_complete(tmp_path, convert):
     llama().save_pretrained(tmp_path / "hf")
     convert("--to", "native", "--input", tmp_path / "hf", "--output", tmp_path / "native")
     folder = manifest.newest_checkpoint(tmp_path / "native")
@@ -93,7 +93,7 @@ def test_native_folder_is_whole(tmp_path, convert):
     assert set(manifest.all_files(folder)) == set(manifest.read_manifest(folder).files)
 
 
-def test_workers_and_shards_do_not_change_the_bytes(tmp_path, convert):
+def test_workers_and_shards_do_not_change_the_tensors(tmp_path, convert):
     llama().save_pretrained(tmp_path / "hf")
     convert("--to", "native", "--input", tmp_path / "hf", "--output", tmp_path / "native")
     for name, *more in (("one", "--workers", 1), ("two", "--workers", 3)):
@@ -120,7 +120,7 @@ def test_workers_and_shards_do_not_change_the_bytes(tmp_path, convert):
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in found.values())
 
 
-def test_config_serves_old_and_new_transformers(tmp_path, convert):
+def test_config_has_the_keys_of_old_and_new_transformers(tmp_path, convert):
     llama().to(torch.bfloat16).save_pretrained(tmp_path / "hf")
     convert("--to", "native", "--input", tmp_path / "hf", "--output", tmp_path / "native")
     convert("--to", "hf", "--input", tmp_path / "native", "--output", tmp_path / "back")
@@ -151,7 +151,7 @@ def test_vocabulary_padding_can_be_kept(tmp_path, convert):
     assert torch.equal(tensors["lm_head.weight"][127], tensors["lm_head.weight"][100])
 
 
-def test_tokenizer_travels_verbatim(tmp_path, convert):
+def test_tokenizer_files_are_copied_unchanged(tmp_path, convert):
     import tokenizers
 
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3, "x": 4}

@@ -1,4 +1,4 @@
-"""megatron-core itself, on two processes, loads what is written, and what it saves is read."""
+"""megatron-core on two ranks loads written checkpoints, and its own checkpoints are read."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import torch.multiprocessing as mp
 
 from megatron_llmjp.config.loading import load_config, replace_fields
 from megatron_llmjp.config.schema import Config
-from tests.convert.hf_models import STYLES, state
+from tests.convert.hf_models import MODELS, state
 
 LAYOUTS = {"llama": (2, 1), "gpt2": (1, 2)}
-"""Tensor and pipeline parallel size for each style."""
+"""Tensor and pipeline parallel size of each architecture."""
 
 
 def on_ranks(rank: int, port: int, root: Path) -> None:
     """One process for both layouts: importing megatron-core takes longer than the test."""
-    for number, (style, sizes) in enumerate(LAYOUTS.items()):
-        on_rank(rank, port + number, root / style, *sizes)
+    for number, (architecture, sizes) in enumerate(LAYOUTS.items()):
+        on_rank(rank, port + number, root / architecture, *sizes)
 
 
 def on_rank(rank: int, port: int, root: Path, tensor_size: int, pipeline_size: int) -> None:
@@ -105,10 +105,10 @@ def compare(model: torch.nn.Module, source, config: Config) -> None:
 
 
 def test_megatron_core_reads_and_writes_the_same(tmp_path, convert):
-    for style, (tensor, pipeline) in LAYOUTS.items():
-        root = tmp_path / style
-        depth = {"llama": "num_hidden_layers", "gpt2": "n_layer"}[style]
-        STYLES[style](**{depth: 4}).save_pretrained(root / "hf")
+    for architecture, (tensor, pipeline) in LAYOUTS.items():
+        root = tmp_path / architecture
+        depth = {"llama": "num_hidden_layers", "gpt2": "n_layer"}[architecture]
+        MODELS[architecture](**{depth: 4}).save_pretrained(root / "hf")
         sizes = ["--target-tensor-parallel-size", tensor]
         sizes += ["--target-pipeline-parallel-size", pipeline]
         convert("--to", "native", "--input", root / "hf", "--output", root / "native", *sizes)
@@ -118,8 +118,8 @@ def test_megatron_core_reads_and_writes_the_same(tmp_path, convert):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     mp.spawn(on_ranks, args=(port, tmp_path), nprocs=2)
-    for style in LAYOUTS:
-        root = tmp_path / style
+    for architecture in LAYOUTS:
+        root = tmp_path / architecture
         before = state(root / "hf")
         for name in ("saved", "saved-legacy", "run"):
             convert("--to", "hf", "--input", root / name, "--output", root / f"hf-{name}")

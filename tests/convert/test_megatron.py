@@ -1,4 +1,4 @@
-"""Megatron-LM and Megatron-DeepSpeed: what they wrote, and what is written for them."""
+"""Conversion from and to Megatron-LM and Megatron-DeepSpeed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from tests.convert.hf_models import STYLES, state
+from tests.convert.hf_models import MODELS, state
 from tests.support.tolerances import LOSS, assert_close
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -27,7 +27,7 @@ def loss_of(folder: Path, tokens: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", REFERENCES)
-def test_real_checkpoints_give_their_recorded_losses(tmp_path, convert, name):
+def test_real_checkpoints_reproduce_their_recorded_losses(tmp_path, convert, name):
     expected = json.loads((FIXTURES / name / "expected.json").read_text())
     tokens = torch.from_numpy(np.load(FIXTURES / name / "tokens.npy"))
     source = FIXTURES / name / "ckpt"
@@ -38,7 +38,7 @@ def test_real_checkpoints_give_their_recorded_losses(tmp_path, convert, name):
     assert_close(loss_of(tmp_path / "pad", tokens), padded, LOSS, "padded")
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("architecture", MODELS)
 @pytest.mark.parametrize(
     ("target", "tensor", "pipeline", "flags"),
     [
@@ -50,11 +50,11 @@ def test_real_checkpoints_give_their_recorded_losses(tmp_path, convert, name):
         ("megatron-deepspeed", 2, 1, ["--no-pipeline"]),
     ],
 )
-def test_round_trip_is_exact(tmp_path, convert, style, target, tensor, pipeline, flags):
-    rope = {"rope_theta": 10000.0} if style == "llama" else {}
-    rope = {"rotary_emb_base": 10000} if style == "gpt_neox" else rope
+def test_round_trip_is_exact(tmp_path, convert, architecture, target, tensor, pipeline, flags):
+    rope = {"rope_theta": 10000.0} if architecture == "llama" else {}
+    rope = {"rotary_emb_base": 10000} if architecture == "gpt_neox" else rope
     tied = {"tie_word_embeddings": tensor != 2}
-    STYLES[style](**rope, **tied).save_pretrained(tmp_path / "hf")
+    MODELS[architecture](**rope, **tied).save_pretrained(tmp_path / "hf")
     convert(
         "--to",
         target,
@@ -80,7 +80,7 @@ def test_round_trip_is_exact(tmp_path, convert, style, target, tensor, pipeline,
     assert ours == theirs
 
 
-def test_no_pipeline_names_are_the_real_ones(tmp_path, convert):
+def test_no_pipeline_names_match_a_real_checkpoint(tmp_path, convert):
     source = FIXTURES / "mds_gpt_nopipe_tp2" / "ckpt"
     convert("--to", "megatron-deepspeed", "--no-pipeline", "--input", source, "--output",
             tmp_path / "there", "--target-tensor-parallel-size", 2)  # fmt: skip
@@ -95,8 +95,8 @@ def test_no_pipeline_names_are_the_real_ones(tmp_path, convert):
             assert torch.equal(value, ours["encoder"][key])
 
 
-def test_swiglu_is_cut_per_rank(tmp_path, convert):
-    model = STYLES["llama"](rope_theta=10000.0)
+def test_swiglu_is_split_per_rank(tmp_path, convert):
+    model = MODELS["llama"](rope_theta=10000.0)
     model.save_pretrained(tmp_path / "hf")
     convert(
         "--to",
@@ -119,7 +119,7 @@ def test_swiglu_is_cut_per_rank(tmp_path, convert):
 
 
 def test_vocabulary_is_padded_for_the_target(tmp_path, convert):
-    STYLES["gpt2"]().save_pretrained(tmp_path / "hf")
+    MODELS["gpt2"]().save_pretrained(tmp_path / "hf")
     for tensor, rows in ((1, 128), (4, 512)):
         out = tmp_path / f"tp{tensor}"
         convert(
@@ -141,8 +141,8 @@ def test_vocabulary_is_padded_for_the_target(tmp_path, convert):
         assert args.padded_vocab_size == rows
 
 
-def test_pieces_that_do_not_divide_are_refused(tmp_path, convert):
-    STYLES["llama"](rope_theta=10000.0).save_pretrained(tmp_path / "hf")
+def test_indivisible_sizes_are_refused(tmp_path, convert):
+    MODELS["llama"](rope_theta=10000.0).save_pretrained(tmp_path / "hf")
     for flags, message in (
         (("--target-tensor-parallel-size", 3), "num_attention_heads 8 is not divisible"),
         (("--target-pipeline-parallel-size", 2), "num_layers 3 is not divisible"),
@@ -162,8 +162,8 @@ def test_pieces_that_do_not_divide_are_refused(tmp_path, convert):
 
 
 def test_separate_query_and_key_value_of_2023(tmp_path, convert):
-    """Before November 2023 grouped queries lay apart from keys and values."""
-    model = STYLES["llama"](rope_theta=10000.0)
+    """Before November 2023 grouped queries were stored separately from keys and values."""
+    model = MODELS["llama"](rope_theta=10000.0)
     model.save_pretrained(tmp_path / "hf")
     there = tmp_path / "there"
     convert(
@@ -188,8 +188,8 @@ def test_separate_query_and_key_value_of_2023(tmp_path, convert):
 
 
 def test_old_layer_numbers_are_read(tmp_path, convert):
-    """Before July 2023 layers began at 03 and the final norm followed a gap."""
-    STYLES["gpt2"]().save_pretrained(tmp_path / "hf")
+    """Before July 2023 layers started at 03, with a gap before the final norm."""
+    MODELS["gpt2"]().save_pretrained(tmp_path / "hf")
     there = tmp_path / "there"
     convert("--to", "megatron-deepspeed", "--input", tmp_path / "hf", "--output", there)
     for path in sorted(there.glob("*/layer_*"), reverse=True):
@@ -203,9 +203,9 @@ def test_old_layer_numbers_are_read(tmp_path, convert):
 
 
 @pytest.mark.parametrize("prefix", ["", "bf16_"])
-def test_main_weights_of_zero_are_found(tmp_path, convert, prefix):
-    """Flat fp32 arrays cut over two data-parallel ranks, as DeepSpeed writes them."""
-    STYLES["gpt2"]().save_pretrained(tmp_path / "fp32")
+def test_main_weights_of_zero_are_read(tmp_path, convert, prefix):
+    """Flat fp32 arrays are partitioned over two data-parallel ranks, as DeepSpeed writes them."""
+    MODELS["gpt2"]().save_pretrained(tmp_path / "fp32")
     there = tmp_path / "there"
     convert("--to", "megatron-deepspeed", "--input", tmp_path / "fp32", "--output", there,
             "--target-tensor-parallel-size", 2)  # fmt: skip
@@ -243,10 +243,10 @@ def test_main_weights_of_zero_are_found(tmp_path, convert, prefix):
     assert "1 of 2 data-parallel ranks" in text
 
 
-@pytest.mark.parametrize("style", ["gpt2", "llama"])
-def test_optimizer_files_hold_the_weights(tmp_path, convert, style):
-    rope = {"rope_theta": 10000.0} if style == "llama" else {}
-    STYLES[style](**rope).to(torch.bfloat16).save_pretrained(tmp_path / "hf")
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_optimizer_files_contain_the_weights(tmp_path, convert, architecture):
+    rope = {"rope_theta": 10000.0} if architecture == "llama" else {}
+    MODELS[architecture](**rope).to(torch.bfloat16).save_pretrained(tmp_path / "hf")
     there = tmp_path / "there"
     convert("--to", "megatron-deepspeed", "--input", tmp_path / "hf", "--output", there,
             "--with-optimizer", "--target-tensor-parallel-size", 2,
@@ -262,9 +262,9 @@ def test_optimizer_files_hold_the_weights(tmp_path, convert, style):
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-def test_virtual_stages_are_put_in_order(tmp_path, convert):
-    """With PP2 and two chunks per stage, layers 0 and 2 lie on stage 0, 1 and 3 on stage 1."""
-    STYLES["llama"](num_hidden_layers=4).save_pretrained(tmp_path / "hf")
+def test_virtual_stages_are_ordered(tmp_path, convert):
+    """With PP2 and two chunks per stage, layers 0 and 2 are on stage 0, 1 and 3 on stage 1."""
+    MODELS["llama"](num_hidden_layers=4).save_pretrained(tmp_path / "hf")
     convert("--to", "megatron-lm", "--ckpt-format", "torch", "--input", tmp_path / "hf",
             "--output", tmp_path / "there")  # fmt: skip
     whole = tmp_path / "there" / "release" / "mp_rank_00"
@@ -288,12 +288,12 @@ def test_virtual_stages_are_put_in_order(tmp_path, convert):
 
 
 @pytest.mark.parametrize("kind", ["linear", "llama3"])
-def test_scaled_rotary_positions_are_arguments(tmp_path, convert, kind):
+def test_rope_scaling_is_stored_in_the_arguments(tmp_path, convert, kind):
     more = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     more["original_max_position_embeddings"] = 8192
     scaling = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0}
     scaling |= more if kind == "llama3" else {}
-    STYLES["llama"](rope_parameters=scaling).save_pretrained(tmp_path / "hf")
+    MODELS["llama"](rope_parameters=scaling).save_pretrained(tmp_path / "hf")
     words = ("--input", tmp_path / "hf", "--output", tmp_path / "mlm")
     convert("--to", "megatron-lm", "--ckpt-format", "torch", *words)
     convert("--to", "hf", "--input", tmp_path / "mlm", "--output", tmp_path / "back")
@@ -304,7 +304,7 @@ def test_scaled_rotary_positions_are_arguments(tmp_path, convert, kind):
 
 
 def test_parallel_residual_is_refused_by_name(tmp_path, convert):
-    STYLES["gpt_neox"](use_parallel_residual=True, rotary_emb_base=10000).save_pretrained(
+    MODELS["gpt_neox"](use_parallel_residual=True, rotary_emb_base=10000).save_pretrained(
         tmp_path / "hf"
     )
     for target in ("megatron-lm", "megatron-deepspeed"):

@@ -1,4 +1,4 @@
-"""Every argument of a Megatron run that changes the network is understood or refused by name."""
+"""Classification of a Megatron run's arguments: network options are read or refused by name."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ CHANGES_THE_NETWORK = {
     "untie_embeddings_and_output_weights": False, "max_position_embeddings": 128,
     "norm_epsilon": 1e-3,
 }  # fmt: skip
-"""From the documentation of the fields, with a value that changes the function."""
+"""Network options with a value that changes the function, from their documentation."""
 
 NEEDED = {
     "rope_scaling_factor": {"use_rope_scaling": True},
     "gated_linear_unit": {"swiglu": False},
 }
-"""What has to be set for a field to have an effect."""
+"""Other fields required for a field to have an effect."""
 
 _MAIN = """
     activation_offload_fraction actual_vocab_size apply_dsa_kernel_fusion batch_invariant_backend
@@ -76,11 +76,11 @@ _MAIN = """
 """
 
 MAIN_OF_AUGUST_2026 = _MAIN.split()
-"""Fields that TransformerConfig has today and the installed megatron-core has not."""
+"""Fields of TransformerConfig that the installed megatron-core does not have."""
 
 
 def arguments(**changes: object) -> argparse.Namespace:
-    """A LLaMA-style run of megatron-core 0.12."""
+    """Arguments of a LLaMA run of megatron-core 0.12."""
     given = {
         "num_layers": 2, "encoder_num_layers": 2, "hidden_size": 64, "num_attention_heads": 8,
         "group_query_attention": True, "num_query_groups": 4, "ffn_hidden_size": 176,
@@ -114,12 +114,12 @@ def test_a_network_field_is_understood_or_refused(name, value):
         assert changed != plain
 
 
-def test_every_field_of_megatron_core_is_known():
+def test_every_field_of_megatron_core_is_classified():
     assert [f for f in [*core_fields(), *MAIN_OF_AUGUST_2026] if field_kind(f) == "unknown"] == []
 
 
 def test_fields_of_training_do_not_change_the_logits():
-    """Each field of TransformerConfig that is read past, changed in megatron-core's own model."""
+    """Change each ignored field of TransformerConfig in megatron-core's own model."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         same, different = pool.submit(vary, core_fields()).result()
     assert different == []
@@ -127,7 +127,7 @@ def test_fields_of_training_do_not_change_the_logits():
 
 
 def vary(fields: list[str]) -> tuple[list[str], list[str]]:
-    """Names of the fields that keep the logits when they alone are changed, and that do not.
+    """Return names of fields that, changed alone, keep the logits, and of those that do not.
 
     Fields that megatron-core refuses to change alone, or on a CPU, are in neither. Families whose
     feature is off or needs a GPU are not tried, for time.
@@ -178,7 +178,7 @@ def test_unknown_arguments_are_refused_unless_they_are_off():
     assert model_from_args(args, "x.pt", names) == plain
 
 
-def test_rope_theta_is_the_base_of_the_branches_that_have_it():
+def test_rope_theta_is_the_rotary_base():
     assert model_from_args(arguments(rope_theta=500000.0), "x").rotary_base == 500000
     legacy = arguments(rope_theta=500000.0, use_legacy_models=True)
     with pytest.raises(UserError, match="rope_theta 500000"):
@@ -187,8 +187,8 @@ def test_rope_theta_is_the_base_of_the_branches_that_have_it():
         model_from_args(arguments(rope_theta=500000.0, rotary_base=20000), "x")
 
 
-def test_gelu_is_the_one_that_the_model_computed():
-    """megatron-core's model does not look at ``openai_gelu`` and ``onnx_safe``."""
+def test_gelu_variant_follows_the_arguments():
+    """megatron-core's model ignores ``openai_gelu`` and ``onnx_safe``."""
     gelu = {"swiglu": False, "add_bias_linear": True}
     for core in (True, False):
         for fused in (True, False):
@@ -199,7 +199,7 @@ def test_gelu_is_the_one_that_the_model_computed():
                 assert found.activation_function == (plain if core else older)
 
 
-def test_the_command_names_the_arguments_and_takes_them(tmp_path, convert):
+def test_ignore_args_accepts_the_refused_arguments(tmp_path, convert):
     llama(rope_theta=10000.0).save_pretrained(tmp_path / "hf")
     convert("--to", "megatron-lm", "--ckpt-format", "torch", "--input", tmp_path / "hf",
             "--output", tmp_path / "mlm")  # fmt: skip

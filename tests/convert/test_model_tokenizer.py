@@ -16,7 +16,7 @@ from megatron_llmjp.tokenizers.comparison import COMMON_TEXTS, RARE_TEXTS
 from megatron_llmjp.tokenizers.registry import stored_tokenizer_fields
 from megatron_llmjp.tokenizers.sentencepiece import load_sentencepiece
 from megatron_llmjp.tokenizers.sentencepiece_fast import export_hugging_face
-from tests.convert.hf_models import STYLES, llama
+from tests.convert.hf_models import MODELS, llama
 from tests.support.tokenizer_files import write_tiktoken
 
 VOCABULARY = 600
@@ -196,9 +196,9 @@ def test_an_unknown_type_is_assumed_with_a_note(tmp_path, convert, megatron):
     assert "warning: the export has no tokenizer" in text
 
 
-@pytest.mark.parametrize("style", STYLES)
-def test_generate_stops_at_the_end_of_text(tmp_path, convert, style):
-    model = STYLES[style](vocab_size=VOCABULARY)
+@pytest.mark.parametrize("architecture", MODELS)
+def test_generate_stops_at_the_end_of_text(tmp_path, convert, architecture):
+    model = MODELS[architecture](vocab_size=VOCABULARY)
     model.save_pretrained(tmp_path / "hf")
     path = train(tmp_path / "tokenizer.model")
     convert("--to", "hf", "--input", tmp_path / "hf", "--output", tmp_path / "out",

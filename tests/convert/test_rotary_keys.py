@@ -1,4 +1,4 @@
-"""Rotary parameters and biases of config.json mean what they mean in transformers."""
+"""RoPE parameters and biases in config.json are interpreted as in transformers."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_parameters_are_resolved_as_transformers_does(legacy):
                 assert found[field] == expected[key]
 
 
-def test_what_megatron_core_has_not_is_refused():
+def test_unsupported_rope_settings_are_refused():
     for scaling in (
         {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.5},
         {"rope_type": "yarn", "factor": "4"},
@@ -87,8 +87,8 @@ def test_exports_are_read_by_every_version(scaling):
     assert keys["rope_theta"] == now["rope_theta"]
 
 
-def test_a_context_extended_by_hand_survives(tmp_path, convert):
-    """An export has both keys; an editor of config.json changes the one that he knows."""
+def test_an_edited_rope_scaling_takes_precedence(tmp_path, convert):
+    """An export has both keys; users who edit config.json may change only ``rope_scaling``."""
     llama(rope_theta=10000.0).save_pretrained(tmp_path / "hf")
     convert("--to", "hf", "--input", tmp_path / "hf", "--output", tmp_path / "export")
     path = tmp_path / "export" / "config.json"
@@ -104,7 +104,7 @@ def test_a_context_extended_by_hand_survives(tmp_path, convert):
 
 
 def test_llama3_scaling_with_other_constants(tmp_path, convert):
-    """transformers and megatron-core compute the same with them, in both directions."""
+    """transformers and megatron-core compute the same logits, in both directions."""
     parameters = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, **OTHER}
     model = llama(rope_parameters=parameters, max_position_embeddings=160)
     model.save_pretrained(tmp_path / "hf")
@@ -128,7 +128,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "beta_fast": 
     "more", [{}, {"mscale": 0.7, "mscale_all_dim": 0.4}, {"truncate": False, "factor": 2.5}]
 )
 def test_yarn(tmp_path, convert, more):
-    """transformers and megatron-core compute the same with it, in both directions."""
+    """transformers and megatron-core compute the same logits, in both directions."""
     model = llama(rope_parameters={**YARN, **more}, max_position_embeddings=160)
     model.save_pretrained(tmp_path / "hf")
     words = ("--verify", "--input")

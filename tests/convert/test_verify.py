@@ -14,7 +14,7 @@ from megatron_llmjp.convert.formats.hugging_face import config as hf_config
 from megatron_llmjp.convert.formats.hugging_face import llama
 from megatron_llmjp.convert.formats.megatron_lm import arguments
 from megatron_llmjp.convert.tensors import Part
-from tests.convert.hf_models import STYLES
+from tests.convert.hf_models import MODELS
 from tests.support.tolerances import LOGITS, LOSS, assert_close, assert_within
 
 
@@ -30,14 +30,14 @@ def figures(text: str) -> tuple[float, float, float]:
 
 
 @pytest.mark.parametrize(
-    ("style", "changes", "dtype"),
+    ("architecture", "changes", "dtype"),
     [
         ("gpt2", {"activation_function": "gelu"}, torch.bfloat16),
         ("gpt_neox", {"hidden_act": "gelu_new"}, torch.float32),
     ],
 )
-def test_both_sides_agree(tmp_path, convert, style, changes, dtype):
-    STYLES[style](**changes).to(dtype).save_pretrained(tmp_path / "hf")
+def test_both_sides_agree(tmp_path, convert, architecture, changes, dtype):
+    MODELS[architecture](**changes).to(dtype).save_pretrained(tmp_path / "hf")
     text = convert("--to", "native", "--input", tmp_path / "hf", "--output", tmp_path / "native",
                    "--verify")  # fmt: skip
     difference, before, after = figures(text)
@@ -46,7 +46,7 @@ def test_both_sides_agree(tmp_path, convert, style, changes, dtype):
 
 
 def test_llama_of_megatron_deepspeed_rounded_to_bf16(tmp_path, convert):
-    STYLES["llama"](rope_theta=10000.0).save_pretrained(tmp_path / "hf")
+    MODELS["llama"](rope_theta=10000.0).save_pretrained(tmp_path / "hf")
     convert("--to", "megatron-deepspeed", "--input", tmp_path / "hf", "--output", tmp_path / "mds",
             "--target-tensor-parallel-size", 4)  # fmt: skip
     text = convert("--to", "hf", "--input", tmp_path / "mds", "--output", tmp_path / "back",
@@ -58,7 +58,7 @@ def test_no_output_is_left_after_a_difference(tmp_path, convert, monkeypatch):
     """A wrong GELU changes no names or shapes, only the logits."""
     from megatron_llmjp.convert.formats.hugging_face import config as hf_config
 
-    STYLES["gpt2"]().save_pretrained(tmp_path / "hf")
+    MODELS["gpt2"]().save_pretrained(tmp_path / "hf")
     convert("--to", "native", "--input", tmp_path / "hf", "--output", tmp_path / "native")
     monkeypatch.setitem(hf_config.GELU_NAMES, "gelu_tanh", "gelu")
     text = convert("--to", "hf", "--input", tmp_path / "native", "--output", tmp_path / "o",
@@ -131,7 +131,7 @@ def megatron(tmp_path_factory):
     from megatron_llmjp.convert.cli import main
 
     root = tmp_path_factory.mktemp("verify")
-    STYLES["llama"](head_dim=8, rope_theta=10000.0).save_pretrained(root / "hf")
+    MODELS["llama"](head_dim=8, rope_theta=10000.0).save_pretrained(root / "hf")
     words = ["--to", "megatron-lm", "--ckpt-format", "torch", *TP2PP3]
     assert main([*words, "--input", str(root / "hf"), "--output", str(root / "mlm")]) == 0
     return root
@@ -161,7 +161,7 @@ def test_an_error_in_the_converter_is_detected(
 def test_swapped_keys_and_values_are_detected_in_native_checkpoints(
     tmp_path, convert, monkeypatch, side
 ):
-    STYLES["llama"]().save_pretrained(tmp_path / "hf")
+    MODELS["llama"]().save_pretrained(tmp_path / "hf")
     convert("--to", "native", "--input", tmp_path / "hf", "--output", tmp_path / "native")
     monkeypatch.setattr(llama, "query_key_value", keys_for_values)
     there, here = side.split()[1], {"to native": "hf", "from native": "native"}[side]
@@ -172,7 +172,7 @@ def test_swapped_keys_and_values_are_detected_in_native_checkpoints(
 
 
 @pytest.mark.parametrize(
-    ("style", "flags"),
+    ("architecture", "flags"),
     [
         ("gpt2", ["--to", "megatron-lm"]),
         ("gpt_neox", ["--to", "megatron-lm", "--ckpt-format", "torch", *TP2PP3]),
@@ -180,9 +180,9 @@ def test_swapped_keys_and_values_are_detected_in_native_checkpoints(
         ("llama", ["--to", "megatron-deepspeed", "--no-pipeline", "--dtype", "bf16"]),
     ],
 )
-def test_the_reference_model_supports_every_layout(tmp_path, convert, style, flags):
+def test_the_reference_model_supports_every_layout(tmp_path, convert, architecture, flags):
     rope = {"llama": {"rope_theta": 10000.0}, "gpt_neox": {"rotary_emb_base": 10000}}
-    STYLES[style](**rope.get(style, {})).save_pretrained(tmp_path / "hf")
+    MODELS[architecture](**rope.get(architecture, {})).save_pretrained(tmp_path / "hf")
     text = convert("--input", tmp_path / "hf", "--output", tmp_path / "o", "--verify", *flags)
     assert_within(figures(text)[0], LOGITS, "logits")
     assert "verify: source: transformers" in text

@@ -1,4 +1,4 @@
-"""ZeRO's optimizer state on the way to a native checkpoint, beside what DeepSpeed makes of it."""
+"""Conversion of ZeRO's optimizer state, compared with DeepSpeed's own conversion."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KINDS = {"fp32": "param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 
 
 def canonical(name: str) -> str:
-    """megatron-core's name of a parameter of this model, whose layers are 2 to 5 for DeepSpeed."""
+    """Return megatron-core's name of a parameter; DeepSpeed numbers the layers 2 to 5."""
     if name.startswith("tied_modules.embed."):
         return name.replace("tied_modules.embed.", "embedding.")
     number, _, inner = name.partition(".")
@@ -29,7 +29,7 @@ def canonical(name: str) -> str:
 
 
 def state_of(folder: Path) -> dict[tuple[str, str], torch.Tensor]:
-    """Optimizer tensors of a native checkpoint by kind and canonical name."""
+    """Return the optimizer tensors of a native checkpoint by kind and canonical name."""
     entries = torch_dist.read_metadata(folder)
     layers = range(4)
     found = {}
@@ -55,7 +55,7 @@ def deepspeed(monkeypatch):
 
 
 def universal(folder: Path, out: Path, monkeypatch) -> Path:
-    """The universal checkpoint that DeepSpeed's own tool makes; its ``zero`` folder."""
+    """Create a universal checkpoint with DeepSpeed's own tool; return its ``zero`` folder."""
     from deepspeed.checkpoint import ds_to_universal
 
     flags = ["--input_folder", str(folder), "--output_folder", str(out),
@@ -65,7 +65,7 @@ def universal(folder: Path, out: Path, monkeypatch) -> Path:
     return out / "zero"
 
 
-def test_moments_are_those_that_deepspeed_finds(tmp_path, convert, deepspeed, monkeypatch):
+def test_moments_match_deepspeed(tmp_path, convert, deepspeed, monkeypatch):
     shutil.copytree(REAL, tmp_path / "global_step2")
     zero = universal(tmp_path / "global_step2", tmp_path / "universal", monkeypatch)
     convert("--to", "native", "--with-optimizer", "--input", REAL, "--output", tmp_path / "n")
@@ -86,20 +86,20 @@ def test_moments_are_those_that_deepspeed_finds(tmp_path, convert, deepspeed, mo
             )
             tensor = found[ours, key]
             assert expected.any()
-            # Of the vocabulary it keeps the true size.
+            # It keeps the true vocabulary size.
             assert torch.equal(tensor[: len(expected)], expected), (name, ours)
     common = torch.load(folder / "common.pt")
     assert {group["step"] for group in common["optimizer"]["param_groups"]} == {2}
     assert common["opt_param_scheduler"]["num_steps"] == 4
     manifest = manifests.read_manifest(folder)
     assert (manifest.contents, manifest.iteration, manifest.consumed_samples) == ("full", 2, 4)
-    told = load_config(folder / manifests.CONFIG).optimizer
-    # args say 0.999: DeepSpeed's optimizer was given another, which is the one that counts.
-    assert (told.lr, told.lr_decay_style, told.adam_beta2) == (0.003, "linear", 0.95)
+    optimizer = load_config(folder / manifests.CONFIG).optimizer
+    # args has 0.999, but DeepSpeed's optimizer used another value, which is the relevant one.
+    assert (optimizer.lr, optimizer.lr_decay_style, optimizer.adam_beta2) == (0.003, "linear", 0.95)
 
 
-def test_deepspeed_finds_the_moments_that_are_written(tmp_path, convert, deepspeed, monkeypatch):
-    """There and back: native's state as ZeRO files is what the real run's files hold."""
+def test_deepspeed_reads_the_written_moments(tmp_path, convert, deepspeed, monkeypatch):
+    """The native state converted back to ZeRO files equals the files of the real run."""
     words = ("--with-optimizer", "--target-tensor-parallel-size", 2)
     convert("--to", "native", "--input", REAL, "--output", tmp_path / "n", *words)
     convert("--to", "megatron-deepspeed", "--input", tmp_path / "n", "--output", tmp_path / "ds",
@@ -119,7 +119,7 @@ def test_deepspeed_finds_the_moments_that_are_written(tmp_path, convert, deepspe
 
 
 def test_torch_reads_the_decay_as_that_of_adamw(tmp_path, convert):
-    """Megatron-DeepSpeed without apex runs torch.optim.Adam, whose groups come from the file."""
+    """Megatron-DeepSpeed without apex uses torch.optim.Adam, whose groups come from the file."""
     words = ("--with-optimizer", "--input", REAL, "--output", tmp_path / "ds")
     convert("--to", "megatron-deepspeed", *words)
     (path,) = (tmp_path / "ds" / "global_step2").glob("bf16_zero_*")
@@ -133,7 +133,7 @@ def test_torch_reads_the_decay_as_that_of_adamw(tmp_path, convert):
 
 
 def test_fp16_old_numbers_and_paddings(tmp_path, convert, deepspeed):
-    """The same state as an fp16 run of 2023 left it: older layer numbers, a loss scale.
+    """The same state as saved by an fp16 run of 2023: older layer numbers, a loss scale.
 
     And with room between parameters, as newer versions of DeepSpeed align them.
     """
@@ -158,7 +158,7 @@ def test_fp16_old_numbers_and_paddings(tmp_path, convert, deepspeed):
 
 
 def renumber(folder: Path) -> None:
-    """Layers begin at 03, the final norm is two beyond the last one."""
+    """Rename the files: layers start at 03, the final norm is two after the last one."""
     for path in sorted(folder.glob("layer_*"), reverse=True):
         number = int(path.name[6:8])
         if number > 1:
@@ -170,7 +170,7 @@ def old_number(number: int) -> int:
 
 
 def rewrite(folder: Path, rank: int) -> None:
-    """The files of one model-parallel rank, with older names, paddings, and one more DP rank."""
+    """Rewrite the files of one model-parallel rank: older names, padding, one more DP rank."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
     scaler = DynamicLossScaler.__new__(DynamicLossScaler)
@@ -225,7 +225,7 @@ def renamed(name: str) -> str:
     return f"{old_number(int(number))}.{inner}" if number.isdigit() else name
 
 
-def test_what_cannot_be_read_is_named(tmp_path, convert):
+def test_errors_name_the_missing_state(tmp_path, convert):
     words = ("--to", "native", "--with-optimizer", "--output", tmp_path / "n", "--input")
     folder = tmp_path / "global_step2"
     shutil.copytree(REAL, folder)

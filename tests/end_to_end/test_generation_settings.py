@@ -7,7 +7,6 @@ from pathlib import Path
 
 import transformers
 import yaml
-from tests.convert.test_tokenizers import GENERATION, VOCABULARY, train
 
 from data_tools.preprocess_data import main as preprocess
 from megatron_llmjp.convert.cli import main as convert
@@ -15,6 +14,7 @@ from megatron_llmjp.tokenizers.comparison import COMMON_TEXTS
 from megatron_llmjp.tokenizers.sentencepiece import load_sentencepiece
 from megatron_llmjp.tokenizers.sentencepiece_fast import export_hugging_face
 from tests.convert.hf_models import llama
+from tests.convert.test_model_tokenizer import GENERATION, VOCABULARY, train
 from tests.support.processes import pretrain
 
 
