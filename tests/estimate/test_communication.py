@@ -14,7 +14,7 @@ from megatron_llmjp.estimate.communication import communication_volume
 from megatron_llmjp.estimate.layout import make_layout
 from tests.estimate.test_memory import FULL, PP, TP, make, run_micro_batches
 from tests.support.processes import run_ranks
-from tests.support.training import meeting_port
+from tests.support.training import rendezvous_port
 
 FOUR = {**PP, "global_batch_size": 32}
 DP = {"global_batch_size": 16}
@@ -43,7 +43,7 @@ def count_all(cases: list[tuple[str, dict[str, Any]]], folder: str) -> list[dict
     me, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     for number, (name, values) in enumerate(cases):
         config = make(name, values)
-        port = meeting_port(Path(folder) / f"{number}.port", me == 0)
+        port = rendezvous_port(Path(folder) / f"{number}.port", me == 0)
         process_groups.initialize(config, Ranks(me, world, 0, "127.0.0.1", port, "test"), device)
         found.append(count(config, device))
         process_groups.destroy()

@@ -16,7 +16,7 @@ from megatron_llmjp.estimate.layout import make_layout
 from megatron_llmjp.estimate.memory import layer_activations, rank_memory, rank_parameters
 from tests.estimate.test_flops import preset
 from tests.support.processes import run_ranks
-from tests.support.training import meeting_port
+from tests.support.training import rendezvous_port
 
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 BLOCK = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 2}
@@ -64,7 +64,7 @@ def measure(cases: list[tuple[str, dict[str, Any]]], folder: str) -> list[dict[s
         config = make(name, values)
         ranks = single_process()
         if world > 1:
-            port = meeting_port(Path(folder) / f"{number}.port", me == 0)
+            port = rendezvous_port(Path(folder) / f"{number}.port", me == 0)
             ranks = Ranks(me, world, 0, "127.0.0.1", port, "test")
         process_groups.initialize(config, ranks, device)
         found.append(measure_step(config, device))
