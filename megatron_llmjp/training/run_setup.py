@@ -121,20 +121,20 @@ def initial_progress(run: Run) -> tuple[int, int]:
 
 
 def setup_model_and_optimizer(
-    run: Run, device: Device, rates: LearningRateSchedule, work: RankSync = DEFAULT_RANK_SYNC
+    run: Run, device: Device, rates: LearningRateSchedule, sync: RankSync = DEFAULT_RANK_SYNC
 ) -> ModelAndOptimizer:
     """Build model, optimizer and scheduler, and load the checkpoint if there is one."""
     config = run.config
     chunks = wrap_for_data_parallel(build_model(config, device), config)
     if run.resume is not None and config.checkpoint.finetune:
-        sharded_state.load_checkpoint(run.resume.folder, RunState(chunks), work)
+        sharded_state.load_checkpoint(run.resume.folder, RunState(chunks), sync)
     optimizer = build_optimizer(chunks, config)
     scheduler = RunScheduler(optimizer, rates)
     configure_schedules(chunks, optimizer, config)
     counters: dict[str, Any] = {}
     if run.resume is not None and not config.checkpoint.finetune:
         counters = sharded_state.load_checkpoint(
-            run.resume.folder, RunState(chunks, optimizer, scheduler), work
+            run.resume.folder, RunState(chunks, optimizer, scheduler), sync
         )
         apply_config_after_load(optimizer, scheduler, config)
     return ModelAndOptimizer(chunks, optimizer, scheduler, counters)
@@ -144,14 +144,14 @@ def build_saver(
     run: Run,
     sizes: BatchSizeSchedule,
     check_lock: Callable[[], None],
-    work: RankSync = DEFAULT_RANK_SYNC,
+    sync: RankSync = DEFAULT_RANK_SYNC,
 ) -> Saver:
     """Build the saver; ``check_lock`` raises if another run has taken the save folder."""
     schedule = run.schedule
     samples = tuple(schedule.sample_range(fold)[1] for fold in schedule.folds)
     iterations = frozenset(sizes.iteration_of(end - 1) for end in samples if end > 0)
     about = RunDescription(run.config, _tokenizer_files(run))
-    return Saver(about, FoldEnds(samples, iterations), check_lock, initial_progress(run)[0], work)
+    return Saver(about, FoldEnds(samples, iterations), check_lock, initial_progress(run)[0], sync)
 
 
 def _tokenizer_files(run: Run) -> dict[str, bytes]:
@@ -164,11 +164,11 @@ def _tokenizer_files(run: Run) -> dict[str, bytes]:
     return {name: path.read_bytes() for name, path in paths.items()}
 
 
-def load_weights(run: Run, device: Device, work: RankSync = DEFAULT_RANK_SYNC) -> list[Any]:
+def load_weights(run: Run, device: Device, sync: RankSync = DEFAULT_RANK_SYNC) -> list[Any]:
     """Build the model and load its weights from the checkpoint that the run starts from."""
     assert run.resume is not None
     chunks = wrap_half_precision(build_model(run.config, device), run.config)
-    sharded_state.load_checkpoint(run.resume.folder, RunState(chunks), work)
+    sharded_state.load_checkpoint(run.resume.folder, RunState(chunks), sync)
     return chunks
 
 

@@ -59,17 +59,17 @@ def train(run: Run, ranks: Ranks, device: Device, requests: StopRequests | None 
         watchdog.begin(0, "opening the save folder and its checkpoint", counts_work=True)
         with locked_run(run, ranks, store, watchdog.beat) as locked:
             data = _open_datasets(locked.run, context)
-            work = _start_process_groups(locked.run, context)
+            sync = _start_process_groups(locked.run, context)
             stop = StopCoordinator(
-                run.config.checkpoint.save, requests or StopRequests(), ranks.is_first, work.group
+                run.config.checkpoint.save, requests or StopRequests(), ranks.is_first, sync.group
             )
-            control = RunControl(stop, watchdog, work)
+            control = RunControl(stop, watchdog, sync)
             outcome = _train(locked, data, control, context)
             while isinstance(outcome, Rollback):
                 stop.end_on_signal()
                 locked = _prepare_rollback(locked, outcome, context)
                 data = _open_datasets(locked.run, context)
-                work.barrier()
+                sync.barrier()
                 outcome = _train(locked, data, control, context)
             stop.close()
             process_groups.destroy()
@@ -102,9 +102,9 @@ def _train(
     control.watchdog.begin(start[0], "building or loading the model", counts_work=True)
     sizes = BatchSizeSchedule(run.config)
     rates = LearningRateSchedule(run.config, run.schedule, sizes, run.train_iters)
-    model = run_setup.setup_model_and_optimizer(run, context.device, rates, control.work)
+    model = run_setup.setup_model_and_optimizer(run, context.device, rates, control.sync)
     run_setup.print_run_summary(run, model.chunks, context.ranks, context.device)
-    saver = run_setup.build_saver(run, sizes, locked.check_lock, control.work)
+    saver = run_setup.build_saver(run, sizes, locked.check_lock, control.sync)
     monitor = GradientMonitor(run.config.faults, model.counters.get(GRADIENT_NORMS_STATE, ()))
     control.stop.defer_signals()
     trainer = Trainer(run, context.device, sizes, model, data, saver, control, monitor, *start)
@@ -138,10 +138,10 @@ def _validate_only(run: Run, context: _RankContext) -> int:
     beat = context.watchdog.beat
     context.watchdog.begin(0, "building sample indices", counts_work=True)
     validation = run_setup.open_validation_sets(run, context.ranks, beat)
-    work = _start_process_groups(run, context)
+    sync = _start_process_groups(run, context)
     iteration = run.resume.manifest.iteration
     context.watchdog.begin(iteration, "loading the model", counts_work=True)
-    chunks = run_setup.load_weights(run, context.device, work)
+    chunks = run_setup.load_weights(run, context.device, sync)
     run_setup.print_run_summary(run, chunks, context.ranks, context.device)
     context.watchdog.begin(iteration, "a validation")
     losses = evaluate(chunks, validation, run.config, context.device, beat=beat)

@@ -150,7 +150,7 @@ class Trainer:
             batch_size,
             datasets,
             self.monitor.should_apply,
-            self.control.work.beat,
+            self.control.sync.beat,
         )
         if not result.updated and self.monitor.status is StepStatus.GOOD:
             scale = float(model.optimizer.get_loss_scale())
@@ -271,7 +271,7 @@ class Trainer:
                 config,
                 self.device,
                 should_stop=lambda: bool(stop.agreed()),
-                beat=self.control.work.beat,
+                beat=self.control.sync.beat,
             )
             if losses:
                 metrics.log_validation(self.iteration, self.consumed_samples, losses)

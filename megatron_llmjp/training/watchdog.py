@@ -230,7 +230,7 @@ class RunControl(NamedTuple):
 
     stop: StopCoordinator
     watchdog: Watchdog
-    work: RankSync
+    sync: RankSync
     """Heartbeats for the watchdog, and the group in which ranks wait for each other."""
 
 

@@ -117,7 +117,7 @@ def test_a_validation_with_nan(stage):
     save = stage.reference("alone")
     code, output, errors = stage.run("alone", save, "--eval-only", fault=("nan_in_validation",))
     assert code == EXIT_FAILURE and "valid loss: NAN | valid PPL: NAN" in output
-    assert f"the loss on validation set 'valid' is nan: the model of {save}/iter_" in errors
+    assert f"the loss on validation set 'valid' is nan: the model in {save}/iter_" in errors
 
 
 FP16 = ("--fp16", "--initial-loss-scale", 1024)

@@ -93,16 +93,16 @@ def slow_rank() -> str:
     dist.init_process_group("gloo")
     store = dist.distributed_c10d._get_default_store()
     watch = Watchdog(store, dist.get_rank(), dist.get_world_size(), 0.1, None)
-    work = RankSync(watch.beat, new_group_without_timeout())
+    sync = RankSync(watch.beat, new_group_without_timeout())
     watch.begin(1, "a save")
     watch.start()
     if dist.get_rank() == 1:
         for _ in range(100):
             time.sleep(0.1)
-            work.beat()
-    work.barrier()
+            sync.beat()
+    sync.barrier()
     watch.close()
-    options = work.group._get_backend(torch.device("cpu")).options
+    options = sync.group._get_backend(torch.device("cpu")).options
     assert options._timeout == UNLIMITED  # longer than the timeout of training
     return "done"
 
