@@ -58,7 +58,7 @@ def atomic_output_folder(target: Path, nbytes: int) -> Iterator[Path]:
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"{target}: already exists; choose another --output or remove it")
     partial = target.with_name(f".{target.name}.partial")
-    lock = _lock(target)
+    lock = _lock_output(target)
     try:
         if partial.exists():
             shutil.rmtree(partial)
@@ -84,7 +84,7 @@ def atomic_output_folder(target: Path, nbytes: int) -> Iterator[Path]:
         lock.release(remove=True)
 
 
-def _lock(target: Path) -> FileLock:
+def _lock_output(target: Path) -> FileLock:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         return acquire_lock(target.with_name(f".{target.name}.lock"))
@@ -116,7 +116,7 @@ def copy_tensors(
     for file in output.files:
         file.create(folder)
     progress = ProgressBar(sum(copy.nbytes for copy in copies), quiet)
-    memory = _Memory(max((copy.memory for copy in copies), default=0))
+    memory = _MemoryLimit(max((copy.memory for copy in copies), default=0))
     sums: Checksums = {}
     # Largest first, so that the last copies are small and all threads finish together.
     order = sorted(copies, key=lambda copy: -copy.nbytes)
@@ -133,7 +133,7 @@ def copy_tensors(
     return sums
 
 
-class _Memory:
+class _MemoryLimit:
     """Limits the memory of concurrent copies to a number of bytes."""
 
     def __init__(self, limit: int) -> None:

@@ -55,16 +55,16 @@ def tokenizer_files(folder: Path | None) -> dict[str, Path]:
 
 
 WITHOUT_FILES = ("NullTokenizer", "ByteLevelTokenizer")
-_SENTENCE_ENDS = ("</s>", "</s|LLM-jp>")
+_SENTENCEPIECE_EOS = ("</s>", "</s|LLM-jp>")
 END_OF_DOCUMENT_TOKENS = {
-    "SentencePieceTokenizer": ("<EOD>", "<EOD|LLM-jp>", *_SENTENCE_ENDS),
-    "GPTSentencePieceTokenizer": _SENTENCE_ENDS,
-    "Llama2Tokenizer": _SENTENCE_ENDS,
+    "SentencePieceTokenizer": ("<EOD>", "<EOD|LLM-jp>", *_SENTENCEPIECE_EOS),
+    "GPTSentencePieceTokenizer": _SENTENCEPIECE_EOS,
+    "Llama2Tokenizer": _SENTENCEPIECE_EOS,
     "GPT2BPETokenizer": ("<|endoftext|>",),
     "TikTokenizer": ("</s>",),
 }
 """End-of-document tokens by tokenizer type, as in a tokenizer.json of the same vocabulary."""
-_NAMES = {
+_TYPES_BY_NAME = {
     **{name.lower(): name for name in TOKENIZER_TYPES},
     **RENAMED_VALUES["tokenizer_type"],
     "hftokenizer": "HuggingFaceTokenizer",
@@ -82,8 +82,8 @@ class ModelTokenizer:
         files: files to copy, by name.
         tokenizer: the tokenizer loaded from the files; None if there is none.
         eod_id: end-of-document id.
-        decides: whether the type is known or the user gave the files; ``eod_id`` then overrides
-            other settings of the source.
+        overrides_eod: whether ``eod_id`` overrides the source's settings, because the type is known
+            or the user gave the files.
         notes, warnings: messages for the user.
     """
 
@@ -91,27 +91,29 @@ class ModelTokenizer:
     files: Mapping[str, Path]
     tokenizer: Tokenizer | None
     eod_id: int | None
-    decides: bool
+    overrides_eod: bool
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
 
-    def token_ids(self, rows: int) -> dict[str, int]:
+    def token_ids(self, padded_vocab_size: int) -> dict[str, int]:
         """Return ``bos_token_id``, ``eos_token_id``, ``pad_token_id``, those that are defined."""
         if self.tokenizer is None:
             return {}
         found = {"bos": self.tokenizer.bos_id, "eos": self.eod_id, "pad": self.tokenizer.pad_id}
-        return {f"{k}_token_id": i for k, i in found.items() if i is not None and i < rows}
+        return {
+            f"{k}_token_id": i for k, i in found.items() if i is not None and i < padded_vocab_size
+        }
 
 
 def open_tokenizer(
-    source: SourceCheckpoint, options: ConversionOptions, rows: int
+    source: SourceCheckpoint, options: ConversionOptions, padded_vocab_size: int
 ) -> ModelTokenizer:
     """Return the tokenizer of a conversion: given by the user, or the source's own.
 
     Args:
         source: the checkpoint.
         options: ``--tokenizer`` and ``--tokenizer-type``.
-        rows: padded vocabulary size of the output.
+        padded_vocab_size: padded vocabulary size of the output.
 
     Raises:
         UserError: the given folder contains no tokenizer; the tokenizer does not match its type or
@@ -119,23 +121,23 @@ def open_tokenizer(
     """
     given = options.tokenizer is not None
     own_kind = run_tokenizer_type(source)
-    kind, notes = _kind(source, options, own_kind)
+    kind, notes = _select_type(source, options, own_kind)
     path = options.tokenizer or source.tokenizer
     files = tokenizer_files(path)
-    tokenizer = _load(path, kind, source)
+    tokenizer = _load_files(path, kind, source)
     if given and tokenizer is None:
         raise UserError(
             f"--tokenizer {path}: contains no tokenizer; expected tokenizer.json, a SentencePiece "
             "*.model, vocab.json with merges.txt, or tiktoken.json"
         )
     if tokenizer is not None:
-        files = _renamed(files, tokenizer.files())
+        files = _rename_files(files, tokenizer.files())
     read_as = None if own_kind == "NullTokenizer" else own_kind  # its ids have no text
-    own = _load(source.tokenizer, read_as, source) if given else None
+    own = _load_files(source.tokenizer, read_as, source) if given else None
     eod, problems = _end_of_document(kind, tokenizer, own)
-    warnings = _check_vocabulary(source, options, tokenizer, rows) + problems
+    warnings = _check_vocabulary(source, options, tokenizer, padded_vocab_size) + problems
     if own is not None and tokenizer is not None:
-        warnings += _check_same(own, tokenizer, options)
+        warnings += _compare_with_own(own, tokenizer, options)
     if kind is None and tokenizer is not None and (given or source.generation is None):
         notes.append(
             f"the run's tokenizer type is unknown: assumed {tokenizer.kind}, with the "
@@ -149,10 +151,10 @@ def open_tokenizer(
 
 def run_tokenizer_type(source: SourceCheckpoint) -> str | None:
     """Return the tokenizer type of the run, or None if it is unknown."""
-    return _NAMES.get((source.tokenizer_type or "").lower())
+    return _TYPES_BY_NAME.get((source.tokenizer_type or "").lower())
 
 
-def _kind(
+def _select_type(
     source: SourceCheckpoint, options: ConversionOptions, own: str | None
 ) -> tuple[str | None, list[str]]:
     """Return the tokenizer type given by the user or stored by the run, and notes.
@@ -175,7 +177,7 @@ def _kind(
     return own, []
 
 
-def _load(path: Path | None, kind: str | None, source: SourceCheckpoint) -> Tokenizer | None:
+def _load_files(path: Path | None, kind: str | None, source: SourceCheckpoint) -> Tokenizer | None:
     """Load the tokenizer of a folder or file; without a type, it follows from the files.
 
     Raises:
@@ -186,7 +188,7 @@ def _load(path: Path | None, kind: str | None, source: SourceCheckpoint) -> Toke
         return None if size is None else load_tokenizer(kind, None, vocab_size=size - 1)
     if kind == "ByteLevelTokenizer":
         return load_tokenizer(kind, None)
-    fields = None if path is None else _fields(path, kind)
+    fields = None if path is None else _loading_settings(path, kind)
     if fields is None:
         return None
     return load_tokenizer(
@@ -198,7 +200,7 @@ def _load(path: Path | None, kind: str | None, source: SourceCheckpoint) -> Toke
     )
 
 
-def _fields(path: Path, kind: str | None) -> Mapping[str, str] | None:
+def _loading_settings(path: Path, kind: str | None) -> Mapping[str, str] | None:
     """Return the settings that load a folder or file; None if it contains no tokenizer.
 
     Raises:
@@ -221,7 +223,7 @@ def _fields(path: Path, kind: str | None) -> Mapping[str, str] | None:
     )
 
 
-def _renamed(files: Mapping[str, Path], read: Mapping[str, Path]) -> dict[str, Path]:
+def _rename_files(files: Mapping[str, Path], read: Mapping[str, Path]) -> dict[str, Path]:
     """Return files by name; files that a tokenizer reads get the names that it defines."""
     others = {name: path for name, path in files.items() if path not in read.values()}
     return {**others, **read}
@@ -250,7 +252,10 @@ def _end_of_document(
 
 
 def _check_vocabulary(
-    source: SourceCheckpoint, options: ConversionOptions, tokenizer: Tokenizer | None, rows: int
+    source: SourceCheckpoint,
+    options: ConversionOptions,
+    tokenizer: Tokenizer | None,
+    padded_vocab_size: int,
 ) -> list[str]:
     """Compare the tokenizer's size with the model's vocabulary; return warnings.
 
@@ -260,7 +265,7 @@ def _check_vocabulary(
     if tokenizer is None:
         return []
     given, true = options.tokenizer is not None, source.model.vocab_size
-    limit = true if given and true is not None else rows
+    limit = true if given and true is not None else padded_vocab_size
     processor = getattr(
         tokenizer, "processor", None
     )  # without the tokens that SentencePieceTokenizer adds
@@ -280,7 +285,7 @@ def _check_vocabulary(
     return []
 
 
-def _check_same(own: Tokenizer, given: Tokenizer, options: ConversionOptions) -> list[str]:
+def _compare_with_own(own: Tokenizer, given: Tokenizer, options: ConversionOptions) -> list[str]:
     """Compare the ids of the given tokenizer with those of the run's own; return warnings.
 
     Raises:

@@ -95,11 +95,11 @@ def read_flat_fragments(
         key, layer = stored_key(name)
         entry = entries.get(key) or entries.get(name)
         if entry is not None:
-            found[name] = _read(name, entry, shape, layer if key in entries else None)
+            found[name] = _read_fragments(name, entry, shape, layer if key in entries else None)
     return found
 
 
-def _read(name: str, entry: TensorEntry, shape: Shape, layer: int | None) -> TensorRead:
+def _read_fragments(name: str, entry: TensorEntry, shape: Shape, layer: int | None) -> TensorRead:
     stacked = layer is not None
     grid = entry.shape[stacked:-1]
     where = next(iter(entry.chunks.values()))[0].parent
@@ -180,7 +180,7 @@ def read_buckets(
     Raises:
         UserError: the layout of the buckets is not supported.
     """
-    kinds = _by_kind(entries, where)
+    kinds = _buckets_by_kind(entries, where)
     weights = mcore_names.model_entries(entries)
     if "param" not in kinds or WORD_EMBEDDINGS not in weights:
         raise _unsupported(where, "the model's weights are missing")
@@ -191,7 +191,7 @@ def read_buckets(
         found = {
             kind: reads
             for kind, buckets in kinds.items()
-            if (reads := _reads(model, rows, buckets, _ORDERS[order], args, where)) is not None
+            if (reads := _read_kind(model, rows, buckets, _ORDERS[order], args, where)) is not None
         }
         if found.keys() == kinds.keys() and _equal_norms_and_biases(found["param"], known):
             return found
@@ -205,7 +205,7 @@ def _unsupported(where: Path, why: str) -> UserError:
     )
 
 
-def _by_kind(entries: dict[str, TensorEntry], where: Path) -> dict[str, Buckets]:
+def _buckets_by_kind(entries: dict[str, TensorEntry], where: Path) -> dict[str, Buckets]:
     """Return the buckets in order, by kind of state."""
     numbered: dict[str, dict[tuple[int, int], dict[int, TensorEntry]]] = {}
     types: dict[tuple[int, int], set[str]] = {}
@@ -226,7 +226,7 @@ def _by_kind(entries: dict[str, TensorEntry], where: Path) -> dict[str, Buckets]
     }
 
 
-def _reads(
+def _read_kind(
     model: ModelConfig,
     rows: int,
     buckets: Buckets,
@@ -250,7 +250,7 @@ def _reads(
         stage, t = divmod(rank, tensor)
         number, count = chunk * pipeline + stage, pipeline * virtual
         held = {}
-        for name in _names(model, list(shape_of), number, count, order):
+        for name in _parameter_order(model, list(shape_of), number, count, order):
             whole = WORD_EMBEDDINGS if name not in shape_of else name
             held[name] = rank_shape(whole, model, shape_of[whole], tensor)
         fragments = _locate(held, own)
@@ -262,7 +262,7 @@ def _reads(
     return gathered.reads(where, model, tensor)
 
 
-def _names(
+def _parameter_order(
     model: ModelConfig, names: list[str], number: int, count: int, order: tuple[str, ...]
 ) -> list[str]:
     """Return the parameters of part ``number`` of ``count`` parts of the pipeline, in order."""
@@ -292,7 +292,7 @@ def _locate(held: dict[str, Shape], buckets: list[TensorEntry]) -> dict[str, Fla
                 return None
             number, start = number + 1, 0
         end = start + size
-        fragment = _fragment(buckets[number], start, end, held[name])
+        fragment = _join_chunks(buckets[number], start, end, held[name])
         if fragment is None:
             return None
         found[name] = fragment
@@ -303,7 +303,7 @@ def _aligned(position: int) -> int:
     return -(-position // _ALIGNMENT) * _ALIGNMENT
 
 
-def _fragment(bucket: TensorEntry, start: int, end: int, shape: Shape) -> FlatFragment | None:
+def _join_chunks(bucket: TensorEntry, start: int, end: int, shape: Shape) -> FlatFragment | None:
     """Return the chunks of a range of elements; None if its bounds are not bounds of chunks."""
     chunks = sorted(bucket.chunks)
     pieces = []

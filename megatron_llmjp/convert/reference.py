@@ -124,50 +124,50 @@ class _Model:
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Compute fp32 logits ``[batch, length, padded vocabulary]``."""
-        embedding = torch.cat(self._all("embedding.weight"))
+        embedding = torch.cat(self._rank_tensors("embedding.weight"))
         x = embedding[tokens]
         if not self._network.rotary:
-            x = x + self._all("positions.weight")[0][: tokens.shape[1]]
+            x = x + self._rank_tensors("positions.weight")[0][: tokens.shape[1]]
         for i in range(self._network.layers):
             x = x + self._attention(f"layers.{i}.", self._norm(f"layers.{i}.norm1", x))
             x = x + self._mlp(f"layers.{i}.", self._norm(f"layers.{i}.norm2", x))
-        head = self._all("head.weight")
+        head = self._rank_tensors("head.weight")
         return self._norm("final_norm", x) @ (torch.cat(head) if head else embedding).T
 
-    def _all(self, name: str) -> list[Tensor]:
+    def _rank_tensors(self, name: str) -> list[Tensor]:
         """Read the tensors of a name, one per rank; an empty list if there is none."""
         found = [read() for read in self._parts.get(name, [])]
         return [(t if self._dtype is None else t.to(self._dtype)).float() for t in found]
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
-        weight = self._all(f"{name}.weight")[0]
+        weight = self._rank_tensors(f"{name}.weight")[0]
         if self._network.rms_norm:
             mean = x.pow(2).mean(-1, keepdim=True)
             return x * torch.rsqrt(mean + self._network.epsilon) * weight
-        bias = self._all(f"{name}.bias")[0]
+        bias = self._rank_tensors(f"{name}.bias")[0]
         return F.layer_norm(x, weight.shape, weight, bias, self._network.epsilon)
 
-    def _column(self, name: str, x: Tensor) -> list[Tensor]:
+    def _column_parallel(self, name: str, x: Tensor) -> list[Tensor]:
         """Compute the outputs of each rank of a column-parallel layer."""
-        weights, biases = self._all(f"{name}.weight"), self._all(f"{name}.bias")
+        weights, biases = self._rank_tensors(f"{name}.weight"), self._rank_tensors(f"{name}.bias")
         return [
             F.linear(x, weight, biases[rank] if biases else None)
             for rank, weight in enumerate(weights)
         ]
 
-    def _row(self, name: str, inputs: list[Tensor]) -> Tensor:
+    def _row_parallel(self, name: str, inputs: list[Tensor]) -> Tensor:
         """Compute a row-parallel layer: the sum of the ranks' products, plus the bias."""
-        weights, biases = self._all(f"{name}.weight"), self._all(f"{name}.bias")
+        weights, biases = self._rank_tensors(f"{name}.weight"), self._rank_tensors(f"{name}.bias")
         total = torch.stack([x @ w.T for x, w in zip(inputs, weights, strict=True)]).sum(0)
         return total + biases[0] if biases else total
 
     def _attention(self, prefix: str, x: Tensor) -> Tensor:
         network = self._network
         contexts = []
-        for mixed in self._mixed(prefix, x):
+        for mixed in self._query_key_value(prefix, x):
             query, key, value = mixed[..., :-2, :], mixed[..., -2:-1, :], mixed[..., -1:, :]
             if network.rotary:
-                query, key = self._rotated(query), self._rotated(key)
+                query, key = self._apply_rotary(query), self._apply_rotary(key)
             # [batch, length, groups, heads per group, d] -> [batch, groups, heads, length, d]
             q, k, v = (t.permute(0, 2, 3, 1, 4) for t in (query, key, value))
             scores = q @ k.transpose(-1, -2) / math.sqrt(network.head_dim)
@@ -175,9 +175,9 @@ class _Model:
             future = torch.ones(length, length, dtype=torch.bool).triu(1)
             weights = scores.masked_fill(future, -math.inf).softmax(-1)
             contexts.append((weights @ v).permute(0, 3, 1, 2, 4).flatten(2))
-        return self._row(f"{prefix}proj", contexts)
+        return self._row_parallel(f"{prefix}proj", contexts)
 
-    def _mixed(self, prefix: str, x: Tensor) -> list[Tensor]:
+    def _query_key_value(self, prefix: str, x: Tensor) -> list[Tensor]:
         """Compute queries, key and value per rank.
 
         Each has the shape ``[batch, length, groups, heads per group + 2, d]``.
@@ -185,9 +185,12 @@ class _Model:
         network = self._network
         per_group = network.heads // network.groups
         if f"{prefix}qkv.weight" in self._parts:
-            mixed = self._column(f"{prefix}qkv", x)
+            mixed = self._column_parallel(f"{prefix}qkv", x)
             return [m.unflatten(-1, (-1, per_group + 2, network.head_dim)) for m in mixed]
-        queries, pairs = self._column(f"{prefix}query", x), self._column(f"{prefix}key_value", x)
+        queries, pairs = (
+            self._column_parallel(f"{prefix}query", x),
+            self._column_parallel(f"{prefix}key_value", x),
+        )
         return [
             torch.cat(
                 [
@@ -199,7 +202,7 @@ class _Model:
             for q, kv in zip(queries, pairs, strict=True)
         ]
 
-    def _rotated(self, x: Tensor) -> Tensor:
+    def _apply_rotary(self, x: Tensor) -> Tensor:
         """Apply rotary position embeddings to ``[batch, length, groups, heads, d]``, by halves."""
         frequencies = self._network.inverse_frequencies
         positions = torch.arange(x.shape[1], dtype=torch.float32) * self._network.position_scale
@@ -213,5 +216,7 @@ class _Model:
         return torch.cat([*turned, rest], dim=-1)
 
     def _mlp(self, prefix: str, x: Tensor) -> Tensor:
-        inner = [self._network.activation(part) for part in self._column(f"{prefix}fc1", x)]
-        return self._row(f"{prefix}fc2", inner)
+        inner = [
+            self._network.activation(part) for part in self._column_parallel(f"{prefix}fc1", x)
+        ]
+        return self._row_parallel(f"{prefix}fc2", inner)

@@ -44,13 +44,13 @@ def open_rank_tensors(kind: str, folder: Path) -> tuple[RankTensors, Any]:
         folder: checkpoint of one iteration.
     """
     if kind == "megatron-deepspeed":
-        return _deepspeed(folder)
+        return _open_deepspeed(folder)
     if (folder / torch_dist.METADATA).is_file():
-        return _torch_dist(folder)
-    return _legacy(folder)
+        return _open_torch_dist(folder)
+    return _open_legacy(folder)
 
 
-def _plain(key: str) -> tuple[str, int | None] | None:
+def _match_name(key: str) -> tuple[str, int | None] | None:
     """Return the name of a key without the layer number, and the layer number."""
     match = re.search(r"layers\.(\d+)\.", key)
     for pattern, kind in _KINDS.items():
@@ -60,12 +60,12 @@ def _plain(key: str) -> tuple[str, int | None] | None:
     return None
 
 
-def _take(
+def _add_tensors(
     parts: RankTensors,
     rank: int,
     items: Iterable[tuple[str, Any]],
     offset: int,
-    bare: int | None = None,
+    default_layer: int | None = None,
 ) -> int:
     """Add the tensors of one file of a rank; return the number of its layers.
 
@@ -74,16 +74,16 @@ def _take(
         rank: tensor-parallel rank; a second tensor of a name and rank is a tied copy.
         items: keys and stored tensors.
         offset: number of the first layer of the file.
-        bare: layer number for keys that do not contain one.
+        default_layer: layer number for keys that do not contain one.
     """
     layers = set()
     for key, stored in items:
-        found = _plain(key)
+        found = _match_name(key)
         if found is None or not hasattr(stored, "read"):
             continue
         name, layer = found
         if name.partition(".")[0] not in ("embedding", "positions", "head", "final_norm"):
-            layer = bare if layer is None else layer
+            layer = default_layer if layer is None else layer
             layers.add(layer)
             name = f"layers.{offset + (layer or 0)}.{name}"
         held = parts.setdefault(name, [])
@@ -92,46 +92,46 @@ def _take(
     return len(layers)
 
 
-def _legacy(folder: Path) -> tuple[RankTensors, Any]:
+def _open_legacy(folder: Path) -> tuple[RankTensors, Any]:
     parts: RankTensors = {}
     args = None
-    files = sorted(folder.glob("mp_rank_*/model_optim_rng.pt"), key=_numbers)
+    files = sorted(folder.glob("mp_rank_*/model_optim_rng.pt"), key=_rank_numbers)
     ranks: dict[int, list[dict[str, Any]]] = {}
     for path in files:
         content = load_archive(path)
         args = args or content["args"]
-        ranks.setdefault(_numbers(path)[0], []).append(content)
+        ranks.setdefault(_rank_numbers(path)[0], []).append(content)
     for rank, stages in sorted(ranks.items()):
         offset = 0
         chunks = [key for key in stages[0] if re.fullmatch(r"model\d*", key)]
         for chunk in sorted(chunks, key=lambda key: int(key[5:] or 0)):
             for stage in stages:
-                offset += _take(parts, rank, _flat(stage[chunk]), offset)
+                offset += _add_tensors(parts, rank, _flatten(stage[chunk]), offset)
     if args is not None and not getattr(args, "untie_embeddings_and_output_weights", False):
         parts.pop("head.weight", None)
     return parts, args
 
 
-def _numbers(path: Path) -> tuple[int, ...]:
+def _rank_numbers(path: Path) -> tuple[int, ...]:
     """Return the tensor and pipeline rank in a folder's name."""
     return tuple(int(number) for number in re.findall(r"\d+", path.parent.name))
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
 
-def _deepspeed(folder: Path) -> tuple[RankTensors, Any]:
+def _open_deepspeed(folder: Path) -> tuple[RankTensors, Any]:
     parts: RankTensors = {}
     states = sorted(folder.glob("mp_rank_*_model_states.pt"))
     first = load_archive(states[0])
     if first.get("module") is not None:
         for rank, path in enumerate(states):
-            _take(parts, rank, _flat(load_archive(path)["module"]), 0)
+            _add_tensors(parts, rank, _flatten(load_archive(path)["module"]), 0)
         return parts, first["args"]
     files = [(_layer_file(path), path) for path in folder.glob("layer_*-model_*-model_states.pt")]
     numbers = sorted({number for (number, _), _ in files})
@@ -141,8 +141,8 @@ def _deepspeed(folder: Path) -> tuple[RankTensors, Any]:
         for (of, rank), path in sorted(files):
             if of == number:
                 content = load_archive(path)
-                bare = {f"final_norm.{k}": v for k, v in content.items() if k in ("weight", "bias")}
-                found = _take(parts, rank, (bare or content).items(), layer, bare=0)
+                norm = {f"final_norm.{k}": v for k, v in content.items() if k in ("weight", "bias")}
+                found = _add_tensors(parts, rank, (norm or content).items(), layer, default_layer=0)
         layer += found
     return parts, first["args"]
 
@@ -152,25 +152,25 @@ def _layer_file(path: Path) -> tuple[int, int]:
     return int(number), int(rank)
 
 
-def _torch_dist(folder: Path) -> tuple[RankTensors, Any]:
+def _open_torch_dist(folder: Path) -> tuple[RankTensors, Any]:
     parts: RankTensors = {}
     for key, entry in torch_dist.read_metadata(folder).items():
-        found = None if key.startswith("optimizer.") else _plain(key)
+        found = None if key.startswith("optimizer.") else _match_name(key)
         if found is None:
             continue
         name, layer = found
-        whole = partial(_joined, entry)
+        whole = partial(_read_chunks, entry)
         if "layers." not in key:
             parts[name] = [whole]
         elif layer is not None:
             parts[f"layers.{layer}.{name}"] = [whole]
         else:
             for i in range(entry.shape[0]):
-                parts[f"layers.{i}.{name}"] = [partial(_joined, entry, i)]
+                parts[f"layers.{i}.{name}"] = [partial(_read_chunks, entry, i)]
     return parts, torch_dist.read_common_state(folder)["args"]
 
 
-def _joined(entry: torch_dist.TensorEntry, layer: int | None = None) -> torch.Tensor:
+def _read_chunks(entry: torch_dist.TensorEntry, layer: int | None = None) -> torch.Tensor:
     """Read a tensor from its chunks, or one layer of a tensor stacked as ``[layers, ...]``."""
     whole = torch.empty(entry.shape if layer is None else (1, *entry.shape[1:]), dtype=entry.dtype)
     for (offsets, sizes), (path, offset, length) in entry.chunks.items():

@@ -59,7 +59,7 @@ def tensor_shapes(model: ModelConfig, padded_vocab_size: int) -> dict[str, Shape
     h = model.hidden_size
     found: dict[str, Shape] = {WORD_EMBEDDINGS: (padded_vocab_size, h)}
     if model.position_embedding_type == "learned_absolute":
-        found[POSITION_EMBEDDINGS] = (_positions(model), h)
+        found[POSITION_EMBEDDINGS] = (_max_positions(model), h)
     block = _block_shapes(model)
     for i in range(model.num_layers):
         prefix = LAYER.format(i=i)
@@ -70,7 +70,7 @@ def tensor_shapes(model: ModelConfig, padded_vocab_size: int) -> dict[str, Shape
     return found
 
 
-def _positions(model: ModelConfig) -> int:
+def _max_positions(model: ModelConfig) -> int:
     if model.max_position_embeddings is None:
         raise ValueError("max_position_embeddings is not set")
     return model.max_position_embeddings

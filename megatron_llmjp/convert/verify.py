@@ -83,7 +83,7 @@ def native_logits(
         dtype: type to round the weights to before computing in fp32.
     """
     with _without_gpus(), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        result = pool.submit(_forward, source.path, tokens.numpy(), dtype).result()
+        result = pool.submit(_native_forward, source.path, tokens.numpy(), dtype).result()
     return torch.from_numpy(result)
 
 
@@ -100,7 +100,7 @@ def _without_gpus() -> Iterator[None]:
             os.environ["CUDA_VISIBLE_DEVICES"] = before
 
 
-def _forward(folder: Path, tokens: Any, dtype: torch.dtype | None) -> Any:
+def _native_forward(folder: Path, tokens: Any, dtype: torch.dtype | None) -> Any:
     # megatron-core's warnings on deprecations and random generators do not apply here.
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
@@ -109,12 +109,12 @@ def _forward(folder: Path, tokens: Any, dtype: torch.dtype | None) -> Any:
     from megatron_llmjp.parallel.device import setup
     from megatron_llmjp.parallel.ranks import single_process
 
-    config = _config(folder)
+    config = _fp32_config(folder)
     device = setup()
     process_groups.initialize(config, single_process(), device)
     try:
         model = build_model_chunk(config, device).eval()
-        _load(model, folder)
+        _load_weights(model, folder)
         inputs = torch.from_numpy(tokens)
         positions = torch.arange(inputs.shape[1]).expand_as(inputs)
         with torch.no_grad():
@@ -127,7 +127,7 @@ def _forward(folder: Path, tokens: Any, dtype: torch.dtype | None) -> Any:
         process_groups.destroy()
 
 
-def _config(folder: Path) -> Config:
+def _fp32_config(folder: Path) -> Config:
     """Return the configuration of a checkpoint's model in fp32, for one process."""
     stored = load_config(folder / CONFIG)
     model = stored.model.model_copy(update={"hidden_dropout": 0.0, "attention_dropout": 0.0})
@@ -135,7 +135,7 @@ def _config(folder: Path) -> Config:
     return Config.model_validate({"model": model.model_dump(), "data": data})
 
 
-def _load(model: GPTModel, folder: Path) -> None:
+def _load_weights(model: GPTModel, folder: Path) -> None:
     """Load the model with the trainer's loader; weights that are not loaded stay NaN."""
     from megatron_llmjp.checkpoint import sharded_state
 

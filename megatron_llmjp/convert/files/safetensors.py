@@ -19,7 +19,7 @@ from megatron_llmjp.convert.plan import OutputFile, Slot
 from megatron_llmjp.convert.tensors import Shape
 from megatron_llmjp.errors import UserError
 
-_CODES = {
+_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -29,7 +29,7 @@ _CODES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_NAMES = {dtype: code for code, dtype in _CODES.items()}
+_DTYPE_NAMES = {dtype: code for code, dtype in _DTYPES.items()}
 _LARGEST_HEADER = 100_000_000  # the limit of the safetensors library
 
 
@@ -54,12 +54,12 @@ def read_header(path: Path) -> dict[str, FileTensor]:
     if not isinstance(header, dict):
         raise UserError(f"{path}: damaged header: not a JSON object")
     header.pop("__metadata__", None)
-    found = {key: _entry(path, 8 + length, size, key, value) for key, value in header.items()}
+    found = {key: _parse_entry(path, 8 + length, size, key, value) for key, value in header.items()}
     _check_overlap(path, found)
     return found
 
 
-def _entry(path: Path, base: int, size: int, key: str, value: Any) -> FileTensor:
+def _parse_entry(path: Path, base: int, size: int, key: str, value: Any) -> FileTensor:
     try:
         code, lengths, (start, end) = value["dtype"], value["shape"], value["data_offsets"]
     except (TypeError, KeyError, ValueError):
@@ -69,11 +69,11 @@ def _entry(path: Path, base: int, size: int, key: str, value: Any) -> FileTensor
     numbers = [start, end, *(lengths if isinstance(lengths, list) else [None])]
     if any(type(n) is not int or n < 0 for n in numbers) or start > end:
         raise UserError(f"{path}: damaged header: {key} has shape {lengths} at {start} to {end}")
-    dtype = _CODES.get(code) if isinstance(code, str) else None
+    dtype = _DTYPES.get(code) if isinstance(code, str) else None
     if dtype is None:
         raise UserError(
             f"{path}: {key} has type {code}, which is not supported; expected one of "
-            f"{', '.join(_CODES)}"
+            f"{', '.join(_DTYPES)}"
         )
     shape = tuple(lengths)
     if end - start != byte_count(shape, dtype):
@@ -101,7 +101,11 @@ def plan_safetensors(name: str, tensors: dict[str, tuple[Shape, torch.dtype]]) -
     end = 0
     for key, (shape, dtype) in tensors.items():
         start, end = end, end + byte_count(shape, dtype)
-        header[key] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        header[key] = {
+            "dtype": _DTYPE_NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     head = struct.pack("<Q", len(text)) + text

@@ -45,7 +45,9 @@ def planned_file_crc32(file: OutputFile, sums: Mapping[tuple[str, int], int]) ->
         for slot in file.slots.values()
         for place in slot.checksums
     }
-    pieces = [(at, len(data), zlib.crc32(_patched(at, data, patches))) for at, data in file.fixed]
+    pieces = [
+        (at, len(data), zlib.crc32(_apply_patches(at, data, patches))) for at, data in file.fixed
+    ]
     pieces += [(s.offset, s.nbytes, sums[s.file, s.offset]) for s in file.slots.values()]
     total = position = 0
     for start, length, crc in sorted(pieces):
@@ -58,7 +60,7 @@ def planned_file_crc32(file: OutputFile, sums: Mapping[tuple[str, int], int]) ->
     return total
 
 
-def _patched(start: int, data: bytes, patches: Mapping[int, bytes]) -> bytes:
+def _apply_patches(start: int, data: bytes, patches: Mapping[int, bytes]) -> bytes:
     """Return fixed bytes with the CRC-32s that were written into them."""
     found = {
         place - start: four for place, four in patches.items() if 0 <= place - start < len(data)
@@ -170,7 +172,7 @@ def read_metadata(
     try:
         places = _chunk_locations(folder, metadata.storage_data)
         return {
-            key: _entry(key, value, places, files or {})
+            key: _tensor_entry(key, value, places, files or {})
             for key, value in metadata.state_dict_metadata.items()
             if hasattr(value, "chunks")
         }
@@ -244,7 +246,7 @@ def _chunk_locations(
     return places
 
 
-def _entry(
+def _tensor_entry(
     key: str, value: Any, places: dict[Any, Any], files: Mapping[Path, ChecksumRange]
 ) -> TensorEntry:
     dtype = value.properties.state[0]
@@ -294,7 +296,7 @@ class TorchDistWriter:
             file = self._file_with_space(byte_count(sizes, dtype))
             start = file.size
             archive = plan_archive(file.name, TensorPlaceholder(name, size, dtype), start)
-            self._append(file, archive)
+            self._append_archive(file, archive)
             self._storage[key, where, len(chunks)] = (
                 Path(file.name).name,
                 start,
@@ -314,7 +316,7 @@ class TorchDistWriter:
         """Add an object without tensors."""
         file = self._file_with_space(0)
         start = file.size
-        self._append(file, plan_archive(file.name, value, start))
+        self._append_archive(file, plan_archive(file.name, value, start))
         self._storage[key, None, None] = (Path(file.name).name, start, file.size - start)
         self._objects.append(key)
 
@@ -323,7 +325,7 @@ class TorchDistWriter:
             self.files.append(OutputFile(f"{self._folder}/__0_{len(self.files)}.distcp", 0, [], {}))
         return self.files[-1]
 
-    def _append(self, file: OutputFile, archive: OutputFile) -> None:
+    def _append_archive(self, file: OutputFile, archive: OutputFile) -> None:
         file.size = archive.size
         file.fixed += archive.fixed
         file.slots |= archive.slots

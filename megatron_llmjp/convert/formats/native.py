@@ -124,7 +124,9 @@ def plan_output(source: SourceCheckpoint, options: ConversionOptions) -> OutputP
     assert rows is not None
     tokenizer = open_tokenizer(source, options, rows)
     ids = tokenizer.token_ids(rows)
-    text, changes = generation.resolve_generation(source.generation, ids, tokenizer.decides, rows)
+    text, changes = generation.resolve_generation(
+        source.generation, ids, tokenizer.overrides_eod, rows
+    )
     iteration = source.iteration or 0
     folder = manifests.folder_name(iteration)
     writer = torch_dist.TorchDistWriter(min(options.max_shard_size, _MAX_FILE_SIZE), folder)

@@ -186,10 +186,12 @@ def plan_output(source: SourceCheckpoint, options: ConversionOptions) -> OutputP
         for rule in rules
     }
     tokenizer = open_tokenizer(source, options, rows)
-    keep = not tokenizer.decides and source.generation is not None
+    keep = not tokenizer.overrides_eod and source.generation is not None
     exported = export_tokenizer(tokenizer, keep, rows)
     ids = tokenizer.token_ids(rows)
-    text, changes = generation.resolve_generation(source.generation, ids, tokenizer.decides, rows)
+    text, changes = generation.resolve_generation(
+        source.generation, ids, tokenizer.overrides_eod, rows
+    )
 
     def finish(folder: Path, _: Checksums) -> None:
         for name, data in exported.files.items():
