@@ -164,5 +164,5 @@ def test_unsupported_optimizer_state_is_named(tmp_path, convert):
     assert "--no-save-optim" in output(lambda content: content.pop("optimizer"))
     assert "distrib_optim.pt" in output(lambda content: content["optimizer"].pop("state"))
     assert "opt_param_scheduler" in output(lambda content: content.pop("opt_param_scheduler"))
-    groups = "a parameter group holds 17 states for 18 weights with weight decay"
+    groups = "a parameter group has 17 states for 18 weights with weight decay"
     assert groups in output(lambda content: content["optimizer"]["param_groups"][0]["params"].pop())
