@@ -1,1 +1,1 @@
-"""Checkpoints between formats: named tensors go from a reader to a writer, one at a time."""
+"""Conversion of checkpoints between formats, one tensor at a time."""

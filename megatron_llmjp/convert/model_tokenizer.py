@@ -54,7 +54,7 @@ def tokenizer_files(folder: Path | None) -> dict[str, Path]:
     return {path.name: path for path in sorted(set(paths)) if path.is_file()}
 
 
-WITHOUT_FILES = ("NullTokenizer", "ByteLevelTokenizer")
+TYPES_WITHOUT_FILES = ("NullTokenizer", "ByteLevelTokenizer")
 _SENTENCEPIECE_EOS = ("</s>", "</s|LLM-jp>")
 END_OF_DOCUMENT_TOKENS = {
     "SentencePieceTokenizer": ("<EOD>", "<EOD|LLM-jp>", *_SENTENCEPIECE_EOS),
@@ -162,17 +162,17 @@ def _select_type(
     Raises:
         UserError: the user gave both files and a type without files.
     """
-    named, asked = source.tokenizer_type, options.tokenizer_type
+    stored, requested = source.tokenizer_type, options.tokenizer_type
     path = options.tokenizer or source.tokenizer
-    if asked in WITHOUT_FILES and options.tokenizer is not None:
-        raise UserError(f"--tokenizer-type {asked} has no files: omit --tokenizer")
-    if asked is not None:
-        other = named is not None and own not in (asked, "NullTokenizer")
-        note = f"--tokenizer-type {asked} replaces the run's {named}"
-        return asked, [note] if other else []
-    if named is not None and own is None:
-        return None, [f"the run's tokenizer type {named} is not supported"]
-    if own in WITHOUT_FILES and path is not None:
+    if requested in TYPES_WITHOUT_FILES and options.tokenizer is not None:
+        raise UserError(f"--tokenizer-type {requested} has no files: omit --tokenizer")
+    if requested is not None:
+        other = stored is not None and own not in (requested, "NullTokenizer")
+        note = f"--tokenizer-type {requested} replaces the run's {stored}"
+        return requested, [note] if other else []
+    if stored is not None and own is None:
+        return None, [f"the run's tokenizer type {stored} is not supported"]
+    if own in TYPES_WITHOUT_FILES and path is not None:
         return None, [f"the run's tokenizer type is {own}, which has no files"]
     return own, []
 

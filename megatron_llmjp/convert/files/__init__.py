@@ -1,1 +1,1 @@
-"""File formats: safetensors, torch archives, torch_dist; storage of tensors and checksums."""
+"""Readers and writers of file formats: safetensors, torch archives, torch_dist; checksums."""
