@@ -1,4 +1,4 @@
-"""Fast tokenizers of SentencePiece models: AutoTokenizer gives the ids of SentencePiece itself."""
+"""Fast tokenizers built from SentencePiece models give the ids of SentencePiece."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ LLAMA2 = {
     "model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity",
     "remove_extra_whitespaces": False, "split_digits": True, "allow_whitespace_only_pieces": True,
 }  # fmt: skip
-"""How Llama-2's model was trained."""
+"""Training settings of Llama-2's model."""
 LLM_JP = {**LLAMA2, "model_type": "unigram", "control_symbols": ["<mask>", "<EOD>"]}
 NFKC = {"model_type": "unigram", "add_dummy_prefix": False}
-"""SentencePiece's defaults: NFKC, runs of spaces become one; without a space before the text."""
+"""SentencePiece's defaults (NFKC, repeated spaces are merged), without a dummy prefix."""
 
 
 def train(**settings) -> bytes:
@@ -35,14 +35,14 @@ def train(**settings) -> bytes:
 
 @pytest.mark.parametrize("settings", [LLAMA2, LLM_JP, NFKC], ids=["bpe", "unigram", "nfkc"])
 @pytest.mark.parametrize("kind", SENTENCEPIECE_CLASSES)
-def test_auto_tokenizer_has_the_ids_of_sentencepiece(tmp_path, kind, settings):
+def test_auto_tokenizer_gives_the_ids_of_sentencepiece(tmp_path, kind, settings):
     transformers = pytest.importorskip("transformers")
     path = tmp_path / "any.model"
     path.write_bytes(train(**settings))
     export_hugging_face(load_sentencepiece(kind, path), tmp_path)
     fast = transformers.AutoTokenizer.from_pretrained(tmp_path)
     plain = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    # SentencePiece's NFKC composes characters over the ends of its table's entries.
+    # SentencePiece's NFKC composes characters across the entries of its table.
     texts = [
         text
         for text in (*COMMON_TEXTS, *RARE_TEXTS)
@@ -60,8 +60,8 @@ def test_auto_tokenizer_has_the_ids_of_sentencepiece(tmp_path, kind, settings):
         assert fast.decode(ids, skip_special_tokens=True) == "  日本の\n\n\tx"
 
 
-def test_special_tokens_that_megatron_adds_have_its_ids(tmp_path):
-    """LLM-jp's v2.1 model has <mask>; SentencePieceTokenizer adds <MASK> behind its pieces."""
+def test_special_tokens_added_by_megatron(tmp_path):
+    """LLM-jp's v2.1 model has <mask>; SentencePieceTokenizer adds <MASK> after its pieces."""
     path = tmp_path / "any.model"
     path.write_bytes(train(**LLM_JP))
     tokenizer = load_sentencepiece("SentencePieceTokenizer", path)
@@ -76,7 +76,7 @@ def test_special_tokens_that_megatron_adds_have_its_ids(tmp_path):
 
 
 def test_user_defined_and_unused_pieces(tmp_path):
-    """SentencePiece always finds the former and never gives the latter."""
+    """SentencePiece always matches user-defined pieces and never returns unused ones."""
     model = sentencepiece_model_pb2.ModelProto.FromString(
         train(**LLM_JP, user_defined_symbols=["<tool>", "猫で"])
     )
@@ -94,7 +94,7 @@ def test_user_defined_and_unused_pieces(tmp_path):
     assert longest not in [fast.piece(i) for i in fast.encode(COMMON_TEXTS[0])]
 
 
-def test_differences_are_reported_with_their_place(tmp_path):
+def test_differences_are_reported_with_their_position(tmp_path):
     for name, settings in (("first", LLAMA2), ("second", LLM_JP)):
         (tmp_path / name).write_bytes(train(**settings))
     first, second = (

@@ -1,4 +1,4 @@
-"""TikTokenizer against megatron-core's own class and the tiktoken library."""
+"""TikTokenizer compared with megatron-core's class and the tiktoken library."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def vocabulary(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("pattern", ["v1", "v2"])
 @pytest.mark.parametrize(("special", "size"), [(1000, 1300), (10, 290)])
-def test_ids_are_megatron_cores(pattern, special, size, vocabulary):
-    """Both cut the file to the vocabulary's size, special tokens included."""
+def test_ids_equal_megatron_core(pattern, special, size, vocabulary):
+    """Both truncate the file to the vocabulary size, which includes special tokens."""
     library = pytest.importorskip("megatron.core.tokenizers.text.libraries.tiktoken_tokenizer")
     theirs = library.TikTokenTokenizer(
         str(vocabulary), num_special_tokens=special, pattern=pattern, vocab_size=size
@@ -41,7 +41,7 @@ def test_ids_are_megatron_cores(pattern, special, size, vocabulary):
 
 
 def test_special_tokens_in_a_text_are_text(vocabulary):
-    """As in Megatron-LM's class of core 0.12; in core 0.16 they are found."""
+    """As in Megatron-LM's class of core 0.12; core 0.16 recognizes them."""
     ours = load_tokenizer("TikTokenizer", vocabulary)
     assert (ours.vocab_size, ours.eod_id, ours.bos_id) == (1300, 2, 1)
     assert min(ours.encode("a</s><SPECIAL_3>")) >= 1000
@@ -51,7 +51,7 @@ def test_special_tokens_in_a_text_are_text(vocabulary):
         ours.encode("x" + " \t" * 500_000 + "x")
 
 
-def test_what_decides_the_ids_is_compared(vocabulary):
+def test_identity_covers_all_settings(vocabulary):
     changed = [
         TikTokenSettings("v1"),
         TikTokenSettings(num_special_tokens=100),
@@ -85,7 +85,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("content", WRONG)
-def test_damaged_vocabularies_are_named(content, tmp_path):
+def test_damaged_vocabularies_raise(content, tmp_path):
     written, message = WRONG[content]
     path = tmp_path / "vocab.json"
     path.write_bytes(written if isinstance(written, bytes) else json.dumps(written).encode())

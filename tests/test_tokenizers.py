@@ -32,7 +32,7 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_tokenizer_of_the_other_kind_names_its_type(folder, tmp_path):
+def test_errors_name_the_type_of_another_tokenizer(folder, tmp_path):
     model, other = folder / "tokenizer.model", folder / "tokenizer.json"
     (tmp_path / "tokenizer.model").write_bytes(model.read_bytes())
     sentence_piece = "is read with --tokenizer-type SentencePieceTokenizer"
@@ -50,7 +50,7 @@ def test_a_tokenizer_of_the_other_kind_names_its_type(folder, tmp_path):
         assert words in str(error.value), str(error.value)
 
 
-def test_json_of_another_type_names_its_type(folder, tmp_path):
+def test_errors_name_the_type_of_another_json_file(folder, tmp_path):
     write_gpt2(tmp_path / "vocab.json", tmp_path / "merges.txt")
     write_tiktoken(tmp_path / "list.json", 280)
     (tmp_path / "merges.json").write_text("[1]")
@@ -73,8 +73,8 @@ def test_json_of_another_type_names_its_type(folder, tmp_path):
         assert f"it is read with --tokenizer-type {words} {path}" in str(error.value)
 
 
-def test_gpt2_vocabularies_that_lose_text_are_refused(tmp_path):
-    """Characters without a token were skipped, and a file of merges could end anywhere."""
+def test_incomplete_gpt2_vocabularies_are_refused(tmp_path):
+    """The library skips characters without a token and accepts truncated merges."""
     vocab, merges = write_gpt2(tmp_path / "v.json", tmp_path / "m.txt")
     tokens, lines = json.loads(vocab.read_text()), merges.read_text().splitlines(keepends=True)
     assert load_tokenizer("GPT2BPETokenizer", vocab, merge_file=merges).vocab_size == 350
@@ -98,8 +98,8 @@ def test_gpt2_vocabularies_that_lose_text_are_refused(tmp_path):
             load_tokenizer("GPT2BPETokenizer", vocab, merge_file=tmp_path / "cut.txt")
 
 
-def test_a_checkpoint_names_its_tokenizer(folder, tmp_path):
-    """By the names of today, and by those under which files were stored before."""
+def test_type_of_stored_tokenizer_files(folder, tmp_path):
+    """Current file names and those of earlier versions are supported."""
     fast, model = (folder / "tokenizer.json").read_bytes(), folder / "tokenizer.model"
     names = {
         ("tokenizer.json",): "HuggingFaceTokenizer",
@@ -155,8 +155,8 @@ def test_sentencepiece_types(folder):
     assert list(llama.identity()["files"]) == ["tokenizer.model"]
 
 
-def test_special_tokens_in_the_text_as_megatron_does(folder):
-    """Megatron-LM's SentencePieceTokenizer cuts the text at literal special tokens."""
+def test_special_tokens_in_the_text_are_recognized(folder):
+    """Megatron-LM's SentencePieceTokenizer splits the text at literal special tokens."""
     model = folder / "tokenizer.model"
     encode = sentencepiece.SentencePieceProcessor(model_file=str(model)).encode
     ids = load_tokenizer("SentencePieceTokenizer", model).encode("a</s>b<EOD><MASK> c<s>")
@@ -167,7 +167,7 @@ def test_special_tokens_in_the_text_as_megatron_does(folder):
     ]
 
 
-def test_specials_that_the_model_lacks_get_ids_behind_it(folder, tmp_path):
+def test_added_special_tokens_get_ids_after_the_model(folder, tmp_path):
     raw = (folder / "tokenizer.model").read_bytes()  # as in LLM-jp's ver2.1: <mask>, no <MASK>
     (tmp_path / "m.model").write_bytes(raw.replace(b"<MASK>", b"<mask>"))
     tokenizer = load_tokenizer("SentencePieceTokenizer", tmp_path / "m.model")
@@ -178,7 +178,7 @@ def test_specials_that_the_model_lacks_get_ids_behind_it(folder, tmp_path):
     assert load_tokenizer("SentencePieceTokenizer", tmp_path / "e.model").eod_id == 2
 
 
-def test_hugging_face_gives_the_same_ids(folder):
+def test_hugging_face_export_gives_the_same_ids(folder):
     ids = load_tokenizer("SentencePieceTokenizer", folder / "tokenizer.model").encode(TEXT)
     for path in (folder, folder / "tokenizer.json"):
         tokenizer = load_tokenizer("HuggingFaceTokenizer", path)
@@ -193,8 +193,8 @@ def test_hugging_face_gives_the_same_ids(folder):
 
 
 @pytest.mark.parametrize("extra", ["", "<0 0x x0 x41 0A A> 41> 00 "])
-def test_bytes_spelled_out_are_text(extra, tmp_path):
-    """The characters <0x0A> are no newline, also where pieces cross every place to cut them."""
+def test_literal_byte_tokens_are_text(extra, tmp_path):
+    """The characters <0x0A> are not a newline, even if pieces span every possible split."""
     texts = [TEXT + extra * 50 + Path(sentencepiece.__file__).read_text(encoding="utf-8")[:40000]]
     (tmp_path / "tokenizer.model").write_bytes(train_unigram(texts, 480))
     export_hugging_face(SentencePieceTokenizer(tmp_path / "tokenizer.model"), tmp_path)
@@ -206,8 +206,8 @@ def test_bytes_spelled_out_are_text(extra, tmp_path):
         assert tokenizer.decode(ids) == text
 
 
-def test_gpt2_is_transformers_and_reads_no_special_tokens(tmp_path):
-    """Megatron's class cuts a text as GPT-2's regular expression does, and nowhere else."""
+def test_gpt2_equals_transformers_without_special_tokens(tmp_path):
+    """Megatron's class splits a text only by GPT-2's regular expression."""
     transformers = pytest.importorskip("transformers")
     fast = tokenizers.Tokenizer(tokenizers.models.BPE())
     fast.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -231,7 +231,7 @@ def test_gpt2_is_transformers_and_reads_no_special_tokens(tmp_path):
         load_tokenizer("GPT2BPETokenizer", vocab, merge_file=tmp_path / "none.txt")
 
 
-def test_bytes_and_integers():
+def test_byte_level_and_null_tokenizer():
     tokenizer = load_tokenizer("ByteLevelTokenizer", None)
     assert bytes(tokenizer.encode(TEXT).astype(np.uint8)) == TEXT.encode()
     assert tokenizer.decode([*tokenizer.encode(TEXT), tokenizer.eod_id]) == TEXT
@@ -254,7 +254,7 @@ def test_bytes_and_integers():
         ("NullTokenizer", b"", "requires --vocab-size"),
     ],
 )
-def test_mistakes_are_named(kind, content, message, tmp_path):
+def test_invalid_files_raise(kind, content, message, tmp_path):
     path = tmp_path / "file.model"
     if content is not None:
         path.write_bytes(content)
@@ -282,7 +282,7 @@ def test_neither_torch_nor_transformers_is_imported(folder):
 
 
 def test_vocabulary_with_gaps(tmp_path):
-    """The vocabulary ends behind the largest id, however few tokens there are."""
+    """The vocabulary size is the largest id plus one, regardless of the number of tokens."""
     path = tmp_path / "tokenizer.json"
     write_words(path, {"<unk>": 0, "</s>": 1, "a": 2, "b": 70000})
     tokenizer = load_tokenizer("HuggingFaceTokenizer", path)

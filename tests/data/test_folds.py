@@ -205,7 +205,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_mistakes_are_named(tmp_path, case):
+def test_invalid_files_raise(tmp_path, case):
     path = tmp_path / "folds.yaml"
     path.write_text(case.replace("BLEND", "{a: {path: d, weight: 1}}"))
     with pytest.raises(UserError) as caught:

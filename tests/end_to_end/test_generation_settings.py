@@ -1,4 +1,4 @@
-"""From Hugging Face through a run and back: how the model generates text is kept."""
+"""Generation settings of a Hugging Face model are kept through training and conversion."""
 
 from __future__ import annotations
 

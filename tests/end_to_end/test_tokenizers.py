@@ -1,4 +1,4 @@
-"""Tokenizers of several files, from the command line: data, a run, its checkpoint, a resume."""
+"""Tokenizers with several files in preprocessing, training, the checkpoint and a resume."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.training import arguments
 
 
 def write_data(folder: Path, flags: list[str]) -> Path:
-    """Tokens of the texts, and a fold file of them."""
+    """Tokenize the texts and write a fold file."""
     with (folder / "raw.jsonl").open("w") as file:
         for number in range(200):
             file.write(json.dumps({"text": TEXTS[number % len(TEXTS)] + str(number)}) + "\n")
@@ -33,7 +33,7 @@ def write_data(folder: Path, flags: list[str]) -> Path:
 
 
 def stored_ids(folder: Path, text: str) -> list[int]:
-    """The ids that the tokenizer in a checkpoint gives."""
+    """Return the ids of a text from the tokenizer in a checkpoint."""
     config = load_config(folder / manifests.CONFIG)
     stored = stored_tokenizer_fields(folder / manifests.TOKENIZER, config.data.tokenizer_type)
     tokenizer = load_run_tokenizer(replace_fields(config, **stored))
@@ -42,8 +42,8 @@ def stored_ids(folder: Path, text: str) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", ["GPT2BPETokenizer", "TikTokenizer"])
-def test_a_run_keeps_its_tokenizer(kind: str, tmp_path: Path) -> None:
-    """A resume finds it in the checkpoint, when its files are not there any more."""
+def test_a_run_resumes_with_the_stored_tokenizer(kind: str, tmp_path: Path) -> None:
+    """A resume loads it from the checkpoint if the original files were removed."""
     if kind == "GPT2BPETokenizer":
         vocab, merges = write_gpt2(tmp_path / "words.json", tmp_path / "pairs")
         stored = {"vocab.json": vocab, "merges.txt": merges}
