@@ -156,7 +156,7 @@ def test_resume_in_another_layout(runs, source, layout):
             load_config(folder / manifests.folder_name(END) / "config.yaml").padded_vocab_size
             == 256
         )
-        reads = native.read_checkpoint(folder).reads
+        reads = native.read_native(folder).reads
         assert reads["output_layer.weight"].read("output_layer.weight").shape == (256, 32)
     straight, resumed = tensors(runs / source), tensors(save)
     assert straight.keys() == resumed.keys()

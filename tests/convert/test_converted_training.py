@@ -128,7 +128,7 @@ def test_the_next_steps_use_the_moments(runs):
     losses, norms = history(runs / "moments"), history(runs / "moments", "grad norm")
     assert list(losses) == list(range(3, 3 + STEPS))
     before, tokens = (
-        state(megatron_deepspeed.read_checkpoint(FIXTURES / GPT / "ckpt")),
+        state(megatron_deepspeed.read_megatron_deepspeed(FIXTURES / GPT / "ckpt")),
         tokens_of(GPT),
     )
     for step, iteration in enumerate(losses):
@@ -141,7 +141,7 @@ def test_the_next_steps_use_the_moments(runs):
         assert_close(losses[iteration], loss.item(), LOSS, "loss")
         assert_close(norms[iteration], norm.item(), GRADIENT_NORM, "gradient norm")
 
-        after = state(native.read_checkpoint(runs / "moments" / manifests.folder_name(iteration)))
+        after = state(native.read_native(runs / "moments" / manifests.folder_name(iteration)))
         rate = 1e-3 + (3e-3 - 1e-3) * (1 - (4 + BATCH * step) / 20)  # linear, over 20 samples
         for key, parameter in parameters.items():
             gradient, decay = parameter.grad, 0.01 if parameter.dim() > 1 else 0.0

@@ -35,7 +35,7 @@ def on_rank(rank: int, port: int, root: Path, tensor_size: int, pipeline_size: i
     from megatron_llmjp.parallel.device import setup
     from megatron_llmjp.parallel.ranks import Ranks
 
-    source = native.read_checkpoint(root / "native").check()
+    source = native.read_native(root / "native").check()
     config = replace_fields(
         load_config(source.path / "config.yaml"),
         tensor_model_parallel_size=tensor_size,

@@ -34,7 +34,7 @@ def test_checkpoints_of_these_programs(tmp_path, convert, name):
     if name == "mlm_dp_reshardable":  # empty with NullTokenizer, and so not in the repository
         (tmp_path / name / "iter_0000003" / "tokenizer").mkdir(exist_ok=True)
     convert("--to", "native", *words, "--input", tmp_path / name, "--output", tmp_path / "n")
-    source = native.read_checkpoint(tmp_path / "n")
+    source = native.read_native(tmp_path / "n")
     state = source.optimizer()
     found = {("weight", name): read.read(name) for name, read in source.reads.items()}
     for kind, reads in state.tensors.items():
@@ -104,7 +104,7 @@ def test_common_state_inside_the_distributed_checkpoint(tmp_path, convert):
 def test_moments_in_flat_fragments(tmp_path, convert):
     """Fragments of tensor parallel size 2, each in two pieces that end within a row."""
     convert("--to", "native", "--with-optimizer", "--input", MOMENTS, "--output", tmp_path / "n")
-    source = native.read_checkpoint(tmp_path / "n")
+    source = native.read_native(tmp_path / "n")
     folder = source.path
     stored = torch_dist.read_metadata(folder)
     expected = {

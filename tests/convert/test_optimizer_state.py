@@ -23,7 +23,7 @@ RANK = Path("mp_rank_00", "model_optim_rng.pt")
 
 def everything(path: Path) -> tuple[dict[str, torch.Tensor], optimizer_state.OptimizerState]:
     """Return all tensors of a Megatron-LM checkpoint: weights and optimizer state."""
-    source = megatron_lm.read_checkpoint(path).check()
+    source = megatron_lm.read_megatron_lm(path).check()
     state = optimizer_state.read_optimizer_state(source)
     reads = {**source.reads, **optimizer_state.optimizer_reads(source, state, ConversionOptions())}
     return {name: read.read(name) for name, read in reads.items()}, state
@@ -56,7 +56,7 @@ def test_four_ranks(expected, tmp_path):
 
     Each rank's file is written like Megatron-LM's, from parts of the fixture.
     """
-    model = megatron_lm.read_checkpoint(REAL).model
+    model = megatron_lm.read_megatron_lm(REAL).model
     content = torch.load(REAL / RANK, weights_only=False)
     for t in range(2):
         for p in range(2):
@@ -138,7 +138,7 @@ def test_torch_dist(expected, tmp_path, convert):
 def test_another_type_keeps_the_fp32_weights(expected, tmp_path, convert):
     convert("--to", "native", "--input", REAL, "--output", tmp_path / "n", "--with-optimizer",
             "--dtype", "bf16")  # fmt: skip
-    source = native.read_checkpoint(tmp_path / "n")
+    source = native.read_native(tmp_path / "n")
     entries = torch_dist.read_metadata(source.path)
     for name in ("output_layer.weight", "embedding.word_embeddings.weight"):
         assert source.reads[name].read(name).dtype == torch.bfloat16

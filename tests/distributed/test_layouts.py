@@ -163,6 +163,6 @@ def test_initial_weights_do_not_depend_on_the_layout(runs):
 
 def weights(save):
     """Return the parameters of a checkpoint, without vocabulary padding."""
-    source = native.read_checkpoint(save)
+    source = native.read_native(save)
     found = {name: read.read(name) for name, read in source.reads.items()}
     return {k: v[:VOCAB_SIZE] if "word_embeddings" in k else v for k, v in found.items()}

@@ -140,7 +140,7 @@ def test_losses_and_tokens_of_datasets(runs):
 def test_parameter_norm(runs):
     """Tied embeddings, tensor-parallel and optimizer shards count each weight once."""
     for name in ("tied-pp2", "z-tp2", "plain"):
-        source = native.read_checkpoint(runs / name)
+        source = native.read_native(runs / name)
         total = sum(float(read.read(key).double().square().sum()) for key, read in
                     source.reads.items())  # fmt: skip
         last = history(runs / name, "params norm")[5]

@@ -39,7 +39,7 @@ _MAX_FILE_SIZE = 1_000_000_000
 """In bytes; limited so that several threads can read the files when a run starts."""
 
 
-def read_checkpoint(path: Path) -> SourceCheckpoint:
+def read_native(path: Path) -> SourceCheckpoint:
     """Open a checkpoint, or the latest complete checkpoint of a run's folder.
 
     Raises:
@@ -113,7 +113,7 @@ def model_with_sizes(config: Config) -> ModelConfig:
     )
 
 
-def plan_output(source: SourceCheckpoint, options: ConversionOptions) -> OutputPlan:
+def plan_native(source: SourceCheckpoint, options: ConversionOptions) -> OutputPlan:
     """Lay out ``OUT/iter_*``, which ``--load OUT --finetune`` loads in any parallel layout.
 
     With the optimizer state it can be resumed with ``--load OUT``. The vocabulary is padded for the

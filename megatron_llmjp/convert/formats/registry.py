@@ -98,13 +98,13 @@ def _is_native(path: Path) -> bool:
 def _read_native(path: Path, _: ConversionOptions) -> SourceCheckpoint:
     from megatron_llmjp.convert.formats import native
 
-    return native.read_checkpoint(path)
+    return native.read_native(path)
 
 
 def _plan_native(source: SourceCheckpoint, options: ConversionOptions) -> OutputPlan:
     from megatron_llmjp.convert.formats import native
 
-    return native.plan_output(source, options)
+    return native.plan_native(source, options)
 
 
 def _native_logits(
@@ -123,13 +123,13 @@ def _is_hugging_face(path: Path) -> bool:
 def _read_hugging_face(path: Path, _: ConversionOptions) -> SourceCheckpoint:
     from megatron_llmjp.convert.formats.hugging_face import folder
 
-    return folder.read_checkpoint(path)
+    return folder.read_hugging_face(path)
 
 
 def _plan_hugging_face(source: SourceCheckpoint, options: ConversionOptions) -> OutputPlan:
     from megatron_llmjp.convert.formats.hugging_face import folder
 
-    return folder.plan_output(source, options)
+    return folder.plan_hugging_face(source, options)
 
 
 def _hugging_face_logits(
@@ -151,25 +151,25 @@ def _is_megatron_lm(path: Path) -> bool:
 def _read_megatron_lm(path: Path, options: ConversionOptions) -> SourceCheckpoint:
     from megatron_llmjp.convert.formats.megatron_lm import reader
 
-    return reader.read_checkpoint(path, options.ignored_args)
+    return reader.read_megatron_lm(path, options.ignored_args)
 
 
 def _plan_megatron_lm(source: SourceCheckpoint, options: ConversionOptions) -> OutputPlan:
     from megatron_llmjp.convert.formats.megatron_lm import writer
 
-    return writer.plan_output(source, options)
+    return writer.plan_megatron_lm(source, options)
 
 
 def _read_megatron_deepspeed(path: Path, options: ConversionOptions) -> SourceCheckpoint:
     from megatron_llmjp.convert.formats.megatron_deepspeed import reader
 
-    return reader.read_checkpoint(path, options.main_weights, options.ignored_args)
+    return reader.read_megatron_lm(path, options.main_weights, options.ignored_args)
 
 
 def _plan_megatron_deepspeed(source: SourceCheckpoint, options: ConversionOptions) -> OutputPlan:
     from megatron_llmjp.convert.formats.megatron_deepspeed import writer
 
-    return writer.plan_output(source, options)
+    return writer.plan_megatron_lm(source, options)
 
 
 def _reference_logits(

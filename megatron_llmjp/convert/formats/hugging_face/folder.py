@@ -40,7 +40,7 @@ INDEX = "model.safetensors.index.json"
 _TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
-def read_checkpoint(path: Path) -> SourceCheckpoint:
+def read_hugging_face(path: Path) -> SourceCheckpoint:
     """Open a Hugging Face model.
 
     Raises:
@@ -158,7 +158,7 @@ def _inside(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def plan_output(source: SourceCheckpoint, options: ConversionOptions) -> OutputPlan:
+def plan_hugging_face(source: SourceCheckpoint, options: ConversionOptions) -> OutputPlan:
     """Lay out a Hugging Face model.
 
     Raises:

@@ -46,7 +46,7 @@ _LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt$")
 _RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt$")
 
 
-def read_checkpoint(
+def read_megatron_deepspeed(
     path: Path, main_weights: bool = False, ignored: Collection[str] = ()
 ) -> SourceCheckpoint:
     """Open a ``global_step*`` folder, or the one named in the file ``latest``.

@@ -39,7 +39,7 @@ from megatron_llmjp.convert.tensors import (
 from megatron_llmjp.errors import UserError
 
 
-def plan_output(source: SourceCheckpoint, options: ConversionOptions) -> OutputPlan:
+def plan_megatron_deepspeed(source: SourceCheckpoint, options: ConversionOptions) -> OutputPlan:
     """Lay out a checkpoint that Megatron-DeepSpeed loads with ``--finetune``.
 
     Raises:

@@ -109,7 +109,7 @@ _OLD_ROOTS = {
 _TIED_COPIES = ("word_embeddings_for_head.weight", "word_embeddings.weight")
 
 
-def read_checkpoint(path: Path, ignored: Collection[str] = ()) -> SourceCheckpoint:
+def read_megatron_lm(path: Path, ignored: Collection[str] = ()) -> SourceCheckpoint:
     """Open the folder of an iteration, or of a run with a tracker file.
 
     Args:

@@ -27,7 +27,7 @@ from megatron_llmjp.errors import UserError
 from megatron_llmjp.filesystem import write_atomically
 
 
-def plan_output(source: SourceCheckpoint, options: ConversionOptions) -> OutputPlan:
+def plan_megatron_lm(source: SourceCheckpoint, options: ConversionOptions) -> OutputPlan:
     """Lay out a checkpoint that Megatron-LM loads with ``--load OUT --finetune``.
 
     Raises:
