@@ -163,13 +163,13 @@ def _plan_megatron_lm(source: SourceCheckpoint, options: ConversionOptions) -> O
 def _read_megatron_deepspeed(path: Path, options: ConversionOptions) -> SourceCheckpoint:
     from megatron_llmjp.convert.formats.megatron_deepspeed import reader
 
-    return reader.read_megatron_lm(path, options.main_weights, options.ignored_args)
+    return reader.read_megatron_deepspeed(path, options.main_weights, options.ignored_args)
 
 
 def _plan_megatron_deepspeed(source: SourceCheckpoint, options: ConversionOptions) -> OutputPlan:
     from megatron_llmjp.convert.formats.megatron_deepspeed import writer
 
-    return writer.plan_megatron_lm(source, options)
+    return writer.plan_megatron_deepspeed(source, options)
 
 
 def _reference_logits(
