@@ -103,7 +103,7 @@ EXIT_INTERRUPTED = 130
 
 
 class ToolParser(CommandLineParser):
-    """Parser of a data tool: reports a mistake in one line and exits with code 2."""
+    """Parser of a data tool: reports an error in one line and exits with code 2."""
 
     def __init__(self, prog: str, description: str, examples: str) -> None:
         super().__init__(
@@ -119,7 +119,7 @@ class ToolParser(CommandLineParser):
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps line breaks of the texts and shows defaults where they say something."""
+    """Keeps line breaks in texts, and shows meaningful defaults."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""

@@ -14,6 +14,8 @@ import numpy.typing as npt
 from megatron_llmjp.data.indexed_dataset import HEADER, DatasetIndex, bin_path, idx_path
 from megatron_llmjp.errors import UserError
 
+MANIFEST_FORMAT = "megatron_llmjp dataset manifest 1"
+"""Value of ``format`` in the manifests of datasets."""
 DOCUMENTS_PER_CHUNK = 1 << 16
 TOKENS_PER_CHUNK = 1 << 22
 

@@ -9,7 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.common import ToolParser, run_tool
-from data_tools.documents import chunks_with_tokens, document_chunks, read_dataset_manifest
+from data_tools.documents import (
+    MANIFEST_FORMAT,
+    chunks_with_tokens,
+    document_chunks,
+    read_dataset_manifest,
+)
 from data_tools.preprocess.shards import find_parts
 from megatron_llmjp.data.indexed_dataset import bin_path, read_and_check_index
 from megatron_llmjp.data.indexed_dataset_writer import IndexedDatasetWriter
@@ -155,7 +160,7 @@ def merged_manifest(
 ) -> dict[str, Any]:
     """Return the manifest of the merged dataset."""
     return {
-        "format": "megatron_llmjp dataset manifest 1",
+        "format": MANIFEST_FORMAT,
         **writer.describe(idx_crc),
         "recipe": recipe,
         "merged": list(prefixes),

@@ -94,7 +94,7 @@ def open_run(
     if sizes.consumed_after(manifest.iteration) != manifest.consumed_samples:
         raise UserError(
             f"{folder}: iteration {manifest.iteration:,} had trained on "
-            f"{manifest.consumed_samples:,} samples, which is not what its batch size gives "
+            f"{manifest.consumed_samples:,} samples, which contradicts its batch size "
             f"({sizes.consumed_after(manifest.iteration):,}): the batch size changed on the way"
         )
     cache = index_cache_folder(config, data.folds)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_tools.common import ToolParser, run_tool
-from data_tools.documents import read_dataset_manifest
+from data_tools.documents import MANIFEST_FORMAT, read_dataset_manifest
 from data_tools.tables import format_rows
 from megatron_llmjp.arguments import positive_int
 from megatron_llmjp.data.indexed_dataset import DatasetIndex, bin_path, read_and_check_index
@@ -234,7 +234,7 @@ def part_manifest(
     whole = read_dataset_manifest(prefix) or {}
     binary = whole.get("bin", {"bytes": bin_path(prefix).stat().st_size})
     return {
-        "format": "megatron_llmjp dataset manifest 1",
+        "format": MANIFEST_FORMAT,
         "dtype": index.dtype.name,
         **row,
         "bin": {**binary, "shared": True},

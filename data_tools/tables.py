@@ -10,6 +10,7 @@ from typing import Any
 
 from data_tools.preprocess.journal import SourceCounts
 from megatron_llmjp.errors import UserError
+from megatron_llmjp.formatting import format_table
 
 ROWS_SHOWN = 40
 
@@ -45,12 +46,7 @@ def format_rows(table: Sequence[dict[str, Any]]) -> str:
     shown = list(table) if not omitted else [*table[: ROWS_SHOWN - 1], table[-1]]
     heads = list(shown[0])
     cells = [[_cell(row[head]) for head in heads] for row in shown]
-    widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
-    lines = []
-    for cell_row in [heads, *cells]:
-        first = cell_row[0].ljust(widths[0])
-        rest = (c.rjust(w) for c, w in zip(cell_row[1:], widths[1:], strict=True))
-        lines.append("  ".join([first, *rest]).rstrip())
+    lines = format_table([heads, *cells], right=range(1, len(heads))).split("\n")
     if omitted:
         lines.insert(-1, f"... {omitted} more rows, see the manifest or --report")
     return "\n".join(lines)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.common import EncodingProgress
+from data_tools.documents import MANIFEST_FORMAT
 from data_tools.preprocess.blocks import Block, LongLine, read_blocks
 from data_tools.preprocess.encode import BlockEncoder, EncodedBlock, EncodingOptions, RejectedLine
 from data_tools.preprocess.journal import ResumeJournal, ResumePoint, SourceCounts
@@ -334,7 +335,7 @@ class PreprocessJob:
             for reason, count in source_counts.rejected.items():
                 rejected[reason] = rejected.get(reason, 0) + count
         return {
-            "format": "megatron_llmjp dataset manifest 1",
+            "format": MANIFEST_FORMAT,
             "key": key,
             **writer.describe(idx_crc),
             "rejected": rejected,

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_tools.documents import MANIFEST_FORMAT
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.filesystem import evenly_spaced_offsets
 
@@ -25,7 +26,8 @@ SUFFIXES = (*(t + c for t in JSON_SUFFIXES for c in COMPRESSED_SUFFIXES), ".parq
 PLAIN_TEXT_SUFFIXES = tuple(f".txt{c}" for c in COMPRESSED_SUFFIXES)
 MAX_NAMES_PRINTED = 3
 MAX_NAMES_RECORDED = 100
-MANIFEST = b'"megatron_llmjp dataset manifest'
+MANIFEST_MARKER = f'"{MANIFEST_FORMAT.rpartition(" ")[0]}'.encode()
+"""Start of the format in a manifest, in any version."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def _is_manifest(file: Path) -> bool:
     if file.suffix != ".json" or not file.with_suffix(".idx").exists():
         return False
     with file.open("rb") as stream:
-        return MANIFEST in stream.read(200)
+        return MANIFEST_MARKER in stream.read(200)
 
 
 def describe_ignored(ignored: Sequence[IgnoredFile]) -> str:

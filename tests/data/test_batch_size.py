@@ -1,4 +1,4 @@
-"""Iterations and samples with batch ramp-up, against megatron-core's calculator."""
+"""Batch size schedule with ramp-up, compared with megatron-core's calculator."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def batch_sizes(batch: int, *ramp: int) -> BatchSizeSchedule:
     [
         (32, (8, 8, 300)),  # 300 / 3 divides
         (24, (4, 2, 1000)),
-        (1536, (16, 16, 23457)),  # parts that are no whole numbers
-        (40, (10, 10, 7)),  # sizes that are jumped over
+        (1536, (16, 16, 23457)),  # parts that are not whole numbers
+        (40, (10, 10, 7)),  # sizes that are skipped
         (6, (2, 4, 1)),
     ],
 )
-def test_as_megatron_counts(batch, ramp):
+def test_same_sizes_as_megatron_core(batch, ramp):
     core = pytest.importorskip("megatron.core.num_microbatches_calculator")
     calculator = core._build_num_microbatches_calculator(1, list(ramp), batch, 1, 1, False)
     ours = batch_sizes(batch, *ramp)

@@ -1,4 +1,4 @@
-"""Sequences over the ranks of a context-parallel group; the attention over them needs GPUs."""
+"""Sharding of sequences over a context-parallel group; the attention itself requires GPUs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_llmjp.data import dataloader
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_ranks_share_a_sequence_and_the_work(size):
+def test_ranks_share_sequence_and_work(size):
     length = 64
     numbers = torch.arange(length).expand(3, length)
     batch = {"tokens": numbers, "position_ids": numbers, "dataset_id": torch.tensor([5, 6, 7])}
@@ -28,12 +28,12 @@ def test_ranks_share_a_sequence_and_the_work(size):
     for part in parts:
         assert torch.equal(part["tokens"], part["position_ids"])
         assert torch.equal(part["dataset_id"], batch["dataset_id"])
-        # Under a causal mask a token attends to as many as its position says.
+        # Under a causal mask the number of attended tokens depends on the position.
         pairs = (part["tokens"][0] + 1).sum()
         assert pairs == length * (length + 1) // 2 // size
 
 
-def test_one_rank_keeps_its_batch():
+def test_one_rank_keeps_the_batch():
     batch = {"tokens": torch.zeros(2, 8)}
     with mock.patch.object(
         dataloader.parallel_state, "get_context_parallel_world_size", return_value=1

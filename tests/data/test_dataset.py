@@ -1,4 +1,4 @@
-"""Samples of the fold schedule, against megatron-core's GPTDataset."""
+"""Samples of the fold schedule, compared with megatron-core's GPTDataset."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ BATCHES = BatchSizeSchedule(
 
 
 def write_numbered(prefix: Path, lengths: list[int], first: int) -> None:
-    """A dataset whose tokens are all different, so that each can be followed."""
+    """Write a dataset with unique tokens, so that each one can be located."""
     writer = IndexedDatasetWriter(prefix.with_suffix(".bin"), np.dtype(np.int32))
     tokens = np.arange(first, first + sum(lengths), dtype=np.int32)
     writer.add(tokens, np.array(lengths, np.int32))
@@ -48,7 +48,7 @@ def lengths_of(seed: int, documents: int) -> list[int]:
 
 
 SIZES = {"a": 30, "b": 45, "c": 9}
-"""Documents of each dataset."""
+"""Number of documents of each dataset."""
 FOLDS = [
     {"name": "whole", "epochs": 1, "blend": {"a": {"path": "a"}, "b": {"path": "b"}}},
     {"name": "again", "tokens": 70 * LENGTH, "blend": {
@@ -85,7 +85,7 @@ def run(folder):
 
 
 def megatrons_epoch(path: str, seed: int, cache: Path) -> list[tuple[int, ...]]:
-    """Tokens and the last label of every sample of one epoch, by megatron-core alone."""
+    """Return the tokens and last label of each sample of one epoch, by megatron-core alone."""
     config = GPTDatasetConfig(
         random_seed=seed, sequence_length=LENGTH, blend=([path], None), split="1,0,0",
         path_to_cache=str(cache), tokenizer=DatasetTokenizer(0, 99), reset_position_ids=False,
@@ -103,7 +103,7 @@ def plain(sample) -> tuple[int, ...]:
     return (*sample["tokens"].tolist(), int(sample["labels"][-1]))
 
 
-def test_an_epoch_is_megatrons_and_uses_each_sample_once(run, folder, tmp_path):
+def test_an_epoch_equals_megatron_core_and_uses_each_sample_once(run, folder, tmp_path):
     schedule = schedule_of(folder)
     fold = schedule.folds[0]
     drawn = {piece.name: [] for piece in fold.slices}
@@ -118,8 +118,8 @@ def test_an_epoch_is_megatrons_and_uses_each_sample_once(run, folder, tmp_path):
         assert len(seen) == (tokens - 1) // LENGTH * LENGTH > tokens - 1 - LENGTH
 
 
-def test_a_dataset_cut_over_folds_is_seen_whole_once(folder):
-    """Three folds of unequal blends that ask for one epoch of each dataset together."""
+def test_a_dataset_split_over_folds_is_used_exactly_once(folder):
+    """Three folds with different blends together use one epoch of each dataset."""
     sizes = {name: sum(lengths_of(i, n)) for i, (name, n) in enumerate(SIZES.items())}
     per_epoch = {name: (size - 1) // LENGTH for name, size in sizes.items()}
     folds = []
@@ -135,11 +135,11 @@ def test_a_dataset_cut_over_folds_is_seen_whole_once(folder):
     seen = Counter(token for i in range(len(data)) for token in plain(data[i])[:-1])
     assert set(seen.values()) == {1}
     assert len(seen) == sum(per_epoch.values()) * LENGTH
-    # Left out: less than a sample at the end of each epoch, and its last token, a label only.
+    # Unused: a partial sample at the end of each epoch, and its last token, which is only a label.
     assert sum(sizes.values()) - len(seen) <= len(sizes) * LENGTH
 
 
-def test_restart_begins_a_new_epoch(folder):
+def test_restart_starts_a_new_epoch(folder):
     blend = {"a": {"path": "a", "weight": 1}}
     again = {"a": {"path": "a", "weight": 1, "restart": True}}
     folds = [
@@ -155,8 +155,8 @@ def test_restart_begins_a_new_epoch(folder):
     assert set(new.values()) == {1} and old.keys() & new.keys()
 
 
-def test_streams_go_on_over_folds_and_epochs(run, folder, tmp_path):
-    """Folds that share a dataset read its epochs end to end, each with an order of its own."""
+def test_streams_continue_over_folds_and_epochs(run, folder, tmp_path):
+    """Folds that share a dataset read its concatenated epochs, each with a separate order."""
     schedule = schedule_of(folder)
     for name in "abc":
         pieces = [p for fold in schedule.folds for p in fold.slices if p.name == name]
@@ -177,7 +177,7 @@ def test_streams_go_on_over_folds_and_epochs(run, folder, tmp_path):
 
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=6).filter(any))
 @example([0, 0, 0, 0, 0, 1])  # megatron-core's helper crashes on empty datasets
-def test_every_part_of_a_fold_keeps_to_its_blend(counts):
+def test_every_prefix_of_a_fold_follows_its_blend(counts):
     slices = tuple(DatasetSlice(f"d{i}", "", "", 0, n, 99) for i, n in enumerate(counts))
     which, position = blend_order(FoldPlan("f", 0, sum(counts), slices, ""))
     for i, n in enumerate(counts):
@@ -191,7 +191,7 @@ def test_every_part_of_a_fold_keeps_to_its_blend(counts):
     st.sampled_from([1, 2, 3, 4]), st.sampled_from([1, 2, 4]), st.integers(1, 3),
     st.integers(0, 5), st.integers(1, 5),
 )  # fmt: skip
-def test_a_global_batch_holds_the_same_samples_in_every_layout(replicas, size, more, skip, count):
+def test_a_global_batch_has_the_same_samples_in_every_layout(replicas, size, more, skip, count):
     batch = replicas * size * more
     first, end = skip * batch, (skip + count) * batch
     ranks = [list(MicroBatchSampler(first, end, size, rank, replicas)) for rank in range(replicas)]
@@ -204,10 +204,10 @@ def test_a_global_batch_holds_the_same_samples_in_every_layout(replicas, size, m
     assert all(len(rank) == count * more for rank in ranks)
 
 
-def test_a_batch_over_the_edge_of_two_folds(run, folder):
+def test_a_batch_spanning_two_folds(run, folder):
     schedule = schedule_of(folder)
     edge = schedule.folds[0].end
-    assert edge % BATCH  # or the test shows nothing
+    assert edge % BATCH  # otherwise the test is void
     batch = range(edge // BATCH * BATCH, edge // BATCH * BATCH + BATCH)
     one = {i: plain(run[i]) for i in batch}
     assert {run.locate(i)[0].key for i in batch if i >= edge} <= {
@@ -222,7 +222,7 @@ def test_a_batch_over_the_edge_of_two_folds(run, folder):
         assert found == one
 
 
-def test_validation_starts_over_at_its_end(folder):
+def test_validation_wraps_around(folder):
     info = next(iter(inspect_datasets(read_fold_file(folder / "folds.yaml")).values()))
     held_out = HeldOutDataset(str(folder / "a"), info.key, 7)
     data = ValidationDataset(held_out, epochs_of(folder))

@@ -1,4 +1,4 @@
-"""What is remembered of datasets is right, or not used."""
+"""Cache of dataset facts: correct, or not used."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.datasets import write_dataset, write_folds
 def test_datasets_are_not_read_again_until_they_change(tmp_path, monkeypatch):
     file, cache = read_fold_file(write_folds(tmp_path)), tmp_path / "cache"
     fresh = inspect_datasets(file, cache)
-    assert not cache.exists()  # looking leaves nothing behind
+    assert not cache.exists()  # inspecting datasets writes nothing
     fold_datasets.save_facts(fresh, cache)
     read: list[str] = []
     key_of = fold_datasets.compute_keys
@@ -28,7 +28,7 @@ def test_datasets_are_not_read_again_until_they_change(tmp_path, monkeypatch):
     ja = str(tmp_path / "ja")
     tokens = tmp_path / "ja.bin"
     before = tokens.stat()
-    with tokens.open("r+b") as stream:  # in place: the same size and time of modification
+    with tokens.open("r+b") as stream:  # in place: the same size and modification time
         stream.write(b"\1\0")
     os.utime(tokens, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert (tokens.stat().st_size, tokens.stat().st_mtime_ns) == (
@@ -38,12 +38,12 @@ def test_datasets_are_not_read_again_until_they_change(tmp_path, monkeypatch):
     changed = inspect_datasets(file, cache)
     assert read == [ja]
     assert changed[ja].key != fresh[ja].key
-    write_dataset(tmp_path / "ja", 400, seed=1)  # as it was
+    write_dataset(tmp_path / "ja", 400, seed=1)  # restored
     assert inspect_datasets(file, cache) == fresh
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"key": "a"}', "[]"])
-def test_damaged_facts_are_found_out_again(tmp_path, text):
+def test_damaged_facts_are_computed_again(tmp_path, text):
     file, cache = read_fold_file(write_folds(tmp_path)), tmp_path / "cache"
     fresh = inspect_datasets(file)
     fold_datasets.save_facts(fresh, cache)

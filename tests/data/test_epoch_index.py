@@ -1,4 +1,4 @@
-"""Indices of epochs: contents decide their names, and they are there when a fold needs them."""
+"""Epoch indices: named after dataset contents, and built before a fold needs them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LENGTH, BATCH = 16, 8
 
 
 def write(prefix: Path, lengths: list[int]) -> tuple[str, str]:
-    """A dataset whose tokens are all different; its contents' key and its path."""
+    """Write a dataset with unique tokens; return its content key and its path."""
     writer = IndexedDatasetWriter(prefix.with_suffix(".bin"), np.dtype(np.int32))
     writer.add(np.arange(sum(lengths), dtype=np.int32), np.array(lengths, np.int32))
     writer.finish(prefix.with_suffix(".idx"))
@@ -65,7 +65,7 @@ def times(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-def test_other_contents_under_the_same_path_are_another_dataset(tmp_path):
+def test_other_contents_at_the_same_path_are_another_dataset(tmp_path):
     key, path = write(tmp_path / "a", lengths_of(3))
     old = samples(epochs_of(tmp_path).open(key, path, 1))
     after, _ = write(tmp_path / "a", lengths_of(3)[::-1])  # the same sizes of both files
@@ -91,30 +91,30 @@ def test_a_complete_index_is_never_written_again(tmp_path):
 
 
 def damage_header(path: Path) -> None:
-    """As many bytes as before, but no array."""
+    """Overwrite the header of an array file."""
     with path.open("r+b") as stream:
         stream.write(b"\0" * 16)
 
 
 def damage_values(path: Path) -> None:
-    """An array of the same shape and other contents."""
+    """Replace the values of an array."""
     array = np.load(path)
     np.save(path, np.full_like(array, 10**6))
 
 
 def damage_type(path: Path) -> None:
-    """An array of Python objects, which numpy would read as a pickle."""
+    """Write an array of Python objects, which numpy would unpickle."""
     rewrite(path, np.array([{}] * 3, dtype=object))
 
 
 def damage_kind(path: Path) -> None:
-    """Numbers of another kind, of the same size."""
+    """Write numbers of another type and the same size."""
     array = np.load(path)
     rewrite(path, array.astype(np.float32 if array.itemsize == 4 else np.float64))
 
 
 def damage_length(path: Path) -> None:
-    """An array that is shorter than its header says."""
+    """Write an array that is shorter than its header states."""
     size = path.stat().st_size
     with path.open("r+b") as stream:
         stream.truncate(size - 4)
@@ -125,7 +125,7 @@ def rewrite(path: Path, array: np.ndarray) -> None:
 
 
 def list_as_they_are(folder: Path) -> None:
-    """Have a cache folder list its files with the sizes that they have now."""
+    """Update the list of files of a cache folder to their current sizes."""
     contents = folder / "contents.json"
     listed = json.loads(contents.read_text())
     for name, entry in listed["files"].items():
@@ -134,8 +134,8 @@ def list_as_they_are(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [damage_type, damage_kind, damage_length])
-def test_arrays_of_another_kind_are_replaced(tmp_path, capsys, damage):
-    """Of an epoch and of the order of a fold; also where the list of files agrees with them."""
+def test_invalid_arrays_are_replaced(tmp_path, capsys, damage):
+    """For epoch indices and fold orders, also if the list of files matches the damaged array."""
     data = folds_of(tmp_path, (6, 5, 4))
     good = [data[i]["tokens"].tolist() for i in range(BATCH)]
     files = [*(tmp_path / "cache").rglob("*sample_index.npy")]
@@ -150,7 +150,7 @@ def test_arrays_of_another_kind_are_replaced(tmp_path, capsys, damage):
 
 @pytest.mark.parametrize("damage", [damage_header, damage_values])
 @pytest.mark.parametrize("which", ["sample_index", "shuffle_index"])
-def test_damage_that_sizes_do_not_show(tmp_path, capsys, damage, which):
+def test_damage_at_unchanged_size(tmp_path, capsys, damage, which):
     key, path = write(tmp_path / "a", lengths_of(3))
     good = samples(epochs_of(tmp_path).open(key, path, 1))
     (file,) = (tmp_path / "cache").rglob(f"*{which}.npy")
@@ -173,7 +173,7 @@ def test_epochs_of_a_dataset_share_its_files(tmp_path):
     assert first.indices.nbytes == 0
 
 
-def test_later_folds_may_change_without_touching_earlier_indices(tmp_path):
+def test_changing_later_folds_keeps_earlier_indices(tmp_path):
     data = folds_of(tmp_path, (6, 5, 4))
     for fold in data.schedule.folds[:2]:
         ensure_indices(data.indices(fold))
@@ -190,8 +190,8 @@ def test_later_folds_may_change_without_touching_earlier_indices(tmp_path):
     assert times(tmp_path / "cache") == before
 
 
-def test_a_fold_is_made_before_it_is_due(tmp_path, monkeypatch):
-    """The first at once, the next in the background, and no other; small ones all at once."""
+def test_a_fold_is_built_before_it_starts(tmp_path, monkeypatch):
+    """The first fold is built at once, the next in the background; small folds all at once."""
     data = folds_of(tmp_path, (2, 2, 2))
     first, second, third = data.schedule.folds
     logged: list[str] = []
@@ -209,7 +209,7 @@ def test_a_fold_is_made_before_it_is_due(tmp_path, monkeypatch):
     for consumed in (0, BATCH, BATCH + 1):  # the last batch reaches into the second fold
         other_rank.ensure_ready(consumed, BATCH)
     assert {p: t for p, t in times(tmp_path / "cache").items() if p in files} == files
-    assert len(logged) == 1  # "building ..." at the start; nobody waited
+    assert len(logged) == 1  # "building ..." at the start; no rank waited
     prefetcher.close()
     monkeypatch.undo()
     IndexPrefetcher(data, first_on_machine=True, log=logged.append).start(BATCH, BATCH, [])
@@ -221,14 +221,14 @@ def missing(data: FoldDataset, fold) -> bool:
 
 
 def test_inside_a_process_group(tmp_path, monkeypatch):
-    """A rank and its DataLoader workers that miss an index have it made beside them."""
+    """In a process group, ranks and DataLoader workers build missing indices in a subprocess."""
     data = folds_of(tmp_path, (2, 2))
     numbers = [0, BATCH, data.schedule.folds[1].first_sample]
     (tmp_path / "other").mkdir()
     expected = [folds_of(tmp_path / "other", (2, 2))[i]["tokens"].tolist() for i in numbers]
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        # Whoever builds an index in this process, instead of beside it, meets this.
+        # Fails if an index is built in this process instead of a subprocess.
         monkeypatch.setattr(epoch_index, "_dataset", only_open(epoch_index._dataset))
         IndexPrefetcher(data, first_on_machine=True).ensure_ready(0, BATCH)
         assert not missing(data, data.schedule.folds[0])

@@ -1,4 +1,4 @@
-"""Fold files of several files: includes, named blends, roots, and where mistakes are told to be."""
+"""Loader of fold files: includes, named blends, roots, and the locations of errors."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def write(folder: Path, files: dict[str, str]) -> Path:
     return folder / "folds.yaml"
 
 
-def test_a_list_is_written_once(tmp_path):
+def test_named_blends(tmp_path):
     file = read_fold_file(write(tmp_path, {"lists/corpus.yaml": CORPUS, "folds.yaml": FOLDS}))
     tokens, mine = tmp_path / "lists" / ".." / "tokens", tmp_path / "mine"
     ja = {"wiki": (tokens / "ja/wiki", 3), "cc": (Path("/elsewhere/cc"), 1)}
@@ -194,11 +194,11 @@ folds:
         "mean"
     )),
 }  # fmt: skip
-"""Files, the fold file first, and what is said of them."""
+"""Files, the fold file first, and the expected error."""
 
 
 @pytest.mark.parametrize("case", MISTAKES)
-def test_mistakes_name_file_and_line(tmp_path, case):
+def test_errors_name_file_and_line(tmp_path, case):
     text, expected = MISTAKES[case]
     main, *others = text.split("@ ")
     files = {"folds.yaml": main} | dict(other.split("\n", 1) for other in others)
@@ -208,7 +208,7 @@ def test_mistakes_name_file_and_line(tmp_path, case):
 
 
 def test_a_blend_may_be_a_list(tmp_path, monkeypatch):
-    """As most people write it; names are the ends of paths, and mistakes still name their line."""
+    """Entries are named after the ends of their paths, and errors name their line."""
     monkeypatch.setenv("DATA", "/data")
     monkeypatch.setenv("HOME", "/home/me")
     text = """\
@@ -249,7 +249,7 @@ folds:
          "line 3: fold 'a', tokens: expected a number such as"),
     ],
 )  # fmt: skip
-def test_mistakes_in_lists_and_numbers(text, message, tmp_path, monkeypatch):
+def test_errors_in_lists_and_numbers(text, message, tmp_path, monkeypatch):
     monkeypatch.delenv("NOWHERE", raising=False)
     with pytest.raises(UserError) as caught:
         read_fold_file(write(tmp_path, {"folds.yaml": text}))

@@ -1,4 +1,4 @@
-"""The arithmetic of the fold schedule, for any folds."""
+"""Arithmetic of the fold schedule, as properties of random folds."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_equal_weights_give_equal_shares_earlier_first(total, parts):
 
 @st.composite
 def fold_files(draw):
-    """A fold file over three datasets of which any may be repeated, and what is known of them."""
+    """Draw a fold file over three datasets that may be repeated, and the dataset facts."""
     sizes = draw(st.lists(st.integers(2 * LENGTH, 400 * LENGTH), min_size=3, max_size=3))
     datasets = {f"d{i}": DatasetInfo(f"key{i}", size) for i, size in enumerate(sizes)}
     folds = []
@@ -75,8 +75,8 @@ def schedule_of(content, datasets):
 
 
 @given(fold_files())
-def test_slices_lie_end_to_end(case):
-    """No sample of a dataset is drawn twice before its epoch is complete, nor is one left out."""
+def test_slices_are_contiguous(case):
+    """No sample of a dataset is omitted, or drawn twice before its epoch is complete."""
     schedule = schedule_of(*case)
     streams = {}
     end = 0
@@ -109,7 +109,7 @@ def test_budgets_are_kept(case):
 
 
 def test_iterations_are_counted_as_they_are_trained():
-    """During a batch ramp-up, from the middle of a batch, and whatever is skipped."""
+    """During batch size ramp-up, from the middle of a batch, and with skipped samples."""
     flags = ["--config", "laptop-llama", "--global-batch-size", "32", "--rampup-batch-size"]
     sizes = BatchSizeSchedule(parse([*flags, "8", "8", "300"])[0])
     blend = {"d0": {"path": "d0", "weight": 1, "repeat": True}}
@@ -143,7 +143,7 @@ def test_a_change_to_a_fold_moves_nothing_before_it(case, data):
         if a.first_sample != b.first_sample or a.slices != b.slices
     )
     assert after.folds[changed].digest != before.folds[changed].digest
-    # The seed and the contents of a dataset decide the order too.
+    # The order also depends on the seed and on the contents of the datasets.
     assert schedule_of({**content, "seed": 100}, datasets).folds[0].digest != before.folds[0].digest
     first = before.folds[0].slices[0].path
     other = {**datasets, first: DatasetInfo("new contents", datasets[first].tokens)}
@@ -205,7 +205,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_invalid_files_raise(tmp_path, case):
+def test_errors_name_their_cause(tmp_path, case):
     path = tmp_path / "folds.yaml"
     path.write_text(case.replace("BLEND", "{a: {path: d, weight: 1}}"))
     with pytest.raises(UserError) as caught:
@@ -219,7 +219,7 @@ def test_invalid_files_raise(tmp_path, case):
     )
 
 
-def test_too_small_and_too_often():
+def test_too_small_and_repeated_datasets_raise():
     datasets = {"d0": DatasetInfo("key", 10 * LENGTH + 1), "d1": DatasetInfo("tiny", LENGTH)}
 
     def fails(fold):

@@ -1,4 +1,4 @@
-"""Caches of indices: whole or not there, built once, mended when damaged. Real processes."""
+"""Index cache with real processes: atomic, built once, rebuilt when damaged."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from megatron_llmjp.filesystem import acquire_lock
 
 
 class Logged:
-    """An index whose building leaves a line in a log."""
+    """An index that writes a line to a log when it is built."""
 
     work = 0
 
@@ -43,7 +43,7 @@ class Logged:
 
 
 def in_child(body) -> int:
-    """Run ``body`` in a process of its own; return its id."""
+    """Run ``body`` in a child process; return its id."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -62,7 +62,7 @@ def until(condition) -> None:
         time.sleep(0.02)
 
 
-def test_a_killed_builder_leaves_nothing_under_the_name(tmp_path):
+def test_a_killed_builder_leaves_no_index(tmp_path):
     folder = tmp_path / "cache" / "a"
     child = in_child(lambda: ensure_index(folder, Logged(folder, 600).build))
     until(lambda: list(tmp_path.glob("cache/a.tmp-*/half")))
@@ -73,12 +73,12 @@ def test_a_killed_builder_leaves_nothing_under_the_name(tmp_path):
     assert not folder.exists()
     assert ensure_index(folder, Logged(folder).build)
     assert (folder / "rest").read_text() == "a"
-    assert [p.name for p in folder.parent.iterdir()] == ["a"]  # nor anything beside it
+    assert [p.name for p in folder.parent.iterdir()] == ["a"]  # nor temporary files
 
 
 @pytest.mark.parametrize("locks", [True, False])
 def test_many_builders_at_once(tmp_path, monkeypatch, locks):
-    """With locks each index is built once; without, as on some file systems, it is still right."""
+    """With locks each index is built once; without locks the result is still correct."""
     if not locks:
 
         def unsupported(stream, how):
@@ -99,8 +99,8 @@ def test_many_builders_at_once(tmp_path, monkeypatch, locks):
     assert len(list((tmp_path / "cache").iterdir())) == 6
 
 
-def test_a_lock_that_no_one_frees_is_not_waited_for_without_end(tmp_path, monkeypatch):
-    """NFS 3 keeps the lock of a machine that vanished."""
+def test_waiting_for_a_lock_times_out(tmp_path, monkeypatch):
+    """NFS 3 keeps the lock of a machine that disappeared."""
     monkeypatch.setattr(index_cache, "LOCK_TIMEOUT_SECONDS", 0.2)
     folder = tmp_path / "cache" / "a"
     folder.parent.mkdir()
@@ -118,7 +118,7 @@ def test_a_lock_that_no_one_frees_is_not_waited_for_without_end(tmp_path, monkey
     os.waitpid(child, 0)
 
 
-def test_the_first_of_two_stays(tmp_path):
+def test_the_first_of_two_builders_wins(tmp_path):
     folder = tmp_path / "a"
     with atomic_folder(folder) as slow:
         (slow / "file").write_text("second")
@@ -148,7 +148,7 @@ def damages():
 
 
 @pytest.mark.parametrize("damage", damages(), ids=lambda f: f.__name__)
-def test_damage_is_seen_and_mended(tmp_path, capsys, damage):
+def test_damage_is_detected_and_repaired(tmp_path, capsys, damage):
     folder = tmp_path / "cache" / "a"
     ensure_index(folder, Logged(folder).build)
     damage(folder)
@@ -159,18 +159,18 @@ def test_damage_is_seen_and_mended(tmp_path, capsys, damage):
     assert [p.name for p in folder.parent.iterdir()] == ["a"]
 
 
-def test_a_cache_that_cannot_be_written(tmp_path):
+def test_an_unwritable_cache_raises(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises((UserError, NotADirectoryError)):
         ensure_index(tmp_path / "file" / "a", Logged(tmp_path / "file" / "a").build)
-    if os.geteuid() != 0:  # root may write anywhere
+    if os.geteuid() != 0:  # root ignores permissions
         (tmp_path / "cache").mkdir(mode=0o500)
         with pytest.raises(UserError, match="--data-cache-path"):
             ensure_index(tmp_path / "cache" / "a", Logged(tmp_path / "cache" / "a").build)
 
 
-def test_the_process_beside_a_rank_ends_with_it(tmp_path):
-    """Even when the rank is killed."""
+def test_the_worker_ends_with_its_rank(tmp_path):
+    """Also if the rank is killed."""
     program = (
         "import time, functools, os, signal\n"
         "from megatron_llmjp.data.indices import worker\n"
@@ -192,7 +192,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_a_failure_beside_a_rank_is_told(tmp_path, capfd):
+def test_a_failure_of_the_worker_raises(tmp_path, capfd):
     broken = SimpleNamespace(folder=tmp_path, build=partial(os.rename, str(tmp_path / "nothing")))
     with pytest.raises(RuntimeError, match="exit code 1"):
         worker.build_in_subprocess(broken, tmp_path)

@@ -1,4 +1,4 @@
-"""Damage to entries between the first and the last of an index."""
+"""Checks of all entries of an index."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def test_each_kind_of_damage_is_named(kind, number, value, message, chunk, tmp_p
     if value == "doubled":
         value = int(indexed_dataset.read_index(tmp_path / "d").pointers[number - 1])
     poke(tmp_path / "d", kind, number, value)
-    indexed_dataset.read_index(tmp_path / "d")  # both ends of the index are as they should be
+    indexed_dataset.read_index(tmp_path / "d")  # the first and last entries are intact
     with pytest.raises(DataError, match=message):
         read_and_check_index(tmp_path / "d")
 
 
 def test_any_order_and_gaps_are_allowed(tmp_path):
-    """As in a fold, or in an index that was shuffled."""
+    """As in a fold, or in a shuffled index."""
     write_dataset(tmp_path / "d", 50, seed=1)
     whole = indexed_dataset.read_index(tmp_path / "d")
     some = np.random.default_rng(0).permutation(50)[:30]
@@ -59,7 +59,7 @@ def test_any_order_and_gaps_are_allowed(tmp_path):
     assert read_and_check_index(tmp_path / "d").documents == 30
 
 
-def test_a_run_refuses_it(tmp_path):
+def test_a_run_rejects_a_damaged_index(tmp_path):
     file = read_fold_file(write_folds(tmp_path))
     poke(tmp_path / "ja", "pointers", 20, 2**62)
     with pytest.raises(UserError, match=r"fold 'fold00', dataset 'ja': .*ja.idx: sequence 20"):

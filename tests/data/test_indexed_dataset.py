@@ -1,4 +1,4 @@
-"""The index format against megatron-core's reader and builder."""
+"""Indexed datasets, compared with megatron-core's reader and builder."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ DOCUMENTS = st.lists(
 
 @settings(max_examples=60, deadline=None)
 @given(DOCUMENTS, st.sampled_from([np.uint16, np.int32]), st.integers(1, 7), st.data())
-def test_same_bytes_as_megatron_and_round_trip(tmp_path_factory, documents, dtype, chunk, data):
+def test_same_bytes_as_megatron_core_and_round_trip(
+    tmp_path_factory, documents, dtype, chunk, data
+):
     folder = tmp_path_factory.mktemp("indexed")
     builder = IndexedDatasetBuilder(str(folder / "theirs.bin"), dtype=dtype)
     for document in documents:
@@ -44,14 +46,16 @@ def test_same_bytes_as_megatron_and_round_trip(tmp_path_factory, documents, dtyp
         builder.add_document(flat, [len(sequence) for sequence in document])
     builder.finalize(str(folder / "theirs.idx"))
 
-    # Ours: in several batches, with a kill somewhere between them.
+    # The writer adds several batches and is killed between two of them.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(indexed_dataset_writer, "CHUNK", chunk)
         cut = data.draw(st.integers(0, len(documents)))
         writer = IndexedDatasetWriter(folder / "ours.bin", dtype)
         writer.add(*pack(documents[:cut], dtype))
         position = writer.sync()
-        writer.add(*pack(documents[: cut + 2], dtype))  # written, never synced: to be forgotten
+        writer.add(
+            *pack(documents[: cut + 2], dtype)
+        )  # written but never synced: discarded on resumption
         writer.close()
         writer = IndexedDatasetWriter(folder / "ours.bin", dtype, position)
         writer.add(*pack(documents[cut:], dtype))
@@ -71,12 +75,12 @@ def test_same_bytes_as_megatron_and_round_trip(tmp_path_factory, documents, dtyp
         assert [list(read[i]) for i in range(len(read))] == sequences
 
 
-def test_dtype_is_megatrons():
+def test_dtype_is_that_of_megatron_lm():
     for size in (1, 65499, 65500, 65536, 100000):
         assert indexed_dataset.best_dtype(size) == DType.optimal_dtype(size)
 
 
-def test_reads_what_megatron_wrote(tmp_path):
+def test_reads_datasets_of_megatron_core(tmp_path):
     builder = IndexedDatasetBuilder(str(tmp_path / "d.bin"), dtype=np.int64, multimodal=True)
     builder.add_item(torch.tensor([1, 2, 3]), mode=1)
     builder.end_document()
@@ -85,7 +89,7 @@ def test_reads_what_megatron_wrote(tmp_path):
     assert (index.tokens, index.dtype, list(index.read_tokens())) == (3, np.int64, [1, 2, 3])
 
 
-def test_damage_is_found_and_named(tmp_path):
+def test_damage_raises(tmp_path):
     prefix = tmp_path / "d"
     write(prefix, [[[1, 2]], [[3]], [[4, 5, 6]]])
     idx, binary = (
@@ -114,7 +118,7 @@ def test_damage_is_found_and_named(tmp_path):
         indexed_dataset.read_index(f"{prefix}.bin")
 
 
-def test_writer_refuses_wrong_type_and_lost_files(tmp_path):
+def test_wrong_dtype_and_missing_files_raise(tmp_path):
     writer = IndexedDatasetWriter(tmp_path / "d.bin", np.uint16)
     with pytest.raises(TypeError, match="int32"):
         writer.add(np.array([1], np.int32), np.array([1], np.int32))

@@ -1,4 +1,4 @@
-"""Lineage against the samples themselves: every token of the data is another number."""
+"""Data lineage, compared with the samples themselves, on data with unique tokens."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SKIP = [{"samples": [5, 9]}, {"samples": [60, 61]}]
 
 
 def write_numbered(prefix: Path, seed: int, documents: int, first: int) -> list[range]:
-    """Documents of one to three sequences, some empty; the tokens of each document."""
+    """Write documents of one to three sequences, some empty; return the tokens of each."""
     draw = np.random.default_rng(seed)
     sequences = draw.integers(1, 4, documents).astype(np.int32)
     lengths = draw.integers(0, 30, int(sequences.sum())).astype(np.int32)
@@ -49,7 +49,7 @@ def write_numbered(prefix: Path, seed: int, documents: int, first: int) -> list[
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Documents by dataset, the lineage, and the samples of all positions."""
+    """Return the documents by dataset, the lineage, and the samples of all positions."""
     folder = tmp_path_factory.mktemp("lineage")
     documents = {
         name: write_numbered(folder / name, i, size, 10_000 * (i + 1))
@@ -85,7 +85,7 @@ def test_a_sample_is_the_tokens_of_its_documents(run):
             told += tokens[span.first_token : span.first_token + span.tokens]
             assert read_tokens(span).tolist() == told[-span.tokens :]
         assert told == sample
-    # What is skipped has no number; what is trained on is what the loader yields.
+    # Skipped samples have no number; the others are those that the data loader yields.
     numbers = [lineage.origin(position).number for position in range(len(samples))]
     assert [n for n in numbers if n is not None] == list(range(len(data)))
     assert [p for p, n in enumerate(numbers) if n is None] == [5, 6, 7, 8, 60]
@@ -99,7 +99,7 @@ def test_a_sample_is_the_tokens_of_its_documents(run):
         lineage.origin(len(samples))
 
 
-def test_a_document_is_found_in_exactly_the_samples_that_hold_it(run):
+def test_a_document_is_found_in_exactly_the_samples_that_contain_it(run):
     documents, lineage, samples, _ = run
     keys = {p.name: p.key for fold in lineage.schedule.folds for p in fold.slices}
     held = [set(sample) for sample in samples]

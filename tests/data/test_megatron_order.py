@@ -1,4 +1,4 @@
-"""Megatron-LM's order: against what the real Megatron-LM was trained on, and its builder."""
+"""Megatron-LM's order, compared with recorded batches of Megatron-LM and with its builder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from megatron_llmjp.run import Run, resolve_run
 from tests.data.test_dataset import lengths_of, plain, write_numbered
 
 LLAMA_SMALL = Path(__file__).parents[1] / "parity" / "fixtures" / "llama_small"
-"""A run of the real Megatron-LM: --split 100,0,0, seed 1234, 20 iterations of 8 samples of 64."""
+"""Recorded Megatron-LM run: --split 100,0,0, seed 1234, 20 iterations of 8 samples of 64."""
 BATCH, LENGTH = 8, 16
 
 
@@ -43,8 +43,8 @@ def data_of(run: Run, cache: Path) -> tuple[FoldDataset, dict[str, ValidationDat
     return FoldDataset(run.schedule, epochs), held_out
 
 
-def test_the_batches_of_the_real_megatron_lm(tmp_path):
-    """Taken over by a flag, or as the first fold of a fold file; token for token."""
+def test_batches_equal_those_of_megatron_lm(tmp_path):
+    """With --data-path, or as the first fold of a fold file; token for token."""
     prefix = LLAMA_SMALL / "small_text_document"
     fold = {"name": "megatron", "order": "megatron", "iterations": 20, "split": "100,0,0"}
     fold["blend"] = {"small": {"path": str(prefix)}}
@@ -59,7 +59,7 @@ def test_the_batches_of_the_real_megatron_lm(tmp_path):
         ours = [data[number] for number in range(160)]
         for name, expected in theirs.items():
             assert np.array_equal(np.stack([sample[name] for sample in ours]), expected), name
-    assert data.locate(160)[0].start == data.locate(160)[0].samples_per_epoch  # an epoch of its own
+    assert data.locate(160)[0].start == data.locate(160)[0].samples_per_epoch  # a new epoch
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ FLAGS = {
 
 
 def blends_of(case: str, folder: Path) -> dict:
-    """What Megatron-LM hands to its builder for these flags."""
+    """Return the arguments that Megatron-LM passes to its builder for these flags."""
     a, b, c = (str(folder / name) for name in "abc")
     return {
         "one dataset": {"blend": ([a], None)},
@@ -105,7 +105,7 @@ def blends_of(case: str, folder: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def megatrons_world():
-    """megatron-core's builder needs a process group."""
+    """Provide the process group that megatron-core's builder requires."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -113,7 +113,7 @@ def megatrons_world():
 
 @pytest.fixture(scope="module")
 def ours(folder):
-    """Datasets of every case, built before the process group of the reference exists."""
+    """Build the datasets of every case, before the process group of the reference exists."""
     found = {}
     for case, (paths, split, iterations) in FLAGS.items():
         names = {name: folder / name for name in "abc"}
@@ -131,7 +131,7 @@ def ours(folder):
 
 
 @pytest.mark.parametrize("case", FLAGS)
-def test_megatrons_own_builder_gives_the_same_samples(case, folder, ours, megatrons_world):
+def test_megatron_core_builder_gives_the_same_samples(case, folder, ours, megatrons_world):
     _, split, iterations = FLAGS[case]
     content = blends_of(case, folder)
     if "blend" in content:
@@ -142,7 +142,7 @@ def test_megatrons_own_builder_gives_the_same_samples(case, folder, ours, megatr
         eod_mask_loss=False, create_attention_mask=False, **content,
     )  # fmt: skip
     if case == "the default split":
-        config.split_matrix[2] = None  # no document is in it, and the builder would never end
+        config.split_matrix[2] = None  # it has no documents, and the builder would not terminate
     # megatron.training: eval_iters * (train_iters // eval_interval + 1) batches of validation
     sizes = [iterations * BATCH, (iterations // 10 + 1) * 2 * BATCH, 2 * BATCH]
     theirs = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()
@@ -161,7 +161,7 @@ def test_megatrons_own_builder_gives_the_same_samples(case, folder, ours, megatr
         assert abs(count - planned[name]) <= len(planned)
 
 
-def test_splits_are_cut_as_megatron_cuts_them():
+def test_splits_equal_those_of_megatron_core():
     for split in ("969,30,1", "80,15,5", "1", "0.9, 0.1", "7,2,1"):
         matrix = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
         for documents in (1, 9, 60, 1000, 12345):

@@ -1,4 +1,4 @@
-"""Where train_iters, train_samples and train_tokens end a run, against a loop over its batches."""
+"""Run length by train_iters, train_samples and train_tokens, compared with a loop over batches."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LENGTH = 32
 
 
 def batches(full, ramp):
-    """Sizes of all global batches, as Megatron-LM's loop finds one after the other."""
+    """Yield the sizes of all global batches, as in Megatron-LM's training loop."""
     consumed = 0
     while True:
         size = full
@@ -35,7 +35,7 @@ def batches(full, ramp):
 
 
 def loop(full, ramp, samples, tokens, iters):
-    """Train until the next batch is not in the samples, or the tokens or iterations are done."""
+    """Loop until the samples do not fill a batch, or the tokens or iterations are reached."""
     done = consumed = 0
     for size in batches(full, ramp):
         if samples is not None and consumed + size > samples:
@@ -51,7 +51,7 @@ def loop(full, ramp, samples, tokens, iters):
 MODEL = ["--num-layers", "1", "--hidden-size", "8", "--num-attention-heads", "1"]
 
 
-def test_as_a_loop_counts():
+def test_limits_equal_a_loop_over_batches():
     generator = random.Random(5)
     for full, ramp in itertools.product((4, 24), (None, (2, 2, 37), (4, 10, 90))):
         flags = [*MODEL, "--seq-length", LENGTH, "--global-batch-size", full]
@@ -66,7 +66,7 @@ def test_as_a_loop_counts():
             assert found == loop(full, ramp, samples, tokens, iters), (full, ramp, asked)
 
 
-def test_llm_jp_s_13b_ends_with_its_tokens():
+def test_llm_jp_13b_ends_with_its_tokens():
     """300e9 tokens are 95,367.4 batches of 1536 x 2048; train_samples is twice as many."""
     config = parse(SCRIPTS[1].argv)[0]
     check_config(config, 96)
@@ -91,7 +91,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("flags", RUNS)
-def test_runs_end_there_and_read_back(tmp_path, flags):
+def test_runs_end_at_the_limit_and_read_back(tmp_path, flags):
     iterations, decay, note = RUNS[flags]
     path = write_folds(tmp_path, repeat=True)
     path.write_text(re.sub("iterations: .*", "samples: 20", path.read_text()))
@@ -108,7 +108,7 @@ def test_runs_end_there_and_read_back(tmp_path, flags):
 
 
 @pytest.mark.parametrize("order", ["--train-samples 41", "--train-samples 41 --train-tokens 600"])
-def test_megatrons_order_is_drawn_for_all_train_samples(tmp_path, order):
+def test_megatron_order_covers_all_train_samples(tmp_path, order):
     write_folds(tmp_path)
     words = arguments("laptop-llama", tmp_path, *order.split(), "--data-path", tmp_path / "ja")
     words[words.index("--fold-file") : words.index("--fold-file") + 2] = []
@@ -119,7 +119,7 @@ def test_megatrons_order_is_drawn_for_all_train_samples(tmp_path, order):
 
 @pytest.mark.parametrize("name", preset_names())
 def test_resolved_presets_read_back(tmp_path, name):
-    """A checkpoint's config.yaml passes the checks that its run passed."""
+    """A checkpoint's config.yaml passes the same checks as its run."""
     path = write_folds(tmp_path, repeat=True)
     flags = ["--config", name, "--fold-file", str(path), "--tokenizer-type", "NullTokenizer"]
     flags += ["--seq-length", "32", "--global-batch-size", "4", "--micro-batch-size", "1"]
@@ -139,7 +139,7 @@ def test_resolved_presets_read_back(tmp_path, name):
     assert resolve_run(load_config(stored), size).config == run.config
 
 
-def test_less_than_a_batch_is_refused(tmp_path):
+def test_less_than_a_batch_raises(tmp_path):
     words = arguments("laptop-llama", write_folds(tmp_path), "--train-samples", 3)
     with pytest.raises(UserError, match="train_samples 3 is less than one global batch of 4"):
         resolve_run(parse(words)[0], 1)

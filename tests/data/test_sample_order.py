@@ -1,4 +1,4 @@
-"""Which samples are trained on, and when: for any folds, layouts, ramp-ups, skips and stops."""
+"""Sample order, for random folds, layouts, batch size ramp-ups, skips and interruptions."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from megatron_llmjp.data.indices.interleave import blend_order
 
 CONFIG = parse(["--config", "laptop-llama"])[0]
 UNIT = 8
-"""All batch sizes are multiples of it, so that all these layouts can run them."""
+"""Divisor of all batch sizes, so that all these layouts can run them."""
 LAYOUTS = [(d, m) for d in (1, 2, 4, 8) for m in (1, 2, 4, 8) if UNIT % (d * m) == 0]
-"""Data-parallel size and micro-batch size; all ranks of a replica read the same."""
+"""Data-parallel size and micro-batch size; all ranks of a replica read the same samples."""
 
 Ids = list[tuple[str, str, int]]
 
 
 @st.composite
 def schedules(draw, skipping: bool = True) -> Schedule:
-    """Folds over three streams that go on from fold to fold."""
+    """Draw folds over three streams that continue from fold to fold."""
     cursors, folds, first = dict.fromkeys("abc", 0), [], 0
     for number in range(draw(st.integers(1, 4))):
         counts = draw(st.lists(st.integers(0, 60), min_size=3, max_size=3).filter(any))
@@ -60,7 +60,7 @@ def batch_sizes(draw) -> BatchSizeSchedule:
 
 @dataclass
 class Data:
-    """The samples by number, as the dataset finds them."""
+    """Return the samples by number, as the dataset locates them."""
 
     schedule: Schedule
 
@@ -78,7 +78,7 @@ class Data:
 def train(
     data: Data, sizes: BatchSizeSchedule, start: int, end: int, layout: tuple[int, int]
 ) -> list[Ids]:
-    """Global batches of iterations ``(start, end]``, put together from what each rank reads."""
+    """Return the global batches of iterations ``(start, end]``, merged from all ranks."""
     replicas, micro = layout
     span = sizes.consumed_after(start), sizes.consumed_after(end)
     readers = [
@@ -103,7 +103,7 @@ def test_an_interrupted_run_trains_on_the_same_batches(schedule, sizes, draw):
     for first, last in itertools.pairwise([0, *stops, end]):
         resumed += train(data, sizes, first, last, draw.draw(st.sampled_from(LAYOUTS)))
     assert resumed == straight
-    # Every position once, in order, but those skipped and the rest that makes no batch.
+    # Every position once, in order, except skipped ones and the last partial batch.
     flat = [sample for batch in straight for sample in batch]
     everything = Data(schedule.with_skips(SkippedSamples()))
     kept = [
@@ -117,7 +117,7 @@ def test_an_interrupted_run_trains_on_the_same_batches(schedule, sizes, draw):
 
 @given(schedules(), st.data())
 def test_counts_follow_the_order(schedule, draw):
-    """Fold, frontier and samples per dataset are what the order itself says."""
+    """Fold, end of the consumed samples and samples per dataset agree with the order itself."""
     data = Data(schedule)
     consumed = draw.draw(st.integers(0, schedule.total_samples))
     seen = [data[number] for number in range(consumed)]
@@ -139,8 +139,8 @@ def test_counts_follow_the_order(schedule, draw):
 
 
 @given(schedules(skipping=False), st.data())
-def test_skips_move_no_position(schedule, draw):
-    """Samples skipped later change nothing before them, and nothing is lost but what they name."""
+def test_skipping_moves_no_position(schedule, draw):
+    """Skipping later samples does not affect earlier ones, or any samples but the skipped ones."""
     found = draw.draw(skips(schedule.total_positions))
     skipping, before = schedule.with_skips(found), Data(schedule)
     after = Data(skipping)

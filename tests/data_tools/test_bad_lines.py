@@ -1,4 +1,4 @@
-"""Lines from which no document can be made: named, counted, never a hang or a traceback."""
+"""Invalid lines: reported and counted, without a hang or a traceback."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_skip_and_quarantine(compressed, tmp_path, capsys):
     assert not (tmp_path / "skip_rejected.jsonl").exists()
 
 
-def test_an_empty_document_does_not_stop_but_is_named(tmp_path, capsys):
+def test_an_empty_document_is_reported_and_kept(tmp_path, capsys):
     path = tmp_path / "c.jsonl"
     path.write_bytes(b'{"text": "a"}\n{"text": ""}\n')
     assert main(["--input", str(path), "--output-prefix", str(tmp_path / "o"), *BYTES]) == 0
@@ -91,7 +91,7 @@ def test_an_empty_document_does_not_stop_but_is_named(tmp_path, capsys):
 
 
 def test_rejected_share_is_limited(tmp_path, capsys, monkeypatch):
-    """One bad line in 200 passes by default, three do not, until the limit is raised."""
+    """One bad line in 200 is allowed by default; three require a larger limit."""
     path = tmp_path / "c.jsonl"
     arguments = ["--input", str(path), "--output-prefix", str(tmp_path / "o"), *BYTES]
     arguments += ["--on-error", "skip"]
@@ -112,7 +112,7 @@ def test_rejected_share_is_limited(tmp_path, capsys, monkeypatch):
         main([*arguments, "--max-rejected", "1"])
 
 
-def test_hopeless_input_stops_early(tmp_path, capsys, monkeypatch):
+def test_mostly_invalid_input_stops_early(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("data_tools.preprocess.blocks.BLOCK_BYTES", 1000)
     path = tmp_path / "c.jsonl"
     path.write_bytes(b'{"text": "a"}\n' * 50_000)
@@ -122,7 +122,7 @@ def test_hopeless_input_stops_early(tmp_path, capsys, monkeypatch):
     assert found is not None and int(found[1].replace(",", "")) < 2000
 
 
-def test_numbers_that_are_none_are_bad_lines(tmp_path, capsys):
+def test_invalid_numbers_are_bad_lines(tmp_path, capsys):
     path = tmp_path / "c.jsonl"
     path.write_text('{"text": "1 2"}\n{"text": "1 x"}\n{"text": "9"}\n')
     arguments = ["--input", str(path), "--output-prefix", str(tmp_path / "o"), "--on-error", "skip"]
@@ -145,7 +145,7 @@ JSON_LIKE = st.builds(
 @given(st.lists(st.one_of(st.binary(max_size=40), JSON_LIKE), max_size=12))
 @example([b'{"text": "\\ud800"}', b"\x00", b'{"text": "a"}'])
 def test_any_bytes_are_either_documents_or_rejected(lines):
-    """Fuzz: whatever the lines, each is accounted for and what is kept can be read back."""
+    """Fuzz: each line is a document or rejected, and documents can be read back."""
     data = b"\n".join(lines)
     encoder = BlockEncoder(
         load_tokenizer("ByteLevelTokenizer", None), EncodingOptions(["text"], True, True, 30, True)
@@ -167,7 +167,7 @@ def test_any_bytes_are_either_documents_or_rejected(lines):
     st.binary(min_size=1, max_size=300), st.sampled_from([b"", b"\x1f\x8b", b"(\xb5/\xfd", b"PAR1"])
 )
 def test_any_file_ends_in_a_message(data, magic):
-    """Fuzz: any bytes as an input file, also behind the magic numbers of known formats."""
+    """Fuzz: random bytes as an input file, also after the magic numbers of known formats."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "c.jsonl"
         path.write_bytes(magic + data)

@@ -1,4 +1,4 @@
-"""All indices of a run, made ahead."""
+"""build_indices: all indices of a run, built in advance."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from data_tools.build_indices import main
 from tests.support.datasets import write_folds
 
 
-def test_all_indices_are_made_once_and_mended(tmp_path, capsys):
+def test_indices_are_built_once_and_repaired(tmp_path, capsys):
     folds = write_folds(tmp_path, (2, 3, 1))
     flags = f"--fold-file {folds} --seq-length 16 --global-batch-size 8 --workers 2".split()
     report = tmp_path / "report.json"
@@ -17,7 +17,7 @@ def test_all_indices_are_made_once_and_mended(tmp_path, capsys):
     cache = tmp_path / "index_cache"
     assert "built 6 of 6 indices" in capsys.readouterr().out
     table = {(row["fold"], row["dataset"]): row for row in json.loads(report.read_text())}
-    # fold00 needs the first epoch of both datasets, fold01 and fold02 go on in it.
+    # fold00 needs the first epoch of both datasets, fold01 and fold02 continue it.
     assert [table["fold00", name]["built"] for name in ("(order)", "ja", "en")] == [1, 1, 1]
     assert [table["fold01", name]["built"] for name in ("(order)", "ja", "en")] == [1, 0, 0]
     assert table["total", ""]["samples"] == (2 + 3 + 1) * 8
@@ -36,14 +36,16 @@ def test_all_indices_are_made_once_and_mended(tmp_path, capsys):
     damaged = next(cache.rglob("*document_index.npy"))
     good = damaged.read_bytes()
     os.truncate(damaged, 200)
-    damaged.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))  # the same size: --verify alone sees it
+    damaged.write_bytes(
+        good[:-1] + bytes([good[-1] ^ 1])
+    )  # the same size: detected only by --verify
     assert main(flags) == 0
     assert main([*flags, "--verify"]) == 0
     assert "built 1 of 6" in capsys.readouterr().out
     assert damaged.read_bytes() == good
 
 
-def test_mistakes_are_told(tmp_path, capsys):
+def test_errors_are_reported(tmp_path, capsys):
     folds = write_folds(tmp_path, (2, 3))
     flags = f"--fold-file {folds} --seq-length 16 --global-batch-size 8".split()
     assert main([*flags, "--folds", "fold7"]) == 2

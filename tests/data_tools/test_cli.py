@@ -1,4 +1,4 @@
-"""What a user meets first: help, mistyped flags, and how fast they are answered."""
+"""Command lines of all programs: --help, misspelled flags, and response time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PROGRAMS = (preprocess_data, train_tokenizer, inspect_dataset, merge_datasets, s
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
-def test_help_teaches_and_is_fast(program):
+def test_help_has_examples_and_is_fast(program):
     started = time.monotonic()
     command = [sys.executable, "-m", program.__name__, "--help"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -30,7 +30,7 @@ def test_help_teaches_and_is_fast(program):
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
-def test_mistakes_take_one_line(program, capsys):
+def test_errors_take_one_line(program, capsys):
     with pytest.raises(SystemExit) as caught:
         program.main(["--overwrit", "x"] if program is not inspect_dataset else ["--verfy"])
     message = capsys.readouterr().err

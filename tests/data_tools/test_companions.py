@@ -1,4 +1,4 @@
-"""merge_datasets, split_folds and inspect_dataset against megatron-core's reader and builder."""
+"""merge_datasets, split_folds and inspect_dataset, compared with megatron-core."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_llmjp.data.indexed_dataset import read_index
 
 @pytest.fixture(scope="module")
 def datasets(tmp_path_factory, documents) -> list[str]:
-    """Three datasets of 100 documents each, one of them with an empty document."""
+    """Write three datasets of 100 documents each, one of them with an empty document."""
     folder = tmp_path_factory.mktemp("datasets")
     prefixes = []
     for at in range(3):
@@ -45,7 +45,7 @@ def documents_of(prefix) -> list[list[int]]:
     ]
 
 
-def test_merge_is_megatrons(datasets, tmp_path, monkeypatch):
+def test_merge_equals_megatron_core(datasets, tmp_path, monkeypatch):
     monkeypatch.setattr(documents_module, "DOCUMENTS_PER_CHUNK", 7)
     monkeypatch.setattr(documents_module, "TOKENS_PER_CHUNK", 1000)
     builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.uint16)
@@ -80,7 +80,7 @@ def test_merge_of_incompatible_datasets_raises(datasets, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("link", ["hard", "symbolic"])
-def test_split_is_complete_disjoint_and_shares_the_tokens(link, datasets, tmp_path, capsys):
+def test_split_is_complete_and_disjoint_and_shares_the_tokens(link, datasets, tmp_path, capsys):
     (tmp_path / "scores.txt").write_text("\n".join(str(at % 10) for at in range(100)))
     arguments = ["--input", datasets[1], "--output-dir", str(tmp_path / "f"), "--folds", "3"]
     arguments += ["--validation-documents", "7", "--link", link]
@@ -102,7 +102,7 @@ def test_split_is_complete_disjoint_and_shares_the_tokens(link, datasets, tmp_pa
     assert split_folds.main(arguments) == 2  # exists already
 
 
-def test_split_of_one_seed_is_always_the_same():
+def test_split_is_deterministic():
     same = [split_folds.assign_documents(1000, 10, 50, seed) for seed in (1, 1, 2)]
     for part in same[0]:
         assert np.array_equal(same[0][part], same[1][part])
@@ -124,7 +124,7 @@ def test_assign_documents(documents, folds, validation, seed):
     assert max(sizes) - min(sizes) <= 1
 
 
-def test_merging_folds_gives_all_documents_back(datasets, tmp_path):
+def test_merging_folds_restores_all_documents(datasets, tmp_path):
     arguments = ["--input", datasets[0], "--output-dir", str(tmp_path / "f"), "--folds", "4"]
     assert split_folds.main(arguments) == 0
     folds = sorted(str(p / Path(datasets[0]).name) for p in (tmp_path / "f").iterdir())

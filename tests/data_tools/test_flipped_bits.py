@@ -1,4 +1,4 @@
-"""inspect_dataset ends in a message, whichever bit of a dataset is flipped."""
+"""inspect_dataset reports an error, without a traceback, for any flipped bit of a dataset."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def dataset(tmp_path_factory) -> Path:
     return folder / "d_text_document"
 
 
-# Every bit of the index; of the others some, at every position in a byte.
+# Every bit of the index; of the other files a selection, at every position in a byte.
 @pytest.mark.parametrize(
     ("suffix", "step", "sentencepiece"),
     [(".idx", 1, False), (".bin", 7, False), (".bin", 7, True), (".json", 23, False)],

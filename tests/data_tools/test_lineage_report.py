@@ -1,4 +1,4 @@
-"""``inspect_dataset --run`` on a run of two data-parallel ranks, against what its loader yields."""
+"""``inspect_dataset --run`` on a run of two data-parallel ranks, compared with its data loader."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RANKS, ITERATIONS = 2, 6
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A save folder with checkpoints of iterations 4 and 6, and the resolved run."""
+    """Return a save folder with checkpoints of iterations 4 and 6, and the resolved run."""
     folder = tmp_path_factory.mktemp("run")
     folds = write_folds(folder, iterations=(3, 4))
     content = yaml.safe_load(folds.read_text())
@@ -36,7 +36,7 @@ def trained(tmp_path_factory):
     config = parse([*flags, "--save", str(folder / "save")]).config
     run = resolve_run(config, RANKS)
     train_all([Job("save", (0, RANKS), tuple(flags))], RANKS, folder)
-    # What happened is told by the checkpoints, whatever becomes of the fold file.
+    # The report depends on the checkpoints, not on later changes to the fold file.
     folds.write_text("folds: []")
     return folder / "save", run
 
@@ -48,7 +48,7 @@ def report(capsys, *words):
     return json.loads(output.out)
 
 
-def test_the_batch_of_an_iteration_is_what_the_loader_yields(trained, capsys):
+def test_the_batch_of_an_iteration_equals_the_data_loader(trained, capsys):
     save, run = trained
     data = FoldDataset(run.schedule, EpochDatasets(run.config.data, run.tokenizer, run.cache))
     sizes = BatchSizeSchedule(run.config)
@@ -89,7 +89,7 @@ def document(path, number):
     return index.read_tokens()[start : start + int(index.lengths[first:end].sum())].tolist()
 
 
-def test_a_document_is_found_where_it_was_seen(trained, capsys):
+def test_a_document_is_found_in_its_samples(trained, capsys):
     save, run = trained
     part = report(capsys, "--run", save, "--iteration", 5)[0]["documents"][0]
     words = ["--run", save, "--dataset", part["dataset"], "--document", part["document"]]

@@ -1,4 +1,4 @@
-"""preprocess_data against megatron-core's own builder, fed by the libraries themselves."""
+"""preprocess_data, compared with megatron-core's builder and the tokenizer libraries."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_same_bytes_as_megatron(
 ):
     monkeypatch.setattr(
         "data_tools.preprocess.blocks.BLOCK_BYTES", 3000
-    )  # many blocks, lines across them
+    )  # many blocks, with lines that span them
     monkeypatch.setattr("data_tools.preprocess.blocks.PEEK_BYTES", 100)
     bos = [1] if kind == "Llama2Tokenizer" else []
     eod = 2 if kind == "Llama2Tokenizer" else 7
@@ -58,7 +58,7 @@ def test_same_bytes_as_megatron(
     arguments += ["--tokenizer-type", kind, "--tokenizer-model", str(model), "--append-eod"]
     assert main([*arguments, "--workers", workers]) == 0
     assert_same_files(tmp_path / "new" / "ours_text_document", tmp_path / "theirs")
-    assert len(list((tmp_path / "new").iterdir())) == 3  # .bin .idx .json, nothing temporary
+    assert len(list((tmp_path / "new").iterdir())) == 3  # .bin .idx .json, no temporary files
 
 
 def test_hugging_face_and_no_eod(corpus, documents, tokenizer_folder, tmp_path):
@@ -120,7 +120,7 @@ def test_sentences_empty_documents_and_large_vocabulary(tmp_path):
 
 
 def test_bos_before_each_document(tmp_path, model, capsys):
-    """Once per document, also for several sequences; not before an empty one."""
+    """Once per document, also with several sequences; not for an empty one."""
     encode = sentencepiece.SentencePieceProcessor(model_file=str(model)).encode
     texts = ["a", ["b", "c"], "", "d e"]
     lines = "\n".join(json.dumps({"text": text}) for text in texts)
@@ -143,8 +143,8 @@ def test_bos_before_each_document(tmp_path, model, capsys):
     assert "has no BOS token" in capsys.readouterr().err
 
 
-def test_ids_are_stored_whole_or_refused(tmp_path, monkeypatch, capsys):
-    """A vocabulary of four tokens whose largest id does not fit uint16, and one that lies."""
+def test_ids_are_stored_exactly_or_rejected(tmp_path, monkeypatch, capsys):
+    """A vocabulary of four tokens whose largest id exceeds uint16, and one with a wrong size."""
     words = {"<unk>": 0, "</s>": 1, "a": 2, "b": 70000}
     fast = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     fast.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()

@@ -1,4 +1,4 @@
-"""Every kind of input gives the same dataset, in the order of the input."""
+"""Input formats of preprocess_data: all give the same dataset, in input order."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def two_gzip_members(data: bytes) -> bytes:
 
 
 def as_pzstd(data: bytes) -> bytes:
-    """As pzstd writes: a skippable frame with a size before each frame."""
+    """Compress as pzstd does: a skippable frame with a size before each frame."""
     frames = [zstandard.compress(data[:999]), zstandard.compress(data[999:])]
     sizes = [struct.pack("<III", 0x184D2A50, 4, len(frame)) for frame in frames]
     return b"".join(size + frame for size, frame in zip(sizes, frames, strict=True))
@@ -142,8 +142,8 @@ def test_folders_patterns_and_order(tmp_path, capsys):
     assert "total" in capsys.readouterr().out
 
 
-def test_nothing_in_a_folder_is_dropped_silently(tmp_path, capsys):
-    """Links are followed, suffixes may be in capitals, and what is not read is listed."""
+def test_ignored_files_are_reported(tmp_path, capsys):
+    """Links are followed, suffixes are case-insensitive, and ignored files are listed."""
     corpus, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"
     (corpus / ".git").mkdir(parents=True)
     elsewhere.mkdir()
@@ -192,7 +192,7 @@ def test_nothing_in_a_folder_is_dropped_silently(tmp_path, capsys):
         (["c.jsonl", "./c.jsonl"], "already included"),
     ],
 )
-def test_input_mistakes(words, message, tmp_path, monkeypatch):
+def test_input_errors(words, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("c.jsonl").write_text("")
     Path("empty").mkdir()
@@ -205,7 +205,7 @@ def damaged_parquet(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst", ".parquet"])
-def test_truncated_files_leave_nothing_half_made(suffix, corpus, tmp_path, capsys):
+def test_truncated_files_leave_no_incomplete_output(suffix, corpus, tmp_path, capsys):
     compress = COMPRESS.get(suffix, damaged_parquet)
     path = tmp_path / f"c.jsonl{suffix}"
     path.write_bytes(compress(corpus.read_bytes())[:-200])
@@ -225,7 +225,7 @@ def test_empty_input_and_empty_files(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "\n", '{"text": ""}\n', '{"txet": "a"}\n'])
-def test_success_needs_documents(content, tmp_path, capsys):
+def test_input_without_documents_fails(content, tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text(content)
     arguments = ["--input", str(tmp_path / "a.jsonl"), "--output-prefix", str(tmp_path / "p")]
     arguments += [*BYTES, "--on-error", "skip", "--max-rejected", "100%"]

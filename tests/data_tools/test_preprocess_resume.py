@@ -1,4 +1,4 @@
-"""Killed at any moment, the same command finishes the job with the same bytes."""
+"""Resumption of preprocess_data: after a kill at any time the output has the same bytes."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 class Killed(BaseException):
-    """Stands for kill -9: nothing may run after it."""
+    """Simulates kill -9: no code may run after it."""
 
 
 @pytest.fixture(params=[1, 5], ids=["every block saved", "every few blocks saved"])
 def eager(request, monkeypatch):
-    """Small blocks, and a clock that ticks once per look."""
+    """Use small blocks, and a clock that advances with each call."""
     clock = itertools.count()
     monkeypatch.setattr("data_tools.preprocess.blocks.BLOCK_BYTES", 20000)
     monkeypatch.setattr(
@@ -59,10 +59,8 @@ def eager(request, monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["add", "save", "finish", "rename"])
-def test_killed_at_every_kind_of_moment(
-    where, inputs, undisturbed, tmp_path, monkeypatch, eager, capsys
-):
-    """Fault injection: die in the n-th call of something, again and again, until it is done."""
+def test_kills_at_all_stages(where, inputs, undisturbed, tmp_path, monkeypatch, eager, capsys):
+    """Fault injection: die in the n-th call of a function, repeatedly, until the run completes."""
     target = {
         "add": "data_tools.preprocess.output.IndexedDatasetWriter.add",
         "save": "data_tools.preprocess.journal.ResumeJournal.add",
@@ -120,7 +118,7 @@ def test_kill_9(inputs, undisturbed, tmp_path):
 
 
 def test_finished_files_are_not_repeated(inputs, undisturbed, tmp_path, capsys, eager):
-    """A bad line in the third file: mended, the run goes on there."""
+    """After a bad line in the third file is fixed, the run resumes in that file."""
     third = Path(inputs[2])
     whole = third.read_bytes()
     third.write_bytes(whole + b"broken")
@@ -154,7 +152,7 @@ def test_ctrl_c(inputs, undisturbed, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["p.partial"]
 
 
-def test_same_again_other_again(inputs, undisturbed, tmp_path, capsys):
+def test_repeated_and_changed_commands(inputs, undisturbed, tmp_path, capsys):
     arguments = ["--input", inputs[0], "--output-prefix", str(tmp_path / "o"), *BYTES]
     assert main(arguments) == 0
     before = files(tmp_path)
@@ -167,7 +165,7 @@ def test_same_again_other_again(inputs, undisturbed, tmp_path, capsys):
     assert files(tmp_path) != before
 
 
-def test_another_run_in_the_work_folder_is_refused(inputs, tmp_path, monkeypatch, eager, capsys):
+def test_another_run_in_the_work_folder_raises(inputs, tmp_path, monkeypatch, eager, capsys):
     arguments = ["--input", *inputs, "--output-prefix", str(tmp_path / "o"), *BYTES]
     with monkeypatch.context() as patch:
         patch.setattr("data_tools.preprocess.output.DatasetOutput.finish", lambda *_: 1 / 0)
@@ -179,8 +177,8 @@ def test_another_run_in_the_work_folder_is_refused(inputs, tmp_path, monkeypatch
     assert main([*other, "--overwrite"]) == 0
 
 
-def test_input_that_changes_while_it_is_read(inputs, tmp_path, monkeypatch, capsys):
-    """Lines appended behind the program's back end the run; the next one repeats that file."""
+def test_input_that_changes_during_the_run_raises(inputs, tmp_path, monkeypatch, capsys):
+    """Lines appended during the run end it; the next run repeats that file."""
     paths = [tmp_path / f"{at}.jsonl" for at in range(3)]
     for path, source in zip(paths, inputs, strict=False):
         path.write_bytes(Path(source).read_bytes())
@@ -191,7 +189,7 @@ def test_input_that_changes_while_it_is_read(inputs, tmp_path, monkeypatch, caps
         finish(self, journal)
         with paths[1].open("a") as file:
             file.write('{"text": "late"}\n')
-        os.utime(paths[0])  # touched only
+        os.utime(paths[0])  # only the modification time
 
     with monkeypatch.context() as patch:
         patch.setattr(PreprocessJob, "_encode_all", appended)
@@ -220,7 +218,7 @@ def test_another_path_or_time_is_the_same_input(inputs, tmp_path, monkeypatch, c
     assert main(["--input", str(path), *common]) == 2
 
 
-def test_a_corrected_command_is_not_refused(inputs, tmp_path, capsys):
+def test_a_corrected_command_is_accepted(inputs, tmp_path, capsys):
     arguments = ["--input", inputs[0], "--output-prefix", str(tmp_path / "o"), *BYTES]
     arguments += ["--on-error", "skip"]
     assert main([*arguments, "--json-keys", "txet"]) == 2

@@ -1,4 +1,4 @@
-"""A run's report: what holds after restarts, and a page that needs nothing but itself."""
+"""report_run: curves after restarts, and a self-contained page."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_the_table(save):
     assert rows["time in steps"] == "00:00:25"
 
 
-def test_a_page_that_needs_nothing_but_itself(save, tmp_path, capsys):
+def test_the_page_is_self_contained(save, tmp_path, capsys):
     before = files(save)
     assert main([str(save), "--output-dir", str(tmp_path / "report")]) == 0
     assert files(save) == before
@@ -141,7 +141,7 @@ def test_a_page_that_needs_nothing_but_itself(save, tmp_path, capsys):
     assert "6 figures" in capsys.readouterr().out
 
 
-def test_the_end_of_a_run_never_fails(save, tmp_path, capsys):
+def test_a_failing_report_does_not_fail_the_run(save, tmp_path, capsys):
     write_report_at_end(str(save))
     write_report_at_end(None)
     write_report_at_end(str(tmp_path / "nothing"))

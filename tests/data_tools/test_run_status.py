@@ -1,4 +1,4 @@
-"""The status of a real run that goes on, is killed, hangs, fails, is requeued and ends."""
+"""run_status for a real run that runs, is killed, hangs, fails, is requeued and finishes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def files(folder: Path) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory) -> tuple[Path, RunStatus]:
-    """The folder of a run that was killed, and its status before that."""
+    """Return the folder of a killed run, and its status before the kill."""
     folder = tmp_path_factory.mktemp("run")
     folds = write_folds(folder, (ITERATIONS // 2, ITERATIONS // 2), repeat=True)
     save = folder / "save"
@@ -66,7 +66,7 @@ def ended(save: Path, **last: Any) -> None:
         stream.write(json.dumps({**steps[-1], **last}) + "\n")
 
 
-def test_a_run_that_goes_on(killed):
+def test_a_running_run(killed):
     _, status = killed
     assert status.state == "running" and f"process {os.getpid()}" not in status.why
     assert status.iteration >= 1 and status.train_iters == ITERATIONS
@@ -81,7 +81,7 @@ def test_a_run_that_goes_on(killed):
 
 
 def test_a_killed_run(save, capsys):
-    """Its last line may be half written; nothing is changed by looking."""
+    """Its last line may be incomplete; run_status changes no file."""
     with (save / "metrics.jsonl").open("a") as stream:
         stream.write('{"iteration": 17, "lm lo')
     before = files(save)
@@ -128,7 +128,7 @@ def test_a_growing_batch(save):
     assert read_status(save).train_iters == 40
 
 
-def test_what_jobs_leave(save, capsys):
+def test_job_files(save, capsys):
     ended(save)
     assert REQUEUE_LOG == HISTORY
     why = "stopped on request; requeued, since there is a new checkpoint"
@@ -188,7 +188,7 @@ def test_several(save, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "words"), [("empty", "not the save folder"), ("no", "does not exist")]
 )
-def test_what_is_no_run(name, words, tmp_path, capsys):
+def test_folders_without_a_run(name, words, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert main([str(tmp_path / name)]) == 2
     assert words in capsys.readouterr().err
@@ -202,7 +202,7 @@ def test_a_run_that_is_just_starting(tmp_path):
 
 
 def test_without_torch(killed):
-    """As on a login node, and fast."""
+    """As on a login node."""
     code = "import sys; from data_tools.run_status import main; main(sys.argv[1:]); "
     code += "assert not {'torch', 'numpy'} & set(sys.modules), 'imported'"
     done = subprocess.run([sys.executable, "-c", code, str(killed[0])], cwd=ROOT)

@@ -1,4 +1,4 @@
-"""Many tasks over one list of files make what one task makes."""
+"""Sharding: the merged output of many tasks equals the output of one task."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.data_tools.conftest import make_documents, write_jsonl
 BYTES = ["--tokenizer-type", "ByteLevelTokenizer", "--append-eod", "--workers", "1"]
 
 
-def test_parts_joined_are_the_whole(tmp_path, monkeypatch, capsys):
+def test_merged_parts_equal_the_whole(tmp_path, monkeypatch, capsys):
     for at in range(5):
         write_jsonl(tmp_path / f"{at}.jsonl", make_documents(20 * at, seed=at))
     common = ["--input", str(tmp_path), *BYTES, "--json-keys", "text", "n", "--on-error", "skip"]
@@ -33,7 +33,7 @@ def test_parts_joined_are_the_whole(tmp_path, monkeypatch, capsys):
         monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(task))
         arguments = [*common, "--output-prefix", part, "--shard", "slurm/8"]
         assert preprocess_data.main(arguments) == 0
-        assert preprocess_data.main(arguments) == 0  # safe to run again
+        assert preprocess_data.main(arguments) == 0  # can be repeated
     assert merge_datasets.main(["--parts", part]) == 2
     assert "1 of 8 parts are missing for key 'n': 5." in capsys.readouterr().err
     arguments = [*common, "--output-prefix", part, "--shard", "5/8"]
@@ -47,8 +47,8 @@ def test_parts_joined_are_the_whole(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 40])
-def test_one_large_file_is_cut_between_lines(count, tmp_path, monkeypatch):
-    """More tasks than some lines have bytes: every line goes to exactly one task."""
+def test_one_large_file_is_split_between_lines(count, tmp_path, monkeypatch):
+    """Every line goes to exactly one task, also with more tasks than bytes per line."""
     monkeypatch.setattr("data_tools.preprocess.shards.MIN_SPLIT_BYTES", 1000)
     monkeypatch.setattr("data_tools.preprocess.blocks.BLOCK_BYTES", 700)
     large = write_jsonl(tmp_path / "b.jsonl", make_documents(60, seed=1))
@@ -63,7 +63,7 @@ def test_one_large_file_is_cut_between_lines(count, tmp_path, monkeypatch):
 
 
 def lines_of(source: InputSource) -> list[bytes]:
-    """Return the lines of a source, read in blocks; resumed at every block it is the same."""
+    """Return the lines of a source, read in blocks, and check resumption at every block."""
     blocks = list(read_blocks(source, 0, ["text"], 10**6))
     plain = [block for block in blocks if isinstance(block.payload, FileRange)]
     for before, block in itertools.pairwise(plain):
@@ -74,7 +74,7 @@ def lines_of(source: InputSource) -> list[bytes]:
     return b"".join(data).splitlines()
 
 
-def test_cut_parts_joined_are_the_whole(tmp_path, monkeypatch, capsys):
+def test_merged_split_parts_equal_the_whole(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("data_tools.preprocess.shards.MIN_SPLIT_BYTES", 1000)
     write_jsonl(tmp_path / "large.jsonl", make_documents(60, seed=1))
     (tmp_path / "z.jsonl.gz").write_bytes(gzip.compress(os.urandom(9000).hex().encode()))
@@ -95,7 +95,7 @@ def test_cut_parts_joined_are_the_whole(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("shard", ["8/8", "x/8", "3", "slurm/4"])
-def test_mistakes(shard, tmp_path, monkeypatch, capsys):
+def test_invalid_shards(shard, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
     (tmp_path / "c.jsonl").write_text("")
     arguments = ["--input", str(tmp_path), "--output-prefix", str(tmp_path / "o"), *BYTES]

@@ -16,7 +16,7 @@ from tests.support.tokenizer_files import TEXTS, byte_level_bpe, write_gpt2, wri
 
 TEXT = "a b 1"
 BOS = {
-    # None: refused
+    # None: rejected
     "SentencePieceTokenizer": 1,
     "GPTSentencePieceTokenizer": 1,
     "Llama2Tokenizer": None,
@@ -29,7 +29,7 @@ BOS = {
 
 
 def flags_of(kind: str, folder: Path, model: Path) -> list[str]:
-    """The flags that name a tokenizer of this type."""
+    """Return the flags for a tokenizer of this type."""
     flags = ["--tokenizer-type", kind, "--workers", "1"]
     if kind == "GPT2BPETokenizer":
         vocab, merges = write_gpt2(folder / "gpt2-vocab.json", folder / "gpt2-merges.txt")
@@ -43,7 +43,7 @@ def flags_of(kind: str, folder: Path, model: Path) -> list[str]:
 
 
 def write_text(folder: Path, *texts: str) -> list[str]:
-    """Input flags for these texts."""
+    """Write the texts and return the input flags."""
     lines = "\n".join(json.dumps({"text": text}) for text in texts)
     (folder / "in.jsonl").write_text(lines)
     return ["--input", str(folder / "in.jsonl"), "--output-prefix", str(folder / "o")]
@@ -78,7 +78,7 @@ def test_bos_for_every_type(kind: str, tmp_path: Path, model: Path, capsys) -> N
 
 
 def test_types_in_any_case_and_by_other_names(tmp_path: Path, model: Path, capsys) -> None:
-    """As pretrain_gpt reads them."""
+    """Types are parsed as by pretrain_gpt."""
     words = [*write_text(tmp_path, TEXT), "--tokenizer-model", str(model), "--tokenizer-type"]
     for word in ("gptsentencepiecetokenizer", "JapaneseSentencePiece", "GPTSentencePieceTokenizer"):
         assert main([*words, word]) == 0
@@ -87,7 +87,7 @@ def test_types_in_any_case_and_by_other_names(tmp_path: Path, model: Path, capsy
 
 
 def write_hugging_face(folder: Path, template: str) -> None:
-    """A tokenizer whose template adds these tokens."""
+    """Write a tokenizer whose template adds these tokens."""
     fast = byte_level_bpe(("<s>", "</s>"))
     fast.post_processor = tokenizers.processors.TemplateProcessing(
         single=template, special_tokens=[("<s>", 0), ("</s>", 1)]
@@ -110,7 +110,7 @@ def test_special_tokens_of_transformers(template: str, tmp_path: Path, capsys) -
     assert plain == [theirs(text, add_special_tokens=False).input_ids for text in TEXTS[:3]]
     include = "--tokenizer-hf-include-special-tokens"
     if template == "$A":
-        assert main([*words, include]) == 2  # there is other output: the option is in its recipe
+        assert main([*words, include]) == 2  # output of another recipe exists
         return
     assert main([*words, include, "--overwrite"]) == 0
     assert sequences(tmp_path) == [theirs(text).input_ids for text in TEXTS[:3]]
@@ -129,8 +129,8 @@ def test_special_tokens_of_other_types(kind: str, tmp_path: Path, model: Path, c
     assert f"with {kind}, --append-bos and --append-eod" in capsys.readouterr().err
 
 
-def test_ids_that_transformers_gives_otherwise_are_refused(tmp_path: Path, capsys) -> None:
-    """A tokenizer whose Python class does not follow its tokenizer.json."""
+def test_other_ids_of_transformers_raise(tmp_path: Path, capsys) -> None:
+    """The tokenizer's Python class does not agree with its tokenizer.json."""
     pytest.importorskip("transformers")
     write_hugging_face(tmp_path, "<s> $A")
     tokenizer = load_tokenizer("HuggingFaceTokenizer", tmp_path)
@@ -139,8 +139,8 @@ def test_ids_that_transformers_gives_otherwise_are_refused(tmp_path: Path, capsy
         tokenizer.include_special_tokens()
 
 
-def test_dropped_characters_are_warned_of(tmp_path: Path, model: Path, capsys) -> None:
-    """A vocabulary of letters, without bytes or an unknown token."""
+def test_dropped_characters_cause_a_warning(tmp_path: Path, model: Path, capsys) -> None:
+    """The vocabulary has only letters, without bytes or an unknown token."""
     letters = {
         letter: number for number, letter in enumerate(["</s>", *"abcdefghijklmnopqrstuvwxyz"])
     }

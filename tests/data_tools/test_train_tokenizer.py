@@ -1,4 +1,4 @@
-"""train_tokenizer as a program, and its tokenizer in transformers."""
+"""train_tokenizer, and its tokenizer in transformers."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from data_tools.preprocess.sources import find_input
 from data_tools.train_tokenizer import SPECIAL_TOKENS, main
 
 
-def test_whole_program_and_transformers(corpus, documents, tmp_path, capsys):
+def test_program_and_transformers(corpus, documents, tmp_path, capsys):
     arguments = ["--input", str(corpus), "--vocab-size", "600", "--output-dir", str(tmp_path)]
     assert main(arguments) == 0
     assert "give the same ids" in capsys.readouterr().out
     first = (tmp_path / "tokenizer.model").read_bytes()
-    assert main(arguments) == 2  # never replaced by accident
+    assert main(arguments) == 2  # not replaced without --overwrite
     assert "--overwrite" in capsys.readouterr().err
     assert main([*arguments, "--overwrite", "--eod-token", "</s>"]) == 0
     assert (tmp_path / "tokenizer.model").read_bytes() == first  # the same text, the same model
@@ -35,7 +35,7 @@ def test_whole_program_and_transformers(corpus, documents, tmp_path, capsys):
     assert fast.decode(fast(text).input_ids, skip_special_tokens=True) == text
 
 
-def test_vocabulary_that_does_not_fit(corpus, tmp_path, capsys):
+def test_unsuitable_vocabulary_size_raises(corpus, tmp_path, capsys):
     for size, message in (("200", "at least 1000"), ("500000", "--vocab-size 500000:")):
         arguments = ["--input", str(corpus), "--vocab-size", size, "--output-dir", str(tmp_path)]
         assert main(arguments) == 2
@@ -43,7 +43,7 @@ def test_vocabulary_that_does_not_fit(corpus, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_sample_is_bounded_even_and_reproducible(tmp_path):
+def test_sample_is_bounded_and_reproducible(tmp_path):
     lines = [f"文書 {at} " + "x" * (at % 50) for at in range(5000)]
     (tmp_path / "a.txt").write_text("\n".join(lines[:2500]), encoding="utf-8")
     with (tmp_path / "b.jsonl").open("w", encoding="utf-8") as file:

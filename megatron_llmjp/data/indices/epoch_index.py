@@ -11,7 +11,7 @@ import pickle
 import resource
 from collections import OrderedDict
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from megatron_llmjp.data import indexed_dataset
 from megatron_llmjp.data.indices import index_cache
 from megatron_llmjp.data.indices.worker import build_in_subprocess
 
-_NO_RESETS = {"reset_position_ids": False, "reset_attention_mask": False, "eod_mask_loss": False}
+NO_RESETS = {"reset_position_ids": False, "reset_attention_mask": False, "eod_mask_loss": False}
 OPEN_DATASETS = 256
 """Number of datasets kept open: more than most folds have."""
 
@@ -81,10 +81,7 @@ class EpochIndex:
             return
         tokens = indexed_dataset.open_indexed_dataset(self.path)
         documents = np.arange(len(tokens), dtype=np.int32)
-        flags = dict.fromkeys(
-            ("reset_position_ids", "reset_attention_mask", "eod_mask_loss"), False
-        )
-        _dataset(self, tokens, temporary, documents, DatasetTokenizer(0, 1), flags)
+        _dataset(self, tokens, temporary, documents, DatasetTokenizer(0, 1), NO_RESETS)
 
 
 class EpochDatasets:
@@ -116,16 +113,9 @@ class EpochDatasets:
 
         An index that is missing or damaged is built again by the process that finds it so.
         """
-        index = self.index(key, path, seed)
-        index_cache.ensure_index(index.folder, index.build)
-        inode = index.folder.stat().st_ino
-        tokens = self._tokens(path)
-        try:
-            return self._open(index, tokens)
-        except (ValueError, IndexError, EOFError, pickle.UnpicklingError) as error:
-            index_cache.discard_damaged(index.folder, inode, str(error))
-            index_cache.ensure_index(index.folder, index.build)
-            return self._open(index, tokens)
+        index, tokens = self.index(key, path, seed), self._tokens(path)
+        damage = (ValueError, IndexError, EOFError, pickle.UnpicklingError)
+        return index_cache.open_index(index, partial(self._open, index, tokens), damage)
 
     def _open(self, index: EpochIndex, tokens: Any) -> GPTDataset:
         # Document numbers (4 bytes each) are required only for building an index.

@@ -30,7 +30,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from numpy.lib import format as npy
 
@@ -42,6 +42,8 @@ from megatron_llmjp.filesystem import (
     no_heartbeat,
     process_exists,
 )
+
+T = TypeVar("T")
 
 CONTENTS_FILE = "contents.json"
 ARRAY = ".npy"
@@ -121,6 +123,21 @@ def ensure_indices(
     for index in rest:
         ensure_index(index.folder, index.build, thorough=thorough)
         done()
+
+
+def open_index(index: CachedIndex, load: Callable[[], T], damage: tuple[type[Exception], ...]) -> T:
+    """Return ``load()`` of an index, which is built first if it is missing.
+
+    If ``load`` raises one of the ``damage`` errors, the index is rebuilt and loaded again.
+    """
+    ensure_index(index.folder, index.build)
+    inode = index.folder.stat().st_ino
+    try:
+        return load()
+    except damage as error:
+        discard_damaged(index.folder, inode, str(error))
+        ensure_index(index.folder, index.build)
+        return load()
 
 
 def find_damage(folder: Path, *, thorough: bool = False) -> str | None:

@@ -43,14 +43,7 @@ class FoldOrder:
 
     def open(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the arrays of :func:`blend_order`, memory-mapped; build them if missing."""
-        index_cache.ensure_index(self.folder, self.build)
-        inode = self.folder.stat().st_ino
-        try:
-            return self._load()
-        except ValueError as error:
-            index_cache.discard_damaged(self.folder, inode, str(error))
-            index_cache.ensure_index(self.folder, self.build)
-            return self._load()
+        return index_cache.open_index(self, self._load, (ValueError,))
 
     def _load(self) -> tuple[np.ndarray, np.ndarray]:
         names = ("which.npy", "position.npy")

@@ -28,10 +28,8 @@ from megatron.core.datasets.utils import Split
 
 from megatron_llmjp.data.folds.schedule import MegatronBlend
 from megatron_llmjp.data.indices import index_cache
-from megatron_llmjp.data.indices.epoch_index import DatasetTokenizer, EpochDatasets
+from megatron_llmjp.data.indices.epoch_index import NO_RESETS, DatasetTokenizer, EpochDatasets
 from megatron_llmjp.data.indices.worker import build_in_subprocess
-
-_NO_RESETS = {"reset_position_ids": False, "reset_attention_mask": False, "eod_mask_loss": False}
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class MegatronIndex:
             build_in_subprocess(self, temporary)
             return
         with _single_process_group():  # BlendedDataset queries its rank when it writes
-            _dataset(self, temporary, DatasetTokenizer(0, 1), _NO_RESETS)
+            _dataset(self, temporary, DatasetTokenizer(0, 1), NO_RESETS)
 
     def open(self, epochs: EpochDatasets) -> MegatronSamples:
         """Return the samples, memory-mapped; build the index if it is missing."""

@@ -1,4 +1,4 @@
-"""What is known of datasets on disk: which edits are seen."""
+"""Content keys of datasets, and the edits that they detect."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def overwrite(path, place, data=b"\xff\xff"):
         stream.write(data)
 
 
-def test_edits_are_seen(tmp_path):
+def test_edits_are_detected(tmp_path):
     prefix, bin_file = tmp_path / "a", tmp_path / "a.bin"
     write_dataset(prefix, 100, seed=1)
     keys = [compute_keys(str(prefix)).key]
@@ -31,7 +31,7 @@ def test_edits_are_seen(tmp_path):
     keys.append(compute_keys(str(prefix)).key)
     assert len(set(keys)) == len(keys)
 
-    # Neither its place nor its manifest is part of a dataset's identity.
+    # Neither path nor manifest is part of a dataset's identity.
     manifest = {"bin": {"crc32": "00000000"}, "idx": {"crc32": "00000000"}, "tokens": 5}
     prefix.with_suffix(".json").write_text(json.dumps(manifest))
     found = compute_keys(str(prefix))
@@ -45,14 +45,16 @@ def test_edits_are_seen(tmp_path):
 
 
 def test_a_large_file_is_sampled(tmp_path):
-    """An edit of a MiB is seen wherever it is; a single token may lie between the blocks."""
+    """An edit of 1 MiB is always detected; a single token between the blocks is not."""
     prefix = tmp_path / "a"
     write_dataset(prefix, 100, seed=1)
     with prefix.with_suffix(".bin").open("r+b") as stream:
         stream.truncate(64 * MIB)
     before = compute_keys(str(prefix)).key
     seen = 0
-    for place in np.linspace(0, 64 * MIB - MIB, 16).astype(int):  # a MiB holds a block or more
+    for place in np.linspace(0, 64 * MIB - MIB, 16).astype(
+        int
+    ):  # 1 MiB contains at least one block
         overwrite(prefix.with_suffix(".bin"), int(place), b"\xff" * MIB)
         seen += compute_keys(str(prefix)).key != before
         overwrite(prefix.with_suffix(".bin"), int(place), b"\0" * MIB)
