@@ -39,7 +39,7 @@ EXAMPLES = """\
   After an interruption or a full disk, run the same command again to resume.
 
 tokenizer types:
-  SentencePieceTokenizer     no BOS; --append-eod adds <EOD>, else </s> where there is none
+  SentencePieceTokenizer     no BOS; --append-eod adds <EOD>, or </s> if there is no <EOD>
   GPTSentencePieceTokenizer  no BOS; --append-eod adds </s>
   Llama2Tokenizer            <s> before each document; --append-eod adds </s>
   HuggingFaceTokenizer       a tokenizer.json or its folder; --append-eod adds its eos_token
