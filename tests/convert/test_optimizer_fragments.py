@@ -58,7 +58,7 @@ def test_other_bucket_layouts_are_refused(tmp_path, convert):
         text = convert(*words, source, code=2)
     assert "no known order of parameters" in text
     assert "--dist-ckpt-optim-fully-reshardable" in text
-    with mock.patch.object(optimizer_fragments, "_agree", return_value=False):
+    with mock.patch.object(optimizer_fragments, "_equal_norms_and_biases", return_value=False):
         assert "no known order of parameters" in convert(*words, source, code=2)
     assert not (tmp_path / "n").exists()
 
