@@ -211,4 +211,4 @@ def test_ignore_args_accepts_the_refused_arguments(tmp_path, convert):
     assert "--ignore-args sandwich_norm" in convert(*words, code=2)
     convert(*words, "--ignore-args", "sandwich_norm")
     words = ("--to", "native", "--input", tmp_path / "hf", "--output", tmp_path / "o")
-    assert "--ignore-args is for Megatron" in convert(*words, "--ignore-args", "a", code=2)
+    assert "--ignore-args: not supported for hf" in convert(*words, "--ignore-args", "a", code=2)
