@@ -294,7 +294,9 @@ def test_a_model_without_an_equal_fast_tokenizer_is_copied(
     path = train(tmp_path / "tokenizer.model", "char")
     text = convert("--to", "hf", "--input", megatron, "--output", tmp_path / "out",
                    "--tokenizer", path, "--tokenizer-type", "Llama2Tokenizer")  # fmt: skip
-    assert "warning: AutoTokenizer cannot load the export, which has sentencepiece.model" in text
+    assert (
+        "warning: AutoTokenizer cannot load the export, which has only sentencepiece.model" in text
+    )
     assert "expected Unigram (1) or BPE (2)" in text
     assert (tmp_path / "out" / "sentencepiece.model").read_bytes() == path.read_bytes()
     with pytest.raises((ValueError, OSError)):
