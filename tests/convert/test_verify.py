@@ -92,7 +92,7 @@ def changed(function, **fields):
 
 
 def other_model(**fields):
-    """Return ``make_model`` with these fields changed in every model."""
+    """Return ``validated_model`` with these fields changed in every model."""
     made = hf_config.validated_model
     return lambda where, **given: made(where, **{**given, **fields})
 
@@ -109,12 +109,12 @@ MISTAKES = {
     "keys for values": (llama, "query_key_value", keys_for_values),
     "ups for gates": (llama, "gate_up", ups_for_gates),
     "input for output": (llama, "whole", inputs_for_outputs),
-    "base, to Hugging Face": (llama, "rotary_keys", changed(hf_config.rope_keys,
+    "base, to Hugging Face": (llama, "rope_keys", changed(hf_config.rope_keys,
         rope_theta=10001.0, rope_parameters={"rope_type": "default", "rope_theta": 20000.0})),
-    "base, from Hugging Face": (llama, "make_model", other_model(rotary_base=20000)),
-    "base, from arguments": (arguments, "make_model", other_model(rotary_base=20000)),
-    "epsilon, from Hugging Face": (llama, "make_model", other_model(norm_epsilon=1e-2)),
-    "epsilon, from arguments": (arguments, "make_model", other_model(norm_epsilon=1e-2)),
+    "base, from Hugging Face": (llama, "validated_model", other_model(rotary_base=20000)),
+    "base, from arguments": (arguments, "validated_model", other_model(rotary_base=20000)),
+    "epsilon, from Hugging Face": (llama, "validated_model", other_model(norm_epsilon=1e-2)),
+    "epsilon, from arguments": (arguments, "validated_model", other_model(norm_epsilon=1e-2)),
     "ranks end to end": (rank_files, "rank_layout", ranks_joined_end_to_end),
 }  # fmt: skip
 SIDES = {
