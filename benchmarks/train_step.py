@@ -174,8 +174,12 @@ def our_step(config: Any) -> tuple[Callable[[], Any], int]:
     from megatron_llmjp.parallel import process_groups
     from megatron_llmjp.parallel.device import setup
     from megatron_llmjp.parallel.ranks import single_process
-    from megatron_llmjp.training.lr_scheduler import LearningRateSchedule, RunScheduler
-    from megatron_llmjp.training.optimizer import build_optimizer, wrap_for_data_parallel
+    from megatron_llmjp.training.optimizer import (
+        LearningRateSchedule,
+        RunScheduler,
+        build_optimizer,
+        wrap_for_data_parallel,
+    )
     from megatron_llmjp.training.train_step import configure_schedules, train_step
 
     device = setup()

@@ -105,7 +105,7 @@ def _with_skips(data: ResolvedData, config: Config) -> ResolvedData:
 
 
 def _learning_rate(config: Config, data: ResolvedData, train_iters: int) -> LearningRate:
-    from megatron_llmjp.training.lr_scheduler import LearningRateSchedule  # imports torch: seconds
+    from megatron_llmjp.training.optimizer import LearningRateSchedule  # imports torch: seconds
 
     return LearningRateSchedule(config, data.schedule, BatchSizeSchedule(config), train_iters).at
 

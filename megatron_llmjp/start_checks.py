@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.estimate.checkpoints import checkpoint_bytes
 from megatron_llmjp.estimate.data_warnings import (
     START_INDEX_BYTES,
     run_data_warnings,
     shared_document_warnings,
 )
+from megatron_llmjp.estimate.memory import checkpoint_bytes
 from megatron_llmjp.filesystem import nearest_existing, why_not_writable
 from megatron_llmjp.formatting import format_count
 from megatron_llmjp.run import Run

@@ -1,26 +1,38 @@
-"""Encoding of a block of lines or rows to packed token arrays, as done by a worker."""
+"""Encoding of blocks of lines or rows to packed token arrays, in a pool of worker processes.
+
+The pool is an ordered map with bounded read-ahead that detects killed workers.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
-from collections.abc import Iterator
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from data_tools.preprocess.blocks import Block, FileRange, LongLine, TableRows
+from megatron_llmjp.data.indexed_dataset import best_dtype
+from megatron_llmjp.tokenizers import Tokenizer
+from megatron_llmjp.tokenizers.base import Ids
+
 try:
     import orjson
 except ImportError:  # 4 % slower without
     orjson = None  # type: ignore[assignment]
 
-from data_tools.preprocess.blocks import FileRange, TableRows
-from megatron_llmjp.data.indexed_dataset import best_dtype
-from megatron_llmjp.tokenizers import Tokenizer
-from megatron_llmjp.tokenizers.base import Ids
 
 Documents = list[list[str]]  # per document its texts: one, or one per sentence
 
@@ -270,3 +282,74 @@ def read_range(block: FileRange) -> bytes:
     if len(data) != block.length:
         raise OSError(f"{block.path}: the file was truncated while it was being read")
     return data
+
+
+BLOCKS_IN_FLIGHT = 4  # per worker: keeps it busy while limiting memory
+
+
+class EncoderPool:
+    """Worker processes that encode blocks; a context manager.
+
+    Uses ProcessPoolExecutor because it raises BrokenProcessPool if a worker is killed, for example
+    when it runs out of memory; multiprocessing.Pool would wait forever.
+    """
+
+    def __init__(self, workers: int, encoder: BlockEncoder) -> None:
+        self.workers = workers
+        # fork: workers share the loaded tokenizer and start in milliseconds.
+        self._executor = ProcessPoolExecutor(
+            workers, get_context("fork"), initializer=_init_worker, initargs=(encoder, os.getpid())
+        )
+
+    def __enter__(self) -> EncoderPool:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+    def encode(
+        self, blocks: Iterable[tuple[Any, Block]]
+    ) -> Iterator[tuple[Any, Block, EncodedBlock]]:
+        """Yield each block with its encoding, in the input order."""
+        waiting: deque[tuple[Any, Block, Future[EncodedBlock] | None]] = deque()
+        for tag, block in blocks:
+            future = None
+            if not isinstance(block.payload, LongLine):
+                future = self._executor.submit(_encode, block.payload)
+            waiting.append((tag, block, future))
+            # A long line must be consumed before the next block is read.
+            while waiting and (len(waiting) >= BLOCKS_IN_FLIGHT * self.workers or future is None):
+                yield _wait_for_result(waiting.popleft())
+        while waiting:
+            yield _wait_for_result(waiting.popleft())
+
+
+def _wait_for_result(
+    entry: tuple[Any, Block, Future[EncodedBlock] | None],
+) -> tuple[Any, Block, EncodedBlock]:
+    tag, block, future = entry
+    return tag, block, EncodedBlock(lines=1) if future is None else future.result()
+
+
+_encoder: BlockEncoder | None = None  # per worker process, set once by _init_worker
+
+
+def _init_worker(encoder: BlockEncoder, parent: int) -> None:
+    """Initialize a worker: ignore Ctrl-C, which the parent handles, and exit with the parent."""
+    global _encoder
+    _encoder = encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.freeze()  # exclude objects inherited from the parent from garbage collection
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # workers already run in parallel
+    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
+
+
+def _exit_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _encode(payload: Any) -> EncodedBlock:
+    assert _encoder is not None
+    return _encoder.encode(payload)

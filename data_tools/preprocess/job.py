@@ -22,10 +22,15 @@ from typing import Any
 from data_tools.common import EncodingProgress
 from data_tools.documents import MANIFEST_FORMAT
 from data_tools.preprocess.blocks import Block, LongLine, read_blocks
-from data_tools.preprocess.encode import BlockEncoder, EncodedBlock, EncodingOptions, RejectedLine
+from data_tools.preprocess.encode import (
+    BlockEncoder,
+    EncodedBlock,
+    EncoderPool,
+    EncodingOptions,
+    RejectedLine,
+)
 from data_tools.preprocess.journal import ResumeJournal, ResumePoint, SourceCounts
 from data_tools.preprocess.output import DatasetOutput
-from data_tools.preprocess.pool import EncoderPool
 from data_tools.preprocess.sources import InputSource
 from data_tools.tables import format_rows, summary_rows, write_table
 from megatron_llmjp.data.indexed_dataset_writer import IndexedDatasetWriter

@@ -11,12 +11,17 @@ from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.batch_size import BatchSizeSchedule, last_iteration
 from megatron_llmjp.data.lr_schedule import length_in_iterations
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.estimate.checkpoints import checkpoint_bytes, count_checkpoints
 from megatron_llmjp.estimate.communication import CommunicationVolume, communication_volume
 from megatron_llmjp.estimate.flops import compute_dtype, step_flops, tflops_per_device
 from megatron_llmjp.estimate.gpus import find_gpu, gpu_memory, peak_tflops
 from megatron_llmjp.estimate.layout import ModelChunk, ParallelLayout, make_layout
-from megatron_llmjp.estimate.memory import RankMemory, rank_memory, rank_parameters
+from megatron_llmjp.estimate.memory import (
+    RankMemory,
+    checkpoint_bytes,
+    count_checkpoints,
+    rank_memory,
+    rank_parameters,
+)
 from megatron_llmjp.formatting import format_bytes, format_count, format_gigabytes, format_table
 
 SECONDS_PER_DAY = 86400.0

@@ -41,8 +41,9 @@ from megatron_llmjp.parallel.process_groups import (
 from megatron_llmjp.parallel.ranks import Ranks
 from megatron_llmjp.run import Run, resolve_run
 from megatron_llmjp.training.batch_iterator import SamplesWithDatasetId
-from megatron_llmjp.training.lr_scheduler import LearningRateSchedule, RunScheduler
 from megatron_llmjp.training.optimizer import (
+    LearningRateSchedule,
+    RunScheduler,
     apply_config_after_load,
     build_optimizer,
     wrap_for_data_parallel,

@@ -20,7 +20,7 @@ from megatron_llmjp.run import Run, resolve_run
 from megatron_llmjp.training import run_setup
 from megatron_llmjp.training.evaluation import evaluate, validation_line
 from megatron_llmjp.training.gradient_monitor import GradientMonitor, Rollback
-from megatron_llmjp.training.lr_scheduler import LearningRateSchedule
+from megatron_llmjp.training.optimizer import LearningRateSchedule
 from megatron_llmjp.training.run_setup import LockedRun, locked_run, print_rank_0
 from megatron_llmjp.training.stop_signals import StopCoordinator
 from megatron_llmjp.training.trainer import GRADIENT_NORMS_STATE, Trainer

@@ -33,7 +33,7 @@ def save_on_rank(folder: str, words: list[str], port: str) -> dict[str, Any]:
     from megatron_llmjp.parallel.ranks import Ranks
     from megatron_llmjp.run import resolve_run
     from megatron_llmjp.training import run_setup
-    from megatron_llmjp.training.lr_scheduler import LearningRateSchedule
+    from megatron_llmjp.training.optimizer import LearningRateSchedule
 
     device = setup()
     rank, world = int(os.environ["RANK"]), 2

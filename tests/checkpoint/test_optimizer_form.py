@@ -47,7 +47,7 @@ def convert_on_rank(folder: str, words: dict[str, list[str]], port: str) -> None
     from megatron_llmjp.parallel.ranks import Ranks
     from megatron_llmjp.run import resolve_run
     from megatron_llmjp.training import run_setup
-    from megatron_llmjp.training.lr_scheduler import LearningRateSchedule
+    from megatron_llmjp.training.optimizer import LearningRateSchedule
 
     device = setup()
     ranks = Ranks(int(os.environ["RANK"]), 2, 0, "127.0.0.1", port, "test")

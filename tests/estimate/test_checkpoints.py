@@ -9,11 +9,7 @@ import pytest
 
 from megatron_llmjp.config.flags import parse
 from megatron_llmjp.config.loading import replace_fields
-from megatron_llmjp.estimate.checkpoints import (
-    CheckpointCounts,
-    checkpoint_bytes,
-    count_checkpoints,
-)
+from megatron_llmjp.estimate.memory import CheckpointCounts, checkpoint_bytes, count_checkpoints
 from tests.estimate.test_flops import preset
 from tests.support.datasets import write_folds
 from tests.support.training import Job, arguments, train_all

@@ -12,7 +12,7 @@ from megatron_llmjp.config.flags import parse
 from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.data.folds.schema import FoldLearningRate
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.training.lr_scheduler import LearningRateSchedule, RunScheduler
+from megatron_llmjp.training.optimizer import LearningRateSchedule, RunScheduler
 
 BATCH, LENGTH, ITERS = 4, 8, 50
 PEAK, LOW, WARMUP, END, TAIL = 3e-3, 1e-4, 5, 40, 10
