@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_llmjp.arguments import positive_int
-from megatron_llmjp.config.megatron_flags import RENAMED_VALUES
-from megatron_llmjp.tokenizers import TOKENIZER_TYPES, Tokenizer, load_tokenizer
+from megatron_llmjp.config.tokenizer_types import TOKENIZER_TYPES, find_tokenizer_type
+from megatron_llmjp.tokenizers import Tokenizer, load_tokenizer
 from megatron_llmjp.tokenizers.registry import TikTokenSettings
 
 _DEFAULTS = TikTokenSettings()
@@ -65,8 +65,7 @@ def add_tokenizer_flags(add: Callable[..., Any], required: bool = True, use: str
 
 def _parse_tokenizer_type(word: str) -> str:
     """Parse a tokenizer type as pretrain_gpt does: in any case, or Megatron-DeepSpeed's name."""
-    names = {name.lower(): name for name in TOKENIZER_TYPES} | RENAMED_VALUES["tokenizer_type"]
-    return names.get(word.lower(), word)
+    return find_tokenizer_type(word) or word
 
 
 def tokenizer_from_args(args: argparse.Namespace) -> Tokenizer:

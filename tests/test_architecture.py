@@ -15,7 +15,8 @@ from tools.draw_architecture import PICTURE, dependency_graph, depths, draw, imp
 LAYERS = [
     {"errors", "formatting"},
     {"yaml_text", "filesystem", "arguments", "metric_registry"},
-    {"config", "tokenizers", "retrying_file"},
+    {"config", "retrying_file"},
+    {"tokenizers"},
     {"patches"},
     {"parallel"},
     {"data", "model"},

@@ -16,6 +16,7 @@ from pathlib import Path
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.filesystem import retry_transient
+from megatron_llmjp.metric_registry import METRICS_FILE
 
 NATIVE = "native"
 HUGGING_FACE = "hf"
@@ -134,12 +135,11 @@ def _any(names: Iterable[str], pattern: str) -> bool:
     return any(re.fullmatch(pattern, name) for name in names)
 
 
-METRICS = "metrics.jsonl"
 _MAX_LISTED = 4
 """Maximum number of other files listed in a note."""
 _RUN_FILES = frozenset(
     {
-        METRICS,
+        METRICS_FILE,
         manifests.TRACKER,
         "hang",
         "logs",
@@ -232,9 +232,9 @@ def _refusal(root: Path, found: FoundCheckpoint) -> str:
 
 def _check_other_files(root: Path) -> list[str]:
     """Check a folder without checkpoints: refuse foreign metrics, and note other files."""
-    if _is_foreign_log(root / METRICS):
+    if _is_foreign_log(root / METRICS_FILE):
         raise UserError(
-            f"--save {root}: its {METRICS} was written by another program, and this run would "
+            f"--save {root}: its {METRICS_FILE} was written by another program, and this run would "
             "append to it. Use another folder"
         )
     others = sorted(p.name for p in root.iterdir() if p.name not in _RUN_FILES)

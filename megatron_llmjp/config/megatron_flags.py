@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from megatron_llmjp.config.loading import ConfigLayers
 from megatron_llmjp.config.refused_flags import FOREIGN, NEWER, REFUSED, REFUSED_FAMILIES
 from megatron_llmjp.config.schema import SECTION_OF
+from megatron_llmjp.config.tokenizer_types import TOKENIZER_TYPE_ALIASES
 from megatron_llmjp.config.unused_flags import NOT_NEEDED, NOT_NEEDED_FAMILIES
 from megatron_llmjp.errors import UserError, did_you_mean
 
@@ -85,8 +86,7 @@ RENAMED_FLAGS: dict[str, str] = {
 """Field that a flag with a value sets, by flag."""
 
 RENAMED_VALUES: dict[str, dict[str, str]] = {
-    # Megatron-DeepSpeed's: plain SentencePiece, end of document </s>.
-    "tokenizer_type": {"japanesesentencepiece": "GPTSentencePieceTokenizer"},
+    "tokenizer_type": TOKENIZER_TYPE_ALIASES,
     # Adam here is AdamW, as in Megatron-LM.
     "optimizer": {"adamw": "adam"},
     "position_embedding_type": {"rotary": "rope", "learned": "learned_absolute"},

@@ -15,11 +15,14 @@ from pydantic import (
 
 from megatron_llmjp.config.lr_decay_styles import DECAY_STYLES
 from megatron_llmjp.config.model_config import Section
+from megatron_llmjp.config.tokenizer_types import TOKENIZER_TYPES
 
 if TYPE_CHECKING:
     LRDecayStyle = str
+    TokenizerType = str
 else:
     LRDecayStyle = Literal[tuple(DECAY_STYLES)]
+    TokenizerType = Literal[TOKENIZER_TYPES]
 
 WSDDecayStyle = Literal["linear", "cosine", "exponential", "minus_sqrt"]
 
@@ -55,19 +58,9 @@ class DataConfig(Section):
         None, description="folder of the sample indices; default: index_cache next to the fold file"
     )
     seq_length: PositiveInt = Field(2048, description="sequence length: tokens per sample")
-    tokenizer_type: (
-        Literal[
-            "SentencePieceTokenizer",
-            "GPTSentencePieceTokenizer",
-            "Llama2Tokenizer",
-            "HuggingFaceTokenizer",
-            "GPT2BPETokenizer",
-            "TikTokenizer",
-            "ByteLevelTokenizer",
-            "NullTokenizer",
-        ]
-        | None
-    ) = Field(None, description="type of the tokenizer that the datasets were made with")
+    tokenizer_type: TokenizerType | None = Field(
+        None, description="type of the tokenizer that the datasets were made with"
+    )
     tokenizer_model: str | None = Field(
         None,
         description="SentencePiece model, tokenizer.json, Hugging Face folder, vocabulary of "

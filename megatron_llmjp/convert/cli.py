@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_llmjp.arguments import CommandLineParser, parse_size, positive_int
 from megatron_llmjp.checkpoint.save_folder import NATIVE
-from megatron_llmjp.config.megatron_flags import RENAMED_VALUES
+from megatron_llmjp.config.tokenizer_types import TOKENIZER_TYPES, find_tokenizer_type
 from megatron_llmjp.convert.formats.registry import FORMATS
 from megatron_llmjp.errors import (
     EXIT_DONE,
@@ -24,7 +24,6 @@ from megatron_llmjp.errors import (
     UserError,
     did_you_mean,
 )
-from megatron_llmjp.tokenizers import TOKENIZER_TYPES
 
 if TYPE_CHECKING:
     from megatron_llmjp.convert.conversion import Conversion
@@ -226,13 +225,13 @@ def _add_execution_options(add: Callable[..., Any]) -> None:
 
 def _tokenizer_type(word: str) -> str:
     """Parse a tokenizer type like pretrain_gpt: in any case, or Megatron-DeepSpeed's name."""
-    names = {name.lower(): name for name in TOKENIZER_TYPES} | RENAMED_VALUES["tokenizer_type"]
-    if word.lower() not in names:
+    found = find_tokenizer_type(word)
+    if found is None:
         raise argparse.ArgumentTypeError(
             f"invalid tokenizer type: '{word}'{did_you_mean(word, TOKENIZER_TYPES)} "
             f"Expected one of: {', '.join(TOKENIZER_TYPES)}"
         )
-    return names[word.lower()]
+    return found
 
 
 def _size(text: str) -> int:

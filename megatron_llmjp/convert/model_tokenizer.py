@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_llmjp.config.megatron_flags import RENAMED_VALUES
+from megatron_llmjp.config.tokenizer_types import find_tokenizer_type
 from megatron_llmjp.convert.formats.base import ConversionOptions, SourceCheckpoint
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.tokenizers import TOKENIZER_TYPES, Tokenizer, load_tokenizer
+from megatron_llmjp.tokenizers import Tokenizer, load_tokenizer
 from megatron_llmjp.tokenizers.hugging_face import HuggingFaceTokenizer
 from megatron_llmjp.tokenizers.registry import SENTENCEPIECE_TYPES, stored_tokenizer_fields
 
@@ -64,13 +64,8 @@ END_OF_DOCUMENT_TOKENS = {
     "TikTokenizer": ("</s>",),
 }
 """End-of-document tokens by tokenizer type, as in a tokenizer.json of the same vocabulary."""
-_TYPES_BY_NAME = {
-    **{name.lower(): name for name in TOKENIZER_TYPES},
-    **RENAMED_VALUES["tokenizer_type"],
-    "hftokenizer": "HuggingFaceTokenizer",
-    "pretrainedfromhf": "HuggingFaceTokenizer",
-}
-"""Tokenizer types by their names in lower case, including Megatron-DeepSpeed's."""
+_HUGGING_FACE_NAMES = ("hftokenizer", "pretrainedfromhf")
+"""Names of HuggingFaceTokenizer in the arguments of Megatron-DeepSpeed, in lower case."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +146,10 @@ def open_tokenizer(
 
 def run_tokenizer_type(source: SourceCheckpoint) -> str | None:
     """Return the tokenizer type of the run, or None if it is unknown."""
-    return _TYPES_BY_NAME.get((source.tokenizer_type or "").lower())
+    name = source.tokenizer_type or ""
+    if name.lower() in _HUGGING_FACE_NAMES:
+        return "HuggingFaceTokenizer"
+    return find_tokenizer_type(name)
 
 
 def _select_type(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_llmjp.config.tokenizer_types import TOKENIZER_TYPES
 from megatron_llmjp.errors import UserError, did_you_mean
 from megatron_llmjp.tokenizers.base import Tokenizer
 
@@ -159,17 +160,6 @@ def _find_files(folder: Path, pattern: str) -> list[Path]:
 
 
 DEFAULT_TIKTOKEN = TikTokenSettings()
-
-TOKENIZER_TYPES = (
-    "SentencePieceTokenizer",
-    "GPTSentencePieceTokenizer",
-    "Llama2Tokenizer",
-    "HuggingFaceTokenizer",
-    "GPT2BPETokenizer",
-    "TikTokenizer",
-    "ByteLevelTokenizer",
-    "NullTokenizer",
-)
 
 
 def load_tokenizer(

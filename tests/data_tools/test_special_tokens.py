@@ -11,7 +11,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from data_tools.inspect_dataset import main as inspect_dataset
 from data_tools.preprocess_data import main
-from megatron_llmjp.tokenizers import TOKENIZER_TYPES, load_tokenizer
+from megatron_llmjp.config.tokenizer_types import TOKENIZER_TYPES
+from megatron_llmjp.tokenizers import load_tokenizer
 from tests.support.tokenizer_files import TEXTS, byte_level_bpe, write_gpt2, write_tiktoken
 
 TEXT = "a b 1"
