@@ -157,7 +157,7 @@ def test_another_tokenizer_than_the_datasets_is_an_error(tmp_path, tokenizers, c
     assert "--allow-tokenizer-mismatch" in message
     for check in (
         lambda: plan_data(parse(words).config),
-        lambda: build_indices.find_tasks(parse(words).config, None),
+        lambda: build_indices.find_index_tasks(parse(words).config, None),
     ):
         with pytest.raises(UserError) as error:
             check()
