@@ -22,10 +22,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "docs" / "architecture.svg"
 FOLDERS = ("megatron_llmjp", "data_tools", "slurm")
-BASE = ("errors", "formatting", "filesystem", "retrying_file", "yaml_text")
+BASE = ("arguments", "errors", "filesystem", "formatting", "retrying_file", "yaml_text")
 """Modules that every other one may import; drawn as one box."""
 
-BOX_WIDTH, BOX_HEIGHT, GAP, ROW = 196, 74, 18, 118
+BOX_WIDTH, BOX_HEIGHT, GAP, ROW = 206, 88, 18, 130
 FONT = "font-family='Helvetica, Arial, sans-serif'"
 
 Graph = Mapping[str, frozenset[str]]
@@ -172,7 +172,7 @@ def _arrow(source: tuple[float, float], target: tuple[float, float]) -> str:
 
 
 def _box(name: str, text: str, x: float, y: float, width: float) -> str:
-    lines = textwrap.wrap(text, int(width / 6.6))[:3]
+    lines = textwrap.wrap(text, int(width / 6.6))[:4]
     spans = "".join(
         f"<text x='{x + 9:g}' y='{y + 34 + 14 * n:g}' {FONT} font-size='11' fill='#445'>"
         f"{escape(line)}</text>"
