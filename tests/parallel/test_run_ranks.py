@@ -57,7 +57,7 @@ def test_the_first_error_is_shown_and_the_others_are_stopped(tmp_path):
 
 
 def test_time_out_names_the_ranks_that_wait(tmp_path):
-    with pytest.raises(AssertionError, match=r"ranks \[0\] still run after 5 s"):
+    with pytest.raises(AssertionError, match=r"ranks \[0\] are still running after 5 s"):
         run_ranks(sleep_on_rank_0, 2, str(tmp_path), timeout=5.0)
     assert_gone(tmp_path)
 
