@@ -13,7 +13,13 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NoReturn
 
 from megatron_llmjp.arguments import CommandLineParser
-from megatron_llmjp.errors import EXIT_FAILURE, EXIT_USER_ERROR, DataError, UserError
+from megatron_llmjp.errors import (
+    EXIT_FAILURE,
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    DataError,
+    UserError,
+)
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -97,9 +103,6 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}"
-
-
-EXIT_INTERRUPTED = 130
 
 
 class ToolParser(CommandLineParser):

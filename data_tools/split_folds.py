@@ -29,6 +29,20 @@ from megatron_llmjp.filesystem import (
     write_json_durably,
 )
 
+EXAMPLES = """\
+  Split into ten folds after holding out 1,000 documents for validation:
+    split_folds --input data/ja_text_document --output-dir data/folds --folds 10 \\
+        --validation-documents 1000
+  writes data/folds/fold00/ja_text_document.{bin,idx,json} ... fold09, validation. Each .bin is a
+  link to that of the input; only the .idx differs, so every Megatron reader accepts them.
+
+  Select better documents for a last fold, by a score per document:
+    split_folds ... --refined-scores scores.txt --refined-share 0.1
+  or by document numbers (0 is the first), one per line:
+    split_folds ... --refined-list numbers.txt
+
+  Folds are not suitable for readers that partition a .bin without using the index."""
+
 
 def read_selection(args: argparse.Namespace, documents: int) -> npt.NDArray[Any] | None:
     """Return the selected document numbers in ascending order, or None without a selection.
@@ -66,21 +80,6 @@ def _numbers(path: Path) -> npt.NDArray[np.float64]:
         raise UserError(f"{path}: no such file") from error
     except ValueError as error:
         raise UserError(f"{path}: expected one number per line ({error})") from error
-
-
-EXAMPLES = """\
-  Split into ten folds after holding out 1,000 documents for validation:
-    split_folds --input data/ja_text_document --output-dir data/folds --folds 10 \\
-        --validation-documents 1000
-  writes data/folds/fold00/ja_text_document.{bin,idx,json} ... fold09, validation. Each .bin is a
-  link to that of the input; only the .idx differs, so every Megatron reader accepts them.
-
-  Select better documents for a last fold, by a score per document:
-    split_folds ... --refined-scores scores.txt --refined-share 0.1
-  or by document numbers (0 is the first), one per line:
-    split_folds ... --refined-list numbers.txt
-
-  Folds are not suitable for readers that partition a .bin without using the index."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -52,6 +52,9 @@ from megatron_llmjp.retrying_file import protect_standard_streams
 from megatron_llmjp.run import Run, resolve_run
 from megatron_llmjp.start_checks import check_start, overlap_warnings
 
+PEER_FAILURE_DELAY_SECONDS = 8.0
+"""Delay of a rank that fails because a peer exited, so that the cause is printed first."""
+
 
 def with_intact_checkpoint(run: Run, world_size: int) -> Run:
     """Apply a run's own checks of the save folder and the checkpoint, as ``--dry-run`` needs them.
@@ -133,10 +136,6 @@ def _fields(config: Config, parsed: Config, origin: Mapping[str, str]) -> list[s
             line = f"{line:48}  # {where}" if where else line
         lines.append(line)
     return lines
-
-
-PEER_FAILURE_DELAY_SECONDS = 8.0
-"""Delay of a rank that fails because a peer exited, so that the cause is printed first."""
 
 
 def main(argv: Sequence[str]) -> int:

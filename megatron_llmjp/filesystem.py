@@ -61,6 +61,8 @@ RETRY_PAUSES = (0.1, 0.4, 1.5, 5.0, 10.0)
 
 _Result = TypeVar("_Result")
 
+_NO_LOCKS = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
+
 
 def no_heartbeat() -> None:
     """Do nothing: the heartbeat of work that is not monitored."""
@@ -201,9 +203,6 @@ def process_exists(pid: int) -> bool:
     except PermissionError:
         return True
     return True
-
-
-_NO_LOCKS = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
 
 
 class FileLock:

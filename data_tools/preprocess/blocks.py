@@ -21,6 +21,10 @@ from data_tools.preprocess.compression import HEAD_BYTES, find_opener
 from data_tools.preprocess.sources import STDIN, InputSource
 from megatron_llmjp.errors import UserError, did_you_mean
 
+ROWS_PER_BLOCK = 256
+BLOCK_BYTES = 512 * 1024
+PEEK_BYTES = 64 * 1024
+
 
 @dataclass(frozen=True)
 class FileRange:
@@ -67,9 +71,6 @@ class Block:
     end: int
     size: int
     disk_bytes: int
-
-
-ROWS_PER_BLOCK = 256
 
 
 def read_parquet(source: InputSource, start: int, keys: list[str]) -> Iterator[Block]:
@@ -123,10 +124,6 @@ def _row_blocks(source: InputSource, table: Any, start: int, keys: list[str]) ->
                 columns = {key: batch.column(key).to_pylist() for key in keys}
                 disk = source.size * row // total
                 yield Block(TableRows(columns, batch.num_rows), row, batch.nbytes, disk)
-
-
-BLOCK_BYTES = 512 * 1024
-PEEK_BYTES = 64 * 1024
 
 
 def read_blocks(source: InputSource, start: int, keys: list[str], limit: int) -> Iterator[Block]:

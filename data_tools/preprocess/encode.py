@@ -36,6 +36,8 @@ except ImportError:  # 4 % slower without
 
 Documents = list[list[str]]  # per document its texts: one, or one per sentence
 
+BLOCKS_IN_FLIGHT = 4  # per worker: keeps it busy while limiting memory
+
 
 @dataclass(frozen=True)
 class EncodingOptions:
@@ -282,9 +284,6 @@ def read_range(block: FileRange) -> bytes:
     if len(data) != block.length:
         raise OSError(f"{block.path}: the file was truncated while it was being read")
     return data
-
-
-BLOCKS_IN_FLIGHT = 4  # per worker: keeps it busy while limiting memory
 
 
 class EncoderPool:

@@ -40,6 +40,10 @@ from megatron_llmjp.tokenizers import Tokenizer
 MIN_REJECTED_TO_STOP_EARLY = 1000
 """Rejected lines after which a run stops early if most of its lines are rejected."""
 
+SECONDS_BETWEEN_SAVES = 15.0
+SECONDS_AFTER_A_SOURCE = 0.5  # a finished source is saved immediately, unless sources are tiny
+MAX_WARNINGS_PRINTED = 10
+
 
 @dataclass(frozen=True)
 class RejectionLimits:
@@ -111,11 +115,6 @@ def parse_share(text: str) -> float:
     if not 0 <= value <= 1 or text == "1":
         raise argparse.ArgumentTypeError(f"expected a share such as 5% or 0.05, found {text}")
     return value
-
-
-SECONDS_BETWEEN_SAVES = 15.0
-SECONDS_AFTER_A_SOURCE = 0.5  # a finished source is saved immediately, unless sources are tiny
-MAX_WARNINGS_PRINTED = 10
 
 
 class PreprocessJob:

@@ -29,6 +29,8 @@ MAX_NAMES_RECORDED = 100
 MANIFEST_MARKER = f'"{MANIFEST_FORMAT.rpartition(" ")[0]}'.encode()
 """Start of the format in a manifest, in any version."""
 
+STDIN = "-"
+
 
 @dataclass(frozen=True)
 class IgnoredFile:
@@ -157,7 +159,6 @@ def ignored_record(ignored: Sequence[IgnoredFile]) -> dict[str, Any]:
     }
 
 
-STDIN = "-"
 SAMPLES, SAMPLE_BYTES = 16, 64 * 1024  # number and size of the blocks that identify a file
 
 

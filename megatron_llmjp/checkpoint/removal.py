@@ -23,6 +23,9 @@ from megatron_llmjp.filesystem import no_heartbeat, write_atomically
 FORMAT_FILE = "metadata.json"
 """File in which megatron-core stores the checkpoint format."""
 
+REMOVAL_WAIT_SECONDS = 60.0
+"""Time that a finishing run waits for the verification of its last checkpoint."""
+
 
 def verify_checkpoint(folder: Path, is_cancelled: Callable[[], bool] = lambda: False) -> list[str]:
     """Return the problems that would prevent a resume from a checkpoint.
@@ -50,10 +53,6 @@ def verify_checkpoint(folder: Path, is_cancelled: Callable[[], bool] = lambda: F
     except (UserError, OSError, ValueError) as error:
         return [str(error)]
     return []
-
-
-REMOVAL_WAIT_SECONDS = 60.0
-"""Time that a finishing run waits for the verification of its last checkpoint."""
 
 
 class CheckpointRemover:

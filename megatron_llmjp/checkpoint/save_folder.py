@@ -30,6 +30,24 @@ _CHECKPOINT = re.compile(r"iter_\d+|release|global_step\d+")
 _NATIVE_FILES = (manifests.CONFIG, manifests.FOLDS)
 """Files that no other program writes; Megatron-LM from core 0.20 on has a ``tokenizer``, too."""
 
+_MAX_LISTED = 4
+"""Maximum number of other files listed in a note."""
+_RUN_FILES = frozenset(
+    {
+        METRICS_FILE,
+        manifests.TRACKER,
+        "hang",
+        "logs",
+        "report",
+        "requeues.jsonl",
+        "stop",
+        "tensorboard",
+        "wandb",
+        "wandb_run_id.txt",
+    }
+)
+"""Files that this program, the Slurm scripts and wandb write to a save folder; no hidden ones."""
+
 
 @dataclass(frozen=True)
 class FoundCheckpoint:
@@ -133,25 +151,6 @@ def conversion_commands(found: FoundCheckpoint, root: Path) -> str:
 
 def _any(names: Iterable[str], pattern: str) -> bool:
     return any(re.fullmatch(pattern, name) for name in names)
-
-
-_MAX_LISTED = 4
-"""Maximum number of other files listed in a note."""
-_RUN_FILES = frozenset(
-    {
-        METRICS_FILE,
-        manifests.TRACKER,
-        "hang",
-        "logs",
-        "report",
-        "requeues.jsonl",
-        "stop",
-        "tensorboard",
-        "wandb",
-        "wandb_run_id.txt",
-    }
-)
-"""Files that this program, the Slurm scripts and wandb write to a save folder; no hidden ones."""
 
 
 def check_save_folder(root: Path) -> list[str]:

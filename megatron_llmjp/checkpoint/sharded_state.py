@@ -41,6 +41,11 @@ from megatron_llmjp.checkpoint import safe_unpickling
 from megatron_llmjp.checkpoint.reader import threaded_reading
 from megatron_llmjp.parallel.process_groups import DEFAULT_RANK_SYNC, RankSync
 
+DISTRIBUTED, PLAIN = "optimizer.state.param.", "optimizer.state.fp32_param."
+"""Key prefixes of the fp32 main weights, with and without the distributed optimizer."""
+_SHARDING = "param_state_sharding_type"
+_HALF = (torch.bfloat16, torch.float16)
+
 
 def get_random_state() -> dict[str, Any]:
     """Return the state of all random generators of this rank."""
@@ -65,13 +70,6 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     torch.cuda.set_rng_state(state["cuda"])
     get_cuda_rng_tracker().set_states(state["tracker"])
-
-
-DISTRIBUTED, PLAIN = "optimizer.state.param.", "optimizer.state.fp32_param."
-"""Key prefixes of the fp32 main weights, with and without the distributed optimizer."""
-
-_SHARDING = "param_state_sharding_type"
-_HALF = (torch.bfloat16, torch.float16)
 
 
 def redirect_model_keys(model: Any, stored: Mapping[str, Any], dtype: torch.dtype) -> None:

@@ -43,6 +43,36 @@ from megatron_llmjp.config.megatron_flags import (
 from megatron_llmjp.config.schema import SECTION_OF, SECTIONS, Config
 from megatron_llmjp.errors import ErrorCollector, UserError
 
+DESCRIPTION = "Pretrain a GPT model with tensor, pipeline and data parallelism on megatron-core."
+EXAMPLES = """\
+examples:
+  four processes on this machine, TP2 x PP2:
+    python pretrain_gpt.py --config laptop-llama --fold-file folds.yaml --nproc-per-node 4 \\
+        --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --save checkpoints
+  under torchrun, srun or mpirun, which start the processes:
+    torchrun --nproc-per-node 8 pretrain_gpt.py --config llm-jp-3-1.8b --fold-file folds.yaml ...
+  resume from the newest checkpoint of a run, in another layout:
+    python pretrain_gpt.py --config laptop-llama --fold-file folds.yaml --nproc-per-node 4 \\
+        --pipeline-model-parallel-size 2 --save checkpoints
+  check a run of 512 processes, and print its configuration with the origin of each value:
+    python pretrain_gpt.py --config llm-jp-3-172b --fold-file folds.yaml --world-size 512 \\
+        --tokenizer-type Llama2Tokenizer --tokenizer-model tokenizer.model --dry-run
+
+Flags override the YAML file of --config, which overrides its preset (docs/configuration.md).
+Arguments of Megatron-LM and Megatron-DeepSpeed are accepted; without --config, Megatron-LM's
+defaults apply. Exit codes: 0 finished, 2 error in the arguments or data, 3 stopped on request with
+a checkpoint saved, 1 any other failure.
+"""
+METAVARS = {
+    "pipeline_model_parallel_layout": "LAYOUT",
+    "split": "TRAIN,VALID,TEST",
+    "skip_iterations": "A-B,C",
+    "wandb_project": "NAME",
+    "wandb_entity": "NAME",
+    "wandb_exp_name": "NAME",
+}
+"""Placeholders in ``--help`` for the values of text fields that are not paths."""
+
 
 class Mode(Enum):
     """Modes of ``pretrain_gpt.py``; the value is the flag that selects the mode."""
@@ -106,40 +136,6 @@ def mode_of(arguments: Mapping[str, Any]) -> Mode:
         flags = " and ".join(mode.value for mode in given)
         raise UserError(f"{flags} are mutually exclusive: pass one of them")
     return given[0] if given else Mode.TRAIN
-
-
-DESCRIPTION = "Pretrain a GPT model with tensor, pipeline and data parallelism on megatron-core."
-
-EXAMPLES = """\
-examples:
-  four processes on this machine, TP2 x PP2:
-    python pretrain_gpt.py --config laptop-llama --fold-file folds.yaml --nproc-per-node 4 \\
-        --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --save checkpoints
-  under torchrun, srun or mpirun, which start the processes:
-    torchrun --nproc-per-node 8 pretrain_gpt.py --config llm-jp-3-1.8b --fold-file folds.yaml ...
-  resume from the newest checkpoint of a run, in another layout:
-    python pretrain_gpt.py --config laptop-llama --fold-file folds.yaml --nproc-per-node 4 \\
-        --pipeline-model-parallel-size 2 --save checkpoints
-  check a run of 512 processes, and print its configuration with the origin of each value:
-    python pretrain_gpt.py --config llm-jp-3-172b --fold-file folds.yaml --world-size 512 \\
-        --tokenizer-type Llama2Tokenizer --tokenizer-model tokenizer.model --dry-run
-
-Flags override the YAML file of --config, which overrides its preset (docs/configuration.md).
-Arguments of Megatron-LM and Megatron-DeepSpeed are accepted; without --config, Megatron-LM's
-defaults apply. Exit codes: 0 finished, 2 error in the arguments or data, 3 stopped on request with
-a checkpoint saved, 1 any other failure.
-"""
-
-
-METAVARS = {
-    "pipeline_model_parallel_layout": "LAYOUT",
-    "split": "TRAIN,VALID,TEST",
-    "skip_iterations": "A-B,C",
-    "wandb_project": "NAME",
-    "wandb_entity": "NAME",
-    "wandb_exp_name": "NAME",
-}
-"""Placeholders in ``--help`` for the values of text fields that are not paths."""
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):

@@ -30,6 +30,12 @@ from megatron_llmjp.convert.tensors import WORD_EMBEDDINGS
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.filesystem import FileLock, acquire_lock, fsync_path
 
+_MALFORMED_INPUT_ERRORS = (
+    *(AttributeError, IndexError, KeyError, TypeError, ValueError, ArithmeticError),
+    *(RecursionError, MemoryError, OSError, RuntimeError),
+)
+"""Exceptions that readers raise on files with unexpected content."""
+
 
 def pair_tensors(reads: dict[str, TensorRead], output: OutputPlan) -> list[TensorCopy]:
     """Pair every tensor to read with its location in the output.
@@ -247,13 +253,6 @@ def open_checkpoint(name: str, path: Path, options: ConversionOptions) -> Source
     if options.ignored_args and not entry.has_megatron_args:
         raise UserError(f"--ignore-args: not supported for {name} checkpoints: {path}")
     return entry.read(path, options)
-
-
-_MALFORMED_INPUT_ERRORS = (
-    *(AttributeError, IndexError, KeyError, TypeError, ValueError, ArithmeticError),
-    *(RecursionError, MemoryError, OSError, RuntimeError),
-)
-"""Exceptions that readers raise on files with unexpected content."""
 
 
 def _check_output_path(output: Path, source: Path) -> None:

@@ -33,6 +33,19 @@ TOKENIZER_FILES = (
 TOKENIZER_FILE_PATTERNS = ("*.model", "*vocab*.json", "*merges*.txt")
 """SentencePiece models and the files of GPT2BPETokenizer with other names."""
 
+TYPES_WITHOUT_FILES = ("NullTokenizer", "ByteLevelTokenizer")
+_SENTENCEPIECE_EOS = ("</s>", "</s|LLM-jp>")
+END_OF_DOCUMENT_TOKENS = {
+    "SentencePieceTokenizer": ("<EOD>", "<EOD|LLM-jp>", *_SENTENCEPIECE_EOS),
+    "GPTSentencePieceTokenizer": _SENTENCEPIECE_EOS,
+    "Llama2Tokenizer": _SENTENCEPIECE_EOS,
+    "GPT2BPETokenizer": ("<|endoftext|>",),
+    "TikTokenizer": ("</s>",),
+}
+"""End-of-document tokens by tokenizer type, as in a tokenizer.json of the same vocabulary."""
+_HUGGING_FACE_NAMES = ("hftokenizer", "pretrainedfromhf")
+"""Names of HuggingFaceTokenizer in the arguments of Megatron-DeepSpeed, in lower case."""
+
 
 def tokenizer_files(folder: Path | None) -> dict[str, Path]:
     """Return the tokenizer files of a folder by name, sorted by name.
@@ -52,20 +65,6 @@ def tokenizer_files(folder: Path | None) -> dict[str, Path]:
     paths = [path for pattern in TOKENIZER_FILE_PATTERNS for path in folder.glob(pattern)]
     paths += [folder / name for name in TOKENIZER_FILES]
     return {path.name: path for path in sorted(set(paths)) if path.is_file()}
-
-
-TYPES_WITHOUT_FILES = ("NullTokenizer", "ByteLevelTokenizer")
-_SENTENCEPIECE_EOS = ("</s>", "</s|LLM-jp>")
-END_OF_DOCUMENT_TOKENS = {
-    "SentencePieceTokenizer": ("<EOD>", "<EOD|LLM-jp>", *_SENTENCEPIECE_EOS),
-    "GPTSentencePieceTokenizer": _SENTENCEPIECE_EOS,
-    "Llama2Tokenizer": _SENTENCEPIECE_EOS,
-    "GPT2BPETokenizer": ("<|endoftext|>",),
-    "TikTokenizer": ("</s>",),
-}
-"""End-of-document tokens by tokenizer type, as in a tokenizer.json of the same vocabulary."""
-_HUGGING_FACE_NAMES = ("hftokenizer", "pretrainedfromhf")
-"""Names of HuggingFaceTokenizer in the arguments of Megatron-DeepSpeed, in lower case."""
 
 
 @dataclass(frozen=True)

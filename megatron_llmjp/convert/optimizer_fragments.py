@@ -47,6 +47,24 @@ from megatron_llmjp.convert.tensors import (
 )
 from megatron_llmjp.errors import UserError
 
+_PREFIX = "optimizer.distributed."
+_BUCKET = re.compile(
+    rf"{re.escape(_PREFIX)}dp_group_idx_(\d+)\.gbuf_idx_(\d+)\.dtype_(.+)\.bucket_idx_(\d+)\.(\w+)"
+)
+_ALIGNMENT = 64
+"""Elements; ``pad_param_start`` in megatron/core/optimizer/param_layout.py."""
+_COMMON_ORDER = (
+    "self_attention.linear_qkv",
+    "pre_mlp_layernorm",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
+_ORDERS = {
+    "transformer_engine": ("self_attention.linear_proj", "input_layernorm", *_COMMON_ORDER),
+    "local": ("input_layernorm", "self_attention.linear_proj", *_COMMON_ORDER),
+}
+"""Modules of a layer in the order of their parameters; Transformer Engine fuses norms."""
+
 
 @dataclass(frozen=True)
 class FlatFragment:
@@ -123,25 +141,6 @@ def _read_fragments(name: str, entry: TensorEntry, shape: Shape, layer: int | No
         shape, entry.dtype, parts, partial(rectangular_parts, places=[(c, sizes) for c in pieces])
     )
 
-
-_PREFIX = "optimizer.distributed."
-_BUCKET = re.compile(
-    rf"{re.escape(_PREFIX)}dp_group_idx_(\d+)\.gbuf_idx_(\d+)\.dtype_(.+)\.bucket_idx_(\d+)\.(\w+)"
-)
-_ALIGNMENT = 64
-"""Elements; ``pad_param_start`` in megatron/core/optimizer/param_layout.py."""
-
-_COMMON_ORDER = (
-    "self_attention.linear_qkv",
-    "pre_mlp_layernorm",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
-)
-_ORDERS = {
-    "transformer_engine": ("self_attention.linear_proj", "input_layernorm", *_COMMON_ORDER),
-    "local": ("input_layernorm", "self_attention.linear_proj", *_COMMON_ORDER),
-}
-"""Modules of a layer in the order of their parameters; Transformer Engine fuses norms."""
 
 Buckets = dict[tuple[int, int], list[TensorEntry]]
 """The buckets of one kind of state, by model-parallel rank and model chunk."""

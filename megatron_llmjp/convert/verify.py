@@ -39,6 +39,10 @@ if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
 
+TOKENS_SHAPE = (2, 128)
+"""Batch size and length of the compared tokens."""
+
+
 def hugging_face_logits(
     source: SourceCheckpoint, tokens: torch.Tensor, dtype: torch.dtype | None
 ) -> torch.Tensor:
@@ -143,10 +147,6 @@ def _load_weights(model: GPTModel, folder: Path) -> None:
         for parameter in model.parameters():
             parameter.fill_(torch.nan)
     sharded_state.load_checkpoint(folder, sharded_state.RunState([model]))
-
-
-TOKENS_SHAPE = (2, 128)
-"""Batch size and length of the compared tokens."""
 
 
 def make_verifier(

@@ -41,6 +41,8 @@ DTYPES = {
 
 NON_INTEGER_DTYPE = np.dtype(np.float32)
 
+CHUNK = 1 << 20  # index entries checked at a time
+
 
 def bin_path(prefix: str | Path) -> Path:
     """Return the path of a dataset's token file."""
@@ -215,8 +217,6 @@ def open_indexed_dataset(prefix: str | Path) -> Any:
 
     return IndexedDataset(str(prefix))
 
-
-CHUNK = 1 << 20  # index entries checked at a time
 
 Mask = npt.NDArray[np.bool_]
 

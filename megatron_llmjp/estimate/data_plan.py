@@ -18,6 +18,9 @@ from megatron_llmjp.formatting import format_count, format_table
 LearningRate = Callable[[int], float]
 """Maps an iteration (from 1) to its learning rate."""
 
+_HEADS = ("", "share", "tokens", "samples", "epochs", "total", "iterations", "first", "last")
+_RATES = ("lr first", "lr last")
+
 
 @dataclass(frozen=True)
 class DatasetRow:
@@ -170,10 +173,6 @@ def _datasets(fold: FoldPlan, sequence_length: int, drawn: Counter[str]) -> tupl
         )
         rows.append(row)
     return tuple(rows)
-
-
-_HEADS = ("", "share", "tokens", "samples", "epochs", "total", "iterations", "first", "last")
-_RATES = ("lr first", "lr last")
 
 
 def format_data_plan(plan: DataPlan, warnings: Iterable[str] = ()) -> str:

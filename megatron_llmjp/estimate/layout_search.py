@@ -47,6 +47,18 @@ LINK_BANDWIDTH = {"A100": (250e9, 20e9), "V100": (120e9, 10e9), "B200": (700e9, 
 HOPPER_BANDWIDTH = (370e9, 42e9)
 """Of H100, H200 and all other GPUs."""
 
+SHOWN = 6
+"""Layouts in the table."""
+TIME_COLUMNS = {
+    "compute": "compute",
+    "bubble": "bubble",
+    "tensor": "TP comm",
+    "pipeline": "PP comm",
+    "data": "DP comm",
+}
+MIN_SHOWN_DIFFERENCE = 0.005
+"""Fraction of the step time above which a difference is reported."""
+
 
 @dataclass(frozen=True)
 class StepTimes:
@@ -183,19 +195,6 @@ def _effective_flops(estimate: RunEstimate) -> float:
     tokens = config.training.micro_batch_size * config.data.seq_length // layout.cp
     size = tokens * config.model.hidden_size / layout.tp
     return estimate.gpu.peak * MATMUL_EFFICIENCY * size / (size + HALF_SPEED_ELEMENTS)
-
-
-SHOWN = 6
-"""Layouts in the table."""
-TIME_COLUMNS = {
-    "compute": "compute",
-    "bubble": "bubble",
-    "tensor": "TP comm",
-    "pipeline": "PP comm",
-    "data": "DP comm",
-}
-MIN_SHOWN_DIFFERENCE = 0.005
-"""Fraction of the step time above which a difference is reported."""
 
 
 def format_candidates(config: Config, machine: PlannedMachine, found: list[LayoutCandidate]) -> str:

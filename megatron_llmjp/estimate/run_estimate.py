@@ -28,6 +28,9 @@ SECONDS_PER_DAY = 86400.0
 CUDA_RESERVE = 2_500_000_000
 """Bytes assumed for the CUDA context and NCCL buffers."""
 
+SHOWN_NODES = 4
+"""Nodes of a stage that are printed; of more, the first two and the last."""
+
 
 @dataclass(frozen=True)
 class TargetGpu:
@@ -139,10 +142,6 @@ def run_length_without_data(config: Config) -> RunLength | None:
     if iterations is None:
         return None
     return RunLength(iterations, sizes.consumed_after(iterations), source)
-
-
-SHOWN_NODES = 4
-"""Nodes of a stage that are printed; of more, the first two and the last."""
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,9 @@ from megatron_llmjp.parallel.ranks import Ranks
 UNLIMITED = timedelta(days=30)
 """No timeout in practice; gloo requires one."""
 
+_AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
+"""Set to "True" by torchrun when it runs the store's server itself."""
+
 
 @dataclass(frozen=True)
 class RankSync:
@@ -76,10 +79,6 @@ DEFAULT_RANK_SYNC = RankSync()
 def new_group_without_timeout() -> Any:
     """Create a gloo group of all ranks without a timeout."""
     return dist.new_group(backend="gloo", timeout=UNLIMITED)
-
-
-_AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
-"""Set to "True" by torchrun when it runs the store's server itself."""
 
 
 def rendezvous(ranks: Ranks) -> Any:

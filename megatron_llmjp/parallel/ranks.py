@@ -23,6 +23,10 @@ START_TIME_VARIABLE = "MEGATRON_LLMJP_STARTED"
 _TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"
 
 
+# MPI launchers inside a Slurm job start their ranks by srun: their variables take precedence.
+_MPI = "OMPI_COMM_WORLD"
+
+
 @dataclass(frozen=True)
 class Ranks:
     """Rank, world size and rendezvous address of this process."""
@@ -99,8 +103,6 @@ class _LauncherVariables:
     local_size: str
 
 
-# MPI launchers inside a Slurm job start their ranks by srun: their variables take precedence.
-_MPI = "OMPI_COMM_WORLD"
 _LAUNCHERS = (
     _LauncherVariables(
         "torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"

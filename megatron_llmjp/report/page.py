@@ -21,21 +21,7 @@ if TYPE_CHECKING:
 REPORT_FOLDER = "report"
 """Name of the report's folder in the save folder."""
 
-
-def write_report_at_end(save: str | None) -> None:
-    """Write ``SAVE/report/`` and print its path; failures are printed and never raised."""
-    if save is None:
-        return
-    try:
-        page = write_report(Path(save), Path(save) / REPORT_FOLDER)[0]
-    except Exception as error:
-        print(f"note: the report was not written: {type(error).__name__}: {error}", flush=True)
-    else:
-        print(f"report: {page}", flush=True)
-
-
 REPORT_FILE = "report.html"
-
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #333; margin: 2rem auto; max-width: 75rem;
        padding: 0 1rem; background: #fff; }
@@ -49,6 +35,18 @@ main { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)
 main img { width: 100%; height: auto; border: 1px solid #eee; border-radius: 4px; }
 main img:first-child { grid-column: 1 / -1; }
 """
+
+
+def write_report_at_end(save: str | None) -> None:
+    """Write ``SAVE/report/`` and print its path; failures are printed and never raised."""
+    if save is None:
+        return
+    try:
+        page = write_report(Path(save), Path(save) / REPORT_FOLDER)[0]
+    except Exception as error:
+        print(f"note: the report was not written: {type(error).__name__}: {error}", flush=True)
+    else:
+        print(f"report: {page}", flush=True)
 
 
 def write_report(folder: Path, output: Path) -> list[Path]:

@@ -24,6 +24,20 @@ from megatron_llmjp.errors import UserError, download_hint
 from megatron_llmjp.tokenizers.base import Ids, Tokenizer
 from megatron_llmjp.tokenizers.registry import suggest_type
 
+PROBE_TEXTS = ("a", "Hello world.\n 1,234", "吾輩は猫である。")
+COMPANION_FILES = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+)
+PREFIX_SPACE_CLASSES = ("GPT2", "Roberta", "Bart")
+"""Classes of transformers whose ``add_prefix_space`` overrides the tokenizer.json's."""
+ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+# Without an eos token in tokenizer_config.json, the first of these in the vocabulary is used.
+EOD_CANDIDATES = ("<EOD>", "<EOD|LLM-jp>", "<|eod|>", "<|endoftext|>", "</s>", "<eos>")
+
 
 class FastTokenizer(Tokenizer):
     """A tokenizer of the ``tokenizers`` library, without added special tokens.
@@ -57,9 +71,6 @@ class FastTokenizer(Tokenizer):
 
 def _check_encodable(text: str) -> None:
     text.encode()  # for a lone surrogate the library itself raises a bare TypeError
-
-
-PROBE_TEXTS = ("a", "Hello world.\n 1,234", "吾輩は猫である。")
 
 
 class AddedTokens(NamedTuple):
@@ -119,20 +130,6 @@ def _load_with_transformers(path: Path) -> Any:
             f"{path}: transformers cannot read the tokenizer ({str(error).splitlines()[0]}), as "
             "--tokenizer-hf-include-special-tokens requires"
         ) from error
-
-
-COMPANION_FILES = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "tokenizer.model",
-)
-PREFIX_SPACE_CLASSES = ("GPT2", "Roberta", "Bart")
-"""Classes of transformers whose ``add_prefix_space`` overrides the tokenizer.json's."""
-ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-# Without an eos token in tokenizer_config.json, the first of these in the vocabulary is used.
-EOD_CANDIDATES = ("<EOD>", "<EOD|LLM-jp>", "<|eod|>", "<|endoftext|>", "</s>", "<eos>")
 
 
 class HuggingFaceTokenizer(FastTokenizer):

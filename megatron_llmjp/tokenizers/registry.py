@@ -17,6 +17,13 @@ from megatron_llmjp.config.tokenizer_types import TOKENIZER_TYPES
 from megatron_llmjp.errors import UserError, did_you_mean
 from megatron_llmjp.tokenizers.base import Tokenizer
 
+SENTENCEPIECE_HINT = "SentencePieceTokenizer (or Llama2Tokenizer, GPTSentencePieceTokenizer)"
+SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
+"""Types that read a ``*.model``; the first is the default."""
+GENERATION_FILE = "hf_generation.json"
+"""File that ``convert_checkpoint`` stores next to a tokenizer, which is not part of it."""
+_SENTENCEPIECE_FLAGS = f"--tokenizer-type {SENTENCEPIECE_HINT} --tokenizer-model"
+
 
 @dataclass(frozen=True)
 class TikTokenSettings:
@@ -31,9 +38,6 @@ class TikTokenSettings:
     pattern: str = "v2"
     num_special_tokens: int = 1000
     special_tokens: tuple[str, ...] = ()
-
-
-SENTENCEPIECE_HINT = "SentencePieceTokenizer (or Llama2Tokenizer, GPTSentencePieceTokenizer)"
 
 
 def suggest_type(path: Path, given_type: str = "") -> str:
@@ -110,13 +114,6 @@ def describe_identity(identity: Identity) -> str:
 def _files(identity: Identity) -> dict[str, Any]:
     files = identity.get("files")
     return dict(files) if isinstance(files, Mapping) else {}
-
-
-SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
-"""Types that read a ``*.model``; the first is the default."""
-
-GENERATION_FILE = "hf_generation.json"
-"""File that ``convert_checkpoint`` stores next to a tokenizer, which is not part of it."""
 
 
 def stored_tokenizer_fields(folder: Path, kind: str | None = None) -> dict[str, str]:
@@ -249,6 +246,3 @@ def _check_file_type(tokenizer_type: str, path: Path) -> None:
     if wrong:
         found = "a folder" if path.is_dir() else "a file of another type"
         raise UserError(f"{given}: expected {expected}, found {found}{suggest_type(path) or other}")
-
-
-_SENTENCEPIECE_FLAGS = f"--tokenizer-type {SENTENCEPIECE_HINT} --tokenizer-model"

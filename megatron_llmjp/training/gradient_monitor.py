@@ -30,6 +30,13 @@ HISTORY_LENGTH = 128
 MIN_HISTORY = 20
 """With fewer recorded norms no step is classified as a spike."""
 
+ROLLBACK_WINDOW = 1000
+"""Number of iterations in which ``max_rollbacks`` rollbacks are allowed."""
+_KEY_PREFIX = "positions"
+"""First word of a rollback's key in ``skipped_iterations``; keys of the user are iterations."""
+MAX_DOCUMENTS_SHOWN = 10
+"""Number of documents listed in a warning; ``inspect_dataset --run`` lists all."""
+
 
 class StepStatus(Enum):
     """Classification of an optimizer step."""
@@ -162,13 +169,6 @@ class GradientMonitor:
         return StepStatus.GOOD
 
 
-ROLLBACK_WINDOW = 1000
-"""Number of iterations in which ``max_rollbacks`` rollbacks are allowed."""
-
-_KEY_PREFIX = "positions"
-"""First word of a rollback's key in ``skipped_iterations``; keys of the user are iterations."""
-
-
 @dataclass(frozen=True)
 class Rollback:
     """A rollback to the last checkpoint that skips the batches leading to a spike."""
@@ -211,10 +211,6 @@ def _rollback_positions(run: Run) -> dict[str, tuple[int, int]]:
 
 def _is_rollback_key(key: str) -> bool:
     return key.startswith(f"{_KEY_PREFIX} ")
-
-
-MAX_DOCUMENTS_SHOWN = 10
-"""Number of documents listed in a warning; ``inspect_dataset --run`` lists all."""
 
 
 def describe_bad_step(

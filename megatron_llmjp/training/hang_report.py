@@ -28,8 +28,12 @@ _COMMUNICATION_FILES = (
 )
 """Files whose functions wait for other ranks; matched against the innermost stack frames."""
 
-
 _SILENT = "no response (process stopped or exited, or machine down)"
+
+PROGRESS_KEY = "progress"
+"""Key in the store of the counter that all ranks increment."""
+MIN_CPU_FRACTION = 0.02
+"""Least CPU utilization that counts as work; a thread that waits and polls uses less."""
 
 
 @dataclass(frozen=True)
@@ -136,13 +140,6 @@ def _short_path(filename: str) -> str:
     parts = Path(filename).parts
     at = max((i for i, part in enumerate(parts) if part.startswith("megatron")), default=0)
     return "/".join(parts[at:] if at else parts[-2:])
-
-
-PROGRESS_KEY = "progress"
-"""Key in the store of the counter that all ranks increment."""
-
-MIN_CPU_FRACTION = 0.02
-"""Least CPU utilization that counts as work; a thread that waits and polls uses less."""
 
 
 class HeartbeatExchange:

@@ -44,6 +44,8 @@ EVENT_FILE_VERSION = "brain.Event:2"
 """Version of the event file format."""
 _file_numbers = itertools.count()
 
+WANDB_RUN_ID_FILE = "wandb_run_id.txt"
+
 
 class TensorboardEventFile:
     """One event file; TensorBoard merges all event files of a folder."""
@@ -96,9 +98,6 @@ def interval_line(
     ]
     now = datetime.now().isoformat(sep=" ", timespec="seconds")
     return f" [{now}] {' | '.join(parts)} |"
-
-
-WANDB_RUN_ID_FILE = "wandb_run_id.txt"
 
 
 @dataclass(frozen=True)

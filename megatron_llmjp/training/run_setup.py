@@ -51,6 +51,9 @@ from megatron_llmjp.training.optimizer import (
 )
 from megatron_llmjp.training.train_step import configure_schedules
 
+RETRY_PAUSES = (0, 1, 5, 20)
+"""Seconds before each attempt, as long as ranks find different checkpoints."""
+
 
 @dataclass(frozen=True)
 class RunDatasets:
@@ -213,10 +216,6 @@ def print_rank_0(text: str) -> None:
     """Print on the first rank only."""
     if is_first_rank():
         print(text, flush=True)
-
-
-RETRY_PAUSES = (0, 1, 5, 20)
-"""Seconds before each attempt, as long as ranks find different checkpoints."""
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,12 @@ CHECKS_PER_LIMIT = 10
 MAX_PERIOD = 5.0
 """Longest time between two checks, in seconds."""
 
+STACKS_FOLDER = "hang"
+"""Folder in the save folder that stacks are written to."""
+TIMEOUT_FRACTION = 0.8
+"""Default limit relative to ``distributed_timeout_minutes``: a hang is reported before collectives
+time out, whose error does not name the rank."""
+
 
 class HangTimer:
     """Measure the time without progress; :meth:`expired` is called every ``period`` seconds."""
@@ -215,14 +221,6 @@ def _own_connection(store: Any) -> Any:
     own = store.clone() if hasattr(store, "clone") else store
     own.set_timeout(timedelta(seconds=GRACE_SECONDS))
     return own
-
-
-STACKS_FOLDER = "hang"
-"""Folder in the save folder that stacks are written to."""
-
-TIMEOUT_FRACTION = 0.8
-"""Default limit relative to ``distributed_timeout_minutes``: a hang is reported before collectives
-time out, whose error does not name the rank."""
 
 
 class RunControl(NamedTuple):

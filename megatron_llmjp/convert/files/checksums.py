@@ -22,6 +22,8 @@ _GENERATOR = 0xEDB88320
 _ONE = 1 << 31
 """The polynomial 1, bits reflected."""
 
+_BLOCK = 1 << 22
+
 
 def _multiply(a: int, b: int) -> int:
     """Return the product of two polynomials modulo the generator."""
@@ -56,9 +58,6 @@ def combine_crc32(first: int, second: int, length: int) -> int:
         length: bytes of the second string.
     """
     return _multiply(_power(length), first) ^ second
-
-
-_BLOCK = 1 << 22
 
 
 class ChecksumRange:

@@ -29,6 +29,11 @@ from megatron_llmjp.convert.plan import OutputFile, Slot, TensorRead
 from megatron_llmjp.convert.tensors import Shape, rectangular_parts, whole
 from megatron_llmjp.errors import UserError
 
+METADATA = ".metadata"
+_COMMON_STATE = "common_state/shard_0_1"
+CHUNK_BYTES = 256 << 20
+"""Largest chunk that is written; loading a chunk needs twice its size in memory."""
+
 
 def planned_file_crc32(file: OutputFile, sums: Mapping[tuple[str, int], int]) -> int:
     """Return the CRC-32 of a written file without reading it.
@@ -71,12 +76,6 @@ def _apply_patches(start: int, data: bytes, patches: Mapping[int, bytes]) -> byt
     for place, four in found.items():
         changed[place : place + 4] = four
     return bytes(changed)
-
-
-METADATA = ".metadata"
-_COMMON_STATE = "common_state/shard_0_1"
-CHUNK_BYTES = 256 << 20
-"""Largest chunk that is written; loading a chunk needs twice its size in memory."""
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,14 @@ _STORED_KEYS = {"key": "key", "earlier_key": "legacy_key", "checksums": "checksu
 """Key in the cache file -> attribute of DatasetInfo."""
 _CACHE_FORMAT = 4  # 2: every index entry was checked; 3: another content key; 4: largest token id
 
+_INDEX_BLOCKS = (64, 1 << 16)
+_TOKEN_BLOCKS = (128, 1 << 13)
+"""Number and size in bytes of the blocks read of a file; smaller files are read whole."""
+_MAX_CHECKSUM_BYTES = 1 << 36
+SPLIT_PARTS = ("train", "valid", "test")
+_ID_BLOCKS = (64, 1 << 15)
+"""Number and size in tokens of the blocks that are searched for the largest id."""
+
 
 def files_stamp(prefix: str) -> str:
     """Return a stamp that changes whenever one of the dataset's files is written or replaced."""
@@ -80,12 +88,6 @@ def save_facts(datasets: Mapping[str, DatasetInfo], cache: Path) -> None:
 
 def _facts_file(stamp: str, cache: Path) -> Path:
     return cache / FACTS_FOLDER / f"{stamp}.json"
-
-
-_INDEX_BLOCKS = (64, 1 << 16)
-_TOKEN_BLOCKS = (128, 1 << 13)
-"""Number and size in bytes of the blocks read of a file; smaller files are read whole."""
-_MAX_CHECKSUM_BYTES = 1 << 36
 
 
 @dataclass(frozen=True)
@@ -180,11 +182,6 @@ def _read_checksums(path: Path) -> str:
 
 def _join_checksums(checksums: Mapping[str, str | None]) -> str:
     return ", ".join(f"{name} {checksum}" for name, checksum in checksums.items())
-
-
-SPLIT_PARTS = ("train", "valid", "test")
-_ID_BLOCKS = (64, 1 << 15)
-"""Number and size in tokens of the blocks that are searched for the largest id."""
 
 
 def inspect_datasets(file: FoldFile, cache: Path | None = None) -> dict[str, DatasetInfo]:

@@ -38,6 +38,8 @@ KEPT_SETTINGS = ("chat_template", "model_max_length", "padding_side", "truncatio
 _RENAMED = {"tokenizer.model": "sentencepiece.model", "spiece.model": "sentencepiece.model"}
 """New names of models that AutoTokenizer would load, with other ids for Unigram models."""
 
+ALL = (*COMMON_TEXTS, *RARE_TEXTS)
+
 
 @dataclass
 class ExportedTokenizer:
@@ -107,9 +109,6 @@ def _of_sentencepiece(
     )
     warnings = [f"rare texts differ in {FAST}, see above"] if found.differences else []
     return ExportedTokenizer(files | made, notes, warnings)
-
-
-ALL = (*COMMON_TEXTS, *RARE_TEXTS)
 
 
 def _difference(

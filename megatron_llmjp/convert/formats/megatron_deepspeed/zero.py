@@ -37,6 +37,8 @@ from megatron_llmjp.errors import UserError
 
 _FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
 
+_LAYER_FILE = re.compile(r"layer_(\d+)-model_\d+-model_states\.pt$")
+
 
 @dataclass(frozen=True)
 class FlatSlice:
@@ -222,9 +224,6 @@ def _spans(flats: list[FileTensor], start: int, count: int) -> Iterator[FlatSlic
         if first < last:
             yield FlatSlice(flat, first - base, last - first)
         base += length
-
-
-_LAYER_FILE = re.compile(r"layer_(\d+)-model_\d+-model_states\.pt$")
 
 
 @dataclass(frozen=True)

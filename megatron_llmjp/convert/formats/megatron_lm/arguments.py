@@ -23,6 +23,12 @@ from megatron_llmjp.convert.formats.hugging_face.config import (
 from megatron_llmjp.convert.formats.megatron_lm.argument_fields import check_fields
 from megatron_llmjp.tokenizers.registry import TikTokenSettings
 
+_CONVERTED_FIELDS = {
+    "data": ("tokenizer_type",),
+    "training": ("global_batch_size", "micro_batch_size", "seed"),
+    "optimizer": tuple(OptimizerConfig.model_fields),
+}
+
 
 def model_from_args(args: Any, where: str, ignored: Collection[str] = ()) -> ModelConfig:
     """Return the model that the arguments describe.
@@ -106,13 +112,6 @@ def vocabulary_notes(model: ModelConfig) -> list[str]:
 
 def _fields(args: Any) -> dict[str, Any]:
     return dict(vars(args)) if hasattr(args, "__dict__") else {}
-
-
-_CONVERTED_FIELDS = {
-    "data": ("tokenizer_type",),
-    "training": ("global_batch_size", "micro_batch_size", "seed"),
-    "optimizer": tuple(OptimizerConfig.model_fields),
-}
 
 
 def settings_from_args(args: Any) -> dict[str, dict[str, Any]]:

@@ -38,6 +38,17 @@ from megatron_llmjp.convert.optimizer_state import MAIN_WEIGHTS, MOMENTS, Optimi
 from megatron_llmjp.convert.tensors import FINAL_NORM, OUTPUT_LAYER, WORD_EMBEDDINGS
 from megatron_llmjp.errors import UserError
 
+TRACKER = "latest_checkpointed_iteration.txt"
+FILE = "model_optim_rng.pt"
+_RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?$")
+_OLD_ROOTS = {
+    "language_model.embedding.": "embedding.",
+    "language_model.encoder.": "decoder.",
+    "language_model.transformer.": "decoder.",
+    "language_model.output_layer.": "output_layer.",
+}
+_TIED_COPIES = ("word_embeddings_for_head.weight", "word_embeddings.weight")
+
 
 class RankOptimizerState(NamedTuple):
     """The optimizer state of one rank's file, by model chunk and key of the weight."""
@@ -95,18 +106,6 @@ def rank_optimizer_state(
 def _decays(key: str, stored: StoredTensor) -> bool:
     """Return whether a parameter has weight decay: not a bias, more than one dimension."""
     return not key.endswith(".bias") and len(stored.shape) > 1
-
-
-TRACKER = "latest_checkpointed_iteration.txt"
-FILE = "model_optim_rng.pt"
-_RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?$")
-_OLD_ROOTS = {
-    "language_model.embedding.": "embedding.",
-    "language_model.encoder.": "decoder.",
-    "language_model.transformer.": "decoder.",
-    "language_model.output_layer.": "output_layer.",
-}
-_TIED_COPIES = ("word_embeddings_for_head.weight", "word_embeddings.weight")
 
 
 def read_megatron_lm(path: Path, ignored: Collection[str] = ()) -> SourceCheckpoint:
