@@ -9,7 +9,7 @@ from typing import Any
 from megatron_llmjp.arguments import positive_int
 from megatron_llmjp.config.tokenizer_types import TOKENIZER_TYPES, find_tokenizer_type
 from megatron_llmjp.tokenizers import Tokenizer, load_tokenizer
-from megatron_llmjp.tokenizers.registry import TikTokenSettings
+from megatron_llmjp.tokenizers.base import TikTokenSettings
 
 _DEFAULTS = TikTokenSettings()
 

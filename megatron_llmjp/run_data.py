@@ -21,7 +21,7 @@ from megatron_llmjp.data.folds.schema import FoldFile
 from megatron_llmjp.data.lr_schedule import length_in_iterations
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.tokenizers import Tokenizer, load_tokenizer
-from megatron_llmjp.tokenizers.registry import TikTokenSettings
+from megatron_llmjp.tokenizers.base import TikTokenSettings
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,14 @@ import sys
 import pytest
 
 from tests.support.processes import ROOT
-from tools.draw_architecture import PICTURE, dependency_graph, depths, draw, imports
+from tools.draw_architecture import (
+    PICTURE,
+    dependency_graph,
+    depths,
+    draw,
+    imports,
+    module_graph,
+)
 
 LAYERS = [
     {"errors", "formatting"},
@@ -58,6 +65,10 @@ def test_imports_go_down():
     layer = {name: number for number, names in enumerate(LAYERS) for name in names}
     wrong = [found.text for found in imports() if layer[found.source] <= layer[found.target]]
     assert wrong == []
+
+
+def test_no_module_imports_itself_through_others():
+    depths(module_graph())  # raises on circular imports
 
 
 def test_the_picture_is_drawn_from_the_imports():

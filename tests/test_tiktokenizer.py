@@ -9,7 +9,8 @@ import pytest
 
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.tokenizers import load_tokenizer
-from megatron_llmjp.tokenizers.registry import TikTokenSettings, describe_identity, identity_key
+from megatron_llmjp.tokenizers.base import TikTokenSettings
+from megatron_llmjp.tokenizers.registry import describe_identity, identity_key
 from tests.support.tokenizer_files import TEXTS, tiktoken_entries, write_tiktoken
 
 

@@ -14,7 +14,7 @@ import argparse
 import ast
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -51,24 +51,37 @@ def part_of(module: str) -> str | None:
 
 def imports() -> Iterator[Import]:
     """Yield all imports between different parts, those inside functions included."""
-    for folder in FOLDERS:
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            importer = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-            source = part_of(importer)
-            for module in _imported(ast.parse(path.read_text(encoding="utf-8"))):
-                target = part_of(module)
-                if source not in (None, "__init__", target) and target is not None:
-                    yield Import(str(source), target, f"{importer} imports {module}")
+    for importer, modules in module_graph().items():
+        source = part_of(importer)
+        for module in sorted(modules):
+            target = part_of(module)
+            if source not in (None, "__init__", target) and target is not None:
+                yield Import(str(source), target, f"{importer} imports {module}")
 
 
-def _imported(tree: ast.Module) -> Iterator[str]:
+def module_graph() -> Graph:
+    """Return the modules that each module imports, those inside functions included."""
+    paths = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for folder in FOLDERS
+        for path in sorted((ROOT / folder).rglob("*.py"))
+    }
+    return {
+        name: frozenset(_imported(ast.parse(path.read_text(encoding="utf-8")), paths)) - {name}
+        for name, path in paths.items()
+    }
+
+
+def _imported(tree: ast.Module, known: Container[str]) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module == "megatron_llmjp":
-            yield from (f"megatron_llmjp.{a.name}" for a in node.names if a.name[:1] != "_")
+            yield from (alias.name for alias in node.names if alias.name in known)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                found = full if full in known else node.module
+                if found in known:
+                    yield found
 
 
 def dependency_graph() -> Graph:

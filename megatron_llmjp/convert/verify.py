@@ -6,147 +6,24 @@ trainer and megatron-core from their config.yaml, Megatron checkpoints by :mod:`
 their arguments. An error in the converter's tables is therefore not repeated in the verification.
 Both sides compute in fp32. If one side has 16-bit weights, the other side's weights are rounded to
 the same type first, so that rounding by ``--dtype`` is not reported as a difference.
-
-Native checkpoints are computed in a separate process on the CPU: megatron-core requires a process
-group, and the CPU substitution of ``parallel.device`` must not affect transformers.
 """
 
 from __future__ import annotations
 
-import logging
-import os
 import re
-import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_llmjp.checkpoint.manifest import CONFIG
-from megatron_llmjp.config.loading import load_config
-from megatron_llmjp.config.schema import Config
 from megatron_llmjp.convert.conversion import Conversion, VerificationError, open_checkpoint
 from megatron_llmjp.convert.formats.base import ConversionOptions, SourceCheckpoint
 from megatron_llmjp.convert.formats.registry import FORMATS, Verification
 from megatron_llmjp.errors import UserError
 
-if TYPE_CHECKING:
-    from megatron.core.models.gpt import GPTModel
-
-
 TOKENS_SHAPE = (2, 128)
 """Batch size and length of the compared tokens."""
-
-
-def hugging_face_logits(
-    source: SourceCheckpoint, tokens: torch.Tensor, dtype: torch.dtype | None
-) -> torch.Tensor:
-    """Compute fp32 logits ``[batch, length, padded vocabulary]`` of tokens ``[batch, length]``.
-
-    Args:
-        source: checkpoint; only its path is used.
-        tokens: input token ids.
-        dtype: type to round the weights to before computing in fp32.
-
-    Raises:
-        UserError: transformers is not installed, or reports missing or unexpected tensors.
-    """
-    try:
-        import transformers
-    except ImportError:
-        raise UserError("--verify needs transformers: pip install transformers") from None
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(
-        source.path, dtype=torch.float32, output_loading_info=True
-    )
-    wrong = {kind: keys for kind, keys in report.items() if keys and "keys" in kind}
-    if wrong:
-        raise UserError(f"{source.path}: transformers reports {wrong}")
-    if dtype is not None:
-        for parameter in model.parameters():  # not .to(): it would round the rotary table as well
-            parameter.data = parameter.data.to(dtype).float()
-    with torch.no_grad():
-        result: torch.Tensor = model.eval()(tokens).logits
-    return result
-
-
-def native_logits(
-    source: SourceCheckpoint, tokens: torch.Tensor, dtype: torch.dtype | None
-) -> torch.Tensor:
-    """Compute fp32 logits ``[batch, length, padded vocabulary]`` of tokens ``[batch, length]``.
-
-    Args:
-        source: checkpoint; only its path is used.
-        tokens: input token ids.
-        dtype: type to round the weights to before computing in fp32.
-    """
-    with _without_gpus(), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        result = pool.submit(_native_forward, source.path, tokens.numpy(), dtype).result()
-    return torch.from_numpy(result)
-
-
-@contextmanager
-def _without_gpus() -> Iterator[None]:
-    """Hide the GPUs from processes started in the block: fp32 arithmetic differs on GPUs."""
-    before = os.environ.get("CUDA_VISIBLE_DEVICES")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    try:
-        yield
-    finally:
-        del os.environ["CUDA_VISIBLE_DEVICES"]
-        if before is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = before
-
-
-def _native_forward(folder: Path, tokens: Any, dtype: torch.dtype | None) -> Any:
-    # megatron-core's warnings on deprecations and random generators do not apply here.
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    from megatron_llmjp.model.gpt import build_model_chunk
-    from megatron_llmjp.parallel import process_groups
-    from megatron_llmjp.parallel.device import setup
-    from megatron_llmjp.parallel.ranks import single_process
-
-    config = _fp32_config(folder)
-    device = setup()
-    process_groups.initialize(config, single_process(), device)
-    try:
-        model = build_model_chunk(config, device).eval()
-        _load_weights(model, folder)
-        inputs = torch.from_numpy(tokens)
-        positions = torch.arange(inputs.shape[1]).expand_as(inputs)
-        with torch.no_grad():
-            if dtype is not None:
-                for parameter in model.parameters():
-                    parameter.copy_(parameter.to(dtype).float())
-            result: torch.Tensor = model(inputs, positions, None)
-        return result.float().numpy()
-    finally:
-        process_groups.destroy()
-
-
-def _fp32_config(folder: Path) -> Config:
-    """Return the configuration of a checkpoint's model in fp32, for one process."""
-    stored = load_config(folder / CONFIG)
-    model = stored.model.model_copy(update={"hidden_dropout": 0.0, "attention_dropout": 0.0})
-    data = {"seq_length": stored.data.seq_length}
-    return Config.model_validate({"model": model.model_dump(), "data": data})
-
-
-def _load_weights(model: GPTModel, folder: Path) -> None:
-    """Load the model with the trainer's loader; weights that are not loaded stay NaN."""
-    from megatron_llmjp.checkpoint import sharded_state
-
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(torch.nan)
-    sharded_state.load_checkpoint(folder, sharded_state.RunState([model]))
 
 
 def make_verifier(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -14,6 +15,21 @@ if TYPE_CHECKING:  # run_status starts without numpy
 
 Ids: TypeAlias = "npt.NDArray[np.int32]"
 """Token ids of a text."""
+
+
+@dataclass(frozen=True)
+class TikTokenSettings:
+    """Settings of TikTokenizer that its vocabulary file does not contain (``--tiktoken-*``).
+
+    Attributes:
+        pattern: ``v1`` or ``v2``, the regular expression that splits a text before merging.
+        num_special_tokens: number of ids before the vocabulary; unnamed ones are ``<SPECIAL_n>``.
+        special_tokens: names of the first ids; by default ``<unk> <s> </s>``.
+    """
+
+    pattern: str = "v2"
+    num_special_tokens: int = 1000
+    special_tokens: tuple[str, ...] = ()
 
 
 class Tokenizer(ABC):

@@ -15,8 +15,8 @@ from pathlib import Path
 import tokenizers
 
 from megatron_llmjp.errors import UserError
+from megatron_llmjp.tokenizers.file_types import suggest_type
 from megatron_llmjp.tokenizers.hugging_face import FastTokenizer
-from megatron_llmjp.tokenizers.registry import suggest_type
 
 EOD = "<|endoftext|>"
 UNMERGED_TOKENS = re.compile(r"<.*>|\[.*\]|madeupword\d+", re.DOTALL)

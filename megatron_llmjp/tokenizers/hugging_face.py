@@ -22,7 +22,7 @@ import tokenizers
 
 from megatron_llmjp.errors import UserError, download_hint
 from megatron_llmjp.tokenizers.base import Ids, Tokenizer
-from megatron_llmjp.tokenizers.registry import suggest_type
+from megatron_llmjp.tokenizers.file_types import suggest_type
 
 PROBE_TEXTS = ("a", "Hello world.\n 1,234", "吾輩は猫である。")
 COMPANION_FILES = (

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.tokenizers.base import Ids, Tokenizer
-from megatron_llmjp.tokenizers.registry import TikTokenSettings, suggest_type
+from megatron_llmjp.tokenizers.base import Ids, TikTokenSettings, Tokenizer
+from megatron_llmjp.tokenizers.file_types import suggest_type
 
 PATTERNS = {
     "v1": r"[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",

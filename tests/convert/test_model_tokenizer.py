@@ -307,7 +307,7 @@ def test_a_model_without_an_equal_fast_tokenizer_is_copied(
 def test_a_tiktoken_run_ends_with_its_token(tmp_path, pattern):
     from megatron_llmjp.convert.formats.hugging_face.tokenizer import export_tokenizer
     from megatron_llmjp.convert.model_tokenizer import ModelTokenizer
-    from megatron_llmjp.tokenizers.registry import TikTokenSettings
+    from megatron_llmjp.tokenizers.base import TikTokenSettings
     from megatron_llmjp.tokenizers.tiktoken import TikTokenizer
 
     path = write_tiktoken(tmp_path / "tiktoken.json", 300)

@@ -14,7 +14,7 @@ from megatron_llmjp.convert.formats.hugging_face.generation import GenerationSet
 from megatron_llmjp.convert.plan import TensorRead
 from megatron_llmjp.convert.tensors import WORD_EMBEDDINGS, tensor_shapes
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.tokenizers.registry import TikTokenSettings
+from megatron_llmjp.tokenizers.base import TikTokenSettings
 
 
 @dataclass

@@ -33,7 +33,7 @@ from megatron_llmjp.convert.plan import Checksums, OutputPlan
 from megatron_llmjp.convert.tensors import WORD_EMBEDDINGS
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.filesystem import write_atomically
-from megatron_llmjp.tokenizers.registry import TikTokenSettings
+from megatron_llmjp.tokenizers.base import TikTokenSettings
 
 _MAX_FILE_SIZE = 1_000_000_000
 """In bytes; limited so that several threads can read the files when a run starts."""

@@ -110,9 +110,9 @@ def _plan_native(source: SourceCheckpoint, options: ConversionOptions) -> Output
 def _native_logits(
     source: SourceCheckpoint, tokens: torch.Tensor, dtype: torch.dtype | None, _: frozenset[str]
 ) -> torch.Tensor:
-    from megatron_llmjp.convert import verify
+    from megatron_llmjp.convert import logits
 
-    return verify.native_logits(source, tokens, dtype)
+    return logits.native_logits(source, tokens, dtype)
 
 
 def _is_hugging_face(path: Path) -> bool:
@@ -135,9 +135,9 @@ def _plan_hugging_face(source: SourceCheckpoint, options: ConversionOptions) -> 
 def _hugging_face_logits(
     source: SourceCheckpoint, tokens: torch.Tensor, dtype: torch.dtype | None, _: frozenset[str]
 ) -> torch.Tensor:
-    from megatron_llmjp.convert import verify
+    from megatron_llmjp.convert import logits
 
-    return verify.hugging_face_logits(source, tokens, dtype)
+    return logits.hugging_face_logits(source, tokens, dtype)
 
 
 def _is_megatron_lm(path: Path) -> bool:

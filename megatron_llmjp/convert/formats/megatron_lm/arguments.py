@@ -21,7 +21,7 @@ from megatron_llmjp.convert.formats.hugging_face.config import (
     validated_model,
 )
 from megatron_llmjp.convert.formats.megatron_lm.argument_fields import check_fields
-from megatron_llmjp.tokenizers.registry import TikTokenSettings
+from megatron_llmjp.tokenizers.base import TikTokenSettings
 
 _CONVERTED_FIELDS = {
     "data": ("tokenizer_type",),
