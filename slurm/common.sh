@@ -135,14 +135,17 @@ run_ranks() {
     local code=0
     log "${SLURM_NTASKS} tasks on $SLURM_JOB_NODELIST, master $MASTER_ADDR:$MASTER_PORT, logs in $LOGS"
     touch "$LOGS/rank_0000.log"
-    tail -n +1 -F "$LOGS/rank_0000.log" 2>/dev/null &
+    # With --pid, tail reads the file once more after that process has ended, so no line is lost.
+    sleep infinity &
+    local running=$!
+    tail -n +1 -F --pid="$running" "$LOGS/rank_0000.log" 2>/dev/null &
     local follower=$!
     # shellcheck disable=SC2086  # word splitting of settings in site.sh
     srun --kill-on-bad-exit=1 --wait=60 --distribution=block:block --output="$LOGS/rank_%4t.log" \
         ${SRUN_BIND---cpu-bind=cores --mem-bind=local} ${SRUN_FLAGS:-} ${RUN_IN:-} \
         "$PYTHON" "$MEGATRON_LLMJP/pretrain_gpt.py" "$@" 2> >(tee "$LOGS/srun.log" >&2) || code=$?
-    sleep 1
-    kill "$follower"
+    kill "$running"
+    wait "$follower" || true
     # srun exits with the highest code of all tasks, and tasks that it stops have high ones: the exit
     # code of the run is that of the task that ended first.
     ((code == 0)) || code=$(first_code "$code")
