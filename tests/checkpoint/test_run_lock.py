@@ -65,14 +65,14 @@ def test_second_run_refuses_and_a_killed_one_is_replaced(tmp_path, holder):
 
     holder.kill()  # its forked child is still running
     holder.wait()
-    told: list[str] = []
-    with lock_save_folder(tmp_path, told.append) as lock:
+    messages: list[str] = []
+    with lock_save_folder(tmp_path, messages.append) as lock:
         assert lock.previous == owner
-        assert f"taking over from process {holder.pid}" in told[0]
+        assert f"taking over from process {holder.pid}" in messages[0]
     assert not (tmp_path / RECORD).exists()
-    with lock_save_folder(tmp_path, told.append) as lock:
+    with lock_save_folder(tmp_path, messages.append) as lock:
         assert lock.previous is None
-    assert len(told) == 1
+    assert len(messages) == 1
 
 
 def record_of_another_machine(root: Path) -> None:
@@ -84,11 +84,11 @@ def record_of_another_machine(root: Path) -> None:
 
 def test_heartbeat_of_another_machine_is_monitored_before_a_takeover(tmp_path):
     record_of_another_machine(tmp_path)
-    told: list[str] = []
-    with lock_save_folder(tmp_path, told.append, timeout=0.3) as lock:
+    messages: list[str] = []
+    with lock_save_folder(tmp_path, messages.append, timeout=0.3) as lock:
         assert lock.previous is not None
         assert lock.previous.host == "node07"
-    assert "waiting 0.3 s for a heartbeat" in told[0]
+    assert "waiting 0.3 s for a heartbeat" in messages[0]
 
     record_of_another_machine(tmp_path)
     end = threading.Event()
@@ -102,7 +102,7 @@ def test_heartbeat_of_another_machine_is_monitored_before_a_takeover(tmp_path):
     refused = r"in use by another run .process .* on node07"
     with (
         pytest.raises(UserError, match=refused),
-        lock_save_folder(tmp_path, told.append, timeout=5.0),
+        lock_save_folder(tmp_path, messages.append, timeout=5.0),
     ):
         pass
     end.set()
@@ -132,10 +132,10 @@ def test_folder_that_cannot_be_written(tmp_path):
 
 def test_damaged_record(tmp_path):
     (tmp_path / RECORD).write_text("{")
-    told: list[str] = []
-    with lock_save_folder(tmp_path, told.append, timeout=0.2) as lock:
+    messages: list[str] = []
+    with lock_save_folder(tmp_path, messages.append, timeout=0.2) as lock:
         assert lock.previous is not None
-    assert "waiting 0.2 s" in told[0]
+    assert "waiting 0.2 s" in messages[0]
 
 
 def another_acquires(root: Path) -> bool:
@@ -149,8 +149,8 @@ def another_acquires(root: Path) -> bool:
 def test_a_folder_that_is_deleted_during_the_run(tmp_path, what):
     """It is recreated and stays this run's: no other run acquired it."""
     root = tmp_path / "save"
-    told: list[str] = []
-    with lock_save_folder(root, told.append) as lock:
+    messages: list[str] = []
+    with lock_save_folder(root, messages.append) as lock:
         if what in ("folder", "remade"):
             shutil.rmtree(root)
             if what == "remade":
@@ -160,9 +160,9 @@ def test_a_folder_that_is_deleted_during_the_run(tmp_path, what):
         else:
             (root / what).unlink()
         lock.check()
-        assert len(told) == 1 and "was deleted or damaged during the run" in told[0]
+        assert len(messages) == 1 and "was deleted or damaged during the run" in messages[0]
         lock.check()
-        assert len(told) == 1
+        assert len(messages) == 1
         assert read_owner(root) == lock.owner
         assert not another_acquires(root)
     assert not (root / RECORD).exists()
@@ -207,17 +207,17 @@ def failing(monkeypatch, code: int, times: int) -> None:
 def test_transient_errors_are_retried(tmp_path, monkeypatch, code):
     """They are not treated as another run."""
     monkeypatch.setattr(filesystem.time, "sleep", lambda _: None)
-    told: list[str] = []
-    with lock_save_folder(tmp_path, told.append) as lock:
+    messages: list[str] = []
+    with lock_save_folder(tmp_path, messages.append) as lock:
         failing(monkeypatch, code, 2)
         lock.check()
-        assert told == [f"{tmp_path}: {os.strerror(code)}; retrying for 17 s"]
+        assert messages == [f"{tmp_path}: {os.strerror(code)}; retrying for 17 s"]
         failing(monkeypatch, code, 100)
         with pytest.raises(OSError, match=os.strerror(code)):
             lock.check()
     with (
         pytest.raises(RunError, match=f"{os.strerror(code)}.*does not respond"),
-        lock_save_folder(tmp_path, told.append),
+        lock_save_folder(tmp_path, messages.append),
     ):
         pass
 
