@@ -38,6 +38,9 @@ EXTRAS = {
     "dev": [
         "pytest>=8",
         "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
+        "pytest-cov>=7",
+        "pytest-randomly>=3.15",
         "hypothesis>=6.100",
         "ruff>=0.6",
         "mypy>=1.11",

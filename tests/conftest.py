@@ -10,6 +10,10 @@ from __future__ import annotations
 import os
 import signal
 
+from hypothesis import settings
+
+from tests.support.timeouts import TIMEOUT
+
 LAUNCHERS = ("SLURM_", "SBATCH_", "OMPI_", "PMI", "MPI_", "MASTER_", "TORCHELASTIC_")
 SERVICES = ("WANDB_", "NCCL_", "GLOO_")
 RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MEGATRON_LLMJP_LAUNCHER")
@@ -30,3 +34,7 @@ DEFAULTS = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG
 for number, handler in DEFAULTS.items():
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, handler)
+
+os.environ.setdefault("PYTEST_TIMEOUT", str(TIMEOUT))  # of a test, for pytest-timeout
+settings.register_profile("tests", deadline=None)
+settings.load_profile("tests")

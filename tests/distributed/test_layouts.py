@@ -12,6 +12,7 @@ import torch
 
 from megatron_llmjp.convert.formats import native
 from tests.support.datasets import VOCAB_SIZE, write_folds
+from tests.support.timeouts import PROCESS_TIMEOUT, TIMEOUT
 from tests.support.tolerances import TRAINED, assert_within, distance
 from tests.support.training import (
     DISTRIBUTED,
@@ -26,7 +27,7 @@ from tests.support.training import (
     train_all,
 )
 
-pytestmark = pytest.mark.timeout(900)  # forty runs, on a busy machine
+pytestmark = pytest.mark.timeout(3 * TIMEOUT)  # forty runs
 
 STEPS = 20
 PACKED = ("--reset-position-ids", "--reset-attention-mask", "--eod-mask-loss")
@@ -115,7 +116,7 @@ def runs(tmp_path_factory):
     for name, ranks, flags in INITIAL:
         once = ("--train-iters", 1, "--lr-decay-iters", 9, "--eval-iters", 0)
         jobs.append(Job(name, ranks, tuple(arguments("laptop-gpt2", folds, *flags, *once))))
-    train_all(jobs, 8, folder, timeout=880.0)
+    train_all(jobs, 8, folder, timeout=3 * PROCESS_TIMEOUT)
     return folder
 
 

@@ -6,7 +6,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from tests.faults.forks import Fault, Start, finish, started
+from tests.faults.start import Fault, Start, finish, started
 from tests.support.datasets import write_folds
 from tests.support.proof import assert_checkpoints_complete, assert_equal_runs
 from tests.support.training import DISTRIBUTED, OVERLAP, SP, TP2, arguments
@@ -56,11 +56,11 @@ class Stage:
         self, layout: str, save: Path, *flags: Any, fault: Fault | None = None
     ) -> tuple[int, str, str]:
         """Run to the end; return exit code, standard output and standard error."""
-        return finish(self.words(layout, save, *flags), self._log(save), fault)
+        return finish(self.words(layout, save, *flags), fault)
 
     def started(self, layout: str, save: Path, *flags: Any, fault: Fault | None = None) -> Any:
         """Return a context manager of a running program."""
-        return started(self.words(layout, save, *flags), self._log(save), fault)
+        return started(self.words(layout, save, *flags), fault)
 
     def reference(self, layout: str) -> Path:
         """Return the save folder of the layout's run without faults."""
@@ -85,9 +85,6 @@ class Stage:
         assert "Traceback" not in errors
         self.prove(layout, save, unfinished)
         return output, errors
-
-    def _log(self, save: Path) -> Path:
-        return self.root / "logs" / f"{save.name}-{next(self._numbers)}"
 
 
 __all__ = ["FOLDS", "FOLD_ENDS", "LAST", "LAYOUTS", "Stage", "Start"]

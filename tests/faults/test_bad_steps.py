@@ -11,8 +11,8 @@ import pytest
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.errors import EXIT_DONE, EXIT_FAILURE, EXIT_REQUEUE
 from megatron_llmjp.report.status import read_status
-from tests.faults.forks import finish
 from tests.faults.stage import LAST, TINY
+from tests.faults.start import finish
 from tests.support.datasets import write_folds
 from tests.support.proof import assert_checkpoints_complete
 from tests.support.training import arguments
@@ -168,7 +168,7 @@ def long(tmp_path_factory) -> Path:
 def run(folds: Path, save: Path, *flags: Any, fault: Any) -> tuple[int, str, str]:
     common = ("--save", save, "--eval-iters", 0, *SAVE_ALL, *flags)
     words = arguments("laptop-gpt2", folds, *common, **TINY)
-    return finish(words, save.with_suffix(".log"), fault)
+    return finish(words, fault)
 
 
 @pytest.mark.fault("permanently larger gradient norms, with --spike-action skip", OUTCOME)

@@ -19,13 +19,13 @@ EXIT_TIMEOUT = 30.0
 def test_the_cause_is_printed_first(stage):
     save = stage.folder("raised")
     with stage.started("dp2", save, fault=("raise_at", 5, 1)) as start:
-        start.until(lambda: "ZeroDivisionError" in start.err)
+        start.until(lambda: "ZeroDivisionError" in start.stderr)
         began = time.monotonic()
         assert start.wait(EXIT_TIMEOUT) == EXIT_FAILURE
         assert time.monotonic() - began < EXIT_TIMEOUT
-        first = next(line for line in start.err.splitlines() if line.startswith("error:"))
+        first = next(line for line in start.stderr.splitlines() if line.startswith("error:"))
         assert first == "error: rank 1 of 2:"
-        assert start.err.count("Traceback") == 1
+        assert start.stderr.count("Traceback") == 1
     stage.resume_and_prove("dp2", save)
 
 
@@ -57,7 +57,7 @@ def test_a_second_run_is_refused(stage, layout):
         code, _, errors = stage.run("alone", save)
         assert code == EXIT_USER_ERROR
         assert "in use by another run" in errors and "Traceback" not in errors
-        assert first.wait() == 0, first.err
+        assert first.wait() == 0, first.stderr
     stage.prove(layout, save)
     assert reference.is_dir()
 

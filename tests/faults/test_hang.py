@@ -144,7 +144,7 @@ def test_a_process_that_is_suspended(stage):
         start.until(lambda: process.status() == psutil.STATUS_STOPPED)
         time.sleep(2 * LIMIT)
         process.send_signal(signal.SIGCONT)
-        assert start.wait() == 0, start.err
+        assert start.wait() == 0, start.stderr
     stage.prove("alone", save)
 
 

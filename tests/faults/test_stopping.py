@@ -46,11 +46,11 @@ def test_signal_in_cpp_code(stage, layout):
     fault = ("hang_in_function", "training.run_setup.open_datasets")
     ranks = 1 if layout == "alone" else 2
     with stage.started(layout, save, fault=fault) as start:
-        start.until(lambda: start.out.count("waiting forever") == ranks)
+        start.until(lambda: start.stdout.count("waiting forever") == ranks)
         os.kill(start.pid, signal.SIGTERM)
-        assert start.wait() == EXIT_REQUEUE, start.err
-        assert "stopped: received SIGTERM; nothing new to save" in start.out
-        assert "Traceback" not in start.err
+        assert start.wait() == EXIT_REQUEUE, start.stderr
+        assert "stopped: received SIGTERM; nothing new to save" in start.stdout
+        assert "Traceback" not in start.stderr
 
 
 @pytest.mark.fault(

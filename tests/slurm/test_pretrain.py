@@ -17,6 +17,7 @@ from slurm.requeue import MAX_FRUITLESS_STARTS, decide
 from tests.slurm.cluster import Cluster
 from tests.support.datasets import write_folds
 from tests.support.processes import ROOT, pretrain
+from tests.support.timeouts import PROCESS_TIMEOUT, TIMEOUT
 from tests.support.tolerances import TRAINED, assert_close
 from tests.support.training import PP2, TP2, arguments, history
 
@@ -34,7 +35,7 @@ JOB = {
     "PREFLIGHT_FREE_GB": "0.1",
 }
 
-SLOW = 280.0
+SLOW = PROCESS_TIMEOUT
 """Seconds until eight ranks on two cores have started and trained some steps."""
 
 
@@ -49,7 +50,7 @@ def words(folds: Path, save: Path) -> list[str]:
     return arguments("laptop-llama", folds, *common, **rows)
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3 * TIMEOUT)
 def test_job_is_requeued(cluster: Cluster, folds: Path, tmp_path: Path):
     """After preemption, time limit and a lost node, losses equal those of an undisturbed run."""
     undisturbed, save = tmp_path / "undisturbed", tmp_path / "save"

@@ -1,7 +1,8 @@
-"""Run a function on several ranks, or pretrain_gpt.py, in separate processes."""
+"""Run a function on several ranks, or pretrain_gpt.py, in processes of their own."""
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import os
@@ -14,91 +15,76 @@ from pathlib import Path
 from typing import Any
 
 from megatron_llmjp.parallel.launcher import free_port
-
-ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT = 270.0
+from tests.support.forks import ROOT, Fork, run_program
+from tests.support.timeouts import PROCESS_TIMEOUT
 
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = TIMEOUT
+    function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = PROCESS_TIMEOUT
 ) -> list[Any]:
     """Run ``function(*arguments)`` on each rank of a gloo world and return the results by rank.
 
-    The function is imported by name in new processes; arguments and results are JSON. If a rank
-    fails, its error is raised and all others are killed.
+    Arguments and results are JSON. If a rank fails, its error is raised and all others are killed.
     """
-    port = free_port()
     # In pytest the module of a test file has a different name.
     place = Path(inspect.getfile(function)).resolve().relative_to(ROOT).with_suffix("")
-    call = json.dumps([".".join(place.parts), function.__qualname__, arguments])
-    ranks = []
-    for rank in range(world_size):
-        env = {
-            **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-        }
-        ranks.append(Rank([sys.executable, "-m", "tests.support.rank", call], env))
-    return _gather(ranks, function.__qualname__, timeout)
+    module, name = ".".join(place.parts), function.__qualname__
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        results = [Path(folder) / str(rank) for rank in range(world_size)]
+        ranks = []
+        for rank, result in enumerate(results):
+            env = {
+                **os.environ,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+            call = (str(result), module, name, json.dumps(arguments))
+            ranks.append(Fork(_be_rank, *call, env=env))
+        _wait(ranks, function.__qualname__, timeout)
+        return [json.loads(result.read_text()) for result in results]
 
 
-class Rank:
-    """A process that writes its output to files, since an unread pipe would block it when full."""
-
-    def __init__(self, command: list[str], env: dict[str, str]) -> None:
-        self._out = tempfile.TemporaryFile()  # noqa: SIM115 (closed with this object)
-        self._err = tempfile.TemporaryFile()  # noqa: SIM115
-        self.process = subprocess.Popen(
-            command, env=env, cwd=ROOT, stdout=self._out, stderr=self._err
-        )
-
-    def output(self) -> tuple[str, str]:
-        """Return standard output and standard error so far."""
-        texts = []
-        for file in (self._out, self._err):
-            file.seek(0)
-            texts.append(file.read().decode(errors="replace"))
-        return texts[0], texts[1]
+def _be_rank(result: str, module: str, name: str, arguments: str) -> None:
+    function = getattr(importlib.import_module(module), name)
+    Path(result).write_text(json.dumps(function(*json.loads(arguments))))
 
 
-def _gather(ranks: list[Rank], name: str, timeout: float) -> list[Any]:
+def _wait(ranks: list[Fork], name: str, timeout: float) -> None:
     end = time.monotonic() + timeout
-    processes = [rank.process for rank in ranks]
     try:
-        while any(process.poll() is None for process in processes):
-            failed = [i for i, process in enumerate(processes) if process.poll()]
-            if failed:
-                output = ranks[failed[0]].output()[1]
-                raise AssertionError(f"{name}: rank {failed[0]} failed:\n{output[-6000:]}")
+        while waiting := [i for i, rank in enumerate(ranks) if rank.poll() is None]:
+            _assert_none_failed(ranks, name)
             if time.monotonic() > end:
-                waiting = [i for i, process in enumerate(processes) if process.poll() is None]
                 raise AssertionError(
                     f"{name}: ranks {waiting} are still running after {timeout:.0f} s"
                 )
-            time.sleep(0.05)
+            time.sleep(0.02)
+        _assert_none_failed(ranks, name)
     finally:
-        for process in processes:
-            process.kill()
-        for process in processes:
-            process.wait()
-    outputs = [rank.output() for rank in ranks]
-    for number, (process, output) in enumerate(zip(processes, outputs, strict=True)):
-        assert process.returncode == 0, f"{name}: rank {number} failed:\n{output[1][-6000:]}"
-    return [json.loads(stdout.splitlines()[-1]) for stdout, _ in outputs]
+        for rank in ranks:
+            rank.kill_all()
 
 
-def pretrain(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def _assert_none_failed(ranks: list[Fork], name: str) -> None:
+    for number, rank in enumerate(ranks):
+        if rank.poll():
+            raise AssertionError(f"{name}: rank {number} failed:\n{rank.stderr[-6000:]}")
+
+
+def pretrain(*arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Run ``pretrain_gpt.py`` to its end."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return run_program(ROOT / "pretrain_gpt.py", *arguments, cwd=cwd)
+
+
+def pretrain_in_new_interpreter(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run ``pretrain_gpt.py`` to its end as a user does, with the imports of a new process."""
     return subprocess.run(
         [sys.executable, str(ROOT / "pretrain_gpt.py"), *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=TIMEOUT,
-        cwd=cwd,
-        env=env,
+        timeout=PROCESS_TIMEOUT,
     )

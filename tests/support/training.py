@@ -11,8 +11,9 @@ from typing import Any
 
 from megatron_llmjp.parallel.launcher import free_port
 from tests.support.mutations import mutated
-from tests.support.processes import TIMEOUT, run_ranks
+from tests.support.processes import run_ranks
 from tests.support.recorded import recorded
+from tests.support.timeouts import PROCESS_TIMEOUT
 
 SMALL = {
     "--tokenizer-type": "NullTokenizer",
@@ -62,7 +63,9 @@ def arguments(preset: str, fold_file: Path, *flags: Any, **small: Any) -> list[s
     return [str(word) for word in [*words, *flags]]
 
 
-def train_all(jobs: list[Job], world_size: int, folder: Path, timeout: float = TIMEOUT) -> None:
+def train_all(
+    jobs: list[Job], world_size: int, folder: Path, timeout: float = PROCESS_TIMEOUT
+) -> None:
     """Run all jobs, in order on each rank; each saves to ``folder/NAME``."""
     plain = [{**asdict(job), "flags": [str(flag) for flag in job.flags]} for job in jobs]
     run_ranks(train_on_rank, world_size, plain, str(folder), timeout=timeout)
