@@ -77,6 +77,8 @@ def save_on_rank(folder: str, words: list[str], port: str) -> dict[str, Any]:
             parameter.fill_(0.0)
         counters = sharded_state.load_checkpoint(root / "iter_0000001", state)
         told[f"{kind} value"] = [value, float(parameter.sum()), counters]
+        if rank == 0:
+            torch.save(dict(model.chunks[0].module.named_parameters()), root.with_suffix(".pt"))
         attempt(f"{kind} again", saves, 2)
         attempt(f"{kind} third", saves, 3)
         attempt(f"{kind} fourth", saves, 4)

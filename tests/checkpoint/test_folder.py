@@ -13,6 +13,7 @@ from tests.checkpoint.test_run_lock import HOLD
 from tests.support.datasets import write_folds
 from tests.support.processes import ROOT, pretrain
 from tests.support.training import arguments, history
+from tests.support.witness import assert_files_match_manifest
 
 
 def test_second_run_and_run_after_a_kill(tmp_path):
@@ -52,6 +53,5 @@ def test_second_run_and_run_after_a_kill(tmp_path):
     assert f"checksums of {save / 'iter_0000004'} are correct" in third.stdout
     assert f"resuming from {save / 'iter_0000004'}" in third.stdout
     assert history(save) == curve
-    manifest = manifests.read_manifest(newest)
-    assert manifests.file_problems(newest, manifest, checksums=True) == []
+    assert_files_match_manifest(newest)
     assert (save / LOCK).exists()

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.config.flags import parse
 from megatron_llmjp.config.loading import load_config
-from megatron_llmjp.convert.formats import native
 from megatron_llmjp.run import resolve_run
 from tests.support.datasets import VOCAB_SIZE, write_folds
-from tests.support.proof import tensors
+from tests.support.proof import complete_iterations, tensors
 from tests.support.tolerances import ELEMENTWISE, TRAINED, assert_close
 from tests.support.training import (
     DISTRIBUTED,
@@ -29,6 +28,7 @@ from tests.support.training import (
     history,
     train_all,
 )
+from tests.support.witness import assert_files_match_manifest
 
 MIDDLE, END = 2, 4
 DROPOUT_RUN = (*TP2, *SP, *DISTRIBUTED, *OVERLAP)
@@ -118,6 +118,7 @@ def test_ramp_up_in_bf16_is_bit_identical(runs):
     found, mean = history(runs / "ramp-again")[3], history(runs / "ramp")[3]
     assert_close(found, mean, ELEMENTWISE, "mean")
     straight, resumed = (tensors(runs / name) for name in ("ramp", "ramp-again"))
+    assert straight.keys() == resumed.keys()
     for key, value in straight.items():
         assert torch.equal(value, resumed[key]), key
 
@@ -151,14 +152,11 @@ def test_resume_in_another_layout(runs, source, layout):
     assert list(after) == list(range(first, END + 1))
     assert_close(after, {i: before[i] for i in after}, TRAINED, "loss")
     # TP 2 pads 100 tokens to 256, TP 1 to 128: the checkpoint's padding is kept.
-    for folder in (runs / source, save):
-        assert (
-            load_config(folder / manifests.folder_name(END) / "config.yaml").padded_vocab_size
-            == 256
-        )
-        reads = native.read_native(folder).reads
-        assert reads["output_layer.weight"].read("output_layer.weight").shape == (256, 32)
     straight, resumed = tensors(runs / source), tensors(save)
+    for folder, found in ((runs / source, straight), (save, resumed)):
+        text = (folder / manifests.folder_name(END) / "config.yaml").read_text()
+        assert yaml.safe_load(text)["model"]["padded_vocab_size"] == 256
+        assert found["output_layer.weight"].shape == (256, 32)
     assert straight.keys() == resumed.keys()
     for key, value in straight.items():
         assert_close(resumed[key], value, TRAINED, key)
@@ -204,18 +202,17 @@ def test_learning_rate_is_kept_or_overridden(runs):
 
 def test_manifest_contents(runs):
     for save in (runs / "llama", runs / "llama-pp2-dp2"):
-        folder = manifests.newest_checkpoint(save)
-        manifest = manifests.read_manifest(folder)
-        assert folder.name == manifests.folder_name(END)
-        assert (save / manifests.TRACKER).read_text() == f"{END}\n"
-        assert manifest.consumed_samples == END * 4
-        assert list(manifest.folds) == ["fold00", "fold01", "fold02"]
-        assert manifest.metrics["lm loss"] == history(save)[END]
-        assert manifests.all_files(folder) == sorted(manifest.files)
-        assert manifests.file_problems(folder, manifest, checksums=True) == []
-    middle = json.loads(
-        (runs / "llama" / manifests.folder_name(MIDDLE) / manifests.MANIFEST).read_text()
-    )
+        assert complete_iterations(save)[-1] == END
+        assert (save / "latest_checkpointed_iteration.txt").read_text() == f"{END}\n"
+        content = assert_files_match_manifest(save / f"iter_{END:07d}")
+        expected = {"format": "megatron_llmjp", "format_version": 1, "iteration": END,
+                    "consumed_samples": END * 4, "contents": "full"}  # fmt: skip
+        assert {key: content[key] for key in expected} == expected
+        assert list(content["folds"]) == ["fold00", "fold01", "fold02"]
+        assert content["metrics"]["lm loss"] == history(save)[END]
+        common = torch.load(save / f"iter_{END:07d}" / "common.pt", weights_only=True)
+        assert common["opt_param_scheduler"]["num_steps"] == END * 4
+    middle = assert_files_match_manifest(runs / "llama" / f"iter_{MIDDLE:07d}")
     assert list(middle["folds"]) == ["fold00", "fold01"]
     config = load_config(runs / "llama" / manifests.folder_name(MIDDLE) / "config.yaml")
     assert config.model.activation_function == "swiglu"

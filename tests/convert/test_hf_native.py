@@ -8,9 +8,10 @@ import pytest
 import torch
 import transformers
 
-from megatron_llmjp.checkpoint import manifest
 from tests.convert.hf_models import MODELS, llama, state
+from tests.convert.megatron_parts import assert_parts_of
 from tests.support.tolerances import LOGITS, assert_close
+from tests.support.witness import assert_files_match_manifest
 
 LINEAR = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}
 LLAMA3 = {
@@ -51,6 +52,7 @@ def test_round_trip_is_exact(tmp_path, convert, architecture, changes, dtype):
         "--target-tensor-parallel-size",
         4,
     )
+    assert_parts_of(model, tmp_path / "native" / "iter_0000000", 1, padded=512)
     convert(
         "--from",
         "native",
@@ -86,11 +88,9 @@ def test_round_trip_is_exact(tmp_path, convert, architecture, changes, dtype):
 def test_native_checkpoint_is_complete(tmp_path, convert):
     llama().save_pretrained(tmp_path / "hf")
     convert("--to", "native", "--input", tmp_path / "hf", "--output", tmp_path / "native")
-    folder = manifest.newest_checkpoint(tmp_path / "native")
-    assert manifest.file_problems(folder, manifest.read_manifest(folder), checksums=True) == []
-    assert manifest.read_manifest(folder).contents == "weights"
-    assert (tmp_path / "native" / manifest.TRACKER).read_text() == "0"
-    assert set(manifest.all_files(folder)) == set(manifest.read_manifest(folder).files)
+    content = assert_files_match_manifest(tmp_path / "native" / "iter_0000000")
+    assert (content["contents"], content["iteration"]) == ("weights", 0)
+    assert (tmp_path / "native" / "latest_checkpointed_iteration.txt").read_text() == "0"
 
 
 def test_workers_and_shards_do_not_change_the_tensors(tmp_path, convert):

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from tests.convert.hf_models import MODELS, state
+from tests.convert.megatron_parts import assert_parts_of
 from tests.support.tolerances import LOSS, assert_close
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -54,7 +55,8 @@ def test_round_trip_is_exact(tmp_path, convert, architecture, target, tensor, pi
     rope = {"rope_theta": 10000.0} if architecture == "llama" else {}
     rope = {"rotary_emb_base": 10000} if architecture == "gpt_neox" else rope
     tied = {"tie_word_embeddings": tensor != 2}
-    MODELS[architecture](**rope, **tied).save_pretrained(tmp_path / "hf")
+    model = MODELS[architecture](**rope, **tied)
+    model.save_pretrained(tmp_path / "hf")
     convert(
         "--to",
         target,
@@ -68,6 +70,9 @@ def test_round_trip_is_exact(tmp_path, convert, architecture, target, tensor, pi
         "--target-pipeline-parallel-size",
         pipeline,
     )
+    (folder,) = (path for path in (tmp_path / "there").iterdir() if path.is_dir())
+    in_files = 1 if (folder / ".metadata").exists() else tensor
+    assert_parts_of(model, folder, in_files, padded=128 * tensor)
     convert("--to", "native", "--input", tmp_path / "there", "--output", tmp_path / "native")
     convert("--to", "hf", "--input", tmp_path / "native", "--output", tmp_path / "back")
     before, after = state(tmp_path / "hf"), state(tmp_path / "back")

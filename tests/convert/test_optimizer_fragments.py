@@ -19,6 +19,8 @@ from megatron_llmjp.convert.files import torch_archive, torch_dist
 from megatron_llmjp.convert.formats import native
 from megatron_llmjp.convert.plan import Slot, write_slot
 from tests.convert.hf_models import llama, state
+from tests.convert.megatron_parts import FUSED, renamed
+from tests.support.witness import read_state
 
 FIXTURES = Path(__file__).parent / "fixtures"
 MOMENTS = FIXTURES / "mds_gpt_tp2pp2dp2_bf16z1" / "ckpt"
@@ -36,9 +38,11 @@ def test_checkpoints_of_these_programs(tmp_path, convert, name):
     convert("--to", "native", *words, "--input", tmp_path / name, "--output", tmp_path / "n")
     source = native.read_native(tmp_path / "n")
     state = source.optimizer()
-    found = {("weight", name): read.read(name) for name, read in source.reads.items()}
-    for kind, reads in state.tensors.items():
-        found |= {(kind, name): read.read(name) for name, read in reads.items()}
+    found = {
+        (kind, renamed(name, FUSED)): tensor
+        for kind in ("weight", *state.tensors)
+        for name, tensor in read_state(source.path, kind).items()
+    }
     with np.load(FIXTURES / name / "expected.npz") as arrays:
         expected = {tuple(key.split(" ")): torch.from_numpy(arrays[key]) for key in arrays}
     assert found.keys() == expected.keys()

@@ -11,11 +11,11 @@ import torch
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.convert import optimizer_state
 from megatron_llmjp.convert.files import torch_dist
-from megatron_llmjp.convert.formats import native
 from megatron_llmjp.convert.formats.base import ConversionOptions
 from megatron_llmjp.convert.formats.megatron_lm import reader as megatron_lm
-from megatron_llmjp.convert.tensors import rank_layout
+from tests.convert.megatron_parts import rank_parts
 from tests.support.processes import ROOT
+from tests.support.witness import read_tensors
 
 REAL = ROOT / "tests" / "parity" / "fixtures" / "llama_small" / "iter_0000010"
 RANK = Path("mp_rank_00", "model_optim_rng.pt")
@@ -56,7 +56,6 @@ def test_four_ranks(expected, tmp_path):
 
     Each rank's file is written like Megatron-LM's, from parts of the fixture.
     """
-    model = megatron_lm.read_megatron_lm(REAL).model
     content = torch.load(REAL / RANK, weights_only=False)
     for t in range(2):
         for p in range(2):
@@ -73,7 +72,7 @@ def test_four_ranks(expected, tmp_path):
                     continue
                 else:
                     local = name
-                own[local] = (name, rank_layout(name, model, 2))
+                own[local] = name
             save_rank(tmp_path / f"mp_rank_{t:02d}_{p:03d}" / RANK.name, content, own, expected, t)
     found, _ = everything(tmp_path)
     for name, tensor in expected.items():
@@ -86,9 +85,8 @@ def test_four_ranks(expected, tmp_path):
 
 def save_rank(path, content, own, tensors, t):
     def part(prefix, local):
-        name, layout = own[local]
-        parts = [part.view.reshape(part.shape) for part in layout(tensors[prefix + name].clone())]
-        return parts[t % len(parts)].clone()
+        name = own[local]
+        return rank_parts(name, tensors[prefix + name], 2, swiglu=True)[t].clone()
 
     weights = {local: part("", local) for local in own}
     groups = [[n for n in own if weights[n].dim() == dims] for dims in (1, 2)]
@@ -121,6 +119,10 @@ def test_torch_dist(expected, tmp_path, convert):
     common = torch.load(folder / "common.pt", weights_only=False)
     args = torch.load(REAL / RANK, weights_only=False)["args"]
     torch.save({**common, "args": args}, folder / "common.pt")
+    stored = read_tensors(folder)
+    for kind in ("", "optimizer.state.exp_avg.", "optimizer.state.exp_avg_sq."):
+        for name in ("output_layer.weight", "embedding.word_embeddings.weight"):
+            assert torch.equal(stored[kind + name], expected[kind + name])
     found, state = everything(folder)
     main = {name for name in found if name.startswith("optimizer.state.param.")}
     assert found.keys() - main == expected.keys()
@@ -138,13 +140,12 @@ def test_torch_dist(expected, tmp_path, convert):
 def test_another_type_keeps_the_fp32_weights(expected, tmp_path, convert):
     convert("--to", "native", "--input", REAL, "--output", tmp_path / "n", "--with-optimizer",
             "--dtype", "bf16")  # fmt: skip
-    source = native.read_native(tmp_path / "n")
-    entries = torch_dist.read_metadata(source.path)
+    stored = read_tensors(tmp_path / "n" / manifests.folder_name(10))
     for name in ("output_layer.weight", "embedding.word_embeddings.weight"):
-        assert source.reads[name].read(name).dtype == torch.bfloat16
+        assert torch.equal(stored[name], expected[name].bfloat16())
+        assert stored[name].dtype == torch.bfloat16
         for kind in ("param", "fp32_param"):
-            main = entries[f"optimizer.state.{kind}.{name}"].tensor_read(None).read(name)
-            assert torch.equal(main, expected[name])
+            assert torch.equal(stored[f"optimizer.state.{kind}.{name}"], expected[name])
 
 
 def test_unsupported_optimizer_state_is_named(tmp_path, convert):

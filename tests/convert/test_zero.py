@@ -10,9 +10,8 @@ import torch
 
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.config.loading import load_config
-from megatron_llmjp.convert.files import torch_dist
-from megatron_llmjp.convert.formats.mcore_names import stored_key
-from megatron_llmjp.convert.formats.rank_files import canonical_name_in_layer
+from tests.convert.megatron_parts import FUSED, OLD, renamed
+from tests.support.witness import read_state
 
 REAL = Path(__file__).parent / "fixtures" / "mds_gpt_tp2pp2dp2_bf16z1" / "ckpt" / "global_step2"
 KINDS = {"fp32": "param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
@@ -25,25 +24,16 @@ def canonical(name: str) -> str:
     number, _, inner = name.partition(".")
     if number == "6":
         return f"decoder.final_layernorm.{inner}"
-    return f"decoder.layers.{int(number) - 2}.{canonical_name_in_layer(inner)}"
+    return f"decoder.layers.{int(number) - 2}.{renamed(inner, OLD)}"
 
 
 def state_of(folder: Path) -> dict[tuple[str, str], torch.Tensor]:
-    """Return the optimizer tensors of a native checkpoint by kind and canonical name."""
-    entries = torch_dist.read_metadata(folder)
-    layers = range(4)
-    found = {}
-    for key, entry in entries.items():
-        _, state, rest = key.partition("optimizer.state.")
-        kind, _, name = rest.partition(".")
-        if not state or kind not in KINDS.values():
-            continue
-        if not name.startswith("decoder.layers."):
-            found[kind, name] = entry.tensor_read(None).read(key)
-        for i in layers if name.startswith("decoder.layers.") else ():
-            numbered = name.replace("decoder.layers.", f"decoder.layers.{i}.")
-            found[kind, numbered] = entry.tensor_read(i).read(key)
-    return found
+    """Return the optimizer tensors of a native checkpoint by kind and megatron-core's name."""
+    return {
+        (kind, renamed(name, FUSED)): tensor
+        for kind in KINDS.values()
+        for name, tensor in read_state(folder, kind).items()
+    }
 
 
 @pytest.fixture
@@ -78,16 +68,9 @@ def test_moments_match_deepspeed(tmp_path, convert, deepspeed, monkeypatch):
         name = canonical(path.name)
         for theirs, ours in KINDS.items():
             expected = torch.load(path / f"{theirs}.pt")["param"]
-            key = stored_key(name)[0]
-            key = (
-                key
-                if "layers" not in name
-                else key.replace("layers", "layers." + name.split(".")[2])
-            )
-            tensor = found[ours, key]
             assert expected.any()
             # It keeps the true vocabulary size.
-            assert torch.equal(tensor[: len(expected)], expected), (name, ours)
+            assert torch.equal(found[ours, name][: len(expected)], expected), (name, ours)
     common = torch.load(folder / "common.pt")
     assert {group["step"] for group in common["optimizer"]["param_groups"]} == {2}
     assert common["opt_param_scheduler"]["num_steps"] == 4
@@ -215,12 +198,12 @@ def rewrite(folder: Path, rank: int) -> None:
     for file in files:
         file.unlink()
     content["param_shapes"] = [
-        {renamed(n): s for n, s in g.items()} for g in content["param_shapes"]
+        {renumbered(n): s for n, s in g.items()} for g in content["param_shapes"]
     ]
     torch.save(content, path)
 
 
-def renamed(name: str) -> str:
+def renumbered(name: str) -> str:
     number, _, inner = name.partition(".")
     return f"{old_number(int(number))}.{inner}" if number.isdigit() else name
 

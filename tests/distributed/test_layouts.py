@@ -10,8 +10,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_llmjp.convert.formats import native
 from tests.support.datasets import VOCAB_SIZE, write_folds
+from tests.support.proof import complete_iterations
 from tests.support.timeouts import PROCESS_TIMEOUT, TIMEOUT
 from tests.support.tolerances import TRAINED, assert_within, distance
 from tests.support.training import (
@@ -26,6 +26,7 @@ from tests.support.training import (
     history,
     train_all,
 )
+from tests.support.witness import read_weights
 
 pytestmark = pytest.mark.timeout(3 * TIMEOUT)  # forty runs
 
@@ -164,6 +165,5 @@ def test_initial_weights_do_not_depend_on_the_layout(runs):
 
 def weights(save):
     """Return the parameters of a checkpoint, without vocabulary padding."""
-    source = native.read_native(save)
-    found = {name: read.read(name) for name, read in source.reads.items()}
+    found = read_weights(save / f"iter_{complete_iterations(save)[-1]:07d}")
     return {k: v[:VOCAB_SIZE] if "word_embeddings" in k else v for k, v in found.items()}

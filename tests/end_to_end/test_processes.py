@@ -19,6 +19,7 @@ from megatron_llmjp.checkpoint import manifest as manifests
 from tests.support.datasets import write_folds
 from tests.support.processes import ROOT, pretrain
 from tests.support.training import arguments, history
+from tests.support.witness import assert_files_match_manifest
 
 SLOW = 120.0
 """Timeout in seconds, on a busy machine."""
@@ -82,7 +83,7 @@ def assert_exited(ranks: list[psutil.Process]) -> None:
 def assert_whole(save: Path) -> Path:
     """Return the newest checkpoint after verifying its checksums."""
     newest = manifests.newest_checkpoint(save)
-    assert manifests.file_problems(newest, manifests.read_manifest(newest), checksums=True) == []
+    assert_files_match_manifest(newest)
     return newest
 
 

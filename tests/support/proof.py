@@ -1,23 +1,28 @@
-"""Comparison of two runs: their losses and weights must be equal."""
+"""Comparison of two runs: their losses and weights must be equal.
+
+Checkpoints are read by torch and by the functions of :mod:`tests.support.witness`.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_llmjp.checkpoint import manifest as manifests
 from tests.support.training import history
+from tests.support.witness import assert_files_match_manifest, read_tensors
 
 LOGGED = ("lm loss", "grad norm", "learning rate", "consumed samples")
 VALIDATION = "validation/valid"
 
 
+def complete_iterations(save: Path) -> list[int]:
+    """Return the iterations of all folders with a manifest, ascending."""
+    return sorted(int(path.parent.name[5:]) for path in save.glob("iter_*/manifest.json"))
+
+
 def tensors(save: Path, iteration: int | None = None) -> dict:
     """Return all tensors of a checkpoint, including the optimizer; by default of the newest one."""
-    from megatron_llmjp.convert.files import torch_dist
-
-    number = iteration if iteration is not None else manifests.complete_iterations(save)[-1]
-    entries = torch_dist.read_metadata(save / manifests.folder_name(number))
-    return {name: entry.tensor_read(None).read(name) for name, entry in entries.items()}
+    number = iteration if iteration is not None else complete_iterations(save)[-1]
+    return read_tensors(save / f"iter_{number:07d}")
 
 
 def assert_equal_runs(save: Path, reference: Path, unfinished: int | None = None) -> None:
@@ -28,31 +33,28 @@ def assert_equal_runs(save: Path, reference: Path, unfinished: int | None = None
     import torch
 
     for value in LOGGED:
-        assert history(save, value) == history(reference, value), value
+        expected, found = (history(folder, value) for folder in (reference, save))
+        assert expected and found == expected, value
     expected, found = (history(folder, VALIDATION) for folder in (reference, save))
     if unfinished not in found:
         expected.pop(unfinished, None)
     assert found == expected
-    last = manifests.complete_iterations(reference)[-1]
-    assert manifests.complete_iterations(save)[-1] == last
-    manifest = manifests.read_manifest(save / manifests.folder_name(last))
-    assert (
-        manifests.file_problems(save / manifests.folder_name(last), manifest, checksums=True) == []
-    )
+    last = complete_iterations(reference)[-1]
+    assert complete_iterations(save)[-1] == last
+    assert_files_match_manifest(save / f"iter_{last:07d}")
     expected, found = tensors(reference, last), tensors(save, last)
-    assert found.keys() == expected.keys()
+    assert expected and found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
 
 
 def assert_checkpoints_complete(save: Path) -> None:
     """Assert that all checkpoint folders are complete, and that the tracker names one of them."""
-    iterations = manifests.complete_iterations(save)
+    iterations = complete_iterations(save)
     assert len(list(save.glob("iter_*"))) == len(iterations)
     for iteration in iterations:
-        folder = save / manifests.folder_name(iteration)
-        assert (
-            manifests.file_problems(folder, manifests.read_manifest(folder), checksums=True) == []
-        )
-    tracked, wrong = manifests.read_tracker(save)
-    assert wrong == [] and (tracked is None or tracked in iterations)
+        content = assert_files_match_manifest(save / f"iter_{iteration:07d}")
+        assert content["iteration"] == iteration
+    tracker = save / "latest_checkpointed_iteration.txt"
+    if tracker.exists():  # a kill before its first write leaves none
+        assert int(tracker.read_text()) in iterations

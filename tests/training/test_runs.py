@@ -13,11 +13,11 @@ import torch
 import yaml
 
 from megatron_llmjp.checkpoint import manifest as manifests
-from megatron_llmjp.convert.formats import native
 from tests.support.datasets import write_dataset, write_folds
 from tests.support.processes import run_ranks
 from tests.support.tolerances import ELEMENTWISE, LOSS, TRAINED, assert_close
 from tests.support.training import DISTRIBUTED, PP2, SP, TP2, Job, arguments, history
+from tests.support.witness import read_weights
 
 ONE, OTHER, BOTH = (0, 1), (1, 2), (0, 2)
 RAMP = ("--rampup-batch-size", 2, 2, 4)
@@ -140,9 +140,8 @@ def test_losses_and_tokens_of_datasets(runs):
 def test_parameter_norm(runs):
     """Tied embeddings, tensor-parallel and optimizer shards count each weight once."""
     for name in ("tied-pp2", "z-tp2", "plain"):
-        source = native.read_native(runs / name)
-        total = sum(float(read.read(key).double().square().sum()) for key, read in
-                    source.reads.items())  # fmt: skip
+        weights = read_weights(manifests.newest_checkpoint(runs / name))
+        total = sum(float(weight.double().square().sum()) for weight in weights.values())
         last = history(runs / name, "params norm")[5]
         assert_close(last, math.sqrt(total), ELEMENTWISE, name)
 
