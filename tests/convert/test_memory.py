@@ -9,7 +9,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from megatron_llmjp.config.schema import ModelConfig
 from megatron_llmjp.convert.files.safetensors import plan_safetensors
 from megatron_llmjp.convert.formats.hugging_face import llama
 from megatron_llmjp.convert.tensors import part_shapes, tensor_shapes
+from tests.support.timeouts import PROCESS_TIMEOUT, wait_until
 
 MODEL = ModelConfig(
     num_layers=10, hidden_size=1024, num_attention_heads=16, num_query_groups=8,
@@ -70,10 +70,9 @@ def test_memory_is_proportional_to_the_largest_tensor(tmp_path, model):
 def test_interrupted_conversion_removes_its_output(tmp_path, model):
     process = start("--to", "native", "--input", model, "--output", tmp_path / "native")
     partial = tmp_path / ".native.partial"
-    while not list(partial.glob("*/*.distcp")) and process.poll() is None:
-        time.sleep(0.02)
+    wait_until(lambda: list(partial.glob("*/*.distcp")) or process.poll() is not None)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 1
+    assert process.wait(PROCESS_TIMEOUT) == 1
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
     partial.mkdir()  # as left by a killed conversion
     (partial / "rubbish").write_text("x")
@@ -91,8 +90,7 @@ def test_killed_conversion_can_be_repeated(tmp_path, model):
     words = ("--to", "native", "--input", model, "--output")
     process = start(*words, tmp_path / "killed")
     partial = tmp_path / ".killed.partial"
-    while not written(partial) and process.poll() is None:
-        time.sleep(0.005)
+    wait_until(lambda: written(partial) or process.poll() is not None, 0.005)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert not (tmp_path / "killed").exists()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import os
 import pickle
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +15,11 @@ import pytest
 import torch
 from torch.distributed.checkpoint.planner import WriteItemType
 
+from megatron_llmjp.convert.cli import main
 from megatron_llmjp.convert.files.torch_archive import load_archive
 from megatron_llmjp.errors import UserError
 from tests.convert.hf_models import llama, state
+from tests.support.forks import Fork
 
 
 class Malicious:
@@ -136,44 +141,32 @@ def test_existing_output_is_kept(tmp_path, hf, convert):
     assert (tmp_path / "o" / "mine").read_text() == "precious"
 
 
-def test_full_disk_is_reported_and_no_output_is_left(tmp_path, hf):
+def test_full_disk_is_reported_and_no_output_is_left(tmp_path, hf, convert, monkeypatch):
     """Writes start to fail during the copies, as on a full disk."""
-    program = (
-        "import sys\n"
-        "from megatron_llmjp.convert.cli import main\n"
-        "import os, errno\n"
-        "real, count = os.pwrite, [0]\n"
-        "def full(fd, data, offset):\n"
-        "    count[0] += 1\n"
-        "    if count[0] > 40: raise OSError(errno.ENOSPC, 'No space left on device')\n"
-        "    return real(fd, data, offset)\n"
-        "os.pwrite = full\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, "--to", "native", "--input", str(hf),
-         "--output", str(tmp_path / "o")],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    assert "disk is full" in done.stderr
-    assert "Traceback" not in done.stderr
+    real, count = os.pwrite, itertools.count()
+
+    def full(fd, data, offset):
+        if next(count) >= 40:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    text = convert("--to", "native", "--input", hf, "--output", tmp_path / "o", code=2)
+    assert "disk is full" in text
+    assert "Traceback" not in text
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]
+
+
+def convert_with_small_files(words):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    sys.exit(main(words))
 
 
 def test_a_file_size_limit_is_reported(tmp_path, hf):
     """The kernel limits the file size to 100 kB, like a quota."""
-    program = (
-        "import resource, sys\n"
-        "from megatron_llmjp.convert.cli import main\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
     words = ["--to", "native", "--input", str(hf), "--output", str(tmp_path / "o")]
-    done = subprocess.run(
-        [sys.executable, "-c", program, *words], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2, done.stderr
+    done = Fork(convert_with_small_files, words)
+    assert done.wait() == 2, done.stderr
     assert f"{tmp_path / 'o'}: cannot be written: File too large" in done.stderr
     assert "Traceback" not in done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]

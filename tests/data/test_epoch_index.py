@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +26,7 @@ from megatron_llmjp.data.indices.index_cache import ensure_indices, find_damage
 from megatron_llmjp.data.indices.prefetch import IndexPrefetcher
 from megatron_llmjp.tokenizers import load_tokenizer
 from tests.support.datasets import write_folds
+from tests.support.timeouts import wait_until
 
 LENGTH, BATCH = 16, 8
 
@@ -200,10 +200,7 @@ def test_a_fold_is_built_before_it_starts(tmp_path, monkeypatch):
     prefetcher.start(0, BATCH, [])
     assert not missing(data, first)
     assert missing(data, third)
-    end = time.monotonic() + 120
-    while missing(data, second):
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    wait_until(lambda: not missing(data, second))
     files = times(tmp_path / "cache")
     other_rank = IndexPrefetcher(data, first_on_machine=False, log=logged.append)
     for consumed in (0, BATCH, BATCH + 1):  # the last batch reaches into the second fold

@@ -23,6 +23,7 @@ from megatron_llmjp.data.indices.index_cache import (
 )
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.filesystem import acquire_lock
+from tests.support.timeouts import wait_until
 
 
 class Logged:
@@ -55,17 +56,10 @@ def in_child(body) -> int:
     return child
 
 
-def until(condition) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 def test_a_killed_builder_leaves_no_index(tmp_path):
     folder = tmp_path / "cache" / "a"
     child = in_child(lambda: ensure_index(folder, Logged(folder, 600).build))
-    until(lambda: list(tmp_path.glob("cache/a.tmp-*/half")))
+    wait_until(lambda: list(tmp_path.glob("cache/a.tmp-*/half")))
     assert not ensure_index(folder, Logged(folder).build, wait=False)  # it is being built
     assert not folder.exists()
     os.kill(child, signal.SIGKILL)
@@ -112,7 +106,7 @@ def test_waiting_for_a_lock_times_out(tmp_path, monkeypatch):
         time.sleep(600)
 
     child = in_child(hold)
-    until(locked.exists)
+    wait_until(locked.exists)
     assert ensure_index(folder, Logged(folder).build)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
@@ -182,7 +176,7 @@ def test_the_worker_ends_with_its_rank(tmp_path):
         child = int(rank.stdout.readline())
         os.kill(child, 0)
         rank.kill()
-    until(lambda: not alive(child))
+    wait_until(lambda: not alive(child))
 
 
 def alive(pid: int) -> bool:

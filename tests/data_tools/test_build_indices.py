@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 
 from data_tools.build_indices import main
 from tests.support.datasets import write_folds
+from tests.support.forks import warm_context
 
 
-def test_indices_are_built_once_and_repaired(tmp_path, capsys):
+def test_indices_are_built_once_and_repaired(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: warm_context())
     folds = write_folds(tmp_path, (2, 3, 1))
     flags = f"--fold-file {folds} --seq-length 16 --global-batch-size 8 --workers 2".split()
     report = tmp_path / "report.json"

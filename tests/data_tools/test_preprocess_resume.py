@@ -19,6 +19,7 @@ import pytest
 from data_tools.preprocess.job import PreprocessJob
 from data_tools.preprocess_data import main
 from tests.data_tools.conftest import make_documents, write_jsonl
+from tests.support.timeouts import PROCESS_TIMEOUT, wait_until
 
 BYTES = ["--tokenizer-type", "ByteLevelTokenizer", "--append-eod", "--workers", "2"]
 
@@ -110,9 +111,8 @@ def test_kill_9(inputs, undisturbed, tmp_path):
         process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
         time.sleep(draw.uniform(0.15, 0.5))
         process.send_signal(signal.SIGKILL)
-        started = time.monotonic()
-        process.communicate()  # returns when the last worker has closed the inherited stderr
-        assert time.monotonic() - started < 5
+        # Returns when the last worker has closed the inherited stderr.
+        process.communicate(timeout=PROCESS_TIMEOUT)
     subprocess.run(command, check=True, capture_output=True)
     assert files(tmp_path) == undisturbed
 
@@ -141,12 +141,10 @@ def test_ctrl_c(inputs, undisturbed, tmp_path):
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     )
-    deadline = time.monotonic() + 30
-    while not (tmp_path / "p.partial" / "journal.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until((tmp_path / "p.partial" / "journal.jsonl").exists)
     time.sleep(0.2)
     os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=10)
+    _, err = process.communicate(timeout=PROCESS_TIMEOUT)
     assert process.returncode == 130
     assert b"interrupted" in err and b"Traceback" not in err
     assert [p.name for p in tmp_path.iterdir()] == ["p.partial"]

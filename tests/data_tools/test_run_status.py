@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from megatron_llmjp.report.status import RunStatus, read_status
 from megatron_llmjp.report.status_table import format_status
 from slurm.requeue import HISTORY
 from tests.support.datasets import write_folds
-from tests.support.processes import ROOT, TIMEOUT
+from tests.support.forks import ROOT, Fork, be_program
 from tests.support.training import arguments
 
 ITERATIONS = 3000
@@ -38,14 +37,8 @@ def killed(tmp_path_factory) -> tuple[Path, RunStatus]:
     folds = write_folds(folder, (ITERATIONS // 2, ITERATIONS // 2), repeat=True)
     save = folder / "save"
     words = arguments("laptop-llama", folds, "--save", save, "--save-interval", 2)
-    command = [sys.executable, str(ROOT / "pretrain_gpt.py"), *words]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
-    end = time.monotonic() + TIMEOUT
-    while not (save / "iter_0000002" / "manifest.json").exists():
-        assert process.poll() is None and time.monotonic() < end, (folder / "log").read_text()
-        time.sleep(0.1)
+    process = Fork(be_program, [str(ROOT / "pretrain_gpt.py"), *words])
+    assert process.until((save / "iter_0000002" / "manifest.json").exists), process.stderr
     alive = read_status(save)
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -17,15 +17,10 @@ import pytest
 
 from megatron_llmjp.checkpoint import manifest as manifests
 from tests.support.datasets import write_folds
-from tests.support.processes import ROOT, pretrain
+from tests.support.processes import ROOT, pretrain, pretrain_in_new_interpreter
+from tests.support.timeouts import PROCESS_TIMEOUT
 from tests.support.training import arguments, history
 from tests.support.witness import assert_files_match_manifest
-
-SLOW = 120.0
-"""Timeout in seconds, on a busy machine."""
-
-EXIT_TIMEOUT = 15.0
-"""Seconds within which all ranks must exit; the timeout of collectives is ten minutes."""
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +58,7 @@ def ranks_of(launcher: int) -> list[psutil.Process]:
 
 def wait_for(process: subprocess.Popen[str], text: str) -> str:
     """Read the output until a line contains ``text``."""
-    output, end = "", time.monotonic() + SLOW
+    output, end = "", time.monotonic() + PROCESS_TIMEOUT
     assert process.stdout is not None
     for line in process.stdout:
         output += line
@@ -76,7 +71,7 @@ def wait_for(process: subprocess.Popen[str], text: str) -> str:
 
 def assert_exited(ranks: list[psutil.Process]) -> None:
     assert len(ranks) >= 2
-    _, alive = psutil.wait_procs(ranks, timeout=EXIT_TIMEOUT)
+    _, alive = psutil.wait_procs(ranks, timeout=PROCESS_TIMEOUT)
     assert [p for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
 
 
@@ -101,7 +96,7 @@ def test_interrupted_and_killed(folder, tmp_path):
         wait_for(process, "iter_0000006")
         ranks = ranks_of(process.pid)
         process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=EXIT_TIMEOUT)
+        output, errors = process.communicate(timeout=PROCESS_TIMEOUT)
         assert process.returncode == 3, errors
         assert_exited(ranks)
         assert "Traceback" not in errors
@@ -122,7 +117,7 @@ def test_interrupted_and_killed(folder, tmp_path):
         ranks = ranks_of(process.pid)
         second = next(p for p in ranks if p.environ().get("RANK") == "1")
         second.send_signal(signal.SIGKILL)
-        _, errors = process.communicate(timeout=EXIT_TIMEOUT)
+        _, errors = process.communicate(timeout=PROCESS_TIMEOUT)
         assert process.returncode == 1
         assert_exited(ranks)
         assert errors.count("warning: damaged checkpoint") == 1 and victim.name in errors
@@ -134,7 +129,7 @@ def test_interrupted_and_killed(folder, tmp_path):
         process.send_signal(signal.SIGINT)  # requests a stop
         time.sleep(1.1)  # sooner it would count as the same one
         process.send_signal(signal.SIGINT)  # ends immediately
-        _, errors = process.communicate(timeout=EXIT_TIMEOUT)
+        _, errors = process.communicate(timeout=PROCESS_TIMEOUT)
         assert process.returncode in (130, 3) and "Traceback" not in errors
         assert_exited(ranks)
 
@@ -151,11 +146,11 @@ def test_single_process(folder, tmp_path):
     words = ["--train-iters", "4", "--tensorboard-dir", tmp_path / "events", "--num-workers", "2"]
     words += ["--save", save, "--exit-interval", "2", "--lr-decay-iters", "4"]
     words = arguments("laptop-gpt2", folder / "folds.yaml", *words)
-    first = pretrain(*words)
+    first = pretrain_in_new_interpreter(*words)
     assert first.returncode == 3, first.stderr
     assert "stopped at iteration 2" in first.stdout
     assert assert_whole(save).name == "iter_0000002"
-    second = pretrain(*words)
+    second = pretrain_in_new_interpreter(*words)
     assert second.returncode == 0, second.stderr
     assert f"resuming from {save / 'iter_0000002'}" in second.stdout
     assert assert_whole(save).name == "iter_0000004"

@@ -21,6 +21,7 @@ from megatron_llmjp.training.hang_report import RankState, describe_ranks
 from megatron_llmjp.training.watchdog import HangTimer, Watchdog
 from tests.faults.stage import LAST
 from tests.support.processes import run_ranks
+from tests.support.timeouts import PROCESS_TIMEOUT
 
 
 def hang(folder: str, culprit: int) -> None:
@@ -41,7 +42,7 @@ def hang(folder: str, culprit: int) -> None:
 
 
 def sleep_forever() -> None:
-    time.sleep(100)
+    time.sleep(10 * PROCESS_TIMEOUT)
 
 
 @pytest.mark.fault(

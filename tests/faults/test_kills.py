@@ -22,7 +22,7 @@ from tests.faults.injected_interruptions import UNFINISHED, kill_at_call, kill_w
 from tests.faults.stage import FOLD_ENDS, LAYOUTS, Stage, Start
 from tests.faults.start import Fault
 from tests.support.proof import assert_checkpoints_complete
-from tests.support.timeouts import TIMEOUT
+from tests.support.timeouts import PROCESS_TIMEOUT, TIMEOUT
 
 KILLS = int(os.environ.get("FAULT_KILLS", "24"))
 SEED = int(os.environ.get("FAULT_SEED", "20"))
@@ -32,8 +32,6 @@ TARGET_IN_WRITE, MIN_IN_WRITE = 0.4, 0.3
 WRITE_OPERATIONS = {"alone": (130,), "alone-async": (130,), "dp2": (160, 4), "tp2-async": (130, 48)}
 """Of each rank at two checkpoints in the making (``injected.die_writing``)."""
 MAX_KILLS_PER_RUN = 12
-EXIT_SECONDS = 30.0
-"""Time within which all other ranks must exit."""
 
 
 @pytest.mark.fault("kill -9", "the other processes end; restarts reach the same losses and weights")
@@ -103,7 +101,7 @@ def kill_once(
             ranks = start.ranks()
             if start.wait() == 0:
                 return None
-        _, alive = psutil.wait_procs(ranks, timeout=EXIT_SECONDS)
+        _, alive = psutil.wait_procs(ranks, timeout=PROCESS_TIMEOUT)
         assert [p for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
         assert start.wait() != 0
         if "Traceback" in start.stderr:

@@ -11,8 +11,9 @@ import psutil
 import pytest
 
 from tests.support.processes import run_ranks
+from tests.support.timeouts import PROCESS_TIMEOUT
 
-SLEEP = 60.0
+SLEEP = 10 * PROCESS_TIMEOUT
 
 
 def rank_and_sum(numbers: list[int]) -> list[int]:
@@ -47,18 +48,16 @@ def test_results_of_all_ranks():
 
 
 def test_the_first_error_is_shown_and_the_others_are_stopped(tmp_path):
-    start = time.monotonic()
     with pytest.raises(AssertionError, match=r"rank 1 failed(?s:.*)rank 1 failed on purpose"):
         run_ranks(fail_on_rank_1, 2, str(tmp_path))
-    assert time.monotonic() - start < SLEEP / 2
     assert_gone(tmp_path)
     with pytest.raises(AssertionError, match="last words"):
         run_ranks(exit_badly, 1)
 
 
 def test_time_out_names_the_ranks_that_wait(tmp_path):
-    with pytest.raises(AssertionError, match=r"ranks \[0\] are still running after 5 s"):
-        run_ranks(sleep_on_rank_0, 2, str(tmp_path), timeout=5.0)
+    with pytest.raises(AssertionError, match=r"ranks \[0\] are still running after 3 s"):
+        run_ranks(sleep_on_rank_0, 2, str(tmp_path), timeout=3.0)
     assert_gone(tmp_path)
 
 

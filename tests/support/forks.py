@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import multiprocessing
+import importlib
+import inspect
 import os
 import runpy
 import signal
@@ -21,6 +22,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -57,8 +59,9 @@ class Fork:
     ) -> None:
         self._folder = tempfile.TemporaryDirectory()
         environment = dict(os.environ if env is None else env)
-        self._process = _context().Process(
-            target=_begin, args=(self._folder.name, environment, str(cwd), function, arguments)
+        self._process = warm_context().Process(
+            target=_begin,
+            args=(self._folder.name, environment, str(cwd), *import_name(function), arguments),
         )
         for name in ("stdout", "stderr"):
             (Path(self._folder.name) / name).touch()
@@ -218,23 +221,31 @@ def _start_rank(words: Sequence[str], env: Mapping[str, str], in_rank: Callable[
 
 
 @lru_cache(maxsize=1)
-def _context() -> Any:
-    context = multiprocessing.get_context("forkserver")
+def warm_context() -> Any:
+    """Return a multiprocessing context whose processes are forked from the warm one."""
+    context = ForkServerContext()
     context.set_forkserver_preload(list(IMPORTED))
     return context
+
+
+def import_name(function: Callable[..., object]) -> tuple[str, str]:
+    """Return the module and name of a function; in pytest a test's module has a different name."""
+    file = Path(inspect.getfile(function)).resolve().relative_to(ROOT)
+    return ".".join(file.with_suffix("").parts), function.__qualname__
 
 
 def _begin(
     folder: str,
     env: Mapping[str, str],
     cwd: str,
-    function: Callable[..., object],
+    module: str,
+    name: str,
     arguments: Sequence[Any],
 ) -> None:
     """Set up the forked process and run the function in it."""
     os.setsid()
-    for name, descriptor in (("stdout", 1), ("stderr", 2)):
-        file = os.open(f"{folder}/{name}", os.O_WRONLY | os.O_APPEND)
+    for stream, descriptor in (("stdout", 1), ("stderr", 2)):
+        file = os.open(f"{folder}/{stream}", os.O_WRONLY | os.O_APPEND)
         os.dup2(file, descriptor)
         os.close(file)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -248,7 +259,7 @@ def _begin(
     os.environ.update(env)
     os.chdir(cwd)
     _name_coverage(env.get("PYTEST_CURRENT_TEST"))
-    run_to_exit(function, *arguments)
+    run_to_exit(lambda: getattr(importlib.import_module(module), name)(*arguments))
 
 
 def _name_coverage(test: str | None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import json
 import os
 import subprocess
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_llmjp.parallel.launcher import free_port
-from tests.support.forks import ROOT, Fork, run_program
+from tests.support.forks import ROOT, Fork, import_name, run_program
 from tests.support.timeouts import PROCESS_TIMEOUT
 
 
@@ -26,9 +25,6 @@ def run_ranks(
 
     Arguments and results are JSON. If a rank fails, its error is raised and all others are killed.
     """
-    # In pytest the module of a test file has a different name.
-    place = Path(inspect.getfile(function)).resolve().relative_to(ROOT).with_suffix("")
-    module, name = ".".join(place.parts), function.__qualname__
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         results = [Path(folder) / str(rank) for rank in range(world_size)]
@@ -42,7 +38,7 @@ def run_ranks(
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             }
-            call = (str(result), module, name, json.dumps(arguments))
+            call = (str(result), *import_name(function), json.dumps(arguments))
             ranks.append(Fork(_be_rank, *call, env=env))
         _wait(ranks, function.__qualname__, timeout)
         return [json.loads(result.read_text()) for result in results]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from megatron_llmjp.config.lr_decay_styles import DECAY_STYLES
 from megatron_llmjp.metric_registry import GROUPS, METRICS
 from megatron_llmjp.report.page import write_report
 from tests.support.datasets import write_folds
-from tests.support.processes import ROOT
+from tests.support.forks import ROOT, Fork
 from tests.support.training import arguments, history
 
 METRIC = """\
@@ -30,15 +30,16 @@ register_decay_style(DecayStyle("square", "(1 - x)^2", lambda part: (1 - part) *
 
 def pretrain_with(registration: str, *words: str) -> str:
     """Run pretrain_gpt.py with a registry entry added in one place; return its output."""
-    program = "import sys\nfrom megatron_llmjp import cli\nsys.exit(cli.main(sys.argv[1:]))"
-    done = subprocess.run(
-        [sys.executable, "-c", registration + program, *words],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    program = Fork(register_and_train, registration, words)
+    assert program.wait() == 0, program.stderr
+    return program.stdout
+
+
+def register_and_train(registration: str, words: tuple[str, ...]) -> None:
+    for name in [name for name in sys.modules if name.startswith("megatron_llmjp")]:
+        del sys.modules[name]  # imported again after the registration, as in a new interpreter
+    exec(registration)
+    sys.exit(importlib.import_module("megatron_llmjp.cli").main(words))
 
 
 @pytest.fixture(scope="module")
