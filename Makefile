@@ -3,9 +3,11 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+TEST_WORKERS ?= 2
+PARALLEL := -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test faults lint clean
+.PHONY: help install quickstart test test-long coverage faults lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -15,8 +17,11 @@ install: $(VENV)/.installed  ## create .venv and install; PyTorch for CPU if the
 quickstart: $(VENV)/.installed  ## run the whole chain on a small corpus, from raw text to generated text
 	@$(RUN) examples/quickstart/run.py $(QUICKSTART_FLAGS)
 
-test: $(VENV)/.installed-dev  ## run the tests
-	@$(RUN) -m pytest $(PYTEST_FLAGS)
+test: $(VENV)/.installed-dev  ## run the tests, except the long ones
+	@$(RUN) -m pytest -m "not long" $(PARALLEL) $(PYTEST_FLAGS)
+
+test-long: $(VENV)/.installed-dev  ## run the long tests: Slurm clusters, kills, layouts on many processes
+	@$(RUN) -m pytest -m long $(PARALLEL) $(PYTEST_FLAGS)
 
 faults: $(VENV)/.installed-dev  ## run the long fault suite and write its counts to docs/reliability.md
 	@FAULT_KILLS=$${FAULT_KILLS:-200} FAULT_RESULTS=fault_results.json $(RUN) -m pytest \

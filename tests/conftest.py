@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 from tests.support.timeouts import TIMEOUT
@@ -38,3 +40,22 @@ for number, handler in DEFAULTS.items():
 os.environ.setdefault("PYTEST_TIMEOUT", str(TIMEOUT))  # of a test, for pytest-timeout
 settings.register_profile("tests", deadline=None)
 settings.load_profile("tests")
+
+SLOWEST_FIRST = (
+    "slurm/test_pretrain.py",
+    "distributed/test_layouts.py",
+    "faults/",
+    "parity/",
+    "checkpoint/test_resume.py",
+    "slurm/",
+    "convert/",
+)
+"""Files and folders that workers of pytest-xdist run first, so that they end at the same time."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        path = item.path.relative_to(Path(__file__).parent).as_posix()
+        return next((i for i, p in enumerate(SLOWEST_FIRST) if path.startswith(p)), 100)
+
+    items.sort(key=place)

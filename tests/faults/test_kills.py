@@ -24,6 +24,8 @@ from tests.faults.start import Fault
 from tests.support.proof import assert_checkpoints_complete
 from tests.support.timeouts import PROCESS_TIMEOUT, TIMEOUT
 
+pytestmark = pytest.mark.long
+
 KILLS = int(os.environ.get("FAULT_KILLS", "24"))
 SEED = int(os.environ.get("FAULT_SEED", "20"))
 SHARES = {"alone": 0.35, "alone-async": 0.35, "dp2": 0.15, "tp2-async": 0.15}

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_llmjp.parallel.launcher import free_port
+from tests.support.timeouts import PROCESS_TIMEOUT
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue", "sinfo")
 INSTALL = "install Debian's slurm-wlm and munge"
@@ -84,7 +85,11 @@ class Cluster:
     def run(self, *command: str | Path, check: bool = True) -> str:
         """Run a Slurm command and return its output."""
         done = subprocess.run(
-            list(map(str, command)), env=self.env, capture_output=True, text=True, timeout=60
+            list(map(str, command)),
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=PROCESS_TIMEOUT,
         )
         if check and done.returncode:
             raise AssertionError(f"{' '.join(map(str, command))}:\n{done.stdout}{done.stderr}")
@@ -98,7 +103,7 @@ class Cluster:
             cwd=cwd,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=PROCESS_TIMEOUT,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout.strip().partition(";")[0]
@@ -111,15 +116,15 @@ class Cluster:
             return _UNKNOWN_JOB
         return states.pop() if len(states) == 1 else ",".join(sorted(states))
 
-    def wait(self, job: str, *states: str, seconds: float = 240) -> str:
+    def wait(self, job: str, *states: str) -> str:
         """Wait until a job is in one of some states, by default until it has ended."""
         wanted = states or ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        self._wait(lambda: self.state(job) in wanted, f"job {job} to be {wanted}", seconds)
+        self._wait(lambda: self.state(job) in wanted, f"job {job} to be {wanted}")
         return self.state(job)
 
-    def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
+    def wait_for(self, condition: Callable[[], bool], what: str) -> None:
         """Wait for a condition; on timeout, fail with the daemons' logs."""
-        self._wait(condition, what, seconds)
+        self._wait(condition, what)
 
     def _write_configuration(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -202,11 +207,11 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE OverTimeLimit=0 State=
         states = self.run("sinfo", "--noheader", "-N", "-o", "%T", check=False).split()
         return len(states) == len(self.nodes) and set(states) == {"idle"}
 
-    def _wait(self, condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
-        end = time.monotonic() + seconds
+    def _wait(self, condition: Callable[[], bool], what: str) -> None:
+        end = time.monotonic() + PROCESS_TIMEOUT
         while not condition():
             if time.monotonic() > end:
-                raise AssertionError(f"waited {seconds:.0f} s for {what}\n{self._logs()}")
+                raise AssertionError(f"waited {PROCESS_TIMEOUT:.0f} s for {what}\n{self._logs()}")
             time.sleep(0.25)
 
     def _logs(self) -> str:

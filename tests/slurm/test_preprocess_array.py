@@ -5,10 +5,14 @@ from __future__ import annotations
 import re
 import sys
 
+import pytest
+
 from data_tools import merge_datasets, preprocess_data
 from tests.data_tools.conftest import make_documents, write_jsonl
 from tests.slurm.cluster import Cluster
 from tests.support.processes import ROOT
+
+pytestmark = pytest.mark.long
 
 BYTES = ["--tokenizer-type", "ByteLevelTokenizer", "--append-eod"]
 SCRIPT = ROOT / "slurm" / "preprocess_data.sh"

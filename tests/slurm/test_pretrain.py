@@ -17,9 +17,11 @@ from slurm.requeue import MAX_FRUITLESS_STARTS, decide
 from tests.slurm.cluster import Cluster
 from tests.support.datasets import write_folds
 from tests.support.processes import ROOT, pretrain
-from tests.support.timeouts import PROCESS_TIMEOUT, TIMEOUT
+from tests.support.timeouts import TIMEOUT
 from tests.support.tolerances import TRAINED, assert_close
 from tests.support.training import PP2, TP2, arguments, history
+
+pytestmark = pytest.mark.long
 
 SCRIPT = ROOT / "slurm" / "pretrain_llm-jp-3-1.8b.sh"
 
@@ -34,9 +36,6 @@ JOB = {
     "OMP_NUM_THREADS": "1",
     "PREFLIGHT_FREE_GB": "0.1",
 }
-
-SLOW = PROCESS_TIMEOUT
-"""Seconds until eight ranks on two cores have started and trained some steps."""
 
 
 @pytest.fixture(scope="module")
@@ -69,24 +68,24 @@ def test_job_is_requeued(cluster: Cluster, folds: Path, tmp_path: Path):
         return int(re.search(r"Restarts=(\d+)", shown)[1]) + running  # type: ignore[index]
 
     def next_start(number: int) -> None:
-        cluster.wait_for(lambda: starts() >= number, f"start {number}", SLOW)
+        cluster.wait_for(lambda: starts() >= number, f"start {number}")
         before = iteration()
-        cluster.wait_for(lambda: iteration() > before + 2, f"steps of start {number}", SLOW)
+        cluster.wait_for(lambda: iteration() > before + 2, f"steps of start {number}")
 
     next_start(1)
     cluster.run("scontrol", "requeue", job)  # as in a preemption
     next_start(2)
     reach_time_limit(cluster, job)
-    cluster.wait_for(lambda: starts() >= 3, "the time limit", SLOW)
+    cluster.wait_for(lambda: starts() >= 3, "the time limit")
     cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
     next_start(3)
     lost = nodes_of(cluster, job)[-1]
     cluster.kill_node(lost)
-    cluster.wait_for(lambda: cluster.state(job) != "RUNNING", "the lost node", SLOW)
-    cluster.wait_for(lambda: starts() >= 4, "a start without the lost node", SLOW)
+    cluster.wait_for(lambda: cluster.state(job) != "RUNNING", "the lost node")
+    cluster.wait_for(lambda: starts() >= 4, "a start without the lost node")
     assert lost not in nodes_of(cluster, job)
     cluster.start_node(lost)
-    assert cluster.wait(job, seconds=SLOW) == "COMPLETED", (tmp_path / f"run_{job}.log").read_text()
+    assert cluster.wait(job) == "COMPLETED", (tmp_path / f"run_{job}.log").read_text()
 
     expected = history(undisturbed)
     assert list(expected) == list(range(1, ITERATIONS + 1))

@@ -14,7 +14,10 @@ from megatron_llmjp.checkpoint.manifest import complete_iterations
 from tests.slurm.cluster import Cluster
 from tests.support.datasets import write_folds
 from tests.support.processes import ROOT
+from tests.support.timeouts import PROCESS_TIMEOUT
 from tests.support.training import TP2, arguments
+
+pytestmark = pytest.mark.long
 
 JOB = {"MEGATRON_LLMJP": str(ROOT), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
 SMALL = ["--cpus-per-task=1", "--mem=100", "--job-name=job"]
@@ -53,7 +56,9 @@ def test_pbs_and_mpirun_then_indices_and_conversion(cluster: Cluster, folds: Pat
         "MPIRUN_FLAGS": "--allow-run-as-root --oversubscribe",
     }
     script = ROOT / "slurm" / "pretrain_llm-jp-3-13b.pbs"
-    done = subprocess.run(["bash", script], env=env, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        ["bash", script], env=env, capture_output=True, text=True, timeout=PROCESS_TIMEOUT
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 process(es) by mpirun" in done.stdout
     assert max(complete_iterations(save)) == 2
