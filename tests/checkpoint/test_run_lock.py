@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -57,7 +59,11 @@ def holder(tmp_path):
 def test_second_run_refuses_and_a_killed_one_is_replaced(tmp_path, holder):
     owner = read_owner(tmp_path)
     assert owner is not None
-    assert owner.pid == holder.pid
+    stored = json.loads((tmp_path / ".run.json").read_text())
+    assert (stored["pid"], stored["host"]) == (holder.pid, socket.gethostname())
+    assert stored == asdict(owner)
+    with (tmp_path / ".run.lock").open("r+") as file, pytest.raises(BlockingIOError, match="temp"):
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     refused = f"in use by another run .process {holder.pid} on .*since"
     with pytest.raises(UserError, match=refused), lock_save_folder(tmp_path, print):
         pass

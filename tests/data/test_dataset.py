@@ -175,16 +175,35 @@ def test_streams_continue_over_folds_and_epochs(run, folder, tmp_path):
     assert len(run) == schedule.total_samples
 
 
+def blend_by_largest_deficit(counts: list[int]) -> list[int]:
+    """Return the dataset of each sample: the one that is farthest behind its share of the blend."""
+    shares, drawn, order = [n / sum(counts) for n in counts], [0] * len(counts), []
+    for number in range(sum(counts)):
+        left = [i for i, n in enumerate(counts) if drawn[i] < n]
+        order.append(max(left, key=lambda i: shares[i] * max(number, 1) - drawn[i]))
+        drawn[order[-1]] += 1
+    return order
+
+
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=6).filter(any))
 @example([0, 0, 0, 0, 0, 1])  # megatron-core's helper crashes on empty datasets
 def test_every_prefix_of_a_fold_follows_its_blend(counts):
     slices = tuple(DatasetSlice(f"d{i}", "", "", 0, n, 99) for i, n in enumerate(counts))
     which, position = blend_order(FoldPlan("f", 0, sum(counts), slices, ""))
+    assert which.tolist() == blend_by_largest_deficit(counts)
     for i, n in enumerate(counts):
         assert position[which == i].tolist() == list(range(n))
         so_far = np.cumsum(which == i)
         expected = np.arange(1, sum(counts) + 1) * n / sum(counts)
         assert np.abs(so_far - expected).max() <= len(counts)
+
+
+def test_folds_are_drawn_in_the_order_of_their_blends(run, folder):
+    """Also from the cached index."""
+    for fold in schedule_of(folder).folds:
+        order = blend_by_largest_deficit([piece.samples for piece in fold.slices])
+        found = [run.locate(position)[0].name for position in range(fold.first_sample, fold.end)]
+        assert found == [fold.slices[i].name for i in order]
 
 
 @given(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 
+import numpy as np
 import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_llmjp.data.folds import datasets as fold_datasets
 from megatron_llmjp.data.folds.datasets import inspect_datasets
@@ -17,6 +20,16 @@ def test_datasets_are_not_read_again_until_they_change(tmp_path, monkeypatch):
     fresh = inspect_datasets(file, cache)
     assert not cache.exists()  # inspecting datasets writes nothing
     fold_datasets.save_facts(fresh, cache)
+    for path, info in fresh.items():
+        theirs = IndexedDataset(path)  # of megatron-core
+        tokens = int(theirs.sequence_lengths.sum())
+        largest = int(np.fromfile(f"{path}.bin", np.uint16).max())
+        assert (info.tokens, info.largest_id) == (tokens, largest)
+        stored = json.loads((cache / "facts" / f"{info.stamp}.json").read_text())
+        assert stored == {
+            "key": info.key, "earlier_key": "", "checksums": "", "parts": [],
+            "tokens": tokens, "largest_id": largest,
+        }  # fmt: skip
     read: list[str] = []
     key_of = fold_datasets.compute_keys
     monkeypatch.setattr(

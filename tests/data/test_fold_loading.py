@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_llmjp.data.folds.fingerprint import dump_fold_file
 from megatron_llmjp.data.folds.loading import read_fold_file
@@ -61,6 +62,15 @@ def test_named_blends(tmp_path):
 
     copy = tmp_path / "copy.yaml"
     copy.write_text(dump_fold_file(file))
+    plain = yaml.safe_load(copy.read_text())  # includes and named blends are resolved
+    assert [(fold["name"], fold["tokens"]) for fold in plain["folds"]] == [
+        ("a", 9), ("b", 9), ("c", 9),
+    ]  # fmt: skip
+    assert [
+        {name: (Path(source["path"]), source["weight"]) for name, source in fold["blend"].items()}
+        for fold in plain["folds"]
+    ] == found
+    assert plain["validation"]["both"]["split"] == "9,1"
     again = read_fold_file(copy)
     for fold, other in zip(file.folds, again.folds, strict=True):
         for name, source in fold.blend.items():

@@ -95,7 +95,7 @@ def test_a_sample_is_the_tokens_of_its_documents(run):
             for name, document, first, count in lineage.documents_of(number)
         ]
         assert [token for tokens in told for token in tokens] == plain(data[number])
-    with pytest.raises(IndexError):
+    with pytest.raises(IndexError, match=f"position {len(samples)} of {len(samples)}"):
         lineage.origin(len(samples))
 
 

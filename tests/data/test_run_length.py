@@ -7,9 +7,11 @@ import random
 import re
 
 import pytest
+import yaml
 
 from megatron_llmjp.config.flags import parse
 from megatron_llmjp.config.loading import dump_config, load_config, preset_names, replace_fields
+from megatron_llmjp.config.schema import SECTION_OF
 from megatron_llmjp.config.validation import check_config
 from megatron_llmjp.data.batch_size import BatchSizeSchedule, last_iteration, run_limits
 from megatron_llmjp.errors import UserError
@@ -134,6 +136,12 @@ def test_resolved_presets_read_back(tmp_path, name):
     run = resolve_run(config, size)
     stored = tmp_path / "config.yaml"
     stored.write_text(dump_config(run.config))
+    # All fields are stored, so that a resume does not depend on later defaults.
+    plain = yaml.safe_load(stored.read_text())
+    assert {key for section in plain.values() for key in section} == SECTION_OF.keys()
+    for key, section in SECTION_OF.items():
+        value = getattr(getattr(run.config, section), key)
+        assert plain[section][key] == (list(value) if isinstance(value, tuple) else value), key
     assert load_config(stored) == run.config
     check_config(load_config(stored), size)
     assert resolve_run(load_config(stored), size).config == run.config

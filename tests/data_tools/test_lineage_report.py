@@ -6,6 +6,7 @@ import json
 
 import pytest
 import yaml
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from data_tools.inspect_dataset import main
 from megatron_llmjp.checkpoint import manifest as manifests
@@ -13,7 +14,6 @@ from megatron_llmjp.config.flags import parse
 from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.data.dataloader import MicroBatchSampler
 from megatron_llmjp.data.dataset import FoldDataset
-from megatron_llmjp.data.indexed_dataset import read_index
 from megatron_llmjp.data.indices.epoch_index import EpochDatasets
 from megatron_llmjp.run import resolve_run
 from tests.support.datasets import write_folds
@@ -83,10 +83,9 @@ def test_the_batch_of_an_iteration_equals_the_data_loader(trained, capsys):
 
 
 def document(path, number):
-    index = read_index(path)
-    first, end = index.document_indices[number : number + 2]
-    start = int(index.pointers[first]) // index.dtype.itemsize
-    return index.read_tokens()[start : start + int(index.lengths[first:end].sum())].tolist()
+    read = IndexedDataset(path)
+    first, end = read.document_indices[number : number + 2]
+    return [int(token) for sequence in range(first, end) for token in read[sequence]]
 
 
 def test_a_document_is_found_in_its_samples(trained, capsys):

@@ -11,10 +11,12 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from data_tools.preprocess.job import PreprocessJob
 from data_tools.preprocess_data import main
@@ -236,4 +238,11 @@ def test_manifest_and_reports(inputs, tmp_path, capsys):
     assert table[-1]["documents"] == manifest["documents"] == 800
     assert (tmp_path / "r.csv").read_text().splitlines()[0].startswith("source,documents,bytes")
     assert manifest["recipe"]["tokenizer"]["type"] == "ByteLevelTokenizer"
+    for suffix in ("bin", "idx"):
+        data = (tmp_path / f"o_text_document.{suffix}").read_bytes()
+        size = {"bytes": len(data)} if suffix == "bin" else {}
+        assert manifest[suffix] == {**size, "crc32": f"{zlib.crc32(data):08x}"}
+    read = IndexedDataset(str(tmp_path / "o_text_document"))
+    assert manifest["tokens"] == int(read.sequence_lengths.sum())
+    assert manifest["documents"] == len(read.document_indices) - 1
     assert main([*arguments, "--report", "r.txt", "--overwrite"]) == 2

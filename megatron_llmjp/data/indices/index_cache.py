@@ -51,7 +51,9 @@ LOCK_TIMEOUT_SECONDS = 600.0
 """Time to wait for another process that holds the lock before building anyway."""
 ABANDONED_SECONDS = 24 * 3600.0
 """Age at which an unfinished folder of another machine is considered abandoned."""
-_UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
+_UNWRITABLE = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR,
+}  # fmt: skip
 
 
 class CachedIndex(Protocol):
@@ -144,8 +146,8 @@ def find_damage(folder: Path, *, thorough: bool = False) -> str | None:
     """Describe the damage of a cache folder: None if it is intact, "" if it does not exist."""
     try:
         listed = json.loads((folder / CONTENTS_FILE).read_text())["files"]
-    except FileNotFoundError:
-        return f"{CONTENTS_FILE} is missing" if folder.is_dir() else ""
+    except (FileNotFoundError, NotADirectoryError):
+        return f"{CONTENTS_FILE} is missing" if folder.exists() else ""
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{CONTENTS_FILE} cannot be read: {error}"
     for name, (size, crc) in listed.items():
