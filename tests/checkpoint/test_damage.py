@@ -48,6 +48,11 @@ def truncate(folder):
     (folder / "__0_0.distcp").write_bytes(b"1234")
 
 
+def extend(folder):
+    with (folder / "__0_0.distcp").open("ab") as stream:
+        stream.write(b"1")
+
+
 def lose(folder):
     (folder / "__0_0.distcp").unlink()
 
@@ -74,6 +79,7 @@ def garble_the_config(folder):
     ("damage", "said"),
     [
         (truncate, r"__0_0\.distcp has 4 bytes instead of 256"),
+        (extend, r"__0_0\.distcp has 257 bytes instead of 256"),
         (lose, r"__0_0\.distcp is missing"),
         (copy_half, r"is missing|has 5 bytes"),
         (cut_the_manifest, r"manifest\.json: cannot be read"),

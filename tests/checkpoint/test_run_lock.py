@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -23,11 +24,14 @@ from megatron_llmjp.checkpoint.run_lock import (
     LOCK,
     RECORD,
     LockLostError,
+    is_owner_alive,
     lock_save_folder,
     read_owner,
+    refuse_if_in_use,
 )
 from megatron_llmjp.errors import RunError, UserError
 from tests.support.processes import ROOT
+from tests.support.timeouts import TIMEOUT
 
 HOLD = """
 import os, sys, time
@@ -113,6 +117,37 @@ def test_heartbeat_of_another_machine_is_monitored_before_a_takeover(tmp_path):
         pass
     end.set()
     heart.join()
+
+
+def test_a_run_gives_heartbeats_until_it_releases_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "HEARTBEAT_SECONDS", 0.01)
+    with lock_save_folder(tmp_path, print) as lock:
+        for old in (0, 1):
+            os.utime(tmp_path / RECORD, (old, old))
+            end = time.monotonic() + TIMEOUT
+            while (tmp_path / RECORD).stat().st_mtime == old:
+                assert time.monotonic() < end
+                time.sleep(0.005)
+        assert abs(time.time() - (tmp_path / RECORD).stat().st_mtime) < TIMEOUT
+    assert not lock._heartbeat_thread.is_alive()
+
+
+def test_a_run_on_another_machine_lives_by_its_heartbeat(tmp_path):
+    """It is dead after two minutes without one."""
+    record_of_another_machine(tmp_path)
+    owner = read_owner(tmp_path)
+    assert owner is not None
+    for age, alive in ((0.0, True), (60.0, True), (121.0, False)):
+        os.utime(tmp_path / RECORD, (time.time() - age,) * 2)
+        assert is_owner_alive(tmp_path, owner) == alive
+        if alive:
+            with pytest.raises(UserError, match=r"in use by another run .* on node07"):
+                refuse_if_in_use(tmp_path)
+        else:
+            refuse_if_in_use(tmp_path)
+    (tmp_path / RECORD).unlink()
+    assert not is_owner_alive(tmp_path, owner)
+    refuse_if_in_use(tmp_path)
 
 
 def test_a_run_that_lost_the_lock_publishes_nothing(tmp_path):

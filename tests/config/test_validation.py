@@ -33,7 +33,14 @@ INVALID = {
     f"{STAGES} 2 {LAYOUT} Et*6|(t*6|)*2t*6L": [f"set {CHUNKS[2:].replace('-', '_')} 2"],
     f"{STAGES} 2 {LAYOUT} Et*6|t*6|t*12L": ["3 stages for 2 processes", "a multiple of 2"],
     "--rampup-batch-size 30 8 100": ["its start 30 is not a multiple of 32", "try 32"],
+    # The interleaved schedule processes one micro-batch of every stage at once: 2 x 16 samples.
+    f"{STAGES} 2 {CHUNKS} 2 --rampup-batch-size 48 16 100": [
+        "its start 48 is not a multiple of 32", "try 64", "its increment 16 is not a multiple",
+    ],
     "--rampup-batch-size 64 320 100": ["do not reach global_batch_size 512", "divides 448"],
+    # Each rank computes the first and the last of 2 x CP parts, to balance causal attention.
+    "--context-parallel-size 2 --seq-length 4098": ["not divisible by 4", "a multiple of 4"],
+    "--context-parallel-size 2 --tensor-model-parallel-size 2 --seq-length 4100": ["by 8, which"],
     "--recompute-granularity full": ["recompute_method uniform or block", "recompute_num_layers"],
     "--recompute-num-layers 1": ["recompute_num_layers requires recompute_granularity full"],
     "--rotary-percent 0.01": ["is 1: the number of rotated dimensions must be even"],
@@ -69,6 +76,8 @@ VALID = [
     f"{STAGES} 2 {LAYOUT} Et*11|t*13L",
     f"{STAGES} 2 {CHUNKS} 2 {LAYOUT} Et*6,|(t*6|)*2t*6L",
     "--rampup-batch-size 64 64 10000",
+    f"{STAGES} 2 --rampup-batch-size 48 16 10000",
+    f"{STAGES} 2 {CHUNKS} 2 --rampup-batch-size 64 32 10000",
     "--lr-decay-style WSD --lr-wsd-decay-fraction 0.1",
     "--weight-decay-incr-style cosine --start-weight-decay 0 --end-weight-decay 0.1",
     # Another unit replaces that of a preset's length.
@@ -105,6 +114,8 @@ WARNINGS = {
     "--make-vocab-size-divisible-by 32768": "are padding",
     "--no-use-distributed-optimizer": "each of the 32 replicas",
     "--pipeline-model-parallel-size 8 --global-batch-size 64": "bubble is 64% of each step",
+    f"{STAGES} 8 --global-batch-size 64 {CHUNKS} 3": "bubble is 37% of each step",
+    f"{STAGES} 8 --global-batch-size 512 {CHUNKS} 3": "",
     "--tensor-model-parallel-size 2 --no-sequence-parallel": "sequence_parallel is disabled",
     "--distributed-timeout-minutes 90": "detected only after that time",
     "--wandb-exp-name x": "requires wandb_project",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from torch.distributed.checkpoint import FileSystemReader
 
+from megatron_llmjp.convert.formats.hugging_face.registry import ARCHITECTURES
 from tests.convert.hf_models import MODELS, llama, state
 from tests.convert.megatron_parts import assert_parts_of
 from tests.support.tolerances import LOGITS, assert_close
@@ -93,6 +97,18 @@ def test_native_checkpoint_is_complete(tmp_path, convert):
     assert (tmp_path / "native" / "latest_checkpointed_iteration.txt").read_text() == "0"
 
 
+@pytest.mark.parametrize(("tensor", "rows"), [(1, 128), (4, 512)])
+def test_vocabulary_is_padded_for_the_target(tmp_path, convert, tensor, rows):
+    """To a multiple of 128 x tensor parallel size, as in Megatron-LM; the last row is repeated."""
+    llama().save_pretrained(tmp_path / "hf")
+    convert("--to", "native", "--input", tmp_path / "hf", "--output", tmp_path / "native",
+            "--target-tensor-parallel-size", tensor)  # fmt: skip
+    folder = tmp_path / "native" / "iter_0000000"
+    assert f"padded_vocab_size: {rows}\n" in (folder / "config.yaml").read_text()
+    read = FileSystemReader(folder).read_metadata().state_dict_metadata
+    assert read["output_layer.weight"].size == (rows, 64)
+
+
 def test_workers_and_shards_do_not_change_the_tensors(tmp_path, convert):
     llama().save_pretrained(tmp_path / "hf")
     convert("--to", "native", "--input", tmp_path / "hf", "--output", tmp_path / "native")
@@ -118,6 +134,73 @@ def test_workers_and_shards_do_not_change_the_tensors(tmp_path, convert):
     found = state(tmp_path / "one")
     assert index["weight_map"].keys() == found.keys()
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in found.values())
+
+
+def test_weight_files_are_filled_to_the_maximum_size(tmp_path, convert):
+    """In order: no file exceeds it, and none could hold the next tensor too."""
+    llama().save_pretrained(tmp_path / "hf")
+    there = ("--input", tmp_path / "hf", "--output")
+    convert("--to", "native", *there, tmp_path / "native")
+    out = ("--to", "hf", "--input", tmp_path / "native", "--output")
+    convert(*out, tmp_path / "one")
+    (file,) = (tmp_path / "one").glob("*.safetensors")
+    sizes = list(tensor_sizes(file).values())
+    limit = sizes[0] + sizes[1]  # the first file is exactly full
+    convert(*out, tmp_path / "many", "--max-shard-size", limit)
+    files = [tensor_sizes(path) for path in sorted((tmp_path / "many").glob("*.safetensors"))]
+    assert [size for file in files for size in file.values()] == sizes
+    assert len(files[0]) == 2 and len(files) > 4
+    assert all(sum(file.values()) <= limit or len(file) == 1 for file in files)
+    for file, after in itertools.pairwise(files):
+        assert sum(file.values()) + next(iter(after.values())) > limit
+
+    megatron = ("--to", "megatron-lm", "--ckpt-format", "torch_dist")
+    convert("--to", "native", *there, tmp_path / "a", "--max-shard-size", "100KB")
+    convert(*megatron, *there, tmp_path / "b", "--max-shard-size", "100KB")
+    for root in (tmp_path / "a", tmp_path / "b"):
+        (folder,) = (path.parent for path in root.rglob(".metadata"))
+        archives = {}  # by torch's reader
+        for info in FileSystemReader(folder).read_metadata().storage_data.values():
+            file = archives.setdefault(info.relative_path, {})
+            file[info.offset] = info.length
+        ends = {name: sum(archives[name].values()) for name in archives}
+        assert len(ends) > 4
+        # An archive of a tensor has up to 2 KB more than the tensor, which are not counted.
+        assert all(end <= 102_000 or len(archives[name]) == 1 for name, end in ends.items())
+        ordered = sorted(archives, key=lambda name: int(name.split("_")[3].split(".")[0]))
+        for name, after in itertools.pairwise(ordered[:-1]):
+            assert ends[name] + archives[after][0] > 100_000
+
+
+def tensor_sizes(path) -> dict[str, int]:
+    """Return the size of each tensor of a safetensors file, in its order."""
+    data = path.read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    header.pop("__metadata__", None)
+    places = {name: entry["data_offsets"] for name, entry in header.items()}
+    return {name: b - a for name, (a, b) in sorted(places.items(), key=lambda item: item[1])}
+
+
+MINIMAL = {
+    # keys of config.json that are required here
+    "llama": ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    "gpt2": ("n_embd", "n_layer", "n_head", "n_positions"),
+    "gpt_neox": ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+}
+
+
+@pytest.mark.parametrize("architecture", MINIMAL)
+def test_keys_missing_from_config_json_have_the_defaults_of_transformers(architecture):
+    """For example rms_norm_eps: it is 1e-6 in LLaMA's class, and 1e-5 in most models."""
+    values = dict.fromkeys(MINIMAL[architecture], 4) | {"vocab_size": 101, "hidden_size": 64}
+    if architecture == "gpt2":
+        values["n_embd"] = values.pop("hidden_size")
+    defaults = transformers.CONFIG_MAPPING[architecture](**values).to_dict()
+    read = ARCHITECTURES[architecture].from_config
+    found, expected = (read(config, Path("config.json")) for config in (values, defaults))
+    assert found == expected
+    names = {"llama": "rms_norm_eps", "gpt2": "layer_norm_epsilon", "gpt_neox": "layer_norm_eps"}
+    assert found.norm_epsilon == defaults[names[architecture]]
 
 
 def test_config_has_the_keys_of_old_and_new_transformers(tmp_path, convert):

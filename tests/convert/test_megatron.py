@@ -12,6 +12,8 @@ import pytest
 import torch
 import transformers
 
+from megatron_llmjp.config.schema import ModelConfig
+from megatron_llmjp.convert.formats.rank_files import target_padded_vocab_size
 from tests.convert.hf_models import MODELS, state
 from tests.convert.megatron_parts import assert_parts_of
 from tests.support.tolerances import LOSS, assert_close
@@ -144,6 +146,21 @@ def test_vocabulary_is_padded_for_the_target(tmp_path, convert):
         args = torch.load(next(out.glob("*/mp_rank_00*")), weights_only=False)["args"]
         assert isinstance(args, argparse.Namespace)
         assert args.padded_vocab_size == rows
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "stored", "tensor", "rows"),
+    [
+        (50257, 50304, 1, 50304),  # printed by Megatron-LM for GPT-2's vocabulary
+        (50257, 50304, 8, 51200),
+        (101, 128, 4, 512),
+        (None, 50304, 8, 50304),  # the true size is unknown: rows are kept if they can be divided
+        (None, 50257, 8, 51200),
+    ],
+)
+def test_padded_vocabulary_sizes(vocab_size, stored, tensor, rows):
+    model = ModelConfig(num_layers=1, hidden_size=8, num_attention_heads=1, vocab_size=vocab_size)
+    assert target_padded_vocab_size(model, stored, tensor) == rows
 
 
 def test_indivisible_sizes_are_refused(tmp_path, convert):

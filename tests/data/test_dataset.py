@@ -26,6 +26,7 @@ from megatron_llmjp.data.folds.schedule import DatasetSlice, FoldPlan, HeldOutDa
 from megatron_llmjp.data.indexed_dataset_writer import IndexedDatasetWriter
 from megatron_llmjp.data.indices.epoch_index import DatasetTokenizer, EpochDatasets
 from megatron_llmjp.data.indices.interleave import blend_order
+from megatron_llmjp.errors import DataError
 from megatron_llmjp.tokenizers import load_tokenizer
 
 LENGTH, BATCH = 16, 8
@@ -247,3 +248,27 @@ def test_validation_wraps_around(folder):
     data = ValidationDataset(held_out, epochs_of(folder))
     size = info.samples_per_epoch(LENGTH)
     assert plain(data[0]) == plain(data[size]) != plain(data[1])
+
+
+def test_ids_outside_the_vocabulary_are_refused(folder):
+    """Ids are from 0 to the vocabulary size minus 1."""
+    tokenizer = load_tokenizer("NullTokenizer", None, vocab_size=99)
+    for name, token in (("high", 80), ("negative", -2)):  # in all of document 1
+        writer = IndexedDatasetWriter(folder / f"{name}.bin", np.dtype(np.int32))
+        writer.add(np.repeat(np.int32([5, token, 7]), 40), np.int32([40, 40, 40]))
+        writer.finish(folder / f"{name}.idx")
+
+    def largest(name: str, vocab_size: int | None) -> set[int]:
+        fold = {"name": "f", "epochs": 1, "blend": {name: {"path": name}}}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"folds": [fold]}))
+        epochs = EpochDatasets(DataConfig(seq_length=LENGTH), tokenizer, folder / "c", vocab_size)
+        schedule = schedule_of(folder, f"{name}.yaml")
+        held_out = HeldOutDataset(str(folder / name), schedule.folds[0].slices[0].key, 0)
+        sets = (FoldDataset(schedule, epochs), ValidationDataset(held_out, epochs))
+        return {max(max(plain(data[i])) for i in range(len(data))) for data in sets}
+
+    assert largest("high", 81) == {80} and largest("negative", None) == {7}
+    with pytest.raises(DataError, match=r"/high, document 1: token id 80 .*largest id 79\)"):
+        largest("high", 80)
+    with pytest.raises(DataError, match=r"/negative, document 1: token id -2 is outside"):
+        largest("negative", 99)

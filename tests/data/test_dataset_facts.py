@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from megatron_llmjp.data.dataset_tokenizers import check_largest_ids
 from megatron_llmjp.data.folds import datasets as fold_datasets
 from megatron_llmjp.data.folds.datasets import inspect_datasets
 from megatron_llmjp.data.folds.loading import read_fold_file
+from megatron_llmjp.errors import UserError
 from tests.support.datasets import write_dataset, write_folds
 
 
@@ -65,3 +68,12 @@ def test_damaged_facts_are_computed_again(tmp_path, text):
     assert inspect_datasets(file, cache) == fresh
     fold_datasets.save_facts(fresh, cache)
     assert all(fold_datasets.load_facts(info.stamp, (), cache) == info for info in fresh.values())
+
+
+def test_the_largest_id_is_below_the_vocabulary_size(tmp_path):
+    (path, info), *_ = inspect_datasets(read_fold_file(write_folds(tmp_path))).items()
+    tokens = {"tokenizer_type": "NullTokenizer"}
+    check_largest_ids({path: replace(info, largest_id=99)}, 100, tokens)
+    found = {path: replace(info, largest_id=100), "other": replace(info, largest_id=99)}
+    with pytest.raises(UserError, match=rf"largest id is 99 with .*: {path} \(id 100\)\n"):
+        check_largest_ids(found, 100, tokens)

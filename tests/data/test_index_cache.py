@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from megatron_llmjp.data.indices import index_cache, worker
@@ -144,6 +145,33 @@ def damages():
         (folder / index_cache.CONTENTS_FILE).write_text("{")
 
     return [cut, flip, take, unlist, garble]
+
+
+@pytest.mark.parametrize("size", [0, 1, 3])
+def test_another_size_is_damage(tmp_path, size):
+    """Without reading the files."""
+    folder = tmp_path / "ab"
+    ensure_index(folder, Logged(folder).build)
+    assert find_damage(folder) is None
+    os.truncate(folder / "rest", size)
+    assert find_damage(folder) == f"rest has {size} bytes, expected 2"
+
+
+@pytest.mark.parametrize("change", [-8, 8])
+def test_arrays_have_the_size_in_their_header(tmp_path, change):
+    """megatron-core maps them into memory."""
+
+    def build(folder: Path) -> None:
+        np.save(folder / "array.npy", np.arange(4))
+        os.truncate(folder / "array.npy", 160 + change)
+
+    whole, wrong = tmp_path / "whole", tmp_path / "wrong"
+    ensure_index(whole, lambda folder: np.save(folder / "array.npy", np.arange(4)))
+    assert find_damage(whole) is None and (whole / "array.npy").stat().st_size == 160
+    with atomic_folder(wrong) as temporary:
+        build(temporary)
+    expected = f"array.npy has {160 + change} bytes, but its header requires 160"
+    assert find_damage(wrong) == expected
 
 
 @pytest.mark.parametrize("damage", damages(), ids=lambda f: f.__name__)

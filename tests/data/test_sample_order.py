@@ -6,7 +6,7 @@ import itertools
 from dataclasses import dataclass
 
 import numpy as np
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megatron_llmjp.config.flags import parse
@@ -48,6 +48,23 @@ def skips(end: int) -> st.SearchStrategy[SkippedSamples]:
     return st.lists(st.tuples(place, place), max_size=4).map(
         lambda pairs: SkippedSamples.of(tuple(sorted(pair)) for pair in pairs)
     )
+
+
+@given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), max_size=5))
+@example([(5, 8), (2, 5)])  # they touch
+def test_skipped_ranges_are_the_runs_of_a_mask(pairs):
+    mask = np.zeros(15, bool)
+    for a, b in pairs:
+        mask[a:b] = True
+    found, kept = SkippedSamples.of(pairs), np.flatnonzero(~mask)
+    edges = np.flatnonzero(np.diff(mask, prepend=False))
+    assert found.ranges == tuple(map(tuple, edges.reshape(-1, 2)))
+    assert bool(found) == mask.any()
+    assert [found.position(n) for n in range(len(kept))] == kept.tolist()
+    for p in range(15):
+        assert found.kept_before(p) == np.count_nonzero(~mask[:p])
+        assert found.before(p) == SkippedSamples.of([(a, min(b, p)) for a, b in found.ranges])
+        assert found.kept(p, 15) == np.count_nonzero(~mask[p:]) and found.kept(15, p) == 0
 
 
 @st.composite

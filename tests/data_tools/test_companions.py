@@ -154,6 +154,10 @@ def test_verify_finds_damage(datasets, tmp_path, capsys):
     assert inspect_dataset.main(["--verify", str(tmp_path / "d")]) == 0
     assert inspect_dataset.main(["--verify", str(tmp_path / "d"), "--vocab-size", "200"]) == 1
     assert "is outside the vocabulary of 200" in capsys.readouterr().out
+    largest = max(map(max, documents_of(datasets[0])))
+    for size, code in ((largest + 1, 0), (largest, 1)):
+        words = ["--verify", str(tmp_path / "d"), "--vocab-size", str(size)]
+        assert inspect_dataset.main(words) == code
 
 
 def test_statistics_documents_and_picture(datasets, documents, tmp_path, capsys):

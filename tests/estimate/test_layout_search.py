@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_llmjp.config.flags import parse
 from megatron_llmjp.estimate.layout import make_layout
-from megatron_llmjp.estimate.layout_search import format_candidates, layout_flags, search_layouts
-from megatron_llmjp.estimate.run_estimate import format_layout
+from megatron_llmjp.estimate.layout_search import (
+    estimate_step_times,
+    format_candidates,
+    layout_flags,
+    search_layouts,
+)
+from megatron_llmjp.estimate.run_estimate import estimate_run, format_layout
 from tests.estimate.test_meta_build import SCRIPTS, words_of
 
 PUBLISHED = {
@@ -59,3 +66,39 @@ def test_gpu_memory_limits_the_layouts():
     words = ["--config", "llm-jp-3-172b", "--suggest-layout", "--gpus", "8"]
     config, machine, found = search(words)
     assert found == [] and "no layout fits" in format_candidates(config, machine, found)
+
+
+def test_memory_of_cuda_and_a_margin_are_reserved():
+    """2.5 GB for CUDA and NCCL; suggested layouts leave 5 %, the given one may use everything."""
+    words = ["--config", "llm-jp-3-13b", "--suggest-layout", "--gpus", "96"]
+    words += ["--global-batch-size", "960"]
+    config, machine, found = search(words)
+    given = next(s for s in found if s.given).estimate
+    needed = max(memory.total for memory in given.memory) + 2_500_000_000
+    assert given.memory_fraction == needed / 80e9
+
+    full = replace(machine, gpu_memory=float(needed))
+    assert estimate_run(config, full).fits
+    assert not estimate_run(config, replace(full, gpu_memory=needed - 1.0)).fits
+    fractions = {s.given: s.estimate.memory_fraction for s in search_layouts(config, full)}
+    assert fractions[True] == 1.0
+    other = next(s.estimate for s in found if not s.given)
+    needed = max(memory.total for memory in other.memory) + 2_500_000_000
+    for share, suggested in ((0.96, False), (0.94, True)):
+        searched = search_layouts(config, replace(machine, gpu_memory=needed / share))
+        assert (other.config in [s.estimate.config for s in searched if not s.given]) == suggested
+        assert all(s.estimate.memory_fraction <= (1.0 if s.given else 0.95) for s in searched)
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 5])
+def test_the_bubble_shrinks_with_interleaving(chunks):
+    """(p - 1) / (v m) of the time without it (Narayanan et al., 2021, section 2.2)."""
+    words = ["--config", "llm-jp-3-13b", "--suggest-layout", "--gpus", "96"]
+    words += ["--global-batch-size", "960", "--pipeline-model-parallel-size", "4"]
+    words += ["--tensor-model-parallel-size", "1", "--no-sequence-parallel"]
+    words += ["--virtual-pipeline-model-parallel-size", str(chunks)] if chunks > 1 else []
+    command = parse(words)
+    times = estimate_step_times(estimate_run(command.config, command.machine))
+    micro_batches = 960 // command.config.training.micro_batch_size // (96 // 4)
+    busy = times.compute + times.tensor + times.pipeline
+    assert times.bubble == pytest.approx(busy * 3 / (chunks * micro_batches))

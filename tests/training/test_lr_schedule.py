@@ -137,6 +137,16 @@ def test_folds_have_schedules_of_their_own():
         n = iteration - 22  # of 29 iterations; no warm-up of its own
         expected = PEAK if n <= 25 else LOW + (PEAK - LOW) * (29 - n) / 4
         assert found.at(iteration) == pytest.approx(expected), iteration
+    # The run's schedule continues after a fold with its own, as if there had been none.
+    for folds in ([(40, None), (40, own), (120, None)], [(42, None), (39, own), (119, None)]):
+        found, _ = rates(folds=folds)
+        for iteration in range(22, 51):
+            assert found.at(iteration) == without.at(iteration), iteration
+    found, _ = rates(folds=[(40, None), (40, own), (120, None)])
+    assert [found.at(i) for i in (10, 21)] == [without.at(i) for i in (10, 21)]
+    assert [found.at(i) for i in (11, 13)] == [0.0, 1e-3] and found.at(20) == pytest.approx(
+        2.125e-4
+    )
 
 
 def test_scheduler_applies_the_rates_and_grows_weight_decay():

@@ -117,6 +117,17 @@ def test_ramp_up_and_a_restart_in_the_middle(runs):
     assert (manifest.iteration, manifest.consumed_samples) == (5, 16)
 
 
+def test_remaining_time(runs):
+    """The remaining samples at the throughput of the last interval, with batches of 2 and 4."""
+    left = history(runs / "ramp", "seconds remaining")
+    assert list(left) == [1, 2, 3, 4, 5] and left[5] == 0.0
+    for value, after in (("ramp", (14, 12, 8, 4, 0)), ("ramp-again", (None, None, 8, 4, 0))):
+        sizes = history(runs / value, "global batch size")
+        seconds = history(runs / value, "seconds per iteration")
+        for i, found in history(runs / value, "seconds remaining").items():
+            assert found == pytest.approx(after[i - 1] / sizes[i] * seconds[i], rel=1e-9), i
+
+
 def test_the_same_run_twice_is_the_same_bit_for_bit(runs):
     """With dropout, on another rank and after other runs."""
     for value in ("lm loss", "grad norm", "params norm"):
