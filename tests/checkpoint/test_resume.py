@@ -213,6 +213,15 @@ def test_manifest_contents(runs):
         common = torch.load(save / f"iter_{END:07d}" / "common.pt", weights_only=True)
         assert common["opt_param_scheduler"]["num_steps"] == END * 4
     middle = assert_files_match_manifest(runs / "llama" / f"iter_{MIDDLE:07d}")
-    assert list(middle["folds"]) == ["fold00", "fold01"]
+    # Folds of 4 and 8 samples, with weights of 1 to 2 and 3 to 1.
+    drawn = {
+        (fold, name): (part["asked"], part["start"], part["samples"])
+        for fold, record in middle["folds"].items()
+        for name, part in record["datasets"].items()
+    }
+    assert drawn == {
+        ("fold00", "ja"): ("weight 1", 0, 1), ("fold00", "en"): ("weight 2", 0, 3),
+        ("fold01", "ja"): ("weight 3", 1, 6), ("fold01", "en"): ("weight 1", 3, 2),
+    }  # fmt: skip
     config = load_config(runs / "llama" / manifests.folder_name(MIDDLE) / "config.yaml")
     assert config.model.activation_function == "swiglu"

@@ -25,7 +25,10 @@ def test_ranks_share_sequence_and_work(size):
             parts.append(dataloader.slice_for_context_parallel(dict(batch)))
     together = torch.cat([part["tokens"] for part in parts], dim=1)
     assert torch.equal(together.sort(dim=1).values, numbers)
-    for part in parts:
+    chunks = torch.arange(length).view(2 * size, -1)
+    for rank, part in enumerate(parts):
+        own = torch.cat([chunks[rank], chunks[2 * size - 1 - rank]])
+        assert torch.equal(part["tokens"], own.expand(3, -1))
         assert torch.equal(part["tokens"], part["position_ids"])
         assert torch.equal(part["dataset_id"], batch["dataset_id"])
         # Under a causal mask the number of attended tokens depends on the position.

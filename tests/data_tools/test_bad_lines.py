@@ -108,8 +108,9 @@ def test_rejected_share_is_limited(tmp_path, capsys, monkeypatch):
         )  # nothing is read again
         assert main([*arguments, "--max-rejected", "2%"]) == 0
     assert read_index(tmp_path / "o_text_document").documents == 197
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="2"):
         main([*arguments, "--max-rejected", "1"])
+    assert "--max-rejected" in capsys.readouterr().err
 
 
 def test_mostly_invalid_input_stops_early(tmp_path, capsys, monkeypatch):

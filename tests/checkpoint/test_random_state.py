@@ -1,0 +1,42 @@
+"""Random states in checkpoints: plain data that restores every generator."""
+
+from __future__ import annotations
+
+import io
+import random
+from typing import Any
+
+from tests.support.processes import run_ranks
+
+
+def draws_around_a_load() -> list[list[float]]:
+    """Return draws of all generators after a save, and after loading it again."""
+    import numpy as np
+    import torch
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    from megatron_llmjp.checkpoint.sharded_state import get_random_state, set_random_state
+    from megatron_llmjp.parallel.device import setup
+
+    def draw() -> list[float]:
+        with get_cuda_rng_tracker().fork("own"):
+            forked = torch.rand(1)
+        numbers = [random.random(), random.gauss(0, 1), np.random.rand(), np.random.normal()]
+        return [*numbers, float(torch.rand(1)), float(forked)]
+
+    setup()
+    get_cuda_rng_tracker().add("own", 5)
+    draw()  # leaves a second normal number in two of the generators
+    saved: Any = io.BytesIO()
+    torch.save(get_random_state(), saved)
+    expected = draw()
+    draw()
+    saved.seek(0)
+    set_random_state(torch.load(saved, weights_only=True))
+    return [expected, draw(), draw()]
+
+
+def test_every_generator_is_restored():
+    ((expected, found, later),) = run_ranks(draws_around_a_load, 1)
+    assert found == expected
+    assert all(a != b for a, b in zip(expected, later, strict=True))
