@@ -81,19 +81,20 @@ def whole_tensors(
 
 def _llama(state, number, config) -> Iterator[tuple[str, torch.Tensor]]:
     layer = f"model.layers.{number}"
-    q, k, v = (state[f"{layer}.self_attn.{x}_proj.weight"] for x in "qkv")
     d, groups = config.head_dim, config.num_key_value_heads
     width = config.num_attention_heads // groups * d
-    rows = [
-        piece[group * n : (group + 1) * n]
-        for group in range(groups)
-        for piece, n in ((q, width), (k, d), (v, d))
-    ]
-    yield "self_attention.linear_qkv.weight", torch.cat(rows)
-    yield "self_attention.linear_proj.weight", state[f"{layer}.self_attn.o_proj.weight"]
-    gate, up = (state[f"{layer}.mlp.{x}_proj.weight"] for x in ("gate", "up"))
-    yield "mlp.linear_fc1.weight", torch.cat([gate, up])
-    yield "mlp.linear_fc2.weight", state[f"{layer}.mlp.down_proj.weight"]
+    for kind in ("weight", "bias") if config.mlp_bias else ("weight",):
+        q, k, v = (state[f"{layer}.self_attn.{x}_proj.{kind}"] for x in "qkv")
+        rows = [
+            piece[group * n : (group + 1) * n]
+            for group in range(groups)
+            for piece, n in ((q, width), (k, d), (v, d))
+        ]
+        yield f"self_attention.linear_qkv.{kind}", torch.cat(rows)
+        yield f"self_attention.linear_proj.{kind}", state[f"{layer}.self_attn.o_proj.{kind}"]
+        gate, up = (state[f"{layer}.mlp.{x}_proj.{kind}"] for x in ("gate", "up"))
+        yield f"mlp.linear_fc1.{kind}", torch.cat([gate, up])
+        yield f"mlp.linear_fc2.{kind}", state[f"{layer}.mlp.down_proj.{kind}"]
     yield "input_layernorm.weight", state[f"{layer}.input_layernorm.weight"]
     yield "pre_mlp_layernorm.weight", state[f"{layer}.post_attention_layernorm.weight"]
 

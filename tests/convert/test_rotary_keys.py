@@ -14,6 +14,7 @@ from megatron_llmjp.convert.formats.hugging_face.config import rope_fields, rope
 from megatron_llmjp.convert.formats.hugging_face.llama import ARCHITECTURE
 from megatron_llmjp.errors import UserError
 from tests.convert.hf_models import llama, state
+from tests.convert.megatron_parts import assert_parts_of
 
 SIZES = {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 101,
          "intermediate_size": 80, "max_position_embeddings": 64}  # fmt: skip
@@ -148,6 +149,7 @@ def test_biases_of_every_linear_layer_are_kept(tmp_path, convert):
     sizes = ("--target-tensor-parallel-size", "2", "--target-pipeline-parallel-size", "3")
     convert("--to", "megatron-lm", "--ckpt-format", "torch", "--verify", *sizes,
             "--input", tmp_path / "hf", "--output", tmp_path / "mlm")  # fmt: skip
+    assert_parts_of(model, tmp_path / "mlm" / "release", 2, padded=256)
     convert("--to", "native", "--input", tmp_path / "mlm", "--output", tmp_path / "native")
     convert("--to", "hf", "--input", tmp_path / "native", "--output", tmp_path / "back")
     before, after = state(tmp_path / "hf"), state(tmp_path / "back")
