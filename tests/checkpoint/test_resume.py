@@ -213,6 +213,13 @@ def test_manifest_contents(runs):
         common = torch.load(save / f"iter_{END:07d}" / "common.pt", weights_only=True)
         assert common["opt_param_scheduler"]["num_steps"] == END * 4
     middle = assert_files_match_manifest(runs / "llama" / f"iter_{MIDDLE:07d}")
+    copy = yaml.safe_load((runs / "llama" / f"iter_{MIDDLE:07d}" / "folds.yaml").read_text())
+    declared = yaml.safe_load((runs / "folds.yaml").read_text())
+    for fold in declared["folds"]:
+        for name, source in fold["blend"].items():
+            source["path"] = str(runs / name)
+            del source["repeat"]  # the default
+    assert (copy["seed"], copy["folds"]) == (declared["seed"], declared["folds"])
     # Folds of 4 and 8 samples, with weights of 1 to 2 and 3 to 1.
     drawn = {
         (fold, name): (part["asked"], part["start"], part["samples"])

@@ -16,6 +16,8 @@ from tests.convert.hf_models import MODELS, state
 LAYOUTS = {"llama": (2, 1), "gpt2": (1, 2)}
 """Tensor and pipeline parallel size of each architecture."""
 
+TRANSFORMER_ENGINE_ONLY = "decoder.layers.self_attention.core_attention._extra_state"
+
 
 def on_ranks(rank: int, port: int, root: Path) -> None:
     """One process for both layouts: importing megatron-core takes longer than the test."""
@@ -24,7 +26,7 @@ def on_ranks(rank: int, port: int, root: Path) -> None:
 
 
 def on_rank(rank: int, port: int, root: Path, tensor_size: int, pipeline_size: int) -> None:
-    """Load both formats, compare with the canonical tensors, and save both formats again."""
+    """Load all formats, compare with the canonical tensors, and save them again."""
     warnings.simplefilter("ignore")
     from megatron.core import dist_checkpointing, parallel_state
 
@@ -49,6 +51,17 @@ def on_rank(rank: int, port: int, root: Path, tensor_size: int, pipeline_size: i
 
     forget(model)
     sharded_state.load_checkpoint(source.path, sharded_state.RunState([model]))
+    compare(model, source, config)
+
+    forget(model)
+    both = dist_checkpointing.validation.StrictHandling.RETURN_ALL
+    dist = str(root / "dist" / "release")
+    loaded, unused, absent = dist_checkpointing.load(model.sharded_state_dict(), dist, strict=both)
+    assert (unused, absent) == ({TRANSFORMER_ENGINE_ONLY}, set())
+    args = loaded.pop("args")
+    assert (loaded.pop("iteration"), loaded.pop("checkpoint_version")) == (0, 3.0)
+    assert args.hidden_size == config.model.hidden_size
+    model.load_state_dict(loaded)
     compare(model, source, config)
 
     forget(model)
@@ -112,6 +125,7 @@ def test_megatron_core_reads_and_writes_the_same(tmp_path, convert):
         sizes = ["--target-tensor-parallel-size", tensor]
         sizes += ["--target-pipeline-parallel-size", pipeline]
         convert("--to", "native", "--input", root / "hf", "--output", root / "native", *sizes)
+        convert("--to", "megatron-lm", "--input", root / "hf", "--output", root / "dist", *sizes)
         convert("--to", "megatron-lm", "--input", root / "hf", "--output", root / "legacy",
                 "--ckpt-format", "torch", "--transformer-impl", "local", *sizes)  # fmt: skip
     with socket.socket() as free:

@@ -108,7 +108,7 @@ def test_a_network_field_is_understood_or_refused(name, value):
     try:
         changed = model_from_args(arguments(**{name: value}, **needed), "x.pt")
     except UserError as error:
-        assert name in str(error) or str(value) in str(error)
+        assert name in str(error)
         assert str(error).startswith("x.pt: ")
     else:
         assert changed != plain

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 import os
@@ -236,7 +237,13 @@ def test_manifest_and_reports(inputs, tmp_path, capsys):
     assert [row["source"] for row in table] == [*inputs[:2], "total"]
     assert table[-1]["tokens_text"] == manifest["tokens"]
     assert table[-1]["documents"] == manifest["documents"] == 800
-    assert (tmp_path / "r.csv").read_text().splitlines()[0].startswith("source,documents,bytes")
+    for row, at in zip(table, (0, 1), strict=False):
+        texts = [text.encode() for text in make_documents(400, seed=at)]
+        assert row["documents"] == 400 and row["empty"] == texts.count(b"")
+        assert row["tokens_text"] == sum(len(text) + 1 for text in texts if text)
+    with (tmp_path / "r.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows == [{key: str(value) for key, value in row.items()} for row in table]
     assert manifest["recipe"]["tokenizer"]["type"] == "ByteLevelTokenizer"
     for suffix in ("bin", "idx"):
         data = (tmp_path / f"o_text_document.{suffix}").read_bytes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -107,7 +108,7 @@ def test_a_nan_on_one_rank_is_not_applied(folds, tmp_path, capfd):
     ]
     assert len(warnings) == 1
     assert "fold 'fold01': a NaN or Inf in the gradients" in warnings[0]
-    assert "the step is not applied. Documents: ja" in warnings[0] or "Documents: en" in warnings[0]
+    assert re.search("the step is not applied. Documents: (ja|en) ", warnings[0]), warnings[0]
     assert len(history(save)) == 30 and all(loss == loss for loss in history(save).values())
 
 
