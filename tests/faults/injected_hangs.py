@@ -36,17 +36,20 @@ def shorten_hang_limit(what: str, iteration: int, limit: float) -> None:
     inject_at(what, iteration, tightened)
 
 
-def slow_validation(iteration: int, limit: float, pause: float) -> None:
-    """Delay each batch of a validation."""
+def slow_validation(iteration: int, limit: float, pause: float, batches: int) -> None:
+    """Delay the first batches of the validation after an iteration."""
     from megatron_llmjp.training import evaluation
 
     shorten_hang_limit("a validation", iteration, limit)
-    run = evaluation.run_micro_batches
+    run, remaining = evaluation.run_micro_batches, [0]
 
     def slow(*arguments: Any, **named: Any) -> Any:
-        time.sleep(pause)
+        if remaining[0] > 0:
+            remaining[0] -= 1
+            time.sleep(pause)
         return run(*arguments, **named)
 
+    inject_at("a validation", iteration, lambda _: remaining.__setitem__(0, batches))
     evaluation.run_micro_batches = slow
 
 

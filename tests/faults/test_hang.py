@@ -120,7 +120,7 @@ LIMIT = 4.0
 @pytest.mark.fault("a validation that takes longer than the hang limit", "the run continues")
 def test_a_slow_validation(stage):
     save = stage.folder("slow-validation")
-    fault = ("slow_validation", 5, LIMIT, LIMIT / 8)
+    fault = ("slow_validation", 5, LIMIT, LIMIT / 8, 16)
     code, _, errors = stage.run("alone", save, "--eval-iters", 16, fault=fault)
     assert code == 0, errors
     assert manifests.complete_iterations(save)[-1] == LAST
