@@ -82,6 +82,7 @@ def assert_whole(save: Path) -> Path:
     return newest
 
 
+@pytest.mark.long
 @pytest.mark.fault(
     "Ctrl-C once and twice, a damaged checkpoint, a rank and the launcher killed, in one run",
     "saved with exit code 3, or ended immediately; no process remains",

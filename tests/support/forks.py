@@ -105,13 +105,6 @@ class Fork:
             time.sleep(pause)
         return True
 
-    def until_printed(self, text: str) -> str:
-        """Wait until a text is printed and return standard output up to the end of that line."""
-        found = self.until(lambda: text in self.stdout.rpartition("\n")[0], 0.01)
-        assert found, f"'{text}' was not printed:\n{self.stdout}\n{self.stderr}"
-        before, text, after = self.stdout.partition(text)
-        return before + text + after.partition("\n")[0] + "\n"
-
     def send_signal(self, number: int) -> None:
         """Send a signal to this process only."""
         if self.poll() is None:
