@@ -7,7 +7,7 @@ TEST_WORKERS ?= 2
 PARALLEL := -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-long coverage faults lint clean
+.PHONY: help install quickstart test test-long coverage mutants faults lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -22,6 +22,13 @@ test: $(VENV)/.installed-dev  ## run the tests, except the long ones
 
 test-long: $(VENV)/.installed-dev  ## run the long tests: Slurm clusters, kills, layouts on many processes
 	@$(RUN) -m pytest -m long $(PARALLEL) $(PYTEST_FLAGS)
+
+coverage: $(VENV)/.installed-dev  ## run the same tests and print the coverage of each file by line and branch
+	@$(RUN) -m pytest -m "not long" $(PARALLEL) --cov --cov-branch --cov-report=term $(PYTEST_FLAGS); \
+		code=$$?; rm -f .coverage.*; exit $$code  # files of processes that end after the report
+
+mutants: $(VENV)/.installed-dev  ## change the source in 300 small ways, and list those that no test notices
+	@$(RUN) -m tools.mutants $(MUTANTS_FLAGS)
 
 faults: $(VENV)/.installed-dev  ## run the long fault suite and write its counts to docs/reliability.md
 	@FAULT_KILLS=$${FAULT_KILLS:-200} FAULT_RESULTS=fault_results.json $(RUN) -m pytest \

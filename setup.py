@@ -40,6 +40,7 @@ EXTRAS = {
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
         "pytest-cov>=7",
+        "coverage>=7.10",  # for forked processes
         "pytest-randomly>=3.15",
         "hypothesis>=6.100",
         "ruff>=0.6",

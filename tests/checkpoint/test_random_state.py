@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 from typing import Any
+from unittest import mock
 
 from tests.support.processes import run_ranks
 
@@ -28,11 +29,16 @@ def draws_around_a_load() -> list[list[float]]:
     get_cuda_rng_tracker().add("own", 5)
     draw()  # leaves a second normal number in two of the generators
     saved: Any = io.BytesIO()
-    torch.save(get_random_state(), saved)
+    # The GPU's generator is the CPU's here: setting it would hide that the CPU's is not set.
+    gpu: list[int] = []
+    with mock.patch.object(torch.cuda, "get_rng_state", lambda: 17):
+        torch.save(get_random_state(), saved)
     expected = draw()
     draw()
     saved.seek(0)
-    set_random_state(torch.load(saved, weights_only=True))
+    with mock.patch.object(torch.cuda, "set_rng_state", gpu.append):
+        set_random_state(torch.load(saved, weights_only=True))
+    assert gpu == [17]
     return [expected, draw(), draw()]
 
 
