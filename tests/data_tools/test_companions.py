@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import zlib
 from itertools import chain
 from pathlib import Path
 
@@ -45,6 +46,18 @@ def documents_of(prefix) -> list[list[int]]:
     ]
 
 
+def assert_manifest(prefix: Path) -> None:
+    """Compare a dataset's manifest with its files."""
+    manifest = json.loads(prefix.with_suffix(".json").read_text())
+    read = IndexedDataset(str(prefix))
+    crcs = {s: zlib.crc32(prefix.with_suffix(f".{s}").read_bytes()) for s in ("bin", "idx")}
+    # Folds share the tokens of the whole dataset, and have no checksum of them.
+    found = {s: int(manifest[s].get("crc32", f"{crcs[s]:x}"), 16) for s in crcs}
+    assert "crc32" in manifest["idx"] and found == crcs
+    assert manifest["tokens"] == int(read.sequence_lengths.sum())
+    assert manifest["documents"] == len(read.document_indices) - 1
+
+
 def test_merge_equals_megatron_core(datasets, tmp_path, monkeypatch):
     monkeypatch.setattr(documents_module, "DOCUMENTS_PER_CHUNK", 7)
     monkeypatch.setattr(documents_module, "TOKENS_PER_CHUNK", 1000)
@@ -60,6 +73,7 @@ def test_merge_equals_megatron_core(datasets, tmp_path, monkeypatch):
             ours = (tmp_path / f"{name}.{suffix}").read_bytes()
             assert ours == (tmp_path / f"theirs.{suffix}").read_bytes()
         assert verify_dataset(str(tmp_path / name), None)[1] == []
+        assert_manifest(tmp_path / name)
     assert json.loads((tmp_path / "a.json").read_text())["documents"] == 300
     assert merge_datasets.main(arguments) == 2  # exists already
 
@@ -96,6 +110,7 @@ def test_split_is_complete_and_disjoint_and_shares_the_tokens(link, datasets, tm
     assert refined == [text for text in best if text not in parts["validation"]]
     for part in (tmp_path / "f").iterdir():
         assert (part / f"{name}.bin").samefile(f"{datasets[1]}.bin")
+        assert_manifest(part / name)
         assert verify_dataset(str(part / name), None)[1] == []
     table = capsys.readouterr().out
     assert "fold00" in table and "validation" in table

@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from megatron_llmjp.checkpoint import manifest as manifests
+from megatron_llmjp.report.history import read_history
 from tests.support.datasets import write_dataset, write_folds
 from tests.support.processes import run_ranks
 from tests.support.tolerances import ELEMENTWISE, LOSS, TRAINED, assert_close
@@ -111,6 +112,8 @@ def test_ramp_up_and_a_restart_in_the_middle(runs):
         straight = history(runs / "ramp", value)
         assert history(runs / "ramp-again", value) == {i: straight[i] for i in (3, 4, 5)}, value
     assert history(runs / "ramp", "learning rate")[5] == 1e-3  # of the third fold
+    losses = history(runs / "ramp")
+    assert read_history(runs / "ramp").values("lm loss") == (list(losses), list(losses.values()))
     starts = [r for r in records(runs / "ramp-again") if r.get("event") == "start"]
     assert starts == [{"iteration": 2, "consumed samples": 4, "event": "start"}]
     manifest = manifests.read_manifest(manifests.newest_checkpoint(runs / "ramp"))
