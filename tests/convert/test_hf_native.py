@@ -79,13 +79,13 @@ def test_round_trip_is_exact(tmp_path, convert, architecture, changes, dtype):
     configs = [json.loads((tmp_path / n / "config.json").read_text()) for n in ("hf", "back")]
     for key in ("rope_parameters", "use_parallel_residual"):
         assert configs[0].get(key) == configs[1].get(key)
-    fp32 = [
-        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)
-        for name in ("hf", "back")
-    ]
-    assert type(fp32[1]) is type(model)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    fp32 = load(tmp_path / "hf", dtype=torch.float32)
+    again, info = load(tmp_path / "back", dtype=torch.float32, output_loading_info=True)
+    assert type(again) is type(model)
+    assert not any(info.values()), info  # missing, unexpected and mismatched keys
     with torch.no_grad():
-        expected, found = (loaded.eval()(TOKENS).logits for loaded in fp32)
+        expected, found = (loaded.eval()(TOKENS).logits for loaded in (fp32, again))
     assert_close(found, expected, LOGITS, "logits")
 
 
