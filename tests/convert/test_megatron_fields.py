@@ -114,6 +114,21 @@ def test_a_network_field_is_understood_or_refused(name, value):
         assert changed != plain
 
 
+def test_missing_arguments_have_the_defaults_of_megatron_lm():
+    """Those of its argument parser; the feed-forward size, heads and groups follow from others."""
+    needed = ("num_layers", "hidden_size", "num_attention_heads", "max_position_embeddings")
+    given = {name: vars(arguments())[name] for name in needed}
+    given |= {"use_legacy_models": False, "position_embedding_type": "rope"}
+    model = model_from_args(argparse.Namespace(**given), "x.pt")
+    assert (model.ffn_hidden_size, model.num_query_groups, model.kv_channels) == (4 * 64, 8, 8)
+    assert (model.norm_epsilon, model.init_method_std, model.rotary_base) == (1e-5, 0.02, 10000)
+    assert (model.rotary_percent, model.rope_scaling_factor) == (1.0, 8.0)
+    assert (model.normalization, model.activation_function) == ("LayerNorm", "gelu")
+    assert (model.add_bias_linear, model.add_qkv_bias) == (True, False)
+    assert not (model.untie_embeddings_and_output_weights or model.use_rope_scaling)
+    assert model.make_vocab_size_divisible_by == 128 and model.vocab_size is None
+
+
 def test_every_field_of_megatron_core_is_classified():
     assert [f for f in [*core_fields(), *MAIN_OF_AUGUST_2026] if field_kind(f) == "unknown"] == []
 
