@@ -121,6 +121,16 @@ def test_a_growing_batch(save):
     assert read_status(save).train_iters == 40
 
 
+def test_the_length_of_a_run_without_a_checkpoint(tmp_path):
+    """The iterations so far, and the remaining time in iterations."""
+    values = {"lm loss": 1.0, "seconds remaining": 41.0, "seconds per iteration": 2.0}
+    record = {"iteration": 10, "consumed samples": 40, "consumed tokens": 1280, **values}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    assert read_status(tmp_path).train_iters == 10 + 20
+    text = format_status(read_status(tmp_path))
+    assert "10 of 30 (33.3%)" in text and "remaining    00:00:41" in text
+
+
 def test_job_files(save, capsys):
     ended(save)
     assert REQUEUE_LOG == HISTORY
