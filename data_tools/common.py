@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import io
 import os
 import sys
 import time
@@ -135,6 +136,8 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 def run_tool(program: str, body: Callable[[], int]) -> int:
     """Run a program's body and convert its errors to a message and an exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names in files may not be printable
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return body()
     except (DataError, UserError) as error:

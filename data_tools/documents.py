@@ -16,6 +16,8 @@ from megatron_llmjp.errors import UserError
 
 MANIFEST_FORMAT = "megatron_llmjp dataset manifest 1"
 """Value of ``format`` in the manifests of datasets."""
+IDENTITY_FIELDS = ("type", "eod_id", "vocab_size")
+"""Entries of a tokenizer's identity that are plain values."""
 DOCUMENTS_PER_CHUNK = 1 << 16
 TOKENS_PER_CHUNK = 1 << 22
 
@@ -104,4 +106,26 @@ def read_dataset_manifest(prefix: str | Path) -> dict[str, Any] | None:
     parts = [manifest.get(name) for name in ("bin", "idx")] if isinstance(manifest, dict) else []
     if not parts or not all(isinstance(part, dict) for part in parts):
         raise UserError(f"{path}: not a dataset manifest (it has no 'bin' and 'idx' entries)")
+    if problem := _recipe_problem(manifest):
+        raise UserError(f"{path}: {problem}: the manifest is damaged")
     return manifest
+
+
+def _recipe_problem(manifest: dict[str, Any]) -> str | None:
+    """Return which entry that describes the making of a dataset has another type."""
+    recipe = manifest.get("recipe", {})
+    if not isinstance(recipe, dict):
+        return "'recipe' is not a JSON object"
+    wrong = [
+        n for n in ("tokenizer", "options", "shard") if not isinstance(recipe.get(n, {}), dict)
+    ]
+    if wrong:
+        return f"'recipe' has an invalid entry '{wrong[0]}'"
+    sources = recipe.get("sources", [])
+    if not isinstance(sources, list) or not all(isinstance(source, dict) for source in sources):
+        return "'recipe' has an invalid entry 'sources'"
+    tokenizer = recipe.get("tokenizer", {})
+    if not all(isinstance(tokenizer.get(n), str | int | None) for n in IDENTITY_FIELDS):
+        return "'recipe' has an invalid entry 'tokenizer'"
+    is_list = isinstance(recipe.get("shard", {}).get("list"), str | None)
+    return None if is_list else "'recipe' has an invalid entry 'shard'"

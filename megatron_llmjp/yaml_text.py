@@ -26,6 +26,8 @@ _PLAIN = {
 }
 MAX_VALUES = 300_000
 """Limit of values in a file; values of aliases count each time, since nesting multiplies them."""
+MAX_NUMBER_LENGTH = 300
+"""Limit of characters of an integer: Python refuses to print integers of more than 4300 digits."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ def parse_yaml(text: str, source: str) -> YamlDocument:
 
     Raises:
         UserError: it is not YAML or not a mapping; a key is not text or is duplicated; it has a tag
-            other than those of plain data, or recursive or excessively nested aliases.
+            other than those of plain data, an excessively long number, or recursive or excessively
+            nested aliases.
     """
     loader = yaml.SafeLoader("")
     try:
@@ -88,6 +91,8 @@ def parse_yaml(text: str, source: str) -> YamlDocument:
         raise UserError(f"{source}: not valid YAML: it is nested too deeply") from None
     except ValueError as error:  # of an invalid date or number
         raise UserError(f"{source}: not valid YAML: {error}; put the value in quotes") from None
+    except (LookupError, AttributeError, TypeError, ArithmeticError):  # such as "!!bool 3"
+        raise UserError(f"{source}: not valid YAML: a value does not match its tag") from None
     if not isinstance(data, dict):
         found = "nothing" if data is None else f"a {type(data).__name__}"
         raise UserError(f"{source}: the file: expected keys and values, found {found}")
@@ -120,6 +125,11 @@ def _walk(
     if node.tag not in _PLAIN:
         name = node.tag.replace(_STANDARD, "!!")
         raise UserError(f"{_where(node)}: the tag {name} is not supported: write plain values")
+    if node.tag == _STANDARD + "int" and len(node.value) > MAX_NUMBER_LENGTH:
+        raise UserError(
+            f"{_where(node)}: a number of {len(node.value):,} characters; if it is "
+            "text, put the value in quotes"
+        )
     inside = (*inside, node)
     if isinstance(node, yaml.SequenceNode):
         for number, entry in enumerate(node.value):

@@ -11,26 +11,28 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_llmjp.checkpoint.manifest import complete_iterations
 from megatron_llmjp.errors import EXIT_DONE, EXIT_REQUEUE, EXIT_USER_ERROR
+from megatron_llmjp.report.jobs import REQUEUE_LOG, read_job_ends
 
-HISTORY = "requeues.jsonl"
+HISTORY = REQUEUE_LOG
 
 MAX_FRUITLESS_STARTS = 2
 """Consecutive starts without a new checkpoint that are tolerated."""
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Decide, and record the end of the job."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--save", type=Path, required=True, help="folder of the checkpoints")
     parser.add_argument("--code", type=int, required=True, help="exit code of the ranks")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     path = args.save / HISTORY
-    history = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    history = [record for record in read_job_ends(args.save) if _is_valid(record)]
     iteration = max(complete_iterations(args.save), default=0)
     requeue, reason = decide(args.code, iteration, history)
     record = {
@@ -46,6 +48,12 @@ def main() -> int:
         stream.write(json.dumps(record) + "\n")
     print(f"exit code {args.code} at iteration {iteration}: {reason}", flush=True)
     return 0 if requeue else 1
+
+
+def _is_valid(record: dict[str, Any]) -> bool:
+    """Return whether a record of an earlier end has the entries that :func:`decide` reads."""
+    is_number = type(record.get("iteration")) is int
+    return is_number and isinstance(record.get("requeued"), bool)
 
 
 def decide(code: int, iteration: int, history: list[dict[str, Any]]) -> tuple[bool, str]:

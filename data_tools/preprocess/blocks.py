@@ -22,6 +22,8 @@ from data_tools.preprocess.sources import STDIN, InputSource
 from megatron_llmjp.errors import UserError, did_you_mean
 
 ROWS_PER_BLOCK = 256
+TABLE_BYTES = 4 << 20
+"""Size in bytes above which a block of several rows is divided."""
 BLOCK_BYTES = 512 * 1024
 PEEK_BYTES = 64 * 1024
 
@@ -118,12 +120,37 @@ def _row_blocks(source: InputSource, table: Any, start: int, keys: list[str]) ->
             batch_size=ROWS_PER_BLOCK, row_groups=[group], columns=keys, use_threads=False
         )
         for batch in batches:
-            batch = batch.slice(max(0, start - row)) if row < start else batch
-            row = max(row, start) + batch.num_rows if batch.num_rows else row + ROWS_PER_BLOCK
-            if batch.num_rows:
-                columns = {key: batch.column(key).to_pylist() for key in keys}
+            skipped = min(max(0, start - row), batch.num_rows)
+            row += skipped
+            for part in _divide(batch.slice(skipped)):
+                columns = {key: _values(part.column(key)) for key in keys}
+                row += part.num_rows
                 disk = source.size * row // total
-                yield Block(TableRows(columns, batch.num_rows), row, batch.nbytes, disk)
+                yield Block(TableRows(columns, part.num_rows), row, part.nbytes, disk)
+
+
+def _divide(batch: Any) -> Iterator[Any]:
+    """Divide a batch of rows into parts of at most TABLE_BYTES or one row; omit empty ones."""
+    if batch.num_rows > 1 and batch.nbytes > TABLE_BYTES:
+        half = batch.num_rows // 2
+        yield from _divide(batch.slice(0, half))
+        yield from _divide(batch.slice(half))
+    elif batch.num_rows:
+        yield batch
+
+
+def _values(column: Any) -> list[Any]:
+    """Return the values of a column; text that is not UTF-8 as bytes, which are a bad line."""
+    try:
+        found: list[Any] = column.to_pylist()
+    except UnicodeDecodeError:
+        found = []
+        for scalar in column:
+            try:
+                found.append(scalar.as_py())
+            except UnicodeDecodeError:
+                found.append(bytes(scalar.as_buffer()) if hasattr(scalar, "as_buffer") else b"")
+    return found
 
 
 def read_blocks(source: InputSource, start: int, keys: list[str], limit: int) -> Iterator[Block]:
@@ -159,7 +186,7 @@ def _read_blocks(
             return
         stream = file if opener is None else opener(file)
         yield from _stream_blocks(stream, file, start, limit)
-    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+    except (EOFError, OSError, MemoryError, lzma.LZMAError, zlib.error) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # an error of the file system, not of the decompressor
         raise UserError(

@@ -31,6 +31,8 @@ OTHER_FORMATS = {
 _SKIPPABLE = (
     b"\x2a\x4d\x18"  # after a byte 0x50 to 0x5f: a frame without text, such as pzstd's first
 )
+READ_BYTES = 512
+"""Bytes of a zstd stream decompressed at a time: 4 bytes can expand to 128 KiB."""
 _SUPPORTED = "Supported: JSON lines (plain, gzip, bzip2, xz, lzma, zstd or lz4) and Parquet"
 
 
@@ -72,7 +74,22 @@ def _open_lz4(source: InputSource, file: BinaryIO) -> Any:
             f"{source.name}: reading LZ4 requires the lz4 package (pip install lz4); or compress "
             "the file with zstd"
         ) from error
-    return lz4.frame.LZ4FrameFile(file)
+    return Lz4Reader(lz4.frame.LZ4FrameFile(file))
+
+
+class Lz4Reader:
+    """Reader of an LZ4 stream, whose library raises RuntimeError for damaged data."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def read(self, size: int) -> bytes:
+        """Return decompressed bytes, b"" at the end."""
+        try:
+            data: bytes = self._stream.read(size)
+        except RuntimeError as error:
+            raise EOFError(str(error)) from error
+        return data
 
 
 class ZstdReader:
@@ -90,26 +107,32 @@ class ZstdReader:
         self._error = zstandard.ZstdError
         self._frame: Any = None
         self._rest = b""
+        """Bytes of the file that are not decompressed yet."""
+        self._text = b""
+        """Decompressed bytes that are not returned yet."""
 
     def read(self, size: int) -> bytes:
-        """Return decompressed bytes, b"" at the end; ``size`` is ignored."""
-        del size
-        while True:
-            data = self._rest or self._file.read(32 * 1024)
-            self._rest = b""
+        """Return ``size`` decompressed bytes, fewer only at the end of the stream."""
+        parts: list[bytes] = [self._text]
+        missing = size - len(self._text)
+        while missing > 0:
+            data = self._rest[:READ_BYTES] or self._file.read(READ_BYTES)
+            self._rest = self._rest[READ_BYTES:]
             if not data:
                 if self._frame is not None:
                     raise EOFError("the last zstd frame is incomplete")
-                return b""
+                break
             self._frame = self._frame or self._new()
             try:
-                text: bytes = self._frame.decompress(data)
+                parts.append(self._frame.decompress(data))
             except self._error as error:
                 raise EOFError(str(error)) from error
+            missing -= len(parts[-1])
             if self._frame.eof:
-                self._rest, self._frame = self._frame.unused_data, None
-            if text:
-                return text
+                self._rest, self._frame = self._frame.unused_data + self._rest, None
+        text = b"".join(parts)
+        self._text = text[size:]
+        return text[:size]
 
 
 _OPENERS: dict[bytes, Callable[[Any], Any]] = {

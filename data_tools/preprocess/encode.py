@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import json
 import os
 import signal
@@ -180,8 +181,14 @@ class BlockEncoder:
         """
         if len(raw) > self.encoding.limit:
             raise BadLine("line too long", f"{len(raw):,} bytes")
-        record = parse_line(raw) if record is None else record
+        is_row = record is not None
+        record = record if is_row else parse_line(raw)
         fields = {key: texts_of(record, key) for key in self.encoding.keys}
+        if (
+            is_row
+            and (size := sum(map(len, itertools.chain(*fields.values())))) > self.encoding.limit
+        ):
+            raise BadLine("line too long", f"{size:,} characters")
         if not self.encoding.keep_empty and not any(map(any, fields.values())):
             raise BadLine("empty document")
         for text in (text for texts in fields.values() for text in texts if check_each_text):

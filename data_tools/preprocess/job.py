@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from data_tools.common import EncodingProgress
 from data_tools.documents import MANIFEST_FORMAT
 from data_tools.preprocess.blocks import Block, LongLine, read_blocks
@@ -170,7 +172,7 @@ class PreprocessJob:
         same = [self._is_made_by(manifest.get("recipe", {})) for manifest in done]
         if len(done) == len(self.args.json_keys) and all(same):
             print("Already complete: written before with the same input, tokenizer and options.")
-            self.counts = [SourceCounts(**source_counts) for source_counts in done[0]["tallies"]]
+            self.counts = self._recorded_counts(done[0])
             shutil.rmtree(self.output.folder, ignore_errors=True)
             return True
         if conflicting_files := self.output.conflicting_files():
@@ -180,6 +182,16 @@ class PreprocessJob:
                 "or give --overwrite to replace it."
             )
         return False
+
+    def _recorded_counts(self, manifest: dict[str, Any]) -> list[SourceCounts]:
+        """Return the counts of each source in the manifest of a finished dataset."""
+        try:
+            return TypeAdapter(list[SourceCounts]).validate_python(manifest.get("tallies"))
+        except ValidationError as error:
+            path = f"{self.output.prefix_of(self.args.json_keys[0])}.json"
+            raise UserError(
+                f"{path}: the manifest is damaged ({error.errors()[0]['msg']})"
+            ) from None
 
     def _is_made_by(self, recorded: dict[str, Any]) -> bool:
         """Return whether a manifest has the same recipe, regardless of the paths of the input."""

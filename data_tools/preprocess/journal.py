@@ -12,25 +12,29 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from data_tools.preprocess.sources import InputSource
 from megatron_llmjp.data.indexed_dataset_writer import WriterPosition
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.filesystem import write_atomically
 
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+
 
 @dataclass
 class SourceCounts:
     """Counts of one source: lines, documents, bytes of decompressed input, tokens by key."""
 
-    lines: int = 0
-    documents: int = 0
-    bytes: int = 0
-    blank: int = 0
-    empty: int = 0
-    rejected: dict[str, int] = field(default_factory=dict)
-    tokens: dict[str, int] = field(default_factory=dict)
+    lines: Count = 0
+    documents: Count = 0
+    bytes: Count = 0
+    blank: Count = 0
+    empty: Count = 0
+    rejected: dict[str, Count] = field(default_factory=dict)
+    tokens: dict[str, Count] = field(default_factory=dict)
 
 
 @dataclass
@@ -48,13 +52,13 @@ class ResumePoint:
         finishing: all data is written, and only renames remain.
     """
 
-    source: int = 0
-    position: int = 0
+    source: Count = 0
+    position: Count = 0
     done: bool = False
     counts: SourceCounts = field(default_factory=SourceCounts)
-    finished: dict[int, SourceCounts] = field(default_factory=dict)
+    finished: dict[Count, SourceCounts] = field(default_factory=dict)
     outputs: dict[str, WriterPosition] = field(default_factory=dict)
-    rejected: dict[str, int] = field(default_factory=dict)
+    rejected: dict[str, Count] = field(default_factory=dict)
     finishing: bool = False
 
     def all_counts(self) -> Iterator[SourceCounts]:
@@ -65,6 +69,9 @@ class ResumePoint:
         """Return the point as stored, with the key names of all versions."""
         content = asdict(self)
         return content | {"tally": content.pop("counts"), "earlier": content.pop("finished")}
+
+
+_POINTS = TypeAdapter(list[ResumePoint], config={"extra": "forbid"})
 
 
 class ResumeJournal:
@@ -86,7 +93,8 @@ class ResumeJournal:
             overwrite: start from the beginning if the journal belongs to another recipe.
 
         Raises:
-            UserError: the journal belongs to another recipe that has already written documents.
+            UserError: the journal is damaged, or belongs to another recipe that has already written
+                documents.
         """
         self.path = path
         self.recipe, self.sources = recipe, sources
@@ -129,24 +137,32 @@ class ResumeJournal:
         lines = _read_lines(self.path)
         if not lines:
             return []
-        recorded, points = lines[0], [_point_from_json(line) for line in lines[1:]]
+        recorded, points = lines[0], _points_from_json(self.path, lines[1:])
         if not any(counts.documents for point in points for counts in point.all_counts()):
             return []  # nothing is lost, for example after a mistyped flag
+        before = recorded.get("sources")
+        if not isinstance(before, list) or not all(isinstance(source, dict) for source in before):
+            raise _damage(self.path, "its recipe has no list of sources")
         self._check_same_recipe(recorded, points)
         unchanged = 0
-        for old, new, source in zip(
-            recorded["sources"], self.recipe["sources"], self.sources, strict=False
-        ):
+        for old, new, source in zip(before, self.recipe["sources"], self.sources, strict=False):
             if not source.is_same(new, old):
                 break
             unchanged += 1
-        every = unchanged == len(recorded["sources"]) == len(self.recipe["sources"])
-        return [p for p in points if p.source < unchanged and (every or not p.finishing)]
+        every = unchanged == len(before) == len(self.recipe["sources"])
+        valid = [p for p in points if p.source < unchanged and (every or not p.finishing)]
+        if any(source > p.source for p in valid for source in p.finished):
+            raise _damage(self.path, "it counts documents of a source that was not read")
+        return valid
 
     def _check_same_recipe(self, recorded: dict[str, Any], points: list[ResumePoint]) -> None:
+        parts = [recorded.get("options"), recorded.get("tokenizer")]
+        if not all(isinstance(part, dict) for part in parts):
+            raise _damage(self.path, "its recipe has no options or no tokenizer")
         old, new = dict(recorded["options"]), dict(self.recipe["options"])
         if not any(p.counts.rejected or p.counts.empty for p in points):
-            old.pop("on_error"), new.pop("on_error")  # it has no effect before the first bad line
+            for options in (old, new):  # it has no effect before the first bad line
+                options.pop("on_error", None)
         for name, was, now in (
             ("options", old, new),
             ("tokenizer", recorded["tokenizer"], self.recipe["tokenizer"]),
@@ -166,17 +182,41 @@ def is_finishing(path: Path) -> bool:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the complete lines.
+
+    Raises:
+        UserError: a line is not a JSON object.
+    """
     lines = []
     for line in path.read_bytes().splitlines():
         try:
-            lines.append(json.loads(line))
-        except ValueError:
+            found = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(found, dict):
+            raise _damage(path, "a line is not a JSON object")
+        lines.append(found)
     return lines
 
 
-def _point_from_json(line: dict[str, Any]) -> ResumePoint:
-    outputs = {key: WriterPosition(**position) for key, position in line.pop("outputs").items()}
-    finished = {int(source): SourceCounts(**found) for source, found in line.pop("earlier").items()}
-    counts = SourceCounts(**line.pop("tally"))
-    return ResumePoint(outputs=outputs, counts=counts, finished=finished, **line)
+def _points_from_json(path: Path, lines: Sequence[dict[str, Any]]) -> list[ResumePoint]:
+    """Return the points of a journal.
+
+    Raises:
+        UserError: an entry is missing or has another type.
+    """
+    stored = {"tally": "counts", "earlier": "finished"}
+    named = [{stored.get(name, name): value for name, value in line.items()} for line in lines]
+    try:
+        return _POINTS.validate_python(named)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"][1:]))
+        raise _damage(path, f"line {int(first['loc'][0]) + 2}: {place}: {first['msg']}") from None
+
+
+def _damage(path: Path, problem: str) -> UserError:
+    return UserError(
+        f"{path}: the journal of the unfinished run is damaged: {problem}. Give --overwrite to "
+        "start from the beginning, or another --output-prefix."
+    )

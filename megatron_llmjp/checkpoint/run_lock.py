@@ -293,8 +293,11 @@ def _read_record(root: Path) -> Owner | None:
         OSError: it cannot be read.
     """
     try:
-        return Owner(**json.loads((root / RECORD).read_bytes()))
+        owner = Owner(**json.loads((root / RECORD).read_bytes()))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return UNKNOWN
+    texts = (owner.host, owner.boot, owner.started, owner.token)
+    is_valid = type(owner.pid) is int and 0 <= owner.pid < 2**31
+    return owner if is_valid and all(isinstance(text, str) for text in texts) else UNKNOWN

@@ -134,6 +134,8 @@ def load_config(path: Path) -> Config:
     """
     layers = ConfigLayers()
     read_file(layers, path)
+    if not layers.origin.keys() >= {"num_layers", "hidden_size", "num_attention_heads"}:
+        raise UserError(f"{path}: not a complete configuration: the size of the model is missing")
     return build_config(layers)
 
 

@@ -36,6 +36,9 @@ _MALFORMED_INPUT_ERRORS = (
 )
 """Exceptions that readers raise on files with unexpected content."""
 
+MAX_PROBLEM = 300
+"""Characters of such an exception in a message."""
+
 
 def pair_tensors(reads: dict[str, TensorRead], output: OutputPlan) -> list[TensorCopy]:
     """Pair every tensor to read with its location in the output.
@@ -309,6 +312,16 @@ def _check_options(source: SourceCheckpoint, target: str, options: ConversionOpt
         raise UserError(f"--with-optimizer: writing optimizer state to {target} is not supported")
 
 
+@contextmanager
+def _malformed_input(path: Path) -> Iterator[None]:
+    """Convert the errors of readers on files with unexpected content to user errors."""
+    try:
+        yield
+    except _MALFORMED_INPUT_ERRORS as error:
+        problem = repr(error)[:MAX_PROBLEM]
+        raise UserError(f"{path}: damaged, or not in a supported format ({problem})") from error
+
+
 def plan_conversion(
     source_format: str | None, target: str, path: Path, options: ConversionOptions
 ) -> Conversion:
@@ -325,10 +338,8 @@ def plan_conversion(
             support the model.
     """
     check_is_folder(path)
-    try:
+    with _malformed_input(path):
         source = open_checkpoint(source_format or detect_format(path).name, path, options).check()
-    except _MALFORMED_INPUT_ERRORS as error:
-        raise UserError(f"{path}: damaged, or not in a supported format ({error!r})") from error
     _check_options(source, target, options)
     if options.vocab_size is not None:
         source.model = source.model.model_copy(update={"vocab_size": options.vocab_size})
@@ -336,7 +347,8 @@ def plan_conversion(
     has_state = source.optimizer is not None or not entry.creates_optimizer
     with_state = options.with_optimizer and has_state
     if with_state:
-        source = optimizer_state.open_optimizer_state(source, options)
+        with _malformed_input(path):
+            source = optimizer_state.open_optimizer_state(source, options)
     try:
         output = entry.plan(source, options)
     except ValidationError as error:
@@ -345,9 +357,9 @@ def plan_conversion(
         raise UserError(f"{path}: {place} = {first['input']!r}: {first['msg']}") from None
     reads = source.reads
     if with_state:
-        reads = reads | optimizer_state.optimizer_reads(
-            source, optimizer_state.read_optimizer_state(source), options
-        )
+        with _malformed_input(path):
+            state = optimizer_state.read_optimizer_state(source)
+        reads = reads | optimizer_state.optimizer_reads(source, state, options)
     output.notes += _vocabulary_notes(source, output)
     copies = pair_tensors(reads, output)
     return Conversion(source, target, output, copies, options.checksums)

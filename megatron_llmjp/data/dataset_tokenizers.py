@@ -26,7 +26,15 @@ def recorded_tokenizer(prefix: str | Path) -> dict[str, Any] | None:
         found = manifest["recipe"]["tokenizer"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None  # Megatron-LM's datasets have no manifest
-    return found if isinstance(found, dict) else None
+    return found if isinstance(found, dict) and _is_identity(found) else None
+
+
+def _is_identity(found: Mapping[str, Any]) -> bool:
+    """Return whether a manifest's record has the types of ``Tokenizer.identity``."""
+    numbers = (found.get("vocab_size"), found.get("eod_id"))
+    return isinstance(found.get("type"), str | None) and all(
+        isinstance(number, int | None) for number in numbers
+    )
 
 
 def mixed_tokenizer_warnings(paths: Iterable[str]) -> list[str]:

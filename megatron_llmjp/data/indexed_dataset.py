@@ -188,19 +188,25 @@ def _map(
 
 def _check_bin(index: DatasetIndex) -> None:
     path = bin_path(index.prefix)
+    size = path.stat().st_size
     first, last = index.document_indices[0], index.document_indices[-1]
     if first != 0 or last != index.sequences:
         raise UserError(
             f"{idx_path(index.prefix)}: the document index runs from {first} to {last}, expected "
             f"0 to {index.sequences} (the number of sequences). The file is damaged."
         )
+    if size % index.dtype.itemsize:
+        raise UserError(
+            f"{path}: {size:,} bytes are not a multiple of the {index.dtype.itemsize} bytes of a "
+            "token. The file is damaged: copy it again or rebuild it with preprocess_data."
+        )
     if index.sequences == 0:
         return
     end = int(index.pointers[-1]) + int(index.lengths[-1]) * index.dtype.itemsize
-    if end > path.stat().st_size:
+    if end > size:
         raise UserError(
-            f"{path}: {path.stat().st_size:,} bytes, but its index requires {end:,}. The file is "
-            "truncated: copy it again or rebuild it with preprocess_data."
+            f"{path}: {size:,} bytes, but its index requires {end:,}. The file is truncated: copy "
+            "it again or rebuild it with preprocess_data."
         )
 
 

@@ -9,7 +9,6 @@ before: the later records are valid, the earlier ones are kept as abandoned.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -22,15 +21,21 @@ from megatron_llmjp.config.loading import load_config
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.metric_registry import (
+    CONSUMED_SAMPLES,
     DATASET_TOKENS,
     EVENT,
     FOLD,
+    GROUPS,
     ITERATION,
     LM_LOSS,
+    METRICS,
     METRICS_FILE,
     VALIDATION_LOSS,
 )
+from megatron_llmjp.report.json_lines import parse_object
 
+MAX_NUMBER = 2**63
+"""Limit of the numbers in the metrics file; a larger one is damage."""
 ROUTINE_EVENTS = ("start", "fold", "end")
 """Events of every run; the others are exceptional, such as ``bad step``, with a ``why``."""
 
@@ -147,13 +152,33 @@ def _parse(lines: Iterable[str], history: MetricsHistory) -> Iterable[JsonRecord
 
 
 def parse_record(line: str) -> JsonRecord | None:
-    """Parse a line of the file; None if it is damaged, as the last one of a killed run may be."""
-    try:
-        record = json.loads(line)
-        int(record[ITERATION])
-    except (ValueError, KeyError, TypeError):
+    """Parse a line of the file; None if it is damaged, as the last one of a killed run may be.
+
+    Numbers that are not finite become None.
+    """
+    found = parse_object(line)
+    if found is None:
         return None
-    return dict(record)
+    record = {key: None if _is_not_finite(value) else value for key, value in found.items()}
+    if record.get(ITERATION) is None or not all(_is_valid(*item) for item in record.items()):
+        return None
+    return record
+
+
+def _is_not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _is_valid(key: str, value: Any) -> bool:
+    """Return whether a value of a record has the type of its key, or is null."""
+    if value is None:
+        return True
+    if key in (EVENT, FOLD):
+        return isinstance(value, str)
+    numbers = (ITERATION, CONSUMED_SAMPLES, *METRICS)
+    if key in numbers or key.startswith(tuple(f"{prefix}/" for prefix in GROUPS)):
+        return isinstance(value, int | float) and abs(value) < MAX_NUMBER
+    return True
 
 
 def _add_record(record: JsonRecord, history: MetricsHistory) -> None:

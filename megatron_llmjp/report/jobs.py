@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from megatron_llmjp.report.json_lines import parse_object
 
 REQUEUE_LOG = "requeues.jsonl"
 """File with one line per end of a Slurm job, written by ``slurm/requeue.py``."""
@@ -28,15 +29,9 @@ class Incident:
 
 def read_job_ends(folder: Path) -> list[dict[str, Any]]:
     """Return all ends of jobs, oldest first; incomplete lines are omitted."""
-    return [record for line in _lines(folder / REQUEUE_LOG) if (record := _parse(line)) is not None]
-
-
-def _parse(line: str) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) else None
+    return [
+        found for line in _lines(folder / REQUEUE_LOG) if (found := parse_object(line)) is not None
+    ]
 
 
 def last_error(folder: Path) -> Incident | None:

@@ -161,7 +161,7 @@ def draw_panel(panel: Panel, metrics: Sequence[Metric], history: MetricsHistory)
 
 def _add_mfu(axes: Any, history: MetricsHistory) -> None:
     """Add an axis with the MFU, which is proportional to the throughput."""
-    records = [r for r in history.training if r.get(MFU.name)]
+    records = [r for r in history.training if r.get(MFU.name) and r.get(TOKENS_PER_SECOND.name)]
     pairs = [(r[MFU.name], r[TOKENS_PER_SECOND.name]) for r in records]
     if pairs:
         each = 100.0 * median(mfu / speed for mfu, speed in pairs)

@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_llmjp.checkpoint import manifest, run_lock
 from megatron_llmjp.config.loading import load_config
 from megatron_llmjp.config.schema import Config
@@ -41,11 +39,13 @@ from megatron_llmjp.metric_registry import (
     VALIDATION_LOSS,
 )
 from megatron_llmjp.report.history import (
+    MAX_NUMBER,
     ROUTINE_EVENTS,
     JsonRecord,
     parse_record,
 )
 from megatron_llmjp.report.jobs import Incident, last_error, last_hang, read_job_ends, tail
+from megatron_llmjp.yaml_text import read_yaml
 
 TAIL_BYTES = 1 << 20
 """Size of the end of the metrics file that is read: some hundred records."""
@@ -133,12 +133,12 @@ def read_status(folder: Path) -> RunStatus:
         folder=str(folder),
         state=state,
         why=why,
-        iteration=restarted if restarted is not None else int(last.get(ITERATION, 0)),
+        iteration=restarted if restarted is not None else _count(last, ITERATION),
         train_iters=train_iters,
-        skipped=int(last.get(TOTAL_SKIPPED.name, 0)),
-        nan=int(last.get(TOTAL_NAN.name, 0)),
-        spikes=int(last.get(TOTAL_SPIKES.name, 0)),
-        rollbacks=int(last.get(ROLLBACKS.name, 0)),
+        skipped=_count(last, TOTAL_SKIPPED.name),
+        nan=_count(last, TOTAL_NAN.name),
+        spikes=_count(last, TOTAL_SPIKES.name),
+        rollbacks=_count(last, ROLLBACKS.name),
         fold=last.get(FOLD),
         fold_number=_to_int(last.get(FOLD_NUMBER.name)),
         folds=_folds(folder, saved),
@@ -170,6 +170,11 @@ def _restarted_at(records: list[JsonRecord]) -> int | None:
     return None
 
 
+def _count(record: JsonRecord, name: str) -> int:
+    """Return a value of a record as an integer; 0 if it is missing or null."""
+    return int(record.get(name) or 0)
+
+
 def _to_int(number: float | None) -> int | None:
     return None if number is None else int(number)
 
@@ -193,10 +198,15 @@ def _train_iters(folder: Path, last: JsonRecord, saved: SavedCheckpoints | None)
     if seconds is None or not each:
         return None
     remaining = seconds / each
+    if not 0 <= remaining < MAX_NUMBER:
+        return None
     config = _newest_config(folder, saved)
     if config is None:  # without batch size ramp-up this is exact
         return int(last[ITERATION]) + round(remaining)
-    samples = last[CONSUMED_SAMPLES] + round(remaining * last[GLOBAL_BATCH_SIZE.name])
+    consumed, batch_size = last.get(CONSUMED_SAMPLES), last.get(GLOBAL_BATCH_SIZE.name)
+    if consumed is None or batch_size is None:
+        return None
+    samples = consumed + round(remaining * batch_size)
     return BatchSizeSchedule(config).iterations(samples)[0]
 
 
@@ -217,9 +227,10 @@ def _folds(folder: Path, saved: SavedCheckpoints | None) -> int | None:
         return None
     copy = folder / manifest.folder_name(saved.iterations[-1]) / manifest.FOLDS
     try:
-        return len(yaml.safe_load(copy.read_text(encoding="utf-8"))["folds"])
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+        folds = read_yaml(copy, "fold file").data.get("folds")
+    except UserError:
         return None
+    return len(folds) if isinstance(folds, list) else None
 
 
 def _state(
@@ -264,7 +275,7 @@ def _last_end(records: list[JsonRecord]) -> JsonRecord | None:
 def _log_interval_seconds(steps: list[JsonRecord]) -> float:
     """Return the seconds between the last two log lines."""
     between = int(steps[-1][ITERATION]) - int(steps[-2][ITERATION]) if len(steps) > 1 else 1
-    return max(1, between) * float(steps[-1].get(SECONDS_PER_ITERATION.name, 0.0))
+    return max(1, between) * float(steps[-1].get(SECONDS_PER_ITERATION.name) or 0.0)
 
 
 def _validation_losses(records: list[JsonRecord]) -> dict[str, float]:

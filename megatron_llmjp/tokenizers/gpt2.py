@@ -36,7 +36,7 @@ class GPT2BPETokenizer(FastTokenizer):
         except Exception as error:  # the library raises bare Exception
             raise UserError(
                 f"{self.vocab_file} and {self.merge_file}: expected a JSON vocabulary and its "
-                f"merges ({error}). Copy both files again."
+                f"merges ({str(error)[:300]}). Copy both files again."
             ) from error
         self.tokenizer = tokenizers.Tokenizer(model)
         self.tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -13,7 +13,9 @@ transformers.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+import reprlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +36,7 @@ COMPANION_FILES = (
 )
 PREFIX_SPACE_CLASSES = ("GPT2", "Roberta", "Bart")
 """Classes of transformers whose ``add_prefix_space`` overrides the tokenizer.json's."""
+DECLARED = "added_tokens_decoder"
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 # Without an eos token in tokenizer_config.json, the first of these in the vocabulary is used.
 EOD_CANDIDATES = ("<EOD>", "<EOD|LLM-jp>", "<|eod|>", "<|endoftext|>", "</s>", "<eos>")
@@ -201,16 +204,49 @@ def _is_known(token_id: int | None) -> bool:
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
-    """Return the special tokens and settings in the folder's configuration files."""
+    """Return the special tokens and settings in the folder's configuration files.
+
+    Raises:
+        UserError: a file is damaged.
+    """
     settings: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         path = folder / name
         if path.is_file():
             try:
-                settings.update(json.loads(path.read_text(encoding="utf-8")))
-            except ValueError as error:
+                found = json.loads(path.read_text(encoding="utf-8"))
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}: invalid JSON ({error}). Copy the file again.") from error
+            if not isinstance(found, dict):
+                raise UserError(f"{path}: not a JSON object. Copy the file again.")
+            if wrong := [key for key, token in _declared_tokens(found) if not _is_token(token)]:
+                found_text = reprlib.repr(found[wrong[0]])
+                raise UserError(
+                    f"{path}: {wrong[0]}: expected a token or tokens, found {found_text}. Copy the "
+                    "file again."
+                )
+            settings.update(found)
     return settings
+
+
+def _declared_tokens(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the tokens in a configuration with their keys; None for a value of another type."""
+    for role in ROLES:
+        if token := settings.get(f"{role}_token"):
+            yield f"{role}_token", token
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        tokens = settings.get(name) or []
+        tokens = list(tokens.values()) if isinstance(tokens, dict) else tokens
+        yield from ((name, token) for token in (tokens if isinstance(tokens, list) else [None]))
+    declared = settings.get(DECLARED) or {}
+    is_valid = isinstance(declared, dict) and all(re.fullmatch(r"[0-9]{1,18}", i) for i in declared)
+    yield from ((DECLARED, token) for token in (declared.values() if is_valid else [None]))
+
+
+def _is_token(token: Any) -> bool:
+    """Return whether a value is a token: a text, or a mapping with it."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return isinstance(text, str) and text.encode(errors="ignore").decode() == text
 
 
 def _apply_settings(settings: dict[str, Any], tokenizer: tokenizers.Tokenizer) -> None:
@@ -227,7 +263,7 @@ def _apply_settings(settings: dict[str, Any], tokenizer: tokenizers.Tokenizer) -
     if named and isinstance(split, tokenizers.pre_tokenizers.ByteLevel):
         split.add_prefix_space = bool(settings.get("add_prefix_space", False))
         tokenizer.pre_tokenizer = split
-    declared = settings.get("added_tokens_decoder") or {}
+    declared = settings.get(DECLARED) or {}
     known = tokenizer.get_vocab(with_added_tokens=True)
     extra = [settings.get(f"{role}_token") for role in ROLES]
     for name in ("additional_special_tokens", "extra_special_tokens"):
@@ -261,7 +297,7 @@ def _load(given: Path, json_file: Path) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_file(str(json_file))
     except Exception as error:  # the library raises bare Exception
         raise UserError(
-            f"{json_file}: not a readable tokenizer.json ({error})"
+            f"{json_file}: not a readable tokenizer.json ({str(error)[:300]})"
             + (
                 suggest_type(json_file, "HuggingFaceTokenizer")
                 or ". Copy the file again, or save it with the installed version of the "

@@ -213,6 +213,6 @@ def _load(model_file: Path) -> Any:
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(
             f"--tokenizer-model {model_file}: not a readable SentencePiece model "
-            f"({model_file.stat().st_size:,} bytes; {error}). Copy it again, or check that it is "
-            "the *.model file and not a vocabulary or a Git LFS pointer."
+            f"({model_file.stat().st_size:,} bytes; {str(error)[:300]}). Copy it again, or check "
+            "that it is the *.model file and not a vocabulary or a Git LFS pointer."
         ) from error

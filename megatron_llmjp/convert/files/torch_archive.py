@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from megatron_llmjp.checkpoint.bounded_unpickler import BoundedUnpickler
 from megatron_llmjp.convert.files.checksums import ChecksumRange
 from megatron_llmjp.convert.files.storage import FileTensor, truncation_error
 from megatron_llmjp.convert.tensors import Shape
@@ -51,8 +52,6 @@ _PLAIN_BUILTINS = frozenset(
         "frozenset",
         "slice",
         "complex",
-        "bytearray",
-        "range",
         "dict",
         "list",
         "tuple",
@@ -60,7 +59,6 @@ _PLAIN_BUILTINS = frozenset(
         "float",
         "bool",
         "str",
-        "bytes",
         "object",
     }
 )
@@ -132,7 +130,7 @@ def load_archive(
             folder = root.rsplit("/", 1)[0]
             contents = _read_entry(archive, file_slice, root, places[root][0] - offset)
             checksum_ranges = _checksum_ranges(path, archive, places, checksum_range)
-            return _Unpickler(io.BytesIO(contents), path, folder, places, checksum_ranges).load()
+            return _Unpickler(contents, path, folder, places, checksum_ranges).load()
     except FileNotFoundError:
         raise UserError(f"{path}: does not exist") from None
     except (zipfile.BadZipFile, StopIteration, struct.error, EOFError) as error:
@@ -143,11 +141,11 @@ def load_archive(
             ) from None
         raise UserError(f"{path}: damaged or truncated ({error or 'no data.pkl'})") from error
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path}: damaged pickle ({error})") from error
+        raise UserError(f"{path}: damaged pickle ({str(error)[:300]})") from error
     except UserError:
         raise
     except Exception as error:  # a damaged pickle may raise anything
-        raise UserError(f"{path}: damaged ({error!r})") from error
+        raise UserError(f"{path}: damaged ({repr(error)[:300]})") from error
 
 
 def _checksum_ranges(
@@ -224,16 +222,16 @@ def _entry_locations(
     return places
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(BoundedUnpickler):
     def __init__(
         self,
-        stream: io.BytesIO,
+        data: bytes,
         path: Path,
         folder: str,
         places: dict[str, tuple[int, int]],
         checksum_ranges: Mapping[str, ChecksumRange],
     ) -> None:
-        super().__init__(stream, encoding="utf-8")
+        super().__init__(data, encoding="utf-8")
         self._path, self._folder, self._places = path, folder, places
         self._checksum_ranges = checksum_ranges
 
@@ -305,6 +303,10 @@ def resolve_global(
         return argparse.Namespace
     if module in {"builtins", "__builtin__"} and name in _PLAIN_BUILTINS:
         return getattr(builtins, name)
+    if module in {"builtins", "__builtin__"} and name in {"bytes", "bytearray"}:
+        return partial(_plain_bytes, getattr(builtins, name))
+    if (module, name) in {("builtins", "range"), ("__builtin__", "xrange")}:
+        return _inert_class(module, name)  # a list of it could fill the memory
     if (module, name) == ("_codecs", "encode"):
         return _encode
     if package in _INERT_PACKAGES:
@@ -343,6 +345,13 @@ def _rebuild_without_attributes(function: Any, kind: Any, arguments: Any, state:
 
 def _first_argument(value: Any, *_: Any) -> Any:
     return value
+
+
+def _plain_bytes(kind: Callable[..., Any], *arguments: Any) -> Any:
+    """Create bytes from text or bytes; from a number they would be that many zeros."""
+    if not all(isinstance(argument, str | bytes) for argument in arguments):
+        raise pickle.UnpicklingError(f"{arguments!r} is not the content of bytes")
+    return kind(*arguments)
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from megatron_llmjp.checkpoint.bounded_unpickler import BoundedUnpickler
 from megatron_llmjp.convert.files.checksums import ChecksumRange, combine_crc32
 from megatron_llmjp.convert.files.storage import FileTensor, byte_count
 from megatron_llmjp.convert.files.torch_archive import load_archive, resolve_global
@@ -182,14 +183,13 @@ def read_metadata(
 def _open_metadata(folder: Path) -> Any:
     path = folder / METADATA
     try:
-        with path.open("rb") as stream:
-            return _MetadataUnpickler(stream, path).load()
+        return _MetadataUnpickler(path.read_bytes(), path).load()
     except FileNotFoundError:
         raise UserError(f"{path}: not found; the folder is not a distributed checkpoint") from None
     except UserError:
         raise
     except Exception as error:  # a damaged pickle may raise anything
-        raise UserError(f"{path}: damaged ({error!r})") from error
+        raise UserError(f"{path}: damaged ({repr(error)[:300]})") from error
 
 
 def read_common_state(folder: Path) -> dict[str, Any]:
@@ -220,9 +220,9 @@ def read_object(folder: Path, key: str) -> Any:
     return None if place is None else load_archive(*place)
 
 
-class _MetadataUnpickler(pickle._Unpickler):  # the C implementation trusts sizes in the file
-    def __init__(self, stream: Any, path: Path) -> None:
-        super().__init__(stream)
+class _MetadataUnpickler(BoundedUnpickler):
+    def __init__(self, data: bytes, path: Path) -> None:
+        super().__init__(data)
         self._path = path
 
     def find_class(self, module: str, name: str) -> Any:

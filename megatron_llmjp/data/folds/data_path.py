@@ -9,6 +9,9 @@ give separate lists, and ``--per-split-data-args-path`` is a JSON file with the 
 from __future__ import annotations
 
 import json
+import math
+import reprlib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -126,19 +129,22 @@ def _blend(arguments: Sequence[str], where: str) -> Blend:
     else:
         paths = list(arguments[1::2])
     blend: Blend = {}
+    copies: Counter[str] = Counter()
     for path, weight in zip(paths, weights, strict=True):
-        if weight is not None and weight <= 0:
+        if weight is not None and not 0 < weight < math.inf:
             raise UserError(f"{where}: the weight of {path} must be positive, found {weight:g}")
         # Megatron-LM repeats datasets by default.
-        blend[_unique_name(path, blend)] = BlendEntry(path=path, weight=weight, repeat=True)
+        name = _unique_name(path, blend, copies)
+        blend[name] = BlendEntry(path=path, weight=weight, repeat=True)
     return blend
 
 
-def _unique_name(path: str, taken: Blend) -> str:
+def _unique_name(path: str, taken: Blend, copies: Counter[str]) -> str:
+    """Return the name of a dataset in a blend; ``copies`` counts the numbers used for a path."""
     name = Path(path).name if Path(path).name not in taken else path
-    copies = 2
     while name in taken:
-        name, copies = f"{path} ({copies})", copies + 1
+        copies[path] += 1
+        name = f"{path} ({copies[path] + 1})"
     return name
 
 
@@ -161,12 +167,16 @@ def _read_lists(path: Path) -> dict[str, tuple[str, ...]]:
     expected = 'expected {"train": [...], "valid": [...], "test": [...]}'
     try:
         content = json.loads(_read_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: invalid JSON ({error}); {expected}") from None
     if not isinstance(content, dict) or content.keys() - {"train", "valid", "test"}:
         found = list(content) if isinstance(content, dict) else type(content).__name__
         raise UserError(f"{path}: {expected}, found {found}")
     lists: dict[str, Any] = {part: content.get(part) or [] for part in ("train", "valid", "test")}
+    for part, arguments in lists.items():
+        if not isinstance(arguments, str | list):
+            found = reprlib.repr(arguments)
+            raise UserError(f"{path}: {part}: expected a list of datasets, found {found}")
     return {
         f"{path}: {part}": tuple(
             arguments.split() if isinstance(arguments, str) else map(str, arguments)

@@ -65,7 +65,7 @@ def load_facts(stamp: str, splits: Iterable[str], cache: Path) -> DatasetInfo | 
         largest = None if known["largest_id"] is None else int(known["largest_id"])
         tokens = int(known["tokens"])
         info = DatasetInfo(key, tokens, parts, stamp, earlier, checksums, largest)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
     return info if set(splits) <= {split for split, _ in parts} else None
 
@@ -176,7 +176,7 @@ def _read_checksums(path: Path) -> str:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         return _join_checksums({name: manifest[name].get("crc32") for name in ("bin", "idx")})
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return ""  # no manifest, or a file of another program
 
 

@@ -145,11 +145,11 @@ def open_index(index: CachedIndex, load: Callable[[], T], damage: tuple[type[Exc
 def find_damage(folder: Path, *, thorough: bool = False) -> str | None:
     """Describe the damage of a cache folder: None if it is intact, "" if it does not exist."""
     try:
-        listed = json.loads((folder / CONTENTS_FILE).read_text())["files"]
+        listed = _read_contents(folder)
     except (FileNotFoundError, NotADirectoryError):
         return f"{CONTENTS_FILE} is missing" if folder.exists() else ""
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{CONTENTS_FILE} cannot be read: {error}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"{CONTENTS_FILE} cannot be read: {error!r}"
     for name, (size, crc) in listed.items():
         try:
             found = (folder / name).stat().st_size
@@ -162,6 +162,21 @@ def find_damage(folder: Path, *, thorough: bool = False) -> str | None:
         if thorough and file_crc32(folder / name) != crc:
             return f"{name} has another checksum than when it was written"
     return None
+
+
+def _read_contents(folder: Path) -> dict[str, tuple[int, int]]:
+    """Return size and CRC-32 of each file of a cache folder, from its list of contents.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError: it is damaged.
+    """
+    listed = json.loads((folder / CONTENTS_FILE).read_text())["files"]
+    found = {}
+    for name, (size, crc) in listed.items():
+        if type(size) is not int or type(crc) is not int or Path(name).name != name or "\0" in name:
+            raise ValueError(f"an invalid entry of {name!r}")
+        found[name] = (size, crc)
+    return found
 
 
 @contextmanager

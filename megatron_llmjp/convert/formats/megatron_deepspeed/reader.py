@@ -120,8 +120,9 @@ def newest_step_folder(path: Path) -> Path:
         return path
     latest = path / LATEST
     if latest.is_file():
-        tag = latest.read_text(encoding="utf-8").strip()
-        if not tag or "/" in tag or not (path / tag).is_dir():
+        with latest.open("rb") as stream:
+            tag = stream.read(250).decode(errors="replace").strip()
+        if not tag or "/" in tag or "\0" in tag or not (path / tag).is_dir():
             raise UserError(f"{latest}: '{tag}' is not a checkpoint in {path}")
         return path / tag
     steps = [

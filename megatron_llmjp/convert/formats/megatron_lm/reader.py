@@ -130,8 +130,10 @@ def newest_iteration(path: Path) -> Path:
         return path
     tracker = path / TRACKER
     if tracker.is_file():
-        text = tracker.read_text(encoding="utf-8").strip()
-        name = text if text == "release" else folder_name(int(text)) if text.isdigit() else ""
+        with tracker.open("rb") as stream:
+            text = stream.read(100).decode(errors="replace").strip()
+        is_number = re.fullmatch(r"[0-9]{1,18}", text)
+        name = text if text == "release" else folder_name(int(text)) if is_number else ""
         if name and (path / name).is_dir():
             return path / name
         raise UserError(f"{tracker}: '{text}' is not a checkpoint in {path}")
