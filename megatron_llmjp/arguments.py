@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from megatron_llmjp.errors import UserError, did_you_mean
 
+MAX_COUNT = 2**63
 _COUNT_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _SIZE_UNITS = ("", "K", "M", "G", "T")
 
@@ -98,4 +99,7 @@ def parse_count(text: Any) -> Any:
     match = re.fullmatch(r"\s*(\d[\d_]*\.?\d*(?:[eE][+]?\d{1,2})?)\s*([KMBT]?)\s*", text, re.I)
     if match is None:
         raise ValueError(f"expected a number such as 27600000000, 27.6B or 1e9, found '{text}'")
-    return round(Decimal(match[1].replace("_", "")) * _COUNT_UNITS[match[2].upper()])
+    count = round(Decimal(match[1].replace("_", "")) * _COUNT_UNITS[match[2].upper()])
+    if count >= MAX_COUNT:
+        raise ValueError(f"expected a number below 2^63, found '{text[:50]}'")
+    return count

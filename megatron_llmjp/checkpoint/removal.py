@@ -50,7 +50,7 @@ def verify_checkpoint(folder: Path, is_cancelled: Callable[[], bool] = lambda: F
             )
             if found:
                 return found
-    except (UserError, OSError, ValueError) as error:
+    except (UserError, OSError, ValueError, RecursionError) as error:
         return [str(error)]
     return []
 

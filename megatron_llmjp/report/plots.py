@@ -66,6 +66,7 @@ STYLE: dict[str, Any] = {
     "legend.fontsize": 8.5,
     "xtick.color": INK,
     "ytick.color": INK,
+    "text.parse_math": False,  # names of folds may contain dollar signs
     "svg.fonttype": "none",  # text in the browser's fonts
     "svg.hashsalt": "megatron_llmjp",  # the same run gives the same file
     "path.simplify": True,

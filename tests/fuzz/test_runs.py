@@ -138,6 +138,12 @@ def mutated_last_lines(content: bytes, generator: random.Random) -> bytes:
     return b"\n".join([*lines, b""])
 
 
+def renamed_folds(content: bytes) -> list[bytes]:
+    for name, other in FOLD_NAMES.items():
+        content = content.replace(name, other)
+    return [content]
+
+
 def save_of(path: Path) -> Path:
     return next(parent for parent in path.parents if parent.name == "save")
 
@@ -180,6 +186,11 @@ def decide(path: Path) -> None:
     run_main(lambda words: requeue.main(words) // 2, "--save", path.parent, "--code", "3")
 
 
+FOLD_NAMES = {
+    b"fold00": rb"$\\frac a$",
+    b"fold01": rb"\u0000\u001b[2J<b>",
+    b"/ja": b"/%s{}\xe2\x80\xae",
+}
 LINES = (mutated_last_lines, mutated_last_lines, mutated_json_lines, mutated_bytes)
 JSON = (mutated_json, mutated_json, mutated_bytes)
 ANY = r"save"
@@ -189,7 +200,13 @@ TARGETS = {
         partial(make_save, "metrics.jsonl"), report, LINES, examples=200, names=ANY
     ),
     "plots": Target(
-        partial(make_save, "metrics.jsonl"), plot, LINES, examples=6, names=ANY, common=0
+        partial(make_save, "metrics.jsonl"),
+        plot,
+        LINES,
+        renamed_folds,
+        3,
+        names=ANY,
+        common=0,
     ),
     "requeues.jsonl": Target(partial(make_save, "requeues.jsonl"), report, LINES, examples=100),
     "requeue": Target(

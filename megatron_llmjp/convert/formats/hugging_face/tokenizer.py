@@ -197,7 +197,7 @@ def _json(files: dict[str, bytes], name: str) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(files[name])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{name} of the tokenizer: not valid JSON ({error})") from error
     if not isinstance(content, dict):
         raise UserError(f"{name} of the tokenizer: expected a JSON object")
