@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -90,6 +91,17 @@ class Tokenizer(ABC):
     def identifying_files(self) -> list[Path]:
         """Return the files that determine the ids."""
         return list(self.files().values())
+
+
+@contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """Convert a panic of a library in Rust, which is no Exception, to a ValueError."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(str(error)) from error
 
 
 def file_sha256(path: Path) -> str:

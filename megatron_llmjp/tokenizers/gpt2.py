@@ -15,6 +15,7 @@ from pathlib import Path
 import tokenizers
 
 from megatron_llmjp.errors import UserError
+from megatron_llmjp.tokenizers.base import panics_as_errors
 from megatron_llmjp.tokenizers.file_types import suggest_type
 from megatron_llmjp.tokenizers.hugging_face import FastTokenizer
 
@@ -32,7 +33,8 @@ class GPT2BPETokenizer(FastTokenizer):
         self.vocab_file, self.merge_file = _find_files(vocab_file, merge_file)
         _check_vocabulary(self.vocab_file)
         try:
-            model = tokenizers.models.BPE.from_file(str(self.vocab_file), str(self.merge_file))
+            with panics_as_errors():
+                model = tokenizers.models.BPE.from_file(str(self.vocab_file), str(self.merge_file))
         except Exception as error:  # the library raises bare Exception
             raise UserError(
                 f"{self.vocab_file} and {self.merge_file}: expected a JSON vocabulary and its "

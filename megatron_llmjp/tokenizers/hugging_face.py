@@ -23,7 +23,7 @@ import numpy as np
 import tokenizers
 
 from megatron_llmjp.errors import UserError, download_hint
-from megatron_llmjp.tokenizers.base import Ids, Tokenizer
+from megatron_llmjp.tokenizers.base import Ids, Tokenizer, panics_as_errors
 from megatron_llmjp.tokenizers.file_types import suggest_type
 
 PROBE_TEXTS = ("a", "Hello world.\n 1,234", "吾輩は猫である。")
@@ -294,7 +294,8 @@ def _load(given: Path, json_file: Path) -> tokenizers.Tokenizer:
             "(a fast tokenizer; for a SentencePiece *.model use SentencePieceTokenizer)."
         )
     try:
-        return tokenizers.Tokenizer.from_file(str(json_file))
+        with panics_as_errors():
+            return tokenizers.Tokenizer.from_file(str(json_file))
     except Exception as error:  # the library raises bare Exception
         raise UserError(
             f"{json_file}: not a readable tokenizer.json ({str(error)[:300]})"

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.tokenizers.base import Ids, TikTokenSettings, Tokenizer
+from megatron_llmjp.tokenizers.base import Ids, TikTokenSettings, Tokenizer, panics_as_errors
 from megatron_llmjp.tokenizers.file_types import suggest_type
 
 PATTERNS = {
@@ -91,10 +91,9 @@ class TikTokenizer(Tokenizer):
                 f"more than {MAX_CONSECUTIVE_SPACES:,} consecutive spaces: tiktoken cannot split it"
             )
         try:
-            return np.array(self._encoding.encode_ordinary(text), np.int32)
-        except BaseException as error:  # a panic in Rust is not an Exception
-            if type(error).__name__ != "PanicException":
-                raise
+            with panics_as_errors():
+                return np.array(self._encoding.encode_ordinary(text), np.int32)
+        except ValueError as error:
             raise ValueError(f"tiktoken cannot split the text: {error}") from error
 
     def decode(self, ids: Sequence[int] | Ids) -> str:

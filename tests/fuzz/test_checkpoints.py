@@ -284,7 +284,7 @@ TARGETS = {
         partial(write_folder, "common.pt"), check_folder, ARCHIVE, hostile_archives, 150
     ),
     ".metadata": Target(
-        partial(write_folder, ".metadata"), check_folder, PICKLE, pickles, 300, r"\.metadata|distcp"
+        partial(write_folder, ".metadata"), check_folder, PICKLE, pickles, 300, ANY
     ),
     "distcp": Target(
         partial(write_folder, "__0_0.distcp"), check_folder, ARCHIVE, hostile_archives, 150

@@ -139,7 +139,8 @@ def load_archive(
                 f"{path}: in the format of torch before 1.6, which is not supported; load it "
                 "and save it again with a newer torch"
             ) from None
-        raise UserError(f"{path}: damaged or truncated ({error or 'no data.pkl'})") from error
+        problem = str(error)[:300] or "no data.pkl"
+        raise UserError(f"{path}: damaged or truncated ({problem})") from error
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: damaged pickle ({str(error)[:300]})") from error
     except UserError:
