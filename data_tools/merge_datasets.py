@@ -136,8 +136,8 @@ def common_recipe(prefixes: Sequence[str]) -> dict[str, Any]:
         ours = {name: recipe[name] for name in ("tokenizer", "options") if name in recipe}
         ends = _added_tokens(ours)
         if first and ours:
-            if identity_key(ours["tokenizer"]) != identity_key(
-                first["tokenizer"]
+            if identity_key(ours.get("tokenizer", {})) != identity_key(
+                first.get("tokenizer", {})
             ) or ends != _added_tokens(first):
                 raise UserError(
                     f"{prefix}: was tokenized with another tokenizer, --append-eod or --append-bos "

@@ -17,9 +17,9 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from data_tools.common import EncodingProgress
 from data_tools.documents import MANIFEST_FORMAT
@@ -185,8 +185,10 @@ class PreprocessJob:
 
     def _recorded_counts(self, manifest: dict[str, Any]) -> list[SourceCounts]:
         """Return the counts of each source in the manifest of a finished dataset."""
+        count = len(self.sources)
+        each_source = Annotated[list[SourceCounts], Field(min_length=count, max_length=count)]
         try:
-            return TypeAdapter(list[SourceCounts]).validate_python(manifest.get("tallies"))
+            return TypeAdapter(each_source).validate_python(manifest.get("tallies"))
         except ValidationError as error:
             path = f"{self.output.prefix_of(self.args.json_keys[0])}.json"
             raise UserError(

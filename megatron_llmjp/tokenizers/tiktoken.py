@@ -180,7 +180,8 @@ def _parse_entry(path: Path, rank: int, entry: Any) -> bytes:
         raise UserError(f"{path}: entry {rank} is {str(entry)[:80]}. {_EXPECTED}.")
     if entry["rank"] != rank:
         raise UserError(
-            f"{path}: entry {rank} has rank {entry['rank']}; entries must be sorted by rank"
+            f"{path}: entry {rank} has rank {str(entry['rank'])[:40]}; entries"
+            " must be sorted by rank"
         )
     try:
         token = base64.b64decode(entry["token_bytes"], validate=True)
@@ -188,7 +189,8 @@ def _parse_entry(path: Path, rank: int, entry: Any) -> bytes:
         raise UserError(f"{path}: entry {rank}: token_bytes is not base64 ({error})") from error
     if rank < 256 and token != bytes([rank]):
         raise UserError(
-            f"{path}: entry {rank} is {token!r}; the first 256 entries must be the bytes 0 to 255"
+            f"{path}: entry {rank} is {token[:40]!r}; the first 256"
+            " entries must be the bytes 0 to 255"
         )
     return token
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
 import io
 import json
@@ -111,7 +112,8 @@ def read_manifest(path: Path) -> None:
     mixed_tokenizer_warnings([str(prefix)])
     compute_keys(str(prefix))
     run_main(inspect_dataset.main, prefix, "--json")
-    inspect_dataset.verify_all([str(prefix)], None)
+    with contextlib.redirect_stdout(io.StringIO()):  # its exit code 1 is a found difference
+        inspect_dataset.verify_all([str(prefix)], None)
     merged = path.with_name("merged")
     words = ("--input", prefix, prefix, "--output-prefix", merged, "--overwrite")
     run_main(merge_datasets.main, *words)

@@ -58,7 +58,7 @@ def mutated_model(content: bytes, generator: random.Random) -> bytes:
         elif change == 2:
             piece.type = generator.randint(1, 6)
         elif change == 3:
-            del model.pieces[generator.randrange(len(model.pieces)) :]
+            del model.pieces[generator.randint(1, len(model.pieces)) :]
         elif change == 4:
             model.pieces.add().CopyFrom(piece)
         elif change == 5:

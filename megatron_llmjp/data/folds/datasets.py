@@ -175,7 +175,9 @@ def _add_blocks(digest: hashlib._Hash, path: Path, blocks: int, size: int) -> No
 def _read_checksums(path: Path) -> str:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        return _join_checksums({name: manifest[name].get("crc32") for name in ("bin", "idx")})
+        found = _join_checksums({name: manifest[name].get("crc32") for name in ("bin", "idx")})
+        found.encode()  # raises for lone surrogates
+        return found
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return ""  # no manifest, or a file of another program
 
