@@ -30,6 +30,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tokenize import TokenError
 from typing import Protocol, TypeVar
 
 from numpy.lib import format as npy
@@ -285,7 +286,7 @@ def _find_array_damage(path: Path) -> str | None:
             read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
             shape, _, dtype = read(stream)
             expected = stream.tell() + math.prod(shape) * dtype.itemsize
-    except (OSError, ValueError, TypeError, SyntaxError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, SyntaxError, TokenError, RecursionError) as error:
         return f"is not an array ({' '.join(str(error).split())[:80]})"
     if dtype.kind not in "iu":
         return f"holds {dtype} instead of integers"
