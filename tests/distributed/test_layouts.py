@@ -28,7 +28,7 @@ from tests.support.training import (
 )
 from tests.support.witness import read_weights
 
-pytestmark = pytest.mark.timeout(3 * TIMEOUT)  # forty runs
+pytestmark = [pytest.mark.long, pytest.mark.timeout(3 * TIMEOUT)]  # forty runs
 
 STEPS = 20
 PACKED = ("--reset-position-ids", "--reset-attention-mask", "--eod-mask-loss")
