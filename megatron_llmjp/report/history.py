@@ -22,18 +22,26 @@ from megatron_llmjp.config.schema import Config
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.metric_registry import (
     CONSUMED_SAMPLES,
+    DATASET_LOSS,
     DATASET_TOKENS,
     EVENT,
     FOLD,
+    GRAD_NORM,
     GROUPS,
     ITERATION,
     LM_LOSS,
     METRICS,
     METRICS_FILE,
+    PARAMS_NORM,
     VALIDATION_LOSS,
+    Z_LOSS,
 )
 from megatron_llmjp.report.json_lines import parse_object
 
+DIVERGING = (LM_LOSS.name, Z_LOSS.name, GRAD_NORM.name, PARAMS_NORM.name)
+"""Metrics that may be NaN or infinite in a valid record."""
+DIVERGING_GROUPS = tuple(f"{group.prefix}/" for group in (VALIDATION_LOSS, DATASET_LOSS))
+"""Prefixes of other such metrics."""
 MAX_NUMBER = 2**63
 """Limit of the numbers in the metrics file; a larger one is damage."""
 ROUTINE_EVENTS = ("start", "fold", "end")
@@ -154,15 +162,19 @@ def _parse(lines: Iterable[str], history: MetricsHistory) -> Iterable[JsonRecord
 def parse_record(line: str) -> JsonRecord | None:
     """Parse a line of the file; None if it is damaged, as the last one of a killed run may be.
 
-    Numbers that are not finite become None.
+    Numbers that are not finite become None, except losses and norms, which diverge.
     """
     found = parse_object(line)
     if found is None:
         return None
-    record = {key: None if _is_not_finite(value) else value for key, value in found.items()}
+    record = {key: value if _is_plausible(key, value) else None for key, value in found.items()}
     if record.get(ITERATION) is None or not all(_is_valid(*item) for item in record.items()):
         return None
     return record
+
+
+def _is_plausible(key: str, value: Any) -> bool:
+    return not _is_not_finite(value) or key in DIVERGING or key.startswith(DIVERGING_GROUPS)
 
 
 def _is_not_finite(value: Any) -> bool:
@@ -177,7 +189,8 @@ def _is_valid(key: str, value: Any) -> bool:
         return isinstance(value, str)
     numbers = (ITERATION, CONSUMED_SAMPLES, *METRICS)
     if key in numbers or key.startswith(tuple(f"{prefix}/" for prefix in GROUPS)):
-        return isinstance(value, int | float) and abs(value) < MAX_NUMBER
+        is_number = isinstance(value, int | float)
+        return is_number and (abs(value) < MAX_NUMBER or _is_not_finite(value))
     return True
 
 
