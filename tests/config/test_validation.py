@@ -119,7 +119,8 @@ WARNINGS = {
     "--tensor-model-parallel-size 2 --no-sequence-parallel": "sequence_parallel is disabled",
     "--distributed-timeout-minutes 90": "detected only after that time",
     "--wandb-exp-name x": "requires wandb_project",
-    "--seq-length 16384 --max-position-embeddings 16384": "v4 used 500000",
+    "--seq-length 8192 --max-position-embeddings 8192": "",
+    "--seq-length 8193 --max-position-embeddings 8193": "v4 used 500000",
 }  # fmt: skip
 
 

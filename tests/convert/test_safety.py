@@ -58,6 +58,13 @@ def test_members_of_enumerations_are_allowed(tmp_path):
         load_archive(tmp_path / "bad.pt")
 
 
+def test_plain_values_are_read(tmp_path):
+    """Protocol 2, which Megatron-LM's files have, calls ``_codecs.encode`` for bytes."""
+    values = {"bytes": bytes(range(256)), "complex": 1 - 2j, "set": {1, 2}, "slice": slice(1, 2)}
+    torch.save(values, tmp_path / "plain.pt", pickle_protocol=2)
+    assert load_archive(tmp_path / "plain.pt") == values
+
+
 def test_malicious_metadata_is_refused(tmp_path, hf, convert):
     convert("--to", "megatron-lm", "--input", hf, "--output", tmp_path / "there")
     mark = tmp_path / "executed"

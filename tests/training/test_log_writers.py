@@ -83,6 +83,7 @@ def test_all_destinations_get_the_same_records(tmp_path, wandb):
     first, second = wandb
     assert first.settings["project"] == "llm-jp" and first.settings["name"] == "run"
     assert first.settings["id"] == second.settings["id"] and first.settings["resume"] == "allow"
+    assert (save / "wandb_run_id.txt").read_text() == first.settings["id"]  # a name of releases
     assert first.settings["config"]["model"]["hidden_size"] == 8
     assert first.axes["*"] == "iteration"
     assert first.logged[0] == {"iteration": 1, "consumed tokens": 128, "lm loss": 4.0}
