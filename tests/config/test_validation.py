@@ -14,7 +14,7 @@ from megatron_llmjp.errors import UserError
 from tests.support.datasets import write_folds
 from tests.support.training import arguments
 
-STAGES = "--pipeline-model-parallel-size"
+STAGES, TENSOR = "--pipeline-model-parallel-size", "--tensor-model-parallel-size"
 LAYOUT = "--pipeline-model-parallel-layout"
 FIRST, LAST = "--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers"
 CHUNKS = "--virtual-pipeline-model-parallel-size"
@@ -121,6 +121,17 @@ WARNINGS = {
     "--wandb-exp-name x": "requires wandb_project",
     "--seq-length 8192 --max-position-embeddings 8192": "",
     "--seq-length 8193 --max-position-embeddings 8193": "v4 used 500000",
+    # The limits themselves, and the next value.
+    "--adam-beta2 0.99": "",
+    "--lr-warmup-iters 197248": "",
+    "--lr-warmup-iters 197249": "of 197,249 iterations is more than a fifth of the run's 986,240",
+    "--eval-interval 986240 --save-interval 986240": "",
+    "--distributed-timeout-minutes 60": "",
+    "--distributed-timeout-minutes 61": "distributed_timeout_minutes 61",
+    f"{TENSOR} 8 --sequence-parallel": "",
+    f"{TENSOR} 16 --sequence-parallel": "16 exceeds the 8 GPUs of a node",
+    f"--no-use-distributed-optimizer {STAGES} 8 {TENSOR} 2 --sequence-parallel": "the 2 replicas",
+    f"--no-use-distributed-optimizer {STAGES} 8 {TENSOR} 4 --sequence-parallel": "",
 }  # fmt: skip
 
 

@@ -8,9 +8,9 @@
 The first run records which tests execute which lines, with a run of all tests under coverage; it is
 repeated by ``--record``. Each mutant is then tested by the tests that execute its line, quickest
 first, at most 150 seconds by their recorded durations. It is killed when one fails. It also counts
-as killed, by the time limit, when its tests take four times as long as recorded, and a minute (more
-on a busy machine). At the end, the tests that killed mutants are run without a mutant; those that
-fail are not counted.
+as killed, by the time limit, when its tests take three times as long as recorded, and a minute
+(more on a busy machine). At the end, or after Ctrl-C, the tests that killed mutants are run without
+a mutant; those that fail are not counted.
 
 Maintained tools do not fit. mutmut 3 changes functions only, and none that is decorated or in a
 decorated class: no field, constant or method of a dataclass, which are half of what went unnoticed
@@ -102,18 +102,17 @@ def _draw(
 
 
 def _limit(recording: Recording, tests: Sequence[str]) -> float:
-    """Return the seconds that tests may take, more on a busy machine."""
-    busy = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
-    return busy * (60 + 4 * sum(recording.seconds[test] for test in tests))
+    """Return the seconds that tests may take in all, more on a busy machine."""
+    busy = min(5.0, max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)))
+    return busy * (60 + 3 * sum(recording.seconds[test] for test in tests))
 
 
 def _show(found: list[Mutant], recording: Recording) -> int:
-    if not found:
-        print("no mutant has this ID")
+    tests = recording.choose(found[0], BUDGET_SECONDS) if found else []
+    if not tests:
+        print("no test executes this line" if found else "no mutant has this ID")
         return 2
-    print(_line(found[0]))
     warm_up()
-    tests = recording.choose(found[0], BUDGET_SECONDS)
     outcomes: list[Outcome] = []
     runner = Runner(1, lambda _, outcome: outcomes.append(outcome), show=True)
     runner.start(None, found[0], tests, _limit(recording, tests))
@@ -149,8 +148,8 @@ def _test_once(
 
         def done(mutant: Mutant, outcome: Outcome) -> None:
             results[mutant] = outcome
-            alive = sum(r.state in (SURVIVED, ERROR) for r in results.values())
-            bar.set_postfix(survived=alive)
+            if outcome.state in (SURVIVED, ERROR):
+                bar.write(f"{outcome.state}: {_line(mutant)}")
             bar.update()
 
         runner = Runner(PARALLEL, done)
@@ -163,9 +162,10 @@ def _test_once(
                 else:
                     done(mutant, Outcome(ERROR))
             runner.finish()
-        except BaseException:
+        except KeyboardInterrupt:
+            print("interrupted: results so far")
+        finally:
             runner.kill()
-            raise
     return results
 
 

@@ -116,8 +116,8 @@ class Runner:
     def kill(self) -> None:
         """Kill what is running."""
         for pid, (_, folder, _, _) in self._running.items():
-            _kill_descendants(psutil.Process(pid))
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, signal.SIGTERM)  # it kills its descendants
+            os.waitpid(pid, 0)
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -127,9 +127,10 @@ def _supervise(
     """Run pytest in a child process, and write ``result.json`` in the folder."""
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans become its children
     os.setsid()
+    signal.signal(signal.SIGTERM, _end)
     pid = os.fork()
     if pid == 0:
-        _be_pytest(folder, mutant, tests, show)
+        _be_pytest(folder, mutant, tests, limit, show)
     end, code = time.monotonic() + limit, None
     while code is None and time.monotonic() < end:
         time.sleep(0.05)
@@ -143,11 +144,16 @@ def _supervise(
     (folder / "result.json").write_text(json.dumps(found))
 
 
+def _end(*_: object) -> None:
+    _kill_descendants(psutil.Process())
+    os._exit(0)
+
+
 def _kill_descendants(process: psutil.Process) -> None:
-    """Kill all processes below this one, again until none is left, and reap own children."""
+    """Kill all processes below this one, again until none is left."""
     while True:
         with contextlib.suppress(ChildProcessError):
-            while process.pid == os.getpid() and os.waitpid(-1, os.WNOHANG)[0]:
+            while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
         children = process.children(recursive=True)
         if not children:
@@ -158,9 +164,12 @@ def _kill_descendants(process: psutil.Process) -> None:
         time.sleep(0.01)
 
 
-def _be_pytest(folder: Path, mutant: Mutant | None, tests: list[str], show: bool) -> None:
+def _be_pytest(
+    folder: Path, mutant: Mutant | None, tests: list[str], limit: float, show: bool
+) -> None:
     code = 3
     try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if not show:
             output = os.open(folder / "output", os.O_WRONLY | os.O_CREAT)
             os.dup2(output, 1)
@@ -179,7 +188,7 @@ def _be_pytest(folder: Path, mutant: Mutant | None, tests: list[str], show: bool
             hook.install_in_programs(file, ROOT)
         _fork_the_fork_server()
         flags = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:cov", "--hypothesis-seed=0"]
-        flags += [f"--basetemp={folder / 'base'}"]
+        flags += [f"--basetemp={folder / 'base'}", f"--timeout={limit / 2}"]
         files = dict.fromkeys(test.split("::")[0] for test in tests)
         code = int(pytest.main([*flags, *files], plugins=[_Selection(tests, folder)]))
     except BaseException as error:
