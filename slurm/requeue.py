@@ -44,8 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "requeued": requeue,
         "why": reason,
     }
-    with path.open("a") as stream:
-        stream.write(json.dumps(record) + "\n")
+    try:
+        with path.open("a") as stream:
+            stream.write(json.dumps(record) + "\n")
+    except OSError as error:
+        print(f"warning: {path}: {error.strerror}: this end of the job is not recorded", flush=True)
+        # Without a record a crash loop cannot be recognized.
+        requeue, reason = False, f"not requeued: {path} cannot be written"
     print(f"exit code {args.code} at iteration {iteration}: {reason}", flush=True)
     return 0 if requeue else 1
 

@@ -127,6 +127,7 @@ def _row_blocks(source: InputSource, table: Any, start: int, keys: list[str]) ->
                 row += part.num_rows
                 disk = source.size * row // total
                 yield Block(TableRows(columns, part.num_rows), row, part.nbytes, disk)
+            batch = part = None  # freed before the next is decoded: it may be larger than the file
 
 
 def _divide(batch: Any) -> Iterator[Any]:

@@ -14,6 +14,7 @@ import pytest
 
 from slurm.preflight import find_unfit_nodes
 from slurm.requeue import MAX_FRUITLESS_STARTS, decide
+from slurm.requeue import main as requeue_main
 from tests.slurm.cluster import Cluster
 from tests.support.datasets import write_folds
 from tests.support.processes import ROOT, pretrain
@@ -171,6 +172,12 @@ def test_decisions():
         assert not decide(code, 10, ends_at(*[10] * MAX_FRUITLESS_STARTS))[0]
         assert decide(code, 10, [*ends_at(10, 10), {"iteration": 10, "requeued": False}])[0]
     assert decide(1, 0, [])[0] and not decide(1, 0, ends_at(*[0] * MAX_FRUITLESS_STARTS))[0]
+
+
+def test_an_unrecorded_end_is_not_requeued(tmp_path, capsys):
+    (tmp_path / "requeues.jsonl").mkdir()
+    assert requeue_main(["--save", str(tmp_path), "--code", "1"]) == 1
+    assert "requeues.jsonl: Is a directory" in capsys.readouterr().out
 
 
 def node(link: float = 0.1, clock: float = 0.0, torch: str = "2.6", **other: object):

@@ -7,7 +7,7 @@
 
 The first run records which tests execute which lines, with a run of all tests under coverage; it is
 repeated by ``--record``. Each mutant is then tested by the tests that execute its line, quickest
-first, at most 150 seconds by their recorded durations. It is killed when one fails. It also counts
+first, at most 60 seconds by their recorded durations. It is killed when one fails. It also counts
 as killed, by the time limit, when its tests take three times as long as recorded, and a minute
 (more on a busy machine). At the end, or after Ctrl-C, the tests that killed mutants are run without
 a mutant; those that fail are not counted.
@@ -37,7 +37,7 @@ from tools.mutants.recording import DATA, FOLDER, ROOT, Recording, changed_sourc
 from tools.mutants.runner import ERROR, KILLED, SURVIVED, TIMEOUT, Outcome, Runner, warm_up
 
 TARGETS = ("data", "training", "checkpoint", "convert", "estimate", "planning.py", "config")
-BUDGET_SECONDS = 150.0
+BUDGET_SECONDS = 60.0
 PARALLEL = 2
 
 
