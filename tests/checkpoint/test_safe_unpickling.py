@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 import pickle
 import re
+import zipfile
 from enum import Enum
 from pathlib import Path
 
@@ -158,3 +160,29 @@ def test_manifest_cannot_leave_its_folder(tmp_path, name):
     )
     with pytest.raises(UserError, match="names a file outside its folder"):
         manifests.read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("compressed", "its entries are compressed, unlike those of torch.save"),
+        ("overlapping", "its entries are larger than the file"),
+    ],
+)
+def test_archives_that_grow_in_memory_are_refused(folder, damage, message):
+    """Compressed entries, or many that share their bytes."""
+    path = folder / "common.pt"
+    torch.save({"a": torch.arange(500.0)}, path)
+    with zipfile.ZipFile(path) as archive:
+        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    kind = zipfile.ZIP_DEFLATED if damage == "compressed" else zipfile.ZIP_STORED
+    with zipfile.ZipFile(path, "w", kind) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+        if damage == "overlapping":
+            (large,) = (entry for entry in archive.filelist if entry.filename.endswith("data/0"))
+            for number in range(2):
+                archive.filelist.append(copy.copy(large))
+                archive.filelist[-1].filename = f"again {number}"
+    with pytest.raises(UserError, match=f"common.pt: damaged: {message}$"):
+        safe_unpickling.check_pickles(folder)

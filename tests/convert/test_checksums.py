@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import zipfile
 import zlib
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from megatron_llmjp.convert.files.checksums import ChecksumRange
+from megatron_llmjp.convert.files.storage import FileTensor
 from megatron_llmjp.convert.files.torch_dist import read_metadata
 from megatron_llmjp.errors import UserError
 from tests.convert.hf_models import llama
@@ -80,6 +82,31 @@ def test_native_files_are_read_completely_without_no_checksums(tmp_path, convert
     assert "its content does not match the checksum in its manifest" in convert(*words, code=2)
     assert not (tmp_path / "o").exists()
     assert "checksums: not verified" in convert(*words, "--no-checksums")
+
+
+@pytest.mark.parametrize("stride", [None, (1, 8)])
+def test_bytes_that_were_read_are_not_read_again(tmp_path, stride):
+    """The last tensor of a range completes it: the file may be gone by the end."""
+    content = random.Random(4).randbytes(96)
+    path = tmp_path / "a"
+    path.write_bytes(content)
+    whole = ChecksumRange(path, 16, 64, zlib.crc32(content[16:80]), "a test")
+    wrong = ChecksumRange(path, 16, 64, zlib.crc32(content[16:80]) ^ 1, "a test")
+    one = FileTensor(path, 16, (4, 2), torch.float32, None, whole)
+    other = FileTensor(path, 48, (8, 4), torch.uint8, stride, whole)
+    both = [one.read(), other.read(), FileTensor(path, 16, (0,), torch.uint8, None, whole).read()]
+    expected = torch.frombuffer(bytearray(content[48:80]), dtype=torch.uint8)
+    expected = expected.view(8, 4) if stride is None else expected.view(4, 8).t()
+    assert torch.equal(both[1], expected)
+    assert one.checksum_ranges == other.checksum_ranges == (whole,)
+    assert FileTensor(path, 0, (1,), torch.uint8).checksum_ranges == ()
+    replace(one, checksum_range=wrong).read()
+    with pytest.raises(UserError, match="does not match the checksum in a test"):
+        replace(other, checksum_range=wrong).read()
+    path.unlink()
+    whole.finish()
+    with pytest.raises(UserError, match="a: cannot be read: No such file or directory"):
+        ChecksumRange(path, 16, 64, zlib.crc32(content[16:80]), "a test").finish()
 
 
 def test_parts_in_any_order_give_the_checksum_of_the_range(tmp_path):

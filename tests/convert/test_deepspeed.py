@@ -80,3 +80,48 @@ def test_ds_to_universal_reads_the_optimizer(tmp_path, convert, monkeypatch, arc
     found = torch.load(words / "fp32.pt")["param"]
     assert torch.equal(found[:101], model.get_input_embeddings().weight.float())
     assert not torch.load(words / "exp_avg.pt")["param"].any()
+
+
+def test_patterns_of_parameters(tmp_path, convert):
+    """LLaMA's differ from those of the recorded GPT run (test_zero.py)."""
+    MODELS["llama"](rope_theta=10000.0).save_pretrained(tmp_path / "hf")
+    convert("--to", "megatron-deepspeed", "--input", tmp_path / "hf",
+            "--output", tmp_path / "ds", "--with-optimizer")  # fmt: skip
+    (folder,) = (tmp_path / "ds").glob("global_step*")
+    content = torch.load(folder / "mp_rank_00_model_states.pt", weights_only=False)
+    assert content["universal_checkpoint_info"] == {
+        "universal_checkpoint_version": 0.4,
+        "original_vocab_size": 101,
+        "padded_vocab_size": 128,
+        "vocabulary_parameter_patterns": [r"\d+.word_embeddings.weight", r"\d+.lm_head.weight"],
+        "pipeline_replicated_parameter_patterns": [],
+        "tp_replicated_parameter_patterns": [
+            r"\d+.input_layernorm.weight",
+            r"\d+.post_attention_layernorm.weight",
+            r"\d+.weight",
+        ],
+        "parameter_with_row_parallelism_patterns": [
+            r"\d+.mlp.dense_4h_to_h.weight",
+            r"\d+.self_attention.dense.weight",
+        ],
+        "parameter_with_2_sub_params_cat_dim_0": [r"\d+.mlp.dense_h_to_4h.weight"],
+    }
+    args = content["args"]
+    llama = {
+        "num_key_value_heads": 4, "kv_channels": 12, "ffn_hidden_size": 176, "swiglu": True,
+        "normalization": "rmsnorm", "layernorm_epsilon": 3e-5, "norm_epsilon": 3e-5,
+        "add_bias_linear": False, "add_position_embedding": False,
+        "use_rotary_position_embeddings": True, "rotary_percent": 1.0,
+        "untie_embeddings_and_output_weights": True, "num_experts": [1], "deepspeed": True,
+        "no_pipeline_parallel": False, "attention_dropout": 0.0, "hidden_dropout": 0.0,
+        "seq_length": 64, "max_position_embeddings": 64, "bf16": False, "fp16": False,
+    }  # fmt: skip
+    assert {key: getattr(args, key) for key in llama} == llama
+    fresh = {"lr": 0.0, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
+    fresh |= {"decoupled_weight_decay": True}
+    path = folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    optimizer = torch.load(path, weights_only=False)["optimizer_state_dict"]
+    groups = optimizer["base_optimizer_state"]["param_groups"]
+    assert groups == [{**fresh, "params": [0]}, {**fresh, "params": [1]}]
+    scaling = {"loss_scaler": None, "dynamic_loss_scale": False, "overflow": False}
+    assert optimizer.items() >= {**scaling, "zero_stage": 1, "clip_grad": 1.0}.items()

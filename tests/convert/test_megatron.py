@@ -204,7 +204,7 @@ def test_separate_query_and_key_value_of_2023(tmp_path, convert):
         layer["self_attention.query.weight"] = fused[:, :2].reshape(48, 64).clone()
         layer["self_attention.key_value.weight"] = fused[:, 2:].reshape(48, 64).clone()
         torch.save(layer, path)
-    convert("--to", "hf", "--input", there, "--output", tmp_path / "back")
+    convert("--to", "hf", "--input", there, "--output", tmp_path / "back", "--verify")
     before, after = state(tmp_path / "hf"), state(tmp_path / "back")
     assert all(torch.equal(before[key], after[key]) for key in before)
 

@@ -144,8 +144,12 @@ def test_a_hugging_face_run_ends_with_its_eos_token(tmp_path, convert, megatron)
         convert("--to", "native", "--input", megatron, "--output", tmp_path / "n" / name,
                 "--tokenizer", tmp_path / name,
                 "--tokenizer-type", "HuggingFaceTokenizer")  # fmt: skip
-        convert("--to", "hf", "--input", tmp_path / "n" / name, "--output", tmp_path / "o" / name)
+        text = convert(
+            "--to", "hf", "--input", tmp_path / "n" / name, "--output", tmp_path / "o" / name
+        )
         eod = 4 if name == "bare" else 2
+        note = "eos_token of the tokenizer is <EOD> (4) in the export, none before"
+        assert (note in text) == (name == "bare")
         assert ends(tmp_path / "o" / name) == (eod, eod, eod)
 
 

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from megatron_llmjp.convert import tensors
+from megatron_llmjp.convert import tensors, verify
 from megatron_llmjp.convert.formats import rank_files
 from megatron_llmjp.convert.formats.hugging_face import config as hf_config
 from megatron_llmjp.convert.formats.hugging_face import llama
@@ -52,6 +52,31 @@ def test_llama_of_megatron_deepspeed_rounded_to_bf16(tmp_path, convert):
     text = convert("--to", "hf", "--input", tmp_path / "mds", "--output", tmp_path / "back",
                    "--dtype", "bf16", "--verify")  # fmt: skip
     assert_within(figures(text)[0], LOGITS, "logits")
+
+
+@pytest.mark.parametrize(("where", "code"), [(100, 1), (101, 0)])
+def test_padding_rows_are_not_compared(tmp_path, convert, monkeypatch, where, code):
+    """Tokens are drawn from the vocabulary of 101, logits of the padding rows may differ."""
+    MODELS["gpt2"]().save_pretrained(tmp_path / "hf")
+    convert("--to", "native", "--input", tmp_path / "hf", "--output", tmp_path / "native")
+    drawn = []
+
+    def logits(source, tokens, dtype, ignored):
+        drawn.append(tokens)
+        found = torch.ones(*tokens[:, :-1].shape, source.padded_vocab_size)
+        if source.format == "megatron-lm":
+            found[..., where:] = 2.0
+        return found
+
+    monkeypatch.setattr(verify, "_logits", logits)
+    text = convert("--to", "megatron-lm", "--input", tmp_path / "native",
+                   "--output", tmp_path / "o", "--verify", code=code)  # fmt: skip
+    assert all(tokens.shape == (2, 65) and 90 < tokens.max() < 101 for tokens in drawn)
+    assert "verify: 2 x 64 tokens in fp32: " in text
+    if code == 0:
+        assert figures(text) == (0.0, 4.615121, 4.615121)  # log 101
+    else:
+        assert "--verify: logits differ by 1.00e+00 of the largest, 1.0e-04 is allowed" in text
 
 
 def test_no_output_is_left_after_a_difference(tmp_path, convert, monkeypatch):

@@ -221,3 +221,87 @@ def test_errors_name_the_missing_state(tmp_path, convert):
     no_zero = REAL.parents[2] / "mds_llama_tp2pp2_fp32" / "ckpt"
     assert "without ZeRO" in convert(*words, no_zero, code=2)
     assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_rank_files_are_those_of_the_real_run(tmp_path, convert):
+    """The same state, written for the same layout but one data-parallel rank instead of two."""
+    convert("--to", "megatron-deepspeed", "--with-optimizer", "--input", REAL,
+            "--output", tmp_path / "ds", "--target-tensor-parallel-size", 2,
+            "--target-pipeline-parallel-size", 2)  # fmt: skip
+    folder = tmp_path / "ds" / "global_step2"
+    alone = {path.name for path in REAL.iterdir() if "_rank_1_" not in path.name}
+    assert {path.name for path in folder.iterdir()} == alone
+    assert (tmp_path / "ds" / "latest").read_text() == "global_step2"
+    assert (tmp_path / "ds" / "latest_checkpointed_iteration.txt").read_text() == "2"
+    for rank in range(4):
+        name = f"mp_rank_{rank:02d}_model_states.pt"
+        real, ours = (torch.load(f / name, weights_only=False) for f in (REAL, folder))
+        theirs = vars(real.pop("args"))
+        args = vars(ours.pop("args"))
+        # Required by DeepSpeed 0.10 only; optional since then; the data-parallel size; and counts
+        # of samples, which Megatron and DeepSpeed do not agree on.
+        assert ours.pop("sparse_tensor_module_names") == set()
+        assert (ours.pop("ds_version"), ours.pop("ds_config")) == ("0.10.0", {})
+        assert (ours.pop("dp_world_size"), ours.pop("global_samples")) == (1, 0)
+        more = ["checkpoint_parallel_dimensions", "dp_world_size", "ds_config", "ds_version"]
+        for key in (*more, "global_samples", "rng_state"):
+            del real[key]
+        patterns = "tp_replicated_parameter_patterns"  # in any order
+        for content in (ours, real):
+            content["universal_checkpoint_info"][patterns].sort()
+        assert ours == real
+        assert [list(shapes) for shapes in ours["param_shapes"]] == [
+            list(shapes) for shapes in real["param_shapes"]
+        ]
+        other = {"apply_query_key_layer_scaling": False, "data_parallel_size": 1,
+                 "consumed_train_samples": 4, "norm_epsilon": 1e-5}  # fmt: skip
+        assert {key: args[key] for key in other} == other
+        assert args == {**{key: theirs[key] for key in args if key in theirs}, **other}
+
+
+def test_optimizer_files_are_those_of_the_real_run(tmp_path, convert):
+    """Each parameter is where the two data-parallel ranks have it together."""
+    convert("--to", "megatron-deepspeed", "--with-optimizer", "--input", REAL,
+            "--output", tmp_path / "ds", "--target-tensor-parallel-size", 2,
+            "--target-pipeline-parallel-size", 2)  # fmt: skip
+    for rank in range(4):
+        files = [
+            folder / f"bf16_zero_pp_rank_{dp}_mp_rank_{rank:02d}_optim_states.pt"
+            for folder, dp in ((REAL, 0), (REAL, 1), (tmp_path / "ds" / "global_step2", 0))
+        ]
+        contents = [torch.load(path, weights_only=False) for path in files]
+        assert (contents[2].pop("ds_version"), contents[2].pop("ds_config")) == ("0.10.0", {})
+        first, second, ours = (content.pop("optimizer_state_dict") for content in contents)
+        assert contents[2] == {}
+        half = [len(flat) for flat in first["single_partition_of_fp32_groups"]]
+        for mappings, found, n in zip(
+            zip(first["param_slice_mappings"], second["param_slice_mappings"], strict=True),
+            ours.pop("param_slice_mappings"),
+            half,
+            strict=True,
+        ):
+            places: dict[str, tuple[int, int]] = {}
+            for before, mapping in zip((0, n), mappings, strict=True):
+                for name, place in mapping.items():
+                    start, numel = places.get(name, (before + place.start, 0))
+                    places[name] = (start, numel + place.numel)
+            assert {name: (p.start, p.numel) for name, p in found.items()} == places
+        flats = ours.pop("single_partition_of_fp32_groups")
+        for g, flat in enumerate(flats):
+            both = [f["single_partition_of_fp32_groups"][g] for f in (first, second)]
+            expected = torch.cat(both).detach()
+            if g == 0 and rank >= 2:  # the last stage's position embeddings, which are not used
+                expected[2048:2560] = flat[2048:2560]
+            assert torch.equal(flat, expected)
+        state, real = ours.pop("base_optimizer_state"), first["base_optimizer_state"]
+        for g, moments in state["state"].items():
+            assert moments["step"] == real["state"][g]["step"] == 2
+        for group, theirs in zip(state["param_groups"], real["param_groups"], strict=True):
+            assert group == {key: theirs[key] for key in group}
+            assert theirs.keys() - group.keys() == {
+                "amsgrad", "capturable", "differentiable", "foreach", "fused", "lr_mult",
+                "maximize", "name",
+            }  # fmt: skip
+        assert ours.pop("partition_count") == [1, 1]
+        assert (ours.pop("ds_version"), ours["group_paddings"]) == ("0.10.0", [0, 0])
+        assert ours == {key: first[key] for key in ("clip_grad", "group_paddings")}

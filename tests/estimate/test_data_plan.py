@@ -109,34 +109,100 @@ def test_warnings():
     tokens = {"a": 16 * 32 + 1, "b": 1700, "c": 1700}
     config = config_of(16, 8, lr_warmup_iters=5, lr_decay_iters=4)
     plan, warnings = planned(file, tokens, config)
-    text = "\n".join(warnings)
-    for part in (
-        "fold 'tiny' has 3 samples, less than one global batch of 8",
-        "fold 'tiny': the share of b is less than one sample",
-        "the last 1 samples do not fill a batch of 8",
-        "used in more than one fold: a (2 folds, 1.03 epochs in total)",
-        "samples are repeated: a (1.03 epochs)",
+    assert warnings == [
+        "fold 'tiny' has 3 samples, less than one global batch of 8: it shares its iteration with "
+        "adjacent folds",
+        "fold 'tiny': the share of b is less than one sample: no sample of it is trained on",
+        "the last 1 samples do not fill a batch of 8 and are dropped",
+        "used in more than one fold: a (2 folds, 1.03 epochs in total); a fold continues where the "
+        "last one stopped, unless it has `restart: true`",
         "fold 'rest': 'c' and 'd' are the same dataset (c)",
-        "validation set 'held out' (c) is also trained on, from fold 'rest' on",
-        "decay ends at iteration 4, the run at 7: 1 iterations are trained at min_lr",
+        "samples are repeated: a (1.03 epochs)",
+        "validation set 'held out' (c) is also trained on, from fold 'rest' on: its loss does not "
+        "measure generalization",
+        "the learning-rate decay ends at iteration 4, the run at 7: 1 iterations are trained at "
+        "min_lr 0. The scripts of llm-jp-3 did so (they added the warm-up to the decay, which "
+        "already includes it); lr_decay_iters 7 decays until the end of the run",
         "the warm-up of 5 iterations is longer than the first fold ('one', 4 iterations)",
         "fold 'rest': its warm-up of 9 iterations is longer than the fold (2)",
-        "fold 'rest': its learning rate's decay ends after 1 iterations, 1 before",
-    ):
-        assert part in text
-    assert len(warnings) == 11
+        "fold 'rest': its learning rate's decay ends after 1 iterations, 1 before the fold does "
+        "(2)",
+    ]
     assert [(f.first_iteration, f.last_iteration) for f in plan.folds] == [(1, 4), (4, 5), (5, 7)]
+    assert format_data_plan(plan, ["w"]).splitlines() == [
+        "         share  tokens  samples  epochs  total  iterations  first  last",
+        "one                480       30                          4      1     4",
+        "  a    100.00%     480       30   0.938  0.938",
+        "tiny                48        3                          2      4     5",
+        "  a    100.00%      48        3   0.094  1.031",
+        "  b      0.00%       0        0   0.000  0.000",
+        "rest               384       24                          3      5     7",
+        "  c     50.00%     192       12   0.113  0.113",
+        "  d     50.00%     192       12   0.113  0.226",
+        "total              912       57                          7",
+        "7 iterations of 8 samples of 16 tokens: 896 tokens (896) of 3 datasets in 3 folds",
+        "warning: w",
+    ]
 
     one_curve = [{k: v for k, v in fold.items() if k != "learning_rate"} for fold in FOLDS]
     file = FoldFile.model_validate({"folds": one_curve})
     _, late = planned(file, tokens, config_of(16, 8, lr_decay_iters=9))
     assert any("ends at iteration 9, after the run's last iteration 7: min_lr" in w for w in late)
-    _, early = planned(file, tokens, config_of(16, 8), train_iters=2)
-    assert any("ends at iteration 2, the folds at 7: 41 samples" in w for w in early)
-    assert any("all of fold tiny, rest" in w for w in early)
+    plan, early = planned(file, tokens, config_of(16, 8), train_iters=2)
+    assert (
+        "the run ends at iteration 2, the folds at 7: 41 samples are not trained on, including all "
+        "of fold tiny, rest"
+    ) in early
+    assert plan.unused_samples == 41
+    lines = [line.split() for line in format_data_plan(plan).splitlines()]
+    assert ["one", "480", "30", "2", "1", "2"] in lines
+    assert ["rest", "384", "24", "0", "not", "reached"] in lines
     # llm-jp-3: the decay is shorter than the run by the warm-up.
     _, llmjp = planned(file, tokens, config_of(16, 8, lr_warmup_iters=2, lr_decay_iters=5))
     assert any("added the warm-up to the decay" in w and "lr_decay_iters 7" in w for w in llmjp)
+
+
+RATE = {"lr": 1e-4, "lr_warmup_iters": 2}
+
+
+@pytest.mark.parametrize(
+    ("rate", "warnings"),
+    [
+        ({"lr_decay_iters": 3}, []),
+        ({"lr_decay_iters": 5}, ["its learning rate's decay ends after 5 iterations, 2 after the "
+                                 "fold does (3)"]),
+        ({"lr_warmup_iters": 3}, []),
+        ({"lr_warmup_iters": 4}, ["its warm-up of 4 iterations is longer than the fold (3)"]),
+    ],
+)  # fmt: skip
+def test_lengths_of_a_folds_schedule(rate, warnings):
+    """Two folds of three iterations."""
+    folds = [{"name": n, "samples": 24, "blend": {n: {"path": n, "weight": 1}}} for n in "ab"]
+    folds[1]["learning_rate"] = RATE | rate
+    file = FoldFile.model_validate({"folds": folds})
+    tokens = {"a": 16 * 24 + 1, "b": 16 * 24 + 1}
+    _, found = planned(file, tokens, config_of(16, 8))
+    assert found == [f"fold 'b': {text}" for text in warnings]
+
+
+@pytest.mark.parametrize(
+    ("warmup", "iterations"),
+    [
+        ({"lr_warmup_iters": 3}, None),
+        ({"lr_warmup_iters": 4}, 4),
+        ({"lr_warmup_fraction": 0.5}, None),  # of the 6 iterations of the run
+        ({"lr_warmup_fraction": 0.7}, 4),
+        ({"lr_warmup_fraction": 0.5, "lr_decay_iters": 8}, 4),
+    ],
+)
+def test_a_warm_up_longer_than_the_first_fold(warmup, iterations):
+    folds = [{"name": n, "samples": 24, "blend": {n: {"path": n, "weight": 1}}} for n in "ab"]
+    file = FoldFile.model_validate({"folds": folds})
+    tokens = {"a": 16 * 24 + 1, "b": 16 * 24 + 1}
+    _, found = planned(file, tokens, config_of(16, 8, lr_decay_style="cosine", **warmup))
+    expected = f"the warm-up of {iterations} iterations is longer than the first fold ('a', "
+    warnings = [f"{expected}3 iterations)"] if iterations else []
+    assert [w for w in found if "warm-up" in w] == warnings
 
 
 def test_skipped_samples_move_later_folds():
@@ -146,7 +212,12 @@ def test_skipped_samples_move_later_folds():
     assert (fold.samples, fold.skipped, fold.iterations) == (30, 10, 2)
     assert (plan.train_iters, plan.samples, plan.unused_samples) == (2, 16, 4)
     assert (skip.first, skip.end, skip.fold, skip.before_iteration) == (4, 14, "one", 1)
-    assert "skipped: samples 4 to 13" in format_data_plan(plan, warnings)
+    assert (
+        "skipped: samples 4 to 13 (10 samples, starting in fold 'one'), before iteration 1\n"
+    ) in format_data_plan(plan, warnings)
+    file = FoldFile.model_validate({"folds": FOLDS[:1], "skip": [{"samples": [0, 30]}]})
+    _, warnings = planned(file, {"a": 16 * 32 + 1}, config_of(16, 8))
+    assert "fold 'one': all of its 30 samples are skipped" in warnings
 
 
 def test_warning_on_megatron_order_after_another_fold():

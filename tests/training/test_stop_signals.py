@@ -32,6 +32,18 @@ def wait_together() -> list[Any]:
     return results
 
 
+def test_reasons_in_order():
+    """Of several the greatest takes effect; only a stop file prevents a requeue (exit code 3)."""
+    found = [(r.name, int(r), r.description, r.exit_code) for r in StopReason if r]
+    assert found == [
+        ("FILE", 1, "file 'stop' found in the save folder", 0),
+        ("INTERVAL", 2, "--exit-interval reached", 3),
+        ("DURATION", 3, "--exit-duration-in-mins reached", 3),
+        ("SIGNAL", 4, "signal received", 3),
+    ]
+    assert (StopReason.NONE, StopReason.NONE.description) == (0, "")
+
+
 def test_ranks_wait_or_stop_together():
     expected = ["NONE", True, True, "NONE", False, StopReason.SIGNAL.name]
     assert run_ranks(wait_together, 2) == [expected, expected]
