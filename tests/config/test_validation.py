@@ -69,7 +69,243 @@ def test_violated_rules(flags):
         assert part in str(error.value)
 
 
+MESSAGES = {
+    # the same flags: all messages
+    f"{CHUNKS} 2": [
+        "virtual_pipeline_model_parallel_size requires pipeline_model_parallel_size 2 or more",
+    ],
+    "--overlap-param-gather --overlap-grad-reduce --no-use-distributed-optimizer": [
+        "overlap_param_gather requires use_distributed_optimizer",
+    ],
+    "--overlap-param-gather": [
+        "overlap_param_gather requires overlap_grad_reduce",
+    ],
+    "--recompute-granularity full --recompute-method uniform --recompute-num-layers 25": [
+        "recompute_num_layers 25 exceeds the 24 layers of a pipeline stage",
+    ],
+    f"{STAGES} 2 --recompute-granularity full --recompute-method block --recompute-num-layers 13": [
+        "recompute_num_layers 13 exceeds the 12 layers of a pipeline stage",
+    ],
+    "--recompute-method block": [
+        "recompute_method requires recompute_granularity full",
+    ],
+    f"{TENSOR} 3": [
+        "8 processes are not divisible by tensor 3 x pipeline 1 x context 1 = 3 processes per "
+        "model replica: use a multiple of 3 processes, or sizes whose product is one of 1, 2, "
+        "4, 8",
+        "num_attention_heads 16 is not divisible by tensor_model_parallel_size 3: possible are "
+        "1, 2, 4, 8, 16",
+        "num_query_groups 16 is not divisible by tensor_model_parallel_size 3: possible are 1, "
+        "2, 4, 8, 16",
+        "ffn_hidden_size 7168 is not divisible by tensor_model_parallel_size 3: possible are 1,"
+        " 2, 4, 7, 8, 14, 16, 28, 32, 56, 64",
+        "seq_length 4096 is not divisible by tensor_model_parallel_size 3, as sequence_parallel"
+        " requires",
+    ],
+    f"{TENSOR} 2 --sequence-parallel --seq-length 4095": [
+        "seq_length 4095 is not divisible by tensor_model_parallel_size 2, as sequence_parallel"
+        " requires",
+    ],
+    "--global-batch-size 513": [
+        "global_batch_size 513 is not a multiple of micro_batch_size 4 x data-parallel size 8 ="
+        " 32: try 512",
+    ],
+    "--global-batch-size 3": [
+        "global_batch_size 3 is not a multiple of micro_batch_size 4 x data-parallel size 8 = "
+        "32: try 32",
+    ],
+    f"{STAGES} 2 {CHUNKS} 2 --global-batch-size 80": [
+        "the interleaved schedule requires a number of micro-batches (5) that is a multiple of "
+        "pipeline_model_parallel_size 2: change global_batch_size or micro_batch_size",
+    ],
+    "--fp16": [
+        "bf16 and fp16 are mutually exclusive",
+    ],
+    "--min-lr 1": [
+        "min_lr 1.0 is above lr 0.0003: lower min_lr",
+    ],
+    "--lr-warmup-init 1": [
+        "lr_warmup_init 1.0 is above lr 0.0003: lower lr_warmup_init",
+    ],
+    "--lr-warmup-iters 986240": [
+        "lr_warmup_iters 986240 must be smaller than lr_decay_iters 986240: shorten the warm-up",
+    ],
+    "--weight-decay-incr-style linear --start-weight-decay 0.2 --end-weight-decay 0.1": [
+        "start_weight_decay 0.2 is above end_weight_decay 0.1: weight decay can only increase",
+    ],
+    "--weight-decay-incr-style linear --start-weight-decay 0.1": [
+        "weight_decay_incr_style linear requires start_weight_decay and end_weight_decay",
+    ],
+    "--end-weight-decay 0.2": [
+        "end_weight_decay 0.2 differs from weight_decay 0.1: set weight_decay_incr_style to "
+        "linear or cosine, or remove end_weight_decay",
+    ],
+    "--save-interval 5": [
+        "save_interval requires save, the folder of the checkpoints",
+    ],
+    "--save-interval-tokens 5": [
+        "save_interval_tokens requires save, the folder of the checkpoints",
+    ],
+    "--save-interval-minutes 5": [
+        "save_interval_minutes requires save, the folder of the checkpoints",
+    ],
+    "--save-policy llm-jp": [
+        "save_policy requires save, the folder of the checkpoints",
+    ],
+    "--exit-interval 5": [
+        "exit_interval saves before exiting: set save, the folder of the checkpoints",
+    ],
+    "--keep-every 5": [
+        "keep_every has no effect without keep_last, since all checkpoints are kept: set "
+        "keep_last",
+    ],
+    "--finetune": [
+        "finetune requires load, the folder of the weights",
+    ],
+    "--hidden-size 2049": [
+        "hidden_size 2049 is not divisible by num_attention_heads 16: change one of them, or "
+        "set kv_channels",
+    ],
+    "--num-query-groups 3": [
+        "num_attention_heads 16 is not divisible by num_query_groups 3: possible numbers of "
+        "groups are 1, 2, 4, 8, 16",
+    ],
+    "--add-bias-linear": [
+        "swiglu with add_bias_linear is not supported: set add_bias_linear to false",
+    ],
+    "--seq-length 4097": [
+        "seq_length 4097 exceeds max_position_embeddings 4096: reduce seq_length or increase "
+        "max_position_embeddings",
+    ],
+    "--rope-scaling-low-freq-factor 4 --use-rope-scaling": [
+        "rope_scaling_low_freq_factor 4.0 must be below rope_scaling_high_freq_factor 4.0",
+    ],
+    "--position-embedding-type yarn --rotary-percent 0.5": [
+        "rotary_percent has no effect with position_embedding_type yarn: remove one of them",
+    ],
+    "--position-embedding-type yarn --use-rope-scaling": [
+        "use_rope_scaling has no effect with position_embedding_type yarn: remove one of them",
+    ],
+    "--position-embedding-type yarn --rotary-seq-len-interpolation-factor 2": [
+        "rotary_seq_len_interpolation_factor has no effect with position_embedding_type yarn: "
+        "remove one of them",
+    ],
+    "--position-embedding-type yarn --yarn-mscale 1": [
+        "yarn_mscale and yarn_mscale_all_dim must be set together",
+    ],
+    "--position-embedding-type yarn --yarn-mscale-all-dim 1": [
+        "yarn_mscale and yarn_mscale_all_dim must be set together",
+    ],
+    "--position-embedding-type learned_absolute --rotary-percent 0.5": [
+        "rotary_percent requires rotary embeddings: set position_embedding_type to rope, or "
+        "remove rotary_percent",
+    ],
+    "--position-embedding-type learned_absolute --rotary-seq-len-interpolation-factor 2": [
+        "rotary_seq_len_interpolation_factor requires rotary embeddings: set "
+        "position_embedding_type to rope, or remove rotary_seq_len_interpolation_factor",
+    ],
+    "--rotary-percent 0.001": [
+        "rotary_percent 0.001 of head size 128 is 0: the number of rotated dimensions must be "
+        "even and positive",
+    ],
+    f"--padded-vocab-size 99585 {TENSOR} 2": [
+        "padded_vocab_size 99585 is not divisible by tensor_model_parallel_size 2: choose a "
+        "divisor, or compute the padding again with --override-resume padded_vocab_size",
+    ],
+    "--padded-vocab-size 99573 --vocab-size 99574": [
+        "padded_vocab_size 99573 is below vocab_size 99574: remove it to have it computed",
+    ],
+    "--lr-decay-style WSD --lr-wsd-decay-iters 986241": [
+        "lr_wsd_decay_iters 986241 is longer than lr_decay_iters 986240, which includes it: "
+        "shorten lr_wsd_decay_iters",
+    ],
+    f"{STAGES} 2 {FIRST} 24": [
+        "24 layers at the ends leave 0 layers for 1 stages in between: change "
+        "decoder_first_pipeline_num_layers, decoder_last_pipeline_num_layers or "
+        "pipeline_model_parallel_size",
+    ],
+    f"{STAGES} 2 {FIRST} 12 {LAST} 11": [
+        "12 and 11 layers at the ends leave 1 layers for 0 stages in between: change "
+        "decoder_first_pipeline_num_layers, decoder_last_pipeline_num_layers or "
+        "pipeline_model_parallel_size",
+    ],
+    f"{STAGES} 1 {FIRST} 12 {LAST} 12": [
+        "12 and 12 layers at the ends leave 0 layers for -1 stages in between: change "
+        "decoder_first_pipeline_num_layers, decoder_last_pipeline_num_layers or "
+        "pipeline_model_parallel_size",
+    ],
+    f"{STAGES} 4 {FIRST} 12 {LAST} 12": [
+        "12 and 12 layers at the ends leave 0 layers for 2 stages in between: change "
+        "decoder_first_pipeline_num_layers, decoder_last_pipeline_num_layers or "
+        "pipeline_model_parallel_size",
+    ],
+    f"{STAGES} 2 {LAYOUT} EtE*12|t*12L": [
+        "pipeline_model_parallel_layout 'EtE*12|t*12L': it must begin with E, end with L, and "
+        "contain each once",
+        "pipeline_model_parallel_layout 'EtE*12|t*12L': it has 13 layers (t), the model 24",
+    ],
+    f"{STAGES} 2 {LAYOUT} Et*12|t*12LL": [
+        "pipeline_model_parallel_layout 'Et*12|t*12LL': it must begin with E, end with L, and "
+        "contain each once",
+    ],
+    f"{STAGES} 2 {LAYOUT} t*12|Et*12L": [
+        "pipeline_model_parallel_layout 't*12|Et*12L': it must begin with E, end with L, and "
+        "contain each once",
+    ],
+    f"{STAGES} 2 {LAYOUT} Et*12|Lt*12": [
+        "pipeline_model_parallel_layout 'Et*12|Lt*12': it must begin with E, end with L, and "
+        "contain each once",
+    ],
+    f"{STAGES} 4 {LAYOUT} Et*12|t*12L": [
+        "pipeline_model_parallel_layout 'Et*12|t*12L': it has 2 stages for 4 processes: make it"
+        " a multiple of 4",
+    ],
+    f"{STAGES} 2 {CHUNKS} 2 {LAYOUT} Et*12|t*12L": [
+        "pipeline_model_parallel_layout 'Et*12|t*12L': it has 2 stages for 2 processes: remove "
+        "virtual_pipeline_model_parallel_size",
+    ],
+    f"{STAGES} 2 {LAYOUT} Et*12|t*12L --account-for-loss-in-pipeline-split": [
+        "pipeline stages can be set in one way only: decoder_first/last_pipeline_num_layers, "
+        "account_for_embedding/loss_in_pipeline_split, or pipeline_model_parallel_layout",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", MESSAGES)
+def test_all_messages(flags):
+    config = parse(f"--config llm-jp-3-1.8b {flags}".split()).config
+    with pytest.raises(UserError) as error:
+        check_config(config, 8)
+    assert str(error.value).splitlines() == MESSAGES[flags]
+
+
 VALID = [
+    # next to the limits of the rules above
+    f"{STAGES} 2 --recompute-granularity full --recompute-method block --recompute-num-layers 12",
+    "--lr-warmup-iters 986239",
+    "--weight-decay-incr-style linear --start-weight-decay 0.1 --end-weight-decay 0.1",
+    "--start-weight-decay 0.1",
+    "--end-weight-decay 0.1",
+    "--keep-every 5 --keep-last 1",
+    "--finetune --load x",
+    "--finetune --save x",
+    "--eval-only --save x",
+    "--eval-only --load x",
+    "--spike-action rollback --save x",
+    "--loss-scale 128 --fp16 --no-bf16",
+    "--seq-length 4096",
+    "--rope-scaling-low-freq-factor 3.9 --use-rope-scaling",
+    "--rope-scaling-low-freq-factor 4",
+    "--position-embedding-type yarn --yarn-mscale 1 --yarn-mscale-all-dim 1",
+    "--position-embedding-type learned_absolute",
+    "--rotary-percent 0.5",
+    "--padded-vocab-size 99574 --vocab-size 99574",
+    "--lr-decay-style WSD --lr-wsd-decay-iters 986240",
+    "--lr-decay-style constant",
+    f"{STAGES} 2 {FIRST} 12 {LAST} 12",
+    f"{STAGES} 1 {FIRST} 24",
+    "--rampup-batch-size 512 32 100",
+    "--rampup-batch-size 480 32 100",
     f"{STAGES} 4 {FIRST} 5 {LAST} 7",
     f"{STAGES} 2 {FIRST} 10",
     f"{STAGES} 2 --account-for-loss-in-pipeline-split --account-for-embedding-in-pipeline-split",
@@ -132,6 +368,38 @@ WARNINGS = {
     f"{TENSOR} 16 --sequence-parallel": "16 exceeds the 8 GPUs of a node",
     f"--no-use-distributed-optimizer {STAGES} 8 {TENSOR} 2 --sequence-parallel": "the 2 replicas",
     f"--no-use-distributed-optimizer {STAGES} 8 {TENSOR} 4 --sequence-parallel": "",
+    "--adam-eps 1e-7": "",
+    "--adam-eps 1.01e-7": "adam_eps 1.01e-07",
+    "--min-lr 5.9e-5": "",
+    "--min-lr 6.1e-5": "min_lr 6.1e-05 is more than a fifth of lr 0.0003",
+    "--attention-dropout 0.1": "dropout in a LLaMA model",
+    "--position-embedding-type learned_absolute": "",
+    "--position-embedding-type learned_absolute --seq-length 4095":
+        "seq_length 4095 is below max_position_embeddings 4096",
+    "--make-vocab-size-divisible-by 104814": "",
+    "--make-vocab-size-divisible-by 104815": "5,241 of the padded vocabulary size 104,815",
+    "--wandb-entity x": "requires wandb_project",
+    "--wandb-exp-name x --wandb-entity x --wandb-project y": "",
+    "--lr-warmup-iters 0 --lr-warmup-fraction 0.01": "",
+    "--lr-warmup-iters 0 --finetune --load x": "",
+    "--lr-decay-style constant --min-lr 1e-4": "",
+    "--lr-decay-style constant --min-lr 0": "",
+    "--lr-decay-style WSD --lr-wsd-decay-iters 5 --min-lr 1e-4": "",
+    "--lr-decay-style WSD --lr-wsd-decay-iters 5 --min-lr 0": "",
+    "--weight-decay-incr-style linear --start-weight-decay 0 --end-weight-decay 0.1 "
+    "--weight-decay 0": "",
+    "--seq-length 8193 --max-position-embeddings 8193 --rotary-base 10001": "",
+    "--seq-length 8193 --max-position-embeddings 8193 --use-rope-scaling": "",
+    "--seq-length 8193 --max-position-embeddings 8193 --position-embedding-type yarn": "",
+    "--seq-length 8193 --max-position-embeddings 8193 "
+    "--rotary-seq-len-interpolation-factor 2": "",
+    # SGD with a large beta2, eps and no warm-up, which it does not have.
+    f"--optimizer sgd --no-use-distributed-optimizer {TENSOR} 32 --sequence-parallel "
+    "--adam-beta2 0.999 --adam-eps 1 --lr-warmup-iters 0": "exceeds the 8 GPUs of a node",
+    "--save-policy llm-jp --save-interval 999999": "save_interval 999,999 is longer",
+    # 8 micro-batches for 4 stages: 3 / (8 + 3) = 27 %; 9 for 4: 3 / 12 = 25 %.
+    f"{STAGES} 4 --micro-batch-size 1 --global-batch-size 64": "bubble is 27% of each step, with 4",
+    f"{STAGES} 4 --micro-batch-size 1 --global-batch-size 72": "",
 }  # fmt: skip
 
 
@@ -160,6 +428,42 @@ def test_warnings_on_lengths():
     assert "986,240, after the run's last iteration 5,000" in warned(config, 5000, 986240)
     assert "without any checkpoint" in warned(config, 5000, 5000)
     assert warned(config, 20, 20) == ""  # a trial
+    # From 1,000 iterations on it is none.
+    assert warned(config, 999, 999, sets=0) == ""
+    assert config_warnings(config, RunSize(32, 1000, 1000, 0)) == [
+        "save is not set: 1,000 iterations without any checkpoint",
+        "there are no validation sets: the validation loss is not measured, as in the llm-jp-3 and "
+        "v4 runs; define `validation` in the fold file and set eval_iters 10",
+        "the warm-up of 2,000 iterations is more than a fifth of the run's 1,000",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [(7, ""), (8, "requires twice the memory")],
+)
+def test_warnings_on_large_models(layers, words):
+    """From 500 million parameters on; a layer has 4 x 2,048^2 + 3 x 2,048 x 8,192 = 67 million."""
+    config = preset(
+        "llm-jp-3-1.8b",
+        f"--save x --save-interval 9 --no-bf16 --num-layers {layers} --ffn-hidden-size 8192",
+    )
+    found = config_warnings(config, RunSize(1, 20, 20, 1))
+    assert len(found) == bool(words) and words in "".join(found)
+
+
+@pytest.mark.parametrize(
+    ("words", "warned"),
+    [("--hidden-size 1000 --num-attention-heads 10", False),
+     ("--hidden-size 1008 --num-attention-heads 8", True)],
+)  # fmt: skip
+def test_little_padding_is_no_warning(words, warned):
+    """More than a million parameters: 1,000 rows of padding."""
+    size = "--vocab-size 9000 --make-vocab-size-divisible-by 10000"
+    found = config_warnings(preset("laptop-llama", f"{size} {words}"), RunSize(1, 20, 20, 1))
+    assert ["1,000 of the padded vocabulary size 10,000 are padding" in w for w in found] == (
+        [True] if warned else []
+    )
 
 
 @pytest.mark.parametrize("name", preset_names())

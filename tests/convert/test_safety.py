@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import builtins
 import errno
 import itertools
 import os
@@ -9,6 +11,7 @@ import pickle
 import resource
 import subprocess
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,7 @@ import torch
 from torch.distributed.checkpoint.planner import WriteItemType
 
 from megatron_llmjp.convert.cli import main
-from megatron_llmjp.convert.files.torch_archive import load_archive
+from megatron_llmjp.convert.files.torch_archive import InertObject, load_archive, resolve_global
 from megatron_llmjp.errors import UserError
 from tests.convert.hf_models import llama, state
 from tests.support.forks import Fork
@@ -63,6 +66,63 @@ def test_plain_values_are_read(tmp_path):
     values = {"bytes": bytes(range(256)), "complex": 1 - 2j, "set": {1, 2}, "slice": slice(1, 2)}
     torch.save(values, tmp_path / "plain.pt", pickle_protocol=2)
     assert load_archive(tmp_path / "plain.pt") == values
+
+
+def test_tensors_of_every_type_are_read(tmp_path):
+    types = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32,
+             torch.int16, torch.int8, torch.uint8, torch.bool)  # fmt: skip
+    values = {str(dtype): torch.tensor([[0, 1, 1], [1, 0, 1]], dtype=dtype) for dtype in types}
+    values["part"] = torch.arange(20.0).view(4, 5)[1:3, 2:4]
+    values["scalar"] = torch.tensor(7)
+    values["parameter"] = torch.nn.Parameter(torch.ones(2))
+    torch.save(values, tmp_path / "all.pt")
+    found = load_archive(tmp_path / "all.pt")
+    assert found.keys() == values.keys()
+    for name, tensor in values.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name].read(), tensor), name
+
+
+INERT = (
+    ("megatron.core.enums", "ModelType"), ("deepspeed.utils", "X"), ("megatron_llmjp.x", "X"),
+    ("torch.nn", "X"), ("numpy.core.multiarray", "scalar"), ("pathlib", "PosixPath"),
+    ("transformer_engine.x", "X"), ("signal", "Signals"), ("collections", "defaultdict"),
+    ("builtins", "range"), ("__builtin__", "xrange"),
+)  # fmt: skip
+PLAIN = [
+    "set", "frozenset", "slice", "complex", "dict", "list", "tuple", "int", "float", "bool", "str",
+    "object",
+]  # fmt: skip
+REFUSED = (
+    ("megatronx", "X"), ("os", "system"), ("builtins", "eval"), ("__builtin__", "print"),
+    ("builtins", "xrange"), ("collections", "deque"), ("_codecs", "decode"),
+    ("signal", "raise_signal"), ("argparse", "ArgumentParser"),
+)  # fmt: skip
+
+
+def test_the_allow_list(tmp_path):
+    for module, name in INERT:
+        found = resolve_global(module, name, tmp_path)
+        assert issubclass(found, InertObject) and found.kind == f"{module}.{name}"
+    for name in PLAIN:
+        for module in ("builtins", "__builtin__"):
+            assert resolve_global(module, name, tmp_path) is getattr(builtins, name)
+    for module, name in REFUSED:
+        with pytest.raises(UserError, match=rf"refused: its pickle calls {module}\.{name}, which"):
+            resolve_global(module, name, tmp_path)
+    assert resolve_global("torch", "Size", tmp_path) is torch.Size
+    assert resolve_global("torch", "bfloat16", tmp_path) is torch.bfloat16
+    assert resolve_global("torch.storage", "UntypedStorage", tmp_path) is torch.uint8
+    assert resolve_global("collections", "OrderedDict", tmp_path) is OrderedDict
+    assert resolve_global("argparse", "Namespace", tmp_path) is argparse.Namespace
+    for kind in (bytes, bytearray):
+        make = resolve_global("builtins", kind.__name__, tmp_path)
+        assert make(b"ab") == kind(b"ab") and make("é", "utf-8") == kind("é".encode())
+        with pytest.raises(pickle.UnpicklingError, match="is not the content of bytes"):
+            make(10**9)  # as many zeros
+    encode = resolve_global("_codecs", "encode", tmp_path)
+    assert (encode("é"), encode("é", "latin1"), encode("é", "utf8"), encode("é", "utf-8")) == (
+        b"\xe9", b"\xe9", "é".encode(), "é".encode(),
+    )  # fmt: skip
 
 
 def test_malicious_metadata_is_refused(tmp_path, hf, convert):

@@ -203,3 +203,95 @@ def test_layer_activations_match_published_formula(t, sequence_parallel, multipl
     )
     kept = layer_activations(dropout, make_layout(replace_fields(dropout, global_batch_size=2), t))
     assert kept / (2 * config.data.seq_length * 4096) == pytest.approx(multiple, rel=0.002)
+
+
+SMALL = {
+    "num_layers": 4, "hidden_size": 16, "num_attention_heads": 4, "ffn_hidden_size": 24,
+    "seq_length": 8, "micro_batch_size": 3, "global_batch_size": 24, "vocab_size": 100,
+    "make_vocab_size_divisible_by": 64, "bf16": True,
+}  # fmt: skip
+GROUPED = {**SMALL, "num_query_groups": 2}
+# 24 tokens in bf16. LLaMA: two norms (input, output, statistics) 2 x 24 x (16 x 4 + 8) = 3456,
+# QKV with rotated Q and K 24 x 2 x (16 + 16 + 24) = 2688, log-sum-exp 4 x 24 x 4 = 384, attention
+# 24 x 2 x 16 = 768, SwiGLU 3 x 24 x 2 x 24 = 3456.
+LLAMA = 3456 + 2688 + 384 + 768 + 3456
+# Halved by TP 2 except the norms, which sequence parallelism halves.
+LLAMA_TP = 3456 + 1344 + 192 + 384 + 1728
+LLAMA_SP = 1728 + 1344 + 192 + 384 + 1728
+# GPT-2: QKV 24 x 2 x 48, two dropout masks of a byte, and GELU.
+GPT2 = 3456 + 2304 + 384 + 768 + 2 * 24 * 16 + 2 * 24 * 2 * 24
+DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+TWO = {**TP, **PP, "global_batch_size": 12}
+RANKS: list[tuple[str, dict[str, Any], int, int, bool, tuple[int, int, int]]] = [
+    # name, fields, ranks, stage, fused: activations, logits and buffers.
+    # With the final norm; logits in fp32 and bf16; weight gradient and input of the output layer.
+    ("laptop-llama", GROUPED, 1, 0, True,
+     (4 * LLAMA + 1728, 24 * 128 * 6, 128 * 16 * 2 + 24 * 16 * 2)),
+    # Two micro-batches in flight; received, sent and gathered tensors, and half of the MLP's.
+    ("laptop-llama", {**GROUPED, **TWO}, 4, 0, True,
+     (2 * 2 * LLAMA_TP, 0, 24 * 2 * (3 * 16 + 3 * 16 + 12))),
+    ("laptop-llama", {**GROUPED, **TWO}, 4, 1, True,
+     (2 * LLAMA_TP + 1728, 24 * 64 * 6, 64 * 16 * 2 + 24 * 16 * 2)),
+    ("laptop-llama", {**GROUPED, **TWO, "sequence_parallel": True}, 4, 0, True,
+     (2 * 2 * LLAMA_SP, 0, 24 * 2 * (3 * 8 + 3 * 16 + 12))),
+    # Inputs of two units of two layers; the recomputed unit is larger than the logits by 128.
+    ("laptop-llama", {**GROUPED, **FULL, "recompute_num_layers": 2}, 1, 0, True,
+     (2 * 24 * 16 * 2 + 1728 + (2 * LLAMA + 24 * 2 * 40 - 18432 - 4864), 18432, 4864)),
+    ("laptop-llama", {**GROUPED, **TWO, **FULL, "recompute_num_layers": 2}, 4, 0, True,
+     (2 * 24 * 16 * 2 + 2 * LLAMA_TP, 0, 24 * 2 * 108)),
+    ("laptop-llama", {**GROUPED, **BLOCK, "recompute_num_layers": 3}, 1, 0, True,
+     (3 * 24 * 16 * 2 + LLAMA + 1728, 18432, 4864)),
+    ("laptop-llama", {**GROUPED, **TWO, **BLOCK, "recompute_num_layers": 2}, 4, 0, True,
+     (2 * 2 * 24 * 16 * 2 + LLAMA_TP, 0, 24 * 2 * 108)),
+    ("laptop-llama", {**GROUPED, "recompute_granularity": "selective"}, 1, 0, True,
+     (4 * (LLAMA - 384) + 1728, 18432, 4864)),
+    # The mask of the embedding's dropout.
+    ("laptop-gpt2", {**SMALL, **DROPOUT}, 1, 0, True, (4 * GPT2 + 1728 + 24 * 16, 18432, 4864)),
+    ("laptop-gpt2", {**SMALL, **DROPOUT, **TWO}, 4, 0, True,
+     (2 * (2 * (3456 + 1152 + 192 + 384 + 768 + 1152) + 24 * 16), 0, 24 * 2 * 108)),
+    # On a CPU: masks in bf16, attention's scores, mask and masked scores, Q, K and V in fp32.
+    ("laptop-gpt2", {**SMALL, **DROPOUT}, 1, 0, False,
+     (4 * (GPT2 - 384 + 768 + 4 * 24 * (3 * 4 * 8 + 12 * 4)) + 1728 + 24 * 16 * 2, 18432, 4864)),
+    # In fp32 everything but masks has four bytes, and scaled keys are shared.
+    ("laptop-gpt2", {**SMALL, **DROPOUT, "bf16": False}, 1, 0, False,
+     (4 * (2 * 24 * (16 * 8 + 8) + 24 * 4 * 48 + 4 * 24 * (96 + 8 * 4) + 24 * 4 * 16
+           + 2 * 4 * 24 * 16 + 2 * 24 * 4 * 24) + 24 * (16 * 8 + 8) + 24 * 16 * 4,
+      24 * 128 * 4, 128 * 16 * 4 + 24 * 16 * 4)),
+    # RMSNorm with inputs and results in fp32, sines and cosines, and SwiGLU's intermediates.
+    ("laptop-llama", GROUPED, 1, 0, False,
+     (4 * (2 * 24 * (16 * 10 + 4) + 2688 + 4 * 8 * 4 * 2 + 384 + 768 + 5 * 24 * 2 * 24)
+      + 24 * (16 * 10 + 4), 18432, 4864)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "values", "world", "stage", "fused", "expected"), RANKS)
+def test_memory_of_a_rank(name, values, world, stage, fused, expected):
+    config = make(name, values)
+    found = rank_memory(config, make_layout(config, world), stage, fused)
+    assert (found.activations, found.logits, found.buffers) == expected
+    assert found.total == found.weights + found.gradients + found.optimizer + sum(expected)
+
+
+# Per layer: QKV 16 x 32, projection 256, MLP 16 x 48 + 24 x 16, two norms; and final norm,
+# embedding and output layer of 128 x 16.
+PARAMETERS = 4 * (512 + 256 + 768 + 384 + 32) + 16 + 2 * 2048
+ADAM, SGD = {}, {"optimizer": "sgd", "bf16": False}
+
+
+@pytest.mark.parametrize(
+    ("values", "world", "weight", "optimizer"),
+    [
+        (ADAM, 1, 2, 12),
+        ({"bf16": False}, 1, 4, 8),
+        ({**ADAM, "use_distributed_optimizer": True}, 2, 2, 6),
+        ({**ADAM}, 2, 2, 12),
+        ({**SGD, "sgd_momentum": 0.9}, 1, 4, 4),
+        ({**SGD, "sgd_momentum": 0.0}, 1, 4, 0),
+        ({**SGD, "sgd_momentum": 0.0, "bf16": True}, 1, 2, 4),
+    ],
+)
+def test_memory_of_weights_and_optimizer(values, world, weight, optimizer):
+    config = make("laptop-llama", {**GROUPED, **values})
+    found = rank_memory(config, make_layout(config, world), 0)
+    assert found.weights == weight * PARAMETERS
+    assert (found.gradients, found.optimizer) == (4 * PARAMETERS, optimizer * PARAMETERS)

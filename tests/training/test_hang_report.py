@@ -1,0 +1,167 @@
+"""Report on the ranks of a hung run, and the heartbeats that all ranks share."""
+
+from __future__ import annotations
+
+import socket
+import sys
+import threading
+import time
+
+import pytest
+import torch.distributed as dist
+
+from megatron_llmjp.training import hang_report
+from megatron_llmjp.training.hang_report import (
+    HeartbeatExchange,
+    RankState,
+    describe_ranks,
+    describe_silent_first_rank,
+    is_communicating,
+    rank_state,
+    stack_files,
+)
+from tests.support.timeouts import wait_until
+
+
+def state(rank: int, iteration: int = 7, waits: bool = True, line: str = "a.py:1") -> RankState:
+    return RankState(rank, f"node{rank // 2}", iteration, "a step", line, waits)
+
+
+def test_lines_of_groups():
+    """Silent ranks, then those at an earlier iteration, then those that wait for nobody."""
+    states = [state(r) for r in (0, 1, 3)] + [state(4, 6), state(5, waits=False, line="b.py:2")]
+    waiting = "iteration 7, a step; waits for other ranks; a.py:1"
+    assert describe_ranks([*states, state(9)], 10) == [
+        "ranks 2, 6-8: no response (process stopped or exited, or machine down)",
+        "rank 4 on node2: iteration 6, a step; waits for other ranks; a.py:1",
+        "rank 5 on node2: iteration 7, a step; does not wait for another rank; b.py:2",
+        f"ranks 0-1, 3, 9 on node0, node1, node4: {waiting}",
+    ]
+    states = [state(0), state(2, waits=False), state(1)]
+    assert describe_ranks(states, 3) == [
+        "rank 2 on node1: iteration 7, a step; does not wait for another rank; a.py:1"
+        "   <- check first",
+        f"ranks 0-1 on node0: {waiting}",
+    ]
+    assert describe_ranks([state(0), state(1)], 2) == [f"ranks 0-1 on node0: {waiting}"]
+    # At most four hosts.
+    lines = describe_ranks([state(2 * n) for n in range(5)], 10)
+    assert lines[1] == f"ranks 0, 2, 4, 6, 8 on node0, node1, node2, node3: {waiting}"
+    assert describe_silent_first_rank(state(3)) == [
+        "rank 0: no response (process stopped or exited, or machine down); it serves the store, "
+        "without which the states of the other ranks are unknown   <- check first",
+        f"rank 3 on node1: {waiting}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("file", "shown"),
+    [
+        ("/home/megatron-x/src/megatron_llmjp/training/a.py", "megatron_llmjp/training/a.py"),
+        ("/venv/lib/megatron/core/b.py", "megatron/core/b.py"),
+        ("/usr/lib/python3.11/threading.py", "python3.11/threading.py"),
+        ("a.py", "a.py"),
+    ],
+)
+def test_short_paths(file, shown):
+    assert hang_report._short_path(file) == shown
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "/x/torch/distributed/distributed_c10d.py",
+        "/x/megatron/core/pipeline_parallel/p2p_communication.py",
+        "/x/megatron/core/distributed/param_and_grad_buffer.py",
+        "/x/megatron_llmjp/parallel/process_groups.py",
+        "/x/megatron_llmjp/training/stop_signals.py",
+    ],
+)
+def test_a_collective_is_among_the_innermost_four_frames(file):
+    assert is_communicating(["a.py", file, "b.py", "c.py", "d.py"])
+    assert not is_communicating(["a.py", file, "b.py", "c.py", "d.py", "e.py"])
+    assert not is_communicating(["a.py", "/x/torch/nn/functional.py"])
+
+
+def test_the_state_of_a_thread():
+    ready, end = threading.Event(), threading.Event()
+
+    def work() -> None:
+        ready.set()
+        end.wait()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    ready.wait()
+    assert thread.ident is not None
+    found = rank_state(thread.ident, 3, 8, "a save")
+    end.set()
+    thread.join()
+    assert (found.rank, found.host, found.iteration, found.phase) == (
+        3, socket.gethostname(), 8, "a save",
+    )  # fmt: skip
+    assert not found.waits
+    inner = hang_report._short_path(threading.__file__)
+    assert found.line.startswith(f"{inner}:") and found.line.endswith(" in wait")
+
+
+def test_files_of_a_stack():
+    files = stack_files(sys._getframe())
+    assert files[-1] == __file__ and len(files) > 3
+    assert stack_files(None) == []
+
+
+def test_progress_of_any_rank_is_seen_by_all():
+    """A heartbeat counts once; the first count that is read, of another rank, is progress."""
+    store = dist.HashStore()
+    one, other = (HeartbeatExchange(store, 0.01) for _ in range(2))
+    one.start()
+    other.start()
+    wait_until(one.take_progress)  # the first exchange
+    wait_until(other.take_progress)
+    for exchange in (one, other):
+        exchange._activity.advanced = lambda _: False  # type: ignore[method-assign]
+    while one.take_progress() or other.take_progress():
+        time.sleep(0.05)
+    one.beat()
+    assert one.take_progress()
+    wait_until(other.take_progress)
+    wait_until(one.take_progress)  # of the counter, which it incremented itself
+    time.sleep(0.05)
+    assert not one.take_progress() and not other.take_progress()
+    assert store.add(hang_report.PROGRESS_KEY, 0) >= 1
+    one.close()
+    other.close()
+    assert not one._thread.is_alive() and not other._thread.is_alive()
+
+
+def test_a_store_without_a_server_ends_the_thread():
+    class Broken:
+        def add(self, key: str, count: int) -> int:
+            raise RuntimeError("connection reset")
+
+    exchange = HeartbeatExchange(Broken(), 0.01)
+    exchange.start()
+    wait_until(lambda: not exchange._thread.is_alive())
+
+
+def test_reading_and_computing_are_activity():
+    """I/O always counts, CPU time only where asked for, and more than 2 % of the period."""
+    activity = hang_report._ThreadActivity(0.5)
+    if not activity._transferred():
+        pytest.skip("the kernel does not count the I/O of threads")
+    seconds = [100.0]
+    activity._cpu_seconds = lambda: seconds[0]  # type: ignore[method-assign]
+    transferred = [activity._transferred()]
+    activity._transferred = lambda: transferred[0]  # type: ignore[method-assign]
+    activity.advanced(True)
+    assert not activity.advanced(False) and not activity.advanced(True)
+    transferred[0] += 1
+    assert activity.advanced(False) and not activity.advanced(False)
+    transferred[0] += 1
+    assert activity.advanced(True) and not activity.advanced(True)
+    seconds[0] += 0.0078125  # below 2 % of half a second
+    assert not activity.advanced(True)
+    seconds[0] += 0.015625
+    assert not activity.advanced(False)
+    assert activity.advanced(True) and not activity.advanced(True)
