@@ -171,7 +171,33 @@ def test_folder_that_cannot_be_written(tmp_path):
         pass
 
 
+RECORDED = {"host": "h", "boot": "b", "pid": 2**31 - 1, "started": "s", "token": "t"}
+UNKNOWN = "process 0 on an unknown machine, since an unknown time"
+
+
+@pytest.mark.parametrize(
+    ("change", "owner"),
+    [
+        ({}, "process 2147483647 on h, since s"),
+        ({"pid": 0}, "process 0 on h, since s"),
+        ({"pid": 2**31}, UNKNOWN),
+        ({"pid": -1}, UNKNOWN),
+        ({"pid": True}, UNKNOWN),
+        ({"pid": "7"}, UNKNOWN),
+        ({"host": 7}, UNKNOWN),
+        ({"boot": None}, UNKNOWN),
+        ({"started": 7}, UNKNOWN),
+        ({"token": 7}, UNKNOWN),
+        ({"more": 7}, UNKNOWN),
+    ],
+)
+def test_records(tmp_path, change, owner):
+    (tmp_path / RECORD).write_text(json.dumps({**RECORDED, **change}))
+    assert str(read_owner(tmp_path)) == owner
+
+
 def test_damaged_record(tmp_path):
+    assert read_owner(tmp_path) is None
     (tmp_path / RECORD).write_text("{")
     messages: list[str] = []
     with lock_save_folder(tmp_path, messages.append, timeout=0.2) as lock:

@@ -140,6 +140,36 @@ def test_index_cannot_leave_its_folder(tmp_path, name):
         safe_unpickling.check_pickles(folder)
 
 
+@pytest.mark.parametrize(
+    ("place", "accepted"),
+    [
+        (("__0_0.distcp", 0, 2**63 - 1), True),
+        (("__0_0.distcp", 2**63 - 1, 0), True),
+        (("__0_0.distcp", 2**63, 0), False),
+        (("__0_0.distcp", 0, 2**63), False),
+        (("__0_0.distcp", -1, 5), False),
+        (("__0_0.distcp", 0, -1), False),
+        (("__0_0.distcp", True, 5), False),
+        (("__0_0.distcp", 0, 5.0), False),
+        (("a\0b", 0, 5), False),
+        ((b"__0_0.distcp", 0, 5), False),
+    ],
+)
+def test_places_of_the_index(folder, place, accepted):
+    path = folder / ".metadata"
+    index = pickle.loads(path.read_bytes())
+    index.storage_data = {MetadataIndex("weight"): _StorageInfo(*place)}
+    path.write_bytes(pickle.dumps(index))
+    if accepted:
+        assert safe_unpickling.read_index(folder) == index
+        return
+    name, offset, length = place
+    with pytest.raises(UserError) as caught:
+        safe_unpickling.read_index(folder)
+    text = f"{name!r} at {offset!r}, length {length!r}"
+    assert str(caught.value) == f"{path}: damaged: {TypeError(text)!r}"
+
+
 @pytest.mark.parametrize("name", ["common.pt", ".metadata"])
 @pytest.mark.parametrize("damage", ["zeros", "cut", "empty"])
 def test_damage_is_reported_as_damage(folder, name, damage):

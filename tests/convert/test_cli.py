@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
+import torch
 
+from megatron_llmjp.convert import conversion
+from megatron_llmjp.convert.formats.base import ConversionOptions
+from megatron_llmjp.errors import UserError
 from tests.convert.hf_models import gpt2, llama
+from tests.support.forks import run_program
 
 
 def test_help_does_not_import_torch(tmp_path):
@@ -46,6 +54,90 @@ def test_errors_are_one_line(convert, arguments, message, monkeypatch, tmp_path)
     text = convert(*arguments, code=2)
     assert message in text
     assert text.count("\n") == 1
+
+
+OPTIONS = {
+    # flags: the options that differ from the defaults
+    "": {},
+    "--dtype fp16": {"dtype": torch.float16},
+    "--dtype bf16": {"dtype": torch.bfloat16},
+    "--dtype fp32": {"dtype": torch.float32},
+    "--target-tensor-parallel-size 2": {"tensor_parallel": 2},
+    "--target-pipeline-parallel-size 3": {"pipeline_parallel": 3},
+    "--max-shard-size 500MB": {"max_shard_size": 500_000_000},
+    "--keep-vocab-padding": {"keep_vocabulary_padding": True},
+    "--tokenizer a/b": {"tokenizer": Path("a/b")},
+    "--tokenizer-type llama2tokenizer": {"tokenizer_type": "Llama2Tokenizer"},
+    "--vocab-size 7": {"vocab_size": 7},
+    "--ckpt-format torch": {"megatron_format": "torch"},
+    "--transformer-impl local": {"transformer_impl": "local"},
+    "--main-weights": {"main_weights": True},
+    "--with-optimizer": {"with_optimizer": True},
+    "--no-pipeline": {"no_pipeline": True},
+    "--no-checksums": {"checksums": False},
+    "--ignore-args a,b_c": {"ignored_args": frozenset({"a", "b_c"})},
+}
+DEFAULTS = {
+    "dtype": None, "tensor_parallel": 1, "pipeline_parallel": 1, "max_shard_size": 5_000_000_000,
+    "keep_vocabulary_padding": False, "tokenizer": None, "tokenizer_type": None,
+    "vocab_size": None, "megatron_format": "torch_dist",
+    "transformer_impl": "transformer_engine", "main_weights": False, "with_optimizer": False,
+    "no_pipeline": False, "checksums": True, "ignored_args": frozenset(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", OPTIONS)
+def test_options(convert, monkeypatch, flags):
+    """Those of the command line, whose defaults are those of the functions."""
+    given = []
+
+    def planned(source, target, path, options):
+        given.append((source, target, path))
+        assert asdict(options) == {**DEFAULTS, **OPTIONS[flags]}
+        raise UserError("planned")
+
+    monkeypatch.setattr(conversion, "plan_conversion", planned)
+    words = ["--from", "native", "--to", "hf", "--input", "x", "--output", "y", *flags.split()]
+    assert convert(*words, code=2) == "convert_checkpoint: planned\n"
+    assert given == [("native", "hf", Path("x"))]
+    assert asdict(ConversionOptions()) == DEFAULTS
+
+
+def test_as_a_module():
+    """As the job script starts it."""
+    done = run_program("-m", "megatron_llmjp.convert.cli", "inspect")
+    assert done.returncode == 2 and "required: DIR" in done.stderr
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_progress_bar(monkeypatch, quiet):
+    """At most five times a second, and at the end."""
+    now, shown = [100.0], Terminal()
+    monkeypatch.setattr(conversion.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(sys, "stderr", shown)
+    bar = conversion.ProgressBar(8_000_000_000, quiet)
+    for seconds, nbytes in ((2.0, 2 * 10**9), (0.15, 10**9), (0.1, 10**9), (0.0, 4 * 10**9)):
+        now[0] += seconds
+        bar.add(nbytes)
+    bar.close()
+    assert shown.getvalue().split("\r") == (
+        [""]
+        if quiet
+        else [
+            "",
+            "[#######                       ] 2.00 of 8.00 GB, 1.00 GB/s, 6 s left ",
+            "[###############               ] 4.00 of 8.00 GB, 1.78 GB/s, 2 s left ",
+            "[##############################] 8.00 of 8.00 GB, 3.56 GB/s, 0 s left \n",
+        ]
+    )
+    shown.isatty = lambda: False  # type: ignore[method-assign]
+    conversion.ProgressBar(5, False).add(5)
+    assert quiet == (shown.getvalue() == "")
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, convert):

@@ -15,7 +15,7 @@ import transformers
 from megatron_llmjp.config.schema import ModelConfig
 from megatron_llmjp.convert.formats.rank_files import target_padded_vocab_size
 from tests.convert.hf_models import MODELS, state
-from tests.convert.megatron_parts import assert_parts_of
+from tests.convert.megatron_parts import FUSED, OLD, assert_parts_of, renamed
 from tests.support.tolerances import LOSS, assert_close
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -281,6 +281,38 @@ def test_optimizer_files_contain_the_weights(tmp_path, convert, architecture):
     convert("--to", "hf", "--input", there, "--output", tmp_path / "back", "--main-weights",
             "--dtype", "bf16")  # fmt: skip
     before, after = state(tmp_path / "hf"), state(tmp_path / "back")
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("encoder", ["encoder", "transformer"])
+@pytest.mark.parametrize("architecture", ["gpt_neox", "gpt2"])
+def test_names_before_megatron_core(tmp_path, convert, architecture, encoder):
+    """``language_model`` with nested dictionaries; tied models have a copy of the embedding."""
+    rope = {"rotary_emb_base": 10000} if architecture == "gpt_neox" else {}
+    MODELS[architecture](**rope).save_pretrained(tmp_path / "hf")
+    convert("--to", "megatron-lm", "--ckpt-format", "torch", "--input", tmp_path / "hf",
+            "--output", tmp_path / "there")  # fmt: skip
+    path = tmp_path / "there" / "release" / "mp_rank_00" / "model_optim_rng.pt"
+    content = torch.load(path, weights_only=False)
+    old: dict[str, dict] = {"embedding": {}, encoder: {}}
+    new = {ours: theirs for theirs, ours in OLD.items()}
+    for key, tensor in content["model"].items():
+        root, _, inner = renamed(renamed(key, FUSED), new).partition(".")
+        if torch.is_tensor(tensor):
+            old.setdefault(encoder if root == "decoder" else root, {})[inner] = tensor
+    embedding = old["embedding"]
+    old["embedding"] = {
+        name.removesuffix(".weight"): {"weight": tensor} for name, tensor in embedding.items()
+    }
+    assert len(old) == (3 if architecture == "gpt_neox" else 2)
+    content["model"] = {"language_model": old}
+    if architecture == "gpt2":
+        copy = torch.zeros_like(embedding["word_embeddings.weight"])
+        content["model"]["word_embeddings_for_head"] = {"weight": copy}
+    torch.save(content, path)
+    convert("--to", "hf", "--input", tmp_path / "there", "--output", tmp_path / "back")
+    before, after = state(tmp_path / "hf"), state(tmp_path / "back")
+    assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 

@@ -243,6 +243,19 @@ folds:
     }
 
 
+def test_names_of_datasets_without_one(tmp_path):
+    """The end of the path; the path if several end alike; numbered if paths are equal too."""
+    text = """\
+folds:
+  - name: a
+    epochs: 1
+    blend: [{path: a/x}, {path: b/x}, {path: b/x}, {path: c/y}, {path: c/z, name: x}]
+"""
+    (fold,) = read_fold_file(write(tmp_path, {"folds.yaml": text})).folds
+    found = {n: str(Path(source.path).relative_to(tmp_path)) for n, source in fold.blend.items()}
+    assert found == {"a/x": "a/x", "b/x 1": "b/x", "b/x 2": "b/x", "y": "c/y", "c/z": "c/z"}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -255,6 +268,27 @@ folds:
         ("folds: {a: 1}\n", "line 1: folds: must be a list"),
         ("folds:\n - name: a\n   tokens: 9\n   blend: {x: {path: $NOWHERE/x, weight: 1}}\n",
          "line 2: $NOWHERE/x: the environment variable NOWHERE is not set"),
+        ("root: [a]\nfolds: []\n", "line 1: root: expected a folder, found ['a']"),
+        ("folds: []\ninclude: [3]\n",
+         "line 2: include: expected a file or a list of files, found 3"),
+        ("blends: [a]\nfolds: []\n",
+         "line 1: blends: expected a mapping of names to datasets"),
+        ("blends: {a: {}}\nfolds: []\n",
+         "line 1: blend 'a': expected datasets, as `NAME: {path: ...}`"),
+        # Folds without a name are numbered from 1.
+        ("folds:\n - {name: a, tokens: 9, blend: {x: {path: x}}}\n - {tokens: 9}\n",
+         "line 3: fold '2', name: Field required"),
+        ("folds:\n - {name: a, tokens: 9, blend: {x: {path: x}}}\n - 7\n",
+         "line 3: fold '2': must"),
+        ("fold: []\n",
+         "line 1: fold: unknown key; did you mean 'folds'? (possible: seed, sequence_length, "
+         "folds, validation, skip, include, root, blends)"),
+        ("folds:\n - {name: a, blnd: 1}\n",
+         "line 2: fold 'a', blnd: unknown key; did you mean 'blend'?"),
+        ("folds: []\nvalidation: {v: {pth: 1}}\n",
+         "line 2: validation, v, pth: unknown key; did you mean 'path'?"),
+        ("folds: []\nskip: [{sample: [1, 2]}]\n",
+         "line 2: skip, 0, sample: unknown key; did you mean 'samples'?"),
         ("folds:\n - name: a\n   tokens: 9x\n   blend: {x: {path: x, weight: 1}}\n",
          "line 3: fold 'a', tokens: expected a number such as"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -99,6 +100,21 @@ def test_many_builders_at_once(tmp_path, monkeypatch, locks):
     assert len(list((tmp_path / "cache").iterdir())) == 6
 
 
+def test_the_lock_of_an_index_is_not_retried(tmp_path, monkeypatch):
+    """While the file system does not respond, other indices are built, or this one without."""
+
+    def no_response(descriptor: int, how: int) -> None:
+        raise OSError(errno.EIO, "no response")
+
+    def no_pause(seconds: float) -> None:
+        raise AssertionError(f"waits for {seconds} s")
+
+    monkeypatch.setattr(fcntl, "lockf", no_response)
+    monkeypatch.setattr(time, "sleep", no_pause)
+    with index_cache._try_lock(tmp_path / "cache" / "a") as mine:
+        assert mine
+
+
 def test_waiting_for_a_lock_times_out(tmp_path, monkeypatch):
     """NFS 3 keeps the lock of a machine that disappeared."""
     monkeypatch.setattr(index_cache, "LOCK_TIMEOUT_SECONDS", 0.2)
@@ -116,6 +132,28 @@ def test_waiting_for_a_lock_times_out(tmp_path, monkeypatch):
     assert ensure_index(folder, Logged(folder).build)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("host", ["node1", "node-1.rack-2"])
+def test_leftovers_of_killed_builders(tmp_path, monkeypatch, host):
+    """Those of this machine's dead processes, and old ones of any machine."""
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    monkeypatch.setattr(index_cache.socket, "gethostname", lambda: host)
+    folder = tmp_path / "a"
+    young = [f"a.tmp-{host}-{os.getpid()}-000000", f"a.old-other-{dead.pid}-000000",
+             f"ab.tmp-{host}-{dead.pid}-000000"]  # fmt: skip
+    gone = [f"a.{kind}-{host}-{dead.pid}-000000" for kind in ("tmp", "old")]
+    old = ["a.tmp-other-7-000000", f"a.old-{host}-{os.getpid()}-111111"]
+    for name in (*young, *gone, *old):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    for name in young:
+        os.utime(tmp_path / name, times=(time.time() - 23 * 3600,) * 2)
+    for name in old:
+        os.utime(tmp_path / name, times=(time.time() - 25 * 3600,) * 2)
+    ensure_index(folder, Logged(tmp_path / "x" / "a").build)
+    assert {path.name for path in tmp_path.iterdir()} - {"log"} == {"a", *young}
 
 
 def test_the_first_of_two_builders_wins(tmp_path):

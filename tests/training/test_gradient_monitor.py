@@ -50,6 +50,36 @@ def test_overflows_that_a_lower_loss_scale_cannot_help():
     assert monitor.status is StepStatus.BAD
 
 
+def test_an_applied_step_ends_a_row_of_overflows():
+    """At the minimum a second overflow in a row is bad, and more than the limit are."""
+    at_minimum = (OptimizerConfig(), 1.0, True)
+    monitor = GradientMonitor(FaultsConfig(max_overflow_steps=2))
+    for _ in range(3):
+        monitor.record_overflow(*at_minimum)
+        assert monitor.status is StepStatus.OVERFLOW
+        assert monitor.should_apply(1.0) and monitor.status is StepStatus.GOOD
+    for expected in (StepStatus.OVERFLOW, StepStatus.BAD):
+        monitor.record_overflow(*at_minimum)
+        assert monitor.status is expected
+    assert monitor.should_apply(1.0)
+    for expected in (StepStatus.OVERFLOW, StepStatus.OVERFLOW, StepStatus.BAD):
+        monitor.record_overflow(OptimizerConfig(), 2.0**20, True)
+        assert monitor.status is expected
+
+
+def test_the_threshold_of_a_spike():
+    """More than the threshold times the median, which needs a history."""
+    faults = FaultsConfig(spike_action="skip", spike_threshold=10.0)
+    monitor = GradientMonitor(faults, [1.0] * (MIN_HISTORY - 1))
+    assert monitor.should_apply(1000.0)  # too little history
+    assert monitor.median_norm == 1.0
+    assert monitor.should_apply(10.0) and monitor.status is StepStatus.GOOD
+    assert not monitor.should_apply(10.001) and monitor.status is StepStatus.SPIKE
+    assert math.isnan(GradientMonitor(faults).median_norm)
+    off = GradientMonitor(FaultsConfig(spike_action="off"), [1.0] * MIN_HISTORY)
+    assert off.should_apply(1e9) and off.status is StepStatus.GOOD
+
+
 def test_overflows_in_a_row_are_counted_across_a_restart():
     faults = FaultsConfig(max_overflow_steps=3)
     monitor = GradientMonitor(faults)
