@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -237,3 +238,55 @@ def test_the_reasons_are_sorted_and_small_ones_omitted():
         "bubble 2.50 s less, compute 1.50 s less, TP comm 1.00 s more, DP comm 1.00 s more"
     )
     assert "PP comm 0.05 s more" in layout_search._reasons(replace(best, pipeline=0.05), given)
+
+
+@pytest.mark.parametrize("recompute", [None, "selective", "full"])
+def test_searched_layouts(recompute):
+    """All that divide 8 GPUs, 6 layers and a batch of 16; within a node of 4 GPUs."""
+    full = {"recompute_method": "uniform", "recompute_num_layers": 1}
+    config = preset(
+        "laptop-llama", num_layers=6, global_batch_size=16, vocab_size=1000,
+        recompute_granularity=recompute, **(full if recompute == "full" else {}),
+    )  # fmt: skip
+    found = list(layout_search._candidates(config, PlannedMachine(8, "H100", None, 4, 0.38)))
+    expected = {
+        (t, p, v, b, again)
+        for t, p, replicas in itertools.product((1, 2, 4), (1, 2, 3, 6), range(1, 9))
+        if t * p * replicas == 8
+        for v in (None, 2, 3, 4, 5, 6)
+        if v is None or (p > 1 and 6 % (p * v) == 0)
+        for b in (1, 2, 4, 8)
+        if 16 % (replicas * b) == 0
+        for again in (None if recompute == "full" else recompute, "full")
+    }
+    keys = [
+        (
+            c.parallel.tensor_model_parallel_size,
+            c.parallel.pipeline_model_parallel_size,
+            c.parallel.virtual_pipeline_model_parallel_size,
+            c.training.micro_batch_size,
+            c.parallel.recompute_granularity,
+        )
+        for c in found
+    ]
+    assert set(keys) == expected and len(keys) == len(expected)
+    assert {p for _, p, _, _, _ in keys} == {1, 2}  # 3 and 6 do not divide 8
+    for c in found:
+        parallel = c.parallel
+        assert parallel.sequence_parallel == (parallel.tensor_model_parallel_size > 1)
+        assert parallel.use_distributed_optimizer
+        unit = ("uniform", 1) if parallel.recompute_granularity == "full" else (None, None)
+        assert (parallel.recompute_method, parallel.recompute_num_layers) == unit
+
+
+def test_one_of_several_chunks_has_the_output_layer():
+    values = {"num_layers": 8, "vocab_size": 1000, "bf16": True, "global_batch_size": 64}
+    seconds = []
+    for chunks in (None, 4):
+        config = preset(
+            "laptop-gpt2", pipeline_model_parallel_size=2, micro_batch_size=1,
+            virtual_pipeline_model_parallel_size=chunks, **values,
+        )  # fmt: skip
+        estimate = estimate_run(config, PlannedMachine(8, "H100", None, 8, 0.38))
+        seconds.append(estimate_step_times(estimate).compute)
+    assert seconds[0] == seconds[1]
