@@ -7,6 +7,7 @@ import yaml
 
 from megatron_llmjp import cli as pretrain_cli
 from megatron_llmjp.config.flags import parse
+from megatron_llmjp.config.learning_rate_rules import decay_warnings
 from megatron_llmjp.config.loading import ConfigLayers, build_config, preset_names, read_config
 from megatron_llmjp.config.validation import check_config
 from megatron_llmjp.config.warnings import RunSize, config_warnings
@@ -503,3 +504,41 @@ def test_dry_run(tmp_path, capsys, monkeypatch):
     assert yaml.safe_load(capsys.readouterr().out) == yaml.safe_load(printed.out)
     assert pretrain_cli.main([*words, "--world-size", "4"]) == 2
     assert "--world-size requires --dry-run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("folds", "rest"),
+    [
+        ((), 30),
+        ((range(1, 71),), 30),  # before the end of the decay
+        ((range(1, 72),), 29),
+        ((range(71, 101),), 0),
+        ((range(71, 111),), 0),  # beyond the run
+        ((range(72, 101),), 1),
+        ((range(75, 80), range(90, 95)), 20),
+    ],
+)
+def test_iterations_of_folds_with_a_schedule_of_their_own(folds, rest):
+    """The decay ends at iteration 70 of 100: iterations with another schedule do not count."""
+    found = list(decay_warnings(preset("llm-jp-3-1.8b").optimizer, 70, 100, folds))
+    assert len(found) == (rest > 0)
+    assert not rest or f": {rest} iterations are trained at min_lr" in found[0]
+
+
+@pytest.mark.parametrize(
+    ("style", "end", "folds", "warned"),
+    [
+        ("cosine", 100, (), False),
+        ("cosine", 101, (), True),
+        ("cosine", 101, (range(90, 101),), False),
+        ("cosine", 101, (range(90, 100),), True),
+        ("WSD", 101, (), False),
+        ("constant", 101, (), False),
+        ("constant", 70, (), False),
+        ("WSD", 70, (), True),
+        ("cosine", None, (), False),
+    ],
+)
+def test_decays_after_the_run(style, end, folds, warned):
+    optimizer = preset("llm-jp-3-1.8b").optimizer.model_copy(update={"lr_decay_style": style})
+    assert len(list(decay_warnings(optimizer, end, 100, folds))) == warned
