@@ -6,10 +6,20 @@ import hashlib
 import json
 import shutil
 import zlib
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
+import pytest
 
-from megatron_llmjp.data.folds.datasets import compute_keys
+from megatron_llmjp.data.folds import datasets as fold_datasets
+from megatron_llmjp.data.folds.datasets import (
+    compute_keys,
+    files_stamp,
+    largest_id,
+    with_recorded_keys,
+)
+from megatron_llmjp.data.folds.schedule import DatasetInfo
 from tests.support.datasets import write_dataset
 
 MIB = 1 << 20
@@ -78,3 +88,78 @@ def test_a_large_file_is_sampled(tmp_path):
         overwrite(prefix.with_suffix(".bin"), int(place), b"\0" * MIB)
         before = compute_keys(str(prefix)).key
     assert seen == 16
+
+
+def test_keys_of_earlier_versions(tmp_path, monkeypatch):
+    """Their checksums are computed from files of at most 64 GiB, if a run recorded them."""
+    assert fold_datasets._MAX_CHECKSUM_BYTES == 64 * 2**30
+    found, known = {}, []
+    for name in ("a", "b"):
+        write_dataset(tmp_path / name, 50, seed=ord(name))
+        sums = "".join(
+            f"{kind} {zlib.crc32((tmp_path / f'{name}.{kind}').read_bytes()):08x}"
+            for kind in ("bin", "idx")
+        )
+        path = str(tmp_path / name)
+        known.append((closed_form(tmp_path / name, sums), path))
+        found[path] = DatasetInfo(compute_keys(path).key, 1)
+    one, other = found
+    size = (tmp_path / "a.bin").stat().st_size
+    monkeypatch.setattr(fold_datasets, "_MAX_CHECKSUM_BYTES", size)
+    (recorded, _), _ = known
+    again = with_recorded_keys(found, [(recorded, one)])
+    assert (again[one].key, again[other].key) == (recorded, found[other].key)
+    assert with_recorded_keys(found, [(found[one].key, one)]) == found  # of this version
+    assert with_recorded_keys(found, [("unknown", one), ("unknown", "/nowhere")]) == found
+    monkeypatch.setattr(fold_datasets, "_MAX_CHECKSUM_BYTES", size - 1)
+    assert with_recorded_keys(found, [(recorded, one)]) == found
+    # Those in a manifest are not computed: the run keeps them for all its datasets.
+    stated = {path: replace(info, legacy_key=f"old {path}") for path, info in found.items()}
+    kept = with_recorded_keys(stated, [(f"old {one}", one)])
+    assert {path: info.key for path, info in kept.items()} == {
+        one: f"old {one}",
+        other: f"old {other}",
+    }
+    mixed = with_recorded_keys(stated, [(f"old {one}", one), (found[other].key, other)])
+    assert {path: info.key for path, info in mixed.items()} == {
+        one: f"old {one}", other: found[other].key,
+    }  # fmt: skip
+
+
+def test_the_stamp_of_files(tmp_path):
+    """It is the name of the cached facts: another format must have another one."""
+    write_dataset(tmp_path / "a", 50, seed=1)
+    expected: list[object] = [4, str(tmp_path / "a")]
+    for suffix in (".idx", ".bin"):
+        s = (tmp_path / f"a{suffix}").stat()
+        expected.append([suffix, s.st_size, s.st_ino, s.st_mtime_ns, s.st_ctime_ns])
+    digest = hashlib.sha256(json.dumps(expected).encode()).hexdigest()
+    assert files_stamp(str(tmp_path / "a")) == digest[:32]
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [(np.uint16, 65535), (np.int32, 2**32 - 1)])
+def test_the_largest_id(dtype, largest):
+    """Of all tokens, or of 64 blocks of 32,768; -1, which is damage, is above every vocabulary."""
+
+    def found(tokens):
+        return largest_id(
+            SimpleNamespace(dtype=np.dtype(dtype), tokens=len(tokens), read_tokens=lambda: tokens)
+        )
+
+    small = np.zeros(64 * 32768, dtype)
+    for place in (0, 12345, -1):
+        small[place] = 7 + place % 7
+        assert found(small) == small.max()
+    small[9] = np.array([-1]).astype(dtype)[0]
+    assert found(small) == largest
+    large = np.zeros(64 * 32768 + 1_000_000, dtype)
+    starts = [number * (len(large) - 32768) // 63 for number in range(64)]
+    for inside in (starts[0], starts[1], starts[1] + 32767, len(large) - 1):
+        large[inside] = 5
+        assert found(large) == 5
+        large[inside] = 0
+    large[starts[0] + 32768] = 5  # between two blocks
+    assert found(large) == 0
+    assert found(np.zeros(0, dtype)) is None
+    floats = np.ones(3, np.float32)
+    assert largest_id(SimpleNamespace(dtype=floats.dtype, tokens=3, read_tokens=None)) is None
