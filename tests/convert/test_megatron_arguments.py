@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+
 import pytest
 import torch
 
+from megatron_llmjp.config.loading import load_config
+from megatron_llmjp.convert.formats.megatron_lm.arguments import tokenizer_type_of
 from tests.convert.hf_models import MODELS
 
 COMMON = {
@@ -108,3 +113,22 @@ def test_an_iteration_is_kept(tmp_path, convert, flags):
     assert (content["iteration"], content["args"].iteration) == (20, 20)
     assert content["args"].tokenizer_type == "Llama2Tokenizer"
     assert content["args"].consumed_train_samples == 0
+    convert("--to", "native", "--input", tmp_path / "a", "--output", tmp_path / "n")
+    manifest = json.loads((tmp_path / "n" / "iter_0000020" / "manifest.json").read_text())
+    assert (manifest["iteration"], manifest["consumed_samples"]) == (20, 80)
+    assert manifest["contents"] == "weights"
+
+
+@pytest.mark.parametrize(("name", "found"), [(None, None), ("", None), (5, None), ("X", "X")])
+def test_tokenizer_types(name, found):
+    assert tokenizer_type_of(argparse.Namespace(tokenizer_type=name)) == found
+    assert tokenizer_type_of(argparse.Namespace()) is None
+
+
+def test_a_vocabulary_without_padding(tmp_path, convert):
+    """Which is not larger than the padded size of the source."""
+    MODELS["gpt2"](vocab_size=128).save_pretrained(tmp_path / "hf")
+    convert("--to", "native", "--input", tmp_path / "hf", "--output", tmp_path / "a")
+    convert("--to", "native", "--input", tmp_path / "a", "--output", tmp_path / "b")
+    model = load_config(next((tmp_path / "b").glob("iter_*")) / "config.yaml").model
+    assert (model.vocab_size, model.padded_vocab_size) == (128, 128)

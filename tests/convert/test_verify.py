@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_llmjp.convert import tensors, verify
 from megatron_llmjp.convert.formats import rank_files
 from megatron_llmjp.convert.formats.hugging_face import config as hf_config
 from megatron_llmjp.convert.formats.hugging_face import llama
 from megatron_llmjp.convert.formats.megatron_lm import arguments
+from megatron_llmjp.convert.logits import hugging_face_logits
 from megatron_llmjp.convert.tensors import Part
+from megatron_llmjp.errors import UserError
 from tests.convert.hf_models import MODELS
 from tests.support.tolerances import LOGITS, LOSS, assert_close, assert_within
 
@@ -212,3 +216,22 @@ def test_the_reference_model_supports_every_layout(tmp_path, convert, architectu
     assert_within(figures(text)[0], LOGITS, "logits")
     assert "verify: source: transformers" in text
     assert "verify: result: plain PyTorch" in text
+
+
+@pytest.mark.parametrize("damage", ["missing", "unexpected"])
+def test_transformers_must_find_all_tensors(tmp_path, damage):
+    """It only warns and draws missing weights at random."""
+    MODELS["llama"]().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    if damage == "missing":
+        del tensors[name]
+    else:
+        tensors[f"{name}2"] = tensors[name].clone()
+    save_file(tensors, path, {"format": "pt"})
+    source = SimpleNamespace(path=tmp_path)
+    with pytest.raises(
+        UserError, match=f"{tmp_path}: transformers reports .*{damage}_keys.*{name}"
+    ):
+        hugging_face_logits(source, torch.zeros(1, 2, dtype=torch.int64), None)

@@ -69,6 +69,17 @@ def test_an_archive(tmp_path, base):
         assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
         assert {entry.compress_type for entry in archive.infolist()} == {zipfile.ZIP_STORED}
         starts = [place_of(alone, entry)[0] for entry in archive.infolist()]
+    # The end of the directory, in 64 bits and in 32 (APPNOTE 6.3, 4.3.14 to 4.3.16).
+    end = alone.read_bytes()[-98:]
+    count = len(names)
+    wide = struct.unpack("<4sQ2H2I4Q", end[:56])
+    size, at = wide[8], wide[9]
+    assert wide == (b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, size, at)
+    assert at + size == output.size - base - 98
+    assert struct.unpack("<4sIQI", end[56:76]) == (b"PK\x06\x07", 0, at + size, 1)
+    assert struct.unpack("<4s4H2IH", end[76:]) == (
+        b"PK\x05\x06", 0, 0, count, count, size, at, 0,
+    )  # fmt: skip
     data = [f"archive/data/{number}" for number in range(len(TENSORS))]
     assert names == ["archive/data.pkl", "archive/byteorder", *data, "archive/version"]
     assert [start % 64 for start in starts] == [0] * len(starts)

@@ -56,7 +56,7 @@ def wandb(monkeypatch):
 
 def test_all_destinations_get_the_same_records(tmp_path, wandb):
     save = tmp_path / "run"
-    run = config("--save", save, "--wandb-project", "llm-jp")
+    run = config("--save", save, "--wandb-project", "llm-jp", "--wandb-entity", "lab")
     for start in (0, 2):  # the second process resumes from iteration 2
         writers = MetricsWriters(run)
         writers.write(MetricsRecord(start, 4 * start, 128 * start, {}, {"event": "start"}))
@@ -85,9 +85,13 @@ def test_all_destinations_get_the_same_records(tmp_path, wandb):
     assert first.settings["id"] == second.settings["id"] and first.settings["resume"] == "allow"
     assert (save / "wandb_run_id.txt").read_text() == first.settings["id"]  # a name of releases
     assert first.settings["config"]["model"]["hidden_size"] == 8
-    assert first.axes["*"] == "iteration"
+    assert (first.settings["entity"], first.settings["dir"]) == ("lab", str(save))
+    assert first.axes == {"iteration": None, "consumed tokens": None, "*": "iteration"}
     assert first.logged[0] == {"iteration": 1, "consumed tokens": 128, "lm loss": 4.0}
-    assert len(first.logged) == 3 and first.finished
+    assert len(first.logged) == 3 and first.finished and second.finished
+    MetricsWriters(config("--wandb-project", "x", "--wandb-exp-name", "y")).close()
+    alone = wandb[2].settings
+    assert (alone["name"], alone["id"], alone["dir"], alone["entity"]) == ("y", None, None, None)
 
 
 def test_nan_is_null(tmp_path):
