@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import threading
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -170,3 +171,24 @@ def test_a_manifest_damaged_on_disk_is_not_published(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="differs from what was written"):
         save(tmp_path, 2)
     assert left(tmp_path) == [1] and manifests.read_tracker(tmp_path) == (1, [])
+
+
+def test_leftovers_are_deleted_before_a_save(tmp_path):
+    """Of interrupted saves, removals and trackers; nothing else."""
+    (tmp_path / ".iter_0000003.tmp" / "tokenizer").mkdir(parents=True)
+    for name in (".iter_0000003.tmp/tokenizer/a", ".iter_0000003.tmp/b"):
+        (tmp_path / name).touch()
+    (tmp_path / ".iter_0000002.removed.tmp").mkdir()
+    (tmp_path / ".iter_0000004.replaced.tmp").mkdir()
+    for name in (f".{manifests.TRACKER}.1234.tmp", manifests.TRACKER, "notes.tmp"):
+        (tmp_path / name).write_text("7")
+    (tmp_path / "iter_0000003").mkdir()
+    beats = []
+    publish.create_temporary_folder(tmp_path, 5, lambda: beats.append(1))
+    assert {path.name for path in tmp_path.iterdir()} == {
+        ".iter_0000005.tmp", "iter_0000003", manifests.TRACKER, "notes.tmp",
+    }  # fmt: skip
+    assert len(beats) == 4 + 1 + 1  # after each file and folder
+    entry = publish.write_small_file(tmp_path / ".iter_0000005.tmp", "folder/file", b"content")
+    assert (tmp_path / ".iter_0000005.tmp" / "folder" / "file").read_bytes() == b"content"
+    assert (entry.bytes, entry.crc32) == (7, f"{zlib.crc32(b'content'):08x}")

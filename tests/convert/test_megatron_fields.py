@@ -42,9 +42,36 @@ CHANGES_THE_NETWORK = {
     "retro_add_retriever": True, "spec": ["local"], "yaml_cfg": "a.yaml", "mlp_type": "residual",
     "num_experts_switch": 2, "decoder_num_layers": 2, "encoder_num_layers": 12,
     "untie_embeddings_and_output_weights": False, "max_position_embeddings": 128,
-    "norm_epsilon": 1e-3,
+    "norm_epsilon": 1e-3, "export_num_eagle_layers": 1, "export_num_medusa_heads": 1,
+    "export_num_mtp": 1, "export_qk_l2_norm": True, "enable_gpt_oss": True, "model_spec": ["x"],
 }  # fmt: skip
 """Network options with a value that changes the function, from their documentation."""
+
+OFF = {
+    # values other than None and False that leave an option off
+    "export_num_eagle_layers": [0], "export_num_medusa_heads": [0], "export_num_mtp": [0],
+    "glu_linear_offset": [0.0, 0], "heterogeneous_layers_config_encoded_json": [""],
+    "heterogeneous_layers_config_path": [""], "hybrid_attention_ratio": [0.0],
+    "hybrid_layer_pattern": [""], "hybrid_mlp_ratio": [0.0], "hybrid_override_pattern": [""],
+    "mlp_type": ["standard"], "mtp_num_layers": [0], "num_experts": [0, 1, [1]],
+    "num_moe_experts": [0, 1], "rope_type": ["rope"], "softmax_type": ["vanilla"],
+    "window_size": [(-1, -1), (-1, 0), [-1, -1], [-1, 0]],
+    "activation_func": [], "activation_func_clamp_value": [], "decoder_num_layers": [],
+    "experimental_attention_variant": [], "linear_attention_freq": [],
+    "linear_attention_type": [], "model_spec": [], "mrope_section": [], "no_rope_freq": [],
+    "num_experts_switch": [], "per_block_parameters": [], "rotary_base_per_layer": [],
+    "softmax_scale": [], "spec": [], "yaml_cfg": [],
+}  # fmt: skip
+_SWITCHES = """
+    apply_layernorm_1p apply_residual_connection_post_layernorm attention_output_gate
+    enable_gpt_oss enable_hyper_connections enable_mhc_connections export_qk_l2_norm
+    head_wise_attn_gate heterogeneous_block_specs is_hybrid_model layernorm_zero_centered_gamma
+    mrope_interleaved multi_latent_attention no_op qk_l2_norm qk_layernorm quick_geglu quick_gelu
+    replace_with_linear retro_add_retriever rotary_interleaved squared_relu use_embedding_scaling
+    use_mup
+"""
+SWITCHES = _SWITCHES.split()
+"""Options that are off if false."""
 
 NEEDED = {
     "rope_scaling_factor": {"use_rope_scaling": True},
@@ -112,6 +139,21 @@ def test_a_network_field_is_understood_or_refused(name, value):
         assert str(error).startswith("x.pt: ")
     else:
         assert changed != plain
+
+
+@pytest.mark.parametrize("name", [*OFF, *SWITCHES])
+def test_an_option_that_is_off_is_accepted(name):
+    """Its values are exactly these: another one is refused."""
+    plain = model_from_args(arguments(), "x.pt")
+    off = [None, *OFF.get(name, [False])]
+    for value in off:
+        assert model_from_args(arguments(**{name: value}), "x.pt") == plain
+        assert field_kind(name) == "network"
+    for value in (2, 0.5, "other", True, [7]):
+        if value in off or (value is True and 1 in off):
+            continue
+        with pytest.raises(UserError, match=rf"^x.pt: not supported: {name} = "):
+            model_from_args(arguments(**{name: value}), "x.pt")
 
 
 def test_missing_arguments_have_the_defaults_of_megatron_lm():

@@ -68,6 +68,30 @@ def test_limits_equal_a_loop_over_batches():
             assert found == loop(full, ramp, samples, tokens, iters), (full, ramp, asked)
 
 
+@pytest.mark.parametrize(
+    ("limit", "iteration", "samples"),
+    [
+        ({"train_tokens": 24 * LENGTH}, 3, 24),
+        ({"train_tokens": 24 * LENGTH + 1}, 4, 25),  # begun samples and batches are completed
+        ({"train_tokens": 25 * LENGTH}, 4, 25),
+        ({"train_tokens": 26 * LENGTH}, 4, 26),
+        ({"train_samples": 24}, 3, 24),
+        ({"train_samples": 25}, 3, 24),
+        ({"train_samples": 31}, 3, 24),
+        ({"train_iters": 3}, 3, 24),
+    ],
+)
+def test_samples_of_a_limit(limit, iteration, samples):
+    flags = [*MODEL, "--seq-length", LENGTH, "--global-batch-size", 8]
+    config = replace_fields(parse([str(flag) for flag in flags])[0], **limit)
+    (found,) = run_limits(config, BatchSizeSchedule(config))
+    ((name, value),) = limit.items()
+    assert (found.name, found.value, found.iteration, found.samples) == (
+        name, value, iteration, samples,
+    )  # fmt: skip
+    assert str(found) == f"{name} {value:,}"
+
+
 def test_llm_jp_13b_ends_with_its_tokens():
     """300e9 tokens are 95,367.4 batches of 1536 x 2048; train_samples is twice as many."""
     config = parse(SCRIPTS[1].argv)[0]

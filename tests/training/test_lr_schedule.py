@@ -110,6 +110,14 @@ def test_units(changes):
     assert [found.at(i) for i in every] == pytest.approx([expected.at(i) for i in every])
 
 
+@pytest.mark.parametrize(("fraction", "steps"), [(1e-9, 1), (1.5 / ITERS, 2), (None, ITERS)])
+def test_a_fraction_of_the_run_is_a_whole_iteration(fraction, steps):
+    found, _ = rates("--lr-decay-style", "linear", lr_warmup_iters=None, lr_decay_iters=None,
+                     lr_decay_fraction=fraction)  # fmt: skip
+    expected = [max(LOW, PEAK + (LOW - PEAK) * n / steps) for n in range(4)]
+    assert [found.at(n + 1) for n in range(4)] == pytest.approx(expected)
+
+
 def test_ramp_up_counts_samples():
     """The rate follows the samples; the iterations of the ramp-up are smaller steps on it."""
     found, sizes = rates("--rampup-batch-size", 1, 1, 30, "--lr-decay-style", "linear")
