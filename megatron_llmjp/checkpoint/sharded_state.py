@@ -73,22 +73,24 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 def redirect_model_keys(model: Any, stored: Mapping[str, Any], dtype: torch.dtype) -> None:
-    """Load the weights of an fp32 model from the fp32 main weights of a half-precision checkpoint.
+    """Load weights from the fp32 main weights of a checkpoint in another half precision.
+
+    An fp32 model would otherwise start from rounded weights, a model in fp16 from those rounded to
+    bf16.
 
     Args:
         model: sharded state of the model; changed in place.
         stored: the checkpoint's tensors by key, without data.
         dtype: dtype of the model's weights.
     """
-    if dtype in _HALF:
-        return
+    others = [half for half in _HALF if half != dtype]
 
     def point(entry: Any) -> Any:
         if isinstance(entry, (ShardedTensor, ShardedTensorFactory)):
             found = stored.get(entry.key)
             copies = (f"{prefix}{entry.key}" for prefix in (PLAIN, DISTRIBUTED))
             copy = next((key for key in copies if key in stored), None)
-            if copy is not None and getattr(found, "dtype", None) in _HALF:
+            if copy is not None and getattr(found, "dtype", None) in others:
                 entry.key = copy
         return entry
 

@@ -72,7 +72,12 @@ def _ramp(config: Config, per_step: int) -> Iterator[str]:
                 f"rampup_batch_size: its {what} {size} is not a multiple of {unit}, the samples "
                 f"that all processes handle at once: try {-(size // -unit) * unit}"
             )
-    if start > training.global_batch_size or (training.global_batch_size - start) % increment:
+    if start > training.global_batch_size:
+        yield (
+            f"rampup_batch_size: its start {start} is above global_batch_size "
+            f"{training.global_batch_size}: the batch size can only increase"
+        )
+    elif (training.global_batch_size - start) % increment:
         yield (
             f"rampup_batch_size: increments of {increment} from {start} do not reach "
             f"global_batch_size {training.global_batch_size}: choose an increment that divides "

@@ -7,6 +7,7 @@ waits for does. Progress is therefore counted for the whole run, in the rendezvo
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import sys
 import threading
@@ -32,6 +33,8 @@ _SILENT = "no response (process stopped or exited, or machine down)"
 
 PROGRESS_KEY = "progress"
 """Key in the store of the counter that all ranks increment."""
+_CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
+"""Units per second of the CPU times in ``/proc``."""
 MIN_CPU_FRACTION = 0.02
 """Least CPU utilization that counts as work; a thread that waits and polls uses less."""
 
@@ -228,7 +231,7 @@ class _ThreadActivity:
         seconds = 0.0
         with contextlib.suppress(OSError, psutil.Error):
             fields = (self._task / "stat").read_text().rpartition(")")[2].split()
-            seconds += float(fields[11]) + float(fields[12])
+            seconds += (float(fields[11]) + float(fields[12])) / _CLOCK_TICKS
             for child in self._process.children(recursive=True):
                 with contextlib.suppress(psutil.Error):
                     times = child.cpu_times()

@@ -65,8 +65,8 @@ def convert_on_rank(folder: str, words: dict[str, list[str]], port: str) -> None
             for parameter in model.chunks[0].parameters():
                 gradient = torch.randn(parameter.shape, generator=generator)
                 parameter.main_grad.copy_(gradient * 2.0**32)  # fp16's first loss scale
+            model.scheduler.step(4)  # the warm-up begins with a learning rate of 0
             assert model.optimizer.step()[0]
-            model.scheduler.step(4)
         about = RunDescription(replace_fields(run.config, save=str(Path(folder) / name), load=None))
         state = RunState(model.chunks, model.optimizer, model.scheduler)
         Saver(about, FoldEnds((), frozenset()), lambda: None, 0).save(state, SaveProgress(1, 4))
@@ -111,6 +111,7 @@ def test_nothing_is_lost(folder, source, target):
     dtype = TYPES[target[:4]]
     for name, weight in old.items():
         assert weight.dtype == torch.float32
+        assert not torch.equal(weight, weight.bfloat16().float()), f"{name} was not updated"
         assert torch.equal(new[name], weight), name
         assert torch.equal(after[name], weight.to(dtype)), name
         for moment in ("exp_avg", "exp_avg_sq"):

@@ -38,6 +38,9 @@ INVALID = {
     f"{STAGES} 2 {CHUNKS} 2 --rampup-batch-size 48 16 100": [
         "its start 48 is not a multiple of 32", "try 64", "its increment 16 is not a multiple",
     ],
+    "--rampup-batch-size 544 32 100": [
+        "its start 544 is above global_batch_size 512: the batch size can only increase",
+    ],
     "--rampup-batch-size 64 320 100": ["do not reach global_batch_size 512", "divides 448"],
     # Each rank computes the first and the last of 2 x CP parts, to balance causal attention.
     "--context-parallel-size 2 --seq-length 4098": ["not divisible by 4", "a multiple of 4"],

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -165,3 +167,27 @@ def test_reading_and_computing_are_activity():
     seconds[0] += 0.015625
     assert not activity.advanced(False)
     assert activity.advanced(True) and not activity.advanced(True)
+
+
+def test_counters_of_the_kernel(tmp_path):
+    """CPU time is counted in ticks of 10 ms."""
+    assert os.sysconf("SC_CLK_TCK") == 100
+    activity = hang_report._ThreadActivity(0.5)
+    activity._task = tmp_path
+    assert activity._transferred() == 0
+    (tmp_path / "io").write_text("rchar: 30\nwchar: 12\nsyscr: 5\nread_bytes: 7\n")
+    assert activity._transferred() == 42
+    real = hang_report._ThreadActivity(0.5)
+    child = os.fork()
+    if child == 0:
+        time.sleep(600)
+    try:
+        fields = Path("/proc/thread-self/stat").read_text().rpartition(")")[2].split()
+        before = (float(fields[11]) + float(fields[12])) / 100
+        assert before <= real._cpu_seconds()
+        fields[11], fields[12] = "300", "40"
+        (tmp_path / "stat").write_text(f"7 (a) b) {' '.join(fields)}")
+        assert 3.4 <= activity._cpu_seconds() < 3.5 + before
+    finally:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
