@@ -185,12 +185,11 @@ def read_buckets(
         raise _unsupported(where, "the model's weights are missing")
     rows = weights[WORD_EMBEDDINGS].shape[0]
     known = mcore_names.tensor_reads(model, rows, weights)
-    first = getattr(args, "transformer_impl", None)
-    for order in sorted(_ORDERS, key=lambda name: name != first):
+    for order in _ORDERS.values():
         found = {
             kind: reads
             for kind, buckets in kinds.items()
-            if (reads := _read_kind(model, rows, buckets, _ORDERS[order], args, where)) is not None
+            if (reads := _read_kind(model, rows, buckets, order, args, where)) is not None
         }
         if found.keys() == kinds.keys() and _equal_norms_and_biases(found["param"], known):
             return found

@@ -34,10 +34,8 @@ def build_in_subprocess(index: CachedIndex, temporary: Path) -> None:
     Raises:
         RuntimeError: the subprocess failed; its standard error has the cause.
     """
-    child = _start(partial(index.build, temporary))
-    code = child.wait()
-    if child.stdin:
-        child.stdin.close()
+    with _start(partial(index.build, temporary)) as child:
+        code = child.wait()  # it ends early when its standard input is closed
     if code:
         raise RuntimeError(f"{index.folder}: building the index failed (exit code {code})")
 
