@@ -8,10 +8,13 @@ import os
 import subprocess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
+from megatron_llmjp.errors import UserError
 from tests.config.launch_scripts import GPT2_BPE
+from tests.estimate.test_flops import preset
 from tests.support.datasets import write_folds
 from tests.support.processes import ROOT, run_ranks
 from tests.support.tokenizer_files import write_gpt2
@@ -148,3 +151,49 @@ def test_with_data(results):
 def test_invalid_runs(results, name, words):
     code, _, errors = results[name]
     assert code == 2 and words in errors and "Traceback" not in errors
+
+
+def build_wrong_layouts() -> dict[str, str]:
+    """Build a model in layouts whose ranks or parameters are not megatron-core's."""
+    from megatron_llmjp.estimate import meta_build
+    from megatron_llmjp.estimate.layout import ParallelLayout, make_layout
+
+    values = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2,
+              "global_batch_size": 8, "micro_batch_size": 1, "vocab_size": 1000}  # fmt: skip
+    config = preset("laptop-llama", **values)
+    right = make_layout(config, 8)
+    ranks = ParallelLayout.rank
+    found = {}
+
+    def message() -> str:
+        try:
+            meta_build.build_first_ranks(config, right)
+        except UserError as error:
+            return str(error)
+        return "built"
+
+    def wrong(axis: int):
+        """Ranks of one axis are twice as far apart."""
+        return lambda self, *places, **named: (
+            ranks(self, *places, **named)
+            + (places[axis] * ranks(self, *(n == axis for n in range(4))) if places else 0)
+        )
+
+    found["right"] = message()
+    for axis, name in ((0, "tensor"), (2, "data"), (3, "pipeline")):
+        with mock.patch.object(ParallelLayout, "rank", wrong(axis)):
+            found[name] = message()
+    with mock.patch.object(meta_build, "rank_parameters", lambda *_: 12_345):
+        found["parameters"] = message()
+    return found
+
+
+def test_differences_from_megatron_core_are_errors():
+    (found,) = run_ranks(build_wrong_layouts, 1)
+    assert found["right"] == "built"
+    group = "the {}-parallel group of rank 0 is {}; the estimate has steps of {}"
+    assert found["tensor"] == group.format("tensor", [0, 1], 2)
+    assert found["data"] == group.format("data", [0, 2], 4)
+    assert found["pipeline"] == group.format("pipeline", [0, 4], 8)
+    assert found["parameters"].startswith("stage 0 has ")
+    assert found["parameters"].endswith(" parameters per rank; the estimate is 12,345")

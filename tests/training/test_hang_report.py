@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import sys
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
-from megatron_llmjp.training import hang_report
+from megatron_llmjp.training import hang_report, watchdog
 from megatron_llmjp.training.hang_report import (
     HeartbeatExchange,
     RankState,
@@ -191,3 +193,41 @@ def test_counters_of_the_kernel(tmp_path):
     finally:
         os.kill(child, 9)
         os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_states_are_gathered_until_all_ranks_responded(monkeypatch, world_size):
+    """Or until the timeout: the report is not delayed by ranks that have responded."""
+    pauses: list[float] = []
+    monkeypatch.setattr(watchdog, "_own_connection", lambda store: store)
+    monkeypatch.setattr(watchdog, "_run_with_timeout", lambda action, seconds: action())
+    watch = watchdog.Watchdog(dist.HashStore(), 0, world_size, 10.0, None)
+    others = [state(rank) for rank in range(1, world_size)]
+    now = [100.0]
+
+    def pause(seconds: float) -> None:  # another rank responds
+        pauses.append(seconds)
+        now[0] += seconds
+        other = others.pop()
+        watch._store.set(f"hang/{other.rank}", json.dumps(asdict(other)))
+
+    monkeypatch.setattr(watchdog.time, "sleep", pause)
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
+    assert watch._gather_states(state(0)) == [state(rank) for rank in range(world_size)]
+    assert pauses == [watchdog.GRACE_SECONDS / 10] * (world_size - 1)
+
+
+def test_a_rank_that_does_not_respond_is_not_waited_for(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(watchdog, "_own_connection", lambda store: store)
+    monkeypatch.setattr(watchdog, "_run_with_timeout", lambda action, seconds: action())
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
+
+    def pause(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(watchdog.time, "sleep", pause)
+    watch = watchdog.Watchdog(dist.HashStore(), 1, 2, 10.0, None)
+    assert watch._gather_states(state(1)) == [state(1)]
+    limit = watchdog.GRACE_SECONDS + 2 * watch._timer.period
+    assert limit <= now[0] - 100.0 < limit + watchdog.GRACE_SECONDS / 10 + 1e-6
