@@ -189,6 +189,52 @@ MINIMAL = {
 }
 
 
+OTHER = {
+    # config.json with other values than the defaults, and the resulting fields
+    "llama": (
+        {"num_hidden_layers": 3, "hidden_size": 64, "num_attention_heads": 8, "head_dim": 12,
+         "num_key_value_heads": 2, "intermediate_size": 99, "max_position_embeddings": 77,
+         "rms_norm_eps": 3e-4, "rope_theta": 777.0, "vocab_size": 101, "attention_bias": False,
+         "tie_word_embeddings": True, "initializer_range": 0.3},
+        {"num_layers": 3, "hidden_size": 64, "num_attention_heads": 8, "kv_channels": 12,
+         "num_query_groups": 2, "ffn_hidden_size": 99, "max_position_embeddings": 77,
+         "norm_epsilon": 3e-4, "rotary_base": 777, "vocab_size": 101,
+         "untie_embeddings_and_output_weights": False, "init_method_std": 0.3,
+         "activation_function": "swiglu", "normalization": "RMSNorm"},
+    ),
+    "gpt2": (
+        {"n_layer": 3, "n_embd": 64, "n_head": 8, "n_inner": 99, "n_positions": 77,
+         "layer_norm_epsilon": 3e-4, "resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.2,
+         "vocab_size": 101, "activation_function": "gelu", "initializer_range": 0.3},
+        {"num_layers": 3, "hidden_size": 64, "num_attention_heads": 8, "ffn_hidden_size": 99,
+         "max_position_embeddings": 77, "norm_epsilon": 3e-4, "hidden_dropout": 0.3,
+         "attention_dropout": 0.2, "vocab_size": 101, "activation_function": "gelu",
+         "init_method_std": 0.3, "untie_embeddings_and_output_weights": False,
+         "position_embedding_type": "learned_absolute", "normalization": "LayerNorm"},
+    ),
+    "gpt_neox": (
+        {"num_hidden_layers": 3, "hidden_size": 64, "num_attention_heads": 8,
+         "intermediate_size": 99, "max_position_embeddings": 77, "layer_norm_eps": 3e-4,
+         "rotary_emb_base": 777, "rotary_pct": 0.5, "use_parallel_residual": False,
+         "hidden_dropout": 0.3, "attention_dropout": 0.2, "hidden_act": "gelu_new",
+         "vocab_size": 101, "tie_word_embeddings": False, "initializer_range": 0.3},
+        {"num_layers": 3, "hidden_size": 64, "num_attention_heads": 8, "ffn_hidden_size": 99,
+         "max_position_embeddings": 77, "norm_epsilon": 3e-4, "rotary_base": 777,
+         "rotary_percent": 0.5, "use_parallel_residual": False, "hidden_dropout": 0.3,
+         "attention_dropout": 0.2, "activation_function": "gelu_tanh", "vocab_size": 101,
+         "untie_embeddings_and_output_weights": True, "init_method_std": 0.3,
+         "kv_channels": 8, "num_query_groups": 8, "normalization": "LayerNorm"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", OTHER)
+def test_every_key_of_config_json_is_read(architecture):
+    config, expected = OTHER[architecture]
+    model = ARCHITECTURES[architecture].from_config(config, Path("config.json")).model_dump()
+    assert {name: model[name] for name in expected} == expected
+
+
 @pytest.mark.parametrize("architecture", MINIMAL)
 def test_keys_missing_from_config_json_have_the_defaults_of_transformers(architecture):
     """For example rms_norm_eps: it is 1e-6 in LLaMA's class, and 1e-5 in most models."""
