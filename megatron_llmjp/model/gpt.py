@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel, gpt_layer_specs
-from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
@@ -23,38 +22,11 @@ from torch import Tensor
 from megatron_llmjp.config.schema import Config, ModelConfig
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.model.initialization import initialize
+from megatron_llmjp.model.kernels import KernelChoice, choose_kernels
 from megatron_llmjp.model.layers import ParallelResidualLayer, SDPAttention, norm_class
 from megatron_llmjp.model.losses import GPTModelWithZLoss
 from megatron_llmjp.parallel.device import Device
 from megatron_llmjp.patches.llama3_rope_scaling import scale_rotary_frequencies
-
-
-@dataclass(frozen=True)
-class KernelChoice:
-    """Implementations of the layers on a device; printed at start."""
-
-    transformer_engine: bool
-    """Transformer Engine's layers instead of torch's."""
-    fusions: bool
-    """Compiled fusions of element-wise operations; faster on a GPU only."""
-    fused_wgrad: bool
-    """Weight gradients accumulated in the matrix multiplication (Apex)."""
-
-    def __str__(self) -> str:
-        layers = "Transformer Engine" if self.transformer_engine else "SDPA attention, torch norms"
-        extras = [name for name in ("fusions", "fused_wgrad") if getattr(self, name)]
-        return ", ".join([layers, *extras])
-
-
-def choose_kernels(device: Device) -> KernelChoice:
-    """Return the fastest implementations that are installed for this device."""
-    if not device.is_cuda:
-        return KernelChoice(transformer_engine=False, fusions=False, fused_wgrad=False)
-    return KernelChoice(
-        transformer_engine=gpt_layer_specs.HAVE_TE,
-        fusions=True,
-        fused_wgrad=_grad_accum_fusion_available,
-    )
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

@@ -30,7 +30,8 @@ from megatron_llmjp.data.indices.prefetch import IndexPrefetcher
 from megatron_llmjp.errors import RunError, UserError
 from megatron_llmjp.filesystem import no_heartbeat, warn
 from megatron_llmjp.formatting import format_count
-from megatron_llmjp.model.gpt import build_model, choose_kernels
+from megatron_llmjp.model.gpt import build_model
+from megatron_llmjp.model.kernels import choose_kernels
 from megatron_llmjp.parallel.device import Device
 from megatron_llmjp.parallel.process_groups import (
     DEFAULT_RANK_SYNC,
