@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.utils import get_batch_on_this_cp_rank
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.dataset import Sample
+from megatron_llmjp.data.documents import DOCUMENT_BOUNDARIES, collate
 from megatron_llmjp.parallel.device import Device
 from megatron_llmjp.parallel.signals import STOP_SIGNALS
 
@@ -69,10 +71,22 @@ def micro_batches(
     first: int,
     end: int,
     batch_size: BatchSizeFunction,
+    boundaries_only: bool = False,
 ) -> Iterator[Batch]:
     """Yield this rank's micro-batches of samples ``[first, end)``, on its device.
 
-    The first rank of each tensor-parallel group reads them and broadcasts them to the others.
+    The first rank of each tensor-parallel group reads them and broadcasts them to the others. If
+    attention is restricted to documents, all of them read: the number of documents is the shape of
+    a tensor, which a rank would otherwise have to wait for.
+
+    Args:
+        dataset: the samples.
+        config: the run's configuration.
+        device: the device of this rank.
+        first: first sample.
+        end: end of the samples.
+        batch_size: maps consumed samples to the size of the next global batch.
+        boundaries_only: yield the boundaries of the documents only.
     """
     sampler = MicroBatchSampler(
         first,
@@ -83,28 +97,33 @@ def micro_batches(
         batch_size,
     )
     loader: Iterator[Batch] | None = None
-    if parallel_state.get_tensor_model_parallel_rank() == 0:
-        loader = iter(
-            DataLoader(
-                dataset,
-                batch_sampler=sampler,
-                num_workers=config.data.num_workers,
-                # Python 3.14's default would pickle the dataset with its open files.
-                multiprocessing_context="fork" if config.data.num_workers else None,
-                collate_fn=default_collate,
-                # Without its own generator the loader draws a seed from torch's default generator,
-                # which dropout uses on CPUs: the dropout masks of tensor-parallel ranks would
-                # then differ.
-                generator=torch.Generator(),
-                worker_init_fn=_ignore_stop_signals,
-                pin_memory=device.is_cuda,
-            )
-        )
+    if config.data.reset_attention_mask or parallel_state.get_tensor_model_parallel_rank() == 0:
+        loader = iter(_data_loader(dataset, sampler, config, device, boundaries_only))
     for _ in sampler:
-        batch = _broadcast_to_tensor_parallel_ranks(
-            next(loader) if loader is not None else None, config, device
-        )
-        yield slice_for_context_parallel(batch)
+        batch = next(loader) if loader is not None else None
+        yield slice_for_context_parallel(_on_device(batch, config, device))
+
+
+def _data_loader(
+    dataset: Dataset[Sample],
+    sampler: MicroBatchSampler,
+    config: Config,
+    device: Device,
+    boundaries_only: bool,
+) -> DataLoader[Sample]:
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=config.data.num_workers,
+        # Python 3.14's default would pickle the dataset with its open files.
+        multiprocessing_context="fork" if config.data.num_workers else None,
+        collate_fn=partial(collate, boundaries_only=boundaries_only),
+        # Without its own generator the loader draws a seed from torch's default generator, which
+        # dropout uses on CPUs: the dropout masks of tensor-parallel ranks would then differ.
+        generator=torch.Generator(),
+        worker_init_fn=_ignore_stop_signals,
+        pin_memory=device.is_cuda,
+    )
 
 
 def _ignore_stop_signals(worker: int) -> None:
@@ -130,33 +149,32 @@ def slice_for_context_parallel(batch: Batch) -> Batch:
     return {**batch, **get_batch_on_this_cp_rank(sequences)}
 
 
-def _broadcast_to_tensor_parallel_ranks(
-    batch: Batch | None, config: Config, device: Device
-) -> Batch:
-    """Broadcast a batch to the ranks of the tensor-parallel group, in one or two broadcasts."""
+def _on_device(batch: Batch | None, config: Config, device: Device) -> Batch:
+    """Copy a batch of the loader to the device; without one, receive it from another rank."""
+    if batch is None or DOCUMENT_BOUNDARIES not in batch:
+        return _integers_on_device(batch, config, device)
+    boundaries = batch.pop(DOCUMENT_BOUNDARIES).to(device.torch, non_blocking=True)
+    integers = _integers_on_device(batch, config, device) if batch else {}
+    return {**integers, DOCUMENT_BOUNDARIES: boundaries}
+
+
+def _integers_on_device(batch: Batch | None, config: Config, device: Device) -> Batch:
+    """Copy everything but the boundaries; broadcast it unless all tensor-parallel ranks read."""
     shape = (config.training.micro_batch_size, config.data.seq_length)
     packed = torch.zeros(
         len(_INTEGERS) * shape[0] * shape[1] + shape[0], dtype=torch.int64, device=device.torch
     )
     rows = packed[: -shape[0]].view(len(_INTEGERS), *shape)
     dataset_id = packed[-shape[0] :]
-    mask = None
-    if config.data.reset_attention_mask:
-        mask_shape = (shape[0], 1, shape[1], shape[1])
-        mask = torch.empty(mask_shape, dtype=torch.bool, device=device.torch)
     if batch is not None:
         for row, name in zip(rows, _INTEGERS, strict=True):
             row.copy_(batch[name], non_blocking=True)
         if "dataset_id" in batch:
             dataset_id.copy_(batch["dataset_id"], non_blocking=True)
-        if mask is not None:
-            mask.copy_(batch["attention_mask"], non_blocking=True)
-    if parallel_state.get_tensor_model_parallel_world_size() > 1:
+    every_rank_reads = config.data.reset_attention_mask
+    if not every_rank_reads and parallel_state.get_tensor_model_parallel_world_size() > 1:
         source = parallel_state.get_tensor_model_parallel_src_rank()
-        group = parallel_state.get_tensor_model_parallel_group()
-        dist.broadcast(packed, source, group)
-        if mask is not None:
-            dist.broadcast(mask, source, group)
+        dist.broadcast(packed, source, parallel_state.get_tensor_model_parallel_group())
     shared = {**dict(zip(_INTEGERS, rows, strict=True)), "dataset_id": dataset_id}
     shared["loss_mask"] = shared["loss_mask"].float()
-    return shared if mask is None else {**shared, "attention_mask": mask}
+    return shared

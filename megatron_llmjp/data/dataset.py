@@ -20,6 +20,7 @@ import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset
 from torch.utils.data import Dataset
 
+from megatron_llmjp.data.documents import DOCUMENT_STARTS, document_starts
 from megatron_llmjp.data.folds.schedule import (
     DatasetSlice,
     FoldPlan,
@@ -34,28 +35,35 @@ from megatron_llmjp.data.indices.interleave import FoldOrder
 from megatron_llmjp.data.indices.megatron_order import megatron_index
 from megatron_llmjp.errors import DataError
 
+Sample = dict[str, torch.Tensor]
 
-def check_token_ids(
-    sample: dict[str, torch.Tensor], data: Any, number: int, vocab_size: int | None
-) -> dict[str, torch.Tensor]:
-    """Return ``sample`` after checking that its token ids are in the vocabulary.
+
+def _checked_sample(sample: Sample, data: Any, number: int, epochs: EpochDatasets) -> Sample:
+    """Return a sample of a GPTDataset, with the starts of its documents if attention needs them.
 
     Args:
         sample: ``tokens`` and ``labels``, each ``[s]``, in host memory.
         data: the GPTDataset that holds the sample.
         number: index of the sample in ``data``.
-        vocab_size: ids must be in ``[0, vocab_size)``; None disables the check.
+        epochs: settings of the samples.
 
     Raises:
         DataError: an id is out of range; the message names the dataset, the document and the id.
     """
-    if vocab_size is None:
-        return sample
+    if epochs.vocab_size is not None:
+        _check_token_ids(sample, data, number, epochs.vocab_size)
+    if epochs.restricts_attention:
+        starts = document_starts(sample["tokens"], epochs.tokenizer.eod)
+        return {**sample, DOCUMENT_STARTS: starts}
+    return sample
+
+
+def _check_token_ids(sample: Sample, data: Any, number: int, vocab_size: int) -> None:
+    """Raise DataError unless all token ids are in ``[0, vocab_size)``."""
     for name in ("tokens", "labels"):
         low, high = torch.aminmax(sample[name])
         if low < 0 or high >= vocab_size:
             raise DataError(_locate_invalid_id(data, number, vocab_size))
-    return sample
 
 
 def _locate_invalid_id(data: Any, number: int, vocab_size: int) -> str:
@@ -79,15 +87,12 @@ def _locate_invalid_id(data: Any, number: int, vocab_size: int) -> str:
     return f"dataset {path}, sample {number}: a token id is outside 0 to {vocab_size - 1}"
 
 
-Sample = dict[str, torch.Tensor]
-
-
 class FoldDataset(Dataset[Sample]):
     """Map-style dataset over a whole schedule: ``data[k]`` is trained sample ``k``.
 
     A sample is a dictionary of ``tokens``, ``labels``, ``loss_mask`` and ``position_ids``, each
-    ``[s]``, and ``attention_mask`` ``[1, s, s]`` if attention is reset at document boundaries. A
-    token id outside the vocabulary raises DataError.
+    ``[s]``, and ``document_starts`` (``data/documents.py``) if attention is restricted to
+    documents. A token id outside the vocabulary raises DataError.
     """
 
     def __init__(self, schedule: Schedule, epochs: EpochDatasets) -> None:
@@ -107,11 +112,11 @@ class FoldDataset(Dataset[Sample]):
         if fold.megatron is not None:
             samples = self._megatron(fold.megatron)
             _, data, sample = samples.source(inside)
-            return check_token_ids(samples[inside], data, sample, self._epochs.vocab_size)
+            return _checked_sample(samples[inside], data, sample, self._epochs)
         dataset_slice, number = self._slice_and_sample(fold, inside)
         epoch, sample = divmod(number, dataset_slice.samples_per_epoch)
         data = self._open_epoch(dataset_slice.key, dataset_slice.path, epoch)
-        return check_token_ids(data[sample], data, sample, self._epochs.vocab_size)
+        return _checked_sample(data[sample], data, sample, self._epochs)
 
     def locate(self, index: int) -> tuple[DatasetSlice, int]:
         """Return the dataset slice of trained sample ``index`` and its number in that stream.
@@ -177,7 +182,7 @@ class ValidationDataset(Dataset[Sample]):
         data, sample = samples, number
         if isinstance(self._held_out, MegatronBlend):
             _, data, sample = samples.source(number)
-        return check_token_ids(samples[number], data, sample, self._epochs.vocab_size)
+        return _checked_sample(samples[number], data, sample, self._epochs)
 
     def _opened(self) -> Any:
         if self._samples is None:

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from megatron_llmjp.config.schema import Config, ModelConfig
 from megatron_llmjp.errors import UserError
+from megatron_llmjp.model.attention import SDPAttention, has_document_kernel, use_dense_masks
 from megatron_llmjp.model.initialization import initialize
 from megatron_llmjp.model.kernels import KernelChoice, choose_kernels
-from megatron_llmjp.model.layers import ParallelResidualLayer, SDPAttention, norm_class
+from megatron_llmjp.model.layers import ParallelResidualLayer, norm_class
 from megatron_llmjp.model.losses import GPTModelWithZLoss
 from megatron_llmjp.parallel.device import Device
 from megatron_llmjp.patches.llama3_rope_scaling import scale_rotary_frequencies
@@ -211,6 +212,7 @@ def build_model_chunk(
         seq_len_interpolation_factor=config.model.rotary_seq_len_interpolation_factor,
         vp_stage=vp_stage,
     )
+    _choose_document_masks(model, config, core, device)
     if config.model.use_rope_scaling:
         scale_rotary_frequencies(model.rotary_pos_emb, config.model)
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -219,6 +221,18 @@ def build_model_chunk(
     if has_z_loss:
         model.z_loss_strength = z_loss_strength
     return model.to(device.torch)
+
+
+def _choose_document_masks(
+    model: GPTModel, config: Config, core: TransformerConfig, device: Device
+) -> None:
+    """Let attention use dense masks where it has no kernel for the boundaries of documents."""
+    dtype = params_dtype(config)
+    if choose_kernels(device).transformer_engine:
+        return
+    if not (device.is_cuda and has_document_kernel(core, dtype)):
+        samples, length = config.training.micro_batch_size, config.data.seq_length
+        use_dense_masks(model.decoder, samples, length, dtype)
 
 
 def build_model(config: Config, device: Device) -> list[GPTModel]:

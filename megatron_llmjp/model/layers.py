@@ -1,7 +1,6 @@
-"""Transformer layers without Transformer Engine: norms, attention, parallel residual.
+"""Transformer layers without Transformer Engine: norms and the parallel residual.
 
-megatron-core's local attention materializes ``s x s`` scores, and its local norm does not support
-sequence parallelism. torch's kernels replace both, on CPU and GPU.
+megatron-core's local norm does not support sequence parallelism; torch's replace it.
 
 GPT-NeoX's parallel residual is ``x + attention(norm1(x)) + mlp(norm2(x))``: attention and MLP both
 read the layer's input, whereas in megatron-core's layer the MLP reads the output of attention
@@ -10,13 +9,9 @@ read the layer's input, whereas in megatron-core's layer the MLP reads the outpu
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
@@ -52,59 +47,6 @@ def _mark_sequence_parallel(norm: nn.Module, config: TransformerConfig) -> None:
     norm.to(config.params_dtype)
     for parameter in norm.parameters():
         parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-
-class SDPAttention(MegatronModule):
-    """Core attention with ``torch.nn.functional.scaled_dot_product_attention``."""
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: Any,
-        attention_type: str,
-        attention_dropout: float | None = None,
-        softmax_scale: float | None = None,
-        **_: Any,
-    ) -> None:
-        super().__init__(config=config)
-        self.softmax_scale = softmax_scale
-        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        **_: Any,
-    ) -> Tensor:
-        """Compute causal attention.
-
-        Args:
-            query: ``[s, b, n/t, d]``, the n heads split over t tensor parallel ranks.
-            key: ``[s, b, g/t, d]``, g query groups.
-            value: same shape as ``key``.
-            attention_mask: None for the causal mask, or ``[b, 1, s, s]``, true where masked.
-
-        Returns:
-            ``[s, b, n*d/t]``.
-        """
-        dropout = self.dropout if self.training else 0.0
-        # Heads differ between tensor-parallel ranks, and so must their dropout masks.
-        rng_context = get_cuda_rng_tracker().fork() if dropout > 0.0 else nullcontext()
-        with rng_context:
-            context = F.scaled_dot_product_attention(
-                query.permute(1, 2, 0, 3),
-                key.permute(1, 2, 0, 3),
-                value.permute(1, 2, 0, 3),
-                attn_mask=None if attention_mask is None else ~attention_mask,
-                dropout_p=dropout,
-                is_causal=attention_mask is None,
-                scale=self.softmax_scale,
-                enable_gqa=query.shape[2] != key.shape[2],
-            )
-        return context.permute(2, 0, 1, 3).flatten(2)
 
 
 class ParallelResidualLayer(TransformerLayer):

@@ -35,8 +35,8 @@ def dataset_names(schedule: Schedule) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-class _EmptyBatch(dict[str, Any]):
-    """Batch of a middle pipeline stage, which needs no tensors: every key gives None."""
+class _PartialBatch(dict[str, Any]):
+    """Batch of a middle pipeline stage, which needs no tokens: missing keys give None."""
 
     def __missing__(self, key: str) -> None:
         return None
@@ -52,22 +52,25 @@ def batch_iterators(
 ) -> list[Iterator[Batch]]:
     """Return one iterator per model chunk over the micro-batches of samples ``[first, end)``.
 
-    Only chunks that need tokens or labels load data; the others get empty batches.
+    Only chunks that need tokens or labels load them. The others get empty batches, or the
+    boundaries of the documents if attention is restricted to them.
     """
     chunks = config.parallel.virtual_pipeline_model_parallel_size
     iterators: list[Iterator[Batch]] = []
     for vp_stage in range(chunks) if chunks else [None]:
-        if _needs_batches(config, vp_stage):
-            iterators.append(micro_batches(dataset, config, device, first, end, batch_size))
+        needs_tokens = _needs_tokens(vp_stage)
+        if needs_tokens or config.data.reset_attention_mask:
+            batches = micro_batches(
+                dataset, config, device, first, end, batch_size, boundaries_only=not needs_tokens
+            )
+            iterators.append(batches if needs_tokens else map(_PartialBatch, batches))
         else:
-            iterators.append(itertools.repeat(_EmptyBatch()))
+            iterators.append(itertools.repeat(_PartialBatch()))
     return iterators
 
 
-def _needs_batches(config: Config, vp_stage: int | None) -> bool:
+def _needs_tokens(vp_stage: int | None) -> bool:
     stage = {"ignore_virtual": False, "vp_stage": vp_stage}
-    if config.data.reset_attention_mask:
-        return True  # every stage applies the attention mask
     return bool(
         parallel_state.is_pipeline_first_stage(**stage)
         or parallel_state.is_pipeline_last_stage(**stage)

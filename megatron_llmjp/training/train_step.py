@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.dataloader import Batch
+from megatron_llmjp.data.documents import DOCUMENT_BOUNDARIES
 from megatron_llmjp.filesystem import no_heartbeat
 
 BatchIterator = Iterator[Batch]
@@ -140,7 +141,7 @@ def forward_step(
     output = model(
         batch["tokens"],
         batch["position_ids"],
-        batch.get("attention_mask"),
+        batch.get(DOCUMENT_BOUNDARIES),
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
     )

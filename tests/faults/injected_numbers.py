@@ -23,7 +23,7 @@ def nan_at(where: str, iteration: int, which: int) -> None:
 
     hit: list[Any] = []
     inject_at("a step", iteration, hit.append)
-    share, update = dataloader._broadcast_to_tensor_parallel_ranks, train_step._clip_and_update
+    share, update = dataloader._on_device, train_step._clip_and_update
 
     def shared(*arguments: Any) -> Any:
         batch = share(*arguments)
@@ -37,7 +37,7 @@ def nan_at(where: str, iteration: int, which: int) -> None:
             _first(hit.pop()).main_grad.view(-1)[0] = _NAN
         return update(*arguments)
 
-    dataloader._broadcast_to_tensor_parallel_ranks, train_step._clip_and_update = shared, updated
+    dataloader._on_device, train_step._clip_and_update = shared, updated
 
 
 def nan_weight_at(what: str, iteration: int, which: int = 0) -> None:

@@ -94,11 +94,12 @@ class EpochDatasets:
         self.vocab_size = vocab_size
         self.sequence_length = data.seq_length
         self.flags = {
+            **NO_RESETS,
             "reset_position_ids": data.reset_position_ids,
-            "reset_attention_mask": data.reset_attention_mask,
             "eod_mask_loss": data.eod_mask_loss,
         }
         self.tokenizer = DatasetTokenizer(tokenizer.eod_id, tokenizer.vocab_size)
+        self.restricts_attention = data.reset_attention_mask
         self.cache = cache
         _allow_open_files()
         # All epochs of a dataset share its file handles.
@@ -140,7 +141,7 @@ def _dataset(
         split="1,0,0",
         path_to_cache=str(folder),
         tokenizer=tokenizer,
-        create_attention_mask=flags["reset_attention_mask"],
+        create_attention_mask=False,  # data/documents.py instead
         **flags,
     )
     # The description is part of megatron-core's cache file names; the path is omitted from it

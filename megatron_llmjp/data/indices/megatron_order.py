@@ -142,7 +142,7 @@ def _dataset(
         sequence_length=index.sequence_length,
         path_to_cache=str(folder),
         tokenizer=tokenizer,
-        create_attention_mask=flags["reset_attention_mask"],
+        create_attention_mask=False,  # data/documents.py instead
         **where,
         **flags,
     )
