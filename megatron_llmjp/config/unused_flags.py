@@ -19,11 +19,13 @@ _BY_REASON: dict[str, str] = {
     "fused kernels are used where available; the result is the same": """
         --no-bias-swiglu-fusion --no-bias-dropout-fusion --no-rope-fusion
         --no-persist-layer-norm --disable-mem-efficient-ln --no-gradient-accumulation-fusion
-        --cross-entropy-loss-fusion --cross-entropy-fusion-impl --disable-jit-fuser
+        --disable-jit-fuser
         --memory-centric-tiled-linear --tile-factor --disable-bf16-reduced-precision-matmul
         --enable-experimental --enable-cuda-graph --external-cuda-graph --cuda-graph-scope
         --cuda-graph-warmup-steps --cuda-graph-impl --use-te-activation-func
         --te-rng-tracker --inference-rng-tracker""",
+    "cross entropy is always fused, and computed without a copy of all logits in fp32": """
+        --cross-entropy-loss-fusion --cross-entropy-fusion-impl""",
     "a dense model has no experts": """
         --expert-tensor-parallel-size --expert-interval --expert-parallel --topk
         --create-moe-param-group --disable-moe-token-dropping --use-tutel --mlp-type

@@ -215,6 +215,15 @@ def _layout(config: Config, size: RunSize) -> Iterator[str]:
         )
 
 
+def _recompute(config: Config, _: RunSize) -> Iterator[str]:
+    # With dropout, attention on a CPU does store the scores.
+    if config.parallel.recompute_granularity == "selective" and not config.model.attention_dropout:
+        yield (
+            "recompute_granularity selective computes attention twice and saves next to no memory, "
+            "because the attention kernels do not store scores: omit it; full saves memory"
+        )
+
+
 def _log(config: Config, _: RunSize) -> Iterator[str]:
     logging = config.logging
     if logging.wandb_project is None and (logging.wandb_exp_name or logging.wandb_entity):
@@ -230,5 +239,6 @@ RULES: tuple[Callable[[Config, RunSize], Iterator[str]], ...] = (
     _optimizer,
     _model,
     _layout,
+    _recompute,
     _log,
 )

@@ -131,8 +131,7 @@ def _key(config: Config) -> tuple[object, ...]:
 def _candidates(config: Config, machine: PlannedMachine) -> Iterator[Config]:
     tensor = [t for t in (1, 2, 4, 8) if t <= machine.gpus_per_node]
     stages = [p for p in range(1, config.model.num_layers + 1) if config.model.num_layers % p == 0]
-    keep = NO_RECOMPUTE if config.parallel.recompute_granularity == "full" else {}
-    recompute = (keep, FULL_RECOMPUTE)
+    recompute = (NO_RECOMPUTE, FULL_RECOMPUTE)
     for t, p, v, b, recomputation in product(
         tensor, stages, VIRTUAL_SIZES, MICRO_BATCH_SIZES, recompute
     ):

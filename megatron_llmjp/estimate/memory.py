@@ -16,6 +16,7 @@ from megatron_llmjp.checkpoint.retention import (
     reason_to_save,
     removable_iterations,
 )
+from megatron_llmjp.config.loss_chunks import loss_chunk_tokens
 from megatron_llmjp.config.parameter_counts import count_parameters
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.batch_size import BatchSizeSchedule
@@ -32,9 +33,9 @@ class RankMemory:
     activations: int
     """Kept for the backward pass, of all micro-batches in flight."""
     logits: int
-    """Softmax over the vocabulary, with its gradient buffers."""
+    """Logits, which their gradient replaces."""
     buffers: int
-    """Gathered inputs and gradients of the layer that is being computed."""
+    """Gathered inputs and gradients of the layer, or chunk of the loss, that is being computed."""
 
     @property
     def total(self) -> int:
@@ -83,11 +84,12 @@ def rank_memory(
     shards = layout.dp * layout.cp if config.parallel.use_distributed_optimizer else 1
     kept, recomputed = _activations(config, layout, stage, fused_kernels)
     has_output = any(chunk.output for chunk in chunks)
-    logits, output = (_logits(config, layout), _output_buffers(config, layout))
-    if not has_output:
-        logits = output = 0
-    # The peak is the larger of two: the backward pass of the output layer, or that of a
-    # transformer layer, when part of it is recomputed and the softmax is freed.
+    logits = output = 0
+    if has_output:
+        chunk = _loss_chunk(config, layout, gpu=fused_kernels)
+        logits, output = _logits(config, layout), max(_output_buffers(config, layout), chunk)
+    # The peak is the largest of three: the backward pass of the loss, of the output layer, or of a
+    # transformer layer, when part of it is recomputed and the logits are freed.
     more = max(0, recomputed + _layer_buffers(config, layout, has_output) - logits - output)
     recomputed = min(more, recomputed)
     return RankMemory(
@@ -170,9 +172,14 @@ def _activations(
 
 
 def _logits(config: Config, layout: ParallelLayout) -> int:
-    """Softmax in fp32, and the logits or their gradient in the dtype of the activations."""
-    n, e = _tokens(config, layout), element_size(config)
-    return n * config.padded_vocab_size // layout.tp * (4 + (e if e < 4 else 0))
+    """Logits, or their gradient, in the dtype of the activations."""
+    return _tokens(config, layout) * config.padded_vocab_size // layout.tp * element_size(config)
+
+
+def _loss_chunk(config: Config, layout: ParallelLayout, gpu: bool) -> int:
+    """Softmax of a chunk of tokens in fp32."""
+    vocabulary = config.padded_vocab_size // layout.tp
+    return 4 * vocabulary * loss_chunk_tokens(_tokens(config, layout), vocabulary, gpu)
 
 
 def _output_buffers(config: Config, layout: ParallelLayout) -> int:

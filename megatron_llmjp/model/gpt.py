@@ -25,7 +25,7 @@ from megatron_llmjp.model.attention import SDPAttention, has_document_kernel, us
 from megatron_llmjp.model.initialization import initialize
 from megatron_llmjp.model.kernels import KernelChoice, choose_kernels
 from megatron_llmjp.model.layers import ParallelResidualLayer, norm_class
-from megatron_llmjp.model.losses import GPTModelWithZLoss
+from megatron_llmjp.model.losses import GPTModelWithLoss
 from megatron_llmjp.parallel.device import Device
 from megatron_llmjp.patches.llama3_rope_scaling import scale_rotary_frequencies
 
@@ -195,9 +195,7 @@ def build_model_chunk(
         vp_stage: number of the chunk in the interleaved schedule.
     """
     core = core or transformer_config(config, device)
-    z_loss_strength = config.training.z_loss_strength
-    has_z_loss = post_process and z_loss_strength > 0.0
-    model = (GPTModelWithZLoss if has_z_loss else GPTModel)(
+    model = GPTModelWithLoss(
         config=core,
         transformer_layer_spec=layer_spec(config, core, device, vp_stage),
         vocab_size=config.padded_vocab_size,
@@ -218,8 +216,8 @@ def build_model_chunk(
     if any(parameter.is_meta for parameter in model.parameters()):
         return model  # on the meta device, for --estimate
     initialize(model, config)
-    if has_z_loss:
-        model.z_loss_strength = z_loss_strength
+    model.z_loss_strength = config.training.z_loss_strength
+    model.compiled_loss = choose_kernels(device).fusions
     return model.to(device.torch)
 
 

@@ -358,6 +358,8 @@ WARNINGS = {
     f"{STAGES} 8 --global-batch-size 512 {CHUNKS} 3": "",
     "--tensor-model-parallel-size 2 --no-sequence-parallel": "sequence_parallel is disabled",
     "--distributed-timeout-minutes 90": "detected only after that time",
+    "--recompute-granularity selective": "do not store scores",
+    "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1": "",
     "--wandb-exp-name x": "requires wandb_project",
     "--seq-length 8192 --max-position-embeddings 8192": "",
     "--seq-length 8193 --max-position-embeddings 8193": "v4 used 500000",
