@@ -35,6 +35,7 @@ from megatron_llmjp.errors import (
     RunError,
     UserError,
 )
+from megatron_llmjp.parallel.cuda_environment import set_driver_variables
 from megatron_llmjp.parallel.launcher import launch
 from megatron_llmjp.parallel.ranks import (
     LAUNCHER_PROCESS_VARIABLE,
@@ -79,21 +80,27 @@ def with_intact_checkpoint(run: Run, world_size: int) -> Run:
     return run
 
 
-def check_model(run: Run) -> None:
+def check_model(run: Run) -> list[str]:
     """Check the model with megatron-core, and the pickles of the checkpoint.
 
     Imports torch, which takes seconds.
 
+    Returns:
+        A note if the run could not train on this machine for lack of a GPU: login nodes have none.
+
     Raises:
         UserError: megatron-core refuses the model, or a pickle is not plain data.
     """
+    from megatron_llmjp.parallel import device as devices
+
+    device = devices.setup_rank(run.config.parallel.device, 0)
     from megatron_llmjp.checkpoint import safe_unpickling
     from megatron_llmjp.model.gpt import transformer_config
-    from megatron_llmjp.parallel import device
 
-    transformer_config(run.config, device.setup(0))
+    transformer_config(run.config, device)
     if run.resume is not None:
         safe_unpickling.check_pickles(run.resume.folder)
+    return [f"a run on this machine would be refused: {device.problem}"] if device.problem else []
 
 
 def format_resolved_config(
@@ -146,6 +153,7 @@ def main(argv: Sequence[str]) -> int:
         interrupted before the start, 1 any other failure.
     """
     protect_standard_streams()
+    set_driver_variables()
     ranks = None
     try:
         ranks = find_ranks()
@@ -198,7 +206,7 @@ def _dry_run(command: Command, world_size: int) -> int:
         notes = tuple(note for note in run.notes if not note.startswith("tokenizer_"))
         run = replace(run, tokenizer_mismatches=(), notes=notes)
     _print_warnings([*check_start(run), *overlap_warnings(run)])
-    check_model(run)
+    print_notes(check_model(run))
     run = replace(run, config=planned.restored(run.config))
     print(format_resolved_config(run, command.config, command.origin, world_size))
     return EXIT_DONE
@@ -223,7 +231,7 @@ def _run_rank(run: Run, ranks: Ranks, start_warnings: Sequence[str]) -> int:
             _print_warnings(overlap_warnings(run))
         from megatron_llmjp.parallel import device as devices
 
-        device = devices.setup(ranks.local_rank)
+        device = devices.setup_rank(run.config.parallel.device, ranks.local_rank)
         from megatron_llmjp.training.train import train
 
         code = train(run, ranks, device, requests)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 
 def format_count(number: float) -> str:
@@ -19,6 +19,18 @@ def format_tick(number: float) -> str:
         if abs(number) >= size:
             return f"{number / size:.3g}{unit}"
     return f"{number:.3g}"
+
+
+def format_ranks(ranks: Iterable[int]) -> str:
+    """Format rank numbers: ``rank 4``, ``ranks 0-3, 8``."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    text = ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs)
+    return f"rank{'s' if sum(map(len, runs)) > 1 else ''} {text}"
 
 
 def format_duration(seconds: float) -> str:

@@ -52,7 +52,7 @@ pretrain() {
         ! has_flag "$mode" "$@" || run_planning_mode "$mode" "$@"
     done
     [[ -n "${SLURM_JOB_ID:-}" ]] || fail "submit this script with sbatch $0 ..., or add --estimate"
-    SAVE=$(value_of --save "$@")
+    SAVE=$(value_of --save "$@") DEVICE=$(value_of --device "$@")
     [[ -n "$SAVE" ]] || fail "--save DIR is required: a requeued job resumes from it"
     "$PYTHON" "$MEGATRON_LLMJP/slurm/check_save.py" "$SAVE" || exit
     LOGS="$SAVE/logs/job${SLURM_JOB_ID}_${SLURM_RESTART_COUNT:-0}"
@@ -86,8 +86,6 @@ set_environment() {
     MASTER_PORT=$("$PYTHON" -c 'from megatron_llmjp.parallel.launcher import free_port as p; print(p())')
     export MASTER_ADDR MASTER_PORT
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
-    # Before Blackwell, tensor and sequence parallelism overlap only if kernels start in order.
-    export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS-1}
     export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True}
     export NCCL_DEBUG=${NCCL_DEBUG:-WARN} PYTHONFAULTHANDLER=1 PYTHONUNBUFFERED=1
     ulimit -Sn "$(ulimit -Hn)"
@@ -102,7 +100,7 @@ preflight() {
     timeout "${PREFLIGHT_SECONDS:-300}" srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
         --kill-on-bad-exit=0 --output="$LOGS/preflight/%N.log" \
         ${RUN_IN:-} "$PYTHON" "$MEGATRON_LLMJP/slurm/preflight.py" check --folder "$LOGS/preflight" \
-        --save "$SAVE" --gpus "${SLURM_GPUS_ON_NODE:-0}" \
+        --save "$SAVE" --gpus "${SLURM_GPUS_ON_NODE:-0}" --device "${DEVICE:-auto}" \
         --free-disk-gb "${PREFLIGHT_FREE_GB:-50}" || true
     local code=0
     "$PYTHON" "$MEGATRON_LLMJP/slurm/preflight.py" report --folder "$LOGS/preflight" \

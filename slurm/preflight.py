@@ -20,7 +20,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from megatron_llmjp.config.model_config import DeviceChoice
 from megatron_llmjp.filesystem import write_atomically
+from megatron_llmjp.parallel.cuda_environment import set_driver_variables
+from megatron_llmjp.parallel.ranks import find_ranks
 
 MAX_LINK_RATIO = 2.0
 """Maximum transfer time of a node's links, relative to the median."""
@@ -30,6 +33,9 @@ CLOCK_SECONDS = 60.0
 
 MESSAGE_MIB = 64
 """Size of the message between neighboring nodes."""
+
+LINK_TIMEOUT = timedelta(seconds=120)
+"""Longest wait for another node."""
 
 
 def main() -> int:
@@ -41,6 +47,9 @@ def main() -> int:
     parser.add_argument("--gpus", type=int, default=0, help="expected GPUs per node")
     parser.add_argument(
         "--free-disk-gb", type=float, default=50.0, help="required free space of --save"
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cuda", "cpu"), default="auto", help="of the run"
     )
     parser.add_argument("--nodes", help="report: all nodes of the job, separated by commas")
     args = parser.parse_args()
@@ -58,9 +67,11 @@ def check(args: argparse.Namespace) -> int:
     found["versions"] = {name: version(name) for name in ("torch", "megatron-core", "numpy")}
     found["versions"]["python"] = sys.version.split()[0]
     found["problems"] += [*_save_folder(args), *_gpus(args, found)]
+    device, problem = _find_device(args.device)
+    found["problems"] += [problem] if problem else []
     _write_result(args.folder, found)
     try:
-        found["link_seconds"] = _links(args.gpus)
+        found["link_seconds"] = _links(device, bool(problem))
     except Exception as error:  # any error of a broken network
         found["problems"].append(f"communication between nodes failed: {error}")
     _write_result(args.folder, found)
@@ -115,27 +126,56 @@ def _gpus(args: argparse.Namespace, found: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _links(gpus: int) -> list[float]:
+def _find_device(choice: DeviceChoice) -> tuple[str, str]:
+    """Return the kind of device that ranks of the run use on this node, and why they cannot."""
+    set_driver_variables()
+    from megatron_llmjp.parallel.visible_gpus import find_gpus
+
+    gpus = find_gpus()
+    return "cuda" if choice != "cpu" and gpus.count else "cpu", gpus.problem(choice)
+
+
+def _links(kind: str, is_broken: bool) -> list[float]:
     """Return the shortest transfer times of a message to the next and from the previous node.
 
     An all-reduce takes the same time on all nodes and does not locate the slow one; transfers
-    between neighbors do.
+    between neighbors do. Nothing is measured if a node lacks its GPUs, which is reported already.
+
+    Args:
+        kind: ``cuda`` or ``cpu``, the device of the run on this node.
+        is_broken: whether this node lacks its GPUs.
+
+    Raises:
+        RuntimeError: nodes use different devices, or an all-reduce gave a wrong result.
     """
     import torch
     import torch.distributed as dist
 
-    rank, world = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_STEP_NUM_TASKS"])
-    if world == 1:
+    from megatron_llmjp.parallel.rendezvous import all_gather_from_store
+
+    ranks = find_ranks()
+    if ranks is None or ranks.world_size == 1:
         return []
-    cuda = gpus > 0 and torch.cuda.is_available()
+    rank, world = ranks.rank, ranks.world_size
+    address = (ranks.master_addr, int(ranks.master_port))
+    store = dist.TCPStore(*address, world, is_master=ranks.is_first, timeout=LINK_TIMEOUT)
+    nodes = all_gather_from_store(store, ranks, "device", [kind, is_broken], LINK_TIMEOUT)
+    if any(broken for _, broken in nodes):
+        return []
+    kinds = [other for other, _ in nodes]
+    if kind != (common := statistics.mode(kinds)):
+        raise RuntimeError(f"this node uses {kind}, most nodes {common}")
+    if len(set(kinds)) > 1:
+        return []
+    device = torch.device("cuda", 0) if kind == "cuda" else torch.device("cpu")
     dist.init_process_group(
-        "nccl" if cuda else "gloo",
-        init_method=f"tcp://{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
+        "nccl" if kind == "cuda" else "gloo",
+        store=dist.PrefixStore("links", store),
         rank=rank,
         world_size=world,
-        timeout=timedelta(seconds=120),
+        timeout=LINK_TIMEOUT,
+        device_id=device if kind == "cuda" else None,
     )
-    device = torch.device("cuda", 0) if cuda else torch.device("cpu")
     total = torch.ones(1, device=device)
     dist.all_reduce(total)
     if int(total.item()) != world:

@@ -125,7 +125,7 @@ def train(quickstart: Quickstart, total: int, processes: int) -> None:
         "--tokenizer-type", "SentencePieceTokenizer",
         "--tokenizer-model", root / "tokenizer" / "tokenizer.model",
         "--save", root / "checkpoints", "--log-interval", 10 if quickstart.scale >= 1 else 1,
-        "--use-distributed-optimizer", "--nproc-per-node", processes,
+        "--use-distributed-optimizer", "--nproc-per-node", processes, "--device", "cpu",
     )  # fmt: skip
     quickstart.announce(
         "Train on 4 processes, TP 2 x PP 2 with sequence parallelism and distributed optimizer;\n"

@@ -42,6 +42,7 @@ _UNREPORTED_FIELDS = {
         "exit_interval",
         "eval_only",
         "allow_tokenizer_mismatch",
+        "device",
     ),
     *LoggingConfig.model_fields,
 }

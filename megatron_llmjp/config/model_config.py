@@ -7,6 +7,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
+DeviceChoice = Literal["auto", "cuda", "cpu"]
+
 
 class Section(BaseModel):
     """Base class of all sections: immutable, and an unknown key is an error.
@@ -241,6 +243,11 @@ class ParallelConfig(Section):
     )
     recompute_num_layers: PositiveInt | None = Field(
         None, description="number of layers per recomputed unit (uniform) or per stage (block)"
+    )
+    device: DeviceChoice = Field(
+        "auto",
+        description="device of the ranks: auto for a GPU wherever one is expected (a CUDA build of"
+        " torch, an NVIDIA driver, GPUs granted by the launcher), else the CPU; cuda; or cpu",
     )
     distributed_timeout_minutes: PositiveInt = Field(
         10, description="timeout of collective operations"

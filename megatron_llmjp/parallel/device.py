@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch.utils import deterministic
 
+from megatron_llmjp.config.model_config import DeviceChoice
+from megatron_llmjp.parallel.cuda_environment import set_driver_variables
+from megatron_llmjp.parallel.visible_gpus import VISIBLE_DEVICES, find_gpus
 from megatron_llmjp.patches.torch_cuda_on_cpu import is_substituted, substitute_cpu_for_cuda
 
 _DETERMINISTIC_ENVIRONMENT = {
@@ -48,6 +51,10 @@ class Device:
     """Backend of torch.distributed: ``nccl`` or ``gloo``."""
     name: str
     """Name for log lines."""
+    uuid: str = ""
+    """Identity of the GPU, by which two ranks on one GPU are found; empty if not known."""
+    problem: str = ""
+    """Why this rank cannot use the device that it should."""
 
     @property
     def is_cuda(self) -> bool:
@@ -75,11 +82,52 @@ class Device:
 
 
 def setup(local_rank: int = 0) -> Device:
-    """Select the device of this process; without a GPU, replace ``torch.cuda`` by the CPU."""
+    """Select the best device that this process sees; without a GPU, ``torch.cuda`` is replaced.
+
+    For programs that do not train. Ranks of a run use :func:`setup_rank`.
+    """
+    set_driver_variables()
     if torch.cuda.is_available() and not is_substituted():
-        # Communication overlaps with computation only if kernels start in launch order.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-        torch.cuda.set_device(local_rank % torch.cuda.device_count())
-        return Device("cuda", "nccl", torch.cuda.get_device_name())
+        return _use_gpu(local_rank % torch.cuda.device_count())
+    return _use_cpu()
+
+
+def setup_rank(choice: DeviceChoice, local_rank: int) -> Device:
+    """Select the device of a rank of a run.
+
+    Args:
+        choice: ``auto`` for a GPU wherever one is expected (:mod:`.visible_gpus`), else the CPU;
+            ``cuda`` to require a GPU; ``cpu`` to ignore all GPUs.
+        local_rank: rank among those of this machine. Ranks that see all GPUs of the machine use
+            the one of their number; a rank that sees a single one uses that.
+
+    Returns:
+        The device. If there is none as expected, its ``problem`` says why: all ranks have to meet
+        in :func:`~megatron_llmjp.parallel.device_agreement.check_devices` before one may fail.
+    """
+    set_driver_variables()
+    if choice == "cpu":
+        os.environ[VISIBLE_DEVICES] = ""  # for libraries too
+        return _use_cpu()
+    if is_substituted():
+        return _use_cpu()
+    gpus = find_gpus()
+    if gpus.count == 0:
+        return _use_cpu(gpus.problem(choice))
+    try:
+        return _use_gpu(local_rank % gpus.count)
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        return _use_cpu(f"GPU {local_rank % gpus.count} of {gpus.count} cannot be used: {reason}")
+
+
+def _use_gpu(index: int) -> Device:
+    torch.cuda.set_device(index)
+    uuid = getattr(torch.cuda.get_device_properties(index), "uuid", "")
+    return Device("cuda", "nccl", torch.cuda.get_device_name(), str(uuid))
+
+
+def _use_cpu(problem: str = "") -> Device:
     substitute_cpu_for_cuda()
-    return Device("cpu", "gloo", f"CPU, {torch.get_num_threads()} thread(s) per rank")
+    name = f"CPU, {torch.get_num_threads()} thread(s) per rank"
+    return Device("cpu", "gloo", name, problem=problem)

@@ -1,4 +1,4 @@
-"""Process groups: rendezvous, initialization, random seeds, synchronization of ranks, shutdown.
+"""Process groups: initialization, random seeds, synchronization of ranks, shutdown.
 
 A training collective times out after ``distributed_timeout_minutes``. After work whose duration
 differs much between ranks, such as writing to a slow disk, ranks synchronize through
@@ -8,19 +8,13 @@ hangs, by its heartbeats, and an exited rank closes its connections.
 
 from __future__ import annotations
 
-import contextlib
-import ipaddress
-import json
-import os
 import random
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -31,16 +25,11 @@ from megatron.core.num_microbatches_calculator import (
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_llmjp.config.schema import Config
-from megatron_llmjp.errors import RunError
 from megatron_llmjp.filesystem import no_heartbeat
 from megatron_llmjp.parallel.device import Device
 from megatron_llmjp.parallel.ranks import Ranks
-
-UNLIMITED = timedelta(days=30)
-"""No timeout in practice; gloo requires one."""
-
-_AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
-"""Set to "True" by torchrun when it runs the store's server itself."""
+from megatron_llmjp.parallel.rendezvous import UNLIMITED, rendezvous
+from megatron_llmjp.patches.lazy_subgroups import without_communicator_splits
 
 
 @dataclass(frozen=True)
@@ -78,93 +67,38 @@ DEFAULT_RANK_SYNC = RankSync()
 
 def new_group_without_timeout() -> Any:
     """Create a gloo group of all ranks without a timeout."""
-    return dist.new_group(backend="gloo", timeout=UNLIMITED)
-
-
-def rendezvous(ranks: Ranks) -> Any:
-    """Connect to the key-value store that all ranks share, before any process group exists.
-
-    Ranks exchange values through it where one may take longer than a collective's timeout.
-    """
-    if ranks.world_size == 1:
-        return dist.HashStore()
-    if is_loopback(ranks.master_addr):
-        return _rendezvous_on_loopback(ranks)
-    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = ranks.master_addr, ranks.master_port
-    found = dist.rendezvous("env://", rank=ranks.rank, world_size=ranks.world_size)
-    return next(iter(found))[0]
-
-
-def is_loopback(address: str) -> bool:
-    """Whether an address can be reached from its own machine only."""
-    if address == "localhost":
-        return True
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(address).is_loopback
-    return False
-
-
-def _rendezvous_on_loopback(ranks: Ranks) -> Any:
-    """Connect to a store that listens on the loopback interface only.
-
-    The store has no authentication, and torch's server listens on all interfaces by default.
-    """
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(a.family == socket.AF_INET and is_loopback(a.address) for a in addresses):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-    serves = ranks.is_first and os.environ.get(_AGENT_STORE) != "True"
-    return dist.TCPStore(
-        ranks.master_addr,
-        int(ranks.master_port),
-        ranks.world_size,
-        is_master=serves,
-        timeout=dist.default_pg_timeout,
-        master_listen_fd=_listen(ranks) if serves else None,
-    )
-
-
-def _listen(ranks: Ranks) -> int:
-    """Open the store's listening socket and return its file descriptor."""
-    family = socket.AF_INET6 if ":" in ranks.master_addr else socket.AF_INET
-    address = (ranks.master_addr, int(ranks.master_port))
-    try:
-        return socket.create_server(address, family=family, backlog=ranks.world_size).detach()
-    except OSError as error:
-        raise RunError(
-            f"the rendezvous of the ranks cannot listen on {address[0]} port {address[1]}: "
-            f"{error.strerror}. Start again, or set MASTER_PORT to another port"
-        ) from None
-
-
-def all_gather_from_store(store: Any, ranks: Ranks, key: str, value: Any) -> list[Any]:
-    """Gather a value from every rank through the key-value store.
-
-    There is no timeout: the watchdog ends a wait for a rank that hangs.
-
-    Args:
-        store: result of :func:`rendezvous`.
-        ranks: rank and world size of this process.
-        key: name of the value; every call needs a new one.
-        value: this rank's value, serializable as JSON.
-
-    Returns:
-        The values by rank.
-    """
-    keys = [f"{key}/{rank}" for rank in range(ranks.world_size)]
-    store.set(keys[ranks.rank], json.dumps(value))
-    store.wait(keys, UNLIMITED)
-    return [json.loads(store.get(key)) for key in keys]
+    with without_communicator_splits():
+        return dist.new_group(backend="gloo", timeout=UNLIMITED)
 
 
 def initialize(config: Config, ranks: Ranks, device: Device, store: Any = None) -> None:
-    """Initialize torch.distributed and the tensor, pipeline and data-parallel groups."""
+    """Initialize torch.distributed and the tensor, pipeline and data-parallel groups.
+
+    On GPUs the communicator of all ranks is created here, bound to the GPU of this rank, so that
+    an NCCL failure is reported before the model is built and barriers use that GPU. Those of the
+    subgroups are created at their first use, as in Megatron-LM.
+    """
     dist.init_process_group(
         device.backend,
         store=dist.PrefixStore("groups", store if store is not None else rendezvous(ranks)),
         rank=ranks.rank,
         world_size=ranks.world_size,
         timeout=timedelta(minutes=config.parallel.distributed_timeout_minutes),
+        device_id=device.torch if device.is_cuda else None,
     )
+    with without_communicator_splits():
+        _initialize_model_parallel(config)
+    init_num_microbatches_calculator(
+        ranks.rank,
+        None,
+        config.training.global_batch_size,
+        config.training.micro_batch_size,
+        parallel_state.get_data_parallel_world_size(),
+    )
+    set_random_seed(config.training.seed)
+
+
+def _initialize_model_parallel(config: Config) -> None:
     parallel = config.parallel
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -174,14 +108,6 @@ def initialize(config: Config, ranks: Ranks, device: Device, store: Any = None) 
         create_gloo_process_groups=False,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
     )
-    init_num_microbatches_calculator(
-        ranks.rank,
-        None,
-        config.training.global_batch_size,
-        config.training.micro_batch_size,
-        parallel_state.get_data_parallel_world_size(),
-    )
-    set_random_seed(config.training.seed)
 
 
 def set_random_seed(seed: int) -> None:

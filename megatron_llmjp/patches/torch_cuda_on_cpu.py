@@ -2,7 +2,8 @@
 
 What: the functions of ``torch.cuda`` that megatron-core calls, ``device="cuda"`` in every torch
 call (by a ``TorchFunctionMode``), megatron-core's access to the CUDA generator, and, during its
-import, ``torch.compile``. Nothing is replaced where CUDA is available.
+import, ``torch.compile``. With a CUDA build of torch, Transformer Engine and Apex are hidden, whose
+kernels megatron-core would call with CPU tensors. Nothing is replaced where the run uses CUDA.
 
 Why: megatron-core calls ``torch.cuda`` and passes ``device="cuda"`` in all of its modules. With the
 replacement the same training code runs on a CPU over gloo.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +24,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
+_GPU_PACKAGES = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C")
 _ACTIVE: list[TorchFunctionMode] = []  # at most one: the mode must live as long as the process
 
 
@@ -34,11 +37,22 @@ def substitute_cpu_for_cuda() -> None:
     """Make torch's CUDA calls use the CPU. Calling it again does nothing."""
     if is_substituted():
         return
+    _hide_gpu_packages()
     mode = _CudaMeansCpu()
     mode.__enter__()
     _ACTIVE.append(mode)
     _replace_calls()
     _replace_random_state()
+
+
+def _hide_gpu_packages() -> None:
+    """Make imports of packages with CUDA kernels fail, as if they were not installed.
+
+    On a CPU build of torch they cannot be installed.
+    """
+    if torch.version.cuda is not None:
+        for name in _GPU_PACKAGES:
+            sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
 
 class _CudaMeansCpu(TorchFunctionMode):

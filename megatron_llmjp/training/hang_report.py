@@ -20,6 +20,8 @@ from typing import Any
 
 import psutil
 
+from megatron_llmjp.formatting import format_ranks
+
 _COMMUNICATION_FILES = (
     "torch/distributed/",
     "p2p_communication.py",
@@ -94,7 +96,7 @@ def describe_ranks(states: list[RankState], world_size: int) -> list[str]:
     silent = [rank for rank in range(world_size) if rank not in responding]
     lines = []
     if silent:
-        lines.append(f"{_format_ranks(silent)}: {_SILENT}")
+        lines.append(f"{format_ranks(silent)}: {_SILENT}")
     groups: dict[tuple[int, str, str, bool], list[RankState]] = defaultdict(list)
     for state in states:
         groups[state.iteration, state.phase, state.line, state.waits].append(state)
@@ -121,21 +123,9 @@ def _describe_group(members: list[RankState]) -> str:
     hosts = ", ".join(sorted({member.host for member in members})[:4])
     wait = "waits for other ranks" if state.waits else "does not wait for another rank"
     return (
-        f"{_format_ranks([member.rank for member in members])} on {hosts}: iteration "
+        f"{format_ranks([member.rank for member in members])} on {hosts}: iteration "
         f"{state.iteration}, {state.phase}; {wait}; {state.line}"
     )
-
-
-def _format_ranks(ranks: list[int]) -> str:
-    """Format rank numbers as in ``ranks 0-3, 8``."""
-    runs: list[list[int]] = []
-    for rank in sorted(ranks):
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
-    text = ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs)
-    return f"rank{'s' if len(ranks) > 1 else ''} {text}"
 
 
 def _short_path(filename: str) -> str:

@@ -36,10 +36,10 @@ from megatron_llmjp.parallel.device import Device
 from megatron_llmjp.parallel.process_groups import (
     DEFAULT_RANK_SYNC,
     RankSync,
-    all_gather_from_store,
     is_first_rank,
 )
 from megatron_llmjp.parallel.ranks import Ranks
+from megatron_llmjp.parallel.rendezvous import all_gather_from_store
 from megatron_llmjp.run import Run, resolve_run
 from megatron_llmjp.training.batch_iterator import SamplesWithDatasetId
 from megatron_llmjp.training.optimizer import (

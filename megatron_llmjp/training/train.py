@@ -11,8 +11,9 @@ import torch
 
 from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.errors import EXIT_DONE, RunError
-from megatron_llmjp.parallel import process_groups
+from megatron_llmjp.parallel import process_groups, rendezvous
 from megatron_llmjp.parallel.device import Device, use_deterministic_kernels
+from megatron_llmjp.parallel.device_agreement import check_devices
 from megatron_llmjp.parallel.process_groups import RankSync, new_group_without_timeout
 from megatron_llmjp.parallel.ranks import Ranks
 from megatron_llmjp.parallel.signals import StopRequests
@@ -51,8 +52,9 @@ def train(run: Run, ranks: Ranks, device: Device, requests: StopRequests | None 
         The exit code.
     """
     use_deterministic_kernels(run.config.training.deterministic_mode)
-    store = process_groups.rendezvous(ranks)
+    store = rendezvous.rendezvous(ranks)
     with hang_detection(run.config, ranks, store) as watchdog:
+        check_devices(store, ranks, device)
         context = _RankContext(ranks, device, store, watchdog)
         if run.config.training.eval_only:
             return _validate_only(run, context)
@@ -89,7 +91,7 @@ def _start_process_groups(run: Run, context: _RankContext) -> RankSync:
     context.watchdog.begin(
         run_setup.initial_progress(run)[0], "joining the process groups", counts_work=True
     )
-    process_groups.all_gather_from_store(context.store, context.ranks, "ready", None)
+    rendezvous.all_gather_from_store(context.store, context.ranks, "ready", None)
     process_groups.initialize(run.config, context.ranks, context.device, context.store)
     return RankSync(context.watchdog.beat, new_group_without_timeout())
 
@@ -122,7 +124,7 @@ def _prepare_rollback(locked: LockedRun, rollback: Rollback, context: _RankConte
     run = resolve_run(locked.run.requested, context.ranks.world_size, skipped_ranges=skipped)
     chosen = str(run.resume.folder) if run.resume is not None else ""
     subject = f"rollback {rollback.iteration} {rollback.key}"
-    folders = process_groups.all_gather_from_store(context.store, context.ranks, subject, chosen)
+    folders = rendezvous.all_gather_from_store(context.store, context.ranks, subject, chosen)
     if len(set(folders)) > 1:
         raise RunError("ranks find different checkpoints to roll back to; restart the run")
     return replace(locked, run=run)

@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.errors import EXIT_FAILURE
-from megatron_llmjp.parallel.process_groups import UNLIMITED, RankSync, new_group_without_timeout
+from megatron_llmjp.parallel.process_groups import RankSync, new_group_without_timeout
+from megatron_llmjp.parallel.rendezvous import UNLIMITED
 from megatron_llmjp.training import watchdog
 from megatron_llmjp.training.hang_report import RankState, describe_ranks
 from megatron_llmjp.training.watchdog import HangTimer, Watchdog

@@ -15,7 +15,7 @@ OUTCOME = "exit code 3, with a checkpoint if training had started; the same loss
 
 @pytest.mark.fault("SIGTERM during start-up", OUTCOME)
 @pytest.mark.parametrize(
-    "function", ["parallel.process_groups.rendezvous", "training.run_setup.build_model"]
+    "function", ["parallel.rendezvous.rendezvous", "training.run_setup.build_model"]
 )
 def test_signal_during_start_up(stage, function):
     """No incomplete files remain, and the run can be restarted."""

@@ -198,6 +198,41 @@ def test_llama3_rope_scaling():
     assert found == ["rope_scaling", "rope_scaling_factor"], needless("llama3_rope_scaling")
 
 
+def split_sources() -> dict[str, list[bool]]:
+    """Whether new groups look for a communicator to split, and are bound to the GPU."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron_llmjp.parallel.process_groups import new_group_without_timeout
+    from megatron_llmjp.patches.lazy_subgroups import without_communicator_splits
+
+    looked: list[bool] = []
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.distributed_c10d._get_split_source = lambda group: looked.append(True)
+    world: Any = dist.group.WORLD
+    world.bound_device_id = torch.device("cuda", 0)
+
+    def found(create: Any) -> list[bool]:
+        looked.clear()
+        group: Any = create()
+        return [bool(looked), group.bound_device_id is not None]
+
+    unpatched = found(lambda: dist.new_group(backend="gloo"))
+    with without_communicator_splits():
+        patched = found(lambda: dist.new_group(backend="gloo"))
+    kept = [world.bound_device_id is not None]
+    sync = new_group_without_timeout()
+    dist.barrier(sync)
+    dist.broadcast_object_list([None], src=0, group=sync)
+    return {"unpatched": unpatched, "patched": patched, "kept": kept}
+
+
+def test_lazy_subgroups():
+    found = run_ranks(split_sources, 1)[0]
+    assert found["patched"] == [False, False] and found["kept"] == [True]
+    assert found["unpatched"] == [True, True], needless("lazy_subgroups")
+
+
 class Code:
     """An object whose unpickling creates a file."""
 

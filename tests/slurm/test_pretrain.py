@@ -45,7 +45,9 @@ def folds(tmp_path_factory) -> Path:
 
 
 def words(folds: Path, save: Path) -> list[str]:
-    common = ["--save", save, "--eval-iters", 0, "--save-interval", 10, "--hidden-dropout", 0]
+    # Slurm grants GPUs, which are files here.
+    common = ["--device", "cpu", "--save", save, "--eval-iters", 0, "--save-interval", 10]
+    common += ["--hidden-dropout", 0]
     rows = {"padded_vocab_size": 256}  # the same with and without tensor parallelism
     return arguments("laptop-llama", folds, *common, **rows)
 
