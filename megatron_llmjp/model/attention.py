@@ -10,8 +10,7 @@ No kernel used here holds the ``s x s`` scores. On a GPU these are, in the order
   support: the memory-efficient kernel with a dense mask, which all layers share.
 
 torch's math kernel, which holds the scores, is disabled on GPUs. On a CPU torch chooses the kernel;
-documents are a dense mask there. FlexAttention supports no dropout, must be compiled for each
-shape, and is slower than flash attention (Dong et al., 2024, arXiv:2412.05496, section 5).
+documents are a dense mask there. FlexAttention has no dropout either, and has to be compiled.
 """
 
 from __future__ import annotations
@@ -200,7 +199,7 @@ def has_document_kernel(core: TransformerConfig, dtype: torch.dtype) -> bool:
     """Whether :func:`document_attention` supports a model on this process's GPU."""
     return (
         varlen is not None
-        and "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters  # torch 2.12
+        and "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters  # not in torch 2.10
         and core.attention_dropout == 0.0
         and core.kv_channels % 8 == 0
         and _flash_runs(core.kv_channels, dtype)

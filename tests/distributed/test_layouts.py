@@ -75,6 +75,7 @@ LAYOUTS = {
     "deep-pp4-spelled": ((0, 4), (*PP4, *SPELLED)),  # a last stage without layers
     "six-pp4-counted": ((4, 8), (*PP4, *COUNTED, *DISTRIBUTED)),
     "packed-tp2-pp2": ((4, 8), (*TP2, *PP2)),
+    "packed-pp4": ((0, 4), (*PP4, *UNIFORM)),  # middle stages read the documents' boundaries only
     "dropout-tp4": ((0, 4), TP4),  # one mask on all ranks of a tensor-parallel group
     "llama-eight": ((0, 8), (*TP2, *PP2, *SP, *DISTRIBUTED, *OVERLAP)),
     "gpt2-eight": ((0, 8), (*TP2, *PP2, *VP2, *SP, *DISTRIBUTED, *OVERLAP)),

@@ -16,7 +16,7 @@ from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.report.history import read_history
 from tests.support.datasets import write_dataset, write_folds
 from tests.support.processes import run_ranks
-from tests.support.tolerances import ELEMENTWISE, LOSS, TRAINED, assert_close
+from tests.support.tolerances import ELEMENTWISE, LOSS, TRAINED, assert_close, distance
 from tests.support.training import DISTRIBUTED, PP2, SP, TP2, Job, arguments, history
 from tests.support.witness import read_weights
 
@@ -24,6 +24,9 @@ ONE, OTHER, BOTH = (0, 1), (1, 2), (0, 2)
 RAMP = ("--rampup-batch-size", 2, 2, 4)
 Z = ("--z-loss-strength", 1e-3)
 FIXED = ("--padded-vocab-size", 256)
+PACKED = (*FIXED, "--reset-position-ids", "--reset-attention-mask", "--eod-mask-loss")
+UNIFORM = ("--recompute-granularity", "full", "--recompute-method", "uniform",
+           "--recompute-num-layers", 1)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +58,9 @@ def runs(tmp_path_factory):
     add("fp16-dp2", BOTH, "laptop-llama", "--fp16", *DISTRIBUTED, *FIXED,
         "--initial-loss-scale", 2.0**60, "--hysteresis", 1)  # fmt: skip
     add("sgd", ONE, "laptop-llama", *FIXED, "--optimizer", "sgd", "--log-interval", 2)
+    add("packed", OTHER, "laptop-llama", *PACKED, micro_batch_size=4)
+    add("packed-tp2", BOTH, "laptop-llama", *PACKED, *TP2, *SP, micro_batch_size=4, num_workers=1)
+    add("packed-pp2", BOTH, "laptop-llama", *PACKED, *PP2, *UNIFORM, micro_batch_size=4)
     plain = [{**vars(job), "flags": [str(flag) for flag in job.flags]} for job in jobs]
     evaluations = arguments("laptop-llama", folds, *FIXED, "--load", folder / "plain",
                             "--eval-only", *TP2)  # fmt: skip
@@ -149,6 +155,15 @@ def test_losses_and_tokens_of_datasets(runs):
     assert (sum(first.values()), second) == (4, {"ja": 3, "en": 5})
     assert_close(record["lm loss"], expected, ELEMENTWISE, "lm loss")
     assert sum(second.values()) == record["consumed samples"] == 8
+
+
+def test_documents_in_other_layouts(runs):
+    """With data workers on both tensor-parallel ranks, and with recomputation on two stages."""
+    for value in ("lm loss", "grad norm", "validation/valid"):
+        expected = history(runs / "packed", value)
+        assert distance(expected, history(runs / "one-micro-batch", value)) > 10 * TRAINED
+        for name in ("packed-tp2", "packed-pp2"):
+            assert_close(history(runs / name, value), expected, TRAINED, f"{name} {value}")
 
 
 def test_parameter_norm(runs):
