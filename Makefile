@@ -7,7 +7,7 @@ TEST_WORKERS ?= 2
 PARALLEL := -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-long coverage mutants faults lint clean
+.PHONY: help install quickstart test test-long coverage mutants faults gpu gpu-wheels lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -34,6 +34,19 @@ faults: $(VENV)/.installed-dev  ## run the long fault suite and write its counts
 	@FAULT_KILLS=$${FAULT_KILLS:-200} FAULT_RESULTS=fault_results.json $(RUN) -m pytest \
 		-m fault -p tests.support.fault_results $(PYTEST_FLAGS)
 	@$(RUN) -m tests.faults.report fault_results.json docs/reliability.md
+
+gpu:  ## measure on one GPU, in under 9 minutes: losses, speed, memory, saves (docs/performance.md)
+ifneq ($(wildcard wheels/*.whl),)
+	@$(PYTHON) -m pip install -q --no-index --no-deps --no-compile --upgrade \
+		--target .gpu_packages wheels/*.whl
+	@PYTHONPATH=.gpu_packages $(PYTHON) -m benchmarks.gpu $(GPU_FLAGS)
+else
+	@$(MAKE) --no-print-directory $(VENV)/.installed
+	@$(RUN) -m benchmarks.gpu $(GPU_FLAGS)
+endif
+
+gpu-wheels: $(VENV)/.installed  ## download what `make gpu` needs on a machine without a network
+	@$(RUN) -m benchmarks.gpu.wheels wheels $(GPU_WHEELS_FLAGS)
 
 lint: $(VENV)/.installed-dev  ## check style and types
 	@$(VENV)/bin/ruff check .
