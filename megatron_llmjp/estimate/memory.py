@@ -163,12 +163,21 @@ def _activations(
         else:
             kept = -(-layers // unit) * n * h * e // p
             recomputed = unit * whole
-    total = in_flight * kept
+    total = in_flight * (kept + _dense_mask(config, layout, fused_kernels))
     if any(chunk.output for chunk in chunks):
         total += _norms(config, n // p, fused_kernels) // 2
     if any(chunk.embedding for chunk in chunks) and config.model.hidden_dropout:
         total += n * h * (1 if fused_kernels else e) // p * in_flight
     return total, recomputed
+
+
+def _dense_mask(config: Config, layout: ParallelLayout, fused_kernels: bool) -> int:
+    """Mask that all layers share where attention has no kernel for documents' boundaries."""
+    e = element_size(config)
+    has_kernel = fused_kernels and e == 2 and config.model.attention_dropout == 0.0
+    if has_kernel or not config.data.reset_attention_mask:
+        return 0
+    return _tokens(config, layout) * config.data.seq_length * e
 
 
 def _logits(config: Config, layout: ParallelLayout) -> int:

@@ -32,6 +32,16 @@ ALONE: list[tuple[str, dict[str, Any]]] = [
     ("laptop-llama", {**FULL, "vocab_size": 500}),
     ("laptop-gpt-neox", {**BLOCK, "vocab_size": 500, "num_layers": 6}),
     ("laptop-llama", {"seq_length": 512, "micro_batch_size": 2, "vocab_size": 500}),
+    (
+        "laptop-llama",
+        {
+            "seq_length": 1024,
+            "vocab_size": 500,
+            "reset_attention_mask": True,
+            "micro_batch_size": 2,
+            "global_batch_size": 4,
+        },
+    ),
 ]
 IN_PAIRS: list[tuple[str, dict[str, Any]]] = [
     ("laptop-llama", TP),
@@ -133,10 +143,12 @@ def run_micro_batches(chunks: list[Any], config: Config) -> None:
 
     b, s = config.training.micro_batch_size, config.data.seq_length
     tokens = torch.zeros(b, s, dtype=torch.long)
+    one_per_sample = torch.arange(0, b * s + 1, s, dtype=torch.int32)
+    documents = one_per_sample if config.data.reset_attention_mask else None
 
     def forward(_: Any, model: Any) -> Any:
         positions = torch.arange(s).expand(b, s)
-        output = model(tokens, positions, None, labels=tokens)
+        output = model(tokens, positions, documents, labels=tokens)
         return output, lambda losses: (losses.float().mean(), {})
 
     get_forward_backward_func()(
