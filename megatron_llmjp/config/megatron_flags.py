@@ -69,6 +69,7 @@ SWITCH_ALIASES: dict[str, Alias] = {
         },
         "recompute every layer in the backward pass (Megatron-DeepSpeed)",
     ),
+    "--disable-manual-gc-eval": Alias({"manual_gc_eval": False}, "same as --no-manual-gc-eval"),
     "--skip-train": Alias({"eval_only": True}, "same as --eval-only"),
 }
 

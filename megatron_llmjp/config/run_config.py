@@ -133,6 +133,16 @@ class TrainingConfig(Section):
     deterministic_mode: bool = Field(
         False, description="make losses bit-identical from run to run; slower on GPUs"
     )
+    manual_gc: bool = Field(
+        True, description="collect Python's garbage at the same iterations on all ranks"
+    )
+    manual_gc_interval: NonNegativeInt = Field(
+        100,
+        description="manual_gc: iterations between collections; 0 collects at validations only",
+    )
+    manual_gc_eval: bool = Field(
+        True, description="manual_gc: also collect before and after each validation"
+    )
 
 
 class CheckpointConfig(Section):

@@ -121,9 +121,7 @@ _BY_REASON: dict[str, str] = {
         --no-check-for-nan-in-loss-and-grad --check-for-spiky-loss --check-for-large-grads
         --rerun-mode --error-injection-rate --error-injection-type
         --result-rejected-tracker-filename""",
-    "garbage collection and memory are managed by Python and PyTorch": """
-        --manual-gc --manual-gc-interval --manual-gc-eval --no-manual-gc-eval
-        --disable-manual-gc-eval
+    "memory is managed by PyTorch": """
         --empty-unused-memory-level --train-sync-interval""",
     "signals (SIGTERM, SIGUSR1, ..., Ctrl-C) always save a checkpoint and stop the run": """
         --exit-signal-handler --exit-signal --exit-signal-handler-for-dataloader""",

@@ -6,6 +6,7 @@ without data parallelism, goes to data-parallel rank ``k mod d``, as in Megatron
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -121,17 +122,19 @@ def _data_loader(
         # Without its own generator the loader draws a seed from torch's default generator, which
         # dropout uses on CPUs: the dropout masks of tensor-parallel ranks would then differ.
         generator=torch.Generator(),
-        worker_init_fn=_ignore_stop_signals,
+        worker_init_fn=_initialize_worker,
         pin_memory=device.is_cuda,
     )
 
 
-def _ignore_stop_signals(worker: int) -> None:
-    """Ignore stop signals in a data worker.
+def _initialize_worker(worker: int) -> None:
+    """Ignore stop signals in a data worker, and collect its garbage automatically.
 
     The launcher, Slurm or a terminal signals all processes, but the rank needs its workers until it
-    has saved a checkpoint. Workers exit with their rank.
+    has saved a checkpoint. Workers exit with their rank. The rank itself may have disabled the
+    automatic collection (``training/garbage_collection.py``).
     """
+    gc.enable()
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -168,7 +171,9 @@ def _integers_on_device(batch: Batch | None, config: Config, device: Device) -> 
     dataset_id = packed[-shape[0] :]
     if batch is not None:
         for row, name in zip(rows, _INTEGERS, strict=True):
-            row.copy_(batch[name], non_blocking=True)
+            # The loss mask is converted on the device: a conversion on the host would copy it to
+            # pageable memory, from which the host copies synchronously.
+            row.copy_(batch[name].to(row.device, non_blocking=True))
         if "dataset_id" in batch:
             dataset_id.copy_(batch["dataset_id"], non_blocking=True)
     every_rank_reads = config.data.reset_attention_mask

@@ -132,12 +132,13 @@ def _activation(
 def _pipeline_communication(config: Config, device: Device) -> dict[str, Any]:
     parallel = config.parallel
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
-    # With two stages, the batched sends and receives of the interleaved schedule are mixed up
-    # between the same pair of ranks and gradients are silently wrong: use individual ones there.
-    individual = interleaved and parallel.pipeline_model_parallel_size == 2
     return {
-        "overlap_p2p_comm": individual,
-        "batch_p2p_comm": not individual,
+        # As in Megatron-LM, the interleaved schedule overlaps communication with computation.
+        # Batched ones of two stages would be mixed up, and gradients silently wrong.
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": not interleaved,
+        # A wait for the device after each batch, required by PyTorch 1 only.
+        "batch_p2p_sync": False,
         # gloo may read a buffer after the call has returned: it must not be freed.
         "deallocate_pipeline_outputs": device.is_cuda,
     }

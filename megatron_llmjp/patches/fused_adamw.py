@@ -57,7 +57,8 @@ class FusedAdamW(torch.optim.Optimizer):
         self, group: dict[str, Any], parameters: list[Tensor], device: torch.device
     ) -> None:
         states = [self._state(parameter) for parameter in parameters]
-        step = torch.tensor(float(group["step"]), device=device)
+        # Filled on the device: a copy of a host value would make the host wait.
+        step = torch.full((), float(group["step"]), device=device)
         beta1, beta2 = group["betas"]
         torch._fused_adamw_(
             parameters,

@@ -31,6 +31,7 @@ from megatron_llmjp.data.folds.schedule import Schedule
 from megatron_llmjp.data.lr_schedule import SchedulerSettings, learning_rate_settings
 from megatron_llmjp.model.gpt import params_dtype
 from megatron_llmjp.patches.bucket_padding import keep_bucket_padding
+from megatron_llmjp.patches.foreach_norm import use_foreach_kernels
 from megatron_llmjp.patches.fused_adamw import register_fused_adamw
 from megatron_llmjp.patches.missing_moments import create_missing_moments
 
@@ -176,6 +177,7 @@ def wrap_for_data_parallel(chunks: list[Any], config: Config) -> list[Any]:
 def build_optimizer(chunks: list[Any], config: Config) -> Any:
     """Return megatron-core's optimizer, with the distributed optimizer if configured."""
     register_fused_adamw()
+    use_foreach_kernels()
     o = config.optimizer
     settings = core_optimizer.OptimizerConfig(
         optimizer=o.optimizer,

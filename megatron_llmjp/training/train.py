@@ -20,6 +20,7 @@ from megatron_llmjp.parallel.signals import StopRequests
 from megatron_llmjp.run import Run, resolve_run
 from megatron_llmjp.training import run_setup
 from megatron_llmjp.training.evaluation import evaluate, validation_line
+from megatron_llmjp.training.garbage_collection import GarbageCollector
 from megatron_llmjp.training.gradient_monitor import GradientMonitor, Rollback
 from megatron_llmjp.training.optimizer import LearningRateSchedule
 from megatron_llmjp.training.run_setup import LockedRun, locked_run, print_rank_0
@@ -109,7 +110,10 @@ def _train(
     saver = run_setup.build_saver(run, sizes, locked.check_lock, control.sync)
     monitor = GradientMonitor(run.config.faults, model.counters.get(GRADIENT_NORMS_STATE, ()))
     control.stop.defer_signals()
-    trainer = Trainer(run, context.device, sizes, model, data, saver, control, monitor, *start)
+    garbage = GarbageCollector(run.config.training)
+    trainer = Trainer(
+        run, context.device, sizes, model, data, saver, control, monitor, garbage, *start
+    )
     outcome = trainer.train()
     control.watchdog.begin(trainer.iteration, "the end of the run")
     data.indices.close()

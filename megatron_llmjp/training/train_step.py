@@ -93,16 +93,44 @@ def train_step(
 
 
 def _clip_and_update(optimizer: Any, should_apply: Callable[[float], bool]) -> tuple[bool, float]:
-    """Do what megatron-core's ``step`` does, with ``should_apply`` between norm and update."""
-    if optimizer.prepare_grads():  # fp16 overflowed; the loss scale is lowered
-        return False, math.nan
+    """Do what megatron-core's ``step`` does, with ``should_apply`` between norm and update.
+
+    The host waits for the device once, for the gradient norm.
+    """
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    scaled = [part for part in parts if getattr(part, "grad_scaler", None) is not None]
+    if scaled:
+        _unscale_gradients(scaled)
+    else:
+        optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
+    for part in scaled:
+        part.grad_scaler.update(not math.isfinite(grad_norm))
+    if scaled and not math.isfinite(grad_norm):  # fp16 overflowed; the loss scale is lowered
+        return False, math.nan
     if not should_apply(grad_norm):
         return False, grad_norm
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in parts:
         if part.config.clip_grad > 0.0 and (parameters := part.get_parameters()):
             clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, grad_norm)
     return bool(optimizer.step_with_ready_grads()), grad_norm
+
+
+def _unscale_gradients(parts: list[Any]) -> None:
+    """Do what megatron-core's ``prepare_grads`` does, without reading whether fp16 overflowed.
+
+    The gradient norm is not finite then: a NaN or Inf that it does not include is in a copy of a
+    parameter, whose gradients are equal. That saves a wait for the device and an all-reduce.
+    """
+    for part in parts:
+        if part.is_stub_optimizer:
+            continue  # this rank has no parameters
+        part._copy_model_grads_to_main_grads()
+        torch._amp_foreach_non_finite_check_and_unscale_(
+            part._collect_main_grad_data_for_unscaling(),
+            part.found_inf,
+            part.grad_scaler.inv_scale,
+        )
 
 
 def run_micro_batches(

@@ -22,6 +22,7 @@ from megatron_llmjp.parallel.device import Device
 from megatron_llmjp.run import Run
 from megatron_llmjp.training.batch_iterator import batch_iterators, dataset_names
 from megatron_llmjp.training.evaluation import evaluate
+from megatron_llmjp.training.garbage_collection import GarbageCollector
 from megatron_llmjp.training.gradient_monitor import (
     GradientMonitor,
     Rollback,
@@ -74,6 +75,7 @@ class Trainer:
     saver: Saver
     control: RunControl
     monitor: GradientMonitor
+    garbage: GarbageCollector
     iteration: int
     consumed_samples: int
     """Samples trained on so far: the complete state of the data."""
@@ -94,7 +96,8 @@ class Trainer:
             metrics.load_state_dict(self.model.counters[METRICS_STATE])
         self.monitor.load_state_dict(self.model.counters.get(GRADIENT_MONITOR_STATE, {}))
         try:
-            outcome = self._train(metrics)
+            with self.garbage.disabled():
+                outcome = self._train(metrics)
         except RunError as error:
             metrics.end(self.iteration, self.consumed_samples, "failed", str(error))
             _close(writers)
@@ -125,6 +128,7 @@ class Trainer:
             )
             if self._is_due(config.logging.log_interval) or self.iteration == started + 1:
                 self._log(metrics, result, learning_rate, batch_size)
+            self.garbage.after_iteration(self.iteration)
             metrics.pause()
             if self._is_due(config.training.eval_interval) and not self._is_done():
                 self._validate(metrics)
@@ -265,14 +269,15 @@ class Trainer:
         config, stop = self.run.config, self.control.stop
         if self.data.validation and config.training.eval_iters:
             self._begin("a validation")
-            losses = evaluate(
-                self.model.chunks,
-                self.data.validation,
-                config,
-                self.device,
-                should_stop=lambda: bool(stop.agreed()),
-                beat=self.control.sync.beat,
-            )
+            with self.garbage.around_validation():
+                losses = evaluate(
+                    self.model.chunks,
+                    self.data.validation,
+                    config,
+                    self.device,
+                    should_stop=lambda: bool(stop.agreed()),
+                    beat=self.control.sync.beat,
+                )
             if losses:
                 metrics.log_validation(self.iteration, self.consumed_samples, losses)
 

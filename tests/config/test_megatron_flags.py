@@ -32,7 +32,7 @@ OF_THE_DATA_AND_PLACE = {
     "override_opt_param_scheduler", "async_save",
 }  # fmt: skip
 """Fields of data, checkpoints and logs, which scripts set and presets do not."""
-FASTER_HERE = {"recompute_granularity"}
+FASTER_HERE = {"recompute_granularity", "overlap_grad_reduce", "overlap_param_gather"}
 """Fields of speed and memory that presets set to other values than the scripts."""
 
 
@@ -110,6 +110,10 @@ def test_megatrons_defaults_without_config():
 BASE = "--num-layers 4 --hidden-size 128 --num-attention-heads 8"
 MEANINGS = {
     # flags: resulting values of fields
+    "--manual-gc --manual-gc-interval 10 --disable-manual-gc-eval": {
+        "manual_gc": True, "manual_gc_interval": 10, "manual_gc_eval": False,
+    },
+    "--no-manual-gc --no-manual-gc-eval": {"manual_gc": False, "manual_gc_eval": False},
     "": {
         "activation_function": "gelu_tanh", "normalization": "LayerNorm", "hidden_dropout": 0.1,
         "position_embedding_type": "learned_absolute", "add_bias_linear": True, "adam_beta2": 0.999,

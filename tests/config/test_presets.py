@@ -44,6 +44,15 @@ def test_all_presets_are_in_the_documentation():
     assert all(f"\n| {name} |" in page for name in loading.preset_names())
 
 
+def test_a_distributed_optimizer_overlaps_its_communication():
+    for name in loading.preset_names():
+        layers = loading.ConfigLayers()
+        loading.read_preset(layers, name, name)
+        parallel = loading.build_config(layers, may_be_missing=True).parallel
+        overlaps = (parallel.overlap_grad_reduce, parallel.overlap_param_gather)
+        assert overlaps == (parallel.use_distributed_optimizer,) * 2, name
+
+
 def test_an_added_preset_appears_everywhere(added, capsys, monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)

@@ -172,8 +172,8 @@ def communication(config: Any, device: Any) -> list[list[bool]]:
     for stages, where in ((2, device), (3, device), (2, Device("cuda", "nccl", "a GPU"))):
         sizes = {"pipeline_model_parallel_size": stages, "virtual_pipeline_model_parallel_size": 2}
         settings = gpt._pipeline_communication(replace_fields(config, **sizes), where)
-        names = ("overlap_p2p_comm", "batch_p2p_comm", "deallocate_pipeline_outputs")
-        found.append([settings[name] for name in names])
+        names = ("overlap_p2p_comm", "batch_p2p_comm", "batch_p2p_sync")
+        found.append([settings[name] for name in (*names, "deallocate_pipeline_outputs")])
     return found
 
 
@@ -250,11 +250,11 @@ def test_packed_documents_are_masked(result, style):
 
 
 def test_pipeline_communication(result):
-    """Two interleaved stages use individual sends, and gloo's buffers are not freed."""
+    """Interleaved stages overlap individual sends, no send waits, gloo's buffers are not freed."""
     assert result[2]["interleaved"] == [
-        [True, False, False],
-        [False, True, False],
-        [True, False, True],
+        [True, False, False, False],
+        [True, False, False, False],
+        [True, False, False, True],
     ]
 
 

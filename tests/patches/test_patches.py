@@ -184,6 +184,28 @@ def test_missing_moments(found):
     assert not found["gathers before"], needless("missing_moments")
 
 
+def norm_of_meta_tensors() -> list[str]:
+    """Return the kernels that read values of tensors: megatron-core's, and the replacement."""
+    import torch
+    from megatron.core.optimizer import clip_grads
+
+    from megatron_llmjp.patches.foreach_norm import use_foreach_kernels
+
+    found = []
+    for name in ("before", "after"):
+        try:
+            clip_grads.l2_norm_impl(0, None, [[torch.empty(3, device="meta")]], False)
+        except (RuntimeError, NotImplementedError):
+            found.append(name)
+        use_foreach_kernels()
+    return found
+
+
+@without_fused_optimizers
+def test_foreach_norm():
+    assert run_ranks(norm_of_meta_tensors, 1)[0] == ["before"], needless("foreach_norm")
+
+
 def rope_parameters() -> list[str]:
     """Parameters of megatron-core's classes that set constants of LLaMA 3's rotary scaling."""
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
