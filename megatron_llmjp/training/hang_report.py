@@ -15,23 +15,30 @@ import traceback
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
 from megatron_llmjp.formatting import format_ranks
-
-_COMMUNICATION_FILES = (
-    "torch/distributed/",
-    "p2p_communication.py",
-    "param_and_grad_buffer.py",
-    "megatron_llmjp/parallel/process_groups.py",
-    "megatron_llmjp/training/stop_signals.py",
+from megatron_llmjp.training.wait_sites import (
+    Frame,
+    Wait,
+    find_wait,
+    is_known_wait,
+    stack_frames,
 )
-"""Files whose functions wait for other ranks; matched against the innermost stack frames."""
 
 _SILENT = "no response (process stopped or exited, or machine down)"
+
+_ALL_WAIT = (
+    "all ranks wait: a GPU or a link hangs, or ranks disagree on the next collective; compare the "
+    "stacks and, on GPUs, collectives-rank*.json"
+)
+_WAITS: dict[Wait, str] = {
+    "other ranks": "waits for other ranks",
+    "its GPU": "waits for its GPU, which may wait for other ranks",
+    "": "does not wait for another rank",
+}
 
 PROGRESS_KEY = "progress"
 """Key in the store of the counter that all ranks increment."""
@@ -50,39 +57,37 @@ class RankState:
     iteration: int
     phase: str
     """Phase of the run, such as a step, a validation or a save."""
+    phases: int
+    """Number of phases begun so far, which all ranks begin in the same order."""
     line: str
     """Innermost line of Python code of the main thread."""
-    waits: bool
-    """Whether that line is inside a collective, waiting for another rank."""
+    waits_for: Wait
+    """What the main thread waits for."""
 
 
-def rank_state(thread: int, rank: int, iteration: int, phase: str) -> RankState:
+class Phase(NamedTuple):
+    """Phase of a run that a rank is in."""
+
+    iteration: int
+    name: str
+    number: int
+    """Number of phases begun so far."""
+
+
+def rank_state(thread: int, rank: int, phase: Phase, on_gpu: bool) -> RankState:
     """Return the state of a thread of this process."""
     frames = traceback.extract_stack(sys._current_frames()[thread])
     inner = frames[-1]
     own = next((f for f in reversed(frames) if "megatron" in f.filename), inner)
     return RankState(
-        rank,
-        socket.gethostname(),
-        iteration,
-        phase,
-        f"{_short_path(own.filename)}:{own.lineno} in {own.name}",
-        is_communicating([frame.filename for frame in frames]),
+        rank=rank,
+        host=socket.gethostname(),
+        iteration=phase.iteration,
+        phase=phase.name,
+        phases=phase.number,
+        line=f"{_short_path(own.filename)}:{own.lineno} in {own.name}",
+        waits_for=find_wait([Frame(f.filename, f.name) for f in frames], on_gpu),
     )
-
-
-def is_communicating(files: list[str]) -> bool:
-    """Return whether a stack of these files, innermost last, is inside a collective."""
-    return any(part in name for name in files[-4:] for part in _COMMUNICATION_FILES)
-
-
-def stack_files(frame: FrameType | None) -> list[str]:
-    """Return the file names of a stack, innermost last, without reading the sources."""
-    names = []
-    while frame is not None:
-        names.append(frame.f_code.co_filename)
-        frame = frame.f_back
-    return names[::-1]
 
 
 def describe_ranks(states: list[RankState], world_size: int) -> list[str]:
@@ -97,14 +102,18 @@ def describe_ranks(states: list[RankState], world_size: int) -> list[str]:
     lines = []
     if silent:
         lines.append(f"{format_ranks(silent)}: {_SILENT}")
-    groups: dict[tuple[int, str, str, bool], list[RankState]] = defaultdict(list)
+    groups: dict[tuple[int, bool, str, str], list[RankState]] = defaultdict(list)
     for state in states:
-        groups[state.iteration, state.phase, state.line, state.waits].append(state)
-    # Ranks at an earlier iteration come first, then ranks that do not wait for others.
-    for key in sorted(groups, key=lambda k: (k[0], k[3])):
-        lines.append(_describe_group(groups[key]))
-    if not silent and len(groups) > 1:
+        # A rank that waits is a victim, as long as another one is behind it or does not wait.
+        waits = bool(state.waits_for)
+        groups[state.phases, waits, state.waits_for, state.line].append(state)
+    order = sorted(groups)
+    lines += [_describe_group(groups[key]) for key in order]
+    stands_out = len(order) > 1 and order[0][:2] < order[-1][:2]
+    if not silent and stands_out:
         lines[0] += "   <- check first"
+    elif not silent and all(state.waits_for for state in states):
+        lines.append(_ALL_WAIT)
     return lines
 
 
@@ -121,10 +130,10 @@ def _describe_group(members: list[RankState]) -> str:
     """Return a line for ranks with the same state."""
     state = members[0]
     hosts = ", ".join(sorted({member.host for member in members})[:4])
-    wait = "waits for other ranks" if state.waits else "does not wait for another rank"
+    ranks = format_ranks(member.rank for member in members)
     return (
-        f"{format_ranks([member.rank for member in members])} on {hosts}: iteration "
-        f"{state.iteration}, {state.phase}; {wait}; {state.line}"
+        f"{ranks} on {hosts}: iteration {state.iteration}, {state.phase}; "
+        f"{_WAITS[state.waits_for]}; {state.line}"
     )
 
 
@@ -138,12 +147,12 @@ def _short_path(filename: str) -> str:
 class HeartbeatExchange:
     """Exchange heartbeats among all ranks through the store, in a thread."""
 
-    def __init__(self, store: Any, period: float) -> None:
+    def __init__(self, store: Any, period: float, on_gpu: bool) -> None:
         """Exchange heartbeats every ``period`` seconds through ``store``."""
         self.counts_work = False
         """Whether CPU time of the main thread and of child processes counts as a heartbeat; for
         phases with long library calls."""
-        self._store, self._period = store, period
+        self._store, self._period, self._on_gpu = store, period, on_gpu
         self._own = self._progressed = False
         self._seen = -1
         self._main = threading.get_ident()
@@ -184,8 +193,8 @@ class HeartbeatExchange:
                 self._seen, self._progressed = count, True
 
     def _waits(self) -> bool:
-        """Whether the main thread waits for other ranks, which may use CPU time too."""
-        return is_communicating(stack_files(sys._current_frames().get(self._main)))
+        """Whether the main thread waits for other ranks or its GPU, which may use CPU time too."""
+        return is_known_wait(stack_frames(sys._current_frames().get(self._main)), self._on_gpu)
 
 
 class _ThreadActivity:

@@ -34,6 +34,7 @@ from megatron_llmjp.parallel.process_groups import RankSync
 from megatron_llmjp.parallel.ranks import Ranks
 from megatron_llmjp.training.hang_report import (
     HeartbeatExchange,
+    Phase,
     RankState,
     describe_ranks,
     describe_silent_first_rank,
@@ -89,7 +90,13 @@ class Watchdog:
     """Thread that detects hangs of the main threads of all ranks."""
 
     def __init__(
-        self, store: Any, rank: int, world_size: int, minutes: float, logs: Path | None
+        self,
+        store: Any,
+        rank: int,
+        world_size: int,
+        minutes: float,
+        logs: Path | None,
+        on_gpu: bool = False,
     ) -> None:
         """Create a watchdog with its own connections to ``store``.
 
@@ -99,13 +106,15 @@ class Watchdog:
             world_size: number of ranks.
             minutes: time without progress of any rank after which the run ends; 0 to disable.
             logs: folder for the stacks; None to write none.
+            on_gpu: whether the ranks train on GPUs.
         """
         self._store = _own_connection(store)
         self._rank, self._world_size, self._logs = rank, world_size, logs
         self._timer = HangTimer(60 * minutes)
         self._main = threading.get_ident()
-        self._phase = (0, "start")
-        self._heartbeats = HeartbeatExchange(_own_connection(store), self._timer.period)
+        self._phase = Phase(0, "start", 0)
+        self._on_gpu = on_gpu
+        self._heartbeats = HeartbeatExchange(_own_connection(store), self._timer.period, on_gpu)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
@@ -125,7 +134,7 @@ class Watchdog:
                 another rank; for long library calls that give no heartbeat. Endless loops are not
                 detected in such a phase.
         """
-        self._phase = (iteration, phase)
+        self._phase = Phase(iteration, phase, self._phase.number + 1)
         self._heartbeats.counts_work = counts_work
         self._heartbeats.beat()
 
@@ -148,7 +157,7 @@ class Watchdog:
 
     def _report(self) -> None:
         """Write the stacks to a file, and report the states of all ranks."""
-        state = rank_state(self._main, self._rank, *self._phase)
+        state = rank_state(self._main, self._rank, self._phase, self._on_gpu)
         self._write_stacks()
         states = self._gather_states(state)
         if states is None:
@@ -160,7 +169,7 @@ class Watchdog:
 
     def _print_report(self, ranks: list[str]) -> None:
         minutes = f"{self._timer.limit / 60:g} minutes"
-        lines = [f"error: no progress for {minutes} at iteration {self._phase[0]}", *ranks]
+        lines = [f"error: no progress for {minutes} at iteration {self._phase.iteration}", *ranks]
         if self._logs is not None:
             lines.append(f"stacks of all responding ranks: {self._logs}")
         text = "\n".join(lines)
@@ -174,6 +183,8 @@ class Watchdog:
                 faulthandler.dump_traceback(stream, all_threads=True)
 
         self._log(dump)
+        if self._on_gpu:
+            self._log(lambda logs: write_collectives(logs, self._rank))
 
     def _log(self, write: Callable[[Path], object]) -> None:
         """Write a file with a timeout: the file system may be the cause of the hang."""
@@ -202,6 +213,19 @@ class Watchdog:
         keys = {rank: f"hang/{rank}" for rank in range(self._world_size)}
         responding = [rank for rank, key in keys.items() if self._store.check([key])]
         return [RankState(**json.loads(self._store.get(keys[rank]))) for rank in responding]
+
+
+def write_collectives(logs: Path, rank: int) -> None:
+    """Write the collectives that NCCL has not completed, from PyTorch's flight recorder.
+
+    ``TORCH_FR_BUFFER_SIZE=0`` disables the recorder.
+    """
+    import torch
+
+    dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace_json", None)
+    if dump is not None:  # torch has NCCL
+        collectives = dump(includeCollectives=True, onlyActive=True)
+        (logs / f"collectives-rank{rank:05d}.json").write_bytes(collectives)
 
 
 def _run_with_timeout(action: Callable[[], object], seconds: float) -> None:
@@ -233,13 +257,16 @@ class RunControl(NamedTuple):
 
 
 @contextmanager
-def hang_detection(config: Config, ranks: Ranks, store: Any) -> Iterator[Watchdog]:
+def hang_detection(
+    config: Config, ranks: Ranks, store: Any, on_gpu: bool = False
+) -> Iterator[Watchdog]:
     """Run a watchdog that ends the process if the run hangs.
 
     Args:
         config: the run's configuration.
         ranks: rank and world size of this process.
         store: key-value store shared by all ranks.
+        on_gpu: whether the ranks train on GPUs.
     """
     minutes = config.faults.hang_timeout_minutes
     if minutes is None:
@@ -248,7 +275,7 @@ def hang_detection(config: Config, ranks: Ranks, store: Any) -> Iterator[Watchdo
     logs = (
         Path(save) / STACKS_FOLDER if save is not None and not config.training.eval_only else None
     )
-    watchdog = Watchdog(store, ranks.rank, ranks.world_size, minutes, logs)
+    watchdog = Watchdog(store, ranks.rank, ranks.world_size, minutes, logs, on_gpu)
     watchdog.start()
     yield watchdog
     # Not after an error: closing would wait for other ranks, which may have exited.

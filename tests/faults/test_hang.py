@@ -19,6 +19,7 @@ from megatron_llmjp.parallel.process_groups import RankSync, new_group_without_t
 from megatron_llmjp.parallel.rendezvous import UNLIMITED
 from megatron_llmjp.training import watchdog
 from megatron_llmjp.training.hang_report import RankState, describe_ranks
+from megatron_llmjp.training.wait_sites import Wait
 from megatron_llmjp.training.watchdog import HangTimer, Watchdog
 from tests.faults.stage import LAST
 from tests.support.processes import run_ranks
@@ -60,19 +61,23 @@ def test_a_missing_rank_is_reported(tmp_path):
     assert second.startswith("ranks 0, 2 on") and "waits for other ranks" in second
 
 
-def state(rank: int, iteration: int = 7, waits: bool = True, line: str = "a") -> RankState:
-    return RankState(rank, f"node{rank // 2}", iteration, "step", line, waits)
+def state(rank: int, iteration: int = 7, waits: Wait = "other ranks", line: str = "a") -> RankState:
+    return RankState(rank, f"node{rank // 2}", iteration, "step", iteration, line, waits)
 
 
 def test_description_of_ranks():
-    everyone_waits = describe_ranks([state(r) for r in (0, 1, 2, 3)], 4)
-    assert len(everyone_waits) == 1 and everyone_waits[0].startswith("ranks 0-3 on node0, node1")
+    everyone_waits = describe_ranks([state(r, line=f"{r // 3}") for r in (0, 1, 2, 3)], 4)
+    assert len(everyone_waits) == 3 and everyone_waits[0].startswith("ranks 0-2 on node0, node1")
+    assert everyone_waits[2].startswith("all ranks wait") and "check first" not in everyone_waits[0]
     silent = describe_ranks([state(r) for r in (0, 1, 3, 4, 7)], 8)
     assert silent[0].startswith("ranks 2, 5-6: no response")
-    busy = describe_ranks([state(0), state(1), state(2, waits=False, line="read")], 3)
+    busy = describe_ranks([state(0), state(1), state(2, waits="", line="read")], 3)
     assert busy[0].startswith("rank 2 on node1") and busy[0].endswith("check first")
-    behind = describe_ranks([state(0, 8, waits=False), state(1, 7), state(2, 8)], 3)
-    assert behind[0].startswith("rank 1 on node0: iteration 7")
+    behind = describe_ranks([state(0, 8, waits=""), state(1, 7), state(2, 8)], 3)
+    assert behind[0].startswith("rank 1 on node0: iteration 7") and "check first" in behind[0]
+    on_gpus = describe_ranks([state(0, waits="its GPU"), state(1), state(2, waits="")], 3)
+    assert on_gpus[0].startswith("rank 2 on node1") and on_gpus[0].endswith("check first")
+    assert "waits for its GPU, which may" in on_gpus[1] and "waits for other" in on_gpus[2]
 
 
 def test_hang_timer():
