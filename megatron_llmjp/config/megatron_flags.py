@@ -20,7 +20,12 @@ from megatron_llmjp.config.loading import ConfigLayers
 from megatron_llmjp.config.refused_flags import FOREIGN, NEWER, REFUSED, REFUSED_FAMILIES
 from megatron_llmjp.config.schema import SECTION_OF
 from megatron_llmjp.config.tokenizer_types import TOKENIZER_TYPE_ALIASES
-from megatron_llmjp.config.unused_flags import NOT_NEEDED, NOT_NEEDED_FAMILIES
+from megatron_llmjp.config.unused_flags import (
+    NOT_NEEDED,
+    NOT_NEEDED_FAMILIES,
+    NOT_OFFERED,
+    NOT_OFFERED_FAMILIES,
+)
 from megatron_llmjp.errors import UserError, did_you_mean
 
 
@@ -218,8 +223,11 @@ def interpret_flags(words: Sequence[str], possible: Iterable[str]) -> ForeignFla
             problems.append(f"{flag} is not supported: {remedy}")
         elif (why := _lookup(flag, NOT_NEEDED, NOT_NEEDED_FAMILIES)) is not None:
             found.notes.append(f"{flag} is not needed here: {why}")
+        elif (instead := _lookup(flag, NOT_OFFERED, NOT_OFFERED_FAMILIES)) is not None:
+            found.notes.append(f"{flag} is not offered: {instead}")
         else:
-            problems.append(_unknown(flag, [*possible, *DEPENDENT_FLAGS, *CHOICES, *NOT_NEEDED]))
+            known = (*possible, *DEPENDENT_FLAGS, *CHOICES, *NOT_NEEDED, *NOT_OFFERED)
+            problems.append(_unknown(flag, known))
     found.notes = list(dict.fromkeys(found.notes))
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,12 @@ from megatron_llmjp.config.loading import (
 )
 from megatron_llmjp.config.megatron_flags import CHOICES, DEPENDENT_FLAGS
 from megatron_llmjp.config.refused_flags import FOREIGN, NEWER, REFUSED, REFUSED_FAMILIES
-from megatron_llmjp.config.unused_flags import NOT_NEEDED, NOT_NEEDED_FAMILIES
+from megatron_llmjp.config.unused_flags import (
+    NOT_NEEDED,
+    NOT_NEEDED_FAMILIES,
+    NOT_OFFERED,
+    NOT_OFFERED_FAMILIES,
+)
 from megatron_llmjp.config.validation import check_config
 from megatron_llmjp.errors import UserError
 from tests.config.launch_scripts import GPT2_BPE, SCRIPTS
@@ -57,13 +63,13 @@ def test_published_scripts_equal_their_presets(script):
     assert len(explained) == len(set(explained))
     for word in set(explained):
         assert word in normalize_dashes(script.argv)
-    assert all(" is not needed here: " in note for note in notes)
+    assert all(re.search(" is not (needed here|offered): ", note) for note in notes)
 
 
 def kinds(flag, fields):
     """Return all tables that contain a flag."""
-    families = (*NOT_NEEDED_FAMILIES, *REFUSED_FAMILIES)
-    tables = (fields, DEPENDENT_FLAGS, CHOICES, REFUSED, NOT_NEEDED)
+    families = (*NOT_NEEDED_FAMILIES, *NOT_OFFERED_FAMILIES, *REFUSED_FAMILIES)
+    tables = (fields, DEPENDENT_FLAGS, CHOICES, REFUSED, NOT_NEEDED, NOT_OFFERED)
     exact = [number for number, table in enumerate(tables) if flag in table]
     return exact or [start for start in families if flag.startswith(start)]
 
@@ -73,8 +79,21 @@ def test_every_flag_of_megatron_is_classified_once():
     found = {flag: kinds(flag, fields) for flag in NAMES}
     assert {flag: kind for flag, kind in found.items() if len(kind) != 1} == {}
     assert len(NAMES) > 700
-    ours = {*DEPENDENT_FLAGS, *CHOICES, *REFUSED, *NOT_NEEDED}
+    ours = {*DEPENDENT_FLAGS, *CHOICES, *REFUSED, *NOT_NEEDED, *NOT_OFFERED}
     assert {flag: kinds(flag, fields) for flag in ours if len(kinds(flag, fields)) != 1} == {}
+
+
+def test_flags_that_a_user_misses_are_not_called_needless():
+    """Flags for speed have their own notes, with what the run does instead."""
+    given = "--tp-comm-overlap --cuda-graph-impl local --straggler-minmax-count 4 --use-flash-attn"
+    notes = parse([*BASE.split(), *given.split()]).notes
+    found = {note.split()[0]: note.partition(" is ")[2].partition(":")[0] for note in notes}
+    assert found == {
+        "--tp-comm-overlap": "not offered",
+        "--cuda-graph-impl": "not offered",
+        "--straggler-minmax-count": "not offered",
+        "--use-flash-attn": "not needed here",
+    }
 
 
 REAL_DEFAULTS = {
