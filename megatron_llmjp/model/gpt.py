@@ -27,6 +27,7 @@ from megatron_llmjp.model.kernels import KernelChoice, choose_kernels
 from megatron_llmjp.model.layers import ParallelResidualLayer, norm_class
 from megatron_llmjp.model.losses import GPTModelWithLoss
 from megatron_llmjp.parallel.device import Device
+from megatron_llmjp.patches.compiled_rotary import compile_rotary_embedding
 from megatron_llmjp.patches.llama3_rope_scaling import scale_rotary_frequencies
 
 
@@ -45,6 +46,8 @@ def params_dtype(config: Config) -> torch.dtype:
 def transformer_config(config: Config, device: Device) -> TransformerConfig:
     """Return megatron-core's configuration of the network and its parallel layout."""
     kernels = choose_kernels(device)
+    if kernels.fusions:
+        compile_rotary_embedding()
     model, parallel = config.model, config.parallel
     activation, fused_activation = _activation(model.activation_function, kernels, config)
     with _as_user_error():
@@ -62,7 +65,9 @@ def transformer_config(config: Config, device: Device) -> TransformerConfig:
             bias_activation_fusion=fused_activation,
             bias_dropout_fusion=kernels.fusions,
             masked_softmax_fusion=False,
-            apply_rope_fusion=kernels.transformer_engine,
+            # Transformer Engine's kernel has no factor for YaRN.
+            apply_rope_fusion=kernels.transformer_engine
+            and model.position_embedding_type != "yarn",
             gradient_accumulation_fusion=kernels.fused_wgrad,
             add_bias_linear=model.add_bias_linear,
             add_qkv_bias=model.add_qkv_bias,

@@ -6,6 +6,7 @@ A failure here after an upgrade means that a patch can be removed.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import pickle
 import subprocess
@@ -253,6 +254,18 @@ def test_lazy_subgroups():
     found = run_ranks(split_sources, 1)[0]
     assert found["patched"] == [False, False] and found["kept"] == [True]
     assert found["unpatched"] == [True, True], needless("lazy_subgroups")
+
+
+def rope_source() -> str:
+    from megatron.core.models.common.embeddings import rope_utils
+
+    return inspect.getsource(rope_utils)
+
+
+def test_compiled_rotary():
+    source = run_ranks(rope_source, 1)[0]
+    assert "_apply_rotary_pos_emb_bshd" in source
+    assert "jit_fuser" not in source and "compile" not in source, needless("compiled_rotary")
 
 
 class Code:
