@@ -7,12 +7,15 @@ TEST_WORKERS ?= 2
 PARALLEL := -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-long coverage mutants faults gpu gpu-wheels lint clean
+.PHONY: help install install-te quickstart test test-long coverage mutants faults gpu gpu-wheels lint clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
 
-install: $(VENV)/.installed  ## create .venv and install; PyTorch for CPU if there is no NVIDIA GPU
+install: $(VENV)/.installed  ## create .venv and install; PyTorch for the NVIDIA driver, or for CPU without one
+
+install-te: $(VENV)/.installed  ## build Transformer Engine for the PyTorch in .venv; needs the CUDA toolkit
+	@PYTHON=$(PYTHON) tools/install.sh $(VENV) te
 
 quickstart: $(VENV)/.installed  ## run the whole chain on a small corpus, from raw text to generated text
 	@$(RUN) examples/quickstart/run.py $(QUICKSTART_FLAGS)

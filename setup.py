@@ -32,7 +32,8 @@ REQUIRES = [
 ]
 
 EXTRAS = {
-    "gpu": ["transformer-engine[pytorch]>=2.0"],
+    # Compiled against the installed PyTorch, without build isolation: see tools/install.sh.
+    "gpu": ["transformer-engine[pytorch]>=2.0,<2.21"],
     "lz4": ["lz4>=4"],
     "wandb": ["wandb>=0.17"],
     "dev": [
