@@ -56,8 +56,8 @@ def measure(context: Context) -> None:
     rows = [_add_row(context, curve) for curve in chosen]
     agreed = sum(row["agreed"] == "yes" for row in rows)
     context.results.note(f"{agreed} of {len(rows)} agreed")
-    if failed := [row for row in rows if str(row["agreed"]).startswith("failed")]:
-        raise RuntimeError(f"{len(failed)} of {len(rows)} runs failed")
+    if agreed < len(rows):
+        raise RuntimeError(f"{len(rows) - agreed} of {len(rows)} did not agree")
 
 
 def curves(context: Context, with_te: bool) -> list[Curve]:

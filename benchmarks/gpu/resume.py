@@ -13,15 +13,19 @@ from megatron_llmjp.errors import EXIT_REQUEUE
 
 def measure(context: Context) -> None:
     """Compare the losses of both runs bit by bit, for each architecture, in bf16 with dropout."""
+    rows: list[dict[str, object]] = []
     for layers in ("torch", "TE") if transformer_engine_installed() else ("torch",):
         for architecture in context.scale.architectures:
             row: dict[str, object] = {"architecture": architecture, "layers": layers}
+            rows.append(row)
             try:
                 row |= _compare(context, architecture, layers)
             except Exception as error:
                 traceback.print_exc()
                 row["bit-exact"] = f"failed: {type(error).__name__}: {error}"[:300]
             context.results.add("resume", row)
+    if different := [row for row in rows if row["bit-exact"] != "yes"]:
+        raise RuntimeError(f"{len(different)} of {len(rows)} runs were not bit-exact")
 
 
 def _compare(context: Context, architecture: str, layers: str) -> dict[str, object]:

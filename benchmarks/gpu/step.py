@@ -29,6 +29,8 @@ WARM_UP = 2
 
 PROFILED_STEPS = 2
 
+OUT_OF_MEMORY = "out of memory"
+
 GPU_SIZES = {"fits 80 GB": 80e9, "fits 141 GB": 141e9}
 
 
@@ -51,7 +53,10 @@ def measure(context: Context, preset: str) -> None:
         results.add("host waits", {"call": "all", "per step": NEEDS_GPU})
         results.add(f"{KERNELS_SHOWN} longest kernels", {"kernel": "all", "per step": NEEDS_GPU})
     for size in others:
-        results.add("speed and memory", _speed(context, session, size))
+        row = _speed(context, session, size)
+        results.add("speed and memory", row)
+        if OUT_OF_MEMORY in str(row["s per step"]):
+            break  # the sizes grow
     session.close()
 
 
@@ -69,7 +74,7 @@ def _speed(context: Context, session: Session, size: int) -> dict[str, Any]:
         row |= _timed(context, session, steps)
     except torch.OutOfMemoryError as error:
         traceback.print_exc()
-        row |= {"s per step": f"out of memory: {error}"[:80]}
+        row["s per step"] = f"{OUT_OF_MEMORY}: {error}"[:80]
     row["predicted GB"] = predicted / 1e9
     if context.is_cuda:
         row |= _fits(row)
