@@ -40,6 +40,7 @@ def measure(context: Context, preset: str) -> None:
     sides: dict[str, Callable[[], object]] = {"ours": session.step}
     sides["transformers"], parameters = their_step(context, config)
     assert parameters == session.parameters, f"{parameters} and {session.parameters} parameters"
+    context.results.note(f"ours: {session.layer_classes}")
     context.results.note(
         "transformers: fp32 weights under bf16 autocast, layers and loss by torch.compile (backend "
         f"{context.scale.compile_backend}), torch's fused AdamW"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import traceback
 
 from benchmarks.gpu import runs
-from benchmarks.gpu.curves import transformer_engine_installed
 from benchmarks.gpu.results import Context
 from benchmarks.gpu.scale import ARCHITECTURES
 from megatron_llmjp.errors import EXIT_REQUEUE
@@ -14,7 +13,7 @@ from megatron_llmjp.errors import EXIT_REQUEUE
 def measure(context: Context) -> None:
     """Compare the losses of both runs bit by bit, for each architecture, in bf16 with dropout."""
     rows: list[dict[str, object]] = []
-    for layers in ("torch", "TE") if transformer_engine_installed() else ("torch",):
+    for layers in runs.installed_layers(context):
         for architecture in context.scale.architectures:
             row: dict[str, object] = {"architecture": architecture, "layers": layers}
             rows.append(row)
@@ -37,6 +36,7 @@ def _compare(context: Context, architecture: str, layers: str) -> dict[str, obje
         *context.scale.small_model,
         *("--hidden-dropout", "0.1", "--attention-dropout", "0.1", "--num-workers", "0"),
         *("--bf16", "--deterministic-mode", "--train-iters", str(steps)),
+        *runs.layer_flags(layers),
         tokens=16_000 * steps,
     )
     stopped = [*words, "--save", str(folder / "stopped")]

@@ -29,9 +29,9 @@ PLANNED_STEPS = 60
 class Session:
     """Steps of a preset in one process, as the trainer runs them, without logs and saves."""
 
-    def __init__(self, context: Context, preset: str) -> None:
+    def __init__(self, context: Context, preset: str, layers: str = "torch") -> None:
         scale = context.scale
-        words = [*scale.shrink, "--bf16", "--no-fp16"]
+        words = [*scale.shrink, "--bf16", "--no-fp16", *runs.layer_flags(layers)]
         words += ["--micro-batch-size", str(scale.micro_batch_sizes[0])]
         words += ["--global-batch-size", str(scale.samples_per_step)]
         words += ["--train-iters", str(PLANNED_STEPS)]
@@ -52,6 +52,13 @@ class Session:
     def parameters(self) -> int:
         """Number of parameters."""
         return sum(p.numel() for chunk in self.model.chunks for p in chunk.parameters())
+
+    @property
+    def layer_classes(self) -> str:
+        """Classes of the modules that compute a layer."""
+        modules = self.model.chunks[0].module.modules()
+        leaves = (module for module in modules if not any(module.children()))
+        return ", ".join(dict.fromkeys(type(module).__name__ for module in leaves))
 
     @property
     def tokens_per_step(self) -> int:

@@ -18,7 +18,7 @@ from benchmarks.gpu.table import to_markdown
 from benchmarks.gpu.trace import summarize
 from tests.support.forks import Fork, be_program
 
-ONE_OF_A_KIND = ["machine", "step-1.8b", "curves", "resume", "save", "compare-1.3b"]
+ONE_OF_A_KIND = ["machine", "step-1.8b", "curves", "resume", "save", "compare-1.3b", "step-1.8b-te"]
 """Parts without a second one that runs the same code on another preset."""
 
 
@@ -92,6 +92,12 @@ def test_both_sides_of_the_comparison_are_measured(report):
     assert float(row["ratio (range)"].split()[0]) == pytest.approx(ratio, abs=0.006)
 
 
+def test_a_part_without_its_library_is_skipped(report):
+    entry = report[0]["parts"]["step-1.8b-te"]
+    assert entry["status"] == "skipped"
+    assert "Transformer Engine is not installed" in entry["message"]
+
+
 def test_saves_are_timed(report):
     found = rows(report, "save", "saves")
     assert [row["mode"] for row in found] == ["synchronous"] * 2 + ["asynchronous"] * 2
@@ -105,7 +111,7 @@ def test_the_table_has_every_row(report):
     found, table = report
     for part in found["parts"].values():
         assert f"### {part['title']}" in table
-    tables = [t for part in found["parts"].values() for t in part["tables"].values()]
+    tables = [t for part in found["parts"].values() for t in part.get("tables", {}).values()]
     assert len(re.findall(r"^\| ", table, re.M)) == sum(len(t) + 2 for t in tables)
 
 
