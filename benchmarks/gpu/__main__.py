@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.parts import PARTS, Part, find_part
-from benchmarks.gpu.results import Context, Results, SkippedError, write_json
+from benchmarks.gpu.results import NEEDS_GPU, Context, Results, SkippedError, write_json
 from benchmarks.gpu.runner import ROOT, SKIPPED_EXIT_CODE, NewSession, Runner, StartFunction
 from benchmarks.gpu.scale import SCALES
 from benchmarks.gpu.table import to_markdown
@@ -145,9 +145,9 @@ def _run_part(arguments: argparse.Namespace, output: Path) -> int:
 def _machine(parts: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the name of the machine, from the facts that its part found."""
     rows = parts.get("machine", {}).get("tables", {}).get("machine", ())
-    facts = {row["fact"]: row["value"] for row in rows}
+    facts = {row["fact"]: row["value"] for row in rows if row["value"] != NEEDS_GPU}
     names = ("GPU", "driver_version", "CPU", "torch")
-    found = [f"{name} {facts[name]}" for name in names if name in facts]
+    found = [f"{name.partition('_')[0]} {facts[name]}" for name in names if name in facts]
     return ", ".join(found) if found else "an unknown machine"
 
 

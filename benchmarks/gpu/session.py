@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from megatron_llmjp.parallel.ranks import single_process
 from megatron_llmjp.parallel.rendezvous import rendezvous
 from megatron_llmjp.training import run_setup
 from megatron_llmjp.training.batch_iterator import batch_iterators
+from megatron_llmjp.training.garbage_collection import GarbageCollector
 from megatron_llmjp.training.optimizer import LearningRateSchedule
 from megatron_llmjp.training.train_step import train_step
 
@@ -46,6 +48,11 @@ class Session:
         rates = LearningRateSchedule(run.config, run.schedule, self._sizes, run.train_iters)
         self.model = run_setup.setup_model_and_optimizer(run, self.device, rates)
         self._batches: list[Iterator[Any]] = []
+        self._steps, self._garbage = 0, GarbageCollector(run.config.training)
+        self._open = ExitStack()
+        self._open.callback(process_groups.destroy)
+        self._open.callback(self._data.indices.close)
+        self._open.enter_context(self._garbage.disabled())
         self.use_micro_batch_size(scale.micro_batch_sizes[0])
 
     @property
@@ -92,12 +99,13 @@ class Session:
         )
         if not result.updated:
             raise RuntimeError(f"the gradient norm is {result.grad_norm}")
+        self._steps += 1
+        self._garbage.after_iteration(self._steps)
 
     def close(self) -> None:
         """Stop the data loader and destroy the process groups."""
         self._batches = []
-        self._data.indices.close()
-        process_groups.destroy()
+        self._open.close()
 
 
 def synchronize(context: Context) -> None:
