@@ -28,7 +28,8 @@ ARCHITECTURES = {
     "gpt2": ("laptop-gpt2", *DISTRIBUTED),
     "neox": ("laptop-gpt-neox", *SP, "--use-parallel-residual"),
 }
-RESET = ("--reset-attention-mask", "--reset-position-ids")
+# Dropout of scores draws other numbers for a sequence of documents than for a batch.
+RESET = ("--reset-attention-mask", "--reset-position-ids", "--attention-dropout", 0)
 RUNS = {
     name + suffix: (*flags, *reset)
     for name, flags in ARCHITECTURES.items()
@@ -95,7 +96,7 @@ def test_a_dense_mask_has_the_same_effect_as_boundaries(folder):
     assert_close(found, expected, TRAINED, "dense")
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", ["llama", "neox"])  # those without dropout
 def test_attention_does_not_cross_documents(folder, name):
     """The runs with and without --reset-attention-mask differ by more than rounding."""
     masked, plain = (history(folder / "te" / run)[1] for run in (f"{name}-reset", name))
