@@ -20,9 +20,8 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any, NoReturn
@@ -43,16 +42,12 @@ IMPORTED = (
 )
 """Modules that forked processes share."""
 
-STAND_INS = ROOT / "tests/support/stand_ins"
-"""Packages that are not installed: Transformer Engine, computed by torch on a CPU."""
-
 
 class Fork:
     """A forked process that runs a function, like :class:`subprocess.Popen`.
 
-    With ``stand_ins`` the packages of :data:`STAND_INS` are installed in it. Its standard input is
-    empty; standard output and standard error go to files, since an unread pipe would block it when
-    full.
+    Its standard input is empty; standard output and standard error go to files, since an unread
+    pipe would block it when full.
     """
 
     def __init__(
@@ -61,7 +56,6 @@ class Fork:
         *arguments: Any,
         env: Mapping[str, str] | None = None,
         cwd: Path = ROOT,
-        stand_ins: bool = False,
     ) -> None:
         self._folder = tempfile.TemporaryDirectory()
         environment = dict(os.environ if env is None else env)
@@ -71,8 +65,7 @@ class Fork:
         )
         for name in ("stdout", "stderr"):
             (Path(self._folder.name) / name).touch()
-        with _warm_process_with_stand_ins() if stand_ins else contextlib.nullcontext():
-            self._process.start()
+        self._process.start()
 
     @property
     def pid(self) -> int:
@@ -228,28 +221,6 @@ def warm_context() -> Any:
     return context
 
 
-@lru_cache(maxsize=1)
-def _server_with_stand_ins() -> forkserver.ForkServer:
-    server = forkserver.ForkServer()
-    server.set_forkserver_preload(["transformer_engine", "transformer_engine_torch", *IMPORTED])
-    return server
-
-
-@contextlib.contextmanager
-def _warm_process_with_stand_ins() -> Iterator[None]:
-    """Fork from another warm process: megatron-core looks for packages when it is imported."""
-    before, path = forkserver.connect_to_new_process, os.environ.get("PYTHONPATH")
-    forkserver.connect_to_new_process = _server_with_stand_ins().connect_to_new_process
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(STAND_INS), path]))
-    try:
-        yield
-    finally:
-        forkserver.connect_to_new_process = before
-        del os.environ["PYTHONPATH"]
-        if path is not None:
-            os.environ["PYTHONPATH"] = path
-
-
 def import_name(function: Callable[..., object]) -> tuple[str, str]:
     """Return the module and name of a function; in pytest a test's module has a different name."""
     file = Path(inspect.getfile(function)).resolve().relative_to(ROOT)
@@ -265,6 +236,12 @@ def _begin(
     arguments: Sequence[Any],
 ) -> None:
     """Set up the forked process and run the function in it."""
+    become_program(folder, env, cwd)
+    run_to_exit(lambda: getattr(importlib.import_module(module), name)(*arguments))
+
+
+def become_program(folder: str, env: Mapping[str, str], cwd: str) -> None:
+    """Give a forked process a session, environment, working directory and output files."""
     os.setsid()
     for stream, descriptor in (("stdout", 1), ("stderr", 2)):
         file = os.open(f"{folder}/{stream}", os.O_WRONLY | os.O_APPEND)
@@ -281,7 +258,6 @@ def _begin(
     os.environ.update(env)
     os.chdir(cwd)
     _name_coverage(env.get("PYTEST_CURRENT_TEST"))
-    run_to_exit(lambda: getattr(importlib.import_module(module), name)(*arguments))
 
 
 def _name_coverage(test: str | None) -> None:

@@ -1,2 +1,0 @@
-class QuantizedTensor:
-    """No tensor of a test is quantized."""

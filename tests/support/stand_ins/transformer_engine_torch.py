@@ -1,1 +1,0 @@
-"""Stand-in of Transformer Engine's compiled extension, of which megatron-core calls nothing."""
