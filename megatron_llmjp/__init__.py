@@ -2,6 +2,8 @@
 
 import warnings
 
+from megatron_llmjp.transformer_engine_import import check_before_megatron_core
+
 __version__ = "0.1.0"
 
 # Warnings of megatron-core 0.16 that a user cannot act on: optional packages that are absent (the
@@ -15,3 +17,5 @@ for _message in (
     "If you are using transformer_engine as the transformer implementation",
 ):
     warnings.filterwarnings("ignore", _message, UserWarning, r"megatron\.core\.")
+
+check_before_megatron_core()

@@ -23,7 +23,7 @@ from megatron_llmjp.checkpoint import run_lock as locks
 from megatron_llmjp.checkpoint.resume import add_stored_config
 from megatron_llmjp.config.flags import Command, Mode, parse, print_notes
 from megatron_llmjp.config.layout_validation import data_parallel_size
-from megatron_llmjp.config.loading import dump_config
+from megatron_llmjp.config.loading import dump_config, replace_fields
 from megatron_llmjp.config.schema import SECTIONS, Config
 from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.errors import (
@@ -97,7 +97,9 @@ def check_model(run: Run) -> list[str]:
     from megatron_llmjp.checkpoint import safe_unpickling
     from megatron_llmjp.model.gpt import transformer_config
 
-    transformer_config(run.config, device)
+    # The machine that plans a run may have no GPU.
+    config = replace_fields(run.config, transformer_impl=None)
+    transformer_config(config, device)
     if run.resume is not None:
         safe_unpickling.check_pickles(run.resume.folder)
     return [f"a run on this machine would be refused: {device.problem}"] if device.problem else []

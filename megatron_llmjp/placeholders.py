@@ -69,6 +69,9 @@ def substitute_missing(config: Config, data: bool = False) -> PlaceholderConfig:
     notes: list[str] = []
     if _needs_wandb(config):
         notes.append("the package wandb is not installed here; the run needs it")
+    if _needs_transformer_engine(config):
+        changes["transformer_impl"] = None
+        notes.append("Transformer Engine is not installed here; the run needs it")
     if data:
         notes += _replace_folders(config, changes)
         notes += _replace_data(config, changes)
@@ -89,10 +92,20 @@ def check_packages(config: Config) -> None:
     """
     if _needs_wandb(config):
         raise UserError("wandb_project needs the package wandb: `pip install wandb`, or remove it")
+    if _needs_transformer_engine(config):
+        raise UserError(
+            "transformer_impl transformer_engine needs Transformer Engine, which is not installed: "
+            "install it, or omit the option to use torch's layers"
+        )
 
 
 def _needs_wandb(config: Config) -> bool:
     return bool(config.logging.wandb_project) and find_spec("wandb") is None
+
+
+def _needs_transformer_engine(config: Config) -> bool:
+    requested = config.training.transformer_impl == "transformer_engine"
+    return requested and find_spec("transformer_engine") is None
 
 
 def _replace_tokenizer(config: Config, changes: dict[str, Any], data: bool) -> Iterator[str]:

@@ -16,7 +16,7 @@ from hypothesis import settings
 
 from tests.support.timeouts import TIMEOUT
 
-LAUNCHERS = ("SLURM_", "SBATCH_", "OMPI_", "PMI", "MPI_", "MASTER_", "TORCHELASTIC_")
+LAUNCHERS = ("SLURM_", "SBATCH_", "PBS_", "OMPI_", "PMI", "MPI_", "MASTER_", "TORCHELASTIC_")
 SERVICES = ("WANDB_", "NCCL_", "GLOO_")
 RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MEGATRON_LLMJP_LAUNCHER")
 THREADS = "TEST_THREADS"

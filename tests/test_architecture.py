@@ -21,6 +21,7 @@ from tools.draw_architecture import (
 
 LAYERS = [
     {"errors", "formatting"},
+    {"transformer_engine_import"},
     {"yaml_text", "filesystem", "arguments", "metric_registry"},
     {"config", "retrying_file"},
     {"tokenizers"},

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.parts import PARTS, Part, find_part
-from benchmarks.gpu.results import Context, Results, SkippedError, write_json
+from benchmarks.gpu.results import NEEDS_GPU, Context, Results, SkippedError, write_json
 from benchmarks.gpu.runner import ROOT, SKIPPED_EXIT_CODE, NewSession, Runner, StartFunction
 from benchmarks.gpu.scale import SCALES
 from benchmarks.gpu.table import to_markdown
@@ -40,7 +40,7 @@ SHORTEST_SECONDS = 10.0
 
 
 def main(argv: Sequence[str] | None = None, start: StartFunction = NewSession) -> int:
-    """Run the program; returns 0 if all parts are done, 1 otherwise, 2 for a user error."""
+    """Run the program; returns 0, 1 if a part failed or ran out of time, 2 for a user error."""
     arguments = _parser().parse_args(argv)
     if arguments.list:
         print("\n".join(f"{p.name:14} {p.title} (at most {p.seconds:.0f} s)" for p in PARTS))
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None, start: StartFunction = NewSession) -
     with tempfile.TemporaryDirectory(prefix="work_", dir=output) as work:
         runner = Runner(arguments.device or "cuda", arguments.scale, output, Path(work), start)
         report = _run(runner, chosen, arguments.limit or LIMIT_SECONDS * _patience(runner))
-    return 0 if all(part["status"] == "done" for part in report["parts"].values()) else 1
+    return 0 if all(p["status"] in ("done", "skipped") for p in report["parts"].values()) else 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -104,7 +104,12 @@ def _run(runner: Runner, chosen: Sequence[Part], limit: float) -> dict[str, Any]
         left = limit - (time.monotonic() - began)
         if left < SHORTEST_SECONDS:
             message = f"the limit of {limit:.0f} s was reached (--only {part.name})"
-            entry = {"title": part.title, "status": "skipped", "message": message, "seconds": 0.0}
+            entry = {
+                "title": part.title,
+                "status": "time limit",
+                "message": message,
+                "seconds": 0.0,
+            }
         else:
             print(f"{part.name}: {part.title} ...", flush=True)
             entry = runner.run(part, min(part.seconds * _patience(runner), left))
@@ -140,9 +145,9 @@ def _run_part(arguments: argparse.Namespace, output: Path) -> int:
 def _machine(parts: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the name of the machine, from the facts that its part found."""
     rows = parts.get("machine", {}).get("tables", {}).get("machine", ())
-    facts = {row["fact"]: row["value"] for row in rows}
+    facts = {row["fact"]: row["value"] for row in rows if row["value"] != NEEDS_GPU}
     names = ("GPU", "driver_version", "CPU", "torch")
-    found = [f"{name} {facts[name]}" for name in names if name in facts]
+    found = [f"{name.partition('_')[0]} {facts[name]}" for name in names if name in facts]
     return ", ".join(found) if found else "an unknown machine"
 
 

@@ -47,7 +47,7 @@ def _facts(context: Context) -> Iterator[tuple[str, str]]:
         yield "GPU", torch.cuda.get_device_name()
         yield "GPU memory", f"{properties.total_memory / 1e9:.1f} GB"
         yield "compute capability", f"{properties.major}.{properties.minor}"
-        yield "NCCL", ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+        yield "NCCL", ".".join(map(str, torch.cuda.nccl.version()))
         yield "cuDNN", str(torch.backends.cudnn.version())
         yield from _nvidia_smi()
     else:

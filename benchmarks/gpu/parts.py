@@ -19,8 +19,8 @@ class Part:
     """Time limit."""
     function: str
     """``module:function`` in this package, called with a :class:`Context`."""
-    argument: str = ""
-    """Second argument of the function, if any."""
+    arguments: tuple[str, ...] = ()
+    """Further arguments of the function."""
     alongside: str = ""
     """Part that runs at the same time, on the CPU."""
     environment: dict[str, str] = field(default_factory=dict)
@@ -31,12 +31,12 @@ class Part:
         function: Callable[..., None] = getattr(
             importlib.import_module(f"benchmarks.gpu.{module}"), name
         )
-        function(context, *([self.argument] if self.argument else []))
+        function(context, *self.arguments)
 
 
 PARTS = (
     Part("machine", "Machine", 60, "machine:measure"),
-    Part("step-1.8b", "Step of llm-jp-3-1.8b", 130, "step:measure", "llm-jp-3-1.8b"),
+    Part("step-1.8b", "Step of llm-jp-3-1.8b", 130, "step:measure", ("llm-jp-3-1.8b",)),
     Part(
         "curves",
         "Losses on the GPU and on the CPU",
@@ -46,14 +46,14 @@ PARTS = (
         # Transformer Engine multiplies fp32 matrices in TF32 otherwise.
         environment={"NVIDIA_TF32_OVERRIDE": "0"},
     ),
-    Part("step-1.3b", "Step of llm-jp-1.3b-v1.0", 100, "step:measure", "llm-jp-1.3b-v1.0"),
+    Part("step-1.3b", "Step of llm-jp-1.3b-v1.0", 100, "step:measure", ("llm-jp-1.3b-v1.0",)),
     Part("resume", "Resume in deterministic mode", 90, "resume:measure"),
     Part(
         "compare-1.8b",
         "llm-jp-3-1.8b and transformers",
         120,
         "compare:measure",
-        "llm-jp-3-1.8b",
+        ("llm-jp-3-1.8b",),
     ),
     Part("save", "Saves", 100, "saves:measure"),
     Part(
@@ -61,7 +61,21 @@ PARTS = (
         "llm-jp-1.3b-v1.0 and transformers",
         100,
         "compare:measure",
-        "llm-jp-1.3b-v1.0",
+        ("llm-jp-1.3b-v1.0",),
+    ),
+    Part(
+        "step-1.8b-te",
+        "Step of llm-jp-3-1.8b with Transformer Engine",
+        130,
+        "step:measure",
+        ("llm-jp-3-1.8b", "TE"),
+    ),
+    Part(
+        "step-1.3b-te",
+        "Step of llm-jp-1.3b-v1.0 with Transformer Engine",
+        100,
+        "step:measure",
+        ("llm-jp-1.3b-v1.0", "TE"),
     ),
 )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import traceback
 
 from benchmarks.gpu import runs
-from benchmarks.gpu.curves import transformer_engine_installed
 from benchmarks.gpu.results import Context
 from benchmarks.gpu.scale import ARCHITECTURES
 from megatron_llmjp.errors import EXIT_REQUEUE
@@ -13,15 +12,19 @@ from megatron_llmjp.errors import EXIT_REQUEUE
 
 def measure(context: Context) -> None:
     """Compare the losses of both runs bit by bit, for each architecture, in bf16 with dropout."""
-    for layers in ("torch", "TE") if transformer_engine_installed() else ("torch",):
+    rows: list[dict[str, object]] = []
+    for layers in runs.installed_layers(context):
         for architecture in context.scale.architectures:
             row: dict[str, object] = {"architecture": architecture, "layers": layers}
+            rows.append(row)
             try:
                 row |= _compare(context, architecture, layers)
             except Exception as error:
                 traceback.print_exc()
                 row["bit-exact"] = f"failed: {type(error).__name__}: {error}"[:300]
             context.results.add("resume", row)
+    if different := [row for row in rows if row["bit-exact"] != "yes"]:
+        raise RuntimeError(f"{len(different)} of {len(rows)} runs were not bit-exact")
 
 
 def _compare(context: Context, architecture: str, layers: str) -> dict[str, object]:
@@ -33,6 +36,7 @@ def _compare(context: Context, architecture: str, layers: str) -> dict[str, obje
         *context.scale.small_model,
         *("--hidden-dropout", "0.1", "--attention-dropout", "0.1", "--num-workers", "0"),
         *("--bf16", "--deterministic-mode", "--train-iters", str(steps)),
+        *runs.layer_flags(layers),
         tokens=16_000 * steps,
     )
     stopped = [*words, "--save", str(folder / "stopped")]

@@ -89,7 +89,7 @@ class Runner:
             process.kill()
             if companion is not None:
                 companion.kill()
-        entry = {"title": part.title, **self._status(part, code, seconds)}
+        entry: dict[str, Any] = {"title": part.title, **self._status(part, code, seconds)}
         entry["seconds"] = round(time.monotonic() - began, 1)
         with suppress(OSError, ValueError):  # it ended before its first row
             entry |= json.loads(self._result(part).read_text(encoding="utf-8"))

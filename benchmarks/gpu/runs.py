@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,6 +55,17 @@ def run_flags(
     assert vocab_size is not None, f"{preset} has no vocabulary size: pass --vocab-size"
     data = synthetic_data(context.work, vocab_size, tokens, document)
     return [*words, "--vocab-size", str(vocab_size), "--data-path", str(data), "--split", "1,0,0"]
+
+
+def installed_layers(context: Context) -> tuple[str, ...]:
+    """Return the layers that can be measured: ``torch`` and, on a GPU, ``TE``."""
+    with_te = context.is_cuda and importlib.util.find_spec("transformer_engine") is not None
+    return ("torch", "TE") if with_te else ("torch",)
+
+
+def layer_flags(layers: str) -> list[str]:
+    """Return the flags that select torch's layers or Transformer Engine's."""
+    return ["--transformer-impl", {"torch": "local", "TE": "transformer_engine"}[layers]]
 
 
 def resolve(words: Sequence[str]) -> tuple[Run, Device]:

@@ -19,11 +19,11 @@ from megatron_llmjp.checkpoint.saver import Saver
 from megatron_llmjp.config.flags import parse
 from megatron_llmjp.estimate.memory import checkpoint_bytes
 
-SAVE_SECONDS = 10.0
+SAVE_SECONDS = 6.0
 """A checkpoint is chosen that the disk takes in this time."""
 
 PROBE_BYTES = 2**30
-STEPS = 5
+STEPS = 4
 SAVE_INTERVAL = 2
 
 
@@ -71,15 +71,15 @@ def _flags(context: Context, preset: str, save: Path) -> list[str]:
 def _disk_rate(context: Context) -> float:
     """Return the bytes per second of a file that is written and synced to disk."""
     path = context.work / "probe"
-    size = PROBE_BYTES if not context.scale.shrink else 2**20
+    block = os.urandom(PROBE_BYTES // 64 if not context.scale.shrink else 2**16)
     start = time.perf_counter()
     with path.open("wb", buffering=0) as file:
-        for _ in range(16):
-            file.write(bytes(size // 16))
+        for _ in range(64):
+            file.write(block)
         os.fsync(file.fileno())
     seconds = time.perf_counter() - start
     path.unlink()
-    return size / seconds
+    return 64 * len(block) / seconds
 
 
 def _choose(context: Context, rate: float) -> tuple[str, int]:

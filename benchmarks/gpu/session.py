@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from megatron_llmjp.parallel.ranks import single_process
 from megatron_llmjp.parallel.rendezvous import rendezvous
 from megatron_llmjp.training import run_setup
 from megatron_llmjp.training.batch_iterator import batch_iterators
+from megatron_llmjp.training.garbage_collection import GarbageCollector
 from megatron_llmjp.training.optimizer import LearningRateSchedule
 from megatron_llmjp.training.train_step import train_step
 
@@ -29,9 +31,9 @@ PLANNED_STEPS = 60
 class Session:
     """Steps of a preset in one process, as the trainer runs them, without logs and saves."""
 
-    def __init__(self, context: Context, preset: str) -> None:
+    def __init__(self, context: Context, preset: str, layers: str = "torch") -> None:
         scale = context.scale
-        words = [*scale.shrink, "--bf16", "--no-fp16"]
+        words = [*scale.shrink, "--bf16", "--no-fp16", *runs.layer_flags(layers)]
         words += ["--micro-batch-size", str(scale.micro_batch_sizes[0])]
         words += ["--global-batch-size", str(scale.samples_per_step)]
         words += ["--train-iters", str(PLANNED_STEPS)]
@@ -46,12 +48,24 @@ class Session:
         rates = LearningRateSchedule(run.config, run.schedule, self._sizes, run.train_iters)
         self.model = run_setup.setup_model_and_optimizer(run, self.device, rates)
         self._batches: list[Iterator[Any]] = []
+        self._steps, self._garbage = 0, GarbageCollector(run.config.training)
+        self._open = ExitStack()
+        self._open.callback(process_groups.destroy)
+        self._open.callback(self._data.indices.close)
+        self._open.enter_context(self._garbage.disabled())
         self.use_micro_batch_size(scale.micro_batch_sizes[0])
 
     @property
     def parameters(self) -> int:
         """Number of parameters."""
         return sum(p.numel() for chunk in self.model.chunks for p in chunk.parameters())
+
+    @property
+    def layer_classes(self) -> str:
+        """Classes of the modules that compute a layer."""
+        modules = self.model.chunks[0].module.modules()
+        leaves = (module for module in modules if not any(module.children()))
+        return ", ".join(dict.fromkeys(type(module).__name__ for module in leaves))
 
     @property
     def tokens_per_step(self) -> int:
@@ -85,12 +99,13 @@ class Session:
         )
         if not result.updated:
             raise RuntimeError(f"the gradient norm is {result.grad_norm}")
+        self._steps += 1
+        self._garbage.after_iteration(self._steps)
 
     def close(self) -> None:
         """Stop the data loader and destroy the process groups."""
         self._batches = []
-        self._data.indices.close()
-        process_groups.destroy()
+        self._open.close()
 
 
 def synchronize(context: Context) -> None:

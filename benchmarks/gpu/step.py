@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.results import NEEDS_GPU, Context
+from benchmarks.gpu import runs
+from benchmarks.gpu.results import NEEDS_GPU, Context, SkippedError
 from benchmarks.gpu.session import Session, synchronize
 from benchmarks.gpu.trace import KERNELS_SHOWN, read_trace, summarize
 from megatron_llmjp.config.loading import replace_fields
@@ -22,25 +23,31 @@ from megatron_llmjp.estimate.gpus import peak_tflops
 from megatron_llmjp.estimate.layout import make_layout
 from megatron_llmjp.estimate.memory import rank_memory
 from megatron_llmjp.formatting import format_count
-from megatron_llmjp.model.kernels import choose_kernels
 
 WARM_UP = 2
 """Steps before the first measurement: they compile, and allocate memory."""
 
 PROFILED_STEPS = 2
 
+OUT_OF_MEMORY = "out of memory"
+
 GPU_SIZES = {"fits 80 GB": 80e9, "fits 141 GB": 141e9}
 
 
-def measure(context: Context, preset: str) -> None:
-    """Measure the first micro-batch size, profile it, then measure the other sizes."""
-    session = Session(context, preset)
+def measure(context: Context, preset: str, layers: str = "torch") -> None:
+    """Measure the first micro-batch size, profile it, then measure the other sizes.
+
+    Raises:
+        SkippedError: Transformer Engine is requested and not installed.
+    """
+    if layers not in runs.installed_layers(context):
+        raise SkippedError("Transformer Engine is not installed, or there is no GPU")
+    session = Session(context, preset, layers)
     results, config = context.results, session.config
-    kernels = choose_kernels(session.device)
     results.note(
         f"{format_count(session.parameters)} parameters, {config.data.seq_length} tokens per "
         f"sample, {config.training.global_batch_size} samples per step, bf16 with fp32 main "
-        f"weights and gradients; layers: {kernels}"
+        f"weights and gradients; modules: {session.layer_classes}"
     )
     first, *others = context.scale.micro_batch_sizes
     results.add("speed and memory", _speed(context, session, first))
@@ -51,7 +58,10 @@ def measure(context: Context, preset: str) -> None:
         results.add("host waits", {"call": "all", "per step": NEEDS_GPU})
         results.add(f"{KERNELS_SHOWN} longest kernels", {"kernel": "all", "per step": NEEDS_GPU})
     for size in others:
-        results.add("speed and memory", _speed(context, session, size))
+        row = _speed(context, session, size)
+        results.add("speed and memory", row)
+        if OUT_OF_MEMORY in str(row["s per step"]):
+            break  # the sizes grow
     session.close()
 
 
@@ -69,7 +79,7 @@ def _speed(context: Context, session: Session, size: int) -> dict[str, Any]:
         row |= _timed(context, session, steps)
     except torch.OutOfMemoryError as error:
         traceback.print_exc()
-        row |= {"s per step": f"out of memory: {error}"[:80]}
+        row["s per step"] = f"{OUT_OF_MEMORY}: {error}"[:80]
     row["predicted GB"] = predicted / 1e9
     if context.is_cuda:
         row |= _fits(row)

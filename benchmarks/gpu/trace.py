@@ -22,11 +22,9 @@ WAITS = (
     "cudaEventSynchronize",
     "cudaMemcpy",
     "cudaFree",  # of the caching allocator, when it finds no block
+    "cudaMalloc",  # the same; a sign of a growing or fragmented cache
 )
 """Calls of the host that wait for the device."""
-
-COUNTED = ("cudaMalloc", "cudaLaunchKernel")
-"""Calls that are counted, too."""
 
 _GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 _HOST = ("cuda_runtime", "cuda_driver")
@@ -55,12 +53,12 @@ def summarize(events: Iterable[Event], steps: int) -> Summary:
     timed = [event for event in events if event.get("ph") == "X"]
     gpu = [event for event in timed if event.get("cat") in _GPU]
     host = [event for event in timed if event.get("cat") in _HOST]
-    return Summary(_waits(host, gpu, steps), _kernels(gpu, steps), _utilization(gpu))
+    return Summary(_waits(host, gpu, steps), _kernels(gpu, steps), _utilization(gpu, steps))
 
 
 def _waits(host: Sequence[Event], gpu: Sequence[Event], steps: int) -> list[dict[str, Any]]:
     rows = []
-    for name in (*WAITS, *COUNTED):
+    for name in WAITS:
         calls = [event for event in host if event["name"] == name]
         rows.append(_row("call", name, calls, steps))
     pageable = [event for event in gpu if "Pageable" in event["name"]]
@@ -91,7 +89,7 @@ def _row(heading: str, name: str, calls: Sequence[Event], steps: int) -> dict[st
     }
 
 
-def _utilization(gpu: Sequence[Event]) -> str:
+def _utilization(gpu: Sequence[Event], steps: int) -> str:
     """Describe for how much of the time the GPU ran at least one kernel or copy."""
     if not gpu:
         return "the profiler recorded no kernel"
@@ -101,4 +99,6 @@ def _utilization(gpu: Sequence[Event]) -> str:
         busy += max(0.0, stop - max(start, end))
         end = max(end, stop)
     first = min(float(event["ts"]) for event in gpu)
-    return f"the GPU was busy for {busy / (end - first):.1%} of the profiled steps"
+    kernels = sum(event["cat"] == "kernel" for event in gpu) / steps
+    share = busy / (end - first)
+    return f"{kernels:,.0f} kernels per step; the GPU was busy for {share:.1%} of the time"

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint import filesystem, metadata, planner
 from torch.serialization import _get_layout
 
 from megatron_llmjp.checkpoint.bounded_unpickler import BoundedUnpickler
+from megatron_llmjp.checkpoint.extra_states import check_is_empty, is_extra_state
 from megatron_llmjp.errors import UserError
 
 INDEX = ".metadata"
@@ -102,7 +103,7 @@ def check_pickles(folder: Path) -> None:
 
     Raises:
         UserError: a pickle is damaged or names something that is not on the allow-list, or the
-            index names a file outside the folder.
+            index names a file outside the folder, or an extra state is not empty.
     """
     index = read_index(folder)
     _open_archive(folder / COMMON, _read_range(folder / COMMON, 0, sys.maxsize))
@@ -112,7 +113,9 @@ def check_pickles(folder: Path) -> None:
             path = folder / info.relative_path
             data = _read_range(path, info.offset, info.length)
             if data:  # megatron-core's layers write empty ones
-                _open_archive(path, data)
+                value = _open_archive(path, data)
+                if is_extra_state(place.fqn):
+                    check_is_empty(f"{path}: {place.fqn}", value)
 
 
 def _read_range(path: Path, offset: int, length: int) -> bytes:
@@ -173,10 +176,10 @@ def _check_index(index: Any) -> None:
         hash(place.fqn)
 
 
-def _open_archive(path: Path, data: bytes) -> None:
+def _open_archive(path: Path, data: bytes) -> Any:
     try:
         _check_structure(data)
-        torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # The message contains the refused name; damage raises other messages.
         named = re.search(r"nsupported (?:global: )?(?:GLOBAL|class) ([\w.]+)", str(error))

@@ -38,6 +38,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.utils import unwrap_model
 
 from megatron_llmjp.checkpoint import safe_unpickling
+from megatron_llmjp.checkpoint.extra_states import load_weights, remove_extra_states
 from megatron_llmjp.checkpoint.reader import threaded_reading
 from megatron_llmjp.parallel.process_groups import DEFAULT_RANK_SYNC, RankSync
 
@@ -110,18 +111,25 @@ def redirect_optimizer_keys(optimizer: Any, stored: Mapping[str, Any]) -> None:
             apply_prefix_mapping(optimizer, {prefix: available[0] if available else ""})
 
 
-def restore_param_groups(loaded: dict[str, Any], requested: Any, common: Any) -> None:
+def restore_param_groups(
+    loaded: dict[str, Any], requested: Any, common: Any, current: list[dict[str, Any]]
+) -> None:
     """Move the options of the parameter groups to where this kind of optimizer expects them.
 
     Args:
         loaded: loaded state of the optimizer; changed in place.
         requested: sharded state that was requested, which identifies the kind of optimizer.
         common: the optimizer's entry in the checkpoint's ``common.pt``.
+        current: the optimizer's parameter groups. Their options complete those of the checkpoint:
+            Transformer Engine's Adam has ``bias_correction``, and ``step`` after its first step.
     """
     saved = (
         common["param_groups"] if "param_groups" in common else common["optimizer"]["param_groups"]
     )
-    saved = [{k: v for k, v in group.items() if k != "params"} for group in saved]
+    saved = [
+        {k: v for k, v in {**own, **group}.items() if k != "params"}
+        for own, group in zip(current, saved, strict=True)
+    ]
     is_distributed = _SHARDING in requested
     if is_distributed:
         loaded[_SHARDING] = "fully_reshardable"
@@ -175,11 +183,13 @@ def load_checkpoint(
         weights = _load_sharded(models, folder)
         loaded = _load_sharded(sharded, folder) if state.optimizer is not None else {}
     for key, chunk in _chunk_keys(state.chunks):
-        chunk.load_state_dict(weights[key], strict=True)
+        load_weights(chunk, weights[key])
     if state.optimizer is None:
         return {}
     common = load_common_state_dict(str(folder))["optimizer"]
-    restore_param_groups(loaded["optimizer"], sharded["optimizer"], common)
+    restore_param_groups(
+        loaded["optimizer"], sharded["optimizer"], common, state.optimizer.param_groups
+    )
     with torch.no_grad():
         state.optimizer.load_state_dict(loaded["optimizer"])
     state.scheduler.load_state_dict(loaded["opt_param_scheduler"])
@@ -216,6 +226,8 @@ def sharded_state_dict(state: RunState, is_loading: bool) -> dict[str, Any]:
     sharded: dict[str, Any] = {
         key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in _chunk_keys(state.chunks)
     }
+    for model in sharded.values():
+        remove_extra_states(model)
     if state.optimizer is not None:
         models = {key: sharded[key] for key in sharded}
         sharded["optimizer"] = state.optimizer.sharded_state_dict(

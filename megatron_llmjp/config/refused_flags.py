@@ -282,6 +282,7 @@ _BY_FLAG: dict[str, str] = {
     "--pipeline-parallel-size --pipeline-parallel-degree",
     "--context-parallel-size": "--cp --cp-size --context-parallel",
     "--nproc-per-node": "--num-gpus --n-gpus --nproc --num-processes --devices",
+    "--device": "--use-cpu --no-cuda --accelerator --device-type",
     "--recompute-granularity": "--gradient-checkpointing --activation-checkpointing "
     "--grad-checkpointing",
     # data, checkpoints, log

@@ -130,6 +130,11 @@ class TrainingConfig(Section):
         description="weight of the z-loss: add this x log(Z)^2 to the loss, where Z is the "
         "softmax denominator; LLM-jp used 1e-4",
     )
+    transformer_impl: Literal["transformer_engine", "local"] | None = Field(
+        None,
+        description="layers of Transformer Engine, or of torch; default: of Transformer Engine"
+        " where it is installed and the run uses GPUs",
+    )
     deterministic_mode: bool = Field(
         False, description="make losses bit-identical from run to run; slower on GPUs"
     )

@@ -13,7 +13,6 @@ _BY_REASON: dict[str, str] = {
     "the fastest available attention is chosen and printed at the start": """
         --use-flash-attn --use-flash-attn-v1 --use-flash-attn-v2 --use-flash-attn-triton
         --attention-backend --flash-decode""",
-    "Transformer Engine is used if installed": "--transformer-impl",
     "softmax is always computed in fp32, inside the attention kernel": """
         --attention-softmax-in-fp32 --no-masked-softmax-fusion
         --apply-query-key-layer-scaling --no-query-key-layer-scaling""",

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from megatron_llmjp.config.loading import replace_fields
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.estimate.layout import ParallelLayout
@@ -88,6 +89,9 @@ def _build_rank(
 def _chunk_parameters(
     config: Config, device: Device, layout: ParallelLayout, stage: int
 ) -> list[int]:
+    # Transformer Engine's layers have the same parameters, and would allocate them. It is required
+    # by context parallelism, which does not change the parameters either.
+    config = replace_fields(config, transformer_impl="local", context_parallel_size=1)
     core = transformer_config(config, device)
     # Otherwise megatron-core allocates each weight on a real device and initializes it.
     core.use_cpu_initialization, core.perform_initialization = True, False

@@ -26,6 +26,11 @@ from megatron_llmjp.model.initialization import initialize
 from megatron_llmjp.model.kernels import KernelChoice, choose_kernels
 from megatron_llmjp.model.layers import ParallelResidualLayer, norm_class
 from megatron_llmjp.model.losses import GPTModelWithLoss
+from megatron_llmjp.model.transformer_engine import (
+    accumulate_weight_gradients,
+    choose_document_attention,
+    transformer_engine_layer_spec,
+)
 from megatron_llmjp.parallel.device import Device
 from megatron_llmjp.patches.compiled_rotary import compile_rotary_embedding
 from megatron_llmjp.patches.llama3_rope_scaling import scale_rotary_frequencies
@@ -45,7 +50,7 @@ def params_dtype(config: Config) -> torch.dtype:
 
 def transformer_config(config: Config, device: Device) -> TransformerConfig:
     """Return megatron-core's configuration of the network and its parallel layout."""
-    kernels = choose_kernels(device)
+    kernels = choose_kernels(device, config)
     if kernels.fusions:
         compile_rotary_embedding()
     model, parallel = config.model, config.parallel
@@ -68,7 +73,7 @@ def transformer_config(config: Config, device: Device) -> TransformerConfig:
             # Transformer Engine's kernel has no factor for YaRN.
             apply_rope_fusion=kernels.transformer_engine
             and model.position_embedding_type != "yarn",
-            gradient_accumulation_fusion=kernels.fused_wgrad,
+            gradient_accumulation_fusion=kernels.apex,
             add_bias_linear=model.add_bias_linear,
             add_qkv_bias=model.add_qkv_bias,
             deterministic_mode=config.training.deterministic_mode,
@@ -154,13 +159,16 @@ def layer_spec(
 ) -> Any:
     """Return the layer spec of one model chunk: Transformer Engine's layers, or torch's."""
     layer = ParallelResidualLayer if config.model.use_parallel_residual else TransformerLayer
-    if choose_kernels(device).transformer_engine:
-        return replace(gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(), module=layer)
+    if choose_kernels(device, config).transformer_engine:
+        attention = None
+        if config.data.reset_attention_mask:
+            attention, _ = choose_document_attention(core, params_dtype(config), device)
+        return transformer_engine_layer_spec(layer, attention)
     if config.parallel.context_parallel_size > 1:
         raise UserError(
             "context_parallel_size > 1 requires Transformer Engine's attention, which is not "
-            f"installed for {device.name}: install it, or use sequence_parallel and "
-            "recompute_granularity for long sequences"
+            f"used on {device.name}: install it and omit transformer_impl local, or use "
+            "sequence_parallel and recompute_granularity for long sequences"
         )
     spec = gpt_layer_specs.get_gpt_layer_local_spec(normalization=config.model.normalization)
     norm = norm_class(config.model.normalization)
@@ -223,7 +231,10 @@ def build_model_chunk(
         return model  # on the meta device, for --estimate
     initialize(model, config)
     model.z_loss_strength = config.training.z_loss_strength
-    model.compiled_loss = choose_kernels(device).fusions
+    kernels = choose_kernels(device, config)
+    model.compiled_loss = kernels.fusions
+    if kernels.transformer_engine:
+        accumulate_weight_gradients(model)
     return model.to(device.torch)
 
 
@@ -232,9 +243,11 @@ def _choose_document_masks(
 ) -> None:
     """Let attention use dense masks where it has no kernel for the boundaries of documents."""
     dtype = params_dtype(config)
-    if choose_kernels(device).transformer_engine:
-        return
-    if not (device.is_cuda and has_document_kernel(core, dtype)):
+    if choose_kernels(device, config).transformer_engine:
+        _, accepts_boundaries = choose_document_attention(core, dtype, device)
+    else:
+        accepts_boundaries = device.is_cuda and has_document_kernel(core, dtype)
+    if not accepts_boundaries:
         samples, length = config.training.micro_batch_size, config.data.seq_length
         use_dense_masks(model.decoder, samples, length, dtype)
 

@@ -3,9 +3,8 @@
 The logits are the largest tensor of a step. Softmax and gradient are computed in fp32 for a chunk
 of tokens at a time, and the gradient replaces the logits: apart from them, memory is needed for one
 chunk. megatron-core's cross entropy copies all logits to fp32 first. Liger-Kernel's fused linear
-cross entropy is no replacement: it does not split the vocabulary, returns no loss per token, and
-computes the output layer's gradients itself, without megatron-core's sequence parallelism and
-gradient accumulation.
+cross entropy is no replacement: it does not split the vocabulary, and computes the gradients of the
+output layer itself, without megatron-core's sequence parallelism and gradient accumulation.
 
 The z-loss, strength x log(Z)^2, keeps the softmax normalizer Z near 1, so that logits do not drift
 (PaLM, Chowdhery et al., 2022, section 5). Z is a by-product of cross entropy.
@@ -14,6 +13,7 @@ The z-loss, strength x log(Z)^2, keeps the softmax normalizer Z near 1, so that 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -126,8 +126,9 @@ def _chunks(rows: Tensor) -> Iterator[slice]:
     return (slice(first, first + size) for first in range(0, len(rows), size))
 
 
+@cache
 def _on_chunk(function: Callable[..., Any], compiled: bool) -> Callable[..., Any]:
-    """Return a function, or its compilation for each shape; torch keeps the compiled code."""
+    """Return a function, or a function that compiles it for each shape."""
     return torch.compile(function, dynamic=False) if compiled else function
 
 

@@ -7,7 +7,7 @@ Why: without Transformer Engine ``apply_rope_fusion`` is not available, and each
 operations on queries and keys is a kernel of its own that reads and writes the whole tensor; the
 cosines and sines are kept for the backward pass by every layer. Transformer Engine's kernel does
 not support YaRN's factor on them (``mscale``), so that YaRN needs this function with it, too.
-Liger-Kernel's kernel takes another layout, and no fraction of a head (``rotary_percent``).
+Liger-Kernel's kernel takes another layout (batch first), for which queries would be copied.
 
 Remove when ``rope_utils`` compiles the function with ``jit_fuser`` as megatron-core's other fused
 functions. Not the case in megatron-core 0.16.1.

@@ -185,12 +185,12 @@ def print_run_summary(run: Run, chunks: list[Any], ranks: Ranks, device: Device)
     tokens = run.schedule.total_samples * run.schedule.sequence_length
     sizes = BatchSizeSchedule(run.config).sizes()
     growing = f"{sizes[0]} growing to " if len(sizes) > 1 else ""
+    layers = choose_kernels(device, run.config)
     print_rank_0(
         f"{ranks.world_size} process(es) by {ranks.launcher} on {device.name}: "
         f"TP {parallel.tensor_model_parallel_size} x PP {parallel.pipeline_model_parallel_size} "
         f"x DP {data_parallel}\n"
-        f"layers: {choose_kernels(device)}; {format_count(parameters)} parameters on the first "
-        "rank\n"
+        f"layers: {layers}; {format_count(parameters)} parameters on the first rank\n"
         f"data: {len(run.schedule.folds)} folds, {format_count(tokens)} tokens, "
         f"{run.train_iters} iterations of {growing}{sizes[-1]} samples"
     )

@@ -39,17 +39,28 @@ GPU_WAITS: dict[str, tuple[str, ...]] = {
 }
 """Functions that read a value from the GPU or synchronize with it, by file."""
 
-_GPU_LIBRARIES = ("/torch/", "/megatron/core/", "/transformer_engine/", "/liger_kernel/")
+_GPU_LIBRARIES = (
+    "/torch/",
+    "/megatron/core/",
+    "/transformer_engine/",
+    "/liger_kernel/",
+    "/triton/",
+    "/torchinductor_",  # folder of the code that torch.compile generates
+)
 _HOST_WORK = (
     "/torch/utils/data/",
     "/torch/_dynamo/",
     "/torch/_inductor/",
+    "/triton/compiler/",
     "/torch/multiprocessing/",
     "/torch/serialization.py",
     "/megatron/core/datasets/",
     "/megatron/core/dist_checkpointing/",
 )
 """Parts of :data:`_GPU_LIBRARIES` that work on the host: data loading, compilation, files."""
+
+_COMPILED = "/torch/_inductor/runtime/"
+"""Launches of compiled kernels, within a folder of :data:`_HOST_WORK`."""
 
 
 class Frame(NamedTuple):
@@ -102,5 +113,7 @@ def find_wait(stack: Sequence[Frame], on_gpu: bool) -> Wait:
 def _operates_on_tensors(stack: Sequence[Frame]) -> bool:
     """Return whether the innermost frame launches kernels, which waits if their queue is full."""
     file = stack[-1].file if stack else ""
+    if _COMPILED in file:
+        return True
     is_library = any(part in file for part in _GPU_LIBRARIES)
     return is_library and not any(part in file for part in _HOST_WORK)

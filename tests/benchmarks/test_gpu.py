@@ -4,21 +4,27 @@ import importlib.metadata
 import json
 import math
 import re
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.gpu import __main__ as program
-from benchmarks.gpu import curves, wheels
+from benchmarks.gpu import compare, curves, step, wheels
 from benchmarks.gpu.parts import PARTS, Part
-from benchmarks.gpu.results import Results
+from benchmarks.gpu.results import Context, Results
 from benchmarks.gpu.runner import Runner
 from benchmarks.gpu.scale import FULL, TINY
 from benchmarks.gpu.table import to_markdown
 from benchmarks.gpu.trace import summarize
+from megatron_llmjp.config.flags import parse
+from megatron_llmjp.config.loading import replace_fields
+from megatron_llmjp.estimate.flops import step_flops
+from megatron_llmjp.parallel.device import Device
 from tests.support.forks import Fork, be_program
 
-ONE_OF_A_KIND = ["machine", "step-1.8b", "curves", "resume", "save", "compare-1.3b"]
+ONE_OF_A_KIND = ["machine", "step-1.8b", "curves", "resume", "save", "compare-1.3b", "step-1.8b-te"]
 """Parts without a second one that runs the same code on another preset."""
 
 
@@ -58,6 +64,7 @@ def test_the_report_says_where_it_was_made(report):
     assert list(found["parts"]) == ONE_OF_A_KIND
     assert re.fullmatch(r"[0-9a-f]{40}|unknown", found["commit"])
     assert importlib.metadata.version("torch") in found["machine"]
+    assert "needs a GPU" not in found["machine"]
     assert "nothing about a GPU" in table.split("###")[0]
     assert found["commit"][:12] in table
 
@@ -92,20 +99,26 @@ def test_both_sides_of_the_comparison_are_measured(report):
     assert float(row["ratio (range)"].split()[0]) == pytest.approx(ratio, abs=0.006)
 
 
+def test_a_part_without_its_library_is_skipped(report):
+    entry = report[0]["parts"]["step-1.8b-te"]
+    assert entry["status"] == "skipped"
+    assert "Transformer Engine is not installed" in entry["message"]
+
+
 def test_saves_are_timed(report):
     found = rows(report, "save", "saves")
-    assert [row["mode"] for row in found] == ["synchronous"] * 3 + ["asynchronous"] * 3
+    assert [row["mode"] for row in found] == ["synchronous"] * 2 + ["asynchronous"] * 2
     for row in found:
         assert row["GB"] > 0
         assert row["training blocked, s"] > 0
-    assert all(row["complete after, s"] >= row["training blocked, s"] for row in found[3:])
+    assert all(row["complete after, s"] >= row["training blocked, s"] for row in found[2:])
 
 
 def test_the_table_has_every_row(report):
     found, table = report
     for part in found["parts"].values():
         assert f"### {part['title']}" in table
-    tables = [t for part in found["parts"].values() for t in part["tables"].values()]
+    tables = [t for part in found["parts"].values() for t in part.get("tables", {}).values()]
     assert len(re.findall(r"^\| ", table, re.M)) == sum(len(t) + 2 for t in tables)
 
 
@@ -168,6 +181,70 @@ def test_the_parts_fit_the_limit_at_their_expected_durations():
     assert FULL.samples_per_step % max(FULL.micro_batch_sizes) == 0
 
 
+class SessionOnPaper:
+    """A session whose steps wait once, and whose micro-batches of 8 are too large."""
+
+    def __init__(self, *arguments):
+        words = ["--config", "llm-jp-3-1.8b", "--global-batch-size", "16", "--bf16"]
+        self.config, self.parameters = parse(words).config, 1_868_000_000
+        self.device = Device("cuda", "nccl", "NVIDIA H200")
+        self.tokens_per_step, self.layer_classes = 16 * 4096, "Linear"
+
+    def use_micro_batch_size(self, size):
+        self.config = replace_fields(self.config, micro_batch_size=size)
+
+    def step(self):
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        if self.config.training.micro_batch_size == 8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def h200(monkeypatch):
+    """Replace the functions of torch.cuda that the parts call by those of an idle H200."""
+    gigabytes = 10**9
+    functions = {
+        "synchronize": lambda: None, "empty_cache": lambda: None,
+        "reset_peak_memory_stats": lambda: None, "set_sync_debug_mode": lambda mode: None,
+        "max_memory_allocated": lambda: 78 * gigabytes, "memory_allocated": lambda: 0,
+        "memory_reserved": lambda: 90 * gigabytes,
+        "mem_get_info": lambda: (50 * gigabytes, 143 * gigabytes),
+    }  # fmt: skip
+    for function, replacement in functions.items():
+        monkeypatch.setattr(torch.cuda, function, replacement)
+    monkeypatch.setattr(step, "Session", SessionOnPaper)
+
+
+def test_a_step_on_a_gpu(tmp_path, h200):
+    results = Results(tmp_path / "step.json")
+    step.measure(Context("cuda", FULL, tmp_path, results), "llm-jp-3-1.8b")
+    speeds = results.tables["speed and memory"]
+    assert [row["micro-batch size"] for row in speeds] == [4, 1, 2, 8]  # 16 is not tried
+    assert speeds[-1]["s per step"].startswith("out of memory")
+    # 78 GB of tensors and 143 - 50 - 90 = 3 GB of CUDA's own.
+    assert [(row["fits 80 GB"], row["fits 141 GB"]) for row in speeds[:3]] == [("no", "yes")] * 3
+    first = speeds[0]
+    flops = step_flops(replace_fields(SessionOnPaper().config, micro_batch_size=4), 16)
+    assert first["TFLOP/s"] == pytest.approx(flops / first["s per step"] / 1e12)
+    assert first["MFU"] == f"{first['TFLOP/s'] / 989.4:.1%}"
+    assert speeds[2]["predicted GB"] < first["predicted GB"]
+    (place,) = results.tables["lines that wait"]
+    assert place["per step"] == 1
+    assert "test_gpu.py" in place["line"]
+    assert {row["per step"] for row in results.tables["host waits"]} == {0.0}
+    assert "the profiler recorded no kernel" in results.notes
+
+
+@pytest.mark.parametrize(("free", "size"), [(141, 4), (100, 2), (70, 1)])
+def test_the_comparison_fits_the_gpu(tmp_path, h200, monkeypatch, free, size):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * 10**9, 141 * 10**9))
+    context = Context("cuda", FULL, tmp_path, Results(tmp_path / "compare.json"))
+    assert compare._micro_batch_size(context, SessionOnPaper()) == size
+
+
 def event(category, name, start, duration):
     return {"ph": "X", "cat": category, "name": name, "ts": start, "dur": duration}
 
@@ -183,18 +260,19 @@ def test_a_trace_is_summarized():
         event("gpu_memcpy", "Memcpy HtoD (Pinned -> Device)", 1900, 100),
         event("cuda_runtime", "cudaStreamSynchronize", 10, 4000),
         event("cuda_runtime", "cudaStreamSynchronize", 5000, 2000),
-        event("cuda_runtime", "cudaLaunchKernel", 0, 5),
+        event("cuda_runtime", "cudaMalloc", 0, 5),
         event("cuda_runtime", "cudaMemcpyAsync", 0, 5),
     ]
     found = summarize(events, steps=2)
     waits = {row["call"]: (row["per step"], row["ms per step"]) for row in found.waits}
     assert waits["cudaStreamSynchronize"] == (1.0, 3.0)
     assert waits["cudaDeviceSynchronize"] == (0.0, 0.0)
-    assert waits["cudaLaunchKernel"][0] == 0.5
+    assert waits["cudaMalloc"][0] == 0.5
     assert waits["copies from or to pageable memory"] == (0.5, 0.1)
     assert [row["kernel"][:4] for row in found.kernels] == ["gemm", "norm", "Memc", "Memc"]
     assert found.kernels[0]["share of GPU time"] == "64.7%"  # 1100 of 1700
     assert found.kernels[0]["per step"] == 1.0
+    assert "2 kernels" in found.note
     assert "75.0%" in found.note  # 1500 of 2000
 
 

@@ -85,7 +85,9 @@ def test_compiled_functions_equal_uncompiled():
 
 def choose_with(compilers: list[str]) -> list[tuple[bool, str, str]]:
     """Choose the kernels of a GPU with a working and with a failing ``torch.compile``."""
+    from megatron_llmjp.config.flags import parse
     from megatron_llmjp.model import fusions, kernels
+    from megatron_llmjp.parallel.device import Device
 
     def compile_nothing(function: Any, **_: Any) -> Any:
         return function
@@ -96,11 +98,12 @@ def choose_with(compilers: list[str]) -> list[tuple[bool, str, str]]:
         raise error
 
     torch.cuda.current_device = lambda: torch.device("cpu")
+    config = parse(["--config", "laptop-llama", "--transformer-impl", "local"]).config
     found = []
     for name in compilers:
         fusions.compiler_error.cache_clear()
         torch.compile = {"works": compile_nothing, "fails": compile_and_fail}[name]
-        choice = kernels.choose_kernels(SimpleNamespace(is_cuda=True))
+        choice = kernels.choose_kernels(Device("cuda", "nccl", "a GPU"), config)
         found.append((choice.fusions, choice.compiler_error, str(choice)))
     return found
 

@@ -20,8 +20,9 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any, NoReturn
@@ -42,12 +43,16 @@ IMPORTED = (
 )
 """Modules that forked processes share."""
 
+STAND_INS = ROOT / "tests/support/stand_ins"
+"""Packages that are not installed: Transformer Engine, computed by torch on a CPU."""
+
 
 class Fork:
     """A forked process that runs a function, like :class:`subprocess.Popen`.
 
-    Its standard input is empty; standard output and standard error go to files, since an unread
-    pipe would block it when full.
+    With ``stand_ins`` the packages of :data:`STAND_INS` are installed in it. Its standard input is
+    empty; standard output and standard error go to files, since an unread pipe would block it when
+    full.
     """
 
     def __init__(
@@ -56,6 +61,7 @@ class Fork:
         *arguments: Any,
         env: Mapping[str, str] | None = None,
         cwd: Path = ROOT,
+        stand_ins: bool = False,
     ) -> None:
         self._folder = tempfile.TemporaryDirectory()
         environment = dict(os.environ if env is None else env)
@@ -65,7 +71,8 @@ class Fork:
         )
         for name in ("stdout", "stderr"):
             (Path(self._folder.name) / name).touch()
-        self._process.start()
+        with _warm_process_with_stand_ins() if stand_ins else contextlib.nullcontext():
+            self._process.start()
 
     @property
     def pid(self) -> int:
@@ -219,6 +226,28 @@ def warm_context() -> Any:
     context = ForkServerContext()
     context.set_forkserver_preload(list(IMPORTED))
     return context
+
+
+@lru_cache(maxsize=1)
+def _server_with_stand_ins() -> forkserver.ForkServer:
+    server = forkserver.ForkServer()
+    server.set_forkserver_preload(["transformer_engine", "transformer_engine_torch", *IMPORTED])
+    return server
+
+
+@contextlib.contextmanager
+def _warm_process_with_stand_ins() -> Iterator[None]:
+    """Fork from another warm process: megatron-core looks for packages when it is imported."""
+    before, path = forkserver.connect_to_new_process, os.environ.get("PYTHONPATH")
+    forkserver.connect_to_new_process = _server_with_stand_ins().connect_to_new_process
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(STAND_INS), path]))
+    try:
+        yield
+    finally:
+        forkserver.connect_to_new_process = before
+        del os.environ["PYTHONPATH"]
+        if path is not None:
+            os.environ["PYTHONPATH"] = path
 
 
 def import_name(function: Callable[..., object]) -> tuple[str, str]:

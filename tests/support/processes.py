@@ -19,11 +19,16 @@ from tests.support.timeouts import PROCESS_TIMEOUT
 
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = PROCESS_TIMEOUT
+    function: Callable[..., Any],
+    world_size: int,
+    *arguments: Any,
+    timeout: float = PROCESS_TIMEOUT,
+    stand_ins: bool = False,
 ) -> list[Any]:
     """Run ``function(*arguments)`` on each rank of a gloo world and return the results by rank.
 
     Arguments and results are JSON. If a rank fails, its error is raised and all others are killed.
+    With ``stand_ins`` the packages of :data:`tests.support.forks.STAND_INS` are installed.
     """
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
@@ -39,7 +44,7 @@ def run_ranks(
                 "MASTER_PORT": str(port),
             }
             call = (str(result), *import_name(function), json.dumps(arguments))
-            ranks.append(Fork(_be_rank, *call, env=env))
+            ranks.append(Fork(_be_rank, *call, env=env, stand_ins=stand_ins))
         _wait(ranks, function.__qualname__, timeout)
         return [json.loads(result.read_text()) for result in results]
 

@@ -47,6 +47,8 @@ TRAINER = Frame(f"{TRAINING}/trainer.py", "_train")
         # kernels are launched; their queue is full
         ((f"{SITE}/torch/nn/functional.py", "embedding"), "", "its GPU", False),
         ((f"{CORE}/transformer/mlp.py", "forward"), "", "its GPU", False),
+        ((f"{SITE}/torch/_inductor/runtime/triton_heuristics.py", "run"), "", "its GPU", False),
+        (("/tmp/torchinductor_me/ab/cab.py", "call"), "", "its GPU", False),
         # work on the host
         ((f"{SITE}/torch/utils/data/dataloader.py", "_try_get_data"), "", "", False),
         ((f"{SITE}/torch/_inductor/codecache.py", "compile"), "", "", False),

@@ -11,11 +11,18 @@ import re
 from collections.abc import Iterable
 from functools import partial
 
+from megatron_llmjp.checkpoint.extra_states import is_extra_state
 from megatron_llmjp.config.schema import ModelConfig
 from megatron_llmjp.convert.files.torch_dist import TensorEntry, TorchDistWriter
 from megatron_llmjp.convert.formats.base import ConversionOptions, SourceCheckpoint
 from megatron_llmjp.convert.plan import TensorRead, TensorWrite
-from megatron_llmjp.convert.tensors import LAYER, VOCABULARY, rectangular_parts, tensor_shapes
+from megatron_llmjp.convert.tensors import (
+    FINAL_NORM,
+    LAYER,
+    VOCABULARY,
+    rectangular_parts,
+    tensor_shapes,
+)
 
 FUSED_NORMS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
@@ -23,11 +30,9 @@ FUSED_NORMS = {
 }
 """Norms of local layers, and their names in Transformer Engine's fused layers."""
 
-_NOT_WEIGHTS = re.compile(
-    r"^(optimizer|rng_state|rerun_state_machine|opt_param_scheduler)|_extra_state"
-)
+_NOT_WEIGHTS = re.compile(r"^(optimizer|rng_state|rerun_state_machine|opt_param_scheduler)")
 
-EXTRA_STATES = (
+_EXTRA_STATES = (
     "self_attention.linear_qkv",
     "self_attention.linear_proj",
     "self_attention.core_attention",
@@ -50,7 +55,11 @@ def stored_key(name: str) -> tuple[str, int | None]:
 
 def model_entries(entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
     """Return the tensors of the model by key, without the prefix of wrapper modules."""
-    kept = {key: e for key, e in entries.items() if not _NOT_WEIGHTS.search(key)}
+    kept = {
+        key: entry
+        for key, entry in entries.items()
+        if not _NOT_WEIGHTS.search(key) and not is_extra_state(key)
+    }
     for prefix in ("model.module.", "model.", "module."):
         if all(key.startswith(prefix) for key in kept):
             return {key.removeprefix(prefix): entry for key, entry in kept.items()}
@@ -93,9 +102,7 @@ def _candidates(name: str) -> Iterable[tuple[str, int | None]]:
 def add_model_tensors(
     writer: TorchDistWriter, source: SourceCheckpoint, options: ConversionOptions, rows: int
 ) -> dict[str, TensorWrite]:
-    """Add the tensors of a model and its extra states to a distributed checkpoint.
-
-    megatron-core requires an ``_extra_state`` object for every linear layer when it loads.
+    """Add the tensors of a model to a distributed checkpoint.
 
     Args:
         writer: of the checkpoint.
@@ -115,8 +122,16 @@ def add_model_tensors(
         layout = partial(rectangular_parts, places=tuple(box for box, _ in placed))
         slots = [[slot] for _, slot in placed]
         writes[name] = TensorWrite(layout, slots, rows if name in VOCABULARY else None)
-    for module in EXTRA_STATES:
+    return writes
+
+
+def add_extra_states(writer: TorchDistWriter, model: ModelConfig) -> None:
+    """Add the empty extra states that Megatron-LM requires when it loads.
+
+    With its own layers it requires those of the linear layers, with Transformer Engine's all.
+    """
+    for module in _EXTRA_STATES:
         for i in range(model.num_layers):
             key = f"decoder.layers.{module}._extra_state/shard_{i}_{model.num_layers}"
             writer.add_object(key, [None])
-    return writes
+    writer.add_object(f"{FINAL_NORM}._extra_state/shard_0_1", [None])

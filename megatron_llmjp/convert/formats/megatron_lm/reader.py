@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_llmjp.checkpoint.extra_states import is_extra_state
 from megatron_llmjp.checkpoint.manifest import folder_name
 from megatron_llmjp.checkpoint.save_folder import MEGATRON_LM
 from megatron_llmjp.config.schema import ModelConfig
@@ -267,7 +268,7 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten the nested state of an older model, joining names by dots; skip extra states."""
     found: dict[str, Any] = {}
     for key, item in value.items():
-        if key.endswith("_extra_state"):
+        if is_extra_state(key):
             continue
         if isinstance(item, dict):
             found |= _flat(item, f"{prefix}{key}.")

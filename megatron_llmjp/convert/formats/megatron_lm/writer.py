@@ -22,7 +22,12 @@ from megatron_llmjp.convert.formats.rank_files import (
     target_padded_vocab_size,
 )
 from megatron_llmjp.convert.plan import Checksums, OutputPlan, Slot
-from megatron_llmjp.convert.tensors import OUTPUT_LAYER, WORD_EMBEDDINGS, tensor_shapes
+from megatron_llmjp.convert.tensors import (
+    FINAL_NORM,
+    OUTPUT_LAYER,
+    WORD_EMBEDDINGS,
+    tensor_shapes,
+)
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.filesystem import write_atomically
 
@@ -104,6 +109,7 @@ def _plan_torch_dist(source: SourceCheckpoint, options: ConversionOptions) -> Ou
     folder = _folder(iteration)
     writer = torch_dist.TorchDistWriter(options.max_shard_size, folder)
     writes = mcore_names.add_model_tensors(writer, source, options, rows)
+    mcore_names.add_extra_states(writer, source.model)
     common = {
         "args": _args(source, options, rows),
         "checkpoint_version": 3.0,
@@ -154,7 +160,7 @@ def _plan_legacy(source: SourceCheckpoint, options: ConversionOptions) -> Output
                 "args": _args(source, options, rows),
                 "checkpoint_version": 3.0,
                 "iteration": iteration,
-                "model": _with_extra_states(tree),
+                "model": _with_extra_states(tree, options),
             }
             rank = f"mp_rank_{t:02d}" + (f"_{p:03d}" if pipeline > 1 else "")
             file = plan_archive(f"{_folder(iteration)}/{rank}/{FILE}", content)
@@ -182,11 +188,13 @@ def _placed(
     return [(0 if name.startswith("embedding.") else pipeline - 1, name)]
 
 
-def _with_extra_states(tree: dict[str, Any]) -> dict[str, Any]:
-    """Add the ``_extra_state`` that megatron-core stores with every linear layer."""
+def _with_extra_states(tree: dict[str, Any], options: ConversionOptions) -> dict[str, Any]:
+    """Add the empty extra states of linear layers, and of Transformer Engine's final norm."""
+    final = f"{FINAL_NORM}.weight"
+    has_norm = options.transformer_impl == "transformer_engine"
     found: dict[str, Any] = {}
     for key, placeholder in tree.items():
         found[key] = placeholder
-        if ".linear_" in key and key.endswith(".weight"):
+        if (".linear_" in key and key.endswith(".weight")) or (has_norm and key == final):
             found[key.removesuffix("weight") + "_extra_state"] = None
     return found

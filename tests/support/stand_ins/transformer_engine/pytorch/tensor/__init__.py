@@ -1,0 +1,2 @@
+class QuantizedTensor:
+    """No tensor of a test is quantized."""

@@ -1,0 +1,1 @@
+"""Stand-in of Transformer Engine's compiled extension, of which megatron-core calls nothing."""
