@@ -14,6 +14,7 @@ import pytest
 import megatron_llmjp.training
 from megatron_llmjp.training import watchdog
 from megatron_llmjp.training.wait_sites import GPU_WAITS, Frame, find_wait, is_known_wait
+from tests.gpu.allowed_waits import ALLOWED
 from tests.support.processes import ROOT, run_ranks
 from tests.support.timeouts import PROCESS_TIMEOUT
 
@@ -98,6 +99,13 @@ def test_each_read_of_the_training_loop_is_known():
         known = GPU_WAITS.get(f"megatron_llmjp/training/{file.name}", ())
         if file.name != "stop_signals.py":
             assert functions_that_read(file, {"item", "tolist"}) <= set(known), file.name
+
+
+def test_each_wait_of_a_step_on_the_fake_machine_is_known():
+    """Those that ``tests/gpu`` has seen to read values; copies are synchronous too, and brief."""
+    seen = {wait.place for wait in ALLOWED if wait.operation in ("item", "tolist")}
+    stacks = {place: [TRAINER, Frame(*f"{SITE}/{place}".rsplit(":", 1))] for place in seen}
+    assert stacks and [p for p, stack in stacks.items() if not is_known_wait(stack, True)] == []
 
 
 class ValuesOnGpu:
