@@ -95,7 +95,7 @@ def check_packages(config: Config) -> None:
     if _needs_transformer_engine(config):
         raise UserError(
             "transformer_impl transformer_engine needs Transformer Engine, which is not installed: "
-            "install it, or omit the option to use torch's layers"
+            "install it (docs/installation.md), or omit the option to use torch's layers"
         )
 
 
