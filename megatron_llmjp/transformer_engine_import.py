@@ -60,7 +60,8 @@ def check_transformer_engine() -> None:
             f"Transformer Engine is installed ({_installed()}) but cannot be imported: "
             f"{type(error).__name__}: {reason}. Either install all of it, after torch and for the "
             "same torch: `pip install --no-build-isolation 'transformer-engine[pytorch]'` on a "
-            f"machine with CUDA (docs/installation.md); or run without it: `pip uninstall {' '.join(_PACKAGES)}`"
+            "machine with CUDA (docs/installation.md); or run without it: "
+            f"`pip uninstall {' '.join(_PACKAGES)}`"
         ) from error
 
 
