@@ -18,18 +18,23 @@ from typing import Any
 import torch
 from megatron.core.optimizer import clip_grads
 from megatron.core.optimizer import optimizer as core_optimizer
-from megatron.core.utils import local_multi_tensor_l2_norm
+from megatron.core.utils import local_multi_tensor_applier, local_multi_tensor_l2_norm
 from torch import Tensor
 from torch.nn.utils import get_total_norm
+
+from megatron_llmjp.patches.torch_cuda_on_cpu import is_substituted
 
 
 def use_foreach_kernels() -> None:
     """Make megatron-core compute gradient norms and clip gradients by torch's foreach kernels.
 
-    Does nothing where Transformer Engine or Apex is installed, whose kernels are used then.
+    Does nothing where Transformer Engine or Apex is installed, whose kernels are used then, except
+    on a CPU: their kernels need a GPU.
     """
-    if clip_grads.l2_norm_impl is not local_multi_tensor_l2_norm:
+    if clip_grads.l2_norm_impl is not local_multi_tensor_l2_norm and not is_substituted():
         return
+    for module in (clip_grads, core_optimizer):
+        module.multi_tensor_applier = local_multi_tensor_applier
     clip_grads.l2_norm_impl = l2_norm
     for module in (clip_grads, core_optimizer):
         module.multi_tensor_scale_impl = scale

@@ -22,6 +22,8 @@ from megatron.core import optimizer as core_optimizer
 from megatron.core.optimizer import distrib_optimizer
 from torch import Tensor
 
+from megatron_llmjp.patches.torch_cuda_on_cpu import is_substituted
+
 
 class FusedAdamW(torch.optim.Optimizer):
     """Decoupled weight decay (Loshchilov and Hutter, 2019) on torch's fused kernel."""
@@ -87,9 +89,10 @@ class FusedAdamW(torch.optim.Optimizer):
 def register_fused_adamw() -> None:
     """Make megatron-core use :class:`FusedAdamW` in place of Apex's FusedAdam.
 
-    Does nothing where Transformer Engine or Apex is installed.
+    Does nothing where Transformer Engine or Apex is installed, except on a CPU: their kernels need
+    a GPU.
     """
-    if not core_optimizer.USING_PYTORCH_OPTIMIZER:
+    if not core_optimizer.USING_PYTORCH_OPTIMIZER and not is_substituted():
         return
     for module in (core_optimizer, distrib_optimizer):
         module.Adam = FusedAdamW

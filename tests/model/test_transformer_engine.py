@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
         options = (*TP2, "--padded-vocab-size", 256, "--train-iters", 4, "--eval-iters", 0)
         return arguments(preset, folds, *options, *flags, micro_batch_size=2)
 
-    def work(kind, names, copies=(), resumed=(), dense=()):
+    def work(kind, names, copies=(), resumed=(), dense=(), installed=False):
         jobs = [(name, words(*RUNS[name], "--save-interval", 2)) for name in names]
         jobs += [(f"{name}-dense", words(*RUNS[name])) for name in dense]
         for name, source in resumed:
@@ -58,7 +58,7 @@ def folder(tmp_path_factory):
         loads = {f"{kind}/{n}-copy": words(*RUNS[n], "--load", path) for n, path in copies}
         (folder / kind).mkdir(exist_ok=True)
         call = (plain, loads, str(free_port()), str(folder), kind == "te", not dense)
-        run_ranks(work_on_rank, 2, *call, stand_ins=kind == "te")
+        run_ranks(work_on_rank, 2, *call, stand_ins=kind == "te" or installed)
 
     def saved(kind):
         return [(name, folder / kind / name / "iter_0000002") for name in ("llama", "gpt2")]
@@ -72,6 +72,7 @@ def folder(tmp_path_factory):
     resumed = ("resumed", folder / "torch/llama/iter_0000002")
     work("te", (), saved("torch"), [resumed, converted], dense=["llama-reset"])
     work("torch", (), (), [converted])
+    work("cpu", ["gpt2"], installed=True)
     return folder
 
 
@@ -88,6 +89,13 @@ def test_losses_and_gradients_equal_those_of_torch(folder, name):
     assert_close(found, expected, TRAINED, name)
     norms = [history(folder / kind / name, "grad norm") for kind in ("te", "torch")]
     assert_close(*norms, TRAINED, name)
+
+
+def test_a_cpu_uses_torch_where_transformer_engine_is_installed(folder):
+    """The stand-in's kernels fail without a GPU, as those of the original."""
+    for value in ("lm loss", "grad norm"):
+        found, expected = (history(folder / kind / "gpt2", value) for kind in ("cpu", "torch"))
+        assert found == expected
 
 
 def test_a_dense_mask_has_the_same_effect_as_boundaries(folder):

@@ -10,5 +10,7 @@ compares them with ``tests/support/transformer_engine_names.json``.
 
 from transformer_engine import common, pytorch
 
-__all__ = ["common", "pytorch"]
+__all__ = ["common", "has_gpu", "pytorch"]
 __version__ = "2.20.2"
+has_gpu = False
+"""Whether kernels run: a test sets it; otherwise they fail, as those of the original on a CPU."""

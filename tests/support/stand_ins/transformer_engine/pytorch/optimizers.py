@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from transformer_engine._device import require_gpu
+
 
 class FusedAdam(torch.optim.Optimizer):
     """AdamW whose ``step`` is an option of the parameter group, absent before the first step."""
@@ -32,6 +34,7 @@ class FusedAdam(torch.optim.Optimizer):
         store_param_remainders: bool = False,
         set_grad_none: bool | None = None,
     ) -> None:
+        require_gpu()
         assert adam_w_mode and not (capturable or master_weights or use_decoupled_grad)
         options = {"lr": lr, "bias_correction": bias_correction, "betas": betas, "eps": eps}
         super().__init__(params, {**options, "weight_decay": weight_decay})
@@ -92,6 +95,7 @@ def multi_tensor_l2norm(
     chunk_size: int, noop_flag: Tensor, tensor_lists: list[list[Tensor]], per_tensor: bool = False
 ) -> tuple[Tensor, None]:
     """Return the norm of all tensors, ``[1]``."""
+    require_gpu()
     norms = [tensor.float().norm() for tensor in tensor_lists[0]]
     return torch.stack(norms).norm().reshape(1), None
 
@@ -100,5 +104,6 @@ def multi_tensor_scale(
     chunk_size: int, noop_flag: Tensor, tensor_lists: list[list[Tensor]], scale: float
 ) -> None:
     """Write the scaled first list of tensors to the second."""
+    require_gpu()
     for source, target in zip(*tensor_lists, strict=True):
         target.copy_(source * scale)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from transformer_engine._device import require_gpu
 from transformer_engine.pytorch.module.base import get_dummy_wgrad
 
 
@@ -27,6 +28,7 @@ class MatMul(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, fuse: bool, is_first_microbatch: bool | None
     ) -> Tensor:
+        require_gpu()
         ctx.save_for_backward(x)
         ctx.weight, ctx.fuse, ctx.first = weight, fuse, is_first_microbatch
         return F.linear(x, weight)
