@@ -48,6 +48,7 @@ SLOWEST_FIRST = (
     "parity/",
     "checkpoint/test_resume.py",
     "slurm/",
+    "gpu/test_training.py",
     "convert/",
 )
 """Files and folders that workers of pytest-xdist run first, so that they end at the same time."""

@@ -101,6 +101,15 @@ class Case:
         stages = self.config.parallel.pipeline_model_parallel_size
         return self.rank < self.world_size // stages
 
+    @property
+    def attention(self) -> str:
+        """The attention kernel that the run should use."""
+        training, documents = self.config.training, self.config.data.reset_attention_mask
+        half = training.bf16 or training.fp16
+        if documents:
+            return "documents" if half and not self.config.model.attention_dropout else "efficient"
+        return "flash" if half else "efficient"
+
 
 def cases() -> list[Case]:
     """Return all runs: each architecture once, each style with each feature."""

@@ -80,6 +80,8 @@ class Report:
     """Device of the losses of each step."""
     saved: list[str] = field(default_factory=list)
     """Devices of the tensors of a save."""
+    attention: list[str] = field(default_factory=list)
+    """Attention kernels."""
     applied: list[bool] = field(default_factory=list)
     """Whether each step was applied."""
 
@@ -238,6 +240,7 @@ def training_run(
     report.waits = phase.report()
     report.devices = sorted(machine.waits.devices)
     report.backends = sorted(machine.groups.backends)
+    report.attention = sorted(machine.attention)
     report.device_id = str(machine.groups.device_id)
     return vars(report)
 

@@ -8,6 +8,7 @@ parallel layout, without its peers. Each place where the host would wait for the
 - ``library.py``: the compiled C++ part
 - ``devices.py``: ``torch.cuda``
 - ``host_waits.py``: places where the host waits, and devices that are used
+- ``attention.py``: the choice of attention kernels
 - ``collectives.py``: process groups whose collectives return at once
 - ``rank.py``: one rank of the machine; entry point for code that runs on it
 - ``process.py``: the process that such code is forked from

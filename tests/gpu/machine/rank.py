@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tests.gpu.machine.attention import replace_attention
 from tests.gpu.machine.collectives import RequestedGroups, replace_process_groups
 from tests.gpu.machine.devices import replace_torch_cuda
 from tests.gpu.machine.host_waits import HostWaits, read_values_through
@@ -26,6 +27,8 @@ class Machine:
 
     waits: HostWaits
     groups: RequestedGroups
+    attention: set[str]
+    """Attention kernels that were used: ``flash``, ``documents``, ``efficient``, ``math``."""
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -40,4 +43,6 @@ def become_machine() -> Machine:
     waits = HostWaits()
     replace_torch_cuda(waits.record)
     read_values_through(waits)
-    return Machine(waits, replace_process_groups(waits.record))
+    attention: set[str] = set()
+    replace_attention(attention.add)
+    return Machine(waits, replace_process_groups(waits.record), attention)
