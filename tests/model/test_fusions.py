@@ -113,3 +113,20 @@ def test_a_gpu_without_compiler_has_no_fusions():
     assert works[:2] == [True, ""] and works[2].endswith(", fusions")
     error = "ValueError: Failed to find C compiler. Please"
     assert fails[:2] == [False, error] and fails[2].endswith(f", no fusions ({error})")
+
+
+def fused_positions() -> list[bool]:
+    """Whether Transformer Engine's rotary embedding is used, by type of the embedding."""
+    from megatron_llmjp.config.flags import parse
+    from megatron_llmjp.model.gpt import transformer_config
+    from megatron_llmjp.parallel.device import setup
+    from tests.support.with_transformer_engine import use_transformer_engine
+
+    use_transformer_engine()
+    words = ["--config", "laptop-llama", "--vocab-size", "100", "--position-embedding-type"]
+    configs = [parse([*words, name]).config for name in ("rope", "yarn")]
+    return [transformer_config(config, setup()).apply_rope_fusion for config in configs]
+
+
+def test_yarn_does_not_use_transformer_engines_kernel():
+    assert run_ranks(fused_positions, 1, stand_ins=True) == [[True, False]]
