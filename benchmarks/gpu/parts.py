@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -34,6 +35,9 @@ class Part:
         function(context, *self.arguments)
 
 
+COMPILE_IN_PARALLEL = {"TORCHINDUCTOR_COMPILE_THREADS": str(min(16, os.cpu_count() or 1))}
+"""More than this project's one thread, for the layers of transformers."""
+
 PARTS = (
     Part("machine", "Machine", 60, "machine:measure"),
     Part("step-1.8b", "Step of llm-jp-3-1.8b", 130, "step:measure", ("llm-jp-3-1.8b",)),
@@ -54,6 +58,7 @@ PARTS = (
         120,
         "compare:measure",
         ("llm-jp-3-1.8b",),
+        environment=COMPILE_IN_PARALLEL,
     ),
     Part("save", "Saves", 100, "saves:measure"),
     Part(
@@ -62,6 +67,7 @@ PARTS = (
         100,
         "compare:measure",
         ("llm-jp-1.3b-v1.0",),
+        environment=COMPILE_IN_PARALLEL,
     ),
     Part(
         "step-1.8b-te",
