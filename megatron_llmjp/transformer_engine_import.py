@@ -73,9 +73,8 @@ def _installed() -> str:
             found.append(f"{package} {metadata.version(package)}")
         except metadata.PackageNotFoundError:
             missing.append(package)
+    missing = [name for name in missing if "-cu" not in name]
     if not any(name.startswith("transformer-engine-cu") for name in found):
-        missing = ["transformer-engine-cu12 or -cu13", *missing[2:]]
-    else:
-        missing = [name for name in missing if "-cu" not in name]
+        missing.append("transformer-engine-cu12 or -cu13")
     parts = [", ".join(found) or "without package metadata"]
     return "; ".join([*parts, *([f"missing: {', '.join(missing)}"] if found and missing else [])])

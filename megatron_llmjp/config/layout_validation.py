@@ -220,6 +220,11 @@ def _context_parallel(config: Config) -> Iterator[str]:
             "Engine's attention; install it, or use 1 with sequence_parallel or "
             "recompute_granularity for long sequences"
         )
+    if config.training.transformer_impl == "local":
+        yield (
+            f"context_parallel_size {size} requires Transformer Engine's attention: omit "
+            "transformer_impl local, or use context_parallel_size 1"
+        )
     chunks = 2 * size * config.parallel.tensor_model_parallel_size
     if data.seq_length % chunks:
         yield (

@@ -93,6 +93,15 @@ FLAGS = {
     "--context-parallel-size 2 --nproc-per-node 2": [
         "context_parallel_size 2 is not supported", "Transformer Engine",
     ],
+    "--context-parallel-size 2 --nproc-per-node 2 --transformer-impl local": [
+        "context_parallel_size 2 requires Transformer Engine's attention: omit",
+    ],
+    "--transformer-impl transformer_engine": [
+        "needs Transformer Engine, which is not installed", "omit the option",
+    ],
+    "--transformer-impl inference_optimized": [
+        "transformer_impl", "'transformer_engine' or 'local'", "inference_optimized",
+    ],
     "--tokenizer-type SentencePieceTokenizer": ["SentencePieceTokenizer", "--tokenizer-model"],
     "--tokenizer-type SentencePieceTokenizer --tokenizer-model no.model": ["no.model"],
     "--load nothing": ["--load nothing: no complete checkpoint"],

@@ -6,11 +6,13 @@ import importlib.util
 import sys
 
 import pytest
+import torch
 
 from megatron_llmjp import transformer_engine_import
 from megatron_llmjp.config.flags import parse
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.model import kernels
+from megatron_llmjp.model import kernels, transformer_engine
+from megatron_llmjp.model.attention import SDPAttention
 from megatron_llmjp.parallel.device import Device
 from megatron_llmjp.placeholders import check_packages, substitute_missing
 
@@ -55,6 +57,29 @@ def test_a_request_that_cannot_be_met_is_refused(monkeypatch, device, installed,
     monkeypatch.setattr(kernels.gpt_layer_specs, "HAVE_TE", installed)
     with pytest.raises(UserError, match=message):
         kernels.choose_kernels(device, config(*TRANSFORMER_ENGINE))
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "capability", "flash_attn", "torch_kernel", "expected"),
+    [
+        (GPU, torch.bfloat16, (9, 0), False, True, ("TE", True)),  # cuDNN's, on Hopper
+        (GPU, torch.float16, (8, 0), True, True, ("TE", True)),  # flash-attn's, on Ampere
+        (GPU, torch.bfloat16, (8, 0), False, True, ("torch", True)),
+        (GPU, torch.bfloat16, (8, 0), False, False, ("TE", False)),
+        (GPU, torch.float32, (9, 0), True, False, ("TE", False)),
+        (CPU, torch.bfloat16, (9, 0), True, True, ("TE", False)),
+    ],
+)
+def test_attention_within_documents(
+    monkeypatch, device, dtype, capability, flash_attn, torch_kernel, expected
+):
+    module = transformer_engine
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(module, "find_spec", lambda _: object() if flash_attn else None)
+    monkeypatch.setattr(module, "has_document_kernel", lambda *_: torch_kernel)
+    attention, accepts_boundaries = module.choose_document_attention(None, dtype, device)
+    classes = {"TE": module.DocumentAttention, "torch": SDPAttention}
+    assert (attention, accepts_boundaries) == (classes[expected[0]], expected[1])
 
 
 @without_transformer_engine

@@ -23,10 +23,13 @@ from tests.support.training import DISTRIBUTED, SP, TP2, Job, arguments, history
 from tests.support.with_transformer_engine import use_transformer_engine, work_on_rank
 from tests.support.witness import read_tensors
 
+FULL_RECOMPUTE = (
+    "--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", 1,
+)  # fmt: skip
 ARCHITECTURES = {
     "llama": ("laptop-llama", *SP),
-    "gpt2": ("laptop-gpt2", *DISTRIBUTED),
-    "neox": ("laptop-gpt-neox", *SP, "--use-parallel-residual"),
+    "gpt2": ("laptop-gpt2", *DISTRIBUTED, "--recompute-granularity", "selective"),
+    "neox": ("laptop-gpt-neox", *SP, "--use-parallel-residual", *FULL_RECOMPUTE),
 }
 # Dropout of scores draws other numbers for a sequence of documents than for a batch.
 RESET = ("--reset-attention-mask", "--reset-position-ids", "--attention-dropout", 0)
