@@ -38,8 +38,10 @@ OF_THE_DATA_AND_PLACE = {
     "override_opt_param_scheduler", "async_save",
 }  # fmt: skip
 """Fields of data, checkpoints and logs, which scripts set and presets do not."""
-FASTER_HERE = {"recompute_granularity", "overlap_grad_reduce", "overlap_param_gather"}
-"""Fields of speed and memory that presets set to other values than the scripts."""
+FASTER_HERE = {
+    "recompute_granularity", "overlap_grad_reduce", "overlap_param_gather", "transformer_impl",
+}  # fmt: skip
+"""Fields of speed and memory that presets set to other values than the scripts, or leave open."""
 
 
 def preset(name):
