@@ -1,8 +1,8 @@
 """Collective save of one checkpoint: sharded tensors, plain files, manifest.
 
 A save has three steps: :func:`plan_save` assigns tensors to ranks and, for an asynchronous save,
-copies them to host memory; the function of the returned request writes a rank's files, in any
-thread; its finalization, a collective on the main thread, writes the manifest and renames the
+starts to copy them to host memory; the function of the returned request writes a rank's files, in
+any thread; its finalization, a collective on the main thread, writes the manifest and renames the
 folder.
 """
 
@@ -28,11 +28,12 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 import megatron_llmjp
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint import publish
+from megatron_llmjp.checkpoint.host_copy import HostBuffers
 from megatron_llmjp.checkpoint.manifest import Manifest
 from megatron_llmjp.checkpoint.resume_checks import RunHistory
 from megatron_llmjp.checkpoint.safe_unpickling import COMMON, INDEX
 from megatron_llmjp.checkpoint.sharded_state import RunState, sharded_state_dict
-from megatron_llmjp.checkpoint.writer import HostBuffers, plan_write
+from megatron_llmjp.checkpoint.writer import plan_write
 from megatron_llmjp.config.loading import dump_config
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.folds.fingerprint import FoldFingerprint
@@ -84,6 +85,7 @@ def plan_save(
         may_publish: called on rank 0 before the folder is renamed; raises if another run has
             acquired ``root``.
         host: buffers for a copy of all tensors, so that training continues while they are written.
+            The copies may still be running on return (``host.hold_device``).
         sync: heartbeats, and barriers without a timeout.
 
     Returns:

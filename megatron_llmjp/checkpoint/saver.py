@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint import publish
+from megatron_llmjp.checkpoint.host_copy import HostBuffers
 from megatron_llmjp.checkpoint.removal import REMOVAL_WAIT_SECONDS, CheckpointRemover
 from megatron_llmjp.checkpoint.retention import TrainingPosition, reason_to_save
 from megatron_llmjp.checkpoint.save import (
@@ -29,7 +30,7 @@ from megatron_llmjp.checkpoint.save import (
     write_synchronously,
 )
 from megatron_llmjp.checkpoint.sharded_state import RunState
-from megatron_llmjp.checkpoint.writer import HostBuffers, NotFiniteError, ThreadAsyncCaller
+from megatron_llmjp.checkpoint.writer import NotFiniteError, ThreadAsyncCaller
 from megatron_llmjp.config.schema import CheckpointConfig
 from megatron_llmjp.errors import RunError
 from megatron_llmjp.parallel.process_groups import DEFAULT_RANK_SYNC, RankSync
@@ -128,7 +129,11 @@ class Saver:
         return reason_to_save(self._settings, before, now, seq_length, ends, minutes)
 
     def save(self, state: RunState, progress: SaveProgress) -> None:
-        """Save a checkpoint; with ``async_save``, return when all tensors are copied."""
+        """Save a checkpoint.
+
+        With ``async_save``, return while the tensors are being copied to host memory: call
+        :meth:`hold_update` before they are changed.
+        """
         began = time.monotonic()
         self._complete(blocking=True)
         self.saved = progress.iteration
@@ -153,6 +158,11 @@ class Saver:
             self._fail(error)
         if self._pending is not None:
             self._pending.stall = time.monotonic() - began
+
+    def hold_update(self) -> None:
+        """Let an update of the saved tensors wait on the device until they are copied."""
+        if self._host is not None:
+            self._host.hold_device()
 
     def poll(self) -> None:
         """Finalize an asynchronous save if all ranks have written their files."""

@@ -21,10 +21,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.exchange_utils import (
+    determine_main_replica_uniform_distribution,
+)
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCaller, AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import (
     FileSystemWriterAsync,
     _split_by_size_and_type,
+)
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    distribute_main_replicas_with_precomputed_distribution,
 )
 from megatron.core.dist_checkpointing.strategies.state_dict_saver import (
     save_state_dict_async_finalize,
@@ -44,6 +51,7 @@ from torch.distributed.checkpoint.filesystem import (
     _write_item,
 )
 
+from megatron_llmjp.checkpoint.host_copy import HostBuffers, compact_on_host
 from megatron_llmjp.checkpoint.manifest import FileEntry
 from megatron_llmjp.filesystem import name_path_in_errors, no_heartbeat
 from megatron_llmjp.parallel.process_groups import DEFAULT_RANK_SYNC, RankSync
@@ -61,27 +69,6 @@ class NotFiniteError(Exception):
     """A tensor to be saved contains NaN or Inf."""
 
 
-class HostBuffers:
-    """Host memory buffers for copies of tensors, reused by consecutive saves.
-
-    Copying to memory that the process has used before is several times faster than to new memory,
-    and training is blocked during the copy.
-    """
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[Any, ...], Tensor] = {}
-
-    def copy(self, key: tuple[Any, ...], tensor: Tensor) -> Tensor:
-        """Copy ``tensor`` to its buffer; complete after ``torch.cuda.synchronize``."""
-        buffer = self._buffers.get(key)
-        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            on_gpu = tensor.device.type == "cuda"
-            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu)
-            self._buffers[key] = buffer
-        buffer.copy_(tensor, non_blocking=True)
-        return buffer
-
-
 class ThreadedWriter(FileSystemWriterAsync):
     """megatron-core's storage writer with threads instead of processes, and with checksums."""
 
@@ -92,6 +79,7 @@ class ThreadedWriter(FileSystemWriterAsync):
         self.entries: dict[str, FileEntry] = {}
         """Sizes and checksums of this rank's files, set by :meth:`write`."""
         self._folder = folder
+        self._host: HostBuffers | None = None
         self._files: dict[str, list[tuple[Any, Any]]] = {}
         self._results: list[Any] = []
         self._error: Exception | None = None
@@ -104,19 +92,25 @@ class ThreadedWriter(FileSystemWriterAsync):
             self._files[name] = [(item, planner.resolve_data(item)) for item in items]
 
     def copy_to(self, host: HostBuffers) -> None:
-        """Copy all tensors to host memory, after which training may change them."""
-        for name, items in self._files.items():
-            copies = []
-            for number, (item, data) in enumerate(items):
-                is_tensor = isinstance(data, Tensor)
-                copies.append((item, host.copy((name, number), data) if is_tensor else data))
-                self._beat()
-            self._files[name] = copies
-        torch.cuda.synchronize()
+        """Start to copy all tensors to host memory.
+
+        Training must not change them before ``host.hold_device`` or ``host.wait``.
+        """
+        with host.copying():
+            for name, items in self._files.items():
+                copies = []
+                for number, (item, data) in enumerate(items):
+                    is_tensor = isinstance(data, Tensor)
+                    copies.append((item, host.copy((name, number), data) if is_tensor else data))
+                    self._beat()
+                self._files[name] = copies
+        self._host = host
 
     def write(self) -> None:
         """Write this rank's files and sync them to disk; an error is stored for finalization."""
         try:
+            if self._host is not None:
+                self._host.wait()
             with _without_archive_checksums(), ThreadPoolExecutor(FILES_PER_RANK) as pool:
                 done = list(pool.map(self._write_file, self._files))
             for name, (results, entry) in zip(self._files, done, strict=True):
@@ -151,7 +145,7 @@ class ThreadedWriter(FileSystemWriterAsync):
         results = []
         for item, data in self._files[name]:
             if isinstance(data, Tensor):
-                data = _compact_on_host(data)
+                data = compact_on_host(data)
                 _require_finite(item.index.fqn, data)
             transforms, kind = _StorageWriterTransforms(), SerializationFormat.TORCH_SAVE
             results.append(_write_item(transforms, stream, data, item, name, kind))
@@ -194,10 +188,16 @@ def plan_write(
 ) -> tuple[ThreadedWriter, AsyncRequest]:
     """Assign tensors to ranks and files; a collective. ``beat`` is called after each block.
 
+    Tensors that all ranks of a data-parallel group hold, such as the weights, are distributed over
+    these ranks, so that all write about the same number of bytes.
+
     Returns:
         This rank's writer, and a request whose function writes the files and whose finalization, a
         collective, writes the index or raises torch's ``CheckpointException`` on all ranks.
     """
+    replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    distribution = determine_main_replica_uniform_distribution(sharded, replicas)
+    distribute_main_replicas_with_precomputed_distribution(sharded, replicas, distribution)
     flat, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
     writer = ThreadedWriter(folder, beat)
     state, *_ = save_state_dict_async_plan(
@@ -282,11 +282,3 @@ def _require_finite(name: str, tensor: Tensor) -> None:
         low, high = torch.aminmax(tensor)
         if not (math.isfinite(low) and math.isfinite(high)):
             raise NotFiniteError(f"{name} contains NaN or Inf")
-
-
-def _compact_on_host(tensor: Tensor) -> Tensor:
-    """Return the tensor on the CPU with a storage of its size: torch.save writes full storages."""
-    tensor = tensor.detach().cpu()
-    if tensor.untyped_storage().nbytes() != tensor.nbytes:
-        tensor = tensor.clone(memory_format=torch.contiguous_format)
-    return tensor

@@ -228,7 +228,25 @@ class CheckpointCounts:
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """Compute the size of a checkpoint: weights, and optimizer state in fp32.
+    """Compute the size of a checkpoint: weights, and optimizer state in fp32."""
+    return count_parameters(config).total * _saved_bytes_per_parameter(config)
+
+
+def rank_save_bytes(config: Config, layout: ParallelLayout, parameters: int) -> int:
+    """Compute the bytes that a rank writes in a save, and copies to host memory with async_save.
+
+    The ranks that hold the same parameters write equal parts.
+
+    Args:
+        config: the run's configuration.
+        layout: its parallel layout.
+        parameters: number of parameters of the rank.
+    """
+    return parameters * _saved_bytes_per_parameter(config) // (layout.dp * layout.cp)
+
+
+def _saved_bytes_per_parameter(config: Config) -> int:
+    """Return the size of a weight and its optimizer state in a checkpoint.
 
     The optimizer state includes fp32 main weights in half precision, and with megatron-core's
     distributed optimizer, which always writes them.
@@ -236,7 +254,7 @@ def checkpoint_bytes(config: Config) -> int:
     moments = {"adam": 2, "sgd": 1 if config.optimizer.sgd_momentum else 0}
     copy = element_size(config) < 4 or config.parallel.use_distributed_optimizer
     state = 4 * (moments[config.optimizer.optimizer] + copy)
-    return count_parameters(config).total * (element_size(config) + state)
+    return element_size(config) + state
 
 
 def count_checkpoints(

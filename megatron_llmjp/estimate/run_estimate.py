@@ -21,6 +21,7 @@ from megatron_llmjp.estimate.memory import (
     count_checkpoints,
     rank_memory,
     rank_parameters,
+    rank_save_bytes,
 )
 from megatron_llmjp.formatting import format_bytes, format_count, format_gigabytes, format_table
 
@@ -287,6 +288,7 @@ def _duration(estimate: RunEstimate, mfu: float, name: str | None) -> str:
         ),
         ("run", _length(estimate)),
         ("checkpoints", _checkpoints(estimate)),
+        ("each rank saves", _saved_by_rank(estimate)),
     ]
     if name in PUBLISHED_FIGURES:
         rows.append(("published", _published(PUBLISHED_FIGURES[name], config)))
@@ -318,6 +320,15 @@ def _checkpoints(estimate: RunEstimate) -> str:
         f"{found.written:,} x {format_bytes(size)} written, {found.kept:,} kept "
         f"({format_bytes(found.kept * size)})"
     )
+
+
+def _saved_by_rank(estimate: RunEstimate) -> str:
+    config, layout, per_node = estimate.config, estimate.layout, estimate.gpu.per_node
+    size = rank_save_bytes(config, layout, max(estimate.parameters))
+    if not config.checkpoint.async_save:
+        return f"{format_bytes(size)}, through page-locked buffers of its two largest tensors"
+    node = format_bytes(size * min(per_node, layout.world_size))
+    return f"{format_bytes(size)}, from a copy in page-locked memory ({node} per node)"
 
 
 def _published(figure: PublishedFigure, config: Config) -> str:

@@ -30,10 +30,9 @@ from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.data.folds.schedule import Schedule
 from megatron_llmjp.data.lr_schedule import SchedulerSettings, learning_rate_settings
 from megatron_llmjp.model.gpt import params_dtype
-from megatron_llmjp.patches.bucket_padding import keep_bucket_padding
 from megatron_llmjp.patches.foreach_norm import use_foreach_kernels
 from megatron_llmjp.patches.fused_adamw import register_fused_adamw
-from megatron_llmjp.patches.missing_moments import create_missing_moments
+from megatron_llmjp.patches.optimizer_shards import shard_by_rank
 
 
 @dataclass(frozen=True)
@@ -207,8 +206,7 @@ def build_optimizer(chunks: list[Any], config: Config) -> Any:
     )
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if isinstance(part, distrib_optimizer.DistributedOptimizer):
-            create_missing_moments(part)
-            keep_bucket_padding(part)
+            shard_by_rank(part)
     return optimizer
 
 

@@ -67,6 +67,7 @@ def train_step(
     batch_size: int,
     datasets: int = 0,
     should_apply: Callable[[float], bool] = lambda grad_norm: True,
+    hold_update: Callable[[], None] = lambda: None,
     beat: Callable[[], None] = no_heartbeat,
 ) -> StepResult:
     """Run one optimizer step over a global batch.
@@ -80,19 +81,24 @@ def train_step(
         batch_size: number of samples in this global batch.
         datasets: number of datasets to report losses for.
         should_apply: called with the gradient norm; the update is skipped if it returns false.
+        hold_update: called before the update is submitted to the device.
         beat: heartbeat, called after the forward pass of each micro-batch.
     """
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     sums = run_micro_batches(chunks, data, config, batch_size, datasets=datasets, beat=beat)
-    updated, grad_norm = _clip_and_update(optimizer, should_apply)
+    updated, grad_norm = _clip_and_update(optimizer, should_apply, hold_update)
     if updated:
         scheduler.step(increment=batch_size)
     return StepResult(sums, grad_norm, updated)
 
 
-def _clip_and_update(optimizer: Any, should_apply: Callable[[float], bool]) -> tuple[bool, float]:
+def _clip_and_update(
+    optimizer: Any,
+    should_apply: Callable[[float], bool],
+    hold_update: Callable[[], None] = lambda: None,
+) -> tuple[bool, float]:
     """Do what megatron-core's ``step`` does, with ``should_apply`` between norm and update.
 
     The host waits for the device once, for the gradient norm.
@@ -113,6 +119,7 @@ def _clip_and_update(optimizer: Any, should_apply: Callable[[float], bool]) -> t
     for part in parts:
         if part.config.clip_grad > 0.0 and (parameters := part.get_parameters()):
             clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, grad_norm)
+    hold_update()
     return bool(optimizer.step_with_ready_grads()), grad_norm
 
 

@@ -154,6 +154,7 @@ class Trainer:
             batch_size,
             datasets,
             self.monitor.should_apply,
+            self.saver.hold_update,
             self.control.sync.beat,
         )
         if not result.updated and self.monitor.status is StepStatus.GOOD:

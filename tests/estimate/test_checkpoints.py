@@ -9,7 +9,14 @@ import pytest
 
 from megatron_llmjp.config.flags import parse
 from megatron_llmjp.config.loading import replace_fields
-from megatron_llmjp.estimate.memory import CheckpointCounts, checkpoint_bytes, count_checkpoints
+from megatron_llmjp.estimate.layout import make_layout
+from megatron_llmjp.estimate.memory import (
+    CheckpointCounts,
+    checkpoint_bytes,
+    count_checkpoints,
+    rank_parameters,
+    rank_save_bytes,
+)
 from tests.estimate.test_flops import preset
 from tests.support.datasets import write_folds
 from tests.support.training import Job, arguments, train_all
@@ -20,6 +27,12 @@ JOBS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "bf16": ("laptop-gpt-neox", ("--bf16", "--no-save-fold-ends")),
     "sgd": ("laptop-gpt2", ("--optimizer", "sgd", "--keep-last", 1)),
 }
+ON_TWO_RANKS = {
+    "dp2": ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
+    "dp2-bf16": ("--bf16",),  # every rank holds the whole optimizer state
+    "tp2": ("--tensor-model-parallel-size", 2),
+}
+"""Flags of runs of laptop-llama, whose ranks share the work of a save."""
 FOLD_ENDS = (12, 20)
 """Samples after 3 and 5 iterations of 4."""
 
@@ -29,7 +42,8 @@ def saved(tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("checkpoints")
     folds = write_folds(folder, (3, 2))
     jobs = [Job(name, (0, 1), tuple(words(name, folds))) for name in JOBS]
-    train_all(jobs, 1, folder)
+    jobs += [Job(name, (0, 2), tuple(words_of_two(name, folds))) for name in ON_TWO_RANKS]
+    train_all(jobs, 2, folder)
     return folder, folds
 
 
@@ -47,6 +61,23 @@ def test_estimate_matches_real_run(saved, name):
     assert found.kept == len(kept)
     size = sum(file.stat().st_size for file in kept[-1].rglob("*") if file.is_file())
     assert checkpoint_bytes(config) == pytest.approx(size, rel=0.03)
+
+
+def words_of_two(name: str, folds: Path) -> list[str]:
+    flags = ("--train-iters", 1, "--lr-warmup-iters", 0, "--eval-iters", 0, *ON_TWO_RANKS[name])
+    return arguments("laptop-llama", folds, *flags, hidden_size=256, ffn_hidden_size=512)
+
+
+@pytest.mark.parametrize("name", ON_TWO_RANKS)
+def test_each_rank_writes_its_part(saved, name):
+    folder, folds = saved
+    config = replace_fields(parse(words_of_two(name, folds))[0], vocab_size=100)
+    layout = make_layout(config, 2)
+    expected = rank_save_bytes(config, layout, rank_parameters(config, layout, layout.stages[0]))
+    (checkpoint,) = (folder / name).glob("iter_*")
+    for rank in range(2):
+        size = sum(file.stat().st_size for file in checkpoint.glob(f"__{rank}_*.distcp"))
+        assert expected == pytest.approx(size, rel=0.1), rank
 
 
 def count(iterations: int, *fold_ends: int, **values: Any) -> tuple[int, int]:

@@ -20,10 +20,6 @@ def _fp16(case: Case) -> bool:
     return case.config.training.fp16
 
 
-def _distributed(case: Case) -> bool:
-    return case.config.parallel.use_distributed_optimizer
-
-
 def _has_learned_positions(case: Case) -> bool:
     return case.config.model.position_embedding_type == "learned_absolute" and case.is_first_stage
 
@@ -45,7 +41,6 @@ _OPTIMIZER = "megatron/core/optimizer"
 _NORM = f"{_OPTIMIZER}/clip_grads.py:get_grad_norm_fp32"
 _LOSSES = "megatron_llmjp/training/train_step.py:means_over_ranks"
 _TRAINER = "megatron_llmjp/training/trainer.py"
-_GATHER = "the optimizer's state is gathered on one rank through pageable memory"
 
 ONCE = (
     ("all_gather_object", f"{_OPTIMIZER}/__init__.py:_get_param_groups", 2, "parameter groups"),
@@ -76,23 +71,6 @@ EVERY_LOG_LINE = (
     ("item", f"{_TRAINER}:_log", STEPS, "the loss scale"),
 )
 EVERY_VALIDATION = (("tolist", _LOSSES, 1, "the losses"),)
-EVERY_SAVE = (
-    (
-        "copy cpu to cuda",
-        f"{_OPTIMIZER}/distrib_optimizer.py:get_parameter_state_dp_zero",
-        None,
-        _GATHER,
-        _distributed,
-    ),
-    (
-        "copy cuda to cpu",
-        f"{_OPTIMIZER}/distrib_optimizer.py:get_parameter_state_dp_zero",
-        None,
-        _GATHER,
-        _distributed,
-    ),
-)
-
 ALLOWED = tuple(
     AllowedWait(phase, *entry)  # type: ignore[arg-type]
     for phase, entries in {
@@ -100,7 +78,6 @@ ALLOWED = tuple(
         "step": (*EVERY_STEP, *OVERFLOW),
         "log": EVERY_LOG_LINE,
         "evaluation": EVERY_VALIDATION,
-        "save": EVERY_SAVE,
     }.items()
     for entry in entries
 )

@@ -17,13 +17,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils.data import Dataset
 
+from megatron_llmjp.checkpoint.host_copy import HostBuffers
 from megatron_llmjp.checkpoint.sharded_state import (
     RunState,
     get_random_state,
     set_random_state,
     sharded_state_dict,
 )
-from megatron_llmjp.checkpoint.writer import HostBuffers
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.data.documents import DOCUMENT_STARTS
@@ -185,12 +185,17 @@ class _Saver:
     def close(self, *_: Any) -> None:
         pass
 
+    def hold_update(self) -> None:
+        pass
+
     def save(self, state: RunState, progress: Any) -> None:
         self.saved = progress.iteration
         host, devices = HostBuffers(), set()
-        for number, tensor in enumerate(_tensors(sharded_state_dict(state, is_loading=False))):
-            devices.add(str(tensor.device))
-            host.copy((number,), tensor)
+        with host.copying():
+            for number, tensor in enumerate(_tensors(sharded_state_dict(state, is_loading=False))):
+                devices.add(str(tensor.device))
+                host.copy((number,), tensor)
+        host.hold_device()
         self._report.saved = sorted(devices)
 
 

@@ -81,7 +81,7 @@ print(len(compiled))
 
 
 def step_optimizers() -> dict[str, Any]:
-    """States of a distributed optimizer over several padded buckets, with and without patches."""
+    """What a distributed optimizer does with and without patches."""
     import torch
     from megatron.core import optimizer as core_optimizer
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -91,9 +91,8 @@ def step_optimizers() -> dict[str, Any]:
     from megatron_llmjp.parallel import process_groups
     from megatron_llmjp.parallel.device import setup
     from megatron_llmjp.parallel.ranks import single_process
-    from megatron_llmjp.patches.bucket_padding import keep_bucket_padding
     from megatron_llmjp.patches.fused_adamw import register_fused_adamw
-    from megatron_llmjp.patches.missing_moments import create_missing_moments
+    from megatron_llmjp.patches.optimizer_shards import shard_by_rank
 
     device = setup()
     words = ["--config", "laptop-gpt2", "--vocab-size", "100", "--hidden-size", "24"]
@@ -128,38 +127,31 @@ def step_optimizers() -> dict[str, Any]:
         counts = {float(group["step"]) for group in adam.param_groups if "step" in group}
         return sorted(counts | {float(s["step"]) for s in adam.state.values() if "step" in s})
 
-    def misplaced(part: Any) -> int:
-        """Parameters that are not at their offset in the gathered state."""
-        state = part.get_parameter_state_dp_zero(use_gloo_comm=False)
-        wrong = 0
-        for index, buffer in enumerate(part.buffers):
-            assert len(buffer.buckets) > 2
-            (tensors,) = state[index].values()
-            for parameter, (start, end, _) in buffer.param_index_map.items():
-                found = tensors["param"][start:end]
-                wrong += not torch.equal(found, parameter.detach().flatten())
-        return wrong
+    def gathers(chunk: Any, part: Any) -> int:
+        """Number of all-gathers of a save."""
+        calls, gather = [0], torch.distributed.all_gather
 
-    def gathers_without_step(part: Any) -> bool:
-        try:
-            part.get_parameter_state_dp_zero(use_gloo_comm=False)
-        except KeyError:
-            return False
-        return True
+        def counted(*arguments: Any, **options: Any) -> Any:
+            calls[0] += 1
+            return gather(*arguments, **options)
+
+        torch.distributed.all_gather = counted
+        group = part.data_parallel_group
+        metadata = {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": group}
+        model = chunk.module.sharded_state_dict(metadata=metadata)
+        state = part.sharded_state_dict(model, metadata=metadata)["param_state"]
+        torch.distributed.all_gather = gather
+        assert len(state) > 10
+        return calls[0]
 
     chunk, part = make()
-    found: dict[str, Any] = {"gathers before": gathers_without_step(part)}
     step(chunk, part)
-    found["misplaced before"] = misplaced(part)
-    create_missing_moments(part)
-    keep_bucket_padding(part)
-    found["misplaced after"] = misplaced(part)
+    found: dict[str, Any] = {"gathers before": gathers(chunk, part)}
+    shard_by_rank(part)
+    found["gathers after"] = gathers(chunk, part)
     found["steps before"] = steps_after_load(*make())
     register_fused_adamw()
     found["steps after"] = steps_after_load(*make())
-    _, part = make()
-    create_missing_moments(part)
-    found["gathers after"] = gathers_without_step(part)
     process_groups.destroy()
     return found
 
@@ -175,14 +167,9 @@ def test_fused_adamw(found):
     assert found["steps before"] != [2.0], needless("fused_adamw")
 
 
-def test_bucket_padding(found):
-    assert found["misplaced after"] == 0
-    assert found["misplaced before"] > 0, needless("bucket_padding")
-
-
-def test_missing_moments(found):
-    assert found["gathers after"]
-    assert not found["gathers before"], needless("missing_moments")
+def test_optimizer_shards(found):
+    assert found["gathers after"] == 0
+    assert found["gathers before"] > 0, needless("optimizer_shards")
 
 
 def norm_of_meta_tensors() -> list[str]:
