@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from benchmarks.gpu.results import Context
 from megatron_llmjp.config.flags import parse
@@ -83,6 +85,8 @@ def train(words: Sequence[str]) -> int:
         return train_run(run, single_process(), device)
     finally:
         process_groups.destroy()
+        gc.collect()  # the next run needs the memory of the model
+        torch.cuda.empty_cache()
 
 
 def losses(save: Path) -> list[float]:

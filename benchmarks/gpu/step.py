@@ -129,7 +129,7 @@ def _profile(context: Context, session: Session) -> None:
     session.use_micro_batch_size(context.scale.micro_batch_sizes[0])
     session.step()
     synchronize(context)
-    with torch.profiler.profile() as profiler:
+    with torch.profiler.profile(activities=_activities()) as profiler:
         for _ in range(PROFILED_STEPS):
             session.step()
         synchronize(context)
@@ -142,6 +142,12 @@ def _profile(context: Context, session: Session) -> None:
     context.results.note(found.note)
 
 
+def _activities() -> list[torch.profiler.ProfilerActivity]:
+    """Return what is profiled: not torch's operators on the host, which would slow it down."""
+    kinds, supported = torch.profiler.ProfilerActivity, torch.profiler.supported_activities()
+    return [kinds.CUDA if kinds.CUDA in supported else kinds.CPU]
+
+
 def _call_sites(context: Context, session: Session) -> None:
     """Add the lines of Python at which torch waits for the device, without those of NCCL."""
     synchronize(context)
@@ -152,7 +158,7 @@ def _call_sites(context: Context, session: Session) -> None:
             session.step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    found = [w for w in caught if "synchroniz" in str(w.message)]
+    found = [w for w in caught if "called a synchronizing" in str(w.message)]
     for place, number in Counter(_place(w.filename, w.lineno) for w in found).most_common():
         context.results.add("lines that wait", {"line": place, "per step": number})
     if not found:
