@@ -22,19 +22,20 @@ from pathlib import Path
 from typing import Any
 
 from tests.gpu.machine.library import compile_library
-from tests.support.forks import ROOT, become_program, import_name, run_to_exit
+from tests.support.forks import ROOT, STAND_INS, become_program, import_name, run_to_exit
 from tests.support.timeouts import PROCESS_TIMEOUT
 
 IMPORTED = ("megatron_llmjp.training.train", "torch.utils.data._utils")
 """Modules that the forked processes share."""
 
 
-def run_on_machine(function: Callable[..., Any], *arguments: Any) -> Any:
+def run_on_machine(function: Callable[..., Any], *arguments: Any, stand_ins: bool = False) -> Any:
     """Run ``function(machine, *arguments)`` on the machine, in a forked process.
 
     Args:
         function: a function of a module; its first argument is the :class:`Machine`.
         arguments: JSON values.
+        stand_ins: whether the packages of :data:`tests.support.forks.STAND_INS` are installed.
 
     Returns:
         The function's result, a JSON value.
@@ -47,7 +48,7 @@ def run_on_machine(function: Callable[..., Any], *arguments: Any) -> Any:
             (Path(folder) / stream).touch()
         call = [*import_name(function), arguments]
         request = {"folder": folder, "env": dict(os.environ), "call": call}
-        code = _server().run(json.dumps(request))
+        code = _server(stand_ins).run(json.dumps(request))
         if code != 0:
             error = (Path(folder) / "stderr").read_text(errors="replace")
             raise AssertionError(f"{function.__qualname__}, exit code {code}:\n{error[-6000:]}")
@@ -57,7 +58,9 @@ def run_on_machine(function: Callable[..., Any], *arguments: Any) -> Any:
 class _Server:
     """The process that others are forked from."""
 
-    def __init__(self) -> None:
+    def __init__(self, stand_ins: bool) -> None:
+        path = [str(STAND_INS)] if stand_ins else []
+        path += filter(None, [os.environ.get("PYTHONPATH")])
         library = compile_library(ROOT / ".pytest_cache" / "fake_cuda")
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
@@ -67,6 +70,7 @@ class _Server:
             stderr=self._errors,
             text=True,
             cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
             start_new_session=True,
         )
         atexit.register(self.close)
@@ -94,9 +98,9 @@ class _Server:
         self._process.wait()
 
 
-@lru_cache(maxsize=1)
-def _server() -> _Server:
-    return _Server()
+@lru_cache
+def _server(stand_ins: bool) -> _Server:
+    return _Server(stand_ins)
 
 
 def serve(library: str) -> None:

@@ -105,10 +105,11 @@ class DotProductAttention(TransformerEngineBaseModule):
         if layout == "thd":
             assert kind == "padding_causal" and query_layer.dim() == 3
             assert cu_seqlens_q is not None and cu_seqlens_kv is not None
-            assert cu_seqlens_q.dtype == torch.int32 and torch.equal(cu_seqlens_q, cu_seqlens_kv)
-            longest = int(cu_seqlens_q.diff().max())
-            assert max_seqlen_q is not None and longest <= max_seqlen_q
-            position = torch.arange(len(query_layer))
+            assert cu_seqlens_q.dtype == torch.int32 and cu_seqlens_q is cu_seqlens_kv
+            assert max_seqlen_q is not None
+            if not cu_seqlens_q.is_cuda:
+                assert int(cu_seqlens_q.diff().max()) <= max_seqlen_q
+            position = torch.arange(len(query_layer), device=query_layer.device)
             document = torch.searchsorted(cu_seqlens_q.long(), position, right=True)
             hidden = document[:, None] != document[None, :]
             hidden |= position[:, None] < position[None, :]
@@ -128,9 +129,9 @@ class DotProductAttention(TransformerEngineBaseModule):
         """Return which keys a query does not see; ``causal`` ignores a mask that is given."""
         length = query.shape[0]
         if kind == "no_mask":
-            return torch.zeros(length, length, dtype=torch.bool)
+            return torch.zeros(length, length, dtype=torch.bool, device=query.device)
         if kind == "causal":
-            return torch.ones(length, length, dtype=torch.bool).triu(1)
+            return torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
         assert kind == "arbitrary" and attention_mask is not None
         assert attention_mask.dtype == torch.bool and attention_mask.dim() == 4
         return attention_mask

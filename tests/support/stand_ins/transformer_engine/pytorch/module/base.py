@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 def get_dummy_wgrad(shape: list[int], dtype: torch.dtype, zero: bool = False) -> Tensor:
     """Return the gradient of a weight whose gradient was already accumulated: not to be used."""
-    return torch.full(shape, 0.0 if zero else float("nan"), dtype=dtype)
+    device = torch.cuda.current_device()
+    return torch.full(shape, 0.0 if zero else float("nan"), dtype=dtype, device=device)
 
 
 class TransformerEngineBaseModule(nn.Module):
