@@ -218,7 +218,6 @@ def sharded_state_dict(state: RunState, is_loading: bool) -> dict[str, Any]:
     metadata = {
         # Can be loaded in any layout, unlike megatron-core's default.
         "distrib_optim_sharding_type": "fully_reshardable",
-        "distrib_optim_fully_reshardable_mem_efficient": False,
         "chained_optim_avoid_prefix": True,
         "singleton_local_shards": False,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
