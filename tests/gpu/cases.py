@@ -39,8 +39,8 @@ _PLAIN: dict[str, Any] = {
     "pipeline_model_parallel_size": 1,
     "sequence_parallel": False,
     "use_distributed_optimizer": True,
-    "overlap_grad_reduce": False,
-    "overlap_param_gather": False,
+    "overlap_grad_reduce": True,
+    "overlap_param_gather": True,
     "recompute_granularity": None,
     "bf16": True,
     "fp16": False,
@@ -51,27 +51,28 @@ _PP2 = {"pipeline_model_parallel_size": 2}
 _VP2 = {**_PP2, "virtual_pipeline_model_parallel_size": 2}
 _TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 _DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
-_OVERLAPS = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+_NO_OVERLAPS = {"overlap_grad_reduce": False, "overlap_param_gather": False}
 _SELECTIVE = {"recompute_granularity": "selective"}
 _FULL = {
     "recompute_granularity": "full",
     "recompute_method": "uniform",
     "recompute_num_layers": 1,
 }
+_PLAIN_OPTIMIZER = {"use_distributed_optimizer": False, "overlap_param_gather": False}
 _DOCUMENTS = {"reset_attention_mask": True, "reset_position_ids": True}
 
 FEATURES: dict[str, tuple[dict[str, Any], int]] = {
     "tp2-sp-dropout": ({**_TP2, **_DROPOUT}, 10),
     "pp2-first-selective-recompute": ({**_PP2, **_SELECTIVE}, 3),
-    "pp2-last": (_PP2, 12),
-    "vp2-first-overlaps": ({**_VP2, **_OVERLAPS}, 3),
-    "vp2-last-overlaps": ({**_VP2, **_OVERLAPS}, 12),
-    "plain-optimizer-full-recompute": ({**_FULL, "use_distributed_optimizer": False}, 11),
+    "pp2-last-no-overlaps": ({**_PP2, **_NO_OVERLAPS}, 12),
+    "vp2-first": (_VP2, 3),
+    "vp2-last": (_VP2, 12),
+    "plain-optimizer-full-recompute": ({**_PLAIN_OPTIMIZER, **_FULL}, 11),
     "documents-deterministic": ({**_DOCUMENTS, "deterministic_mode": True}, 11),
     "documents-fp32": ({**_DOCUMENTS, "bf16": False}, 11),
     "fp16": ({"fp16": True, "bf16": False}, 11),
 }
-"""Fields that differ from a run in bf16 with the distributed optimizer, and the rank that runs.
+"""Fields that differ from a run in bf16 with an overlapped distributed optimizer, and the rank.
 
 Features that do not touch each other share a run.
 """
@@ -103,7 +104,7 @@ class Case:
 
     @property
     def attention(self) -> str:
-        """The attention kernel that the run should use."""
+        """The kernel that torch's attention should use."""
         training, documents = self.config.training, self.config.data.reset_attention_mask
         half = training.bf16 or training.fp16
         if documents:
@@ -112,7 +113,7 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """Return all runs: each architecture once, each style with each feature."""
+    """Return all runs: each preset's architecture once, each of the styles with each feature."""
     found = [Case(f"{preset}-base", config) for preset, config in _architectures().items()]
     for style, preset in STYLES.items():
         for feature, (fields, rank) in FEATURES.items():
@@ -133,7 +134,7 @@ def _architectures() -> dict[str, Config]:
 
 
 def _shrunk(preset: str, **fields: Any) -> Config:
-    """Return a small run of a preset in bf16 with the distributed optimizer."""
+    """Return a small run of a preset in bf16 with an overlapped distributed optimizer."""
     config = parse(["--config", preset]).config
     groups = {} if config.model.num_query_groups is None else {"num_query_groups": 2}
     fields = {**_SHRUNK, **groups, **_PLAIN, **fields}

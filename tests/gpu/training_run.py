@@ -29,6 +29,7 @@ from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.data.documents import DOCUMENT_STARTS
 from megatron_llmjp.data.folds.schedule import DatasetSlice, FoldPlan, Schedule
 from megatron_llmjp.data.folds.schema import FoldFile
+from megatron_llmjp.model.kernels import choose_kernels
 from megatron_llmjp.parallel import process_groups
 from megatron_llmjp.parallel.device import Device, setup_rank, use_deterministic_kernels
 from megatron_llmjp.parallel.process_groups import RankSync, new_group_without_timeout
@@ -80,8 +81,10 @@ class Report:
     """Device of the losses of each step."""
     saved: list[str] = field(default_factory=list)
     """Devices of the tensors of a save."""
+    layers: str = ""
+    """Implementations of the layers, as the run prints them."""
     attention: list[str] = field(default_factory=list)
-    """Attention kernels."""
+    """Kernels of torch's attention."""
     applied: list[bool] = field(default_factory=list)
     """Whether each step was applied."""
 
@@ -245,6 +248,7 @@ def training_run(
     report.waits = phase.report()
     report.devices = sorted(machine.waits.devices)
     report.backends = sorted(machine.groups.backends)
+    report.layers = str(choose_kernels(device, config))
     report.attention = sorted(machine.attention)
     report.device_id = str(machine.groups.device_id)
     return vars(report)
