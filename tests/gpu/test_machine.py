@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.gpu.machine.library import why_missing
 from tests.gpu.machine.process import run_on_machine
+from tests.support.forks import ROOT
+from tests.support.timeouts import wait_until
 
 pytestmark = pytest.mark.skipif(why_missing() is not None, reason=str(why_missing()))
 
@@ -133,3 +142,30 @@ def raise_error(machine: Any) -> None:
 def test_errors_are_those_of_the_function():
     with pytest.raises(AssertionError, match="ValueError: an error on the machine"):
         run_on_machine(raise_error)
+
+
+def never_return(machine: Any, path: str) -> None:
+    Path(path).write_text(str(os.getpid()))
+    threading.Event().wait()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl(2)")
+def test_processes_end_with_the_one_that_started_them(tmp_path: Path):
+    file = tmp_path / "pid"
+    code = (
+        "from tests.gpu.machine.process import run_on_machine; import tests.gpu.test_machine as t"
+    )
+    command = f"{code}; run_on_machine(t.never_return, {str(file)!r})"
+    caller = subprocess.Popen([sys.executable, "-c", command], cwd=ROOT)
+    wait_until(lambda: caller.poll() is not None or (file.exists() and file.read_text()))
+    assert caller.poll() is None
+    hanging = psutil.Process(int(file.read_text()))
+    caller.kill()
+    caller.wait()
+    wait_until(lambda: has_ended(hanging))
+
+
+def has_ended(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.status() == psutil.STATUS_ZOMBIE
+    return True

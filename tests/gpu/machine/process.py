@@ -12,6 +12,7 @@ import gc
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,8 @@ from tests.support.timeouts import PROCESS_TIMEOUT
 
 IMPORTED = ("megatron_llmjp.training.train", "torch.utils.data._utils")
 """Modules that the forked processes share."""
+_PR_SET_PDEATHSIG = 1
+"""prctl(2)."""
 
 
 def run_on_machine(function: Callable[..., Any], *arguments: Any, stand_ins: bool = False) -> Any:
@@ -105,6 +108,7 @@ def _server(stand_ins: bool) -> _Server:
 
 def serve(library: str) -> None:
     """Answer each line of standard input, a call, by the exit code of the process that runs it."""
+    _die_with_parent()
     ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)  # before torch: it replaces one of its functions
     from tests.gpu.machine.rank import become_machine
 
@@ -123,6 +127,13 @@ def serve(library: str) -> None:
         request = json.loads(line)
         pid = os.fork()
         if pid == 0:
+            _die_with_parent()
             become_program(request["folder"], request["env"], str(ROOT))
             run_to_exit(run, *request["call"], Path(request["folder"]) / "result")
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
+def _die_with_parent() -> None:
+    """Let the kernel kill this process when its parent ends, also if that was killed; on Linux."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
