@@ -62,6 +62,7 @@ recompute_granularity selective|full None
 recompute_method uniform|block None
 recompute_num_layers int None >0
 distributed_timeout_minutes int 10 >0
+device auto|cuda|cpu 'auto'
 fold_file str None
 data_path list ()
 data_args_path str None
@@ -97,6 +98,10 @@ bf16 bool False
 fp16 bool False
 z_loss_strength float 0.0 >=0
 deterministic_mode bool False
+transformer_impl transformer_engine|local None
+manual_gc bool True
+manual_gc_interval int 100 >=0
+manual_gc_eval bool True
 optimizer adam|sgd 'adam'
 lr float 0.0003 >=0
 min_lr float 0.0 >=0

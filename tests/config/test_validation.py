@@ -81,7 +81,7 @@ MESSAGES = {
     "--overlap-param-gather --overlap-grad-reduce --no-use-distributed-optimizer": [
         "overlap_param_gather requires use_distributed_optimizer",
     ],
-    "--overlap-param-gather": [
+    "--no-overlap-grad-reduce": [
         "overlap_param_gather requires overlap_grad_reduce",
     ],
     "--recompute-granularity full --recompute-method uniform --recompute-num-layers 25": [

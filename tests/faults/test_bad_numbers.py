@@ -39,7 +39,7 @@ def train_with_bad_batch(words: list[str], factor: float, rank: int | None) -> i
         trainers[:] = [self]
         return train(self)
 
-    def scaled_update(optimizer, should_apply):
+    def scaled_update(optimizer, should_apply, hold_update):
         current = trainers[0]
         size = current.sizes.at(current.consumed_samples)
         positions = [
@@ -49,7 +49,7 @@ def train_with_bad_batch(words: list[str], factor: float, rank: int | None) -> i
             for chunk in current.model.chunks:
                 for parameter in chunk.parameters():
                     parameter.main_grad.mul_(factor)
-        return update(optimizer, should_apply)
+        return update(optimizer, should_apply, hold_update)
 
     trainer.Trainer.train, train_step._clip_and_update = remember, scaled_update
     device = setup()

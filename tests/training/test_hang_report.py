@@ -17,23 +17,26 @@ import torch.distributed as dist
 from megatron_llmjp.training import hang_report, watchdog
 from megatron_llmjp.training.hang_report import (
     HeartbeatExchange,
+    Phase,
     RankState,
     describe_ranks,
     describe_silent_first_rank,
-    is_communicating,
     rank_state,
-    stack_files,
 )
+from megatron_llmjp.training.wait_sites import Frame, Wait, find_wait, stack_frames
 from tests.support.timeouts import wait_until
 
 
-def state(rank: int, iteration: int = 7, waits: bool = True, line: str = "a.py:1") -> RankState:
-    return RankState(rank, f"node{rank // 2}", iteration, "a step", line, waits)
+def state(
+    rank: int, iteration: int = 7, waits_for: Wait = "other ranks", line: str = "a.py:1"
+) -> RankState:
+    host = f"node{rank // 2}"
+    return RankState(rank, host, iteration, "a step", iteration, line, waits_for)
 
 
 def test_lines_of_groups():
     """Silent ranks, then those at an earlier iteration, then those that wait for nobody."""
-    states = [state(r) for r in (0, 1, 3)] + [state(4, 6), state(5, waits=False, line="b.py:2")]
+    states = [state(r) for r in (0, 1, 3)] + [state(4, 6), state(5, waits_for="", line="b.py:2")]
     waiting = "iteration 7, a step; waits for other ranks; a.py:1"
     assert describe_ranks([*states, state(9)], 10) == [
         "ranks 2, 6-8: no response (process stopped or exited, or machine down)",
@@ -41,13 +44,17 @@ def test_lines_of_groups():
         "rank 5 on node2: iteration 7, a step; does not wait for another rank; b.py:2",
         f"ranks 0-1, 3, 9 on node0, node1, node4: {waiting}",
     ]
-    states = [state(0), state(2, waits=False), state(1)]
+    states = [state(0), state(2, waits_for=""), state(1)]
     assert describe_ranks(states, 3) == [
         "rank 2 on node1: iteration 7, a step; does not wait for another rank; a.py:1"
         "   <- check first",
         f"ranks 0-1 on node0: {waiting}",
     ]
-    assert describe_ranks([state(0), state(1)], 2) == [f"ranks 0-1 on node0: {waiting}"]
+    assert describe_ranks([state(0), state(1)], 2) == [
+        f"ranks 0-1 on node0: {waiting}",
+        "all ranks wait: a GPU or a link hangs, or ranks disagree on the next collective; compare "
+        "the stacks and, on GPUs, collectives-rank*.json",
+    ]
     # At most four hosts.
     lines = describe_ranks([state(2 * n) for n in range(5)], 10)
     assert lines[1] == f"ranks 0, 2, 4, 6, 8 on node0, node1, node2, node3: {waiting}"
@@ -82,9 +89,12 @@ def test_short_paths(file, shown):
     ],
 )
 def test_a_collective_is_among_the_innermost_four_frames(file):
-    assert is_communicating(["a.py", file, "b.py", "c.py", "d.py"])
-    assert not is_communicating(["a.py", file, "b.py", "c.py", "d.py", "e.py"])
-    assert not is_communicating(["a.py", "/x/torch/nn/functional.py"])
+    def found(*files: str) -> Wait:
+        return find_wait([Frame(name, "f") for name in files], on_gpu=False)
+
+    assert found("a.py", file, "b.py", "c.py", "d.py") == "other ranks"
+    assert found("a.py", file, "b.py", "c.py", "d.py", "e.py") == ""
+    assert found("a.py", "/x/torch/nn/functional.py") == ""
 
 
 def test_the_state_of_a_thread():
@@ -98,27 +108,27 @@ def test_the_state_of_a_thread():
     thread.start()
     ready.wait()
     assert thread.ident is not None
-    found = rank_state(thread.ident, 3, 8, "a save")
+    found = rank_state(thread.ident, 3, Phase(8, "a save", 21), on_gpu=False)
     end.set()
     thread.join()
-    assert (found.rank, found.host, found.iteration, found.phase) == (
-        3, socket.gethostname(), 8, "a save",
+    assert (found.rank, found.host, found.iteration, found.phase, found.phases) == (
+        3, socket.gethostname(), 8, "a save", 21,
     )  # fmt: skip
-    assert not found.waits
+    assert found.waits_for == ""
     inner = hang_report._short_path(threading.__file__)
     assert found.line.startswith(f"{inner}:") and found.line.endswith(" in wait")
 
 
-def test_files_of_a_stack():
-    files = stack_files(sys._getframe())
-    assert files[-1] == __file__ and len(files) > 3
-    assert stack_files(None) == []
+def test_frames_of_a_stack():
+    frames = stack_frames(sys._getframe())
+    assert frames[-1] == (__file__, "test_frames_of_a_stack") and len(frames) > 3
+    assert stack_frames(None) == []
 
 
 def test_progress_of_any_rank_is_seen_by_all():
     """A heartbeat counts once; the first count that is read, of another rank, is progress."""
     store = dist.HashStore()
-    one, other = (HeartbeatExchange(store, 0.01) for _ in range(2))
+    one, other = (HeartbeatExchange(store, 0.01, on_gpu=False) for _ in range(2))
     one.start()
     other.start()
     wait_until(one.take_progress)  # the first exchange
@@ -144,7 +154,7 @@ def test_a_store_without_a_server_ends_the_thread():
         def add(self, key: str, count: int) -> int:
             raise RuntimeError("connection reset")
 
-    exchange = HeartbeatExchange(Broken(), 0.01)
+    exchange = HeartbeatExchange(Broken(), 0.01, on_gpu=False)
     exchange.start()
     wait_until(lambda: not exchange._thread.is_alive())
 
