@@ -246,7 +246,7 @@ RANKS: list[tuple[str, dict[str, Any], int, int, bool, tuple[int, int, int]]] = 
      (2 * LLAMA_TP + 1728, 24 * 64 * 2, 24 * 64 * 4)),
     ("laptop-llama", {**GROUPED, **TWO, "sequence_parallel": True}, 4, 0, True,
      (2 * 2 * LLAMA_SP, 0, 24 * 2 * (3 * 8 + 3 * 16 + 12))),
-    # Inputs of two units of two layers; the recomputed unit is larger than logits and chunk by 4992.
+    # Inputs of two units of two layers; the recomputed unit is 4992 larger than logits and chunk.
     ("laptop-llama", {**GROUPED, **FULL, "recompute_num_layers": 2}, 1, 0, True,
      (2 * 24 * 16 * 2 + 1728 + (2 * LLAMA + 24 * 2 * 40 - 6144 - 12288), 6144, 12288)),
     ("laptop-llama", {**GROUPED, **TWO, **FULL, "recompute_num_layers": 2}, 4, 0, True,
