@@ -195,8 +195,9 @@ OTHER = {
         {"num_hidden_layers": 3, "hidden_size": 64, "num_attention_heads": 8, "head_dim": 12,
          "num_key_value_heads": 2, "intermediate_size": 99, "max_position_embeddings": 77,
          "rms_norm_eps": 3e-4, "rope_theta": 777.0, "vocab_size": 101, "attention_bias": False,
-         "tie_word_embeddings": True, "initializer_range": 0.3},
+         "tie_word_embeddings": True, "initializer_range": 0.3, "attention_dropout": 0.2},
         {"num_layers": 3, "hidden_size": 64, "num_attention_heads": 8, "kv_channels": 12,
+         "attention_dropout": 0.2,
          "num_query_groups": 2, "ffn_hidden_size": 99, "max_position_embeddings": 77,
          "norm_epsilon": 3e-4, "rotary_base": 777, "vocab_size": 101,
          "untie_embeddings_and_output_weights": False, "init_method_std": 0.3,
@@ -229,10 +230,14 @@ OTHER = {
 
 
 @pytest.mark.parametrize("architecture", OTHER)
-def test_every_key_of_config_json_is_read(architecture):
+def test_every_key_of_config_json_is_read_and_written(architecture):
     config, expected = OTHER[architecture]
-    model = ARCHITECTURES[architecture].from_config(config, Path("config.json")).model_dump()
-    assert {name: model[name] for name in expected} == expected
+    model = ARCHITECTURES[architecture].from_config(config, Path("config.json"))
+    fields = model.model_dump()
+    assert {name: fields[name] for name in expected} == expected
+    written = ARCHITECTURES[architecture].to_config(model)
+    assert config.keys() - written.keys() <= {"vocab_size", "tie_word_embeddings"}  # by others
+    assert {key: written[key] for key in config if key in written}.items() <= config.items()
 
 
 @pytest.mark.parametrize("architecture", MINIMAL)

@@ -91,7 +91,7 @@ def _to_config(model: ModelConfig) -> dict[str, Any]:
         "rms_norm_eps": model.norm_epsilon,
         **rope_keys(model),
         "attention_bias": model.add_bias_linear,
-        "attention_dropout": 0.0,
+        "attention_dropout": model.attention_dropout,
         "mlp_bias": model.add_bias_linear,
         "pretraining_tp": 1,
     }
@@ -129,6 +129,7 @@ def _from_config(config: dict[str, Any], where: str) -> ModelConfig:
         norm_epsilon=config.get("rms_norm_eps", 1e-6),
         activation_function="swiglu",
         add_bias_linear=attention_bias,
+        attention_dropout=config.get("attention_dropout", 0.0),
         **embedding_fields(config, where, tied=False),
     )
 
