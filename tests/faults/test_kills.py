@@ -80,6 +80,10 @@ def draw_moments(number: int, draw: random.Random) -> list[str]:
     return moments
 
 
+KILLED_PEER = ("closed by peer", "Connection", "resource_sharer.py")
+"""Errors of a rank, or of its thread that serves data workers, whose peer was killed first."""
+
+
 def kill_once(
     stage: Stage, layout: str, save: Path, draw: random.Random, moment: str
 ) -> str | None:
@@ -107,7 +111,7 @@ def kill_once(
         assert [p for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
         assert start.wait() != 0
         if "Traceback" in start.stderr:
-            assert "closed by peer" in start.stderr or "Connection" in start.stderr, start.stderr
+            assert any(text in start.stderr for text in KILLED_PEER), start.stderr
     if save.is_dir():
         assert_checkpoints_complete(save)
     killed = "the first rank" if moment == AT_A_CALL else VICTIMS[victim]
