@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -60,3 +62,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return next((i for i, p in enumerate(SLOWEST_FIRST) if path.startswith(p)), 100)
 
     items.sort(key=place)
+
+
+@pytest.fixture(autouse=True)
+def torch_stays_as_it_is() -> Iterator[None]:
+    """Refuse tests that replace ``torch.cuda`` in pytest's process: later ones would use the CPU.
+
+    The replacement cannot be undone; such a test has to run in a process of its own.
+    """
+    yield
+    module = sys.modules.get("megatron_llmjp.patches.torch_cuda_on_cpu")
+    if module is not None and module.is_substituted():
+        module.__dict__["_ACTIVE"].clear()  # reported once, by the test that did it
+        pytest.fail("this test replaced torch.cuda in pytest's process; run it in its own")

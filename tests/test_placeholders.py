@@ -31,9 +31,9 @@ def run(capsys, monkeypatch, tmp_path):
         monkeypatch.setattr(pretrain_cli, name, not_reached)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(
-        "megatron_llmjp.planning._build_on_meta", lambda _: ""
-    )  # imports torch: seconds
+    # These replace torch.cuda in this process.
+    monkeypatch.setattr("megatron_llmjp.planning._build_on_meta", lambda _: "")
+    monkeypatch.setattr(pretrain_cli, "check_model", lambda _: [])
     monkeypatch.setattr("megatron_llmjp.placeholders.find_spec", find_spec)
     monkeypatch.chdir(tmp_path)
 

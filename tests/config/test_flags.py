@@ -110,9 +110,9 @@ def no_run(monkeypatch):
 @pytest.mark.parametrize("mode", MODE_HELP)
 @pytest.mark.parametrize("spelling", ["dashes", "underscores"])
 def test_planning_modes_do_not_train_or_write(mode, spelling, folder, no_run, capsys, monkeypatch):
-    monkeypatch.setattr(
-        "megatron_llmjp.planning._build_on_meta", lambda _: ""
-    )  # imports torch: seconds
+    # These replace torch.cuda in this process.
+    monkeypatch.setattr("megatron_llmjp.planning._build_on_meta", lambda _: "")
+    monkeypatch.setattr(pretrain_cli, "check_model", lambda _: [])
     flag = mode.value if spelling == "dashes" else "--" + mode.value[2:].replace("-", "_")
     words = arguments("laptop-llama", folder / "folds.yaml", "--save", folder / "run")
     before = sorted(folder.rglob("*"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from megatron_llmjp import cli as pretrain_cli
 from megatron_llmjp.config.flags import parse
 from megatron_llmjp.config.learning_rate_rules import decay_warnings
 from megatron_llmjp.config.loading import ConfigLayers, build_config, preset_names, read_config
@@ -13,6 +12,7 @@ from megatron_llmjp.config.validation import check_config
 from megatron_llmjp.config.warnings import RunSize, config_warnings
 from megatron_llmjp.errors import UserError
 from tests.support.datasets import write_folds
+from tests.support.processes import pretrain
 from tests.support.training import arguments
 
 STAGES, TENSOR = "--pipeline-model-parallel-size", "--tensor-model-parallel-size"
@@ -64,13 +64,19 @@ INVALID = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("flags", INVALID)
-def test_violated_rules(flags):
+def refusal(flags: str) -> str:
+    """Return the message that refuses a preset with some flags on 8 processes."""
     config = parse(f"--config llm-jp-3-1.8b {flags}".split()).config
     with pytest.raises(UserError) as error:
         check_config(config, 8)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("flags", INVALID)
+def test_violated_rules(flags):
+    message = refusal(flags)
     for part in INVALID[flags]:
-        assert part in str(error.value)
+        assert part in message
 
 
 MESSAGES = {
@@ -277,10 +283,7 @@ MESSAGES = {
 
 @pytest.mark.parametrize("flags", MESSAGES)
 def test_all_messages(flags):
-    config = parse(f"--config llm-jp-3-1.8b {flags}".split()).config
-    with pytest.raises(UserError) as error:
-        check_config(config, 8)
-    assert str(error.value).splitlines() == MESSAGES[flags]
+    assert refusal(flags).splitlines() == MESSAGES[flags]
 
 
 VALID = [
@@ -484,31 +487,31 @@ def test_presets_are_valid_and_their_warnings_known(name):
         assert warning.startswith(("fp16", "distributed_timeout_minutes 120")), warning
 
 
-def test_dry_run(tmp_path, capsys, monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
+def test_dry_run(tmp_path):
     write_folds(tmp_path, (2, 3, 1))
     words = arguments("laptop-llama", tmp_path / "folds.yaml", "--use-flash-attn")
     layout = ["--tensor-model-parallel-size", "2", "--dry-run", "--world-size", "4"]
-    assert pretrain_cli.main([*words, *layout]) == 0
-    printed = capsys.readouterr()
-    assert printed.out.startswith(
+    printed = pretrain(*words, *layout)
+    assert printed.returncode == 0
+    assert printed.stdout.startswith(
         "# 4 processes: TP 2 x PP 1 x CP 1 x DP 2\n# 6 iterations, 768 tok"
     )
-    assert "note: --use-flash-attn is not needed here" in printed.err
+    assert "note: --use-flash-attn is not needed here" in printed.stderr
     origins = {
-        line.split(":")[0].strip(): line.partition("  # ")[2] for line in printed.out.splitlines()
+        line.split(":")[0].strip(): line.partition("  # ")[2]
+        for line in printed.stdout.splitlines()
     }
     assert origins["tensor_model_parallel_size"] == "flag --tensor-model-parallel-size"
     assert origins["normalization"].startswith("preset laptop-llama, line ")
     assert origins["padded_vocab_size"] == origins["lr_decay_iters"] == "resolved"
     assert origins["rotary_base"] == ""
     # The output can be read back as a configuration.
-    (tmp_path / "again.yaml").write_text(printed.out)
-    assert pretrain_cli.main(["--config", str(tmp_path / "again.yaml"), *layout[2:]]) == 0
-    assert yaml.safe_load(capsys.readouterr().out) == yaml.safe_load(printed.out)
-    assert pretrain_cli.main([*words, "--world-size", "4"]) == 2
-    assert "--world-size requires --dry-run" in capsys.readouterr().err
+    (tmp_path / "again.yaml").write_text(printed.stdout)
+    again = pretrain("--config", tmp_path / "again.yaml", *layout[2:])
+    assert yaml.safe_load(again.stdout) == yaml.safe_load(printed.stdout)
+    refused = pretrain(*words, "--world-size", "4")
+    assert refused.returncode == 2
+    assert "--world-size requires --dry-run" in refused.stderr
 
 
 @pytest.mark.parametrize(
