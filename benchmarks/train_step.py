@@ -207,12 +207,7 @@ def their_step(config: Any) -> tuple[Callable[[], Any], int]:
 
     model = their_model(config, transformers)
     o = config.optimizer
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": o.weight_decay}]
-    groups += [{"params": vectors, "weight_decay": 0.0}] if vectors else []
-    betas = (o.adam_beta1, o.adam_beta2)
-    optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=betas, eps=o.adam_eps, fused=True)
+    optimizer = their_optimizer(model, o, o.lr)
     scheduler = transformers.get_cosine_schedule_with_warmup(
         optimizer, o.lr_warmup_iters, config.training.train_iters
     )
@@ -230,6 +225,18 @@ def their_step(config: Any) -> tuple[Callable[[], Any], int]:
         scheduler.step()
 
     return step, sum(p.numel() for p in model.parameters())
+
+
+def their_optimizer(model: Any, settings: Any, lr: float) -> Any:
+    """Return torch's fused AdamW; like megatron-core's, it decays matrices only."""
+    import torch
+
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}]
+    groups += [{"params": vectors, "weight_decay": 0.0}] if vectors else []
+    betas = (settings.adam_beta1, settings.adam_beta2)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=settings.adam_eps, fused=True)
 
 
 def their_model(config: Any, transformers: Any) -> Any:

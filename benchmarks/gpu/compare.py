@@ -17,13 +17,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks.gpu.results import NEEDS_GPU, Context
+from benchmarks.gpu.results import Context
 from benchmarks.gpu.session import Session, synchronize
-from benchmarks.gpu.step import predicted_bytes
-from benchmarks.train_step import random_batches, their_model
-from megatron_llmjp.config.loading import replace_fields
-from megatron_llmjp.estimate.flops import tflops_per_device
-from megatron_llmjp.estimate.gpus import peak_tflops
+from benchmarks.gpu.step import mfu, predicted_bytes
+from benchmarks.train_step import random_batches, their_model, their_optimizer
 
 STEPS_PER_TURN = 2
 WARM_UP = 3
@@ -60,7 +57,7 @@ def measure(context: Context, preset: str) -> None:
             "tokens per sample": config.data.seq_length,
             "micro-batch size": size,
             **{f"{name} tokens/s": session.tokens_per_step / s for name, s in seconds.items()},
-            **{f"{name} MFU": _mfu(session, s) for name, s in seconds.items()},
+            **{f"{name} MFU": mfu(session, s) for name, s in seconds.items()},
             "ratio (range)": f"{statistics.median(ratios):.2f} "
             f"({min(ratios):.2f} to {max(ratios):.2f})",
         },
@@ -75,14 +72,6 @@ def _seconds(context: Context, step: Callable[[], object]) -> float:
         step()
     synchronize(context)
     return (time.perf_counter() - start) / STEPS_PER_TURN
-
-
-def _mfu(session: Session, seconds: float) -> str:
-    peak = peak_tflops(session.device.name, "bf16")
-    if peak is None:
-        return NEEDS_GPU
-    samples = session.config.training.global_batch_size
-    return f"{tflops_per_device(session.config, samples, seconds, 1) / peak:.1%}"
 
 
 def _micro_batch_size(context: Context, session: Session) -> int:
@@ -111,12 +100,7 @@ def their_step(context: Context, config: Any) -> tuple[Callable[[], object], int
     with device:
         model = their_model(config, transformers)
     o, z_loss = config.optimizer, config.training.z_loss_strength
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": o.weight_decay},
-        {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    betas = (o.adam_beta1, o.adam_beta2)
-    optimizer = torch.optim.AdamW(groups, lr=1e-6, betas=betas, eps=o.adam_eps, fused=True)
+    optimizer = their_optimizer(model, o, lr=1e-6)
 
     def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         logits = logits.flatten(0, 1).float()
@@ -131,7 +115,7 @@ def their_step(context: Context, config: Any) -> tuple[Callable[[], object], int
     number = config.training.global_batch_size // config.training.micro_batch_size
     batches = [
         (batch["tokens"].to(device), batch["labels"].to(device))
-        for batch in random_batches(replace_fields(config), number)
+        for batch in random_batches(config, number)
     ]
 
     def step() -> None:

@@ -60,10 +60,11 @@ def _mode_flags(mode: str) -> list[str]:
 def _flags(context: Context, preset: str, save: Path) -> list[str]:
     scale = context.scale
     samples = 2 if scale.shrink else 4
-    length = 32 if scale.shrink else 4096
     flags = [*scale.shrink, "--bf16", "--micro-batch-size", "1", "--num-workers", "0"]
     flags += ["--global-batch-size", str(samples), "--train-iters", str(STEPS)]
-    words = runs.run_flags(context, preset, *flags, tokens=2 * STEPS * samples * length)
+    words = runs.run_flags(
+        context, preset, *flags, tokens=2 * STEPS * samples * scale.longest_sample
+    )
     words += ["--save", str(save), "--save-interval", str(SAVE_INTERVAL)]
     return [*words, "--keep-last", "1", "--no-save-fold-ends"]
 

@@ -39,6 +39,11 @@ class Scale:
     """Backend of ``torch.compile`` for transformers' model."""
     save_presets: tuple[str, ...] = SAVE_PRESETS
 
+    @property
+    def longest_sample(self) -> int:
+        """Most tokens of a sample of the presets with published sizes, for the size of the data."""
+        return 32 if self.shrink else 4096
+
 
 def _small(width: int, length: int) -> Flags:
     return (

@@ -37,7 +37,7 @@ class Session:
         words += ["--micro-batch-size", str(scale.micro_batch_sizes[0])]
         words += ["--global-batch-size", str(scale.samples_per_step)]
         words += ["--train-iters", str(PLANNED_STEPS)]
-        tokens = PLANNED_STEPS * scale.samples_per_step * (32 if scale.shrink else 4096)
+        tokens = PLANNED_STEPS * scale.samples_per_step * scale.longest_sample
         run, self.device = runs.resolve(runs.run_flags(context, preset, *words, tokens=2 * tokens))
         self.config: Config = run.config
         self._run, self._sizes, ranks = run, BatchSizeSchedule(run.config), single_process()

@@ -98,13 +98,21 @@ def _timed(context: Context, session: Session, steps: int) -> dict[str, Any]:
     synchronize(context)
     seconds = (time.perf_counter() - start) / steps
     row: dict[str, Any] = {"s per step": seconds, "tokens/s": session.tokens_per_step / seconds}
-    samples = session.config.training.global_batch_size
-    speed = tflops_per_device(session.config, samples, seconds, 1)
-    peak = peak_tflops(session.device.name, "bf16")
-    row["TFLOP/s"] = speed
-    row["MFU"] = f"{speed / peak:.1%}" if peak else NEEDS_GPU
+    row["TFLOP/s"] = _tflops(session, seconds)
+    row["MFU"] = mfu(session, seconds)
     row["peak GB"] = torch.cuda.max_memory_allocated() / 1e9 if context.is_cuda else NEEDS_GPU
     return row
+
+
+def _tflops(session: Session, seconds: float) -> float:
+    samples = session.config.training.global_batch_size
+    return tflops_per_device(session.config, samples, seconds, 1)
+
+
+def mfu(session: Session, seconds: float) -> str:
+    """Return the utilization of the GPU's bf16 peak by a step of some seconds."""
+    peak = peak_tflops(session.device.name, "bf16")
+    return f"{_tflops(session, seconds) / peak:.1%}" if peak else NEEDS_GPU
 
 
 def predicted_bytes(session: Session, size: int) -> int:

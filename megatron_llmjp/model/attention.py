@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -33,7 +34,7 @@ try:
 except ImportError:  # before torch 2.10
     varlen = None  # type: ignore[assignment]
 
-_HALF = (torch.float16, torch.bfloat16)
+HALF_PRECISION = (torch.float16, torch.bfloat16)
 _FUSED_KERNELS = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -97,6 +98,13 @@ class SDPAttention(MegatronModule):
                 self.softmax_scale,
             )
         return context.permute(2, 0, 1, 3).flatten(2)
+
+
+def with_core_attention(layer: Any, attention: type[nn.Module]) -> Any:
+    """Return the spec of a layer with another class for the core attention."""
+    inner = layer.submodules.self_attention
+    inner = replace(inner, submodules=replace(inner.submodules, core_attention=attention))
+    return replace(layer, submodules=replace(layer.submodules, self_attention=inner))
 
 
 def fused_attention(
@@ -240,4 +248,4 @@ def _flash_supports(query: Tensor) -> bool:
 
 def _flash_runs(head_size: int, dtype: torch.dtype) -> bool:
     capable = torch.cuda.get_device_capability() >= _FLASH_CAPABILITY
-    return capable and dtype in _HALF and head_size <= _FLASH_HEAD_SIZE
+    return capable and dtype in HALF_PRECISION and head_size <= _FLASH_HEAD_SIZE

@@ -21,7 +21,12 @@ from torch import Tensor
 
 from megatron_llmjp.config.schema import Config, ModelConfig
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.model.attention import SDPAttention, has_document_kernel, use_dense_masks
+from megatron_llmjp.model.attention import (
+    SDPAttention,
+    has_document_kernel,
+    use_dense_masks,
+    with_core_attention,
+)
 from megatron_llmjp.model.initialization import initialize
 from megatron_llmjp.model.kernels import KernelChoice, choose_kernels
 from megatron_llmjp.model.layers import ParallelResidualLayer, norm_class
@@ -172,20 +177,8 @@ def layer_spec(
         )
     spec = gpt_layer_specs.get_gpt_layer_local_spec(normalization=config.model.normalization)
     norm = norm_class(config.model.normalization)
-    attention = spec.submodules.self_attention
-    attention = replace(
-        attention, submodules=replace(attention.submodules, core_attention=SDPAttention)
-    )
-    spec = replace(
-        spec,
-        module=layer,
-        submodules=replace(
-            spec.submodules,
-            input_layernorm=norm,
-            pre_mlp_layernorm=norm,
-            self_attention=attention,
-        ),
-    )
+    norms = replace(spec.submodules, input_layernorm=norm, pre_mlp_layernorm=norm)
+    spec = with_core_attention(replace(spec, module=layer, submodules=norms), SDPAttention)
     layers = get_num_layers_to_build(core, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=norm)
 

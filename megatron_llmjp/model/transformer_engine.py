@@ -14,10 +14,14 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_llmjp.model.attention import SDPAttention, has_document_kernel
+from megatron_llmjp.model.attention import (
+    HALF_PRECISION,
+    SDPAttention,
+    has_document_kernel,
+    with_core_attention,
+)
 from megatron_llmjp.parallel.device import Device
 
-_HALF = (torch.float16, torch.bfloat16)
 _CUDNN_CAPABILITY = (9, 0)
 """Oldest compute capability on which cuDNN supports sequences of different lengths: Hopper's."""
 
@@ -96,7 +100,7 @@ def choose_document_attention(
 
 def _supports_boundaries(dtype: torch.dtype, device: Device) -> bool:
     """Whether Transformer Engine has a fused kernel for sequences of different lengths."""
-    if not device.is_cuda or dtype not in _HALF:
+    if not device.is_cuda or dtype not in HALF_PRECISION:
         return False
     capability = torch.cuda.get_device_capability()
     return capability >= _CUDNN_CAPABILITY or find_spec("flash_attn") is not None
@@ -112,11 +116,7 @@ def transformer_engine_layer_spec(
         attention: class of the core attention, in place of Transformer Engine's.
     """
     spec = replace(gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(), module=layer)
-    if attention is None:
-        return spec
-    inner = spec.submodules.self_attention
-    inner = replace(inner, submodules=replace(inner.submodules, core_attention=attention))
-    return replace(spec, submodules=replace(spec.submodules, self_attention=inner))
+    return spec if attention is None else with_core_attention(spec, attention)
 
 
 def accumulate_weight_gradients(model: nn.Module) -> None:

@@ -32,7 +32,6 @@ GPU_WAITS: dict[str, tuple[str, ...]] = {
     "torch/cuda/__init__.py": ("synchronize",),
     "torch/cuda/streams.py": ("synchronize",),
     "megatron/core/optimizer/clip_grads.py": ("get_grad_norm_fp32",),
-    "megatron/core/optimizer/optimizer.py": ("_unscale_main_grads_and_check_for_nan",),
     "megatron_llmjp/training/metrics.py": ("state_dict",),
     "megatron_llmjp/training/train_step.py": ("is_finite_on_all_ranks", "means_over_ranks"),
     "megatron_llmjp/training/trainer.py": ("_log", "_step"),
@@ -43,7 +42,6 @@ _GPU_LIBRARIES = (
     "/torch/",
     "/megatron/core/",
     "/transformer_engine/",
-    "/liger_kernel/",
     "/triton/",
     "/torchinductor_",  # folder of the code that torch.compile generates
 )
