@@ -8,14 +8,12 @@ on one rank and e the bytes of an activation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 
-from megatron_llmjp.checkpoint.retention import (
-    TrainingPosition,
-    reason_to_save,
-    removable_iterations,
-)
+from megatron_llmjp.checkpoint.retention import is_llm_jp_iteration, removable_iterations
 from megatron_llmjp.config.loss_chunks import loss_chunk_tokens
 from megatron_llmjp.config.parameter_counts import count_parameters
 from megatron_llmjp.config.schema import Config
@@ -260,7 +258,7 @@ def _saved_bytes_per_parameter(config: Config) -> int:
 def count_checkpoints(
     config: Config, iterations: int, fold_ends: tuple[int, ...], step_seconds: float
 ) -> CheckpointCounts:
-    """Count the checkpoints by applying the trainer's save rule to every iteration.
+    """Count the checkpoints of a run that is not interrupted, by the trainer's rules.
 
     Args:
         config: the run's configuration.
@@ -268,21 +266,30 @@ def count_checkpoints(
         fold_ends: consumed samples at the end of each fold.
         step_seconds: duration of a step, for ``save_interval_minutes``.
     """
-    policy, sizes = config.checkpoint, BatchSizeSchedule(config)
-    rules = (policy.save_interval, policy.save_policy, policy.save_interval_tokens)
-    if not any((*rules, policy.save_interval_minutes, fold_ends)):
-        return CheckpointCounts(1, 1)
-    policy = policy.model_copy(update={"save": policy.save or "somewhere"})
-    saved, before = [0], TrainingPosition(0, 0)
-    for iteration in range(1, iterations + 1):
-        consumed = before.consumed_samples
-        now = TrainingPosition(iteration, consumed + sizes.at(consumed))
-        minutes = (iteration - saved[-1]) * step_seconds / 60
-        if reason_to_save(policy, before, now, config.data.seq_length, fold_ends, minutes):
-            saved.append(iteration)
-        before = now
-    written = sorted({*saved[1:], iterations})
+    planned = sorted({*_planned_saves(config, iterations, fold_ends), iterations})
+    written = set(planned)
+    if minutes := config.checkpoint.save_interval_minutes:
+        gap = max(1, math.ceil(minutes * 60 / step_seconds))
+        for last, following in pairwise([0, *planned]):
+            written.update(range(last + gap, following, gap))
+    sizes = BatchSizeSchedule(config)
     ends = {sizes.iteration_of(end - 1) for end in fold_ends if end}
-    return CheckpointCounts(
-        len(written), len(written) - len(removable_iterations(written, iterations, policy, ends))
-    )
+    removed = removable_iterations(written, iterations, config.checkpoint, ends)
+    return CheckpointCounts(len(written), len(written) - len(removed))
+
+
+def _planned_saves(config: Config, iterations: int, fold_ends: tuple[int, ...]) -> Iterator[int]:
+    """Yield the iterations that ``retention.reason_to_save`` names, but for the time, unordered."""
+    policy, sizes = config.checkpoint, BatchSizeSchedule(config)
+    if policy.save_interval:
+        yield from range(policy.save_interval, iterations + 1, policy.save_interval)
+    if policy.save_policy == "llm-jp":
+        yield from filter(is_llm_jp_iteration, range(1, min(iterations + 1, 1000)))
+        yield from range(1000, iterations + 1, 1000)
+    samples = list(fold_ends) if policy.save_fold_ends else []
+    if interval := policy.save_interval_tokens:
+        length = config.data.seq_length
+        tokens = sizes.consumed_after(iterations) * length
+        samples += [-(-end // length) for end in range(interval, tokens + 1, interval)]
+    ends = (sizes.iteration_of(end - 1) for end in samples if end > 0)
+    yield from (end for end in ends if end <= iterations)

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from megatron_llmjp.checkpoint.retention import TrainingPosition, reason_to_save
 from megatron_llmjp.config.flags import parse
 from megatron_llmjp.config.loading import replace_fields
+from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.estimate.layout import make_layout
 from megatron_llmjp.estimate.memory import (
     CheckpointCounts,
@@ -104,3 +106,29 @@ def test_counts():
         5,
         5,
     )
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        {"save_interval": 7},
+        {"save_interval": 7, "save_interval_minutes": 2.6},
+        {"save_policy": "llm-jp", "save_interval_tokens": 777},
+        {"save_interval_tokens": 1, "save_fold_ends": False},
+        {"save_interval_minutes": 0.1},
+    ],
+)
+def test_counts_are_those_of_the_trainer_asked_after_each_iteration(policy):
+    values = {"seq_length": 16, "global_batch_size": 10, "rampup_batch_size": (4, 2, 300)}
+    config = replace_fields(preset("laptop-llama"), save="x", **values, **policy)
+    iterations, fold_ends, sizes = 333, (4, 999, 2001, 90_000), BatchSizeSchedule(config)
+    saved, before = [0], TrainingPosition(0, 0)
+    for iteration in range(1, iterations + 1):
+        now = TrainingPosition(iteration, sizes.consumed_after(iteration))
+        minutes = (iteration - saved[-1]) * 30.0 / 60
+        if reason_to_save(config.checkpoint, before, now, 16, fold_ends, minutes):
+            saved.append(iteration)
+        before = now
+    expected = len({*saved[1:], iterations})
+    found = count_checkpoints(config, iterations, fold_ends, step_seconds=30.0)
+    assert found == CheckpointCounts(expected, expected)
