@@ -93,7 +93,7 @@ def read_parquet(source: InputSource, start: int, keys: list[str]) -> Iterator[B
     try:
         with pq.ParquetFile(source.name, memory_map=True) as table:
             _check_columns(source, table.schema_arrow.names, keys)
-            yield from _row_blocks(source, table, start, keys)
+            yield from _row_blocks(source, table, start, keys, pyarrow.default_memory_pool())
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
@@ -109,7 +109,9 @@ def _check_columns(source: InputSource, names: list[str], keys: list[str]) -> No
             )
 
 
-def _row_blocks(source: InputSource, table: Any, start: int, keys: list[str]) -> Iterator[Block]:
+def _row_blocks(
+    source: InputSource, table: Any, start: int, keys: list[str], memory: Any
+) -> Iterator[Block]:
     row, total = 0, table.metadata.num_rows
     for group in range(table.num_row_groups):
         rows_of_group = table.metadata.row_group(group).num_rows
@@ -127,7 +129,10 @@ def _row_blocks(source: InputSource, table: Any, start: int, keys: list[str]) ->
                 row += part.num_rows
                 disk = source.size * row // total
                 yield Block(TableRows(columns, part.num_rows), row, part.nbytes, disk)
+            is_large = batch.nbytes > TABLE_BYTES
             batch = part = None  # freed before the next is decoded: it may be larger than the file
+            if is_large:
+                memory.release_unused()  # else it keeps the space and takes more
 
 
 def _divide(batch: Any) -> Iterator[Any]:
