@@ -67,6 +67,27 @@ def test_other_bucket_layouts_are_refused(tmp_path, convert):
     assert not (tmp_path / "n").exists()
 
 
+@pytest.mark.parametrize(
+    ("size", "number", "message"),
+    [
+        ("tensor", 1, "the buckets are not those of TP 1 x PP 1"),
+        ("pipeline", 2, "num_layers 1 is not divisible by pipeline parallel size 2"),
+    ],
+)
+def test_buckets_of_another_layout_are_refused(tmp_path, convert, size, number, message):
+    """The fixture has one layer and two buckets, of TP 2; its arguments must say so."""
+    read = optimizer_fragments._read_kind
+
+    def read_with_other_arguments(*arguments):
+        setattr(arguments[4], f"{size}_model_parallel_size", number)
+        return read(*arguments)
+
+    words = ("--to", "native", "--with-optimizer", "--output", tmp_path / "n", "--input")
+    with mock.patch.object(optimizer_fragments, "_read_kind", read_with_other_arguments):
+        text = convert(*words, FIXTURES / "mlm_dp_reshardable", code=2)
+    assert message in text
+
+
 def test_signals_in_arguments_are_inert(tmp_path):
     args = argparse.Namespace(exit_signal=signal.SIGTERM, num_layers=2)
     torch.save({"args": args}, tmp_path / "a.pt")
