@@ -166,6 +166,11 @@ TOGETHER = {
         "--mfu 2.0: expected",
         "--gpu-memory big: expected",
     ],
+    "--estimate --world-size 8 --mfu 0 --gpus-per-node 0 --gpu-memory 0": [
+        "--mfu 0.0: expected",
+        "--gpus-per-node 0: at least 1 GPU",
+        "--gpu-memory 0: expected",
+    ],
     "--nproc-per-node two --min-lr low": [
         "argument --nproc-per-node: invalid int value: 'two'",
         "flag --min-lr: min_lr = 'low'",
