@@ -304,7 +304,7 @@ def _sample_count_problems(
     ]
 
 
-def add_stored_config(root: Path, layers: ConfigLayers) -> bool:
+def add_stored_config(root: Path, layers: ConfigLayers, tokenizer_type: str | None) -> bool:
     """Add the stored configuration of a checkpoint below all flags, for a run that gives no model.
 
     From every checkpoint: model, sequence length and tokenizer. From a checkpoint of a run, also
@@ -313,6 +313,7 @@ def add_stored_config(root: Path, layers: ConfigLayers) -> bool:
     Args:
         root: the folder of ``--load`` or ``--save``.
         layers: receives the values.
+        tokenizer_type: the one given by a flag, which decides which of the files are used.
 
     Returns:
         Whether ``root`` contains a checkpoint of this program.
@@ -331,15 +332,10 @@ def add_stored_config(root: Path, layers: ConfigLayers) -> bool:
         value = getattr(getattr(config, SECTION_OF[name]), name)
         if value is not None and name != "padded_vocab_size":
             layers.set(name, value, source)
-    _add_tokenizer(folder / manifests.TOKENIZER, config.data.tokenizer_type, layers)
-    return True
-
-
-def _add_tokenizer(folder: Path, stored_type: str | None, layers: ConfigLayers) -> None:
-    """Add the checkpoint's tokenizer files; detect their type if no flag or config names it."""
-    given = layers.values.get("data", {}).get("tokenizer_type")
-    found = stored_tokenizer_fields(folder, given or stored_type)
-    if not found and given is None:
-        found = stored_tokenizer_fields(folder)
+    files = folder / manifests.TOKENIZER
+    found = stored_tokenizer_fields(files, tokenizer_type or config.data.tokenizer_type)
+    if not found and tokenizer_type is None:
+        found = stored_tokenizer_fields(files)
     for name, value in found.items():
-        layers.set(name, value, str(folder))
+        layers.set(name, value, str(files))
+    return True

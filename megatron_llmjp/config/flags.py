@@ -148,15 +148,16 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 def parse(
     argv: Sequence[str],
     layers: ConfigLayers | None = None,
-    add_stored_config: Callable[[Path, ConfigLayers], bool] | None = None,
+    add_stored_config: Callable[[Path, ConfigLayers, str | None], bool] | None = None,
 ) -> Command:
     """Parse the command line.
 
     Args:
         argv: the arguments without the program's name; ``--some_flag`` equals ``--some-flag``.
         layers: values with a lower priority than presets, files and flags, which are added to it.
-        add_stored_config: adds the configuration that the checkpoint of a folder stores, and
-            returns whether there is one; called if neither ``--config`` nor a flag gives a model.
+        add_stored_config: adds the configuration that the checkpoint of a folder stores, for the
+            given type of tokenizer, and returns whether there is one; called if neither
+            ``--config`` nor a flag gives a model.
 
     Raises:
         UserError: every unknown flag or key, invalid value and contradiction, one per line.
@@ -179,7 +180,12 @@ def parse(
     with problems.collect():
         if arguments["config"] is not None:
             read_config(arguments["config"], layers)
-        elif not (add_stored_config and add_stored_config(_folder(arguments), layers)):
+        elif not (
+            add_stored_config
+            and add_stored_config(
+                _folder(arguments), layers, _renamed("tokenizer_type", arguments["tokenizer_type"])
+            )
+        ):
             set_megatron_defaults(layers)
             by_flags_alone = True
         for name, (value, origin) in {**_aliases(arguments), **foreign.sets}.items():

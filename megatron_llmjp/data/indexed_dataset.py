@@ -18,6 +18,7 @@ run. :func:`check_entries` therefore compares every entry with the .bin in const
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ DTYPES = {
 }
 
 NON_INTEGER_DTYPE = np.dtype(np.float32)
+
+_TEXT_FILE = re.compile(r"(?P<prefix>.+)\.(jsonl|json|ndjson|txt|parquet)(\.\w+)?")
 
 CHUNK = 1 << 20  # index entries checked at a time
 
@@ -140,11 +143,8 @@ def read_index(prefix: str | Path) -> DatasetIndex:
 
 def _text_file(path: str) -> str | None:
     """Return the path without its suffixes if it names an input file of preprocess_data."""
-    for suffix in (".jsonl", ".json", ".parquet"):
-        for packed in ("", ".gz", ".zst", ".bz2", ".xz"):
-            if path.endswith(suffix + packed):
-                return path.removesuffix(suffix + packed)
-    return None
+    named = _TEXT_FILE.fullmatch(path)
+    return named and named["prefix"]
 
 
 def _existing(prefix: str | Path) -> Path:

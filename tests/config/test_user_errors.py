@@ -13,6 +13,7 @@ import sys
 import pytest
 import yaml
 
+from data_tools.preprocess.sources import SUFFIXES
 from megatron_llmjp import cli as pretrain_cli
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint.resume import add_stored_config
@@ -192,7 +193,8 @@ def test_data(folder, tmp_path, fails):
     (folder / "cut.idx").write_bytes((folder / "ja.idx").read_bytes())
     (folder / "cut.bin").write_bytes((folder / "ja.bin").read_bytes()[:-2])
     assert "cut.bin" in refused(path="cut")
-    for text in ("corpus/ja.jsonl", "corpus/ja.jsonl.zst", "corpus/ja.parquet"):
+    for suffix in SUFFIXES:
+        text = f"corpus/ja{suffix}"
         message = refused(path=text)
         assert f"{text} is a text file, not a tokenized dataset" in message
         made = folder / "corpus/ja"
@@ -340,6 +342,13 @@ def test_a_checkpoint_provides_its_configuration(folder, saved):
     assert (config.data.tokenizer_type, config.data.seq_length) == ("HuggingFaceTokenizer", 32)
     assert config.data.tokenizer_model == str(inner / "tokenizer")
     assert config.training.global_batch_size == 8
+    # The given type decides which of several files are used.
+    model = inner / "tokenizer" / "tokenizer.model"
+    model.touch()
+    for kind, file in (("Llama2Tokenizer", model), ("HuggingFaceTokenizer", model.parent)):
+        data = read("--finetune", "--tokenizer-type", kind).data
+        assert (data.tokenizer_type, data.tokenizer_model) == (kind, str(file))
+    model.unlink()
     # A model given by flags or a preset overrides the stored one.
     assert read("--config", "laptop-gpt2").model.normalization == "LayerNorm"
 
