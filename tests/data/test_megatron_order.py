@@ -178,19 +178,37 @@ MISTAKES = {
     "--train-data-path {a} --split 9,1 --train-iters 9": "remove --split",
     "--valid-data-path {a} --train-iters 9": "requires --train-data-path",
     "--split 9,1": "--split divides the datasets of --data-path, which is not given",
-    "--data-path 0.3 {a} x {b} --train-iters 9": "found 'x' instead of a weight",
-    "--data-path 0 {a} 1 {b} --train-iters 9": "must be positive",
+    "--data-path 0.3 {a} x {b} --train-iters 9": "--data-path: expected datasets alone, or a "
+    "weight before each; found 'x' instead of a weight",
+    "--data-path 0 {a} 1 {b} --train-iters 9": "--data-path: the weight of ",
+    "--data-path 1 {a} inf {b} --train-iters 9": "b must be positive, found inf",
+    "--train-data-path 1 {a} x {b} --train-iters 9": "--train-data-path: expected datasets",
+    "--train-data-path {a} --valid-data-path 1 {a} x {b} --train-iters 9": "--valid-data-path: exp",
+    "--train-data-path {a} --test-data-path 1 {a} x {b} --train-iters 9": "--test-data-path: exp",
+    "--data-args-path {wrong} --train-iters 9": "wrong.txt: expected datasets alone, or a weight",
+    "--data-args-path {none} --train-iters 9": "none.txt: the list is empty",
+    "--per-split-data-args-path {weighted} --train-iters 9": "weighted.json: valid: expected datas",
+    "--per-split-data-args-path {empty} --train-iters 9": "empty.json: train: the list is empty: "
+    "there is no training data",
     "--data-path {a} --split x --train-iters 9": "split 'x': expected the shares",
     "--data-path {a}x --train-iters 9": "ax.idx: no such file",
-    "--data-args-path none.txt --train-iters 9": "none.txt: cannot read the list of datasets",
+    "--data-args-path a/none.txt --train-iters 9": "a/none.txt: cannot read the list of datasets",
     "--per-split-data-args-path {list} --train-iters 9": "list.txt: invalid JSON",
     "--data-path {a} {b} {c} --train-iters 500": "one epoch of its datasets",
 }
 
 
 @pytest.mark.parametrize("flags", MISTAKES)
-def test_contradictory_flags_raise(flags, folder):
+def test_contradictory_flags_raise(flags, folder, tmp_path):
     names = {name: folder / name for name in "abc"} | {"list": folder / "list.txt"}
+    for name, text in {
+        "wrong.txt": f"1 {folder / 'a'} x {folder / 'b'}",
+        "none.txt": "\n",
+        "weighted.json": json.dumps({"train": ["a"], "valid": "1 a x b"}),
+        "empty.json": json.dumps({"train": [], "valid": ["a"]}),
+    }.items():
+        (tmp_path / name).write_text(text)
+        names[name.partition(".")[0]] = tmp_path / name
     with pytest.raises(UserError) as caught:
         run_of(*flags.format(**names).split())
     assert MISTAKES[flags] in str(caught.value)

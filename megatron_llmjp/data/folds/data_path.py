@@ -92,11 +92,12 @@ def _check(data: DataConfig) -> None:
 def _blends(data: DataConfig) -> tuple[Blend, Blend | None, Blend | None, str | None]:
     """Return the blends of train, valid and test, and the split if they share one blend."""
     if data.data_path or data.data_args_path:
-        arguments: Sequence[str] = data.data_path
+        where, arguments = "--data-path", list(data.data_path)
         if data.data_args_path:
-            arguments = _read_text(Path(data.data_args_path)).split()
+            where = data.data_args_path
+            arguments = _read_text(Path(where)).split()
         split = data.split or DEFAULT_SPLIT
-        blend = _blend(arguments, "--data-path")
+        blend = _blend(arguments, where)
         _, *held_out = split_shares(split)
         valid, test = (blend if share else None for share in held_out)
         return blend, valid, test, split
