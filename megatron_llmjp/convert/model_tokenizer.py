@@ -188,13 +188,8 @@ def _load_files(path: Path | None, kind: str | None, source: SourceCheckpoint) -
     fields = None if path is None else _loading_settings(path, kind)
     if fields is None:
         return None
-    return load_tokenizer(
-        fields["tokenizer_type"],
-        fields["tokenizer_model"],
-        merge_file=fields.get("merge_file"),
-        vocab_size=size,
-        tiktoken=source.tiktoken,
-    )
+    kind, model = fields["tokenizer_type"], fields["tokenizer_model"]
+    return load_tokenizer(kind, model, vocab_size=size, tiktoken=source.tiktoken)
 
 
 def _loading_settings(path: Path, kind: str | None) -> Mapping[str, str] | None:

@@ -171,16 +171,16 @@ def _open_torch_dist(folder: Path) -> tuple[RankTensors, Any]:
 
 
 def _read_chunks(entry: torch_dist.TensorEntry, layer: int | None = None) -> torch.Tensor:
-    """Read a tensor from its chunks, or one layer of a tensor stacked as ``[layers, ...]``."""
-    whole = torch.empty(entry.shape if layer is None else (1, *entry.shape[1:]), dtype=entry.dtype)
+    """Read a tensor from its chunks, or one layer of a tensor stacked as ``[layers, ...]``.
+
+    Each chunk of a stacked tensor is of one layer: the converter refuses others.
+    """
+    stacked = layer is not None
+    whole = torch.empty(entry.shape[stacked:], dtype=entry.dtype)
     for (offsets, sizes), (path, offset, length) in entry.chunks.items():
-        first = offsets[0] - (layer or 0)
-        if layer is not None and not first <= 0 < first + sizes[0]:
+        if stacked and offsets[0] != layer:
             continue
-        chunk = torch_dist.ChunkTensor(path, offset, length, sizes, entry.dtype).read()
-        if layer is not None:
-            chunk, first = chunk[-first : -first + 1], 0
-        places = [first, *offsets[1:]]
-        box = tuple(slice(o, o + n) for o, n in zip(places, chunk.shape, strict=True))
-        whole[box] = chunk
-    return whole if layer is None else whole[0]
+        size = sizes[stacked:]
+        box = tuple(slice(o, o + n) for o, n in zip(offsets[stacked:], size, strict=True))
+        whole[box] = torch_dist.ChunkTensor(path, offset, length, size, entry.dtype).read()
+    return whole

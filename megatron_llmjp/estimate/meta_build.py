@@ -22,7 +22,6 @@ from megatron_llmjp.estimate.layout import ParallelLayout
 from megatron_llmjp.estimate.memory import rank_parameters
 from megatron_llmjp.model.gpt import build_model_chunk, transformer_config
 from megatron_llmjp.parallel.device import Device, setup
-from megatron_llmjp.parallel.process_groups import set_random_seed
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,6 @@ def _build_rank(
         context_parallel_size=layout.cp,
         create_gloo_process_groups=False,
     )
-    set_random_seed(config.training.seed)
     parameters = sum(_chunk_parameters(config, device, layout, stage))
     estimated = rank_parameters(config, layout, layout.stages[stage])
     if parameters != estimated:
