@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import DefaultLoadPlanner, LoadPlan, ReadItem
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import LoadItemType
 
 from megatron_llmjp.checkpoint import reader
 from megatron_llmjp.checkpoint.reader import ThreadedReader
@@ -98,6 +100,36 @@ def test_other_forms_are_converted_by_torch(folder, by_torch):
     assert torch.equal(found["fp32"], written["fp32"].bfloat16())
     assert torch.equal(found["bf16"], written["bf16"].float())
     assert by_torch == {"fp32", "bf16"}
+
+
+@pytest.mark.parametrize(("first", "in_place"), [(0, False), (20, False), (0, True), (20, True)])
+def test_parts_of_tensors(folder, by_torch, first, in_place):
+    """As from another parallel layout: rows of a larger tensor, or a tensor into rows."""
+    whole = tensors()["fp32"]
+    target = torch.zeros(100, 50) if in_place else torch.zeros(50, 50)
+    index = MetadataIndex("fp32", torch.Size([0, 0]), 0)
+    start = torch.Size([first, 0])
+    nowhere = torch.Size([0, 0])
+    item = ReadItem(
+        LoadItemType.TENSOR,
+        dest_index=index,
+        dest_offsets=start if in_place else nowhere,
+        storage_index=index,
+        storage_offsets=nowhere if in_place else start,
+        lengths=whole.shape if in_place else target.shape,
+    )
+    source = ThreadedReader(str(folder), Sync())
+    metadata = source.read_metadata()
+    source.set_up_storage_reader(metadata, is_coordinator=True)
+    planner = DefaultLoadPlanner()
+    planner.set_up_planner({"fp32": target}, metadata, is_coordinator=True)
+    source.read_data(LoadPlan([item]), planner).wait()
+    if in_place:
+        assert torch.equal(target[first : first + 70], whole)
+        assert target.count_nonzero() == whole.count_nonzero()
+    else:
+        assert torch.equal(target, whole[first : first + 50])
+    assert by_torch == (set() if in_place else {"fp32"})
 
 
 def test_a_truncated_tensor_raises(folder):

@@ -88,6 +88,9 @@ def test_patterns_of_parameters(tmp_path, convert):
     convert("--to", "megatron-deepspeed", "--input", tmp_path / "hf",
             "--output", tmp_path / "ds", "--with-optimizer")  # fmt: skip
     (folder,) = (tmp_path / "ds").glob("global_step*")
+    trackers = ("latest", "latest_checkpointed_iteration.txt")  # weights of no iteration
+    assert [(tmp_path / "ds" / name).read_text() for name in trackers] == [folder.name, "0"]
+    assert folder.name == "global_step0"
     content = torch.load(folder / "mp_rank_00_model_states.pt", weights_only=False)
     assert content["universal_checkpoint_info"] == {
         "universal_checkpoint_version": 0.4,

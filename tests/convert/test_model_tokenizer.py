@@ -129,6 +129,7 @@ def test_a_tokenizer_json_gets_the_runs_end_of_text(tmp_path, convert, megatron)
         text = convert("--to", "hf", "--input", tmp_path / source, "--tokenizer", folder,
                        "--output", tmp_path / "out" / source)  # fmt: skip
         assert "eos_token of the tokenizer is <EOD> (4) in the export, </s> before" in text
+        assert "its end-of-document token is" not in text  # it is replaced by the run's
         assert ends(tmp_path / "out" / source) == (4, 4, 4)
 
 

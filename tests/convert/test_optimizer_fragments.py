@@ -14,10 +14,13 @@ import pytest
 import torch
 from torch.distributed.checkpoint import metadata as torch_dcp
 
+from megatron_llmjp.config.schema import ModelConfig
 from megatron_llmjp.convert import optimizer_fragments
 from megatron_llmjp.convert.files import torch_archive, torch_dist
 from megatron_llmjp.convert.formats import native
 from megatron_llmjp.convert.plan import Slot, write_slot
+from megatron_llmjp.convert.tensors import tensor_shapes
+from megatron_llmjp.errors import UserError
 from tests.convert.hf_models import llama, state
 from tests.convert.megatron_parts import FUSED, renamed
 from tests.support.witness import read_state
@@ -86,6 +89,77 @@ def test_buckets_of_another_layout_are_refused(tmp_path, convert, size, number, 
     with mock.patch.object(optimizer_fragments, "_read_kind", read_with_other_arguments):
         text = convert(*words, FIXTURES / "mlm_dp_reshardable", code=2)
     assert message in text
+
+
+GROUPS = {"param_groups": [{"lr": 0.1}]}
+
+
+@pytest.mark.parametrize("stored", [GROUPS, [GROUPS], [], {}, 3, [3], [GROUPS, GROUPS]])
+def test_stored_parameter_groups(tmp_path, stored):
+    """Those of one optimizer; with several, it is not known which parameters each of them has."""
+    with mock.patch.object(torch_dist, "read_object", return_value=stored):
+        if stored in (GROUPS, [GROUPS]):
+            found = optimizer_fragments.read_param_groups(tmp_path)
+            assert found == GROUPS["param_groups"]
+            return
+        with pytest.raises(UserError, match="its parameter groups are missing"):
+            optimizer_fragments.read_param_groups(tmp_path)
+
+
+MODULES = (
+    "input_layernorm", "self_attention.linear_proj", "self_attention.linear_qkv",
+    "pre_mlp_layernorm", "mlp.linear_fc1", "mlp.linear_fc2",
+)  # fmt: skip
+"""Modules of a layer in the order in which megatron-core's local implementation registers them."""
+
+
+@pytest.mark.parametrize("virtual", [1, 2])
+def test_buckets_of_pipeline_stages(tmp_path, virtual):
+    """Two stages, with one or two chunks each: stage, other stage, stage, other stage."""
+    model = ModelConfig(
+        num_layers=4, hidden_size=8, num_attention_heads=2, ffn_hidden_size=12,
+        activation_function="gelu", normalization="LayerNorm", add_bias_linear=True,
+        position_embedding_type="learned_absolute", max_position_embeddings=6,
+        untie_embeddings_and_output_weights=False,
+    )  # fmt: skip
+    shapes = tensor_shapes(model, 10)
+    generator = torch.Generator().manual_seed(3)
+    wholes = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    inner = [f"{module}.{kind}" for module in MODULES for kind in ("weight", "bias")]
+    parts = [[f"decoder.layers.{i}.{name}" for name in inner] for i in range(4)]
+    if virtual == 1:
+        parts = [parts[0] + parts[1], parts[2] + parts[3]]
+    embedding = "embedding.word_embeddings.weight"
+    parts[0] = [embedding, "embedding.position_embeddings.weight", *parts[0]]
+    final = [f"decoder.final_layernorm.{kind}" for kind in ("weight", "bias")]
+    parts[-1] = [*parts[-1], *final, embedding]  # the last stage has a copy
+    buckets = {(n % 2, n // 2): [bucket_of(tmp_path, wholes, part)] for n, part in enumerate(parts)}
+    args = argparse.Namespace(tensor_model_parallel_size=1, pipeline_model_parallel_size=2)
+    order = optimizer_fragments._ORDERS["local"]
+    found = optimizer_fragments._read_kind(model, 10, buckets, order, args, tmp_path)
+    assert found is not None and found.keys() == wholes.keys()
+    assert all(torch.equal(read.read(name), wholes[name]) for name, read in found.items())
+
+
+def bucket_of(root: Path, wholes: dict[str, torch.Tensor], names: list[str]):
+    """Write a buffer: parameters in reverse order, each from a multiple of 64 elements."""
+    writer, end = torch_dist.TorchDistWriter(1 << 30, "."), 0
+    slots: list[tuple[int, Slot, torch.Tensor]] = []
+    for name in reversed(names):
+        start, flat = (end + 63) // 64 * 64, wholes[name].flatten()
+        [(_, slot)] = writer.add_tensor(f"{name} {start}", tuple(flat.shape), flat.dtype)
+        slots.append((start, slot, flat))
+        end = start + flat.numel()
+    (output,) = writer.files
+    output.create(root)
+    file = root / f"{len(list(root.iterdir()))}.distcp"
+    for _, slot, flat in slots:
+        write_slot(root, slot, flat)
+    (root / "__0_0.distcp").rename(file)
+    chunks = {}
+    for (start, _, flat), (_, offset, length) in zip(slots, writer._storage.values(), strict=True):
+        chunks[(start,), (flat.numel(),)] = (file, offset, length)
+    return torch_dist.TensorEntry((end,), torch.float32, chunks)
 
 
 def test_signals_in_arguments_are_inert(tmp_path):

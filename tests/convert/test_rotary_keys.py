@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_llmjp.convert.formats.hugging_face.config import rope_fields, rope_keys
 from megatron_llmjp.convert.formats.hugging_face.llama import ARCHITECTURE
@@ -58,8 +59,12 @@ def test_unsupported_rope_settings_are_refused():
     for scaling in (
         {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.5},
         {"rope_type": "yarn", "factor": "4"},
+        {"rope_type": "yarn", "factor": 0.5},
+        {"rope_type": "yarn", "factor": 4.0, "truncate": 1},
         {"rope_type": "dynamic", "factor": 4.0},
         {"rope_type": "llama3", "factor": 8.0, **LLAMA3, "low_freq_factor": 4.0},
+        {"rope_type": "llama3", "factor": 8.0, **LLAMA3, "low_freq_factor": 0},
+        {"rope_type": "llama3", "factor": 8.0, **LLAMA3, "original_max_position_embeddings": 40.5},
         {"rope_type": "llama3", "factor": 8.0},
         {"rope_type": "linear", "factor": 2.5},
         {"rope_type": "linear", "factor": "4"},
@@ -141,6 +146,23 @@ def test_yarn(tmp_path, convert, more):
     for target in ("megatron-lm", "megatron-deepspeed"):
         words = ("--to", target, "--input", tmp_path / "n", "--output", tmp_path / "m")
         assert re.search("YaRN|scaled rotary", convert(*words, code=2))
+
+
+BOTH = {"mscale": 0.7, "mscale_all_dim": 0.4}
+
+
+@pytest.mark.parametrize("more", [{}, {"mscale": 0.7}, {"mscale_all_dim": 0.4}, BOTH])
+def test_one_yarn_scale_alone_has_no_effect(more):
+    """transformers scales queries and keys by the factor alone, or by both."""
+
+    def scale(**changes: float) -> float:
+        config = transformers.LlamaConfig(**SIZES, rope_parameters={**YARN, **changes})
+        return ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))[1]
+
+    def fields(**changes: float) -> dict[str, object]:
+        return rope_fields({**SIZES, "rope_parameters": {**YARN, **changes}}, "config.json")
+
+    assert (scale(**more) == scale()) == (fields(**more) == fields()) == (more != BOTH)
 
 
 def test_biases_of_every_linear_layer_are_kept(tmp_path, convert):

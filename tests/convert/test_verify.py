@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from megatron_llmjp.convert import tensors, verify
@@ -219,8 +220,8 @@ def test_the_reference_model_supports_every_layout(tmp_path, convert, architectu
 
 
 @pytest.mark.parametrize("damage", ["missing", "unexpected"])
-def test_transformers_must_find_all_tensors(tmp_path, damage):
-    """It only warns and draws missing weights at random."""
+def test_transformers_must_find_all_tensors(tmp_path, capsys, damage):
+    """It only warns and draws missing weights at random. Its progress bars are not shown."""
     MODELS["llama"]().save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
@@ -231,7 +232,9 @@ def test_transformers_must_find_all_tensors(tmp_path, damage):
         tensors[f"{name}2"] = tensors[name].clone()
     save_file(tensors, path, {"format": "pt"})
     source = SimpleNamespace(path=tmp_path)
+    transformers.utils.logging.enable_progress_bar()
     with pytest.raises(
         UserError, match=f"{tmp_path}: transformers reports .*{damage}_keys.*{name}"
     ):
         hugging_face_logits(source, torch.zeros(1, 2, dtype=torch.int64), None)
+    assert capsys.readouterr() == ("", "")

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -154,6 +155,25 @@ def test_leftovers_of_killed_builders(tmp_path, monkeypatch, host):
         os.utime(tmp_path / name, times=(time.time() - 25 * 3600,) * 2)
     ensure_index(folder, Logged(tmp_path / "x" / "a").build)
     assert {path.name for path in tmp_path.iterdir()} - {"log"} == {"a", *young}
+
+
+def test_an_index_in_use_on_nfs_can_be_replaced(tmp_path, monkeypatch):
+    """Open files that are deleted stay in their folder as .nfs..., so it cannot be removed yet."""
+
+    def busy(*_: object, **__: object) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    index = tmp_path / "index"
+    index.mkdir()
+    (tmp_path / f"{index.name}.tmp-{socket.gethostname()}-{2**22}-a").mkdir()  # no such process
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", busy)
+        index_cache._remove_abandoned(index)
+        index_cache._remove(index)
+    assert not index.exists()
+    index_cache._remove_abandoned(index)
+    left = [path.name for path in tmp_path.iterdir()]
+    assert [name.partition("-")[0] for name in left] == ["index.old"]  # of this process
 
 
 def test_the_first_of_two_builders_wins(tmp_path):

@@ -230,6 +230,7 @@ LLAMA = 3456 + 2688 + 384 + 768 + 3456
 # Halved by TP 2 except the norms, which sequence parallelism halves.
 LLAMA_TP = 3456 + 1344 + 192 + 384 + 1728
 LLAMA_SP = 1728 + 1344 + 192 + 384 + 1728
+LLAMA_TP_FP32 = 2 * 24 * (16 * 8 + 8) + 2 * 1344 + 192 + 2 * 384 + 2 * 1728
 # GPT-2: QKV 24 x 2 x 48, two dropout masks of a byte, and GELU.
 GPT2 = 3456 + 2304 + 384 + 768 + 2 * 24 * 16 + 2 * 24 * 2 * 24
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
@@ -257,10 +258,25 @@ RANKS: list[tuple[str, dict[str, Any], int, int, bool, tuple[int, int, int]]] = 
      (2 * 2 * 24 * 16 * 2 + LLAMA_TP, 0, 24 * 2 * 108)),
     ("laptop-llama", {**GROUPED, "recompute_granularity": "selective"}, 1, 0, True,
      (4 * (LLAMA - 384) + 1728, 6144, 12288)),
+    # Sequence parallelism divides the inputs of units and blocks.
+    ("laptop-llama", {**GROUPED, **TWO, **FULL, "recompute_num_layers": 2,
+                      "sequence_parallel": True}, 4, 0, True,
+     (2 * 24 * 16 * 2 // 2 + 2 * LLAMA_SP, 0, 24 * 2 * 84)),
+    ("laptop-llama", {**GROUPED, **TWO, **BLOCK, "sequence_parallel": True}, 4, 0, True,
+     (2 * 2 * 24 * 16 * 2 // 2 + LLAMA_SP, 0, 24 * 2 * 84)),
+    # A mask of documents for each micro-batch in flight, unless bf16 attention has a kernel.
+    ("laptop-llama", {**GROUPED, "reset_attention_mask": True}, 1, 0, True,
+     (4 * LLAMA + 1728, 24 * 128 * 2, 24 * 128 * 4)),
+    ("laptop-llama", {**GROUPED, **TWO, "reset_attention_mask": True, "bf16": False}, 4, 0, True,
+     (2 * (2 * LLAMA_TP_FP32 + 24 * 8 * 4), 0, 24 * 4 * 108)),
+    ("laptop-gpt2", {**SMALL, **DROPOUT, "reset_attention_mask": True}, 1, 0, True,
+     (4 * GPT2 + 1728 + 24 * 16 + 24 * 8 * 2, 6144, 12288)),
     # The mask of the embedding's dropout.
     ("laptop-gpt2", {**SMALL, **DROPOUT}, 1, 0, True, (4 * GPT2 + 1728 + 24 * 16, 6144, 12288)),
     ("laptop-gpt2", {**SMALL, **DROPOUT, **TWO}, 4, 0, True,
      (2 * (2 * (3456 + 1152 + 192 + 384 + 768 + 1152) + 24 * 16), 0, 24 * 2 * 108)),
+    ("laptop-gpt2", {**SMALL, **DROPOUT, **TWO, "sequence_parallel": True}, 4, 0, True,
+     (2 * (2 * (1728 + 1152 + 192 + 384 + 384 + 1152) + 24 * 8), 0, 24 * 2 * 84)),
     # On a CPU: masks in bf16, attention's scores, mask and masked scores, Q, K and V in fp32.
     ("laptop-gpt2", {**SMALL, **DROPOUT}, 1, 0, False,
      (4 * (GPT2 - 384 + 768 + 4 * 24 * (3 * 4 * 8 + 12 * 4)) + 1728 + 24 * 16 * 2, 6144, 12288)),

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 from megatron_llmjp.config.schema import FaultsConfig, OptimizerConfig
-from megatron_llmjp.training.gradient_monitor import MIN_HISTORY, GradientMonitor, StepStatus
+from megatron_llmjp.training.gradient_monitor import (
+    MIN_HISTORY,
+    GradientMonitor,
+    Rollback,
+    StepStatus,
+    count_rollbacks,
+)
 
 NAN = math.nan
 
@@ -112,3 +119,11 @@ def test_applied_spikes_have_no_limit():
     monitor = GradientMonitor(FaultsConfig(spike_action="warn", max_spikes=1), [1.0] * MIN_HISTORY)
     assert monitor.should_apply(50.0) and monitor.status is StepStatus.SPIKE
     assert monitor.should_apply(50.0) and monitor.may_save and not monitor.limit_reached
+
+
+def test_keys_of_rollbacks_in_checkpoints():
+    """Manifests of earlier versions have them, next to the iterations that users skipped."""
+    stored = {"positions 32-40": (32, 40), "9-10": (32, 40), "12": (44, 48)}
+    run = SimpleNamespace(history=SimpleNamespace(skipped_iterations=stored))
+    assert count_rollbacks(run) == 1
+    assert Rollback(9, (32, 40)).key == "positions 32-40"
