@@ -311,3 +311,12 @@ def test_errors_in_lists_and_numbers(text, message, tmp_path, monkeypatch):
     with pytest.raises(UserError) as caught:
         read_fold_file(write(tmp_path, {"folds.yaml": text}))
     assert message in str(caught.value)
+
+
+def test_a_list_with_an_invalid_entry_is_not_too_short(tmp_path):
+    """pydantic reports both; each mistake has one line, also beside a mistake elsewhere."""
+    with pytest.raises(UserError) as caught:
+        read_fold_file(write(tmp_path, {"folds.yaml": "sed: 1\nfolds:\n - 7\n"}))
+    entry, key = str(caught.value).splitlines()
+    assert "line 3: fold '1': must" in entry
+    assert "line 1: sed: unknown key; did you mean 'seed'?" in key
