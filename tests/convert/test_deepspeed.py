@@ -7,6 +7,7 @@ import argparse
 import pytest
 import torch
 
+from megatron_llmjp.convert.formats.megatron_deepspeed import reader
 from tests.convert.hf_models import MODELS
 
 
@@ -128,3 +129,12 @@ def test_patterns_of_parameters(tmp_path, convert):
     assert groups == [{**fresh, "params": [0]}, {**fresh, "params": [1]}]
     scaling = {"loss_scaler": None, "dynamic_loss_scale": False, "overflow": False}
     assert optimizer.items() >= {**scaling, "zero_stage": 1, "clip_grad": 1.0}.items()
+
+
+@pytest.mark.parametrize(
+    ("megatron", "deepspeed", "expected"), [(7, 9, 7), (0, 9, 9), (None, 9, 9), (None, None, None)]
+)
+def test_consumed_samples_are_megatrons(megatron, deepspeed, expected):
+    """DeepSpeed's count starts again where a run began to use DeepSpeed."""
+    args = argparse.Namespace(consumed_train_samples=megatron)
+    assert reader._consumed_samples(args, {"global_samples": deepspeed}) == expected

@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from megatron_llmjp.convert import tensors, verify
+from megatron_llmjp.convert import reference, tensors, verify
 from megatron_llmjp.convert.formats import rank_files
 from megatron_llmjp.convert.formats.hugging_face import config as hf_config
 from megatron_llmjp.convert.formats.hugging_face import llama
@@ -238,3 +238,20 @@ def test_transformers_must_find_all_tensors(tmp_path, capsys, damage):
     ):
         hugging_face_logits(source, torch.zeros(1, 2, dtype=torch.int64), None)
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("args", "approximate"),
+    [
+        ({"bias_gelu_fusion": True}, "tanh"),
+        ({"bias_gelu_fusion": True, "onnx_safe": True}, "none"),
+        ({"openai_gelu": True}, "tanh"),
+        ({"onnx_safe": True, "use_mcore_models": True, "bias_gelu_fusion": True}, "tanh"),
+        ({}, "none"),
+    ],
+)
+def test_gelu_of_the_reference_model(args, approximate):
+    """Megatron-LM's older models choose by openai_gelu and onnx_safe before the fusion."""
+    x = torch.linspace(-3, 3, 50)
+    expected = torch.nn.functional.gelu(x, approximate=approximate)
+    assert_close(reference._activation(args)(x), expected, 1e-6)
