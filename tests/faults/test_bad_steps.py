@@ -108,7 +108,9 @@ def test_a_stop_amid_bad_steps(stage):
     code, output, errors = stage.run("alone", save, *SAVE_ALL, "--exit-interval", 6, fault=fault)
     assert code == EXIT_REQUEUE, errors
     assert f"the last good checkpoint is {save / 'iter_0000005'}" in output
-    assert manifests.complete_iterations(save) == [5] and read_status(save).state == "stopped"
+    # Older ones are kept if the bad steps began before the background removal of iteration 4.
+    assert manifests.complete_iterations(save) in ([5], [4, 5])
+    assert read_status(save).state == "stopped"
     stage.resume_and_prove("alone", save)
 
 
