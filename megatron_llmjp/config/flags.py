@@ -175,17 +175,14 @@ def parse(
         machine = _target_machine(arguments, mode, processes)
     layers = layers if layers is not None else ConfigLayers()
     by_flags_alone = False
-    if arguments["num_layers"] is not None or not _folder(arguments).parts:
+    folder = _folder(arguments)
+    tokenizer_type = _renamed("tokenizer_type", arguments["tokenizer_type"])
+    if arguments["num_layers"] is not None or not folder.parts:
         add_stored_config = None
     with problems.collect():
         if arguments["config"] is not None:
             read_config(arguments["config"], layers)
-        elif not (
-            add_stored_config
-            and add_stored_config(
-                _folder(arguments), layers, _renamed("tokenizer_type", arguments["tokenizer_type"])
-            )
-        ):
+        elif not (add_stored_config and add_stored_config(folder, layers, tokenizer_type)):
             set_megatron_defaults(layers)
             by_flags_alone = True
         for name, (value, origin) in {**_aliases(arguments), **foreign.sets}.items():

@@ -175,12 +175,12 @@ def _read_chunks(entry: torch_dist.TensorEntry, layer: int | None = None) -> tor
 
     Each chunk of a stacked tensor is of one layer: the converter refuses others.
     """
-    stacked = layer is not None
-    whole = torch.empty(entry.shape[stacked:], dtype=entry.dtype)
+    first = 0 if layer is None else 1  # dimension of the result
+    whole = torch.empty(entry.shape[first:], dtype=entry.dtype)
     for (offsets, sizes), (path, offset, length) in entry.chunks.items():
-        if stacked and offsets[0] != layer:
+        if layer is not None and offsets[0] != layer:
             continue
-        size = sizes[stacked:]
-        box = tuple(slice(o, o + n) for o, n in zip(offsets[stacked:], size, strict=True))
+        size = sizes[first:]
+        box = tuple(slice(o, o + n) for o, n in zip(offsets[first:], size, strict=True))
         whole[box] = torch_dist.ChunkTensor(path, offset, length, size, entry.dtype).read()
     return whole

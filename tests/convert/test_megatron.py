@@ -308,7 +308,8 @@ def test_names_before_megatron_core(tmp_path, convert, architecture, encoder):
     content["model"] = {"language_model": old}
     if architecture == "gpt2":
         copy = torch.zeros_like(embedding["word_embeddings.weight"])
-        content["model"]["word_embeddings_for_head"] = {"weight": copy}
+        # Not the last tensor of the file: those that follow the copy are read.
+        content["model"] = {"word_embeddings_for_head": {"weight": copy}} | content["model"]
     torch.save(content, path)
     convert("--to", "hf", "--input", tmp_path / "there", "--output", tmp_path / "back")
     before, after = state(tmp_path / "hf"), state(tmp_path / "back")

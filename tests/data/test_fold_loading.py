@@ -314,7 +314,7 @@ def test_errors_in_lists_and_numbers(text, message, tmp_path, monkeypatch):
 
 
 def test_a_list_with_an_invalid_entry_is_not_too_short(tmp_path):
-    """pydantic reports both; each mistake has one line, also beside a mistake elsewhere."""
+    """pydantic reports both errors; only the invalid entry is printed, also with another error."""
     with pytest.raises(UserError) as caught:
         read_fold_file(write(tmp_path, {"folds.yaml": "sed: 1\nfolds:\n - 7\n"}))
     entry, key = str(caught.value).splitlines()
