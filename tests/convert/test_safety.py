@@ -225,8 +225,13 @@ def test_full_disk_is_reported_and_no_output_is_left(tmp_path, hf, convert, monk
 
 
 def convert_with_small_files(words):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-    sys.exit(main(words))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        code = main(words)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))  # coverage writes at the exit
+    sys.exit(code)
 
 
 def test_a_file_size_limit_is_reported(tmp_path, hf):
