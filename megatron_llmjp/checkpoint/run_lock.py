@@ -42,6 +42,8 @@ Warn = Callable[[str], None]
 
 LOCK = ".run.lock"
 RECORD = ".run.json"
+IN_USE = "is in use by another run"
+"""Part of the error of a run whose save folder another run holds."""
 HEARTBEAT_SECONDS = 20.0
 HEARTBEAT_TIMEOUT_SECONDS = 120.0
 """A run on another machine without a heartbeat for this time is considered dead."""
@@ -230,7 +232,7 @@ def _check_owner_is_dead(
 
 def _in_use_error(root: Path, owner: Owner | None) -> UserError:
     return UserError(
-        f"--save {root} is in use by another run ({owner or 'which is just starting'}): stop that "
+        f"--save {root} {IN_USE} ({owner or 'which is just starting'}): stop that "
         "run, or use another folder"
     )
 

@@ -1,20 +1,41 @@
-"""Ends, errors and hangs of a run's jobs, read from its save folder."""
+"""The jobs of a run, read from its save folder: logs, ends, errors, hangs, failed preflights."""
 
 from __future__ import annotations
 
+import json
+import math
+import re
 import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from megatron_llmjp.checkpoint.run_lock import IN_USE
+from megatron_llmjp.errors import EXIT_USER_ERROR
 from megatron_llmjp.report.json_lines import parse_object
 
 REQUEUE_LOG = "requeues.jsonl"
 """File with one line per end of a Slurm job, written by ``slurm/requeue.py``."""
 HANG_REPORT = "hang/report.txt"
 """Report of the watchdog on a hang (``training/watchdog.py``)."""
-TAIL_BYTES = 1 << 16
+HANG_MESSAGE = "no progress for "
+"""Start of the first error of a job that the watchdog ended."""
+TRAINING_STARTED = " process(es) by "
+"""Part of the summary that a job prints once it holds the save folder (``run_setup.py``)."""
+
+ENDS_BYTES = 1 << 18
+"""Size of the end of the file of job ends that is read: about a thousand of them."""
+LOG_BYTES = 1 << 16
 """Size of the end of a log that is searched for an error."""
+LOGS_BYTES = 1 << 22
+"""Limit of the bytes read from all logs of a job."""
+MIN_LOG_BYTES = 1 << 12
+REPORT_BYTES = 1 << 12
+SEARCHED_JOBS = 3
+"""Number of newest jobs whose logs are searched for an error."""
+SHOWN_NODES = 4
 
 
 @dataclass(frozen=True)
@@ -27,24 +48,125 @@ class Incident:
     seconds_ago: float
 
 
+@dataclass(frozen=True)
+class JobFolder:
+    """Logs of one start of a job: ``logs/jobJOB_RESTART``."""
+
+    path: Path
+    job: str
+    """Job id of the scheduler."""
+    restart: int
+    modified_at: float
+
+    def logs(self) -> list[Path]:
+        """Return the logs of the ranks, sorted by name."""
+        return sorted(self.path.glob("rank_*.log"))
+
+    def has_started_ranks(self) -> bool:
+        """Return whether any rank has printed something."""
+        return any(_size(log) for log in self.path.glob("rank_*.log"))
+
+    def has_trained(self) -> bool:
+        """Return whether the job held the save folder, by the log of its first rank."""
+        return any(TRAINING_STARTED in line for line in _head(self.path / "rank_0000.log"))
+
+
+def job_folders(folder: Path) -> list[JobFolder]:
+    """Return the log folders of all jobs, newest first."""
+    found = []
+    for path in _entries(folder / "logs"):
+        match = re.fullmatch(r"job(.+)_(\d+)", path.name)
+        if match and path.is_dir():
+            found.append(JobFolder(path, match[1], int(match[2]), _modified_at(path)))
+    return sorted(found, key=lambda job: (job.modified_at, job.restart), reverse=True)
+
+
 def read_job_ends(folder: Path) -> list[dict[str, Any]]:
-    """Return all ends of jobs, oldest first; incomplete lines are omitted."""
-    return [
-        found for line in _lines(folder / REQUEUE_LOG) if (found := parse_object(line)) is not None
-    ]
+    """Return the last ends of jobs, oldest first; incomplete lines are omitted."""
+    lines = tail(folder / REQUEUE_LOG, ENDS_BYTES)
+    return [found for line in lines if (found := parse_object(line)) is not None]
 
 
-def last_error(folder: Path) -> Incident | None:
-    """Return the first error of the newest job with errors; it causes those of other ranks."""
-    jobs = [job for job in folder.glob("logs/job*") if job.is_dir()]
-    for job in sorted(jobs, key=_modified_at, reverse=True):
-        for log in sorted(job.glob("rank_*.log"), key=_modified_at):
-            message = first_error(tail(log, TAIL_BYTES))
-            if message is not None:
-                return Incident(
-                    message, str(log.relative_to(folder)), time.time() - _modified_at(log)
-                )
+def find_end(job: JobFolder, ends: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """Return the last record of the end of a job's start."""
+    for record in reversed(ends):
+        # PBS appends the name of its server to the id.
+        if (
+            str(record.get("job")).partition(".")[0] == job.job
+            and record.get("restart", 0) == job.restart
+        ):
+            return record
     return None
+
+
+def excluded_nodes(ends: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the nodes that the run excluded and the last reason for each."""
+    found: dict[str, str] = {}
+    for record in ends:
+        nodes = record.get("excluded")
+        for entry in nodes if isinstance(nodes, list) else []:
+            if isinstance(entry, dict) and entry.get("node"):
+                found[str(entry["node"])] = str(entry.get("reason") or "")
+    return found
+
+
+def without_rejected(ends: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the ends without those of other jobs that were rejected while the run was requeued."""
+    kept: list[dict[str, Any]] = []
+    for record in ends:
+        is_other = bool(kept) and record.get("job") != kept[-1].get("job")
+        if is_other and _is_user_error(record) and kept[-1].get("requeued"):
+            continue
+        kept.append(record)
+    return kept
+
+
+def _is_user_error(record: Mapping[str, Any]) -> bool:
+    return record.get("exit code") == EXIT_USER_ERROR
+
+
+def find_errors(
+    folder: Path, jobs: Sequence[JobFolder], ends: Sequence[Mapping[str, Any]]
+) -> tuple[Incident | None, Incident | None]:
+    """Return the run's last error, and that of a job that was rejected before it held the folder.
+
+    The first error of a job causes those of other ranks.
+
+    Args:
+        folder: the save folder.
+        jobs: its jobs, newest first; :data:`SEARCHED_JOBS` of them are searched.
+        ends: recorded ends of jobs.
+    """
+    found: dict[bool, Incident] = {}
+    for job in jobs[:SEARCHED_JOBS]:
+        end = find_end(job, ends)
+        error = _error_of(folder, job, end)
+        if error is not None:
+            found.setdefault(_was_rejected(job, error.what, end), error)
+        if False in found:
+            break
+    return found.get(False), found.get(True)
+
+
+def _error_of(folder: Path, job: JobFolder, end: Mapping[str, Any] | None) -> Incident | None:
+    if end is not None and isinstance(end.get("cause"), str) and end["cause"]:
+        where = str(job.path.relative_to(folder))
+        return Incident(end["cause"], where, time.time() - job.modified_at)
+    logs = job.logs()
+    size = max(MIN_LOG_BYTES, min(LOG_BYTES, LOGS_BYTES // max(1, len(logs))))
+    for log in sorted(logs, key=_modified_at):
+        message = first_error(tail(log, size))
+        if message is not None:
+            where = str(log.relative_to(folder))
+            return Incident(message, where, time.time() - _modified_at(log))
+    return None
+
+
+def _was_rejected(job: JobFolder, error: str, end: Mapping[str, Any] | None) -> bool:
+    """Return whether a job ended with a user error before it held the save folder."""
+    if IN_USE in error:
+        return True
+    return end is not None and _is_user_error(end) and not job.has_trained()
 
 
 def first_error(lines: list[str]) -> str | None:
@@ -63,11 +185,38 @@ def first_error(lines: list[str]) -> str | None:
 def last_hang(folder: Path) -> Incident | None:
     """Return the watchdog's message on the last hang, with the rank to check first."""
     report = folder / HANG_REPORT
-    lines = _lines(report)
+    lines = _head(report, REPORT_BYTES)
     if not lines:
         return None
     message = "; ".join(line.removeprefix("error:").strip() for line in lines[:2])
     return Incident(message, HANG_REPORT, time.time() - _modified_at(report))
+
+
+def preflight_failure(job: JobFolder) -> str | None:
+    """Return the nodes that failed the preflight of a job and their problems; None without any."""
+    folder = job.path / "preflight"
+    try:
+        nodes = [name for name in (folder / "bad_nodes").read_text().split(",") if name.strip()]
+    except (OSError, UnicodeDecodeError):
+        return None
+    if not nodes:
+        return None
+    texts = [f"{node}: {_problems(folder / f'{node}.json')}" for node in nodes[:SHOWN_NODES]]
+    more = [f"{len(nodes) - SHOWN_NODES} more"] if len(nodes) > SHOWN_NODES else []
+    return "; ".join([*texts, *more])
+
+
+def _problems(path: Path) -> str:
+    """Return the problems that a node found on itself; others are in the job's log."""
+    try:
+        found = json.loads(path.read_bytes())
+    except OSError:
+        return "no response"
+    except (ValueError, RecursionError):
+        return "unknown"
+    problems = found.get("problems") if isinstance(found, dict) else None
+    texts = [str(text) for text in problems] if isinstance(problems, list) else []
+    return ", ".join(texts) or "differs from the other nodes"
 
 
 def tail(path: Path, size: int) -> list[str]:
@@ -82,9 +231,18 @@ def tail(path: Path, size: int) -> list[str]:
     return text.splitlines()[1 if end > size else 0 :]
 
 
-def _lines(path: Path) -> list[str]:
+def _head(path: Path, size: int = LOG_BYTES) -> list[str]:
+    """Return the lines in the first ``size`` bytes."""
     try:
-        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+        with path.open("rb") as stream:
+            return stream.read(size).decode(errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return list(islice(folder.iterdir(), 100_000))
     except OSError:
         return []
 
@@ -93,4 +251,11 @@ def _modified_at(path: Path) -> float:
     try:
         return path.stat().st_mtime
     except OSError:  # removed in the meantime
-        return 0.0
+        return -math.inf
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0

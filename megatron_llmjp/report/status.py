@@ -1,13 +1,13 @@
-"""The status of a run, read from its save folder: progress, throughput, liveness, errors.
-
-Only the end of the metrics file is read, so that long runs are shown as quickly as short ones.
-"""
+"""The status of a run, read from its save folder: progress, throughput, liveness, errors."""
 
 from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from megatron_llmjp.errors import UserError
 from megatron_llmjp.metric_registry import (
     CONSUMED_SAMPLES,
     CONSUMED_TOKENS,
-    EVENT,
     FOLD,
     FOLD_NUMBER,
     FOLD_PROGRESS,
@@ -36,23 +35,35 @@ from megatron_llmjp.metric_registry import (
     TOTAL_NAN,
     TOTAL_SKIPPED,
     TOTAL_SPIKES,
-    VALIDATION_LOSS,
 )
-from megatron_llmjp.report.history import (
-    MAX_NUMBER,
-    ROUTINE_EVENTS,
-    JsonRecord,
-    parse_record,
+from megatron_llmjp.report.history import MAX_NUMBER, JsonRecord
+from megatron_llmjp.report.jobs import (
+    Incident,
+    JobFolder,
+    excluded_nodes,
+    find_end,
+    find_errors,
+    job_folders,
+    last_hang,
+    preflight_failure,
+    read_job_ends,
+    without_rejected,
 )
-from megatron_llmjp.report.jobs import Incident, last_error, last_hang, read_job_ends, tail
+from megatron_llmjp.report.metrics_tail import RecentMetrics, read_recent_metrics
+from megatron_llmjp.report.run_state import (
+    Evidence,
+    JobEvidence,
+    ProcessEvidence,
+    State,
+    find_state,
+)
+from megatron_llmjp.report.slurm_queue import QueuedJob, read_queue
 from megatron_llmjp.yaml_text import read_yaml
 
-TAIL_BYTES = 1 << 20
-"""Size of the end of the metrics file that is read: some hundred records."""
-STALL_SECONDS = 120.0
-"""A live run is stalled if it logged nothing for this long and for :data:`STALL_INTERVALS`."""
-STALL_INTERVALS = 10
-"""Number of log intervals."""
+CONSTANT_BATCH_SIZE = "rampup_batch_size: null"
+"""Line of the configuration of a run without batch size ramp-up."""
+READERS = 16
+"""Number of runs read at the same time: on a network file system, reading is mostly waiting."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +71,8 @@ class SavedCheckpoints:
     """The checkpoints of a run."""
 
     iterations: list[int]
-    bytes: int
-    """Size of the newest checkpoint; 0 if it is damaged."""
+    bytes: int | None
+    """Size of the newest checkpoint; 0 if it is damaged, None without details."""
     seconds_ago: float
     """Age of the newest checkpoint."""
 
@@ -71,8 +82,7 @@ class RunStatus:
     """Status of a run; None for unknown values."""
 
     folder: str
-    state: str
-    """running, stalled, starting, finished, stopped, requeued, failed or dead."""
+    state: State
     why: str
     iteration: int = 0
     skipped: int = 0
@@ -98,76 +108,169 @@ class RunStatus:
     saved: SavedCheckpoints | None = None
     ends: list[dict[str, Any]] = field(default_factory=list)
     """Ends of the run's Slurm jobs, oldest first."""
+    excluded: dict[str, str] = field(default_factory=dict)
+    """Reason of each node that the run excluded."""
     error: Incident | None = None
+    rejected: Incident | None = None
+    """Error of a job that was rejected before it held the save folder."""
     hang: Incident | None = None
     event: str | None = None
     """Last exceptional event near the end of the metrics, such as a bad step."""
 
 
-def read_status(folder: Path) -> RunStatus:
+def read_statuses(folders: Sequence[Path], details: bool) -> list[RunStatus | UserError]:
+    """Read the status of several runs at the same time, with one request to Slurm.
+
+    Args:
+        folders: the save folders.
+        details: as for :func:`read_status`.
+
+    Returns:
+        By folder, the status, or the error of a folder that has no run.
+    """
+    with ThreadPoolExecutor(READERS) as readers:
+        newest = list(readers.map(_newest_job, folders))
+        queue = read_queue({job.job for job in newest if job is not None})
+        return list(readers.map(partial(_read_or_explain, queue=queue, details=details), folders))
+
+
+def _newest_job(folder: Path) -> JobFolder | None:
+    jobs = job_folders(folder)
+    return jobs[0] if jobs else None
+
+
+def _read_or_explain(
+    folder: Path, queue: Mapping[str, QueuedJob], details: bool
+) -> RunStatus | UserError:
+    try:
+        return read_status(folder, queue, details)
+    except UserError as error:
+        return error
+
+
+def read_status(
+    folder: Path, queue: Mapping[str, QueuedJob] | None = None, details: bool = True
+) -> RunStatus:
     """Read the status of a run; write nothing.
+
+    Args:
+        folder: the save folder.
+        queue: Slurm's queue; read for this run if None.
+        details: whether to read what a table of runs does not show: the size of the newest
+            checkpoint, the number of folds, and the logs of a run that has no problem.
 
     Raises:
         UserError: the folder is not the save folder of a run.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist")
-    saved, owner = _saved_checkpoints(folder), run_lock.read_owner(folder)
-    ends, hang, error = read_job_ends(folder), last_hang(folder), last_error(folder)
+    saved, owner = _saved_checkpoints(folder, details), run_lock.read_owner(folder)
+    ends, jobs = read_job_ends(folder), job_folders(folder)
     metrics = folder / METRICS_FILE
-    if not (metrics.exists() or saved or owner or ends or error):
+    if not (metrics.exists() or saved or owner or ends or jobs):
         raise UserError(
             f"{folder} is not the save folder of a run: it has no {METRICS_FILE}, no checkpoint "
             "and no run in progress; expected the folder given to the run as --save"
         )
-    parsed = (parse_record(line) for line in tail(metrics, TAIL_BYTES))
-    records = [record for record in parsed if record is not None]
-    steps = [record for record in records if LM_LOSS.name in record]
-    last = steps[-1] if steps else {}
+    recent = read_recent_metrics(folder)
     age = time.time() - metrics.stat().st_mtime if metrics.exists() else None
-    train_iters = _train_iters(folder, last, saved)
-    restarted = _restarted_at(records)
-    steps = [] if restarted is not None else steps
-    state, why = _state(folder, owner, steps, train_iters, age, ends, _last_end(records))
+    if queue is None:
+        queue = read_queue({job.job for job in jobs[:1]})
+    status = replace(
+        _progress(folder, recent, saved, details), seconds_since_log=age, saved=saved, ends=ends
+    )
+    state, why = find_state(
+        Evidence(
+            process=_process(folder, owner, recent, age),
+            job=_job(jobs[0], ends, queue) if jobs else None,
+            end=recent.end,
+            job_end=next(reversed(without_rejected(ends)), None),
+            all_done=_all_done(status, recent),
+        )
+    )
+    status = replace(status, state=state, why=why, excluded=excluded_nodes(ends))
+    if details or state in ("failed", "dead", "stalled"):
+        error, rejected = find_errors(folder, jobs, ends)
+        status = replace(status, error=error, rejected=rejected, hang=last_hang(folder))
+    return status
+
+
+def status_json(status: RunStatus) -> dict[str, Any]:
+    """Return a status as JSON; infinities and NaN, which JSON lacks, become null."""
+    plain = _plain(asdict(status))
+    assert isinstance(plain, dict)
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _progress(
+    folder: Path, recent: RecentMetrics, saved: SavedCheckpoints | None, details: bool
+) -> RunStatus:
+    """Return what the metrics say about a run."""
+    last, restarted = recent.last, recent.restarted_at
     return RunStatus(
         folder=str(folder),
-        state=state,
-        why=why,
+        state="stopped",
+        why="",
         iteration=restarted if restarted is not None else _count(last, ITERATION),
-        train_iters=train_iters,
+        train_iters=_train_iters(folder, last, saved),
         skipped=_count(last, TOTAL_SKIPPED.name),
         nan=_count(last, TOTAL_NAN.name),
         spikes=_count(last, TOTAL_SPIKES.name),
         rollbacks=_count(last, ROLLBACKS.name),
         fold=last.get(FOLD),
         fold_number=_to_int(last.get(FOLD_NUMBER.name)),
-        folds=_folds(folder, saved),
+        folds=_folds(folder, saved) if details else None,
         fold_progress=last.get(FOLD_PROGRESS.name),
         consumed_tokens=_to_int(last.get(CONSUMED_TOKENS.name)),
         loss=last.get(LM_LOSS.name),
-        validation=_validation_losses(records),
+        validation=recent.validation,
         tokens_per_second=last.get(TOKENS_PER_SECOND.name),
         tflops_per_gpu=last.get(TFLOPS_PER_GPU.name),
         mfu=last.get(MFU.name),
         seconds_per_iteration=last.get(SECONDS_PER_ITERATION.name),
         seconds_remaining=last.get(SECONDS_REMAINING.name),
-        seconds_since_log=age,
-        saved=saved,
-        ends=ends,
-        error=error,
-        hang=hang,
-        event=_last_exceptional_event(records),
+        event=recent.exception,
     )
 
 
-def _restarted_at(records: list[JsonRecord]) -> int | None:
-    """Return the iteration that a process resumed from, if it has not logged a step yet."""
-    for record in reversed(records):
-        if LM_LOSS.name in record:
-            return None
-        if record.get(EVENT) == "start":
-            return int(record[ITERATION])
-    return None
+def _process(
+    folder: Path, owner: run_lock.Owner | None, recent: RecentMetrics, age: float | None
+) -> ProcessEvidence | None:
+    if owner is None:
+        return None
+    return ProcessEvidence(
+        name=str(owner),
+        is_alive=run_lock.is_owner_alive(folder, owner),
+        has_logged=bool(recent.steps) and recent.restarted_at is None,
+        seconds_since_log=age,
+        log_interval_seconds=recent.log_interval_seconds,
+    )
+
+
+def _job(
+    newest: JobFolder, ends: Sequence[dict[str, Any]], queue: Mapping[str, QueuedJob]
+) -> JobEvidence:
+    return JobEvidence(
+        job=newest.job,
+        has_started_ranks=newest.has_started_ranks(),
+        queued=queue.get(newest.job),
+        preflight_failure=preflight_failure(newest),
+        has_ended=find_end(newest, ends) is not None,
+    )
+
+
+def _all_done(status: RunStatus, recent: RecentMetrics) -> bool:
+    if not recent.steps or recent.restarted_at is not None or status.train_iters is None:
+        return False
+    return status.iteration >= status.train_iters
 
 
 def _count(record: JsonRecord, name: str) -> int:
@@ -179,13 +282,14 @@ def _to_int(number: float | None) -> int | None:
     return None if number is None else int(number)
 
 
-def _saved_checkpoints(folder: Path) -> SavedCheckpoints | None:
+def _saved_checkpoints(folder: Path, details: bool) -> SavedCheckpoints | None:
     iterations = manifest.complete_iterations(folder)
     if not iterations:
         return None
     newest = folder / manifest.folder_name(iterations[-1])
     try:
-        size = sum(entry.bytes for entry in manifest.read_manifest(newest).files.values())
+        files = manifest.read_manifest(newest).files if details else None
+        size = sum(entry.bytes for entry in files.values()) if files is not None else None
         age = time.time() - (newest / manifest.MANIFEST).stat().st_mtime
     except (UserError, OSError):  # damaged, or removed in the meantime
         return SavedCheckpoints(iterations, 0, math.nan)
@@ -200,8 +304,8 @@ def _train_iters(folder: Path, last: JsonRecord, saved: SavedCheckpoints | None)
     remaining = seconds / each
     if not 0 <= remaining < MAX_NUMBER:
         return None
-    config = _newest_config(folder, saved)
-    if config is None:  # without batch size ramp-up this is exact
+    config = _growing_batch_config(folder, saved)
+    if config is None:
         return int(last[ITERATION]) + round(remaining)
     consumed, batch_size = last.get(CONSUMED_SAMPLES), last.get(GLOBAL_BATCH_SIZE.name)
     if consumed is None or batch_size is None:
@@ -210,14 +314,17 @@ def _train_iters(folder: Path, last: JsonRecord, saved: SavedCheckpoints | None)
     return BatchSizeSchedule(config).iterations(samples)[0]
 
 
-def _newest_config(folder: Path, saved: SavedCheckpoints | None) -> Config | None:
-    """Return the configuration of the newest checkpoint; None if it cannot be read."""
+def _growing_batch_config(folder: Path, saved: SavedCheckpoints | None) -> Config | None:
+    """Return the configuration of the newest checkpoint if its batch size grows."""
     if saved is None:
         return None
-    newest = folder / manifest.folder_name(saved.iterations[-1])
+    path = folder / manifest.folder_name(saved.iterations[-1]) / manifest.CONFIG
     try:
-        return load_config(newest / manifest.CONFIG)
-    except (UserError, OSError):
+        # Parsing the file takes most of the time of a table of runs; few runs need it.
+        if CONSTANT_BATCH_SIZE in path.read_text(encoding="utf-8"):
+            return None
+        return load_config(path)
+    except (UserError, OSError, UnicodeDecodeError):
         return None
 
 
@@ -231,65 +338,3 @@ def _folds(folder: Path, saved: SavedCheckpoints | None) -> int | None:
     except UserError:
         return None
     return len(folds) if isinstance(folds, list) else None
-
-
-def _state(
-    folder: Path,
-    owner: run_lock.Owner | None,
-    steps: list[JsonRecord],
-    train_iters: int | None,
-    age: float | None,
-    ends: list[dict[str, Any]],
-    ended: JsonRecord | None,
-) -> tuple[str, str]:
-    """Return the state of the run and its reason."""
-    if owner is not None:
-        if not run_lock.is_owner_alive(folder, owner):
-            return "dead", f"{owner} was killed, or its machine is down"
-        if not steps or age is None:
-            return "starting", str(owner)
-        if age > max(STALL_SECONDS, STALL_INTERVALS * _log_interval_seconds(steps)):
-            return "stalled", f"{owner} is alive, but logs nothing"
-        return "running", str(owner)
-    outcome = ended.get("outcome") if ended is not None else None
-    if ended is not None and outcome == "failed":
-        return "failed", str(ended.get("why", ""))
-    all_done = steps and train_iters is not None and int(steps[-1][ITERATION]) >= train_iters
-    if outcome == "done" or (outcome is None and all_done):
-        return "finished", "all iterations are done"
-    if ends and ends[-1].get("requeued"):
-        return "requeued", f"waiting in Slurm's queue: {ends[-1].get('why')}"
-    return "stopped", str(ends[-1].get("why")) if ends else "the save folder was released"
-
-
-def _last_end(records: list[JsonRecord]) -> JsonRecord | None:
-    """Return the event with which the last process ended; None if it was killed."""
-    for record in reversed(records):
-        if record.get(EVENT) == "end":
-            return record
-        if record.get(EVENT) == "start":
-            return None
-    return None
-
-
-def _log_interval_seconds(steps: list[JsonRecord]) -> float:
-    """Return the seconds between the last two log lines."""
-    between = int(steps[-1][ITERATION]) - int(steps[-2][ITERATION]) if len(steps) > 1 else 1
-    return max(1, between) * float(steps[-1].get(SECONDS_PER_ITERATION.name) or 0.0)
-
-
-def _validation_losses(records: list[JsonRecord]) -> dict[str, float]:
-    """Return the last loss of each validation set in the records."""
-    return {
-        name: float(record[key])
-        for record in records
-        for key, name in VALIDATION_LOSS.names(record).items()
-        if isinstance(record[key], int | float)
-    }
-
-
-def _last_exceptional_event(records: list[JsonRecord]) -> str | None:
-    for record in reversed(records):
-        if record.get(EVENT) not in (None, *ROUTINE_EVENTS):
-            return f"{record[EVENT]} at iteration {record[ITERATION]}: {record.get('why', '')}"
-    return None

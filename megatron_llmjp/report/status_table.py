@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_llmjp.errors import EXIT_DONE
 from megatron_llmjp.formatting import format_bytes, format_count, format_duration, format_table
 from megatron_llmjp.report.jobs import Incident
+from megatron_llmjp.report.run_state import EXIT_CODES
 from megatron_llmjp.report.status import RunStatus
 
 
@@ -23,7 +25,9 @@ def format_status(status: RunStatus) -> str:
         ("remaining", _remaining(status)),
         ("checkpoints", _checkpoints(status)),
         ("job ends", _ends(status)),
+        ("excluded", _excluded(status)),
         ("last error", _incident(status.error)),
+        ("rejected job", _incident(status.rejected)),
         ("last hang", _incident(status.hang)),
         ("last event", status.event or ""),
     ]
@@ -32,7 +36,8 @@ def format_status(status: RunStatus) -> str:
 
 def format_statuses(runs: Sequence[RunStatus]) -> str:
     """Return a table with one line per run."""
-    heads = ("run", "state", "iteration", "fold", "loss", "tokens/s", "remaining", "saved", "error")
+    numbers = ("tokens/s", "remaining", "saved")
+    heads = ("run", "state", "iteration", "fold", "loss", *numbers, "problem")
     return format_table([heads, *map(_row, runs)], right=(2, 4, 5, 6, 7))
 
 
@@ -51,8 +56,15 @@ def _row(status: RunStatus) -> tuple[str, ...]:
         "" if status.tokens_per_second is None else format_count(status.tokens_per_second),
         "" if not status.seconds_remaining else format_duration(status.seconds_remaining),
         saved,
-        status.error.what[:60] if status.error else "",
+        _problem(status)[:60],
     )
+
+
+def _problem(status: RunStatus) -> str:
+    """Return what a person should know about the run; empty for a healthy one."""
+    if status.error is not None and EXIT_CODES[status.state] != EXIT_DONE:
+        return status.error.what
+    return "" if EXIT_CODES[status.state] == EXIT_DONE else status.why
 
 
 def _iteration(status: RunStatus) -> str:
@@ -134,6 +146,11 @@ def _ends(status: RunStatus) -> str:
         f"{len(status.ends)}, the last on {last.get('time')} with exit code "
         f"{last.get('exit code')} at iteration {last.get('iteration')}: {last.get('why')}"
     )
+
+
+def _excluded(status: RunStatus) -> str:
+    """Return the nodes that the run excluded, with reasons."""
+    return "; ".join(f"{node}: {reason or 'unknown'}" for node, reason in status.excluded.items())
 
 
 def _incident(incident: Incident | None) -> str:

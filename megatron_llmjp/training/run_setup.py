@@ -40,6 +40,7 @@ from megatron_llmjp.parallel.process_groups import (
 )
 from megatron_llmjp.parallel.ranks import Ranks
 from megatron_llmjp.parallel.rendezvous import all_gather_from_store
+from megatron_llmjp.report.jobs import TRAINING_STARTED
 from megatron_llmjp.run import Run, resolve_run
 from megatron_llmjp.training.batch_iterator import SamplesWithDatasetId
 from megatron_llmjp.training.optimizer import (
@@ -187,7 +188,7 @@ def print_run_summary(run: Run, chunks: list[Any], ranks: Ranks, device: Device)
     growing = f"{sizes[0]} growing to " if len(sizes) > 1 else ""
     layers = choose_kernels(device, run.config)
     print_rank_0(
-        f"{ranks.world_size} process(es) by {ranks.launcher} on {device.name}: "
+        f"{ranks.world_size}{TRAINING_STARTED}{ranks.launcher} on {device.name}: "
         f"TP {parallel.tensor_model_parallel_size} x PP {parallel.pipeline_model_parallel_size} "
         f"x DP {data_parallel}\n"
         f"layers: {layers}; {format_count(parameters)} parameters on the first rank\n"

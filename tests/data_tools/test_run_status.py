@@ -78,7 +78,7 @@ def test_a_killed_run(save, capsys):
     with (save / "metrics.jsonl").open("a") as stream:
         stream.write('{"iteration": 17, "lm lo')
     before = files(save)
-    assert main([str(save)]) == 0
+    assert main([str(save)]) == 1
     output = capsys.readouterr().out
     assert "dead: process" in output and "was killed, or its machine is down" in output
     assert files(save) == before
@@ -105,7 +105,7 @@ def test_how_the_process_ended(save):
             record = {**place, "event": "end", "outcome": outcome, "why": "too many bad steps"}
             stream.write(json.dumps(record) + "\n")
         assert read_status(save).state == state
-        assert (read_status(save).why == "too many bad steps") == (state == "failed")
+        assert (read_status(save).why == "too many bad steps") == (state != "finished")
     text = format_status(read_status(save))
     assert "not applied  12 steps so far; 9 with a NaN or Inf, 2 rollbacks" in text
 
@@ -135,7 +135,8 @@ def test_job_files(save, capsys):
     ended(save)
     assert REQUEUE_LOG == HISTORY
     why = "stopped on request; requeued, since there is a new checkpoint"
-    record = {"time": "2025-01-02 03:04:05", "exit code": 3, "iteration": 2, "requeued": True}
+    record = {"time": "2025-01-02 03:04:05", "job": "8", "restart": 0}
+    record |= {"exit code": 3, "iteration": 2, "requeued": True}
     (save / REQUEUE_LOG).write_text(json.dumps({**record, "why": why}) + '\n{"time": ')
     logs = {
         "job7_0/rank_0001.log": (100, "error: an older job's\n"),
@@ -176,6 +177,31 @@ def test_errors_in_logs():
     assert first_error(["error: one line", "  more"]) == "one line"
     assert first_error(traceback[:2]) == "rank 0 of 4: "
     assert first_error(["no error: here"]) is None
+
+
+def test_watch(save, capsys):
+    """Each refresh reads the run again; Ctrl-C ends the program without a message."""
+    seen = []
+
+    def sleep(seconds):
+        seen.append(capsys.readouterr())
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        ended(save)
+
+    assert main([str(save), "--watch", "0.5"], sleep) == 3
+    assert [" dead: " in text.out for text in seen] == [True, False]
+    assert " stopped: " in seen[1].out and not any(text.err for text in seen)
+    seen.clear()
+    assert main([str(save / "no"), "--watch", "5"], sleep) == 2
+    assert [text.err.count("does not exist") for text in seen] == [1, 1]
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "soon"])
+def test_watch_without_a_period(seconds, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path), f"--watch={seconds}"])
+    assert f"{seconds}: expected a number of seconds above 0" in capsys.readouterr().err
 
 
 def test_several(save, tmp_path, capsys):
