@@ -7,7 +7,6 @@ ranks end with the same message.
 
 from __future__ import annotations
 
-import socket
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any
 from megatron_llmjp.errors import RunError, UserError
 from megatron_llmjp.formatting import format_ranks
 from megatron_llmjp.parallel.device import Device
-from megatron_llmjp.parallel.ranks import Ranks
+from megatron_llmjp.parallel.ranks import Ranks, node_name
 from megatron_llmjp.parallel.rendezvous import all_gather_from_store
 
 _KEY = "device"
@@ -38,7 +37,7 @@ class RankDevice:
     """Why the rank cannot use the device that it should; empty if it can."""
 
 
-def check_devices(store: Any, ranks: Ranks, device: Device) -> None:
+def check_devices(store: Any, ranks: Ranks, device: Device) -> list[RankDevice]:
     """Compare the devices of all ranks; a collective through the store.
 
     Args:
@@ -46,13 +45,18 @@ def check_devices(store: Any, ranks: Ranks, device: Device) -> None:
         ranks: rank and world size of this process.
         device: the device of this rank.
 
+    Returns:
+        The devices of all ranks.
+
     Raises:
         UserError: no rank has the GPU that it should, or ranks share a GPU.
         RunError: some ranks lack their GPU, as with a broken node: a restart elsewhere may succeed.
     """
-    own = [socket.gethostname(), device.kind, device.name, device.uuid, device.problem]
+    own = [node_name(), device.kind, device.name, device.uuid, device.problem]
     found = all_gather_from_store(store, ranks, _KEY, own)
-    compare_devices([RankDevice(rank, *fields) for rank, fields in enumerate(found)])
+    devices = [RankDevice(rank, *fields) for rank, fields in enumerate(found)]
+    compare_devices(devices)
+    return devices
 
 
 def compare_devices(devices: list[RankDevice]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import time
 from collections.abc import Mapping
@@ -66,6 +67,11 @@ def find_ranks(env: Mapping[str, str] = os.environ) -> Ranks | None:
                 launcher=env.get(LAUNCHER_VARIABLE, names.launcher),
             )
     return None
+
+
+def node_name(env: Mapping[str, str] = os.environ) -> str:
+    """Return the name of this machine: under Slurm the node's, which its commands expect."""
+    return env.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def run_start_time(env: Mapping[str, str] = os.environ) -> float:

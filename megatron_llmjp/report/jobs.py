@@ -18,8 +18,12 @@ from megatron_llmjp.report.json_lines import parse_object
 
 REQUEUE_LOG = "requeues.jsonl"
 """File with one line per end of a Slurm job, written by ``slurm/requeue.py``."""
-HANG_REPORT = "hang/report.txt"
+HANG_FOLDER = "hang"
+"""Folder of the watchdog's files: stacks of all ranks, the report and the suspects."""
+HANG_REPORT = f"{HANG_FOLDER}/report.txt"
 """Report of the watchdog on a hang (``training/watchdog.py``)."""
+HANG_SUSPECTS = f"{HANG_FOLDER}/suspects.json"
+"""The ranks that may have caused a hang, with their hosts."""
 HANG_MESSAGE = "no progress for "
 """Start of the first error of a job that the watchdog ended."""
 TRAINING_STARTED = " process(es) by "

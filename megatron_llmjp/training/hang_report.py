@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import sys
 import threading
 import traceback
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 
-from megatron_llmjp.formatting import format_ranks
+from megatron_llmjp.formatting import format_names, format_ranks
+from megatron_llmjp.parallel.ranks import node_name
 from megatron_llmjp.training.wait_sites import (
     Frame,
     Wait,
@@ -65,6 +66,15 @@ class RankState:
     """What the main thread waits for."""
 
 
+class Suspect(NamedTuple):
+    """A rank that may have caused a hang."""
+
+    rank: int
+    host: str
+    """Empty if unknown."""
+    why: str
+
+
 class Phase(NamedTuple):
     """Phase of a run that a rank is in."""
 
@@ -81,7 +91,7 @@ def rank_state(thread: int, rank: int, phase: Phase, on_gpu: bool) -> RankState:
     own = next((f for f in reversed(frames) if "megatron" in f.filename), inner)
     return RankState(
         rank=rank,
-        host=socket.gethostname(),
+        host=node_name(),
         iteration=phase.iteration,
         phase=phase.name,
         phases=phase.number,
@@ -90,40 +100,84 @@ def rank_state(thread: int, rank: int, phase: Phase, on_gpu: bool) -> RankState:
     )
 
 
-def describe_ranks(states: list[RankState], world_size: int) -> list[str]:
+def describe_ranks(
+    states: list[RankState], world_size: int, hosts: Sequence[str] = ()
+) -> list[str]:
     """Return one line per group of ranks with the same state, the most suspicious first.
 
     Args:
         states: states of the ranks that responded.
         world_size: number of ranks.
+        hosts: host of each rank; empty if unknown.
     """
-    responding = {state.rank for state in states}
-    silent = [rank for rank in range(world_size) if rank not in responding]
+    silent = _silent_ranks(states, world_size)
     lines = []
     if silent:
-        lines.append(f"{format_ranks(silent)}: {_SILENT}")
-    groups: dict[tuple[int, bool, str, str], list[RankState]] = defaultdict(list)
-    for state in states:
-        # A rank that waits is a victim, as long as another one is behind it or does not wait.
-        waits = bool(state.waits_for)
-        groups[state.phases, waits, state.waits_for, state.line].append(state)
-    order = sorted(groups)
-    lines += [_describe_group(groups[key]) for key in order]
-    stands_out = len(order) > 1 and order[0][:2] < order[-1][:2]
-    if not silent and stands_out:
+        lines.append(f"{format_ranks(silent)}{_on_hosts(silent, hosts)}: {_SILENT}")
+    groups = _group(states)
+    lines += [_describe_group(members) for members in groups]
+    if not silent and _stands_out(groups):
         lines[0] += "   <- check first"
     elif not silent and all(state.waits_for for state in states):
         lines.append(_ALL_WAIT)
     return lines
 
 
-def describe_silent_first_rank(own: RankState) -> list[str]:
+def describe_silent_first_rank(own: RankState, hosts: Sequence[str] = ()) -> list[str]:
     """Return the report if the store does not respond, which the first rank serves."""
     return [
-        f"rank 0: {_SILENT}; it serves the store, without which the states of the other ranks are "
-        "unknown   <- check first",
+        f"rank 0{_on_hosts([0], hosts)}: {_SILENT}; it serves the store, without which the states "
+        "of the other ranks are unknown   <- check first",
         _describe_group([own]),
     ]
+
+
+def find_suspects(
+    states: list[RankState], world_size: int, hosts: Sequence[str] = ()
+) -> list[Suspect]:
+    """Return the ranks that did not respond, else those that stand out; none if all wait.
+
+    Args:
+        states: states of the ranks that responded; none if the store did not.
+        world_size: number of ranks.
+        hosts: host of each rank; empty if unknown.
+    """
+    silent = _silent_ranks(states, world_size) if states else [0]
+    if silent:
+        return [Suspect(rank, hosts[rank] if hosts else "", "no response") for rank in silent]
+    groups = _group(states)
+    if not _stands_out(groups):
+        return []
+    return [
+        Suspect(state.rank, state.host, f"{_WAITS[state.waits_for]}; {state.line}")
+        for state in groups[0]
+    ]
+
+
+def _silent_ranks(states: list[RankState], world_size: int) -> list[int]:
+    responding = {state.rank for state in states}
+    return [rank for rank in range(world_size) if rank not in responding]
+
+
+def _on_hosts(ranks: Sequence[int], hosts: Sequence[str]) -> str:
+    names = list(dict.fromkeys(hosts[rank] for rank in ranks)) if hosts else []
+    return f" on {format_names(names, 4)}" if names else ""
+
+
+def _group(states: list[RankState]) -> list[list[RankState]]:
+    """Return groups of ranks with the same state, the most suspicious first."""
+    groups: dict[tuple[int, bool, str, str], list[RankState]] = defaultdict(list)
+    for state in states:
+        # A rank that waits is a victim, as long as another one is behind it or does not wait.
+        waits = bool(state.waits_for)
+        groups[state.phases, waits, state.waits_for, state.line].append(state)
+    return [groups[key] for key in sorted(groups)]
+
+
+def _stands_out(groups: list[list[RankState]]) -> bool:
+    """Whether the first group is behind the last one, or does not wait as it does."""
+    first, last = ((group[0].phases, bool(group[0].waits_for)) for group in (groups[0], groups[-1]))
+    return first < last
 
 
 def _describe_group(members: list[RankState]) -> str:

@@ -55,7 +55,8 @@ def train(run: Run, ranks: Ranks, device: Device, requests: StopRequests | None 
     use_deterministic_kernels(run.config.training.deterministic_mode)
     store = rendezvous.rendezvous(ranks)
     with hang_detection(run.config, ranks, store, device.is_cuda) as watchdog:
-        check_devices(store, ranks, device)
+        devices = check_devices(store, ranks, device)
+        watchdog.know_hosts([other.host for other in devices])
         context = _RankContext(ranks, device, store, watchdog)
         if run.config.training.eval_only:
             return _validate_only(run, context)

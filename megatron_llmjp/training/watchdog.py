@@ -21,7 +21,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
@@ -30,14 +30,17 @@ from typing import Any, NamedTuple
 
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.errors import EXIT_FAILURE
+from megatron_llmjp.filesystem import write_atomically
 from megatron_llmjp.parallel.process_groups import RankSync
 from megatron_llmjp.parallel.ranks import Ranks
+from megatron_llmjp.report.jobs import HANG_FOLDER, HANG_REPORT, HANG_SUSPECTS
 from megatron_llmjp.training.hang_report import (
     HeartbeatExchange,
     Phase,
     RankState,
     describe_ranks,
     describe_silent_first_rank,
+    find_suspects,
     rank_state,
 )
 from megatron_llmjp.training.stop_signals import StopCoordinator
@@ -50,8 +53,6 @@ CHECKS_PER_LIMIT = 10
 MAX_PERIOD = 5.0
 """Longest time between two checks, in seconds."""
 
-STACKS_FOLDER = "hang"
-"""Folder in the save folder that stacks are written to."""
 TIMEOUT_FRACTION = 0.8
 """Default limit relative to ``distributed_timeout_minutes``: a hang is reported before collectives
 time out, whose error does not name the rank."""
@@ -114,6 +115,7 @@ class Watchdog:
         self._main = threading.get_ident()
         self._phase = Phase(0, "start", 0)
         self._on_gpu = on_gpu
+        self._hosts: Sequence[str] = ()
         self._heartbeats = HeartbeatExchange(_own_connection(store), self._timer.period, on_gpu)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
@@ -138,6 +140,10 @@ class Watchdog:
         self._heartbeats.counts_work = counts_work
         self._heartbeats.beat()
 
+    def know_hosts(self, hosts: Sequence[str]) -> None:
+        """Set the host of each rank, to name those of ranks that do not respond."""
+        self._hosts = tuple(hosts)
+
     def beat(self) -> None:
         """Give a heartbeat: a part of the phase is done. Cheap, and callable from any thread."""
         self._heartbeats.beat()
@@ -161,9 +167,11 @@ class Watchdog:
         self._write_stacks()
         states = self._gather_states(state)
         if states is None:
-            self._print_report(describe_silent_first_rank(state))
+            self._print_report(describe_silent_first_rank(state, self._hosts))
+            self._write_suspects([])
         elif states[0].rank == self._rank:
-            self._print_report(describe_ranks(states, self._world_size))
+            self._print_report(describe_ranks(states, self._world_size, self._hosts))
+            self._write_suspects(states)
         # The first rank serves the store, which the others may still be reading.
         time.sleep(GRACE_SECONDS / 4 if self._rank else GRACE_SECONDS / 2)
 
@@ -174,7 +182,16 @@ class Watchdog:
             lines.append(f"stacks of all responding ranks: {self._logs}")
         text = "\n".join(lines)
         print(text, file=sys.stderr, flush=True)
-        self._log(lambda logs: (logs / "report.txt").write_text(f"{text}\n"))
+        self._log(lambda logs: (logs / Path(HANG_REPORT).name).write_text(f"{text}\n"))
+
+    def _write_suspects(self, states: list[RankState]) -> None:
+        """Write the ranks to check first, for the job script that may leave out their nodes."""
+        suspects = find_suspects(states, self._world_size, self._hosts)
+        found = {
+            "iteration": self._phase.iteration,
+            "suspects": [suspect._asdict() for suspect in suspects],
+        }
+        self._log(lambda logs: write_atomically(logs / Path(HANG_SUSPECTS).name, json.dumps(found)))
 
     def _write_stacks(self) -> None:
         def dump(logs: Path) -> None:
@@ -272,9 +289,7 @@ def hang_detection(
     if minutes is None:
         minutes = TIMEOUT_FRACTION * config.parallel.distributed_timeout_minutes
     save = config.checkpoint.save
-    logs = (
-        Path(save) / STACKS_FOLDER if save is not None and not config.training.eval_only else None
-    )
+    logs = Path(save) / HANG_FOLDER if save is not None and not config.training.eval_only else None
     watchdog = Watchdog(store, ranks.rank, ranks.world_size, minutes, logs, on_gpu)
     watchdog.start()
     yield watchdog

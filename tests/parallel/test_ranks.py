@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 
 import pytest
 
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.parallel.ranks import find_ranks
+from megatron_llmjp.parallel.ranks import find_ranks, node_name
 from tests.support.processes import ROOT
 
 MASTER = {"MASTER_ADDR": "n0", "MASTER_PORT": "1234"}
@@ -66,3 +67,8 @@ def test_host_of_rank_zero():
             find_ranks(env)
     with pytest.raises(UserError, match="LOCAL_RANK = ''"):
         find_ranks({"RANK": "0", "WORLD_SIZE": "2"})
+
+
+def test_name_of_this_machine():
+    """Slurm's commands know a node by its own name, which may differ from the host's."""
+    assert node_name({"SLURMD_NODENAME": "n7"}) == "n7" and node_name({}) == socket.gethostname()

@@ -21,6 +21,7 @@ from megatron_llmjp.training.hang_report import (
     RankState,
     describe_ranks,
     describe_silent_first_rank,
+    find_suspects,
     rank_state,
 )
 from megatron_llmjp.training.wait_sites import Frame, Wait, find_wait, stack_frames
@@ -63,6 +64,44 @@ def test_lines_of_groups():
         "without which the states of the other ranks are unknown   <- check first",
         f"rank 3 on node1: {waiting}",
     ]
+
+
+def test_hosts_of_silent_ranks():
+    """Ranks that do not respond are named with their hosts, which are known from the start."""
+    hosts = [f"node{rank // 2}" for rank in range(6)]
+    states = [state(rank) for rank in (0, 1, 4)]
+    silent = "no response (process stopped or exited, or machine down)"
+    assert describe_ranks(states, 6, hosts)[0] == f"ranks 2-3, 5 on node1, node2: {silent}"
+    assert describe_silent_first_rank(state(3), hosts)[0].startswith(f"rank 0 on node0: {silent}")
+    assert find_suspects(states, 6, hosts) == [
+        (2, "node1", "no response"), (3, "node1", "no response"), (5, "node2", "no response"),
+    ]  # fmt: skip
+    assert find_suspects([], 6, hosts) == [(0, "node0", "no response")]
+    assert find_suspects([], 6) == [(0, "", "no response")]
+
+
+def test_suspects_that_respond():
+    """A rank that does not wait, or that is behind; nobody if all wait."""
+    stuck = state(2, waits_for="", line="b.py:2")
+    found = find_suspects([state(0), stuck, state(1)], 3)
+    assert found == [(2, "node1", "does not wait for another rank; b.py:2")]
+    behind = find_suspects([state(0), state(1), state(2, 6), state(3, 6)], 4)
+    assert [suspect.rank for suspect in behind] == [2, 3]
+    assert find_suspects([state(0), state(1, line="c.py:3")], 2) == []
+
+
+def test_suspects_are_written_for_the_job_script(tmp_path, monkeypatch):
+    monkeypatch.setattr(watchdog, "_own_connection", lambda store: store)
+    monkeypatch.setattr(watchdog.time, "sleep", lambda _: None)
+    watch = watchdog.Watchdog(dist.HashStore(), 0, 2, 10.0, tmp_path)
+    watch.know_hosts(["n0", "n1"])
+    monkeypatch.setattr(watch, "_gather_states", lambda own: [own])
+    watch._report()
+    assert json.loads((tmp_path / "suspects.json").read_text()) == {
+        "iteration": 0,
+        "suspects": [{"rank": 1, "host": "n1", "why": "no response"}],
+    }
+    assert "rank 1 on n1: no response" in (tmp_path / "report.txt").read_text()
 
 
 @pytest.mark.parametrize(
