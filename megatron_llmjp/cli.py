@@ -25,6 +25,7 @@ from megatron_llmjp.config.flags import Command, Mode, parse, print_notes
 from megatron_llmjp.config.layout_validation import data_parallel_size
 from megatron_llmjp.config.loading import dump_config, replace_fields
 from megatron_llmjp.config.schema import SECTIONS, Config
+from megatron_llmjp.config.validation import check_save_rules
 from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.errors import (
     EXIT_DONE,
@@ -162,6 +163,7 @@ def main(argv: Sequence[str]) -> int:
         command = parse(argv, add_stored_config=add_stored_config)
         if ranks is None or (ranks.is_first and ranks.launcher != LOCAL_LAUNCHER):
             print_notes(command.notes)
+        check_save_rules(command.config, command.origin)
         if command.mode is not Mode.TRAIN:
             return _run_planning_mode(command, ranks)
         check_packages(command.config)

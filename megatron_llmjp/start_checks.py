@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_llmjp.errors import UserError
+from megatron_llmjp.estimate.checkpoints import checkpoint_bytes, count_checkpoints
 from megatron_llmjp.estimate.data_warnings import (
     START_INDEX_BYTES,
     run_data_warnings,
     shared_document_warnings,
 )
-from megatron_llmjp.estimate.memory import checkpoint_bytes
 from megatron_llmjp.filesystem import nearest_existing, why_not_writable
 from megatron_llmjp.formatting import format_count
 from megatron_llmjp.run import Run
@@ -77,6 +77,13 @@ def _lacks_indices(run: Run) -> bool:
     return any(find_damage(index.folder) is not None for index in [*indices, *held_out])
 
 
+def _checkpoints_to_keep(run: Run, done: int) -> int:
+    """Return the number of checkpoints that the run adds after iteration ``done`` and keeps."""
+    ends = tuple(run.schedule.sample_range(fold)[1] for fold in run.schedule.folds)
+    kept = [count_checkpoints(run.config, n, ends, None).kept for n in (run.train_iters, done)]
+    return kept[0] - kept[1]
+
+
 def _space(run: Run) -> Iterator[str]:
     """Yield warnings on a save folder without space for a checkpoint."""
     save = run.config.checkpoint.save
@@ -87,10 +94,16 @@ def _space(run: Run) -> Iterator[str]:
     except OSError:
         return
     free, needed = found.f_bavail * found.f_frsize, checkpoint_bytes(run.config)
+    done = run.resume.manifest.iteration if run.resume and not run.config.checkpoint.finetune else 0
     if free < needed:
         yield (
             f"--save {save}: {format_count(free)}B are free, but a checkpoint of this run takes "
             f"about {format_count(needed)}B: it cannot be saved until space is freed"
+        )
+    elif free < (number := _checkpoints_to_keep(run, done)) * needed:
+        yield (
+            f"--save {save}: {format_count(free)}B are free, but the run will keep {number:,} more "
+            f"checkpoints of {format_count(needed)}B: set keep_last, or move old ones elsewhere"
         )
     if found.f_files and found.f_favail < MIN_FREE_INODES:
         yield f"--save {save}: the file system has {found.f_favail} free inodes only"

@@ -100,6 +100,14 @@ def test_warning_on_a_full_disk(tmp_path, monkeypatch):
     found[4] = 1  # f_bavail
     monkeypatch.setattr(start_checks.os, "statvfs", lambda path: os.statvfs_result(found))
     assert "a checkpoint of this run takes about 54" in start(*words)
+    # 0.54 MB each: folds end at 6, 11 and 15; with every second iteration there are 9.
+    found[1], found[4] = 1, 2_000_000  # f_frsize
+    assert "are free" not in start(*words)
+    often = start(*words, "--save-interval", 2)
+    assert "2MB are free, but the run will keep 9 more checkpoints of 54" in often.replace(
+        ".00", ""
+    )
+    assert "are free" not in start(*words, "--save-interval", 2, "--keep-last", 1)
 
 
 def test_runs_print_data_warnings(tmp_path):

@@ -91,6 +91,9 @@ class Manifest(BaseModel):
     """Accepted differences from the run history, oldest first."""
     metrics: Annotated[dict[str, float], BeforeValidator(_drop_non_finite)] = {}
     """Latest logged values, such as ``lm loss``; finite, as JSON has no NaN."""
+    persistent: bool = True
+    """False for a checkpoint that is removed when a newer one is complete; written only then, so
+    that earlier versions of this program read the others."""
     data_parallel_size: int | None = None
     """Data-parallel size of the run that saved; it determines which rank consumed which sample."""
     versions: dict[str, str] = {}
@@ -122,7 +125,8 @@ def all_files(folder: Path) -> list[str]:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write ``manifest.json``, the last file of a checkpoint, and sync it to disk."""
-    content = json.loads(manifest.model_dump_json(exclude={"checksum"}))
+    left_out = {"checksum", "persistent"} if manifest.persistent else {"checksum"}
+    content = json.loads(manifest.model_dump_json(exclude=left_out))
     content["checksum"] = _checksum(content)
     text = json.dumps(content, indent=2, ensure_ascii=False)
     write_atomically(folder / MANIFEST, text + "\n")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from megatron_llmjp.checkpoint import manifest as manifests
@@ -76,6 +76,8 @@ class CheckpointRemover:
     ) -> None:
         self._root, self._config, self._fold_ends = root, config, fold_ends
         self._may_remove, self._beat = may_remove, beat
+        self._persistent: dict[int, bool] = {}
+        """Whether the checkpoint of an iteration is persistent, from its manifest."""
         self._lock = threading.Lock()
         self._newest: int | None = None
         self._thread: threading.Thread | None = None
@@ -89,6 +91,7 @@ class CheckpointRemover:
         """
         with self._lock:
             self._newest = newest
+            self._persistent.pop(newest, None)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="checkpoint remover")
                 self._thread.start()
@@ -142,7 +145,23 @@ class CheckpointRemover:
     def _removable(self, newest: int) -> list[int]:
         """Return the iterations to remove."""
         saved = manifests.complete_iterations(self._root)
-        return removable_iterations(saved, newest, self._config, self._fold_ends)
+        non_persistent = self._non_persistent(i for i in saved if i <= newest)
+        return removable_iterations(saved, newest, self._config, self._fold_ends, non_persistent)
+
+    def _non_persistent(self, iterations: Iterable[int]) -> set[int]:
+        """Return the iterations of non-persistent checkpoints, reading each manifest once."""
+        found = set()
+        for iteration in iterations:
+            if iteration not in self._persistent:
+                try:
+                    folder = self._root / manifests.folder_name(iteration)
+                    self._persistent[iteration] = manifests.read_manifest(folder).persistent
+                except UserError:  # damaged, or removed by someone else
+                    continue
+                self._beat()
+            if not self._persistent[iteration]:
+                found.add(iteration)
+        return found
 
     def _report_unusable(self, newest: int, problem: str) -> None:
         """Report a checkpoint that cannot be resumed, and set the tracker to the previous one."""

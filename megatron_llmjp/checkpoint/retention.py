@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from enum import IntEnum
 
 from megatron_llmjp.config.schema import CheckpointConfig
+
+
+class SaveKind(IntEnum):
+    """Whether a save is due, and of which kind; of several the greatest takes effect."""
+
+    NONE = 0
+    NON_PERSISTENT = 1
+    """Removed when a newer checkpoint is complete."""
+    PERSISTENT = 2
+    """Kept, unless ``keep_last`` removes it."""
 
 
 @dataclass(frozen=True)
@@ -16,15 +27,16 @@ class TrainingPosition:
     consumed_samples: int
 
 
-def reason_to_save(
+def due_save(
     config: CheckpointConfig,
     before: TrainingPosition,
     now: TrainingPosition,
     seq_length: int,
     fold_ends: Iterable[int] = (),
-    minutes: float = 0.0,
-) -> str | None:
-    """Return why a checkpoint is due after the iteration between ``before`` and ``now``.
+) -> SaveKind:
+    """Return the save that is due after the iteration between ``before`` and ``now``.
+
+    Saves that are due by time are those of :func:`timed_save`.
 
     Args:
         config: the save policy.
@@ -32,29 +44,37 @@ def reason_to_save(
         now: position after the iteration.
         seq_length: tokens per sample.
         fold_ends: consumed samples at the end of each fold.
-        minutes: time since the last save, which must be the same on all ranks: broadcast rank 0's.
-
-    Returns:
-        The reason for the log, or None if no checkpoint is due.
     """
     if config.save is None:
-        return None
-    if config.save_interval and now.iteration % config.save_interval == 0:
-        return f"every {config.save_interval} iterations"
-    if config.save_policy == "llm-jp" and is_llm_jp_iteration(now.iteration):
-        return "LLM-jp's pattern"
-    if config.save_interval_tokens:
-        old, new = (
-            position.consumed_samples * seq_length // config.save_interval_tokens
-            for position in (before, now)
-        )
-        if new > old:
-            return f"every {config.save_interval_tokens} tokens"
-    if config.save_fold_ends and ends_a_fold(before, now, fold_ends):
-        return "end of a fold"
+        return SaveKind.NONE
+    tokens = config.save_interval_tokens
+    old, new = (p.consumed_samples * seq_length // (tokens or 1) for p in (before, now))
+    rules = (
+        _is_multiple(now.iteration, config.save_interval),
+        config.save_policy == "llm-jp" and is_llm_jp_iteration(now.iteration),
+        tokens is not None and new > old,
+        config.save_fold_ends and ends_a_fold(before, now, fold_ends),
+    )
+    if any(rules):
+        return SaveKind.PERSISTENT
+    if _is_multiple(now.iteration, config.non_persistent_save_interval):
+        return SaveKind.NON_PERSISTENT
+    return SaveKind.NONE
+
+
+def timed_save(config: CheckpointConfig, minutes: float) -> SaveKind:
+    """Return the save that is due when the last one began this many minutes ago."""
+    if config.save is None:
+        return SaveKind.NONE
     if config.save_interval_minutes and minutes >= config.save_interval_minutes:
-        return f"every {config.save_interval_minutes:g} minutes"
-    return None
+        return SaveKind.PERSISTENT
+    if config.non_persistent_save_minutes and minutes >= config.non_persistent_save_minutes:
+        return SaveKind.NON_PERSISTENT
+    return SaveKind.NONE
+
+
+def _is_multiple(iteration: int, interval: int | None) -> bool:
+    return interval is not None and iteration % interval == 0
 
 
 def ends_a_fold(before: TrainingPosition, now: TrainingPosition, fold_ends: Iterable[int]) -> bool:
@@ -74,7 +94,11 @@ def is_llm_jp_iteration(iteration: int) -> bool:
 
 
 def removable_iterations(
-    saved: Iterable[int], newest_good: int, config: CheckpointConfig, fold_ends: Collection[int]
+    saved: Iterable[int],
+    newest_good: int,
+    config: CheckpointConfig,
+    fold_ends: Collection[int],
+    non_persistent: Collection[int] = (),
 ) -> list[int]:
     """Return the iterations whose checkpoints the policy removes, oldest first.
 
@@ -85,11 +109,15 @@ def removable_iterations(
         newest_good: the iteration just saved and verified.
         config: the retention policy.
         fold_ends: iterations that ended a fold; kept when ``save_fold_ends`` is set.
+        non_persistent: iterations of non-persistent checkpoints; ``keep_last`` does not count them.
     """
-    if config.keep_last is None:
-        return []
     old = sorted(iteration for iteration in saved if iteration < newest_good)
-    recent = set(old[max(0, len(old) - (config.keep_last - 1)) :])
+    temporary = [iteration for iteration in old if iteration in non_persistent]
+    if config.keep_last is None:
+        return temporary
+    old = [iteration for iteration in old if iteration not in non_persistent]
+    others = config.keep_last - (newest_good not in non_persistent)
+    recent = set(old[max(0, len(old) - others) :])
 
     def is_kept(iteration: int) -> bool:
         return (
@@ -98,4 +126,4 @@ def removable_iterations(
             or (config.save_fold_ends and iteration in fold_ends)
         )
 
-    return [iteration for iteration in old if not is_kept(iteration)]
+    return sorted([*temporary, *(iteration for iteration in old if not is_kept(iteration))])

@@ -53,6 +53,8 @@ class SaveProgress:
     history: RunHistory | None = None
     """Skipped iterations and accepted overrides."""
     metrics: Mapping[str, float] | None = None
+    persistent: bool = True
+    """Whether the checkpoint is kept when a newer one is complete."""
     fold_file: str | None = None
     """The run's fold file as text, so that its training data can be reconstructed later."""
 
@@ -160,6 +162,7 @@ def _manifest(progress: SaveProgress, files: dict[str, manifests.FileEntry]) -> 
         skipped_iterations=dict(history.skipped_iterations) if history else {},
         overrides=list(history.overrides) if history else [],
         metrics=dict(progress.metrics or {}),
+        persistent=progress.persistent,
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
         versions=_versions(),
         files=files,

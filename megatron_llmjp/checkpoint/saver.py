@@ -22,7 +22,7 @@ from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint import publish
 from megatron_llmjp.checkpoint.host_copy import HostBuffers
 from megatron_llmjp.checkpoint.removal import REMOVAL_WAIT_SECONDS, CheckpointRemover
-from megatron_llmjp.checkpoint.retention import TrainingPosition, reason_to_save
+from megatron_llmjp.checkpoint.retention import SaveKind, TrainingPosition, due_save
 from megatron_llmjp.checkpoint.save import (
     RunDescription,
     SaveProgress,
@@ -106,27 +106,16 @@ class Saver:
         self._remover = CheckpointRemover(
             self._root, self._settings, fold_ends.iterations, lambda: self.may_remove, sync.beat
         )
-        self._last = time.monotonic()
 
-    def reason(
-        self, before: TrainingPosition, now: TrainingPosition, check_time: bool
-    ) -> str | None:
-        """Return why a checkpoint is due, or None; see :func:`reason_to_save`.
-
-        Args:
-            before: position before the last iteration.
-            now: position after it.
-            check_time: whether to check ``save_interval_minutes`` by rank 0's clock. This requires
-                a broadcast: done once per log interval.
-        """
-        minutes = 0.0
-        if check_time and self._settings.save_interval_minutes:
-            agreed = [(time.monotonic() - self._last) / 60]
-            dist.broadcast_object_list(agreed, src=0)
-            minutes = agreed[0]
+    def due(self, before: TrainingPosition, now: TrainingPosition) -> SaveKind:
+        """Return the save that is due after an iteration; see :func:`due_save`."""
         seq_length = self._about.config.data.seq_length
-        ends = self._fold_ends.samples
-        return reason_to_save(self._settings, before, now, seq_length, ends, minutes)
+        return due_save(self._settings, before, now, seq_length, self._fold_ends.samples)
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether an asynchronous save is not complete; the same on all ranks."""
+        return self._pending is not None
 
     def save(self, state: RunState, progress: SaveProgress) -> None:
         """Save a checkpoint.
@@ -137,7 +126,6 @@ class Saver:
         began = time.monotonic()
         self._complete(blocking=True)
         self.saved = progress.iteration
-        self._last = time.monotonic()
         self._pending = _Pending(progress.iteration, progress.consumed_samples, began)
         try:
             request = plan_save(

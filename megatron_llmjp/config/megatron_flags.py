@@ -122,6 +122,10 @@ CHOICES: dict[str, Choice] = {
         {"single": "samples are read in the order of the fold schedule"},
         "remove it: each epoch of a dataset is shuffled separately",
     ),
+    "--non-persistent-ckpt-type": Choice(
+        {"global": "non-persistent checkpoints are complete, and in the folder of the others"},
+        "remove it: non-persistent checkpoints are complete ones in the save folder",
+    ),
     "--num-experts": Choice({"1": _DENSE}, _NO_EXPERTS),
     "--expert-model-parallel-size": Choice({"1": _DENSE}, _NO_EXPERTS),
     "--ds-sequence-parallel-size": Choice(

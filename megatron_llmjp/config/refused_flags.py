@@ -120,10 +120,11 @@ _BY_REMEDY: dict[str, str] = {
         --universal-checkpoint""",
     "pass the checkpoint's folder: --load SAVE/iter_0001000": "--ckpt-step",
     "save at LLM-jp's iterations with --save-policy llm-jp": "--save-iter-patterns",
-    "use --save-interval and --async-save": """
-        --persistent-save-interval --non-persistent-save-interval
-        --non-persistent-ckpt-type --non-persistent-global-ckpt-dir
-        --non-persistent-local-ckpt-dir --non-persistent-local-ckpt-algo
+    "non-persistent checkpoints are in the folder of the others, --save": """
+        --non-persistent-global-ckpt-dir --non-persistent-local-ckpt-dir
+        --non-persistent-local-ckpt-algo""",
+    "use --save-interval": "--persistent-save-interval",
+    "a run that receives a signal saves and stops; use --non-persistent-save-minutes": """
         --use-gcp-dynamic-checkpointing --dynamic-checkpointing-min""",
     "use --keep-last": "--most-recent-k",
     # log

@@ -164,7 +164,17 @@ class CheckpointConfig(Section):
         None, description="save a checkpoint every N tokens"
     )
     save_interval_minutes: PositiveFloat | None = Field(
-        None, description="save a checkpoint when this many minutes have passed since the last one"
+        None, description="save at the latest this many minutes after the last save"
+    )
+    non_persistent_save_interval: PositiveInt | None = Field(
+        None,
+        description="also save every N iterations, until a newer checkpoint is complete: only the "
+        "newest of these is kept",
+    )
+    non_persistent_save_minutes: NonNegativeFloat = Field(
+        60.0,
+        description="also save at the latest this many minutes after the last save; as with "
+        "non_persistent_save_interval only the newest is kept. 0: never",
     )
     save_policy: Literal["llm-jp"] | None = Field(
         None,
@@ -176,7 +186,9 @@ class CheckpointConfig(Section):
         "these",
     )
     keep_last: PositiveInt | None = Field(
-        None, description="number of newest checkpoints to keep (default: all)"
+        None,
+        description="number of newest checkpoints to keep, without non-persistent ones "
+        "(default: all)",
     )
     keep_every: PositiveInt | None = Field(
         None, description="with keep_last, also keep checkpoints at iterations divisible by this"

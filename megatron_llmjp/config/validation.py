@@ -6,7 +6,7 @@ layout are in ``layout_validation.py``. Each message names the remedy.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from megatron_llmjp.config.layout_validation import divisors, layout_problems
 from megatron_llmjp.config.learning_rate_rules import ScheduleLengths, learning_rate_problems
@@ -18,6 +18,34 @@ DECAY_LENGTH_FIELDS = next(names for names in EQUIVALENT_UNITS if "lr_decay_iter
 """Fields that give the length of the learning-rate decay."""
 WSD_DECAY_LENGTH_FIELDS = next(names for names in EQUIVALENT_UNITS if "lr_wsd_decay_iters" in names)
 """Fields that give the length of WSD's final decay."""
+
+
+SAVE_RULES = (
+    "save_interval",
+    "save_interval_tokens",
+    "save_interval_minutes",
+    "save_policy",
+    "non_persistent_save_interval",
+)
+"""Fields that require ``save``, except in presets: these are also used without saving."""
+
+
+def check_save_rules(config: Config, origin: Mapping[str, str]) -> None:
+    """Refuse save rules without a save folder.
+
+    Args:
+        config: a configuration.
+        origin: origin of each value by field, as in ``ConfigLayers.origin``.
+
+    Raises:
+        UserError: one line for each such rule that no preset gave.
+    """
+    checkpoint = config.checkpoint
+    given = [name for name in SAVE_RULES if getattr(checkpoint, name) is not None]
+    given = [name for name in given if not origin.get(name, "").startswith("preset ")]
+    if given and checkpoint.save is None:
+        lines = (f"{name} requires save, the folder of the checkpoints" for name in given)
+        raise UserError("\n".join(lines))
 
 
 def check_config(config: Config, world_size: int) -> None:
@@ -108,11 +136,6 @@ def _weight_decay(config: Config) -> Iterator[str]:
 def _folders(config: Config) -> Iterator[str]:
     checkpoint, faults = config.checkpoint, config.faults
     if checkpoint.save is None:
-        for name in ("save_interval", "save_interval_tokens", "save_interval_minutes"):
-            if getattr(checkpoint, name) is not None:
-                yield f"{name} requires save, the folder of the checkpoints"
-        if checkpoint.save_policy is not None:
-            yield "save_policy requires save, the folder of the checkpoints"
         for name in ("exit_interval", "exit_duration_in_mins"):
             if getattr(faults, name) is not None:
                 yield f"{name} saves before exiting: set save, the folder of the checkpoints"

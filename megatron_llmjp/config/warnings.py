@@ -61,21 +61,20 @@ def _epsilon(config: Config, _: RunSize) -> Iterator[str]:
 
 def _saves(config: Config, size: RunSize) -> Iterator[str]:
     c = config.checkpoint
-    by_length = (c.save_interval, c.save_interval_tokens, c.save_interval_minutes)
+    if not size.is_long:
+        return
     if c.save is None:
-        if size.is_long:
-            yield f"save is not set: {size.train_iters:,} iterations without any checkpoint"
-    elif c.save_policy is None and not any(by_length):
-        if size.is_long:
-            yield (
-                "save_interval is not set: nothing is saved between the ends of folds, so that a "
-                "crash loses a whole fold; llm-jp-3 saved every 1,000 iterations (save_policy "
-                "llm-jp)"
-            )
+        yield f"save is not set: {size.train_iters:,} iterations without any checkpoint"
+    elif not any((c.save_interval, c.save_interval_tokens, c.save_interval_minutes, c.save_policy)):
+        if c.non_persistent_save_interval or c.non_persistent_save_minutes:
+            lost = "only the newest checkpoint is kept between the ends of folds"
+        else:
+            lost = "nothing is saved between the ends of folds: a crash loses a whole fold"
+        yield f"save_interval is not set, {lost}; llm-jp-3 kept every 1,000 iterations"
     elif c.save_interval is not None and c.save_interval > size.train_iters:
         yield (
             f"save_interval {c.save_interval:,} is longer than the run of "
-            f"{size.train_iters:,} iterations: only the end is saved"
+            f"{size.train_iters:,} iterations: only the end is kept"
         )
 
 

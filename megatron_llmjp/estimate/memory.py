@@ -1,4 +1,4 @@
-"""Peak memory of a rank by kind, and sizes of checkpoints, computed from the configuration.
+"""Peak memory of a rank by kind, computed from the configuration.
 
 The activations that a layer keeps for its backward pass were derived operation by operation from
 autograd's saved tensors, for unfused (CPU) and fused (GPU) kernels; the tests compare the sum with
@@ -8,16 +8,12 @@ on one rank and e the bytes of an activation.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from itertools import pairwise
 
-from megatron_llmjp.checkpoint.retention import is_llm_jp_iteration, removable_iterations
 from megatron_llmjp.config.loss_chunks import loss_chunk_tokens
 from megatron_llmjp.config.parameter_counts import count_parameters
 from megatron_llmjp.config.schema import Config
-from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.estimate.layout import ModelChunk, ParallelLayout
 
 
@@ -214,82 +210,3 @@ def _tokens(config: Config, layout: ParallelLayout) -> int:
 
 def _sequence_parts(config: Config, layout: ParallelLayout) -> int:
     return layout.tp if config.parallel.sequence_parallel else 1
-
-
-@dataclass(frozen=True)
-class CheckpointCounts:
-    """Number of checkpoints that a run writes and keeps."""
-
-    written: int
-    kept: int
-    """At the end of the run, under ``keep_last`` and ``keep_every``."""
-
-
-def checkpoint_bytes(config: Config) -> int:
-    """Compute the size of a checkpoint: weights, and optimizer state in fp32."""
-    return count_parameters(config).total * _saved_bytes_per_parameter(config)
-
-
-def rank_save_bytes(config: Config, layout: ParallelLayout, parameters: int) -> int:
-    """Compute the bytes that a rank writes in a save, and copies to host memory with async_save.
-
-    The ranks that hold the same parameters write equal parts.
-
-    Args:
-        config: the run's configuration.
-        layout: its parallel layout.
-        parameters: number of parameters of the rank.
-    """
-    return parameters * _saved_bytes_per_parameter(config) // (layout.dp * layout.cp)
-
-
-def _saved_bytes_per_parameter(config: Config) -> int:
-    """Return the size of a weight and its optimizer state in a checkpoint.
-
-    The optimizer state includes fp32 main weights in half precision, and with megatron-core's
-    distributed optimizer, which always writes them.
-    """
-    moments = {"adam": 2, "sgd": 1 if config.optimizer.sgd_momentum else 0}
-    copy = element_size(config) < 4 or config.parallel.use_distributed_optimizer
-    state = 4 * (moments[config.optimizer.optimizer] + copy)
-    return element_size(config) + state
-
-
-def count_checkpoints(
-    config: Config, iterations: int, fold_ends: tuple[int, ...], step_seconds: float
-) -> CheckpointCounts:
-    """Count the checkpoints of a run that is not interrupted, by the trainer's rules.
-
-    Args:
-        config: the run's configuration.
-        iterations: length of the run.
-        fold_ends: consumed samples at the end of each fold.
-        step_seconds: duration of a step, for ``save_interval_minutes``.
-    """
-    planned = sorted({*_planned_saves(config, iterations, fold_ends), iterations})
-    written = set(planned)
-    if minutes := config.checkpoint.save_interval_minutes:
-        gap = max(1, math.ceil(minutes * 60 / step_seconds))
-        for last, following in pairwise([0, *planned]):
-            written.update(range(last + gap, following, gap))
-    sizes = BatchSizeSchedule(config)
-    ends = {sizes.iteration_of(end - 1) for end in fold_ends if end}
-    removed = removable_iterations(written, iterations, config.checkpoint, ends)
-    return CheckpointCounts(len(written), len(written) - len(removed))
-
-
-def _planned_saves(config: Config, iterations: int, fold_ends: tuple[int, ...]) -> Iterator[int]:
-    """Yield the iterations that ``retention.reason_to_save`` names, but for the time, unordered."""
-    policy, sizes = config.checkpoint, BatchSizeSchedule(config)
-    if policy.save_interval:
-        yield from range(policy.save_interval, iterations + 1, policy.save_interval)
-    if policy.save_policy == "llm-jp":
-        yield from filter(is_llm_jp_iteration, range(1, min(iterations + 1, 1000)))
-        yield from range(1000, iterations + 1, 1000)
-    samples = list(fold_ends) if policy.save_fold_ends else []
-    if interval := policy.save_interval_tokens:
-        length = config.data.seq_length
-        tokens = sizes.consumed_after(iterations) * length
-        samples += [-(-end // length) for end in range(interval, tokens + 1, interval)]
-    ends = (sizes.iteration_of(end - 1) for end in samples if end > 0)
-    yield from (end for end in ends if end <= iterations)

@@ -11,18 +11,16 @@ from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.batch_size import BatchSizeSchedule, last_iteration
 from megatron_llmjp.data.lr_schedule import length_in_iterations
 from megatron_llmjp.errors import UserError
+from megatron_llmjp.estimate.checkpoints import (
+    checkpoint_bytes,
+    count_checkpoints,
+    rank_save_bytes,
+)
 from megatron_llmjp.estimate.communication import CommunicationVolume, communication_volume
 from megatron_llmjp.estimate.flops import compute_dtype, step_flops, tflops_per_device
 from megatron_llmjp.estimate.gpus import find_gpu, gpu_memory, peak_tflops
 from megatron_llmjp.estimate.layout import ModelChunk, ParallelLayout, make_layout
-from megatron_llmjp.estimate.memory import (
-    RankMemory,
-    checkpoint_bytes,
-    count_checkpoints,
-    rank_memory,
-    rank_parameters,
-    rank_save_bytes,
-)
+from megatron_llmjp.estimate.memory import RankMemory, rank_memory, rank_parameters
 from megatron_llmjp.formatting import format_bytes, format_count, format_gigabytes, format_table
 
 SECONDS_PER_DAY = 86400.0
@@ -316,9 +314,10 @@ def _checkpoints(estimate: RunEstimate) -> str:
     found = count_checkpoints(config, length.iterations, length.fold_ends, seconds)
     if found.written == 1:
         return f"1 x {format_bytes(size)}, at the end"
+    others = ", and up to 2 others during the run" if found.kept < found.written else ""
     return (
         f"{found.written:,} x {format_bytes(size)} written, {found.kept:,} kept "
-        f"({format_bytes(found.kept * size)})"
+        f"({format_bytes(found.kept * size)}){others}"
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from megatron_llmjp.checkpoint.save_clock import SaveClock
 from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.errors import EXIT_DONE, RunError
 from megatron_llmjp.parallel import process_groups, rendezvous
@@ -64,9 +65,9 @@ def train(run: Run, ranks: Ranks, device: Device, requests: StopRequests | None 
         with locked_run(run, ranks, store, watchdog.beat) as locked:
             data = _open_datasets(locked.run, context)
             sync = _start_process_groups(locked.run, context)
-            stop = StopCoordinator(
-                run.config.checkpoint.save, requests or StopRequests(), ranks.is_first, sync.group
-            )
+            settings, requests = run.config.checkpoint, requests or StopRequests()
+            clock = SaveClock(settings)
+            stop = StopCoordinator(settings.save, requests, ranks.is_first, sync.group, clock)
             control = RunControl(stop, watchdog, sync)
             outcome = _train(locked, data, control, context)
             while isinstance(outcome, Rollback):
@@ -111,6 +112,7 @@ def _train(
     saver = run_setup.build_saver(run, sizes, locked.check_lock, control.sync)
     monitor = GradientMonitor(run.config.faults, model.counters.get(GRADIENT_NORMS_STATE, ()))
     control.stop.defer_signals()
+    control.stop.restart_save_clock()
     garbage = GarbageCollector(run.config.training)
     trainer = Trainer(
         run, context.device, sizes, model, data, saver, control, monitor, garbage, *start

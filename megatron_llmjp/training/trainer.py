@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint.removal import REMOVAL_WAIT_SECONDS
-from megatron_llmjp.checkpoint.retention import TrainingPosition
+from megatron_llmjp.checkpoint.retention import SaveKind, TrainingPosition
 from megatron_llmjp.checkpoint.save import SaveProgress
 from megatron_llmjp.checkpoint.saver import Saver
 from megatron_llmjp.checkpoint.sharded_state import RunState
@@ -79,8 +79,8 @@ class Trainer:
     iteration: int
     consumed_samples: int
     """Samples trained on so far: the complete state of the data."""
-    save_is_due: bool = False
-    """Whether a save is postponed until the next good step."""
+    due_save: SaveKind = SaveKind.NONE
+    """A save that is postponed: until the next good step, or the end of an asynchronous one."""
 
     def train(self) -> int | Rollback:
         """Train until the run is done, stopped, or has to be rolled back.
@@ -169,11 +169,13 @@ class Trainer:
     def _save_if_due(self, before: TrainingPosition, metrics: TrainingMetrics) -> None:
         """Save if a save is due; postpone it after bad steps until the next good one."""
         self.saver.poll()
-        is_time = self._is_due(self.run.config.logging.log_interval)
-        is_due = self.saver.reason(before, self._moment(), is_time) is not None
-        self.save_is_due = self.save_is_due or is_due
-        if self.save_is_due and self.monitor.may_save:
-            self._save(metrics)
+        due = max(self.saver.due(before, self._moment()), self.control.stop.timed_save())
+        self.due_save = max(self.due_save, due)
+        # Nothing waits for the asynchronous save before for the sake of a non-persistent one.
+        waits = self.due_save is SaveKind.NON_PERSISTENT and self.saver.is_writing
+        if self.due_save and self.monitor.may_save and not waits:
+            is_last = self._is_done()
+            self._save(metrics, self.due_save is SaveKind.PERSISTENT or is_last)
 
     def _has_indices(self, batch_size: int) -> bool:
         """Wait for the sample indices of the next batch; return false if the run is to stop."""
@@ -186,7 +188,7 @@ class Trainer:
         message = f"stopped at iteration {self.iteration}: {reason.description}"
         if not self.monitor.may_save:
             message += f". {self._unsaved()}"
-        self._save_last(metrics, REMOVAL_SECONDS)
+        self._save_last(metrics, REMOVAL_SECONDS, reason.is_interruption)
         self.control.stop.acknowledge(reason)
         print_rank_0(message)
         metrics.end(self.iteration, self.consumed_samples, "stopped", reason.description)
@@ -286,18 +288,22 @@ class Trainer:
         return TrainingPosition(self.iteration, self.consumed_samples)
 
     def _save_last(
-        self, metrics: TrainingMetrics, removal_seconds: float = REMOVAL_WAIT_SECONDS
+        self,
+        metrics: TrainingMetrics,
+        removal_seconds: float = REMOVAL_WAIT_SECONDS,
+        is_interrupted: bool = False,
     ) -> None:
         """Save the current iteration if it is not saved yet, unless the last steps were bad."""
-        has_folder = self.run.config.checkpoint.save is not None
-        if has_folder and self.saver.saved != self.iteration and self.monitor.may_save:
-            self._save(metrics)
+        settings = self.run.config.checkpoint
+        if settings.save and self.saver.saved != self.iteration and self.monitor.may_save:
+            self._save(metrics, not (is_interrupted and settings.non_persistent_save_minutes))
         self.saver.close(removal_seconds)
 
-    def _save(self, metrics: TrainingMetrics) -> None:
+    def _save(self, metrics: TrainingMetrics, persistent: bool) -> None:
         run, model = self.run, self.model
         self._begin("a save")
-        self.save_is_due = False
+        self.due_save = SaveKind.NONE
+        self.control.stop.restart_save_clock()
         gather_parameters(model.chunks, run.config)
         progress = SaveProgress(
             self.iteration,
@@ -306,6 +312,7 @@ class Trainer:
             skips=run.schedule.skips,
             history=run.history,
             metrics=metrics.last,
+            persistent=persistent,
             fold_file=dump_fold_file(run.folds),
         )
         counters = {

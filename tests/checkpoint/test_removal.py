@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import threading
 import zlib
@@ -22,7 +23,7 @@ from megatron_llmjp.config.schema import CheckpointConfig
 MODEL = ("--num-layers", "1", "--hidden-size", "8", "--num-attention-heads", "1")
 
 
-def save(root: Path, iteration: int) -> Path:
+def save(root: Path, iteration: int, persistent: bool = True) -> Path:
     """Write a checkpoint without tensors."""
     publish.create_temporary_folder(root, iteration)
     folder = publish.temporary_folder(root, iteration)
@@ -34,7 +35,8 @@ def save(root: Path, iteration: int) -> Path:
     }
     files = {name: publish.write_small_file(folder, name, data) for name, data in contents.items()}
     fields = {"iteration": iteration, "consumed_samples": 4 * iteration, "contents": "full"}
-    return publish.publish_checkpoint(root, Manifest(**fields, files=files))
+    manifest = Manifest(**fields, files=files, persistent=persistent)
+    return publish.publish_checkpoint(root, manifest)
 
 
 def make_remover(root: Path, may_remove: Callable[[], bool] = lambda: True) -> CheckpointRemover:
@@ -60,6 +62,33 @@ def test_older_ones_are_removed(tmp_path, capsys):
     worker.start(4)  # a second removal
     worker.wait()
     assert left(tmp_path) == [4]
+
+
+def test_only_the_newest_non_persistent_one_is_kept(tmp_path):
+    """Others are untouched, including one that cannot be read."""
+    for iteration in (1, 2, 3, 4, 5):
+        save(tmp_path, iteration, persistent=iteration in (1, 3))
+    unreadable = tmp_path / "iter_0000002" / "manifest.json"
+    unreadable.write_text("{")
+    worker = CheckpointRemover(
+        tmp_path, CheckpointConfig(save=str(tmp_path)), frozenset(), lambda: True
+    )
+    worker.start(5)
+    worker.wait()
+    assert left(tmp_path) == [1, 2, 3, 5]
+    save(tmp_path, 6)
+    worker.start(6)
+    worker.wait()
+    assert left(tmp_path) == [1, 2, 3, 6]
+
+
+def test_earlier_versions_read_persistent_ones(tmp_path):
+    """They refuse unknown fields."""
+    for iteration, persistent in ((1, True), (2, False)):
+        folder = save(tmp_path, iteration, persistent)
+        written = json.loads((folder / "manifest.json").read_bytes())
+        assert written.get("persistent") is (None if persistent else False)
+        assert manifests.read_manifest(folder).persistent is persistent
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,8 @@ load str None
 save_interval int None >0
 save_interval_tokens int None >0
 save_interval_minutes float None >0
+non_persistent_save_interval int None >0
+non_persistent_save_minutes float 60.0 >=0
 save_policy llm-jp None
 save_fold_ends bool True
 keep_last int None >0

@@ -33,8 +33,9 @@ NAMES = (Path(__file__).parent / "megatron_flags.txt").read_text().split()
 OF_THE_DATA_AND_PLACE = {
     "vocab_size", "tokenizer_type", "tokenizer_model", "data_path", "split", "train_data_path",
     "valid_data_path", "test_data_path", "data_cache_path", "train_iters", "train_samples",
-    "train_tokens", "load", "save", "save_interval", "log_interval", "eval_interval", "eval_iters",
-    "tensorboard_dir", "wandb_exp_name", "wandb_project", "wandb_entity", "exit_duration_in_mins",
+    "train_tokens", "load", "save", "save_interval", "non_persistent_save_interval", "log_interval",
+    "eval_interval", "eval_iters", "tensorboard_dir", "wandb_exp_name", "wandb_project",
+    "wandb_entity", "exit_duration_in_mins",
     "override_opt_param_scheduler", "async_save",
 }  # fmt: skip
 """Fields of data, checkpoints and logs, which scripts set and presets do not."""

@@ -53,6 +53,18 @@ def test_a_distributed_optimizer_overlaps_its_communication():
         assert overlaps == (parallel.use_distributed_optimizer,) * 2, name
 
 
+def test_presets_of_published_models_save_as_llm_jp_did():
+    """Every 1,000 iterations, which are kept; the scripts of v1.0 and v2.0 saved every 100."""
+    for name in loading.preset_names():
+        layers = loading.ConfigLayers()
+        loading.read_preset(layers, name, name)
+        found = loading.build_config(layers, may_be_missing=True).checkpoint
+        rules = (found.save_interval, found.non_persistent_save_interval, found.keep_last)
+        every_100 = 100 if "v1.0" in name or "v2.0" in name else None
+        assert rules == ((None,) * 3 if "laptop" in name else (1000, every_100, None)), name
+        assert found.non_persistent_save_minutes == 60
+
+
 def test_an_added_preset_appears_everywhere(added, capsys, monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)

@@ -8,7 +8,7 @@ import yaml
 from megatron_llmjp.config.flags import parse
 from megatron_llmjp.config.learning_rate_rules import decay_warnings
 from megatron_llmjp.config.loading import ConfigLayers, build_config, preset_names, read_config
-from megatron_llmjp.config.validation import check_config
+from megatron_llmjp.config.validation import check_config, check_save_rules
 from megatron_llmjp.config.warnings import RunSize, config_warnings
 from megatron_llmjp.errors import UserError
 from tests.support.datasets import write_folds
@@ -152,18 +152,6 @@ MESSAGES = {
         "end_weight_decay 0.2 differs from weight_decay 0.1: set weight_decay_incr_style to "
         "linear or cosine, or remove end_weight_decay",
     ],
-    "--save-interval 5": [
-        "save_interval requires save, the folder of the checkpoints",
-    ],
-    "--save-interval-tokens 5": [
-        "save_interval_tokens requires save, the folder of the checkpoints",
-    ],
-    "--save-interval-minutes 5": [
-        "save_interval_minutes requires save, the folder of the checkpoints",
-    ],
-    "--save-policy llm-jp": [
-        "save_policy requires save, the folder of the checkpoints",
-    ],
     "--exit-interval 5": [
         "exit_interval saves before exiting: set save, the folder of the checkpoints",
     ],
@@ -286,6 +274,28 @@ MESSAGES = {
 @pytest.mark.parametrize("flags", MESSAGES)
 def test_all_messages(flags):
     assert refusal(flags).splitlines() == MESSAGES[flags]
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["--save-interval 5", "--save-interval-tokens 5", "--save-interval-minutes 5",
+     "--save-policy llm-jp", "--non-persistent-save-interval 5"],
+)  # fmt: skip
+def test_save_rules_require_a_folder(flag):
+    command = parse(["--config", "llm-jp-3-1.8b", *flag.split()])
+    name = flag.split()[0].removeprefix("--").replace("-", "_")
+    with pytest.raises(UserError) as error:
+        check_save_rules(command.config, command.origin)
+    assert str(error.value) == f"{name} requires save, the folder of the checkpoints"
+    saved = parse(["--config", "llm-jp-3-1.8b", *flag.split(), "--save", "x"])
+    check_save_rules(saved.config, saved.origin)
+
+
+def test_a_preset_may_be_used_without_saving():
+    command = parse(["--config", "llm-jp-13b-v2.0"])
+    assert command.config.checkpoint.save_interval == 1000
+    assert command.config.checkpoint.non_persistent_save_interval == 100
+    check_save_rules(command.config, command.origin)
 
 
 VALID = [
@@ -430,12 +440,13 @@ def test_warnings_on_lengths():
         return " ".join(config_warnings(config, RunSize(32, train_iters, end, sets)))
 
     published = warned(preset("llm-jp-3-1.8b", "--save x"), 988240, 986240, sets=0)
+    assert "save" not in published
     assert (
         "ends at iteration 986,240, the run at 988,240: 2,000 iterations are trained at min"
         in published
     )
     assert "lr_decay_iters 988240" in published
-    assert "nothing is saved" in published and "there are no validation sets" in published
+    assert "there are no validation sets" in published
     assert "986,240, after the run's last iteration 5,000" in warned(config, 5000, 986240)
     assert "without any checkpoint" in warned(config, 5000, 5000)
     assert warned(config, 20, 20) == ""  # a trial

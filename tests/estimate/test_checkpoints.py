@@ -7,18 +7,19 @@ from typing import Any
 
 import pytest
 
-from megatron_llmjp.checkpoint.retention import TrainingPosition, reason_to_save
+from megatron_llmjp.checkpoint.retention import SaveKind, TrainingPosition, due_save, timed_save
 from megatron_llmjp.config.flags import parse
 from megatron_llmjp.config.loading import replace_fields
 from megatron_llmjp.data.batch_size import BatchSizeSchedule
-from megatron_llmjp.estimate.layout import make_layout
-from megatron_llmjp.estimate.memory import (
+from megatron_llmjp.estimate.checkpoints import (
     CheckpointCounts,
     checkpoint_bytes,
     count_checkpoints,
-    rank_parameters,
     rank_save_bytes,
+    save_schedule,
 )
+from megatron_llmjp.estimate.layout import make_layout
+from megatron_llmjp.estimate.memory import rank_parameters
 from tests.estimate.test_flops import preset
 from tests.support.datasets import write_folds
 from tests.support.training import Job, arguments, train_all
@@ -28,6 +29,7 @@ JOBS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "shared": ("laptop-gpt2", ("--use-distributed-optimizer",)),
     "bf16": ("laptop-gpt-neox", ("--bf16", "--no-save-fold-ends")),
     "sgd": ("laptop-gpt2", ("--optimizer", "sgd", "--keep-last", 1)),
+    "non-persistent": ("laptop-gpt2", ("--non-persistent-save-interval", 2)),
 }
 ON_TWO_RANKS = {
     "dp2": ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
@@ -83,6 +85,7 @@ def test_each_rank_writes_its_part(saved, name):
 
 
 def count(iterations: int, *fold_ends: int, **values: Any) -> tuple[int, int]:
+    values = {"non_persistent_save_minutes": 0, **values}
     found = count_checkpoints(
         replace_fields(preset("laptop-llama"), global_batch_size=10, **values),
         iterations,
@@ -101,34 +104,43 @@ def test_counts():
     assert count(1050, save_interval=100, keep_last=3, keep_every=500) == (11, 4)
     assert count(1050, 5000, 10500, save_interval=200, keep_last=1) == (7, 2)
     assert count(5000, save_policy="llm-jp") == (9 + 9 + 9 + 5, 9 + 9 + 9 + 5)
-    assert count(1000, save_interval_minutes=50) == (10, 10)
-    assert count(100, save_interval_tokens=10 * preset("laptop-llama").data.seq_length * 20) == (
-        5,
-        5,
-    )
+    assert count(1000, save_interval_minutes=50) == (11, 11)  # every 99
+    assert count(1000, save_interval=100, non_persistent_save_interval=20) == (50, 10)
+    # 119 steps of 30 s are the last before an hour: at 119, 238, 357, 476, 500, 619, ...
+    assert count(1000, save_interval=500, non_persistent_save_minutes=60) == (10, 2)
+    # 83 steps of 43.2 s: 12 times in 1,000 iterations, 9 times in the last 812.
+    found = count_checkpoints(preset("llm-jp-3-172b"), 292_812, (), 43.2)
+    assert (found.written, found.kept) == (292 * 13 + 10, 293)
+    tokens = 10 * preset("laptop-llama").data.seq_length * 20
+    assert count(100, save_interval_tokens=tokens) == (5, 5)
 
 
-@pytest.mark.parametrize(
-    "policy",
-    [
-        {"save_interval": 7},
-        {"save_interval": 7, "save_interval_minutes": 2.6},
-        {"save_policy": "llm-jp", "save_interval_tokens": 777},
-        {"save_interval_tokens": 1, "save_fold_ends": False},
-        {"save_interval_minutes": 0.1},
-    ],
-)
-def test_counts_are_those_of_the_trainer_asked_after_each_iteration(policy):
-    values = {"seq_length": 16, "global_batch_size": 10, "rampup_batch_size": (4, 2, 300)}
-    config = replace_fields(preset("laptop-llama"), save="x", **values, **policy)
-    iterations, fold_ends, sizes = 333, (4, 999, 2001, 90_000), BatchSizeSchedule(config)
-    saved, before = [0], TrainingPosition(0, 0)
-    for iteration in range(1, iterations + 1):
-        now = TrainingPosition(iteration, sizes.consumed_after(iteration))
-        minutes = (iteration - saved[-1]) * 30.0 / 60
-        if reason_to_save(config.checkpoint, before, now, 16, fold_ends, minutes):
-            saved.append(iteration)
+RULES: list[dict[str, Any]] = [
+    {"save_interval": 30},
+    {"save_interval_tokens": 1500},
+    {"save_policy": "llm-jp", "save_interval_tokens": 40_000},
+    {"save_interval": 48, "non_persistent_save_interval": 20},
+    {"save_interval_minutes": 4.2, "save_interval": 25},
+    {"non_persistent_save_minutes": 0.9, "save_interval": 25, "save_interval_minutes": 3.0},
+    {"save_fold_ends": False, "save_interval": 70},
+]
+
+
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("ramp", [None, (2, 2, 40)])
+def test_schedule_equals_the_rules_of_every_iteration(rules, ramp):
+    """The trainer's rules, one iteration after the other; a step takes 10 s."""
+    values = {"non_persistent_save_minutes": 0, "rampup_batch_size": ramp, **rules}
+    config = replace_fields(preset("laptop-llama"), global_batch_size=8, **values)
+    policy, sizes = config.checkpoint.model_copy(update={"save": "x"}), BatchSizeSchedule(config)
+    length, ends = config.data.seq_length, (101, 640, 641)
+    expected, last, before = {}, 0, TrainingPosition(0, 0)
+    for i in range(1, 151):
+        now = TrainingPosition(i, sizes.consumed_after(i))
+        minutes = (i + 1 - last) / 6  # after one more step
+        kind = max(due_save(policy, before, now, length, ends), timed_save(policy, minutes))
+        kind = SaveKind.PERSISTENT if i == 150 else kind
+        if kind:
+            expected[i], last = kind, i
         before = now
-    expected = len({*saved[1:], iterations})
-    found = count_checkpoints(config, iterations, fold_ends, step_seconds=30.0)
-    assert found == CheckpointCounts(expected, expected)
+    assert save_schedule(config, 150, ends, 10.0) == expected

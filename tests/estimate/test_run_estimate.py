@@ -39,6 +39,7 @@ VALUES = {
     "seq_length": 512,
     "vocab_size": 1000,
     "save_interval": 40,
+    "non_persistent_save_minutes": 0,
 }
 CONFIG = preset("laptop-gpt2", **VALUES)
 ESTIMATE = RunEstimate(
@@ -102,6 +103,12 @@ def test_a_report_without_length():
     ]
     once = replace(ESTIMATE, config=replace_fields(CONFIG, save_interval=None))
     assert "checkpoints      1 x 21.4 MB, at the end" in format_estimate(once, 0.4).splitlines()
+    # 100,000 steps of 0.5 s, saved after 7,199 at the latest.
+    config = replace_fields(CONFIG, save_interval=None, non_persistent_save_minutes=60)
+    hourly = format_estimate(replace(ESTIMATE, config=config), 0.4).splitlines()
+    size = "21.4 MB"
+    expected = f"14 x {size} written, 1 kept ({size}), and up to 2 others during the run"
+    assert f"checkpoints      {expected}" in hourly
 
 
 def report(world: int, per_node: int, memory_bytes: float = 65 * GB, **values: Any) -> list[str]:

@@ -23,6 +23,7 @@ from tests.support.witness import read_weights
 ONE, OTHER, BOTH = (0, 1), (1, 2), (0, 2)
 RAMP = ("--rampup-batch-size", 2, 2, 4)
 Z = ("--z-loss-strength", 1e-3)
+TIMED = ("--save-interval-minutes", 1e-9, "--no-save-fold-ends")
 FIXED = ("--padded-vocab-size", 256)
 PACKED = (*FIXED, "--reset-position-ids", "--reset-attention-mask", "--eod-mask-loss")
 UNIFORM = ("--recompute-granularity", "full", "--recompute-method", "uniform",
@@ -54,7 +55,7 @@ def runs(tmp_path_factory):
     ramp = folder / "ramp" / manifests.folder_name(2)
     add("ramp-again", ONE, "laptop-gpt2", *RAMP, "--load", ramp)
     add("ramp-twice", OTHER, "laptop-gpt2", *RAMP, "--deterministic-mode")
-    add("tied-pp2", BOTH, "laptop-gpt2", *PP2, *DISTRIBUTED)
+    add("tied-pp2", BOTH, "laptop-gpt2", *PP2, *DISTRIBUTED, *TIMED)
     add("fp16-dp2", BOTH, "laptop-llama", "--fp16", *DISTRIBUTED, *FIXED,
         "--initial-loss-scale", 2.0**60, "--hysteresis", 1)  # fmt: skip
     add("sgd", ONE, "laptop-llama", *FIXED, "--optimizer", "sgd", "--log-interval", 2)
@@ -104,6 +105,11 @@ def test_z_loss_is_logged_separately(runs):
         expected = history(runs / "z", value)
         assert expected
         assert_close(history(runs / "z-tp2", value), expected, TRAINED, value)
+
+
+def test_ranks_save_together_by_time(runs):
+    """At once, which is two iterations after the start or a save."""
+    assert manifests.complete_iterations(runs / "tied-pp2") == [3, 5]
 
 
 def test_ramp_up_and_a_restart_in_the_middle(runs):
