@@ -11,8 +11,12 @@
 #
 #   sbatch slurm/build_indices.sh --config llm-jp-3-13b --fold-file folds.yaml --save checkpoints
 set -euo pipefail
-MEGATRON_LLMJP=${MEGATRON_LLMJP:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")/.." && pwd)}}
-source "$MEGATRON_LLMJP/slurm/common.sh"
+# sbatch runs a copy of this script; Slurm's record of the job has the path of the original.
+script=$(scontrol show job "${SLURM_JOB_ID:-0}" 2>/dev/null | sed -n '/^ *Command=/{s///p;q}') || true
+for folder in "$(dirname "$0")/.." "$(dirname "${script%%.sh *}")/.." "${SLURM_SUBMIT_DIR:-.}"; do
+    [[ -n "${MEGATRON_LLMJP:-}" || ! -f "$folder/slurm/common.sh" ]] || MEGATRON_LLMJP=$folder
+done
+source "${MEGATRON_LLMJP:?is not set: export it with the path of the checkout}/slurm/common.sh"
 workers=()
 [[ -n "$(value_of --workers "$@")" ]] || workers=(--workers "${SLURM_CPUS_PER_TASK:-1}")
 exec "$PYTHON" -m data_tools.build_indices "$@" "${workers[@]}"

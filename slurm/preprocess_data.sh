@@ -15,8 +15,12 @@
 # A killed task resumes when it is requeued or resubmitted. To resubmit some tasks of an array, give
 # the number of tasks of the whole array: sbatch --array=3,17 ... --shard slurm/64
 set -euo pipefail
-MEGATRON_LLMJP=${MEGATRON_LLMJP:-${SLURM_SUBMIT_DIR:-.}}
-source "$MEGATRON_LLMJP/slurm/common.sh"
+# sbatch runs a copy of this script; Slurm's record of the job has the path of the original.
+script=$(scontrol show job "${SLURM_JOB_ID:-0}" 2>/dev/null | sed -n '/^ *Command=/{s///p;q}') || true
+for folder in "$(dirname "$0")/.." "$(dirname "${script%%.sh *}")/.." "${SLURM_SUBMIT_DIR:-.}"; do
+    [[ -n "${MEGATRON_LLMJP:-}" || ! -f "$folder/slurm/common.sh" ]] || MEGATRON_LLMJP=$folder
+done
+source "${MEGATRON_LLMJP:?is not set: export it with the path of the checkout}/slurm/common.sh"
 
 if [[ -z "${SLURM_ARRAY_TASK_ID:-}" ]]; then
     fail "submit this as an array: sbatch --array=0-15 slurm/preprocess_data.sh ..."

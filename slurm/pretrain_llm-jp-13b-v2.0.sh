@@ -16,7 +16,11 @@
 #   sbatch slurm/pretrain_llm-jp-13b-v2.0.sh --save DIR --fold-file folds.yaml \
 #       --tokenizer-type SentencePieceTokenizer --tokenizer-model tok.model
 set -euo pipefail
-MEGATRON_LLMJP=${MEGATRON_LLMJP:-${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$0")/.." && pwd)}}
 GPU=${GPU:-A100-40GB} # for --estimate
-source "$MEGATRON_LLMJP/slurm/common.sh"
+# sbatch runs a copy of this script; Slurm's record of the job has the path of the original.
+script=$(scontrol show job "${SLURM_JOB_ID:-0}" 2>/dev/null | sed -n '/^ *Command=/{s///p;q}') || true
+for folder in "$(dirname "$0")/.." "$(dirname "${script%%.sh *}")/.." "${SLURM_SUBMIT_DIR:-.}"; do
+    [[ -n "${MEGATRON_LLMJP:-}" || ! -f "$folder/slurm/common.sh" ]] || MEGATRON_LLMJP=$folder
+done
+source "${MEGATRON_LLMJP:?is not set: export it with the path of the checkout}/slurm/common.sh"
 pretrain --config llm-jp-13b-v2.0 "$@"
