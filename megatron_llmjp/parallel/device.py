@@ -6,6 +6,7 @@ import os
 import resource
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils import deterministic
@@ -53,6 +54,8 @@ class Device:
     """Name for log lines."""
     uuid: str = ""
     """Identity of the GPU, by which two ranks on one GPU are found; empty if not known."""
+    pci_address: str = ""
+    """PCI address of the GPU, such as ``0000:18:00.0``; empty if not known."""
     problem: str = ""
     """Why this rank cannot use the device that it should."""
 
@@ -123,8 +126,16 @@ def setup_rank(choice: DeviceChoice, local_rank: int) -> Device:
 
 def _use_gpu(index: int) -> Device:
     torch.cuda.set_device(index)
-    uuid = getattr(torch.cuda.get_device_properties(index), "uuid", "")
-    return Device("cuda", "nccl", torch.cuda.get_device_name(), str(uuid))
+    properties = torch.cuda.get_device_properties(index)
+    name, uuid = torch.cuda.get_device_name(), str(getattr(properties, "uuid", ""))
+    return Device("cuda", "nccl", name, uuid, _pci_address(properties))
+
+
+def _pci_address(properties: Any) -> str:
+    """Return a GPU's PCI address as the kernel writes it; empty if torch does not report it."""
+    names = ("pci_domain_id", "pci_bus_id", "pci_device_id")
+    parts: list[Any] = [getattr(properties, name, None) for name in names]
+    return "" if None in parts else "{:04x}:{:02x}:{:02x}.0".format(*parts)
 
 
 def _use_cpu(problem: str = "") -> Device:

@@ -14,6 +14,14 @@ from typing import Any
 
 from megatron_llmjp.errors import RunError, UserError
 from megatron_llmjp.formatting import format_ranks
+from megatron_llmjp.parallel.cpu_affinity import (
+    LocalRank,
+    allowed_cpus,
+    assign_cpus,
+    bind_process,
+    format_cpus,
+    parse_cpus,
+)
 from megatron_llmjp.parallel.device import Device
 from megatron_llmjp.parallel.ranks import Ranks, node_name
 from megatron_llmjp.parallel.rendezvous import all_gather_from_store
@@ -35,6 +43,10 @@ class RankDevice:
     """Identity of the GPU; empty if not known."""
     problem: str
     """Why the rank cannot use the device that it should; empty if it can."""
+    pci_address: str = ""
+    """PCI address of the GPU; empty if not known."""
+    cpus: str = ""
+    """CPUs that the rank may use, such as ``0-3,8``."""
 
 
 def check_devices(store: Any, ranks: Ranks, device: Device) -> list[RankDevice]:
@@ -46,17 +58,39 @@ def check_devices(store: Any, ranks: Ranks, device: Device) -> list[RankDevice]:
         device: the device of this rank.
 
     Returns:
-        The devices of all ranks.
+        The devices of all ranks, by rank.
 
     Raises:
         UserError: no rank has the GPU that it should, or ranks share a GPU.
         RunError: some ranks lack their GPU, as with a broken node: a restart elsewhere may succeed.
     """
     own = [node_name(), device.kind, device.name, device.uuid, device.problem]
+    own += [device.pci_address, format_cpus(allowed_cpus())]
     found = all_gather_from_store(store, ranks, _KEY, own)
     devices = [RankDevice(rank, *fields) for rank, fields in enumerate(found)]
     compare_devices(devices)
     return devices
+
+
+def bind_to_local_cpus(devices: list[RankDevice], ranks: Ranks) -> None:
+    """Bind this rank to its share of the CPUs next to its GPU, if the machine says which they are.
+
+    Args:
+        devices: result of :func:`check_devices`.
+        ranks: rank and world size of this process.
+    """
+    host = devices[ranks.rank].host
+    local = [
+        LocalRank(device.rank, device.pci_address, parse_cpus(device.cpus))
+        for device in devices
+        if device.host == host
+    ]
+    cpus = assign_cpus(local).get(ranks.rank)
+    if cpus is None:
+        return
+    bind_process(cpus)
+    if ranks.is_first:
+        print(f"note: each rank uses CPUs next to its GPU; rank 0: {format_cpus(cpus)}", flush=True)
 
 
 def compare_devices(devices: list[RankDevice]) -> None:

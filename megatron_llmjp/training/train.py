@@ -14,7 +14,7 @@ from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.errors import EXIT_DONE, RunError
 from megatron_llmjp.parallel import process_groups, rendezvous
 from megatron_llmjp.parallel.device import Device, use_deterministic_kernels
-from megatron_llmjp.parallel.device_agreement import check_devices
+from megatron_llmjp.parallel.device_agreement import bind_to_local_cpus, check_devices
 from megatron_llmjp.parallel.process_groups import RankSync, new_group_without_timeout
 from megatron_llmjp.parallel.ranks import Ranks
 from megatron_llmjp.parallel.signals import StopRequests
@@ -58,6 +58,7 @@ def train(run: Run, ranks: Ranks, device: Device, requests: StopRequests | None 
     with hang_detection(run.config, ranks, store, device.is_cuda) as watchdog:
         devices = check_devices(store, ranks, device)
         watchdog.know_hosts([other.host for other in devices])
+        bind_to_local_cpus(devices, ranks)
         context = _RankContext(ranks, device, store, watchdog)
         if run.config.training.eval_only:
             return _validate_only(run, context)

@@ -1,0 +1,123 @@
+"""CPU affinity of ranks: the cores of the NUMA node of each rank's GPU. Without torch.
+
+A job scheduler gives each rank some cores, often without knowing which GPU the rank uses. The ranks
+of a machine divide again the cores that they have together, so that each uses cores next to its
+GPU: those of ``local_cpulist`` in the kernel's description of the PCI device. Without that
+information nothing changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+SYSFS = Path("/sys")
+
+
+@dataclass(frozen=True)
+class LocalRank:
+    """A rank of this machine."""
+
+    rank: int
+    pci_address: str
+    """Of its GPU, such as ``0000:18:00.0``; empty without a GPU, or if not known."""
+    cpus: frozenset[int]
+    """CPUs (hardware threads) that it may use."""
+
+
+def assign_cpus(ranks: Sequence[LocalRank], sysfs: Path = SYSFS) -> dict[int, frozenset[int]]:
+    """Divide the CPUs that the ranks of a machine may use, by the NUMA nodes of their GPUs.
+
+    Ranks whose GPUs are next to the same CPUs get equal shares of whole cores, in their order.
+
+    Args:
+        ranks: all ranks of the machine, in their order.
+        sysfs: where the kernel describes the machine.
+
+    Returns:
+        The CPUs of each rank; empty if the machine does not say which CPUs are next to a GPU, if
+        none of these is allowed, if there are fewer cores than ranks, or if the ranks are already
+        bound to CPUs of their own next to their GPUs.
+    """
+    allowed = frozenset[int]().union(*(rank.cpus for rank in ranks))
+    near = {rank.rank: local_cpus(rank.pci_address, sysfs) & allowed for rank in ranks}
+    are_near = all(rank.cpus <= near[rank.rank] for rank in ranks)
+    if are_near and sum(len(rank.cpus) for rank in ranks) == len(allowed):
+        return {}
+    found: dict[int, frozenset[int]] = {}
+    for cpus in set(near.values()):
+        sharing = [rank.rank for rank in ranks if near[rank.rank] == cpus]
+        cores = _cores(cpus, sysfs)
+        if len(cores) < len(sharing):
+            return {}
+        for place, rank in enumerate(sharing):
+            first, end = (len(cores) * n // len(sharing) for n in (place, place + 1))
+            found[rank] = frozenset[int]().union(*cores[first:end])
+    return found
+
+
+def local_cpus(pci_address: str, sysfs: Path = SYSFS) -> frozenset[int]:
+    """Return the CPUs next to a PCI device; empty if not known.
+
+    ``numa_node`` is -1 on machines that do not describe their NUMA nodes; ``local_cpulist`` then
+    has all CPUs, or none.
+    """
+    folder = sysfs / "bus/pci/devices" / pci_address
+    with contextlib.suppress(OSError, ValueError):
+        if pci_address and int((folder / "numa_node").read_text()) >= 0:
+            return parse_cpus((folder / "local_cpulist").read_text())
+    return frozenset()
+
+
+def _cores(cpus: frozenset[int], sysfs: Path) -> list[frozenset[int]]:
+    """Group CPUs by physical core: hardware threads of one core belong to one rank."""
+    cores = set()
+    for cpu in cpus:
+        threads = frozenset({cpu})
+        with contextlib.suppress(OSError, ValueError):
+            path = sysfs / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
+            threads = (parse_cpus(path.read_text()) | {cpu}) & cpus
+        cores.add(threads)
+    return sorted(cores, key=min)
+
+
+def parse_cpus(text: str) -> frozenset[int]:
+    """Parse the kernel's list of CPUs, such as ``0-3,8``.
+
+    Raises:
+        ValueError: it is malformed.
+    """
+    found: set[int] = set()
+    for part in text.strip().split(",") if text.strip() else ():
+        first, _, last = part.partition("-")
+        found.update(range(int(first), int(last or first) + 1))
+    return frozenset(found)
+
+
+def format_cpus(cpus: Iterable[int]) -> str:
+    """Format CPUs as the kernel does: ``0-3,8``."""
+    runs: list[list[int]] = []
+    for cpu in sorted(cpus):
+        if runs and cpu == runs[-1][1] + 1:
+            runs[-1][1] = cpu
+        else:
+            runs.append([cpu, cpu])
+    return ",".join(f"{a}-{b}" if a < b else str(a) for a, b in runs)
+
+
+def allowed_cpus() -> frozenset[int]:
+    """Return the CPUs that this process may use; empty if the system does not say."""
+    return frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset()
+
+
+def bind_process(cpus: frozenset[int]) -> None:
+    """Let all threads of this process, and processes that it starts, use only ``cpus``.
+
+    A CPU set of the job that excludes them has precedence: then nothing changes.
+    """
+    for thread in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # excluded by a CPU set, or the thread has ended
+            os.sched_setaffinity(int(thread.name), cpus)
