@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -173,8 +174,7 @@ def main(argv: Sequence[str]) -> int:
         run = resolve_run(command.config, ranks.world_size)
         start_warnings = check_start(run)
     except UserError as error:
-        if ranks is None or ranks.is_first:
-            print(f"error: {error}", file=sys.stderr)
+        _print_error(error, ranks)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted before the start", file=sys.stderr)
@@ -243,15 +243,13 @@ def _run_rank(run: Run, ranks: Ranks, start_warnings: Sequence[str]) -> int:
             write_report_at_end(run.config.checkpoint.save)
         return code
     except UserError as error:
-        if ranks.is_first:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        _print_error(error, ranks)
         return _exit_now(EXIT_USER_ERROR)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return _exit_now(EXIT_USER_ERROR)
     except RunError as error:
-        if ranks.is_first:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        _print_error(error, ranks)
         return _exit_now(EXIT_FAILURE)
     except Exception as error:
         if _is_consequence(error):
@@ -259,6 +257,22 @@ def _run_rank(run: Run, ranks: Ranks, start_warnings: Sequence[str]) -> int:
         where = f"rank {ranks.rank} of {ranks.world_size}"
         print(f"error: {where}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         return _exit_now(EXIT_FAILURE)
+
+
+def _print_error(error: Exception, ranks: Ranks | None) -> None:
+    """Print an error that all ranks should have, once: the first rank prints it.
+
+    srun, mpirun and torchrun end all ranks when one exits: the others wait, to give the first rank
+    time to print. A rank that is not ended meanwhile has an error of its own, such as a file that
+    is missing on its machine only, and prints it. The local launcher waits for the first rank.
+    """
+    where = ""
+    if ranks is not None and not ranks.is_first:
+        if ranks.launcher == LOCAL_LAUNCHER:
+            return
+        time.sleep(PEER_FAILURE_DELAY_SECONDS)
+        where = f"rank {ranks.rank} on {socket.gethostname()}: "
+    print(f"error: {where}{error}", file=sys.stderr, flush=True)
 
 
 def _print_warnings(texts: Iterable[str]) -> None:

@@ -1,9 +1,13 @@
 # shellcheck shell=bash
 # Functions shared by all job scripts of this folder; sourced, never submitted.
 #
-# The scripts are submitted from the checkout: `sbatch slurm/NAME.sh ...`. From elsewhere, set
-# MEGATRON_LLMJP to the checkout. slurm/site.sh, if it exists, contains the settings of this cluster
+# A script finds this checkout by its own path, wherever it is submitted from; a copy of a script
+# elsewhere needs MEGATRON_LLMJP. slurm/site.sh, if it exists, contains the settings of this cluster
 # (see slurm/site.sh.example); every job sources it. docs/slurm.md explains the design.
+
+MEGATRON_LLMJP=$(cd "$MEGATRON_LLMJP" && pwd)
+# After sbatch --export=NONE or a list of variables, srun would hide those set here from the ranks.
+unset SLURM_EXPORT_ENV
 
 if [[ -f "$MEGATRON_LLMJP/slurm/site.sh" ]]; then
     # shellcheck source=/dev/null
@@ -57,7 +61,9 @@ pretrain() {
     "$PYTHON" "$MEGATRON_LLMJP/slurm/check_save.py" "$SAVE" || exit
     LOGS="$SAVE/logs/job${SLURM_JOB_ID}_${SLURM_RESTART_COUNT:-0}"
     mkdir -p "$LOGS"
+    mapfile -t NODES < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     set_environment
+    choose_nodes "$@"
     preflight
     run_ranks "$@"
 }
@@ -77,18 +83,49 @@ run_planning_mode() {
     exec "$PYTHON" "$MEGATRON_LLMJP/pretrain_gpt.py" "${machine[@]}" "$@"
 }
 
+# join ITEMS...: print the items, separated by commas.
+join() { local IFS=,; printf '%s' "$*"; }
+
 set_environment() {
-    # The address by which Slurm reaches the first node. The port is free on that node, which runs
-    # this script.
-    local first
-    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    MASTER_ADDR=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
-    MASTER_PORT=$("$PYTHON" -c 'from megatron_llmjp.parallel.launcher import free_port as p; print(p())')
-    export MASTER_ADDR MASTER_PORT
+    TASKS_PER_NODE=${SLURM_NTASKS_PER_NODE:-$((SLURM_NTASKS / SLURM_NNODES))}
+    set_master "${NODES[0]}"
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
     export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True}
     export NCCL_DEBUG=${NCCL_DEBUG:-WARN} PYTHONFAULTHANDLER=1 PYTHONUNBUFFERED=1
     ulimit -Sn "$(ulimit -Hn)"
+}
+
+# set_master NODE: let ranks meet at this node, by the address by which Slurm reaches it. The port is
+# free on the node that runs this script, usually the same.
+set_master() {
+    MASTER_ADDR=$(scontrol show node "$1" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+    MASTER_PORT=$("$PYTHON" -c 'from megatron_llmjp.parallel.launcher import free_port as p; print(p())')
+    export MASTER_ADDR MASTER_PORT
+}
+
+# choose_nodes ARGUMENTS...: check the run once, where its error is seen, before any rank starts. Sets
+# RANK_NODES to those of NODES that the layout can use, and CPUS_PER_TASK.
+choose_nodes() {
+    local code=0 file="$LOGS/rank_nodes" cpus=${SLURM_JOB_CPUS_PER_NODE:-}
+    # Slurm counts hardware threads that such a job may not use.
+    [[ -z "${SLURM_HINT:-}${SLURM_THREADS_PER_CORE:-}" ]] || cpus=""
+    RANK_NODES=("${NODES[@]}") CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
+    rm -f "$file"
+    # As a step, so that a container of SRUN_FLAGS is the one of the ranks.
+    # shellcheck disable=SC2086  # word splitting of settings in site.sh
+    timeout "${CHECK_SECONDS:-600}" srun --nodes=1 --ntasks=1 --nodelist="${NODES[0]}" \
+        --cpus-per-task="$CPUS_PER_TASK" ${SRUN_FLAGS:-} ${RUN_IN:-} \
+        "$PYTHON" "$MEGATRON_LLMJP/slurm/choose_nodes.py" --output "$file" \
+        --nodes "$(join "${NODES[@]}")" --tasks-per-node "$TASKS_PER_NODE" \
+        --cpus-per-task "$CPUS_PER_TASK" --cpus-per-node "$cpus" -- "$@" \
+        2> "$LOGS/start.log" || code=$?
+    cat "$LOGS/start.log" >&2
+    ! grep -q '^error:' "$LOGS/start.log" || end_job "$code"
+    if [[ -s "$file" ]]; then
+        { read -r CPUS_PER_TASK; mapfile -t RANK_NODES; } < "$file"
+    else
+        log "warning: the run was not checked before its start (exit code $code)" >&2
+    fi
 }
 
 # Check all nodes before any rank waits for another in training.
@@ -127,29 +164,38 @@ exclude() {
 
 # One task per GPU and no torchrun between Slurm and the ranks: signals and exit codes pass through,
 # and Slurm ends all tasks when one fails. Every task sees all GPUs of its node, which NCCL needs for
-# peer-to-peer copies, and uses the one of its local rank. Cores are distributed in blocks, so that
-# cores and memory of a task usually belong to the NUMA node of its GPU.
+# peer-to-peer copies, and uses the one of its local rank. srun does not inherit --cpus-per-task.
+# Cores are distributed in blocks; ranks choose those next to their GPU among all of the node's ranks
+# (megatron_llmjp/parallel/cpu_affinity.py).
 run_ranks() {
-    local code=0
-    log "${SLURM_NTASKS} tasks on $SLURM_JOB_NODELIST, master $MASTER_ADDR:$MASTER_PORT, logs in $LOGS"
-    touch "$LOGS/rank_0000.log"
-    # With --pid, tail reads the file once more after that process has ended, so no line is lost.
+    local code=0 tasks=$((${#RANK_NODES[@]} * TASKS_PER_NODE))
+    set_master "${RANK_NODES[0]}"
+    log "$tasks tasks on $(scontrol show hostlist "$(join "${RANK_NODES[@]}")")," \
+        "$CPUS_PER_TASK CPUs each, master $MASTER_ADDR:$MASTER_PORT, logs in $LOGS"
+    touch "$LOGS/rank_0000.log" "$LOGS/srun.log"
+    # With --pid, tail reads the files once more after that process has ended, so no line is lost.
     sleep infinity &
     local running=$!
-    tail -n +1 -F --pid="$running" "$LOGS/rank_0000.log" 2>/dev/null &
+    tail -q -n +1 -F --pid="$running" "$LOGS/rank_0000.log" "$LOGS/srun.log" 2>/dev/null &
     local follower=$!
     # shellcheck disable=SC2086  # word splitting of settings in site.sh
-    srun --kill-on-bad-exit=1 --wait=60 --distribution=block:block --output="$LOGS/rank_%4t.log" \
+    srun --nodes="${#RANK_NODES[@]}" --nodelist="$(join "${RANK_NODES[@]}")" --ntasks="$tasks" \
+        --ntasks-per-node="$TASKS_PER_NODE" --cpus-per-task="$CPUS_PER_TASK" \
+        --kill-on-bad-exit=1 --wait=60 --distribution=block:block --output="$LOGS/rank_%4t.log" \
         ${SRUN_BIND---cpu-bind=cores --mem-bind=local} ${SRUN_FLAGS:-} ${RUN_IN:-} \
-        "$PYTHON" "$MEGATRON_LLMJP/pretrain_gpt.py" "$@" 2> >(tee "$LOGS/srun.log" >&2) || code=$?
+        "$PYTHON" "$MEGATRON_LLMJP/pretrain_gpt.py" "$@" 2> "$LOGS/srun.log" || code=$?
     kill "$running"
     wait "$follower" || true
     # srun exits with the highest code of all tasks, and tasks that it stops have high ones: the exit
     # code of the run is that of the task that ended first.
     ((code == 0)) || code=$(first_code "$code")
-    ((code == 0 || code == 3)) || show_cause
-    "$PYTHON" "$MEGATRON_LLMJP/slurm/requeue.py" --save "$SAVE" --code "$code" || exit "$code"
-    ((code == 3)) || wait_for_lost_nodes
+    end_job "$code"
+}
+
+# end_job CODE: record this end of the job with its first cause, and exit or requeue the job.
+end_job() {
+    "$PYTHON" "$MEGATRON_LLMJP/slurm/requeue.py" --save "$SAVE" --code "$1" --logs "$LOGS" || exit "$1"
+    (($1 == 3)) || wait_for_lost_nodes
     scontrol requeue "$SLURM_JOB_ID"
     sleep infinity # until Slurm ends the job
 }
@@ -174,13 +220,4 @@ wait_for_lost_nodes() {
     seconds=$(scontrol show config | sed -n 's/^SlurmdTimeout *= *\([0-9]*\).*/\1/p')
     log "a node does not respond; Slurm removes it within ${seconds:=300} s and requeues the job"
     sleep $((seconds + 60))
-}
-
-# Print the first error of any rank; later ones are consequences.
-show_cause() {
-    local file
-    for file in $(grep -l '^error:' "$LOGS"/rank_*.log | xargs -r ls -tr); do
-        [[ "$file" == *rank_0000.log ]] || { log "$file:"; grep -A 20 '^error:' "$file" | head -n 40; }
-        return 0
-    done
 }

@@ -17,6 +17,7 @@ from typing import Any
 
 from megatron_llmjp.checkpoint.manifest import complete_iterations
 from megatron_llmjp.errors import EXIT_DONE, EXIT_REQUEUE, EXIT_USER_ERROR
+from megatron_llmjp.report.first_cause import SHOWN_LOGS, Cause, find_cause
 from megatron_llmjp.report.jobs import REQUEUE_LOG, read_job_ends
 
 HISTORY = REQUEUE_LOG
@@ -30,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--save", type=Path, required=True, help="folder of the checkpoints")
     parser.add_argument("--code", type=int, required=True, help="exit code of the ranks")
+    parser.add_argument("--logs", type=Path, help="folder of the logs of this start")
     args = parser.parse_args(argv)
+    cause = _print_cause(args.logs) if args.code not in (EXIT_DONE, EXIT_REQUEUE) else None
     path = args.save / HISTORY
     history = [record for record in read_job_ends(args.save) if _is_valid(record)]
     iteration = max(complete_iterations(args.save), default=0)
@@ -44,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "requeued": requeue,
         "why": reason,
     }
+    if cause is not None:
+        record["cause"] = cause.summary
     try:
         with path.open("a") as stream:
             stream.write(json.dumps(record) + "\n")
@@ -53,6 +58,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         requeue, reason = False, f"not requeued: {path} cannot be written"
     print(f"exit code {args.code} at iteration {iteration}: {reason}", flush=True)
     return 0 if requeue else 1
+
+
+def _print_cause(logs: Path | None) -> Cause | None:
+    """Print the first error of any rank, unless the job's log already contains it."""
+    cause = find_cause(logs) if logs is not None else None
+    if cause is not None and cause.log not in SHOWN_LOGS:
+        text = "\n".join(cause.lines)
+        print(f"the first cause, in {logs}/{cause.log}:\n{text}", flush=True)
+    return cause
 
 
 def _is_valid(record: dict[str, Any]) -> bool:

@@ -36,8 +36,26 @@ def missing_programs() -> list[str]:
 class Cluster:
     """A running Slurm; use it as a context manager."""
 
-    def __init__(self, folder: Path, nodes: int = 2, cpus: int = 8, gpus: int = 2) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        nodes: int = 2,
+        cpus: int = 8,
+        gpus: int = 2,
+        task_plugin: str = "task/none",
+    ) -> None:
+        """Describe a cluster.
+
+        Args:
+            folder: for all of its files.
+            nodes: number of nodes.
+            cpus: CPUs of each node; with ``task/affinity`` at most those of this machine, since a
+                task that cannot be bound to its CPUs does not start.
+            gpus: GPUs of each node, which are files.
+            task_plugin: Slurm's TaskPlugin.
+        """
         self.folder = folder
+        self._task_plugin = task_plugin
         self.nodes = [f"n{i}" for i in range(nodes)]
         self._cpus, self._gpus = cpus, gpus
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
@@ -166,7 +184,7 @@ SlurmdPidFile={f}/slurmd-%n.pid
 SlurmctldLogFile={f}/slurmctld.log
 SlurmdLogFile={f}/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
+TaskPlugin={self._task_plugin}
 JobAcctGatherType=jobacct_gather/none
 MpiDefault=none
 ReturnToService=2

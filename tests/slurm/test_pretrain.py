@@ -131,7 +131,7 @@ def nodes_of(cluster: Cluster, job: str) -> list[str]:
 
 
 def test_unfit_node_is_excluded(cluster: Cluster, folds: Path, tmp_path: Path):
-    """A node has too few GPUs; the job is requeued without it and ends with a user error."""
+    """A node has too few GPUs; the job is requeued without it and trains."""
     driver = tmp_path / "bin" / "nvidia-smi"
     driver.parent.mkdir()
     driver.write_text(
@@ -141,23 +141,44 @@ def test_unfit_node_is_excluded(cluster: Cluster, folds: Path, tmp_path: Path):
     driver.chmod(0o755)
     path = f"{driver.parent}:{os.environ['PATH']}"
     env = {**JOB, "PATH": path, "EXCLUDE_BAD_NODES": "1"}
-    wrong = [*words(folds, tmp_path / "save"), "--tensor-model-parallel-size", "3"]
-    job = cluster.submit(*SMALLER, SCRIPT, *wrong, cwd=tmp_path, env=env)
-    assert cluster.wait(job) == "FAILED"
+    short = [*words(folds, tmp_path / "save"), *TP2, "--train-iters", 3]
+    job = cluster.submit(*SMALLER, SCRIPT, *short, cwd=tmp_path, env=env)
+    state = cluster.wait(job)
     log = (tmp_path / f"run_{job}.log").read_text()
+    assert state == "COMPLETED", log
     assert "preflight: n0: 1 of 2 GPUs" in log and "excluding n0 and requeueing" in log
-    assert "preflight: 2 nodes passed" in log and "tensor_model_parallel_size 3" in log
+    assert "preflight: 2 nodes passed" in log
     assert nodes_of(cluster, job) == ["n1", "n2"]
 
 
 def test_user_errors_are_not_requeued(cluster: Cluster, folds: Path, tmp_path: Path):
     env = {**JOB, "PREFLIGHT": "0"}
-    wrong = [*words(folds, tmp_path / "save"), "--tensor-model-parallel-size", "3"]
+    save = tmp_path / "save"
+    wrong = [*words(folds, save), "--tensor-model-parallel-size", "3"]
     job = cluster.submit(*SMALLER, SCRIPT, *wrong, cwd=tmp_path, env=env)
     assert cluster.wait(job) == "FAILED"
     log = (tmp_path / f"run_{job}.log").read_text()
-    assert "tensor_model_parallel_size 3" in log and "not fixed by a requeue" in log
-    assert cluster.state(job) == "FAILED" and "Traceback" not in log
+    assert "error: 8 processes are not divisible by tensor 3" in log and "Traceback" not in log
+    assert "not fixed by a requeue" in log and not list(save.glob("logs/*/rank_*.log"))
+    end = json.loads((save / "requeues.jsonl").read_text())
+    assert end["exit code"] == 2 and end["cause"].startswith("8 processes are not divisible by")
+
+
+def test_a_job_with_more_nodes_than_its_layout_can_use(
+    cluster: Cluster, folds: Path, tmp_path: Path
+):
+    """6 ranks cannot divide a global batch of 4; 4 ranks on two of the nodes can."""
+    few = ["--nodes=3", "--ntasks-per-node=2", "--cpus-per-task=1", "--mem=100", "--job-name=run"]
+    few += ["--gpus-per-node=2"]
+    save = tmp_path / "save"
+    run = [*words(folds, save), "--train-iters", 3]
+    job = cluster.submit(*few, SCRIPT, *run, cwd=tmp_path, env={**JOB, "PREFLIGHT": "0"})
+    state = cluster.wait(job)
+    log = (tmp_path / f"run_{job}.log").read_text()
+    assert state == "COMPLETED", log
+    assert "warning: 2 of 3 nodes are used, with data-parallel size 4; n2 stays idle" in log
+    assert "4 tasks on n[0-1]" in log and "4 process(es) by srun" in log
+    assert list(history(save)) == [1, 2, 3]
 
 
 def ends_at(*iterations: int) -> list[dict[str, object]]:
