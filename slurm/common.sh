@@ -106,9 +106,7 @@ set_master() {
 # choose_nodes ARGUMENTS...: check the run once, where its error is seen, before any rank starts. Sets
 # RANK_NODES to those of NODES that the layout can use, and CPUS_PER_TASK.
 choose_nodes() {
-    local code=0 file="$LOGS/rank_nodes" cpus=${SLURM_JOB_CPUS_PER_NODE:-}
-    # Slurm counts hardware threads that such a job may not use.
-    [[ -z "${SLURM_HINT:-}${SLURM_THREADS_PER_CORE:-}" ]] || cpus=""
+    local code=0 file="$LOGS/rank_nodes"
     RANK_NODES=("${NODES[@]}") CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
     rm -f "$file"
     # As a step, so that a container of SRUN_FLAGS is the one of the ranks.
@@ -117,7 +115,7 @@ choose_nodes() {
         --cpus-per-task="$CPUS_PER_TASK" ${SRUN_FLAGS:-} ${RUN_IN:-} \
         "$PYTHON" "$MEGATRON_LLMJP/slurm/choose_nodes.py" --output "$file" \
         --nodes "$(join "${NODES[@]}")" --tasks-per-node "$TASKS_PER_NODE" \
-        --cpus-per-task "$CPUS_PER_TASK" --cpus-per-node "$cpus" -- "$@" \
+        --cpus-per-task "$CPUS_PER_TASK" --cpus-per-node "${SLURM_JOB_CPUS_PER_NODE:-}" -- "$@" \
         2> "$LOGS/start.log" || code=$?
     cat "$LOGS/start.log" >&2
     ! grep -q '^error:' "$LOGS/start.log" || end_job "$code"
