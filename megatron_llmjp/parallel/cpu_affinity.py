@@ -38,14 +38,15 @@ def assign_cpus(ranks: Sequence[LocalRank], sysfs: Path = SYSFS) -> dict[int, fr
         sysfs: where the kernel describes the machine.
 
     Returns:
-        The CPUs of each rank; empty if the machine does not say which CPUs are next to a GPU, if
-        none of these is allowed, if there are fewer cores than ranks, or if the ranks are already
-        bound to CPUs of their own next to their GPUs.
+        The CPUs of each rank; empty if nothing should change: the machine does not say which CPUs
+        are next to a GPU, none of these is allowed, there are fewer cores than ranks, or the ranks
+        are already bound, each to CPUs of its own, and these are next to their GPUs or more than
+        twice as many.
     """
     allowed = frozenset[int]().union(*(rank.cpus for rank in ranks))
     near = {rank.rank: local_cpus(rank.pci_address, sysfs) & allowed for rank in ranks}
-    are_near = all(rank.cpus <= near[rank.rank] for rank in ranks)
-    if are_near and sum(len(rank.cpus) for rank in ranks) == len(allowed):
+    are_bound = sum(len(rank.cpus) for rank in ranks) == len(allowed)
+    if are_bound and all(rank.cpus <= near[rank.rank] for rank in ranks):
         return {}
     found: dict[int, frozenset[int]] = {}
     for cpus in set(near.values()):
@@ -56,6 +57,9 @@ def assign_cpus(ranks: Sequence[LocalRank], sysfs: Path = SYSFS) -> dict[int, fr
         for place, rank in enumerate(sharing):
             first, end = (len(cores) * n // len(sharing) for n in (place, place + 1))
             found[rank] = frozenset[int]().union(*cores[first:end])
+    # The job may have most of its CPUs in one socket: a few near ones are worse than many others.
+    if are_bound and any(2 * len(found[rank.rank]) < len(rank.cpus) for rank in ranks):
+        return {}
     return found
 
 

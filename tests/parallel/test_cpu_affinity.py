@@ -80,6 +80,10 @@ def test_nothing_changes_without_information(sysfs: Path):
     assert assign_cpus(ranks("0-31", "0-31", addresses=[ADDRESSES[0], "0000:ff:00.0"]), sysfs) == {}
     assert assign_cpus(ranks("8-15", "8-15"), sysfs) == {}  # no core next to the GPUs is allowed
     assert assign_cpus(ranks("0", "0", "0"), sysfs) == {}  # fewer cores than ranks
+    first = [ADDRESSES[0], ADDRESSES[4]]
+    assert assign_cpus(ranks("0-3", "4-8", addresses=first), sysfs) == {}  # one core in socket 1
+    assert shown(assign_cpus(ranks("0-4", "5-9", addresses=first), sysfs)) == []  # two of five
+    assert shown(assign_cpus(ranks("0-4", "5-11", addresses=first), sysfs)) == ["0-7", "8-11"]
     describe(sysfs, ADDRESSES[0], node=-1, cpus="0-31")  # a virtual machine
     assert local_cpus(ADDRESSES[0], sysfs) == frozenset()
     assert assign_cpus(ranks("0-31", "0-31"), sysfs) == {}
