@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_llmjp.alerts.run_end import alert_end, hang_report_version, ranks_are_supervised
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint import run_lock as locks
 from megatron_llmjp.checkpoint.resume import add_stored_config
@@ -55,6 +56,8 @@ from megatron_llmjp.retrying_file import protect_standard_streams
 from megatron_llmjp.run import Run, resolve_run
 from megatron_llmjp.start_checks import check_start, overlap_warnings
 
+KNOWN_ERRORS = (DataError, RunError, UserError)
+"""Errors whose message says everything."""
 PEER_FAILURE_DELAY_SECONDS = 8.0
 """Delay of a rank that fails because a peer exited, so that the cause is printed first."""
 
@@ -220,7 +223,11 @@ def _start_ranks(command: Command, argv: Sequence[str]) -> int:
     """Start this program with the same arguments once per rank."""
     processes = command.processes or 1
     check_start(resolve_run(command.config, processes))
-    return launch([sys.executable, str(Path(sys.argv[0]).resolve()), *argv], processes)
+    save = command.config.checkpoint.save
+    before = hang_report_version(save)
+    code = launch([sys.executable, str(Path(sys.argv[0]).resolve()), *argv], processes)
+    alert_end(command.config, code, has_hung=lambda: hang_report_version(save) != before)
+    return code
 
 
 def _run_rank(run: Run, ranks: Ranks, start_warnings: Sequence[str]) -> int:
@@ -241,21 +248,26 @@ def _run_rank(run: Run, ranks: Ranks, start_warnings: Sequence[str]) -> int:
         code = train(run, ranks, device, requests)
         if code == EXIT_DONE and ranks.is_first:
             write_report_at_end(run.config.checkpoint.save)
+        _alert_end(run, ranks, code)
         return code
     except UserError as error:
         _print_error(error, ranks)
+        _alert_end(run, ranks, EXIT_USER_ERROR, error)
         return _exit_now(EXIT_USER_ERROR)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        _alert_end(run, ranks, EXIT_USER_ERROR, error)
         return _exit_now(EXIT_USER_ERROR)
     except RunError as error:
         _print_error(error, ranks)
+        _alert_end(run, ranks, EXIT_FAILURE, error)
         return _exit_now(EXIT_FAILURE)
     except Exception as error:
         if _is_consequence(error):
             time.sleep(PEER_FAILURE_DELAY_SECONDS)
         where = f"rank {ranks.rank} of {ranks.world_size}"
         print(f"error: {where}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        _alert_end(run, ranks, EXIT_FAILURE, error)
         return _exit_now(EXIT_FAILURE)
 
 
@@ -273,6 +285,15 @@ def _print_error(error: Exception, ranks: Ranks | None) -> None:
         time.sleep(PEER_FAILURE_DELAY_SECONDS)
         where = f"rank {ranks.rank} on {socket.gethostname()}: "
     print(f"error: {where}{error}", file=sys.stderr, flush=True)
+
+
+def _alert_end(run: Run, ranks: Ranks, code: int, error: Exception | None = None) -> None:
+    """Send the alert at the end of the run from this rank, unless its supervisor sends it."""
+    knows_more = isinstance(error, DataError)  # known to the rank that read the data
+    if (ranks.is_first or knows_more) and not ranks_are_supervised(ranks.launcher):
+        kind = "" if error is None or isinstance(error, KNOWN_ERRORS) else type(error).__name__
+        message = ": ".join(part for part in (kind, str(error or "")) if part)
+        alert_end(run.config, code, message)
 
 
 def _print_warnings(texts: Iterable[str]) -> None:

@@ -35,6 +35,7 @@ LAYERS = [
     {"run"},
     {"estimate"},
     {"report"},
+    {"alerts"},
     {"start_checks"},
     {"training"},
     {"planning"},
@@ -54,6 +55,7 @@ WITHOUT_TORCH = [
     "megatron_llmjp.convert.cli",
     "data_tools.preprocess_data",
     "data_tools.plan_folds",
+    "slurm.alert",
     "slurm.requeue",
 ]
 

@@ -70,6 +70,8 @@ METAVARS = {
     "wandb_project": "NAME",
     "wandb_entity": "NAME",
     "wandb_exp_name": "NAME",
+    "alert_webhook": "URL",
+    "alert_command": "COMMAND",
 }
 """Placeholders in ``--help`` for the values of text fields that are not paths."""
 

@@ -33,6 +33,9 @@ EQUIVALENT_UNITS: tuple[tuple[str, ...], ...] = (
 )
 """Fields of one length in different units: a later layer's unit replaces an earlier one's."""
 
+FLAG_ONLY = ("alert_command",)
+"""Fields that are refused in files: nothing that comes from a file is executed."""
+
 
 @dataclass
 class ConfigLayers:
@@ -208,6 +211,10 @@ def _add_section(layers: ConfigLayers, section: str, fields: Any, written: YamlD
     problems = ErrorCollector()
     for name, value in fields.items():
         where = written.where((section, name))
+        if name in FLAG_ONLY and section == SECTION_OF[name]:
+            flag = f"--{name.replace('_', '-')}"
+            problems.lines.append(f"{where}: {name} is executed: pass it as {flag}, not in a file")
+            continue
         if name in SECTIONS[section].model_fields:
             layers.set(name, value, where)
             continue

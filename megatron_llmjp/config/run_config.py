@@ -10,6 +10,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    SecretStr,
     field_validator,
 )
 
@@ -222,6 +223,18 @@ class LoggingConfig(Section):
     wandb_entity: str | None = Field(None, description="Weights & Biases user or team")
     wandb_exp_name: str | None = Field(
         None, description="Weights & Biases name of the run; default: name of the save folder"
+    )
+    alert_webhook: SecretStr | None = Field(
+        None,
+        exclude=True,
+        description="URL that receives each alert as a POST request with JSON; not stored with "
+        "the run. MEGATRON_LLMJP_ALERT_WEBHOOK keeps it out of the command line",
+    )
+    alert_command: SecretStr | None = Field(
+        None,
+        exclude=True,
+        description="shell command that receives each alert as JSON on its standard input; not "
+        "stored with the run, and refused in files",
     )
     gpu_peak_tflops: float | None = Field(
         None,

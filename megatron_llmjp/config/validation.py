@@ -54,12 +54,18 @@ def check_config(config: Config, world_size: int) -> None:
     Raises:
         UserError: one line for each violated rule.
     """
-    rules = (_model, _precision, _units, _rates, _weight_decay, _folders, _tokenizer)
+    rules = (_model, _precision, _units, _rates, _weight_decay, _folders, _tokenizer, _alerts)
     problems = [*layout_problems(config, world_size)]
     for rule in rules:
         problems += rule(config)
     if problems:
         raise UserError("\n".join(problems))
+
+
+def _alerts(config: Config) -> Iterator[str]:
+    webhook = config.logging.alert_webhook
+    if webhook and not webhook.get_secret_value().startswith(("http://", "https://")):
+        yield "alert_webhook must be a URL that starts with https:// or http://"
 
 
 def _precision(config: Config) -> Iterator[str]:

@@ -122,13 +122,15 @@ def find_state(found: Evidence) -> StateAndReason:
     is_done = outcome == "done" or (outcome is None and found.all_done)
     if process is None and is_done:
         return StateAndReason("finished", "all iterations are done")
-    if found.job_end is not None and (job is None or job.has_ended):
-        ended = _ended_job(found.job_end, job)
+    # If the newest job has not recorded its end, the last record is that of an earlier one.
+    job_end = found.job_end if job is None or job.has_ended else None
+    if job_end is not None:
+        ended = _ended_job(job_end, job)
         if ended is not None:
             return ended
     if process is not None:
         return StateAndReason("dead", f"{process.name} was killed, or its machine is down")
-    return _ended_process(found.end, found.job_end)
+    return _ended_process(found.end, job_end)
 
 
 def _live(process: ProcessEvidence, job: JobEvidence | None) -> StateAndReason:

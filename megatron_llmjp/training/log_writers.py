@@ -25,6 +25,8 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import scalar, text
 
+from megatron_llmjp.alerts.destinations import find_destinations
+from megatron_llmjp.alerts.sender import AlertSender
 from megatron_llmjp.config.loading import dump_config
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.errors import UserError
@@ -39,6 +41,7 @@ from megatron_llmjp.metric_registry import (
     log_line_parts,
 )
 from megatron_llmjp.retrying_file import RetryingFile
+from megatron_llmjp.training.alerts import AlertWriter
 
 EVENT_FILE_VERSION = "brain.Event:2"
 """Version of the event file format."""
@@ -140,6 +143,8 @@ class MetricsWriters:
             self._writers.append(TensorboardWriter(events, config))
         if config.logging.wandb_project:
             self._attempt(WandbWriter.__name__, lambda: self._writers.append(WandbWriter(config)))
+        if destinations := find_destinations(config.logging):
+            self._writers.append(AlertWriter(AlertSender(destinations), save))
 
     def write(self, record: MetricsRecord) -> None:
         """Write a record to all destinations."""

@@ -25,15 +25,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_llmjp.alerts.run_end import alert_end, ranks_are_supervised
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.errors import EXIT_FAILURE
 from megatron_llmjp.filesystem import write_atomically
 from megatron_llmjp.parallel.process_groups import RankSync
 from megatron_llmjp.parallel.ranks import Ranks
-from megatron_llmjp.report.jobs import HANG_FOLDER, HANG_REPORT, HANG_SUSPECTS
+from megatron_llmjp.report.jobs import HANG_FOLDER, HANG_MESSAGE, HANG_REPORT, HANG_SUSPECTS
 from megatron_llmjp.training.hang_report import (
     HeartbeatExchange,
     Phase,
@@ -98,6 +100,7 @@ class Watchdog:
         minutes: float,
         logs: Path | None,
         on_gpu: bool = False,
+        alert: Callable[[str], object] | None = None,
     ) -> None:
         """Create a watchdog with its own connections to ``store``.
 
@@ -108,8 +111,10 @@ class Watchdog:
             minutes: time without progress of any rank after which the run ends; 0 to disable.
             logs: folder for the stacks; None to write none.
             on_gpu: whether the ranks train on GPUs.
+            alert: receives the report of a hang, on one rank.
         """
         self._store = _own_connection(store)
+        self._alert = alert
         self._rank, self._world_size, self._logs = rank, world_size, logs
         self._timer = HangTimer(60 * minutes)
         self._main = threading.get_ident()
@@ -177,12 +182,14 @@ class Watchdog:
 
     def _print_report(self, ranks: list[str]) -> None:
         minutes = f"{self._timer.limit / 60:g} minutes"
-        lines = [f"error: no progress for {minutes} at iteration {self._phase.iteration}", *ranks]
+        lines = [f"error: {HANG_MESSAGE}{minutes} at iteration {self._phase.iteration}", *ranks]
         if self._logs is not None:
             lines.append(f"stacks of all responding ranks: {self._logs}")
         text = "\n".join(lines)
         print(text, file=sys.stderr, flush=True)
         self._log(lambda logs: (logs / Path(HANG_REPORT).name).write_text(f"{text}\n"))
+        if self._alert is not None:
+            self._alert("; ".join(lines[:2]).removeprefix("error: "))
 
     def _write_suspects(self, states: list[RankState]) -> None:
         """Write the ranks to check first, for the job script that may leave out their nodes."""
@@ -290,7 +297,10 @@ def hang_detection(
         minutes = TIMEOUT_FRACTION * config.parallel.distributed_timeout_minutes
     save = config.checkpoint.save
     logs = Path(save) / HANG_FOLDER if save is not None and not config.training.eval_only else None
-    watchdog = Watchdog(store, ranks.rank, ranks.world_size, minutes, logs, on_gpu)
+    alert = None
+    if not ranks_are_supervised(ranks.launcher):
+        alert = partial(alert_end, config, EXIT_FAILURE, has_hung=lambda: True)
+    watchdog = Watchdog(store, ranks.rank, ranks.world_size, minutes, logs, on_gpu, alert)
     watchdog.start()
     yield watchdog
     # Not after an error: closing would wait for other ranks, which may have exited.

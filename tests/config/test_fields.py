@@ -167,6 +167,8 @@ log_params_norm bool True
 wandb_project str None
 wandb_entity str None
 wandb_exp_name str None
+alert_webhook str None
+alert_command str None
 gpu_peak_tflops float None >0
 """
 """Name, type or choices, default, and limits; a default of None makes a field optional."""

@@ -24,6 +24,7 @@ from megatron_llmjp.config.loading import (
     read_config,
     replace_fields,
 )
+from megatron_llmjp.report.run_state import EXIT_CODES
 from megatron_llmjp.report.status import read_status
 from megatron_llmjp.report.status_table import format_status
 from slurm import requeue
@@ -148,12 +149,18 @@ def save_of(path: Path) -> Path:
     return next(parent for parent in path.parents if parent.name == "save")
 
 
+def status_main(words: list[str]) -> int:
+    """Run run_status, whose exit code is the state of the run."""
+    code = run_status.main(words)
+    return 0 if code in EXIT_CODES.values() else code
+
+
 def report(path: Path) -> None:
     """Read a run in every way that does not train."""
     save = save_of(path)
-    run_main(run_status.main, save, save)
+    run_main(status_main, save, save)
     format_status(read_status(save)).encode()
-    json.loads(run_main(run_status.main, save, "--json"))
+    json.loads(run_main(status_main, save, "--json"))
     check_save_folder(save)
     read_owner(save)
     if path.name != RECORD:

@@ -1,0 +1,1 @@
+"""Alerts on the events of a run, to a webhook or a command; without torch."""
