@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_llmjp.report.status import read_status
 from slurm.preflight import find_unfit_nodes
 from slurm.requeue import MAX_FRUITLESS_STARTS, decide
 from slurm.requeue import main as requeue_main
@@ -162,6 +163,26 @@ def test_user_errors_are_not_requeued(cluster: Cluster, folds: Path, tmp_path: P
     assert "not fixed by a requeue" in log and not list(save.glob("logs/*/rank_*.log"))
     end = json.loads((save / "requeues.jsonl").read_text())
     assert end["exit code"] == 2 and end["cause"].startswith("8 processes are not divisible by")
+
+
+def test_the_error_of_another_rank_is_printed(cluster: Cluster, folds: Path, tmp_path: Path):
+    """Rank 1 fails, and Slurm ends rank 0 before it prints anything: the ranks are replaced."""
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\ncase "$1" in *pretrain_gpt.py) ;; *) exec {sys.executable} "$@" ;; esac\n'
+        '[ "$SLURM_PROCID" = 1 ] || exec sleep 600\n'
+        "echo 'error: shard 7 is truncated\n  copy it again'; exit 2\n"
+    )
+    python.chmod(0o755)
+    save, env = tmp_path / "save", {**JOB, "PREFLIGHT": "0", "PYTHON": str(python)}
+    one = [*SMALLER, "--ntasks-per-node=1"]
+    job = cluster.submit(*one, SCRIPT, *words(folds, save), cwd=tmp_path, env=env)
+    assert cluster.wait(job) == "FAILED"
+    log = (tmp_path / f"run_{job}.log").read_text()
+    assert "rank_0001.log:\nerror: shard 7 is truncated\n  copy it again\n" in log
+    end = json.loads((save / "requeues.jsonl").read_text())
+    assert [end["exit code"], end["cause"]] == [2, "shard 7 is truncated"]
+    assert "shard 7 is truncated" in read_status(save).why
 
 
 def test_a_job_with_more_nodes_than_its_layout_can_use(
