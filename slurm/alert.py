@@ -15,7 +15,8 @@ from megatron_llmjp.alerts.delivery import Alert, deliver
 from megatron_llmjp.alerts.destinations import destinations_of_arguments
 from megatron_llmjp.alerts.run_end import end_event
 from megatron_llmjp.errors import EXIT_DONE, EXIT_FAILURE, UserError
-from megatron_llmjp.report.jobs import excluded_nodes, read_job_ends
+from megatron_llmjp.report.exclusions import read_exclusions
+from megatron_llmjp.report.jobs import REQUEUE_LOG, excluded_nodes, read_job_ends
 from megatron_llmjp.report.status import read_status
 
 
@@ -29,18 +30,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     destinations = destinations_of_arguments(args.arguments)
     if not destinations:
         return EXIT_DONE
-    alerts = end_alerts(args.save, args.code, _recorded_end(args.save, os.environ))
+    restarted = _unrecorded_exclusions(args.save, os.environ)
+    if restarted:  # the job goes on without these nodes: it has not ended
+        alerts = [Alert("exclusion", f"excluded {_describe(restarted)}", str(args.save))]
+    else:
+        alerts = end_alerts(args.save, args.code, _recorded_end(args.save, os.environ))
     delivered = [deliver(alert, destinations) for alert in alerts]
     return EXIT_DONE if all(delivered) else EXIT_FAILURE
 
 
 def _recorded_end(save: Path, env: Mapping[str, str]) -> Mapping[str, Any] | None:
     """Return the record of the end of this start of the job."""
-    ends = read_job_ends(save)
-    job, restart = env.get("SLURM_JOB_ID") or env.get("PBS_JOBID"), env.get("SLURM_RESTART_COUNT")
-    if ends and ends[-1].get("job") == job and ends[-1].get("restart") == int(restart or 0):
+    ends, restart = read_job_ends(save), env.get("SLURM_RESTART_COUNT")
+    if (
+        ends
+        and ends[-1].get("job") == _job_id(env)
+        and ends[-1].get("restart") == int(restart or 0)
+    ):
         return ends[-1]
     return None
+
+
+def _job_id(env: Mapping[str, str]) -> str | None:
+    return env.get("SLURM_JOB_ID") or env.get("PBS_JOBID")
+
+
+def _unrecorded_exclusions(save: Path, env: Mapping[str, str]) -> dict[str, str]:
+    """Return the nodes that the job excluded since the last record of an end, with reasons."""
+    try:
+        last_end = (save / REQUEUE_LOG).stat().st_mtime
+    except OSError:
+        last_end = 0.0
+    found = [one for one in read_exclusions(save) if one.job == _job_id(env)]
+    return {one.node: one.reason for one in found if one.time > last_end}
+
+
+def _describe(nodes: Mapping[str, str]) -> str:
+    return "; ".join(f"{node}: {reason or 'unknown'}" for node, reason in nodes.items())
 
 
 def end_alerts(save: Path, code: int, record: Mapping[str, Any] | None) -> list[Alert]:
@@ -60,8 +86,7 @@ def end_alerts(save: Path, code: int, record: Mapping[str, Any] | None) -> list[
     if record is not None:
         nodes = excluded_nodes([record])
         if nodes:
-            texts = [f"{node}: {reason or 'unknown'}" for node, reason in nodes.items()]
-            alerts.append(Alert("exclusion", f"excluded {'; '.join(texts)}", str(save)))
+            alerts.append(Alert("exclusion", f"excluded {_describe(nodes)}", str(save)))
         cause = record.get("cause")
         why = str(record.get("why")) + (f"; first error: {cause}" if cause else "")
     message = f"exit code {code}: {why}" if why else f"exit code {code}"

@@ -58,6 +58,7 @@ pretrain() {
     [[ -n "${SLURM_JOB_ID:-}" ]] || fail "submit this script with sbatch $0 ..., or add --estimate"
     SAVE=$(value_of --save "$@") DEVICE=$(value_of --device "$@")
     [[ -n "$SAVE" ]] || fail "--save DIR is required: a requeued job resumes from it"
+    ARGUMENTS=("$@")
     "$PYTHON" "$MEGATRON_LLMJP/slurm/check_save.py" "$SAVE" || exit
     LOGS="$SAVE/logs/job${SLURM_JOB_ID}_${SLURM_RESTART_COUNT:-0}"
     mkdir -p "$LOGS"
@@ -92,6 +93,7 @@ set_environment() {
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
     export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True}
     export NCCL_DEBUG=${NCCL_DEBUG:-WARN} PYTHONFAULTHANDLER=1 PYTHONUNBUFFERED=1
+    export MEGATRON_LLMJP_ALERTS_BY_JOB=1 # this script sends the alert at the end of the ranks
     ulimit -Sn "$(ulimit -Hn)"
 }
 
@@ -145,6 +147,7 @@ preflight() {
         exclude "$(<"$LOGS/preflight/bad_nodes")"
     fi
     log "error: preflight failed; see $LOGS/preflight (PREFLIGHT=0 skips it)" >&2
+    alert 1
     exit 1
 }
 
@@ -192,10 +195,19 @@ run_ranks() {
 
 # end_job CODE: record this end of the job with its first cause, and exit or requeue the job.
 end_job() {
-    "$PYTHON" "$MEGATRON_LLMJP/slurm/requeue.py" --save "$SAVE" --code "$1" --logs "$LOGS" || exit "$1"
+    local next=0
+    "$PYTHON" "$MEGATRON_LLMJP/slurm/requeue.py" --save "$SAVE" --code "$1" --logs "$LOGS" || next=$?
+    alert "$1"
+    ((next == 0)) || exit "$1"
     (($1 == 3)) || wait_for_lost_nodes
     scontrol requeue "$SLURM_JOB_ID"
     sleep infinity # until Slurm ends the job
+}
+
+# alert CODE: send the alerts of this end of the job, if the run has any configured.
+alert() {
+    timeout 90 "$PYTHON" "$MEGATRON_LLMJP/slurm/alert.py" --save "$SAVE" --code "$1" \
+        -- "${ARGUMENTS[@]}" || true
 }
 
 # first_code DEFAULT: print the exit code of the first failed task according to srun's messages, or

@@ -92,8 +92,10 @@ def read_job_ends(folder: Path) -> list[dict[str, Any]]:
 
 
 def find_end(job: JobFolder, ends: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """Return the last record of the end of a job's start."""
+    """Return the last record of the end of a job's start, without restarts within the job."""
     for record in reversed(ends):
+        if record.get("in this job"):
+            continue
         # PBS appends the name of its server to the id.
         if (
             str(record.get("job")).partition(".")[0] == job.job

@@ -265,6 +265,20 @@ def test_a_job(code, record, events, webhook, save, monkeypatch):
         assert webhook.received[0]["message"] == "excluded n3: slow"
 
 
+def test_a_job_that_goes_on_without_a_node(webhook, save, monkeypatch):
+    """After a failed preflight, nodes are excluded within the job, whose end is not recorded."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    (save / "requeues.jsonl").write_text(json.dumps({"job": "7", "restart": 0, "why": "x"}) + "\n")
+    log = save / "exclusions.jsonl"
+    for node, age in (("n1", 9), ("n2", -9)):
+        entry = {"node": node, "reason": "slow", "job": "7", "time": time.time() - age}
+        with log.open("a") as stream:
+            stream.write(json.dumps(entry) + "\n")
+    flags = [*MODEL, "--alert-webhook", webhook.url]
+    assert job_alert.main(["--save", str(save), "--code", "1", "--", *flags]) == 0
+    assert [alert["text"] for alert in webhook.received] == ["run: exclusion: excluded n2: slow"]
+
+
 def test_a_job_without_alerts_sends_none(webhook, save):
     assert job_alert.main(["--save", str(save), "--code", "1", "--", *MODEL]) == 0
     assert webhook.received == []
