@@ -42,6 +42,7 @@ from megatron_llmjp.estimate.run_estimate import (
     run_length_without_data,
 )
 from megatron_llmjp.placeholders import substitute_missing
+from megatron_llmjp.report.job_history import observe_jobs
 from megatron_llmjp.run import resolve_run
 from megatron_llmjp.run_data import (
     ResolvedData,
@@ -140,7 +141,9 @@ def print_estimate(command: Command) -> int:
         return EXIT_DONE if found else EXIT_USER_ERROR
     check_config(config, machine.world_size)
     run = _resolve(config, machine.world_size, planned.tokenizer_is_placeholder)
-    estimate = estimate_run(run.config, machine, run.length)
+    save = config.checkpoint.save
+    observed = observe_jobs(Path(save)) if save else None
+    estimate = estimate_run(run.config, machine, run.length, observed)
     print(format_estimate(estimate, machine.mfu, command.config_name), flush=True)
     print(f"\n{_build_on_meta(estimate)}", flush=True)
     for note in (*planned.notes, *run.notes):

@@ -196,7 +196,8 @@ run_ranks() {
 # end_job CODE: record this end of the job with its first cause, and exit or requeue the job.
 end_job() {
     local next=0
-    "$PYTHON" "$MEGATRON_LLMJP/slurm/requeue.py" --save "$SAVE" --code "$1" --logs "$LOGS" || next=$?
+    "$PYTHON" "$MEGATRON_LLMJP/slurm/requeue.py" --save "$SAVE" --code "$1" --logs "$LOGS" \
+        --seconds "$SECONDS" || next=$?
     alert "$1"
     ((next == 0)) || exit "$1"
     (($1 == 3)) || wait_for_lost_nodes

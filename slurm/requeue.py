@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--save", type=Path, required=True, help="folder of the checkpoints")
     parser.add_argument("--code", type=int, required=True, help="exit code of the ranks")
     parser.add_argument("--logs", type=Path, help="folder of the logs of this start")
+    parser.add_argument("--seconds", type=int, help="how long the job ran")
     args = parser.parse_args(argv)
     cause = _print_cause(args.logs) if args.code not in (EXIT_DONE, EXIT_REQUEUE) else None
     path = args.save / HISTORY
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
         "job": os.environ.get("SLURM_JOB_ID"),
         "restart": int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+        "seconds": args.seconds,
         "exit code": args.code,
         "iteration": iteration,
         "requeued": requeue,

@@ -10,8 +10,19 @@ from typing import Any
 from megatron_llmjp.arguments import parse_size
 from megatron_llmjp.errors import UserError
 
-DEFAULTS: dict[str, Any] = {"gpu": "H100", "gpu_memory": None, "gpus_per_node": 8, "mfu": 0.38}
+DEFAULTS: dict[str, Any] = {
+    "gpu": "H100",
+    "gpu_memory": None,
+    "gpus_per_node": 8,
+    "mfu": 0.38,
+    "mtbf_hours": None,
+    "restart_minutes": 10.0,
+    "queue_minutes": 5.0,
+    "write_bandwidth": None,
+}
 """Default values, by argument."""
+POSITIVE = ("mtbf_hours",)
+NOT_NEGATIVE = ("restart_minutes", "queue_minutes")
 
 
 @dataclass(frozen=True)
@@ -24,6 +35,14 @@ class PlannedMachine:
     """In bytes; None for the memory of the GPU type."""
     gpus_per_node: int
     mfu: float
+    mtbf_hours: float | None = None
+    """Mean time between failures of the job; None for the published one or the run's own."""
+    restart_minutes: float = 10.0
+    """From the start of a job to its first step."""
+    queue_minutes: float = 5.0
+    """From the end of a job to the start of the next one."""
+    write_bandwidth: float | None = None
+    """Of the file system of the checkpoints, in bytes per second; None for 1 GB/s per node."""
 
 
 def add_machine_flags(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +59,31 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--gpus-per-node", type=int, metavar="N", help="GPUs per node (default: 8)")
     add("--mfu", type=float, metavar="X", help="assumed model FLOPs utilization (default: 0.38)")
+    add(
+        "--mtbf-hours",
+        type=float,
+        metavar="X",
+        help="mean time between failures of the job (default: of Llama 3, scaled to the number of "
+        "GPUs, and of the run in --save)",
+    )
+    add(
+        "--restart-minutes",
+        type=float,
+        metavar="X",
+        help="time from the start of a job to its first step (default: 10)",
+    )
+    add(
+        "--queue-minutes",
+        type=float,
+        metavar="X",
+        help="time from the end of a job to the start of the next one (default: 5)",
+    )
+    add(
+        "--write-bandwidth",
+        metavar="SIZE",
+        help="bytes per second that the file system of --save writes, such as 50GB (default: 1GB "
+        "per node)",
+    )
 
 
 def machine_flags(arguments: Mapping[str, Any]) -> list[str]:
@@ -85,15 +129,37 @@ def planned_machine(
         problems.append(f"--mfu {given['mfu']}: expected a fraction of the peak, such as 0.38")
     if given["gpus_per_node"] < 1:
         problems.append(f"--gpus-per-node {given['gpus_per_node']}: at least 1 GPU is needed")
-    memory = None
-    if given["gpu_memory"] is not None:
-        try:
-            memory = parse_size(given["gpu_memory"], default_unit="G")
-        except ValueError:
-            memory = 0.0
-        if not memory:
-            text = given["gpu_memory"]
-            problems.append(f"--gpu-memory {text}: expected a size such as 40GB or 80GiB")
+    for name in (*POSITIVE, *NOT_NEGATIVE):
+        value, flag_name = given[name], f"--{name.replace('_', '-')}"
+        # NaN is neither.
+        if value is not None and not (value > 0 or (value == 0 and name in NOT_NEGATIVE)):
+            problems.append(f"{flag_name} {value}: expected a positive number")
+    memory = _size(given, "gpu_memory", "40GB or 80GiB", problems)
+    bandwidth = _size(given, "write_bandwidth", "50GB, the bytes per second", problems)
     if problems or world_size is None:
         raise UserError("\n".join(problems))
-    return PlannedMachine(world_size, given["gpu"], memory, given["gpus_per_node"], given["mfu"])
+    return PlannedMachine(
+        world_size,
+        given["gpu"],
+        memory,
+        given["gpus_per_node"],
+        given["mfu"],
+        given["mtbf_hours"],
+        given["restart_minutes"],
+        given["queue_minutes"],
+        bandwidth,
+    )
+
+
+def _size(given: Mapping[str, Any], name: str, example: str, problems: list[str]) -> float | None:
+    """Return a size in bytes; add a problem if it is not one."""
+    text = given[name]
+    if text is None:
+        return None
+    try:
+        size = parse_size(text, default_unit="G")
+    except ValueError:
+        size = 0.0
+    if not size:
+        problems.append(f"--{name.replace('_', '-')} {text}: expected a size such as {example}")
+    return size

@@ -12,11 +12,18 @@ from megatron_llmjp.data.batch_size import BatchSizeSchedule, last_iteration
 from megatron_llmjp.data.lr_schedule import length_in_iterations
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.estimate.checkpoints import (
+    CheckpointCounts,
     checkpoint_bytes,
     count_checkpoints,
     rank_save_bytes,
 )
 from megatron_llmjp.estimate.communication import CommunicationVolume, communication_volume
+from megatron_llmjp.estimate.failure_report import (
+    FailureForecast,
+    forecast_failures,
+    format_failures,
+)
+from megatron_llmjp.estimate.failures import ObservedJobs
 from megatron_llmjp.estimate.flops import compute_dtype, step_flops, tflops_per_device
 from megatron_llmjp.estimate.gpus import find_gpu, gpu_memory, peak_tflops
 from megatron_llmjp.estimate.layout import ModelChunk, ParallelLayout, make_layout
@@ -70,8 +77,17 @@ class RunEstimate:
     """Of one rank of each stage."""
     step_seconds: float
     """Of a full batch, at the assumed MFU."""
+    failures: FailureForecast
     length: RunLength | None = None
     """None if the configuration does not determine it."""
+
+    @property
+    def seconds(self) -> float | None:
+        """Duration of the run without saves and failures; None if its length is unknown."""
+        if self.length is None:
+            return None
+        batches = self.length.samples / self.config.training.global_batch_size
+        return batches * self.step_seconds
 
     @property
     def worst_stage(self) -> int:
@@ -90,9 +106,18 @@ class RunEstimate:
 
 
 def estimate_run(
-    config: Config, machine: PlannedMachine, length: RunLength | None = None
+    config: Config,
+    machine: PlannedMachine,
+    length: RunLength | None = None,
+    observed: ObservedJobs | None = None,
 ) -> RunEstimate:
     """Estimate a run on a machine.
+
+    Args:
+        config: the run's configuration.
+        machine: GPUs, file system and failures.
+        length: length of the run.
+        observed: the run's jobs so far.
 
     Raises:
         UserError: the layout is impossible, or the GPU is unknown.
@@ -101,14 +126,18 @@ def estimate_run(
     layout = make_layout(config, machine.world_size)
     stages = range(layout.pp)
     flops = step_flops(config, config.training.global_batch_size)
+    parameters = tuple(rank_parameters(config, layout, layout.stages[s]) for s in stages)
+    is_async = config.checkpoint.async_save
+    copied = rank_save_bytes(config, layout, max(parameters)) if is_async else None
     return RunEstimate(
         config=config,
         gpu=gpu,
         layout=layout,
         memory=tuple(rank_memory(config, layout, stage) for stage in stages),
         communication=tuple(communication_volume(config, layout, stage) for stage in stages),
-        parameters=tuple(rank_parameters(config, layout, layout.stages[s]) for s in stages),
+        parameters=parameters,
         step_seconds=flops / (layout.world_size * gpu.peak * machine.mfu),
+        failures=forecast_failures(machine, checkpoint_bytes(config), copied, observed),
         length=length,
     )
 
@@ -170,6 +199,12 @@ def format_estimate(estimate: RunEstimate, mfu: float, name: str | None = None) 
             _memory(estimate),
             _communication(estimate),
             _duration(estimate, mfu, name),
+            format_failures(
+                estimate.failures,
+                estimate.step_seconds,
+                estimate.seconds,
+                _count_checkpoints(estimate).written if estimate.length else 0,
+            ),
         ]
     )
 
@@ -294,24 +329,21 @@ def _duration(estimate: RunEstimate, mfu: float, name: str | None) -> str:
 
 
 def _length(estimate: RunEstimate) -> str:
-    length, config = estimate.length, estimate.config
-    if length is None:
+    length, config, seconds = estimate.length, estimate.config, estimate.seconds
+    if length is None or seconds is None:
         return "unknown length: set --train-iters or --fold-file"
-    days = length.samples / config.training.global_batch_size * estimate.step_seconds
     tokens = length.samples * config.data.seq_length
     return (
         f"{length.iterations:,} steps ({length.source}), {format_count(tokens)} tokens: "
-        f"{days / SECONDS_PER_DAY:,.1f} days"
+        f"{seconds / SECONDS_PER_DAY:,.1f} days"
     )
 
 
 def _checkpoints(estimate: RunEstimate) -> str:
-    config, length = estimate.config, estimate.length
-    size = checkpoint_bytes(config)
-    if length is None:
+    size = checkpoint_bytes(estimate.config)
+    if estimate.length is None:
         return f"{format_bytes(size)} each"
-    seconds = estimate.step_seconds
-    found = count_checkpoints(config, length.iterations, length.fold_ends, seconds)
+    found = _count_checkpoints(estimate)
     if found.written == 1:
         return f"1 x {format_bytes(size)}, at the end"
     others = ", and up to 2 others during the run" if found.kept < found.written else ""
@@ -319,6 +351,13 @@ def _checkpoints(estimate: RunEstimate) -> str:
         f"{found.written:,} x {format_bytes(size)} written, {found.kept:,} kept "
         f"({format_bytes(found.kept * size)}){others}"
     )
+
+
+def _count_checkpoints(estimate: RunEstimate) -> CheckpointCounts:
+    length = estimate.length
+    assert length is not None
+    config, seconds = estimate.config, estimate.step_seconds
+    return count_checkpoints(config, length.iterations, length.fold_ends, seconds)
 
 
 def _saved_by_rank(estimate: RunEstimate) -> str:

@@ -34,7 +34,8 @@ VALUES: dict[str, list[str]] = {
 }  # fmt: skip
 IN_MODE = {
     "--estimate", "--rehearse", "--suggest-layout", "--world-size", "--gpus", "--gpu",
-    "--gpu-memory", "--gpus-per-node", "--mfu",
+    "--gpu-memory", "--gpus-per-node", "--mfu", "--mtbf-hours", "--restart-minutes",
+    "--queue-minutes", "--write-bandwidth",
 }  # fmt: skip
 """Flags of the planned machine, and the modes that need one."""
 MODES = {
@@ -170,6 +171,13 @@ TOGETHER = {
         "--mfu 0.0: expected",
         "--gpus-per-node 0: at least 1 GPU",
         "--gpu-memory 0: expected",
+    ],
+    "--estimate --world-size 8 --mtbf-hours 0 --restart-minutes -1 --queue-minutes nan "
+    "--write-bandwidth fast": [
+        "--mtbf-hours 0.0: expected a positive number",
+        "--restart-minutes -1.0: expected a positive number",
+        "--queue-minutes nan: expected a positive number",
+        "--write-bandwidth fast: expected a size such as 50GB, the bytes per second",
     ],
     "--nproc-per-node two --min-lr low": [
         "argument --nproc-per-node: invalid int value: 'two'",

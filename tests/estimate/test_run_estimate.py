@@ -10,6 +10,8 @@ import pytest
 from megatron_llmjp.config.loading import replace_fields
 from megatron_llmjp.config.machine_flags import PlannedMachine
 from megatron_llmjp.estimate.communication import CommunicationVolume
+from megatron_llmjp.estimate.failure_report import FailureForecast
+from megatron_llmjp.estimate.failures import FailureModel
 from megatron_llmjp.estimate.layout import make_layout
 from megatron_llmjp.estimate.memory import RankMemory
 from megatron_llmjp.estimate.run_estimate import (
@@ -23,6 +25,7 @@ from megatron_llmjp.estimate.run_estimate import (
 from tests.estimate.test_flops import preset
 
 GB = 10**9
+FORECAST = FailureForecast(FailureModel(36_000.0, 20.0, 30.0, 600.0, 300.0), "given", "measured")
 
 
 def memory(factor: int) -> RankMemory:
@@ -53,6 +56,7 @@ ESTIMATE = RunEstimate(
     ),
     parameters=(1_234_567, 7_654_321),
     step_seconds=0.5,
+    failures=FORECAST,
     length=RunLength(100_000, 2_400_000, "as configured"),
 )
 REPORT = """\
@@ -86,7 +90,14 @@ at 40% MFU       0.50 s per step; per day 172,800 steps and 2.12B tokens
 run              100,000 steps (as configured), 1.23B tokens: 0.6 days
 checkpoints      2,500 x 21.4 MB written, 2,500 kept (53.5 GB)
 each rank saves  23.0 MB, through page-locked buffers of its two largest tensors
-published        87,870 steps for its ten folds, on 96 A100 40 GB: 1.08B tokens"""
+published        87,870 steps for its ten folds, on 96 A100 40 GB: 1.08B tokens
+
+failures       one in 10 h (given)
+a save         blocks training for 20 s, is complete after 30 s (measured)
+a restart      10 min after 5 min in the queue
+save interval  20 s as configured; 19.8 min (2,373 steps) loses least
+with failures  1.19 days, 2.8 failures: saves 0.58, repeated steps 0.00, restarts 0.02, queue 0.01
+best interval  0.61 days"""
 
 
 def test_the_whole_report():
@@ -95,11 +106,15 @@ def test_the_whole_report():
 
 def test_a_report_without_length():
     lines = format_estimate(replace(ESTIMATE, length=None), 0.4).splitlines()
-    assert lines[:-3] == REPORT.splitlines()[:-4]
-    assert lines[-3:] == [
+    expected = REPORT.splitlines()
+    assert lines[:-8] == expected[:-11]
+    assert lines[-8:] == [
         "run              unknown length: set --train-iters or --fold-file",
         "checkpoints      21.4 MB each",
-        REPORT.splitlines()[-2],
+        expected[-9],
+        "",
+        *expected[-6:-3],
+        "save interval  19.8 min (2,373 steps) loses least",
     ]
     once = replace(ESTIMATE, config=replace_fields(CONFIG, save_interval=None))
     assert "checkpoints      1 x 21.4 MB, at the end" in format_estimate(once, 0.4).splitlines()
@@ -123,6 +138,7 @@ def report(world: int, per_node: int, memory_bytes: float = 65 * GB, **values: A
         communication=(CommunicationVolume(GB, 0, 0 if world == 2 else GB, 0, 0),) * layout.pp,
         parameters=(10,) * layout.pp,
         step_seconds=0.5,
+        failures=FORECAST,
     )
     return format_estimate(found, 0.4).splitlines()
 
