@@ -1,46 +1,48 @@
-"""Preflight without Slurm: devices and links of nodes, as ranks of one machine."""
+"""Preflight on a real Slurm: by hand, and a container that starts on no node."""
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from slurm import preflight
-from tests.support.processes import run_ranks
+from tests.slurm.cluster import Cluster
+from tests.slurm.test_pretrain import JOB, SCRIPT, SMALLER
+from tests.support.processes import ROOT
+from tests.support.timeouts import PROCESS_TIMEOUT
+
+pytestmark = pytest.mark.long
 
 
-def be_node(kinds: list[str], broken: int | None) -> object:
-    """Measure the links of a node, whose name is its rank; return the error if there is one."""
-    rank = int(os.environ["RANK"])
-    preflight.MESSAGE_MIB = 1
-    try:
-        return preflight._links(kinds[rank], rank == broken)
-    except RuntimeError as error:
-        return str(error)
+def test_check_and_report_by_hand(cluster: Cluster, tmp_path: Path):
+    command = ["srun", "--nodes=3", "--ntasks-per-node=2", ROOT / "slurm" / "preflight.py"]
+    command += ["--save", tmp_path, "--free-disk-gb", "0.001", "--disk-mib", "1"]
+    path = f"{Path(sys.executable).parent}:{cluster.env['PATH']}"
+    done = subprocess.run(
+        list(map(str, command)),
+        env={**cluster.env, "PATH": path, "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=PROCESS_TIMEOUT,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = done.stdout.splitlines()
+    assert [line.split()[0] for line in table[1:4]] == ["n0", "n1", "n2"]
+    assert "preflight: 3 nodes passed; slowest link" in table[-1]
+    (report,) = tmp_path.glob("preflight-*/report.json")
+    assert json.loads(report.read_text())["fit"]
 
 
-def test_links_between_neighbors():
-    found = run_ranks(be_node, 3, ["cpu"] * 3, None)
-    assert [len(seconds) for seconds in found] == [2, 2, 2]
-    assert min(min(seconds) for seconds in found) > 0.0
-
-
-@pytest.mark.parametrize(
-    ("kinds", "broken", "expected"),
-    [
-        (["cuda", "cpu", "cuda"], 1, [[], [], []]),  # reported by the broken node itself
-        (["cpu", "cuda", "cuda"], None, ["this node uses cpu, most nodes cuda", [], []]),
-    ],
-)
-def test_nodes_with_different_devices_do_not_wait_for_each_other(kinds, broken, expected):
-    assert run_ranks(be_node, 3, kinds, broken) == expected
-
-
-def test_a_node_without_the_gpus_of_its_job_is_unfit(monkeypatch):
-    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
-    kind, problem = preflight._find_device("auto")
-    assert kind == "cpu" and "SLURM_GPUS_ON_NODE=8 is set" in problem
-    assert preflight._find_device("cpu") == ("cpu", "")
-    monkeypatch.delenv("SLURM_GPUS_ON_NODE")
-    assert preflight._find_device("auto") == ("cpu", "")
+def test_a_container_that_starts_on_no_node_excludes_none(cluster: Cluster, tmp_path: Path):
+    env = {**JOB, "RUN_IN": "/no/such/container exec", "EXCLUDE_BAD_NODES": "1"}
+    save = ("--save", tmp_path / "save")
+    job = cluster.submit(*SMALLER, SCRIPT, *save, cwd=tmp_path, env={**os.environ, **env})
+    assert cluster.wait(job) == "FAILED"
+    log = (tmp_path / f"run_{job}.log").read_text()
+    assert "preflight: common cause: no node answered" in log and "/no/such/container" in log
+    assert "excluding" not in log and "Restarts=0" in cluster.run("scontrol", "show", "job", job)

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from megatron_llmjp.report.status import read_status
-from slurm.preflight import find_unfit_nodes
 from slurm.requeue import MAX_FRUITLESS_STARTS, decide
 from slurm.requeue import main as requeue_main
 from tests.slurm.cluster import Cluster
@@ -37,6 +36,7 @@ JOB = {
     "PYTHON": sys.executable,
     "OMP_NUM_THREADS": "1",
     "PREFLIGHT_FREE_GB": "0.1",
+    "PREFLIGHT_FLAGS": "--disk-mib 1",
 }
 
 
@@ -136,7 +136,7 @@ def test_unfit_node_is_excluded(cluster: Cluster, folds: Path, tmp_path: Path):
     driver = tmp_path / "bin" / "nvidia-smi"
     driver.parent.mkdir()
     driver.write_text(
-        "#!/bin/sh\necho 0, 10, 0, 81559, H100\n"
+        "#!/bin/sh\ncase $1 in --query-gpu*) ;; *) exit 0 ;; esac\necho 0, 10, 0, 81559, H100\n"
         '[ "$SLURMD_NODENAME" = n0 ] || echo 1, 10, 0, 81559, H100\n'
     )
     driver.chmod(0o755)
@@ -222,20 +222,3 @@ def test_an_unrecorded_end_is_not_requeued(tmp_path, capsys):
     (tmp_path / "requeues.jsonl").mkdir()
     assert requeue_main(["--save", str(tmp_path), "--code", "1"]) == 1
     assert "requeues.jsonl: Is a directory" in capsys.readouterr().out
-
-
-def node(link: float = 0.1, clock: float = 0.0, torch: str = "2.6", **other: object):
-    found = {"clock": clock, "problems": [], "versions": {"torch": torch}}
-    return {**found, "link_seconds": [link, link], **other}
-
-
-def test_unfit_nodes():
-    good = {f"n{i}": node() for i in range(4)}
-    assert find_unfit_nodes(list(good), good) == {}
-    found = {**good, "n1": node(problems=["7 of 8 GPUs"]), "n2": node(link=0.5)}
-    found["n3"] = node(clock=3600.0, torch="2.5")
-    problems = find_unfit_nodes([*found, "n9"], found)
-    assert problems["n9"] == ["no response"] and problems["n1"] == ["7 of 8 GPUs"]
-    assert problems["n2"] == ["its links take 5.0 times the median of 100 ms"]
-    assert "clock is off by +3600 s" in problems["n3"][0] and "2.5" in problems["n3"][1]
-    assert "n0" not in problems

@@ -1,0 +1,307 @@
+"""Assessment of a preflight check: unfit nodes with their evidence, and common causes.
+
+Faults of the same kind on most nodes are not faults of these nodes, but of the container, a path or
+a setting: they are reported as a common cause, and no node is excluded for them. Pure functions.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from megatron_llmjp.formatting import format_names
+from megatron_llmjp.preflight.facts import NetworkFacts, NodeFacts
+from megatron_llmjp.preflight.link_faults import Faults, Pair, PairResult, locate, slow_pairs
+from megatron_llmjp.preflight.settings import Thresholds
+
+_Texts = dict[str, list[str]]
+
+
+@dataclass
+class Assessment:
+    """Result of a preflight check."""
+
+    unfit: _Texts = field(default_factory=dict)
+    """Reasons of each unfit node."""
+    common: list[str] = field(default_factory=list)
+    """Causes that concern no single node: excluding nodes does not help."""
+    notes: list[str] = field(default_factory=list)
+    """Observations that prevent nothing."""
+
+    @property
+    def exit_code(self) -> int:
+        """0 if all nodes are fit, 1 if some are not, 2 for a common cause."""
+        return 2 if self.common else 1 if self.unfit else 0
+
+
+@dataclass(frozen=True)
+class _Problem:
+    node: str
+    kind: str
+    text: str
+
+
+def assess(
+    names: Sequence[str],
+    facts: Mapping[str, NodeFacts],
+    network: NetworkFacts | None,
+    thresholds: Thresholds,
+    last_words: Mapping[str, str] = MappingProxyType({}),
+) -> Assessment:
+    """Assess all findings.
+
+    Args:
+        names: all nodes of the job, first the one that serves the store.
+        facts: findings of the nodes that wrote any.
+        network: findings of the coordinator; None if it wrote none.
+        thresholds: limits of fit nodes.
+        last_words: last line of the output of nodes.
+    """
+    result = Assessment()
+    if not facts:
+        result.common.append(
+            "no node answered. Is the interpreter or container right (PYTHON, RUN_IN), and can all "
+            f"nodes read the checkout and write the save folder?{_hint(last_words, *names)}"
+        )
+        return result
+    problems = [
+        _Problem(name, "answer", f"no response.{_hint(last_words, name)}".rstrip("."))
+        for name in names
+        if name not in facts
+    ]
+    problems += _answers(names, facts, network, result)
+    for name, found in facts.items():
+        problems += [_Problem(name, kind, text) for kind, text in found.problems]
+    problems += _differences(facts, thresholds, result)
+    problems += _slow_devices(facts, thresholds)
+    if network is not None:
+        problems += _links(network, thresholds, result)
+        if network.is_finished and network.incomplete:
+            result.notes.append(network.incomplete)
+        elif not network.is_finished:
+            result.common.append("the check was ended before all tests (PREFLIGHT_SECONDS)")
+        if error := network.all_reduce.get("error"):
+            count = network.all_reduce["nodes"]
+            result.common.append(f"an all-reduce over {count} nodes failed: {error}")
+    _divide(problems, len(names), result)
+    return result
+
+
+def _hint(last_words: Mapping[str, str], *names: str) -> str:
+    return next((f" Its output ends with: {last_words[n]}" for n in names if n in last_words), "")
+
+
+def _divide(problems: Iterable[_Problem], nodes: int, result: Assessment) -> None:
+    """Report kinds of problems of most nodes as common causes, others as those of the node."""
+    by_kind: dict[str, list[_Problem]] = defaultdict(list)
+    for problem in problems:
+        by_kind[problem.kind].append(problem)
+    for same in by_kind.values():
+        affected = list(dict.fromkeys(problem.node for problem in same))
+        if nodes > 1 and 2 * len(affected) > nodes:
+            text = Counter(problem.text for problem in same).most_common(1)[0][0]
+            result.common.append(
+                f"{text} (on {len(affected)} of {nodes} nodes: {format_names(affected)})"
+            )
+        else:
+            for problem in same:
+                result.unfit.setdefault(problem.node, []).append(problem.text)
+
+
+def _answers(
+    names: Sequence[str],
+    facts: Mapping[str, NodeFacts],
+    network: NetworkFacts | None,
+    result: Assessment,
+) -> list[_Problem]:
+    """Return the nodes that stopped answering, or do not reach the first node."""
+    problems = []
+    if network is not None:
+        problems += [
+            _Problem(name, "answer", f"stopped answering {when}")
+            for name, when in network.silent.items()
+        ]
+        answered = {*network.names.values(), *names[:1]}
+        problems += [
+            _Problem(name, "answer", "started its check, but did not reach the first node")
+            for name, one in facts.items()
+            if name not in answered and not one.store_error
+        ]
+    elif len(names) > 1 and names[0] in facts:
+        result.common.append(f"the coordinator on {names[0]} wrote no results; see its log")
+    lost = {name: one.store_error for name, one in facts.items() if one.store_error}
+    reached = set(facts) - set(lost) - set(names[:1])
+    if lost and names[0] not in facts:
+        result.notes.append(f"links were not tested: {names[0]} serves the rendezvous")
+    elif lost and not reached:
+        result.common.append(f"no node reaches the first one: {next(iter(lost.values()))}")
+    else:
+        silent = network.silent if network is not None else {}
+        problems += [
+            _Problem(name, "store", error) for name, error in lost.items() if name not in silent
+        ]
+    return problems
+
+
+def _differences(
+    facts: Mapping[str, NodeFacts], limits: Thresholds, result: Assessment
+) -> list[_Problem]:
+    """Return the nodes that differ from most others in clock, versions, devices, links' states."""
+    problems = []
+    clocks = {name: one.clock for name, one in facts.items() if one.clock and not one.store_error}
+    median = statistics.median(clocks.values()) if clocks else 0.0
+    for name, clock in clocks.items():
+        if abs(clock - median) > limits.clock_seconds:
+            problems.append(_Problem(name, "clock", f"its clock is off by {clock - median:+.0f} s"))
+        elif abs(clock - median) > limits.clock_note_seconds:
+            result.notes.append(f"{name}: its clock is off by {clock - median:+.1f} s")
+    for kind, value in _COMPARED.items():
+        problems += _unlike(facts, kind, value, result)
+    return problems
+
+
+def _device(facts: NodeFacts) -> str | None:
+    return facts.device if facts.can_communicate() else None
+
+
+def _versions(facts: NodeFacts) -> str | None:
+    return json.dumps(facts.versions, sort_keys=True) if facts.versions else None
+
+
+def _infiniband(facts: NodeFacts) -> str:
+    ports = facts.infiniband.items()
+    return ", ".join(f"{n} {p['state']} {p['gigabits'] or 0:g} Gbit/s" for n, p in ports) or "none"
+
+
+def _nvlinks(facts: NodeFacts) -> str | None:
+    if not facts.gpus:
+        return None
+    return ", ".join(f"GPU {gpu}: {one['active']} up" for gpu, one in facts.nvlinks.items())
+
+
+_COMPARED: dict[str, Callable[[NodeFacts], str | None]] = {
+    "device": _device,
+    "versions": _versions,
+    "InfiniBand ports": _infiniband,
+    "NVLinks": _nvlinks,
+}
+"""Properties that must be equal on all nodes."""
+
+
+def _unlike(
+    facts: Mapping[str, NodeFacts],
+    kind: str,
+    value: Callable[[NodeFacts], str | None],
+    result: Assessment,
+) -> list[_Problem]:
+    """Return the nodes whose value differs from that of most nodes."""
+    values = {name: text for name, one in facts.items() if (text := value(one)) is not None}
+    if len(set(values.values())) < 2:
+        return []
+    common, count = Counter(values.values()).most_common(1)[0]
+    if 2 * count <= len(values):
+        (one, first), (other, second) = list(values.items())[:2]
+        result.common.append(f"{kind} differ between the nodes: {one} {first}; {other} {second}")
+        return []
+    return [
+        _Problem(name, f"{kind} differ", f"{kind}: {text}; on most nodes {common}")
+        for name, text in values.items()
+        if text != common
+    ]
+
+
+def _slow_devices(facts: Mapping[str, NodeFacts], limits: Thresholds) -> list[_Problem]:
+    """Return devices, nodes and disks that are slower than the median by a ratio."""
+    problems = []
+    rates = [rate for one in facts.values() for rate in one.gemm_tflops]
+    median = statistics.median(rates) if rates else 0.0
+    for name, one in facts.items():
+        ratio = limits.gpu_gemm_ratio if one.device == "cuda" else limits.cpu_gemm_ratio
+        for index, rate in enumerate(one.gemm_tflops):
+            if rate < ratio * median:
+                device = f"GPU {index}" if one.device == "cuda" else "CPU"
+                text = f"{device}: GEMM {rate:.3g} TFLOP/s, median {median:.3g}"
+                problems.append(_Problem(name, "slow gemm", text))
+    inside = {n: one.all_reduce_gbs for n, one in facts.items() if one.all_reduce_gbs is not None}
+    what = "all-reduce between its GPUs"
+    problems += _below(inside, limits.node_all_reduce_ratio, "slow node", what)
+    disks = {name: one.disk_gbs for name, one in facts.items() if one.disk_gbs is not None}
+    return problems + _below(disks, limits.disk_ratio, "slow disk", "writing to the save folder")
+
+
+def _below(values: Mapping[str, float], ratio: float, kind: str, what: str) -> list[_Problem]:
+    median = statistics.median(values.values()) if values else 0.0
+    return [
+        _Problem(name, kind, f"{what}: {value:.3g} GB/s, median {median:.3g}")
+        for name, value in values.items()
+        if value < ratio * median
+    ]
+
+
+def pair_results(network: NetworkFacts) -> list[PairResult]:
+    """Return the results of all tests of two nodes."""
+    return [
+        PairResult((one["pair"][0], one["pair"][1]), one["error"], tuple(one["seconds"]))
+        for one in network.pairs
+    ]
+
+
+def _links(network: NetworkFacts, limits: Thresholds, result: Assessment) -> list[_Problem]:
+    """Return the nodes at fault for failed and slow tests."""
+    tests = pair_results(network)
+    failed = {test.pair: test.error for test in tests if test.error}
+    passed = {test.pair for test in tests} - failed.keys()
+    faults = locate(passed, failed.keys())
+    problems = [
+        _Problem(network.names[node], "links", _failures(network, node, partners, failed))
+        for node, partners in faults.nodes.items()
+    ]
+    if faults.unexplained:
+        pair = faults.unexplained[0]
+        result.common.append(
+            f"tests between nodes failed, and no single node is the cause: {len(failed)} of "
+            f"{len(tests)} tests, such as {_name(network, pair)}: {failed[pair]}"
+        )
+    result.notes += [
+        f"{_name(network, pair)}: the test failed, but both pass with others: {failed[pair]}"
+        for pair in faults.paths
+    ]
+    return problems + _slow_links(network, tests, limits, result)
+
+
+def _failures(
+    network: NetworkFacts, node: int, partners: Sequence[int], failed: Mapping[Pair, str]
+) -> str:
+    names = format_names([network.names[partner] for partner in partners])
+    error = next(text for pair, text in failed.items() if node in pair)
+    return f"communication failed with {len(partners)} other nodes ({names}): {error}"
+
+
+def _slow_links(
+    network: NetworkFacts, tests: Sequence[PairResult], limits: Thresholds, result: Assessment
+) -> list[_Problem]:
+    ratio = limits.link_ratio(next((one.device for one in network.facts.values()), ""))
+    slow = slow_pairs(tests, ratio)
+    faults: Faults = locate({test.pair for test in tests if not test.error} - slow, slow)
+    rails = list(zip(*(test.seconds for test in tests if not test.error), strict=False))
+    median = statistics.median([value for rail in rails for value in rail]) if rails else 0.0
+    problems = []
+    for node in faults.nodes:
+        mine = zip(*(t.seconds for t in tests if node in t.pair and not t.error), strict=False)
+        best = [min(seconds) for seconds in mine]
+        bad = [i for i, value in enumerate(best) if value > ratio * median]
+        which = f"links of GPUs {', '.join(map(str, bad))}" if len(best) > 1 else "links"
+        text = f"its {which} take {max(best) / median:.1f} times the median of "
+        problems.append(_Problem(network.names[node], "slow links", f"{text}{median * 1e3:.0f} ms"))
+    pairs = [_name(network, pair) for pair in faults.paths + faults.unexplained]
+    if pairs:
+        result.notes.append(f"slow paths, not explained by single nodes: {format_names(pairs)}")
+    return problems
+
+
+def _name(network: NetworkFacts, pair: Pair) -> str:
+    return " - ".join(network.names[node] for node in pair)
