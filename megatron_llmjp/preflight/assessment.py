@@ -65,7 +65,7 @@ def assess(
     if not facts:
         result.common.append(
             "no node answered. Is the interpreter or container right (PYTHON, RUN_IN), and can all "
-            f"nodes read the checkout and write the save folder?{_hint(last_words, *names)}"
+            f"nodes read the checkout and write the save folder?{_hint(last_words, *last_words)}"
         )
         return result
     problems = [
@@ -83,7 +83,9 @@ def assess(
         if network.is_finished and network.incomplete:
             result.notes.append(network.incomplete)
         elif not network.is_finished:
-            result.common.append("the check was ended before all tests (PREFLIGHT_SECONDS)")
+            result.common.append(
+                "the check did not reach its end: its time is over, or the first node failed"
+            )
         if error := network.all_reduce.get("error"):
             count = network.all_reduce["nodes"]
             result.common.append(f"an all-reduce over {count} nodes failed: {error}")

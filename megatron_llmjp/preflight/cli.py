@@ -6,12 +6,13 @@ import argparse
 import multiprocessing
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from megatron_llmjp.errors import EXIT_USER_ERROR, UserError
-from megatron_llmjp.parallel.ranks import find_ranks, single_process
+from megatron_llmjp.preflight.place import Place, find_place
 from megatron_llmjp.preflight.report import report
 from megatron_llmjp.preflight.settings import Settings, Thresholds
 
@@ -20,7 +21,9 @@ DESCRIPTION = """Check the nodes of a job: GPUs, links, disk, clocks, versions.
 Start one process per node: `srun --ntasks-per-node=1 slurm/preflight.py`. The first node prints a
 table of all nodes and writes report.json. Exit code: 0 if all nodes are fit, 1 if some are not, 2
 if most fail alike or for an error in the arguments. The commands `check` and `report` do one half
-of it, for job scripts: a report is also possible if the first node does not answer."""
+of it, for job scripts: a report is also possible if the first node does not answer. Options in
+seconds are limits of waits, those in MiB sizes of test data; megatron_llmjp/preflight/settings.py
+explains them."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,11 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--free-disk-gb", type=float, default=50.0, help="required free space of --save")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="device of the run")
     add("--nodes", help="all nodes of the job, comma-separated; default: from Slurm")
-    settings = Settings()
-    add("--time-limit", type=float, default=settings.total_seconds, help="seconds of the check")
-    add("--answer-seconds", type=float, default=settings.answer_seconds, help="wait for a node")
-    add("--link-seconds", type=float, default=settings.link_seconds, help="limit of one link test")
-    add("--disk-mib", type=int, default=settings.disk_mib, help="size of the test file in --save")
+    for name, default in asdict(Settings()).items():
+        flag = f"--{name.replace('_', '-')}"
+        add(flag, type=type(default), default=default, help="default: %(default)s")
     return parser
 
 
@@ -61,13 +62,7 @@ def _default_folder() -> Path:
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    return replace(
-        Settings(),
-        total_seconds=args.time_limit,
-        answer_seconds=args.answer_seconds,
-        link_seconds=args.link_seconds,
-        disk_mib=args.disk_mib,
-    )
+    return Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
 
 
 def _names(nodes: str | None) -> list[str]:
@@ -85,62 +80,50 @@ def _names(nodes: str | None) -> list[str]:
 def _check(args: argparse.Namespace) -> int:
     """Check this node; without a command, the first node also reports."""
     from megatron_llmjp.parallel.cuda_environment import set_driver_variables
-    from megatron_llmjp.preflight.coordinator import serve
     from megatron_llmjp.preflight.local_checks import Expectations
-    from megatron_llmjp.preflight.node_check import Place, check_node
+    from megatron_llmjp.preflight.node_check import check_node
 
-    rank, nodes, address = find_place()
-    if rank is None:
+    place = find_place()
+    if place is None:
         return 0
     try:
         args.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--folder {args.folder}: {error.strerror}") from None
     set_driver_variables()
-    place, settings = Place(rank, nodes, address), _settings(args)
-    coordinator = None
-    if rank == 0 and nodes > 1:
-        context = multiprocessing.get_context("fork")
-        receiver, sender = context.Pipe(duplex=False)
-        coordinator = context.Process(
-            target=serve, args=(place, args.folder, settings, Thresholds(), sender), daemon=True
-        )
-        coordinator.start()
-        if problem := receiver.recv():
-            raise UserError(f"{problem}. Set MASTER_PORT to a free port")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch repeats every failed attempt
+    settings = _settings(args)
+    coordinator = _start_coordinator(place, args.folder, settings)
     expected = Expectations(args.save, args.free_disk_gb, args.gpus, args.device)
     check_node(place, args.folder, expected, settings, Thresholds())
     if coordinator is not None:
         coordinator.join(settings.total_seconds)
-    if args.command == "check" or rank != 0:
+    if args.command == "check" or place.rank != 0:
         return 0
     return report(args.folder, _names(args.nodes), settings, Thresholds())
 
 
-def find_place(env: Mapping[str, str] = os.environ) -> tuple[int | None, int, tuple[str, int]]:
-    """Return the number of this node, the number of nodes, and host and port of the first.
-
-    Under srun with several tasks per node only the first task of a node checks it: for the others,
-    the number is None.
+def _start_coordinator(place: Place, folder: Path, settings: Settings) -> BaseProcess | None:
+    """Start the coordinator on the first of several nodes.
 
     Raises:
-        UserError: another launcher started several processes per node.
+        UserError: it cannot serve the nodes.
     """
-    ranks = find_ranks(env) or single_process()
-    port = int(env["MASTER_PORT"] if env.get("MASTER_PORT") else _own_port(env))
-    address = (ranks.master_addr, port)
-    if ranks.launcher != "srun" or "SLURM_NODEID" not in env:
-        if ranks.local_rank:
-            raise UserError(
-                f"{ranks.launcher} started several processes on this node: start one per node "
-                "(mpirun --map-by ppr:1:node, torchrun --nproc-per-node 1)"
-            )
-        return ranks.rank, ranks.world_size, address
-    nodes = env.get("SLURM_STEP_NUM_NODES") or env.get("SLURM_NNODES") or "1"
-    return None if ranks.local_rank else int(env["SLURM_NODEID"]), int(nodes), address
+    from megatron_llmjp.preflight.coordinator import serve
 
-
-def _own_port(env: Mapping[str, str]) -> int:
-    """Return a port of this job: several jobs may share a node."""
-    job = env.get("SLURM_JOB_ID", "0")
-    return 20000 + int(job) % 10000 if job.isdigit() else 29500
+    if place.rank or place.nodes == 1:
+        return None
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(
+        target=serve, args=(place, folder, settings, Thresholds(), sender), daemon=True
+    )
+    process.start()
+    sender.close()
+    try:
+        problem = receiver.recv()
+    except EOFError:
+        problem = "the coordinator of the check ended"
+    if problem:
+        raise UserError(f"{problem}. Set MASTER_ADDR to this node, MASTER_PORT to a free port")
+    return process

@@ -25,7 +25,8 @@ from megatron_llmjp.preflight.link_faults import (
     slow_pairs,
 )
 from megatron_llmjp.preflight.measurements import bus_bandwidth
-from megatron_llmjp.preflight.node_check import PARTNER_FAILED, Place
+from megatron_llmjp.preflight.node_check import PARTNER_FAILED
+from megatron_llmjp.preflight.place import Place
 from megatron_llmjp.preflight.settings import Settings, Thresholds
 from megatron_llmjp.preflight.shared_store import SharedStore, StoreError
 
@@ -59,7 +60,7 @@ class Coordinator:
     ) -> None:
         self._store, self._nodes, self._folder = store, nodes, folder
         self._settings, self._thresholds = settings, thresholds
-        self._network = NetworkFacts()
+        self._network = NetworkFacts(nodes)
         self._alive: list[int] = []
         self._plans = 0
         self._results: list[PairResult] = []

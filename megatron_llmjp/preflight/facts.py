@@ -69,6 +69,8 @@ def node_facts(values: dict[str, Any]) -> NodeFacts:
 class NetworkFacts:
     """Findings of the tests between nodes, by the coordinator on the first node."""
 
+    nodes: int = 0
+    """Number of nodes, including those that do not answer."""
     names: dict[int, str] = field(default_factory=dict)
     """Names of the nodes that answered, by rank."""
     facts: dict[str, NodeFacts] = field(default_factory=dict)

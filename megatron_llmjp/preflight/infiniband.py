@@ -37,13 +37,13 @@ def read_ports(folder: Path = FOLDER) -> dict[str, Port]:
     """Read all ports of this node by name, such as ``mlx5_0/1``; empty without adapters."""
     ports = {}
     for path in sorted(folder.glob("*/ports/*")):
-        rate = re.match(r"[\d.]+", _read(path / "rate"))
+        rate = re.match(r"\d+(\.\d+)?", _read(path / "rate"))
         counters = {name: _read(path / "counters" / name) for name in COUNTERS}
         ports[f"{path.parent.parent.name}/{path.name}"] = Port(
             state=_read(path / "state").rpartition(": ")[2],
             physical=_read(path / "phys_state").rpartition(": ")[2],
             gigabits=float(rate[0]) if rate else None,
-            counters={name: int(text) for name, text in counters.items() if text.isdigit()},
+            counters={name: int(text) for name, text in counters.items() if text.isdecimal()},
         )
     return ports
 

@@ -24,7 +24,7 @@ HARDWARE_XIDS = {
     140: "unrecovered ECC error",
 }
 
-_XID = re.compile(r"^\s*\[\s*([\d.]+)\]\s*NVRM: Xid \(PCI:([0-9a-fA-F:.]+)\): (\d+)", re.M)
+_XID = re.compile(r"^\s*\[\s*(\d+(?:\.\d+)?)\]\s*NVRM: Xid \(PCI:([0-9a-fA-F:.]+)\): (\d+)", re.M)
 
 
 @dataclass(frozen=True)

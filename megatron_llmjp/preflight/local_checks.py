@@ -90,7 +90,7 @@ class LocalChecks:
         if save is None:
             return
         try:
-            ((facts.disk_gbs, free),) = call_all(
+            ((speed, free),) = call_all(
                 _measure_save_folder,
                 [(save, facts.node, self._settings.disk_mib)],
                 self._settings.local_seconds / 2,
@@ -98,6 +98,8 @@ class LocalChecks:
         except WorkerError as error:
             facts.add("save folder", f"{save} cannot be written: {error}")
             return
+        if self._settings.disk_mib >= self._settings.min_disk_mib:
+            facts.disk_gbs = speed
         if free < self._expected.free_disk_gb * 1e9:
             facts.add(
                 "free space",

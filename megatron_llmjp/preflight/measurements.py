@@ -37,8 +37,8 @@ def probe_device(choice: DeviceChoice) -> tuple[str, int, str]:
 def measure_gemm(kind: str, index: int, seconds: float) -> float:
     """Return the throughput of matrix multiplications in TFLOP/s.
 
-    On a GPU, the median in bf16 over some seconds, which shows throttling; on a CPU the best in
-    fp32, since its cores may be shared with other processes.
+    On a GPU, the median in bf16 over some seconds, which shows throttling; on a CPU in fp32 per
+    second of CPU time, since its cores may be shared with other processes.
 
     Raises:
         RuntimeError: equal multiplications gave different results.
@@ -48,16 +48,16 @@ def measure_gemm(kind: str, index: int, seconds: float) -> float:
     a = torch.randn(size, size, device=device, dtype=dtype)
     b = torch.randn(size, size, device=device, dtype=dtype)
     expected = a @ b
-    batch = 20 if kind == "cuda" else 1
+    batch, clock = (20, time.perf_counter) if kind == "cuda" else (1, time.process_time)
     rates: list[float] = []
     end = time.monotonic() + (seconds if kind == "cuda" else min(seconds, 0.2))
     while len(rates) < REPEATS or time.monotonic() < end:
         _synchronize(device)
-        started = time.perf_counter()
+        started = clock()
         for _ in range(batch):
             product = a @ b
         _synchronize(device)
-        rates.append(batch * 2 * size**3 / (time.perf_counter() - started) / 1e12)
+        rates.append(batch * 2 * size**3 / (clock() - started) / 1e12)
     if not torch.equal(product, expected):
         raise RuntimeError("equal matrix multiplications gave different results")
     return statistics.median(rates) if kind == "cuda" else max(rates)

@@ -8,36 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megatron_llmjp.preflight.facts import NodeFacts
 from megatron_llmjp.preflight.local_checks import Expectations, LocalChecks
 from megatron_llmjp.preflight.measurements import GroupTest, measure_group
+from megatron_llmjp.preflight.place import Place, node_name
 from megatron_llmjp.preflight.settings import Settings, Thresholds
 from megatron_llmjp.preflight.shared_store import SharedStore, StoreError
 from megatron_llmjp.preflight.workers import WorkerError, call_all
 
 PARTNER_FAILED = "stopped: "
 """Start of the error of a node whose partner failed first."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Position of this node among all nodes of the check."""
-
-    rank: int
-    nodes: int
-    address: tuple[str, int]
-    """Host and port of the first node's store."""
-
-
-def node_name() -> str:
-    """Return Slurm's name of this node, or its host name."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def check_node(

@@ -42,7 +42,9 @@ SLOWDOWNS = {
 
 _UNKNOWN_FIELD = re.compile(r'Field "([^"]+)" is not a valid field to query')
 _LINK_GPU = re.compile(r"GPU (\d+):")
-_LINK_STATE = re.compile(r"\s*Link (\d+): *(?:([\d.]+) GB/s|(<?inactive>?|<?disabled>?))\s*$", re.I)
+_LINK_STATE = re.compile(
+    r"\s*Link (\d+): *(?:(\d+(?:\.\d+)?) GB/s|<?(?:inactive|disabled)>?)\s*$", re.IGNORECASE
+)
 _LINK_ERRORS = re.compile(r"\s*Link (\d+): *(\w[\w ]*?) Errors?: *(\d+)\s*$")
 
 Row = dict[str, str | None]

@@ -39,9 +39,11 @@ def report(folder: Path, names: Sequence[str], settings: Settings, thresholds: T
     facts = read_nodes(folder)
     if network is not None:
         facts |= network.facts  # may be newer than the files as this node sees them
+        known = network.names
+        names = names or [known.get(rank, f"rank {rank}") for rank in range(network.nodes)]
     names = names or sorted(facts)
     facts = {name: facts[name] for name in names if name in facts}
-    result = assess(names, facts, network, thresholds, _last_words(folder, names))
+    result = assess(names, facts, network, thresholds, _last_words(folder))
     content = {
         "fit": result.exit_code == 0,
         "unfit": result.unfit,
@@ -58,13 +60,13 @@ def report(folder: Path, names: Sequence[str], settings: Settings, thresholds: T
     return result.exit_code
 
 
-def _last_words(folder: Path, names: Sequence[str]) -> dict[str, str]:
-    """Return the last line of each node's output, where there is one."""
+def _last_words(folder: Path) -> dict[str, str]:
+    """Return the last line of the output of each node, by the name of the file."""
     found = {}
-    for name in names:
+    for path in sorted(folder.glob("*.log")):
         with suppress(OSError, StopIteration):
-            lines = (folder / f"{name}.log").read_text(errors="replace").splitlines()
-            found[name] = next(line.strip() for line in reversed(lines) if line.strip())
+            lines = path.read_text(errors="replace").splitlines()
+            found[path.stem] = next(line.strip() for line in reversed(lines) if line.strip())
     return found
 
 

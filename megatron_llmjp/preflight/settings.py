@@ -23,6 +23,8 @@ class Settings:
     cpu_message_mib: int = 32
     disk_mib: int = 256
     """Size of the file that every node writes to the save folder."""
+    min_disk_mib: int = 16
+    """Smallest size whose write speed is compared; that of smaller files is a latency."""
     gemm_seconds: float = 3.0
     """Duration of the matrix multiplications on each GPU; throttling takes seconds to appear."""
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_llmjp.preflight import nvidia_smi
 from megatron_llmjp.preflight.infiniband import counter_problems, read_ports
@@ -136,6 +138,25 @@ def test_infiniband_ports(tmp_path):
     assert counter_problems(before, read_ports(tmp_path)) == [
         "mlx5_0/1: link_downed increased by 1 during the check"
     ]
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            [*STATUS.split(), *ERRORS.split(), *DMESG.split(), "\n", "0x", "²", "-1", "."]
+        )
+        | st.text(max_size=3),
+        max_size=40,
+    )
+)
+def test_no_output_makes_a_parser_fail(words):
+    for text in (" ".join(words), "".join(words)):
+        rows = nvidia_smi.parse_rows(text.replace(" ", ","), nvidia_smi.GPU_FIELDS)
+        nvidia_smi.gpu_problems(rows, 1)
+        nvidia_smi.slowdown_problems(rows)
+        nvidia_smi.remapping_problems(rows)
+        nvidia_smi.parse_nvlinks(text, text)
+        xid_problems(parse_xids(text), 0.0, 1.0)
 
 
 def test_hardware_errors_in_the_kernel_log():

@@ -21,10 +21,11 @@ pytestmark = pytest.mark.long
 def test_check_and_report_by_hand(cluster: Cluster, tmp_path: Path):
     command = ["srun", "--nodes=3", "--ntasks-per-node=2", ROOT / "slurm" / "preflight.py"]
     command += ["--save", tmp_path, "--free-disk-gb", "0.001", "--disk-mib", "1"]
+    command += ["--command-seconds", "300", "--local-seconds", "300", "--total-seconds", "900"]
     path = f"{Path(sys.executable).parent}:{cluster.env['PATH']}"
     done = subprocess.run(
         list(map(str, command)),
-        env={**cluster.env, "PATH": path, "OMP_NUM_THREADS": "1"},
+        env={**cluster.env, "PATH": path, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"},
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -36,7 +36,8 @@ JOB = {
     "PYTHON": sys.executable,
     "OMP_NUM_THREADS": "1",
     "PREFLIGHT_FREE_GB": "0.1",
-    "PREFLIGHT_FLAGS": "--disk-mib 1",
+    "PREFLIGHT_SECONDS": "600",
+    "PREFLIGHT_FLAGS": "--disk-mib 1 --command-seconds 300",
 }
 
 
