@@ -128,7 +128,8 @@ choose_nodes() {
     fi
 }
 
-# Check all nodes before any rank waits for another in training.
+# Check all nodes before any rank waits for another in training: one task per node, with all of its
+# cores, since it starts a process per GPU.
 preflight() {
     [[ "${PREFLIGHT:-1}" == 1 ]] || return 0
     log "preflight of $SLURM_NNODES nodes"
@@ -136,8 +137,9 @@ preflight() {
     local seconds=${PREFLIGHT_SECONDS:-300}
     # shellcheck disable=SC2086  # word splitting of settings in site.sh
     timeout --kill-after=30 "$seconds" srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
-        --kill-on-bad-exit=0 --output="$LOGS/preflight/%N.log" \
-        ${RUN_IN:-} "$PYTHON" "$MEGATRON_LLMJP/slurm/preflight.py" check --folder "$LOGS/preflight" \
+        --cpus-per-task=$((TASKS_PER_NODE * CPUS_PER_TASK)) --cpu-bind=none --kill-on-bad-exit=0 \
+        --output="$LOGS/preflight/%N.log" ${SRUN_FLAGS:-} ${RUN_IN:-} \
+        "$PYTHON" "$MEGATRON_LLMJP/slurm/preflight.py" check --folder "$LOGS/preflight" \
         --save "$SAVE" --gpus "${SLURM_GPUS_ON_NODE:-0}" --device "${DEVICE:-auto}" \
         --free-disk-gb "${PREFLIGHT_FREE_GB:-50}" --total-seconds $((seconds - 20)) \
         ${PREFLIGHT_FLAGS:-} || true
