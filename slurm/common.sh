@@ -60,13 +60,35 @@ pretrain() {
     [[ -n "$SAVE" ]] || fail "--save DIR is required: a requeued job resumes from it"
     ARGUMENTS=("$@")
     "$PYTHON" "$MEGATRON_LLMJP/slurm/check_save.py" "$SAVE" || exit
-    LOGS="$SAVE/logs/job${SLURM_JOB_ID}_${SLURM_RESTART_COUNT:-0}"
-    mkdir -p "$LOGS"
+    open_logs
     mapfile -t NODES < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    GUARDS=() STARTED=$(date +%s)
     set_environment
+    watch_first_node
     choose_nodes "$@"
-    preflight
-    run_ranks "$@"
+    preflight "$@"
+    while true; do
+        run_ranks "$@" # returns if the job goes on without some of its nodes
+        choose_nodes "$@"
+    done
+}
+
+# open_logs: create the folder for the logs of this start, or of this restart within the job.
+open_logs() {
+    LOGS="$SAVE/logs/job${SLURM_JOB_ID}_${SLURM_RESTART_COUNT:-0}${RESTARTS:+.$RESTARTS}"
+    mkdir -p "$LOGS"
+}
+
+# watch_first_node: let some other nodes requeue the job if the node of this script is lost.
+watch_first_node() {
+    local node
+    ((${#GUARDS[@]} == 0)) || kill "${GUARDS[@]}" 2>/dev/null || true
+    GUARDS=()
+    for node in "${NODES[@]:1:3}"; do
+        srun --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 --nodelist="$node" --cpus-per-task=1 \
+            --output=/dev/null bash "$MEGATRON_LLMJP/slurm/guard.sh" "$LOGS/guard.log" 2>/dev/null &
+        GUARDS+=($!)
+    done
 }
 
 # run_planning_mode MODE ARGUMENTS...: run --estimate or another mode without training on this machine.
@@ -106,21 +128,26 @@ set_master() {
 }
 
 # choose_nodes ARGUMENTS...: check the run once, where its error is seen, before any rank starts. Sets
-# RANK_NODES to those of NODES that the layout can use, and CPUS_PER_TASK.
+# RANK_NODES to those of NODES that the layout can use, at most TRAIN_NODES, and CPUS_PER_TASK. The other
+# nodes are spare: they take the place of sick ones.
 choose_nodes() {
-    local code=0 file="$LOGS/rank_nodes"
-    RANK_NODES=("${NODES[@]}") CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
+    local code=0 file="$LOGS/rank_nodes" usable=("${NODES[@]:0:${TRAIN_NODES:-${#NODES[@]}}}")
+    RANK_NODES=("${usable[@]}") CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
     rm -f "$file"
     # As a step, so that a container of SRUN_FLAGS is the one of the ranks.
     # shellcheck disable=SC2086  # word splitting of settings in site.sh
-    timeout "${CHECK_SECONDS:-600}" srun --nodes=1 --ntasks=1 --nodelist="${NODES[0]}" \
+    timeout "${CHECK_SECONDS:-600}" srun ${OVERLAP:-} --nodes=1 --ntasks=1 --nodelist="${NODES[0]}" \
         --cpus-per-task="$CPUS_PER_TASK" ${SRUN_FLAGS:-} ${RUN_IN:-} \
         "$PYTHON" "$MEGATRON_LLMJP/slurm/choose_nodes.py" --output "$file" \
-        --nodes "$(join "${NODES[@]}")" --tasks-per-node "$TASKS_PER_NODE" \
+        --nodes "$(join "${usable[@]}")" --tasks-per-node "$TASKS_PER_NODE" \
         --cpus-per-task "$CPUS_PER_TASK" --cpus-per-node "${SLURM_JOB_CPUS_PER_NODE:-}" -- "$@" \
         2> "$LOGS/start.log" || code=$?
     cat "$LOGS/start.log" >&2
-    ! grep -q '^error:' "$LOGS/start.log" || end_job "$code"
+    if grep -q '^error:' "$LOGS/start.log"; then
+        end_job "$code"
+        choose_nodes "$@"
+        return
+    fi
     if [[ -s "$file" ]]; then
         { read -r CPUS_PER_TASK; mapfile -t RANK_NODES; } < "$file"
     else
@@ -128,8 +155,8 @@ choose_nodes() {
     fi
 }
 
-# Check all nodes before any rank waits for another in training: one task per node, with all of its
-# cores, since it starts a process per GPU.
+# preflight ARGUMENTS...: check all nodes before any rank waits for another in training: one task per node, with
+# all of its cores, since it starts a process per GPU.
 preflight() {
     [[ "${PREFLIGHT:-1}" == 1 ]] || return 0
     log "preflight of $SLURM_NNODES nodes"
@@ -147,24 +174,9 @@ preflight() {
     "$PYTHON" "$MEGATRON_LLMJP/slurm/preflight.py" report --folder "$LOGS/preflight" \
         --nodes "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)" || code=$?
     ((code == 0)) && return 0
-    if [[ "${EXCLUDE_BAD_NODES:-0}" == 1 && -s "$LOGS/preflight/bad_nodes" ]]; then
-        exclude "$(<"$LOGS/preflight/bad_nodes")"
-    fi
-    log "error: preflight failed; see $LOGS/preflight (PREFLIGHT=0 skips it)" >&2
-    alert 1
-    exit 1
-}
-
-# exclude NODES: requeue this job on other nodes.
-exclude() {
-    local already
-    # Slurm changes the nodes of pending jobs only; requeueing sends SIGTERM to this script.
-    trap '' TERM
-    already=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1/p')
-    [[ -z "$already" || "$already" == "(null)" ]] || set -- "$already,$1"
-    log "excluding $1 and requeueing"
-    scontrol requeue "$SLURM_JOB_ID" && scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$1"
-    sleep infinity # until Slurm ends the job
+    log "preflight failed; see $LOGS/preflight (PREFLIGHT=0 skips it)" >&2
+    end_job 1 --preflight
+    choose_nodes "$@"
 }
 
 # One task per GPU and no torchrun between Slurm and the ranks: signals and exit codes pass through,
@@ -178,13 +190,14 @@ run_ranks() {
     log "$tasks tasks on $(scontrol show hostlist "$(join "${RANK_NODES[@]}")")," \
         "$CPUS_PER_TASK CPUs each, master $MASTER_ADDR:$MASTER_PORT, logs in $LOGS"
     touch "$LOGS/rank_0000.log" "$LOGS/srun.log"
+    STARTED=$(date +%s)
     # With --pid, tail reads the files once more after that process has ended, so no line is lost.
     sleep infinity &
     local running=$!
     tail -q -n +1 -F --pid="$running" "$LOGS/rank_0000.log" "$LOGS/srun.log" 2>/dev/null &
     local follower=$!
     # shellcheck disable=SC2086  # word splitting of settings in site.sh
-    srun --nodes="${#RANK_NODES[@]}" --nodelist="$(join "${RANK_NODES[@]}")" --ntasks="$tasks" \
+    srun ${OVERLAP:-} --nodes="${#RANK_NODES[@]}" --nodelist="$(join "${RANK_NODES[@]}")" --ntasks="$tasks" \
         --ntasks-per-node="$TASKS_PER_NODE" --cpus-per-task="$CPUS_PER_TASK" \
         --kill-on-bad-exit=1 --wait=60 --distribution=block:block --output="$LOGS/rank_%4t.log" \
         ${SRUN_BIND---cpu-bind=cores --mem-bind=local} ${SRUN_FLAGS:-} ${RUN_IN:-} \
@@ -197,15 +210,36 @@ run_ranks() {
     end_job "$code"
 }
 
-# end_job CODE: record this end of the job with its first cause, and exit or requeue the job.
+# end_job CODE [--preflight]: record this end of the job with its first cause, and the nodes that it
+# leaves behind. Exits or requeues the job; returns if the job goes on without them, on NODES.
 end_job() {
     local next=0
-    "$PYTHON" "$MEGATRON_LLMJP/slurm/requeue.py" --save "$SAVE" --code "$1" --logs "$LOGS" \
-        --seconds "$SECONDS" || next=$?
+    "$PYTHON" "$MEGATRON_LLMJP/slurm/requeue.py" --save "$SAVE" --logs "$LOGS" --seconds "$SECONDS" --code "$@" \
+        --nodes "$(join "${NODES[@]}")" --rank-nodes "$(join "${RANK_NODES[@]}")" \
+        --ranks-per-node "$TASKS_PER_NODE" --started "$STARTED" \
+        --exclude-bad-nodes "${EXCLUDE_BAD_NODES:-1}" --exclude-hours "${EXCLUDE_HOURS:-24}" \
+        --max-excluded-share "${MAX_EXCLUDED_SHARE:-0.1}" || next=$?
     alert "$1"
-    ((next == 0)) || exit "$1"
-    (($1 == 3)) || wait_for_lost_nodes
+    case $next in
+        0) requeue ;;
+        4) ;;
+        *) exit "$1" ;;
+    esac
+    mapfile -t NODES < "$LOGS/healthy_nodes"
+    RESTARTS=$((${RESTARTS:-0} + 1)) SECONDS=0
+    # Slurm 22.05 never frees the CPUs of a step that was running when its job lost a node.
+    OVERLAP=--overlap
+    open_logs
+    watch_first_node
+}
+
+# requeue: requeue this job without the nodes that it leaves behind.
+requeue() {
+    # Slurm changes the nodes of pending jobs only; requeueing sends SIGTERM to this script.
+    trap '' TERM
     scontrol requeue "$SLURM_JOB_ID"
+    [[ ! -e "$LOGS/exclude" ]] ||
+        scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$(<"$LOGS/exclude")"
     sleep infinity # until Slurm ends the job
 }
 
@@ -224,15 +258,4 @@ first_code() {
         "Exited with exit code "*) printf '%s' "${message##* }" ;;
         *) printf '%s' "$1" ;;
     esac
-}
-
-# A job that is requeued before Slurm detects a dead node may start without GPUs (observed with 22.05).
-# Slurm detects it within SlurmdTimeout, and then requeues the job itself.
-wait_for_lost_nodes() {
-    timeout 120 srun --overlap --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --kill-on-bad-exit=0 \
-        true && return 0
-    local seconds
-    seconds=$(scontrol show config | sed -n 's/^SlurmdTimeout *= *\([0-9]*\).*/\1/p')
-    log "a node does not respond; Slurm removes it within ${seconds:=300} s and requeues the job"
-    sleep $((seconds + 60))
 }

@@ -1,7 +1,10 @@
-"""Decision whether to requeue a finished job: exit code 0 to requeue, 1 otherwise.
+"""Decision how a job continues after its ranks or its preflight ended, and on which nodes.
 
-Each end of a job appends a line to ``requeues.jsonl`` in the save folder. A job that repeatedly
-ends without a new checkpoint is in a crash loop and is not requeued.
+Exit code 0: requeue the job, without the nodes in ``exclude``; 4: restart in this job, on the nodes
+in ``healthy_nodes``; 1: end the job. Both files are in the folder of the logs. Each end of a job
+appends a line to ``requeues.jsonl`` in the save folder, each excluded node one to
+``exclusions.jsonl``. A job that repeatedly ends without a new checkpoint is in a crash loop and is
+neither requeued nor restarted.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,47 +23,138 @@ from megatron_llmjp.checkpoint.manifest import complete_iterations
 from megatron_llmjp.errors import EXIT_DONE, EXIT_REQUEUE, EXIT_USER_ERROR
 from megatron_llmjp.report.first_cause import SHOWN_LOGS, Cause, find_cause
 from megatron_llmjp.report.jobs import REQUEUE_LOG, read_job_ends
+from slurm.exclusions import describe
+from slurm.node_review import NodeReview, ReviewedJob, add_arguments, reviewed_job
+from slurm.sick_nodes import SickNode
 
 HISTORY = REQUEUE_LOG
 
 MAX_FRUITLESS_STARTS = 2
 """Consecutive starts without a new checkpoint that are tolerated."""
 
+REQUEUE, END, RESTART = 0, 1, 4
+"""Exit codes."""
+
+
+@dataclass(frozen=True)
+class Next:
+    """How a job continues."""
+
+    code: int
+    """:data:`REQUEUE`, :data:`END` or :data:`RESTART`."""
+    why: str
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Decide, and record the end of the job."""
+    args = _parse(argv)
+    cause = _print_cause(args.logs) if args.code not in (EXIT_DONE, EXIT_REQUEUE) else None
+    history = [record for record in read_job_ends(args.save) if _is_valid(record)]
+    iteration = max(complete_iterations(args.save), default=0)
+    job, review = reviewed_job(args), None
+    requeue, reason = decide(args.code, iteration, history)
+    following = Next(REQUEUE if requeue else END, reason)
+    if job.nodes and args.logs is not None:
+        review = job.review(args.code, args.preflight)
+        following = decide_next(args.code, args.preflight, review, following)
+    try:
+        excluded = _leave_nodes(job, review, following, iteration) if review is not None else ()
+        if not (args.preflight and following.code == RESTART):  # the job has not ended
+            _record_end(args, iteration, following, cause, excluded)
+    except OSError as error:
+        # Without records a crash loop cannot be recognized.
+        file = error.filename or args.save
+        print(f"warning: {file}: {error.strerror}: this end of the job is not recorded", flush=True)
+        following = Next(END, f"not requeued: {file} cannot be written")
+    print(f"exit code {args.code} at iteration {iteration}: {following.why}", flush=True)
+    return following.code
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--save", type=Path, required=True, help="folder of the checkpoints")
     parser.add_argument("--code", type=int, required=True, help="exit code of the ranks")
     parser.add_argument("--logs", type=Path, help="folder of the logs of this start")
     parser.add_argument("--seconds", type=int, help="how long the job ran")
-    args = parser.parse_args(argv)
-    cause = _print_cause(args.logs) if args.code not in (EXIT_DONE, EXIT_REQUEUE) else None
-    path = args.save / HISTORY
-    history = [record for record in read_job_ends(args.save) if _is_valid(record)]
-    iteration = max(complete_iterations(args.save), default=0)
-    requeue, reason = decide(args.code, iteration, history)
-    record = {
+    parser.add_argument("--preflight", action="store_true", help="the preflight check failed")
+    add_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def decide_next(code: int, preflight: bool, review: NodeReview, by_history: Next) -> Next:
+    """Return how a job continues, from its nodes and its earlier ends.
+
+    Args:
+        code: exit code of the ranks or of the preflight check.
+        preflight: whether the preflight check failed, before any rank started.
+        review: the review of the job's nodes.
+        by_history: the decision by the earlier ends alone.
+    """
+    decision = review.decision
+    goes_on = decision.action != "requeue" and code != EXIT_REQUEUE
+    if preflight:
+        if review.common or decision.refusal or not decision.excluded:
+            why = review.common or decision.refusal or "see its messages above"
+            return Next(END, f"not requeued: the preflight check failed: {why}")
+        if goes_on:
+            return Next(RESTART, "the preflight check failed on nodes that are left out")
+    if by_history.code == REQUEUE and goes_on:
+        return Next(RESTART, by_history.why.replace("requeued", "restarted in this job"))
+    return by_history
+
+
+def _leave_nodes(
+    job: ReviewedJob, review: NodeReview, following: Next, iteration: int
+) -> Sequence[SickNode]:
+    """Print and record the nodes that the job leaves behind, and prepare its next start.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    if following.code == END:
+        lines = [f"{node.node} seems sick: {node.reason}" for node in review.sick]
+    else:
+        lines = describe(review.decision)
+    for line in lines:
+        print(line, flush=True)
+    if following.code == END:
+        return ()
+    excluded = job.record(review, iteration)
+    prepare = job.prepare_restart if following.code == RESTART else job.prepare_requeue
+    prepare(review)
+    return excluded
+
+
+def _record_end(
+    args: argparse.Namespace,
+    iteration: int,
+    following: Next,
+    cause: Cause | None,
+    excluded: Sequence[SickNode],
+) -> None:
+    """Append the end of this start to the history.
+
+    Raises:
+        OSError: the history cannot be written.
+    """
+    record: dict[str, Any] = {
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
         "job": os.environ.get("SLURM_JOB_ID"),
         "restart": int(os.environ.get("SLURM_RESTART_COUNT") or 0),
         "seconds": args.seconds,
         "exit code": args.code,
         "iteration": iteration,
-        "requeued": requeue,
-        "why": reason,
+        "requeued": following.code != END,
+        "why": following.why,
     }
+    if following.code == RESTART:
+        record["in this job"] = True
     if cause is not None:
         record["cause"] = cause.summary
-    try:
-        with path.open("a") as stream:
-            stream.write(json.dumps(record) + "\n")
-    except OSError as error:
-        print(f"warning: {path}: {error.strerror}: this end of the job is not recorded", flush=True)
-        # Without a record a crash loop cannot be recognized.
-        requeue, reason = False, f"not requeued: {path} cannot be written"
-    print(f"exit code {args.code} at iteration {iteration}: {reason}", flush=True)
-    return 0 if requeue else 1
+    if excluded:
+        record["excluded"] = [{"node": one.node, "reason": one.reason} for one in excluded]
+    with (args.save / HISTORY).open("a") as stream:
+        stream.write(json.dumps(record) + "\n")
 
 
 def _print_cause(logs: Path | None) -> Cause | None:

@@ -54,7 +54,7 @@ class Incident:
 
 @dataclass(frozen=True)
 class JobFolder:
-    """Logs of one start of a job: ``logs/jobJOB_RESTART``."""
+    """Logs of one start of a job: ``logs/jobJOB_RESTART``, or of a restart within it (``.N``)."""
 
     path: Path
     job: str
@@ -79,7 +79,7 @@ def job_folders(folder: Path) -> list[JobFolder]:
     """Return the log folders of all jobs, newest first."""
     found = []
     for path in _entries(folder / "logs"):
-        match = re.fullmatch(r"job(.+)_(\d+)", path.name)
+        match = re.fullmatch(r"job(.+)_(\d+)(?:\.\d+)?", path.name)
         if match and path.is_dir():
             found.append(JobFolder(path, match[1], int(match[2]), _modified_at(path)))
     return sorted(found, key=lambda job: (job.modified_at, job.restart), reverse=True)

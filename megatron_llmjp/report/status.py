@@ -36,6 +36,7 @@ from megatron_llmjp.metric_registry import (
     TOTAL_SKIPPED,
     TOTAL_SPIKES,
 )
+from megatron_llmjp.report.exclusions import read_exclusions
 from megatron_llmjp.report.history import MAX_NUMBER, JsonRecord
 from megatron_llmjp.report.jobs import (
     Incident,
@@ -188,7 +189,8 @@ def read_status(
             all_done=_all_done(status, recent),
         )
     )
-    status = replace(status, state=state, why=why, excluded=excluded_nodes(ends))
+    excluded = excluded_nodes(ends) | {one.node: one.reason for one in read_exclusions(folder)}
+    status = replace(status, state=state, why=why, excluded=excluded)
     if details or state in ("failed", "dead", "stalled"):
         error, rejected = find_errors(folder, jobs, ends)
         status = replace(status, error=error, rejected=rejected, hang=last_hang(folder))

@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import psutil
+
 from megatron_llmjp.parallel.launcher import free_port
 from tests.support.timeouts import PROCESS_TIMEOUT
 
@@ -88,7 +90,11 @@ class Cluster:
         """Kill a node as in a power failure: its slurmd, job steps and tasks."""
         self._daemons[f"slurmd-{node}"].kill()
         self._daemons[f"slurmd-{node}"].wait()
-        for pid in _processes_with(f"SLURMD_NODENAME={node}", f"SLURM_CONF={self.folder}"):
+        tasks = _processes_with(f"SLURMD_NODENAME={node}", f"SLURM_CONF={self.folder}")
+        # First the managers of job steps, which would report the end of their tasks.
+        for pid in {manager for task in tasks for manager in _step_managers(task)}:
+            _kill(pid)
+        for pid in tasks:
             _kill(pid)
 
     def tasks(self, job: str) -> list[int]:
@@ -265,6 +271,14 @@ def _processes_with(*settings: str) -> list[int]:
         if all(any(value.startswith(setting) for value in environment) for setting in settings):
             found.append(int(entry.name))
     return found
+
+
+def _step_managers(task: int) -> list[int]:
+    """Return the slurmstepd among the parents of a process."""
+    with contextlib.suppress(psutil.Error):
+        parents = psutil.Process(task).parents()
+        return [parent.pid for parent in parents if parent.name() == "slurmstepd"]
+    return []
 
 
 def _kill(pid: int) -> None:

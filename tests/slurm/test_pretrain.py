@@ -148,7 +148,7 @@ def test_unfit_node_is_excluded(cluster: Cluster, folds: Path, tmp_path: Path):
     state = cluster.wait(job)
     log = (tmp_path / f"run_{job}.log").read_text()
     assert state == "COMPLETED", log
-    assert "preflight: n0: 1 of 2 GPUs" in log and "excluding n0 and requeueing" in log
+    assert "preflight: n0: 1 of 2 GPUs" in log and "n0 is left out: " in log
     assert "preflight: 2 nodes passed" in log
     assert nodes_of(cluster, job) == ["n1", "n2"]
 

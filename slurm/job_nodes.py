@@ -1,0 +1,113 @@
+"""The nodes of this Slurm job: which are lost, drained, or excluded from it."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from slurm.sick_nodes import DRAINED, LOST, SickNode
+
+PROBE_SECONDS = 120
+"""Longest wait for a task on every node: srun waits for nodes that do not respond."""
+COMMAND_SECONDS = 60
+"""Longest wait for Slurm's controller."""
+
+
+class SlurmJob:
+    """Queries about this job, and changes of its nodes.
+
+    Args:
+        job: job id.
+        folder: folder of the logs of this start.
+    """
+
+    def __init__(self, job: str, folder: Path) -> None:
+        self._job, self._folder = job, folder
+
+    def lost_nodes(self, nodes: Sequence[str]) -> list[SickNode]:
+        """Return nodes that Slurm removed from the job, that do not respond, or that it drains.
+
+        Args:
+            nodes: the nodes that the job had at its start.
+        """
+        current = self._nodes("NodeList")
+        if not current:
+            return []  # Slurm does not respond
+        states = self._states(nodes)
+        answered = self._answering(current)
+        found = []
+        for node in nodes:
+            state, reason = states.get(node, ("", ""))
+            because = f" ({state}: {reason})" if reason and reason != "none" else ""
+            if node not in current:
+                found.append(SickNode(node, LOST, f"Slurm removed it from the job{because}"))
+            elif answered and node not in answered:
+                found.append(SickNode(node, LOST, f"does not respond to srun{because}"))
+            elif state.startswith(("drain", "fail", "down")):
+                found.append(SickNode(node, DRAINED, f"its state is {state}{because}"))
+        return found
+
+    def keep_only(self, nodes: Sequence[str]) -> None:
+        """Give up the other nodes: without this, Slurm may end the job when it finds them down."""
+        if set(self._nodes("NodeList")) <= set(nodes):
+            return
+        # scontrol writes scripts to the working folder that would set the job's variables anew.
+        change = ["scontrol", "update", f"JobId={self._job}", f"NodeList={','.join(nodes)}"]
+        _run(change, COMMAND_SECONDS, self._folder)
+        for script in self._folder.glob(f"slurm_job_{self._job}_resize.*"):
+            script.unlink(missing_ok=True)
+
+    def excluded(self) -> list[str]:
+        """Return the nodes that Slurm excludes from the job."""
+        return self._nodes("ExcNodeList")
+
+    def partition_size(self) -> int | None:
+        """Return the number of nodes of the job's partition; None if unknown."""
+        partition = self._field("Partition")
+        if not partition:
+            return None
+        listed = _run(["sinfo", "-h", "-N", "-p", partition, "-o", "%N"], COMMAND_SECONDS)
+        return len(set(listed.split())) or None
+
+    def _field(self, name: str) -> str:
+        shown = _run(["scontrol", "--oneliner", "show", "job", self._job], COMMAND_SECONDS)
+        found = re.search(rf"(?:^| ){name}=(\S+)", shown)
+        return found[1] if found and found[1] != "(null)" else ""
+
+    def _nodes(self, field: str) -> list[str]:
+        listed = self._field(field)
+        if not listed:
+            return []
+        return _run(["scontrol", "show", "hostnames", listed], COMMAND_SECONDS).split()
+
+    def _states(self, nodes: Sequence[str]) -> Mapping[str, tuple[str, str]]:
+        """Return state and reason of each node."""
+        listed = _run(
+            ["sinfo", "-h", "-N", "-n", ",".join(nodes), "-o", "%N|%T|%E"], COMMAND_SECONDS
+        )
+        rows = [line.split("|", 2) for line in listed.splitlines() if line.count("|") > 1]
+        return {name: (state, reason) for name, state, reason in rows}
+
+    def _answering(self, nodes: Sequence[str]) -> set[str]:
+        """Return the nodes on which a task starts."""
+        step = ["srun", "--overlap", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}"]
+        step += ["--ntasks-per-node=1", f"--nodelist={','.join(nodes)}", "--kill-on-bad-exit=0"]
+        shell = ["bash", "-c", "echo responds: $SLURMD_NODENAME"]
+        return set(re.findall(r"^responds: (\S+)$", _run([*step, *shell], PROBE_SECONDS), re.M))
+
+
+def _run(command: Sequence[str], seconds: float, folder: Path | None = None) -> str:
+    """Return what a command prints, also if it fails or is stopped after some seconds."""
+    with contextlib.suppress(OSError):
+        process = subprocess.Popen(
+            command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        try:
+            return process.communicate(timeout=seconds)[0]
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            return process.communicate()[0]
+    return ""

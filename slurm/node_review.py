@@ -1,0 +1,176 @@
+"""Review of a job's nodes after its preflight or its ranks ended: evidence, decision, records."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_llmjp.errors import EXIT_DONE, EXIT_REQUEUE, EXIT_USER_ERROR
+from megatron_llmjp.report.exclusions import read_exclusions
+from slurm.exclusions import (
+    Decision,
+    JobNodes,
+    Limits,
+    decide_exclusions,
+    excluded_names,
+    record_exclusions,
+    still_excluded,
+)
+from slurm.job_nodes import SlurmJob
+from slurm.sick_nodes import (
+    LOST,
+    SickNode,
+    failed_gpus,
+    hung_nodes,
+    one_per_node,
+    slow_nodes,
+    unfit_nodes,
+)
+
+HEALTHY_NODES = "healthy_nodes"
+"""File with the nodes to restart on, one per line, in the folder of the logs."""
+EXCLUDE = "exclude"
+"""File with the nodes that Slurm excludes from the requeued job, separated by commas."""
+
+
+@dataclass(frozen=True)
+class NodeReview:
+    """Evidence against nodes of a job, and the decision about them."""
+
+    decision: Decision
+    sick: tuple[SickNode, ...] = ()
+    common: str = ""
+    """A cause that concerns no single node."""
+
+    @property
+    def lost(self) -> set[str]:
+        """Nodes that do not respond."""
+        return {node.node for node in self.sick if node.kind == LOST}
+
+
+@dataclass(frozen=True)
+class ReviewedJob:
+    """A start of a job whose nodes are reviewed."""
+
+    save: Path
+    logs: Path
+    """Folder of the logs of this start."""
+    nodes: tuple[str, ...]
+    rank_nodes: tuple[str, ...]
+    """Nodes of the ranks, in the order of the ranks."""
+    ranks_per_node: int
+    started: float
+    """Start of the ranks, in seconds since the epoch."""
+    excludes: bool
+    """Whether sick nodes are left behind."""
+    limits: Limits
+    id: str
+    """Job id."""
+
+    @property
+    def slurm(self) -> SlurmJob:
+        """The job in Slurm."""
+        return SlurmJob(self.id, self.logs)
+
+    def review(self, code: int, preflight: bool) -> NodeReview:
+        """Find evidence against nodes, and decide which are left behind.
+
+        Args:
+            code: exit code of the ranks or of the preflight check.
+            preflight: whether preflight failed.
+        """
+        sick, common = self._evidence(code, preflight)
+        if not sick or not self.excludes:
+            refusal = "EXCLUDE_BAD_NODES=0" if sick else ""
+            return NodeReview(Decision(healthy=self.nodes, refusal=refusal), tuple(sick), common)
+        nodes = JobNodes(self.nodes, len(self.rank_nodes), self.slurm.partition_size())
+        earlier = still_excluded(read_exclusions(self.save), self.id, self.limits, time.time())
+        decision = decide_exclusions(sick, nodes, earlier, self.limits)
+        return NodeReview(decision, tuple(sick), common)
+
+    def _evidence(self, code: int, preflight: bool) -> tuple[list[SickNode], str]:
+        """Return the nodes that seem sick, and a cause that concerns no single node."""
+        if preflight:
+            unfit, common = unfit_nodes(self.logs)
+            lost = self.slurm.lost_nodes(self.nodes) if unfit and not common else []
+            return one_per_node([*lost, *unfit]), common
+        if code in (EXIT_DONE, EXIT_USER_ERROR):
+            return [], ""
+        found = []
+        if code != EXIT_REQUEUE:
+            found += self.slurm.lost_nodes(self.nodes)
+            found += failed_gpus(self.logs, self.rank_nodes, self.ranks_per_node)
+            found += hung_nodes(self.save, self.started)
+        return one_per_node([*found, *slow_nodes(self.save, self.started)]), ""
+
+    def prepare_restart(self, review: NodeReview) -> None:
+        """Write the nodes to restart on, and give up lost ones.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        lines = "".join(f"{node}\n" for node in review.decision.healthy)
+        (self.logs / HEALTHY_NODES).write_text(lines)
+        self._give_up(review)
+
+    def prepare_requeue(self, review: NodeReview) -> None:
+        """Write the nodes that Slurm excludes from the requeued job, and give up lost ones.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        exclusions = read_exclusions(self.save)
+        if any(one.job == self.id for one in exclusions):
+            current = self.slurm.excluded()
+            names = excluded_names(current, exclusions, self.id, self.limits, time.time())
+            (self.logs / EXCLUDE).write_text(",".join(names))
+        self._give_up(review)
+
+    def _give_up(self, review: NodeReview) -> None:
+        """Give up lost nodes: Slurm may end the job, or start it without GPUs, on one of them."""
+        if review.lost:
+            self.slurm.keep_only([node for node in self.nodes if node not in review.lost])
+
+    def record(self, review: NodeReview, iteration: int) -> Sequence[SickNode]:
+        """Record the excluded nodes, and return them.
+
+        Raises:
+            OSError: the log of the exclusions cannot be written.
+        """
+        record_exclusions(self.save, review.decision.excluded, self.id, iteration)
+        return review.decision.excluded
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that describe a start of a job."""
+    add = parser.add_argument
+    add("--nodes", type=_names, default=(), help="nodes of the job, separated by commas")
+    add("--rank-nodes", type=_names, default=(), help="nodes of the ranks, in their order")
+    add("--ranks-per-node", type=int, default=1, help="ranks on each node")
+    add("--started", type=float, default=0.0, help="start of the ranks, seconds since the epoch")
+    add("--exclude-bad-nodes", type=int, choices=(0, 1), default=1, help="1 to exclude sick nodes")
+    add("--max-excluded-share", type=float, default=Limits.max_share, help="of the job's nodes")
+    add("--exclude-hours", type=float, default=Limits.hours, help="how long a node is excluded")
+
+
+def reviewed_job(args: argparse.Namespace) -> ReviewedJob:
+    """Return the job that the arguments describe."""
+    return ReviewedJob(
+        args.save,
+        args.logs,
+        args.nodes,
+        args.rank_nodes,
+        args.ranks_per_node,
+        args.started,
+        bool(args.exclude_bad_nodes),
+        Limits(args.max_excluded_share, args.exclude_hours),
+        os.environ.get("SLURM_JOB_ID") or "",
+    )
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(",") if name)
