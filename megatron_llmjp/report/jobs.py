@@ -199,30 +199,20 @@ def last_hang(folder: Path) -> Incident | None:
 
 
 def preflight_failure(job: JobFolder) -> str | None:
-    """Return the nodes that failed the preflight of a job and their problems; None without any."""
-    folder = job.path / "preflight"
+    """Return why the preflight of a job failed: common causes, unfit nodes; None if it did not."""
     try:
-        nodes = [name for name in (folder / "bad_nodes").read_text().split(",") if name.strip()]
-    except (OSError, UnicodeDecodeError):
+        found = json.loads((job.path / "preflight" / "report.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
         return None
-    if not nodes:
-        return None
-    texts = [f"{node}: {_problems(folder / f'{node}.json')}" for node in nodes[:SHOWN_NODES]]
+    common, unfit = (found.get("common"), found.get("unfit")) if isinstance(found, dict) else (0, 0)
+    causes = [str(cause) for cause in common] if isinstance(common, list) else []
+    nodes = list(unfit.items()) if isinstance(unfit, dict) else []
+    texts = [
+        f"{node}: {', '.join(map(str, reasons)) if isinstance(reasons, list) else 'unknown'}"
+        for node, reasons in nodes[:SHOWN_NODES]
+    ]
     more = [f"{len(nodes) - SHOWN_NODES} more"] if len(nodes) > SHOWN_NODES else []
-    return "; ".join([*texts, *more])
-
-
-def _problems(path: Path) -> str:
-    """Return the problems that a node found on itself; others are in the job's log."""
-    try:
-        found = json.loads(path.read_bytes())
-    except OSError:
-        return "no response"
-    except (ValueError, RecursionError):
-        return "unknown"
-    problems = found.get("problems") if isinstance(found, dict) else None
-    texts = [str(text) for text in problems] if isinstance(problems, list) else []
-    return ", ".join(texts) or "differs from the other nodes"
+    return "; ".join([*causes, *texts, *more]) or None
 
 
 def tail(path: Path, size: int) -> list[str]:

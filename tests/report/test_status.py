@@ -54,12 +54,9 @@ class SaveFolder:
         os.utime(folder, (self.time, self.time))
         return folder
 
-    def preflight(self, name: str, **problems: list[str]) -> None:
-        folder = self.job(name) / "preflight"
-        (folder / "bad_nodes").write_text(",".join(problems))
-        for node, texts in problems.items():
-            if texts:
-                (folder / f"{node}.json").write_text(json.dumps({"problems": texts}))
+    def preflight(self, name: str, *common: str, **unfit: list[str]) -> None:
+        report = {"fit": False, "common": common, "unfit": unfit}
+        (self.job(name) / "preflight" / "report.json").write_text(json.dumps(report))
 
     def end(self, name: str, code: int, requeued: bool, why: str, **other: Any) -> None:
         job, _, restart = name.partition("_")
@@ -135,7 +132,7 @@ def test_a_job_in_its_preflight(run, squeue):
 def test_a_failed_preflight(run, squeue):
     run.metrics({})
     run.event("end", outcome="stopped", why="signal received")
-    run.preflight("8_0", n0=["1 of 2 GPUs", "GPU 0: 3 uncorrected ECC errors"], n4=[])
+    run.preflight("8_0", n0=["1 of 2 GPUs", "GPU 0: 3 uncorrected ECC errors"], n4=["no response"])
     assert run.status() == (
         "failed",
         "the preflight of job 8 failed: n0: 1 of 2 GPUs, GPU 0: 3 uncorrected ECC errors; "
@@ -146,6 +143,13 @@ def test_a_failed_preflight(run, squeue):
     run.job("9_0", rank_0000=RAN)  # a later job passed
     squeue()
     assert run.status()[0] == "stopped"
+
+
+def test_a_common_cause_of_a_failed_preflight(run):
+    run.preflight("8_0", "no node answered")
+    assert run.status() == ("failed", "the preflight of job 8 failed: no node answered")
+    run.preflight("9_0")
+    assert run.status()[0] != "failed"
 
 
 def test_many_nodes_that_failed_the_preflight(run):
