@@ -9,7 +9,7 @@
 # Tokenize a list of files with a job array; each task processes consecutive files.
 #
 #   sbatch --array=0-63 slurm/preprocess_data.sh --input corpus/ --output-prefix data/ja \
-#       --tokenizer-type SentencePieceTokenizer --tokenizer-model tok.model --append-eod
+#       --tokenizer-type Llama2Tokenizer --tokenizer-model tok.model --append-eod
 #   merge_datasets --parts data/ja     # merges the parts, or lists missing ones
 #
 # A killed task resumes when it is requeued or resubmitted. To resubmit some tasks of an array, give

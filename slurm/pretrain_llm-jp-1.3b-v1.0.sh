@@ -15,6 +15,12 @@
 #
 #   sbatch slurm/pretrain_llm-jp-1.3b-v1.0.sh --save DIR --fold-file folds.yaml \
 #       --tokenizer-type SentencePieceTokenizer --tokenizer-model tok.model
+#
+# Differences from the published run: megatron-core with the distributed optimizer instead of
+# Megatron-DeepSpeed with ZeRO stage 1; data parallel communication overlaps computation;
+# validation sets of the fold file instead of --split 949,50,1. LLM-jp's benchmark scripts name
+# JapaneseSentencePiece, which ends documents by </s> (2); the published model ends them by <EOD>
+# (7), as this type does. The script of the fold runs itself is not published.
 set -euo pipefail
 GPU=${GPU:-A100-40GB} # for --estimate
 # sbatch runs a copy of this script; Slurm's record of the job has the path of the original.

@@ -15,6 +15,10 @@
 #
 #   sbatch slurm/pretrain_llm-jp-13b-v2.0.sh --save DIR --fold-file folds.yaml \
 #       --tokenizer-type SentencePieceTokenizer --tokenizer-model tok.model
+#
+# Differences from the published run: attention is not recomputed (published: selective
+# recomputation); data parallel communication overlaps computation; fold files instead of
+# --train-data-path and --valid-data-path.
 set -euo pipefail
 GPU=${GPU:-A100-40GB} # for --estimate
 # sbatch runs a copy of this script; Slurm's record of the job has the path of the original.

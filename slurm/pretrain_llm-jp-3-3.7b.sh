@@ -14,7 +14,12 @@
 # 16 nodes x 8 H100 = 128 GPUs: DP 128.
 #
 #   sbatch slurm/pretrain_llm-jp-3-3.7b.sh --save DIR --fold-file folds.yaml \
-#       --tokenizer-type SentencePieceTokenizer --tokenizer-model tok.model
+#       --tokenizer-type Llama2Tokenizer --tokenizer-model tok.model
+#
+# Differences from the published run: the fastest attention kernel is selected (published:
+# NVTE_FUSED_ATTN=0, FlashAttention 2; export it before sbatch to select that); attention is not
+# recomputed (published: selective recomputation); data parallel communication overlaps
+# computation; fold files and their validation sets instead of one blend without validation.
 set -euo pipefail
 # sbatch runs a copy of this script; Slurm's record of the job has the path of the original.
 script=$(scontrol show job "${SLURM_JOB_ID:-0}" 2>/dev/null | sed -n '/^ *Command=/{s///p;q}') || true

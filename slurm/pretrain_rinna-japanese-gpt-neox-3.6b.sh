@@ -14,7 +14,10 @@
 # 4 nodes x 8 GPUs = 32 GPUs: DP 32.
 #
 #   sbatch slurm/pretrain_rinna-japanese-gpt-neox-3.6b.sh --save DIR --fold-file folds.yaml \
-#       --tokenizer-type SentencePieceTokenizer --tokenizer-model tok.model
+#       --tokenizer-type GPTSentencePieceTokenizer --tokenizer-model tok.model
+#
+# Differences from the published run: unknown, because only the architecture is published: batch
+# size, precision, learning rate, and the number of GPUs are this project's.
 set -euo pipefail
 # sbatch runs a copy of this script; Slurm's record of the job has the path of the original.
 script=$(scontrol show job "${SLURM_JOB_ID:-0}" 2>/dev/null | sed -n '/^ *Command=/{s///p;q}') || true

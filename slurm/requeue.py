@@ -139,7 +139,7 @@ def _record_end(
     """
     record: dict[str, Any] = {
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "job": os.environ.get("SLURM_JOB_ID"),
+        "job": os.environ.get("SLURM_JOB_ID") or os.environ.get("PBS_JOBID"),
         "restart": int(os.environ.get("SLURM_RESTART_COUNT") or 0),
         "seconds": args.seconds,
         "exit code": args.code,

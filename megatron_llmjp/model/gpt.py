@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,6 +28,7 @@ from megatron_llmjp.model.attention import (
     use_dense_masks,
     with_core_attention,
 )
+from megatron_llmjp.model.attention_backend import attention_backend
 from megatron_llmjp.model.initialization import initialize
 from megatron_llmjp.model.kernels import KernelChoice, choose_kernels
 from megatron_llmjp.model.layers import ParallelResidualLayer, norm_class
@@ -75,6 +77,7 @@ def transformer_config(config: Config, device: Device) -> TransformerConfig:
             bias_activation_fusion=fused_activation,
             bias_dropout_fusion=kernels.fusions,
             masked_softmax_fusion=False,
+            attention_backend=attention_backend(os.environ),
             # Transformer Engine's kernel has no factor for YaRN.
             apply_rope_fusion=kernels.transformer_engine
             and model.position_embedding_type != "yarn",

@@ -41,6 +41,8 @@ class Script:
 
     preset: str
     words: str
+    environment: tuple[str, ...] = ()
+    """Settings of Transformer Engine that the script exports."""
 
     @property
     def argv(self) -> list[str]:
@@ -102,6 +104,7 @@ def _v3(
         --attention-softmax-in-fp32 --transformer-impl transformer_engine --use-mpi --use-z-loss
         --log-throughput --wandb-name name --wandb-project project --wandb-entity llm-jp {extra}
         """,
+        () if preset == "llm-jp-3-172b" else ("NVTE_FUSED_ATTN=0",),
     )
 
 
@@ -133,6 +136,7 @@ def _v4(preset: str, layers: int, hidden: int, ffn: int, heads: int, tp: int, mb
         --load base --save checkpoints --save-interval 1000 --async-save
         --ckpt-format torch_dist
         """,
+        ("NVTE_FWD_LAYERNORM_SM_MARGIN=16", "NVTE_BWD_LAYERNORM_SM_MARGIN=16"),
     )
 
 

@@ -1,0 +1,125 @@
+# shellcheck shell=bash
+# Functions of pretrain.pbs; sourced after common.sh, never submitted.
+
+# pretrain_in_pbs ARGUMENTS...: train on all nodes of this job, and submit the next job if training is
+# not finished.
+pretrain_in_pbs() {
+    local mode
+    for mode in --estimate --rehearse --suggest-layout --dry-run --plan-data; do
+        ! has_flag "$mode" "$@" || exec "$PYTHON" "$MEGATRON_LLMJP/pretrain_gpt.py" "$@"
+    done
+    [[ -n "${PBS_JOBID:-}" ]] ||
+        fail "submit this: qsub -l select=... -l walltime=... -- $0 ARGUMENTS, or add --estimate"
+    (($# > 0)) || fail "no arguments: PBS passes none to a script. Submit it as a program:" \
+        "qsub -l select=... -l walltime=... -- $MEGATRON_LLMJP/slurm/pretrain.pbs --config ..."
+    # PBS starts jobs in the home folder, and programs without the PATH of a login.
+    cd "$PBS_O_WORKDIR" || fail "cannot change to $PBS_O_WORKDIR, from which the job was submitted"
+    export PATH="$PATH${PBS_O_PATH:+:$PBS_O_PATH}"
+    SAVE=$(value_of --save "$@") DEVICE=$(value_of --device "$@")
+    [[ -n "$SAVE" ]] || fail "--save DIR is required: the next job resumes from it"
+    "$PYTHON" "$MEGATRON_LLMJP/slurm/check_save.py" "$SAVE" || exit
+    read_pbs_job
+    write_hosts
+    set_pbs_environment
+    pbs_preflight
+    train_in_pbs "$@"
+}
+
+read_pbs_job() {
+    local job
+    job=$(qstat -f "$PBS_JOBID") || fail "qstat -f $PBS_JOBID failed: is PBS in the PATH?"
+    LOGS="$SAVE/logs/job${PBS_JOBID%%.*}_$(($(pbs_job runs --job /dev/stdin <<< "$job") - 1))"
+    mkdir -p "$LOGS/preflight"
+    printf '%s\n' "$job" > "$LOGS/qstat"
+    minutes_left > /dev/null || exit
+}
+
+# Print the minutes until the ranks must stop for the last save; nothing without a time limit.
+minutes_left() { pbs_job minutes --job "$LOGS/qstat" --margin "${SAVE_MINUTES:-15}"; }
+
+pbs_job() { "$PYTHON" "$MEGATRON_LLMJP/slurm/pbs_job.py" "$@"; }
+
+# Write a host file with as many slots per node as ranks: mpiprocs of the job, or, where the job has
+# one line per node, RANKS_PER_NODE of site.sh or the number of GPUs.
+write_hosts() {
+    local nodes lines
+    mapfile -t HOSTS < <(awk '!seen[$0]++' "$PBS_NODEFILE")
+    nodes=${#HOSTS[@]} lines=$(wc -l < "$PBS_NODEFILE")
+    RANKS_PER_NODE=${RANKS_PER_NODE:-$((lines / nodes))}
+    if ((RANKS_PER_NODE == 1)) && command -v nvidia-smi > /dev/null; then
+        RANKS_PER_NODE=$(nvidia-smi --list-gpus | wc -l)
+    fi
+    printf "%s slots=$RANKS_PER_NODE\n" "${HOSTS[@]}" > "$LOGS/hosts"
+}
+
+set_pbs_environment() {
+    MASTER_ADDR=${HOSTS[0]}
+    MASTER_PORT=$("$PYTHON" -c 'from megatron_llmjp.parallel.launcher import free_port as p; print(p())')
+    export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
+    export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True}
+    export NCCL_DEBUG=${NCCL_DEBUG:-WARN} PYTHONFAULTHANDLER=1 PYTHONUNBUFFERED=1
+    ulimit -Sn "$(ulimit -Hn)"
+}
+
+# on_nodes RANKS_PER_NODE COMMAND...: run a command on all nodes. As under srun, it has the whole
+# environment of this script, which mpirun passes by name only.
+on_nodes() {
+    local count=$1 names=() name
+    shift
+    for name in $(compgen -e); do
+        case $name in
+            OMPI_* | PMI* | PRTE_* | PBS_* | BASH_* | HOSTNAME | PWD | OLDPWD | SHLVL | TMPDIR | _) ;;
+            *) names+=(-x "$name") ;;
+        esac
+    done
+    # shellcheck disable=SC2086  # word splitting of settings in site.sh
+    mpirun -np $((count * ${#HOSTS[@]})) --hostfile "$LOGS/hosts" --map-by "ppr:$count:node" \
+        --oversubscribe --bind-to none ${MPIRUN_FLAGS:-} "${names[@]}" "$@"
+}
+
+pbs_preflight() {
+    [[ "${PREFLIGHT:-1}" == 1 ]] || return 0
+    local gpus=$RANKS_PER_NODE code=0
+    [[ "$DEVICE" != cpu ]] || gpus=0
+    log "preflight of ${#HOSTS[@]} nodes"
+    # shellcheck disable=SC2086
+    on_nodes 1 timeout "${PREFLIGHT_SECONDS:-300}" \
+        "$MEGATRON_LLMJP/slurm/with_log.sh" "$LOGS/preflight/%N.log" ${RUN_IN:-} \
+        "${RANK_PYTHON:-$PYTHON}" "$MEGATRON_LLMJP/slurm/preflight.py" check --folder "$LOGS/preflight" --save "$SAVE" \
+        --gpus "$gpus" --device "${DEVICE:-auto}" --free-disk-gb "${PREFLIGHT_FREE_GB:-50}" || true
+    "$PYTHON" "$MEGATRON_LLMJP/slurm/preflight.py" report --folder "$LOGS/preflight" \
+        --nodes "$(printf '%s\n' "${HOSTS[@]%%.*}" | paste -sd,)" || code=$?
+    ((code == 0)) && return 0
+    # A PBS job cannot exclude nodes by name: the next one could get the same.
+    log "error: preflight failed; see $LOGS/preflight (PREFLIGHT=0 skips it)" >&2
+    exit 1
+}
+
+train_in_pbs() {
+    local code=0 limit=() terminated=""
+    # PBS sends no signal before the time limit: the ranks stop by themselves.
+    if ! has_flag --exit-duration-in-mins "$@" && [[ -n "$(minutes_left)" ]]; then
+        limit=(--exit-duration-in-mins "$(minutes_left)")
+    fi
+    log "$((RANKS_PER_NODE * ${#HOSTS[@]})) ranks on ${HOSTS[*]}, logs in $LOGS"
+    touch "$LOGS/rank_0000.log"
+    sleep infinity &
+    local running=$!
+    # With --pid, tail reads the file once more after that process has ended, so no line is lost.
+    tail -n +1 -F --pid="$running" "$LOGS/rank_0000.log" 2> /dev/null &
+    local follower=$!
+    # At the time limit, and on qdel, PBS sends SIGTERM, and SIGKILL some seconds later.
+    trap 'terminated=yes' TERM
+    # shellcheck disable=SC2086
+    on_nodes "$RANKS_PER_NODE" "$MEGATRON_LLMJP/slurm/with_log.sh" "$LOGS/rank_%4t.log" ${RUN_IN:-} \
+        "${RANK_PYTHON:-$PYTHON}" "$MEGATRON_LLMJP/pretrain_gpt.py" "${limit[@]}" "$@" || code=$?
+    kill "$running" 2> /dev/null || true
+    wait "$follower" || true
+    if [[ -n "$terminated" ]] && pbs_job minutes --job "$LOGS/qstat" --margin 0.1 &> /dev/null; then
+        log "PBS ended the job before its time limit (qdel, or to rerun it): no next job"
+        exit "$code"
+    fi
+    ((code == 0 || code == 3)) || show_cause
+    "$PYTHON" "$MEGATRON_LLMJP/slurm/requeue.py" --save "$SAVE" --code "$code" || exit "$code"
+    pbs_job submit --job "$LOGS/qstat" -- "$MEGATRON_LLMJP/slurm/pretrain.pbs" "$@" || exit 1
+}
