@@ -14,7 +14,8 @@ if [[ -f "$MEGATRON_LLMJP/slurm/site.sh" ]]; then
     source "$MEGATRON_LLMJP/slurm/site.sh"
 fi
 
-# The interpreter: PYTHON of site.sh, else .venv of the checkout, else python3 of the PATH.
+# The interpreter: PYTHON of site.sh, else .venv of the checkout, else python3 of the PATH. Ranks and
+# checks in a container have another one, RANK_PYTHON.
 if [[ -z "${PYTHON:-}" ]]; then
     PYTHON="$MEGATRON_LLMJP/.venv/bin/python"
     [[ -x "$PYTHON" ]] || PYTHON=python3
@@ -138,7 +139,7 @@ choose_nodes() {
     # shellcheck disable=SC2086  # word splitting of settings in site.sh
     timeout "${CHECK_SECONDS:-600}" srun ${OVERLAP:-} --nodes=1 --ntasks=1 --nodelist="${NODES[0]}" \
         --cpus-per-task="$CPUS_PER_TASK" ${SRUN_FLAGS:-} ${RUN_IN:-} \
-        "$PYTHON" "$MEGATRON_LLMJP/slurm/choose_nodes.py" --output "$file" \
+        "${RANK_PYTHON:-$PYTHON}" "$MEGATRON_LLMJP/slurm/choose_nodes.py" --output "$file" \
         --nodes "$(join "${usable[@]}")" --tasks-per-node "$TASKS_PER_NODE" \
         --cpus-per-task "$CPUS_PER_TASK" --cpus-per-node "${SLURM_JOB_CPUS_PER_NODE:-}" -- "$@" \
         2> "$LOGS/start.log" || code=$?
@@ -166,7 +167,7 @@ preflight() {
     timeout --kill-after=30 "$seconds" srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
         --cpus-per-task=$((TASKS_PER_NODE * CPUS_PER_TASK)) --cpu-bind=none --kill-on-bad-exit=0 \
         --output="$LOGS/preflight/%N.log" ${SRUN_FLAGS:-} ${RUN_IN:-} \
-        "$PYTHON" "$MEGATRON_LLMJP/slurm/preflight.py" check --folder "$LOGS/preflight" \
+        "${RANK_PYTHON:-$PYTHON}" "$MEGATRON_LLMJP/slurm/preflight.py" check --folder "$LOGS/preflight" \
         --save "$SAVE" --gpus "${SLURM_GPUS_ON_NODE:-0}" --device "${DEVICE:-auto}" \
         --free-disk-gb "${PREFLIGHT_FREE_GB:-50}" --total-seconds $((seconds - 20)) \
         ${PREFLIGHT_FLAGS:-} || true
@@ -201,7 +202,7 @@ run_ranks() {
         --ntasks-per-node="$TASKS_PER_NODE" --cpus-per-task="$CPUS_PER_TASK" \
         --kill-on-bad-exit=1 --wait=60 --distribution=block:block --output="$LOGS/rank_%4t.log" \
         ${SRUN_BIND---cpu-bind=cores --mem-bind=local} ${SRUN_FLAGS:-} ${RUN_IN:-} \
-        "$PYTHON" "$MEGATRON_LLMJP/pretrain_gpt.py" "$@" 2> "$LOGS/srun.log" || code=$?
+        "${RANK_PYTHON:-$PYTHON}" "$MEGATRON_LLMJP/pretrain_gpt.py" "$@" 2> "$LOGS/srun.log" || code=$?
     kill "$running"
     wait "$follower" || true
     # srun exits with the highest code of all tasks, and tasks that it stops have high ones: the exit

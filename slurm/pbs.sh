@@ -19,8 +19,9 @@ pretrain_in_pbs() {
     [[ -n "$SAVE" ]] || fail "--save DIR is required: the next job resumes from it"
     "$PYTHON" "$MEGATRON_LLMJP/slurm/check_save.py" "$SAVE" || exit
     read_pbs_job
-    write_hosts
+    find_hosts
     set_pbs_environment
+    choose_hosts "$@"
     pbs_preflight
     train_in_pbs "$@"
 }
@@ -39,23 +40,37 @@ minutes_left() { pbs_job minutes --job "$LOGS/qstat" --margin "${SAVE_MINUTES:-1
 
 pbs_job() { "$PYTHON" "$MEGATRON_LLMJP/slurm/pbs_job.py" "$@"; }
 
-# Write a host file with as many slots per node as ranks: mpiprocs of the job, or, where the job has
-# one line per node, RANKS_PER_NODE of site.sh or the number of GPUs.
-write_hosts() {
-    local nodes lines
+# Set HOSTS and RANKS_PER_NODE: mpiprocs of the job, or, where the job has one line per node,
+# RANKS_PER_NODE of site.sh or the number of GPUs.
+find_hosts() {
+    local lines
     mapfile -t HOSTS < <(awk '!seen[$0]++' "$PBS_NODEFILE")
-    nodes=${#HOSTS[@]} lines=$(wc -l < "$PBS_NODEFILE")
-    RANKS_PER_NODE=${RANKS_PER_NODE:-$((lines / nodes))}
+    lines=$(wc -l < "$PBS_NODEFILE")
+    RANKS_PER_NODE=${RANKS_PER_NODE:-$((lines / ${#HOSTS[@]}))}
     if ((RANKS_PER_NODE == 1)) && command -v nvidia-smi > /dev/null; then
         RANKS_PER_NODE=$(nvidia-smi --list-gpus | wc -l)
     fi
+}
+
+# choose_hosts ARGUMENTS...: check the run once before any rank starts, reduce HOSTS to those that its
+# layout can use, and write the host file of mpirun.
+choose_hosts() {
+    local code=0 file="$LOGS/rank_nodes"
+    # shellcheck disable=SC2086  # word splitting of settings in site.sh
+    ${RUN_IN:-} "${RANK_PYTHON:-$PYTHON}" "$MEGATRON_LLMJP/slurm/choose_nodes.py" --output "$file" \
+        --nodes "$(printf '%s\n' "${HOSTS[@]}" | paste -sd,)" --tasks-per-node "$RANKS_PER_NODE" \
+        -- "$@" 2> "$LOGS/start.log" || code=$?
+    cat "$LOGS/start.log" >&2
+    ! grep -q '^error:' "$LOGS/start.log" || end_pbs_job "$code" "$@"
+    # The first line has the CPUs per rank, which mpirun does not limit.
+    [[ ! -s "$file" ]] || mapfile -t HOSTS < <(tail -n +2 "$file")
     printf "%s slots=$RANKS_PER_NODE\n" "${HOSTS[@]}" > "$LOGS/hosts"
+    export MASTER_ADDR=${HOSTS[0]}
 }
 
 set_pbs_environment() {
-    MASTER_ADDR=${HOSTS[0]}
     MASTER_PORT=$("$PYTHON" -c 'from megatron_llmjp.parallel.launcher import free_port as p; print(p())')
-    export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
+    export MASTER_PORT OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
     export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True}
     export NCCL_DEBUG=${NCCL_DEBUG:-WARN} PYTHONFAULTHANDLER=1 PYTHONUNBUFFERED=1
     ulimit -Sn "$(ulimit -Hn)"
@@ -119,7 +134,16 @@ train_in_pbs() {
         log "PBS ended the job before its time limit (qdel, or to rerun it): no next job"
         exit "$code"
     fi
-    ((code == 0 || code == 3)) || show_cause
-    "$PYTHON" "$MEGATRON_LLMJP/slurm/requeue.py" --save "$SAVE" --code "$code" || exit "$code"
+    end_pbs_job "$code" "$@"
+}
+
+# end_pbs_job CODE ARGUMENTS...: record this end of the job with its first cause, and submit the next
+# job if the run is to continue.
+end_pbs_job() {
+    local code=$1
+    shift
+    "$PYTHON" "$MEGATRON_LLMJP/slurm/requeue.py" --save "$SAVE" --code "$code" --logs "$LOGS" ||
+        exit "$code"
     pbs_job submit --job "$LOGS/qstat" -- "$MEGATRON_LLMJP/slurm/pretrain.pbs" "$@" || exit 1
+    exit 0
 }
