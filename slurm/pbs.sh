@@ -100,7 +100,8 @@ pbs_preflight() {
     # shellcheck disable=SC2086
     on_nodes 1 timeout "${PREFLIGHT_SECONDS:-300}" \
         "$MEGATRON_LLMJP/slurm/with_log.sh" "$LOGS/preflight/%N.log" ${RUN_IN:-} \
-        "${RANK_PYTHON:-$PYTHON}" "$MEGATRON_LLMJP/slurm/preflight.py" check --folder "$LOGS/preflight" --save "$SAVE" \
+        "${RANK_PYTHON:-$PYTHON}" "$MEGATRON_LLMJP/slurm/preflight.py" check \
+        --folder "$LOGS/preflight" --save "$SAVE" \
         --gpus "$gpus" --device "${DEVICE:-auto}" --free-disk-gb "${PREFLIGHT_FREE_GB:-50}" || true
     "$PYTHON" "$MEGATRON_LLMJP/slurm/preflight.py" report --folder "$LOGS/preflight" \
         --nodes "$(printf '%s\n' "${HOSTS[@]%%.*}" | paste -sd,)" || code=$?

@@ -53,15 +53,15 @@ class Pbs:
         """Return the numbers of jobs that have not run."""
         return sorted(p.stem for p in self.folder.glob("jobs/*.json") if not _text(p).exists())
 
-    def run(self, number: str) -> subprocess.CompletedProcess[str]:
-        """Run a job and return its exit code and output."""
+    def run(self, number: str, path: str = "") -> subprocess.CompletedProcess[str]:
+        """Run a job and return its exit code and output; programs in ``path`` precede others."""
         job = json.loads((self.folder / "jobs" / f"{number}.json").read_text())
         nodes = self.folder / "nodes"
         nodes.write_text(f"{socket.gethostname()}\n" * self.ranks)
         env = {
             **job["variables"],
             "HOME": str(self.home),
-            "PATH": MINIMAL_PATH,
+            "PATH": f"{path}:{MINIMAL_PATH}" if path else MINIMAL_PATH,
             "PBS_ENVIRONMENT": "PBS_BATCH",
             "PBS_JOBID": f"{number}.stub",
             "PBS_NODEFILE": str(nodes),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -54,6 +55,55 @@ def test_the_next_job_continues_in_the_same_folder(pbs: Pbs, tmp_path: Path):
     assert [(end["job"], end["exit code"]) for end in ends] == [("1.stub", 3), ("2.stub", 0)]
     assert len(list((save / "logs" / "job2_0").glob("rank_*.log"))) == 2
     assert list(pbs.home.iterdir()) == []
+
+
+FAKE_PYTHON = f"""#!/bin/bash
+# The programs that import torch are replaced; the others are real.
+case "$1 $2" in
+    *choose_nodes.py*) printf '1\\n%s\\n' "$(hostname)" > "$3" ;;
+    *preflight.py*) echo "$(basename "$1") $2" ;;
+    *pretrain_gpt.py*) shift; printf '<%s>' "$@"; exit 3 ;;
+    *) exec {sys.executable} "$@" ;;
+esac
+"""
+FAKE_MPIRUN = """#!/bin/bash
+echo "mpirun $*" | tr ' ' '\\n' > "$MPIRUN_LOG"
+until [[ "$1" == */with_log.sh || "$1" == timeout ]]; do shift; done
+OMPI_COMM_WORLD_RANK=0 exec "$@"
+"""
+
+
+def test_steps_of_a_job(pbs: Pbs, tmp_path: Path):
+    """Environment, arguments, logs and the next job, with replaced mpirun and training."""
+    work, fakes = tmp_path / "a folder", tmp_path / "fakes"
+    for name, text in (("python", FAKE_PYTHON), ("mpirun", FAKE_MPIRUN)):
+        fakes.mkdir(exist_ok=True)
+        (fakes / name).write_text(text)
+        (fakes / name).chmod(0o755)
+    work.mkdir()
+    site = {"PYTHON": str(fakes / "python"), "MPIRUN_LOG": str(tmp_path / "words"), "NOTE": "a, b"}
+    words = ["--save", "check, points", "--data-path", "1 a,b"]
+    number = pbs.qsub("-N", "run", "-v", ",".join(site), "--", LAUNCHER, *words, cwd=work, **site)
+    job = pbs.folder / "mpi"  # the real mpirun precedes the one of the user's PATH
+    job.mkdir()
+    (job / "mpirun").symlink_to(fakes / "mpirun")
+    done = pbs.run(number, path=str(job))
+    assert done.returncode == 0, done.stdout + done.stderr
+    save = work / "check, points"
+    log = (save / "logs" / "job1_0" / "rank_0000.log").read_text()
+    assert re.fullmatch(
+        r"<--exit-duration-in-mins><4[34]\.\d+><--save><check, points><--data-path><1 a,b>", log
+    )
+    assert log in done.stdout
+    passed = (tmp_path / "words").read_text().splitlines()
+    assert {"NOTE", "PYTHONPATH", "MASTER_ADDR", "NCCL_DEBUG"} <= set(passed)
+    assert not {"PBS_JOBID", "HOSTNAME", "PWD"} & set(passed)
+    (end,) = map(json.loads, (save / "requeues.jsonl").read_text().splitlines())
+    assert [end["job"], end["exit code"], end["requeued"]] == ["1.stub", 3, True]
+    assert pbs.waiting() == ["2"]
+    second = json.loads((pbs.folder / "jobs" / "2.json").read_text())
+    assert second["command"] == [str(LAUNCHER), *words] and second["cwd"] == str(work)
+    assert second["variables"]["NOTE"] == "a, b"
 
 
 def test_errors_before_the_ranks_start(pbs: Pbs, tmp_path: Path):
