@@ -17,6 +17,7 @@ pretrain_in_pbs() {
     export PATH="$PATH${PBS_O_PATH:+:$PBS_O_PATH}"
     SAVE=$(value_of --save "$@") DEVICE=$(value_of --device "$@")
     [[ -n "$SAVE" ]] || fail "--save DIR is required: the next job resumes from it"
+    ARGUMENTS=("$@")
     "$PYTHON" "$MEGATRON_LLMJP/slurm/check_save.py" "$SAVE" || exit
     read_pbs_job
     find_hosts
@@ -73,6 +74,7 @@ set_pbs_environment() {
     export MASTER_PORT OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
     export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True}
     export NCCL_DEBUG=${NCCL_DEBUG:-WARN} PYTHONFAULTHANDLER=1 PYTHONUNBUFFERED=1
+    export MEGATRON_LLMJP_ALERTS_BY_JOB=1 # this script sends the alert at the end of the ranks
     ulimit -Sn "$(ulimit -Hn)"
 }
 
@@ -108,6 +110,7 @@ pbs_preflight() {
     ((code == 0)) && return 0
     # A PBS job cannot exclude nodes by name: the next one could get the same.
     log "error: preflight failed; see $LOGS/preflight (PREFLIGHT=0 skips it)" >&2
+    alert 1
     exit 1
 }
 
@@ -141,10 +144,12 @@ train_in_pbs() {
 # end_pbs_job CODE ARGUMENTS...: record this end of the job with its first cause, and submit the next
 # job if the run is to continue.
 end_pbs_job() {
-    local code=$1
+    local code=$1 next=0
     shift
-    "$PYTHON" "$MEGATRON_LLMJP/slurm/requeue.py" --save "$SAVE" --code "$code" --logs "$LOGS" ||
-        exit "$code"
+    "$PYTHON" "$MEGATRON_LLMJP/slurm/requeue.py" --save "$SAVE" --code "$code" --logs "$LOGS" \
+        --seconds "$SECONDS" || next=$?
+    alert "$code"
+    ((next == 0)) || exit "$code"
     pbs_job submit --job "$LOGS/qstat" -- "$MEGATRON_LLMJP/slurm/pretrain.pbs" "$@" || exit 1
     exit 0
 }
