@@ -54,7 +54,7 @@ def test_the_next_job_continues_in_the_same_folder(pbs: Pbs, tmp_path: Path):
     ends = [json.loads(line) for line in (save / "requeues.jsonl").read_text().splitlines()]
     assert [(end["job"], end["exit code"]) for end in ends] == [("1.stub", 3), ("2.stub", 0)]
     assert len(list((save / "logs" / "job2_0").glob("rank_*.log"))) == 2
-    assert list(pbs.home.iterdir()) == []
+    assert not [path for path in pbs.home.iterdir() if not path.name.startswith(".")]
 
 
 FAKE_PYTHON = f"""#!/bin/bash
@@ -92,7 +92,7 @@ def test_steps_of_a_job(pbs: Pbs, tmp_path: Path):
     save = work / "check, points"
     log = (save / "logs" / "job1_0" / "rank_0000.log").read_text()
     assert re.fullmatch(
-        r"<--exit-duration-in-mins><4[34]\.\d+><--save><check, points><--data-path><1 a,b>", log
+        r"<--exit-duration-in-mins><\d+\.\d+><--save><check, points><--data-path><1 a,b>", log
     )
     assert log in done.stdout
     passed = (tmp_path / "words").read_text().splitlines()
