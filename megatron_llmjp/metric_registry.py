@@ -2,7 +2,7 @@
 
 Trainer, log line, ``metrics.jsonl``, TensorBoard, Weights & Biases, report and ``run_status`` take
 metrics from this registry. To add one, register a :class:`Metric` here; its value is computed from
-the measurements in :class:`IntervalStats`.
+the measurements in :class:`~megatron_llmjp.interval_stats.IntervalStats`.
 
 ``metrics.jsonl`` has one JSON object per line. Every record has :data:`ITERATION`; a record with
 :data:`LM_LOSS` (null if no step had a loss) is a log interval of training, a record with keys of
@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from megatron_llmjp.formatting import format_count
+from megatron_llmjp.interval_stats import IntervalStats
 
 METRICS_FILE = "metrics.jsonl"
 """Name of the metrics file in the save folder."""
@@ -24,47 +25,8 @@ ITERATION, CONSUMED_SAMPLES, EVENT, FOLD = "iteration", "consumed samples", "eve
 """Fields of records that are not metrics."""
 
 
-@dataclass(frozen=True)
-class IntervalStats:
-    """Measurements of one log interval; values of a step are those of the last one."""
-
-    steps: int
-    samples: int
-    seconds: float
-    """Time spent in steps; validations and saves are excluded."""
-    consumed_samples: int
-    """Since the start of the run."""
-    remaining_samples: int
-    sequence_length: int
-    lm_loss: float
-    """Mean cross entropy in nats per token; NaN if no step had a loss."""
-    z_loss: float | None
-    """Mean z-loss per token; None if it is disabled."""
-    grad_norm: float
-    params_norm: float | None
-    """None if it is not logged."""
-    learning_rate: float
-    global_batch_size: int
-    loss_scale: float
-    skipped: int
-    nan: int
-    spikes: int
-    total_skipped: int
-    total_nan: int
-    total_spikes: int
-    rollbacks: int
-    tflops_per_gpu: float
-    peak_tflops: float | None
-    """Peak TFLOP/s of one device; None if unknown."""
-    fold_number: int
-    fold_progress: float
-    memory: Mapping[str, float] = field(default_factory=dict)
-    """Bytes, by the name of the metric (``Device.memory``)."""
-
-    @property
-    def samples_per_second(self) -> float:
-        """Throughput of all ranks."""
-        return self.samples / self.seconds
+SLOWEST_HOST = "slowest host"
+"""Field of a log interval with the hosts of :data:`SLOWEST_RANK`."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +92,7 @@ GRADIENT_NORM_PANEL = Panel("gradient_norm", "Gradient norm, before clipping", l
 PARAMETER_NORM_PANEL = Panel("parameter_norm", "Norm of all parameters")
 Z_LOSS_PANEL = Panel("z_loss", "z-loss")
 MEMORY_PANEL = Panel("memory", "Memory of the first rank", "GB", from_zero=True)
+RANK_TIMES_PANEL = Panel("rank_times", "Time per iteration by rank", "seconds", from_zero=True)
 BATCH_SIZE_PANEL = Panel("batch_size", "Global batch size", "samples", hide_constant=True)
 LOSS_SCALE_PANEL = Panel("loss_scale", "Loss scale", log_scale=True, hide_constant=True)
 
@@ -140,6 +103,7 @@ FIRST_PANELS = (
     PARAMETER_NORM_PANEL,
     Z_LOSS_PANEL,
     MEMORY_PANEL,
+    RANK_TIMES_PANEL,
     BATCH_SIZE_PANEL,
     LOSS_SCALE_PANEL,
 )
@@ -377,6 +341,45 @@ MEMORY_ALLOCATED = _memory(
 )
 MEMORY_RESERVED = _memory(
     "memory reserved bytes", "GPU memory reserved by the first rank's allocator", "reserved"
+)
+
+
+def _rank_time(name: str, attribute: str, description: str, label: str = "") -> Metric:
+    def value(stats: IntervalStats) -> float | None:
+        found: float | None = getattr(stats.rank_times, attribute, None)
+        return found
+
+    panel = RANK_TIMES_PANEL if label else None
+    return register_metric(Metric(name, description, value, panel=panel, label=label))
+
+
+COMPUTING_SECONDS = _rank_time(
+    "computing seconds",
+    "computing",
+    "forward and backward passes per iteration, median of all ranks over the last 20 iterations",
+    "computing, median rank",
+)
+LONGEST_COMPUTING_SECONDS = _rank_time(
+    "longest computing seconds",
+    "longest_computing",
+    "the same of the rank that computes longest, which may have the largest pipeline stage",
+    "computing, longest",
+)
+WAITING_SECONDS = _rank_time(
+    "waiting seconds",
+    "waiting",
+    "communication and waits for other ranks per iteration, median of all ranks",
+    "waiting, median rank",
+)
+SLOWEST_RANK = _rank_time(
+    "slowest rank",
+    "slowest_rank",
+    "rank that computes longest compared with ranks of the same work; its host: `slowest host`",
+)
+STRAGGLER_SHARE = _rank_time(
+    "straggler share",
+    "straggler_share",
+    "share of an iteration that other ranks wait for the slowest rank, from 0 to 1",
 )
 
 VALIDATION_LOSS = register_metric_group(

@@ -75,6 +75,13 @@ METAVARS = {
 }
 """Placeholders in ``--help`` for the values of text fields that are not paths."""
 
+LIST_METAVARS = {
+    "override_resume": "FIELD",
+    "tiktoken_special_tokens": "TOKEN",
+    "profile_ranks": "RANK",
+}
+"""Placeholders of fields with any number of values, other than paths."""
+
 
 class Mode(Enum):
     """Modes of ``pretrain_gpt.py``; the value is the flag that selects the mode."""
@@ -323,10 +330,8 @@ def _add_field(group: argparse._ArgumentGroup, name: str, info: FieldInfo) -> No
     text = (info.description or "").replace("%", "%%")
     if info.annotation is bool:
         kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
-    elif name == "override_resume":
-        kind = {"nargs": "+", "metavar": "FIELD"}
-    elif name == "tiktoken_special_tokens":
-        kind = {"nargs": "+", "metavar": "TOKEN"}
+    elif name in LIST_METAVARS:
+        kind = {"nargs": "+", "metavar": LIST_METAVARS[name]}
     elif name.endswith("data_path"):
         kind = {"nargs": "+", "metavar": "PATH"}
     elif name == "rampup_batch_size":
@@ -334,7 +339,9 @@ def _add_field(group: argparse._ArgumentGroup, name: str, info: FieldInfo) -> No
     else:
         kind = {"metavar": _metavar(name, info)}
     if not info.is_required() and info.default not in (None, ()):
-        text += f" (default: {info.default})"
+        default = info.default
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        text += f" (default: {shown})"
     group.add_argument(*flags, dest=name, default=None, help=text, **kind)
 
 

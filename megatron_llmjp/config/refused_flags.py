@@ -105,10 +105,7 @@ _BY_REMEDY: dict[str, str] = {
         --decoupled-lr --decoupled-min-lr --head-lr-mult --no-weight-decay-cond-type""",
     "end the run early with --train-iters, and set --lr-decay-iters for the schedule": """
         --force-stop-iter""",
-    "profile a rank with an external profiler, as in `nsys profile python pretrain_gpt.py ...`": """
-        --profile --profile-ranks --profile-step-start --profile-step-end --use-pytorch-profiler
-        --use-nsys-profiler --record-memory-history --memory-snapshot-path --nvtx-ranges
-        --record-shapes""",
+    "--profile without --use-pytorch-profiler starts and stops nsys": "--use-nsys-profiler",
     "inspect weights with convert_checkpoint inspect": """
         --save-wgrads-interval --save-dgrads-interval --dump-param-to-param-group-map""",
     "--estimate computes memory and time of a layout without GPUs": "--fake-process-group",

@@ -217,6 +217,16 @@ class LoggingConfig(Section):
         None, description="folder of TensorBoard events; default: SAVE/tensorboard"
     )
     log_params_norm: bool = Field(True, description="log the norm of all parameters")
+    log_straggler: bool = Field(
+        True, description="measure the computing time of each rank, and report a slow rank"
+    )
+    straggler_share: float = Field(
+        0.1,
+        gt=0.0,
+        lt=1.0,
+        description="share of an iteration that others wait for a rank from which on it is "
+        "reported as slow",
+    )
     wandb_project: str | None = Field(
         None, description="Weights & Biases project; disabled by default"
     )

@@ -4,13 +4,14 @@ Field names are Megatron-LM's flags in snake_case where Megatron-LM has one, so 
 ``--tensor-model-parallel-size 2`` and ``tensor_model_parallel_size: 2`` are equivalent. A name is
 unique across sections. The description of a field is its line in ``--help``.
 
-The sections are defined in ``model_config.py`` (model, parallel) and ``run_config.py`` (all others)
-and imported from here.
+The sections are defined in ``model_config.py`` (model, parallel), ``profiling_config.py`` and
+``run_config.py`` (all others), and imported from here.
 """
 
 from __future__ import annotations
 
 from megatron_llmjp.config.model_config import ModelConfig, ParallelConfig, Section
+from megatron_llmjp.config.profiling_config import ProfilingConfig
 from megatron_llmjp.config.run_config import (
     CheckpointConfig,
     DataConfig,
@@ -31,6 +32,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "ProfilingConfig",
     "Section",
     "TrainingConfig",
 ]
@@ -47,6 +49,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     faults: FaultsConfig = FaultsConfig()
     logging: LoggingConfig = LoggingConfig()
+    profiling: ProfilingConfig = ProfilingConfig()
 
     @property
     def padded_vocab_size(self) -> int:
@@ -68,6 +71,7 @@ SECTIONS: dict[str, type[Section]] = {
     "checkpoint": CheckpointConfig,
     "faults": FaultsConfig,
     "logging": LoggingConfig,
+    "profiling": ProfilingConfig,
 }
 """Sections by name, in the order in which they are printed."""
 

@@ -184,7 +184,8 @@ _NOT_OFFERED_BY_REASON: dict[str, str] = {
     # checks and logs
     "weights are not compared between replicas": """
         --check-weight-hash-across-dp-replicas-interval""",
-    "stragglers are not detected": "--log-straggler --disable-straggler-on-startup",
+    "stragglers are measured from the start of a run, or not at all (--no-log-straggler)": """
+        --disable-straggler-on-startup""",
     "it is not logged: reading it each step would stall the GPU": """
         --log-optimizer-states-to-tensorboard --log-num-zeros-in-grad --log-timers-to-tensorboard
         --log-world-size-to-tensorboard --log-energy --log-max-attention-logit
@@ -213,5 +214,7 @@ NOT_OFFERED: dict[str, str] = {
 }
 """What the run does instead, by flag that is not offered."""
 
-NOT_OFFERED_FAMILIES: dict[str, str] = {"--straggler-": "stragglers are not detected"}
+NOT_OFFERED_FAMILIES: dict[str, str] = {
+    "--straggler-": "the log names the slowest rank (--log-straggler), without a control port"
+}
 """What the run does instead, by prefix of flags that are not offered."""

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from megatron_llmjp.config.layout_validation import divisors, layout_problems
 from megatron_llmjp.config.learning_rate_rules import ScheduleLengths, learning_rate_problems
 from megatron_llmjp.config.loading import EQUIVALENT_UNITS
+from megatron_llmjp.config.profiling_config import profiling_problems
 from megatron_llmjp.config.schema import SECTION_OF, Config, ModelConfig
 from megatron_llmjp.errors import UserError
 
@@ -55,7 +56,10 @@ def check_config(config: Config, world_size: int) -> None:
         UserError: one line for each violated rule.
     """
     rules = (_model, _precision, _units, _rates, _weight_decay, _folders, _tokenizer, _alerts)
-    problems = [*layout_problems(config, world_size)]
+    problems = [
+        *layout_problems(config, world_size),
+        *profiling_problems(config.profiling, config.checkpoint.save, world_size),
+    ]
     for rule in rules:
         problems += rule(config)
     if problems:

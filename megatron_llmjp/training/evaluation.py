@@ -58,7 +58,7 @@ def evaluate(
             sums += run_micro_batches(chunks, data, config, size, forward_only=True, beat=beat)
             beat()
         else:
-            losses[name] = means_over_ranks(sums)[LM_LOSS_ROW]
+            losses[name] = means_over_ranks(sums)[0][LM_LOSS_ROW]
     for chunk in chunks:
         chunk.train()
     return losses

@@ -16,14 +16,16 @@ from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.data.folds.schedule import Schedule
 from megatron_llmjp.estimate.flops import compute_dtype, tflops_per_device
 from megatron_llmjp.estimate.gpus import peak_tflops
+from megatron_llmjp.filesystem import warn
+from megatron_llmjp.interval_stats import IntervalStats, RankTimes
 from megatron_llmjp.metric_registry import (
     DATASET_LOSS,
     DATASET_TOKENS,
     LM_LOSS,
     PERPLEXITY,
+    SLOWEST_HOST,
     TOKENS_PER_SECOND,
     VALIDATION_LOSS,
-    IntervalStats,
     interval_values,
     perplexity,
 )
@@ -32,6 +34,7 @@ from megatron_llmjp.training.batch_iterator import dataset_names
 from megatron_llmjp.training.evaluation import validation_line
 from megatron_llmjp.training.gradient_monitor import StepStatus
 from megatron_llmjp.training.log_writers import MetricsRecord, MetricsWriters, interval_line
+from megatron_llmjp.training.stragglers import Comparison, StragglerMonitor
 from megatron_llmjp.training.train_step import (
     FIRST_DATASET_ROW,
     LM_LOSS_ROW,
@@ -79,10 +82,11 @@ class TrainingMetrics:
         schedule: the resolved folds.
         sizes: the batch size of each iteration.
         train_iters: number of iterations of the run.
-        planned_iters: number of iterations without the batches that rollbacks skipped.
-        rollbacks: number of rollbacks so far.
         device: the device of this rank.
         writers: destinations of the metrics; None except on the first rank.
+        planned_iters: number of iterations without the batches that rollbacks skipped.
+        rollbacks: number of rollbacks so far.
+        stragglers: compares the ranks; None if it is disabled.
     """
 
     def __init__(
@@ -95,11 +99,13 @@ class TrainingMetrics:
         writers: MetricsWriters | None,
         planned_iters: int,
         rollbacks: int,
+        stragglers: StragglerMonitor | None = None,
     ) -> None:
         self._config = config
         self._schedule = schedule
         self._planned_iters = planned_iters
         self._rollbacks = rollbacks
+        self._stragglers = stragglers
         self._end = sizes.consumed_after(train_iters)
         self._device = device
         self._writers = writers
@@ -190,12 +196,21 @@ class TrainingMetrics:
         interval = self._interval
         sums = interval.sums if interval.sums is not None else interval.skipped_sums
         assert sums is not None
-        means = means_over_ranks(sums)
+        own = self._stragglers.own if self._stragglers is not None else ()
+        means, of_ranks = means_over_ranks(sums, own)
         for name in EVENT_COUNTERS:
             self._totals[name] += getattr(interval, name)
         fold = self._schedule.fold_of_sample(consumed - 1)
+        ranks = self._compare_ranks(of_ranks, iteration, consumed)
         stats = self._stats(
-            consumed, means, result, learning_rate, batch_size, loss_scale, parameter_norm
+            consumed,
+            means,
+            result,
+            learning_rate,
+            batch_size,
+            loss_scale,
+            parameter_norm,
+            ranks.times if ranks is not None else None,
         )
         values = interval_values(stats)
         latest = {name: values[name] for name in IN_MANIFEST}
@@ -208,9 +223,25 @@ class TrainingMetrics:
                 flush=True,
             )
             values |= self._by_dataset(consumed, means[FIRST_DATASET_ROW:])
-            self._writers.write(self._record(iteration, consumed, values, fold=fold.name))
+            hosts = {SLOWEST_HOST: ranks.hosts} if ranks is not None and ranks.hosts else {}
+            record = self._record(iteration, consumed, values, fold=fold.name, **hosts)
+            self._writers.write(record)
         self._interval = _Interval()
         self._since = time.perf_counter()
+
+    def _compare_ranks(
+        self, of_ranks: list[list[float]], iteration: int, consumed: int
+    ) -> Comparison | None:
+        """Compare the times of all ranks on the first rank, and report a straggler."""
+        if self._stragglers is None or self._writers is None:
+            return None
+        found = self._stragglers.compare(of_ranks)
+        if found is not None and found.warning:
+            warn(f"iteration {iteration}: {found.warning}")
+            self.event("straggler", iteration, consumed, host=found.hosts, why=found.warning)
+        if found is not None and found.note:
+            print(f"note: iteration {iteration}: {found.note}", flush=True)
+        return found
 
     def _stats(
         self,
@@ -221,6 +252,7 @@ class TrainingMetrics:
         batch_size: int,
         loss_scale: float,
         parameter_norm: float | None,
+        rank_times: RankTimes | None,
     ) -> IntervalStats:
         """Return the measurements of the current interval."""
         interval, config = self._interval, self._config
@@ -255,6 +287,7 @@ class TrainingMetrics:
             fold_number=self._schedule.folds.index(fold) + 1,
             fold_progress=(consumed - first) / (end - first),
             memory=self._device.memory(),
+            rank_times=rank_times,
         )
 
     def log_validation(self, iteration: int, consumed: int, losses: dict[str, float]) -> None:

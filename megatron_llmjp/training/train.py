@@ -23,7 +23,11 @@ from megatron_llmjp.training import run_setup
 from megatron_llmjp.training.evaluation import evaluate, validation_line
 from megatron_llmjp.training.garbage_collection import GarbageCollector
 from megatron_llmjp.training.gradient_monitor import GradientMonitor, Rollback
+from megatron_llmjp.training.instruments import install_instruments
+from megatron_llmjp.training.memory_history import profile_folder, record_memory_history
 from megatron_llmjp.training.optimizer import LearningRateSchedule
+from megatron_llmjp.training.out_of_memory import explain_out_of_memory
+from megatron_llmjp.training.profiling import check_profiling
 from megatron_llmjp.training.run_setup import LockedRun, locked_run, print_rank_0
 from megatron_llmjp.training.stop_signals import StopCoordinator
 from megatron_llmjp.training.trainer import GRADIENT_NORMS_STATE, Trainer
@@ -39,6 +43,8 @@ class _RankContext:
     store: Any
     """Key-value store shared by all ranks."""
     watchdog: Watchdog
+    hosts: list[str]
+    """Host of each rank."""
 
 
 def train(run: Run, ranks: Ranks, device: Device, requests: StopRequests | None = None) -> int:
@@ -57,9 +63,12 @@ def train(run: Run, ranks: Ranks, device: Device, requests: StopRequests | None 
     store = rendezvous.rendezvous(ranks)
     with hang_detection(run.config, ranks, store, device.is_cuda) as watchdog:
         devices = check_devices(store, ranks, device)
-        watchdog.know_hosts([other.host for other in devices])
+        hosts = [other.host for other in devices]
+        watchdog.know_hosts(hosts)
         bind_to_local_cpus(devices, ranks)
-        context = _RankContext(ranks, device, store, watchdog)
+        check_profiling(run.config, device)
+        record_memory_history(run.config, ranks.rank)
+        context = _RankContext(ranks, device, store, watchdog, hosts)
         if run.config.training.eval_only:
             return _validate_only(run, context)
         watchdog.begin(0, "opening the save folder and its checkpoint", counts_work=True)
@@ -108,17 +117,31 @@ def _train(
     control.watchdog.begin(start[0], "building or loading the model", counts_work=True)
     sizes = BatchSizeSchedule(run.config)
     rates = LearningRateSchedule(run.config, run.schedule, sizes, run.train_iters)
-    model = run_setup.setup_model_and_optimizer(run, context.device, rates, control.sync)
+    rank, folder = context.ranks.rank, profile_folder(run.config)
+    with explain_out_of_memory((), None, context.device, rank, folder):
+        model = run_setup.setup_model_and_optimizer(run, context.device, rates, control.sync)
     run_setup.print_run_summary(run, model.chunks, context.ranks, context.device)
     saver = run_setup.build_saver(run, sizes, locked.check_lock, control.sync)
     monitor = GradientMonitor(run.config.faults, model.counters.get(GRADIENT_NORMS_STATE, ()))
     control.stop.defer_signals()
     control.stop.restart_save_clock()
     garbage = GarbageCollector(run.config.training)
+    instruments = install_instruments(run.config, model.chunks, context.device, rank, context.hosts)
     trainer = Trainer(
-        run, context.device, sizes, model, data, saver, control, monitor, garbage, *start
+        run,
+        context.device,
+        sizes,
+        model,
+        data,
+        saver,
+        control,
+        monitor,
+        garbage,
+        *start,
+        instruments,
     )
-    outcome = trainer.train()
+    with explain_out_of_memory(model.chunks, model.optimizer, context.device, rank, folder):
+        outcome = trainer.train()
     control.watchdog.begin(trainer.iteration, "the end of the run")
     data.indices.close()
     return outcome

@@ -6,7 +6,7 @@ Losses stay on the device: the host synchronizes once per step, where the gradie
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -217,16 +217,38 @@ def zero_sums(datasets: int = 0) -> Tensor:
     return torch.zeros(FIRST_DATASET_ROW + datasets, 2, device=torch.cuda.current_device())
 
 
-def means_over_ranks(sums: Tensor) -> list[float]:
-    """Return the mean of each row over the tokens of all ranks; NaN for a row without tokens.
+def means_over_ranks(
+    sums: Tensor, own: Sequence[float] = ()
+) -> tuple[list[float], list[list[float]]]:
+    """Return the mean of each row over the tokens of all ranks, and numbers of each rank.
 
     Synchronizes the host. Tensor-parallel ranks of the last stage hold equal sums, which cancel in
     the quotient.
+
+    Args:
+        sums: sums of this rank, ``[rows, 2]``.
+        own: numbers of this rank, gathered in the same all-reduce; as many on every rank.
+
+    Returns:
+        The mean of each row, NaN for a row without tokens; ``own`` of each rank.
     """
-    total = sums.double()
+    total = sums.double().flatten()
+    if own:
+        total = torch.cat([total, _in_slot_of_rank(own, total)])
     dist.all_reduce(total)
-    means: list[float] = (total[:, 0] / total[:, 1]).tolist()
-    return means
+    values: list[float] = total.tolist()
+    end = len(values) - len(own) * dist.get_world_size()
+    means = [a / b if b else math.nan for a, b in zip(values[:end:2], values[1:end:2], strict=True)]
+    gathered = [values[i : i + len(own)] for i in range(end, len(values), len(own) or 1)]
+    return means, gathered
+
+
+def _in_slot_of_rank(own: Sequence[float], like: Tensor) -> Tensor:
+    """Return ``[ranks * len(own)]`` zeros but for the numbers of this rank, filled by kernels."""
+    slots = like.new_zeros(dist.get_world_size() * len(own))
+    for i, number in enumerate(own, start=dist.get_rank() * len(own)):
+        slots[i].fill_(number)
+    return slots
 
 
 def is_finite_on_all_ranks(sums: Tensor) -> bool:

@@ -33,6 +33,7 @@ from megatron_llmjp.training.gradient_monitor import (
     describe_failure,
     planned_iterations,
 )
+from megatron_llmjp.training.instruments import StepInstruments
 from megatron_llmjp.training.log_writers import MetricsWriters
 from megatron_llmjp.training.metrics import TrainingMetrics
 from megatron_llmjp.training.optimizer import gather_parameters, parameter_norm
@@ -79,6 +80,7 @@ class Trainer:
     iteration: int
     consumed_samples: int
     """Samples trained on so far: the complete state of the data."""
+    instruments: StepInstruments
     due_save: SaveKind = SaveKind.NONE
     """A save that is postponed: until the next good step, or the end of an asynchronous one."""
 
@@ -96,7 +98,7 @@ class Trainer:
             metrics.load_state_dict(self.model.counters[METRICS_STATE])
         self.monitor.load_state_dict(self.model.counters.get(GRADIENT_MONITOR_STATE, {}))
         try:
-            with self.garbage.disabled():
+            with self.garbage.disabled(), self.instruments:
                 outcome = self._train(metrics)
         except RunError as error:
             metrics.end(self.iteration, self.consumed_samples, "failed", str(error))
@@ -145,18 +147,19 @@ class Trainer:
         """Train on the next global batch and classify the step."""
         self.monitor.begin_step()
         model, config = self.model, self.run.config
-        result = train_step(
-            model.chunks,
-            model.optimizer,
-            model.scheduler,
-            batches,
-            config,
-            batch_size,
-            datasets,
-            self.monitor.should_apply,
-            self.saver.hold_update,
-            self.control.sync.beat,
-        )
+        with self.instruments.step(self.iteration):
+            result = train_step(
+                model.chunks,
+                model.optimizer,
+                model.scheduler,
+                batches,
+                config,
+                batch_size,
+                datasets,
+                self.monitor.should_apply,
+                self.saver.hold_update,
+                self.control.sync.beat,
+            )
         if not result.updated and self.monitor.status is StepStatus.GOOD:
             scale = float(model.optimizer.get_loss_scale())
             is_finite = is_finite_on_all_ranks(result.sums)
@@ -245,6 +248,7 @@ class Trainer:
             writers,
             planned_iterations(run),
             count_rollbacks(run),
+            self.instruments.stragglers,
         )
 
     def _is_due(self, interval: int | None) -> bool:

@@ -164,12 +164,23 @@ hang_timeout_minutes float None >=0
 log_interval int 10 >0
 tensorboard_dir str None
 log_params_norm bool True
+log_straggler bool True
+straggler_share float 0.1 >0 <1
 wandb_project str None
 wandb_entity str None
 wandb_exp_name str None
 alert_webhook str None
 alert_command str None
 gpu_peak_tflops float None >0
+profile bool False
+profile_step_start int 10 >=0
+profile_step_end int 12 >0
+profile_ranks list (0,)
+use_pytorch_profiler bool False
+record_shapes bool False
+nvtx_ranges bool False
+record_memory_history bool False
+memory_snapshot_path str None
 """
 """Name, type or choices, default, and limits; a default of None makes a field optional."""
 

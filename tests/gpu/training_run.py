@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils.data import Dataset
 
 from megatron_llmjp.checkpoint.host_copy import HostBuffers
+from megatron_llmjp.checkpoint.retention import SaveKind
 from megatron_llmjp.checkpoint.sharded_state import (
     RunState,
     get_random_state,
@@ -37,6 +38,7 @@ from megatron_llmjp.parallel.ranks import Ranks
 from megatron_llmjp.parallel.signals import StopRequests
 from megatron_llmjp.training.garbage_collection import GarbageCollector
 from megatron_llmjp.training.gradient_monitor import GradientMonitor
+from megatron_llmjp.training.instruments import install_instruments
 from megatron_llmjp.training.optimizer import LearningRateSchedule
 from megatron_llmjp.training.run_setup import RunDatasets, setup_model_and_optimizer
 from megatron_llmjp.training.stop_signals import StopCoordinator
@@ -174,7 +176,7 @@ class _Trainer(Trainer):
 class _Saver:
     """Copies the state to host memory as an asynchronous save does, and writes nothing."""
 
-    saved, published_samples, may_remove = 0, None, True
+    saved, published_samples, may_remove, is_writing = 0, None, True, False
 
     def __init__(self, report: Report) -> None:
         self._report = report
@@ -182,8 +184,8 @@ class _Saver:
     def poll(self) -> None:
         pass
 
-    def reason(self, *_: Any) -> None:
-        pass
+    def due(self, *_: Any) -> SaveKind:
+        return SaveKind.NONE
 
     def close(self, *_: Any) -> None:
         pass
@@ -280,7 +282,12 @@ def _trainer(
     saver: Any = _Saver(report)
     monitor = GradientMonitor(config.faults)
     garbage = GarbageCollector(config.training)
-    return _Trainer(run, device, sizes, model, data, saver, control, monitor, garbage, 0, 0)
+    hosts = ["host"] * torch.distributed.get_world_size()
+    rank = torch.distributed.get_rank()
+    instruments = install_instruments(config, model.chunks, device, rank, hosts)
+    return _Trainer(
+        run, device, sizes, model, data, saver, control, monitor, garbage, 0, 0, instruments
+    )
 
 
 def _schedule(config: Config, samples: int) -> Schedule:
