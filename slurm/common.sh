@@ -162,14 +162,14 @@ preflight() {
     [[ "${PREFLIGHT:-1}" == 1 ]] || return 0
     log "preflight of $SLURM_NNODES nodes"
     mkdir -p "$LOGS/preflight"
-    local seconds=${PREFLIGHT_SECONDS:-300}
+    local seconds=${PREFLIGHT_SECONDS:-600}
     # shellcheck disable=SC2086  # word splitting of settings in site.sh
     timeout --kill-after=30 "$seconds" srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
         --cpus-per-task=$((TASKS_PER_NODE * CPUS_PER_TASK)) --cpu-bind=none --kill-on-bad-exit=0 \
         --output="$LOGS/preflight/%N.log" ${SRUN_FLAGS:-} ${RUN_IN:-} \
         "${RANK_PYTHON:-$PYTHON}" "$MEGATRON_LLMJP/slurm/preflight.py" check --folder "$LOGS/preflight" \
         --save "$SAVE" --gpus "${SLURM_GPUS_ON_NODE:-0}" --device "${DEVICE:-auto}" \
-        --free-disk-gb "${PREFLIGHT_FREE_GB:-50}" --total-seconds $((seconds - 20)) \
+        --free-disk-gb "${PREFLIGHT_FREE_GB:-50}" --total-seconds $((seconds * 3 / 4)) \
         ${PREFLIGHT_FLAGS:-} || true
     local code=0
     "$PYTHON" "$MEGATRON_LLMJP/slurm/preflight.py" report --folder "$LOGS/preflight" \

@@ -96,7 +96,7 @@ on_nodes() {
 
 pbs_preflight() {
     [[ "${PREFLIGHT:-1}" == 1 ]] || return 0
-    local gpus=$RANKS_PER_NODE code=0 seconds=${PREFLIGHT_SECONDS:-300}
+    local gpus=$RANKS_PER_NODE code=0 seconds=${PREFLIGHT_SECONDS:-600}
     [[ "$DEVICE" != cpu ]] || gpus=0
     log "preflight of ${#HOSTS[@]} nodes"
     # shellcheck disable=SC2086
@@ -105,7 +105,7 @@ pbs_preflight() {
         "${RANK_PYTHON:-$PYTHON}" "$MEGATRON_LLMJP/slurm/preflight.py" check \
         --folder "$LOGS/preflight" --save "$SAVE" \
         --gpus "$gpus" --device "${DEVICE:-auto}" --free-disk-gb "${PREFLIGHT_FREE_GB:-50}" \
-        --total-seconds $((seconds - 20)) ${PREFLIGHT_FLAGS:-} || true
+        --total-seconds $((seconds * 3 / 4)) ${PREFLIGHT_FLAGS:-} || true
     "$PYTHON" "$MEGATRON_LLMJP/slurm/preflight.py" report --folder "$LOGS/preflight" \
         --nodes "$(printf '%s\n' "${HOSTS[@]%%.*}" | paste -sd,)" || code=$?
     ((code == 0)) && return 0

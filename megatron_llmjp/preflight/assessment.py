@@ -20,6 +20,10 @@ from megatron_llmjp.preflight.settings import Thresholds
 
 _Texts = dict[str, list[str]]
 
+_SLOW = frozenset({"slow gemm", "slow node", "slow disk", "slow links"})
+_SLOWDOWN = "slowdown"
+"""Reduced clocks explain a slow GPU, but those of a warm room need not make it slow."""
+
 
 @dataclass
 class Assessment:
@@ -82,14 +86,15 @@ def assess(
         problems += _links(network, thresholds, result)
         if network.is_finished and network.incomplete:
             result.notes.append(network.incomplete)
-        elif not network.is_finished:
-            result.common.append(
-                "the check did not reach its end: its time is over, or the first node failed"
-            )
         if error := network.all_reduce.get("error"):
             count = network.all_reduce["nodes"]
             result.common.append(f"an all-reduce over {count} nodes failed: {error}")
-    _divide(problems, len(names), result)
+    _divide(problems, len(names), thresholds, result)
+    if network is not None and not network.is_finished:
+        # Faults that were found until then hold, and may be the cause.
+        (result.notes if result.unfit else result.common).append(
+            "the check did not reach its end: its time is over, or the first node failed"
+        )
     return result
 
 
@@ -97,18 +102,26 @@ def _hint(last_words: Mapping[str, str], *names: str) -> str:
     return next((f" Its output ends with: {last_words[n]}" for n in names if n in last_words), "")
 
 
-def _divide(problems: Iterable[_Problem], nodes: int, result: Assessment) -> None:
-    """Report kinds of problems of most nodes as common causes, others as those of the node."""
+def _divide(
+    problems: Iterable[_Problem], nodes: int, limits: Thresholds, result: Assessment
+) -> None:
+    """Report kinds of problems of most nodes as common causes, others as those of the node.
+
+    A slow run is better than none: if many nodes are slow, or the only one, it is a note.
+    """
     by_kind: dict[str, list[_Problem]] = defaultdict(list)
     for problem in problems:
         by_kind[problem.kind].append(problem)
-    for same in by_kind.values():
+    most_slow = limits.slow_share * nodes
+    for kind, same in by_kind.items():
         affected = list(dict.fromkeys(problem.node for problem in same))
-        if nodes > 1 and 2 * len(affected) > nodes:
-            text = Counter(problem.text for problem in same).most_common(1)[0][0]
-            result.common.append(
-                f"{text} (on {len(affected)} of {nodes} nodes: {format_names(affected)})"
-            )
+        text = Counter(problem.text for problem in same).most_common(1)[0][0]
+        together = f"{text} (on {len(affected)} of {nodes} nodes: {format_names(affected)})"
+        many_slow = kind in _SLOW and len(affected) > max(most_slow, 1.0)
+        if kind == _SLOWDOWN or many_slow or (kind in _SLOW and nodes == 1):
+            result.notes.append(together)
+        elif nodes > 1 and 2 * len(affected) > nodes:
+            result.common.append(together)
         else:
             for problem in same:
                 result.unfit.setdefault(problem.node, []).append(problem.text)
@@ -163,7 +176,11 @@ def _differences(
             result.notes.append(f"{name}: its clock is off by {clock - median:+.1f} s")
     for kind, value in _COMPARED.items():
         problems += _unlike(facts, kind, value, result)
-    return problems
+    drivers = Counter(one.driver for one in facts.values() if one.driver)
+    if len(drivers) > 1:  # as while a cluster is updated
+        counts = ", ".join(f"{name} on {count} nodes" for name, count in drivers.most_common())
+        result.notes.append(f"drivers differ: {counts}")
+    return problems + _missing_nvlinks(facts) + _missing_ports(facts)
 
 
 def _device(facts: NodeFacts) -> str | None:
@@ -174,22 +191,9 @@ def _versions(facts: NodeFacts) -> str | None:
     return json.dumps(facts.versions, sort_keys=True) if facts.versions else None
 
 
-def _infiniband(facts: NodeFacts) -> str:
-    ports = facts.infiniband.items()
-    return ", ".join(f"{n} {p['state']} {p['gigabits'] or 0:g} Gbit/s" for n, p in ports) or "none"
-
-
-def _nvlinks(facts: NodeFacts) -> str | None:
-    if not facts.gpus:
-        return None
-    return ", ".join(f"GPU {gpu}: {one['active']} up" for gpu, one in facts.nvlinks.items())
-
-
 _COMPARED: dict[str, Callable[[NodeFacts], str | None]] = {
     "device": _device,
     "versions": _versions,
-    "InfiniBand ports": _infiniband,
-    "NVLinks": _nvlinks,
 }
 """Properties that must be equal on all nodes."""
 
@@ -214,6 +218,45 @@ def _unlike(
         for name, text in values.items()
         if text != common
     ]
+
+
+def _missing_nvlinks(facts: Mapping[str, NodeFacts]) -> list[_Problem]:
+    """Return the GPUs with fewer NVLinks than most GPUs of all nodes."""
+    active = [
+        (name, gpu, int(links["active"]))
+        for name, one in facts.items()
+        for gpu, links in one.nvlinks.items()
+    ]
+    common = statistics.mode(count for _, _, count in active) if active else 0
+    return [
+        _Problem(name, "nvlink", f"GPU {gpu}: {count} NVLinks are up; most GPUs have {common}")
+        for name, gpu, count in active
+        if count < common
+    ]
+
+
+def _missing_ports(facts: Mapping[str, NodeFacts]) -> list[_Problem]:
+    """Return InfiniBand ports that are not active at the rate that they have on most nodes.
+
+    Ports that are not connected on some nodes, or that only some nodes have, are no faults.
+    """
+    nodes = {name: one.infiniband for name, one in facts.items() if one.device}
+    active = Counter(
+        (port, one["gigabits"])
+        for ports in nodes.values()
+        for port, one in ports.items()
+        if one["state"] == "ACTIVE"
+    )
+    expected = {port: rate for (port, rate), count in active.items() if 2 * count > len(nodes)}
+    problems = []
+    for name, ports in nodes.items():
+        for port, rate in expected.items():
+            here = ports.get(port, {"state": "missing", "gigabits": None})
+            if (here["state"], here["gigabits"]) != ("ACTIVE", rate):
+                found = f"{here['state']} at {here['gigabits'] or 0:g} Gbit/s"
+                text = f"{port}: {found}; on most nodes ACTIVE at {rate or 0:g} Gbit/s"
+                problems.append(_Problem(name, "infiniband", text))
+    return problems
 
 
 def _slow_devices(facts: Mapping[str, NodeFacts], limits: Thresholds) -> list[_Problem]:

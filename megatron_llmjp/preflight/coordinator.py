@@ -30,8 +30,8 @@ from megatron_llmjp.preflight.place import Place
 from megatron_llmjp.preflight.settings import Settings, Thresholds
 from megatron_llmjp.preflight.shared_store import SharedStore, StoreError
 
-_GRACE_SECONDS = 10.0
-"""Time beyond a limit for its error to be reported."""
+_GRACE_SECONDS = 20.0
+"""Time beyond a limit for its error to be reported: a node first kills its processes."""
 
 
 def serve(
@@ -174,11 +174,10 @@ class Coordinator:
         results = self._run_groups([fit])
         world = len(fit) * test["devices"]
         found: dict[str, Any] = {"nodes": len(fit), "devices": world}
-        silent = len(fit) - len(results)
-        if error := _first_error(list(results.values())):
+        if silent := len(fit) - len(results):
+            found["silent"] = silent  # the cause of the errors of the others
+        elif error := _first_error(list(results.values())):
             found["error"] = error
-        elif silent:
-            found["error"] = f"{silent} nodes stopped answering"
         else:
             slowest = max(result["all_reduce"] for result in results.values())
             found["gbs"] = bus_bandwidth(test["message_mib"], slowest, world)

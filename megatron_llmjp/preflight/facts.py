@@ -22,6 +22,8 @@ class NodeFacts:
     node: str
     versions: dict[str, str] = field(default_factory=dict)
     """Versions and hardware models that must be equal on all nodes."""
+    driver: str = ""
+    """Version of the GPUs' driver; may differ between nodes."""
     clock: float | None = None
     """Seconds since the epoch, read on all nodes at the same moment."""
     device: str = ""
@@ -80,7 +82,8 @@ class NetworkFacts:
     """Fields of :class:`~.link_faults.PairResult`."""
     rounds: int = 0
     all_reduce: dict[str, Any] = field(default_factory=dict)
-    """Of all fit nodes: ``nodes``, ``devices``, and ``gbs`` (bus bandwidth) or ``error``."""
+    """Of all fit nodes: ``nodes``, ``devices``, and ``gbs`` (bus bandwidth), ``error``, or
+    ``silent``, the number of nodes that stopped answering."""
     incomplete: str = ""
     """Why tests are missing."""
     is_finished: bool = False

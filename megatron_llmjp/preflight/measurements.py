@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megatron_llmjp.config.model_config import DeviceChoice
 
 REPEATS = 3
+"""Measurements of which the best counts."""
 _GPU_GEMM = 8192
 _CPU_GEMM = 512
 

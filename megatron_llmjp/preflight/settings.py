@@ -9,20 +9,21 @@ from dataclasses import dataclass
 class Settings:
     """Sizes and time limits of the measurements. Every wait has one of these limits."""
 
-    answer_seconds: float = 60.0
-    """Longest wait for the start of a node's check."""
+    answer_seconds: float = 180.0
+    """Longest wait for the start of a node's check: containers and Python start from a shared file
+    system on all nodes at once."""
     local_seconds: float = 90.0
     """Longest wait for the checks of one node after all have started."""
     link_seconds: float = 60.0
     """Longest duration of one test between nodes; most of it initializes NCCL."""
     command_seconds: float = 30.0
     """Longest duration of a command such as nvidia-smi."""
-    total_seconds: float = 270.0
+    total_seconds: float = 450.0
     """No further round of tests is started after this time."""
     gpu_message_mib: int = 256
     cpu_message_mib: int = 32
-    disk_mib: int = 256
-    """Size of the file that every node writes to the save folder."""
+    disk_mib: int = 64
+    """Size of each of the files that every node writes to the save folder."""
     min_disk_mib: int = 16
     """Smallest size whose write speed is compared; that of smaller files is a latency."""
     gemm_seconds: float = 3.0
@@ -44,11 +45,14 @@ class Thresholds:
     node_all_reduce_ratio: float = 0.7
     """Smallest all-reduce bandwidth between the GPUs of one node."""
     disk_ratio: float = 0.1
-    """Smallest write speed; a shared file system varies much."""
+    """Smallest write speed of the fastest file; a shared file system varies much."""
     clock_seconds: float = 60.0
     """Largest clock offset; larger ones invalidate time stamps and certificates."""
     clock_note_seconds: float = 1.0
     """Clock offset that is mentioned: clocks are synchronized to milliseconds by NTP."""
+    slow_share: float = 0.1
+    """Largest share of nodes that are unfit because they are slow (at least one node): if more are,
+    the cause is cooling, power or the file system, and a slow run is better than none."""
     xid_hours: float = 24.0
     """Age up to which a hardware error in the kernel log makes a node unfit."""
 

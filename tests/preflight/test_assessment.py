@@ -12,12 +12,17 @@ from megatron_llmjp.preflight.report import report
 from megatron_llmjp.preflight.settings import Settings, Thresholds
 
 NAMES = [f"n{i}" for i in range(5)]
+PORTS = {
+    "mlx5_0/1": {"state": "ACTIVE", "gigabits": 400.0},
+    "mlx5_9/1": {"state": "DOWN", "gigabits": 10.0},
+}
 
 
 def node(name: str, **other) -> NodeFacts:
     rates = {"gemm_tflops": [600.0] * 8, "all_reduce_gbs": 350.0, "disk_gbs": 1.0}
     standard = {"versions": {"torch": "2.6"}, "clock": 1000.0, "device": "cuda", "devices": 8}
-    return NodeFacts(name, **{**standard, **rates, **other})
+    links = {"infiniband": PORTS, "nvlinks": {gpu: {"active": 18} for gpu in "01"}}
+    return NodeFacts(name, **{**standard, **rates, **links, **other})
 
 
 def network(names=NAMES, bad=(), error="timeout", seconds=None, **other) -> NetworkFacts:
@@ -55,19 +60,19 @@ def test_fit_nodes():
         ({"versions": {"torch": "2.5"}}, '{"torch": "2.5"}; on most nodes {"torch": "2.6"}'),
         ({"device": "cpu"}, "device: cpu; on most nodes cuda"),
         (
-            {"infiniband": {"mlx5_0/1": {"state": "DOWN", "gigabits": 10.0}}},
-            "InfiniBand ports: mlx5_0/1 DOWN 10 Gbit/s; on most nodes none",
+            {"infiniband": {**PORTS, "mlx5_0/1": {"state": "DOWN", "gigabits": 10.0}}},
+            "mlx5_0/1: DOWN at 10 Gbit/s; on most nodes ACTIVE at 400 Gbit/s",
         ),
+        ({"infiniband": {}}, "mlx5_0/1: missing at 0 Gbit/s; on most nodes ACTIVE"),
         (
-            {"gpus": [{}], "nvlinks": {"0": {"active": 17}}},
-            "NVLinks: GPU 0: 17 up; on most nodes GPU 0: 18 up",
+            {"nvlinks": {"0": {"active": 17}, "1": {"active": 18}}},
+            "GPU 0: 17 NVLinks are up; most GPUs have 18",
         ),
         ({"store_error": "cannot reach n0 port 1: timed out"}, "cannot reach n0 port 1: timed out"),
     ],
 )
 def test_one_sick_node_is_unfit(sick, reason):
-    gpus = {"gpus": [{}], "nvlinks": {"0": {"active": 18}}} if "nvlinks" in sick else {}
-    result = run([node(name, **(sick if name == "n3" else gpus)) for name in NAMES])
+    result = run([node(name, **(sick if name == "n3" else {})) for name in NAMES])
     assert list(result.unfit) == ["n3"] and result.common == [] and result.exit_code == 1
     assert any(reason in text for text in result.unfit["n3"]), result.unfit
 
@@ -76,6 +81,32 @@ def test_values_within_the_limits_are_fit():
     other = node("n0", gemm_tflops=[520.0], disk_gbs=0.2, clock=1005.0)
     result = run([other, *map(node, NAMES[1:])])
     assert result.unfit == {} and result.notes == ["n0: its clock is off by +5.0 s"]
+
+
+def test_differences_that_are_no_faults():
+    """A cluster whose driver is being updated, a connected spare port, a warm GPU at full speed."""
+    spare = {**PORTS, "mlx5_9/1": {"state": "ACTIVE", "gigabits": 100.0}}
+    warm = {"problems": [("slowdown", "GPU 3: software thermal slowdown")]}
+    nodes = [node("n0", driver="570", infiniband=spare), node("n1", driver="550", **warm)]
+    result = run([*nodes, *(node(name, driver="570") for name in NAMES[2:])])
+    assert result.unfit == {} and result.exit_code == 0
+    assert result.notes == [
+        "drivers differ: 570 on 4 nodes, 550 on 1 nodes",
+        "GPU 3: software thermal slowdown (on 1 of 5 nodes: n1)",
+    ]
+
+
+def test_a_job_trains_where_many_nodes_are_slow():
+    """As in a rack without enough power; nor does it end on the only node that it has."""
+    slow = {"gemm_tflops": [600.0] * 4 + [480.0] * 4}
+    result = run([*(node(name, **slow) for name in NAMES[:2]), *map(node, NAMES[2:])])
+    assert result.exit_code == 0
+    text = "GPU 4: GEMM 480 TFLOP/s, median 600"
+    assert result.notes == [f"{text} (on 2 of 5 nodes: n0, n1)"]
+    alone = assess(
+        ["n0"], {"n0": node("n0", gemm_tflops=[600.0, 480.0, 600.0])}, None, Thresholds()
+    )
+    assert alone.exit_code == 0 and "GEMM 480" in alone.notes[0]
 
 
 def test_the_same_fault_on_most_nodes_is_a_common_cause():
@@ -111,6 +142,10 @@ def test_a_check_that_was_killed_does_not_pass():
     assert run(between=between).common == [
         "the check did not reach its end: its time is over, or the first node failed"
     ]
+    sick = [node("n1", problems=[("gpus", "7 of 8 GPUs")]), *map(node, NAMES[2:]), node("n0")]
+    result = run(sick, network(is_finished=False, pairs=[]))
+    assert list(result.unfit) == ["n1"] and result.exit_code == 1
+    assert "did not reach its end" in result.notes[0]
     facts = {name: node(name) for name in NAMES}
     assert "wrote no results" in assess(NAMES, facts, None, Thresholds()).common[0]
 
@@ -135,6 +170,9 @@ def test_failures_between_many_nodes_blame_none():
     assert result.unfit == {} and "10 of 10 tests, such as n0 - n1: timeout" in result.common[0]
     failed = network(all_reduce={"nodes": 5, "error": "timeout"})
     assert run(between=failed).common == ["an all-reduce over 5 nodes failed: timeout"]
+    silent = network(all_reduce={"nodes": 5, "silent": 1}, silent={"n1": "during a test"})
+    result = run(between=silent)
+    assert list(result.unfit) == ["n1"] and result.common == []
 
 
 def test_two_nodes_that_differ_blame_neither():

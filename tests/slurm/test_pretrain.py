@@ -27,9 +27,9 @@ pytestmark = pytest.mark.long
 SCRIPT = ROOT / "slurm" / "pretrain_llm-jp-3-1.8b.sh"
 
 SMALLER = ["--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=2", "--cpus-per-task=1"]
-SMALLER += ["--mem=100", "--time=60", "--signal=USR1@20", "--job-name=run"]
+SMALLER += ["--mem=100", "--time=60", "--signal=USR1@180", "--job-name=run"]
 
-ITERATIONS = 80
+ITERATIONS = 40
 
 JOB = {
     "MEGATRON_LLMJP": str(ROOT),
@@ -43,7 +43,7 @@ JOB = {
 
 @pytest.fixture(scope="module")
 def folds(tmp_path_factory) -> Path:
-    return write_folds(tmp_path_factory.mktemp("folds"), (30, 30, 20), repeat=True)
+    return write_folds(tmp_path_factory.mktemp("folds"), (14, 14, 12), repeat=True)
 
 
 def words(folds: Path, save: Path) -> list[str]:
@@ -108,7 +108,7 @@ def reach_time_limit(cluster: Cluster, job: str) -> None:
     ranks = cluster.tasks(job)
     for pid in ranks:
         os.kill(pid, signal.SIGSTOP)
-    cluster.run("scontrol", "update", f"JobId={job}", "EndTime=now+60")
+    cluster.run("scontrol", "update", f"JobId={job}", "EndTime=now+200")
     cluster.wait_for(lambda: all(map(signaled, ranks)), "the signal before the time limit")
     for pid in ranks:
         with contextlib.suppress(ProcessLookupError):
