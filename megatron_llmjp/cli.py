@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -45,6 +44,7 @@ from megatron_llmjp.parallel.ranks import (
     LOCAL_LAUNCHER,
     Ranks,
     find_ranks,
+    node_name,
     run_start_time,
     single_process,
 )
@@ -283,7 +283,7 @@ def _print_error(error: Exception, ranks: Ranks | None) -> None:
         if ranks.launcher == LOCAL_LAUNCHER:
             return
         time.sleep(PEER_FAILURE_DELAY_SECONDS)
-        where = f"rank {ranks.rank} on {socket.gethostname()}: "
+        where = f"rank {ranks.rank} on {node_name()}: "
     print(f"error: {where}{error}", file=sys.stderr, flush=True)
 
 

@@ -13,7 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_llmjp.metric_registry import LM_LOSS, METRICS_FILE
+from megatron_llmjp.metric_registry import (
+    LM_LOSS,
+    METRICS_FILE,
+    SLOWEST_HOST,
+    STRAGGLER_SHARE,
+)
 from megatron_llmjp.report.jobs import HANG_SUSPECTS, LOG_BYTES, tail
 from megatron_llmjp.report.json_lines import parse_object
 
@@ -34,8 +39,6 @@ SLOW_INTERVALS = 5
 """Log intervals in a row in which the same node is the slowest."""
 SLOW_SHARE = 0.1
 """Least share of an iteration that other ranks wait for a slow node."""
-SLOWEST_HOST, STRAGGLER_SHARE = "slowest host", "straggler share"
-"""Fields of a log interval in the metrics file."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ def slow_nodes(save: Path, started: float) -> list[SickNode]:
         return []
     records = [found for line in tail(path, LOG_BYTES) if (found := parse_object(line))]
     last = [record for record in records if LM_LOSS.name in record][-SLOW_INTERVALS:]
-    shares = [record.get(STRAGGLER_SHARE) for record in last]
+    shares = [record.get(STRAGGLER_SHARE.name) for record in last]
     hosts = {record.get(SLOWEST_HOST) for record in last}
     node = hosts.pop() if len(hosts) == 1 else None
     if len(last) < SLOW_INTERVALS or not isinstance(node, str) or not node or ", " in node:

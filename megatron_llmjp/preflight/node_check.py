@@ -13,10 +13,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron_llmjp.parallel.ranks import node_name
 from megatron_llmjp.preflight.facts import NodeFacts
 from megatron_llmjp.preflight.local_checks import Expectations, LocalChecks
 from megatron_llmjp.preflight.measurements import GroupTest, measure_group
-from megatron_llmjp.preflight.place import Place, node_name
+from megatron_llmjp.preflight.place import Place
 from megatron_llmjp.preflight.settings import Settings, Thresholds
 from megatron_llmjp.preflight.shared_store import SharedStore, StoreError
 from megatron_llmjp.preflight.workers import WorkerError, call_all

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -19,11 +18,6 @@ class Place:
     nodes: int
     address: tuple[str, int]
     """Host and port of the first node's store."""
-
-
-def node_name() -> str:
-    """Return Slurm's name of this node, or its host name."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def find_place(env: Mapping[str, str] = os.environ) -> Place | None:

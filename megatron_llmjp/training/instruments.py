@@ -45,7 +45,7 @@ class StepInstruments:
 def install_instruments(
     config: Config, chunks: list[Any], device: Device, rank: int, hosts: Sequence[str]
 ) -> StepInstruments:
-    """Build the instruments of a run, and let megatron-core's schedules call them.
+    """Build the instruments of a run, and let megatron-core's schedules call those in use.
 
     Args:
         config: the run's configuration.
@@ -57,6 +57,7 @@ def install_instruments(
     ranges = config.profiling.nvtx_ranges
     configure_nvtx_profiling(ranges)
     timer = ComputeTimer(EventClock() if device.is_cuda else HostClock(), ranges)
-    get_model_config(chunks[0]).timers = timer
     monitor = build_straggler_monitor(config, timer, device, hosts)
+    if monitor is not None or ranges:
+        get_model_config(chunks[0]).timers = timer
     return StepInstruments(timer, monitor, StepProfiler(config, device, rank))

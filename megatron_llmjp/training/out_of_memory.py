@@ -27,6 +27,8 @@ LARGEST = 10
 """Number of tensors that are listed."""
 PARAMETERS, GRADIENTS, OPTIMIZER = "parameters", "gradients", "optimizer state"
 OTHERS = "activations and others"
+MESSAGES = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""Parts of messages of failed allocations that are not a ``torch.OutOfMemoryError``."""
 REMEDY = (
     "reduce --micro-batch-size, pass --recompute-granularity full --recompute-method uniform "
     "--recompute-num-layers 1, or split the model further (--sequence-parallel, "
@@ -48,8 +50,9 @@ class NamedMemory:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error is a failed allocation of a tensor, on a GPU or the host."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    """Return whether an error is a failed allocation: of a tensor, or by a library on the GPU."""
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(part in text for part in MESSAGES)
 
 
 @contextmanager
@@ -70,7 +73,10 @@ def explain_out_of_memory(
     except RuntimeError as error:
         if is_out_of_memory(error):
             # The frames of the error keep the tensors of the failed step alive until here.
-            _report(find_memory(chunks, optimizer, device), device, rank, folder)
+            try:
+                _report(find_memory(chunks, optimizer, device), device, rank, folder)
+            except Exception as failure:  # the error itself is raised in any case
+                warn(f"no report on the memory of rank {rank}: {failure}")
         raise
 
 

@@ -24,7 +24,7 @@ from megatron_llmjp.training.compute_timer import WINDOW, ComputeTimer
 MIN_STEPS = WINDOW
 """With fewer measured steps ranks are not compared: medians of few steps differ by chance."""
 END_FRACTION = 0.5
-"""A straggler is over when it costs less than this fraction of the limit."""
+"""Stragglers are over when the slowest rank costs less than this fraction of the limit."""
 
 
 @dataclass(frozen=True)
@@ -104,11 +104,13 @@ class Comparison:
     warning: str = ""
     """Names a straggler that has not been reported before."""
     note: str = ""
-    """Says that the straggler that was reported last is over."""
+    """Says that the stragglers that were reported are over."""
 
 
 class StragglerMonitor:
-    """Compare the computing times of all ranks, and report a straggler once.
+    """Compare the computing times of all ranks, and report each straggler once until all are over.
+
+    All GPUs of a node may be slow, so that the slowest rank changes with every log line.
 
     Args:
         timer: measures the steps of this rank.
@@ -121,7 +123,7 @@ class StragglerMonitor:
     ) -> None:
         self.timer = timer
         self._places, self._limit = places, limit
-        self._reported: SlowestRank | None = None
+        self._reported: dict[tuple[int, ...], SlowestRank] = {}
 
     @property
     def own(self) -> tuple[float, float]:
@@ -151,14 +153,18 @@ class StragglerMonitor:
         return Comparison(measured, ", ".join(slowest.hosts), warning, note)
 
     def _report(self, slowest: SlowestRank, share: float, limit: float) -> tuple[str, str]:
-        """Return a warning of a new straggler and a note that the last one is over, if any."""
-        last = self._reported
-        if share >= limit and (last is None or last.ranks != slowest.ranks):
-            self._reported = slowest
+        """Return a warning of a new straggler and a note that all are over, if any."""
+        if share >= limit and slowest.ranks not in self._reported:
+            self._reported[slowest.ranks] = slowest
             return describe_straggler(slowest, share, limit), ""
-        if last is not None and share < END_FRACTION * limit:
-            self._reported = None
-            return "", f"{_who(last)} no longer slow: no rank costs {limit:.0%} of a step"
+        if self._reported and share < END_FRACTION * limit:
+            over = format_ranks(rank for ranks in self._reported for rank in ranks)
+            hosts = dict.fromkeys(host for each in self._reported.values() for host in each.hosts)
+            self._reported = {}
+            return "", (
+                f"no longer slow: {over} on {format_names(list(hosts))}; no rank costs {limit:.0%} "
+                "of an iteration"
+            )
         return "", ""
 
 

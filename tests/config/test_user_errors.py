@@ -20,6 +20,7 @@ from megatron_llmjp.checkpoint.resume import add_stored_config
 from megatron_llmjp.config.flags import parse
 from megatron_llmjp.config.loading import dump_config
 from megatron_llmjp.config.schema import SECTION_OF
+from megatron_llmjp.parallel.ranks import LAUNCHER_VARIABLE, LOCAL_LAUNCHER
 from megatron_llmjp.run import resolve_run
 from tests.support.datasets import write_folds
 from tests.support.training import arguments
@@ -353,8 +354,9 @@ def test_a_checkpoint_provides_its_configuration(folder, saved):
     assert read("--config", "laptop-gpt2").model.normalization == "LayerNorm"
 
 
-def test_only_the_first_rank_prints(folder, capsys, monkeypatch):
+def test_only_the_first_rank_of_the_local_launcher_prints(folder, capsys, monkeypatch):
     words = arguments("laptop-llama", folder / "none.yaml")
+    monkeypatch.setenv(LAUNCHER_VARIABLE, LOCAL_LAUNCHER)
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in range(2):
         monkeypatch.setenv("RANK", str(rank))

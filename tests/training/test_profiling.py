@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -13,7 +14,12 @@ from megatron_llmjp.config.flags import parse
 from megatron_llmjp.config.validation import check_config
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.parallel.device import Device
-from megatron_llmjp.training.out_of_memory import NamedMemory, describe_memory, is_out_of_memory
+from megatron_llmjp.training.out_of_memory import (
+    NamedMemory,
+    describe_memory,
+    explain_out_of_memory,
+    is_out_of_memory,
+)
 from megatron_llmjp.training.profiling import check_profiling
 from tests.support.datasets import write_folds
 from tests.support.processes import run_ranks
@@ -102,7 +108,13 @@ def test_memory_by_kind():
 def test_errors_of_memory():
     with pytest.raises(RuntimeError) as found:
         torch.empty(2**60)
-    assert is_out_of_memory(found.value) and is_out_of_memory(torch.OutOfMemoryError("CUDA"))
+    for error in (
+        found.value,
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA` to ..."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ):
+        assert is_out_of_memory(error)
     assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access"))
 
 
@@ -136,3 +148,10 @@ def test_what_needs_a_gpu_is_refused_on_a_cpu(flags, problem):
     check_profiling(config, GPU)
     with pytest.raises(UserError, match=problem):
         check_profiling(config, CPU)
+
+
+def test_an_error_of_the_report_does_not_replace_the_error(capsys):
+    chunk = SimpleNamespace()  # without parameters
+    with pytest.raises(torch.OutOfMemoryError), explain_out_of_memory([chunk], None, CPU, 3, None):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert "no report on the memory of rank 3" in capsys.readouterr().err
