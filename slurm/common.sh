@@ -64,6 +64,7 @@ pretrain() {
     open_logs
     mapfile -t NODES < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     GUARDS=() STARTED=$(date +%s)
+    trap on_termination TERM
     set_environment
     watch_first_node
     choose_nodes "$@"
@@ -202,7 +203,8 @@ run_ranks() {
         --ntasks-per-node="$TASKS_PER_NODE" --cpus-per-task="$CPUS_PER_TASK" \
         --kill-on-bad-exit=1 --wait=60 --distribution=block:block --output="$LOGS/rank_%4t.log" \
         ${SRUN_BIND---cpu-bind=cores --mem-bind=local} ${SRUN_FLAGS:-} ${RUN_IN:-} \
-        "${RANK_PYTHON:-$PYTHON}" "$MEGATRON_LLMJP/pretrain_gpt.py" "$@" 2> "$LOGS/srun.log" || code=$?
+        "${RANK_PYTHON:-$PYTHON}" "$MEGATRON_LLMJP/pretrain_gpt.py" "$@" 2> "$LOGS/srun.log" &
+    wait $! || code=$? # bash handles signals while it waits, not while a command runs
     kill "$running"
     wait "$follower" || true
     # srun exits with the highest code of all tasks, and tasks that it stops have high ones: the exit
@@ -232,6 +234,15 @@ end_job() {
     OVERLAP=--overlap
     open_logs
     watch_first_node
+}
+
+# on_termination: handle SIGTERM, which Slurm sends to this script at scancel, at preemption, and at the time
+# limit. Slurm does not requeue a job at its limit, which ranks reach if they hang or save for too long.
+on_termination() {
+    trap '' TERM
+    [[ "$(scontrol show job "$SLURM_JOB_ID")" == *" Reason=TimeLimit "* ]] || exit 143
+    log "error: the job reached its time limit before its ranks had saved and ended" >&2
+    end_job 3 # Slurm kills this script after KillWait (30) seconds
 }
 
 # requeue: requeue this job without the nodes that it leaves behind.

@@ -103,6 +103,32 @@ def test_job_is_requeued(cluster: Cluster, folds: Path, tmp_path: Path):
     assert (save / "logs" / f"job{job}_0" / "rank_0007.log").exists()
 
 
+def test_a_hung_job_is_requeued_at_its_time_limit(cluster: Cluster, folds: Path, tmp_path: Path):
+    """The ranks are replaced by processes that ignore all signals."""
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\ncase "$1" in *pretrain_gpt.py) ;; *) exec {sys.executable} "$@" ;; esac\n'
+        "trap '' TERM USR1 CONT; while true; do sleep 1; done\n"
+    )
+    python.chmod(0o755)
+    save, env = tmp_path / "save", {**JOB, "PREFLIGHT": "0", "PYTHON": str(python)}
+    one = [*SMALLER, "--ntasks-per-node=1"]
+    job = cluster.submit(*one, SCRIPT, *words(folds, save), cwd=tmp_path, env=env)
+    cluster.wait_for(lambda: bool(list(save.glob("logs/*/rank_0001.log"))), "ranks")
+    cluster.run("scontrol", "update", f"JobId={job}", "EndTime=now+60")
+
+    def is_requeued() -> bool:
+        return "Restarts=1" in cluster.run("scontrol", "show", "job", job)
+
+    cluster.wait_for(lambda: is_requeued() or cluster.state(job) == "TIMEOUT", "the time limit")
+    log = (tmp_path / f"run_{job}.log").read_text()
+    assert is_requeued() and "reached its time limit before its ranks had saved" in log, log
+    cluster.run("scancel", job)
+    assert cluster.wait(job) == "CANCELLED"
+    end = json.loads((save / "requeues.jsonl").read_text())
+    assert [end["exit code"], end["requeued"]] == [3, True]
+
+
 def reach_time_limit(cluster: Cluster, job: str) -> None:
     """Set a job's time limit to soon; stop its ranks until they are signaled, lest they finish."""
     ranks = cluster.tasks(job)
