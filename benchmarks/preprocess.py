@@ -74,7 +74,8 @@ def report(args: argparse.Namespace, work: Path) -> None:
     print(f"{args.corpus.name}: {len(texts):,} documents, {size:.1f} MB, {args.workers} workers,")
     print(f"median of {args.rounds} rounds (lowest to highest), {os.cpu_count()} cores\n")
     for name, values in found.items():
-        row(*name.split("|"), values)
+        title, unit = name.split("|")
+        row(title, unit, values)
 
 
 def whole_and_steady(

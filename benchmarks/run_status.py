@@ -40,7 +40,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="rounds; the table shows medians")
     args = parser.parse_args()
     folders = write_runs(args.folder, args.runs)
-    commands = {
+    commands: dict[str, list[Any]] = {
         f"table of {args.runs} runs": folders,
         f"JSON of {args.runs} runs": [*folders, "--json"],
         "one run": folders[:1],
@@ -118,8 +118,8 @@ def write_run(save: Path) -> None:
 
 def write_metrics(save: Path) -> None:
     """Write the intervals, with the metrics of a run on GPUs."""
-    names = ("tokens per second", "TFLOP/s per GPU", "MFU", "learning rate", "grad norm")
-    names += ("params norm", "loss scale", "total skipped iterations", "memory peak bytes")
+    names = ["tokens per second", "TFLOP/s per GPU", "MFU", "learning rate", "grad norm"]
+    names += ["params norm", "loss scale", "total skipped iterations", "memory peak bytes"]
     with (save / "metrics.jsonl").open("w") as stream:
         for number in range(1, INTERVALS + 1):
             record: dict[str, Any] = {"iteration": number, "consumed samples": 1024 * number}

@@ -180,7 +180,7 @@ def our_step(config: Any) -> tuple[Callable[[], Any], int]:
         build_optimizer,
         wrap_for_data_parallel,
     )
-    from megatron_llmjp.training.train_step import configure_schedules, train_step
+    from megatron_llmjp.training.train_step import BatchIterator, configure_schedules, train_step
 
     device = setup()
     process_groups.initialize(config, single_process(), device)
@@ -193,7 +193,7 @@ def our_step(config: Any) -> tuple[Callable[[], Any], int]:
     scheduler = RunScheduler(optimizer, rates)
     configure_schedules(chunks, optimizer, config)
     micro_batches = config.training.global_batch_size // config.training.micro_batch_size
-    data = [itertools.cycle(random_batches(config, micro_batches))]
+    data: list[BatchIterator] = [itertools.cycle(random_batches(config, micro_batches))]
     parameters = sum(p.numel() for p in chunks[0].parameters())
     samples = config.training.global_batch_size
     return lambda: train_step(chunks, optimizer, scheduler, data, config, samples), parameters

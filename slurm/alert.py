@@ -77,11 +77,13 @@ def end_alerts(save: Path, code: int, record: Mapping[str, Any] | None) -> list[
         code: exit code of the ranks.
         record: record of the end; None if it could not be written.
     """
+    state, why = "", ""
     try:
         status = read_status(save)
-        state, why = status.state, status.why
     except (UserError, OSError):
-        state, why = "", ""
+        pass
+    else:
+        state, why = status.state, status.why
     alerts = []
     if record is not None:
         nodes = excluded_nodes([record])

@@ -17,7 +17,7 @@ from benchmarks.gpu.results import Context
 from benchmarks.gpu.session import synchronize
 from megatron_llmjp.checkpoint.saver import Saver
 from megatron_llmjp.config.flags import parse
-from megatron_llmjp.estimate.memory import checkpoint_bytes
+from megatron_llmjp.estimate.checkpoints import checkpoint_bytes
 
 SAVE_SECONDS = 6.0
 """A checkpoint is chosen that the disk takes in this time."""

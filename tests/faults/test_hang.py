@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import time
@@ -53,9 +54,10 @@ def sleep_forever() -> None:
 def test_a_missing_rank_is_reported(tmp_path):
     with pytest.raises(AssertionError, match="failed"):
         run_ranks(hang, 3, str(tmp_path), 1)
-    report, *stacks = sorted(tmp_path.iterdir())
+    report, *stacks, suspects = sorted(tmp_path.iterdir())
     assert [path.name for path in stacks] == [f"stacks-rank{rank:05d}.txt" for rank in range(3)]
     assert ["sleep_forever" in path.read_text() for path in stacks] == [False, True, False]
+    assert [one["rank"] for one in json.loads(suspects.read_text())["suspects"]] == [1]
     first, second = report.read_text().splitlines()[1:3]
     assert first.startswith("rank 1 on") and first.endswith("check first")
     assert second.startswith("ranks 0, 2 on") and "waits for other ranks" in second
