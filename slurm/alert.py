@@ -14,9 +14,10 @@ from typing import Any
 from megatron_llmjp.alerts.delivery import Alert, deliver
 from megatron_llmjp.alerts.destinations import destinations_of_arguments
 from megatron_llmjp.alerts.run_end import end_event
+from megatron_llmjp.checkpoint.run_lock import IN_USE
 from megatron_llmjp.errors import EXIT_DONE, EXIT_FAILURE, UserError
 from megatron_llmjp.report.exclusions import read_exclusions
-from megatron_llmjp.report.jobs import REQUEUE_LOG, excluded_nodes, read_job_ends
+from megatron_llmjp.report.jobs import excluded_nodes, read_job_ends
 from megatron_llmjp.report.status import read_status
 
 
@@ -25,16 +26,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--save", type=Path, required=True, help="save folder of the run")
     parser.add_argument("--code", type=int, required=True, help="exit code of the ranks")
+    parser.add_argument("--preflight", action="store_true", help="the preflight check failed")
+    parser.add_argument("--started", type=float, default=0.0, help="start of the job or its ranks")
     parser.add_argument("arguments", nargs="*", help="arguments of the run, after --")
     args = parser.parse_args(argv)
     destinations = destinations_of_arguments(args.arguments)
     if not destinations:
         return EXIT_DONE
-    restarted = _unrecorded_exclusions(args.save, os.environ)
-    if restarted:  # the job goes on without these nodes: it has not ended
-        alerts = [Alert("exclusion", f"excluded {_describe(restarted)}", str(args.save))]
+    record = _recorded_end(args.save, os.environ)
+    excluded = {}
+    if args.preflight and record is None:
+        excluded = _exclusions_since(args.started, args.save, os.environ)
+    if excluded:  # the job goes on without these nodes: it has not ended
+        alerts = [Alert("exclusion", f"excluded {_describe(excluded)}", str(args.save))]
     else:
-        alerts = end_alerts(args.save, args.code, _recorded_end(args.save, os.environ))
+        alerts = end_alerts(args.save, args.code, record)
     delivered = [deliver(alert, destinations) for alert in alerts]
     return EXIT_DONE if all(delivered) else EXIT_FAILURE
 
@@ -55,14 +61,10 @@ def _job_id(env: Mapping[str, str]) -> str | None:
     return env.get("SLURM_JOB_ID") or env.get("PBS_JOBID")
 
 
-def _unrecorded_exclusions(save: Path, env: Mapping[str, str]) -> dict[str, str]:
-    """Return the nodes that the job excluded since the last record of an end, with reasons."""
-    try:
-        last_end = (save / REQUEUE_LOG).stat().st_mtime
-    except OSError:
-        last_end = 0.0
+def _exclusions_since(started: float, save: Path, env: Mapping[str, str]) -> dict[str, str]:
+    """Return the nodes that the job has excluded since this time, with reasons."""
     found = [one for one in read_exclusions(save) if one.job == _job_id(env)]
-    return {one.node: one.reason for one in found if one.time > last_end}
+    return {one.node: one.reason for one in found if one.time >= started}
 
 
 def _describe(nodes: Mapping[str, str]) -> str:
@@ -70,7 +72,7 @@ def _describe(nodes: Mapping[str, str]) -> str:
 
 
 def end_alerts(save: Path, code: int, record: Mapping[str, Any] | None) -> list[Alert]:
-    """Return the alerts of a job's end.
+    """Return the alerts of a job's end; none for a job that was rejected by a run in progress.
 
     Args:
         save: the save folder.
@@ -90,6 +92,8 @@ def end_alerts(save: Path, code: int, record: Mapping[str, Any] | None) -> list[
         if nodes:
             alerts.append(Alert("exclusion", f"excluded {_describe(nodes)}", str(save)))
         cause = record.get("cause")
+        if IN_USE in str(cause):
+            return []
         why = str(record.get("why")) + (f"; first error: {cause}" if cause else "")
     message = f"exit code {code}: {why}" if why else f"exit code {code}"
     return [*alerts, Alert(end_event(code, state, message), message, str(save))]

@@ -222,7 +222,8 @@ end_job() {
         --ranks-per-node "$TASKS_PER_NODE" --started "$STARTED" \
         --exclude-bad-nodes "${EXCLUDE_BAD_NODES:-1}" --exclude-hours "${EXCLUDE_HOURS:-24}" \
         --max-excluded-share "${MAX_EXCLUDED_SHARE:-0.1}" || next=$?
-    alert "$1"
+    # The ranks do not wait for the alerts of a job that goes on.
+    if ((next == 4)); then alert "$@" & else alert "$@"; fi
     case $next in
         0) requeue ;;
         4) ;;
@@ -255,9 +256,9 @@ requeue() {
     sleep infinity # until Slurm ends the job
 }
 
-# alert CODE: send the alerts of this end of the job, if the run has any configured.
+# alert CODE [--preflight]: send the alerts of this end of the job, if the run has any configured.
 alert() {
-    timeout 90 "$PYTHON" "$MEGATRON_LLMJP/slurm/alert.py" --save "$SAVE" --code "$1" \
+    timeout 90 "$PYTHON" "$MEGATRON_LLMJP/slurm/alert.py" --save "$SAVE" --started "$STARTED" --code "$@" \
         -- "${ARGUMENTS[@]}" || true
 }
 

@@ -62,11 +62,17 @@ def due_save(
     return SaveKind.NONE
 
 
-def timed_save(config: CheckpointConfig, minutes: float) -> SaveKind:
-    """Return the save that is due when the last one began this many minutes ago."""
+def timed_save(config: CheckpointConfig, minutes: float, persistent_minutes: float) -> SaveKind:
+    """Return the save that is due by time.
+
+    Args:
+        config: the save policy.
+        minutes: training time since the last save.
+        persistent_minutes: training time since the last persistent one.
+    """
     if config.save is None:
         return SaveKind.NONE
-    if config.save_interval_minutes and minutes >= config.save_interval_minutes:
+    if config.save_interval_minutes and persistent_minutes >= config.save_interval_minutes:
         return SaveKind.PERSISTENT
     if config.non_persistent_save_minutes and minutes >= config.non_persistent_save_minutes:
         return SaveKind.NON_PERSISTENT

@@ -16,6 +16,7 @@ renamed.
 
 from __future__ import annotations
 
+import calendar
 import contextlib
 import json
 import os
@@ -44,6 +45,7 @@ LOCK = ".run.lock"
 RECORD = ".run.json"
 IN_USE = "is in use by another run"
 """Part of the error of a run whose save folder another run holds."""
+TIME_FORMAT = "%Y-%m-%d %H:%M:%S UTC"
 HEARTBEAT_SECONDS = 20.0
 HEARTBEAT_TIMEOUT_SECONDS = 120.0
 """A run on another machine without a heartbeat for this time is considered dead."""
@@ -66,6 +68,14 @@ class Owner:
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, since {self.started}"
+
+    @property
+    def started_at(self) -> float | None:
+        """:attr:`started` in seconds since the epoch; None if it is unknown."""
+        try:
+            return calendar.timegm(time.strptime(self.started, TIME_FORMAT))
+        except (ValueError, OverflowError):
+            return None
 
 
 UNKNOWN = Owner("an unknown machine", "", 0, "an unknown time", "")
@@ -174,7 +184,7 @@ def _acquire(root: Path, warn: Warn, timeout: float) -> RunLock:
             socket.gethostname(),
             _boot_id(),
             os.getpid(),
-            time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+            time.strftime(TIME_FORMAT, time.gmtime()),
             uuid.uuid4().hex,
         )
         retry_transient(lambda: _write_record(root, owner), str(root), warn)

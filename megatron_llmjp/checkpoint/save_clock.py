@@ -14,10 +14,11 @@ know it and save."""
 
 
 class SaveClock:
-    """Time since the last save, and the duration of a step.
+    """Training time since the last save, and the duration of a step.
 
     A save is due if the next decision would come too late: saves are never further apart than
-    configured, as long as steps take the time that they took before.
+    configured, as long as steps take the time that they took before. Time for which a save blocks
+    training does not count: slow saves are not more frequent than fast ones.
 
     Args:
         config: the save policy.
@@ -26,12 +27,21 @@ class SaveClock:
 
     def __init__(self, config: CheckpointConfig, now: Callable[[], float] = time.monotonic) -> None:
         self._config, self._now = config, now
-        self._saved_at = self._stepped_at = now()
+        self._saved_at = self._persistent_at = self._stepped_at = now()
         self._step = 0.0
 
-    def restart(self) -> None:
-        """Count from now on: a save begins, or training starts from a checkpoint."""
-        self._saved_at = self._stepped_at = self._now()
+    def restart(self, kind: SaveKind) -> None:
+        """Count from now on: training continues after a save, or starts from a checkpoint.
+
+        Args:
+            kind: of the save; that of a start is persistent.
+        """
+        now = self._now()
+        # A time limit for persistent saves ignores the others, which may be more frequent.
+        if kind is SaveKind.PERSISTENT:
+            self._persistent_at = now
+        self._saved_at = self._stepped_at = now
+        self._step = 0.0
 
     def step(self) -> None:
         """Measure a step; call it once per iteration.
@@ -43,5 +53,7 @@ class SaveClock:
 
     def due(self) -> SaveKind:
         """Return the save that is due now."""
-        seconds = self._now() - self._saved_at + STEPS_AHEAD * self._step
-        return timed_save(self._config, seconds / 60)
+        now = self._now() + STEPS_AHEAD * self._step
+        return timed_save(
+            self._config, (now - self._saved_at) / 60, (now - self._persistent_at) / 60
+        )

@@ -165,7 +165,9 @@ class CheckpointConfig(Section):
         None, description="save a checkpoint every N tokens"
     )
     save_interval_minutes: PositiveFloat | None = Field(
-        None, description="save at the latest this many minutes after the last save"
+        None,
+        description="save at the latest after this many minutes of training since the last save "
+        "that is kept",
     )
     non_persistent_save_interval: PositiveInt | None = Field(
         None,
@@ -174,8 +176,8 @@ class CheckpointConfig(Section):
     )
     non_persistent_save_minutes: NonNegativeFloat = Field(
         60.0,
-        description="also save at the latest this many minutes after the last save; as with "
-        "non_persistent_save_interval only the newest is kept. 0: never",
+        description="also save at the latest after this many minutes of training since the last "
+        "save; as with non_persistent_save_interval only the newest is kept. 0: never",
     )
     save_policy: Literal["llm-jp"] | None = Field(
         None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -13,7 +13,7 @@ from megatron_llmjp.checkpoint.retention import (
     removable_iterations,
 )
 from megatron_llmjp.config.parameter_counts import count_parameters
-from megatron_llmjp.config.schema import CheckpointConfig, Config
+from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.estimate.layout import ParallelLayout
 from megatron_llmjp.estimate.memory import element_size
@@ -86,15 +86,12 @@ def save_schedule(
     :func:`count_checkpoints`.
     """
     policy = config.checkpoint
-    persistent = set(_persistent_iterations(config, iterations, fold_ends))
-    planned = set(_multiples(policy.non_persistent_save_interval, iterations)) | persistent
-    gap, kind = _timed_gap(policy, step_seconds, iterations)
-    saves: dict[int, SaveKind] = {}
-    for last, following in pairwise(sorted({0, *planned, iterations})):
-        saves |= dict.fromkeys(range(last + gap, following, gap), kind)
-        is_kept = following in persistent or following == iterations
-        saves[following] = SaveKind.PERSISTENT if is_kept else SaveKind.NON_PERSISTENT
-    return saves
+    persistent = {0, *_persistent_iterations(config, iterations, fold_ends), iterations}
+    persistent |= _timed(persistent, policy.save_interval_minutes, step_seconds)
+    planned = {*persistent, *_multiples(policy.non_persistent_save_interval, iterations)}
+    planned |= _timed(planned, policy.non_persistent_save_minutes, step_seconds)
+    kinds = (SaveKind.NON_PERSISTENT, SaveKind.PERSISTENT)
+    return {iteration: kinds[iteration in persistent] for iteration in sorted(planned - {0})}
 
 
 def _persistent_iterations(
@@ -119,18 +116,14 @@ def _multiples(interval: int | None, end: int) -> range:
     return range(interval, end + 1, interval) if interval else range(0)
 
 
-def _timed_gap(
-    policy: CheckpointConfig, step_seconds: float | None, iterations: int
-) -> tuple[int, SaveKind]:
-    """Return the iterations between saves that are due by time, and their kind.
+def _timed(others: Collection[int], minutes: float | None, step_seconds: float | None) -> set[int]:
+    """Return the iterations between others at which a save is due by time.
 
-    The last iteration of the gap is the one after which another step would be too late, as in
+    It is that after which another step would be too late, as in
     :class:`~megatron_llmjp.checkpoint.save_clock.SaveClock`.
     """
-    limits = (policy.save_interval_minutes, policy.non_persistent_save_minutes)
-    minutes = min((limit for limit in limits if limit), default=math.inf)
-    if minutes == math.inf or step_seconds is None:
-        return iterations, SaveKind.NONE
-    is_kept = minutes == policy.save_interval_minutes
-    kind = SaveKind.PERSISTENT if is_kept else SaveKind.NON_PERSISTENT
-    return max(1, math.ceil(minutes * 60 / step_seconds) - 1), kind
+    if not minutes or step_seconds is None:
+        return set()
+    gap = max(1, math.ceil(minutes * 60 / step_seconds) - 1)
+    spans = pairwise(sorted(others))
+    return {i for last, following in spans for i in range(last + gap, following, gap)}

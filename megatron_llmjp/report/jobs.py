@@ -15,6 +15,7 @@ from typing import Any
 from megatron_llmjp.checkpoint.run_lock import IN_USE
 from megatron_llmjp.errors import EXIT_USER_ERROR
 from megatron_llmjp.report.json_lines import parse_object
+from megatron_llmjp.report.slurm_queue import QueuedJob
 
 REQUEUE_LOG = "requeues.jsonl"
 """File with one line per end of a Slurm job, written by ``slurm/requeue.py``."""
@@ -38,7 +39,7 @@ LOGS_BYTES = 1 << 22
 MIN_LOG_BYTES = 1 << 12
 REPORT_BYTES = 1 << 12
 SEARCHED_JOBS = 3
-"""Number of newest jobs whose logs are searched for an error."""
+"""Number of newest starts of jobs that may decide the state, or are searched for an error."""
 SHOWN_NODES = 4
 
 
@@ -117,14 +118,45 @@ def excluded_nodes(ends: Iterable[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def without_rejected(ends: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the ends without those of other jobs that were rejected while the run was requeued."""
+    """Return the ends without those of jobs that were rejected: another one held the folder.
+
+    So does, as far as is known, a requeued Slurm job. A PBS job continues as another one.
+    """
     kept: list[dict[str, Any]] = []
     for record in ends:
         is_other = bool(kept) and record.get("job") != kept[-1].get("job")
-        if is_other and _is_user_error(record) and kept[-1].get("requeued"):
+        waits = is_other and kept[-1].get("requeued") and str(record.get("job")).isdecimal()
+        if _is_user_error(record) and (waits or IN_USE in str(record.get("cause"))):
             continue
         kept.append(record)
     return kept
+
+
+def deciding_job(
+    jobs: Sequence[JobFolder],
+    ends: Sequence[dict[str, Any]],
+    queue: Mapping[str, QueuedJob],
+) -> JobFolder | None:
+    """Return the job that decides the state of a run; None without jobs.
+
+    It is the newest one that is in the queue, else the newest one that was not rejected.
+
+    Args:
+        jobs: the jobs of the run, newest first; :data:`SEARCHED_JOBS` of them are considered.
+        ends: recorded ends of jobs.
+        queue: jobs in Slurm's queue, as far as is known.
+    """
+    newest = jobs[:SEARCHED_JOBS]
+    for job in newest:
+        queued = queue.get(job.job)
+        if queued is not None and not queued.is_gone:
+            return job
+    kept = {id(record) for record in without_rejected(ends)}
+    for job in newest:
+        end = find_end(job, ends)
+        if end is None or id(end) in kept:
+            return job
+    return newest[0] if newest else None
 
 
 def _is_user_error(record: Mapping[str, Any]) -> bool:

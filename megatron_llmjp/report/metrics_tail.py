@@ -7,6 +7,7 @@ hundreds of runs of any length are shown within a second or two.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from megatron_llmjp.metric_registry import (
@@ -22,6 +23,8 @@ from megatron_llmjp.report.jobs import tail
 
 TAIL_BYTES = 1 << 18
 """Size of the end of the metrics file that is read: some hundred records."""
+LAST_STEPS = 3
+"""Number of log intervals that are read."""
 
 _STEP = f'"{LM_LOSS.name}":'
 _EVENT = f'"{EVENT}":'
@@ -33,7 +36,7 @@ class RecentMetrics:
     """Records near the end of a metrics file."""
 
     steps: list[JsonRecord] = field(default_factory=list)
-    """The last two log intervals, oldest first."""
+    """The last :data:`LAST_STEPS` log intervals, oldest first."""
     validation: dict[str, float] = field(default_factory=dict)
     """Last loss of each validation set."""
     end: JsonRecord | None = None
@@ -49,10 +52,15 @@ class RecentMetrics:
         return self.steps[-1] if self.steps else {}
 
     @property
-    def log_interval_seconds(self) -> float:
-        """Seconds between the last two log lines."""
-        steps = self.steps
-        between = int(steps[-1][ITERATION]) - int(steps[-2][ITERATION]) if len(steps) > 1 else 1
+    def log_interval_seconds(self) -> float | None:
+        """Seconds between log lines; None if only one is known.
+
+        The first line of a process follows its first step, not an interval.
+        """
+        if len(self.steps) < 2:
+            return None
+        iterations = [int(step[ITERATION]) for step in self.steps]
+        between = max(b - a for a, b in pairwise(iterations))
         return max(1, between) * float(self.last.get(SECONDS_PER_ITERATION.name) or 0.0)
 
 
@@ -63,7 +71,8 @@ def read_recent_metrics(folder: Path) -> RecentMetrics:
     validation: dict[str, float] = {}
     restarted_at: int | None = None
     for line in reversed(tail(folder / METRICS_FILE, TAIL_BYTES)):
-        if not ((_STEP in line and len(steps) < 2) or _EVENT in line or _VALIDATION in line):
+        is_step = _STEP in line and len(steps) < LAST_STEPS
+        if not (is_step or _EVENT in line or _VALIDATION in line):
             continue
         record = parse_record(line)
         if record is None:
@@ -76,7 +85,7 @@ def read_recent_metrics(folder: Path) -> RecentMetrics:
                 restarted_at = int(record[ITERATION])
             events.append(record)
         validation = {**_losses(record), **validation}
-    steps = steps[-2:]
+    steps = steps[-LAST_STEPS:]
     return RecentMetrics(
         steps, validation, _end(events), restarted_at, _last_exceptional_event(events)
     )

@@ -45,10 +45,14 @@ EXIT_CODES: dict[State, int] = {
 _SEVERITY = (EXIT_CRASHED, EXIT_HANGING, EXIT_STOPPED, EXIT_DONE)
 """Exit codes, the one that matters most first."""
 
+START_SECONDS = 900.0
+"""Longest time between the logs of a job and its first step, where the queue is unknown."""
 STALL_SECONDS = 120.0
 """A live run is stalled if it logged nothing for this long and for :data:`STALL_INTERVALS`."""
 STALL_INTERVALS = 10
 """Number of log intervals."""
+FIRST_STALL_SECONDS = 3600.0
+"""As :data:`STALL_SECONDS`, as long as the length of a log interval is unknown."""
 
 
 def worst_exit_code(states: Iterable[State]) -> int:
@@ -71,18 +75,23 @@ class ProcessEvidence:
     name: str
     is_alive: bool
     has_logged: bool
-    """Whether it has logged a step."""
+    """Whether it, and not only an earlier one, has logged a step."""
     seconds_since_log: float | None
-    log_interval_seconds: float
+    log_interval_seconds: float | None
+    """None if unknown."""
 
 
 @dataclass(frozen=True)
 class JobEvidence:
-    """The newest job of the run."""
+    """The job of the run that decides its state."""
 
     job: str
     """Job id of the scheduler."""
     has_started_ranks: bool
+    has_trained: bool
+    """Whether it held the save folder."""
+    seconds_since_start: float
+    """Since it created its last log."""
     queued: QueuedJob | None
     """None if the state of the queue is unknown."""
     preflight_failure: str | None
@@ -114,6 +123,8 @@ def find_state(found: Evidence) -> StateAndReason:
     queued = _queued(job, found.job_end) if job is not None else None
     if queued is not None:
         return queued
+    if job is not None and _is_starting(job):
+        return StateAndReason("starting", f"job {job.job} has not opened the save folder yet")
     if job is not None and _failed_preflight(job):
         return StateAndReason(
             "failed", f"the preflight of job {job.job} failed: {job.preflight_failure}"
@@ -139,7 +150,10 @@ def _live(process: ProcessEvidence, job: JobEvidence | None) -> StateAndReason:
     silent = process.seconds_since_log
     if not process.has_logged or silent is None:
         return StateAndReason("starting", process.name)
-    if silent > max(STALL_SECONDS, STALL_INTERVALS * process.log_interval_seconds):
+    interval = process.log_interval_seconds
+    if silent > (
+        FIRST_STALL_SECONDS if interval is None else max(STALL_SECONDS, STALL_INTERVALS * interval)
+    ):
         return StateAndReason("stalled", f"{process.name} is alive, but logs nothing")
     return StateAndReason("running", process.name)
 
@@ -160,9 +174,16 @@ def _queued(job: JobEvidence, end: Mapping[str, Any] | None) -> StateAndReason |
         return StateAndReason("requeued", f"waiting in Slurm's queue ({queued.reason}){why}")
     if queued.is_suspended:
         return StateAndReason("suspended", f"Slurm has suspended job {job.job}")
-    if not job.has_started_ranks and job.preflight_failure is None:
-        return StateAndReason("starting", f"job {job.job} has not started its ranks yet")
     return None
+
+
+def _is_starting(job: JobEvidence) -> bool:
+    """Return whether a job is in its checks, or its ranks have not opened the save folder yet."""
+    if job.has_trained or job.has_ended or _failed_preflight(job):
+        return False
+    if job.queued is None:
+        return job.seconds_since_start < START_SECONDS
+    return not job.queued.is_gone
 
 
 def _failed_preflight(job: JobEvidence) -> bool:
@@ -176,7 +197,7 @@ def _ended_job(end: Mapping[str, Any], job: JobEvidence | None) -> StateAndReaso
     if end.get("requeued"):
         if job is not None and job.queued is not None and job.queued.is_gone:
             return StateAndReason("stopped", f"job {job.job} has left Slurm's queue; before: {why}")
-        return StateAndReason("requeued", f"waiting in Slurm's queue: {why}")
+        return StateAndReason("requeued", f"waiting in the queue: {why}")
     if end.get("exit code") in (None, EXIT_DONE, EXIT_REQUEUE):
         return None
     cause = end.get("cause")

@@ -39,8 +39,10 @@ from megatron_llmjp.metric_registry import (
 from megatron_llmjp.report.exclusions import read_exclusions
 from megatron_llmjp.report.history import MAX_NUMBER, JsonRecord
 from megatron_llmjp.report.jobs import (
+    SEARCHED_JOBS,
     Incident,
     JobFolder,
+    deciding_job,
     excluded_nodes,
     find_end,
     find_errors,
@@ -130,14 +132,12 @@ def read_statuses(folders: Sequence[Path], details: bool) -> list[RunStatus | Us
         By folder, the status, or the error of a folder that has no run.
     """
     with ThreadPoolExecutor(READERS) as readers:
-        newest = list(readers.map(_newest_job, folders))
-        queue = read_queue({job.job for job in newest if job is not None})
+        queue = read_queue(set().union(*readers.map(_newest_jobs, folders)))
         return list(readers.map(partial(_read_or_explain, queue=queue, details=details), folders))
 
 
-def _newest_job(folder: Path) -> JobFolder | None:
-    jobs = job_folders(folder)
-    return jobs[0] if jobs else None
+def _newest_jobs(folder: Path) -> set[str]:
+    return {job.job for job in job_folders(folder)[:SEARCHED_JOBS]}
 
 
 def _read_or_explain(
@@ -176,14 +176,15 @@ def read_status(
     recent = read_recent_metrics(folder)
     age = time.time() - metrics.stat().st_mtime if metrics.exists() else None
     if queue is None:
-        queue = read_queue({job.job for job in jobs[:1]})
+        queue = read_queue({job.job for job in jobs[:SEARCHED_JOBS]})
+    job = deciding_job(jobs, ends, queue)
     status = replace(
         _progress(folder, recent, saved, details), seconds_since_log=age, saved=saved, ends=ends
     )
     state, why = find_state(
         Evidence(
             process=_process(folder, owner, recent, age),
-            job=_job(jobs[0], ends, queue) if jobs else None,
+            job=_job(job, ends, queue) if job is not None else None,
             end=recent.end,
             job_end=next(reversed(without_rejected(ends)), None),
             all_done=_all_done(status, recent),
@@ -248,24 +249,29 @@ def _process(
 ) -> ProcessEvidence | None:
     if owner is None:
         return None
+    started, logged = owner.started_at, time.time() - age if age is not None else -math.inf
     return ProcessEvidence(
         name=str(owner),
         is_alive=run_lock.is_owner_alive(folder, owner),
-        has_logged=bool(recent.steps) and recent.restarted_at is None,
+        has_logged=bool(recent.steps)
+        and recent.restarted_at is None
+        and (started is None or logged >= started),
         seconds_since_log=age,
         log_interval_seconds=recent.log_interval_seconds,
     )
 
 
 def _job(
-    newest: JobFolder, ends: Sequence[dict[str, Any]], queue: Mapping[str, QueuedJob]
+    job: JobFolder, ends: Sequence[dict[str, Any]], queue: Mapping[str, QueuedJob]
 ) -> JobEvidence:
     return JobEvidence(
-        job=newest.job,
-        has_started_ranks=newest.has_started_ranks(),
-        queued=queue.get(newest.job),
-        preflight_failure=preflight_failure(newest),
-        has_ended=find_end(newest, ends) is not None,
+        job=job.job,
+        has_started_ranks=job.has_started_ranks(),
+        has_trained=job.has_trained(),
+        seconds_since_start=time.time() - job.modified_at,
+        queued=queue.get(job.job),
+        preflight_failure=preflight_failure(job),
+        has_ended=find_end(job, ends) is not None,
     )
 
 

@@ -94,7 +94,7 @@ class StopCoordinator:
         self._clock = clock
         self._due_save = SaveKind.NONE
         self._vote_is_older = False
-        """Whether the pending vote on a save was cast before the last save began."""
+        """Whether the pending vote on a save was cast before the last save."""
 
     def defer_signals(self) -> None:
         """Record signals from now on, so that the run saves before it ends.
@@ -135,10 +135,14 @@ class StopCoordinator:
             self._clock.step()
         return self._due_save
 
-    def restart_save_clock(self) -> None:
-        """Count the time to the next save from now on; all ranks call it."""
+    def restart_save_clock(self, kind: SaveKind = SaveKind.PERSISTENT) -> None:
+        """Count the time to the next save from now on; all ranks call it.
+
+        Args:
+            kind: of the save after which training continues; by default that of a start.
+        """
         if self._clock is not None:
-            self._clock.restart()
+            self._clock.restart(kind)
         self._due_save = SaveKind.NONE
         self._vote_is_older = True
 

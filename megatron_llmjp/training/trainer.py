@@ -307,7 +307,6 @@ class Trainer:
         run, model = self.run, self.model
         self._begin("a save")
         self.due_save = SaveKind.NONE
-        self.control.stop.restart_save_clock()
         gather_parameters(model.chunks, run.config)
         progress = SaveProgress(
             self.iteration,
@@ -326,6 +325,8 @@ class Trainer:
         }
         state = RunState(model.chunks, model.optimizer, model.scheduler, counters)
         self.saver.save(state, progress)
+        kind = SaveKind.PERSISTENT if persistent else SaveKind.NON_PERSISTENT
+        self.control.stop.restart_save_clock(kind)
 
     def _report_bad_step(
         self, result: StepResult, batch_size: int, metrics: TrainingMetrics, limit_reached: bool

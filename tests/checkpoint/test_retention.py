@@ -22,14 +22,15 @@ def saves(iterations: int, fold_ends: tuple[int, ...] = (), **fields) -> dict[in
     Time is measured as on one rank: before an iteration, as another one would be too late.
     """
     config = CheckpointConfig(save="folder", **{"non_persistent_save_minutes": 0, **fields})
-    found, last = {}, 0
+    found, last, kept = {}, 0, 0
     for i in range(1, iterations + 1):
         before, now = TrainingPosition(i - 1, (i - 1) * BATCH), TrainingPosition(i, i * BATCH)
         by_length = due_save(config, before, now, SEQ_LENGTH, fold_ends)
-        kind = max(by_length, timed_save(config, minutes=i + 1 - last))
+        kind = max(by_length, timed_save(config, i + 1 - last, i + 1 - kept))
         if kind:
             found[i] = {1: "non-persistent", 2: "persistent"}[kind]
             last = i
+            kept = i if kind is SaveKind.PERSISTENT else kept
     return found
 
 
@@ -61,6 +62,8 @@ def test_non_persistent_saves():
     assert saves(9, non_persistent_save_interval=2, save_interval=4) == {2: n, 4: p, 6: n, 8: p}
     both = {"non_persistent_save_minutes": 5, "save_interval_minutes": 5}
     assert saves(8, **both) == {4: p, 8: p}
+    rarer = {"non_persistent_save_minutes": 3, "save_interval_minutes": 6}
+    assert saves(10, **rarer) == {2: n, 4: n, 5: p, 7: n, 9: n, 10: p}
 
 
 def test_pattern_of_llm_jp():
@@ -81,7 +84,7 @@ def test_nothing_is_saved_without_a_folder():
     config = CheckpointConfig(save_interval=1, save_interval_minutes=1)
     positions = TrainingPosition(0, 0), TrainingPosition(1, 4)
     assert due_save(config, *positions, SEQ_LENGTH) is SaveKind.NONE
-    assert timed_save(config, 9.0) is SaveKind.NONE
+    assert timed_save(config, 9.0, 9.0) is SaveKind.NONE
 
 
 @pytest.mark.parametrize(

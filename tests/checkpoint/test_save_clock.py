@@ -12,24 +12,36 @@ from megatron_llmjp.checkpoint.save_clock import SaveClock
 from megatron_llmjp.config.schema import CheckpointConfig
 
 
-def save_times(steps, **fields) -> list[float]:
-    """Return the times in minutes of the saves of a run, given the minutes of its steps.
+def saves(steps, save_minutes=0.0, **fields) -> list[tuple[float, SaveKind]]:
+    """Return the saves of a run, and the minutes of training before each of them.
 
     As in training: what the clock says after a step is read after the next step's chance to save.
+
+    Args:
+        steps: the minutes of each step.
+        save_minutes: the minutes for which a save blocks training.
+        fields: the save policy.
     """
     time = [0.0]
     clock = SaveClock(CheckpointConfig(save="x", **fields), lambda: time[0] * 60)
-    votes, found, due = deque([SaveKind.NONE]), [], SaveKind.NONE
+    votes, found, due, trained = deque([SaveKind.NONE]), [], SaveKind.NONE, 0.0
     for minutes in steps:
         time[0] += minutes
+        trained += minutes
         clock.step()
         if due:
-            found.append(time[0])
-            clock.restart()
+            found.append((trained, due))
+            time[0] += save_minutes
+            clock.restart(due)
             due, votes = SaveKind.NONE, deque([SaveKind.NONE])
         due = max(due, votes.popleft())
         votes.append(clock.due())
     return found
+
+
+def save_times(steps, save_minutes=0.0, **fields) -> list[float]:
+    """Return the minutes of training before each save of a run."""
+    return [time for time, _ in saves(steps, save_minutes, **fields)]
 
 
 @pytest.mark.parametrize("minutes", [0.01, 0.5, 0.72, 1.0, 7.0, 19.0])
@@ -46,6 +58,28 @@ def test_slow_steps_are_expected_again():
     steps = [30.0, *[1.0, 1.0, 1.0, 11.0] * 40]
     gaps = [b - a for a, b in itertools.pairwise([0.0, *save_times(steps)])]
     assert all(20 < gap <= 60 for gap in gaps), gaps
+
+
+def test_a_slow_save_does_not_cause_the_next_one():
+    """Also on a file system that takes half an hour or two hours for a checkpoint of the 172b."""
+    for save_minutes in (0.5, 30, 120):
+        times = [0.0, *save_times([0.72] * 500, save_minutes)]
+        gaps = [b - a for a, b in itertools.pairwise(times)]
+        assert len(gaps) == 6 and all(58 < gap <= 60 for gap in gaps), gaps
+
+
+def test_a_slow_step_causes_one_save():
+    """A validation of two hours after 100 minutes."""
+    times = save_times([1.0] * 100 + [120.0] + [1.0] * 100)
+    assert times == [59.0, 222.0, 281.0]
+
+
+def test_hourly_saves_do_not_delay_those_that_are_kept():
+    found = saves([1.0] * 300, save_interval_minutes=90)
+    kept = [0.0, *(time for time, kind in found if kind is SaveKind.PERSISTENT)]
+    assert [b - a for a, b in itertools.pairwise(kept)] == [89.0] * 3
+    times = [0.0, *(time for time, _ in found)]
+    assert all(b - a < 60 for a, b in itertools.pairwise(times)) and len(times) == 1 + 6
 
 
 def test_other_times():

@@ -160,7 +160,7 @@ def test_job_files(save, capsys):
     assert main([str(save)]) == 0
     output = capsys.readouterr().out
     for words in (
-        f"requeued: waiting in Slurm's queue: {why}",
+        f"requeued: waiting in the queue: {why}",
         f"1, the last on 2025-01-02 03:04:05 with exit code 3 at iteration 2: {why}",
         "no room on /data (logs/job8_0/rank_0003.log)",
         "no progress for 8 minutes at iteration 2; rank 3: no response (hang/report.txt)",

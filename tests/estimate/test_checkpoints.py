@@ -122,6 +122,7 @@ RULES: list[dict[str, Any]] = [
     {"save_interval": 48, "non_persistent_save_interval": 20},
     {"save_interval_minutes": 4.2, "save_interval": 25},
     {"non_persistent_save_minutes": 0.9, "save_interval": 25, "save_interval_minutes": 3.0},
+    {"non_persistent_save_minutes": 3.0, "save_interval_minutes": 4.0},
     {"save_fold_ends": False, "save_interval": 70},
 ]
 
@@ -134,13 +135,14 @@ def test_schedule_equals_the_rules_of_every_iteration(rules, ramp):
     config = replace_fields(preset("laptop-llama"), global_batch_size=8, **values)
     policy, sizes = config.checkpoint.model_copy(update={"save": "x"}), BatchSizeSchedule(config)
     length, ends = config.data.seq_length, (101, 640, 641)
-    expected, last, before = {}, 0, TrainingPosition(0, 0)
+    expected, last, kept, before = {}, 0, 0, TrainingPosition(0, 0)
     for i in range(1, 151):
         now = TrainingPosition(i, sizes.consumed_after(i))
-        minutes = (i + 1 - last) / 6  # after one more step
-        kind = max(due_save(policy, before, now, length, ends), timed_save(policy, minutes))
+        by_time = timed_save(policy, (i + 1 - last) / 6, (i + 1 - kept) / 6)  # after another step
+        kind = max(due_save(policy, before, now, length, ends), by_time)
         kind = SaveKind.PERSISTENT if i == 150 else kind
         if kind:
             expected[i], last = kind, i
+            kept = i if kind is SaveKind.PERSISTENT else kept
         before = now
     assert save_schedule(config, 150, ends, 10.0) == expected

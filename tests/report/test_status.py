@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from data_tools.run_status import main
+from megatron_llmjp.checkpoint import run_lock
 from megatron_llmjp.checkpoint.run_lock import RECORD
 from megatron_llmjp.report.run_state import EXIT_CODES, worst_exit_code
 from megatron_llmjp.report.status import read_status
@@ -63,6 +65,10 @@ class SaveFolder:
         record = {"job": job, "restart": int(restart), "exit code": code, "iteration": 10}
         with (self.path / "requeues.jsonl").open("a") as stream:
             stream.write(json.dumps({**record, "requeued": requeued, "why": why, **other}) + "\n")
+
+    def owner(self, started: float) -> None:
+        text = time.strftime(run_lock.TIME_FORMAT, time.gmtime(started))
+        (self.path / RECORD).write_text(json.dumps({**OWNER, "started": text}))
 
     def dead_owner(self) -> None:
         (self.path / RECORD).write_text(json.dumps(OWNER))
@@ -126,7 +132,52 @@ def test_a_job_in_its_preflight(run, squeue):
     run.job("7_1", rank_0000="")
     assert run.status() == ("stopped", "signal received")
     squeue("7|RUNNING|None")
-    assert run.status() == ("starting", "job 7 has not started its ranks yet")
+    assert run.status() == ("starting", "job 7 has not opened the save folder yet")
+    run.job("7_2", rank_0000="a warning\n")  # imports and rendezvous take minutes
+    assert run.status()[0] == "starting"
+    (run.path / "logs" / "job7_2" / "rank_0000.log").write_text(RAN)
+    assert run.status()[0] == "stopped"
+
+
+def test_a_starting_job_without_slurm(run, squeue):
+    """Under PBS, or on a machine without squeue, its logs say that it has just started."""
+    run.metrics({})
+    run.event("end", outcome="stopped", why="signal received")
+    run.time = int(time.time()) - 400
+    folder = run.job("7_0", rank_0000="")
+    assert run.status()[0] == "starting"
+    os.utime(folder, (run.time - 1000, run.time - 1000))
+    assert run.status()[0] == "stopped"
+
+
+def test_a_restart_is_not_stalled(run, squeue, monkeypatch):
+    """The last line may be hours old when a process has just taken over."""
+    monkeypatch.setattr(run_lock, "is_owner_alive", lambda *_: True)
+    run.metrics({"iteration": 800}, {"iteration": 900}, {"iteration": 1000})
+    metrics, now = run.path / "metrics.jsonl", time.time()
+    os.utime(metrics, (now - 10_000, now - 10_000))
+    run.owner(started=now - 300)
+    assert run.status()[0] == "starting"
+    run.owner(started=now - 20_000)
+    assert run.status()[0] == "stalled"
+    run.event("start")
+    # The line after the first step says nothing about the interval, which is 100 steps.
+    run.metrics({"iteration": 1001})
+    for seconds, state in ((900, "running"), (1100, "stalled")):
+        os.utime(metrics, (now - seconds, now - seconds))
+        assert run.status()[0] == state
+
+
+def test_a_new_run_is_not_stalled(run, squeue, monkeypatch):
+    """After its first step, nobody knows when the next line is due."""
+    monkeypatch.setattr(run_lock, "is_owner_alive", lambda *_: True)
+    run.event("start")
+    run.metrics({"iteration": 1})
+    now = time.time()
+    run.owner(started=now - 20_000)
+    for seconds, state in ((3000, "running"), (4000, "stalled")):
+        os.utime(run.path / "metrics.jsonl", (now - seconds, now - seconds))
+        assert run.status()[0] == state
 
 
 def test_a_failed_preflight(run, squeue):
@@ -198,6 +249,49 @@ def test_a_rejected_job_while_the_run_is_requeued(run):
     run.end("8_0", 2, False, "an error in the arguments or the data is not fixed by a requeue")
     assert run.status()[0] == "requeued"
     run.end("7_1", 2, False, "an error in the arguments or the data is not fixed by a requeue")
+    assert run.status()[0] == "failed"
+
+
+def test_a_rejected_job_is_not_the_run_in_the_queue(run, squeue):
+    """Neither of a run that is requeued, nor of one that Slurm requeued without a record."""
+    rejection = "an error in the arguments or the data is not fixed by a requeue"
+    run.metrics({})
+    run.dead_owner()
+    run.job("7_0", rank_0000=RAN)
+    run.job("8_0")
+    run.end("8_0", 2, False, rejection, cause="--lr -1: expected more")
+    squeue("7|PENDING|Priority")
+    assert run.status()[0] == "requeued"
+    squeue("7|PENDING|JobHeldUser")
+    assert run.status()[0] == "held"
+    run.job("7_1", rank_0000="")
+    squeue("7|RUNNING|None")
+    assert run.status()[0] == "starting"
+    run.end("7_1", 3, True, "stopped on request; requeued: there is a new checkpoint")
+    run.job("9_0")
+    run.end("9_0", 2, False, rejection, cause="--lr -1: expected more")
+    squeue("7|PENDING|Priority")
+    assert run.status()[0] == "requeued"
+    squeue()  # somebody cancelled it
+    assert run.status()[0] == "stopped"
+
+
+def test_a_job_that_the_running_one_rejected(run, squeue):
+    """Without Slurm: the run was killed later, and its end is not recorded."""
+    run.metrics({})
+    run.dead_owner()
+    run.job("7_0", rank_0000=RAN)
+    run.job("8_0")
+    run.end("8_0", 2, False, "an error", cause=f"--save X {run_lock.IN_USE} (process 1)")
+    assert run.status()[0] == "dead"
+
+
+def test_a_successor_under_pbs(run, squeue):
+    """Each start has another job id: its error is the run's."""
+    run.metrics({})
+    run.end("7.server_0", 3, True, "stopped on request; requeued: there is a new checkpoint")
+    assert run.status()[0] == "requeued"
+    run.end("8.server_0", 2, False, "an error in the arguments or the data")
     assert run.status()[0] == "failed"
 
 
