@@ -53,6 +53,20 @@ def test_a_rank_without_an_error_of_its_own(logs):
     assert cause.lines == ("srun: error: n1: task 5: Killed", "iteration 7", *cause.lines[2:])
 
 
+def test_a_killed_rank_breaks_the_connections_of_others(logs):
+    reset = "error: rank 0 of 8:\nTraceback\nRuntimeError: Connection reset by peer\n"
+    folder = logs(rank_0005="iteration 7\n", srun=KILLED, rank_0000=reset)
+    assert find_cause(folder).summary == "rank 5 on n1: Killed, after: iteration 7"
+    assert find_cause(logs(srun=LOST, rank_0000=reset)).summary == "Node failure on n1"
+    several = KILLED.replace("task 5", "tasks 4-5,7")
+    assert find_cause(logs(srun=several, rank_0000=reset)).summary == "rank 4 on n1: Killed"
+    own = logs(rank_0005="error: rank 5 on n1: disk full\n", srun=KILLED, rank_0000=reset)
+    assert find_cause(own).summary == "rank 5 on n1: disk full"
+    code = KILLED.replace("Killed", "Exited with exit code 1")
+    watchdog = logs(rank_0000="error: no progress\n", rank_0005="iteration 7\n", srun=code)
+    assert find_cause(watchdog).summary == "no progress"
+
+
 def test_without_logs_of_ranks(logs, tmp_path: Path):
     assert find_cause(tmp_path) is find_cause(tmp_path / "missing") is None
     message = "srun: error: Unable to create step for job 7: Invalid account\n"
