@@ -94,7 +94,8 @@ def end_alerts(save: Path, code: int, record: Mapping[str, Any] | None) -> list[
         cause = record.get("cause")
         if IN_USE in str(cause):
             return []
-        why = str(record.get("why")) + (f"; first error: {cause}" if cause else "")
+        if code != EXIT_DONE or not why:  # which code says nothing about the reason
+            why = str(record.get("why")) + (f"; first error: {cause}" if cause else "")
     message = f"exit code {code}: {why}" if why else f"exit code {code}"
     return [*alerts, Alert(end_event(code, state, message), message, str(save))]
 

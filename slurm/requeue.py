@@ -181,7 +181,7 @@ def decide(code: int, iteration: int, history: list[dict[str, Any]]) -> tuple[bo
         history: records of earlier ends, oldest first.
     """
     if code == EXIT_DONE:
-        return False, "the run is finished"
+        return False, "not requeued: the run is finished, or was stopped by its stop file"
     if code == EXIT_USER_ERROR:
         return False, "an error in the arguments or the data is not fixed by a requeue"
     if iteration > (history[-1]["iteration"] if history else 0):

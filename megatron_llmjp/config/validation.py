@@ -12,7 +12,7 @@ from megatron_llmjp.config.layout_validation import divisors, layout_problems
 from megatron_llmjp.config.learning_rate_rules import ScheduleLengths, learning_rate_problems
 from megatron_llmjp.config.loading import EQUIVALENT_UNITS
 from megatron_llmjp.config.profiling_config import profiling_problems
-from megatron_llmjp.config.schema import SECTION_OF, Config, ModelConfig
+from megatron_llmjp.config.schema import SECTION_OF, CheckpointConfig, Config, ModelConfig
 from megatron_llmjp.errors import UserError
 
 DECAY_LENGTH_FIELDS = next(names for names in EQUIVALENT_UNITS if "lr_decay_iters" in names)
@@ -27,6 +27,7 @@ SAVE_RULES = (
     "save_interval_minutes",
     "save_policy",
     "non_persistent_save_interval",
+    "non_persistent_save_minutes",
 )
 """Fields that require ``save``, except in presets: these are also used without saving."""
 
@@ -42,7 +43,10 @@ def check_save_rules(config: Config, origin: Mapping[str, str]) -> None:
         UserError: one line for each such rule that no preset gave.
     """
     checkpoint = config.checkpoint
-    given = [name for name in SAVE_RULES if getattr(checkpoint, name) is not None]
+    # The complete configuration that a dry run prints has the defaults.
+    defaults = {name: info.default for name, info in CheckpointConfig.model_fields.items()}
+    values = {name: getattr(checkpoint, name) for name in SAVE_RULES}
+    given = [name for name, value in values.items() if value and value != defaults[name]]
     given = [name for name in given if not origin.get(name, "").startswith("preset ")]
     if given and checkpoint.save is None:
         lines = (f"{name} requires save, the folder of the checkpoints" for name in given)

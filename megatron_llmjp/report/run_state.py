@@ -208,7 +208,8 @@ def _ended_process(end: JsonRecord | None, job_end: Mapping[str, Any] | None) ->
     """Return the state of a run that released its save folder."""
     if end is not None and end.get("outcome") == "failed":
         return StateAndReason("failed", str(end.get("why", "")))
-    if job_end is not None:
+    # Of a run that ends with this code, the job does not know whether it is finished.
+    if job_end is not None and (end is None or job_end.get("exit code") != EXIT_DONE):
         return StateAndReason("stopped", str(job_end.get("why")))
     why = end.get("why") if end is not None else None
     return StateAndReason("stopped", str(why) if why else "the save folder was released")

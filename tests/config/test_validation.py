@@ -279,7 +279,8 @@ def test_all_messages(flags):
 @pytest.mark.parametrize(
     "flag",
     ["--save-interval 5", "--save-interval-tokens 5", "--save-interval-minutes 5",
-     "--save-policy llm-jp", "--non-persistent-save-interval 5"],
+     "--save-policy llm-jp", "--non-persistent-save-interval 5",
+     "--non-persistent-save-minutes 5"],
 )  # fmt: skip
 def test_save_rules_require_a_folder(flag):
     command = parse(["--config", "llm-jp-3-1.8b", *flag.split()])
@@ -296,6 +297,11 @@ def test_a_preset_may_be_used_without_saving():
     assert command.config.checkpoint.save_interval == 1000
     assert command.config.checkpoint.non_persistent_save_interval == 100
     check_save_rules(command.config, command.origin)
+    for minutes in (60, 0):  # the default, and no saves at all
+        command = parse(
+            ["--config", "llm-jp-3-1.8b", "--non-persistent-save-minutes", str(minutes)]
+        )
+        check_save_rules(command.config, command.origin)
 
 
 VALID = [

@@ -180,6 +180,15 @@ def test_a_new_run_is_not_stalled(run, squeue, monkeypatch):
         assert run.status()[0] == state
 
 
+def test_a_run_that_its_stop_file_ended(run, squeue):
+    """The job script does not know why its ranks ended with exit code 0."""
+    run.metrics({})
+    run.event("end", outcome="stopped", why="file 'stop' found")
+    run.job("7_0", rank_0000=RAN)
+    run.end("7_0", 0, False, "the run is finished, or was stopped")
+    assert run.status() == ("stopped", "file 'stop' found")
+
+
 def test_a_failed_preflight(run, squeue):
     run.metrics({})
     run.event("end", outcome="stopped", why="signal received")
