@@ -1,6 +1,7 @@
 """Send the alerts of a job's end: of the nodes that it excluded, and of how its ranks ended.
 
-Called by the job scripts after ``requeue.py`` has recorded the end, with the arguments of the run.
+Called by the job scripts after ``requeue.py`` has recorded the end, with the arguments of the run,
+and at the start of a requeued job whose script may have been ended before it recorded anything.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from megatron_llmjp.checkpoint.run_lock import IN_USE
 from megatron_llmjp.errors import EXIT_DONE, EXIT_FAILURE, UserError
 from megatron_llmjp.report.exclusions import read_exclusions
 from megatron_llmjp.report.jobs import excluded_nodes, read_job_ends
+from megatron_llmjp.report.metrics_tail import read_recent_metrics
 from megatron_llmjp.report.status import read_status
 
 
@@ -25,7 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Send the alerts; the exit code is 1 if one was dropped."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--save", type=Path, required=True, help="save folder of the run")
-    parser.add_argument("--code", type=int, required=True, help="exit code of the ranks")
+    ended = parser.add_mutually_exclusive_group(required=True)
+    ended.add_argument("--code", type=int, help="exit code of the ranks")
+    ended.add_argument(
+        "--previous-start", action="store_true", help="report the previous start, if nobody did"
+    )
     parser.add_argument("--preflight", action="store_true", help="the preflight check failed")
     parser.add_argument("--started", type=float, default=0.0, help="start of the job or its ranks")
     parser.add_argument("arguments", nargs="*", help="arguments of the run, after --")
@@ -33,16 +39,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     destinations = destinations_of_arguments(args.arguments)
     if not destinations:
         return EXIT_DONE
-    record = _recorded_end(args.save, os.environ)
-    excluded = {}
-    if args.preflight and record is None:
-        excluded = _exclusions_since(args.started, args.save, os.environ)
-    if excluded:  # the job goes on without these nodes: it has not ended
-        alerts = [Alert("exclusion", f"excluded {_describe(excluded)}", str(args.save))]
-    else:
-        alerts = end_alerts(args.save, args.code, record)
+    alerts = (
+        alerts_of_previous_start(args.save, os.environ)
+        if args.previous_start
+        else alerts_of_job(args, os.environ)
+    )
     delivered = [deliver(alert, destinations) for alert in alerts]
     return EXIT_DONE if all(delivered) else EXIT_FAILURE
+
+
+def alerts_of_job(args: argparse.Namespace, env: Mapping[str, str]) -> list[Alert]:
+    """Return the alerts of a job that has ended, or goes on without some of its nodes."""
+    record = _recorded_end(args.save, env)
+    excluded = {}
+    if args.preflight and record is None:
+        excluded = _exclusions_since(args.started, args.save, env)
+    if excluded:  # the job goes on without these nodes: it has not ended
+        return [Alert("exclusion", f"excluded {_describe(excluded)}", str(args.save))]
+    return end_alerts(args.save, args.code, record)
+
+
+def alerts_of_previous_start(save: Path, env: Mapping[str, str]) -> list[Alert]:
+    """Return the alert of a start that ended together with its script; none if it was recorded."""
+    job, restart = _job_id(env), int(env.get("SLURM_RESTART_COUNT") or 0)
+    records = [end for end in read_job_ends(save) if not end.get("in this job")]
+    if any((end.get("job"), end.get("restart")) == (job, restart - 1) for end in records):
+        return []
+    end = read_recent_metrics(save).end
+    if end is not None and end.get("outcome") == "stopped":
+        return [Alert("stop", f"Slurm requeued job {job}: {end.get('why')}", str(save))]
+    why = "its first node was lost, or it was preempted or requeued by hand"
+    return [Alert("crash", f"Slurm requeued job {job}: {why}", str(save))]
 
 
 def _recorded_end(save: Path, env: Mapping[str, str]) -> Mapping[str, Any] | None:

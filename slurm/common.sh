@@ -64,6 +64,7 @@ pretrain() {
     open_logs
     mapfile -t NODES < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     GUARDS=() STARTED=$(date +%s)
+    ((${SLURM_RESTART_COUNT:-0} == 0)) || alert --previous-start &
     trap on_termination TERM
     set_environment
     watch_first_node
@@ -223,7 +224,7 @@ end_job() {
         --exclude-bad-nodes "${EXCLUDE_BAD_NODES:-1}" --exclude-hours "${EXCLUDE_HOURS:-24}" \
         --max-excluded-share "${MAX_EXCLUDED_SHARE:-0.1}" || next=$?
     # The ranks do not wait for the alerts of a job that goes on.
-    if ((next == 4)); then alert "$@" & else alert "$@"; fi
+    if ((next == 4)); then alert --code "$@" & else alert --code "$@"; fi
     case $next in
         0) requeue ;;
         4) ;;
@@ -256,9 +257,10 @@ requeue() {
     sleep infinity # until Slurm ends the job
 }
 
-# alert CODE [--preflight]: send the alerts of this end of the job, if the run has any configured.
+# alert --code CODE [--preflight]: send the alerts of this end of the job, if the run has any configured.
+# alert --previous-start: send that of the previous start, if it was ended with its script.
 alert() {
-    timeout 90 "$PYTHON" "$MEGATRON_LLMJP/slurm/alert.py" --save "$SAVE" --started "$STARTED" --code "$@" \
+    timeout 90 "$PYTHON" "$MEGATRON_LLMJP/slurm/alert.py" --save "$SAVE" --started "${STARTED:-0}" "$@" \
         -- "${ARGUMENTS[@]}" || true
 }
 

@@ -111,7 +111,7 @@ pbs_preflight() {
     ((code == 0)) && return 0
     # A PBS job cannot exclude nodes by name: the next one could get the same.
     log "error: preflight failed; see $LOGS/preflight (PREFLIGHT=0 skips it)" >&2
-    alert 1
+    alert --code 1
     exit 1
 }
 
@@ -149,7 +149,7 @@ end_pbs_job() {
     shift
     "$PYTHON" "$MEGATRON_LLMJP/slurm/requeue.py" --save "$SAVE" --code "$code" --logs "$LOGS" \
         --seconds "$SECONDS" || next=$?
-    alert "$code"
+    alert --code "$code"
     ((next == 0)) || exit "$code"
     pbs_job submit --job "$LOGS/qstat" -- "$MEGATRON_LLMJP/slurm/pretrain.pbs" "$@" || exit 1
     exit 0

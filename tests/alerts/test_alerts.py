@@ -303,6 +303,28 @@ def test_a_job_that_goes_on_without_a_node(webhook, save, monkeypatch):
     assert webhook.events == ["exclusion", "crash"]
 
 
+def test_a_job_whose_script_was_ended(webhook, save, monkeypatch):
+    """The next start reports the end of a start that Slurm ended with its script, once known."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    flags = [*MODEL, "--alert-webhook", webhook.url]
+    words = ["--save", str(save), "--previous-start", "--", *flags]
+    log = save / "requeues.jsonl"
+    restarted = {"job": "7", "restart": 1, "in this job": True}
+    log.write_text("".join(json.dumps(end) + "\n" for end in (
+        {"job": "7", "restart": 0}, {"job": "6", "restart": 1}, restarted)))  # fmt: skip
+    assert job_alert.main(words) == 0
+    record(save, event="end", outcome="stopped", why="signal received")
+    assert job_alert.main(words) == 0
+    assert webhook.events == ["crash", "stop"]
+    messages = [alert["message"] for alert in webhook.received]
+    assert "first node was lost" in messages[0] and messages[1].endswith("7: signal received")
+    with log.open("a") as stream:
+        stream.write(json.dumps({"job": "7", "restart": 1}) + "\n")
+    assert job_alert.main(words) == 0
+    assert len(webhook.received) == 2
+
+
 def test_a_job_that_a_running_one_rejected(webhook, save, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "8")
     end = {"job": "8", "restart": 0, "exit code": 2, "why": "x", "cause": f"--save X {IN_USE} (y)"}
