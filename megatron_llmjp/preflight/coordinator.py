@@ -19,6 +19,7 @@ from megatron_llmjp.preflight.link_faults import (
     RETEST_ROUNDS,
     Pair,
     PairResult,
+    condemned,
     locate,
     pair_rounds,
     retest_pairs,
@@ -99,12 +100,18 @@ class Coordinator:
 
     def _test_pairs(self) -> None:
         for pairs in pair_rounds(self._alive):
-            self._run_pairs(pairs)
+            out = self._condemned()
+            self._run_pairs([pair for pair in pairs if not out.intersection(pair)])
         for _ in range(RETEST_ROUNDS):
             good, bad = self._divide()
-            if not (pairs := retest_pairs(self._alive, good, bad)):
+            out = self._condemned()
+            if not (pairs := retest_pairs([n for n in self._alive if n not in out], good, bad)):
                 break
             self._run_pairs(pairs)
+
+    def _condemned(self) -> set[int]:
+        failed = {result.pair for result in self._results if result.error}
+        return condemned({result.pair for result in self._results} - failed, failed)
 
     def _divide(self) -> tuple[set[Pair], set[Pair]]:
         """Return good and bad pairs."""

@@ -6,7 +6,7 @@ working nodes fail, while those nodes pass other tests. Pure functions, without 
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field
 
@@ -14,7 +14,7 @@ RETEST_ROUNDS = 3
 """Largest number of rounds in which members of failed pairs are tested with other nodes."""
 
 ENOUGH_TESTS = 2
-"""Tests with working nodes after which a member of a failed pair is not tested again."""
+"""Tests with working nodes after which a node is not tested again."""
 
 Pair = tuple[int, int]
 
@@ -85,6 +85,18 @@ def retest_pairs(alive: Sequence[int], good: Set[Pair], bad: Set[Pair]) -> list[
         if sum(frozenset((node, other)) in tested for other in working) < ENOUGH_TESTS
     ]
     return _match(open_cases, working or open_cases, is_new)
+
+
+def condemned(passed: Set[Pair], failed: Set[Pair]) -> set[int]:
+    """Return nodes of which no test passed, and that failed with enough working ones.
+
+    Each further test of such a node may take its whole time limit. Empty if other pairs failed as
+    well: then more tests are needed to tell whether nodes or the network are at fault.
+    """
+    works = {node for pair in passed for node in pair}
+    failures = Counter(node for pair in failed for node in pair if works.intersection(pair))
+    found = {node for node, n in failures.items() if n >= ENOUGH_TESTS} - works
+    return found if all(found.intersection(pair) for pair in failed) else set()
 
 
 def _match(

@@ -68,7 +68,7 @@ def test_a_node_with_broken_links_is_found(tmp_path, sick):
     assert [code for code, _ in results] == [1, 0, 0, 0]
     report = read_report(tmp_path)
     assert list(report["unfit"]) == [f"n{sick}"] and report["common"] == []
-    assert "communication failed with" in report["unfit"][f"n{sick}"][0]
+    assert "communication failed with 2 other nodes" in report["unfit"][f"n{sick}"][0]
     assert report["network"]["all_reduce"]["nodes"] == 3 and report["network"]["all_reduce"]["gbs"]
 
 
