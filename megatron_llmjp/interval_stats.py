@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+SLOW_SHARE = 0.1
+"""Share of an iteration that others wait for a slow rank, by default."""
+
 
 @dataclass(frozen=True)
 class RankTimes:

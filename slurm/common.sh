@@ -116,6 +116,11 @@ set_environment() {
     TASKS_PER_NODE=${SLURM_NTASKS_PER_NODE:-$((SLURM_NTASKS / SLURM_NNODES))}
     set_master "${NODES[0]}"
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+    set_common_environment
+}
+
+# Set what the ranks need under every scheduler.
+set_common_environment() {
     export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True}
     export NCCL_DEBUG=${NCCL_DEBUG:-WARN} PYTHONFAULTHANDLER=1 PYTHONUNBUFFERED=1
     export MEGATRON_LLMJP_ALERTS_BY_JOB=1 # this script sends the alert at the end of the ranks

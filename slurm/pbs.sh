@@ -72,10 +72,7 @@ choose_hosts() {
 set_pbs_environment() {
     MASTER_PORT=$("$PYTHON" -c 'from megatron_llmjp.parallel.launcher import free_port as p; print(p())')
     export MASTER_PORT OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
-    export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True}
-    export NCCL_DEBUG=${NCCL_DEBUG:-WARN} PYTHONFAULTHANDLER=1 PYTHONUNBUFFERED=1
-    export MEGATRON_LLMJP_ALERTS_BY_JOB=1 # this script sends the alert at the end of the ranks
-    ulimit -Sn "$(ulimit -Hn)"
+    set_common_environment
 }
 
 # on_nodes RANKS_PER_NODE COMMAND...: run a command on all nodes. As under srun, it has the whole

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_llmjp.interval_stats import SLOW_SHARE
 from megatron_llmjp.metric_registry import (
     LM_LOSS,
     METRICS_FILE,
@@ -37,8 +38,6 @@ SystemNotReady; NVML_ERROR_GPU_IS_LOST."""
 
 SLOW_INTERVALS = 5
 """Log intervals in a row in which the same node is the slowest."""
-SLOW_SHARE = 0.1
-"""Least share of an iteration that other ranks wait for a slow node."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from pydantic import (
 from megatron_llmjp.config.lr_decay_styles import DECAY_STYLES
 from megatron_llmjp.config.model_config import Section
 from megatron_llmjp.config.tokenizer_types import TOKENIZER_TYPES
+from megatron_llmjp.interval_stats import SLOW_SHARE
 
 if TYPE_CHECKING:
     LRDecayStyle = str
@@ -223,7 +224,7 @@ class LoggingConfig(Section):
         True, description="measure the computing time of each rank, and report a slow rank"
     )
     straggler_share: float = Field(
-        0.1,
+        SLOW_SHARE,
         gt=0.0,
         lt=1.0,
         description="share of an iteration that others wait for a rank from which on it is "

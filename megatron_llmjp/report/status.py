@@ -16,6 +16,7 @@ from megatron_llmjp.config.loading import load_config
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.errors import UserError
+from megatron_llmjp.interval_stats import SLOW_SHARE
 from megatron_llmjp.metric_registry import (
     CONSUMED_SAMPLES,
     CONSUMED_TOKENS,
@@ -30,6 +31,9 @@ from megatron_llmjp.metric_registry import (
     ROLLBACKS,
     SECONDS_PER_ITERATION,
     SECONDS_REMAINING,
+    SLOWEST_HOST,
+    SLOWEST_RANK,
+    STRAGGLER_SHARE,
     TFLOPS_PER_GPU,
     TOKENS_PER_SECOND,
     TOTAL_NAN,
@@ -117,6 +121,8 @@ class RunStatus:
     rejected: Incident | None = None
     """Error of a job that was rejected before it held the save folder."""
     hang: Incident | None = None
+    slow: str | None = None
+    """Slowest rank of the last log interval and its host, if others wait long for it."""
     event: str | None = None
     """Last exceptional event near the end of the metrics, such as a bad step."""
 
@@ -240,6 +246,7 @@ def _progress(
         mfu=last.get(MFU.name),
         seconds_per_iteration=last.get(SECONDS_PER_ITERATION.name),
         seconds_remaining=last.get(SECONDS_REMAINING.name),
+        slow=_slow_rank(last),
         event=recent.exception,
     )
 
@@ -279,6 +286,15 @@ def _all_done(status: RunStatus, recent: RecentMetrics) -> bool:
     if not recent.steps or recent.restarted_at is not None or status.train_iters is None:
         return False
     return status.iteration >= status.train_iters
+
+
+def _slow_rank(record: JsonRecord) -> str | None:
+    """Return the slowest rank of a log interval and its host if others wait long for it."""
+    rank, share = record.get(SLOWEST_RANK.name), record.get(STRAGGLER_SHARE.name)
+    if rank is None or share is None or share < SLOW_SHARE:
+        return None
+    host = record.get(SLOWEST_HOST)
+    return f"rank {int(rank)} on {host}: others wait for it for {share:.0%} of an iteration"
 
 
 def _count(record: JsonRecord, name: str) -> int:

@@ -29,6 +29,7 @@ def format_status(status: RunStatus) -> str:
         ("last error", _incident(status.error)),
         ("rejected job", _incident(status.rejected)),
         ("last hang", _incident(status.hang)),
+        ("slow", status.slow or ""),
         ("last event", status.event or ""),
     ]
     return format_table([row for row in rows if row[1]], right=())

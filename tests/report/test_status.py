@@ -376,3 +376,13 @@ def test_the_work_for_a_run_does_not_grow_with_its_age(run, squeue):
     before = bytes_read()
     read_status(run.path)
     assert bytes_read() - before < table + 3 * 1.5 * (1 << 22)
+
+
+def test_a_slow_rank_is_shown_as_long_as_it_is_slow(run):
+    slow = {"slowest rank": 17, "slowest host": "node2", "straggler share": 0.19}
+    run.metrics(slow)
+    text = format_status(read_status(run.path))
+    assert "rank 17 on node2: others wait for it for 19% of an iteration" in text
+    for faster in ({"straggler share": 0.09}, {"straggler share": None}, {}):
+        run.metrics({**slow, **faster} if faster else {})
+        assert read_status(run.path).slow is None
