@@ -35,11 +35,13 @@ from megatron_llmjp.formatting import format_duration
 from megatron_llmjp.metric_registry import (
     CONSUMED_SAMPLES,
     CONSUMED_TOKENS,
+    EVENT,
     ITERATION,
     METRICS_FILE,
     SECONDS_REMAINING,
     log_line_parts,
 )
+from megatron_llmjp.report.history import ROUTINE_EVENTS
 from megatron_llmjp.retrying_file import RetryingFile
 from megatron_llmjp.training.alerts import AlertWriter
 
@@ -208,7 +210,8 @@ def _ends_a_line(path: Path) -> bool:
 class TensorboardWriter:
     """Write scalars by iteration and, in the folder ``vs_tokens``, by consumed tokens.
 
-    These are two folders because TensorBoard discards superseded records by step.
+    They are two folders because TensorBoard discards superseded records by step. Events such as a
+    straggler are texts.
     """
 
     def __init__(self, folder: str, config: Config) -> None:
@@ -221,8 +224,12 @@ class TensorboardWriter:
     def write(self, record: MetricsRecord) -> None:
         """Add the metrics of a record; the first record marks the start of the run."""
         self._start = self._start or record
-        if record.values and self._by_iteration is None:
+        kind = record.strings.get(EVENT)
+        is_exceptional = kind is not None and kind not in ROUTINE_EVENTS
+        if (record.values or is_exceptional) and self._by_iteration is None:
             self._open(self._start)
+        if kind is not None and is_exceptional:
+            self._by_iteration.add_text(kind, record.strings.get("why", ""), record.iteration)
         for name, value in record.values.items():
             self._by_iteration.add_scalar(name, value, record.iteration)
             self._by_tokens.add_scalar(name, value, record.consumed_tokens)

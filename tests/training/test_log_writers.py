@@ -94,6 +94,19 @@ def test_all_destinations_get_the_same_records(tmp_path, wandb):
     assert (alone["name"], alone["id"], alone["dir"], alone["entity"]) == ("y", None, None, None)
 
 
+def test_events_are_texts_in_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    writers = MetricsWriters(config("--save", tmp_path))
+    for kind, why in (("start", ""), ("straggler", "rank 17 on node2 is slow"), ("fold", "")):
+        writers.write(MetricsRecord(20, 80, 2560, {}, {"event": kind, "why": why}))
+    writers.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert events.Tags()["tensors"] == ["config/text_summary", "straggler/text_summary"]
+    (found,) = events.Tensors("straggler/text_summary")
+    assert (found.step, found.tensor_proto.string_val) == (20, [b"rank 17 on node2 is slow"])
+
+
 def test_nan_is_null(tmp_path):
     """JSON has no NaN: strict parsers can read every line."""
     writers = MetricsWriters(config("--save", tmp_path))
