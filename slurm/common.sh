@@ -113,6 +113,7 @@ run_planning_mode() {
 join() { local IFS=,; printf '%s' "$*"; }
 
 set_environment() {
+    [[ "${TRAIN_NODES:-1}" =~ ^[1-9][0-9]*$ ]] || fail "TRAIN_NODES=$TRAIN_NODES: expected a number of nodes"
     TASKS_PER_NODE=${SLURM_NTASKS_PER_NODE:-$((SLURM_NTASKS / SLURM_NNODES))}
     set_master "${NODES[0]}"
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
@@ -144,8 +145,8 @@ choose_nodes() {
     rm -f "$file"
     # As a step, so that a container of SRUN_FLAGS is the one of the ranks.
     # shellcheck disable=SC2086  # word splitting of settings in site.sh
-    timeout "${CHECK_SECONDS:-600}" srun ${OVERLAP:-} --nodes=1 --ntasks=1 --nodelist="${NODES[0]}" \
-        --cpus-per-task="$CPUS_PER_TASK" ${SRUN_FLAGS:-} ${RUN_IN:-} \
+    timeout "${CHECK_SECONDS:-600}" srun ${OVERLAP:-} --nodes=1 --ntasks=1 --ntasks-per-node=1 \
+        --nodelist="${NODES[0]}" --cpus-per-task="$CPUS_PER_TASK" ${SRUN_FLAGS:-} ${RUN_IN:-} \
         "${RANK_PYTHON:-$PYTHON}" "$MEGATRON_LLMJP/slurm/choose_nodes.py" --output "$file" \
         --nodes "$(join "${usable[@]}")" --tasks-per-node "$TASKS_PER_NODE" \
         --cpus-per-task "$CPUS_PER_TASK" --cpus-per-node "${SLURM_JOB_CPUS_PER_NODE:-}" -- "$@" \
