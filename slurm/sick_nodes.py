@@ -60,9 +60,6 @@ def unfit_nodes(logs: Path) -> tuple[list[SickNode], str]:
     folder = logs / "preflight"
     report = _read_json(folder / "report.json")
     unfit, common = report.get("unfit"), report.get("common")
-    if not report and (folder / "bad_nodes").exists():
-        names = (folder / "bad_nodes").read_text().split(",")
-        unfit = {name: [f"unfit, see {folder}"] for name in names if name}
     nodes = unfit.items() if isinstance(unfit, dict) else ()
     found = [SickNode(node, PREFLIGHT, "; ".join(map(str, reasons))) for node, reasons in nodes]
     return found, "; ".join(map(str, common)) if isinstance(common, list) else ""

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from megatron_llmjp.errors import UserError
 from megatron_llmjp.filesystem import write_atomically
 from megatron_llmjp.formatting import format_table
 from megatron_llmjp.preflight.assessment import Assessment, assess, pair_results
@@ -34,6 +35,9 @@ def report(folder: Path, names: Sequence[str], settings: Settings, thresholds: T
 
     Returns:
         The exit code: 0 if all nodes are fit, 1 if some are not, 2 for a common cause.
+
+    Raises:
+        UserError: the folder cannot be written.
     """
     network = read_network(folder)
     facts = read_nodes(folder)
@@ -52,11 +56,12 @@ def report(folder: Path, names: Sequence[str], settings: Settings, thresholds: T
         "nodes": {name: asdict(facts[name]) if name in facts else None for name in names},
         "network": asdict(replace(network, facts={})) if network is not None else None,
     }
-    write_atomically(folder / REPORT_FILE, json.dumps(content, indent=1))
-    # Read by the job script: nodes to exclude, none if that does not help.
-    (folder / "bad_nodes").write_text(",".join([] if result.common else result.unfit))
     for line in format_report(names, facts, network, settings, result):
         print(line, flush=True)
+    try:
+        write_atomically(folder / REPORT_FILE, json.dumps(content, indent=1))
+    except OSError as error:
+        raise UserError(f"--folder {folder}: {error.strerror}") from None
     return result.exit_code
 
 
