@@ -14,8 +14,8 @@ class ProfilingConfig(Section):
 
     profile: bool = Field(
         False,
-        description="profile some iterations of some ranks: start and stop nsys (with "
-        "--capture-range=cudaProfilerApi), or see use_pytorch_profiler",
+        description="profile a range of iterations on some ranks: start and stop nsys (with "
+        "--capture-range=cudaProfilerApi), or write a trace with use_pytorch_profiler",
     )
     profile_step_start: NonNegativeInt = Field(
         10, description="profile: number of iterations before the first profiled one"

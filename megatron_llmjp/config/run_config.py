@@ -227,8 +227,8 @@ class LoggingConfig(Section):
         SLOW_SHARE,
         gt=0.0,
         lt=1.0,
-        description="share of an iteration that others wait for a rank from which on it is "
-        "reported as slow",
+        description="report a rank as slow if others wait for it for at least this share of an "
+        "iteration",
     )
     wandb_project: str | None = Field(
         None, description="Weights & Biases project; disabled by default"

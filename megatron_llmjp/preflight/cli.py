@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -21,9 +21,8 @@ DESCRIPTION = """Check the nodes of a job: GPUs, links, disk, clocks, versions.
 Start one process per node: `srun --ntasks-per-node=1 slurm/preflight.py`. The first node prints a
 table of all nodes and writes report.json. Exit code: 0 if all nodes are fit, 1 if some are not, 2
 if most fail alike or for an error in the arguments. The commands `check` and `report` do one half
-of it, for job scripts: a report is also possible if the first node does not answer. Options in
-seconds are limits of waits, those in MiB sizes of test data; megatron_llmjp/preflight/settings.py
-explains them."""
+of it, for job scripts: a report is also possible if the first node does not answer. The thresholds
+are in megatron_llmjp/preflight/settings.py."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,9 +49,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--free-disk-gb", type=float, default=50.0, help="required free space of --save")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="device of the run")
     add("--nodes", help="all nodes of the job, comma-separated; default: from Slurm")
-    for name, default in asdict(Settings()).items():
-        flag = f"--{name.replace('_', '-')}"
-        add(flag, type=type(default), default=default, help="default: %(default)s")
+    for option in fields(Settings):
+        flag, text = f"--{option.name.replace('_', '-')}", option.metadata["help"]
+        kind = type(option.default)
+        add(flag, type=kind, default=option.default, help=f"{text} (default: %(default)s)")
     return parser
 
 

@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def _option(default: float, text: str) -> Any:
+    """Return a field that is an option of the command line."""
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
 class Settings:
     """Sizes and time limits of the measurements. Every wait has one of these limits."""
 
-    answer_seconds: float = 180.0
-    """Longest wait for the start of a node's check: containers and Python start from a shared file
-    system on all nodes at once."""
-    local_seconds: float = 90.0
-    """Longest wait for the checks of one node after all have started."""
-    link_seconds: float = 60.0
-    """Longest duration of one test between nodes; most of it initializes NCCL."""
-    command_seconds: float = 30.0
-    """Longest duration of a command such as nvidia-smi."""
-    total_seconds: float = 450.0
-    """No further round of tests is started after this time."""
-    gpu_message_mib: int = 256
-    cpu_message_mib: int = 32
-    disk_mib: int = 64
-    """Size of each of the files that every node writes to the save folder."""
-    min_disk_mib: int = 16
-    """Smallest size whose write speed is compared; that of smaller files is a latency."""
-    gemm_seconds: float = 3.0
-    """Duration of the matrix multiplications on each GPU; throttling takes seconds to appear."""
+    answer_seconds: float = _option(
+        180.0,
+        "longest wait for the start of a node's check: containers and Python start from a shared "
+        "file system on all nodes at once",
+    )
+    local_seconds: float = _option(
+        90.0, "longest wait for the checks of one node after all have started"
+    )
+    link_seconds: float = _option(
+        60.0, "longest duration of one test between nodes; most of it initializes NCCL"
+    )
+    command_seconds: float = _option(30.0, "longest duration of a command such as nvidia-smi")
+    total_seconds: float = _option(450.0, "no further round of tests is started after this time")
+    gpu_message_mib: int = _option(256, "size of the messages between GPUs")
+    cpu_message_mib: int = _option(32, "size of the messages between nodes without GPUs")
+    disk_mib: int = _option(64, "size of each of the files that every node writes to --save")
+    min_disk_mib: int = _option(
+        16, "smallest size whose write speed is compared; that of smaller files is a latency"
+    )
+    gemm_seconds: float = _option(
+        3.0,
+        "duration of the matrix multiplications on each GPU; throttling takes seconds to appear",
+    )
 
 
 @dataclass(frozen=True)
