@@ -49,12 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def alerts_of_job(args: argparse.Namespace, env: Mapping[str, str]) -> list[Alert]:
-    """Return the alerts of a job that has ended, or goes on without some of its nodes."""
+    """Return the alerts of a job that has ended, or continues without some of its nodes."""
     record = _recorded_end(args.save, env)
     excluded = {}
     if args.preflight and record is None:
         excluded = _exclusions_since(args.started, args.save, env)
-    if excluded:  # the job goes on without these nodes: it has not ended
+    if excluded:  # the job continues without these nodes: it has not ended
         return [Alert("exclusion", f"excluded {_describe(excluded)}", str(args.save))]
     return end_alerts(args.save, args.code, record)
 

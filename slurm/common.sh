@@ -71,7 +71,7 @@ pretrain() {
     choose_nodes "$@"
     preflight "$@"
     while true; do
-        run_ranks "$@" # returns if the job goes on without some of its nodes
+        run_ranks "$@" # returns if the job continues without some of its nodes
         choose_nodes "$@"
     done
 }
@@ -221,7 +221,7 @@ run_ranks() {
 }
 
 # end_job CODE [--preflight]: record this end of the job with its first cause, and the nodes that it
-# leaves behind. Exits or requeues the job; returns if the job goes on without them, on NODES.
+# excludes. Exits or requeues the job; returns if the job continues without them, on NODES.
 end_job() {
     local next=0
     "$PYTHON" "$MEGATRON_LLMJP/slurm/requeue.py" --save "$SAVE" --logs "$LOGS" --seconds "$SECONDS" --code "$@" \
@@ -229,7 +229,7 @@ end_job() {
         --ranks-per-node "$TASKS_PER_NODE" --started "$STARTED" \
         --exclude-bad-nodes "${EXCLUDE_BAD_NODES:-1}" --exclude-hours "${EXCLUDE_HOURS:-24}" \
         --max-excluded-share "${MAX_EXCLUDED_SHARE:-0.1}" || next=$?
-    # The ranks do not wait for the alerts of a job that goes on.
+    # The ranks do not wait for the alerts of a job that continues.
     if ((next == 4)); then alert --code "$@" & else alert --code "$@"; fi
     case $next in
         0) requeue ;;
@@ -253,7 +253,7 @@ on_termination() {
     end_job 3 # Slurm kills this script after KillWait (30) seconds
 }
 
-# requeue: requeue this job without the nodes that it leaves behind.
+# requeue: requeue this job without the nodes that it excludes.
 requeue() {
     # Slurm changes the nodes of pending jobs only; requeueing sends SIGTERM to this script.
     trap '' TERM

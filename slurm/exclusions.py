@@ -1,6 +1,6 @@
-"""Decision which sick nodes a job leaves behind, and where it continues.
+"""Decision which sick nodes a job excludes, and where it continues.
 
-A node is left behind on evidence against it. If the evidence is against many nodes, or moves with
+A node is excluded on evidence against it. If the evidence is against many nodes, or moves with
 the run from node to node, the cause is more likely the job itself: its container, a path, its code.
 """
 
@@ -49,7 +49,7 @@ class JobNodes:
 
 @dataclass(frozen=True)
 class Decision:
-    """Nodes that a job leaves behind, and where it continues."""
+    """Nodes that a job excludes, and where it continues."""
 
     excluded: tuple[SickNode, ...] = ()
     healthy: tuple[str, ...] = ()
@@ -63,7 +63,7 @@ class Decision:
 def decide_exclusions(
     sick: Sequence[SickNode], job: JobNodes, earlier: Sequence[Exclusion], limits: Limits
 ) -> Decision:
-    """Decide which nodes a job leaves behind.
+    """Decide which nodes a job excludes.
 
     Args:
         sick: nodes with evidence against them, one entry per node.

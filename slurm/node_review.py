@@ -66,7 +66,7 @@ class ReviewedJob:
     started: float
     """Start of the ranks, in seconds since the epoch."""
     excludes: bool
-    """Whether sick nodes are left behind."""
+    """Whether sick nodes are excluded."""
     limits: Limits
     id: str
     """Job id."""
@@ -77,7 +77,7 @@ class ReviewedJob:
         return SlurmJob(self.id, self.logs)
 
     def review(self, code: int, preflight: bool) -> NodeReview:
-        """Find evidence against nodes, and decide which are left behind.
+        """Find evidence against nodes, and decide which are excluded.
 
         Args:
             code: exit code of the ranks or of the preflight check.

@@ -106,7 +106,7 @@ def decide_next(code: int, preflight: bool, review: NodeReview, by_history: Next
 def _leave_nodes(
     job: ReviewedJob, review: NodeReview, following: Next, iteration: int
 ) -> Sequence[SickNode]:
-    """Print and record the nodes that the job leaves behind, and prepare its next start.
+    """Print and record the nodes that the job excludes, and prepare its next start.
 
     Raises:
         OSError: a file cannot be written.

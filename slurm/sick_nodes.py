@@ -1,7 +1,7 @@
 """Evidence of sick nodes of a job, from the files that its preflight and its ranks wrote.
 
 Only what points to single nodes is evidence: an error that any rank may print is not. Whether the
-nodes are left behind is decided in ``exclusions.py``.
+nodes are excluded is decided in ``exclusions.py``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The nodes that jobs of a run left behind, with their reasons, from its save folder."""
+"""The nodes that jobs of a run excluded, with their reasons, from its save folder."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from megatron_llmjp.report.jobs import tail
 from megatron_llmjp.report.json_lines import parse_object
 
 EXCLUSION_LOG = "exclusions.jsonl"
-"""File with one line per node that a job left behind, written by ``slurm/requeue.py``."""
+"""File with one line per node that a job excluded, written by ``slurm/requeue.py``."""
 _LOG_BYTES = 1 << 18
 """Size of the end of this file that is read: about a thousand exclusions."""
 
 
 @dataclass(frozen=True)
 class Exclusion:
-    """A node that a job left behind, and why."""
+    """A node that a job excluded, and why."""
 
     node: str
     reason: str
@@ -31,7 +31,7 @@ class Exclusion:
 
 
 def read_exclusions(folder: Path) -> list[Exclusion]:
-    """Return the nodes that jobs left behind, oldest first; damaged lines are omitted."""
+    """Return the nodes that jobs excluded, oldest first; damaged lines are omitted."""
     found = []
     for line in tail(folder / EXCLUSION_LOG, _LOG_BYTES):
         record = parse_object(line) or {}

@@ -1,4 +1,4 @@
-"""Nodes that a job leaves behind: evidence, limits, and how the job continues. Without Slurm."""
+"""Nodes that a job excludes: evidence, limits, and how the job continues. Without Slurm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Jobs with a spare node on a real Slurm: lost nodes are left behind within the job."""
+"""Jobs with a spare node on a real Slurm: lost nodes are replaced within the job."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_a_spare_node_takes_the_place_of_a_lost_one(
     folds: Path,  # noqa: F811
     tmp_path: Path,
 ):
-    """The job goes on without a requeue; if its first node is lost, another one requeues it."""
+    """The job continues without a requeue; if its first node is lost, another one requeues it."""
     undisturbed, save = tmp_path / "undisturbed", tmp_path / "save"
     done = pretrain(*words(folds, undisturbed))
     assert done.returncode == 0, done.stderr
