@@ -64,7 +64,7 @@ def _saves(config: Config, size: RunSize) -> Iterator[str]:
     if not size.is_long:
         return
     if c.save is None:
-        yield f"save is not set: {size.train_iters:,} iterations without any checkpoint"
+        yield f"save is not set: without it, {size.train_iters:,} iterations write no checkpoint"
     elif not any((c.save_interval, c.save_interval_tokens, c.save_interval_minutes, c.save_policy)):
         if c.non_persistent_save_interval or c.non_persistent_save_minutes:
             lost = "only the newest checkpoint is kept between the ends of folds"

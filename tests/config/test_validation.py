@@ -454,12 +454,12 @@ def test_warnings_on_lengths():
     assert "lr_decay_iters 988240" in published
     assert "there are no validation sets" in published
     assert "986,240, after the run's last iteration 5,000" in warned(config, 5000, 986240)
-    assert "without any checkpoint" in warned(config, 5000, 5000)
+    assert "write no checkpoint" in warned(config, 5000, 5000)
     assert warned(config, 20, 20) == ""  # a trial
     # From 1,000 iterations on it is none.
     assert warned(config, 999, 999, sets=0) == ""
     assert config_warnings(config, RunSize(32, 1000, 1000, 0)) == [
-        "save is not set: 1,000 iterations without any checkpoint",
+        "save is not set: without it, 1,000 iterations write no checkpoint",
         "there are no validation sets: the validation loss is not measured, as in the llm-jp-3 and "
         "v4 runs; define `validation` in the fold file and set eval_iters 10",
         "the warm-up of 2,000 iterations is more than a fifth of the run's 1,000",
