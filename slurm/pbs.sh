@@ -17,6 +17,7 @@ pretrain_in_pbs() {
     export PATH="$PATH${PBS_O_PATH:+:$PBS_O_PATH}"
     SAVE=$(value_of --save "$@") DEVICE=$(value_of --device "$@")
     [[ -n "$SAVE" ]] || fail "--save DIR is required: the next job resumes from it"
+    # shellcheck disable=SC2034  # alert reads it
     ARGUMENTS=("$@")
     "$PYTHON" "$MEGATRON_LLMJP/slurm/check_save.py" "$SAVE" || exit
     read_pbs_job
