@@ -63,10 +63,11 @@ pretrain() {
     "$PYTHON" "$MEGATRON_LLMJP/slurm/check_save.py" "$SAVE" || exit
     open_logs
     mapfile -t NODES < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-    GUARDS=() STARTED=$(date +%s)
+    RANK_NODES=("${NODES[@]}") GUARDS=() STARTED=$(date +%s)
     ((${SLURM_RESTART_COUNT:-0} == 0)) || alert --previous-start &
     trap on_termination TERM
     set_environment
+    leave_excluded_nodes
     watch_first_node
     choose_nodes "$@"
     preflight "$@"
@@ -82,14 +83,23 @@ open_logs() {
     mkdir -p "$LOGS"
 }
 
-# watch_first_node: let some other nodes requeue the job if the node of this script is lost.
+# leave_excluded_nodes: requeue the job if Slurm allocated a node to it that it excludes.
+leave_excluded_nodes() {
+    [[ -s "$SAVE/exclusions.jsonl" ]] || return 0
+    "$PYTHON" "$MEGATRON_LLMJP/slurm/allocated_nodes.py" --save "$SAVE" --logs "$LOGS" \
+        --nodes "$(join "${NODES[@]}")" --exclude-hours "${EXCLUDE_HOURS:-24}" || requeue 1
+}
+
+# watch_first_node: let some other nodes requeue the job if the node of this script is lost. They are far
+# apart: nodes of the same rack may be lost together.
 watch_first_node() {
-    local node
+    local i last=$((${#NODES[@]} - 1))
     ((${#GUARDS[@]} == 0)) || kill "${GUARDS[@]}" 2>/dev/null || true
     GUARDS=()
-    for node in "${NODES[@]:1:3}"; do
-        srun --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 --nodelist="$node" --cpus-per-task=1 \
-            --output=/dev/null bash "$MEGATRON_LLMJP/slurm/guard.sh" "$LOGS/guard.log" 2>/dev/null &
+    ((last > 0)) || return 0
+    for i in $(printf '%s\n' 1 $(((last + 1) / 2)) "$last" | sort -nu); do
+        srun --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 --nodelist="${NODES[i]}" \
+            --cpus-per-task=1 --output=/dev/null bash "$MEGATRON_LLMJP/slurm/guard.sh" "$LOGS" 2>/dev/null &
         GUARDS+=($!)
     done
 }
@@ -224,15 +234,11 @@ run_ranks() {
 # excludes. Exits or requeues the job; returns if the job continues without them, on NODES.
 end_job() {
     local next=0
-    "$PYTHON" "$MEGATRON_LLMJP/slurm/requeue.py" --save "$SAVE" --logs "$LOGS" --seconds "$SECONDS" --code "$@" \
-        --nodes "$(join "${NODES[@]}")" --rank-nodes "$(join "${RANK_NODES[@]}")" \
-        --ranks-per-node "$TASKS_PER_NODE" --started "$STARTED" \
-        --exclude-bad-nodes "${EXCLUDE_BAD_NODES:-1}" --exclude-hours "${EXCLUDE_HOURS:-24}" \
-        --max-excluded-share "${MAX_EXCLUDED_SHARE:-0.1}" || next=$?
-    # The ranks do not wait for the alerts of a job that continues.
-    if ((next == 4)); then alert --code "$@" & else alert --code "$@"; fi
+    decide_end "$@" || next=$?
+    # The ranks do not wait for the alerts of a job that goes on, nor does Slurm at the time limit.
+    if ((next == 4)) || [[ -n "${TERMINATED:-}" ]]; then alert --code "$@" & else alert --code "$@"; fi
     case $next in
-        0) requeue ;;
+        0) requeue "$1" ;;
         4) ;;
         *) exit "$1" ;;
     esac
@@ -250,17 +256,43 @@ on_termination() {
     trap '' TERM
     [[ "$(scontrol show job "$SLURM_JOB_ID")" == *" Reason=TimeLimit "* ]] || exit 143
     log "error: the job reached its time limit before its ranks had saved and ended" >&2
+    TERMINATED=yes
     end_job 3 # Slurm kills this script after KillWait (30) seconds
 }
 
-# requeue: requeue this job without the nodes that it excludes.
+# decide_end CODE [OPTIONS]: record this end of the job, and return how it continues.
+decide_end() {
+    "$PYTHON" "$MEGATRON_LLMJP/slurm/requeue.py" --save "$SAVE" --logs "$LOGS" --seconds "$SECONDS" --code "$@" \
+        --nodes "$(join "${NODES[@]}")" --rank-nodes "$(join "${RANK_NODES[@]}")" \
+        --ranks-per-node "$TASKS_PER_NODE" --started "$STARTED" \
+        --exclude-bad-nodes "${EXCLUDE_BAD_NODES:-1}" --exclude-hours "${EXCLUDE_HOURS:-24}" \
+        --max-excluded-share "${MAX_EXCLUDED_SHARE:-0.1}"
+}
+
+# requeue CODE: requeue this job without the nodes that it leaves behind.
 requeue() {
     # Slurm changes the nodes of pending jobs only; requeueing sends SIGTERM to this script.
     trap '' TERM
-    scontrol requeue "$SLURM_JOB_ID"
+    # Its controller may be restarting.
+    if ! retry 40 15 scontrol requeue "$SLURM_JOB_ID"; then
+        decide_end "$1" --end "scontrol requeue failed" || true
+        alert --code "$1"
+        exit "$1"
+    fi
+    # It may refuse the change while it ends a job that lost a node: see leave_excluded_nodes.
     [[ ! -e "$LOGS/exclude" ]] ||
-        scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$(<"$LOGS/exclude")"
+        retry 5 1 scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$(<"$LOGS/exclude")" || true
     sleep infinity # until Slurm ends the job
+}
+
+# retry TIMES SECONDS COMMAND...: run a command until it succeeds, with pauses.
+retry() {
+    local times=$1 pause=$2
+    shift 2
+    until "$@"; do
+        ((--times > 0)) || return 1
+        sleep "$pause"
+    done
 }
 
 # alert --code CODE [--preflight]: send the alerts of this end of the job, if the run has any configured.

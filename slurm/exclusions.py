@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -43,8 +43,14 @@ class JobNodes:
     """All nodes that the job had before any was lost."""
     needed: int
     """Number of nodes that the ranks use; the others are spare."""
-    partition_size: int | None = None
-    """Number of nodes of its partition; None if unknown."""
+    requested: int
+    """Number of nodes that Slurm allocates to the job when it is requeued."""
+    available: frozenset[str] = frozenset()
+    """Nodes that it can get then, also those that other jobs have now; empty if unknown."""
+
+    def can_start_without(self, names: Collection[str]) -> bool:
+        """Return whether the job gets its nodes without some; else it would wait for ever."""
+        return not self.available or len(self.available - set(names)) >= self.requested
 
 
 @dataclass(frozen=True)
@@ -83,15 +89,9 @@ def decide_exclusions(
     action: Action = "requeue"
     if left and len(healthy) >= job.needed:
         action = "restart"
-    elif left and healthy and not _are_replaceable(set(left), job, earlier):
+    elif left and healthy and not job.can_start_without({*left, *(one.node for one in earlier)}):
         action = "fewer"
     return Decision(excluded, healthy, action, refusal)
-
-
-def _are_replaceable(left: set[str], job: JobNodes, earlier: Sequence[Exclusion]) -> bool:
-    """Whether the partition has enough other nodes; else a requeued job would never start."""
-    away = left | {other.node for other in earlier}
-    return job.partition_size is None or job.partition_size - len(away) >= len(job.all)
 
 
 def _own_mistake(
@@ -122,26 +122,29 @@ def _own_mistake(
 def still_excluded(
     exclusions: Sequence[Exclusion], job: str, limits: Limits, now: float
 ) -> list[Exclusion]:
-    """Return the last exclusion of each node that a job still leaves out."""
+    """Return the last exclusion of each node that a job still excludes, oldest first."""
     recent = [e for e in exclusions if e.job == job and now - e.time < 3600 * limits.hours]
-    return list({e.node: e for e in recent}.values())
+    return sorted({e.node: e for e in recent}.values(), key=lambda e: e.time)
 
 
 def excluded_names(
-    current: Sequence[str], exclusions: Sequence[Exclusion], job: str, limits: Limits, now: float
-) -> list[str]:
-    """Return the nodes for Slurm to exclude from a job.
+    users: Sequence[str], earlier: Sequence[Exclusion], job: JobNodes
+) -> tuple[list[str], list[str]]:
+    """Return the nodes for Slurm to exclude from a job, and those that it needs nevertheless.
 
     Args:
-        current: nodes that Slurm excludes from the job now: the user's, and earlier ones.
-        exclusions: all exclusions of the run.
-        job: job id.
-        limits: limits of the exclusions.
-        now: seconds since the epoch.
+        users: nodes that the user excludes.
+        earlier: exclusions of this job that still apply, oldest first.
+        job: the nodes of the job.
     """
-    ours = {e.node for e in exclusions if e.job == job}
-    users = [node for node in current if node not in ours]
-    return users + [e.node for e in still_excluded(exclusions, job, limits, now)]
+    names, needed = [one.node for one in earlier if one.node not in users], []
+    for node in list(names):
+        if job.can_start_without(names):
+            break
+        if node in job.available:
+            names.remove(node)
+            needed.append(node)
+    return [*users, *names], needed
 
 
 def record_exclusions(
@@ -172,7 +175,7 @@ def record_exclusions(
 
 def describe(decision: Decision) -> list[str]:
     """Return lines for the job's log."""
-    lines = [f"{node.node} is left out: {node.reason}" for node in decision.excluded]
+    lines = [f"{node.node} is excluded: {node.reason}" for node in decision.excluded]
     if decision.refusal:
         lines.append(f"no node is excluded: {decision.refusal}")
     if decision.action != "requeue":

@@ -6,6 +6,7 @@ import contextlib
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from slurm.sick_nodes import DRAINED, LOST, SickNode
@@ -14,6 +15,12 @@ PROBE_SECONDS = 120
 """Longest wait for a task on every node: srun waits for nodes that do not respond."""
 COMMAND_SECONDS = 60
 """Longest wait for Slurm's controller."""
+STOP_SECONDS = 10
+"""Longest wait for a command to end that is stopped: srun may wait for a dead node."""
+PARALLEL_PROBES = 16
+"""Nodes that are probed at the same time, each on its own."""
+UNUSABLE = ("down", "drain", "fail")
+"""Starts of the states in which Slurm gives a node to no job."""
 
 
 class SlurmJob:
@@ -37,16 +44,16 @@ class SlurmJob:
         if not current:
             return []  # Slurm does not respond
         states = self._states(nodes)
-        answered = self._answering(current)
+        silent = self._silent(current)
         found = []
         for node in nodes:
             state, reason = states.get(node, ("", ""))
             because = f" ({state}: {reason})" if reason and reason != "none" else ""
             if node not in current:
                 found.append(SickNode(node, LOST, f"Slurm removed it from the job{because}"))
-            elif answered and node not in answered:
+            elif node in silent:
                 found.append(SickNode(node, LOST, f"does not respond to srun{because}"))
-            elif state.startswith(("drain", "fail", "down")):
+            elif state.startswith(UNUSABLE):
                 found.append(SickNode(node, DRAINED, f"its state is {state}{because}"))
         return found
 
@@ -64,13 +71,14 @@ class SlurmJob:
         """Return the nodes that Slurm excludes from the job."""
         return self._nodes("ExcNodeList")
 
-    def partition_size(self) -> int | None:
-        """Return the number of nodes of the job's partition; None if unknown."""
+    def usable_nodes(self) -> set[str]:
+        """Return the nodes of the job's partition that Slurm gives to jobs; empty if unknown."""
         partition = self._field("Partition")
         if not partition:
-            return None
-        listed = _run(["sinfo", "-h", "-N", "-p", partition, "-o", "%N"], COMMAND_SECONDS)
-        return len(set(listed.split())) or None
+            return set()
+        listed = _run(["sinfo", "-h", "-N", "-p", partition, "-o", "%N|%T"], COMMAND_SECONDS)
+        rows = (line.partition("|") for line in listed.splitlines())
+        return {name for name, _, state in rows if not state.startswith(UNUSABLE)}
 
     def _field(self, name: str) -> str:
         shown = _run(["scontrol", "--oneliner", "show", "job", self._job], COMMAND_SECONDS)
@@ -91,6 +99,18 @@ class SlurmJob:
         rows = [line.split("|", 2) for line in listed.splitlines() if line.count("|") > 1]
         return {name: (state, reason) for name, state, reason in rows}
 
+    def _silent(self, nodes: Sequence[str]) -> set[str]:
+        """Return the nodes on which no task starts; none if that is so on all of them.
+
+        If a node does not respond, srun gives up the whole step, whose other tasks may not have
+        started yet: nodes without an answer are probed again, each on its own.
+        """
+        answered = self._answering(nodes)
+        rest = [node for node in nodes if node not in answered]
+        with ThreadPoolExecutor(PARALLEL_PROBES) as pool:
+            answered = answered.union(*pool.map(lambda node: self._answering([node]), rest))
+        return set(nodes) - answered if answered else set()
+
     def _answering(self, nodes: Sequence[str]) -> set[str]:
         """Return the nodes on which a task starts."""
         step = ["srun", "--overlap", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}"]
@@ -109,5 +129,9 @@ def _run(command: Sequence[str], seconds: float, folder: Path | None = None) -> 
             return process.communicate(timeout=seconds)[0]
         except subprocess.TimeoutExpired:
             process.terminate()
+        try:
+            return process.communicate(timeout=STOP_SECONDS)[0]
+        except subprocess.TimeoutExpired:
+            process.kill()
             return process.communicate()[0]
     return ""

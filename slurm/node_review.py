@@ -6,11 +6,11 @@ import argparse
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_llmjp.errors import EXIT_DONE, EXIT_REQUEUE, EXIT_USER_ERROR
-from megatron_llmjp.report.exclusions import read_exclusions
+from megatron_llmjp.report.exclusions import Exclusion, read_exclusions
 from slurm.exclusions import (
     Decision,
     JobNodes,
@@ -35,6 +35,8 @@ HEALTHY_NODES = "healthy_nodes"
 """File with the nodes to restart on, one per line, in the folder of the logs."""
 EXCLUDE = "exclude"
 """File with the nodes that Slurm excludes from the requeued job, separated by commas."""
+TIME_LIMIT = "time_limit"
+"""File that ``guard.sh`` creates when Slurm signals that the job's time limit is near."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class ReviewedJob:
     limits: Limits
     id: str
     """Job id."""
+    requested: int
+    """Number of nodes that the job had at its start, and gets when it is requeued."""
 
     @property
     def slurm(self) -> SlurmJob:
@@ -87,10 +91,23 @@ class ReviewedJob:
         if not sick or not self.excludes:
             refusal = "EXCLUDE_BAD_NODES=0" if sick else ""
             return NodeReview(Decision(healthy=self.nodes, refusal=refusal), tuple(sick), common)
-        nodes = JobNodes(self.nodes, len(self.rank_nodes), self.slurm.partition_size())
-        earlier = still_excluded(read_exclusions(self.save), self.id, self.limits, time.time())
-        decision = decide_exclusions(sick, nodes, earlier, self.limits)
+        exclusions = read_exclusions(self.save)
+        _, nodes = self._job_nodes(exclusions)
+        decision = decide_exclusions(sick, nodes, self._earlier(exclusions), self.limits)
+        if code == EXIT_REQUEUE or (self.logs / TIME_LIMIT).exists():
+            # Slurm signals once: ranks that restart now would not stop before the time limit.
+            decision = replace(decision, action="requeue")
         return NodeReview(decision, tuple(sick), common)
+
+    def _earlier(self, exclusions: Sequence[Exclusion]) -> Sequence[Exclusion]:
+        return still_excluded(exclusions, self.id, self.limits, time.time())
+
+    def _job_nodes(self, exclusions: Sequence[Exclusion]) -> tuple[list[str], JobNodes]:
+        """Return the nodes that the user excludes, and those of the job."""
+        ours = {one.node for one in exclusions if one.job == self.id}
+        users = [node for node in self.slurm.excluded() if node not in ours]
+        available = frozenset(self.slurm.usable_nodes() - set(users))
+        return users, JobNodes(self.nodes, len(self.rank_nodes), self.requested, available)
 
     def _evidence(self, code: int, preflight: bool) -> tuple[list[SickNode], str]:
         """Return the nodes that seem sick, and a cause that concerns no single node."""
@@ -123,12 +140,24 @@ class ReviewedJob:
         Raises:
             OSError: the file cannot be written.
         """
-        exclusions = read_exclusions(self.save)
-        if any(one.job == self.id for one in exclusions):
-            current = self.slurm.excluded()
-            names = excluded_names(current, exclusions, self.id, self.limits, time.time())
-            (self.logs / EXCLUDE).write_text(",".join(names))
+        self.write_excluded()
         self._give_up(review)
+
+    def write_excluded(self) -> Sequence[str]:
+        """Write the nodes that Slurm is to exclude from this job, and return them.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        exclusions = read_exclusions(self.save)
+        if not any(one.job == self.id for one in exclusions):
+            return ()  # Slurm excludes those of the user already
+        users, nodes = self._job_nodes(exclusions)
+        names, needed = excluded_names(users, self._earlier(exclusions), nodes)
+        if needed:
+            print(f"no longer excluded, since no other nodes are left: {', '.join(needed)}")
+        (self.logs / EXCLUDE).write_text(",".join(names))
+        return names
 
     def _give_up(self, review: NodeReview) -> None:
         """Give up lost nodes: Slurm may end the job, or start it without GPUs, on one of them."""
@@ -169,6 +198,7 @@ def reviewed_job(args: argparse.Namespace) -> ReviewedJob:
         bool(args.exclude_bad_nodes),
         Limits(args.max_excluded_share, args.exclude_hours),
         os.environ.get("SLURM_JOB_ID") or "",
+        int(os.environ.get("SLURM_JOB_NUM_NODES") or len(args.nodes)),
     )
 
 

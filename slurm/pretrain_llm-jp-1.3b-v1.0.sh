@@ -9,6 +9,7 @@
 #SBATCH --time=1-00:00:00
 #SBATCH --signal=USR1@900
 #SBATCH --requeue
+#SBATCH --no-kill
 #SBATCH --open-mode=append
 #SBATCH --output=%x_%j.log
 # 12 nodes x 8 A100 40 GB = 96 GPUs: DP 96. Ten folds, 87,430 iterations, plus a refined fold.

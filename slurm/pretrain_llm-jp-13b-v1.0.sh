@@ -9,6 +9,7 @@
 #SBATCH --time=1-00:00:00
 #SBATCH --signal=USR1@900
 #SBATCH --requeue
+#SBATCH --no-kill
 #SBATCH --open-mode=append
 #SBATCH --output=%x_%j.log
 # 12 nodes x 8 A100 40 GB = 96 GPUs: PP 8 x DP 12. Ten folds, 87,870 iterations, plus a refined

@@ -9,6 +9,7 @@
 #SBATCH --time=1-00:00:00
 #SBATCH --signal=USR1@900
 #SBATCH --requeue
+#SBATCH --no-kill
 #SBATCH --open-mode=append
 #SBATCH --output=%x_%j.log
 # 64 nodes x 8 H100 = 512 GPUs: TP 4 x PP 16 x DP 8, global batch 1728.

@@ -9,6 +9,7 @@
 #SBATCH --time=1-00:00:00
 #SBATCH --signal=USR1@900
 #SBATCH --requeue
+#SBATCH --no-kill
 #SBATCH --open-mode=append
 #SBATCH --output=%x_%j.log
 # 16 nodes x 8 H100 = 128 GPUs: TP 2 x PP 2 x DP 32.

@@ -9,6 +9,7 @@
 #SBATCH --time=1-00:00:00
 #SBATCH --signal=USR1@900
 #SBATCH --requeue
+#SBATCH --no-kill
 #SBATCH --open-mode=append
 #SBATCH --output=%x_%j.log
 # 4 nodes x 8 GPUs = 32 GPUs: DP 32.

@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,9 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     job, review = reviewed_job(args), None
     requeue, reason = decide(args.code, iteration, history)
     following = Next(REQUEUE if requeue else END, reason)
-    if job.nodes and args.logs is not None:
+    if args.end:
+        following = Next(END, f"not requeued: {args.end}")
+    elif job.nodes and args.logs is not None:
         review = job.review(args.code, args.preflight)
-        following = decide_next(args.code, args.preflight, review, following)
+        following = decide_next(args.preflight, review, following)
     try:
         excluded = _leave_nodes(job, review, following, iteration) if review is not None else ()
         if not (args.preflight and following.code == RESTART):  # the job has not ended
@@ -77,27 +79,27 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--logs", type=Path, help="folder of the logs of this start")
     parser.add_argument("--seconds", type=int, help="how long the job ran")
     parser.add_argument("--preflight", action="store_true", help="the preflight check failed")
+    parser.add_argument("--end", metavar="WHY", help="end the job, for this reason")
     add_arguments(parser)
     return parser.parse_args(argv)
 
 
-def decide_next(code: int, preflight: bool, review: NodeReview, by_history: Next) -> Next:
+def decide_next(preflight: bool, review: NodeReview, by_history: Next) -> Next:
     """Return how a job continues, from its nodes and its earlier ends.
 
     Args:
-        code: exit code of the ranks or of the preflight check.
         preflight: whether the preflight check failed, before any rank started.
         review: the review of the job's nodes.
         by_history: the decision by the earlier ends alone.
     """
     decision = review.decision
-    goes_on = decision.action != "requeue" and code != EXIT_REQUEUE
+    goes_on = decision.action != "requeue"
     if preflight:
         if review.common or decision.refusal or not decision.excluded:
             why = review.common or decision.refusal or "see its messages above"
             return Next(END, f"not requeued: the preflight check failed: {why}")
         if goes_on:
-            return Next(RESTART, "the preflight check failed on nodes that are left out")
+            return Next(RESTART, "the preflight check failed on nodes that are excluded")
     if by_history.code == REQUEUE and goes_on:
         return Next(RESTART, by_history.why.replace("requeued", "restarted in this job"))
     return by_history
@@ -140,7 +142,7 @@ def _record_end(
     record: dict[str, Any] = {
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
         "job": os.environ.get("SLURM_JOB_ID") or os.environ.get("PBS_JOBID"),
-        "restart": int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+        "restart": restart_count(os.environ),
         "seconds": args.seconds,
         "exit code": args.code,
         "iteration": iteration,
@@ -155,6 +157,11 @@ def _record_end(
         record["excluded"] = [{"node": one.node, "reason": one.reason} for one in excluded]
     with (args.save / HISTORY).open("a") as stream:
         stream.write(json.dumps(record) + "\n")
+
+
+def restart_count(env: Mapping[str, str]) -> int:
+    """Return how often the scheduler has restarted this job; ``pbs.sh`` sets it under PBS."""
+    return int(env.get("SLURM_RESTART_COUNT") or env.get("PBS_RESTART_COUNT") or 0)
 
 
 def _print_cause(logs: Path | None) -> Cause | None:

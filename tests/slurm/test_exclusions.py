@@ -12,7 +12,7 @@ import pytest
 from megatron_llmjp.report.exclusions import Exclusion, read_exclusions
 from megatron_llmjp.report.jobs import job_folders
 from megatron_llmjp.report.status import read_status
-from slurm import node_review, requeue
+from slurm import allocated_nodes, job_nodes, node_review, requeue
 from slurm.exclusions import (
     Decision,
     JobNodes,
@@ -47,8 +47,11 @@ def earlier(*nodes: int, kind: str = "hardware", iteration: int = 0) -> list[Exc
     return [Exclusion(f"n{i}", "GPU is lost", kind, 0.0, "7", iteration) for i in nodes]
 
 
-def decided(found: list[SickNode], count: int, needed: int, *before: Exclusion, **other: int):
-    return decide_exclusions(found, JobNodes(names(count), needed, **other), before, Limits())
+def decided(
+    found: list[SickNode], count: int, needed: int, *before: Exclusion, partition_size: int = 0
+):
+    job = JobNodes(names(count), needed, count, frozenset(names(partition_size)))
+    return decide_exclusions(found, job, before, Limits())
 
 
 def test_spare_nodes_take_the_place_of_sick_ones():
@@ -94,8 +97,11 @@ def test_a_partition_without_other_nodes_cannot_replace_one():
     assert decided(sick(0), 64, 64, partition_size=65).action == "requeue"
     decision = decided(sick(0), 64, 64, partition_size=64)
     assert decision.action == "fewer" and decision.healthy == names(64)[1:]
-    assert decided(sick(0), 64, 64, *earlier(70), partition_size=65).action == "fewer"
+    assert decided(sick(0), 64, 64, *earlier(64), partition_size=65).action == "fewer"
     assert decided(sick(0), 65, 64, partition_size=65).action == "restart"
+    # After a restart on 64 of its 65 nodes it still gets 65 when it is requeued.
+    job = JobNodes(names(64), 64, 65, frozenset(names(65)))
+    assert decide_exclusions(sick(0), job, [], Limits()).action == "fewer"
 
 
 def test_how_a_job_continues():
@@ -103,12 +109,11 @@ def test_how_a_job_continues():
     away = decided(sick(0), 2, 2)
     again, over = Next(REQUEUE, "failed; requeued: there is a new checkpoint"), Next(END, "over")
 
-    def after(decision: Decision, history: Next, code: int = 1, preflight: bool = False, **k: str):
-        return decide_next(code, preflight, NodeReview(decision, **k), history)
+    def after(decision: Decision, history: Next, preflight: bool = False, **k: str):
+        return decide_next(preflight, NodeReview(decision, **k), history)
 
     assert after(left, again).code == RESTART and "restarted in this job" in after(left, again).why
     assert after(left, over) == over and after(refused, again) == again
-    assert after(left, again, code=3) == again  # the time limit is near
     assert after(left, over, preflight=True).code == RESTART
     assert after(away, again, preflight=True) == again and after(away, over, preflight=True) == over
     for failed in (refused, Decision(healthy=names(3))):
@@ -129,9 +134,20 @@ def test_exclusions_end_after_a_day(tmp_path: Path):
     ]  # fmt: skip
     now = time.time()
     assert [e.node for e in still_excluded(found, "7", Limits(), now)] == ["n1"]
-    # Those that the user excludes stay; ours of the same job only while they apply.
-    listed = excluded_names(["n0", "n3", "n1"], found, "7", Limits(), now)
-    assert listed == ["n0", "n1"]
+
+
+def test_a_requeued_job_gets_its_nodes():
+    """The user's exclusions stay; of others, the oldest that Slurm needs are dropped."""
+    before = earlier(1, 2, 9, 3)
+
+    def excluded(available: int) -> tuple[list[str], list[str]]:
+        job = JobNodes(names(4), 4, 4, frozenset(names(available)) - {"n0"})
+        return excluded_names(["n0"], before, job)
+
+    assert excluded(8) == (["n0", "n1", "n2", "n9", "n3"], [])
+    assert excluded(0) == excluded(8)  # unknown
+    assert excluded(7) == (["n0", "n2", "n9", "n3"], ["n1"])
+    assert excluded(6) == (["n0", "n9", "n3"], ["n1", "n2"])  # n9 is down: it would not help
 
 
 def write(path: Path, content: object) -> None:
@@ -207,7 +223,7 @@ def test_the_first_evidence_of_a_node_is_its_reason():
 def test_lines_of_the_log():
     assert describe(Decision(healthy=names(3))) == []
     assert describe(decided(sick(1), 3, 2)) == [
-        "n1 is left out: GPU is lost",
+        "n1 is excluded: GPU is lost",
         "continuing in this job on 2 nodes: n0, n2",
     ]
     assert describe(decided(sick(1, 2), 3, 2))[0].startswith("no node is excluded: 2 of 3 nodes")
@@ -231,8 +247,8 @@ class FakeSlurm:
     def excluded(self) -> list[str]:
         return ["n9"]
 
-    def partition_size(self) -> int | None:
-        return None
+    def usable_nodes(self) -> set[str]:
+        return set()
 
 
 def test_records_and_files_of_a_lost_node(tmp_path: Path, monkeypatch, capsys):
@@ -244,7 +260,7 @@ def test_records_and_files_of_a_lost_node(tmp_path: Path, monkeypatch, capsys):
     common = ["--save", str(tmp_path), "--logs", str(logs), "--code", "1", "--nodes", "n0,n1,n2"]
     assert requeue.main([*common, "--rank-nodes", "n0,n1"]) == RESTART
     assert (logs / "healthy_nodes").read_text() == "n0\nn2\n" and FakeSlurm.kept == ("n0", "n2")
-    assert "n1 is left out: does not respond to srun" in capsys.readouterr().out
+    assert "n1 is excluded: does not respond to srun" in capsys.readouterr().out
     assert requeue.main([*common, "--rank-nodes", "n0,n1,n2"]) == REQUEUE
     assert (logs / "exclude").read_text() == "n9,n1"
     assert requeue.main([*common, "--rank-nodes", "n0,n1"]) == END  # no new checkpoint
@@ -278,3 +294,88 @@ def test_status_of_a_run_that_left_a_node(tmp_path: Path):
     record_exclusions(tmp_path, sick(1), "7", 60)
     assert read_status(tmp_path).excluded == {"n1": "GPU is lost"}
     assert {(one.job, one.restart) for one in job_folders(tmp_path)} == {("7", 0)}
+
+
+@pytest.mark.parametrize("code", [1, 3])
+def test_no_restart_at_the_time_limit(tmp_path: Path, monkeypatch, capsys, code: int):
+    """Slurm signals once: ranks that start later would be killed, and the job not requeued."""
+    monkeypatch.setattr(node_review, "SlurmJob", FakeSlurm)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    if code == 1:  # otherwise the ranks have stopped on the signal
+        (tmp_path / "time_limit").touch()
+    row = {"lm loss": 1.0, "slowest host": "n1", "straggler share": 0.3}
+    (tmp_path / "metrics.jsonl").write_text(f"{json.dumps(row)}\n" * 5)
+    words = ["--save", str(tmp_path), "--logs", str(tmp_path), "--code", str(code)]
+    assert requeue.main([*words, "--nodes", "n0,n1,n2", "--rank-nodes", "n0,n1"]) == REQUEUE
+    shown = capsys.readouterr().out
+    assert "n1 is excluded: " in shown and "continuing in this job" not in shown
+
+
+def test_a_job_that_its_scheduler_does_not_continue(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("PBS_JOBID", "7.head")
+    monkeypatch.setenv("PBS_RESTART_COUNT", "2")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    words = ["--save", str(tmp_path), "--code", "3"]
+    assert requeue.main(words) == REQUEUE and requeue.main([*words, "--end", "qsub failed"]) == END
+    ends = [json.loads(line) for line in (tmp_path / "requeues.jsonl").read_text().splitlines()]
+    assert [(end["job"], end["restart"], end["requeued"]) for end in ends] == [
+        ("7.head", 2, True), ("7.head", 2, False),
+    ]  # fmt: skip
+    assert ends[1]["why"] == "not requeued: qsub failed"
+
+
+def fake_run(starting: set[str], log: list[int]):
+    """Return a stand-in for srun, in which a step of several nodes aborts, and for scontrol."""
+
+    def run(command: list[str], *_: object) -> str:
+        if command[0] == "sinfo":
+            return "n1|down*|Not responding\nn2|drained|Kill task failed\nn3|idle|none\n"
+        if command[0] == "scontrol":
+            return (
+                "JobId=7 NodeList=n[0-4] Partition=main" if "job" in command else "n0 n1 n2 n3 n4"
+            )
+        (listed,) = (word for word in command if word.startswith("--nodelist="))
+        nodes = listed.removeprefix("--nodelist=").split(",")
+        log.append(len(nodes))
+        shown = starting & set(nodes) - ({"n3"} if len(nodes) > 1 else set())
+        return "".join(f"responds: {node}\n" for node in sorted(shown))
+
+    return run
+
+
+def test_nodes_without_an_answer_are_probed_on_their_own(tmp_path: Path, monkeypatch):
+    """One dead node aborts the step of all: n3 is not lost because it was slower than others."""
+    probes: list[int] = []
+    monkeypatch.setattr(job_nodes, "_run", fake_run({"n0", "n2", "n3", "n4"}, probes))
+    job = job_nodes.SlurmJob("7", tmp_path)
+    found = job.lost_nodes([*names(5), "n7"])
+    assert [(node.node, node.kind) for node in found] == [
+        ("n1", "lost"), ("n2", "drained"), ("n7", "lost"),
+    ]  # fmt: skip
+    assert sorted(probes) == [1, 1, 5]
+    assert job.usable_nodes() == {"n3"}
+    monkeypatch.setattr(job_nodes, "_run", fake_run(set(), probes))  # srun does not work at all
+    assert [node.node for node in job.lost_nodes(names(5))] == ["n1", "n2"]
+    assert {node.kind for node in job.lost_nodes(names(5))} == {"drained"}
+
+
+def test_a_node_that_slurm_allocates_again(tmp_path: Path, monkeypatch, capsys):
+    """The job is requeued without it, but not for ever."""
+    monkeypatch.setattr(node_review, "SlurmJob", FakeSlurm)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+
+    def check(start: int, nodes: str) -> int:
+        logs = tmp_path / "logs" / f"job7_{start}"
+        logs.mkdir(parents=True)
+        return allocated_nodes.main(
+            ["--save", str(tmp_path), "--logs", str(logs), "--nodes", nodes]
+        )
+
+    assert check(0, "n0,n1") == 0
+    record_exclusions(tmp_path, sick(1), "7", 60)
+    assert check(1, "n0,n2") == 0
+    assert check(2, "n0,n1") == 1
+    assert (tmp_path / "logs" / "job7_2" / "exclude").read_text() == "n9,n1"
+    assert "allocated excluded nodes: n1; requeued" in capsys.readouterr().out
+    assert check(3, "n0,n1") == 0 and "n1; using them" in capsys.readouterr().out
+    assert check(4, "n0,n1") == 1
