@@ -21,6 +21,7 @@ from megatron_llmjp.report.exclusions import read_exclusions
 from megatron_llmjp.report.jobs import excluded_nodes, read_job_ends
 from megatron_llmjp.report.metrics_tail import read_recent_metrics
 from megatron_llmjp.report.status import read_status
+from slurm.requeue import restart_count
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,14 +75,9 @@ def alerts_of_previous_start(save: Path, env: Mapping[str, str]) -> list[Alert]:
 
 def _recorded_end(save: Path, env: Mapping[str, str]) -> Mapping[str, Any] | None:
     """Return the record of the end of this start of the job."""
-    ends, restart = read_job_ends(save), env.get("SLURM_RESTART_COUNT")
-    if (
-        ends
-        and ends[-1].get("job") == _job_id(env)
-        and ends[-1].get("restart") == int(restart or 0)
-    ):
-        return ends[-1]
-    return None
+    start = {"job": _job_id(env), "restart": restart_count(env)}
+    ends = read_job_ends(save)
+    return ends[-1] if ends and start.items() <= ends[-1].items() else None
 
 
 def _job_id(env: Mapping[str, str]) -> str | None:

@@ -17,7 +17,7 @@ pretrain_in_pbs() {
     export PATH="$PATH${PBS_O_PATH:+:$PBS_O_PATH}"
     SAVE=$(value_of --save "$@") DEVICE=$(value_of --device "$@")
     [[ -n "$SAVE" ]] || fail "--save DIR is required: the next job resumes from it"
-    # shellcheck disable=SC2034  # alert reads it
+    # shellcheck disable=SC2034  # read by alert
     ARGUMENTS=("$@")
     "$PYTHON" "$MEGATRON_LLMJP/slurm/check_save.py" "$SAVE" || exit
     read_pbs_job
@@ -29,9 +29,11 @@ pretrain_in_pbs() {
 }
 
 read_pbs_job() {
-    local job
+    local job runs
     job=$(qstat -f "$PBS_JOBID") || fail "qstat -f $PBS_JOBID failed: is PBS in the PATH?"
-    LOGS="$SAVE/logs/job${PBS_JOBID%%.*}_$(($(pbs_job runs --job /dev/stdin <<< "$job") - 1))"
+    runs=$(pbs_job runs --job /dev/stdin <<< "$job")
+    export PBS_RESTART_COUNT=$((runs - 1))
+    LOGS="$SAVE/logs/job${PBS_JOBID%%.*}_$PBS_RESTART_COUNT"
     mkdir -p "$LOGS/preflight"
     printf '%s\n' "$job" > "$LOGS/qstat"
     minutes_left > /dev/null || exit
@@ -63,7 +65,7 @@ choose_hosts() {
         --nodes "$(printf '%s\n' "${HOSTS[@]}" | paste -sd,)" --tasks-per-node "$RANKS_PER_NODE" \
         -- "$@" 2> "$LOGS/start.log" || code=$?
     cat "$LOGS/start.log" >&2
-    ! grep -q '^error:' "$LOGS/start.log" || end_pbs_job "$code" "$@"
+    ! grep -q '^error:' "$LOGS/start.log" || end_pbs_job "$code"
     # The first line has the CPUs per rank, which mpirun does not limit.
     [[ ! -s "$file" ]] || mapfile -t HOSTS < <(tail -n +2 "$file")
     printf "%s slots=$RANKS_PER_NODE\n" "${HOSTS[@]}" > "$LOGS/hosts"
@@ -109,8 +111,7 @@ pbs_preflight() {
     ((code == 0)) && return 0
     # A PBS job cannot exclude nodes by name: the next one could get the same.
     log "error: preflight failed; see $LOGS/preflight (PREFLIGHT=0 skips it)" >&2
-    alert --code 1
-    exit 1
+    end_pbs_job 1 --end "the preflight check failed"
 }
 
 train_in_pbs() {
@@ -137,18 +138,25 @@ train_in_pbs() {
         log "PBS ended the job before its time limit (qdel, or to rerun it): no next job"
         exit "$code"
     fi
-    end_pbs_job "$code" "$@"
+    end_pbs_job "$code"
 }
 
-# end_pbs_job CODE ARGUMENTS...: record this end of the job with its first cause, and submit the next
-# job if the run is to continue.
+# end_pbs_job CODE [--end WHY]: record this end of the job with its first cause, and submit the next job
+# if the run is to continue.
 end_pbs_job() {
-    local code=$1 next=0
-    shift
-    "$PYTHON" "$MEGATRON_LLMJP/slurm/requeue.py" --save "$SAVE" --code "$code" --logs "$LOGS" \
-        --seconds "$SECONDS" || next=$?
-    alert --code "$code"
-    ((next == 0)) || exit "$code"
-    pbs_job submit --job "$LOGS/qstat" -- "$MEGATRON_LLMJP/slurm/pretrain.pbs" "$@" || exit 1
-    exit 0
+    local next=0
+    decide_pbs_end "$@" || next=$?
+    # Before the alert, which takes time: at the time limit PBS kills this script after some seconds.
+    if ((next == 0)) &&
+        ! retry 5 10 pbs_job submit --job "$LOGS/qstat" -- "$MEGATRON_LLMJP/slurm/pretrain.pbs" "${ARGUMENTS[@]}"; then
+        decide_pbs_end "$1" --end "qsub failed" || next=$?
+    fi
+    alert --code "$1"
+    ((next != 0)) || exit 0
+    exit "$1"
+}
+
+# decide_pbs_end CODE [--end WHY]: record this end of the job; fails if the run is not to continue.
+decide_pbs_end() {
+    "$PYTHON" "$MEGATRON_LLMJP/slurm/requeue.py" --save "$SAVE" --logs "$LOGS" --seconds "$SECONDS" --code "$@"
 }

@@ -284,6 +284,7 @@ def test_a_job(code, record, events, webhook, save, monkeypatch):
 def test_a_job_that_goes_on_without_a_node(webhook, save, monkeypatch):
     """After a failed preflight, nodes are excluded within the job, whose end is not recorded."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     (save / "requeues.jsonl").write_text(json.dumps({"job": "7", "restart": 0, "why": "x"}) + "\n")
     log = save / "exclusions.jsonl"
     for node, age in (("n1", 90), ("n2", 9)):
