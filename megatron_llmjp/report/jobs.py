@@ -139,7 +139,8 @@ def deciding_job(
 ) -> JobFolder | None:
     """Return the job that decides the state of a run; None without jobs.
 
-    It is the newest one that is in the queue, else the newest one that was not rejected.
+    It is the newest one that is in the queue and has no user error, else the newest one that was
+    not rejected.
 
     Args:
         jobs: the jobs of the run, newest first; :data:`SEARCHED_JOBS` of them are considered.
@@ -149,7 +150,9 @@ def deciding_job(
     newest = jobs[:SEARCHED_JOBS]
     for job in newest:
         queued = queue.get(job.job)
-        if queued is not None and not queued.is_gone:
+        end = find_end(job, ends)
+        ends_now = end is not None and _is_user_error(end)
+        if queued is not None and not queued.is_gone and not ends_now:
             return job
     kept = {id(record) for record in without_rejected(ends)}
     for job in newest:

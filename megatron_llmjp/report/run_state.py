@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -90,8 +91,8 @@ class JobEvidence:
     has_started_ranks: bool
     has_trained: bool
     """Whether it held the save folder."""
-    seconds_since_start: float
-    """Since it created its last log."""
+    logs_created_at: float
+    """Time at which it created its last log, in seconds since the epoch."""
     queued: QueuedJob | None
     """None if the state of the queue is unknown."""
     preflight_failure: str | None
@@ -179,11 +180,14 @@ def _queued(job: JobEvidence, end: Mapping[str, Any] | None) -> StateAndReason |
 
 def _is_starting(job: JobEvidence) -> bool:
     """Return whether a job is in its checks, or its ranks have not opened the save folder yet."""
+    queued = job.queued
+    if queued is not None and (queued.started_at or 0.0) > job.logs_created_at:
+        return True  # a start without logs
     if job.has_trained or job.has_ended or _failed_preflight(job):
         return False
-    if job.queued is None:
-        return job.seconds_since_start < START_SECONDS
-    return not job.queued.is_gone
+    if queued is None:
+        return time.time() - job.logs_created_at < START_SECONDS
+    return not queued.is_gone
 
 
 def _failed_preflight(job: JobEvidence) -> bool:

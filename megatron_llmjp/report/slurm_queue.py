@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Collection
 from dataclasses import dataclass
+from datetime import datetime
 
 SQUEUE_SECONDS = 10.0
 """Longest wait for Slurm's answer."""
@@ -23,6 +24,8 @@ class QueuedJob:
     """Slurm's name of the state, such as ``PENDING``; empty for a job that is not in the queue."""
     reason: str = ""
     """Slurm's reason why the job waits, such as ``Priority``."""
+    started_at: float | None = None
+    """Start of a job that has been started, in seconds since the epoch; None if unknown."""
 
     @property
     def is_held(self) -> bool:
@@ -53,7 +56,7 @@ def read_queue(jobs: Collection[str]) -> dict[str, QueuedJob]:
         return {}
     # With a single id that has left the queue, squeue fails; with several, it omits it.
     listed = ",".join([*known, known[0]])
-    command = ["squeue", "--noheader", "--format=%A|%T|%r", f"--jobs={listed}"]
+    command = ["squeue", "--noheader", "--format=%A|%T|%r|%S", f"--jobs={listed}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SQUEUE_SECONDS)
     except (OSError, subprocess.TimeoutExpired):
@@ -63,7 +66,16 @@ def read_queue(jobs: Collection[str]) -> dict[str, QueuedJob]:
     found = {job: QueuedJob("") for job in known}
     for line in done.stdout.splitlines():
         job, _, rest = line.strip().partition("|")
-        state, _, reason = rest.partition("|")
+        state, _, rest = rest.partition("|")
+        reason, _, start = rest.partition("|")
         if job in found:
-            found[job] = QueuedJob(state, reason)
+            found[job] = QueuedJob(state, reason, _seconds(start))
     return found
+
+
+def _seconds(text: str) -> float | None:
+    """Parse Slurm's format of a local time; None if it is not one, as ``N/A``."""
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except (ValueError, OverflowError, OSError):
+        return None

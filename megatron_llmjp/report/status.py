@@ -275,7 +275,7 @@ def _job(
         job=job.job,
         has_started_ranks=job.has_started_ranks(),
         has_trained=job.has_trained(),
-        seconds_since_start=time.time() - job.modified_at,
+        logs_created_at=job.modified_at,
         queued=queue.get(job.job),
         preflight_failure=preflight_failure(job),
         has_ended=find_end(job, ends) is not None,

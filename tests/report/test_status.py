@@ -139,6 +139,19 @@ def test_a_job_in_its_preflight(run, squeue):
     assert run.status()[0] == "stopped"
 
 
+def test_a_start_without_logs(run, squeue):
+    """Between Slurm's start of a job and its first log, the nodes may be configured."""
+    run.metrics({})
+    run.event("end", outcome="stopped", why="signal received")
+    run.job("7_0", rank_0000=RAN)
+    for minutes, state in ((-5, "stopped"), (5, "starting")):
+        start = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(run.time + 60 * minutes))
+        squeue(f"7|RUNNING|None|{start}")
+        assert run.status()[0] == state
+    squeue("7|RUNNING|None|N/A")
+    assert run.status()[0] == "stopped"
+
+
 def test_a_starting_job_without_slurm(run, squeue):
     """Under PBS, or on a machine without squeue, its logs say that it has just started."""
     run.metrics({})
@@ -271,7 +284,7 @@ def test_a_rejected_job_is_not_the_run_in_the_queue(run, squeue):
     run.end("8_0", 2, False, rejection, cause="--lr -1: expected more")
     squeue("7|PENDING|Priority")
     assert run.status()[0] == "requeued"
-    squeue("7|PENDING|JobHeldUser")
+    squeue("7|PENDING|JobHeldUser", "8|RUNNING|None")  # it is about to end
     assert run.status()[0] == "held"
     run.job("7_1", rank_0000="")
     squeue("7|RUNNING|None")
