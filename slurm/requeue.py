@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif job.nodes and args.logs is not None:
         review = job.review(args.code, args.preflight)
         following = decide_next(args.preflight, review, following)
+        has_trained = any(end.get("job") == job.id and end["iteration"] > 0 for end in history)
+        if args.preflight and job.excludes and following.code == END and requeue and has_trained:
+            following, review = _retry_preflight(following, review, reason)
     try:
         excluded = _leave_nodes(job, review, following, iteration) if review is not None else ()
         if not (args.preflight and following.code == RESTART):  # the job has not ended
@@ -103,6 +106,13 @@ def decide_next(preflight: bool, review: NodeReview, by_history: Next) -> Next:
     if by_history.code == REQUEUE and goes_on:
         return Next(RESTART, by_history.why.replace("requeued", "restarted in this job"))
     return by_history
+
+
+def _retry_preflight(following: Next, review: NodeReview, reason: str) -> tuple[Next, NodeReview]:
+    """Requeue a job that has trained before: its settings are right, and the fault may pass."""
+    why = following.why.removeprefix("not requeued: ")
+    decision = replace(review.decision, action="requeue")
+    return Next(REQUEUE, f"{why}; {reason}"), replace(review, decision=decision)
 
 
 def _leave_nodes(
@@ -195,8 +205,9 @@ def decide(code: int, iteration: int, history: list[dict[str, Any]]) -> tuple[bo
         reason = "stopped on request" if code == EXIT_REQUEUE else "failed"
         return True, f"{reason}; requeued: there is a new checkpoint"
     fruitless = 1
-    for record in reversed(history):
-        if not record["requeued"] or record["iteration"] < iteration:
+    before = [0, *(record["iteration"] for record in history)]
+    for record, earlier in zip(reversed(history), reversed(before[:-1]), strict=True):
+        if not record["requeued"] or record["iteration"] > earlier:
             break
         fruitless += 1
     if fruitless > MAX_FRUITLESS_STARTS:

@@ -286,6 +286,26 @@ def test_a_preflight_that_goes_on_is_no_end(tmp_path: Path, monkeypatch):
     assert requeue.main([*common, "--rank-nodes", "n0,n1"]) == END
 
 
+def test_a_preflight_that_fails_after_training_is_repeated(tmp_path: Path, monkeypatch):
+    """As in an outage of the file system; three failures end the job."""
+    monkeypatch.setattr(node_review, "SlurmJob", FakeSlurm)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    write(tmp_path / "preflight" / "report.json", {"common": ["/save cannot be written"]})
+    end = {"job": "7", "restart": 0, "iteration": 10, "requeued": True, "exit code": 3}
+    (tmp_path / "requeues.jsonl").write_text(json.dumps(end) + "\n")
+    monkeypatch.setattr(requeue, "complete_iterations", lambda save: [10])
+    command = ["--save", str(tmp_path), "--logs", str(tmp_path), "--code", "1", "--preflight"]
+    command += ["--nodes", "n0,n1,n2", "--rank-nodes", "n0,n1"]
+    assert [requeue.main(command) for _ in range(3)] == [REQUEUE, REQUEUE, END]
+    why = [json.loads(line).get("why") for line in (tmp_path / "requeues.jsonl").open()]
+    assert why[1].startswith(
+        "the preflight check failed: /save cannot be written; requeued without"
+    )
+    assert why[3] == "not requeued: the preflight check failed: /save cannot be written"
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    assert requeue.main(command) == END
+
+
 def test_status_of_a_run_that_left_a_node(tmp_path: Path):
     """It is shown with its reason, also while the job that left it behind still runs."""
     for name in ("job7_0", "job7_0.1"):

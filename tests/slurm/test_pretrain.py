@@ -240,8 +240,10 @@ def test_decisions():
         assert decide(code, 10, [])[0]
         assert decide(code, 20, ends_at(10, 10))[0]
         assert decide(code, 10, ends_at(10)[:0])[0]
-        assert not decide(code, 10, ends_at(*[10] * MAX_FRUITLESS_STARTS))[0]
-        assert decide(code, 10, [*ends_at(10, 10), {"iteration": 10, "requeued": False}])[0]
+        # The first start that ended at iteration 10 had saved that checkpoint.
+        assert decide(code, 10, ends_at(*[10] * MAX_FRUITLESS_STARTS))[0]
+        assert not decide(code, 10, ends_at(10, *[10] * MAX_FRUITLESS_STARTS))[0]
+        assert decide(code, 10, [*ends_at(10, 10, 10), {"iteration": 10, "requeued": False}])[0]
     assert decide(1, 0, [])[0] and not decide(1, 0, ends_at(*[0] * MAX_FRUITLESS_STARTS))[0]
 
 
