@@ -1,16 +1,18 @@
 """Report of a rank that runs out of memory: use by kind, and the largest tensors with their names.
 
 The tensors are those that Python objects refer to: parameters, gradients, optimizer state, and
-others that are alive in the failed step. Tensors that only autograd's graph holds, most of the
-activations, have no Python object; they are the rest of the allocated memory.
+others that are alive in the failed step. The latter are named by the local variable of a function
+that failed, or else by the operation that computed them. Tensors that only autograd's graph holds,
+most of the activations, have no Python object; they are the rest of the allocated memory.
 """
 
 from __future__ import annotations
 
 import gc
 import sys
+import traceback
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +76,8 @@ def explain_out_of_memory(
         if is_out_of_memory(error):
             # The frames of the error keep the tensors of the failed step alive until here.
             try:
-                _report(find_memory(chunks, optimizer, device), device, rank, folder)
+                found = find_memory(chunks, optimizer, device, local_variables(error, device))
+                _report(found, device, rank, folder)
             except Exception as failure:  # the error itself is raised in any case
                 warn(f"no report on the memory of rank {rank}: {failure}")
         raise
@@ -114,11 +117,30 @@ def describe_memory(found: Sequence[NamedMemory], allocated: float | None) -> li
     return [f"memory: {by_kind}", "largest tensors:", format_table(rows, right={0})]
 
 
-def find_memory(chunks: Sequence[Any], optimizer: Any, device: Device) -> list[NamedMemory]:
+def local_variables(error: BaseException, device: Device) -> dict[int, str]:
+    """Return names of the tensors in the frames of an error, by storage; inner frames first."""
+    names: dict[int, str] = {}
+    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        function = getattr(frame.f_code, "co_qualname", frame.f_code.co_name)  # Python 3.10
+        for name, value in frame.f_locals.items():
+            if issubclass(type(value), Tensor) and _is_counted(value, device):
+                names.setdefault(value.untyped_storage()._cdata, f"{name} in {function}")
+    return names
+
+
+def find_memory(
+    chunks: Sequence[Any], optimizer: Any, device: Device, names: Mapping[int, str]
+) -> list[NamedMemory]:
     """Return the memory of the tensors on the device of this rank.
 
     Parameters, gradients and optimizer state may be parts of larger buffers; of all other tensors
     each storage is counted once.
+
+    Args:
+        chunks: model chunks of this rank.
+        optimizer: megatron-core's optimizer; None before it is built.
+        device: the device of this rank.
+        names: names of other tensors, by storage.
     """
     found, storages = [], {}
     for kind, name, tensor in _own_tensors(chunks, optimizer):
@@ -128,12 +150,23 @@ def find_memory(chunks: Sequence[Any], optimizer: Any, device: Device) -> list[N
             found.append(_named(kind, name, tensor, tensor.numel() * tensor.element_size()))
     seen = set(storages.values())
     for tensor in _living_tensors():
-        if tensor.device.type == device.kind and tensor.layout is torch.strided:
+        if _is_counted(tensor, device):
             storage = tensor.untyped_storage()
             if storage._cdata not in seen:
                 seen.add(storage._cdata)
-                found.append(_named(OTHERS, type(tensor).__name__, tensor, storage.nbytes()))
+                name = names.get(storage._cdata) or _operation(tensor)
+                found.append(_named(OTHERS, name, tensor, storage.nbytes()))
     return found
+
+
+def _is_counted(tensor: Tensor, device: Device) -> bool:
+    return tensor.device.type == device.kind and tensor.layout is torch.strided
+
+
+def _operation(tensor: Tensor) -> str:
+    """Return what computed a tensor, from autograd; its type if autograd does not know it."""
+    computed_by = tensor.grad_fn
+    return f"output of {computed_by.name()}" if computed_by is not None else type(tensor).__name__
 
 
 def _named(kind: str, name: str, tensor: Tensor, size: int) -> NamedMemory:

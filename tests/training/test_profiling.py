@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from types import SimpleNamespace
 from unittest import mock
@@ -155,3 +156,19 @@ def test_an_error_of_the_report_does_not_replace_the_error(capsys):
     with pytest.raises(torch.OutOfMemoryError), explain_out_of_memory([chunk], None, CPU, 3, None):
         raise torch.OutOfMemoryError("CUDA out of memory")
     assert "no report on the memory of rank 3" in capsys.readouterr().err
+
+
+def test_other_tensors_are_named_by_variable_or_operation(tmp_path):
+    weight = torch.ones(300_000, requires_grad=True)
+
+    def forward():
+        activations = weight * 3
+        kept.append((activations + 1).exp())
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    kept: list[torch.Tensor] = []
+    with pytest.raises(torch.OutOfMemoryError), explain_out_of_memory([], None, CPU, 0, tmp_path):
+        forward()
+    text = (tmp_path / "out-of-memory-rank0.txt").read_text()
+    assert re.search(r"300000  activations and others: activations in .*forward$", text, re.M)
+    assert "300000  activations and others: output of ExpBackward0" in text
