@@ -146,6 +146,10 @@ set_master() {
     export MASTER_ADDR MASTER_PORT
 }
 
+# Start of a command that the signal before the time limit does not end. Slurm sends it to all steps, in a
+# job that is shorter than that time at its start.
+WITHOUT_USR1=(sh -c 'trap "" USR1; exec "$@"' sh)
+
 # choose_nodes ARGUMENTS...: check the run once, where its error is seen, before any rank starts. Sets
 # RANK_NODES to those of NODES that the layout can use, at most TRAIN_NODES, and CPUS_PER_TASK. The other
 # nodes are spare: they take the place of sick ones.
@@ -156,7 +160,7 @@ choose_nodes() {
     # As a step, so that a container of SRUN_FLAGS is the one of the ranks.
     # shellcheck disable=SC2086  # word splitting of settings in site.sh
     timeout "${CHECK_SECONDS:-600}" srun ${OVERLAP:-} --nodes=1 --ntasks=1 --ntasks-per-node=1 \
-        --nodelist="${NODES[0]}" --cpus-per-task="$CPUS_PER_TASK" ${SRUN_FLAGS:-} ${RUN_IN:-} \
+        --nodelist="${NODES[0]}" --cpus-per-task="$CPUS_PER_TASK" ${SRUN_FLAGS:-} "${WITHOUT_USR1[@]}" ${RUN_IN:-} \
         "${RANK_PYTHON:-$PYTHON}" "$MEGATRON_LLMJP/slurm/choose_nodes.py" --output "$file" \
         --nodes "$(join "${usable[@]}")" --tasks-per-node "$TASKS_PER_NODE" \
         --cpus-per-task "$CPUS_PER_TASK" --cpus-per-node "${SLURM_JOB_CPUS_PER_NODE:-}" -- "$@" \
@@ -184,7 +188,7 @@ preflight() {
     # shellcheck disable=SC2086  # word splitting of settings in site.sh
     timeout --kill-after=30 "$seconds" srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
         --cpus-per-task=$((TASKS_PER_NODE * CPUS_PER_TASK)) --cpu-bind=none --kill-on-bad-exit=0 \
-        --output="$LOGS/preflight/%N.log" ${SRUN_FLAGS:-} ${RUN_IN:-} \
+        --output="$LOGS/preflight/%N.log" ${SRUN_FLAGS:-} "${WITHOUT_USR1[@]}" ${RUN_IN:-} \
         "${RANK_PYTHON:-$PYTHON}" "$MEGATRON_LLMJP/slurm/preflight.py" check --folder "$LOGS/preflight" \
         --save "$SAVE" --gpus "${SLURM_GPUS_ON_NODE:-0}" --device "${DEVICE:-auto}" \
         --free-disk-gb "${PREFLIGHT_FREE_GB:-50}" --total-seconds $((seconds * 3 / 4)) \
