@@ -1,8 +1,8 @@
 """Check that Slurm allocated no node that this job excludes.
 
 Slurm refuses to change a job's nodes while it ends a job that lost a node (observed with 22.05):
-the requeued job may get a sick node again. Exit code 0: the job can start; 1: requeue it without
-the nodes in ``exclude``, which is done once in a row.
+the requeued job may get a sick node again. Exit code 3: requeue the job without the nodes in
+``exclude``, which is done once in a row; otherwise it can start.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from pathlib import Path
 
 from slurm.node_review import add_arguments, reviewed_job
 
+REQUEUE = 3
+"""Exit code; not that of an error, after which the job would be requeued for ever."""
 ALLOCATED_AGAIN = "allocated_again"
 """File in the folder of the logs of a start that ended because of this check."""
 
@@ -35,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     (args.logs / ALLOCATED_AGAIN).touch()
     print(f"Slurm allocated excluded nodes: {names}; requeued without them", flush=True)
-    return 1
+    return REQUEUE
 
 
 def _previous_start(logs: Path) -> Path:

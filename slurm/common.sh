@@ -85,9 +85,11 @@ open_logs() {
 
 # leave_excluded_nodes: requeue the job if Slurm allocated a node to it that it excludes.
 leave_excluded_nodes() {
+    local code=0
     [[ -s "$SAVE/exclusions.jsonl" ]] || return 0
     "$PYTHON" "$MEGATRON_LLMJP/slurm/allocated_nodes.py" --save "$SAVE" --logs "$LOGS" \
-        --nodes "$(join "${NODES[@]}")" --exclude-hours "${EXCLUDE_HOURS:-24}" || requeue 1
+        --nodes "$(join "${NODES[@]}")" --exclude-hours "${EXCLUDE_HOURS:-24}" || code=$?
+    ((code != 3)) || requeue 1
 }
 
 # watch_first_node: let some other nodes requeue the job if the node of this script is lost. They are far

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from slurm.sick_nodes import DRAINED, LOST, SickNode
+from slurm.sick_nodes import DRAINED, LOST, SILENT, SickNode
 
 PROBE_SECONDS = 120
 """Longest wait for a task on every node: srun waits for nodes that do not respond."""
@@ -17,8 +19,12 @@ COMMAND_SECONDS = 60
 """Longest wait for Slurm's controller."""
 STOP_SECONDS = 10
 """Longest wait for a command to end that is stopped: srun may wait for a dead node."""
-PARALLEL_PROBES = 16
+PARALLEL_PROBES = 8
 """Nodes that are probed at the same time, each on its own."""
+PROBES = 3
+"""Probes of a node on its own: a busy node or network may refuse one."""
+PROBE_PAUSE = 5.0
+"""Seconds between them."""
 UNUSABLE = ("down", "drain", "fail")
 """Starts of the states in which Slurm gives a node to no job."""
 
@@ -52,7 +58,7 @@ class SlurmJob:
             if node not in current:
                 found.append(SickNode(node, LOST, f"Slurm removed it from the job{because}"))
             elif node in silent:
-                found.append(SickNode(node, LOST, f"does not respond to srun{because}"))
+                found.append(SickNode(node, SILENT, f"does not respond to srun{because}"))
             elif state.startswith(UNUSABLE):
                 found.append(SickNode(node, DRAINED, f"its state is {state}{because}"))
         return found
@@ -108,8 +114,17 @@ class SlurmJob:
         answered = self._answering(nodes)
         rest = [node for node in nodes if node not in answered]
         with ThreadPoolExecutor(PARALLEL_PROBES) as pool:
-            answered = answered.union(*pool.map(lambda node: self._answering([node]), rest))
+            answered.update(itertools.compress(rest, pool.map(self._answers, rest)))
         return set(nodes) - answered if answered else set()
+
+    def _answers(self, node: str) -> bool:
+        """Return whether a task starts on a node."""
+        for probe in range(PROBES):
+            if probe:
+                time.sleep(PROBE_PAUSE)
+            if self._answering([node]):
+                return True
+        return False
 
     def _answering(self, nodes: Sequence[str]) -> set[str]:
         """Return the nodes on which a task starts."""

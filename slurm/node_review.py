@@ -23,6 +23,7 @@ from slurm.exclusions import (
 from slurm.job_nodes import SlurmJob
 from slurm.sick_nodes import (
     LOST,
+    SILENT,
     SickNode,
     failed_gpus,
     hung_nodes,
@@ -50,8 +51,9 @@ class NodeReview:
 
     @property
     def lost(self) -> set[str]:
-        """Nodes that do not respond."""
-        return {node.node for node in self.sick if node.kind == LOST}
+        """Nodes that Slurm removed from the job, and excluded ones that do not respond."""
+        silent = {node.node for node in self.decision.excluded if node.kind == SILENT}
+        return silent | {node.node for node in self.sick if node.kind == LOST}
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from megatron_llmjp.metric_registry import (
 from megatron_llmjp.report.jobs import HANG_SUSPECTS, LOG_BYTES, tail
 from megatron_llmjp.report.json_lines import parse_object
 
-LOST, HANG, HARDWARE, DRAINED, SLOW = "lost", "hang", "hardware", "drained", "slow"
+LOST, SILENT, DRAINED = "lost", "silent", "drained"
+HANG, HARDWARE, SLOW = "hang", "hardware", "slow"
 PREFLIGHT = "preflight"
 
 HARDWARE_ERRORS = re.compile(

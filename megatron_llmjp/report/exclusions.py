@@ -22,7 +22,7 @@ class Exclusion:
     node: str
     reason: str
     kind: str
-    """Evidence: lost, hang, hardware, drained, slow or preflight."""
+    """Evidence: lost, silent, drained, hang, hardware, slow or preflight."""
     time: float
     """Seconds since the epoch."""
     job: str = ""

@@ -90,7 +90,7 @@ class Cluster:
         """Kill a node as in a power failure: its slurmd, job steps and tasks."""
         self._daemons[f"slurmd-{node}"].kill()
         self._daemons[f"slurmd-{node}"].wait()
-        tasks = _processes_with(f"SLURMD_NODENAME={node}", f"SLURM_CONF={self.folder}")
+        tasks = _processes_with(f"SLURMD_NODENAME={node}", f"SLURM_CONF={self.env['SLURM_CONF']}")
         # First the managers of job steps, which would report the end of their tasks.
         for pid in {manager for task in tasks for manager in _step_managers(task)}:
             _kill(pid)
@@ -100,7 +100,7 @@ class Cluster:
     def tasks(self, job: str) -> list[int]:
         """Return the process ids of a job's ranks."""
         ranks = []
-        for pid in _processes_with(f"SLURM_CONF={self.folder}", f"SLURM_JOB_ID={job}"):
+        for pid in _processes_with(f"SLURM_CONF={self.env['SLURM_CONF']}", f"SLURM_JOB_ID={job}"):
             with contextlib.suppress(OSError):
                 words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
                 ranks += [pid] if any(w.endswith(b"pretrain_gpt.py") for w in words[:2]) else []
@@ -250,7 +250,7 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE OverTimeLimit=0 State=
                 daemon.wait(timeout=10)
             except subprocess.TimeoutExpired:
                 daemon.kill()
-        for pid in _processes_with(f"SLURM_CONF={self.folder}"):
+        for pid in _processes_with(f"SLURM_CONF={self.env['SLURM_CONF']}"):
             _kill(pid)
 
 
@@ -259,7 +259,7 @@ def _field(line: str, name: str) -> str:
 
 
 def _processes_with(*settings: str) -> list[int]:
-    """Return the processes whose environment has variables that start with all settings."""
+    """Return the processes whose environment has all settings."""
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
@@ -268,7 +268,7 @@ def _processes_with(*settings: str) -> list[int]:
             environment = (entry / "environ").read_bytes().decode(errors="replace").split("\0")
         except OSError:
             continue
-        if all(any(value.startswith(setting) for value in environment) for setting in settings):
+        if set(settings) <= set(environment):
             found.append(int(entry.name))
     return found
 

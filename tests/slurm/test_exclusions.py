@@ -366,13 +366,14 @@ def fake_run(starting: set[str], log: list[int]):
 def test_nodes_without_an_answer_are_probed_on_their_own(tmp_path: Path, monkeypatch):
     """One dead node aborts the step of all: n3 is not lost because it was slower than others."""
     probes: list[int] = []
+    monkeypatch.setattr(job_nodes, "PROBE_PAUSE", 0.0)
     monkeypatch.setattr(job_nodes, "_run", fake_run({"n0", "n2", "n3", "n4"}, probes))
     job = job_nodes.SlurmJob("7", tmp_path)
     found = job.lost_nodes([*names(5), "n7"])
     assert [(node.node, node.kind) for node in found] == [
-        ("n1", "lost"), ("n2", "drained"), ("n7", "lost"),
+        ("n1", "silent"), ("n2", "drained"), ("n7", "lost"),
     ]  # fmt: skip
-    assert sorted(probes) == [1, 1, 5]
+    assert sorted(probes) == [1, 1, 1, 1, 5]
     assert job.usable_nodes() == {"n3"}
     monkeypatch.setattr(job_nodes, "_run", fake_run(set(), probes))  # srun does not work at all
     assert [node.node for node in job.lost_nodes(names(5))] == ["n1", "n2"]
@@ -394,8 +395,8 @@ def test_a_node_that_slurm_allocates_again(tmp_path: Path, monkeypatch, capsys):
     assert check(0, "n0,n1") == 0
     record_exclusions(tmp_path, sick(1), "7", 60)
     assert check(1, "n0,n2") == 0
-    assert check(2, "n0,n1") == 1
+    assert check(2, "n0,n1") == allocated_nodes.REQUEUE
     assert (tmp_path / "logs" / "job7_2" / "exclude").read_text() == "n9,n1"
     assert "allocated excluded nodes: n1; requeued" in capsys.readouterr().out
     assert check(3, "n0,n1") == 0 and "n1; using them" in capsys.readouterr().out
-    assert check(4, "n0,n1") == 1
+    assert check(4, "n0,n1") == allocated_nodes.REQUEUE
