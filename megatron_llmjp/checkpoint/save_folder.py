@@ -36,6 +36,7 @@ _RUN_FILES = frozenset(
     {
         METRICS_FILE,
         manifests.TRACKER,
+        "exclusions.jsonl",
         "hang",
         "logs",
         "report",
