@@ -23,11 +23,11 @@ quickstart: $(VENV)/.installed  ## run the whole chain on a small corpus, from r
 test: $(VENV)/.installed-dev  ## run the tests, except the long ones
 	@$(RUN) -m pytest -m "not long" $(PARALLEL) $(PYTEST_FLAGS)
 
-test-long: $(VENV)/.installed-dev  ## run the long tests: Slurm clusters, kills, layouts on many processes
+test-long: $(VENV)/.installed-dev  ## run the long tests: Slurm clusters, kills, hangs, layouts on many processes
 	@$(RUN) -m pytest -m long $(PARALLEL) $(PYTEST_FLAGS)
 
 coverage: $(VENV)/.installed-dev  ## run the same tests and print the coverage of each file by line and branch
-	@$(RUN) -m pytest -m "not long" $(PARALLEL) --cov --cov-branch --cov-report=term $(PYTEST_FLAGS); \
+	@$(RUN) -m pytest -m "not long or fault" $(PARALLEL) --cov --cov-branch --cov-report=term $(PYTEST_FLAGS); \
 		code=$$?; rm -f .coverage.*; exit $$code  # files of processes that end after the report
 
 mutants: $(VENV)/.installed-dev  ## change the source in 300 small ways, and list those that no test notices

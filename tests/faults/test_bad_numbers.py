@@ -74,6 +74,7 @@ def words(folds: Path, save: Path, *flags: object) -> list[str]:
     return arguments("laptop-llama", folds, *common)
 
 
+@pytest.mark.long
 @pytest.mark.fault(
     "a spike, with --spike-action rollback", "the same losses as with its batches skipped"
 )
@@ -97,6 +98,7 @@ def test_a_spike_is_rolled_back(folds, tmp_path):
     assert {i: rolled[i] for i in skipped} == skipped
 
 
+@pytest.mark.long
 @pytest.mark.fault(
     "a NaN in the gradients of one rank, once", "not applied, reported; training continues"
 )
@@ -112,6 +114,7 @@ def test_a_nan_on_one_rank_is_not_applied(folds, tmp_path, capfd):
     assert len(history(save)) == 30 and all(loss == loss for loss in history(save).values())
 
 
+@pytest.mark.long
 def test_too_many_nans_end_the_run(folds, tmp_path):
     flags = words(folds, tmp_path / "end", "--max-bad-steps", 1)
     assert run_ranks(train_with_bad_batch, 2, flags, float("inf"), 0) == [1, 1]

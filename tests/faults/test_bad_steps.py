@@ -17,6 +17,8 @@ from tests.support.datasets import write_folds
 from tests.support.proof import assert_checkpoints_complete
 from tests.support.training import arguments
 
+pytestmark = pytest.mark.long
+
 SAVE_ALL = ("--save-interval", 1, "--keep-last", 1, "--no-save-fold-ends")
 OUTCOME = "exit code 1; the last good checkpoint is complete and named in the error"
 

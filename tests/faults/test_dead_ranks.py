@@ -10,6 +10,8 @@ import pytest
 
 from megatron_llmjp.errors import EXIT_FAILURE, EXIT_USER_ERROR
 
+pytestmark = pytest.mark.long
+
 SAME = "the same losses and weights after a restart"
 
 

@@ -116,6 +116,7 @@ def slow_rank() -> str:
     return "done"
 
 
+@pytest.mark.long
 def test_a_rank_that_waits_for_a_slow_one_is_healthy():
     assert run_ranks(slow_rank, 2) == ["done", "done"]
 
@@ -125,6 +126,7 @@ LIMIT = 4.0
 """Hang limit in seconds; slow operations take twice as long."""
 
 
+@pytest.mark.long
 @pytest.mark.fault("a validation that takes longer than the hang limit", "the run continues")
 def test_a_slow_validation(stage):
     save = stage.folder("slow-validation")
@@ -134,6 +136,7 @@ def test_a_slow_validation(stage):
     assert manifests.complete_iterations(save)[-1] == LAST
 
 
+@pytest.mark.long
 @pytest.mark.fault("a write that takes longer than the hang limit", SLOW)
 @pytest.mark.parametrize(("layout", "which"), [("alone", 0), ("alone-async", 0), ("dp2", 1)])
 def test_a_slow_disk(stage, layout, which):
@@ -145,6 +148,7 @@ def test_a_slow_disk(stage, layout, which):
     stage.prove(layout, save)
 
 
+@pytest.mark.long
 @pytest.mark.fault("a process that is suspended for longer than the hang limit", SLOW)
 def test_a_process_that_is_suspended(stage):
     save = stage.folder("suspended")
@@ -160,6 +164,7 @@ def test_a_process_that_is_suspended(stage):
 REPORTED = "reported, with stacks; exit code 1; the same losses and weights after a restart"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("layout", "fault", "what"),
     [

@@ -10,6 +10,8 @@ import pytest
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.errors import EXIT_REQUEUE
 
+pytestmark = pytest.mark.long
+
 OUTCOME = "exit code 3, with a checkpoint if training had started; the same losses and weights"
 
 

@@ -31,7 +31,7 @@ def record(tests: Sequence[str]) -> None:
     """Run the tests under coverage; given files are added to what was recorded before."""
     FOLDER.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "pytest", "--cov", "--cov-context=test", "--cov-report="]
-    command += ["-q", "-m", "not long", "-n", "2", "--dist", "loadfile"]
+    command += ["-q", "-m", "not long or fault", "-n", "2", "--dist", "loadfile"]
     command += ["-p", "tools.mutants.recording", *tests]
     command += ["--cov-append"] if tests else []
     environment = {**os.environ, "COVERAGE_FILE": str(DATA), "PYTHONPATH": str(ROOT)}
