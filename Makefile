@@ -26,7 +26,7 @@ test: $(VENV)/.installed-dev  ## run the tests, except the long ones
 test-long: $(VENV)/.installed-dev  ## run the long tests: Slurm clusters, kills, hangs, layouts on many processes
 	@$(RUN) -m pytest -m long $(PARALLEL) $(PYTEST_FLAGS)
 
-coverage: $(VENV)/.installed-dev  ## run the same tests and print the coverage of each file by line and branch
+coverage: $(VENV)/.installed-dev  ## run these tests and the injected faults, and print the coverage of each file
 	@$(RUN) -m pytest -m "not long or fault" $(PARALLEL) --cov --cov-branch --cov-report=term $(PYTEST_FLAGS); \
 		code=$$?; rm -f .coverage.*; exit $$code  # files of processes that end after the report
 
