@@ -23,7 +23,7 @@ quickstart: $(VENV)/.installed  ## run the whole chain on a small corpus, from r
 test: $(VENV)/.installed-dev  ## run the tests, except the long ones
 	@$(RUN) -m pytest -m "not long" $(PARALLEL) $(PYTEST_FLAGS)
 
-test-long: $(VENV)/.installed-dev  ## run the long tests: Slurm clusters, kills, hangs, layouts on many processes
+test-long: $(VENV)/.installed-dev  ## run the long tests: Slurm clusters, injected faults, layouts on many processes
 	@$(RUN) -m pytest -m long $(PARALLEL) $(PYTEST_FLAGS)
 
 coverage: $(VENV)/.installed-dev  ## run these tests and the injected faults, and print the coverage of each file

@@ -14,6 +14,8 @@ import pytest
 from megatron_llmjp.checkpoint import manifest as manifests
 from tests.faults.stage import Stage
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def half(stage) -> dict[str, Path]:

@@ -13,6 +13,8 @@ from megatron_llmjp.errors import EXIT_REQUEUE, EXIT_USER_ERROR
 from tests.faults.stage import Stage
 from tests.support.datasets import VOCAB_SIZE
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def own(tmp_path_factory) -> Stage:

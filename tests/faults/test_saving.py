@@ -15,6 +15,8 @@ from megatron_llmjp.checkpoint.run_lock import RECORD
 from tests.faults.stage import LAST
 from tests.support.training import history
 
+pytestmark = pytest.mark.long
+
 OUTCOME = (
     "the cause is reported, training continues, the next save succeeds; the same losses and weights"
 )
