@@ -12,8 +12,8 @@ from megatron_llmjp.config.schema import SECTION_OF, SECTIONS
 
 PACKAGE = Path(megatron_llmjp.__file__).parent
 DECLARING = (
-    "model_config", "run_config", "validation", "layout_validation", "warnings", "megatron",
-    "flags", "loading",
+    "model_config", "run_config", "logging_config", "profiling_config", "validation",
+    "layout_validation", "warnings", "megatron", "flags", "loading",
 )  # fmt: skip
 """Files of config/ that declare, check or name fields without using their values."""
 BY_PROPERTY = {
