@@ -15,7 +15,14 @@ from types import MappingProxyType
 
 from megatron_llmjp.formatting import format_names
 from megatron_llmjp.preflight.facts import NetworkFacts, NodeFacts
-from megatron_llmjp.preflight.link_faults import Faults, Pair, PairResult, locate, slow_pairs
+from megatron_llmjp.preflight.link_faults import (
+    Faults,
+    Pair,
+    PairResult,
+    divide,
+    locate,
+    slow_pairs,
+)
 from megatron_llmjp.preflight.settings import Thresholds
 
 _Texts = dict[str, list[str]]
@@ -287,20 +294,11 @@ def _below(values: Mapping[str, float], ratio: float, kind: str, what: str) -> l
     ]
 
 
-def pair_results(network: NetworkFacts) -> list[PairResult]:
-    """Return the results of all tests of two nodes."""
-    return [
-        PairResult((one["pair"][0], one["pair"][1]), one["error"], tuple(one["seconds"]))
-        for one in network.pairs
-    ]
-
-
 def _links(network: NetworkFacts, limits: Thresholds, result: Assessment) -> list[_Problem]:
     """Return the nodes at fault for failed and slow tests."""
-    tests = pair_results(network)
+    tests = network.pairs
     failed = {test.pair: test.error for test in tests if test.error}
-    passed = {test.pair for test in tests} - failed.keys()
-    faults = locate(passed, failed.keys())
+    faults = locate(*divide(tests))
     problems = [
         _Problem(network.names[node], "links", _failures(network, node, partners, failed))
         for node, partners in faults.nodes.items()
@@ -331,7 +329,7 @@ def _slow_links(
 ) -> list[_Problem]:
     ratio = limits.link_ratio(next((one.device for one in network.facts.values()), ""))
     slow = slow_pairs(tests, ratio)
-    faults: Faults = locate({test.pair for test in tests if not test.error} - slow, slow)
+    faults: Faults = locate(divide(tests)[0] - slow, slow)
     rails = list(zip(*(test.seconds for test in tests if not test.error), strict=False))
     median = statistics.median([value for rail in rails for value in rail]) if rails else 0.0
     problems = []

@@ -20,6 +20,7 @@ from megatron_llmjp.preflight.link_faults import (
     Pair,
     PairResult,
     condemned,
+    divide,
     locate,
     pair_rounds,
     retest_pairs,
@@ -64,7 +65,6 @@ class Coordinator:
         self._network = NetworkFacts(nodes)
         self._alive: list[int] = []
         self._plans = 0
-        self._results: list[PairResult] = []
         self._end = time.monotonic() + settings.total_seconds
 
     def run(self) -> None:
@@ -110,15 +110,14 @@ class Coordinator:
             self._run_pairs(pairs)
 
     def _condemned(self) -> set[int]:
-        failed = {result.pair for result in self._results if result.error}
-        return condemned({result.pair for result in self._results} - failed, failed)
+        return condemned(*divide(self._network.pairs))
 
     def _divide(self) -> tuple[set[Pair], set[Pair]]:
         """Return good and bad pairs."""
         kind = self._of(self._alive[0]).device if self._alive else ""
-        slow = slow_pairs(self._results, self._thresholds.link_ratio(kind))
-        bad = slow | {result.pair for result in self._results if result.error}
-        return {result.pair for result in self._results} - bad, bad
+        passed, failed = divide(self._network.pairs)
+        slow = slow_pairs(self._network.pairs, self._thresholds.link_ratio(kind))
+        return passed - slow, failed | slow
 
     def _run_pairs(self, pairs: Sequence[Pair]) -> None:
         pairs = [pair for pair in pairs if set(pair) <= set(self._alive)]
@@ -133,8 +132,7 @@ class Coordinator:
             if not result.error:
                 times = zip(results[a]["exchanges"], results[b]["exchanges"], strict=True)
                 result = PairResult((a, b), "", tuple(max(both) for both in times))
-            self._results.append(result)
-        self._network.pairs = [vars(result) for result in self._results]
+            self._network.pairs.append(result)
         self._network.write(self._folder)
 
     def _has_time(self) -> bool:
@@ -172,8 +170,7 @@ class Coordinator:
 
     def _test_all(self) -> None:
         """Measure an all-reduce over all nodes whose links work."""
-        failed = {result.pair for result in self._results if result.error}
-        faults = locate({result.pair for result in self._results} - failed, failed)
+        faults = locate(*divide(self._network.pairs))
         fit = [rank for rank in self._alive if rank not in faults.nodes]
         if len(fit) < 2 or faults.unexplained or not self._has_time():
             return

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_llmjp.filesystem import write_atomically
+from megatron_llmjp.preflight.link_faults import PairResult
 
 NETWORK_FILE = "network.json"
 
@@ -78,8 +79,8 @@ class NetworkFacts:
     facts: dict[str, NodeFacts] = field(default_factory=dict)
     silent: dict[str, str] = field(default_factory=dict)
     """Nodes that answered first, and when they stopped."""
-    pairs: list[dict[str, Any]] = field(default_factory=list)
-    """Fields of :class:`~.link_faults.PairResult`."""
+    pairs: list[PairResult] = field(default_factory=list)
+    """Tests of two nodes, in their order."""
     rounds: int = 0
     all_reduce: dict[str, Any] = field(default_factory=dict)
     """Of all fit nodes: ``nodes``, ``devices``, and ``gbs`` (bus bandwidth), ``error``, or
@@ -102,6 +103,10 @@ def read_network(folder: Path) -> NetworkFacts | None:
         return None
     values["names"] = {int(rank): name for rank, name in values["names"].items()}
     values["facts"] = {name: node_facts(one) for name, one in values["facts"].items()}
+    values["pairs"] = [
+        PairResult((one["pair"][0], one["pair"][1]), one["error"], tuple(one["seconds"]))
+        for one in values["pairs"]
+    ]
     return NetworkFacts(**values)
 
 

@@ -30,6 +30,12 @@ class PairResult:
     """Duration of an exchange by each device of the nodes, at the same time."""
 
 
+def divide(results: Sequence[PairResult]) -> tuple[set[Pair], set[Pair]]:
+    """Return the pairs that passed their tests, and those that failed."""
+    failed = {result.pair for result in results if result.error}
+    return {result.pair for result in results} - failed, failed
+
+
 def pair_rounds(nodes: Sequence[int]) -> list[list[Pair]]:
     """Return the first rounds of a round-robin tournament (circle method), log2 of the nodes.
 
@@ -91,7 +97,7 @@ def condemned(passed: Set[Pair], failed: Set[Pair]) -> set[int]:
     """Return nodes of which no test passed, and that failed with enough working ones.
 
     Each further test of such a node may take its whole time limit. Empty if other pairs failed as
-    well: then more tests are needed to tell whether nodes or the network are at fault.
+    well: then more tests are needed to decide between nodes and the network.
     """
     works = {node for pair in passed for node in pair}
     failures = Counter(node for pair in failed for node in pair if works.intersection(pair))

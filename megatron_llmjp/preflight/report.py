@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.filesystem import write_atomically
 from megatron_llmjp.formatting import format_table
-from megatron_llmjp.preflight.assessment import Assessment, assess, pair_results
+from megatron_llmjp.preflight.assessment import Assessment, assess
 from megatron_llmjp.preflight.facts import NetworkFacts, NodeFacts, read_network, read_nodes
 from megatron_llmjp.preflight.settings import Settings, Thresholds
 
@@ -126,7 +126,7 @@ def _link_bandwidths(network: NetworkFacts | None, settings: Settings) -> dict[s
     best: dict[str, float] = {}
     if network is None:
         return best
-    for test in pair_results(network):
+    for test in network.pairs:
         if test.error or not test.seconds:
             continue
         for node in test.pair:

@@ -9,6 +9,7 @@ import pytest
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.preflight.assessment import Assessment, assess
 from megatron_llmjp.preflight.facts import NetworkFacts, NodeFacts
+from megatron_llmjp.preflight.link_faults import PairResult
 from megatron_llmjp.preflight.report import report
 from megatron_llmjp.preflight.settings import Settings, Thresholds
 
@@ -33,7 +34,7 @@ def network(names=NAMES, bad=(), error="timeout", seconds=None, **other) -> Netw
         for j in range(i):
             text = error if (j, i) in bad else ""
             times = [] if text else (seconds or {}).get((j, i), [0.01, 0.01])
-            pairs.append({"pair": [j, i], "error": text, "seconds": times})
+            pairs.append(PairResult((j, i), text, tuple(times)))
     known = {"names": dict(enumerate(names)), "is_finished": True, "pairs": pairs}
     return NetworkFacts(**{**known, **other})
 
