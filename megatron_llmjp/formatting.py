@@ -23,14 +23,19 @@ def format_tick(number: float) -> str:
 
 def format_ranks(ranks: Iterable[int]) -> str:
     """Format rank numbers: ``rank 4``, ``ranks 0-3, 8``."""
+    numbers = list(ranks)
+    return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(format_ranges(numbers))}"
+
+
+def format_ranges(numbers: Iterable[int]) -> list[str]:
+    """Format numbers by ranges in ascending order: ``0-3``, ``8``."""
     runs: list[list[int]] = []
-    for rank in sorted(ranks):
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
         else:
-            runs.append([rank])
-    text = ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs)
-    return f"rank{'s' if sum(map(len, runs)) > 1 else ''} {text}"
+            runs.append([number])
+    return [f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
 
 
 def format_duration(seconds: float) -> str:

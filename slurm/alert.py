@@ -14,14 +14,13 @@ from typing import Any
 
 from megatron_llmjp.alerts.delivery import Alert, deliver
 from megatron_llmjp.alerts.destinations import destinations_of_arguments
-from megatron_llmjp.alerts.run_end import end_event
+from megatron_llmjp.alerts.run_end import end_event, read_state
 from megatron_llmjp.checkpoint.run_lock import IN_USE
-from megatron_llmjp.errors import EXIT_DONE, EXIT_FAILURE, UserError
+from megatron_llmjp.errors import EXIT_DONE, EXIT_FAILURE
 from megatron_llmjp.report.exclusions import read_exclusions
-from megatron_llmjp.report.jobs import excluded_nodes, read_job_ends
+from megatron_llmjp.report.jobs import excluded_nodes, format_excluded, read_job_ends
 from megatron_llmjp.report.metrics_tail import read_recent_metrics
-from megatron_llmjp.report.status import read_status
-from slurm.requeue import restart_count
+from slurm.this_job import job_id, restart_count
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,13 +55,13 @@ def alerts_of_job(args: argparse.Namespace, env: Mapping[str, str]) -> list[Aler
     if args.preflight and record is None:
         excluded = _exclusions_since(args.started, args.save, env)
     if excluded:  # the job continues without these nodes: it has not ended
-        return [Alert("exclusion", f"excluded {_describe(excluded)}", str(args.save))]
+        return [Alert("exclusion", f"excluded {format_excluded(excluded)}", str(args.save))]
     return end_alerts(args.save, args.code, record)
 
 
 def alerts_of_previous_start(save: Path, env: Mapping[str, str]) -> list[Alert]:
     """Return the alert of a start that ended together with its script; none if it was recorded."""
-    job, restart = _job_id(env), int(env.get("SLURM_RESTART_COUNT") or 0)
+    job, restart = job_id(env), restart_count(env)
     records = [end for end in read_job_ends(save) if not end.get("in this job")]
     if any((end.get("job"), end.get("restart")) == (job, restart - 1) for end in records):
         return []
@@ -75,23 +74,15 @@ def alerts_of_previous_start(save: Path, env: Mapping[str, str]) -> list[Alert]:
 
 def _recorded_end(save: Path, env: Mapping[str, str]) -> Mapping[str, Any] | None:
     """Return the record of the end of this start of the job."""
-    start = {"job": _job_id(env), "restart": restart_count(env)}
+    start = {"job": job_id(env), "restart": restart_count(env)}
     ends = read_job_ends(save)
     return ends[-1] if ends and start.items() <= ends[-1].items() else None
 
 
-def _job_id(env: Mapping[str, str]) -> str | None:
-    return env.get("SLURM_JOB_ID") or env.get("PBS_JOBID")
-
-
 def _exclusions_since(started: float, save: Path, env: Mapping[str, str]) -> dict[str, str]:
     """Return the nodes that the job has excluded since this time, with reasons."""
-    found = [one for one in read_exclusions(save) if one.job == _job_id(env)]
+    found = [one for one in read_exclusions(save) if one.job == job_id(env)]
     return {one.node: one.reason for one in found if one.time >= started}
-
-
-def _describe(nodes: Mapping[str, str]) -> str:
-    return "; ".join(f"{node}: {reason or 'unknown'}" for node, reason in nodes.items())
 
 
 def end_alerts(save: Path, code: int, record: Mapping[str, Any] | None) -> list[Alert]:
@@ -102,18 +93,12 @@ def end_alerts(save: Path, code: int, record: Mapping[str, Any] | None) -> list[
         code: exit code of the ranks.
         record: record of the end; None if it could not be written.
     """
-    state, why = "", ""
-    try:
-        status = read_status(save)
-    except (UserError, OSError):
-        pass
-    else:
-        state, why = status.state, status.why
+    state, why = read_state(save)
     alerts = []
     if record is not None:
         nodes = excluded_nodes([record])
         if nodes:
-            alerts.append(Alert("exclusion", f"excluded {_describe(nodes)}", str(save)))
+            alerts.append(Alert("exclusion", f"excluded {format_excluded(nodes)}", str(save)))
         cause = record.get("cause")
         if IN_USE in str(cause):
             return []

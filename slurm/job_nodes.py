@@ -67,7 +67,7 @@ class SlurmJob:
         """Give up the other nodes: without this, Slurm may end the job when it finds them down."""
         if set(self._nodes("NodeList")) <= set(nodes):
             return
-        # scontrol writes scripts to the working folder that would set the job's variables anew.
+        # scontrol writes scripts to the working folder that would set the job's variables again.
         change = ["scontrol", "update", f"JobId={self._job}", f"NodeList={','.join(nodes)}"]
         _run(change, COMMAND_SECONDS, self._folder)
         for script in self._folder.glob(f"slurm_job_{self._job}_resize.*"):

@@ -31,6 +31,7 @@ from slurm.sick_nodes import (
     slow_nodes,
     unfit_nodes,
 )
+from slurm.this_job import job_id
 
 HEALTHY_NODES = "healthy_nodes"
 """File with the nodes to restart on, one per line, in the folder of the logs."""
@@ -199,7 +200,7 @@ def reviewed_job(args: argparse.Namespace) -> ReviewedJob:
         args.started,
         bool(args.exclude_bad_nodes),
         Limits(args.max_excluded_share, args.exclude_hours),
-        os.environ.get("SLURM_JOB_ID") or "",
+        job_id() or "",
         int(os.environ.get("SLURM_JOB_NUM_NODES") or len(args.nodes)),
     )
 

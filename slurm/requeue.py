@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from megatron_llmjp.report.jobs import REQUEUE_LOG, read_job_ends
 from slurm.exclusions import describe
 from slurm.node_review import NodeReview, ReviewedJob, add_arguments, reviewed_job
 from slurm.sick_nodes import SickNode
+from slurm.this_job import job_id, restart_count
 
 HISTORY = REQUEUE_LOG
 
@@ -96,14 +96,14 @@ def decide_next(preflight: bool, review: NodeReview, by_history: Next) -> Next:
         by_history: the decision by the earlier ends alone.
     """
     decision = review.decision
-    goes_on = decision.action != "requeue"
+    continues = decision.action != "requeue"
     if preflight:
         if review.common or decision.refusal or not decision.excluded:
             why = review.common or decision.refusal or "see its messages above"
             return Next(END, f"not requeued: the preflight check failed: {why}")
-        if goes_on:
+        if continues:
             return Next(RESTART, "the preflight check failed on nodes that are excluded")
-    if by_history.code == REQUEUE and goes_on:
+    if by_history.code == REQUEUE and continues:
         return Next(RESTART, by_history.why.replace("requeued", "restarted in this job"))
     return by_history
 
@@ -151,8 +151,8 @@ def _record_end(
     """
     record: dict[str, Any] = {
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "job": os.environ.get("SLURM_JOB_ID") or os.environ.get("PBS_JOBID"),
-        "restart": restart_count(os.environ),
+        "job": job_id(),
+        "restart": restart_count(),
         "seconds": args.seconds,
         "exit code": args.code,
         "iteration": iteration,
@@ -167,11 +167,6 @@ def _record_end(
         record["excluded"] = [{"node": one.node, "reason": one.reason} for one in excluded]
     with (args.save / HISTORY).open("a") as stream:
         stream.write(json.dumps(record) + "\n")
-
-
-def restart_count(env: Mapping[str, str]) -> int:
-    """Return how often the scheduler has restarted this job; ``pbs.sh`` sets it under PBS."""
-    return int(env.get("SLURM_RESTART_COUNT") or env.get("PBS_RESTART_COUNT") or 0)
 
 
 def _print_cause(logs: Path | None) -> Cause | None:

@@ -6,7 +6,6 @@ nodes are excluded is decided in ``exclusions.py``.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from megatron_llmjp.metric_registry import (
     SLOWEST_HOST,
     STRAGGLER_SHARE,
 )
+from megatron_llmjp.preflight.result import read_result
 from megatron_llmjp.report.jobs import HANG_SUSPECTS, LOG_BYTES, tail
 from megatron_llmjp.report.json_lines import parse_object
 
@@ -58,12 +58,9 @@ def unfit_nodes(logs: Path) -> tuple[list[SickNode], str]:
     Args:
         logs: folder of the logs of this start of the job.
     """
-    folder = logs / "preflight"
-    report = _read_json(folder / "report.json")
-    unfit, common = report.get("unfit"), report.get("common")
-    nodes = unfit.items() if isinstance(unfit, dict) else ()
-    found = [SickNode(node, PREFLIGHT, "; ".join(map(str, reasons))) for node, reasons in nodes]
-    return found, "; ".join(map(str, common)) if isinstance(common, list) else ""
+    result = read_result(logs)
+    found = [SickNode(node, PREFLIGHT, "; ".join(why)) for node, why in result.unfit.items()]
+    return found, "; ".join(result.common)
 
 
 def hung_nodes(save: Path, started: float) -> list[SickNode]:
@@ -74,12 +71,7 @@ def hung_nodes(save: Path, started: float) -> list[SickNode]:
         started: start of the ranks, in seconds since the epoch; older reports are not read.
     """
     path = save / HANG_SUSPECTS
-    try:
-        if path.stat().st_mtime < started:
-            return []
-    except OSError:
-        return []
-    report = _read_json(path)
+    report = _read_json(path) if _is_written_since(path, started) else {}
     suspects, iteration = report.get("suspects"), report.get("iteration")
     if not isinstance(suspects, list) or not isinstance(iteration, int):
         return []
@@ -120,10 +112,7 @@ def failed_gpus(logs: Path, nodes: Sequence[str], ranks_per_node: int) -> list[S
 def slow_nodes(save: Path, started: float) -> list[SickNode]:
     """Return the node that was the slowest in the last log intervals, if it costs much."""
     path = save / METRICS_FILE
-    try:
-        if path.stat().st_mtime < started:
-            return []
-    except OSError:
+    if not _is_written_since(path, started):
         return []
     records = [found for line in tail(path, LOG_BYTES) if (found := parse_object(line))]
     last = [record for record in records if LM_LOSS.name in record][-SLOW_INTERVALS:]
@@ -145,10 +134,17 @@ def one_per_node(found: Iterable[SickNode]) -> list[SickNode]:
     return list(nodes.values())
 
 
+def _is_written_since(path: Path, started: float) -> bool:
+    """Return whether a file exists and was written since a time, in seconds since the epoch."""
+    try:
+        return path.stat().st_mtime >= started
+    except OSError:
+        return False
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; empty if there is none."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return parse_object(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError):
         return {}
-    return found if isinstance(found, dict) else {}

@@ -22,8 +22,6 @@ from megatron_llmjp.report.status import read_status
 
 JOB_VARIABLE = "MEGATRON_LLMJP_ALERTS_BY_JOB"
 """Set by job scripts that send the alert at the end of the ranks."""
-
-
 STATUS_SECONDS = 5.0
 """Time for reading the status of the run."""
 
@@ -64,7 +62,7 @@ def alert_end(
     save = config.checkpoint.save
 
     def send() -> None:
-        state, why = _state(save)
+        state, why = read_state(Path(save)) if save is not None else ("", "")
         why = message or why or f"exit code {code}"
         deliver(Alert(end_event(code, state, why, has_hung()), why, save), destinations)
 
@@ -82,12 +80,10 @@ def end_event(code: int, state: str, why: str, hung: bool = False) -> Event:
     return "hang" if hung or HANG_MESSAGE in why else "crash"
 
 
-def _state(save: str | None) -> tuple[str, str]:
-    """Return the state of the run and its reason; empty without a save folder."""
-    if save is None:
-        return "", ""
+def read_state(save: Path) -> tuple[str, str]:
+    """Return the state of the run and its reason; empty if they cannot be read."""
     try:
-        status = read_status(Path(save))
+        status = read_status(save)
     except (UserError, OSError):
         return "", ""
     return status.state, status.why

@@ -125,8 +125,8 @@ def all_files(folder: Path) -> list[str]:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write ``manifest.json``, the last file of a checkpoint, and sync it to disk."""
-    left_out = {"checksum", "persistent"} if manifest.persistent else {"checksum"}
-    content = json.loads(manifest.model_dump_json(exclude=left_out))
+    excluded = {"checksum", "persistent"} if manifest.persistent else {"checksum"}
+    content = json.loads(manifest.model_dump_json(exclude=excluded))
     content["checksum"] = _checksum(content)
     text = json.dumps(content, indent=2, ensure_ascii=False)
     write_atomically(folder / MANIFEST, text + "\n")

@@ -67,7 +67,7 @@ def count_checkpoints(
         config: the run's configuration; a missing save folder does not matter.
         iterations: length of the run.
         fold_ends: consumed samples at the end of each fold.
-        step_seconds: duration of a step; None to leave out the saves that are due by time.
+        step_seconds: duration of a step; None to count no saves that are due by time.
     """
     saves = save_schedule(config, iterations, fold_ends, step_seconds)
     temporary = {iteration for iteration, kind in saves.items() if kind is SaveKind.NON_PERSISTENT}

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_llmjp.formatting import format_ranges
+
 SYSFS = Path("/sys")
 
 
@@ -103,13 +105,7 @@ def parse_cpus(text: str) -> frozenset[int]:
 
 def format_cpus(cpus: Iterable[int]) -> str:
     """Format CPUs as the kernel does: ``0-3,8``."""
-    runs: list[list[int]] = []
-    for cpu in sorted(cpus):
-        if runs and cpu == runs[-1][1] + 1:
-            runs[-1][1] = cpu
-        else:
-            runs.append([cpu, cpu])
-    return ",".join(f"{a}-{b}" if a < b else str(a) for a, b in runs)
+    return ",".join(format_ranges(cpus))
 
 
 def allowed_cpus() -> frozenset[int]:

@@ -13,9 +13,8 @@ from megatron_llmjp.filesystem import write_atomically
 from megatron_llmjp.formatting import format_table
 from megatron_llmjp.preflight.assessment import Assessment, assess
 from megatron_llmjp.preflight.facts import NetworkFacts, NodeFacts, read_network, read_nodes
+from megatron_llmjp.preflight.result import REPORT_FILE
 from megatron_llmjp.preflight.settings import Settings, Thresholds
-
-REPORT_FILE = "report.json"
 
 _HEADS = ("node", "devices", "GEMM TFLOP/s", "inside GB/s", "link GB/s", "disk GB/s", "result")
 

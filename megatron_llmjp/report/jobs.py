@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import time
@@ -14,6 +13,7 @@ from typing import Any
 
 from megatron_llmjp.checkpoint.run_lock import IN_USE
 from megatron_llmjp.errors import EXIT_USER_ERROR
+from megatron_llmjp.preflight.result import read_result
 from megatron_llmjp.report.json_lines import parse_object
 from megatron_llmjp.report.slurm_queue import QueuedJob
 
@@ -115,6 +115,11 @@ def excluded_nodes(ends: Iterable[Mapping[str, Any]]) -> dict[str, str]:
             if isinstance(entry, dict) and entry.get("node"):
                 found[str(entry["node"])] = str(entry.get("reason") or "")
     return found
+
+
+def format_excluded(nodes: Mapping[str, str]) -> str:
+    """Format excluded nodes with their reasons."""
+    return "; ".join(f"{node}: {reason or 'unknown'}" for node, reason in nodes.items())
 
 
 def without_rejected(ends: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -235,19 +240,11 @@ def last_hang(folder: Path) -> Incident | None:
 
 def preflight_failure(job: JobFolder) -> str | None:
     """Return why the preflight of a job failed: common causes, unfit nodes; None if it did not."""
-    try:
-        found = json.loads((job.path / "preflight" / "report.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    common, unfit = (found.get("common"), found.get("unfit")) if isinstance(found, dict) else (0, 0)
-    causes = [str(cause) for cause in common] if isinstance(common, list) else []
-    nodes = list(unfit.items()) if isinstance(unfit, dict) else []
-    texts = [
-        f"{node}: {', '.join(map(str, reasons)) if isinstance(reasons, list) else 'unknown'}"
-        for node, reasons in nodes[:SHOWN_NODES]
-    ]
-    more = [f"{len(nodes) - SHOWN_NODES} more"] if len(nodes) > SHOWN_NODES else []
-    return "; ".join([*causes, *texts, *more]) or None
+    result = read_result(job.path)
+    texts = [f"{node}: {', '.join(why)}" for node, why in islice(result.unfit.items(), SHOWN_NODES)]
+    hidden = len(result.unfit) - len(texts)
+    more = [f"{hidden} more"] if hidden else []
+    return "; ".join([*result.common, *texts, *more]) or None
 
 
 def tail(path: Path, size: int) -> list[str]:

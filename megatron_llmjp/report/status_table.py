@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_llmjp.errors import EXIT_DONE
 from megatron_llmjp.formatting import format_bytes, format_count, format_duration, format_table
-from megatron_llmjp.report.jobs import Incident
+from megatron_llmjp.report.jobs import Incident, format_excluded
 from megatron_llmjp.report.run_state import EXIT_CODES
 from megatron_llmjp.report.status import RunStatus
 
@@ -25,7 +25,7 @@ def format_status(status: RunStatus) -> str:
         ("remaining", _remaining(status)),
         ("checkpoints", _checkpoints(status)),
         ("job ends", _ends(status)),
-        ("excluded", _excluded(status)),
+        ("excluded", format_excluded(status.excluded)),
         ("last error", _incident(status.error)),
         ("rejected job", _incident(status.rejected)),
         ("last hang", _incident(status.hang)),
@@ -147,11 +147,6 @@ def _ends(status: RunStatus) -> str:
         f"{len(status.ends)}, the last on {last.get('time')} with exit code "
         f"{last.get('exit code')} at iteration {last.get('iteration')}: {last.get('why')}"
     )
-
-
-def _excluded(status: RunStatus) -> str:
-    """Return the nodes that the run excluded, with reasons."""
-    return "; ".join(f"{node}: {reason or 'unknown'}" for node, reason in status.excluded.items())
 
 
 def _incident(incident: Incident | None) -> str:

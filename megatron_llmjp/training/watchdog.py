@@ -192,7 +192,7 @@ class Watchdog:
             self._alert("; ".join(lines[:2]).removeprefix("error: "))
 
     def _write_suspects(self, states: list[RankState]) -> None:
-        """Write the ranks to check first, for the job script that may leave out their nodes."""
+        """Write the ranks to check first, for the job script that may exclude their nodes."""
         suspects = find_suspects(states, self._world_size, self._hosts)
         found = {
             "iteration": self._phase.iteration,
