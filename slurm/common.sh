@@ -50,12 +50,22 @@ has_flag() {
     return 1
 }
 
+# planning_mode ARGUMENTS...: print the flag of the mode that trains nothing, or nothing.
+planning_mode() {
+    local mode
+    for mode in --estimate --rehearse --suggest-layout --dry-run --plan-data; do
+        if has_flag "$mode" "$@"; then
+            printf '%s' "$mode"
+            return
+        fi
+    done
+}
+
 # pretrain ARGUMENTS...: train on all tasks of this job, and requeue the job if training is not finished.
 pretrain() {
     local mode
-    for mode in --estimate --rehearse --suggest-layout --dry-run --plan-data; do
-        ! has_flag "$mode" "$@" || run_planning_mode "$mode" "$@"
-    done
+    mode=$(planning_mode "$@")
+    [[ -z "$mode" ]] || run_planning_mode "$mode" "$@"
     [[ -n "${SLURM_JOB_ID:-}" ]] || fail "submit this script with sbatch $0 ..., or add --estimate"
     SAVE=$(value_of --save "$@") DEVICE=$(value_of --device "$@")
     [[ -n "$SAVE" ]] || fail "--save DIR is required: a requeued job resumes from it"
@@ -180,6 +190,19 @@ choose_nodes() {
     fi
 }
 
+# set_check SECONDS GPUS: set CHECK to the command that checks a node in preflight.
+set_check() {
+    # shellcheck disable=SC2206  # word splitting of settings in site.sh
+    CHECK=("${RANK_PYTHON:-$PYTHON}" "$MEGATRON_LLMJP/slurm/preflight.py" check --folder "$LOGS/preflight"
+        --save "$SAVE" --gpus "$2" --device "${DEVICE:-auto}" --free-disk-gb "${PREFLIGHT_FREE_GB:-50}"
+        --total-seconds $(($1 * 3 / 4)) ${PREFLIGHT_FLAGS:-})
+}
+
+# report_preflight NODES: print the result of preflight; fails if the job cannot start on all NODES.
+report_preflight() {
+    "$PYTHON" "$MEGATRON_LLMJP/slurm/preflight.py" report --folder "$LOGS/preflight" --nodes "$1"
+}
+
 # preflight ARGUMENTS...: check all nodes before any rank waits for another in training: one task per node, with
 # all of its cores, since it starts a process per GPU.
 preflight() {
@@ -187,21 +210,31 @@ preflight() {
     log "preflight of $SLURM_NNODES nodes"
     mkdir -p "$LOGS/preflight"
     local seconds=${PREFLIGHT_SECONDS:-600}
+    set_check "$seconds" "${SLURM_GPUS_ON_NODE:-0}"
     # shellcheck disable=SC2086  # word splitting of settings in site.sh
     timeout --kill-after=30 "$seconds" srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
         --cpus-per-task=$((TASKS_PER_NODE * CPUS_PER_TASK)) --cpu-bind=none --kill-on-bad-exit=0 \
         --output="$LOGS/preflight/%N.log" ${SRUN_FLAGS:-} "${WITHOUT_USR1[@]}" ${RUN_IN:-} \
-        "${RANK_PYTHON:-$PYTHON}" "$MEGATRON_LLMJP/slurm/preflight.py" check --folder "$LOGS/preflight" \
-        --save "$SAVE" --gpus "${SLURM_GPUS_ON_NODE:-0}" --device "${DEVICE:-auto}" \
-        --free-disk-gb "${PREFLIGHT_FREE_GB:-50}" --total-seconds $((seconds * 3 / 4)) \
-        ${PREFLIGHT_FLAGS:-} || true
-    local code=0
-    "$PYTHON" "$MEGATRON_LLMJP/slurm/preflight.py" report --folder "$LOGS/preflight" \
-        --nodes "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)" || code=$?
-    ((code == 0)) && return 0
+        "${CHECK[@]}" || true
+    report_preflight "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)" && return 0
     log "preflight failed; see $LOGS/preflight (PREFLIGHT=0 skips it)" >&2
     end_job 1 --preflight
     choose_nodes "$@"
+}
+
+# follow FILES...: print what is written to files, until stop_following.
+follow() {
+    touch "$@"
+    # With --pid, tail reads the files once more after that process has ended, so no line is lost.
+    sleep infinity &
+    RUNNING=$!
+    tail -q -n +1 -F --pid="$RUNNING" "$@" 2>/dev/null &
+    FOLLOWER=$!
+}
+
+stop_following() {
+    kill "$RUNNING" 2>/dev/null || true
+    wait "$FOLLOWER" || true
 }
 
 # One task per GPU and no torchrun between Slurm and the ranks: signals and exit codes pass through,
@@ -214,13 +247,8 @@ run_ranks() {
     set_master "${RANK_NODES[0]}"
     log "$tasks tasks on $(scontrol show hostlist "$(join "${RANK_NODES[@]}")")," \
         "$CPUS_PER_TASK CPUs each, master $MASTER_ADDR:$MASTER_PORT, logs in $LOGS"
-    touch "$LOGS/rank_0000.log" "$LOGS/srun.log"
     STARTED=$(date +%s)
-    # With --pid, tail reads the files once more after that process has ended, so no line is lost.
-    sleep infinity &
-    local running=$!
-    tail -q -n +1 -F --pid="$running" "$LOGS/rank_0000.log" "$LOGS/srun.log" 2>/dev/null &
-    local follower=$!
+    follow "$LOGS/rank_0000.log" "$LOGS/srun.log"
     # shellcheck disable=SC2086  # word splitting of settings in site.sh
     srun ${OVERLAP:-} --nodes="${#RANK_NODES[@]}" --nodelist="$(join "${RANK_NODES[@]}")" --ntasks="$tasks" \
         --ntasks-per-node="$TASKS_PER_NODE" --cpus-per-task="$CPUS_PER_TASK" \
@@ -228,8 +256,7 @@ run_ranks() {
         ${SRUN_BIND---cpu-bind=cores --mem-bind=local} ${SRUN_FLAGS:-} ${RUN_IN:-} \
         "${RANK_PYTHON:-$PYTHON}" "$MEGATRON_LLMJP/pretrain_gpt.py" "$@" 2> "$LOGS/srun.log" &
     wait $! || code=$? # bash handles signals while it waits, not while a command runs
-    kill "$running"
-    wait "$follower" || true
+    stop_following
     # srun exits with the highest code of all tasks, and tasks that it stops have high ones: the exit
     # code of the run is that of the task that ended first.
     ((code == 0)) || code=$(first_code "$code")
@@ -241,7 +268,7 @@ run_ranks() {
 end_job() {
     local next=0
     decide_end "$@" || next=$?
-    # The ranks do not wait for the alerts of a job that goes on, nor does Slurm at the time limit.
+    # The ranks do not wait for the alerts of a job that continues, nor does Slurm at the time limit.
     if ((next == 4)) || [[ -n "${TERMINATED:-}" ]]; then alert --code "$@" & else alert --code "$@"; fi
     case $next in
         0) requeue "$1" ;;
@@ -266,9 +293,14 @@ on_termination() {
     end_job 3 # Slurm kills this script after KillWait (30) seconds
 }
 
-# decide_end CODE [OPTIONS]: record this end of the job, and return how it continues.
+# record_end CODE [OPTIONS]: record this end of the job, and return how it continues.
+record_end() {
+    "$PYTHON" "$MEGATRON_LLMJP/slurm/requeue.py" --save "$SAVE" --logs "$LOGS" --seconds "$SECONDS" --code "$@"
+}
+
+# decide_end CODE [OPTIONS]: record this end of the job with its nodes, and return how it continues.
 decide_end() {
-    "$PYTHON" "$MEGATRON_LLMJP/slurm/requeue.py" --save "$SAVE" --logs "$LOGS" --seconds "$SECONDS" --code "$@" \
+    record_end "$@" \
         --nodes "$(join "${NODES[@]}")" --rank-nodes "$(join "${RANK_NODES[@]}")" \
         --ranks-per-node "$TASKS_PER_NODE" --started "$STARTED" \
         --exclude-bad-nodes "${EXCLUDE_BAD_NODES:-1}" --exclude-hours "${EXCLUDE_HOURS:-24}" \

@@ -4,10 +4,7 @@
 # pretrain_in_pbs ARGUMENTS...: train on all nodes of this job, and submit the next job if training is
 # not finished.
 pretrain_in_pbs() {
-    local mode
-    for mode in --estimate --rehearse --suggest-layout --dry-run --plan-data; do
-        ! has_flag "$mode" "$@" || exec "$PYTHON" "$MEGATRON_LLMJP/pretrain_gpt.py" "$@"
-    done
+    [[ -z "$(planning_mode "$@")" ]] || exec "$PYTHON" "$MEGATRON_LLMJP/pretrain_gpt.py" "$@"
     [[ -n "${PBS_JOBID:-}" ]] ||
         fail "submit this: qsub -l select=... -l walltime=... -- $0 ARGUMENTS, or add --estimate"
     (($# > 0)) || fail "no arguments: PBS passes none to a script. Submit it as a program:" \
@@ -62,7 +59,7 @@ choose_hosts() {
     local code=0 file="$LOGS/rank_nodes"
     # shellcheck disable=SC2086  # word splitting of settings in site.sh
     ${RUN_IN:-} "${RANK_PYTHON:-$PYTHON}" "$MEGATRON_LLMJP/slurm/choose_nodes.py" --output "$file" \
-        --nodes "$(printf '%s\n' "${HOSTS[@]}" | paste -sd,)" --tasks-per-node "$RANKS_PER_NODE" \
+        --nodes "$(join "${HOSTS[@]}")" --tasks-per-node "$RANKS_PER_NODE" \
         -- "$@" 2> "$LOGS/start.log" || code=$?
     cat "$LOGS/start.log" >&2
     ! grep -q '^error:' "$LOGS/start.log" || end_pbs_job "$code"
@@ -96,19 +93,15 @@ on_nodes() {
 
 pbs_preflight() {
     [[ "${PREFLIGHT:-1}" == 1 ]] || return 0
-    local gpus=$RANKS_PER_NODE code=0 seconds=${PREFLIGHT_SECONDS:-600}
+    local gpus=$RANKS_PER_NODE seconds=${PREFLIGHT_SECONDS:-600}
     [[ "$DEVICE" != cpu ]] || gpus=0
+    set_check "$seconds" "$gpus"
     log "preflight of ${#HOSTS[@]} nodes"
     # shellcheck disable=SC2086
     on_nodes 1 timeout --kill-after=30 "$seconds" \
         "$MEGATRON_LLMJP/slurm/with_log.sh" "$LOGS/preflight/%N.log" ${RUN_IN:-} \
-        "${RANK_PYTHON:-$PYTHON}" "$MEGATRON_LLMJP/slurm/preflight.py" check \
-        --folder "$LOGS/preflight" --save "$SAVE" \
-        --gpus "$gpus" --device "${DEVICE:-auto}" --free-disk-gb "${PREFLIGHT_FREE_GB:-50}" \
-        --total-seconds $((seconds * 3 / 4)) ${PREFLIGHT_FLAGS:-} || true
-    "$PYTHON" "$MEGATRON_LLMJP/slurm/preflight.py" report --folder "$LOGS/preflight" \
-        --nodes "$(printf '%s\n' "${HOSTS[@]%%.*}" | paste -sd,)" || code=$?
-    ((code == 0)) && return 0
+        "${CHECK[@]}" || true
+    report_preflight "$(join "${HOSTS[@]%%.*}")" && return 0
     # A PBS job cannot exclude nodes by name: the next one could get the same.
     log "error: preflight failed; see $LOGS/preflight (PREFLIGHT=0 skips it)" >&2
     end_pbs_job 1 --end "the preflight check failed"
@@ -121,19 +114,13 @@ train_in_pbs() {
         limit=(--exit-duration-in-mins "$(minutes_left)")
     fi
     log "$((RANKS_PER_NODE * ${#HOSTS[@]})) ranks on ${HOSTS[*]}, logs in $LOGS"
-    touch "$LOGS/rank_0000.log"
-    sleep infinity &
-    local running=$!
-    # With --pid, tail reads the file once more after that process has ended, so no line is lost.
-    tail -n +1 -F --pid="$running" "$LOGS/rank_0000.log" 2> /dev/null &
-    local follower=$!
+    follow "$LOGS/rank_0000.log"
     # At the time limit, and on qdel, PBS sends SIGTERM, and SIGKILL some seconds later.
     trap 'terminated=yes' TERM
     # shellcheck disable=SC2086
     on_nodes "$RANKS_PER_NODE" "$MEGATRON_LLMJP/slurm/with_log.sh" "$LOGS/rank_%4t.log" ${RUN_IN:-} \
         "${RANK_PYTHON:-$PYTHON}" "$MEGATRON_LLMJP/pretrain_gpt.py" "${limit[@]}" "$@" || code=$?
-    kill "$running" 2> /dev/null || true
-    wait "$follower" || true
+    stop_following
     if [[ -n "$terminated" ]] && pbs_job minutes --job "$LOGS/qstat" --margin 0.1 &> /dev/null; then
         log "PBS ended the job before its time limit (qdel, or to rerun it): no next job"
         exit "$code"
@@ -145,18 +132,13 @@ train_in_pbs() {
 # if the run is to continue.
 end_pbs_job() {
     local next=0
-    decide_pbs_end "$@" || next=$?
+    record_end "$@" || next=$?
     # Before the alert, which takes time: at the time limit PBS kills this script after some seconds.
     if ((next == 0)) &&
         ! retry 5 10 pbs_job submit --job "$LOGS/qstat" -- "$MEGATRON_LLMJP/slurm/pretrain.pbs" "${ARGUMENTS[@]}"; then
-        decide_pbs_end "$1" --end "qsub failed" || next=$?
+        record_end "$1" --end "qsub failed" || next=$?
     fi
     alert --code "$1"
     ((next != 0)) || exit 0
     exit "$1"
-}
-
-# decide_pbs_end CODE [--end WHY]: record this end of the job; fails if the run is not to continue.
-decide_pbs_end() {
-    "$PYTHON" "$MEGATRON_LLMJP/slurm/requeue.py" --save "$SAVE" --logs "$LOGS" --seconds "$SECONDS" --code "$@"
 }
