@@ -33,12 +33,12 @@ from megatron_llmjp.estimate.data_warnings import (
     run_data_warnings,
     shared_document_warnings,
 )
+from megatron_llmjp.estimate.estimate_report import format_estimate
 from megatron_llmjp.estimate.layout_search import format_candidates, search_layouts
 from megatron_llmjp.estimate.run_estimate import (
     RunEstimate,
     RunLength,
     estimate_run,
-    format_estimate,
     run_length_without_data,
 )
 from megatron_llmjp.placeholders import substitute_missing
@@ -144,7 +144,7 @@ def print_estimate(command: Command) -> int:
     save = config.checkpoint.save
     observed = observe_jobs(Path(save)) if save else None
     estimate = estimate_run(run.config, machine, run.length, observed)
-    print(format_estimate(estimate, machine.mfu, command.config_name), flush=True)
+    print(format_estimate(estimate, command.config_name), flush=True)
     print(f"\n{_build_on_meta(estimate)}", flush=True)
     for note in (*planned.notes, *run.notes):
         print(f"note: {note}", file=sys.stderr)

@@ -14,7 +14,10 @@ DEFAULTS: dict[str, Any] = {
     "gpu": "H100",
     "gpu_memory": None,
     "gpus_per_node": 8,
-    "mfu": 0.38,
+    "memory_bandwidth": None,
+    "link_bandwidth": None,
+    "network_bandwidth": None,
+    "mfu": None,
     "mtbf_hours": None,
     "restart_minutes": 10.0,
     "queue_minutes": 5.0,
@@ -34,7 +37,8 @@ class PlannedMachine:
     gpu_memory: float | None
     """In bytes; None for the memory of the GPU type."""
     gpus_per_node: int
-    mfu: float
+    mfu: float | None = None
+    """Assumed model FLOPs utilization; None to compute the step time from its parts."""
     mtbf_hours: float | None = None
     """Mean time between failures of the job; None for the published one or the run's own."""
     restart_minutes: float = 10.0
@@ -43,6 +47,12 @@ class PlannedMachine:
     """From the end of a job to the start of the next one."""
     write_bandwidth: float | None = None
     """Of the file system of the checkpoints, in bytes per second; None for 1 GB/s per node."""
+    memory_bandwidth: float | None = None
+    """Of the GPU memory, in bytes per second, like the next two; None for that of the GPU type."""
+    link_bandwidth: float | None = None
+    """Between the GPUs of a node, per GPU and direction."""
+    network_bandwidth: float | None = None
+    """Between nodes, per GPU and direction."""
 
 
 def add_machine_flags(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +68,28 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
         help="memory per GPU, such as 40GB (default: of the GPU type)",
     )
     add("--gpus-per-node", type=int, metavar="N", help="GPUs per node (default: 8)")
-    add("--mfu", type=float, metavar="X", help="assumed model FLOPs utilization (default: 0.38)")
+    add(
+        "--memory-bandwidth",
+        metavar="SIZE",
+        help="bytes per second of the GPU memory, such as 3350GB (default: of the GPU type)",
+    )
+    add(
+        "--link-bandwidth",
+        metavar="SIZE",
+        help="bytes per second and direction between GPUs of a node (default: of the GPU type)",
+    )
+    add(
+        "--network-bandwidth",
+        metavar="SIZE",
+        help="bytes per second and direction between nodes, per GPU, such as 50GB (default: of "
+        "NVIDIA's reference system with the GPU type)",
+    )
+    add(
+        "--mfu",
+        type=float,
+        metavar="X",
+        help="assumed model FLOPs utilization (default: the step time is computed from its parts)",
+    )
     add(
         "--mtbf-hours",
         type=float,
@@ -125,7 +156,7 @@ def planned_machine(
     problems = []
     if world_size is None:
         problems.append(f"{flag} needs --world-size N, the number of GPUs")
-    if not 0.0 < given["mfu"] <= 1.0:
+    if given["mfu"] is not None and not 0.0 < given["mfu"] <= 1.0:
         problems.append(f"--mfu {given['mfu']}: expected a fraction of the peak, such as 0.38")
     if given["gpus_per_node"] < 1:
         problems.append(f"--gpus-per-node {given['gpus_per_node']}: at least 1 GPU is needed")
@@ -135,7 +166,10 @@ def planned_machine(
         if value is not None and not (value > 0 or (value == 0 and name in NOT_NEGATIVE)):
             problems.append(f"{flag_name} {value}: expected a positive number")
     memory = _size(given, "gpu_memory", "40GB or 80GiB", problems)
-    bandwidth = _size(given, "write_bandwidth", "50GB, the bytes per second", problems)
+    bandwidths = {
+        name: _size(given, name, "50GB, the bytes per second", problems)
+        for name in ("write_bandwidth", "memory_bandwidth", "link_bandwidth", "network_bandwidth")
+    }
     if problems or world_size is None:
         raise UserError("\n".join(problems))
     return PlannedMachine(
@@ -147,7 +181,7 @@ def planned_machine(
         given["mtbf_hours"],
         given["restart_minutes"],
         given["queue_minutes"],
-        bandwidth,
+        **bandwidths,
     )
 
 

@@ -1,16 +1,13 @@
-"""Search over parallel layouts: those that fit into memory, ranked by estimated step time.
+"""Search over parallel layouts: those that fit into memory, ranked by predicted step time.
 
-Memory is predicted closely enough to decide whether a layout fits (``memory.py``). The step time
-only ranks layouts and is no prediction. It assumes matrix products at a fixed fraction of the peak,
-lower for small activations; the pipeline bubble; recomputation as additional FLOPs; communication
-within a node at the bandwidth of its links and between nodes at that of the network; and half of
-the gradient communication overlapped with the backward pass.
+Memory is predicted closely enough to decide whether a layout fits (``memory.py``). The step time is
+that of ``step_time.py``, also at a given ``--mfu``, which would be the same for all layouts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from itertools import product
 
 from megatron_llmjp.config.loading import replace_fields
@@ -18,8 +15,8 @@ from megatron_llmjp.config.machine_flags import PlannedMachine
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.config.validation import check_config
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.estimate.flops import flops_by_part, step_flops
-from megatron_llmjp.estimate.run_estimate import RunEstimate, estimate_run, format_layout
+from megatron_llmjp.estimate.layout_report import format_layout
+from megatron_llmjp.estimate.run_estimate import RunEstimate, estimate_run
 from megatron_llmjp.formatting import format_table
 
 MICRO_BATCH_SIZES = (1, 2, 4, 8)
@@ -38,46 +35,19 @@ FULL_RECOMPUTE: dict[str, object] = {
 }
 MAX_MEMORY_FRACTION = 0.95
 """Fraction of GPU memory that a suggested layout may use: predictions are off by up to 5 %."""
-MATMUL_EFFICIENCY = 0.62
-"""Fraction of the peak that large matrix products and attention reach together."""
-HALF_SPEED_ELEMENTS = 1.2e6
-"""Elements of an activation on one rank at which half of that efficiency is reached."""
-LINK_BANDWIDTH = {"A100": (250e9, 20e9), "V100": (120e9, 10e9), "B200": (700e9, 45e9)}
-"""Bytes per second per GPU in collectives, within a node and over the network."""
-HOPPER_BANDWIDTH = (370e9, 42e9)
-"""Of H100, H200 and all other GPUs."""
-
 SHOWN = 6
 """Layouts in the table."""
 TIME_COLUMNS = {
-    "compute": "compute",
-    "bubble": "bubble",
-    "tensor": "TP comm",
-    "pipeline": "PP comm",
-    "data": "DP comm",
+    "compute": ("products", "attention", "element_wise", "recompute", "output", "kernels"),
+    "bubble": ("bubble",),
+    "TP comm": ("tensor", "context"),
+    "PP comm": ("pipeline",),
+    "DP comm": ("data", "stragglers"),
+    "optimizer": ("optimizer",),
 }
+"""Terms of the step time in each column."""
 MIN_SHOWN_DIFFERENCE = 0.005
 """Fraction of the step time above which a difference is reported."""
-
-
-@dataclass(frozen=True)
-class StepTimes:
-    """Estimated seconds of a step, by activity."""
-
-    compute: float
-    bubble: float
-    """Idle time while the pipeline fills and drains."""
-    tensor: float
-    """Communication within tensor-parallel groups."""
-    pipeline: float
-    """Communication between pipeline stages."""
-    data: float
-    """Communication within data-parallel groups, and of tied embeddings."""
-
-    @property
-    def total(self) -> float:
-        """Seconds of the whole step."""
-        return sum(getattr(self, field.name) for field in fields(self))
 
 
 @dataclass(frozen=True)
@@ -85,16 +55,22 @@ class LayoutCandidate:
     """Layout that fits into memory, with its estimated step time."""
 
     estimate: RunEstimate
-    times: StepTimes
     given: bool
     """Whether it is the layout of the given configuration."""
 
     @property
-    def mfu(self) -> float:
-        """Estimated model FLOPs utilization."""
-        config, gpu = self.estimate.config, self.estimate.gpu
-        flops = step_flops(config, config.training.global_batch_size)
-        return flops / self.times.total / self.estimate.layout.world_size / gpu.peak
+    def seconds(self) -> float:
+        """Seconds of a step."""
+        return self.estimate.step_seconds
+
+    @property
+    def columns(self) -> dict[str, float]:
+        """Seconds of a step by column of the table."""
+        time = self.estimate.step_time
+        return {
+            column: sum(getattr(time, term) for term in terms)
+            for column, terms in TIME_COLUMNS.items()
+        }
 
 
 def search_layouts(config: Config, machine: PlannedMachine) -> list[LayoutCandidate]:
@@ -102,6 +78,7 @@ def search_layouts(config: Config, machine: PlannedMachine) -> list[LayoutCandid
     own = _key(config)
     # The padded vocabulary size depends on the tensor-parallel size.
     config = replace_fields(config, padded_vocab_size=None)
+    machine = replace(machine, mfu=None)
     found: list[LayoutCandidate] = []
     for candidate in [config, *_candidates(config, machine)]:
         try:
@@ -113,8 +90,8 @@ def search_layouts(config: Config, machine: PlannedMachine) -> list[LayoutCandid
         if given and any(other.given for other in found):
             continue
         if estimate.memory_fraction <= (1.0 if given else MAX_MEMORY_FRACTION):
-            found.append(LayoutCandidate(estimate, estimate_step_times(estimate), given))
-    return sorted(found, key=lambda candidate: candidate.times.total)
+            found.append(LayoutCandidate(estimate, given))
+    return sorted(found, key=lambda candidate: candidate.seconds)
 
 
 def _key(config: Config) -> tuple[object, ...]:
@@ -153,49 +130,6 @@ def _candidates(config: Config, machine: PlannedMachine) -> Iterator[Config]:
         )
 
 
-def estimate_step_times(estimate: RunEstimate) -> StepTimes:
-    """Estimate the step time of the slowest stage, by activity."""
-    config, layout, gpu = estimate.config, estimate.layout, estimate.gpu
-    slowest = max(range(layout.pp), key=lambda s: _stage_seconds(estimate, s))
-    sent = estimate.communication[slowest]
-    node, network = LINK_BANDWIDTH.get(gpu.name, HOPPER_BANDWIDTH)
-    data_bandwidth = node if layout.tp * layout.dp <= gpu.per_node else network
-    exposed = 0.5 if config.parallel.overlap_grad_reduce or layout.pp == 1 else 1.0
-    data = exposed * (sent.gradients + sent.parameters) / data_bandwidth
-    compute = _stage_seconds(estimate, slowest)
-    tensor, pipeline = sent.tensor / node, sent.pipeline / network
-    busy = compute + tensor + pipeline
-    return StepTimes(
-        compute=compute,
-        bubble=busy * (layout.pp - 1) / (layout.vp * layout.micro_batches),
-        tensor=tensor,
-        pipeline=pipeline,
-        data=data + sent.embedding / network,
-    )
-
-
-def _stage_seconds(estimate: RunEstimate, stage: int) -> float:
-    """Return the compute time of a rank of a stage per step."""
-    config, layout = estimate.config, estimate.layout
-    parts = flops_by_part(config)
-    layers = sum(chunk.layers for chunk in layout.stages[stage])
-    flops = (parts.total - parts.logits) * layers / config.model.num_layers
-    if config.parallel.recompute_granularity == "full":
-        flops *= 4 / 3
-    if any(chunk.output for chunk in layout.stages[stage]):
-        flops += parts.logits
-    samples = layout.micro_batches * config.training.micro_batch_size
-    return flops * samples / layout.tp / layout.cp / _effective_flops(estimate)
-
-
-def _effective_flops(estimate: RunEstimate) -> float:
-    """Return the FLOP/s of a GPU on activations of this size."""
-    config, layout = estimate.config, estimate.layout
-    tokens = config.training.micro_batch_size * config.data.seq_length // layout.cp
-    size = tokens * config.model.hidden_size / layout.tp
-    return estimate.gpu.peak * MATMUL_EFFICIENCY * size / (size + HALF_SPEED_ELEMENTS)
-
-
 def format_candidates(config: Config, machine: PlannedMachine, found: list[LayoutCandidate]) -> str:
     """Format the best layouts, their step times by activity, and the rank of the given layout."""
     gpu = machine.gpu
@@ -217,7 +151,7 @@ def format_candidates(config: Config, machine: PlannedMachine, found: list[Layou
         "memory",
         "MFU",
         "step",
-        *TIME_COLUMNS.values(),
+        *TIME_COLUMNS,
     )
     rows = [columns, *(_row(s) for s in shown)]
     return "\n".join(
@@ -231,16 +165,16 @@ def format_candidates(config: Config, machine: PlannedMachine, found: list[Layou
 
 
 def _row(candidate: LayoutCandidate) -> tuple[str, ...]:
-    estimate, times = candidate.estimate, candidate.times
+    estimate = candidate.estimate
     recompute = estimate.config.parallel.recompute_granularity == "full"
     return (
         format_layout(estimate.layout) + (" (given)" if candidate.given else ""),
         str(estimate.config.training.micro_batch_size),
         "all layers" if recompute else "",
         f"{estimate.memory_fraction:.0%}",
-        f"{candidate.mfu:.0%}",
-        f"{times.total:.2f}",
-        *(_seconds(getattr(times, kind)) for kind in TIME_COLUMNS),
+        f"{estimate.mfu:.0%}",
+        f"{candidate.seconds:.2f}",
+        *(_seconds(seconds) for seconds in candidate.columns.values()),
     )
 
 
@@ -266,19 +200,17 @@ def _compare_given(found: list[LayoutCandidate], given: LayoutCandidate | None) 
         return "the given layout fits and is the fastest by this estimate"
     return (
         f"the given layout fits and is number {rank} of {len(found)}; the fastest takes "
-        f"{1 - found[0].times.total / given.times.total:.0%} less time: "
-        f"{_reasons(found[0].times, given.times)}"
+        f"{1 - found[0].seconds / given.seconds:.0%} less time: {_reasons(found[0], given)}"
     )
 
 
-def _reasons(best: StepTimes, given: StepTimes) -> str:
+def _reasons(best: LayoutCandidate, given: LayoutCandidate) -> str:
     """List the activities in which one layout is faster than another."""
     parts = []
-    for field in fields(StepTimes):
-        saved = getattr(given, field.name) - getattr(best, field.name)
-        if abs(saved) >= MIN_SHOWN_DIFFERENCE * given.total:
-            change = "less" if saved > 0 else "more"
-            parts.append((saved, f"{TIME_COLUMNS[field.name]} {abs(saved):.2f} s {change}"))
+    for column, seconds in given.columns.items():
+        saved = seconds - best.columns[column]
+        if abs(saved) >= MIN_SHOWN_DIFFERENCE * given.seconds:
+            parts.append((saved, f"{column} {abs(saved):.2f} s {'less' if saved > 0 else 'more'}"))
     return ", ".join(text for _, text in sorted(parts, reverse=True))
 
 

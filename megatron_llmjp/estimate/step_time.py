@@ -1,0 +1,253 @@
+"""Step time of a run by term, from its work, its communication and the bandwidths of its GPUs.
+
+A kernel takes the time of its FLOPs plus that of its bytes; messages take their bytes divided by a
+bandwidth. The slowest stage sets the pace of a pipeline, and the slowest replica that of a step.
+All sizes follow from the configuration and the layout; seven parameters are fitted to published
+runs (``fitted_step_time.py``, docs/estimate.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import log, sqrt
+
+from megatron_llmjp.config.schema import Config
+from megatron_llmjp.estimate.communication import CommunicationVolume, communication_volume
+from megatron_llmjp.estimate.fitted_step_time import FITTED
+from megatron_llmjp.estimate.layout import ParallelLayout
+from megatron_llmjp.estimate.memory import rank_parameters
+from megatron_llmjp.estimate.step_parameters import (
+    MEMORY_EFFICIENCY,
+    NETWORK_EFFICIENCY,
+    StepParameters,
+)
+from megatron_llmjp.estimate.step_work import (
+    Software,
+    StageWork,
+    Work,
+    recomputed_layers,
+    stage_work,
+)
+from megatron_llmjp.estimate.target_gpu import TargetGpu
+
+OPTIMIZER_BYTES = 30
+"""Read and written per parameter by Adam: the fp32 gradient (4), main parameter (8) and moments
+(16), and the half-precision parameter (2)."""
+EXPOSED_SHARE = 0.05
+"""Fraction of overlapped data-parallel communication that is always exposed: the last bucket."""
+TERMS = {
+    "products": "matrix products",
+    "attention": "attention scores",
+    "element_wise": "element-wise kernels",
+    "recompute": "recomputation",
+    "output": "embedding, output layer and loss",
+    "kernels": "gaps between kernels",
+    "tensor": "tensor-parallel communication",
+    "context": "context-parallel communication",
+    "pipeline": "pipeline messages",
+    "bubble": "pipeline bubble",
+    "data": "data-parallel communication",
+    "optimizer": "optimizer step",
+    "stragglers": "waiting for the slowest replica",
+}
+"""Description of each term of :class:`StepTime`."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step on the slowest stage by term; communication as far as it is exposed."""
+
+    products: float
+    """Projections of attention and feed-forward layers, forward and backward."""
+    attention: float
+    element_wise: float
+    recompute: float
+    output: float
+    kernels: float
+    tensor: float
+    context: float
+    pipeline: float
+    bubble: float = 0.0
+    data: float = 0.0
+    optimizer: float = 0.0
+    stragglers: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Seconds of the whole step."""
+        return sum(vars(self).values())
+
+    def sorted_terms(self) -> list[tuple[str, float]]:
+        """Return the terms that are not zero, largest first."""
+        terms = [(name, seconds) for name, seconds in vars(self).items() if seconds]
+        return sorted(terms, key=lambda term: -term[1])
+
+
+@dataclass(frozen=True)
+class StageLoad:
+    """Work of one rank of a stage per micro-batch, and its communication per step."""
+
+    work: StageWork
+    sent: CommunicationVolume
+    parameters: int
+    passes: int
+    """Passes through layers per micro-batch: forward, backward and recomputed."""
+
+
+@dataclass(frozen=True)
+class RunLoad:
+    """All that the step time depends on, except the GPU."""
+
+    config: Config
+    layout: ParallelLayout
+    software: Software
+    stages: tuple[StageLoad, ...]
+
+
+def run_load(config: Config, layout: ParallelLayout, software: Software) -> RunLoad:
+    """Compute the load of all stages; stages with the same contents share it."""
+    known: dict[tuple[int, bool, bool], StageLoad] = {}
+    stages = []
+    for number, chunks in enumerate(layout.stages):
+        layers = sum(chunk.layers for chunk in chunks)
+        key = (layers, number == 0, number == layout.pp - 1)
+        if key not in known:
+            known[key] = StageLoad(
+                stage_work(config, layout, software, chunks),
+                communication_volume(config, layout, number),
+                rank_parameters(config, layout, chunks),
+                2 * layers + recomputed_layers(config, layers),
+            )
+        stages.append(known[key])
+    return RunLoad(config, layout, software, tuple(stages))
+
+
+def step_time(load: RunLoad, gpu: TargetGpu, parameters: StepParameters = FITTED) -> StepTime:
+    """Return the seconds of a step by term.
+
+    With m micro-batches, p stages of v chunks and a time t of a micro-batch on stage s, a step
+    takes ``m max(t) + (sum(t) - max(t)) / v``: for equal stages the bubble is ``(p - 1) / (v m)``
+    of the ideal time (Narayanan et al., 2021, section 2.2). Of n replicas whose times vary with
+    standard deviation sigma, the slowest is ``sigma sqrt(2 ln n)`` slower than the mean (the
+    leading term of the maximum of n normal variables).
+    """
+    model, layout = _Model(load, gpu, parameters), load.layout
+    times = {id(stage): model.micro_batch(stage) for stage in load.stages}
+    totals = [times[id(stage)].total for stage in load.stages]
+    slowest = load.stages[max(range(layout.pp), key=totals.__getitem__)]
+    one = times[id(slowest)]
+    terms = {name: seconds * layout.micro_batches for name, seconds in vars(one).items()}
+    terms["bubble"] = (sum(totals) - one.total) / layout.vp
+    terms["data"] = model.data(slowest, one.total)
+    terms["optimizer"] = model.optimizer(slowest)
+    spread = parameters.stragglers * sqrt(2 * log(layout.dp * layout.cp))
+    return StepTime(**{**terms, "stragglers": spread * sum(terms.values())})
+
+
+@dataclass(frozen=True)
+class _Model:
+    """Seconds of work and messages on one GPU type."""
+
+    load: RunLoad
+    gpu: TargetGpu
+    parameters: StepParameters
+
+    def micro_batch(self, stage: StageLoad) -> StepTime:
+        """Return the seconds of a micro-batch on a stage."""
+        work, sent, m = stage.work, stage.sent, self.load.layout.micro_batches
+        attention = self.attention(work.attention)
+        return StepTime(
+            products=self.products(work.products),
+            attention=attention,
+            element_wise=self.memory(work.element_wise.bytes),
+            recompute=self.products(work.recomputed_products)
+            + self.attention(work.recomputed_attention)
+            + self.memory(work.recomputed_element_wise.bytes),
+            output=self.products(work.output_products)
+            + self.memory(work.output_element_wise.bytes),
+            kernels=stage.passes * self.parameters.kernel,
+            tensor=self.tensor(sent.tensor / m),
+            context=max(0.0, work.context_bytes / self.bandwidth_between_ranks() - attention),
+            pipeline=self.pipeline(sent.pipeline / m),
+        )
+
+    def products(self, work: Work) -> float:
+        """Return the seconds of matrix products."""
+        flops = work.flops / self.efficiency + work.bytes * self.parameters.product_traffic
+        return flops / self.gpu.peak
+
+    def attention(self, work: Work) -> float:
+        """Return the seconds of the attention scores; without FlashAttention they are in memory."""
+        flash = self.load.software.flash_attention
+        efficiency = self.efficiency * (self.parameters.attention if flash else 1.0)
+        return work.flops / efficiency / self.gpu.peak + self.memory(work.bytes)
+
+    @property
+    def efficiency(self) -> float:
+        """Fraction of the peak that infinitely large matrix products reach."""
+        return float(getattr(self.parameters, f"{self.gpu.products}_products"))
+
+    def memory(self, size: float) -> float:
+        """Return the seconds in which kernels read and write ``size`` bytes."""
+        return size / (self.gpu.memory_bandwidth * MEMORY_EFFICIENCY)
+
+    @property
+    def network(self) -> float:
+        """Bytes per second of one GPU between nodes."""
+        return self.gpu.network_bandwidth * NETWORK_EFFICIENCY
+
+    @property
+    def link(self) -> float:
+        """Bytes per second of one GPU within its node."""
+        return self.gpu.link_bandwidth * self.parameters.link
+
+    def bandwidth_between_ranks(self) -> float:
+        """Return the bandwidth of a group of tensor- and context-parallel ranks."""
+        group = self.load.layout.tp * self.load.layout.cp
+        return self.link if group <= self.gpu.per_node else self.network
+
+    def tensor(self, size: float) -> float:
+        """Return the exposed seconds of tensor-parallel communication."""
+        if self.load.software.overlaps_tensor_communication:
+            return 0.0
+        return size / (self.link if self.load.layout.tp <= self.gpu.per_node else self.network)
+
+    def pipeline(self, size: float) -> float:
+        """Return the exposed seconds of messages between stages."""
+        layout, software = self.load.layout, self.load.software
+        if layout.vp > 1 and software.overlaps_pipeline_communication:
+            return 0.0
+        whole = not self.load.config.parallel.sequence_parallel
+        parts = layout.tp if software.scatters_pipeline_messages and whole else 1
+        bandwidth = self.link if layout.world_size <= self.gpu.per_node else self.network
+        return size / parts / bandwidth
+
+    def data(self, stage: StageLoad, micro_batch: float) -> float:
+        """Return the exposed seconds of data-parallel communication.
+
+        Rings between nodes use the network of all ranks that the group has on a node. Gradients
+        overlap with the backward pass of the last micro-batch, two thirds of its time, and
+        parameters with the forward pass of the first; with interleaving those of most chunks
+        also overlap with other micro-batches.
+        """
+        layout, parallel, sent = self.load.layout, self.load.config.parallel, stage.sent
+        local = max(1, self.gpu.per_node // layout.tp)
+        copies = layout.dp * layout.cp
+        bandwidth = self.link
+        if copies * layout.tp > self.gpu.per_node:
+            bandwidth = min(self.link, self.network * min(local, copies))
+        gradients = sent.gradients * self.load.software.gradient_bytes / 4 / bandwidth
+        parameters = sent.parameters / bandwidth
+        window = micro_batch * max(1.0, layout.pp * (layout.vp - 1) / layout.vp)
+        if parallel.overlap_grad_reduce:
+            gradients = max(EXPOSED_SHARE * gradients, gradients - window * 2 / 3)
+        if parallel.overlap_param_gather:
+            parameters = max(EXPOSED_SHARE * parameters, parameters - window / 3)
+        return gradients + parameters + sent.embedding / self.network
+
+    def optimizer(self, stage: StageLoad) -> float:
+        """Return the seconds of the gradient norm, Adam, and zeroing gradients."""
+        layout, parallel = self.load.layout, self.load.config.parallel
+        shards = layout.dp * layout.cp if parallel.use_distributed_optimizer else 1
+        per_parameter = OPTIMIZER_BYTES / shards + 2 * self.load.software.gradient_bytes
+        return self.memory(stage.parameters * per_parameter)
