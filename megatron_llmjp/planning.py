@@ -6,6 +6,7 @@ model on the meta device.
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +34,7 @@ from megatron_llmjp.estimate.data_warnings import (
     run_data_warnings,
     shared_document_warnings,
 )
+from megatron_llmjp.estimate.estimate_numbers import candidate_numbers, estimate_numbers
 from megatron_llmjp.estimate.estimate_report import format_estimate
 from megatron_llmjp.estimate.layout_search import format_candidates, search_layouts
 from megatron_llmjp.estimate.run_estimate import (
@@ -137,15 +139,23 @@ def print_estimate(command: Command) -> int:
     if command.mode is Mode.SUGGEST_LAYOUT:
         found = search_layouts(config, machine)
         print_notes(planned.notes)
-        print(format_candidates(config, machine, found))
+        if command.as_json:
+            print(json.dumps({"layouts": [candidate_numbers(candidate) for candidate in found]}))
+        else:
+            print(format_candidates(config, machine, found))
         return EXIT_DONE if found else EXIT_USER_ERROR
     check_config(config, machine.world_size)
     run = _resolve(config, machine.world_size, planned.tokenizer_is_placeholder)
     save = config.checkpoint.save
     observed = observe_jobs(Path(save)) if save else None
     estimate = estimate_run(run.config, machine, run.length, observed)
-    print(format_estimate(estimate, command.config_name), flush=True)
-    print(f"\n{_build_on_meta(estimate)}", flush=True)
+    if command.as_json:
+        print(json.dumps(estimate_numbers(estimate)), flush=True)
+    else:
+        print(format_estimate(estimate, command.config_name), flush=True)
+    built = _build_on_meta(estimate)
+    if not command.as_json:
+        print(f"\n{built}", flush=True)
     for note in (*planned.notes, *run.notes):
         print(f"note: {note}", file=sys.stderr)
     for warning in run.warnings:
@@ -162,7 +172,10 @@ def print_estimate(command: Command) -> int:
 
 def _build_on_meta(estimate: RunEstimate) -> str:
     """Build the first ranks with megatron-core and report them; fail if they differ."""
-    from megatron_llmjp.estimate.meta_build import build_first_ranks  # imports torch: seconds
+    from megatron_llmjp.patches.torch_cuda_on_cpu import without_compiler  # imports torch
+
+    with without_compiler():
+        from megatron_llmjp.estimate.meta_build import build_first_ranks
 
     ranks = [str(found.rank) for found in build_first_ranks(estimate.config, estimate.layout)]
     shown = ", ".join(ranks if len(ranks) <= 4 else [*ranks[:2], "...", ranks[-1]])

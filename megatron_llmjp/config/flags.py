@@ -124,6 +124,8 @@ class Command(NamedTuple):
     """One line for each flag that is accepted without effect."""
     origin: Mapping[str, str]
     """Origin of each value by field: a preset, file or flag."""
+    as_json: bool = False
+    """Whether an estimate is printed as JSON."""
 
 
 def add_mode_flags(parser: argparse.ArgumentParser) -> None:
@@ -132,6 +134,12 @@ def add_mode_flags(parser: argparse.ArgumentParser) -> None:
     for mode, text in MODE_HELP.items():
         names = (mode.value, *MODE_ALIASES.get(mode, ()))
         group.add_argument(*names, action="store_true", dest=mode.value, help=text)
+    group.add_argument(
+        "--json",
+        action="store_true",
+        help=f"with {Mode.ESTIMATE.value} or {Mode.SUGGEST_LAYOUT.value}: print every number as "
+        "one JSON object",
+    )
 
 
 def mode_of(arguments: Mapping[str, Any]) -> Mode:
@@ -182,6 +190,10 @@ def parse(
         mode = mode_of(arguments)
         processes = _processes(arguments, mode)
         machine = _target_machine(arguments, mode, processes)
+    if arguments["json"] and mode not in (Mode.ESTIMATE, Mode.SUGGEST_LAYOUT):
+        problems.lines.append(
+            f"--json requires {Mode.ESTIMATE.value} or {Mode.SUGGEST_LAYOUT.value}"
+        )
     layers = layers if layers is not None else ConfigLayers()
     by_flags_alone = False
     folder = _folder(arguments)
@@ -208,7 +220,8 @@ def parse(
         # In Megatron-LM's scripts: resume if there is a checkpoint.
         config = replace_fields(config, load=None)
     notes = (*foreign.notes, *_unused(arguments, mode))
-    return Command(config, mode, processes, machine, arguments["config"], notes, layers.origin)
+    name, as_json = arguments["config"], arguments["json"]
+    return Command(config, mode, processes, machine, name, notes, layers.origin, as_json)
 
 
 def _folder(arguments: dict[str, Any]) -> Path:

@@ -117,11 +117,11 @@ def _step_terms(estimate: RunEstimate) -> str:
     assert estimate.step_time is not None
     total = estimate.step_seconds
     terms = [(TERMS[name], seconds) for name, seconds in estimate.step_time.sorted_terms()]
-    rows = [("predicted seconds per step", f"{total:,.3g}", "100%")]
-    rows += [(f"  {name}", f"{seconds:,.3g}", f"{seconds / total:.1%}") for name, seconds in terms]
+    rows = [("predicted seconds per step", f"{total:,.3f}", "100.0%")]
+    rows += [(f"  {name}", f"{seconds:,.3f}", f"{seconds / total:.1%}") for name, seconds in terms]
     low, high = (total * factor for factor in estimate.error_range)
     notes = [
-        f"{low:,.3g} to {high:,.3g} s include 80% of {ACCURACY.runs} published runs on "
+        f"{low:,.2f} to {high:,.2f} s include 80% of {ACCURACY.runs} published runs on "
         f"{' and '.join(FITTED_GPUS)}, each predicted from the others (median error "
         f"{ACCURACY.median:.1%})"
     ]

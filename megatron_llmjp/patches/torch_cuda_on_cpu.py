@@ -133,7 +133,7 @@ def _replace_calls() -> None:
 def _replace_random_state() -> None:
     """Use the CPU's generator wherever torch and megatron-core use the CUDA generator."""
     cuda: Any = torch.cuda
-    with _without_compiler():
+    with without_compiler():
         from megatron.core.tensor_parallel import random
     core: Any = random
     for module in (cuda, cuda.random):
@@ -148,7 +148,7 @@ def _replace_random_state() -> None:
 
 
 @contextlib.contextmanager
-def _without_compiler() -> Iterator[None]:
+def without_compiler() -> Iterator[None]:
     """Skip ``torch.compile`` while megatron-core is imported.
 
     megatron-core wraps its fused functions in it at import. The functions are for GPUs; on a CPU

@@ -30,12 +30,13 @@ VALUES: dict[str, list[str]] = {
     "--hidden-dropout": ["0.5"], "--attention-dropout": ["0.5"], "--mfu": ["0.5"],
     "--spike-threshold": ["8"], "--yarn-rotary-scaling-factor": ["2"],
     "--vocab-file": ["x.model"], "--num-layers-per-virtual-pipeline-stage": ["2"],
-    "--group-query-attention": [], "--no-bias-gelu-fusion": [], "--no-load-optim": [],
+    "--group-query-attention": [], "--json": [], "--no-bias-gelu-fusion": [], "--no-load-optim": [],
 }  # fmt: skip
 IN_MODE = {
     "--estimate", "--rehearse", "--suggest-layout", "--world-size", "--gpus", "--gpu",
     "--gpu-memory", "--gpus-per-node", "--mfu", "--mtbf-hours", "--restart-minutes",
-    "--queue-minutes", "--write-bandwidth",
+    "--queue-minutes", "--write-bandwidth", "--memory-bandwidth", "--link-bandwidth",
+    "--network-bandwidth", "--json",
 }  # fmt: skip
 """Flags of the planned machine, and the modes that need one."""
 MODES = {
@@ -160,6 +161,7 @@ TOGETHER = {
         "--world-size requires --dry-run or --estimate",
         "flag --seq-length: seq_length = 'none'",
     ],
+    "--json --dry-run": ["--json requires --estimate or --suggest-layout"],
     "--gpus 4 --world-size 8 --estimate": ["--world-size 8 and --gpus 4 are synonyms"],
     "--gpu A100 --mfu 0.4": ["--gpu, --mfu describe the machine of a planned run"],
     "--estimate --mfu 2 --gpu-memory big": [

@@ -10,18 +10,21 @@ import pytest
 from megatron_llmjp.config.loading import replace_fields
 from megatron_llmjp.config.machine_flags import PlannedMachine
 from megatron_llmjp.estimate.communication import CommunicationVolume
+from megatron_llmjp.estimate.estimate_report import format_estimate
 from megatron_llmjp.estimate.failure_report import FailureForecast
 from megatron_llmjp.estimate.failures import FailureModel
+from megatron_llmjp.estimate.fitted_step_time import ACCURACY
+from megatron_llmjp.estimate.flops import step_flops
 from megatron_llmjp.estimate.layout import make_layout
 from megatron_llmjp.estimate.memory import RankMemory
 from megatron_llmjp.estimate.run_estimate import (
     RunEstimate,
     RunLength,
-    TargetGpu,
     estimate_run,
-    format_estimate,
     run_length_without_data,
 )
+from megatron_llmjp.estimate.step_time import StepTime
+from megatron_llmjp.estimate.target_gpu import TargetGpu
 from tests.estimate.test_flops import preset
 
 GB = 10**9
@@ -45,9 +48,11 @@ VALUES = {
     "non_persistent_save_minutes": 0,
 }
 CONFIG = preset("laptop-gpt2", **VALUES)
+PEAK = step_flops(CONFIG, 24) / (0.5 * 16 * 0.4)
+"""At which 0.5 s per step on 16 GPUs are 40% MFU."""
 ESTIMATE = RunEstimate(
     config=CONFIG,
-    gpu=TargetGpu("X100", 65 * GB, 1e14, 4),
+    gpu=TargetGpu("X100", 65 * GB, PEAK, 4, 1e12, 1e11, 1e10),
     layout=make_layout(CONFIG, 16),
     memory=(memory(1), memory(2)),
     communication=(
@@ -101,11 +106,11 @@ best interval  0.61 days"""
 
 
 def test_the_whole_report():
-    assert format_estimate(ESTIMATE, 0.4, "llm-jp-13b-v1.0") == REPORT
+    assert format_estimate(ESTIMATE, "llm-jp-13b-v1.0") == REPORT
 
 
 def test_a_report_without_length():
-    lines = format_estimate(replace(ESTIMATE, length=None), 0.4).splitlines()
+    lines = format_estimate(replace(ESTIMATE, length=None)).splitlines()
     expected = REPORT.splitlines()
     assert lines[:-8] == expected[:-11]
     assert lines[-8:] == [
@@ -117,13 +122,47 @@ def test_a_report_without_length():
         "save interval  19.8 min (2,373 steps) loses least",
     ]
     once = replace(ESTIMATE, config=replace_fields(CONFIG, save_interval=None))
-    assert "checkpoints      1 x 21.4 MB, at the end" in format_estimate(once, 0.4).splitlines()
+    assert "checkpoints      1 x 21.4 MB, at the end" in format_estimate(once).splitlines()
     # 100,000 steps of 0.5 s, saved after 7,199 at the latest.
     config = replace_fields(CONFIG, save_interval=None, non_persistent_save_minutes=60)
-    hourly = format_estimate(replace(ESTIMATE, config=config), 0.4).splitlines()
+    hourly = format_estimate(replace(ESTIMATE, config=config)).splitlines()
     size = "21.4 MB"
     expected = f"14 x {size} written, 1 kept ({size}), and up to 2 others during the run"
     assert f"checkpoints      {expected}" in hourly
+
+
+TIMES = StepTime(0.2, 0.02, 0.03, 0.0, 0.04, 0.01, 0.05, 0.0, 0.002, bubble=0.1, data=0.048)
+
+
+def test_terms_and_intervals_of_a_predicted_step():
+    """Largest first, and the spread of the published runs on step and days."""
+    predicted = replace(ESTIMATE, step_time=TIMES)
+    lines = format_estimate(predicted).splitlines()
+    first = next(n for n, line in enumerate(lines) if line.startswith("predicted seconds"))
+    assert [" ".join(line.split()) for line in lines[first : first + 4]] == [
+        "predicted seconds per step 0.500 100.0%",
+        "matrix products 0.200 40.0%",
+        "pipeline bubble 0.100 20.0%",
+        "tensor-parallel communication 0.050 10.0%",
+    ]
+    assert lines[first + 10].startswith(f"{0.5 * ACCURACY.low:.2f} to {0.5 * ACCURACY.high:.2f} s ")
+    assert lines[first + 11] == ("no run on X100 is among them: the error may be larger")
+    days = 100_000 * 0.5 / 86_400
+    (run,) = (line for line in lines if line.startswith("run "))
+    spread = f"({days * ACCURACY.low:.1f} to {days * ACCURACY.high:.1f})"
+    assert run.endswith(f"1.23B tokens: {days:.1f} days {spread}")
+    assert predicted.error_range == (ACCURACY.low, ACCURACY.high)
+    assert ESTIMATE.error_range == (1.0, 1.0)
+
+
+def test_a_given_mfu_replaces_the_prediction():
+    config = preset("llm-jp-3-13b", padded_vocab_size=99_584)
+    assumed = estimate_run(config, PlannedMachine(256, "H100", None, 8, mfu=0.38))
+    assert assumed.step_time is None and assumed.mfu == pytest.approx(0.38)
+    assert "predicted" not in format_estimate(assumed)
+    predicted = estimate_run(config, PlannedMachine(256, "H100", None, 8))
+    assert predicted.step_time is not None
+    assert predicted.step_seconds == predicted.step_time.total
 
 
 def report(world: int, per_node: int, memory_bytes: float = 65 * GB, **values: Any) -> list[str]:
@@ -132,7 +171,7 @@ def report(world: int, per_node: int, memory_bytes: float = 65 * GB, **values: A
     layout = make_layout(config, world)
     found = RunEstimate(
         config=config,
-        gpu=TargetGpu("X100", memory_bytes, 1e14, per_node),
+        gpu=TargetGpu("X100", memory_bytes, PEAK, per_node, 1e12, 1e11, 1e10),
         layout=layout,
         memory=(memory(1),) * layout.pp,
         communication=(CommunicationVolume(GB, 0, 0 if world == 2 else GB, 0, 0),) * layout.pp,
@@ -140,7 +179,7 @@ def report(world: int, per_node: int, memory_bytes: float = 65 * GB, **values: A
         step_seconds=0.5,
         failures=FORECAST,
     )
-    return format_estimate(found, 0.4).splitlines()
+    return format_estimate(found).splitlines()
 
 
 ONE = {"virtual_pipeline_model_parallel_size": None, "pipeline_model_parallel_size": 1}
@@ -155,7 +194,7 @@ def test_one_gpu():
         memory=(memory(1),),
         communication=(CommunicationVolume(0, 0, 0, 0, 0),),
     )
-    lines = format_estimate(alone, 0.4).splitlines()
+    lines = format_estimate(alone).splitlines()
     assert lines[0] == "1 X100: TP 1 x PP 1 x DP 1; 8 micro-batches of size 3 per replica and step"
     assert lines[4] == "0      E+1-8+L   1,234,567  0      n0:0 d0"
     assert lines[5] == "one replica of a stage uses 1 GPU; parameters are per GPU"
@@ -232,8 +271,8 @@ def test_lengths_without_data(values, expected):
 def test_published_speeds(name, share):
     """MFU from the steps per day: 6 FLOPs per parameter and token give nearly as much."""
     config = preset(name, padded_vocab_size=99_584)
-    estimate = estimate_run(config, PlannedMachine(512, "H100", None, 8, 0.38))
-    (line,) = (x for x in format_estimate(estimate, 0.4, name).splitlines() if "published" in x)
+    estimate = estimate_run(config, PlannedMachine(512, "H100", None, 8, mfu=0.38))
+    (line,) = (x for x in format_estimate(estimate, name).splitlines() if "published" in x)
     assert line.endswith(f" H100: {share} MFU")
     steps, gpus = {"llm-jp-3-172b": (2_000, 512), "llm-jp-3-13b": (20_000, 256)}[name]
     tokens = steps * config.training.global_batch_size * config.data.seq_length

@@ -77,7 +77,7 @@ import megatron.core
 print(len(compiled))
 """
     count = subprocess.check_output([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT)
-    assert int(count) > 0, needless("torch_cuda_on_cpu (_without_compiler)")
+    assert int(count) > 0, needless("torch_cuda_on_cpu (without_compiler)")
 
 
 def step_optimizers() -> dict[str, Any]:
