@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_llmjp.config.schema import Config
-from megatron_llmjp.estimate.layout import ParallelLayout
+from megatron_llmjp.estimate.layout import ParallelLayout, recomputed_layers
 from megatron_llmjp.estimate.memory import element_size, rank_parameters
 
 
@@ -44,8 +44,7 @@ def communication_volume(config: Config, layout: ParallelLayout, stage: int) -> 
     distributed = config.parallel.use_distributed_optimizer
     reduced = _ring(4 * parameters, copies)
     return CommunicationVolume(
-        tensor=layout.micro_batches
-        * round(_tensor_units(config, layout, stage) * _ring(activation, t)),
+        tensor=layout.micro_batches * _tensor_units(config, layout, stage) * _ring(activation, t),
         pipeline=layout.micro_batches * _crossings(layout, stage) * activation // parts,
         gradients=reduced if distributed else 2 * reduced,
         parameters=_ring(e * parameters, copies) if distributed else 0,
@@ -64,7 +63,7 @@ def _crossings(layout: ParallelLayout, stage: int) -> int:
     return sum((chunk < last) + (chunk > 0) for chunk in chunks) if layout.pp > 1 else 0
 
 
-def _tensor_units(config: Config, layout: ParallelLayout, stage: int) -> float:
+def _tensor_units(config: Config, layout: ParallelLayout, stage: int) -> int:
     """Count the all-gathers and reduce-scatters of one activation per micro-batch."""
     parallel = config.parallel
     chunks = layout.stages[stage]
@@ -73,12 +72,7 @@ def _tensor_units(config: Config, layout: ParallelLayout, stage: int) -> float:
     # in the backward pass; with sequence parallelism an all-gather and a reduce-scatter instead,
     # and another all-gather for the weight gradient.
     forward, backward = 4, 6 if parallel.sequence_parallel else 4
-    recomputed = 0.0
-    if parallel.recompute_granularity == "full":
-        whole = parallel.recompute_method != "block"
-        part = 1.0 if whole else min(1.0, (parallel.recompute_num_layers or 1) / max(layers, 1))
-        recomputed = forward * part
-    units = layers * (forward + backward + recomputed)
+    units = layers * (forward + backward) + recomputed_layers(config, chunks) * forward
     if any(chunk.embedding for chunk in chunks):
         units += 2
     if any(chunk.output for chunk in chunks):

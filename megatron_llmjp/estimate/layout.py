@@ -7,6 +7,7 @@ stages are farthest apart. No torch is needed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -151,3 +152,16 @@ def _layers_per_chunk(config: Config, pp: int, vp: int) -> list[int]:
     counts[0] -= before
     counts[-1] -= after
     return counts
+
+
+def recomputed_layers(config: Config, chunks: Sequence[ModelChunk]) -> int:
+    """Return how many layers of a stage's chunks are recomputed as a whole.
+
+    ``recompute_num_layers`` with method ``block`` is a number of layers of each chunk.
+    """
+    parallel = config.parallel
+    if parallel.recompute_granularity != "full":
+        return 0
+    each = parallel.recompute_num_layers or 1
+    whole = parallel.recompute_method != "block"
+    return sum(chunk.layers if whole else min(each, chunk.layers) for chunk in chunks)

@@ -33,6 +33,13 @@ FULL_RECOMPUTE: dict[str, object] = {
     "recompute_method": "uniform",
     "recompute_num_layers": 1,
 }
+BLOCK_SHARES = (0.25, 0.5, 0.75)
+"""Searched fractions of the layers of a model chunk that are recomputed."""
+UNEVEN_STAGES = (
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+)
+"""Fields that count embedding and output layer as one layer each when layers are split."""
 MAX_MEMORY_FRACTION = 0.95
 """Fraction of GPU memory that a suggested layout may use: predictions are off by up to 5 %."""
 SHOWN = 6
@@ -96,38 +103,58 @@ def search_layouts(config: Config, machine: PlannedMachine) -> list[LayoutCandid
 
 def _key(config: Config) -> tuple[object, ...]:
     parallel = config.parallel
+    full = parallel.recompute_granularity == "full"
+    block = parallel.recompute_num_layers if parallel.recompute_method == "block" else None
     return (
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
         parallel.virtual_pipeline_model_parallel_size,
         config.training.micro_batch_size,
-        parallel.recompute_granularity == "full",
+        full,
+        block if full else None,
+        any(getattr(parallel, name) for name in UNEVEN_STAGES),
     )
 
 
 def _candidates(config: Config, machine: PlannedMachine) -> Iterator[Config]:
+    """Generate layouts of even stages, or else of stages that embedding and loss make even."""
     tensor = [t for t in (1, 2, 4, 8) if t <= machine.gpus_per_node]
-    stages = [p for p in range(1, config.model.num_layers + 1) if config.model.num_layers % p == 0]
-    recompute = (NO_RECOMPUTE, FULL_RECOMPUTE)
-    for t, p, v, b, recomputation in product(
-        tensor, stages, VIRTUAL_SIZES, MICRO_BATCH_SIZES, recompute
-    ):
-        replicas, rest = divmod(machine.world_size, t * p)
-        divisible = (
-            replicas and not rest and config.training.global_batch_size % (replicas * b) == 0
-        )
-        if not divisible or (v is not None and (p == 1 or config.model.num_layers % (p * v))):
+    layers = config.model.num_layers
+    for t, p, v in product(tensor, range(1, layers + 3), VIRTUAL_SIZES):
+        chunks, uneven = p * (v or 1), 0
+        if layers % chunks:
+            uneven = 2
+        if (layers + uneven) % chunks or (p == 1 and v is not None):
             continue
-        yield replace_fields(
-            config,
-            tensor_model_parallel_size=t,
-            sequence_parallel=t > 1,
-            pipeline_model_parallel_size=p,
-            virtual_pipeline_model_parallel_size=v,
-            use_distributed_optimizer=True,
-            micro_batch_size=b,
-            **recomputation,
-        )
+        replicas, rest = divmod(machine.world_size, t * p)
+        if rest or replicas == 0:
+            continue
+        for b, recompute in product(
+            MICRO_BATCH_SIZES, _recomputations((layers + uneven) // chunks)
+        ):
+            if config.training.global_batch_size % (replicas * b):
+                continue
+            yield replace_fields(
+                config,
+                tensor_model_parallel_size=t,
+                sequence_parallel=t > 1,
+                pipeline_model_parallel_size=p,
+                virtual_pipeline_model_parallel_size=v,
+                use_distributed_optimizer=True,
+                micro_batch_size=b,
+                **dict.fromkeys(UNEVEN_STAGES, uneven > 0),
+                **recompute,
+            )
+
+
+def _recomputations(layers: int) -> list[dict[str, object]]:
+    """Return the searched recomputations of chunks of so many layers."""
+    numbers = {int(share * layers) for share in BLOCK_SHARES} - {0}
+    blocks = [
+        {**FULL_RECOMPUTE, "recompute_method": "block", "recompute_num_layers": number}
+        for number in sorted(numbers)
+    ]
+    return [NO_RECOMPUTE, *blocks, FULL_RECOMPUTE]
 
 
 def format_candidates(config: Config, machine: PlannedMachine, found: list[LayoutCandidate]) -> str:
@@ -166,16 +193,24 @@ def format_candidates(config: Config, machine: PlannedMachine, found: list[Layou
 
 def _row(candidate: LayoutCandidate) -> tuple[str, ...]:
     estimate = candidate.estimate
-    recompute = estimate.config.parallel.recompute_granularity == "full"
     return (
         format_layout(estimate.layout) + (" (given)" if candidate.given else ""),
         str(estimate.config.training.micro_batch_size),
-        "all layers" if recompute else "",
+        _recompute(estimate.config),
         f"{estimate.memory_fraction:.0%}",
         f"{estimate.mfu:.0%}",
         f"{candidate.seconds:.2f}",
         *(_seconds(seconds) for seconds in candidate.columns.values()),
     )
+
+
+def _recompute(config: Config) -> str:
+    parallel = config.parallel
+    if parallel.recompute_granularity != "full":
+        return ""
+    if parallel.recompute_method == "block":
+        return f"{parallel.recompute_num_layers} per chunk"
+    return "all layers"
 
 
 def _seconds(number: float) -> str:
@@ -227,8 +262,12 @@ def layout_flags(config: Config) -> str:
     if parallel.virtual_pipeline_model_parallel_size:
         chunks = parallel.virtual_pipeline_model_parallel_size
         words.append(f"--virtual-pipeline-model-parallel-size {chunks}")
+    for name in UNEVEN_STAGES:
+        if getattr(parallel, name):
+            words.append(f"--{name.replace('_', '-')}")
     if parallel.recompute_granularity == "full":
         words.append(
-            "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+            f"--recompute-granularity full --recompute-method {parallel.recompute_method} "
+            f"--recompute-num-layers {parallel.recompute_num_layers}"
         )
     return " ".join(words)

@@ -14,7 +14,7 @@ from math import log, sqrt
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.estimate.communication import CommunicationVolume, communication_volume
 from megatron_llmjp.estimate.fitted_step_time import FITTED
-from megatron_llmjp.estimate.layout import ParallelLayout
+from megatron_llmjp.estimate.layout import ParallelLayout, recomputed_layers
 from megatron_llmjp.estimate.memory import rank_parameters
 from megatron_llmjp.estimate.step_parameters import (
     MEMORY_EFFICIENCY,
@@ -25,7 +25,6 @@ from megatron_llmjp.estimate.step_work import (
     Software,
     StageWork,
     Work,
-    recomputed_layers,
     stage_work,
 )
 from megatron_llmjp.estimate.target_gpu import TargetGpu
@@ -116,7 +115,7 @@ def run_load(config: Config, layout: ParallelLayout, software: Software) -> RunL
                 stage_work(config, layout, software, chunks),
                 communication_volume(config, layout, number),
                 rank_parameters(config, layout, chunks),
-                2 * layers + recomputed_layers(config, layers),
+                2 * layers + recomputed_layers(config, chunks),
             )
         stages.append(known[key])
     return RunLoad(config, layout, software, tuple(stages))

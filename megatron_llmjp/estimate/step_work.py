@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_llmjp.config.schema import Config
-from megatron_llmjp.estimate.layout import ModelChunk, ParallelLayout
+from megatron_llmjp.estimate.layout import ModelChunk, ParallelLayout, recomputed_layers
 from megatron_llmjp.estimate.memory import element_size
 
 BACKWARD_FLASH_PRODUCTS = 5
@@ -185,7 +185,7 @@ def stage_work(
     """Compute the work of one rank of the stage with these chunks, per micro-batch."""
     layer = layer_work(config, layout, software)
     layers = sum(chunk.layers for chunk in chunks)
-    full = recomputed_layers(config, layers)
+    full = recomputed_layers(config, chunks)
     attention = layers if config.parallel.recompute_granularity == "selective" else full
     return StageWork(
         products=layer.products.total * layers,
@@ -198,16 +198,6 @@ def stage_work(
         output_element_wise=_output_element_wise(config, layout, software, chunks),
         context_bytes=layers * _context_bytes(config, layout),
     )
-
-
-def recomputed_layers(config: Config, layers: int) -> int:
-    """Return how many of a stage's layers are recomputed as a whole."""
-    parallel = config.parallel
-    if parallel.recompute_granularity != "full":
-        return 0
-    if parallel.recompute_method == "block":
-        return min(layers, parallel.recompute_num_layers or 1)
-    return layers
 
 
 def _output_products(

@@ -179,6 +179,16 @@ def test_the_reasons_are_sorted_and_small_ones_omitted():
     assert "PP comm 0.05 s more" in layout_search._reasons(more, given)
 
 
+def recomputation(parallel):
+    if parallel.recompute_granularity is None:
+        return None
+    assert parallel.recompute_granularity == "full"
+    if parallel.recompute_method == "block":
+        return parallel.recompute_num_layers
+    assert (parallel.recompute_method, parallel.recompute_num_layers) == ("uniform", 1)
+    return "all"
+
+
 @pytest.mark.parametrize("recompute", [None, "selective", "full"])
 def test_searched_layouts(recompute):
     """All that divide 8 GPUs, 6 layers and a batch of 16; within a node of 4 GPUs."""
@@ -188,15 +198,20 @@ def test_searched_layouts(recompute):
         recompute_granularity=recompute, **(full if recompute == "full" else {}),
     )  # fmt: skip
     found = list(layout_search._candidates(config, PlannedMachine(8, "H100", None, 4)))
+    blocks = {1: set(), 2: {1}, 3: {1, 2}, 6: {1, 3, 4}}  # a quarter, half, three quarters
     expected = {
         (t, p, v, b, again)
-        for t, p, replicas in itertools.product((1, 2, 4), (1, 2, 3, 6), range(1, 9))
+        for t, p, replicas in itertools.product((1, 2, 4), range(1, 9), range(1, 9))
         if t * p * replicas == 8
         for v in (None, 2, 3, 4, 5, 6)
-        if v is None or (p > 1 and 6 % (p * v) == 0)
+        for chunks in (p * (v or 1),)
+        # Even, or with the embedding and the output layer as one layer each.
+        if v is None or p > 1
+        if 6 % chunks == 0 or 8 % chunks == 0
         for b in (1, 2, 4, 8)
         if 16 % (replicas * b) == 0
-        for again in (None, "full")  # selective recompute saves nothing
+        # Selective recompute saves nothing.
+        for again in {None, "all"} | blocks[(6 if 6 % chunks == 0 else 8) // chunks]
     }
     keys = [
         (
@@ -204,18 +219,21 @@ def test_searched_layouts(recompute):
             c.parallel.pipeline_model_parallel_size,
             c.parallel.virtual_pipeline_model_parallel_size,
             c.training.micro_batch_size,
-            c.parallel.recompute_granularity,
+            recomputation(c.parallel),
         )
         for c in found
     ]
     assert set(keys) == expected and len(keys) == len(expected)
-    assert {p for _, p, _, _, _ in keys} == {1, 2}  # 3 and 6 do not divide 8
+    assert {p for _, p, _, _, _ in keys} == {1, 2, 4, 8}  # 3 and 6 do not divide 8
     for c in found:
         parallel = c.parallel
         assert parallel.sequence_parallel == (parallel.tensor_model_parallel_size > 1)
         assert parallel.use_distributed_optimizer
-        unit = ("uniform", 1) if parallel.recompute_granularity == "full" else (None, None)
-        assert (parallel.recompute_method, parallel.recompute_num_layers) == unit
+        chunks = parallel.pipeline_model_parallel_size * (
+            parallel.virtual_pipeline_model_parallel_size or 1
+        )
+        assert parallel.account_for_loss_in_pipeline_split == (6 % chunks > 0)
+        assert parallel.account_for_embedding_in_pipeline_split == (6 % chunks > 0)
 
 
 def test_one_of_several_chunks_has_the_output_layer():
