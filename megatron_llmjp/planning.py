@@ -43,6 +43,7 @@ from megatron_llmjp.estimate.run_estimate import (
     estimate_run,
     run_length_without_data,
 )
+from megatron_llmjp.estimate.scaling import format_scaling, scale_run, scaling_numbers
 from megatron_llmjp.placeholders import substitute_missing
 from megatron_llmjp.report.job_history import observe_jobs
 from megatron_llmjp.run import resolve_run
@@ -137,13 +138,8 @@ def print_estimate(command: Command) -> int:
     planned = substitute_missing(command.config, data=True)
     config = planned.config
     if command.mode is Mode.SUGGEST_LAYOUT:
-        found = search_layouts(config, machine)
         print_notes(planned.notes)
-        if command.as_json:
-            print(json.dumps({"layouts": [candidate_numbers(candidate) for candidate in found]}))
-        else:
-            print(format_candidates(config, machine, found))
-        return EXIT_DONE if found else EXIT_USER_ERROR
+        return _print_layouts(command, config, machine)
     check_config(config, machine.world_size)
     run = _resolve(config, machine.world_size, planned.tokenizer_is_placeholder)
     save = config.checkpoint.save
@@ -168,6 +164,23 @@ def print_estimate(command: Command) -> int:
         file=sys.stderr,
     )
     return EXIT_USER_ERROR
+
+
+def _print_layouts(command: Command, config: Config, machine: PlannedMachine) -> int:
+    """Print suggested layouts, or the scaling over numbers of GPUs, and return the exit code."""
+    if machine.scaling:
+        scaling = scale_run(config, machine)
+        if command.as_json:
+            print(json.dumps(scaling_numbers(scaling, machine)))
+        else:
+            print(format_scaling(scaling, machine))
+        return EXIT_DONE if any(point.best for point in scaling.strong) else EXIT_USER_ERROR
+    found = search_layouts(config, machine)
+    if command.as_json:
+        print(json.dumps({"layouts": [candidate_numbers(candidate) for candidate in found]}))
+    else:
+        print(format_candidates(config, machine, found))
+    return EXIT_DONE if found else EXIT_USER_ERROR
 
 
 def _build_on_meta(estimate: RunEstimate) -> str:

@@ -194,6 +194,8 @@ def parse(
         problems.lines.append(
             f"--json requires {Mode.ESTIMATE.value} or {Mode.SUGGEST_LAYOUT.value}"
         )
+    if arguments["scaling"] and mode is Mode.ESTIMATE:
+        problems.lines.append(f"--scaling requires {Mode.SUGGEST_LAYOUT.value}")
     layers = layers if layers is not None else ConfigLayers()
     by_flags_alone = False
     folder = _folder(arguments)

@@ -22,9 +22,12 @@ DEFAULTS: dict[str, Any] = {
     "restart_minutes": 10.0,
     "queue_minutes": 5.0,
     "write_bandwidth": None,
+    "scaling": None,
+    "gpu_hour_price": None,
+    "gpu_power": None,
 }
 """Default values, by argument."""
-POSITIVE = ("mtbf_hours",)
+POSITIVE = ("mtbf_hours", "gpu_hour_price", "gpu_power")
 NOT_NEGATIVE = ("restart_minutes", "queue_minutes")
 
 
@@ -53,6 +56,12 @@ class PlannedMachine:
     """Between the GPUs of a node, per GPU and direction."""
     network_bandwidth: float | None = None
     """Between nodes, per GPU and direction."""
+    scaling: tuple[int, ...] = ()
+    """Numbers of GPUs to compare, in ascending order."""
+    gpu_hour_price: float | None = None
+    """Of one GPU for an hour, in any currency."""
+    gpu_power: float | None = None
+    """Watts of one GPU with its part of the node, network and cooling."""
 
 
 def add_machine_flags(parser: argparse.ArgumentParser) -> None:
@@ -115,6 +124,19 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
         help="bytes per second that the file system of --save writes, such as 50GB (default: 1GB "
         "per node)",
     )
+    add(
+        "--scaling",
+        metavar="N,N,...",
+        help="with --suggest-layout: numbers of GPUs to compare, such as 64,128,256; prints step "
+        "time, MFU, days, and cost and energy if their numbers are given",
+    )
+    add("--gpu-hour-price", type=float, metavar="X", help="price of one GPU for an hour")
+    add(
+        "--gpu-power",
+        type=float,
+        metavar="WATTS",
+        help="power of one GPU with its part of the node, network and cooling",
+    )
 
 
 def machine_flags(arguments: Mapping[str, Any]) -> list[str]:
@@ -153,8 +175,11 @@ def planned_machine(
         name: default if arguments[name] is None else arguments[name]
         for name, default in DEFAULTS.items()
     }
-    problems = []
-    if world_size is None:
+    problems: list[str] = []
+    scaling = _gpu_counts(given["scaling"], problems)
+    if world_size is None and scaling:
+        world_size = scaling[-1]
+    if world_size is None and not problems:
         problems.append(f"{flag} needs --world-size N, the number of GPUs")
     if given["mfu"] is not None and not 0.0 < given["mfu"] <= 1.0:
         problems.append(f"--mfu {given['mfu']}: expected a fraction of the peak, such as 0.38")
@@ -182,7 +207,21 @@ def planned_machine(
         given["restart_minutes"],
         given["queue_minutes"],
         **bandwidths,
+        scaling=scaling,
+        gpu_hour_price=given["gpu_hour_price"],
+        gpu_power=given["gpu_power"],
     )
+
+
+def _gpu_counts(text: str | None, problems: list[str]) -> tuple[int, ...]:
+    """Return numbers of GPUs in ascending order; add a problem if the text is no list of them."""
+    if text is None:
+        return ()
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        problems.append(f"--scaling {text}: expected numbers of GPUs such as 64,128,256")
+        return ()
+    return tuple(sorted({int(word) for word in words}))
 
 
 def _size(given: Mapping[str, Any], name: str, example: str, problems: list[str]) -> float | None:

@@ -101,6 +101,11 @@ def search_layouts(config: Config, machine: PlannedMachine) -> list[LayoutCandid
     return sorted(found, key=lambda candidate: candidate.seconds)
 
 
+def has_divisible_layout(config: Config, machine: PlannedMachine) -> bool:
+    """Return whether any searched layout divides GPUs, layers and batch, fitting or not."""
+    return next(_candidates(config, machine), None) is not None
+
+
 def _key(config: Config) -> tuple[object, ...]:
     parallel = config.parallel
     full = parallel.recompute_granularity == "full"

@@ -35,12 +35,14 @@ class BuiltRank:
 def build_first_ranks(config: Config, layout: ParallelLayout) -> list[BuiltRank]:
     """Build groups and model chunks of the first rank of each stage, one after the other.
 
+    Of several stages with the same layers, only the first is built.
+
     Raises:
         UserError: megatron-core rejects the configuration, or parameters or process groups differ
             from the estimate.
     """
     device, built = setup(), []
-    for stage in range(layout.pp):
+    for stage in _distinct_stages(layout):
         rank = layout.rank(tp=0, cp=0, dp=0, pp=stage)
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
         try:
@@ -51,6 +53,14 @@ def build_first_ranks(config: Config, layout: ParallelLayout) -> list[BuiltRank]
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()
     return built
+
+
+def _distinct_stages(layout: ParallelLayout) -> list[int]:
+    """Return the first stage of each kind, in order."""
+    kinds: dict[tuple[tuple[int, bool, bool], ...], int] = {}
+    for stage, chunks in enumerate(layout.stages):
+        kinds.setdefault(tuple((c.layers, c.embedding, c.output) for c in chunks), stage)
+    return list(kinds.values())
 
 
 def _build_rank(

@@ -16,12 +16,15 @@ from megatron_llmjp.estimate.memory import element_size
 BACKWARD_FLASH_PRODUCTS = 5
 """Matrix products of the backward pass of FlashAttention, which recomputes the scores, where the
 forward pass has two (Dao, 2023, arXiv:2307.08691, section 4.1)."""
-UNFUSED_SCORE_BYTES = (13, 22)
-"""Bytes per score, forward and backward, of attention that keeps them in half precision: product,
-softmax and dropout each read and write them, and a mask has one byte."""
-LOSS_BYTES = 40
-"""Bytes per logit of the loss, forward and backward: conversion to fp32, maximum, exponential, sum
-and gradient."""
+UNFUSED_SCORE_BYTES = (13, 19)
+"""Bytes per score, forward and backward, of Megatron-LM's attention without FlashAttention, with a
+fused softmax and scores in half precision. Forward: written by the first product (2), read and
+written by softmax (4) and dropout (4, and a mask of 1), read by the second product (2). Backward:
+read for the gradient of the values (2), written by that of the probabilities (2), read and written
+by dropout (5) and softmax (6), read for the gradients of queries and keys (4)."""
+LOSS_BYTES = 52
+"""Bytes per logit of Megatron-LM's ``vocab_parallel_cross_entropy``: conversion to fp32 (6), maximum
+(4), subtraction (8), exponential (8), sum (4), division (8), gradient (8) and its conversion (6)."""
 
 
 @dataclass(frozen=True)

@@ -30,13 +30,14 @@ VALUES: dict[str, list[str]] = {
     "--hidden-dropout": ["0.5"], "--attention-dropout": ["0.5"], "--mfu": ["0.5"],
     "--spike-threshold": ["8"], "--yarn-rotary-scaling-factor": ["2"],
     "--vocab-file": ["x.model"], "--num-layers-per-virtual-pipeline-stage": ["2"],
-    "--group-query-attention": [], "--json": [], "--no-bias-gelu-fusion": [], "--no-load-optim": [],
+    "--group-query-attention": [], "--json": [], "--scaling": ["8,16"],
+    "--no-bias-gelu-fusion": [], "--no-load-optim": [],
 }  # fmt: skip
 IN_MODE = {
     "--estimate", "--rehearse", "--suggest-layout", "--world-size", "--gpus", "--gpu",
     "--gpu-memory", "--gpus-per-node", "--mfu", "--mtbf-hours", "--restart-minutes",
     "--queue-minutes", "--write-bandwidth", "--memory-bandwidth", "--link-bandwidth",
-    "--network-bandwidth", "--json",
+    "--network-bandwidth", "--json", "--scaling", "--gpu-hour-price", "--gpu-power",
 }  # fmt: skip
 """Flags of the planned machine, and the modes that need one."""
 MODES = {
@@ -74,7 +75,8 @@ def test_every_flag_in_every_spelling(flag: str) -> None:
     base = ["--num-layers", "4", "--hidden-size", "64", "--num-attention-heads", "4"]
     base += ["--load", "other", "--finetune"] if flag == "--no-load-optim" else []
     if flag in IN_MODE:
-        base += ["--world-size", "7", *(["--estimate"] if flag != "--suggest-layout" else [])]
+        mode = "--suggest-layout" if flag == "--scaling" else "--estimate"
+        base += ["--world-size", "7", *([mode] if flag != "--suggest-layout" else [])]
     expected = parse([*base, flag, *values])
     assert parse([*base, flag.replace("-", "_").replace("__", "--", 1), *values]) == expected
     if len(values) == 1:
@@ -82,7 +84,7 @@ def test_every_flag_in_every_spelling(flag: str) -> None:
         assert parse([*base, f"{flag}={values[0]}"]) == expected
         assert parse([*base, f"{underscored}={values[0]}"]) == expected
     assert expected.mode is Mode(
-        flag if flag in {m.value for m in MODE_HELP} else "--estimate" if flag in IN_MODE else ""
+        flag if flag in {m.value for m in MODE_HELP} else mode if flag in IN_MODE else ""
     )
     if not values and flag in flag_names():
         with pytest.raises(UserError, match="explicit argument"):
@@ -160,6 +162,11 @@ TOGETHER = {
     "--world-size 4 --seq-length none": [
         "--world-size requires --dry-run or --estimate",
         "flag --seq-length: seq_length = 'none'",
+    ],
+    "--estimate --scaling 8 --world-size 8": ["--scaling requires --suggest-layout"],
+    "--suggest-layout --scaling 8,x --gpu-power 0": [
+        "--scaling 8,x: expected numbers of GPUs such as 64,128,256",
+        "--gpu-power 0.0: expected a positive number",
     ],
     "--json --dry-run": ["--json requires --estimate or --suggest-layout"],
     "--gpus 4 --world-size 8 --estimate": ["--world-size 8 and --gpus 4 are synonyms"],

@@ -100,7 +100,7 @@ def test_172b(results):
         "7,077,888 tokens",
         "pipeline bubble 6.5%",
         "about 2,000 steps per day on 512 H100: 34% MFU",
-        "ranks 0, 32, ..., 480",
+        "ranks 0, 32, 480",
     ):
         assert words in output, words
 

@@ -1,0 +1,183 @@
+"""Scaling of a run: the fastest layout on each number of GPUs, its cost, and what limits it.
+
+Strong scaling keeps the global batch size, weak scaling keeps it per GPU. Days are those of the
+tokens of the run, so that weak scaling takes fewer steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatron_llmjp.config.loading import replace_fields
+from megatron_llmjp.config.machine_flags import PlannedMachine
+from megatron_llmjp.config.schema import Config
+from megatron_llmjp.estimate.estimate_numbers import candidate_numbers
+from megatron_llmjp.estimate.fitted_step_time import ACCURACY
+from megatron_llmjp.estimate.layout_report import format_layout
+from megatron_llmjp.estimate.layout_search import (
+    LayoutCandidate,
+    has_divisible_layout,
+    search_layouts,
+)
+from megatron_llmjp.estimate.run_estimate import run_length_without_data
+from megatron_llmjp.estimate.step_time import TERMS
+from megatron_llmjp.formatting import format_count, format_table
+
+SECONDS_PER_DAY = 86400.0
+DEFAULT_TOKENS = 10**12
+"""Tokens of a run of unknown length."""
+LIMITS = ("bubble", "tensor", "context", "pipeline", "data", "stragglers", "optimizer")
+"""Terms that grow with the number of GPUs."""
+
+
+@dataclass(frozen=True)
+class ScalingPoint:
+    """Fastest layout on a number of GPUs."""
+
+    gpus: int
+    global_batch_size: int
+    best: LayoutCandidate | None
+    """None if no layout is possible."""
+    seconds: float | None
+    """Of the run, without saves and failures."""
+    limit: str
+    """What costs most time apart from computing, or why no layout is possible."""
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Strong and weak scaling over the same numbers of GPUs."""
+
+    tokens: int
+    """Of the run."""
+    is_assumed: bool
+    """Whether the length of the run is unknown, and ``tokens`` an assumption."""
+    strong: tuple[ScalingPoint, ...]
+    weak: tuple[ScalingPoint, ...]
+    """From the same batch size on the smallest number of GPUs; empty for a single number."""
+
+
+def scale_run(config: Config, machine: PlannedMachine) -> Scaling:
+    """Search the fastest layout on each of :attr:`PlannedMachine.scaling` GPUs."""
+    length = run_length_without_data(config)
+    tokens = length.samples * config.data.seq_length if length else DEFAULT_TOKENS
+    batch, first = config.training.global_batch_size, machine.scaling[0]
+    strong = tuple(_point(config, machine, gpus, batch, tokens) for gpus in machine.scaling)
+    weak = tuple(
+        _point(config, machine, gpus, batch * gpus // first, tokens) for gpus in machine.scaling[1:]
+    )
+    return Scaling(tokens, length is None, strong, strong[:1] + weak if weak else ())
+
+
+def _point(
+    config: Config, machine: PlannedMachine, gpus: int, batch: int, tokens: int
+) -> ScalingPoint:
+    config = replace_fields(config, global_batch_size=batch, rampup_batch_size=None)
+    machine = replace(machine, world_size=gpus)
+    found = search_layouts(config, machine)
+    if not found:
+        reason = (
+            "no layout fits into memory"
+            if has_divisible_layout(config, machine)
+            else f"global batch size {batch} is not divisible by the replicas of any layout"
+        )
+        return ScalingPoint(gpus, batch, None, None, reason)
+    best = found[0]
+    seconds = tokens / (batch * config.data.seq_length) * best.seconds
+    return ScalingPoint(gpus, batch, best, seconds, _limit(best))
+
+
+def _limit(best: LayoutCandidate) -> str:
+    """Name the largest term that is not computing."""
+    time = best.estimate.step_time
+    assert time is not None
+    name = max(LIMITS, key=lambda term: float(getattr(time, term)))
+    share = getattr(time, name) / time.total
+    if not share:
+        return "computing"
+    few = best.estimate.layout.micro_batches
+    cause = f" ({few} micro-batches per step)" if name == "bubble" else ""
+    return f"{TERMS[name]} {share:.0%}{cause}"
+
+
+def format_scaling(scaling: Scaling, machine: PlannedMachine) -> str:
+    """Format tables of strong and weak scaling."""
+    length = f"{format_count(scaling.tokens)} tokens"
+    if scaling.is_assumed:
+        length += " (assumed: the length of the run is unknown)"
+    batch = scaling.strong[0].global_batch_size
+    parts = [
+        f"{length} on {machine.gpu}; the fastest layout on each number of GPUs\n"
+        f"strong scaling: global batch size {batch}",
+        _table(scaling.strong, scaling.tokens, machine),
+    ]
+    if scaling.weak:
+        parts += [
+            f"weak scaling: global batch size {batch} on {scaling.weak[0].gpus} GPUs",
+            _table(scaling.weak, scaling.tokens, machine),
+        ]
+    return "\n".join(
+        [*parts, f"days in parentheses: 80% of {ACCURACY.runs} published runs, without failures"]
+    )
+
+
+def _table(points: tuple[ScalingPoint, ...], tokens: int, machine: PlannedMachine) -> str:
+    columns = ["GPUs", "layout", "step", "MFU", "tokens/s", "days"]
+    columns += ["cost"] if machine.gpu_hour_price else []
+    columns += ["MWh"] if machine.gpu_power else []
+    rows = [tuple([*columns, "limit"])]
+    fastest = float("inf")
+    for point in points:
+        if point.best is None or point.seconds is None:
+            rows.append((str(point.gpus), *[""] * (len(columns) - 1), point.limit))
+            continue
+        limit = point.limit
+        if point.seconds >= fastest:
+            limit += "; not faster than fewer GPUs"
+        fastest = min(fastest, point.seconds)
+        low, high = (point.seconds * x / SECONDS_PER_DAY for x in (ACCURACY.low, ACCURACY.high))
+        days = point.seconds / SECONDS_PER_DAY
+        rows.append(
+            (
+                str(point.gpus),
+                format_layout(point.best.estimate.layout),
+                f"{point.best.seconds:.2f}",
+                f"{point.best.estimate.mfu:.0%}",
+                format_count(tokens / point.seconds),
+                f"{days:,.1f} ({low:,.1f} to {high:,.1f})",
+                *(f"{number:,.0f}" for number in _costs(point, machine).values()),
+                limit,
+            )
+        )
+    return format_table(rows, right=(0, *range(2, len(columns))))
+
+
+def _costs(point: ScalingPoint, machine: PlannedMachine) -> dict[str, float]:
+    """Return the cost and the energy in MWh, as far as price and power are given."""
+    hours = point.gpus * (point.seconds or 0.0) / 3600
+    costs = {}
+    if machine.gpu_hour_price:
+        costs["cost"] = hours * machine.gpu_hour_price
+    if machine.gpu_power:
+        costs["megawatt_hours"] = hours * machine.gpu_power / 1e6
+    return costs
+
+
+def scaling_numbers(scaling: Scaling, machine: PlannedMachine) -> dict[str, Any]:
+    """Return all numbers as plain data, for JSON."""
+    tables = {"strong": scaling.strong, "weak": scaling.weak}
+    return {"tokens": scaling.tokens} | {
+        kind: [
+            {
+                "gpus": point.gpus,
+                "global_batch_size": point.global_batch_size,
+                "run_seconds": point.seconds,
+                "limit": point.limit,
+                **(_costs(point, machine) if point.best else {}),
+                "best": candidate_numbers(point.best) if point.best else None,
+            }
+            for point in points
+        ]
+        for kind, points in tables.items()
+    }

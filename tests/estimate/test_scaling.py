@@ -1,0 +1,87 @@
+"""Scaling over numbers of GPUs: batch sizes, costs, and the named limits."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from megatron_llmjp.config.loading import replace_fields
+from megatron_llmjp.config.machine_flags import PlannedMachine
+from megatron_llmjp.estimate.scaling import format_scaling, scale_run, scaling_numbers
+from megatron_llmjp.estimate.step_time import StepTime
+from tests.estimate.test_flops import preset
+
+TOKENS = 300 * 24 * 512
+CONFIG = preset(
+    "laptop-gpt2", num_layers=8, seq_length=512, vocab_size=1000, global_batch_size=24,
+    train_iters=300, bf16=True,
+)  # fmt: skip
+
+
+def machine(*gpus: int, **values) -> PlannedMachine:
+    return PlannedMachine(gpus[-1], "H100", None, 8, scaling=gpus, **values)
+
+
+def test_strong_and_weak_scaling():
+    """The same batch on all GPUs, or per GPU; the run keeps its tokens."""
+    found = scale_run(CONFIG, machine(2, 4, 8, gpu_hour_price=3.0, gpu_power=1000.0))
+    assert found.tokens == TOKENS and not found.is_assumed
+    assert [point.global_batch_size for point in found.strong] == [24, 24, 24]
+    assert [point.global_batch_size for point in found.weak] == [24, 48, 96]
+    for point in (*found.strong, *found.weak):
+        assert point.best is not None
+        assert point.best.estimate.layout.world_size == point.gpus
+        steps = TOKENS / (point.global_batch_size * 512)
+        assert point.seconds == pytest.approx(steps * point.best.seconds)
+
+
+def test_costs_and_json():
+    """GPU hours by price, and by power in MWh."""
+    asked = machine(2, 4, gpu_hour_price=3.0, gpu_power=1000.0)
+    found = scale_run(CONFIG, asked)
+    numbers = json.loads(json.dumps(scaling_numbers(found, asked)))
+    for point, row in zip(found.strong, numbers["strong"], strict=True):
+        hours = point.gpus * point.seconds / 3600
+        assert row["cost"] == pytest.approx(3.0 * hours)
+        assert row["megawatt_hours"] == pytest.approx(hours / 1000)
+        assert row["best"]["step_seconds"] == point.best.seconds
+    header = format_scaling(found, asked).splitlines()[2].split()
+    assert header == ["GPUs", "layout", "step", "MFU", "tokens/s", "days", "cost", "MWh", "limit"]
+    plain = format_scaling(scale_run(CONFIG, machine(2)), machine(2))
+    assert "cost" not in plain and "weak scaling" not in plain
+
+
+def test_numbers_of_gpus_without_a_layout():
+    """A batch of 24 cannot be divided over 7 replicas, and 172b does not fit into 8 GPUs."""
+    found = scale_run(CONFIG, machine(2, 7))
+    assert found.strong[1].best is None
+    assert found.strong[1].limit == (
+        "global batch size 24 is not divisible by the replicas of any layout"
+    )
+    large = preset("llm-jp-3-172b", global_batch_size=8)
+    found = scale_run(large, machine(8))
+    assert (found.strong[0].best, found.strong[0].limit) == (None, "no layout fits into memory")
+    lines = format_scaling(found, machine(8)).splitlines()
+    assert lines[3].split() == ["8", "no", "layout", "fits", "into", "memory"]
+
+
+def test_the_length_is_assumed_if_unknown():
+    found = scale_run(replace_fields(CONFIG, train_iters=None), machine(2))
+    assert found.is_assumed and found.tokens == 10**12
+    assert "1.00T tokens (assumed:" in format_scaling(found, machine(2))
+
+
+def test_the_limit_is_the_largest_term_besides_computing():
+    """172b on more GPUs than its batch feeds: the share of idle and exchanging GPUs grows."""
+    config = preset("llm-jp-3-172b")
+    found = scale_run(config, machine(512, 4096))
+    few, many = (point.best for point in found.strong)
+    assert few is not None and many is not None
+
+    def computing(time: StepTime) -> float:
+        return (time.products + time.attention + time.element_wise) / time.total
+
+    assert computing(many.estimate.step_time) < computing(few.estimate.step_time)
+    assert many.estimate.mfu < few.estimate.mfu
+    assert all(point.limit.endswith("%") or "%" in point.limit for point in found.strong)
