@@ -15,6 +15,7 @@ from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint import resume, resume_checks
 from megatron_llmjp.config.flags import Command, Mode, print_notes
 from megatron_llmjp.config.loading import replace_fields
+from megatron_llmjp.config.machine_flags import PlannedMachine
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.config.validation import check_config
 from megatron_llmjp.config.warnings import RunSize, config_warnings
@@ -174,6 +175,10 @@ def _print_layouts(command: Command, config: Config, machine: PlannedMachine) ->
             print(json.dumps(scaling_numbers(scaling, machine)))
         else:
             print(format_scaling(scaling, machine))
+        if machine.scaling_plot:
+            from megatron_llmjp.estimate.scaling_plot import plot_scaling  # matplotlib: a second
+
+            plot_scaling(scaling, Path(machine.scaling_plot))
         return EXIT_DONE if any(point.best for point in scaling.strong) else EXIT_USER_ERROR
     found = search_layouts(config, machine)
     if command.as_json:

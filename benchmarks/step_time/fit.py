@@ -27,7 +27,10 @@ LOSS_SCALE = 0.08
 causes of slowness do not set the parameters."""
 LIMITS = np.log([[0.3, 0.3, 20.0, 0.2, 0.2, 1e-3, 1e-6], [1.0, 1.0, 900.0, 1.0, 1.0, 0.3, 1e-3]])
 """Physical limits of the parameters: efficiencies are at most 1."""
+LEFT_OUT_ITERATIONS = 6
+"""From the parameters of all runs."""
 DIFFERENCE = 1e-3
+"""Logarithmic change of a parameter for the derivative."""
 MAX_STEP = 0.5
 TOLERANCE = 1e-6
 WRITTEN = Path(__file__).parents[2] / "megatron_llmjp/estimate/fitted_step_time.py"
@@ -82,7 +85,7 @@ def left_out_errors(runs: Sequence[PublishedRun], logs: Vector, keys: Sequence[s
     errors = np.empty(len(runs))
     for key in dict.fromkeys(keys):
         kept = [run for run, other in zip(runs, keys, strict=True) if other != key]
-        fitted = fit(kept, logs, iterations=4)
+        fitted = fit(kept, logs, LEFT_OUT_ITERATIONS)
         for number, other in enumerate(keys):
             if other == key:
                 errors[number] = log_errors([runs[number]], fitted)[0]

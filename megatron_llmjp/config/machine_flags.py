@@ -23,6 +23,7 @@ DEFAULTS: dict[str, Any] = {
     "queue_minutes": 5.0,
     "write_bandwidth": None,
     "scaling": None,
+    "scaling_plot": None,
     "gpu_hour_price": None,
     "gpu_power": None,
 }
@@ -58,6 +59,8 @@ class PlannedMachine:
     """Between nodes, per GPU and direction."""
     scaling: tuple[int, ...] = ()
     """Numbers of GPUs to compare, in ascending order."""
+    scaling_plot: str | None = None
+    """File to draw their comparison to."""
     gpu_hour_price: float | None = None
     """Of one GPU for an hour, in any currency."""
     gpu_power: float | None = None
@@ -130,6 +133,7 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
         help="with --suggest-layout: numbers of GPUs to compare, such as 64,128,256; prints step "
         "time, MFU, days, and cost and energy if their numbers are given",
     )
+    add("--scaling-plot", metavar="FILE", help="with --scaling: also draw it, as PNG, SVG or PDF")
     add("--gpu-hour-price", type=float, metavar="X", help="price of one GPU for an hour")
     add(
         "--gpu-power",
@@ -177,6 +181,8 @@ def planned_machine(
     }
     problems: list[str] = []
     scaling = _gpu_counts(given["scaling"], problems)
+    if given["scaling_plot"] and not given["scaling"]:
+        problems.append("--scaling-plot requires --scaling")
     if world_size is None and scaling:
         world_size = scaling[-1]
     if world_size is None and not problems:
@@ -208,6 +214,7 @@ def planned_machine(
         given["queue_minutes"],
         **bandwidths,
         scaling=scaling,
+        scaling_plot=given["scaling_plot"],
         gpu_hour_price=given["gpu_hour_price"],
         gpu_power=given["gpu_power"],
     )

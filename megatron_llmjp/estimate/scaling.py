@@ -126,7 +126,7 @@ def _table(points: tuple[ScalingPoint, ...], tokens: int, machine: PlannedMachin
     columns = ["GPUs", "layout", "step", "MFU", "tokens/s", "days"]
     columns += ["cost"] if machine.gpu_hour_price else []
     columns += ["MWh"] if machine.gpu_power else []
-    rows = [tuple([*columns, "limit"])]
+    rows = [(*columns, "limit")]
     fastest = float("inf")
     for point in points:
         if point.best is None or point.seconds is None:

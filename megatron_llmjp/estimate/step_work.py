@@ -23,8 +23,9 @@ written by softmax (4) and dropout (4, and a mask of 1), read by the second prod
 read for the gradient of the values (2), written by that of the probabilities (2), read and written
 by dropout (5) and softmax (6), read for the gradients of queries and keys (4)."""
 LOSS_BYTES = 52
-"""Bytes per logit of Megatron-LM's ``vocab_parallel_cross_entropy``: conversion to fp32 (6), maximum
-(4), subtraction (8), exponential (8), sum (4), division (8), gradient (8) and its conversion (6)."""
+"""Bytes per logit of Megatron-LM's ``vocab_parallel_cross_entropy``: conversion to fp32 (6),
+maximum (4), subtraction (8), exponential (8), sum (4), division (8), gradient (8) and its
+conversion (6)."""
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,8 @@ IN_MODE = {
     "--estimate", "--rehearse", "--suggest-layout", "--world-size", "--gpus", "--gpu",
     "--gpu-memory", "--gpus-per-node", "--mfu", "--mtbf-hours", "--restart-minutes",
     "--queue-minutes", "--write-bandwidth", "--memory-bandwidth", "--link-bandwidth",
-    "--network-bandwidth", "--json", "--scaling", "--gpu-hour-price", "--gpu-power",
+    "--network-bandwidth", "--json", "--scaling", "--scaling-plot", "--gpu-hour-price",
+    "--gpu-power",
 }  # fmt: skip
 """Flags of the planned machine, and the modes that need one."""
 MODES = {
@@ -75,7 +76,8 @@ def test_every_flag_in_every_spelling(flag: str) -> None:
     base = ["--num-layers", "4", "--hidden-size", "64", "--num-attention-heads", "4"]
     base += ["--load", "other", "--finetune"] if flag == "--no-load-optim" else []
     if flag in IN_MODE:
-        mode = "--suggest-layout" if flag == "--scaling" else "--estimate"
+        mode = "--suggest-layout" if flag.startswith("--scaling") else "--estimate"
+        base += ["--scaling", "8"] if flag == "--scaling-plot" else []
         base += ["--world-size", "7", *([mode] if flag != "--suggest-layout" else [])]
     expected = parse([*base, flag, *values])
     assert parse([*base, flag.replace("-", "_").replace("__", "--", 1), *values]) == expected

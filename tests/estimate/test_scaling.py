@@ -8,7 +8,9 @@ import pytest
 
 from megatron_llmjp.config.loading import replace_fields
 from megatron_llmjp.config.machine_flags import PlannedMachine
+from megatron_llmjp.errors import UserError
 from megatron_llmjp.estimate.scaling import format_scaling, scale_run, scaling_numbers
+from megatron_llmjp.estimate.scaling_plot import plot_scaling
 from megatron_llmjp.estimate.step_time import StepTime
 from tests.estimate.test_flops import preset
 
@@ -50,6 +52,14 @@ def test_costs_and_json():
     assert header == ["GPUs", "layout", "step", "MFU", "tokens/s", "days", "cost", "MWh", "limit"]
     plain = format_scaling(scale_run(CONFIG, machine(2)), machine(2))
     assert "cost" not in plain and "weak scaling" not in plain
+
+
+def test_the_plot(tmp_path):
+    found = scale_run(CONFIG, machine(2, 4, 8))
+    plot_scaling(found, tmp_path / "scaling.svg")
+    assert "<svg" in (tmp_path / "scaling.svg").read_text()
+    with pytest.raises(UserError, match=r"--scaling-plot .*scaling\.doc"):
+        plot_scaling(found, tmp_path / "scaling.doc")
 
 
 def test_numbers_of_gpus_without_a_layout():
