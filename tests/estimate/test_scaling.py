@@ -40,15 +40,15 @@ def test_strong_and_weak_scaling():
 
 def test_costs_and_json():
     """GPU hours by price, and by power in MWh."""
-    asked = machine(2, 4, gpu_hour_price=3.0, gpu_power=1000.0)
-    found = scale_run(CONFIG, asked)
-    numbers = json.loads(json.dumps(scaling_numbers(found, asked)))
+    priced = machine(2, 4, gpu_hour_price=3.0, gpu_power=1000.0)
+    found = scale_run(CONFIG, priced)
+    numbers = json.loads(json.dumps(scaling_numbers(found, priced)))
     for point, row in zip(found.strong, numbers["strong"], strict=True):
         hours = point.gpus * point.seconds / 3600
         assert row["cost"] == pytest.approx(3.0 * hours)
         assert row["megawatt_hours"] == pytest.approx(hours / 1000)
         assert row["best"]["step_seconds"] == point.best.seconds
-    header = format_scaling(found, asked).splitlines()[2].split()
+    header = format_scaling(found, priced).splitlines()[2].split()
     assert header == ["GPUs", "layout", "step", "MFU", "tokens/s", "days", "cost", "MWh", "limit"]
     plain = format_scaling(scale_run(CONFIG, machine(2)), machine(2))
     assert "cost" not in plain and "weak scaling" not in plain
