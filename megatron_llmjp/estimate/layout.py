@@ -154,6 +154,11 @@ def _layers_per_chunk(config: Config, pp: int, vp: int) -> list[int]:
     return counts
 
 
+def stage_contents(chunks: Sequence[ModelChunk]) -> tuple[tuple[int, bool, bool], ...]:
+    """Return what the chunks of a stage contain; stages with the same contents do the same."""
+    return tuple((chunk.layers, chunk.embedding, chunk.output) for chunk in chunks)
+
+
 def recomputed_layers(config: Config, chunks: Sequence[ModelChunk]) -> int:
     """Return how many layers of a stage's chunks are recomputed as a whole.
 

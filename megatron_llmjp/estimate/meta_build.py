@@ -18,7 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_llmjp.config.loading import replace_fields
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.estimate.layout import ParallelLayout
+from megatron_llmjp.estimate.layout import ParallelLayout, stage_contents
 from megatron_llmjp.estimate.memory import rank_parameters
 from megatron_llmjp.model.gpt import build_model_chunk, transformer_config
 from megatron_llmjp.parallel.device import Device, setup
@@ -57,9 +57,9 @@ def build_first_ranks(config: Config, layout: ParallelLayout) -> list[BuiltRank]
 
 def _distinct_stages(layout: ParallelLayout) -> list[int]:
     """Return the first stage of each kind, in order."""
-    kinds: dict[tuple[tuple[int, bool, bool], ...], int] = {}
+    kinds: dict[object, int] = {}
     for stage, chunks in enumerate(layout.stages):
-        kinds.setdefault(tuple((c.layers, c.embedding, c.output) for c in chunks), stage)
+        kinds.setdefault(stage_contents(chunks), stage)
     return list(kinds.values())
 
 

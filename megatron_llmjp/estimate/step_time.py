@@ -14,7 +14,7 @@ from math import log, sqrt
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.estimate.communication import CommunicationVolume, communication_volume
 from megatron_llmjp.estimate.fitted_step_time import FITTED
-from megatron_llmjp.estimate.layout import ParallelLayout, recomputed_layers
+from megatron_llmjp.estimate.layout import ParallelLayout, recomputed_layers, stage_contents
 from megatron_llmjp.estimate.memory import rank_parameters
 from megatron_llmjp.estimate.step_parameters import (
     MEMORY_EFFICIENCY,
@@ -54,10 +54,12 @@ TERMS = {
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step on the slowest stage by term; communication as far as it is exposed."""
+    """Seconds of a step on the slowest stage by term; communication as far as it is exposed.
+
+    :data:`TERMS` describes the terms. Those with a default are of a step, not of a micro-batch.
+    """
 
     products: float
-    """Projections of attention and feed-forward layers, forward and backward."""
     attention: float
     element_wise: float
     recompute: float
@@ -105,12 +107,12 @@ class RunLoad:
 
 def run_load(config: Config, layout: ParallelLayout, software: Software) -> RunLoad:
     """Compute the load of all stages; stages with the same contents share it."""
-    known: dict[tuple[int, bool, bool], StageLoad] = {}
+    known: dict[object, StageLoad] = {}
     stages = []
     for number, chunks in enumerate(layout.stages):
-        layers = sum(chunk.layers for chunk in chunks)
-        key = (layers, number == 0, number == layout.pp - 1)
+        key = stage_contents(chunks)
         if key not in known:
+            layers = sum(chunk.layers for chunk in chunks)
             known[key] = StageLoad(
                 stage_work(config, layout, software, chunks),
                 communication_volume(config, layout, number),
