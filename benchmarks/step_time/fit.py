@@ -97,10 +97,11 @@ def accuracy(errors: Vector) -> ModelAccuracy:
     absolute = np.abs(np.expm1(errors))
     low, high = np.exp(-np.quantile(errors, [0.9, 0.1]))
     return ModelAccuracy(
-        len(errors),
-        *(round(float(x), 3) for x in np.quantile(absolute, [0.5, 0.9])),
-        round(float(low), 3),
-        round(float(high), 3),
+        runs=len(errors),
+        median=round(float(np.median(absolute)), 3),
+        percentile_90=round(float(np.quantile(absolute, 0.9)), 3),
+        low=round(float(low), 3),
+        high=round(float(high), 3),
     )
 
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 from megatron_llmjp.estimate.step_parameters import ModelAccuracy, StepParameters
 
 FITTED = StepParameters(
-    ampere_products=0.8869,
-    hopper_products=0.6825,
-    product_traffic=316.0,
-    attention=0.4898,
-    link=0.9232,
-    stragglers=0.0444,
-    kernel=0.0002233,
+    ampere_products=0.8688,
+    hopper_products=0.6787,
+    product_traffic=292.3,
+    attention=0.56,
+    link=0.9635,
+    stragglers=0.04579,
+    kernel=0.0002613,
 )
 ACCURACY = ModelAccuracy(
     runs=70,
-    median=0.025,
-    percentile_90=0.097,
+    median=0.024,
+    percentile_90=0.098,
     low=0.941,
-    high=1.067,
+    high=1.069,
 )
