@@ -25,6 +25,15 @@ class RankTimes:
 
 
 @dataclass(frozen=True)
+class PredictedStep:
+    """Predicted times of a step, in seconds (estimate/step_time.py)."""
+
+    total: float
+    computing: float
+    """Forward and backward passes on the slowest pipeline stage."""
+
+
+@dataclass(frozen=True)
 class IntervalStats:
     """Measurements of one log interval; values of a step are those of the last one."""
 
@@ -62,6 +71,8 @@ class IntervalStats:
     """Bytes, by the name of the metric (``Device.memory``)."""
     rank_times: RankTimes | None = None
     """None before the first steps are measured, or if it is disabled."""
+    predicted: PredictedStep | None = None
+    """For a step of the last batch size; None on a CPU or an unknown GPU."""
 
     @property
     def samples_per_second(self) -> float:

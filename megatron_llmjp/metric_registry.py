@@ -382,6 +382,23 @@ STRAGGLER_SHARE = _rank_time(
     "share of an iteration that other ranks wait for the slowest rank, from 0 to 1",
 )
 
+PREDICTED_SECONDS = register_metric(
+    Metric(
+        "predicted seconds per iteration",
+        "by the estimate of the run (`--estimate`), for the last batch size; on known GPUs only",
+        lambda s: None if s.predicted is None else s.predicted.total,
+    )
+)
+PREDICTED_COMPUTING_SECONDS = register_metric(
+    Metric(
+        "predicted computing seconds",
+        "the same of forward and backward passes on the slowest pipeline stage",
+        lambda s: None if s.predicted is None else s.predicted.computing,
+        panel=RANK_TIMES_PANEL,
+        label="computing, predicted",
+    )
+)
+
 VALIDATION_LOSS = register_metric_group(
     MetricGroup("validation", "loss on a validation set, in nats per token")
 )

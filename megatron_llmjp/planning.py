@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_llmjp.checkpoint import manifest as manifests
@@ -23,7 +24,7 @@ from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.data.dataset_tokenizers import mixed_tokenizer_warnings
 from megatron_llmjp.data.folds.data_path import given_data_flags
 from megatron_llmjp.data.lr_schedule import length_in_iterations
-from megatron_llmjp.errors import EXIT_DONE, EXIT_USER_ERROR
+from megatron_llmjp.errors import EXIT_DONE, EXIT_USER_ERROR, UserError
 from megatron_llmjp.estimate.data_plan import (
     DataPlan,
     LearningRate,
@@ -37,16 +38,25 @@ from megatron_llmjp.estimate.data_warnings import (
 )
 from megatron_llmjp.estimate.estimate_numbers import candidate_numbers, estimate_numbers
 from megatron_llmjp.estimate.estimate_report import format_estimate
-from megatron_llmjp.estimate.layout_search import format_candidates, search_layouts
+from megatron_llmjp.estimate.layout_search import search_layouts
+from megatron_llmjp.estimate.layout_table import format_candidates
+from megatron_llmjp.estimate.measured_runs import ComparedRun, compare_run, format_compared
 from megatron_llmjp.estimate.run_estimate import (
     RunEstimate,
     RunLength,
     estimate_run,
     run_length_without_data,
 )
-from megatron_llmjp.estimate.scaling import format_scaling, scale_run, scaling_numbers
+from megatron_llmjp.estimate.scaling import (
+    MULTIPLES,
+    format_pareto,
+    format_scaling,
+    scale_run,
+    scaling_numbers,
+)
 from megatron_llmjp.placeholders import substitute_missing
 from megatron_llmjp.report.job_history import observe_jobs
+from megatron_llmjp.report.step_times import read_measured_run
 from megatron_llmjp.run import resolve_run
 from megatron_llmjp.run_data import (
     ResolvedData,
@@ -142,10 +152,11 @@ def print_estimate(command: Command) -> int:
         print_notes(planned.notes)
         return _print_layouts(command, config, machine)
     check_config(config, machine.world_size)
+    measured = _measured_runs(config, machine)
     run = _resolve(config, machine.world_size, planned.tokenizer_is_placeholder)
     save = config.checkpoint.save
     observed = observe_jobs(Path(save)) if save else None
-    estimate = estimate_run(run.config, machine, run.length, observed)
+    estimate = estimate_run(run.config, machine, run.length, observed, measured)
     if command.as_json:
         print(json.dumps(estimate_numbers(estimate)), flush=True)
     else:
@@ -169,8 +180,11 @@ def print_estimate(command: Command) -> int:
 
 def _print_layouts(command: Command, config: Config, machine: PlannedMachine) -> int:
     """Print suggested layouts, or the scaling over numbers of GPUs, and return the exit code."""
+    measured = _measured_runs(config, machine)
+    for run in () if command.as_json else measured:
+        print(f"{format_compared(run)}\n")
     if machine.scaling:
-        scaling = scale_run(config, machine)
+        scaling = scale_run(config, machine, measured)
         if command.as_json:
             print(json.dumps(scaling_numbers(scaling, machine)))
         else:
@@ -180,16 +194,38 @@ def _print_layouts(command: Command, config: Config, machine: PlannedMachine) ->
 
             plot_scaling(scaling, Path(machine.scaling_plot))
         return EXIT_DONE if any(point.best for point in scaling.strong) else EXIT_USER_ERROR
-    found = search_layouts(config, machine)
+    found = search_layouts(config, machine, measured)
+    multiples = sorted({max(1, round(m * machine.world_size)) for m in MULTIPLES})
+    by_gpus = scale_run(config, replace(machine, scaling=tuple(multiples)), measured, weak=False)
     if command.as_json:
-        print(json.dumps({"layouts": [candidate_numbers(candidate) for candidate in found]}))
+        layouts = [candidate_numbers(candidate) for candidate in found]
+        print(json.dumps({"layouts": layouts, "by_gpus": scaling_numbers(by_gpus, machine)}))
     else:
-        print(format_candidates(config, machine, found))
+        print(f"{format_candidates(config, machine, found)}\n\n{format_pareto(by_gpus, machine)}")
     return EXIT_DONE if found else EXIT_USER_ERROR
+
+
+def _measured_runs(config: Config, machine: PlannedMachine) -> list[ComparedRun]:
+    """Compare runs on the machine with their predictions: the given ones, or that in ``--save``."""
+    if machine.mfu is not None:
+        return []
+    runs = [read_measured_run(Path(folder), machine.gpu) for folder in machine.measured_runs]
+    save = config.checkpoint.save
+    if not runs and save is not None:
+        try:
+            runs.append(read_measured_run(Path(save), machine.gpu))
+        except UserError:  # new, too short, or on other devices
+            return []
+    return [compare_run(run, machine, config) for run in runs]
 
 
 def _build_on_meta(estimate: RunEstimate) -> str:
     """Build the first ranks with megatron-core and report them; fail if they differ."""
+    if estimate.layout.cp > 1 and find_spec("transformer_engine") is None:
+        return (
+            "not built on the meta device: context parallelism needs Transformer Engine's "
+            "attention, which is not installed here"
+        )
     from megatron_llmjp.patches.torch_cuda_on_cpu import without_compiler  # imports torch
 
     with without_compiler():

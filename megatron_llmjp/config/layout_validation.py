@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 
 from megatron_llmjp.config.pipeline_layout import expand_pipeline_layout
 from megatron_llmjp.config.schema import Config
@@ -214,12 +213,6 @@ def _features(config: Config) -> Iterator[str]:
 
 def _context_parallel(config: Config) -> Iterator[str]:
     size, data = config.parallel.context_parallel_size, config.data
-    if find_spec("transformer_engine") is None:
-        yield (
-            f"context_parallel_size {size} is not supported here: it requires Transformer "
-            "Engine's attention; install it, or use 1 with sequence_parallel or "
-            "recompute_granularity for long sequences"
-        )
     if config.training.transformer_impl == "local":
         yield (
             f"context_parallel_size {size} requires Transformer Engine's attention: omit "

@@ -4,32 +4,22 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from megatron_llmjp.arguments import parse_size
 from megatron_llmjp.errors import UserError
 
-DEFAULTS: dict[str, Any] = {
-    "gpu": "H100",
-    "gpu_memory": None,
-    "gpus_per_node": 8,
-    "memory_bandwidth": None,
-    "link_bandwidth": None,
-    "network_bandwidth": None,
-    "mfu": None,
-    "mtbf_hours": None,
-    "restart_minutes": 10.0,
-    "queue_minutes": 5.0,
-    "write_bandwidth": None,
-    "scaling": None,
-    "scaling_plot": None,
-    "gpu_hour_price": None,
-    "gpu_power": None,
-}
-"""Default values, by argument."""
 POSITIVE = ("mtbf_hours", "gpu_hour_price", "gpu_power")
 NOT_NEGATIVE = ("restart_minutes", "queue_minutes")
+SIZES = {
+    "gpu_memory": "40GB or 80GiB",
+    "write_bandwidth": "50GB, the bytes per second",
+    "memory_bandwidth": "50GB, the bytes per second",
+    "link_bandwidth": "50GB, the bytes per second",
+    "network_bandwidth": "50GB, the bytes per second",
+}
+"""Flags that are sizes, with examples."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +27,10 @@ class PlannedMachine:
     """Machine that a run is estimated for."""
 
     world_size: int
-    gpu: str
-    gpu_memory: float | None
+    gpu: str = "H100"
+    gpu_memory: float | None = None
     """In bytes; None for the memory of the GPU type."""
-    gpus_per_node: int
+    gpus_per_node: int = 8
     mfu: float | None = None
     """Assumed model FLOPs utilization; None to compute the step time from its parts."""
     mtbf_hours: float | None = None
@@ -65,21 +55,33 @@ class PlannedMachine:
     """Of one GPU for an hour, in any currency."""
     gpu_power: float | None = None
     """Watts of one GPU with its part of the node, network and cooling."""
+    measured_runs: tuple[str, ...] = ()
+    """Save folders of runs on the same machine, whose step times correct the predicted one."""
+
+    def with_world_size(self, world_size: int) -> PlannedMachine:
+        """Return the same machine with another number of GPUs."""
+        return replace(self, world_size=world_size)
+
+
+DEFAULTS: dict[str, Any] = {
+    field.name: field.default for field in fields(PlannedMachine) if field.name != "world_size"
+}
+"""Default values, by argument."""
 
 
 def add_machine_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags, with default None."""
+    """Add the flags of :data:`DEFAULTS`, with default None."""
     group = parser.add_argument_group("machine of a planned run")
     add = group.add_argument
     add("--world-size", type=int, metavar="N", help="number of processes (GPUs) of the planned run")
     add("--gpus", type=int, metavar="N", help="the same as --world-size")
-    add("--gpu", metavar="NAME", help="GPU type, such as A100-40GB (default: H100)")
+    add("--gpu", metavar="NAME", help=f"GPU type, such as A100-40GB{_default('gpu')}")
     add(
         "--gpu-memory",
         metavar="SIZE",
         help="memory per GPU, such as 40GB (default: of the GPU type)",
     )
-    add("--gpus-per-node", type=int, metavar="N", help="GPUs per node (default: 8)")
+    add("--gpus-per-node", type=int, metavar="N", help=f"GPUs per node{_default('gpus_per_node')}")
     add(
         "--memory-bandwidth",
         metavar="SIZE",
@@ -113,13 +115,13 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
         "--restart-minutes",
         type=float,
         metavar="X",
-        help="time from the start of a job to its first step (default: 10)",
+        help=f"time from the start of a job to its first step{_default('restart_minutes')}",
     )
     add(
         "--queue-minutes",
         type=float,
         metavar="X",
-        help="time from the end of a job to the start of the next one (default: 5)",
+        help=f"time from the end of a job to the start of the next one{_default('queue_minutes')}",
     )
     add(
         "--write-bandwidth",
@@ -141,6 +143,17 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
         metavar="WATTS",
         help="power of one GPU with its part of the node, network and cooling",
     )
+    add(
+        "--measured-runs",
+        nargs="+",
+        metavar="SAVE",
+        help="save folders of runs on the same machine, of ten steps or more: their measured step "
+        "times correct the predicted one (default: the run in --save, once it has them)",
+    )
+
+
+def _default(name: str) -> str:
+    return f" (default: {DEFAULTS[name]})"
 
 
 def machine_flags(arguments: Mapping[str, Any]) -> list[str]:
@@ -180,15 +193,18 @@ def planned_machine(
         for name, default in DEFAULTS.items()
     }
     problems: list[str] = []
-    scaling = _gpu_counts(given["scaling"], problems)
-    if given["scaling_plot"] and not given["scaling"]:
+    given["scaling"] = _gpu_counts(arguments["scaling"], problems)
+    given["measured_runs"] = tuple(given["measured_runs"])
+    if given["scaling_plot"] and not arguments["scaling"]:
         problems.append("--scaling-plot requires --scaling")
-    if world_size is None and scaling:
-        world_size = scaling[-1]
+    if world_size is None and given["scaling"]:
+        world_size = given["scaling"][-1]
     if world_size is None and not problems:
         problems.append(f"{flag} needs --world-size N, the number of GPUs")
     if given["mfu"] is not None and not 0.0 < given["mfu"] <= 1.0:
         problems.append(f"--mfu {given['mfu']}: expected a fraction of the peak, such as 0.38")
+    if given["mfu"] is not None and given["measured_runs"]:
+        problems.append("--mfu and --measured-runs exclude each other: remove one of them")
     if given["gpus_per_node"] < 1:
         problems.append(f"--gpus-per-node {given['gpus_per_node']}: at least 1 GPU is needed")
     for name in (*POSITIVE, *NOT_NEGATIVE):
@@ -196,28 +212,10 @@ def planned_machine(
         # NaN is neither.
         if value is not None and not (value > 0 or (value == 0 and name in NOT_NEGATIVE)):
             problems.append(f"{flag_name} {value}: expected a positive number")
-    memory = _size(given, "gpu_memory", "40GB or 80GiB", problems)
-    bandwidths = {
-        name: _size(given, name, "50GB, the bytes per second", problems)
-        for name in ("write_bandwidth", "memory_bandwidth", "link_bandwidth", "network_bandwidth")
-    }
+    given |= {name: _size(given[name], name, problems) for name in SIZES}
     if problems or world_size is None:
         raise UserError("\n".join(problems))
-    return PlannedMachine(
-        world_size,
-        given["gpu"],
-        memory,
-        given["gpus_per_node"],
-        given["mfu"],
-        given["mtbf_hours"],
-        given["restart_minutes"],
-        given["queue_minutes"],
-        **bandwidths,
-        scaling=scaling,
-        scaling_plot=given["scaling_plot"],
-        gpu_hour_price=given["gpu_hour_price"],
-        gpu_power=given["gpu_power"],
-    )
+    return PlannedMachine(world_size, **given)
 
 
 def _gpu_counts(text: str | None, problems: list[str]) -> tuple[int, ...]:
@@ -231,9 +229,8 @@ def _gpu_counts(text: str | None, problems: list[str]) -> tuple[int, ...]:
     return tuple(sorted({int(word) for word in words}))
 
 
-def _size(given: Mapping[str, Any], name: str, example: str, problems: list[str]) -> float | None:
+def _size(text: str | None, name: str, problems: list[str]) -> float | None:
     """Return a size in bytes; add a problem if it is not one."""
-    text = given[name]
     if text is None:
         return None
     try:
@@ -241,5 +238,6 @@ def _size(given: Mapping[str, Any], name: str, example: str, problems: list[str]
     except ValueError:
         size = 0.0
     if not size:
-        problems.append(f"--{name.replace('_', '-')} {text}: expected a size such as {example}")
+        flag = f"--{name.replace('_', '-')}"
+        problems.append(f"{flag} {text}: expected a size such as {SIZES[name]}")
     return size

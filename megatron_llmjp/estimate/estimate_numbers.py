@@ -7,9 +7,9 @@ from typing import Any
 
 from megatron_llmjp.config.parameter_counts import count_parameters
 from megatron_llmjp.estimate.checkpoints import checkpoint_bytes
-from megatron_llmjp.estimate.fitted_step_time import ACCURACY
 from megatron_llmjp.estimate.flops import flops_by_part, step_flops
-from megatron_llmjp.estimate.layout_search import LayoutCandidate, layout_flags
+from megatron_llmjp.estimate.layout_search import LayoutCandidate
+from megatron_llmjp.estimate.layout_table import layout_flags
 from megatron_llmjp.estimate.run_estimate import RunEstimate
 
 
@@ -39,7 +39,18 @@ def estimate_numbers(estimate: RunEstimate) -> dict[str, Any]:
         "step_seconds": estimate.step_seconds,
         "step_seconds_range": [low * estimate.step_seconds, high * estimate.step_seconds],
         "step_terms": vars(estimate.step_time) if estimate.step_time else None,
-        "accuracy": asdict(ACCURACY) if estimate.step_time else None,
+        "accuracy": asdict(estimate.accuracy) if estimate.step_time else None,
+        "measured_runs": [
+            {
+                "folder": run.measured.folder,
+                "gpus": run.measured.world_size,
+                "iterations": run.measured.iterations,
+                "step_seconds": run.measured.seconds,
+                "computing_seconds": run.measured.computing,
+                "predicted_terms": vars(run.predicted),
+            }
+            for run in estimate.measured_runs
+        ],
         "mfu": estimate.mfu,
         "bubble": layout.bubble,
         "length": asdict(estimate.length) if estimate.length else None,

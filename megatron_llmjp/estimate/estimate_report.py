@@ -14,10 +14,10 @@ from megatron_llmjp.estimate.checkpoints import (
 )
 from megatron_llmjp.estimate.communication import CommunicationVolume
 from megatron_llmjp.estimate.failure_report import format_failures
-from megatron_llmjp.estimate.fitted_step_time import ACCURACY
 from megatron_llmjp.estimate.flops import step_flops, tflops_per_device
 from megatron_llmjp.estimate.gpus import peak_tflops
 from megatron_llmjp.estimate.layout_report import format_layout, format_rank_placement
+from megatron_llmjp.estimate.measured_runs import correction, format_compared
 from megatron_llmjp.estimate.memory import RankMemory
 from megatron_llmjp.estimate.run_estimate import CUDA_RESERVE, RunEstimate
 from megatron_llmjp.estimate.step_time import TERMS
@@ -55,6 +55,7 @@ def format_estimate(estimate: RunEstimate, name: str | None = None) -> str:
             _memory(estimate),
             _communication(estimate),
             *([_step_terms(estimate)] if estimate.step_time else []),
+            *map(format_compared, estimate.measured_runs),
             _duration(estimate, name),
             format_failures(
                 estimate.failures,
@@ -120,12 +121,16 @@ def _step_terms(estimate: RunEstimate) -> str:
     rows = [("predicted seconds per step", f"{total:,.3f}", "100.0%")]
     rows += [(f"  {name}", f"{seconds:,.3f}", f"{seconds / total:.1%}") for name, seconds in terms]
     low, high = (total * factor for factor in estimate.error_range)
+    runs, found = estimate.measured_runs, estimate.accuracy
+    corrected = f" and corrected by {'another' if len(runs) == 1 else 'others'} of its group"
     notes = [
-        f"{low:,.2f} to {high:,.2f} s include 80% of {ACCURACY.runs} published runs on "
-        f"{' and '.join(FITTED_GPUS)}, each predicted from the others (median error "
-        f"{ACCURACY.median:.1%})"
+        f"{low:,.2f} to {high:,.2f} s include 80% of {found.runs} published runs on "
+        f"{' and '.join(FITTED_GPUS)}, each predicted from the others{corrected if runs else ''} "
+        f"(median error {found.median:.1%})"
     ]
-    if not estimate.gpu.name.startswith(FITTED_GPUS):
+    if runs:
+        notes.append(f"times {correction(runs):.3f}, the measured by the predicted time of:")
+    elif not estimate.gpu.name.startswith(FITTED_GPUS):
         notes.append(f"no run on {estimate.gpu.name} is among them: the error may be larger")
     return "\n".join([format_table(rows, right=(1, 2)), *notes])
 

@@ -148,7 +148,7 @@ def _activations(
     whole = layer_activations(config, layout, fused_kernels)
     layers = max(chunk.layers for chunk in chunks)
     kept, recomputed = layers * whole, 0
-    if parallel.recompute_granularity == "full":
+    if parallel.recompute_granularity == "full" and layers:
         unit = min(parallel.recompute_num_layers or 1, layers)
         if parallel.recompute_method == "block":
             kept = unit * n * h * e // p + (layers - unit) * whole

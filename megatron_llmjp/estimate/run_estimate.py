@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_llmjp.config.machine_flags import PlannedMachine
@@ -12,10 +13,12 @@ from megatron_llmjp.estimate.checkpoints import checkpoint_bytes, rank_save_byte
 from megatron_llmjp.estimate.communication import CommunicationVolume, communication_volume
 from megatron_llmjp.estimate.failure_report import FailureForecast, forecast_failures
 from megatron_llmjp.estimate.failures import ObservedJobs
-from megatron_llmjp.estimate.fitted_step_time import ACCURACY
+from megatron_llmjp.estimate.fitted_step_time import ACCURACY, CORRECTED_ACCURACY
 from megatron_llmjp.estimate.flops import step_flops
 from megatron_llmjp.estimate.layout import ParallelLayout, make_layout
+from megatron_llmjp.estimate.measured_runs import ComparedRun, correction
 from megatron_llmjp.estimate.memory import RankMemory, rank_memory, rank_parameters
+from megatron_llmjp.estimate.step_parameters import ModelAccuracy
 from megatron_llmjp.estimate.step_time import StepTime, run_load, step_time
 from megatron_llmjp.estimate.step_work import Software
 from megatron_llmjp.estimate.target_gpu import TargetGpu, resolve_gpu
@@ -54,6 +57,8 @@ class RunEstimate:
     failures: FailureForecast
     step_time: StepTime | None = None
     """Its terms; None at an assumed MFU."""
+    measured_runs: tuple[ComparedRun, ...] = ()
+    """Runs on the same machine whose measured steps corrected the step time."""
     length: RunLength | None = None
     """None if the configuration does not determine it."""
 
@@ -74,7 +79,14 @@ class RunEstimate:
     @property
     def error_range(self) -> tuple[float, float]:
         """Factors of the step time between which 80 % of published runs are; 1 at a given MFU."""
-        return (ACCURACY.low, ACCURACY.high) if self.step_time else (1.0, 1.0)
+        if self.step_time is None:
+            return 1.0, 1.0
+        return self.accuracy.low, self.accuracy.high
+
+    @property
+    def accuracy(self) -> ModelAccuracy:
+        """Errors of the step-time model on published runs, as this estimate uses it."""
+        return CORRECTED_ACCURACY if self.measured_runs else ACCURACY
 
     @property
     def worst_stage(self) -> int:
@@ -97,6 +109,7 @@ def estimate_run(
     machine: PlannedMachine,
     length: RunLength | None = None,
     observed: ObservedJobs | None = None,
+    measured_runs: Sequence[ComparedRun] = (),
 ) -> RunEstimate:
     """Estimate a run on a machine.
 
@@ -105,6 +118,7 @@ def estimate_run(
         machine: GPUs, file system and failures.
         length: length of the run.
         observed: the run's jobs so far.
+        measured_runs: runs on the same machine that correct the predicted step time.
 
     Raises:
         UserError: the layout is impossible, or the GPU is unknown.
@@ -114,7 +128,7 @@ def estimate_run(
     stages = range(layout.pp)
     parameters = tuple(rank_parameters(config, layout, layout.stages[s]) for s in stages)
     is_async = config.checkpoint.async_save
-    seconds, terms = _step_seconds(config, machine, layout, gpu)
+    seconds, terms = _step_seconds(config, machine, layout, gpu, measured_runs)
     copied = rank_save_bytes(config, layout, max(parameters)) if is_async else None
     return RunEstimate(
         config=config,
@@ -126,16 +140,22 @@ def estimate_run(
         step_seconds=seconds,
         failures=forecast_failures(machine, checkpoint_bytes(config), copied, observed),
         step_time=terms,
+        measured_runs=tuple(measured_runs),
         length=length,
     )
 
 
 def _step_seconds(
-    config: Config, machine: PlannedMachine, layout: ParallelLayout, gpu: TargetGpu
+    config: Config,
+    machine: PlannedMachine,
+    layout: ParallelLayout,
+    gpu: TargetGpu,
+    measured_runs: Sequence[ComparedRun],
 ) -> tuple[float, StepTime | None]:
     """Return the seconds of a step, and their terms unless the MFU is given."""
     if machine.mfu is None:
         terms = step_time(run_load(config, layout, Software()), gpu)
+        terms = terms * correction(measured_runs)
         return terms.total, terms
     flops = step_flops(config, config.training.global_batch_size)
     return flops / (layout.world_size * gpu.peak * machine.mfu), None

@@ -6,7 +6,8 @@ tokens of the run, so that weak scaling takes fewer steps.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_llmjp.config.loading import replace_fields
@@ -20,6 +21,7 @@ from megatron_llmjp.estimate.layout_search import (
     has_divisible_layout,
     search_layouts,
 )
+from megatron_llmjp.estimate.measured_runs import ComparedRun
 from megatron_llmjp.estimate.run_estimate import run_length_without_data
 from megatron_llmjp.estimate.step_time import TERMS
 from megatron_llmjp.formatting import format_count, format_table
@@ -27,6 +29,8 @@ from megatron_llmjp.formatting import format_count, format_table
 SECONDS_PER_DAY = 86400.0
 DEFAULT_TOKENS = 10**12
 """Tokens of a run of unknown length."""
+MULTIPLES = (0.25, 0.5, 1, 2, 4)
+"""Numbers of GPUs that suggestions compare, as multiples of the planned one."""
 LIMITS = ("bubble", "tensor", "context", "pipeline", "data", "stragglers", "optimizer")
 """Terms that grow with the number of GPUs."""
 
@@ -58,24 +62,44 @@ class Scaling:
     """From the same batch size on the smallest number of GPUs; empty for a single number."""
 
 
-def scale_run(config: Config, machine: PlannedMachine) -> Scaling:
-    """Search the fastest layout on each of :attr:`PlannedMachine.scaling` GPUs."""
+def scale_run(
+    config: Config,
+    machine: PlannedMachine,
+    measured_runs: Sequence[ComparedRun] = (),
+    weak: bool = True,
+) -> Scaling:
+    """Search the fastest layout on each of :attr:`PlannedMachine.scaling` GPUs.
+
+    Args:
+        config: the run's configuration.
+        machine: its GPUs.
+        measured_runs: runs on the same machine that correct the predicted step times.
+        weak: whether to compute weak scaling too.
+    """
     length = run_length_without_data(config)
     tokens = length.samples * config.data.seq_length if length else DEFAULT_TOKENS
     batch, first = config.training.global_batch_size, machine.scaling[0]
-    strong = tuple(_point(config, machine, gpus, batch, tokens) for gpus in machine.scaling)
-    weak = tuple(
-        _point(config, machine, gpus, batch * gpus // first, tokens) for gpus in machine.scaling[1:]
-    )
-    return Scaling(tokens, length is None, strong, strong[:1] + weak if weak else ())
+
+    def point(gpus: int, batch: int) -> ScalingPoint:
+        return _point(config, machine.with_world_size(gpus), batch, tokens, measured_runs)
+
+    strong = tuple(point(gpus, batch) for gpus in machine.scaling)
+    others = machine.scaling[1:] if weak else ()
+    grown = tuple(point(gpus, batch * gpus // first) for gpus in others)
+    return Scaling(tokens, length is None, strong, strong[:1] + grown if grown else ())
 
 
 def _point(
-    config: Config, machine: PlannedMachine, gpus: int, batch: int, tokens: int
+    config: Config,
+    machine: PlannedMachine,
+    batch: int,
+    tokens: int,
+    measured_runs: Sequence[ComparedRun],
 ) -> ScalingPoint:
     config = replace_fields(config, global_batch_size=batch, rampup_batch_size=None)
-    machine = replace(machine, world_size=gpus)
-    found = search_layouts(config, machine)
+    gpus = machine.world_size
+    found = search_layouts(config, machine, measured_runs)
+    found = found or search_layouts(config, machine, measured_runs, beyond_node=True)
     if not found:
         reason = (
             "no layout fits into memory"
@@ -96,8 +120,12 @@ def _limit(best: LayoutCandidate) -> str:
     share = getattr(time, name) / time.total
     if not share:
         return "computing"
-    few = best.estimate.layout.micro_batches
-    cause = f" ({few} micro-batches per step)" if name == "bubble" else ""
+    layout = best.estimate.layout
+    cause = ""
+    if name == "bubble":
+        cause = f" ({layout.micro_batches} micro-batches per step)"
+    if layout.tp > best.estimate.gpu.per_node:
+        cause += ", TP beyond a node"
     return f"{TERMS[name]} {share:.0%}{cause}"
 
 
@@ -117,9 +145,30 @@ def format_scaling(scaling: Scaling, machine: PlannedMachine) -> str:
             f"weak scaling: global batch size {batch} on {scaling.weak[0].gpus} GPUs",
             _table(scaling.weak, scaling.tokens, machine),
         ]
-    return "\n".join(
-        [*parts, f"days in parentheses: 80% of {ACCURACY.runs} published runs, without failures"]
-    )
+    return "\n".join([*parts, _rests_on(scaling.strong)])
+
+
+def fastest_of_fewer(points: Sequence[ScalingPoint]) -> tuple[ScalingPoint, ...]:
+    """Return the points that are faster than all points with fewer GPUs: the Pareto front."""
+    found: list[ScalingPoint] = []
+    for point in sorted(points, key=lambda point: point.gpus):
+        seconds = point.seconds
+        if seconds is not None and all(seconds < (p.seconds or 0.0) for p in found):
+            found.append(point)
+    return tuple(found)
+
+
+def format_pareto(scaling: Scaling, machine: PlannedMachine) -> str:
+    """Format days against GPUs, without numbers of GPUs that are slower than fewer."""
+    points = fastest_of_fewer(scaling.strong)
+    assumed = " (assumed)" if scaling.is_assumed else ""
+    head = f"days for {format_count(scaling.tokens)} tokens{assumed} by number of GPUs, same batch"
+    return "\n".join([head, _table(points, scaling.tokens, machine), _rests_on(points)])
+
+
+def _rests_on(points: Sequence[ScalingPoint]) -> str:
+    accuracy = next((p.best.estimate.accuracy for p in points if p.best), ACCURACY)
+    return f"days in parentheses: 80% of {accuracy.runs} published runs, without failures"
 
 
 def _table(points: tuple[ScalingPoint, ...], tokens: int, machine: PlannedMachine) -> str:
@@ -136,7 +185,9 @@ def _table(points: tuple[ScalingPoint, ...], tokens: int, machine: PlannedMachin
         if point.seconds >= fastest:
             limit += "; not faster than fewer GPUs"
         fastest = min(fastest, point.seconds)
-        low, high = (point.seconds * x / SECONDS_PER_DAY for x in (ACCURACY.low, ACCURACY.high))
+        low, high = (
+            point.seconds * factor / SECONDS_PER_DAY for factor in point.best.estimate.error_range
+        )
         days = point.seconds / SECONDS_PER_DAY
         rows.append(
             (

@@ -8,7 +8,6 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.estimate.fitted_step_time import ACCURACY
 from megatron_llmjp.estimate.scaling import SECONDS_PER_DAY, Scaling, ScalingPoint
 
 
@@ -40,8 +39,9 @@ def _draw(days: Any, mfu: Any, label: str, points: list[ScalingPoint]) -> None:
     gpus = [point.gpus for point in points]
     middle = [(point.seconds or 0.0) / SECONDS_PER_DAY for point in points]
     days.plot(gpus, middle, marker="o", label=label)
-    low = [ACCURACY.low * value for value in middle]
-    high = [ACCURACY.high * value for value in middle]
+    ranges = [point.best.estimate.error_range for point in points if point.best]
+    low = [factors[0] * value for factors, value in zip(ranges, middle, strict=True)]
+    high = [factors[1] * value for factors, value in zip(ranges, middle, strict=True)]
     days.fill_between(gpus, low, high, alpha=0.2)
     shares = [point.best.estimate.mfu for point in points if point.best]
     mfu.plot(gpus, shares, marker="o", label=label)

@@ -38,7 +38,7 @@ class StepParameters:
 
 @dataclass(frozen=True)
 class ModelAccuracy:
-    """Errors of the step-time model on published runs, each predicted from a fit to all others."""
+    """Errors of the step-time model on published runs, each predicted from others."""
 
     runs: int
     median: float

@@ -50,6 +50,17 @@ TERMS = {
     "stragglers": "waiting for the slowest replica",
 }
 """Description of each term of :class:`StepTime`."""
+COMPUTING = (
+    "products",
+    "attention",
+    "element_wise",
+    "recompute",
+    "output",
+    "kernels",
+    "tensor",
+    "context",
+)
+"""Terms of forward and backward passes, which ``training/compute_timer.py`` measures together."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +88,14 @@ class StepTime:
     def total(self) -> float:
         """Seconds of the whole step."""
         return sum(vars(self).values())
+
+    @property
+    def computing(self) -> float:
+        """Seconds of forward and backward passes, with the communication within them."""
+        return sum(getattr(self, name) for name in COMPUTING)
+
+    def __mul__(self, factor: float) -> StepTime:
+        return StepTime(**{name: seconds * factor for name, seconds in vars(self).items()})
 
     def sorted_terms(self) -> list[tuple[str, float]]:
         """Return the terms that are not zero, largest first."""

@@ -65,6 +65,7 @@ from megatron_llmjp.report.run_state import (
     find_state,
 )
 from megatron_llmjp.report.slurm_queue import QueuedJob, read_queue
+from megatron_llmjp.report.step_times import compared_step_rows
 from megatron_llmjp.yaml_text import read_yaml
 
 CONSTANT_BATCH_SIZE = "rampup_batch_size: null"
@@ -121,6 +122,8 @@ class RunStatus:
     rejected: Incident | None = None
     """Error of a job that was rejected before it held the save folder."""
     hang: Incident | None = None
+    compared: dict[str, str] = field(default_factory=dict)
+    """Measured and predicted times of the last log interval, by what they are of."""
     slow: str | None = None
     """Slowest rank of the last log interval and its host, if others wait long for it."""
     event: str | None = None
@@ -246,6 +249,7 @@ def _progress(
         mfu=last.get(MFU.name),
         seconds_per_iteration=last.get(SECONDS_PER_ITERATION.name),
         seconds_remaining=last.get(SECONDS_REMAINING.name),
+        compared=dict(compared_step_rows(last)),
         slow=_slow_rank(last),
         event=recent.exception,
     )

@@ -22,6 +22,7 @@ def format_status(status: RunStatus) -> str:
         ("loss", _loss(status)),
         ("not applied", _not_applied(status)),
         ("speed", _speed(status)),
+        *status.compared.items(),
         ("remaining", _remaining(status)),
         ("checkpoints", _checkpoints(status)),
         ("job ends", _ends(status)),

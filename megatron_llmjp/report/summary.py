@@ -6,7 +6,6 @@ from statistics import median
 
 from megatron_llmjp.config.parameter_counts import count_parameters
 from megatron_llmjp.config.schema import Config
-from megatron_llmjp.estimate.flops import flops_per_sample
 from megatron_llmjp.formatting import format_count, format_duration
 from megatron_llmjp.metric_registry import (
     CONSUMED_SAMPLES,
@@ -20,11 +19,11 @@ from megatron_llmjp.metric_registry import (
     SECONDS_REMAINING,
     SKIPPED_ITERATIONS,
     SPIKES,
-    TFLOPS_PER_GPU,
     TOKENS_PER_SECOND,
     perplexity,
 )
 from megatron_llmjp.report.history import ROUTINE_EVENTS, MetricsHistory
+from megatron_llmjp.report.step_times import compared_step_rows, world_size_of
 
 
 def summary_rows(history: MetricsHistory) -> list[tuple[str, str]]:
@@ -67,19 +66,11 @@ def _layout(config: Config, history: MetricsHistory) -> str:
         parts.append(f"VP {parallel.virtual_pipeline_model_parallel_size}")
     if parallel.context_parallel_size > 1:
         parts.append(f"CP {parallel.context_parallel_size}")
-    processes = _processes(config, history)
+    processes = world_size_of(config, history.training[-1]) if history.training else None
     if processes is None:
         return " x ".join(parts)
     parts.append(f"DP {processes // parallel.model_parallel_size}")
     return f"{' x '.join(parts)} on {processes} processes"
-
-
-def _processes(config: Config, history: MetricsHistory) -> int | None:
-    """Return the number of processes: total throughput divided by throughput per GPU."""
-    speed, each = history.last(TOKENS_PER_SECOND.name), history.last(TFLOPS_PER_GPU.name)
-    if not speed or not each:
-        return None
-    return round(flops_per_sample(config) / config.data.seq_length * speed / each / 1e12)
 
 
 def _progress(history: MetricsHistory) -> list[tuple[str, str]]:
@@ -103,6 +94,8 @@ def _speed(history: MetricsHistory) -> list[tuple[str, str]]:
         text = f"{format_count(median(tokens))} tokens/s"
         mfu = history.values(MFU.name)[1]
         rows.append(("speed", text + (f", MFU {median(mfu):.1%}" if mfu else "") + " (median)"))
+    if history.training:
+        rows += compared_step_rows(history.training[-1])
     remaining = history.last(SECONDS_REMAINING.name)
     if remaining:
         rows.append(("remaining", format_duration(remaining)))

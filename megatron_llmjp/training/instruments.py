@@ -12,6 +12,7 @@ from megatron.core.utils import configure_nvtx_profiling, get_model_config
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.parallel.device import Device
 from megatron_llmjp.training.compute_timer import ComputeTimer, EventClock, HostClock
+from megatron_llmjp.training.predicted_step import StepPredictor
 from megatron_llmjp.training.profiling import StepProfiler
 from megatron_llmjp.training.stragglers import StragglerMonitor, build_straggler_monitor
 
@@ -24,6 +25,7 @@ class StepInstruments:
     stragglers: StragglerMonitor | None
     """None if it is disabled."""
     profiler: StepProfiler
+    predictor: StepPredictor
 
     @contextmanager
     def step(self, iteration: int) -> Iterator[None]:
@@ -60,4 +62,5 @@ def install_instruments(
     monitor = build_straggler_monitor(config, timer, device, hosts)
     if monitor is not None or ranges:
         get_model_config(chunks[0]).timers = timer
-    return StepInstruments(timer, monitor, StepProfiler(config, device, rank))
+    profiler = StepProfiler(config, device, rank)
+    return StepInstruments(timer, monitor, profiler, StepPredictor(config, device.name, hosts))

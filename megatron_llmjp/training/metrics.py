@@ -34,6 +34,7 @@ from megatron_llmjp.training.batch_iterator import dataset_names
 from megatron_llmjp.training.evaluation import validation_line
 from megatron_llmjp.training.gradient_monitor import StepStatus
 from megatron_llmjp.training.log_writers import MetricsRecord, MetricsWriters, interval_line
+from megatron_llmjp.training.predicted_step import StepPredictor
 from megatron_llmjp.training.stragglers import Comparison, StragglerMonitor
 from megatron_llmjp.training.train_step import (
     FIRST_DATASET_ROW,
@@ -87,6 +88,7 @@ class TrainingMetrics:
         planned_iters: number of iterations without the batches that rollbacks skipped.
         rollbacks: number of rollbacks so far.
         stragglers: compares the ranks; None if it is disabled.
+        predictor: predicts the step time; None to log no prediction.
     """
 
     def __init__(
@@ -100,12 +102,14 @@ class TrainingMetrics:
         planned_iters: int,
         rollbacks: int,
         stragglers: StragglerMonitor | None = None,
+        predictor: StepPredictor | None = None,
     ) -> None:
         self._config = config
         self._schedule = schedule
         self._planned_iters = planned_iters
         self._rollbacks = rollbacks
         self._stragglers = stragglers
+        self._predictor = predictor
         self._end = sizes.consumed_after(train_iters)
         self._device = device
         self._writers = writers
@@ -122,7 +126,7 @@ class TrainingMetrics:
 
     def start(self, iteration: int, consumed: int) -> None:
         """Write the event of a process that starts after this iteration."""
-        self.event("start", iteration, consumed)
+        self.event("start", iteration, consumed, device=self._device.name)
         self._since = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
@@ -288,6 +292,7 @@ class TrainingMetrics:
             fold_progress=(consumed - first) / (end - first),
             memory=self._device.memory(),
             rank_times=rank_times,
+            predicted=self._predictor(batch_size) if self._predictor is not None else None,
         )
 
     def log_validation(self, iteration: int, consumed: int, losses: dict[str, float]) -> None:

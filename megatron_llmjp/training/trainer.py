@@ -249,6 +249,7 @@ class Trainer:
             planned_iterations(run),
             count_rollbacks(run),
             self.instruments.stragglers,
+            self.instruments.predictor,
         )
 
     def _is_due(self, interval: int | None) -> bool:

@@ -38,7 +38,7 @@ IN_MODE = {
     "--gpu-memory", "--gpus-per-node", "--mfu", "--mtbf-hours", "--restart-minutes",
     "--queue-minutes", "--write-bandwidth", "--memory-bandwidth", "--link-bandwidth",
     "--network-bandwidth", "--json", "--scaling", "--scaling-plot", "--gpu-hour-price",
-    "--gpu-power",
+    "--gpu-power", "--measured-runs",
 }  # fmt: skip
 """Flags of the planned machine, and the modes that need one."""
 MODES = {

@@ -10,15 +10,11 @@ import pytest
 from megatron_llmjp.config.flags import parse
 from megatron_llmjp.config.loading import replace_fields
 from megatron_llmjp.config.machine_flags import PlannedMachine
-from megatron_llmjp.estimate import layout_search
+from megatron_llmjp.estimate import layout_candidates, layout_table
 from megatron_llmjp.estimate.layout import make_layout
 from megatron_llmjp.estimate.layout_report import format_layout
-from megatron_llmjp.estimate.layout_search import (
-    LayoutCandidate,
-    format_candidates,
-    layout_flags,
-    search_layouts,
-)
+from megatron_llmjp.estimate.layout_search import LayoutCandidate, search_layouts
+from megatron_llmjp.estimate.layout_table import format_candidates, layout_flags
 from megatron_llmjp.estimate.run_estimate import estimate_run
 from megatron_llmjp.estimate.step_time import TERMS, StepTime
 from tests.estimate.test_flops import preset
@@ -54,8 +50,8 @@ def test_published_layouts_fit(script):
     assert [format_layout(s.estimate.layout) for s in given] == [PUBLISHED[script.stem]]
     text = format_candidates(config, machine, found)
     assert f"{PUBLISHED[script.stem]} (given)" in text
-    if found[0].given:
-        assert "is the fastest" in text
+    if found[0].given or found[0].seconds > 0.995 * given[0].seconds:
+        assert "is the fastest" in text or "less than 0.5% less time" in text
         return
     assert "less time: " in text and " s less" in text.split("less time: ")[1]
     suggested = parse([*words, *layout_flags(found[0].estimate.config).split()]).config
@@ -118,15 +114,15 @@ def test_the_table_of_layouts():
     ):
         config = preset(
             "laptop-gpt2", tensor_model_parallel_size=t, pipeline_model_parallel_size=p,
-            micro_batch_size=b, global_batch_size=64, **values,
+            micro_batch_size=b, global_batch_size=64, sequence_parallel=t > 1, **values,
         )  # fmt: skip
         step = times(1.0 + number, tensor=0.5, data=0.25 if number else 0.245, pipeline=number / 10)
         found.append(candidate(config, machine, step, given=number == 7))
     lines = format_candidates(found[7].estimate.config, machine, found).splitlines()
     assert lines[0] == (
         "8 H100 with 40 GB, global batch 64, "
-        f"{config.data.seq_length} tokens: 8 layouts fit; the fastest of each TP and PP, in "
-        "estimated seconds"
+        f"{config.data.seq_length} tokens: 8 layouts fit into 95% of the memory, which is "
+        "predicted within 5%; the fastest of each TP, PP and CP, in estimated seconds"
     )
     assert lines[1].split() == [
         "layout", "micro-batch", "recompute", "memory", "MFU", "step", "compute", "bubble", "TP",
@@ -172,11 +168,11 @@ def test_the_reasons_are_sorted_and_small_ones_omitted():
     best = replace(best, pipeline=0.04)
     machine, config = PlannedMachine(1, "H100", None, 8), preset("laptop-gpt2", vocab_size=99)
     given = candidate(config, machine, given, given=True)
-    assert layout_search._reasons(candidate(config, machine, best, False), given) == (
+    assert layout_table._reasons(candidate(config, machine, best, False), given) == (
         "bubble 2.50 s less, compute 1.50 s less, TP comm 1.00 s more, DP comm 1.00 s more"
     )
     more = candidate(config, machine, replace(best, pipeline=0.05), False)
-    assert "PP comm 0.05 s more" in layout_search._reasons(more, given)
+    assert "PP comm 0.05 s more" in layout_table._reasons(more, given)
 
 
 def recomputation(parallel):
@@ -189,28 +185,34 @@ def recomputation(parallel):
     return "all"
 
 
-@pytest.mark.parametrize("recompute", [None, "selective", "full"])
-def test_searched_layouts(recompute):
-    """All that divide 8 GPUs, 6 layers and a batch of 16; within a node of 4 GPUs."""
+@pytest.mark.parametrize(("recompute", "length"), [
+    (None, 2047), ("selective", 2048), ("full", 8192),
+])  # fmt: skip
+def test_searched_layouts(recompute, length):
+    """All that divide 8 GPUs, 6 layers and a batch of 16; within a node of 4 GPUs.
+
+    Context-parallel ranks have 1,024 tokens or more, in micro-batches of one sample.
+    """
     full = {"recompute_method": "uniform", "recompute_num_layers": 1}
     config = preset(
-        "laptop-llama", num_layers=6, global_batch_size=16, vocab_size=1000,
+        "laptop-llama", num_layers=6, global_batch_size=16, vocab_size=1000, seq_length=length,
         recompute_granularity=recompute, **(full if recompute == "full" else {}),
     )  # fmt: skip
-    found = list(layout_search._candidates(config, PlannedMachine(8, "H100", None, 4)))
+    found = list(layout_candidates.candidates(config, PlannedMachine(8, "H100", None, 4)))
     blocks = {1: set(), 2: {1}, 3: {1, 2}, 6: {1, 3, 4}}  # a quarter, half, three quarters
     expected = {
-        (t, p, v, b, again)
-        for t, p, replicas in itertools.product((1, 2, 4), range(1, 9), range(1, 9))
-        if t * p * replicas == 8
+        (t, p, v, c, b, again)
+        for t, p, c, replicas in itertools.product(
+            (1, 2, 4), range(1, 9), (1, 2, 4, 8), range(1, 9)
+        )
+        if t * p * c * replicas == 8 and (c == 1 or length // c >= 1024)
         for v in (None, 2, 3, 4, 5, 6)
         for chunks in (p * (v or 1),)
         # Even, or with the embedding and the output layer as one layer each.
         if v is None or p > 1
         if 6 % chunks == 0 or 8 % chunks == 0
-        for b in (1, 2, 4, 8)
+        for b in ((1, 2, 4, 8) if c == 1 else (1,))
         if 16 % (replicas * b) == 0
-        # Selective recompute saves nothing.
         for again in {None, "all"} | blocks[(6 if 6 % chunks == 0 else 8) // chunks]
     }
     keys = [
@@ -218,13 +220,14 @@ def test_searched_layouts(recompute):
             c.parallel.tensor_model_parallel_size,
             c.parallel.pipeline_model_parallel_size,
             c.parallel.virtual_pipeline_model_parallel_size,
+            c.parallel.context_parallel_size,
             c.training.micro_batch_size,
             recomputation(c.parallel),
         )
         for c in found
     ]
     assert set(keys) == expected and len(keys) == len(expected)
-    assert {p for _, p, _, _, _ in keys} == {1, 2, 4, 8}  # 3 and 6 do not divide 8
+    assert {key[1] for key in keys} == {1, 2, 4, 8}  # 3 and 6 do not divide 8
     for c in found:
         parallel = c.parallel
         assert parallel.sequence_parallel == (parallel.tensor_model_parallel_size > 1)
@@ -234,6 +237,49 @@ def test_searched_layouts(recompute):
         )
         assert parallel.account_for_loss_in_pipeline_split == (6 % chunks > 0)
         assert parallel.account_for_embedding_in_pipeline_split == (6 % chunks > 0)
+
+
+def test_one_layer_less_on_the_last_stage():
+    """Seven layers and the output layer are eight."""
+    config = preset("laptop-llama", num_layers=7, global_batch_size=16, vocab_size=1000)
+    machine = PlannedMachine(8, "H100", None, 8)
+    found = {
+        c.parallel.pipeline_model_parallel_size: c.parallel
+        for c in layout_candidates.candidates(config, machine)
+    }
+    assert sorted(found) == [1, 2, 4, 8]
+    for size in (2, 4, 8):
+        assert found[size].account_for_loss_in_pipeline_split
+        assert not found[size].account_for_embedding_in_pipeline_split
+    data = {"reset_attention_mask": True, "seq_length": 4096}  # which excludes context parallelism
+    masked = list(layout_candidates.candidates(replace_fields(config, **data), machine))
+    assert {c.parallel.context_parallel_size for c in masked} == {1}
+
+
+def test_options_that_are_tried_on_the_fastest_layouts():
+    config = preset(
+        "laptop-llama", tensor_model_parallel_size=2, sequence_parallel=True,
+        use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True,
+    )  # fmt: skip
+    found = [c.parallel for c in layout_candidates.variants(config, 4)]
+    assert [p.recompute_granularity for p in found] == ["selective", None, None]
+    assert [p.sequence_parallel for p in found] == [True, False, True]
+    assert [p.use_distributed_optimizer for p in found] == [True, True, False]
+    assert [p.overlap_param_gather for p in found] == [True, True, False]
+    alone = replace_fields(config, tensor_model_parallel_size=1, sequence_parallel=False)
+    assert len(list(layout_candidates.variants(alone, 1))) == 1
+    flags = layout_flags(replace_fields(config, use_distributed_optimizer=False))
+    assert "--no-use-distributed-optimizer" in flags and "--no-overlap-param-gather" in flags
+
+
+def test_a_split_for_one_pipeline_size_is_named():
+    """Flags cannot unset it."""
+    words = ["--config", "llm-jp-3-13b", "--suggest-layout", "--gpus", "128"]
+    config, machine, _ = command = search(words)
+    config = replace_fields(config, decoder_first_pipeline_num_layers=19)
+    text = format_candidates(config, machine, search_layouts(config, machine))
+    assert text.splitlines()[-1] == "and without decoder_first_pipeline_num_layers"
+    assert "and without" not in format_candidates(*command)
 
 
 def test_one_of_several_chunks_has_the_output_layer():

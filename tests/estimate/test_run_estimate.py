@@ -279,3 +279,15 @@ def test_published_speeds(name, share):
     parameters = sum(estimate.parameters) * config.parallel.tensor_model_parallel_size
     least = 6 * parameters * tokens / 86_400 / gpus / 989.4e12
     assert least < float(share[:-1]) / 100 < 1.2 * least
+
+
+def test_stages_without_layers_recompute_nothing():
+    """Embedding and output layer alone on their stages."""
+    config = preset(
+        "laptop-gpt2", pipeline_model_parallel_size=3, pipeline_model_parallel_layout="E|tttt|L",
+        vocab_size=1000, recompute_granularity="full", recompute_method="uniform",
+        recompute_num_layers=1,
+    )  # fmt: skip
+    estimate = estimate_run(config, PlannedMachine(3, "H100"))
+    assert [memory.activations > 0 for memory in estimate.memory] == [True, True, True]
+    assert estimate.step_time is not None and estimate.step_time.recompute > 0

@@ -9,7 +9,14 @@ import pytest
 from megatron_llmjp.config.loading import replace_fields
 from megatron_llmjp.config.machine_flags import PlannedMachine
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.estimate.scaling import format_scaling, scale_run, scaling_numbers
+from megatron_llmjp.estimate.scaling import (
+    ScalingPoint,
+    fastest_of_fewer,
+    format_pareto,
+    format_scaling,
+    scale_run,
+    scaling_numbers,
+)
 from megatron_llmjp.estimate.scaling_plot import plot_scaling
 from megatron_llmjp.estimate.step_time import StepTime
 from tests.estimate.test_flops import preset
@@ -74,6 +81,34 @@ def test_numbers_of_gpus_without_a_layout():
     assert (found.strong[0].best, found.strong[0].limit) == (None, "no layout fits into memory")
     lines = format_scaling(found, machine(8)).splitlines()
     assert lines[3].split() == ["8", "no", "layout", "fits", "into", "memory"]
+
+
+def test_tensor_parallelism_leaves_the_node_where_nothing_else_fits():
+    """A batch of one on 16 GPUs in nodes of 4, with 4 layers: only TP x PP 4 or CP are left."""
+    values = {"num_layers": 1, "num_query_groups": 16, "num_attention_heads": 16}
+    config = preset("laptop-llama", global_batch_size=1, seq_length=512, vocab_size=1000, **values)
+    found = scale_run(config, PlannedMachine(16, "H100", None, 4, scaling=(4, 16)))
+    few, many = (point.best.estimate.layout for point in found.strong)
+    assert (few.tp, many.tp) == (4, 16)
+    assert "TP beyond a node" not in found.strong[0].limit
+    assert found.strong[1].limit.endswith("TP beyond a node")
+
+
+def test_days_by_number_of_gpus():
+    """Numbers of GPUs that are slower than fewer are left out: the Pareto front."""
+
+    def point(gpus: int, seconds: float | None) -> ScalingPoint:
+        return ScalingPoint(gpus, 24, None, seconds, "")
+
+    points = [point(*p) for p in ((1, 9.0), (2, None), (4, 5.0), (6, 5.0), (8, 7.0), (16, 1.0))]
+    assert [p.gpus for p in fastest_of_fewer(points)] == [1, 4, 16]
+    found = scale_run(CONFIG, machine(2, 4, 8), weak=False)
+    assert found.weak == ()
+    lines = format_pareto(found, machine(2, 4, 8)).splitlines()
+    assert lines[0] == "days for 3.69M tokens by number of GPUs, same batch"
+    assert [line.split()[0] for line in lines[2:-1]] == [
+        str(p.gpus) for p in fastest_of_fewer(found.strong)
+    ]
 
 
 def test_the_length_is_assumed_if_unknown():

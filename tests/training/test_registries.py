@@ -98,7 +98,8 @@ def test_stored_names_are_json_keys(tmp_path):
         "seconds remaining", "tokens per second", "TFLOP/s per GPU", "MFU", "consumed tokens",
         "fold number", "fold progress", "memory peak bytes", "memory allocated bytes",
         "memory reserved bytes", "computing seconds", "longest computing seconds",
-        "waiting seconds", "slowest rank", "straggler share",
+        "waiting seconds", "slowest rank", "straggler share", "predicted seconds per iteration",
+        "predicted computing seconds",
     }  # fmt: skip
     assert set(METRICS) == stored
     assert set(GROUPS) == {"validation", "perplexity", "dataset loss", "consumed tokens"}

@@ -1,0 +1,223 @@
+"""Step times of the laptop presets on this machine's CPU, measured and predicted.
+
+    python -m benchmarks.step_time.laptop --folder /tmp/laptop_step_times
+
+Each preset trains on random tokens with TP, PP and DP on one, two and four processes of one thread
+each. The model of the estimate (``estimate/step_time.py``) predicts the step times: its parameters
+are fitted to the measured runs, and each run is predicted from a fit to all others. Ranks share
+cores where there are more ranks than cores. Run it on an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.step_time.least_squares import Model, Vector
+from megatron_llmjp.config.loading import ConfigLayers, build_config, read_config, replace_fields
+from megatron_llmjp.config.schema import Config
+from megatron_llmjp.data.indexed_dataset_writer import write_idx
+from megatron_llmjp.estimate.layout import make_layout
+from megatron_llmjp.estimate.step_parameters import StepParameters
+from megatron_llmjp.estimate.step_time import RunLoad, run_load, step_time
+from megatron_llmjp.estimate.step_work import Software
+from megatron_llmjp.estimate.target_gpu import TargetGpu
+from megatron_llmjp.report.history import read_history
+
+ROOT = Path(__file__).parents[2]
+PRESETS = ("laptop-gpt2", "laptop-llama", "laptop-gpt-neox")
+LAYOUTS = (
+    (1, 1, 1),
+    (2, 1, 1),
+    (1, 2, 1),
+    (1, 1, 2),
+    (4, 1, 1),
+    (1, 4, 1),
+    (1, 1, 4),
+    (2, 2, 1),
+    (2, 1, 2),
+    (1, 2, 2),
+)
+"""Tensor-, pipeline- and data-parallel sizes."""
+VOCAB_SIZE = 4096
+BATCH_SIZE = 32
+WARM_UP = 3
+"""Steps that are left out."""
+TOKENS = 1 << 21
+CPU = TargetGpu(
+    name="CPU",
+    memory=16e9,
+    peak=100e9,
+    per_node=4,
+    memory_bandwidth=10e9,
+    link_bandwidth=2e9,
+    network_bandwidth=2e9,
+    products="ampere",
+)
+"""A core: only the products of these numbers with fitted parameters matter."""
+
+
+@dataclass(frozen=True)
+class CpuParameters:
+    """Fitted parameters."""
+
+    products: float
+    """As :attr:`StepParameters.ampere_products`, of :data:`CPU`."""
+    product_traffic: float
+    attention: float
+    link: float
+    kernel: float
+    shared: float
+    """Speed of a core while the others are busy, too: cores share caches, and may share units."""
+
+    @property
+    def step(self) -> StepParameters:
+        """Parameters of the step-time model; there are no stragglers."""
+        return StepParameters(
+            ampere_products=self.products,
+            hopper_products=1.0,
+            product_traffic=self.product_traffic,
+            attention=self.attention,
+            link=self.link,
+            stragglers=0.0,
+            kernel=self.kernel,
+        )
+
+
+START = CpuParameters(0.5, 30.0, 0.5, 0.5, 5e-4, 0.8)
+LIMITS = np.log([[0.01, 0.1, 0.05, 0.02, 1e-6, 0.3], [10.0, 1e3, 5.0, 20.0, 1e-1, 1.0]])
+
+
+@dataclass(frozen=True)
+class LaptopRun:
+    """A measured run."""
+
+    name: str
+    load: RunLoad
+    seconds: float
+    """Per step."""
+    cores: int
+
+
+def predicted_seconds(run: LaptopRun, parameters: CpuParameters) -> float:
+    """Predict the seconds per step.
+
+    Where ranks share cores, a step takes at least the work of all ranks divided by the cores, which
+    are never idle while a rank has work.
+    """
+    layout = run.load.layout
+    total = step_time(run.load, CPU, parameters.step).total
+    if layout.world_size > run.cores:
+        stages = [replace(run.load, stages=(stage,) * layout.pp) for stage in run.load.stages]
+        alone = [step_time(stage, CPU, parameters.step) for stage in stages]
+        work = sum(time.total - time.bubble for time in alone) * layout.tp * layout.dp
+        total = max(total, work / run.cores)
+    return total / (parameters.shared if layout.world_size > 1 else 1.0)
+
+
+def log_errors(runs: Sequence[LaptopRun], logs: Vector) -> Vector:
+    """Return the logarithm of predicted by measured seconds of each run."""
+    parameters = CpuParameters(*np.exp(logs))
+    return np.array([np.log(predicted_seconds(run, parameters) / run.seconds) for run in runs])
+
+
+def configure(preset: str, t: int, p: int, d: int) -> Config | None:
+    """Return the preset in a layout; None if its heads cannot be divided."""
+    layers = ConfigLayers()
+    read_config(preset, layers)
+    config = build_config(layers)
+    if config.model.query_groups % t:
+        return None
+    return replace_fields(
+        config,
+        vocab_size=VOCAB_SIZE,
+        global_batch_size=BATCH_SIZE,
+        micro_batch_size=BATCH_SIZE // 4 // d,
+        tensor_model_parallel_size=t,
+        pipeline_model_parallel_size=p,
+    )
+
+
+def measure(config: Config, preset: str, folder: Path, steps: int) -> float:
+    """Train and return the median seconds per step."""
+    parallel, save = config.parallel, folder / "run"
+    t, p = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    size = config.training.micro_batch_size
+    processes = BATCH_SIZE // 4 // size * t * p
+    shutil.rmtree(save, ignore_errors=True)
+    command = [
+        *(sys.executable, str(ROOT / "pretrain_gpt.py"), "--config", preset),
+        *("--data-path", str(folder / "tokens"), "--tokenizer-type", "NullTokenizer"),
+        *("--vocab-size", str(VOCAB_SIZE - 1), "--split", "1", "--save", str(save)),
+        *("--nproc-per-node", str(processes), "--global-batch-size", str(BATCH_SIZE)),
+        *("--micro-batch-size", str(size), "--train-iters", str(WARM_UP + steps)),
+        *("--tensor-model-parallel-size", str(t), "--pipeline-model-parallel-size", str(p)),
+        *("--log-interval", "1", "--lr-warmup-iters", "0", "--no-sequence-parallel"),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    _, seconds = read_history(save).values("seconds per iteration")
+    return float(np.median(seconds[WARM_UP:]))
+
+
+def measured_runs(folder: Path, steps: int, rounds: int) -> Iterator[LaptopRun]:
+    """Measure all runs, each several times; the smallest median is used."""
+    write_tokens(folder / "tokens")
+    cores = len(os.sched_getaffinity(0))
+    for preset in PRESETS:
+        for t, p, d in LAYOUTS:
+            config = configure(preset, t, p, d)
+            if config is None:
+                continue
+            seconds = min(measure(config, preset, folder, steps) for _ in range(rounds))
+            load = run_load(config, make_layout(config, t * p * d), Software())
+            name = f"{preset}, TP {t} x PP {p} x DP {d}"
+            print(f"{name:36} {seconds:.4f} s", flush=True)
+            yield LaptopRun(name, load, seconds, cores)
+
+
+def write_tokens(prefix: Path) -> None:
+    """Write a dataset of random tokens in documents of 512."""
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    tokens = np.random.default_rng(0).integers(VOCAB_SIZE - 1, size=TOKENS).astype(np.uint16)
+    tokens.tofile(prefix.with_suffix(".bin"))
+    lengths = np.full(TOKENS // 512, 512, np.int32)
+    pointers = 2 * (np.cumsum(lengths, dtype=np.int64) - lengths)
+    counts = np.ones(len(lengths), np.int32)
+    write_idx(prefix.with_suffix(".idx"), np.dtype(np.uint16), lengths, counts, pointers)
+
+
+def main() -> None:
+    """Measure, fit and print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, required=True, help="folder for data and runs")
+    parser.add_argument("--steps", type=int, default=16, help="steps of a run")
+    parser.add_argument("--rounds", type=int, default=1, help="runs of each layout")
+    args = parser.parse_args()
+    runs = list(measured_runs(args.folder, args.steps, args.rounds))
+    model = Model(log_errors, LIMITS)
+    logs = model.fit(runs, np.log(astuple(START)))
+    errors = model.left_out_errors(runs, logs, [run.name for run in runs])
+    print(f"\n{'run':36} measured  predicted from the others")
+    for run, error in zip(runs, errors, strict=True):
+        seconds = run.seconds * np.exp(error)
+        print(f"{run.name:36} {run.seconds:8.4f}  {seconds:9.4f}  {np.expm1(error):+6.1%}")
+    absolute = np.abs(np.expm1(errors))
+    print(f"median error {np.median(absolute):.1%}, largest {np.max(absolute):.1%}")
+    print(CpuParameters(*(float(f"{value:.3g}") for value in np.exp(logs))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""Table of suggested layouts, with the rank of the given one and the flags of the fastest."""
+
+from __future__ import annotations
+
+from megatron_llmjp.config.machine_flags import PlannedMachine
+from megatron_llmjp.config.schema import Config
+from megatron_llmjp.estimate.layout_candidates import COUNTED_LAYERS, NO_LAYOUT
+from megatron_llmjp.estimate.layout_report import format_layout
+from megatron_llmjp.estimate.layout_search import MAX_MEMORY_FRACTION, LayoutCandidate
+from megatron_llmjp.formatting import format_table
+
+SHOWN = 6
+"""Layouts in the table."""
+TIME_COLUMNS = {
+    "compute": ("products", "attention", "element_wise", "recompute", "output", "kernels"),
+    "bubble": ("bubble",),
+    "TP comm": ("tensor", "context"),
+    "PP comm": ("pipeline",),
+    "DP comm": ("data", "stragglers"),
+    "optimizer": ("optimizer",),
+}
+"""Terms of the step time in each column."""
+MIN_SHOWN_DIFFERENCE = 0.005
+"""Fraction of the step time above which a difference is reported."""
+
+
+def format_candidates(config: Config, machine: PlannedMachine, found: list[LayoutCandidate]) -> str:
+    """Format the best layouts, their step times by activity, and the rank of the given layout."""
+    gpu = machine.gpu
+    if machine.gpu_memory:
+        gpu += f" with {machine.gpu_memory / 1e9:.0f} GB"
+    head = (
+        f"{machine.world_size} {gpu}, global batch {config.training.global_batch_size}, "
+        f"{config.data.seq_length} tokens: "
+    )
+    if not found:
+        return head + "no layout fits: use more GPUs, or GPUs with more memory"
+    given = next((s for s in found if s.given), None)
+    shown = _best_of_each(found)[:SHOWN]
+    shown += [given] if given and given not in shown else []
+    columns = (
+        "layout",
+        "micro-batch",
+        "recompute",
+        "memory",
+        "MFU",
+        "step",
+        *TIME_COLUMNS,
+    )
+    rows = [columns, *(_row(s) for s in shown)]
+    return "\n".join(
+        [
+            f"{head}{len(found)} layouts fit into {MAX_MEMORY_FRACTION:.0%} of the memory, which "
+            "is predicted within 5%; the fastest of each TP, PP and CP, in estimated seconds",
+            format_table(rows, right=(1, *range(3, len(columns)))),
+            _compare_given(found, given),
+            f"flags of the fastest: {layout_flags(found[0].estimate.config)}",
+            *_removals(config, found[0].estimate.config),
+        ]
+    )
+
+
+def _row(candidate: LayoutCandidate) -> tuple[str, ...]:
+    estimate = candidate.estimate
+    return (
+        format_layout(estimate.layout)
+        + _options(estimate.config)
+        + (" (given)" if candidate.given else ""),
+        str(estimate.config.training.micro_batch_size),
+        _recompute(estimate.config),
+        f"{estimate.memory_fraction:.0%}",
+        f"{estimate.mfu:.0%}",
+        f"{candidate.seconds:.2f}",
+        *(_seconds(seconds) for seconds in _columns(candidate).values()),
+    )
+
+
+def _columns(candidate: LayoutCandidate) -> dict[str, float]:
+    """Return the seconds of a step by column."""
+    time = candidate.estimate.step_time
+    return {
+        column: sum(getattr(time, term) for term in terms) for column, terms in TIME_COLUMNS.items()
+    }
+
+
+def _options(config: Config) -> str:
+    """Return what is switched off that suggested layouts use by default."""
+    parallel = config.parallel
+    off = []
+    if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
+        off.append("no sequence parallelism")
+    if not parallel.use_distributed_optimizer:
+        off.append("no distributed optimizer")
+    return "".join(f", {option}" for option in off)
+
+
+def _recompute(config: Config) -> str:
+    parallel = config.parallel
+    if parallel.recompute_granularity == "selective":
+        return "attention"
+    if parallel.recompute_granularity != "full":
+        return ""
+    if parallel.recompute_method == "block":
+        return f"{parallel.recompute_num_layers} per chunk"
+    return "all layers"
+
+
+def _seconds(number: float) -> str:
+    return f"{number:.2f}" if number else ""
+
+
+def _best_of_each(found: list[LayoutCandidate]) -> list[LayoutCandidate]:
+    """Return the fastest candidate of each combination of TP, PP and CP."""
+    best: dict[tuple[int, int, int], LayoutCandidate] = {}
+    for candidate in found:
+        layout = candidate.estimate.layout
+        best.setdefault((layout.tp, layout.pp, layout.cp), candidate)
+    return list(best.values())
+
+
+def _compare_given(found: list[LayoutCandidate], given: LayoutCandidate | None) -> str:
+    """Format how the given layout compares with the fastest."""
+    if given is None:
+        return "the given layout is invalid or does not fit"
+    rank = found.index(given) + 1
+    if rank == 1:
+        return "the given layout fits and is the fastest by this estimate"
+    saved = 1 - found[0].seconds / given.seconds
+    text = f"the given layout fits and is number {rank} of {len(found)}; the fastest takes "
+    if saved < MIN_SHOWN_DIFFERENCE:
+        return f"{text}less than {MIN_SHOWN_DIFFERENCE:.1%} less time"
+    return f"{text}{saved:.0%} less time: {_reasons(found[0], given)}"
+
+
+def _reasons(best: LayoutCandidate, given: LayoutCandidate) -> str:
+    """List the activities in which one layout is faster than another."""
+    parts = []
+    fastest = _columns(best)
+    for column, seconds in _columns(given).items():
+        saved = seconds - fastest[column]
+        if abs(saved) >= MIN_SHOWN_DIFFERENCE * given.seconds:
+            parts.append((saved, f"{column} {abs(saved):.2f} s {'less' if saved > 0 else 'more'}"))
+    return ", ".join(text for _, text in sorted(parts, reverse=True))
+
+
+def layout_flags(config: Config) -> str:
+    """Return the flags that select this layout, to be added to the same preset."""
+    parallel = config.parallel
+    words = [
+        f"--tensor-model-parallel-size {parallel.tensor_model_parallel_size}",
+        f"--pipeline-model-parallel-size {parallel.pipeline_model_parallel_size}",
+        f"--micro-batch-size {config.training.micro_batch_size}",
+        f"--{'' if parallel.use_distributed_optimizer else 'no-'}use-distributed-optimizer",
+        f"--{'' if parallel.sequence_parallel else 'no-'}sequence-parallel",
+    ]
+    if parallel.context_parallel_size > 1:
+        words.append(f"--context-parallel-size {parallel.context_parallel_size}")
+    if parallel.virtual_pipeline_model_parallel_size:
+        chunks = parallel.virtual_pipeline_model_parallel_size
+        words.append(f"--virtual-pipeline-model-parallel-size {chunks}")
+    for name in COUNTED_LAYERS[0]:
+        if getattr(parallel, name):
+            words.append(f"--{name.replace('_', '-')}")
+    if parallel.recompute_granularity == "selective":
+        words.append("--recompute-granularity selective")
+    if parallel.recompute_granularity == "full":
+        words.append(
+            f"--recompute-granularity full --recompute-method {parallel.recompute_method} "
+            f"--recompute-num-layers {parallel.recompute_num_layers}"
+        )
+    if not parallel.use_distributed_optimizer:
+        words.append("--no-overlap-param-gather")
+    return " ".join(words)
+
+
+def _removals(config: Config, best: Config) -> list[str]:
+    """Name the fields of the given configuration that no flag can unset."""
+    names = [
+        name
+        for name in NO_LAYOUT
+        if getattr(config.parallel, name) is not None and getattr(best.parallel, name) is None
+    ]
+    return [f"and without {', '.join(names)}"] if names else []
