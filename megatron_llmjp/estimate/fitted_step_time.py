@@ -21,9 +21,9 @@ ACCURACY = ModelAccuracy(
     high=1.069,
 )
 CORRECTED_ACCURACY = ModelAccuracy(
-    runs=70,
-    median=0.024,
-    percentile_90=0.098,
+    runs=65,
+    median=0.032,
+    percentile_90=0.081,
     low=0.941,
-    high=1.069,
+    high=1.062,
 )

@@ -38,6 +38,7 @@ def test_run(case: Case):
     assert found["main_grads"] == found["optimizer"] == ["torch.float32"]
     assert found["applied"] == [not training.fp16, True]  # the first fp16 step overflows
 
+    assert found["predicted"] > 0.0
     assert found["layers"] == "SDPA attention, torch norms, fusions"
     assert found["attention"] == [case.attention]
     assert not wrong_waits(case, found["waits"])

@@ -87,6 +87,8 @@ class Report:
     """Implementations of the layers, as the run prints them."""
     attention: list[str] = field(default_factory=list)
     """Kernels of torch's attention."""
+    predicted: float = 0.0
+    """Predicted seconds per iteration that a log line has."""
     applied: list[bool] = field(default_factory=list)
     """Whether each step was applied."""
 
@@ -247,6 +249,8 @@ def training_run(
         set_random_state(get_random_state())
     process_groups.destroy()
     _describe(report, trainer)
+    predicted = trainer.instruments.predictor(config.training.global_batch_size)
+    report.predicted = predicted.total if predicted is not None else 0.0
     report.waits = phase.report()
     report.devices = sorted(machine.waits.devices)
     report.backends = sorted(machine.groups.backends)
