@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -171,19 +172,22 @@ def measure(config: Config, preset: str, folder: Path, steps: int) -> float:
 
 
 def measured_runs(folder: Path, steps: int, rounds: int) -> Iterator[LaptopRun]:
-    """Measure all runs, each several times; the smallest median is used."""
+    """Measure all runs, one after the other in each round; the smallest median counts."""
     write_tokens(folder / "tokens")
     cores = len(os.sched_getaffinity(0))
-    for preset in PRESETS:
-        for t, p, d in LAYOUTS:
-            config = configure(preset, t, p, d)
-            if config is None:
-                continue
-            seconds = min(measure(config, preset, folder, steps) for _ in range(rounds))
-            load = run_load(config, make_layout(config, t * p * d), Software())
-            name = f"{preset}, TP {t} x PP {p} x DP {d}"
-            print(f"{name:36} {seconds:.4f} s", flush=True)
-            yield LaptopRun(name, load, seconds, cores)
+    configs = {
+        f"{preset}, TP {t} x PP {p} x DP {d}": (preset, t * p * d, config)
+        for preset, (t, p, d) in product(PRESETS, LAYOUTS)
+        if (config := configure(preset, t, p, d)) is not None
+    }
+    found: dict[str, list[float]] = {name: [] for name in configs}
+    for number in range(rounds):
+        for name, (preset, _, config) in configs.items():
+            found[name].append(measure(config, preset, folder, steps))
+            print(f"round {number + 1}: {name:36} {found[name][-1]:.4f} s", flush=True)
+    for name, (_, world_size, config) in configs.items():
+        load = run_load(config, make_layout(config, world_size), Software())
+        yield LaptopRun(name, load, min(found[name]), cores)
 
 
 def write_tokens(prefix: Path) -> None:
@@ -203,8 +207,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--folder", type=Path, required=True, help="folder for data and runs")
-    parser.add_argument("--steps", type=int, default=16, help="steps of a run")
-    parser.add_argument("--rounds", type=int, default=1, help="runs of each layout")
+    parser.add_argument("--steps", type=int, default=8, help="measured steps of a run")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each layout")
     args = parser.parse_args()
     runs = list(measured_runs(args.folder, args.steps, args.rounds))
     model = Model(log_errors, LIMITS)
