@@ -127,7 +127,8 @@ def test_ramp_up_and_a_restart_in_the_middle(runs):
     losses = history(runs / "ramp")
     assert read_history(runs / "ramp").values("lm loss") == (list(losses), list(losses.values()))
     starts = [r for r in records(runs / "ramp-again") if r.get("event") == "start"]
-    assert starts == [{"iteration": 2, "consumed samples": 4, "event": "start"}]
+    start = {"iteration": 2, "consumed samples": 4, "event": "start"}
+    assert starts == [start | {"device": "CPU, 1 thread(s) per rank"}]
     manifest = manifests.read_manifest(manifests.newest_checkpoint(runs / "ramp"))
     assert (manifest.iteration, manifest.consumed_samples) == (5, 16)
 
