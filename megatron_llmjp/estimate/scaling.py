@@ -7,7 +7,7 @@ tokens of the run, so that weak scaling takes fewer steps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_llmjp.config.loading import replace_fields
@@ -23,7 +23,7 @@ from megatron_llmjp.estimate.layout_search import (
 )
 from megatron_llmjp.estimate.measured_runs import ComparedRun
 from megatron_llmjp.estimate.run_estimate import run_length_without_data
-from megatron_llmjp.estimate.step_time import TERMS
+from megatron_llmjp.estimate.scaling_limits import growth, largest_overhead
 from megatron_llmjp.formatting import format_count, format_table
 
 SECONDS_PER_DAY = 86400.0
@@ -31,8 +31,6 @@ DEFAULT_TOKENS = 10**12
 """Tokens of a run of unknown length."""
 MULTIPLES = (0.25, 0.5, 1, 2, 4)
 """Numbers of GPUs that suggestions compare, as multiples of the planned one."""
-LIMITS = ("bubble", "tensor", "context", "pipeline", "data", "stragglers", "optimizer")
-"""Terms that grow with the number of GPUs."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class ScalingPoint:
     seconds: float | None
     """Of the run, without saves and failures."""
     limit: str
-    """What costs most time apart from computing, or why no layout is possible."""
+    """What costs GPU time, compared with the fewest GPUs, or why no layout is possible."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,8 @@ def scale_run(
     strong = tuple(point(gpus, batch) for gpus in machine.scaling)
     others = machine.scaling[1:] if weak else ()
     grown = tuple(point(gpus, batch * gpus // first) for gpus in others)
-    return Scaling(tokens, length is None, strong, strong[:1] + grown if grown else ())
+    weak_points = _with_growth(strong[:1] + grown) if grown else ()
+    return Scaling(tokens, length is None, _with_growth(strong), weak_points)
 
 
 def _point(
@@ -109,24 +108,18 @@ def _point(
         return ScalingPoint(gpus, batch, None, None, reason)
     best = found[0]
     seconds = tokens / (batch * config.data.seq_length) * best.seconds
-    return ScalingPoint(gpus, batch, best, seconds, _limit(best))
+    return ScalingPoint(gpus, batch, best, seconds, largest_overhead(best.estimate))
 
 
-def _limit(best: LayoutCandidate) -> str:
-    """Name the largest term that is not computing."""
-    time = best.estimate.step_time
-    assert time is not None
-    name = max(LIMITS, key=lambda term: float(getattr(time, term)))
-    share = getattr(time, name) / time.total
-    if not share:
-        return "computing"
-    layout = best.estimate.layout
-    cause = ""
-    if name == "bubble":
-        cause = f" ({layout.micro_batches} micro-batches per step)"
-    if layout.tp > best.estimate.gpu.per_node:
-        cause += ", TP beyond a node"
-    return f"{TERMS[name]} {share:.0%}{cause}"
+def _with_growth(points: Sequence[ScalingPoint]) -> tuple[ScalingPoint, ...]:
+    """Compare the points with that of the fewest GPUs."""
+    first = next((point.best for point in points if point.best), None)
+    return tuple(
+        replace(point, limit=growth(point.best.estimate, first.estimate))
+        if point.best and first and point.best is not first
+        else point
+        for point in points
+    )
 
 
 def format_scaling(scaling: Scaling, machine: PlannedMachine) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from megatron_llmjp.config.loading import replace_fields
 from megatron_llmjp.config.machine_flags import PlannedMachine
+from megatron_llmjp.config.schema import Config
 from megatron_llmjp.errors import UserError
+from megatron_llmjp.estimate.run_estimate import RunEstimate, estimate_run
 from megatron_llmjp.estimate.scaling import (
     ScalingPoint,
     fastest_of_fewer,
@@ -17,8 +20,9 @@ from megatron_llmjp.estimate.scaling import (
     scale_run,
     scaling_numbers,
 )
+from megatron_llmjp.estimate.scaling_limits import growth, largest_overhead
 from megatron_llmjp.estimate.scaling_plot import plot_scaling
-from megatron_llmjp.estimate.step_time import StepTime
+from megatron_llmjp.estimate.step_time import TERMS, StepTime
 from tests.estimate.test_flops import preset
 
 TOKENS = 300 * 24 * 512
@@ -91,7 +95,7 @@ def test_tensor_parallelism_leaves_the_node_where_nothing_else_fits():
     few, many = (point.best.estimate.layout for point in found.strong)
     assert (few.tp, many.tp) == (4, 16)
     assert "TP beyond a node" not in found.strong[0].limit
-    assert found.strong[1].limit.endswith("TP beyond a node")
+    assert "TP beyond a node" in found.strong[1].limit
 
 
 def test_days_by_number_of_gpus():
@@ -117,16 +121,39 @@ def test_the_length_is_assumed_if_unknown():
     assert "1.00T tokens (assumed:" in format_scaling(found, machine(2))
 
 
-def test_the_limit_is_the_largest_term_besides_computing():
-    """172b on more GPUs than its batch feeds: the share of idle and exchanging GPUs grows."""
-    config = preset("llm-jp-3-172b")
-    found = scale_run(config, machine(512, 4096))
+def times(config: Config, gpus: int, **terms: float) -> RunEstimate:
+    estimate = estimate_run(config, PlannedMachine(gpus, "H100"))
+    time = StepTime(**{**dict.fromkeys(TERMS, 0.0), **terms})
+    return replace(estimate, step_time=time, step_seconds=time.total)
+
+
+def test_limits_are_the_terms_that_cost_more_gpu_time():
+    """Per sample: twice the GPUs should take half the time."""
+    config = replace_fields(CONFIG, micro_batch_size=2)
+    few = times(config, 2, products=8.0, bubble=1.0, data=1.0)
+    assert largest_overhead(few) in (
+        "pipeline bubble 10%", "data-parallel communication 10%",
+    )  # fmt: skip
+    assert largest_overhead(times(config, 2, products=8.0)) == "computing"
+    assert growth(times(config, 4, products=4.0, bubble=0.5, data=0.5), few) == (
+        "as efficient as on 2 GPUs"
+    )
+    many = times(config, 4, products=4.5, bubble=1.5, data=0.5, kernels=0.25)
+    assert growth(many, few) == "+35% GPU time: pipeline bubble +20%, matrix products +10%"
+    double = replace_fields(config, global_batch_size=48)
+    assert growth(times(double, 4, products=8.0, bubble=1.0, data=1.5), few) == (
+        "+5% GPU time: data-parallel communication +5%"
+    )
+    alone = replace_fields(config, global_batch_size=16, micro_batch_size=8)
+    assert growth(times(alone, 2, products=8.0), few) == (
+        "+20% GPU time: matrix products +40% (only 1 micro-batch per replica and step)"
+    )
+
+
+def test_limits_of_172b():
+    """On more GPUs than its batch feeds, GPUs idle and exchange more."""
+    found = scale_run(preset("llm-jp-3-172b"), machine(512, 4096))
     few, many = (point.best for point in found.strong)
     assert few is not None and many is not None
-
-    def computing(time: StepTime) -> float:
-        return (time.products + time.attention + time.element_wise) / time.total
-
-    assert computing(many.estimate.step_time) < computing(few.estimate.step_time)
     assert many.estimate.mfu < few.estimate.mfu
-    assert all(point.limit.endswith("%") or "%" in point.limit for point in found.strong)
+    assert found.strong[1].limit.startswith("+") and "% GPU time: " in found.strong[1].limit
