@@ -26,7 +26,7 @@ class RankTimes:
 
 @dataclass(frozen=True)
 class PredictedStep:
-    """Predicted times of a step, in seconds (estimate/step_time.py)."""
+    """Predicted times of a step, in seconds (estimate/speed/step_time.py)."""
 
     total: float
     computing: float

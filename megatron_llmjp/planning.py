@@ -38,22 +38,22 @@ from megatron_llmjp.estimate.data_warnings import (
 )
 from megatron_llmjp.estimate.estimate_numbers import candidate_numbers, estimate_numbers
 from megatron_llmjp.estimate.estimate_report import format_estimate
-from megatron_llmjp.estimate.layout_search import search_layouts
-from megatron_llmjp.estimate.layout_table import format_candidates
-from megatron_llmjp.estimate.measured_runs import ComparedRun, compare_run, format_compared
 from megatron_llmjp.estimate.run_estimate import (
     RunEstimate,
     RunLength,
     estimate_run,
     run_length_without_data,
 )
-from megatron_llmjp.estimate.scaling import (
+from megatron_llmjp.estimate.search.layout_search import search_layouts
+from megatron_llmjp.estimate.search.layout_table import format_candidates
+from megatron_llmjp.estimate.search.scaling import (
     MULTIPLES,
     format_pareto,
     format_scaling,
     scale_run,
     scaling_numbers,
 )
+from megatron_llmjp.estimate.speed.measured_runs import ComparedRun, compare_run, format_compared
 from megatron_llmjp.placeholders import substitute_missing
 from megatron_llmjp.report.job_history import observe_jobs
 from megatron_llmjp.report.step_times import read_measured_run
@@ -190,7 +190,9 @@ def _print_layouts(command: Command, config: Config, machine: PlannedMachine) ->
         else:
             print(format_scaling(scaling, machine))
         if machine.scaling_plot:
-            from megatron_llmjp.estimate.scaling_plot import plot_scaling  # matplotlib: a second
+            from megatron_llmjp.estimate.search.scaling_plot import (
+                plot_scaling,  # matplotlib: a second
+            )
 
             plot_scaling(scaling, Path(machine.scaling_plot))
         return EXIT_DONE if any(point.best for point in scaling.strong) else EXIT_USER_ERROR

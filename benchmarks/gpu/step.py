@@ -19,9 +19,9 @@ from benchmarks.gpu.session import Session, synchronize
 from benchmarks.gpu.trace import KERNELS_SHOWN, read_trace, summarize
 from megatron_llmjp.config.loading import replace_fields
 from megatron_llmjp.estimate.flops import tflops_per_device
-from megatron_llmjp.estimate.gpus import peak_tflops
 from megatron_llmjp.estimate.layout import make_layout
 from megatron_llmjp.estimate.memory import rank_memory
+from megatron_llmjp.estimate.speed.gpus import peak_tflops
 from megatron_llmjp.formatting import format_count
 
 WARM_UP = 2

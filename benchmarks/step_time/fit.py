@@ -1,10 +1,10 @@
 """Fit the step-time model to published runs, and print its leave-one-out errors.
 
 ``python -m benchmarks.step_time.fit`` prints; ``--write`` also writes the parameters and errors to
-``megatron_llmjp/estimate/fitted_step_time.py``. Each error is that of a run predicted from a fit to
-all other runs, and in the second column to all other groups of runs (other papers and programs).
+``megatron_llmjp/estimate/speed/fitted_step_time.py``. Each error is that of a run predicted from a
+fit to all other runs, and in the second column to all other groups of runs (papers and programs).
 The errors of corrected runs are those of the second column after multiplying by measured and
-predicted time of another run of the group, as ``estimate/measured_runs.py`` does.
+predicted time of another run of the group, as ``estimate/speed/measured_runs.py`` does.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import numpy as np
 
 from benchmarks.step_time.least_squares import Model, Vector
 from benchmarks.step_time.published_runs import PublishedRun, load_runs
-from megatron_llmjp.estimate.fitted_step_time import FITTED
-from megatron_llmjp.estimate.step_parameters import ModelAccuracy, StepParameters
-from megatron_llmjp.estimate.step_time import StepTime, step_time
+from megatron_llmjp.estimate.speed.fitted_step_time import FITTED
+from megatron_llmjp.estimate.speed.step_parameters import ModelAccuracy, StepParameters
+from megatron_llmjp.estimate.speed.step_time import StepTime, step_time
 
 LIMITS = np.log([[0.3, 0.3, 20.0, 0.2, 0.2, 1e-3, 1e-6], [1.0, 1.0, 900.0, 1.0, 1.0, 0.3, 1e-3]])
 """Physical limits of the parameters: efficiencies are at most 1."""
-WRITTEN = Path(__file__).parents[2] / "megatron_llmjp/estimate/fitted_step_time.py"
+WRITTEN = Path(__file__).parents[2] / "megatron_llmjp/estimate/speed/fitted_step_time.py"
 SHOWN_TERMS = 4
 
 
@@ -98,7 +98,7 @@ def _written(parameters: StepParameters, found: ModelAccuracy, corrected: ModelA
         "",
         "from __future__ import annotations",
         "",
-        "from megatron_llmjp.estimate.step_parameters import ModelAccuracy, StepParameters",
+        "from megatron_llmjp.estimate.speed.step_parameters import ModelAccuracy, StepParameters",
         "",
     ]
     written: dict[str, StepParameters | ModelAccuracy] = {

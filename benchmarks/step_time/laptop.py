@@ -3,9 +3,9 @@
     python -m benchmarks.step_time.laptop --folder /tmp/laptop_step_times
 
 Each preset trains on random tokens with TP, PP and DP on one, two and four processes of one thread
-each. The model of the estimate (``estimate/step_time.py``) predicts the step times: its parameters
-are fitted to the measured runs, and each run is predicted from a fit to all others. Ranks share
-cores where there are more ranks than cores. Run it on an idle machine.
+each. The model of the estimate (``estimate/speed/step_time.py``) predicts the step times: its
+parameters are fitted to the measured runs, and each run is predicted from a fit to all others.
+Ranks share cores where there are more ranks than cores. Run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from megatron_llmjp.config.loading import ConfigLayers, build_config, read_confi
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.indexed_dataset_writer import write_idx
 from megatron_llmjp.estimate.layout import make_layout
-from megatron_llmjp.estimate.step_parameters import StepParameters
-from megatron_llmjp.estimate.step_time import RunLoad, run_load, step_time
-from megatron_llmjp.estimate.step_work import Software
-from megatron_llmjp.estimate.target_gpu import TargetGpu
+from megatron_llmjp.estimate.speed.step_parameters import StepParameters
+from megatron_llmjp.estimate.speed.step_time import RunLoad, run_load, step_time
+from megatron_llmjp.estimate.speed.step_work import Software
+from megatron_llmjp.estimate.speed.target_gpu import TargetGpu
 from megatron_llmjp.report.history import read_history
 
 ROOT = Path(__file__).parents[2]

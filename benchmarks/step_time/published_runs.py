@@ -14,9 +14,9 @@ from megatron_llmjp.config.machine_flags import PlannedMachine
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.estimate.flops import flops_by_part
 from megatron_llmjp.estimate.layout import make_layout
-from megatron_llmjp.estimate.step_time import RunLoad, run_load
-from megatron_llmjp.estimate.step_work import Software
-from megatron_llmjp.estimate.target_gpu import TargetGpu, resolve_gpu
+from megatron_llmjp.estimate.speed.step_time import RunLoad, run_load
+from megatron_llmjp.estimate.speed.step_work import Software
+from megatron_llmjp.estimate.speed.target_gpu import TargetGpu, resolve_gpu
 
 RUNS = Path(__file__).with_name("published_runs.yaml")
 PRESETS = {"gpt": "laptop-gpt2", "llama": "laptop-llama"}

@@ -8,9 +8,9 @@ from typing import Any
 from megatron_llmjp.config.parameter_counts import count_parameters
 from megatron_llmjp.estimate.checkpoints import checkpoint_bytes
 from megatron_llmjp.estimate.flops import flops_by_part, step_flops
-from megatron_llmjp.estimate.layout_search import LayoutCandidate
-from megatron_llmjp.estimate.layout_table import layout_flags
 from megatron_llmjp.estimate.run_estimate import RunEstimate
+from megatron_llmjp.estimate.search.layout_search import LayoutCandidate
+from megatron_llmjp.estimate.search.layout_table import layout_flags
 
 
 def estimate_numbers(estimate: RunEstimate) -> dict[str, Any]:

@@ -15,12 +15,12 @@ from megatron_llmjp.estimate.checkpoints import (
 from megatron_llmjp.estimate.communication import CommunicationVolume
 from megatron_llmjp.estimate.failure_report import format_failures
 from megatron_llmjp.estimate.flops import step_flops, tflops_per_device
-from megatron_llmjp.estimate.gpus import peak_tflops
 from megatron_llmjp.estimate.layout_report import format_layout, format_rank_placement
-from megatron_llmjp.estimate.measured_runs import correction, format_compared
 from megatron_llmjp.estimate.memory import RankMemory
 from megatron_llmjp.estimate.run_estimate import CUDA_RESERVE, RunEstimate
-from megatron_llmjp.estimate.step_time import TERMS
+from megatron_llmjp.estimate.speed.gpus import peak_tflops
+from megatron_llmjp.estimate.speed.measured_runs import correction, format_compared
+from megatron_llmjp.estimate.speed.step_time import TERMS
 from megatron_llmjp.formatting import format_bytes, format_count, format_gigabytes, format_table
 
 SECONDS_PER_DAY = 86400.0

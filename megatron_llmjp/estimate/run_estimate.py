@@ -13,15 +13,15 @@ from megatron_llmjp.estimate.checkpoints import checkpoint_bytes, rank_save_byte
 from megatron_llmjp.estimate.communication import CommunicationVolume, communication_volume
 from megatron_llmjp.estimate.failure_report import FailureForecast, forecast_failures
 from megatron_llmjp.estimate.failures import ObservedJobs
-from megatron_llmjp.estimate.fitted_step_time import ACCURACY, CORRECTED_ACCURACY
 from megatron_llmjp.estimate.flops import step_flops
 from megatron_llmjp.estimate.layout import ParallelLayout, make_layout
-from megatron_llmjp.estimate.measured_runs import ComparedRun, correction
 from megatron_llmjp.estimate.memory import RankMemory, rank_memory, rank_parameters
-from megatron_llmjp.estimate.step_parameters import ModelAccuracy
-from megatron_llmjp.estimate.step_time import StepTime, run_load, step_time
-from megatron_llmjp.estimate.step_work import Software
-from megatron_llmjp.estimate.target_gpu import TargetGpu, resolve_gpu
+from megatron_llmjp.estimate.speed.fitted_step_time import ACCURACY, CORRECTED_ACCURACY
+from megatron_llmjp.estimate.speed.measured_runs import ComparedRun, correction
+from megatron_llmjp.estimate.speed.step_parameters import ModelAccuracy
+from megatron_llmjp.estimate.speed.step_time import StepTime, run_load, step_time
+from megatron_llmjp.estimate.speed.step_work import Software
+from megatron_llmjp.estimate.speed.target_gpu import TargetGpu, resolve_gpu
 
 CUDA_RESERVE = 2_500_000_000
 """Bytes assumed for the CUDA context and NCCL buffers."""

@@ -10,8 +10,8 @@ from megatron_llmjp.config.loading import replace_fields
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.estimate.flops import flops_per_sample
-from megatron_llmjp.estimate.gpus import find_gpu
-from megatron_llmjp.estimate.measured_runs import (
+from megatron_llmjp.estimate.speed.gpus import find_gpu
+from megatron_llmjp.estimate.speed.measured_runs import (
     MeasuredRun,
     compared_times,
     format_difference,

@@ -15,7 +15,7 @@ from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.data.folds.schedule import Schedule
 from megatron_llmjp.estimate.flops import compute_dtype, tflops_per_device
-from megatron_llmjp.estimate.gpus import peak_tflops
+from megatron_llmjp.estimate.speed.gpus import peak_tflops
 from megatron_llmjp.filesystem import warn
 from megatron_llmjp.interval_stats import IntervalStats, RankTimes
 from megatron_llmjp.metric_registry import (

@@ -8,7 +8,7 @@ from megatron_llmjp.config.loading import replace_fields
 from megatron_llmjp.config.machine_flags import PlannedMachine
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.estimate.measured_runs import predict_step
+from megatron_llmjp.estimate.speed.measured_runs import predict_step
 from megatron_llmjp.interval_stats import PredictedStep
 
 

@@ -9,9 +9,9 @@ import pytest
 
 from benchmarks.step_time import fit as fits
 from benchmarks.step_time.published_runs import load_runs, seconds_per_step
-from megatron_llmjp.estimate.fitted_step_time import FITTED
-from megatron_llmjp.estimate.step_parameters import ModelAccuracy, StepParameters
-from megatron_llmjp.estimate.step_time import step_time
+from megatron_llmjp.estimate.speed.fitted_step_time import FITTED
+from megatron_llmjp.estimate.speed.step_parameters import ModelAccuracy, StepParameters
+from megatron_llmjp.estimate.speed.step_time import step_time
 
 TRUE = replace(FITTED, ampere_products=0.8, product_traffic=250.0, link=0.7, stragglers=0.03)
 START = np.log(astuple(FITTED))

@@ -14,7 +14,7 @@ from megatron_llmjp.estimate.flops import (
     step_flops,
     tflops_per_device,
 )
-from megatron_llmjp.estimate.gpus import find_gpu, peak_tflops
+from megatron_llmjp.estimate.speed.gpus import find_gpu, peak_tflops
 from tests.support.processes import run_ranks
 
 STYLES = ("laptop-llama", "laptop-gpt2", "laptop-gpt-neox")

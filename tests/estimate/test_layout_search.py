@@ -10,13 +10,13 @@ import pytest
 from megatron_llmjp.config.flags import parse
 from megatron_llmjp.config.loading import replace_fields
 from megatron_llmjp.config.machine_flags import PlannedMachine
-from megatron_llmjp.estimate import layout_candidates, layout_table
 from megatron_llmjp.estimate.layout import make_layout
 from megatron_llmjp.estimate.layout_report import format_layout
-from megatron_llmjp.estimate.layout_search import LayoutCandidate, search_layouts
-from megatron_llmjp.estimate.layout_table import format_candidates, layout_flags
 from megatron_llmjp.estimate.run_estimate import estimate_run
-from megatron_llmjp.estimate.step_time import TERMS, StepTime
+from megatron_llmjp.estimate.search import layout_candidates, layout_table
+from megatron_llmjp.estimate.search.layout_search import LayoutCandidate, search_layouts
+from megatron_llmjp.estimate.search.layout_table import format_candidates, layout_flags
+from megatron_llmjp.estimate.speed.step_time import TERMS, StepTime
 from tests.estimate.test_flops import preset
 from tests.estimate.test_meta_build import SCRIPTS, words_of
 

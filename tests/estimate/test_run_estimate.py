@@ -13,7 +13,6 @@ from megatron_llmjp.estimate.communication import CommunicationVolume
 from megatron_llmjp.estimate.estimate_report import format_estimate
 from megatron_llmjp.estimate.failure_report import FailureForecast
 from megatron_llmjp.estimate.failures import FailureModel
-from megatron_llmjp.estimate.fitted_step_time import ACCURACY
 from megatron_llmjp.estimate.flops import step_flops
 from megatron_llmjp.estimate.layout import make_layout
 from megatron_llmjp.estimate.memory import RankMemory
@@ -23,8 +22,9 @@ from megatron_llmjp.estimate.run_estimate import (
     estimate_run,
     run_length_without_data,
 )
-from megatron_llmjp.estimate.step_time import StepTime
-from megatron_llmjp.estimate.target_gpu import TargetGpu
+from megatron_llmjp.estimate.speed.fitted_step_time import ACCURACY
+from megatron_llmjp.estimate.speed.step_time import StepTime
+from megatron_llmjp.estimate.speed.target_gpu import TargetGpu
 from tests.estimate.test_flops import preset
 
 GB = 10**9

@@ -12,7 +12,7 @@ from megatron_llmjp.config.machine_flags import PlannedMachine
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.estimate.run_estimate import RunEstimate, estimate_run
-from megatron_llmjp.estimate.scaling import (
+from megatron_llmjp.estimate.search.scaling import (
     ScalingPoint,
     fastest_of_fewer,
     format_pareto,
@@ -20,9 +20,9 @@ from megatron_llmjp.estimate.scaling import (
     scale_run,
     scaling_numbers,
 )
-from megatron_llmjp.estimate.scaling_limits import growth, largest_overhead
-from megatron_llmjp.estimate.scaling_plot import plot_scaling
-from megatron_llmjp.estimate.step_time import TERMS, StepTime
+from megatron_llmjp.estimate.search.scaling_limits import growth, largest_overhead
+from megatron_llmjp.estimate.search.scaling_plot import plot_scaling
+from megatron_llmjp.estimate.speed.step_time import TERMS, StepTime
 from tests.estimate.test_flops import preset
 
 TOKENS = 300 * 24 * 512

@@ -12,12 +12,12 @@ from benchmarks.step_time.published_runs import load_runs, seconds_per_step
 from megatron_llmjp.config.loading import replace_fields
 from megatron_llmjp.config.machine_flags import PlannedMachine
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.estimate.fitted_step_time import ACCURACY, FITTED
 from megatron_llmjp.estimate.flops import flops_by_part
 from megatron_llmjp.estimate.layout import make_layout
-from megatron_llmjp.estimate.step_time import TERMS, RunLoad, StepTime, run_load, step_time
-from megatron_llmjp.estimate.step_work import Software, layer_work, matrix_product
-from megatron_llmjp.estimate.target_gpu import TargetGpu, resolve_gpu
+from megatron_llmjp.estimate.speed.fitted_step_time import ACCURACY, FITTED
+from megatron_llmjp.estimate.speed.step_time import TERMS, RunLoad, StepTime, run_load, step_time
+from megatron_llmjp.estimate.speed.step_work import Software, layer_work, matrix_product
+from megatron_llmjp.estimate.speed.target_gpu import TargetGpu, resolve_gpu
 from tests.estimate.test_flops import preset
 
 GPU = TargetGpu("X100", 80e9, 1e15, 8, 4e12, 5e11, 4e10)

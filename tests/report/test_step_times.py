@@ -13,10 +13,10 @@ from megatron_llmjp.config.flags import parse
 from megatron_llmjp.config.loading import dump_config, replace_fields
 from megatron_llmjp.config.machine_flags import PlannedMachine
 from megatron_llmjp.errors import EXIT_DONE, UserError
-from megatron_llmjp.estimate.fitted_step_time import ACCURACY, CORRECTED_ACCURACY
 from megatron_llmjp.estimate.flops import flops_per_sample
-from megatron_llmjp.estimate.measured_runs import compare_run, correction, predict_step
 from megatron_llmjp.estimate.run_estimate import estimate_run
+from megatron_llmjp.estimate.speed.fitted_step_time import ACCURACY, CORRECTED_ACCURACY
+from megatron_llmjp.estimate.speed.measured_runs import compare_run, correction, predict_step
 from megatron_llmjp.planning import print_estimate
 from megatron_llmjp.report.history import read_history
 from megatron_llmjp.report.status import read_status

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_llmjp.estimate.run_estimate import RunEstimate
-from megatron_llmjp.estimate.step_time import TERMS
+from megatron_llmjp.estimate.speed.step_time import TERMS
 
 OVERHEADS = ("bubble", "tensor", "context", "pipeline", "data", "stragglers", "optimizer")
 """Terms that are not computing."""

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.estimate.scaling import SECONDS_PER_DAY, Scaling, ScalingPoint
+from megatron_llmjp.estimate.search.scaling import SECONDS_PER_DAY, Scaling, ScalingPoint
 
 
 def plot_scaling(scaling: Scaling, path: Path) -> None:

@@ -13,21 +13,21 @@ from math import log, sqrt
 
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.estimate.communication import CommunicationVolume, communication_volume
-from megatron_llmjp.estimate.fitted_step_time import FITTED
 from megatron_llmjp.estimate.layout import ParallelLayout, recomputed_layers, stage_contents
 from megatron_llmjp.estimate.memory import rank_parameters
-from megatron_llmjp.estimate.step_parameters import (
+from megatron_llmjp.estimate.speed.fitted_step_time import FITTED
+from megatron_llmjp.estimate.speed.step_parameters import (
     MEMORY_EFFICIENCY,
     NETWORK_EFFICIENCY,
     StepParameters,
 )
-from megatron_llmjp.estimate.step_work import (
+from megatron_llmjp.estimate.speed.step_work import (
     Software,
     StageWork,
     Work,
     stage_work,
 )
-from megatron_llmjp.estimate.target_gpu import TargetGpu
+from megatron_llmjp.estimate.speed.target_gpu import TargetGpu
 
 OPTIMIZER_BYTES = 30
 """Read and written per parameter by Adam: the fp32 gradient (4), main parameter (8) and moments

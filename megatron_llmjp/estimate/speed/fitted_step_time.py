@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_llmjp.estimate.step_parameters import ModelAccuracy, StepParameters
+from megatron_llmjp.estimate.speed.step_parameters import ModelAccuracy, StepParameters
 
 FITTED = StepParameters(
     ampere_products=0.8688,

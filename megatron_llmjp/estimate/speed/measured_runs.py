@@ -17,9 +17,9 @@ from megatron_llmjp.config.loading import replace_fields
 from megatron_llmjp.config.machine_flags import PlannedMachine
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.estimate.layout import make_layout
-from megatron_llmjp.estimate.step_time import StepTime, run_load, step_time
-from megatron_llmjp.estimate.step_work import Software
-from megatron_llmjp.estimate.target_gpu import resolve_gpu
+from megatron_llmjp.estimate.speed.step_time import StepTime, run_load, step_time
+from megatron_llmjp.estimate.speed.step_work import Software
+from megatron_llmjp.estimate.speed.target_gpu import resolve_gpu
 from megatron_llmjp.formatting import format_table
 
 

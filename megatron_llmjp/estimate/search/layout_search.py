@@ -14,9 +14,9 @@ from megatron_llmjp.config.machine_flags import PlannedMachine
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.config.validation import check_config
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.estimate.layout_candidates import candidates, layout_key, variants
-from megatron_llmjp.estimate.measured_runs import ComparedRun
 from megatron_llmjp.estimate.run_estimate import RunEstimate, estimate_run
+from megatron_llmjp.estimate.search.layout_candidates import candidates, layout_key, variants
+from megatron_llmjp.estimate.speed.measured_runs import ComparedRun
 
 MAX_MEMORY_FRACTION = 0.95
 """Fraction of GPU memory that a suggested layout may use: predictions are off by up to 5 %."""

@@ -14,16 +14,16 @@ from megatron_llmjp.config.loading import replace_fields
 from megatron_llmjp.config.machine_flags import PlannedMachine
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.estimate.estimate_numbers import candidate_numbers
-from megatron_llmjp.estimate.fitted_step_time import ACCURACY
 from megatron_llmjp.estimate.layout_report import format_layout
-from megatron_llmjp.estimate.layout_search import (
+from megatron_llmjp.estimate.run_estimate import run_length_without_data
+from megatron_llmjp.estimate.search.layout_search import (
     LayoutCandidate,
     has_divisible_layout,
     search_layouts,
 )
-from megatron_llmjp.estimate.measured_runs import ComparedRun
-from megatron_llmjp.estimate.run_estimate import run_length_without_data
-from megatron_llmjp.estimate.scaling_limits import growth, largest_overhead
+from megatron_llmjp.estimate.search.scaling_limits import growth, largest_overhead
+from megatron_llmjp.estimate.speed.fitted_step_time import ACCURACY
+from megatron_llmjp.estimate.speed.measured_runs import ComparedRun
 from megatron_llmjp.formatting import format_count, format_table
 
 SECONDS_PER_DAY = 86400.0

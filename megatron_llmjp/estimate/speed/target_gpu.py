@@ -8,7 +8,7 @@ from megatron_llmjp.config.machine_flags import PlannedMachine
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.estimate.flops import compute_dtype
-from megatron_llmjp.estimate.gpus import GpuSpec, find_gpu, gpu_memory
+from megatron_llmjp.estimate.speed.gpus import GpuSpec, find_gpu, gpu_memory
 
 
 @dataclass(frozen=True)

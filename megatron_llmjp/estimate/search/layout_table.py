@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from megatron_llmjp.config.machine_flags import PlannedMachine
 from megatron_llmjp.config.schema import Config
-from megatron_llmjp.estimate.layout_candidates import COUNTED_LAYERS, NO_LAYOUT
 from megatron_llmjp.estimate.layout_report import format_layout
-from megatron_llmjp.estimate.layout_search import MAX_MEMORY_FRACTION, LayoutCandidate
+from megatron_llmjp.estimate.search.layout_candidates import COUNTED_LAYERS, NO_LAYOUT
+from megatron_llmjp.estimate.search.layout_search import MAX_MEMORY_FRACTION, LayoutCandidate
 from megatron_llmjp.formatting import format_table
 
 SHOWN = 6
