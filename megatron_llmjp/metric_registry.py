@@ -17,6 +17,19 @@ from dataclasses import dataclass
 
 from megatron_llmjp.formatting import format_count
 from megatron_llmjp.interval_stats import IntervalStats
+from megatron_llmjp.metric_panels import (
+    BATCH_SIZE_PANEL,
+    FIRST_PANELS,
+    GRADIENT_NORM_PANEL,
+    LEARNING_RATE_PANEL,
+    LOSS_SCALE_PANEL,
+    MEMORY_PANEL,
+    PARAMETER_NORM_PANEL,
+    RANK_TIMES_PANEL,
+    THROUGHPUT_PANEL,
+    Z_LOSS_PANEL,
+    Panel,
+)
 
 METRICS_FILE = "metrics.jsonl"
 """Name of the metrics file in the save folder."""
@@ -27,20 +40,6 @@ ITERATION, CONSUMED_SAMPLES, EVENT, FOLD = "iteration", "consumed samples", "eve
 
 SLOWEST_HOST = "slowest host"
 """Field of a log interval with the hosts of :data:`SLOWEST_RANK`."""
-
-
-@dataclass(frozen=True)
-class Panel:
-    """A plot of the report, with the metrics whose :attr:`Metric.panel` it is."""
-
-    name: str
-    """Stem of the image file."""
-    title: str
-    unit: str = ""
-    log_scale: bool = False
-    from_zero: bool = False
-    hide_constant: bool = False
-    """Whether to omit the plot if its values never change."""
 
 
 @dataclass(frozen=True)
@@ -85,29 +84,6 @@ METRICS: dict[str, Metric] = {}
 
 GROUPS: dict[str, MetricGroup] = {}
 """All metrics with one value per dataset or validation set, by prefix."""
-
-LEARNING_RATE_PANEL = Panel("learning_rate", "Learning rate", from_zero=True)
-THROUGHPUT_PANEL = Panel("throughput", "Throughput", "tokens per second", from_zero=True)
-GRADIENT_NORM_PANEL = Panel("gradient_norm", "Gradient norm, before clipping", log_scale=True)
-PARAMETER_NORM_PANEL = Panel("parameter_norm", "Norm of all parameters")
-Z_LOSS_PANEL = Panel("z_loss", "z-loss")
-MEMORY_PANEL = Panel("memory", "Memory of the first rank", "GB", from_zero=True)
-RANK_TIMES_PANEL = Panel("rank_times", "Time per iteration by rank", "seconds", from_zero=True)
-BATCH_SIZE_PANEL = Panel("batch_size", "Global batch size", "samples", hide_constant=True)
-LOSS_SCALE_PANEL = Panel("loss_scale", "Loss scale", log_scale=True, hide_constant=True)
-
-FIRST_PANELS = (
-    LEARNING_RATE_PANEL,
-    THROUGHPUT_PANEL,
-    GRADIENT_NORM_PANEL,
-    PARAMETER_NORM_PANEL,
-    Z_LOSS_PANEL,
-    MEMORY_PANEL,
-    RANK_TIMES_PANEL,
-    BATCH_SIZE_PANEL,
-    LOSS_SCALE_PANEL,
-)
-"""Order of panels in the report; others follow in the order of :data:`METRICS`."""
 
 
 def register_metric(metric: Metric) -> Metric:

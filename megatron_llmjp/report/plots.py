@@ -17,15 +17,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from megatron_llmjp.formatting import format_tick
+from megatron_llmjp.metric_panels import THROUGHPUT_PANEL, Panel
 from megatron_llmjp.metric_registry import (
     CONSUMED_SAMPLES,
     ITERATION,
     LM_LOSS,
     MFU,
-    THROUGHPUT_PANEL,
     TOKENS_PER_SECOND,
     Metric,
-    Panel,
     panels,
 )
 from megatron_llmjp.report.history import MetricsHistory

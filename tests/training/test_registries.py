@@ -18,7 +18,8 @@ from tests.support.forks import ROOT, Fork
 from tests.support.training import arguments, history
 
 METRIC = """\
-from megatron_llmjp.metric_registry import Metric, Panel, register_metric
+from megatron_llmjp.metric_panels import Panel
+from megatron_llmjp.metric_registry import Metric, register_metric
 register_metric(Metric("samples per second", "over the interval", lambda s: s.samples_per_second,
                 "samples/s: {:.1f}".format, Panel("samples", "Samples per second")))
 """
