@@ -14,6 +14,7 @@ REQUIRES = [
     "torch>=2.6",
     "megatron-core>=0.16.1,<0.17",
     "transformers>=4.48",
+    "huggingface_hub>=0.27",  # transformers requires it, too
     "safetensors>=0.4.3",
     "tokenizers>=0.20",
     "sentencepiece>=0.2.0",

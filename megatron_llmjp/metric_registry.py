@@ -37,6 +37,8 @@ METRICS_FILE = "metrics.jsonl"
 ITERATION, CONSUMED_SAMPLES, EVENT, FOLD = "iteration", "consumed samples", "event", "fold"
 """Fields of records that are not metrics."""
 
+HARDWARE = "hardware"
+"""Field of the event ``start`` with the devices of all ranks."""
 
 SLOWEST_HOST = "slowest host"
 """Field of a log interval with the hosts of :data:`SLOWEST_RANK`."""

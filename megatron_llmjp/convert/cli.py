@@ -17,6 +17,7 @@ from megatron_llmjp.arguments import CommandLineParser, parse_size, positive_int
 from megatron_llmjp.checkpoint.save_folder import NATIVE
 from megatron_llmjp.config.tokenizer_types import TOKENIZER_TYPES, find_tokenizer_type
 from megatron_llmjp.convert.formats.registry import FORMATS
+from megatron_llmjp.convert.publishing.flags import add_hugging_face_flags
 from megatron_llmjp.errors import (
     EXIT_DONE,
     EXIT_FAILURE,
@@ -44,9 +45,13 @@ examples:
     convert_checkpoint --to hf --input checkpoints/iter_0001000 --output model-hf --dry-run
   describe the checkpoint in a folder:
     convert_checkpoint inspect checkpoints
+  export in the form of a published model, and upload it with a model card:
+    convert_checkpoint --to hf --input checkpoints --output model-hf --like llm-jp-3-13b \\
+        --push-to-hub my-org/my-model
 
 The input is never modified. The output folder is created only when it is complete.
-Exit codes: 0 success, 1 --verify found a difference, 2 invalid arguments or checkpoint.
+Exit codes: 0 success, 1 --verify found a difference or the upload failed, 2 invalid arguments or
+checkpoint.
 """
 
 
@@ -60,6 +65,7 @@ def _make_parser() -> CommandLineParser:
     )
     _add_input_and_output(parser.add_argument)
     _add_output_options(parser.add_argument)
+    add_hugging_face_flags(parser.add_argument)
     _add_execution_options(parser.add_argument)
     return parser
 
@@ -188,7 +194,6 @@ def _add_execution_options(add: Callable[..., Any]) -> None:
     add(
         "--max-shard-size",
         type=_size,
-        default="5GB",
         metavar="SIZE",
         help="maximum size of a weight file, such as 500MB (default: 5GB)",
     )
@@ -280,12 +285,15 @@ def _convert(arguments: argparse.Namespace) -> int:
     from megatron_llmjp.convert.files.storage import DTYPES as TORCH_TYPES
     from megatron_llmjp.convert.formats.base import ConversionOptions
     from megatron_llmjp.convert.inspection import format_plan, summarize
+    from megatron_llmjp.convert.publishing import publication
 
     options = ConversionOptions(
         dtype=TORCH_TYPES[arguments.dtype] if arguments.dtype else None,
         tensor_parallel=arguments.target_tensor_parallel_size,
         pipeline_parallel=arguments.target_pipeline_parallel_size,
-        max_shard_size=arguments.max_shard_size,
+        max_shard_size=arguments.max_shard_size or ConversionOptions.max_shard_size,
+        shard_size_given=arguments.max_shard_size is not None,
+        like=arguments.like,
         keep_vocabulary_padding=arguments.keep_vocab_padding,
         tokenizer=arguments.tokenizer,
         tokenizer_type=arguments.tokenizer_type,
@@ -299,11 +307,19 @@ def _convert(arguments: argparse.Namespace) -> int:
         ignored_args=arguments.ignore_args,
     )
     conversion = plan_conversion(arguments.source, arguments.target, arguments.input, options)
+    repository = publication.plan_publication(
+        conversion,
+        arguments.output,
+        arguments.model_card,
+        arguments.push_to_hub,
+        arguments.public,
+    )
     print(summarize(conversion.source))
     if arguments.dry_run:
         print(format_plan(conversion))
         _print_notes(conversion)
         return EXIT_DONE
+    repository = publication.prepare_upload(repository)
     check = None
     if arguments.verify:
         from megatron_llmjp.convert.verify import make_verifier
@@ -321,7 +337,7 @@ def _convert(arguments: argparse.Namespace) -> int:
         f"wrote {arguments.output}: {arguments.target}, {size:.3f} GB in {seconds:.1f} s, "
         f"{size / max(seconds, 1e-3):.2f} GB/s"
     )
-    return EXIT_DONE
+    return publication.finish_publication(repository, arguments.output)
 
 
 def _print_notes(conversion: Conversion) -> None:

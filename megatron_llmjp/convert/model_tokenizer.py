@@ -121,8 +121,8 @@ def open_tokenizer(
     tokenizer = _load_files(path, kind, source)
     if given and tokenizer is None:
         raise UserError(
-            f"--tokenizer {path}: contains no tokenizer; expected tokenizer.json, a SentencePiece "
-            "*.model, vocab.json with merges.txt, or tiktoken.json"
+            f"{options.tokenizer_flag}: contains no tokenizer; expected tokenizer.json, a "
+            "SentencePiece *.model, vocab.json with merges.txt, or tiktoken.json"
         )
     if tokenizer is not None:
         files = _rename_files(files, tokenizer.files())
@@ -285,22 +285,21 @@ def _compare_with_own(own: Tokenizer, given: Tokenizer, options: ConversionOptio
     """
     from megatron_llmjp.tokenizers.comparison import COMMON_TEXTS, RARE_TEXTS, compare_tokenizers
 
-    names = ("the run's own", "--tokenizer")
+    flag = options.tokenizer_flag
+    names = ("the run's own", flag.split()[0])
     found = compare_tokenizers(own, given, COMMON_TEXTS, names)
     if found.differences:
         raise UserError(
-            f"--tokenizer {options.tokenizer}: its ids differ from those of the tokenizer that the "
-            f"model was trained with. {found.report()}\n  Omit --tokenizer to export the run's own"
+            f"{flag}: its ids differ from those of the tokenizer that the model was trained with. "
+            f"{found.report()}\n  Omit {names[1]} to export the run's own"
         )
     warnings = []
     rare = compare_tokenizers(own, given, RARE_TEXTS, names)
     if rare.differences:
-        warnings.append(
-            f"--tokenizer {options.tokenizer}: the ids of rare texts differ. {rare.report()}"
-        )
+        warnings.append(f"{flag}: the ids of rare texts differ. {rare.report()}")
     if own.kind == given.kind and own.eod_id != given.eod_id:
         warnings.append(
-            f"--tokenizer {options.tokenizer}: its end-of-document token is "
+            f"{flag}: its end-of-document token is "
             f"{_token_and_id(given, given.eod_id)}, the run's is {_token_and_id(own, own.eod_id)}"
         )
     return warnings

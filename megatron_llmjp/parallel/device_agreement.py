@@ -7,7 +7,7 @@ ranks end with the same message.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -70,6 +70,15 @@ def check_devices(store: Any, ranks: Ranks, device: Device) -> list[RankDevice]:
     devices = [RankDevice(rank, *fields) for rank, fields in enumerate(found)]
     compare_devices(devices)
     return devices
+
+
+def describe_devices(devices: Iterable[RankDevice]) -> str:
+    """Return the devices of a run: ``16 x NVIDIA H100 80GB HBM3 on 2 nodes``."""
+    found = list(devices)
+    names = Counter(device.name for device in found)
+    nodes = len({device.host for device in found})
+    text = ", ".join(f"{number} x {name}" for name, number in names.items())
+    return f"{text} on {nodes} node{'s' if nodes > 1 else ''}"
 
 
 def bind_to_local_cpus(devices: list[RankDevice], ranks: Ranks) -> None:

@@ -21,6 +21,7 @@ from megatron_llmjp.interval_stats import IntervalStats, RankTimes
 from megatron_llmjp.metric_registry import (
     DATASET_LOSS,
     DATASET_TOKENS,
+    HARDWARE,
     LM_LOSS,
     PERPLEXITY,
     SLOWEST_HOST,
@@ -124,9 +125,16 @@ class TrainingMetrics:
         self.last: dict[str, float] = {}
         """Latest finite values of :data:`IN_MANIFEST`, for the manifest of a checkpoint."""
 
-    def start(self, iteration: int, consumed: int) -> None:
-        """Write the event of a process that starts after this iteration."""
-        self.event("start", iteration, consumed, device=self._device.name)
+    def start(self, iteration: int, consumed: int, hardware: str = "") -> None:
+        """Write the event of a process that starts after this iteration.
+
+        Args:
+            iteration: iteration before the first one.
+            consumed: consumed samples.
+            hardware: devices of all ranks.
+        """
+        strings = {"device": self._device.name} | ({HARDWARE: hardware} if hardware else {})
+        self.event("start", iteration, consumed, **strings)
         self._since = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:

@@ -14,7 +14,11 @@ from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.errors import EXIT_DONE, RunError
 from megatron_llmjp.parallel import process_groups, rendezvous
 from megatron_llmjp.parallel.device import Device, use_deterministic_kernels
-from megatron_llmjp.parallel.device_agreement import bind_to_local_cpus, check_devices
+from megatron_llmjp.parallel.device_agreement import (
+    bind_to_local_cpus,
+    check_devices,
+    describe_devices,
+)
 from megatron_llmjp.parallel.process_groups import RankSync, new_group_without_timeout
 from megatron_llmjp.parallel.ranks import Ranks
 from megatron_llmjp.parallel.signals import StopRequests
@@ -45,6 +49,8 @@ class _RankContext:
     watchdog: Watchdog
     hosts: list[str]
     """Host of each rank."""
+    hardware: str
+    """Devices of all ranks, for the record of the run."""
 
 
 def train(run: Run, ranks: Ranks, device: Device, requests: StopRequests | None = None) -> int:
@@ -68,7 +74,7 @@ def train(run: Run, ranks: Ranks, device: Device, requests: StopRequests | None 
         bind_to_local_cpus(devices, ranks)
         check_profiling(run.config, device)
         record_memory_history(run.config, ranks.rank)
-        context = _RankContext(ranks, device, store, watchdog, hosts)
+        context = _RankContext(ranks, device, store, watchdog, hosts, describe_devices(devices))
         if run.config.training.eval_only:
             return _validate_only(run, context)
         watchdog.begin(0, "opening the save folder and its checkpoint", counts_work=True)
@@ -139,6 +145,7 @@ def _train(
         garbage,
         *start,
         instruments,
+        context.hardware,
     )
     with explain_out_of_memory(model.chunks, model.optimizer, context.device, rank, folder):
         outcome = trainer.train()

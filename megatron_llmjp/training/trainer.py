@@ -81,6 +81,7 @@ class Trainer:
     consumed_samples: int
     """Samples trained on so far: the complete state of the data."""
     instruments: StepInstruments
+    hardware: str = ""
     due_save: SaveKind = SaveKind.NONE
     """A save that is postponed: until the next good step, or the end of an asynchronous one."""
 
@@ -93,7 +94,7 @@ class Trainer:
         """
         writers = MetricsWriters(self.run.config) if process_groups.is_first_rank() else None
         metrics = self._metrics(writers)
-        metrics.start(self.iteration, self.consumed_samples)
+        metrics.start(self.iteration, self.consumed_samples, self.hardware)
         if METRICS_STATE in self.model.counters:
             metrics.load_state_dict(self.model.counters[METRICS_STATE])
         self.monitor.load_state_dict(self.model.counters.get(GRADIENT_MONITOR_STATE, {}))

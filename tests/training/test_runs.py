@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from megatron_llmjp.checkpoint import manifest as manifests
+from megatron_llmjp.convert.cli import main as convert_checkpoint
 from megatron_llmjp.report.history import read_history
 from tests.support.datasets import write_dataset, write_folds
 from tests.support.processes import run_ranks
@@ -128,9 +129,24 @@ def test_ramp_up_and_a_restart_in_the_middle(runs):
     assert read_history(runs / "ramp").values("lm loss") == (list(losses), list(losses.values()))
     starts = [r for r in records(runs / "ramp-again") if r.get("event") == "start"]
     start = {"iteration": 2, "consumed samples": 4, "event": "start"}
-    assert starts == [start | {"device": "CPU, 1 thread(s) per rank"}]
+    device = "CPU, 1 thread(s) per rank"
+    assert starts == [start | {"device": device, "hardware": f"1 x {device} on 1 node"}]
     manifest = manifests.read_manifest(manifests.newest_checkpoint(runs / "ramp"))
     assert (manifest.iteration, manifest.consumed_samples) == (5, 16)
+
+
+def test_the_model_card_of_a_run(runs, tmp_path):
+    """Folds of 4, 8 and 4 samples of 32 tokens, with shares 1:2, 3:1 and 1:1 of ja and en."""
+    words = ["--to", "hf", "--input", runs / "ramp", "--output", tmp_path / "out", "--model-card"]
+    assert convert_checkpoint([str(word) for word in words]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    folds = "fold00, fold01, fold02"
+    assert f"|ja|{folds}|{32 * (1 + 6 + 2)}|\n|en|{folds}|{32 * (3 + 2 + 2)}|\n" in card
+    assert "- **Hardware:** 1 x CPU, 1 thread(s) per rank on 1 node\n" in card
+    assert "|Folds with their own learning rates|fold02|" in card
+    losses = history(runs / "ramp")
+    assert f"- **Training loss:** {losses[5]:.4f} at iteration 5\n" in card
+    assert (tmp_path / "out" / "training_loss.png").is_file()
 
 
 def test_remaining_time(runs):

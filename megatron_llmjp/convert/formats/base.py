@@ -93,6 +93,10 @@ class ConversionOptions:
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     max_shard_size: int = 5_000_000_000
+    shard_size_given: bool = False
+    """Whether the user gave ``--max-shard-size``, which takes precedence over ``like``."""
+    like: Path | None = None
+    """Hugging Face model, or its config.json, to compare with and to export in the form of."""
     keep_vocabulary_padding: bool = False
     tokenizer: Path | None = None
     tokenizer_type: str | None = None
@@ -106,6 +110,11 @@ class ConversionOptions:
     """Read files with a checksum in the manifest to the end, to verify it."""
     ignored_args: frozenset[str] = frozenset()
     """Arguments of a Megatron run to ignore."""
+
+    @property
+    def tokenizer_flag(self) -> str:
+        """The flag that gave the tokenizer, with its value, for messages."""
+        return f"--{'like' if self.tokenizer == self.like else 'tokenizer'} {self.tokenizer}"
 
     def dtype_of(self, read: TensorRead) -> torch.dtype:
         """Return the data type of a written tensor: ``--dtype``, or its own."""

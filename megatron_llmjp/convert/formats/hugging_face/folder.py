@@ -2,42 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_llmjp.checkpoint.save_folder import HUGGING_FACE
-from megatron_llmjp.config.schema import ModelConfig
-from megatron_llmjp.convert.files.safetensors import plan_safetensors, read_header
-from megatron_llmjp.convert.files.storage import StoredTensor, byte_count, dtype_name
-from megatron_llmjp.convert.files.torch_archive import load_archive
+from megatron_llmjp.convert.files.storage import dtype_name
 from megatron_llmjp.convert.formats.base import (
     ConversionOptions,
     SourceCheckpoint,
     check_tensor_names,
 )
 from megatron_llmjp.convert.formats.hugging_face import generation
-from megatron_llmjp.convert.formats.hugging_face.architecture import HuggingFaceArchitecture
-from megatron_llmjp.convert.formats.hugging_face.config import read_json, write_json
-from megatron_llmjp.convert.formats.hugging_face.registry import ARCHITECTURES, architecture_for
+from megatron_llmjp.convert.formats.hugging_face.architecture import (
+    HuggingFaceArchitecture,
+    TensorRule,
+)
+from megatron_llmjp.convert.formats.hugging_face.config import json_bytes, read_json
+from megatron_llmjp.convert.formats.hugging_face.reference_model import (
+    CONFIG,
+    TORCH_NAMES,
+    ReferenceModel,
+    compare_model,
+    open_reference,
+)
+from megatron_llmjp.convert.formats.hugging_face.registry import architecture_for, find_architecture
+from megatron_llmjp.convert.formats.hugging_face.sharding import (
+    TensorKind,
+    index_content,
+    plan_files,
+    split_by_size,
+)
 from megatron_llmjp.convert.formats.hugging_face.tokenizer import export_tokenizer
+from megatron_llmjp.convert.formats.hugging_face.weights import (
+    SAFETENSORS,
+    full_model_keys,
+    read_tensors,
+)
 from megatron_llmjp.convert.model_tokenizer import open_tokenizer
-from megatron_llmjp.convert.plan import Checksums, OutputFile, OutputPlan, TensorRead, TensorWrite
+from megatron_llmjp.convert.plan import Checksums, OutputPlan, TensorRead, TensorWrite
 from megatron_llmjp.convert.tensors import (
-    OUTPUT_LAYER,
     VOCABULARY,
     WORD_EMBEDDINGS,
-    Shape,
     part_shapes,
     tensor_shapes,
 )
 from megatron_llmjp.errors import UserError
-
-CONFIG = "config.json"
-INDEX = "model.safetensors.index.json"
-_TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 def read_hugging_face(path: Path) -> SourceCheckpoint:
@@ -47,19 +58,11 @@ def read_hugging_face(path: Path) -> SourceCheckpoint:
         UserError: a file is missing or damaged, or the model is not supported.
     """
     config = read_json(path / CONFIG)
-    architecture = ARCHITECTURES.get(config.get("model_type", ""))
-    if architecture is None:
-        raise UserError(
-            f"{path / CONFIG}: model_type {config.get('model_type')!r} is not supported; "
-            f"supported: {', '.join(ARCHITECTURES)}"
-        )
-    _refuse_quantized(config, path / CONFIG)
+    architecture = find_architecture(config, path / CONFIG)
     model = architecture.from_config(config, str(path / CONFIG))
-    stored = _tensors(path).items()
-    tensors = {k: v for k, v in stored if not architecture.ignored_keys.search(k)}
-    tensors = _with_base_prefix(architecture, model, tensors)
+    tensors, tied_head = full_model_keys(architecture, model, read_tensors(path))
+    replicas = {} if tied_head is None else {WORD_EMBEDDINGS: (tied_head,)}
     rules = architecture.expanded_rules(model)
-    replicas = _pop_tied_head(architecture, model, tensors)
     check_tensor_names(path, [key for rule in rules for key in rule.keys], tensors)
     shape_of = tensor_shapes(model, model.vocab_size or 0)
     reads = {}
@@ -77,105 +80,34 @@ def read_hugging_face(path: Path) -> SourceCheckpoint:
         f"{files} file(s)",
         tokenizer=path,
         seq_length=model.max_position_embeddings,
-        generation=generation.read_generation(path, config),
+        generation=generation.read_generation(config, path / CONFIG, path / generation.FILE),
     )
 
 
-def _refuse_quantized(config: dict[str, Any], where: Path) -> None:
-    """Refuse quantized weights: integer codes and scales, specific to the quantization method.
+@dataclass
+class _PlainFiles:
+    """Configuration, tokenizer and generation settings, with messages for the user."""
 
-    Raises:
-        UserError: config.json has a ``quantization_config``.
-    """
-    settings = config.get("quantization_config")
-    if settings is None:
-        return
-    method = settings.get("quant_method") if isinstance(settings, dict) else settings
-    raise UserError(
-        f"{where}: quantization_config (quant_method {method!r}): quantized weights cannot be "
-        "converted: use the original model, or dequantize this one with transformers "
-        "(model.dequantize()) and save it"
-    )
-
-
-def _with_base_prefix(
-    architecture: HuggingFaceArchitecture, model: ModelConfig, tensors: dict[str, StoredTensor]
-) -> dict[str, StoredTensor]:
-    """Return the tensors under the keys of the full model if the base model was saved."""
-    prefix = architecture.base_prefix
-    embedding, head = _key(architecture, model, WORD_EMBEDDINGS), _head_key(architecture, model)
-    if not prefix or embedding.removeprefix(prefix) not in tensors:
-        return tensors
-    return {key if key == head else prefix + key: stored for key, stored in tensors.items()}
-
-
-def _pop_tied_head(
-    architecture: HuggingFaceArchitecture, model: ModelConfig, tensors: dict[str, StoredTensor]
-) -> dict[str, tuple[StoredTensor, ...]]:
-    """Remove the head of a tied model; return it as a replica of the embedding."""
-    if model.untie_embeddings_and_output_weights:
-        return {}
-    copy = tensors.pop(_head_key(architecture, model), None)
-    return {} if copy is None else {WORD_EMBEDDINGS: (copy,)}
-
-
-def _head_key(architecture: HuggingFaceArchitecture, model: ModelConfig) -> str:
-    untied = model.model_copy(update={"untie_embeddings_and_output_weights": True})
-    return _key(architecture, untied, OUTPUT_LAYER)
-
-
-def _key(architecture: HuggingFaceArchitecture, model: ModelConfig, name: str) -> str:
-    """Return the stored key of a canonical tensor that is stored as a whole."""
-    return next(rule.keys[0] for rule in architecture.rules(model) if rule.name == name)
-
-
-def _tensors(path: Path) -> dict[str, StoredTensor]:
-    """Return all tensors of a folder by key, from the files that transformers would load."""
-    kinds: list[tuple[str, str, Callable[[Path], Any]]] = [
-        ("model.safetensors", INDEX, read_header),
-        ("pytorch_model.bin", "pytorch_model.bin.index.json", load_archive),
-    ]
-    for single, index, opened in kinds:
-        if (path / single).is_file():
-            return dict(opened(path / single))
-        if (path / index).is_file():
-            weight_map = read_json(path / index)["weight_map"]
-            shards: dict[str, dict[str, StoredTensor]] = {
-                name: opened(_inside(path, name)) for name in sorted(set(weight_map.values()))
-            }
-            found = {key: t for shard in shards.values() for key, t in shard.items()}
-            check_tensor_names(path / index, weight_map, found)
-            return found
-    raise UserError(
-        f"{path}: no weights found; expected model.safetensors, {INDEX}, "
-        "pytorch_model.bin or pytorch_model.bin.index.json"
-    )
-
-
-def _inside(folder: Path, name: str) -> Path:
-    if "/" in name or not (folder / name).is_file():
-        raise UserError(f"{folder}: {name}, listed in the index, is missing")
-    return folder / name
+    files: dict[str, bytes]
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 def plan_hugging_face(source: SourceCheckpoint, options: ConversionOptions) -> OutputPlan:
-    """Lay out a Hugging Face model.
+    """Lay out a Hugging Face model, in the form of ``--like`` if it is given.
 
     Raises:
-        UserError: no Hugging Face architecture supports the model.
+        UserError: no Hugging Face architecture supports the model, or it differs from ``--like``.
     """
-    architecture = architecture_for(source.model)
-    rows = source.padded_vocab_size
-    if source.model.vocab_size is not None and not options.keep_vocabulary_padding:
-        rows = source.model.vocab_size
-    placed: dict[str, tuple[Shape, torch.dtype]] = {}
+    reference = None if options.like is None else open_reference(options.like)
+    warnings = [] if reference is None else compare_model(reference, source)
+    architecture = architecture_for(source.model) if reference is None else reference.architecture
+    rows = _vocabulary_rows(source, options, reference)
+    form = options if reference is None else reference.export_options(options)
     rules = architecture.expanded_rules(source.model)
-    target_shapes = tensor_shapes(source.model, rows)
-    for rule in rules:
-        dtype = options.dtype_of(source.reads[rule.name])
-        kinds = part_shapes(rule.layout, target_shapes[rule.name])
-        placed |= {key: (shape, dtype) for key, shape in zip(rule.keys, kinds, strict=True)}
-    files = _shards(placed, options.max_shard_size)
+    tensors = _tensor_kinds(rules, source, form, rows)
+    file_of = _file_of_tensors(tensors, options, reference)
+    files = plan_files(tensors, file_of)
     slots = {key: slot for file in files for key, slot in file.slots.items()}
     writes = {
         rule.name: TensorWrite(
@@ -185,48 +117,101 @@ def plan_hugging_face(source: SourceCheckpoint, options: ConversionOptions) -> O
         )
         for rule in rules
     }
-    tokenizer = open_tokenizer(source, options, rows)
-    keep = not tokenizer.overrides_eod and source.generation is not None
-    exported = export_tokenizer(tokenizer, keep, rows)
-    ids = tokenizer.token_ids(rows)
-    text, changes = generation.resolve_generation(
-        source.generation, ids, tokenizer.overrides_eod, rows
-    )
+    plain = _plain_files(architecture, source, options, reference, rows)
+    if set(file_of.values()) != {SAFETENSORS.single}:
+        counted = reference is None or reference.counts_parameters()
+        plain.files[SAFETENSORS.index] = index_content(tensors, file_of, counted).encode()
 
     def finish(folder: Path, _: Checksums) -> None:
-        for name, data in exported.files.items():
+        for name, data in plain.files.items():
             (folder / name).write_bytes(data)
-        write_json(folder / CONFIG, _config(architecture, source, options, rows, text.token_ids))
-        write_json(folder / generation.FILE, text.config or {})
-        if len(files) > 1:
-            total = sum(slot.nbytes for slot in slots.values())
-            weight_map = {key: slot.file for key, slot in sorted(slots.items())}
-            write_json(
-                folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}
+
+    return OutputPlan(files, writes, finish, plain.notes, [*warnings, *plain.warnings])
+
+
+def _vocabulary_rows(
+    source: SourceCheckpoint, options: ConversionOptions, reference: ReferenceModel | None
+) -> int:
+    """Return the rows of the embedding to write.
+
+    Raises:
+        UserError: ``--keep-vocab-padding`` contradicts ``--like``.
+    """
+    stored = source.padded_vocab_size
+    if reference is not None:
+        if options.keep_vocabulary_padding and reference.rows != stored:
+            raise UserError(
+                f"--keep-vocab-padding: the model has {stored} rows, --like {reference.path} has "
+                f"{reference.rows}; omit one of the flags"
             )
+        return reference.rows
+    if source.model.vocab_size is None or options.keep_vocabulary_padding:
+        return stored
+    return source.model.vocab_size
 
-    notes = [*tokenizer.notes, *exported.notes]
-    warnings = [*tokenizer.warnings, *exported.warnings, *changes]
-    return OutputPlan(files, writes, finish, notes, warnings)
+
+def _tensor_kinds(
+    rules: list[TensorRule], source: SourceCheckpoint, options: ConversionOptions, rows: int
+) -> dict[str, TensorKind]:
+    """Return shape and type of each tensor to write, by key."""
+    found: dict[str, TensorKind] = {}
+    shapes = tensor_shapes(source.model, rows)
+    for rule in rules:
+        dtype = options.dtype_of(source.reads[rule.name])
+        parts = part_shapes(rule.layout, shapes[rule.name])
+        found |= {k: TensorKind(shape, dtype) for k, shape in zip(rule.keys, parts, strict=True)}
+    return found
 
 
-def _shards(placed: dict[str, tuple[Shape, torch.dtype]], limit: int) -> list[OutputFile]:
-    """Distribute tensors over files of at most ``limit`` bytes, in order."""
-    groups: list[dict[str, tuple[Shape, torch.dtype]]] = [{}]
-    size = 0
-    for key, (shape, dtype) in placed.items():
-        nbytes = byte_count(shape, dtype)
-        if groups[-1] and size + nbytes > limit:
-            groups.append({})
-            size = 0
-        groups[-1][key] = (shape, dtype)
-        size += nbytes
-    if len(groups) == 1:
-        return [plan_safetensors("model.safetensors", groups[0])]
-    return [
-        plan_safetensors(f"model-{n:05d}-of-{len(groups):05d}.safetensors", group)
-        for n, group in enumerate(groups, 1)
-    ]
+def _file_of_tensors(
+    tensors: Mapping[str, TensorKind], options: ConversionOptions, reference: ReferenceModel | None
+) -> dict[str, str]:
+    """Return the file of each tensor: that of ``--like``, or by size.
+
+    Raises:
+        UserError: the index of ``--like`` has other tensors than the model.
+    """
+    if reference is not None and not options.shard_size_given:
+        found = reference.file_of_tensors(tensors)
+        if found is not None:
+            check_tensor_names(reference.path.parent, tensors, found)
+            return found
+    return split_by_size(tensors, options.max_shard_size)
+
+
+def _plain_files(
+    architecture: HuggingFaceArchitecture,
+    source: SourceCheckpoint,
+    options: ConversionOptions,
+    reference: ReferenceModel | None,
+    rows: int,
+) -> _PlainFiles:
+    """Return config.json, generation_config.json and the tokenizer's files.
+
+    With the tokenizer of ``--like``, all are copied from there.
+    """
+    form = options if reference is None else reference.export_options(options)
+    tokenizer = open_tokenizer(source, form, rows)
+    is_copied = reference is not None and options.tokenizer is None and bool(reference.tokenizer)
+    keep = is_copied or (not tokenizer.overrides_eod and source.generation is not None)
+    exported = export_tokenizer(tokenizer, keep, rows)
+    text, changes = generation.resolve_generation(
+        source.generation if reference is None else reference.generation,
+        tokenizer.token_ids(rows),
+        tokenizer.overrides_eod and not is_copied,
+        rows,
+    )
+    found = _PlainFiles(dict(exported.files), [*tokenizer.notes, *exported.notes])
+    found.warnings = [*tokenizer.warnings, *exported.warnings, *changes]
+    if reference is None:
+        config = _config(architecture, source, options, rows, text.token_ids)
+        found.files[CONFIG] = json_bytes(config)
+        found.files[generation.FILE] = json_bytes(text.config or {})
+        return found
+    found.files |= reference.settings_files(None if is_copied else text, options.dtype)
+    if is_copied:
+        found.warnings += reference.check_end_of_text(tokenizer)
+    return found
 
 
 def _config(
@@ -237,7 +222,7 @@ def _config(
     ids: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return config.json with the keys of transformers 4.35 and those of 5."""
-    dtype = _TORCH_NAMES[dtype_name(options.dtype or source.dtype)]
+    dtype = TORCH_NAMES[dtype_name(options.dtype or source.dtype)]
     return {
         "architectures": [architecture.class_name],
         "model_type": architecture.model_type,

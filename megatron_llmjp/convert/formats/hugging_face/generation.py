@@ -34,21 +34,23 @@ class GenerationSettings:
     config: Mapping[str, Any] | None
 
 
-def read_generation(folder: Path, config: Mapping[str, Any]) -> GenerationSettings:
+def read_generation(
+    config: Mapping[str, Any], where: Path, path: Path | None
+) -> GenerationSettings:
     """Return the settings of a Hugging Face model.
 
     Args:
-        folder: of the model.
         config: the content of its config.json.
+        where: its config.json, for messages.
+        path: its generation_config.json, which may not exist.
 
     Raises:
         UserError: an id is not an integer, or generation_config.json is damaged.
     """
-    path = folder / FILE
-    stated = read_json(path) if path.is_file() else None
+    stated = read_json(path) if path is not None and path.is_file() else None
     return GenerationSettings(
-        _token_ids(config, folder / "config.json"),
-        None if stated is None else {**stated, **_token_ids(stated, path)},
+        _token_ids(config, where),
+        None if path is None or stated is None else {**stated, **_token_ids(stated, path)},
     )
 
 
@@ -89,7 +91,7 @@ def resolve_generation(
         return _derived(ids), []
     token_ids = _within(generation.token_ids, rows)
     config = None if generation.config is None else _within(generation.config, rows)
-    ends = _as_list((token_ids if config is None else config).get(EOS))
+    ends = as_list((token_ids if config is None else config).get(EOS))
     if decides and EOS in ids and ids[EOS] not in ends:
         kept = {k: v for k, v in (config or {}).items() if k not in TOKEN_IDS}
         warnings = [
@@ -115,7 +117,7 @@ def _token_ids(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """
     found = {name: values[name] for name in TOKEN_IDS if values.get(name) is not None}
     for name, value in found.items():
-        if any(isinstance(i, bool) or not isinstance(i, int) for i in _as_list(value)):
+        if any(isinstance(i, bool) or not isinstance(i, int) for i in as_list(value)):
             raise UserError(f"{path}: {name} must be a token id or a list of them, found {value!r}")
     return found
 
@@ -125,8 +127,8 @@ def _within(values: Mapping[str, Any], rows: int) -> dict[str, Any]:
     found = dict(values)
     for name in TOKEN_IDS:
         given = values.get(name)
-        kept = [i for i in _as_list(given) if i < rows]
-        if kept == _as_list(given):
+        kept = [i for i in as_list(given) if i < rows]
+        if kept == as_list(given):
             continue
         if kept:
             found[name] = kept
@@ -135,7 +137,8 @@ def _within(values: Mapping[str, Any], rows: int) -> dict[str, Any]:
     return found
 
 
-def _as_list(value: Any) -> list[Any]:
+def as_list(value: Any) -> list[Any]:
+    """Return the ids of a value of ``eos_token_id``: null, an id, or a list."""
     if value is None:
         return []
     return value if isinstance(value, list) else [value]
