@@ -37,7 +37,9 @@ SCALINGS = [
 ]
 
 
-@pytest.mark.parametrize("legacy", [{}, {"rope_theta": 9000.0}])
+@pytest.mark.parametrize(
+    "legacy", [{}, {"rope_theta": 9000.0}, {"original_max_position_embeddings": 20}]
+)
 def test_parameters_are_resolved_as_transformers_does(legacy):
     for scaling, parameters in itertools.product(SCALINGS, SCALINGS):
         given = {**SIZES, **legacy, "rope_scaling": scaling, "rope_parameters": parameters}

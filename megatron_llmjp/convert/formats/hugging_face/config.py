@@ -124,6 +124,8 @@ def embedding_fields(config: dict[str, Any], where: str, tied: bool) -> dict[str
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Types of RoPE scaling in transformers that megatron-core supports."""
 
+_ORIGINAL_LENGTH = "original_max_position_embeddings"
+
 LLAMA3_FIELDS = {
     "low_freq_factor": "rope_scaling_low_freq_factor",
     "high_freq_factor": "rope_scaling_high_freq_factor",
@@ -164,6 +166,8 @@ def rope_fields(config: dict[str, Any], where: str, legacy: str = "rope_theta") 
     """
     scaling = rope_parameters(config, where)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind in ("llama3", "yarn") and config.get(_ORIGINAL_LENGTH) is not None:
+        scaling = {**scaling, _ORIGINAL_LENGTH: config[_ORIGINAL_LENGTH]}  # takes precedence
     value = finite_number(scaling.get("rope_theta", config.get(legacy, 10000.0)), legacy, where)
     factor = finite_number(scaling.get("factor", 1.0), "the factor of rope_scaling", where)
     refuse_unsupported(
@@ -283,11 +287,13 @@ def rope_keys(model: ModelConfig, legacy: str = "rope_theta", **more: Any) -> di
     """
     base = float(model.rotary_base) if legacy == "rope_theta" else model.rotary_base
     scaling: dict[str, Any] | None = None
+    original: dict[str, Any] = {}
     parameters: dict[str, Any] = {"rope_type": "default"}
     if model.use_rope_scaling:
         constants = {key: getattr(model, field) for key, field in LLAMA3_FIELDS.items()}
         parameters = {"rope_type": "llama3", "factor": model.rope_scaling_factor, **constants}
         scaling = {"type": "llama3", **parameters}
+        original = {_ORIGINAL_LENGTH: constants[_ORIGINAL_LENGTH]}
     elif model.position_embedding_type == "yarn":
         settings = {key: getattr(model, field) for key, field in YARN_FIELDS.items()}
         settings = {key: value for key, value in settings.items() if value is not None}
@@ -299,6 +305,7 @@ def rope_keys(model: ModelConfig, legacy: str = "rope_theta", **more: Any) -> di
         scaling = {"type": "linear", "factor": factor}
     return {
         legacy: base,
+        **original,  # llama.cpp's converter reads it here
         "rope_scaling": scaling,
         "rope_parameters": {**parameters, "rope_theta": float(base), **more},
     }
