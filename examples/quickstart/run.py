@@ -149,7 +149,7 @@ def convert(quickstart: Quickstart) -> None:
     quickstart.run(
         "convert_checkpoint", "--from", "native", "--to", "hf",
         "--input", quickstart.root / "checkpoints", "--output", model,
-        "--tokenizer", quickstart.root / "tokenizer", "--verify",
+        "--tokenizer", quickstart.root / "tokenizer", "--verify", "--model-card",
     )  # fmt: skip
     quickstart.announce("Generate text with transformers (a tiny model, trained for minutes)")
     quickstart.script("generate.py", model, "日本の", "The function returns", "def __init__(self")
@@ -173,7 +173,7 @@ def summarize(quickstart: Quickstart) -> None:
   {root / "data"}            token datasets in Megatron's format
   {root / "checkpoints"}     checkpoints, metrics.jsonl, tensorboard events
   {root / "report"}          curves of the run: open report.html in a browser
-  {root / "hf_model"}        model for transformers
+  {root / "hf_model"}        model for transformers, with a model card to complete
 
   Try next:
     .venv/bin/tensorboard --logdir {root / "checkpoints" / "tensorboard"}

@@ -24,7 +24,6 @@ from megatron_llmjp.checkpoint.save_folder import HUGGING_FACE
 from megatron_llmjp.convert import optimizer_state
 from megatron_llmjp.convert.files.checksums import ChecksumRange
 from megatron_llmjp.convert.formats.base import ConversionOptions, SourceCheckpoint
-from megatron_llmjp.convert.formats.hugging_face.reference_model import check_import
 from megatron_llmjp.convert.formats.rank_files import check_parallel_sizes
 from megatron_llmjp.convert.formats.registry import FORMATS, check_is_folder, detect_format
 from megatron_llmjp.convert.plan import Checksums, OutputPlan, TensorCopy, TensorRead
@@ -358,6 +357,8 @@ def plan_conversion(
         place = ".".join(map(str, first["loc"]))
         raise UserError(f"{path}: {place} = {first['input']!r}: {first['msg']}") from None
     if options.like is not None and target != HUGGING_FACE:
+        from megatron_llmjp.convert.formats.hugging_face.reference_model import check_import
+
         output.warnings += check_import(source, options)
     reads = source.reads
     if with_state:

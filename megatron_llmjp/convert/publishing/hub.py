@@ -124,7 +124,7 @@ def _clear_errors(repository: HubRepository, endpoint: str) -> Iterator[None]:
     Raises:
         UserError: with the cause and what to do.
     """
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+    from huggingface_hub.errors import LocalTokenNotFoundError
 
     where = f"--push-to-hub {repository.name}: "
     try:
@@ -136,22 +136,16 @@ def _clear_errors(repository: HubRepository, endpoint: str) -> Iterator[None]:
             f"{where}no token found; log in with `hf auth login`, or set HF_TOKEN to a token with "
             "write permission"
         ) from None
-    except HfHubHTTPError as error:
-        raise UserError(
-            f"{where}{_explain(error.response.status_code, endpoint, error)}"
-        ) from error
-    except ValueError as error:  # of huggingface_hub: the server refused the model card
-        raise UserError(f"{where}refused by {endpoint}: {_one_line(error)}") from error
-    # Network errors are those of requests, httpx or its successors, by version of the library.
+    # The types of other errors depend on the HTTP library, which differs by version.
     except Exception as error:
-        kind = type(error).__name__
-        raise UserError(
-            f"{where}cannot reach {endpoint}: {kind}: {_one_line(error)}; check the network and "
-            "HF_ENDPOINT"
-        ) from error
+        raise UserError(f"{where}{_explain(error, endpoint)}") from error
 
 
-def _explain(status: int, endpoint: str, error: Exception) -> str:
+def _explain(error: Exception, endpoint: str) -> str:
+    """Return the cause of a failed request, and what to do."""
+    cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    status = getattr(getattr(cause, "response", None), "status_code", None)
+    text = re.sub(r"\s+", " ", str(cause)).strip()[:300]
     if status == _UNAUTHORIZED:
         return (
             f"{endpoint} does not accept the token; log in again with `hf auth login`, or set "
@@ -159,11 +153,12 @@ def _explain(status: int, endpoint: str, error: Exception) -> str:
         )
     if status in (_FORBIDDEN, _NOT_FOUND):
         return (
-            f"the token has no permission to write there; use one with write permission for its "
-            f"namespace ({_one_line(error)})"
+            "the token has no permission to write there; use one with write permission for its "
+            f"namespace ({text})"
         )
-    return f"{endpoint} answered with status {status}: {_one_line(error)}"
-
-
-def _one_line(error: Exception) -> str:
-    return re.sub(r"\s+", " ", str(error)).strip()[:300]
+    if status is not None:
+        return f"{endpoint} answered with status {status}: {text}"
+    if isinstance(cause, ValueError):  # an answer that huggingface_hub refuses
+        return f"refused by {endpoint}: {text}"
+    kind = type(cause).__name__
+    return f"cannot reach {endpoint}: {kind}: {text}; check the network and HF_ENDPOINT"

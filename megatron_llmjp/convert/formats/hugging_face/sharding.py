@@ -13,14 +13,13 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
 
 from megatron_llmjp.convert.files.safetensors import plan_safetensors
 from megatron_llmjp.convert.files.storage import byte_count
 from megatron_llmjp.convert.plan import OutputFile
 from megatron_llmjp.convert.tensors import Shape
 
-SINGLE_FILE, FILE_PATTERN = "model.safetensors", "model{suffix}.safetensors"
+FILE_PATTERN = "model{suffix}.safetensors"
 
 _TYPE_ORDER = (
     *(torch.float64, torch.int64, torch.float32, torch.int32, torch.bfloat16, torch.float16),
@@ -46,6 +45,8 @@ def split_by_size(tensors: Mapping[str, TensorKind], limit: int) -> dict[str, st
 
     A larger tensor gets a file of its own.
     """
+    from huggingface_hub import split_state_dict_into_shards_factory  # takes a second
+
     ordered = {key: tensors[key] for key in sorted(tensors, key=_natural_key)}
     split = split_state_dict_into_shards_factory(
         ordered,
