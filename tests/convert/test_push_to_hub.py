@@ -25,6 +25,7 @@ def _use(monkeypatch, address: str, token: str | None) -> None:
     """Use an endpoint and a token, as HF_ENDPOINT and HF_TOKEN of a new process."""
     monkeypatch.setattr(constants, "ENDPOINT", address)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # set by tests/conftest.py
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     if token is None:
         monkeypatch.delenv("HF_TOKEN", raising=False)

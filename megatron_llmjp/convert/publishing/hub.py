@@ -89,7 +89,8 @@ def upload(repository: HubRepository, folder: Path) -> tuple[str, list[str]]:
 
     api = HfApi()
     with _clear_errors(repository, api.endpoint):
-        stored = api.list_repo_files(repository.name)
+        siblings = api.repo_info(repository.name).siblings or []
+        stored = [sibling.rfilename for sibling in siblings]
         paths = {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
         notes = []
         if CARD in stored and paths.pop(CARD, None) is not None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from megatron_llmjp.config.schema import ModelConfig
@@ -41,6 +41,8 @@ class HuggingFaceArchitecture:
             Raises UserError if the model cannot be represented.
         ignored_keys: stored keys that hold no parameters, such as masks of older versions.
         base_prefix: the prefix that the keys lack if the base model was saved without its head.
+        sorted_as: keys of transformers 5 that differ from the stored ones, by stored key; it sorts
+            by them when it divides a model into files.
     """
 
     model_type: str
@@ -52,6 +54,7 @@ class HuggingFaceArchitecture:
     from_config: Callable[[dict[str, Any], str], ModelConfig]
     ignored_keys: re.Pattern[str]
     base_prefix: str = ""
+    sorted_as: Mapping[str, str] = field(default_factory=dict)
 
     def refusals(self, model: ModelConfig) -> list[str]:
         """Return the features of a model that the architecture does not support."""

@@ -106,7 +106,9 @@ def plan_hugging_face(source: SourceCheckpoint, options: ConversionOptions) -> O
     form = options if reference is None else reference.export_options(options)
     rules = architecture.expanded_rules(source.model)
     tensors = _tensor_kinds(rules, source, form, rows)
-    file_of = _file_of_tensors(tensors, options, reference)
+    file_of = _stored_division(tensors, options, reference)
+    if file_of is None:
+        file_of = split_by_size(tensors, options.max_shard_size, architecture.sorted_as)
     files = plan_files(tensors, file_of)
     slots = {key: slot for file in files for key, slot in file.slots.items()}
     writes = {
@@ -163,20 +165,20 @@ def _tensor_kinds(
     return found
 
 
-def _file_of_tensors(
+def _stored_division(
     tensors: Mapping[str, TensorKind], options: ConversionOptions, reference: ReferenceModel | None
-) -> dict[str, str]:
-    """Return the file of each tensor: that of ``--like``, or by size.
+) -> dict[str, str] | None:
+    """Return the file of each tensor in ``--like``; None if it has no weights.
 
     Raises:
         UserError: the index of ``--like`` has other tensors than the model.
     """
-    if reference is not None and not options.shard_size_given:
-        found = reference.file_of_tensors(tensors)
-        if found is not None:
-            check_tensor_names(reference.path.parent, tensors, found)
-            return found
-    return split_by_size(tensors, options.max_shard_size)
+    if reference is None or options.shard_size_given:
+        return None
+    found = reference.file_of_tensors(tensors)
+    if found is not None:
+        check_tensor_names(reference.path.parent, tensors, found)
+    return found
 
 
 def _plain_files(

@@ -130,4 +130,5 @@ ARCHITECTURE = HuggingFaceArchitecture(
     _to_config,
     _from_config,
     ignored_keys=re.compile(r"\.attention\.((masked_)?bias|rotary_emb\.inv_freq)$"),
+    sorted_as={"embed_out.weight": "lm_head.weight"},
 )

@@ -40,14 +40,22 @@ class TensorKind(NamedTuple):
         return byte_count(self.shape, self.dtype)
 
 
-def split_by_size(tensors: Mapping[str, TensorKind], limit: int) -> dict[str, str]:
+def split_by_size(
+    tensors: Mapping[str, TensorKind], limit: int, sorted_as: Mapping[str, str]
+) -> dict[str, str]:
     """Return the file of each tensor, with files of at most ``limit`` bytes.
 
     A larger tensor gets a file of its own.
+
+    Args:
+        tensors: all tensors by key.
+        limit: bytes.
+        sorted_as: keys to sort by that differ from the stored ones.
     """
     from huggingface_hub import split_state_dict_into_shards_factory  # takes a second
 
-    ordered = {key: tensors[key] for key in sorted(tensors, key=_natural_key)}
+    order = sorted(tensors, key=lambda key: _natural_key(sorted_as.get(key, key)))
+    ordered = {key: tensors[key] for key in order}
     split = split_state_dict_into_shards_factory(
         ordered,
         get_storage_size=lambda kind: kind.nbytes,
