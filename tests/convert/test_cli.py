@@ -64,7 +64,8 @@ OPTIONS = {
     "--dtype fp32": {"dtype": torch.float32},
     "--target-tensor-parallel-size 2": {"tensor_parallel": 2},
     "--target-pipeline-parallel-size 3": {"pipeline_parallel": 3},
-    "--max-shard-size 500MB": {"max_shard_size": 500_000_000},
+    "--max-shard-size 500MB": {"max_shard_size": 500_000_000, "shard_size_given": True},
+    "--like a/b": {"like": Path("a/b")},
     "--keep-vocab-padding": {"keep_vocabulary_padding": True},
     "--tokenizer a/b": {"tokenizer": Path("a/b")},
     "--tokenizer-type llama2tokenizer": {"tokenizer_type": "Llama2Tokenizer"},
@@ -79,6 +80,7 @@ OPTIONS = {
 }
 DEFAULTS = {
     "dtype": None, "tensor_parallel": 1, "pipeline_parallel": 1, "max_shard_size": 5_000_000_000,
+    "shard_size_given": False, "like": None,
     "keep_vocabulary_padding": False, "tokenizer": None, "tokenizer_type": None,
     "vocab_size": None, "megatron_format": "torch_dist",
     "transformer_impl": "transformer_engine", "main_weights": False, "with_optimizer": False,

@@ -166,8 +166,6 @@ def rope_fields(config: dict[str, Any], where: str, legacy: str = "rope_theta") 
     """
     scaling = rope_parameters(config, where)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind in ("llama3", "yarn") and config.get(_ORIGINAL_LENGTH) is not None:
-        scaling = {**scaling, _ORIGINAL_LENGTH: config[_ORIGINAL_LENGTH]}  # takes precedence
     value = finite_number(scaling.get("rope_theta", config.get(legacy, 10000.0)), legacy, where)
     factor = finite_number(scaling.get("factor", 1.0), "the factor of rope_scaling", where)
     refuse_unsupported(
