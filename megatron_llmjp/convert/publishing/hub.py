@@ -57,7 +57,7 @@ def check_repository(repository: HubRepository) -> HubRepository:
         if "/" not in repository.name:
             repository = replace(repository, name=f"{user}/{repository.name}")
         try:
-            is_private = api.repo_info(repository.name).private
+            is_private = api.model_info(repository.name).private
         except RepositoryNotFoundError:
             api.create_repo(repository.name, private=not repository.is_public)
             return repository
@@ -89,7 +89,7 @@ def upload(repository: HubRepository, folder: Path) -> tuple[str, list[str]]:
 
     api = HfApi()
     with _clear_errors(repository, api.endpoint):
-        siblings = api.repo_info(repository.name).siblings or []
+        siblings = api.model_info(repository.name).siblings or []
         stored = [sibling.rfilename for sibling in siblings]
         paths = {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
         notes = []

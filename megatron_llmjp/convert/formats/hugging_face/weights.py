@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from megatron_llmjp.config.schema import ModelConfig
 from megatron_llmjp.convert.files.safetensors import read_header
@@ -20,7 +20,8 @@ from megatron_llmjp.errors import UserError
 T = TypeVar("T")
 
 
-class WeightFiles(NamedTuple):
+@dataclass(frozen=True)
+class WeightFiles:
     """File names of the weights in one file format.
 
     Attributes:
