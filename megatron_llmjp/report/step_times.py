@@ -19,6 +19,7 @@ from megatron_llmjp.estimate.speed.measured_runs import (
 from megatron_llmjp.metric_registry import (
     EVENT,
     GLOBAL_BATCH_SIZE,
+    HARDWARE,
     ITERATION,
     LONGEST_COMPUTING_SECONDS,
     METRICS_FILE,
@@ -54,9 +55,9 @@ def read_measured_run(folder: Path, gpu: str) -> MeasuredRun:
             f"{folder} has no checkpoint, whose configuration is needed; expected a run of "
             f"{MIN_ITERATIONS} steps or more that has saved"
         )
-    device = last_device(history)
-    if device is not None and find_gpu(device) != find_gpu(gpu):
-        raise UserError(f"the run in {folder} was on {device}, not on --gpu {gpu}")
+    hardware = last_hardware(history)
+    if hardware is not None and find_gpu(hardware) != find_gpu(gpu):
+        raise UserError(f"the run in {folder} was on {hardware}, not on --gpu {gpu}")
     records = _steady_records(history, history.config)
     iterations = sum(steps for _, steps in records)
     if iterations < MIN_ITERATIONS:
@@ -80,11 +81,11 @@ def read_measured_run(folder: Path, gpu: str) -> MeasuredRun:
     )
 
 
-def last_device(history: MetricsHistory) -> str | None:
-    """Return the device of the newest process of a run; None if an earlier version wrote it."""
+def last_hardware(history: MetricsHistory) -> str | None:
+    """Return the devices of the newest process of a run; None if an earlier version wrote it."""
     starts = [event for event in history.events if event[EVENT] == "start"]
-    device = starts[-1].get("device") if starts else None
-    return device if isinstance(device, str) else None
+    found = starts[-1].get(HARDWARE) if starts else None
+    return found if isinstance(found, str) else None
 
 
 def world_size_of(config: Config, record: JsonRecord) -> int | None:

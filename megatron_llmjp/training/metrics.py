@@ -133,8 +133,7 @@ class TrainingMetrics:
             consumed: consumed samples.
             hardware: devices of all ranks.
         """
-        strings = {"device": self._device.name} | ({HARDWARE: hardware} if hardware else {})
-        self.event("start", iteration, consumed, **strings)
+        self.event("start", iteration, consumed, **({HARDWARE: hardware} if hardware else {}))
         self._since = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from megatron_llmjp.report.step_times import read_measured_run
 from megatron_llmjp.report.summary import summary_rows
 from tests.estimate.test_flops import preset
 
-GPU = "NVIDIA H100 80GB HBM3"
+GPU = "32 x NVIDIA H100 80GB HBM3 on 4 nodes"
 RUN = preset(
     "llm-jp-3-1.8b", global_batch_size=512, vocab_size=99_500, tensor_model_parallel_size=2,
     micro_batch_size=2,
@@ -43,7 +43,7 @@ def write_run(folder: Path, seconds: list[float], world_size: int = 32, **values
     (iteration / MANIFEST).write_text("{}")
     (iteration / CONFIG).write_text(dump_config(RUN))
     with (folder / "metrics.jsonl").open("a") as stream:
-        start = {"iteration": 0, "event": "start", "device": values.pop("device", GPU)}
+        start = {"iteration": 0, "event": "start", "hardware": values.pop("hardware", GPU)}
         stream.write(json.dumps(start) + "\n")
         for number, each in enumerate(seconds):
             samples = 512 / each
@@ -71,7 +71,7 @@ def test_only_intervals_like_the_last_are_counted(tmp_path):
     """After a restart on more GPUs, whose first interval is left out, too."""
     folder = write_run(tmp_path / "run", [2.0] * 9)
     with (folder / "metrics.jsonl").open("a") as stream:
-        stream.write(json.dumps({"iteration": 18, "event": "start", "device": GPU}) + "\n")
+        stream.write(json.dumps({"iteration": 18, "event": "start", "hardware": GPU}) + "\n")
     more = write_run(tmp_path / "more", [5.0] + [1.0] * 8, world_size=64)
     records = [json.loads(line) for line in (more / "metrics.jsonl").read_text().splitlines()[1:]]
     with (folder / "metrics.jsonl").open("a") as stream:
@@ -84,9 +84,9 @@ def test_only_intervals_like_the_last_are_counted(tmp_path):
 
 @pytest.mark.parametrize(("number", "values", "gpu", "message"), [
     (5, {}, "H100", "has 8 steps after the first log interval of each start; expected 10 or more"),
-    (9, {"device": "NVIDIA A100-SXM4-40GB"}, "H100", "was on NVIDIA A100-SXM4-40GB, not on --gpu"),
-    (9, {"device": "CPU, 1 thread(s) per rank"}, "H100", "was on CPU, 1 thread"),
-    (9, {}, "A100", "was on NVIDIA H100 80GB HBM3, not on --gpu A100"),
+    (9, {"hardware": "NVIDIA A100-SXM4-40GB"}, "H100", "was on NVIDIA A100-SXM4-40GB, not on --gpu"),
+    (9, {"hardware": "CPU, 1 thread(s) per rank"}, "H100", "was on CPU, 1 thread"),
+    (9, {}, "A100", "was on 32 x NVIDIA H100 80GB HBM3 on 4 nodes, not on --gpu A100"),
 ])  # fmt: skip
 def test_unusable_runs(tmp_path, number, values, gpu, message):
     folder = write_run(tmp_path / "run", [1.0] * number, **values)
@@ -134,7 +134,7 @@ def test_the_estimate_names_its_runs(tmp_path, capsys, monkeypatch):
     # The run in --save is used, too; not one on other devices.
     assert print_estimate(parse([*WORDS, "--save", folder])) == EXIT_DONE
     assert "times 1.250" in capsys.readouterr().out
-    cpu = str(write_run(tmp_path / "cpu", [9.0] * 9, device="CPU, 1 thread(s) per rank"))
+    cpu = str(write_run(tmp_path / "cpu", [9.0] * 9, hardware="CPU, 1 thread(s) per rank"))
     assert print_estimate(parse([*WORDS, "--save", cpu])) == EXIT_DONE
     assert "times" not in capsys.readouterr().out.split("memory per GPU")[1].split("failures")[0]
     with pytest.raises(UserError, match="--mfu and --measured-runs exclude each other"):
