@@ -15,11 +15,11 @@ from typing import Any
 from data_tools.common import ToolParser, cores, run_tool
 from data_tools.preprocess.job import PreprocessJob, parse_share
 from data_tools.preprocess.output import DatasetOutput
-from data_tools.preprocess.shards import parse_shard, part_prefix, take_shard, uneven_shards_warning
+from data_tools.preprocess.shards import part_prefix, take_shard, uneven_shards_warning
 from data_tools.preprocess.sources import find_input, ignored_record
 from data_tools.tables import check_table_path
 from data_tools.tokenizer_flags import add_tokenizer_flags, tokenizer_from_args
-from megatron_llmjp.arguments import positive_int
+from megatron_llmjp.arguments import parse_shard, positive_int
 from megatron_llmjp.data.indexed_dataset import best_dtype
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.tokenizers import Tokenizer

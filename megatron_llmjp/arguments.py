@@ -1,8 +1,9 @@
-"""Parsing of command-line arguments, shared by all programs: flags, integers, sizes, counts."""
+"""Parsing of command-line arguments, shared by all programs: flags, numbers, sizes, shards."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -103,3 +104,27 @@ def parse_count(text: Any) -> Any:
     if count >= MAX_COUNT:
         raise ValueError(f"expected a number below 2^63, found '{text[:50]}'")
     return count
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """Parse ``--shard`` into the number of this task and the number of tasks.
+
+    ``3/16`` is task 3 of 0 to 15. ``slurm/16`` takes the task number from the Slurm array; the
+    number of tasks is explicit because Slurm's is wrong when only some tasks are resubmitted.
+
+    Raises:
+        UserError: the value is invalid, or there is no Slurm array.
+    """
+    match = re.fullmatch(r"(\d+|slurm)/(\d+)", text)
+    if not match:
+        raise UserError(f"--shard {text}: expected NUMBER/COUNT such as 0/16, or slurm/16")
+    task = os.environ.get("SLURM_ARRAY_TASK_ID") if match[1] == "slurm" else match[1]
+    if task is None:
+        raise UserError(
+            f"--shard {text}: SLURM_ARRAY_TASK_ID is not set; submit with sbatch --array="
+            f"0-{int(match[2]) - 1}, or give --shard NUMBER/{match[2]}"
+        )
+    number, count = int(task), int(match[2])
+    if not 0 <= number < count <= 99999:
+        raise UserError(f"--shard {text}: task {number} is outside 0 to {count - 1}")
+    return number, count

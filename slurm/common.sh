@@ -50,6 +50,18 @@ has_flag() {
     return 1
 }
 
+# set_shard ARGUMENTS...: set SHARD to the flag --shard of this task of a job array, unless it is given.
+set_shard() {
+    SHARD=()
+    if has_flag --shard "$@"; then return; fi
+    if ((SLURM_ARRAY_TASK_MIN != 0 || SLURM_ARRAY_TASK_COUNT != SLURM_ARRAY_TASK_MAX + 1)); then
+        fail "only some tasks of an array were submitted: add --shard slurm/COUNT, where COUNT is" \
+            "the number of tasks of the whole array"
+    fi
+    # shellcheck disable=SC2034 # used by the scripts
+    SHARD=(--shard "slurm/$SLURM_ARRAY_TASK_COUNT")
+}
+
 # planning_mode ARGUMENTS...: print the flag of the mode that trains nothing, or nothing.
 planning_mode() {
     local mode

@@ -25,13 +25,6 @@ source "${MEGATRON_LLMJP:?is not set: export it with the path of the checkout}/s
 if [[ -z "${SLURM_ARRAY_TASK_ID:-}" ]]; then
     fail "submit this as an array: sbatch --array=0-15 slurm/preprocess_data.sh ..."
 fi
-shard=()
-if ! has_flag --shard "$@"; then
-    if ((SLURM_ARRAY_TASK_MIN != 0 || SLURM_ARRAY_TASK_COUNT != SLURM_ARRAY_TASK_MAX + 1)); then
-        fail "only some tasks of an array were submitted: add --shard slurm/COUNT, where COUNT is" \
-            "the number of tasks of the whole array"
-    fi
-    shard=(--shard "slurm/$SLURM_ARRAY_TASK_COUNT")
-fi
+set_shard "$@"
 exec "$PYTHON" -m data_tools.preprocess_data --workers "${SLURM_CPUS_PER_TASK:-1}" \
-    "${shard[@]}" "$@"
+    "${SHARD[@]}" "$@"

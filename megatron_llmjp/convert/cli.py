@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from megatron_llmjp.arguments import CommandLineParser, parse_size, positive_int
+from megatron_llmjp.arguments import CommandLineParser, parse_shard, parse_size, positive_int
 from megatron_llmjp.checkpoint.save_folder import NATIVE
 from megatron_llmjp.config.tokenizer_types import TOKENIZER_TYPES, find_tokenizer_type
 from megatron_llmjp.convert.formats.registry import FORMATS
@@ -43,6 +43,8 @@ examples:
     convert_checkpoint --from hf --to native --input model-hf --output start
   print the tensors and files that would be written:
     convert_checkpoint --to hf --input checkpoints/iter_0001000 --output model-hf --dry-run
+  let 16 tasks write the files of a large model (slurm/convert_checkpoint.sh in a job array):
+    convert_checkpoint --to hf --input checkpoints --output model-hf --shard 0/16
   describe the checkpoint in a folder:
     convert_checkpoint inspect checkpoints
   export in the form of a published model, and upload it with a model card:
@@ -206,6 +208,13 @@ def _add_execution_options(add: Callable[..., Any]) -> None:
         "most 4)",
     )
     add(
+        "--shard",
+        type=parse_shard,
+        metavar="NUMBER/COUNT",
+        help="write only the output files of task NUMBER of 0 to COUNT - 1, or slurm/COUNT in a "
+        "job array; the last task creates the output folder, repeated tasks continue",
+    )
+    add(
         "--verify",
         action="store_true",
         help="compute logits and losses of both models on the same tokens in fp32 and compare them",
@@ -258,7 +267,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"convert_checkpoint: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        print("convert_checkpoint: interrupted; the incomplete output was removed", file=sys.stderr)
+        print("convert_checkpoint: interrupted; the output was not created", file=sys.stderr)
         return EXIT_FAILURE
 
 
@@ -316,7 +325,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     )
     print(summarize(conversion.source))
     if arguments.dry_run:
-        print(format_plan(conversion))
+        print(format_plan(conversion, arguments.shard))
         _print_notes(conversion)
         return EXIT_DONE
     repository = publication.prepare_upload(repository)
@@ -326,6 +335,12 @@ def _convert(arguments: argparse.Namespace) -> int:
 
         check = make_verifier(conversion, options, arguments.tolerance)
     try:
+        if arguments.shard is not None:
+            from megatron_llmjp.convert.sharded_conversion import ShardedConversion
+
+            shard = ShardedConversion(conversion, arguments.output, *arguments.shard)
+            print(shard.run(arguments.workers, False, check).report(arguments.output))
+            return EXIT_DONE
         seconds = conversion.run(arguments.output, arguments.workers, False, check)
     except VerificationError as error:
         print(f"convert_checkpoint: {error}; {arguments.output} was not created", file=sys.stderr)
@@ -352,7 +367,7 @@ def _checksum_summary(conversion: Conversion) -> str:
     """Return which checksums were verified."""
     if not FORMATS[conversion.source.format].has_checksums and not conversion.checksum_ranges():
         return "checksums: the files have none; compare their hashes with those of the publisher"
-    if conversion.source.format == NATIVE and not conversion.checksums:
+    if conversion.source.format == NATIVE and not conversion.options.checksums:
         return "checksums: not verified (--no-checksums)"
     files = len({known.path for known in conversion.checksum_ranges()})
     if not files:

@@ -1,35 +1,26 @@
-"""Conversion of a checkpoint: plan, copying threads, progress, and atomic output folder.
-
-The output is written to a hidden folder next to the output folder, synced to disk and renamed. A
-killed conversion leaves at most the hidden folder, which the next conversion removes first.
-"""
+"""Plan and execution of a conversion."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from pydantic import ValidationError
 
 from megatron_llmjp.checkpoint.save_folder import HUGGING_FACE
 from megatron_llmjp.convert import optimizer_state
+from megatron_llmjp.convert.copying import copy_tensors
 from megatron_llmjp.convert.files.checksums import ChecksumRange
 from megatron_llmjp.convert.formats.base import ConversionOptions, SourceCheckpoint
 from megatron_llmjp.convert.formats.rank_files import check_parallel_sizes
 from megatron_llmjp.convert.formats.registry import FORMATS, check_is_folder, detect_format
-from megatron_llmjp.convert.plan import Checksums, OutputPlan, TensorCopy, TensorRead
+from megatron_llmjp.convert.output_folder import atomic_output_folder
+from megatron_llmjp.convert.plan import OutputPlan, TensorCopy, TensorRead
 from megatron_llmjp.convert.tensors import WORD_EMBEDDINGS
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.filesystem import FileLock, acquire_lock, fsync_path
 
 _MALFORMED_INPUT_ERRORS = (
     *(AttributeError, IndexError, KeyError, TypeError, ValueError, ArithmeticError),
@@ -53,144 +44,6 @@ def pair_tensors(reads: dict[str, TensorRead], output: OutputPlan) -> list[Tenso
     return [TensorCopy(name, read, output.writes[name]) for name, read in reads.items()]
 
 
-@contextmanager
-def atomic_output_folder(target: Path, nbytes: int) -> Iterator[Path]:
-    """Yield a folder that is renamed to ``target`` on success and removed on an exception.
-
-    Args:
-        target: the output folder, which must not exist.
-        nbytes: size of the output, compared with the free disk space first.
-
-    Raises:
-        UserError: the target exists, cannot be written, is being written by another process, or
-            is larger than the free disk space.
-    """
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f"{target}: already exists; choose another --output or remove it")
-    partial = target.with_name(f".{target.name}.partial")
-    lock = _lock_output(target)
-    try:
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir()
-        free = shutil.disk_usage(partial).free
-        if nbytes > free:
-            raise UserError(
-                f"{target.parent}: {nbytes / 1e9:.1f} GB required, {free / 1e9:.1f} GB free"
-            )
-        yield partial
-        _sync(partial)
-        if target.exists():
-            target.rmdir()
-        partial.rename(target)
-        fsync_path(target.parent)
-    except OSError as error:
-        raise UserError(
-            f"{target}: cannot be written: {error.strerror or error}; the incomplete output was "
-            "removed"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        lock.release(remove=True)
-
-
-def _lock_output(target: Path) -> FileLock:
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        return acquire_lock(target.with_name(f".{target.name}.lock"))
-    except BlockingIOError:
-        raise UserError(f"{target}: is being written by another conversion") from None
-    except OSError as error:
-        raise UserError(f"{target}: cannot be created: {error.strerror}") from error
-
-
-def _sync(folder: Path) -> None:
-    for path in [*sorted(folder.rglob("*")), folder]:
-        fsync_path(path)
-
-
-def copy_tensors(
-    copies: Sequence[TensorCopy], output: OutputPlan, folder: Path, workers: int, quiet: bool
-) -> Checksums:
-    """Create the output files and copy every tensor, in ``workers`` threads.
-
-    Threads suffice: reading, writing, checksums and copies of memory release the GIL. All threads
-    together use no more memory than the largest tensor alone.
-
-    Returns:
-        CRC-32 of the slots that store one.
-
-    Raises:
-        UserError: a source file is damaged, or the disk is full.
-    """
-    for file in output.files:
-        file.create(folder)
-    progress = ProgressBar(sum(copy.nbytes for copy in copies), quiet)
-    memory = _MemoryLimit(max((copy.memory for copy in copies), default=0))
-    sums: Checksums = {}
-    # Largest first, so that the last copies are small and all threads finish together.
-    order = sorted(copies, key=lambda copy: -copy.nbytes)
-    share = max(1, (os.cpu_count() or 1) // workers)
-    with ThreadPoolExecutor(workers, "copy", torch.set_num_threads, (share,)) as pool:
-        futures = {pool.submit(memory.run, copy, folder): copy for copy in order}
-        try:
-            for future in as_completed(futures):
-                sums |= future.result()
-                progress.add(futures[future].nbytes)
-        finally:
-            pool.shutdown(cancel_futures=True)
-    progress.close()
-    return sums
-
-
-class _MemoryLimit:
-    """Limits the memory of concurrent copies to a number of bytes."""
-
-    def __init__(self, limit: int) -> None:
-        self._free, self._changed = limit, threading.Condition()
-
-    def run(self, copy: TensorCopy, folder: Path) -> Checksums:
-        with self._changed:
-            self._changed.wait_for(lambda: copy.memory <= self._free)
-            self._free -= copy.memory
-        try:
-            return copy.run(folder)
-        finally:
-            with self._changed:
-                self._free += copy.memory
-                self._changed.notify_all()
-
-
-class ProgressBar:
-    """Progress bar with gigabytes, throughput and remaining time; hidden without a terminal."""
-
-    def __init__(self, total: int, quiet: bool) -> None:
-        self._total, self._done, self._begin = total, 0, time.monotonic()
-        self._show = not quiet and sys.stderr.isatty()
-        self._last = 0.0
-
-    def add(self, nbytes: int) -> None:
-        """Count bytes written."""
-        self._done += nbytes
-        now = time.monotonic()
-        if self._show and (now - self._last > 0.2 or self._done == self._total):
-            self._last = now
-            speed = self._done / max(now - self._begin, 1e-3)
-            left = (self._total - self._done) / max(speed, 1.0)
-            share = self._done / max(self._total, 1)
-            bar = ("#" * int(30 * share)).ljust(30)
-            sys.stderr.write(
-                f"\r[{bar}] {self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB, "
-                f"{speed / 1e9:.2f} GB/s, {left:.0f} s left "
-            )
-            sys.stderr.flush()
-
-    def close(self) -> None:
-        """End the line."""
-        if self._show:
-            sys.stderr.write("\n")
-
-
 class VerificationError(Exception):
     """Source and output compute different logits."""
 
@@ -203,8 +56,7 @@ class Conversion:
     target: str
     output: OutputPlan
     copies: list[TensorCopy]
-    checksums: bool = True
-    """Verify the checksums of the source files before the output folder is created."""
+    options: ConversionOptions = field(default_factory=ConversionOptions)
 
     def checksum_ranges(self) -> list[ChecksumRange]:
         """Return all ranges of the source files that have a checksum."""
@@ -229,12 +81,14 @@ class Conversion:
         Raises:
             UserError: a file is damaged, the disk is full, or the target exists.
         """
-        _check_output_path(path, self.source.path)
+        check_output_path(path, self.source.path)
         path = path.absolute()
         begin, checking = time.monotonic(), 0.0
         with atomic_output_folder(path, self.output.nbytes) as folder:
-            sums = copy_tensors(self.copies, self.output, folder, workers, quiet)
-            if self.checksums:
+            sums = copy_tensors(
+                self.copies, self.output.files, folder, workers, quiet, self.output.prepare
+            )
+            if self.options.checksums:
                 for checksum_range in self.checksum_ranges():
                     checksum_range.finish()
             self.output.finish(folder, sums)
@@ -259,7 +113,7 @@ def open_checkpoint(name: str, path: Path, options: ConversionOptions) -> Source
     return entry.read(path, options)
 
 
-def _check_output_path(output: Path, source: Path) -> None:
+def check_output_path(output: Path, source: Path) -> None:
     """Refuse an output that is the source, inside the source, or a symbolic link.
 
     Raises:
@@ -367,4 +221,4 @@ def plan_conversion(
         reads = reads | optimizer_state.optimizer_reads(source, state, options)
     output.notes += _vocabulary_notes(source, output)
     copies = pair_tensors(reads, output)
-    return Conversion(source, target, output, copies, options.checksums)
+    return Conversion(source, target, output, copies, options)

@@ -60,10 +60,21 @@ def describe_checkpoint(path: Path, ignored_args: frozenset[str] = frozenset()) 
     return "\n".join([*lines, *(f"  note: {note}" for note in source.notes)])
 
 
-def format_plan(conversion: Conversion) -> str:
-    """List all tensors with shape, type and files, then all files with their sizes."""
+def format_plan(conversion: Conversion, shard: tuple[int, int] | None = None) -> str:
+    """List all tensors with shape, type and files, then all files with their sizes.
+
+    Args:
+        conversion: the conversion.
+        shard: list only the files of this task (number, number of tasks).
+    """
+    from megatron_llmjp.convert.sharding import files_of_shard, restrict_copies
+
+    files, copies = conversion.output.files, conversion.copies
+    if shard is not None:
+        files = files_of_shard(files, copies, *shard)
+        copies = restrict_copies(copies, files)
     lines = []
-    for copy in conversion.copies:
+    for copy in copies:
         sources = sorted({Path(part.source).name for part in copy.read.parts})
         targets = sorted({slot.file for slots in copy.write.slots for slot in slots})
         shape = "x".join(map(str, copy.read.shape))
@@ -71,10 +82,16 @@ def format_plan(conversion: Conversion) -> str:
             f"{copy.name} [{shape}] {dtype_name(copy.read.dtype)}: "
             f"{', '.join(sources)} -> {', '.join(targets)}"
         )
-    lines += [f"{file.name}: {file.size:,} bytes" for file in conversion.output.files]
-    read = sum(byte_count(copy.read.shape, copy.read.dtype) for copy in conversion.copies)
+    lines += [f"{file.name}: {file.size:,} bytes" for file in files]
+    read = sum(byte_count(copy.read.shape, copy.read.dtype) for copy in copies)
+    written = sum(file.size for file in files)
     lines.append(
-        f"{len(conversion.copies)} tensors, {read / 1e9:.3f} GB to read, "
-        f"{conversion.output.nbytes / 1e9:.3f} GB to write in {len(conversion.output.files)} files"
+        f"{len(copies)} tensors, {read / 1e9:.3f} GB to read, {written / 1e9:.3f} GB to write in "
+        f"{len(files)} files"
     )
+    if shard is not None:
+        lines.append(
+            f"task {shard[0]} of {shard[1]}: {len(files)} of {len(conversion.output.files)} files, "
+            f"{written / max(conversion.output.nbytes, 1):.1%} of all bytes"
+        )
     return "\n".join(lines)

@@ -31,7 +31,7 @@ import torch
 from megatron_llmjp.config.schema import ModelConfig
 from megatron_llmjp.convert.files import torch_dist
 from megatron_llmjp.convert.files.checksums import ChecksumRange
-from megatron_llmjp.convert.files.storage import copy_into
+from megatron_llmjp.convert.files.storage import Extents, copy_into
 from megatron_llmjp.convert.files.torch_dist import ChunkTensor, TensorEntry
 from megatron_llmjp.convert.formats import mcore_names
 from megatron_llmjp.convert.formats.mcore_names import stored_key
@@ -97,6 +97,20 @@ class FlatFragment:
         for start, chunk in self.pieces:
             flat[start : start + math.prod(chunk.shape)] = chunk.read().flatten()
         return copy_into(flat.view(self.shape), into)
+
+    def extents(self) -> Extents | None:
+        """Return the locations of all pieces, unless the elements of one are reordered.
+
+        Raises:
+            UserError: a file is damaged.
+        """
+        found: Extents = []
+        for start, chunk in self.pieces:
+            extents = chunk.extents()
+            if extents is None:
+                return None
+            found += [(start + first, stored) for first, stored in extents]
+        return found
 
 
 def read_flat_fragments(

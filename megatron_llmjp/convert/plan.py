@@ -2,14 +2,16 @@
 
 All shapes are known in advance, so every output file is laid out before the first tensor is read.
 The rest is a list of independent copies, one per canonical tensor, which threads execute in any
-order.
+order: in blocks (``block_copy.py``), or with the whole tensor in memory (:meth:`TensorCopy.run`) if
+the order of its elements changes.
 """
 
 from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +26,9 @@ from megatron_llmjp.convert.files.storage import (
 )
 from megatron_llmjp.convert.tensors import Layout, Shape, part_shapes, resize_vocabulary, whole
 from megatron_llmjp.errors import UserError
+
+CRC_BYTES = 4
+"""Size of a stored CRC-32."""
 
 Checksums = dict[tuple[str, int], int]
 """CRC-32 of the tensors that were written, by file and offset."""
@@ -57,14 +62,23 @@ class OutputFile:
     slots: dict[str, Slot]
 
     def create(self, folder: Path) -> None:
-        """Create the file with its full size and its fixed bytes; slots are left sparse."""
+        """Create the file with its full size and its fixed bytes; slots are left sparse.
+
+        Checksums of slots are left, too, and an existing file is not truncated: each byte has the
+        same value whenever it is written, so that a second process on the file does no harm.
+        """
         path = folder / self.name
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+        checksums = sorted(place for slot in self.slots.values() for place in slot.checksums)
         try:
             os.ftruncate(descriptor, self.size)
             for offset, data in self.fixed:
-                write_at(descriptor, offset, data)
+                start, end = offset, offset + len(data)
+                inside = checksums[bisect_left(checksums, start) : bisect_left(checksums, end)]
+                for place in [*inside, end]:
+                    write_at(descriptor, start, data[start - offset : place - offset])
+                    start = place + CRC_BYTES
         finally:
             os.close(descriptor)
 
@@ -119,11 +133,15 @@ class TensorRead:
                     part.view.copy_(stored.read().view(part.view.shape))
         for replica in self.replicas:
             if not torch.equal(replica.read(), tensor):
-                raise UserError(
-                    f"{replica.source}: {name} differs from its replica in {self.parts[0].source}; "
-                    "it must be equal on all ranks"
-                )
+                raise self.replica_error(name, replica)
         return tensor
+
+    def replica_error(self, name: str, replica: StoredTensor) -> UserError:
+        """Return the error for a replica with other values."""
+        return UserError(
+            f"{replica.source}: {name} differs from its replica in {self.parts[0].source}; "
+            "it must be equal on all ranks"
+        )
 
 
 @dataclass
@@ -134,6 +152,16 @@ class TensorWrite:
     slots: list[list[Slot]]
     padded_vocab_size: int | None = None
     """Padded vocabulary size of the target; None for tensors without a vocabulary dimension."""
+
+    def shape(self, stored: Shape) -> Shape:
+        """Return the shape of the canonical tensor in the target."""
+        rows = self.padded_vocab_size
+        return stored if rows is None else (rows, *stored[1:])
+
+    def only(self, files: Container[str]) -> TensorWrite:
+        """Return the write to some of the files."""
+        slots = [[slot for slot in part if slot.file in files] for part in self.slots]
+        return TensorWrite(self.layout, slots, self.padded_vocab_size)
 
 
 @dataclass(frozen=True)
@@ -184,10 +212,7 @@ def write_slot(folder: Path, slot: Slot, view: torch.Tensor) -> int | None:
     Raises:
         UserError: a value is out of range of the type, or the disk is full.
     """
-    cast = view.to(slot.dtype).contiguous()
-    if slot.dtype == torch.float16 != view.dtype and not torch.isfinite(cast).all():
-        raise UserError(f"{slot.key}: values out of range of fp16; use --dtype bf16 or fp32")
-    data = as_bytes(cast)
+    data = as_bytes(cast_elements(view, slot.dtype, slot.key).contiguous())
     if len(data) != slot.nbytes:
         raise ValueError(f"{slot.key}: {len(data)} bytes for a slot of {slot.nbytes}")
     descriptor = os.open(folder / slot.file, os.O_WRONLY)
@@ -203,12 +228,25 @@ def write_slot(folder: Path, slot: Slot, view: torch.Tensor) -> int | None:
         os.close(descriptor)
 
 
+def cast_elements(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """Cast a tensor to the type of its slot.
+
+    Raises:
+        UserError: a value is out of range of the type.
+    """
+    cast = tensor.to(dtype)
+    if dtype == torch.float16 != tensor.dtype and not torch.isfinite(cast).all():
+        raise UserError(f"{name}: values out of range of fp16; use --dtype bf16 or fp32")
+    return cast
+
+
 @dataclass
 class OutputPlan:
     """Plan of all output files.
 
     ``finish`` writes the small files (configurations, indices) into the folder after all tensors
-    were written; it receives the CRC-32s of the tensors.
+    were written; it receives the CRC-32s of the tensors. ``prepare`` is called while tensors are
+    copied: imports and computations of ``finish`` that do not depend on them.
     """
 
     files: list[OutputFile]
@@ -216,6 +254,7 @@ class OutputPlan:
     finish: Callable[[Path, Checksums], None]
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    prepare: Callable[[], object] = lambda: None
 
     @property
     def nbytes(self) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_llmjp.convert import conversion
+from megatron_llmjp.convert import conversion, progress_bar
 from megatron_llmjp.convert.formats.base import ConversionOptions
 from megatron_llmjp.errors import UserError
 from tests.convert.hf_models import gpt2, llama
@@ -120,9 +120,9 @@ class Terminal(io.StringIO):
 def test_progress_bar(monkeypatch, quiet):
     """At most five times a second, and at the end."""
     now, shown = [100.0], Terminal()
-    monkeypatch.setattr(conversion.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress_bar.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(sys, "stderr", shown)
-    bar = conversion.ProgressBar(8_000_000_000, quiet)
+    bar = progress_bar.ProgressBar(8_000_000_000, quiet)
     for seconds, nbytes in ((2.0, 2 * 10**9), (0.15, 10**9), (0.1, 10**9), (0.0, 4 * 10**9)):
         now[0] += seconds
         bar.add(nbytes)
@@ -138,7 +138,7 @@ def test_progress_bar(monkeypatch, quiet):
         ]
     )
     shown.isatty = lambda: False  # type: ignore[method-assign]
-    conversion.ProgressBar(5, False).add(5)
+    progress_bar.ProgressBar(5, False).add(5)
     assert quiet == (shown.getvalue() == "")
 
 

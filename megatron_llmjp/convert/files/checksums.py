@@ -64,29 +64,40 @@ class ChecksumRange:
     """A range of a file with one expected CRC-32; thread-safe."""
 
     def __init__(self, path: Path, start: int, length: int, crc: int, origin: str) -> None:
-        self.path = path
-        self._start, self._length, self._crc, self._origin = start, length, crc, origin
+        self.path, self.start, self.length = path, start, length
+        self._crc, self._origin = crc, origin
         self._pieces: dict[int, tuple[int, int]] = {}
         self._overlap = self._checked = False
+        self._added = 0
+        self.is_skipped = False
+        """Whether another process verifies the range."""
         self._lock = threading.Lock()
 
-    def add(self, offset: int, data: memoryview) -> None:
+    def add(self, offset: int, data: memoryview) -> int | None:
         """Add bytes that were read at an offset of the file; check the CRC-32 once all were added.
+
+        Returns:
+            The CRC-32 of the bytes; None if they had been added before.
 
         Raises:
             UserError: the CRC-32 is not the expected one.
         """
+        if self.is_skipped:
+            return None
         with self._lock:
             known = self._pieces.get(offset)
         if known is not None and known[0] == len(data):
-            return
+            return None
         crc = zlib.crc32(data)
         with self._lock:
-            self._overlap |= known is not None
+            before = self._pieces.get(offset, (0, 0))[0]
+            self._overlap |= before not in (0, len(data))
             self._pieces[offset] = (len(data), crc)
-            complete = sum(length for length, _ in self._pieces.values()) == self._length
+            self._added += len(data) - before
+            complete = self._added == self.length
         if complete:
             self.finish()
+        return crc
 
     def finish(self) -> None:
         """Read the bytes that were not added yet, and check the CRC-32.
@@ -94,7 +105,7 @@ class ChecksumRange:
         Raises:
             UserError: the CRC-32 is not the expected one, or the file cannot be read.
         """
-        if self._checked:
+        if self._checked or self.is_skipped:
             return
         if self._total() != self._crc:
             raise UserError(
@@ -109,10 +120,10 @@ class ChecksumRange:
         starts = [start for start, _ in pieces[1:]]
         if self._overlap or any(end > start for end, start in zip(ends, starts, strict=False)):
             pieces = []  # overlapping parts cannot be combined: read all bytes again
-        total, position = 0, self._start
+        total, position = 0, self.start
         try:
             with self.path.open("rb", buffering=0) as stream:
-                for start, (length, crc) in [*pieces, (self._start + self._length, (0, 0))]:
+                for start, (length, crc) in [*pieces, (self.start + self.length, (0, 0))]:
                     stream.seek(position)
                     while position < start:
                         block = stream.read(min(_BLOCK, start - position))

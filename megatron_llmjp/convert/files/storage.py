@@ -1,13 +1,14 @@
 """Tensors stored in files: their location, and functions that read and write their bytes.
 
-Bytes are read with ordinary reads into memory of exactly the tensor's size. A memory map would
-count every page that was touched as resident memory, and is slower on parallel file systems.
+Bytes are read with ordinary reads into memory of the caller. A memory map would count every page
+that was touched as resident memory, and is slower on parallel file systems.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -65,6 +66,13 @@ class StoredTensor(Protocol):
     def read(self, into: torch.Tensor | None = None) -> torch.Tensor:
         """Read the tensor into new memory, or into a contiguous tensor of as many elements."""
 
+    def extents(self) -> Extents | None:
+        """Return where its elements are stored; None if they are not in row-major order.
+
+        Raises:
+            UserError: a file is damaged.
+        """
+
 
 @dataclass(frozen=True)
 class FileTensor:
@@ -88,6 +96,10 @@ class FileTensor:
         """Path of the file."""
         return str(self.path)
 
+    def extents(self) -> Extents | None:
+        """Return the tensor itself, unless its elements are in another order."""
+        return [(0, self)] if self.stride is None else None
+
     def read(self, into: torch.Tensor | None = None) -> torch.Tensor:
         """Read the tensor into new memory, or into a contiguous tensor of as many elements.
 
@@ -104,6 +116,10 @@ class FileTensor:
             self.path, self.offset, self.dtype, size, None, self.checksum_range
         )
         return copy_into(elements.as_strided(self.shape, self.stride).contiguous(), into)
+
+
+Extents = list[tuple[int, FileTensor]]
+"""Consecutive pieces of a stored tensor in row-major order: first element, and location."""
 
 
 def copy_into(tensor: torch.Tensor, into: torch.Tensor | None) -> torch.Tensor:
@@ -136,20 +152,67 @@ def read_elements(
     if tensor.numel() == 0:
         return tensor
     buffer = as_bytes(tensor)
-    try:
-        with path.open("rb", buffering=0) as stream:
-            stream.seek(offset)
-            done = 0
-            while done < len(buffer):
-                count = stream.readinto(buffer[done:]) or 0
-                if count == 0:
-                    raise truncation_error(path, offset + len(buffer))
-                done += count
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    with OpenFiles() as files:
+        read_at(files.reader(path), path, offset, buffer)
     if checksum_range is not None:
         checksum_range.add(offset, buffer)
     return tensor
+
+
+class OpenFiles:
+    """File descriptors that are opened when they are first used, and closed together."""
+
+    def __init__(self) -> None:
+        self._descriptors: dict[tuple[Path, int], int] = {}
+
+    def __enter__(self) -> OpenFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+
+    def reader(self, path: Path) -> int:
+        """Return a descriptor to read a file.
+
+        Raises:
+            UserError: the file cannot be opened.
+        """
+        try:
+            return self._open(path, os.O_RDONLY)
+        except OSError as error:
+            raise _read_error(path, error) from error
+
+    def writer(self, path: Path) -> int:
+        """Return a descriptor to write an existing file."""
+        return self._open(path, os.O_WRONLY)
+
+    def _open(self, path: Path, flags: int) -> int:
+        key = (path, flags)
+        if key not in self._descriptors:
+            self._descriptors[key] = os.open(path, flags)
+        return self._descriptors[key]
+
+
+def _read_error(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be read: {error.strerror}")
+
+
+def read_at(descriptor: int, path: Path, offset: int, buffer: memoryview) -> None:
+    """Fill a buffer with the bytes at an offset of a file.
+
+    Raises:
+        UserError: the file is too short, or cannot be read.
+    """
+    done = 0
+    try:
+        while done < len(buffer):
+            count = os.preadv(descriptor, [buffer[done:]], offset + done)
+            if count == 0:
+                raise truncation_error(path, offset + len(buffer))
+            done += count
+    except OSError as error:
+        raise _read_error(path, error) from error
 
 
 def truncation_error(path: Path, needed: int) -> UserError:
@@ -171,8 +234,24 @@ def write_at(descriptor: int, offset: int, data: bytes | memoryview) -> None:
             done += os.pwrite(descriptor, view[done : done + BLOCK], offset + done)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError("the disk is full; the incomplete output was removed") from error
+            raise UserError("the disk is full; the output was not created") from error
         raise
+
+
+def advise(descriptor: int, offset: int, length: int, advice: int) -> None:
+    """Call ``posix_fadvise``; file systems that do not support it are unaffected."""
+    with suppress(OSError):
+        os.posix_fadvise(descriptor, offset, length, advice)
+
+
+def start_writeback(descriptor: int, offset: int, length: int) -> None:
+    """Start to write a range of a file to disk, without waiting for it.
+
+    Otherwise Linux keeps up to a tenth of the memory until fsync is called, while the disk is idle.
+    ``POSIX_FADV_DONTNEED`` starts the write and releases only pages that are on disk already
+    (mm/fadvise.c); Python has no ``sync_file_range``.
+    """
+    advise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:

@@ -23,7 +23,7 @@ import torch
 
 from megatron_llmjp.checkpoint.bounded_unpickler import BoundedUnpickler
 from megatron_llmjp.convert.files.checksums import ChecksumRange, combine_crc32
-from megatron_llmjp.convert.files.storage import FileTensor, byte_count
+from megatron_llmjp.convert.files.storage import Extents, FileTensor, byte_count
 from megatron_llmjp.convert.files.torch_archive import load_archive, resolve_global
 from megatron_llmjp.convert.files.torch_archive_writer import TensorPlaceholder, plan_archive
 from megatron_llmjp.convert.plan import OutputFile, Slot, TensorRead
@@ -107,14 +107,27 @@ class ChunkTensor:
         Raises:
             UserError: the file is damaged.
         """
-        found = load_archive(self.path, self.offset, self.length, self.checksum_range)
-        count = math.prod(self.shape)
-        if not isinstance(found, FileTensor) or math.prod(found.shape) != count:
-            raise UserError(f"{self.path}: damaged: no tensor {self.shape} at byte {self.offset}")
+        found = self._load()
         tensor = found.read(into).view(self.shape)
         if self.checksum_range is None and found.checksum_range is not None:
             found.checksum_range.finish()  # this archive is read only once
         return tensor
+
+    def extents(self) -> Extents | None:
+        """Return the location of the tensor in the archive, unless its elements are reordered.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        found = self._load()
+        return found.extents() if found.dtype == self.dtype else None
+
+    def _load(self) -> FileTensor:
+        found = load_archive(self.path, self.offset, self.length, self.checksum_range)
+        count = math.prod(self.shape)
+        if not isinstance(found, FileTensor) or math.prod(found.shape) != count:
+            raise UserError(f"{self.path}: damaged: no tensor {self.shape} at byte {self.offset}")
+        return found
 
 
 @dataclass(frozen=True)
@@ -335,7 +348,7 @@ class TorchDistWriter:
 
     def finish(self, folder: Path, common: dict[str, Any]) -> None:
         """Write ``.metadata``, ``common.pt`` and ``metadata.json`` next to the chunks."""
-        (folder / METADATA).write_bytes(self._metadata())
+        (folder / METADATA).write_bytes(self.metadata())
         buffer = io.BytesIO()  # torch.save into a file hides the cause of an error
         torch.save(common, buffer)
         (folder / "common.pt").write_bytes(buffer.getvalue())
@@ -347,7 +360,11 @@ class TorchDistWriter:
         }
         (folder / "metadata.json").write_text(json.dumps(backend), encoding="utf-8")
 
-    def _metadata(self) -> bytes:
+    def metadata(self) -> bytes:
+        """Return the content of ``.metadata``.
+
+        The first call imports ``torch.distributed.checkpoint``, which takes half as long as torch.
+        """
         from torch.distributed.checkpoint import metadata as dcp
         from torch.distributed.checkpoint.filesystem import _StorageInfo
 

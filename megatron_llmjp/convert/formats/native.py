@@ -39,8 +39,12 @@ _MAX_FILE_SIZE = 1_000_000_000
 """In bytes; limited so that several threads can read the files when a run starts."""
 
 
-def read_native(path: Path) -> SourceCheckpoint:
+def read_native(path: Path, checksums: bool = True) -> SourceCheckpoint:
     """Open a checkpoint, or the latest complete checkpoint of a run's folder.
+
+    Args:
+        path: the folder.
+        checksums: verify the checksums of the manifest while tensors are read.
 
     Raises:
         UserError: it is incomplete, damaged, or does not match its configuration.
@@ -56,7 +60,7 @@ def read_native(path: Path) -> SourceCheckpoint:
             folder / name, 0, entry.bytes, int(entry.crc32, 16), "its manifest"
         )
         for name, entry in manifest.files.items()
-        if name.endswith(manifests.TENSOR_SUFFIX)
+        if checksums and name.endswith(manifests.TENSOR_SUFFIX)
     }
     stored = torch_dist.read_metadata(folder, files)
     entries = mcore_names.model_entries(stored)
@@ -162,7 +166,8 @@ def plan_native(source: SourceCheckpoint, options: ConversionOptions) -> OutputP
         write_atomically(out / manifests.TRACKER, str(iteration))
 
     warnings = [*tokenizer.warnings, *changes]
-    return OutputPlan(writer.files, writes, finish, list(tokenizer.notes), warnings)
+    notes = list(tokenizer.notes)
+    return OutputPlan(writer.files, writes, finish, notes, warnings, writer.metadata)
 
 
 def _config(source: SourceCheckpoint, options: ConversionOptions) -> Config:

@@ -95,10 +95,10 @@ def _is_native(path: Path) -> bool:
     return bool(complete_iterations(path)) or _recognized(path) == NATIVE
 
 
-def _read_native(path: Path, _: ConversionOptions) -> SourceCheckpoint:
+def _read_native(path: Path, options: ConversionOptions) -> SourceCheckpoint:
     from megatron_llmjp.convert.formats import native
 
-    return native.read_native(path)
+    return native.read_native(path, options.checksums)
 
 
 def _plan_native(source: SourceCheckpoint, options: ConversionOptions) -> OutputPlan:

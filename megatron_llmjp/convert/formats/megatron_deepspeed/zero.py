@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,13 @@ import torch
 
 from megatron_llmjp.config.schema import ModelConfig
 from megatron_llmjp.convert.files.checksums import ChecksumRange
-from megatron_llmjp.convert.files.storage import FileTensor, StoredTensor, byte_count, read_elements
+from megatron_llmjp.convert.files.storage import (
+    Extents,
+    FileTensor,
+    StoredTensor,
+    byte_count,
+    read_elements,
+)
 from megatron_llmjp.convert.files.torch_archive import load_archive
 from megatron_llmjp.convert.formats.megatron_deepspeed.names import (
     canonical_parameter_name,
@@ -85,6 +91,18 @@ class FlatSliceTensor:
             )
             done += span.count
         return tensor
+
+    def extents(self) -> Extents | None:
+        """Return the locations of all ranges."""
+        found: Extents = []
+        done = 0
+        for span in self.spans:
+            offset = span.flat.offset + span.start * self.dtype.itemsize
+            found.append(
+                (done, replace(span.flat, offset=offset, shape=(span.count,), dtype=self.dtype))
+            )
+            done += span.count
+        return found
 
 
 @dataclass(frozen=True)

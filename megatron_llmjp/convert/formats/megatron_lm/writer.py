@@ -120,7 +120,7 @@ def _plan_torch_dist(source: SourceCheckpoint, options: ConversionOptions) -> Ou
         writer.finish(out / folder, common)
         _write_tracker(out, iteration)
 
-    return OutputPlan(writer.files, writes, finish)
+    return OutputPlan(writer.files, writes, finish, prepare=writer.metadata)
 
 
 def _folder(iteration: int) -> str:

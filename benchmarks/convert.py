@@ -1,0 +1,257 @@
+"""Benchmark: convert_checkpoint, compared with a plain copy of the same bytes and transformers.
+
+    python benchmarks/convert.py --folder /scratch/benchmark --rounds 5
+
+Each round converts a LLaMA model with random bf16 weights (1.55 B parameters, 3.1 GB) in every
+direction without a change of type. Right before and after each conversion the output of the same
+direction is copied with ``cp -r`` and synced; the ratio is the mean time of the two copies divided
+by the time of the conversion, start of Python included. A ratio above 1 is faster than the copy.
+Next to it: transformers' ``from_pretrained`` and ``save_pretrained`` of the same model.
+
+``--cold`` drops the page cache of the source first. ``--sharded N`` divides each conversion among N
+concurrent tasks with ``--shard``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZES = {"layers": 22, "hidden": 2304, "heads": 18, "groups": 18, "ffn": 6144, "vocabulary": 32000}
+TENSOR_PARALLEL = ("--target-tensor-parallel-size", "2")
+DIRECTIONS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "hf to native": ("hf", "native", ()),
+    "native to hf": ("native", "hf", ()),
+    "native to megatron-lm": ("native", "megatron-lm", ()),
+    "megatron-lm to native": ("native to megatron-lm", "native", ()),
+    "native to megatron-lm, torch, TP2": (
+        "native",
+        "megatron-lm",
+        ("--ckpt-format", "torch", *TENSOR_PARALLEL),
+    ),
+    "megatron-lm, torch, TP2 to hf": ("native to megatron-lm, torch, TP2", "hf", ()),
+    "native to megatron-deepspeed, TP2": ("native", "megatron-deepspeed", TENSOR_PARALLEL),
+    "megatron-deepspeed, TP2 to hf": ("native to megatron-deepspeed, TP2", "hf", ()),
+}
+"""Source (a folder of the benchmark, or an earlier direction), target format and flags."""
+TRANSFORMERS = (
+    "import sys, torch, transformers; "
+    "transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)"
+    ".save_pretrained(sys.argv[2])"
+)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Wall-clock and processor seconds, and the peak memory of one process in bytes."""
+
+    seconds: float
+    cpu: float
+    memory: int
+
+
+def main() -> None:
+    """Measure and print one table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add(
+        "--folder",
+        type=Path,
+        required=True,
+        help="folder on the disk to measure; removed at the end",
+    )
+    add("--rounds", type=int, default=5)
+    add("--layers", type=int, default=SIZES["layers"], help="layers of the model (0.14 GB each)")
+    add("--only", action="append", choices=DIRECTIONS, help="measure only these directions")
+    add("--cold", action="store_true", help="drop the page cache of the source first")
+    add("--sharded", type=int, default=0, metavar="N", help="convert with N concurrent tasks")
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True)
+    try:
+        Benchmark(arguments).run()
+    finally:
+        shutil.rmtree(arguments.folder)
+
+
+class Benchmark:
+    """All measurements."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._arguments, self._folder = arguments, arguments.folder.absolute()
+        self._costs: dict[str, list[Cost]] = defaultdict(list)
+        self._ratios: dict[str, list[float]] = defaultdict(list)
+        self._sizes: dict[str, int] = {}
+
+    def run(self) -> None:
+        """Create the sources, measure all rounds, and print the table."""
+        write_model(self._folder / "hf", self._arguments.layers)
+        for name in ("native", *DIRECTIONS):  # sources of other directions, and a warm-up
+            source, target, flags = DIRECTIONS.get(name, ("hf", "native", ()))
+            self._execute([self._command(source, target, flags, self._folder / name)])
+            self._sizes[name] = size_of(self._folder / name)
+        for number in range(self._arguments.rounds):
+            for name in self._arguments.only or DIRECTIONS:
+                self._measure(name)
+            self._measure_transformers()
+            print(f"round {number + 1} of {self._arguments.rounds}", file=sys.stderr, flush=True)
+        self._report()
+
+    def _command(self, source: str, target: str, flags: Sequence[str], output: Path) -> list[str]:
+        command = [sys.executable, "-m", "megatron_llmjp.convert.cli", "--to", target, *flags]
+        return [*command, "--input", str(self._folder / source), "--output", str(output)]
+
+    def _measure(self, name: str) -> None:
+        """Copy, convert and copy again."""
+        source, target, flags = DIRECTIONS[name]
+        before = self._copy(name)
+        output = self._folder / "output"
+        self._prepare(source)
+        command = self._command(source, target, flags, output)
+        tasks = self._arguments.sharded
+        found = self._execute(
+            [[*command, "--shard", f"{i}/{tasks}"] for i in range(tasks)] if tasks else [command]
+        )
+        shutil.rmtree(output)
+        after = self._copy(name)
+        self._costs[name].append(found)
+        self._costs[f"{name}: cp"] += [before, after]
+        self._ratios[name].append((before.seconds + after.seconds) / 2 / found.seconds)
+
+    def _copy(self, name: str) -> Cost:
+        self._prepare(name)
+        copy = self._folder / "copy"
+        found = self._execute(
+            [["sh", "-c", 'cp -r "$0" "$1" && sync', str(self._folder / name), str(copy)]]
+        )
+        shutil.rmtree(copy)
+        return found
+
+    def _measure_transformers(self) -> None:
+        output = self._folder / "transformers"
+        self._prepare("hf")
+        command = [sys.executable, "-c", TRANSFORMERS, str(self._folder / "hf"), str(output)]
+        script = 'python=$1; shift; "$python" "$@" && sync'
+        found = self._execute([["sh", "-c", script, "sh", *command]])
+        shutil.rmtree(output)
+        self._costs["transformers: load and save, sync"].append(found)
+
+    def _prepare(self, name: str) -> None:
+        """Finish all writes, so that no measurement waits for another one's."""
+        os.sync()
+        if self._arguments.cold:
+            drop_page_cache(self._folder / name)
+
+    def _execute(self, commands: Sequence[Sequence[str]]) -> Cost:
+        """Run commands at the same time."""
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        started = time.perf_counter()
+        processes = [
+            subprocess.Popen(c, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            for c in commands
+        ]
+        usages = []
+        for process in processes:
+            assert process.stderr is not None
+            errors = process.stderr.read().decode()
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            if process.returncode:
+                raise SystemExit(f"{process.args!r}: {errors}")
+            usages.append(usage)
+        seconds = time.perf_counter() - started
+        return Cost(seconds, sum(map(cpu_seconds, usages)), max(u.ru_maxrss for u in usages) * 1024)
+
+    def _report(self) -> None:
+        """Print medians over the rounds, and ratios within each round."""
+        print(f"\n{os.cpu_count()} cores, median of {self._arguments.rounds} rounds")
+        titles = f"{'GB':>5} {'s':>6} {'CPU s':>6} {'peak GB':>7} {'cp + sync s':>11}"
+        print(f"{'':36} {titles}  ratio (range)")
+        for name, ratios in self._ratios.items():
+            copy = statistics.median(cost.seconds for cost in self._costs[f"{name}: cp"])
+            span = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            print(f"{self._row(name, self._sizes[name])} {copy:11.2f}  {span}")
+        name = "transformers: load and save, sync"
+        print(self._row(name, size_of(self._folder / "hf")))
+
+    def _row(self, name: str, size: int) -> str:
+        costs = self._costs[name]
+        seconds, cpu = (statistics.median(getattr(c, f) for c in costs) for f in ("seconds", "cpu"))
+        memory = max(cost.memory for cost in costs) / 1e9
+        return f"{name:36} {size / 1e9:5.2f} {seconds:6.2f} {cpu:6.2f} {memory:7.2f}"
+
+
+def cpu_seconds(usage: resource.struct_rusage) -> float:
+    """Return the time in user and kernel mode."""
+    return usage.ru_utime + usage.ru_stime
+
+
+def write_model(folder: Path, layers: int) -> None:
+    """Write a LLaMA model with random weights, without holding it in memory."""
+    import torch
+
+    from megatron_llmjp.config.schema import ModelConfig
+    from megatron_llmjp.convert.files.safetensors import plan_safetensors
+    from megatron_llmjp.convert.formats.hugging_face.llama import ARCHITECTURE
+    from megatron_llmjp.convert.plan import write_slot
+    from megatron_llmjp.convert.tensors import part_shapes, tensor_shapes
+
+    model = ModelConfig(
+        num_layers=layers,
+        hidden_size=SIZES["hidden"],
+        num_attention_heads=SIZES["heads"],
+        num_query_groups=SIZES["groups"],
+        ffn_hidden_size=SIZES["ffn"],
+        max_position_embeddings=4096,
+        vocab_size=SIZES["vocabulary"],
+    )
+    shapes = tensor_shapes(model, SIZES["vocabulary"])
+    tensors = {
+        key: (shape, torch.bfloat16)
+        for rule in ARCHITECTURE.expanded_rules(model)
+        for key, shape in zip(rule.keys, part_shapes(rule.layout, shapes[rule.name]), strict=True)
+    }
+    folder.mkdir()
+    file = plan_safetensors("model.safetensors", tensors)
+    file.create(folder)
+    generator = torch.Generator().manual_seed(1)
+    for slot in file.slots.values():
+        write_slot(folder, slot, torch.randn(slot.shape, generator=generator) / 50)
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": SIZES["vocabulary"],
+        "tie_word_embeddings": False,
+        **ARCHITECTURE.to_config(model),
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def size_of(folder: Path) -> int:
+    """Return the size of all files below a folder in bytes."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def drop_page_cache(folder: Path) -> None:
+    """Drop the page cache of all files in a folder, so that reads access the disk."""
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+if __name__ == "__main__":
+    main()
