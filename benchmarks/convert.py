@@ -33,16 +33,16 @@ SIZES = {"layers": 22, "hidden": 2304, "heads": 18, "groups": 18, "ffn": 6144, "
 TENSOR_PARALLEL = ("--target-tensor-parallel-size", "2")
 DIRECTIONS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "hf to native": ("hf", "native", ()),
-    "native to hf": ("native", "hf", ()),
-    "native to megatron-lm": ("native", "megatron-lm", ()),
+    "native to hf": ("hf to native", "hf", ()),
+    "native to megatron-lm": ("hf to native", "megatron-lm", ()),
     "megatron-lm to native": ("native to megatron-lm", "native", ()),
     "native to megatron-lm, torch, TP2": (
-        "native",
+        "hf to native",
         "megatron-lm",
         ("--ckpt-format", "torch", *TENSOR_PARALLEL),
     ),
     "megatron-lm, torch, TP2 to hf": ("native to megatron-lm, torch, TP2", "hf", ()),
-    "native to megatron-deepspeed, TP2": ("native", "megatron-deepspeed", TENSOR_PARALLEL),
+    "native to megatron-deepspeed, TP2": ("hf to native", "megatron-deepspeed", TENSOR_PARALLEL),
     "megatron-deepspeed, TP2 to hf": ("native to megatron-deepspeed, TP2", "hf", ()),
 }
 """Source (a folder of the benchmark, or an earlier direction), target format and flags."""
@@ -99,16 +99,22 @@ class Benchmark:
     def run(self) -> None:
         """Create the sources, measure all rounds, and print the table."""
         write_model(self._folder / "hf", self._arguments.layers)
-        for name in ("native", *DIRECTIONS):  # sources of other directions, and a warm-up
-            source, target, flags = DIRECTIONS.get(name, ("hf", "native", ()))
-            self._execute([self._command(source, target, flags, self._folder / name)])
-            self._sizes[name] = size_of(self._folder / name)
-        for number in range(self._arguments.rounds):
+        for name in self._arguments.only or DIRECTIONS:
+            self._create(name)  # the bytes to copy, and the source of other directions
+        for _ in range(self._arguments.rounds):
             for name in self._arguments.only or DIRECTIONS:
                 self._measure(name)
             self._measure_transformers()
-            print(f"round {number + 1} of {self._arguments.rounds}", file=sys.stderr, flush=True)
         self._report()
+
+    def _create(self, name: str) -> None:
+        """Create the output of a direction, after its source, if they do not exist."""
+        if (self._folder / name).exists():
+            return
+        source, target, flags = DIRECTIONS[name]
+        self._create(source)
+        self._execute([self._command(source, target, flags, self._folder / name)])
+        self._sizes[name] = size_of(self._folder / name)
 
     def _command(self, source: str, target: str, flags: Sequence[str], output: Path) -> list[str]:
         command = [sys.executable, "-m", "megatron_llmjp.convert.cli", "--to", target, *flags]
@@ -129,7 +135,9 @@ class Benchmark:
         after = self._copy(name)
         self._costs[name].append(found)
         self._costs[f"{name}: cp"] += [before, after]
-        self._ratios[name].append((before.seconds + after.seconds) / 2 / found.seconds)
+        ratio = (before.seconds + after.seconds) / 2 / found.seconds
+        self._ratios[name].append(ratio)
+        print(f"{name}: {found}, ratio {ratio:.2f}", file=sys.stderr, flush=True)
 
     def _copy(self, name: str) -> Cost:
         self._prepare(name)

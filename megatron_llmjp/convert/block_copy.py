@@ -129,7 +129,7 @@ def _sources(read: TensorRead) -> list[BlockSource] | None:
     """Return the parts, then the replicas; None if the order of the elements changes."""
     views = _views(read.layout, read.shape, read.dtype)
     views += _views(whole, read.shape, read.dtype) * len(read.replicas)
-    found = []
+    found: list[BlockSource] = []
     for view, stored in zip(views, [*read.parts, *read.replicas], strict=True):
         runs = find_runs(view)
         is_strided = isinstance(stored, FileTensor) and stored.stride is not None

@@ -181,7 +181,7 @@ class BlockIO:
         for piece, offset, start, nbytes in self._pieces(
             location, first, first + len(into) // itemsize
         ):
-            data = memoryview(into[start : start + nbytes])
+            data = memoryview(into[start : start + nbytes].data)
             read_at(self.files.reader(piece.path), piece.path, offset, data)
             if verify and piece.checksum_range is not None:
                 crc = piece.checksum_range.add(offset, data)
@@ -231,7 +231,7 @@ class BlockIO:
         else:
             part = self.buffers.part[:nbytes]
             target.runs.gather(block, begin, first, itemsize, part)
-        data = memoryview(part)
+        data = memoryview(part.data)
         for slot in target.slots:
             descriptor = self.files.writer(self.folder / slot.file)
             write_at(descriptor, slot.offset + first * itemsize, data)

@@ -114,7 +114,8 @@ def find_runs(view: torch.Tensor) -> ContiguousRuns | None:
     """
     if view.numel() == 0:
         return None
-    length, outer = 1, []
+    length = 1
+    outer: list[tuple[int, int]] = []
     for size, stride in zip(reversed(view.shape), reversed(view.stride()), strict=True):
         if size == 1:
             continue
