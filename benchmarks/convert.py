@@ -98,7 +98,13 @@ class Benchmark:
 
     def run(self) -> None:
         """Create the sources, measure all rounds, and print the table."""
-        write_model(self._folder / "hf", self._arguments.layers)
+        # In a process of its own: the peak memory of a process includes that of its parent.
+        code = (
+            "import sys, pathlib, benchmarks.convert as benchmark;"
+            "benchmark.write_model(pathlib.Path(sys.argv[1]), int(sys.argv[2]))"
+        )
+        layers = str(self._arguments.layers)
+        self._execute([[sys.executable, "-c", code, str(self._folder / "hf"), layers]])
         for name in self._arguments.only or DIRECTIONS:
             self._create(name)  # the bytes to copy, and the source of other directions
         for _ in range(self._arguments.rounds):
