@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_llmjp.config.pipeline_layout import expand_pipeline_layout
-from megatron_llmjp.config.schema import Config
+from megatron_llmjp.config.schema import Config, ParallelConfig
 
 
 def layout_problems(config: Config, world_size: int) -> Iterator[str]:
@@ -23,7 +23,7 @@ def layout_problems(config: Config, world_size: int) -> Iterator[str]:
     else:
         yield from _batches(config, world_size // size)
     yield from _tensor(config)
-    yield from _pipeline(config)
+    yield from pipeline_problems(parallel, config.model.num_layers)
     yield from _features(config)
 
 
@@ -103,9 +103,11 @@ def _tensor(config: Config) -> Iterator[str]:
         )
 
 
-def _pipeline(config: Config) -> Iterator[str]:
-    """Rules of the pipeline stages: equal, unequal at the ends, or given as a layout."""
-    parallel = config.parallel
+def pipeline_problems(parallel: ParallelConfig, num_layers: int) -> Iterator[str]:
+    """Yield one line for each violated rule of the pipeline stages.
+
+    They are equal, unequal at the ends, or given as a layout.
+    """
     first = parallel.decoder_first_pipeline_num_layers
     last = parallel.decoder_last_pipeline_num_layers
     counted = (
@@ -120,34 +122,35 @@ def _pipeline(config: Config) -> Iterator[str]:
             "account_for_embedding/loss_in_pipeline_split, or pipeline_model_parallel_layout"
         )
     elif parallel.pipeline_model_parallel_layout is not None:
-        yield from _layout(config, parallel.pipeline_model_parallel_layout)
+        yield from _layout(parallel, num_layers, parallel.pipeline_model_parallel_layout)
     elif uneven:
-        yield from _uneven(config, first, last)
+        yield from _uneven(parallel, num_layers, first, last)
     else:
-        yield from _even(config, counted)
+        yield from _even(parallel, num_layers, counted)
 
 
-def _even(config: Config, counted: int) -> Iterator[str]:
-    parallel, layers = config.parallel, config.model.num_layers + counted
+def _even(parallel: ParallelConfig, num_layers: int, counted: int) -> Iterator[str]:
+    layers = num_layers + counted
     chunks = parallel.pipeline_model_parallel_size * (
         parallel.virtual_pipeline_model_parallel_size or 1
     )
     if layers % chunks:
         with_ends = f", and {counted} for embedding and loss," if counted else ""
         yield (
-            f"num_layers {config.model.num_layers}{with_ends} is not divisible into "
+            f"num_layers {num_layers}{with_ends} is not divisible into "
             f"{chunks} pipeline chunks: possible are {divisors(layers)}; or make the first or last "
             "stage smaller with decoder_first_pipeline_num_layers or "
             "decoder_last_pipeline_num_layers"
         )
 
 
-def _uneven(config: Config, first: int | None, last: int | None) -> Iterator[str]:
-    parallel = config.parallel
+def _uneven(
+    parallel: ParallelConfig, num_layers: int, first: int | None, last: int | None
+) -> Iterator[str]:
     chunks = parallel.virtual_pipeline_model_parallel_size or 1
     given = [n for n in (first, last) if n is not None]
     stages = parallel.pipeline_model_parallel_size - len(given)
-    layers = config.model.num_layers - sum(given)
+    layers = num_layers - sum(given)
     if stages < 0 or (stages == 0) != (layers == 0) or layers < 0:
         yield (
             f"{' and '.join(map(str, given))} layers at the ends leave {layers} layers for "
@@ -167,9 +170,9 @@ def _uneven(config: Config, first: int | None, last: int | None) -> Iterator[str
         )
 
 
-def _layout(config: Config, text: str) -> Iterator[str]:
+def _layout(parallel: ParallelConfig, num_layers: int, text: str) -> Iterator[str]:
     """Rules of ``pipeline_model_parallel_layout``."""
-    parallel, name = config.parallel, "pipeline_model_parallel_layout"
+    name = "pipeline_model_parallel_layout"
     plain = expand_pipeline_layout(text)
     if unknown := set(plain) - set("EtL|"):
         yield (
@@ -180,11 +183,8 @@ def _layout(config: Config, text: str) -> Iterator[str]:
     whole = plain.replace("|", "")
     if whole[:1] != "E" or whole[-1:] != "L" or whole.count("E") != 1 or whole.count("L") != 1:
         yield f"{name} '{text}': it must begin with E, end with L, and contain each once"
-    if whole.count("t") != config.model.num_layers:
-        yield (
-            f"{name} '{text}': it has {whole.count('t')} layers (t), the model "
-            f"{config.model.num_layers}"
-        )
+    if whole.count("t") != num_layers:
+        yield f"{name} '{text}': it has {whole.count('t')} layers (t), the model {num_layers}"
     stages, found = parallel.pipeline_model_parallel_size, plain.count("|") + 1
     if found != stages * (parallel.virtual_pipeline_model_parallel_size or 1):
         rest = found % stages

@@ -17,6 +17,7 @@ from megatron_llmjp.arguments import CommandLineParser, parse_shard, parse_size,
 from megatron_llmjp.checkpoint.save_folder import NATIVE
 from megatron_llmjp.config.tokenizer_types import TOKENIZER_TYPES, find_tokenizer_type
 from megatron_llmjp.convert.formats.registry import FORMATS
+from megatron_llmjp.convert.layout_flags import add_layout_flags, target_layout
 from megatron_llmjp.convert.publishing.flags import add_hugging_face_flags
 from megatron_llmjp.errors import (
     EXIT_DONE,
@@ -132,20 +133,7 @@ def _add_output_options(add: Callable[..., Any]) -> None:
         action="store_true",
         help="to hf: keep the padding rows of the vocabulary",
     )
-    add(
-        "--target-tensor-parallel-size",
-        type=positive_int,
-        default=1,
-        metavar="TP",
-        help="tensor-parallel size of the output (default: 1; native loads with any size)",
-    )
-    add(
-        "--target-pipeline-parallel-size",
-        type=positive_int,
-        default=1,
-        metavar="PP",
-        help="pipeline-parallel size of the output (default: 1; native loads with any size)",
-    )
+    add_layout_flags(add)
     add(
         "--main-weights",
         action="store_true",
@@ -169,6 +157,15 @@ def _add_output_options(add: Callable[..., Any]) -> None:
         choices=("torch_dist", "torch"),
         default="torch_dist",
         help="to megatron-lm: same as Megatron-LM's flag (default: torch_dist)",
+    )
+    add(
+        "--distrib-optim-sharding-type",
+        choices=("fully_sharded_model_space", "fully_reshardable"),
+        default="fully_sharded_model_space",
+        metavar="TYPE",
+        help="to megatron-lm with --with-optimizer: format of the optimizer state, "
+        "fully_sharded_model_space for LLM-jp's fork and core 0.8 to 0.15 (default), or "
+        "fully_reshardable for core 0.15 and newer",
     )
     add(
         "--transformer-impl",
@@ -298,8 +295,7 @@ def _convert(arguments: argparse.Namespace) -> int:
 
     options = ConversionOptions(
         dtype=TORCH_TYPES[arguments.dtype] if arguments.dtype else None,
-        tensor_parallel=arguments.target_tensor_parallel_size,
-        pipeline_parallel=arguments.target_pipeline_parallel_size,
+        parallel=target_layout(arguments),
         max_shard_size=arguments.max_shard_size or ConversionOptions.max_shard_size,
         shard_size_given=arguments.max_shard_size is not None,
         like=arguments.like,
@@ -308,6 +304,7 @@ def _convert(arguments: argparse.Namespace) -> int:
         tokenizer_type=arguments.tokenizer_type,
         vocab_size=arguments.vocab_size,
         megatron_format=arguments.ckpt_format,
+        optimizer_sharding=arguments.distrib_optim_sharding_type,
         transformer_impl=arguments.transformer_impl,
         main_weights=arguments.main_weights,
         with_optimizer=arguments.with_optimizer,

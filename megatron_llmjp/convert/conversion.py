@@ -146,7 +146,9 @@ def _check_options(source: SourceCheckpoint, target: str, options: ConversionOpt
     Raises:
         UserError: an option is invalid.
     """
-    check_parallel_sizes(source.model, options.tensor_parallel, options.pipeline_parallel)
+    entry = FORMATS[target]
+    stages = 1 if entry.has_pipeline_stages else options.pipeline_parallel
+    check_parallel_sizes(source.model, options.tensor_parallel, stages)
     path, rows = source.path, source.padded_vocab_size
     if options.vocab_size is not None and options.vocab_size > rows:
         raise UserError(
@@ -158,11 +160,12 @@ def _check_options(source: SourceCheckpoint, target: str, options: ConversionOpt
             f"{path}: vocabulary size {size} is larger than the padded vocabulary size "
             f"{rows}; give --vocab-size"
         )
-    entry = FORMATS[target]
     if not entry.stores_tokenizer and (options.tokenizer or options.tokenizer_type):
         raise UserError(
             f"--tokenizer, --tokenizer-type: {target} checkpoints do not contain a tokenizer"
         )
+    if not entry.has_pipeline_stages and (given := options.stage_flags):
+        raise UserError(f"{', '.join(given)}: {target} checkpoints load with any pipeline stages")
     if options.with_optimizer and not entry.writes_optimizer:
         raise UserError(f"--with-optimizer: writing optimizer state to {target} is not supported")
 

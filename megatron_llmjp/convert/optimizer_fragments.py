@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from megatron_llmjp.config.pipeline_layout import ModelChunk, split_layers
 from megatron_llmjp.config.schema import ModelConfig
 from megatron_llmjp.convert.files import torch_dist
 from megatron_llmjp.convert.files.checksums import ChecksumRange
@@ -35,6 +36,7 @@ from megatron_llmjp.convert.files.storage import Extents, copy_into
 from megatron_llmjp.convert.files.torch_dist import ChunkTensor, TensorEntry
 from megatron_llmjp.convert.formats import mcore_names
 from megatron_llmjp.convert.formats.mcore_names import stored_key
+from megatron_llmjp.convert.formats.megatron_lm.pipeline_arguments import parallel_of_args
 from megatron_llmjp.convert.formats.rank_files import RankTensors, check_parallel_sizes, rank_shape
 from megatron_llmjp.convert.plan import TensorRead
 from megatron_llmjp.convert.tensors import (
@@ -250,19 +252,23 @@ def _read_kind(
 
     None if the order does not match the buckets.
     """
-    tensor = int(getattr(args, "tensor_model_parallel_size", 0) or 1)
-    pipeline = int(getattr(args, "pipeline_model_parallel_size", 0) or 1)
-    virtual = 1 + max(chunk for _, chunk in buckets)
-    check_parallel_sizes(model, tensor, pipeline * virtual)
+    parallel = parallel_of_args(args, where)
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    check_parallel_sizes(model, tensor)
+    stages = split_layers(parallel, model.num_layers)
+    virtual = len(stages[0])
     if sorted(buckets) != [(r, v) for r in range(tensor * pipeline) for v in range(virtual)]:
-        raise _unsupported(where, f"the buckets are not those of TP {tensor} x PP {pipeline}")
+        raise _unsupported(
+            where,
+            f"the buckets are not those of TP {tensor} x PP {pipeline}"
+            + (f" with {virtual} virtual stages" if virtual > 1 else ""),
+        )
     shape_of = tensor_shapes(model, rows)
     gathered = RankTensors()
-    for (rank, chunk), own in buckets.items():
+    for (rank, number), own in buckets.items():
         stage, t = divmod(rank, tensor)
-        number, count = chunk * pipeline + stage, pipeline * virtual
         held = {}
-        for name in _parameter_order(model, list(shape_of), number, count, order):
+        for name in _parameter_order(model, list(shape_of), stages[stage][number], order):
             whole = WORD_EMBEDDINGS if name not in shape_of else name
             held[name] = rank_shape(whole, model, shape_of[whole], tensor)
         fragments = _locate(held, own)
@@ -275,19 +281,18 @@ def _read_kind(
 
 
 def _parameter_order(
-    model: ModelConfig, names: list[str], number: int, count: int, order: tuple[str, ...]
+    model: ModelConfig, names: list[str], chunk: ModelChunk, order: tuple[str, ...]
 ) -> list[str]:
-    """Return the parameters of part ``number`` of ``count`` parts of the pipeline, in order."""
-    per_part = model.num_layers // count
-    found = [name for name in names if name.startswith("embedding.") and number == 0]
-    for layer in range(number * per_part, (number + 1) * per_part):
+    """Return the parameters of a model chunk, in order."""
+    found = [name for name in names if name.startswith("embedding.") and chunk.embedding]
+    for layer in range(chunk.first_layer, chunk.first_layer + chunk.layers):
         prefix = LAYER.format(i=layer)
         inner = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
         inner.sort(key=lambda name: order.index(name.rpartition(".")[0]))  # weight, then bias
         found += [prefix + name for name in inner]
-    if number == count - 1:
+    if chunk.output:
         found += [n for n in names if not n.startswith(("embedding.", LAYER.partition("{")[0]))]
-        if count > 1 and not model.untie_embeddings_and_output_weights:
+        if not chunk.embedding and not model.untie_embeddings_and_output_weights:
             found.append(OUTPUT_LAYER)  # the last stage's copy of the embedding
     return found
 

@@ -120,7 +120,7 @@ def optimizer_reads(
     """
     tensors = {MAIN_WEIGHTS: source.reads, **state.tensors}
     found = {}
-    for kind in _kinds(source, state, options):
+    for kind in state_kinds(source, state, options):
         where = Path(f"{source.path}, {kind} of the optimizer")
         check_tensor_names(where, source.reads, tensors.get(kind, {}))
         for name, weight in source.reads.items():
@@ -142,7 +142,7 @@ def state_prefixes(source: SourceCheckpoint, options: ConversionOptions) -> dict
     """
     if source.optimizer is None:
         return {MAIN_WEIGHTS: ""}
-    kinds = _kinds(source, read_optimizer_state(source), options)
+    kinds = state_kinds(source, read_optimizer_state(source), options)
     return {MAIN_WEIGHTS: "", **{kind: f"{PREFIX}{kind}." for kind in kinds}}
 
 
@@ -165,7 +165,7 @@ def add_optimizer_state(
     """
     model = source.model
     keys = {name: stored_key(name) for name in tensor_shapes(model, rows)}
-    kinds = _kinds(source, state, options)
+    kinds = state_kinds(source, state, options)
     writes = {}
     for kind in kinds:
         for name, shape in tensor_shapes(model, rows).items():
@@ -202,7 +202,7 @@ def optimizer_common_state(state: OptimizerState) -> dict[str, Any]:
     return {"optimizer": optimizer, "opt_param_scheduler": state.scheduler}
 
 
-def _kinds(
+def state_kinds(
     source: SourceCheckpoint, state: OptimizerState, options: ConversionOptions
 ) -> tuple[str, ...]:
     """Return the kinds of tensors to write; fp32 models have no separate main weights."""

@@ -9,27 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 from megatron_llmjp.config.pipeline_layout import (
-    expand_pipeline_layout,
+    ModelChunk,
     pipeline_bubble,
+    split_layers,
     virtual_pipeline_size,
 )
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.errors import UserError
-
-
-@dataclass(frozen=True)
-class ModelChunk:
-    """Consecutive layers of one pipeline stage; with interleaving a stage has several chunks."""
-
-    first_layer: int
-    """From 0."""
-    layers: int
-    embedding: bool
-    output: bool
-    """Whether the chunk contains the final norm, the output layer and the loss."""
 
 
 @dataclass(frozen=True)
@@ -101,57 +89,8 @@ def make_layout(config: Config, world_size: int) -> ParallelLayout:
         pp=parallel.pipeline_model_parallel_size,
         vp=virtual_pipeline_size(parallel),
         micro_batches=batch // samples,
-        stages=split_layers(config),
+        stages=split_layers(parallel, config.model.num_layers),
     )
-
-
-def split_layers(config: Config) -> tuple[tuple[ModelChunk, ...], ...]:
-    """Return the chunks of each pipeline stage, split as megatron-core splits the layers.
-
-    Raises:
-        UserError: the layers are not divisible over the stages.
-    """
-    parallel = config.parallel
-    pp, vp = parallel.pipeline_model_parallel_size, virtual_pipeline_size(parallel)
-    counts = _layers_per_chunk(config, pp, vp)
-    if sum(counts) != config.model.num_layers or min(counts) < 0:
-        raise UserError(
-            f"{config.model.num_layers} layers cannot be split over {pp} stages"
-            + (f" of {vp} chunks" if vp > 1 else "")
-            + ": change pipeline_model_parallel_size, or set decoder_first_pipeline_num_layers or "
-            "decoder_last_pipeline_num_layers"
-        )
-    starts = [0, *accumulate(counts)]
-    chunks = [
-        ModelChunk(starts[i], n, embedding=i == 0, output=i == len(counts) - 1)
-        for i, n in enumerate(counts)
-    ]
-    return tuple(tuple(chunks[stage::pp]) for stage in range(pp))
-
-
-def _layers_per_chunk(config: Config, pp: int, vp: int) -> list[int]:
-    """Return the number of layers of each chunk, in forward order."""
-    parallel, layers = config.parallel, config.model.num_layers
-    if parallel.pipeline_model_parallel_layout:
-        text = expand_pipeline_layout(parallel.pipeline_model_parallel_layout)
-        return [chunk.count("t") for chunk in text.split("|")]
-    first, last = (
-        parallel.decoder_first_pipeline_num_layers,
-        parallel.decoder_last_pipeline_num_layers,
-    )
-    if first is not None or last is not None:
-        middle = pp - (first is not None) - (last is not None)
-        rest = layers - (first or 0) - (last or 0)
-        each = rest // middle if middle else 0
-        stages = [each] * pp
-        stages[0], stages[-1] = first or stages[0], last or stages[-1]
-        return [stages[i % pp] // vp for i in range(pp * vp)]
-    before = int(parallel.account_for_embedding_in_pipeline_split)
-    after = int(parallel.account_for_loss_in_pipeline_split)
-    counts = [(layers + before + after) // (pp * vp)] * (pp * vp)
-    counts[0] -= before
-    counts[-1] -= after
-    return counts
 
 
 def stage_contents(chunks: Sequence[ModelChunk]) -> tuple[tuple[int, bool, bool], ...]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_llmjp.estimate.layout import ModelChunk, ParallelLayout
+from megatron_llmjp.config.pipeline_layout import ModelChunk
+from megatron_llmjp.estimate.layout import ParallelLayout
 from megatron_llmjp.formatting import format_table
 
 SHOWN_NODES = 4

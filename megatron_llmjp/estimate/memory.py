@@ -13,8 +13,9 @@ from dataclasses import dataclass, fields
 
 from megatron_llmjp.config.loss_chunks import loss_chunk_tokens
 from megatron_llmjp.config.parameter_counts import count_parameters
+from megatron_llmjp.config.pipeline_layout import ModelChunk
 from megatron_llmjp.config.schema import Config
-from megatron_llmjp.estimate.layout import ModelChunk, ParallelLayout
+from megatron_llmjp.estimate.layout import ParallelLayout
 
 
 @dataclass(frozen=True)

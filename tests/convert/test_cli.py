@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_llmjp.config.model_config import ParallelConfig
 from megatron_llmjp.convert import conversion, progress_bar
 from megatron_llmjp.convert.formats.base import ConversionOptions
 from megatron_llmjp.errors import UserError
@@ -62,8 +63,19 @@ OPTIONS = {
     "--dtype fp16": {"dtype": torch.float16},
     "--dtype bf16": {"dtype": torch.bfloat16},
     "--dtype fp32": {"dtype": torch.float32},
-    "--target-tensor-parallel-size 2": {"tensor_parallel": 2},
-    "--target-pipeline-parallel-size 3": {"pipeline_parallel": 3},
+    "--target-tensor-parallel-size 2": {"parallel": ParallelConfig(tensor_model_parallel_size=2)},
+    "--target-pipeline-parallel-size 3": {
+        "parallel": ParallelConfig(pipeline_model_parallel_size=3)
+    },
+    "--num-virtual-stages-per-pipeline-rank 1": {},
+    "--target-pipeline-parallel-size 2 --pipeline-model-parallel-layout Et|t|t|tL": {
+        "parallel": ParallelConfig(
+            pipeline_model_parallel_size=2,
+            virtual_pipeline_model_parallel_size=2,
+            pipeline_model_parallel_layout="Et|t|t|tL",
+        )
+    },
+    "--distrib-optim-sharding-type fully_reshardable": {"optimizer_sharding": "fully_reshardable"},
     "--max-shard-size 500MB": {"max_shard_size": 500_000_000, "shard_size_given": True},
     "--like a/b": {"like": Path("a/b")},
     "--keep-vocab-padding": {"keep_vocabulary_padding": True},
@@ -79,10 +91,11 @@ OPTIONS = {
     "--ignore-args a,b_c": {"ignored_args": frozenset({"a", "b_c"})},
 }
 DEFAULTS = {
-    "dtype": None, "tensor_parallel": 1, "pipeline_parallel": 1, "max_shard_size": 5_000_000_000,
+    "dtype": None, "parallel": ParallelConfig(), "max_shard_size": 5_000_000_000,
     "shard_size_given": False, "like": None,
     "keep_vocabulary_padding": False, "tokenizer": None, "tokenizer_type": None,
     "vocab_size": None, "megatron_format": "torch_dist",
+    "optimizer_sharding": "fully_sharded_model_space",
     "transformer_impl": "transformer_engine", "main_weights": False, "with_optimizer": False,
     "no_pipeline": False, "checksums": True, "ignored_args": frozenset(),
 }  # fmt: skip

@@ -167,7 +167,7 @@ def test_indivisible_sizes_are_refused(tmp_path, convert):
     MODELS["llama"](rope_theta=10000.0).save_pretrained(tmp_path / "hf")
     for flags, message in (
         (("--target-tensor-parallel-size", 3), "num_attention_heads 8 is not divisible"),
-        (("--target-pipeline-parallel-size", 2), "num_layers 3 is not divisible"),
+        (("--target-pipeline-parallel-size", 4), "4 exceeds num_layers 3"),
     ):
         text = convert(
             "--to",

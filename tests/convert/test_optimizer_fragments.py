@@ -74,7 +74,7 @@ def test_other_bucket_layouts_are_refused(tmp_path, convert):
     ("size", "number", "message"),
     [
         ("tensor", 1, "the buckets are not those of TP 1 x PP 1"),
-        ("pipeline", 2, "num_layers 1 is not divisible by pipeline parallel size 2"),
+        ("pipeline", 2, "1 layers cannot be split over 2 stages"),
     ],
 )
 def test_buckets_of_another_layout_are_refused(tmp_path, convert, size, number, message):
@@ -113,8 +113,11 @@ MODULES = (
 """Modules of a layer in the order in which megatron-core's local implementation registers them."""
 
 
-@pytest.mark.parametrize("virtual", [1, 2])
-def test_buckets_of_pipeline_stages(tmp_path, virtual):
+@pytest.mark.parametrize(
+    "layers",
+    [[[0, 1], [2, 3]], [[0], [1], [2], [3]], [[0], [1, 2, 3]], [[], [0, 1], [2], [3]]],
+)
+def test_buckets_of_pipeline_stages(tmp_path, layers):
     """Two stages, with one or two chunks each: stage, other stage, stage, other stage."""
     model = ModelConfig(
         num_layers=4, hidden_size=8, num_attention_heads=2, ffn_hidden_size=12,
@@ -126,15 +129,20 @@ def test_buckets_of_pipeline_stages(tmp_path, virtual):
     generator = torch.Generator().manual_seed(3)
     wholes = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     inner = [f"{module}.{kind}" for module in MODULES for kind in ("weight", "bias")]
-    parts = [[f"decoder.layers.{i}.{name}" for name in inner] for i in range(4)]
-    if virtual == 1:
-        parts = [parts[0] + parts[1], parts[2] + parts[3]]
+    parts = [[f"decoder.layers.{i}.{name}" for i in own for name in inner] for own in layers]
     embedding = "embedding.word_embeddings.weight"
     parts[0] = [embedding, "embedding.position_embeddings.weight", *parts[0]]
     final = [f"decoder.final_layernorm.{kind}" for kind in ("weight", "bias")]
     parts[-1] = [*parts[-1], *final, embedding]  # the last stage has a copy
     buckets = {(n % 2, n // 2): [bucket_of(tmp_path, wholes, part)] for n, part in enumerate(parts)}
-    args = argparse.Namespace(tensor_model_parallel_size=1, pipeline_model_parallel_size=2)
+    layout = "E" + "|".join("t" * len(own) for own in layers) + "L"
+    args = argparse.Namespace(
+        tensor_model_parallel_size=1,
+        pipeline_model_parallel_size=2,
+        virtual_pipeline_model_parallel_size=2 if len(layers) == 4 else None,
+        # as megatron-core's object, which becomes an inert one
+        pipeline_model_parallel_layout=argparse.Namespace(input_data=layout),
+    )
     order = optimizer_fragments._ORDERS["local"]
     found = optimizer_fragments._read_kind(model, 10, buckets, order, args, tmp_path)
     assert found is not None and found.keys() == wholes.keys()

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from megatron_llmjp.config.loading import replace_fields
+from megatron_llmjp.config.pipeline_layout import split_layers
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.estimate.layout import make_layout, split_layers
+from megatron_llmjp.estimate.layout import make_layout
 from tests.estimate.test_flops import preset
 
 SPLITS: list[tuple[dict[str, Any], list[list[int]]]] = [
@@ -43,7 +44,7 @@ SPLITS: list[tuple[dict[str, Any], list[list[int]]]] = [
 @pytest.mark.parametrize(("values", "expected"), SPLITS)
 def test_layers_of_each_stage(values, expected):
     config = replace_fields(preset("laptop-llama"), **{"num_layers": 8, **values})
-    stages = split_layers(config)
+    stages = split_layers(config.parallel, config.model.num_layers)
     assert [[chunk.layers for chunk in stage] for stage in stages] == expected
     assert stages[0][0].embedding and stages[-1][-1].output
     chunks = sorted((c for stage in stages for c in stage), key=lambda c: c.first_layer)

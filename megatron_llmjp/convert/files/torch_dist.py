@@ -233,6 +233,13 @@ def read_object(folder: Path, key: str) -> Any:
     return None if place is None else load_archive(*place)
 
 
+def read_objects(folder: Path, name: str) -> dict[str, Any]:
+    """Read the shards of an object that ranks store under a name, by their keys."""
+    places = _chunk_locations(folder, _open_metadata(folder).storage_data)
+    found = {key: place for (key, _), place in places.items() if key.startswith(f"{name}/shard_")}
+    return {key: load_archive(*place) for key, place in found.items()}
+
+
 class _MetadataUnpickler(BoundedUnpickler):
     def __init__(self, data: bytes, path: Path) -> None:
         super().__init__(data)
@@ -282,6 +289,8 @@ class TorchDistWriter:
         self._storage: dict[tuple[str, Shape | None, int | None], tuple[str, int, int]] = {}
         self._tensors: dict[str, tuple[Shape, torch.dtype, list[tuple[Shape, Shape]]]] = {}
         self._objects: list[str] = []
+        self.mcore_data: dict[str, dict[str, Any]] = {}
+        """megatron-core's own metadata of tensors, by key."""
 
     def add_tensor(
         self, key: str, shape: Shape, dtype: torch.dtype, layer: tuple[int, int] | None = None
@@ -299,24 +308,26 @@ class TorchDistWriter:
         """
         lead = () if layer is None else (layer[0],)
         stacked = shape if layer is None else (layer[1], *shape)
-        _, _, chunks = self._tensors.setdefault(key, (stacked, dtype, []))
         found = []
         for offsets, sizes in split_into_chunks(shape, dtype):
-            where = (*lead, *offsets)
             size = sizes if layer is None else (1, *sizes)
-            name = f"{key}{list(where)}"
-            file = self._file_with_space(byte_count(sizes, dtype))
-            start = file.size
-            archive = plan_archive(file.name, TensorPlaceholder(name, size, dtype), start)
-            self._append_archive(file, archive)
-            self._storage[key, where, len(chunks)] = (
-                Path(file.name).name,
-                start,
-                file.size - start,
-            )
-            chunks.append((where, size))
-            found.append(((offsets, sizes), archive.slots[name]))
+            slot = self.add_chunk(key, stacked, dtype, (*lead, *offsets), size)
+            found.append(((offsets, sizes), slot))
         return found
+
+    def add_chunk(
+        self, key: str, shape: Shape, dtype: torch.dtype, offsets: Shape, sizes: Shape
+    ) -> Slot:
+        """Add one chunk of the tensor ``key`` of this shape; returns the chunk's slot."""
+        _, _, chunks = self._tensors.setdefault(key, (shape, dtype, []))
+        name = f"{key}{list(offsets)}"
+        file = self._file_with_space(byte_count(sizes, dtype))
+        start = file.size
+        archive = plan_archive(file.name, TensorPlaceholder(name, sizes, dtype), start)
+        self._append_archive(file, archive)
+        self._storage[key, offsets, len(chunks)] = (Path(file.name).name, start, file.size - start)
+        chunks.append((offsets, sizes))
+        return archive.slots[name]
 
     def add_alias(self, key: str, of: str) -> None:
         """Add a second key for the bytes of the tensor ``of``, all chunks of which were added."""
@@ -325,11 +336,12 @@ class TorchDistWriter:
             self._storage[key, where, index] = self._storage[of, where, index]
 
     def add_object(self, key: str, value: Any) -> None:
-        """Add an object without tensors."""
-        file = self._file_with_space(0)
-        start = file.size
-        self._append_archive(file, plan_archive(file.name, value, start))
-        self._storage[key, None, None] = (Path(file.name).name, start, file.size - start)
+        """Add a small object."""
+        data = _saved(value)
+        file = self._file_with_space(len(data))
+        self._storage[key, None, None] = (Path(file.name).name, file.size, len(data))
+        file.fixed.append((file.size, data))
+        file.size += len(data)
         self._objects.append(key)
 
     def _file_with_space(self, size: int) -> OutputFile:
@@ -349,9 +361,7 @@ class TorchDistWriter:
     def finish(self, folder: Path, common: dict[str, Any]) -> None:
         """Write ``.metadata``, ``common.pt`` and ``metadata.json`` next to the chunks."""
         (folder / METADATA).write_bytes(self.metadata())
-        buffer = io.BytesIO()  # torch.save into a file hides the cause of an error
-        torch.save(common, buffer)
-        (folder / "common.pt").write_bytes(buffer.getvalue())
+        (folder / "common.pt").write_bytes(_saved(common))
         backend = {
             "sharded_backend": "torch_dist",
             "sharded_backend_version": 1,
@@ -381,7 +391,16 @@ class TorchDistWriter:
             dcp.MetadataIndex(key, offsets, index): _StorageInfo(*place)
             for (key, offsets, index), place in self._storage.items()
         }
-        return pickle.dumps(dcp.Metadata(entries, storage_data=storage))
+        metadata = dcp.Metadata(entries, storage_data=storage)
+        if self.mcore_data:
+            metadata.mcore_data = self.mcore_data  # type: ignore[attr-defined]
+        return pickle.dumps(metadata)
+
+
+def _saved(value: Any) -> bytes:
+    buffer = io.BytesIO()  # torch.save into a file hides the cause of an error
+    torch.save(value, buffer)
+    return buffer.getvalue()
 
 
 def split_into_chunks(shape: Shape, dtype: torch.dtype) -> Iterator[tuple[Shape, Shape]]:

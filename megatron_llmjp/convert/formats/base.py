@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from megatron_llmjp.config.schema import ModelConfig
+from megatron_llmjp.config.schema import ModelConfig, ParallelConfig
 from megatron_llmjp.convert.formats.hugging_face.generation import GenerationSettings
+from megatron_llmjp.convert.layout_flags import STAGE_FLAGS
 from megatron_llmjp.convert.plan import TensorRead
 from megatron_llmjp.convert.tensors import WORD_EMBEDDINGS, tensor_shapes
 from megatron_llmjp.errors import UserError
@@ -44,6 +45,8 @@ class SourceCheckpoint:
     """Sections of the run's configuration that the checkpoint contains."""
     optimizer: Callable[[], Any] | None = None
     """Opens the optimizer state and returns an ``optimizer_state.OptimizerState``."""
+    random_states: Callable[[], Any] | None = None
+    """Reads the states of the random generators and returns a ``random_states.RandomStates``."""
 
     @property
     def padded_vocab_size(self) -> int:
@@ -90,8 +93,8 @@ class ConversionOptions:
     """Options of a conversion, from the command line."""
 
     dtype: torch.dtype | None = None
-    tensor_parallel: int = 1
-    pipeline_parallel: int = 1
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Tensor and pipeline parallelism of the output."""
     max_shard_size: int = 5_000_000_000
     shard_size_given: bool = False
     """Whether the user gave ``--max-shard-size``, which takes precedence over ``like``."""
@@ -102,6 +105,7 @@ class ConversionOptions:
     tokenizer_type: str | None = None
     vocab_size: int | None = None
     megatron_format: str = "torch_dist"
+    optimizer_sharding: str = "fully_sharded_model_space"
     transformer_impl: str = "transformer_engine"
     main_weights: bool = False
     with_optimizer: bool = False
@@ -115,6 +119,22 @@ class ConversionOptions:
     def tokenizer_flag(self) -> str:
         """The flag that gave the tokenizer, with its value, for messages."""
         return f"--{'like' if self.tokenizer == self.like else 'tokenizer'} {self.tokenizer}"
+
+    @property
+    def tensor_parallel(self) -> int:
+        """Tensor parallel size of the output."""
+        return self.parallel.tensor_model_parallel_size
+
+    @property
+    def pipeline_parallel(self) -> int:
+        """Pipeline parallel size of the output."""
+        return self.parallel.pipeline_model_parallel_size
+
+    @property
+    def stage_flags(self) -> list[str]:
+        """The given flags that divide the layers over the pipeline stages, without their sizes."""
+        given = self.parallel.model_dump(exclude_defaults=True)
+        return [flag for name, flag in STAGE_FLAGS.items() if name in given]
 
     def dtype_of(self, read: TensorRead) -> torch.dtype:
         """Return the data type of a written tensor: ``--dtype``, or its own."""

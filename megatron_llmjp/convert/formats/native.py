@@ -30,6 +30,7 @@ from megatron_llmjp.convert.model_tokenizer import (
 )
 from megatron_llmjp.convert.optimizer_state import OptimizerState
 from megatron_llmjp.convert.plan import Checksums, OutputPlan
+from megatron_llmjp.convert.random_states import read_native_states
 from megatron_llmjp.convert.tensors import WORD_EMBEDDINGS
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.filesystem import write_atomically
@@ -94,6 +95,7 @@ def read_native(path: Path, checksums: bool = True) -> SourceCheckpoint:
         generation=generation.read_stored_generation(folder / manifests.GENERATION),
         seq_length=config.data.seq_length,
         optimizer=optimizer,
+        random_states=partial(read_native_states, folder),
     )
 
 

@@ -67,6 +67,7 @@ class CheckpointFormat:
         has_megatron_args: whether the reader supports ``--ignore-args``.
         stores_tokenizer: whether the writer supports ``--tokenizer`` and ``--tokenizer-type``.
         writes_optimizer: whether the writer supports ``--with-optimizer``.
+        has_pipeline_stages: whether the output depends on the division into pipeline stages.
         creates_optimizer: whether the writer writes zero moments if the source has no optimizer.
         has_checksums: whether the files have checksums of their own.
     """
@@ -81,6 +82,7 @@ class CheckpointFormat:
     has_megatron_args: bool = False
     stores_tokenizer: bool = False
     writes_optimizer: bool = False
+    has_pipeline_stages: bool = False
     creates_optimizer: bool = False
     has_checksums: bool = True
 
@@ -227,6 +229,8 @@ FORMATS = {
             _plan_megatron_lm,
             _REFERENCE,
             has_megatron_args=True,
+            writes_optimizer=True,
+            has_pipeline_stages=True,
         ),
         CheckpointFormat(
             MEGATRON_DEEPSPEED,
@@ -239,6 +243,7 @@ FORMATS = {
             has_main_weights=True,
             has_megatron_args=True,
             writes_optimizer=True,
+            has_pipeline_stages=True,
             creates_optimizer=True,
         ),
     )

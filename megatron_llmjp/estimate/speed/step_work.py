@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_llmjp.config.pipeline_layout import ModelChunk
 from megatron_llmjp.config.schema import Config
-from megatron_llmjp.estimate.layout import ModelChunk, ParallelLayout, recomputed_layers
+from megatron_llmjp.estimate.layout import ParallelLayout, recomputed_layers
 from megatron_llmjp.estimate.memory import element_size
 
 BACKWARD_FLASH_PRODUCTS = 5

@@ -18,7 +18,8 @@ from megatron_llmjp.convert.files.torch_archive_writer import TensorPlaceholder,
 from megatron_llmjp.convert.formats.base import ConversionOptions, SourceCheckpoint
 from megatron_llmjp.convert.formats.megatron_deepspeed import zero_writer
 from megatron_llmjp.convert.formats.megatron_deepspeed.reader import LATEST
-from megatron_llmjp.convert.formats.megatron_lm.arguments import make_args
+from megatron_llmjp.convert.formats.megatron_deepspeed.stages import check_stages, stage_layers
+from megatron_llmjp.convert.formats.megatron_lm.arguments import make_args, run_arguments
 from megatron_llmjp.convert.formats.rank_files import (
     OLD_NAMES,
     check_parallel_sizes,
@@ -45,7 +46,8 @@ def plan_megatron_deepspeed(source: SourceCheckpoint, options: ConversionOptions
     Raises:
         UserError: Megatron-DeepSpeed does not support the model.
     """
-    check_parallel_sizes(source.model, options.tensor_parallel, options.pipeline_parallel)
+    check_parallel_sizes(source.model, options.tensor_parallel)
+    check_stages(source.model, options)
     _check_expressible(source.model)
     if options.no_pipeline:
         return _plan_modules(source, options)
@@ -212,12 +214,12 @@ def _stage(
     groups: dict[int, dict[str, str]], stage: int, stages: int, model: ModelConfig
 ) -> dict[int, dict[str, str]]:
     """Return the layer files of one pipeline stage; the last one also has a tied embedding."""
-    per_stage = model.num_layers // stages
+    layers = stage_layers(model.num_layers, stages)[stage]
     found = {}
     for number, names in groups.items():
         layer = min(max(number - 2, 0), model.num_layers - 1)
         tied_copy = number == 1 and not model.untie_embeddings_and_output_weights
-        if layer // per_stage == stage or (tied_copy and stage == stages - 1):
+        if layer in layers or (tied_copy and stage == stages - 1):
             found[number] = names
     return found
 
@@ -261,7 +263,7 @@ def _rank_content(
 ) -> dict[str, Any]:
     """Return the content of a rank file that DeepSpeed's engine and Megatron require."""
     model, tensor, stages = source.model, options.tensor_parallel, options.pipeline_parallel
-    iteration = source.iteration or 0
+    iteration, samples = source.iteration or 0, source.consumed_samples or 0
     rope = model.position_embedding_type == "rope"
     extra = {
         "num_key_value_heads": model.query_groups,
@@ -269,12 +271,11 @@ def _rank_content(
         "normalization": model.normalization.lower(),
         "num_experts": [1],
         "iteration": iteration,
-        "consumed_train_samples": source.consumed_samples or 0,
+        "consumed_train_samples": samples,
         "no_pipeline_parallel": options.no_pipeline,
         "deepspeed": True,
     }
-    if source.tokenizer_type is not None:
-        extra["tokenizer_type"] = source.tokenizer_type
+    extra |= run_arguments(model, source.seq_length, source.tokenizer_type)
     dtype = options.dtype or source.dtype
     return {
         "module": None,
@@ -290,7 +291,7 @@ def _rank_content(
         "sparse_tensor_module_names": set(),
         "skipped_steps": 0,
         "global_steps": iteration,
-        "global_samples": 0,
+        "global_samples": samples,
         "dp_world_size": 1,
         "mp_world_size": tensor * stages,
         "ds_config": {},
@@ -298,6 +299,6 @@ def _rank_content(
         "args": make_args(model, rows, dtype, tensor, stages, extra),
         "checkpoint_version": 3.0,
         "iteration": iteration,
-        "tokens": 0,
+        "tokens": samples * (source.seq_length or 0),
         "universal_checkpoint_info": _universal_info(model, rows),
     }

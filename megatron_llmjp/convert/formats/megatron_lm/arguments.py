@@ -256,6 +256,28 @@ def true_vocab_size(args: Any) -> int | None:
     return size if hasattr(args, "null_tokenizer_eod_id") else size + 1
 
 
+def run_arguments(
+    model: ModelConfig, seq_length: int | None, tokenizer_type: str | None
+) -> dict[str, Any]:
+    """Return the arguments for sequence length, tokenizer and vocabulary, as far as known.
+
+    Args:
+        model: provides the vocabulary size without padding.
+        seq_length: of the run.
+        tokenizer_type: of the run; NullTokenizer adds its end-of-document token to ``vocab_size``.
+    """
+    found: dict[str, Any] = {}
+    if seq_length is not None:
+        found |= {"seq_length": seq_length, "encoder_seq_length": seq_length}
+    if tokenizer_type is not None:
+        found["tokenizer_type"] = tokenizer_type
+    if model.vocab_size is not None:
+        found["true_vocab_size"] = model.vocab_size
+        if tokenizer_type == "NullTokenizer":
+            found["vocab_size"] = model.vocab_size - 1
+    return found
+
+
 def make_args(
     model: ModelConfig,
     rows: int,

@@ -33,6 +33,10 @@ from megatron_llmjp.convert.formats.megatron_lm.arguments import (
     tokenizer_type_of,
     vocabulary_notes,
 )
+from megatron_llmjp.convert.formats.megatron_lm.pipeline_arguments import (
+    describe_saved_layout,
+    describe_stages,
+)
 from megatron_llmjp.convert.formats.rank_files import RankTensors, canonical_name_in_layer
 from megatron_llmjp.convert.model_tokenizer import tokenizer_files
 from megatron_llmjp.convert.optimizer_state import MAIN_WEIGHTS, MOMENTS, OptimizerState
@@ -184,8 +188,9 @@ def _read_torch_dist(folder: Path, ignored: Collection[str]) -> SourceCheckpoint
     model = model_from_args(common["args"], str(folder / "common.pt"), ignored)
     reads = mcore_names.tensor_reads(model, entries[WORD_EMBEDDINGS].shape[0], entries)
     optimizer = partial(optimizer_state.read_torch_dist_state, model, stored, common, folder)
-    iteration = common.get("iteration")
-    return _source(folder, common["args"], iteration, model, reads, "torch_dist", optimizer)
+    args, iteration = common["args"], common.get("iteration")
+    layout = f"torch_dist{describe_saved_layout(args, model.num_layers)}"
+    return _source(folder, args, iteration, model, reads, layout, optimizer)
 
 
 def _read_legacy(folder: Path, ignored: Collection[str]) -> SourceCheckpoint:
@@ -213,7 +218,8 @@ def _read_legacy(folder: Path, ignored: Collection[str]) -> SourceCheckpoint:
         for name, stored in _numbered(stages, model.untie_embeddings_and_output_weights):
             gathered.add(name, t, stored)
     reads = gathered.reads(folder, model, tensor)
-    layout = f"torch, TP {tensor} x PP {pipeline}"
+    counts = [[_layer_count(chunk) for chunk in stage] for stage in stages]
+    layout = f"torch, TP {tensor} x PP {pipeline}{describe_stages(counts)}"
     optimizer = partial(_legacy_optimizer, folder, model, ranks, tensor, pipeline)
     return _source(folder, args, iteration, model, reads, layout, optimizer)
 
@@ -277,6 +283,12 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def _layer_count(chunk: dict[str, Any]) -> int:
+    """Return the number of layers of a model chunk."""
+    found = (re.match(r"decoder\.layers\.(\d+)\.", _current(key)) for key in chunk)
+    return len({match[1] for match in found if match})
+
+
 def _numbered(stages: list[list[dict[str, Any]]], untied: bool) -> Iterator[tuple[str, Any]]:
     """Yield the tensors of one tensor-parallel rank with global layer numbers.
 
@@ -285,17 +297,15 @@ def _numbered(stages: list[list[dict[str, Any]]], untied: bool) -> Iterator[tupl
     offset = 0
     for virtual in range(len(stages[0])):
         for stage in stages:
-            layers = set()
             for key, stored in stage[virtual].items():
                 name = _current(key)
                 match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
                 if match:
-                    layers.add(int(match[1]))
                     name = f"decoder.layers.{offset + int(match[1])}.{_inner(match[2])}"
                 elif not untied and (name == OUTPUT_LAYER or name.startswith(_TIED_COPIES)):
                     continue
                 yield name, stored
-            offset += len(layers)
+            offset += _layer_count(stage[virtual])
 
 
 def _current(key: str) -> str:

@@ -1,35 +1,30 @@
-"""Writer of Megatron-LM checkpoints in both formats, which ``reader.py`` describes."""
+"""Writer of Megatron-LM checkpoints: ``torch_dist``, or through ``legacy_writer.py`` ``torch``."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
-from megatron_llmjp.checkpoint.manifest import folder_name
 from megatron_llmjp.config.schema import ModelConfig
 from megatron_llmjp.convert.files import torch_dist
-from megatron_llmjp.convert.files.torch_archive_writer import TensorPlaceholder, plan_archive
 from megatron_llmjp.convert.formats import mcore_names
 from megatron_llmjp.convert.formats.base import ConversionOptions, SourceCheckpoint
 from megatron_llmjp.convert.formats.hugging_face.config import LLAMA3_FIELDS
-from megatron_llmjp.convert.formats.megatron_lm.arguments import make_args
-from megatron_llmjp.convert.formats.megatron_lm.reader import FILE, TRACKER
+from megatron_llmjp.convert.formats.megatron_lm.legacy_writer import (
+    iteration_folder,
+    plan_legacy,
+    write_tracker,
+)
+from megatron_llmjp.convert.formats.megatron_lm.optimizer_writer import add_model_and_optimizer
+from megatron_llmjp.convert.formats.megatron_lm.pipeline_arguments import target_chunks
+from megatron_llmjp.convert.formats.megatron_lm.written_arguments import checkpoint_arguments
 from megatron_llmjp.convert.formats.rank_files import (
     check_parallel_sizes,
-    rank_shape,
-    rank_write,
     target_padded_vocab_size,
 )
-from megatron_llmjp.convert.plan import Checksums, OutputPlan, Slot
-from megatron_llmjp.convert.tensors import (
-    FINAL_NORM,
-    OUTPUT_LAYER,
-    WORD_EMBEDDINGS,
-    tensor_shapes,
-)
+from megatron_llmjp.convert.plan import Checksums, OutputPlan
+from megatron_llmjp.convert.random_states import RandomStates
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.filesystem import write_atomically
 
 
 def plan_megatron_lm(source: SourceCheckpoint, options: ConversionOptions) -> OutputPlan:
@@ -48,8 +43,17 @@ def plan_megatron_lm(source: SourceCheckpoint, options: ConversionOptions) -> Ou
             f"{source.path}: Megatron-LM has LLaMA 3.1's constants built in, and no argument for "
             + ", ".join(f"{name} {getattr(source.model, name)}" for name in changed)
         )
-    plan_format = _plan_torch_dist if options.megatron_format == "torch_dist" else _plan_legacy
-    output = plan_format(source, options)
+    target_chunks(source.model, options)  # checks the stages, on which torch_dist does not depend
+    check_parallel_sizes(source.model, options.tensor_parallel)
+    if options.with_optimizer and options.megatron_format == "torch":
+        raise UserError(
+            "--with-optimizer: --ckpt-format torch stores optimizer state without names, in the "
+            "order of one optimizer class and one parallel layout; use --ckpt-format torch_dist"
+        )
+    if options.megatron_format == "torch_dist":
+        output = _plan_torch_dist(source, options)
+    else:
+        output = plan_legacy(source, options)
     output.notes += _notes(source.model)
     return output
 
@@ -72,129 +76,52 @@ def _notes(model: ModelConfig) -> list[str]:
     ]
 
 
-def _args(source: SourceCheckpoint, options: ConversionOptions, rows: int) -> Any:
-    model = source.model
-    grouped = model.query_groups != model.num_attention_heads
-    extra = {
-        "group_query_attention": grouped,
-        "num_query_groups": model.query_groups if grouped else 1,
-        "position_embedding_type": model.position_embedding_type,
-        "add_position_embedding": True,  # Megatron-LM's default for both kinds
-        "rotary_base": model.rotary_base,
-        "rotary_interleaved": False,
-        "rotary_seq_len_interpolation_factor": model.rotary_seq_len_interpolation_factor,
-        "use_rope_scaling": model.use_rope_scaling,
-        "rope_scaling_factor": model.rope_scaling_factor,
-        "normalization": model.normalization,
-        "add_qkv_bias": model.add_qkv_bias,
-        "qk_layernorm": False,
-        "num_experts": None,
-        "transformer_impl": options.transformer_impl,
-        "use_mcore_models": True,
-        "ckpt_format": options.megatron_format,
-        "iteration": source.iteration or 0,
-    }
-    if source.tokenizer_type is not None:
-        extra["tokenizer_type"] = source.tokenizer_type
-    if model.vocab_size is not None:
-        extra["true_vocab_size"] = model.vocab_size
-    dtype = options.dtype or source.dtype
-    sizes = options.tensor_parallel, options.pipeline_parallel
-    return make_args(model, rows, dtype, *sizes, extra)
-
-
 def _plan_torch_dist(source: SourceCheckpoint, options: ConversionOptions) -> OutputPlan:
     rows = target_padded_vocab_size(source.model, source.padded_vocab_size, options.tensor_parallel)
     iteration = source.iteration or 0
-    folder = _folder(iteration)
+    folder = iteration_folder(iteration)
     writer = torch_dist.TorchDistWriter(options.max_shard_size, folder)
-    writes = mcore_names.add_model_tensors(writer, source, options, rows)
+    common: dict[str, Any] = {}
+    notes: list[str] = []
+    states = None
+    if options.with_optimizer:
+        writes, common = add_model_and_optimizer(writer, source, options, rows)
+        states, notes = _target_random_states(source, options)
+    else:
+        writes = mcore_names.add_model_tensors(writer, source, options, rows)
     mcore_names.add_extra_states(writer, source.model)
-    common = {
-        "args": _args(source, options, rows),
+    for key, shard in states.shards() if states is not None else ():
+        writer.add_object(key, [shard])
+    common |= {
+        "args": checkpoint_arguments(source, options, rows, states),
         "checkpoint_version": 3.0,
         "iteration": iteration,
     }
 
     def finish(out: Path, _: Checksums) -> None:
         writer.finish(out / folder, common)
-        _write_tracker(out, iteration)
+        write_tracker(out, iteration)
 
-    return OutputPlan(writer.files, writes, finish, prepare=writer.metadata)
-
-
-def _folder(iteration: int) -> str:
-    """Return the folder name; Megatron-LM does not load iteration 0, but a ``release``."""
-    return folder_name(iteration) if iteration else "release"
+    return OutputPlan(writer.files, writes, finish, notes, prepare=writer.metadata)
 
 
-def _write_tracker(out: Path, iteration: int) -> None:
-    write_atomically(out / TRACKER, str(iteration) if iteration else "release")
-
-
-def _plan_legacy(source: SourceCheckpoint, options: ConversionOptions) -> OutputPlan:
-    model, tensor, pipeline = source.model, options.tensor_parallel, options.pipeline_parallel
-    check_parallel_sizes(model, tensor, pipeline)
-    rows = target_padded_vocab_size(model, source.padded_vocab_size, tensor)
-    iteration = source.iteration or 0
-    local = {
-        name: _placed(name, model.num_layers // pipeline, pipeline, options)
-        for name in tensor_shapes(model, rows)
-    }
-    if not model.untie_embeddings_and_output_weights and pipeline > 1:
-        local[WORD_EMBEDDINGS].append((pipeline - 1, OUTPUT_LAYER))
-    files = []
-    slots: dict[str, dict[int, list[Slot]]] = {name: {} for name in local}
-    for t in range(tensor):
-        for p in range(pipeline):
-            tree: dict[str, Any] = {}
-            for name, shape in tensor_shapes(model, rows).items():
-                held = rank_shape(name, model, shape, tensor)
-                dtype = options.dtype_of(source.reads[name])
-                tree |= {
-                    key: TensorPlaceholder(key, held, dtype)
-                    for stage, key in local[name]
-                    if stage == p
-                }
-            content = {
-                "args": _args(source, options, rows),
-                "checkpoint_version": 3.0,
-                "iteration": iteration,
-                "model": _with_extra_states(tree, options),
-            }
-            rank = f"mp_rank_{t:02d}" + (f"_{p:03d}" if pipeline > 1 else "")
-            file = plan_archive(f"{_folder(iteration)}/{rank}/{FILE}", content)
-            files.append(file)
-            for name, places in local.items():
-                slots[name].setdefault(t, []).extend(
-                    file.slots[key] for stage, key in places if stage == p
-                )
-    writes = {name: rank_write(name, model, tensor, slots[name], rows) for name in local}
-    return OutputPlan(files, writes, lambda out, _: _write_tracker(out, iteration))
-
-
-def _placed(
-    name: str, per_stage: int, pipeline: int, options: ConversionOptions
-) -> list[tuple[int, str]]:
-    """Return the stages that store a tensor, with its key there."""
-    match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
-    if match:
-        stage, layer = divmod(int(match[1]), per_stage)
-        inner = match[2]
-        if options.transformer_impl == "transformer_engine":
-            for plain, fused in mcore_names.FUSED_NORMS.items():
-                inner = inner.replace(plain, fused)
-        return [(stage, f"decoder.layers.{layer}.{inner}")]
-    return [(0 if name.startswith("embedding.") else pipeline - 1, name)]
-
-
-def _with_extra_states(tree: dict[str, Any], options: ConversionOptions) -> dict[str, Any]:
-    """Add the empty extra states of linear layers, and of Transformer Engine's final norm."""
-    final = f"{FINAL_NORM}.weight"
-    has_norm = options.transformer_impl == "transformer_engine"
-    found: dict[str, Any] = {}
-    for key, placeholder in tree.items():
-        found[key] = placeholder
-        if (".linear_" in key and key.endswith(".weight")) or (has_norm and key == final):
-            found[key.removesuffix("weight") + "_extra_state"] = None
-    return found
+def _target_random_states(
+    source: SourceCheckpoint, options: ConversionOptions
+) -> tuple[RandomStates | None, list[str]]:
+    """Return the random states that mean the same in the output, and notes for the resume."""
+    states = None if source.random_states is None else source.random_states()
+    sizes = f"TP {options.tensor_parallel} x PP {options.pipeline_parallel}"
+    if states is None:
+        reason = "the source has none"
+    elif (states.tensor, states.pipeline) != (options.tensor_parallel, options.pipeline_parallel):
+        reason = f"the source has those of TP {states.tensor} x PP {states.pipeline}, not {sizes}"
+    elif not states.is_of_cuda:
+        reason = "the source has those of a CPU"
+    elif states.data > 1:
+        return states, [
+            f"random states of {states.data} data-parallel ranks were written: resume with "
+            f"--data-parallel-random-init and a data parallel size of {states.data}"
+        ]
+    else:
+        return states, []
+    return None, [f"random states were not written ({reason}): resume with --no-load-rng"]
