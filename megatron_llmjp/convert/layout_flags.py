@@ -62,8 +62,8 @@ def add_layout_flags(add: Callable[..., Any]) -> None:
         if metavar is None:
             add(flag, dest=name, action="store_true", help=text)
         else:
-            kind = positive_int if metavar == "N" else str
-            add(flag, dest=name, type=kind, metavar=metavar, help=text)
+            value_type = positive_int if metavar == "N" else str
+            add(flag, dest=name, type=value_type, metavar=metavar, help=text)
 
 
 def target_layout(arguments: argparse.Namespace) -> ParallelConfig:
