@@ -12,7 +12,15 @@ from megatron_llmjp.config.loading import load_config
 from megatron_llmjp.convert.formats.megatron_lm.arguments import tokenizer_type_of
 from tests.convert.hf_models import MODELS
 
+STAGES = {
+    "account_for_embedding_in_pipeline_split": False, "account_for_loss_in_pipeline_split": False,
+    "decoder_first_pipeline_num_layers": None, "decoder_last_pipeline_num_layers": None,
+    "pipeline_model_parallel_layout": None, "virtual_pipeline_model_parallel_size": None,
+    # nothing from which a run could resume
+    "data_parallel_random_init": False, "no_save_optim": True, "no_save_rng": True,
+}  # fmt: skip
 COMMON = {
+    **STAGES,
     # of every model here; Megatron-LM's names (arguments.py, core 0.6 to 0.16)
     "add_position_embedding": True, "add_qkv_bias": False, "apply_layernorm_1p": False,
     "apply_query_key_layer_scaling": False, "apply_residual_connection_post_layernorm": False,
@@ -87,14 +95,18 @@ def test_arguments_and_files(tmp_path, convert, architecture):
     for name in files:
         if name.endswith(".pt"):
             content = torch.load(tmp_path / "there" / name, weights_only=False)
-            assert vars(content.pop("args")) == {**COMMON, **OWN[architecture]}
+            expected = {**COMMON, **OWN[architecture]}
+            stages = expected["pipeline_model_parallel_size"]
+            expected["transformer_pipeline_model_parallel_size"] = stages
+            expected["world_size"] = expected["tensor_model_parallel_size"] * stages
+            assert vars(content.pop("args")) == expected
             content.pop("model", None)
             assert content == {"checkpoint_version": 3.0, "iteration": 0}
 
 
 @pytest.mark.parametrize("flags", [(), LEGACY], ids=["torch_dist", "torch"])
 def test_an_iteration_is_kept(tmp_path, convert, flags):
-    """And the tokenizer type of the run, but not its samples: Megatron-LM counts its own."""
+    """With the tokenizer type of the run and its consumed samples."""
     MODELS["llama"]().save_pretrained(tmp_path / "hf")
     convert("--to", "megatron-lm", *LEGACY, "--input", tmp_path / "hf", "--output", tmp_path / "a")
     path = tmp_path / "a" / "release" / "mp_rank_00" / "model_optim_rng.pt"
@@ -112,7 +124,7 @@ def test_an_iteration_is_kept(tmp_path, convert, flags):
     content = torch.load(folder / file, weights_only=False)
     assert (content["iteration"], content["args"].iteration) == (20, 20)
     assert content["args"].tokenizer_type == "Llama2Tokenizer"
-    assert content["args"].consumed_train_samples == 0
+    assert content["args"].consumed_train_samples == 80
     convert("--to", "native", "--input", tmp_path / "a", "--output", tmp_path / "n")
     manifest = json.loads((tmp_path / "n" / "iter_0000020" / "manifest.json").read_text())
     assert (manifest["iteration"], manifest["consumed_samples"]) == (20, 80)

@@ -276,6 +276,7 @@ def _rank_content(
         "deepspeed": True,
     }
     extra |= run_arguments(model, source.seq_length, source.tokenizer_type)
+    extra.pop("true_vocab_size", None)  # in universal_checkpoint_info
     dtype = options.dtype or source.dtype
     return {
         "module": None,
@@ -299,6 +300,6 @@ def _rank_content(
         "args": make_args(model, rows, dtype, tensor, stages, extra),
         "checkpoint_version": 3.0,
         "iteration": iteration,
-        "tokens": samples * (source.seq_length or 0),
+        "tokens": 0,
         "universal_checkpoint_info": _universal_info(model, rows),
     }

@@ -268,7 +268,7 @@ def run_arguments(
     """
     found: dict[str, Any] = {}
     if seq_length is not None:
-        found |= {"seq_length": seq_length, "encoder_seq_length": seq_length}
+        found["seq_length"] = seq_length
     if tokenizer_type is not None:
         found["tokenizer_type"] = tokenizer_type
     if model.vocab_size is not None:
