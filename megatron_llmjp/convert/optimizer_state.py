@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from megatron_llmjp.config.schema import ModelConfig
-from megatron_llmjp.convert.files.torch_dist import TensorEntry, TorchDistWriter
+from megatron_llmjp.convert.files.torch_dist import TensorEntry
+from megatron_llmjp.convert.files.torch_dist_writer import TorchDistWriter
 from megatron_llmjp.convert.formats.base import (
     ConversionOptions,
     SourceCheckpoint,

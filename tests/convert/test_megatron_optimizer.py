@@ -19,6 +19,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_llmjp.checkpoint.sharded_state import get_random_state
 from megatron_llmjp.convert.files import torch_dist
+from megatron_llmjp.convert.files.torch_dist_writer import TorchDistWriter
 from megatron_llmjp.convert.random_states import read_native_states
 from tests.support.processes import ROOT
 from tests.support.witness import read_state, read_tensors
@@ -138,7 +139,7 @@ def with_random_states(native: Path, folder: Path, data: int, cuda: int) -> list
     """Copy a native checkpoint, and add the random states of a run of TP 2."""
     shutil.copytree(native, folder)
     states = []
-    writer = torch_dist.TorchDistWriter(1 << 30, ".")
+    writer = TorchDistWriter(1 << 30, ".")
     for rank in range(2 * data):
         random.seed(rank)
         np.random.seed(rank)

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint import metadata as torch_dcp
 from megatron_llmjp.config.schema import ModelConfig
 from megatron_llmjp.convert import optimizer_fragments
 from megatron_llmjp.convert.files import torch_archive, torch_dist
+from megatron_llmjp.convert.files.torch_dist_writer import TorchDistWriter
 from megatron_llmjp.convert.formats import native
 from megatron_llmjp.convert.plan import Slot, write_slot
 from megatron_llmjp.convert.tensors import tensor_shapes
@@ -151,7 +152,7 @@ def test_buckets_of_pipeline_stages(tmp_path, layers):
 
 def bucket_of(root: Path, wholes: dict[str, torch.Tensor], names: list[str]):
     """Write a buffer: parameters in reverse order, each from a multiple of 64 elements."""
-    writer, end = torch_dist.TorchDistWriter(1 << 30, "."), 0
+    writer, end = TorchDistWriter(1 << 30, "."), 0
     slots: list[tuple[int, Slot, torch.Tensor]] = []
     for name in reversed(names):
         start, flat = (end + 63) // 64 * 64, wholes[name].flatten()
@@ -244,7 +245,7 @@ def flattened(
     wholes = [layer.read(key) for layer in layers]
     shape = wholes[0].shape
     grid = tuple(2 if axis == len(shape) - 1 and n % 2 == 0 else 1 for axis, n in enumerate(shape))
-    writer = torch_dist.TorchDistWriter(1 << 30, ".")
+    writer = TorchDistWriter(1 << 30, ".")
     slots: list[tuple[Slot, torch.Tensor]] = []
     chunks = {}
     places = {}

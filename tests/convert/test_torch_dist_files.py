@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_llmjp.convert.files import torch_dist
-from megatron_llmjp.convert.files.torch_dist import TorchDistWriter, split_into_chunks
+from megatron_llmjp.convert.files.torch_dist_writer import TorchDistWriter, split_into_chunks
 from megatron_llmjp.convert.plan import write_slot
 
 

@@ -84,7 +84,7 @@ def test_only_intervals_like_the_last_are_counted(tmp_path):
 
 @pytest.mark.parametrize(("number", "values", "gpu", "message"), [
     (5, {}, "H100", "has 8 steps after the first log interval of each start; expected 10 or more"),
-    (9, {"hardware": "NVIDIA A100-SXM4-40GB"}, "H100", "was on NVIDIA A100-SXM4-40GB, not on --gpu"),
+    (9, {"hardware": "NVIDIA A100-SXM4-40GB"}, "H100", "was on NVIDIA A100-SXM4-40GB, not on"),
     (9, {"hardware": "CPU, 1 thread(s) per rank"}, "H100", "was on CPU, 1 thread"),
     (9, {}, "A100", "was on 32 x NVIDIA H100 80GB HBM3 on 4 nodes, not on --gpu A100"),
 ])  # fmt: skip

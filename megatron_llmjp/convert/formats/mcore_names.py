@@ -13,7 +13,8 @@ from functools import partial
 
 from megatron_llmjp.checkpoint.extra_states import is_extra_state
 from megatron_llmjp.config.schema import ModelConfig
-from megatron_llmjp.convert.files.torch_dist import TensorEntry, TorchDistWriter
+from megatron_llmjp.convert.files.torch_dist import TensorEntry
+from megatron_llmjp.convert.files.torch_dist_writer import TorchDistWriter
 from megatron_llmjp.convert.formats.base import ConversionOptions, SourceCheckpoint
 from megatron_llmjp.convert.plan import TensorRead, TensorWrite
 from megatron_llmjp.convert.tensors import (

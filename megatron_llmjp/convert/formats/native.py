@@ -19,6 +19,7 @@ from megatron_llmjp.config.schema import Config, ModelConfig
 from megatron_llmjp.convert import optimizer_state
 from megatron_llmjp.convert.files import torch_dist
 from megatron_llmjp.convert.files.checksums import ChecksumRange
+from megatron_llmjp.convert.files.torch_dist_writer import TorchDistWriter
 from megatron_llmjp.convert.formats import mcore_names
 from megatron_llmjp.convert.formats.base import ConversionOptions, SourceCheckpoint
 from megatron_llmjp.convert.formats.hugging_face import generation
@@ -135,7 +136,7 @@ def plan_native(source: SourceCheckpoint, options: ConversionOptions) -> OutputP
     )
     iteration = source.iteration or 0
     folder = manifests.folder_name(iteration)
-    writer = torch_dist.TorchDistWriter(min(options.max_shard_size, _MAX_FILE_SIZE), folder)
+    writer = TorchDistWriter(min(options.max_shard_size, _MAX_FILE_SIZE), folder)
     writes = mcore_names.add_model_tensors(writer, source, options, rows)
     common: dict[str, Any] = {"iteration": iteration}
     if options.with_optimizer:

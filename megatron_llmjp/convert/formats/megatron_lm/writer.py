@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_llmjp.config.schema import ModelConfig
-from megatron_llmjp.convert.files import torch_dist
+from megatron_llmjp.convert.files.torch_dist_writer import TorchDistWriter
 from megatron_llmjp.convert.formats import mcore_names
 from megatron_llmjp.convert.formats.base import ConversionOptions, SourceCheckpoint
 from megatron_llmjp.convert.formats.hugging_face.config import LLAMA3_FIELDS
@@ -80,7 +80,7 @@ def _plan_torch_dist(source: SourceCheckpoint, options: ConversionOptions) -> Ou
     rows = target_padded_vocab_size(source.model, source.padded_vocab_size, options.tensor_parallel)
     iteration = source.iteration or 0
     folder = iteration_folder(iteration)
-    writer = torch_dist.TorchDistWriter(options.max_shard_size, folder)
+    writer = TorchDistWriter(options.max_shard_size, folder)
     common: dict[str, Any] = {}
     notes: list[str] = []
     states = None
