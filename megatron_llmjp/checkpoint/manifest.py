@@ -32,6 +32,8 @@ TOKENIZER = "tokenizer"
 GENERATION = f"{TOKENIZER}/hf_generation.json"
 """Generation settings of a model converted from Hugging Face, from ``convert_checkpoint``. The name
 is ``GENERATION_FILE`` of ``tokenizers/registry.py``, which imports NumPy; run_status must not."""
+CHAT_TEMPLATE = f"{TOKENIZER}/chat_template.jinja"
+"""Chat template of an instruction-tuned model."""
 TRACKER = "latest_checkpointed_iteration.txt"
 TENSOR_SUFFIX = ".distcp"
 """Suffix of the tensor files. All other files are small."""

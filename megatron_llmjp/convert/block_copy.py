@@ -119,7 +119,7 @@ class BlockCopy:
 def plan_block_copy(copy: TensorCopy) -> BlockCopy | None:
     """Divide a copy into blocks; return None if it needs the whole tensor in memory."""
     slots = [slot for part in copy.write.slots for slot in part]
-    if len({slot.dtype for slot in slots}) != 1:
+    if len({slot.dtype for slot in slots}) != 1 or copy.read.workspace:
         return None
     sources, targets = _sources(copy.read), _targets(copy.write, copy.read.shape)
     return BlockCopy(copy, sources, targets) if sources and targets else None

@@ -16,9 +16,16 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from megatron_llmjp.arguments import CommandLineParser, parse_shard, parse_size, positive_int
 from megatron_llmjp.checkpoint.save_folder import NATIVE
 from megatron_llmjp.config.tokenizer_types import TOKENIZER_TYPES, find_tokenizer_type
+from megatron_llmjp.convert.cli_sources import (
+    add_derived_sources,
+    averaged_folders,
+    check_sources,
+    follow_run,
+)
 from megatron_llmjp.convert.formats.registry import FORMATS
 from megatron_llmjp.convert.layout_flags import add_layout_flags, target_layout
 from megatron_llmjp.convert.publishing.flags import add_hugging_face_flags
+from megatron_llmjp.convert.subcommands import add_ignored_args, extract_adapter, inspect
 from megatron_llmjp.errors import (
     EXIT_DONE,
     EXIT_FAILURE,
@@ -29,6 +36,7 @@ from megatron_llmjp.errors import (
 
 if TYPE_CHECKING:
     from megatron_llmjp.convert.conversion import Conversion
+    from megatron_llmjp.convert.formats.base import ConversionOptions
 
 DTYPES = ("fp32", "fp16", "bf16")
 
@@ -46,15 +54,23 @@ examples:
     convert_checkpoint --to hf --input checkpoints/iter_0001000 --output model-hf --dry-run
   let 16 tasks write the files of a large model (slurm/convert_checkpoint.sh in a job array):
     convert_checkpoint --to hf --input checkpoints --output model-hf --shard 0/16
-  describe the checkpoint in a folder:
-    convert_checkpoint inspect checkpoints
   export in the form of a published model, and upload it with a model card:
     convert_checkpoint --to hf --input checkpoints --output model-hf --like llm-jp-3-13b \\
         --push-to-hub my-org/my-model
+  describe the checkpoint in a folder; print the tensors in which two checkpoints differ:
+    convert_checkpoint inspect checkpoints
+    convert_checkpoint inspect checkpoints model-hf
+  average checkpoints of a run:
+    convert_checkpoint --to native --input checkpoints --average 8000 9000 10000 --output mean
+  convert each checkpoint of a running run, and evaluate it:
+    convert_checkpoint --follow checkpoints --to hf --output models --command 'eval $CHECKPOINT'
+  merge a LoRA adapter into a model, and write the difference of two models as an adapter:
+    convert_checkpoint --to hf --input model-hf --adapter adapter --output merged
+    convert_checkpoint extract-adapter model-hf tuned --rank 16 --output adapter
 
 The input is never modified. The output folder is created only when it is complete.
-Exit codes: 0 success, 1 --verify found a difference or the upload failed, 2 invalid arguments or
-checkpoint.
+Exit codes: 0 success, 1 --verify or inspect found a difference, the upload or --follow had a
+failure, 2 invalid arguments or checkpoint, 130 --follow was stopped.
 """
 
 
@@ -62,11 +78,15 @@ def _make_parser() -> CommandLineParser:
     parser = CommandLineParser(
         prog="convert_checkpoint",
         usage="convert_checkpoint --to FORMAT --input DIR --output DIR [options]\n"
-        "       convert_checkpoint inspect DIR [--ignore-args NAME,...]",
+        "       convert_checkpoint --to FORMAT --average DIR DIR... --output DIR [options]\n"
+        "       convert_checkpoint --to FORMAT --follow SAVE --output DIR [options]\n"
+        "       convert_checkpoint inspect DIR [DIR] [--json] [--ignore-args NAME,...]\n"
+        "       convert_checkpoint extract-adapter BASE TUNED --rank R --output DIR",
         description=DESCRIPTION,
         epilog=EXAMPLES,
     )
     _add_input_and_output(parser.add_argument)
+    add_derived_sources(parser.add_argument)
     _add_output_options(parser.add_argument)
     add_hugging_face_flags(parser.add_argument)
     _add_execution_options(parser.add_argument)
@@ -98,7 +118,6 @@ def _add_input_and_output(add: Callable[..., Any]) -> None:
     add(
         "--input",
         type=Path,
-        required=True,
         metavar="DIR",
         help="checkpoint, or folder of a run: its newest complete checkpoint is converted",
     )
@@ -139,7 +158,7 @@ def _add_output_options(add: Callable[..., Any]) -> None:
         action="store_true",
         help=f"from {_names('has_main_weights')}: convert the fp32 weights of the ZeRO optimizer",
     )
-    _add_ignored(add)
+    add_ignored_args(add)
     add(
         "--with-optimizer",
         action="store_true",
@@ -173,18 +192,6 @@ def _add_output_options(add: Callable[..., Any]) -> None:
         default="transformer_engine",
         help="to megatron-lm with --ckpt-format torch: same as Megatron-LM's flag "
         "(default: transformer_engine)",
-    )
-
-
-def _add_ignored(add: Callable[..., Any]) -> None:
-    """Add ``--ignore-args``."""
-    add(
-        "--ignore-args",
-        type=lambda text: frozenset(text.split(",")),
-        default=frozenset(),
-        metavar="NAME,...",
-        help=f"from {_names('has_megatron_args')}: arguments of the run to ignore because they do "
-        "not change the network",
     )
 
 
@@ -258,7 +265,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         words = sys.argv[1:] if argv is None else argv
         if words[:1] == ["inspect"]:
-            return _inspect(words[1:])
+            return inspect(words[1:])
+        if words[:1] == ["extract-adapter"]:
+            return extract_adapter(words[1:])
         return _convert(_make_parser().parse(words))
     except UserError as error:
         print(f"convert_checkpoint: {error}", file=sys.stderr)
@@ -272,28 +281,24 @@ def _stop(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _inspect(words: list[str]) -> int:
-    parser = CommandLineParser(
-        prog="convert_checkpoint inspect",
-        description="Describe the checkpoint in a folder, and list the formats to convert it to.",
-    )
-    parser.add_argument("folder", type=Path, metavar="DIR", help="checkpoint, or folder of a run")
-    _add_ignored(parser.add_argument)
-    arguments = parser.parse(words)
-    from megatron_llmjp.convert.inspection import describe_checkpoint
-
-    print(describe_checkpoint(arguments.folder, arguments.ignore_args))
-    return EXIT_DONE
-
-
 def _convert(arguments: argparse.Namespace) -> int:
-    from megatron_llmjp.convert.conversion import VerificationError, plan_conversion
+    check_sources(arguments)
+    options = _options(arguments)
+    if arguments.follow is not None:
+        return follow_run(arguments, lambda path, out: _convert_one(arguments, path, out, options))
+    from megatron_llmjp.convert.conversion import check_output_path
+
+    for folder in (*options.average, *filter(None, [options.adapter])):
+        check_output_path(arguments.output, folder)
+    path = options.average[0] if options.average else arguments.input
+    return _convert_one(arguments, path, arguments.output, options)
+
+
+def _options(arguments: argparse.Namespace) -> ConversionOptions:
     from megatron_llmjp.convert.files.storage import DTYPES as TORCH_TYPES
     from megatron_llmjp.convert.formats.base import ConversionOptions
-    from megatron_llmjp.convert.inspection import format_plan, summarize
-    from megatron_llmjp.convert.publishing import publication
 
-    options = ConversionOptions(
+    return ConversionOptions(
         dtype=TORCH_TYPES[arguments.dtype] if arguments.dtype else None,
         parallel=target_layout(arguments),
         max_shard_size=arguments.max_shard_size or ConversionOptions.max_shard_size,
@@ -311,14 +316,24 @@ def _convert(arguments: argparse.Namespace) -> int:
         no_pipeline=arguments.no_pipeline,
         checksums=arguments.checksums,
         ignored_args=arguments.ignore_args,
+        average=averaged_folders(arguments),
+        ema_decay=arguments.ema_decay,
+        adapter=arguments.adapter,
+        chat_template=arguments.chat_template,
     )
-    conversion = plan_conversion(arguments.source, arguments.target, arguments.input, options)
+
+
+def _convert_one(
+    arguments: argparse.Namespace, path: Path, output: Path, options: ConversionOptions
+) -> int:
+    """Convert one checkpoint to a folder, and return the exit code."""
+    from megatron_llmjp.convert.conversion import VerificationError, plan_conversion
+    from megatron_llmjp.convert.inspection import format_plan, summarize
+    from megatron_llmjp.convert.publishing import publication
+
+    conversion = plan_conversion(arguments.source, arguments.target, path, options)
     repository = publication.plan_publication(
-        conversion,
-        arguments.output,
-        arguments.model_card,
-        arguments.push_to_hub,
-        arguments.public,
+        conversion, output, arguments.model_card, arguments.push_to_hub, arguments.public
     )
     print(summarize(conversion.source))
     if arguments.dry_run:
@@ -335,21 +350,21 @@ def _convert(arguments: argparse.Namespace) -> int:
         if arguments.shard is not None:
             from megatron_llmjp.convert.sharded_conversion import ShardedConversion
 
-            shard = ShardedConversion(conversion, arguments.output, *arguments.shard)
-            print(shard.run(arguments.workers, False, check).report(arguments.output))
+            shard = ShardedConversion(conversion, output, *arguments.shard)
+            print(shard.run(arguments.workers, False, check).report(output))
             return EXIT_DONE
-        seconds = conversion.run(arguments.output, arguments.workers, False, check)
+        seconds = conversion.run(output, arguments.workers, False, check)
     except VerificationError as error:
-        print(f"convert_checkpoint: {error}; {arguments.output} was not created", file=sys.stderr)
+        print(f"convert_checkpoint: {error}; {output} was not created", file=sys.stderr)
         return EXIT_FAILURE
     _print_notes(conversion)
     print(_checksum_summary(conversion))
     size = conversion.output.nbytes / 1e9
     print(
-        f"wrote {arguments.output}: {arguments.target}, {size:.3f} GB in {seconds:.1f} s, "
+        f"wrote {output}: {arguments.target}, {size:.3f} GB in {seconds:.1f} s, "
         f"{size / max(seconds, 1e-3):.2f} GB/s"
     )
-    return publication.finish_publication(repository, arguments.output)
+    return publication.finish_publication(repository, output)
 
 
 def _print_notes(conversion: Conversion) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,20 +15,12 @@ from megatron_llmjp.convert.copying import copy_tensors
 from megatron_llmjp.convert.files.checksums import ChecksumRange
 from megatron_llmjp.convert.formats.base import ConversionOptions, SourceCheckpoint
 from megatron_llmjp.convert.formats.rank_files import check_parallel_sizes
-from megatron_llmjp.convert.formats.registry import FORMATS, check_is_folder, detect_format
+from megatron_llmjp.convert.formats.registry import FORMATS
+from megatron_llmjp.convert.opening import malformed_input, open_source
 from megatron_llmjp.convert.output_folder import atomic_output_folder
 from megatron_llmjp.convert.plan import OutputPlan, TensorCopy, TensorRead
 from megatron_llmjp.convert.tensors import WORD_EMBEDDINGS
 from megatron_llmjp.errors import UserError
-
-_MALFORMED_INPUT_ERRORS = (
-    *(AttributeError, IndexError, KeyError, TypeError, ValueError, ArithmeticError),
-    *(RecursionError, MemoryError, OSError, RuntimeError),
-)
-"""Exceptions that readers raise on files with unexpected content."""
-
-MAX_PROBLEM = 300
-"""Characters of such an exception in a message."""
 
 
 def pair_tensors(reads: dict[str, TensorRead], output: OutputPlan) -> list[TensorCopy]:
@@ -99,20 +90,6 @@ class Conversion:
         return time.monotonic() - begin - checking
 
 
-def open_checkpoint(name: str, path: Path, options: ConversionOptions) -> SourceCheckpoint:
-    """Open a checkpoint of a format.
-
-    Raises:
-        UserError: the checkpoint is incomplete, or an option does not apply to it.
-    """
-    entry = FORMATS[name]
-    if options.main_weights and not entry.has_main_weights:
-        raise UserError(f"--main-weights: not supported for {name} checkpoints: {path}")
-    if options.ignored_args and not entry.has_megatron_args:
-        raise UserError(f"--ignore-args: not supported for {name} checkpoints: {path}")
-    return entry.read(path, options)
-
-
 def check_output_path(output: Path, source: Path) -> None:
     """Refuse an output that is the source, inside the source, or a symbolic link.
 
@@ -166,18 +143,16 @@ def _check_options(source: SourceCheckpoint, target: str, options: ConversionOpt
         )
     if not entry.has_pipeline_stages and (given := options.stage_flags):
         raise UserError(f"{', '.join(given)}: {target} checkpoints load with any pipeline stages")
+    if options.chat_template is not None and not entry.stores_tokenizer:
+        raise UserError(f"--chat-template: {target} checkpoints do not contain a tokenizer")
+    if options.with_optimizer and (options.average or options.adapter):
+        flag = "--average" if options.average else "--adapter"
+        raise UserError(
+            f"--with-optimizer: {flag} changes the weights, and Adam's moments and fp32 weights "
+            "belong to the original ones; omit --with-optimizer"
+        )
     if options.with_optimizer and not entry.writes_optimizer:
         raise UserError(f"--with-optimizer: writing optimizer state to {target} is not supported")
-
-
-@contextmanager
-def _malformed_input(path: Path) -> Iterator[None]:
-    """Convert the errors of readers on files with unexpected content to user errors."""
-    try:
-        yield
-    except _MALFORMED_INPUT_ERRORS as error:
-        problem = repr(error)[:MAX_PROBLEM]
-        raise UserError(f"{path}: damaged, or not in a supported format ({problem})") from error
 
 
 def plan_conversion(
@@ -188,16 +163,14 @@ def plan_conversion(
     Args:
         source_format: name of the source's format; None detects it.
         target: name of the output's format.
-        path: folder of the source.
+        path: folder of the source; not used if several are averaged.
         options: the user's options.
 
     Raises:
         UserError: the source is incomplete or damaged, an option is invalid, or the target does not
             support the model.
     """
-    check_is_folder(path)
-    with _malformed_input(path):
-        source = open_checkpoint(source_format or detect_format(path).name, path, options).check()
+    source = open_source(source_format, path, options)
     _check_options(source, target, options)
     if options.vocab_size is not None:
         source.model = source.model.model_copy(update={"vocab_size": options.vocab_size})
@@ -205,7 +178,7 @@ def plan_conversion(
     has_state = source.optimizer is not None or not entry.creates_optimizer
     with_state = options.with_optimizer and has_state
     if with_state:
-        with _malformed_input(path):
+        with malformed_input(path):
             source = optimizer_state.open_optimizer_state(source, options)
     try:
         output = entry.plan(source, options)
@@ -219,7 +192,7 @@ def plan_conversion(
         output.warnings += check_import(source, options)
     reads = source.reads
     if with_state:
-        with _malformed_input(path):
+        with malformed_input(path):
             state = optimizer_state.read_optimizer_state(source)
         reads = reads | optimizer_state.optimizer_reads(source, state, options)
     output.notes += _vocabulary_notes(source, output)

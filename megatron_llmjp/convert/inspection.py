@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_llmjp.convert.files.storage import byte_count, dtype_name
-from megatron_llmjp.convert.formats.base import ConversionOptions, SourceCheckpoint
-from megatron_llmjp.convert.formats.registry import FORMATS, detect_format
+from megatron_llmjp.convert.formats.base import SourceCheckpoint
+from megatron_llmjp.convert.formats.registry import FORMATS
+from megatron_llmjp.convert.opening import open_any
 from megatron_llmjp.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def describe_checkpoint(path: Path, ignored_args: frozenset[str] = frozenset()) 
     """
     from megatron_llmjp.convert.formats.hugging_face.registry import architecture_for
 
-    source = detect_format(path).read(path, ConversionOptions(ignored_args=ignored_args)).check()
+    source = open_any(path, ignored_args)
     possible = [name for name in FORMATS if name != source.format]
     lines = [summarize(source)]
     try:

@@ -96,6 +96,8 @@ class TensorRead:
     parts: Sequence[StoredTensor]
     layout: Layout = whole
     replicas: Sequence[StoredTensor] = ()
+    workspace: int = 0
+    """Bytes of memory to compute the tensor, in addition to those of reading it."""
 
     def check(self, name: str) -> None:
         """Compare the stored shapes and types with those of the layout.
@@ -180,7 +182,7 @@ class TensorCopy:
     @property
     def memory(self) -> int:
         """Upper bound of the peak memory, in bytes."""
-        return 3 * byte_count(self.read.shape, self.read.dtype)
+        return 3 * byte_count(self.read.shape, self.read.dtype) + self.read.workspace
 
     def run(self, folder: Path) -> Checksums:
         """Read, rearrange and write the tensor; the files must exist.

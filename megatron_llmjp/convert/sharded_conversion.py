@@ -34,6 +34,7 @@ from megatron_llmjp.errors import UserError
 from megatron_llmjp.filesystem import acquire_lock, fsync_path, write_atomically
 
 PLAN = "plan.json"
+"""Digest of the plan, in the work folder; of a published output, in ``.OUTPUT.plan.json``."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ class ShardedConversion:
         self._target = output.absolute()
         self._staging = self._target.with_name(f".{self._target.name}.shards")
         self._folder, self._records = self._staging / "output", self._staging / "records"
+        self._published = self._target.with_name(f".{self._target.name}.{PLAN}")
+        self._digest = plan_digest(conversion)
         files = conversion.output.files
         self._names = {file.name: f"file-{index:05d}.json" for index, file in enumerate(files)}
 
@@ -102,16 +105,25 @@ class ShardedConversion:
         return ShardResult(nbytes, time.monotonic() - begin, pending)
 
     def _is_published(self) -> bool:
-        """Return whether the output folder exists and contains all files of this conversion.
+        """Return whether the output folder exists and was written by this conversion.
 
         Raises:
-            UserError: it contains anything else.
+            UserError: it was not, or contains anything else.
         """
         if not self._target.exists() or (self._target.is_dir() and not any(self._target.iterdir())):
             return False
-        if all(_has_size(self._target, file) for file in self._conversion.output.files):
+        files = self._conversion.output.files
+        if all(_has_size(self._target, file) for file in files) and self._is_same_plan():
             return True
         raise UserError(f"{self._target}: already exists; choose another --output or remove it")
+
+    def _is_same_plan(self) -> bool:
+        """Return whether the plan of the published output is this one."""
+        try:
+            stored = json.loads(self._published.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return bool(stored == self._digest)
 
     def _write(self, workers: int, quiet: bool) -> int:
         """Write this task's incomplete files; return their size."""
@@ -143,17 +155,16 @@ class ShardedConversion:
             UserError: the plans differ.
         """
         path = self._staging / PLAN
-        digest = plan_digest(self._conversion)
         if not path.exists():
             temporary = path.with_name(f"{PLAN}.{socket.gethostname()}-{secrets.token_hex(4)}")
-            write_atomically(temporary, json.dumps(digest))
+            write_atomically(temporary, json.dumps(self._digest))
             try:
                 os.link(temporary, path)
             except FileExistsError:  # another task was first
                 pass
             finally:
                 temporary.unlink()
-        if json.loads(path.read_text(encoding="utf-8")) != digest:
+        if json.loads(path.read_text(encoding="utf-8")) != self._digest:
             raise UserError(
                 f"{self._staging}: contains an unfinished conversion with other arguments, or the "
                 "source has changed; repeat the same command, or remove the folder"
@@ -232,6 +243,7 @@ class ShardedConversion:
             sync_folder(publishing)
             if verify is not None:
                 verify(publishing)
+            write_atomically(self._published, json.dumps(self._digest))
             publishing.rename(self._target)
             fsync_path(self._target.parent)
             self._remove_work_folders()

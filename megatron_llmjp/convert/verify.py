@@ -17,9 +17,10 @@ from pathlib import Path
 
 import torch
 
-from megatron_llmjp.convert.conversion import Conversion, VerificationError, open_checkpoint
+from megatron_llmjp.convert.conversion import Conversion, VerificationError
 from megatron_llmjp.convert.formats.base import ConversionOptions, SourceCheckpoint
 from megatron_llmjp.convert.formats.registry import FORMATS, Verification
+from megatron_llmjp.convert.opening import open_checkpoint
 from megatron_llmjp.errors import UserError
 
 TOKENS_SHAPE = (2, 128)

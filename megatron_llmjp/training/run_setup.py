@@ -164,9 +164,9 @@ def _tokenizer_files(run: Run) -> dict[str, bytes]:
     """Return the tokenizer files, and the files that the loaded checkpoint stores with them."""
     paths = run.tokenizer.files()
     if run.resume is not None:
-        generation = run.resume.folder / manifests.GENERATION
-        if generation.is_file():
-            paths = {**paths, generation.name: generation}
+        stored = (manifests.GENERATION, manifests.CHAT_TEMPLATE)
+        kept = [run.resume.folder / name for name in stored]
+        paths = {**{path.name: path for path in kept if path.is_file()}, **paths}
     return {name: path.read_bytes() for name, path in paths.items()}
 
 

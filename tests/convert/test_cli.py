@@ -89,6 +89,8 @@ OPTIONS = {
     "--no-pipeline": {"no_pipeline": True},
     "--no-checksums": {"checksums": False},
     "--ignore-args a,b_c": {"ignored_args": frozenset({"a", "b_c"})},
+    "--adapter a": {"adapter": Path("a")},
+    "--chat-template a": {"chat_template": Path("a")},
 }
 DEFAULTS = {
     "dtype": None, "parallel": ParallelConfig(), "max_shard_size": 5_000_000_000,
@@ -98,6 +100,7 @@ DEFAULTS = {
     "optimizer_sharding": "fully_sharded_model_space",
     "transformer_impl": "transformer_engine", "main_weights": False, "with_optimizer": False,
     "no_pipeline": False, "checksums": True, "ignored_args": frozenset(),
+    "average": (), "ema_decay": None, "adapter": None, "chat_template": None,
 }  # fmt: skip
 
 

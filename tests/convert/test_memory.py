@@ -67,6 +67,18 @@ def test_memory_is_proportional_to_the_largest_tensor(tmp_path, model):
     assert max(native, back) < begin + 3 * LARGEST + 50_000_000
 
 
+@pytest.mark.long
+def test_memory_of_a_comparison_and_an_average(tmp_path, model):
+    words = "--to", "native", "--input", model, "--output", tmp_path / "native"
+    begin = peak(start(*words, "--dry-run"))
+    assert peak(start(*words))
+    two = model, tmp_path / "native"
+    compared = peak(start("inspect", *two))
+    averaged = peak(start("--to", "hf", "--average", *two, "--output", tmp_path / "mean"))
+    assert compared < begin + 2 * LARGEST + 50_000_000
+    assert averaged < begin + 5 * LARGEST + 50_000_000  # and the sum in fp32
+
+
 def test_interrupted_conversion_removes_its_output(tmp_path, model):
     process = start("--to", "native", "--input", model, "--output", tmp_path / "native")
     partial = tmp_path / ".native.partial"

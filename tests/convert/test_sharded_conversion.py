@@ -65,9 +65,20 @@ def test_tasks_in_any_order_write_what_one_conversion_writes(tmp_path, hf, conve
         text = convert(*words(hf, tmp_path / "o", *flags, "--shard", f"{number}/{COUNT}"))
     assert "o is complete" in text
     same_files(tmp_path / "o", tmp_path / "whole")
-    assert names(tmp_path) == ["hf", "o", "whole"]
+    assert names(tmp_path) == [".o.plan.json", "hf", "o", "whole"]
     again = convert(*words(hf, tmp_path / "o", *flags, "--shard", f"1/{COUNT}"))
     assert "wrote 0.000 GB" in again and "o is complete" in again
+
+
+def test_an_output_of_another_conversion_is_refused(tmp_path, hf, convert):
+    """Not taken for this one, though its files have the same names and sizes."""
+    convert(*words(hf, tmp_path / "o"))
+    flags = ("native", "--shard", "0/1")
+    assert "already exists" in convert(*words(hf, tmp_path / "o", *flags), code=2)
+    convert(*words(hf, tmp_path / "p", *flags))
+    weights = next(hf.glob("*.safetensors"))
+    os.utime(weights, ns=(1, 1))
+    assert "already exists" in convert(*words(hf, tmp_path / "p", *flags), code=2)
 
 
 def test_optimizer_state_and_checksums_of_the_source_are_divided(tmp_path, convert):

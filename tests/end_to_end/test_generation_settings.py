@@ -1,4 +1,4 @@
-"""Generation settings of a Hugging Face model are kept through training and conversion."""
+"""Generation settings and chat template are kept through training and conversion."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def test_ids_and_sampling_defaults_survive_training(tmp_path: Path) -> None:
     (source / "generation_config.json").write_text(json.dumps(GENERATION))
     model = train(tmp_path / "tok.model")
     export_hugging_face(load_sentencepiece("Llama2Tokenizer", model), source)
-    run(convert, "--to", "native", "--input", source, "--output", tmp_path / "start")
+    (tmp_path / "chat.jinja").write_text("{{ messages }}")
+    run(convert, "--to", "native", "--input", source, "--output", tmp_path / "start",
+        "--chat-template", tmp_path / "chat.jinja")  # fmt: skip
 
     flags = ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", source)
     with (tmp_path / "raw.jsonl").open("w") as file:
@@ -43,8 +45,15 @@ def test_ids_and_sampling_defaults_survive_training(tmp_path: Path) -> None:
     run(convert, "--to", "hf", "--input", tmp_path / "run", "--output", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == GENERATION
     assert transformers.AutoConfig.from_pretrained(tmp_path / "out").eos_token_id == [2, 5]
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (
+        source / "tokenizer.json"
+    ).read_bytes()
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
+    before, after = (
+        json.loads((folder / "tokenizer_config.json").read_text())
+        for folder in (source, tmp_path / "out")
+    )
+    assert after.pop("chat_template", "{{ messages }}") == "{{ messages }}" and after == before
 
 
 def run(program, *words: object) -> None:

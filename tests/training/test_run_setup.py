@@ -1,4 +1,4 @@
-"""Which rank of a machine verifies the checksums of sample indices."""
+"""Checksums of sample indices, and the files that a run stores with its tokenizer."""
 
 from __future__ import annotations
 
@@ -27,3 +27,17 @@ def test_validation_sets_are_verified_once_per_machine(monkeypatch, local_rank, 
     ranks = Ranks(8 + local_rank, 16, local_rank, "127.0.0.1", "1", "test")
     assert run_setup.open_validation_sets(None, ranks, beat) == sets
     assert calls == [(["index of one", "index of two"], thorough, beat)]
+
+
+def test_the_loaded_checkpoints_chat_template_is_stored_again(tmp_path):
+    """Unless the run's own tokenizer has one; a SentencePiece model has none."""
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "chat_template.jinja").write_text("loaded")
+    own = {name: tmp_path / name for name in ("tokenizer.model", "chat_template.jinja")}
+    for path in own.values():
+        path.write_text("own")
+    for files, expected in (({"tokenizer.model"}, b"loaded"), (own.keys(), b"own")):
+        tokenizer = SimpleNamespace(files=lambda files=files: {name: own[name] for name in files})
+        run = SimpleNamespace(tokenizer=tokenizer, resume=SimpleNamespace(folder=tmp_path))
+        stored = run_setup._tokenizer_files(run)
+        assert stored == {"tokenizer.model": b"own", "chat_template.jinja": expected}

@@ -114,6 +114,14 @@ class ConversionOptions:
     """Read files with a checksum in the manifest to the end, to verify it."""
     ignored_args: frozenset[str] = frozenset()
     """Arguments of a Megatron run to ignore."""
+    average: tuple[Path, ...] = ()
+    """Checkpoints to average; empty to convert a single one."""
+    ema_decay: float | None = None
+    """Decay of an exponential moving average; None for the mean."""
+    adapter: Path | None = None
+    """Folder of a LoRA adapter to merge into the weights."""
+    chat_template: Path | None = None
+    """Chat template to store with the tokenizer."""
 
     @property
     def tokenizer_flag(self) -> str:

@@ -33,6 +33,7 @@ from megatron_llmjp.convert.optimizer_state import OptimizerState
 from megatron_llmjp.convert.plan import Checksums, OutputPlan
 from megatron_llmjp.convert.random_states import read_native_states
 from megatron_llmjp.convert.tensors import WORD_EMBEDDINGS
+from megatron_llmjp.convert.tuning.chat_template import install_chat_template, requested_template
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.filesystem import write_atomically
 from megatron_llmjp.tokenizers.base import TikTokenSettings
@@ -130,6 +131,7 @@ def plan_native(source: SourceCheckpoint, options: ConversionOptions) -> OutputP
     rows = config.model.padded_vocab_size
     assert rows is not None
     tokenizer = open_tokenizer(source, options, rows)
+    template = requested_template(options)
     ids = tokenizer.token_ids(rows)
     text, changes = generation.resolve_generation(
         source.generation, ids, tokenizer.overrides_eod, rows
@@ -151,6 +153,8 @@ def plan_native(source: SourceCheckpoint, options: ConversionOptions) -> OutputP
         (inner / manifests.TOKENIZER).mkdir()
         for name, path in tokenizer.files.items():
             shutil.copyfile(path, inner / manifests.TOKENIZER / name)
+        if template is not None:
+            install_chat_template(inner / manifests.TOKENIZER, template)
         if source.generation is not None:
             write_json(inner / manifests.GENERATION, generation.stored_content(text))
         filled = writer.checksums(sums)

@@ -43,6 +43,7 @@ class HuggingFaceArchitecture:
         base_prefix: the prefix that the keys lack if the base model was saved without its head.
         sorted_as: keys of transformers 5 that differ from the stored ones, by stored key; it sorts
             by them when it divides a model into files.
+        transposed_linears: whether linear layers are Conv1D, stored as ``[in, out]``.
     """
 
     model_type: str
@@ -55,6 +56,7 @@ class HuggingFaceArchitecture:
     ignored_keys: re.Pattern[str]
     base_prefix: str = ""
     sorted_as: Mapping[str, str] = field(default_factory=dict)
+    transposed_linears: bool = False
 
     def refusals(self, model: ModelConfig) -> list[str]:
         """Return the features of a model that the architecture does not support."""

@@ -48,6 +48,7 @@ from megatron_llmjp.convert.tensors import (
     part_shapes,
     tensor_shapes,
 )
+from megatron_llmjp.convert.tuning.chat_template import exported_template, install_chat_template
 from megatron_llmjp.errors import UserError
 
 
@@ -91,6 +92,8 @@ class _PlainFiles:
     files: dict[str, bytes]
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    chat_template: str | None = None
+    """Installed in the written folder."""
 
 
 def plan_hugging_face(source: SourceCheckpoint, options: ConversionOptions) -> OutputPlan:
@@ -127,6 +130,8 @@ def plan_hugging_face(source: SourceCheckpoint, options: ConversionOptions) -> O
     def finish(folder: Path, _: Checksums) -> None:
         for name, data in plain.files.items():
             (folder / name).write_bytes(data)
+        if plain.chat_template is not None:
+            install_chat_template(folder, plain.chat_template)
 
     return OutputPlan(files, writes, finish, plain.notes, [*warnings, *plain.warnings])
 
@@ -204,6 +209,7 @@ def _plain_files(
         rows,
     )
     found = _PlainFiles(dict(exported.files), [*tokenizer.notes, *exported.notes])
+    found.chat_template = exported_template(options, tokenizer.files, exported.files)
     found.warnings = [*tokenizer.warnings, *exported.warnings, *changes]
     if reference is None:
         config = _config(architecture, source, options, rows, text.token_ids)

@@ -134,4 +134,5 @@ ARCHITECTURE = HuggingFaceArchitecture(
     _from_config,
     ignored_keys=re.compile(r"\.attn\.(masked_)?bias$"),  # causal masks of older versions
     base_prefix="transformer.",
+    transposed_linears=True,
 )

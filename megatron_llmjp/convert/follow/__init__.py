@@ -1,0 +1,1 @@
+"""Conversion of the checkpoints of a running run, as they appear."""

@@ -1,0 +1,1 @@
+"""Files of instruction tuning: LoRA adapters of PEFT and chat templates."""
