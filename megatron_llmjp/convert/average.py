@@ -18,8 +18,8 @@ import torch
 from megatron_llmjp.convert.computed_tensor import computed_read
 from megatron_llmjp.convert.files.storage import dtype_name
 from megatron_llmjp.convert.formats.base import SourceCheckpoint
-from megatron_llmjp.convert.model_differences import model_differences
 from megatron_llmjp.convert.plan import TensorRead
+from megatron_llmjp.convert.verification.model_differences import model_differences
 from megatron_llmjp.errors import UserError
 
 

@@ -343,12 +343,12 @@ def _convert_one(
     repository = publication.prepare_upload(repository)
     check = None
     if arguments.verify:
-        from megatron_llmjp.convert.verify import make_verifier
+        from megatron_llmjp.convert.verification.verify import make_verifier
 
         check = make_verifier(conversion, options, arguments.tolerance)
     try:
         if arguments.shard is not None:
-            from megatron_llmjp.convert.sharded_conversion import ShardedConversion
+            from megatron_llmjp.convert.copying.sharded_conversion import ShardedConversion
 
             shard = ShardedConversion(conversion, output, *arguments.shard)
             print(shard.run(arguments.workers, False, check).report(output))

@@ -10,14 +10,14 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from megatron_llmjp.checkpoint.save_folder import HUGGING_FACE
-from megatron_llmjp.convert import optimizer_state
-from megatron_llmjp.convert.copying import copy_tensors
+from megatron_llmjp.convert.copying.copy_threads import copy_tensors
+from megatron_llmjp.convert.copying.output_folder import atomic_output_folder
 from megatron_llmjp.convert.files.checksums import ChecksumRange
 from megatron_llmjp.convert.formats.base import ConversionOptions, SourceCheckpoint
 from megatron_llmjp.convert.formats.rank_files import check_parallel_sizes
 from megatron_llmjp.convert.formats.registry import FORMATS
 from megatron_llmjp.convert.opening import malformed_input, open_source
-from megatron_llmjp.convert.output_folder import atomic_output_folder
+from megatron_llmjp.convert.optimizer import optimizer_state
 from megatron_llmjp.convert.plan import OutputPlan, TensorCopy, TensorRead
 from megatron_llmjp.convert.tensors import WORD_EMBEDDINGS
 from megatron_llmjp.errors import UserError

@@ -68,7 +68,7 @@ def format_plan(conversion: Conversion, shard: tuple[int, int] | None = None) ->
         conversion: the conversion.
         shard: list only the files of this task (number, number of tasks).
     """
-    from megatron_llmjp.convert.sharding import files_of_shard, restrict_copies
+    from megatron_llmjp.convert.copying.sharding import files_of_shard, restrict_copies
 
     files, copies = conversion.output.files, conversion.copies
     if shard is not None:

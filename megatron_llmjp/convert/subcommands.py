@@ -74,7 +74,10 @@ def inspect(words: list[str]) -> int:
 
 
 def _compare(first: Path, second: Path, as_json: bool, ignored: frozenset[str]) -> int:
-    from megatron_llmjp.convert.comparison import compare_checkpoints, format_comparison
+    from megatron_llmjp.convert.verification.comparison import (
+        compare_checkpoints,
+        format_comparison,
+    )
 
     left, right = _open_pair(first, second, ignored)
     progress = _progress_bar(left, right)
@@ -94,8 +97,8 @@ def _open_pair(
 
 
 def _progress_bar(*sources: SourceCheckpoint) -> Any:
+    from megatron_llmjp.convert.copying.progress_bar import ProgressBar
     from megatron_llmjp.convert.files.storage import byte_count
-    from megatron_llmjp.convert.progress_bar import ProgressBar
 
     reads = [read for source in sources for read in source.reads.values()]
     return ProgressBar(sum(byte_count(read.shape, read.dtype) for read in reads), False)

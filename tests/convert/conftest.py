@@ -8,7 +8,9 @@ from tests.support.forks import warm_context
 @pytest.fixture(autouse=True)
 def warm_logits(monkeypatch):
     """Fork the process of ``--verify`` that computes logits with megatron-core."""
-    monkeypatch.setattr("megatron_llmjp.convert.logits.get_context", lambda _: warm_context())
+    monkeypatch.setattr(
+        "megatron_llmjp.convert.verification.logits.get_context", lambda _: warm_context()
+    )
 
 
 @pytest.fixture

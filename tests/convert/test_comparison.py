@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_llmjp.config.schema import ModelConfig
-from megatron_llmjp.convert.model_differences import TRAINING_FIELDS, model_differences
+from megatron_llmjp.convert.verification.model_differences import TRAINING_FIELDS, model_differences
 from tests.convert.hf_models import gpt2, llama
 
 FIXTURES = Path(__file__).parent / "fixtures"

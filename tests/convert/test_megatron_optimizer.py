@@ -20,7 +20,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from megatron_llmjp.checkpoint.sharded_state import get_random_state
 from megatron_llmjp.convert.files import torch_dist
 from megatron_llmjp.convert.files.torch_dist_writer import TorchDistWriter
-from megatron_llmjp.convert.random_states import read_native_states
+from megatron_llmjp.convert.optimizer.random_states import read_native_states
 from tests.support.processes import ROOT
 from tests.support.witness import read_state, read_tensors
 

@@ -15,10 +15,10 @@ import torch
 from torch.distributed.checkpoint import metadata as torch_dcp
 
 from megatron_llmjp.config.schema import ModelConfig
-from megatron_llmjp.convert import optimizer_fragments
 from megatron_llmjp.convert.files import torch_archive, torch_dist
 from megatron_llmjp.convert.files.torch_dist_writer import TorchDistWriter
 from megatron_llmjp.convert.formats import native
+from megatron_llmjp.convert.optimizer import optimizer_fragments
 from megatron_llmjp.convert.plan import Slot, write_slot
 from megatron_llmjp.convert.tensors import tensor_shapes
 from megatron_llmjp.errors import UserError

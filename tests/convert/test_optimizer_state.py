@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from megatron_llmjp.checkpoint import manifest as manifests
-from megatron_llmjp.convert import optimizer_state
 from megatron_llmjp.convert.files import torch_dist
 from megatron_llmjp.convert.formats.base import ConversionOptions
 from megatron_llmjp.convert.formats.megatron_lm import reader as megatron_lm
+from megatron_llmjp.convert.optimizer import optimizer_state
 from tests.convert.megatron_parts import rank_parts
 from tests.support.processes import ROOT
 from tests.support.witness import read_tensors

@@ -13,9 +13,9 @@ import pytest
 
 from megatron_llmjp.convert.cli import main
 from megatron_llmjp.convert.conversion import plan_conversion
+from megatron_llmjp.convert.copying.sharded_conversion import ShardedConversion
+from megatron_llmjp.convert.copying.sharding import files_of_shard, share_evenly
 from megatron_llmjp.convert.formats.base import ConversionOptions
-from megatron_llmjp.convert.sharded_conversion import ShardedConversion
-from megatron_llmjp.convert.sharding import files_of_shard, share_evenly
 from tests.convert.hf_models import llama
 from tests.convert.test_block_copy import FIXTURE, same_files
 from tests.convert.test_checksums import flip
@@ -163,7 +163,7 @@ def test_existing_output_is_kept(tmp_path, hf, convert):
 def test_two_tasks_that_publish_at_the_same_time(tmp_path, hf, monkeypatch):
     """On a file system without locks: the first rename decides."""
     monkeypatch.setattr(
-        "megatron_llmjp.convert.sharded_conversion.acquire_lock",
+        "megatron_llmjp.convert.copying.sharded_conversion.acquire_lock",
         lambda _: type("Lock", (), {"release": lambda *_, **__: None})(),
     )
     options = ConversionOptions(max_shard_size=100_000)

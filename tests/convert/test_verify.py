@@ -11,13 +11,14 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from megatron_llmjp.convert import reference, tensors, verify
+from megatron_llmjp.convert import tensors
 from megatron_llmjp.convert.formats import rank_files
 from megatron_llmjp.convert.formats.hugging_face import config as hf_config
 from megatron_llmjp.convert.formats.hugging_face import llama
 from megatron_llmjp.convert.formats.megatron_lm import arguments
-from megatron_llmjp.convert.logits import hugging_face_logits
 from megatron_llmjp.convert.tensors import Part
+from megatron_llmjp.convert.verification import reference, verify
+from megatron_llmjp.convert.verification.logits import hugging_face_logits
 from megatron_llmjp.errors import UserError
 from tests.convert.hf_models import MODELS
 from tests.support.tolerances import LOGITS, LOSS, assert_close, assert_within

@@ -16,7 +16,6 @@ from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint.save_folder import NATIVE
 from megatron_llmjp.config.loading import dump_config, load_config
 from megatron_llmjp.config.schema import Config, ModelConfig
-from megatron_llmjp.convert import optimizer_state
 from megatron_llmjp.convert.files import torch_dist
 from megatron_llmjp.convert.files.checksums import ChecksumRange
 from megatron_llmjp.convert.files.torch_dist_writer import TorchDistWriter
@@ -29,9 +28,10 @@ from megatron_llmjp.convert.model_tokenizer import (
     run_tokenizer_type,
     tokenizer_files,
 )
-from megatron_llmjp.convert.optimizer_state import OptimizerState
+from megatron_llmjp.convert.optimizer import optimizer_state
+from megatron_llmjp.convert.optimizer.optimizer_state import OptimizerState
+from megatron_llmjp.convert.optimizer.random_states import read_native_states
 from megatron_llmjp.convert.plan import Checksums, OutputPlan
-from megatron_llmjp.convert.random_states import read_native_states
 from megatron_llmjp.convert.tensors import WORD_EMBEDDINGS
 from megatron_llmjp.convert.tuning.chat_template import install_chat_template, requested_template
 from megatron_llmjp.errors import UserError

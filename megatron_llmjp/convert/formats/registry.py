@@ -112,7 +112,7 @@ def _plan_native(source: SourceCheckpoint, options: ConversionOptions) -> Output
 def _native_logits(
     source: SourceCheckpoint, tokens: torch.Tensor, dtype: torch.dtype | None, _: frozenset[str]
 ) -> torch.Tensor:
-    from megatron_llmjp.convert import logits
+    from megatron_llmjp.convert.verification import logits
 
     return logits.native_logits(source, tokens, dtype)
 
@@ -137,7 +137,7 @@ def _plan_hugging_face(source: SourceCheckpoint, options: ConversionOptions) -> 
 def _hugging_face_logits(
     source: SourceCheckpoint, tokens: torch.Tensor, dtype: torch.dtype | None, _: frozenset[str]
 ) -> torch.Tensor:
-    from megatron_llmjp.convert import logits
+    from megatron_llmjp.convert.verification import logits
 
     return logits.hugging_face_logits(source, tokens, dtype)
 
@@ -180,7 +180,7 @@ def _reference_logits(
     dtype: torch.dtype | None,
     ignored: frozenset[str],
 ) -> torch.Tensor:
-    from megatron_llmjp.convert import reference
+    from megatron_llmjp.convert.verification import reference
 
     return reference.reference_logits(source, tokens, dtype, ignored)
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from megatron_llmjp.convert.conversion import check_output_path
+from megatron_llmjp.convert.copying.output_folder import atomic_output_folder
 from megatron_llmjp.convert.files.safetensors import plan_safetensors
 from megatron_llmjp.convert.formats.base import SourceCheckpoint
 from megatron_llmjp.convert.formats.hugging_face.architecture import (
@@ -25,12 +26,11 @@ from megatron_llmjp.convert.formats.hugging_face.architecture import (
 )
 from megatron_llmjp.convert.formats.hugging_face.config import write_json
 from megatron_llmjp.convert.formats.hugging_face.registry import architecture_for
-from megatron_llmjp.convert.model_differences import model_differences
-from megatron_llmjp.convert.output_folder import atomic_output_folder
 from megatron_llmjp.convert.plan import OutputFile, write_slot
 from megatron_llmjp.convert.tensors import VOCABULARY, WORD_EMBEDDINGS, Shape, part_shapes
 from megatron_llmjp.convert.tuning.adapter_config import CONFIG, adapter_config
 from megatron_llmjp.convert.tuning.adapter_keys import FILE, PREFIX, module_key
+from megatron_llmjp.convert.verification.model_differences import model_differences
 from megatron_llmjp.errors import UserError
 
 EXACT_SIZE = 512

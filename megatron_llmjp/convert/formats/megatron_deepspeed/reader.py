@@ -32,7 +32,7 @@ from megatron_llmjp.convert.formats.megatron_lm.arguments import (
     vocabulary_notes,
 )
 from megatron_llmjp.convert.formats.rank_files import RankTensors, canonical_name_in_layer
-from megatron_llmjp.convert.optimizer_state import MAIN_WEIGHTS
+from megatron_llmjp.convert.optimizer.optimizer_state import MAIN_WEIGHTS
 from megatron_llmjp.convert.tensors import (
     LAYER,
     OUTPUT_LAYER,

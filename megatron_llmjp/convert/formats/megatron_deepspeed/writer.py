@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from megatron_llmjp.config.schema import ModelConfig
-from megatron_llmjp.convert import optimizer_state
 from megatron_llmjp.convert.files.torch_archive_writer import TensorPlaceholder, plan_archive
 from megatron_llmjp.convert.formats.base import ConversionOptions, SourceCheckpoint
 from megatron_llmjp.convert.formats.megatron_deepspeed import zero_writer
@@ -27,6 +26,7 @@ from megatron_llmjp.convert.formats.rank_files import (
     rank_write,
     target_padded_vocab_size,
 )
+from megatron_llmjp.convert.optimizer import optimizer_state
 from megatron_llmjp.convert.plan import Checksums, OutputPlan, Slot
 from megatron_llmjp.convert.tensors import (
     FINAL_NORM,

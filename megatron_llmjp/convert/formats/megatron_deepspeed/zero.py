@@ -31,7 +31,7 @@ from megatron_llmjp.convert.formats.megatron_deepspeed.names import (
     join_separate_keys,
 )
 from megatron_llmjp.convert.formats.rank_files import RankTensors
-from megatron_llmjp.convert.optimizer_state import (
+from megatron_llmjp.convert.optimizer.optimizer_state import (
     MAIN_WEIGHTS,
     MOMENTS,
     OptimizerState,

@@ -19,7 +19,7 @@ import torch
 from megatron_llmjp.config.schema import ModelConfig
 from megatron_llmjp.convert.files.storage import BLOCK, byte_count, write_at
 from megatron_llmjp.convert.files.torch_archive_writer import TensorPlaceholder, plan_archive
-from megatron_llmjp.convert.optimizer_state import MAIN_WEIGHTS, MOMENTS, OptimizerState
+from megatron_llmjp.convert.optimizer.optimizer_state import MAIN_WEIGHTS, MOMENTS, OptimizerState
 from megatron_llmjp.convert.plan import OutputFile, Slot
 from megatron_llmjp.convert.tensors import Shape
 

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 
 from megatron_llmjp.config.schema import ModelConfig
-from megatron_llmjp.convert import optimizer_state
 from megatron_llmjp.convert.files.torch_dist_writer import TorchDistWriter, split_into_chunks
 from megatron_llmjp.convert.formats import mcore_names
 from megatron_llmjp.convert.formats.base import ConversionOptions, SourceCheckpoint
-from megatron_llmjp.convert.optimizer_state import MAIN_WEIGHTS, PREFIX, OptimizerState
+from megatron_llmjp.convert.optimizer import optimizer_state
+from megatron_llmjp.convert.optimizer.optimizer_state import MAIN_WEIGHTS, PREFIX, OptimizerState
 from megatron_llmjp.convert.plan import Slot, TensorWrite
 from megatron_llmjp.convert.tensors import (
     VOCABULARY,

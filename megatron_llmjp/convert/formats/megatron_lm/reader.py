@@ -19,7 +19,6 @@ from megatron_llmjp.checkpoint.extra_states import is_extra_state
 from megatron_llmjp.checkpoint.manifest import folder_name
 from megatron_llmjp.checkpoint.save_folder import MEGATRON_LM
 from megatron_llmjp.config.schema import ModelConfig
-from megatron_llmjp.convert import optimizer_state
 from megatron_llmjp.convert.files import torch_dist
 from megatron_llmjp.convert.files.storage import StoredTensor
 from megatron_llmjp.convert.files.torch_archive import load_archive
@@ -39,7 +38,8 @@ from megatron_llmjp.convert.formats.megatron_lm.pipeline_arguments import (
 )
 from megatron_llmjp.convert.formats.rank_files import RankTensors, canonical_name_in_layer
 from megatron_llmjp.convert.model_tokenizer import tokenizer_files
-from megatron_llmjp.convert.optimizer_state import MAIN_WEIGHTS, MOMENTS, OptimizerState
+from megatron_llmjp.convert.optimizer import optimizer_state
+from megatron_llmjp.convert.optimizer.optimizer_state import MAIN_WEIGHTS, MOMENTS, OptimizerState
 from megatron_llmjp.convert.tensors import FINAL_NORM, OUTPUT_LAYER, WORD_EMBEDDINGS
 from megatron_llmjp.errors import UserError
 

@@ -22,8 +22,8 @@ from megatron_llmjp.convert.formats.rank_files import (
     check_parallel_sizes,
     target_padded_vocab_size,
 )
+from megatron_llmjp.convert.optimizer.random_states import RandomStates
 from megatron_llmjp.convert.plan import Checksums, OutputPlan
-from megatron_llmjp.convert.random_states import RandomStates
 from megatron_llmjp.errors import UserError
 
 

@@ -8,7 +8,7 @@ from megatron_llmjp.convert.formats.base import ConversionOptions, SourceCheckpo
 from megatron_llmjp.convert.formats.megatron_lm.arguments import make_args, run_arguments
 from megatron_llmjp.convert.formats.megatron_lm.optimizer_writer import FRAGMENTS, RESHARDABLE
 from megatron_llmjp.convert.formats.megatron_lm.pipeline_arguments import stage_arguments
-from megatron_llmjp.convert.random_states import RandomStates
+from megatron_llmjp.convert.optimizer.random_states import RandomStates
 
 
 def checkpoint_arguments(

@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_llmjp.convert.conversion import Conversion, check_output_path
-from megatron_llmjp.convert.copying import copy_tensors
+from megatron_llmjp.convert.copying.copy_threads import copy_tensors
+from megatron_llmjp.convert.copying.output_folder import check_free_space, sync_folder
+from megatron_llmjp.convert.copying.sharding import files_of_shard, restrict_copies, share_evenly
 from megatron_llmjp.convert.files.checksums import ChecksumRange
-from megatron_llmjp.convert.output_folder import check_free_space, sync_folder
 from megatron_llmjp.convert.plan import Checksums, OutputFile
-from megatron_llmjp.convert.sharding import files_of_shard, restrict_copies, share_evenly
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.filesystem import acquire_lock, fsync_path, write_atomically
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_llmjp.convert.formats.base import SourceCheckpoint
-from megatron_llmjp.convert.reference_files import RankTensors, open_rank_tensors
+from megatron_llmjp.convert.verification.reference_files import RankTensors, open_rank_tensors
 
 
 def reference_logits(

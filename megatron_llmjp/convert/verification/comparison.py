@@ -17,8 +17,8 @@ import torch
 
 from megatron_llmjp.convert.files.storage import dtype_name
 from megatron_llmjp.convert.formats.base import SourceCheckpoint
-from megatron_llmjp.convert.model_differences import model_differences
 from megatron_llmjp.convert.tensors import VOCABULARY, Shape
+from megatron_llmjp.convert.verification.model_differences import model_differences
 
 BLOCK = 1 << 20
 """Elements that are compared in fp64 at once."""

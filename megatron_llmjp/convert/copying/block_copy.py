@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_llmjp.convert.block_io import (
+from megatron_llmjp.convert.copying.block_io import (
     BLOCK_BYTES,
     BlockBuffers,
     BlockIO,
@@ -28,7 +28,7 @@ from megatron_llmjp.convert.block_io import (
     Location,
     WrittenRange,
 )
-from megatron_llmjp.convert.contiguous_runs import find_runs
+from megatron_llmjp.convert.copying.contiguous_runs import find_runs
 from megatron_llmjp.convert.files.storage import FileTensor, OpenFiles
 from megatron_llmjp.convert.plan import TensorCopy, TensorRead, TensorWrite
 from megatron_llmjp.convert.tensors import Layout, Shape, whole

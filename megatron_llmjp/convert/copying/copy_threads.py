@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from megatron_llmjp.convert.block_copy import Unit, plan_block_copy
-from megatron_llmjp.convert.block_io import BlockBuffers, WrittenRange
+from megatron_llmjp.convert.copying.block_copy import Unit, plan_block_copy
+from megatron_llmjp.convert.copying.block_io import BlockBuffers, WrittenRange
+from megatron_llmjp.convert.copying.progress_bar import ProgressBar
 from megatron_llmjp.convert.files.storage import OpenFiles, write_at
 from megatron_llmjp.convert.plan import Checksums, OutputFile, TensorCopy
-from megatron_llmjp.convert.progress_bar import ProgressBar
 from megatron_llmjp.filesystem import fsync_path
 
 SYNC_THREADS = 4

@@ -24,7 +24,7 @@ from megatron_llmjp.convert.formats.base import (
     check_tensor_names,
 )
 from megatron_llmjp.convert.formats.mcore_names import stored_key, tensor_reads
-from megatron_llmjp.convert.optimizer_fragments import (
+from megatron_llmjp.convert.optimizer.optimizer_fragments import (
     has_buckets,
     read_buckets,
     read_flat_fragments,

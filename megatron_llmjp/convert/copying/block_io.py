@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_llmjp.convert.contiguous_runs import Bytes, ContiguousRuns
+from megatron_llmjp.convert.copying.contiguous_runs import Bytes, ContiguousRuns
 from megatron_llmjp.convert.files.checksums import combine_crc32
 from megatron_llmjp.convert.files.storage import (
     Extents,

@@ -1,0 +1,1 @@
+"""Copying of tensors from file to file: blocks, threads, tasks, output folder."""

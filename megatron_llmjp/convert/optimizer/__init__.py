@@ -1,0 +1,1 @@
+"""Optimizer state and random states of checkpoints."""

@@ -1,0 +1,1 @@
+"""Comparison of checkpoints: logits of source and output, tensors, architectures."""
