@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_llmjp.convert.copying.contiguous_runs import find_runs
-from megatron_llmjp.convert.copying.copy_threads import (
+from megatron_llmjp.convert.copying import (
     block_copy,
     block_io,
     contiguous_runs,
     output_folder,
 )
-from megatron_llmjp.convert.copying.copy_threads import copy_threads as copying
+from megatron_llmjp.convert.copying import copy_threads as copying
+from megatron_llmjp.convert.copying.contiguous_runs import find_runs
 from megatron_llmjp.convert.files.storage import FileTensor
 from megatron_llmjp.convert.plan import OutputFile, Slot, TensorCopy, TensorRead, TensorWrite
 from megatron_llmjp.convert.tensors import (

@@ -13,7 +13,7 @@ import torch
 
 from megatron_llmjp.config.model_config import ParallelConfig
 from megatron_llmjp.convert import conversion
-from megatron_llmjp.convert.copying.copy_threads import progress_bar
+from megatron_llmjp.convert.copying import progress_bar
 from megatron_llmjp.convert.formats.base import ConversionOptions
 from megatron_llmjp.errors import UserError
 from tests.convert.hf_models import gpt2, llama

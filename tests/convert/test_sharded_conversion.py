@@ -180,7 +180,7 @@ def test_two_tasks_that_publish_at_the_same_time(tmp_path, hf, monkeypatch):
 
     assert tasks[0].run(1, True, verify).pending == ""
     assert len(published) == 2
-    assert names(tmp_path) == ["hf", "o"]
+    assert names(tmp_path) == [".o.plan.json", "hf", "o"]
     assert plan_conversion("native", "hf", tmp_path / "o", options).source.iteration == 0
 
 
@@ -214,4 +214,4 @@ def test_killed_tasks(tmp_path, hf, convert):
     again = [start(number) for number in range(3)]
     assert [task.wait(PROCESS_TIMEOUT) for task in again] == [0, 0, 0]
     same_files(tmp_path / "o", tmp_path / "whole")
-    assert names(tmp_path) == ["hf", "o", "whole"]
+    assert names(tmp_path) == [".o.plan.json", "hf", "o", "whole"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_llmjp.convert.files import torch_dist
+from megatron_llmjp.convert.files import torch_dist_writer
 from megatron_llmjp.convert.files.torch_dist_writer import TorchDistWriter, split_into_chunks
 from megatron_llmjp.convert.plan import write_slot
 
@@ -52,7 +52,7 @@ def test_files_are_filled_to_the_limit(tmp_path):
 
 
 def test_torch_reads_what_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch_dist, "CHUNK_BYTES", 64)
+    monkeypatch.setattr(torch_dist_writer, "CHUNK_BYTES", 64)
     tensors = {"a": torch.arange(30.0).view(10, 3), "b": torch.arange(4, dtype=torch.bfloat16)}
     writer = written(tmp_path, 10_000, tensors)
     writer.add_alias("again", "a")
@@ -84,7 +84,7 @@ def test_torch_reads_what_is_written(tmp_path, monkeypatch):
     ],
 )
 def test_chunks(monkeypatch, shape, sizes):
-    monkeypatch.setattr(torch_dist, "CHUNK_BYTES", 64)
+    monkeypatch.setattr(torch_dist_writer, "CHUNK_BYTES", 64)
     chunks = list(split_into_chunks(shape, torch.float32))
     assert [size[0] for _, size in chunks] == sizes
     assert [where for where, _ in chunks] == [
