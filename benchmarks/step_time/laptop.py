@@ -79,6 +79,9 @@ class CpuParameters:
     kernel: float
     shared: float
     """Speed of a core while the others are busy, too: cores share caches, and may share units."""
+    switching: float
+    """Factor of the time of messages where ranks share cores: a rank that waits for a message is
+    not running when it arrives."""
 
     @property
     def step(self) -> StepParameters:
@@ -94,8 +97,8 @@ class CpuParameters:
         )
 
 
-START = CpuParameters(0.5, 30.0, 0.5, 0.5, 5e-4, 0.8)
-LIMITS = np.log([[0.01, 0.1, 0.05, 0.02, 1e-6, 0.3], [10.0, 1e3, 5.0, 20.0, 1e-1, 1.0]])
+START = CpuParameters(0.5, 30.0, 0.5, 0.5, 5e-4, 0.8, 1.0)
+LIMITS = np.log([[0.01, 0.1, 0.05, 0.02, 1e-6, 0.3, 0.5], [10.0, 1e3, 5.0, 20.0, 1e-1, 1.0, 5.0]])
 
 
 @dataclass(frozen=True)
@@ -115,11 +118,13 @@ def predicted_seconds(run: LaptopRun, parameters: CpuParameters) -> float:
     Where ranks share cores, a step takes at least the work of all ranks divided by the cores, which
     are never idle while a rank has work.
     """
-    layout = run.load.layout
-    total = step_time(run.load, CPU, parameters.step).total
+    layout, step = run.load.layout, parameters.step
+    if layout.world_size > run.cores:
+        step = replace(step, link=step.link / parameters.switching)
+    total = step_time(run.load, CPU, step).total
     if layout.world_size > run.cores:
         stages = [replace(run.load, stages=(stage,) * layout.pp) for stage in run.load.stages]
-        alone = [step_time(stage, CPU, parameters.step) for stage in stages]
+        alone = [step_time(stage, CPU, step) for stage in stages]
         work = sum(time.total - time.bubble for time in alone) * layout.tp * layout.dp
         total = max(total, work / run.cores)
     return total / (parameters.shared if layout.world_size > 1 else 1.0)
