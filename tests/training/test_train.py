@@ -47,7 +47,7 @@ def test_phases_of_eval_only(monkeypatch):
             training=SimpleNamespace(eval_only=True), checkpoint=SimpleNamespace(finetune=False)
         ),
     )
-    context = train._RankContext(SimpleNamespace(), SimpleNamespace(), None, watchdog, [])
+    context = train._RankContext(SimpleNamespace(), SimpleNamespace(), None, watchdog, [], "")
     assert train._validate_only(run, context) == EXIT_DONE
     joining = (7, "joining the process groups", True)
     assert list(during.items())[:-2] == [
