@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 
+from megatron_llmjp import transformer_engine_import
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint import resume, resume_checks
 from megatron_llmjp.config.flags import Command, Mode, print_notes
@@ -223,7 +223,7 @@ def _measured_runs(config: Config, machine: PlannedMachine) -> list[ComparedRun]
 
 def _build_on_meta(estimate: RunEstimate) -> str:
     """Build the first ranks with megatron-core and report them; fail if they differ."""
-    if estimate.layout.cp > 1 and find_spec("transformer_engine") is None:
+    if estimate.layout.cp > 1 and not transformer_engine_import.is_installed():
         return (
             "not built on the meta device: context parallelism needs Transformer Engine's "
             "attention, which is not installed here"

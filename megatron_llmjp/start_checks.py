@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
+from megatron_llmjp import transformer_engine_import
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.estimate.checkpoints import checkpoint_bytes, count_checkpoints
@@ -50,7 +50,7 @@ def overlap_warnings(run: Run) -> list[str]:
 
 def _kernels(config: Config) -> Iterator[str]:
     size = config.parallel.context_parallel_size
-    if size > 1 and find_spec("transformer_engine") is None:
+    if size > 1 and not transformer_engine_import.is_installed():
         yield (
             f"context_parallel_size {size} is not supported here: it requires Transformer "
             "Engine's attention; install it, or use 1 with sequence_parallel or "

@@ -42,13 +42,18 @@ def check_before_megatron_core() -> None:
         sys.meta_path.insert(0, _ImportCheck())
 
 
+def is_installed() -> bool:
+    """Return whether Transformer Engine is installed, without importing it."""
+    return find_spec("transformer_engine") is not None
+
+
 def check_transformer_engine() -> None:
     """Import Transformer Engine if it is installed.
 
     Raises:
         UserError: it cannot be imported.
     """
-    if find_spec("transformer_engine") is None:
+    if not is_installed():
         return
     try:
         with warnings.catch_warnings():

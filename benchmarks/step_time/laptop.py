@@ -31,6 +31,7 @@ from megatron_llmjp.estimate.speed.step_parameters import StepParameters
 from megatron_llmjp.estimate.speed.step_time import RunLoad, run_load, step_time
 from megatron_llmjp.estimate.speed.step_work import Software
 from megatron_llmjp.estimate.speed.target_gpu import TargetGpu
+from megatron_llmjp.metric_registry import SECONDS_PER_ITERATION
 from megatron_llmjp.report.history import read_history
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +53,7 @@ VOCAB_SIZE = 4096
 BATCH_SIZE = 32
 MAX_ERROR = 0.15
 WARM_UP = 3
-"""Steps that are left out."""
+"""Steps that are not counted."""
 TOKENS = 1 << 21
 CPU = TargetGpu(
     name="CPU",
@@ -186,7 +187,7 @@ def measure(config: Config, preset: str, folder: Path, steps: int) -> float:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
-    _, seconds = read_history(save).values("seconds per iteration")
+    _, seconds = read_history(save).values(SECONDS_PER_ITERATION.name)
     return float(np.min(seconds[WARM_UP:]))
 
 

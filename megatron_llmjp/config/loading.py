@@ -165,9 +165,7 @@ def config_differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 def _sizes(config: Config) -> dict[str, int]:
     """Return the model sizes that have computed defaults."""
     return {
-        "num_query_groups": config.model.query_groups,
-        "kv_channels": config.model.head_dim,
-        "ffn_hidden_size": config.model.ffn_size,
+        **config.model.resolved_sizes(),
         "max_position_embeddings": config.max_positions,
     }
 

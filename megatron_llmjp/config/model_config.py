@@ -175,6 +175,14 @@ class ModelConfig(Section):
         """Hidden size of the feed-forward layer (of each half with SwiGLU)."""
         return self.ffn_hidden_size or 4 * self.hidden_size
 
+    def resolved_sizes(self) -> dict[str, int]:
+        """Return the fields whose defaults are computed from other sizes, with their values."""
+        return {
+            "num_query_groups": self.query_groups,
+            "kv_channels": self.head_dim,
+            "ffn_hidden_size": self.ffn_size,
+        }
+
     def compute_padded_vocab_size(self, tensor_model_parallel_size: int) -> int:
         """Return the vocabulary size padded as in Megatron-LM: the rows of the embedding.
 

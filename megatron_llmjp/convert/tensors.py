@@ -105,6 +105,11 @@ def _block_shapes(model: ModelConfig) -> dict[str, Shape]:
     return block
 
 
+def is_linear(name: str) -> bool:
+    """Return whether a tensor is the weight of a linear layer of a transformer block."""
+    return ".linear_" in name and name.endswith(".weight")
+
+
 def parallel_split(name: str, model: ModelConfig) -> ParallelSplit:
     """Return how tensor parallelism splits the tensor of this name."""
     if name in VOCABULARY or ".linear_qkv." in name:

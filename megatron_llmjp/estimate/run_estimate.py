@@ -10,16 +10,16 @@ from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.batch_size import BatchSizeSchedule, last_iteration
 from megatron_llmjp.data.lr_schedule import length_in_iterations
 from megatron_llmjp.estimate.checkpoints import checkpoint_bytes, rank_save_bytes
-from megatron_llmjp.estimate.communication import CommunicationVolume, communication_volume
+from megatron_llmjp.estimate.communication import CommunicationVolume
 from megatron_llmjp.estimate.failure_report import FailureForecast, forecast_failures
 from megatron_llmjp.estimate.failures import ObservedJobs
 from megatron_llmjp.estimate.flops import step_flops
 from megatron_llmjp.estimate.layout import ParallelLayout, make_layout
-from megatron_llmjp.estimate.memory import RankMemory, rank_memory, rank_parameters
+from megatron_llmjp.estimate.memory import RankMemory, rank_memory
 from megatron_llmjp.estimate.speed.fitted_step_time import ACCURACY, CORRECTED_ACCURACY
 from megatron_llmjp.estimate.speed.measured_runs import ComparedRun, correction
 from megatron_llmjp.estimate.speed.step_parameters import ModelAccuracy
-from megatron_llmjp.estimate.speed.step_time import StepTime, run_load, step_time
+from megatron_llmjp.estimate.speed.step_time import RunLoad, StepTime, run_load, step_time
 from megatron_llmjp.estimate.speed.step_work import Software
 from megatron_llmjp.estimate.speed.target_gpu import TargetGpu, resolve_gpu
 
@@ -125,17 +125,17 @@ def estimate_run(
     """
     gpu = resolve_gpu(config, machine)
     layout = make_layout(config, machine.world_size)
-    stages = range(layout.pp)
-    parameters = tuple(rank_parameters(config, layout, layout.stages[s]) for s in stages)
+    load = run_load(config, layout, Software())
+    parameters = tuple(stage.parameters for stage in load.stages)
     is_async = config.checkpoint.async_save
-    seconds, terms = _step_seconds(config, machine, layout, gpu, measured_runs)
+    seconds, terms = _step_seconds(load, machine, gpu, measured_runs)
     copied = rank_save_bytes(config, layout, max(parameters)) if is_async else None
     return RunEstimate(
         config=config,
         gpu=gpu,
         layout=layout,
-        memory=tuple(rank_memory(config, layout, stage) for stage in stages),
-        communication=tuple(communication_volume(config, layout, stage) for stage in stages),
+        memory=tuple(rank_memory(config, layout, stage) for stage in range(layout.pp)),
+        communication=tuple(stage.sent for stage in load.stages),
         parameters=parameters,
         step_seconds=seconds,
         failures=forecast_failures(machine, checkpoint_bytes(config), copied, observed),
@@ -146,19 +146,14 @@ def estimate_run(
 
 
 def _step_seconds(
-    config: Config,
-    machine: PlannedMachine,
-    layout: ParallelLayout,
-    gpu: TargetGpu,
-    measured_runs: Sequence[ComparedRun],
+    load: RunLoad, machine: PlannedMachine, gpu: TargetGpu, measured_runs: Sequence[ComparedRun]
 ) -> tuple[float, StepTime | None]:
     """Return the seconds of a step, and their terms unless the MFU is given."""
     if machine.mfu is None:
-        terms = step_time(run_load(config, layout, Software()), gpu)
-        terms = terms * correction(measured_runs)
+        terms = step_time(load, gpu) * correction(measured_runs)
         return terms.total, terms
-    flops = step_flops(config, config.training.global_batch_size)
-    return flops / (layout.world_size * gpu.peak * machine.mfu), None
+    flops = step_flops(load.config, load.config.training.global_batch_size)
+    return flops / (load.layout.world_size * gpu.peak * machine.mfu), None
 
 
 def run_length_without_data(config: Config) -> RunLength | None:

@@ -1,9 +1,19 @@
-"""Parser of the lines of JSON Lines files, any of which may be damaged."""
+"""Values of JSON, and the lines of JSON Lines files, any of which may be damaged."""
 
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
+
+
+def json_values(value: Any) -> Any:
+    """Return plain data with null for infinities and NaN, which JSON lacks."""
+    if isinstance(value, dict):
+        return {key: json_values(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_values(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def parse_object(line: str) -> dict[str, Any] | None:

@@ -56,6 +56,7 @@ from megatron_llmjp.report.jobs import (
     read_job_ends,
     without_rejected,
 )
+from megatron_llmjp.report.json_lines import json_values
 from megatron_llmjp.report.metrics_tail import RecentMetrics, read_recent_metrics
 from megatron_llmjp.report.run_state import (
     Evidence,
@@ -209,17 +210,9 @@ def read_status(
 
 def status_json(status: RunStatus) -> dict[str, Any]:
     """Return a status as JSON; infinities and NaN, which JSON lacks, become null."""
-    plain = _plain(asdict(status))
+    plain = json_values(asdict(status))
     assert isinstance(plain, dict)
     return plain
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _progress(

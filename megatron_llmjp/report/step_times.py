@@ -38,7 +38,7 @@ MIN_ITERATIONS = 10
 def read_measured_run(folder: Path, gpu: str) -> MeasuredRun:
     """Read the step time of a run, with its last batch size and number of GPUs.
 
-    The first log interval of each process is left out: it contains the start of kernels and
+    The first log interval of each process is omitted: it contains the start of kernels and
     connections.
 
     Args:

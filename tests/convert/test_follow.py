@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 from megatron_llmjp.convert.follow import held_checkpoint
-from megatron_llmjp.convert.follow.follow import FollowSettings, follow
+from megatron_llmjp.convert.follow.follow import FollowSettings, follow, run_is_finished
 from megatron_llmjp.convert.follow.journal import JOURNAL, CheckpointId, Journal
-from megatron_llmjp.convert.follow.run_end import run_is_finished
 from megatron_llmjp.errors import UserError
 from tests.convert.hf_models import llama, state
 from tests.convert.test_average import rename_iteration

@@ -99,7 +99,7 @@ def test_tensor_parallelism_leaves_the_node_where_nothing_else_fits():
 
 
 def test_days_by_number_of_gpus():
-    """Numbers of GPUs that are slower than fewer are left out: the Pareto front."""
+    """Numbers of GPUs that are slower than fewer are omitted: the Pareto front."""
 
     def point(gpus: int, seconds: float | None) -> ScalingPoint:
         return ScalingPoint(gpus, 24, None, seconds, "")

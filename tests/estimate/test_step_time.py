@@ -178,7 +178,7 @@ def test_published_figures_in_seconds():
     for name, expected in days.items():
         run = runs[name]
         tokens = run.load.config.training.global_batch_size * 2048
-        # Their equation 4 leaves out attention scores and logits, some 3 %.
+        # Their equation 4 omits attention scores and logits, some 3 %.
         assert 300e9 / tokens * run.seconds / 86_400 == pytest.approx(expected, rel=0.05)
     # Jiang et al. (2024), table 2, gives seconds and MFU.
     (run,) = (run for run in load_runs() if run.name == "12288, 12288 A100")

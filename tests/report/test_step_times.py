@@ -68,7 +68,7 @@ def test_a_measured_run(tmp_path):
 
 
 def test_only_intervals_like_the_last_are_counted(tmp_path):
-    """After a restart on more GPUs, whose first interval is left out, too."""
+    """After a restart on more GPUs, whose first interval is omitted, too."""
     folder = write_run(tmp_path / "run", [2.0] * 9)
     with (folder / "metrics.jsonl").open("a") as stream:
         stream.write(json.dumps({"iteration": 18, "event": "start", "hardware": GPU}) + "\n")

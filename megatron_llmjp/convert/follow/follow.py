@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_llmjp.checkpoint import manifest as manifests
+from megatron_llmjp.checkpoint.run_lock import RECORD
 from megatron_llmjp.checkpoint.save_folder import find_foreign_checkpoint, recognize
 from megatron_llmjp.convert.follow.command import RunningCommand
 from megatron_llmjp.convert.follow.held_checkpoint import hold_checkpoint
 from megatron_llmjp.convert.follow.journal import CheckpointId, Journal
-from megatron_llmjp.convert.follow.run_end import run_is_finished
 from megatron_llmjp.errors import EXIT_DONE, EXIT_FAILURE, EXIT_INTERRUPTED, UserError
 from megatron_llmjp.filesystem import FileLock, acquire_lock
+from megatron_llmjp.report.metrics_tail import read_recent_metrics
 
 LOCK = ".follow.lock"
 
@@ -93,6 +94,17 @@ def check_save_folder(save: Path) -> None:
             f"--follow {save}: {found.folder} is {found.title}; expected the save folder of a run "
             "of this program"
         )
+
+
+def run_is_finished(save: Path) -> bool:
+    """Return whether the last process of a run did all iterations and released the save folder.
+
+    A run that was stopped, failed or killed may be resumed, and is not finished.
+    """
+    if (save / RECORD).exists():
+        return False
+    end = read_recent_metrics(save).end
+    return end is not None and end.get("outcome") == "done"
 
 
 class _Follower:

@@ -267,14 +267,7 @@ def _datasets(run: RunRecord | None) -> str:
     title = "## Datasets\n\n### Pre-training\n\n"
     if run is None or not run.datasets:
         return f"{title}{_field('datasets and their tokens')}"
-    rows = [
-        (
-            dataset.name,
-            _folds(dataset),
-            ("" if dataset.is_exact else "about ") + f"{dataset.tokens:,}",
-        )
-        for dataset in run.datasets
-    ]
+    rows = [(dataset.name, _folds(dataset), _tokens(dataset)) for dataset in run.datasets]
     table = _table(("Dataset", "Folds", "Tokens"), [*rows, ("**Total**", "", run.tokens)])
     return f"{title}{table}\n\n{_field('languages and sources of these datasets')}"
 

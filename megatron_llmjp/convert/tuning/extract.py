@@ -27,7 +27,13 @@ from megatron_llmjp.convert.formats.hugging_face.architecture import (
 from megatron_llmjp.convert.formats.hugging_face.config import write_json
 from megatron_llmjp.convert.formats.hugging_face.registry import architecture_for
 from megatron_llmjp.convert.plan import OutputFile, write_slot
-from megatron_llmjp.convert.tensors import VOCABULARY, WORD_EMBEDDINGS, Shape, part_shapes
+from megatron_llmjp.convert.tensors import (
+    VOCABULARY,
+    WORD_EMBEDDINGS,
+    Shape,
+    is_linear,
+    part_shapes,
+)
 from megatron_llmjp.convert.tuning.adapter_config import CONFIG, adapter_config
 from megatron_llmjp.convert.tuning.adapter_keys import FILE, PREFIX, module_key
 from megatron_llmjp.convert.verification.model_differences import model_differences
@@ -116,11 +122,6 @@ class AdapterPlan:
                 elif rule.name in self.whole:
                     found[PREFIX + module_key(key)] = shape, self.dtype
         return plan_safetensors(FILE, found)
-
-
-def is_linear(name: str) -> bool:
-    """Return whether a canonical tensor is the weight of a linear layer of a block."""
-    return ".linear_" in name and name.endswith(".weight")
 
 
 def matrix_keys(key: str) -> tuple[str, str]:

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
-from megatron_llmjp.convert.files.storage import dtype_name
+from megatron_llmjp.convert.files.storage import byte_count, dtype_name
 from megatron_llmjp.convert.formats.base import SourceCheckpoint
 from megatron_llmjp.convert.tensors import VOCABULARY, Shape
 from megatron_llmjp.convert.verification.model_differences import model_differences
+from megatron_llmjp.report.json_lines import json_values
 
 BLOCK = 1 << 20
 """Elements that are compared in fp64 at once."""
@@ -79,7 +80,7 @@ class Comparison:
         """Return the comparison as a JSON object; values that are not finite become null."""
         content = {"equal": self.is_equal, **asdict(self)}
         content |= {"first": str(self.first), "second": str(self.second)}
-        found: dict[str, Any] = _finite(content)
+        found: dict[str, Any] = json_values(content)
         return found
 
 
@@ -118,7 +119,7 @@ def compare_checkpoints(
                 _compare(difference, reads[0].read(name), other.result())
             if difference.is_difference:
                 found.differences.append(difference)
-            progress(sum(math.prod(read.shape) * read.dtype.itemsize for read in reads))
+            progress(sum(byte_count(read.shape, read.dtype) for read in reads))
     return found
 
 
@@ -188,15 +189,6 @@ def _differing(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return a.view(kind) != b.view(kind)
     x, y = a.double(), b.double()
     return (x != y) & ~(x.isnan() & y.isnan())
-
-
-def _finite(value: Any) -> Any:
-    """Replace numbers that JSON does not have by None."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def format_comparison(found: Comparison) -> str:

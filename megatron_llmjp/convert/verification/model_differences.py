@@ -10,13 +10,6 @@ from typing import Any
 
 from megatron_llmjp.config.schema import ModelConfig
 
-SIZE_FIELDS = {
-    "num_query_groups": "query_groups",
-    "kv_channels": "head_dim",
-    "ffn_hidden_size": "ffn_size",
-}
-"""Fields with a default, and the properties that resolve it."""
-
 TRAINING_FIELDS = frozenset(
     {
         "hidden_dropout",
@@ -51,5 +44,5 @@ def _function_fields(model: ModelConfig) -> dict[str, Any]:
     }
     prefixes = tuple(prefix for prefix, is_unused in unused.items() if is_unused)
     found = model.model_dump(exclude=set(TRAINING_FIELDS))
-    found |= {name: getattr(model, resolved) for name, resolved in SIZE_FIELDS.items()}
+    found |= model.resolved_sizes()
     return {name: value for name, value in found.items() if not name.startswith(prefixes)}

@@ -59,7 +59,7 @@ SEARCHED = (
 
 
 def layout_key(config: Config) -> tuple[object, ...]:
-    """Return what tells candidates apart."""
+    """Return the values in which candidates differ."""
     parallel = config.parallel
     sequence_parallel = parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1
     values = (getattr(parallel, name) for name in SEARCHED)

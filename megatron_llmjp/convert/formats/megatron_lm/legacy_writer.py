@@ -32,6 +32,7 @@ from megatron_llmjp.convert.tensors import (
     LAYER,
     OUTPUT_LAYER,
     WORD_EMBEDDINGS,
+    is_linear,
     tensor_shapes,
 )
 from megatron_llmjp.filesystem import write_atomically
@@ -128,6 +129,6 @@ def _with_extra_states(tree: dict[str, Any], options: ConversionOptions) -> dict
     found: dict[str, Any] = {}
     for key, placeholder in tree.items():
         found[key] = placeholder
-        if (".linear_" in key and key.endswith(".weight")) or (has_norm and key == final):
+        if is_linear(key) or (has_norm and key == final):
             found[key.removesuffix("weight") + "_extra_state"] = None
     return found
