@@ -31,11 +31,7 @@ from megatron_llmjp.estimate.data_plan import (
     format_data_plan,
     make_data_plan,
 )
-from megatron_llmjp.estimate.data_warnings import (
-    data_plan_warnings,
-    run_data_warnings,
-    shared_document_warnings,
-)
+from megatron_llmjp.estimate.data_warnings import data_plan_warnings, run_data_warnings
 from megatron_llmjp.estimate.estimate_numbers import candidate_numbers, estimate_numbers
 from megatron_llmjp.estimate.estimate_report import format_estimate
 from megatron_llmjp.estimate.run_estimate import (
@@ -52,6 +48,10 @@ from megatron_llmjp.estimate.search.scaling import (
     format_scaling,
     scale_run,
     scaling_numbers,
+)
+from megatron_llmjp.estimate.shared_documents import (
+    shared_document_warnings,
+    shared_repetition_warnings,
 )
 from megatron_llmjp.estimate.speed.measured_runs import ComparedRun, compare_run, format_compared
 from megatron_llmjp.placeholders import substitute_missing
@@ -83,7 +83,13 @@ def plan_data(config: Config, with_learning_rate: bool = True) -> tuple[DataPlan
         UserError: the fold file, a dataset or a number of iterations is invalid, or a dataset was
             tokenized with another tokenizer than the run's.
     """
-    data = resolve_data(config)
+    return plan_resolved_data(config, resolve_data(config), with_learning_rate)
+
+
+def plan_resolved_data(
+    config: Config, data: ResolvedData, with_learning_rate: bool = True
+) -> tuple[DataPlan, list[str]]:
+    """Plan the resolved data of a run, as :func:`plan_data`."""
     tokenizer_warnings = _tokenizer_warnings(config, data)
     data = _with_skips(data, config)
     train_iters, _ = train_iterations(config, data.schedule)
@@ -91,7 +97,11 @@ def plan_data(config: Config, with_learning_rate: bool = True) -> tuple[DataPlan
     rate = _learning_rate(config, data, train_iters) if with_learning_rate else None
     plan = make_data_plan(data.schedule, BatchSizeSchedule(config), train_iters, rate)
     found = data_plan_warnings(plan, data.schedule, config, data.folds, data.datasets)
-    return plan, [*tokenizer_warnings, *found, *shared_document_warnings(data.folds)]
+    shared = [
+        *shared_document_warnings(data.folds),
+        *shared_repetition_warnings(plan.datasets),
+    ]
+    return plan, [*tokenizer_warnings, *found, *shared]
 
 
 def print_data_plan(config: Config) -> None:

@@ -13,11 +13,8 @@ from megatron_llmjp import transformer_engine_import
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.estimate.checkpoints import checkpoint_bytes, count_checkpoints
-from megatron_llmjp.estimate.data_warnings import (
-    START_INDEX_BYTES,
-    run_data_warnings,
-    shared_document_warnings,
-)
+from megatron_llmjp.estimate.data_warnings import run_data_warnings
+from megatron_llmjp.estimate.shared_documents import START_INDEX_BYTES, shared_document_warnings
 from megatron_llmjp.filesystem import nearest_existing, why_not_writable
 from megatron_llmjp.formatting import format_count
 from megatron_llmjp.run import Run

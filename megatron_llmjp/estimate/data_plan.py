@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.data.folds.schedule import FoldPlan, Schedule
+from megatron_llmjp.estimate.repetition import DatasetUse, dataset_uses, format_uses
 from megatron_llmjp.formatting import format_count, format_table
 
 LearningRate = Callable[[int], float]
@@ -84,6 +85,8 @@ class DataPlan:
     tokens: int
     unused_samples: int
     """Scheduled samples after the run's last iteration."""
+    datasets: tuple[DatasetUse, ...] = ()
+    """Use of each dataset in the whole run."""
 
 
 def make_data_plan(
@@ -126,6 +129,7 @@ def make_data_plan(
         samples=used,
         tokens=used * schedule.sequence_length,
         unused_samples=schedule.total_samples - used,
+        datasets=dataset_uses(schedule, used),
     )
 
 
@@ -186,6 +190,8 @@ def format_data_plan(plan: DataPlan, warnings: Iterable[str] = ()) -> str:
     tokens = format_count(samples * plan.sequence_length)
     total = ("total", "", tokens, f"{samples:,}", "", "", f"{plan.train_iters:,}")
     parts = [_aligned([*lines, total]), _summary(plan)]
+    if uses := format_uses(plan.datasets):
+        parts.append(uses)
     parts += [
         f"skipped: samples {skip.first:,} to {skip.end - 1:,} ({skip.end - skip.first:,} samples, "
         f"starting in fold '{skip.fold}'), before iteration {skip.before_iteration:,}"

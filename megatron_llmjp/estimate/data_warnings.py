@@ -1,91 +1,22 @@
-"""Warnings on a run's data: repeated or shared documents, and schedules that do not match the data.
+"""Warnings on a run's data: repeated data, and schedules that do not match the data.
 
-Datasets share documents if they share one ``.bin`` file, as the folds of split_folds do.
+Warnings on documents that several datasets share are in ``shared_documents.py``.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from collections.abc import Iterator, Mapping, Sequence
 
 from megatron_llmjp.config.learning_rate_rules import decay_warnings
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.data.folds.schedule import DatasetInfo, DatasetSlice, Schedule
 from megatron_llmjp.data.folds.schema import FoldFile
-from megatron_llmjp.data.indexed_dataset import DatasetIndex, bin_path, idx_path, read_index
 from megatron_llmjp.data.lr_schedule import length_in_iterations
 from megatron_llmjp.estimate.data_plan import DataPlan, make_data_plan
+from megatron_llmjp.estimate.repetition import repetition_warnings
 from megatron_llmjp.formatting import format_names
 from megatron_llmjp.run import Run
-
-SHOWN = 10
-"""Warnings on pairs of datasets that are printed."""
-START_INDEX_BYTES = 500_000_000
-"""Bytes of ``.idx`` files that can be compared within about a second."""
-
-
-def shared_document_warnings(file: FoldFile, largest: int | None = None) -> list[str]:
-    """Return a warning for each pair of datasets of a fold file that share documents.
-
-    Datasets are compared if they share a ``.bin`` through a hard or symbolic link; documents are
-    the same if they start at the same token. Only the indices of such datasets are read.
-
-    Args:
-        file: the fold file.
-        largest: maximum size of the ``.idx`` files of datasets that share a ``.bin``, in bytes;
-            above it, they are not compared and the warning names plan_folds.
-    """
-    found, not_compared = [], []
-    for paths in _sharing(file.dataset_paths()):
-        size = sum(idx_path(path).stat().st_size for path in paths)
-        if largest is not None and size > largest:
-            not_compared.append(
-                f"{paths[0]} and {len(paths) - 1:,} more share a .bin, but their indices are too "
-                "large to search for shared documents at the start: run plan_folds"
-            )
-            continue
-        found += [
-            f"{one} and {other} share a .bin and {count:,} documents, of {of:,} in the smaller "
-            "dataset"
-            for one, other, count, of in _pairs(paths)
-        ]
-    more = [f"... and {len(found) - SHOWN:,} more such pairs"] if len(found) > SHOWN else []
-    return found[:SHOWN] + more + not_compared
-
-
-def _sharing(paths: Iterable[str]) -> list[list[str]]:
-    """Return groups of two or more datasets that share a ``.bin``."""
-    groups: dict[tuple[int, int], list[str]] = {}
-    for path in paths:
-        if not bin_path(path).is_file():
-            continue  # planned on a machine without the data
-        status = bin_path(path).stat()
-        groups.setdefault((status.st_dev, status.st_ino), []).append(path)
-    return [members for members in groups.values() if len(members) > 1]
-
-
-def _pairs(members: list[str]) -> Iterator[tuple[str, str, int, int]]:
-    """Yield each pair of datasets with shared documents: how many, and how many in the smaller."""
-    starts = {path: _starts(read_index(path)) for path in members}
-    if len(np.unique(np.concatenate(list(starts.values())))) == sum(map(len, starts.values())):
-        return
-    for one, other in itertools.combinations(members, 2):
-        count = len(np.intersect1d(starts[one], starts[other], assume_unique=True))
-        if count:
-            yield one, other, count, min(len(starts[one]), len(starts[other]))
-
-
-def _starts(index: DatasetIndex) -> npt.NDArray[Any]:
-    """Return the offsets of all non-empty documents in the .bin."""
-    filled = np.concatenate(([0], np.cumsum(index.lengths > 0)))
-    bounds = index.document_indices
-    first = bounds[:-1][filled[bounds[1:]] > filled[bounds[:-1]]]
-    return np.unique(index.pointers[first])
 
 
 def data_plan_warnings(
@@ -110,6 +41,7 @@ def data_plan_warnings(
         *_end(plan, schedule, sizes),
         *_continued(schedule),
         *_used_twice(schedule),
+        *repetition_warnings(plan.datasets),
         *_trained_and_validated(schedule, file, datasets),
         *_decay(plan, schedule, config),
         *_warmup(plan, config),
@@ -129,6 +61,7 @@ def run_data_warnings(run: Run) -> list[str]:
         *_sizes(plan, run.schedule, sizes),
         *_end(plan, run.schedule, sizes),
         *_used_twice(run.schedule),
+        *repetition_warnings(plan.datasets),
         *_trained_and_validated(run.schedule, run.folds, run.datasets),
         *_warmup(plan, run.config),
         *_fold_schedules(plan, run.schedule, sizes),

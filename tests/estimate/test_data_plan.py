@@ -141,6 +141,10 @@ def test_warnings():
         "  d     50.00%     192       12   0.113  0.226",
         "total              912       57                          7",
         "7 iterations of 8 samples of 16 tokens: 896 tokens (896) of 3 datasets in 3 folds",
+        "use in the run  tokens  trained on  epochs  up-sampling  tokens seen",
+        "  a                512         528   1.031        4.49x  1x 96.9%, 2x 3.1%",
+        "  c              1.70K         368   0.217        0.95x  0x 78.3%, 1x 21.7%",
+        "  b              1.70K           0   0.000        0.00x  0x",
         "warning: w",
     ]
 

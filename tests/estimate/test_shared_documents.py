@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import yaml
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from data_tools import plan_folds, split_folds
 from megatron_llmjp.data.folds.loading import read_fold_file
-from megatron_llmjp.estimate.data_warnings import shared_document_warnings
+from megatron_llmjp.estimate.shared_documents import shared_document_warnings
 from tests.support.datasets import write_dataset
 from tests.support.processes import pretrain
 from tests.support.training import arguments
@@ -35,7 +38,26 @@ def test_folds_and_refined_overlap(tmp_path, capsys):
         assert f"share a .bin and {count} documents, of 80" in text
     flags = ["--fold-file", str(path), "--seq-length", "64", "--global-batch-size", "4"]
     assert plan_folds.main(flags) == 0
-    assert found[0] in " ".join(capsys.readouterr().out.split())
+    shown = " ".join(capsys.readouterr().out.split())
+    assert found[0] in shown
+    assert plan_folds.main([*flags, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    epochs = {use["path"].split("/")[-2]: use["epochs"] for use in plan["datasets"]}
+    lengths = np.array([len(tokens) for tokens in IndexedDataset(str(tmp_path / "d"))])
+    best = np.arange(400) % 5 == 0
+    for name, mine in (("fold00", owner == 0), ("fold01", owner == 1), ("refined", best)):
+        others = {"refined": best}
+        if name == "refined":
+            others = {"fold00": owner == 0, "fold01": owner == 1}
+        tokens = lengths[mine].sum()
+        times = epochs[name] + sum(
+            epochs[other] * lengths[mine & documents].sum() / tokens
+            for other, documents in others.items()
+        )
+        text = (
+            f"tokens of {tmp_path}/{name}/d are used {times:.2f} times: {epochs[name]:.2f} epochs"
+        )
+        assert any(warning.startswith(text) for warning in plan["warnings"])
     (too_large,) = shared_document_warnings(read_fold_file(path), largest=1)
     assert "run plan_folds" in too_large
     for more in ([], ["--dry-run"]):
