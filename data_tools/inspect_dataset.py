@@ -18,6 +18,9 @@ import numpy.typing as npt
 from data_tools import lineage_report
 from data_tools.common import ToolParser, run_tool
 from data_tools.documents import document_chunks, read_dataset_manifest
+from data_tools.statistics import program as summary_program
+from data_tools.statistics.counts import HISTOGRAM_BINS, document_lengths, length_histogram
+from data_tools.statistics.tables import draw_histogram
 from data_tools.tables import format_rows
 from data_tools.tokenizer_flags import add_tokenizer_flags, tokenizer_from_args
 from data_tools.verify_dataset import verify_dataset
@@ -26,9 +29,6 @@ from megatron_llmjp.data.indexed_dataset import DatasetIndex, read_and_check_ind
 from megatron_llmjp.errors import EXIT_DONE, EXIT_FAILURE, DataError, UserError
 from megatron_llmjp.tokenizers import Tokenizer
 
-HISTOGRAM_BINS = 40  # powers of two: documents of up to 2^39 tokens
-BAR_WIDTH = 40
-
 EXAMPLES = """\
   Print statistics and a histogram of document lengths, and save the histogram as a PNG file:
     inspect_dataset data/ja_text_document --png lengths.png
@@ -36,6 +36,9 @@ EXAMPLES = """\
   Print the first, the eighth and the last document as text:
     inspect_dataset data/ja_text_document --documents 0 7 -1 \\
         --tokenizer-type SentencePieceTokenizer --tokenizer-model tok.model
+
+  Summarize all datasets in a folder by dataset, language and source file, and write a data card:
+    inspect_dataset --summary data/ --report card.md --report card.html --report sizes.csv
 
   Verify datasets (exit code 1 if one is damaged):
     inspect_dataset --verify data/*.idx
@@ -76,12 +79,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_tokenizer_flags(add, required=False, use="prints text instead of ids: ")
     add("--png", type=Path, metavar="FILE", help="write the histogram to a PNG file")
     add("--json", action="store_true", help="print statistics as JSON")
+    summary_program.add_flags(parser.add_argument)
     lineage_report.add_flags(parser.add_argument_group("training data of a run").add_argument)
     args = parser.parse(argv)
     if args.run is not None:
         return run_tool("inspect_dataset", lambda: lineage_report.report_lineage(args))
     if not args.prefixes:
         parser.error("expected datasets or --run FOLDER")
+    if args.summary:
+        return run_tool("inspect_dataset", lambda: summary_program.print_summary(args))
+    if args.report:
+        parser.error("--report requires --summary")
     return run_tool("inspect_dataset", lambda: run_inspection(args))
 
 
@@ -105,7 +113,8 @@ def run_inspection(args: argparse.Namespace) -> int:
     else:
         print(format_rows([stats for stats, _ in found]))
         for index, (_, histogram) in zip(indexes, found, strict=True):
-            print(f"\n{index.prefix}: documents by length in tokens\n{draw_histogram(histogram)}")
+            print(f"\n{index.prefix}: documents by length in tokens")
+            print(draw_histogram(histogram.tolist()))
     if args.png:
         write_png(args.png, {str(i.prefix): h for i, (_, h) in zip(indexes, found, strict=True)})
     return EXIT_DONE
@@ -128,15 +137,9 @@ def verify_all(prefixes: list[str], vocab_size: int | None) -> int:
 
 def dataset_statistics(index: DatasetIndex) -> tuple[dict[str, Any], npt.NDArray[np.int64]]:
     """Return a table row and a histogram: the documents with 0, 1, 2-3, 4-7 ... tokens."""
-    histogram = np.zeros(HISTOGRAM_BINS, np.int64)
-    sizes: list[npt.NDArray[np.int64]] = []
-    for chunk in document_chunks(index):
-        totals = np.concatenate(([0], np.cumsum(chunk.lengths, dtype=np.int64)))
-        ends = np.cumsum(chunk.sequences, dtype=np.int64)
-        lengths = np.diff(totals[np.concatenate(([0], ends))])
-        sizes.append(lengths)
-        bins = np.where(lengths > 0, np.log2(np.maximum(lengths, 1)).astype(int) + 1, 0)
-        histogram += np.bincount(bins, minlength=HISTOGRAM_BINS)[:HISTOGRAM_BINS]
+    sizes = [document_lengths(chunk.lengths, chunk.sequences) for chunk in document_chunks(index)]
+    counted = length_histogram(np.concatenate(sizes) if sizes else np.zeros(0, np.int64))
+    histogram = np.pad(counted, (0, HISTOGRAM_BINS - len(counted)))
     lengths = np.concatenate(sizes) if sizes else np.zeros(1, np.int64)
     tokens = int(lengths.sum())
     row = {
@@ -152,26 +155,6 @@ def dataset_statistics(index: DatasetIndex) -> tuple[dict[str, Any], npt.NDArray
         "manifest": "yes" if read_dataset_manifest(index.prefix) else "no",
     }
     return row, histogram
-
-
-def bin_names(histogram: npt.NDArray[np.int64]) -> dict[str, int]:
-    """Return the non-empty range of a histogram, keyed by the length range of each bin."""
-    filled = np.flatnonzero(histogram)
-    if not len(filled):
-        return {}
-    names = ["0", "1", *(f"{2 ** (i - 1):,}-{2**i - 1:,}" for i in range(2, HISTOGRAM_BINS))]
-    return {names[i]: int(histogram[i]) for i in range(filled[0], filled[-1] + 1)}
-
-
-def draw_histogram(histogram: npt.NDArray[np.int64]) -> str:
-    """Return a histogram as a text chart."""
-    named = bin_names(histogram)
-    max_tokens = max(named.values(), default=1)
-    width = max(map(len, named), default=0)
-    return "\n".join(
-        f"{name:>{width}} {'█' * round(BAR_WIDTH * count / max_tokens):{BAR_WIDTH}} {count:,}"
-        for name, count in named.items()
-    )
 
 
 def write_png(path: Path, histograms: dict[str, npt.NDArray[np.int64]]) -> None:

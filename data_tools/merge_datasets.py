@@ -16,6 +16,12 @@ from data_tools.documents import (
     read_dataset_manifest,
 )
 from data_tools.preprocess.shards import find_parts
+from data_tools.statistics.counts import (
+    CountsByLanguage,
+    add_by_source,
+    describe_sources,
+    read_sources,
+)
 from megatron_llmjp.data.indexed_dataset import bin_path, read_and_check_index
 from megatron_llmjp.data.indexed_dataset_writer import IndexedDatasetWriter
 from megatron_llmjp.errors import EXIT_DONE, UserError
@@ -159,12 +165,25 @@ def merged_manifest(
     writer: IndexedDatasetWriter, idx_crc: int, recipe: dict[str, Any], prefixes: Sequence[str]
 ) -> dict[str, Any]:
     """Return the manifest of the merged dataset."""
-    return {
+    manifest = {
         "format": MANIFEST_FORMAT,
         **writer.describe(idx_crc),
         "recipe": recipe,
         "merged": list(prefixes),
     }
+    statistics = merged_statistics(prefixes)
+    return manifest if statistics is None else manifest | {"statistics": statistics}
+
+
+def merged_statistics(prefixes: Sequence[str]) -> dict[str, Any] | None:
+    """Return the counts by source file and language of all parts; None if one has none."""
+    total: dict[str, CountsByLanguage] = {}
+    for prefix in prefixes:
+        try:
+            add_by_source(total, read_sources((read_dataset_manifest(prefix) or {})["statistics"]))
+        except (KeyError, ValueError):
+            return None
+    return describe_sources(total)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.common import ToolParser, cores, run_tool
-from data_tools.preprocess.job import PreprocessJob, parse_share
+from data_tools.preprocess.job import PreprocessJob
 from data_tools.preprocess.output import DatasetOutput
+from data_tools.preprocess.rejection import parse_share
 from data_tools.preprocess.shards import part_prefix, take_shard, uneven_shards_warning
 from data_tools.preprocess.sources import find_input, ignored_record
+from data_tools.preprocess.text_counts import DEFAULT_LANGUAGE_KEY
 from data_tools.tables import check_table_path
 from data_tools.tokenizer_flags import add_tokenizer_flags, tokenizer_from_args
 from megatron_llmjp.arguments import parse_shard, positive_int
@@ -76,6 +78,13 @@ def _parser() -> ToolParser:
         default=["text"],
         metavar="KEY",
         help="JSON keys of the text; one dataset per key",
+    )
+    add(
+        "--language-key",
+        default=DEFAULT_LANGUAGE_KEY,
+        metavar="KEY",
+        help="optional JSON key of a document's language, such as meta.lang, for the statistics of "
+        "inspect_dataset --summary",
     )
     add(
         "--output-prefix",

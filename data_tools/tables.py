@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.preprocess.journal import SourceCounts
+from data_tools.statistics.counts import add_by_source, sum_counts
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.formatting import format_table
 
@@ -25,6 +26,7 @@ def summary_rows(
             "documents": count.documents,
             "bytes": count.bytes,
             **{f"tokens_{key}": count.tokens.get(key, 0) for key in keys},
+            **_text_sizes(count, keys),
             "rejected": sum(count.rejected.values()),
             "empty": count.empty,
             "blank": count.blank,
@@ -36,8 +38,23 @@ def summary_rows(
         tokens = (f"tokens_{key}" for key in keys)
         for name in ("documents", "bytes", *tokens, "rejected", "empty", "blank"):
             total[name] = sum(row[name] for row in table)
-        table.append(total)
+        whole = SourceCounts()
+        for count in counts:
+            add_by_source(whole.texts, count.texts)
+        total |= _text_sizes(whole, keys)
+        table.append({name: total[name] for name in table[0]} if table else total)
     return table
+
+
+def _text_sizes(count: SourceCounts, keys: Sequence[str]) -> dict[str, Any]:
+    """Return the UTF-8 bytes of the text of each key, and bytes per token."""
+    sizes: dict[str, Any] = {}
+    for key in keys:
+        text = sum_counts(count.texts.get(key, {}).values())
+        ratio = text.bytes_per_token
+        sizes[f"text_bytes_{key}"] = text.bytes or 0
+        sizes[f"bytes_per_token_{key}"] = "" if ratio is None else round(ratio, 4)
+    return sizes
 
 
 def format_rows(table: Sequence[dict[str, Any]]) -> str:

@@ -75,8 +75,10 @@ class Block:
     disk_bytes: int
 
 
-def read_parquet(source: InputSource, start: int, keys: list[str]) -> Iterator[Block]:
-    """Yield blocks of rows from row ``start`` on.
+def read_parquet(
+    source: InputSource, start: int, keys: list[str], language_key: str | None = None
+) -> Iterator[Block]:
+    """Yield blocks of rows from row ``start`` on, with the column of languages if there is one.
 
     Raises:
         UserError: pyarrow is not installed, or the file is damaged or lacks a column.
@@ -92,7 +94,10 @@ def read_parquet(source: InputSource, start: int, keys: list[str]) -> Iterator[B
         raise UserError(f"{source.name}: Parquet cannot be read from a pipe; give a file")
     try:
         with pq.ParquetFile(source.name, memory_map=True) as table:
-            _check_columns(source, table.schema_arrow.names, keys)
+            names = table.schema_arrow.names
+            _check_columns(source, names, keys)
+            if language_key is not None and language_key in names and language_key not in keys:
+                keys = [*keys, language_key]
             yield from _row_blocks(source, table, start, keys, pyarrow.default_memory_pool())
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
@@ -159,7 +164,9 @@ def _values(column: Any) -> list[Any]:
     return found
 
 
-def read_blocks(source: InputSource, start: int, keys: list[str], limit: int) -> Iterator[Block]:
+def read_blocks(
+    source: InputSource, start: int, keys: list[str], limit: int, language_key: str | None = None
+) -> Iterator[Block]:
     """Yield the blocks of a source.
 
     Args:
@@ -167,6 +174,7 @@ def read_blocks(source: InputSource, start: int, keys: list[str], limit: int) ->
         start: 0, or the ``end`` of an earlier block.
         keys: the columns to read, for tables.
         limit: maximum length of a line in bytes; longer lines are yielded as LongLine.
+        language_key: optional column of languages, for tables.
 
     Raises:
         UserError: the file is truncated, damaged or not supported.
@@ -175,16 +183,21 @@ def read_blocks(source: InputSource, start: int, keys: list[str], limit: int) ->
         file: BinaryIO = sys.stdin.buffer
         if source.name != STDIN:
             file = stack.enter_context(Path(source.name).open("rb"))
-        yield from _read_blocks(source, file, start, keys, limit)
+        yield from _read_blocks(source, file, start, keys, limit, language_key)
 
 
 def _read_blocks(
-    source: InputSource, file: BinaryIO, start: int, keys: list[str], limit: int
+    source: InputSource,
+    file: BinaryIO,
+    start: int,
+    keys: list[str],
+    limit: int,
+    language_key: str | None,
 ) -> Iterator[Block]:
     try:
         head = file.peek(HEAD_BYTES)[:HEAD_BYTES] if hasattr(file, "peek") else b""
         if head.startswith(b"PAR1"):
-            yield from read_parquet(source, start, keys)
+            yield from read_parquet(source, start, keys, language_key)
             return
         opener = find_opener(source, head)
         if opener is None and source.seekable:

@@ -25,6 +25,8 @@ import numpy as np
 import numpy.typing as npt
 
 from data_tools.preprocess.blocks import Block, FileRange, LongLine, TableRows
+from data_tools.preprocess.text_counts import count_texts, language_of
+from data_tools.statistics.counts import CountsByLanguage, document_lengths
 from megatron_llmjp.data.indexed_dataset import best_dtype
 from megatron_llmjp.tokenizers import Tokenizer
 from megatron_llmjp.tokenizers.base import Ids
@@ -51,6 +53,7 @@ class EncodingOptions:
         keep_empty: keep documents without tokens, as Megatron-LM does.
         limit: maximum length of a line in bytes.
         keep_raw: return rejected lines, for the quarantine.
+        language_key: JSON key of a document's language, for statistics.
     """
 
     keys: list[str]
@@ -59,6 +62,7 @@ class EncodingOptions:
     limit: int
     keep_raw: bool
     append_bos: bool = False
+    language_key: str = "lang"
 
 
 @dataclass
@@ -68,6 +72,10 @@ class PackedDocuments:
     tokens: npt.NDArray[Any]
     lengths: npt.NDArray[np.int32]
     sequences: npt.NDArray[np.int32]
+
+    def document_lengths(self) -> npt.NDArray[np.int64]:
+        """Return the tokens per document."""
+        return document_lengths(self.lengths, self.sequences)
 
 
 @dataclass(frozen=True)
@@ -86,12 +94,14 @@ class EncodedBlock:
 
     Attributes:
         packed: documents per key.
+        texts: counts of the documents by key and language.
         lines: number of lines in the block, including blank and rejected ones.
         empty: lines whose documents are kept although they have no text.
         invalid_id: first line with a token id outside the vocabulary, and that id.
     """
 
     packed: dict[str, PackedDocuments] = field(default_factory=dict)
+    texts: dict[str, CountsByLanguage] = field(default_factory=dict)
     lines: int = 0
     blank: int = 0
     rejected: list[RejectedLine] = field(default_factory=list)
@@ -130,9 +140,10 @@ class BlockEncoder:
         result = EncodedBlock()
         documents: dict[str, Documents] = {key: [] for key in self.encoding.keys}
         lines: list[int] = []  # line number of each document
+        languages: list[str] = []
         for number, record, raw in self._records(payload, result):
             try:
-                fields = self._texts_by_key(record, raw, check_each_text)
+                fields, language = self._texts_by_key(record, raw, check_each_text)
             except BadLine as bad:
                 kept = self._raw_line(record, raw)
                 result.rejected.append(RejectedLine(number, bad.reason, bad.detail, kept))
@@ -140,10 +151,14 @@ class BlockEncoder:
             if not any(map(any, fields.values())):
                 result.empty.append(number)
             lines.append(number)
+            languages.append(language)
             for key, texts in fields.items():
                 documents[key].append(texts)
         for key, of_key in documents.items():
             result.packed[key], wrong = self._pack_documents(of_key)
+            result.texts[key] = count_texts(
+                of_key, languages, result.packed[key].document_lengths()
+            )
             if wrong is not None and result.invalid_id is None:
                 result.invalid_id = (lines[wrong[0]], wrong[1])
         return result
@@ -173,8 +188,10 @@ class BlockEncoder:
             else:
                 result.blank += 1
 
-    def _texts_by_key(self, record: Any, raw: bytes, check_each_text: bool) -> dict[str, list[str]]:
-        """Return the texts of each key.
+    def _texts_by_key(
+        self, record: Any, raw: bytes, check_each_text: bool
+    ) -> tuple[dict[str, list[str]], str]:
+        """Return the texts of each key, and the language of the document.
 
         Raises:
             BadLine: the line yields no document.
@@ -201,7 +218,7 @@ class BlockEncoder:
                 ) from error
             except ValueError as error:
                 raise BadLine("not encodable", str(error)) from error
-        return fields
+        return fields, language_of(record, self.encoding.language_key)
 
     def _pack_documents(
         self, documents: Documents

@@ -1,21 +1,15 @@
-"""One run of ``preprocess_data``: the loop from blocks to datasets, which can resume at any time.
-
-A run that rejects more than a given share of its lines, or finds no documents, fails.
-"""
+"""One run of ``preprocess_data``: the loop from blocks to datasets, which can be resumed."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import copy
-import re
 import shutil
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,90 +27,18 @@ from data_tools.preprocess.encode import (
 )
 from data_tools.preprocess.journal import ResumeJournal, ResumePoint, SourceCounts
 from data_tools.preprocess.output import DatasetOutput
+from data_tools.preprocess.rejection import RejectionLimits
 from data_tools.preprocess.sources import InputSource
+from data_tools.preprocess.text_counts import DEFAULT_LANGUAGE_KEY, add_texts
+from data_tools.statistics.counts import describe_sources, read_sources
 from data_tools.tables import format_rows, summary_rows, write_table
 from megatron_llmjp.data.indexed_dataset_writer import IndexedDatasetWriter
 from megatron_llmjp.errors import EXIT_DONE, UserError
 from megatron_llmjp.tokenizers import Tokenizer
 
-MIN_REJECTED_TO_STOP_EARLY = 1000
-"""Rejected lines after which a run stops early if most of its lines are rejected."""
-
 SECONDS_BETWEEN_SAVES = 15.0
 SECONDS_AFTER_A_SOURCE = 0.5  # a finished source is saved immediately, unless sources are tiny
 MAX_WARNINGS_PRINTED = 10
-
-
-@dataclass(frozen=True)
-class RejectionLimits:
-    """Limits on rejected lines and on datasets without tokens.
-
-    Attributes:
-        max_rejected: maximum share of rejected lines, among rejected lines and documents.
-        allow_empty: allow datasets without tokens.
-    """
-
-    max_rejected: float
-    allow_empty: bool
-
-    def check_early(self, counts: Sequence[SourceCounts]) -> None:
-        """Stop a run that rejects most of its lines before it has read all input.
-
-        Raises:
-            UserError: more than half of the lines, and more than the limit, were rejected.
-        """
-        if _reasons(counts).total() >= MIN_REJECTED_TO_STOP_EARLY:
-            self._check_rejected(counts, max(self.max_rejected, 0.5))
-
-    def check(self, counts: Sequence[SourceCounts], keys: Sequence[str]) -> None:
-        """Check a run that has read all input.
-
-        Raises:
-            UserError: too many lines were rejected, or a dataset would have no tokens.
-        """
-        self._check_rejected(counts, self.max_rejected)
-        empty = [key for key in keys if not any(found.tokens.get(key, 0) for found in counts)]
-        if empty and not self.allow_empty:
-            lines = sum(source_counts.lines for source_counts in counts)
-            rejected = _reasons(counts).total()
-            raise UserError(
-                f"no tokens for --json-keys {' '.join(empty)}: {lines:,} lines were read, "
-                f"{rejected:,} of them rejected. Check --input and --json-keys, or give "
-                "--allow-empty to write an empty dataset."
-            )
-
-    def _check_rejected(self, counts: Sequence[SourceCounts], limit: float) -> None:
-        reasons = _reasons(counts)
-        rejected = reasons.total()
-        total = rejected + sum(source_counts.documents for source_counts in counts)
-        if rejected <= limit * total:
-            return
-        listed = ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common())
-        raise UserError(
-            f"{rejected:,} of {total:,} lines were rejected ({rejected / total:.1%}): {listed}. "
-            f"--max-rejected is {self.max_rejected:.4%}. Fix the input or --json-keys, or run the "
-            "same command with a larger --max-rejected to resume."
-        )
-
-
-def _reasons(counts: Sequence[SourceCounts]) -> Counter[str]:
-    """Count the rejected lines by reason."""
-    reasons: Counter[str] = Counter()
-    for source_counts in counts:
-        reasons.update(source_counts.rejected)
-    return reasons
-
-
-def parse_share(text: str) -> float:
-    """Parse a share such as ``5%`` or ``0.05``, for argparse."""
-    match = re.fullmatch(r"([\d.]+)(%?)", text)
-    try:
-        value = float(match[1]) / (100 if match[2] else 1) if match else -1.0
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1 or text == "1":
-        raise argparse.ArgumentTypeError(f"expected a share such as 5% or 0.05, found {text}")
-    return value
 
 
 class PreprocessJob:
@@ -140,6 +62,7 @@ class PreprocessJob:
             limit=args.max_line_mb * 1_000_000,
             keep_raw=args.on_error == "quarantine",
             append_bos=args.append_bos,
+            language_key=args.language_key,
         )
         self.recipe: dict[str, Any] = {
             "tokenizer": tokenizer.identity(),
@@ -154,6 +77,8 @@ class PreprocessJob:
         for name in ("append_bos", "tokenizer_hf_include_special_tokens"):
             if getattr(args, name):
                 self.recipe["options"][name] = True
+        if args.language_key != DEFAULT_LANGUAGE_KEY:  # manifests of earlier versions have no key
+            self.recipe["options"]["language_key"] = args.language_key
         if shard is not None:
             self.recipe["shard"] = shard
         # A part of an array may have no documents: merge_datasets checks the merged dataset.
@@ -173,6 +98,7 @@ class PreprocessJob:
         if len(done) == len(self.args.json_keys) and all(same):
             print("Already complete: written before with the same input, tokenizer and options.")
             self.counts = self._recorded_counts(done[0])
+            self._add_recorded_texts(done)
             shutil.rmtree(self.output.folder, ignore_errors=True)
             return True
         if conflicting_files := self.output.conflicting_files():
@@ -194,6 +120,14 @@ class PreprocessJob:
             raise UserError(
                 f"{path}: the manifest is damaged ({error.errors()[0]['msg']})"
             ) from None
+
+    def _add_recorded_texts(self, manifests: list[dict[str, Any]]) -> None:
+        """Add the counts of documents in the manifests of all keys; earlier versions have none."""
+        for key, manifest in zip(self.args.json_keys, manifests, strict=True):
+            with contextlib.suppress(ValueError):
+                recorded = read_sources(manifest.get("statistics")).values()
+                for source_counts, languages in zip(self.counts, recorded, strict=True):
+                    source_counts.texts[key] = languages
 
     def _is_made_by(self, recorded: dict[str, Any]) -> bool:
         """Return whether a manifest has the same recipe, regardless of the paths of the input."""
@@ -270,7 +204,11 @@ class PreprocessJob:
         for number in range(first, len(self.sources)):
             start = self.point.position if number == self.point.source else 0
             for block in read_blocks(
-                self.sources[number], start, self.args.json_keys, self.encoding.limit
+                self.sources[number],
+                start,
+                self.args.json_keys,
+                self.encoding.limit,
+                self.encoding.language_key,
             ):
                 yield number, block
 
@@ -301,6 +239,7 @@ class PreprocessJob:
         source_counts.empty += len(encoded.empty)
         for key, part in encoded.packed.items():
             source_counts.tokens[key] = source_counts.tokens.get(key, 0) + len(part.tokens)
+        add_texts(source_counts.texts, encoded.texts)
         self.point = self.output.resume_point(source, block.end, source_counts)
         if encoded.rejected:
             self.limits.check_early(self.counts)
@@ -359,7 +298,16 @@ class PreprocessJob:
             "rejected": rejected,
             "ignored": self.ignored,
             "recipe": self.recipe,
-            "tallies": [vars(source_counts) for source_counts in self.counts],
+            "tallies": [
+                {name: value for name, value in vars(source_counts).items() if name != "texts"}
+                for source_counts in self.counts
+            ],
+            "statistics": describe_sources(
+                {
+                    source.name: source_counts.texts.get(key, {})
+                    for source, source_counts in zip(self.sources, self.counts, strict=True)
+                }
+            ),
         }
 
     def print_summary(self) -> int:

@@ -12,21 +12,23 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from data_tools.preprocess.sources import InputSource
+from data_tools.statistics.counts import Count, CountsByLanguage
 from megatron_llmjp.data.indexed_dataset_writer import WriterPosition
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.filesystem import write_atomically
 
-Count = Annotated[int, Field(ge=0, lt=2**63)]
-
 
 @dataclass
 class SourceCounts:
-    """Counts of one source: lines, documents, bytes of decompressed input, tokens by key."""
+    """Counts of one source: lines, documents, bytes of decompressed input, tokens by key.
+
+    ``texts`` has the counts of documents by key and language. Earlier versions did not record it.
+    """
 
     lines: Count = 0
     documents: Count = 0
@@ -35,6 +37,7 @@ class SourceCounts:
     empty: Count = 0
     rejected: dict[str, Count] = field(default_factory=dict)
     tokens: dict[str, Count] = field(default_factory=dict)
+    texts: dict[str, CountsByLanguage] = field(default_factory=dict)
 
 
 @dataclass

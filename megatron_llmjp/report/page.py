@@ -2,39 +2,19 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megatron_llmjp.filesystem import write_atomically
 from megatron_llmjp.report.history import MetricsHistory, read_history
+from megatron_llmjp.report.html_page import embedded_image, html_facts, html_page
 from megatron_llmjp.report.summary import summary_rows
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 
 REPORT_FOLDER = "report"
 """Name of the report's folder in the save folder."""
 
 REPORT_FILE = "report.html"
-_STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #333; margin: 2rem auto; max-width: 75rem;
-       padding: 0 1rem; background: #fff; }
-h1 { font-size: 1.4rem; margin-bottom: .2rem; }
-p.when { color: #777; margin-top: 0; }
-table { border-collapse: collapse; margin: 1rem 0 1.5rem; }
-th { text-align: left; font-weight: 600; color: #555; padding: .2rem 1.5rem .2rem 0;
-     vertical-align: top; white-space: nowrap; }
-td { padding: .2rem 0; }
-main { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: 1rem; }
-main img { width: 100%; height: auto; border: 1px solid #eee; border-radius: 4px; }
-main img:first-child { grid-column: 1 / -1; }
-"""
 
 
 def write_report_at_end(save: str | None) -> None:
@@ -69,7 +49,7 @@ def write_report(folder: Path, output: Path) -> list[Path]:
         # Without a Japanese font PNG files show boxes; the page uses the fonts of the browser.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         for name, title, figure in draw_all(history):
-            images.append(_image(figure, title))
+            images.append(embedded_image(figure, title))
             plot = output / f"{name}.png"
             figure.savefig(plot, dpi=130)
             files.append(plot)
@@ -79,29 +59,10 @@ def write_report(folder: Path, output: Path) -> list[Path]:
 
 
 def _page(history: MetricsHistory, images: list[str]) -> str:
-    name = html.escape(history.folder.resolve().name)
-    rows = "\n".join(
-        f"<tr><th>{html.escape(label)}</th><td>{html.escape(value)}</td></tr>"
-        for label, value in summary_rows(history)
-    )
     now = time.strftime("%Y-%m-%d %H:%M")
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{name}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>{_STYLE}</style></head>
-<body><h1>{name}</h1><p class="when">{now}, at iteration {history.iteration:,}</p>
-<table>
-{rows}
-</table>
-<main>
-{chr(10).join(images)}
-</main></body></html>
-"""
-
-
-def _image(figure: Figure, title: str) -> str:
-    """Return a plot as an embedded image, which keeps the ids of its SVG elements separate."""
-    stream = io.BytesIO()
-    figure.savefig(stream, format="svg", metadata={"Date": None})
-    data = base64.b64encode(stream.getvalue()).decode()
-    return f'<img alt="{html.escape(title)}" src="data:image/svg+xml;base64,{data}">'
+    return html_page(
+        history.folder.resolve().name,
+        f"{now}, at iteration {history.iteration:,}",
+        [html_facts(summary_rows(history))],
+        images,
+    )

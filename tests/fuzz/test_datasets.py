@@ -112,6 +112,7 @@ def read_manifest(path: Path) -> None:
     mixed_tokenizer_warnings([str(prefix)])
     compute_keys(str(prefix))
     run_main(inspect_dataset.main, prefix, "--json")
+    run_main(inspect_dataset.main, "--summary", prefix, "--report", path.with_name("card.md"))
     with contextlib.redirect_stdout(io.StringIO()):  # its exit code 1 is a found difference
         inspect_dataset.verify_all([str(prefix)], None)
     merged = path.with_name("merged")

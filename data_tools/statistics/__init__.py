@@ -1,0 +1,1 @@
+"""Statistics of datasets: documents, tokens, bytes and document lengths, by source and language."""
