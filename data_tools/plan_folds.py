@@ -1,4 +1,4 @@
-"""Print a run's fold schedule: tokens, epochs, iterations and learning rates by fold."""
+"""Print a run's fold schedule, or write a new fold file and print its schedule."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from data_tools.common import ToolParser, run_tool
+from data_tools.new_folds import program as new_folds
 from data_tools.run_flags import add_data_flags, parse_run_flags, split_flags
 from megatron_llmjp.errors import EXIT_DONE, UserError
 from megatron_llmjp.estimate.data_plan import as_json, as_rows, format_data_plan
@@ -25,6 +26,8 @@ EXAMPLES = """\
   Print exact numbers for another program:
     plan_folds --fold-file folds.yaml --seq-length 2048 --global-batch-size 1536 --json > plan.json
 
+{new}
+
 All flags of pretrain_gpt.py are accepted, so a run's command line can be used unchanged; with
 --plan-data, pretrain_gpt.py prints the same table. By default the folds determine the number of
 iterations. Warnings follow the table, such as a decay that ends before the run."""
@@ -32,7 +35,11 @@ iterations. Warnings follow the table, such as a decay that ends before the run.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
-    parser = ToolParser("plan_folds", "Print a run's fold schedule; needs no GPU.", EXAMPLES)
+    parser = ToolParser(
+        "plan_folds",
+        "Print a run's fold schedule, or write a new fold file; needs no GPU.",
+        EXAMPLES.format(new=new_folds.EXAMPLES),
+    )
     add_data_flags(parser.add_argument)
     args, words = split_flags(parser, argv, _add_own_flags)
     return run_tool("plan_folds", lambda: plan_folds(args, words))
@@ -45,10 +52,11 @@ def _add_own_flags(add: Callable[..., Any]) -> None:
         action="store_true",
         help="print exact numbers as CSV, one row per fold and dataset",
     )
+    new_folds.add_new_flags(add)
 
 
 def plan_folds(args: argparse.Namespace, words: list[str]) -> int:
-    """Print the schedule in the requested format.
+    """Print the schedule in the requested format; with ``--new``, write its fold file before.
 
     Raises:
         UserError: two formats are requested, or the run's flags or data are invalid.
@@ -56,7 +64,11 @@ def plan_folds(args: argparse.Namespace, words: list[str]) -> int:
     if args.json and args.csv:
         raise UserError("--json and --csv are mutually exclusive")
     command = parse_run_flags(words, "plan_folds")
-    plan, warnings = plan_data(command.config, with_learning_rate="lr" in command.origin)
+    if args.new is not None:
+        plan, warnings = new_folds.write_new_file(args, command)
+    else:
+        new_folds.refuse_without_new(args)
+        plan, warnings = plan_data(command.config, with_learning_rate="lr" in command.origin)
     if args.json:
         print(json.dumps(as_json(plan, warnings), indent=1, ensure_ascii=False))
     elif args.csv:

@@ -51,13 +51,12 @@ def fold_file_from_flags(data: DataConfig, samples: int | None, seed: int) -> Fo
     Raises:
         UserError: the flags contradict each other, or a file they name is invalid.
     """
-    _check(data)
+    train, valid, test, split = blends_of_flags(data)
     if samples is None:
         raise UserError(
             f"{given_data_flags(data)[0]} requires --train-iters or --train-samples: Megatron-LM's "
             "sample order depends on the number of samples. A fold file (--fold-file) needs neither"
         )
-    train, valid, test, split = _blends(data)
     fold = Fold(name="data-path", order="megatron", samples=samples, blend=train, split=split)
     validation = {
         part: ValidationSet(blend=blend, split=split, part=part)
@@ -89,15 +88,20 @@ def _check(data: DataConfig) -> None:
         raise UserError(f"{flags[0]} requires --train-data-path: there is no training data")
 
 
-def _blends(data: DataConfig) -> tuple[Blend, Blend | None, Blend | None, str | None]:
-    """Return the blends of train, valid and test, and the split if they share one blend."""
+def blends_of_flags(data: DataConfig) -> tuple[Blend, Blend | None, Blend | None, str | None]:
+    """Return the blends of train, valid and test, and the split if they share one blend.
+
+    Raises:
+        UserError: the flags contradict each other, or a file they name is invalid.
+    """
+    _check(data)
     if data.data_path or data.data_args_path:
         where, arguments = "--data-path", list(data.data_path)
         if data.data_args_path:
             where = data.data_args_path
             arguments = _read_text(Path(where)).split()
         split = data.split or DEFAULT_SPLIT
-        blend = _blend(arguments, where)
+        blend = parse_blend(arguments, where)
         _, *held_out = split_shares(split)
         valid, test = (blend if share else None for share in held_out)
         return blend, valid, test, split
@@ -108,14 +112,20 @@ def _blends(data: DataConfig) -> tuple[Blend, Blend | None, Blend | None, str | 
     }
     if data.per_split_data_args_path:
         lists = _read_lists(Path(data.per_split_data_args_path))
-    blends = [_blend(arguments, where) if arguments else None for where, arguments in lists.items()]
+    blends = [
+        parse_blend(arguments, where) if arguments else None for where, arguments in lists.items()
+    ]
     if blends[0] is None:
         raise UserError(f"{next(iter(lists))}: the list is empty: there is no training data")
     return blends[0], blends[1], blends[2], None
 
 
-def _blend(arguments: Sequence[str], where: str) -> Blend:
-    """Parse a list of datasets, or of alternating weights and datasets, as Megatron-LM does."""
+def parse_blend(arguments: Sequence[str], where: str) -> Blend:
+    """Parse a list of datasets, or of alternating weights and datasets, as Megatron-LM does.
+
+    Raises:
+        UserError: the list is empty or invalid; the message begins with ``where``.
+    """
     arguments = [argument for argument in arguments if argument.strip()]
     weights: list[float | None] = [_parse_weight(argument) for argument in arguments[::2]]
     if not arguments:

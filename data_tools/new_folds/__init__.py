@@ -1,0 +1,1 @@
+"""New fold files from folders of datasets, tables, or lists of Megatron-LM."""
