@@ -87,6 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.prefixes:
         parser.error("expected datasets or --run FOLDER")
     if args.summary:
+        for flag in ("verify", "documents", "png", "tokenizer_type"):
+            if getattr(args, flag):
+                parser.error(f"--{flag.replace('_', '-')} and --summary are mutually exclusive")
         return run_tool("inspect_dataset", lambda: summary_program.print_summary(args))
     if args.report:
         parser.error("--report requires --summary")

@@ -214,10 +214,23 @@ def _make_file(
     refuse_split(config.data.split, f"--split {config.data.split}")
     request = merge_duplicates(request)
     infos = inspect_datasets(inventory(request), cache)
+    _refuse_copies(request, infos)
     tokens = {path: info.tokens for path, info in infos.items()}
     file, warnings = make_fold_file(request, infos, config, parts)
     is_tokens = request.weights_are_tokens and request.kind == "weight" and not find_budget(config)
     return file, infos, [*warnings, *(check_weights(request, tokens) if is_tokens else [])]
+
+
+def _refuse_copies(request: DataRequest, infos: Mapping[str, DatasetInfo]) -> None:
+    """Raise UserError if two datasets have the same contents: their samples would be repeated."""
+    seen: dict[str, str] = {}
+    for entry in request.datasets:
+        first = seen.setdefault(infos[entry.path].key, entry.path)
+        if first != entry.path:
+            raise UserError(
+                f"{first} and {entry.path} have the same contents: keep one of them, and to use it "
+                "more often, give it the sum of the amounts"
+            )
 
 
 def _render_and_read_back(

@@ -8,6 +8,7 @@ import subprocess
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given
@@ -15,9 +16,12 @@ from hypothesis import strategies as st
 
 from data_tools import plan_folds
 from data_tools.new_folds.shell_lists import parse_lists
+from megatron_llmjp.config.flags import parse
 from megatron_llmjp.data.dataset import FoldDataset
 from megatron_llmjp.data.folds.parts import equal_shares
+from megatron_llmjp.data.indexed_dataset_writer import write_idx
 from megatron_llmjp.errors import UserError
+from megatron_llmjp.run_data import resolve_data
 from tests.data.test_dataset import LENGTH, epochs_of, lengths_of, schedule_of, write_numbered
 
 BATCH = 8
@@ -87,15 +91,35 @@ def test_folders_become_entries_with_sizes(data, capsys):
     assert counts(planned(capsys)) == counts(plan)
 
 
+def test_paths_that_yaml_and_fold_files_could_misread(tmp_path, capsys):
+    names = ("~/on", "a: b#c/1", "日本 語/no", "-/[x]")
+    for i, name in enumerate(names):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        write_numbered(tmp_path / "data" / name, [100 + 16 * i], 0)
+    assert new(tmp_path, "--datasets", tmp_path / "data", "--json")[0] == 0
+    plan = planned(capsys)
+    found = {row["path"]: row["samples"] for row in plan["folds"][0]["datasets"]}
+    assert {Path(path).resolve(): n for path, n in found.items()} == {
+        tmp_path / "data" / name: 6 + i for i, name in enumerate(names)
+    }
+    assert not plan["warnings"][1:]
+    write_numbered(tmp_path / "data" / "$HOME", [300], 0)
+    assert new(tmp_path, "--datasets", tmp_path / "data")[0] == 2
+    assert "fold files replace $VARIABLES in paths" in capsys.readouterr().err
+    write_numbered(tmp_path / "data" / "$HOME", [100], 0)
+    assert new(tmp_path, "--datasets", tmp_path / "data")[0] == 2
+    assert "have the same contents: keep one of them" in capsys.readouterr().err
+
+
 def test_113_datasets(tmp_path, capsys):
     """The names of llm-jp-3's datasets: a long list with equal names in several folders."""
     names = [f"{language}/cc-{i}_0000.jsonl" for language in ("ja", "en") for i in range(56)]
     for i, name in enumerate([*names, "code/cc-0_0000.jsonl"]):
         prefix = tmp_path / "data" / f"{name}_text_document"
         prefix.parent.mkdir(parents=True, exist_ok=True)
-        write_numbered(prefix.with_name("x"), [20 + i], 0)
-        for suffix in (".bin", ".idx"):
-            prefix.with_name(f"x{suffix}").rename(f"{prefix}{suffix}")
+        np.arange(20 + i, dtype=np.int32).tofile(f"{prefix}.bin")
+        lengths, offsets = np.array([20 + i], np.int32), np.zeros(1, np.int64)
+        write_idx(Path(f"{prefix}.idx"), np.dtype(np.int32), lengths, np.ones(1, np.int32), offsets)
     code, target = new(tmp_path, "--datasets", tmp_path / "data", "--json")
     assert code == 0
     (found,) = counts(planned(capsys))
@@ -190,7 +214,10 @@ def test_order_of_megatron_lm(data, tmp_path, capsys):
         assert ours[number]["tokens"].tolist() == theirs[number]["tokens"].tolist()
     fold = yaml.safe_load((data / "folds.yaml").read_text())["folds"][0]
     assert fold["name"] == "data-path" and fold["split"] == "1000,0,0"
-    assert [f.digest for f in ours.schedule.folds] == [f.digest for f in theirs.schedule.folds]
+    # A run that started with the flags can be resumed with the file: the digests are equal.
+    command = ["--config", "laptop-llama", *flags, "--train-iters", "12", *FLAGS]
+    (digest,) = [fold.digest for fold in resolve_data(parse(command).config).schedule.folds]
+    assert [f.digest for f in ours.schedule.folds] == [digest]
 
 
 @pytest.mark.parametrize("budget", [[], ["--train-iters", "20"]])

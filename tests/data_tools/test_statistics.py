@@ -226,6 +226,13 @@ def test_reports(corpus, tmp_path, capsys):
     assert inspect_dataset.main(["--summary", str(folder), "--report", "x.txt"]) == 2
     assert "ending in .csv, .json, .md, .html" in capsys.readouterr().err
     assert inspect_dataset.main(["--summary", str(tmp_path)]) == 2
+    for words, message in (
+        (["--summary", "--verify", "x"], "--verify and --summary are mutually exclusive"),
+        (["--report", "x.md", "--", "x"], "--report requires --summary"),
+    ):
+        with pytest.raises(SystemExit):
+            inspect_dataset.main(words)
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from megatron_llmjp.data.folds.schema import BlendEntry, FoldFile
+from megatron_llmjp.errors import UserError
 
 _Blend = Mapping[str, BlendEntry]
 
@@ -29,7 +30,15 @@ def render_fold_file(
         folder: the folder in which the text will be stored.
         comments: comment of each dataset, by its path in ``file``.
         header: lines of a comment at the top.
+
+    Raises:
+        UserError: a path contains ``$``, which fold files cannot express.
     """
+    for path in filter(lambda path: "$" in _absolute(path), file.dataset_paths()):
+        raise UserError(
+            f"{path}: fold files replace $VARIABLES in paths, so this path cannot be written: "
+            "rename it, or use a symbolic link without '$'"
+        )
     root = _common_folder(file)
     blends = _named_blends(file)
     lines = [*(f"# {line}" for line in header), f"seed: {file.seed}"]
@@ -70,6 +79,12 @@ def _shown_root(root: str, folder: Path) -> str:
     return os.path.relpath(root, base) if os.path.commonpath([root, base]) == base else root
 
 
+def _inside(root: str, path: str) -> str:
+    """Return a path relative to ``root``; the reader of fold files expands ``~`` at its start."""
+    found = os.path.relpath(_absolute(path), root)
+    return f"./{found}" if found.startswith("~") else found
+
+
 def _named_blends(file: FoldFile) -> list[tuple[str, _Blend]]:
     """Return the distinct blends with names: ``corpus``, or those of folds and validation sets."""
     holders = [*((f.name, f.blend) for f in file.folds)]
@@ -90,7 +105,7 @@ def _blend_lines(blend: _Blend, root: str, comments: Mapping[str, str]) -> Itera
 
 def _entry(entry: BlendEntry, root: str) -> dict[str, Any]:
     content = entry.model_dump(mode="json", exclude_defaults=True)
-    content["path"] = os.path.relpath(_absolute(entry.path), root)
+    content["path"] = _inside(root, entry.path)
     for name in ("weight", "epochs"):
         if isinstance(content.get(name), float) and content[name].is_integer():
             content[name] = int(content[name])
@@ -101,7 +116,7 @@ def _with_blend_name(holder: Any, blends: list[tuple[str, _Blend]], root: str) -
     """Return a fold or validation set as plain values, with the name of its blend."""
     content: dict[str, Any] = holder.model_dump(mode="json", exclude_defaults=True)
     if "path" in content:
-        content["path"] = os.path.relpath(_absolute(content["path"]), root)
+        content["path"] = _inside(root, content["path"])
     if content.pop("blend", None) is not None:
         content["blend"] = next(name for name, blend in blends if blend == holder.blend)
     if isinstance(content.get("epochs"), float) and content["epochs"].is_integer():
