@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,9 @@ def format_page(summary: Summary) -> str:
     subtitle = f"{format_count(total.documents)} documents, {format_count(total.tokens)} tokens"
     known = {font.name for font in font_manager.fontManager.ttflist}
     fonts = [name for name in FONTS if name in known]
-    with rc_context({**STYLE, "font.family": fonts}):
+    with rc_context({**STYLE, "font.family": fonts}), warnings.catch_warnings():
+        # Names may be Japanese: the page uses the fonts of the browser.
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
         images = [embedded_image(figure, name) for name, figure in _plots(rows)]
     return html_page(title, subtitle, parts, images)
 

@@ -62,12 +62,10 @@ def print_summary(args: argparse.Namespace) -> int:
         if not path.parent.is_dir():
             raise UserError(f"--report {path}: the folder {path.parent} does not exist")
     summary = summarize(find_datasets(args.prefixes))
-    print(format_json(summary) if args.json else format_summary(summary), end="")
-    if not args.json:
-        print()
-    for warning in summary.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    for path in args.report:
+    for path in args.report:  # before the output, whose reader may be gone
         write_atomically(path, FORMATS[path.suffix](summary), errors="backslashreplace")
         print(f"{path}: written", file=sys.stderr)
+    for warning in summary.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(format_json(summary).rstrip() if args.json else format_summary(summary))
     return EXIT_DONE
