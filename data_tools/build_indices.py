@@ -6,8 +6,8 @@ import argparse
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,8 @@ from data_tools.tables import check_table_path, format_rows, write_table
 from megatron_llmjp.arguments import positive_int
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.config.schema import Config
-from megatron_llmjp.data.folds.datasets import save_facts
+from megatron_llmjp.data.folds.datasets import check_datasets, save_facts
+from megatron_llmjp.data.folds.schedule import DatasetInfo
 from megatron_llmjp.data.indices.index_cache import (
     CachedIndex,
     ensure_index,
@@ -29,6 +30,7 @@ from megatron_llmjp.data.indices.index_cache import (
 )
 from megatron_llmjp.errors import EXIT_DONE, UserError
 from megatron_llmjp.run_data import (
+    ResolvedData,
     check_run_tokenizer,
     index_cache_folder,
     load_run_tokenizer,
@@ -49,8 +51,8 @@ EXAMPLES = """\
     build_indices ... --verify
 
 Otherwise a run builds the indices of its first fold at the start, and those of each following fold
-in the background. The same command resumes an interrupted build, and a run may start meanwhile. A
-worker uses about 30 bytes of memory per document of its dataset. See docs/folds.md."""
+in the background. With `shuffle: blocks` there are none: only the datasets are checked. The same
+command resumes an interrupted build, and a run may start meanwhile. A worker uses about 30 bytes of memory per document of its dataset. See docs/folds.md."""
 
 VALIDATION, ORDER = "(validation)", "(order)"
 
@@ -106,7 +108,14 @@ def build_indices(args: argparse.Namespace, flags: list[str]) -> int:
     if args.report is not None:
         check_table_path(args.report)
     config = parse_run_flags(flags, "build_indices").config
-    tasks, cache = find_index_tasks(config, args.folds)
+    data = read_data(config)
+    cache = index_cache_folder(config, data.folds)
+    save_facts(data.datasets, cache)
+    check_entries(data.datasets, cache, args.workers)
+    tasks = find_index_tasks(config, data, args.folds)
+    if not tasks:
+        print(f"all facts about the datasets are in {cache}: the sample order needs no indices")
+        return EXIT_DONE
     first = [task for task in tasks if task.is_first]
     missing = [e for e in first if find_damage(e.index.folder, thorough=args.verify) is not None]
     started = time.monotonic()
@@ -126,11 +135,11 @@ def build_indices(args: argparse.Namespace, flags: list[str]) -> int:
     return EXIT_DONE
 
 
-def find_index_tasks(config: Config, folds: Sequence[str] | None) -> tuple[list[IndexTask], Path]:
-    """Return the indices that the folds of a run require, in order, and the cache folder.
+def read_data(config: Config) -> ResolvedData:
+    """Return the data of a run, as its newest checkpoint records it if there is one.
 
     Raises:
-        UserError: the data is invalid, or a fold name is unknown.
+        UserError: the data is invalid.
     """
     data = resolve_data(config)
     root = config.checkpoint.load or config.checkpoint.save
@@ -138,6 +147,40 @@ def find_index_tasks(config: Config, folds: Sequence[str] | None) -> tuple[list[
         with suppress(UserError):  # no checkpoint yet
             manifest = manifests.read_manifest(manifests.newest_checkpoint(Path(root)))
             data = with_stored_keys(data, config, manifest.folds)
+    return data
+
+
+def check_entries(datasets: Mapping[str, DatasetInfo], cache: Path, workers: int) -> None:
+    """Check all entries of the datasets for which a run would do so in the background.
+
+    Raises:
+        DataError: an index is damaged.
+    """
+    unchecked = {path: info for path, info in datasets.items() if not info.checked}
+    if not unchecked:
+        return
+    from tqdm import tqdm
+
+    print(f"checking the entries of {len(unchecked)} datasets", file=sys.stderr, flush=True)
+    bar = {"total": len(unchecked), "unit": " datasets", "disable": not sys.stderr.isatty()}
+    with ThreadPoolExecutor(workers) as pool:  # numpy does the work
+        checks = [
+            pool.submit(check_datasets, {path: info}, cache) for path, info in unchecked.items()
+        ]
+        for check in tqdm(as_completed(checks), **bar):
+            if check.exception() is not None:
+                pool.shutdown(wait=False, cancel_futures=True)
+            check.result()
+
+
+def find_index_tasks(
+    config: Config, data: ResolvedData, folds: Sequence[str] | None
+) -> list[IndexTask]:
+    """Return the stored indices that the folds of a run require, in order.
+
+    Raises:
+        UserError: a fold name is unknown, or a dataset was made with another tokenizer.
+    """
     run = load_run_tokenizer(config)
     for warning in check_run_tokenizer(config, data.datasets, run) if run else []:
         print(f"warning: {warning}", file=sys.stderr)
@@ -152,7 +195,6 @@ def find_index_tasks(config: Config, folds: Sequence[str] | None) -> tuple[list[
     # Indices do not depend on the tokenizer.
     tokenizer = load_tokenizer("NullTokenizer", None, vocab_size=1)
     epochs = EpochDatasets(config.data, tokenizer, index_cache_folder(config, data.folds))
-    save_facts(data.datasets, epochs.cache)
     samples = FoldDataset(data.schedule, epochs)
     found: list[IndexTask] = []
     seen: set[Path] = set()
@@ -176,8 +218,9 @@ def find_index_tasks(config: Config, folds: Sequence[str] | None) -> tuple[list[
     train_iters, _ = train_iterations(config, data.schedule)
     validation, _ = validation_sets(config, data, train_iters)
     for name, held_out in validation.items():
-        add(ValidationDataset(held_out, epochs).index, VALIDATION, name, 0)
-    return found, epochs.cache
+        for index in ValidationDataset(held_out, epochs).indices:
+            add(index, VALIDATION, name, 0)
+    return found
 
 
 def build_missing(missing: Sequence[IndexTask], workers: int, verify: bool) -> None:

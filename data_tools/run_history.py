@@ -118,7 +118,9 @@ def open_lineage(run: RecordedRun, cache: Path | None) -> Iterator[Lineage]:
     with tempfile.TemporaryDirectory(prefix="inspect_dataset.") as temporary:
         where = folder if folder.is_dir() else Path(temporary)
         unknown = SimpleNamespace(eod_id=0, vocab_size=1)  # no sample depends on it
-        yield Lineage(run.schedule, EpochDatasets(run.config.data, run.tokenizer or unknown, where))
+        tokenizer = run.tokenizer or unknown
+        epochs = EpochDatasets(run.config.data, tokenizer, where, datasets=run.datasets)
+        yield Lineage(run.schedule, epochs)
 
 
 def _choose_checkpoint(root: Path, is_late_enough: Callable[[Manifest], bool]) -> Path:
@@ -145,7 +147,7 @@ def _load_data(folder: Path, config: Config, fold_file: Path | None) -> Resolved
     if path is None:
         return resolve_data(config)  # an older checkpoint without a copy of the fold file
     folds = read_fold_file(path)
-    datasets = inspect_datasets(folds)
+    datasets = inspect_datasets(folds, index_cache_folder(config, folds))
     schedule = resolve_folds(folds, datasets, config.data.seq_length, BatchSizeSchedule(config))
     return ResolvedData(folds, datasets, schedule)
 

@@ -36,6 +36,7 @@ from megatron_llmjp.run_data import (
     load_run_tokenizer,
     repetition_notes,
     resolve_data,
+    shuffle_notes,
     train_iterations,
     validation_sets,
     with_decay_length,
@@ -114,6 +115,8 @@ def resolve_run(
     continued = resume if resume is not None and not config.checkpoint.finetune else None
     if continued is not None:
         data = with_stored_keys(data, config, continued.manifest.folds)
+    else:
+        notes += shuffle_notes(data)
     config, schedule, history, history_notes = _with_history(
         config, data.schedule, continued, skipped_ranges
     )

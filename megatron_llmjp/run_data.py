@@ -15,7 +15,11 @@ from megatron_llmjp.data.folds.data_path import fold_file_from_flags, given_data
 from megatron_llmjp.data.folds.datasets import inspect_datasets
 from megatron_llmjp.data.folds.fingerprint import FoldFingerprint
 from megatron_llmjp.data.folds.loading import read_fold_file
-from megatron_llmjp.data.folds.resolve import resolve_folds, resolve_validation
+from megatron_llmjp.data.folds.resolve import (
+    MAX_STORED_ENTRIES,
+    resolve_folds,
+    resolve_validation,
+)
 from megatron_llmjp.data.folds.schedule import DatasetInfo, HeldOutDataset, MegatronBlend, Schedule
 from megatron_llmjp.data.folds.schema import FoldFile
 from megatron_llmjp.data.lr_schedule import length_in_iterations
@@ -40,9 +44,9 @@ def resolve_data(config: Config) -> ResolvedData:
     Raises:
         UserError: all problems of the fold file and its datasets.
     """
-    batch_sizes, length = BatchSizeSchedule(config), config.data.seq_length
+    length = config.data.seq_length
     if given_data_flags(config.data):
-        samples = planned_samples(config, batch_sizes)
+        samples = planned_samples(config, BatchSizeSchedule(config))
         folds = fold_file_from_flags(config.data, samples, config.training.seed)
     elif config.data.fold_file is None:
         raise UserError(
@@ -57,13 +61,15 @@ def resolve_data(config: Config) -> ResolvedData:
             f"run's seq_length {length}: remove one of them"
         )
     datasets = inspect_datasets(folds, index_cache_folder(config, folds))
-    return ResolvedData(folds, datasets, resolve_folds(folds, datasets, length, batch_sizes))
+    return _resolve(folds, datasets, config)
 
 
 def with_stored_keys(
     data: ResolvedData, config: Config, records: Mapping[str, FoldFingerprint]
 ) -> ResolvedData:
-    """Return the data with the dataset keys that a checkpoint stores.
+    """Return the data with the dataset keys and the shuffling that a checkpoint stores.
+
+    Shuffling that the fold file states is kept.
 
     Args:
         data: data resolved without the checkpoint.
@@ -77,6 +83,7 @@ def with_stored_keys(
         for dataset_name, dataset in (record.datasets or {}).items()
         if dataset_name in blends.get(name, {})
     ]
+    data = _with_recorded_shuffle(data, config, records)
     found = _resolved_again(data, config, fold_datasets.with_recorded_keys(data.datasets, known))
     if all(record.datasets is not None for record in records.values()):
         return found
@@ -86,13 +93,25 @@ def with_stored_keys(
     return earlier if digests & {fold.digest for fold in earlier.schedule.folds} else found
 
 
+def _with_recorded_shuffle(
+    data: ResolvedData, config: Config, records: Mapping[str, FoldFingerprint]
+) -> ResolvedData:
+    recorded = [record.shuffle for record in records.values()]
+    if data.folds.shuffle is not None or not recorded or recorded[-1] == data.schedule.shuffle:
+        return data
+    folds = data.folds.model_copy(update={"shuffle": recorded[-1]})
+    return _resolve(folds, data.datasets, config)
+
+
 def _resolved_again(
     data: ResolvedData, config: Config, datasets: dict[str, DatasetInfo]
 ) -> ResolvedData:
-    if datasets == data.datasets:
-        return data
+    return data if datasets == data.datasets else _resolve(data.folds, datasets, config)
+
+
+def _resolve(folds: FoldFile, datasets: dict[str, DatasetInfo], config: Config) -> ResolvedData:
     length, sizes = config.data.seq_length, BatchSizeSchedule(config)
-    return ResolvedData(data.folds, datasets, resolve_folds(data.folds, datasets, length, sizes))
+    return ResolvedData(folds, datasets, resolve_folds(folds, datasets, length, sizes))
 
 
 def train_iterations(config: Config, schedule: Schedule) -> tuple[int, list[str]]:
@@ -213,7 +232,7 @@ def validation_sets(
     times = train_iters // training.eval_interval + 1 if training.eval_interval else 1
     once = max(1, training.eval_iters * training.global_batch_size)
     samples = {"valid": times * once, "test": once}
-    found = resolve_validation(data.folds, data.datasets, samples)
+    found = resolve_validation(data.folds, data.datasets, samples, data.schedule.shuffle)
     notes = []
     for name, held_out in list(found.items()):
         if not isinstance(held_out, MegatronBlend):
@@ -234,6 +253,18 @@ def repetition_notes(schedule: Schedule) -> list[str]:
         if fold.megatron is not None
         for piece in fold.slices
         if piece.samples > piece.samples_per_epoch
+    ]
+
+
+def shuffle_notes(data: ResolvedData) -> list[str]:
+    """Return a note if the size of the datasets selected the shuffling of a new run."""
+    computed = any(fold.megatron is None for fold in data.schedule.folds)
+    if data.folds.shuffle is not None or data.schedule.shuffle == "documents" or not computed:
+        return []
+    return [
+        "shuffle: blocks, because the datasets have more than "
+        f"{MAX_STORED_ENTRIES // 1_000_000} M documents and samples; a key of the fold file "
+        "overrides it (docs/folds.md)"
     ]
 
 

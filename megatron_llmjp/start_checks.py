@@ -66,7 +66,7 @@ def _folders(run: Run) -> Iterator[str]:
         if path and not config.training.eval_only and (problem := why_not_writable(Path(path))):
             yield f"{flag} {path}: {problem}: fix it, or choose another folder"
     problem = why_not_writable(run.cache)
-    if problem is not None and (not run.cache.is_dir() or _lacks_indices(run)):
+    if problem is not None and _lacks_indices(run):
         yield (
             f"--data-cache-path {run.cache}: {problem}, so sample indices cannot be written there: "
             "change its permissions, or choose another folder"
@@ -82,8 +82,9 @@ def _lacks_indices(run: Run) -> bool:
     epochs = EpochDatasets(run.config.data, run.tokenizer, run.cache)
     samples = FoldDataset(run.schedule, epochs)
     indices = [index for fold in run.schedule.folds for index in samples.indices(fold)]
-    held_out = [ValidationDataset(sets, epochs).index for sets in run.validation.values()]
-    return any(find_damage(index.folder) is not None for index in [*indices, *held_out])
+    for held_out in run.validation.values():
+        indices += ValidationDataset(held_out, epochs).indices
+    return any(find_damage(index.folder) is not None for index in indices)
 
 
 def _checkpoints_to_keep(run: Run, done: int) -> int:

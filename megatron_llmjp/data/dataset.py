@@ -1,9 +1,9 @@
 """Map-style datasets over the fold schedule and the validation sets.
 
-Samples are read through megatron-core's ``GPTDataset``, one for each epoch of each dataset.
-megatron-core's blended datasets are used only for folds in Megatron-LM's order: they draw 0.5 %
-more samples than requested, repeat datasets without a warning, and renumber all samples when a
-blend changes.
+Samples are made by megatron-core's ``GPTDataset``, one for each epoch of each dataset, from tokens
+that are read through a bounded number of open files (``data/open_files.py``). megatron-core's
+blended datasets are used only for folds in Megatron-LM's order: they draw 0.5 % more samples than
+requested, repeat datasets without a warning, and renumber all samples when a blend changes.
 
 Token ids are checked against the vocabulary as samples are read, because the model would not detect
 an invalid one: an id within the padding of the vocabulary is trained on without an error, and under
@@ -12,7 +12,7 @@ tensor parallelism an id that belongs to no rank is embedded as a vector of zero
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -29,10 +29,11 @@ from megatron_llmjp.data.folds.schedule import (
     Schedule,
     epoch_seed,
 )
-from megatron_llmjp.data.indices.epoch_index import EpochDatasets
+from megatron_llmjp.data.indices.epoch_index import OPEN_DATASETS, EpochDatasets
 from megatron_llmjp.data.indices.index_cache import CachedIndex
-from megatron_llmjp.data.indices.interleave import FoldOrder
+from megatron_llmjp.data.indices.interleave import FoldOrder, fold_order
 from megatron_llmjp.data.indices.megatron_order import megatron_index
+from megatron_llmjp.data.indices.sample_spans import sequence_spans
 from megatron_llmjp.errors import DataError
 
 Sample = dict[str, torch.Tensor]
@@ -68,16 +69,12 @@ def _check_token_ids(sample: Sample, data: Any, number: int, vocab_size: int) ->
 
 def _locate_invalid_id(data: Any, number: int, vocab_size: int) -> str:
     """Return the error message for the first out-of-range token id of a sample."""
-    row = int(data.shuffle_index[number])
-    first, last = (int(place) for place in data.sample_index[row : row + 2, 0])
     path = data.dataset.path_prefix
-    for place in range(first, last + 1):
-        sequence = int(data.document_index[place])
+    for sequence, _, _ in sequence_spans(data, number):
         tokens = np.asarray(data.dataset[sequence]).astype(np.int64)
         wrong = np.flatnonzero((tokens < 0) | (tokens >= vocab_size))
         if len(wrong):
-            ends = data.dataset.document_indices
-            document = int(np.searchsorted(ends, sequence, side="right")) - 1
+            document = data.dataset.document_of(sequence)
             return (
                 f"dataset {path}, document {document}: token id {tokens[wrong[0]]} is outside the "
                 f"vocabulary (largest id {vocab_size - 1}). The dataset is damaged or was "
@@ -98,8 +95,8 @@ class FoldDataset(Dataset[Sample]):
     def __init__(self, schedule: Schedule, epochs: EpochDatasets) -> None:
         self.schedule = schedule
         self._epochs = epochs
-        self._open_epoch = lru_cache(maxsize=256)(self._epoch)
-        self._order = lru_cache(maxsize=2)(lambda fold: FoldOrder(epochs.cache, fold).open())
+        self._open_epoch = lru_cache(maxsize=OPEN_DATASETS)(self._epoch)
+        self._order = lru_cache(maxsize=2)(partial(fold_order, schedule.shuffle, epochs.cache))
         self._megatron = lru_cache(maxsize=2)(
             lambda blend: megatron_index(blend, epochs).open(epochs)
         )
@@ -130,9 +127,11 @@ class FoldDataset(Dataset[Sample]):
         return self._slice_and_sample(fold, inside)
 
     def indices(self, fold: FoldPlan) -> list[CachedIndex]:
-        """Return the sample indices that reading a fold requires, built or not."""
+        """Return the stored sample indices that reading a fold requires, built or not."""
         if fold.megatron is not None:
             return [megatron_index(fold.megatron, self._epochs)]
+        if self.schedule.shuffle == "blocks":
+            return []
         found: list[CachedIndex] = [FoldOrder(self._epochs.cache, fold)]
         for dataset_slice in fold.slices:
             first = dataset_slice.start // dataset_slice.samples_per_epoch
@@ -150,12 +149,13 @@ class FoldDataset(Dataset[Sample]):
         return fold, position - fold.first_sample
 
     def _slice_and_sample(self, fold: FoldPlan, inside: int) -> tuple[DatasetSlice, int]:
-        which, number = self._order(fold)
-        dataset_slice = fold.slices[which[inside]]
-        return dataset_slice, dataset_slice.start + int(number[inside])
+        place, number = self._order(fold).locate(inside)
+        dataset_slice = fold.slices[place]
+        return dataset_slice, dataset_slice.start + number
 
     def _epoch(self, key: str, path: str, epoch: int) -> GPTDataset:
-        return self._epochs.open(key, path, epoch_seed(self.schedule.seed, key, epoch))
+        seed = epoch_seed(self.schedule.seed, key, epoch)
+        return self._epochs.open(key, path, seed, self.schedule.shuffle)
 
 
 class ValidationDataset(Dataset[Sample]):
@@ -167,11 +167,14 @@ class ValidationDataset(Dataset[Sample]):
         self._samples: Any = None
 
     @property
-    def index(self) -> CachedIndex:
-        """The sample index that reading this set requires."""
-        if isinstance(self._held_out, MegatronBlend):
-            return megatron_index(self._held_out, self._epochs)
-        return self._epochs.index(self._held_out.key, self._held_out.path, self._held_out.seed)
+    def indices(self) -> list[CachedIndex]:
+        """The stored sample indices that reading this set requires, built or not."""
+        held_out = self._held_out
+        if isinstance(held_out, MegatronBlend):
+            return [megatron_index(held_out, self._epochs)]
+        if held_out.shuffle == "blocks":
+            return []
+        return [self._epochs.index(held_out.key, held_out.path, held_out.seed)]
 
     def __len__(self) -> int:
         return len(self._opened())
@@ -193,4 +196,4 @@ class ValidationDataset(Dataset[Sample]):
         held_out = self._held_out
         if isinstance(held_out, MegatronBlend):
             return megatron_index(held_out, self._epochs).open(self._epochs)
-        return self._epochs.open(held_out.key, held_out.path, held_out.seed)
+        return self._epochs.open(held_out.key, held_out.path, held_out.seed, held_out.shuffle)

@@ -1,8 +1,7 @@
 """Data lineage: the documents that each sample contains, and the samples that contain a document.
 
-Both are derived from the indices of megatron-core's ``GPTDataset``: the shuffle index gives the
-position of a sample in the unshuffled stream, the sample index where it begins and ends in the
-sequence of documents, and the document index which documents those are. This needs no process
+Both are derived from the order of an epoch (``indices/sample_spans.py``): megatron-core's stored
+shuffle, sample and document indices, or the computed block-wise shuffle. This needs no process
 group, and reads no tokens until :func:`read_tokens` is called.
 
 A sample consists of ``sequence_length + 1`` tokens: the last one is used only as a label and is the
@@ -13,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -22,8 +21,9 @@ import numpy.typing as npt
 from megatron_llmjp.data.folds.schedule import DatasetSlice, FoldPlan, Schedule, epoch_seed
 from megatron_llmjp.data.indexed_dataset import read_index
 from megatron_llmjp.data.indices.epoch_index import EpochDatasets
-from megatron_llmjp.data.indices.interleave import FoldOrder
+from megatron_llmjp.data.indices.interleave import fold_order
 from megatron_llmjp.data.indices.megatron_order import megatron_index
+from megatron_llmjp.data.indices.sample_spans import samples_containing, sequence_spans
 
 MAX_OPEN_EPOCHS = 64
 """Number of dataset epochs kept open."""
@@ -67,7 +67,7 @@ class Lineage:
         self.schedule = schedule
         self._epochs = epochs
         self._epoch = lru_cache(maxsize=MAX_OPEN_EPOCHS)(self._open_epoch)
-        self._order = lru_cache(maxsize=2)(lambda fold: FoldOrder(epochs.cache, fold).open())
+        self._order = lru_cache(maxsize=2)(partial(fold_order, schedule.shuffle, epochs.cache))
         self._megatron = lru_cache(maxsize=2)(
             lambda blend: megatron_index(blend, epochs).open(epochs)
         )
@@ -92,11 +92,9 @@ class Lineage:
             place, data, sample = self._megatron(fold.megatron).source(inside)
             dataset_slice = fold.slices[place]
         else:
-            which, number = self._order(fold)
-            dataset_slice = fold.slices[which[inside]]
-            epoch, sample = divmod(
-                dataset_slice.start + int(number[inside]), dataset_slice.samples_per_epoch
-            )
+            place, number = self._order(fold).locate(inside)
+            dataset_slice = fold.slices[place]
+            epoch, sample = divmod(dataset_slice.start + number, dataset_slice.samples_per_epoch)
             data = self._epoch(dataset_slice, epoch)
         return SampleOrigin(
             number=self._number(position),
@@ -131,8 +129,7 @@ class Lineage:
         wanted = self._in_slice(fold.slices[place], document)
         if not len(wanted):
             return []
-        which, number = self._order(fold)
-        return [int(n) for n in np.flatnonzero((which == place) & np.isin(number, wanted))]
+        return [int(n) for n in self._order(fold).positions(place, wanted)]
 
     def _in_slice(self, dataset_slice: DatasetSlice, document: int) -> npt.NDArray[np.int64]:
         """Return the offsets in the slice of the samples with this document."""
@@ -158,48 +155,19 @@ class Lineage:
 
     def _open_epoch(self, dataset_slice: DatasetSlice, epoch: int) -> Any:
         seed = epoch_seed(self.schedule.seed, dataset_slice.key, epoch)
-        return self._epochs.open(dataset_slice.key, dataset_slice.path, seed)
+        return self._epochs.open(dataset_slice.key, dataset_slice.path, seed, self.schedule.shuffle)
 
 
 def sample_spans(dataset_slice: DatasetSlice, data: Any, sample: int) -> tuple[TokenSpan, ...]:
     """Return the documents of one sample of a GPTDataset, in order."""
-    row = int(data.shuffle_index[sample])
-    (first, begin), (last, end) = (
-        (int(place), int(offset)) for place, offset in data.sample_index[row : row + 2]
-    )
-    lengths, documents = data.dataset.sequence_lengths, data.dataset.document_indices
     spans = []
-    for place in range(first, last + 1):
-        sequence = int(data.document_index[place])
-        start = begin if place == first else 0
-        stop = end + 1 if place == last else int(lengths[sequence])
-        if stop > start:
-            document = int(np.searchsorted(documents, sequence, side="right")) - 1
-            before = int(lengths[int(documents[document]) : sequence].sum(dtype=np.int64))
-            spans.append(
-                TokenSpan(
-                    dataset_slice.name, dataset_slice.path, document, before + start, stop - start
-                )
-            )
+    for sequence, start, tokens in sequence_spans(data, sample):
+        document = data.dataset.document_of(sequence)
+        first = int(data.dataset.document_indices[document])
+        before = int(data.dataset.sequence_lengths[first:sequence].sum(dtype=np.int64))
+        name, path = dataset_slice.name, dataset_slice.path
+        spans.append(TokenSpan(name, path, document, before + start, tokens))
     return tuple(spans)
-
-
-def samples_containing(data: Any, document: int) -> npt.NDArray[np.int64]:
-    """Return the numbers of the samples of a GPTDataset that contain a document, ascending."""
-    first, end = (int(n) for n in data.dataset.document_indices[document : document + 2])
-    index = data.document_index
-    places = np.flatnonzero((index >= first) & (index < end))
-    lengths = data.dataset.sequence_lengths
-    places = places[lengths[index[places]] > 0]
-    # Sample i spans rows i and i + 1 of the sample index, both ends inclusive.
-    starts, stops = data.sample_index[:-1, 0], data.sample_index[1:, 0]
-    low = np.searchsorted(stops, places, side="left")
-    high = np.searchsorted(starts, places, side="right")
-    ranges = [np.arange(a, b) for a, b in zip(low, high, strict=True)]
-    if not ranges:
-        return np.empty(0, np.int64)
-    rows = np.unique(np.concatenate(ranges))
-    return np.flatnonzero(np.isin(data.shuffle_index, rows))
 
 
 def read_tokens(span: TokenSpan) -> npt.NDArray[Any]:

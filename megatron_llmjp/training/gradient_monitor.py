@@ -286,7 +286,8 @@ def _action(run: Run, monitor: GradientMonitor, limit_reached: bool) -> str:
 
 
 def _documents(run: Run, batch: range) -> str:
-    lineage = Lineage(run.schedule, EpochDatasets(run.config.data, run.tokenizer, run.cache))
+    epochs = EpochDatasets(run.config.data, run.tokenizer, run.cache, datasets=run.datasets)
+    lineage = Lineage(run.schedule, epochs)
     found: dict[tuple[str, int], None] = {}
     for number in batch:
         for dataset, document, _, _ in lineage.documents_of(number):

@@ -24,6 +24,7 @@ from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.data.dataset import FoldDataset, Sample, ValidationDataset
 from megatron_llmjp.data.folds.datasets import save_facts
+from megatron_llmjp.data.indices.deferred_check import DeferredCheck
 from megatron_llmjp.data.indices.epoch_index import EpochDatasets
 from megatron_llmjp.data.indices.index_cache import ensure_indices
 from megatron_llmjp.data.indices.prefetch import IndexPrefetcher
@@ -91,9 +92,10 @@ def open_datasets(run: Run, ranks: Ranks, beat: Callable[[], None] = no_heartbea
         first_on_machine=ranks.local_rank == 0,
         log=print if ranks.is_first else lambda text: None,
         heartbeat=beat,
+        check=DeferredCheck(run.datasets, run.cache) if ranks.is_first else None,
     )
     _, consumed = initial_progress(run)
-    held_out = [dataset.index for dataset in validation.values()]
+    held_out = [index for dataset in validation.values() for index in dataset.indices]
     indices.start(consumed, BatchSizeSchedule(run.config).at(consumed), held_out)
     if ranks.local_rank == 0:
         save_facts(run.datasets, run.cache)
@@ -105,14 +107,14 @@ def open_validation_sets(
 ) -> dict[str, ValidationDataset]:
     """Open only the validation sets and build their indices, with a heartbeat after each."""
     validation = _validation_datasets(run, _epochs(run))
-    indices = [dataset.index for dataset in validation.values()]
+    indices = [index for dataset in validation.values() for index in dataset.indices]
     ensure_indices(indices, thorough=ranks.local_rank == 0, done=beat)
     return validation
 
 
 def _epochs(run: Run) -> EpochDatasets:
     vocab_size = max(run.tokenizer.vocab_size, run.config.model.vocab_size or 0)
-    return EpochDatasets(run.config.data, run.tokenizer, run.cache, vocab_size)
+    return EpochDatasets(run.config.data, run.tokenizer, run.cache, vocab_size, run.datasets)
 
 
 def _validation_datasets(run: Run, epochs: EpochDatasets) -> dict[str, ValidationDataset]:

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from data_tools.run_history import open_run
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint.manifest import Manifest
 from megatron_llmjp.config.flags import parse
 from megatron_llmjp.config.loading import dump_config
 from megatron_llmjp.data.folds import datasets as fold_datasets
+from megatron_llmjp.data.folds import resolve
 from megatron_llmjp.data.folds.datasets import compute_keys
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.filesystem import file_crc32
@@ -78,6 +80,7 @@ CHANGES = {
     "restart": (lambda c: c["folds"][1]["blend"]["ja"].update(restart=True),
                 "dataset ja: continues from sample 632 of its stream instead of 8"),
     "order": (lambda c: c["folds"][0].update(order="megatron"), "order folds -> megatron"),
+    "shuffle": (lambda c: c.update(shuffle="blocks"), "shuffle documents -> blocks"),
     "skip": (lambda c: c.update(skip=[{"samples": [3, 5]}]),
              "samples skipped so far: none -> [3, 5)"),
 }  # fmt: skip
@@ -90,6 +93,25 @@ def test_changes_of_consumed_folds_are_reported(folds, tmp_path, case):
     with pytest.raises(UserError) as caught:
         run_of(edited(folds, change), "--load", tmp_path / "run")
     assert expected in str(caught.value) and "--override-resume folds" in str(caught.value)
+
+
+@pytest.mark.parametrize("shuffle", ["documents", "blocks"])
+def test_a_resumed_run_keeps_its_shuffle(folds, tmp_path, monkeypatch, shuffle):
+    """Whatever the default is, which depends on the datasets, also of the validation sets."""
+    before = run_of(edited(folds, lambda c: c.update(shuffle=shuffle)))
+    folder = save(before, 7, tmp_path / "run")
+    monkeypatch.setattr(resolve, "MAX_STORED_ENTRIES", 0 if shuffle == "documents" else 10**9)
+    assert run_of(folds).schedule.shuffle != shuffle  # a new run's
+    resumed = run_of(folds, "--load", tmp_path / "run")
+    assert resumed.schedule == before.schedule and resumed.schedule.shuffle == shuffle
+    assert resumed.validation == before.validation
+    assert open_run(tmp_path / "run", lambda _: True, folds).schedule.shuffle == shuffle
+    if shuffle == "documents":  # earlier versions did not record it
+        content = json.loads((folder / manifests.MANIFEST).read_text())
+        for record in content["folds"].values():
+            del record["shuffle"]
+        (folder / manifests.MANIFEST).write_text(json.dumps(content))
+        assert run_of(folds, "--load", tmp_path / "run").schedule == before.schedule
 
 
 def test_changed_datasets_are_reported(folds, tmp_path):

@@ -31,7 +31,7 @@ def test_datasets_are_not_read_again_until_they_change(tmp_path, monkeypatch):
         stored = json.loads((cache / "facts" / f"{info.stamp}.json").read_text())
         assert stored == {
             "key": info.key, "earlier_key": "", "checksums": "", "parts": [],
-            "tokens": tokens, "largest_id": largest,
+            "block_tokens": [tokens], "largest_id": largest, "checked": True,
         }  # fmt: skip
     read: list[str] = []
     key_of = fold_datasets.compute_keys

@@ -129,7 +129,7 @@ def test_keys_of_earlier_versions(tmp_path, monkeypatch):
 def test_the_stamp_of_files(tmp_path):
     """It is the name of the cached facts: another format must have another one."""
     write_dataset(tmp_path / "a", 50, seed=1)
-    expected: list[object] = [4, str(tmp_path / "a")]
+    expected: list[object] = [5, str(tmp_path / "a")]
     for suffix in (".idx", ".bin"):
         s = (tmp_path / f"a{suffix}").stat()
         expected.append([suffix, s.st_size, s.st_ino, s.st_mtime_ns, s.st_ctime_ns])

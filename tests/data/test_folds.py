@@ -6,7 +6,9 @@ import hashlib
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from megatron_llmjp.config.flags import parse
 from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.data.folds.loading import read_fold_file
-from megatron_llmjp.data.folds.resolve import resolve_folds
+from megatron_llmjp.data.folds.resolve import default_shuffle, resolve_folds
 from megatron_llmjp.data.folds.schedule import DatasetInfo, apportion, epoch_seed
 from megatron_llmjp.data.folds.schema import FoldFile
 from megatron_llmjp.errors import UserError
@@ -160,6 +162,32 @@ def test_digests_identify_the_samples_of_a_fold(case):
         drawn = [[piece.key, piece.start, piece.samples] for piece in fold.slices]
         text = json.dumps([content["seed"], LENGTH, fold.name, fold.first_sample, drawn])
         assert fold.digest == hashlib.sha256(text.encode()).hexdigest()
+
+
+@given(fold_files())
+def test_digests_identify_the_shuffle(case):
+    """A closed form that no version may change, either."""
+    content, datasets = case
+    plain, blocks = (
+        schedule_of({**content, "shuffle": shuffle}, datasets).folds
+        for shuffle in ("documents", "blocks")
+    )
+    for one, other in zip(plain, blocks, strict=True):
+        text = json.dumps([one.digest, "shuffle", "blocks"])
+        assert other.digest == hashlib.sha256(text.encode()).hexdigest()
+        assert replace(other, digest="") == replace(one, digest="")
+
+
+def test_the_default_shuffle_depends_on_the_size():
+    """The indices of 10 M documents and samples take seconds to build."""
+
+    def of(blocks: int, samples: int) -> DatasetInfo:
+        return DatasetInfo("key", samples * LENGTH, block_tokens=np.zeros(blocks, np.int64))
+
+    # 1,000 blocks are 4,096,000 documents
+    assert default_shuffle([of(1000, 904_000), of(1000, 904_000)], LENGTH) == "documents"
+    assert default_shuffle([of(1000, 904_000), of(1000, 904_001)], LENGTH) == "blocks"
+    assert default_shuffle([DatasetInfo("key", 10**15)], LENGTH) == "documents"
 
 
 @given(fold_files())

@@ -47,15 +47,15 @@ def write_numbered(prefix: Path, seed: int, documents: int, first: int) -> list[
     return [range(a, b) for a, b in zip([first, *ends[:-1]], ends, strict=True)]
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
+@pytest.fixture(scope="module", params=["documents", "blocks"])
+def run(tmp_path_factory, request):
     """Return the documents by dataset, the lineage, and the samples of all positions."""
     folder = tmp_path_factory.mktemp("lineage")
     documents = {
         name: write_numbered(folder / name, i, size, 10_000 * (i + 1))
         for i, (name, size) in enumerate({"a": 25, "b": 40, "c": 12}.items())
     }
-    content = {"seed": 5, "folds": FOLDS, "skip": SKIP}
+    content = {"seed": 5, "folds": FOLDS, "skip": SKIP, "shuffle": request.param}
     (folder / "folds.yaml").write_text(yaml.safe_dump(content))
     config = Config.model_validate({"model": MODEL})
     config = replace_fields(

@@ -7,6 +7,8 @@ import multiprocessing
 import os
 
 from data_tools.build_indices import main
+from megatron_llmjp.data.folds import datasets as fold_datasets
+from tests.data.test_index_check import poke
 from tests.support.datasets import write_folds
 from tests.support.forks import warm_context
 
@@ -46,6 +48,24 @@ def test_indices_are_built_once_and_repaired(tmp_path, capsys, monkeypatch):
     assert main([*flags, "--verify"]) == 0
     assert "built 1 of 6" in capsys.readouterr().out
     assert damaged.read_bytes() == good
+
+
+def test_a_computed_order_needs_no_index(tmp_path, capsys, monkeypatch):
+    """The datasets are checked, which a run would do in the background."""
+    monkeypatch.setattr(fold_datasets, "MAX_CHECKED_SEQUENCES", 0)
+    folds = write_folds(tmp_path, (2, 3))
+    folds.write_text(f"shuffle: blocks\n{folds.read_text()}")
+    flags = f"--fold-file {folds} --seq-length 16 --global-batch-size 8".split()
+    assert main(flags) == 0
+    out, err = capsys.readouterr()
+    assert "the sample order needs no indices" in out and "entries of 3 datasets" in err
+    facts = [json.loads(p.read_text()) for p in (tmp_path / "index_cache").rglob("*.json")]
+    assert [known["checked"] for known in facts] == [True] * 3
+    assert main([*flags, "--folds", "fold7"]) == 2
+    assert "the folds are fold00, fold01" in capsys.readouterr().err
+    poke(tmp_path / "en", "lengths", 20, 10**6)
+    assert main(flags) == 2
+    assert "en.idx: sequence 20: 1,000,000 tokens at byte" in capsys.readouterr().err
 
 
 def test_errors_are_reported(tmp_path, capsys):

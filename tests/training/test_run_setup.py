@@ -12,7 +12,7 @@ from megatron_llmjp.training import run_setup
 
 @pytest.mark.parametrize(("local_rank", "thorough"), [(0, True), (1, False)])
 def test_validation_sets_are_verified_once_per_machine(monkeypatch, local_rank, thorough):
-    sets = {name: SimpleNamespace(index=f"index of {name}") for name in ("one", "two")}
+    sets = {name: SimpleNamespace(indices=[f"index of {name}"]) for name in ("one", "two")}
     calls = []
 
     def ensured(indices, *, thorough, done):

@@ -1,9 +1,13 @@
 """Facts about the datasets on disk that the fold schedule requires; does not import torch.
 
-The facts are a digest of the contents, the number of tokens and the largest token id. Finding them
-takes reads of every dataset of a run, so they are cached, keyed by a stamp of the files: sizes,
-inodes, and times of modification and change. The kernel sets the change time at every write, and
-no copy preserves it.
+The facts are a digest of the contents, the number of tokens of each block of documents and the
+largest token id. Finding them takes reads of every dataset of a run, so they are cached, keyed by a
+stamp of the files: sizes, inodes, and times of modification and change. The kernel sets the change
+time at every write, and no copy preserves it.
+
+The entries of an index are checked against each other and the .bin, 20 bytes per document. Above
+``MAX_CHECKED_SEQUENCES`` the check is left to :func:`check_datasets`, which runs in the background
+(``indices/deferred_check.py``).
 
 The content digest identifies a dataset and determines the seeds of its epochs, and thereby the
 order of a run's samples. The manifest ``PREFIX.json`` is not part of it. Earlier versions included
@@ -16,9 +20,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +32,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_llmjp.data import indexed_dataset
+from megatron_llmjp.data.block_tokens import count_block_tokens
 from megatron_llmjp.data.folds.schedule import DatasetInfo
 from megatron_llmjp.data.folds.schema import Fold, FoldFile, ValidationSet
 from megatron_llmjp.data.indexed_dataset import DatasetIndex, check_entries
@@ -35,7 +42,12 @@ from megatron_llmjp.filesystem import evenly_spaced_offsets, file_crc32, write_a
 FACTS_FOLDER = "facts"
 _STORED_KEYS = {"key": "key", "earlier_key": "legacy_key", "checksums": "checksums"}
 """Key in the cache file -> attribute of DatasetInfo."""
-_CACHE_FORMAT = 4  # 2: every index entry was checked; 3: another content key; 4: largest token id
+_CACHE_FORMAT = 5  # 3: another content key; 4: largest token id; 5: tokens per block
+
+MAX_CHECKED_SEQUENCES = 1 << 25
+"""Sequences of all datasets without cached facts up to which every entry is checked at once: it
+takes about a second. More are checked later."""
+_MAX_THREADS = 4
 
 _INDEX_BLOCKS = (64, 1 << 16)
 _TOKEN_BLOCKS = (128, 1 << 13)
@@ -63,8 +75,13 @@ def load_facts(stamp: str, splits: Iterable[str], cache: Path) -> DatasetInfo | 
         parts = {(split, part): int(tokens) for split, part, tokens in known["parts"]}
         key, earlier, checksums = (str(known[name]) for name in _STORED_KEYS)
         largest = None if known["largest_id"] is None else int(known["largest_id"])
-        tokens = int(known["tokens"])
-        info = DatasetInfo(key, tokens, parts, stamp, earlier, checksums, largest)
+        blocks = np.array(known["block_tokens"], np.int64)
+        if blocks.ndim != 1:
+            raise ValueError("block_tokens is not a list of numbers")
+        info = DatasetInfo(
+            key, int(blocks.sum()), parts, stamp, earlier, checksums, largest, blocks,
+            checked=known["checked"] is True,
+        )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
     return info if set(splits) <= {split for split, _ in parts} else None
@@ -76,14 +93,14 @@ def save_facts(datasets: Mapping[str, DatasetInfo], cache: Path) -> None:
         (cache / FACTS_FOLDER).mkdir(parents=True, exist_ok=True)
         for info in datasets.values():
             location = _facts_file(info.stamp, cache)
-            if location.exists() and load_facts(
-                info.stamp, {split for split, _ in info.parts}, cache
-            ):
+            known = load_facts(info.stamp, {split for split, _ in info.parts}, cache)
+            if info.block_tokens is None or (known and known.checked >= info.checked):
                 continue
             parts = [[split, part, tokens] for (split, part), tokens in info.parts.items()]
             keys = {name: getattr(info, attribute) for name, attribute in _STORED_KEYS.items()}
-            found = {"tokens": info.tokens, "largest_id": info.largest_id, "parts": parts}
-            write_atomically(location, json.dumps({**keys, **found}))
+            found = {"largest_id": info.largest_id, "parts": parts, "checked": info.checked}
+            blocks = {"block_tokens": info.block_tokens.tolist()}
+            write_atomically(location, json.dumps({**keys, **found, **blocks}))
 
 
 def _facts_file(stamp: str, cache: Path) -> Path:
@@ -195,36 +212,78 @@ def inspect_datasets(file: FoldFile, cache: Path | None = None) -> dict[str, Dat
         UserError: datasets are missing or damaged; the message names all of them, and where the
             fold file declares them.
     """
-    splits: dict[str, set[str]] = {}
+    splits = _splits_by_path(file)
+    problems: dict[str, str] = {}
+    found: dict[str, DatasetInfo | None] = {}
+    sequences = 0
+    places = file.dataset_paths()
+    for path in places:
+        try:
+            size = indexed_dataset.read_index(path).sequences
+            found[path] = load_facts(files_stamp(path), splits[path], cache) if cache else None
+            sequences += size if found[path] is None else 0
+        except UserError as error:
+            problems[path] = str(error)
+    check = sequences <= MAX_CHECKED_SEQUENCES
+    with ThreadPoolExecutor(min(_MAX_THREADS, len(os.sched_getaffinity(0)))) as pool:
+        computed: dict[str, Future[DatasetInfo]] = {
+            path: pool.submit(_compute_facts, path, splits[path], check)
+            for path, known in found.items()
+            if known is None
+        }
+        for path, future in computed.items():
+            try:
+                found[path] = future.result()
+            except (DataError, UserError) as error:
+                problems[path] = str(error)
+    if problems:
+        lines = (f"{places[path]}: {problems[path]}" for path in places if path in problems)
+        raise UserError("\n".join(lines))
+    return {path: info for path, info in found.items() if info is not None}
+
+
+def check_datasets(datasets: Mapping[str, DatasetInfo], cache: Path) -> None:
+    """Check every entry of the datasets whose facts were computed without, and record it.
+
+    Raises:
+        DataError: an index is damaged.
+        UserError: a dataset is missing.
+    """
+    for path, info in datasets.items():
+        if info.checked:
+            continue
+        check_entries(indexed_dataset.read_index(path))
+        if files_stamp(path) == info.stamp:
+            save_facts({path: replace(info, checked=True)}, cache)
+
+
+def _splits_by_path(file: FoldFile) -> dict[str, set[str]]:
+    """Return the ``--split`` of each fold and validation set that uses a dataset, by its path."""
+    splits: dict[str, set[str]] = {path: set() for path in file.dataset_paths()}
     holders: list[Fold | ValidationSet] = [*file.folds, *file.validation.values()]
     for holder in holders:
         for source in (holder.blend or {}).values():
-            splits.setdefault(source.path, set()).update([holder.split] if holder.split else [])
-    found, problems = {}, []
-    for path, location in file.dataset_paths().items():
-        try:
-            stamp = files_stamp(path)
-            index = indexed_dataset.read_index(path)
-            known = load_facts(stamp, splits.get(path, ()), cache) if cache else None
-            if known:
-                found[path] = known
-                continue
-            check_entries(index)
-            parts = {
-                (split, part): tokens
-                for split in splits.get(path, ())
-                for part, tokens in _count_tokens_of_parts(index, split).items()
-            }
-            keys = compute_keys(path)
-            known_keys = (keys.earlier, keys.checksums)
-            found[path] = DatasetInfo(
-                keys.key, index.tokens, parts, stamp, *known_keys, largest_id(index)
-            )
-        except (DataError, UserError) as error:
-            problems.append(f"{location}: {error}")
-    if problems:
-        raise UserError("\n".join(problems))
-    return found
+            splits[source.path].update([holder.split] if holder.split else [])
+    return splits
+
+
+def _compute_facts(path: str, splits: Iterable[str], check: bool) -> DatasetInfo:
+    """Read a dataset; check every entry of its index if ``check`` is set."""
+    stamp = files_stamp(path)
+    index = indexed_dataset.read_index(path)
+    if check:
+        check_entries(index)
+    blocks = count_block_tokens(index)
+    parts = {
+        (split, part): tokens
+        for split in splits
+        for part, tokens in _count_tokens_of_parts(index, split).items()
+    }
+    keys = compute_keys(path)
+    return DatasetInfo(
+        keys.key, int(blocks.sum()), parts, stamp, keys.earlier, keys.checksums,
+        largest_id(index) if blocks.any() else None, blocks, checked=check,
+    )  # fmt: skip
 
 
 def largest_id(index: DatasetIndex) -> int | None:
@@ -233,10 +292,12 @@ def largest_id(index: DatasetIndex) -> int | None:
     A negative id, which only damage produces, is treated as an id above every vocabulary. None if
     there are no tokens or they are not integers.
     """
-    if index.dtype.kind not in "iu" or index.tokens == 0:
+    if index.dtype.kind not in "iu":
         return None
     tokens = index.read_tokens().view(f"u{index.dtype.itemsize}")
     count, size = _ID_BLOCKS
+    if len(tokens) == 0:
+        return None
     if len(tokens) <= count * size:
         return int(tokens.max())
     starts = evenly_spaced_offsets(len(tokens), size, count)

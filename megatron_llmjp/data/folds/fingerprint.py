@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict
 
-from megatron_llmjp.data.folds.schema import FoldFile
+from megatron_llmjp.data.folds.schema import FoldFile, Shuffle
 
 
 class _Fingerprint(BaseModel):
@@ -44,6 +44,8 @@ class FoldFingerprint(_Fingerprint):
     first_sample: int = 0
     samples: int = 0
     order: str = "folds"
+    shuffle: Shuffle = "documents"
+    """Of the whole run. Checkpoints of earlier versions, which had no other one, do not name it."""
     split: str | None = None
     datasets: dict[str, DatasetFingerprint] | None = None
     """By name; None in checkpoints of versions that did not store them."""
@@ -65,7 +67,7 @@ def fold_differences(old: FoldFingerprint, new: FoldFingerprint) -> list[str]:
 
 
 def _fold_field_differences(old: FoldFingerprint, new: FoldFingerprint) -> Iterator[str]:
-    for name in ("seed", "sequence_length", "order", "split"):
+    for name in ("seed", "sequence_length", "order", "shuffle", "split"):
         before, after = getattr(old, name), getattr(new, name)
         if before != after:
             yield f"{name} {before} -> {after}"

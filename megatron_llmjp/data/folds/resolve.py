@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from megatron_llmjp.data.batch_size import BatchSizeSchedule
+from megatron_llmjp.data.block_tokens import SEQUENCES_PER_BLOCK
 from megatron_llmjp.data.folds.schedule import (
     DatasetInfo,
     DatasetSlice,
@@ -20,8 +22,12 @@ from megatron_llmjp.data.folds.schedule import (
     fold_budget,
     samples_per_dataset,
 )
-from megatron_llmjp.data.folds.schema import BlendEntry, Fold, FoldFile, SplitPart
+from megatron_llmjp.data.folds.schema import BlendEntry, Fold, FoldFile, Shuffle, SplitPart
 from megatron_llmjp.errors import UserError
+
+MAX_STORED_ENTRIES = 10_000_000
+"""Documents and samples of all datasets up to which `shuffle: documents` is the default: its
+indices take about two seconds to build."""
 
 
 def resolve_folds(
@@ -45,8 +51,11 @@ def resolve_folds(
     cursors: dict[str, int] = {}
     folds: list[FoldPlan] = []
     first = 0
+    shuffle = file.shuffle or default_shuffle(datasets.values(), sequence_length)
     for fold in file.folds:
         plan = _plan_fold(fold, file.seed, first, datasets, sequence_length, batch_sizes, cursors)
+        if shuffle != "documents" and plan.megatron is None:
+            plan = replace(plan, digest=_digest([plan.digest, "shuffle", shuffle]))
         folds.append(plan)
         first = plan.end
     skips = SkippedSamples.of(skip.samples for skip in file.skip)
@@ -55,11 +64,27 @@ def resolve_folds(
             f"skip: samples {list(skips.ranges[-1])} exceed the last sample of the folds "
             f"({first - 1:,}); samples are numbered from 0 through all folds"
         )
-    return Schedule(file.seed, sequence_length, tuple(folds), skips)
+    return Schedule(file.seed, sequence_length, tuple(folds), skips, shuffle)
+
+
+def default_shuffle(datasets: Iterable[DatasetInfo], sequence_length: int) -> Shuffle:
+    """Return ``blocks`` for datasets whose stored indices would take more than seconds to build.
+
+    Facts without block counts, as assumed for missing datasets, are not counted.
+    """
+    entries = sum(
+        len(info.block_tokens) * SEQUENCES_PER_BLOCK + info.tokens // sequence_length
+        for info in datasets
+        if info.block_tokens is not None
+    )
+    return "blocks" if entries > MAX_STORED_ENTRIES else "documents"
 
 
 def resolve_validation(
-    file: FoldFile, datasets: Mapping[str, DatasetInfo], samples: Mapping[str, int]
+    file: FoldFile,
+    datasets: Mapping[str, DatasetInfo],
+    samples: Mapping[str, int],
+    shuffle: Shuffle,
 ) -> dict[str, HeldOutDataset | MegatronBlend]:
     """Return the validation sets by name.
 
@@ -68,6 +93,7 @@ def resolve_validation(
         datasets: dataset facts by path.
         samples: number of samples that Megatron-LM would request of the parts ``valid`` and
             ``test``, on which its order depends.
+        shuffle: shuffling of the held-out datasets.
     """
     found: dict[str, HeldOutDataset | MegatronBlend] = {}
     for name, held_out in file.validation.items():
@@ -77,7 +103,8 @@ def resolve_validation(
             found[name] = _blend(held_out.blend, infos, split, part, samples[part], file.seed)
         elif held_out.path is not None:
             key = datasets[held_out.path].key
-            found[name] = HeldOutDataset(held_out.path, key, epoch_seed(file.seed, key, 0))
+            seed = epoch_seed(file.seed, key, 0)
+            found[name] = HeldOutDataset(held_out.path, key, seed, shuffle)
     return found
 
 
@@ -195,4 +222,8 @@ def _fold_digest(
     content.append([[s.key, s.start, s.samples] for s in slices])
     if blend is not None:
         content.append(["megatron", blend.weights, blend.split, blend.samples])
+    return _digest(content)
+
+
+def _digest(content: list[Any]) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -21,8 +21,10 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from megatron_llmjp.data.batch_size import BatchSizeSchedule
+from megatron_llmjp.data.block_tokens import BlockTokens
+from megatron_llmjp.data.folds.even_interleave import EvenInterleave
 from megatron_llmjp.data.folds.fingerprint import DatasetFingerprint, FoldFingerprint
-from megatron_llmjp.data.folds.schema import Fold, FoldLearningRate, SplitPart
+from megatron_llmjp.data.folds.schema import Fold, FoldLearningRate, Shuffle, SplitPart
 from megatron_llmjp.errors import UserError
 
 
@@ -159,6 +161,10 @@ class DatasetInfo:
     """Checksums of its files in its manifest; not part of its identity."""
     largest_id: int | None = None
     """Largest token id in the blocks that were read; None if none was read."""
+    block_tokens: BlockTokens | None = field(default=None, compare=False, repr=False)
+    """Tokens per block of sequences."""
+    checked: bool = field(default=True, compare=False)
+    """Whether every entry of its index was checked."""
 
     def samples_per_epoch(self, sequence_length: int, split: str | None = None) -> int:
         """Return the samples per epoch, of the training part if ``split`` is given.
@@ -225,6 +231,7 @@ class HeldOutDataset:
     path: str
     key: str
     seed: int
+    shuffle: Shuffle = "documents"
 
 
 @dataclass(frozen=True)
@@ -265,6 +272,7 @@ class Schedule:
     sequence_length: int
     folds: tuple[FoldPlan, ...]
     skips: SkippedSamples = NO_SKIPPED_SAMPLES
+    shuffle: Shuffle = "documents"
 
     @property
     def total_positions(self) -> int:
@@ -305,22 +313,32 @@ class Schedule:
     def consumed_by_dataset(self, consumed_samples: int) -> dict[tuple[str, str], int]:
         """Return the consumed samples by ``(fold, dataset)``.
 
-        Exact for a completed fold. In a partly consumed fold, or one with skipped samples, each
-        dataset is counted by its share: datasets are interleaved so that every part of a fold
-        follows the blend to within as many samples as there are datasets.
+        Exact with ``shuffle: blocks``, and for a completed fold. Otherwise, in a partly consumed
+        fold or one with skipped samples, each dataset is counted by its share: datasets are
+        interleaved so that every part of a fold follows the blend to within as many samples as
+        there are datasets.
         """
         end = self.consumed_end(consumed_samples)
         counts: dict[tuple[str, str], int] = {}
         for fold in self.folds:
             if fold.first_sample >= end:
                 break
-            trained = self.skips.kept(fold.first_sample, min(end, fold.end))
-            shares = apportion(
-                trained, [float(dataset_slice.samples) for dataset_slice in fold.slices]
-            )
+            shares = self._trained_by_slice(fold, min(end, fold.end))
             for dataset_slice, share in zip(fold.slices, shares, strict=True):
                 counts[fold.name, dataset_slice.name] = share
         return counts
+
+    def _trained_by_slice(self, fold: FoldPlan, end: int) -> list[int]:
+        """Count the samples of a fold up to position ``end`` that are not skipped, by slice."""
+        sizes = [dataset_slice.samples for dataset_slice in fold.slices]
+        if self.shuffle == "documents" or fold.megatron is not None:
+            return apportion(self.skips.kept(fold.first_sample, end), [float(n) for n in sizes])
+        order, first = EvenInterleave(sizes), fold.first_sample
+        counts = order.counts(end - first)
+        for a, b in self.skips.ranges:
+            if max(a, first) < min(b, end):
+                counts -= order.counts(min(b, end) - first) - order.counts(max(a, first) - first)
+        return [int(count) for count in counts]
 
     def fingerprint(self, fold: FoldPlan) -> FoldFingerprint:
         """Return the fingerprint of a fold, which checkpoints store."""
@@ -331,6 +349,7 @@ class Schedule:
             first_sample=fold.first_sample,
             samples=fold.samples,
             order=fold.order,
+            shuffle=self.shuffle,
             split=fold.megatron.split if fold.megatron else None,
             datasets={
                 dataset_slice.name: DatasetFingerprint(

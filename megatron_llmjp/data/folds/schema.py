@@ -25,6 +25,8 @@ _BUDGETS = ("tokens", "samples", "iterations", "epochs")
 _AMOUNTS = ("weight", "tokens", "epochs")
 
 SplitPart = Literal["train", "valid", "test"]
+Shuffle = Literal["documents", "blocks"]
+"""What is shuffled in an epoch: all documents, with stored indices, or blocks of documents."""
 
 
 Count = Annotated[PositiveInt, BeforeValidator(parse_count)]
@@ -177,6 +179,9 @@ class FoldFile(FoldFileModel):
     seed: NonNegativeInt = 1234
     sequence_length: PositiveInt | None = None
     """If given, must equal the run's seq_length."""
+    shuffle: Shuffle | None = None
+    """Shuffling of all folds but those with ``order: megatron``; by default a resumed run's, or by
+    the size of the datasets."""
     folds: tuple[Fold, ...] = Field(min_length=1)
     validation: dict[str, ValidationSet] = {}
     skip: tuple[SkipRange, ...] = ()

@@ -1,15 +1,16 @@
-"""Sample index of one epoch of one dataset, which maps samples to tokens.
+"""Epochs of datasets: megatron-core's stored sample indices, or the computed block-wise shuffle.
 
-Each epoch of each dataset is a megatron-core ``GPTDataset``. megatron-core builds the index in a
-folder of this package's cache: its own cache is written in place and does not depend on the
-datasets' contents.
+Each epoch of each dataset is a megatron-core ``GPTDataset``. Its index with ``shuffle: documents``
+is built by megatron-core in a folder of this package's cache: its own cache is written in place and
+does not depend on the datasets' contents. An epoch with ``shuffle: blocks`` (``block_shuffle.py``)
+stores nothing.
 """
 
 from __future__ import annotations
 
 import pickle
-import resource
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -23,12 +24,18 @@ from megatron.core.datasets.utils import Split
 
 from megatron_llmjp.config.schema import DataConfig
 from megatron_llmjp.data import indexed_dataset
+from megatron_llmjp.data.block_tokens import BlockTokens, count_block_tokens
+from megatron_llmjp.data.folds.schedule import DatasetInfo
+from megatron_llmjp.data.folds.schema import Shuffle
 from megatron_llmjp.data.indices import index_cache
+from megatron_llmjp.data.indices.block_shuffle import BlockShuffledEpoch
 from megatron_llmjp.data.indices.worker import build_in_subprocess
+from megatron_llmjp.data.open_files import OpenFiles, StoredArray
+from megatron_llmjp.data.token_reader import TokenReader
 
 NO_RESETS = {"reset_position_ids": False, "reset_attention_mask": False, "eod_mask_loss": False}
-OPEN_DATASETS = 256
-"""Number of datasets kept open: more than most folds have."""
+OPEN_DATASETS = 1024
+"""Number of datasets of which the properties are kept; their files are not kept open."""
 
 
 class DatasetTokenizer:
@@ -88,9 +95,22 @@ class EpochDatasets:
     """Opens epochs of datasets, whose indices are cached on disk by content digest."""
 
     def __init__(
-        self, data: DataConfig, tokenizer: Any, cache: Path, vocab_size: int | None = None
+        self,
+        data: DataConfig,
+        tokenizer: Any,
+        cache: Path,
+        vocab_size: int | None = None,
+        datasets: Mapping[str, DatasetInfo] | None = None,
     ) -> None:
-        """Use the run's data settings; token ids must be below ``vocab_size`` if it is given."""
+        """Use the run's data settings.
+
+        Args:
+            data: the settings.
+            tokenizer: gives the end-of-document token and the vocabulary size.
+            cache: folder of the stored indices.
+            vocab_size: token ids must be below, if it is given.
+            datasets: facts about the datasets, by path; others are read when they are opened.
+        """
         self.vocab_size = vocab_size
         self.sequence_length = data.seq_length
         self.flags = {
@@ -101,29 +121,52 @@ class EpochDatasets:
         self.tokenizer = DatasetTokenizer(tokenizer.eod_id, tokenizer.vocab_size)
         self.restricts_attention = data.reset_attention_mask
         self.cache = cache
-        _allow_open_files()
-        # All epochs of a dataset share its file handles.
-        self._tokens = lru_cache(maxsize=OPEN_DATASETS)(indexed_dataset.open_indexed_dataset)
+        self.files = OpenFiles()
+        self._datasets = datasets or {}
+        self._reader = lru_cache(maxsize=OPEN_DATASETS)(partial(TokenReader, files=self.files))
+        self._block_tokens = lru_cache(maxsize=OPEN_DATASETS)(self._find_block_tokens)
 
     def index(self, key: str, path: str, seed: int) -> EpochIndex:
         """Return the index that :meth:`open` requires."""
         return EpochIndex(self.cache, path, key, seed, self.sequence_length)
 
-    def open(self, key: str, path: str, seed: int) -> GPTDataset:
-        """Open one epoch, memory-mapped so that all processes of a machine share its index.
+    def open(self, key: str, path: str, seed: int, shuffle: Shuffle = "documents") -> GPTDataset:
+        """Open one epoch, of which indices and tokens are read on demand.
 
-        An index that is missing or damaged is built again by the process that finds it so.
+        A stored index that is missing or damaged is built again by the process that finds it so.
         """
-        index, tokens = self.index(key, path, seed), self._tokens(path)
+        index = self.index(key, path, seed)
+        if shuffle == "blocks":
+            settings = _settings(index, self.cache, self.tokenizer, self.flags)
+            blocks = self._block_tokens(path)
+            return BlockShuffledEpoch(self._reader(path), blocks, seed, settings)
         damage = (ValueError, IndexError, EOFError, pickle.UnpicklingError)
-        return index_cache.open_index(index, partial(self._open, index, tokens), damage)
+        return index_cache.open_index(index, partial(self._open, index), damage)
 
-    def _open(self, index: EpochIndex, tokens: Any) -> GPTDataset:
-        # Document numbers (4 bytes each) are required only for building an index.
-        nothing = np.empty(0, np.int32)
-        data = _dataset(index, tokens, index.folder, nothing, self.tokenizer, self.flags)
-        _check_ranges(data, len(tokens))
+    def reader(self, path: str) -> TokenReader:
+        """Return the reader of a dataset, which all of its epochs share."""
+        return self._reader(path)
+
+    def _open(self, index: EpochIndex) -> GPTDataset:
+        reader, nothing = self._reader(index.path), np.empty(0, np.int32)
+        data = _dataset(index, reader, index.folder, nothing, self.tokenizer, self.flags)
+        _check_ranges(data, len(reader))
+        read_on_demand(data, reader)
         return data
+
+    def _find_block_tokens(self, path: str) -> BlockTokens:
+        info = self._datasets.get(path)
+        if info is not None and info.block_tokens is not None:
+            return info.block_tokens
+        return count_block_tokens(indexed_dataset.read_index(path))
+
+
+def read_on_demand(data: GPTDataset, reader: TokenReader) -> None:
+    """Replace the memory maps of a GPTDataset by reads through a few open files."""
+    for name in ("document_index", "sample_index", "shuffle_index"):
+        setattr(data, name, StoredArray.of(getattr(data, name), reader.files))
+    data.dataset = reader
+    data.indices = np.empty(0, np.int32)  # 4 bytes per document, for building only
 
 
 def _dataset(
@@ -134,7 +177,16 @@ def _dataset(
     tokenizer: DatasetTokenizer,
     flags: dict[str, bool],
 ) -> GPTDataset:
-    config = GPTDatasetConfig(
+    config = _settings(index, folder, tokenizer, flags)
+    # The description is part of megatron-core's cache file names; the path is omitted from it
+    # because the folder's name identifies the contents.
+    return GPTDataset(tokens, "", documents, None, Split.train, config)
+
+
+def _settings(
+    index: EpochIndex, folder: Path, tokenizer: DatasetTokenizer, flags: dict[str, bool]
+) -> GPTDatasetConfig:
+    return GPTDatasetConfig(
         random_seed=index.seed,
         sequence_length=index.sequence_length,
         blend=([index.path], None),
@@ -144,9 +196,6 @@ def _dataset(
         create_attention_mask=False,  # data/documents.py instead
         **flags,
     )
-    # The description is part of megatron-core's cache file names; the path is omitted from it
-    # because the folder's name identifies the contents.
-    return GPTDataset(tokens, "", documents, None, Split.train, config)
 
 
 def _check_ranges(data: GPTDataset, documents: int) -> None:
@@ -161,12 +210,3 @@ def _check_ranges(data: GPTDataset, documents: int) -> None:
     )
     if not fits:
         raise ValueError("its arrays are inconsistent")
-
-
-def _allow_open_files() -> None:
-    """Raise the soft limit on open files (often 1,024) to the hard limit.
-
-    Memory maps keep their files open: three per epoch and three per dataset.
-    """
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,4 +1,9 @@
-"""Interleaving of a fold's datasets, cached on disk and shared by all processes of a machine."""
+"""Order of a fold's datasets: megatron-core's rule, stored on disk, or the even interleaving.
+
+The rule of megatron-core's helper takes the dataset with the largest deficit next. Its state after
+n samples depends on all decisions before, so that the order is built once and cached. It belongs to
+``shuffle: documents``; ``shuffle: blocks`` computes its order (``folds/even_interleave.py``).
+"""
 
 from __future__ import annotations
 
@@ -6,13 +11,50 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import megatron.core
 import numpy as np
+import numpy.typing as npt
 from megatron.core.datasets import helpers_cpp
 
+from megatron_llmjp.data.folds.even_interleave import EvenInterleave
 from megatron_llmjp.data.folds.schedule import FoldPlan
+from megatron_llmjp.data.folds.schema import Shuffle
 from megatron_llmjp.data.indices import index_cache
+
+
+class DatasetOrder(Protocol):
+    """Order of the datasets of a fold."""
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """Return the dataset of a position of the fold, and the sample's number in its slice."""
+
+    def positions(self, dataset: int, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the positions of samples of a dataset, by their numbers in its slice."""
+
+
+def fold_order(shuffle: Shuffle, cache: Path, fold: FoldPlan) -> DatasetOrder:
+    """Return the order of the datasets of a fold; a stored one that is missing is built."""
+    if shuffle == "blocks":
+        return EvenInterleave([dataset_slice.samples for dataset_slice in fold.slices])
+    return FoldOrder(cache, fold).open()
+
+
+class StoredOrder:
+    """Order given by the dataset and the sample number of each position."""
+
+    def __init__(self, which: np.ndarray, number: np.ndarray) -> None:
+        self._which = which
+        self._number = number
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """Return the dataset of a position of the fold, and the sample's number in its slice."""
+        return int(self._which[position]), int(self._number[position])
+
+    def positions(self, dataset: int, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the positions of samples of a dataset, ascending."""
+        return np.flatnonzero((self._which == dataset) & np.isin(self._number, numbers))
 
 
 @dataclass(frozen=True)
@@ -41,9 +83,9 @@ class FoldOrder:
         np.save(temporary / "which.npy", dataset_numbers)
         np.save(temporary / "position.npy", sample_numbers.astype(small))
 
-    def open(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the arrays of :func:`blend_order`, memory-mapped; build them if missing."""
-        return index_cache.open_index(self, self._load, (ValueError,))
+    def open(self) -> StoredOrder:
+        """Return the order, memory-mapped; build it if it is missing."""
+        return StoredOrder(*index_cache.open_index(self, self._load, (ValueError,)))
 
     def _load(self) -> tuple[np.ndarray, np.ndarray]:
         names = ("which.npy", "position.npy")

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,15 @@ from megatron.core.datasets.utils import Split
 
 from megatron_llmjp.data.folds.schedule import MegatronBlend
 from megatron_llmjp.data.indices import index_cache
-from megatron_llmjp.data.indices.epoch_index import NO_RESETS, DatasetTokenizer, EpochDatasets
+from megatron_llmjp.data.indices.epoch_index import (
+    NO_RESETS,
+    DatasetTokenizer,
+    EpochDatasets,
+    read_on_demand,
+)
 from megatron_llmjp.data.indices.worker import build_in_subprocess
+from megatron_llmjp.data.open_files import OpenFiles
+from megatron_llmjp.data.token_reader import TokenReader
 
 
 @dataclass(frozen=True)
@@ -60,13 +68,15 @@ class MegatronIndex:
         if dist.is_available() and dist.is_initialized():
             build_in_subprocess(self, temporary)
             return
+        reader = partial(TokenReader, files=OpenFiles())
         with _single_process_group():  # BlendedDataset queries its rank when it writes
-            _dataset(self, temporary, DatasetTokenizer(0, 1), NO_RESETS)
+            _dataset(self, temporary, DatasetTokenizer(0, 1), NO_RESETS, reader)
 
     def open(self, epochs: EpochDatasets) -> MegatronSamples:
-        """Return the samples, memory-mapped; build the index if it is missing."""
+        """Return the samples, which are read on demand; build the index if it is missing."""
         index_cache.ensure_index(self.folder, self.build)
-        return MegatronSamples(_dataset(self, self.folder, epochs.tokenizer, epochs.flags))
+        settings = epochs.tokenizer, epochs.flags
+        return MegatronSamples(_dataset(self, self.folder, *settings, epochs.reader))
 
 
 class MegatronSamples:
@@ -112,13 +122,25 @@ def megatron_index(blend: MegatronBlend, epochs: EpochDatasets) -> MegatronIndex
 
 
 class _Builder(BlendedMegatronDatasetBuilder):
-    """Builder without barriers: only ranks that read data use it, and the files exist already."""
+    """Builder without barriers: only ranks that read data use it, and the files exist already.
 
-    @staticmethod
+    Each dataset is closed before the next one is opened: ``read_on_demand``.
+    """
+
+    def __init__(self, reader: Callable[[str], TokenReader], *args: Any) -> None:
+        super().__init__(*args)
+        self._reader = reader
+
     def build_generic_dataset(
-        cls: Any, is_built_on_rank: Any, synchronize_ranks: bool, *args: Any
+        self, cls: Any, is_built_on_rank: Any, synchronize_ranks: bool, *args: Any
     ) -> Any:
-        return cls(*args)
+        data = cls(*args)
+        if not isinstance(data, GPTDataset):
+            return data
+        if not isinstance(data.sample_index, np.memmap):
+            data = cls(*args)  # it was built just now: load it, which releases its memory
+        read_on_demand(data, self._reader(data.dataset.path_prefix))
+        return data
 
     def _build_megatron_datasets_parallel(
         self, prefixes: list[str], split: list[Any], sizes_per_dataset: list[list[Any]]
@@ -129,7 +151,11 @@ class _Builder(BlendedMegatronDatasetBuilder):
 
 
 def _dataset(
-    index: MegatronIndex, folder: Path, tokenizer: DatasetTokenizer, flags: dict[str, bool]
+    index: MegatronIndex,
+    folder: Path,
+    tokenizer: DatasetTokenizer,
+    flags: dict[str, bool],
+    reader: Callable[[str], TokenReader],
 ) -> BlendedDataset | GPTDataset:
     blend = index.blend
     part = Split[blend.part].value
@@ -151,7 +177,7 @@ def _dataset(
             ends if i == part else None for i, ends in enumerate(config.split_matrix)
         ]
     sizes = [blend.samples if s.value == part else 0 for s in Split]
-    return _Builder(GPTDataset, sizes, lambda: True, config).build()[part]
+    return _Builder(reader, GPTDataset, sizes, lambda: True, config).build()[part]
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from itertools import chain
 from typing import Protocol
 
 from megatron_llmjp.data.folds.schedule import FoldPlan, Schedule
+from megatron_llmjp.data.indices.deferred_check import DeferredCheck
 from megatron_llmjp.data.indices.index_cache import (
     LOCK_TIMEOUT_SECONDS,
     CachedIndex,
@@ -59,14 +60,19 @@ class IndexPrefetcher:
         first_on_machine: bool,
         log: Callable[[str], None] = print,
         heartbeat: Callable[[], None] = no_heartbeat,
+        check: DeferredCheck | None = None,
     ) -> None:
-        """Prefetch the indices of ``data``; ``heartbeat`` is called after each index."""
+        """Prefetch the indices of ``data``; ``heartbeat`` is called after each index.
+
+        ``check`` is the background check of the datasets, on the rank that does it.
+        """
         self._data = data
         self._first_on_machine = first_on_machine
         self._log, self._heartbeat = log, heartbeat
         self._ready: set[str] = set()
         self._entered: set[str] = set()  # identical on all ranks, unlike _ready
         self._background: subprocess.Popen[bytes] | None = None  # builds the next fold's indices
+        self._check = check
 
     def start(self, consumed_samples: int, batch: int, held_out: Iterable[CachedIndex]) -> None:
         """Build the indices of the next batch and of the validation sets.
@@ -85,6 +91,8 @@ class IndexPrefetcher:
         self._ready.update(fold.name for fold in (*folds, *more))
         self._entered.update(fold.name for fold in folds)
         self._prefetch_next(folds[-1])
+        if self._check is not None:
+            self._check.start()
 
     def ensure_ready(
         self, consumed_samples: int, batch: int, wait: WaitFunction = wait_alone
@@ -100,7 +108,12 @@ class IndexPrefetcher:
 
         Returns:
             False if ``wait`` gave up.
+
+        Raises:
+            DataError: the background check of the datasets found damage.
         """
+        if self._check is not None:
+            self._check.poll()
         for fold in self._folds(consumed_samples, batch):
             if fold.name in self._entered:
                 continue
@@ -117,7 +130,12 @@ class IndexPrefetcher:
         return True
 
     def close(self) -> None:
-        """Stop the background process, if there is one."""
+        """Stop the background processes, if there are any."""
+        if self._check is not None:
+            self._check.close()
+        self._stop_building()
+
+    def _stop_building(self) -> None:
         if self._background is not None:
             self._background.kill()
             self._background.wait()
@@ -164,7 +182,7 @@ class IndexPrefetcher:
         following = next((f for f in later if f.name not in self._ready), None)
         if following is None or not self._first_on_machine:
             return
-        self.close()  # the process of the fold that just started, which has finished
+        self._stop_building()  # the process of the fold that just started, which has finished
         indices = self._data.indices(following)
         if _any_missing(indices):
             self._background = build_in_background(indices)

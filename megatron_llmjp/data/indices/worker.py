@@ -34,7 +34,7 @@ def build_in_subprocess(index: CachedIndex, temporary: Path) -> None:
     Raises:
         RuntimeError: the subprocess failed; its standard error has the cause.
     """
-    with _start(partial(index.build, temporary)) as child:
+    with start_job(partial(index.build, temporary)) as child:
         code = child.wait()  # it ends early when its standard input is closed
     if code:
         raise RuntimeError(f"{index.folder}: building the index failed (exit code {code})")
@@ -42,10 +42,11 @@ def build_in_subprocess(index: CachedIndex, temporary: Path) -> None:
 
 def build_in_background(indices: Sequence[CachedIndex]) -> subprocess.Popen[bytes]:
     """Start building the missing ones of these indices at low priority, and return."""
-    return _start(partial(ensure_indices, list(indices)))
+    return start_job(partial(ensure_indices, list(indices)))
 
 
-def _start(job: Callable[[], None]) -> subprocess.Popen[bytes]:
+def start_job(job: Callable[[], None], stdout: int | None = None) -> subprocess.Popen[bytes]:
+    """Start a picklable function in a new interpreter, at low priority and without a GPU."""
     root = str(Path(megatron_llmjp.__file__).resolve().parents[1])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     # Leave the GPU memory and the cores to the rank.
@@ -55,7 +56,7 @@ def _start(job: Callable[[], None]) -> subprocess.Popen[bytes]:
         "OMP_NUM_THREADS": "1",
     }
     child = subprocess.Popen(
-        [sys.executable, "-m", __name__], stdin=subprocess.PIPE, env=environment
+        [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=stdout, env=environment
     )
     written = pickle.dumps(job)
     assert child.stdin is not None
