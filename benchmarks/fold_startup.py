@@ -9,9 +9,8 @@ the .idx are real. Both sides read the same files, each in its own process, alte
 The clock starts after the imports of torch and megatron-core.
 
 Megatron's blend covers 99 % of the samples: otherwise its surplus of 0.5 % would start a second
-epoch of every dataset. The cost of 2.1 T tokens in 113 datasets is computed from the measured index
-of one dataset of average size and from the blend's measured cost per sample and dataset, and is
-labelled as computed.
+epoch of every dataset. ``--shuffle documents`` measures folds with megatron-core's stored indices.
+``blend_startup.py`` measures one fold of 113 datasets.
 """
 
 from __future__ import annotations
@@ -38,7 +37,6 @@ FOLDS, SOURCES, TOKENS = 11, 5, 30e9
 LENGTH, BATCH = 4096, 8
 LOG_MEDIAN, LOG_SIGMA = 6.3, 1.0
 MEAN = float(np.exp(LOG_MEDIAN + LOG_SIGMA**2 / 2))
-BIG_TOKENS, BIG_DATASETS = 2.1e12, 113
 MIB = 1 << 20
 
 
@@ -51,11 +49,12 @@ def main() -> int:
     add("--folder", type=Path, required=True, help="folder for the data (0.7 GB at full scale)")
     add("--scale", type=float, default=1.0, help="fraction of the 30 B tokens")
     add("--rounds", type=int, default=2, help="rounds; the table shows medians")
+    add("--shuffle", choices=("blocks", "documents"), default="blocks", help="of the folds")
     add("--child", nargs=2, metavar=("SIDE", "FOLDS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         side, folds = args.child
-        print(json.dumps(SIDES[side](args.folder, int(folds))))
+        print(json.dumps(SIDES[side](args, int(folds))))
         return 0
     write_data(args.folder, args.scale)
     report(measure(args), args)
@@ -63,13 +62,12 @@ def main() -> int:
 
 
 def write_data(folder: Path, scale: float) -> None:
-    """Write all datasets, and one of the average size of 113 datasets with 2.1 T tokens."""
+    """Write all datasets."""
     folder.mkdir(parents=True, exist_ok=True)
     share = TOKENS * scale / (FOLDS * SOURCES)
     names = [f"fold{fold:02d}_{source}" for fold in range(FOLDS) for source in range(SOURCES)]
     for number, name in enumerate(names):
         write_dataset(folder / name, share * (0.6 + 0.2 * (number % SOURCES)), number)
-    write_dataset(folder / "average", BIG_TOKENS / BIG_DATASETS * scale, len(names))
 
 
 def write_dataset(prefix: Path, tokens: float, seed: int) -> None:
@@ -95,7 +93,7 @@ def measure(args: argparse.Namespace) -> dict[tuple[str, int], dict[str, float]]
         for folds in (1, 3, FOLDS):
             for side in ("ours", "megatron"):
                 shutil.rmtree(args.folder / "cache", ignore_errors=True)
-                cold, warm = (run_child(args.folder, side, folds) for _ in range(2))
+                cold, warm = (run_child(args, side, folds) for _ in range(2))
                 found[side, folds].append(
                     {
                         "cold": cold["seconds"],
@@ -106,17 +104,16 @@ def measure(args: argparse.Namespace) -> dict[tuple[str, int], dict[str, float]]
                     }
                 )
     shutil.rmtree(args.folder / "cache", ignore_errors=True)
-    found["average", 0].append(run_child(args.folder, "average", 0))
-    shutil.rmtree(args.folder / "cache", ignore_errors=True)
     return {
         key: {name: statistics.median(run[name] for run in runs) for name in runs[0]}
         for key, runs in found.items()
     }
 
 
-def run_child(folder: Path, side: str, folds: int) -> dict[str, float]:
+def run_child(args: argparse.Namespace, side: str, folds: int) -> dict[str, float]:
     """Measure one side in its own process."""
-    command = [sys.executable, __file__, "--folder", str(folder), "--child", side, str(folds)]
+    command = [sys.executable, __file__, "--folder", str(args.folder), "--shuffle", args.shuffle]
+    command += ["--child", side, str(folds)]
     quiet = os.environ | {"PYTHONWARNINGS": "ignore"}
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=quiet)
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -124,7 +121,7 @@ def run_child(folder: Path, side: str, folds: int) -> dict[str, float]:
     return result
 
 
-def ours(folder: Path, folds: int) -> dict[str, float]:
+def ours(args: argparse.Namespace, folds: int) -> dict[str, float]:
     """Measure the run's first batch on a rank, and the first batch of the next fold."""
     import yaml
 
@@ -136,11 +133,13 @@ def ours(folder: Path, folds: int) -> dict[str, float]:
     from megatron_llmjp.run_data import index_cache_folder, resolve_data
     from megatron_llmjp.tokenizers import load_tokenizer
 
+    folder = args.folder
     content = [
         {"name": f"f{f:02d}", "epochs": 1, "blend": {p.name: {"path": str(p)} for p in paths}}
         for f, paths in enumerate(prefixes(folder, folds))
     ]
-    (folder / "folds.yaml").write_text(yaml.safe_dump({"folds": content}))
+    file = {"shuffle": args.shuffle, "folds": content}
+    (folder / "folds.yaml").write_text(yaml.safe_dump(file))
     flags = "--num-layers 1 --hidden-size 8 --num-attention-heads 1 --vocab-size 32000"
     where = f"--fold-file {folder / 'folds.yaml'} --seq-length {LENGTH}"
     where += f" --data-cache-path {folder / 'cache'}"
@@ -150,7 +149,8 @@ def ours(folder: Path, folds: int) -> dict[str, float]:
     def first_batch() -> tuple[FoldDataset, IndexPrefetcher]:
         run_data = resolve_data(config)
         cache = index_cache_folder(config, run_data.folds)
-        data = FoldDataset(run_data.schedule, EpochDatasets(config.data, tokenizer, cache))
+        epochs = EpochDatasets(config.data, tokenizer, cache, datasets=run_data.datasets)
+        data = FoldDataset(run_data.schedule, epochs)
         prefetcher = IndexPrefetcher(data, first_on_machine=True, log=lambda text: None)
         prefetcher.start(0, BATCH, [])
         save_facts(run_data.datasets, cache)
@@ -164,14 +164,14 @@ def ours(folder: Path, folds: int) -> dict[str, float]:
             background.wait()
         edge = data.schedule.folds[1].first_sample
         started = time.monotonic()
-        prefetcher.before(edge, BATCH)
+        prefetcher.ensure_ready(edge, BATCH)
         batch_at(data, edge)
         figures["edge"] = time.monotonic() - started
     prefetcher.close()
     return figures
 
 
-def megatron(folder: Path, folds: int) -> dict[str, float]:
+def megatron(args: argparse.Namespace, folds: int) -> dict[str, float]:
     """Measure the first batch of megatron-core's blend of all datasets of these folds."""
     import torch.distributed as dist
     from megatron.core.datasets.blended_megatron_dataset_builder import (
@@ -179,6 +179,7 @@ def megatron(folder: Path, folds: int) -> dict[str, float]:
     )
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
+    folder = args.folder
     from megatron_llmjp.data.indices.epoch_index import DatasetTokenizer
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -209,29 +210,9 @@ def megatron(folder: Path, folds: int) -> dict[str, float]:
     return figures
 
 
-def average(folder: Path, _: int) -> dict[str, float]:
-    """Measure the index of a dataset of average size, and a blend of 113 datasets per sample."""
-    from megatron.core.datasets import helpers_cpp
-
-    from megatron_llmjp.data.indices.epoch_index import EpochIndex
-    from megatron_llmjp.data.indices.index_cache import ensure_index, size_on_disk
-
-    index = EpochIndex(folder / "cache", str(folder / "average"), "average", 1, LENGTH)
-    figures, _built = measure_call(lambda: ensure_index(index.folder, index.build))
-    size = 1_000_000
-    which, position = np.zeros(size, np.int16), np.zeros(size, np.int64)
-    weights = np.full(BIG_DATASETS, 1 / BIG_DATASETS)
-    started = time.monotonic()
-    helpers_cpp.build_blending_indices(which, position, weights, BIG_DATASETS, size, False)
-    figures["blend"] = (time.monotonic() - started) / size
-    documents = (folder / "average.idx").stat().st_size // 20
-    return figures | {"bytes": size_on_disk(index.folder), "documents": documents}
-
-
-SIDES: dict[str, Callable[[Path, int], dict[str, float]]] = {
+SIDES: dict[str, Callable[[argparse.Namespace, int], dict[str, float]]] = {
     "ours": ours,
     "megatron": megatron,
-    "average": average,
 }
 
 
@@ -270,7 +251,7 @@ def private_memory() -> int:
 
 
 def report(found: dict[tuple[str, int], dict[str, float]], args: argparse.Namespace) -> None:
-    """Print the table and the extrapolation to a large run."""
+    """Print the table."""
     print(
         f"{TOKENS * args.scale / 1e9:.1f} B tokens, {FOLDS * SOURCES} datasets, {FOLDS} folds, "
         f"sequences of {LENGTH}; median of {args.rounds}"
@@ -278,27 +259,10 @@ def report(found: dict[tuple[str, int], dict[str, float]], args: argparse.Namesp
     head = ("folds", "side", "cold s", "warm s", "next fold s", "cold peak MiB", "private MiB")
     print("  ".join(f"{name:>13}" for name in head))
     for (side, folds), row in found.items():
-        if side != "average":
-            edge = f"{row['edge']:.3f}" if row["edge"] else "-"
-            numbers = [f"{row['cold']:.2f}", f"{row['warm']:.2f}", edge]
-            numbers += [f"{row['cold_peak']:.0f}", f"{row['private']:.1f}"]
-            print("  ".join(f"{cell:>13}" for cell in (str(folds), side, *numbers)))
-    extrapolate(found["average", 0], args.scale)
-
-
-def extrapolate(row: dict[str, float], scale: float) -> None:
-    """Print the computed cost of 2.1 T tokens in 113 datasets."""
-    samples = BIG_TOKENS * scale / LENGTH
-    in_fold = -(-BIG_DATASETS // FOLDS)
-    whole = row["seconds"] * BIG_DATASETS + row["blend"] * samples
-    fold = row["seconds"] * in_fold + row["blend"] * samples / FOLDS * in_fold / BIG_DATASETS
-    print(
-        f"\ncomputed, not measured: {BIG_TOKENS * scale / 1e12:.2f} T tokens, {BIG_DATASETS} "
-        f"datasets, from one of {row['documents'] / 1e6:.1f} M documents ({row['seconds']:.1f} s, "
-        f"{row['bytes'] / MIB:.0f} MiB) and {row['blend'] * 1e9:.0f} ns per blended sample:\n"
-        f"  the first of {FOLDS} folds: {fold:.0f} s in one process; "
-        f"the whole blend: {whole:.0f} s, of which {row['blend'] * samples:.0f} s are not shared"
-    )
+        edge = f"{row['edge']:.3f}" if row["edge"] else "-"
+        numbers = [f"{row['cold']:.2f}", f"{row['warm']:.2f}", edge]
+        numbers += [f"{row['cold_peak']:.0f}", f"{row['private']:.1f}"]
+        print("  ".join(f"{cell:>13}" for cell in (str(folds), side, *numbers)))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,8 @@ EXAMPLES = """\
 
 Otherwise a run builds the indices of its first fold at the start, and those of each following fold
 in the background. With `shuffle: blocks` there are none: only the datasets are checked. The same
-command resumes an interrupted build, and a run may start meanwhile. A worker uses about 30 bytes of memory per document of its dataset. See docs/folds.md."""
+command resumes an interrupted build, and a run may start meanwhile. A worker uses about 30 bytes of
+memory per document of its dataset. See docs/folds.md."""
 
 VALIDATION, ORDER = "(validation)", "(order)"
 
@@ -162,12 +163,12 @@ def check_entries(datasets: Mapping[str, DatasetInfo], cache: Path, workers: int
     from tqdm import tqdm
 
     print(f"checking the entries of {len(unchecked)} datasets", file=sys.stderr, flush=True)
-    bar = {"total": len(unchecked), "unit": " datasets", "disable": not sys.stderr.isatty()}
+    quiet = not sys.stderr.isatty()
     with ThreadPoolExecutor(workers) as pool:  # numpy does the work
         checks = [
             pool.submit(check_datasets, {path: info}, cache) for path, info in unchecked.items()
         ]
-        for check in tqdm(as_completed(checks), **bar):
+        for check in tqdm(as_completed(checks), total=len(checks), disable=quiet):
             if check.exception() is not None:
                 pool.shutdown(wait=False, cancel_futures=True)
             check.result()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from typing import Any, TypeVar
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +18,12 @@ import numpy.typing as npt
 ROUNDS = 8
 _MASK = (1 << 64) - 1
 
-Number = TypeVar("Number", int, npt.NDArray[np.uint64])
 
-
-def mix64(value: Number) -> Number:
+@overload
+def mix64(value: int) -> int: ...
+@overload
+def mix64(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]: ...
+def mix64(value: Any) -> Any:
     """Return the finalizer of SplitMix64: a bijection of 64-bit integers that spreads every bit.
 
     Source: Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", 2014.
