@@ -179,9 +179,9 @@ def megatron(args: argparse.Namespace, folds: int) -> dict[str, float]:
     )
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
-    folder = args.folder
     from megatron_llmjp.data.indices.epoch_index import DatasetTokenizer
 
+    folder = args.folder
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     paths = [str(path) for fold in prefixes(folder, folds) for path in fold]
     tokens = [Path(f"{path}.bin").stat().st_size // 2 for path in paths]
