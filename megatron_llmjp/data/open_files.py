@@ -47,6 +47,8 @@ class OpenFiles:
         """
         done = 0
         try:
+            if offset < 0:  # preadv would read from the current offset of the file
+                raise ValueError("the offset is negative")
             found = bytearray(size)  # a ValueError if a damaged index gives a negative size
             view = memoryview(found)
             descriptor = self._descriptor(path)

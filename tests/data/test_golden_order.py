@@ -59,7 +59,7 @@ def write_data(folder: Path) -> None:
 
 
 def order_of(folder: Path, content: dict) -> dict[str, object]:
-    """Return digests of the folds, and of the origin and the tokens of each of their samples."""
+    """Return digests of the folds, of the origins of all samples, and of the tokens of a fifth."""
     for fold in content["folds"]:
         for source in fold["blend"].values():
             if fold.get("order") == "megatron":
@@ -78,9 +78,10 @@ def order_of(folder: Path, content: dict) -> dict[str, object]:
         for number in range(fold.first_sample, fold.end):
             piece, inside = data.locate(number)
             origins.append([piece.name, int(inside)])
-            sample = data[number]
+            sample = data[number] if number % 5 == 0 else {}
             for name in ("tokens", "labels", "loss_mask", "position_ids"):
-                tokens = zlib.crc32(sample[name].numpy().tobytes(), tokens)
+                if sample:
+                    tokens = zlib.crc32(sample[name].numpy().tobytes(), tokens)
         found[fold.name] = {
             "digest": fold.digest,
             "samples": fold.samples,
