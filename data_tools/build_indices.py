@@ -112,8 +112,8 @@ def build_indices(args: argparse.Namespace, flags: list[str]) -> int:
     data = read_data(config)
     cache = index_cache_folder(config, data.folds)
     save_facts(data.datasets, cache)
-    check_entries(data.datasets, cache, args.workers)
     tasks = find_index_tasks(config, data, args.folds)
+    check_entries(data.datasets, cache, args.workers)
     if not tasks:
         print(f"all facts about the datasets are in {cache}: the sample order needs no indices")
         return EXIT_DONE

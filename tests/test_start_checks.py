@@ -165,7 +165,9 @@ def test_another_tokenizer_than_the_datasets_is_an_error(tmp_path, tokenizers, c
     assert "--allow-tokenizer-mismatch" in message
     for check in (
         lambda: plan_data(parse(words).config),
-        lambda: build_indices.find_index_tasks(parse(words).config, None),
+        lambda: build_indices.find_index_tasks(
+            config := parse(words).config, build_indices.read_data(config), None
+        ),
     ):
         with pytest.raises(UserError) as error:
             check()

@@ -36,6 +36,12 @@ def keys_of(seed: int, purpose: str) -> tuple[int, ...]:
     return struct.unpack("<8Q", hashlib.sha512(f"{seed}/{purpose}".encode()).digest())
 
 
+def by_hash(numbers: range, key: int) -> list[int]:
+    """Sort by the bits of the hash that are above those of the place."""
+    bits = (len(numbers) - 1).bit_length()
+    return sorted(numbers, key=lambda number: mix(number ^ key) >> bits)
+
+
 def row_of(sample: int, rows: int, seed: int) -> int:
     """Eight rounds between the high and the low half of the bits, until a row is found."""
     bits = max(2, (rows - 1).bit_length())
@@ -59,8 +65,8 @@ def expected_samples(lengths: np.ndarray, seed: int) -> list[list[int]]:
     blocks = [range(n, min(n + 4096, len(lengths))) for n in range(0, len(lengths), 4096)]
     block_key, document_key, *_ = keys_of(seed, "documents")
     stream: list[int] = []
-    for block in sorted(range(len(blocks)), key=lambda n: mix(n ^ block_key)):
-        for document in sorted(blocks[block], key=lambda n: mix(n ^ document_key)):
+    for block in by_hash(range(len(blocks)), block_key):
+        for document in by_hash(blocks[block], document_key):
             stream += documents[document]
     rows = (len(stream) - 1) // LENGTH
     firsts = [row_of(sample, rows, seed) * LENGTH for sample in range(rows)]

@@ -259,7 +259,7 @@ def test_the_worker_ends_with_its_rank(tmp_path):
     program = (
         "import time, functools, os, signal\n"
         "from megatron_llmjp.data.indices import worker\n"
-        "child = worker._start(functools.partial(time.sleep, 600))\n"
+        "child = worker.start_job(functools.partial(time.sleep, 600))\n"
         "print(child.pid, flush=True)\n"
         "time.sleep(600)\n"
     )
