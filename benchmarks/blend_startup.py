@@ -178,6 +178,14 @@ def check(args: argparse.Namespace) -> dict[str, float]:
 SIDES = {"cold": cold, "warm": warm, "check": check}
 
 
+def opened_file(link: Path) -> str:
+    """Return the file that an entry of /proc/self/fd refers to; nothing if it was just closed."""
+    try:
+        return os.readlink(link)
+    except FileNotFoundError:
+        return ""
+
+
 @contextmanager
 def most_open(folder: Path) -> Iterator[dict[str, float]]:
     """Provide the largest numbers of open files and maps of a folder while the block runs."""
@@ -186,7 +194,7 @@ def most_open(folder: Path) -> Iterator[dict[str, float]]:
 
     def watch() -> None:
         while not done.wait(0.02):
-            files = [os.path.realpath(path) for path in Path("/proc/self/fd").iterdir()]
+            files = [opened_file(path) for path in Path("/proc/self/fd").iterdir()]
             maps = Path("/proc/self/maps").read_text().splitlines()
             for name, lines in (("files", files), ("maps", maps)):
                 found[name] = max(found[name], sum(str(folder) in line for line in lines))

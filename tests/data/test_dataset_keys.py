@@ -138,13 +138,12 @@ def test_the_stamp_of_files(tmp_path):
 
 
 @pytest.mark.parametrize(("dtype", "largest"), [(np.uint16, 65535), (np.int32, 2**32 - 1)])
-def test_the_largest_id(dtype, largest):
+def test_the_largest_id(tmp_path, dtype, largest):
     """Of all tokens, or of 64 blocks of 32,768; -1, which is damage, is above every vocabulary."""
 
     def found(tokens):
-        return largest_id(
-            SimpleNamespace(dtype=np.dtype(dtype), tokens=len(tokens), read_tokens=lambda: tokens)
-        )
+        tokens.tofile(tmp_path / "d.bin")
+        return largest_id(SimpleNamespace(dtype=tokens.dtype, prefix=tmp_path / "d"))
 
     small = np.zeros(64 * 32768, dtype)
     for place in (0, 12345, -1):
@@ -162,4 +161,4 @@ def test_the_largest_id(dtype, largest):
     assert found(large) == 0
     assert found(np.zeros(0, dtype)) is None
     floats = np.ones(3, np.float32)
-    assert largest_id(SimpleNamespace(dtype=floats.dtype, tokens=3, read_tokens=None)) is None
+    assert largest_id(SimpleNamespace(dtype=floats.dtype, prefix=None)) is None

@@ -203,6 +203,7 @@ def test_a_fold_is_built_before_it_starts(tmp_path, monkeypatch):
     assert not missing(data, first)
     assert missing(data, third)
     wait_until(lambda: not missing(data, second))
+    wait_until(lambda: not [*(tmp_path / "cache").glob("*.lock")])  # it has finished
     files = times(tmp_path / "cache")
     other_rank = IndexPrefetcher(data, first_on_machine=False, log=logged.append)
     for consumed in (0, BATCH, BATCH + 1):  # the last batch reaches into the second fold
