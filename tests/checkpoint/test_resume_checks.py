@@ -101,7 +101,10 @@ def test_a_resumed_run_keeps_its_shuffle(folds, tmp_path, monkeypatch, shuffle):
     before = run_of(edited(folds, lambda c: c.update(shuffle=shuffle)))
     folder = save(before, 7, tmp_path / "run")
     monkeypatch.setattr(resolve, "MAX_STORED_ENTRIES", 0 if shuffle == "documents" else 10**9)
-    assert run_of(folds).schedule.shuffle != shuffle  # a new run's
+    new = run_of(folds)
+    assert new.schedule.shuffle != shuffle
+    noted = "shuffle: blocks, because the datasets have more than" in "".join(new.notes)
+    assert noted == (shuffle == "documents")
     resumed = run_of(folds, "--load", tmp_path / "run")
     assert resumed.schedule == before.schedule and resumed.schedule.shuffle == shuffle
     assert resumed.validation == before.validation
