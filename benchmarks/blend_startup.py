@@ -181,7 +181,7 @@ SIDES = {"cold": cold, "warm": warm, "check": check}
 def opened_file(link: Path) -> str:
     """Return the file that an entry of /proc/self/fd refers to; nothing if it was just closed."""
     try:
-        return os.readlink(link)
+        return str(link.readlink())
     except FileNotFoundError:
         return ""
 
