@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import filecmp
 import random
+import zlib
+from collections.abc import Iterable
+from concurrent.futures import Future, wait
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_llmjp.convert.conversion import plan_conversion
 from megatron_llmjp.convert.copying import (
     block_copy,
     block_io,
@@ -20,7 +24,15 @@ from megatron_llmjp.convert.copying import (
 from megatron_llmjp.convert.copying import copy_threads as copying
 from megatron_llmjp.convert.copying.contiguous_runs import find_runs
 from megatron_llmjp.convert.files.storage import FileTensor
-from megatron_llmjp.convert.plan import OutputFile, Slot, TensorCopy, TensorRead, TensorWrite
+from megatron_llmjp.convert.formats.base import ConversionOptions
+from megatron_llmjp.convert.plan import (
+    Checksums,
+    OutputFile,
+    Slot,
+    TensorCopy,
+    TensorRead,
+    TensorWrite,
+)
 from megatron_llmjp.convert.tensors import (
     gate_up,
     gate_up_rows,
@@ -194,3 +206,31 @@ def test_every_file_is_synced_before_the_folder_is_renamed(tmp_path, convert, mo
         monkeypatch.setattr(module, "fsync_path", sync)
     convert("--to", "megatron-deepspeed", "--input", tmp_path / "hf", "--output", tmp_path / "o")
     assert {path.name for path in (tmp_path / "o").rglob("*")} < synced
+
+
+def test_a_file_is_complete_after_its_last_unit_in_any_order(tmp_path, monkeypatch, small_blocks):
+    """With the first unit of a tensor last, a file was reported before its last bytes."""
+    llama().save_pretrained(tmp_path / "hf")
+    plan = plan_conversion(None, "native", tmp_path / "hf", ConversionOptions())
+    (file,) = plan.output.files
+    slots = list(file.slots.values())
+    reports = []
+
+    def last_first(futures: Iterable[Future]) -> Iterable[Future]:
+        futures = list(futures)
+        wait(futures)
+        return reversed(futures)
+
+    def report(name: str, sums: Checksums) -> None:
+        assert name == file.name
+        reports.append(sums)
+
+    monkeypatch.setattr(copying, "as_completed", last_first)
+    copying.copy_tensors(
+        plan.copies, plan.output.files, tmp_path / "out", 1, True, completed=report
+    )
+    data = (tmp_path / "out" / file.name).read_bytes()
+    stored = {
+        (slot.file, slot.offset): zlib.crc32(data[slot.offset :][: slot.nbytes]) for slot in slots
+    }
+    assert reports == [stored]

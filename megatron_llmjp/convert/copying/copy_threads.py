@@ -17,6 +17,7 @@ import torch
 from megatron_llmjp.convert.copying.block_copy import Unit, plan_block_copy
 from megatron_llmjp.convert.copying.block_io import BlockBuffers, WrittenRange
 from megatron_llmjp.convert.copying.progress_bar import ProgressBar
+from megatron_llmjp.convert.files.checksums import combine_crc32
 from megatron_llmjp.convert.files.storage import OpenFiles, write_at
 from megatron_llmjp.convert.plan import Checksums, OutputFile, TensorCopy
 from megatron_llmjp.filesystem import fsync_path
@@ -164,13 +165,12 @@ class _CompleteFiles:
             if self._missing[slot.file] == 0:
                 self._complete(slot.file)
 
-    def _write_checksum(self, ranges: list[WrittenRange]) -> None:
-        ranges.sort(key=lambda found: found.start)
-        slot = ranges[0].slot
-        for found in ranges[1:]:
-            ranges[0].append(found.nbytes, found.crc)
-        crc = ranges[0].crc
-        assert crc is not None
+    def _write_checksum(self, ranges: Sequence[WrittenRange]) -> None:
+        """Write the CRC-32 of a slot from those of its ranges, which are in any order."""
+        slot, crc = ranges[0].slot, 0
+        for found in sorted(ranges, key=lambda found: found.start):
+            assert found.crc is not None
+            crc = combine_crc32(crc, found.crc, found.nbytes)
         self.sums[slot.file, slot.offset] = crc
         with OpenFiles() as files:
             for offset in slot.checksums:
