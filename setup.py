@@ -36,6 +36,7 @@ EXTRAS = {
     # Compiled against the installed PyTorch, without build isolation: see tools/install.sh.
     "gpu": ["transformer-engine[pytorch]>=2.0,<2.21"],
     "lz4": ["lz4>=4"],
+    "remote": ["fsspec>=2024.2", "s3fs>=2024.2", "aiohttp>=3.9"],  # s3:// and https:// input
     "wandb": ["wandb>=0.17"],
     "dev": [
         "pytest>=8",

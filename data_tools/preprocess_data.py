@@ -16,6 +16,7 @@ from data_tools.common import ToolParser, cores, run_tool
 from data_tools.preprocess.job import PreprocessJob
 from data_tools.preprocess.output import DatasetOutput
 from data_tools.preprocess.rejection import parse_share
+from data_tools.preprocess.remote.addresses import refuse_remote_output
 from data_tools.preprocess.shards import part_prefix, take_shard, uneven_shards_warning
 from data_tools.preprocess.sources import find_input, ignored_record
 from data_tools.preprocess.text_counts import DEFAULT_LANGUAGE_KEY
@@ -34,6 +35,9 @@ EXAMPLES = """\
 
   Read folders, glob patterns, compressed files, Parquet and standard input (-); several keys:
     preprocess_data --input corpus/ 'more/*.jsonl.zst' - --json-keys title text ...
+
+  Read from S3, the Hugging Face Hub or a web server (packages s3fs, aiohttp):
+    preprocess_data --input s3://corpus/ja/ hf://datasets/ORG/NAME/data/*.parquet https://... ...
 
   Continue after bad lines and store them in data/ja_rejected.jsonl, with the reasons in .csv:
     preprocess_data ... --on-error quarantine
@@ -70,7 +74,7 @@ def _parser() -> ToolParser:
         nargs="+",
         required=True,
         metavar="PATH",
-        help="files, folders, glob patterns or -",
+        help="files, folders, glob patterns, s3://, hf:// or https:// addresses, or -",
     )
     add(
         "--json-keys",
@@ -281,7 +285,9 @@ def _include_special_tokens(tokenizer: Tokenizer, args: argparse.Namespace) -> N
 
 
 def _check(args: argparse.Namespace) -> None:
+    refuse_remote_output("--output-prefix", args.output_prefix)
     for path in args.report:
+        refuse_remote_output("--report", path)
         check_table_path(path)
     name = Path(args.output_prefix).name
     if not name or args.output_prefix.endswith("/"):

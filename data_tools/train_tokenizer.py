@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_tools.common import ToolParser, run_tool
+from data_tools.preprocess.remote.addresses import refuse_remote_output
 from data_tools.preprocess.sample import sample_texts
 from data_tools.preprocess.sources import PLAIN_TEXT_SUFFIXES, SUFFIXES, find_input
 from megatron_llmjp.arguments import positive_int
@@ -58,7 +59,8 @@ def _parser() -> ToolParser:
         nargs="+",
         required=True,
         metavar="PATH",
-        help="files, folders, glob patterns or -; JSON lines by file name, otherwise plain text",
+        help="files, folders, glob patterns, s3://, hf:// or https:// addresses, or -; "
+        "JSON lines by file name, otherwise plain text",
     )
     add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="JSON keys of the text")
     add(
@@ -109,6 +111,7 @@ def _parser() -> ToolParser:
 
 def train_tokenizer(args: argparse.Namespace) -> int:
     """Sample, train, export and compare, and then rename the files to their final names."""
+    refuse_remote_output("--output-dir", args.output_dir)
     existing = [args.output_dir / name for name in FILES if (args.output_dir / name).exists()]
     if existing and not args.overwrite:
         raise UserError(

@@ -1,8 +1,8 @@
 """Reading of input files in blocks of whole lines or rows, the unit that a worker encodes.
 
 A plain file is not read by the main process: a block gives the byte range of its lines, which the
-worker reads. Compressed files, pipes and Parquet files are read by the main process, and the text
-is passed to the worker.
+worker reads. Compressed files, pipes, remote files and Parquet files are read by the main process,
+and the text is passed to the worker.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
 from data_tools.preprocess.compression import HEAD_BYTES, find_opener
@@ -26,6 +25,8 @@ TABLE_BYTES = 4 << 20
 """Size in bytes above which a block of several rows is divided."""
 BLOCK_BYTES = 512 * 1024
 PEEK_BYTES = 64 * 1024
+REMOTE_PAGE_BYTES = 1 << 20
+"""Bytes of a column of a remote Parquet file that are read at a time."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,11 @@ class Block:
 
 
 def read_parquet(
-    source: InputSource, start: int, keys: list[str], language_key: str | None = None
+    source: InputSource, file: BinaryIO, start: int, keys: list[str], language_key: str | None
 ) -> Iterator[Block]:
     """Yield blocks of rows from row ``start`` on, with the column of languages if there is one.
+
+    A local file is mapped into memory; a remote one is read through ``file``.
 
     Raises:
         UserError: pyarrow is not installed, or the file is damaged or lacks a column.
@@ -92,8 +95,14 @@ def read_parquet(
         ) from error
     if not source.seekable:
         raise UserError(f"{source.name}: Parquet cannot be read from a pipe; give a file")
+    if source.remote is not None:
+        source.remote.require_ranges("Parquet files")
     try:
-        with pq.ParquetFile(source.name, memory_map=True) as table:
+        with (
+            pq.ParquetFile(source.name, memory_map=True)
+            if source.remote is None
+            else pq.ParquetFile(file, buffer_size=REMOTE_PAGE_BYTES)
+        ) as table:
             names = table.schema_arrow.names
             _check_columns(source, names, keys)
             if language_key is not None and language_key in names and language_key not in keys:
@@ -182,8 +191,10 @@ def read_blocks(
     with contextlib.ExitStack() as stack:
         file: BinaryIO = sys.stdin.buffer
         if source.name != STDIN:
-            file = stack.enter_context(Path(source.name).open("rb"))
+            file = stack.enter_context(source.open())
         yield from _read_blocks(source, file, start, keys, limit, language_key)
+        if source.remote is not None:
+            source.remote.refuse_changed()
 
 
 def _read_blocks(
@@ -197,14 +208,17 @@ def _read_blocks(
     try:
         head = file.peek(HEAD_BYTES)[:HEAD_BYTES] if hasattr(file, "peek") else b""
         if head.startswith(b"PAR1"):
-            yield from read_parquet(source, start, keys, language_key)
+            yield from read_parquet(source, file, start, keys, language_key)
             return
         opener = find_opener(source, head)
+        if opener is None and source.remote is not None:
+            yield from _remote_blocks(source, file, start, limit)
+            return
         if opener is None and source.seekable:
             yield from _plain_blocks(source, file, start, limit)
             return
         stream = file if opener is None else opener(file)
-        yield from _stream_blocks(stream, file, start, limit)
+        yield from _stream_blocks(stream, file, _skip_bytes(stream, start), limit)
     except (EOFError, OSError, MemoryError, lzma.LZMAError, zlib.error) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # an error of the file system, not of the decompressor
@@ -219,8 +233,7 @@ def _plain_blocks(source: InputSource, file: BinaryIO, start: int, limit: int) -
 
     A part of a file includes all lines that begin in it.
     """
-    stop = source.size if source.end is None else _line_end(file, source.end, source.size)
-    begin = _line_end(file, source.start, source.size) if source.start else 0
+    begin, stop = _line_bounds(source, file)
     start = max(start, begin)
     while start < stop:
         nominal = min(start + BLOCK_BYTES, stop)
@@ -235,6 +248,35 @@ def _plain_blocks(source: InputSource, file: BinaryIO, start: int, limit: int) -
             payload = LongLine(length, _read_in_parts(file, start, length))
         start += length
         yield Block(payload, start, length, start - source.start)
+
+
+def _remote_blocks(source: InputSource, file: BinaryIO, start: int, limit: int) -> Iterator[Block]:
+    """Yield the lines of a remote plain file or of a part of it, read in order."""
+    begin, stop = _line_bounds(source, file)
+    position = max(start, begin)
+    file.seek(position)
+    for block in _stream_blocks(_FirstBytes(file, stop - position), file, position, limit):
+        yield replace(block, disk_bytes=block.end - source.start)
+
+
+class _FirstBytes:
+    """Reader of a limited number of bytes."""
+
+    def __init__(self, file: BinaryIO, count: int) -> None:
+        self._file, self._left = file, count
+
+    def read(self, size: int) -> bytes:
+        """Return at most ``size`` bytes."""
+        data = self._file.read(max(min(size, self._left), 0))
+        self._left -= len(data)
+        return data
+
+
+def _line_bounds(source: InputSource, file: BinaryIO) -> tuple[int, int]:
+    """Return the byte range of the lines that begin in a source."""
+    stop = source.size if source.end is None else _line_end(file, source.end, source.size)
+    begin = _line_end(file, source.start, source.size) if source.start else 0
+    return begin, stop
 
 
 def _line_end(file: BinaryIO, offset: int, size: int) -> int:
@@ -256,9 +298,9 @@ def _read_in_parts(file: BinaryIO, offset: int, length: int) -> Iterator[bytes]:
         yield data
 
 
-def _stream_blocks(stream: Any, raw: BinaryIO, start: int, limit: int) -> Iterator[Block]:
+def _stream_blocks(stream: Any, raw: BinaryIO, position: int, limit: int) -> Iterator[Block]:
     """Split a stream into blocks; a line above the limit is copied to a temporary file."""
-    position, pending = _skip_bytes(stream, start), b""
+    pending = b""
     while data := stream.read(BLOCK_BYTES):
         newline = data.rfind(b"\n") + 1
         if newline:

@@ -323,6 +323,7 @@ class EncoderPool:
         self._executor = ProcessPoolExecutor(
             workers, get_context("fork"), initializer=_init_worker, initargs=(encoder, os.getpid())
         )
+        self._executor.submit(os.getpid)  # forks now, before a remote reader starts threads
 
     def __enter__(self) -> EncoderPool:
         return self

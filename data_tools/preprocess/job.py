@@ -28,6 +28,7 @@ from data_tools.preprocess.encode import (
 from data_tools.preprocess.journal import ResumeJournal, ResumePoint, SourceCounts
 from data_tools.preprocess.output import DatasetOutput
 from data_tools.preprocess.rejection import RejectionLimits
+from data_tools.preprocess.remote_changes import refuse_changed_remote
 from data_tools.preprocess.sources import InputSource
 from data_tools.preprocess.text_counts import DEFAULT_LANGUAGE_KEY, add_texts
 from data_tools.statistics.counts import describe_sources, read_sources
@@ -102,6 +103,9 @@ class PreprocessJob:
             shutil.rmtree(self.output.folder, ignore_errors=True)
             return True
         if conflicting_files := self.output.conflicting_files():
+            for manifest in done:
+                earlier, prefix = manifest.get("recipe", {}).get("sources"), self.output.prefix
+                refuse_changed_remote(self.sources, self.recipe["sources"], earlier, prefix)
             raise UserError(
                 f"--output-prefix {self.args.output_prefix}: "
                 f"{', '.join(map(str, conflicting_files))} already exists. Choose another prefix, "

@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from data_tools.preprocess.remote_changes import refuse_changed_remote
 from data_tools.preprocess.sources import InputSource
 from data_tools.statistics.counts import Count, CountsByLanguage
 from megatron_llmjp.data.indexed_dataset_writer import WriterPosition
@@ -152,6 +153,8 @@ class ResumeJournal:
             if not source.is_same(new, old):
                 break
             unchanged += 1
+        read = before[: max((p.source for p in points), default=-1) + 1]
+        refuse_changed_remote(self.sources, self.recipe["sources"], read, str(self.path.parent))
         every = unchanged == len(before) == len(self.recipe["sources"])
         valid = [p for p in points if p.source < unchanged and (every or not p.finishing)]
         if any(source > p.source for p in valid for source in p.finished):

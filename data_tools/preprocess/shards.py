@@ -56,10 +56,9 @@ def take_shard(
 
 def _is_splittable(source: InputSource) -> bool:
     """Return whether a file is large and consists of uncompressed lines."""
-    if source.size < MIN_SPLIT_BYTES:
+    if source.size < MIN_SPLIT_BYTES or (source.remote and not source.remote.has_ranges):
         return False
-    with Path(source.name).open("rb") as file:
-        head = file.read(HEAD_BYTES)
+    head = source.read_head(HEAD_BYTES)
     return not head.startswith(b"PAR1") and find_opener(source, head) is None
 
 

@@ -12,11 +12,15 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from data_tools.documents import MANIFEST_FORMAT
+from data_tools.preprocess.remote.addresses import scheme_of
+from data_tools.preprocess.remote.files import RemoteFile
+from data_tools.preprocess.remote.listing import FolderRules, RemoteFinder
+from data_tools.preprocess.remote.reading import open_remote, read_head
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.filesystem import evenly_spaced_offsets
 
@@ -115,17 +119,22 @@ def _why_folder_is_ignored(folder: Path) -> str | None:
 
 def _why_file_is_ignored(file: Path, suffixes: Sequence[str]) -> str | None:
     """Return why a file is not read, or None if it is read."""
-    if file.name.startswith("."):
-        return "hidden"
-    if not file.exists():
-        return "a broken link"
-    if not file.is_file():
-        return "not a regular file"
-    if not has_suffix(file.name, suffixes):
-        return "no known suffix"
-    if file.name.endswith("_rejected.jsonl"):
-        return "lines rejected by preprocess_data"
+    if not file.name.startswith("."):
+        if not file.exists():
+            return "a broken link"
+        if not file.is_file():
+            return "not a regular file"
+    if reason := _why_name_is_ignored(file.name, suffixes):
+        return reason
     return "a dataset's manifest" if _is_manifest(file) else None
+
+
+def _why_name_is_ignored(name: str, suffixes: Sequence[str]) -> str | None:
+    if name.startswith("."):
+        return "hidden"
+    if not has_suffix(name, suffixes):
+        return "no known suffix"
+    return "lines rejected by preprocess_data" if name.endswith("_rejected.jsonl") else None
 
 
 def _is_manifest(file: Path) -> bool:
@@ -167,10 +176,13 @@ class InputSource:
     """An input file, or a part of one, as it was when the program started.
 
     Attributes:
-        name: the path as given, or ``-`` for standard input.
+        name: the path as given, or ``-`` for standard input; of a remote file the address without
+            credentials.
         size: bytes on disk; 0 if unknown (standard input, a pipe).
         start, end: byte range ``[start, end)`` in which the lines begin; all lines without an end.
         mtime: modification time in nanoseconds, to detect changes during the run.
+        seekable: it can be read again, unlike a pipe.
+        remote: the remote file, if it is one; it is read by the main process only.
     """
 
     name: str
@@ -179,6 +191,18 @@ class InputSource:
     seekable: bool = False
     start: int = 0
     end: int | None = None
+    remote: RemoteFile | None = field(default=None, repr=False)
+
+    def open(self) -> BinaryIO:
+        """Open the file; standard input has no path and is not opened here."""
+        return Path(self.name).open("rb") if self.remote is None else open_remote(self.remote)
+
+    def read_head(self, count: int) -> bytes:
+        """Return the first bytes of the file."""
+        if self.remote is not None:
+            return read_head(self.remote, count)
+        with self.open() as file:
+            return file.read(count)
 
     @property
     def label(self) -> str:
@@ -194,11 +218,13 @@ class InputSource:
         """Return the name and the properties that must be the same when a run is resumed.
 
         These are the size and a checksum of blocks spread over the file; the modification time and
-        the path may change. Both are None for a pipe.
+        the path may change. Both are None for a pipe. A remote file has a version instead of the
+        checksum, such as its ETag.
         """
         if not self.seekable:
             return {"name": self.name, "size": None, "content": None}
-        whole = {"name": self.name, "size": self.size, "content": _sampled_checksum(self)}
+        content = _sampled_checksum(self) if self.remote is None else self.remote.version
+        whole = {"name": self.name, "size": self.size, "content": content}
         return whole if self.end is None else whole | {"bytes": [self.start, self.end]}
 
     def is_same(self, identity: dict[str, Any], earlier: dict[str, Any]) -> bool:
@@ -213,8 +239,11 @@ class InputSource:
         return all(earlier.get(key) == identity.get(key) for key in ("size", "content", "bytes"))
 
     def refuse_changed(self, identity: dict[str, Any]) -> None:
-        """Raise UserError if the file was changed or removed since ``identity`` was computed."""
-        if not self.seekable:
+        """Raise UserError if the file was changed or removed since ``identity`` was computed.
+
+        Remote files are checked while they are read.
+        """
+        if not self.seekable or self.remote is not None:
             return
         try:
             now = Path(self.name).stat()
@@ -244,7 +273,7 @@ class InputFiles:
 
 
 def find_input(words: Iterable[str], suffixes: Sequence[str] = SUFFIXES) -> InputFiles:
-    """Expand files, folders, glob patterns and ``-`` to input sources, in order.
+    """Expand files, folders, glob patterns, remote addresses and ``-`` to input sources, in order.
 
     A folder is expanded to all files below it with one of the suffixes, a pattern to its matches,
     both sorted by name.
@@ -254,7 +283,15 @@ def find_input(words: Iterable[str], suffixes: Sequence[str] = SUFFIXES) -> Inpu
     """
     found = InputFiles([], [])
     seen: dict[str, str] = {}
+    rules = FolderRules(lambda name: _why_name_is_ignored(name, suffixes), MANIFEST_MARKER)
+    finder = RemoteFinder(rules)
     for word in words:
+        if scheme_of(word) is not None and not Path(word).exists():
+            found.sources.extend(
+                InputSource(file.name, file.size, seekable=True, remote=file)
+                for file in finder.expand(word)
+            )
+            continue
         for name in _expand(word, suffixes, found.ignored):
             real = name if name == STDIN else os.path.realpath(name)
             if real in seen:
@@ -264,6 +301,7 @@ def find_input(words: Iterable[str], suffixes: Sequence[str] = SUFFIXES) -> Inpu
                 )
             seen[real] = name
             found.sources.append(_input_source(name))
+    found.ignored.extend(IgnoredFile(name, reason) for name, reason in finder.ignored)
     return found
 
 
