@@ -206,7 +206,10 @@ def _read_blocks(
     language_key: str | None,
 ) -> Iterator[Block]:
     try:
-        head = file.peek(HEAD_BYTES)[:HEAD_BYTES] if hasattr(file, "peek") else b""
+        if source.remote is not None and source.start:
+            head = source.read_head(HEAD_BYTES)  # instead of a whole range that is not needed
+        else:
+            head = file.peek(HEAD_BYTES)[:HEAD_BYTES] if hasattr(file, "peek") else b""
         if head.startswith(b"PAR1"):
             yield from read_parquet(source, file, start, keys, language_key)
             return
@@ -233,7 +236,8 @@ def _plain_blocks(source: InputSource, file: BinaryIO, start: int, limit: int) -
 
     A part of a file includes all lines that begin in it.
     """
-    begin, stop = _line_bounds(source, file)
+    stop = source.size if source.end is None else _line_end(file, source.end, source.size)
+    begin = _line_end(file, source.start, source.size) if source.start else 0
     start = max(start, begin)
     while start < stop:
         nominal = min(start + BLOCK_BYTES, stop)
@@ -252,31 +256,32 @@ def _plain_blocks(source: InputSource, file: BinaryIO, start: int, limit: int) -
 
 def _remote_blocks(source: InputSource, file: BinaryIO, start: int, limit: int) -> Iterator[Block]:
     """Yield the lines of a remote plain file or of a part of it, read in order."""
-    begin, stop = _line_bounds(source, file)
+    begin = _line_end(file, source.start, source.size) if source.start else 0
     position = max(start, begin)
-    file.seek(position)
-    for block in _stream_blocks(_FirstBytes(file, stop - position), file, position, limit):
+    lines = _LinesOfPart(source, file, position)
+    for block in _stream_blocks(lines, file, position, limit):
         yield replace(block, disk_bytes=block.end - source.start)
 
 
-class _FirstBytes:
-    """Reader of a limited number of bytes."""
+class _LinesOfPart:
+    """Reader of the lines that begin in a part of a file, from a line on."""
 
-    def __init__(self, file: BinaryIO, count: int) -> None:
-        self._file, self._left = file, count
+    def __init__(self, source: InputSource, file: BinaryIO, position: int) -> None:
+        self._file, self._position, self._size = file, position, source.size
+        self._end = self._stop = source.size if source.end is None else source.end
+        if position < self._end:
+            self._stop = -1  # unknown until the end of the part is read
+        file.seek(position)
 
     def read(self, size: int) -> bytes:
-        """Return at most ``size`` bytes."""
-        data = self._file.read(max(min(size, self._left), 0))
-        self._left -= len(data)
+        """Return at most ``size`` bytes, b"" at the end."""
+        if self._position >= self._end and self._stop < 0:
+            self._stop = _line_end(self._file, self._end, self._size)
+            self._file.seek(self._position)
+        stop = self._end if self._stop < 0 else self._stop
+        data = self._file.read(max(min(size, stop - self._position), 0))
+        self._position += len(data)
         return data
-
-
-def _line_bounds(source: InputSource, file: BinaryIO) -> tuple[int, int]:
-    """Return the byte range of the lines that begin in a source."""
-    stop = source.size if source.end is None else _line_end(file, source.end, source.size)
-    begin = _line_end(file, source.start, source.size) if source.start else 0
-    return begin, stop
 
 
 def _line_end(file: BinaryIO, offset: int, size: int) -> int:

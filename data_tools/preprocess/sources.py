@@ -195,7 +195,9 @@ class InputSource:
 
     def open(self) -> BinaryIO:
         """Open the file; standard input has no path and is not opened here."""
-        return Path(self.name).open("rb") if self.remote is None else open_remote(self.remote)
+        if self.remote is None:
+            return Path(self.name).open("rb")
+        return open_remote(self.remote, self.start, self.end)
 
     def read_head(self, count: int) -> bytes:
         """Return the first bytes of the file."""

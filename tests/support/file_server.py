@@ -45,6 +45,8 @@ class FileServer:
     files: dict[str, bytes] = field(default_factory=dict)
     faults: Faults = field(default_factory=Faults)
     address: str = ""
+    allows_head: bool = False
+    """Signed addresses allow one method only."""
     requests: list[tuple[str, str]] = field(default_factory=list)
     """Path with query, and Range header of each request."""
     credentials: list[str] = field(default_factory=list)
@@ -62,7 +64,10 @@ class _Handler(BaseHTTPRequestHandler):
         """Print nothing."""
 
     def do_HEAD(self) -> None:
-        self.send_error(403, "signed for GET")
+        if self.server_state.allows_head:
+            self.do_GET()
+        else:
+            self._answer(403, {}, b"")
 
     def do_GET(self) -> None:
         state, faults = self.server_state, self.server_state.faults
@@ -76,7 +81,7 @@ class _Handler(BaseHTTPRequestHandler):
         if status != 200:
             self._answer(status, headers, b"")
             return
-        data = state.files.get(self.path.partition("?")[0])
+        data = state.files.get(self.path) or state.files.get(self.path.partition("?")[0])
         if data is None:
             self._answer(404, {}, b"")
             return
@@ -102,7 +107,9 @@ class _Handler(BaseHTTPRequestHandler):
         with state.lock:
             limit = faults.drop_after
             is_dropped = limit is not None and len(body) > limit and faults.drops > 0
-            if is_dropped:
+            if self.command == "HEAD":
+                body, is_dropped = b"", False
+            elif is_dropped:
                 body = body[:limit]
                 faults.drops -= 1
             state.sent += len(body)

@@ -142,6 +142,7 @@ class Attempts:
         pauses: Sequence[float],
         hint: str = "",
         closing: threading.Event | None = None,
+        report: Callable[[str], None] = warn,
     ) -> None:
         """Create the attempts.
 
@@ -150,9 +151,10 @@ class Attempts:
             pauses: seconds between attempts without progress.
             hint: what to do if the access is denied.
             closing: ends the waiting; the last error is raised.
+            report: receives a warning at the second failure.
         """
         self.name, self.hint = name, hint
-        self._pauses = pauses
+        self._pauses, self._report = pauses, report
         self._closing = closing or threading.Event()
         self._failed = 0
 
@@ -182,7 +184,7 @@ class Attempts:
         self._failed += 1
         if self._failed == 2:  # one failure is normal with long transfers
             patience = sum(self._pauses)
-            warn(f"{self.name}: {describe(error)}{where}; retrying for {patience:.0f} s")
+            self._report(f"{self.name}: {describe(error)}{where}; retrying for {patience:.0f} s")
         self._closing.wait(max(seconds, retry_after(error)))
 
     def _refusal(self, error: Exception, where: str) -> UserError:

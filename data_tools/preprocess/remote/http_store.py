@@ -23,6 +23,7 @@ from data_tools.preprocess.remote.files import (
     receive,
 )
 from megatron_llmjp.errors import UserError
+from megatron_llmjp.filesystem import warn
 
 SECONDS_WITHOUT_DATA = 30
 """Time without data after which a connection counts as broken."""
@@ -67,6 +68,7 @@ class HttpStore(Store):
                 "trust_env": True,  # proxies and ~/.netrc
             },
         )
+        self._has_warned = False
 
     def find(self, address: str) -> RemoteFile:
         """Return the file, with the size and version that the server states."""
@@ -79,6 +81,12 @@ class HttpStore(Store):
             raise UserError(
                 f"--input {name}: the server does not state the size of the file, without which a "
                 "truncated transfer is not noticed. Download the file first."
+            )
+        if version is None and not self._has_warned:
+            self._has_warned = True
+            warn(
+                f"{name}: the server sends neither ETag nor Last-Modified: a change of the file is "
+                "noticed only if its size changes"
             )
         return RemoteFile(
             name, path, size, version, self, has_ranges=status == 206, is_pinned=False

@@ -73,7 +73,10 @@ class HubStore(Store):
         """Request a range of a file."""
         with self._files.open(file.path, "rb", cache_type="none") as opened:
             opened.seek(start)
-            return io.BytesIO(opened.read(end - start))
+            data = opened.read(end - start)
+        if len(data) > end - start:
+            raise ConnectionError("the server ignored the byte range")
+        return io.BytesIO(data)
 
     def _pin(self, address: str) -> tuple[str, str, str]:
         """Return the address of a repository as given, its path at a commit, and the path in it.

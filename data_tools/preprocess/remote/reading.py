@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +17,7 @@ from data_tools.preprocess.remote import failures
 from data_tools.preprocess.remote.failures import Attempts, status_of
 from data_tools.preprocess.remote.files import ByteStream, RemoteFile
 from megatron_llmjp.errors import UserError
+from megatron_llmjp.filesystem import warn
 
 CHUNK_BYTES = 8 << 20
 """Size of the ranges that are requested."""
@@ -26,14 +28,20 @@ MAX_CHUNKS = 8
 MIN_REQUEST_BYTES = 64 << 10
 """Requests are halved down to this size while a connection breaks before any data arrives."""
 BUFFER_BYTES = 128 << 10
+SECONDS_BETWEEN_WARNINGS = 60.0
 
 
-def open_remote(file: RemoteFile) -> BinaryIO:
+def open_remote(file: RemoteFile, start: int = 0, end: int | None = None) -> BinaryIO:
     """Open a file for reading; it is seekable, but only with ranges at no cost.
 
     Errors of the reader are UserErrors.
+
+    Args:
+        file: the file.
+        start, end: the part that will be read; ranges are requested in advance up to its end, and
+            begin at its start.
     """
-    raw = RangeReader(file) if file.has_ranges else SequentialReader(file)
+    raw = RangeReader(file, start, end) if file.has_ranges else SequentialReader(file)
     return io.BufferedReader(raw, BUFFER_BYTES)
 
 
@@ -54,6 +62,7 @@ class RangeFetcher:
         self._request = CHUNK_BYTES  # reduced while connections break before any data arrives
         self.closing = threading.Event()
         """Ends the waiting between attempts."""
+        self._warned = -SECONDS_BETWEEN_WARNINGS
 
     def fetch(self, start: int, end: int) -> bytes:
         """Return the bytes ``[start, end)``, in several requests if connections break.
@@ -62,7 +71,7 @@ class RangeFetcher:
             UserError: the file changed or is not accessible, or connections break for too long.
         """
         hint = self._file.store.access_hint
-        attempts = Attempts(self._file.name, failures.READ_PAUSES, hint, self.closing)
+        attempts = Attempts(self._file.name, failures.READ_PAUSES, hint, self.closing, self._warn)
         parts: list[bytes] = []
         while start < end:
             before = start
@@ -79,6 +88,13 @@ class RangeFetcher:
                     self._request = max(self._request // 2, MIN_REQUEST_BYTES)
                 attempts.wait(error, f"at byte {start:,}")
         return b"".join(parts)
+
+    def _warn(self, text: str) -> None:
+        """Print a warning, unless another thread has just done so."""
+        now = time.monotonic()
+        if now - self._warned >= SECONDS_BETWEEN_WARNINGS:
+            self._warned = now
+            warn(text)
 
     def _receive(self, start: int, end: int) -> Iterator[bytes]:
         stream = self._file.store.stream(self._file, start, end)
@@ -133,9 +149,12 @@ class _Reader(io.RawIOBase):
 class RangeReader(_Reader):
     """Reader in ranges of CHUNK_BYTES, with prefetch while a file is read in order."""
 
-    def __init__(self, file: RemoteFile) -> None:
+    def __init__(self, file: RemoteFile, start: int, end: int | None) -> None:
         super().__init__(file)
-        self._count = -(-file.size // CHUNK_BYTES)
+        # Chunk n begins at this offset + n * CHUNK_BYTES. The byte before the start is read too.
+        self._offset = max(start - 1, 0) % CHUNK_BYTES - CHUNK_BYTES
+        self._last = self._number(min(file.size if end is None else end, file.size) - 1)
+        """The last chunk that is requested in advance."""
         self._chunks: OrderedDict[int, Future[bytes]] = OrderedDict()
         """Ranges in memory or under way, the one used last at the end."""
         self._threads: ThreadPoolExecutor | None = None
@@ -145,8 +164,9 @@ class RangeReader(_Reader):
         """Read at most up to the end of a range."""
         if self._position >= self._file.size:
             return 0
-        number, offset = divmod(self._position, CHUNK_BYTES)
+        number = self._number(self._position)
         target = memoryview(buffer).cast("B")
+        offset = self._position - self._bounds(number)[0]
         part = memoryview(self._chunk(number))[offset : offset + len(target)]
         target[: len(part)] = part
         self._position += len(part)
@@ -160,11 +180,20 @@ class RangeReader(_Reader):
         self._chunks.clear()
         super().close()
 
+    def _number(self, position: int) -> int:
+        """Return the number of the chunk that contains a byte."""
+        return (position - self._offset) // CHUNK_BYTES
+
+    def _bounds(self, number: int) -> tuple[int, int]:
+        """Return the byte range of a chunk."""
+        start = self._offset + number * CHUNK_BYTES
+        return max(start, 0), min(start + CHUNK_BYTES, self._file.size)
+
     def _chunk(self, number: int) -> bytes:
         in_order = number - 1 in self._chunks
         found = self._request(number)
         if in_order:
-            for ahead in range(number + 1, min(number + PARALLEL, self._count)):
+            for ahead in range(number + 1, min(number + PARALLEL, self._last + 1)):
                 self._request(ahead)
         self._chunks.move_to_end(number)
         while len(self._chunks) > MAX_CHUNKS:
@@ -175,9 +204,7 @@ class RangeReader(_Reader):
         if number not in self._chunks:
             if self._threads is None:
                 self._threads = ThreadPoolExecutor(PARALLEL, "remote")
-            start = number * CHUNK_BYTES
-            end = min(start + CHUNK_BYTES, self._file.size)
-            self._chunks[number] = self._threads.submit(self._fetcher.fetch, start, end)
+            self._chunks[number] = self._threads.submit(self._fetcher.fetch, *self._bounds(number))
         return self._chunks[number]
 
 
