@@ -15,6 +15,7 @@ from data_tools.documents import (
     document_chunks,
     read_dataset_manifest,
 )
+from data_tools.preprocess.remote.addresses import refuse_remote_output
 from data_tools.preprocess.shards import find_parts
 from data_tools.statistics.counts import (
     CountsByLanguage,
@@ -62,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def merge_requested(args: argparse.Namespace) -> int:
     """Merge the given datasets, or the parts of each key."""
+    refuse_remote_output("--output-prefix", args.output_prefix or "")
     if not args.parts:
         merge_datasets(
             find_prefixes(args.input), args.output_prefix, args.overwrite, args.allow_empty

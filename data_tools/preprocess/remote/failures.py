@@ -38,17 +38,21 @@ _PERMANENT_ERRORS = (
     ImportError,
     NotImplementedError,
 )
-_PERMANENT_NAMES = frozenset(
-    {  # of botocore, whose other errors without a status are those of connections
+_CREDENTIAL_ERRORS = frozenset(
+    {
         "NoCredentialsError",
         "PartialCredentialsError",
         "CredentialRetrievalError",
         "ProfileNotFound",
-        "NoRegionError",
-        "InvalidRegionError",
-        "ParamValidationError",
     }
 )
+_PERMANENT_NAMES = _CREDENTIAL_ERRORS | {
+    "NoRegionError",
+    "InvalidRegionError",
+    "ParamValidationError",
+    "OfflineModeIsEnabled",
+}
+"""Errors of botocore and huggingface_hub; their others without a status are of connections."""
 _MAX_MESSAGE = 200
 
 _Result = TypeVar("_Result")
@@ -191,7 +195,7 @@ class Attempts:
         if is_not_found(error):
             return UserError(f"{self.name}: not found{where}")
         denied = isinstance(error, PermissionError) or status_of(error) in (401, 403)
-        if denied or type(error).__name__ in _PERMANENT_NAMES:
+        if denied or type(error).__name__ in _CREDENTIAL_ERRORS:
             return UserError(f"{self.name}: access denied{where} ({describe(error)}). {self.hint}")
         return UserError(f"{self.name}: cannot be read{where}: {describe(error)}")
 
