@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 from pathlib import Path
+from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -222,7 +223,7 @@ def hub_of(files: dict[str, bytes], commit: str) -> dict[str, bytes]:
     answers = {api + path: json.dumps(info).encode() for path in ("", "/revision/main")}
     answers[f"{api}/revision/{commit}"] = json.dumps(info).encode()
     for folder in entries:
-        address = f"{api}/tree/{commit}/{folder}".rstrip("/")
+        address = f"{api}/tree/{commit}/{quote(folder, safe='')}".rstrip("/")
         start = f"{folder}/" if folder else ""
         below = [e for of in entries.values() for e in of if e["path"].startswith(start)]
         answers[address + "?recursive=false&expand=false"] = json.dumps(entries[folder]).encode()

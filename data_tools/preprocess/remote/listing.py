@@ -79,11 +79,11 @@ class RemoteFinder:
             return store.files_below(address)  # refuses
         try:
             found = store.find(address)
+            return self._below(store, address) if found is None else [found]
         except FileNotFoundError:
             if is_pattern and store.can_list:
                 return self._matches(store, address)
             raise UserError(f"--input {shown(address)}: no such file or folder") from None
-        return self._below(store, address) if found is None else [found]
 
     def _store(self, address: str) -> Store:
         new = _STORES[str(scheme_of(address))]
