@@ -52,6 +52,8 @@ EXTRAS = {
         "types-tqdm",
         "deepspeed>=0.16",  # to read checkpoints of convert_checkpoint in tests
         "lz4>=4",
+        "s3fs>=2024.2",
+        "aiohttp>=3.9",
     ],
 }
 

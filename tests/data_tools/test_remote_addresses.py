@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import pytest
@@ -11,6 +12,7 @@ from data_tools.preprocess.remote import failures
 from data_tools.preprocess.remote.addresses import encode_url, scrub, shown
 from data_tools.preprocess_data import main
 from data_tools.train_tokenizer import main as train_tokenizer
+from tests.support.processes import ROOT
 
 BYTES = ["--tokenizer-type", "ByteLevelTokenizer"]
 
@@ -81,6 +83,19 @@ def test_output_is_local(tmp_path, monkeypatch, capsys):
         assert program(arguments) == 2
         assert "output is written to a local or mounted disk only" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_local_files_need_no_library_of_remote_files(tmp_path):
+    """They are neither read through fsspec nor delayed by its import."""
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}')
+    code = f"""\
+import sys
+from data_tools.preprocess_data import main
+arguments = ["--input", "{tmp_path}/a.jsonl", "--output-prefix", "{tmp_path}/o", *{BYTES}]
+assert main(arguments) == 0
+assert not {{"fsspec", "aiohttp", "s3fs", "huggingface_hub"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 class Response(Exception):
