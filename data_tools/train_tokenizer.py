@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_tools.common import ToolParser, run_tool
-from data_tools.preprocess.remote.addresses import refuse_remote_output
+from data_tools.preprocess.remote.addresses import refuse_remote_output, shown
 from data_tools.preprocess.sample import sample_texts
 from data_tools.preprocess.sources import PLAIN_TEXT_SUFFIXES, SUFFIXES, find_input
 from megatron_llmjp.arguments import positive_int
@@ -122,7 +122,7 @@ def train_tokenizer(args: argparse.Namespace) -> int:
     found.report()
     texts = sample_texts(found.sources, args.json_keys, args.max_input_mb * 1_000_000)
     if not texts:
-        raise UserError(f"--input {' '.join(args.input)}: no text found to train on")
+        raise UserError(f"--input {' '.join(map(shown, args.input))}: no text found to train on")
     model = train_unigram(texts, args.vocab_size, args.character_coverage)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.output_dir, prefix=".train_tokenizer.") as work:

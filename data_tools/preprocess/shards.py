@@ -15,6 +15,7 @@ from typing import Any
 
 from data_tools.documents import read_dataset_manifest
 from data_tools.preprocess.compression import HEAD_BYTES, find_opener
+from data_tools.preprocess.remote.reading import read_heads
 from data_tools.preprocess.sources import InputSource
 from megatron_llmjp.errors import UserError
 
@@ -39,6 +40,7 @@ def take_shard(
     for source in sources:
         if not source.seekable:
             raise UserError(f"--shard: {source.name} is a pipe; sharding requires files")
+    _read_remote_heads(sources)
     total, before, mine = sum(source.size for source in sources) or 1, 0, []
     for source in sources:
         middle = before + source.size / 2
@@ -54,6 +56,12 @@ def take_shard(
     return mine, f"{zlib.crc32(whole.encode()):08x}"
 
 
+def _read_remote_heads(sources: list[InputSource]) -> None:
+    """Read what :func:`_is_splittable` needs of all remote files at the same time."""
+    large = [source.remote for source in sources if source.size >= MIN_SPLIT_BYTES]
+    read_heads([file for file in large if file is not None and file.has_ranges], HEAD_BYTES)
+
+
 def _is_splittable(source: InputSource) -> bool:
     """Return whether a file is large and consists of uncompressed lines."""
     if source.size < MIN_SPLIT_BYTES or (source.remote and not source.remote.has_ranges):
@@ -64,6 +72,7 @@ def _is_splittable(source: InputSource) -> bool:
 
 def uneven_shards_warning(sources: list[InputSource], count: int) -> str:
     """Return a warning on files that are too large for one task but cannot be split, or ""."""
+    _read_remote_heads(sources)
     share = sum(source.size for source in sources) / count
     large = [
         s for s in sources if s.size > 2 * max(share, MIN_SPLIT_BYTES) and not _is_splittable(s)

@@ -34,8 +34,7 @@ def server(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("data_tools.preprocess.remote.reading.CHUNK_BYTES", CHUNK)
     monkeypatch.setattr("data_tools.preprocess.remote.reading.MIN_REQUEST_BYTES", 500)
-    for name in ("READ_PAUSES", "START_PAUSES"):
-        monkeypatch.setattr(f"data_tools.preprocess.remote.failures.{name}", (0.001,) * 5)
+    monkeypatch.setattr("data_tools.preprocess.remote.failures.PAUSES", (0.001,) * 5)
     with file_server() as found:
         yield found
 

@@ -34,8 +34,7 @@ def environment(monkeypatch, tmp_path):
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     monkeypatch.setattr("data_tools.preprocess.remote.reading.CHUNK_BYTES", 50_000)
     monkeypatch.setattr("data_tools.preprocess.remote.reading.MIN_REQUEST_BYTES", 500)
-    for name in ("READ_PAUSES", "START_PAUSES"):
-        monkeypatch.setattr(f"data_tools.preprocess.remote.failures.{name}", (0.001,) * 12)
+    monkeypatch.setattr("data_tools.preprocess.remote.failures.PAUSES", (0.001,) * 12)
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,8 @@ from data_tools.preprocess.remote.addresses import scrub
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.filesystem import warn
 
-READ_PAUSES = (0.2, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)
-"""Seconds between attempts to read, as long as no byte arrives."""
-START_PAUSES = (0.2, 1.0, 2.0, 4.0)
-"""The same for the first requests of a program, when an address may be wrong."""
+PAUSES = (0.2, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)
+"""Seconds between attempts, as long as no byte arrives."""
 MAX_RETRY_AFTER = 300.0
 """Maximum of the seconds that a server may request by Retry-After."""
 
@@ -51,8 +49,9 @@ _PERMANENT_NAMES = _CREDENTIAL_ERRORS | {
     "InvalidRegionError",
     "ParamValidationError",
     "OfflineModeIsEnabled",
+    "ClientConnectorCertificateError",
 }
-"""Errors of botocore and huggingface_hub; their others without a status are of connections."""
+"""Errors of botocore, huggingface_hub and aiohttp; others without a status are of connections."""
 _MAX_MESSAGE = 200
 
 _Result = TypeVar("_Result")
@@ -143,7 +142,6 @@ class Attempts:
     def __init__(
         self,
         name: str,
-        pauses: Sequence[float],
         hint: str = "",
         closing: threading.Event | None = None,
         report: Callable[[str], None] = warn,
@@ -152,13 +150,13 @@ class Attempts:
 
         Args:
             name: the address, as printed.
-            pauses: seconds between attempts without progress.
             hint: what to do if the access is denied.
             closing: ends the waiting; the last error is raised.
             report: receives a warning at the second failure.
         """
         self.name, self.hint = name, hint
-        self._pauses, self._report = pauses, report
+        self._pauses: Sequence[float] = PAUSES
+        self._report = report
         self._closing = closing or threading.Event()
         self._failed = 0
 

@@ -8,8 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from data_tools.preprocess.remote import failures
-from data_tools.preprocess.remote.failures import Attempts, with_retries
+from data_tools.preprocess.remote.failures import Attempts, is_not_found, with_retries
 from megatron_llmjp.errors import UserError
 
 
@@ -88,6 +87,10 @@ class Store(ABC):
     access_hint: str = ""
     """What to do if access is denied."""
 
+    def __init__(self) -> None:
+        self.heads: dict[str, bytes] = {}
+        """First bytes of files that were read for their format, by path."""
+
     @abstractmethod
     def find(self, address: str) -> RemoteFile | None:
         """Return a file; None if the address is a folder.
@@ -120,11 +123,11 @@ class Store(ABC):
             try:
                 return action()
             except Exception as error:  # of any of the libraries
-                if failures.is_not_found(error):
+                if is_not_found(error):
                     return None
                 raise
 
-        found = with_retries(attempt, Attempts(name, failures.START_PAUSES, self.access_hint))
+        found = with_retries(attempt, Attempts(name, self.access_hint))
         if found is None:
             raise FileNotFoundError(name)
         return found

@@ -47,6 +47,7 @@ class HttpStore(Store):
         Raises:
             UserError: aiohttp is not installed.
         """
+        super().__init__()
         try:
             import aiohttp
             import fsspec

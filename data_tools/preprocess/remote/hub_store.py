@@ -30,6 +30,7 @@ class HubStore(Store):
         Raises:
             UserError: huggingface_hub is not installed, or this is a storage bucket.
         """
+        super().__init__()
         try:
             import fsspec
             import huggingface_hub

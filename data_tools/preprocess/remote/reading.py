@@ -9,11 +9,10 @@ import io
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO
 
-from data_tools.preprocess.remote import failures
 from data_tools.preprocess.remote.failures import Attempts, status_of
 from data_tools.preprocess.remote.files import ByteStream, RemoteFile
 from megatron_llmjp.errors import UserError
@@ -23,6 +22,7 @@ CHUNK_BYTES = 8 << 20
 """Size of the ranges that are requested."""
 PARALLEL = 4
 """Ranges requested at the same time when a file is read in order."""
+PARALLEL_HEADS = 16
 MAX_CHUNKS = 8
 """Ranges kept in memory; the columns of a Parquet file are read at several places in turn."""
 MIN_REQUEST_BYTES = 64 << 10
@@ -46,12 +46,24 @@ def open_remote(file: RemoteFile, start: int = 0, end: int | None = None) -> Bin
 
 
 def read_head(file: RemoteFile, count: int) -> bytes:
-    """Return the first bytes of a file."""
+    """Return the first bytes of a file; they are read once."""
     end = min(count, file.size)
+    known = file.store.heads.get(file.path, b"")
+    if len(known) >= end:
+        return known[:end]
     if file.has_ranges:
-        return RangeFetcher(file).fetch(0, end)
-    with open_remote(file) as opened:
-        return opened.read(end)
+        data = RangeFetcher(file).fetch(0, end)
+    else:
+        with open_remote(file) as opened:
+            data = opened.read(end)
+    file.store.heads[file.path] = data
+    return data
+
+
+def read_heads(files: Sequence[RemoteFile], count: int) -> None:
+    """Read the first bytes of files at the same time, for :func:`read_head`."""
+    with ThreadPoolExecutor(PARALLEL_HEADS, "remote") as threads:
+        list(threads.map(lambda file: read_head(file, count), files))
 
 
 class RangeFetcher:
@@ -71,7 +83,7 @@ class RangeFetcher:
             UserError: the file changed or is not accessible, or connections break for too long.
         """
         hint = self._file.store.access_hint
-        attempts = Attempts(self._file.name, failures.READ_PAUSES, hint, self.closing, self._warn)
+        attempts = Attempts(self._file.name, hint, self.closing, self._warn)
         parts: list[bytes] = []
         while start < end:
             before = start
@@ -220,7 +232,7 @@ class SequentialReader(_Reader):
         self._stream: ByteStream | None = None
         self._at = 0  # position in the stream
         self._furthest = 0
-        self._attempts = Attempts(file.name, failures.READ_PAUSES, file.store.access_hint)
+        self._attempts = Attempts(file.name, file.store.access_hint)
 
     def readinto(self, buffer: Any, /) -> int:
         """Read what has arrived, at least one byte before the end of the file."""

@@ -36,6 +36,7 @@ class S3Store(Store):
         Raises:
             UserError: s3fs is not installed.
         """
+        super().__init__()
         try:
             import fsspec
             import s3fs  # noqa: F401
