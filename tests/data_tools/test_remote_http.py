@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import re
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -203,6 +204,18 @@ def test_a_killed_job_resumes_at_the_byte(
     assert f'"name": "{server.address}/a.jsonl"' in manifest
 
 
+@pytest.mark.parametrize("name", ["/b.jsonl.gz", "/c.parquet"])
+def test_a_killed_job_resumes_in_other_formats(
+    name, server, data, local, tmp_path, monkeypatch, eager, capsys
+):
+    monkeypatch.setattr("data_tools.preprocess.blocks.ROWS_PER_BLOCK", 10)
+    server.files = data
+    kill_halfway(tmp_path, monkeypatch, server.address + name)
+    assert preprocess(tmp_path, server.address + name) == 0
+    assert re.search(r"Resuming .*: \d\d+ documents are done", capsys.readouterr().err)
+    assert dataset(tmp_path) == local
+
+
 def test_a_file_that_changed_between_runs_is_refused(
     server, data, local, tmp_path, monkeypatch, eager, capsys
 ):
@@ -277,6 +290,17 @@ def test_a_connection_that_stays_broken(server, data, tmp_path, capsys):
     assert f"{server.address}/a.jsonl: cannot be read at byte " in message
     assert "Run the same command again to resume" in message
     wait_until(lambda: not any(t.name.startswith("remote") for t in threading.enumerate()))
+
+
+def test_the_sample_of_a_fast_encoder_is_remote_too(server, data, tokenizer_folder, tmp_path):
+    """It reads the beginning of the file only, and the encoder is recorded."""
+    server.files = data
+    folder = str(tokenizer_folder)
+    flags = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", folder]
+    flags += ["--fast-encoder", f"{folder}/tokenizer.model", "--workers", "2"]
+    words = ["--input", f"{server.address}/a.jsonl", "--output-prefix", str(tmp_path / "o")]
+    assert main([*words, *flags]) == 0
+    assert (tmp_path / "o_text_document.idx").exists()
 
 
 def test_addresses_that_differ_in_the_query(server, tmp_path):

@@ -114,8 +114,8 @@ class RemoteFinder:
         files = self._read_of(folder, found)
         if not files:
             raise UserError(
-                f"--input {shown(folder)}: none of the {len(found):,} files in this folder is JSON "
-                "lines or Parquet by its suffix"
+                f"--input {shown(folder)}: none of the {len(found):,} files in this folder has a "
+                "suffix that is read, such as .jsonl, .jsonl.gz or .parquet"
             )
         return files
 
