@@ -18,6 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_tools.preprocess.journal import ResumeJournal
+from data_tools.preprocess.remote.reading import MAX_CHUNKS, PARALLEL
+from data_tools.preprocess.sources import find_input
 from data_tools.preprocess_data import main
 from data_tools.train_tokenizer import main as train_tokenizer
 from tests.support.file_server import Faults, FileServer, file_server
@@ -122,9 +124,6 @@ def test_memory_is_bounded(server, data, local, tmp_path, monkeypatch):
     """Ranges are read ahead, but not the whole file."""
     monkeypatch.setattr("data_tools.preprocess.remote.reading.CHUNK_BYTES", 5000)
     monkeypatch.setattr("data_tools.preprocess.remote.reading.BUFFER_BYTES", 5000)
-    from data_tools.preprocess.remote.reading import MAX_CHUNKS, PARALLEL
-    from data_tools.preprocess.sources import find_input
-
     server.files = data
     (source,) = find_input([server.address + "/a.jsonl"]).sources
     with source.open() as opened:
@@ -290,6 +289,20 @@ def test_a_connection_that_stays_broken(server, data, tmp_path, capsys):
     assert f"{server.address}/a.jsonl: cannot be read at byte " in message
     assert "Run the same command again to resume" in message
     wait_until(lambda: not any(t.name.startswith("remote") for t in threading.enumerate()))
+
+
+def test_closing_cancels_requests_without_an_answer(server, data, monkeypatch):
+    """An interrupted program does not wait for them."""
+    monkeypatch.setattr("data_tools.preprocess.remote.http_store.SECONDS_WITHOUT_DATA", 1e6)
+    answers = threading.Event()
+    server.files = data
+    server.faults = Faults(on_request=lambda number: number < 4 or answers.wait())
+    (source,) = find_input([f"{server.address}/a.jsonl"]).sources
+    with source.open() as opened:
+        assert opened.read(CHUNK + 1) == data["/a.jsonl"][: CHUNK + 1]
+        wait_until(lambda: len(server.requests) >= 4)
+    wait_until(lambda: not any(t.name.startswith("remote") for t in threading.enumerate()))
+    answers.set()
 
 
 def test_the_sample_of_a_fast_encoder_is_remote_too(server, data, tokenizer_folder, tmp_path):

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import io
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from data_tools.preprocess.remote.failures import Attempts, is_not_found, with_retries
 from megatron_llmjp.errors import UserError
+
+SECONDS_BETWEEN_CHECKS = 0.5
+"""Time after which a request is cancelled whose result is no longer needed."""
 
 
 class ByteStream(Protocol):
@@ -108,8 +114,16 @@ class Store(ABC):
         """Return the files that match a glob pattern, and the addresses of matching folders."""
 
     @abstractmethod
-    def stream(self, file: RemoteFile, start: int, end: int) -> ByteStream:
-        """Request the bytes ``[start, end)`` of a file. Errors are those of the library."""
+    def stream(
+        self, file: RemoteFile, start: int, end: int, closing: threading.Event
+    ) -> ByteStream:
+        """Request the bytes ``[start, end)`` of a file. Errors are those of the library.
+
+        Args:
+            file: the file.
+            start, end: the range.
+            closing: ends the request: its result is no longer needed.
+        """
 
     def _request(self, name: str, action: Callable[[], Any]) -> Any:
         """Return the result of a request at the start of the program, which may be repeated.
@@ -149,6 +163,22 @@ class ReceivedBytes:
     def close(self) -> None:
         """Free the memory."""
         self._data.close()
+
+
+def run_until(loop: Any, coroutine: Coroutine[Any, Any, Any], closing: threading.Event) -> Any:
+    """Return the result of a coroutine in fsspec's event loop; ``closing`` cancels it.
+
+    Raises:
+        ConnectionAbortedError: it was cancelled.
+    """
+    running = asyncio.run_coroutine_threadsafe(coroutine, loop)
+    while True:
+        done, _ = concurrent.futures.wait([running], SECONDS_BETWEEN_CHECKS)
+        if done:
+            return running.result()
+        if closing.is_set():
+            running.cancel()
+            raise ConnectionAbortedError("the file was closed")
 
 
 async def receive(body: Any, size: int) -> ReceivedBytes:

@@ -9,6 +9,7 @@ the bytes transferred; files are decompressed by their contents.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ from data_tools.preprocess.remote.files import (
     Store,
     missing_package,
     receive,
+    run_until,
 )
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.filesystem import warn
@@ -101,12 +103,12 @@ class HttpStore(Store):
         """Refuse: web servers have no folders."""
         raise _not_listable(pattern)
 
-    def stream(self, file: RemoteFile, start: int, end: int) -> ByteStream:
+    def stream(
+        self, file: RemoteFile, start: int, end: int, closing: threading.Event
+    ) -> ByteStream:
         """Request a range of a file, or all of it if the server has no ranges."""
-        from fsspec.asyn import sync
-
         request = self._receive_range if file.has_ranges else self._start_response
-        found: ByteStream = sync(self._files.loop, request, file, start, end)
+        found: ByteStream = run_until(self._files.loop, request(file, start, end), closing)
         return found
 
     async def _receive_range(self, file: RemoteFile, start: int, end: int) -> ReceivedBytes:

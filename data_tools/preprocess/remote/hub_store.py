@@ -7,6 +7,7 @@ are read. The names that are recorded have the revision as given.
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -70,7 +71,9 @@ class HubStore(Store):
         ]
         return files, folders
 
-    def stream(self, file: RemoteFile, start: int, end: int) -> ByteStream:
+    def stream(
+        self, file: RemoteFile, start: int, end: int, closing: threading.Event
+    ) -> ByteStream:
         """Request a range of a file."""
         with self._files.open(file.path, "rb", cache_type="none") as opened:
             opened.seek(start)

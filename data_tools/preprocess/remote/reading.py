@@ -109,7 +109,7 @@ class RangeFetcher:
             warn(text)
 
     def _receive(self, start: int, end: int) -> Iterator[bytes]:
-        stream = self._file.store.stream(self._file, start, end)
+        stream = self._file.store.stream(self._file, start, end, self.closing)
         try:
             while start < end:
                 data = _read_some(stream, end - start)
@@ -230,6 +230,7 @@ class SequentialReader(_Reader):
     def __init__(self, file: RemoteFile) -> None:
         super().__init__(file)
         self._stream: ByteStream | None = None
+        self._closing = threading.Event()  # never set: the main thread waits itself
         self._at = 0  # position in the stream
         self._furthest = 0
         self._attempts = Attempts(file.name, file.store.access_hint)
@@ -261,7 +262,7 @@ class SequentialReader(_Reader):
     def _read(self, size: int) -> bytes:
         if self._stream is None or self._at > self._position:
             self._drop()
-            self._stream = self._file.store.stream(self._file, 0, self._file.size)
+            self._stream = self._file.store.stream(self._file, 0, self._file.size, self._closing)
             self._at = 0
         while self._at < self._position:
             self._receive(self._stream, min(self._position - self._at, CHUNK_BYTES))

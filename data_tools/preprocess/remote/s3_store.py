@@ -6,6 +6,7 @@ Credentials, region and endpoint are those of botocore (``AWS_PROFILE``, ``AWS_A
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from data_tools.preprocess.remote.files import (
     Store,
     missing_package,
     receive,
+    run_until,
 )
 
 SCHEME = "s3://"
@@ -64,11 +66,12 @@ class S3Store(Store):
         folders = [name for name, info in sorted(found.items()) if info["type"] == "directory"]
         return files, [SCHEME + name for name in folders]
 
-    def stream(self, file: RemoteFile, start: int, end: int) -> ByteStream:
+    def stream(
+        self, file: RemoteFile, start: int, end: int, closing: threading.Event
+    ) -> ByteStream:
         """Request a range of an object."""
-        from fsspec.asyn import sync
-
-        found: ByteStream = sync(self._files.loop, self._receive_range, file, start, end)
+        request = self._receive_range(file, start, end)
+        found: ByteStream = run_until(self._files.loop, request, closing)
         return found
 
     async def _receive_range(self, file: RemoteFile, start: int, end: int) -> ReceivedBytes:
