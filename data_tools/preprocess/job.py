@@ -18,6 +18,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from data_tools.common import EncodingProgress
 from data_tools.documents import MANIFEST_FORMAT
 from data_tools.preprocess.blocks import Block, LongLine, read_blocks
+from data_tools.preprocess.document_records import place_records
 from data_tools.preprocess.encode import (
     BlockEncoder,
     EncodedBlock,
@@ -28,6 +29,8 @@ from data_tools.preprocess.encode import (
 from data_tools.preprocess.journal import ResumeJournal, ResumePoint, SourceCounts
 from data_tools.preprocess.output import DatasetOutput
 from data_tools.preprocess.rejection import RejectionLimits
+from data_tools.preprocess.removal import add_removed
+from data_tools.preprocess.selection import Selection
 from data_tools.preprocess.sources import InputSource
 from data_tools.preprocess.text_counts import DEFAULT_LANGUAGE_KEY, add_texts
 from data_tools.statistics.counts import describe_sources, read_sources
@@ -52,6 +55,7 @@ class PreprocessJob:
         output: DatasetOutput,
         shard: dict[str, Any] | None,
         ignored: dict[str, Any],
+        selection: Selection,
     ) -> None:
         self.args, self.sources, self.tokenizer, self.output = args, sources, tokenizer, output
         self.ignored = ignored
@@ -63,7 +67,11 @@ class PreprocessJob:
             keep_raw=args.on_error == "quarantine",
             append_bos=args.append_bos,
             language_key=args.language_key,
+            hooks=selection.hooks,
+            lengths=selection.lengths,
+            record_dtype=selection.arrangement.record_dtype,
         )
+        self.selection = selection
         self.recipe: dict[str, Any] = {
             "tokenizer": tokenizer.identity(),
             "options": {
@@ -79,11 +87,13 @@ class PreprocessJob:
                 self.recipe["options"][name] = True
         if args.language_key != DEFAULT_LANGUAGE_KEY:  # manifests of earlier versions have no key
             self.recipe["options"]["language_key"] = args.language_key
+        self.recipe["options"] |= selection.identity()
         if shard is not None:
             self.recipe["shard"] = shard
         # A part of an array may have no documents: merge_datasets checks the merged dataset.
         self.limits = RejectionLimits(args.max_rejected, args.allow_empty or shard is not None)
-        self.counts = [SourceCounts() for _ in sources]
+        reasons = selection.removal_reasons()
+        self.counts = [SourceCounts(removed=dict.fromkeys(reasons, 0)) for _ in sources]
         self.point = ResumePoint()  # the state after the last block that was written
         self.warned = 0
 
@@ -155,6 +165,7 @@ class PreprocessJob:
             for source, identity in zip(self.sources, self.recipe["sources"], strict=True):
                 source.refuse_changed(identity)
             self.limits.check(self.counts, self.args.json_keys)
+            self.output.arrange(journal, self.counts)
         self.output.finish(journal, self._manifest)
         return self.print_summary()
 
@@ -206,7 +217,7 @@ class PreprocessJob:
             for block in read_blocks(
                 self.sources[number],
                 start,
-                self.args.json_keys,
+                self.encoding.columns,
                 self.encoding.limit,
                 self.encoding.language_key,
             ):
@@ -231,7 +242,9 @@ class PreprocessJob:
         if encoded.invalid_id is not None:
             line, token_id = encoded.invalid_id
             self._raise_invalid_id(source, source_counts.lines + line + 1, token_id)
-        self.output.add(encoded.packed)
+        file_number = self.selection.file_numbers[self.sources[source].name]
+        records = place_records(encoded.records, block, source, file_number)
+        self.output.add(encoded.packed, records)
         source_counts.lines += encoded.lines
         source_counts.documents += _documents(encoded)
         source_counts.bytes += block.size
@@ -240,6 +253,7 @@ class PreprocessJob:
         for key, part in encoded.packed.items():
             source_counts.tokens[key] = source_counts.tokens.get(key, 0) + len(part.tokens)
         add_texts(source_counts.texts, encoded.texts)
+        add_removed(source_counts.removed, encoded.removed)
         self.point = self.output.resume_point(source, block.end, source_counts)
         if encoded.rejected:
             self.limits.check_early(self.counts)
@@ -283,6 +297,7 @@ class PreprocessJob:
         since = range(journal.last.source, self.point.source)
         self.point.finished = {source: self.counts[source] for source in since}
         self.output.sync()
+        self.point.outputs = self.output.positions()
         journal.add(copy.deepcopy(self.point))
 
     def _manifest(self, key: str, writer: IndexedDatasetWriter, idx_crc: int) -> dict[str, Any]:

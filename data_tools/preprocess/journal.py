@@ -28,6 +28,7 @@ class SourceCounts:
     """Counts of one source: lines, documents, bytes of decompressed input, tokens by key.
 
     ``texts`` has the counts of documents by key and language. Earlier versions did not record it.
+    ``removed`` has the documents that were removed on request, by reason.
     """
 
     lines: Count = 0
@@ -38,6 +39,15 @@ class SourceCounts:
     rejected: dict[str, Count] = field(default_factory=dict)
     tokens: dict[str, Count] = field(default_factory=dict)
     texts: dict[str, CountsByLanguage] = field(default_factory=dict)
+    removed: dict[str, Count] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SlicePosition:
+    """Number of slices of arranged documents that are written, and position of their writer."""
+
+    slices: Count = 0
+    output: WriterPosition = field(default_factory=WriterPosition)
 
 
 @dataclass
@@ -52,6 +62,7 @@ class ResumePoint:
         finished: counts of the sources that were finished since the previous point.
         outputs: position of the writer of each key.
         rejected: sizes of the quarantine files in bytes.
+        arranged: position in the arranged documents of each key, when all input is encoded.
         finishing: all data is written, and only renames remain.
     """
 
@@ -62,6 +73,7 @@ class ResumePoint:
     finished: dict[Count, SourceCounts] = field(default_factory=dict)
     outputs: dict[str, WriterPosition] = field(default_factory=dict)
     rejected: dict[str, Count] = field(default_factory=dict)
+    arranged: dict[str, SlicePosition] = field(default_factory=dict)
     finishing: bool = False
 
     def all_counts(self) -> Iterator[SourceCounts]:
@@ -71,6 +83,11 @@ class ResumePoint:
     def to_json(self) -> dict[str, Any]:
         """Return the point as stored, with the key names of all versions."""
         content = asdict(self)
+        for counts in (content["counts"], *content["finished"].values()):
+            if not counts["removed"]:
+                del counts["removed"]
+        if not self.arranged:
+            del content["arranged"]
         return content | {"tally": content.pop("counts"), "earlier": content.pop("finished")}
 
 
@@ -153,7 +170,11 @@ class ResumeJournal:
                 break
             unchanged += 1
         every = unchanged == len(before) == len(self.recipe["sources"])
-        valid = [p for p in points if p.source < unchanged and (every or not p.finishing)]
+        valid = [
+            point
+            for point in points
+            if point.source < unchanged and (every or not (point.finishing or point.arranged))
+        ]
         if any(source > p.source for p in valid for source in p.finished):
             raise _damage(self.path, "it counts documents of a source that was not read")
         return valid

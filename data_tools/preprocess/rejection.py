@@ -56,7 +56,7 @@ class RejectionLimits:
     def _check_rejected(self, counts: Sequence[SourceCounts], limit: float) -> None:
         reasons = _reasons(counts)
         rejected = reasons.total()
-        total = rejected + sum(source_counts.documents for source_counts in counts)
+        total = rejected + sum(found.documents + sum(found.removed.values()) for found in counts)
         if rejected <= limit * total:
             return
         listed = ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common())

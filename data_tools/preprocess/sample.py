@@ -6,7 +6,8 @@ import zlib
 from collections.abc import Iterator
 
 from data_tools.preprocess.blocks import FileRange, LongLine, TableRows, read_blocks
-from data_tools.preprocess.encode import BadLine, parse_line, read_range, texts_of
+from data_tools.preprocess.encode import read_range
+from data_tools.preprocess.json_lines import BadLine, parse_line, texts_of
 from data_tools.preprocess.sources import STDIN, InputSource, has_suffix
 
 MAX_LINE_BYTES = 1 << 20
