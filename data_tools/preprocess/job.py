@@ -34,6 +34,7 @@ from data_tools.preprocess.selection import Selection
 from data_tools.preprocess.sources import InputSource
 from data_tools.preprocess.text_counts import DEFAULT_LANGUAGE_KEY, add_texts
 from data_tools.statistics.counts import describe_sources, read_sources
+from data_tools.statistics.removed import describe_removed
 from data_tools.tables import format_rows, summary_rows, write_table
 from megatron_llmjp.data.indexed_dataset_writer import IndexedDatasetWriter
 from megatron_llmjp.errors import EXIT_DONE, UserError
@@ -314,16 +315,21 @@ class PreprocessJob:
             "ignored": self.ignored,
             "recipe": self.recipe,
             "tallies": [
-                {name: value for name, value in vars(source_counts).items() if name != "texts"}
+                {
+                    name: value
+                    for name, value in vars(source_counts).items()
+                    if name != "texts" and (name != "removed" or value)
+                }
                 for source_counts in self.counts
             ],
-            "statistics": describe_sources(
-                {
-                    source.name: source_counts.texts.get(key, {})
-                    for source, source_counts in zip(self.sources, self.counts, strict=True)
-                }
-            ),
+            "statistics": self._statistics(key),
         }
+
+    def _statistics(self, key: str) -> dict[str, Any]:
+        by_source = list(zip(self.sources, self.counts, strict=True))
+        kept = {source.name: counts.texts.get(key, {}) for source, counts in by_source}
+        removed = {source.name: counts.removed for source, counts in by_source}
+        return {**describe_sources(kept), **describe_removed(removed)}
 
     def print_summary(self) -> int:
         """Print the summary table, and write it to the --report files."""

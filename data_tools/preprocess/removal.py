@@ -13,15 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from data_tools.statistics.removed import REASONS
 from megatron_llmjp.arguments import positive_int
 from megatron_llmjp.errors import UserError
 
-FILTERED = "filtered"
-TOO_SHORT = "too_short"
-TOO_LONG = "too_long"
-DUPLICATES = "duplicates"
-REASONS = (FILTERED, TOO_SHORT, TOO_LONG, DUPLICATES)
-"""Reasons, in the order of the columns of tables."""
+FILTERED, TOO_SHORT, TOO_LONG, DUPLICATES = REASONS
 
 
 class RemovedDocument(Exception):

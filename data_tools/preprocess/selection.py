@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from data_tools.preprocess.document_hooks import DocumentHooks, add_hook_flags, load_hooks
@@ -22,6 +22,13 @@ from data_tools.preprocess.removal import (
 )
 from data_tools.preprocess.sources import InputSource
 from megatron_llmjp.errors import UserError
+
+OPTION_NAMES = (
+    "hooks",
+    *(item.name for item in fields(LengthLimits)),
+    *(item.name for item in fields(Arrangement)),
+)
+"""Names of the options in :meth:`Selection.identity`."""
 
 
 @dataclass(frozen=True)
