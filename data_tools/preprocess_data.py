@@ -206,6 +206,7 @@ def preprocess(args: argparse.Namespace) -> int:
     found = find_input(args.input)
     found.report()
     sources = found.sources
+    selection = selection_from_args(args, sources)
     tokenizer = tokenizer_from_args(args)
     if tokenizer.kind == "HuggingFaceTokenizer":
         _warn_of_dropped_characters(tokenizer)
@@ -218,9 +219,10 @@ def preprocess(args: argparse.Namespace) -> int:
             use_fast_encoder,  # imports the tokenizers library
         )
 
-        tokenizer, message = use_fast_encoder(tokenizer, args.fast_encoder, sources, args.json_keys)
+        tokenizer, message = use_fast_encoder(
+            tokenizer, args.fast_encoder, sources, args.json_keys, selection.hooks
+        )
         print(message, file=sys.stderr)
-    selection = selection_from_args(args, sources)
     shard = None
     if args.shard:
         number, count = parse_shard(args.shard)

@@ -8,6 +8,9 @@ import json
 import pytest
 
 from data_tools import inspect_dataset, preprocess_data
+from data_tools.preprocess.document_hooks import load_hooks
+from data_tools.preprocess.sample import first_texts
+from data_tools.preprocess.sources import find_input
 from tests.data_tools.test_arranged_documents import BYTES, read_texts
 
 
@@ -88,6 +91,23 @@ def test_errors_name_the_line_of_the_hook_and_of_the_input(hooks, message, tmp_p
     err = capsys.readouterr().err
     assert f"{tmp_path}/in.jsonl:2: error in --hooks ({tmp_path}/{message}" in err
     assert "Traceback" not in err
+
+
+def test_tokenizers_are_compared_on_transformed_texts(tmp_path):
+    """The sample for --fast-encoder is what is encoded, also of the rows of a table."""
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "hooks.py"
+    path.write_text(
+        "def keep(document):\n    return document['n'] > 0\n\n"
+        "def transform(document):\n    return {'text': document['body'] + '!'}\n"
+    )
+    lines = tmp_path / "in.jsonl"
+    lines.write_text('{"body": "a", "n": 1}\n{"body": "b", "n": 0}\n{"n": 1}\n')
+    pq.write_table(pyarrow.table({"body": ["c", "d"], "n": [0, 1]}), tmp_path / "t.parquet")
+    sources = find_input([str(lines), str(tmp_path / "t.parquet")]).sources
+    assert first_texts(sources, ["text"], 1000, load_hooks(str(path))) == ["a!", "d!"]
 
 
 def test_skipped_errors_are_counted_as_rejected(tmp_path, capsys):
