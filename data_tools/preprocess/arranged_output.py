@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,7 +22,7 @@ import numpy.typing as npt
 from data_tools.preprocess.arrange import ArrangedDocuments
 from data_tools.preprocess.document_records import Arrangement, Records
 from data_tools.preprocess.duplicates import find_duplicates
-from data_tools.preprocess.journal import ResumeJournal, SlicePosition, SourceCounts
+from data_tools.preprocess.journal import ResumeJournal, ResumePoint, SlicePosition, SourceCounts
 from data_tools.preprocess.output import DatasetOutput
 from data_tools.preprocess.packed_documents import PackedDocuments, join_documents
 from data_tools.preprocess.recount import count_kept
@@ -39,6 +40,21 @@ RUN_BYTES = 64 << 20
 SECONDS_BETWEEN_SAVES = 15.0
 ORDER_SUFFIX = ".order"
 """Suffix of the records of a part of an array, in the order of its documents."""
+
+
+@dataclass
+class _Block:
+    """Documents of a block, with their records, by key; and the point after the block."""
+
+    packed: dict[str, PackedDocuments]
+    records: dict[str, Records]
+    end: tuple[int, int] = (0, 0)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the tokens and records."""
+        tokens = sum(part.tokens.nbytes for part in self.packed.values())
+        return tokens + sum(part.nbytes for part in self.records.values())
 
 
 class ArrangedOutput(DatasetOutput):
@@ -64,8 +80,11 @@ class ArrangedOutput(DatasetOutput):
         super().__init__(prefix, keys, dtype)
         self.arrangement, self.keep_records = arrangement, keep_records
         self._records: dict[str, BinaryIO] = {}
-        self._waiting: dict[str, list[tuple[PackedDocuments, Records]]] = {}
+        self._added = _Block({}, {})
+        self._waiting: list[_Block] = []
         self._waiting_bytes = 0
+        self._is_incomplete = False
+        """Whether a write was interrupted."""
 
     @property
     def staging(self) -> Path:
@@ -83,39 +102,60 @@ class ArrangedOutput(DatasetOutput):
         for key in self.keys:
             position = positions.get(key)
             writer = IndexedDatasetWriter(self.staging / f"{key}.bin", self.dtype, position)
-            self.writers[key], self._waiting[key] = writer, []
+            self.writers[key] = writer
             size = writer.position.documents * self.arrangement.dtype.itemsize
             self._records[key] = open_at(self.staging / f"{key}.records", size)
 
     def add(
         self, packed: dict[str, PackedDocuments], records: dict[str, Records] | None = None
     ) -> None:
-        """Add the documents of a block, which may be kept in memory until :meth:`sync`."""
+        """Add the documents of a block, which are kept in memory until a run is complete."""
         assert records is not None
-        for key, part in packed.items():
-            self._waiting[key].append((part, records[key]))
-            self._waiting_bytes += part.tokens.nbytes + records[key].nbytes
-        if self.arrangement.shuffle_seed is None or self._waiting_bytes >= RUN_BYTES:
+        if self._waiting_bytes >= RUN_BYTES:
             self._write_run()
+        self._added = _Block(packed, records)
+
+    def resume_point(self, source: int, position: int, counts: SourceCounts) -> ResumePoint:
+        """Return the state after the last block, without the positions of the writers."""
+        point = super().resume_point(source, position, counts)
+        self._added.end = (source, position)
+        self._waiting.append(self._added)
+        self._waiting_bytes += self._added.size
+        return point
 
     def _write_run(self) -> None:
-        """Write the documents in memory; sorted if they are shuffled."""
-        for key, parts in self._waiting.items():
-            if not parts:
-                continue
-            documents = join_documents([packed for packed, _ in parts], self.dtype)
-            records = np.concatenate([found for _, found in parts])
-            parts.clear()
+        """Write the documents in memory; sorted if they are shuffled.
+
+        Raises:
+            OSError: an earlier call was interrupted, and files are ahead of the last point.
+        """
+        if self._is_incomplete:
+            raise OSError(f"{self.staging}: an earlier write was interrupted")
+        if not self._waiting:
+            return
+        self._is_incomplete = True
+        for key in self.keys:
+            documents = join_documents([block.packed[key] for block in self._waiting], self.dtype)
+            records = np.concatenate([block.records[key] for block in self._waiting])
             if self.arrangement.shuffle_seed is not None:
                 order = np.argsort(self.arrangement.sort_keys(records))
                 documents, records = documents.take(order), records[order]
             self.writers[key].add(documents.tokens, documents.lengths, documents.sequences)
             self._records[key].write(records.tobytes())
+        self._waiting.clear()
         self._waiting_bytes = 0
+        self._is_incomplete = False
+
+    def sync_to(self, point: ResumePoint) -> None:
+        """Write the documents up to a point, flush all files, and set its positions."""
+        at = (point.source, point.position)
+        self._waiting = [block for block in self._waiting if block.end <= at]
+        self._write_run()
+        self.sync()
+        point.outputs = {key: writer.position for key, writer in self.writers.items()}
 
     def sync(self) -> None:
-        """Write all documents added, and flush all files to disk."""
-        self._write_run()
+        """Flush all files to disk."""
         for file in self._records.values():
             file.flush()
             os.fsync(file.fileno())

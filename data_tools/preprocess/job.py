@@ -297,8 +297,7 @@ class PreprocessJob:
             return
         since = range(journal.last.source, self.point.source)
         self.point.finished = {source: self.counts[source] for source in since}
-        self.output.sync()
-        self.point.outputs = self.output.positions()
+        self.output.sync_to(self.point)
         journal.add(copy.deepcopy(self.point))
 
     def _manifest(self, key: str, writer: IndexedDatasetWriter, idx_crc: int) -> dict[str, Any]:

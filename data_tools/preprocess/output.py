@@ -147,16 +147,16 @@ class DatasetOutput:
             source,
             position,
             counts=copy.deepcopy(counts),
-            outputs=self.positions(),
+            outputs={key: writer.position for key, writer in self.writers.items()},
             rejected={name: (self.folder / name).stat().st_size for name in REJECTED},
         )
 
-    def positions(self) -> dict[str, WriterPosition]:
-        """Return the position of the writer of each key."""
-        return {key: writer.position for key, writer in self.writers.items()}
-
     def arrange(self, journal: ResumeJournal, counts: Sequence[SourceCounts]) -> None:
         """Arrange the documents when all input is encoded; here they are in their final order."""
+
+    def sync_to(self, point: ResumePoint) -> None:
+        """Flush all files to disk, with the data up to a point to resume from."""
+        self.sync()
 
     def sync(self) -> None:
         """Flush all files to disk."""

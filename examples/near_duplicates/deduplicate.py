@@ -3,8 +3,8 @@
     pip install "datatrove[io,processing]" spacy     # datatrove 0.10.1; Japanese: "spacy[ja]"
     python deduplicate.py --input corpus/ --output dedup/ --language jpn --tasks 16
 
-writes ``dedup/output/00000.jsonl.gz`` ... : JSON lines with ``text``, ``id`` and ``metadata``, under
-which all other keys of the input are. Then
+writes ``dedup/output/00000.jsonl.gz`` ... : JSON lines with ``text``, ``id`` and ``metadata``,
+which holds the other keys of the input. Then
 
     preprocess_data --input dedup/output --output-prefix data/ja --append-eod \\
         --tokenizer-type SentencePieceTokenizer --tokenizer-model tok.model \\

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import itertools
@@ -16,7 +17,9 @@ import numpy as np
 import pytest
 
 from data_tools import merge_datasets, preprocess_data
+from data_tools.preprocess.arranged_output import ArrangedOutput
 from data_tools.preprocess.journal import ResumeJournal
+from data_tools.preprocess.output import DatasetOutput
 from megatron_llmjp.data.indexed_dataset_writer import IndexedDatasetWriter
 from tests.data_tools.conftest import make_documents, write_jsonl
 
@@ -135,37 +138,47 @@ class Killed(BaseException):
     """Simulates kill -9: no code may run after it."""
 
 
-def test_kills_at_all_stages(inputs, tmp_path, monkeypatch, capsys):
-    """Die in the n-th call of one of these functions, repeatedly: the same bytes at the end."""
+ERRORS = (Killed, KeyboardInterrupt, lambda: OSError(errno.ENOSPC, "No space left on device"))
+"""After the others, the program saves what it has written."""
+
+
+def test_interruptions_at_all_stages(inputs, tmp_path, monkeypatch, capsys):
+    """Fail in the n-th call of one of these functions, repeatedly: the same bytes at the end."""
     options = [*BYTES, "--shuffle-seed", "3", "--remove-duplicates", "--shard", "0/1"]
     common = ["--input", *inputs, *options]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert preprocess_data.main([*common, "--workers", "2", "--output-prefix", f"{whole}/o"]) == 0
     command = [*common, "--workers", "1", "--output-prefix", f"{cut}/o"]
-    draw = random.Random(6)
+    draw = random.Random(8)
     functions = [(IndexedDatasetWriter, "add", 9), (ResumeJournal, "add", 6), (Path, "replace", 5)]
     functions += [(IndexedDatasetWriter, "finish", 2), (IndexedDatasetWriter, "sync", 5)]
+    functions += [(DatasetOutput, "resume_point", 40), (ArrangedOutput, "add", 40)]
     deaths = 0
-    for attempt in range(20):
+    for attempt in range(3 * len(functions)):
         owner, name, calls = functions[attempt % len(functions)]
         original, left = getattr(owner, name), [draw.randint(1, calls)]
 
-        def dying(self, *args, _original=original, _left=left, **kwargs):
+        error = ERRORS[attempt // len(functions)]
+
+        def dying(self, *args, _original=original, _left=left, _error=error, **kwargs):
             _left[0] -= 1
             if _left[0] == 0 and draw.random() < 0.5:
-                raise Killed
+                raise _error()
             result = _original(self, *args, **kwargs)
             if _left[0] == 0:
-                raise Killed
+                raise _error()
             return result
 
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, dying)
             try:
-                assert preprocess_data.main(command) == 0
+                code = preprocess_data.main(command)
             except Killed:
-                deaths += 1
-                continue
+                code = 130
+        if code != 0:
+            assert code in (2, 130)
+            deaths += 1
+            continue
         assert files(cut) == files(whole)
         shutil.rmtree(cut)
     assert deaths > 10
