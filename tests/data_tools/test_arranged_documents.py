@@ -47,6 +47,7 @@ def inputs(tmp_path_factory) -> list[str]:
     folder = tmp_path_factory.mktemp("inputs")
     texts = [make_documents(count, seed) for seed, count in enumerate((150, 90, 60))]
     texts[0][20:30] = texts[0][5:15]
+    texts[0][60:72] = [text for text in texts[0][60:64] for _ in range(3)]
     texts[1][3:9] = texts[0][40:46]
     texts[2][-4:] = [*texts[1][3:5], "", ""]
     paths = [write_jsonl(folder / f"{at}.jsonl", found) for at, found in enumerate(texts)]
@@ -184,6 +185,41 @@ def test_interruptions_at_all_stages(inputs, tmp_path, monkeypatch, capsys):
     assert deaths > 10
     assert preprocess_data.main(command) == 0
     assert files(cut) == files(whole)
+
+
+def test_a_block_after_the_resume_point_is_not_saved(inputs, tmp_path, monkeypatch, capsys):
+    """Ctrl-C between the count of a block and the point after it: the block is encoded again."""
+    common = ["--input", *inputs, *BYTES, "--shuffle-seed", "3", "--workers", "1"]
+    assert preprocess_data.main([*common, "--output-prefix", str(tmp_path / "whole" / "o")]) == 0
+    command = [*common, "--output-prefix", str(tmp_path / "cut" / "o")]
+    original, calls = ArrangedOutput.resume_point, itertools.count(1)
+
+    def interrupted(self, *args):
+        point = original(self, *args)
+        if next(calls) == 20:
+            raise KeyboardInterrupt
+        return point
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ArrangedOutput, "resume_point", interrupted)
+        assert preprocess_data.main(command) == 130
+    assert preprocess_data.main(command) == 0
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+
+
+def test_more_input_after_an_interruption_in_the_last_step(inputs, tmp_path, monkeypatch, capsys):
+    """Documents that were already arranged are arranged again with those of the new file."""
+    common = [*BYTES, "--shuffle-seed", "3", "--remove-duplicates", "--workers", "1"]
+    whole = ["--input", *inputs, *common, "--output-prefix", str(tmp_path / "whole" / "o")]
+    assert preprocess_data.main(whole) == 0
+    command = [*common, "--output-prefix", str(tmp_path / "cut" / "o"), "--input", *inputs[:2]]
+    with monkeypatch.context() as patch:
+        patch.setattr(DatasetOutput, "finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            preprocess_data.main(command)
+    assert preprocess_data.main([*command, inputs[2]]) == 0
+    assert "240 documents are done, 2 of 3 files" in capsys.readouterr().err
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
 
 
 def test_merged_parts_equal_the_whole(inputs, tmp_path, monkeypatch, capsys):
