@@ -200,7 +200,9 @@ class PreprocessJob:
                         before = sum(s.length for s in self.sources[:source])
                         self.point.done = True
                     age = time.monotonic() - saved
-                    if age > (SECONDS_AFTER_A_SOURCE if changed else SECONDS_BETWEEN_SAVES):
+                    # Each save ends a run of sorted documents: those should not be short.
+                    early = changed and self.encoding.record_dtype is None
+                    if age > (SECONDS_AFTER_A_SOURCE if early else SECONDS_BETWEEN_SAVES):
                         self._save(journal)
                         saved = time.monotonic()
                     self._write_block(source, block, encoded)
