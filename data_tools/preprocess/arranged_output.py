@@ -119,7 +119,8 @@ class ArrangedOutput(DatasetOutput):
         """Return the state after the last block, without the positions of the writers."""
         point = super().resume_point(source, position, counts)
         self._added.end = (source, position)
-        self._waiting.append(self._added)
+        if self._added.packed:  # none of a line above the limit
+            self._waiting.append(self._added)
         self._waiting_bytes += self._added.size
         return point
 

@@ -135,6 +135,16 @@ def test_order_and_duplicates(seed, unique, inputs, tmp_path):
         assert [removed[path]["duplicates"] for path in inputs] == lost
 
 
+def test_lines_above_the_limit_are_skipped(tmp_path):
+    path = tmp_path / "in.jsonl"
+    long = json.dumps({"text": "x" * 1_000_000})
+    path.write_text(f'{{"text": "a"}}\n{long}\n{{"text": "b"}}\n{{"text": "a"}}\n')
+    arguments = ["--input", str(path), "--output-prefix", str(tmp_path / "o"), *BYTES]
+    arguments += ["--remove-duplicates", "--on-error", "skip", "--max-rejected", "50%"]
+    assert preprocess_data.main([*arguments, "--max-line-mb", "1", "--workers", "1"]) == 0
+    assert read_texts(str(tmp_path / "o_text_document")) == ["a", "b"]
+
+
 class Killed(BaseException):
     """Simulates kill -9: no code may run after it."""
 
