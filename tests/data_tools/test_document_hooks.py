@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import random
 
 import pytest
 
@@ -161,6 +162,28 @@ def test_minimum_above_maximum_raises(tmp_path, capsys):
     code, _ = run(tmp_path, [{"text": "a"}], None, "--min-tokens", "9", "--max-tokens", "8")
     assert code == 2
     assert "--min-tokens 9 is larger than --max-tokens 8" in capsys.readouterr().err
+
+
+def test_statistics_are_those_of_the_documents_kept(tmp_path):
+    """Counts by language, which are not those of the documents that were read."""
+    draw = random.Random(1)
+    documents = [
+        {"text": f"t{draw.randint(0, 30)}" * draw.randint(1, 4), "lang": draw.choice(["ja", "en"])}
+        for _ in range(300)
+    ]
+    code, prefix = run(tmp_path, documents, None, "--remove-duplicates", "--shuffle-seed", "2")
+    assert code == 0
+    kept: dict[str, str] = {}
+    for document in documents:
+        kept.setdefault(document["text"], document["lang"])
+    assert len(kept) < 150
+    manifest = json.loads((tmp_path / "o_text_document.json").read_text())
+    found = manifest["statistics"]["sources"][str(tmp_path / "in.jsonl")]
+    for language in ("ja", "en"):
+        sizes = [len(text) for text, of_text in kept.items() if of_text == language]
+        counts = found[language]
+        assert (counts["documents"], counts["bytes"]) == (len(sizes), sum(sizes))
+        assert (counts["tokens"], counts["longest"]) == (sum(sizes) + len(sizes), max(sizes) + 1)
 
 
 def test_summary_reports_removed_documents(tmp_path, capsys):
