@@ -171,7 +171,7 @@ def test_statistics_are_those_of_the_documents_kept(tmp_path):
         {"text": f"t{draw.randint(0, 30)}" * draw.randint(1, 4), "lang": draw.choice(["ja", "en"])}
         for _ in range(300)
     ]
-    code, prefix = run(tmp_path, documents, None, "--remove-duplicates", "--shuffle-seed", "2")
+    code, _ = run(tmp_path, documents, None, "--remove-duplicates", "--shuffle-seed", "2")
     assert code == 0
     kept: dict[str, str] = {}
     for document in documents:
