@@ -15,6 +15,7 @@ from data_tools.documents import (
     document_chunks,
     read_dataset_manifest,
 )
+from data_tools.preprocess.merge_parts import read_array_parts
 from data_tools.preprocess.remote.addresses import refuse_remote_output
 from data_tools.preprocess.shards import find_parts
 from data_tools.statistics.counts import (
@@ -23,7 +24,13 @@ from data_tools.statistics.counts import (
     describe_sources,
     read_sources,
 )
-from megatron_llmjp.data.indexed_dataset import bin_path, read_and_check_index
+from data_tools.statistics.removed import (
+    RemovedBySource,
+    add_removed_by_source,
+    describe_removed,
+    read_removed,
+)
+from megatron_llmjp.data.indexed_dataset import DatasetIndex, bin_path, read_and_check_index
 from megatron_llmjp.data.indexed_dataset_writer import IndexedDatasetWriter
 from megatron_llmjp.errors import EXIT_DONE, UserError
 from megatron_llmjp.filesystem import (
@@ -70,14 +77,27 @@ def merge_requested(args: argparse.Namespace) -> int:
         )
         return EXIT_DONE
     for key, prefixes in find_parts(args.parts).items():
-        merge_datasets(prefixes, f"{args.parts}_{key}_document", args.overwrite, args.allow_empty)
+        output_prefix = f"{args.parts}_{key}_document"
+        merge_datasets(prefixes, output_prefix, args.overwrite, args.allow_empty, is_array=True)
     return EXIT_DONE
 
 
 def merge_datasets(
-    prefixes: list[str], output_prefix: str, overwrite: bool, allow_empty: bool = False
+    prefixes: list[str],
+    output_prefix: str,
+    overwrite: bool,
+    allow_empty: bool = False,
+    is_array: bool = False,
 ) -> None:
-    """Check that the datasets are compatible, and merge them."""
+    """Check that the datasets are compatible, and merge them.
+
+    Args:
+        prefixes: the datasets, in order.
+        output_prefix: prefix of the merged dataset.
+        overwrite: replace an existing dataset.
+        allow_empty: write a dataset without tokens.
+        is_array: these are all parts of an array; their documents may be shuffled together.
+    """
     finals = [Path(output_prefix + suffix) for suffix in (".bin", ".json", ".idx")]
     if output_prefix in prefixes:
         raise UserError(f"--output-prefix {output_prefix}: the output is one of the inputs")
@@ -95,14 +115,17 @@ def merge_datasets(
             "Check them with inspect_dataset, or give --allow-empty to write an empty dataset."
         )
     recipe = common_recipe(prefixes)
+    array = read_array_parts(prefixes, indexes) if is_array else None
     with staging_folder(Path(f"{output_prefix}.partial")) as folder:
         writer = IndexedDatasetWriter(folder / "merged.bin", indexes[0].dtype)
-        for index in indexes:
-            for chunk in document_chunks(index):
-                for tokens, part in chunks_with_tokens(index, chunk):
-                    writer.add(tokens, part.lengths, part.sequences)
+        if array is None:
+            _concatenate(indexes, writer)
+        else:
+            array.write(writer, folder)
+        statistics = merged_statistics(prefixes) if array is None else array.statistics()
         crc = writer.finish(folder / "merged.idx")
-        write_json_durably(folder / "merged.json", merged_manifest(writer, crc, recipe, prefixes))
+        manifest = merged_manifest(writer, crc, recipe, prefixes, statistics)
+        write_json_durably(folder / "merged.json", manifest)
         rename_into_place([(folder / f"merged{final.suffix}", final) for final in finals])
     position = writer.position
     tokens_written = position.bin_bytes // writer.dtype.itemsize
@@ -110,6 +133,14 @@ def merge_datasets(
         f"{output_prefix}: {len(prefixes):,} datasets, {position.documents:,} documents, "
         f"{tokens_written:,} tokens"
     )
+
+
+def _concatenate(indexes: Sequence[DatasetIndex], writer: IndexedDatasetWriter) -> None:
+    """Write the documents of all datasets in order."""
+    for index in indexes:
+        for chunk in document_chunks(index):
+            for tokens, part in chunks_with_tokens(index, chunk):
+                writer.add(tokens, part.lengths, part.sequences)
 
 
 def find_prefixes(words: Sequence[str]) -> list[str]:
@@ -164,7 +195,11 @@ def _added_tokens(recipe: dict[str, Any]) -> tuple[bool, bool]:
 
 
 def merged_manifest(
-    writer: IndexedDatasetWriter, idx_crc: int, recipe: dict[str, Any], prefixes: Sequence[str]
+    writer: IndexedDatasetWriter,
+    idx_crc: int,
+    recipe: dict[str, Any],
+    prefixes: Sequence[str],
+    statistics: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Return the manifest of the merged dataset."""
     manifest = {
@@ -173,19 +208,21 @@ def merged_manifest(
         "recipe": recipe,
         "merged": list(prefixes),
     }
-    statistics = merged_statistics(prefixes)
     return manifest if statistics is None else manifest | {"statistics": statistics}
 
 
 def merged_statistics(prefixes: Sequence[str]) -> dict[str, Any] | None:
     """Return the counts by source file and language of all parts; None if one has none."""
     total: dict[str, CountsByLanguage] = {}
+    removed: RemovedBySource = {}
     for prefix in prefixes:
         try:
-            add_by_source(total, read_sources((read_dataset_manifest(prefix) or {})["statistics"]))
+            statistics = (read_dataset_manifest(prefix) or {})["statistics"]
+            add_by_source(total, read_sources(statistics))
+            add_removed_by_source(removed, read_removed(statistics))
         except (KeyError, ValueError):
             return None
-    return describe_sources(total)
+    return {**describe_sources(total), **describe_removed(removed)}
 
 
 if __name__ == "__main__":

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.common import ToolParser, cores, run_tool
+from data_tools.preprocess.arranged_output import ArrangedOutput
 from data_tools.preprocess.job import PreprocessJob
 from data_tools.preprocess.output import DatasetOutput
 from data_tools.preprocess.rejection import parse_share
 from data_tools.preprocess.remote.addresses import refuse_remote_output
+from data_tools.preprocess.selection import add_selection_flags, selection_from_args
 from data_tools.preprocess.shards import part_prefix, take_shard, uneven_shards_warning
 from data_tools.preprocess.sources import find_input, ignored_record
 from data_tools.preprocess.text_counts import DEFAULT_LANGUAGE_KEY
@@ -41,6 +43,9 @@ EXAMPLES = """\
 
   Continue after bad lines and store them in data/ja_rejected.jsonl, with the reasons in .csv:
     preprocess_data ... --on-error quarantine
+
+  Shuffle all documents, remove copies and short ones, and filter them by functions in hooks.py:
+    preprocess_data ... --shuffle-seed 1 --remove-duplicates --min-characters 200 --hooks hooks.py
 
   After an interruption or a full disk, run the same command again to resume.
 
@@ -105,6 +110,7 @@ def _parser() -> ToolParser:
         help="number of encoding processes",
     )
     _add_limits(add)
+    add_selection_flags(add)
     add(
         "--log-interval",
         type=positive_int,
@@ -204,6 +210,7 @@ def preprocess(args: argparse.Namespace) -> int:
     found = find_input(args.input)
     found.report()
     sources = found.sources
+    selection = selection_from_args(args, sources)
     tokenizer = tokenizer_from_args(args)
     if tokenizer.kind == "HuggingFaceTokenizer":
         _warn_of_dropped_characters(tokenizer)
@@ -216,7 +223,9 @@ def preprocess(args: argparse.Namespace) -> int:
             use_fast_encoder,  # imports the tokenizers library
         )
 
-        tokenizer, message = use_fast_encoder(tokenizer, args.fast_encoder, sources, args.json_keys)
+        tokenizer, message = use_fast_encoder(
+            tokenizer, args.fast_encoder, sources, args.json_keys, selection.hooks
+        )
         print(message, file=sys.stderr)
     shard = None
     if args.shard:
@@ -226,8 +235,12 @@ def preprocess(args: argparse.Namespace) -> int:
         sources, whole_list = take_shard(sources, number, count)
         shard = {"number": number, "count": count, "list": whole_list}
         args.output_prefix = part_prefix(args.output_prefix, number, count)
-    output = DatasetOutput(args.output_prefix, args.json_keys, best_dtype(tokenizer.vocab_size))
-    job = PreprocessJob(args, sources, tokenizer, output, shard, ignored_record(found.ignored))
+    dtype = best_dtype(tokenizer.vocab_size)
+    output = DatasetOutput(args.output_prefix, args.json_keys, dtype)
+    if (order := selection.arrangement).is_needed:
+        output = ArrangedOutput(args.output_prefix, args.json_keys, dtype, order, shard is not None)
+    ignored = ignored_record(found.ignored)
+    job = PreprocessJob(args, sources, tokenizer, output, shard, ignored, selection)
     if not args.overwrite and job.is_complete():
         return job.print_summary()
     with output.name_output_in_errors():

@@ -10,6 +10,7 @@ from typing import Any
 
 from data_tools.preprocess.journal import SourceCounts
 from data_tools.statistics.counts import add_by_source, sum_counts
+from data_tools.statistics.removed import reasons_in
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.formatting import format_table
 
@@ -20,6 +21,7 @@ def summary_rows(
     names: list[str], counts: list[SourceCounts], keys: list[str]
 ) -> list[dict[str, Any]]:
     """Return one row per source, and a ``total`` row if there are several."""
+    reasons = reasons_in(count.removed for count in counts)
     table: list[dict[str, Any]] = [
         {
             "source": name,
@@ -30,13 +32,14 @@ def summary_rows(
             "rejected": sum(count.rejected.values()),
             "empty": count.empty,
             "blank": count.blank,
+            **{reason: count.removed.get(reason, 0) for reason in reasons},
         }
         for name, count in zip(names, counts, strict=True)
     ]
     if len(table) != 1:
         total: dict[str, Any] = {"source": "total"}
         tokens = (f"tokens_{key}" for key in keys)
-        for name in ("documents", "bytes", *tokens, "rejected", "empty", "blank"):
+        for name in ("documents", "bytes", *tokens, "rejected", "empty", "blank", *reasons):
             total[name] = sum(row[name] for row in table)
         whole = SourceCounts()
         for count in counts:

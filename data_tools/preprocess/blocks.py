@@ -77,11 +77,16 @@ class Block:
 
 
 def read_parquet(
-    source: InputSource, file: BinaryIO, start: int, keys: list[str], language_key: str | None
+    source: InputSource,
+    file: BinaryIO,
+    start: int,
+    keys: list[str] | None,
+    language_key: str | None = None,
 ) -> Iterator[Block]:
     """Yield blocks of rows from row ``start`` on, with the column of languages if there is one.
 
-    A local file is mapped into memory; a remote one is read through ``file``.
+    ``keys`` are the columns to read; None reads all. A local file is mapped into memory; a remote
+    one is read through ``file``.
 
     Raises:
         UserError: pyarrow is not installed, or the file is damaged or lacks a column.
@@ -104,6 +109,7 @@ def read_parquet(
             else pq.ParquetFile(file, buffer_size=REMOTE_PAGE_BYTES)
         ) as table:
             names = table.schema_arrow.names
+            keys = names if keys is None else keys
             _check_columns(source, names, keys)
             if language_key is not None and language_key in names and language_key not in keys:
                 keys = [*keys, language_key]
@@ -174,14 +180,18 @@ def _values(column: Any) -> list[Any]:
 
 
 def read_blocks(
-    source: InputSource, start: int, keys: list[str], limit: int, language_key: str | None = None
+    source: InputSource,
+    start: int,
+    keys: list[str] | None,
+    limit: int,
+    language_key: str | None = None,
 ) -> Iterator[Block]:
     """Yield the blocks of a source.
 
     Args:
         source: the file.
         start: 0, or the ``end`` of an earlier block.
-        keys: the columns to read, for tables.
+        keys: the columns to read, for tables; None reads all.
         limit: maximum length of a line in bytes; longer lines are yielded as LongLine.
         language_key: optional column of languages, for tables.
 
@@ -201,7 +211,7 @@ def _read_blocks(
     source: InputSource,
     file: BinaryIO,
     start: int,
-    keys: list[str],
+    keys: list[str] | None,
     limit: int,
     language_key: str | None,
 ) -> Iterator[Block]:

@@ -5,7 +5,6 @@ The pool is an ordered map with bounded read-ahead that detects killed workers.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import itertools
 import json
@@ -25,17 +24,16 @@ import numpy as np
 import numpy.typing as npt
 
 from data_tools.preprocess.blocks import Block, FileRange, LongLine, TableRows
+from data_tools.preprocess.document_hooks import DocumentHooks
+from data_tools.preprocess.document_records import Records, describe_documents
+from data_tools.preprocess.json_lines import BadLine, parse_line, texts_of
+from data_tools.preprocess.packed_documents import PackedDocuments
+from data_tools.preprocess.removal import LengthLimits, RemovedDocument, add_removed
 from data_tools.preprocess.text_counts import count_texts, language_of
-from data_tools.statistics.counts import CountsByLanguage, document_lengths
+from data_tools.statistics.counts import CountsByLanguage
 from megatron_llmjp.data.indexed_dataset import best_dtype
 from megatron_llmjp.tokenizers import Tokenizer
 from megatron_llmjp.tokenizers.base import Ids
-
-try:
-    import orjson
-except ImportError:  # 4 % slower without
-    orjson = None  # type: ignore[assignment]
-
 
 Documents = list[list[str]]  # per document its texts: one, or one per sentence
 
@@ -54,6 +52,9 @@ class EncodingOptions:
         limit: maximum length of a line in bytes.
         keep_raw: return rejected lines, for the quarantine.
         language_key: JSON key of a document's language, for statistics.
+        hooks: functions that select and change documents.
+        lengths: limits on the length of documents.
+        record_dtype: dtype of the records of documents; None records none.
     """
 
     keys: list[str]
@@ -63,19 +64,14 @@ class EncodingOptions:
     keep_raw: bool
     append_bos: bool = False
     language_key: str = "lang"
+    hooks: DocumentHooks | None = None
+    lengths: LengthLimits = field(default_factory=LengthLimits)
+    record_dtype: np.dtype[Any] | None = None
 
-
-@dataclass
-class PackedDocuments:
-    """Concatenated documents: ids, tokens per sequence, sequences per document."""
-
-    tokens: npt.NDArray[Any]
-    lengths: npt.NDArray[np.int32]
-    sequences: npt.NDArray[np.int32]
-
-    def document_lengths(self) -> npt.NDArray[np.int64]:
-        """Return the tokens per document."""
-        return document_lengths(self.lengths, self.sequences)
+    @property
+    def columns(self) -> list[str] | None:
+        """Columns of a table to read; None for all, which hooks may use."""
+        return self.keys if self.hooks is None else None
 
 
 @dataclass(frozen=True)
@@ -98,6 +94,8 @@ class EncodedBlock:
         lines: number of lines in the block, including blank and rejected ones.
         empty: lines whose documents are kept although they have no text.
         invalid_id: first line with a token id outside the vocabulary, and that id.
+        removed: documents that were removed on request, by reason.
+        records: records of the documents by key, if they are recorded.
     """
 
     packed: dict[str, PackedDocuments] = field(default_factory=dict)
@@ -107,14 +105,8 @@ class EncodedBlock:
     rejected: list[RejectedLine] = field(default_factory=list)
     empty: list[int] = field(default_factory=list)
     invalid_id: tuple[int, int] | None = None
-
-
-class BadLine(ValueError):
-    """A line that yields no document, with the reason to count it under and details."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason, self.detail = reason, detail
+    removed: dict[str, int] = field(default_factory=dict)
+    records: dict[str, Records] = field(default_factory=dict)
 
 
 class BlockEncoder:
@@ -144,6 +136,9 @@ class BlockEncoder:
         for number, record, raw in self._records(payload, result):
             try:
                 fields, language = self._texts_by_key(record, raw, check_each_text)
+            except RemovedDocument as removed:
+                add_removed(result.removed, {removed.reason: 1})
+                continue
             except BadLine as bad:
                 kept = self._raw_line(record, raw)
                 result.rejected.append(RejectedLine(number, bad.reason, bad.detail, kept))
@@ -156,12 +151,39 @@ class BlockEncoder:
                 documents[key].append(texts)
         for key, of_key in documents.items():
             result.packed[key], wrong = self._pack_documents(of_key)
-            result.texts[key] = count_texts(
-                of_key, languages, result.packed[key].document_lengths()
-            )
             if wrong is not None and result.invalid_id is None:
                 result.invalid_id = (lines[wrong[0]], wrong[1])
+        if self.encoding.lengths.on_tokens:
+            lines, languages = self._limit_tokens(result, documents, lines, languages)
+        for key, of_key in documents.items():
+            lengths = result.packed[key].document_lengths()
+            result.texts[key] = count_texts(of_key, languages, lengths)
+        if (dtype := self.encoding.record_dtype) is not None:
+            result.records = describe_documents(
+                payload, read_range, lines, documents, languages, dtype
+            )
         return result
+
+    def _limit_tokens(
+        self,
+        result: EncodedBlock,
+        documents: dict[str, Documents],
+        lines: list[int],
+        languages: list[str],
+    ) -> tuple[list[int], list[str]]:
+        """Remove too short and too long documents; return the lines and languages of the others."""
+        lengths = sum(packed.document_lengths() for packed in result.packed.values())
+        kept, removed = self.encoding.lengths.check_tokens(np.asarray(lengths))
+        if not removed:
+            return lines, languages
+        add_removed(result.removed, removed)
+        chosen = np.flatnonzero(kept)
+        for key, of_key in documents.items():
+            result.packed[key] = result.packed[key].take(chosen)
+            documents[key] = [of_key[at] for at in chosen]
+        left = {lines[at]: languages[at] for at in chosen}
+        result.empty = [line for line in result.empty if line in left]
+        return list(left), list(left.values())
 
     def _raw_line(self, record: Any, raw: bytes) -> bytes:
         """Return a rejected line if it is to be kept; a table row is converted to JSON."""
@@ -200,6 +222,8 @@ class BlockEncoder:
             raise BadLine("line too long", f"{len(raw):,} bytes")
         is_row = record is not None
         record = record if is_row else parse_line(raw)
+        if self.encoding.hooks is not None:
+            record = self.encoding.hooks.apply(record)
         fields = {key: texts_of(record, key) for key in self.encoding.keys}
         if (
             is_row
@@ -208,6 +232,8 @@ class BlockEncoder:
             raise BadLine("line too long", f"{size:,} characters")
         if not self.encoding.keep_empty and not any(map(any, fields.values())):
             raise BadLine("empty document")
+        if self.encoding.lengths.on_characters:
+            self.encoding.lengths.check_characters(itertools.chain(*fields.values()))
         for text in (text for texts in fields.values() for text in texts if check_each_text):
             try:
                 self.tokenizer.encode(text)
@@ -256,48 +282,6 @@ class BlockEncoder:
         sequence = np.searchsorted(np.cumsum(packed.lengths, dtype=np.int64), at, side="right")
         document = np.searchsorted(np.cumsum(packed.sequences), sequence, side="right")
         return int(document), int(ids[at])
-
-
-def parse_line(raw: bytes) -> dict[str, Any]:
-    """Return the JSON object of a line.
-
-    Raises:
-        BadLine: the line is not UTF-8, not JSON or not an object.
-    """
-    with contextlib.suppress(ValueError):
-        if orjson is not None and isinstance(record := orjson.loads(raw), dict):
-            return record
-    # The standard library is slower, but accepts slightly more and reports the error.
-    try:
-        line = raw.decode()
-    except UnicodeDecodeError as error:
-        found = raw[error.start : error.start + 4].hex(" ")
-        raise BadLine("invalid UTF-8", f"bytes {found} at byte {error.start + 1}") from error
-    try:
-        record = json.loads(line.removeprefix("\ufeff"))
-    except (ValueError, RecursionError) as error:
-        raise BadLine("not valid JSON", f"{error}: {line[:60]!r}") from error
-    if not isinstance(record, dict):
-        raise BadLine("not a JSON object", f"found {type(record).__name__}: {line[:60]!r}")
-    return record
-
-
-def texts_of(record: dict[str, Any], key: str) -> list[str]:
-    """Return the value of a key as a list of texts.
-
-    Raises:
-        BadLine: the key is missing, or its value is not text.
-    """
-    if key not in record:
-        raise BadLine(
-            "missing key", f"'{key}' is not among {', '.join(map(repr, list(record)[:8]))}"
-        )
-    value = record[key]
-    texts = value if isinstance(value, list) else [value]
-    for text in texts:
-        if not isinstance(text, str):
-            raise BadLine("not a string", f"'{key}' is {type(text).__name__} {str(text)[:40]}")
-    return texts
 
 
 def read_range(block: FileRange) -> bytes:

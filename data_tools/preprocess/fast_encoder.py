@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data_tools.preprocess.document_hooks import DocumentHooks
 from data_tools.preprocess.sample import first_texts
 from data_tools.preprocess.sources import InputSource
 from megatron_llmjp.errors import UserError
@@ -71,7 +72,11 @@ class FastEncodingTokenizer(Tokenizer):
 
 
 def use_fast_encoder(
-    original: Tokenizer, model: str, sources: list[InputSource], keys: list[str]
+    original: Tokenizer,
+    model: str,
+    sources: list[InputSource],
+    keys: list[str],
+    hooks: DocumentHooks | None = None,
 ) -> tuple[Tokenizer, str]:
     """Return the tokenizer to use, and a message with the reason.
 
@@ -83,7 +88,7 @@ def use_fast_encoder(
     if not sources[0].seekable:
         raise UserError("--fast-encoder: the tokenizers cannot be compared on the text of a pipe")
     fast = FastEncodingTokenizer(original, load_tokenizer("GPTSentencePieceTokenizer", model))
-    texts = [*PROBE_TEXTS, *first_texts(sources, keys, SAMPLE_BYTES)]
+    texts = [*PROBE_TEXTS, *first_texts(sources, keys, SAMPLE_BYTES, hooks)]
     different = [
         text
         for text, ids in zip(texts, original.encode_batch(texts), strict=True)

@@ -18,6 +18,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from data_tools.common import EncodingProgress
 from data_tools.documents import MANIFEST_FORMAT
 from data_tools.preprocess.blocks import Block, LongLine, read_blocks
+from data_tools.preprocess.document_records import place_records
 from data_tools.preprocess.encode import (
     BlockEncoder,
     EncodedBlock,
@@ -29,9 +30,12 @@ from data_tools.preprocess.journal import ResumeJournal, ResumePoint, SourceCoun
 from data_tools.preprocess.output import DatasetOutput
 from data_tools.preprocess.rejection import RejectionLimits
 from data_tools.preprocess.remote_changes import refuse_changed_remote
+from data_tools.preprocess.removal import add_removed
+from data_tools.preprocess.selection import Selection
 from data_tools.preprocess.sources import InputSource
 from data_tools.preprocess.text_counts import DEFAULT_LANGUAGE_KEY, add_texts
 from data_tools.statistics.counts import describe_sources, read_sources
+from data_tools.statistics.removed import describe_removed
 from data_tools.tables import format_rows, summary_rows, write_table
 from megatron_llmjp.data.indexed_dataset_writer import IndexedDatasetWriter
 from megatron_llmjp.errors import EXIT_DONE, UserError
@@ -53,6 +57,7 @@ class PreprocessJob:
         output: DatasetOutput,
         shard: dict[str, Any] | None,
         ignored: dict[str, Any],
+        selection: Selection,
     ) -> None:
         self.args, self.sources, self.tokenizer, self.output = args, sources, tokenizer, output
         self.ignored = ignored
@@ -64,7 +69,11 @@ class PreprocessJob:
             keep_raw=args.on_error == "quarantine",
             append_bos=args.append_bos,
             language_key=args.language_key,
+            hooks=selection.hooks,
+            lengths=selection.lengths,
+            record_dtype=selection.arrangement.record_dtype,
         )
+        self.selection = selection
         self.recipe: dict[str, Any] = {
             "tokenizer": tokenizer.identity(),
             "options": {
@@ -80,11 +89,13 @@ class PreprocessJob:
                 self.recipe["options"][name] = True
         if args.language_key != DEFAULT_LANGUAGE_KEY:  # manifests of earlier versions have no key
             self.recipe["options"]["language_key"] = args.language_key
+        self.recipe["options"] |= selection.identity()
         if shard is not None:
             self.recipe["shard"] = shard
         # A part of an array may have no documents: merge_datasets checks the merged dataset.
         self.limits = RejectionLimits(args.max_rejected, args.allow_empty or shard is not None)
-        self.counts = [SourceCounts() for _ in sources]
+        reasons = selection.removal_reasons()
+        self.counts = [SourceCounts(removed=dict.fromkeys(reasons, 0)) for _ in sources]
         self.point = ResumePoint()  # the state after the last block that was written
         self.warned = 0
 
@@ -159,6 +170,7 @@ class PreprocessJob:
             for source, identity in zip(self.sources, self.recipe["sources"], strict=True):
                 source.refuse_changed(identity)
             self.limits.check(self.counts, self.args.json_keys)
+            self.output.arrange(journal, self.counts)
         self.output.finish(journal, self._manifest)
         return self.print_summary()
 
@@ -192,7 +204,9 @@ class PreprocessJob:
                         before = sum(s.length for s in self.sources[:source])
                         self.point.done = True
                     age = time.monotonic() - saved
-                    if age > (SECONDS_AFTER_A_SOURCE if changed else SECONDS_BETWEEN_SAVES):
+                    # Each save ends a run of sorted documents: those should not be short.
+                    early = changed and self.encoding.record_dtype is None
+                    if age > (SECONDS_AFTER_A_SOURCE if early else SECONDS_BETWEEN_SAVES):
                         self._save(journal)
                         saved = time.monotonic()
                     self._write_block(source, block, encoded)
@@ -210,7 +224,7 @@ class PreprocessJob:
             for block in read_blocks(
                 self.sources[number],
                 start,
-                self.args.json_keys,
+                self.encoding.columns,
                 self.encoding.limit,
                 self.encoding.language_key,
             ):
@@ -235,7 +249,9 @@ class PreprocessJob:
         if encoded.invalid_id is not None:
             line, token_id = encoded.invalid_id
             self._raise_invalid_id(source, source_counts.lines + line + 1, token_id)
-        self.output.add(encoded.packed)
+        file_number = self.selection.file_numbers[self.sources[source].name]
+        records = place_records(encoded.records, block, source, file_number)
+        self.output.add(encoded.packed, records)
         source_counts.lines += encoded.lines
         source_counts.documents += _documents(encoded)
         source_counts.bytes += block.size
@@ -244,6 +260,7 @@ class PreprocessJob:
         for key, part in encoded.packed.items():
             source_counts.tokens[key] = source_counts.tokens.get(key, 0) + len(part.tokens)
         add_texts(source_counts.texts, encoded.texts)
+        add_removed(source_counts.removed, encoded.removed)
         self.point = self.output.resume_point(source, block.end, source_counts)
         if encoded.rejected:
             self.limits.check_early(self.counts)
@@ -286,7 +303,7 @@ class PreprocessJob:
             return
         since = range(journal.last.source, self.point.source)
         self.point.finished = {source: self.counts[source] for source in since}
-        self.output.sync()
+        self.output.sync_to(self.point)
         journal.add(copy.deepcopy(self.point))
 
     def _manifest(self, key: str, writer: IndexedDatasetWriter, idx_crc: int) -> dict[str, Any]:
@@ -303,16 +320,21 @@ class PreprocessJob:
             "ignored": self.ignored,
             "recipe": self.recipe,
             "tallies": [
-                {name: value for name, value in vars(source_counts).items() if name != "texts"}
+                {
+                    name: value
+                    for name, value in vars(source_counts).items()
+                    if name != "texts" and (name != "removed" or value)
+                }
                 for source_counts in self.counts
             ],
-            "statistics": describe_sources(
-                {
-                    source.name: source_counts.texts.get(key, {})
-                    for source, source_counts in zip(self.sources, self.counts, strict=True)
-                }
-            ),
+            "statistics": self._statistics(key),
         }
+
+    def _statistics(self, key: str) -> dict[str, Any]:
+        by_source = list(zip(self.sources, self.counts, strict=True))
+        kept = {source.name: counts.texts.get(key, {}) for source, counts in by_source}
+        removed = {source.name: counts.removed for source, counts in by_source}
+        return {**describe_sources(kept), **describe_removed(removed)}
 
     def print_summary(self) -> int:
         """Print the summary table, and write it to the --report files."""

@@ -29,6 +29,7 @@ class SourceCounts:
     """Counts of one source: lines, documents, bytes of decompressed input, tokens by key.
 
     ``texts`` has the counts of documents by key and language. Earlier versions did not record it.
+    ``removed`` has the documents that were removed on request, by reason.
     """
 
     lines: Count = 0
@@ -39,6 +40,15 @@ class SourceCounts:
     rejected: dict[str, Count] = field(default_factory=dict)
     tokens: dict[str, Count] = field(default_factory=dict)
     texts: dict[str, CountsByLanguage] = field(default_factory=dict)
+    removed: dict[str, Count] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SlicePosition:
+    """Number of slices of arranged documents that are written, and position of their writer."""
+
+    slices: Count = 0
+    output: WriterPosition = field(default_factory=WriterPosition)
 
 
 @dataclass
@@ -53,6 +63,7 @@ class ResumePoint:
         finished: counts of the sources that were finished since the previous point.
         outputs: position of the writer of each key.
         rejected: sizes of the quarantine files in bytes.
+        arranged: position in the arranged documents of each key, when all input is encoded.
         finishing: all data is written, and only renames remain.
     """
 
@@ -63,6 +74,7 @@ class ResumePoint:
     finished: dict[Count, SourceCounts] = field(default_factory=dict)
     outputs: dict[str, WriterPosition] = field(default_factory=dict)
     rejected: dict[str, Count] = field(default_factory=dict)
+    arranged: dict[str, SlicePosition] = field(default_factory=dict)
     finishing: bool = False
 
     def all_counts(self) -> Iterator[SourceCounts]:
@@ -72,6 +84,11 @@ class ResumePoint:
     def to_json(self) -> dict[str, Any]:
         """Return the point as stored, with the key names of all versions."""
         content = asdict(self)
+        for counts in (content["counts"], *content["finished"].values()):
+            if not counts["removed"]:
+                del counts["removed"]
+        if not self.arranged:
+            del content["arranged"]
         return content | {"tally": content.pop("counts"), "earlier": content.pop("finished")}
 
 
@@ -156,7 +173,11 @@ class ResumeJournal:
         read = before[: max((p.source for p in points), default=-1) + 1]
         refuse_changed_remote(self.sources, self.recipe["sources"], read, str(self.path.parent))
         every = unchanged == len(before) == len(self.recipe["sources"])
-        valid = [p for p in points if p.source < unchanged and (every or not p.finishing)]
+        valid = [
+            point
+            for point in points
+            if point.source < unchanged and (every or not (point.finishing or point.arranged))
+        ]
         if any(source > p.source for p in valid for source in p.finished):
             raise _damage(self.path, "it counts documents of a source that was not read")
         return valid

@@ -8,7 +8,7 @@ import dataclasses
 import io
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 
 from data_tools.documents import read_dataset_manifest
-from data_tools.preprocess.encode import PackedDocuments, RejectedLine
+from data_tools.preprocess.document_records import Records
+from data_tools.preprocess.encode import RejectedLine
 from data_tools.preprocess.journal import ResumeJournal, ResumePoint, SourceCounts, is_finishing
+from data_tools.preprocess.packed_documents import PackedDocuments
 from data_tools.preprocess.sources import InputSource
-from megatron_llmjp.data.indexed_dataset_writer import IndexedDatasetWriter
+from megatron_llmjp.data.indexed_dataset_writer import IndexedDatasetWriter, WriterPosition
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.filesystem import FileLock, acquire_lock, rename_into_place, write_json_durably
 
@@ -42,10 +44,15 @@ class DatasetOutput:
     def final_paths(self) -> list[tuple[Path, Path]]:
         """Return (work file, final file) pairs in the order of renaming, with every .idx last."""
         pairs = [(self.folder / name, Path(f"{self.prefix}_{name}")) for name in REJECTED]
-        for suffix in (".bin", ".json", ".idx"):
+        for suffix in self.suffixes:
             for key in self.keys:
                 pairs.append((self.folder / (key + suffix), Path(self.prefix_of(key) + suffix)))
         return pairs
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Suffixes of the files of each dataset in the order of renaming."""
+        return (".bin", ".json", ".idx")
 
     def manifests(self) -> list[dict[str, Any]]:
         """Return the manifests of datasets that exist under their final names."""
@@ -85,14 +92,17 @@ class DatasetOutput:
         journal = ResumeJournal(self._journal_file, recipe, sources, overwrite=overwrite)
         last = journal.last
         if not last.finishing:
-            for key in self.keys:
-                self.writers[key] = IndexedDatasetWriter(
-                    self.folder / f"{key}.bin", self.dtype, last.outputs.get(key)
-                )
+            self.open_writers(last.outputs)
             for name in REJECTED:
                 with (self.folder / name).open("ab") as file:
                     file.truncate(last.rejected.get(name, 0))
         return journal
+
+    def open_writers(self, positions: Mapping[str, WriterPosition]) -> None:
+        """Open the writer of each key at the given position."""
+        for key in self.keys:
+            path = self.folder / f"{key}.bin"
+            self.writers[key] = IndexedDatasetWriter(path, self.dtype, positions.get(key))
 
     def _acquire_lock(self) -> None:
         try:
@@ -103,8 +113,15 @@ class DatasetOutput:
                 "finishes, or choose another --output-prefix."
             ) from error
 
-    def add(self, packed: dict[str, PackedDocuments]) -> None:
-        """Append the documents of a block to the dataset of each key."""
+    def add(
+        self, packed: dict[str, PackedDocuments], records: dict[str, Records] | None = None
+    ) -> None:
+        """Append the documents of a block to the dataset of each key.
+
+        Args:
+            packed: the documents by key.
+            records: their records, for output that is arranged at the end.
+        """
         for key, part in packed.items():
             self.writers[key].add(part.tokens, part.lengths, part.sequences)
 
@@ -133,6 +150,13 @@ class DatasetOutput:
             outputs={key: writer.position for key, writer in self.writers.items()},
             rejected={name: (self.folder / name).stat().st_size for name in REJECTED},
         )
+
+    def arrange(self, journal: ResumeJournal, counts: Sequence[SourceCounts]) -> None:
+        """Arrange the documents when all input is encoded; here they are in their final order."""
+
+    def sync_to(self, point: ResumePoint) -> None:
+        """Flush all files to disk, with the data up to a point to resume from."""
+        self.sync()
 
     def sync(self) -> None:
         """Flush all files to disk."""

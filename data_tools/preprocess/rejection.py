@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from data_tools.preprocess.journal import SourceCounts
+from data_tools.statistics.removed import sum_removed
 from megatron_llmjp.errors import UserError
 
 MIN_REJECTED_TO_STOP_EARLY = 1000
@@ -47,16 +48,18 @@ class RejectionLimits:
         if empty and not self.allow_empty:
             lines = sum(source_counts.lines for source_counts in counts)
             rejected = _reasons(counts).total()
+            removed = sum_removed(source_counts.removed for source_counts in counts)
+            by_reason = "".join(f", {n:,} removed as {name}" for name, n in removed.items() if n)
             raise UserError(
                 f"no tokens for --json-keys {' '.join(empty)}: {lines:,} lines were read, "
-                f"{rejected:,} of them rejected. Check --input and --json-keys, or give "
+                f"{rejected:,} of them rejected{by_reason}. Check --input and --json-keys, or give "
                 "--allow-empty to write an empty dataset."
             )
 
     def _check_rejected(self, counts: Sequence[SourceCounts], limit: float) -> None:
         reasons = _reasons(counts)
         rejected = reasons.total()
-        total = rejected + sum(source_counts.documents for source_counts in counts)
+        total = rejected + sum(found.documents + sum(found.removed.values()) for found in counts)
         if rejected <= limit * total:
             return
         listed = ", ".join(f"{reason} {count:,}" for reason, count in reasons.most_common())

@@ -11,7 +11,7 @@ import yaml
 
 from data_tools.statistics.counts import TextCounts, named_bins
 from data_tools.statistics.summary import Summary
-from data_tools.statistics.tables import count_cells, summary_rows
+from data_tools.statistics.tables import count_cells, removed_rows, summary_rows
 
 _SIZES = (
     (1e3, "n<1K"),
@@ -43,6 +43,10 @@ def format_card(summary: Summary) -> str:
         if of_level:
             sections += [f"## {heading}", _table(level, of_level)]
     sections += ["## Documents by length", _length_table(summary.total)]
+    if removed := removed_rows(summary):
+        rows_of_sources = [[_cell(value) for value in row.values()] for row in removed]
+        table = markdown_table(removed[0], rows_of_sources)
+        sections += ["## Documents removed at preprocessing", table]
     sections += ["## Preparation", "\n".join(_preparation(summary))]
     if summary.warnings:
         sections += ["## Warnings", "\n".join(f"- {_escape(text)}" for text in summary.warnings)]
@@ -101,6 +105,8 @@ def markdown_table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 def _cell(value: Any) -> str:
     if value is None:
         return ""
+    if isinstance(value, str):
+        return value
     return f"{value:,}" if isinstance(value, int) else f"{value:,.10g}"
 
 

@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter
 
 from data_tools.statistics.counts import TextCounts
 from data_tools.statistics.summary import Summary
-from data_tools.statistics.tables import count_cells, summary_rows
+from data_tools.statistics.tables import count_cells, removed_rows, summary_rows
 from megatron_llmjp.formatting import format_count, format_tick
 from megatron_llmjp.report.html_page import embedded_image, html_facts, html_page, html_table
 from megatron_llmjp.report.plots import COLORS, FONTS, STYLE
@@ -38,6 +38,12 @@ def format_page(summary: Summary) -> str:
             cells = [[name, *map(_cell, count_cells(counts).values())] for name, counts in of_level]
             heads = [level, *(head.replace("_", " ") for head in count_cells(total))]
             parts += [f"<h2>{heading}</h2>", html_table(heads, cells)]
+    if removed := removed_rows(summary):
+        cells = [[*map(_cell, row.values())] for row in removed]
+        parts += [
+            "<h2>Documents removed at preprocessing</h2>",
+            html_table(list(removed[0]), cells),
+        ]
     subtitle = f"{format_count(total.documents)} documents, {format_count(total.tokens)} tokens"
     known = {font.name for font in font_manager.fontManager.ttflist}
     fonts = [name for name in FONTS if name in known]
@@ -56,6 +62,8 @@ def _facts(total: TextCounts) -> Iterator[tuple[str, str]]:
 def _cell(value: Any) -> str:
     if value is None:
         return ""
+    if isinstance(value, str):
+        return value
     return f"{value:,}" if isinstance(value, int) else f"{value:,.10g}"
 
 

@@ -7,6 +7,7 @@ are read from their indices. Parts that ``preprocess_data --shard`` wrote count 
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +24,7 @@ from data_tools.statistics.counts import (
     read_sources,
     sum_counts,
 )
+from data_tools.statistics.removed import RemovedBySource, add_removed_by_source, read_removed
 from megatron_llmjp.data.indexed_dataset import (
     DatasetIndex,
     bin_path,
@@ -51,6 +53,8 @@ class DatasetSummary:
     options: list[dict[str, Any]] = field(default_factory=list)
     """Distinct options of ``preprocess_data``."""
     sources: dict[str, CountsByLanguage] = field(default_factory=dict)
+    removed: RemovedBySource = field(default_factory=dict)
+    """Documents that ``preprocess_data`` removed on request."""
 
     @property
     def counts(self) -> TextCounts:
@@ -177,6 +181,8 @@ def _add(dataset: DatasetSummary, prefix: str) -> list[str]:
         dataset.tokenizers.add(describe_identity(tokenizer))
     if (options := recipe.get("options")) and options not in dataset.options:
         dataset.options.append(options)
+    with contextlib.suppress(ValueError):
+        add_removed_by_source(dataset.removed, read_removed(manifest.get("statistics", {})))
     sources, warnings = _recorded_sources(index, manifest)
     if sources is None:
         sources = {UNKNOWN_SOURCE: {"": count_documents(index)}}

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from data_tools.statistics.counts import TextCounts, bin_name, named_bins, sum_counts
+from data_tools.statistics.removed import reasons_in, sum_removed
 from data_tools.statistics.summary import Summary
 from data_tools.tables import format_rows
 from megatron_llmjp.formatting import format_table
@@ -54,6 +55,22 @@ def count_cells(counts: TextCounts) -> dict[str, Any]:
     }
 
 
+def removed_rows(summary: Summary) -> list[dict[str, Any]]:
+    """Return the documents removed at preprocessing, a row per source; empty if unknown."""
+    reasons = reasons_in(r for dataset in summary.datasets for r in dataset.removed.values())
+    several = len(summary.datasets) > 1
+    return [
+        {
+            **({"dataset": dataset.name} if several else {}),
+            "source": source,
+            **{reason.replace("_", " "): removed.get(reason, 0) for reason in reasons},
+        }
+        for dataset in summary.datasets
+        for source, removed in dataset.removed.items()
+        if reasons
+    ]
+
+
 def format_summary(summary: Summary) -> str:
     """Return the summary as text tables, with a histogram of all document lengths."""
     groups: dict[str, list[dict[str, Any]]] = {}
@@ -70,6 +87,8 @@ def format_summary(summary: Summary) -> str:
     if len(summary.datasets) == 1:
         groups.pop("total")
     texts = [format_rows(rows) for rows in groups.values()]
+    if removed := removed_rows(summary):
+        texts.append(f"documents removed at preprocessing\n{format_rows(removed)}")
     lines = [f"documents by length in tokens\n{draw_histogram(summary.total.histogram)}"]
     return "\n\n".join([*texts, *lines])
 
@@ -89,13 +108,30 @@ def format_csv(summary: Summary) -> str:
     """Return all rows as CSV, with a column for each bin of the length histogram."""
     rows = list(summary_rows(summary))
     bins = [f"length {bin_name(at)}".replace(",", "") for at in range(len(summary.total.histogram))]
+    reasons = reasons_in(r for dataset in summary.datasets for r in dataset.removed.values())
     stream = io.StringIO()
-    writer = csv.DictWriter(stream, [*_KEYS, *count_cells(TextCounts()), *bins], restval="")
+    heads = [*_KEYS, *count_cells(TextCounts()), *(f"removed {r}" for r in reasons), *bins]
+    writer = csv.DictWriter(stream, heads, restval="")
     writer.writeheader()
     for key, counts in rows:
         lengths = dict(zip(bins, [*counts.histogram, *[0] * len(bins)], strict=False))
-        writer.writerow({**key, **count_cells(counts), **lengths})
+        removed = _removed_cells(summary, key) if reasons else {}
+        writer.writerow({**key, **count_cells(counts), **removed, **lengths})
     return stream.getvalue()
+
+
+def _removed_cells(summary: Summary, key: dict[str, str]) -> dict[str, int]:
+    """Return the removed documents of a row by total, dataset or source; empty for others."""
+    if key["by"] not in ("total", "dataset", "source"):
+        return {}
+    chosen = (
+        removed
+        for dataset in summary.datasets
+        if key.get("dataset", dataset.name) == dataset.name
+        for source, removed in dataset.removed.items()
+        if key.get("source", source) == source
+    )
+    return {f"removed {reason}": count for reason, count in sum_removed(chosen).items()}
 
 
 def format_json(summary: Summary) -> str:
@@ -115,6 +151,7 @@ def format_json(summary: Summary) -> str:
                 "dtypes": sorted(dataset.dtypes),
                 "tokenizers": sorted(dataset.tokenizers),
                 "options": dataset.options,
+                **({"removed": dataset.removed} if dataset.removed else {}),
             }
             for dataset in summary.datasets
         ],

@@ -50,9 +50,9 @@ class IndexedDatasetWriter:
         self.path = path
         self.dtype = np.dtype(dtype)
         self.position = resume_at or WriterPosition()
-        self._bin = _open_at(path, self.position.bin_bytes)
-        self._lengths = _open_at(path.with_suffix(".lengths"), 4 * self.position.sequences)
-        self._documents = _open_at(path.with_suffix(".documents"), 4 * self.position.documents)
+        self._bin = open_at(path, self.position.bin_bytes)
+        self._lengths = open_at(path.with_suffix(".lengths"), 4 * self.position.sequences)
+        self._documents = open_at(path.with_suffix(".documents"), 4 * self.position.documents)
 
     def add(
         self,
@@ -187,7 +187,7 @@ def _chunks(numbers: npt.NDArray[Any] | Path) -> Iterator[npt.NDArray[Any]]:
             yield np.frombuffer(data, "<i4")
 
 
-def _open_at(path: Path, size: int) -> BinaryIO:
+def open_at(path: Path, size: int) -> BinaryIO:
     """Open a file for appending at ``size``, truncating data of an interrupted write."""
     if size == 0:
         return path.open("wb")

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from data_tools.preprocess import encode
+from data_tools.preprocess import json_lines
 from data_tools.preprocess.encode import BlockEncoder, EncodingOptions
 from data_tools.preprocess_data import main
 from megatron_llmjp.data.indexed_dataset import read_index
@@ -43,8 +43,8 @@ BYTES = ["--tokenizer-type", "ByteLevelTokenizer", "--workers", "2", "--max-line
 @pytest.fixture(params=["orjson", "json"], autouse=True)
 def parser(request, monkeypatch):
     if request.param == "json":
-        monkeypatch.setattr(encode, "orjson", None)
-    elif encode.orjson is None:
+        monkeypatch.setattr(json_lines, "orjson", None)
+    elif json_lines.orjson is None:
         pytest.skip("orjson is not installed")
 
 
