@@ -16,7 +16,7 @@ from data_tools.common import ToolParser, cores, run_tool
 from data_tools.preprocess.job import PreprocessJob
 from data_tools.preprocess.output import DatasetOutput
 from data_tools.preprocess.rejection import parse_share
-from data_tools.preprocess.shards import part_prefix, take_shard, uneven_shards_warning
+from data_tools.preprocess.shards import ShardPlan, part_prefix
 from data_tools.preprocess.sources import find_input, ignored_record
 from data_tools.preprocess.text_counts import DEFAULT_LANGUAGE_KEY
 from data_tools.tables import check_table_path
@@ -217,10 +217,11 @@ def preprocess(args: argparse.Namespace) -> int:
     shard = None
     if args.shard:
         number, count = parse_shard(args.shard)
-        if warning := uneven_shards_warning(sources, count):
+        plan = ShardPlan(sources, count, args.json_keys)
+        if warning := plan.warning():
             print(warning, file=sys.stderr)
-        sources, whole_list = take_shard(sources, number, count)
-        shard = {"number": number, "count": count, "list": whole_list}
+        sources = plan.part(number)
+        shard = {"number": number, "count": count, "list": plan.digest}
         args.output_prefix = part_prefix(args.output_prefix, number, count)
     output = DatasetOutput(args.output_prefix, args.json_keys, best_dtype(tokenizer.vocab_size))
     job = PreprocessJob(args, sources, tokenizer, output, shard, ignored_record(found.ignored))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import dataclasses
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,11 +26,13 @@ from data_tools.preprocess.encode import (
     EncodingOptions,
     RejectedLine,
 )
+from data_tools.preprocess.job_status import Amount, StatusWriter, amount_of
 from data_tools.preprocess.journal import ResumeJournal, ResumePoint, SourceCounts
 from data_tools.preprocess.output import DatasetOutput
 from data_tools.preprocess.rejection import RejectionLimits
 from data_tools.preprocess.sources import InputSource
 from data_tools.preprocess.text_counts import DEFAULT_LANGUAGE_KEY, add_texts
+from data_tools.preprocess.work_folder import FolderLostError
 from data_tools.statistics.counts import describe_sources, read_sources
 from data_tools.tables import format_rows, summary_rows, write_table
 from megatron_llmjp.data.indexed_dataset_writer import IndexedDatasetWriter
@@ -52,9 +55,17 @@ class PreprocessJob:
         output: DatasetOutput,
         shard: dict[str, Any] | None,
         ignored: dict[str, Any],
+        array_total: int = 0,
+        on_status: Callable[[], None] = lambda: None,
     ) -> None:
+        """Prepare a job; ``array_total`` and ``shard`` describe the array that it is a part of.
+
+        ``on_status`` is called whenever the status file is written.
+        """
         self.args, self.sources, self.tokenizer, self.output = args, sources, tokenizer, output
         self.ignored = ignored
+        self.array_total, self.on_status = array_total, on_status
+        self.status: StatusWriter | None = None
         self.encoding = EncodingOptions(
             keys=args.json_keys,
             append_eod=args.append_eod,
@@ -85,7 +96,7 @@ class PreprocessJob:
         self.limits = RejectionLimits(args.max_rejected, args.allow_empty or shard is not None)
         self.counts = [SourceCounts() for _ in sources]
         self.point = ResumePoint()  # the state after the last block that was written
-        self.warned = 0
+        self.warned = self.rejected = 0
 
     def is_complete(self) -> bool:
         """Return whether the complete output of this recipe exists.
@@ -139,29 +150,56 @@ class PreprocessJob:
         return all(source.is_same(new, old) for source, new, old in triples)
 
     def run(self) -> int:
-        """Encode the remaining input, and finish the output."""
-        journal = self.output.open(self.recipe, self.sources, self.args.overwrite)
+        """Encode the remaining input, and finish the output.
+
+        Raises:
+            FolderHeldError: another process writes this output.
+        """
+        try:
+            journal = self.output.open(self.recipe, self.sources, self.args.overwrite)
+            if self.args.overwrite or not self.is_complete():  # else another process was faster
+                self._run(journal)
+        finally:
+            self.output.release()
+        return self.print_summary()
+
+    def _run(self, journal: ResumeJournal) -> None:
         self._resume(journal)
+        self.status = StatusWriter(
+            self.output.folder,
+            sum(source.length for source in self.sources),
+            len(self.sources),
+            self.array_total,
+            (self.point.source, self.point.position),
+        )
+        with self.status.recorded_outcome():
+            self._encode_and_check(journal)
+            self.status.change("finishing")
+            self.output.check_held()
+            self.output.finish(journal, self._manifest)
+
+    def _encode_and_check(self, journal: ResumeJournal) -> None:
         if self.sources and not self.point.finishing:
             try:
                 self._encode_all(journal)
-            except (UserError, OSError, KeyboardInterrupt, BrokenProcessPool):
-                with contextlib.suppress(OSError):
-                    self._save(journal)
+            except (UserError, OSError, KeyboardInterrupt, BrokenProcessPool) as error:
+                if not isinstance(error, FolderLostError):
+                    with contextlib.suppress(OSError):
+                        self._save(journal)
                 raise
+            self.output.check_held()
             self.point.done = True
             self._save(journal)
         if not self.point.finishing:
             for source, identity in zip(self.sources, self.recipe["sources"], strict=True):
                 source.refuse_changed(identity)
             self.limits.check(self.counts, self.args.json_keys)
-        self.output.finish(journal, self._manifest)
-        return self.print_summary()
 
     def _resume(self, journal: ResumeJournal) -> None:
         for source, source_counts in journal.counts_by_source().items():
             self.counts[source] = source_counts
         self.point = copy.deepcopy(journal.last)
+        self.rejected = sum(sum(counts.rejected.values()) for counts in self.counts)
         if journal.points:
             documents = sum(source_counts.documents for source_counts in self.counts)
             finished = self.point.source + self.point.done
@@ -175,14 +213,20 @@ class PreprocessJob:
         before = sum(source.length for source in self.sources[: self.point.source])
         at = self.sources[self.point.source]
         done = before + min(max(self.point.position - at.start, 0), at.length)
+        earlier = amount_of(self.counts)
         progress = EncodingProgress(
-            sum(s.length for s in self.sources), done, self.args.log_interval
+            sum(s.length for s in self.sources),
+            done,
+            self.args.log_interval,
+            int(earlier.documents),
+            int(earlier.tokens),
         )
         saved = time.monotonic()
         encoder = BlockEncoder(self.tokenizer, self.encoding)
         with EncoderPool(self.args.workers, encoder) as pool:
             try:
                 for source, block, encoded in pool.encode(self._blocks()):
+                    self.output.check_held()
                     changed = source != self.point.source
                     if changed:
                         before = sum(s.length for s in self.sources[:source])
@@ -196,8 +240,16 @@ class PreprocessJob:
                     progress.update(
                         _documents(encoded), block.size, tokens, before + block.disk_bytes
                     )
+                    self._record_progress(earlier, progress, source)
             finally:
                 progress.close()
+
+    def _record_progress(self, earlier: Amount, now: EncodingProgress, finished: int) -> None:
+        """Update the status file, and report the progress of all parts now and then."""
+        done = earlier + Amount(0, now.bytes, now.documents, now.tokens)
+        done = dataclasses.replace(done, disk=now.disk)
+        if self.status is not None and self.status.update(done, finished, self.rejected):
+            self.on_status()
 
     def _blocks(self) -> Iterator[tuple[int, Block]]:
         first = self.point.source + self.point.done
@@ -263,6 +315,7 @@ class PreprocessJob:
             )
         if self.args.on_error == "quarantine":
             self.output.quarantine(name, line, bad, parts)
+        self.rejected += 1
         rejected = self.counts[source].rejected
         rejected[bad.reason] = rejected.get(bad.reason, 0) + 1
         self._warn(source, line, bad.reason, bad.detail)
