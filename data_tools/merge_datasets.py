@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +73,23 @@ def merge_requested(args: argparse.Namespace) -> int:
 
 
 def merge_datasets(
-    prefixes: list[str], output_prefix: str, overwrite: bool, allow_empty: bool = False
+    prefixes: list[str],
+    output_prefix: str,
+    overwrite: bool,
+    allow_empty: bool = False,
+    described: Mapping[str, Any] | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
-    """Check that the datasets are compatible, and merge them."""
+    """Check that the datasets are compatible, and merge them.
+
+    Args:
+        prefixes: the datasets.
+        output_prefix: the merged dataset.
+        overwrite: replace an existing dataset.
+        allow_empty: write a dataset without tokens.
+        described: more entries of its manifest.
+        check: called before the files get their final names; may raise an error.
+    """
     finals = [Path(output_prefix + suffix) for suffix in (".bin", ".json", ".idx")]
     if output_prefix in prefixes:
         raise UserError(f"--output-prefix {output_prefix}: the output is one of the inputs")
@@ -100,7 +114,9 @@ def merge_datasets(
                 for tokens, part in chunks_with_tokens(index, chunk):
                     writer.add(tokens, part.lengths, part.sequences)
         crc = writer.finish(folder / "merged.idx")
-        write_json_durably(folder / "merged.json", merged_manifest(writer, crc, recipe, prefixes))
+        manifest = merged_manifest(writer, crc, recipe, prefixes) | dict(described or {})
+        write_json_durably(folder / "merged.json", manifest)
+        check()
         rename_into_place([(folder / f"merged{final.suffix}", final) for final in finals])
     position = writer.position
     tokens_written = position.bin_bytes // writer.dtype.itemsize

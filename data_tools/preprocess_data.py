@@ -7,21 +7,31 @@ blocks of lines; the main process only orders and writes the results.
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from data_tools.common import ToolParser, cores, run_tool
+from data_tools.preprocess.array_merge import ArrayOutput
+from data_tools.preprocess.array_parts import ArrayParts
+from data_tools.preprocess.array_task import ArrayProgressLines, ArrayTask
 from data_tools.preprocess.job import PreprocessJob
 from data_tools.preprocess.output import DatasetOutput
 from data_tools.preprocess.rejection import parse_share
 from data_tools.preprocess.shards import ShardPlan, part_prefix
-from data_tools.preprocess.sources import find_input, ignored_record
+from data_tools.preprocess.sources import InputSource, find_input, ignored_record
+from data_tools.preprocess.status_program import (
+    STATUS_FLAG,
+    show_status,
+    status_parser,
+    wants_status,
+)
 from data_tools.preprocess.text_counts import DEFAULT_LANGUAGE_KEY
 from data_tools.tables import check_table_path
 from data_tools.tokenizer_flags import add_tokenizer_flags, tokenizer_from_args
-from megatron_llmjp.arguments import parse_shard, positive_int
+from megatron_llmjp.arguments import normalize_dashes, parse_shard, positive_int
 from megatron_llmjp.data.indexed_dataset import best_dtype
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.tokenizers import Tokenizer
@@ -40,6 +50,13 @@ EXAMPLES = """\
 
   After an interruption or a full disk, run the same command again to resume.
 
+  Show MB/s, documents/s, tokens so far and remaining time of a job, or of all parts of an array:
+    preprocess_data --status data/ja
+
+  Process the input in 4 parts at once, on any machines with the same file system; the last one
+  merges the parts into data/ja_text_document:
+    for n in 0 1 2 3; do preprocess_data ... --shard $n/4 --finish-array & done; wait
+
 tokenizer types:
   SentencePieceTokenizer     no BOS; --append-eod adds <EOD>, or </s> if there is no <EOD>
   GPTSentencePieceTokenizer  no BOS; --append-eod adds </s>
@@ -56,7 +73,11 @@ PROBE_CHARACTERS = "aZ5éя猫あ한ض🐈"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
-    args = _parser().parse(argv)
+    words = normalize_dashes(sys.argv[1:] if argv is None else argv)
+    if wants_status(words):
+        asked = status_parser().parse(words)
+        return run_tool("preprocess_data", lambda: show_status(asked))
+    args = _parser().parse(words)
     return run_tool("preprocess_data", lambda: preprocess(args))
 
 
@@ -118,9 +139,23 @@ def _parser() -> ToolParser:
     add(
         "--shard",
         metavar="NUMBER/COUNT",
-        help="process only this part of the input, 0/16 to 15/16; large files of plain lines are "
-        "split. slurm/16 takes the number from the Slurm array. merge_datasets --parts PREFIX "
-        "merges the parts",
+        help="process only this part of the input, 0/16 to 15/16; parts have equal amounts of "
+        "text, large files are cut. slurm/16 takes the number from the Slurm array. "
+        "merge_datasets --parts PREFIX merges the parts",
+    )
+    add(
+        "--finish-array",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="with --shard: then process parts that no task works on, because they were lost or "
+        "not started, and merge all parts when the last one is complete",
+    )
+    add(
+        STATUS_FLAG,
+        nargs="+",
+        metavar="PREFIX",
+        help="show the progress of running, dead and finished jobs with this --output-prefix, and "
+        "exit; for its options and exit codes see preprocess_data --status --help",
     )
     add("--overwrite", action="store_true", help="replace existing datasets and unfinished runs")
     # Flags of Megatron-LM that have no effect: the order of documents is always preserved.
@@ -214,20 +249,47 @@ def preprocess(args: argparse.Namespace) -> int:
 
         tokenizer, message = use_fast_encoder(tokenizer, args.fast_encoder, sources, args.json_keys)
         print(message, file=sys.stderr)
-    shard = None
+    ignored = ignored_record(found.ignored)
     if args.shard:
-        number, count = parse_shard(args.shard)
-        plan = ShardPlan(sources, count, args.json_keys)
-        if warning := plan.warning():
-            print(warning, file=sys.stderr)
-        sources = plan.part(number)
-        shard = {"number": number, "count": count, "list": plan.digest}
-        args.output_prefix = part_prefix(args.output_prefix, number, count)
+        return _preprocess_part(args, sources, tokenizer, ignored)
     output = DatasetOutput(args.output_prefix, args.json_keys, best_dtype(tokenizer.vocab_size))
-    job = PreprocessJob(args, sources, tokenizer, output, shard, ignored_record(found.ignored))
-    if not args.overwrite and job.is_complete():
+    return _run(PreprocessJob(args, sources, tokenizer, output, None, ignored))
+
+
+def _preprocess_part(
+    args: argparse.Namespace,
+    sources: list[InputSource],
+    tokenizer: Tokenizer,
+    ignored: dict[str, Any],
+) -> int:
+    """Process a part of the input, and with --finish-array all parts that are left."""
+    number, count = parse_shard(args.shard)
+    plan = ShardPlan(sources, count, args.json_keys)
+    if warning := plan.warning():
+        print(warning, file=sys.stderr)
+    parts = ArrayParts(args.output_prefix, count)
+    lines = ArrayProgressLines(parts)
+
+    def make_job(number: int) -> PreprocessJob:
+        of_part = copy.copy(args)
+        of_part.output_prefix = part_prefix(args.output_prefix, number, count)
+        of_part.report = [] if args.finish_array else args.report
+        dtype = best_dtype(tokenizer.vocab_size)
+        output = DatasetOutput(of_part.output_prefix, args.json_keys, dtype)
+        shard = {"number": number, "count": count, "list": plan.digest}
+        mine = plan.part(number)
+        return PreprocessJob(of_part, mine, tokenizer, output, shard, ignored, plan.bytes, lines)
+
+    if not args.finish_array:
+        return _run(make_job(number))
+    output = ArrayOutput(args, count, plan.digest)
+    return ArrayTask(number, output, parts, make_job).run()
+
+
+def _run(job: PreprocessJob) -> int:
+    if not job.args.overwrite and job.is_complete():
         return job.print_summary()
-    with output.name_output_in_errors():
+    with job.output.name_output_in_errors():
         return job.run()
 
 
@@ -282,6 +344,14 @@ def _include_special_tokens(tokenizer: Tokenizer, args: argparse.Namespace) -> N
 
 
 def _check(args: argparse.Namespace) -> None:
+    if args.finish_array and not args.shard:
+        raise UserError("--finish-array requires --shard, such as --shard 0/16")
+    if args.finish_array and args.overwrite:
+        raise UserError(
+            "--finish-array and --overwrite are mutually exclusive: a task cannot know which "
+            f"parts are new. Remove {args.output_prefix}_part* and "
+            f"{args.output_prefix}_*_document.* first."
+        )
     for path in args.report:
         check_table_path(path)
     name = Path(args.output_prefix).name

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -110,7 +109,7 @@ class PreprocessJob:
             print("Already complete: written before with the same input, tokenizer and options.")
             self.counts = self._recorded_counts(done[0])
             self._add_recorded_texts(done)
-            shutil.rmtree(self.output.folder, ignore_errors=True)
+            self.output.discard()
             return True
         if conflicting_files := self.output.conflicting_files():
             raise UserError(

@@ -7,7 +7,6 @@ import csv
 import dataclasses
 import io
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ from data_tools.documents import read_dataset_manifest
 from data_tools.preprocess.encode import PackedDocuments, RejectedLine
 from data_tools.preprocess.journal import ResumeJournal, ResumePoint, SourceCounts, is_finishing
 from data_tools.preprocess.sources import InputSource
-from data_tools.preprocess.work_folder import WorkFolder
+from data_tools.preprocess.work_folder import WorkFolder, discard_folder
 from megatron_llmjp.data.indexed_dataset_writer import IndexedDatasetWriter
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.filesystem import rename_into_place, write_json_durably
@@ -105,6 +104,13 @@ class DatasetOutput:
         if self._held is not None:
             self._held.check()
 
+    def discard(self) -> None:
+        """Remove the work folder if no other process holds it: the output is complete."""
+        if self._held is not None:
+            self._held.remove()
+        else:
+            discard_folder(self.folder)
+
     def release(self) -> None:
         """Release the work folder, in which files may be left for a later start."""
         for writer in self.writers.values():
@@ -162,10 +168,12 @@ class DatasetOutput:
             for name in REJECTED:
                 if (self.folder / name).stat().st_size == 0:
                     (self.folder / name).unlink()
+            self.check_held()
             journal.add(dataclasses.replace(journal.last, finishing=True))
         rename_into_place([(work, final) for work, final in self.final_paths() if work.exists()])
         journal.close()
-        shutil.rmtree(self.folder)
+        if self._held is not None:
+            self._held.remove()
 
     @contextmanager
     def name_output_in_errors(self) -> Iterator[None]:

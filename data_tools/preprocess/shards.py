@@ -20,7 +20,7 @@ from data_tools.preprocess.sources import InputSource
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.formatting import format_names
 
-MIN_SPLIT_BYTES = 64 * 1024 * 1024
+MIN_SPLIT_BYTES = 4 << 20
 """Minimum size of a file that is cut."""
 SMALL_SHARE = 8
 """Files with less than this fraction of the text of a part are not cut."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
+import secrets
+import shutil
 import time
 from pathlib import Path
 
@@ -27,6 +31,7 @@ class FolderHeldError(UserError):
             f"({owner or 'which is just starting'}). Wait until it finishes, or choose another "
             "--output-prefix."
         )
+        self.owner = owner
 
 
 class FolderLostError(UserError):
@@ -44,10 +49,9 @@ class WorkFolder:
             OSError: it cannot be written.
         """
         self.folder = folder
-        try:
-            self._lock: RunLock = acquire_folder(folder, warn)
-        except FolderInUseError as error:
-            raise FolderHeldError(folder, error.owner) from error
+        self._lock = _acquire(folder)
+        self._removed: Path | None = None
+        self._released = False
         self._checked = time.monotonic()
 
     def check(self) -> None:
@@ -71,6 +75,49 @@ class WorkFolder:
                 "process gave no sign of life for minutes. It finishes the output."
             ) from error
 
+    def remove(self) -> None:
+        """Remove the folder: at once for other processes, its files at the release.
+
+        The folder is renamed first, so that no process finds some of its files; a network file
+        system keeps a removed file, such as the lock, until it is closed.
+        """
+        name = f"{_removed_name(self.folder)}{secrets.token_hex(4)}"
+        self._removed = self.folder.with_name(name)
+        self.folder.rename(self._removed)
+
     def release(self) -> None:
-        """Release the folder."""
-        self._lock.release()
+        """Release the folder; may be called twice."""
+        if not self._released:
+            self._released = True
+            self._lock.release()
+            if self._removed is not None:
+                shutil.rmtree(self._removed, ignore_errors=True)
+
+
+def discard_folder(folder: Path) -> None:
+    """Remove a work folder that is of no use any more, unless another process holds it."""
+    for left in folder.parent.glob(f"{glob.escape(_removed_name(folder))}*"):
+        shutil.rmtree(left, ignore_errors=True)  # of a process that was killed while removing it
+    if not folder.is_dir():
+        return
+    with contextlib.suppress(FolderHeldError, OSError):
+        held = WorkFolder(folder)
+        try:
+            held.remove()
+        finally:
+            held.release()
+
+
+def _removed_name(folder: Path) -> str:
+    return f".{folder.name}.removed-"
+
+
+def _acquire(folder: Path) -> RunLock:
+    for _ in range(3):  # another process may remove the folder meanwhile
+        try:
+            return acquire_folder(folder, warn)
+        except FolderInUseError as error:
+            raise FolderHeldError(folder, error.owner) from error
+        except FileNotFoundError:
+            continue
+    return acquire_folder(folder, warn)

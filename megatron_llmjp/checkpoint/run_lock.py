@@ -185,9 +185,7 @@ def lock_save_folder(
         lock.release()
 
 
-def acquire_folder(
-    root: Path, warn: Warn, timeout: float = HEARTBEAT_TIMEOUT_SECONDS
-) -> RunLock:
+def acquire_folder(root: Path, warn: Warn, timeout: float = HEARTBEAT_TIMEOUT_SECONDS) -> RunLock:
     """Acquire a folder as :func:`lock_save_folder` does, until :meth:`RunLock.release`.
 
     Raises:
