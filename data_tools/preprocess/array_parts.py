@@ -116,27 +116,34 @@ def _state(
             return "failed", status.error, False, None
         if status.stage == "broken":
             return "failed", status.error, status.fruitless < MAX_FRUITLESS_STARTS, None
-        return "stopped", "interrupted; the same command resumes it", True, None
+        if status.stage == "stopped":
+            return "stopped", "interrupted; the same command resumes it", True, None
+        retry = status.fruitless + 1 < MAX_FRUITLESS_STARTS
+        return "dead", f"its process ended without a reason{_often(status)}", retry, None
     age = heartbeat_age(folder)
     if status is not None and status.updated:
         age = min(now - status.updated, now if age is None else age)
     age = None if age is None else max(age, 0.0)
     since = "" if age is None else f"; last sign of life {age:,.0f} s ago"
     if not is_owner_alive(folder, owner):
-        fruitless = 0 if status is None else status.fruitless
         where = (
             "its process is gone"
             if is_on_this_machine(owner)
             else f"no heartbeat for {HEARTBEAT_TIMEOUT_SECONDS:.0f} s from another machine, by the "
             "clocks of both"
         )
-        often = f"; lost {fruitless + 1} times in a row at the same point" if fruitless else ""
-        retry = fruitless + 1 < MAX_FRUITLESS_STARTS
-        return "dead", f"{owner}: {where}{since}{often}", retry, age
+        retry = status is None or status.fruitless + 1 < MAX_FRUITLESS_STARTS
+        return "dead", f"{owner}: {where}{since}{_often(status)}", retry, age
     if age is not None and age > HEARTBEAT_TIMEOUT_SECONDS:
         return "stalled", f"{owner}: exists, but is suspended or hangs{since}", False, age
     stage = "starting" if status is None else status.stage
     return "running", f"{owner}: {stage}", False, age
+
+
+def _often(status: JobStatus | None) -> str:
+    if status is None or not status.fruitless:
+        return ""
+    return f"; lost {status.fruitless + 1} times in a row at the same point"
 
 
 def _complete(number: int, manifests: list[dict[str, Any]]) -> PartState:
