@@ -15,13 +15,17 @@ from data_tools.documents import (
     document_chunks,
     read_dataset_manifest,
 )
+from data_tools.preprocess.array_counts import describe_parts, table_of
+from data_tools.preprocess.array_parts import array_folder
 from data_tools.preprocess.shards import find_parts
+from data_tools.preprocess.work_folder import WorkFolder
 from data_tools.statistics.counts import (
     CountsByLanguage,
     add_by_source,
     describe_sources,
     read_sources,
 )
+from data_tools.tables import format_rows
 from megatron_llmjp.data.indexed_dataset import bin_path, read_and_check_index
 from megatron_llmjp.data.indexed_dataset_writer import IndexedDatasetWriter
 from megatron_llmjp.errors import EXIT_DONE, UserError
@@ -40,8 +44,8 @@ EXAMPLES = """\
   Merge datasets in the given order:
     merge_datasets --input data/wiki_text_document data/cc_text_document --output-prefix data/all
 
-  Merge the parts written by preprocess_data --output-prefix data/ja --shard slurm/16;
-  missing parts are reported:
+  Merge the parts written by preprocess_data --output-prefix data/ja --shard slurm/16 without
+  --finish-array; missing parts are reported, and a table of all files is printed:
     merge_datasets --parts data/ja"""
 
 
@@ -67,9 +71,29 @@ def merge_requested(args: argparse.Namespace) -> int:
             find_prefixes(args.input), args.output_prefix, args.overwrite, args.allow_empty
         )
         return EXIT_DONE
-    for key, prefixes in find_parts(args.parts).items():
-        merge_datasets(prefixes, f"{args.parts}_{key}_document", args.overwrite, args.allow_empty)
+    parts = find_parts(args.parts)
+    held = WorkFolder(array_folder(args.parts))
+    try:
+        _merge_parts(args, parts, held)
+    finally:
+        held.release()
     return EXIT_DONE
+
+
+def _merge_parts(
+    args: argparse.Namespace, parts: Mapping[str, list[str]], held: WorkFolder
+) -> None:
+    """Merge the parts of each key, and print the table of all files."""
+    manifests = {}
+    for key, prefixes in parts.items():
+        output = f"{args.parts}_{key}_document"
+        described = describe_parts(key, prefixes)
+        merge_datasets(prefixes, output, args.overwrite, args.allow_empty, described, held.check)
+        if described:
+            manifests[key] = read_dataset_manifest(output) or {}
+    held.remove()
+    if manifests:
+        print(format_rows(table_of(manifests)))
 
 
 def merge_datasets(

@@ -350,7 +350,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(
             "--finish-array and --overwrite are mutually exclusive: a task cannot know which "
             f"parts are new. Remove {args.output_prefix}_part* and "
-            f"{args.output_prefix}_*_document.* first."
+            f"{args.output_prefix}_*_document.* first, or give --no-finish-array."
         )
     for path in args.report:
         check_table_path(path)

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
 from data_tools.documents import read_dataset_manifest
 from data_tools.merge_datasets import merge_datasets
+from data_tools.preprocess.array_counts import describe_parts, table_of
 from data_tools.preprocess.array_parts import count_of_parts, find_keys
-from data_tools.preprocess.journal import SourceCounts
 from data_tools.preprocess.shards import find_parts, part_prefix
-from data_tools.statistics.counts import read_sources
-from data_tools.tables import format_rows, summary_rows, write_table
+from data_tools.tables import format_rows, write_table
 from megatron_llmjp.errors import UserError
-
-_TALLIES = TypeAdapter(list[SourceCounts])
 
 
 class ArrayOutput:
@@ -107,7 +102,7 @@ class ArrayOutput:
         parts = find_parts(self.prefix)
         for key in self.keys:
             if not self._is_merged(key, recipe):
-                extra = {"key": key, "array": self.array} | combined_counts(parts[key])
+                extra = describe_parts(key, parts[key])
                 prefix = self.prefix_of(key)
                 # What exists, if anything, was left by a task that was killed while renaming.
                 merge_datasets(parts[key], prefix, True, self._args.allow_empty, extra, check)
@@ -121,58 +116,3 @@ class ArrayOutput:
             print(f"{self.prefix_of(key)}.bin .idx .json")
         for path in self._args.report:
             write_table(path, table)
-
-
-def combined_counts(prefixes: Sequence[str]) -> dict[str, Any]:
-    """Return the manifest entries with the counts of each file, those of its parts added up.
-
-    Raises:
-        UserError: a manifest is damaged.
-    """
-    total: dict[str, SourceCounts] = {}
-    rejected: dict[str, int] = {}
-    for prefix in prefixes:
-        manifest = read_dataset_manifest(prefix) or {}
-        sources = manifest.get("recipe", {}).get("sources", [])
-        counts = _counts(prefix, manifest, len(sources))
-        for source, found in zip(sources, counts, strict=True):
-            of_source = total.setdefault(str(source.get("name")), SourceCounts())
-            for name in ("lines", "documents", "bytes", "blank", "empty"):
-                setattr(of_source, name, getattr(of_source, name) + getattr(found, name))
-            for counter, more in (
-                (of_source.tokens, found.tokens),
-                (of_source.rejected, found.rejected),
-                (rejected, found.rejected),
-            ):
-                for name, value in more.items():
-                    counter[name] = counter.get(name, 0) + value
-    tallies = [
-        {name: value for name, value in vars(counts).items() if name != "texts"}
-        for counts in total.values()
-    ]
-    return {"rejected": rejected, "sources": list(total), "tallies": tallies}
-
-
-def table_of(manifests: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows of the summary table from the manifests of all merged keys."""
-    first = next(iter(manifests.values()))
-    names = [str(name) for name in first.get("sources", [])]
-    counts = _counts(str(first.get("key")), first, len(names))
-    for key, manifest in manifests.items():
-        texts = read_sources(manifest["statistics"]) if "statistics" in manifest else {}
-        for name, of_source in zip(names, counts, strict=True):
-            of_source.texts[key] = texts.get(name, {})
-    return summary_rows(names, counts, list(manifests))
-
-
-def _counts(prefix: str, manifest: dict[str, Any], count: int) -> list[SourceCounts]:
-    """Return the counts of each source in a manifest."""
-    try:
-        found = _TALLIES.validate_python(manifest.get("tallies"))
-    except ValidationError as error:
-        raise UserError(
-            f"{prefix}.json: the manifest is damaged ({error.errors()[0]['msg']})"
-        ) from None
-    if len(found) != count:
-        raise UserError(f"{prefix}.json: the manifest is damaged: counts of {len(found)} files")
-    return found

@@ -23,6 +23,8 @@ from megatron_llmjp.errors import UserError
 
 State = Literal["complete", "running", "stalled", "waiting", "stopped", "failed", "dead"]
 
+SECONDS_WITHOUT_PROGRESS = 60.0
+"""Time without progress after which it is reported; a slow file system or document may need it."""
 MAX_FRUITLESS_STARTS = 3
 """A part that was lost this often in a row, without progress, is not started again by others."""
 
@@ -137,7 +139,9 @@ def _state(
     if age is not None and age > HEARTBEAT_TIMEOUT_SECONDS:
         return "stalled", f"{owner}: exists, but is suspended or hangs{since}", False, age
     stage = "starting" if status is None else status.stage
-    return "running", f"{owner}: {stage}", False, age
+    idle = 0.0 if status is None else now - status.updated
+    progress = f"; last progress {idle:,.0f} s ago" if idle > SECONDS_WITHOUT_PROGRESS else ""
+    return "running", f"{owner}: {stage}{progress}", False, age
 
 
 def _often(status: JobStatus | None) -> str:
@@ -149,21 +153,27 @@ def _often(status: JobStatus | None) -> str:
 def _complete(number: int, manifests: list[dict[str, Any]]) -> PartState:
     """Return the state of finished datasets, from their manifests."""
     first, disk, text, rejected = manifests[0], 0, 0, 0
-    for source in first.get("recipe", {}).get("sources", []):
-        start, end = source.get("bytes") or (0, source.get("size") or 0)
-        disk += end - start
-    tallies = first.get("tallies", [])
-    for counts in tallies if isinstance(tallies, list) else ():
-        text += counts.get("bytes", 0)
-        rejected += sum(counts.get("rejected", {}).values())
     try:
+        is_merged = "array" in first  # its manifest names the files without their sizes
+        for source in () if is_merged else first["recipe"]["sources"]:
+            start, end = source.get("bytes") or (0, source["size"] or 0)
+            disk += end - start
+        tallies = first["tallies"]
+        for counts in tallies:
+            text += counts["bytes"]
+            rejected += sum(counts["rejected"].values())
         tokens = sum(manifest["tokens"] for manifest in manifests)
         done = Amount(disk, text, first["documents"], tokens)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"a manifest of part {number} has no counts: it is damaged") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"the manifest of part {number} is damaged: {error!r}") from error
     count = len(tallies)
     return PartState(
-        number, "complete", "", done, total=disk, files=(count, count), rejected=rejected
+        number,
+        "complete",
+        done=done,
+        total=None if is_merged else disk,
+        files=(count, count),
+        rejected=rejected,
     )
 
 

@@ -121,7 +121,7 @@ def format_parts(parts: Iterable[PartState]) -> str:
                 f"{part.rejected:,}",
             ]
         )
-        if part.why and part.state in ("failed", "dead", "stalled", "stopped"):
+        if part.state in ("failed", "dead", "stalled", "stopped", "running"):
             notes.append(f"part {part.number} {part.state}: {part.why}")
     return "\n".join([format_table(rows, right=(0, 2, 3, 4, 5, 6, 7)), *notes])
 

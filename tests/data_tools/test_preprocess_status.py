@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -46,7 +47,8 @@ def live_job(tmp_path):
     assert process.stdin is not None
     wait_until((tmp_path / "o.partial" / "status.json").exists)
     yield process
-    os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     process.communicate(timeout=PROCESS_TIMEOUT)
 
 
@@ -151,6 +153,10 @@ def test_parts_of_an_array(tmp_path, monkeypatch, capsys):
     assert preprocess_data.main([*words, "--shard", "1/3", "--finish-array"]) == 0
     assert preprocess_data.main(["--status", str(tmp_path / "o")]) == 0
     out = capsys.readouterr().out
+    for part in tmp_path.glob("o_part*"):
+        part.unlink()
+    code, (job,) = status_of(capsys, tmp_path / "o")
+    assert (code, job["state"], job["done"]["documents"]) == (0, "complete", 300)
     assert "all 3 parts (3 complete): " in out and f"merged: {tmp_path / 'o'}_text_document" in out
 
 
