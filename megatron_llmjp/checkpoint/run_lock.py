@@ -50,7 +50,8 @@ HEARTBEAT_SECONDS = 20.0
 HEARTBEAT_TIMEOUT_SECONDS = 120.0
 """A run on another machine without a heartbeat for this time is considered dead."""
 SETTLE_SECONDS = 2.0
-"""If two machines take over at the same time, the last one to write the record is the owner."""
+"""If two runs acquire or take over a folder at the same time, the last one to write the record is
+the owner. Locks of the kernel, where there are any, exclude that on one machine."""
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,8 @@ def acquire_folder(root: Path, warn: Warn, timeout: float = HEARTBEAT_TIMEOUT_SE
             uuid.uuid4().hex,
         )
         retry_transient(lambda: _write_record(root, owner), str(root), warn)
-        if previous is not None and not (lock.is_enforced and previous.boot == owner.boot):
+        is_takeover = previous is not None and previous.boot != owner.boot
+        if is_takeover or not lock.is_enforced:
             time.sleep(min(SETTLE_SECONDS, timeout))
             current = retry_transient(lambda: _read_record(root), str(root), warn)
             if current is None or current.token != owner.token:
