@@ -18,6 +18,7 @@ from data_tools.preprocess.array_merge import ArrayOutput
 from data_tools.preprocess.array_parts import ArrayParts
 from data_tools.preprocess.array_task import ArrayProgressLines, ArrayTask
 from data_tools.preprocess.job import PreprocessJob
+from data_tools.preprocess.job_status import RateMeter
 from data_tools.preprocess.output import DatasetOutput
 from data_tools.preprocess.rejection import parse_share
 from data_tools.preprocess.shards import ShardPlan, part_prefix
@@ -268,7 +269,7 @@ def _preprocess_part(
     if warning := plan.warning():
         print(warning, file=sys.stderr)
     parts = ArrayParts(args.output_prefix, count)
-    lines = ArrayProgressLines(parts)
+    lines, meter = ArrayProgressLines(parts), RateMeter()
 
     def make_job(number: int) -> PreprocessJob:
         of_part = copy.copy(args)
@@ -277,8 +278,17 @@ def _preprocess_part(
         dtype = best_dtype(tokenizer.vocab_size)
         output = DatasetOutput(of_part.output_prefix, args.json_keys, dtype)
         shard = {"number": number, "count": count, "list": plan.digest}
-        mine = plan.part(number)
-        return PreprocessJob(of_part, mine, tokenizer, output, shard, ignored, plan.bytes, lines)
+        return PreprocessJob(
+            of_part,
+            plan.part(number),
+            tokenizer,
+            output,
+            shard,
+            ignored,
+            plan.bytes,
+            lines,
+            meter,
+        )
 
     if not args.finish_array:
         return _run(make_job(number))

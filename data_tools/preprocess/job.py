@@ -25,7 +25,7 @@ from data_tools.preprocess.encode import (
     EncodingOptions,
     RejectedLine,
 )
-from data_tools.preprocess.job_status import Amount, StatusWriter, amount_of
+from data_tools.preprocess.job_status import Amount, RateMeter, StatusWriter, amount_of
 from data_tools.preprocess.journal import ResumeJournal, ResumePoint, SourceCounts
 from data_tools.preprocess.output import DatasetOutput
 from data_tools.preprocess.rejection import RejectionLimits
@@ -56,6 +56,7 @@ class PreprocessJob:
         ignored: dict[str, Any],
         array_total: int = 0,
         on_status: Callable[[], None] = lambda: None,
+        meter: RateMeter | None = None,
     ) -> None:
         """Prepare a job; ``array_total`` and ``shard`` describe the array that it is a part of.
 
@@ -64,6 +65,7 @@ class PreprocessJob:
         self.args, self.sources, self.tokenizer, self.output = args, sources, tokenizer, output
         self.ignored = ignored
         self.array_total, self.on_status = array_total, on_status
+        self.meter = meter or RateMeter()
         self.status: StatusWriter | None = None
         self.encoding = EncodingOptions(
             keys=args.json_keys,
@@ -170,6 +172,7 @@ class PreprocessJob:
             len(self.sources),
             self.array_total,
             (self.point.source, self.point.position),
+            self.meter,
         )
         with self.status.recorded_outcome():
             self._encode_and_check(journal)
@@ -212,7 +215,9 @@ class PreprocessJob:
         before = sum(source.length for source in self.sources[: self.point.source])
         at = self.sources[self.point.source]
         done = before + min(max(self.point.position - at.start, 0), at.length)
-        earlier = amount_of(self.counts)
+        earlier = dataclasses.replace(amount_of(self.counts), disk=done)
+        if self.status is not None:
+            self.status.begin(earlier)
         progress = EncodingProgress(
             sum(s.length for s in self.sources),
             done,
@@ -245,8 +250,8 @@ class PreprocessJob:
 
     def _record_progress(self, earlier: Amount, now: EncodingProgress, finished: int) -> None:
         """Update the status file, and report the progress of all parts now and then."""
-        done = earlier + Amount(0, now.bytes, now.documents, now.tokens)
-        done = dataclasses.replace(done, disk=now.disk)
+        disk = now.disk - now.first_disk
+        done = earlier + Amount(max(disk, 0), now.bytes, now.documents, now.tokens)
         if self.status is not None and self.status.update(done, finished, self.rejected):
             self.on_status()
 

@@ -50,14 +50,37 @@ class Amount:
     def __add__(self, other: Amount) -> Amount:
         return Amount(**{name: value + getattr(other, name) for name, value in vars(self).items()})
 
-    def per_second_since(self, earlier: Amount, seconds: float) -> Amount:
-        """Return the rates since an earlier amount."""
+    def __sub__(self, other: Amount) -> Amount:
         return Amount(
-            **{
-                name: max(value - getattr(earlier, name), 0) / max(seconds, 1e-9)
-                for name, value in vars(self).items()
-            }
+            **{name: max(value - getattr(other, name), 0) for name, value in vars(self).items()}
         )
+
+    def per_second(self, seconds: float) -> Amount:
+        """Return the rates of this amount in some time."""
+        return Amount(**{name: value / seconds for name, value in vars(self).items()})
+
+
+class RateMeter:
+    """Measures the rates of a process over the last minute, in which it may run several jobs."""
+
+    def __init__(self) -> None:
+        self._done = Amount()
+        self._samples = deque([(time.monotonic(), self._done)])
+
+    def add(self, more: Amount) -> None:
+        """Add work that was done now."""
+        now = time.monotonic()
+        self._done = self._done + more
+        if now - self._samples[-1][0] >= 1.0:
+            self._samples.append((now, self._done))
+            while len(self._samples) > 2 and now - self._samples[1][0] >= RATE_SECONDS:
+                self._samples.popleft()
+
+    def rates(self) -> Amount:
+        """Return the work per second."""
+        since, earlier = self._samples[0]
+        seconds = time.monotonic() - since
+        return (self._done - earlier).per_second(seconds) if seconds > 0 else Amount()
 
 
 @dataclass(frozen=True)
@@ -119,7 +142,13 @@ class StatusWriter:
     """Writer of the status of this process's job. Errors of the file system are ignored."""
 
     def __init__(
-        self, folder: Path, total: int, files: int, array_total: int, point: tuple[int, int]
+        self,
+        folder: Path,
+        total: int,
+        files: int,
+        array_total: int,
+        point: tuple[int, int],
+        meter: RateMeter,
     ) -> None:
         """Write the first status.
 
@@ -129,6 +158,7 @@ class StatusWriter:
             files: number of input files.
             array_total: bytes of the input of all parts of the array; 0 without one.
             point: where this process resumes: number of the source, and position in it.
+            meter: measures the rates of this process.
         """
         self.folder = folder
         before = read_status(folder)
@@ -142,21 +172,23 @@ class StatusWriter:
             point=point,
             fruitless=fruitless,
         )
-        self._samples: deque[tuple[float, Amount]] = deque()
+        self._meter = meter
         self._written = 0.0
         self._write()
 
+    def begin(self, earlier: Amount) -> None:
+        """Record the work that earlier starts have done, before the first update."""
+        self.status = replace(self.status, done=earlier)
+        self._last = earlier
+
     def update(self, done: Amount, finished_files: int, rejected: int) -> bool:
         """Record the work done; return whether the status was written now."""
-        now = time.monotonic()
-        if not self._samples or now - self._samples[-1][0] >= 1.0:
-            self._samples.append((now, done))
-            while len(self._samples) > 2 and now - self._samples[1][0] > RATE_SECONDS:
-                self._samples.popleft()
-        if now - self._written < SECONDS_BETWEEN_WRITES and self.status.stage == "encoding":
+        self._meter.add(done - self._last)
+        self._last = done
+        age = time.monotonic() - self._written
+        if age < SECONDS_BETWEEN_WRITES and self.status.stage == "encoding":
             return False
-        since, earlier = self._samples[0]
-        rates = done.per_second_since(earlier, now - since) if now > since else Amount()
+        rates = self._meter.rates()
         files = (self.status.files[0], finished_files)
         self.status = replace(
             self.status, stage="encoding", done=done, rates=rates, files=files, rejected=rejected

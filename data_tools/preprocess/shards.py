@@ -21,7 +21,7 @@ from megatron_llmjp.errors import UserError
 from megatron_llmjp.formatting import format_names
 
 MIN_SPLIT_BYTES = 4 << 20
-"""Minimum size of a file that is cut."""
+"""Minimum amount of text in a file that is cut."""
 SMALL_SHARE = 8
 """Files with less than this fraction of the text of a part are not cut."""
 _PART_NAME = re.compile(r"_part(\d{5})of(\d{5})_(.+)_document")
@@ -121,8 +121,8 @@ class ShardPlan:
 
     def _why_uncut(self, source: InputSource, percent: int) -> str | None:
         """Return why a source is not cut; None if it is."""
-        share = self._total // self.count
-        if source.size < MIN_SPLIT_BYTES or source.size * percent * SMALL_SHARE < share:
+        text = source.size * percent // 100
+        if text < MIN_SPLIT_BYTES or text * SMALL_SHARE < self._total // 100 // self.count:
             return ""
         return why_not_cut(source) or None
 

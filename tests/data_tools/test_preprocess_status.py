@@ -17,7 +17,7 @@ from data_tools import preprocess_data
 from data_tools.preprocess import job_status, status_program
 from data_tools.preprocess.array_parts import PartState, read_part
 from data_tools.preprocess.array_progress import add_up, format_line
-from data_tools.preprocess.job_status import Amount, StatusWriter
+from data_tools.preprocess.job_status import Amount, RateMeter, StatusWriter
 from tests.data_tools.conftest import make_documents, write_jsonl
 from tests.support.processes import ROOT
 from tests.support.timeouts import PROCESS_TIMEOUT, wait_until
@@ -184,15 +184,23 @@ def test_totals_and_one_line():
 def test_rates_are_those_of_the_last_minute(tmp_path, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(job_status.time, "monotonic", lambda: now[0])
-    writer = StatusWriter(tmp_path, 100, 1, 0, (0, 0))
-    for second in range(201):  # ten bytes per second, then one
-        done = 10.0 * second if second <= 100 else 1000.0 + (second - 100)
-        writer.update(Amount(done, done, second, done), 0, 0)
+    meter = RateMeter()
+    writer = StatusWriter(tmp_path, 100, 1, 0, (0, 0), meter)
+    writer.begin(Amount(5000, 5000, 7, 5000))  # of an earlier start
+    for second in range(1, 202):  # ten bytes per second, then one
+        done = 5000 + (10.0 * second if second <= 100 else 1000.0 + (second - 100))
         now[0] += 1
+        writer.update(Amount(done, done, 7 + second, done), 0, 0)
     assert writer.status.rates.disk == pytest.approx(1.0)
     assert writer.status.rates.documents == pytest.approx(1.0)
     stored = json.loads((tmp_path / "status.json").read_text())
-    assert stored["stage"] == "encoding" and stored["done"]["disk"] >= 1095
+    assert stored["stage"] == "encoding" and stored["done"]["disk"] >= 6095
+
+    now[0] += 1  # the next part of the same process
+    following = StatusWriter(tmp_path, 100, 1, 0, (0, 0), meter)
+    following.begin(Amount())
+    following.update(Amount(1, 1, 1, 1), 0, 0)
+    assert following.status.rates.disk == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"stage": "x"}', '{"done": {"disk": -1}}'])
