@@ -7,24 +7,23 @@ blocks of lines; the main process only orders and writes the results.
 from __future__ import annotations
 
 import argparse
-import copy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from data_tools.common import ToolParser, cores, run_tool
-from data_tools.preprocess.array_merge import ArrayOutput
-from data_tools.preprocess.array_parts import ArrayParts
-from data_tools.preprocess.array_task import ArrayProgressLines, ArrayTask
+from data_tools.preprocess.array_program import (
+    add_array_flags,
+    check_array_flags,
+    preprocess_part,
+    run_job,
+)
 from data_tools.preprocess.job import PreprocessJob
-from data_tools.preprocess.job_status import RateMeter
 from data_tools.preprocess.output import DatasetOutput
 from data_tools.preprocess.rejection import parse_share
-from data_tools.preprocess.shards import ShardPlan, part_prefix
-from data_tools.preprocess.sources import InputSource, find_input, ignored_record
+from data_tools.preprocess.sources import find_input, ignored_record
 from data_tools.preprocess.status_program import (
-    STATUS_FLAG,
     show_status,
     status_parser,
     wants_status,
@@ -32,7 +31,7 @@ from data_tools.preprocess.status_program import (
 from data_tools.preprocess.text_counts import DEFAULT_LANGUAGE_KEY
 from data_tools.tables import check_table_path
 from data_tools.tokenizer_flags import add_tokenizer_flags, tokenizer_from_args
-from megatron_llmjp.arguments import normalize_dashes, parse_shard, positive_int
+from megatron_llmjp.arguments import normalize_dashes, positive_int
 from megatron_llmjp.data.indexed_dataset import best_dtype
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.tokenizers import Tokenizer
@@ -137,27 +136,7 @@ def _parser() -> ToolParser:
         metavar="FILE",
         help="also write the summary table to FILE.csv or FILE.json; may be repeated",
     )
-    add(
-        "--shard",
-        metavar="NUMBER/COUNT",
-        help="process only this part of the input, 0/16 to 15/16; parts have equal amounts of "
-        "text, large files are cut. slurm/16 takes the number from the Slurm array. "
-        "merge_datasets --parts PREFIX merges the parts",
-    )
-    add(
-        "--finish-array",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="with --shard: then process parts that no task works on, because they were lost or "
-        "not started, and merge all parts when the last one is complete",
-    )
-    add(
-        STATUS_FLAG,
-        nargs="+",
-        metavar="PREFIX",
-        help="show the progress of running, dead and finished jobs with this --output-prefix, and "
-        "exit; for its options and exit codes see preprocess_data --status --help",
-    )
+    add_array_flags(add)
     add("--overwrite", action="store_true", help="replace existing datasets and unfinished runs")
     # Flags of Megatron-LM that have no effect: the order of documents is always preserved.
     for flag in ("--dataset-impl", "--partitions"):
@@ -252,55 +231,9 @@ def preprocess(args: argparse.Namespace) -> int:
         print(message, file=sys.stderr)
     ignored = ignored_record(found.ignored)
     if args.shard:
-        return _preprocess_part(args, sources, tokenizer, ignored)
+        return preprocess_part(args, sources, tokenizer, ignored)
     output = DatasetOutput(args.output_prefix, args.json_keys, best_dtype(tokenizer.vocab_size))
-    return _run(PreprocessJob(args, sources, tokenizer, output, None, ignored))
-
-
-def _preprocess_part(
-    args: argparse.Namespace,
-    sources: list[InputSource],
-    tokenizer: Tokenizer,
-    ignored: dict[str, Any],
-) -> int:
-    """Process a part of the input, and with --finish-array all parts that are left."""
-    number, count = parse_shard(args.shard)
-    plan = ShardPlan(sources, count, args.json_keys)
-    if warning := plan.warning():
-        print(warning, file=sys.stderr)
-    parts = ArrayParts(args.output_prefix, count)
-    lines, meter = ArrayProgressLines(parts), RateMeter()
-
-    def make_job(number: int) -> PreprocessJob:
-        of_part = copy.copy(args)
-        of_part.output_prefix = part_prefix(args.output_prefix, number, count)
-        of_part.report = [] if args.finish_array else args.report
-        dtype = best_dtype(tokenizer.vocab_size)
-        output = DatasetOutput(of_part.output_prefix, args.json_keys, dtype)
-        shard = {"number": number, "count": count, "list": plan.digest}
-        return PreprocessJob(
-            of_part,
-            plan.part(number),
-            tokenizer,
-            output,
-            shard,
-            ignored,
-            plan.bytes,
-            lines,
-            meter,
-        )
-
-    if not args.finish_array:
-        return _run(make_job(number))
-    output = ArrayOutput(args, count, plan.digest)
-    return ArrayTask(number, output, parts, make_job).run()
-
-
-def _run(job: PreprocessJob) -> int:
-    if not job.args.overwrite and job.is_complete():
-        return job.print_summary()
-    with job.output.name_output_in_errors():
-        return job.run()
+    return run_job(PreprocessJob(args, sources, tokenizer, output, None, ignored))
 
 
 def _warn_of_dropped_characters(tokenizer: Tokenizer) -> None:
@@ -354,14 +287,7 @@ def _include_special_tokens(tokenizer: Tokenizer, args: argparse.Namespace) -> N
 
 
 def _check(args: argparse.Namespace) -> None:
-    if args.finish_array and not args.shard:
-        raise UserError("--finish-array requires --shard, such as --shard 0/16")
-    if args.finish_array and args.overwrite:
-        raise UserError(
-            "--finish-array and --overwrite are mutually exclusive: a task cannot know which "
-            f"parts are new. Remove {args.output_prefix}_part* and "
-            f"{args.output_prefix}_*_document.* first, or give --no-finish-array."
-        )
+    check_array_flags(args)
     for path in args.report:
         check_table_path(path)
     name = Path(args.output_prefix).name
