@@ -62,7 +62,7 @@ def status_parser() -> ToolParser:
         "preprocess_data --status", "Show the progress of jobs (read-only).", EXAMPLES
     )
     add = parser.add_argument
-    add(STATUS_FLAG, nargs="+", required=True, metavar="PREFIX", help="values of --output-prefix")
+    add(STATUS_FLAG, nargs="*", required=True, metavar="PREFIX", help="values of --output-prefix")
     add("--shard", metavar="NUMBER/COUNT", help="only this part of an array")
     add("--json", action="store_true", help="print a JSON list with one object per prefix")
     add(
@@ -102,6 +102,8 @@ def show_status(args: argparse.Namespace, sleep: Callable[[float], None] = time.
     Raises:
         UserError: there is no job with a prefix.
     """
+    if not args.status:  # not required by argparse, so that --status --help prints the help
+        raise UserError(f"{STATUS_FLAG}: expected the --output-prefix of a job, such as data/ja")
     if args.watch is not None and (args.json or not args.watch > 0):
         raise UserError("--watch: expected a number of seconds above 0, and no --json")
     while True:

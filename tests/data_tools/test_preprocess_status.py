@@ -210,6 +210,15 @@ def test_a_damaged_status_is_ignored(content, tmp_path):
     assert read_part(str(tmp_path / "o"), 0).state == "waiting"
 
 
+def test_help_and_arguments(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        preprocess_data.main(["--status", "--help"])
+    assert "States and exit codes" in capsys.readouterr().out
+    for words in ([], [str(tmp_path), "--watch", "0"], [str(tmp_path), "--watch", "9", "--json"]):
+        assert preprocess_data.main(["--status", *words]) == 2
+        assert ": expected " in capsys.readouterr().err
+
+
 def test_watching_until_nothing_runs(tmp_path, monkeypatch, capsys):
     states = [PartState(0, "running"), PartState(0, "running"), PartState(0, "complete")]
     monkeypatch.setattr(status_program, "read_part", lambda *_: states.pop(0))
