@@ -21,6 +21,7 @@ from megatron_llmjp.errors import (
     DataError,
     UserError,
 )
+from megatron_llmjp.formatting import format_count
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -32,8 +33,25 @@ class EncodingProgress:
     decompressed input; percentage and remaining time are computed from bytes of the files on disk.
     """
 
-    def __init__(self, total: int, done: int, log_interval: int | None) -> None:
+    def __init__(
+        self,
+        total: int,
+        done: int,
+        log_interval: int | None,
+        earlier_documents: int = 0,
+        earlier_tokens: int = 0,
+    ) -> None:
+        """Start to measure.
+
+        Args:
+            total: bytes of all files on disk; 0 if unknown.
+            done: bytes that earlier starts of a resumed job have read.
+            log_interval: documents between two lines; None for a line every few seconds.
+            earlier_documents: documents of earlier starts.
+            earlier_tokens: tokens of earlier starts.
+        """
         self.total, self.disk = total, done
+        self._earlier = (earlier_documents, earlier_tokens)
         self.first_disk = done
         self.log_interval = log_interval
         self.documents = self.bytes = self.tokens = 0
@@ -66,7 +84,8 @@ class EncodingProgress:
             f"{self.documents / seconds:,.0f} docs/s, {self.bytes / seconds / 1e6:.2f} MB/s, "
             f"{self.tokens / seconds / 1e6:.2f} M tokens/s"
         )
-        text = f"Processed {self.documents:,} documents ({rates})"
+        documents, tokens = self._earlier[0] + self.documents, self._earlier[1] + self.tokens
+        text = f"Processed {documents:,} documents ({rates}), {format_count(tokens)} tokens so far"
         if self.total:
             left = (self.total - self.disk) * seconds / max(self.disk - self.first_disk, 1)
             text += f", {self.disk / self.total:.1%}, {_clock(left)} left"
@@ -93,8 +112,9 @@ class EncodingProgress:
             )
         seconds = max(time.monotonic() - self._started, 1e-9)
         self._bar.set_description_str(
-            f"{self.documents:,} docs, {self.bytes / seconds / 1e6:.1f} MB/s, "
-            f"{self.tokens / seconds / 1e6:.2f} Mtok/s",
+            f"{self._earlier[0] + self.documents:,} docs, {self.documents / seconds:,.0f} docs/s, "
+            f"{self.bytes / seconds / 1e6:.1f} MB/s, {self.tokens / seconds / 1e6:.2f} Mtok/s, "
+            f"{format_count(self._earlier[1] + self.tokens)} tokens",
             refresh=False,
         )
         self._bar.update(self.disk - self._bar.n)

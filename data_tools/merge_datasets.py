@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,12 @@ from data_tools.documents import (
     document_chunks,
     read_dataset_manifest,
 )
+from data_tools.preprocess.array_counts import describe_parts, table_of, without_removed
+from data_tools.preprocess.array_parts import array_folder
 from data_tools.preprocess.merge_parts import read_array_parts
 from data_tools.preprocess.remote.addresses import refuse_remote_output
 from data_tools.preprocess.shards import find_parts
+from data_tools.preprocess.work_folder import WorkFolder
 from data_tools.statistics.counts import (
     CountsByLanguage,
     add_by_source,
@@ -30,6 +33,7 @@ from data_tools.statistics.removed import (
     describe_removed,
     read_removed,
 )
+from data_tools.tables import format_rows
 from megatron_llmjp.data.indexed_dataset import DatasetIndex, bin_path, read_and_check_index
 from megatron_llmjp.data.indexed_dataset_writer import IndexedDatasetWriter
 from megatron_llmjp.errors import EXIT_DONE, UserError
@@ -48,8 +52,8 @@ EXAMPLES = """\
   Merge datasets in the given order:
     merge_datasets --input data/wiki_text_document data/cc_text_document --output-prefix data/all
 
-  Merge the parts written by preprocess_data --output-prefix data/ja --shard slurm/16;
-  missing parts are reported:
+  Merge the parts written by preprocess_data --output-prefix data/ja --shard slurm/16 without
+  --finish-array; missing parts are reported, and a table of all files is printed:
     merge_datasets --parts data/ja"""
 
 
@@ -76,10 +80,31 @@ def merge_requested(args: argparse.Namespace) -> int:
             find_prefixes(args.input), args.output_prefix, args.overwrite, args.allow_empty
         )
         return EXIT_DONE
-    for key, prefixes in find_parts(args.parts).items():
-        output_prefix = f"{args.parts}_{key}_document"
-        merge_datasets(prefixes, output_prefix, args.overwrite, args.allow_empty, is_array=True)
+    parts = find_parts(args.parts)
+    held = WorkFolder(array_folder(args.parts))
+    try:
+        _merge_parts(args, parts, held)
+    finally:
+        held.release()
     return EXIT_DONE
+
+
+def _merge_parts(
+    args: argparse.Namespace, parts: Mapping[str, list[str]], held: WorkFolder
+) -> None:
+    """Merge the parts of each key, and print the table of all files."""
+    manifests = {}
+    for key, prefixes in parts.items():
+        output = f"{args.parts}_{key}_document"
+        described = describe_parts(key, prefixes)
+        merge_datasets(
+            prefixes, output, args.overwrite, args.allow_empty, True, described, held.check
+        )
+        if described:
+            manifests[key] = read_dataset_manifest(output) or {}
+    held.remove()
+    if manifests:
+        print(format_rows(table_of(manifests)))
 
 
 def merge_datasets(
@@ -88,15 +113,19 @@ def merge_datasets(
     overwrite: bool,
     allow_empty: bool = False,
     is_array: bool = False,
+    described: Mapping[str, Any] | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """Check that the datasets are compatible, and merge them.
 
     Args:
-        prefixes: the datasets, in order.
-        output_prefix: prefix of the merged dataset.
+        prefixes: the datasets.
+        output_prefix: the merged dataset.
         overwrite: replace an existing dataset.
         allow_empty: write a dataset without tokens.
         is_array: these are all parts of an array; their documents may be shuffled together.
+        described: more entries of its manifest.
+        check: called before the files get their final names; may raise an error.
     """
     finals = [Path(output_prefix + suffix) for suffix in (".bin", ".json", ".idx")]
     if output_prefix in prefixes:
@@ -125,7 +154,10 @@ def merge_datasets(
         statistics = merged_statistics(prefixes) if array is None else array.statistics()
         crc = writer.finish(folder / "merged.idx")
         manifest = merged_manifest(writer, crc, recipe, prefixes, statistics)
-        write_json_durably(folder / "merged.json", manifest)
+        write_json_durably(
+            folder / "merged.json", manifest | without_removed(described or {}, statistics)
+        )
+        check()
         rename_into_place([(folder / f"merged{final.suffix}", final) for final in finals])
     position = writer.position
     tokens_written = position.bin_bytes // writer.dtype.itemsize

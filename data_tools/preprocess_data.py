@@ -13,19 +13,27 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.common import ToolParser, cores, run_tool
-from data_tools.preprocess.arranged_output import ArrangedOutput
+from data_tools.preprocess.array_program import (
+    add_array_flags,
+    check_array_flags,
+    make_output,
+    preprocess_part,
+    run_job,
+)
 from data_tools.preprocess.job import PreprocessJob
-from data_tools.preprocess.output import DatasetOutput
 from data_tools.preprocess.rejection import parse_share
 from data_tools.preprocess.remote.addresses import refuse_remote_output
 from data_tools.preprocess.selection import add_selection_flags, selection_from_args
-from data_tools.preprocess.shards import part_prefix, take_shard, uneven_shards_warning
 from data_tools.preprocess.sources import find_input, ignored_record
+from data_tools.preprocess.status_program import (
+    show_status,
+    status_parser,
+    wants_status,
+)
 from data_tools.preprocess.text_counts import DEFAULT_LANGUAGE_KEY
 from data_tools.tables import check_table_path
 from data_tools.tokenizer_flags import add_tokenizer_flags, tokenizer_from_args
-from megatron_llmjp.arguments import parse_shard, positive_int
-from megatron_llmjp.data.indexed_dataset import best_dtype
+from megatron_llmjp.arguments import normalize_dashes, positive_int
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.tokenizers import Tokenizer
 
@@ -49,6 +57,13 @@ EXAMPLES = """\
 
   After an interruption or a full disk, run the same command again to resume.
 
+  Show MB/s, documents/s, tokens so far and remaining time of a job, or of all parts of an array:
+    preprocess_data --status data/ja
+
+  Process the input in 4 parts at once, on any machines with the same file system; the last one
+  merges the parts into data/ja_text_document:
+    for n in 0 1 2 3; do preprocess_data ... --shard $n/4 --finish-array & done; wait
+
 tokenizer types:
   SentencePieceTokenizer     no BOS; --append-eod adds <EOD>, or </s> if there is no <EOD>
   GPTSentencePieceTokenizer  no BOS; --append-eod adds </s>
@@ -65,7 +80,11 @@ PROBE_CHARACTERS = "aZ5éя猫あ한ض🐈"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
-    args = _parser().parse(argv)
+    words = normalize_dashes(sys.argv[1:] if argv is None else argv)
+    if wants_status(words):
+        asked = status_parser().parse(words)
+        return run_tool("preprocess_data", lambda: show_status(asked))
+    args = _parser().parse(words)
     return run_tool("preprocess_data", lambda: preprocess(args))
 
 
@@ -125,13 +144,7 @@ def _parser() -> ToolParser:
         metavar="FILE",
         help="also write the summary table to FILE.csv or FILE.json; may be repeated",
     )
-    add(
-        "--shard",
-        metavar="NUMBER/COUNT",
-        help="process only this part of the input, 0/16 to 15/16; large files of plain lines are "
-        "split. slurm/16 takes the number from the Slurm array. merge_datasets --parts PREFIX "
-        "merges the parts",
-    )
+    add_array_flags(add)
     add("--overwrite", action="store_true", help="replace existing datasets and unfinished runs")
     # Flags of Megatron-LM that have no effect: the order of documents is always preserved.
     for flag in ("--dataset-impl", "--partitions"):
@@ -227,24 +240,11 @@ def preprocess(args: argparse.Namespace) -> int:
             tokenizer, args.fast_encoder, sources, args.json_keys, selection.hooks
         )
         print(message, file=sys.stderr)
-    shard = None
-    if args.shard:
-        number, count = parse_shard(args.shard)
-        if warning := uneven_shards_warning(sources, count):
-            print(warning, file=sys.stderr)
-        sources, whole_list = take_shard(sources, number, count)
-        shard = {"number": number, "count": count, "list": whole_list}
-        args.output_prefix = part_prefix(args.output_prefix, number, count)
-    dtype = best_dtype(tokenizer.vocab_size)
-    output = DatasetOutput(args.output_prefix, args.json_keys, dtype)
-    if (order := selection.arrangement).is_needed:
-        output = ArrangedOutput(args.output_prefix, args.json_keys, dtype, order, shard is not None)
     ignored = ignored_record(found.ignored)
-    job = PreprocessJob(args, sources, tokenizer, output, shard, ignored, selection)
-    if not args.overwrite and job.is_complete():
-        return job.print_summary()
-    with output.name_output_in_errors():
-        return job.run()
+    if args.shard:
+        return preprocess_part(args, sources, tokenizer, ignored, selection)
+    output = make_output(args, tokenizer, selection, is_part=False)
+    return run_job(PreprocessJob(args, sources, tokenizer, output, None, ignored, selection))
 
 
 def _warn_of_dropped_characters(tokenizer: Tokenizer) -> None:
@@ -299,6 +299,7 @@ def _include_special_tokens(tokenizer: Tokenizer, args: argparse.Namespace) -> N
 
 def _check(args: argparse.Namespace) -> None:
     refuse_remote_output("--output-prefix", args.output_prefix)
+    check_array_flags(args)
     for path in args.report:
         refuse_remote_output("--report", path)
         check_table_path(path)

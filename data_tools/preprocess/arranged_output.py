@@ -162,6 +162,12 @@ class ArrangedOutput(DatasetOutput):
             os.fsync(file.fileno())
         super().sync()
 
+    def release(self) -> None:
+        """Close all files, and release the work folder."""
+        for file in self._records.values():
+            file.close()
+        super().release()
+
     def arrange(self, journal: ResumeJournal, counts: Sequence[SourceCounts]) -> None:
         """Write the datasets from the staged documents, and count what duplicates leave.
 
@@ -216,6 +222,7 @@ class ArrangedOutput(DatasetOutput):
         saved = shown = time.monotonic()
         with records_file:
             for number, parts in enumerate(documents.slice_parts(at.slices), at.slices + 1):
+                self.check_held()
                 for packed, records in parts:
                     writer.add(packed.tokens, packed.lengths, packed.sequences)
                     records_file.write(records.tobytes())

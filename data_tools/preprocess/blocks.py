@@ -17,7 +17,10 @@ from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
 from data_tools.preprocess.compression import HEAD_BYTES, find_opener
+from data_tools.preprocess.cutting import row_groups_of_part
 from data_tools.preprocess.sources import STDIN, InputSource
+from data_tools.preprocess.stream_codecs import find_codec
+from data_tools.preprocess.stream_parts import StreamPart
 from megatron_llmjp.errors import UserError, did_you_mean
 
 ROWS_PER_BLOCK = 256
@@ -133,9 +136,10 @@ def _row_blocks(
     source: InputSource, table: Any, start: int, keys: list[str], memory: Any
 ) -> Iterator[Block]:
     row, total = 0, table.metadata.num_rows
-    for group in range(table.num_row_groups):
+    wanted = row_groups_of_part(source, table.metadata)
+    for group in range(wanted.stop):
         rows_of_group = table.metadata.row_group(group).num_rows
-        if row + rows_of_group <= start:
+        if group < wanted.start or row + rows_of_group <= start:
             row += rows_of_group
             continue
         batches = table.iter_batches(
@@ -147,7 +151,7 @@ def _row_blocks(
             for part in _divide(batch.slice(skipped)):
                 columns = {key: _values(part.column(key)) for key in keys}
                 row += part.num_rows
-                disk = source.size * row // total
+                disk = min(max(source.size * row // total - source.start, 0), source.length)
                 yield Block(TableRows(columns, part.num_rows), row, part.nbytes, disk)
             is_large = batch.nbytes > TABLE_BYTES
             batch = part = None  # freed before the next is decoded: it may be larger than the file
@@ -229,6 +233,11 @@ def _read_blocks(
             return
         if opener is None and source.seekable:
             yield from _plain_blocks(source, file, start, limit)
+            return
+        codec = find_codec(head, source.name) if source.end is not None else None
+        if codec is not None:
+            part = StreamPart(source, file, codec)
+            yield from _stream_blocks(part, part, _skip_bytes(part, start), limit)
             return
         stream = file if opener is None else opener(file)
         yield from _stream_blocks(stream, file, _skip_bytes(stream, start), limit)
@@ -313,7 +322,7 @@ def _read_in_parts(file: BinaryIO, offset: int, length: int) -> Iterator[bytes]:
         yield data
 
 
-def _stream_blocks(stream: Any, raw: BinaryIO, position: int, limit: int) -> Iterator[Block]:
+def _stream_blocks(stream: Any, raw: Any, position: int, limit: int) -> Iterator[Block]:
     """Split a stream into blocks; a line above the limit is copied to a temporary file."""
     pending = b""
     while data := stream.read(BLOCK_BYTES):
@@ -353,8 +362,8 @@ def _skip_bytes(stream: Any, start: int) -> int:
     return start - left
 
 
-def _position_on_disk(raw: BinaryIO) -> int:
+def _position_on_disk(raw: Any) -> int:
     try:
-        return raw.tell()
+        return int(raw.tell())
     except OSError:  # a pipe
         return 0

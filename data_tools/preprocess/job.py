@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import shutil
+import dataclasses
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,14 +26,17 @@ from data_tools.preprocess.encode import (
     EncodingOptions,
     RejectedLine,
 )
+from data_tools.preprocess.job_status import Amount, RateMeter, StatusWriter, amount_of
 from data_tools.preprocess.journal import ResumeJournal, ResumePoint, SourceCounts
 from data_tools.preprocess.output import DatasetOutput
+from data_tools.preprocess.recipe import make_recipe, max_line_bytes
 from data_tools.preprocess.rejection import RejectionLimits
 from data_tools.preprocess.remote_changes import refuse_changed_remote
 from data_tools.preprocess.removal import add_removed
 from data_tools.preprocess.selection import Selection
 from data_tools.preprocess.sources import InputSource
-from data_tools.preprocess.text_counts import DEFAULT_LANGUAGE_KEY, add_texts
+from data_tools.preprocess.text_counts import add_texts
+from data_tools.preprocess.work_folder import FolderLostError
 from data_tools.statistics.counts import describe_sources, read_sources
 from data_tools.statistics.removed import describe_removed
 from data_tools.tables import format_rows, summary_rows, write_table
@@ -58,14 +61,24 @@ class PreprocessJob:
         shard: dict[str, Any] | None,
         ignored: dict[str, Any],
         selection: Selection,
+        array_total: int = 0,
+        on_status: Callable[[], None] = lambda: None,
+        meter: RateMeter | None = None,
     ) -> None:
+        """Prepare a job; ``array_total`` and ``shard`` describe the array that it is a part of.
+
+        ``on_status`` is called whenever the status file is written.
+        """
         self.args, self.sources, self.tokenizer, self.output = args, sources, tokenizer, output
         self.ignored = ignored
+        self.array_total, self.on_status = array_total, on_status
+        self.meter = meter or RateMeter()
+        self.status: StatusWriter | None = None
         self.encoding = EncodingOptions(
             keys=args.json_keys,
             append_eod=args.append_eod,
             keep_empty=args.on_error == "stop",
-            limit=args.max_line_mb * 1_000_000,
+            limit=max_line_bytes(args),
             keep_raw=args.on_error == "quarantine",
             append_bos=args.append_bos,
             language_key=args.language_key,
@@ -74,30 +87,13 @@ class PreprocessJob:
             record_dtype=selection.arrangement.record_dtype,
         )
         self.selection = selection
-        self.recipe: dict[str, Any] = {
-            "tokenizer": tokenizer.identity(),
-            "options": {
-                "keys": args.json_keys,
-                "append_eod": args.append_eod,
-                "on_error": args.on_error,
-                "max_line_bytes": self.encoding.limit,
-            },
-            "sources": [source.identity() for source in sources],
-        }
-        for name in ("append_bos", "tokenizer_hf_include_special_tokens"):
-            if getattr(args, name):
-                self.recipe["options"][name] = True
-        if args.language_key != DEFAULT_LANGUAGE_KEY:  # manifests of earlier versions have no key
-            self.recipe["options"]["language_key"] = args.language_key
-        self.recipe["options"] |= selection.identity()
-        if shard is not None:
-            self.recipe["shard"] = shard
+        self.recipe = make_recipe(args, tokenizer, sources, selection, shard)
         # A part of an array may have no documents: merge_datasets checks the merged dataset.
         self.limits = RejectionLimits(args.max_rejected, args.allow_empty or shard is not None)
         reasons = selection.removal_reasons()
         self.counts = [SourceCounts(removed=dict.fromkeys(reasons, 0)) for _ in sources]
         self.point = ResumePoint()  # the state after the last block that was written
-        self.warned = 0
+        self.warned = self.rejected = 0
 
     def is_complete(self) -> bool:
         """Return whether the complete output of this recipe exists.
@@ -111,7 +107,7 @@ class PreprocessJob:
             print("Already complete: written before with the same input, tokenizer and options.")
             self.counts = self._recorded_counts(done[0])
             self._add_recorded_texts(done)
-            shutil.rmtree(self.output.folder, ignore_errors=True)
+            self.output.discard()
             return True
         if conflicting_files := self.output.conflicting_files():
             for manifest in done:
@@ -154,16 +150,45 @@ class PreprocessJob:
         return all(source.is_same(new, old) for source, new, old in triples)
 
     def run(self) -> int:
-        """Encode the remaining input, and finish the output."""
-        journal = self.output.open(self.recipe, self.sources, self.args.overwrite)
+        """Encode the remaining input, and finish the output.
+
+        Raises:
+            FolderHeldError: another process writes this output.
+        """
+        try:
+            journal = self.output.open(self.recipe, self.sources, self.args.overwrite)
+            if self.args.overwrite or not self.is_complete():  # else another process was faster
+                self._run(journal)
+        finally:
+            self.output.release()
+        return self.print_summary()
+
+    def _run(self, journal: ResumeJournal) -> None:
         self._resume(journal)
+        self.status = StatusWriter(
+            self.output.folder,
+            sum(source.length for source in self.sources),
+            len(self.sources),
+            self.array_total,
+            (self.point.source, self.point.position),
+            self.meter,
+        )
+        with self.status.recorded_outcome():
+            self._encode_and_check(journal)
+            self.status.change("finishing")
+            self.output.check_held()
+            self.output.finish(journal, self._manifest)
+
+    def _encode_and_check(self, journal: ResumeJournal) -> None:
         if self.sources and not self.point.finishing:
             try:
                 self._encode_all(journal)
-            except (UserError, OSError, KeyboardInterrupt, BrokenProcessPool):
-                with contextlib.suppress(OSError):
-                    self._save(journal)
+            except (UserError, OSError, KeyboardInterrupt, BrokenProcessPool) as error:
+                if not isinstance(error, FolderLostError):
+                    with contextlib.suppress(OSError):
+                        self._save(journal)
                 raise
+            self.output.check_held()
             self.point.done = True
             self._save(journal)
         if not self.point.finishing:
@@ -171,13 +196,12 @@ class PreprocessJob:
                 source.refuse_changed(identity)
             self.limits.check(self.counts, self.args.json_keys)
             self.output.arrange(journal, self.counts)
-        self.output.finish(journal, self._manifest)
-        return self.print_summary()
 
     def _resume(self, journal: ResumeJournal) -> None:
         for source, source_counts in journal.counts_by_source().items():
             self.counts[source] = source_counts
         self.point = copy.deepcopy(journal.last)
+        self.rejected = sum(sum(counts.rejected.values()) for counts in self.counts)
         if journal.points:
             documents = sum(source_counts.documents for source_counts in self.counts)
             finished = self.point.source + self.point.done
@@ -191,14 +215,22 @@ class PreprocessJob:
         before = sum(source.length for source in self.sources[: self.point.source])
         at = self.sources[self.point.source]
         done = before + min(max(self.point.position - at.start, 0), at.length)
+        earlier = dataclasses.replace(amount_of(self.counts), disk=done)
+        if self.status is not None:
+            self.status.begin(earlier)
         progress = EncodingProgress(
-            sum(s.length for s in self.sources), done, self.args.log_interval
+            sum(s.length for s in self.sources),
+            done,
+            self.args.log_interval,
+            int(earlier.documents),
+            int(earlier.tokens),
         )
         saved = time.monotonic()
         encoder = BlockEncoder(self.tokenizer, self.encoding)
         with EncoderPool(self.args.workers, encoder) as pool:
             try:
                 for source, block, encoded in pool.encode(self._blocks()):
+                    self.output.check_held()
                     changed = source != self.point.source
                     if changed:
                         before = sum(s.length for s in self.sources[:source])
@@ -214,8 +246,16 @@ class PreprocessJob:
                     progress.update(
                         _documents(encoded), block.size, tokens, before + block.disk_bytes
                     )
+                    self._record_progress(earlier, progress, source)
             finally:
                 progress.close()
+
+    def _record_progress(self, earlier: Amount, now: EncodingProgress, finished: int) -> None:
+        """Update the status file, and report the progress of all parts now and then."""
+        disk = now.disk - now.first_disk
+        done = earlier + Amount(max(disk, 0), now.bytes, now.documents, now.tokens)
+        if self.status is not None and self.status.update(done, finished, self.rejected):
+            self.on_status()
 
     def _blocks(self) -> Iterator[tuple[int, Block]]:
         first = self.point.source + self.point.done
@@ -284,6 +324,7 @@ class PreprocessJob:
             )
         if self.args.on_error == "quarantine":
             self.output.quarantine(name, line, bad, parts)
+        self.rejected += 1
         rejected = self.counts[source].rejected
         rejected[bad.reason] = rejected.get(bad.reason, 0) + 1
         self._warn(source, line, bad.reason, bad.detail)

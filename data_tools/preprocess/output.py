@@ -7,7 +7,6 @@ import csv
 import dataclasses
 import io
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,9 +20,10 @@ from data_tools.preprocess.encode import RejectedLine
 from data_tools.preprocess.journal import ResumeJournal, ResumePoint, SourceCounts, is_finishing
 from data_tools.preprocess.packed_documents import PackedDocuments
 from data_tools.preprocess.sources import InputSource
+from data_tools.preprocess.work_folder import WorkFolder, discard_folder
 from megatron_llmjp.data.indexed_dataset_writer import IndexedDatasetWriter, WriterPosition
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.filesystem import FileLock, acquire_lock, rename_into_place, write_json_durably
+from megatron_llmjp.filesystem import rename_into_place, write_json_durably
 
 REJECTED = ("rejected.jsonl", "rejected.csv")
 
@@ -35,7 +35,7 @@ class DatasetOutput:
         self.prefix, self.keys, self.dtype = prefix, keys, dtype
         self.folder = Path(f"{prefix}.partial")
         self.writers: dict[str, IndexedDatasetWriter] = {}
-        self._lock: FileLock | None = None
+        self._held: WorkFolder | None = None
 
     def prefix_of(self, key: str) -> str:
         """Return the prefix of a key's dataset, with Megatron-LM's naming."""
@@ -80,7 +80,8 @@ class DatasetOutput:
         """Lock the work folder and open all files at the positions in the journal.
 
         Raises:
-            UserError: another process uses the folder, or it belongs to another run.
+            FolderHeldError: another process uses the folder.
+            UserError: it belongs to another run.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -88,7 +89,7 @@ class DatasetOutput:
             raise UserError(
                 f"--output-prefix {self.prefix}: {error.filename} is a file, not a folder"
             ) from error
-        self._acquire_lock()
+        self._held = WorkFolder(self.folder)
         journal = ResumeJournal(self._journal_file, recipe, sources, overwrite=overwrite)
         last = journal.last
         if not last.finishing:
@@ -104,14 +105,28 @@ class DatasetOutput:
             path = self.folder / f"{key}.bin"
             self.writers[key] = IndexedDatasetWriter(path, self.dtype, positions.get(key))
 
-    def _acquire_lock(self) -> None:
-        try:
-            self._lock = acquire_lock(self.folder / "lock")
-        except BlockingIOError as error:
-            raise UserError(
-                f"{self.folder}: another preprocess_data is writing this output. Wait until it "
-                "finishes, or choose another --output-prefix."
-            ) from error
+    def check_held(self) -> None:
+        """Check now and then that no other process has taken the work folder over.
+
+        Raises:
+            FolderLostError: another process has.
+        """
+        if self._held is not None:
+            self._held.check()
+
+    def discard(self) -> None:
+        """Remove the work folder if no other process holds it: the output is complete."""
+        if self._held is not None:
+            self._held.remove()
+        else:
+            discard_folder(self.folder)
+
+    def release(self) -> None:
+        """Release the work folder, in which files may be left for a later start."""
+        for writer in self.writers.values():
+            writer.close()
+        if self._held is not None:
+            self._held.release()
 
     def add(
         self, packed: dict[str, PackedDocuments], records: dict[str, Records] | None = None
@@ -177,12 +192,12 @@ class DatasetOutput:
             for name in REJECTED:
                 if (self.folder / name).stat().st_size == 0:
                     (self.folder / name).unlink()
+            self.check_held()
             journal.add(dataclasses.replace(journal.last, finishing=True))
         rename_into_place([(work, final) for work, final in self.final_paths() if work.exists()])
         journal.close()
-        shutil.rmtree(self.folder)
-        if self._lock is not None:
-            self._lock.release()
+        if self._held is not None:
+            self._held.remove()
 
     @contextmanager
     def name_output_in_errors(self) -> Iterator[None]:

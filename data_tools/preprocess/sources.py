@@ -138,7 +138,9 @@ def _why_name_is_ignored(name: str, suffixes: Sequence[str]) -> str | None:
 
 
 def _is_manifest(file: Path) -> bool:
-    if file.suffix != ".json" or not file.with_suffix(".idx").exists():
+    # A dataset's .idx may be about to be written, by another task of an array.
+    is_named = file.name.endswith("_document.json") or file.with_suffix(".idx").exists()
+    if file.suffix != ".json" or not is_named:
         return False
     with file.open("rb") as stream:
         return MANIFEST_MARKER in stream.read(200)

@@ -102,7 +102,7 @@ def summarize(prefixes: Sequence[str]) -> Summary:
         DataError: an index is damaged.
     """
     found: dict[str, DatasetSummary] = {}
-    warnings: list[str] = []
+    prefixes, warnings = _without_merged_parts(prefixes)
     for prefix in _with_progress(prefixes):
         name, _ = _name_and_part(prefix)
         dataset = found.setdefault(name, DatasetSummary(name))
@@ -128,6 +128,23 @@ def _name_and_part(prefix: str) -> tuple[str, tuple[int, int] | None]:
     if match is None:
         return prefix, None
     return f"{match['start']}_{match['key']}", (int(match["number"]), int(match["count"]))
+
+
+def _without_merged_parts(prefixes: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the datasets without the parts that are merged in another one, and warnings."""
+    merged: dict[str, set[str]] = {}
+    for name in {name for name, part in map(_name_and_part, prefixes) if part} & {*prefixes}:
+        parts = (read_dataset_manifest(name) or {}).get("merged")
+        if isinstance(parts, list):
+            merged[name] = {str(part).rpartition("/")[2] for part in parts}
+    kept = [
+        prefix
+        for prefix in prefixes
+        if prefix.rpartition("/")[2] not in merged.get(_name_and_part(prefix)[0], ())
+    ]
+    left = len(prefixes) - len(kept)
+    text = f"{format_names(sorted(merged))}: {left:,} parts are merged in it and counted once"
+    return kept, [text] if left else []
 
 
 def _missing_parts(prefixes: Iterable[str]) -> Iterator[str]:

@@ -50,7 +50,8 @@ HEARTBEAT_SECONDS = 20.0
 HEARTBEAT_TIMEOUT_SECONDS = 120.0
 """A run on another machine without a heartbeat for this time is considered dead."""
 SETTLE_SECONDS = 2.0
-"""If two machines take over at the same time, the last one to write the record is the owner."""
+"""If two runs acquire or take over a folder at the same time, the last one to write the record is
+the owner. Locks of the kernel, where there are any, exclude that on one machine."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,17 @@ UNKNOWN = Owner("an unknown machine", "", 0, "an unknown time", "")
 
 class LockLostError(RunError):
     """Another run has acquired the save folder."""
+
+
+class FolderInUseError(UserError):
+    """Another run, which is alive, holds the folder."""
+
+    def __init__(self, root: Path, owner: Owner | None) -> None:
+        super().__init__(
+            f"--save {root} {IN_USE} ({owner or 'which is just starting'}): stop that "
+            "run, or use another folder"
+        )
+        self.owner = owner
 
 
 class RunLock:
@@ -165,7 +177,7 @@ def lock_save_folder(
         RunError: its file system does not respond.
     """
     try:
-        lock = _acquire(root, warn, timeout)
+        lock = acquire_folder(root, warn, timeout)
     except OSError as error:
         raise _access_error(root, error) from None
     try:
@@ -174,7 +186,13 @@ def lock_save_folder(
         lock.release()
 
 
-def _acquire(root: Path, warn: Warn, timeout: float) -> RunLock:
+def acquire_folder(root: Path, warn: Warn, timeout: float = HEARTBEAT_TIMEOUT_SECONDS) -> RunLock:
+    """Acquire a folder as :func:`lock_save_folder` does, until :meth:`RunLock.release`.
+
+    Raises:
+        FolderInUseError: another run owns it.
+        OSError: it cannot be written, or its file system does not respond.
+    """
     lock = _acquire_file_lock(root)
     try:
         previous = retry_transient(lambda: _read_record(root), str(root), warn)
@@ -188,11 +206,12 @@ def _acquire(root: Path, warn: Warn, timeout: float) -> RunLock:
             uuid.uuid4().hex,
         )
         retry_transient(lambda: _write_record(root, owner), str(root), warn)
-        if previous is not None and not (lock.is_enforced and previous.boot == owner.boot):
+        is_takeover = previous is not None and previous.boot != owner.boot
+        if is_takeover or not lock.is_enforced:
             time.sleep(min(SETTLE_SECONDS, timeout))
             current = retry_transient(lambda: _read_record(root), str(root), warn)
             if current is None or current.token != owner.token:
-                raise _in_use_error(root, current)
+                raise FolderInUseError(root, current)
     except BaseException:
         lock.release()
         raise
@@ -206,7 +225,7 @@ def _acquire_file_lock(root: Path) -> FileLock:
     try:
         return acquire_lock(root / LOCK)
     except BlockingIOError:
-        raise _in_use_error(root, read_owner(root)) from None
+        raise FolderInUseError(root, read_owner(root)) from None
 
 
 def _access_error(root: Path, error: OSError) -> UserError | RunError:
@@ -226,7 +245,7 @@ def _check_owner_is_dead(
 ) -> None:
     if owner.boot == _boot_id():
         if not is_locked and process_exists(owner.pid):
-            raise _in_use_error(root, owner)
+            raise FolderInUseError(root, owner)
         return
     warn(
         f"{root} is recorded as in use by {owner}: waiting {timeout:g} s for a heartbeat before "
@@ -237,14 +256,13 @@ def _check_owner_is_dead(
     while time.monotonic() < end:
         time.sleep(min(1.0, timeout / 10))
         if _last_heartbeat(root) not in (first, None):
-            raise _in_use_error(root, owner)
+            raise FolderInUseError(root, owner)
 
 
-def _in_use_error(root: Path, owner: Owner | None) -> UserError:
-    return UserError(
-        f"--save {root} {IN_USE} ({owner or 'which is just starting'}): stop that "
-        "run, or use another folder"
-    )
+def heartbeat_age(root: Path) -> float | None:
+    """Return the seconds since the owner's last heartbeat, by the clocks of both machines."""
+    pulse = _last_heartbeat(root)
+    return None if pulse is None else time.time() - pulse / 1e9
 
 
 def _last_heartbeat(root: Path) -> int | None:
@@ -273,10 +291,15 @@ def is_owner_alive(root: Path, owner: Owner) -> bool:
     On this machine, checks its process; on another machine, the age of its last heartbeat, by the
     clocks of both machines.
     """
-    if owner.boot == _boot_id():
+    if is_on_this_machine(owner):
         return process_exists(owner.pid)
-    pulse = _last_heartbeat(root)
-    return pulse is not None and time.time() - pulse / 1e9 < HEARTBEAT_TIMEOUT_SECONDS
+    age = heartbeat_age(root)
+    return age is not None and age < HEARTBEAT_TIMEOUT_SECONDS
+
+
+def is_on_this_machine(owner: Owner) -> bool:
+    """Whether the recorded run was started on this machine since it booted."""
+    return owner.boot == _boot_id()
 
 
 def refuse_if_in_use(root: Path) -> None:
@@ -287,7 +310,7 @@ def refuse_if_in_use(root: Path) -> None:
     """
     owner = read_owner(root)
     if owner is not None and is_owner_alive(root, owner):
-        raise _in_use_error(root, owner)
+        raise FolderInUseError(root, owner)
 
 
 def read_owner(root: Path) -> Owner | None:

@@ -161,6 +161,27 @@ def test_a_run_that_lost_the_lock_publishes_nothing(tmp_path):
     assert read_owner(tmp_path) == other
 
 
+def test_two_runs_at_once_on_a_file_system_without_locks(tmp_path, monkeypatch):
+    """The last one to write the record is the owner, also of a folder without a former owner."""
+    written = []
+
+    def another_writes(seconds: float) -> None:
+        found = read_owner(tmp_path)
+        assert found is not None
+        other = replace(found, host="node09", boot="another kernel", token="another")
+        (tmp_path / RECORD).write_text(json.dumps(asdict(other)))
+        written.append(other)
+
+    monkeypatch.setattr(filesystem, "_lock", lambda _: False)
+    monkeypatch.setattr(locks.time, "sleep", another_writes)
+    with (
+        pytest.raises(UserError, match=r"in use by another run .* on node09"),
+        lock_save_folder(tmp_path, print),
+    ):
+        pass
+    assert written and read_owner(tmp_path) == written[0]
+
+
 def test_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     refused = r"--save .*: not writable: Not a directory"

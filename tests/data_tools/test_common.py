@@ -32,14 +32,16 @@ def clock(monkeypatch) -> Clock:
 
 def test_rates_and_remaining_time(clock, capsys):
     """A resumed run, which has read 1 of 4 MB before."""
-    progress = EncodingProgress(total=4_000_000, done=1_000_000, log_interval=None)
+    progress = EncodingProgress(4_000_000, 1_000_000, None, 1000, 7_000_000)
     clock.now += 9.5
     progress.update(100, 5_000_000, 2_000_000, disk=1_500_000)
     assert capsys.readouterr().err == ""  # a line every ten seconds
     clock.now += 0.5
     progress.update(300, 15_000_000, 3_000_000, disk=2_000_000)
-    line = "Processed 400 documents (40 docs/s, 2.00 MB/s, 0.50 M tokens/s), 50.0%, 0:00:20 left\n"
-    assert capsys.readouterr().err == line
+    assert capsys.readouterr().err == (
+        "Processed 1,400 documents (40 docs/s, 2.00 MB/s, 0.50 M tokens/s), 12.00M tokens so far, "
+        "50.0%, 0:00:20 left\n"
+    )
     clock.now += 9
     progress.update(1, 0, 0, disk=2_000_001)
     assert capsys.readouterr().err == ""
@@ -53,7 +55,7 @@ def test_a_line_every_n_documents_of_input_of_unknown_size(clock, capsys):
     assert capsys.readouterr().err == ""
     progress.update(1, 0, 0, disk=0)
     assert capsys.readouterr().err == (
-        "Processed 250 documents (0 docs/s, 0.00 MB/s, 0.00 M tokens/s)\n"
+        "Processed 250 documents (0 docs/s, 0.00 MB/s, 0.00 M tokens/s), 10 tokens so far\n"
     )
 
 
@@ -67,7 +69,7 @@ def test_a_bar_on_a_terminal(clock, monkeypatch, total):
     progress.update(10, 4_000_000, 1_000_000, disk=1500)
     progress.close()
     text = terminal.getvalue()
-    assert "10 docs, 2.0 MB/s, 0.50 Mtok/s" in text
+    assert "10 docs, 5 docs/s, 2.0 MB/s, 0.50 Mtok/s, 1.00M tokens" in text
     assert ("75%|" in text) == bool(total)
 
 

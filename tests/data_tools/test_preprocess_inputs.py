@@ -155,6 +155,9 @@ def test_ignored_files_are_reported(tmp_path, capsys):
         (corpus / name).write_bytes(b"")
     (corpus / "made.idx").write_bytes(b"")
     (corpus / "made.json").write_text('{"format": "megatron_llmjp dataset manifest 1"}')
+    # Another task of an array is about to write the .idx.
+    another = corpus / "o_part00001of00002_text_document.json"
+    another.write_bytes((corpus / "made.json").read_bytes())
     (corpus / "linked").symlink_to(elsewhere)
     (corpus / "same.jsonl").symlink_to(corpus / "D.JSONL")
     (corpus / "gone.jsonl").symlink_to(corpus / "nowhere")
@@ -163,7 +166,7 @@ def test_ignored_files_are_reported(tmp_path, capsys):
     assert main(arguments) == 0
     documents = ["D.JSONL", "e.jsonl.gzip", "f.json", "wiki.jsonl"]
     assert tokens_of(tmp_path / "o") == expected(documents)
-    assert "ignored: 11 files: 4 no known suffix" in capsys.readouterr().err
+    assert "ignored: 12 files: 4 no known suffix" in capsys.readouterr().err
     manifest = json.loads((tmp_path / "o_text_document.json").read_text())
     reasons = {Path(name).name: why for name, why in manifest["ignored"]["first"].items()}
     assert reasons == {
@@ -175,6 +178,7 @@ def test_ignored_files_are_reported(tmp_path, capsys):
         ".git": "a hidden folder",
         "x_rejected.jsonl": "lines rejected by preprocess_data",
         "made.json": "a dataset's manifest",
+        "o_part00001of00002_text_document.json": "a dataset's manifest",
         "same.jsonl": f"the same file as {corpus / 'D.JSONL'}",
         "gone.jsonl": "a broken link",
         "loop": f"a link back to {corpus}",

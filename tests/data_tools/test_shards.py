@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from data_tools import merge_datasets, preprocess_data
 from data_tools.preprocess.blocks import FileRange, read_blocks
 from data_tools.preprocess.encode import read_range
-from data_tools.preprocess.shards import take_shard, uneven_shards_warning
+from data_tools.preprocess.shards import ShardPlan
 from data_tools.preprocess.sources import InputSource, find_input
 from tests.data_tools.conftest import make_documents, write_jsonl
 
@@ -56,7 +56,7 @@ def test_one_large_file_is_split_between_lines(count, tmp_path, monkeypatch):
     (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(large.read_bytes()))
     found = find_input([str(small), str(large), str(tmp_path / "c.jsonl.gz")]).sources
     whole = [line for source in found for line in lines_of(source)]
-    parts = [take_shard(found, number, count)[0] for number in range(count)]
+    parts = [ShardPlan(found, count).part(number) for number in range(count)]
     assert [line for part in parts for source in part for line in lines_of(source)] == whole
     if count == 7:
         assert sum(source.name == str(large) for part in parts for source in part) >= 4
@@ -89,8 +89,8 @@ def test_merged_split_parts_equal_the_whole(tmp_path, monkeypatch, capsys):
     for suffix in ("bin", "idx"):
         joined = (tmp_path / f"cut_text_document.{suffix}").read_bytes()
         assert joined == (tmp_path / f"whole_text_document.{suffix}").read_bytes()
-    assert "z.jsonl.gz" in uneven_shards_warning(
-        find_input([str(tmp_path / "z.jsonl.gz")]).sources, 4
+    assert (
+        "z.jsonl.gz" in ShardPlan(find_input([str(tmp_path / "z.jsonl.gz")]).sources, 4).warning()
     )
 
 
@@ -106,7 +106,7 @@ def test_invalid_shards(shard, tmp_path, monkeypatch, capsys):
 @given(st.lists(st.integers(0, 1000), max_size=30), st.integers(1, 12))
 def test_every_file_goes_to_one_task_in_order(sizes, count):
     sources = [InputSource(str(at), size, seekable=True) for at, size in enumerate(sizes)]
-    parts = [take_shard(sources, number, count)[0] for number in range(count)]
+    parts = [ShardPlan(sources, count).part(number) for number in range(count)]
     assert [source for part in parts for source in part] == sources
     largest = max(sizes, default=0)
     for part in parts:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import re
+import signal
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -26,7 +31,8 @@ def test_array_with_a_missing_task(cluster: Cluster, tmp_path, capsys):
     (tmp_path / "whole").mkdir()
     whole, part = tmp_path / "whole" / "o", tmp_path / "parts" / "o"
     env = {"MEGATRON_LLMJP": str(ROOT), "PYTHON": sys.executable}
-    arguments = [SCRIPT, "--input", corpus, "--output-prefix", part, *BYTES]
+    alone = [SCRIPT, "--input", corpus, "--output-prefix", part, *BYTES]
+    arguments = [*alone, "--no-finish-array"]
 
     incomplete = cluster.submit("--array=1-2", *arguments, cwd=tmp_path, env=env)
     cluster.wait(incomplete)  # the number of tasks of the whole array is unknown
@@ -52,3 +58,50 @@ def test_array_with_a_missing_task(cluster: Cluster, tmp_path, capsys):
     for suffix in ("bin", "idx"):
         name = f"o_text_document.{suffix}"
         assert (part.parent / name).read_bytes() == (whole.parent / name).read_bytes()
+
+
+def test_an_array_that_loses_a_task(cluster: Cluster, tmp_path):
+    """Other tasks finish the lost parts, and one merges; a second submission changes nothing."""
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for at in range(12):
+        write_jsonl(corpus / f"{at:02}.jsonl", make_documents(4000, seed=at))
+    prefix = tmp_path / "parts" / "o"
+    env = {"MEGATRON_LLMJP": str(ROOT), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    arguments = ["--input", corpus, "--output-prefix", prefix, *BYTES]
+    words = ["--array=0-5", "--cpus-per-task=1", SCRIPT, *arguments]
+    job = cluster.submit(*words, cwd=tmp_path, env=env)
+    cluster.wait_for(lambda: bool(owners(prefix)), "a part to be started")
+    os.kill(owners(prefix)[0], signal.SIGKILL)  # as the kernel does if memory runs out
+    cluster.wait_for(lambda: cluster.state(job) != "RUNNING" and not is_active(cluster, job), "end")
+    assert preprocess_data.main(["--status", str(prefix)]) == 0, logs(tmp_path)
+    assert "merge" in logs(tmp_path)
+    again = cluster.submit(*words, cwd=tmp_path, env=env)
+    assert cluster.wait(again) == "COMPLETED"
+    assert "Already complete: all parts are merged" in logs(tmp_path)
+
+    (tmp_path / "whole").mkdir()
+    whole = tmp_path / "whole" / "o"
+    words = ["--input", str(corpus), "--output-prefix", str(whole), *BYTES, "--workers", "1"]
+    assert preprocess_data.main(words) == 0
+    for suffix in ("bin", "idx"):
+        name = f"o_text_document.{suffix}"
+        assert (prefix.parent / name).read_bytes() == (whole.parent / name).read_bytes()
+
+
+def owners(prefix: Path) -> list[int]:
+    """Return the processes that write parts."""
+    found = []
+    for record in prefix.parent.glob(f"{prefix.name}_part0*.partial/.run.json"):
+        with contextlib.suppress(OSError, ValueError):
+            found.append(json.loads(record.read_text())["pid"])
+    return found
+
+
+def is_active(cluster: Cluster, job: str) -> bool:
+    states = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING"}
+    return bool(states & set(cluster.state(job).split(",")))
+
+
+def logs(folder: Path) -> str:
+    return "".join(path.read_text() for path in sorted(folder.glob("preprocess_data_*.log")))
