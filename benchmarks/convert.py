@@ -1,15 +1,15 @@
 """Benchmark: convert_checkpoint, compared with a plain copy of the same bytes and transformers.
 
-    python benchmarks/convert.py --folder /scratch/benchmark --rounds 5
+    python benchmarks/convert.py --folder /scratch/benchmark --rounds 3
 
 Each round converts a LLaMA model with random bf16 weights (1.55 B parameters, 3.1 GB) in every
-direction without a change of type. Right before and after each conversion the output of the same
-direction is copied with ``cp -r`` and synced; the ratio is the mean time of the two copies divided
+direction without a change of type. Right before and after each conversion a folder in the form of
+its output is copied with ``cp -r`` and synced; the ratio is the mean time of the two copies divided
 by the time of the conversion, start of Python included. A ratio above 1 is faster than the copy.
 Next to it: transformers' ``from_pretrained`` and ``save_pretrained`` of the same model.
 
-``--cold`` drops the page cache of the source first. ``--sharded N`` divides each conversion among N
-concurrent tasks with ``--shard``.
+All sources are in the page cache; ``--cold`` drops them from it. ``--sharded N`` divides each
+conversion among N concurrent tasks with ``--shard``. The folder needs 22 GB.
 """
 
 from __future__ import annotations
@@ -30,22 +30,28 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"layers": 22, "hidden": 2304, "heads": 18, "groups": 18, "ffn": 6144, "vocabulary": 32000}
-TENSOR_PARALLEL = ("--target-tensor-parallel-size", "2")
-DIRECTIONS: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "hf to native": ("hf", "native", ()),
-    "native to hf": ("hf to native", "hf", ()),
-    "native to megatron-lm": ("hf to native", "megatron-lm", ()),
-    "megatron-lm to native": ("native to megatron-lm", "native", ()),
-    "native to megatron-lm, torch, TP2": (
-        "hf to native",
-        "megatron-lm",
-        ("--ckpt-format", "torch", *TENSOR_PARALLEL),
-    ),
-    "megatron-lm, torch, TP2 to hf": ("native to megatron-lm, torch, TP2", "hf", ()),
-    "native to megatron-deepspeed, TP2": ("hf to native", "megatron-deepspeed", TENSOR_PARALLEL),
-    "megatron-deepspeed, TP2 to hf": ("native to megatron-deepspeed, TP2", "hf", ()),
+_TP2 = ("--target-tensor-parallel-size", "2")
+LAYOUTS: dict[str, tuple[str, ...]] = {
+    "hf": ("hf",),
+    "native": ("native",),
+    "megatron-lm": ("megatron-lm",),
+    "megatron-lm torch TP2": ("megatron-lm", "--ckpt-format", "torch", *_TP2),
+    "megatron-deepspeed TP2": ("megatron-deepspeed", *_TP2),
 }
-"""Source (a folder of the benchmark, or an earlier direction), target format and flags."""
+"""Value of ``--to`` and flags, by the name of the folder."""
+DIRECTIONS = {
+    f"{source} to {target}": (source, target)
+    for source, target in (
+        ("hf", "native"),
+        ("native", "hf"),
+        ("native", "megatron-lm"),
+        ("megatron-lm", "native"),
+        ("native", "megatron-lm torch TP2"),
+        ("megatron-lm torch TP2", "native"),
+        ("native", "megatron-deepspeed TP2"),
+        ("megatron-deepspeed TP2", "native"),
+    )
+}
 TRANSFORMERS = (
     "import sys, torch, transformers; "
     "transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)"
@@ -94,7 +100,6 @@ class Benchmark:
         self._arguments, self._folder = arguments, arguments.folder.absolute()
         self._costs: dict[str, list[Cost]] = defaultdict(list)
         self._ratios: dict[str, list[float]] = defaultdict(list)
-        self._sizes: dict[str, int] = {}
 
     def run(self) -> None:
         """Create the sources, measure all rounds, and print the table."""
@@ -105,51 +110,50 @@ class Benchmark:
         )
         layers = str(self._arguments.layers)
         self._execute([[sys.executable, "-c", code, str(self._folder / "hf"), layers]])
-        for name in self._arguments.only or DIRECTIONS:
-            self._create(name)  # the bytes to copy, and the source of other directions
+        for source, target in map(DIRECTIONS.__getitem__, self._arguments.only or DIRECTIONS):
+            for layout in dict.fromkeys(("native", source, target)):
+                self._create(layout)
         for _ in range(self._arguments.rounds):
             for name in self._arguments.only or DIRECTIONS:
                 self._measure(name)
             self._measure_transformers()
         self._report()
 
-    def _create(self, name: str) -> None:
-        """Create the output of a direction, after its source, if they do not exist."""
-        if (self._folder / name).exists():
-            return
-        source, target, flags = DIRECTIONS[name]
-        self._create(source)
-        self._execute([self._command(source, target, flags, self._folder / name)])
-        self._sizes[name] = size_of(self._folder / name)
+    def _create(self, layout: str) -> None:
+        """Create the folder of a layout if it does not exist."""
+        if not (self._folder / layout).exists():
+            source = "hf" if layout == "native" else "native"
+            self._execute([self._command(source, layout, self._folder / layout)])
 
-    def _command(self, source: str, target: str, flags: Sequence[str], output: Path) -> list[str]:
+    def _command(self, source: str, layout: str, output: Path) -> list[str]:
+        target, *flags = LAYOUTS[layout]
         command = [sys.executable, "-m", "megatron_llmjp.convert.cli", "--to", target, *flags]
         return [*command, "--input", str(self._folder / source), "--output", str(output)]
 
     def _measure(self, name: str) -> None:
         """Copy, convert and copy again."""
-        source, target, flags = DIRECTIONS[name]
-        before = self._copy(name)
+        source, layout = DIRECTIONS[name]
+        before = self._copy(layout)
         output = self._folder / "output"
         self._prepare(source)
-        command = self._command(source, target, flags, output)
+        command = self._command(source, layout, output)
         tasks = self._arguments.sharded
         found = self._execute(
             [[*command, "--shard", f"{i}/{tasks}"] for i in range(tasks)] if tasks else [command]
         )
         shutil.rmtree(output)
-        after = self._copy(name)
+        after = self._copy(layout)
         self._costs[name].append(found)
         self._costs[f"{name}: cp"] += [before, after]
         ratio = (before.seconds + after.seconds) / 2 / found.seconds
         self._ratios[name].append(ratio)
         print(f"{name}: {found}, ratio {ratio:.2f}", file=sys.stderr, flush=True)
 
-    def _copy(self, name: str) -> Cost:
-        self._prepare(name)
+    def _copy(self, layout: str) -> Cost:
+        self._prepare(layout)
         copy = self._folder / "copy"
         found = self._execute(
-            [["sh", "-c", 'cp -r "$0" "$1" && sync', str(self._folder / name), str(copy)]]
+            [["sh", "-c", 'cp -r "$0" "$1" && sync', str(self._folder / layout), str(copy)]]
         )
         shutil.rmtree(copy)
         return found
@@ -163,11 +167,13 @@ class Benchmark:
         shutil.rmtree(output)
         self._costs["transformers: load and save, sync"].append(found)
 
-    def _prepare(self, name: str) -> None:
-        """Finish all writes, so that no measurement waits for another one's."""
+    def _prepare(self, layout: str) -> None:
+        """Finish all writes, so that no measurement waits for another one's; read the source."""
         os.sync()
         if self._arguments.cold:
-            drop_page_cache(self._folder / name)
+            drop_page_cache(self._folder / layout)
+        else:
+            fill_page_cache(self._folder / layout)
 
     def _execute(self, commands: Sequence[Sequence[str]]) -> Cost:
         """Run commands at the same time."""
@@ -192,20 +198,26 @@ class Benchmark:
     def _report(self) -> None:
         """Print medians over the rounds, and ratios within each round."""
         print(f"\n{os.cpu_count()} cores, median of {self._arguments.rounds} rounds")
-        titles = f"{'GB':>5} {'s':>6} {'CPU s':>6} {'peak GB':>7} {'cp + sync s':>11}"
+        titles = f"{'GB':>5} {'s':>6} {'CPU s':>6} {'peak GB':>7} {'cp + sync s':>11} {'CPU s':>6}"
         print(f"{'':36} {titles}  ratio (range)")
         for name, ratios in self._ratios.items():
-            copy = statistics.median(cost.seconds for cost in self._costs[f"{name}: cp"])
+            copies = self._costs[f"{name}: cp"]
+            copy = f"{median(copies, 'seconds'):11.2f} {median(copies, 'cpu'):6.2f}"
             span = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-            print(f"{self._row(name, self._sizes[name])} {copy:11.2f}  {span}")
+            print(f"{self._row(name, size_of(self._folder / DIRECTIONS[name][1]))} {copy}  {span}")
         name = "transformers: load and save, sync"
         print(self._row(name, size_of(self._folder / "hf")))
 
     def _row(self, name: str, size: int) -> str:
         costs = self._costs[name]
-        seconds, cpu = (statistics.median(getattr(c, f) for c in costs) for f in ("seconds", "cpu"))
+        seconds, cpu = median(costs, "seconds"), median(costs, "cpu")
         memory = max(cost.memory for cost in costs) / 1e9
         return f"{name:36} {size / 1e9:5.2f} {seconds:6.2f} {cpu:6.2f} {memory:7.2f}"
+
+
+def median(costs: Sequence[Cost], field: str) -> float:
+    """Return the median of one field."""
+    return statistics.median(getattr(cost, field) for cost in costs)
 
 
 def cpu_seconds(usage: resource.struct_rusage) -> float:
@@ -218,6 +230,7 @@ def write_model(folder: Path, layers: int) -> None:
     import torch
 
     from megatron_llmjp.config.schema import ModelConfig
+    from megatron_llmjp.convert.files.dtypes import DType
     from megatron_llmjp.convert.files.safetensors import plan_safetensors
     from megatron_llmjp.convert.formats.hugging_face.llama import ARCHITECTURE
     from megatron_llmjp.convert.plan import write_slot
@@ -234,7 +247,7 @@ def write_model(folder: Path, layers: int) -> None:
     )
     shapes = tensor_shapes(model, SIZES["vocabulary"])
     tensors = {
-        key: (shape, torch.bfloat16)
+        key: (shape, DType.bfloat16)
         for rule in ARCHITECTURE.expanded_rules(model)
         for key, shape in zip(rule.keys, part_shapes(rule.layout, shapes[rule.name]), strict=True)
     }
@@ -257,6 +270,15 @@ def write_model(folder: Path, layers: int) -> None:
 def size_of(folder: Path) -> int:
     """Return the size of all files below a folder in bytes."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def fill_page_cache(folder: Path) -> None:
+    """Read all files in a folder."""
+    buffer = bytearray(1 << 22)
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb", buffering=0) as stream:
+            while stream.readinto(buffer):
+                pass
 
 
 def drop_page_cache(folder: Path) -> None:

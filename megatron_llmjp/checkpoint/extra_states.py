@@ -8,11 +8,12 @@ not saved, and not requested from a checkpoint; other names that differ remain a
 from __future__ import annotations
 
 import re
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from megatron_llmjp.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 _NAME = re.compile(r"(^|\.)_extra_state(/shard_[\d.]+_[\d.]+)?$")
 
@@ -38,6 +39,8 @@ def check_is_empty(key: str, value: Any) -> None:
     Raises:
         UserError: it contains the scales of fp8 training.
     """
+    import torch
+
     if value is None or (isinstance(value, torch.Tensor) and value.numel() == 0):
         return
     raise UserError(

@@ -12,15 +12,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from megatron_llmjp.convert.computed_tensor import computed_read
+from megatron_llmjp.convert.files.dtypes import DType
 from megatron_llmjp.convert.files.storage import dtype_name
 from megatron_llmjp.convert.formats.base import SourceCheckpoint
 from megatron_llmjp.convert.plan import TensorRead
 from megatron_llmjp.convert.verification.model_differences import model_differences
 from megatron_llmjp.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def average_weights(count: int, decay: float | None) -> list[float]:
@@ -39,7 +42,7 @@ def average_weights(count: int, decay: float | None) -> list[float]:
 
 
 def average_checkpoints(
-    sources: Sequence[SourceCheckpoint], decay: float | None, dtype: torch.dtype | None
+    sources: Sequence[SourceCheckpoint], decay: float | None, dtype: DType | None
 ) -> SourceCheckpoint:
     """Return a checkpoint whose tensors are averages; its metadata are those of the last one.
 
@@ -126,11 +129,11 @@ def _average(
     reads: Sequence[TensorRead],
     name: str,
     weights: Sequence[float],
-    dtype: torch.dtype | None,
+    dtype: DType | None,
 ) -> TensorRead:
     stored = reads[0].dtype
-    total = torch.float64 if stored.itemsize >= 4 else torch.float32
-    result = stored if dtype in (None, stored) else torch.float32
+    total = DType.float64 if stored.itemsize >= 4 else DType.float32
+    result = stored if dtype in (None, stored) else DType.float32
     compute = partial(_weighted_sum, reads, name, weights, total, result)
     return computed_read(reads, result, total, compute)
 
@@ -139,17 +142,17 @@ def _weighted_sum(
     reads: Sequence[TensorRead],
     name: str,
     weights: Sequence[float],
-    total: torch.dtype,
-    result: torch.dtype,
+    total: DType,
+    result: DType,
 ) -> torch.Tensor:
     """Read one tensor after the other and return their weighted sum.
 
     Equal weights are applied to the sum: the sum of a few values is mostly exact.
     """
     is_mean = len(set(weights)) == 1
-    found = reads[0].read(name).to(total)
+    found = reads[0].read(name).to(total.torch)
     if not is_mean:
         found.mul_(weights[0])
     for read, weight in zip(reads[1:], weights[1:], strict=True):
         found.add_(read.read(name), alpha=1.0 if is_mean else weight)
-    return (found.div_(len(reads)) if is_mean else found).to(result)
+    return (found.div_(len(reads)) if is_mean else found).to(result.torch)

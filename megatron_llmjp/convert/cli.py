@@ -1,12 +1,11 @@
 """Command line of ``convert_checkpoint``.
 
-torch is imported only by conversions and ``inspect``, so that ``--help`` is printed at once.
+torch is imported only where values are computed, which most conversions do not need.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -206,10 +205,10 @@ def _add_execution_options(add: Callable[..., Any]) -> None:
     add(
         "--workers",
         type=positive_int,
-        default=min(4, os.cpu_count() or 1),
+        default=4,
         metavar="N",
-        help="number of copying threads; does not change memory use (default: one per core, at "
-        "most 4)",
+        help="number of copying threads, which wait for the disk most of the time; does not change "
+        "memory use (default: 4)",
     )
     add(
         "--shard",

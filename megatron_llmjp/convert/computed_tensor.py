@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from megatron_llmjp.convert.files.checksums import ChecksumRange
+from megatron_llmjp.convert.files.dtypes import DType
 from megatron_llmjp.convert.files.storage import byte_count, copy_into
 from megatron_llmjp.convert.plan import TensorRead
 from megatron_llmjp.convert.tensors import Shape
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,7 @@ class ComputedTensor:
     """A tensor that a function computes, for use as the part of a :class:`TensorRead`."""
 
     shape: Shape
-    dtype: torch.dtype
+    dtype: DType
     source: str
     """Path of the first file that is read."""
     checksum_ranges: tuple[ChecksumRange, ...]
@@ -35,8 +38,8 @@ class ComputedTensor:
 
 def computed_read(
     inputs: Iterable[TensorRead],
-    dtype: torch.dtype,
-    workspace: torch.dtype,
+    dtype: DType,
+    workspace: DType,
     compute: Callable[[], torch.Tensor],
 ) -> TensorRead:
     """Return how to read a tensor that is computed from tensors of the same shape.

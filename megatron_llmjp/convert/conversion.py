@@ -76,9 +76,7 @@ class Conversion:
         path = path.absolute()
         begin, checking = time.monotonic(), 0.0
         with atomic_output_folder(path, self.output.nbytes) as folder:
-            sums = copy_tensors(
-                self.copies, self.output.files, folder, workers, quiet, self.output.prepare
-            )
+            sums = copy_tensors(self.copies, self.output.files, folder, workers, quiet)
             if self.options.checksums:
                 for checksum_range in self.checksum_ranges():
                     checksum_range.finish()

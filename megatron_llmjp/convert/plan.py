@@ -12,20 +12,24 @@ import os
 import zlib
 from bisect import bisect_left
 from collections.abc import Callable, Container, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
+from megatron_llmjp.convert.files.direct_io import FileWriter, reserve, write_at
+from megatron_llmjp.convert.files.dtypes import DType
 from megatron_llmjp.convert.files.storage import (
     StoredTensor,
     as_bytes,
     byte_count,
     dtype_name,
-    write_at,
 )
 from megatron_llmjp.convert.tensors import Layout, Shape, part_shapes, resize_vocabulary, whole
 from megatron_llmjp.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 CRC_BYTES = 4
 """Size of a stored CRC-32."""
@@ -42,14 +46,21 @@ class Slot:
     key: str
     offset: int
     shape: Shape
-    dtype: torch.dtype
+    dtype: DType
     checksums: tuple[int, ...] = ()
     """Offsets in the file at which the CRC-32 of the tensor is written (zip archives)."""
+    is_part: bool = False
+    """Whether it is a part of a larger array, whose CRC-32 is combined from those of its parts."""
 
     @property
     def nbytes(self) -> int:
         """Size of the tensor in bytes."""
         return byte_count(self.shape, self.dtype)
+
+    @property
+    def needs_crc(self) -> bool:
+        """Whether the CRC-32 of the tensor is computed."""
+        return bool(self.checksums) or self.is_part
 
 
 @dataclass
@@ -62,7 +73,7 @@ class OutputFile:
     slots: dict[str, Slot]
 
     def create(self, folder: Path) -> None:
-        """Create the file with its full size and its fixed bytes; slots are left sparse.
+        """Create the file with its full size and its fixed bytes.
 
         Checksums of slots are left, too, and an existing file is not truncated: each byte has the
         same value whenever it is written, so that a second process on the file does no harm.
@@ -73,6 +84,7 @@ class OutputFile:
         checksums = sorted(place for slot in self.slots.values() for place in slot.checksums)
         try:
             os.ftruncate(descriptor, self.size)
+            reserve(path, self.size)
             for offset, data in self.fixed:
                 start, end = offset, offset + len(data)
                 inside = checksums[bisect_left(checksums, start) : bisect_left(checksums, end)]
@@ -81,6 +93,13 @@ class OutputFile:
                     start = place + CRC_BYTES
         finally:
             os.close(descriptor)
+
+    def content(self) -> bytes:
+        """Return the content of a file without slots."""
+        content = bytearray(self.size)
+        for offset, data in self.fixed:
+            content[offset : offset + len(data)] = data
+        return bytes(content)
 
 
 @dataclass(frozen=True)
@@ -92,7 +111,7 @@ class TensorRead:
     """
 
     shape: Shape
-    dtype: torch.dtype
+    dtype: DType
     parts: Sequence[StoredTensor]
     layout: Layout = whole
     replicas: Sequence[StoredTensor] = ()
@@ -124,10 +143,12 @@ class TensorRead:
         Raises:
             UserError: a file is damaged, or replicas differ.
         """
+        import torch
+
         if self.layout is whole:
             tensor = self.parts[0].read()
         else:
-            tensor = torch.empty(self.shape, dtype=self.dtype)
+            tensor = torch.empty(self.shape, dtype=self.dtype.torch)
             for part, stored in zip(self.layout(tensor), self.parts, strict=True):
                 if part.view.is_contiguous():
                     stored.read(part.view)
@@ -217,27 +238,26 @@ def write_slot(folder: Path, slot: Slot, view: torch.Tensor) -> int | None:
     data = as_bytes(cast_elements(view, slot.dtype, slot.key).contiguous())
     if len(data) != slot.nbytes:
         raise ValueError(f"{slot.key}: {len(data)} bytes for a slot of {slot.nbytes}")
-    descriptor = os.open(folder / slot.file, os.O_WRONLY)
-    try:
-        write_at(descriptor, slot.offset, data)
-        if not slot.checksums:
+    with closing(FileWriter(folder / slot.file)) as writer:
+        writer.write(slot.offset, data)
+        if not slot.needs_crc:
             return None
         checksum = zlib.crc32(data)
         for offset in slot.checksums:
-            write_at(descriptor, offset, checksum.to_bytes(4, "little"))
+            writer.write(offset, checksum.to_bytes(4, "little"))
         return checksum
-    finally:
-        os.close(descriptor)
 
 
-def cast_elements(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+def cast_elements(tensor: torch.Tensor, dtype: DType, name: str) -> torch.Tensor:
     """Cast a tensor to the type of its slot.
 
     Raises:
         UserError: a value is out of range of the type.
     """
-    cast = tensor.to(dtype)
-    if dtype == torch.float16 != tensor.dtype and not torch.isfinite(cast).all():
+    import torch
+
+    cast = tensor.to(dtype.torch)
+    if cast.dtype == torch.float16 != tensor.dtype and not torch.isfinite(cast).all():
         raise UserError(f"{name}: values out of range of fp16; use --dtype bf16 or fp32")
     return cast
 
@@ -247,8 +267,7 @@ class OutputPlan:
     """Plan of all output files.
 
     ``finish`` writes the small files (configurations, indices) into the folder after all tensors
-    were written; it receives the CRC-32s of the tensors. ``prepare`` is called while tensors are
-    copied: imports and computations of ``finish`` that do not depend on them.
+    were written; it receives the CRC-32s of the tensors.
     """
 
     files: list[OutputFile]
@@ -256,7 +275,6 @@ class OutputPlan:
     finish: Callable[[Path, Checksums], None]
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    prepare: Callable[[], object] = lambda: None
 
     @property
     def nbytes(self) -> int:

@@ -10,18 +10,24 @@ tensor parallelism, in megatron-core's layout (megatron/core/transformer/attenti
 
 A layout is a function from a canonical tensor to the parts that are stored in files, each a *view*
 of the tensor. Reading copies files into the views, writing copies the views into files: each layout
-is defined once for both directions.
+is defined once for both directions. Applied to a :class:`StridedView` instead of a tensor, it gives
+the places of the parts, without torch.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from megatron_llmjp.config.schema import ModelConfig
+from megatron_llmjp.convert.strided_view import Shape, StridedView
+
+if TYPE_CHECKING:
+    import torch
+
+    TensorView = torch.Tensor | StridedView
 
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 POSITION_EMBEDDINGS = "embedding.position_embeddings.weight"
@@ -32,17 +38,17 @@ LAYER = "decoder.layers.{i}."
 VOCABULARY = frozenset({WORD_EMBEDDINGS, OUTPUT_LAYER})
 """Tensors whose first dimension is the padded vocabulary size."""
 
-Shape = tuple[int, ...]
-
 
 class Part(NamedTuple):
     """A stored part of a canonical tensor: a view of the tensor, and the shape in the file."""
 
-    view: torch.Tensor
+    view: Any
+    """A ``torch.Tensor``, or a :class:`StridedView`, as the layout was given."""
     shape: Shape
 
 
-Layout = Callable[[torch.Tensor], list[Part]]
+Layout = Callable[[Any], list[Part]]
+"""Function of a tensor or a :class:`StridedView`."""
 
 ParallelSplit = Literal["replicated", "rows", "columns", "gate_up"]
 """How tensor parallelism splits a tensor."""
@@ -133,33 +139,33 @@ def rank_layout(name: str, model: ModelConfig, size: int) -> Layout:
     return partial(functions[split], size=size)
 
 
-def whole(tensor: torch.Tensor) -> list[Part]:
+def whole(tensor: TensorView) -> list[Part]:
     """Return the whole tensor as a single part."""
     return [Part(tensor, tuple(tensor.shape))]
 
 
-def transposed(tensor: torch.Tensor) -> list[Part]:
+def transposed(tensor: TensorView) -> list[Part]:
     """Transpose ``[out, in]`` to ``[in, out]``, the layout of GPT-2's Conv1D."""
     view = tensor.t()
     return [Part(view, tuple(view.shape))]
 
 
-def split_rows(tensor: torch.Tensor, size: int) -> list[Part]:
+def split_rows(tensor: TensorView, size: int) -> list[Part]:
     """Split the first dimension into ``size`` equal parts."""
     return [Part(view, tuple(view.shape)) for view in tensor.chunk(size)]
 
 
-def split_columns(tensor: torch.Tensor, size: int) -> list[Part]:
+def split_columns(tensor: TensorView, size: int) -> list[Part]:
     """Split the second dimension into ``size`` equal parts."""
     return [Part(view, tuple(view.shape)) for view in tensor.chunk(size, dim=1)]
 
 
-def gate_up(tensor: torch.Tensor) -> list[Part]:
+def gate_up(tensor: TensorView) -> list[Part]:
     """Split ``[2 x ffn, ...]`` into gate and up, each ``[ffn, ...]``."""
     return split_rows(tensor, 2)
 
 
-def gate_up_rows(tensor: torch.Tensor, size: int) -> list[Part]:
+def gate_up_rows(tensor: TensorView, size: int) -> list[Part]:
     """Split ``[2 x ffn, ...]`` into ``[gate_t; up_t]`` of each tensor-parallel rank ``t``.
 
     Concatenating the ranks' rows instead gives a model that loads and computes wrong outputs.
@@ -170,7 +176,7 @@ def gate_up_rows(tensor: torch.Tensor, size: int) -> list[Part]:
     return [Part(split[:, rank], shape) for rank in range(size)]
 
 
-def query_key_value(tensor: torch.Tensor, groups: int, head_dim: int) -> list[Part]:
+def query_key_value(tensor: TensorView, groups: int, head_dim: int) -> list[Part]:
     """Split grouped ``linear_qkv`` rows into queries, keys and values, each head by head.
 
     ``[(n + 2 g) d, ...]`` becomes ``[n d, ...]``, ``[g d, ...]`` and ``[g d, ...]``.
@@ -178,10 +184,10 @@ def query_key_value(tensor: torch.Tensor, groups: int, head_dim: int) -> list[Pa
     rest = tensor.shape[1:]
     grouped = tensor.view(groups, -1, head_dim, *rest)
     views = (grouped[:, :-2], grouped[:, -2], grouped[:, -1])
-    return [Part(view, (view.numel() // max(1, rest.numel()), *rest)) for view in views]
+    return [Part(view, (view.numel() // max(1, math.prod(rest)), *rest)) for view in views]
 
 
-def query_key_value_conv1d(tensor: torch.Tensor, heads: int) -> list[Part]:
+def query_key_value_conv1d(tensor: TensorView, heads: int) -> list[Part]:
     """Rearrange per-head ``linear_qkv`` to GPT-2's ``c_attn``: columns q | k | v, head by head.
 
     A weight ``[3 n d, h]`` becomes ``[h, 3 n d]`` (Conv1D is transposed); a bias ``[3 n d]`` keeps
@@ -193,7 +199,7 @@ def query_key_value_conv1d(tensor: torch.Tensor, heads: int) -> list[Part]:
     return [Part(per_head.permute(3, 1, 0, 2), (tensor.shape[1], tensor.shape[0]))]
 
 
-def rectangular_parts(tensor: torch.Tensor, places: Sequence[tuple[Shape, Shape]]) -> list[Part]:
+def rectangular_parts(tensor: TensorView, places: Sequence[tuple[Shape, Shape]]) -> list[Part]:
     """Return rectangular parts of a tensor, each given by its offsets and its sizes."""
     parts = []
     for offsets, sizes in places:
@@ -206,7 +212,7 @@ def rectangular_parts(tensor: torch.Tensor, places: Sequence[tuple[Shape, Shape]
 
 def part_shapes(layout: Layout, shape: Shape) -> list[Shape]:
     """Return the shapes of a layout's parts in the file, computed without data."""
-    return [part.shape for part in layout(torch.empty(shape, device="meta"))]
+    return [part.shape for part in layout(StridedView.of(shape))]
 
 
 def resize_vocabulary(tensor: torch.Tensor, padded_vocab_size: int) -> torch.Tensor:
@@ -215,6 +221,8 @@ def resize_vocabulary(tensor: torch.Tensor, padded_vocab_size: int) -> torch.Ten
     A padding row that repeats the row of a rare token is as improbable as that token. A row of
     zeros would have logit 0, which is not improbable in a trained model.
     """
+    import torch
+
     missing = padded_vocab_size - tensor.shape[0]
     if missing <= 0:
         return tensor[:padded_vocab_size]

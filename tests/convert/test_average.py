@@ -69,7 +69,7 @@ def test_the_moving_average_is_that_of_torch(tmp_path, convert):
     for key, tensor in state(tmp_path / "ema-hf").items():
         first, second, third = (each[key] for each in inputs)
         expected = step(step(first, second, None), third, None).float()
-        torch.testing.assert_close(tensor, expected, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(tensor, expected, rtol=1.2e-7, atol=1e-9)  # one unit of fp32
     manifest = manifests.read_manifest(tmp_path / "ema" / "iter_0000030")
     assert (manifest.iteration, manifest.consumed_samples) == (30, 240)
     assert manifest.contents == "weights"

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from megatron_llmjp.convert.files.checksums import ChecksumRange
+from megatron_llmjp.convert.files.dtypes import DType
 from megatron_llmjp.convert.files.storage import FileTensor
 from megatron_llmjp.convert.files.torch_dist import read_metadata
 from megatron_llmjp.errors import UserError
@@ -92,14 +93,14 @@ def test_bytes_that_were_read_are_not_read_again(tmp_path, stride):
     path.write_bytes(content)
     whole = ChecksumRange(path, 16, 64, zlib.crc32(content[16:80]), "a test")
     wrong = ChecksumRange(path, 16, 64, zlib.crc32(content[16:80]) ^ 1, "a test")
-    one = FileTensor(path, 16, (4, 2), torch.float32, None, whole)
-    other = FileTensor(path, 48, (8, 4), torch.uint8, stride, whole)
-    both = [one.read(), other.read(), FileTensor(path, 16, (0,), torch.uint8, None, whole).read()]
+    one = FileTensor(path, 16, (4, 2), DType.float32, None, whole)
+    other = FileTensor(path, 48, (8, 4), DType.uint8, stride, whole)
+    both = [one.read(), other.read(), FileTensor(path, 16, (0,), DType.uint8, None, whole).read()]
     expected = torch.frombuffer(bytearray(content[48:80]), dtype=torch.uint8)
     expected = expected.view(8, 4) if stride is None else expected.view(4, 8).t()
     assert torch.equal(both[1], expected)
     assert one.checksum_ranges == other.checksum_ranges == (whole,)
-    assert FileTensor(path, 0, (1,), torch.uint8).checksum_ranges == ()
+    assert FileTensor(path, 0, (1,), DType.uint8).checksum_ranges == ()
     replace(one, checksum_range=wrong).read()
     with pytest.raises(UserError, match="does not match the checksum in a test"):
         replace(other, checksum_range=wrong).read()

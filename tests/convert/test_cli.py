@@ -9,11 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-import torch
 
 from megatron_llmjp.config.model_config import ParallelConfig
 from megatron_llmjp.convert import conversion
 from megatron_llmjp.convert.copying import progress_bar
+from megatron_llmjp.convert.files.dtypes import DType
 from megatron_llmjp.convert.formats.base import ConversionOptions
 from megatron_llmjp.errors import UserError
 from tests.convert.hf_models import gpt2, llama
@@ -61,9 +61,9 @@ def test_errors_are_one_line(convert, arguments, message, monkeypatch, tmp_path)
 OPTIONS = {
     # flags: the options that differ from the defaults
     "": {},
-    "--dtype fp16": {"dtype": torch.float16},
-    "--dtype bf16": {"dtype": torch.bfloat16},
-    "--dtype fp32": {"dtype": torch.float32},
+    "--dtype fp16": {"dtype": DType.float16},
+    "--dtype bf16": {"dtype": DType.bfloat16},
+    "--dtype fp32": {"dtype": DType.float32},
     "--target-tensor-parallel-size 2": {"parallel": ParallelConfig(tensor_model_parallel_size=2)},
     "--target-pipeline-parallel-size 3": {
         "parallel": ParallelConfig(pipeline_model_parallel_size=3)

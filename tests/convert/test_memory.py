@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from megatron_llmjp.config.schema import ModelConfig
+from megatron_llmjp.convert.files.dtypes import DType
 from megatron_llmjp.convert.files.safetensors import plan_safetensors
 from megatron_llmjp.convert.formats.hugging_face import llama
 from megatron_llmjp.convert.tensors import part_shapes, tensor_shapes
@@ -29,12 +29,12 @@ LARGEST = 2 * 16384 * 1024  # bytes of the embedding in bf16
 
 @pytest.fixture
 def model(tmp_path) -> Path:
-    """Write a model of 0.3 GB as a sparse file."""
+    """Write a model of 0.3 GB, all zeros."""
     folder = tmp_path / "hf"
     folder.mkdir()
     shape_of = tensor_shapes(MODEL, 16384)
     tensors = {
-        key: (shape, torch.bfloat16)
+        key: (shape, DType.bfloat16)
         for rule in llama.ARCHITECTURE.expanded_rules(MODEL)
         for key, shape in zip(rule.keys, part_shapes(rule.layout, shape_of[rule.name]), strict=True)
     }

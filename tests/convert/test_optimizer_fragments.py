@@ -16,12 +16,14 @@ from torch.distributed.checkpoint import metadata as torch_dcp
 
 from megatron_llmjp.config.schema import ModelConfig
 from megatron_llmjp.convert.files import torch_archive, torch_dist
+from megatron_llmjp.convert.files.dtypes import DType
 from megatron_llmjp.convert.files.torch_dist_writer import TorchDistWriter
 from megatron_llmjp.convert.formats import native
 from megatron_llmjp.convert.optimizer import optimizer_fragments
 from megatron_llmjp.convert.plan import Slot, write_slot
 from megatron_llmjp.convert.tensors import tensor_shapes
 from megatron_llmjp.errors import UserError
+from tests.convert.dtypes import dtype_of
 from tests.convert.hf_models import llama, state
 from tests.convert.megatron_parts import FUSED, renamed
 from tests.support.witness import read_state
@@ -156,7 +158,7 @@ def bucket_of(root: Path, wholes: dict[str, torch.Tensor], names: list[str]):
     slots: list[tuple[int, Slot, torch.Tensor]] = []
     for name in reversed(names):
         start, flat = (end + 63) // 64 * 64, wholes[name].flatten()
-        [(_, slot)] = writer.add_tensor(f"{name} {start}", tuple(flat.shape), flat.dtype)
+        [(_, slot)] = writer.add_tensor(f"{name} {start}", tuple(flat.shape), dtype_of(flat))
         slots.append((start, slot, flat))
         end = start + flat.numel()
     (output,) = writer.files
@@ -168,7 +170,7 @@ def bucket_of(root: Path, wholes: dict[str, torch.Tensor], names: list[str]):
     chunks = {}
     for (start, _, flat), (_, offset, length) in zip(slots, writer._storage.values(), strict=True):
         chunks[(start,), (flat.numel(),)] = (file, offset, length)
-    return torch_dist.TensorEntry((end,), torch.float32, chunks)
+    return torch_dist.TensorEntry((end,), DType.float32, chunks)
 
 
 def test_signals_in_arguments_are_inert(tmp_path):
@@ -254,7 +256,7 @@ def flattened(
             flat = part.flatten()
             for start, piece in ((0, flat[:5]), (5, flat[5:])):
                 name = f"{key} {i} {cell} {start}"
-                [(_, slot)] = writer.add_tensor(name, tuple(piece.shape), piece.dtype)
+                [(_, slot)] = writer.add_tensor(name, tuple(piece.shape), dtype_of(piece))
                 slots.append((slot, piece))
                 lead = (i,) if stacked else ()
                 where = (*lead, *([0] * (len(shape) - 1)), cell, start)

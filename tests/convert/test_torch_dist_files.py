@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from megatron_llmjp.convert.files import torch_dist_writer
+from megatron_llmjp.convert.files.dtypes import DType
 from megatron_llmjp.convert.files.torch_dist_writer import TorchDistWriter, split_into_chunks
 from megatron_llmjp.convert.plan import write_slot
+from tests.convert.dtypes import dtype_of
 
 
 def written(folder: Path, limit: int, tensors: dict[str, torch.Tensor]) -> TorchDistWriter:
@@ -18,7 +20,9 @@ def written(folder: Path, limit: int, tensors: dict[str, torch.Tensor]) -> Torch
     writer = TorchDistWriter(limit, ".")
     slots = []
     for name, tensor in tensors.items():
-        for (offsets, sizes), slot in writer.add_tensor(name, tuple(tensor.shape), tensor.dtype):
+        for (offsets, sizes), slot in writer.add_tensor(
+            name, tuple(tensor.shape), dtype_of(tensor)
+        ):
             box = tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))
             slots.append((slot, tensor[box]))
     for output in writer.files:
@@ -32,7 +36,7 @@ def test_files_are_filled_to_the_limit(tmp_path):
     """A tensor that fits exactly stays; an empty file takes any tensor; objects take no space."""
     tensors = {name: torch.arange(256.0) for name in "abc"}
     one = TorchDistWriter(1, ".")
-    one.add_tensor("a", (256,), torch.float32)
+    one.add_tensor("a", (256,), DType.float32)
     used = one.files[0].size  # of an archive with a tensor of 1024 bytes
     for limit, counts in (
         (used + 1023, [1, 1, 1]),
@@ -85,7 +89,7 @@ def test_torch_reads_what_is_written(tmp_path, monkeypatch):
 )
 def test_chunks(monkeypatch, shape, sizes):
     monkeypatch.setattr(torch_dist_writer, "CHUNK_BYTES", 64)
-    chunks = list(split_into_chunks(shape, torch.float32))
+    chunks = list(split_into_chunks(shape, DType.float32))
     assert [size[0] for _, size in chunks] == sizes
     assert [where for where, _ in chunks] == [
         (sum(sizes[:i]), *[0] * (len(shape) - 1)) for i in range(len(sizes))

@@ -12,10 +12,12 @@ import pytest
 import safetensors.torch
 import torch
 
+from megatron_llmjp.convert.files.dtypes import DType
 from megatron_llmjp.convert.files.safetensors import plan_safetensors, read_header
 from megatron_llmjp.convert.files.torch_archive import load_archive
 from megatron_llmjp.convert.files.torch_archive_writer import TensorPlaceholder, plan_archive
 from megatron_llmjp.convert.plan import OutputFile, write_slot
+from tests.convert.dtypes import dtype_of
 
 TENSORS = {
     "scalar": torch.tensor(7.5),
@@ -44,7 +46,7 @@ def write(folder: Path, output: OutputFile) -> Path:
 
 @pytest.mark.parametrize("base", [0, 100])
 def test_an_archive(tmp_path, base):
-    held = {key: TensorPlaceholder(key, tuple(t.shape), t.dtype) for key, t in TENSORS.items()}
+    held = {key: TensorPlaceholder(key, tuple(t.shape), dtype_of(t)) for key, t in TENSORS.items()}
     tree = {"nested": [OrderedDict(held)], "number": 3}
     output = plan_archive("a.pt", tree, base)
     path = write(tmp_path, output)
@@ -110,7 +112,7 @@ def place_of(path: Path, entry: zipfile.ZipInfo) -> tuple[int, int]:
 def test_archives_of_more_than_four_gigabytes(tmp_path, size):
     """From 2^32 - 1 bytes on sizes and offsets are in fields of 64 bits; the file is sparse."""
     sizes = [10, size, 10]
-    held = [TensorPlaceholder(str(i), (n,), torch.uint8) for i, n in enumerate(sizes)]
+    held = [TensorPlaceholder(str(i), (n,), DType.uint8) for i, n in enumerate(sizes)]
     output = plan_archive("a.pt", held)
     output.create(tmp_path)
     path = tmp_path / "a.pt"
@@ -127,7 +129,7 @@ def test_archives_of_more_than_four_gigabytes(tmp_path, size):
 
 
 def test_a_safetensors_file(tmp_path):
-    kinds = {key: (tuple(t.shape), t.dtype) for key, t in TENSORS.items()}
+    kinds = {key: (tuple(t.shape), dtype_of(t)) for key, t in TENSORS.items()}
     output = plan_safetensors("a.safetensors", kinds)
     path = write(tmp_path, output)
     assert path.stat().st_size == output.size
@@ -147,7 +149,9 @@ def test_files_are_closed_and_a_second_creation_changes_nothing(tmp_path):
     """Also not the checksums of tensors: a lost task may still write a complete file."""
     before = len(list(Path("/proc/self/fd").iterdir()))
     for number in range(3):
-        held = {key: TensorPlaceholder(key, tuple(t.shape), t.dtype) for key, t in TENSORS.items()}
+        held = {
+            key: TensorPlaceholder(key, tuple(t.shape), dtype_of(t)) for key, t in TENSORS.items()
+        }
         output = plan_archive(f"{number}", held)
         content = write(tmp_path, output).read_bytes()
         output.create(tmp_path)

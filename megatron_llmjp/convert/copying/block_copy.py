@@ -17,7 +17,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from megatron_llmjp.convert.copying.block_io import (
     BLOCK_BYTES,
@@ -29,9 +28,11 @@ from megatron_llmjp.convert.copying.block_io import (
     WrittenRange,
 )
 from megatron_llmjp.convert.copying.contiguous_runs import find_runs
+from megatron_llmjp.convert.files.dtypes import DType
 from megatron_llmjp.convert.files.storage import FileTensor, OpenFiles
 from megatron_llmjp.convert.plan import TensorCopy, TensorRead, TensorWrite
-from megatron_llmjp.convert.tensors import Layout, Shape, whole
+from megatron_llmjp.convert.strided_view import Shape, StridedView
+from megatron_llmjp.convert.tensors import Layout, whole
 
 UNIT_BLOCKS = 16
 """Blocks of a unit: a thread reads and writes up to 64 MB in sequence."""
@@ -46,6 +47,8 @@ class Unit:
 
     run: Callable[[Path], list[WrittenRange]]
     nbytes: int
+    uses_torch: bool
+    is_whole_tensor: bool = False
 
 
 class BlockCopy:
@@ -71,7 +74,8 @@ class BlockCopy:
             sizes = {block: self._nbytes(*block) for block in pairwise(ends)}
             blocks = [block for block, nbytes in sizes.items() if nbytes]
             if blocks:
-                found.append(Unit(partial(self._run, blocks, buffers), sum(sizes.values())))
+                run = partial(self._run, blocks, buffers)
+                found.append(Unit(run, sum(sizes.values()), self._dtype != self._copy.read.dtype))
         self._unfinished = len(found)
         return found
 
@@ -127,11 +131,10 @@ def plan_block_copy(copy: TensorCopy) -> BlockCopy | None:
 
 def _sources(read: TensorRead) -> list[BlockSource] | None:
     """Return the parts, then the replicas; None if the order of the elements changes."""
-    views = _views(read.layout, read.shape, read.dtype)
-    views += _views(whole, read.shape, read.dtype) * len(read.replicas)
+    views = _views(read.layout, read.shape) + _views(whole, read.shape) * len(read.replicas)
     found: list[BlockSource] = []
     for view, stored in zip(views, [*read.parts, *read.replicas], strict=True):
-        runs = find_runs(view)
+        runs = find_runs(view, read.dtype.itemsize)
         is_strided = isinstance(stored, FileTensor) and stored.stride is not None
         if runs is None or stored.dtype != read.dtype or is_strided:
             return None
@@ -142,11 +145,10 @@ def _sources(read: TensorRead) -> list[BlockSource] | None:
 def _targets(write: TensorWrite, stored: Shape) -> list[BlockTarget] | None:
     """Return the parts that have slots; None if the order of the elements changes."""
     found = []
-    dtype = next((slot.dtype for part in write.slots for slot in part), torch.uint8)
-    for view, slots in zip(
-        _views(write.layout, write.shape(stored), dtype), write.slots, strict=True
-    ):
-        runs = find_runs(view)
+    dtype = next((slot.dtype for part in write.slots for slot in part), DType.uint8)
+    views = _views(write.layout, write.shape(stored))
+    for view, slots in zip(views, write.slots, strict=True):
+        runs = find_runs(view, dtype.itemsize)
         if runs is None:
             return None
         for slot in slots:
@@ -157,5 +159,5 @@ def _targets(write: TensorWrite, stored: Shape) -> list[BlockTarget] | None:
     return found
 
 
-def _views(layout: Layout, shape: Shape, dtype: torch.dtype) -> list[torch.Tensor]:
-    return [part.view for part in layout(torch.empty(shape, dtype=dtype, device="meta"))]
+def _views(layout: Layout, shape: Shape) -> list[StridedView]:
+    return [part.view for part in layout(StridedView.of(shape))]

@@ -14,20 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from megatron_llmjp.convert.copying.contiguous_runs import Bytes, ContiguousRuns
+from megatron_llmjp.convert.copying.contiguous_runs import ContiguousRuns
 from megatron_llmjp.convert.files.checksums import combine_crc32
+from megatron_llmjp.convert.files.direct_io import PAGE, Bytes, advise, aligned_memory
 from megatron_llmjp.convert.files.storage import (
     Extents,
     FileTensor,
     OpenFiles,
     StoredTensor,
-    advise,
     as_bytes,
     read_at,
-    start_writeback,
-    write_at,
 )
 from megatron_llmjp.convert.plan import Slot, TensorCopy, cast_elements
 
@@ -39,7 +36,15 @@ class BlockBuffers(threading.local):
     """Memory of each thread for one block, and for a part of it."""
 
     def __init__(self) -> None:
-        self.block, self.part = (np.empty(BLOCK_BYTES, np.uint8) for _ in range(2))
+        self._block, self._part = (aligned_memory(BLOCK_BYTES + PAGE) for _ in range(2))
+
+    def block(self, nbytes: int, place: int) -> Bytes:
+        """Return memory for a block whose pages are those of a file from byte ``place`` on."""
+        return self._block[place % PAGE :][:nbytes]
+
+    def part(self, nbytes: int, place: int = 0) -> Bytes:
+        """Return memory for a part of a block; see :meth:`block`."""
+        return self._part[place % PAGE :][:nbytes]
 
 
 Location = Extents | Bytes
@@ -62,7 +67,7 @@ class BlockSource:
         """
         found = self.stored.extents()
         if found is None:
-            tensor = self.stored.read().to(self.stored.dtype).contiguous()
+            tensor = self.stored.read().to(self.stored.dtype.torch).contiguous()
             return np.asarray(as_bytes(tensor))
         return sorted(found, key=lambda extent: extent[0])
 
@@ -77,7 +82,7 @@ class BlockTarget:
 
 @dataclass
 class WrittenRange:
-    """A range of a slot that was written; ``crc`` is None if the slot stores no CRC-32."""
+    """A range of a slot that was written; ``crc`` is None if the slot needs no CRC-32."""
 
     slot: Slot
     start: int
@@ -119,8 +124,8 @@ class BlockIO:
     def start_writeback(self) -> None:
         """Start to write everything to disk."""
         for (file, offset), found in self.written.items():
-            descriptor = self.files.writer(self.folder / file)
-            start_writeback(descriptor, offset + found.start, found.nbytes)
+            writer = self.files.writer(self.folder / file)
+            writer.start_writeback(offset + found.start, found.nbytes)
 
     def copy_block(self, begin: int, end: int) -> None:
         """Copy the elements ``begin`` to ``end`` of the canonical tensor in the target.
@@ -129,16 +134,25 @@ class BlockIO:
             UserError: a source file is damaged, replicas differ, a value is out of range of the
                 target's type, or the disk is full.
         """
-        block = self.buffers.block[: (end - begin) * self._dtype.itemsize]
+        place = self._first_written_byte(begin, end)
+        block = self.buffers.block((end - begin) * self._dtype.itemsize, place)
         crcs = self._read(block, begin, min(end, self._stored))
         if end > self._stored:
             self._repeat_last_row(block, begin)
         if self._to != self._dtype:
-            elements = torch.from_numpy(block).view(self._dtype)
-            key = self.targets[0].slots[0].key
-            block, crcs = np.asarray(as_bytes(cast_elements(elements, self._to, key))), {}
+            block, crcs = self._cast(block), {}
         for target in self.targets:
             self._write(target, block, begin, end, crcs)
+
+    def _first_written_byte(self, begin: int, end: int) -> int:
+        """Return where in its file a block starts that a target stores as it is; 0 if none does."""
+        for target in self.targets if self._to == self._dtype else []:
+            first, last = target.runs.range_of(begin, end)
+            if first < last:
+                start, _, count = next(target.runs.pieces(first, last))
+                if count == last - first:
+                    return target.slots[0].offset + (first - start + begin) * self._dtype.itemsize
+        return 0
 
     def _read(
         self, block: Bytes, begin: int, end: int, verify: bool = True
@@ -158,7 +172,7 @@ class BlockIO:
                 if crc is not None:
                     crcs[place, count] = crc
                 continue
-            part = self.buffers.part[:nbytes]
+            part = self.buffers.part(nbytes)
             self._read_part(location, first, part, verify)
             if direct is None:
                 source.runs.scatter(block, begin, first, itemsize, part)
@@ -168,8 +182,19 @@ class BlockIO:
 
     def _is_equal(self, one: Bytes, other: Bytes) -> bool:
         """Compare elements; zeros of both signs are equal."""
-        views = [torch.from_numpy(data).view(self._dtype) for data in (one, other)]
-        return np.array_equal(one, other) or torch.equal(*views)
+        if np.array_equal(one, other):
+            return True
+        import torch
+
+        return torch.equal(*(torch.from_numpy(d).view(self._dtype.torch) for d in (one, other)))
+
+    def _cast(self, block: Bytes) -> Bytes:
+        """Return a block in the type of the target."""
+        import torch
+
+        elements = torch.from_numpy(block).view(self._dtype.torch)
+        key = self.targets[0].slots[0].key
+        return np.asarray(as_bytes(cast_elements(elements, self._to, key)))
 
     def _read_part(self, location: Location, first: int, into: Bytes, verify: bool) -> int | None:
         """Read a range of a stored part; return its CRC-32 if it was computed."""
@@ -229,15 +254,15 @@ class BlockIO:
         if count == last - first:
             part, crc = block[at : at + nbytes], crcs.get((place, count))
         else:
-            part = self.buffers.part[:nbytes]
+            part = self.buffers.part(nbytes, target.slots[0].offset + first * itemsize)
             target.runs.gather(block, begin, first, itemsize, part)
         data = memoryview(part.data)
         for slot in target.slots:
-            descriptor = self.files.writer(self.folder / slot.file)
-            write_at(descriptor, slot.offset + first * itemsize, data)
-            if slot.checksums and crc is None:
+            writer = self.files.writer(self.folder / slot.file)
+            writer.write(slot.offset + first * itemsize, data)
+            if slot.needs_crc and crc is None:
                 crc = zlib.crc32(data)
-            self._record(slot, first * itemsize, nbytes, crc if slot.checksums else None)
+            self._record(slot, first * itemsize, nbytes, crc if slot.needs_crc else None)
 
     def _record(self, slot: Slot, start: int, nbytes: int, crc: int | None) -> None:
         found = self.written.get((slot.file, slot.offset))

@@ -13,11 +13,10 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.lib.stride_tricks import as_strided
 
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
-"""An array of bytes."""
+from megatron_llmjp.convert.files.direct_io import Bytes
+from megatron_llmjp.convert.strided_view import StridedView
 
 MIN_RUN_BYTES = 512
 """Shortest run that is copied separately; shorter ones are cheaper to rearrange by torch."""
@@ -103,11 +102,12 @@ class ContiguousRuns:
         return int(steps[0]) if (steps == steps[0]).all() else 0
 
 
-def find_runs(view: torch.Tensor) -> ContiguousRuns | None:
+def find_runs(view: StridedView, itemsize: int) -> ContiguousRuns | None:
     """Return the runs of a view of a contiguous tensor.
 
     Args:
-        view: the view; a meta tensor suffices.
+        view: the view.
+        itemsize: bytes per element.
 
     Returns:
         None if the view changes the order of the elements, or its runs are short.
@@ -116,16 +116,16 @@ def find_runs(view: torch.Tensor) -> ContiguousRuns | None:
         return None
     length = 1
     outer: list[tuple[int, int]] = []
-    for size, stride in zip(reversed(view.shape), reversed(view.stride()), strict=True):
+    for size, stride in zip(reversed(view.shape), reversed(view.strides), strict=True):
         if size == 1:
             continue
         if not outer and stride == length:
             length *= size
         else:
             outer.append((size, stride))
-    if outer and length * view.dtype.itemsize < MIN_RUN_BYTES:
+    if outer and length * itemsize < MIN_RUN_BYTES:
         return None
-    starts = np.array([view.storage_offset()], np.int64)
+    starts = np.array([view.offset], np.int64)
     for size, stride in reversed(outer):
         starts = (starts[:, None] + np.arange(size, dtype=np.int64) * stride).reshape(-1)
     if (np.diff(starts) < length).any():

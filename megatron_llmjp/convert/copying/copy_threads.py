@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import os
-import sys
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-
-import torch
 
 from megatron_llmjp.convert.copying.block_copy import Unit, plan_block_copy
 from megatron_llmjp.convert.copying.block_io import BlockBuffers, WrittenRange
 from megatron_llmjp.convert.copying.progress_bar import ProgressBar
 from megatron_llmjp.convert.files.checksums import combine_crc32
-from megatron_llmjp.convert.files.storage import OpenFiles, write_at
+from megatron_llmjp.convert.files.storage import OpenFiles
 from megatron_llmjp.convert.plan import Checksums, OutputFile, TensorCopy
 from megatron_llmjp.filesystem import fsync_path
 
@@ -35,7 +31,6 @@ def copy_tensors(
     folder: Path,
     workers: int,
     quiet: bool,
-    meanwhile: Callable[[], object] = lambda: None,
     completed: Completed = lambda name, sums: None,
 ) -> Checksums:
     """Create the output files, copy every tensor in ``workers`` threads, and sync them to disk.
@@ -50,11 +45,10 @@ def copy_tensors(
         folder: output folder.
         workers: number of threads.
         quiet: hide the progress bar.
-        meanwhile: is called once, while the threads copy.
         completed: is called for each file, from any thread.
 
     Returns:
-        CRC-32 of the slots that store one.
+        CRC-32 of the slots that need one.
 
     Raises:
         UserError: a source file is damaged, or the disk is full.
@@ -64,33 +58,37 @@ def copy_tensors(
         file.create(folder)
     units = _units(copies)
     progress = ProgressBar(sum(unit.nbytes for unit in units), quiet)
-    share = max(1, (os.cpu_count() or 1) // workers)
+    start = partial(_start_thread, any(unit.uses_torch for unit in units), workers)
+    # Copies of whole tensors compute; more threads than cores would only need more memory.
+    cores = min(workers, os.cpu_count() or 1)
     with ThreadPoolExecutor(SYNC_THREADS, "sync") as sync_pool:
         output = _CompleteFiles(folder, files, copies, sync_pool, completed)
-        with ThreadPoolExecutor(workers, "copy", torch.set_num_threads, (share,)) as pool:
-            futures = {pool.submit(unit.run, folder): unit for unit in units}
+        with (
+            ThreadPoolExecutor(cores, "tensor", start) as tensors,
+            ThreadPoolExecutor(workers, "block", start) as blocks,
+        ):
+            futures = {
+                (tensors if unit.is_whole_tensor else blocks).submit(unit.run, folder): unit
+                for unit in units
+            }
             try:
-                with _short_gil_turns():
-                    meanwhile()
                 for future in as_completed(futures):
                     output.add(future.result())
                     progress.add(futures.pop(future).nbytes)
             finally:
-                pool.shutdown(cancel_futures=True)
+                for pool in (tensors, blocks):
+                    pool.shutdown(wait=False, cancel_futures=True)
         output.wait()
     progress.close()
     return output.sums
 
 
-@contextmanager
-def _short_gil_turns() -> Iterator[None]:
-    """Let copying threads, which need the GIL for moments only, interrupt this one sooner."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(0.0002)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
+def _start_thread(uses_torch: bool, workers: int) -> None:
+    """Divide the cores among the threads of torch, which most conversions do not need."""
+    if uses_torch:
+        import torch
+
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 
 
 def _units(copies: Sequence[TensorCopy]) -> list[Unit]:
@@ -106,7 +104,7 @@ def _units(copies: Sequence[TensorCopy]) -> list[Unit]:
             blocks += block_copy.units(buffers)
     memory = _MemoryLimit(max((copy.memory for copy in others), default=0))
     others.sort(key=lambda copy: -copy.nbytes)
-    return [Unit(partial(memory.run, copy), copy.nbytes) for copy in others] + blocks
+    return [Unit(partial(memory.run, copy), copy.nbytes, True, True) for copy in others] + blocks
 
 
 class _MemoryLimit:
@@ -159,7 +157,7 @@ class _CompleteFiles:
             slot = found.slot
             ranges = self._ranges[slot.file, slot.offset]
             ranges.append(found)
-            if slot.checksums and sum(each.nbytes for each in ranges) == slot.nbytes:
+            if slot.needs_crc and sum(each.nbytes for each in ranges) == slot.nbytes:
                 self._write_checksum(ranges)
             self._missing[slot.file] -= found.nbytes
             if self._missing[slot.file] == 0:
@@ -174,8 +172,8 @@ class _CompleteFiles:
         self.sums[slot.file, slot.offset] = crc
         with OpenFiles() as files:
             for offset in slot.checksums:
-                descriptor = files.writer(self._folder / slot.file)
-                write_at(descriptor, offset, crc.to_bytes(4, "little"))
+                writer = files.writer(self._folder / slot.file)
+                writer.write(offset, crc.to_bytes(4, "little"))
 
     def _complete(self, name: str) -> None:
         sums = {place: crc for place, crc in self.sums.items() if place[0] == name}

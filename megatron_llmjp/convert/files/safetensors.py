@@ -12,24 +12,15 @@ import struct
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from megatron_llmjp.convert.files.dtypes import DType
 from megatron_llmjp.convert.files.storage import FileTensor, byte_count, truncation_error
 from megatron_llmjp.convert.plan import OutputFile, Slot
 from megatron_llmjp.convert.tensors import Shape
 from megatron_llmjp.errors import UserError
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_DTYPE_NAMES = {dtype: code for code, dtype in _DTYPES.items()}
+_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "I64", "I32", "U8", "BOOL"})
+"""Supported types: those of weights before quantization."""
+
 _LARGEST_HEADER = 100_000_000  # the limit of the safetensors library
 
 
@@ -69,13 +60,12 @@ def _parse_entry(path: Path, base: int, size: int, key: str, value: Any) -> File
     numbers = [start, end, *(lengths if isinstance(lengths, list) else [None])]
     if any(type(n) is not int or n < 0 for n in numbers) or start > end:
         raise UserError(f"{path}: damaged header: {key} has shape {lengths} at {start} to {end}")
-    dtype = _DTYPES.get(code) if isinstance(code, str) else None
-    if dtype is None:
+    if not isinstance(code, str) or code not in _DTYPES:
         raise UserError(
             f"{path}: {key} has type {code}, which is not supported; expected one of "
-            f"{', '.join(_DTYPES)}"
+            f"{', '.join(sorted(_DTYPES))}"
         )
-    shape = tuple(lengths)
+    shape, dtype = tuple(lengths), DType(code)
     if end - start != byte_count(shape, dtype):
         raise UserError(
             f"{path}: damaged header: {key} {shape} does not match its size of {end - start} bytes"
@@ -95,14 +85,14 @@ def _check_overlap(path: Path, tensors: dict[str, FileTensor]) -> None:
             end, last = reach, key
 
 
-def plan_safetensors(name: str, tensors: dict[str, tuple[Shape, torch.dtype]]) -> OutputFile:
+def plan_safetensors(name: str, tensors: dict[str, tuple[Shape, DType]]) -> OutputFile:
     """Lay out a file that contains these tensors in this order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # required by older transformers
     end = 0
     for key, (shape, dtype) in tensors.items():
         start, end = end, end + byte_count(shape, dtype)
         header[key] = {
-            "dtype": _DTYPE_NAMES[dtype],
+            "dtype": dtype.value,
             "shape": list(shape),
             "data_offsets": [start, end],
         }

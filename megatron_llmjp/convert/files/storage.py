@@ -1,4 +1,4 @@
-"""Tensors stored in files: their location, and functions that read and write their bytes.
+"""Tensors stored in files: their location, and functions that read their bytes.
 
 Bytes are read with ordinary reads into memory of the caller. A memory map would count every page
 that was touched as resident memory, and is slower on parallel file systems.
@@ -6,37 +6,35 @@ that was touched as resident memory, and is slower on parallel file systems.
 
 from __future__ import annotations
 
-import errno
 import os
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
+from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_llmjp.convert.files.checksums import ChecksumRange
+from megatron_llmjp.convert.files.direct_io import FileWriter
+from megatron_llmjp.convert.files.dtypes import DType
 from megatron_llmjp.convert.tensors import Shape
 from megatron_llmjp.errors import UserError
 
-DTYPES: dict[str, torch.dtype] = {
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
+if TYPE_CHECKING:
+    import torch
+
+DTYPES: dict[str, DType] = {
+    "fp32": DType.float32,
+    "fp16": DType.float16,
+    "bf16": DType.bfloat16,
 }
 """Types of weights, by their names in ``--dtype``."""
 
-BLOCK = 1 << 26
-"""Bytes per write call; Linux writes at most 2 GiB at once."""
 
-
-def dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: DType) -> str:
     """Return the name of a type in ``--dtype``, or torch's name for other types."""
     names = {known: name for name, known in DTYPES.items()}
-    return names.get(dtype, str(dtype).removeprefix("torch."))
+    return names.get(dtype, dtype.name)
 
 
-def byte_count(shape: Shape, dtype: torch.dtype) -> int:
+def byte_count(shape: Shape, dtype: DType) -> int:
     """Return the size of a contiguous tensor in bytes."""
     count = dtype.itemsize
     for length in shape:
@@ -52,7 +50,7 @@ class StoredTensor(Protocol):
         """Shape of the tensor."""
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> DType:
         """Type of the elements."""
 
     @property
@@ -81,7 +79,7 @@ class FileTensor:
     path: Path
     offset: int
     shape: Shape
-    dtype: torch.dtype
+    dtype: DType
     stride: Shape | None = None
     checksum_range: ChecksumRange | None = None
     """The range with a checksum that contains the tensor, if there is one."""
@@ -130,7 +128,7 @@ def copy_into(tensor: torch.Tensor, into: torch.Tensor | None) -> torch.Tensor:
 def read_elements(
     path: Path,
     offset: int,
-    dtype: torch.dtype,
+    dtype: DType,
     shape: Shape,
     into: torch.Tensor | None = None,
     checksum_range: ChecksumRange | None = None,
@@ -148,7 +146,9 @@ def read_elements(
     Raises:
         UserError: the file ends before the end of the tensor, or cannot be read.
     """
-    tensor = torch.empty(shape, dtype=dtype) if into is None else into
+    import torch
+
+    tensor = torch.empty(shape, dtype=dtype.torch) if into is None else into
     if tensor.numel() == 0:
         return tensor
     buffer = as_bytes(tensor)
@@ -160,17 +160,20 @@ def read_elements(
 
 
 class OpenFiles:
-    """File descriptors that are opened when they are first used, and closed together."""
+    """Files that are opened when they are first used, and closed together; for one thread."""
 
     def __init__(self) -> None:
-        self._descriptors: dict[tuple[Path, int], int] = {}
+        self._readers: dict[Path, int] = {}
+        self._writers: dict[Path, FileWriter] = {}
 
     def __enter__(self) -> OpenFiles:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for descriptor in self._descriptors.values():
+        for descriptor in self._readers.values():
             os.close(descriptor)
+        for writer in self._writers.values():
+            writer.close()
 
     def reader(self, path: Path) -> int:
         """Return a descriptor to read a file.
@@ -179,19 +182,17 @@ class OpenFiles:
             UserError: the file cannot be opened.
         """
         try:
-            return self._open(path, os.O_RDONLY)
+            if path not in self._readers:
+                self._readers[path] = os.open(path, os.O_RDONLY)
+            return self._readers[path]
         except OSError as error:
             raise _read_error(path, error) from error
 
-    def writer(self, path: Path) -> int:
-        """Return a descriptor to write an existing file."""
-        return self._open(path, os.O_WRONLY)
-
-    def _open(self, path: Path, flags: int) -> int:
-        key = (path, flags)
-        if key not in self._descriptors:
-            self._descriptors[key] = os.open(path, flags)
-        return self._descriptors[key]
+    def writer(self, path: Path) -> FileWriter:
+        """Return a writer of an existing file."""
+        if path not in self._writers:
+            self._writers[path] = FileWriter(path)
+        return self._writers[path]
 
 
 def _read_error(path: Path, error: OSError) -> UserError:
@@ -221,40 +222,9 @@ def truncation_error(path: Path, needed: int) -> UserError:
     return UserError(f"{path}: truncated: {size} bytes, expected at least {needed}; copy it again")
 
 
-def write_at(descriptor: int, offset: int, data: bytes | memoryview) -> None:
-    """Write bytes at an offset of a file.
-
-    Raises:
-        UserError: the disk is full.
-    """
-    view = memoryview(data)
-    done = 0
-    try:
-        while done < len(view):
-            done += os.pwrite(descriptor, view[done : done + BLOCK], offset + done)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError("the disk is full; the output was not created") from error
-        raise
-
-
-def advise(descriptor: int, offset: int, length: int, advice: int) -> None:
-    """Call ``posix_fadvise``; file systems that do not support it are unaffected."""
-    with suppress(OSError):
-        os.posix_fadvise(descriptor, offset, length, advice)
-
-
-def start_writeback(descriptor: int, offset: int, length: int) -> None:
-    """Start to write a range of a file to disk, without waiting for it.
-
-    Otherwise Linux keeps up to a tenth of the memory until fsync is called, while the disk is idle.
-    ``POSIX_FADV_DONTNEED`` starts the write and releases only pages that are on disk already
-    (mm/fadvise.c); Python has no ``sync_file_range``.
-    """
-    advise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
-
-
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """Return the bytes of a contiguous tensor without copying them."""
+    import torch
+
     array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
     return memoryview(array)

@@ -21,27 +21,26 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-import torch
-
 from megatron_llmjp.checkpoint.bounded_unpickler import BoundedUnpickler
 from megatron_llmjp.convert.files.checksums import ChecksumRange
+from megatron_llmjp.convert.files.dtypes import DType
 from megatron_llmjp.convert.files.storage import FileTensor, truncation_error
 from megatron_llmjp.convert.tensors import Shape
 from megatron_llmjp.errors import UserError
 
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _STORAGES = {
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "DoubleStorage": torch.float64,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-    "UntypedStorage": torch.uint8,
+    "FloatStorage": DType.float32,
+    "HalfStorage": DType.float16,
+    "BFloat16Storage": DType.bfloat16,
+    "DoubleStorage": DType.float64,
+    "LongStorage": DType.int64,
+    "IntStorage": DType.int32,
+    "ShortStorage": DType.int16,
+    "CharStorage": DType.int8,
+    "ByteStorage": DType.uint8,
+    "BoolStorage": DType.bool,
+    "UntypedStorage": DType.uint8,
 }
 _INERT_PACKAGES = frozenset(
     {"megatron", "deepspeed", "megatron_llmjp", "torch", "numpy", "pathlib", "transformer_engine"}
@@ -95,7 +94,7 @@ class InertObject:
 
 
 class _StorageRef(NamedTuple):
-    dtype: torch.dtype
+    dtype: DType
     key: str
 
 
@@ -241,7 +240,7 @@ class _Unpickler(BoundedUnpickler):
 
     def persistent_load(self, pid: Any) -> _StorageRef:
         kind, storage, key = pid[0], pid[1], pid[2]
-        if kind != "storage" or not isinstance(storage, torch.dtype):
+        if kind != "storage" or not isinstance(storage, DType):
             raise UserError(f"{self._path}: unsupported storage: {pid!r}")
         return _StorageRef(storage, str(key))
 
@@ -288,10 +287,10 @@ def resolve_global(
         return _first_argument
     if module in {"torch", "torch.storage"} and name in _STORAGES:
         return _STORAGES[name]
-    if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-        return getattr(torch, name)
+    if module == "torch" and name in DType.__members__:
+        return DType[name]
     if (module, name) == ("torch", "Size"):
-        return torch.Size
+        return tuple
     if (module, name) == ("torch._tensor", "_rebuild_from_type_v2"):
         return _rebuild_without_attributes
     if (module, name) == ("signal", "Signals"):

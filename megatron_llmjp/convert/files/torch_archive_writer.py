@@ -8,29 +8,29 @@ Source of the layout: torch/serialization.py (``_save``) and the zip specificati
 from __future__ import annotations
 
 import io
-import pickle
 import struct
 import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
+from megatron_llmjp.convert.files.dtypes import DType
 from megatron_llmjp.convert.files.storage import byte_count
+from megatron_llmjp.convert.files.torch_pickle import TorchName, TorchPickler
 from megatron_llmjp.convert.plan import OutputFile, Slot
-from megatron_llmjp.convert.tensors import Shape
+from megatron_llmjp.convert.strided_view import Shape, contiguous_strides
 
 _ALIGNMENT = 64
 _LIMIT = 0xFFFFFFFF
 _DATE = (1 << 5) | 1  # 1980-01-01, the earliest date of zip: output is reproducible
 _STORAGE_CLASSES = {
-    torch.float32: torch.FloatStorage,
-    torch.float16: torch.HalfStorage,
-    torch.bfloat16: torch.BFloat16Storage,
-    torch.uint8: torch.ByteStorage,
-    torch.int64: torch.LongStorage,
+    DType.float32: TorchName("torch", "FloatStorage"),
+    DType.float16: TorchName("torch", "HalfStorage"),
+    DType.bfloat16: TorchName("torch", "BFloat16Storage"),
+    DType.uint8: TorchName("torch", "ByteStorage"),
+    DType.int64: TorchName("torch", "LongStorage"),
 }
+_REBUILD = TorchName("torch._utils", "_rebuild_tensor_v2")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class TensorPlaceholder:
 
     key: str
     shape: Shape
-    dtype: torch.dtype
+    dtype: DType
 
 
 class _Storage:
@@ -49,25 +49,25 @@ class _Storage:
         self.number, self.placeholder = number, placeholder
 
 
-class _Pickler(pickle.Pickler):
+class _Pickler(TorchPickler):
     def __init__(self, stream: io.BytesIO) -> None:
         super().__init__(stream, protocol=2)  # as torch.save; required by weights_only
         self.storages: list[_Storage] = []
 
     def reducer_override(self, value: Any) -> Any:
         if not isinstance(value, TensorPlaceholder):
-            return NotImplemented
+            return super().reducer_override(value)
         storage = _Storage(len(self.storages), value)
         self.storages.append(storage)
         arguments: tuple[Any, ...] = (
             storage,
             0,
-            value.shape,
-            _strides(value.shape),
+            (*value.shape,),  # a new object, as that of torch: it is not shared
+            contiguous_strides(value.shape),
             False,
             OrderedDict(),
         )
-        return torch._utils._rebuild_tensor_v2, arguments
+        return _REBUILD, arguments
 
     def persistent_id(self, value: Any) -> Any:
         if not isinstance(value, _Storage):
@@ -75,14 +75,6 @@ class _Pickler(pickle.Pickler):
         held = value.placeholder
         count = byte_count(held.shape, held.dtype) // held.dtype.itemsize
         return ("storage", _STORAGE_CLASSES[held.dtype], str(value.number), "cpu", count)
-
-
-def _strides(shape: Shape) -> Shape:
-    strides, step = [], 1
-    for length in reversed(shape):
-        strides.append(step)
-        step *= max(1, length)
-    return tuple(reversed(strides))
 
 
 def plan_archive(file: str, value: Any, base: int = 0) -> OutputFile:

@@ -13,17 +13,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from megatron_llmjp.checkpoint.bounded_unpickler import BoundedUnpickler
 from megatron_llmjp.convert.files.checksums import ChecksumRange
+from megatron_llmjp.convert.files.dtypes import DType
 from megatron_llmjp.convert.files.storage import Extents, FileTensor
 from megatron_llmjp.convert.files.torch_archive import load_archive, resolve_global
 from megatron_llmjp.convert.plan import TensorRead
 from megatron_llmjp.convert.tensors import Shape, rectangular_parts, whole
 from megatron_llmjp.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 METADATA = ".metadata"
 _COMMON_STATE = "common_state/shard_0_1"
@@ -37,7 +39,7 @@ class ChunkTensor:
     offset: int
     length: int
     shape: Shape
-    dtype: torch.dtype
+    dtype: DType
     checksum_range: ChecksumRange | None = None
     """The file, if a manifest has its CRC-32; otherwise the archive may contain CRC-32s."""
 
@@ -88,7 +90,7 @@ class TensorEntry:
     """
 
     shape: Shape
-    dtype: torch.dtype
+    dtype: DType
     chunks: dict[tuple[Shape, Shape], tuple[Path, int, int]]
     files: Mapping[Path, ChecksumRange] = field(default_factory=dict)
     """Files with a known CRC-32."""

@@ -5,20 +5,27 @@ The format is described in ``torch_dist.py``.
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
-import pickle
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_llmjp.convert.files.checksums import combine_crc32
+from megatron_llmjp.convert.files.dcp_metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageInfo,
+    TensorStorageMetadata,
+)
+from megatron_llmjp.convert.files.dtypes import DType
 from megatron_llmjp.convert.files.storage import byte_count
 from megatron_llmjp.convert.files.torch_archive_writer import TensorPlaceholder, plan_archive
 from megatron_llmjp.convert.files.torch_dist import METADATA
+from megatron_llmjp.convert.files.torch_pickle import dump_torch_pickle
 from megatron_llmjp.convert.plan import OutputFile, Slot
 from megatron_llmjp.convert.tensors import Shape
 
@@ -80,13 +87,13 @@ class TorchDistWriter:
         self._limit, self._folder = max_file_size, folder
         self.files: list[OutputFile] = []
         self._storage: dict[tuple[str, Shape | None, int | None], tuple[str, int, int]] = {}
-        self._tensors: dict[str, tuple[Shape, torch.dtype, list[tuple[Shape, Shape]]]] = {}
+        self._tensors: dict[str, tuple[Shape, DType, list[tuple[Shape, Shape]]]] = {}
         self._objects: list[str] = []
         self.mcore_data: dict[str, dict[str, Any]] = {}
         """megatron-core's own metadata of tensors, by key."""
 
     def add_tensor(
-        self, key: str, shape: Shape, dtype: torch.dtype, layer: tuple[int, int] | None = None
+        self, key: str, shape: Shape, dtype: DType, layer: tuple[int, int] | None = None
     ) -> list[tuple[tuple[Shape, Shape], Slot]]:
         """Add a tensor, or one layer of a tensor stacked as ``[layers, ...]``.
 
@@ -108,9 +115,7 @@ class TorchDistWriter:
             found.append(((offsets, sizes), slot))
         return found
 
-    def add_chunk(
-        self, key: str, shape: Shape, dtype: torch.dtype, offsets: Shape, sizes: Shape
-    ) -> Slot:
+    def add_chunk(self, key: str, shape: Shape, dtype: DType, offsets: Shape, sizes: Shape) -> Slot:
         """Add one chunk of the tensor ``key`` of this shape; returns the chunk's slot."""
         _, _, chunks = self._tensors.setdefault(key, (shape, dtype, []))
         name = f"{key}{list(offsets)}"
@@ -153,7 +158,7 @@ class TorchDistWriter:
 
     def finish(self, folder: Path, common: dict[str, Any]) -> None:
         """Write ``.metadata``, ``common.pt`` and ``metadata.json`` next to the chunks."""
-        (folder / METADATA).write_bytes(self.metadata())
+        (folder / METADATA).write_bytes(self._metadata())
         (folder / "common.pt").write_bytes(_saved(common))
         backend = {
             "sharded_backend": "torch_dist",
@@ -163,40 +168,42 @@ class TorchDistWriter:
         }
         (folder / "metadata.json").write_text(json.dumps(backend), encoding="utf-8")
 
-    def metadata(self) -> bytes:
-        """Return the content of ``.metadata``.
-
-        The first call imports ``torch.distributed.checkpoint``, which takes half as long as torch.
-        """
-        from torch.distributed.checkpoint import metadata as dcp
-        from torch.distributed.checkpoint.filesystem import _StorageInfo
-
-        entries: dict[str, Any] = {
-            key: dcp.TensorStorageMetadata(
-                dcp.TensorProperties(dtype=dtype),
-                torch.Size(shape),
-                [dcp.ChunkStorageMetadata(torch.Size(o), torch.Size(s)) for o, s in chunks],
-            )
+    def _metadata(self) -> bytes:
+        """Return the content of ``.metadata``."""
+        entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {
+            key: TensorStorageMetadata(dtype, shape, chunks)
             for key, (shape, dtype, chunks) in self._tensors.items()
         }
-        entries |= {key: dcp.BytesStorageMetadata() for key in self._objects}
+        entries |= {key: BytesStorageMetadata() for key in self._objects}
         storage = {
-            dcp.MetadataIndex(key, offsets, index): _StorageInfo(*place)
-            for (key, offsets, index), place in self._storage.items()
+            MetadataIndex(*index): StorageInfo(*place) for index, place in self._storage.items()
         }
-        metadata = dcp.Metadata(entries, storage_data=storage)
-        if self.mcore_data:
-            metadata.mcore_data = self.mcore_data  # type: ignore[attr-defined]
-        return pickle.dumps(metadata)
+        return dump_torch_pickle(Metadata(entries, storage, self.mcore_data))
 
 
 def _saved(value: Any) -> bytes:
+    """Return an object in the form of ``torch.save``; torch itself is needed for tensors only."""
+    if _is_plain(value):
+        return plan_archive("", value).content()
+    import torch
+
     buffer = io.BytesIO()  # torch.save into a file hides the cause of an error
     torch.save(value, buffer)
     return buffer.getvalue()
 
 
-def split_into_chunks(shape: Shape, dtype: torch.dtype) -> Iterator[tuple[Shape, Shape]]:
+def _is_plain(value: Any) -> bool:
+    """Return whether an object consists of numbers, text, containers and argparse namespaces."""
+    if isinstance(value, argparse.Namespace):
+        value = vars(value)
+    if isinstance(value, dict):
+        return all(_is_plain(each) for item in value.items() for each in item)
+    if isinstance(value, list | tuple | set | frozenset):
+        return all(_is_plain(each) for each in value)
+    return value is None or isinstance(value, bool | int | float | str | bytes)
+
+
+def split_into_chunks(shape: Shape, dtype: DType) -> Iterator[tuple[Shape, Shape]]:
     """Split a tensor along its first dimension into chunks of at most ``CHUNK_BYTES``.
 
     Yields offsets and sizes of each chunk.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_llmjp.config.schema import ModelConfig, ParallelConfig
+from megatron_llmjp.convert.files.dtypes import DType
 from megatron_llmjp.convert.formats.hugging_face.generation import GenerationSettings
 from megatron_llmjp.convert.layout_flags import STAGE_FLAGS
 from megatron_llmjp.convert.plan import TensorRead
@@ -54,14 +54,14 @@ class SourceCheckpoint:
         return self.reads[WORD_EMBEDDINGS].shape[0]
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> DType:
         """Data type of the embedding, taken as that of the model."""
         return self.reads[WORD_EMBEDDINGS].dtype
 
     @property
     def parameters(self) -> int:
         """Number of parameters, padding included."""
-        return sum(torch.Size(read.shape).numel() for read in self.reads.values())
+        return sum(math.prod(read.shape) for read in self.reads.values())
 
     def check(self) -> SourceCheckpoint:
         """Check that the tensors have the names, shapes and types of the architecture.
@@ -92,7 +92,7 @@ class SourceCheckpoint:
 class ConversionOptions:
     """Options of a conversion, from the command line."""
 
-    dtype: torch.dtype | None = None
+    dtype: DType | None = None
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Tensor and pipeline parallelism of the output."""
     max_shard_size: int = 5_000_000_000
@@ -144,7 +144,7 @@ class ConversionOptions:
         given = self.parallel.model_dump(exclude_defaults=True)
         return [flag for name, flag in STAGE_FLAGS.items() if name in given]
 
-    def dtype_of(self, read: TensorRead) -> torch.dtype:
+    def dtype_of(self, read: TensorRead) -> DType:
         """Return the data type of a written tensor: ``--dtype``, or its own."""
         return self.dtype or read.dtype
 

@@ -7,10 +7,9 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint.save_folder import NATIVE
@@ -18,6 +17,7 @@ from megatron_llmjp.config.loading import dump_config, load_config
 from megatron_llmjp.config.schema import Config, ModelConfig
 from megatron_llmjp.convert.files import torch_dist
 from megatron_llmjp.convert.files.checksums import ChecksumRange
+from megatron_llmjp.convert.files.dtypes import DType
 from megatron_llmjp.convert.files.torch_dist_writer import TorchDistWriter
 from megatron_llmjp.convert.formats import mcore_names
 from megatron_llmjp.convert.formats.base import ConversionOptions, SourceCheckpoint
@@ -166,7 +166,7 @@ def plan_native(source: SourceCheckpoint, options: ConversionOptions) -> OutputP
             iteration=iteration,
             consumed_samples=source.consumed_samples or 0,
             contents="full" if options.with_optimizer else "weights",
-            versions={"python": platform.python_version(), "torch": torch.__version__},
+            versions={"python": platform.python_version(), "torch": version("torch")},
             files=dict(sorted(files.items())),
         )
         manifests.write_manifest(inner, manifest)
@@ -174,7 +174,7 @@ def plan_native(source: SourceCheckpoint, options: ConversionOptions) -> OutputP
 
     warnings = [*tokenizer.warnings, *changes]
     notes = list(tokenizer.notes)
-    return OutputPlan(writer.files, writes, finish, notes, warnings, writer.metadata)
+    return OutputPlan(writer.files, writes, finish, notes, warnings)
 
 
 def _config(source: SourceCheckpoint, options: ConversionOptions) -> Config:
@@ -192,7 +192,7 @@ def _config(source: SourceCheckpoint, options: ConversionOptions) -> Config:
     )
     dtype = options.dtype or source.dtype
     positions = model.max_position_embeddings
-    types = {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16}
+    types = {"bf16": dtype == DType.bfloat16, "fp16": dtype == DType.float16}
     stored = source.settings
     kind = options.tokenizer_type or run_tokenizer_type(source)
     data = {**stored.get("data", {}), "tokenizer_type": kind}

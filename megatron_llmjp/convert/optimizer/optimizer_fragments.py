@@ -24,14 +24,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from megatron_llmjp.config.pipeline_layout import ModelChunk, split_layers
 from megatron_llmjp.config.schema import ModelConfig
 from megatron_llmjp.convert.files import torch_dist
 from megatron_llmjp.convert.files.checksums import ChecksumRange
+from megatron_llmjp.convert.files.dtypes import DType
 from megatron_llmjp.convert.files.storage import Extents, copy_into
 from megatron_llmjp.convert.files.torch_dist import ChunkTensor, TensorEntry
 from megatron_llmjp.convert.formats import mcore_names
@@ -48,6 +47,9 @@ from megatron_llmjp.convert.tensors import (
     tensor_shapes,
 )
 from megatron_llmjp.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 _PREFIX = "optimizer.distributed."
 _BUCKET = re.compile(
@@ -75,7 +77,7 @@ class FlatFragment:
     pieces: tuple[tuple[int, ChunkTensor], ...]
     """Index of the first element of each piece, and the piece."""
     shape: Shape
-    dtype: torch.dtype
+    dtype: DType
 
     @property
     def source(self) -> str:
@@ -95,7 +97,9 @@ class FlatFragment:
         Raises:
             UserError: a file is damaged.
         """
-        flat = torch.empty(math.prod(self.shape), dtype=self.dtype)
+        import torch
+
+        flat = torch.empty(math.prod(self.shape), dtype=self.dtype.torch)
         for start, chunk in self.pieces:
             flat[start : start + math.prod(chunk.shape)] = chunk.read().flatten()
         return copy_into(flat.view(self.shape), into)
@@ -338,9 +342,11 @@ def _join_chunks(bucket: TensorEntry, start: int, end: int, shape: Shape) -> Fla
 
 def _equal_norms_and_biases(found: dict[str, TensorRead], known: dict[str, TensorRead]) -> bool:
     """Return whether the main weights of all norms and biases, rounded, equal the model's."""
+    import torch
+
     vectors = [name for name, read in known.items() if len(read.shape) == 1]
     return all(
         name in found
-        and torch.equal(found[name].read(name).to(known[name].dtype), known[name].read(name))
+        and torch.equal(found[name].read(name).to(known[name].dtype.torch), known[name].read(name))
         for name in vectors
     )

@@ -13,9 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_llmjp.config.schema import ModelConfig
+from megatron_llmjp.convert.files.dtypes import DType
 from megatron_llmjp.convert.files.torch_dist import TensorEntry
 from megatron_llmjp.convert.files.torch_dist_writer import TorchDistWriter
 from megatron_llmjp.convert.formats.base import (
@@ -88,9 +87,9 @@ def open_optimizer_state(source: SourceCheckpoint, options: ConversionOptions) -
     state = read_optimizer_state(source)
     tensors = dict(state.tensors)
     scaler = state.grad_scaler
-    if (options.dtype or source.dtype) == torch.float32 and MAIN_WEIGHTS in tensors:
+    if (options.dtype or source.dtype) == DType.float32 and MAIN_WEIGHTS in tensors:
         source = replace(source, reads=tensors.pop(MAIN_WEIGHTS)).check()
-    if (options.dtype or source.dtype) != torch.float16:
+    if (options.dtype or source.dtype) != DType.float16:
         scaler = None
     state = replace(state, tensors=tensors, grad_scaler=scaler)
     return replace(source, optimizer=lambda: state)
@@ -172,7 +171,7 @@ def add_optimizer_state(
         for name, shape in tensor_shapes(model, rows).items():
             stored, index = keys[name]
             layer = None if index is None else (index, model.num_layers)
-            placed = writer.add_tensor(f"{PREFIX}{kind}.{stored}", shape, torch.float32, layer)
+            placed = writer.add_tensor(f"{PREFIX}{kind}.{stored}", shape, DType.float32, layer)
             layout = partial(rectangular_parts, places=tuple(box for box, _ in placed))
             vocabulary = rows if name in VOCABULARY else None
             writes[f"{PREFIX}{kind}.{name}"] = TensorWrite(
@@ -198,6 +197,8 @@ def optimizer_common_state(state: OptimizerState) -> dict[str, Any]:
         "param_state_sharding_type": "fully_reshardable",
     }
     if state.grad_scaler is not None:
+        import torch
+
         scale = torch.tensor([state.grad_scaler["scale"]], dtype=torch.float32)
         optimizer["grad_scaler"] = {**state.grad_scaler, "scale": scale}
     return {"optimizer": optimizer, "opt_param_scheduler": state.scheduler}
@@ -207,7 +208,7 @@ def state_kinds(
     source: SourceCheckpoint, state: OptimizerState, options: ConversionOptions
 ) -> tuple[str, ...]:
     """Return the kinds of tensors to write; fp32 models have no separate main weights."""
-    fp32 = (options.dtype or source.dtype) == torch.float32
+    fp32 = (options.dtype or source.dtype) == DType.float32
     return MOMENTS if fp32 and MAIN_WEIGHTS not in state.tensors else (*MOMENTS, MAIN_WEIGHTS)
 
 

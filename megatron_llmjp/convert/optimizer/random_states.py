@@ -12,12 +12,14 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from megatron_llmjp.convert.files import torch_dist
+
+if TYPE_CHECKING:
+    import torch
 
 NAME = "rng_state"
 _KEY = re.compile(rf"{NAME}/shard_(\d+)\.(\d+)\.(\d+)_(\d+)\.(\d+)\.(\d+)")

@@ -18,6 +18,7 @@ import torch
 
 from megatron_llmjp.convert.conversion import check_output_path
 from megatron_llmjp.convert.copying.output_folder import atomic_output_folder
+from megatron_llmjp.convert.files.dtypes import DType
 from megatron_llmjp.convert.files.safetensors import plan_safetensors
 from megatron_llmjp.convert.formats.base import SourceCheckpoint
 from megatron_llmjp.convert.formats.hugging_face.architecture import (
@@ -80,7 +81,7 @@ class AdapterPlan:
     tuned: SourceCheckpoint
     architecture: HuggingFaceArchitecture
     rank: int
-    dtype: torch.dtype
+    dtype: DType
     rows: int
     """Vocabulary size without padding."""
     whole: frozenset[str]
@@ -111,7 +112,7 @@ class AdapterPlan:
 
     def layout(self) -> OutputFile:
         """Lay out the adapter's file."""
-        found: dict[str, tuple[Shape, torch.dtype]] = {}
+        found: dict[str, tuple[Shape, DType]] = {}
         for rule in self.rules():
             for key, shape in zip(rule.keys, self.shapes(rule), strict=True):
                 if is_linear(rule.name):
@@ -135,7 +136,7 @@ def extract_adapter(
     tuned: SourceCheckpoint,
     output: Path,
     rank: int,
-    dtype: torch.dtype,
+    dtype: DType,
     linear_only: bool,
     progress: Callable[[int], None] = lambda _: None,
 ) -> ExtractionError:
@@ -178,7 +179,7 @@ def plan_adapter(
     base: SourceCheckpoint,
     tuned: SourceCheckpoint,
     rank: int,
-    dtype: torch.dtype,
+    dtype: DType,
     linear_only: bool,
 ) -> AdapterPlan:
     """Compare two models and choose how each tensor is stored.
@@ -246,7 +247,7 @@ def _write_difference(
             if plan.architecture.transposed_linears:
                 delta = delta.t()
             a, b = low_rank(delta, plan.rank)
-            a, b = a.to(plan.dtype), b.to(plan.dtype)
+            a, b = a.to(plan.dtype.torch), b.to(plan.dtype.torch)
             for stored, matrix in zip(matrix_keys(key), (a, b), strict=True):
                 write_slot(folder, file.slots[stored], matrix)
             missing = _squared_norm(delta - b.float() @ a.float())

@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from megatron_llmjp.config.schema import ModelConfig
 from megatron_llmjp.convert.computed_tensor import computed_read
+from megatron_llmjp.convert.files.dtypes import DType
 from megatron_llmjp.convert.files.storage import StoredTensor
 from megatron_llmjp.convert.formats.base import SourceCheckpoint
 from megatron_llmjp.convert.formats.hugging_face.architecture import TensorRule
@@ -37,6 +37,9 @@ from megatron_llmjp.convert.tuning.adapter_keys import (
     read_adapter_tensors,
 )
 from megatron_llmjp.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -62,9 +65,7 @@ class PartChange:
             view.add_((delta.t() if self.is_transposed else delta).reshape(view.shape))
 
 
-def merge_adapter(
-    source: SourceCheckpoint, folder: Path, dtype: torch.dtype | None
-) -> SourceCheckpoint:
+def merge_adapter(source: SourceCheckpoint, folder: Path, dtype: DType | None) -> SourceCheckpoint:
     """Return a checkpoint whose weights include those of an adapter.
 
     Args:
@@ -210,11 +211,11 @@ def _check_shapes(
 
 
 def _merged(
-    read: TensorRead, rule: TensorRule, changes: Mapping[int, PartChange], dtype: torch.dtype | None
+    read: TensorRead, rule: TensorRule, changes: Mapping[int, PartChange], dtype: DType | None
 ) -> TensorRead:
-    result = read.dtype if dtype in (None, read.dtype) else torch.float32
+    result = read.dtype if dtype in (None, read.dtype) else DType.float32
     compute = partial(_apply, read, rule.name, rule.layout, changes, result)
-    return computed_read([read], result, torch.float32, compute)
+    return computed_read([read], result, DType.float32, compute)
 
 
 def _apply(
@@ -222,9 +223,9 @@ def _apply(
     name: str,
     layout: Layout,
     changes: Mapping[int, PartChange],
-    result: torch.dtype,
+    result: DType,
 ) -> torch.Tensor:
-    tensor = read.read(name).to(result)
+    tensor = read.read(name).to(result.torch)
     parts = layout(tensor)
     for index, change in changes.items():
         change.apply(parts[index])

@@ -176,7 +176,7 @@ def _read_chunks(entry: torch_dist.TensorEntry, layer: int | None = None) -> tor
     Each chunk of a stacked tensor is of one layer: the converter refuses others.
     """
     first = 0 if layer is None else 1  # dimension of the result
-    whole = torch.empty(entry.shape[first:], dtype=entry.dtype)
+    whole = torch.empty(entry.shape[first:], dtype=entry.dtype.torch)
     for (offsets, sizes), (path, offset, length) in entry.chunks.items():
         if layer is not None and offsets[0] != layer:
             continue

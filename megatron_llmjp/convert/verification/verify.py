@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from megatron_llmjp.convert.conversion import Conversion, VerificationError
+from megatron_llmjp.convert.files.dtypes import DType
 from megatron_llmjp.convert.formats.base import ConversionOptions, SourceCheckpoint
 from megatron_llmjp.convert.formats.registry import FORMATS, Verification
 from megatron_llmjp.convert.opening import open_checkpoint
@@ -70,8 +71,8 @@ def _reader_options(options: ConversionOptions) -> ConversionOptions:
     return ConversionOptions(ignored_args=options.ignored_args)
 
 
-def _sixteen_bit_type(dtype: torch.dtype) -> torch.dtype | None:
-    return dtype if dtype.itemsize == 2 else None
+def _sixteen_bit_type(dtype: DType) -> torch.dtype | None:
+    return dtype.torch if dtype.itemsize == 2 else None
 
 
 def _program(source: SourceCheckpoint) -> str:

@@ -11,9 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_llmjp.config.schema import ModelConfig
+from megatron_llmjp.convert.files.dtypes import DType
 from megatron_llmjp.convert.files.storage import DTYPES, dtype_name
 from megatron_llmjp.convert.formats.base import ConversionOptions, SourceCheckpoint
 from megatron_llmjp.convert.formats.hugging_face import generation
@@ -82,7 +81,7 @@ class ReferenceModel:
         folder = self.folder
         return folder if folder is not None and stored_tokenizer_fields(folder) else None
 
-    def dtype(self) -> torch.dtype | None:
+    def dtype(self) -> DType | None:
         """Return the type of the weights; None if config.json has none.
 
         Raises:
@@ -133,7 +132,7 @@ class ReferenceModel:
         return "total_parameters" in read_index(index).metadata
 
     def settings_files(
-        self, changed: GenerationSettings | None, dtype: torch.dtype | None
+        self, changed: GenerationSettings | None, dtype: DType | None
     ) -> dict[str, bytes]:
         """Return config.json and generation_config.json of an export, by name.
 

@@ -9,11 +9,11 @@ safetensors, tensor.rs.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
-
+from megatron_llmjp.convert.files.dtypes import DType
 from megatron_llmjp.convert.files.safetensors import plan_safetensors
 from megatron_llmjp.convert.files.storage import byte_count
 from megatron_llmjp.convert.plan import OutputFile
@@ -22,8 +22,8 @@ from megatron_llmjp.convert.tensors import Shape
 FILE_PATTERN = "model{suffix}.safetensors"
 
 _TYPE_ORDER = (
-    *(torch.float64, torch.int64, torch.float32, torch.int32, torch.bfloat16, torch.float16),
-    *(torch.uint8, torch.bool),
+    *(DType.float64, DType.int64, DType.float32, DType.int32, DType.bfloat16, DType.float16),
+    *(DType.uint8, DType.bool),
 )
 """Order of types in a file, from the last to the first of safetensors' ``Dtype``."""
 
@@ -32,7 +32,7 @@ class TensorKind(NamedTuple):
     """Shape and type of a stored tensor."""
 
     shape: Shape
-    dtype: torch.dtype
+    dtype: DType
 
     @property
     def nbytes(self) -> int:
@@ -52,9 +52,11 @@ def split_by_size(
         limit: bytes.
         sorted_as: keys to sort by that differ from the stored ones.
     """
+    order = sorted(tensors, key=lambda key: _natural_key(sorted_as.get(key, key)))
+    if sum(kind.nbytes for kind in tensors.values()) <= limit:
+        return dict.fromkeys(order, FILE_PATTERN.format(suffix=""))
     from huggingface_hub import split_state_dict_into_shards_factory  # takes a second
 
-    order = sorted(tensors, key=lambda key: _natural_key(sorted_as.get(key, key)))
     ordered = {key: tensors[key] for key in order}
     split = split_state_dict_into_shards_factory(
         ordered,
@@ -72,7 +74,7 @@ def plan_files(tensors: Mapping[str, TensorKind], file_of: Mapping[str, str]) ->
         tensors: all tensors by key.
         file_of: file name of each tensor.
     """
-    groups: dict[str, dict[str, tuple[Shape, torch.dtype]]] = {}
+    groups: dict[str, dict[str, tuple[Shape, DType]]] = {}
     for key in sorted(tensors, key=lambda key: (_TYPE_ORDER.index(tensors[key].dtype), key)):
         groups.setdefault(file_of[key], {})[key] = tensors[key]
     return [plan_safetensors(name, groups[name]) for name in sorted(groups)]
@@ -90,8 +92,7 @@ def index_content(
     """
     metadata: dict[str, Any] = {"total_size": sum(kind.nbytes for kind in tensors.values())}
     if with_parameters:
-        shapes = (torch.Size(kind.shape) for kind in tensors.values())
-        metadata["total_parameters"] = sum(shape.numel() for shape in shapes)
+        metadata["total_parameters"] = sum(math.prod(kind.shape) for kind in tensors.values())
     content = {"metadata": metadata, "weight_map": dict(file_of)}
     return json.dumps(content, indent=2, sort_keys=True) + "\n"
 

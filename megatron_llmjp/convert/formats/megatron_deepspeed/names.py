@@ -9,8 +9,7 @@ from __future__ import annotations
 import re
 from functools import partial
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from megatron_llmjp.config.schema import ModelConfig
 from megatron_llmjp.convert.files.storage import StoredTensor
@@ -18,6 +17,9 @@ from megatron_llmjp.convert.formats.rank_files import RankTensors, canonical_nam
 from megatron_llmjp.convert.plan import TensorRead
 from megatron_llmjp.convert.tensors import FINAL_NORM, LAYER, OUTPUT_LAYER, Part, tensor_shapes
 from megatron_llmjp.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_llmjp.convert.tensors import TensorView
 
 _MODULES = {
     "language_model.embedding.": "embedding.",
@@ -99,7 +101,7 @@ def join_separate_keys(
     return reads
 
 
-def query_and_key_value(tensor: torch.Tensor, groups: int, head_dim: int, size: int) -> list[Part]:
+def query_and_key_value(tensor: TensorView, groups: int, head_dim: int, size: int) -> list[Part]:
     """Split rows of grouped ``linear_qkv`` into ``query`` and ``key_value`` of each rank."""
     rest = tuple(tensor.shape[1:])
     grouped = tensor.view(size, groups // size, -1, head_dim, *rest)

@@ -10,9 +10,8 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_llmjp.config.schema import ModelConfig
+from megatron_llmjp.convert.files.dtypes import DType
 from megatron_llmjp.convert.files.torch_archive_writer import TensorPlaceholder, plan_archive
 from megatron_llmjp.convert.formats.base import ConversionOptions, SourceCheckpoint
 from megatron_llmjp.convert.formats.megatron_deepspeed import zero_writer
@@ -136,23 +135,25 @@ def _plan_layers(source: SourceCheckpoint, options: ConversionOptions) -> Output
             optimizer = _optimizer_file(source, options, stage, rank, rows)
             content["param_shapes"] = optimizer.param_shapes
             content["lr_scheduler"] = optimizer.scheduler
-            optimizers.append(optimizer.file)
+            optimizers.append(optimizer)
             for kind, prefix in optimizer_state.state_prefixes(source, options).items():
                 for name, slot in optimizer.slots[kind].items():
                     ranks = slots.setdefault(prefix + name, {})
                     ranks.setdefault(rank % tensor, []).append(slot)
         files.append(plan_archive(f"{tag}/mp_rank_{rank:02d}_model_states.pt", content))
 
-    def finish(folder: Path, _: Checksums) -> None:
-        for file in optimizers:
-            zero_writer.write_checksums(folder, file)
+    def finish(folder: Path, sums: Checksums) -> None:
+        for optimizer in optimizers:
+            kinds = optimizer_state.state_prefixes(source, options)
+            zero_writer.write_checksums(folder, optimizer, kinds, sums)
         _write_trackers(folder, source)
 
     writes = {
         name: rank_write(optimizer_state.weight_name(name), model, tensor, own, rows)
         for name, own in slots.items()
     }
-    return OutputPlan(files + optimizers, writes, finish)
+    files += [optimizer.file for optimizer in optimizers]
+    return OutputPlan(files, writes, finish)
 
 
 def _optimizer_file(
@@ -168,7 +169,7 @@ def _optimizer_file(
     shape_of = tensor_shapes(model, rows)
     held = {name: rank_shape(name, model, shape_of[name], tensor) for name in names}
     dtype = options.dtype or source.dtype
-    prefix = "bf16_" if dtype == torch.bfloat16 else ""
+    prefix = "bf16_" if dtype == DType.bfloat16 else ""
     path = f"{_tag(source)}/{prefix}zero_pp_rank_0_mp_rank_{rank:02d}_optim_states.pt"
     found = None if source.optimizer is None else optimizer_state.read_optimizer_state(source)
     return zero_writer.plan_optimizer_file(path, names, held, dtype, found)

@@ -8,21 +8,20 @@ are joined into canonical tensors, as the weights are.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from megatron_llmjp.config.schema import ModelConfig
 from megatron_llmjp.convert.files.checksums import ChecksumRange
+from megatron_llmjp.convert.files.dtypes import DType
 from megatron_llmjp.convert.files.storage import (
     Extents,
     FileTensor,
     StoredTensor,
-    byte_count,
     read_elements,
 )
 from megatron_llmjp.convert.files.torch_archive import load_archive
@@ -40,6 +39,9 @@ from megatron_llmjp.convert.optimizer.optimizer_state import (
 from megatron_llmjp.convert.plan import TensorRead
 from megatron_llmjp.convert.tensors import Shape
 from megatron_llmjp.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 _FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
 
@@ -61,7 +63,7 @@ class FlatSliceTensor:
 
     spans: tuple[FlatSlice, ...]
     shape: Shape
-    dtype: torch.dtype
+    dtype: DType
 
     @property
     def checksum_ranges(self) -> tuple[ChecksumRange, ...]:
@@ -81,7 +83,9 @@ class FlatSliceTensor:
         Raises:
             UserError: a file is truncated.
         """
-        tensor = torch.empty(self.shape, dtype=self.dtype) if into is None else into
+        import torch
+
+        tensor = torch.empty(self.shape, dtype=self.dtype.torch) if into is None else into
         flat, done = tensor.view(-1), 0
         for span in self.spans:
             offset = span.flat.offset + span.start * self.dtype.itemsize
@@ -153,7 +157,7 @@ class ZeroRank:
             paddings = aligned[group] if aligned else [0] * len(shapes)
             start = 0
             for (name, shape), padding in zip(shapes.items(), paddings, strict=True):
-                count = byte_count(tuple(shape), torch.uint8)
+                count = math.prod(shape)
                 spans = tuple(_spans(flats, start, count))
                 if sum(span.count for span in spans) != count:
                     raise UserError(f"{flats[-1].path}: ends before parameter {name}")

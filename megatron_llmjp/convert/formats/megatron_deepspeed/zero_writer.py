@@ -7,22 +7,26 @@ deepspeed/runtime/bf16_optimizer.py and zero/stage_1_and_2.py (``state_dict``).
 from __future__ import annotations
 
 import argparse
-import os
+import math
 import zlib
 from collections import OrderedDict
+from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_llmjp.config.schema import ModelConfig
-from megatron_llmjp.convert.files.storage import BLOCK, byte_count, write_at
+from megatron_llmjp.convert.files.checksums import combine_crc32
+from megatron_llmjp.convert.files.direct_io import FileWriter
+from megatron_llmjp.convert.files.dtypes import DType
 from megatron_llmjp.convert.files.torch_archive_writer import TensorPlaceholder, plan_archive
+from megatron_llmjp.convert.files.torch_pickle import Size
 from megatron_llmjp.convert.optimizer.optimizer_state import MAIN_WEIGHTS, MOMENTS, OptimizerState
-from megatron_llmjp.convert.plan import OutputFile, Slot
+from megatron_llmjp.convert.plan import Checksums, OutputFile, Slot
 from megatron_llmjp.convert.tensors import Shape
 
+_BLOCK = 1 << 22
 _ALIGNMENT = 2  # elements per data-parallel rank
 
 
@@ -33,7 +37,7 @@ class OptimizerFile:
     file: OutputFile
     slots: dict[str, dict[str, Slot]]
     """By kind, ``param`` or a moment, and by canonical name."""
-    param_shapes: list[OrderedDict[str, torch.Size]]
+    param_shapes: list[OrderedDict[str, Size]]
     scheduler: dict[str, Any] | None
     """State of Megatron's learning-rate schedule."""
 
@@ -57,7 +61,7 @@ def plan_optimizer_file(
     path: str,
     names: dict[str, str],
     shapes: dict[str, Shape],
-    dtype: torch.dtype,
+    dtype: DType,
     found: OptimizerState | None,
 ) -> OptimizerFile:
     """Lay out the file of one model-parallel rank.
@@ -75,18 +79,18 @@ def plan_optimizer_file(
         position = 0
         mapping = OrderedDict()
         for name in group:
-            count = byte_count(shapes[name], torch.uint8)
+            count = math.prod(shapes[name])
             mapping[names[name]] = argparse.Namespace(numel=count, start=position)
             starts[name] = (g, position)
             position += count
         length = (position + -position % _ALIGNMENT,)
-        flats.append(TensorPlaceholder(f"{MAIN_WEIGHTS} {g}", length, torch.float32))
+        flats.append(TensorPlaceholder(f"{MAIN_WEIGHTS} {g}", length, DType.float32))
         state[g] = {
             "step": found.step if found else 0,
-            **{kind: TensorPlaceholder(f"{kind} {g}", length, torch.float32) for kind in MOMENTS},
+            **{kind: TensorPlaceholder(f"{kind} {g}", length, DType.float32) for kind in MOMENTS},
         }
         mappings.append(mapping)
-        param_shapes.append(OrderedDict((names[n], torch.Size(shapes[n])) for n in group))
+        param_shapes.append(OrderedDict((names[n], Size(shapes[n])) for n in group))
     paddings = [
         flat.shape[0] - sum(m.numel for m in mapping.values())
         for flat, mapping in zip(flats, mappings, strict=True)
@@ -97,7 +101,7 @@ def plan_optimizer_file(
     for kind, own in slots.items():
         for name, (g, start) in starts.items():
             offset = file.slots[f"{kind} {g}"].offset + 4 * start
-            own[name] = Slot(path, names[name], offset, shapes[name], torch.float32)
+            own[name] = Slot(path, names[name], offset, shapes[name], DType.float32, is_part=True)
     # Megatron-DeepSpeed can also schedule by tokens, which this schedule does not.
     by_tokens = {"lr_warmup_tokens": None, "lr_decay_tokens": None, "num_tokens": 0}
     scheduler = {**by_tokens, **found.scheduler} if found else None
@@ -115,7 +119,7 @@ def _content(
     state: dict[int, Any],
     mappings: list[Any],
     paddings: list[int],
-    dtype: torch.dtype,
+    dtype: DType,
     found: OptimizerState | None,
 ) -> dict[str, Any]:
     # torch.optim.Adam, which Megatron uses without apex, reads from here that the decay is AdamW's;
@@ -134,7 +138,7 @@ def _content(
         "ds_version": "0.10.0",
         "param_slice_mappings": mappings,
     }
-    if dtype != torch.bfloat16:
+    if dtype != DType.bfloat16:
         optimizer |= {
             "loss_scaler": None,
             "dynamic_loss_scale": False,
@@ -150,17 +154,45 @@ def _by_decay(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [decayed, next((group for group in groups if not group.get("wd_mult", 1.0)), decayed)]
 
 
-def write_checksums(folder: Path, file: OutputFile) -> None:
-    """Write the checksums of the flat arrays, whose parts are written in any order."""
-    for slot in file.slots.values():
-        descriptor = os.open(folder / file.name, os.O_RDWR)
-        try:
-            checksum, done = 0, 0
-            while done < slot.nbytes:
-                block = os.pread(descriptor, min(BLOCK, slot.nbytes - done), slot.offset + done)
-                checksum = zlib.crc32(block, checksum)
-                done += len(block)
-            for offset in slot.checksums:
-                write_at(descriptor, offset, checksum.to_bytes(4, "little"))
-        finally:
-            os.close(descriptor)
+def write_checksums(
+    folder: Path, optimizer: OptimizerFile, kinds: Iterable[str], sums: Checksums
+) -> None:
+    """Write the checksums of the flat arrays, combined from those of their parts.
+
+    Args:
+        folder: output folder.
+        optimizer: layout of a written file.
+        kinds: the written kinds; other arrays are zeros.
+        sums: CRC-32 of the parts.
+    """
+    file = optimizer.file
+    parts = sorted(
+        (slot.offset, slot.nbytes, sums[file.name, slot.offset])
+        for kind in kinds
+        for slot in optimizer.slots[kind].values()
+    )
+    with closing(FileWriter(folder / file.name)) as writer:
+        for array in file.slots.values():
+            end = array.offset + array.nbytes
+            own = [part for part in parts if array.offset <= part[0] < end]
+            crc = _combined_crc32(array.offset, end, own).to_bytes(4, "little")
+            for offset in array.checksums:
+                writer.write(offset, crc)
+
+
+def _combined_crc32(position: int, end: int, parts: list[tuple[int, int, int]]) -> int:
+    """Return the CRC-32 of a range from those of its parts; the rest of it is zeros."""
+    total = 0
+    for offset, length, crc in [*parts, (end, 0, 0)]:
+        total = combine_crc32(total, _crc32_of_zeros(offset - position), offset - position)
+        total = combine_crc32(total, crc, length)
+        position = offset + length
+    return total
+
+
+def _crc32_of_zeros(count: int) -> int:
+    whole, rest = divmod(count, _BLOCK)
+    total, block = zlib.crc32(bytes(rest)), zlib.crc32(bytes(_BLOCK)) if whole else 0
+    for _ in range(whole):
+        total = combine_crc32(total, block, _BLOCK)
+    return total

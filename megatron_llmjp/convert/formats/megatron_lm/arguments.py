@@ -11,10 +11,10 @@ import argparse
 from collections.abc import Collection
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 
 from megatron_llmjp.config.schema import SECTIONS, ModelConfig, OptimizerConfig
+from megatron_llmjp.convert.files.dtypes import DType
 from megatron_llmjp.convert.formats.hugging_face.config import (
     positive_int_field,
     refuse_unsupported,
@@ -281,7 +281,7 @@ def run_arguments(
 def make_args(
     model: ModelConfig,
     rows: int,
-    dtype: torch.dtype,
+    dtype: DType,
     tensor: int,
     pipeline: int,
     extra: dict[str, Any],
@@ -329,8 +329,8 @@ def make_args(
         "tensor_model_parallel_size": tensor,
         "pipeline_model_parallel_size": pipeline,
         "data_parallel_size": 1,
-        "bf16": dtype == torch.bfloat16,
-        "fp16": dtype == torch.float16,
+        "bf16": dtype == DType.bfloat16,
+        "fp16": dtype == DType.float16,
         "consumed_train_samples": 0,
         "consumed_valid_samples": 0,
     }

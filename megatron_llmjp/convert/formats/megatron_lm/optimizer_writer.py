@@ -20,9 +20,8 @@ from functools import partial
 from itertools import product
 from typing import Any
 
-import torch
-
 from megatron_llmjp.config.schema import ModelConfig
+from megatron_llmjp.convert.files.dtypes import DType
 from megatron_llmjp.convert.files.torch_dist_writer import TorchDistWriter, split_into_chunks
 from megatron_llmjp.convert.formats import mcore_names
 from megatron_llmjp.convert.formats.base import ConversionOptions, SourceCheckpoint
@@ -119,7 +118,7 @@ def _add_fragments(
             both = []
             for (_, (offsets, sizes)), copy in zip(pieces, copies, strict=True):
                 where, size = (*lead, *offsets), (*(1 for _ in lead), *sizes)
-                both.append([writer.add_chunk(key, whole, torch.float32, where, size), copy])
+                both.append([writer.add_chunk(key, whole, DType.float32, where, size), copy])
             writes[name] = TensorWrite(layout, both, vocabulary)
     return writes
 
@@ -141,7 +140,7 @@ def fragment_pieces(name: str, model: ModelConfig, shape: Shape, size: int) -> I
     fragment = tuple(n // g for n, g in zip(shape, grid, strict=True))
     for cell in product(*map(range, grid)):
         start = tuple(i * n for i, n in zip(cell, fragment, strict=True))
-        for offsets, sizes in split_into_chunks(fragment, torch.float32):
+        for offsets, sizes in split_into_chunks(fragment, DType.float32):
             first = offsets[0] * math.prod(fragment[1:])
             where = tuple(a + b for a, b in zip(start, offsets, strict=True))
             yield (cell, first), (where, sizes)
@@ -175,7 +174,7 @@ def _fragment_slots(
     ones = (1,) * len(fragments)
     return [
         writer.add_chunk(
-            key, entry, torch.float32, (*lead, *cell, first), (*ones, math.prod(sizes))
+            key, entry, DType.float32, (*lead, *cell, first), (*ones, math.prod(sizes))
         )
         for (cell, first), (_, sizes) in pieces
     ]

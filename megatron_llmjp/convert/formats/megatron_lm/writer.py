@@ -102,7 +102,7 @@ def _plan_torch_dist(source: SourceCheckpoint, options: ConversionOptions) -> Ou
         writer.finish(out / folder, common)
         write_tracker(out, iteration)
 
-    return OutputPlan(writer.files, writes, finish, notes, prepare=writer.metadata)
+    return OutputPlan(writer.files, writes, finish, notes)
 
 
 def _target_random_states(
