@@ -158,6 +158,12 @@ class ValidationSet(FoldFileModel):
         return self
 
 
+class DeclaredDataset(FoldFileModel):
+    """Size of a dataset, declared for plans before its files exist."""
+
+    tokens: Count
+
+
 class SkipRange(FoldFileModel):
     """Skipped samples: positions ``[start, end)`` in the schedule."""
 
@@ -185,6 +191,8 @@ class FoldFile(FoldFileModel):
     folds: tuple[Fold, ...] = Field(min_length=1)
     validation: dict[str, ValidationSet] = {}
     skip: tuple[SkipRange, ...] = ()
+    datasets: dict[str, DeclaredDataset] = {}
+    """Declared sizes by path; those of other datasets are read from their files."""
 
     @field_validator("folds")
     @classmethod
