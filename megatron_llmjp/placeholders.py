@@ -218,4 +218,4 @@ def _datasets(config: Config) -> dict[str, bool]:
         file = read_fold_file(Path(data.fold_file))
     else:
         return {}
-    return {path: path in file.datasets for path in file.dataset_paths()}
+    return {path: file.declared_tokens(path) is not None for path in file.dataset_paths()}

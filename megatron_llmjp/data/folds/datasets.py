@@ -224,8 +224,9 @@ def inspect_datasets(
     sequences = 0
     places = file.dataset_paths()
     for path in places:
-        if allow_missing and path in file.datasets and is_missing(path):
-            found[path] = declared_facts(path, file.datasets[path].tokens, splits[path])
+        tokens = file.declared_tokens(path)
+        if allow_missing and tokens is not None and is_missing(path):
+            found[path] = declared_facts(path, tokens, splits[path])
             continue
         try:
             size = indexed_dataset.read_index(path).sequences
@@ -245,9 +246,11 @@ def inspect_datasets(
                 found[path] = future.result()
             except (DataError, UserError) as error:
                 problems[path] = str(error)
-    problems |= wrong_sizes(file.datasets, found)
+    problems |= wrong_sizes(file, found)
     if problems:
-        lines = (f"{places[path]}: {problems[path]}" for path in places if path in problems)
+        lines = [f"{places[path]}: {problems[path]}" for path in places if path in problems]
+        if allow_missing and any(map(is_missing, problems)):
+            lines.append("To plan without files, declare sizes: `datasets: {PATH: {tokens: N}}`")
         raise UserError("\n".join(lines))
     return {path: info for path, info in found.items() if info is not None}
 

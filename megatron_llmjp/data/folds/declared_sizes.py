@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from megatron_llmjp.data.folds.schedule import DatasetInfo
-from megatron_llmjp.data.folds.schema import DeclaredDataset
+from megatron_llmjp.data.folds.schema import FoldFile
 from megatron_llmjp.data.folds.splits import split_ends
 from megatron_llmjp.data.indexed_dataset import bin_path, idx_path
 
@@ -40,17 +40,20 @@ def declared_facts(path: str, tokens: int, splits: Iterable[str]) -> DatasetInfo
     return DatasetInfo(key[:32], tokens, parts, declared=True)
 
 
-def wrong_sizes(
-    declared: Mapping[str, DeclaredDataset], found: Mapping[str, DatasetInfo | None]
-) -> dict[str, str]:
+def wrong_sizes(file: FoldFile, found: Mapping[str, DatasetInfo | None]) -> dict[str, str]:
     """Return a message for each dataset whose size differs from the declared one, by path."""
     problems = {}
-    for path, entry in declared.items():
-        info = found.get(path)
-        if info is not None and abs(info.tokens - entry.tokens) > _TOLERANCE * entry.tokens:
-            problems[path] = (
-                f"{path} has {info.tokens:,} tokens, {entry.tokens:,} are declared under "
-                f"`datasets:` ({info.tokens / entry.tokens - 1:+.1%}): prepare the dataset again, "
-                "or correct its `tokens` if it is complete"
-            )
+    for path, info in found.items():
+        declared = file.declared_tokens(path)
+        if info is None or declared is None or _are_close(info.tokens, declared):
+            continue
+        problems[path] = (
+            f"{path} has {info.tokens:,} tokens, {declared:,} are declared under `datasets:` "
+            f"({info.tokens / declared - 1:+.1%}): prepare the dataset again, or correct its "
+            "`tokens` if it is complete"
+        )
     return problems
+
+
+def _are_close(tokens: int, declared: int) -> bool:
+    return abs(tokens - declared) <= _TOLERANCE * declared

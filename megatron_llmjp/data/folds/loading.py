@@ -329,7 +329,7 @@ def _resolve_paths(written: YamlDocument) -> None:
 
 
 def _resolve_keys(written: YamlDocument, root: Path) -> dict[str, Any]:
-    """Return the declared datasets by resolved path, and record their lines.
+    """Return the declared datasets by real path, and record their lines.
 
     Raises:
         UserError: two keys are the same path.
@@ -337,7 +337,7 @@ def _resolve_keys(written: YamlDocument, root: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, entry in written.data[DATASETS].items():
         where = written.where((DATASETS, name))
-        path = str(root / _expand_variables(name, where))
+        path = os.path.realpath(root / _expand_variables(name, where))
         if path in found:
             raise UserError(f"{where}: {path} is declared twice")
         found[path] = entry
