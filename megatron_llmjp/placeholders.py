@@ -24,6 +24,7 @@ from megatron_llmjp.config.schema import SECTION_OF, Config, ModelConfig
 from megatron_llmjp.data.batch_size import BatchSizeSchedule, planned_samples
 from megatron_llmjp.data.dataset_tokenizers import recorded_tokenizer
 from megatron_llmjp.data.folds.data_path import fold_file_from_flags, given_data_flags
+from megatron_llmjp.data.folds.declared_sizes import is_missing
 from megatron_llmjp.data.folds.loading import read_fold_file
 from megatron_llmjp.data.indexed_dataset import bin_path, idx_path
 from megatron_llmjp.errors import UserError
@@ -180,11 +181,15 @@ def _replace_folders(config: Config, changes: dict[str, Any]) -> Iterator[str]:
 
 
 def _replace_data(config: Config, changes: dict[str, Any]) -> Iterator[str]:
-    """Remove the data from the configuration if a part of it is missing."""
+    """Remove the data from the configuration if a part is missing, and has no declared size."""
     files = [str(value) for name in _FILES if (value := getattr(config.data, name))]
     missing = [file for file in files if not Path(file).exists()]
-    for prefix in _datasets(config):
-        missing += [str(p) for p in (idx_path(prefix), bin_path(prefix)) if not p.exists()]
+    declared = []
+    for prefix, is_declared in _datasets(config).items():
+        if is_declared and is_missing(prefix):
+            declared.append(prefix)
+        else:
+            missing += [str(p) for p in (idx_path(prefix), bin_path(prefix)) if not p.exists()]
     if missing:
         more = f" and {len(missing) - 1} more files" if len(missing) > 1 else ""
         given = [
@@ -193,14 +198,24 @@ def _replace_data(config: Config, changes: dict[str, Any]) -> Iterator[str]:
         empty = type(config.data)()
         changes |= {name: getattr(empty, name) for name in [*given, "fold_file"]}
         yield f"the data is missing here and is not checked: {missing[0]}{more}"
+    elif declared:
+        more = f" and {len(declared) - 1} more" if len(declared) > 1 else ""
+        yield f"datasets are missing here, their declared sizes are used: {declared[0]}{more}"
 
 
-def _datasets(config: Config) -> list[str]:
-    """Return the datasets of the run; none if the file that lists them is missing."""
+def _datasets(config: Config) -> dict[str, bool]:
+    """Return the datasets of the run, and whether the fold file declares their sizes.
+
+    None if the file that lists them is missing.
+    """
     data = config.data
     if any(value and not Path(value).exists() for value in (getattr(data, n) for n in _FILES)):
-        return []
+        return {}
     if given_data_flags(data):
         samples = planned_samples(config, BatchSizeSchedule(config)) or 1
-        return list(fold_file_from_flags(data, samples, config.training.seed).dataset_paths())
-    return list(read_fold_file(Path(data.fold_file)).dataset_paths()) if data.fold_file else []
+        file = fold_file_from_flags(data, samples, config.training.seed)
+    elif data.fold_file:
+        file = read_fold_file(Path(data.fold_file))
+    else:
+        return {}
+    return {path: file.declared_tokens(path) is not None for path in file.dataset_paths()}

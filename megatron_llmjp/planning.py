@@ -83,7 +83,8 @@ def plan_data(config: Config, with_learning_rate: bool = True) -> tuple[DataPlan
         UserError: the fold file, a dataset or a number of iterations is invalid, or a dataset was
             tokenized with another tokenizer than the run's.
     """
-    return plan_resolved_data(config, resolve_data(config), with_learning_rate)
+    data = resolve_data(config, allow_missing=True)
+    return plan_resolved_data(config, data, with_learning_rate)
 
 
 def plan_resolved_data(
@@ -95,7 +96,8 @@ def plan_resolved_data(
     train_iters, _ = train_iterations(config, data.schedule)
     config, _ = with_shortened_warmup(with_decay_length(config, data.schedule, train_iters))
     rate = _learning_rate(config, data, train_iters) if with_learning_rate else None
-    plan = make_data_plan(data.schedule, BatchSizeSchedule(config), train_iters, rate)
+    declared = frozenset(path for path, info in data.datasets.items() if info.declared)
+    plan = make_data_plan(data.schedule, BatchSizeSchedule(config), train_iters, rate, declared)
     found = data_plan_warnings(plan, data.schedule, config, data.folds, data.datasets)
     shared = [
         *shared_document_warnings(data.folds),
@@ -274,7 +276,7 @@ def _resolve(config: Config, world_size: int, other_tokenizer: bool) -> _Resolve
         )
     else:
         missing = []
-    run = resolve_run(config, world_size)
+    run = resolve_run(config, world_size, allow_missing=True)
     if other_tokenizer:
         run = replace(run, tokenizer_mismatches=())
     ends = tuple(run.schedule.sample_range(fold)[1] for fold in run.schedule.folds)

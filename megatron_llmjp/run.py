@@ -94,6 +94,7 @@ def resolve_run(
     world_size: int,
     damaged: Mapping[str, str] = _NONE_DAMAGED,
     skipped_ranges: SkippedRanges = NO_SKIPPED_RANGES,
+    allow_missing: bool = False,
 ) -> Run:
     """Resolve a configuration for ``world_size`` processes.
 
@@ -102,12 +103,13 @@ def resolve_run(
         world_size: number of processes.
         damaged: damage of checkpoint folders that must not be used, by folder.
         skipped_ranges: positions of the schedule to skip, by reason.
+        allow_missing: for plans: use the declared sizes of missing datasets.
 
     Raises:
         UserError: all problems of the layout, tokenizer, data or checkpoint.
     """
     requested = config
-    config, tokenizer, data, notes = _read_inputs(config, world_size)
+    config, tokenizer, data, notes = _read_inputs(config, world_size, allow_missing)
     mismatch = check_run_tokenizer(config, data.datasets, tokenizer)
     vocab_size = max(tokenizer.vocab_size, config.model.vocab_size or 0)
     check_largest_ids(data.datasets, vocab_size, tokenizer.identity())
@@ -149,7 +151,7 @@ def resolve_run(
 
 
 def _read_inputs(
-    config: Config, world_size: int
+    config: Config, world_size: int, allow_missing: bool
 ) -> tuple[Config, Tokenizer, ResolvedData, list[str]]:
     """Check the configuration and the save folder, and read the tokenizer and the datasets.
 
@@ -170,7 +172,7 @@ def _read_inputs(
         tokenizer = _tokenizer(config)
         config = _with_vocabulary(config, tokenizer)
     with problems.collect():
-        data = resolve_data(config)
+        data = resolve_data(config, allow_missing)
     problems.report()
     return config, tokenizer, data, [*notes, *start_notes]
 

@@ -38,8 +38,12 @@ class ResolvedData:
     schedule: Schedule
 
 
-def resolve_data(config: Config) -> ResolvedData:
+def resolve_data(config: Config, allow_missing: bool = False) -> ResolvedData:
     """Resolve the data of a run; model and layout are not used.
+
+    Args:
+        config: configuration of the run.
+        allow_missing: for plans: use the sizes that the fold file declares of missing datasets.
 
     Raises:
         UserError: all problems of the fold file and its datasets.
@@ -60,7 +64,7 @@ def resolve_data(config: Config) -> ResolvedData:
             f"{config.data.fold_file}: sequence_length {folds.sequence_length} differs from the "
             f"run's seq_length {length}: remove one of them"
         )
-    datasets = inspect_datasets(folds, index_cache_folder(config, folds))
+    datasets = inspect_datasets(folds, index_cache_folder(config, folds), allow_missing)
     return _resolve(folds, datasets, config)
 
 

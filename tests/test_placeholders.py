@@ -104,3 +104,18 @@ def test_a_dry_run_requires_all_but_tokenizer_and_packages(run, tmp_path):
     assert code == 2 and "--load absent: no complete checkpoint" in err
     code, out, err = run(*words)
     assert code == 2 and "needs the package wandb" in err
+
+
+def test_declared_sizes_replace_missing_data(run, tmp_path):
+    fold = {"name": "all", "epochs": 1, "blend": {"ja": {"path": "ja"}}}
+    content = {"folds": [fold], "datasets": {"ja": {"tokens": "1B"}}}
+    (tmp_path / "folds.yaml").write_text(yaml.safe_dump(content))
+    words = ("--config", "llm-jp-3-150m", "--fold-file", "folds.yaml", *ABSENT)
+    code, out, err = run(*words, "--estimate", "--world-size", 8, "--gpu", "H100")
+    assert code == 0, err
+    samples = (10**9 - 1) // 4096
+    assert f"{samples // 512:,} steps (1 fold)" in out
+    assert "datasets are missing here, their declared sizes are used: ja" in err
+    code, _, err = run(*words, "--dry-run")
+    assert code == 2
+    assert "dataset 'ja': ja.idx: no such file" in err

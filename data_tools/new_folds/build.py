@@ -12,11 +12,11 @@ from data_tools.new_folds.shell_lists import DatasetLists
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.batch_size import BatchSizeSchedule, planned_samples
 from megatron_llmjp.data.folds.data_path import fold_file_from_flags, given_data_flags
-from megatron_llmjp.data.folds.datasets import split_shares
 from megatron_llmjp.data.folds.parts import divide_fold
 from megatron_llmjp.data.folds.resolve import resolve_folds
 from megatron_llmjp.data.folds.schedule import DatasetInfo, FoldPlan
 from megatron_llmjp.data.folds.schema import BlendEntry, Fold, FoldFile, ValidationSet
+from megatron_llmjp.data.folds.splits import split_shares
 from megatron_llmjp.errors import UserError
 
 _EPOCH_DIGITS = 9

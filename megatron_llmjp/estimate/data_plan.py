@@ -7,7 +7,7 @@ the learning rate as a function. Warnings on a plan are in ``data_warnings.py``.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -36,6 +36,8 @@ class DatasetRow:
     epochs: float
     epochs_so_far: float
     """Epochs of this dataset in all folds up to and including this one."""
+    declared: bool = False
+    """Whether its files are missing, and its size is the one declared in the fold file."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ def make_data_plan(
     sizes: BatchSizeSchedule,
     train_iters: int | None = None,
     learning_rate: LearningRate | None = None,
+    declared: Collection[str] = (),
 ) -> DataPlan:
     """Compute the plan of a run's data.
 
@@ -102,6 +105,7 @@ def make_data_plan(
         sizes: the run's global batch sizes.
         train_iters: last iteration; default: the end of the folds.
         learning_rate: learning rate by iteration; default: the plan has no learning rates.
+        declared: paths of the datasets whose sizes are declared.
     """
     if train_iters is None:
         train_iters = sizes.iterations(schedule.total_samples)[0]
@@ -109,7 +113,7 @@ def make_data_plan(
     drawn: Counter[str] = Counter()
     rows = []
     for fold in schedule.folds:
-        datasets = _datasets(fold, schedule.sequence_length, drawn)
+        datasets = _datasets(fold, schedule.sequence_length, drawn, declared)
         rows.append(_fold(fold, datasets, schedule, sizes, train_iters, learning_rate))
     skips = [
         SkipRow(
@@ -161,7 +165,9 @@ def _fold(
     )
 
 
-def _datasets(fold: FoldPlan, sequence_length: int, drawn: Counter[str]) -> tuple[DatasetRow, ...]:
+def _datasets(
+    fold: FoldPlan, sequence_length: int, drawn: Counter[str], declared: Collection[str]
+) -> tuple[DatasetRow, ...]:
     """Return the rows of a fold's datasets; ``drawn`` counts samples so far by dataset key."""
     rows = []
     for piece in fold.slices:
@@ -174,6 +180,7 @@ def _datasets(fold: FoldPlan, sequence_length: int, drawn: Counter[str]) -> tupl
             share=piece.samples / fold.samples,
             epochs=piece.samples / piece.samples_per_epoch,
             epochs_so_far=drawn[piece.key] / piece.samples_per_epoch,
+            declared=piece.path in declared,
         )
         rows.append(row)
     return tuple(rows)
@@ -189,7 +196,7 @@ def format_data_plan(plan: DataPlan, warnings: Iterable[str] = ()) -> str:
     samples = sum(fold.samples for fold in plan.folds)
     tokens = format_count(samples * plan.sequence_length)
     total = ("total", "", tokens, f"{samples:,}", "", "", f"{plan.train_iters:,}")
-    parts = [_aligned([*lines, total]), _summary(plan)]
+    parts = [_aligned([*lines, total]), _summary(plan), *_declared(plan)]
     if uses := format_uses(plan.datasets):
         parts.append(uses)
     parts += [
@@ -233,7 +240,7 @@ def _fold_line(fold: FoldRow, with_rates: bool) -> Sequence[str]:
 def _dataset_line(row: DatasetRow) -> Sequence[str]:
     epochs = (_epochs(row.epochs), _epochs(row.epochs_so_far))
     return (
-        f"  {row.name}",
+        f"  {row.name}{' (declared)' if row.declared else ''}",
         f"{row.share:.2%}",
         format_count(row.tokens),
         f"{row.samples:,}",
@@ -259,6 +266,15 @@ def _summary(plan: DataPlan) -> str:
         f"{len(paths):,} datasets in {len(plan.folds)} "
         f"fold{'s' if len(plan.folds) > 1 else ''}"
     )
+
+
+def _declared(plan: DataPlan) -> Iterator[str]:
+    paths = {row.path: row.declared for fold in plan.folds for row in fold.datasets}
+    if count := sum(paths.values()):
+        yield (
+            f"declared: {count:,} of {len(paths):,} datasets have no files here; their sizes are "
+            "those declared in the fold file"
+        )
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> str:

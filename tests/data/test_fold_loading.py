@@ -295,7 +295,7 @@ folds:
          "line 3: fold '2': must"),
         ("fold: []\n",
          "line 1: fold: unknown key; did you mean 'folds'? (possible: seed, sequence_length, "
-         "shuffle, folds, validation, skip, include, root, blends)"),
+         "shuffle, folds, validation, skip, datasets, include, root, blends)"),
         ("folds:\n - {name: a, blnd: 1}\n",
          "line 2: fold 'a', blnd: unknown key; did you mean 'blend'?"),
         ("folds: []\nvalidation: {v: {pth: 1}}\n",

@@ -19,7 +19,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from megatron_llmjp.config.flags import parse
 from megatron_llmjp.data.dataset import FoldDataset, ValidationDataset
-from megatron_llmjp.data.folds.datasets import split_ends
+from megatron_llmjp.data.folds.splits import split_ends
 from megatron_llmjp.data.indices.epoch_index import DatasetTokenizer, EpochDatasets
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.run import Run, resolve_run

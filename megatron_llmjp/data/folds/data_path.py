@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_llmjp.config.schema import DataConfig
-from megatron_llmjp.data.folds.datasets import split_shares
 from megatron_llmjp.data.folds.schema import BlendEntry, Fold, FoldFile, ValidationSet
+from megatron_llmjp.data.folds.splits import split_shares
 from megatron_llmjp.errors import UserError
 
 DEFAULT_SPLIT = "969,30,1"

@@ -18,10 +18,8 @@ the checksums of the manifest in the digest: a run that such a version started k
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
-import re
 import zlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,8 +31,10 @@ import numpy as np
 
 from megatron_llmjp.data import indexed_dataset
 from megatron_llmjp.data.block_tokens import count_block_tokens
+from megatron_llmjp.data.folds.declared_sizes import declared_facts, is_missing, wrong_sizes
 from megatron_llmjp.data.folds.schedule import DatasetInfo
 from megatron_llmjp.data.folds.schema import Fold, FoldFile, ValidationSet
+from megatron_llmjp.data.folds.splits import split_ends
 from megatron_llmjp.data.indexed_dataset import DatasetIndex, check_entries
 from megatron_llmjp.errors import DataError, UserError
 from megatron_llmjp.filesystem import evenly_spaced_offsets, file_crc32, write_atomically
@@ -53,7 +53,6 @@ _INDEX_BLOCKS = (64, 1 << 16)
 _TOKEN_BLOCKS = (128, 1 << 13)
 """Number and size in bytes of the blocks read of a file; smaller files are read whole."""
 _MAX_CHECKSUM_BYTES = 1 << 36
-SPLIT_PARTS = ("train", "valid", "test")
 _ID_BLOCKS = (64, 1 << 15)
 """Number and size in tokens of the blocks that are searched for the largest id."""
 
@@ -158,7 +157,7 @@ def with_recorded_keys(
     found = dict(datasets)
     for key, path in sorted(pairs):
         info = found.get(path)
-        if info is None or info.legacy_key or key == info.key:
+        if info is None or info.legacy_key or info.declared or key == info.key:
             continue
         if indexed_dataset.bin_path(path).stat().st_size <= _MAX_CHECKSUM_BYTES:
             found[path] = replace(info, legacy_key=_compute_legacy_key(path))
@@ -203,14 +202,21 @@ def _join_checksums(checksums: Mapping[str, str | None]) -> str:
     return ", ".join(f"{name} {checksum}" for name, checksum in checksums.items())
 
 
-def inspect_datasets(file: FoldFile, cache: Path | None = None) -> dict[str, DatasetInfo]:
+def inspect_datasets(
+    file: FoldFile, cache: Path | None = None, allow_missing: bool = False
+) -> dict[str, DatasetInfo]:
     """Open every dataset of a fold file and return its facts, by path.
 
     Facts that :func:`save_facts` stored in ``cache`` are not computed again.
 
+    Args:
+        file: the fold file.
+        cache: folder of stored facts.
+        allow_missing: for plans: use the declared sizes of datasets without files.
+
     Raises:
-        UserError: datasets are missing or damaged; the message names all of them, and where the
-            fold file declares them.
+        UserError: datasets are missing or damaged, or have other sizes than the fold file declares;
+            the message names all of them, and where they are used.
     """
     splits = _splits_by_path(file)
     problems: dict[str, str] = {}
@@ -218,6 +224,10 @@ def inspect_datasets(file: FoldFile, cache: Path | None = None) -> dict[str, Dat
     sequences = 0
     places = file.dataset_paths()
     for path in places:
+        tokens = file.declared_tokens(path)
+        if allow_missing and tokens is not None and is_missing(path):
+            found[path] = declared_facts(path, tokens, splits[path])
+            continue
         try:
             size = indexed_dataset.read_index(path).sequences
             found[path] = load_facts(files_stamp(path), splits[path], cache) if cache else None
@@ -236,8 +246,11 @@ def inspect_datasets(file: FoldFile, cache: Path | None = None) -> dict[str, Dat
                 found[path] = future.result()
             except (DataError, UserError) as error:
                 problems[path] = str(error)
+    problems |= wrong_sizes(file, found)
     if problems:
-        lines = (f"{places[path]}: {problems[path]}" for path in places if path in problems)
+        lines = [f"{places[path]}: {problems[path]}" for path in places if path in problems]
+        if allow_missing and any(map(is_missing, problems)):
+            lines.append("To plan without files, declare sizes: `datasets: {PATH: {tokens: N}}`")
         raise UserError("\n".join(lines))
     return {path: info for path, info in found.items() if info is not None}
 
@@ -309,40 +322,6 @@ def largest_id(index: DatasetIndex) -> int | None:
             tokens = np.fromfile(stream, unsigned, size if len(starts) > 1 else total)
             largest = max(largest, int(tokens.max(initial=0)))
     return largest
-
-
-def split_shares(split: str) -> tuple[float, float, float]:
-    """Parse Megatron-LM's ``--split`` into the shares of train, valid and test.
-
-    Raises:
-        UserError: the text does not consist of one to three shares.
-    """
-    found = re.findall(r"[.0-9]+", split)
-    try:
-        shares = [float(share) for share in found]
-    except ValueError:
-        shares = []
-    if not 0 < len(shares) <= len(SPLIT_PARTS) or sum(shares) <= 0:
-        raise UserError(
-            f"split '{split}': expected the shares of train, valid and test, such as 969,30,1"
-        )
-    train, valid, test = [*shares, 0.0, 0.0][:3]
-    return train, valid, test
-
-
-def split_ends(split: str, documents: int) -> dict[str, tuple[int, int]]:
-    """Return the document range ``[first, end)`` of each part of Megatron-LM's ``--split``.
-
-    The arithmetic is that of megatron-core's ``parse_and_normalize_split`` and
-    ``BlendedMegatronDatasetBuilder``, which require torch. The samples themselves are drawn by
-    megatron-core.
-
-    Raises:
-        UserError: as :func:`split_shares`.
-    """
-    shares = (np.array(split_shares(split)) / np.sum(split_shares(split))).tolist()
-    ends = [round(end * float(documents)) for end in itertools.accumulate([0, *shares])]
-    return dict(zip(SPLIT_PARTS, itertools.pairwise(ends), strict=True))
 
 
 def _count_tokens_of_parts(index: DatasetIndex, split: str) -> dict[str, int]:

@@ -112,9 +112,10 @@ def _dataset_differences(old: DatasetFingerprint, new: DatasetFingerprint) -> It
 def dump_fold_file(file: FoldFile) -> str:
     """Return a fold file as YAML with all includes resolved and absolute paths.
 
-    It gives the same schedule when it is read from any folder.
+    It gives the same schedule when it is read from any folder. Declared sizes are omitted: the
+    datasets exist.
     """
-    content = file.model_dump(mode="json", exclude_defaults=True)
+    content = file.model_dump(mode="json", exclude_defaults=True, exclude={"datasets"})
     return yaml.safe_dump(_with_absolute_paths(content), sort_keys=False, allow_unicode=True)
 
 

@@ -27,6 +27,7 @@ from pydantic import ValidationError
 
 from megatron_llmjp.data.folds.schema import (
     BlendEntry,
+    DeclaredDataset,
     Fold,
     FoldFile,
     FoldFileModel,
@@ -39,6 +40,9 @@ from megatron_llmjp.yaml_text import YamlDocument, YamlPath, read_yaml
 
 LOADER_KEYS = ("include", "root", "blends")
 """Keys of a fold file that the loader resolves."""
+DATASETS = "datasets"
+INCLUDED_KEYS = (*LOADER_KEYS, DATASETS)
+"""Keys that an included file may contain."""
 
 
 def describe_validation_error(error: ValidationError, written: YamlDocument) -> str:
@@ -85,6 +89,8 @@ def _allowed_keys(words: list[str]) -> list[str]:
         model = FoldLearningRate
     elif words[0] == "skip":
         model = SkipRange
+    elif words[0] == DATASETS:
+        model = DeclaredDataset
     return list(model.model_fields)
 
 
@@ -101,6 +107,7 @@ def read_fold_file(path: Path) -> FoldFile:
     for location, holder in _folds_and_validation_sets(data):
         if isinstance(holder.get("blend"), (str, list)):
             holder["blend"] = named_blends.blend(holder["blend"], whole, (*location, "blend"))
+    named_blends.add_declared_sizes(whole)
     try:
         return FoldFile.model_validate(data)
     except ValidationError as error:
@@ -125,6 +132,8 @@ class _NamedBlends:
     blends: dict[str, tuple[Any, YamlDocument, YamlPath]] = field(default_factory=dict)
     """By name: the blend, its file, and its location in that file."""
     files: set[Path] = field(default_factory=set)
+    declared: dict[str, tuple[Any, YamlDocument]] = field(default_factory=dict)
+    """Declared datasets by path, with their file."""
 
     def read(self, path: Path, named_by: str, including: tuple[Path, ...]) -> YamlDocument:
         """Read a file and its includes, resolve its paths and collect its blends.
@@ -156,17 +165,43 @@ class _NamedBlends:
             )
         for name, blend in blends.items():
             self._add(str(name), blend, written)
+        self._add_declared(written)
         return written
 
     def read_included(self, path: Path, named_by: str, including: tuple[Path, ...]) -> None:
-        """Read an included file, which may contain only blends."""
+        """Read an included file, which may contain only blends and sizes of datasets."""
         written = self.read(path, named_by, including)
         for key in written.data:
-            if key not in LOADER_KEYS:
+            if key not in INCLUDED_KEYS:
                 raise UserError(
                     f"{written.where((key,))}: '{key}' belongs in the fold file itself; an "
-                    f"included file may contain only {', '.join(LOADER_KEYS)}"
+                    f"included file may contain only {', '.join(INCLUDED_KEYS)}"
                 )
+
+    def _add_declared(self, written: YamlDocument) -> None:
+        found = written.data.get(DATASETS)
+        if found is None:
+            return
+        if not isinstance(found, dict):
+            raise UserError(
+                f"{written.where((DATASETS,))}: {DATASETS}: expected `PATH: {{tokens: ...}}` per "
+                "dataset"
+            )
+        for path, entry in found.items():
+            if path in self.declared:
+                other = self.declared[path][1].where((DATASETS, path))
+                raise UserError(
+                    f"{written.where((DATASETS, path))}: {path} is already declared in {other}"
+                )
+            self.declared[path] = (entry, written)
+
+    def add_declared_sizes(self, whole: YamlDocument) -> None:
+        """Add the datasets declared in all files, with their lines."""
+        for path, (entry, written) in self.declared.items():
+            whole.data.setdefault(DATASETS, {})[path] = entry
+            for key in ((), ("tokens",)):
+                location = (DATASETS, path, *key)
+                whole.lines[location] = written.where(location)
 
     def _add(self, name: str, blend: Any, written: YamlDocument) -> None:
         where = written.where(("blends", name))
@@ -289,3 +324,25 @@ def _resolve_paths(written: YamlDocument) -> None:
                         root / _expand_variables(entry["path"], written.where(location))
                     )
                 done.add(id(entry))
+    if isinstance(data.get(DATASETS), dict):
+        data[DATASETS] = _resolve_keys(written, root)
+
+
+def _resolve_keys(written: YamlDocument, root: Path) -> dict[str, Any]:
+    """Return the declared datasets by real path, and record their lines.
+
+    Raises:
+        UserError: two keys are the same path.
+    """
+    found: dict[str, Any] = {}
+    for name, entry in written.data[DATASETS].items():
+        where = written.where((DATASETS, name))
+        path = os.path.realpath(root / _expand_variables(name, where))
+        if path in found:
+            raise UserError(f"{where}: {path} is declared twice")
+        found[path] = entry
+        for location, line in list(written.lines.items()):
+            if location[:2] == (DATASETS, name):
+                resolved = (DATASETS, path, *location[2:])
+                written.lines[resolved] = line
+    return found

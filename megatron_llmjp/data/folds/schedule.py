@@ -165,6 +165,8 @@ class DatasetInfo:
     """Tokens per block of sequences."""
     checked: bool = field(default=True, compare=False)
     """Whether every entry of its index was checked."""
+    declared: bool = field(default=False, compare=False)
+    """Whether its files are missing, and its size is declared in the fold file."""
 
     def samples_per_epoch(self, sequence_length: int, split: str | None = None) -> int:
         """Return the samples per epoch, of the training part if ``split`` is given.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
@@ -158,6 +159,12 @@ class ValidationSet(FoldFileModel):
         return self
 
 
+class DeclaredDataset(FoldFileModel):
+    """Size of a dataset, declared for plans before its files exist."""
+
+    tokens: Count
+
+
 class SkipRange(FoldFileModel):
     """Skipped samples: positions ``[start, end)`` in the schedule."""
 
@@ -185,6 +192,8 @@ class FoldFile(FoldFileModel):
     folds: tuple[Fold, ...] = Field(min_length=1)
     validation: dict[str, ValidationSet] = {}
     skip: tuple[SkipRange, ...] = ()
+    datasets: dict[str, DeclaredDataset] = {}
+    """Declared sizes by real path; those of other datasets are read from their files."""
 
     @field_validator("folds")
     @classmethod
@@ -194,6 +203,11 @@ class FoldFile(FoldFileModel):
         if twice:
             raise ValueError(f"two folds are named '{sorted(twice)[0]}'")
         return folds
+
+    def declared_tokens(self, path: str) -> int | None:
+        """Return the declared tokens of the dataset at a path, if there are any."""
+        entry = self.datasets.get(os.path.realpath(path))
+        return None if entry is None else entry.tokens
 
     def dataset_paths(self) -> dict[str, str]:
         """Return the path of each dataset, with the first place in the file that declares it."""
