@@ -84,7 +84,7 @@ def without_removed(
         kept = sum_counts(texts.get(name, {}).values())
         changed = {
             "documents": kept.documents,
-            "tokens": {described["key"]: kept.tokens},
+            "tokens": {**counts["tokens"], described["key"]: kept.tokens},
             "removed": removed.get(name, {}),
         }
         tallies.append({**counts, **changed})
@@ -98,8 +98,10 @@ def table_of(manifests: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]
     counts = _counts(str(first.get("key")), first, len(names))
     for key, manifest in manifests.items():
         texts = read_sources(manifest["statistics"]) if "statistics" in manifest else {}
-        for name, of_source in zip(names, counts, strict=True):
+        of_key = _counts(key, manifest, len(names))
+        for name, of_source, own in zip(names, counts, of_key, strict=True):
             of_source.texts[key] = texts.get(name, {})
+            of_source.tokens[key] = own.tokens.get(key, 0)
     return summary_rows(names, counts, list(manifests))
 
 

@@ -244,19 +244,25 @@ def test_merged_parts_equal_the_whole(inputs, tmp_path, monkeypatch, capsys):
     options = [*BYTES, "--hooks", str(hooks), "--min-characters", "20", "--max-tokens", "400"]
     options += ["--shuffle-seed", "3", "--remove-duplicates", "--json-keys", "title", "text"]
     common = ["--input", *inputs, *options, "--workers", "1", "--output-prefix"]
-    assert preprocess_data.main([*common, str(tmp_path / "whole")]) == 0
+    reports = [tmp_path / f"{name}.csv" for name in ("whole", "auto")]
+    whole_job = [*common, str(tmp_path / "whole"), "--report", str(reports[0])]
+    assert preprocess_data.main(whole_job) == 0
+    last = [*common, str(tmp_path / "auto"), "--shard", "2/4", "--finish-array"]
+    assert preprocess_data.main([*last, "--report", str(reports[1])]) == 0
+    assert reports[0].read_text() == reports[1].read_text()
     for task in range(4):
         shard = ["--shard", f"{task}/4"]
         assert preprocess_data.main([*common, str(tmp_path / "cut"), *shard]) == 0
     assert merge_datasets.main(["--parts", str(tmp_path / "cut")]) == 0
     for key, suffix in itertools.product(("title", "text"), ("bin", "idx")):
-        joined = (tmp_path / f"cut_{key}_document.{suffix}").read_bytes()
-        assert joined == (tmp_path / f"whole_{key}_document.{suffix}").read_bytes()
-    merged, whole = (
+        whole = (tmp_path / f"whole_{key}_document.{suffix}").read_bytes()
+        for name in ("cut", "auto"):
+            assert (tmp_path / f"{name}_{key}_document.{suffix}").read_bytes() == whole, name
+    merged, automatic, whole = (
         json.loads((tmp_path / f"{name}_text_document.json").read_text())["statistics"]
-        for name in ("cut", "whole")
+        for name in ("cut", "auto", "whole")
     )
-    assert merged == whole
+    assert merged == automatic == whole
     totals = {
         reason: sum(removed[reason] for removed in whole["removed"].values())
         for reason in ("filtered", "too_short", "too_long", "duplicates")
