@@ -15,12 +15,12 @@ from data_tools.documents import (
     document_chunks,
     read_dataset_manifest,
 )
-from data_tools.preprocess.array_counts import describe_parts, table_of, without_removed
-from data_tools.preprocess.array_parts import array_folder
-from data_tools.preprocess.merge_parts import read_array_parts
-from data_tools.preprocess.remote.addresses import refuse_remote_output
-from data_tools.preprocess.shards import find_parts
-from data_tools.preprocess.work_folder import WorkFolder
+from data_tools.preprocess.arrangement.merge_parts import read_array_parts
+from data_tools.preprocess.array.counts import describe_parts, table_of, without_removed
+from data_tools.preprocess.array.parts import array_folder
+from data_tools.preprocess.array.shards import find_parts
+from data_tools.preprocess.input.remote.addresses import refuse_remote_output
+from data_tools.preprocess.job.work_folder import WorkFolder
 from data_tools.statistics.counts import (
     CountsByLanguage,
     add_by_source,

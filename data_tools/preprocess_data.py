@@ -13,24 +13,24 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.common import ToolParser, cores, run_tool
-from data_tools.preprocess.array_program import (
+from data_tools.preprocess.array.program import (
     add_array_flags,
     check_array_flags,
     make_output,
     preprocess_part,
     run_job,
 )
-from data_tools.preprocess.job import PreprocessJob
-from data_tools.preprocess.rejection import parse_share
-from data_tools.preprocess.remote.addresses import refuse_remote_output
-from data_tools.preprocess.selection import add_selection_flags, selection_from_args
-from data_tools.preprocess.sources import find_input, ignored_record
-from data_tools.preprocess.status_program import (
+from data_tools.preprocess.array.status_program import (
     show_status,
     status_parser,
     wants_status,
 )
-from data_tools.preprocess.text_counts import DEFAULT_LANGUAGE_KEY
+from data_tools.preprocess.encoding.text_counts import DEFAULT_LANGUAGE_KEY
+from data_tools.preprocess.input.remote.addresses import refuse_remote_output
+from data_tools.preprocess.input.sources import find_input, ignored_record
+from data_tools.preprocess.job.job import PreprocessJob
+from data_tools.preprocess.job.rejection import parse_share
+from data_tools.preprocess.selection.selection import add_selection_flags, selection_from_args
 from data_tools.tables import check_table_path
 from data_tools.tokenizer_flags import add_tokenizer_flags, tokenizer_from_args
 from megatron_llmjp.arguments import normalize_dashes, positive_int
@@ -232,7 +232,7 @@ def preprocess(args: argparse.Namespace) -> int:
     if args.append_bos:
         _check_bos(tokenizer)
     if args.fast_encoder:
-        from data_tools.preprocess.fast_encoder import (
+        from data_tools.preprocess.encoding.fast_encoder import (
             use_fast_encoder,  # imports the tokenizers library
         )
 

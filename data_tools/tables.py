@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_tools.preprocess.journal import SourceCounts
+from data_tools.preprocess.job.journal import SourceCounts
 from data_tools.statistics.counts import add_by_source, sum_counts
 from data_tools.statistics.removed import reasons_in
 from megatron_llmjp.errors import UserError

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_tools.common import ToolParser, run_tool
-from data_tools.preprocess.remote.addresses import refuse_remote_output, shown
-from data_tools.preprocess.sample import sample_texts
-from data_tools.preprocess.sources import PLAIN_TEXT_SUFFIXES, SUFFIXES, find_input
+from data_tools.preprocess.encoding.sample import sample_texts
+from data_tools.preprocess.input.remote.addresses import refuse_remote_output, shown
+from data_tools.preprocess.input.sources import PLAIN_TEXT_SUFFIXES, SUFFIXES, find_input
 from megatron_llmjp.arguments import positive_int
 from megatron_llmjp.errors import EXIT_DONE, UserError
 

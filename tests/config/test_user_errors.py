@@ -13,7 +13,7 @@ import sys
 import pytest
 import yaml
 
-from data_tools.preprocess.sources import SUFFIXES
+from data_tools.preprocess.input.sources import SUFFIXES
 from megatron_llmjp import cli as pretrain_cli
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint.resume import add_stored_config

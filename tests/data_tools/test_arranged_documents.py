@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from data_tools import merge_datasets, preprocess_data
-from data_tools.preprocess.arranged_output import ArrangedOutput
-from data_tools.preprocess.journal import ResumeJournal
-from data_tools.preprocess.output import DatasetOutput
+from data_tools.preprocess.arrangement.arranged_output import ArrangedOutput
+from data_tools.preprocess.job.journal import ResumeJournal
+from data_tools.preprocess.job.output import DatasetOutput
 from megatron_llmjp.data.indexed_dataset_writer import IndexedDatasetWriter
 from tests.data_tools.conftest import make_documents, write_jsonl
 
@@ -31,14 +31,14 @@ EOD = 256
 def small_sizes(monkeypatch):
     """Use many blocks, runs, slices and buckets, and a clock that advances with each call."""
     clock = SimpleNamespace(monotonic=itertools.count(step=6).__next__)
-    monkeypatch.setattr("data_tools.preprocess.blocks.BLOCK_BYTES", 5000)
-    monkeypatch.setattr("data_tools.preprocess.job.time", clock)
-    monkeypatch.setattr("data_tools.preprocess.arranged_output.time", clock)
-    monkeypatch.setattr("data_tools.preprocess.arranged_output.RUN_BYTES", 30000)
-    monkeypatch.setattr("data_tools.preprocess.arrange.SLICE_BYTES", 20000)
-    monkeypatch.setattr("data_tools.preprocess.arrange.DOCUMENTS_PER_SLICE", 40)
-    monkeypatch.setattr("data_tools.preprocess.staged_dataset.RECORDS_PER_CHUNK", 50)
-    monkeypatch.setattr("data_tools.preprocess.duplicates.BUCKET_BYTES", 1000)
+    monkeypatch.setattr("data_tools.preprocess.input.blocks.BLOCK_BYTES", 5000)
+    monkeypatch.setattr("data_tools.preprocess.job.job.time", clock)
+    monkeypatch.setattr("data_tools.preprocess.arrangement.arranged_output.time", clock)
+    monkeypatch.setattr("data_tools.preprocess.arrangement.arranged_output.RUN_BYTES", 30000)
+    monkeypatch.setattr("data_tools.preprocess.arrangement.arrange.SLICE_BYTES", 20000)
+    monkeypatch.setattr("data_tools.preprocess.arrangement.arrange.DOCUMENTS_PER_SLICE", 40)
+    monkeypatch.setattr("data_tools.preprocess.arrangement.staged_dataset.RECORDS_PER_CHUNK", 50)
+    monkeypatch.setattr("data_tools.preprocess.arrangement.duplicates.BUCKET_BYTES", 1000)
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +234,7 @@ def test_more_input_after_an_interruption_in_the_last_step(inputs, tmp_path, mon
 
 def test_merged_parts_equal_the_whole(inputs, tmp_path, monkeypatch, capsys):
     """Tasks with parts of files, hooks and limits: the dataset of one task, and its counts."""
-    monkeypatch.setattr("data_tools.preprocess.shards.MIN_SPLIT_BYTES", 1000)
+    monkeypatch.setattr("data_tools.preprocess.array.shards.MIN_SPLIT_BYTES", 1000)
     hooks = tmp_path / "hooks.py"
     hooks.write_text(
         "def keep(document):\n    return document['n'] % 5 != 0\n\n"

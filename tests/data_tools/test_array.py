@@ -19,11 +19,11 @@ from pathlib import Path
 import pytest
 
 from data_tools import preprocess_data
-from data_tools.preprocess import array_task
-from data_tools.preprocess.array_parts import array_folder
-from data_tools.preprocess.shards import ShardPlan, part_prefix
-from data_tools.preprocess.sources import find_input
-from data_tools.preprocess.work_folder import WorkFolder
+from data_tools.preprocess.array import task as array_task
+from data_tools.preprocess.array.parts import array_folder
+from data_tools.preprocess.array.shards import ShardPlan, part_prefix
+from data_tools.preprocess.input.sources import find_input
+from data_tools.preprocess.job.work_folder import WorkFolder
 from data_tools.statistics.summary import summarize
 from megatron_llmjp.data.indexed_dataset_writer import IndexedDatasetWriter
 from tests.data_tools.conftest import make_documents, write_jsonl
@@ -52,8 +52,8 @@ def corpus_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    monkeypatch.setattr("data_tools.preprocess.shards.MIN_SPLIT_BYTES", 1000)
-    monkeypatch.setattr("data_tools.preprocess.blocks.BLOCK_BYTES", 8000)
+    monkeypatch.setattr("data_tools.preprocess.array.shards.MIN_SPLIT_BYTES", 1000)
+    monkeypatch.setattr("data_tools.preprocess.input.blocks.BLOCK_BYTES", 8000)
 
 
 def arguments(folder: Path, prefix: Path, number: int, count: int, *more: str) -> list[str]:
@@ -157,7 +157,7 @@ def test_kills_of_tasks(owner, name, calls, corpus_folder, whole, tmp_path, monk
 
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, dying)
-            patch.setattr("data_tools.preprocess.job.SECONDS_BETWEEN_SAVES", 0.0)
+            patch.setattr("data_tools.preprocess.job.job.SECONDS_BETWEEN_SAVES", 0.0)
             try:
                 words = arguments(corpus_folder, tmp_path / "o", attempt % 4, 4)
                 code = preprocess_data.main(words)
@@ -294,7 +294,7 @@ def test_a_part_that_is_lost_without_progress_is_given_up(
     part = arguments(corpus_folder, prefix, 1, 2)[:-1]
     for _ in range(3):
         with monkeypatch.context() as patch:
-            patch.setattr("data_tools.preprocess.job.PreprocessJob._encode_all", _die)
+            patch.setattr("data_tools.preprocess.job.job.PreprocessJob._encode_all", _die)
             with pytest.raises(Killed):
                 preprocess_data.main(part)
         folder = Path(f"{part_prefix(str(prefix), 1, 2)}.partial")

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from data_tools.preprocess import json_lines
-from data_tools.preprocess.encode import BlockEncoder, EncodingOptions
+from data_tools.preprocess.encoding.encode import BlockEncoder, EncodingOptions
+from data_tools.preprocess.input import json_lines
 from data_tools.preprocess_data import main
 from megatron_llmjp.data.indexed_dataset import read_index
 from megatron_llmjp.tokenizers import load_tokenizer
@@ -104,7 +104,7 @@ def test_rejected_share_is_limited(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "o_text_document.idx").exists()
     with monkeypatch.context() as patch:
         patch.setattr(
-            "data_tools.preprocess.job.read_blocks", lambda *_: 1 / 0
+            "data_tools.preprocess.job.job.read_blocks", lambda *_: 1 / 0
         )  # nothing is read again
         assert main([*arguments, "--max-rejected", "2%"]) == 0
     assert read_index(tmp_path / "o_text_document").documents == 197
@@ -114,7 +114,7 @@ def test_rejected_share_is_limited(tmp_path, capsys, monkeypatch):
 
 
 def test_mostly_invalid_input_stops_early(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("data_tools.preprocess.blocks.BLOCK_BYTES", 1000)
+    monkeypatch.setattr("data_tools.preprocess.input.blocks.BLOCK_BYTES", 1000)
     path = tmp_path / "c.jsonl"
     path.write_bytes(b'{"text": "a"}\n' * 50_000)
     arguments = ["--input", str(path), "--output-prefix", str(tmp_path / "o"), *BYTES]

@@ -9,9 +9,9 @@ import random
 import pytest
 
 from data_tools import inspect_dataset, preprocess_data
-from data_tools.preprocess.document_hooks import load_hooks
-from data_tools.preprocess.sample import first_texts
-from data_tools.preprocess.sources import find_input
+from data_tools.preprocess.encoding.sample import first_texts
+from data_tools.preprocess.input.sources import find_input
+from data_tools.preprocess.selection.document_hooks import load_hooks
 from tests.data_tools.test_arranged_documents import BYTES, read_texts
 
 

@@ -48,9 +48,9 @@ def test_same_bytes_as_megatron(
     kind, workers, corpus, documents, model, processor, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(
-        "data_tools.preprocess.blocks.BLOCK_BYTES", 3000
+        "data_tools.preprocess.input.blocks.BLOCK_BYTES", 3000
     )  # many blocks, with lines that span them
-    monkeypatch.setattr("data_tools.preprocess.blocks.PEEK_BYTES", 100)
+    monkeypatch.setattr("data_tools.preprocess.input.blocks.PEEK_BYTES", 100)
     bos = [1] if kind == "Llama2Tokenizer" else []
     eod = 2 if kind == "Llama2Tokenizer" else 7
     megatron_lm(tmp_path / "theirs", documents, lambda t: bos + processor.encode(t), eod, 700)

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from data_tools.preprocess.sources import find_input
+from data_tools.preprocess.input.sources import find_input
 from data_tools.preprocess_data import main
 from megatron_llmjp.data.indexed_dataset import read_index
 from megatron_llmjp.errors import UserError
@@ -71,8 +71,8 @@ COMPRESS = {
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr("data_tools.preprocess.blocks.BLOCK_BYTES", 1000)
-    monkeypatch.setattr("data_tools.preprocess.blocks.PEEK_BYTES", 64)
+    monkeypatch.setattr("data_tools.preprocess.input.blocks.BLOCK_BYTES", 1000)
+    monkeypatch.setattr("data_tools.preprocess.input.blocks.PEEK_BYTES", 64)
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
@@ -252,7 +252,7 @@ def test_full_disk(corpus, tmp_path, monkeypatch, capsys):
 
     arguments = ["--input", str(corpus), "--output-prefix", str(tmp_path / "o"), *BYTES]
     with monkeypatch.context() as patch:
-        patch.setattr("data_tools.preprocess.output.IndexedDatasetWriter.add", full)
+        patch.setattr("data_tools.preprocess.job.output.IndexedDatasetWriter.add", full)
         assert main(arguments) == 2
     assert f"{tmp_path / 'o.partial'}: No space left on device" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["o.partial"]

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from data_tools.preprocess.job import PreprocessJob
+from data_tools.preprocess.job.job import PreprocessJob
 from data_tools.preprocess_data import main
 from tests.data_tools.conftest import make_documents, write_jsonl
 from tests.support.timeouts import PROCESS_TIMEOUT, wait_until
@@ -54,21 +54,21 @@ class Killed(BaseException):
 def eager(request, monkeypatch):
     """Use small blocks, and a clock that advances with each call."""
     clock = itertools.count()
-    monkeypatch.setattr("data_tools.preprocess.blocks.BLOCK_BYTES", 20000)
+    monkeypatch.setattr("data_tools.preprocess.input.blocks.BLOCK_BYTES", 20000)
     monkeypatch.setattr(
-        "data_tools.preprocess.job.time", SimpleNamespace(monotonic=lambda: next(clock))
+        "data_tools.preprocess.job.job.time", SimpleNamespace(monotonic=lambda: next(clock))
     )
-    monkeypatch.setattr("data_tools.preprocess.job.SECONDS_BETWEEN_SAVES", request.param - 0.5)
-    monkeypatch.setattr("data_tools.preprocess.job.SECONDS_AFTER_A_SOURCE", request.param - 0.5)
+    monkeypatch.setattr("data_tools.preprocess.job.job.SECONDS_BETWEEN_SAVES", request.param - 0.5)
+    monkeypatch.setattr("data_tools.preprocess.job.job.SECONDS_AFTER_A_SOURCE", request.param - 0.5)
 
 
 @pytest.mark.parametrize("where", ["add", "save", "finish", "rename"])
 def test_kills_at_all_stages(where, inputs, undisturbed, tmp_path, monkeypatch, eager, capsys):
     """Fault injection: die in the n-th call of a function, repeatedly, until the run completes."""
     target = {
-        "add": "data_tools.preprocess.output.IndexedDatasetWriter.add",
-        "save": "data_tools.preprocess.journal.ResumeJournal.add",
-        "finish": "data_tools.preprocess.output.IndexedDatasetWriter.finish",
+        "add": "data_tools.preprocess.job.output.IndexedDatasetWriter.add",
+        "save": "data_tools.preprocess.job.journal.ResumeJournal.add",
+        "finish": "data_tools.preprocess.job.output.IndexedDatasetWriter.finish",
         "rename": "pathlib.Path.replace",
     }[where]
     module, _, name = target.rpartition(".")
@@ -169,7 +169,7 @@ def test_repeated_and_changed_commands(inputs, undisturbed, tmp_path, capsys):
 def test_another_run_in_the_work_folder_raises(inputs, tmp_path, monkeypatch, eager, capsys):
     arguments = ["--input", *inputs, "--output-prefix", str(tmp_path / "o"), *BYTES]
     with monkeypatch.context() as patch:
-        patch.setattr("data_tools.preprocess.output.DatasetOutput.finish", lambda *_: 1 / 0)
+        patch.setattr("data_tools.preprocess.job.output.DatasetOutput.finish", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             main(arguments)
     other = [word for word in arguments if word != "--append-eod"]

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from data_tools import preprocess_data
-from data_tools.preprocess import job_status, status_program
-from data_tools.preprocess.array_parts import PartState, read_part
-from data_tools.preprocess.array_progress import add_up, format_line
-from data_tools.preprocess.job_status import Amount, RateMeter, StatusWriter
+from data_tools.preprocess.array import status_program
+from data_tools.preprocess.array.parts import PartState, read_part
+from data_tools.preprocess.array.progress import add_up, format_line
+from data_tools.preprocess.job import status
+from data_tools.preprocess.job.status import Amount, RateMeter, StatusWriter
 from tests.data_tools.conftest import make_documents, write_jsonl
 from tests.support.processes import ROOT
 from tests.support.timeouts import PROCESS_TIMEOUT, wait_until
@@ -114,7 +115,7 @@ def test_complete_stopped_failed_and_absent_jobs(tmp_path, monkeypatch, capsys):
     assert job["done"]["disk"] == job["done"]["text"] == path.stat().st_size
 
     with monkeypatch.context() as patch:
-        patch.setattr("data_tools.preprocess.job.PreprocessJob._encode_all", _interrupt)
+        patch.setattr("data_tools.preprocess.job.job.PreprocessJob._encode_all", _interrupt)
         assert preprocess_data.main([*words, str(tmp_path / "p")]) == 130
     code, (job,) = status_of(capsys, tmp_path / "p")
     assert (code, job["state"]) == (3, "stopped")
@@ -131,14 +132,14 @@ def _interrupt(*_: object) -> None:
 
 def test_parts_of_an_array(tmp_path, monkeypatch, capsys):
     """Complete, dead and waiting parts; totals over all parts; one part; the merged array."""
-    monkeypatch.setattr("data_tools.preprocess.shards.MIN_SPLIT_BYTES", 1000)
+    monkeypatch.setattr("data_tools.preprocess.array.shards.MIN_SPLIT_BYTES", 1000)
     path = write_jsonl(tmp_path / "a.jsonl", make_documents(300, seed=1))
     words = ["--input", str(path), *BYTES, "--output-prefix", str(tmp_path / "o")]
     assert preprocess_data.main([*words, "--shard", "0/3"]) == 0
     code, (job,) = status_of(capsys, tmp_path / "o")
     assert (code, job["states"]) == (3, {"complete": 1, "waiting": 2})
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr("data_tools.preprocess.job.PreprocessJob._encode_all", _exit)
+        patch.setattr("data_tools.preprocess.job.job.PreprocessJob._encode_all", _exit)
         preprocess_data.main([*words, "--shard", "2/3"])
     code, (job,) = status_of(capsys, tmp_path / "o")
     assert (code, job["count"], job["states"]) == (1, 3, {"complete": 1, "waiting": 1, "dead": 1})
@@ -183,7 +184,7 @@ def test_totals_and_one_line():
 
 def test_rates_are_those_of_the_last_minute(tmp_path, monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr(job_status.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(status.time, "monotonic", lambda: now[0])
     meter = RateMeter()
     writer = StatusWriter(tmp_path, 100, 1, 0, (0, 0), meter)
     writer.begin(Amount(5000, 5000, 7, 5000))  # of an earlier start

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from data_tools.merge_datasets import main as merge_datasets
-from data_tools.preprocess.remote import failures
-from data_tools.preprocess.remote.addresses import encode_url, scrub, shown
+from data_tools.preprocess.input.remote import failures
+from data_tools.preprocess.input.remote.addresses import encode_url, scrub, shown
 from data_tools.preprocess_data import main
 from data_tools.train_tokenizer import main as train_tokenizer
 from tests.support.processes import ROOT

@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_tools.preprocess.journal import ResumeJournal
-from data_tools.preprocess.remote.reading import MAX_CHUNKS, PARALLEL
-from data_tools.preprocess.sources import find_input
+from data_tools.preprocess.input.remote.reading import MAX_CHUNKS, PARALLEL
+from data_tools.preprocess.input.sources import find_input
+from data_tools.preprocess.job.journal import ResumeJournal
 from data_tools.preprocess_data import main
 from data_tools.train_tokenizer import main as train_tokenizer
 from tests.support.file_server import Faults, FileServer, file_server
@@ -35,9 +35,9 @@ CHUNK = 20_000
 def server(monkeypatch):
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("data_tools.preprocess.remote.reading.CHUNK_BYTES", CHUNK)
-    monkeypatch.setattr("data_tools.preprocess.remote.reading.MIN_REQUEST_BYTES", 500)
-    monkeypatch.setattr("data_tools.preprocess.remote.failures.PAUSES", (0.001,) * 5)
+    monkeypatch.setattr("data_tools.preprocess.input.remote.reading.CHUNK_BYTES", CHUNK)
+    monkeypatch.setattr("data_tools.preprocess.input.remote.reading.MIN_REQUEST_BYTES", 500)
+    monkeypatch.setattr("data_tools.preprocess.input.remote.failures.PAUSES", (0.001,) * 5)
     with file_server() as found:
         yield found
 
@@ -104,10 +104,10 @@ def test_faults_of_the_server(fault, name, server: FileServer, data, local, tmp_
 
 def test_parts_of_one_file(server, data, local, tmp_path, monkeypatch):
     """The parts of an array read their range only, and are the whole together."""
-    monkeypatch.setattr("data_tools.preprocess.shards.MIN_SPLIT_BYTES", 1000)
-    monkeypatch.setattr("data_tools.preprocess.blocks.PEEK_BYTES", 1000)
-    monkeypatch.setattr("data_tools.preprocess.remote.reading.BUFFER_BYTES", 1000)
-    monkeypatch.setattr("data_tools.preprocess.remote.reading.CHUNK_BYTES", 5000)
+    monkeypatch.setattr("data_tools.preprocess.array.shards.MIN_SPLIT_BYTES", 1000)
+    monkeypatch.setattr("data_tools.preprocess.input.blocks.PEEK_BYTES", 1000)
+    monkeypatch.setattr("data_tools.preprocess.input.remote.reading.BUFFER_BYTES", 1000)
+    monkeypatch.setattr("data_tools.preprocess.input.remote.reading.CHUNK_BYTES", 5000)
     server.files = data
     merged = b""
     for part in range(3):
@@ -122,8 +122,8 @@ def test_parts_of_one_file(server, data, local, tmp_path, monkeypatch):
 
 def test_memory_is_bounded(server, data, local, tmp_path, monkeypatch):
     """Ranges are read ahead, but not the whole file."""
-    monkeypatch.setattr("data_tools.preprocess.remote.reading.CHUNK_BYTES", 5000)
-    monkeypatch.setattr("data_tools.preprocess.remote.reading.BUFFER_BYTES", 5000)
+    monkeypatch.setattr("data_tools.preprocess.input.remote.reading.CHUNK_BYTES", 5000)
+    monkeypatch.setattr("data_tools.preprocess.input.remote.reading.BUFFER_BYTES", 5000)
     server.files = data
     (source,) = find_input([server.address + "/a.jsonl"]).sources
     with source.open() as opened:
@@ -154,12 +154,12 @@ class Killed(BaseException):
 def eager(monkeypatch):
     """Save after every block, and use small blocks."""
     clock = itertools.count()
-    monkeypatch.setattr("data_tools.preprocess.blocks.BLOCK_BYTES", 5000)
+    monkeypatch.setattr("data_tools.preprocess.input.blocks.BLOCK_BYTES", 5000)
     monkeypatch.setattr(
-        "data_tools.preprocess.job.time", SimpleNamespace(monotonic=lambda: next(clock))
+        "data_tools.preprocess.job.job.time", SimpleNamespace(monotonic=lambda: next(clock))
     )
     for name in ("SECONDS_BETWEEN_SAVES", "SECONDS_AFTER_A_SOURCE"):
-        monkeypatch.setattr(f"data_tools.preprocess.job.{name}", 0.5)
+        monkeypatch.setattr(f"data_tools.preprocess.job.job.{name}", 0.5)
 
 
 def die_at_save(number: int, patch: pytest.MonkeyPatch) -> None:
@@ -207,7 +207,7 @@ def test_a_killed_job_resumes_at_the_byte(
 def test_a_killed_job_resumes_in_other_formats(
     name, server, data, local, tmp_path, monkeypatch, eager, capsys
 ):
-    monkeypatch.setattr("data_tools.preprocess.blocks.ROWS_PER_BLOCK", 10)
+    monkeypatch.setattr("data_tools.preprocess.input.blocks.ROWS_PER_BLOCK", 10)
     server.files = data
     kill_halfway(tmp_path, monkeypatch, server.address + name)
     assert preprocess(tmp_path, server.address + name) == 0
@@ -293,7 +293,7 @@ def test_a_connection_that_stays_broken(server, data, tmp_path, capsys):
 
 def test_closing_cancels_requests_without_an_answer(server, data, monkeypatch):
     """An interrupted program does not wait for them."""
-    monkeypatch.setattr("data_tools.preprocess.remote.http_store.SECONDS_WITHOUT_DATA", 1e6)
+    monkeypatch.setattr("data_tools.preprocess.input.remote.http_store.SECONDS_WITHOUT_DATA", 1e6)
     answers = threading.Event()
     answered = {f"bytes={words}" for words in ("0-0", "0-19999", "20000-39999")}
 

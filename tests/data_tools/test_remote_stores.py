@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_tools.preprocess.sources import find_input
+from data_tools.preprocess.input.sources import find_input
 from data_tools.preprocess_data import main
 from megatron_llmjp.errors import UserError
 from tests.support.file_server import Faults, FileServer, file_server
@@ -32,9 +32,9 @@ def environment(monkeypatch, tmp_path):
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # the repetitions of botocore itself
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
-    monkeypatch.setattr("data_tools.preprocess.remote.reading.CHUNK_BYTES", 50_000)
-    monkeypatch.setattr("data_tools.preprocess.remote.reading.MIN_REQUEST_BYTES", 500)
-    monkeypatch.setattr("data_tools.preprocess.remote.failures.PAUSES", (0.001,) * 12)
+    monkeypatch.setattr("data_tools.preprocess.input.remote.reading.CHUNK_BYTES", 50_000)
+    monkeypatch.setattr("data_tools.preprocess.input.remote.reading.MIN_REQUEST_BYTES", 500)
+    monkeypatch.setattr("data_tools.preprocess.input.remote.failures.PAUSES", (0.001,) * 12)
 
 
 @pytest.fixture(scope="module")

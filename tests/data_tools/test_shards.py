@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_tools import merge_datasets, preprocess_data
-from data_tools.preprocess.blocks import FileRange, read_blocks
-from data_tools.preprocess.encode import read_range
-from data_tools.preprocess.shards import ShardPlan
-from data_tools.preprocess.sources import InputSource, find_input
+from data_tools.preprocess.array.shards import ShardPlan
+from data_tools.preprocess.encoding.encode import read_range
+from data_tools.preprocess.input.blocks import FileRange, read_blocks
+from data_tools.preprocess.input.sources import InputSource, find_input
 from tests.data_tools.conftest import make_documents, write_jsonl
 
 BYTES = ["--tokenizer-type", "ByteLevelTokenizer", "--append-eod", "--workers", "1"]
@@ -49,8 +49,8 @@ def test_merged_parts_equal_the_whole(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("count", [1, 2, 7, 40])
 def test_one_large_file_is_split_between_lines(count, tmp_path, monkeypatch):
     """Every line goes to exactly one task, also with more tasks than bytes per line."""
-    monkeypatch.setattr("data_tools.preprocess.shards.MIN_SPLIT_BYTES", 1000)
-    monkeypatch.setattr("data_tools.preprocess.blocks.BLOCK_BYTES", 700)
+    monkeypatch.setattr("data_tools.preprocess.array.shards.MIN_SPLIT_BYTES", 1000)
+    monkeypatch.setattr("data_tools.preprocess.input.blocks.BLOCK_BYTES", 700)
     large = write_jsonl(tmp_path / "b.jsonl", make_documents(60, seed=1))
     small = write_jsonl(tmp_path / "a.jsonl", make_documents(1, seed=2))
     (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(large.read_bytes()))
@@ -75,7 +75,7 @@ def lines_of(source: InputSource) -> list[bytes]:
 
 
 def test_merged_split_parts_equal_the_whole(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("data_tools.preprocess.shards.MIN_SPLIT_BYTES", 1000)
+    monkeypatch.setattr("data_tools.preprocess.array.shards.MIN_SPLIT_BYTES", 1000)
     write_jsonl(tmp_path / "large.jsonl", make_documents(60, seed=1))
     (tmp_path / "z.jsonl.gz").write_bytes(gzip.compress(os.urandom(9000).hex().encode()))
     common = ["--input", str(tmp_path / "large.jsonl"), *BYTES, "--output-prefix"]

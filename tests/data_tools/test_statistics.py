@@ -136,8 +136,8 @@ def test_parts_count_as_one_dataset_also_after_merging(corpus, tmp_path, capsys)
 
 def test_an_interrupted_run_has_the_same_statistics(corpus, tmp_path, monkeypatch, capsys):
     _, sizes, common = corpus
-    monkeypatch.setattr("data_tools.preprocess.job.SECONDS_BETWEEN_SAVES", -1.0)
-    monkeypatch.setattr("data_tools.preprocess.blocks.BLOCK_BYTES", 3000)
+    monkeypatch.setattr("data_tools.preprocess.job.job.SECONDS_BETWEEN_SAVES", -1.0)
+    monkeypatch.setattr("data_tools.preprocess.input.blocks.BLOCK_BYTES", 3000)
     words = [*common, "--output-prefix", str(tmp_path / "o")]
     blocks = []
 
@@ -147,7 +147,7 @@ def test_an_interrupted_run_has_the_same_statistics(corpus, tmp_path, monkeypatc
             raise OSError(28, "No space left on device")
         return write(self, *args)
 
-    from data_tools.preprocess.job import PreprocessJob
+    from data_tools.preprocess.job.job import PreprocessJob
 
     write = PreprocessJob._write_block
     monkeypatch.setattr(PreprocessJob, "_write_block", fail)

@@ -21,10 +21,10 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools.preprocess.blocks import TableRows, read_blocks
-from data_tools.preprocess.cutting import text_percentages, why_not_cut
-from data_tools.preprocess.shards import ShardPlan
-from data_tools.preprocess.sources import InputSource, find_input
+from data_tools.preprocess.array.shards import ShardPlan
+from data_tools.preprocess.input.blocks import TableRows, read_blocks
+from data_tools.preprocess.input.cutting import text_percentages, why_not_cut
+from data_tools.preprocess.input.sources import InputSource, find_input
 from megatron_llmjp.errors import UserError
 from tests.data_tools.conftest import make_documents, write_jsonl
 
@@ -95,7 +95,7 @@ def test_any_text_in_any_streams(tmp_path_factory, pieces, count):
 
 
 def test_parts_resume_at_every_block(tmp_path, monkeypatch):
-    monkeypatch.setattr("data_tools.preprocess.blocks.BLOCK_BYTES", 700)
+    monkeypatch.setattr("data_tools.preprocess.input.blocks.BLOCK_BYTES", 700)
     path = tmp_path / "c.jsonl.gz"
     lines = b"".join(b"%d %s\n" % (at, b"x" * (at % 90)) for at in range(300))
     path.write_bytes(b"".join(gzip.compress(lines[at : at + 1000]) for at in range(0, 9999, 1000)))
@@ -166,7 +166,7 @@ def test_parquet_is_cut_between_row_groups(count, tmp_path):
 
 
 def test_files_that_cannot_be_cut_are_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("data_tools.preprocess.shards.MIN_SPLIT_BYTES", 1000)
+    monkeypatch.setattr("data_tools.preprocess.array.shards.MIN_SPLIT_BYTES", 1000)
     noise = random.Random(5).randbytes(20000).hex().encode()
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(noise))
     (tmp_path / "b.jsonl.lzma").write_bytes(lzma.compress(noise, format=lzma.FORMAT_ALONE))

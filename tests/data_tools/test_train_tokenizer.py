@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from data_tools.preprocess.sample import sample_texts
-from data_tools.preprocess.sources import find_input
+from data_tools.preprocess.encoding.sample import sample_texts
+from data_tools.preprocess.input.sources import find_input
 from data_tools.train_tokenizer import SPECIAL_TOKENS, main
 
 

@@ -23,9 +23,9 @@ import zstandard
 
 from data_tools import inspect_dataset, merge_datasets, preprocess_data
 from data_tools.documents import chunks_with_tokens, document_chunks
-from data_tools.preprocess.blocks import LongLine, read_blocks
-from data_tools.preprocess.encode import BlockEncoder, EncodingOptions
-from data_tools.preprocess.sources import find_input
+from data_tools.preprocess.encoding.encode import BlockEncoder, EncodingOptions
+from data_tools.preprocess.input.blocks import LongLine, read_blocks
+from data_tools.preprocess.input.sources import find_input
 from megatron_llmjp.data.dataset_tokenizers import mixed_tokenizer_warnings
 from megatron_llmjp.data.folds.datasets import (
     compute_keys,

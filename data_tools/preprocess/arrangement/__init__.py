@@ -1,0 +1,1 @@
+"""Order of documents: shuffling and removal of duplicates, in bounded memory."""

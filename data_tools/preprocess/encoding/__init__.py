@@ -1,0 +1,1 @@
+"""Encoding of texts to token arrays in worker processes, and samples of the corpus."""

@@ -1,0 +1,363 @@
+"""Encoding of blocks of lines or rows to packed token arrays, in a pool of worker processes.
+
+The pool is an ordered map with bounded read-ahead that detects killed workers.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data_tools.preprocess.encoding.packed_documents import PackedDocuments
+from data_tools.preprocess.encoding.text_counts import count_texts, language_of
+from data_tools.preprocess.input.blocks import Block, FileRange, LongLine, TableRows
+from data_tools.preprocess.input.json_lines import BadLine, parse_line, texts_of
+from data_tools.preprocess.selection.document_hooks import DocumentHooks
+from data_tools.preprocess.selection.document_records import Records, describe_documents
+from data_tools.preprocess.selection.removal import LengthLimits, RemovedDocument, add_removed
+from data_tools.statistics.counts import CountsByLanguage
+from megatron_llmjp.data.indexed_dataset import best_dtype
+from megatron_llmjp.tokenizers import Tokenizer
+from megatron_llmjp.tokenizers.base import Ids
+
+Documents = list[list[str]]  # per document its texts: one, or one per sentence
+
+BLOCKS_IN_FLIGHT = 4  # per worker: keeps it busy while limiting memory
+
+
+@dataclass(frozen=True)
+class EncodingOptions:
+    """Options of the encoding; with the tokenizer they determine the output.
+
+    Attributes:
+        keys: JSON keys, one dataset each.
+        append_eod: append the end-of-document id to each document.
+        append_bos: prepend the beginning-of-sequence id to each document.
+        keep_empty: keep documents without tokens, as Megatron-LM does.
+        limit: maximum length of a line in bytes.
+        keep_raw: return rejected lines, for the quarantine.
+        language_key: JSON key of a document's language, for statistics.
+        hooks: functions that select and change documents.
+        lengths: limits on the length of documents.
+        record_dtype: dtype of the records of documents; None records none.
+    """
+
+    keys: list[str]
+    append_eod: bool
+    keep_empty: bool
+    limit: int
+    keep_raw: bool
+    append_bos: bool = False
+    language_key: str = "lang"
+    hooks: DocumentHooks | None = None
+    lengths: LengthLimits = field(default_factory=LengthLimits)
+    record_dtype: np.dtype[Any] | None = None
+
+    @property
+    def columns(self) -> list[str] | None:
+        """Columns of a table to read; None for all, which hooks may use."""
+        return self.keys if self.hooks is None else None
+
+
+@dataclass(frozen=True)
+class RejectedLine:
+    """A line that yields no document: its number in the block, the reason, and the line."""
+
+    line: int
+    reason: str
+    detail: str
+    raw: bytes
+
+
+@dataclass
+class EncodedBlock:
+    """Result of encoding one block.
+
+    Attributes:
+        packed: documents per key.
+        texts: counts of the documents by key and language.
+        lines: number of lines in the block, including blank and rejected ones.
+        empty: lines whose documents are kept although they have no text.
+        invalid_id: first line with a token id outside the vocabulary, and that id.
+        removed: documents that were removed on request, by reason.
+        records: records of the documents by key, if they are recorded.
+    """
+
+    packed: dict[str, PackedDocuments] = field(default_factory=dict)
+    texts: dict[str, CountsByLanguage] = field(default_factory=dict)
+    lines: int = 0
+    blank: int = 0
+    rejected: list[RejectedLine] = field(default_factory=list)
+    empty: list[int] = field(default_factory=list)
+    invalid_id: tuple[int, int] | None = None
+    removed: dict[str, int] = field(default_factory=dict)
+    records: dict[str, Records] = field(default_factory=dict)
+
+
+class BlockEncoder:
+    """Encodes blocks of lines or rows with a tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer, encoding: EncodingOptions) -> None:
+        self.tokenizer = tokenizer
+        self.encoding = encoding
+        self.dtype = best_dtype(tokenizer.vocab_size)
+        self._eod = np.array([tokenizer.eod_id], np.int32)
+        self._bos = np.array([tokenizer.bos_id] if encoding.append_bos else [], np.int32)
+
+    def encode(self, payload: FileRange | bytes | TableRows) -> EncodedBlock:
+        """Return the packed documents of a block, and its rejected lines."""
+        try:
+            return self._encode(payload, check_each_text=False)
+        except ValueError:  # the tokenizer rejects a text: find out which one
+            return self._encode(payload, check_each_text=True)
+
+    def _encode(
+        self, payload: FileRange | bytes | TableRows, check_each_text: bool
+    ) -> EncodedBlock:
+        result = EncodedBlock()
+        documents: dict[str, Documents] = {key: [] for key in self.encoding.keys}
+        lines: list[int] = []  # line number of each document
+        languages: list[str] = []
+        for number, record, raw in self._records(payload, result):
+            try:
+                fields, language = self._texts_by_key(record, raw, check_each_text)
+            except RemovedDocument as removed:
+                add_removed(result.removed, {removed.reason: 1})
+                continue
+            except BadLine as bad:
+                kept = self._raw_line(record, raw)
+                result.rejected.append(RejectedLine(number, bad.reason, bad.detail, kept))
+                continue
+            if not any(map(any, fields.values())):
+                result.empty.append(number)
+            lines.append(number)
+            languages.append(language)
+            for key, texts in fields.items():
+                documents[key].append(texts)
+        for key, of_key in documents.items():
+            result.packed[key], wrong = self._pack_documents(of_key)
+            if wrong is not None and result.invalid_id is None:
+                result.invalid_id = (lines[wrong[0]], wrong[1])
+        if self.encoding.lengths.on_tokens:
+            lines, languages = self._limit_tokens(result, documents, lines, languages)
+        for key, of_key in documents.items():
+            lengths = result.packed[key].document_lengths()
+            result.texts[key] = count_texts(of_key, languages, lengths)
+        if (dtype := self.encoding.record_dtype) is not None:
+            result.records = describe_documents(
+                payload, read_range, lines, documents, languages, dtype
+            )
+        return result
+
+    def _limit_tokens(
+        self,
+        result: EncodedBlock,
+        documents: dict[str, Documents],
+        lines: list[int],
+        languages: list[str],
+    ) -> tuple[list[int], list[str]]:
+        """Remove too short and too long documents; return the lines and languages of the others."""
+        lengths = sum(packed.document_lengths() for packed in result.packed.values())
+        kept, removed = self.encoding.lengths.check_tokens(np.asarray(lengths))
+        if not removed:
+            return lines, languages
+        add_removed(result.removed, removed)
+        chosen = np.flatnonzero(kept)
+        for key, of_key in documents.items():
+            result.packed[key] = result.packed[key].take(chosen)
+            documents[key] = [of_key[at] for at in chosen]
+        left = {lines[at]: languages[at] for at in chosen}
+        result.empty = [line for line in result.empty if line in left]
+        return list(left), list(left.values())
+
+    def _raw_line(self, record: Any, raw: bytes) -> bytes:
+        """Return a rejected line if it is to be kept; a table row is converted to JSON."""
+        if not self.encoding.keep_raw:
+            return b""
+        return raw if record is None else json.dumps(record, default=str).encode()
+
+    def _records(
+        self, payload: FileRange | bytes | TableRows, result: EncodedBlock
+    ) -> Iterator[tuple[int, Any, bytes]]:
+        """Yield line number, record (a dict for rows, None for lines) and raw line; count lines."""
+        if isinstance(payload, TableRows):
+            result.lines = payload.count
+            for at in range(payload.count):
+                yield at, {key: column[at] for key, column in payload.columns.items()}, b""
+            return
+        lines = (read_range(payload) if isinstance(payload, FileRange) else payload).split(b"\n")
+        if not lines[-1]:
+            lines.pop()
+        result.lines = len(lines)
+        for at, line in enumerate(lines):
+            if line and not line.isspace():
+                yield at, None, line
+            else:
+                result.blank += 1
+
+    def _texts_by_key(
+        self, record: Any, raw: bytes, check_each_text: bool
+    ) -> tuple[dict[str, list[str]], str]:
+        """Return the texts of each key, and the language of the document.
+
+        Raises:
+            BadLine: the line yields no document.
+        """
+        if len(raw) > self.encoding.limit:
+            raise BadLine("line too long", f"{len(raw):,} bytes")
+        is_row = record is not None
+        record = record if is_row else parse_line(raw)
+        if self.encoding.hooks is not None:
+            record = self.encoding.hooks.apply(record)
+        fields = {key: texts_of(record, key) for key in self.encoding.keys}
+        if (
+            is_row
+            and (size := sum(map(len, itertools.chain(*fields.values())))) > self.encoding.limit
+        ):
+            raise BadLine("line too long", f"{size:,} characters")
+        if not self.encoding.keep_empty and not any(map(any, fields.values())):
+            raise BadLine("empty document")
+        if self.encoding.lengths.on_characters:
+            self.encoding.lengths.check_characters(itertools.chain(*fields.values()))
+        for text in (text for texts in fields.values() for text in texts if check_each_text):
+            try:
+                self.tokenizer.encode(text)
+            except UnicodeEncodeError as error:
+                found = f"\\u{ord(text[error.start]):04x}"
+                raise BadLine(
+                    "lone surrogate", f"{found} at character {error.start + 1}"
+                ) from error
+            except ValueError as error:
+                raise BadLine("not encodable", str(error)) from error
+        return fields, language_of(record, self.encoding.language_key)
+
+    def _pack_documents(
+        self, documents: Documents
+    ) -> tuple[PackedDocuments, tuple[int, int] | None]:
+        """Concatenate the documents; also return the first id outside the vocabulary, if any.
+
+        It is returned as a pair of document number and id.
+        """
+        parts: list[npt.NDArray[np.int32]] = []
+        lengths: list[int] = []
+        sequences = np.zeros(len(documents), np.int32)
+        flat = iter(self.tokenizer.encode_batch([text for texts in documents for text in texts]))
+        for at, texts in enumerate(documents):
+            before = len(lengths)
+            for _ in texts:
+                ids = next(flat)
+                if len(ids):  # as Megatron-LM, which writes no empty sequences
+                    bos = self._bos if len(lengths) == before else self._bos[:0]
+                    parts += [bos, ids]
+                    lengths.append(len(bos) + len(ids))
+            if self.encoding.append_eod and len(lengths) > before:
+                parts.append(self._eod)
+                lengths[-1] += 1
+            sequences[at] = len(lengths) - before
+        ids = np.concatenate(parts) if parts else np.empty(0, np.int32)
+        packed = PackedDocuments(ids.astype(self.dtype), np.array(lengths, np.int32), sequences)
+        return packed, self._find_invalid_id(ids, packed)
+
+    def _find_invalid_id(self, ids: Ids, packed: PackedDocuments) -> tuple[int, int] | None:
+        """Return the document number and the first id outside the vocabulary, or None."""
+        size = self.tokenizer.vocab_size
+        if not len(ids) or (ids.min() >= 0 and ids.max() < size):
+            return None
+        at = int(np.flatnonzero((ids < 0) | (ids >= size))[0])
+        sequence = np.searchsorted(np.cumsum(packed.lengths, dtype=np.int64), at, side="right")
+        document = np.searchsorted(np.cumsum(packed.sequences), sequence, side="right")
+        return int(document), int(ids[at])
+
+
+def read_range(block: FileRange) -> bytes:
+    """Return the bytes of a range of a plain file."""
+    with Path(block.path).open("rb") as file:
+        file.seek(block.offset)
+        data = file.read(block.length)
+    if len(data) != block.length:
+        raise OSError(f"{block.path}: the file was truncated while it was being read")
+    return data
+
+
+class EncoderPool:
+    """Worker processes that encode blocks; a context manager.
+
+    Uses ProcessPoolExecutor because it raises BrokenProcessPool if a worker is killed, for example
+    when it runs out of memory; multiprocessing.Pool would wait forever.
+    """
+
+    def __init__(self, workers: int, encoder: BlockEncoder) -> None:
+        self.workers = workers
+        # fork: workers share the loaded tokenizer and start in milliseconds.
+        self._executor = ProcessPoolExecutor(
+            workers, get_context("fork"), initializer=_init_worker, initargs=(encoder, os.getpid())
+        )
+        self._executor.submit(os.getpid)  # forks now, before a remote reader starts threads
+
+    def __enter__(self) -> EncoderPool:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+    def encode(
+        self, blocks: Iterable[tuple[Any, Block]]
+    ) -> Iterator[tuple[Any, Block, EncodedBlock]]:
+        """Yield each block with its encoding, in the input order."""
+        waiting: deque[tuple[Any, Block, Future[EncodedBlock] | None]] = deque()
+        for tag, block in blocks:
+            future = None
+            if not isinstance(block.payload, LongLine):
+                future = self._executor.submit(_encode, block.payload)
+            waiting.append((tag, block, future))
+            # A long line must be consumed before the next block is read.
+            while waiting and (len(waiting) >= BLOCKS_IN_FLIGHT * self.workers or future is None):
+                yield _wait_for_result(waiting.popleft())
+        while waiting:
+            yield _wait_for_result(waiting.popleft())
+
+
+def _wait_for_result(
+    entry: tuple[Any, Block, Future[EncodedBlock] | None],
+) -> tuple[Any, Block, EncodedBlock]:
+    tag, block, future = entry
+    return tag, block, EncodedBlock(lines=1) if future is None else future.result()
+
+
+_encoder: BlockEncoder | None = None  # per worker process, set once by _init_worker
+
+
+def _init_worker(encoder: BlockEncoder, parent: int) -> None:
+    """Initialize a worker: ignore Ctrl-C, which the parent handles, and exit with the parent."""
+    global _encoder
+    _encoder = encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.freeze()  # exclude objects inherited from the parent from garbage collection
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # workers already run in parallel
+    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
+
+
+def _exit_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _encode(payload: Any) -> EncodedBlock:
+    assert _encoder is not None
+    return _encoder.encode(payload)

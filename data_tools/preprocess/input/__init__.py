@@ -1,0 +1,1 @@
+"""Input files, local or remote, plain or compressed, cut into parts and read in blocks."""

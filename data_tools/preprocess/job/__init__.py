@@ -1,0 +1,1 @@
+"""One run of ``preprocess_data``: loop, output files, journal, status file, resumption."""

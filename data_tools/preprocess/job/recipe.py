@@ -1,0 +1,54 @@
+"""Recipe of a dataset: everything that decides its bytes, recorded in the journal and manifest."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from data_tools.preprocess.encoding.text_counts import DEFAULT_LANGUAGE_KEY
+from data_tools.preprocess.input.sources import InputSource
+from data_tools.preprocess.selection.selection import Selection
+from megatron_llmjp.tokenizers import Tokenizer
+
+
+def max_line_bytes(args: argparse.Namespace) -> int:
+    """Return the maximum length of a line in bytes."""
+    return int(args.max_line_mb * 1_000_000)
+
+
+def make_recipe(
+    args: argparse.Namespace,
+    tokenizer: Tokenizer,
+    sources: Sequence[InputSource],
+    selection: Selection,
+    shard: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Return the recipe of a job.
+
+    Options that earlier versions did not have are recorded only if they are set.
+
+    Args:
+        args: the command line.
+        tokenizer: the tokenizer.
+        sources: the input of the job.
+        selection: selection and order of the documents.
+        shard: the part of an array that the job processes; None for all input.
+    """
+    options: dict[str, Any] = {
+        "keys": args.json_keys,
+        "append_eod": args.append_eod,
+        "on_error": args.on_error,
+        "max_line_bytes": max_line_bytes(args),
+    }
+    for name in ("append_bos", "tokenizer_hf_include_special_tokens"):
+        if getattr(args, name):
+            options[name] = True
+    if args.language_key != DEFAULT_LANGUAGE_KEY:
+        options["language_key"] = args.language_key
+    recipe: dict[str, Any] = {
+        "tokenizer": tokenizer.identity(),
+        "options": options | selection.identity(),
+        "sources": [source.identity() for source in sources],
+    }
+    return recipe if shard is None else recipe | {"shard": shard}

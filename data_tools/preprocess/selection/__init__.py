@@ -1,0 +1,1 @@
+"""Selection of documents: hooks, limits, reasons for removal, and records of their order."""
