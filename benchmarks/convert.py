@@ -10,6 +10,10 @@ Next to it: transformers' ``from_pretrained`` and ``save_pretrained`` of the sam
 
 All sources are in the page cache; ``--cold`` drops them from it. ``--sharded N`` divides each
 conversion among N concurrent tasks with ``--shard``. The folder needs 22 GB.
+
+``--large`` is for models above the memory of the machine, for example 12 B parameters
+(``--layers 185 --only "hf to native"``): the source is copied instead, transformers is skipped,
+and the folder needs twice the size of the model.
 """
 
 from __future__ import annotations
@@ -84,6 +88,7 @@ def main() -> None:
     add("--layers", type=int, default=SIZES["layers"], help="layers of the model (0.14 GB each)")
     add("--only", action="append", choices=DIRECTIONS, help="measure only these directions")
     add("--cold", action="store_true", help="drop the page cache of the source first")
+    add("--large", action="store_true", help="copy the source, skip transformers")
     add("--sharded", type=int, default=0, metavar="N", help="convert with N concurrent tasks")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True)
@@ -98,6 +103,7 @@ class Benchmark:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._arguments, self._folder = arguments, arguments.folder.absolute()
+        self._large = arguments.large
         self._costs: dict[str, list[Cost]] = defaultdict(list)
         self._ratios: dict[str, list[float]] = defaultdict(list)
 
@@ -111,18 +117,20 @@ class Benchmark:
         layers = str(self._arguments.layers)
         self._execute([[sys.executable, "-c", code, str(self._folder / "hf"), layers]])
         for source, target in map(DIRECTIONS.__getitem__, self._arguments.only or DIRECTIONS):
-            for layout in dict.fromkeys(("native", source, target)):
+            for layout in (source,) if self._large else (source, target):
                 self._create(layout)
         for _ in range(self._arguments.rounds):
             for name in self._arguments.only or DIRECTIONS:
                 self._measure(name)
-            self._measure_transformers()
+            if not self._large:
+                self._measure_transformers()
         self._report()
 
     def _create(self, layout: str) -> None:
         """Create the folder of a layout if it does not exist."""
         if not (self._folder / layout).exists():
             source = "hf" if layout == "native" else "native"
+            self._create(source)
             self._execute([self._command(source, layout, self._folder / layout)])
 
     def _command(self, source: str, layout: str, output: Path) -> list[str]:
@@ -133,7 +141,8 @@ class Benchmark:
     def _measure(self, name: str) -> None:
         """Copy, convert and copy again."""
         source, layout = DIRECTIONS[name]
-        before = self._copy(layout)
+        copied = source if self._large else layout
+        before = self._copy(copied)
         output = self._folder / "output"
         self._prepare(source)
         command = self._command(source, layout, output)
@@ -142,7 +151,7 @@ class Benchmark:
             [[*command, "--shard", f"{i}/{tasks}"] for i in range(tasks)] if tasks else [command]
         )
         shutil.rmtree(output)
-        after = self._copy(layout)
+        after = self._copy(copied)
         self._costs[name].append(found)
         self._costs[f"{name}: cp"] += [before, after]
         ratio = (before.seconds + after.seconds) / 2 / found.seconds
@@ -204,7 +213,9 @@ class Benchmark:
             copies = self._costs[f"{name}: cp"]
             copy = f"{median(copies, 'seconds'):11.2f} {median(copies, 'cpu'):6.2f}"
             span = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-            print(f"{self._row(name, size_of(self._folder / DIRECTIONS[name][1]))} {copy}  {span}")
+            print(f"{self._row(name, size_of(self._folder / DIRECTIONS[name][0]))} {copy}  {span}")
+        if self._large:
+            return
         name = "transformers: load and save, sync"
         print(self._row(name, size_of(self._folder / "hf")))
 

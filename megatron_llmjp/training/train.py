@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import math
 from dataclasses import dataclass, replace
@@ -65,6 +66,7 @@ def train(run: Run, ranks: Ranks, device: Device, requests: StopRequests | None 
     Returns:
         The exit code.
     """
+    faulthandler.enable(2)  # a crash in native code prints the Python stacks of this rank
     use_deterministic_kernels(run.config.training.deterministic_mode)
     store = rendezvous.rendezvous(ranks)
     with hang_detection(run.config, ranks, store, device.is_cuda) as watchdog:

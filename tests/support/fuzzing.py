@@ -165,12 +165,13 @@ class _Fuzzer:
         self._attempt(label, content)
 
     def _attempt(self, label: str, content: bytes) -> None:
-        before, started = _reset_peak(), time.process_time()
-        problem = self._problem(label == "the valid input")
-        seconds, memory = time.process_time() - started, (_status_kib("VmHWM") - before) * 1024
-        self._slowest = max(self._slowest, (seconds, label))
+        limit = MEMORY + MEMORY_FACTOR * len(content)
+        problem, memory = self._measure(label)
+        if problem is None and memory > limit:
+            # Arrow's allocator sometimes takes new memory for each thread; a real excess repeats.
+            problem, memory = self._measure(label)
         self._most = max(self._most, (memory, label))
-        if problem is None and memory > MEMORY + MEMORY_FACTOR * len(content):
+        if problem is None and memory > limit:
             problem = ("memory", f"{memory >> 20} MiB for {len(content):,} bytes")
         if problem is not None and problem[0] not in self._failures:
             kept = self._folder / f"failure{len(self._failures)}"
@@ -178,6 +179,14 @@ class _Fuzzer:
             self._failures[problem[0]] = (
                 f"{self._name}, {label} (FUZZ_SEED={SEED}), kept in {kept}:\n{problem[1]}"
             )
+
+    def _measure(self, label: str) -> tuple[tuple[str, str] | None, int]:
+        """Parse the current input; return the problem and the bytes of memory added."""
+        before, started = _reset_peak(), time.process_time()
+        problem = self._problem(label == "the valid input")
+        seconds, memory = time.process_time() - started, (_status_kib("VmHWM") - before) * 1024
+        self._slowest = max(self._slowest, (seconds, label))
+        return problem, memory
 
     def _problem(self, is_valid: bool) -> tuple[str, str] | None:
         """Parse the current input; return a key and a description of what is wrong."""
