@@ -59,7 +59,7 @@ lint: $(VENV)/.installed-dev  ## check style and types
 clean:  ## remove the output of the quickstart (keeps .venv)
 	rm -rf quickstart_output
 
-$(VENV)/.installed: setup.py tools/install.sh
+$(VENV)/.installed: pyproject.toml setup.py tools/install.sh
 	@PYTHON=$(PYTHON) tools/install.sh $(VENV)
 	@touch $@
 

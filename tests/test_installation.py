@@ -192,11 +192,11 @@ def read(path: str) -> str:
 
 
 def test_versions_agree():
-    """Those of the scripts, of setup.py, of both container files and of the documentation."""
+    """Those of the scripts, of pyproject.toml, of both container files and of the documentation."""
     script, docs = read("tools/install.sh"), read("docs/installation.md")
     values = dict(re.findall(r"^(\w+)=\"?([\w.,<>=]+)\"?(?: #.*)?$", script, re.M))
-    assert f'"gpu": ["transformer-engine[pytorch]{values["transformer_engine"]}"]' in read(
-        "setup.py"
+    assert f'gpu = ["transformer-engine[pytorch]{values["transformer_engine"]}"]' in read(
+        "pyproject.toml"
     )
     assert f"[pytorch,core-cu13]{values['transformer_engine']}" in docs
     assert f"| {values['cuda13_driver']} or newer | `{values['torch']}`" in docs
