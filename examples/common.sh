@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Functions of the examples' run.sh, which sources this file: printed commands, one output folder.
 set -euo pipefail
 
@@ -34,7 +35,7 @@ require() {
             missing+=("$package")
     done
     [[ ${#missing[@]} -eq 0 ]] || fail "not installed: ${missing[*]}. Install the extra with" \
-        "\`pip install -e '$REPOSITORY[examples]'\`"
+        "\`pip install -e '${REPOSITORY}[examples]'\`"
 }
 
 # Print the heading of the next step.

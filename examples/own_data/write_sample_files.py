@@ -1,4 +1,4 @@
-"""Sample files as they come in practice: JSON lines, plain and compressed, with copies and a bad line.
+"""Sample files: JSON lines, plain and compressed, with copies and a line that was cut.
 
     python write_sample_files.py FOLDER
 

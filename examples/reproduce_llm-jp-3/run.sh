@@ -4,7 +4,7 @@ source "$(dirname "$0")/../common.sh"
 
 MODELS=${MODELS:-1.8b 13b 172b} # also 150m 440m 980m 3.7b 7.2b
 FOLD_FILE=${FOLD_FILE:-$EXAMPLES/reproduce_llm-jp-3/folds.yaml}
-STEPS=$((2 * $(wc -w <<<"$MODELS")))
+export STEPS=$((2 * $(wc -w <<<"$MODELS")))
 
 for model in $MODELS; do
     script=$REPOSITORY/slurm/pretrain_llm-jp-3-$model.sh # with the published number of GPUs

@@ -20,7 +20,7 @@ def planned(capsys, preset, example):
 
 
 def test_llm_jp_13b_v1(capsys):
-    """Repositories llm-jp-13b-v1.0-mdsfmt-itr87870 and -mdsfmt, and the tokens of the model card."""
+    """Repositories llm-jp-13b-v1.0-mdsfmt-itr87870 and -mdsfmt; tokens of the model card."""
     plan = planned(capsys, "llm-jp-13b-v1.0", "reproduce_llm-jp-13b-v1.0")
     assert [fold["last_iteration"] for fold in plan["folds"]][-2:] == [87_870, 96_657]
     used = {}
@@ -45,7 +45,9 @@ def test_llm_jp_3(capsys, model, iterations, batch):
     assert plan["iterations"] == iterations == -(-LLM_JP_3_TOKENS // (4096 * batch))
     datasets = plan["folds"][0]["datasets"]
     assert len(datasets) == 113
-    assert sum(dataset["tokens"] for dataset in datasets) == pytest.approx(LLM_JP_3_TOKENS, rel=2e-6)
+    assert sum(dataset["tokens"] for dataset in datasets) == pytest.approx(
+        LLM_JP_3_TOKENS, rel=2e-6
+    )
     epochs = {dataset["name"]: dataset["epochs"] for dataset in datasets}
     for name, value in epochs.items():
         twice = name.startswith("ja_") and "pdf-e02" not in name
