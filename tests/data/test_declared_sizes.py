@@ -138,7 +138,7 @@ def test_invalid_declarations(tmp_path, monkeypatch, capsys, text, message):
 
 def test_the_example_plans_as_documented(capsys):
     """Without data; 96,657 iterations and the learning rates are those of the published run."""
-    example = ROOT / "examples/llm-jp-13b-v1.0/folds.yaml"
+    example = ROOT / "examples/reproduce_llm-jp-13b-v1.0/folds.yaml"
     code = plan_folds.main(["--config", "llm-jp-13b-v1.0", "--fold-file", str(example)])
     printed = capsys.readouterr().out
     assert code == 0

@@ -1,0 +1,100 @@
+"""``run.sh`` of the examples in a short form, from another folder than the repository."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.processes import ROOT
+from tests.support.timeouts import PROCESS_TIMEOUT
+
+EXAMPLES = ROOT / "examples"
+SCRIPTS = sorted(EXAMPLES.glob("*/run.sh"))
+
+
+def run_example(name, folder, *words, code=0, **settings):
+    """Run an example with settings of the environment, and return what it printed."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "huggingface")}
+    done = subprocess.run(
+        ["bash", str(EXAMPLES / name), *words],
+        cwd=folder,
+        env={**os.environ, "PATH": path, "VIRTUAL_ENV": sys.prefix, **offline, **settings},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=3 * PROCESS_TIMEOUT,
+    )
+    assert done.returncode == code, done.stdout
+    return done.stdout
+
+
+def validation_losses(text, name):
+    """Return the losses on a validation set, in the order of the lines."""
+    return [float(x) for x in re.findall(rf"^ validation at.*? {name} loss: (\S+)", text, re.M)]
+
+
+def test_own_data(tmp_path):
+    printed = run_example("own_data/run.sh", tmp_path, "out", ITERATIONS="2")
+    rejected = (tmp_path / "out" / "own_rejected.csv").read_text()
+    assert "ja.jsonl,74,not valid JSON" in rejected
+    row = next(line for line in printed.splitlines() if line.startswith("total  "))
+    documents, _, _, _, _, bad, _, _, short, copies = row.split()[1:]
+    assert (documents, bad, short, copies) == ("117", "1", "1", "4")  # 72 and 45 in the corpus
+    assert (tmp_path / "out" / "checkpoints" / "iter_0000002").is_dir()
+    again = run_example("own_data/run.sh", tmp_path, "out", code=2)
+    assert "error: out exists: remove it" in again
+
+
+def test_reproduce(tmp_path):
+    printed = run_example("reproduce_llm-jp-13b-v1.0/run.sh", tmp_path)
+    assert "96 A100 40GB: TP 1 x PP 8 x DP 12" in printed
+    assert "sbatch" in printed
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory):
+    """A model of the examples, hardly trained."""
+    folder = tmp_path_factory.mktemp("small_model")
+    run_example("small_model.sh", folder, "small", MODEL_ITERATIONS="2")
+    return folder / "small"
+
+
+@pytest.mark.long
+def test_continual_pretraining(tmp_path, small_model):
+    settings = {"MODEL": str(small_model / "model"), "ITERATIONS": "4"}
+    printed = run_example("continual_pretraining/run.sh", tmp_path, "out", **settings)
+    losses = validation_losses(printed.split("Done: validation losses")[1], "own")
+    assert losses[1] < losses[0]
+    assert (tmp_path / "out" / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.parent.name)
+def test_readme_names_the_settings(script):
+    """Each example is in the table of examples, and its README shows its settings."""
+    readme = (script.parent / "README.md").read_text(encoding="utf-8")
+    assert f"examples/{script.parent.name}/run.sh" in readme
+    assert f"({script.parent.name}/README.md)" in (EXAMPLES / "README.md").read_text("utf-8")
+    for setting in re.findall(r"^([A-Z_]+)=\$\{\1:-", script.read_text("utf-8"), re.M):
+        assert re.search(rf"\b{setting}\b", readme), setting
+    assert os.access(script, os.X_OK)
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck_has_no_warnings():
+    scripts = [*SCRIPTS, EXAMPLES / "common.sh", EXAMPLES / "small_model.sh"]
+    words = [
+        "shellcheck",
+        "-x",
+        "--severity=warning",
+        "--exclude=SC2086,SC2206",
+        *map(str, scripts),
+    ]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
