@@ -11,7 +11,6 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_llmjp import transformer_engine_import
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint import resume, resume_checks
 from megatron_llmjp.config.flags import Command, Mode, print_notes
@@ -235,11 +234,6 @@ def _measured_runs(config: Config, machine: PlannedMachine) -> list[ComparedRun]
 
 def _build_on_meta(estimate: RunEstimate) -> str:
     """Build the first ranks with megatron-core and report them; fail if they differ."""
-    if estimate.layout.cp > 1 and not transformer_engine_import.is_installed():
-        return (
-            "not built on the meta device: context parallelism needs Transformer Engine's "
-            "attention, which is not installed here"
-        )
     from megatron_llmjp.patches.torch_cuda_on_cpu import without_compiler  # imports torch
 
     with without_compiler():

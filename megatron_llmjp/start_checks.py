@@ -9,8 +9,6 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_llmjp import transformer_engine_import
-from megatron_llmjp.config.schema import Config
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.estimate.checkpoints import checkpoint_bytes, count_checkpoints
 from megatron_llmjp.estimate.data_warnings import run_data_warnings
@@ -29,9 +27,9 @@ def check_start(run: Run) -> list[str]:
         Warnings on the resumed checkpoint, the configuration, the data and the folders.
 
     Raises:
-        UserError: one line for each unusable folder, and for kernels that are not installed.
+        UserError: one line for each unusable folder.
     """
-    problems = [*_kernels(run.config), *_folders(run)]
+    problems = list(_folders(run))
     if problems:
         raise UserError("\n".join(problems))
     return [*run.warnings, *run.config_warnings, *run_data_warnings(run), *_space(run)]
@@ -43,16 +41,6 @@ def overlap_warnings(run: Run) -> list[str]:
     Only the process that prints them needs to call this.
     """
     return shared_document_warnings(run.folds, largest=START_INDEX_BYTES)
-
-
-def _kernels(config: Config) -> Iterator[str]:
-    size = config.parallel.context_parallel_size
-    if size > 1 and not transformer_engine_import.is_installed():
-        yield (
-            f"context_parallel_size {size} is not supported here: it requires Transformer "
-            "Engine's attention; install it, or use 1 with sequence_parallel or "
-            "recompute_granularity for long sequences"
-        )
 
 
 def _folders(run: Run) -> Iterator[str]:

@@ -212,24 +212,12 @@ def _features(config: Config) -> Iterator[str]:
 
 
 def _context_parallel(config: Config) -> Iterator[str]:
-    size, data = config.parallel.context_parallel_size, config.data
-    if config.training.transformer_impl == "local":
-        yield (
-            f"context_parallel_size {size} requires Transformer Engine's attention: omit "
-            "transformer_impl local, or use context_parallel_size 1"
-        )
+    size, length = config.parallel.context_parallel_size, config.data.seq_length
     chunks = 2 * size * config.parallel.tensor_model_parallel_size
-    if data.seq_length % chunks:
+    if length % chunks:
         yield (
-            f"seq_length {data.seq_length} is not divisible by {chunks}, which is 2 x "
+            f"seq_length {length} is not divisible by {chunks}, which is 2 x "
             f"context_parallel_size {size} x tensor parallel size: use a multiple of {chunks}"
-        )
-    if data.reset_attention_mask or data.eod_mask_loss:
-        # Parts of a sequence with different numbers of tokens would have the same weight.
-        yield (
-            "context_parallel_size above 1 does not support reset_attention_mask and "
-            "eod_mask_loss: its ranks hold parts of documents, whose losses would have wrong "
-            "weights"
         )
 
 

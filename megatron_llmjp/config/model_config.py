@@ -227,7 +227,7 @@ class ParallelConfig(Section):
         " embedding, t layer, L loss, | separates stages)",
     )
     context_parallel_size: PositiveInt = Field(
-        1, description="degree of context parallelism (CP); requires Transformer Engine"
+        1, description="degree of context parallelism (CP): ranks that share each sequence"
     )
     sequence_parallel: bool = Field(
         False, description="split normalization and dropout along the sequence over the TP group"

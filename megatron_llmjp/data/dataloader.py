@@ -28,6 +28,9 @@ Batch = dict[str, torch.Tensor]
 BatchSizeFunction = Callable[[int], int]
 """Maps consumed samples to the size of the next global batch."""
 
+LOSS_TOKENS = "loss_tokens"
+"""Key of a batch under context parallelism: tokens in the loss of the whole sequences, ``[]``."""
+
 _INTEGERS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
@@ -145,11 +148,14 @@ def slice_for_context_parallel(batch: Batch) -> Batch:
     r is the rank and c the context-parallel size. This balances the attention computation under
     the causal mask (megatron/core/utils.py, ``get_batch_on_this_cp_rank``). Without context
     parallelism the batch is returned unchanged.
+
+    :data:`LOSS_TOKENS` is added to batches with a loss mask.
     """
     if parallel_state.get_context_parallel_world_size() == 1:
         return batch
+    whole = {LOSS_TOKENS: batch["loss_mask"].sum()} if "loss_mask" in batch else {}
     sequences = {name: tensor for name, tensor in batch.items() if tensor.dim() > 1}
-    return {**batch, **get_batch_on_this_cp_rank(sequences)}
+    return {**batch, **whole, **get_batch_on_this_cp_rank(sequences)}
 
 
 def _on_device(batch: Batch | None, config: Config, device: Device) -> Batch:

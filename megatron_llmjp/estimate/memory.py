@@ -111,6 +111,7 @@ def layer_activations(config: Config, layout: ParallelLayout, fused_kernels: boo
     if rope and not fused_kernels:
         kept += 4 * config.data.seq_length * round(model.head_dim * model.rotary_percent) * e
     kept += _scores(config, layout, n, fused_kernels) + n * e * queries // t
+    kept += _gathered_keys(config, layout, n, fused_kernels)
     kept += 2 * mask * n * model.hidden_size // p if model.hidden_dropout else 0
     gated = 3 if fused_kernels else 5  # both halves and their product; unfused also intermediates
     widths = gated if model.activation_function == "swiglu" else 2
@@ -123,6 +124,18 @@ def _norms(config: Config, n: int, fused_kernels: bool) -> int:
     if config.model.normalization == "RMSNorm" and not fused_kernels:
         return 2 * n * (h * (4 + 4 + e) + 4)  # input and normalized input, both in fp32
     return 2 * n * (h * (e + e) + 8)
+
+
+def _gathered_keys(config: Config, layout: ParallelLayout, n: int, fused_kernels: bool) -> int:
+    """Keys and values of whole sequences (``model/context_parallel_attention.py``).
+
+    Transformer Engine's attention, which is used without documents, passes them around instead.
+    """
+    passed_around = fused_kernels and not config.data.reset_attention_mask
+    if layout.cp == 1 or passed_around or config.parallel.recompute_granularity == "selective":
+        return 0
+    groups = config.model.query_groups * config.model.head_dim
+    return 2 * layout.cp * n * groups * element_size(config) // layout.tp
 
 
 def _scores(config: Config, layout: ParallelLayout, n: int, fused_kernels: bool) -> int:

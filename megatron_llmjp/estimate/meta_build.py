@@ -97,9 +97,8 @@ def _build_rank(
 def _chunk_parameters(
     config: Config, device: Device, layout: ParallelLayout, stage: int
 ) -> list[int]:
-    # Transformer Engine's layers have the same parameters, and would allocate them. It is required
-    # by context parallelism, which does not change the parameters either.
-    config = replace_fields(config, transformer_impl="local", context_parallel_size=1)
+    # Transformer Engine's layers have the same parameters, and would allocate them.
+    config = replace_fields(config, transformer_impl="local")
     core = transformer_config(config, device)
     # Otherwise megatron-core allocates each weight on a real device and initializes it.
     core.use_cpu_initialization, core.perform_initialization = True, False

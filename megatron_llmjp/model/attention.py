@@ -18,7 +18,7 @@ from __future__ import annotations
 import inspect
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -84,7 +84,24 @@ class SDPAttention(MegatronModule):
             ``[s, b, n*d/t]``.
         """
         if attention_mask is not None and attention_mask.dtype == torch.int32:
-            return document_attention(query, key, value, attention_mask, self.softmax_scale)
+            boundaries = attention_mask
+            return document_attention(query, key, value, boundaries, boundaries, self.softmax_scale)
+        return self.attend_with_mask(query, key, value, attention_mask)
+
+    def attend_with_mask(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """Compute attention by :func:`fused_attention`, with the dropout of this layer.
+
+        Args:
+            query: ``[q, b, n/t, d]``.
+            key: ``[k, b, g/t, d]``.
+            value: same shape as ``key``.
+            mask: as in :func:`fused_attention`.
+
+        Returns:
+            ``[q, b, n*d/t]``.
+        """
         dropout = self.dropout if self.training else 0.0
         # Heads differ between tensor-parallel ranks, and so must their dropout masks.
         rng_context = get_cuda_rng_tracker().fork() if dropout > 0.0 else nullcontext()
@@ -93,7 +110,7 @@ class SDPAttention(MegatronModule):
                 query.permute(1, 2, 0, 3),
                 key.permute(1, 2, 0, 3),
                 value.permute(1, 2, 0, 3),
-                attention_mask,
+                mask,
                 dropout,
                 self.softmax_scale,
             )
@@ -115,18 +132,19 @@ def fused_attention(
     dropout: float = 0.0,
     scale: float | None = None,
 ) -> Tensor:
-    """Compute causal attention with a fused kernel of SDPA.
+    """Compute attention with a fused kernel of SDPA.
 
     Args:
-        query: ``[b, n, s, d]``.
-        key: ``[b, g, s, d]``; n is a multiple of g.
+        query: ``[b, n, q, d]``.
+        key: ``[b, g, k, d]``; n is a multiple of g.
         value: same shape as ``key``.
-        mask: None for the causal mask, or what to add to the scores, ``[b, 1, s, s]``.
+        mask: None for the causal mask, with q = k; or, of a shape that broadcasts to
+            ``[b, n, q, k]``, what to add to the scores, or whether they count.
         dropout: probability of a score to be dropped.
         scale: factor of the scores; None for 1 / sqrt(d).
 
     Returns:
-        ``[b, n, s, d]``.
+        ``[b, n, q, d]``.
 
     Raises:
         RuntimeError: on a GPU, no fused kernel supports these arguments.
@@ -151,30 +169,38 @@ def fused_attention(
 
 
 def document_attention(
-    query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, scale: float | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_boundaries: Tensor,
+    key_boundaries: Tensor,
+    scale: float | None = None,
 ) -> Tensor:
     """Compute causal attention within documents by flash attention's kernel for varied lengths.
 
+    The last query of each document is at the position of its last key.
+
     Args:
-        query: ``[s, b, n, d]``.
-        key: ``[s, b, g, d]``.
+        query: ``[q, b, n, d]``.
+        key: ``[k, b, g, d]``.
         value: same shape as ``key``.
-        boundaries: of the documents, see ``data/documents.py``.
+        query_boundaries: of the documents among the queries, see ``data/documents.py``.
+        key_boundaries: of the same documents among the keys.
         scale: factor of the scores; None for 1 / sqrt(d).
 
     Returns:
-        ``[s, b, n*d]``.
+        ``[q, b, n*d]``.
     """
     length, samples, heads = query.shape[:3]
     context = varlen.varlen_attn(
         query.transpose(0, 1).flatten(0, 1),
         key.transpose(0, 1).flatten(0, 1),
         value.transpose(0, 1).flatten(0, 1),
-        boundaries,
-        boundaries,
+        query_boundaries,
+        key_boundaries,
         # The longest document is not known to the host. The bound only starts blocks without work.
         max_q=length,
-        max_k=length,
+        max_k=len(key),
         scale=scale,
         window_size=(-1, 0),  # causal
         enable_gqa=heads != key.shape[2],
@@ -207,7 +233,7 @@ def has_document_kernel(core: TransformerConfig, dtype: torch.dtype) -> bool:
     """Whether :func:`document_attention` supports a model on this process's GPU."""
     return (
         varlen is not None
-        and "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters  # not in torch 2.10
+        and _varlen_supports_groups()
         and core.attention_dropout == 0.0
         and core.kv_channels % 8 == 0
         and _flash_runs(core.kv_channels, dtype)
@@ -240,6 +266,12 @@ def _replace_boundaries(
         return arguments, keywords
     mask = dense_mask(boundaries, samples, length, dtype)
     return arguments, {**keywords, "attention_mask": mask}
+
+
+@lru_cache(maxsize=1)
+def _varlen_supports_groups() -> bool:
+    """Whether the kernel accepts fewer keys than queries; not in torch 2.10."""
+    return "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
 
 
 def _flash_supports(query: Tensor) -> bool:

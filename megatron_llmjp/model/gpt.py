@@ -29,6 +29,7 @@ from megatron_llmjp.model.attention import (
     with_core_attention,
 )
 from megatron_llmjp.model.attention_backend import attention_backend
+from megatron_llmjp.model.context_parallel_attention import ContextParallelAttention
 from megatron_llmjp.model.initialization import initialize
 from megatron_llmjp.model.kernels import KernelChoice, choose_kernels
 from megatron_llmjp.model.layers import ParallelResidualLayer, norm_class
@@ -168,20 +169,15 @@ def layer_spec(
     """Return the layer spec of one model chunk: Transformer Engine's layers, or torch's."""
     layer = ParallelResidualLayer if config.model.use_parallel_residual else TransformerLayer
     if choose_kernels(device, config).transformer_engine:
-        attention = None
+        te_attention = None
         if config.data.reset_attention_mask:
-            attention, _ = choose_document_attention(core, params_dtype(config), device)
-        return transformer_engine_layer_spec(layer, attention)
-    if config.parallel.context_parallel_size > 1:
-        raise UserError(
-            "context_parallel_size > 1 requires Transformer Engine's attention, which is not "
-            f"used on {device.name}: install it and omit transformer_impl local, or use "
-            "sequence_parallel and recompute_granularity for long sequences"
-        )
+            te_attention, _ = choose_document_attention(core, params_dtype(config), device)
+        return transformer_engine_layer_spec(layer, te_attention)
     spec = gpt_layer_specs.get_gpt_layer_local_spec(normalization=config.model.normalization)
     norm = norm_class(config.model.normalization)
     norms = replace(spec.submodules, input_layernorm=norm, pre_mlp_layernorm=norm)
-    spec = with_core_attention(replace(spec, module=layer, submodules=norms), SDPAttention)
+    attention = ContextParallelAttention if core.context_parallel_size > 1 else SDPAttention
+    spec = with_core_attention(replace(spec, module=layer, submodules=norms), attention)
     layers = get_num_layers_to_build(core, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=norm)
 

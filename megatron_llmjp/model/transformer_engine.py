@@ -20,6 +20,7 @@ from megatron_llmjp.model.attention import (
     has_document_kernel,
     with_core_attention,
 )
+from megatron_llmjp.model.context_parallel_attention import ContextParallelAttention
 from megatron_llmjp.parallel.device import Device
 
 _CUDNN_CAPABILITY = (9, 0)
@@ -89,8 +90,11 @@ def choose_document_attention(
     """Return the attention for documents, and whether it accepts their boundaries.
 
     Otherwise it needs a dense mask: Transformer Engine's unfused attention, its only kernel for
-    fp32, would hold the scores of each document as if it were a whole sequence.
+    fp32, would hold the scores of each document as if it were a whole sequence. Under context
+    parallelism its sequences of different lengths would have to be multiples of twice its size.
     """
+    if core.context_parallel_size > 1:
+        return ContextParallelAttention, device.is_cuda and has_document_kernel(core, dtype)
     if _supports_boundaries(dtype, device):
         return DocumentAttention, True
     if device.is_cuda and has_document_kernel(core, dtype):

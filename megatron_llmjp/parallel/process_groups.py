@@ -116,8 +116,9 @@ def set_random_seed(seed: int) -> None:
     They determine dropout; initial weights have their own seeds (``model/initialization.py``).
     """
     stage = parallel_state.get_pipeline_model_parallel_rank()
-    # Dropout masks must differ between data-parallel replicas.
-    seed = seed + 100 * stage + 10 * parallel_state.get_data_parallel_rank()
+    # Dropout masks must differ between data-parallel replicas, and between parts of a sequence.
+    replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    seed = seed + 100 * stage + 10 * replica
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

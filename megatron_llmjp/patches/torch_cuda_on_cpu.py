@@ -1,9 +1,10 @@
 """Replacement of ``torch.cuda`` on machines without a GPU, so that megatron-core runs on a CPU.
 
 What: the functions of ``torch.cuda`` that megatron-core calls, ``device="cuda"`` in every torch
-call (by a ``TorchFunctionMode``), megatron-core's access to the CUDA generator, and, during its
-import, ``torch.compile``. With a CUDA build of torch, Transformer Engine and Apex are hidden, whose
-kernels megatron-core would call with CPU tensors. Nothing is replaced where the run uses CUDA.
+call and pinned memory (by a ``TorchFunctionMode``), megatron-core's access to the CUDA generator,
+and, during its import, ``torch.compile``. With a CUDA build of torch, Transformer Engine and Apex
+are hidden, whose kernels megatron-core would call with CPU tensors. Nothing is replaced where the
+run uses CUDA.
 
 Why: megatron-core calls ``torch.cuda`` and passes ``device="cuda"`` in all of its modules. With the
 replacement the same training code runs on a CPU over gloo.
@@ -73,6 +74,8 @@ class _CudaMeansCpu(TorchFunctionMode):
             return str(func(*args)).replace("torch.", "torch.cuda.", 1)
         if _is_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": _CPU}
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
         if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
             args = (args[0], _CPU, *args[2:])
         return func(*args, **kwargs)

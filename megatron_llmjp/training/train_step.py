@@ -21,7 +21,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_llmjp.config.schema import Config
-from megatron_llmjp.data.dataloader import Batch
+from megatron_llmjp.data.dataloader import LOSS_TOKENS, Batch
 from megatron_llmjp.data.documents import DOCUMENT_BOUNDARIES
 from megatron_llmjp.filesystem import no_heartbeat
 
@@ -188,15 +188,18 @@ def masked_loss(batch: Batch, datasets: int, losses: Tensor) -> tuple[Tensor, Te
     """Sum the losses over the tokens of the loss mask.
 
     The schedule divides by the numbers of tokens and of micro-batches: each micro-batch has the
-    same weight, as in Megatron-LM without per-token loss.
+    same weight, as in Megatron-LM without per-token loss. Under context parallelism gradients are
+    averaged over the parts of a sequence; each is scaled so that all tokens have the same weight.
 
     Args:
-        batch: has ``loss_mask`` ``[b, s]``, 1 for tokens in the loss, and ``dataset_id`` ``[b]``.
+        batch: has ``loss_mask`` ``[b, s]``, 1 for tokens in the loss, ``dataset_id`` ``[b]`` and,
+            if s is a part of the sequence, ``LOSS_TOKENS``.
         datasets: number of datasets.
         losses: cross entropy in nats, ``[b, s]``; with the z-loss ``[2, b, s]``.
 
     Returns:
-        The loss sum to minimize; the number of tokens; the loss sums ``[2 + datasets, 2]``.
+        The loss sum to minimize; the number of tokens to divide it by; the loss sums
+        ``[2 + datasets, 2]``.
     """
     mask = batch["loss_mask"]
     counted = losses.float().view(-1, *mask.shape) * mask
@@ -209,6 +212,9 @@ def masked_loss(batch: Batch, datasets: int, losses: Tensor) -> tuple[Tensor, Te
         if datasets:
             per_sample = torch.stack([counted[0].sum(dim=1), mask.sum(dim=1)], dim=1)
             sums[FIRST_DATASET_ROW:].index_add_(0, batch["dataset_id"], per_sample)
+    if LOSS_TOKENS in batch:
+        parts = parallel_state.get_context_parallel_world_size()
+        return total * parts, batch[LOSS_TOKENS].int(), sums
     return total, tokens.int(), sums
 
 

@@ -30,6 +30,7 @@ from tests.support.training import (
 )
 from tests.support.witness import assert_files_match_manifest
 
+CP2 = ("--context-parallel-size", 2)
 MIDDLE, END = 2, 4
 DROPOUT_RUN = (*TP2, *SP, *DISTRIBUTED, *OVERLAP)
 BF16_RUN = (*PP2, *VP2, *DISTRIBUTED, "--bf16")
@@ -70,7 +71,9 @@ def runs(tmp_path_factory):
     # From one layout to a second and a third, including the optimizer state.
     late = manifests.folder_name(END - 1)
     add("llama-dp4", (0, 4), "laptop-llama", *DISTRIBUTED, *OVERLAP, load="llama")
-    add("llama-tp2-dp2", (0, 4), "laptop-llama", *TP2, *SP, *DISTRIBUTED, load="llama-dp4", at=late)
+    add("llama-cp2-dp2", (0, 4), "laptop-llama", *CP2, *DISTRIBUTED, load="llama")
+    add("llama-tp2-dp2", (0, 4), "laptop-llama", *TP2, *SP, *DISTRIBUTED,
+        load="llama-cp2-dp2", at=late)  # fmt: skip
     add("llama-tp2", (0, 2), "laptop-llama", *TP2, *DISTRIBUTED, load="llama-pp2-vp2", at=late)
     add("plain", (0, 4), "laptop-llama", *TP2)
     add("plain-pp2-dp2", (0, 4), "laptop-llama", *PP2, load="plain")
@@ -139,7 +142,8 @@ def test_validation_does_not_change_training(runs):
 @pytest.mark.parametrize(
     ("source", "layout"),
     [
-        *(("llama", layout) for layout in ("pp2-dp2", "pp2-vp2", "one", "dp4", "tp2-dp2", "tp2")),
+        *(("llama", layout) for layout in ("pp2-dp2", "pp2-vp2", "one", "dp4", "cp2-dp2")),
+        *(("llama", layout) for layout in ("tp2-dp2", "tp2")),
         ("plain", "pp2-dp2"),
         ("plain", "one"),
     ],

@@ -92,12 +92,6 @@ FLAGS = {
     "--min-lr 1": ["min_lr 1.0 is above lr 0.002: lower min_lr"],
     "--lr-warmup-iters 9 --train-iters 6": ["lr_warmup_iters 9 must be smaller than train_iters 6"],
     "--lr-warmup-iters 9": ["lr_warmup_iters 9 must be smaller than lr_decay_iters 6"],
-    "--context-parallel-size 2 --nproc-per-node 2": [
-        "context_parallel_size 2 is not supported", "Transformer Engine",
-    ],
-    "--context-parallel-size 2 --nproc-per-node 2 --transformer-impl local": [
-        "context_parallel_size 2 requires Transformer Engine's attention: omit",
-    ],
     "--transformer-impl transformer_engine": [
         "needs Transformer Engine, which is not installed", "omit the option",
     ],

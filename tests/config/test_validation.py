@@ -44,8 +44,6 @@ INVALID = {
     "--rampup-batch-size 64 320 100": ["do not reach global_batch_size 512", "divides 448"],
     # Each rank computes the first and the last of 2 x CP parts, to balance causal attention.
     "--context-parallel-size 2 --seq-length 4098": ["not divisible by 4", "a multiple of 4"],
-    "--context-parallel-size 2 --reset-attention-mask": ["not support reset_attention_mask"],
-    "--context-parallel-size 2 --eod-mask-loss": ["and eod_mask_loss"],
     "--context-parallel-size 2 --tensor-model-parallel-size 2 --seq-length 4100": ["by 8, which"],
     "--recompute-granularity full": ["recompute_method uniform or block", "recompute_num_layers"],
     "--recompute-num-layers 1": ["recompute_num_layers requires recompute_granularity full"],

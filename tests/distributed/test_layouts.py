@@ -32,6 +32,7 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(3 * TIMEOUT)]  # forty runs
 
 STEPS = 20
 PACKED = ("--reset-position-ids", "--reset-attention-mask", "--eod-mask-loss")
+CP2, CP4 = ("--context-parallel-size", 2), ("--context-parallel-size", 4)
 TP4 = ("--tensor-model-parallel-size", 4)
 PP4 = ("--pipeline-model-parallel-size", 4)
 SELECTIVE = ("--recompute-granularity", "selective")
@@ -77,6 +78,12 @@ LAYOUTS = {
     "packed-tp2-pp2": ((4, 8), (*TP2, *PP2)),
     "packed-pp4": ((0, 4), (*PP4, *UNIFORM)),  # middle stages read the documents' boundaries only
     "dropout-tp4": ((0, 4), TP4),  # one mask on all ranks of a tensor-parallel group
+    "neox-cp2": ((0, 2), CP2),  # the rotary embedding of parts of a sequence
+    "gpt2-cp2": ((2, 4), (*CP2, *DISTRIBUTED)),  # tied embeddings on one stage, positions of parts
+    "packed-cp4": ((4, 8), (*CP4, *DISTRIBUTED, *OVERLAP)),  # parts with few tokens in the loss
+    "packed-cp2-pp2": ((0, 4), (*CP2, *PP2, *SELECTIVE)),
+    "llama-cp2-dp2": ((4, 8), (*CP2, *DISTRIBUTED, *OVERLAP, *UNIFORM)),
+    "packed-cp2-eight": ((0, 8), (*CP2, *TP2, *PP2, *VP2, *SP, *DISTRIBUTED, *OVERLAP)),
     "llama-eight": ((0, 8), (*TP2, *PP2, *SP, *DISTRIBUTED, *OVERLAP)),
     "gpt2-eight": ((0, 8), (*TP2, *PP2, *VP2, *SP, *DISTRIBUTED, *OVERLAP)),
     "neox-eight": ((0, 8), (*TP2, *PP2, *SP, *SELECTIVE)),

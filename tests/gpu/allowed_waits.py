@@ -24,6 +24,11 @@ def _has_learned_positions(case: Case) -> bool:
     return case.config.model.position_embedding_type == "learned_absolute" and case.is_first_stage
 
 
+def _slices_rotary_embedding(case: Case) -> bool:
+    model, parallel = case.config.model, case.config.parallel
+    return parallel.context_parallel_size > 1 and model.position_embedding_type == "rope"
+
+
 @dataclass(frozen=True)
 class AllowedWait:
     """A place where the host waits."""
@@ -55,6 +60,15 @@ ONCE = (
     ),
 )
 EVERY_STEP = (("item", _NORM, STEPS, "decides whether the step is applied"),)
+FIRST_STEP = (
+    (
+        "copy of pageable memory cpu to cuda",
+        "megatron/core/models/common/embeddings/rope_utils.py:get_pos_emb_on_this_cp_rank",
+        1,
+        "two numbers, once; pinned by torch.tensor, which this machine does not see",
+        _slices_rotary_embedding,
+    ),
+)
 OVERFLOW = (
     ("item", f"{_TRAINER}:_step", 1, "the new loss scale", _fp16),
     (
@@ -75,7 +89,7 @@ ALLOWED = tuple(
     AllowedWait(phase, *entry)  # type: ignore[arg-type]
     for phase, entries in {
         "model and optimizer": ONCE,
-        "step": (*EVERY_STEP, *OVERFLOW),
+        "step": (*EVERY_STEP, *FIRST_STEP, *OVERFLOW),
         "log": EVERY_LOG_LINE,
         "evaluation": EVERY_VALIDATION,
     }.items()

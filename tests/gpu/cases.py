@@ -50,6 +50,7 @@ _PLAIN: dict[str, Any] = {
 _PP2 = {"pipeline_model_parallel_size": 2}
 _VP2 = {**_PP2, "virtual_pipeline_model_parallel_size": 2}
 _TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+_CP2 = {"context_parallel_size": 2}
 _DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 _NO_OVERLAPS = {"overlap_grad_reduce": False, "overlap_param_gather": False}
 _SELECTIVE = {"recompute_granularity": "selective"}
@@ -71,6 +72,8 @@ FEATURES: dict[str, tuple[dict[str, Any], int]] = {
     "documents-deterministic": ({**_DOCUMENTS, "deterministic_mode": True}, 11),
     "documents-fp32": ({**_DOCUMENTS, "bf16": False}, 11),
     "fp16": ({"fp16": True, "bf16": False}, 11),
+    "cp2-documents": ({**_CP2, **_DOCUMENTS}, 11),
+    "cp2-fp32-selective-recompute": ({**_CP2, **_SELECTIVE, "bf16": False}, 11),
 }
 """Fields that differ from a run in bf16 with an overlapped distributed optimizer, and the rank.
 
@@ -140,7 +143,8 @@ def _shrunk(preset: str, **fields: Any) -> Config:
     fields = {**_SHRUNK, **groups, **_PLAIN, **fields}
     stages = fields["pipeline_model_parallel_size"]
     chunks = stages * fields.get("virtual_pipeline_model_parallel_size", 1)
-    replicas = WORLD_SIZE // (stages * fields["tensor_model_parallel_size"])
+    parts = fields["tensor_model_parallel_size"] * fields.get("context_parallel_size", 1)
+    replicas = WORLD_SIZE // (stages * parts)
     return replace_fields(
         config,
         num_layers=chunks,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,7 +78,9 @@ def test_attention_within_documents(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(module, "find_spec", lambda _: object() if flash_attn else None)
     monkeypatch.setattr(module, "has_document_kernel", lambda *_: torch_kernel)
-    attention, accepts_boundaries = module.choose_document_attention(None, dtype, device)
+    attention, accepts_boundaries = module.choose_document_attention(
+        SimpleNamespace(context_parallel_size=1), dtype, device
+    )
     classes = {"TE": module.DocumentAttention, "torch": SDPAttention}
     assert (attention, accepts_boundaries) == (classes[expected[0]], expected[1])
 

@@ -108,10 +108,8 @@ def variants(config: Config, copies: int) -> Iterator[Config]:
 
 
 def _context_sizes(config: Config) -> list[int]:
-    data = config.data
-    if data.reset_attention_mask or data.eod_mask_loss:  # not supported with context parallelism
-        return [1]
-    return [c for c in CONTEXT_SIZES if c == 1 or data.seq_length // c >= MIN_CONTEXT_TOKENS]
+    length = config.data.seq_length
+    return [c for c in CONTEXT_SIZES if c == 1 or length // c >= MIN_CONTEXT_TOKENS]
 
 
 def _split(config: Config, p: int, v: int | None) -> dict[str, object] | None:
