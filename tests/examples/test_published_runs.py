@@ -42,7 +42,7 @@ def test_llm_jp_13b_v1(capsys):
 def test_llm_jp_3(capsys, model, iterations, batch):
     """Iterations of the launch scripts: tokens / 4096 / batch size, rounded up."""
     plan = planned(capsys, f"llm-jp-3-{model}", "reproduce_llm-jp-3")
-    assert plan["iterations"] == iterations == -(-LLM_JP_3_TOKENS // (4096 * batch))
+    assert plan["folds"][0]["iterations"] == iterations == -(-LLM_JP_3_TOKENS // (4096 * batch))
     datasets = plan["folds"][0]["datasets"]
     assert len(datasets) == 113
     assert sum(dataset["tokens"] for dataset in datasets) == pytest.approx(
