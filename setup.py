@@ -69,6 +69,7 @@ PROGRAMS = {
     "split_folds": "data_tools.split_folds:main",
     "plan_folds": "data_tools.plan_folds:main",
     "build_indices": "data_tools.build_indices:main",
+    "generate": "data_tools.generate:main",
 }
 
 setup(

@@ -74,11 +74,13 @@ class SDPAttention(MegatronModule):
         """Compute causal attention.
 
         Args:
-            query: ``[s, b, n/t, d]``, the n heads split over t tensor parallel ranks.
-            key: ``[s, b, g/t, d]``, g query groups.
+            query: ``[s, b, n/t, d]``, the n heads split over t tensor parallel ranks; with a
+                key/value cache, s is 1: the last token.
+            key: ``[s, b, g/t, d]``, g query groups; with a cache, all tokens until now.
             value: same shape as ``key``.
             attention_mask: None; or the boundaries of the documents, an int32 tensor
-                (``data/documents.py``); or :func:`dense_mask` of them.
+                (``data/documents.py``); or what to add to the scores, such as
+                :func:`dense_mask` of them.
 
         Returns:
             ``[s, b, n*d/t]``.
@@ -118,10 +120,11 @@ def fused_attention(
     """Compute causal attention with a fused kernel of SDPA.
 
     Args:
-        query: ``[b, n, s, d]``.
+        query: ``[b, n, s, d]``, or the last token only, ``[b, n, 1, d]``.
         key: ``[b, g, s, d]``; n is a multiple of g.
         value: same shape as ``key``.
-        mask: None for the causal mask, or what to add to the scores, ``[b, 1, s, s]``.
+        mask: None for the causal mask, or what to add to the scores, ``[b, 1, s, s]`` or, for the
+            last token, ``[b, 1, 1, s]``.
         dropout: probability of a score to be dropped.
         scale: factor of the scores; None for 1 / sqrt(d).
 
@@ -144,7 +147,7 @@ def fused_attention(
             value,
             attn_mask=mask,
             dropout_p=dropout,
-            is_causal=mask is None,
+            is_causal=mask is None and query.shape[2] > 1,  # the last token attends to all
             scale=scale,
             enable_gqa=groups,
         )
@@ -236,7 +239,7 @@ def _replace_boundaries(
     keywords: dict[str, Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     boundaries = keywords["attention_mask"]
-    if boundaries is None:
+    if boundaries is None or boundaries.dtype != torch.int32:  # already a dense mask
         return arguments, keywords
     mask = dense_mask(boundaries, samples, length, dtype)
     return arguments, {**keywords, "attention_mask": mask}
