@@ -74,11 +74,13 @@ class SDPAttention(MegatronModule):
         """Compute causal attention.
 
         Args:
-            query: ``[s, b, n/t, d]``, the n heads split over t tensor parallel ranks.
-            key: ``[s, b, g/t, d]``, g query groups.
+            query: ``[s, b, n/t, d]``, the n heads split over t tensor parallel ranks; with a
+                key/value cache, s is 1: the last token.
+            key: ``[s, b, g/t, d]``, g query groups; with a cache, all tokens until now.
             value: same shape as ``key``.
             attention_mask: None; or the boundaries of the documents, an int32 tensor
-                (``data/documents.py``); or :func:`dense_mask` of them.
+                (``data/documents.py``); or what to add to the scores, such as
+                :func:`dense_mask` of them.
 
         Returns:
             ``[s, b, n*d/t]``.
@@ -138,8 +140,8 @@ def fused_attention(
         query: ``[b, n, q, d]``.
         key: ``[b, g, k, d]``; n is a multiple of g.
         value: same shape as ``key``.
-        mask: None for the causal mask, with q = k; or, of a shape that broadcasts to
-            ``[b, n, q, k]``, what to add to the scores, or whether they count.
+        mask: None for the causal mask, with q = k, or with q = 1, the last token; or, of a shape
+            that broadcasts to ``[b, n, q, k]``, what to add to the scores, or whether they count.
         dropout: probability of a score to be dropped.
         scale: factor of the scores; None for 1 / sqrt(d).
 
@@ -162,7 +164,7 @@ def fused_attention(
             value,
             attn_mask=mask,
             dropout_p=dropout,
-            is_causal=mask is None,
+            is_causal=mask is None and query.shape[2] > 1,  # the last token attends to all
             scale=scale,
             enable_gqa=groups,
         )
@@ -262,7 +264,7 @@ def _replace_boundaries(
     keywords: dict[str, Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     boundaries = keywords["attention_mask"]
-    if boundaries is None:
+    if boundaries is None or boundaries.dtype != torch.int32:  # already a dense mask
         return arguments, keywords
     mask = dense_mask(boundaries, samples, length, dtype)
     return arguments, {**keywords, "attention_mask": mask}

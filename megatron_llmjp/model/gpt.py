@@ -56,9 +56,11 @@ def params_dtype(config: Config) -> torch.dtype:
     return torch.float16 if config.training.fp16 else torch.float32
 
 
-def transformer_config(config: Config, device: Device) -> TransformerConfig:
+def transformer_config(
+    config: Config, device: Device, kernels: KernelChoice | None = None
+) -> TransformerConfig:
     """Return megatron-core's configuration of the network and its parallel layout."""
-    kernels = choose_kernels(device, config)
+    kernels = kernels or choose_kernels(device, config)
     if kernels.fusions:
         compile_rotary_embedding()
     model, parallel = config.model, config.parallel
@@ -164,11 +166,16 @@ def _pipeline_communication(config: Config, device: Device) -> dict[str, Any]:
 
 
 def layer_spec(
-    config: Config, core: TransformerConfig, device: Device, vp_stage: int | None
+    config: Config,
+    core: TransformerConfig,
+    device: Device,
+    vp_stage: int | None,
+    kernels: KernelChoice | None = None,
 ) -> Any:
     """Return the layer spec of one model chunk: Transformer Engine's layers, or torch's."""
+    kernels = kernels or choose_kernels(device, config)
     layer = ParallelResidualLayer if config.model.use_parallel_residual else TransformerLayer
-    if choose_kernels(device, config).transformer_engine:
+    if kernels.transformer_engine:
         te_attention = None
         if config.data.reset_attention_mask:
             te_attention, _ = choose_document_attention(core, params_dtype(config), device)
@@ -189,6 +196,8 @@ def build_model_chunk(
     pre_process: bool = True,
     post_process: bool = True,
     vp_stage: int | None = None,
+    kernels: KernelChoice | None = None,
+    initial_weights: bool = True,
 ) -> GPTModel:
     """Build one chunk of the model, with initial weights that do not depend on the layout.
 
@@ -199,11 +208,14 @@ def build_model_chunk(
         pre_process: whether this chunk contains the embedding.
         post_process: whether it contains the final norm and the output layer.
         vp_stage: number of the chunk in the interleaved schedule.
+        kernels: implementations of the layers, those of ``core``; by default the fastest ones.
+        initial_weights: False if the weights are loaded before they are used.
     """
-    core = core or transformer_config(config, device)
+    kernels = kernels or choose_kernels(device, config)
+    core = core or transformer_config(config, device, kernels)
     model = GPTModelWithLoss(
         config=core,
-        transformer_layer_spec=layer_spec(config, core, device, vp_stage),
+        transformer_layer_spec=layer_spec(config, core, device, vp_stage, kernels),
         vocab_size=config.padded_vocab_size,
         max_sequence_length=config.max_positions,
         pre_process=pre_process,
@@ -216,14 +228,14 @@ def build_model_chunk(
         seq_len_interpolation_factor=config.model.rotary_seq_len_interpolation_factor,
         vp_stage=vp_stage,
     )
-    _choose_document_masks(model, config, core, device)
+    _choose_document_masks(model, config, core, device, kernels)
     if config.model.use_rope_scaling:
         scale_rotary_frequencies(model.rotary_pos_emb, config.model)
     if any(parameter.is_meta for parameter in model.parameters()):
         return model  # on the meta device, for --estimate
-    initialize(model, config)
+    if initial_weights:
+        initialize(model, config)
     model.z_loss_strength = config.training.z_loss_strength
-    kernels = choose_kernels(device, config)
     model.compiled_loss = kernels.fusions
     if kernels.transformer_engine:
         accumulate_weight_gradients(model)
@@ -231,11 +243,15 @@ def build_model_chunk(
 
 
 def _choose_document_masks(
-    model: GPTModel, config: Config, core: TransformerConfig, device: Device
+    model: GPTModel,
+    config: Config,
+    core: TransformerConfig,
+    device: Device,
+    kernels: KernelChoice,
 ) -> None:
     """Let attention use dense masks where it has no kernel for the boundaries of documents."""
     dtype = params_dtype(config)
-    if choose_kernels(device, config).transformer_engine:
+    if kernels.transformer_engine:
         _, accepts_boundaries = choose_document_attention(core, dtype, device)
     else:
         accepts_boundaries = device.is_cuda and has_document_kernel(core, dtype)

@@ -14,18 +14,12 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from megatron_llmjp.checkpoint.manifest import CONFIG
-from megatron_llmjp.config.loading import load_config
-from megatron_llmjp.config.schema import Config
 from megatron_llmjp.convert.formats.base import SourceCheckpoint
 from megatron_llmjp.errors import UserError
-
-if TYPE_CHECKING:
-    from megatron.core.models.gpt import GPTModel
 
 
 def hugging_face_logits(
@@ -93,42 +87,11 @@ def _native_forward(folder: Path, tokens: Any, dtype: torch.dtype | None) -> Any
     # megatron-core's warnings on deprecations and random generators do not apply here.
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    from megatron_llmjp.model.gpt import build_model_chunk
-    from megatron_llmjp.parallel import process_groups
-    from megatron_llmjp.parallel.device import setup
-    from megatron_llmjp.parallel.ranks import single_process
+    from megatron_llmjp.inference.native_model import load_native_model
 
-    config = _fp32_config(folder)
-    device = setup()
-    process_groups.initialize(config, single_process(), device)
-    try:
-        model = build_model_chunk(config, device).eval()
-        _load_weights(model, folder)
-        inputs = torch.from_numpy(tokens)
-        positions = torch.arange(inputs.shape[1]).expand_as(inputs)
-        with torch.no_grad():
-            if dtype is not None:
-                for parameter in model.parameters():
-                    parameter.copy_(parameter.to(dtype).float())
-            result: torch.Tensor = model(inputs, positions, None)
-        return result.float().numpy()
-    finally:
-        process_groups.destroy()
-
-
-def _fp32_config(folder: Path) -> Config:
-    """Return the configuration of a checkpoint's model in fp32, for one process."""
-    stored = load_config(folder / CONFIG)
-    model = stored.model.model_copy(update={"hidden_dropout": 0.0, "attention_dropout": 0.0})
-    data = {"seq_length": stored.data.seq_length}
-    return Config.model_validate({"model": model.model_dump(), "data": data})
-
-
-def _load_weights(model: GPTModel, folder: Path) -> None:
-    """Load the model with the trainer's loader; weights that are not loaded stay NaN."""
-    from megatron_llmjp.checkpoint import sharded_state
-
+    model = load_native_model(folder, "fp32")
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(torch.nan)
-    sharded_state.load_checkpoint(folder, sharded_state.RunState([model]))
+        if dtype is not None:
+            for parameter in model.module.parameters():
+                parameter.copy_(parameter.to(dtype).float())
+    return model.logits(torch.from_numpy(tokens)).float().numpy()

@@ -1,0 +1,1 @@
+"""Text generation from native checkpoints: sampling, decoding loop, prompts, requests."""

@@ -1,0 +1,1 @@
+"""Models in one process, loaded from native checkpoints of any parallel layout."""
