@@ -80,7 +80,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.14",
     packages=find_packages(include=["megatron_llmjp*", "data_tools*"]),
-    package_data={"megatron_llmjp.config": ["presets/*.yaml"]},
+    package_data={
+        "megatron_llmjp.config": ["presets/*.yaml"],
+        "megatron_llmjp.report": ["vendor/uplot/*", "charts/assets/*"],
+    },
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={
