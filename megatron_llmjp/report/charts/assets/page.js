@@ -6,6 +6,7 @@
   const state = {axis: "iteration", weight: 0, marked: 0, hiddenKinds: new Set(), view: [0, 1]};
   const charts = [];
   const DASHES = [[], [7, 3], [2, 3], [9, 3, 2, 3]];
+  const ON_AXIS = new Set(["restart", "checkpoint"]);
   const QUIET = new Set(["checkpoint"]);
 
   const css = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -122,7 +123,8 @@
         width: this.width(), height: this.height(), legend: {show: false}, series,
         padding: [8, 14, 0, 0],
         scales: {
-          x: {time: false, range: (_, low, high) => [low, high]},
+          // uPlot asks for the limits of x first, and stores them after those of y.
+          x: {time: false, range: (_, low, high) => (this.seen = [low, high])},
           y: {distr: this.log ? 3 : 1, range: plot => this.limits(plot)},
         },
         axes: [
@@ -134,7 +136,7 @@
           sync: {key: "report", filters: {pub: type => type === "mousemove" || type === "mouseleave"}},
           drag: {x: true, y: false, dist: 5},
           bind: {dblclick: () => () => { setView(fullView()); return null; }},
-          points: {size: 7},
+          y: false, points: {size: 7},
         },
         hooks: {
           drawClear: [plot => drawFolds(plot, this.isFirst)],
@@ -150,12 +152,12 @@
 
     limits(plot) {
       const columns = plot.data.slice(1).filter((_, i) => plot.series[i + 1].show);
-      const {min, max} = plot.scales.x, options = {log: this.log, zero: this.panel.zero};
-      let from = min == null ? -Infinity : min;
+      const options = {log: this.log, zero: this.panel.zero};
+      let [from, to] = this.seen;
       const points = plot.data[0].length;
       const isWhole = from <= 0 && this.panel.trim && !this.log && points >= 200;
       if (isWhole) from = plot.data[0][Math.floor(points / 50)];
-      return Curves.limits(plot.data[0], columns, from, max == null ? Infinity : max, options)
+      return Curves.limits(plot.data[0], columns, from, to, options)
         || (this.log ? [1, 10] : [0, 1]);
     }
 
@@ -237,7 +239,7 @@
     ctx.rect(bbox.left, bbox.top, bbox.width, bbox.height);
     ctx.clip();
     ctx.font = `${11 * ratio}px system-ui, sans-serif`;
-    ctx.textBaseline = "top";
+    [ctx.textBaseline, ctx.textAlign] = ["top", "left"];
     run.folds.forEach((fold, index) => {
       const [left, right] = [fold.first, fold.last].map(at => plot.valToPos(x(at), "x", true));
       if (index % 2) {
@@ -270,7 +272,7 @@
       ctx.fillStyle = ctx.strokeStyle = kindColor(kind);
       ctx.lineWidth = ratio;
       ctx.beginPath();
-      if (kind === "restart" || kind === "checkpoint") {
+      if (ON_AXIS.has(kind)) {
         const size = (kind === "restart" ? 5 : 3.5) * ratio;
         ctx.moveTo(at, bottom - 2 * size);
         ctx.lineTo(at - size, bottom);
@@ -323,7 +325,7 @@
   function markToggles() {
     const {counts} = runs[state.marked];
     return Object.entries(counts).map(([kind, count]) => {
-      const swatch = element("span", {class: "swatch mark"});
+      const swatch = element("span", {class: ON_AXIS.has(kind) ? "triangle" : "swatch mark"});
       swatch.style.setProperty("--color", `var(--mark-${kind.replace(" ", "-")}, var(--ink))`);
       const button = element("button", {
         type: "button", class: "chip", "aria-pressed": String(!state.hiddenKinds.has(kind)),
