@@ -143,9 +143,8 @@ def _if_nonzero(form: str) -> Callable[[float], str]:
 
 
 def format_tflops(value: float) -> str:
-    """Format TFLOP/s; empty if they round to 0.0, as those of small models on a CPU."""
-    text = f"{value:.1f}"
-    return "" if text == "0.0" else text
+    """Format TFLOP/s; empty below 1, as of small models on a CPU, where they say nothing."""
+    return f"{value:.1f}" if value >= 1.0 else ""
 
 
 def _mfu(stats: IntervalStats) -> float | None:

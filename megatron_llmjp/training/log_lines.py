@@ -35,7 +35,7 @@ from megatron_llmjp.metric_registry import (
 
 SHORT_COLUMNS = 120
 """Largest width of a short line."""
-MIN_FOLD_COLUMNS = 16
+FOLD_COLUMNS = 24
 """Width of the name and progress of a fold that less important parts make room for."""
 _STDOUT = 1
 
@@ -125,13 +125,14 @@ class LogLines:
             f"loss {values[LM_LOSS.name]:.4f}",
             *_anomalies(values),
         ]
-        end = f"ETA {format_duration(values[SECONDS_REMAINING.name])}"
+        end = f"ETA {_remaining(values[SECONDS_REMAINING.name])}"
         optional = list(_optional_parts(values))
         progress = f" {fold.number}/{fold.count} {fold.progress:.0%}"
+        needed = min(FOLD_COLUMNS, text_width(fold.name + progress))
         while True:
             parts = [*required, *optional, end]
             room = SHORT_COLUMNS - sum(text_width(part) + 2 for part in parts)
-            if room >= MIN_FOLD_COLUMNS or not optional:
+            if room >= needed or not optional:
                 break
             optional.pop()
         if room > text_width(progress):
@@ -139,10 +140,17 @@ class LogLines:
         return shorten("  ".join(parts), SHORT_COLUMNS)
 
 
+def _remaining(seconds: float) -> str:
+    """Return a duration; without its seconds from a day on."""
+    text = format_duration(seconds)
+    return text.rpartition(":")[0] if "d" in text else text
+
+
 def _optional_parts(values: Mapping[str, float]) -> Iterator[str]:
     """Yield parts of a short line, the most important first."""
     if GRAD_NORM.name in values:
-        yield f"grad {values[GRAD_NORM.name]:.3g}"
+        norm = values[GRAD_NORM.name]
+        yield f"grad {norm:.3f}" if abs(norm) < 1000 else f"grad {norm:.3g}"
     yield f"lr {values[LEARNING_RATE.name]:.2e}"
     yield f"{format_count(values[TOKENS_PER_SECOND.name])} tok/s"
     tflops = format_tflops(values.get(TFLOPS_PER_GPU.name, 0.0))

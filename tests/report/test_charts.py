@@ -249,7 +249,7 @@ def test_the_functions_of_the_page():
         zero: Curves.limits([1, 2], [[5, 10]], 0, 9, {{zero: true}}),
         log: Curves.limits([1, 2], [[0, 10]], 0, 9, {{log: true}}),
         none: Curves.limits([1], [[null]], 0, 9, {{}}),
-        texts: [0, 0.00012345, 2.345678, 12345, 3.2e9].map(Curves.number),
+        texts: [0, 0.00012345, 2.345678, 12345.6, 3.2e9].map(Curves.number),
         ticks: [[0, 5e5, 1e6], [1000500, 1001000], [1e-4]].map(Curves.ticks),
         folds: [1, 3, 4, 9].map(at => Curves.foldAt(
             [{{name: "a", first: 0, last: 3}}, {{name: "b", first: 3, last: 8}}], at)),
@@ -264,6 +264,6 @@ def test_the_functions_of_the_page():
     assert found["limits"] == pytest.approx([1.88, 4.12])
     assert found["zero"] == pytest.approx([0, 11]) and found["none"] is None
     assert found["log"] == pytest.approx([10 / 1.15, 11.5])
-    assert found["texts"] == ["0", "1.234e-4", "2.3457", "12,345", "3.2B"]
+    assert found["texts"] == ["0", "1.234e-4", "2.3457", "12,346", "3.2B"]
     assert found["ticks"] == [["0", "500K", "1M"], ["1.0005M", "1.001M"], ["1e-4"]]
     assert found["folds"] == ["a", "a", "b", ""]

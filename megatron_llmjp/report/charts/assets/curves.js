@@ -69,7 +69,7 @@ const Curves = (() => {
     const size = Math.abs(value);
     if (size !== 0 && (size < 1e-3 || size >= 1e15)) return value.toExponential(3);
     if (size >= 1e5) return tick(value, 4);
-    if (Number.isInteger(value)) return value.toLocaleString("en-US");
+    if (Number.isInteger(value) || size >= 1e4) return Math.round(value).toLocaleString("en-US");
     return size >= 100 ? value.toFixed(1) : value.toPrecision(5);
   }
 

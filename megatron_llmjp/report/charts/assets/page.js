@@ -30,7 +30,7 @@
 
   function fullView() {
     const ends = runs.map(run => toX(run)(Math.max(1, run.iteration)));
-    return [0, Math.max(...ends.filter(Number.isFinite), 1)];
+    return [0, 1.01 * Math.max(...ends.filter(Number.isFinite), 1)];  // with room for the last point
   }
 
   class Chart {
@@ -89,7 +89,8 @@
         const show = !this.hidden.has(id);
         if (faint) this.add(tables, series, faint, colorIndex, {show, alpha: 0.3, width: 1});
         this.shown.push({id, run, curve, colorIndex, dash, line: strong});
-        this.add(tables, series, strong, colorIndex, this.style(curve, show, dash, strong));
+        this.add(tables, series, strong, colorIndex,
+                 this.style(curve, show, dash, strong, () => color(colorIndex)));
       }
       this.plot = new uPlot(this.options(series), uPlot.join(tables), this.box);
       this.plot.setScale("x", {min: state.view[0], max: state.view[1]});
@@ -104,9 +105,9 @@
                    ...options});
     }
 
-    style(curve, show, dash, line) {
-      const points = {show: true, size: 6};
-      const fill = {points: {...points, fill: css("--paper")}};
+    style(curve, show, dash, line, stroke) {
+      const points = {show: true, size: 6, stroke, width: 1.5};
+      const fill = {points: {...points, fill: () => css("--paper")}};
       if (curve.style === "points") return {show, ...fill, paths: () => null};
       if (curve.style === "marked") return {show, ...fill, width: 1.5, dash};
       if (curve.style === "dotted") return {show, width: 1, dash: [2, 3], alpha: 0.8};
@@ -136,11 +137,11 @@
           sync: {key: "report", filters: {pub: type => type === "mousemove" || type === "mouseleave"}},
           drag: {x: true, y: false, dist: 5},
           bind: {dblclick: () => () => { setView(fullView()); return null; }},
-          y: false, points: {size: 7},
+          y: false, points: {size: 7, fill: (plot, index) => plot.series[index].stroke(plot, index)},
         },
         hooks: {
-          drawClear: [plot => drawFolds(plot, this.isFirst)],
-          draw: [drawMarks],
+          drawClear: [shadeFolds],
+          draw: this.isFirst ? [nameFolds, drawMarks] : [drawMarks],
           setCursor: [plot => this.describe(plot.cursor.left >= 0
             ? plot.posToVal(plot.cursor.left, "x") : null)],
           setScale: [(plot, key) => {
@@ -229,36 +230,44 @@
 
   const shownMarks = run => run.marks.filter(([kind]) => !state.hiddenKinds.has(kind));
 
-  // Shade every second fold; the first chart also names them where there is room.
-  function drawFolds(plot, named) {
+  // Call a function with the name and the edges of each fold, within the plotting area.
+  function eachFold(plot, draw) {
     const run = runs[state.marked], {ctx, bbox} = plot, x = toX(run);
     if (run.folds.length < 2) return;
-    const ratio = devicePixelRatio;
     ctx.save();
     ctx.beginPath();
     ctx.rect(bbox.left, bbox.top, bbox.width, bbox.height);
     ctx.clip();
-    ctx.font = `${11 * ratio}px system-ui, sans-serif`;
-    [ctx.textBaseline, ctx.textAlign] = ["top", "left"];
     run.folds.forEach((fold, index) => {
       const [left, right] = [fold.first, fold.last].map(at => plot.valToPos(x(at), "x", true));
-      if (index % 2) {
-        ctx.fillStyle = css("--fold");
-        ctx.fillRect(left, bbox.top, right - left, bbox.height);
-      }
-      const start = Math.max(left, bbox.left) + 4 * ratio;
-      const room = Math.min(right, bbox.left + bbox.width) - start - 2 * ratio;
-      if (!named || room < 24 * ratio) return;
-      let text = fold.name;
-      while (text && ctx.measureText(text === fold.name ? text : `${text}…`).width > room) {
-        text = text.slice(0, -1);
-      }
-      ctx.fillStyle = css("--soft");
-      if (text.length > 1) {
-        ctx.fillText(text === fold.name ? text : `${text}…`, start, bbox.top + 4 * ratio);
-      }
+      draw(fold.name, left, right, index);
     });
     ctx.restore();
+  }
+
+  function shadeFolds(plot) {
+    const {ctx, bbox} = plot;
+    eachFold(plot, (_, left, right, index) => {
+      ctx.fillStyle = css("--fold");
+      if (index % 2) ctx.fillRect(left, bbox.top, right - left, bbox.height);
+    });
+  }
+
+  // Write the names of folds where there is room.
+  function nameFolds(plot) {
+    const {ctx, bbox} = plot, ratio = devicePixelRatio;
+    eachFold(plot, (name, left, right) => {
+      ctx.font = `${11 * ratio}px system-ui, sans-serif`;
+      [ctx.textBaseline, ctx.textAlign] = ["top", "left"];
+      const start = Math.max(left, bbox.left) + 4 * ratio;
+      const room = Math.min(right, bbox.left + bbox.width) - start - 2 * ratio;
+      if (room < 24 * ratio) return;
+      let length = name.length;
+      const text = () => length === name.length ? name : `${name.slice(0, length)}…`;
+      while (length > 0 && ctx.measureText(text()).width > room) length--;
+      ctx.fillStyle = css("--soft");
+      if (length > 1) ctx.fillText(text(), start, bbox.top + 4 * ratio);
+    });
   }
 
   // A line for each event; restarts and checkpoints are triangles on the x axis.
