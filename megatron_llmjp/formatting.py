@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Container, Iterable, Sequence
 
 
@@ -63,13 +64,33 @@ def format_names(names: Sequence[str], most: int = 3) -> str:
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
+def text_width(text: str) -> int:
+    """Return the columns of a text in a terminal, where CJK characters take two."""
+    if text.isascii():
+        return len(text)
+    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+    combining = sum(unicodedata.combining(character) > 0 for character in text)
+    return len(text) + wide - combining
+
+
+def shorten(text: str, columns: int) -> str:
+    """Shorten a text to a number of columns, with an ellipsis at its end."""
+    if text_width(text) <= columns:
+        return text
+    while text and text_width(text) >= columns:
+        text = text[:-1]
+    return f"{text}…" if columns > 0 else ""
+
+
 def format_table(rows: Sequence[Sequence[str]], right: Container[int]) -> str:
     """Format rows of cells as aligned text; the columns in ``right`` are right-aligned."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths = [max(map(text_width, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
         cells = [
-            cell.rjust(width) if i in right else cell.ljust(width)
+            " " * (width - text_width(cell)) + cell
+            if i in right
+            else cell + " " * (width - text_width(cell))
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append("  ".join(cells).rstrip())

@@ -17,17 +17,23 @@ class Panel:
     from_zero: bool = False
     hide_constant: bool = False
     """Whether to omit the plot if its values never change."""
+    smoothed: bool = True
+    """Whether the smoothing of the interactive report applies to it."""
 
 
-LEARNING_RATE_PANEL = Panel("learning_rate", "Learning rate", from_zero=True)
+LEARNING_RATE_PANEL = Panel("learning_rate", "Learning rate", from_zero=True, smoothed=False)
 THROUGHPUT_PANEL = Panel("throughput", "Throughput", "tokens per second", from_zero=True)
 GRADIENT_NORM_PANEL = Panel("gradient_norm", "Gradient norm, before clipping", log_scale=True)
 PARAMETER_NORM_PANEL = Panel("parameter_norm", "Norm of all parameters")
 Z_LOSS_PANEL = Panel("z_loss", "z-loss")
-MEMORY_PANEL = Panel("memory", "Memory of the first rank", "GB", from_zero=True)
+MEMORY_PANEL = Panel("memory", "Memory of the first rank", "GB", from_zero=True, smoothed=False)
 RANK_TIMES_PANEL = Panel("rank_times", "Time per iteration by rank", "seconds", from_zero=True)
-BATCH_SIZE_PANEL = Panel("batch_size", "Global batch size", "samples", hide_constant=True)
-LOSS_SCALE_PANEL = Panel("loss_scale", "Loss scale", log_scale=True, hide_constant=True)
+BATCH_SIZE_PANEL = Panel(
+    "batch_size", "Global batch size", "samples", hide_constant=True, smoothed=False
+)
+LOSS_SCALE_PANEL = Panel(
+    "loss_scale", "Loss scale", log_scale=True, hide_constant=True, smoothed=False
+)
 
 FIRST_PANELS = (
     LEARNING_RATE_PANEL,

@@ -142,6 +142,11 @@ def _if_nonzero(form: str) -> Callable[[float], str]:
     return lambda value: form.format(value) if value else ""
 
 
+def format_tflops(value: float) -> str:
+    """Format TFLOP/s; empty below 1, as of small models on a CPU, where they say nothing."""
+    return f"{value:.1f}" if value >= 1.0 else ""
+
+
 def _mfu(stats: IntervalStats) -> float | None:
     return None if stats.peak_tflops is None else stats.tflops_per_gpu / stats.peak_tflops
 
@@ -167,7 +172,7 @@ TFLOPS_PER_GPU = register_metric(
         "TFLOP/s per GPU",
         "over the interval, by Megatron-LM's formula",
         lambda s: s.tflops_per_gpu,
-        _format("throughput per GPU (TFLOP/s/GPU): {:.1f}"),
+        lambda v: f"throughput per GPU (TFLOP/s/GPU): {v:.1f}" if format_tflops(v) else "",
     )
 )
 MFU = register_metric(

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Literal, TypeAlias
+
 from pydantic import Field, PositiveInt, SecretStr
 
 from megatron_llmjp.config.model_config import Section
 from megatron_llmjp.interval_stats import SLOW_SHARE
+
+LogFormat: TypeAlias = Literal["short", "megatron", "json"]
+"""Format of the log lines."""
 
 
 class LoggingConfig(Section):
     """Logs and metrics."""
 
     log_interval: PositiveInt = Field(10, description="iterations per log line")
+    log_format: LogFormat | None = Field(
+        None,
+        exclude=True,
+        description="format of the log lines: short has at most 120 columns, megatron is "
+        "Megatron-LM's, json has an object per line; not stored with the run; default: short in a "
+        "terminal, megatron elsewhere",
+    )
     tensorboard_dir: str | None = Field(
         None, description="folder of TensorBoard events; default: SAVE/tensorboard"
     )

@@ -143,7 +143,8 @@ def read_history(folder: Path) -> MetricsHistory:
     history.config = _config(folder)
     text = path.read_text(encoding="utf-8", errors="replace")
     # A running process may be writing the last line.
-    records = list(_parse(text[: text.rfind("\n") + 1].splitlines(), history))
+    # Not splitlines(), which also splits at characters that names may contain, such as U+2028.
+    records = list(_parse(text[: text.rfind("\n") + 1].split("\n")[:-1], history))
     for record in records:
         _add_record(record, history)
     history.validation = _merge_by_iteration(history.validation)

@@ -256,16 +256,22 @@ def tail(path: Path, size: int) -> list[str]:
             text = stream.read(size).decode(errors="replace")
     except OSError:
         return []
-    return text.splitlines()[1 if end > size else 0 :]
+    return _lines(text)[1 if end > size else 0 :]
 
 
 def _head(path: Path, size: int = LOG_BYTES) -> list[str]:
     """Return the lines in the first ``size`` bytes."""
     try:
         with path.open("rb") as stream:
-            return stream.read(size).decode(errors="replace").splitlines()
+            return _lines(stream.read(size).decode(errors="replace"))
     except OSError:
         return []
+
+
+def _lines(text: str) -> list[str]:
+    """Split a text at line ends only: str.splitlines() also splits JSON at U+2028 in a name."""
+    lines = re.split(r"\r\n|[\r\n]", text)
+    return lines if lines[-1] else lines[:-1]
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -1,14 +1,19 @@
-"""The report of a run: one self-contained HTML page, and its plots as PNG files."""
+"""The report of a run: one interactive, self-contained HTML page, and its plots as PNG files."""
 
 from __future__ import annotations
 
+import io
 import time
 import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_llmjp.filesystem import write_atomically
+from megatron_llmjp.filesystem import warn, write_atomically
+from megatron_llmjp.report.charts.interactive_page import interactive_page
+from megatron_llmjp.report.charts.run_names import run_name, run_names
+from megatron_llmjp.report.charts.run_tables import comparison_tables, loss_table, run_tables
 from megatron_llmjp.report.history import MetricsHistory, read_history
-from megatron_llmjp.report.html_page import embedded_image, html_facts, html_page
+from megatron_llmjp.report.html_page import embedded_image, html_facts, image_grid
 from megatron_llmjp.report.summary import summary_rows
 
 REPORT_FOLDER = "report"
@@ -29,10 +34,11 @@ def write_report_at_end(save: str | None) -> None:
         print(f"report: {page}", flush=True)
 
 
-def write_report(folder: Path, output: Path) -> list[Path]:
+def write_report(folder: Path, output: Path, title: str | None = None) -> list[Path]:
     """Read the run in ``folder`` and write ``output/report.html`` and one PNG per plot.
 
-    Nothing else is written, so that the run may still be in progress.
+    Nothing else is written, so that the run may still be in progress. The title is the name of the
+    run by default.
 
     Returns:
         The files written, the page first.
@@ -40,29 +46,67 @@ def write_report(folder: Path, output: Path) -> list[Path]:
     Raises:
         UserError: the folder has no metrics file.
     """
-    from megatron_llmjp.report.plots import draw_all  # imported late: matplotlib takes a second
-
     history = read_history(folder)
     output.mkdir(parents=True, exist_ok=True)
     images, files = [], []
+    for name, image, png in _plots(history):
+        images.append(image)
+        plot = output / f"{name}.png"
+        plot.write_bytes(png)
+        files.append(plot)
+    page = output / REPORT_FILE
+    write_atomically(page, run_page(history, title or run_name(history), images))
+    return [page, *files]
+
+
+def run_page(history: MetricsHistory, name: str, images: Sequence[str] | None = None) -> str:
+    """Return the page of a run.
+
+    Args:
+        history: the run.
+        name: title of the page.
+        images: its plots for a browser without JavaScript; drawn if None.
+    """
+    if images is None:
+        images = [image for _, image, _ in _plots(history)]
+    parts = [html_facts(summary_rows(history)), *run_tables(history)]
+    subtitle = f"{_now()}, at iteration {history.iteration:,}"
+    fallback = image_grid(images) or loss_table([history], [name])
+    return interactive_page(name, subtitle, [history], [name], parts, fallback)
+
+
+def comparison_page(
+    runs: Sequence[MetricsHistory], names: Sequence[str] | None = None, title: str | None = None
+) -> str:
+    """Return one page with the curves of several runs.
+
+    Args:
+        runs: the runs.
+        names: their names; None for those of the save folders.
+        title: title of the page; None for the names.
+    """
+    names = names or run_names(runs)
+    parts = comparison_tables(runs, names)
+    fallback = loss_table(runs, names)
+    subtitle = f"{_now()}, {len(runs)} runs"
+    return interactive_page(title or " / ".join(names), subtitle, runs, names, parts, fallback)
+
+
+def _plots(history: MetricsHistory) -> Iterator[tuple[str, str, bytes]]:
+    """Yield name, ``img`` element and PNG of each plot; nothing without matplotlib."""
+    try:
+        from megatron_llmjp.report.plots import draw_all  # imported late: it takes a second
+    except ImportError:  # the interactive page does not need it
+        warn("matplotlib is not installed: the report has no figures as PNG")
+        return
     with warnings.catch_warnings():
         # Without a Japanese font PNG files show boxes; the page uses the fonts of the browser.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         for name, title, figure in draw_all(history):
-            images.append(embedded_image(figure, title))
-            plot = output / f"{name}.png"
-            figure.savefig(plot, dpi=130)
-            files.append(plot)
-    page = output / REPORT_FILE
-    write_atomically(page, _page(history, images))
-    return [page, *files]
+            png = io.BytesIO()
+            figure.savefig(png, dpi=130, format="png")
+            yield name, embedded_image(figure, title), png.getvalue()
 
 
-def _page(history: MetricsHistory, images: list[str]) -> str:
-    now = time.strftime("%Y-%m-%d %H:%M")
-    return html_page(
-        history.folder.resolve().name,
-        f"{now}, at iteration {history.iteration:,}",
-        [html_facts(summary_rows(history))],
-        images,
-    )
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M")

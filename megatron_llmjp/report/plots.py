@@ -25,8 +25,8 @@ from megatron_llmjp.metric_registry import (
     MFU,
     TOKENS_PER_SECOND,
     Metric,
-    panels,
 )
+from megatron_llmjp.report.charts.shown_panels import shown_panels
 from megatron_llmjp.report.history import MetricsHistory
 
 COLORS = ("#1f5a8c", "#d1772a", "#3f8f5f", "#9a4f8e", "#b8a12c", "#4aa5b8", "#a34a3f", "#6f6f6f")
@@ -88,10 +88,8 @@ def draw_all(history: MetricsHistory) -> Iterator[tuple[str, str, Figure]]:
         yield "loss", "Loss", draw_loss(history)
         if any(len(iterations) > 1 for iterations, _ in history.validation_sets().values()):
             yield "validation", "Validation loss", draw_validation(history)
-        for panel, metrics in panels().items():
-            logged = [metric for metric in metrics if _is_logged(metric, history)]
-            if logged and not (panel.hide_constant and _is_constant(logged, history)):
-                yield panel.name, panel.title, draw_panel(panel, logged, history)
+        for panel, metrics in shown_panels([history]):
+            yield panel.name, panel.title, draw_panel(panel, metrics, history)
         datasets = history.consumed_by_dataset()
         if datasets:
             yield "datasets", "Consumed tokens per dataset", draw_datasets(history, datasets)
@@ -289,11 +287,3 @@ def _add_token_axis(axes: Any, history: MetricsHistory) -> None:
     )
     scale.set_xlabel("tokens")
     scale.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_tick(value)))
-
-
-def _is_logged(metric: Metric, history: MetricsHistory) -> bool:
-    return any(value != 0.0 for value in history.values(metric.name)[1])
-
-
-def _is_constant(metrics: Sequence[Metric], history: MetricsHistory) -> bool:
-    return all(len(set(history.values(metric.name)[1])) <= 1 for metric in metrics)

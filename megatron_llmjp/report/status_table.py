@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_llmjp.errors import EXIT_DONE
 from megatron_llmjp.formatting import format_bytes, format_count, format_duration, format_table
+from megatron_llmjp.metric_registry import format_tflops
 from megatron_llmjp.report.jobs import Incident, format_excluded
 from megatron_llmjp.report.run_state import EXIT_CODES
 from megatron_llmjp.report.status import RunStatus
@@ -109,8 +110,8 @@ def _speed(status: RunStatus) -> str:
     if status.tokens_per_second is None:
         return ""
     parts = [f"{format_count(status.tokens_per_second)} tokens/s"]
-    if status.tflops_per_gpu is not None:
-        parts.append(f"{status.tflops_per_gpu:.1f} TFLOP/s per GPU")
+    if tflops := format_tflops(status.tflops_per_gpu or 0.0):
+        parts.append(f"{tflops} TFLOP/s per GPU")
     if status.mfu is not None:
         parts.append(f"MFU {status.mfu:.1%}")
     if status.seconds_per_iteration is not None:

@@ -10,7 +10,6 @@ import torch
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.dataset import ValidationDataset
 from megatron_llmjp.filesystem import no_heartbeat
-from megatron_llmjp.metric_registry import perplexity
 from megatron_llmjp.parallel.device import Device
 from megatron_llmjp.training.batch_iterator import batch_iterators
 from megatron_llmjp.training.train_step import (
@@ -62,12 +61,3 @@ def evaluate(
     for chunk in chunks:
         chunk.train()
     return losses
-
-
-def validation_line(losses: dict[str, float], iteration: int) -> str:
-    """Return the log line of a validation."""
-    parts = [
-        f"{name} loss: {loss:.6E} | {name} PPL: {perplexity(loss):.6E}"
-        for name, loss in losses.items()
-    ]
-    return f" validation at iteration {iteration} | {' | '.join(parts)} |"

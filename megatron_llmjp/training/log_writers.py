@@ -16,7 +16,6 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,15 +30,12 @@ from megatron_llmjp.config.loading import dump_config
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.filesystem import warn, write_atomically
-from megatron_llmjp.formatting import format_duration
 from megatron_llmjp.metric_registry import (
     CONSUMED_SAMPLES,
     CONSUMED_TOKENS,
     EVENT,
     ITERATION,
     METRICS_FILE,
-    SECONDS_REMAINING,
-    log_line_parts,
 )
 from megatron_llmjp.report.history import ROUTINE_EVENTS
 from megatron_llmjp.retrying_file import RetryingFile
@@ -80,29 +76,6 @@ class TensorboardEventFile:
         record = io.BytesIO()
         RecordWriter(record).write(event.SerializeToString())
         self._file.write(record.getvalue())  # in one call: readers stop at a partial record
-
-
-def interval_line(
-    iteration: int, train_iters: int, consumed: int, values: Mapping[str, float], fold: str
-) -> str:
-    """Return the log line of an interval, in Megatron-LM's format where it has the metric.
-
-    Args:
-        iteration: last iteration of the interval.
-        train_iters: planned number of iterations.
-        consumed: consumed samples.
-        values: metrics by name; metrics without a value are omitted.
-        fold: name and progress of the current fold.
-    """
-    parts = [
-        f"iteration {iteration:8d}/{train_iters:8d}",
-        f"consumed samples: {consumed:12d}",
-        *log_line_parts(values),
-        f"fold: {fold}",
-        f"remaining: {format_duration(values[SECONDS_REMAINING.name])}",
-    ]
-    now = datetime.now().isoformat(sep=" ", timespec="seconds")
-    return f" [{now}] {' | '.join(parts)} |"
 
 
 @dataclass(frozen=True)

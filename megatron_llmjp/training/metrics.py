@@ -32,9 +32,9 @@ from megatron_llmjp.metric_registry import (
 )
 from megatron_llmjp.parallel.device import Device
 from megatron_llmjp.training.batch_iterator import dataset_names
-from megatron_llmjp.training.evaluation import validation_line
 from megatron_llmjp.training.gradient_monitor import StepStatus
-from megatron_llmjp.training.log_writers import MetricsRecord, MetricsWriters, interval_line
+from megatron_llmjp.training.log_lines import FoldPosition, LogLines, choose_format
+from megatron_llmjp.training.log_writers import MetricsRecord, MetricsWriters
 from megatron_llmjp.training.predicted_step import StepPredictor
 from megatron_llmjp.training.stragglers import Comparison, StragglerMonitor
 from megatron_llmjp.training.train_step import (
@@ -107,7 +107,7 @@ class TrainingMetrics:
     ) -> None:
         self._config = config
         self._schedule = schedule
-        self._planned_iters = planned_iters
+        self._lines = LogLines(choose_format(config.logging.log_format), planned_iters)
         self._rollbacks = rollbacks
         self._stragglers = stragglers
         self._predictor = predictor
@@ -227,12 +227,9 @@ class TrainingMetrics:
         latest = {name: values[name] for name in IN_MANIFEST}
         self.last |= {name: value for name, value in latest.items() if math.isfinite(value)}
         if self._writers:
-            position = f"{fold.name} ({stats.fold_number}/{len(self._schedule.folds)})"
-            position += f" {stats.fold_progress:.0%}"
-            print(
-                interval_line(iteration, self._planned_iters, consumed, values, position),
-                flush=True,
-            )
+            folds = len(self._schedule.folds)
+            position = FoldPosition(fold.name, stats.fold_number, folds, stats.fold_progress)
+            print(self._lines.interval(iteration, consumed, values, position), flush=True)
             values |= self._by_dataset(consumed, means[FIRST_DATASET_ROW:])
             hosts = {SLOWEST_HOST: ranks.hosts} if ranks is not None and ranks.hosts else {}
             record = self._record(iteration, consumed, values, fold=fold.name, **hosts)
@@ -306,7 +303,7 @@ class TrainingMetrics:
         """Write validation losses."""
         if not self._writers:
             return
-        print(validation_line(losses, iteration), flush=True)
+        print(self._lines.validation(iteration, losses), flush=True)
         values = {VALIDATION_LOSS.key(name): loss for name, loss in losses.items()}
         values |= {PERPLEXITY.key(name): perplexity(loss) for name, loss in losses.items()}
         self._writers.write(self._record(iteration, consumed, values))

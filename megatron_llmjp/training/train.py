@@ -25,10 +25,11 @@ from megatron_llmjp.parallel.ranks import Ranks
 from megatron_llmjp.parallel.signals import StopRequests
 from megatron_llmjp.run import Run, resolve_run
 from megatron_llmjp.training import run_setup
-from megatron_llmjp.training.evaluation import evaluate, validation_line
+from megatron_llmjp.training.evaluation import evaluate
 from megatron_llmjp.training.garbage_collection import GarbageCollector
 from megatron_llmjp.training.gradient_monitor import GradientMonitor, Rollback
 from megatron_llmjp.training.instruments import install_instruments
+from megatron_llmjp.training.log_lines import LogLines, choose_format
 from megatron_llmjp.training.memory_history import profile_folder, record_memory_history
 from megatron_llmjp.training.optimizer import LearningRateSchedule
 from megatron_llmjp.training.out_of_memory import explain_out_of_memory
@@ -187,7 +188,8 @@ def _validate_only(run: Run, context: _RankContext) -> int:
     run_setup.print_run_summary(run, chunks, context.ranks, context.device)
     context.watchdog.begin(iteration, "a validation")
     losses = evaluate(chunks, validation, run.config, context.device, beat=beat)
-    print_rank_0(validation_line(losses, iteration))
+    lines = LogLines(choose_format(run.config.logging.log_format), run.train_iters)
+    print_rank_0(lines.validation(iteration, losses))
     wrong = [name for name, loss in losses.items() if not math.isfinite(loss)]
     if wrong:
         raise RunError(

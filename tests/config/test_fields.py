@@ -161,6 +161,7 @@ spike_skip_iterations int 20 >0
 max_spikes int 8 >0
 max_rollbacks int 3 >0
 hang_timeout_minutes float None >=0
+log_format short|megatron|json None
 log_interval int 10 >0
 tensorboard_dir str None
 log_params_norm bool True

@@ -21,7 +21,7 @@ from tests.support.datasets import write_folds
 from tests.support.training import arguments
 
 LENGTH = 32
-NOT_STORED = {"alert_command", "alert_webhook"}
+NOT_STORED = {"alert_command", "alert_webhook", "log_format"}
 """Fields that may be secret."""
 
 

@@ -134,7 +134,7 @@ def test_the_page_is_self_contained(save, tmp_path, capsys):
     page = (tmp_path / "report/report.html").read_text(encoding="utf-8")
     sources = re.findall(r'(?:src|href)="([^"]{0,30})', page)
     assert sources and all(s.startswith("data:image/svg+xml;base64,") for s in sources)
-    assert "<script" not in page and "&lt;en&gt;" in page
+    assert "<title>run</title>" in page and "&lt;en&gt;" in page and "<en>" not in page
     pictures = {p.stem: p.read_bytes()[:4] for p in (tmp_path / "report").glob("*.png")}
     expected = {"loss", "validation", "learning_rate", "throughput", "gradient_norm", "datasets"}
     assert set(pictures) == expected and set(pictures.values()) == {PNG}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import resource
 import sys
 import types
@@ -13,7 +12,7 @@ import pytest
 from megatron_llmjp.config.flags import parse
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.formatting import format_count, format_duration
-from megatron_llmjp.training.log_writers import MetricsRecord, MetricsWriters, interval_line
+from megatron_llmjp.training.log_writers import MetricsRecord, MetricsWriters
 
 MODEL = ("--num-layers", "1", "--hidden-size", "8", "--num-attention-heads", "1")
 
@@ -163,52 +162,6 @@ def test_logs_that_cannot_be_written(tmp_path, capfd):
     output = capfd.readouterr().err
     assert output.count(f"warning: {save / 'metrics.jsonl'} cannot be written: Is a directory") == 1
     assert f"{save / 'tensorboard'}/events.out" in output
-
-
-def test_log_line():
-    values = {
-        "consumed tokens": 1.5e9,
-        "seconds per iteration": 0.25,
-        "TFLOP/s per GPU": 412.34,
-        "MFU": 0.4167,
-        "tokens per second": 123456.0,
-        "learning rate": 3e-4,
-        "global batch size": 512,
-        "lm loss": 2.5,
-        "z loss": 1e-3,
-        "loss scale": 1.0,
-        "grad norm": 0.5,
-        "params norm": 321.0,
-        "skipped iterations": 0,
-        "nan iterations": 0,
-        "seconds remaining": 93784.0,
-    }
-    line = interval_line(100, 5000, 51200, values, "fold01 (2/11) 45%")
-    assert "\n" not in line
-    # Parts that scripts for Megatron-LM's log search for.
-    for part in (
-        "iteration      100/    5000 | consumed samples:        51200 |",
-        "| elapsed time per iteration (ms): 250.0 |",
-        "| throughput per GPU (TFLOP/s/GPU): 412.3 |",
-        "| learning rate: 3.000000E-04 | global batch size:   512 | lm loss: 2.500000E+00 |",
-        "| loss scale: 1.0 | grad norm: 0.500 | params norm: 321.000 |",
-        "| number of skipped iterations:   0 | number of nan iterations:   0 |",
-    ):
-        assert part in line
-    assert re.match(r" \[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] iteration ", line)
-    assert "| MFU: 41.7% | tokens/s: 123.46K |" in line and "z loss: 1.000000E-03" in line
-    assert "| fold: fold01 (2/11) 45% | remaining: 1d 02:03:04 |" in line
-    values |= {"spikes": 2, "rollbacks": 1}
-    shown = interval_line(1, 2, 3, values, "a")
-    assert (
-        "| number of nan iterations:   0 | number of spikes:   2 | number of rollbacks:   1 |"
-        in (shown)
-    )
-    without = interval_line(1, 2, 3, {**values, "lm loss": float("nan")}, "a")
-    assert "lm loss" not in without and "grad norm: 0.500" in without
-    for name, shown in (("MFU", "MFU"), ("z loss", "z loss"), ("params norm", "params norm")):
-        del values[name]
-        assert shown not in interval_line(1, 2, 3, values, "a")
 
 
 def test_formatted_numbers():

@@ -1,0 +1,1 @@
+"""The interactive part of reports: data of the plots, marks of events, the page itself."""
