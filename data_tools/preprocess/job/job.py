@@ -17,6 +17,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from data_tools.common import EncodingProgress
 from data_tools.document_sources.files import describe_files
+from data_tools.document_sources.sources_file import SUFFIX
 from data_tools.documents import MANIFEST_FORMAT
 from data_tools.preprocess.encoding.encode import (
     BlockEncoder,
@@ -374,7 +375,8 @@ class PreprocessJob:
         table = summary_rows([source.label for source in self.sources], self.counts, keys)
         print(format_rows(table))
         for key in keys:
-            print(f"{self.output.prefix_of(key)}.bin .idx .json")
+            more = f" {SUFFIX}" if self.args.record_sources else ""
+            print(f"{self.output.prefix_of(key)}.bin .idx .json{more}")
         quarantined = Path(f"{self.args.output_prefix}_rejected.jsonl")
         if table[-1]["rejected"] and quarantined.exists():
             print(f"{quarantined}: rejected lines; {quarantined.with_suffix('.csv').name}: reasons")
