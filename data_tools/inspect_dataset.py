@@ -1,6 +1,6 @@
 """Inspect indexed datasets: statistics, documents as text, and verification.
 
-``--run`` inspects the training data of a run: ``lineage_report.py``.
+``--run`` inspects the training data of a run: ``lineage/``.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_tools import lineage_report
 from data_tools.common import ToolParser, run_tool
+from data_tools.document_sources.lookup import SourceLookup, format_origin
 from data_tools.documents import document_chunks, read_dataset_manifest
+from data_tools.lineage import report as lineage_report
 from data_tools.statistics import program as summary_program
 from data_tools.statistics.counts import HISTOGRAM_BINS, document_lengths, length_histogram
 from data_tools.statistics.tables import draw_histogram
@@ -203,14 +204,16 @@ def show_document(
     shown = ids[:max_tokens]
     cut = f", the first {max_tokens:,} shown" if len(ids) > max_tokens else ""
     heading = f"--- {index.prefix} document {position:,}: {len(ids):,} tokens{cut}"
+    origin = SourceLookup().origin(str(index.prefix), position)
+    source = "" if origin is None else f"\nsource: {format_origin(origin)}"
     if tokenizer is None:
-        return f"{heading}\n{' '.join(map(str, shown))}"
+        return f"{heading}{source}\n{' '.join(map(str, shown))}"
     known = [token for token in shown if 0 <= token < tokenizer.vocab_size]
     if len(known) < len(shown):
         heading += f", {len(shown) - len(known):,} of them outside the vocabulary"
     if ids and 0 <= ids[-1] < tokenizer.vocab_size:
         heading += f", ends with {tokenizer.piece(ids[-1])}"
-    return f"{heading}\n{tokenizer.decode(known)}"
+    return f"{heading}{source}\n{tokenizer.decode(known)}"
 
 
 if __name__ == "__main__":

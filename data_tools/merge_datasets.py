@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.common import ToolParser, run_tool
+from data_tools.document_sources import sources_file
+from data_tools.document_sources.merging import MergedSources
 from data_tools.documents import (
     MANIFEST_FORMAT,
     chunks_with_tokens,
@@ -127,7 +129,8 @@ def merge_datasets(
         described: more entries of its manifest.
         check: called before the files get their final names; may raise an error.
     """
-    finals = [Path(output_prefix + suffix) for suffix in (".bin", ".json", ".idx")]
+    suffixes = (".bin", sources_file.SUFFIX, ".json", ".idx")
+    finals = [Path(output_prefix + suffix) for suffix in suffixes]
     if output_prefix in prefixes:
         raise UserError(f"--output-prefix {output_prefix}: the output is one of the inputs")
     refuse_existing(finals, overwrite)
@@ -147,18 +150,24 @@ def merge_datasets(
     array = read_array_parts(prefixes, indexes) if is_array else None
     with staging_folder(Path(f"{output_prefix}.partial")) as folder:
         writer = IndexedDatasetWriter(folder / "merged.bin", indexes[0].dtype)
+        documents = [index.documents for index in indexes]
+        sources = MergedSources(prefixes, documents, is_array, folder)
         if array is None:
             _concatenate(indexes, writer)
+            sources.concatenate()
         else:
-            array.write(writer, folder)
+            array.write(writer, sources, folder)
         statistics = merged_statistics(prefixes) if array is None else array.statistics()
         crc = writer.finish(folder / "merged.idx")
         manifest = merged_manifest(writer, crc, recipe, prefixes, statistics)
         write_json_durably(
-            folder / "merged.json", manifest | without_removed(described or {}, statistics)
+            folder / "merged.json",
+            manifest | sources.finish() | without_removed(described or {}, statistics),
         )
         check()
-        rename_into_place([(folder / f"merged{final.suffix}", final) for final in finals])
+        made = [(folder / f"merged{final.suffix}", final) for final in finals]
+        Path(output_prefix + sources_file.SUFFIX).unlink(missing_ok=True)
+        rename_into_place([(work, final) for work, final in made if work.exists()])
     position = writer.position
     tokens_written = position.bin_bytes // writer.dtype.itemsize
     print(

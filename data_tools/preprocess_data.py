@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.common import ToolParser, cores, run_tool
+from data_tools.document_sources.flags import add_source_flags, check_source_flags
 from data_tools.preprocess.array.program import (
     add_array_flags,
     check_array_flags,
@@ -54,6 +55,9 @@ EXAMPLES = """\
 
   Shuffle all documents, remove copies and short ones, and filter them by functions in hooks.py:
     preprocess_data ... --shuffle-seed 1 --remove-duplicates --min-characters 200 --hooks hooks.py
+
+  Record file, line and byte offset of each document, and its own id, for inspect_dataset --run:
+    preprocess_data ... --record-sources --id-key meta.id
 
   After an interruption or a full disk, run the same command again to resume.
 
@@ -114,6 +118,7 @@ def _parser() -> ToolParser:
         help="optional JSON key of a document's language, such as meta.lang, for the statistics of "
         "inspect_dataset --summary",
     )
+    add_source_flags(add)
     add(
         "--output-prefix",
         required=True,
@@ -300,6 +305,7 @@ def _include_special_tokens(tokenizer: Tokenizer, args: argparse.Namespace) -> N
 def _check(args: argparse.Namespace) -> None:
     refuse_remote_output("--output-prefix", args.output_prefix)
     check_array_flags(args)
+    check_source_flags(args)
     for path in args.report:
         refuse_remote_output("--report", path)
         check_table_path(path)

@@ -50,6 +50,8 @@ class RecordedRun:
     tokenizer: Tokenizer | None
     cache: Path
     """Folder of the run's sample indices."""
+    skips_of_fold_file: tuple[tuple[int, int], ...] = ()
+    """Positions that the fold file skips."""
 
     def samples_of(self, iteration: int) -> range:
         """Return the sample numbers of the global batch of an iteration.
@@ -99,15 +101,28 @@ def open_run(
         )
     cache = index_cache_folder(config, data.folds)
     tokenizer = _load_tokenizer(folder, config)
-    return RecordedRun(folder, manifest, config, schedule, data.datasets, sizes, tokenizer, cache)
+    return RecordedRun(
+        folder,
+        manifest,
+        config,
+        schedule,
+        data.datasets,
+        sizes,
+        tokenizer,
+        cache,
+        tuple(skip.samples for skip in data.folds.skip),
+    )
 
 
 @contextmanager
-def open_lineage(run: RecordedRun, cache: Path | None) -> Iterator[Lineage]:
+def open_lineage(
+    run: RecordedRun, cache: Path | None, schedule: Schedule | None = None
+) -> Iterator[Lineage]:
     """Provide the data lineage of a run; imports torch.
 
     Args:
         run: the run.
+        schedule: with other skipped samples than those of the run, for an earlier attempt.
         cache: folder of sample indices; by default the run's. If the folder does not exist,
             indices are built in a temporary folder, so that nothing is written to the run.
     """
@@ -120,7 +135,7 @@ def open_lineage(run: RecordedRun, cache: Path | None) -> Iterator[Lineage]:
         unknown = SimpleNamespace(eod_id=0, vocab_size=1)  # no sample depends on it
         tokenizer = run.tokenizer or unknown
         epochs = EpochDatasets(run.config.data, tokenizer, where, datasets=run.datasets)
-        yield Lineage(run.schedule, epochs)
+        yield Lineage(schedule or run.schedule, epochs)
 
 
 def _choose_checkpoint(root: Path, is_late_enough: Callable[[Manifest], bool]) -> Path:

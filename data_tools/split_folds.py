@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from data_tools.common import ToolParser, run_tool
+from data_tools.document_sources.merging import open_sources, write_selected
+from data_tools.document_sources.sources_file import SUFFIX
 from data_tools.documents import MANIFEST_FORMAT, read_dataset_manifest
 from data_tools.tables import format_rows
 from megatron_llmjp.arguments import positive_int
@@ -144,7 +146,8 @@ def split_one(prefix: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         parts["refined"] = np.setdiff1d(refined, parts.get("validation", refined[:0]))
     name = Path(prefix).name
     finals = {part: args.output_dir / part / name for part in parts}
-    suffixes = (".bin", ".json", ".idx")
+    sources = open_sources(prefix, index.documents)
+    suffixes = (".bin", SUFFIX, ".json", ".idx")
     paths = [Path(f"{final}{suffix}") for final in finals.values() for suffix in suffixes]
     refuse_existing(paths, args.overwrite)
     table = []
@@ -153,11 +156,17 @@ def split_one(prefix: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         for part, documents in parts.items():
             row, crc = write_part(index, documents, folder / part, args.link)
             manifest = part_manifest(prefix, index, row, crc, part, args)
+            if sources is not None:
+                manifest |= write_selected(sources, documents, folder / f"{part}{SUFFIX}")
             write_json_durably(folder / f"{part}.json", manifest)
             table.append({"dataset": name, "part": part, **row})
             finals[part].parent.mkdir(parents=True, exist_ok=True)
             pairs += [(folder / f"{part}{s}", Path(f"{finals[part]}{s}")) for s in suffixes]
         verify_parts(index, {part: folder / part for part in parts if part != "refined"})
+        for _, final in pairs:
+            if sources is None and final.suffix == SUFFIX:
+                final.unlink(missing_ok=True)
+        pairs = [(work, final) for work, final in pairs if final.suffix != SUFFIX or sources]
         rename_into_place(sorted(pairs, key=lambda pair: pair[1].suffix == ".idx"))
     return table
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data_tools.document_sources.merging import open_sources
+from data_tools.document_sources.sources_file import MANIFEST_ENTRY
 from data_tools.documents import chunks_with_tokens, document_chunks, read_dataset_manifest
 from megatron_llmjp.data.indexed_dataset import (
     DatasetIndex,
@@ -13,6 +16,7 @@ from megatron_llmjp.data.indexed_dataset import (
     idx_path,
     read_and_check_index,
 )
+from megatron_llmjp.errors import UserError
 from megatron_llmjp.filesystem import file_crc32
 
 
@@ -44,6 +48,9 @@ def verify_dataset(prefix: str, vocab_size: int | None) -> tuple[list[str], list
         return checked, wrong
     wrong += find_manifest_differences(index, manifest)
     checked.append("counts and checksums against the manifest")
+    if MANIFEST_ENTRY in manifest:
+        wrong += find_damaged_sources(index, manifest)
+        checked.append("document sources")
     if unchecked := [f".{name}" for name in ("bin", "idx") if "crc32" not in manifest[name]]:
         checked.append(f"the manifest has no checksum of {' and '.join(unchecked)}")
     return checked, wrong
@@ -88,6 +95,29 @@ def find_invalid_ids(index: DatasetIndex, vocab_size: int) -> list[str]:
     return []
 
 
+def find_damaged_sources(index: DatasetIndex, manifest: dict[str, Any]) -> list[str]:
+    """Check the file of document sources: its checksum, its size and its contents."""
+    try:
+        found = open_sources(index.prefix, index.documents)
+        assert found is not None
+        declared = manifest[MANIFEST_ENTRY]
+        expected = declared.get("crc32") if isinstance(declared, dict) else None
+        if (crc := f"{file_crc32(found.path):08x}") != expected:
+            return [_changed(found.path, crc, expected)]
+        for _ in found.chunks():
+            pass
+    except UserError as error:
+        return [str(error)]
+    return []
+
+
+def _changed(path: Path, found: str, expected: Any) -> str:
+    return (
+        f"{path}: its contents have changed since it was written (CRC-32 {found}, expected "
+        f"{expected}). Copy or rebuild it."
+    )
+
+
 def find_manifest_differences(index: DatasetIndex, manifest: dict[str, Any]) -> list[str]:
     """Return the differences between the files and their manifest."""
     wrong = []
@@ -100,8 +130,5 @@ def find_manifest_differences(index: DatasetIndex, manifest: dict[str, Any]) -> 
             continue
         found_crc = f"{file_crc32(path):08x}"
         if found_crc != expected:
-            wrong.append(
-                f"{path}: its contents have changed since it was written (CRC-32 {found_crc}, "
-                f"expected {expected}). Copy or rebuild it."
-            )
+            wrong.append(_changed(path, found_crc, expected))
     return wrong

@@ -65,7 +65,7 @@ class Lineage:
 
     def __init__(self, schedule: Schedule, epochs: EpochDatasets) -> None:
         self.schedule = schedule
-        self._epochs = epochs
+        self.epochs = epochs
         self._epoch = lru_cache(maxsize=MAX_OPEN_EPOCHS)(self._open_epoch)
         self._order = lru_cache(maxsize=2)(partial(fold_order, schedule.shuffle, epochs.cache))
         self._megatron = lru_cache(maxsize=2)(
@@ -155,7 +155,7 @@ class Lineage:
 
     def _open_epoch(self, dataset_slice: DatasetSlice, epoch: int) -> Any:
         seed = epoch_seed(self.schedule.seed, dataset_slice.key, epoch)
-        return self._epochs.open(dataset_slice.key, dataset_slice.path, seed, self.schedule.shuffle)
+        return self.epochs.open(dataset_slice.key, dataset_slice.path, seed, self.schedule.shuffle)
 
 
 def sample_spans(dataset_slice: DatasetSlice, data: Any, sample: int) -> tuple[TokenSpan, ...]:

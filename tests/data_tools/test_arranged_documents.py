@@ -24,6 +24,7 @@ from megatron_llmjp.data.indexed_dataset_writer import IndexedDatasetWriter
 from tests.data_tools.conftest import make_documents, write_jsonl
 
 BYTES = ["--tokenizer-type", "ByteLevelTokenizer", "--append-eod"]
+BYTES += ["--record-sources", "--id-key", "n"]
 EOD = 256
 
 
@@ -254,7 +255,7 @@ def test_merged_parts_equal_the_whole(inputs, tmp_path, monkeypatch, capsys):
         shard = ["--shard", f"{task}/4"]
         assert preprocess_data.main([*common, str(tmp_path / "cut"), *shard]) == 0
     assert merge_datasets.main(["--parts", str(tmp_path / "cut")]) == 0
-    for key, suffix in itertools.product(("title", "text"), ("bin", "idx")):
+    for key, suffix in itertools.product(("title", "text"), ("bin", "idx", "sources")):
         whole = (tmp_path / f"whole_{key}_document.{suffix}").read_bytes()
         for name in ("cut", "auto"):
             assert (tmp_path / f"{name}_{key}_document.{suffix}").read_bytes() == whole, name

@@ -25,6 +25,7 @@ from tests.data_tools.conftest import make_documents, write_jsonl
 from tests.support.timeouts import PROCESS_TIMEOUT, wait_until
 
 BYTES = ["--tokenizer-type", "ByteLevelTokenizer", "--append-eod", "--workers", "2"]
+BYTES += ["--record-sources", "--id-key", "n"]
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from data_tools.document_sources.columns import DocumentSources, join_sources
 from data_tools.preprocess.arrangement.staged_dataset import (
     Run,
     StagedDataset,
@@ -29,7 +30,8 @@ SLICE_BYTES = 64 << 20
 DOCUMENTS_PER_SLICE = 1 << 16
 """Documents of a slice in the order of the input."""
 
-Part = tuple[PackedDocuments, Records]
+Part = tuple[PackedDocuments, Records, DocumentSources | None]
+"""Documents, their records, and their sources if they are recorded."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +89,14 @@ class ArrangedDocuments:
 
     def _sorted_slice(self, number: int) -> Iterator[Part]:
         parts = [self._read(run.dataset, *run.bounds[number : number + 2]) for run in self.runs]
-        documents = join_documents([packed for packed, _ in parts], self.datasets[0].index.dtype)
-        records = np.concatenate([found for _, found in parts]) if parts else np.empty(0)
+        documents = join_documents([part[0] for part in parts], self.datasets[0].index.dtype)
+        records = np.concatenate([part[1] for part in parts]) if parts else np.empty(0)
+        found = [part[2] for part in parts if part[2] is not None]
+        sources = join_sources(found) if found else None
         del parts
         if len(records):
             order = np.argsort(self.arrangement.sort_keys(records))
-            yield documents.take(order), records[order]
+            yield documents.take(order), records[order], sources and sources.take(order)
 
     def _unsorted_slice(self, number: int, start: int) -> Iterator[Part]:
         """Yield the documents of a slice in parts of limited size."""
@@ -112,9 +116,10 @@ class ArrangedDocuments:
         """Return documents and their records, without those that are removed."""
         dataset = self.datasets[number]
         documents, records = dataset.documents(first, end), dataset.records(first, end)
+        sources = None if dataset.read_sources is None else dataset.read_sources(first, end)
         if self.removed is None:
-            return documents, records
+            return documents, records, sources
         chosen = np.flatnonzero(self.removed[number][first:end] == 0)
         if len(chosen) == len(records):
-            return documents, records
-        return documents.take(chosen), records[chosen]
+            return documents, records, sources
+        return documents.take(chosen), records[chosen], sources and sources.take(chosen)

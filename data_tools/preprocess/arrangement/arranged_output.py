@@ -19,6 +19,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from data_tools.document_sources import sources_file
+from data_tools.document_sources.columns import DocumentSources, ReadSources, join_sources
 from data_tools.preprocess.arrangement.arrange import ArrangedDocuments
 from data_tools.preprocess.arrangement.duplicates import find_duplicates
 from data_tools.preprocess.arrangement.recount import count_kept
@@ -49,10 +51,11 @@ ORDER_SUFFIX = ".order"
 
 @dataclass
 class _Block:
-    """Documents of a block, with their records, by key; and the point after the block."""
+    """Documents of a block with their records, by key; their sources; the point after it."""
 
     packed: dict[str, PackedDocuments]
     records: dict[str, Records]
+    sources: DocumentSources | None = None
     end: tuple[int, int] = (0, 0)
 
     @property
@@ -72,6 +75,7 @@ class ArrangedOutput(DatasetOutput):
         dtype: np.dtype[Any],
         arrangement: Arrangement,
         keep_records: bool,
+        record_sources: bool = False,
     ) -> None:
         """Write to files that begin with ``prefix``.
 
@@ -81,8 +85,9 @@ class ArrangedOutput(DatasetOutput):
             dtype: of the tokens.
             arrangement: order of the documents.
             keep_records: also write the records, from which parts of an array are merged.
+            record_sources: also write the sources of the documents.
         """
-        super().__init__(prefix, keys, dtype)
+        super().__init__(prefix, keys, dtype, record_sources)
         self.arrangement, self.keep_records = arrangement, keep_records
         self._records: dict[str, BinaryIO] = {}
         self._added = _Block({}, {})
@@ -99,7 +104,8 @@ class ArrangedOutput(DatasetOutput):
     @property
     def suffixes(self) -> tuple[str, ...]:
         """Suffixes of the files of each dataset in the order of renaming."""
-        return (".bin", *((ORDER_SUFFIX,) if self.keep_records else ()), ".json", ".idx")
+        order = (ORDER_SUFFIX,) if self.keep_records else ()
+        return (".bin", *order, *self._sources_suffix, ".json", ".idx")
 
     def open_writers(self, positions: Mapping[str, WriterPosition]) -> None:
         """Open the staging files at the given positions."""
@@ -110,15 +116,19 @@ class ArrangedOutput(DatasetOutput):
             self.writers[key] = writer
             size = writer.position.documents * self.arrangement.dtype.itemsize
             self._records[key] = open_at(self.staging / f"{key}.records", size)
+        self._open_recorder(self.staging, positions)
 
     def add(
-        self, packed: dict[str, PackedDocuments], records: dict[str, Records] | None = None
+        self,
+        packed: dict[str, PackedDocuments],
+        records: dict[str, Records] | None = None,
+        sources: DocumentSources | None = None,
     ) -> None:
         """Add the documents of a block, which are kept in memory until a run is complete."""
         assert records is not None
         if self._waiting_bytes >= RUN_BYTES:
             self._write_run()
-        self._added = _Block(packed, records)
+        self._added = _Block(packed, records, sources)
 
     def resume_point(self, source: int, position: int, counts: SourceCounts) -> ResumePoint:
         """Return the state after the last block, without the positions of the writers."""
@@ -143,9 +153,15 @@ class ArrangedOutput(DatasetOutput):
         for key in self.keys:
             documents = join_documents([block.packed[key] for block in self._waiting], self.dtype)
             records = np.concatenate([block.records[key] for block in self._waiting])
+            sources = None
+            if self.recorder is not None and key == self.keys[0]:
+                sources = join_sources([b.sources for b in self._waiting if b.sources is not None])
             if self.arrangement.shuffle_seed is not None:
                 order = np.argsort(self.arrangement.sort_keys(records))
                 documents, records = documents.take(order), records[order]
+                sources = sources and sources.take(order)
+            if self.recorder is not None and sources is not None:
+                self.recorder.add(sources)
             self.writers[key].add(documents.tokens, documents.lengths, documents.sequences)
             self._records[key].write(records.tobytes())
         self._waiting.clear()
@@ -183,13 +199,20 @@ class ArrangedOutput(DatasetOutput):
         for key, file in self._records.items():
             file.close()
             self.writers[key].finish(self.staging / f"{key}.idx")
-        staged = {key: self._staged(key) for key in self.keys}
+        sources = None
+        if self.recorder is not None:
+            path = self.staging / f"documents{sources_file.SUFFIX}"
+            self.recorder.write(path, [{} for _ in counts])
+            sources = sources_file.SourcesFile(path).read
+        staged = {key: self._staged(key, sources) for key in self.keys}
         removed: npt.NDArray[Any] | None = None
         if self.arrangement.remove_duplicates:
             (removed,) = find_duplicates([staged[self.keys[0]]], self.folder / "duplicates")
             for key, dataset in staged.items():
                 _recount(key, dataset, removed, counts)
         positions = dict(journal.last.arranged)
+        outputs = {key: position.output for key, position in positions.items()}
+        self._open_recorder(self.folder, outputs)
         for key, dataset in staged.items():
             self._arrange_key(key, dataset, removed, journal, positions)
         last = dataclasses.replace(
@@ -200,10 +223,10 @@ class ArrangedOutput(DatasetOutput):
         )
         journal.add(last)
 
-    def _staged(self, key: str) -> StagedDataset:
+    def _staged(self, key: str, sources: ReadSources | None) -> StagedDataset:
         index = read_index(self.staging / key)
         records = self.staging / f"{key}.records"
-        dataset = StagedDataset(index, records, self.arrangement.dtype)
+        dataset = StagedDataset(index, records, self.arrangement.dtype, sources)
         dataset.check()
         return dataset
 
@@ -225,12 +248,15 @@ class ArrangedOutput(DatasetOutput):
         size = at.output.documents * self.arrangement.dtype.itemsize
         records_file = open_at(self.folder / f"{key}{ORDER_SUFFIX}", size)
         saved = shown = time.monotonic()
+        is_first_key = key == self.keys[0]
         with records_file:
             for number, parts in enumerate(documents.slice_parts(at.slices), at.slices + 1):
                 self.check_held()
-                for packed, records in parts:
+                for packed, records, sources in parts:
                     writer.add(packed.tokens, packed.lengths, packed.sequences)
                     records_file.write(records.tobytes())
+                    if self.recorder is not None and sources is not None and is_first_key:
+                        self.recorder.add(sources)
                 now, is_last = time.monotonic(), number == documents.slices
                 if is_last or now - shown > SECONDS_BETWEEN_SAVES:
                     shown = now
@@ -239,6 +265,8 @@ class ArrangedOutput(DatasetOutput):
                     saved = now
                     records_file.flush()
                     os.fsync(records_file.fileno())
+                    if self.recorder is not None:
+                        self.recorder.sync()
                     positions[key] = SlicePosition(number, writer.sync())
                     journal.add(dataclasses.replace(journal.last, arranged=dict(positions)))
 

@@ -8,10 +8,11 @@ documents, and of copies in several parts, the first in the input is kept.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from data_tools.document_sources.merging import MergedSources
 from data_tools.documents import read_dataset_manifest
 from data_tools.preprocess.arrangement.arrange import ArrangedDocuments
 from data_tools.preprocess.arrangement.arranged_output import ORDER_SUFFIX
@@ -48,11 +49,12 @@ class ArrayParts:
     _counts: dict[str, CountsByLanguage] = field(default_factory=dict)
     _removed: RemovedBySource = field(default_factory=dict)
 
-    def write(self, writer: IndexedDatasetWriter, folder: Path) -> None:
+    def write(self, writer: IndexedDatasetWriter, sources: MergedSources, folder: Path) -> None:
         """Write the merged documents.
 
         Args:
             writer: writer of the merged dataset.
+            sources: sources of its documents.
             folder: folder for temporary files.
         """
         removed = None
@@ -60,10 +62,15 @@ class ArrayParts:
             removed = find_duplicates(self.datasets, folder / "duplicates")
         for number, prefix in enumerate(self.prefixes):
             self._count(number, prefix, None if removed is None else removed[number])
-        documents = ArrangedDocuments.of(self.datasets, self.arrangement, removed)
+        datasets = [
+            replace(dataset, read_sources=sources.reader_of(number))
+            for number, dataset in enumerate(self.datasets)
+        ]
+        documents = ArrangedDocuments.of(datasets, self.arrangement, removed)
         for parts in documents.slice_parts():
-            for packed, _ in parts:
+            for packed, _, of_documents in parts:
                 writer.add(packed.tokens, packed.lengths, packed.sequences)
+                sources.add(of_documents)
 
     def statistics(self) -> dict[str, Any]:
         """Return the manifest's entry ``statistics`` of the documents written."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from data_tools.document_sources.columns import ReadSources
 from data_tools.preprocess.encoding.packed_documents import PackedDocuments
 from data_tools.preprocess.selection.document_records import Arrangement, Records
 from megatron_llmjp.data.indexed_dataset import HEADER, DatasetIndex, bin_path, idx_path
@@ -20,11 +21,12 @@ RECORDS_PER_CHUNK = 1 << 18
 
 @dataclass(frozen=True)
 class StagedDataset:
-    """A dataset and the records of its documents, in the same order."""
+    """A dataset and the records of its documents, in the same order, and their sources."""
 
     index: DatasetIndex
     records_path: Path
     record_dtype: np.dtype[Any]
+    read_sources: ReadSources | None = None
 
     def check(self) -> None:
         """Check that there is one record per document.

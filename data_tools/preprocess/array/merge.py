@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from data_tools.document_sources.sources_file import SUFFIX
 from data_tools.documents import read_dataset_manifest
 from data_tools.merge_datasets import merge_datasets
 from data_tools.preprocess.array.counts import describe_parts, table_of
@@ -113,6 +114,7 @@ class ArrayOutput:
         table = table_of(manifests)
         print(format_rows(table))
         for key in self.keys:
-            print(f"{self.prefix_of(key)}.bin .idx .json")
+            more = f" {SUFFIX}" if self._args.record_sources else ""
+            print(f"{self.prefix_of(key)}.bin .idx .json{more}")
         for path in self._args.report:
             write_table(path, table)

@@ -109,8 +109,10 @@ def make_output(
     """Return the output of a job, whose documents are arranged at the end if that is needed."""
     prefix, keys, dtype = args.output_prefix, args.json_keys, best_dtype(tokenizer.vocab_size)
     if (order := selection.arrangement).is_needed:
-        return ArrangedOutput(prefix, keys, dtype, order, keep_records=is_part)
-    return DatasetOutput(prefix, keys, dtype)
+        return ArrangedOutput(
+            prefix, keys, dtype, order, keep_records=is_part, record_sources=args.record_sources
+        )
+    return DatasetOutput(prefix, keys, dtype, args.record_sources)
 
 
 def run_job(job: PreprocessJob) -> int:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from data_tools.document_sources.columns import DocumentSources, line_starts, own_id
 from data_tools.preprocess.encoding.packed_documents import PackedDocuments
 from data_tools.preprocess.encoding.text_counts import count_texts, language_of
 from data_tools.preprocess.input.blocks import Block, FileRange, LongLine, TableRows
@@ -55,6 +56,8 @@ class EncodingOptions:
         hooks: functions that select and change documents.
         lengths: limits on the length of documents.
         record_dtype: dtype of the records of documents; None records none.
+        record_sources: return the line and byte offset of each document.
+        id_key: JSON key of a document's own id, returned with them.
     """
 
     keys: list[str]
@@ -67,11 +70,18 @@ class EncodingOptions:
     hooks: DocumentHooks | None = None
     lengths: LengthLimits = field(default_factory=LengthLimits)
     record_dtype: np.dtype[Any] | None = None
+    record_sources: bool = False
+    id_key: str | None = None
 
     @property
     def columns(self) -> list[str] | None:
         """Columns of a table to read; None for all, which hooks may use."""
         return self.keys if self.hooks is None else None
+
+    @property
+    def optional_columns(self) -> list[str]:
+        """Columns of a table to read as well, if it has them."""
+        return [self.language_key, *([self.id_key] if self.id_key is not None else [])]
 
 
 @dataclass(frozen=True)
@@ -96,6 +106,8 @@ class EncodedBlock:
         invalid_id: first line with a token id outside the vocabulary, and that id.
         removed: documents that were removed on request, by reason.
         records: records of the documents by key, if they are recorded.
+        starts: byte offset of each line in the block, while it is encoded.
+        sources: sources of the documents, relative to the block, if they are recorded.
     """
 
     packed: dict[str, PackedDocuments] = field(default_factory=dict)
@@ -107,6 +119,8 @@ class EncodedBlock:
     invalid_id: tuple[int, int] | None = None
     removed: dict[str, int] = field(default_factory=dict)
     records: dict[str, Records] = field(default_factory=dict)
+    starts: npt.NDArray[np.int64] | None = None
+    sources: DocumentSources | None = None
 
 
 class BlockEncoder:
@@ -133,9 +147,10 @@ class BlockEncoder:
         documents: dict[str, Documents] = {key: [] for key in self.encoding.keys}
         lines: list[int] = []  # line number of each document
         languages: list[str] = []
+        ids: dict[int, str] = {}  # own id of each document, by line number
         for number, record, raw in self._records(payload, result):
             try:
-                fields, language = self._texts_by_key(record, raw, check_each_text)
+                fields, language, ids[number] = self._texts_by_key(record, raw, check_each_text)
             except RemovedDocument as removed:
                 add_removed(result.removed, {removed.reason: 1})
                 continue
@@ -162,6 +177,10 @@ class BlockEncoder:
             result.records = describe_documents(
                 payload, read_range, lines, documents, languages, dtype
             )
+        if self.encoding.record_sources:
+            own_ids = [ids[line] for line in lines] if self.encoding.id_key is not None else []
+            result.sources = DocumentSources.of_lines(lines, result.starts, own_ids)
+            result.starts = None
         return result
 
     def _limit_tokens(
@@ -204,6 +223,8 @@ class BlockEncoder:
         if not lines[-1]:
             lines.pop()
         result.lines = len(lines)
+        if self.encoding.record_sources:
+            result.starts = line_starts(lines)
         for at, line in enumerate(lines):
             if line and not line.isspace():
                 yield at, None, line
@@ -212,8 +233,8 @@ class BlockEncoder:
 
     def _texts_by_key(
         self, record: Any, raw: bytes, check_each_text: bool
-    ) -> tuple[dict[str, list[str]], str]:
-        """Return the texts of each key, and the language of the document.
+    ) -> tuple[dict[str, list[str]], str, str]:
+        """Return the texts of each key, the language of the document, and its own id.
 
         Raises:
             BadLine: the line yields no document.
@@ -222,6 +243,8 @@ class BlockEncoder:
             raise BadLine("line too long", f"{len(raw):,} bytes")
         is_row = record is not None
         record = record if is_row else parse_line(raw)
+        key = self.encoding.id_key
+        document_id = "" if key is None else own_id(record, key)
         if self.encoding.hooks is not None:
             record = self.encoding.hooks.apply(record)
         fields = {key: texts_of(record, key) for key in self.encoding.keys}
@@ -244,7 +267,7 @@ class BlockEncoder:
                 ) from error
             except ValueError as error:
                 raise BadLine("not encodable", str(error)) from error
-        return fields, language_of(record, self.encoding.language_key)
+        return fields, language_of(record, self.encoding.language_key), document_id
 
     def _pack_documents(
         self, documents: Documents

@@ -12,7 +12,7 @@ import lzma
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
@@ -84,12 +84,12 @@ def read_parquet(
     file: BinaryIO,
     start: int,
     keys: list[str] | None,
-    language_key: str | None = None,
+    optional: Sequence[str] = (),
 ) -> Iterator[Block]:
-    """Yield blocks of rows from row ``start`` on, with the column of languages if there is one.
+    """Yield blocks of rows from row ``start`` on.
 
-    ``keys`` are the columns to read; None reads all. A local file is mapped into memory; a remote
-    one is read through ``file``.
+    ``keys`` are the columns to read, and those of ``optional`` that exist; None reads all. A local
+    file is mapped into memory; a remote one is read through ``file``.
 
     Raises:
         UserError: pyarrow is not installed, or the file is damaged or lacks a column.
@@ -114,8 +114,10 @@ def read_parquet(
             names = table.schema_arrow.names
             keys = names if keys is None else keys
             _check_columns(source, names, keys)
-            if language_key is not None and language_key in names and language_key not in keys:
-                keys = [*keys, language_key]
+            for key in optional:
+                column = key if key in names else key.partition(".")[0]  # a key within a struct
+                if column in names and column not in keys:
+                    keys = [*keys, column]
             yield from _row_blocks(source, table, start, keys, pyarrow.default_memory_pool())
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
@@ -188,7 +190,7 @@ def read_blocks(
     start: int,
     keys: list[str] | None,
     limit: int,
-    language_key: str | None = None,
+    optional: Sequence[str] = (),
 ) -> Iterator[Block]:
     """Yield the blocks of a source.
 
@@ -197,7 +199,7 @@ def read_blocks(
         start: 0, or the ``end`` of an earlier block.
         keys: the columns to read, for tables; None reads all.
         limit: maximum length of a line in bytes; longer lines are yielded as LongLine.
-        language_key: optional column of languages, for tables.
+        optional: more columns to read if they exist, for tables.
 
     Raises:
         UserError: the file is truncated, damaged or not supported.
@@ -206,7 +208,7 @@ def read_blocks(
         file: BinaryIO = sys.stdin.buffer
         if source.name != STDIN:
             file = stack.enter_context(source.open())
-        yield from _read_blocks(source, file, start, keys, limit, language_key)
+        yield from _read_blocks(source, file, start, keys, limit, optional)
         if source.remote is not None:
             source.remote.refuse_changed()
 
@@ -217,7 +219,7 @@ def _read_blocks(
     start: int,
     keys: list[str] | None,
     limit: int,
-    language_key: str | None,
+    optional: Sequence[str],
 ) -> Iterator[Block]:
     try:
         if source.remote is not None and source.start:
@@ -225,7 +227,7 @@ def _read_blocks(
         else:
             head = file.peek(HEAD_BYTES)[:HEAD_BYTES] if hasattr(file, "peek") else b""
         if head.startswith(b"PAR1"):
-            yield from read_parquet(source, file, start, keys, language_key)
+            yield from read_parquet(source, file, start, keys, optional)
             return
         opener = find_opener(source, head)
         if opener is None and source.remote is not None:

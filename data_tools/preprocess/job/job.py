@@ -16,12 +16,13 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 
 from data_tools.common import EncodingProgress
+from data_tools.document_sources.files import describe_files
+from data_tools.document_sources.sources_file import SUFFIX
 from data_tools.documents import MANIFEST_FORMAT
 from data_tools.preprocess.encoding.encode import (
     BlockEncoder,
     EncodedBlock,
     EncoderPool,
-    EncodingOptions,
     RejectedLine,
 )
 from data_tools.preprocess.encoding.text_counts import add_texts
@@ -30,11 +31,11 @@ from data_tools.preprocess.input.remote_changes import refuse_changed_remote
 from data_tools.preprocess.input.sources import InputSource
 from data_tools.preprocess.job.journal import ResumeJournal, ResumePoint, SourceCounts
 from data_tools.preprocess.job.output import DatasetOutput
-from data_tools.preprocess.job.recipe import make_recipe, max_line_bytes
+from data_tools.preprocess.job.recipe import encoding_options, make_recipe
 from data_tools.preprocess.job.rejection import RejectionLimits
 from data_tools.preprocess.job.status import Amount, RateMeter, StatusWriter, amount_of
 from data_tools.preprocess.job.work_folder import FolderLostError
-from data_tools.preprocess.selection.document_records import place_records
+from data_tools.preprocess.selection.document_records import place_records, place_sources
 from data_tools.preprocess.selection.removal import add_removed
 from data_tools.preprocess.selection.selection import Selection
 from data_tools.statistics.counts import describe_sources, read_sources
@@ -74,18 +75,7 @@ class PreprocessJob:
         self.array_total, self.on_status = array_total, on_status
         self.meter = meter or RateMeter()
         self.status: StatusWriter | None = None
-        self.encoding = EncodingOptions(
-            keys=args.json_keys,
-            append_eod=args.append_eod,
-            keep_empty=args.on_error == "stop",
-            limit=max_line_bytes(args),
-            keep_raw=args.on_error == "quarantine",
-            append_bos=args.append_bos,
-            language_key=args.language_key,
-            hooks=selection.hooks,
-            lengths=selection.lengths,
-            record_dtype=selection.arrangement.record_dtype,
-        )
+        self.encoding = encoding_options(args, selection)
         self.selection = selection
         self.recipe = make_recipe(args, tokenizer, sources, selection, shard)
         # A part of an array may have no documents: merge_datasets checks the merged dataset.
@@ -177,7 +167,8 @@ class PreprocessJob:
             self._encode_and_check(journal)
             self.status.change("finishing")
             self.output.check_held()
-            self.output.finish(journal, self._manifest)
+            files = describe_files(self.sources) if self.args.record_sources else []
+            self.output.finish(journal, self._manifest, files)
 
     def _encode_and_check(self, journal: ResumeJournal) -> None:
         if self.sources and not self.point.finishing:
@@ -266,7 +257,7 @@ class PreprocessJob:
                 start,
                 self.encoding.columns,
                 self.encoding.limit,
-                self.encoding.language_key,
+                self.encoding.optional_columns,
             ):
                 yield number, block
 
@@ -291,7 +282,8 @@ class PreprocessJob:
             self._raise_invalid_id(source, source_counts.lines + line + 1, token_id)
         file_number = self.selection.file_numbers[self.sources[source].name]
         records = place_records(encoded.records, block, source, file_number)
-        self.output.add(encoded.packed, records)
+        sources = place_sources(encoded.sources, block, source, source_counts.lines)
+        self.output.add(encoded.packed, records, sources)
         source_counts.lines += encoded.lines
         source_counts.documents += _documents(encoded)
         source_counts.bytes += block.size
@@ -383,7 +375,8 @@ class PreprocessJob:
         table = summary_rows([source.label for source in self.sources], self.counts, keys)
         print(format_rows(table))
         for key in keys:
-            print(f"{self.output.prefix_of(key)}.bin .idx .json")
+            more = f" {SUFFIX}" if self.args.record_sources else ""
+            print(f"{self.output.prefix_of(key)}.bin .idx .json{more}")
         quarantined = Path(f"{self.args.output_prefix}_rejected.jsonl")
         if table[-1]["rejected"] and quarantined.exists():
             print(f"{quarantined}: rejected lines; {quarantined.with_suffix('.csv').name}: reasons")

@@ -14,6 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from data_tools.document_sources import sources_file
+from data_tools.document_sources.columns import DocumentSources
+from data_tools.document_sources.recorder import SourcesRecorder
 from data_tools.documents import read_dataset_manifest
 from data_tools.preprocess.encoding.encode import RejectedLine
 from data_tools.preprocess.encoding.packed_documents import PackedDocuments
@@ -31,8 +34,17 @@ REJECTED = ("rejected.jsonl", "rejected.csv")
 class DatasetOutput:
     """Datasets of all keys, quarantined lines, and the journal from which a run resumes."""
 
-    def __init__(self, prefix: str, keys: list[str], dtype: np.dtype[Any]) -> None:
+    def __init__(
+        self,
+        prefix: str,
+        keys: list[str],
+        dtype: np.dtype[Any],
+        record_sources: bool = False,
+    ) -> None:
         self.prefix, self.keys, self.dtype = prefix, keys, dtype
+        self.record_sources = record_sources
+        self.recorder: SourcesRecorder | None = None
+        """Recorder of the sources of documents, which are the same for every key."""
         self.folder = Path(f"{prefix}.partial")
         self.writers: dict[str, IndexedDatasetWriter] = {}
         self._held: WorkFolder | None = None
@@ -52,14 +64,19 @@ class DatasetOutput:
     @property
     def suffixes(self) -> tuple[str, ...]:
         """Suffixes of the files of each dataset in the order of renaming."""
-        return (".bin", ".json", ".idx")
+        return (".bin", *self._sources_suffix, ".json", ".idx")
+
+    @property
+    def _sources_suffix(self) -> tuple[str, ...]:
+        return (sources_file.SUFFIX,) if self.record_sources else ()
 
     def manifests(self) -> list[dict[str, Any]]:
         """Return the manifests of datasets that exist under their final names."""
         found = []
         for key in self.keys:
             prefix = self.prefix_of(key)
-            paths = [Path(prefix + suffix) for suffix in (".bin", ".idx", ".json")]
+            suffixes = (".bin", *self._sources_suffix, ".idx", ".json")
+            paths = [Path(prefix + suffix) for suffix in suffixes]
             if all(path.exists() for path in paths):
                 found.append(read_dataset_manifest(prefix) or {})
         return found
@@ -104,6 +121,13 @@ class DatasetOutput:
         for key in self.keys:
             path = self.folder / f"{key}.bin"
             self.writers[key] = IndexedDatasetWriter(path, self.dtype, positions.get(key))
+        self._open_recorder(self.folder, positions)
+
+    def _open_recorder(self, folder: Path, positions: Mapping[str, WriterPosition]) -> None:
+        """Open the work files of the sources in a folder, if they are recorded."""
+        if self.record_sources:
+            documents = positions.get(self.keys[0], WriterPosition()).documents
+            self.recorder = SourcesRecorder(folder / "documents", documents)
 
     def check_held(self) -> None:
         """Check now and then that no other process has taken the work folder over.
@@ -125,20 +149,28 @@ class DatasetOutput:
         """Release the work folder, in which files may be left for a later start."""
         for writer in self.writers.values():
             writer.close()
+        if self.recorder is not None:
+            self.recorder.close()
         if self._held is not None:
             self._held.release()
 
     def add(
-        self, packed: dict[str, PackedDocuments], records: dict[str, Records] | None = None
+        self,
+        packed: dict[str, PackedDocuments],
+        records: dict[str, Records] | None = None,
+        sources: DocumentSources | None = None,
     ) -> None:
         """Append the documents of a block to the dataset of each key.
 
         Args:
             packed: the documents by key.
             records: their records, for output that is arranged at the end.
+            sources: their sources, if they are recorded.
         """
         for key, part in packed.items():
             self.writers[key].add(part.tokens, part.lengths, part.sequences)
+        if self.recorder is not None and sources is not None:
+            self.recorder.add(sources)
 
     def quarantine(self, source: str, line: int, bad: RejectedLine, parts: Iterator[bytes]) -> None:
         """Append a rejected line to the quarantine file, and its reason to the CSV file."""
@@ -177,23 +209,41 @@ class DatasetOutput:
         """Flush all files to disk."""
         for writer in self.writers.values():
             writer.sync()
+        if self.recorder is not None:
+            self.recorder.sync()
         for name in REJECTED:
             with (self.folder / name).open("ab") as file:
                 os.fsync(file.fileno())
 
     def finish(
-        self, journal: ResumeJournal, manifest: Callable[[str, IndexedDatasetWriter, int], Any]
+        self,
+        journal: ResumeJournal,
+        manifest: Callable[[str, IndexedDatasetWriter, int], dict[str, Any]],
+        files: list[dict[str, Any]],
     ) -> None:
-        """Write the indices and manifests, then rename all files to their final names."""
+        """Write the indices and manifests, then rename all files to their final names.
+
+        Args:
+            journal: the journal.
+            manifest: returns the manifest of a key, from its writer and the CRC-32 of its .idx.
+            files: descriptions of the input files, for the sources of documents.
+        """
         if not journal.last.finishing:
             for key, writer in self.writers.items():
                 crc = writer.finish(self.folder / f"{key}.idx")
-                write_json_durably(self.folder / f"{key}.json", manifest(key, writer, crc))
+                described = manifest(key, writer, crc)
+                if self.recorder is not None:
+                    path = self.folder / f"{key}{sources_file.SUFFIX}"
+                    described[sources_file.MANIFEST_ENTRY] = self.recorder.write(path, files)
+                write_json_durably(self.folder / f"{key}.json", described)
             for name in REJECTED:
                 if (self.folder / name).stat().st_size == 0:
                     (self.folder / name).unlink()
             self.check_held()
             journal.add(dataclasses.replace(journal.last, finishing=True))
+        if not self.record_sources:  # those of a dataset that is replaced
+            for key in self.keys:
+                Path(self.prefix_of(key) + sources_file.SUFFIX).unlink(missing_ok=True)
         rename_into_place([(work, final) for work, final in self.final_paths() if work.exists()])
         journal.close()
         if self._held is not None:

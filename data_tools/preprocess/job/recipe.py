@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from data_tools.preprocess.encoding.encode import EncodingOptions
 from data_tools.preprocess.encoding.text_counts import DEFAULT_LANGUAGE_KEY
 from data_tools.preprocess.input.sources import InputSource
 from data_tools.preprocess.selection.selection import Selection
@@ -15,6 +16,24 @@ from megatron_llmjp.tokenizers import Tokenizer
 def max_line_bytes(args: argparse.Namespace) -> int:
     """Return the maximum length of a line in bytes."""
     return int(args.max_line_mb * 1_000_000)
+
+
+def encoding_options(args: argparse.Namespace, selection: Selection) -> EncodingOptions:
+    """Return the options of the encoding that the command line sets."""
+    return EncodingOptions(
+        keys=args.json_keys,
+        append_eod=args.append_eod,
+        keep_empty=args.on_error == "stop",
+        limit=max_line_bytes(args),
+        keep_raw=args.on_error == "quarantine",
+        append_bos=args.append_bos,
+        language_key=args.language_key,
+        hooks=selection.hooks,
+        lengths=selection.lengths,
+        record_dtype=selection.arrangement.record_dtype,
+        record_sources=args.record_sources,
+        id_key=args.id_key,
+    )
 
 
 def make_recipe(
@@ -46,6 +65,10 @@ def make_recipe(
             options[name] = True
     if args.language_key != DEFAULT_LANGUAGE_KEY:
         options["language_key"] = args.language_key
+    if args.record_sources:
+        options["record_sources"] = True
+    if args.id_key is not None:
+        options["id_key"] = args.id_key
     recipe: dict[str, Any] = {
         "tokenizer": tokenizer.identity(),
         "options": options | selection.identity(),

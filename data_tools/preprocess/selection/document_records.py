@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from data_tools.document_sources.columns import DocumentSources
 from data_tools.preprocess.input.blocks import Block, FileRange, TableRows
 from megatron_llmjp.data.indices.permutation import derive_keys, mix64
 
@@ -178,7 +179,7 @@ def place_records(
         source: number of its source in the job.
         file_number: number of its file in the list of all files.
     """
-    start = file_number << OFFSET_BITS | _start(block)
+    start = file_number << OFFSET_BITS | block_start(block)
     placed = {}
     for key, relative in records.items():
         placed[key] = relative.copy()
@@ -188,7 +189,25 @@ def place_records(
     return placed
 
 
-def _start(block: Block) -> int:
+def place_sources(
+    sources: DocumentSources | None, block: Block, source: int, lines: int
+) -> DocumentSources | None:
+    """Return the sources of a block's documents with their places in the source.
+
+    Args:
+        sources: the sources relative to the block; None if they are not recorded.
+        block: the block.
+        source: number of its source in the job.
+        lines: lines of the source before the block.
+    """
+    if sources is None:
+        return None
+    start = block_start(block)
+    first_line = start if isinstance(block.payload, TableRows) else lines
+    return sources.placed(source, first_line, start)
+
+
+def block_start(block: Block) -> int:
     """Return the offset of a block in bytes of decompressed text, or its first row."""
     if isinstance(block.payload, FileRange):
         return block.payload.offset

@@ -1,0 +1,1 @@
+"""Reports on the training data of a run: ``inspect_dataset --run``."""
