@@ -78,6 +78,8 @@ tokenizer types:
   ByteLevelTokenizer         UTF-8 bytes; --append-eod adds 256
   NullTokenizer              integers separated by spaces; --append-eod adds --vocab-size"""
 
+GIGATOKEN_KINDS = ("HuggingFaceTokenizer", "GPT2BPETokenizer")
+"""Tokenizer types that gigatoken may read."""
 PROBE_CHARACTERS = "aZ5éя猫あ한ض🐈"
 """Characters of several scripts that a tokenizer should not drop."""
 
@@ -169,6 +171,14 @@ def _add_encoding(add: Callable[..., Any]) -> None:
         help="with HuggingFaceTokenizer: encode with this SentencePiece model, 8 to 15 times "
         "faster, if it gives the same ids on text of the corpus",
     )
+    add(
+        "--gigatoken",
+        choices=("auto", "off", "required"),
+        default="auto",
+        help="encode HuggingFaceTokenizer and GPT2BPETokenizer with the gigatoken library, 10 to "
+        "50 times faster, if it is installed, supports the tokenizer and gives the same ids on "
+        "text of the corpus; required: fail otherwise",
+    )
     add("--append-eod", action="store_true", help="append the EOD token to each document")
     add(
         "--append-bos",
@@ -225,6 +235,7 @@ def _add_limits(add: Callable[..., Any]) -> None:
 def preprocess(args: argparse.Namespace) -> int:
     """Validate the arguments and the input, and run the job."""
     _check(args)
+    _check_gigatoken(args)
     found = find_input(args.input)
     found.report()
     sources = found.sources
@@ -245,6 +256,13 @@ def preprocess(args: argparse.Namespace) -> int:
             tokenizer, args.fast_encoder, sources, args.json_keys, selection.hooks
         )
         print(message, file=sys.stderr)
+    elif tokenizer.kind in GIGATOKEN_KINDS and args.gigatoken != "off":
+        from data_tools.preprocess.encoding.gigatoken_choice import choose_encoder
+
+        tokenizer, message = choose_encoder(
+            tokenizer, args.gigatoken, sources, args.json_keys, selection.hooks
+        )
+        print(message, file=sys.stderr)
     ignored = ignored_record(found.ignored)
     if args.shard:
         return preprocess_part(args, sources, tokenizer, ignored, selection)
@@ -261,6 +279,18 @@ def _warn_of_dropped_characters(tokenizer: Tokenizer) -> None:
             "warning: the tokenizer drops characters that it has no token for, as AutoTokenizer "
             f"does: {' '.join(dropped)} and others",
             file=sys.stderr,
+        )
+
+
+def _check_gigatoken(args: argparse.Namespace) -> None:
+    if args.gigatoken != "required":
+        return
+    if args.fast_encoder:
+        raise UserError("--gigatoken required and --fast-encoder are mutually exclusive")
+    if args.tokenizer_type not in GIGATOKEN_KINDS:
+        raise UserError(
+            f"--gigatoken required: expected --tokenizer-type {' or '.join(GIGATOKEN_KINDS)}, "
+            f"found {args.tokenizer_type}"
         )
 
 

@@ -42,6 +42,8 @@ class Tokenizer(ABC):
             have gaps; every id that encode returns is below it.
         eod_id: id that ``--append-eod`` appends to each document.
         bos_id, eos_id, pad_id: None if the vocabulary has no such token.
+        library: name and version of a library that gives the same ids as the type's own, and
+            encodes instead of it; None for the type's own.
 
     ``encode`` returns the same ids as ``tokenize`` of Megatron-LM's tokenizer with this name:
     including BOS if that type writes it, and never including the end of document.
@@ -53,6 +55,7 @@ class Tokenizer(ABC):
     bos_id: int | None = None
     eos_id: int | None = None
     pad_id: int | None = None
+    library: str | None = None
 
     @abstractmethod
     def encode(self, text: str) -> Ids:

@@ -63,6 +63,10 @@ class FastTokenizer(Tokenizer):
         encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
+    def add_special_tokens(self, ids: Ids) -> Ids:
+        """Return the ids of a text as :meth:`encode` returns them; here without special tokens."""
+        return ids
+
     def decode(self, ids: Sequence[int] | Ids) -> str:
         """Return the text, including special tokens."""
         return str(self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False))
@@ -174,13 +178,14 @@ class HuggingFaceTokenizer(FastTokenizer):
 
     def encode(self, text: str) -> Ids:
         """Return the ids of one text."""
-        return self._with_added(super().encode(text))
+        return self.add_special_tokens(super().encode(text))
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """Return the ids of each text."""
-        return [self._with_added(ids) for ids in super().encode_batch(texts)]
+        return [self.add_special_tokens(ids) for ids in super().encode_batch(texts)]
 
-    def _with_added(self, ids: Ids) -> Ids:
+    def add_special_tokens(self, ids: Ids) -> Ids:
+        """Return the ids of a text with the included special tokens around them."""
         if not self.added.before and not self.added.after:
             return ids
         return np.array([*self.added.before, *ids.tolist(), *self.added.after], np.int32)

@@ -69,7 +69,8 @@ class ArrayOutput:
         found = find_keys(prefix)
         whole = recipe | {"shard": {"number": number} | self.array}
         for key in self.keys:
-            made = {k: v for k, v in found.get(key, {}).get("recipe", {}).items() if k != "sources"}
+            recorded = found.get(key, {}).get("recipe", {})
+            made = {k: v for k, v in recorded.items() if k not in ("sources", "encoders")}
             if made != whole:
                 problem = (
                     "was written with another input, tokenizer or other options"

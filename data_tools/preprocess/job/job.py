@@ -132,7 +132,8 @@ class PreprocessJob:
 
     def _is_made_by(self, recorded: dict[str, Any]) -> bool:
         """Return whether a manifest has the same recipe, regardless of the paths of the input."""
-        ours, theirs = ({**recipe, "sources": None} for recipe in (self.recipe, recorded))
+        both = (self.recipe, recorded)
+        ours, theirs = ({**recipe, "sources": None, "encoders": None} for recipe in both)
         before = recorded.get("sources", [])
         if ours != theirs or len(before) != len(self.sources):
             return False

@@ -172,6 +172,10 @@ class ResumeJournal:
             unchanged += 1
         read = before[: max((p.source for p in points), default=-1) + 1]
         refuse_changed_remote(self.sources, self.recipe["sources"], read, str(self.path.parent))
+        earlier = recorded.get("encoders")
+        if isinstance(earlier, list):
+            known = set(filter(lambda name: isinstance(name, str), earlier))
+            self.recipe["encoders"] = sorted(known | set(self.recipe.get("encoders", [])))
         every = unchanged == len(before) == len(self.recipe["sources"])
         valid = [
             point

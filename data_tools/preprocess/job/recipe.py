@@ -45,7 +45,8 @@ def make_recipe(
 ) -> dict[str, Any]:
     """Return the recipe of a job.
 
-    Options that earlier versions did not have are recorded only if they are set.
+    Options that earlier versions did not have are recorded only if they are set. ``encoders``, the
+    libraries that encoded instead of the tokenizer's own, is not compared: their ids are equal.
 
     Args:
         args: the command line.
@@ -74,4 +75,6 @@ def make_recipe(
         "options": options | selection.identity(),
         "sources": [source.identity() for source in sources],
     }
+    if tokenizer.library is not None:
+        recipe["encoders"] = [tokenizer.library]
     return recipe if shard is None else recipe | {"shard": shard}
