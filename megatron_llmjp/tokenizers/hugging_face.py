@@ -126,7 +126,9 @@ def _load_with_transformers(path: Path) -> Any:
         import transformers
 
         if path.is_dir():
-            return transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+            return transformers.AutoTokenizer.from_pretrained(
+                str(path), local_files_only=True, trust_remote_code=False
+            )
         return transformers.PreTrainedTokenizerFast(tokenizer_file=str(path))
     except Exception as error:  # transformers raises many types
         raise UserError(

@@ -42,7 +42,7 @@ def hugging_face_logits(
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
-        source.path, dtype=torch.float32, output_loading_info=True
+        source.path, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
     )
     wrong = {kind: keys for kind, keys in report.items() if keys and "keys" in kind}
     if wrong:
