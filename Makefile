@@ -7,7 +7,7 @@ TEST_WORKERS ?= 2
 PARALLEL := -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-te quickstart test test-long coverage mutants faults gpu gpu-wheels lint clean
+.PHONY: help install install-te quickstart test test-long coverage mutants faults gpu gpu-wheels lint release clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -55,6 +55,9 @@ lint: $(VENV)/.installed-dev  ## check style and types
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
+
+release:  ## build wheel and sdist of HEAD, install each in a clean environment and run the quickstart
+	@$(PYTHON) -m tools.release $(RELEASE_FLAGS)
 
 clean:  ## remove the output of the quickstart (keeps .venv)
 	rm -rf quickstart_output

@@ -39,11 +39,13 @@ def split_flags(
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.error = parser.error  # type: ignore[method-assign]
     own.add_argument("-h", "--help", action="store_true")
+    own.add_argument("--version", action="store_true")
     for add in (parser.add_argument, own.add_argument):
         add_own(add)
     args, words = own.parse_known_args(normalize_dashes(sys.argv[1:] if argv is None else argv))
-    if args.help:
-        parser.parse_args(["--help"])
+    for flag in ("--help", "--version"):
+        if getattr(args, flag[2:]):
+            parser.parse_args([flag])
     return args, words
 
 

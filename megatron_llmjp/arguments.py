@@ -11,6 +11,7 @@ from decimal import Decimal
 from typing import Any, NoReturn
 
 from megatron_llmjp.errors import UserError, did_you_mean
+from megatron_llmjp.versions import add_version_flag
 
 MAX_COUNT = 2**63
 _COUNT_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -27,6 +28,7 @@ class CommandLineParser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **options)
+        add_version_flag(self)
 
     def error(self, message: str) -> NoReturn:
         """Raise the message as a :class:`UserError`."""

@@ -20,7 +20,7 @@ from tools.draw_architecture import (
 )
 
 LAYERS = [
-    {"errors", "formatting", "project_files", "interval_stats", "metric_panels"},
+    {"errors", "formatting", "project_files", "versions", "interval_stats", "metric_panels"},
     {"transformer_engine_import"},
     {"yaml_text", "filesystem", "arguments", "metric_registry"},
     {"config", "retrying_file"},

@@ -141,6 +141,14 @@ def test_an_installed_pytorch_is_kept(machine):
     assert done.returncode == 0 and "2.13.0+cpu, which cannot use a GPU" in done.stdout
 
 
+@pytest.mark.parametrize("file", ["/dist/a-0.1.0-py3-none-any.whl", "/dist/a-0.1.0.tar.gz"])
+def test_a_package_is_installed_instead_of_the_checkout(machine, file):
+    done = machine.install(file)
+    assert done.returncode == 0, done.stderr
+    assert machine.installed()[0] == "torch==2.13.0+cpu"
+    assert machine.installed()[-1] == f"--no-build-isolation {file}"
+
+
 def test_transformer_engine_is_built_for_the_installed_pytorch(machine):
     done = machine.install("te", TORCH="2.13.0+cu126", CUDA="12.6")
     assert done.returncode == 2 and "nvcc was not found: load the CUDA toolkit 12.6" in done.stderr

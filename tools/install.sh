@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Create a virtual environment and install the project into it: tools/install.sh VENV [EXTRA]
+# Create a virtual environment and install the project into it: tools/install.sh VENV [EXTRA | FILE]
 #
 # PyTorch is installed first, because pip would install the newest build with gigabytes of CUDA
 # libraries. The build is chosen by the version of the NVIDIA driver; without one it is the CPU build.
 # TORCH_BUILD overrides the choice: cpu, cuda (the package index's CUDA build), or a version suffix
 # such as cu126 for a build that a configured index has.
+#
+# FILE is a wheel or an sdist, which is installed instead of this checkout.
 #
 # tools/install.sh VENV te builds Transformer Engine for the PyTorch in VENV. docs/installation.md
 # lists builds, drivers and sources.
@@ -123,7 +125,12 @@ if ! installed=$(torch_version 2>/dev/null); then
 elif [[ "$installed" == *+cpu ]] && command -v nvidia-smi >/dev/null; then
     log "note: $venv has PyTorch $installed, which cannot use a GPU; to replace it, remove $venv first"
 fi
-log "installing megatron_llmjp${extra:+ with the extra $extra}"
-# With setuptools installed, the editable install needs no isolated build environment.
+# With setuptools installed, builds need no isolated environment.
 pip install "setuptools>=77.0.3" wheel
-pip install --no-build-isolation -e ".${extra:+[$extra]}"
+if [[ "$extra" == *.whl || "$extra" == *.tar.gz ]]; then
+    log "installing $extra"
+    pip install --no-build-isolation "$extra"
+else
+    log "installing megatron_llmjp${extra:+ with the extra $extra}"
+    pip install --no-build-isolation -e ".${extra:+[$extra]}"
+fi

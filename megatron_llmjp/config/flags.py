@@ -42,6 +42,7 @@ from megatron_llmjp.config.megatron_flags import (
 )
 from megatron_llmjp.config.schema import SECTION_OF, SECTIONS, Config
 from megatron_llmjp.errors import ErrorCollector, UserError
+from megatron_llmjp.versions import add_version_flag
 
 DESCRIPTION = "Pretrain a GPT model with tensor, pipeline and data parallelism on megatron-core."
 EXAMPLES = """\
@@ -316,6 +317,7 @@ def _make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         exit_on_error=False,
     )
+    add_version_flag(parser)
     parser.add_argument(
         "--config",
         metavar="PRESET|FILE",
