@@ -96,11 +96,14 @@ def read_version() -> str:
 def build_packages(work: Path, log: Path) -> list[Path]:
     """Build the sdist from the files of HEAD, and the wheel from the sdist; return both."""
     environment, dist, source = work / "build_environment", work / "dist", work / "source"
+    archive = work / "source.tar"
+    commit = run("git", "-C", ROOT, "rev-parse", "HEAD", cwd=work, log=log).strip()
+    step(f"build sdist and wheel of {commit[:10]}")
     run(sys.executable, "-m", "venv", environment, cwd=work, log=log)
     python = environment / "bin/python"
     run(python, "-m", "pip", "install", "-q", *BUILD_PACKAGES, cwd=work, log=log)
-    run("git", "-C", ROOT, "archive", "--output", work / "source.tar", "HEAD", cwd=work, log=log)
-    _extract(work / "source.tar", source)
+    run("git", "-C", ROOT, "archive", "--output", archive, commit, cwd=work, log=log)
+    _extract(archive, source)
     dist.mkdir()
     run(python, "-c", BUILD.format("sdist", str(dist)), cwd=source, log=log)
     (sdist,) = dist.iterdir()
@@ -193,7 +196,6 @@ def _release(pythons: Sequence[str], quickstart: bool) -> int:
     log.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="release-") as folder:
         work = Path(folder)
-        step("build sdist and wheel of HEAD")
         packages = build_packages(work, log)
         for python in pythons:
             for package in packages:
