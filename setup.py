@@ -38,6 +38,7 @@ EXTRAS = {
     "lz4": ["lz4>=4"],
     "remote": ["fsspec>=2024.2", "s3fs>=2024.2", "aiohttp>=3.9"],  # s3:// and https:// input
     "wandb": ["wandb>=0.17"],
+    "pandas": ["pandas>=2.0"],
     "dev": [
         "pytest>=8",
         "pytest-timeout>=2.3",
@@ -54,6 +55,9 @@ EXTRAS = {
         "lz4>=4",
         "s3fs>=2024.2",
         "aiohttp>=3.9",
+        "pandas>=2.0",
+        "nbclient>=0.10",  # to execute notebooks in tests
+        "ipykernel>=6",
     ],
 }
 
@@ -81,7 +85,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.14",
     packages=find_packages(include=["megatron_llmjp*", "data_tools*"]),
-    package_data={"megatron_llmjp.config": ["presets/*.yaml"]},
+    package_data={
+        "megatron_llmjp": ["py.typed", "__init__.pyi"],
+        "megatron_llmjp.config": ["presets/*.yaml"],
+    },
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={
