@@ -124,16 +124,13 @@ def _add_sampling_flags(add: Callable[..., Any]) -> None:
 
 
 def _settings(args: argparse.Namespace) -> GenerationSettings:
-    """Return the settings given by the flags; one that needs sampling enables it."""
-    given = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
-    given = {name: value for name, value in given.items() if value is not None}
+    """Return the settings given by the flags."""
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
+    given = {name: getattr(args, name) for name in names}
+    given["do_sample"] = True if args.do_sample else None
     try:
-        return GenerationSettings(
-            max_new_tokens=args.max_new_tokens,
-            do_sample=args.do_sample or bool(given),
-            repetition_penalty=args.repetition_penalty,
-            seed=args.seed,
-            **given,
+        return GenerationSettings.of_given(
+            {name: value for name, value in given.items() if value is not None}
         )
     except UserError as error:
         name, colon, rest = str(error).partition(":")

@@ -15,7 +15,7 @@ from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.checkpoint.manifest import Manifest
 from megatron_llmjp.checkpoint.resume_checks import history_differences
 from megatron_llmjp.config.loading import load_config, replace_fields
-from megatron_llmjp.config.schema import Config
+from megatron_llmjp.config.schema import Config, DataConfig
 from megatron_llmjp.data.batch_size import BatchSizeSchedule
 from megatron_llmjp.data.folds.datasets import inspect_datasets
 from megatron_llmjp.data.folds.loading import read_fold_file
@@ -126,16 +126,37 @@ def open_lineage(
         cache: folder of sample indices; by default the run's. If the folder does not exist,
             indices are built in a temporary folder, so that nothing is written to the run.
     """
+    chosen = schedule or run.schedule
+    args = (chosen, run.datasets, run.config.data, run.tokenizer, cache or run.cache)
+    with open_data_lineage(*args) as lineage:
+        yield lineage
+
+
+@contextmanager
+def open_data_lineage(
+    schedule: Schedule,
+    datasets: dict[str, DatasetInfo],
+    config: DataConfig,
+    tokenizer: Tokenizer | None,
+    cache: Path,
+) -> Iterator[Lineage]:
+    """Provide the data lineage of a schedule; imports torch.
+
+    Args:
+        schedule: the resolved folds.
+        datasets: dataset facts by path.
+        config: settings of the data.
+        tokenizer: of the run, if it is known.
+        cache: folder of sample indices, as in :func:`open_lineage`.
+    """
     from megatron_llmjp.data.indices.epoch_index import EpochDatasets
     from megatron_llmjp.data.lineage import Lineage
 
-    folder = cache or run.cache
     with tempfile.TemporaryDirectory(prefix="inspect_dataset.") as temporary:
-        where = folder if folder.is_dir() else Path(temporary)
+        where = cache if cache.is_dir() else Path(temporary)
         unknown = SimpleNamespace(eod_id=0, vocab_size=1)  # no sample depends on it
-        tokenizer = run.tokenizer or unknown
-        epochs = EpochDatasets(run.config.data, tokenizer, where, datasets=run.datasets)
-        yield Lineage(schedule or run.schedule, epochs)
+        epochs = EpochDatasets(config, tokenizer or unknown, where, datasets=datasets)
+        yield Lineage(schedule, epochs)
 
 
 def _choose_checkpoint(root: Path, is_late_enough: Callable[[Manifest], bool]) -> Path:

@@ -19,3 +19,35 @@ for _message in (
     warnings.filterwarnings("ignore", _message, UserWarning, r"megatron\.core\.")
 
 check_before_megatron_core()
+
+_PUBLIC = {
+    **dict.fromkeys(("Dataset", "load_tokenizer", "open_dataset"), "datasets"),
+    **dict.fromkeys(("FoldSchedule", "Sample", "open_schedule"), "schedules"),
+    **dict.fromkeys(("Run", "open_run"), "runs"),
+    **dict.fromkeys(("Metrics", "read_metrics"), "metrics"),
+    **dict.fromkeys(("Model", "load_model"), "models"),
+    **dict.fromkeys(("Estimate", "estimate_run", "load_config"), "estimates"),
+    **dict.fromkeys(("Converted", "convert_checkpoint"), "conversion"),
+    **dict.fromkeys(
+        ("DatasetError", "NotInstalledError", "OperationError", "OutOfRangeError", "UserError"),
+        "errors",
+    ),
+}
+"""Names of the Python interface, and their modules in ``megatron_llmjp.api``. None is the name of a
+subpackage, whose import would replace it."""
+
+
+def __getattr__(name: str) -> object:
+    """Import a name of the Python interface at its first use; types are in ``__init__.pyi``."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value: object = getattr(import_module(f"{__name__}.api.{_PUBLIC[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the names of the Python interface."""
+    return sorted([*_PUBLIC, "__version__"])

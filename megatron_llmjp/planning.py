@@ -53,7 +53,7 @@ from megatron_llmjp.estimate.shared_documents import (
     shared_repetition_warnings,
 )
 from megatron_llmjp.estimate.speed.measured_runs import ComparedRun, compare_run, format_compared
-from megatron_llmjp.placeholders import substitute_missing
+from megatron_llmjp.placeholders import PlaceholderConfig, substitute_missing
 from megatron_llmjp.report.job_history import observe_jobs
 from megatron_llmjp.report.step_times import read_measured_run
 from megatron_llmjp.run import resolve_run
@@ -146,6 +146,39 @@ class _ResolvedRun:
     warnings: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class PlannedRun:
+    """The estimate of a run, with its notes and warnings."""
+
+    estimate: RunEstimate
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def plan_run(command: Command) -> PlannedRun:
+    """Estimate a run.
+
+    Args:
+        command: a command with :attr:`Command.machine`.
+
+    Raises:
+        UserError: the run is invalid.
+    """
+    assert command.machine is not None
+    return _plan_run(substitute_missing(command.config, data=True), command.machine)
+
+
+def _plan_run(planned: PlaceholderConfig, machine: PlannedMachine) -> PlannedRun:
+    config = planned.config
+    check_config(config, machine.world_size)
+    measured = _measured_runs(config, machine)
+    run = _resolve(config, machine.world_size, planned.tokenizer_is_placeholder)
+    save = config.checkpoint.save
+    observed = observe_jobs(Path(save)) if save else None
+    estimate = estimate_run(run.config, machine, run.length, observed, measured)
+    return PlannedRun(estimate, (*planned.notes, *run.notes), run.warnings)
+
+
 def print_estimate(command: Command) -> int:
     """Print the estimate of a run or suggested layouts, and return the exit code.
 
@@ -162,12 +195,8 @@ def print_estimate(command: Command) -> int:
     if command.mode is Mode.SUGGEST_LAYOUT:
         print_notes(planned.notes)
         return _print_layouts(command, config, machine)
-    check_config(config, machine.world_size)
-    measured = _measured_runs(config, machine)
-    run = _resolve(config, machine.world_size, planned.tokenizer_is_placeholder)
-    save = config.checkpoint.save
-    observed = observe_jobs(Path(save)) if save else None
-    estimate = estimate_run(run.config, machine, run.length, observed, measured)
+    planned_run = _plan_run(planned, machine)
+    estimate = planned_run.estimate
     if command.as_json:
         print(json.dumps(estimate_numbers(estimate)), flush=True)
     else:
@@ -175,9 +204,9 @@ def print_estimate(command: Command) -> int:
     built = _build_on_meta(estimate)
     if not command.as_json:
         print(f"\n{built}", flush=True)
-    for note in (*planned.notes, *run.notes):
+    for note in planned_run.notes:
         print(f"note: {note}", file=sys.stderr)
-    for warning in run.warnings:
+    for warning in planned_run.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if estimate.fits:
         return EXIT_DONE

@@ -44,6 +44,7 @@ LAYERS = [
     {"planning"},
     {"cli"},
     {"data_tools", "slurm"},
+    {"api"},
 ]
 """From the lowest to the highest; a part imports from lower layers only."""
 

@@ -70,6 +70,16 @@ class GenerationSettings:
                 )
         return replace(GenerationSettings(), **values)
 
+    @staticmethod
+    def of_given(values: dict[str, Any]) -> GenerationSettings:
+        """Return the settings of given values, which draw tokens if one of them requires that.
+
+        Raises:
+            UserError: as :meth:`from_mapping`.
+        """
+        draws = any(name in values for name in ("temperature", "top_k", "top_p"))
+        return GenerationSettings.from_mapping({"do_sample": draws, **values})
+
 
 def _check_integer(name: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
