@@ -217,7 +217,7 @@ def test_wrong_ids_are_found_at_the_start(folders, hostile_corpus, tmp_path, mon
 
         def encode_wrong(text):
             ids = encode(text)
-            ids[-1:] += text == HOSTILE[2].encode()  # a text of the corpus
+            ids[-1:] += text == HOSTILE[2]  # a text of the corpus
             return ids
 
         return SimpleNamespace(backend=SimpleNamespace(encode=encode_wrong))
