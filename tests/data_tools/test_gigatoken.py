@@ -276,6 +276,7 @@ def test_memory_of_the_cache_is_limited(folders, monkeypatch):
     memory = itertools.count(1 << 30, MAX_CACHE_BYTES // 3)
     process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=next(memory)))
     monkeypatch.setattr(gigatoken_tokenizer.psutil, "Process", lambda: process)
+    monkeypatch.setattr(gigatoken_tokenizer, "CHARACTERS_BETWEEN_CHECKS", 1)
     expected = fast.original.encode_batch(HOSTILE)
     for _ in range(11):
         assert all(map(np.array_equal, fast.encode_batch(HOSTILE), expected))
