@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from data_tools.document_sources.columns import DocumentSources, line_starts, own_id
 from data_tools.preprocess.encoding.packed_documents import PackedDocuments

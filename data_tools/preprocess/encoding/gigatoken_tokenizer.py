@@ -63,7 +63,16 @@ class GigatokenTokenizer(Tokenizer):
         self._characters = 0  # encoded since the memory was measured
 
     def encode(self, text: str) -> Ids:
-        """Return the ids of a text."""
+        """Return the ids of a text; a text that gigatoken fails on is encoded by the original."""
+        try:
+            with panics_as_errors():
+                return self._ids(text)
+        except UnicodeEncodeError:  # a lone surrogate
+            raise
+        except ValueError:
+            return self.original.encode(text)
+
+    def _ids(self, text: str) -> Ids:
         if text.isascii():
             return self.original.add_special_tokens(self._encode(text).view(np.int32))
         utf8 = text.encode()  # faster than the library's own conversion
@@ -77,7 +86,10 @@ class GigatokenTokenizer(Tokenizer):
         if self._characters >= CHARACTERS_BETWEEN_CHECKS or self._memory_at_start is None:
             self._characters = 0
             self._limit_memory()
-        with panics_as_errors():
+        try:
+            with panics_as_errors():
+                return [self._ids(text) for text in texts]
+        except ValueError:
             return [self.encode(text) for text in texts]
 
     def _limit_memory(self) -> None:
