@@ -217,7 +217,7 @@ def test_wrong_ids_are_found_at_the_start(folders, hostile_corpus, tmp_path, mon
 
         def encode_wrong(text):
             ids = encode(text)
-            ids[-1:] += text == HOSTILE[2].encode()  # a text of the corpus
+            ids[-1:] += text == HOSTILE[2]  # a text of the corpus
             return ids
 
         return SimpleNamespace(backend=SimpleNamespace(encode=encode_wrong))
@@ -266,6 +266,23 @@ def test_reasons_not_to_use_it(folders, tokenizer_folder, monkeypatch):
         choose_encoder(original, "required", [], ["text"])
 
 
+def test_a_text_that_gigatoken_fails_on_is_encoded_by_the_original(folders, monkeypatch):
+    fast, _ = choose_encoder(HuggingFaceTokenizer(folders["gpt2"]), "required", [], ["text"])
+    panic = type("PanicException", (BaseException,), {})
+    encode = fast._encode
+
+    def fail(text):
+        if text == "bad":
+            raise panic("index out of bounds")
+        return encode(text)
+
+    monkeypatch.setattr(fast, "_encode", fail)
+    expected = fast.original.encode_batch(["a b", "bad", "猫"])
+    assert all(map(np.array_equal, fast.encode_batch(["a b", "bad", "猫"]), expected))
+    with pytest.raises(UnicodeEncodeError):
+        fast.encode_batch(["a", "\ud800"])
+
+
 def test_memory_of_the_cache_is_limited(folders, monkeypatch):
     fast, _ = choose_encoder(HuggingFaceTokenizer(folders["gpt2"]), "required", [], ["text"])
     loads = []
@@ -276,6 +293,7 @@ def test_memory_of_the_cache_is_limited(folders, monkeypatch):
     memory = itertools.count(1 << 30, MAX_CACHE_BYTES // 3)
     process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=next(memory)))
     monkeypatch.setattr(gigatoken_tokenizer.psutil, "Process", lambda: process)
+    monkeypatch.setattr(gigatoken_tokenizer, "CHARACTERS_BETWEEN_CHECKS", 1)
     expected = fast.original.encode_batch(HOSTILE)
     for _ in range(11):
         assert all(map(np.array_equal, fast.encode_batch(HOSTILE), expected))

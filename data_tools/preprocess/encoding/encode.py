@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from data_tools.document_sources.columns import DocumentSources, line_starts, own_id
 from data_tools.preprocess.encoding.packed_documents import PackedDocuments
+from data_tools.preprocess.encoding.packing import DocumentPacker
 from data_tools.preprocess.encoding.text_counts import count_texts, language_of
 from data_tools.preprocess.input.blocks import Block, FileRange, LongLine, TableRows
 from data_tools.preprocess.input.json_lines import BadLine, parse_line, texts_of
@@ -34,7 +35,6 @@ from data_tools.preprocess.selection.removal import LengthLimits, RemovedDocumen
 from data_tools.statistics.counts import CountsByLanguage
 from megatron_llmjp.data.indexed_dataset import best_dtype
 from megatron_llmjp.tokenizers import Tokenizer
-from megatron_llmjp.tokenizers.base import Ids
 
 Documents = list[list[str]]  # per document its texts: one, or one per sentence
 
@@ -130,8 +130,9 @@ class BlockEncoder:
         self.tokenizer = tokenizer
         self.encoding = encoding
         self.dtype = best_dtype(tokenizer.vocab_size)
-        self._eod = np.array([tokenizer.eod_id], np.int32)
-        self._bos = np.array([tokenizer.bos_id] if encoding.append_bos else [], np.int32)
+        self._packer = DocumentPacker(
+            tokenizer, self.dtype, encoding.append_eod, encoding.append_bos
+        )
 
     def encode(self, payload: FileRange | bytes | TableRows) -> EncodedBlock:
         """Return the packed documents of a block, and its rejected lines."""
@@ -272,39 +273,9 @@ class BlockEncoder:
     def _pack_documents(
         self, documents: Documents
     ) -> tuple[PackedDocuments, tuple[int, int] | None]:
-        """Concatenate the documents; also return the first id outside the vocabulary, if any.
-
-        It is returned as a pair of document number and id.
-        """
-        parts: list[npt.NDArray[np.int32]] = []
-        lengths: list[int] = []
-        sequences = np.zeros(len(documents), np.int32)
-        flat = iter(self.tokenizer.encode_batch([text for texts in documents for text in texts]))
-        for at, texts in enumerate(documents):
-            before = len(lengths)
-            for _ in texts:
-                ids = next(flat)
-                if len(ids):  # as Megatron-LM, which writes no empty sequences
-                    bos = self._bos if len(lengths) == before else self._bos[:0]
-                    parts += [bos, ids]
-                    lengths.append(len(bos) + len(ids))
-            if self.encoding.append_eod and len(lengths) > before:
-                parts.append(self._eod)
-                lengths[-1] += 1
-            sequences[at] = len(lengths) - before
-        ids = np.concatenate(parts) if parts else np.empty(0, np.int32)
-        packed = PackedDocuments(ids.astype(self.dtype), np.array(lengths, np.int32), sequences)
-        return packed, self._find_invalid_id(ids, packed)
-
-    def _find_invalid_id(self, ids: Ids, packed: PackedDocuments) -> tuple[int, int] | None:
-        """Return the document number and the first id outside the vocabulary, or None."""
-        size = self.tokenizer.vocab_size
-        if not len(ids) or (ids.min() >= 0 and ids.max() < size):
-            return None
-        at = int(np.flatnonzero((ids < 0) | (ids >= size))[0])
-        sequence = np.searchsorted(np.cumsum(packed.lengths, dtype=np.int64), at, side="right")
-        document = np.searchsorted(np.cumsum(packed.sequences), sequence, side="right")
-        return int(document), int(ids[at])
+        """Encode and pack documents, as :meth:`DocumentPacker.pack`."""
+        ids = self.tokenizer.encode_batch(list(itertools.chain.from_iterable(documents)))
+        return self._packer.pack(ids, np.fromiter(map(len, documents), np.int64, len(documents)))
 
 
 def read_range(block: FileRange) -> bytes:

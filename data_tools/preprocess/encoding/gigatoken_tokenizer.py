@@ -20,6 +20,10 @@ MAX_CACHE_BYTES = 512 << 20
 """Growth in memory after which the cache of encoded words, which has no limit, is discarded."""
 
 
+CHARACTERS_BETWEEN_CHECKS = 4 << 20
+"""Number of characters after which the memory is measured, which takes as long as encoding some."""
+
+
 class UnsupportedTokenizerError(ValueError):
     """A tokenizer that gigatoken does not read, with the reason."""
 
@@ -56,23 +60,40 @@ class GigatokenTokenizer(Tokenizer):
             raise UnsupportedTokenizerError(reason) from error
         self._encode = loaded.backend.encode
         self._memory_at_start: int | None = None
+        self._characters = 0  # encoded since the memory was measured
 
     def encode(self, text: str) -> Ids:
-        """Return the ids of a text."""
-        utf8 = text.encode()
-        if not text.isascii() and has_new_characters(utf8):
+        """Return the ids of a text; a text that gigatoken fails on is encoded by the original."""
+        try:
+            with panics_as_errors():
+                return self._ids(text)
+        except UnicodeEncodeError:  # a lone surrogate
+            raise
+        except ValueError:
             return self.original.encode(text)
-        ids: Ids = self._encode(utf8).view(np.int32)
-        return self.original.add_special_tokens(ids)
+
+    def _ids(self, text: str) -> Ids:
+        if text.isascii():
+            return self.original.add_special_tokens(self._encode(text).view(np.int32))
+        utf8 = text.encode()  # faster than the library's own conversion
+        if has_new_characters(utf8):
+            return self.original.encode(text)
+        return self.original.add_special_tokens(self._encode(utf8).view(np.int32))
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """Return the ids of each text."""
-        self._limit_memory()
-        with panics_as_errors():
+        self._characters += sum(map(len, texts))
+        if self._characters >= CHARACTERS_BETWEEN_CHECKS or self._memory_at_start is None:
+            self._characters = 0
+            self._limit_memory()
+        try:
+            with panics_as_errors():
+                return [self._ids(text) for text in texts]
+        except ValueError:
             return [self.encode(text) for text in texts]
 
     def _limit_memory(self) -> None:
-        """Discard the cache if it is large."""
+        """Discard the cache if the memory of this process, maybe a fork, has grown."""
         memory = psutil.Process().memory_info().rss
         if self._memory_at_start is None:
             self._memory_at_start = memory

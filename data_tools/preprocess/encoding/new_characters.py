@@ -7,6 +7,7 @@ expressions of ``tokenizers`` (up to 0.23) have the categories of Unicode 16, th
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 
@@ -30,7 +31,7 @@ def has_new_characters(utf8: bytes) -> bool:
     Cheap for text that is mostly ASCII, Japanese or Chinese: only occurrences of a few lead bytes
     are examined.
     """
-    return any(lead in utf8 and pattern.search(utf8) for lead, pattern in _PATTERNS)
+    return any(lead in utf8 and _pattern(lead).search(utf8) for lead in _LEAD_BYTES)
 
 
 def _code_points() -> Iterator[int]:
@@ -39,20 +40,23 @@ def _code_points() -> Iterator[int]:
         yield from range(int(first, 16), int(last or first, 16) + 1)
 
 
-def _patterns() -> list[tuple[bytes, re.Pattern[bytes]]]:
-    """Return a pattern of the characters for each lead byte, with that byte."""
+@functools.cache
+def _pattern(lead: bytes) -> re.Pattern[bytes]:
+    """Return a pattern of the characters whose UTF-8 begins with a byte."""
     last_bytes: dict[bytes, list[int]] = {}  # by all bytes before the last one
-    for code_point in _code_points():
-        utf8 = chr(code_point).encode()
-        last_bytes.setdefault(utf8[:-1], []).append(utf8[-1])
-    after_lead: dict[bytes, list[bytes]] = {}
+    for utf8 in (chr(code_point).encode() for code_point in _code_points()):
+        if utf8[:1] == lead:
+            last_bytes.setdefault(utf8[1:-1], []).append(utf8[-1])
+    starts: dict[bytes, list[bytes]] = {}  # with these last bytes
     for start, last in last_bytes.items():
-        ending = re.escape(start[1:]) + b"[" + re.escape(bytes(last)) + b"]"
-        after_lead.setdefault(start[:1], []).append(ending)
-    return [
-        (lead, re.compile(re.escape(lead) + b"(?:" + b"|".join(endings) + b")"))
-        for lead, endings in after_lead.items()
-    ]
+        starts.setdefault(bytes(last), []).append(re.escape(start))
+    endings = (
+        b"(?:" + b"|".join(before) + b")[" + re.escape(last) + b"]"
+        for last, before in starts.items()
+    )
+    return re.compile(re.escape(lead) + b"(?:" + b"|".join(endings) + b")")
 
 
-_PATTERNS = _patterns()
+_LEAD_BYTES = sorted(
+    {chr(int(code_point, 16)).encode()[:1] for code_point in re.findall(r"[0-9a-f]+", ADDED)}
+)

@@ -35,6 +35,10 @@ def language_of(record: Mapping[str, Any], key: str) -> str:
     return value if len(value) <= MAX_LANGUAGE_LENGTH else OTHER_LANGUAGES
 
 
+def _utf8_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
+
+
 def count_texts(
     documents: Sequence[Sequence[str]], languages: Sequence[str], lengths: npt.NDArray[np.int64]
 ) -> CountsByLanguage:
@@ -46,7 +50,7 @@ def count_texts(
         lengths: tokens of each document.
     """
     sizes = np.array(
-        [sum(len(text.encode(errors="surrogatepass")) for text in texts) for texts in documents],
+        [sum(map(_utf8_bytes, texts)) for texts in documents],
         np.int64,
     )
     found: CountsByLanguage = {}

@@ -26,7 +26,7 @@ from megatron_llmjp.errors import UserError, did_you_mean
 ROWS_PER_BLOCK = 256
 TABLE_BYTES = 4 << 20
 """Size in bytes above which a block of several rows is divided."""
-BLOCK_BYTES = 512 * 1024
+BLOCK_BYTES = 1 << 20
 PEEK_BYTES = 64 * 1024
 REMOTE_PAGE_BYTES = 1 << 20
 """Bytes of a column of a remote Parquet file that are read at a time."""
