@@ -91,7 +91,14 @@ class DocumentSources:
         """Return the ids as text."""
         ends = np.cumsum(self.id_lengths)
         pairs = zip((ends - self.id_lengths).tolist(), ends.tolist(), strict=True)
-        return [self.ids[a:b].decode(errors="surrogatepass") for a, b in pairs]
+        return [_decode(self.ids[a:b]) for a, b in pairs]
+
+
+def _decode(own: bytes) -> str:
+    try:
+        return own.decode(errors="surrogatepass")
+    except UnicodeDecodeError:  # a damaged file
+        return own.decode(errors="replace")
 
 
 ReadSources = Callable[[int, int], DocumentSources]

@@ -41,8 +41,9 @@ def read_original_lines(
             source = _open_source(origins[numbers[0]], root)
             lines = _lines(source, [_start(origins[at]) for at in numbers])
             found |= dict(zip(numbers, lines, strict=True))
-        except UserError as error:
-            found |= {at: error for at in numbers if at not in found}
+        except (UserError, OSError) as error:
+            reason = error if isinstance(error, UserError) else UserError(str(error))
+            found |= {at: reason for at in numbers if at not in found}
     return [found[at] for at in range(len(origins))]
 
 

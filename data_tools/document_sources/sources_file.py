@@ -14,12 +14,13 @@ import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from data_tools.document_sources.columns import DocumentSources, join_sources
+from data_tools.document_sources.columns import NO_OFFSET, DocumentSources, join_sources
 from megatron_llmjp.errors import UserError
 
 SUFFIX = ".sources"
@@ -32,7 +33,23 @@ _TRAILER = struct.Struct("<QQQ8s")
 _COLUMN = struct.Struct("<BBqq")
 """1 for differences, bytes per value, first value, base."""
 _COLUMNS = 4
-CHUNK_BYTES = 1 << 22
+
+
+class _File(BaseModel):
+    """An entry of the list of files; see ``files.py``."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: str = ""
+    size: int | None = None
+    content: Any = None
+    bytes: list[Annotated[int, Field(ge=0)]] = Field([0, 0], min_length=2, max_length=2)
+    first_line: int | None = None
+    first_offset: int | None = None
+    dataset: str = ""
+
+
+_FILES = TypeAdapter(list[_File])
 
 
 class SourcesFileWriter:
@@ -119,13 +136,11 @@ class SourcesFile:
                     raise ValueError("not a file of document sources, or truncated")
                 file.seek(table)
                 self._starts = np.frombuffer(file.read(8 * (blocks + 1)), "<u8").astype(np.int64)
-                self.files: list[dict[str, Any]] = json.loads(file.read(text))
-        except FileNotFoundError as error:
+                self.files = _read_files(file.read(text))
+        except (FileNotFoundError, IsADirectoryError) as error:
             raise UserError(f"{path}: the file of document sources is missing") from error
         except (ValueError, struct.error, RecursionError) as error:
             raise self._damage(str(error)) from error
-        if not isinstance(self.files, list) or not all(isinstance(f, dict) for f in self.files):
-            raise self._damage("its list of files is damaged")
         if (np.diff(self._starts) < 0).any() or self._starts[-1] != table:
             raise self._damage("its table of blocks is damaged")
 
@@ -166,6 +181,8 @@ class SourcesFile:
             raise self._damage("a block is damaged")
         if len(found) and not 0 <= found.file.min() <= found.file.max() < len(self.files):
             raise self._damage("a block names a file that is not in the list")
+        if len(found) and (found.line.min() < 0 or found.offset.min() < NO_OFFSET):
+            raise self._damage("a block has a negative line or offset")
         return found
 
     def _damage(self, problem: str) -> UserError:
@@ -173,6 +190,22 @@ class SourcesFile:
             f"{self.path}: {problem}. Check the dataset with inspect_dataset --verify, and copy or "
             "write it again."
         )
+
+
+def _read_files(text: bytes) -> list[dict[str, Any]]:
+    """Return the list of files.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    found: list[dict[str, Any]] = json.loads(text)
+    try:
+        _FILES.validate_python(found)
+    except ValidationError as error:
+        raise ValueError(f"its list of files is damaged ({error.errors()[0]['msg']})") from error
+    if not all(("name" in file) != ("dataset" in file) for file in found):
+        raise ValueError("its list of files has an entry without a name")
+    return found
 
 
 def _pack(values: npt.NDArray[np.int64]) -> bytes:

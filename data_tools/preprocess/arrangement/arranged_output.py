@@ -202,7 +202,7 @@ class ArrangedOutput(DatasetOutput):
         sources = None
         if self.recorder is not None:
             path = self.staging / f"documents{sources_file.SUFFIX}"
-            self.recorder.write(path, [{} for _ in counts])
+            self.recorder.write(path, [{"name": ""} for _ in counts])
             sources = sources_file.SourcesFile(path).read
         staged = {key: self._staged(key, sources) for key in self.keys}
         removed: npt.NDArray[Any] | None = None
