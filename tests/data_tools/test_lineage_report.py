@@ -16,7 +16,9 @@ from megatron_llmjp.data.dataloader import MicroBatchSampler
 from megatron_llmjp.data.dataset import FoldDataset
 from megatron_llmjp.data.indices.epoch_index import EpochDatasets
 from megatron_llmjp.run import resolve_run
+from tests.data_tools.test_source_lines import inspect_in_a_process
 from tests.support.datasets import write_folds
+from tests.support.processes import run_ranks
 from tests.support.training import Job, arguments, train_all
 
 RANKS, ITERATIONS = 2, 6
@@ -32,6 +34,7 @@ def trained(tmp_path_factory):
     flags = arguments(
         "laptop-llama", folds, "--train-iters", ITERATIONS, "--save-interval", 4,
         "--num-layers", 1, "--num-attention-heads", 2, "--rampup-batch-size", 2, 2, 4,
+        "--eod-mask-loss", "--reset-attention-mask", "--z-loss-strength", 1e-2,
     )  # fmt: skip
     config = parse([*flags, "--save", str(folder / "save")]).config
     run = resolve_run(config, RANKS)
@@ -125,6 +128,18 @@ def test_text_report(trained, capsys):
     ):
         assert main(["--run", str(save), *words]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_the_losses_of_two_ranks_have_the_logged_mean(trained):
+    """With a z-loss, masked tokens, attention within documents, and skipped samples."""
+    save, _ = trained
+    flags = ["--run", str(save), "--iteration", "5", "--losses", "--json"]
+    (text,) = run_ranks(inspect_in_a_process, 1, *flags)
+    found = json.loads(text)
+    records = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+    (logged,) = [r["lm loss"] for r in records if r["iteration"] == 5 and "lm loss" in r]
+    assert found["logged_loss"] == logged == pytest.approx(found["loss"], rel=1e-5)
+    assert found["tokens"] == sum(d["tokens"] for d in found["documents"]) < 4 * 32
 
 
 def test_changed_data_raises(trained, capsys):
