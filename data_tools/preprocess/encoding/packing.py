@@ -43,7 +43,7 @@ class DocumentPacker:
         owners = np.repeat(np.arange(len(texts)), texts)
         if not lengths.all():
             kept = np.flatnonzero(lengths)
-            ids, lengths, owners = [ids[at] for at in kept], lengths[kept], owners[kept]
+            ids, lengths, owners = [ids[at] for at in kept.tolist()], lengths[kept], owners[kept]
         sequences = np.bincount(owners, minlength=len(texts)).astype(np.int32)
         if not len(lengths):
             return PackedDocuments(np.empty(0, self._dtype), lengths, sequences), None
