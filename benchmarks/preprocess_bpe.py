@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import importlib
 import importlib.util
 import json
 import os
@@ -27,6 +28,7 @@ import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 FORMATS = ("jsonl.gz", "jsonl.zst", "parquet")
@@ -211,8 +213,9 @@ def run_sentencepiece(args: argparse.Namespace) -> None:
 
 def run_datasets(args: argparse.Namespace) -> None:
     """Read the files with datasets, and encode batches in processes; nothing else is written."""
-    import datasets
     import tokenizers
+
+    datasets: Any = importlib.import_module("datasets")
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     fast = tokenizers.Tokenizer.from_file(str(args.tokenizer / "tokenizer.json"))
@@ -228,15 +231,15 @@ def run_datasets(args: argparse.Namespace) -> None:
 
 def run_datatrove(args: argparse.Namespace) -> None:
     """Tokenize with datatrove, one task per file, without shuffling."""
-    from datatrove.executor import LocalPipelineExecutor
-    from datatrove.pipeline.readers import JsonlReader
-    from datatrove.pipeline.tokens import DocumentTokenizer
+    executor: Any = importlib.import_module("datatrove.executor")
+    readers: Any = importlib.import_module("datatrove.pipeline.readers")
+    tokens: Any = importlib.import_module("datatrove.pipeline.tokens")
 
     with tempfile.TemporaryDirectory() as output:
-        LocalPipelineExecutor(
+        executor.LocalPipelineExecutor(
             [
-                JsonlReader(str(args.corpus)),
-                DocumentTokenizer(
+                readers.JsonlReader(str(args.corpus)),
+                tokens.DocumentTokenizer(
                     output,
                     tokenizer_name_or_path=str(args.tokenizer / "tokenizer.json"),
                     eos_token="<|endoftext|>",
