@@ -9,6 +9,7 @@ from typing import Any
 
 from data_tools.common import ToolParser
 from megatron_llmjp.arguments import normalize_dashes
+from megatron_llmjp.completion import COMPLETION_FLAG, SHELLS
 from megatron_llmjp.config.flags import Command, parse, print_notes
 from megatron_llmjp.config.loading import ConfigLayers
 
@@ -40,12 +41,15 @@ def split_flags(
     own.error = parser.error  # type: ignore[method-assign]
     own.add_argument("-h", "--help", action="store_true")
     own.add_argument("--version", action="store_true")
+    own.add_argument(COMPLETION_FLAG, choices=SHELLS, dest="shell")
     for add in (parser.add_argument, own.add_argument):
         add_own(add)
     args, words = own.parse_known_args(normalize_dashes(sys.argv[1:] if argv is None else argv))
     for flag in ("--help", "--version"):
         if getattr(args, flag[2:]):
             parser.parse_args([flag])
+    if args.shell is not None:
+        parser.parse_args([COMPLETION_FLAG, args.shell])
     return args, words
 
 

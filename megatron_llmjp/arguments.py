@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from decimal import Decimal
 from typing import Any, NoReturn
 
+from megatron_llmjp.completion import add_completion_flag
 from megatron_llmjp.errors import UserError, did_you_mean
 from megatron_llmjp.versions import add_version_flag
 
@@ -29,6 +30,7 @@ class CommandLineParser(argparse.ArgumentParser):
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **options)
         add_version_flag(self)
+        add_completion_flag(self)
 
     def error(self, message: str) -> NoReturn:
         """Raise the message as a :class:`UserError`."""

@@ -26,7 +26,7 @@ def format_versions(program: str) -> str:
         f"{program} (megatron_llmjp) {megatron_llmjp.__version__}",
         f"Python {platform.python_version()}",
         *(f"{name} {_version(name)}" for name in PACKAGES),
-        f"CUDA {_cuda_of_torch() or 'none: PyTorch is a CPU build'}",
+        f"CUDA {cuda_of_torch() or 'none: PyTorch is a CPU build'}",
         f"Transformer Engine {_version('transformer-engine')}",
         # The package apex of the package index is another program; NVIDIA's has this extension.
         f"Apex {_version('apex') if find_spec('amp_C') else 'not installed'}",
@@ -41,7 +41,7 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def _cuda_of_torch() -> str | None:
+def cuda_of_torch() -> str | None:
     """Return the CUDA version that torch was built for, from its ``version.py``."""
     spec = find_spec("torch")
     if spec is None or spec.origin is None:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, get_args
 from pydantic.fields import FieldInfo
 
 from megatron_llmjp.arguments import normalize_dashes
+from megatron_llmjp.completion import add_completion_flag
 from megatron_llmjp.config.loading import (
     ConfigLayers,
     build_config,
@@ -318,6 +319,7 @@ def _make_parser() -> argparse.ArgumentParser:
         exit_on_error=False,
     )
     add_version_flag(parser)
+    add_completion_flag(parser)
     parser.add_argument(
         "--config",
         metavar="PRESET|FILE",
