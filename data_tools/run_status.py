@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +13,10 @@ from pathlib import Path
 
 from data_tools.common import ToolParser, run_tool
 from megatron_llmjp.errors import EXIT_USER_ERROR, UserError
+from megatron_llmjp.formatting import shorten, text_width
+from megatron_llmjp.report.live.loss_samples import sample_losses
+from megatron_llmjp.report.live.screen import Screen, is_interactive
+from megatron_llmjp.report.live.sparkline import ASCII, BLOCKS, limits, sparkline
 from megatron_llmjp.report.run_state import worst_exit_code
 from megatron_llmjp.report.status import RunStatus, read_statuses, status_json
 from megatron_llmjp.report.status_table import format_status, format_statuses
@@ -19,7 +25,10 @@ EXAMPLES = """\
   Show iteration, fold, loss, throughput, remaining time, checkpoints and last error of a run:
     run_status SAVE
 
-  List all runs of a project, one per line, and again every minute until Ctrl-C:
+  Watch a run with the curve of its loss until Ctrl-C (SECONDS after --watch, folders before it):
+    run_status SAVE --watch
+
+  List all runs of a project, one per line, and again every minute:
     run_status /data/runs/*/ --watch 60
 
   Print a JSON list with one object per folder, for another program; with several folders, what
@@ -37,8 +46,10 @@ States and exit codes; of several runs, the first of 2, 1, 4, 3, 0 that applies:
      suspended (by Slurm)
   4  stalled (alive, but writes no log lines)"""
 
-CLEAR_TERMINAL = "\x1b[H\x1b[2J\x1b[3J"
-"""Control sequence that moves to the top left and erases screen and scrollback."""
+DEFAULT_SECONDS = 5.0
+"""Time between two refreshes with ``--watch`` alone."""
+SPARK_ROWS = 4
+"""Height of the curve of the loss of one run."""
 
 
 def main(argv: Sequence[str] | None = None, sleep: Callable[[float], None] = time.sleep) -> int:
@@ -49,28 +60,51 @@ def main(argv: Sequence[str] | None = None, sleep: Callable[[float], None] = tim
     add("--json", action="store_true", help="print everything as JSON")
     add(
         "--watch",
+        nargs="?",
         type=_positive,
+        const=DEFAULT_SECONDS,
         metavar="SECONDS",
-        help="refresh every SECONDS seconds until Ctrl-C; the exit code is that of the last status",
+        help=f"refresh every SECONDS seconds ({DEFAULT_SECONDS:g} if not given) until Ctrl-C, in a "
+        "terminal in place and with the curve of the loss; the exit code is that of the last one",
     )
     args = parser.parse(argv)
     if args.watch is None:
         return run_tool("run_status", lambda: show_status(args.folders, args.json))
+    if is_interactive(sys.stdout) and not args.json:
+        return run_tool("run_status", lambda: watch_in_place(args.folders, args.watch, sleep))
     return run_tool("run_status", lambda: watch(args.folders, args.json, args.watch, sleep))
+
+
+def watch_in_place(folders: Sequence[Path], seconds: float, sleep: Callable[[float], None]) -> int:
+    """Redraw the status and the curve of the loss in a terminal until Ctrl-C.
+
+    The terminal is restored, also after SIGTERM, and shows the last status.
+
+    Returns:
+        The exit code of the last status.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    code = EXIT_USER_ERROR
+    with contextlib.suppress(KeyboardInterrupt), Screen() as screen:
+        while True:
+            text, problems, code = _status(folders, as_json=False)
+            curves = _curves(folders, screen.columns)
+            lines = [time.strftime("%Y-%m-%d %H:%M:%S"), *text.splitlines(), *problems, *curves]
+            screen.draw(lines, f"every {seconds:g} s, Ctrl-C to end")
+            screen.wait(seconds, sleep)
+    return code
 
 
 def watch(
     folders: Sequence[Path], as_json: bool, seconds: float, sleep: Callable[[float], None]
 ) -> int:
-    """Show the status again and again until Ctrl-C; return the exit code of the last one.
+    """Print the status again and again until Ctrl-C; return the exit code of the last one.
 
     A folder without a run is reported and may get one later.
     """
     code = EXIT_USER_ERROR
     try:
         while True:
-            if sys.stdout.isatty():
-                print(CLEAR_TERMINAL, end="")
             if not as_json:
                 print(time.strftime("%Y-%m-%d %H:%M:%S"))
             try:
@@ -90,18 +124,52 @@ def show_status(folders: Sequence[Path], as_json: bool) -> int:
     Raises:
         UserError: a folder has no run; the others are printed first.
     """
+    text, problems, code = _status(folders, as_json)
+    if text:
+        print(text)
+    if problems:
+        raise UserError("\n".join(problems))
+    return code
+
+
+def _status(folders: Sequence[Path], as_json: bool) -> tuple[str, list[str], int]:
+    """Return the status as text, the problems of folders without a run, and the exit code."""
     results = read_statuses(folders, details=len(folders) == 1)
     found = [status for status in results if isinstance(status, RunStatus)]
-    wrong = [str(error) for error in results if isinstance(error, UserError)]
+    problems = [str(error) for error in results if isinstance(error, UserError)]
+    text = ""
     if as_json:
-        print(json.dumps([status_json(s) for s in found], indent=1, ensure_ascii=False))
-    elif len(folders) > 1 and found:
-        print(format_statuses(found))
+        text = json.dumps([status_json(s) for s in found], indent=1, ensure_ascii=False)
     elif found:
-        print(format_status(found[0]))
-    if wrong:
-        raise UserError("\n".join(wrong))
-    return worst_exit_code(status.state for status in found)
+        text = format_statuses(found) if len(folders) > 1 else format_status(found[0])
+    code = EXIT_USER_ERROR if problems else worst_exit_code(status.state for status in found)
+    return text, problems, code
+
+
+def _curves(folders: Sequence[Path], columns: int) -> list[str]:
+    """Return the curves of the training losses: of one run in several rows, else one row each."""
+    is_unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    blocks = BLOCKS if is_unicode else ASCII
+    names = [folder.resolve().name for folder in folders]
+    width = min(24, max(map(text_width, names)))
+    lines = []
+    for folder, name in zip(folders, names, strict=True):
+        points = sample_losses(folder)
+        if len(points) < 2:
+            continue
+        losses = [loss for _, loss in points]
+        low, high = limits(losses)
+        if len(folders) > 1:
+            label = shorten(name, width)
+            label += " " * (width - text_width(label))
+            room = max(10, columns - width - 12)
+            lines.append(f"{label}  {sparkline(losses, room, 1, blocks)[0]} {losses[-1]:.4f}")
+            continue
+        rows = sparkline(losses, max(10, columns - 12), SPARK_ROWS, blocks)
+        sides = [f"{high:9.4f}", *[" " * 9] * (SPARK_ROWS - 2), f"{low:9.4f}"]
+        lines += [f"{side} {row}" for side, row in zip(sides, rows, strict=True)]
+        lines.append(f"{'':9} loss, iterations {points[0][0]:,} to {points[-1][0]:,}")
+    return ["", *lines] if lines else []
 
 
 def _positive(text: str) -> float:
