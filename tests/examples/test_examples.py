@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -98,3 +99,37 @@ def test_shellcheck_has_no_warnings():
     ]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def losses(text):
+    """Return the loss of each iteration in a log."""
+    found = re.findall(r" iteration +(\d+)/.*?lm loss: (\S+)", text)
+    return {int(iteration): float(loss) for iteration, loss in found}
+
+
+def test_migrate_from_megatron_lm(tmp_path):
+    """A checkpoint of Megatron-LM itself, continued with the losses that it recorded."""
+    fixtures = ROOT / "tests" / "parity" / "fixtures" / "llama_small"
+    printed = run_example(
+        "migrate_from_megatron-lm/run.sh",
+        tmp_path,
+        "out",
+        CHECKPOINT=str(fixtures / "iter_0000010"),
+        TRAIN_DATA_PATH=str(shutil.copytree(fixtures, tmp_path / "data") / "small_text_document"),
+        TOKENIZER_ARGS="--tokenizer-type NullTokenizer --vocab-size 500",
+    )
+    recorded = json.loads((fixtures / "golden_tp1pp1.json").read_text())["iterations"]
+    expected = {r["iteration"]: r["lm_loss"] for r in recorded if r["iteration"] > 10}
+    assert losses(printed) == pytest.approx(expected, abs=1e-6)
+    assert "note: --use-mpi is not needed here" in printed
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("program", ["megatron-lm", "megatron-deepspeed"])
+def test_migrate(tmp_path, program):
+    """The run that the example makes, continued with the losses of the uninterrupted run."""
+    run_example(f"migrate_from_{program}/run.sh", tmp_path, "out")
+    old = losses((tmp_path / "out" / "old" / "training.log").read_text())
+    new = losses((tmp_path / "out" / "training.log").read_text())
+    assert sorted(new) == list(range(11, 21))
+    assert new == pytest.approx({i: old[i] for i in new}, abs=1e-6)

@@ -17,6 +17,9 @@ from megatron_llmjp.convert.tensors import WORD_EMBEDDINGS, tensor_shapes
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.tokenizers.base import TikTokenSettings
 
+TRAINING_FIELDS = ("global_batch_size", "micro_batch_size", "seed")
+"""Settings of ``TrainingConfig`` that are converted, with Megatron-LM's names."""
+
 
 @dataclass
 class SourceCheckpoint:

@@ -20,7 +20,11 @@ from megatron_llmjp.convert.files.checksums import ChecksumRange
 from megatron_llmjp.convert.files.dtypes import DType
 from megatron_llmjp.convert.files.torch_dist_writer import TorchDistWriter
 from megatron_llmjp.convert.formats import mcore_names
-from megatron_llmjp.convert.formats.base import ConversionOptions, SourceCheckpoint
+from megatron_llmjp.convert.formats.base import (
+    TRAINING_FIELDS,
+    ConversionOptions,
+    SourceCheckpoint,
+)
 from megatron_llmjp.convert.formats.hugging_face import generation
 from megatron_llmjp.convert.formats.hugging_face.config import write_json
 from megatron_llmjp.convert.model_tokenizer import (
@@ -96,6 +100,10 @@ def read_native(path: Path, checksums: bool = True) -> SourceCheckpoint:
         ),
         generation=generation.read_stored_generation(folder / manifests.GENERATION),
         seq_length=config.data.seq_length,
+        settings={
+            "training": config.training.model_dump(include=set(TRAINING_FIELDS)),
+            "optimizer": config.optimizer.model_dump(),
+        },
         optimizer=optimizer,
         random_states=partial(read_native_states, folder),
     )

@@ -276,7 +276,7 @@ def _rank_content(
         "no_pipeline_parallel": options.no_pipeline,
         "deepspeed": True,
     }
-    extra |= run_arguments(model, source.seq_length, source.tokenizer_type)
+    extra |= run_arguments(source)
     extra.pop("true_vocab_size", None)  # in universal_checkpoint_info
     dtype = options.dtype or source.dtype
     return {

@@ -15,17 +15,21 @@ from pydantic import ValidationError
 
 from megatron_llmjp.config.schema import SECTIONS, ModelConfig, OptimizerConfig
 from megatron_llmjp.convert.files.dtypes import DType
+from megatron_llmjp.convert.formats.base import TRAINING_FIELDS, SourceCheckpoint
 from megatron_llmjp.convert.formats.hugging_face.config import (
     positive_int_field,
     refuse_unsupported,
     validated_model,
 )
-from megatron_llmjp.convert.formats.megatron_lm.argument_fields import check_fields
+from megatron_llmjp.convert.formats.megatron_lm.argument_fields import (
+    check_fields,
+    is_training_only,
+)
 from megatron_llmjp.tokenizers.base import TikTokenSettings
 
 _CONVERTED_FIELDS = {
     "data": ("tokenizer_type",),
-    "training": ("global_batch_size", "micro_batch_size", "seed"),
+    "training": TRAINING_FIELDS,
     "optimizer": tuple(OptimizerConfig.model_fields),
 }
 
@@ -256,25 +260,26 @@ def true_vocab_size(args: Any) -> int | None:
     return size if hasattr(args, "null_tokenizer_eod_id") else size + 1
 
 
-def run_arguments(
-    model: ModelConfig, seq_length: int | None, tokenizer_type: str | None
-) -> dict[str, Any]:
-    """Return the arguments for sequence length, tokenizer and vocabulary, as far as known.
+def run_arguments(source: SourceCheckpoint) -> dict[str, Any]:
+    """Return the arguments for batch sizes, seed, schedule, tokenizer and vocabulary.
 
-    Args:
-        model: provides the vocabulary size without padding.
-        seq_length: of the run.
-        tokenizer_type: of the run; NullTokenizer adds its end-of-document token to ``vocab_size``.
+    As far as the source has them. NullTokenizer adds its end-of-document token to ``vocab_size``.
     """
-    found: dict[str, Any] = {}
-    if seq_length is not None:
-        found["seq_length"] = seq_length
-    if tokenizer_type is not None:
-        found["tokenizer_type"] = tokenizer_type
-    if model.vocab_size is not None:
-        found["true_vocab_size"] = model.vocab_size
-        if tokenizer_type == "NullTokenizer":
-            found["vocab_size"] = model.vocab_size - 1
+    found = {
+        name: value
+        for section in ("training", "optimizer")
+        for name, value in source.settings.get(section, {}).items()
+        if value is not None and is_training_only(name)
+    }
+    vocabulary = source.model.vocab_size
+    if source.seq_length is not None:
+        found["seq_length"] = source.seq_length
+    if source.tokenizer_type is not None:
+        found["tokenizer_type"] = source.tokenizer_type
+    if vocabulary is not None:
+        found["true_vocab_size"] = vocabulary
+        if source.tokenizer_type == "NullTokenizer":
+            found["vocab_size"] = vocabulary - 1
     return found
 
 

@@ -50,7 +50,7 @@ def checkpoint_arguments(
         "world_size": options.tensor_parallel * options.pipeline_parallel,
         **_saved_states(options, states),
     }
-    extra |= run_arguments(model, source.seq_length, source.tokenizer_type)
+    extra |= run_arguments(source)
     return make_args(model, rows, options.dtype or source.dtype, 1, 1, extra)
 
 
