@@ -60,7 +60,7 @@ release:  ## build wheel and sdist of HEAD, install each in a clean environment 
 	@$(PYTHON) -m tools.release $(RELEASE_FLAGS)
 
 docs: $(VENV)/.installed-dev  ## build the site of the documentation into site/, and fail on any warning
-	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs --quiet build --strict --site-dir site
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --site-dir site
 
 clean:  ## remove the output of the quickstart (keeps .venv)
 	rm -rf quickstart_output

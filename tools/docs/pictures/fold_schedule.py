@@ -13,7 +13,7 @@ from megatron_llmjp.run_data import resolve_data, with_decay_length
 from tools.docs.pictures.plans import ROOT, config
 from tools.docs.pictures.svg import DARK, FILLS, GREY, Picture
 
-PRESET, FOLD_FILE = "llm-jp-13b-v1.0", "examples/llm-jp-13b-v1.0/folds.yaml"
+PRESET, FOLD_FILE = "llm-jp-13b-v1.0", "examples/reproduce_llm-jp-13b-v1.0/folds.yaml"
 LEFT, TOP, WIDTH, BARS, RATES, GAP = 74.0, 74.0, 800.0, 190.0, 110.0, 56.0
 POINTS = 200
 """Points of the learning-rate curve."""

@@ -33,10 +33,11 @@ def draw() -> str:
     title = f"{PRESET}: {WORLD_SIZE} GPUs, {sizes}"
     picture = Picture(width, TOP + layout.pp * row + 70, f"Parallel layout of {title}")
     picture.text(LEFT, 26, title, size=16, bold=True)
+    layers = sum(chunk.layers for stage in layout.stages for chunk in stage)
     texts = (
-        f"Each box is a node of {NODE} GPUs with their ranks; each row is a pipeline stage, which has "
-        f"{layout.stages[0][0].layers} of {sum(c.layers for s in layout.stages for c in s)} layers.",
-        f"Pairs of neighbours divide the matrices of a layer; a replica has one pair in each row. "
+        f"Each box is a node of {NODE} GPUs with their ranks; each row is a pipeline stage, which "
+        f"has {layout.stages[0][0].layers} of {layers} layers.",
+        "Pairs of neighbours divide the matrices of a layer; a replica has one pair in each row. "
         f"{layout.micro_batches} micro-batches per replica and step.",
     )
     for index, text in enumerate(texts):

@@ -41,9 +41,9 @@ def draw() -> str:
     step = WIDTH / len(rows)
     for stage, row in enumerate(rows):
         x, y = LEFT + (stage + 0.5) * step - BAR / 2, TOP + HEIGHT
-        for value, fill in zip(row, FILLS, strict=False):
-            y -= height(value)
-            picture.rect(x, y, BAR, height(value), fill)
+        for gigabytes, fill in zip(row, FILLS, strict=False):
+            y -= height(gigabytes)
+            picture.rect(x, y, BAR, height(gigabytes), fill)
         picture.text(x + BAR / 2, y - 5, f"{sum(row):.0f}", 11, "middle")
         picture.text(x + BAR / 2, TOP + HEIGHT + 16, str(stage), 11, "middle")
     y = TOP + HEIGHT - height(capacity)

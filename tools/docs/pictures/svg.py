@@ -78,7 +78,8 @@ class Picture:
             [
                 f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {number(self.width)} "
                 f"{number(self.height)}' width='{number(self.width)}' "
-                f"height='{number(self.height)}' font-family='Helvetica, Arial, sans-serif' role='img'>",
+                f"height='{number(self.height)}' role='img' "
+                "font-family='Helvetica, Arial, sans-serif'>",
                 f"<title>{escape(self.description)}</title>",
                 f"<rect width='{number(self.width)}' height='{number(self.height)}' fill='white'/>",
                 *self._elements,
