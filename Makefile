@@ -7,7 +7,7 @@ TEST_WORKERS ?= 2
 PARALLEL := -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-te quickstart test test-long coverage mutants faults gpu gpu-wheels lint release clean
+.PHONY: help install install-te quickstart test test-long coverage mutants faults gpu gpu-wheels lint docs release clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -58,6 +58,9 @@ lint: $(VENV)/.installed-dev  ## check style and types
 
 release:  ## build wheel and sdist of HEAD, install each in a clean environment and run the quickstart
 	@$(PYTHON) -m tools.release $(RELEASE_FLAGS)
+
+docs: $(VENV)/.installed-dev  ## build the site of the documentation into site/, and fail on any warning
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --site-dir site
 
 clean:  ## remove the output of the quickstart (keeps .venv)
 	rm -rf quickstart_output

@@ -1,0 +1,1 @@
+"""Pictures of the documentation, drawn from plans and estimates of real runs."""
