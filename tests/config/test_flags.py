@@ -67,7 +67,8 @@ def value(flag: str) -> list[str]:
     return ["8"] if "int" in kind else ["0.5"] if "float" in kind else ["some_path"]
 
 
-FLAGS = sorted({*flag_names(), *DEPENDENT_FLAGS, *CHOICES} - {"-h", "--help", "--version"})
+PRINTING = {"-h", "--help", "--version", "--print-completion"}
+FLAGS = sorted({*flag_names(), *DEPENDENT_FLAGS, *CHOICES} - PRINTING)
 
 
 @pytest.mark.parametrize("flag", FLAGS)
