@@ -107,11 +107,11 @@ def watch(
         while True:
             if not as_json:
                 print(time.strftime("%Y-%m-%d %H:%M:%S"))
-            try:
-                code = show_status(folders, as_json)
-            except UserError as error:
-                print(f"run_status: {error}", file=sys.stderr)
-                code = EXIT_USER_ERROR
+            text, problems, code = _status(folders, as_json)  # known before it is seen
+            if text:
+                print(text, flush=True)
+            for problem in problems:
+                print(f"run_status: {problem}", file=sys.stderr)
             sys.stdout.flush()
             sleep(seconds)
     except KeyboardInterrupt:
