@@ -1,7 +1,7 @@
 """Replies of a model through its chat template; with --base, compare with base and adapter in PEFT.
 
-    python chat.py merged "日本の首都はどこですか。"
-    python chat.py merged --base base --adapter adapter "日本の首都はどこですか。"
+python chat.py merged "日本の首都はどこですか。"
+python chat.py merged --base base --adapter adapter "日本の首都はどこですか。"
 """
 
 from __future__ import annotations
