@@ -2,7 +2,7 @@
 
     python sft.py --model base --data conversations.jsonl --output tuned [--lora]
 
-The model's tokenizer has a chat template with {% generation %}: the loss is that of the replies only.
+The loss is that of the replies only, which the chat template marks with {% generation %}.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,34 @@ def test_continual_pretraining(tmp_path, small_model):
     losses = validation_losses(printed.split("Done: validation losses")[1], "own")
     assert losses[1] < losses[0]
     assert (tmp_path / "out" / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.long
+@pytest.mark.skipif(find_spec("trl") is None, reason="the extra `examples` is not installed")
+def test_sft(tmp_path, small_model):
+    settings = {"MODEL": str(small_model / "checkpoints"), "TRAINING": "--max-steps 2"}
+    printed = run_example("sft/run.sh", tmp_path, "out", **settings)
+    compared = re.search(
+        r"largest difference of the logits from base and adapter.*: (\S+)", printed
+    )
+    assert compared is not None
+    assert float(compared[1]) < 1e-4
+
+
+@pytest.mark.long
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="the extra `examples` is not installed")
+def test_evaluation(tmp_path, small_model):
+    printed = run_example("evaluation/run.sh", tmp_path, "out", MODEL=str(small_model / "model"))
+    assert re.search(r"completions.*\bacc\b", printed)
+    assert len(validation_losses(printed, "ja")) == 2  # printed again at the end
+
+
+@pytest.mark.long
+def test_inference(tmp_path, small_model):
+    settings = {"MODEL": str(small_model / "checkpoints"), "TOKENS": "5"}
+    run_example("inference/run.sh", tmp_path, "out", **settings)
+    lines = (tmp_path / "out" / "texts.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["id"] for line in lines] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.parent.name)
