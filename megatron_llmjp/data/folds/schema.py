@@ -40,7 +40,7 @@ class FoldFileModel(BaseModel):
     The docstring of a field is its description in the reference (docs/reference).
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class BlendEntry(FoldFileModel):
