@@ -93,7 +93,7 @@ def _add_own_flags(add: Callable[..., Any]) -> None:
         type=positive_int,
         default=min(8, cores()),
         metavar="N",
-        help="number of worker processes",
+        help="number of worker processes (default: the number of CPU cores, at most 8)",
     )
     add(
         "--folds", nargs="+", metavar="NAME", help="build only these folds, and the validation sets"

@@ -133,7 +133,7 @@ def _parser() -> ToolParser:
         type=positive_int,
         default=cores(),
         metavar="N",
-        help="number of encoding processes",
+        help="number of encoding processes (default: the number of CPU cores)",
     )
     _add_limits(add)
     add_selection_flags(add)

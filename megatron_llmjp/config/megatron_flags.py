@@ -184,8 +184,16 @@ GROUPED = "--group-query-attention"
 RETAINED = "--save-retain-interval"
 WEIGHTS = "--pretrained-checkpoint"
 NO_OPTIMIZER = "--no-load-optim"
-DEPENDENT_FLAGS = (STAGE_LAYERS, EXACT_GELU, VOCABULARY, GROUPED, RETAINED, WEIGHTS, NO_OPTIMIZER)
-"""Flags whose effect depends on other values: see :func:`apply_dependent_flags`."""
+DEPENDENT_FLAGS: dict[str, str] = {
+    STAGE_LAYERS: "virtual_pipeline_model_parallel_size, computed from num_layers and the stages",
+    EXACT_GELU: "activation_function: gelu instead of gelu_tanh",
+    VOCABULARY: "tokenizer_model of GPT2BPETokenizer, or a SentencePiece model (*.model)",
+    GROUPED: "num_query_groups: 1, unless it is given",
+    RETAINED: "keep_every, and keep_last: 1",
+    WEIGHTS: "load, and finetune: true",
+    NO_OPTIMIZER: "nothing; it requires --finetune, which implies it",
+}
+"""What a flag sets whose effect depends on other values: see :func:`apply_dependent_flags`."""
 
 
 @dataclass

@@ -32,13 +32,14 @@ from megatron_llmjp.data.folds.schema import (
     FoldFile,
     FoldFileModel,
     FoldLearningRate,
+    LoaderKeys,
     SkipRange,
     ValidationSet,
 )
 from megatron_llmjp.errors import UserError, did_you_mean
 from megatron_llmjp.yaml_text import YamlDocument, YamlPath, read_yaml
 
-LOADER_KEYS = ("include", "root", "blends")
+LOADER_KEYS = tuple(LoaderKeys.model_fields)
 """Keys of a fold file that the loader resolves."""
 DATASETS = "datasets"
 INCLUDED_KEYS = (*LOADER_KEYS, DATASETS)

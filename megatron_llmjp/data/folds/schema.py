@@ -30,12 +30,15 @@ Shuffle = Literal["documents", "blocks"]
 """What is shuffled in an epoch: all documents, with stored indices, or blocks of documents."""
 
 
-Count = Annotated[PositiveInt, BeforeValidator(parse_count)]
+Count = Annotated[PositiveInt, BeforeValidator(parse_count), Field(examples=["250K"])]
 Amount = Annotated[PositiveFloat, Field(allow_inf_nan=False)]
 
 
 class FoldFileModel(BaseModel):
-    """Base model of all parts of a fold file: immutable, rejects unknown keys."""
+    """Base model of all parts of a fold file: immutable, rejects unknown keys.
+
+    The docstring of a field is its description in the reference (docs/reference).
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -46,8 +49,11 @@ class BlendEntry(FoldFileModel):
     path: str
     """Prefix of the ``.bin`` and ``.idx``, relative to the ``root`` of the file."""
     weight: Amount | None = None
+    """Share of the dataset in the fold, relative to the other weights of the blend."""
     tokens: Count | None = None
+    """Tokens that the fold takes from the dataset."""
     epochs: Amount | None = None
+    """Epochs of the dataset that the fold takes."""
     repeat: bool = False
     """Whether the run may use more than one epoch of this dataset."""
     restart: bool = False
@@ -73,29 +79,45 @@ class FoldLearningRate(FoldFileModel):
     """
 
     lr: NonNegativeFloat | None = None
+    """Peak learning rate."""
     min_lr: NonNegativeFloat | None = None
+    """Learning rate at the end of the decay."""
     lr_decay_style: LRDecayStyle | None = None
+    """Shape of the decay."""
     lr_warmup_iters: NonNegativeInt | None = None
+    """Iterations of linear warm-up."""
     lr_warmup_init: NonNegativeFloat | None = None
+    """Learning rate at the start of the warm-up."""
     lr_decay_iters: PositiveInt | None = None
+    """Iterations until the end of the decay, warm-up included."""
     lr_wsd_decay_style: WSDDecayStyle | None = None
+    """WSD: shape of the final decay."""
     lr_wsd_decay_iters: PositiveInt | None = None
+    """WSD: iterations of the final decay."""
 
 
 class Fold(FoldFileModel):
     """One fold: a budget and a blend."""
 
     name: str
+    """Name of the fold, unique in the file."""
     order: Literal["folds", "megatron"] = "folds"
     """``megatron``: Megatron-LM's own sample order for this budget and blend."""
     tokens: Count | None = None
+    """Budget in tokens. A fold has at most one budget."""
     samples: Count | None = None
+    """Budget in samples, sequences of ``seq_length`` tokens."""
     iterations: Count | None = None
+    """Budget in iterations of the run."""
     epochs: Amount | None = None
+    """Budget in epochs of all datasets of the blend."""
     blend: dict[str, BlendEntry] = Field(min_length=1)
+    """The datasets; also a list of them, each with ``name`` or named by the end of its path, or
+    the name or names of ``blends``."""
     split: str | None = None
     """``order: megatron`` only: Megatron-LM's ``--split``; the fold takes its first part."""
     learning_rate: FoldLearningRate | None = None
+    """Learning-rate schedule of this fold; by default the run's."""
 
     @property
     def kind(self) -> str | None:
@@ -149,6 +171,7 @@ class ValidationSet(FoldFileModel):
     split: str | None = None
     """Megatron-LM's ``--split``, of which this set is a part; by default the whole blend."""
     part: Literal["valid", "test"] = "valid"
+    """Part of ``split`` that this set is."""
 
     @model_validator(mode="after")
     def _one_of(self) -> ValidationSet:
@@ -163,12 +186,14 @@ class DeclaredDataset(FoldFileModel):
     """Size of a dataset, declared for plans before its files exist."""
 
     tokens: Count
+    """Tokens of the dataset."""
 
 
 class SkipRange(FoldFileModel):
     """Skipped samples: positions ``[start, end)`` in the schedule."""
 
     samples: tuple[NonNegativeInt, NonNegativeInt]
+    """First skipped position, and the one after the last."""
 
     @model_validator(mode="after")
     def _in_order(self) -> SkipRange:
@@ -184,16 +209,20 @@ class FoldFile(FoldFileModel):
     """The contents of a fold file."""
 
     seed: NonNegativeInt = 1234
+    """Seed of the sample order."""
     sequence_length: PositiveInt | None = None
     """If given, must equal the run's seq_length."""
     shuffle: Shuffle | None = None
     """Shuffling of all folds but those with ``order: megatron``; by default a resumed run's, or by
     the size of the datasets."""
     folds: tuple[Fold, ...] = Field(min_length=1)
+    """The folds, in the order in which they are trained on."""
     validation: dict[str, ValidationSet] = {}
+    """Validation sets by name."""
     skip: tuple[SkipRange, ...] = ()
+    """Samples that are not trained on; the positions of the others do not change."""
     datasets: dict[str, DeclaredDataset] = {}
-    """Declared sizes by real path; those of other datasets are read from their files."""
+    """Declared sizes by path, which becomes the real path; other sizes are read from the files."""
 
     @field_validator("folds")
     @classmethod
@@ -222,3 +251,14 @@ class FoldFile(FoldFileModel):
             for dataset, source in (held_out.blend or {}).items():
                 places.setdefault(source.path, f"{where}, dataset '{dataset}'")
         return places
+
+
+class LoaderKeys(FoldFileModel):
+    """Keys of a fold file that its loader resolves before the file is validated."""
+
+    include: str | tuple[str, ...] = ()
+    """Files with further ``blends`` and ``datasets``, relative to this file."""
+    root: str = ""
+    """Folder of the paths in this file, relative to it; ``~`` and ``$VARIABLES`` are expanded."""
+    blends: dict[str, dict[str, BlendEntry]] = {}
+    """Blends that folds refer to by name."""
