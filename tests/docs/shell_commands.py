@@ -20,6 +20,7 @@ _REDIRECTIONS = {">", ">>", "<", "<<", "<<<", ">&", "&>"}
 _KEYWORDS = {"do", "then", "else", "if", "while", "until", "!", "time", "exec", "{"}
 _NOT_COMMANDS = {"for", "done", "fi", "case", "esac", "}", "function", "["}
 _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=")
+_FURTHER_ARGUMENTS = re.compile(r"ARGUMENTS|\$\{?\w+(\[@\])?\}?|\$@")
 _LOOKS_LIKE_A_COMMAND = re.compile(r"\s*(?:\$ )?[\w./-]*[\w/] +--?[A-Za-z][\w-]*")
 
 
@@ -31,11 +32,11 @@ class Command:
     """Path of the page, relative to the repository."""
     line: int
     words: tuple[str, ...]
-    """Words after removal of quotes, without assignments, redirections and ``...``."""
+    """Words after removal of quotes, without assignments, redirections and placeholders."""
     assignments: tuple[tuple[str, str], ...] = ()
     """Environment variables set for the command, or exported by it."""
     is_partial: bool = False
-    """Whether ``...`` stands for further arguments."""
+    """Whether ``...``, ``ARGUMENTS`` or a variable stands for further arguments."""
 
     def __str__(self) -> str:
         """Return the place and the text of the command."""
@@ -168,11 +169,16 @@ def _command(words: list[str], page: str, line: int) -> Command | None:
     while rest and _ASSIGNMENT.match(rest[0]):
         name, _, value = rest.pop(0).partition("=")
         assigned.append((name, value))
-    kept = tuple(word for word in rest if word != "...")
+    kept = tuple(
+        word
+        for before, word in zip(["", *rest], rest, strict=False)
+        if word != "..." and (before.startswith("-") or not _FURTHER_ARGUMENTS.fullmatch(word))
+    )
     if not kept and not assigned:
         return None
+    is_partial = len(kept) < len(rest)
     kept = ("export", *kept) if exports else kept
-    return Command(page, line, kept, tuple(assigned), "..." in rest)
+    return Command(page, line, kept, tuple(assigned), is_partial)
 
 
 def _without_redirections(words: list[str]) -> list[str]:

@@ -1,7 +1,7 @@
-"""The README's steps 1 to 6, run in its order on a tiny corpus.
+"""Commands of the documentation that are run: plans, and the README's steps on a tiny corpus.
 
-The commands and the fold file are those of README.md, with the substitutions of
-:data:`SUBSTITUTIONS`.
+Plans run as they are, except for :data:`SHORTER`. The commands and the fold file of the steps are
+those of README.md in their order, with the sizes of :data:`SUBSTITUTIONS`.
 """
 
 from __future__ import annotations
@@ -12,18 +12,33 @@ import re
 import pytest
 import yaml
 
+from tests.docs.documented_commands import (
+    COMMANDS,
+    PLANNED,
+    PROGRAMS,
+    program_of,
+    program_or_none,
+)
+from tests.docs.program_arguments import PRETRAIN
 from tests.docs.shell_commands import Command, commands_of, readme_fold_file
-from tests.docs.test_commands import PLANNED, PRETRAIN, PROGRAMS, program_of
 from tests.support.forks import ROOT, run_program
+
+PRINTING = ("data_tools.shell_completion", "data_tools.copy_examples")
+"""Programs that need no files; one command of each is run (doctor: its own tests)."""
+
+NOT_PLANNED = {"--measured-runs": "needs the metrics of a run on GPUs"}
+"""Flags of plans that cannot be printed here."""
+
+SHORTER = {"96": "16", "128": "16", "256,512,1024": "256", "256,512,1024,2048,4096": "256"}
+"""Numbers of GPUs of ``--suggest-layout``: the search takes seconds for many, and for each."""
 
 SUBSTITUTIONS = {
     "--vocab-size 32000": "--vocab-size 1000",
     "--config llm-jp-3-1.8b": "--config laptop-llama --num-layers 1 --hidden-size 32"
-    " --ffn-hidden-size 64 --num-attention-heads 4 --num-query-groups 2 --seq-length 32"
+    " --ffn-hidden-size 64 --num-attention-heads 4 --num-query-groups 2 --seq-length 64"
     " --global-batch-size 4 --micro-batch-size 2 --lr-warmup-iters 1 --eval-iters 1"
     " --log-interval 1 --num-workers 0 --device cpu",
     "--nproc-per-node 8": "--nproc-per-node 2",
-    "--save-interval 1000": "--save-interval 2",
     "tokens: 27.6B": "iterations: 3",
 }
 """Parts of the README's commands and fold file, and what replaces them: sizes only."""
@@ -32,8 +47,49 @@ DATASETS = ("ja", "en", "curated", "valid_ja")
 """The README shows the command for the first; the fold file names all."""
 
 CORPUS = ROOT / "examples/quickstart/corpus/en.jsonl"
-DOCUMENTS = 10
+DOCUMENTS = 6
 """Documents of each dataset."""
+
+
+def _plans() -> list[Command]:
+    """Return the commands that print without a run's files, each once."""
+    found: dict[tuple[str, ...], Command] = {}
+    for command in (command for commands in COMMANDS.values() for command in commands):
+        program, words, is_partial = program_or_none(command)
+        plans = program == PRETRAIN and {*PLANNED, "--plan-data"} & {*words}
+        plans = plans or (program == "data_tools.plan_folds" and "--new" not in words)
+        plans = plans or program in PRINTING or {"--help", "--version"} & {*words}
+        if plans and not is_partial and not any(word in NOT_PLANNED for word in words):
+            key = (program,) if program in PRINTING else (program, *words)
+            found.setdefault(key, command)
+    return list(found.values())
+
+
+PLANS = _plans()
+
+
+@pytest.fixture(scope="module")
+def planning(tmp_path_factory):
+    """A folder with the README's fold file, whose datasets have declared sizes."""
+    folder = tmp_path_factory.mktemp("planning")
+    sizes = {f"data/{name}_text_document": {"tokens": "100B"} for name in DATASETS}
+    (folder / "folds.yaml").write_text(readme_fold_file() + yaml.safe_dump({"datasets": sizes}))
+    return folder
+
+
+@pytest.mark.parametrize("command", PLANS, ids=lambda command: command.text)
+def test_plans_are_printed(planning, command):
+    program, arguments, _ = program_of(command)
+    module = "pretrain_gpt" if program == PRETRAIN else program
+    if "--suggest-layout" in arguments:
+        arguments = [SHORTER.get(word, word) for word in arguments]
+    run = run_program("-m", module, *arguments, cwd=planning)
+    assert (run.returncode, bool(run.stdout)) == (0, True), run.stderr
+
+
+def test_all_exceptions_are_used():
+    words = {word for commands in COMMANDS.values() for c in commands for word in c.words}
+    assert {*NOT_PLANNED, *SHORTER} - words == set()
 
 
 def chain() -> list[Command]:
