@@ -20,6 +20,7 @@ import yaml
 
 import megatron_llmjp
 from megatron_llmjp import project_files
+from tests.docs.program_arguments import declared_programs
 from tests.support.processes import ROOT
 
 BUILD = "from setuptools import build_meta; print(build_meta.build_{}({!r}))"
@@ -119,13 +120,6 @@ def test_the_metadata_agree_with_the_source(packages):
     first, end = sorted(map(int, re.findall(r"3\.(\d+)", metadata["Requires-Python"])))
     classified = [int(minor) for minor in re.findall(r"Python :: 3\.(\d+)", classifiers)]
     assert classified == [*range(first, end)]
-
-
-def declared_programs():
-    """The programs in pyproject.toml, by name; tomllib is missing from Python 3.10."""
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    section = text.partition("[project.scripts]\n")[2].partition("\n[")[0]
-    return dict(re.findall(r'^(\w+) = "([\w.:]+)"$', section, re.M))
 
 
 def test_every_program_exists(packages):
