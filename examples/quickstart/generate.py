@@ -7,10 +7,6 @@ from __future__ import annotations
 
 import argparse
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
-
 
 def main() -> int:
     """Print a continuation of each prompt."""
@@ -19,6 +15,11 @@ def main() -> int:
     parser.add_argument("prompts", nargs="+")
     parser.add_argument("--max-new-tokens", type=int, default=40)
     arguments = parser.parse_args()
+    # Imported after the arguments are checked: they take seconds.
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)

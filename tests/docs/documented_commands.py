@@ -134,7 +134,7 @@ def _from_script(words: list[str], page: str) -> list[str]:
 def script_path(word: str, page: str) -> Path:
     """Return the path of a script, of the repository, the page's folder or a copy of both."""
     word = re.sub(r"^\$\{?(PWD|PBS_O_WORKDIR|MEGATRON_LLMJP)\}?/", "", word)
-    copies = [c.words[1] for c in COMMANDS[page] if c.words[:1] == ("copy_examples",)]
+    copies = [c.words[1] for c in COMMANDS.get(page, []) if c.words[:1] == ("copy_examples",)]
     for folder in copies:
         word = word.removeprefix(f"{folder}/")
     local = (ROOT / page).parent / word

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import inspect
 import io
 import itertools
 import os
@@ -56,9 +57,9 @@ def argument_problem(
         folder: working directory, in which missing YAML files of ``--config`` are created.
         is_partial: whether required arguments may be missing.
     """
-    numbers = ["1" if _is_placeholder(word) else word for word in words]
+    values = [_example_value(before, word) for before, word in itertools.pairwise(["", *words])]
     problem = ""
-    for attempt in dict.fromkeys((tuple(words), tuple(numbers))):
+    for attempt in dict.fromkeys((tuple(words), tuple(values))):
         if program == PRETRAIN:
             problem = _pretrain_problem(attempt, folder)
         else:
@@ -161,7 +162,8 @@ def run_in_process(program: str, words: Sequence[str]) -> tuple[int, str, str]:
                 runpy.run_path(str(script), run_name="__main__")
                 code = 0
             else:
-                code = importlib.import_module(program).main(list(words))
+                main = importlib.import_module(program).main
+                code = main(list(words)) if inspect.signature(main).parameters else main()
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
     return code or 0, output.getvalue(), errors.getvalue()
@@ -203,5 +205,8 @@ def _write_configurations(words: Sequence[str], folder: Path) -> None:
             path.write_text("preset: laptop-llama\n")
 
 
-def _is_placeholder(word: str) -> bool:
-    return re.fullmatch(r"[A-Z][A-Z_]*|\$\{?\w+\}?", word) is not None
+def _example_value(before: str, word: str) -> str:
+    """Return a value for a placeholder, after the word before it; other words unchanged."""
+    if not re.fullmatch(r"[A-Z][A-Z_]*|\$\{?\w+\}?", word):
+        return word
+    return "laptop-llama" if before == "--config" else "1"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from markdown_it import MarkdownIt
@@ -69,6 +69,38 @@ def commands_of(page: str, programs: frozenset[str]) -> list[Command]:
         if language in SHELL_LANGUAGES or (not language and _has_command(text, programs)):
             found.extend(parse_block(text, page, line))
     return found
+
+
+def inline_commands(page: str, programs: Container[str]) -> list[Command]:
+    """Return the commands in the text of a page: spans of code with a program and arguments.
+
+    They are shortened: further arguments and values of flags may be missing.
+    """
+    found = []
+    parser = MarkdownIt().enable("table")
+    for block in parser.parse((ROOT / page).read_text(encoding="utf-8")):
+        spans = [child.content for child in block.children or [] if child.type == "code_inline"]
+        for span in spans:
+            words = re.sub(r"\[(-[^]]*)\]", r"\1", span).split()  # [--optional VALUE]
+            is_script = any((ROOT / word).is_file() for word in words[:1])
+            if len(words) > 1 and (words[0] in programs or is_script):
+                line = block.map[0] + 1 if block.map else 0
+                first = next(parse_block(" ".join(words), page, line))
+                found.append(replace(first, is_partial=True))
+    return found
+
+
+def comment_commands(path: Path, programs: frozenset[str]) -> list[Command]:
+    """Return the commands in the comments of a script: indented, in paragraphs of their own."""
+    text = path.read_text(encoding="utf-8")
+    page = path.relative_to(ROOT).as_posix()
+    return [
+        command
+        for match in re.finditer(r"(?:^#   .*\n)+", text, re.M)
+        for block in [re.sub(r"^#   ", "", match[0], flags=re.M)]
+        if _has_command(block, programs)
+        for command in parse_block(block, page, text[: match.start()].count("\n") + 1)
+    ]
 
 
 def readme_fold_file() -> str:

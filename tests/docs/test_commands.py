@@ -18,13 +18,20 @@ from tests.docs.documented_commands import (
     DEPENDENCIES,
     ENVIRONMENT,
     FOREIGN,
+    MODULES,
     PROGRAMS,
     program_of,
     program_or_none,
     script_path,
 )
 from tests.docs.program_arguments import argument_problem, makefile_parser
-from tests.docs.shell_commands import Command, parse_block, suspicious_lines
+from tests.docs.shell_commands import (
+    Command,
+    comment_commands,
+    inline_commands,
+    parse_block,
+    suspicious_lines,
+)
 from tests.support.forks import ROOT
 
 
@@ -102,6 +109,28 @@ def test_commands_of_a_page(page, tmp_path):
             problems.append(f"{command}\n    {problem}")
     assert suspicious_lines(page, PROGRAMS) == [], "mark the block as bash, or as text"
     assert problems == [], "\n" + "\n".join(problems)
+
+
+@pytest.mark.parametrize("page", COMMANDS)
+def test_commands_in_the_text_of_a_page(page, tmp_path, capsys):
+    problems = []
+    for command in inline_commands(page, {*MODULES, "make", "python"}):
+        problem = _problem(command, tmp_path)
+        if problem and not re.search("expected (one|at least one) argument", problem):
+            problems.append(f"{command}\n    {problem}")
+    assert problems == [], "\n" + "\n".join(problems)
+
+
+def test_commands_in_the_comments_of_scripts(tmp_path):
+    found = [
+        command
+        for path in sorted((ROOT / "slurm").rglob("*"))
+        if path.suffix in (".sh", ".pbs", ".example")
+        for command in comment_commands(path, PROGRAMS)
+    ]
+    assert len(found) > 15
+    problems = [(str(command), _problem(command, tmp_path)) for command in found]
+    assert [(command, problem) for command, problem in problems if problem] == []
 
 
 @pytest.mark.parametrize(
