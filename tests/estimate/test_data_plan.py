@@ -25,7 +25,7 @@ from megatron_llmjp.estimate.data_warnings import data_plan_warnings
 from tests.support.datasets import write_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
-EXAMPLE = ROOT / "examples" / "llm-jp-13b-v1.0" / "folds.yaml"
+EXAMPLE = ROOT / "examples" / "reproduce_llm-jp-13b-v1.0" / "folds.yaml"
 MODEL = {"num_layers": 1, "hidden_size": 1, "num_attention_heads": 1}
 
 

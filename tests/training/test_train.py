@@ -44,8 +44,11 @@ def test_phases_of_eval_only(monkeypatch):
     run = SimpleNamespace(
         resume=SimpleNamespace(manifest=SimpleNamespace(iteration=7, consumed_samples=28)),
         config=SimpleNamespace(
-            training=SimpleNamespace(eval_only=True), checkpoint=SimpleNamespace(finetune=False)
+            training=SimpleNamespace(eval_only=True),
+            checkpoint=SimpleNamespace(finetune=False),
+            logging=SimpleNamespace(log_format=None),
         ),
+        train_iters=10,
     )
     context = train._RankContext(SimpleNamespace(), SimpleNamespace(), None, watchdog, [], "")
     assert train._validate_only(run, context) == EXIT_DONE
