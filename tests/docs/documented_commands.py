@@ -104,7 +104,8 @@ def _name_and_arguments(command: Command) -> tuple[str, list[str]]:
         launcher, words = words[0], _from_script(words[1:], command.page)
         assert words, f"{command}: {launcher} starts no script of the repository"
     name = words[0]
-    if "bin/" in name and not script_path(name, command.page).is_file():
+    is_installed = name.startswith((".venv/", "$PWD/.venv/"))  # .venv exists in checkouts only
+    if is_installed or ("bin/" in name and not script_path(name, command.page).is_file()):
         name = Path(name).name  # of a virtual environment
     if not re.fullmatch(r"python[\d.]*", name):
         return name, words[1:]
