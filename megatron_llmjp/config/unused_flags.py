@@ -99,7 +99,7 @@ _BY_REASON: dict[str, str] = {
         --zero-allgather-bucket-size --zero-reduce-bucket-size --zero-contigious-gradients
         --zero-reduce-scatter --use-pin-memory""",
     # data
-    "the .bin files are memory-mapped, and indices are built before ranks wait for each other": """
+    "samples are read without memory maps, and indices are built before ranks wait": """
         --no-mmap-bin-files --mmap-warmup --num-dataset-builder-threads --no-data-sharding
         --mid-level-dataset-surplus --dataloader-fast-cache-load
         --dataloader-defer-npy-index-mmap --per-dataset-sequences-path
