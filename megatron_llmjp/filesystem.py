@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from megatron_llmjp.errors import UserError
 
@@ -113,27 +113,35 @@ def name_path_in_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def write_atomically(path: Path, text: str, errors: str = "strict") -> None:
+@contextmanager
+def replaced_file(path: Path, errors: str = "strict") -> Iterator[IO[str]]:
     """Replace a text file atomically and durably: readers and crashes see the old or new content.
+
+    Yields:
+        A temporary file, which takes the name of ``path`` when the block ends without an error.
 
     Raises:
         OSError: the file cannot be written; the temporary file is removed.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(3)}.tmp")
     try:
-        with (
-            name_path_in_errors(path),
-            temporary.open("w", encoding="utf-8", errors=errors) as stream,
-        ):
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
+        with temporary.open("w", encoding="utf-8", errors=errors) as stream:
+            yield stream
+            with name_path_in_errors(path):
+                stream.flush()
+                os.fsync(stream.fileno())
         temporary.replace(path)
     except BaseException:
         with suppress(OSError):
             temporary.unlink()
         raise
     fsync_path(path.parent)
+
+
+def write_atomically(path: Path, text: str, errors: str = "strict") -> None:
+    """Write a whole text by :func:`replaced_file`."""
+    with replaced_file(path, errors) as stream, name_path_in_errors(path):
+        stream.write(text)
 
 
 def fsync_path(path: Path) -> None:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.filesystem import fsync_path
+from megatron_llmjp.filesystem import replaced_file
 from megatron_llmjp.generation.chat import ChatTemplate, check_messages
 from megatron_llmjp.generation.requests import read_json_values
 
@@ -104,18 +102,8 @@ def text_output(path: str | None) -> Iterator[IO[str]]:
     target = Path(str(path))
     if not target.parent.is_dir():
         raise UserError(f"--output {target}: the folder {target.parent} does not exist; create it")
-    temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(3)}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(target)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-    fsync_path(target.parent)
+    with replaced_file(target) as stream:
+        yield stream
 
 
 def write_json_line(stream: IO[str], value: Any) -> None:
