@@ -6,11 +6,11 @@ python -m tools.docs.reference --check    # exit code 1 if one is out of date
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from tools.docs.generated_files import write_or_check
 from tools.docs.reference import configuration, fold_files, programs
 
 FOLDER = Path(__file__).resolve().parents[3] / "docs" / "reference"
@@ -23,22 +23,13 @@ PAGES: Mapping[str, Callable[[], str]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the pages, or compare them with the files."""
-    parser = argparse.ArgumentParser(description="Write the reference pages of the documentation.")
-    parser.add_argument("--check", action="store_true", help="compare; write nothing")
-    check, outdated = parser.parse_args(argv).check, []
-    for name, write in PAGES.items():
-        path, page = FOLDER / name, write()
-        if path.is_file() and path.read_text(encoding="utf-8") == page:
-            continue
-        outdated.append(name)
-        if not check:
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(page, encoding="utf-8")
-    if check and outdated:
-        names = ", ".join(outdated)
-        print(f"out of date: {names}; run python -m tools.docs.reference", file=sys.stderr)
-        return 1
-    return 0
+    return write_or_check(
+        argv,
+        "tools.docs.reference",
+        "Write the reference pages of the documentation.",
+        FOLDER,
+        PAGES,
+    )
 
 
 if __name__ == "__main__":
