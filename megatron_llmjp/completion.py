@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ def completion_script(parser: argparse.ArgumentParser, shell: str) -> str:
     """Return the completion script of a program.
 
     Args:
-        parser: the parser of the program; the completions of its arguments are set.
+        parser: the parser of the program.
         shell: one of :data:`SHELLS`.
 
     Raises:
@@ -33,6 +34,8 @@ def completion_script(parser: argparse.ArgumentParser, shell: str) -> str:
         import shtab
     except ImportError as error:
         raise UserError("completion needs shtab: pip install shtab") from error
+    # Choices set below would be checked when the program's own parser is used again.
+    parser = copy.deepcopy(parser)
     for action in parser._actions:
         metavar = action.metavar
         if metavar in _FOLDERS:

@@ -16,6 +16,7 @@ import torch
 
 from data_tools import doctor, shell_completion
 from megatron_llmjp import __version__
+from megatron_llmjp.config.flags import parse
 from megatron_llmjp.doctor import machine, packages
 from megatron_llmjp.doctor.findings import Finding, format_findings, summarize
 from megatron_llmjp.doctor.versions import driver_version
@@ -73,6 +74,10 @@ def test_bash_completes_flags_and_values(capsys, monkeypatch, tmp_path):
     assert complete(script, "pretrain_gpt", "--log-f") == ["--log-format"]
     assert complete(script, "pretrain_gpt", "--log-format", "") == ["short", "megatron", "json"]
     assert "--print-completion" not in complete(script, "pretrain_gpt", "--p")
+    # The program's parser is kept for the next command line, and takes other programs' values.
+    flags = ["--config", "laptop-gpt2", "--tokenizer-type", "JapaneseSentencePiece"]
+    flags += ["--data-path", "a", "--tokenizer-model", "a.model"]
+    assert parse(flags).config.data.tokenizer_type == "GPTSentencePieceTokenizer"
 
 
 def test_a_file_per_program(tmp_path, monkeypatch, capsys):
