@@ -32,7 +32,7 @@ from megatron_llmjp.model.attention_backend import attention_backend
 from megatron_llmjp.model.context_parallel_attention import ContextParallelAttention
 from megatron_llmjp.model.initialization import initialize
 from megatron_llmjp.model.kernels import KernelChoice, choose_kernels
-from megatron_llmjp.model.layers import ParallelResidualLayer, norm_class
+from megatron_llmjp.model.layers import ParallelResidualLayer, norm_class, with_norms
 from megatron_llmjp.model.losses import GPTModelWithLoss
 from megatron_llmjp.model.transformer_engine import (
     accumulate_weight_gradients,
@@ -87,6 +87,7 @@ def transformer_config(
             gradient_accumulation_fusion=kernels.apex,
             add_bias_linear=model.add_bias_linear,
             add_qkv_bias=model.add_qkv_bias,
+            qk_layernorm=model.qk_layernorm,
             deterministic_mode=config.training.deterministic_mode,
             hidden_dropout=model.hidden_dropout,
             attention_dropout=model.attention_dropout,
@@ -179,12 +180,13 @@ def layer_spec(
         te_attention = None
         if config.data.reset_attention_mask:
             te_attention, _ = choose_document_attention(core, params_dtype(config), device)
-        return transformer_engine_layer_spec(layer, te_attention)
-    spec = gpt_layer_specs.get_gpt_layer_local_spec(normalization=config.model.normalization)
+        return transformer_engine_layer_spec(layer, te_attention, core.qk_layernorm)
+    spec = gpt_layer_specs.get_gpt_layer_local_spec(
+        qk_layernorm=core.qk_layernorm, normalization=config.model.normalization
+    )
     norm = norm_class(config.model.normalization)
-    norms = replace(spec.submodules, input_layernorm=norm, pre_mlp_layernorm=norm)
     attention = ContextParallelAttention if core.context_parallel_size > 1 else SDPAttention
-    spec = with_core_attention(replace(spec, module=layer, submodules=norms), attention)
+    spec = with_norms(with_core_attention(replace(spec, module=layer), attention), norm)
     layers = get_num_layers_to_build(core, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=norm)
 

@@ -111,15 +111,19 @@ def _supports_boundaries(dtype: torch.dtype, device: Device) -> bool:
 
 
 def transformer_engine_layer_spec(
-    layer: type[nn.Module], attention: type[nn.Module] | None = None
+    layer: type[nn.Module],
+    attention: type[nn.Module] | None = None,
+    qk_layernorm: bool = False,
 ) -> Any:
     """Return the spec of a layer built from Transformer Engine's modules.
 
     Args:
         layer: class of the layer.
         attention: class of the core attention, in place of Transformer Engine's.
+        qk_layernorm: normalize queries and keys.
     """
-    spec = replace(gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(), module=layer)
+    spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
+    spec = replace(spec, module=layer)
     return spec if attention is None else with_core_attention(spec, attention)
 
 
