@@ -111,15 +111,23 @@ def _supports_boundaries(dtype: torch.dtype, device: Device) -> bool:
 
 
 def transformer_engine_layer_spec(
-    layer: type[nn.Module], attention: type[nn.Module] | None = None
+    layer: type[nn.Module],
+    attention: type[nn.Module] | None = None,
+    experts: int | None = None,
+    grouped_gemm: bool = False,
 ) -> Any:
     """Return the spec of a layer built from Transformer Engine's modules.
 
     Args:
         layer: class of the layer.
         attention: class of the core attention, in place of Transformer Engine's.
+        experts: number of experts; None for a dense layer.
+        grouped_gemm: whether the experts of a rank are one grouped matrix multiplication.
     """
-    spec = replace(gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(), module=layer)
+    spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
+        num_experts=experts, moe_grouped_gemm=grouped_gemm
+    )
+    spec = replace(spec, module=layer)
     return spec if attention is None else with_core_attention(spec, attention)
 
 
