@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megatron_llmjp.config.schema import Config, ModelConfig
 from megatron_llmjp.model.kernels import KernelChoice
+from megatron_llmjp.patches.experts_on_cpu import support_experts_on_cpu
 
 _SAME_NAME = (
     "num_moe_experts",
@@ -43,6 +44,7 @@ def expert_settings(config: Config, kernels: KernelChoice) -> dict[str, Any]:
     model, parallel = config.model, config.parallel
     if not model.has_experts:
         return {}
+    support_experts_on_cpu()
     return {
         **{name: getattr(model, name) for name in _SAME_NAME},
         "moe_ffn_hidden_size": model.expert_ffn_size,
