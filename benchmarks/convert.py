@@ -243,7 +243,7 @@ def write_model(folder: Path, layers: int) -> None:
     from megatron_llmjp.config.schema import ModelConfig
     from megatron_llmjp.convert.files.dtypes import DType
     from megatron_llmjp.convert.files.safetensors import plan_safetensors
-    from megatron_llmjp.convert.formats.hugging_face.llama import ARCHITECTURE
+    from megatron_llmjp.convert.formats.hugging_face.architectures.llama import ARCHITECTURE
     from megatron_llmjp.convert.plan import write_slot
     from megatron_llmjp.convert.tensors import part_shapes, tensor_shapes
 

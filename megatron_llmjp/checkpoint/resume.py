@@ -62,6 +62,7 @@ _WEIGHT_SHAPE_FIELDS = {
     "normalization",
     "add_bias_linear",
     "add_qkv_bias",
+    "qk_layernorm",
     "untie_embeddings_and_output_weights",
 }
 """Fields that determine the names and shapes of the weights."""

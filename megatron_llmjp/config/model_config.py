@@ -107,6 +107,9 @@ class DenseModelConfig(Section):
     )
     add_bias_linear: bool = Field(False, description="add biases to the linear layers")
     add_qkv_bias: bool = Field(False, description="add a bias to the QKV projection only")
+    qk_layernorm: bool = Field(
+        False, description="normalize the queries and keys of each head (Qwen3)"
+    )
     untie_embeddings_and_output_weights: bool = Field(
         True, description="use separate weights for the embedding and the output layer"
     )

@@ -54,7 +54,7 @@ def count_parameters(config: Config, tensor_parallel_size: int = 1) -> Parameter
         positions=config.max_positions * model.hidden_size if learned else 0,
         layer=layer_parameters(model, tensor_parallel_size),
         layers=model.num_layers,
-        final_norm=_norm_parameters(model),
+        final_norm=_norm_parameters(model, model.hidden_size),
         output=words if model.untie_embeddings_and_output_weights else 0,
     )
 
@@ -68,12 +68,18 @@ def layer_parameters(model: ModelConfig, tensor_parallel_size: int = 1) -> int:
     queries = model.num_attention_heads * model.head_dim
     projected = queries + 2 * model.query_groups * model.head_dim
     wide = model.ffn_size * (2 if model.activation_function == "swiglu" else 1)
-    total = 2 * _norm_parameters(model) + h * (projected + queries + wide + model.ffn_size) // t
+    total = _layer_norm_parameters(model) + h * (projected + queries + wide + model.ffn_size) // t
     if model.add_bias_linear or model.add_qkv_bias:
         total += projected // t
     return total + (wide // t + 2 * h if model.add_bias_linear else 0)
 
 
-def _norm_parameters(model: ModelConfig) -> int:
+def _layer_norm_parameters(model: ModelConfig) -> int:
+    """Norms before attention and feed-forward, and those of queries and keys."""
+    heads = 2 * _norm_parameters(model, model.head_dim) if model.qk_layernorm else 0
+    return 2 * _norm_parameters(model, model.hidden_size) + heads
+
+
+def _norm_parameters(model: ModelConfig, size: int) -> int:
     """One weight vector, plus a bias with LayerNorm."""
-    return model.hidden_size * (2 if model.normalization == "LayerNorm" else 1)
+    return size * (2 if model.normalization == "LayerNorm" else 1)

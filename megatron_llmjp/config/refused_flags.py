@@ -26,8 +26,7 @@ _BY_REMEDY: dict[str, str] = {
         --linear-conv-kernel-dim --linear-key-head-dim --linear-num-key-heads
         --linear-num-value-heads --linear-value-head-dim --qk-clip --qk-clip-alpha
         --qk-clip-threshold""",
-    "models that normalize queries and keys, as LLM-jp's v4 and Qwen3 do, are not implemented": """
-        --qk-layernorm --apply-wd-to-qk-layernorm""",
+    "norms, those of queries and keys too, have no weight decay": "--apply-wd-to-qk-layernorm",
     "recompute activations with --recompute-granularity instead of moving them": """
         --cpu-offloading-num-layers --fine-grained-activation-offloading
         --min-offloaded-tensor-size --offload-modules""",

@@ -45,7 +45,7 @@ def describe_checkpoint(path: Path, ignored_args: frozenset[str] = frozenset()) 
     Raises:
         UserError: the folder contains no complete checkpoint of a known format.
     """
-    from megatron_llmjp.convert.formats.hugging_face.registry import architecture_for
+    from megatron_llmjp.convert.formats.hugging_face.architectures.registry import architecture_for
 
     source = open_any(path, ignored_args)
     possible = [name for name in FORMATS if name != source.format]

@@ -98,6 +98,9 @@ def _block_shapes(model: ModelConfig) -> dict[str, Shape]:
     block["self_attention.linear_qkv.weight"] = (qkv, h)
     if biases or model.add_qkv_bias:
         block["self_attention.linear_qkv.bias"] = (qkv,)
+    if model.qk_layernorm:
+        for part in ("q_layernorm", "k_layernorm"):
+            block |= {f"self_attention.{part}.{kind}": (model.head_dim,) for kind in norms}
     block["self_attention.linear_proj.weight"] = (h, heads)
     if biases:
         block["self_attention.linear_proj.bias"] = (h,)

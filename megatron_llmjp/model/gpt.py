@@ -30,7 +30,7 @@ from megatron_llmjp.model.context_parallel_attention import ContextParallelAtten
 from megatron_llmjp.model.experts import choose_layers, expert_settings
 from megatron_llmjp.model.initialization import initialize
 from megatron_llmjp.model.kernels import KernelChoice, choose_kernels
-from megatron_llmjp.model.layers import ParallelResidualLayer, norm_class
+from megatron_llmjp.model.layers import ParallelResidualLayer, norm_class, with_norms
 from megatron_llmjp.model.losses import GPTModelWithLoss
 from megatron_llmjp.model.transformer_engine import (
     accumulate_weight_gradients,
@@ -87,6 +87,7 @@ def transformer_config(
             gradient_accumulation_fusion=kernels.apex,
             add_bias_linear=model.add_bias_linear,
             add_qkv_bias=model.add_qkv_bias,
+            qk_layernorm=model.qk_layernorm,
             deterministic_mode=config.training.deterministic_mode,
             hidden_dropout=model.hidden_dropout,
             attention_dropout=model.attention_dropout,
@@ -181,22 +182,25 @@ def layer_spec(
         if config.data.reset_attention_mask:
             te_attention, _ = choose_document_attention(core, params_dtype(config), device)
 
-        def make(experts: int | None) -> Any:
-            grouped_gemm = core.moe_grouped_gemm
-            return transformer_engine_layer_spec(layer, te_attention, experts, grouped_gemm)
+        def make_layer(experts: int | None) -> Any:
+            return transformer_engine_layer_spec(
+                layer, te_attention, core.qk_layernorm, experts, core.moe_grouped_gemm
+            )
 
-        return choose_layers(config.model, core, vp_stage, make, norm=transformer_block.LayerNormImpl)
+        norm: Any = transformer_block.LayerNormImpl
+        return choose_layers(config.model, core, vp_stage, make_layer, norm)
     norm = norm_class(config.model.normalization)
     attention = ContextParallelAttention if core.context_parallel_size > 1 else SDPAttention
 
-    def make_local(experts: int | None) -> Any:
+    def make_local_layer(experts: int | None) -> Any:
         spec = gpt_layer_specs.get_gpt_layer_local_spec(
-            num_experts=experts, normalization=config.model.normalization
+            num_experts=experts,
+            qk_layernorm=core.qk_layernorm,
+            normalization=config.model.normalization,
         )
-        norms = replace(spec.submodules, input_layernorm=norm, pre_mlp_layernorm=norm)
-        return with_core_attention(replace(spec, module=layer, submodules=norms), attention)
+        return with_norms(with_core_attention(replace(spec, module=layer), attention), norm)
 
-    return choose_layers(config.model, core, vp_stage, make_local, norm=norm)
+    return choose_layers(config.model, core, vp_stage, make_local_layer, norm)
 
 
 def build_model_chunk(

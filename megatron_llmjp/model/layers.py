@@ -9,9 +9,11 @@ read the layer's input, whereas in megatron-core's layer the MLP reads the outpu
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
@@ -40,6 +42,20 @@ class LayerNorm(nn.LayerNorm):
 def norm_class(normalization: str) -> type[nn.Module]:
     """Return the norm class of the configuration's ``normalization``."""
     return RMSNorm if normalization == "RMSNorm" else LayerNorm
+
+
+def with_norms(layer: Any, norm: type[nn.Module]) -> Any:
+    """Return the spec of a layer with another class for its norms, those of queries and keys too.
+
+    Norms of the head size ``[d]``, which are the same on all tensor-parallel ranks: megatron-core
+    sums their gradients over the ranks, each of which has its own heads (``finalize_model_grads``).
+    """
+    attention = layer.submodules.self_attention
+    changed: dict[str, Any] = {"input_layernorm": norm, "pre_mlp_layernorm": norm}
+    if attention.submodules.q_layernorm is not IdentityOp:
+        heads = replace(attention.submodules, q_layernorm=norm, k_layernorm=norm)
+        changed["self_attention"] = replace(attention, submodules=heads)
+    return replace(layer, submodules=replace(layer.submodules, **changed))
 
 
 def _mark_sequence_parallel(norm: nn.Module, config: TransformerConfig) -> None:

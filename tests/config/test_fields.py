@@ -37,6 +37,7 @@ norm_epsilon float 1e-05 >0
 activation_function swiglu|gelu|gelu_tanh 'swiglu'
 add_bias_linear bool False
 add_qkv_bias bool False
+qk_layernorm bool False
 untie_embeddings_and_output_weights bool True
 use_parallel_residual bool False
 hidden_dropout float 0.0 >=0 <1

@@ -25,6 +25,17 @@ def llama(**changes) -> transformers.PreTrainedModel:
     return noisy(transformers.LlamaForCausalLM(config))
 
 
+def qwen3(**changes) -> transformers.PreTrainedModel:
+    fields = {
+        "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 12,
+        "max_position_embeddings": 64, "rms_norm_eps": 3e-5, "rope_theta": 5000.0,
+        "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    config = transformers.Qwen3Config(**{**COMMON, **fields, **changes})
+    return noisy(transformers.Qwen3ForCausalLM(config))
+
+
 def gpt2(**changes) -> transformers.PreTrainedModel:
     fields = {
         "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 64, "n_inner": 144,
@@ -44,7 +55,8 @@ def gpt_neox(**changes) -> transformers.PreTrainedModel:
     return noisy(transformers.GPTNeoXForCausalLM(config))
 
 
-MODELS = {"llama": llama, "gpt2": gpt2, "gpt_neox": gpt_neox}
+MODELS = {"llama": llama, "gpt2": gpt2, "gpt_neox": gpt_neox, "qwen3": qwen3}
+"""All have 3 layers, 101 tokens and 64 positions."""
 
 
 def noisy(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:

@@ -43,7 +43,7 @@ def assert_parts_of(
         size: of tensor parallelism in the files.
         padded: vocabulary size including padding.
     """
-    found, swiglu = read_parts(folder), model.config.model_type == "llama"
+    found, swiglu = read_parts(folder), model.config.model_type in LLAMA_KIN
     expected = {
         (name, rank): part
         for name, whole in whole_tensors(model, padded)
@@ -59,8 +59,9 @@ def whole_tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield all tensors of a model, named and laid out as by megatron-core on one rank."""
     state, kind = {k: v.detach() for k, v in model.state_dict().items()}, model.config.model_type
+    llama_names = ("model.embed_tokens", "model.norm", "lm_head")
     words, norm, head = {
-        "llama": ("model.embed_tokens", "model.norm", "lm_head"),
+        **dict.fromkeys(LLAMA_KIN, llama_names),
         "gpt2": ("transformer.wte", "transformer.ln_f", "lm_head"),
         "gpt_neox": ("gpt_neox.embed_in", "gpt_neox.final_layer_norm", "embed_out"),
     }[kind]
@@ -83,7 +84,7 @@ def _llama(state, number, config) -> Iterator[tuple[str, torch.Tensor]]:
     layer = f"model.layers.{number}"
     d, groups = config.head_dim, config.num_key_value_heads
     width = config.num_attention_heads // groups * d
-    for kind in ("weight", "bias") if config.mlp_bias else ("weight",):
+    for kind in ("weight", "bias") if getattr(config, "mlp_bias", False) else ("weight",):
         q, k, v = (state[f"{layer}.self_attn.{x}_proj.{kind}"] for x in "qkv")
         rows = [
             piece[group * n : (group + 1) * n]
@@ -97,6 +98,13 @@ def _llama(state, number, config) -> Iterator[tuple[str, torch.Tensor]]:
         yield f"mlp.linear_fc2.{kind}", state[f"{layer}.mlp.down_proj.{kind}"]
     yield "input_layernorm.weight", state[f"{layer}.input_layernorm.weight"]
     yield "pre_mlp_layernorm.weight", state[f"{layer}.post_attention_layernorm.weight"]
+
+
+def _qwen3(state, number, config) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from _llama(state, number, config)
+    for x in "qk":
+        norm = state[f"model.layers.{number}.self_attn.{x}_norm.weight"]
+        yield f"self_attention.{x}_layernorm.weight", norm
 
 
 def _gpt2(state, number, config) -> Iterator[tuple[str, torch.Tensor]]:
@@ -131,7 +139,8 @@ def _gpt_neox(state, number, config) -> Iterator[tuple[str, torch.Tensor]]:
             yield f"{ours}.{kind}", state[f"{layer}.{theirs}.{kind}"]
 
 
-LAYERS = {"llama": _llama, "gpt2": _gpt2, "gpt_neox": _gpt_neox}
+LAYERS = {"llama": _llama, "gpt2": _gpt2, "gpt_neox": _gpt_neox, "qwen3": _qwen3}
+LLAMA_KIN = ("llama", "qwen3")
 
 
 def rank_parts(name: str, whole: torch.Tensor, size: int, swiglu: bool) -> list[torch.Tensor]:

@@ -19,7 +19,7 @@ from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.convert import cli as converter
 from megatron_llmjp.convert.formats import native
 from megatron_llmjp.convert.formats.base import SourceCheckpoint
-from megatron_llmjp.convert.formats.hugging_face import gpt2
+from megatron_llmjp.convert.formats.hugging_face.architectures import gpt2
 from megatron_llmjp.convert.formats.megatron_deepspeed import reader as megatron_deepspeed
 from tests.convert.hf_models import MODELS
 from tests.support.datasets import write_folds
@@ -35,7 +35,7 @@ from tests.support.training import PP2, TP2, Job, history, train_all
 FIXTURES = Path(__file__).parent / "fixtures"
 GPT = "mds_gpt_tp2pp2dp2_bf16z1"
 ENGINE = (GPT, "mds_llama_tp2pp2_fp32", "mds_gpt_nopipe_tp2")
-DEPTH = {"llama": "num_hidden_layers", "gpt2": "n_layer", "gpt_neox": "num_hidden_layers"}
+DEPTH = {name: "n_layer" if name == "gpt2" else "num_hidden_layers" for name in MODELS}
 STEPS, BATCH = 3, 2
 
 

@@ -7,16 +7,21 @@ import json
 import pytest
 import torch
 
+from megatron_llmjp.convert.formats.hugging_face.architectures.registry import (
+    ARCHITECTURES,
+    architecture_for,
+)
 from megatron_llmjp.convert.formats.hugging_face.folder import read_hugging_face
-from megatron_llmjp.convert.formats.hugging_face.registry import ARCHITECTURES, architecture_for
 from megatron_llmjp.errors import UserError
 from tests.convert.hf_models import MODELS
+from tests.convert.megatron_parts import LLAMA_KIN
 from tests.convert.test_hf_native import OTHER
 
 SMALL = {
     "llama": {"num_hidden_layers": 1, "intermediate_size": 16},
     "gpt2": {"n_layer": 1, "n_inner": 16},
     "gpt_neox": {"num_hidden_layers": 1, "intermediate_size": 16},
+    "qwen3": {"num_hidden_layers": 1, "intermediate_size": 16},
 }
 MASK = torch.ones(1, 1, 4, 4, dtype=torch.bool)
 BUFFERS = {
@@ -34,11 +39,13 @@ BUFFERS = {
         "gpt_neox.layers.0.attention.masked_bias": torch.tensor(-1e9),
         "gpt_neox.layers.0.attention.rotary_emb.inv_freq": torch.ones(4),
     },
+    "qwen3": {"model.rotary_emb.inv_freq": torch.ones(6)},
 }
 STRANGE = {
     "llama": "model.layers.0.self_attn.q_norm.weight",
     "gpt2": "transformer.h.0.attn.bias_table",
     "gpt_neox": "gpt_neox.layers.0.attention.rotary_emb.inv_freq_scale",
+    "qwen3": "model.layers.0.self_attn.q_proj.bias",
 }
 
 
@@ -48,7 +55,7 @@ def test_buffers_of_older_versions_are_ignored(tmp_path, architecture):
     model = MODELS[architecture](**SMALL[architecture])
     model.config.save_pretrained(tmp_path)
     tensors = {key: value.detach().clone() for key, value in model.state_dict().items()}
-    if architecture != "llama":  # in transformers 5 the head of GPT-NeoX has another key
+    if architecture not in LLAMA_KIN:  # in transformers 5 the head of GPT-NeoX has another key
         tensors = {key.replace("lm_head", "embed_out"): value for key, value in tensors.items()}
     if model.config.tie_word_embeddings:
         tensors = {key: t for key, t in tensors.items() if "embed_out" not in key}

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch.distributed.checkpoint import FileSystemReader
 
-from megatron_llmjp.convert.formats.hugging_face.registry import ARCHITECTURES
+from megatron_llmjp.convert.formats.hugging_face.architectures.registry import ARCHITECTURES
 from tests.convert.hf_models import MODELS, llama, state
 from tests.convert.megatron_parts import assert_parts_of
 from tests.support.tolerances import LOGITS, assert_close
@@ -38,6 +38,8 @@ TOKENS = torch.arange(2 * 24).view(2, 24) * 7 % 101
         ("llama", {"rope_parameters": LINEAR}, torch.float32),
         ("llama", {"rope_parameters": LLAMA3}, torch.float32),
         ("gpt_neox", {"use_parallel_residual": True}, torch.float32),
+        ("qwen3", {}, torch.float32),
+        ("qwen3", {"tie_word_embeddings": True}, torch.bfloat16),
         ("gpt_neox", {"hidden_act": "gelu_new", "tie_word_embeddings": True}, torch.bfloat16),
     ],
 )
@@ -185,6 +187,7 @@ MINIMAL = {
     # keys of config.json that are required here
     "llama": ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     "gpt2": ("n_embd", "n_layer", "n_head", "n_positions"),
+    "qwen3": ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     "gpt_neox": ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
 }
 
@@ -226,6 +229,18 @@ OTHER = {
          "untie_embeddings_and_output_weights": True, "init_method_std": 0.3,
          "kv_channels": 8, "num_query_groups": 8, "normalization": "LayerNorm"},
     ),
+    "qwen3": (
+        {"num_hidden_layers": 3, "hidden_size": 64, "num_attention_heads": 8, "head_dim": 12,
+         "num_key_value_heads": 2, "intermediate_size": 99, "max_position_embeddings": 77,
+         "rms_norm_eps": 3e-4, "rope_theta": 777.0, "vocab_size": 101, "attention_bias": False,
+         "tie_word_embeddings": True, "initializer_range": 0.3, "attention_dropout": 0.2},
+        {"num_layers": 3, "hidden_size": 64, "num_attention_heads": 8, "kv_channels": 12,
+         "attention_dropout": 0.2, "qk_layernorm": True, "add_bias_linear": False,
+         "num_query_groups": 2, "ffn_hidden_size": 99, "max_position_embeddings": 77,
+         "norm_epsilon": 3e-4, "rotary_base": 777, "vocab_size": 101,
+         "untie_embeddings_and_output_weights": False, "init_method_std": 0.3,
+         "activation_function": "swiglu", "normalization": "RMSNorm"},
+    ),
 }  # fmt: skip
 
 
@@ -250,7 +265,12 @@ def test_keys_missing_from_config_json_have_the_defaults_of_transformers(archite
     read = ARCHITECTURES[architecture].from_config
     found, expected = (read(config, Path("config.json")) for config in (values, defaults))
     assert found == expected
-    names = {"llama": "rms_norm_eps", "gpt2": "layer_norm_epsilon", "gpt_neox": "layer_norm_eps"}
+    names = {
+        "llama": "rms_norm_eps",
+        "qwen3": "rms_norm_eps",
+        "gpt2": "layer_norm_epsilon",
+        "gpt_neox": "layer_norm_eps",
+    }
     assert found.norm_epsilon == defaults[names[architecture]]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_llmjp.convert.formats.hugging_face.registry import ARCHITECTURES
+from megatron_llmjp.convert.formats.hugging_face.architectures.registry import ARCHITECTURES
 from megatron_llmjp.errors import UserError
 from tests.convert.hf_models import MODELS
 
@@ -29,6 +29,10 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         "partial_rotary_factor",
     ),
     ("llama", {"rope_parameters": {"rope_theta": 1e4, "rope_type": "dynamic"}}, "'dynamic'"),
+    ("qwen3", {"hidden_act": "gelu"}, "hidden_act"),
+    ("qwen3", {"attention_bias": True}, "attention_bias"),
+    ("qwen3", {"use_sliding_window": True}, "use_sliding_window"),
+    ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
 ]
 
 
@@ -40,3 +44,12 @@ def test_an_option_that_changes_the_network_is_refused(name, changes, message):
     with pytest.raises(UserError, match=r"config\.json: not supported: ") as error:
         read({**config, **changes}, "config.json")
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["qwen3"])
+def test_an_unknown_key_is_refused_by_name(name):
+    config = json.loads(MODELS[name]().config.to_json_string(use_diff=False))
+    read = ARCHITECTURES[name].from_config
+    assert read({**config, "new_switch": False, "is_decoder": True}, "config.json").num_layers == 3
+    with pytest.raises(UserError, match=r"config\.json: unknown: logit_scale = 0.5"):
+        read({**config, "logit_scale": 0.5}, "config.json")

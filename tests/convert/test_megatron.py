@@ -54,7 +54,9 @@ def test_real_checkpoints_reproduce_their_recorded_losses(tmp_path, convert, nam
     ],
 )
 def test_round_trip_is_exact(tmp_path, convert, architecture, target, tensor, pipeline, flags):
-    rope = {"rope_theta": 10000.0} if architecture == "llama" else {}
+    if architecture == "qwen3" and target == "megatron-deepspeed":
+        pytest.skip("Megatron-DeepSpeed does not normalize queries and keys")
+    rope = {"rope_theta": 10000.0} if architecture in ("llama", "qwen3") else {}
     rope = {"rotary_emb_base": 10000} if architecture == "gpt_neox" else rope
     tied = {"tie_word_embeddings": tensor != 2}
     model = MODELS[architecture](**rope, **tied)

@@ -27,7 +27,7 @@ COMMON = {
     "consumed_train_samples": 0, "consumed_valid_samples": 0, "data_parallel_size": 1,
     "encoder_num_layers": 3, "hidden_size": 64, "init_method_std": 0.02, "iteration": 0,
     "make_vocab_size_divisible_by": 128, "max_position_embeddings": 64, "num_experts": None,
-    "num_layers": 3, "onnx_safe": None, "openai_gelu": False, "qk_layernorm": False,
+    "num_layers": 3, "onnx_safe": None, "openai_gelu": False,
     "rope_scaling_factor": 8.0, "rotary_interleaved": False,
     "rotary_seq_len_interpolation_factor": None, "seq_length": 64, "squared_relu": False,
     "true_vocab_size": 101, "use_mcore_models": True, "use_rope_scaling": False,
@@ -43,6 +43,7 @@ OWN = {
         "rotary_base": 10000, "rotary_percent": 1.0, "swiglu": False,
         "tensor_model_parallel_size": 1, "transformer_impl": "transformer_engine",
         "untie_embeddings_and_output_weights": False, "use_rotary_position_embeddings": False,
+        "qk_layernorm": False,
     },
     "llama": {
         "add_bias_linear": False, "attention_dropout": 0.0, "bf16": True, "bias_gelu_fusion": False,
@@ -54,6 +55,7 @@ OWN = {
         "rotary_base": 5000, "rotary_percent": 1.0, "swiglu": True,
         "tensor_model_parallel_size": 2, "transformer_impl": "transformer_engine",
         "untie_embeddings_and_output_weights": True, "use_rotary_position_embeddings": True,
+        "qk_layernorm": False,
     },
     "gpt_neox": {
         "add_bias_linear": True, "attention_dropout": 0.0, "bf16": False,
@@ -65,8 +67,10 @@ OWN = {
         "rotary_base": 5000, "rotary_percent": 0.5, "swiglu": False,
         "tensor_model_parallel_size": 1, "transformer_impl": "local",
         "untie_embeddings_and_output_weights": True, "use_rotary_position_embeddings": True,
+        "qk_layernorm": False,
     },
 }  # fmt: skip
+OWN["qwen3"] = {**OWN["llama"], "qk_layernorm": True}
 LEGACY = ("--ckpt-format", "torch")
 FLAGS = {
     "gpt2": (),
@@ -74,11 +78,13 @@ FLAGS = {
     "gpt_neox": (*LEGACY, "--transformer-impl", "local", "--dtype", "fp16",
                  "--target-pipeline-parallel-size", 3),
 }  # fmt: skip
+FLAGS["qwen3"] = FLAGS["llama"]
 FILES = {
     "gpt2": [".metadata", "__0_0.distcp", "common.pt", "metadata.json"],
     "llama": [f"mp_rank_0{rank}/model_optim_rng.pt" for rank in range(2)],
     "gpt_neox": [f"mp_rank_00_00{stage}/model_optim_rng.pt" for stage in range(3)],
 }
+FILES["qwen3"] = FILES["llama"]
 
 
 @pytest.mark.parametrize("architecture", MODELS)

@@ -66,7 +66,7 @@ _SWITCHES = """
     apply_layernorm_1p apply_residual_connection_post_layernorm attention_output_gate
     enable_gpt_oss enable_hyper_connections enable_mhc_connections export_qk_l2_norm
     head_wise_attn_gate heterogeneous_block_specs is_hybrid_model layernorm_zero_centered_gamma
-    mrope_interleaved multi_latent_attention no_op qk_l2_norm qk_layernorm quick_geglu quick_gelu
+    mrope_interleaved multi_latent_attention no_op qk_l2_norm quick_geglu quick_gelu
     replace_with_linear retro_add_retriever rotary_interleaved squared_relu use_embedding_scaling
     use_mup
 """

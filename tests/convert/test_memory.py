@@ -16,7 +16,7 @@ import pytest
 from megatron_llmjp.config.schema import ModelConfig
 from megatron_llmjp.convert.files.dtypes import DType
 from megatron_llmjp.convert.files.safetensors import plan_safetensors
-from megatron_llmjp.convert.formats.hugging_face import llama
+from megatron_llmjp.convert.formats.hugging_face.architectures import llama
 from megatron_llmjp.convert.tensors import part_shapes, tensor_shapes
 from tests.support.timeouts import PROCESS_TIMEOUT, wait_until
 

@@ -22,6 +22,8 @@ BOTH = "hidden_size num_attention_heads num_hidden_layers vocab_size tie_word_em
 VLLM_ATTRIBUTES = {
     "llama": f"{BOTH} intermediate_size hidden_act rms_norm_eps num_key_value_heads head_dim "
     "rope_parameters max_position_embeddings attention_bias mlp_bias",
+    "qwen3": f"{BOTH} intermediate_size hidden_act rms_norm_eps num_key_value_heads head_dim "
+    "rope_parameters max_position_embeddings attention_bias",
     "gpt2": f"{BOTH} activation_function n_inner n_embd layer_norm_epsilon add_cross_attention "
     "max_position_embeddings scale_attn_by_inverse_layer_idx reorder_and_upcast_attn",
     "gpt_neox": f"{BOTH} intermediate_size hidden_act layer_norm_eps use_parallel_residual "
@@ -30,6 +32,9 @@ VLLM_ATTRIBUTES = {
 VLLM_TENSORS = {
     "llama": r"model\.embed_tokens\.weight|model\.norm\.weight|lm_head\.weight|model\.layers\.\d+\."
     r"(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj|(input|post_attention)_layernorm)\.weight",
+    "qwen3": r"model\.embed_tokens\.weight|model\.norm\.weight|lm_head\.weight|model\.layers\.\d+\."
+    r"(self_attn\.[qkvo]_proj|self_attn\.[qk]_norm|mlp\.(gate|up|down)_proj|"
+    r"(input|post_attention)_layernorm)\.weight",
     "gpt2": r"transformer\.(wte|wpe)\.weight|transformer\.(ln_f|h\.\d+\."
     r"(ln_[12]|attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj))\.(weight|bias)",
     "gpt_neox": r"gpt_neox\.embed_in\.weight|embed_out\.weight|gpt_neox\.(final_layer_norm|"
@@ -39,12 +44,15 @@ VLLM_TENSORS = {
 LLAMA_CPP_KEYS = {
     "llama": "num_hidden_layers max_position_embeddings hidden_size intermediate_size vocab_size "
     "num_attention_heads num_key_value_heads rms_norm_eps rope_theta head_dim",
+    "qwen3": "num_hidden_layers max_position_embeddings hidden_size intermediate_size vocab_size "
+    "num_attention_heads num_key_value_heads rms_norm_eps rope_theta head_dim",
     "gpt2": "n_layer n_ctx n_embd n_head layer_norm_epsilon vocab_size",
     "gpt_neox": "num_hidden_layers max_position_embeddings hidden_size intermediate_size "
     "rotary_pct num_attention_heads use_parallel_residual layer_norm_eps vocab_size",
 }
 CLASSES = {
     "llama": "LlamaForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
     "gpt2": "GPT2LMHeadModel",
     "gpt_neox": "GPTNeoXForCausalLM",
 }

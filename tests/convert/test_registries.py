@@ -12,8 +12,8 @@ import transformers
 from megatron_llmjp.config.schema import ModelConfig
 from megatron_llmjp.convert.files.safetensors import plan_safetensors, read_header
 from megatron_llmjp.convert.formats.base import SourceCheckpoint
-from megatron_llmjp.convert.formats.hugging_face import llama as llama_module
-from megatron_llmjp.convert.formats.hugging_face.registry import ARCHITECTURES
+from megatron_llmjp.convert.formats.hugging_face.architectures import llama as llama_module
+from megatron_llmjp.convert.formats.hugging_face.architectures.registry import ARCHITECTURES
 from megatron_llmjp.convert.formats.registry import FORMATS, CheckpointFormat
 from megatron_llmjp.convert.plan import OutputPlan, TensorRead, TensorWrite
 from megatron_llmjp.convert.tensors import whole

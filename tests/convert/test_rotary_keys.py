@@ -11,8 +11,8 @@ import torch
 import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from megatron_llmjp.convert.formats.hugging_face.architectures.llama import ARCHITECTURE
 from megatron_llmjp.convert.formats.hugging_face.config import rope_fields, rope_keys
-from megatron_llmjp.convert.formats.hugging_face.llama import ARCHITECTURE
 from megatron_llmjp.errors import UserError
 from tests.convert.hf_models import llama, state
 from tests.convert.megatron_parts import assert_parts_of

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from megatron_llmjp.convert import tensors
 from megatron_llmjp.convert.formats import rank_files
 from megatron_llmjp.convert.formats.hugging_face import config as hf_config
-from megatron_llmjp.convert.formats.hugging_face import llama
+from megatron_llmjp.convert.formats.hugging_face.architectures import llama
 from megatron_llmjp.convert.formats.megatron_lm import arguments
 from megatron_llmjp.convert.tensors import Part
 from megatron_llmjp.convert.verification import reference, verify
@@ -40,6 +40,7 @@ def figures(text: str) -> tuple[float, float, float]:
     [
         ("gpt2", {"activation_function": "gelu"}, torch.bfloat16),
         ("gpt_neox", {"hidden_act": "gelu_new"}, torch.float32),
+        ("qwen3", {}, torch.float32),
     ],
 )
 def test_both_sides_agree(tmp_path, convert, architecture, changes, dtype):
@@ -209,6 +210,7 @@ def test_swapped_keys_and_values_are_detected_in_native_checkpoints(
         ("gpt_neox", ["--to", "megatron-lm", "--ckpt-format", "torch", *TP2PP3]),
         ("gpt2", ["--to", "megatron-deepspeed", *TP2PP3]),
         ("llama", ["--to", "megatron-deepspeed", "--no-pipeline", "--dtype", "bf16"]),
+        ("qwen3", ["--to", "megatron-lm", "--ckpt-format", "torch", *TP2PP3]),
     ],
 )
 def test_the_reference_model_supports_every_layout(tmp_path, convert, architecture, flags):

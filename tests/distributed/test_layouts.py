@@ -55,6 +55,7 @@ MODELS = {
     "dropout": ("laptop-gpt2", "--hidden-dropout", 0.2, "--attention-dropout", 0),
     "neox": ("laptop-gpt-neox",),
     "parallel": ("laptop-gpt-neox", "--use-parallel-residual"),
+    "qwen": ("laptop-llama", "--qk-layernorm"),
 }
 ONES = {f"{model}-one": ((i, i + 1), ()) for i, model in enumerate(MODELS)}
 LAYOUTS = {
@@ -66,6 +67,7 @@ LAYOUTS = {
     "gpt2-pp2-vp2": ((0, 2), (*PP2, *VP2, *DISTRIBUTED)),
     "gpt2-dp2-overlap": ((2, 4), (*DISTRIBUTED, *OVERLAP)),
     "llama-tp2-selective": ((4, 6), (*TP2, *SELECTIVE)),
+    "qwen-tp2": ((2, 4), TP2),  # gradients of the heads' norms summed over TP
     "parallel-tp2-sp": ((6, 8), (*TP2, *SP)),
     "gpt2-pp2-first1": ((0, 2), (*PP2, *FIRST1)),
     "neox-pp2-last1": ((2, 4), (*PP2, *LAST1, *BLOCK)),

@@ -168,6 +168,7 @@ def _architecture(facts: CardFacts) -> Iterator[tuple[str, Any]]:
     yield "Normalization", f"{model.normalization}, epsilon {model.norm_epsilon:g}"
     yield "Positional embedding", _positions(model)
     yield "Biases", "QKV projection" if model.add_qkv_bias else biases
+    yield "Normalized queries and keys", "yes" if model.qk_layernorm else None
     yield "Parallel residual", "yes" if model.use_parallel_residual else None
     yield "Tied embeddings", "yes" if tied else "no"
     yield "Type of the weights", facts.dtype

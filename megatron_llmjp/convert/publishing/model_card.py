@@ -10,9 +10,9 @@ from megatron_llmjp.config.schema import Config
 from megatron_llmjp.convert.conversion import Conversion
 from megatron_llmjp.convert.files.storage import DTYPES
 from megatron_llmjp.convert.formats.base import SourceCheckpoint
+from megatron_llmjp.convert.formats.hugging_face.architectures.registry import find_architecture
 from megatron_llmjp.convert.formats.hugging_face.config import read_json
 from megatron_llmjp.convert.formats.hugging_face.reference_model import CONFIG, TORCH_NAMES
-from megatron_llmjp.convert.formats.hugging_face.registry import find_architecture
 from megatron_llmjp.convert.formats.hugging_face.tokenizer import FAST
 from megatron_llmjp.convert.plan import Checksums
 from megatron_llmjp.convert.publishing.card import CARD, CURVE, CardFacts, render_card

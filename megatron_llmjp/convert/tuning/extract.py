@@ -21,12 +21,12 @@ from megatron_llmjp.convert.copying.output_folder import atomic_output_folder
 from megatron_llmjp.convert.files.dtypes import DType
 from megatron_llmjp.convert.files.safetensors import plan_safetensors
 from megatron_llmjp.convert.formats.base import SourceCheckpoint
-from megatron_llmjp.convert.formats.hugging_face.architecture import (
+from megatron_llmjp.convert.formats.hugging_face.architectures.architecture import (
     HuggingFaceArchitecture,
     TensorRule,
 )
+from megatron_llmjp.convert.formats.hugging_face.architectures.registry import architecture_for
 from megatron_llmjp.convert.formats.hugging_face.config import write_json
-from megatron_llmjp.convert.formats.hugging_face.registry import architecture_for
 from megatron_llmjp.convert.plan import OutputFile, write_slot
 from megatron_llmjp.convert.tensors import (
     VOCABULARY,

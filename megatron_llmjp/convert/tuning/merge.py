@@ -18,8 +18,8 @@ from megatron_llmjp.convert.computed_tensor import computed_read
 from megatron_llmjp.convert.files.dtypes import DType
 from megatron_llmjp.convert.files.storage import StoredTensor
 from megatron_llmjp.convert.formats.base import SourceCheckpoint
-from megatron_llmjp.convert.formats.hugging_face.architecture import TensorRule
-from megatron_llmjp.convert.formats.hugging_face.registry import architecture_for
+from megatron_llmjp.convert.formats.hugging_face.architectures.architecture import TensorRule
+from megatron_llmjp.convert.formats.hugging_face.architectures.registry import architecture_for
 from megatron_llmjp.convert.plan import TensorRead
 from megatron_llmjp.convert.tensors import (
     OUTPUT_LAYER,

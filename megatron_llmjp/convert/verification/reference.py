@@ -52,6 +52,7 @@ class _Network:
     head_dim: int
     rms_norm: bool
     epsilon: float
+    norm_heads: bool
     rotary: bool
     inverse_frequencies: Tensor
     position_scale: float
@@ -75,6 +76,7 @@ class _Network:
             head_dim=head_dim,
             rms_norm="rms" in str(args.get("normalization")).lower(),
             epsilon=epsilons[0] if epsilons else 1e-5,
+            norm_heads=bool(args.get("qk_layernorm")),
             rotary=args.get("position_embedding_type") == "rope"
             or bool(args.get("use_rotary_position_embeddings")),
             inverse_frequencies=_inverse_frequencies(args, head_dim),
@@ -166,6 +168,9 @@ class _Model:
         contexts = []
         for mixed in self._query_key_value(prefix, x):
             query, key, value = mixed[..., :-2, :], mixed[..., -2:-1, :], mixed[..., -1:, :]
+            if network.norm_heads:
+                query = self._norm(f"{prefix}query_norm", query)
+                key = self._norm(f"{prefix}key_norm", key)
             if network.rotary:
                 query, key = self._apply_rotary(query), self._apply_rotary(key)
             # [batch, length, groups, heads per group, d] -> [batch, groups, heads, length, d]

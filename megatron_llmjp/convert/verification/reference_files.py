@@ -31,6 +31,8 @@ _KINDS = {
     r"self_attention\.query": "query",
     r"self_attention\.key_value": "key_value",
     r"self_attention\.(linear_proj|dense)": "proj",
+    r"self_attention\.q_(layer)?norm": "query_norm",
+    r"self_attention\.k_(layer)?norm": "key_norm",
     r"mlp\.(linear_fc1|dense_h_to_4h)": "fc1",
     r"mlp\.(linear_fc2|dense_4h_to_h)": "fc2",
 }

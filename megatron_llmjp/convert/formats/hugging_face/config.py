@@ -109,6 +109,7 @@ def layer_norm_gelu_requirements(model: ModelConfig) -> dict[str, bool]:
         "linear layers without biases": model.add_bias_linear,
         f"{model.query_groups} query groups of {heads} heads": model.query_groups == heads,
         f"heads of size {model.head_dim}": model.head_dim * heads == model.hidden_size,
+        "qk_layernorm": not model.qk_layernorm,
     }
 
 

@@ -15,9 +15,13 @@ from megatron_llmjp.convert.formats.base import (
     check_tensor_names,
 )
 from megatron_llmjp.convert.formats.hugging_face import generation
-from megatron_llmjp.convert.formats.hugging_face.architecture import (
+from megatron_llmjp.convert.formats.hugging_face.architectures.architecture import (
     HuggingFaceArchitecture,
     TensorRule,
+)
+from megatron_llmjp.convert.formats.hugging_face.architectures.registry import (
+    architecture_for,
+    find_architecture,
 )
 from megatron_llmjp.convert.formats.hugging_face.config import json_bytes, read_json
 from megatron_llmjp.convert.formats.hugging_face.reference_model import (
@@ -27,7 +31,6 @@ from megatron_llmjp.convert.formats.hugging_face.reference_model import (
     compare_model,
     open_reference,
 )
-from megatron_llmjp.convert.formats.hugging_face.registry import architecture_for, find_architecture
 from megatron_llmjp.convert.formats.hugging_face.sharding import (
     TensorKind,
     index_content,

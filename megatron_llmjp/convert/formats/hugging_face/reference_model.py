@@ -16,10 +16,12 @@ from megatron_llmjp.convert.files.dtypes import DType
 from megatron_llmjp.convert.files.storage import DTYPES, dtype_name
 from megatron_llmjp.convert.formats.base import ConversionOptions, SourceCheckpoint
 from megatron_llmjp.convert.formats.hugging_face import generation
-from megatron_llmjp.convert.formats.hugging_face.architecture import HuggingFaceArchitecture
+from megatron_llmjp.convert.formats.hugging_face.architectures.architecture import (
+    HuggingFaceArchitecture,
+)
+from megatron_llmjp.convert.formats.hugging_face.architectures.registry import find_architecture
 from megatron_llmjp.convert.formats.hugging_face.config import json_bytes, read_json
 from megatron_llmjp.convert.formats.hugging_face.generation import EOS, GenerationSettings
-from megatron_llmjp.convert.formats.hugging_face.registry import find_architecture
 from megatron_llmjp.convert.formats.hugging_face.weights import (
     SAFETENSORS,
     TORCH_ARCHIVES,

@@ -12,7 +12,9 @@ from megatron_llmjp.convert.files.safetensors import read_header
 from megatron_llmjp.convert.files.storage import StoredTensor
 from megatron_llmjp.convert.files.torch_archive import load_archive
 from megatron_llmjp.convert.formats.base import check_tensor_names
-from megatron_llmjp.convert.formats.hugging_face.architecture import HuggingFaceArchitecture
+from megatron_llmjp.convert.formats.hugging_face.architectures.architecture import (
+    HuggingFaceArchitecture,
+)
 from megatron_llmjp.convert.formats.hugging_face.config import read_json
 from megatron_llmjp.convert.tensors import OUTPUT_LAYER, WORD_EMBEDDINGS
 from megatron_llmjp.errors import UserError

@@ -147,9 +147,9 @@ group_query_attention num_query_groups num_key_value_heads max_position_embeddin
 position_embedding_type use_rotary_position_embeddings add_position_embedding rotary_base
 rope_theta rotary_percent rotary_seq_len_interpolation_factor use_rope_scaling rope_scaling_factor
 normalization norm_epsilon layernorm_epsilon swiglu gated_linear_unit bias_gelu_fusion openai_gelu
-onnx_safe add_bias_linear add_qkv_bias untie_embeddings_and_output_weights hidden_dropout
-attention_dropout init_method_std make_vocab_size_divisible_by vocab_size true_vocab_size
-padded_vocab_size tokenizer_type use_legacy_models use_mcore_models
+onnx_safe add_bias_linear add_qkv_bias qk_layernorm untie_embeddings_and_output_weights
+hidden_dropout attention_dropout init_method_std make_vocab_size_divisible_by vocab_size
+true_vocab_size padded_vocab_size tokenizer_type use_legacy_models use_mcore_models
 """
 
 UNDERSTOOD = frozenset(_UNDERSTOOD.split())
@@ -198,7 +198,6 @@ DISABLED_VALUES: dict[str, tuple[Any, ...]] = {
     "num_moe_experts": (None, 0, 1),
     "per_block_parameters": (None,),
     "qk_l2_norm": _OFF,
-    "qk_layernorm": _OFF,
     "quick_geglu": _OFF,
     "quick_gelu": _OFF,
     "replace_with_linear": _OFF,

@@ -73,6 +73,7 @@ def model_from_args(args: Any, where: str, ignored: Collection[str] = ()) -> Mod
         activation_function="swiglu" if swiglu else _gelu(given, biases),
         add_bias_linear=biases,
         add_qkv_bias=bool(given.get("add_qkv_bias")),
+        qk_layernorm=bool(given.get("qk_layernorm")),
         untie_embeddings_and_output_weights=bool(
             given.get("untie_embeddings_and_output_weights", False)
         ),

@@ -39,7 +39,7 @@ def checkpoint_arguments(
         "rope_scaling_factor": model.rope_scaling_factor,
         "normalization": model.normalization,
         "add_qkv_bias": model.add_qkv_bias,
-        "qk_layernorm": False,
+        "qk_layernorm": model.qk_layernorm,
         "num_experts": None,
         "transformer_impl": options.transformer_impl,
         "use_mcore_models": True,

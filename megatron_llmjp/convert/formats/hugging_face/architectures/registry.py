@@ -9,13 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from megatron_llmjp.config.schema import ModelConfig
-from megatron_llmjp.convert.formats.hugging_face import gpt2, gpt_neox, llama
-from megatron_llmjp.convert.formats.hugging_face.architecture import HuggingFaceArchitecture
+from megatron_llmjp.convert.formats.hugging_face.architectures import gpt2, gpt_neox, llama, qwen3
+from megatron_llmjp.convert.formats.hugging_face.architectures.architecture import (
+    HuggingFaceArchitecture,
+)
 from megatron_llmjp.errors import UserError
 
 ARCHITECTURES: dict[str, HuggingFaceArchitecture] = {
     entry.model_type: entry
-    for entry in (llama.ARCHITECTURE, gpt2.ARCHITECTURE, gpt_neox.ARCHITECTURE)
+    for entry in (
+        llama.ARCHITECTURE,
+        gpt2.ARCHITECTURE,
+        gpt_neox.ARCHITECTURE,
+        qwen3.ARCHITECTURE,
+    )
 }
 """The architectures by ``model_type``; a model is written as the first one that supports it."""
 

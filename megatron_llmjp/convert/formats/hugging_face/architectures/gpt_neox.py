@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 from megatron_llmjp.config.schema import ModelConfig
-from megatron_llmjp.convert.formats.hugging_face.architecture import (
+from megatron_llmjp.convert.formats.hugging_face.architectures.architecture import (
     HuggingFaceArchitecture,
     TensorRule,
 )

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from megatron_llmjp.config.schema import ModelConfig
-from megatron_llmjp.convert.formats.hugging_face.architecture import (
+from megatron_llmjp.convert.formats.hugging_face.architectures.architecture import (
     HuggingFaceArchitecture,
     TensorRule,
 )
