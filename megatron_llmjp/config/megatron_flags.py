@@ -240,7 +240,14 @@ def interpret_flags(words: Sequence[str], possible: Iterable[str]) -> ForeignFla
         elif (instead := _lookup(flag, NOT_OFFERED, NOT_OFFERED_FAMILIES)) is not None:
             found.notes.append(f"{flag} is not offered: {instead}")
         else:
-            known = (*possible, *EXPERT_FLAGS, *DEPENDENT_FLAGS, *CHOICES, *NOT_NEEDED, *NOT_OFFERED)
+            known = (
+                *possible,
+                *EXPERT_FLAGS,
+                *DEPENDENT_FLAGS,
+                *CHOICES,
+                *NOT_NEEDED,
+                *NOT_OFFERED,
+            )
             problems.append(_unknown(flag, known))
     found.notes = list(dict.fromkeys(found.notes))
     return found

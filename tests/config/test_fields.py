@@ -46,8 +46,8 @@ init_method_std float 0.02 >0
 vocab_size int None >0
 make_vocab_size_divisible_by int 128 >0
 padded_vocab_size int None >0
-num_moe_experts int None >0
-moe_layer_freq int|list 1 >0
+num_moe_experts int None >1
+moe_layer_freq list 1
 moe_ffn_hidden_size int None >0
 moe_shared_expert_intermediate_size int None >0
 moe_shared_expert_gate bool False
@@ -266,6 +266,9 @@ def test_limits(name):
         if name in ZERO_IS_NOT_GIVEN:
             assert value(name, 0) is None
             bound, outside = -1, -2
+        if name == "num_moe_experts":  # one expert: a dense model
+            assert value(name, 1) is None
+            bound, outside = 0, -1
         for wrong in [outside] if "=" in sign else [outside, bound]:
             with pytest.raises(ValueError, match=rf"{name}\n *Input should be (greater|less) than"):
                 value(name, wrong)
