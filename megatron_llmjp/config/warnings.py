@@ -167,6 +167,15 @@ def _model(config: Config, _: RunSize) -> Iterator[str]:
                 f"rotary_base {model.rotary_base} for sequences of {data.seq_length}: v4 used "
                 "500000 from 4,096 tokens on"
             )
+    if model.position_embedding_type == "yarn":
+        factor = model.yarn_rotary_scaling_factor
+        length = int(factor * model.yarn_original_max_position_embeddings)
+        if data.seq_length > length:
+            yield (
+                f"seq_length {data.seq_length} exceeds {length}, the length that "
+                f"yarn_rotary_scaling_factor {factor:g} x yarn_original_max_position_embeddings "
+                f"{model.yarn_original_max_position_embeddings} is for"
+            )
     if model.vocab_size is not None:
         yield from _padding(config, model.vocab_size)
 

@@ -44,6 +44,8 @@ FIRST1 = ("--decoder-first-pipeline-num-layers", 1)
 LAST1 = ("--decoder-last-pipeline-num-layers", 1)
 COUNTED = ("--account-for-embedding-in-pipeline-split", "--account-for-loss-in-pipeline-split")
 SPELLED = ("--pipeline-model-parallel-layout", "Et*3|t*2|t*3|L")
+YARN = ("--position-embedding-type", "yarn", "--yarn-rotary-scaling-factor", 4,
+        "--yarn-original-max-position-embeddings", 8)  # fmt: skip
 SIX, EIGHT = ("--num-layers", 6), ("--num-layers", 8)
 
 MODELS = {
@@ -56,6 +58,7 @@ MODELS = {
     "neox": ("laptop-gpt-neox",),
     "parallel": ("laptop-gpt-neox", "--use-parallel-residual"),
     "qwen": ("laptop-llama", "--qk-layernorm"),
+    "yarn": ("laptop-llama", *YARN),
 }
 ONES = {f"{model}-one": ((i, i + 1), ()) for i, model in enumerate(MODELS)}
 LAYOUTS = {
@@ -84,7 +87,8 @@ LAYOUTS = {
     "gpt2-cp2": ((2, 4), (*CP2, *DISTRIBUTED)),  # tied embeddings on one stage, positions of parts
     "packed-cp4": ((4, 8), (*CP4, *DISTRIBUTED, *OVERLAP)),  # parts with few tokens in the loss
     "packed-cp2-pp2": ((0, 4), (*CP2, *PP2, *SELECTIVE)),
-    "llama-cp2-dp2": ((4, 8), (*CP2, *DISTRIBUTED, *OVERLAP, *UNIFORM)),
+    # Scaled frequencies of parts of a sequence, and the scale of their queries and keys.
+    "yarn-cp2-dp2": ((4, 8), (*CP2, *DISTRIBUTED, *OVERLAP, *UNIFORM)),
     "packed-cp2-eight": ((0, 8), (*CP2, *TP2, *PP2, *VP2, *SP, *DISTRIBUTED, *OVERLAP)),
     "llama-eight": ((0, 8), (*TP2, *PP2, *SP, *DISTRIBUTED, *OVERLAP)),
     "gpt2-eight": ((0, 8), (*TP2, *PP2, *VP2, *SP, *DISTRIBUTED, *OVERLAP)),

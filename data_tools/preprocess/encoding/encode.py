@@ -1,22 +1,11 @@
-"""Encoding of blocks of lines or rows to packed token arrays, in a pool of worker processes.
-
-The pool is an ordered map with bounded read-ahead that detects killed workers.
-"""
+"""Encoding of blocks of lines or rows to packed token arrays."""
 
 from __future__ import annotations
 
-import gc
 import itertools
 import json
-import os
-import signal
-import threading
-import time
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +16,7 @@ from data_tools.document_sources.columns import DocumentSources, line_starts, ow
 from data_tools.preprocess.encoding.packed_documents import PackedDocuments
 from data_tools.preprocess.encoding.packing import DocumentPacker
 from data_tools.preprocess.encoding.text_counts import count_texts, language_of
-from data_tools.preprocess.input.blocks import Block, FileRange, LongLine, TableRows
+from data_tools.preprocess.input.blocks import FileRange, TableRows
 from data_tools.preprocess.input.json_lines import BadLine, parse_line, texts_of
 from data_tools.preprocess.selection.document_hooks import DocumentHooks
 from data_tools.preprocess.selection.document_records import Records, describe_documents
@@ -37,8 +26,6 @@ from megatron_llmjp.data.indexed_dataset import best_dtype
 from megatron_llmjp.tokenizers import Tokenizer
 
 Documents = list[list[str]]  # per document its texts: one, or one per sentence
-
-BLOCKS_IN_FLIGHT = 4  # per worker: keeps it busy while limiting memory
 
 
 @dataclass(frozen=True)
@@ -286,72 +273,3 @@ def read_range(block: FileRange) -> bytes:
     if len(data) != block.length:
         raise OSError(f"{block.path}: the file was truncated while it was being read")
     return data
-
-
-class EncoderPool:
-    """Worker processes that encode blocks; a context manager.
-
-    Uses ProcessPoolExecutor because it raises BrokenProcessPool if a worker is killed, for example
-    when it runs out of memory; multiprocessing.Pool would wait forever.
-    """
-
-    def __init__(self, workers: int, encoder: BlockEncoder) -> None:
-        self.workers = workers
-        # fork: workers share the loaded tokenizer and start in milliseconds.
-        self._executor = ProcessPoolExecutor(
-            workers, get_context("fork"), initializer=_init_worker, initargs=(encoder, os.getpid())
-        )
-        self._executor.submit(os.getpid)  # forks now, before a remote reader starts threads
-
-    def __enter__(self) -> EncoderPool:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._executor.shutdown(wait=True, cancel_futures=True)
-
-    def encode(
-        self, blocks: Iterable[tuple[Any, Block]]
-    ) -> Iterator[tuple[Any, Block, EncodedBlock]]:
-        """Yield each block with its encoding, in the input order."""
-        waiting: deque[tuple[Any, Block, Future[EncodedBlock] | None]] = deque()
-        for tag, block in blocks:
-            future = None
-            if not isinstance(block.payload, LongLine):
-                future = self._executor.submit(_encode, block.payload)
-            waiting.append((tag, block, future))
-            # A long line must be consumed before the next block is read.
-            while waiting and (len(waiting) >= BLOCKS_IN_FLIGHT * self.workers or future is None):
-                yield _wait_for_result(waiting.popleft())
-        while waiting:
-            yield _wait_for_result(waiting.popleft())
-
-
-def _wait_for_result(
-    entry: tuple[Any, Block, Future[EncodedBlock] | None],
-) -> tuple[Any, Block, EncodedBlock]:
-    tag, block, future = entry
-    return tag, block, EncodedBlock(lines=1) if future is None else future.result()
-
-
-_encoder: BlockEncoder | None = None  # per worker process, set once by _init_worker
-
-
-def _init_worker(encoder: BlockEncoder, parent: int) -> None:
-    """Initialize a worker: ignore Ctrl-C, which the parent handles, and exit with the parent."""
-    global _encoder
-    _encoder = encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    gc.freeze()  # exclude objects inherited from the parent from garbage collection
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # workers already run in parallel
-    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
-
-
-def _exit_with_parent(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
-
-
-def _encode(payload: Any) -> EncodedBlock:
-    assert _encoder is not None
-    return _encoder.encode(payload)

@@ -21,6 +21,7 @@ from data_tools.preprocess.input.cutting import row_groups_of_part
 from data_tools.preprocess.input.sources import STDIN, InputSource
 from data_tools.preprocess.input.stream_codecs import find_codec
 from data_tools.preprocess.input.stream_parts import StreamPart
+from data_tools.preprocess.input.text_column import column_values
 from megatron_llmjp.errors import UserError, did_you_mean
 
 ROWS_PER_BLOCK = 256
@@ -45,7 +46,7 @@ class FileRange:
 class TableRows:
     """Rows of a table: column values per key, None for missing values."""
 
-    columns: dict[str, list[Any]]
+    columns: dict[str, Sequence[Any]]
     count: int
 
 
@@ -151,7 +152,7 @@ def _row_blocks(
             skipped = min(max(0, start - row), batch.num_rows)
             row += skipped
             for part in _divide(batch.slice(skipped)):
-                columns = {key: _values(part.column(key)) for key in keys}
+                columns = {key: column_values(part.column(key)) for key in keys}
                 row += part.num_rows
                 disk = min(max(source.size * row // total - source.start, 0), source.length)
                 yield Block(TableRows(columns, part.num_rows), row, part.nbytes, disk)
@@ -169,20 +170,6 @@ def _divide(batch: Any) -> Iterator[Any]:
         yield from _divide(batch.slice(half))
     elif batch.num_rows:
         yield batch
-
-
-def _values(column: Any) -> list[Any]:
-    """Return the values of a column; text that is not UTF-8 as bytes, which are a bad line."""
-    try:
-        found: list[Any] = column.to_pylist()
-    except UnicodeDecodeError:
-        found = []
-        for scalar in column:
-            try:
-                found.append(scalar.as_py())
-            except UnicodeDecodeError:
-                found.append(bytes(scalar.as_buffer()) if hasattr(scalar, "as_buffer") else b"")
-    return found
 
 
 def read_blocks(
@@ -330,7 +317,8 @@ def _stream_blocks(stream: Any, raw: Any, position: int, limit: int) -> Iterator
     while data := stream.read(BLOCK_BYTES):
         newline = data.rfind(b"\n") + 1
         if newline:
-            text, pending = pending + data[:newline], data[newline:]
+            text = pending + memoryview(data)[:newline]  # one copy
+            pending = data[newline:]
             position += len(text)
             yield Block(text, position, len(text), _position_on_disk(raw))
         else:

@@ -32,8 +32,6 @@ OTHER_FORMATS = {
 _SKIPPABLE = (
     b"\x2a\x4d\x18"  # after a byte 0x50 to 0x5f: a frame without text, such as pzstd's first
 )
-READ_BYTES = 512
-"""Bytes of a zstd stream decompressed at a time: 4 bytes can expand to 128 KiB."""
 _SUPPORTED = "Supported: JSON lines (plain, gzip, bzip2, xz, lzma, zstd or lz4) and Parquet"
 
 
@@ -118,46 +116,22 @@ class Lz4Reader:
 
 
 class ZstdReader:
-    """Reader of a zstd stream with any number of frames, which detects truncated streams."""
+    """Reader of a zstd stream with any number of frames, which detects truncated streams.
+
+    Arrow's reader, because it decompresses no more than is read: 4 bytes can expand to 128 KiB.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         try:
-            import zstandard
+            import pyarrow
         except ImportError as error:
-            raise UserError(
-                "reading zstd requires the zstandard package: pip install zstandard"
-            ) from error
-        self._file = file
-        self._new: Callable[[], Any] = zstandard.ZstdDecompressor().decompressobj
-        self._error = zstandard.ZstdError
-        self._frame: Any = None
-        self._rest = b""
-        """Bytes of the file that are not decompressed yet."""
-        self._text = b""
-        """Decompressed bytes that are not returned yet."""
+            raise UserError("reading zstd requires pyarrow: pip install pyarrow") from error
+        self._stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode="r"), "zstd")
 
     def read(self, size: int) -> bytes:
-        """Return ``size`` decompressed bytes, fewer only at the end of the stream."""
-        parts: list[bytes] = [self._text]
-        missing = size - len(self._text)
-        while missing > 0:
-            data = self._rest[:READ_BYTES] or self._file.read(READ_BYTES)
-            self._rest = self._rest[READ_BYTES:]
-            if not data:
-                if self._frame is not None:
-                    raise EOFError("the last zstd frame is incomplete")
-                break
-            self._frame = self._frame or self._new()
-            try:
-                parts.append(self._frame.decompress(data))
-            except self._error as error:
-                raise EOFError(str(error)) from error
-            missing -= len(parts[-1])
-            if self._frame.eof:
-                self._rest, self._frame = self._frame.unused_data + self._rest, None
-        text = b"".join(parts)
-        self._text = text[size:]
-        return text[:size]
+        """Return decompressed bytes, b"" at the end."""
+        data: bytes = self._stream.read(size)
+        return data
 
 
 _OPENERS: dict[bytes, Callable[[Any], Any]] = {

@@ -19,12 +19,8 @@ from data_tools.common import EncodingProgress
 from data_tools.document_sources.files import describe_files
 from data_tools.document_sources.sources_file import SUFFIX
 from data_tools.documents import MANIFEST_FORMAT
-from data_tools.preprocess.encoding.encode import (
-    BlockEncoder,
-    EncodedBlock,
-    EncoderPool,
-    RejectedLine,
-)
+from data_tools.preprocess.encoding.encode import BlockEncoder, EncodedBlock, RejectedLine
+from data_tools.preprocess.encoding.pool import EncoderPool
 from data_tools.preprocess.encoding.text_counts import add_texts
 from data_tools.preprocess.input.blocks import Block, LongLine, read_blocks
 from data_tools.preprocess.input.remote_changes import refuse_changed_remote
