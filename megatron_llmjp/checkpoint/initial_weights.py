@@ -46,6 +46,9 @@ _NOT_OF_THE_FUNCTION = {
     "vocab_size",
     "make_vocab_size_divisible_by",
     "padded_vocab_size",
+    "moe_aux_loss_coeff",
+    "moe_z_loss_coeff",
+    "moe_router_bias_update_rate",
 }
 """Fields of the model that do not change the outputs of given weights."""
 

@@ -86,6 +86,13 @@ def count_parameters(
     )
 
 
+def transformer_parameters(model: ModelConfig) -> int:
+    """Count the parameters of all layers, without embeddings and output layer."""
+    with_experts = sum(model.expert_layers)
+    dense = (model.num_layers - with_experts) * layer_parameters(model)
+    return dense + with_experts * _expert_layer_parameters(model, 1, 1)
+
+
 def layer_parameters(model: ModelConfig, tensor_parallel_size: int = 1) -> int:
     """Count the parameters of one dense layer on one of ``tensor_parallel_size`` ranks.
 
