@@ -116,6 +116,7 @@ UNSUPPORTED = {
         ({"activation_function": "gelu"}, "activation gelu"),
         ({"use_parallel_residual": True}, "parallel residual"),
         ({"add_qkv_bias": True}, "add_qkv_bias"),
+        ({"qk_layernorm": True}, "qk_layernorm"),
         (NEITHER, "use_rope_scaling with rotary_seq_len_interpolation_factor"),
     ],
     "gpt2": [
@@ -126,12 +127,17 @@ UNSUPPORTED = {
         ({"add_bias_linear": False}, "linear layers without biases"),
         ({"num_query_groups": 2}, "2 query groups of 8 heads"),
         ({"kv_channels": 12}, "heads of size 12"),
+        ({"qk_layernorm": True}, "qk_layernorm"),
     ],
     "gpt_neox": [
         ({"position_embedding_type": "yarn"}, "position_embedding_type yarn"),
         (NEITHER, "use_rope_scaling with rotary_seq_len_interpolation_factor"),
         ({"normalization": "RMSNorm"}, "normalization RMSNorm"),
         ({"add_bias_linear": False}, "linear layers without biases"),
+    ],
+    "qwen3": [
+        ({"qk_layernorm": False}, "models without qk_layernorm"),
+        ({"add_bias_linear": True}, "biases in linear layers"),
     ],
 }
 
@@ -150,5 +156,5 @@ def test_models_that_an_architecture_cannot_represent(architecture):
         architecture_for(model.model_copy(update={"normalization": "none"}))
     lines = str(error.value).splitlines()[1:]
     assert [line.split(":")[0].strip() for line in lines] == [
-        "LlamaForCausalLM", "GPT2LMHeadModel", "GPTNeoXForCausalLM",
+        "LlamaForCausalLM", "GPT2LMHeadModel", "GPTNeoXForCausalLM", "Qwen3ForCausalLM",
     ]  # fmt: skip
