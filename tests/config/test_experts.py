@@ -7,7 +7,7 @@ import yaml
 
 from megatron_llmjp.config.expert_config import ModelConfig, parse_layer_pattern
 from megatron_llmjp.config.flags import parse
-from megatron_llmjp.config.loading import ConfigLayers, build_config, dump_config, replace_fields
+from megatron_llmjp.config.loading import dump_config, replace_fields
 from megatron_llmjp.config.parameter_counts import count_parameters
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.config.validation import check_config
@@ -88,7 +88,7 @@ def test_layers_with_experts():
     with pytest.raises(ValueError, match="moe_layer_freq"):
         ModelConfig(**sizes, num_moe_experts=2, moe_layer_freq="[2]*4")
     config = Config(model=ModelConfig(**sizes, num_moe_experts=2, moe_layer_freq="[0,1]*2"))
-    assert build_config(ConfigLayers(yaml.safe_load(dump_config(config)))) == config
+    assert Config.model_validate(yaml.safe_load(dump_config(config))) == config
 
 
 def test_flags_without_field():
