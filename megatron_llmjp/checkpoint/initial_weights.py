@@ -22,6 +22,12 @@ _WEIGHT_SHAPE_FIELDS = {
     "add_bias_linear",
     "add_qkv_bias",
     "qk_layernorm",
+    "num_moe_experts",
+    "moe_layer_freq",
+    "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
+    "moe_shared_expert_gate",
+    "moe_router_enable_expert_bias",
     "untie_embeddings_and_output_weights",
 }
 """Fields that determine the names and shapes of the weights."""
@@ -40,6 +46,9 @@ _NOT_OF_THE_FUNCTION = {
     "vocab_size",
     "make_vocab_size_divisible_by",
     "padded_vocab_size",
+    "moe_aux_loss_coeff",
+    "moe_z_loss_coeff",
+    "moe_router_bias_update_rate",
 }
 """Fields of the model that do not change the outputs of given weights."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron_llmjp.config.expert_validation import expert_layout_problems
 from megatron_llmjp.config.pipeline_layout import expand_pipeline_layout
 from megatron_llmjp.config.schema import Config, ParallelConfig
 
@@ -26,6 +27,7 @@ def layout_problems(config: Config, world_size: int) -> Iterator[str]:
     yield from _context(config)
     yield from pipeline_problems(parallel, config.model.num_layers)
     yield from _features(config)
+    yield from expert_layout_problems(config, world_size)
 
 
 def data_parallel_size(config: Config, world_size: int) -> int:

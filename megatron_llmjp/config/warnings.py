@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from megatron_llmjp.config.learning_rate_rules import decay_warnings
 from megatron_llmjp.config.lr_decay_styles import DECAY_STYLES
-from megatron_llmjp.config.parameter_counts import layer_parameters
+from megatron_llmjp.config.parameter_counts import transformer_parameters
 from megatron_llmjp.config.pipeline_layout import pipeline_bubble, virtual_pipeline_size
 from megatron_llmjp.config.schema import Config
 
@@ -47,7 +47,7 @@ def config_warnings(config: Config, size: RunSize) -> list[str]:
 
 def _is_large(config: Config) -> bool:
     """Whether the layers have enough parameters for more than a test."""
-    return layer_parameters(config.model) * config.model.num_layers >= LARGE_MODEL_PARAMETERS
+    return transformer_parameters(config.model) >= LARGE_MODEL_PARAMETERS
 
 
 def _epsilon(config: Config, _: RunSize) -> Iterator[str]:

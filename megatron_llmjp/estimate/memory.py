@@ -45,11 +45,14 @@ def element_size(config: Config) -> int:
 
 def rank_parameters(config: Config, layout: ParallelLayout, chunks: Sequence[ModelChunk]) -> int:
     """Count the parameters of one rank of a stage, including its copy of tied embeddings."""
-    counts = count_parameters(config, layout.tp)
+    parallel, expert_layers = config.parallel, config.model.expert_layers
+    expert_ranks = parallel.expert_model_parallel_size * parallel.expert_tensor_size
+    counts = count_parameters(config, layout.tp, expert_ranks)
     tied_copy = counts.embedding if layout.pp > 1 else 0
     total = 0
     for chunk in chunks:
-        total += chunk.layers * counts.layer
+        experts = sum(expert_layers[chunk.first_layer : chunk.first_layer + chunk.layers])
+        total += (chunk.layers - experts) * counts.layer + experts * counts.expert_layer
         if chunk.embedding:
             total += counts.embedding + counts.positions
         if chunk.output:

@@ -48,6 +48,15 @@ YARN = ("--position-embedding-type", "yarn", "--yarn-rotary-scaling-factor", 4,
         "--yarn-original-max-position-embeddings", 8)  # fmt: skip
 SIX, EIGHT = ("--num-layers", 6), ("--num-layers", 8)
 
+EXPERTS = ("--num-experts", 4, "--moe-ffn-hidden-size", 48, "--moe-aux-loss-coeff", 0.01,
+           "--moe-z-loss-coeff", 0.001)  # fmt: skip
+SHARED = ("--moe-layer-freq", "[0,1]*2", "--moe-shared-expert-intermediate-size", 32,
+          "--moe-router-score-function", "sigmoid", "--moe-router-enable-expert-bias",
+          "--moe-router-load-balancing-type", "seq_aux_loss")  # fmt: skip
+EP2, EP4 = ("--expert-model-parallel-size", 2), ("--expert-model-parallel-size", 4)
+ETP1 = ("--expert-tensor-parallel-size", 1)
+ALL_TO_ALL = ("--moe-token-dispatcher-type", "alltoall")
+
 MODELS = {
     "llama": ("laptop-llama",),
     "deep": ("laptop-llama", *EIGHT),
@@ -59,6 +68,8 @@ MODELS = {
     "parallel": ("laptop-gpt-neox", "--use-parallel-residual"),
     "yarn": ("laptop-llama", *YARN),
     "qwen": ("laptop-llama", "--qk-layernorm"),
+    "experts": ("laptop-llama", *EXPERTS),
+    "shared": ("laptop-llama", *EXPERTS, *SHARED),
 }
 ONES = {f"{model}-one": ((i % 8, i % 8 + 1), ()) for i, model in enumerate(MODELS)}
 LAYOUTS = {
@@ -93,6 +104,14 @@ LAYOUTS = {
     "llama-eight": ((0, 8), (*TP2, *PP2, *SP, *DISTRIBUTED, *OVERLAP)),
     "gpt2-eight": ((0, 8), (*TP2, *PP2, *VP2, *SP, *DISTRIBUTED, *OVERLAP)),
     "neox-eight": ((0, 8), (*TP2, *PP2, *SP, *SELECTIVE)),
+    "experts-ep2": ((0, 2), EP2),  # gradients of experts averaged over all ranks
+    "experts-tp2-etp1": ((2, 4), (*TP2, *SP, *ETP1, *DISTRIBUTED)),
+    "experts-ep4": ((4, 8), (*EP4, *ALL_TO_ALL, *DISTRIBUTED, *OVERLAP, *UNIFORM)),
+    "shared-cp2-ep2": ((0, 4), (*CP2, *EP2, *ALL_TO_ALL, *DISTRIBUTED)),
+    "shared-tp2-ep2": ((4, 8), (*TP2, *SP, *EP2)),  # biases updated by the tokens of all ranks
+    "experts-eight": ((0, 8), (*TP2, *PP2, *SP, *EP2, *ALL_TO_ALL, *DISTRIBUTED, *OVERLAP)),
+    "experts-eight-ep4": ((0, 8), (*TP2, *PP2, *VP2, *SP, *EP4, *ETP1, *ALL_TO_ALL, *DISTRIBUTED)),
+    "shared-eight": ((0, 8), (*TP2, *PP2, *SP, *EP4, *ETP1, *DISTRIBUTED, *OVERLAP)),
     "deep-eight": ((0, 8), (*TP2, *PP4, *VP2, *SP, *DISTRIBUTED)),
 }
 MUTATED = {
