@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias
 
 from pydantic import Field, PositiveInt, SecretStr
 
-from megatron_llmjp.config.model_config import Section
+from megatron_llmjp.config.section import Section
 from megatron_llmjp.interval_stats import SLOW_SHARE
 
 LogFormat: TypeAlias = Literal["short", "megatron", "json"]

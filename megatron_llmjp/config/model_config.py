@@ -1,43 +1,22 @@
-"""Configuration sections of the architecture and the parallel layout, and their base class."""
+"""Configuration sections of the dense architecture and the parallel layout.
+
+The fields of experts are added to the former in ``expert_config.py``.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, field_validator
+
+from megatron_llmjp.config.section import Section
 
 DeviceChoice = Literal["auto", "cuda", "cpu"]
 
 
-class Section(BaseModel):
-    """Base class of all sections: immutable, and an unknown key is an error.
-
-    Values of ``Literal`` fields are case-insensitive: ``rmsnorm`` means ``RMSNorm``.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-    @model_validator(mode="before")
-    @classmethod
-    def _normalize_literals(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        return {name: cls._normalized(name, value) for name, value in values.items()}
-
-    @classmethod
-    def _normalized(cls, name: str, value: Any) -> Any:
-        info = cls.model_fields.get(name)
-        if info is None or not isinstance(value, str):
-            return value
-        kinds = (info.annotation, *get_args(info.annotation))
-        words = {w for kind in kinds if get_origin(kind) is Literal for w in get_args(kind)}
-        same = [word for word in words if str(word).lower() == value.lower()]
-        return same[0] if same else value
-
-
-class ModelConfig(Section):
-    """Architecture. The defaults are those of LLaMA, without sizes."""
+class DenseModelConfig(Section):
+    """Architecture without experts. The defaults are those of LLaMA, without sizes."""
 
     num_layers: PositiveInt = Field(description="number of transformer layers")
     hidden_size: PositiveInt = Field(description="hidden size of the transformer")
@@ -232,6 +211,23 @@ class ParallelConfig(Section):
     context_parallel_size: PositiveInt = Field(
         1, description="degree of context parallelism (CP): ranks that share each sequence"
     )
+    expert_model_parallel_size: PositiveInt = Field(
+        1, description="degree of expert model parallelism (EP): ranks that share the experts"
+    )
+    expert_tensor_parallel_size: PositiveInt | None = Field(
+        None,
+        description="degree of tensor parallelism of each expert; default: "
+        "tensor_model_parallel_size",
+    )
+    moe_token_dispatcher_type: Literal["allgather", "alltoall"] = Field(
+        "allgather",
+        description="collective that exchanges tokens between the ranks of the experts",
+    )
+    moe_grouped_gemm: bool = Field(
+        False,
+        description="compute the experts of a rank in one grouped matrix multiplication; where "
+        "Transformer Engine's layers are used, otherwise one expert after the other",
+    )
     sequence_parallel: bool = Field(
         False, description="split normalization and dropout along the sequence over the TP group"
     )
@@ -272,3 +268,18 @@ class ParallelConfig(Section):
             * self.pipeline_model_parallel_size
             * self.context_parallel_size
         )
+
+    @property
+    def expert_tensor_size(self) -> int:
+        """Number of ranks that share each expert."""
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+
+    @field_validator("moe_token_dispatcher_type", mode="before")
+    @classmethod
+    def _refuse_flex(cls, value: Any) -> Any:
+        if value == "flex":
+            raise ValueError(
+                "the flex dispatcher requires DeepEP or HybridEP, which are not supported: use "
+                "alltoall, which computes the same"
+            )
+        return value

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from megatron_llmjp.config.model_config import Section
+from megatron_llmjp.config.section import Section
 
 
 class ProfilingConfig(Section):

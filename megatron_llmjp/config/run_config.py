@@ -14,7 +14,7 @@ from pydantic import (
 )
 
 from megatron_llmjp.config.lr_decay_styles import DECAY_STYLES
-from megatron_llmjp.config.model_config import Section
+from megatron_llmjp.config.section import Section
 from megatron_llmjp.config.tokenizer_types import TOKENIZER_TYPES
 
 if TYPE_CHECKING:

@@ -4,14 +4,16 @@ Field names are Megatron-LM's flags in snake_case where Megatron-LM has one, so 
 ``--tensor-model-parallel-size 2`` and ``tensor_model_parallel_size: 2`` are equivalent. A name is
 unique across sections. The description of a field is its line in ``--help``.
 
-The sections are defined in ``model_config.py`` (model, parallel), ``logging_config.py``,
-``profiling_config.py`` and ``run_config.py`` (all others), and imported from here.
+The sections are defined in ``model_config.py`` and ``expert_config.py`` (model, parallel),
+``logging_config.py``, ``profiling_config.py`` and ``run_config.py`` (all others), and imported from
+here.
 """
 
 from __future__ import annotations
 
+from megatron_llmjp.config.expert_config import ModelConfig
 from megatron_llmjp.config.logging_config import LoggingConfig
-from megatron_llmjp.config.model_config import ModelConfig, ParallelConfig, Section
+from megatron_llmjp.config.model_config import ParallelConfig
 from megatron_llmjp.config.profiling_config import ProfilingConfig
 from megatron_llmjp.config.run_config import (
     CheckpointConfig,
@@ -20,6 +22,7 @@ from megatron_llmjp.config.run_config import (
     OptimizerConfig,
     TrainingConfig,
 )
+from megatron_llmjp.config.section import Section
 
 __all__ = [
     "SECTIONS",

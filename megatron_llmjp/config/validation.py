@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from megatron_llmjp.config.expert_validation import expert_problems
 from megatron_llmjp.config.layout_validation import divisors, layout_problems
 from megatron_llmjp.config.learning_rate_rules import ScheduleLengths, learning_rate_problems
 from megatron_llmjp.config.loading import EQUIVALENT_UNITS
@@ -62,6 +63,7 @@ def check_config(config: Config, world_size: int) -> None:
     rules = (_model, _precision, _units, _rates, _weight_decay, _folders, _tokenizer, _alerts)
     problems = [
         *layout_problems(config, world_size),
+        *expert_problems(config, world_size),
         *profiling_problems(config.profiling, config.checkpoint.save, world_size),
     ]
     for rule in rules:

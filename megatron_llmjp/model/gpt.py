@@ -12,10 +12,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel, gpt_layer_specs
-from megatron.core.transformer.transformer_block import (
-    TransformerBlockSubmodules,
-    get_num_layers_to_build,
-)
+from megatron.core.transformer import transformer_block
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
@@ -30,6 +27,7 @@ from megatron_llmjp.model.attention import (
 )
 from megatron_llmjp.model.attention_backend import attention_backend
 from megatron_llmjp.model.context_parallel_attention import ContextParallelAttention
+from megatron_llmjp.model.experts import choose_layers, expert_settings
 from megatron_llmjp.model.initialization import initialize
 from megatron_llmjp.model.kernels import KernelChoice, choose_kernels
 from megatron_llmjp.model.layers import ParallelResidualLayer, norm_class, with_norms
@@ -77,7 +75,9 @@ def transformer_config(
             layernorm_epsilon=model.norm_epsilon,
             gated_linear_unit=model.activation_function == "swiglu",
             activation_func=activation,
-            bias_activation_fusion=fused_activation,
+            # megatron-core's fused activation of experts is SwiGLU's only.
+            bias_activation_fusion=fused_activation
+            and (activation is F.silu or not model.has_experts),
             bias_dropout_fusion=kernels.fusions,
             masked_softmax_fusion=False,
             attention_backend=attention_backend(os.environ),
@@ -111,6 +111,7 @@ def transformer_config(
             account_for_loss_in_pipeline_split=parallel.account_for_loss_in_pipeline_split,
             pipeline_model_parallel_layout=parallel.pipeline_model_parallel_layout,
             **_pipeline_communication(config, device),
+            **expert_settings(config, kernels),
         )
     if model.position_embedding_type == "yarn":
         _add_yarn(core, model)
@@ -180,15 +181,26 @@ def layer_spec(
         te_attention = None
         if config.data.reset_attention_mask:
             te_attention, _ = choose_document_attention(core, params_dtype(config), device)
-        return transformer_engine_layer_spec(layer, te_attention, core.qk_layernorm)
-    spec = gpt_layer_specs.get_gpt_layer_local_spec(
-        qk_layernorm=core.qk_layernorm, normalization=config.model.normalization
-    )
+
+        def make_layer(experts: int | None) -> Any:
+            return transformer_engine_layer_spec(
+                layer, te_attention, core.qk_layernorm, experts, core.moe_grouped_gemm
+            )
+
+        norm: Any = transformer_block.LayerNormImpl
+        return choose_layers(config.model, core, vp_stage, make_layer, norm)
     norm = norm_class(config.model.normalization)
     attention = ContextParallelAttention if core.context_parallel_size > 1 else SDPAttention
-    spec = with_norms(with_core_attention(replace(spec, module=layer), attention), norm)
-    layers = get_num_layers_to_build(core, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=norm)
+
+    def make_local_layer(experts: int | None) -> Any:
+        spec = gpt_layer_specs.get_gpt_layer_local_spec(
+            num_experts=experts,
+            qk_layernorm=core.qk_layernorm,
+            normalization=config.model.normalization,
+        )
+        return with_norms(with_core_attention(replace(spec, module=layer), attention), norm)
+
+    return choose_layers(config.model, core, vp_stage, make_local_layer, norm)
 
 
 def build_model_chunk(

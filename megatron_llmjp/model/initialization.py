@@ -2,7 +2,7 @@
 
 megatron-core seeds each pipeline stage separately, so that the same seed gives different weights in
 different parallel layouts. Here every full tensor is drawn from its own seed and each rank keeps
-its slice: the weights do not depend on TP, PP and VP sizes.
+its slice: the weights do not depend on TP, PP, VP and EP sizes.
 
 Standard deviations are Megatron-LM's: ``init_method_std``, and ``init_method_std / sqrt(2 L)`` for
 the two projections back into the residual stream; norms are 1, biases 0.
@@ -21,8 +21,11 @@ from torch import Tensor, nn
 
 from megatron_llmjp.config.schema import Config
 
-_RESIDUAL = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
+_RESIDUAL = ("self_attention.linear_proj.weight", "linear_fc2.weight")
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+
+_EXPERT = r"mlp\.experts\.(?:local_experts\.(\d+)\.(\w+)\.weight|(\w+)\.weight(\d+))$"
+"""Name of an expert's weight within its layer."""
 
 
 @torch.no_grad()
@@ -41,20 +44,27 @@ def initialize(model: nn.Module, config: Config) -> None:
 
 
 def global_name(model: nn.Module, name: str) -> str:
-    """Return a parameter's name with its layer number counted over all stages, from 0."""
+    """Return a parameter's name with its layer number counted over all stages, from 0.
+
+    An expert's number is counted over all expert-parallel ranks; its name does not depend on
+    whether the experts of a rank are multiplied together (``linear_fc1.weight3``) or one by one.
+    """
     match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
     if match is None:
         return name
     layer: Any = model.get_submodule(f"decoder.layers.{match[1]}")
-    return f"decoder.layers.{layer.layer_number - 1}.{match[2]}"
+    inner = match[2]
+    if expert := re.match(_EXPERT, inner):
+        number, projection = expert[1] or expert[4], expert[2] or expert[3]
+        first = layer.mlp.local_expert_indices[0]
+        inner = f"mlp.experts.local_experts.{first + int(number)}.{projection}.weight"
+    return f"decoder.layers.{layer.layer_number - 1}.{inner}"
 
 
 def _local_part(parameter: nn.Parameter, name: str, config: Config) -> Tensor:
     """Draw the full tensor ``name`` and return this rank's slice."""
-    size = parallel_state.get_tensor_model_parallel_world_size()
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    split = size > 1 and getattr(parameter, "tensor_model_parallel", False)
-    dim = int(parameter.partition_dim) if split else 0  # type: ignore[attr-defined]
+    size, rank, dim = _split(parameter, name)
+    split = size > 1
     shape = list(parameter.shape)
     if split:
         shape[dim] *= size
@@ -65,6 +75,18 @@ def _local_part(parameter: nn.Parameter, name: str, config: Config) -> Tensor:
         halves = full.chunk(2)  # a rank holds [gate_t; up_t] of [gate; up]
         return torch.cat([half.chunk(size)[rank] for half in halves])
     return full.chunk(size, dim=dim)[rank]
+
+
+def _split(parameter: nn.Parameter, name: str) -> tuple[int, int, int]:
+    """Return the number of slices of a tensor, the one of this rank, and their dimension."""
+    if ".experts.local_experts." in name:
+        size = parallel_state.get_expert_tensor_parallel_world_size()
+        return size, parallel_state.get_expert_tensor_parallel_rank(), int("linear_fc2" in name)
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return 1, 0, 0
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    return size, rank, int(parameter.partition_dim)  # type: ignore[attr-defined]
 
 
 def _draw(name: str, shape: list[int], config: Config, device: torch.device) -> Tensor:

@@ -114,6 +114,8 @@ def transformer_engine_layer_spec(
     layer: type[nn.Module],
     attention: type[nn.Module] | None = None,
     qk_layernorm: bool = False,
+    experts: int | None = None,
+    grouped_gemm: bool = False,
 ) -> Any:
     """Return the spec of a layer built from Transformer Engine's modules.
 
@@ -121,8 +123,12 @@ def transformer_engine_layer_spec(
         layer: class of the layer.
         attention: class of the core attention, in place of Transformer Engine's.
         qk_layernorm: normalize queries and keys.
+        experts: number of experts; None for a dense layer.
+        grouped_gemm: whether the experts of a rank are one grouped matrix multiplication.
     """
-    spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
+    spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
+        num_experts=experts, moe_grouped_gemm=grouped_gemm, qk_layernorm=qk_layernorm
+    )
     spec = replace(spec, module=layer)
     return spec if attention is None else with_core_attention(spec, attention)
 

@@ -105,6 +105,8 @@ def _initialize_model_parallel(config: Config) -> None:
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_size,
         create_gloo_process_groups=False,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
     )

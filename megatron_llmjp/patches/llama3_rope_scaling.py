@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
-from megatron_llmjp.config.model_config import ModelConfig
+from megatron_llmjp.config.expert_config import ModelConfig
 
 
 def scale_rotary_frequencies(rotary: RotaryEmbedding, model: ModelConfig) -> None:

@@ -99,6 +99,10 @@ class _Inert:
     def __exit__(self, *args: object) -> None:
         return None
 
+    def record_event(self, *args: Any, **kwargs: Any) -> _Inert:
+        """Return an event that needs no wait."""
+        return self
+
     def __getattr__(self, name: str) -> Callable[..., None]:
         return _returning(None)
 

@@ -8,6 +8,7 @@ fold with its own ``learning_rate`` has another one, which starts at the fold's 
 from __future__ import annotations
 
 import bisect
+import math
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -126,18 +127,26 @@ def parameter_norm(optimizer: Any) -> float:
 
     Each rank sums the parameters that it owns, and megatron-core reduces over the same ranks as for
     the gradient norm: tied embeddings and parameters that tensor-parallel ranks share count once,
-    and all shards of the distributed optimizer are included.
+    and all shards of the distributed optimizer are included. Experts have an optimizer of their
+    own, whose parameters are divided among other ranks.
     """
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    owned = [
+    return math.hypot(
+        *(
+            float(get_grad_norm_fp32(_owned(part), 2, part.get_grad_stats_parallel_group()))
+            for part in getattr(optimizer, "chained_optimizers", [optimizer])
+        )
+    )
+
+
+def _owned(part: Any) -> list[Any]:
+    """Return the parameters of an optimizer that no other rank counts."""
+    return [
         parameter.detach()
-        for part in parts
         for parameter in part.get_parameters()
         if parameter.numel() > 0
         and param_is_not_shared(parameter)
         and param_is_not_tensor_parallel_duplicate(parameter)
     ]
-    return float(get_grad_norm_fp32(owned, 2, optimizer.get_grad_stats_parallel_group()))
 
 
 def wrap_half_precision(chunks: list[Any], config: Config) -> list[Any]:
