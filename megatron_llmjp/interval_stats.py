@@ -34,6 +34,20 @@ class PredictedStep:
 
 
 @dataclass(frozen=True)
+class ExpertStats:
+    """Routing of tokens to experts (training/expert_monitor.py)."""
+
+    load_balancing_loss: float | None
+    """Mean over layers and micro-batches, without its coefficient; None if it is disabled."""
+    router_z_loss: float | None
+    """The same of the routers' z-loss."""
+    load: Mapping[int, float]
+    """Tokens of the busiest expert by the mean, by layer, from 1."""
+    dropped: float | None
+    """Fraction of the choices of experts that exceeded a capacity; None without one."""
+
+
+@dataclass(frozen=True)
 class IntervalStats:
     """Measurements of one log interval; values of a step are those of the last one."""
 
@@ -71,6 +85,8 @@ class IntervalStats:
     """Bytes, by the name of the metric (``Device.memory``)."""
     rank_times: RankTimes | None = None
     """None before the first steps are measured, or if it is disabled."""
+    experts: ExpertStats | None = None
+    """None without experts."""
     predicted: PredictedStep | None = None
     """For a step of the last batch size; None on a CPU or an unknown GPU."""
 

@@ -26,6 +26,8 @@ THROUGHPUT_PANEL = Panel("throughput", "Throughput", "tokens per second", from_z
 GRADIENT_NORM_PANEL = Panel("gradient_norm", "Gradient norm, before clipping", log_scale=True)
 PARAMETER_NORM_PANEL = Panel("parameter_norm", "Norm of all parameters")
 Z_LOSS_PANEL = Panel("z_loss", "z-loss")
+EXPERT_LOSS_PANEL = Panel("expert_losses", "Losses of routers")
+EXPERT_LOAD_PANEL = Panel("expert_load", "Tokens of the busiest expert by the mean", from_zero=True)
 MEMORY_PANEL = Panel("memory", "Memory of the first rank", "GB", from_zero=True, smoothed=False)
 RANK_TIMES_PANEL = Panel("rank_times", "Time per iteration by rank", "seconds", from_zero=True)
 BATCH_SIZE_PANEL = Panel(
@@ -41,6 +43,8 @@ FIRST_PANELS = (
     GRADIENT_NORM_PANEL,
     PARAMETER_NORM_PANEL,
     Z_LOSS_PANEL,
+    EXPERT_LOSS_PANEL,
+    EXPERT_LOAD_PANEL,
     MEMORY_PANEL,
     RANK_TIMES_PANEL,
     BATCH_SIZE_PANEL,

@@ -19,6 +19,8 @@ from megatron_llmjp.formatting import format_count
 from megatron_llmjp.interval_stats import IntervalStats
 from megatron_llmjp.metric_panels import (
     BATCH_SIZE_PANEL,
+    EXPERT_LOAD_PANEL,
+    EXPERT_LOSS_PANEL,
     FIRST_PANELS,
     GRADIENT_NORM_PANEL,
     LEARNING_RATE_PANEL,
@@ -222,6 +224,43 @@ Z_LOSS = register_metric(
         Z_LOSS_PANEL,
     )
 )
+LOAD_BALANCING_LOSS = register_metric(
+    Metric(
+        "load balancing loss",
+        "of the routers, mean over layers with experts, without its coefficient; 1 is balanced",
+        lambda s: None if s.experts is None else s.experts.load_balancing_loss,
+        _format("load balancing loss: {:.6E}"),
+        EXPERT_LOSS_PANEL,
+        label="load balancing",
+    )
+)
+ROUTER_Z_LOSS = register_metric(
+    Metric(
+        "router z loss",
+        "of the routers, mean over layers with experts, without its coefficient",
+        lambda s: None if s.experts is None else s.experts.router_z_loss,
+        _format("router z loss: {:.6E}"),
+        EXPERT_LOSS_PANEL,
+        label="z-loss",
+    )
+)
+EXPERT_LOAD = register_metric(
+    Metric(
+        "expert load",
+        "tokens of the busiest expert by the mean, maximum of all layers; 1 is balanced",
+        lambda s: None if s.experts is None else max(s.experts.load.values()),
+        _format("expert load: {:.2f}"),
+        EXPERT_LOAD_PANEL,
+    )
+)
+DROPPED_TOKENS = register_metric(
+    Metric(
+        "dropped tokens",
+        "fraction of the choices of experts above `--moe-expert-capacity-factor`",
+        lambda s: None if s.experts is None else s.experts.dropped,
+        _format("dropped tokens: {:.2%}"),
+    )
+)
 LOSS_SCALE = register_metric(
     Metric(
         "loss scale",
@@ -391,4 +430,7 @@ DATASET_LOSS = register_metric_group(
 )
 DATASET_TOKENS = register_metric_group(
     MetricGroup("consumed tokens", "tokens of one dataset since the start of the run")
+)
+LAYER_EXPERT_LOAD = register_metric_group(
+    MetricGroup("expert load", "expert load of one layer, from `layer 1`")
 )

@@ -14,6 +14,7 @@ from types import MappingProxyType
 
 from megatron_llmjp.checkpoint import resume as resuming
 from megatron_llmjp.checkpoint import resume_checks
+from megatron_llmjp.checkpoint.initial_weights import check_weights
 from megatron_llmjp.checkpoint.manifest import complete_iterations
 from megatron_llmjp.checkpoint.resume import Resume
 from megatron_llmjp.checkpoint.resume_checks import NO_SKIPPED_RANGES, RunHistory, SkippedRanges
@@ -126,7 +127,7 @@ def resolve_run(
     if continued is not None:
         notes += resuming.check_tokenizer(config, continued, tokenizer)
     elif resume is not None:
-        resuming.check_weights(config, resume)
+        notes += check_weights(config, resume)
     config, train_iters, length_notes = _with_length(config, schedule, world_size)
     validation, validation_notes = validation_sets(config, data, train_iters)
     if config.training.eval_only:

@@ -51,28 +51,16 @@ _UNREPORTED_FIELDS = {
 BATCH_SIZE_FIELDS = ("global_batch_size", "rampup_batch_size")
 """Fields that determine the number of samples per iteration."""
 
-
-_WEIGHT_SHAPE_FIELDS = {
-    "num_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "ffn_hidden_size",
-    "normalization",
-    "add_bias_linear",
-    "add_qkv_bias",
-    "qk_layernorm",
-    "untie_embeddings_and_output_weights",
+_CONTEXT_FIELDS = {
+    "seq_length",
+    "max_position_embeddings",
+    *(name for name in ModelConfig.model_fields if name.startswith(("rotary_base", "rope_"))),
+    "rotary_seq_len_interpolation_factor",
+    "use_rope_scaling",
+    "position_embedding_type",
+    *(name for name in ModelConfig.model_fields if name.startswith("yarn_")),
 }
-"""Fields that determine the names and shapes of the weights."""
-
-_WEIGHT_SHAPE_VALUES = {
-    "activation_function": "swiglu",
-    "position_embedding_type": "learned_absolute",
-}
-"""Fields of which only this value, compared with any other, changes the weights."""
-
+"""Fields that are changed to train on longer sequences."""
 
 _TIKTOKEN_FIELDS = [name for name in DataConfig.model_fields if name.startswith("tiktoken_")]
 _BATCH_FIELDS = (
@@ -188,6 +176,8 @@ def _resume_fields(config: Config, resume: Resume) -> tuple[Config, list[str], l
                 f"{name} is {new!r}, but {resume.folder} was trained with {old!r}: set it back, or "
                 f"name it on --override-resume {name}"
             )
+            if name in _CONTEXT_FIELDS:
+                problems[-1] += "; or start a new run from its weights with --finetune"
         elif name in OptimizerConfig.model_fields and not (
             config.optimizer.override_opt_param_scheduler
         ):
@@ -230,24 +220,6 @@ def check_tokenizer(config: Config, resume: Resume, tokenizer: Tokenizer) -> lis
         "checkpoint's tokenizer (--tokenizer-model), or accept the change with "
         "--override-resume tokenizer"
     )
-
-
-def check_weights(config: Config, resume: Resume) -> None:
-    """Refuse to start from weights of another architecture (``--finetune``).
-
-    Raises:
-        UserError: fields of the architecture differ; the message lists all of them.
-    """
-    found = config_differences(resume.config, config)
-    problems = [
-        f"{name} is {new!r}, but the weights of {resume.folder} were trained with {old!r}: set it "
-        "back, or start from other weights"
-        for name, (old, new) in found.items()
-        if name in _WEIGHT_SHAPE_FIELDS
-        or (name in _WEIGHT_SHAPE_VALUES and _WEIGHT_SHAPE_VALUES[name] in (old, new))
-    ]
-    if problems:
-        raise UserError("\n".join(problems))
 
 
 def _candidates(root: Path) -> tuple[list[Path], list[str]]:

@@ -158,7 +158,8 @@ def _pattern(node: ast.AST) -> tuple[int, ...] | int | None:
         return node.value
     if isinstance(node, ast.List):
         items = [_pattern(item) for item in node.elts]
-        return tuple(i for i in items if isinstance(i, int)) if None not in items else None
+        numbers = tuple(item for item in items if isinstance(item, int))
+        return numbers if len(numbers) == len(items) else None
     if not isinstance(node, ast.BinOp):
         return None
     left, right = _pattern(node.left), _pattern(node.right)

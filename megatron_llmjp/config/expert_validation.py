@@ -18,8 +18,8 @@ _PARALLEL_FIELDS = (
 )
 
 
-def expert_problems(config: Config, world_size: int) -> Iterator[str]:
-    """Yield one line for each violated rule."""
+def expert_problems(config: Config) -> Iterator[str]:
+    """Yield one line for each violated rule of the model and its router."""
     model = config.model
     if not model.has_experts:
         yield from _dense(config)
@@ -27,7 +27,6 @@ def expert_problems(config: Config, world_size: int) -> Iterator[str]:
     yield from _layers(model)
     yield from _router(model)
     yield from _dropping(model)
-    yield from _layout(config, world_size)
     if model.use_parallel_residual:
         yield "use_parallel_residual with num_moe_experts is not implemented: remove one of them"
     if model.add_bias_linear:
@@ -126,8 +125,11 @@ def _dropping(model: ModelConfig) -> Iterator[str]:
         )
 
 
-def _layout(config: Config, world_size: int) -> Iterator[str]:
+def expert_layout_problems(config: Config, world_size: int) -> Iterator[str]:
+    """Yield one line for each violated rule of the parallel layout of experts."""
     model, parallel = config.model, config.parallel
+    if not model.has_experts:
+        return
     experts, ep = model.num_moe_experts or 1, parallel.expert_model_parallel_size
     etp, pp = parallel.expert_tensor_size, parallel.pipeline_model_parallel_size
     if experts % ep:

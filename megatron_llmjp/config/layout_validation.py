@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron_llmjp.config.expert_validation import expert_layout_problems
 from megatron_llmjp.config.pipeline_layout import expand_pipeline_layout
 from megatron_llmjp.config.schema import Config, ParallelConfig
 
@@ -23,8 +24,10 @@ def layout_problems(config: Config, world_size: int) -> Iterator[str]:
     else:
         yield from _batches(config, world_size // size)
     yield from _tensor(config)
+    yield from _context(config)
     yield from pipeline_problems(parallel, config.model.num_layers)
     yield from _features(config)
+    yield from expert_layout_problems(config, world_size)
 
 
 def data_parallel_size(config: Config, world_size: int) -> int:
@@ -81,6 +84,18 @@ def _ramp(config: Config, per_step: int) -> Iterator[str]:
             f"rampup_batch_size: increments of {increment} from {start} do not reach "
             f"global_batch_size {training.global_batch_size}: choose an increment that divides "
             f"{training.global_batch_size - start}"
+        )
+
+
+def _context(config: Config) -> Iterator[str]:
+    """Rules of context parallelism."""
+    model, parts = config.model, 2 * config.parallel.context_parallel_size
+    length = model.yarn_original_max_position_embeddings
+    if parts > 2 and model.position_embedding_type == "yarn" and length % parts:
+        # megatron-core divides a table of this length as it divides sequences.
+        yield (
+            f"yarn_original_max_position_embeddings {length} is not a multiple of {parts}, twice "
+            "context_parallel_size, as megatron-core's YaRN requires"
         )
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
+from megatron_llmjp.config.expert_flags import EXPERT_FLAGS, interpret_expert_flags
 from megatron_llmjp.config.loading import ConfigLayers
 from megatron_llmjp.config.refused_flags import FOREIGN, NEWER, REFUSED, REFUSED_FAMILIES
 from megatron_llmjp.config.schema import SECTION_OF
@@ -81,6 +82,7 @@ SWITCH_ALIASES: dict[str, Alias] = {
 RENAMED_FLAGS: dict[str, str] = {
     "--layernorm-epsilon": "norm_epsilon",
     "--rope-theta": "rotary_base",
+    "--num-experts": "num_moe_experts",
     "--encoder-num-layers": "num_layers",
     "--encoder-seq-length": "seq_length",
     "--num-key-value-heads": "num_query_groups",
@@ -100,8 +102,6 @@ RENAMED_VALUES: dict[str, dict[str, str]] = {
 """This program's name of a value, by field and other programs' name in lower case."""
 
 _ONE_DATASET = "datasets are always .idx/.bin pairs as preprocess_data writes them"
-_DENSE = "the model is dense"
-_NO_EXPERTS = "mixture-of-experts models are not supported, only dense ones"
 _ONE_GROUP = "the optimizer is sharded over the whole data-parallel group"
 _FP32_STATE = "main weights, gradients and moments are kept in fp32"
 
@@ -126,8 +126,6 @@ CHOICES: dict[str, Choice] = {
         {"global": "non-persistent checkpoints are complete, and in the folder of the others"},
         "remove it: non-persistent checkpoints are complete ones in the save folder",
     ),
-    "--num-experts": Choice({"1": _DENSE}, _NO_EXPERTS),
-    "--expert-model-parallel-size": Choice({"1": _DENSE}, _NO_EXPERTS),
     "--ds-sequence-parallel-size": Choice(
         {"1": "sequences are not split"}, "split sequences with --sequence-parallel over TP"
     ),
@@ -204,6 +202,8 @@ class ForeignFlags:
     """Value and origin of each field that they set."""
     dependent: dict[str, str] = field(default_factory=dict)
     """Given flags of :data:`DEPENDENT_FLAGS` with their values."""
+    experts: list[str] = field(default_factory=list)
+    """Given flags of :data:`EXPERT_FLAGS`."""
     notes: list[str] = field(default_factory=list)
     """One line for each flag without effect."""
     problems: list[str] = field(default_factory=list)
@@ -231,6 +231,8 @@ def interpret_flags(words: Sequence[str], possible: Iterable[str]) -> ForeignFla
                 found.notes.append(f"{flag} {value} is not needed here: {choice}")
             else:
                 problems.append(f"{flag} {value} is not supported: {CHOICES[flag].otherwise}")
+        elif flag in EXPERT_FLAGS:
+            found.experts.append(flag)
         elif (remedy := _lookup(flag, REFUSED, REFUSED_FAMILIES)) is not None:
             problems.append(f"{flag} is not supported: {remedy}")
         elif (why := _lookup(flag, NOT_NEEDED, NOT_NEEDED_FAMILIES)) is not None:
@@ -238,7 +240,14 @@ def interpret_flags(words: Sequence[str], possible: Iterable[str]) -> ForeignFla
         elif (instead := _lookup(flag, NOT_OFFERED, NOT_OFFERED_FAMILIES)) is not None:
             found.notes.append(f"{flag} is not offered: {instead}")
         else:
-            known = (*possible, *DEPENDENT_FLAGS, *CHOICES, *NOT_NEEDED, *NOT_OFFERED)
+            known = (
+                *possible,
+                *EXPERT_FLAGS,
+                *DEPENDENT_FLAGS,
+                *CHOICES,
+                *NOT_NEEDED,
+                *NOT_OFFERED,
+            )
             problems.append(_unknown(flag, known))
     found.notes = list(dict.fromkeys(found.notes))
     return found
@@ -284,6 +293,8 @@ def apply_dependent_flags(
         UserError: a value contradicts others.
     """
     dependent = foreign.dependent
+    has_experts = _value(layers, "num_moe_experts", None) not in (None, 1, "1")
+    foreign.notes += interpret_expert_flags(foreign.experts, has_experts)
     if by_flags_alone:
         _complete_model(layers, EXACT_GELU in dependent)
     elif EXACT_GELU in dependent and _value(layers, "activation_function", None) == "gelu_tanh":

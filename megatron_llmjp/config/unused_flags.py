@@ -23,36 +23,6 @@ _BY_REASON: dict[str, str] = {
         --te-rng-tracker --inference-rng-tracker""",
     "cross entropy is always fused, and computed without a copy of all logits in fp32": """
         --cross-entropy-loss-fusion --cross-entropy-fusion-impl""",
-    "a dense model has no experts": """
-        --expert-tensor-parallel-size --expert-interval --expert-parallel --topk
-        --create-moe-param-group --disable-moe-token-dropping --use-tutel --mlp-type
-        --overlap-moe-expert-parallel-comm
-        --enable-expert-tensor-parallelism --ep-overlap-early-attn-memory-release
-        --moe-apply-probs-on-input --moe-aux-loss-coeff --moe-combine-bwd-dtype
-        --moe-deepep-num-sms --moe-dispatch-fwd-dtype --moe-enable-deepep
-        --moe-enable-routing-replay --moe-eval-capacity-factor --moe-expert-capacity-factor
-        --moe-expert-parallel-size --moe-expert-rank-capacity-factor --moe-extended-tp
-        --moe-ffn-hidden-size --moe-flex-dispatcher-backend --moe-flex-dispatcher-num-sms
-        --moe-grouped-gemm --moe-hybridep-num-blocks-permute --moe-hybridep-num-blocks-unpermute
-        --moe-hybridep-num-sms --moe-hybridep-num-sms-preprocessing
-        --moe-hybridep-pad-uneven-dispatch-inputs --moe-input-jitter-eps --moe-latent-size
-        --moe-layer-freq --moe-layer-recompute --moe-loss-coeff --moe-min-capacity
-        --moe-mlp-glu-interleave-size --moe-ncclep-static-shape --moe-ncclep-zero-copy
-        --moe-pad-expert-input-to-capacity --moe-pad-experts-for-cuda-graph-inference
-        --moe-paged-stash --moe-paged-stash-buffer-size-factor-cpu
-        --moe-paged-stash-buffer-size-factor-cuda --moe-paged-stash-page-size
-        --moe-per-layer-logging --moe-permute-fusion --moe-permute-fusion-into-hybridep
-        --moe-router-bias-update-rate --moe-router-dtype --moe-router-enable-expert-bias
-        --moe-router-force-biased --moe-router-force-load-balancing --moe-router-fusion
-        --moe-router-group-topk --moe-router-load-balancing-type --moe-router-num-groups
-        --moe-router-padding-for-fp8 --moe-router-padding-for-quantization --moe-router-pre-softmax
-        --moe-router-quantile-balancing-ema --moe-router-score-function --moe-router-topk
-        --moe-router-topk-limited-devices --moe-router-topk-scaling-factor --moe-shared-expert-gate
-        --moe-shared-expert-glu-interleave-size --moe-shared-expert-intermediate-size
-        --moe-shared-expert-overlap --moe-single-grouped-bias --moe-single-grouped-weight
-        --moe-token-dispatcher-type --moe-token-drop-policy --moe-token-dropping
-        --moe-train-capacity-factor --moe-upcycling-granularity --moe-use-grouped-tensor
-        --moe-use-legacy-grouped-gemm --moe-use-upcycling --moe-z-loss-coeff""",
     "--position-embedding-type implies it": "--no-position-embedding",
     "initial weights depend on the seed and the tensor's name only, in every layout": """
         --use-cpu-initialization --no-initialization --init-model-with-meta-device""",

@@ -60,10 +60,19 @@ def check_config(config: Config, world_size: int) -> None:
     Raises:
         UserError: one line for each violated rule.
     """
-    rules = (_model, _precision, _units, _rates, _weight_decay, _folders, _tokenizer, _alerts)
+    rules = (
+        _model,
+        expert_problems,
+        _precision,
+        _units,
+        _rates,
+        _weight_decay,
+        _folders,
+        _tokenizer,
+        _alerts,
+    )
     problems = [
         *layout_problems(config, world_size),
-        *expert_problems(config, world_size),
         *profiling_problems(config.profiling, config.checkpoint.save, world_size),
     ]
     for rule in rules:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from megatron_llmjp.config.learning_rate_rules import decay_warnings
 from megatron_llmjp.config.lr_decay_styles import DECAY_STYLES
-from megatron_llmjp.config.parameter_counts import layer_parameters
+from megatron_llmjp.config.parameter_counts import transformer_parameters
 from megatron_llmjp.config.pipeline_layout import pipeline_bubble, virtual_pipeline_size
 from megatron_llmjp.config.schema import Config
 
@@ -47,7 +47,7 @@ def config_warnings(config: Config, size: RunSize) -> list[str]:
 
 def _is_large(config: Config) -> bool:
     """Whether the layers have enough parameters for more than a test."""
-    return layer_parameters(config.model) * config.model.num_layers >= LARGE_MODEL_PARAMETERS
+    return transformer_parameters(config.model) >= LARGE_MODEL_PARAMETERS
 
 
 def _epsilon(config: Config, _: RunSize) -> Iterator[str]:
@@ -166,6 +166,15 @@ def _model(config: Config, _: RunSize) -> Iterator[str]:
             yield (
                 f"rotary_base {model.rotary_base} for sequences of {data.seq_length}: v4 used "
                 "500000 from 4,096 tokens on"
+            )
+    if model.position_embedding_type == "yarn":
+        factor = model.yarn_rotary_scaling_factor
+        length = int(factor * model.yarn_original_max_position_embeddings)
+        if data.seq_length > length:
+            yield (
+                f"seq_length {data.seq_length} exceeds {length}, the length that "
+                f"yarn_rotary_scaling_factor {factor:g} x yarn_original_max_position_embeddings "
+                f"{model.yarn_original_max_position_embeddings} is for"
             )
     if model.vocab_size is not None:
         yield from _padding(config, model.vocab_size)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.estimate.layout import ParallelLayout, recomputed_layers
-from megatron_llmjp.estimate.memory import element_size, rank_parameters
+from megatron_llmjp.estimate.memory import element_size, gathers_keys, rank_parameters
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,21 @@ class CommunicationVolume:
     """Updated parameters within the data-parallel group (distributed optimizer)."""
     embedding: int
     """Gradients of tied embeddings, between the first and the last stage."""
+    context: int = 0
+    """Keys, values and their gradients within the context-parallel group."""
 
 
-def communication_volume(config: Config, layout: ParallelLayout, stage: int) -> CommunicationVolume:
-    """Compute the bytes that a rank of pipeline stage ``stage`` sends per step."""
+def communication_volume(
+    config: Config, layout: ParallelLayout, stage: int, fused_kernels: bool = True
+) -> CommunicationVolume:
+    """Compute the bytes that a rank of pipeline stage ``stage`` sends per step.
+
+    Args:
+        config: the run's configuration.
+        layout: its parallel layout.
+        stage: from 0.
+        fused_kernels: whether attention is Transformer Engine's where it supports the run.
+    """
     model, e, t = config.model, element_size(config), layout.tp
     tokens = config.training.micro_batch_size * config.data.seq_length // layout.cp
     activation = tokens * model.hidden_size * e
@@ -49,6 +60,7 @@ def communication_volume(config: Config, layout: ParallelLayout, stage: int) -> 
         gradients=reduced if distributed else 2 * reduced,
         parameters=_ring(e * parameters, copies) if distributed else 0,
         embedding=2 * _ring(4 * words, 2) if tied and ends else 0,
+        context=layout.micro_batches * _context(config, layout, stage, fused_kernels),
     )
 
 
@@ -61,6 +73,24 @@ def _crossings(layout: ParallelLayout, stage: int) -> int:
     last = layout.pp * layout.vp - 1
     chunks = [stage + layout.pp * v for v in range(layout.vp)]
     return sum((chunk < last) + (chunk > 0) for chunk in chunks) if layout.pp > 1 else 0
+
+
+def _context(config: Config, layout: ParallelLayout, stage: int, fused_kernels: bool) -> int:
+    """Count the bytes of context parallelism per micro-batch.
+
+    Each of c ranks sends its keys and values to c - 1 others: once in the forward pass, and again
+    if the attention is recomputed. In the backward pass gathered ones have their gradients
+    reduced and scattered; ring attention (Liu et al., 2023, arXiv:2310.01889) sends keys and values
+    once more, and their gradients.
+    """
+    chunks = layout.stages[stage]
+    layers = sum(chunk.layers for chunk in chunks)
+    selective = config.parallel.recompute_granularity == "selective"
+    recomputed = layers if selective else recomputed_layers(config, chunks)
+    passes = layers * (2 if gathers_keys(config, fused_kernels) else 3) + recomputed
+    tokens = config.training.micro_batch_size * config.data.seq_length // layout.cp
+    groups = 2 * config.model.query_groups * config.model.head_dim // layout.tp
+    return passes * (layout.cp - 1) * tokens * groups * element_size(config)
 
 
 def _tensor_units(config: Config, layout: ParallelLayout, stage: int) -> int:

@@ -8,6 +8,7 @@ megatron-core wheel):
   (forward, gradient of the input, gradient of the weight);
 - causal attention counts half of its ``s x s`` scores, whether or not the kernel skips the rest;
 - logits are counted over the padded vocabulary; the embedding lookup is not counted;
+- of a layer with experts, the experts of a token and the shared experts count, the router does not;
 - recomputation is not counted: these are model FLOPs, so that TFLOP/s divided by the peak is the
   MFU, not the HFU.
 
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_llmjp.config.schema import Config
+from megatron_llmjp.config.schema import Config, ModelConfig
 
 _MULTIPLY_ADD = 2
 _FORWARD_AND_BACKWARD = 3
@@ -34,6 +35,7 @@ class Flops:
     attention_scores: int
     """Query times key and scores times value; causal, so half of the square."""
     feed_forward: int
+    """Of dense layers, or of the experts of each token."""
     logits: int
 
     @property
@@ -52,15 +54,24 @@ def flops_by_part(config: Config) -> Flops:
     h, layers = model.hidden_size, model.num_layers
     queries = model.num_attention_heads * model.head_dim
     keys_and_values = 2 * model.query_groups * model.head_dim
-    matrices = 3 if model.activation_function == "swiglu" else 2
     factor = _MULTIPLY_ADD * _FORWARD_AND_BACKWARD
     return Flops(
         attention_projections=factor * s * layers * h * (2 * queries + keys_and_values),
         # Two products of s x s x queries; the causal mask halves them.
         attention_scores=factor * s * s * layers * queries,
-        feed_forward=factor * s * layers * matrices * h * model.ffn_size,
+        feed_forward=factor * s * _feed_forward_weights(model),
         logits=factor * s * h * config.padded_vocab_size,
     )
+
+
+def _feed_forward_weights(model: ModelConfig) -> int:
+    """Count the weights of all feed-forward layers that a token is multiplied with."""
+    matrices = 3 if model.activation_function == "swiglu" else 2
+    experts = sum(model.expert_layers)
+    width = (model.num_layers - experts) * model.ffn_size
+    width += experts * model.moe_router_topk * model.expert_ffn_size
+    width += experts * (model.moe_shared_expert_intermediate_size or 0)
+    return model.hidden_size * matrices * width
 
 
 def flops_per_sample(config: Config) -> int:

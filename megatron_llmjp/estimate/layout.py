@@ -61,6 +61,20 @@ class ParallelLayout:
         return min(warm_up + 1, total)
 
 
+def refuse_experts(config: Config) -> None:
+    """Refuse to plan a mixture-of-experts model.
+
+    Raises:
+        UserError: the model has experts.
+    """
+    if config.model.has_experts:
+        raise UserError(
+            "--estimate and --suggest-layout do not support experts (num_moe_experts): their "
+            "memory, communication and step time depend on how tokens are routed. Measure a short "
+            "run with --train-iters instead; --dry-run checks the configuration"
+        )
+
+
 def make_layout(config: Config, world_size: int) -> ParallelLayout:
     """Distribute a configuration over ``world_size`` ranks.
 

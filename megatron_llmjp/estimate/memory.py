@@ -45,11 +45,14 @@ def element_size(config: Config) -> int:
 
 def rank_parameters(config: Config, layout: ParallelLayout, chunks: Sequence[ModelChunk]) -> int:
     """Count the parameters of one rank of a stage, including its copy of tied embeddings."""
-    counts = count_parameters(config, layout.tp)
+    parallel, expert_layers = config.parallel, config.model.expert_layers
+    expert_ranks = parallel.expert_model_parallel_size * parallel.expert_tensor_size
+    counts = count_parameters(config, layout.tp, expert_ranks)
     tied_copy = counts.embedding if layout.pp > 1 else 0
     total = 0
     for chunk in chunks:
-        total += chunk.layers * counts.layer
+        experts = sum(expert_layers[chunk.first_layer : chunk.first_layer + chunk.layers])
+        total += (chunk.layers - experts) * counts.layer + experts * counts.expert_layer
         if chunk.embedding:
             total += counts.embedding + counts.positions
         if chunk.output:
@@ -109,7 +112,8 @@ def layer_activations(config: Config, layout: ParallelLayout, fused_kernels: boo
     # Output of the QKV projection, of which values are a view; rotated queries and keys.
     kept += n * e * (queries + 2 * groups + (queries + groups if rope else 0)) // t
     if rope and not fused_kernels:
-        kept += 4 * config.data.seq_length * round(model.head_dim * model.rotary_percent) * e
+        length = config.data.seq_length // layout.cp
+        kept += 4 * length * round(model.head_dim * model.rotary_percent) * e
     kept += _scores(config, layout, n, fused_kernels) + n * e * queries // t
     kept += _gathered_keys(config, layout, n, fused_kernels)
     kept += 2 * mask * n * model.hidden_size // p if model.hidden_dropout else 0
@@ -126,13 +130,19 @@ def _norms(config: Config, n: int, fused_kernels: bool) -> int:
     return 2 * n * (h * (e + e) + 8)
 
 
-def _gathered_keys(config: Config, layout: ParallelLayout, n: int, fused_kernels: bool) -> int:
-    """Keys and values of whole sequences (``model/context_parallel_attention.py``).
+def gathers_keys(config: Config, fused_kernels: bool = True) -> bool:
+    """Whether context-parallel ranks gather the keys and values of whole sequences.
 
-    Transformer Engine's attention, which is used without documents, passes them around instead.
+    So does ``model/context_parallel_attention.py``; Transformer Engine's attention, which is used
+    without documents, passes them around.
     """
-    passed_around = fused_kernels and not config.data.reset_attention_mask
-    if layout.cp == 1 or passed_around or config.parallel.recompute_granularity == "selective":
+    return config.data.reset_attention_mask or not fused_kernels
+
+
+def _gathered_keys(config: Config, layout: ParallelLayout, n: int, fused_kernels: bool) -> int:
+    """Keys and values of whole sequences, kept for the backward pass."""
+    recomputed = config.parallel.recompute_granularity == "selective"
+    if layout.cp == 1 or recomputed or not gathers_keys(config, fused_kernels):
         return 0
     groups = config.model.query_groups * config.model.head_dim
     return 2 * layout.cp * n * groups * element_size(config) // layout.tp
@@ -146,6 +156,8 @@ def _scores(config: Config, layout: ParallelLayout, n: int, fused_kernels: bool)
     if model.attention_dropout and not fused_kernels:
         # In fp32: scores, mask and masked scores; scaled queries and keys, and values.
         heads, s = model.num_attention_heads // layout.tp, config.data.seq_length
+        if layout.cp > 1:  # queries of a chunk have the keys up to its end
+            s = s * (2 * layout.cp + 1) // (4 * layout.cp)
         parts = 1 if element_size(config) == 4 else 2
         scaled = model.num_attention_heads + parts * model.query_groups
         return 4 * n * (3 * heads * s + scaled * model.head_dim // layout.tp)
@@ -171,7 +183,7 @@ def _activations(
         else:
             kept = -(-layers // unit) * n * h * e // p
             recomputed = unit * whole
-    total = in_flight * (kept + _dense_mask(config, layout, fused_kernels))
+    total = in_flight * (kept + _dense_mask(config, fused_kernels))
     if any(chunk.output for chunk in chunks):
         total += _norms(config, n // p, fused_kernels) // 2
     if any(chunk.embedding for chunk in chunks) and config.model.hidden_dropout:
@@ -179,13 +191,16 @@ def _activations(
     return total, recomputed
 
 
-def _dense_mask(config: Config, layout: ParallelLayout, fused_kernels: bool) -> int:
-    """Mask that all layers share where attention has no kernel for documents' boundaries."""
+def _dense_mask(config: Config, fused_kernels: bool) -> int:
+    """Mask that all layers share where attention has no kernel for documents' boundaries.
+
+    It is of whole sequences on every context-parallel rank (``model/attention.py``).
+    """
     e = element_size(config)
     has_kernel = fused_kernels and e == 2 and config.model.attention_dropout == 0.0
     if has_kernel or not config.data.reset_attention_mask:
         return 0
-    return _tokens(config, layout) * config.data.seq_length * e
+    return config.training.micro_batch_size * config.data.seq_length**2 * e
 
 
 def _logits(config: Config, layout: ParallelLayout) -> int:

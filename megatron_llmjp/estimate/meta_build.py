@@ -71,6 +71,8 @@ def _build_rank(
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vp if layout.vp > 1 else None,
         context_parallel_size=layout.cp,
+        expert_model_parallel_size=config.parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=config.parallel.expert_tensor_size,
         create_gloo_process_groups=False,
     )
     parameters = sum(_chunk_parameters(config, device, layout, stage))

@@ -14,7 +14,7 @@ from megatron_llmjp.estimate.communication import CommunicationVolume
 from megatron_llmjp.estimate.failure_report import FailureForecast, forecast_failures
 from megatron_llmjp.estimate.failures import ObservedJobs
 from megatron_llmjp.estimate.flops import step_flops
-from megatron_llmjp.estimate.layout import ParallelLayout, make_layout
+from megatron_llmjp.estimate.layout import ParallelLayout, make_layout, refuse_experts
 from megatron_llmjp.estimate.memory import RankMemory, rank_memory
 from megatron_llmjp.estimate.speed.fitted_step_time import ACCURACY, CORRECTED_ACCURACY
 from megatron_llmjp.estimate.speed.measured_runs import ComparedRun, correction
@@ -121,8 +121,9 @@ def estimate_run(
         measured_runs: runs on the same machine that correct the predicted step time.
 
     Raises:
-        UserError: the layout is impossible, or the GPU is unknown.
+        UserError: the layout is impossible, the GPU is unknown, or the model has experts.
     """
+    refuse_experts(config)
     gpu = resolve_gpu(config, machine)
     layout = make_layout(config, machine.world_size)
     load = run_load(config, layout, Software())

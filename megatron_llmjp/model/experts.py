@@ -16,28 +16,6 @@ from megatron_llmjp.config.schema import Config, ModelConfig
 from megatron_llmjp.model.kernels import KernelChoice
 from megatron_llmjp.patches.experts_on_cpu import support_experts_on_cpu
 
-_SAME_NAME = (
-    "num_moe_experts",
-    "moe_shared_expert_intermediate_size",
-    "moe_shared_expert_gate",
-    "moe_router_topk",
-    "moe_router_score_function",
-    "moe_router_pre_softmax",
-    "moe_router_topk_scaling_factor",
-    "moe_router_num_groups",
-    "moe_router_group_topk",
-    "moe_router_dtype",
-    "moe_router_load_balancing_type",
-    "moe_aux_loss_coeff",
-    "moe_z_loss_coeff",
-    "moe_router_enable_expert_bias",
-    "moe_router_bias_update_rate",
-    "moe_expert_capacity_factor",
-    "moe_pad_expert_input_to_capacity",
-    "moe_token_drop_policy",
-)
-"""Fields that are passed to megatron-core under the same name."""
-
 
 def expert_settings(config: Config, kernels: KernelChoice) -> dict[str, Any]:
     """Return the fields of megatron-core's ``TransformerConfig`` for experts; none if dense."""
@@ -46,7 +24,24 @@ def expert_settings(config: Config, kernels: KernelChoice) -> dict[str, Any]:
         return {}
     support_experts_on_cpu()
     return {
-        **{name: getattr(model, name) for name in _SAME_NAME},
+        "num_moe_experts": model.num_moe_experts,
+        "moe_shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size,
+        "moe_shared_expert_gate": model.moe_shared_expert_gate,
+        "moe_router_topk": model.moe_router_topk,
+        "moe_router_score_function": model.moe_router_score_function,
+        "moe_router_pre_softmax": model.moe_router_pre_softmax,
+        "moe_router_topk_scaling_factor": model.moe_router_topk_scaling_factor,
+        "moe_router_num_groups": model.moe_router_num_groups,
+        "moe_router_group_topk": model.moe_router_group_topk,
+        "moe_router_dtype": model.moe_router_dtype,
+        "moe_router_load_balancing_type": model.moe_router_load_balancing_type,
+        "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
+        "moe_z_loss_coeff": model.moe_z_loss_coeff,
+        "moe_router_enable_expert_bias": model.moe_router_enable_expert_bias,
+        "moe_router_bias_update_rate": model.moe_router_bias_update_rate,
+        "moe_expert_capacity_factor": model.moe_expert_capacity_factor,
+        "moe_pad_expert_input_to_capacity": model.moe_pad_expert_input_to_capacity,
+        "moe_token_drop_policy": model.moe_token_drop_policy,
         "moe_ffn_hidden_size": model.expert_ffn_size,
         "moe_layer_freq": [int(layer) for layer in model.expert_layers],
         "moe_token_dispatcher_type": parallel.moe_token_dispatcher_type,

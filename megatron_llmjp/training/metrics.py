@@ -22,6 +22,7 @@ from megatron_llmjp.metric_registry import (
     DATASET_LOSS,
     DATASET_TOKENS,
     HARDWARE,
+    LAYER_EXPERT_LOAD,
     LM_LOSS,
     PERPLEXITY,
     SLOWEST_HOST,
@@ -32,6 +33,7 @@ from megatron_llmjp.metric_registry import (
 )
 from megatron_llmjp.parallel.device import Device
 from megatron_llmjp.training.batch_iterator import dataset_names
+from megatron_llmjp.training.expert_monitor import ExpertMonitor
 from megatron_llmjp.training.gradient_monitor import StepStatus
 from megatron_llmjp.training.log_lines import FoldPosition, LogLines, choose_format
 from megatron_llmjp.training.log_writers import MetricsRecord, MetricsWriters
@@ -90,6 +92,7 @@ class TrainingMetrics:
         rollbacks: number of rollbacks so far.
         stragglers: compares the ranks; None if it is disabled.
         predictor: predicts the step time; None to log no prediction.
+        experts: counts the tokens of experts; None without experts.
     """
 
     def __init__(
@@ -104,6 +107,7 @@ class TrainingMetrics:
         rollbacks: int,
         stragglers: StragglerMonitor | None = None,
         predictor: StepPredictor | None = None,
+        experts: ExpertMonitor | None = None,
     ) -> None:
         self._config = config
         self._schedule = schedule
@@ -111,6 +115,7 @@ class TrainingMetrics:
         self._rollbacks = rollbacks
         self._stragglers = stragglers
         self._predictor = predictor
+        self._experts = experts
         self._end = sizes.consumed_after(train_iters)
         self._device = device
         self._writers = writers
@@ -231,6 +236,8 @@ class TrainingMetrics:
             position = FoldPosition(fold.name, stats.fold_number, folds, stats.fold_progress)
             print(self._lines.interval(iteration, consumed, values, position), flush=True)
             values |= self._by_dataset(consumed, means[FIRST_DATASET_ROW:])
+            loads = stats.experts.load.items() if stats.experts is not None else ()
+            values |= {LAYER_EXPERT_LOAD.key(f"layer {i}"): load for i, load in loads}
             hosts = {SLOWEST_HOST: ranks.hosts} if ranks is not None and ranks.hosts else {}
             record = self._record(iteration, consumed, values, fold=fold.name, **hosts)
             self._writers.write(record)
@@ -296,6 +303,7 @@ class TrainingMetrics:
             fold_progress=(consumed - first) / (end - first),
             memory=self._device.memory(),
             rank_times=rank_times,
+            experts=self._experts.take() if self._experts is not None else None,
             predicted=self._predictor(batch_size) if self._predictor is not None else None,
         )
 

@@ -22,6 +22,7 @@ from megatron_llmjp.parallel.device import Device
 from megatron_llmjp.run import Run
 from megatron_llmjp.training.batch_iterator import batch_iterators, dataset_names
 from megatron_llmjp.training.evaluation import evaluate
+from megatron_llmjp.training.expert_monitor import ExpertMonitor
 from megatron_llmjp.training.garbage_collection import GarbageCollector
 from megatron_llmjp.training.gradient_monitor import (
     GradientMonitor,
@@ -251,6 +252,7 @@ class Trainer:
             count_rollbacks(run),
             self.instruments.stragglers,
             self.instruments.predictor,
+            ExpertMonitor(self.model.chunks, run.config) if run.config.model.has_experts else None,
         )
 
     def _is_due(self, interval: int | None) -> bool:

@@ -46,6 +46,26 @@ init_method_std float 0.02 >0
 vocab_size int None >0
 make_vocab_size_divisible_by int 128 >0
 padded_vocab_size int None >0
+num_moe_experts int None >1
+moe_layer_freq list 1
+moe_ffn_hidden_size int None >0
+moe_shared_expert_intermediate_size int None >0
+moe_shared_expert_gate bool False
+moe_router_topk int 2 >0
+moe_router_score_function softmax|sigmoid 'softmax'
+moe_router_pre_softmax bool False
+moe_router_topk_scaling_factor float None >0
+moe_router_num_groups int None >0
+moe_router_group_topk int None >0
+moe_router_dtype fp32|fp64 None
+moe_router_load_balancing_type aux_loss|seq_aux_loss|sinkhorn|none 'aux_loss'
+moe_aux_loss_coeff float 0.0 >=0
+moe_z_loss_coeff float None >0
+moe_router_enable_expert_bias bool False
+moe_router_bias_update_rate float 0.001 >0
+moe_expert_capacity_factor float None >0
+moe_pad_expert_input_to_capacity bool False
+moe_token_drop_policy probs|position 'probs'
 tensor_model_parallel_size int 1 >0
 pipeline_model_parallel_size int 1 >0
 virtual_pipeline_model_parallel_size int None >0
@@ -55,6 +75,10 @@ account_for_embedding_in_pipeline_split bool False
 account_for_loss_in_pipeline_split bool False
 pipeline_model_parallel_layout str None
 context_parallel_size int 1 >0
+expert_model_parallel_size int 1 >0
+expert_tensor_parallel_size int None >0
+moe_token_dispatcher_type allgather|alltoall 'allgather'
+moe_grouped_gemm bool False
 sequence_parallel bool False
 use_distributed_optimizer bool False
 overlap_grad_reduce bool False
@@ -242,6 +266,9 @@ def test_limits(name):
         if name in ZERO_IS_NOT_GIVEN:
             assert value(name, 0) is None
             bound, outside = -1, -2
+        if name == "num_moe_experts":  # one expert: a dense model
+            assert value(name, 1) is None
+            bound, outside = 0, -1
         for wrong in [outside] if "=" in sign else [outside, bound]:
             with pytest.raises(ValueError, match=rf"{name}\n *Input should be (greater|less) than"):
                 value(name, wrong)

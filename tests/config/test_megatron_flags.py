@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_llmjp.arguments import normalize_dashes
+from megatron_llmjp.config.expert_flags import EXPERT_FLAGS
 from megatron_llmjp.config.flags import Mode, flag_names, parse
 from megatron_llmjp.config.loading import (
     ConfigLayers,
@@ -72,7 +73,7 @@ def test_published_scripts_equal_their_presets(script):
 def kinds(flag, fields):
     """Return all tables that contain a flag."""
     families = (*NOT_NEEDED_FAMILIES, *NOT_OFFERED_FAMILIES, *REFUSED_FAMILIES)
-    tables = (fields, DEPENDENT_FLAGS, CHOICES, REFUSED, NOT_NEEDED, NOT_OFFERED)
+    tables = (fields, DEPENDENT_FLAGS, CHOICES, EXPERT_FLAGS, REFUSED, NOT_NEEDED, NOT_OFFERED)
     exact = [number for number, table in enumerate(tables) if flag in table]
     return exact or [start for start in families if flag.startswith(start)]
 
@@ -82,7 +83,7 @@ def test_every_flag_of_megatron_is_classified_once():
     found = {flag: kinds(flag, fields) for flag in NAMES}
     assert {flag: kind for flag, kind in found.items() if len(kind) != 1} == {}
     assert len(NAMES) > 700
-    ours = {*DEPENDENT_FLAGS, *CHOICES, *REFUSED, *NOT_NEEDED, *NOT_OFFERED}
+    ours = {*DEPENDENT_FLAGS, *CHOICES, *EXPERT_FLAGS, *REFUSED, *NOT_NEEDED, *NOT_OFFERED}
     assert {flag: kinds(flag, fields) for flag in ours if len(kinds(flag, fields)) != 1} == {}
 
 
@@ -233,7 +234,10 @@ def test_flags_of_other_programs_are_in_no_other_table():
 
 REFUSALS = {
     "--zero-stage 3": "--zero-stage 3 is not supported: ZeRO 2 and 3 are not available; use",
-    "--num-experts 8": "--num-experts 8 is not supported: mixture-of-experts models are not",
+    "--num-experts 8 --topk 2": "--topk is not supported: use --moe-router-topk",
+    "--moe-token-dispatcher-type flex": "the flex dispatcher requires DeepEP or HybridEP",
+    "--moe-layer-freq [0]*x": "expected a number, or a list of 0 and 1 such as [0]*1+[1]*31",
+    "--moe-router-load-balancing-type global_aux_loss": "global_aux_loss and several losses at",
     "--fp8-format hybrid": "--fp8-format is not supported: train in --bf16",
     "--no-load-optim": "--no-load-optim is not supported: load weights only with --finetune",
     "--vocab-file gpt2-vocab.json --tokenizer-type HuggingFaceTokenizer": "requires --tokenizer-"

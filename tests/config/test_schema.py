@@ -13,7 +13,7 @@ from megatron_llmjp.config.schema import SECTION_OF, SECTIONS
 PACKAGE = Path(megatron_llmjp.__file__).parent
 DECLARING = (
     "model_config", "run_config", "logging_config", "profiling_config", "validation",
-    "layout_validation", "warnings", "megatron", "flags", "loading",
+    "layout_validation", "expert_", "warnings", "megatron", "flags", "loading",
 )  # fmt: skip
 """Files of config/ that declare, check or name fields without using their values."""
 BY_PROPERTY = {
@@ -22,6 +22,9 @@ BY_PROPERTY = {
     "kv_channels": "head_dim",
     "ffn_hidden_size": "ffn_size",
     "max_position_embeddings": "max_positions",
+    "moe_layer_freq": "expert_layers",
+    "moe_ffn_hidden_size": "expert_ffn_size",
+    "expert_tensor_parallel_size": "expert_tensor_size",
     "make_vocab_size_divisible_by": "compute_padded_vocab_size",
 }
 

@@ -208,8 +208,8 @@ def saved(folder, tmp_path):
     return write_checkpoint(folder, tmp_path / "run", 3)
 
 
-def write_checkpoint(folder, save, iteration):
-    config = parse(arguments("laptop-llama", folder / "folds.yaml")).config
+def write_checkpoint(folder, save, iteration, name="laptop-llama"):
+    config = parse(arguments(name, folder / "folds.yaml")).config
     run = resolve_run(config, 1)
     inner = save / manifests.folder_name(iteration)
     inner.mkdir(parents=True)
@@ -315,6 +315,37 @@ def test_converted_weights_need_finetune(folder, saved, fails):
     words = arguments("laptop-llama", folder / "folds.yaml", "--load", saved)
     assert "add --finetune" in fails(*words)
     assert resolve_run(parse([*words, "--finetune"])[0], 1).resume.manifest.contents == "weights"
+
+
+LONGER = ["--seq-length", "64", "--max-position-embeddings", "64"]
+YARN = ["--position-embedding-type", "yarn", "--yarn-rotary-scaling-factor", "2"]
+
+
+def test_weights_start_on_longer_sequences_with_finetune(folder, saved, fails):
+    words = arguments("laptop-llama", folder / "folds.yaml", "--load", saved, *LONGER, *YARN)
+    message = fails(*words)
+    for field in ("seq_length", "max_position_embeddings", "yarn_rotary_scaling_factor"):
+        (line,) = (line for line in message.splitlines() if f"{field} is " in line)
+        assert "or start a new run from its weights with --finetune" in line
+    run = resolve_run(parse([*words, "--finetune"])[0], 1)
+    assert run.config.max_positions == 64
+    notes = "\n".join(run.notes)
+    assert "max_position_embeddings: the weights were trained with 32, now 64" in notes
+    assert "position_embedding_type: the weights were trained with 'rope', now 'yarn'" in notes
+    assert "--yarn-original-max-position-embeddings 32 scales from that length" in notes
+    original = ["--yarn-original-max-position-embeddings", "32"]
+    run = resolve_run(parse([*words, "--finetune", *original])[0], 1)
+    assert "scales from that length" not in "".join(run.notes)
+
+
+def test_learned_positions_have_a_length(folder, tmp_path, fails):
+    saved = write_checkpoint(folder, tmp_path / "run", 3, "laptop-gpt2")
+    for words in (LONGER, LONGER[:2]):
+        message = fails(*arguments(
+            "laptop-gpt2", folder / "folds.yaml", "--load", saved, "--finetune", *words,
+        ))  # fmt: skip
+        assert "max_position_embeddings is 64, but the weights of" in message
+        assert "have learned embeddings of 32 positions: set it back" in message
 
 
 def test_a_checkpoint_provides_its_configuration(folder, saved):

@@ -45,6 +45,8 @@ INVALID = {
     # Each rank computes the first and the last of 2 x CP parts, to balance causal attention.
     "--context-parallel-size 2 --seq-length 4098": ["not divisible by 4", "a multiple of 4"],
     "--context-parallel-size 2 --tensor-model-parallel-size 2 --seq-length 4100": ["by 8, which"],
+    "--context-parallel-size 2 --position-embedding-type yarn "
+    "--yarn-original-max-position-embeddings 4098": ["4098 is not a multiple of 4, twice context"],
     "--recompute-granularity full": ["recompute_method uniform or block", "recompute_num_layers"],
     "--recompute-num-layers 1": ["recompute_num_layers requires recompute_granularity full"],
     "--rotary-percent 0.01": ["is 1: the number of rotated dimensions must be even"],
@@ -415,7 +417,11 @@ WARNINGS = {
     "--weight-decay 0": "",
     "--seq-length 8193 --max-position-embeddings 8193 --rotary-base 10001": "",
     "--seq-length 8193 --max-position-embeddings 8193 --use-rope-scaling": "",
-    "--seq-length 8193 --max-position-embeddings 8193 --position-embedding-type yarn": "",
+    "--seq-length 8193 --max-position-embeddings 8193 --position-embedding-type yarn": (
+        "seq_length 8193 exceeds 4096, the length that yarn_rotary_scaling_factor 1 x "
+    ),
+    "--seq-length 16384 --max-position-embeddings 16384 --position-embedding-type yarn "
+    "--yarn-rotary-scaling-factor 4": "",
     "--seq-length 8193 --max-position-embeddings 8193 "
     "--rotary-seq-len-interpolation-factor 2": "",
     # SGD with a large beta2, eps and no warm-up, which it does not have.

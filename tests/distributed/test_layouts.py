@@ -44,7 +44,18 @@ FIRST1 = ("--decoder-first-pipeline-num-layers", 1)
 LAST1 = ("--decoder-last-pipeline-num-layers", 1)
 COUNTED = ("--account-for-embedding-in-pipeline-split", "--account-for-loss-in-pipeline-split")
 SPELLED = ("--pipeline-model-parallel-layout", "Et*3|t*2|t*3|L")
+YARN = ("--position-embedding-type", "yarn", "--yarn-rotary-scaling-factor", 4,
+        "--yarn-original-max-position-embeddings", 8)  # fmt: skip
 SIX, EIGHT = ("--num-layers", 6), ("--num-layers", 8)
+
+EXPERTS = ("--num-experts", 4, "--moe-ffn-hidden-size", 48, "--moe-aux-loss-coeff", 0.01,
+           "--moe-z-loss-coeff", 0.001)  # fmt: skip
+SHARED = ("--moe-layer-freq", "[0,1]*2", "--moe-shared-expert-intermediate-size", 32,
+          "--moe-router-score-function", "sigmoid", "--moe-router-enable-expert-bias",
+          "--moe-router-load-balancing-type", "seq_aux_loss")  # fmt: skip
+EP2, EP4 = ("--expert-model-parallel-size", 2), ("--expert-model-parallel-size", 4)
+ETP1 = ("--expert-tensor-parallel-size", 1)
+ALL_TO_ALL = ("--moe-token-dispatcher-type", "alltoall")
 
 MODELS = {
     "llama": ("laptop-llama",),
@@ -55,7 +66,10 @@ MODELS = {
     "dropout": ("laptop-gpt2", "--hidden-dropout", 0.2, "--attention-dropout", 0),
     "neox": ("laptop-gpt-neox",),
     "parallel": ("laptop-gpt-neox", "--use-parallel-residual"),
+    "yarn": ("laptop-llama", *YARN),
     "qwen": ("laptop-llama", "--qk-layernorm"),
+    "experts": ("laptop-llama", *EXPERTS),
+    "shared": ("laptop-llama", *EXPERTS, *SHARED),
 }
 ONES = {f"{model}-one": ((i % 8, i % 8 + 1), ()) for i, model in enumerate(MODELS)}
 LAYOUTS = {
@@ -84,11 +98,20 @@ LAYOUTS = {
     "gpt2-cp2": ((2, 4), (*CP2, *DISTRIBUTED)),  # tied embeddings on one stage, positions of parts
     "packed-cp4": ((4, 8), (*CP4, *DISTRIBUTED, *OVERLAP)),  # parts with few tokens in the loss
     "packed-cp2-pp2": ((0, 4), (*CP2, *PP2, *SELECTIVE)),
-    "llama-cp2-dp2": ((4, 8), (*CP2, *DISTRIBUTED, *OVERLAP, *UNIFORM)),
+    # Scaled frequencies of parts of a sequence, and the scale of their queries and keys.
+    "yarn-cp2-dp2": ((4, 8), (*CP2, *DISTRIBUTED, *OVERLAP, *UNIFORM)),
     "packed-cp2-eight": ((0, 8), (*CP2, *TP2, *PP2, *VP2, *SP, *DISTRIBUTED, *OVERLAP)),
     "llama-eight": ((0, 8), (*TP2, *PP2, *SP, *DISTRIBUTED, *OVERLAP)),
     "gpt2-eight": ((0, 8), (*TP2, *PP2, *VP2, *SP, *DISTRIBUTED, *OVERLAP)),
     "neox-eight": ((0, 8), (*TP2, *PP2, *SP, *SELECTIVE)),
+    "experts-ep2": ((0, 2), EP2),  # gradients of experts averaged over all ranks
+    "experts-tp2-etp1": ((2, 4), (*TP2, *SP, *ETP1, *DISTRIBUTED)),
+    "experts-ep4": ((4, 8), (*EP4, *ALL_TO_ALL, *DISTRIBUTED, *OVERLAP, *UNIFORM)),
+    "shared-cp2-ep2": ((0, 4), (*CP2, *EP2, *ALL_TO_ALL, *DISTRIBUTED)),
+    "shared-tp2-ep2": ((4, 8), (*TP2, *SP, *EP2)),  # biases updated by the tokens of all ranks
+    "experts-eight": ((0, 8), (*TP2, *PP2, *SP, *EP2, *ALL_TO_ALL, *DISTRIBUTED, *OVERLAP)),
+    "experts-eight-ep4": ((0, 8), (*TP2, *PP2, *VP2, *SP, *EP4, *ETP1, *ALL_TO_ALL, *DISTRIBUTED)),
+    "shared-eight": ((0, 8), (*TP2, *PP2, *SP, *EP4, *ETP1, *DISTRIBUTED, *OVERLAP)),
     "deep-eight": ((0, 8), (*TP2, *PP4, *VP2, *SP, *DISTRIBUTED)),
 }
 MUTATED = {

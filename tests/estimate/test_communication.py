@@ -12,7 +12,7 @@ import pytest
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.estimate.communication import communication_volume
 from megatron_llmjp.estimate.layout import make_layout
-from tests.estimate.test_memory import FULL, PP, TP, make, run_micro_batches
+from tests.estimate.test_memory import CP, FULL, PP, TP, make, run_micro_batches
 from tests.support.processes import run_ranks
 from tests.support.training import rendezvous_port
 
@@ -28,6 +28,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("laptop-llama", {**FOUR, "virtual_pipeline_model_parallel_size": 2, "bf16": True}),
     ("laptop-llama", DP),
     ("laptop-gpt2", {**DP, "use_distributed_optimizer": True, "bf16": True}),
+    ("laptop-llama", CP),
+    ("laptop-gpt2", {**CP, "recompute_granularity": "selective", "reset_attention_mask": True}),
+    ("laptop-llama", {**CP, **FULL, "bf16": True}),
 ]
 
 
@@ -112,6 +115,6 @@ def test_bytes_per_step(counted, number):
     layout = make_layout(config, 2)
     for rank in range(2):
         found = counted[rank][number]
-        estimated = communication_volume(config, layout, rank * layout.pp // 2)
+        estimated = communication_volume(config, layout, rank * layout.pp // 2, False)
         assert sum(found.values()) == pytest.approx(sum(astuple(estimated)), rel=0.005)
         assert found.get("send", 0) == estimated.pipeline

@@ -22,6 +22,12 @@ FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompu
 BLOCK = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 2}
 TP = {"tensor_model_parallel_size": 2}
 PP = {"pipeline_model_parallel_size": 2}
+CP = {"context_parallel_size": 2}
+MASKED = {
+    "seq_length": 1024, "micro_batch_size": 1, "global_batch_size": 2, "vocab_size": 500,
+    "reset_attention_mask": True, "num_layers": 1, "hidden_size": 32, "ffn_hidden_size": 64,
+}  # fmt: skip
+"""Half of the memory is the mask of documents."""
 ALONE: list[tuple[str, dict[str, Any]]] = [
     ("laptop-llama", {}),
     ("laptop-gpt2", {}),
@@ -52,6 +58,7 @@ IN_PAIRS: list[tuple[str, dict[str, Any]]] = [
     ("laptop-gpt-neox", {"use_distributed_optimizer": True, "bf16": True}),
     ("laptop-gpt2", {**PP, **FULL, "global_batch_size": 32, "vocab_size": 500}),
     ("laptop-gpt-neox", {**PP, "global_batch_size": 32, "recompute_granularity": "selective"}),
+    ("laptop-llama", {**CP, **MASKED}),
 ]
 
 
@@ -142,12 +149,13 @@ def run_micro_batches(chunks: list[Any], config: Config) -> None:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     b, s = config.training.micro_batch_size, config.data.seq_length
-    tokens = torch.zeros(b, s, dtype=torch.long)
+    mine = s // config.parallel.context_parallel_size  # a part of each sequence
+    tokens = torch.zeros(b, mine, dtype=torch.long)
     one_per_sample = torch.arange(0, b * s + 1, s, dtype=torch.int32)
     documents = one_per_sample if config.data.reset_attention_mask else None
 
     def forward(_: Any, model: Any) -> Any:
-        positions = torch.arange(s).expand(b, s)
+        positions = torch.arange(mine).expand(b, mine)
         output = model(tokens, positions, documents, labels=tokens)
         return output, lambda losses: (losses.float().mean(), {})
 
@@ -230,6 +238,7 @@ LLAMA = 3456 + 2688 + 384 + 768 + 3456
 # Halved by TP 2 except the norms, which sequence parallelism halves.
 LLAMA_TP = 3456 + 1344 + 192 + 384 + 1728
 LLAMA_SP = 1728 + 1344 + 192 + 384 + 1728
+LLAMA_FP32 = 2 * 24 * (16 * 8 + 8) + 2 * 2688 + 384 + 2 * 768 + 2 * 3456
 LLAMA_TP_FP32 = 2 * 24 * (16 * 8 + 8) + 2 * 1344 + 192 + 2 * 384 + 2 * 1728
 # GPT-2: QKV 24 x 2 x 48, two dropout masks of a byte, and GELU.
 GPT2 = 3456 + 2304 + 384 + 768 + 2 * 24 * 16 + 2 * 24 * 2 * 24
@@ -269,6 +278,12 @@ RANKS: list[tuple[str, dict[str, Any], int, int, bool, tuple[int, int, int]]] = 
      (4 * LLAMA + 1728, 24 * 128 * 2, 24 * 128 * 4)),
     ("laptop-llama", {**GROUPED, **TWO, "reset_attention_mask": True, "bf16": False}, 4, 0, True,
      (2 * (2 * LLAMA_TP_FP32 + 24 * 8 * 4), 0, 24 * 4 * 108)),
+    # Half of each sample on a rank, which has its whole mask, and all keys and values.
+    ("laptop-llama", {**GROUPED, **CP, "reset_attention_mask": True, "bf16": False}, 2, 0, True,
+     (4 * (LLAMA_FP32 // 2 + 24 * 2 * 8 * 4) + 12 * (16 * 8 + 8) + 3 * 8 * 8 * 4,
+      12 * 128 * 4, 128 * 16 * 4 + 12 * 16 * 4)),
+    ("laptop-llama", {**GROUPED, **CP}, 2, 0, True,
+     (4 * LLAMA // 2 + 864, 12 * 128 * 2, 12 * 128 * 4)),
     ("laptop-gpt2", {**SMALL, **DROPOUT, "reset_attention_mask": True}, 1, 0, True,
      (4 * GPT2 + 1728 + 24 * 16 + 24 * 8 * 2, 6144, 12288)),
     # The mask of the embedding's dropout.

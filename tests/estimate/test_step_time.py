@@ -132,6 +132,20 @@ def test_messages_take_their_bytes_by_bandwidth(gpus, sequence_parallel):
     assert times.stragglers == pytest.approx(rest * FITTED.stragglers * sqrt(2 * log(n)))
 
 
+@pytest.mark.parametrize(("documents", "passes"), [(False, 3), (True, 2)])
+def test_context_parallel_messages(documents, passes):
+    """Keys and values to three other ranks; the ring is hidden behind the scores, if they last."""
+    found = load(4, context_parallel_size=4, reset_attention_mask=documents)
+    one = found.config.training.micro_batch_size * 512 // 4 * 2 * 1024 * 2
+    layers = found.config.model.num_layers
+    assert found.stages[0].sent.context == found.layout.micro_batches * layers * passes * 3 * one
+    times, slow = (step_time(found, gpu) for gpu in (GPU, replace(GPU, link_bandwidth=1e8)))
+    hidden = 0.0 if documents else times.attention
+    for time, link in ((times, 5e11), (slow, 1e8)):
+        alone = found.stages[0].sent.context / (link * FITTED.link)
+        assert time.context == pytest.approx(max(0.0, alone - hidden))
+
+
 def test_overlapped_communication():
     """Gradients behind two thirds of a micro-batch's time; never less than 5 % remain."""
     slow = replace(GPU, network_bandwidth=1e8)

@@ -100,8 +100,10 @@ def test_stored_names_are_json_keys(tmp_path):
         "fold number", "fold progress", "memory peak bytes", "memory allocated bytes",
         "memory reserved bytes", "computing seconds", "longest computing seconds",
         "waiting seconds", "slowest rank", "straggler share", "predicted seconds per iteration",
-        "predicted computing seconds",
+        "predicted computing seconds", "load balancing loss", "router z loss", "expert load",
+        "dropped tokens",
     }  # fmt: skip
     assert set(METRICS) == stored
-    assert set(GROUPS) == {"validation", "perplexity", "dataset loss", "consumed tokens"}
+    groups = {"validation", "perplexity", "dataset loss", "consumed tokens", "expert load"}
+    assert set(GROUPS) == groups
     assert json.loads(json.dumps(dict.fromkeys(METRICS))) == dict.fromkeys(METRICS)

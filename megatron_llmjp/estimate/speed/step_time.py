@@ -14,7 +14,7 @@ from math import log, sqrt
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.estimate.communication import CommunicationVolume, communication_volume
 from megatron_llmjp.estimate.layout import ParallelLayout, recomputed_layers, stage_contents
-from megatron_llmjp.estimate.memory import rank_parameters
+from megatron_llmjp.estimate.memory import gathers_keys, rank_parameters
 from megatron_llmjp.estimate.speed.fitted_step_time import FITTED
 from megatron_llmjp.estimate.speed.step_parameters import (
     MEMORY_EFFICIENCY,
@@ -176,18 +176,20 @@ class _Model:
         """Return the seconds of a micro-batch on a stage."""
         work, sent, m = stage.work, stage.sent, self.load.layout.micro_batches
         attention = self.attention(work.attention)
+        recomputed_attention = self.attention(work.recomputed_attention)
+        hidden = 0.0 if gathers_keys(self.load.config) else attention + recomputed_attention
         return StepTime(
             products=self.products(work.products),
             attention=attention,
             element_wise=self.memory(work.element_wise.bytes),
             recompute=self.products(work.recomputed_products)
-            + self.attention(work.recomputed_attention)
+            + recomputed_attention
             + self.memory(work.recomputed_element_wise.bytes),
             output=self.products(work.output_products)
             + self.memory(work.output_element_wise.bytes),
             kernels=stage.passes * self.parameters.kernel,
             tensor=self.tensor(sent.tensor / m),
-            context=max(0.0, work.context_bytes / self.bandwidth_between_ranks() - attention),
+            context=max(0.0, sent.context / m / self.bandwidth_between_ranks() - hidden),
             pipeline=self.pipeline(sent.pipeline / m),
         )
 

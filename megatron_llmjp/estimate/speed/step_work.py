@@ -106,8 +106,6 @@ class StageWork:
     """Products of the output layer."""
     output_element_wise: Work
     """Embedding and loss."""
-    context_bytes: float
-    """Keys, values and their gradients that circulate in the context-parallel group."""
 
 
 def matrix_product(m: float, n: float, k: float, e: int) -> Work:
@@ -201,7 +199,6 @@ def stage_work(
         recomputed_element_wise=layer.element_wise.forward * full,
         output_products=_output_products(config, layout, software, chunks),
         output_element_wise=_output_element_wise(config, layout, software, chunks),
-        context_bytes=layers * _context_bytes(config, layout),
     )
 
 
@@ -229,14 +226,3 @@ def _output_element_wise(
     if any(chunk.embedding for chunk in chunks):
         size += n * config.model.hidden_size * (3 * e + 2 * software.gradient_bytes)
     return Work(0.0, size)
-
-
-def _context_bytes(config: Config, layout: ParallelLayout) -> float:
-    """Return the bytes that a rank sends per layer: keys and values forward, twice that backward.
-
-    Ring attention (Liu et al., 2023, arXiv:2310.01889): each of c ranks sends c - 1 times; the
-    backward pass also circulates the gradients.
-    """
-    groups = 2 * config.model.query_groups * config.model.head_dim / layout.tp
-    tokens = micro_batch_tokens(config, layout)
-    return 3 * (layout.cp - 1) * tokens * groups * element_size(config)
