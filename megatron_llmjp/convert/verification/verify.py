@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_llmjp.config.model_config import ModelConfig
+from megatron_llmjp.config.schema import ModelConfig
 from megatron_llmjp.convert.conversion import Conversion, VerificationError
 from megatron_llmjp.convert.files.dtypes import DType
 from megatron_llmjp.convert.formats.base import ConversionOptions, SourceCheckpoint
