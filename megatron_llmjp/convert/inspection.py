@@ -26,11 +26,15 @@ def summarize(source: SourceCheckpoint) -> str:
     heads = f"{model.num_attention_heads} heads"
     if model.query_groups != model.num_attention_heads:
         heads += f" in {model.query_groups} groups"
+    feed_forward = [] if all(model.expert_layers) else [f"ffn {model.ffn_size}"]
+    if model.has_experts:
+        chosen = f"{model.num_moe_experts} experts of {model.expert_ffn_size}"
+        feed_forward.append(f"{chosen} ({model.moe_router_topk} per token)")
     return (
         f"{source.path}: {source.format}, {source.layout}{step}, {dtype_name(source.dtype)}, "
         f"{source.parameters:,} parameters\n"
         f"  {model.num_layers} layers, hidden {model.hidden_size}, {heads} of {model.head_dim}, "
-        f"ffn {model.ffn_size}, {model.activation_function}, {model.normalization}, "
+        f"{', '.join(feed_forward)}, {model.activation_function}, {model.normalization}, "
         f"{model.position_embedding_type}, {head}, {vocabulary}"
     )
 

@@ -6,6 +6,7 @@ tensor parallelism, in megatron-core's layout (megatron/core/transformer/attenti
 - ``linear_qkv`` rows are grouped, ``[groups, heads per group + 2, head_dim]``: the queries of a
   group, its key, its value;
 - ``linear_fc1`` of SwiGLU contains all gate rows, then all up rows: ``[2 x ffn, h]``;
+- each expert has tensors of its own, ``mlp.experts.local_experts.E.linear_fc1.weight``;
 - matrices are ``[out, in]``; rotary position embeddings rotate halves, as in Hugging Face.
 
 A layout is a function from a canonical tensor to the parts that are stored in files, each a *view*
@@ -34,6 +35,10 @@ POSITION_EMBEDDINGS = "embedding.position_embeddings.weight"
 FINAL_NORM = "decoder.final_layernorm"
 OUTPUT_LAYER = "output_layer.weight"
 LAYER = "decoder.layers.{i}."
+ROUTER = "mlp.router.weight"
+EXPERT_BIAS = "mlp.router.expert_bias"
+EXPERT = "mlp.experts.local_experts.{e}."
+"""Prefix of the tensors of an expert in its layer."""
 
 VOCABULARY = frozenset({WORD_EMBEDDINGS, OUTPUT_LAYER})
 """Tensors whose first dimension is the padded vocabulary size."""
@@ -66,9 +71,11 @@ def tensor_shapes(model: ModelConfig, padded_vocab_size: int) -> dict[str, Shape
     found: dict[str, Shape] = {WORD_EMBEDDINGS: (padded_vocab_size, h)}
     if model.position_embedding_type == "learned_absolute":
         found[POSITION_EMBEDDINGS] = (_max_positions(model), h)
-    block = _block_shapes(model)
-    for i in range(model.num_layers):
+    attention, dense = _attention_shapes(model), _feed_forward_shapes(model)
+    experts = expert_shapes(model) if model.has_experts else {}
+    for i, has_experts in enumerate(model.expert_layers):
         prefix = LAYER.format(i=i)
+        block = attention | (experts if has_experts else dense)
         found |= {prefix + name: shape for name, shape in block.items()}
     found |= {f"{FINAL_NORM}.{kind}": (h,) for kind in norm_parameters(model)}
     if model.untie_embeddings_and_output_weights:
@@ -87,11 +94,10 @@ def norm_parameters(model: ModelConfig) -> tuple[str, ...]:
     return ("weight", "bias") if model.normalization == "LayerNorm" else ("weight",)
 
 
-def _block_shapes(model: ModelConfig) -> dict[str, Shape]:
-    h, ffn = model.hidden_size, model.ffn_size
+def _attention_shapes(model: ModelConfig) -> dict[str, Shape]:
+    h = model.hidden_size
     heads = model.num_attention_heads * model.head_dim
     qkv = heads + 2 * model.query_groups * model.head_dim
-    fc1 = 2 * ffn if model.activation_function == "swiglu" else ffn
     norms: tuple[str, ...] = norm_parameters(model)
     biases = model.add_bias_linear
     block: dict[str, Shape] = {f"input_layernorm.{kind}": (h,) for kind in norms}
@@ -104,13 +110,41 @@ def _block_shapes(model: ModelConfig) -> dict[str, Shape]:
     block["self_attention.linear_proj.weight"] = (h, heads)
     if biases:
         block["self_attention.linear_proj.bias"] = (h,)
-    block |= {f"pre_mlp_layernorm.{kind}": (h,) for kind in norms}
-    block["mlp.linear_fc1.weight"] = (fc1, h)
-    if biases:
+    return block | {f"pre_mlp_layernorm.{kind}": (h,) for kind in norms}
+
+
+def _feed_forward_shapes(model: ModelConfig) -> dict[str, Shape]:
+    h, ffn = model.hidden_size, model.ffn_size
+    fc1 = _input_rows(model, ffn)
+    block: dict[str, Shape] = {"mlp.linear_fc1.weight": (fc1, h)}
+    if model.add_bias_linear:
         block["mlp.linear_fc1.bias"] = (fc1,)
     block["mlp.linear_fc2.weight"] = (h, ffn)
-    if biases:
+    if model.add_bias_linear:
         block["mlp.linear_fc2.bias"] = (h,)
+    return block
+
+
+def _input_rows(model: ModelConfig, size: int) -> int:
+    return 2 * size if model.activation_function == "swiglu" else size
+
+
+def expert_shapes(model: ModelConfig) -> dict[str, Shape]:
+    """Return name, relative to its layer, and shape of every tensor of a layer's experts."""
+    h, size, number = model.hidden_size, model.expert_ffn_size, model.num_moe_experts or 0
+    block: dict[str, Shape] = {ROUTER: (number, h)}
+    if model.moe_router_enable_expert_bias:
+        block[EXPERT_BIAS] = (number,)
+    for e in range(number):
+        prefix = EXPERT.format(e=e)
+        block[f"{prefix}linear_fc1.weight"] = (_input_rows(model, size), h)
+        block[f"{prefix}linear_fc2.weight"] = (h, size)
+    shared = model.moe_shared_expert_intermediate_size
+    if shared is not None:
+        block["mlp.shared_experts.linear_fc1.weight"] = (_input_rows(model, shared), h)
+        block["mlp.shared_experts.linear_fc2.weight"] = (h, shared)
+        if model.moe_shared_expert_gate:
+            block["mlp.shared_experts.gate_weight"] = (1, h)
     return block
 
 

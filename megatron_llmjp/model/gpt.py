@@ -198,7 +198,8 @@ def layer_spec(
             qk_layernorm=core.qk_layernorm,
             normalization=config.model.normalization,
         )
-        return with_norms(with_core_attention(replace(spec, module=layer), attention), norm)
+        spec = with_core_attention(replace(spec, module=layer), attention)
+        return with_norms(spec, norm, experts is not None)
 
     return choose_layers(config.model, core, vp_stage, make_local_layer, norm)
 

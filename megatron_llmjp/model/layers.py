@@ -44,17 +44,24 @@ def norm_class(normalization: str) -> type[nn.Module]:
     return RMSNorm if normalization == "RMSNorm" else LayerNorm
 
 
-def with_norms(layer: Any, norm: type[nn.Module]) -> Any:
+def with_norms(layer: Any, norm: type[nn.Module], has_experts: bool = False) -> Any:
     """Return the spec of a layer with another class for its norms, those of queries and keys too.
 
     Norms of the head size ``[d]``, which are the same on all tensor-parallel ranks: megatron-core
     sums their gradients over the ranks, each of which has its own heads (``finalize_model_grads``).
+    The norm before experts is stored under the name that it has in Transformer Engine's layers, so
+    that checkpoints do not depend on the kind of layers.
     """
     attention = layer.submodules.self_attention
     changed: dict[str, Any] = {"input_layernorm": norm, "pre_mlp_layernorm": norm}
     if attention.submodules.q_layernorm is not IdentityOp:
         heads = replace(attention.submodules, q_layernorm=norm, k_layernorm=norm)
         changed["self_attention"] = replace(attention, submodules=heads)
+    if has_experts:  # the norm is not a part of a linear layer in Transformer Engine's layers
+        names = layer.submodules.sharded_state_dict_keys_map
+        changed["sharded_state_dict_keys_map"] = {
+            name: stored for name, stored in names.items() if name != "pre_mlp_layernorm."
+        }
     return replace(layer, submodules=replace(layer.submodules, **changed))
 
 

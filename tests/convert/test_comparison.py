@@ -121,6 +121,12 @@ CHANGES = {
     "use_rope_scaling": True, "normalization": "LayerNorm", "norm_epsilon": 0.1,
     "activation_function": "gelu", "add_bias_linear": True, "add_qkv_bias": True,
     "untie_embeddings_and_output_weights": False, "use_parallel_residual": True,
+    "qk_layernorm": True, "num_moe_experts": 4,
+}  # fmt: skip
+OF_EXPERTS = {
+    "moe_layer_freq": 2, "moe_router_load_balancing_type": "sinkhorn",
+    "moe_router_score_function": "sigmoid", "moe_router_dtype": "fp32",
+    "moe_token_drop_policy": "position",
 }  # fmt: skip
 
 
@@ -131,10 +137,13 @@ def test_every_field_of_the_function_is_compared():
     for kind, base in (
         ("yarn", model.model_copy(update={"position_embedding_type": "yarn"})),
         ("rope_scaling", model.model_copy(update={"use_rope_scaling": True})),
+        ("moe_", model.model_copy(update={"num_moe_experts": 4})),
     ):
         for name in ModelConfig.model_fields:
-            if name.startswith(kind):
-                assert name in model_differences(base, base.model_copy(update={name: 99})), name
-                assert not model_differences(model, model.model_copy(update={name: 99})), name
-    prefixed = {n for n in ModelConfig.model_fields if n.startswith(("yarn_", "rope_scaling_"))}
+            if name.startswith(kind) and name not in TRAINING_FIELDS:
+                change = {name: OF_EXPERTS.get(name, 99)}
+                assert name in model_differences(base, base.model_copy(update=change)), name
+                assert not model_differences(model, model.model_copy(update=change)), name
+    kinds = ("yarn_", "rope_scaling_", "moe_")
+    prefixed = {n for n in ModelConfig.model_fields if n.startswith(kinds)}
     assert ModelConfig.model_fields.keys() == {*CHANGES, *TRAINING_FIELDS, *prefixed}

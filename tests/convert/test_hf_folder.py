@@ -157,4 +157,5 @@ def test_models_that_an_architecture_cannot_represent(architecture):
     lines = str(error.value).splitlines()[1:]
     assert [line.split(":")[0].strip() for line in lines] == [
         "LlamaForCausalLM", "GPT2LMHeadModel", "GPTNeoXForCausalLM", "Qwen3ForCausalLM",
+        "MixtralForCausalLM", "Qwen3MoeForCausalLM",
     ]  # fmt: skip

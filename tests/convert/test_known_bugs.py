@@ -40,7 +40,7 @@ def edit(path: Path, change) -> None:
 
 
 REFUSED = {
-    "rotary_interleaved": True, "num_experts": 8, "mtp_num_layers": 1,
+    "rotary_interleaved": True, "mtp_num_layers": 1,
     "multi_latent_attention": True, "squared_relu": True, "apply_layernorm_1p": True,
     "window_size": (128, 0), "attention_output_gate": True, "softmax_type": "off-by-one",
 }  # fmt: skip

@@ -95,20 +95,22 @@ class TensorEntry:
     files: Mapping[Path, ChecksumRange] = field(default_factory=dict)
     """Files with a known CRC-32."""
 
-    def tensor_read(self, index: int | None) -> TensorRead:
-        """Return how to read the tensor, or one layer of a tensor stacked as ``[layers, ...]``.
+    def tensor_read(self, lead: Shape = ()) -> TensorRead:
+        """Return how to read the tensor, or one part of a stack.
+
+        Args:
+            lead: indices of the part: of the layer in ``[layers, ...]``, and of the expert.
 
         Raises:
             UserError: the chunks do not cover the tensor.
         """
-        wanted, shape = self.chunks, self.shape
-        if index is not None:
-            wanted = {
-                (offsets[1:], sizes[1:]): place
-                for (offsets, sizes), place in self.chunks.items()
-                if offsets[0] == index and sizes[0] == 1
-            }
-            shape = self.shape[1:]
+        dims = len(lead)
+        wanted = {
+            (offsets[dims:], sizes[dims:]): place
+            for (offsets, sizes), place in self.chunks.items()
+            if offsets[:dims] == lead and all(size == 1 for size in sizes[:dims])
+        }
+        shape = self.shape[dims:]
         covered = sum(math.prod(sizes) for _, sizes in wanted)
         if covered != math.prod(shape):
             where = next(iter(self.chunks.values()))[0].parent

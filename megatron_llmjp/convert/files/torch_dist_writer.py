@@ -9,7 +9,7 @@ import argparse
 import io
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,25 +93,25 @@ class TorchDistWriter:
         """megatron-core's own metadata of tensors, by key."""
 
     def add_tensor(
-        self, key: str, shape: Shape, dtype: DType, layer: tuple[int, int] | None = None
+        self, key: str, shape: Shape, dtype: DType, lead: Sequence[tuple[int, int]] = ()
     ) -> list[tuple[tuple[Shape, Shape], Slot]]:
-        """Add a tensor, or one layer of a tensor stacked as ``[layers, ...]``.
+        """Add a tensor, or one part of a stack, ``[layers, ...]`` or ``[layers, experts, ...]``.
 
         Args:
             key: name of the tensor in the checkpoint.
-            shape: shape of the tensor, or of the layer.
+            shape: shape of the tensor, or of the part.
             dtype: type of the elements.
-            layer: (index, number of layers) for a stacked tensor.
+            lead: index and number of parts for each dimension of the stack.
 
         Returns:
             Offsets and sizes of the chunks, and the slot of each chunk.
         """
-        lead = () if layer is None else (layer[0],)
-        stacked = shape if layer is None else (layer[1], *shape)
+        first = tuple(index for index, _ in lead)
+        stacked = (*(number for _, number in lead), *shape)
         found = []
         for offsets, sizes in split_into_chunks(shape, dtype):
-            size = sizes if layer is None else (1, *sizes)
-            slot = self.add_chunk(key, stacked, dtype, (*lead, *offsets), size)
+            size = (*(1 for _ in lead), *sizes)
+            slot = self.add_chunk(key, stacked, dtype, (*first, *offsets), size)
             found.append(((offsets, sizes), slot))
         return found
 

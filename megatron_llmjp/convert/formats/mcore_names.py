@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from functools import partial
+from typing import NamedTuple
 
 from megatron_llmjp.checkpoint.extra_states import is_extra_state
 from megatron_llmjp.config.schema import ModelConfig
@@ -17,9 +18,8 @@ from megatron_llmjp.convert.files.torch_dist import TensorEntry
 from megatron_llmjp.convert.files.torch_dist_writer import TorchDistWriter
 from megatron_llmjp.convert.formats.base import ConversionOptions, SourceCheckpoint
 from megatron_llmjp.convert.plan import TensorRead, TensorWrite
+from megatron_llmjp.convert.strided_view import Shape
 from megatron_llmjp.convert.tensors import (
-    FINAL_NORM,
-    LAYER,
     VOCABULARY,
     rectangular_parts,
     tensor_shapes,
@@ -33,18 +33,46 @@ FUSED_NORMS = {
 
 _NOT_WEIGHTS = re.compile(r"^(optimizer|rng_state|rerun_state_machine|opt_param_scheduler)")
 
-_EXTRA_STATES = (
-    "self_attention.linear_qkv",
-    "self_attention.linear_proj",
-    "self_attention.core_attention",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
-)
-"""Modules of a layer for which Transformer Engine stores an ``_extra_state`` object."""
+_EXPERT = re.compile(r"(mlp\.experts\.)local_experts\.(\d+)\.(.*)")
+_PRE_MLP = "pre_mlp_layernorm."
+
+Lead = tuple[tuple[int, int], ...]
+"""Index and number of parts for each dimension of a stack: the layer, the expert."""
+
+
+class LayerNames(NamedTuple):
+    """How the layers of a model with experts are named.
+
+    megatron-core stacks layers if ``moe_layer_freq`` is 1, and numbers them if it is another number
+    or a list (``TransformerBlock.sharded_state_dict``); this project always passes a list. Experts
+    are stacked in both cases, ``[experts, ...]``, with and without grouped multiplication
+    (``SequentialMLP`` and ``TEGroupedMLP``, ``sharded_state_dict``).
+    """
+
+    stacked: bool = True
+    fuses_experts_norm: bool = False
+    """Whether the norm before experts has the name of a fused one: Megatron-LM's local layers."""
+
+
+def model_key(name: str, model: ModelConfig, names: LayerNames) -> tuple[str, Lead]:
+    """Return the stored key of a canonical tensor, and its place in the stack of that key."""
+    match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
+    if match is None:
+        return name, ()
+    layer, rest = int(match[1]), match[2]
+    fused = names.fuses_experts_norm or not model.expert_layers[layer]
+    for local, other in FUSED_NORMS.items():
+        if fused or local != _PRE_MLP:
+            rest = rest.replace(local, other)
+    lead: Lead = ((layer, model.num_layers),) if names.stacked else ()
+    if expert := _EXPERT.fullmatch(rest):
+        rest = f"{expert[1]}experts.{expert[3]}"
+        lead = (*lead, (int(expert[2]), model.num_moe_experts or 1))
+    return ("decoder.layers." if names.stacked else f"decoder.layers.{layer}.") + rest, lead
 
 
 def stored_key(name: str) -> tuple[str, int | None]:
-    """Return the stored key of a canonical tensor, and its layer index in the stack."""
+    """Return the stored key of a dense model's tensor, and its layer index in the stack."""
     match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
     if match is None:
         return name, None
@@ -77,31 +105,38 @@ def tensor_reads(
     found: dict[str, TensorRead] = {}
     used: set[str] = set()
     for name in tensor_shapes(model, rows):
-        for key, layer in _candidates(name):
-            if key in entries and (layer is None or entries[key].shape[0] > layer):
-                found[name] = entries[key].tensor_read(layer)
+        for key, lead in _candidates(name, model):
+            if key in entries and _has_part(entries[key], lead):
+                found[name] = entries[key].tensor_read(lead)
                 used.add(key)
                 break
     for key in entries.keys() - used:
-        found[key] = entries[key].tensor_read(None)
+        found[key] = entries[key].tensor_read()
     return found
 
 
-def _candidates(name: str) -> Iterable[tuple[str, int | None]]:
-    """Yield possible keys: stacked with fused names, stacked with local names, numbered layers."""
-    key, layer = stored_key(name)
-    yield key, layer
-    if layer is None:
-        return
-    prefix = LAYER.format(i=layer)
-    rest = name.removeprefix(prefix)
-    yield f"decoder.layers.{rest}", layer
-    yield prefix + key.removeprefix("decoder.layers."), None
-    yield name, None
+def _has_part(entry: TensorEntry, lead: Shape) -> bool:
+    sizes = entry.shape[: len(lead)]
+    return len(sizes) == len(lead) and all(i < n for i, n in zip(lead, sizes, strict=True))
+
+
+def _candidates(name: str, model: ModelConfig) -> Iterable[tuple[str, Shape]]:
+    """Yield possible keys: of stacked or numbered layers, with fused or local names of norms."""
+    for stacked in (True, False):
+        for fuses in (False, True):
+            key, lead = model_key(name, model, LayerNames(stacked, fuses))
+            yield key, tuple(index for index, _ in lead)
+    for layer, rest in re.findall(r"decoder\.layers\.(\d+)\.(.*layernorm.*)", name):
+        yield f"decoder.layers.{rest}", (int(layer),)
+        yield name, ()
 
 
 def add_model_tensors(
-    writer: TorchDistWriter, source: SourceCheckpoint, options: ConversionOptions, rows: int
+    writer: TorchDistWriter,
+    source: SourceCheckpoint,
+    options: ConversionOptions,
+    rows: int,
+    names: LayerNames = LayerNames(),  # noqa: B008 (immutable)
 ) -> dict[str, TensorWrite]:
     """Add the tensors of a model to a distributed checkpoint.
 
@@ -110,6 +145,7 @@ def add_model_tensors(
         source: provides the model and the data types.
         options: provides ``--dtype``.
         rows: padded vocabulary size of the target.
+        names: how the layers are named.
 
     Returns:
         The write of every canonical tensor.
@@ -117,22 +153,35 @@ def add_model_tensors(
     model = source.model
     writes = {}
     for name, shape in tensor_shapes(model, rows).items():
-        key, index = stored_key(name)
-        layer = None if index is None else (index, model.num_layers)
-        placed = writer.add_tensor(key, shape, options.dtype_of(source.reads[name]), layer)
+        key, lead = model_key(name, model, names)
+        placed = writer.add_tensor(key, shape, options.dtype_of(source.reads[name]), lead)
         layout = partial(rectangular_parts, places=tuple(box for box, _ in placed))
         slots = [[slot] for _, slot in placed]
         writes[name] = TensorWrite(layout, slots, rows if name in VOCABULARY else None)
     return writes
 
 
-def add_extra_states(writer: TorchDistWriter, model: ModelConfig) -> None:
+def add_extra_states(writer: TorchDistWriter, model: ModelConfig, names: LayerNames) -> None:
     """Add the empty extra states that Megatron-LM requires when it loads.
 
     With its own layers it requires those of the linear layers, with Transformer Engine's all.
     """
-    for module in _EXTRA_STATES:
-        for i in range(model.num_layers):
-            key = f"decoder.layers.{module}._extra_state/shard_{i}_{model.num_layers}"
-            writer.add_object(key, [None])
-    writer.add_object(f"{FINAL_NORM}._extra_state/shard_0_1", [None])
+    modules = dict.fromkeys(
+        (*model_key(name, model, names)[1:], key)
+        for name in tensor_shapes(model, 1)
+        for key in _extra_state_modules(name, model, names)
+    )
+    for lead, module in modules:
+        index = ".".join(str(i) for i, _ in lead) or "0"
+        number = ".".join(str(n) for _, n in lead) or "1"
+        writer.add_object(f"{module}._extra_state/shard_{index}_{number}", [None])
+
+
+def _extra_state_modules(name: str, model: ModelConfig, names: LayerNames) -> Iterable[str]:
+    """Yield the keys of modules with an extra state, for the weight of a module."""
+    key, _ = model_key(name, model, names)
+    module, _, kind = key.rpartition(".")
+    if kind == "weight" and (".linear_" in module or "layernorm" in module):
+        yield module
+    if module.endswith("self_attention.linear_proj") and kind == "weight":
+        yield module.replace("linear_proj", "core_attention")

@@ -147,7 +147,8 @@ def plan_native(source: SourceCheckpoint, options: ConversionOptions) -> OutputP
     iteration = source.iteration or 0
     folder = manifests.folder_name(iteration)
     writer = TorchDistWriter(min(options.max_shard_size, _MAX_FILE_SIZE), folder)
-    writes = mcore_names.add_model_tensors(writer, source, options, rows)
+    names = mcore_names.LayerNames(stacked=not config.model.has_experts)
+    writes = mcore_names.add_model_tensors(writer, source, options, rows, names)
     common: dict[str, Any] = {"iteration": iteration}
     if options.with_optimizer:
         state = optimizer_state.read_optimizer_state(source)

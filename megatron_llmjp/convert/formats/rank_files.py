@@ -108,7 +108,9 @@ def check_parallel_sizes(model: ModelConfig, tensor: int, pipeline: int = 1) -> 
     for what, count in (
         ("num_attention_heads", model.num_attention_heads),
         ("num_query_groups", model.query_groups),
-        ("ffn_hidden_size", model.ffn_size),
+        ("ffn_hidden_size", 0 if all(model.expert_layers) else model.ffn_size),
+        ("moe_ffn_hidden_size", model.expert_ffn_size if model.has_experts else 0),
+        ("moe_shared_expert_intermediate_size", model.moe_shared_expert_intermediate_size or 0),
     ):
         if count % tensor:
             raise UserError(f"{what} {count} is not divisible by tensor parallel size {tensor}")

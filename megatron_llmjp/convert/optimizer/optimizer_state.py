@@ -106,6 +106,11 @@ def read_optimizer_state(source: SourceCheckpoint) -> OptimizerState:
             f"{source.path}: --with-optimizer: reading optimizer state from {source.format} is not "
             "supported; omit the flag, and start a new run with --load OUTPUT --finetune"
         )
+    if source.model.has_experts:
+        raise UserError(
+            f"{source.path}: --with-optimizer: the optimizer state of models with experts is not "
+            "converted; omit the flag, and start a new run with --load OUTPUT --finetune"
+        )
     state: OptimizerState = source.optimizer()
     return state
 
@@ -170,8 +175,8 @@ def add_optimizer_state(
     for kind in kinds:
         for name, shape in tensor_shapes(model, rows).items():
             stored, index = keys[name]
-            layer = None if index is None else (index, model.num_layers)
-            placed = writer.add_tensor(f"{PREFIX}{kind}.{stored}", shape, DType.float32, layer)
+            lead = () if index is None else ((index, model.num_layers),)
+            placed = writer.add_tensor(f"{PREFIX}{kind}.{stored}", shape, DType.float32, lead)
             layout = partial(rectangular_parts, places=tuple(box for box, _ in placed))
             vocabulary = rows if name in VOCABULARY else None
             writes[f"{PREFIX}{kind}.{name}"] = TensorWrite(

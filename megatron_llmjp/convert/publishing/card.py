@@ -162,7 +162,16 @@ def _architecture(facts: CardFacts) -> Iterator[tuple[str, Any]]:
     biases = "all linear layers" if model.add_bias_linear else "none"
     yield "Number of key/value heads", model.query_groups
     yield "Head size", model.head_dim
-    yield "Number of FFN hidden units", model.ffn_size
+    if model.has_experts:
+        chosen = model.moe_router_topk
+        yield (
+            "Experts",
+            f"{model.num_moe_experts} in {sum(model.expert_layers)} layers, top {chosen}",
+        )
+        yield "Number of hidden units of an expert", model.expert_ffn_size
+        yield "Hidden units of shared experts", model.moe_shared_expert_intermediate_size
+    if not all(model.expert_layers):
+        yield "Number of FFN hidden units", model.ffn_size
     yield "Vocabulary size (rows of the embedding)", model.vocab_size
     yield "Activation", model.activation_function
     yield "Normalization", f"{model.normalization}, epsilon {model.norm_epsilon:g}"

@@ -18,6 +18,9 @@ TRAINING_FIELDS = frozenset(
         "vocab_size",
         "make_vocab_size_divisible_by",
         "padded_vocab_size",
+        "moe_aux_loss_coeff",
+        "moe_z_loss_coeff",
+        "moe_router_bias_update_rate",
         "max_position_embeddings",  # the size of a tensor, or without effect on the function
     }
 )
@@ -41,8 +44,12 @@ def _function_fields(model: ModelConfig) -> dict[str, Any]:
         "rope_scaling_": not (model.is_rotary and model.use_rope_scaling),
         "yarn_": kind != "yarn",
         "add_qkv_bias": model.add_bias_linear,
+        "ffn_hidden_size": model.has_experts and all(model.expert_layers),
+        "moe_": not model.has_experts,
     }
     prefixes = tuple(prefix for prefix, is_unused in unused.items() if is_unused)
     found = model.model_dump(exclude=set(TRAINING_FIELDS))
-    found |= model.resolved_sizes()
+    found |= model.resolved_sizes() | {"moe_layer_freq": model.expert_layers}
+    balanced = model.moe_router_load_balancing_type != "sinkhorn"
+    found["moe_router_load_balancing_type"] = "" if balanced else "sinkhorn"
     return {name: value for name, value in found.items() if not name.startswith(prefixes)}

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_llmjp.convert.formats.base import SourceCheckpoint
 from megatron_llmjp.convert.verification.reference_files import RankTensors, open_rank_tensors
+from megatron_llmjp.convert.verification.reference_routing import Routing, route, routing_of
 
 
 def reference_logits(
@@ -57,6 +58,7 @@ class _Network:
     inverse_frequencies: Tensor
     position_scale: float
     activation: Callable[[Tensor], Tensor]
+    routing: Routing
 
     @staticmethod
     def of(args: dict[str, Any]) -> _Network:
@@ -82,6 +84,7 @@ class _Network:
             inverse_frequencies=_inverse_frequencies(args, head_dim),
             position_scale=1.0 / stretch if stretch else 1.0,
             activation=_activation(args),
+            routing=routing_of(args),
         )
 
 
@@ -221,7 +224,30 @@ class _Model:
         return torch.cat([*turned, rest], dim=-1)
 
     def _mlp(self, prefix: str, x: Tensor) -> Tensor:
+        if f"{prefix}router.weight" not in self._parts:
+            return self._feed_forward(prefix, x)
+        total = self._experts(prefix, x)
+        if f"{prefix}shared_fc1.weight" not in self._parts:
+            return total
+        shared = self._feed_forward(f"{prefix}shared_", x)
+        gate = self._rank_tensors(f"{prefix}shared_gate.weight")
+        return total + (torch.sigmoid(x @ gate[0].T) * shared if gate else shared)
+
+    def _feed_forward(self, prefix: str, x: Tensor) -> Tensor:
         inner = [
             self._network.activation(part) for part in self._column_parallel(f"{prefix}fc1", x)
         ]
         return self._row_parallel(f"{prefix}fc2", inner)
+
+    def _experts(self, prefix: str, x: Tensor) -> Tensor:
+        """Compute the experts of a layer for the tokens that chose them."""
+        router = self._rank_tensors(f"{prefix}router.weight")[0]
+        bias = self._rank_tensors(f"{prefix}router.expert_bias")
+        scores = route(x @ router.T, bias[0] if bias else None, self._network.routing)
+        total = torch.zeros_like(x)
+        for e in range(router.shape[0]):
+            tokens = scores[..., e] > 0
+            if tokens.any():
+                output = self._feed_forward(f"{prefix}expert{e}.", x[tokens])
+                total[tokens] += scores[..., e][tokens][:, None] * output
+        return total

@@ -33,6 +33,10 @@ _KINDS = {
     r"self_attention\.(linear_proj|dense)": "proj",
     r"self_attention\.q_(layer)?norm": "query_norm",
     r"self_attention\.k_(layer)?norm": "key_norm",
+    r"mlp\.router": "router",
+    r"mlp\.shared_experts\.linear_fc1": "shared_fc1",
+    r"mlp\.shared_experts\.linear_fc2": "shared_fc2",
+    r"mlp\.shared_experts\.gate": "shared_gate",
     r"mlp\.(linear_fc1|dense_h_to_4h)": "fc1",
     r"mlp\.(linear_fc2|dense_4h_to_h)": "fc2",
 }
@@ -55,8 +59,13 @@ def open_rank_tensors(kind: str, folder: Path) -> tuple[RankTensors, Any]:
 def _match_name(key: str) -> tuple[str, int | None] | None:
     """Return the name of a key without the layer number, and the layer number."""
     match = re.search(r"layers\.(\d+)\.", key)
+    expert = re.search(r"mlp\.experts(?:\.\w+)*?(?:\.(\d+))?\.linear_(fc[12])\.weight(\d*)$", key)
+    if expert:
+        number = expert[1] or expert[3]
+        name = f"expert{number}.{expert[2]}.weight" if number else f"experts.{expert[2]}.weight"
+        return name, int(match[1]) if match else None
     for pattern, kind in _KINDS.items():
-        ending = re.search(rf"(^|\.)({pattern})[._](weight|bias)$", key)
+        ending = re.search(rf"(^|\.)({pattern})[._](weight|bias|expert_bias)$", key)
         if ending:
             return f"{kind}.{ending[ending.re.groups]}", int(match[1]) if match else None
     return None
@@ -161,26 +170,30 @@ def _open_torch_dist(folder: Path) -> tuple[RankTensors, Any]:
         if found is None:
             continue
         name, layer = found
-        whole = partial(_read_chunks, entry)
         if "layers." not in key:
-            parts[name] = [whole]
-        elif layer is not None:
-            parts[f"layers.{layer}.{name}"] = [whole]
-        else:
-            for i in range(entry.shape[0]):
-                parts[f"layers.{i}.{name}"] = [partial(_read_chunks, entry, i)]
+            parts[name] = [partial(_read_chunks, entry, ())]
+            continue
+        stacked = layer is None
+        for i in range(entry.shape[0]) if layer is None else [layer]:
+            lead = (i,) if stacked else ()
+            if not name.startswith("experts."):
+                parts[f"layers.{i}.{name}"] = [partial(_read_chunks, entry, lead)]
+                continue
+            for e in range(entry.shape[len(lead)]):
+                expert = name.replace("experts", f"expert{e}")
+                parts[f"layers.{i}.{expert}"] = [partial(_read_chunks, entry, (*lead, e))]
     return parts, torch_dist.read_common_state(folder)["args"]
 
 
-def _read_chunks(entry: torch_dist.TensorEntry, layer: int | None = None) -> torch.Tensor:
-    """Read a tensor from its chunks, or one layer of a tensor stacked as ``[layers, ...]``.
+def _read_chunks(entry: torch_dist.TensorEntry, lead: tuple[int, ...]) -> torch.Tensor:
+    """Read a tensor from its chunks, or a part of ``[layers, ...]``, ``[layers, experts, ...]``.
 
-    Each chunk of a stacked tensor is of one layer: the converter refuses others.
+    Each chunk of a stack is of one part: the converter refuses others.
     """
-    first = 0 if layer is None else 1  # dimension of the result
+    first = len(lead)  # dimensions of the stack
     whole = torch.empty(entry.shape[first:], dtype=entry.dtype.torch)
     for (offsets, sizes), (path, offset, length) in entry.chunks.items():
-        if layer is not None and offsets[0] != layer:
+        if offsets[:first] != lead:
             continue
         size = sizes[first:]
         box = tuple(slice(o, o + n) for o, n in zip(offsets[first:], size, strict=True))

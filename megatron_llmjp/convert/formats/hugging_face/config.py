@@ -110,6 +110,7 @@ def layer_norm_gelu_requirements(model: ModelConfig) -> dict[str, bool]:
         f"{model.query_groups} query groups of {heads} heads": model.query_groups == heads,
         f"heads of size {model.head_dim}": model.head_dim * heads == model.hidden_size,
         "qk_layernorm": not model.qk_layernorm,
+        "experts": not model.has_experts,
     }
 
 

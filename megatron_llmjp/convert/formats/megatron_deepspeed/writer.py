@@ -184,6 +184,8 @@ def _check_expressible(model: ModelConfig) -> None:
         problems.append("scaled rotary embeddings")
     if model.use_parallel_residual:
         problems.append("parallel residual")
+    if model.has_experts:
+        problems.append("experts (num_moe_experts)")
     if model.qk_layernorm:
         problems.append("normalized queries and keys (qk_layernorm)")
     if model.add_qkv_bias and not model.add_bias_linear:

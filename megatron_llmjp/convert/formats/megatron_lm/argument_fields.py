@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from megatron_llmjp.convert.formats.megatron_lm.expert_arguments import is_unknown_expert_field
 from megatron_llmjp.errors import UserError
 
 _PREFIXES = """
@@ -149,7 +150,8 @@ rope_theta rotary_percent rotary_seq_len_interpolation_factor use_rope_scaling r
 normalization norm_epsilon layernorm_epsilon swiglu gated_linear_unit bias_gelu_fusion openai_gelu
 onnx_safe add_bias_linear add_qkv_bias qk_layernorm untie_embeddings_and_output_weights
 hidden_dropout attention_dropout init_method_std make_vocab_size_divisible_by vocab_size
-true_vocab_size padded_vocab_size tokenizer_type use_legacy_models use_mcore_models
+true_vocab_size padded_vocab_size tokenizer_type use_legacy_models use_mcore_models num_experts
+num_moe_experts
 """
 
 UNDERSTOOD = frozenset(_UNDERSTOOD.split())
@@ -193,9 +195,7 @@ DISABLED_VALUES: dict[str, tuple[Any, ...]] = {
     "multi_latent_attention": _OFF,
     "no_op": _OFF,
     "no_rope_freq": (None,),
-    "num_experts": (None, 0, 1, [1]),
     "num_experts_switch": (None,),
-    "num_moe_experts": (None, 0, 1),
     "per_block_parameters": (None,),
     "qk_l2_norm": _OFF,
     "quick_geglu": _OFF,
@@ -217,7 +217,7 @@ DISABLED_VALUES: dict[str, tuple[Any, ...]] = {
 """Network options, with the values that disable them."""
 
 _OWNERS: dict[str, tuple[str, ...]] = {
-    "num_experts": ("moe_", "topk", "create_moe_param_group"),
+    "num_experts": ("moe_", "topk", "create_moe_param_group"),  # see expert_arguments.py
     "multi_latent_attention": (
         *("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"),
         *("rotary_scaling_factor", "mscale", "beta_fast", "beta_slow", "cache_mla_latents"),
@@ -264,7 +264,9 @@ def check_fields(given: Fields, where: str, ignored: Collection[str] = ()) -> No
         if name in ignored or name in UNDERSTOOD:
             continue
         kind = field_kind(name)
-        if kind == "network" and not _is_disabled(name, value, given):
+        if is_unknown_expert_field(name, value, given) or (
+            kind == "network" and not _is_disabled(name, value, given)
+        ):
             network.append(f"{name} = {_shown(value)}")
         elif kind == "unknown" and not _is_off(value):
             unknown.append(f"{name} = {_shown(value)}")

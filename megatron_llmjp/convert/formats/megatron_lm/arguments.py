@@ -25,6 +25,7 @@ from megatron_llmjp.convert.formats.megatron_lm.argument_fields import (
     check_fields,
     is_training_only,
 )
+from megatron_llmjp.convert.formats.megatron_lm.expert_arguments import expert_fields
 from megatron_llmjp.tokenizers.base import TikTokenSettings
 
 _CONVERTED_FIELDS = {
@@ -82,6 +83,7 @@ def model_from_args(args: Any, where: str, ignored: Collection[str] = ()) -> Mod
         init_method_std=given.get("init_method_std") or 0.02,
         make_vocab_size_divisible_by=given.get("make_vocab_size_divisible_by") or 128,
         vocab_size=true_vocab_size(args),
+        **expert_fields(given, where, _is_core(given)),
     )
 
 

@@ -28,7 +28,6 @@ from megatron_llmjp.convert.formats.rank_files import (
 )
 from megatron_llmjp.convert.plan import OutputFile, OutputPlan, Slot
 from megatron_llmjp.convert.tensors import (
-    FINAL_NORM,
     LAYER,
     OUTPUT_LAYER,
     WORD_EMBEDDINGS,
@@ -108,27 +107,29 @@ def chunk_keys(
         if match:
             local = int(match[1]) - chunk.first_layer
             if 0 <= local < chunk.layers:
-                yield LAYER.format(i=local) + _key_in_layer(match[2], transformer_impl), name
+                key = _key_in_layer(match[2], transformer_impl, model.expert_layers[int(match[1])])
+                yield LAYER.format(i=local) + key, name
         elif chunk.embedding if name.startswith("embedding.") else chunk.output:
             yield name, name
     if chunk.output and not chunk.embedding and not model.untie_embeddings_and_output_weights:
         yield OUTPUT_LAYER, WORD_EMBEDDINGS
 
 
-def _key_in_layer(inner: str, transformer_impl: str) -> str:
+def _key_in_layer(inner: str, transformer_impl: str, has_experts: bool) -> str:
+    """Return the key relative to its layer; the norm before experts is a module of its own."""
     if transformer_impl == "transformer_engine":
         for plain, fused in mcore_names.FUSED_NORMS.items():
-            inner = inner.replace(plain, fused)
+            if not (has_experts and plain == "pre_mlp_layernorm."):
+                inner = inner.replace(plain, fused)
     return inner
 
 
 def _with_extra_states(tree: dict[str, Any], options: ConversionOptions) -> dict[str, Any]:
-    """Add the empty extra states of linear layers, and of Transformer Engine's final norm."""
-    final = f"{FINAL_NORM}.weight"
-    has_norm = options.transformer_impl == "transformer_engine"
+    """Add the empty extra states of linear layers, and of Transformer Engine's norms."""
+    has_norms = options.transformer_impl == "transformer_engine"
     found: dict[str, Any] = {}
     for key, placeholder in tree.items():
         found[key] = placeholder
-        if is_linear(key) or (has_norm and key == final):
+        if is_linear(key) or (has_norms and key.endswith("layernorm.weight")):
             found[key.removesuffix("weight") + "_extra_state"] = None
     return found

@@ -40,7 +40,7 @@ from megatron_llmjp.convert.formats.rank_files import RankTensors, canonical_nam
 from megatron_llmjp.convert.model_tokenizer import tokenizer_files
 from megatron_llmjp.convert.optimizer import optimizer_state
 from megatron_llmjp.convert.optimizer.optimizer_state import MAIN_WEIGHTS, MOMENTS, OptimizerState
-from megatron_llmjp.convert.tensors import FINAL_NORM, OUTPUT_LAYER, WORD_EMBEDDINGS
+from megatron_llmjp.convert.tensors import EXPERT, FINAL_NORM, OUTPUT_LAYER, WORD_EMBEDDINGS
 from megatron_llmjp.errors import UserError
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -215,6 +215,7 @@ def _read_legacy(folder: Path, ignored: Collection[str]) -> SourceCheckpoint:
                 )
             stages.append(_chunks(content, ranks[t, p]))
         model = model_from_args(args, str(folder), ignored)
+        _check_expert_ranks(args, model, folder, tensor)
         for name, stored in _numbered(stages, model.untie_embeddings_and_output_weights):
             gathered.add(name, t, stored)
     reads = gathered.reads(folder, model, tensor)
@@ -256,6 +257,20 @@ def _rank_files(folder: Path) -> dict[tuple[int, int], Path]:
     if not found:
         raise UserError(f"{folder}: no mp_rank_* folders found")
     return found
+
+
+def _check_expert_ranks(args: Any, model: ModelConfig, folder: Path, tensor: int) -> None:
+    """Refuse experts that are divided over other ranks than the dense layers."""
+    if not model.has_experts:
+        return
+    ranks = getattr(args, "expert_model_parallel_size", None) or 1
+    size = getattr(args, "expert_tensor_parallel_size", None) or tensor
+    if ranks > 1 or size != tensor:
+        raise UserError(
+            f"{folder}: --ckpt-format torch with expert_model_parallel_size {ranks} and "
+            f"expert_tensor_parallel_size {size} cannot be converted; load it with Megatron-LM and "
+            "save it with --ckpt-format torch_dist"
+        )
 
 
 def _chunks(content: dict[str, Any], path: Path) -> list[dict[str, Any]]:
@@ -321,4 +336,7 @@ def _inner(name: str) -> str:
     """Return the canonical name relative to a layer, from fused norms or old names."""
     for local, fused in mcore_names.FUSED_NORMS.items():
         name = name.replace(fused, local)
+    grouped = re.fullmatch(r"mlp\.experts\.(linear_fc[12])\.weight(\d+)", name)
+    if grouped:  # of TEGroupedMLP
+        return f"{EXPERT.format(e=grouped[2])}{grouped[1]}.weight"
     return canonical_name_in_layer(name)

@@ -81,6 +81,11 @@ def _plan_torch_dist(source: SourceCheckpoint, options: ConversionOptions) -> Ou
     iteration = source.iteration or 0
     folder = iteration_folder(iteration)
     writer = TorchDistWriter(options.max_shard_size, folder)
+    layers = source.model.expert_layers
+    names = mcore_names.LayerNames(
+        stacked=all(layers) or not any(layers),
+        fuses_experts_norm=options.transformer_impl == "local",
+    )
     common: dict[str, Any] = {}
     notes: list[str] = []
     states = None
@@ -88,8 +93,8 @@ def _plan_torch_dist(source: SourceCheckpoint, options: ConversionOptions) -> Ou
         writes, common = add_model_and_optimizer(writer, source, options, rows)
         states, notes = _target_random_states(source, options)
     else:
-        writes = mcore_names.add_model_tensors(writer, source, options, rows)
-    mcore_names.add_extra_states(writer, source.model)
+        writes = mcore_names.add_model_tensors(writer, source, options, rows, names)
+    mcore_names.add_extra_states(writer, source.model, names)
     for key, shard in states.shards() if states is not None else ():
         writer.add_object(key, [shard])
     common |= {

@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_llmjp.convert.formats.base import ConversionOptions, SourceCheckpoint
 from megatron_llmjp.convert.formats.megatron_lm.arguments import make_args, run_arguments
+from megatron_llmjp.convert.formats.megatron_lm.expert_arguments import expert_arguments
 from megatron_llmjp.convert.formats.megatron_lm.optimizer_writer import FRAGMENTS, RESHARDABLE
 from megatron_llmjp.convert.formats.megatron_lm.pipeline_arguments import stage_arguments
 from megatron_llmjp.convert.optimizer.random_states import RandomStates
@@ -40,7 +41,7 @@ def checkpoint_arguments(
         "normalization": model.normalization,
         "add_qkv_bias": model.add_qkv_bias,
         "qk_layernorm": model.qk_layernorm,
-        "num_experts": None,
+        **expert_arguments(model),
         "transformer_impl": options.transformer_impl,
         "use_mcore_models": True,
         "ckpt_format": options.megatron_format,

@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from megatron_llmjp.config.schema import ModelConfig
-from megatron_llmjp.convert.tensors import LAYER, Layout, tensor_shapes
+from megatron_llmjp.convert.tensors import EXPERT, LAYER, Layout, tensor_shapes
 
 
 class TensorRule(NamedTuple):
     """The stored form of a canonical tensor.
 
     Attributes:
-        name: canonical name; ``{i}`` is the layer.
-        keys: names of the stored parts; ``{i}`` is the layer.
+        name: canonical name; ``{i}`` is the layer, ``{e}`` the expert.
+        keys: names of the stored parts, in the same way.
         layout: splits the canonical tensor into the parts.
     """
 
@@ -35,7 +35,8 @@ class HuggingFaceArchitecture:
         models: published models of this architecture, for the table in docs/convert.md.
         requirements: conditions on a model that the architecture must meet to represent it, and
             whether it does; the text of a condition names the unsupported feature.
-        rules: the tensors of a model; one rule with ``{i}`` for all layers.
+        rules: the tensors of a model; one rule with ``{i}`` for all layers, with ``{e}``
+            for all experts.
         to_config: keys of config.json that describe a model.
         from_config: the inverse. Arguments: the content of config.json; the file, for messages.
             Raises UserError if the model cannot be represented.
@@ -71,7 +72,16 @@ class HuggingFaceArchitecture:
         found = []
         for name in tensor_shapes(model, 1):
             layer = re.fullmatch(pattern, name)
-            rule = table[layer_prefix + layer[2] if layer else name]
+            rest, expert = _without_expert(layer[2]) if layer else ("", "")
+            rule = table[layer_prefix + rest if layer else name]
             i = layer[1] if layer else ""
-            found.append(TensorRule(name, tuple(key.format(i=i) for key in rule.keys), rule.layout))
+            keys = tuple(key.format(i=i, e=expert) for key in rule.keys)
+            found.append(TensorRule(name, keys, rule.layout))
         return found
+
+
+def _without_expert(rest: str) -> tuple[str, str]:
+    """Replace the number of an expert in a name relative to its layer by ``{e}``; return both."""
+    before, after = EXPERT.split("{e}")
+    match = re.fullmatch(re.escape(before) + r"(\d+)" + re.escape(after) + "(.*)", rest)
+    return (EXPERT + match[2], match[1]) if match else (rest, "")

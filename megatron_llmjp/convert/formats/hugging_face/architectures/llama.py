@@ -106,7 +106,11 @@ def decoder_requirements(model: ModelConfig) -> dict[str, bool]:
 
 
 def _requirements(model: ModelConfig) -> dict[str, bool]:
-    return {**decoder_requirements(model), "qk_layernorm": not model.qk_layernorm}
+    return {
+        **decoder_requirements(model),
+        "qk_layernorm": not model.qk_layernorm,
+        "experts": not model.has_experts,
+    }
 
 
 def decoder_keys(model: ModelConfig) -> dict[str, Any]:

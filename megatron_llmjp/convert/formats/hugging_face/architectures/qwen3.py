@@ -53,6 +53,10 @@ def head_norm_requirements(model: ModelConfig) -> dict[str, bool]:
     }
 
 
+def _requirements(model: ModelConfig) -> dict[str, bool]:
+    return {**head_norm_requirements(model), "experts": not model.has_experts}
+
+
 def to_config(model: ModelConfig) -> dict[str, Any]:
     """Return the keys of config.json of both Qwen3 architectures."""
     return {
@@ -97,7 +101,7 @@ ARCHITECTURE = HuggingFaceArchitecture(
     "qwen3",
     "Qwen3ForCausalLM",
     "Qwen3",
-    head_norm_requirements,
+    _requirements,
     _rules,
     to_config,
     _from_config,

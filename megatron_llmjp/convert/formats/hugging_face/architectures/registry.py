@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_llmjp.config.schema import ModelConfig
-from megatron_llmjp.convert.formats.hugging_face.architectures import gpt2, gpt_neox, llama, qwen3
+from megatron_llmjp.convert.formats.hugging_face.architectures import (
+    gpt2,
+    gpt_neox,
+    llama,
+    mixtral,
+    qwen3,
+    qwen3_moe,
+)
 from megatron_llmjp.convert.formats.hugging_face.architectures.architecture import (
     HuggingFaceArchitecture,
 )
@@ -22,6 +29,8 @@ ARCHITECTURES: dict[str, HuggingFaceArchitecture] = {
         gpt2.ARCHITECTURE,
         gpt_neox.ARCHITECTURE,
         qwen3.ARCHITECTURE,
+        mixtral.ARCHITECTURE,
+        qwen3_moe.ARCHITECTURE,
     )
 }
 """The architectures by ``model_type``; a model is written as the first one that supports it."""
