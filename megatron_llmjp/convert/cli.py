@@ -225,6 +225,13 @@ def _add_execution_options(add: Callable[..., Any]) -> None:
         help="compute logits and losses of both models on the same tokens in fp32 and compare them",
     )
     add(
+        "--verify-length",
+        type=int,
+        metavar="N",
+        help="for --verify: number of tokens of the compared sequence, up to "
+        "max_position_embeddings (default: two sequences of 128)",
+    )
+    add(
         "--tolerance",
         type=float,
         default=1e-4,
@@ -366,7 +373,7 @@ def _convert_one(
     if arguments.verify:
         from megatron_llmjp.convert.verification.verify import make_verifier
 
-        check = make_verifier(conversion, options, arguments.tolerance)
+        check = make_verifier(conversion, options, arguments.tolerance, arguments.verify_length)
     try:
         if arguments.shard is not None:
             from megatron_llmjp.convert.copying.sharded_conversion import ShardedConversion

@@ -139,8 +139,9 @@ def test_yarn(tmp_path, convert, more):
     """transformers and megatron-core compute the same logits, in both directions."""
     model = llama(rope_parameters={**YARN, **more}, max_position_embeddings=160)
     model.save_pretrained(tmp_path / "hf")
-    words = ("--verify", "--input")
-    convert("--to", "native", *words, tmp_path / "hf", "--output", tmp_path / "n")
+    words = ("--verify", "--verify-length", 160, "--tolerance", 1e-5, "--input")
+    text = convert("--to", "native", *words, tmp_path / "hf", "--output", tmp_path / "n")
+    assert "1 x 160 tokens" in text and "all positions are below" not in text
     convert("--to", "hf", *words, tmp_path / "n", "--output", tmp_path / "back")
     back = json.loads((tmp_path / "back" / "config.json").read_text())
     assert back["rope_parameters"] == {**YARN, **more}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from functools import partial
 from types import SimpleNamespace
 
@@ -50,6 +51,24 @@ def test_both_sides_agree(tmp_path, convert, architecture, changes, dtype):
     difference, before, after = figures(text)
     assert_within(difference, LOGITS, "logits")
     assert_close(before, after, LOSS, "loss")
+
+
+def test_length_of_the_compared_sequence(tmp_path, convert):
+    """Scaled frequencies have an original length; positions beyond it are compared on request."""
+    scaling = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 150}  # fmt: skip
+    model = MODELS["llama"](max_position_embeddings=200, rope_scaling=scaling)
+    model.save_pretrained(tmp_path / "hf")
+    words = ("--to", "native", "--input", tmp_path / "hf", "--output", tmp_path / "n", "--verify")
+    assert "expected 1 to max_position_embeddings 200 of" in convert(
+        *words, "--verify-length", 201, code=2
+    )
+    below = "all positions are below 150, the length from which the rotary frequencies are scaled"
+    assert below in convert(*words)
+    shutil.rmtree(tmp_path / "n")
+    text = convert(*words, "--verify-length", 200)
+    assert "1 x 200 tokens" in text and below not in text
+    assert_within(figures(text)[0], LOGITS, "logits")
 
 
 def test_llama_of_megatron_deepspeed_rounded_to_bf16(tmp_path, convert):

@@ -78,6 +78,30 @@ def test_continual_pretraining(tmp_path, small_model):
 
 
 @pytest.mark.long
+def test_long_context(tmp_path, small_model):
+    """From 128 to 512 positions, over two context-parallel ranks, and to transformers."""
+    yarn = "--yarn-rotary-scaling-factor 4 --yarn-original-max-position-embeddings 128"
+    settings = {
+        "MODEL": str(small_model / "model"),
+        "TEXT": str(small_model / "corpus" / "code.jsonl"),
+        "LENGTH": "512",
+        "SCALING": f"--position-embedding-type yarn {yarn}",
+        "ITERATIONS": "4",
+        "TRAINING": "--micro-batch-size 1 --global-batch-size 4 --lr 1e-3 --device cpu",
+        "SAMPLES": "2",
+    }
+    printed = run_example("long_context/run.sh", tmp_path, "out", **settings)
+    assert "max_position_embeddings: the weights were trained with 128, now 512" in printed
+    assert "1 x 512 tokens in fp32" in printed
+    last = re.search(r"^ +256-511 +(\S+) +(\S+) +(\S+)$", printed, re.M)
+    assert last is not None, printed
+    before, after, native = map(float, last.groups())
+    assert after < before and native == pytest.approx(after, abs=1e-5)
+    found = re.search(r"largest difference of a token's loss.*: (\S+)", printed)
+    assert found is not None and float(found[1]) <= 1e-5
+
+
+@pytest.mark.long
 @pytest.mark.skipif(find_spec("trl") is None, reason="the extra `examples` is not installed")
 def test_sft(tmp_path, small_model):
     settings = {"MODEL": str(small_model / "checkpoints"), "TRAINING": "--max-steps 2"}

@@ -22,6 +22,7 @@ LAYOUTS: dict[str, tuple[Any, ...]] = {
     "alone-async": ("--eval-interval", 5, "--async-save", "--num-workers", 1),
     "dp2": (*TWO, *DISTRIBUTED, *OVERLAP, "--bf16"),
     "tp2-async": (*TWO, *TP2, *SP, "--async-save"),
+    "cp2": (*TWO, "--context-parallel-size", 2, *DISTRIBUTED),
 }
 """Flags of each layout; all use dropout."""
 

@@ -175,7 +175,7 @@ REPORTED = "reported, with stacks; exit code 1; the same losses and weights afte
             marks=pytest.mark.fault("a write that hangs", REPORTED),
         ),
         pytest.param(
-            "dp2",
+            "cp2",
             ("endless_loop", 5, 3.0, 1),
             r"rank 1 on .*: iteration 5, a step; does not wait for another rank; .* <- check first",
             marks=pytest.mark.fault("a rank in an endless loop", REPORTED),

@@ -28,10 +28,16 @@ pytestmark = pytest.mark.long
 
 KILLS = int(os.environ.get("FAULT_KILLS", "24"))
 SEED = int(os.environ.get("FAULT_SEED", "20"))
-SHARES = {"alone": 0.35, "alone-async": 0.35, "dp2": 0.15, "tp2-async": 0.15}
+SHARES = {"alone": 0.35, "alone-async": 0.35, "dp2": 0.1, "tp2-async": 0.1, "cp2": 0.1}
 TARGET_IN_WRITE, MIN_IN_WRITE = 0.4, 0.3
 """Fractions of all kills."""
-WRITE_OPERATIONS = {"alone": (130,), "alone-async": (130,), "dp2": (160, 4), "tp2-async": (130, 48)}
+WRITE_OPERATIONS = {
+    "alone": (130,),
+    "alone-async": (130,),
+    "dp2": (160, 4),
+    "tp2-async": (130, 48),
+    "cp2": (160, 4),
+}
 """Of each rank at two checkpoints in the making (``injected.die_writing``)."""
 MAX_KILLS_PER_RUN = 12
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_llmjp.config.model_config import ModelConfig
 from megatron_llmjp.convert.conversion import Conversion, VerificationError
 from megatron_llmjp.convert.files.dtypes import DType
 from megatron_llmjp.convert.formats.base import ConversionOptions, SourceCheckpoint
@@ -29,7 +30,10 @@ TOKENS_SHAPE = (2, 128)
 
 
 def make_verifier(
-    conversion: Conversion, options: ConversionOptions, tolerance: float
+    conversion: Conversion,
+    options: ConversionOptions,
+    tolerance: float,
+    length: int | None = None,
 ) -> Callable[[Path], None]:
     """Return a function that verifies a complete output folder.
 
@@ -37,15 +41,22 @@ def make_verifier(
         conversion: the conversion.
         options: the user's options.
         tolerance: maximum logit difference, relative to the largest logit.
+        length: number of tokens of one compared sequence; None for :data:`TOKENS_SHAPE`.
 
     Returns:
         A function that prints the results; it raises :class:`VerificationError` if the difference
         is larger than the tolerance.
 
     Raises:
-        UserError: one of the formats does not support ``--verify``.
+        UserError: one of the formats does not support ``--verify``, or ``length`` is not one of
+            the model.
     """
-
+    positions = conversion.source.model.max_position_embeddings
+    if length is not None and not 0 < length <= (positions or length):
+        raise UserError(
+            f"--verify-length {length}: expected 1 to max_position_embeddings {positions} of "
+            f"{conversion.source.path}"
+        )
     for name in (conversion.source.format, conversion.target):
         _verification(name)
 
@@ -55,7 +66,7 @@ def make_verifier(
         vocabulary = source.model.vocab_size or min(
             source.padded_vocab_size, target.padded_vocab_size
         )
-        tokens = _tokens(source, vocabulary)
+        tokens = _tokens(source, vocabulary, length)
         stored = open_checkpoint(source.format, source.path, _reader_options(options)).dtype
         before = _logits(source, tokens, _sixteen_bit_type(target.dtype), options.ignored_args)
         after = _logits(target, tokens, _sixteen_bit_type(stored), frozenset())
@@ -63,6 +74,11 @@ def make_verifier(
         if options.with_optimizer:
             print("verify: the optimizer state is not compared")
         _compare(before[..., :vocabulary], after[..., :vocabulary], tokens, tolerance)
+        if original := _length_beyond(source.model, tokens.shape[1] - 1):
+            print(
+                f"verify: all positions are below {original}, the length from which the rotary "
+                "frequencies are scaled: --verify-length compares longer sequences"
+            )
 
     return verify
 
@@ -82,9 +98,19 @@ def _program(source: SourceCheckpoint) -> str:
     return text.format_map({name: version(name) for name in names})
 
 
-def _tokens(source: SourceCheckpoint, vocabulary: int) -> torch.Tensor:
+def _length_beyond(model: ModelConfig, length: int) -> int | None:
+    """Return the original length of scaled rotary frequencies if it is not below ``length``."""
+    original = None
+    if model.position_embedding_type == "yarn":
+        original = model.yarn_original_max_position_embeddings
+    elif model.use_rope_scaling:
+        original = model.rope_scaling_original_max_position_embeddings
+    return original if original is not None and length <= original else None
+
+
+def _tokens(source: SourceCheckpoint, vocabulary: int, requested: int | None) -> torch.Tensor:
     """Return random tokens ``[batch, length + 1]`` with a fixed seed."""
-    batch, length = TOKENS_SHAPE
+    batch, length = TOKENS_SHAPE if requested is None else (1, requested)
     length = min(length, (source.model.max_position_embeddings or length))
     generator = torch.Generator().manual_seed(1234)
     return torch.randint(vocabulary, (batch, length + 1), generator=generator)
