@@ -206,13 +206,17 @@ def find_prefixes(words: Sequence[str]) -> list[str]:
 def common_recipe(prefixes: Sequence[str]) -> dict[str, Any]:
     """Return the tokenizer and options common to all parts that have a manifest.
 
+    ``encoders``, the libraries that encoded, are those of any part, sorted.
+
     Raises:
         UserError: two parts were tokenized with different tokenizers or options.
     """
     first: dict[str, Any] = {}
     named = ""
+    encoders: set[str] = set()
     for prefix in prefixes:
         recipe = (read_dataset_manifest(prefix) or {}).get("recipe", {})
+        encoders |= set(recipe.get("encoders") or [])
         ours = {name: recipe[name] for name in ("tokenizer", "options") if name in recipe}
         ends = _added_tokens(ours)
         if first and ours:
@@ -226,7 +230,7 @@ def common_recipe(prefixes: Sequence[str]) -> dict[str, Any]:
                 )
         elif ours:
             first, named = ours, prefix
-    return first
+    return first | {"encoders": sorted(encoders)} if encoders else first
 
 
 def _added_tokens(recipe: dict[str, Any]) -> tuple[bool, bool]:

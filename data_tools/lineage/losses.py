@@ -26,11 +26,10 @@ from megatron_llmjp.data.dataset import FoldDataset, Sample
 from megatron_llmjp.data.documents import DOCUMENT_BOUNDARIES
 from megatron_llmjp.data.folds.schedule import NO_SKIPPED_SAMPLES
 from megatron_llmjp.data.indices.epoch_index import EpochDatasets
+from megatron_llmjp.inference.single_process import single_process_groups
 from megatron_llmjp.model.gpt import build_model
 from megatron_llmjp.parallel import device as devices
-from megatron_llmjp.parallel import process_groups, rendezvous
 from megatron_llmjp.parallel.device import Device
-from megatron_llmjp.parallel.ranks import single_process
 from megatron_llmjp.training.batch_iterator import batch_iterators
 from megatron_llmjp.training.optimizer import wrap_half_precision
 
@@ -97,15 +96,11 @@ def compute_losses(
     warnings.simplefilter("ignore")  # deprecations inside libraries
     device = devices.setup()
     config = single_process_config(run.config, len(positions), device)
-    ranks = single_process()
-    process_groups.initialize(config, ranks, device, rendezvous.rendezvous(ranks))
-    try:
+    with single_process_groups(config, device):
         chunks = wrap_half_precision(build_model(config, device), config)
         sharded_state.load_checkpoint(folder, RunState(chunks))
         data = FoldDataset(run.schedule.with_skips(NO_SKIPPED_SAMPLES), epochs)
         return _evaluate(chunks, _AtPositions(data, positions), len(positions), config, device)
-    finally:
-        process_groups.destroy()
 
 
 def single_process_config(config: Config, samples: int, device: Device) -> Config:

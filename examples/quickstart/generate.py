@@ -21,8 +21,10 @@ def main() -> int:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        arguments.model, dtype=torch.float32, trust_remote_code=False
+    )
     torch.manual_seed(0)
     for prompt in arguments.prompts:
         inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)

@@ -121,7 +121,7 @@ def train(quickstart: Quickstart, total: int, processes: int) -> None:
     root = quickstart.root
     stop = max(3, round(STOP_AT * quickstart.scale))
     run = (
-        "pretrain_gpt.py", "--config", "laptop-llama", "--fold-file", root / "folds.yaml",
+        "--config", "laptop-llama", "--fold-file", root / "folds.yaml",
         "--tokenizer-type", "SentencePieceTokenizer",
         "--tokenizer-model", root / "tokenizer" / "tokenizer.model",
         "--save", root / "checkpoints", "--log-interval", 10 if quickstart.scale >= 1 else 1,
@@ -133,11 +133,12 @@ def train(quickstart: Quickstart, total: int, processes: int) -> None:
     )
     print(f"  fold file {root / 'folds.yaml'}: three folds and a refined fold")
     quickstart.run(
-        "python", *run, "--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2,
-        "--sequence-parallel", "--exit-interval", stop, expect=3,
+        "pretrain_gpt", *run, "--tensor-model-parallel-size", 2,
+        "--pipeline-model-parallel-size", 2, "--sequence-parallel", "--exit-interval", stop,
+        expect=3,
     )  # fmt: skip
     quickstart.announce("Resume in another layout, PP 2 x DP 2: same data order, same loss curve")
-    quickstart.run("python", *run, "--pipeline-model-parallel-size", 2)
+    quickstart.run("pretrain_gpt", *run, "--pipeline-model-parallel-size", 2)
     quickstart.announce("Write the report: curves of loss, learning rate, throughput and more")
     quickstart.run("report_run", root / "checkpoints", "--output-dir", root / "report")
 
@@ -157,7 +158,7 @@ def convert(quickstart: Quickstart) -> None:
 
 def summarize(quickstart: Quickstart) -> None:
     """Print losses, outputs and next steps."""
-    root = quickstart.root
+    root, programs = quickstart.root, Path(_relative(quickstart.programs))
     history = read_history(root / "checkpoints")
     training = history.training
     speed = median(history.values("tokens per second")[1])
@@ -176,9 +177,9 @@ def summarize(quickstart: Quickstart) -> None:
   {root / "hf_model"}        model for transformers, with a model card to complete
 
   Try next:
-    .venv/bin/tensorboard --logdir {root / "checkpoints" / "tensorboard"}
-    .venv/bin/inspect_dataset --help
-    .venv/bin/python pretrain_gpt.py --help    # other presets, layouts and fold files
+    {programs / "tensorboard"} --logdir {root / "checkpoints" / "tensorboard"}
+    {programs / "inspect_dataset"} --help
+    {programs / "pretrain_gpt"} --help    # other presets, layouts and fold files
     docs/architecture.md, docs/folds.md, docs/convert.md"""
     )
 

@@ -20,8 +20,8 @@ def main() -> int:
     parser.add_argument("--base", help="model that the adapter was trained on")
     parser.add_argument("--adapter")
     arguments = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=False)
+    model = load(arguments.model).eval()
     largest = 0.0
     for message in arguments.messages:
         prompt = tokenizer.apply_chat_template(
@@ -41,12 +41,18 @@ def main() -> int:
     return int(largest > 1e-3)
 
 
+def load(folder: str) -> torch.nn.Module:
+    """Return a model in fp32; Python files in its folder are not executed."""
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False
+    )
+
+
 def difference(model: torch.nn.Module, base: str, adapter: str, ids: torch.Tensor) -> float:
     """Return the largest difference of the logits between the model and base with adapter."""
     from peft import PeftModel
 
-    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    tuned = PeftModel.from_pretrained(plain, adapter).eval()
+    tuned = PeftModel.from_pretrained(load(base), adapter).eval()
     with torch.no_grad():
         return (model(ids).logits - tuned(input_ids=ids).logits).abs().max().item()
 

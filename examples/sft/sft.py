@@ -46,7 +46,7 @@ def main() -> None:
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = SFTTrainer(
         model=arguments.model,
-        processing_class=AutoTokenizer.from_pretrained(arguments.model),
+        processing_class=AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=False),
         args=config,
         train_dataset=load_dataset("json", data_files=arguments.data, split="train"),
         peft_config=lora if arguments.lora else None,

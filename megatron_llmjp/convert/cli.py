@@ -6,9 +6,11 @@ torch is imported only where values are computed, which most conversions do not 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -267,9 +269,12 @@ def _size(text: str) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run ``convert_checkpoint``; returns the exit code."""
-    signal.signal(signal.SIGTERM, _stop)  # removes the incomplete output
+    with _interrupt_at_termination():
+        return _main(sys.argv[1:] if argv is None else argv)
+
+
+def _main(words: list[str]) -> int:
     try:
-        words = sys.argv[1:] if argv is None else argv
         if words[:1] == ["inspect"]:
             return inspect(words[1:])
         if words[:1] == ["extract-adapter"]:
@@ -281,6 +286,23 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("convert_checkpoint: interrupted; the output was not created", file=sys.stderr)
         return EXIT_FAILURE
+
+
+@contextlib.contextmanager
+def _interrupt_at_termination() -> Iterator[None]:
+    """Let SIGTERM interrupt the block, which removes the incomplete output.
+
+    Only the main thread can set handlers: in another one, the caller's stay.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        yield
+    finally:
+        # None: not set by Python, and not known to it
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def _stop(*_: object) -> NoReturn:

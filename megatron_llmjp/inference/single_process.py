@@ -50,6 +50,27 @@ def join_single_process(config: Config, device: Device) -> None:
 
 
 @contextmanager
+def single_process_groups(config: Config, device: Device) -> Iterator[None]:
+    """Have the process groups of one process in the block, and destroy those that it created.
+
+    Args:
+        config: of a model in one process.
+        device: device of this process.
+
+    Raises:
+        UserError: this process already is one of several ranks.
+    """
+    existed = parallel_state.model_parallel_is_initialized()
+    join_single_process(config, device)
+    try:
+        yield
+    finally:
+        if not existed:
+            process_groups.destroy()
+            atexit.unregister(process_groups.destroy)
+
+
+@contextmanager
 def unchanged_random_states() -> Iterator[None]:
     """Restore the random generators of Python, NumPy and torch after the block."""
     python, numpy, generator = random.getstate(), np.random.get_state(), torch.get_rng_state()

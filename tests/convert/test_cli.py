@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import signal
 import subprocess
 import sys
+import threading
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 
 from megatron_llmjp.config.model_config import ParallelConfig
 from megatron_llmjp.convert import conversion
+from megatron_llmjp.convert.cli import main
 from megatron_llmjp.convert.copying import progress_bar
 from megatron_llmjp.convert.files.dtypes import DType
 from megatron_llmjp.convert.formats.base import ConversionOptions
@@ -193,6 +196,24 @@ def test_inspect_describes_a_folder(tmp_path, convert, target):
     assert "GPT2LMHeadModel" in text
     rows = "" if target == "hf" else " in 256 rows"
     assert f"vocabulary 101{rows}\n" in text
+
+
+def test_the_handler_of_sigterm_is_restored(capsys):
+    """A program that calls main() has its own, and may call it in another thread."""
+
+    def own(*_: object) -> None: ...
+
+    before = signal.signal(signal.SIGTERM, own)
+    codes: list[int] = []
+    try:
+        assert main(["inspect", "missing"]) == 2
+        thread = threading.Thread(target=lambda: codes.append(main(["inspect", "missing"])))
+        thread.start()
+        thread.join()
+        assert signal.getsignal(signal.SIGTERM) is own
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert codes == [2]
 
 
 def test_unsupported_properties_are_named(tmp_path, convert):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import zlib
 from itertools import chain
 from pathlib import Path
@@ -76,6 +77,25 @@ def test_merge_equals_megatron_core(datasets, tmp_path, monkeypatch):
         assert_manifest(tmp_path / name)
     assert json.loads((tmp_path / "a.json").read_text())["documents"] == 300
     assert merge_datasets.main(arguments) == 2  # exists already
+
+
+def test_merged_recipe_names_all_encoders(datasets, tmp_path, capsys):
+    """Of every part, once; parts that have none, and parts without a manifest, add nothing."""
+    prefixes = []
+    for number, encoders in enumerate((["b 1", "a 1"], ["b 1"], None)):
+        prefixes.append(str(tmp_path / f"part{number}"))
+        for suffix in (".bin", ".idx", ".json"):
+            shutil.copy(datasets[0] + suffix, prefixes[-1] + suffix)
+        path = Path(prefixes[-1] + ".json")
+        manifest = json.loads(path.read_text())
+        manifest["recipe"] |= {} if encoders is None else {"encoders": encoders}
+        path.write_text(json.dumps(manifest))
+    output = str(tmp_path / "o")
+    for inputs, expected in ((prefixes, ["a 1", "b 1"]), (prefixes[2:], None)):
+        assert merge_datasets.main(["--input", *inputs, "--output-prefix", output]) == 0
+        merged = json.loads(Path(output + ".json").read_text())["recipe"]
+        assert merged.get("encoders") == expected
+        output += "2"
 
 
 def test_merge_of_incompatible_datasets_raises(datasets, tmp_path, capsys):

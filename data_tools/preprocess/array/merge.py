@@ -51,7 +51,8 @@ class ArrayOutput:
         if not existing or Path(f"{prefix}.partial").is_dir():  # a task was killed in between
             return False
         manifest = read_dataset_manifest(prefix) or {}
-        is_ours = manifest.get("array") == self.array and manifest.get("recipe") == recipe
+        recorded = {k: v for k, v in manifest.get("recipe", {}).items() if k != "encoders"}
+        is_ours = manifest.get("array") == self.array and recorded == recipe
         if is_ours and len(existing) == 3:
             return True
         raise UserError(
