@@ -88,7 +88,9 @@ def rank_memory(
         logits, output = _logits(config, layout), max(_output_buffers(config, layout), chunk)
     # The peak is the largest of three: the backward pass of the loss, of the output layer, or of a
     # transformer layer, when part of it is recomputed and the logits are freed.
-    more = max(0, recomputed + _layer_buffers(config, layout, has_output) - logits - output)
+    layer = _layer_buffers(config, layout, has_output)
+    layer += _context_buffers(config, layout, fused_kernels)
+    more = max(0, recomputed + layer - logits - output)
     recomputed = min(more, recomputed)
     return RankMemory(
         weights=parameters * e,
@@ -142,10 +144,26 @@ def gathers_keys(config: Config, fused_kernels: bool = True) -> bool:
 def _gathered_keys(config: Config, layout: ParallelLayout, n: int, fused_kernels: bool) -> int:
     """Keys and values of whole sequences, kept for the backward pass."""
     recomputed = config.parallel.recompute_granularity == "selective"
-    if layout.cp == 1 or recomputed or not gathers_keys(config, fused_kernels):
+    return 0 if recomputed else _whole_keys(config, layout, n, fused_kernels)
+
+
+def _whole_keys(config: Config, layout: ParallelLayout, n: int, fused_kernels: bool) -> int:
+    if layout.cp == 1 or not gathers_keys(config, fused_kernels):
         return 0
     groups = config.model.query_groups * config.model.head_dim
     return 2 * layout.cp * n * groups * element_size(config) // layout.tp
+
+
+def _context_buffers(config: Config, layout: ParallelLayout, fused_kernels: bool) -> int:
+    """Temporary keys and values of whole sequences in the backward pass of the attention.
+
+    Their gradients, which replace activations that are freed by then; with recomputation those of
+    one chunk as well; selective recomputation also gathers and reorders keys and values again. The
+    numbers are those measured in ``tests/estimate/test_memory.py``.
+    """
+    granularity = config.parallel.recompute_granularity
+    copies = {None: 1, "full": 2, "selective": 4}[granularity]
+    return copies * _whole_keys(config, layout, _tokens(config, layout), fused_kernels)
 
 
 def _scores(config: Config, layout: ParallelLayout, n: int, fused_kernels: bool) -> int:

@@ -28,6 +28,8 @@ MASKED = {
     "reset_attention_mask": True, "num_layers": 1, "hidden_size": 32, "ffn_hidden_size": 64,
 }  # fmt: skip
 """Half of the memory is the mask of documents."""
+WIDE = {**MASKED, "num_layers": 2, "vocab_size": 100, "kv_channels": 128, "num_query_groups": 4}
+"""Keys and values are the largest tensors."""
 ALONE: list[tuple[str, dict[str, Any]]] = [
     ("laptop-llama", {}),
     ("laptop-gpt2", {}),
@@ -59,6 +61,9 @@ IN_PAIRS: list[tuple[str, dict[str, Any]]] = [
     ("laptop-gpt2", {**PP, **FULL, "global_batch_size": 32, "vocab_size": 500}),
     ("laptop-gpt-neox", {**PP, "global_batch_size": 32, "recompute_granularity": "selective"}),
     ("laptop-llama", {**CP, **MASKED}),
+    ("laptop-llama", {**CP, **WIDE}),
+    ("laptop-llama", {**CP, **WIDE, "recompute_granularity": "selective"}),
+    ("laptop-llama", {**CP, **WIDE, **FULL}),
 ]
 
 
