@@ -123,7 +123,7 @@ def train_theirs(name: str, model: Any, batches: torch.Tensor) -> tuple[list[flo
             balancing.append(found.aux_loss.item() / 3)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return losses, balancing
 
 
