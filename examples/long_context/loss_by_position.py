@@ -62,7 +62,10 @@ def token_losses(logits: Any, tokens: Any) -> Any:
     """Return the loss of each token but the first."""
     import torch
 
-    return torch.nn.functional.cross_entropy(logits.double(), tokens[1:], reduction="none")
+    parts = zip(logits.split(512), tokens[1:].split(512), strict=True)  # less memory in double
+    return torch.cat(
+        [torch.nn.functional.cross_entropy(x.double(), y, reduction="none") for x, y in parts]
+    )
 
 
 def hugging_face_losses(model: str, documents: list[Any]) -> Any:

@@ -10,6 +10,7 @@ SCALING=${SCALING:---position-embedding-type yarn --yarn-rotary-scaling-factor 8
 ITERATIONS=${ITERATIONS:-60}
 TRAINING=${TRAINING:---micro-batch-size 1 --global-batch-size 8 --lr 1e-3 --min-lr 1e-4 --device cpu}
 LAYOUT=${LAYOUT:---nproc-per-node 2 --context-parallel-size 2}
+VERIFY_LENGTH=${VERIFY_LENGTH:-$LENGTH}
 SAMPLES=${SAMPLES:-8} # documents on which the losses by position are computed
 
 begin long_context_output "$@"
@@ -38,9 +39,9 @@ run pretrain_gpt --load "$OUTPUT/start" --finetune --seq-length "$LENGTH" \
     --lr-warmup-fraction 0.1 --data-path 1 "$OUTPUT/data/fold00/long_text_document" --split 100,0,0 \
     --save "$OUTPUT/checkpoints" | tee "$OUTPUT/training.log"
 
-step "Convert to Hugging Face, and compare the logits of sequences of $LENGTH tokens"
+step "Convert to Hugging Face, and compare the logits of $VERIFY_LENGTH tokens"
 run convert_checkpoint --from native --to hf --input "$OUTPUT/checkpoints" --output "$OUTPUT/model" \
-    --verify --verify-length "$LENGTH"
+    --verify --verify-length "$VERIFY_LENGTH"
 
 step "Losses by position before and after, with transformers and with the checkpoint itself"
 run python "$EXAMPLES/long_context/loss_by_position.py" \

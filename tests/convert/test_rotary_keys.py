@@ -142,7 +142,8 @@ def test_yarn(tmp_path, convert, more):
     words = ("--verify", "--verify-length", 160, "--tolerance", 1e-5, "--input")
     text = convert("--to", "native", *words, tmp_path / "hf", "--output", tmp_path / "n")
     assert "1 x 160 tokens" in text and "all positions are below" not in text
-    convert("--to", "hf", *words, tmp_path / "n", "--output", tmp_path / "back")
+    text = convert("--to", "hf", *words, tmp_path / "n", "--output", tmp_path / "back")
+    assert ("transformers 4.51 to 4.55 scale by" in text) == ("factor" in more)  # 2.5 x 40 != 160
     back = json.loads((tmp_path / "back" / "config.json").read_text())
     assert back["rope_parameters"] == {**YARN, **more}
     assert back["rope_scaling"]["type"] == back["rope_scaling"]["rope_type"] == "yarn"

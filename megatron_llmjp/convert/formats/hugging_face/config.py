@@ -310,6 +310,19 @@ def rope_keys(model: ModelConfig, legacy: str = "rope_theta", **more: Any) -> di
     }
 
 
+def rope_warnings(model: ModelConfig) -> list[str]:
+    """Return warnings on rotary settings that some versions of transformers read otherwise."""
+    original, factor = model.yarn_original_max_position_embeddings, model.yarn_rotary_scaling_factor
+    longest = model.max_position_embeddings
+    if model.position_embedding_type != "yarn" or longest in (None, factor * original):
+        return []
+    return [
+        f"max_position_embeddings {longest} is not yarn_rotary_scaling_factor {factor:g} x "
+        f"yarn_original_max_position_embeddings {original}: transformers 4.51 to 4.55 scale by "
+        "their ratio instead of the factor; 4.56 and newer by the factor"
+    ]
+
+
 def rope_requirements(model: ModelConfig) -> dict[str, bool]:
     """Return requirements on rotary embeddings (see ``HuggingFaceArchitecture``)."""
     both = model.use_rope_scaling and model.rotary_seq_len_interpolation_factor is not None

@@ -23,7 +23,11 @@ from megatron_llmjp.convert.formats.hugging_face.architectures.registry import (
     architecture_for,
     find_architecture,
 )
-from megatron_llmjp.convert.formats.hugging_face.config import json_bytes, read_json
+from megatron_llmjp.convert.formats.hugging_face.config import (
+    json_bytes,
+    read_json,
+    rope_warnings,
+)
 from megatron_llmjp.convert.formats.hugging_face.reference_model import (
     CONFIG,
     TORCH_NAMES,
@@ -106,7 +110,9 @@ def plan_hugging_face(source: SourceCheckpoint, options: ConversionOptions) -> O
         UserError: no Hugging Face architecture supports the model, or it differs from ``--like``.
     """
     reference = None if options.like is None else open_reference(options.like)
-    warnings = [] if reference is None else compare_model(reference, source)
+    warnings = rope_warnings(source.model)
+    if reference is not None:
+        warnings += compare_model(reference, source)
     architecture = architecture_for(source.model) if reference is None else reference.architecture
     rows = _vocabulary_rows(source, options, reference)
     form = options if reference is None else reference.export_options(options)
