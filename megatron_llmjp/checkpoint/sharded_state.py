@@ -46,6 +46,8 @@ DISTRIBUTED, PLAIN = "optimizer.state.param.", "optimizer.state.fp32_param."
 """Key prefixes of the fp32 main weights, with and without the distributed optimizer."""
 _SHARDING = "param_state_sharding_type"
 _HALF = (torch.bfloat16, torch.float16)
+_GROUP_KEYS, _EXPERTS = ("wd_mult", "lr_mult", "is_decoupled_lr"), "is_expert_parallel"
+"""Keys of megatron-core's parameter groups that identify them."""
 
 
 def get_random_state() -> dict[str, Any]:
@@ -112,34 +114,73 @@ def redirect_optimizer_keys(optimizer: Any, stored: Mapping[str, Any]) -> None:
 
 
 def restore_param_groups(
-    loaded: dict[str, Any], requested: Any, common: Any, current: list[dict[str, Any]]
-) -> None:
-    """Move the options of the parameter groups to where this kind of optimizer expects them.
+    loaded: dict[Any, Any], requested: Any, common: Any, optimizer: Any
+) -> Any:
+    """Return the loaded state with the options of the parameter groups where they are expected.
+
+    With expert parallelism there are two optimizers, of the experts and of all other parameters,
+    whose states are numbered. The checkpoint's may have been divided otherwise.
 
     Args:
         loaded: loaded state of the optimizer; changed in place.
         requested: sharded state that was requested, which identifies the kind of optimizer.
         common: the optimizer's entry in the checkpoint's ``common.pt``.
-        current: the optimizer's parameter groups. Their options complete those of the checkpoint:
-            Transformer Engine's Adam has ``bias_correction``, and ``step`` after its first step.
+        optimizer: megatron-core's optimizer. The options of its groups complete those of the
+            checkpoint: Transformer Engine's Adam has ``bias_correction``, and ``step`` after its
+            first step.
     """
-    saved = (
-        common["param_groups"] if "param_groups" in common else common["optimizer"]["param_groups"]
+    states = [common[key] for key in sorted(common)] if 0 in common else [common]
+    saved = [group for state in states for group in _groups(state)]
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    if len(parts) == 1:
+        loaded = {key: value for key, value in loaded.items() if isinstance(key, str)}
+        _restore_groups(loaded, requested, saved, parts[0].param_groups)
+        return loaded
+    numbered = {number: loaded.get(number, {}) for number in range(len(parts))}
+    for number, part in enumerate(parts):
+        _restore_groups(numbered[number], requested[number], saved, part.param_groups)
+    return numbered
+
+
+def _groups(state: Any) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = (
+        state["param_groups"] if "param_groups" in state else state["optimizer"]["param_groups"]
     )
-    saved = [
-        {k: v for k, v in {**own, **group}.items() if k != "params"}
-        for own, group in zip(current, saved, strict=True)
+    return found
+
+
+def _restore_groups(
+    loaded: dict[str, Any],
+    requested: Any,
+    saved: list[dict[str, Any]],
+    current: list[dict[str, Any]],
+) -> None:
+    """Move the options of the parameter groups of one optimizer; see above."""
+    groups = [
+        {k: v for k, v in {**own, **_same_group(own, saved)}.items() if k != "params"}
+        for own in current
     ]
-    is_distributed = _SHARDING in requested
-    if is_distributed:
+    if _SHARDING in requested:
         loaded[_SHARDING] = "fully_reshardable"
-        loaded.setdefault("optimizer", {})["param_groups"] = saved
+        loaded.setdefault("optimizer", {})["param_groups"] = groups
         return
     state = loaded["optimizer"] if "fp32_from_fp16_params" in requested else loaded
     params = [group["params"] for group in state["param_groups"]]
     state["param_groups"] = [
-        {**group, "params": own} for group, own in zip(saved, params, strict=True)
+        {**group, "params": own} for group, own in zip(groups, params, strict=True)
     ]
+
+
+def _same_group(own: dict[str, Any], saved: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the options of the saved group with the same weight decay, without its identity.
+
+    Groups of experts exist with expert parallelism only; without it, experts are in the others.
+    """
+    kind = [key for key in _GROUP_KEYS if key in own]
+    same = [group for group in saved if all(group.get(key) == own[key] for key in kind)]
+    exact = [group for group in same if group.get(_EXPERTS) == own.get(_EXPERTS)]
+    (found, *_) = (*exact, *same, *saved)
+    return {key: value for key, value in found.items() if key not in (*kind, _EXPERTS)}
 
 
 @dataclass(frozen=True)
@@ -187,11 +228,11 @@ def load_checkpoint(
     if state.optimizer is None:
         return {}
     common = load_common_state_dict(str(folder))["optimizer"]
-    restore_param_groups(
-        loaded["optimizer"], sharded["optimizer"], common, state.optimizer.param_groups
+    restored = restore_param_groups(
+        loaded["optimizer"], sharded["optimizer"], common, state.optimizer
     )
     with torch.no_grad():
-        state.optimizer.load_state_dict(loaded["optimizer"])
+        state.optimizer.load_state_dict(restored)
     state.scheduler.load_state_dict(loaded["opt_param_scheduler"])
     if "rng_state" in loaded:
         set_random_state(loaded["rng_state"])

@@ -151,6 +151,12 @@ def expert_layout_problems(config: Config, world_size: int) -> Iterator[str]:
             f"expert_tensor_parallel_size {etp} x pipeline_model_parallel_size {pp} = "
             f"{ep * etp * pp}: the ranks of a pipeline stage are divided among the experts"
         )
+    if etp != tp and ep == 1:
+        yield (
+            f"expert_tensor_parallel_size {etp} differs from tensor_model_parallel_size {tp}: "
+            "without expert parallelism megatron-core does not sum the experts' gradients over "
+            "the tensor parallel ranks; set expert_model_parallel_size, or equal sizes"
+        )
     if tp > 1 and not parallel.sequence_parallel:
         yield (
             "experts with tensor_model_parallel_size above 1 require sequence_parallel in "

@@ -140,6 +140,41 @@ def _v4(preset: str, layers: int, hidden: int, ffn: int, heads: int, tp: int, mb
     )
 
 
+V4_EXPERTS = Script(
+    "llm-jp-4-32b-a3b",
+    f"""
+    --num-layers 32 --hidden-size 2560 --moe-ffn-hidden-size 960 --ffn-hidden-size 960
+    --num-attention-heads 40 --group-query-attention --num-query-groups 4 --kv-channels 128
+    --seq-length 4096 --max-position-embeddings 4096 --position-embedding-type rope
+    --rotary-base 500000 --untie-embeddings-and-output-weights --swiglu --normalization RMSNorm
+    --norm-epsilon 1e-6 --disable-bias-linear --qk-layernorm
+    --tokenizer-type Llama2Tokenizer --tokenizer-model tokenizer.model
+    --optimizer adam --lr 4e-4 --min-lr 4e-5 --adam-beta1 0.9 --adam-beta2 0.95
+    --adam-eps 1e-8 --clip-grad 1.0 --weight-decay 0.1 --init-method-std 0.006
+    --attention-dropout 0.0 --hidden-dropout 0.0 --manual-gc --manual-gc-interval 10
+    --moe-aux-loss-coeff 1e-2 --moe-grouped-gemm --moe-permute-fusion --moe-router-dtype fp32
+    --moe-router-load-balancing-type aux_loss --moe-router-topk 8
+    --moe-token-dispatcher-type alltoall --moe-z-loss-coeff 1e-3 --num-experts 128
+    --train-iters 12000000 --lr-warmup-iters 2000 --lr-decay-iters 12000000
+    --lr-decay-style WSD --lr-wsd-decay-style linear --lr-wsd-decay-iters 1
+    --eval-interval 999999999 --eval-iters 0 --micro-batch-size 2 --global-batch-size 1024
+    --context-parallel-size 1 --expert-model-parallel-size 4 --pipeline-model-parallel-size 1
+    --sequence-parallel --tensor-model-parallel-size 1 --use-distributed-optimizer
+    --distributed-backend nccl --distributed-timeout-minutes 120 --use-mpi
+    --data-path {BLEND} --data-cache-path cache --split 1,0,0 --bf16 --use-mcore-models
+    --no-masked-softmax-fusion --use-flash-attn --overlap-grad-reduce --overlap-param-gather
+    --attention-softmax-in-fp32 --transformer-impl transformer_engine
+    --attention-backend flash --accumulate-allreduce-grads-in-fp32
+    --cross-entropy-fusion-impl native --cross-entropy-loss-fusion
+    --log-interval 1 --log-throughput --moe-per-layer-logging --wandb-entity llm-jp
+    --wandb-project project --wandb-exp-name name
+    --load base --save checkpoints --save-interval 1000 --async-save
+    --ckpt-format torch_dist
+    """,
+    ("PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True",),
+)
+
+
 V2 = Script(
     "llm-jp-13b-v2.0",
     f"""
@@ -184,5 +219,6 @@ SCRIPTS = [
         "--group-query-attention --num-query-groups 16 --distributed-timeout-minutes 15",
     ),
     _v4("llm-jp-4-8b", 32, 4096, 14336, 32, tp=1, mbs=1, lr=3),
+    V4_EXPERTS,
     _v4("llm-jp-4-32b", 64, 5120, 27648, 40, tp=4, mbs=2, lr=2),
 ]

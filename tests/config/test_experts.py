@@ -38,6 +38,7 @@ INVALID = {
     "--expert-model-parallel-size 3": "num_moe_experts 8 is not divisible by expert_model_",
     "--expert-model-parallel-size 8 --pipeline-model-parallel-size 2": "x pipeline_model_parallel_"
     "size 2 = 16: the ranks of a pipeline stage",
+    "--tensor-model-parallel-size 2 --expert-tensor-parallel-size 1": "does not sum the experts'",
     "--tensor-model-parallel-size 2 --no-sequence-parallel": "require sequence_parallel",
     "--expert-tensor-parallel-size 2 --moe-ffn-hidden-size 255": "255 is not divisible by expert_",
     "--tensor-model-parallel-size 2 --moe-shared-expert-intermediate-size 255": "255 is not divis",

@@ -57,7 +57,8 @@ def test_published_scripts_equal_their_presets(script):
     command = parse(script.argv)
     config, notes = command.config, command.notes
     assert (command.mode, command.processes) == (Mode.TRAIN, None)
-    check_config(config, 2 * config.parallel.model_parallel_size)
+    parallel = config.parallel
+    check_config(config, 2 * parallel.model_parallel_size * parallel.expert_model_parallel_size)
     if config.optimizer.lr_decay_iters is None and config.optimizer.lr_decay_tokens is None:
         config = replace_fields(config, lr_decay_iters=config.training.train_iters)
     found = config_differences(preset(script.preset), config)

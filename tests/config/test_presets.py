@@ -8,6 +8,7 @@ import pytest
 
 from megatron_llmjp import cli
 from megatron_llmjp.config import flags, loading
+from megatron_llmjp.config.parameter_counts import count_parameters
 from tools.preset_table import PAGE, preset_table, with_table
 
 NAME = "added-model-7b"
@@ -82,3 +83,11 @@ def test_an_added_preset_appears_everywhere(added, capsys, monkeypatch):
     assert "64 H100" in printed
     assert cli.main(["--config", "added-model", "--dry-run"]) == 2
     assert NAME in capsys.readouterr().err
+
+
+def test_the_experts_of_llm_jp_4_have_the_published_sizes():
+    """32B parameters in all, 3.8B of which a token uses, as the published script is named."""
+    config = flags.parse(["--config", "llm-jp-4-32b-a3b"]).config
+    counts = count_parameters(config)
+    assert round(counts.total / 1e9) == 32
+    assert round(counts.active / 1e9, 1) == 3.8

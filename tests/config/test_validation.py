@@ -503,7 +503,7 @@ def test_presets_are_valid_and_their_warnings_known(name):
     layers = ConfigLayers()
     read_config(name, layers)
     config = build_config(layers)
-    world = config.parallel.model_parallel_size * 2
+    world = config.parallel.model_parallel_size * config.parallel.expert_model_parallel_size * 2
     check_config(config, world)
     for warning in config_warnings(config, RunSize(world, 100, 100, 1)):
         # As published: v1.0 in fp16, v4 with a timeout of two hours to build its sample indices.

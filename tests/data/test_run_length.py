@@ -158,7 +158,7 @@ def test_resolved_presets_read_back(tmp_path, name):
     config = replace_fields(
         config, lr_decay_iters=None, lr_decay_tokens=None, lr_decay_samples=None
     )
-    size = config.parallel.model_parallel_size
+    size = config.parallel.model_parallel_size * config.parallel.expert_model_parallel_size
     run = resolve_run(config, size)
     stored = tmp_path / "config.yaml"
     stored.write_text(dump_config(run.config))

@@ -105,7 +105,7 @@ LAYOUTS = {
     "gpt2-eight": ((0, 8), (*TP2, *PP2, *VP2, *SP, *DISTRIBUTED, *OVERLAP)),
     "neox-eight": ((0, 8), (*TP2, *PP2, *SP, *SELECTIVE)),
     "experts-ep2": ((0, 2), EP2),  # gradients of experts averaged over all ranks
-    "experts-tp2-etp1": ((2, 4), (*TP2, *SP, *ETP1, *DISTRIBUTED)),
+    "experts-tp2": ((2, 4), (*TP2, *SP, *DISTRIBUTED)),
     "experts-ep4": ((4, 8), (*EP4, *ALL_TO_ALL, *DISTRIBUTED, *OVERLAP, *UNIFORM)),
     "shared-cp2-ep2": ((0, 4), (*CP2, *EP2, *ALL_TO_ALL, *DISTRIBUTED)),
     "shared-tp2-ep2": ((4, 8), (*TP2, *SP, *EP2)),  # biases updated by the tokens of all ranks

@@ -130,6 +130,8 @@ def _architectures() -> dict[str, Config]:
     known: dict[str, str] = {}
     for preset in preset_names():
         config = _shrunk(preset)
+        if config.model.has_experts:  # the machine has no streams, on which their counts are copied
+            continue
         model = {k: v for k, v in config.model.model_dump().items() if k not in _IGNORED}
         has_z_loss = config.training.z_loss_strength > 0.0
         known.setdefault(repr((sorted(model.items()), has_z_loss)), preset)
