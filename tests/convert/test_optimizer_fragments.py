@@ -242,7 +242,7 @@ def flattened(
     """Write an entry as pieces ``[layers, grid..., elements]`` to another file."""
     stacked = "layers." in key
     layers = [
-        entry.tensor_read(i if stacked else None) for i in range(entry.shape[0] if stacked else 1)
+        entry.tensor_read((i,) if stacked else ()) for i in range(entry.shape[0] if stacked else 1)
     ]
     wholes = [layer.read(key) for layer in layers]
     shape = wholes[0].shape

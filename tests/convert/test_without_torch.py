@@ -72,8 +72,8 @@ def test_metadata_is_that_of_torch(tmp_path):
     """Byte for byte, up to the version of torch that the tests use."""
     writer = TorchDistWriter(10_000, ".")
     writer.add_tensor("a", (3, 4), DType.bfloat16)
-    writer.add_tensor("a.b", (5,), DType.float32, (0, 2))
-    writer.add_tensor("a.b", (5,), DType.float32, (1, 2))
+    writer.add_tensor("a.b", (5,), DType.float32, ((0, 2),))
+    writer.add_tensor("a.b", (5,), DType.float32, ((1, 2),))
     writer.add_object("c/shard_0_1", [None])
     writer.mcore_data = {"a": {"nd_reformulated_orig_global_shape": (3, 4)}}
     for file in writer.files:
