@@ -75,7 +75,9 @@ def hugging_face_losses(model: str, documents: list[Any]) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    loaded = AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float32, trust_remote_code=False
+    ).eval()
     with torch.no_grad():
         found = [token_losses(loaded(tokens[None, :-1]).logits[0], tokens) for tokens in documents]
     return torch.stack(found)

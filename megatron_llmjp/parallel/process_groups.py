@@ -29,6 +29,7 @@ from megatron_llmjp.filesystem import no_heartbeat
 from megatron_llmjp.parallel.device import Device
 from megatron_llmjp.parallel.ranks import Ranks
 from megatron_llmjp.parallel.rendezvous import UNLIMITED, rendezvous
+from megatron_llmjp.patches.gloo_threads import use_one_gloo_thread
 from megatron_llmjp.patches.lazy_subgroups import without_communicator_splits
 
 
@@ -78,6 +79,7 @@ def initialize(config: Config, ranks: Ranks, device: Device, store: Any = None) 
     an NCCL failure is reported before the model is built and barriers use that GPU. Those of the
     subgroups are created at their first use, as in Megatron-LM.
     """
+    use_one_gloo_thread()
     dist.init_process_group(
         device.backend,
         store=dist.PrefixStore("groups", store if store is not None else rendezvous(ranks)),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -73,22 +75,22 @@ class ExpertMonitor:
         sums = self._sums.clone()
         self._sums.zero_()
         dist.all_reduce(sums)
-        return self._statistics(sums.cpu())
+        return self._statistics(np.array(sums.tolist()))
 
-    def _statistics(self, sums: Tensor) -> ExpertStats:
+    def _statistics(self, sums: npt.NDArray[np.float64]) -> ExpertStats:
         model = self._model
-        rows = sums[torch.tensor(model.expert_layers)]
-        calls = rows[:, _CALLS].clamp(min=1)
+        rows = sums[np.array(model.expert_layers)]
+        calls = np.maximum(rows[:, _CALLS], 1)
         parts = parallel_state.get_tensor_model_parallel_world_size()
         parts *= parallel_state.get_context_parallel_world_size()
         balancing = (rows[:, 0] + rows[:, 1]) * parts / calls
         tokens = rows[:, _FIRST_EXPERT:]
-        load = tokens.max(dim=1).values / tokens.mean(dim=1).clamp(min=1)
+        load = tokens.max(axis=1) / np.maximum(tokens.mean(axis=1), 1)
         numbers = [i for i, has_experts in enumerate(model.expert_layers, 1) if has_experts]
-        dropped = 1 - float(tokens.sum() / rows[:, _CHOICES].sum().clamp(min=1))
+        dropped = 1 - float(tokens.sum() / max(rows[:, _CHOICES].sum(), 1))
         return ExpertStats(
             load_balancing_loss=float(balancing.mean()) if model.moe_aux_loss_coeff else None,
             router_z_loss=float((rows[:, 2] / calls).mean()) if model.moe_z_loss_coeff else None,
-            load=dict(zip(numbers, load.tolist(), strict=True)),
+            load=dict(zip(numbers, map(float, load), strict=True)),
             dropped=dropped if model.moe_expert_capacity_factor is not None else None,
         )

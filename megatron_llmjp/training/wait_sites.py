@@ -32,6 +32,7 @@ GPU_WAITS: dict[str, tuple[str, ...]] = {
     "torch/cuda/__init__.py": ("synchronize",),
     "torch/cuda/streams.py": ("synchronize",),
     "megatron/core/optimizer/clip_grads.py": ("get_grad_norm_fp32",),
+    "megatron_llmjp/training/expert_monitor.py": ("take",),
     "megatron_llmjp/training/metrics.py": ("state_dict",),
     "megatron_llmjp/training/train_step.py": ("is_finite_on_all_ranks", "means_over_ranks"),
     "megatron_llmjp/training/trainer.py": ("_log", "_step"),

@@ -11,6 +11,7 @@ import json
 import pickle
 import subprocess
 import sys
+from datetime import timedelta
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -241,6 +242,41 @@ def test_lazy_subgroups():
     found = run_ranks(split_sources, 1)[0]
     assert found["patched"] == [False, False] and found["kept"] == [True]
     assert found["unpatched"] == [True, True], needless("lazy_subgroups")
+
+
+def gloo_threads() -> dict[str, int]:
+    """Worker threads of gloo groups, and the sum of two gathers that are under way together."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron_llmjp.patches.gloo_threads import use_one_gloo_thread
+
+    def threads(group: Any) -> int:
+        return group._get_backend(torch.device("cpu")).options._threads
+
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    found = {"unpatched": threads(dist.group.WORLD)}
+    use_one_gloo_thread()
+    found["patched"] = threads(dist.new_group(backend="gloo", timeout=timedelta(seconds=50)))
+    found["default"] = dist.ProcessGroupGloo(store, 0, 1).options._timeout.total_seconds()
+    group = dist.new_group(backend="gloo")
+    gathered = [torch.zeros(2), torch.zeros(2)]
+    works = []
+    for value, output in enumerate(gathered, 1):
+        with dist._coalescing_manager(group, async_ops=True) as work:
+            dist.all_gather_into_tensor(output, torch.full((2,), float(value)), group=group)
+        works.append(work)
+    for work in works:
+        work.wait()
+    found["sum"] = int(sum(gathered).sum())
+    return found
+
+
+def test_gloo_threads():
+    found = run_ranks(gloo_threads, 1)[0]
+    assert found["patched"] == 1 and found["sum"] == 6 and found["default"] == 1800
+    assert found["unpatched"] > 1, needless("gloo_threads")
 
 
 def rope_source() -> str:
