@@ -31,8 +31,9 @@ _DEFAULT_TIMEOUT = timedelta(minutes=30)
 def use_one_gloo_thread() -> None:
     """Create further gloo groups with one worker thread. Calling it again does nothing."""
     if not _REPLACED:
-        _REPLACED.append(dist.ProcessGroupGloo.__init__)
-        dist.ProcessGroupGloo.__init__ = _initialize  # type: ignore[method-assign]
+        group: Any = dist.ProcessGroupGloo
+        _REPLACED.append(group.__init__)
+        group.__init__ = _initialize
 
 
 def _initialize(
@@ -46,7 +47,8 @@ def _initialize(
     if isinstance(options, timedelta):  # the fourth argument of the other constructor
         options, timeout = None, options
     if options is None:
-        options = dist.ProcessGroupGloo._Options()
+        group: Any = dist.ProcessGroupGloo
+        options = group._Options()
         options._timeout = timeout
         options._devices = _devices()
     options._threads = 1
