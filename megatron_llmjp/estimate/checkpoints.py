@@ -15,8 +15,8 @@ from megatron_llmjp.checkpoint.retention import (
 from megatron_llmjp.config.parameter_counts import count_parameters
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.batch_size import BatchSizeSchedule
+from megatron_llmjp.estimate.flops import element_size
 from megatron_llmjp.estimate.layout import ParallelLayout
-from megatron_llmjp.estimate.memory import element_size
 
 
 @dataclass(frozen=True)

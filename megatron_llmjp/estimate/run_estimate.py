@@ -14,7 +14,7 @@ from megatron_llmjp.estimate.communication import CommunicationVolume
 from megatron_llmjp.estimate.failure_report import FailureForecast, forecast_failures
 from megatron_llmjp.estimate.failures import ObservedJobs
 from megatron_llmjp.estimate.flops import step_flops
-from megatron_llmjp.estimate.layout import ParallelLayout, make_layout, refuse_experts
+from megatron_llmjp.estimate.layout import ParallelLayout, make_layout
 from megatron_llmjp.estimate.memory import RankMemory, rank_memory
 from megatron_llmjp.estimate.speed.fitted_step_time import ACCURACY, CORRECTED_ACCURACY
 from megatron_llmjp.estimate.speed.measured_runs import ComparedRun, correction
@@ -78,14 +78,22 @@ class RunEstimate:
 
     @property
     def error_range(self) -> tuple[float, float]:
-        """Factors of the step time between which 80 % of published runs are; 1 at a given MFU."""
-        if self.step_time is None:
+        """Factors of the step time between which 80 % of published runs are.
+
+        1 at a given MFU, and with experts: no published run of them was compared.
+        """
+        if self.accuracy is None:
             return 1.0, 1.0
         return self.accuracy.low, self.accuracy.high
 
     @property
-    def accuracy(self) -> ModelAccuracy:
-        """Errors of the step-time model on published runs, as this estimate uses it."""
+    def accuracy(self) -> ModelAccuracy | None:
+        """Errors of the step-time model on published runs, as this estimate uses it.
+
+        None at a given MFU, and with experts.
+        """
+        if self.step_time is None or self.config.model.has_experts:
+            return None
         return CORRECTED_ACCURACY if self.measured_runs else ACCURACY
 
     @property
@@ -121,9 +129,8 @@ def estimate_run(
         measured_runs: runs on the same machine that correct the predicted step time.
 
     Raises:
-        UserError: the layout is impossible, the GPU is unknown, or the model has experts.
+        UserError: the layout is impossible, or the GPU is unknown.
     """
-    refuse_experts(config)
     gpu = resolve_gpu(config, machine)
     layout = make_layout(config, machine.world_size)
     load = run_load(config, layout, Software())

@@ -14,7 +14,6 @@ from megatron_llmjp.config.machine_flags import PlannedMachine
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.config.validation import check_config
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.estimate.layout import refuse_experts
 from megatron_llmjp.estimate.run_estimate import RunEstimate, estimate_run
 from megatron_llmjp.estimate.search.layout_candidates import candidates, layout_key, variants
 from megatron_llmjp.estimate.speed.measured_runs import ComparedRun
@@ -54,11 +53,7 @@ def search_layouts(
         machine: its GPUs.
         measured_runs: runs on the same machine that correct the predicted step times.
         beyond_node: whether to try only tensor-parallel groups that are larger than a node.
-
-    Raises:
-        UserError: the model has experts.
     """
-    refuse_experts(config)
     own = layout_key(config)
     # The padded vocabulary size depends on the tensor-parallel size.
     config = replace_fields(config, padded_vocab_size=None)
