@@ -67,17 +67,20 @@ def communication_volume(
     words = config.padded_vocab_size // t * model.hidden_size
     copies, expert_copies = layout.copies, layout.expert_copies
     distributed = config.parallel.use_distributed_optimizer
+    # With EP dense parameters and experts have an optimizer each, which gathers all parameters
+    # unless that overlaps with the next forward pass (megatron-core 0.16.1).
+    gathers = 2 if experts and layout.ep > 1 and not config.parallel.overlap_param_gather else 1
     reduced, reduced_experts = _ring(4 * parameters, copies), _ring(4 * experts, expert_copies)
     return CommunicationVolume(
         tensor=layout.micro_batches * _tensor_units(config, layout, stage) * _ring(activation, t),
         pipeline=layout.micro_batches * _crossings(layout, stage) * activation // parts,
         gradients=reduced if distributed else 2 * reduced,
-        parameters=_ring(e * parameters, copies) if distributed else 0,
+        parameters=gathers * _ring(e * parameters, copies) if distributed else 0,
         embedding=2 * _ring(4 * words, 2) if tied and ends else 0,
         context=layout.micro_batches * _context(config, layout, stage, fused_kernels),
         experts=experts_traffic_per_step(config, layout, chunks),
         expert_gradients=reduced_experts if distributed else 2 * reduced_experts,
-        expert_parameters=_ring(e * experts, expert_copies) if distributed else 0,
+        expert_parameters=gathers * _ring(e * experts, expert_copies) if distributed else 0,
     )
 
 

@@ -10,7 +10,6 @@ from megatron_llmjp.estimate.checkpoints import (
     CheckpointCounts,
     checkpoint_bytes,
     count_checkpoints,
-    rank_save_bytes,
 )
 from megatron_llmjp.estimate.communication import CommunicationVolume
 from megatron_llmjp.estimate.expert_report import UNMEASURED, format_experts
@@ -209,7 +208,7 @@ def _count_checkpoints(estimate: RunEstimate) -> CheckpointCounts:
 
 def _saved_by_rank(estimate: RunEstimate) -> str:
     config, layout, per_node = estimate.config, estimate.layout, estimate.gpu.per_node
-    size = rank_save_bytes(config, layout, max(estimate.parameters))
+    size = estimate.saved_bytes
     if not config.checkpoint.async_save:
         return f"{format_bytes(size)}, through page-locked buffers of its two largest tensors"
     node = format_bytes(size * min(per_node, layout.world_size))

@@ -106,8 +106,9 @@ def _router(config: Config, load: ExpertLoad) -> int:
 def expert_buffers(config: Config, layout: ParallelLayout, parts: int) -> int:
     """Temporary tensors of the backward pass of experts.
 
-    The gradient of the layer's output, that of the experts' output before and after a permutation,
-    and that of their widest activation.
+    The gradient of the layer's output, and that of the experts' output, with ``alltoall`` before
+    and after a permutation.
     """
     load, e, h = expert_load(config, layout), element_size(config), config.model.hidden_size
-    return e * (parts * load.tokens * h + load.rows * (2 * h + load.width))
+    copies = 2 if config.parallel.moe_token_dispatcher_type == "alltoall" else 1
+    return e * h * (parts * load.tokens + copies * load.rows)

@@ -9,7 +9,7 @@ from megatron_llmjp.config.machine_flags import PlannedMachine
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.batch_size import BatchSizeSchedule, last_iteration
 from megatron_llmjp.data.lr_schedule import length_in_iterations
-from megatron_llmjp.estimate.checkpoints import checkpoint_bytes, rank_save_bytes
+from megatron_llmjp.estimate.checkpoints import checkpoint_bytes, largest_save
 from megatron_llmjp.estimate.communication import CommunicationVolume
 from megatron_llmjp.estimate.failure_report import FailureForecast, forecast_failures
 from megatron_llmjp.estimate.failures import ObservedJobs
@@ -69,6 +69,11 @@ class RunEstimate:
             return None
         batches = self.length.samples / self.config.training.global_batch_size
         return batches * self.step_seconds
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes that a rank of the largest stage writes in a save."""
+        return largest_save(self.config, self.layout, self.parameters)
 
     @property
     def mfu(self) -> float:
@@ -137,7 +142,7 @@ def estimate_run(
     parameters = tuple(stage.parameters for stage in load.stages)
     is_async = config.checkpoint.async_save
     seconds, terms = _step_seconds(load, machine, gpu, measured_runs)
-    copied = rank_save_bytes(config, layout, max(parameters)) if is_async else None
+    saved = largest_save(config, layout, parameters)
     return RunEstimate(
         config=config,
         gpu=gpu,
@@ -146,7 +151,9 @@ def estimate_run(
         communication=tuple(stage.sent for stage in load.stages),
         parameters=parameters,
         step_seconds=seconds,
-        failures=forecast_failures(machine, checkpoint_bytes(config), copied, observed),
+        failures=forecast_failures(
+            machine, checkpoint_bytes(config), saved if is_async else None, observed
+        ),
         step_time=terms,
         measured_runs=tuple(measured_runs),
         length=length,
