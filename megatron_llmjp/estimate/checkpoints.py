@@ -60,10 +60,11 @@ def largest_save(config: Config, layout: ParallelLayout, parameters: Sequence[in
         layout: its parallel layout.
         parameters: number of parameters of a rank of each stage.
     """
-    return max(
-        rank_save_bytes(config, layout, number, rank_expert_parameters(config, layout, chunks))
+    stages = {
+        (number, rank_expert_parameters(config, layout, chunks))
         for number, chunks in zip(parameters, layout.stages, strict=True)
-    )
+    }
+    return max(rank_save_bytes(config, layout, *stage) for stage in stages)
 
 
 def _saved_bytes_per_parameter(config: Config) -> int:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import astuple, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_llmjp.config.loading import replace_fields
 from megatron_llmjp.config.machine_flags import PlannedMachine
+from megatron_llmjp.config.validation import check_config
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.estimate.communication import communication_volume
 from megatron_llmjp.estimate.estimate_numbers import estimate_numbers
@@ -18,10 +20,14 @@ from megatron_llmjp.estimate.expert_memory import expert_memory
 from megatron_llmjp.estimate.experts import expert_load, expert_traffic
 from megatron_llmjp.estimate.layout import make_layout
 from megatron_llmjp.estimate.run_estimate import estimate_run
+from megatron_llmjp.estimate.search import layout_search
+from megatron_llmjp.estimate.search.expert_candidates import expert_sizes
+from megatron_llmjp.estimate.search.layout_search import search_layouts
+from megatron_llmjp.estimate.search.layout_table import format_candidates, layout_flags
 from megatron_llmjp.estimate.speed.step_work import Software, layer_work, matrix_product
 from tests.estimate.test_communication import count_all
 from tests.estimate.test_flops import preset
-from tests.estimate.test_memory import FULL, PP, TP, compare, make
+from tests.estimate.test_memory import FULL, PP, TP, check, compare, make, measure
 from tests.support.processes import run_ranks
 
 EP, SP = {"expert_model_parallel_size": 2}, {"sequence_parallel": True}
@@ -52,26 +58,32 @@ IN_PAIRS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+def measure_and_count(cases: list[tuple[str, dict[str, Any]]], folder: str) -> list[Any]:
+    """Return the memory and the sent bytes of each case."""
+    Path(folder, "sent").mkdir(exist_ok=True)
+    return [measure(cases, folder), count_all(cases, str(Path(folder, "sent")))]
+
+
 def test_memory_of_one_process(tmp_path):
     compare(ALONE, 1, tmp_path, 0.05)
 
 
-def test_memory_of_two_processes(tmp_path):
-    """The parameters and optimizer state of experts are divided otherwise than dense ones."""
-    compare(IN_PAIRS, 2, tmp_path, 0.1)
+def test_memory_and_bytes_of_two_processes(tmp_path):
+    """The parameters and optimizer state of experts are divided otherwise than dense ones.
 
-
-def test_bytes_per_step(tmp_path):
-    """Without the numbers of tokens per expert and the sums of the load balancing loss."""
-    counted = run_ranks(count_all, 2, IN_PAIRS, str(tmp_path))
+    The numbers of tokens per expert and the sums of the load balancing loss, which are also sent,
+    are not estimated.
+    """
+    found = run_ranks(measure_and_count, 2, IN_PAIRS, str(tmp_path))
+    check(IN_PAIRS, [memory for memory, _ in found], 2, 0.1)
     for number, (name, values) in enumerate(IN_PAIRS):
         config = make(name, values)
         layout = make_layout(config, 2)
         for rank in range(2):
-            found = counted[rank][number]
+            sent = found[rank][1][number]
             expected = communication_volume(config, layout, rank * layout.pp // 2, False)
-            message = f"{values} {found} {expected}"
-            assert sum(found.values()) == pytest.approx(sum(astuple(expected)), rel=0.01), message
+            message = f"{values} {sent} {expected}"
+            assert sum(sent.values()) == pytest.approx(sum(astuple(expected)), rel=0.01), message
 
 
 def test_published_model():
@@ -160,3 +172,24 @@ def test_indivisible_ranks():
     config = preset("llm-jp-4-32b-a3b", expert_model_parallel_size=16)
     with pytest.raises(UserError, match="not divisible by expert_model_parallel_size 16"):
         make_layout(config, 8)
+
+
+def test_searched_layouts(monkeypatch):
+    """Sizes of experts follow megatron-core's rules, and the flags select the fastest layout."""
+    config = preset("llm-jp-4-32b-a3b")
+    assert set(expert_sizes(config, 1, 64)) == {(2**i, 1) for i in range(7)}
+    assert set(expert_sizes(config, 4, 8)) == {(2, 1), (4, 1), (8, 1), (1, 4), (2, 4)}
+    monkeypatch.setattr(layout_search, "REFINED", 2)
+    machine = PlannedMachine(32, "H200")
+    found = search_layouts(config, machine)
+    layouts = [candidate.estimate.layout for candidate in found]
+    assert len({layout.ep for layout in layouts}) > 2 and {1} < {layout.etp for layout in layouts}
+    assert any(candidate.given for candidate in found)
+    for candidate in found:
+        check_config(candidate.estimate.config, 32)
+        assert candidate.estimate.memory_fraction <= 1.0
+    best = layouts[0]
+    assert f"--expert-model-parallel-size {best.ep} " in layout_flags(found[0].estimate.config)
+    text = format_candidates(config, machine, found)
+    assert "EP comm" in text and "its error is unknown" in text
+    assert "EP comm" not in format_candidates(preset("llm-jp-3-1.8b"), machine, found[:1])
