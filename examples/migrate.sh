@@ -8,6 +8,7 @@ losses() { sed -nE 's/.* iteration +([0-9]+)\/.* lm loss: ([^ ]+) .*/\1 \2/p' "$
 migrate() {
     local format=$1
     export STEPS=7
+    [[ -z "$DRY_RUN_ONLY" ]] || STEPS=4
     OUTPUT=$(cd "$OUTPUT" && pwd)
 
     step "The run to bring over"
@@ -31,6 +32,11 @@ migrate() {
     export CHECKPOINT_DIR=$OUTPUT/checkpoints
     run bash "$SCRIPT" --dry-run --world-size "$WORLD_SIZE" | tee "$OUTPUT/dry_run.yaml" | grep '^ *[$#]'
 
+    if [[ -n "$DRY_RUN_ONLY" ]]; then
+        printf '\nChecked, not trained. Start the run: CHECKPOINT_DIR=%s bash %s\n' \
+            "$CHECKPOINT_DIR" "$SCRIPT"
+        return
+    fi
     step "Continue the run"
     run bash "$SCRIPT" | tee "$OUTPUT/training.log"
 

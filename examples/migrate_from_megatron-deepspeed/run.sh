@@ -6,6 +6,7 @@ source "$EXAMPLES/migrate.sh"
 export CHECKPOINT=${CHECKPOINT:-} # a run's folder, or a global_step in it; empty: one is made in the same format
 export SCRIPT=${SCRIPT:-$EXAMPLES/migrate_from_megatron-deepspeed/train_here.sh}
 export WORLD_SIZE=${WORLD_SIZE:-1} # number of processes of the dry run
+export DRY_RUN_ONLY=${DRY_RUN_ONLY:-} # 1: stop before training
 
 begin migrate_from_megatron-deepspeed_output "$@"
 migrate megatron-deepspeed GPTSentencePieceTokenizer '</s>'

@@ -81,6 +81,7 @@ LIST_METAVARS = {
     "override_resume": "FIELD",
     "tiktoken_special_tokens": "TOKEN",
     "profile_ranks": "RANK",
+    "recompute_modules": "MODULE",
 }
 """Placeholders of fields with any number of values, other than paths."""
 

@@ -236,6 +236,27 @@ def _context_parallel(config: Config) -> Iterator[str]:
         )
 
 
+def _recomputed_modules(config: Config) -> Iterator[str]:
+    model, parallel = config.model, config.parallel
+    modules = parallel.recompute_modules
+    if modules != ("core_attn",) and parallel.recompute_granularity != "selective":
+        yield "recompute_modules requires recompute_granularity selective"
+    if not modules:
+        yield "recompute_modules is empty: omit recompute_granularity to recompute nothing"
+    required = {
+        "moe": ("num_moe_experts", model.has_experts),
+        "moe_act": ("moe_grouped_gemm", parallel.moe_grouped_gemm),
+        "shared_experts": (
+            "moe_shared_expert_intermediate_size",
+            bool(model.moe_shared_expert_intermediate_size),
+        ),
+    }
+    for module in modules:
+        field, is_set = required.get(module, ("", True))
+        if not is_set:
+            yield f"recompute_modules {module} requires {field}"
+
+
 def _recompute(config: Config) -> Iterator[str]:
     parallel = config.parallel
     full = parallel.recompute_granularity == "full"
@@ -249,6 +270,7 @@ def _recompute(config: Config) -> Iterator[str]:
     for name in ("recompute_method", "recompute_num_layers"):
         if getattr(parallel, name) is not None and not full:
             yield f"{name} requires recompute_granularity full"
+    yield from _recomputed_modules(config)
     layers = config.model.num_layers // parallel.pipeline_model_parallel_size
     if full and (parallel.recompute_num_layers or 0) > max(1, layers):
         yield (

@@ -141,10 +141,6 @@ CHOICES: dict[str, Choice] = {
     "--main-grads-dtype": Choice({"fp32": _FP32_STATE}, f"remove it: {_FP32_STATE}"),
     "--exp-avg-dtype": Choice({"fp32": _FP32_STATE}, f"remove it: {_FP32_STATE}"),
     "--exp-avg-sq-dtype": Choice({"fp32": _FP32_STATE}, f"remove it: {_FP32_STATE}"),
-    "--recompute-modules": Choice(
-        {"core_attn": {"recompute_granularity": "selective"}},
-        "recompute attention with --recompute-granularity selective, or layers with full",
-    ),
     "--rope-type": Choice({"rope": {"position_embedding_type": "rope"}}, "use plain rope"),
     "--vocab-extra-ids": Choice(
         {"0": "no ids are added"}, "remove it: the ids are the tokenizer's"

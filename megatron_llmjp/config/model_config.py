@@ -13,6 +13,7 @@ from pydantic import Field, PositiveInt, field_validator
 from megatron_llmjp.config.section import Section
 
 DeviceChoice = Literal["auto", "cuda", "cpu"]
+RecomputeModule = Literal["core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts"]
 
 
 class DenseModelConfig(Section):
@@ -245,6 +246,12 @@ class ParallelConfig(Section):
         description="recompute activations in the backward pass: of attention only, or of whole"
         " layers",
     )
+    recompute_modules: tuple[RecomputeModule, ...] = Field(
+        ("core_attn",),
+        description="parts of a layer that recompute_granularity selective recomputes: attention"
+        " (core_attn), norms, the feed-forward network (mlp), all experts (moe), their activation"
+        " functions (moe_act) or the shared ones",
+    )
     recompute_method: Literal["uniform", "block"] | None = Field(
         None, description="which layers a full recomputation covers"
     )
@@ -259,6 +266,11 @@ class ParallelConfig(Section):
     distributed_timeout_minutes: PositiveInt = Field(
         10, description="timeout of collective operations"
     )
+
+    @property
+    def recomputes_attention(self) -> bool:
+        """Whether attention is recomputed alone, without its layer."""
+        return self.recompute_granularity == "selective" and "core_attn" in self.recompute_modules
 
     @property
     def model_parallel_size(self) -> int:

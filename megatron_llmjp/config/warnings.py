@@ -225,10 +225,11 @@ def _layout(config: Config, size: RunSize) -> Iterator[str]:
 
 def _recompute(config: Config, _: RunSize) -> Iterator[str]:
     # With dropout, attention on a CPU does store the scores.
-    if config.parallel.recompute_granularity == "selective" and not config.model.attention_dropout:
+    if config.parallel.recomputes_attention and not config.model.attention_dropout:
         yield (
             "recompute_granularity selective computes attention twice and saves next to no memory, "
-            "because the attention kernels do not store scores: omit it; full saves memory"
+            "because the attention kernels do not store scores: omit it, or choose other "
+            "recompute_modules; full saves memory"
         )
 
 

@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from megatron_llmjp.config.schema import Config, ModelConfig
+from megatron_llmjp.config.schema import Config, ModelConfig, ParallelConfig
 from megatron_llmjp.model.kernels import KernelChoice
 from megatron_llmjp.patches.experts_on_cpu import support_experts_on_cpu
 
@@ -47,10 +47,23 @@ def expert_settings(config: Config, kernels: KernelChoice) -> dict[str, Any]:
         "moe_token_dispatcher_type": parallel.moe_token_dispatcher_type,
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "expert_tensor_parallel_size": parallel.expert_tensor_size,
-        # Without Transformer Engine, megatron-core's grouped multiplication needs the package
-        # grouped_gemm, and GPUs.
-        "moe_grouped_gemm": parallel.moe_grouped_gemm and kernels.transformer_engine,
+        "moe_grouped_gemm": _multiplies_together(parallel, kernels),
     }
+
+
+def recomputed_modules(parallel: ParallelConfig, kernels: KernelChoice) -> list[str]:
+    """Return megatron-core's ``recompute_modules``.
+
+    It recomputes the activation functions of experts only if it multiplies experts together.
+    """
+    without = set() if _multiplies_together(parallel, kernels) else {"moe_act"}
+    return [module for module in parallel.recompute_modules if module not in without]
+
+
+def _multiplies_together(parallel: ParallelConfig, kernels: KernelChoice) -> bool:
+    # Without Transformer Engine, megatron-core's grouped multiplication needs the package
+    # grouped_gemm, and GPUs.
+    return parallel.moe_grouped_gemm and kernels.transformer_engine
 
 
 def choose_layers(

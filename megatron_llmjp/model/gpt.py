@@ -27,7 +27,7 @@ from megatron_llmjp.model.attention import (
 )
 from megatron_llmjp.model.attention_backend import attention_backend
 from megatron_llmjp.model.context_parallel_attention import ContextParallelAttention
-from megatron_llmjp.model.experts import choose_layers, expert_settings
+from megatron_llmjp.model.experts import choose_layers, expert_settings, recomputed_modules
 from megatron_llmjp.model.initialization import initialize
 from megatron_llmjp.model.kernels import KernelChoice, choose_kernels
 from megatron_llmjp.model.layers import ParallelResidualLayer, norm_class, with_norms
@@ -103,6 +103,7 @@ def transformer_config(
             sequence_parallel=parallel.sequence_parallel
             and parallel.tensor_model_parallel_size > 1,
             recompute_granularity=parallel.recompute_granularity,
+            recompute_modules=recomputed_modules(parallel, kernels),
             recompute_method=parallel.recompute_method,
             recompute_num_layers=parallel.recompute_num_layers,
             num_layers_in_first_pipeline_stage=parallel.decoder_first_pipeline_num_layers,

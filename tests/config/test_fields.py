@@ -84,6 +84,7 @@ use_distributed_optimizer bool False
 overlap_grad_reduce bool False
 overlap_param_gather bool False
 recompute_granularity selective|full None
+recompute_modules list ('core_attn',)
 recompute_method uniform|block None
 recompute_num_layers int None >0
 distributed_timeout_minutes int 10 >0

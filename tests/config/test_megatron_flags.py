@@ -212,6 +212,9 @@ MEANINGS = {
         "tokenizer_type": "Llama2Tokenizer", "recompute_granularity": "selective",
         "optimizer": "adam",
     },
+    "--recompute-granularity selective --recompute-modules moe_act layernorm": {
+        "recompute_modules": ("moe_act", "layernorm"),
+    },
 }  # fmt: skip
 
 

@@ -98,6 +98,12 @@ MESSAGES = {
     f"{STAGES} 2 --recompute-granularity full --recompute-method block --recompute-num-layers 13": [
         "recompute_num_layers 13 exceeds the 12 layers of a pipeline stage",
     ],
+    "--recompute-granularity selective --recompute-modules moe moe_act shared_experts": [
+        "recompute_modules moe requires num_moe_experts",
+        "recompute_modules moe_act requires moe_grouped_gemm",
+        "recompute_modules shared_experts requires moe_shared_expert_intermediate_size",
+    ],
+    "--recompute-modules mlp": ["recompute_modules requires recompute_granularity selective"],
     "--recompute-method block": [
         "recompute_method requires recompute_granularity full",
     ],
@@ -380,6 +386,7 @@ WARNINGS = {
     "--tensor-model-parallel-size 2 --no-sequence-parallel": "sequence_parallel is disabled",
     "--distributed-timeout-minutes 90": "detected only after that time",
     "--recompute-granularity selective": "do not store scores",
+    "--recompute-granularity selective --recompute-modules mlp layernorm": "",
     "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1": "",
     "--wandb-exp-name x": "requires wandb_project",
     "--seq-length 8192 --max-position-embeddings 8192": "",

@@ -36,6 +36,8 @@ CP2, CP4 = ("--context-parallel-size", 2), ("--context-parallel-size", 4)
 TP4 = ("--tensor-model-parallel-size", 4)
 PP4 = ("--pipeline-model-parallel-size", 4)
 SELECTIVE = ("--recompute-granularity", "selective")
+MODULES = (*SELECTIVE, "--recompute-modules", "core_attn", "layernorm", "mlp")
+EXPERT_MODULES = (*SELECTIVE, "--recompute-modules", "layernorm", "moe")
 UNIFORM = ("--recompute-granularity", "full", "--recompute-method", "uniform",
            "--recompute-num-layers", 1)  # fmt: skip
 BLOCK = ("--recompute-granularity", "full", "--recompute-method", "block",
@@ -80,7 +82,7 @@ LAYOUTS = {
     "llama-dp2": ((6, 8), ()),  # gradients averaged without the distributed optimizer
     "gpt2-pp2-vp2": ((0, 2), (*PP2, *VP2, *DISTRIBUTED)),
     "gpt2-dp2-overlap": ((2, 4), (*DISTRIBUTED, *OVERLAP)),
-    "llama-tp2-selective": ((4, 6), (*TP2, *SELECTIVE)),
+    "llama-tp2-selective": ((4, 6), (*TP2, *MODULES)),
     "qwen-tp2": ((2, 4), TP2),  # gradients of the heads' norms summed over TP
     "parallel-tp2-sp": ((6, 8), (*TP2, *SP)),
     "gpt2-pp2-first1": ((0, 2), (*PP2, *FIRST1)),
@@ -108,7 +110,8 @@ LAYOUTS = {
     "experts-tp2": ((2, 4), (*TP2, *SP, *DISTRIBUTED)),
     "experts-ep4": ((4, 8), (*EP4, *ALL_TO_ALL, *DISTRIBUTED, *OVERLAP, *UNIFORM)),
     "shared-cp2-ep2": ((0, 4), (*CP2, *EP2, *ALL_TO_ALL, *DISTRIBUTED)),
-    "shared-tp2-ep2": ((4, 8), (*TP2, *SP, *EP2)),  # biases updated by the tokens of all ranks
+    # Biases are updated by the tokens of all ranks.
+    "shared-tp2-ep2": ((4, 8), (*TP2, *SP, *EP2, *EXPERT_MODULES)),
     "experts-eight": ((0, 8), (*TP2, *PP2, *SP, *EP2, *ALL_TO_ALL, *DISTRIBUTED, *OVERLAP)),
     "experts-eight-ep4": ((0, 8), (*TP2, *PP2, *VP2, *SP, *EP4, *ETP1, *ALL_TO_ALL, *DISTRIBUTED)),
     "shared-eight": ((0, 8), (*TP2, *PP2, *SP, *EP4, *ETP1, *DISTRIBUTED, *OVERLAP)),
