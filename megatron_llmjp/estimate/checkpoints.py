@@ -62,7 +62,7 @@ def largest_save(config: Config, layout: ParallelLayout, parameters: Sequence[in
     """
     stages = {
         (number, rank_expert_parameters(config, layout, chunks))
-        for number, chunks in zip(parameters, layout.stages, strict=True)
+        for number, chunks in zip(parameters, layout.stages, strict=False)
     }
     return max(rank_save_bytes(config, layout, *stage) for stage in stages)
 
