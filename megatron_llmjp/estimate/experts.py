@@ -55,6 +55,12 @@ def count_expert_layers(config: Config, chunks: Sequence[ModelChunk]) -> int:
     return sum(sum(layers[c.first_layer : c.first_layer + c.layers]) for c in chunks)
 
 
+def recomputes_experts(config: Config) -> bool:
+    """Whether routers and experts are recomputed alone, without their layers."""
+    parallel = config.parallel
+    return parallel.recompute_granularity == "selective" and "moe" in parallel.recompute_modules
+
+
 def count_recomputed_experts(config: Config, chunks: Sequence[ModelChunk]) -> int:
     """Count the layers with experts of a stage that are recomputed as a whole."""
     layers = config.model.expert_layers
@@ -118,6 +124,6 @@ def experts_traffic_per_step(
     if not number:
         return 0
     one = expert_traffic(config, layout)
-    again = count_recomputed_experts(config, chunks)
+    again = number if recomputes_experts(config) else count_recomputed_experts(config, chunks)
     size = number * (one.forward + one.backward) + again * one.forward
     return layout.micro_batches * size

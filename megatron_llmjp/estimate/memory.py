@@ -21,7 +21,11 @@ from megatron_llmjp.estimate.expert_memory import (
     feed_forward_tensors,
     optimizer_bytes,
 )
-from megatron_llmjp.estimate.experts import count_expert_layers, rank_expert_parameters
+from megatron_llmjp.estimate.experts import (
+    count_expert_layers,
+    rank_expert_parameters,
+    recomputes_experts,
+)
 from megatron_llmjp.estimate.flops import element_size
 from megatron_llmjp.estimate.layout import ParallelLayout
 
@@ -129,6 +133,8 @@ def layer_activations(
     kept += _gathered_keys(config, layout, n, fused_kernels)
     kept += 2 * mask * n * model.hidden_size // p if model.hidden_dropout else 0
     if experts:
+        if recomputes_experts(config):
+            return kept
         return kept + expert_activations(config, layout, fused_kernels)
     return kept + feed_forward_tensors(config, fused_kernels) * n * e * model.ffn_size // t
 
@@ -165,8 +171,9 @@ def gathers_keys(config: Config, fused_kernels: bool = True) -> bool:
 
 def _gathered_keys(config: Config, layout: ParallelLayout, n: int, fused_kernels: bool) -> int:
     """Keys and values of whole sequences, kept for the backward pass."""
-    recomputed = config.parallel.recompute_granularity == "selective"
-    return 0 if recomputed else _whole_keys(config, layout, n, fused_kernels)
+    return (
+        0 if config.parallel.recomputes_attention else _whole_keys(config, layout, n, fused_kernels)
+    )
 
 
 def _whole_keys(config: Config, layout: ParallelLayout, n: int, fused_kernels: bool) -> int:
@@ -191,7 +198,7 @@ def _context_buffers(config: Config, layout: ParallelLayout, fused_kernels: bool
 def _scores(config: Config, layout: ParallelLayout, n: int, fused_kernels: bool) -> int:
     """Tensors that attention keeps in addition to its inputs and output."""
     model = config.model
-    if config.parallel.recompute_granularity == "selective":
+    if config.parallel.recomputes_attention:
         return 0
     if model.attention_dropout and not fused_kernels:
         # In fp32: scores, mask and masked scores; scaled queries and keys, and values.
@@ -298,7 +305,12 @@ def _layer_buffers(config: Config, layout: ParallelLayout, stage: int, fused_ker
     wide = max(config.model.ffn_size if dense else 0, shared if experts else 0)
     width = parts * h // p + whole * h + wide // t
     found = _tokens(config, layout) * e * width
-    return max(found, expert_buffers(config, layout, parts)) if experts else found
+    if not experts:
+        return found
+    buffers = expert_buffers(config, layout, parts)
+    if recomputes_experts(config):
+        buffers += expert_activations(config, layout, fused_kernels)
+    return max(found, buffers)
 
 
 def _tokens(config: Config, layout: ParallelLayout) -> int:

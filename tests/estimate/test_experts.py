@@ -41,10 +41,12 @@ PADDED = {
     "moe_pad_expert_input_to_capacity": True,
 }  # fmt: skip
 MIXED = {"moe_layer_freq": (0, 1, 1, 0), "moe_shared_expert_intermediate_size": 64}
+MODULES = {"recompute_modules": ("moe",)}
 ALONE: list[tuple[str, dict[str, Any]]] = [
     ("laptop-llama", {**BALANCED, **BF16, "moe_router_dtype": "fp32", "moe_z_loss_coeff": 1e-3}),
     ("laptop-llama", {**BALANCED, **MIXED, "qk_layernorm": True}),
     ("laptop-llama", {**BALANCED, **ALL_TO_ALL, **FULL}),
+    ("laptop-llama", {**BALANCED, "recompute_granularity": "selective", **MODULES}),
     ("laptop-llama", {**PADDED, **BF16, "moe_router_score_function": "sigmoid"}),
 ]
 IN_PAIRS: list[tuple[str, dict[str, Any]]] = [
@@ -106,8 +108,9 @@ def test_published_model():
     assert volume.experts == 8 * 32 * 2 * sent
     assert volume.expert_gradients == 4 * (experts // 4) * 15 // 16
     assert volume.gradients == 4 * (32_139_028_992 - experts) * 63 // 64
-    recomputed = replace_fields(config, **FULL)
-    assert communication_volume(recomputed, layout, 0).experts == 8 * 32 * 3 * sent
+    for recompute in (FULL, {"recompute_granularity": "selective", **MODULES}):
+        recomputed = replace_fields(config, **recompute)
+        assert communication_volume(recomputed, layout, 0).experts == 8 * 32 * 3 * sent
 
 
 def test_traffic_of_gathered_tokens():

@@ -113,7 +113,8 @@ def _options(config: Config) -> str:
 def _recompute(config: Config) -> str:
     parallel = config.parallel
     if parallel.recompute_granularity == "selective":
-        return "attention"
+        modules = parallel.recompute_modules
+        return "attention" if modules == ("core_attn",) else " ".join(modules)
     if parallel.recompute_granularity != "full":
         return ""
     if parallel.recompute_method == "block":
@@ -181,7 +182,8 @@ def layout_flags(config: Config) -> str:
         if getattr(parallel, name):
             words.append(f"--{name.replace('_', '-')}")
     if parallel.recompute_granularity == "selective":
-        words.append("--recompute-granularity selective")
+        modules = " ".join(parallel.recompute_modules)
+        words.append(f"--recompute-granularity selective --recompute-modules {modules}")
     if parallel.recompute_granularity == "full":
         words.append(
             f"--recompute-granularity full --recompute-method {parallel.recompute_method} "

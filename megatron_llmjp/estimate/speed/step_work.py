@@ -16,6 +16,7 @@ from megatron_llmjp.estimate.experts import (
     count_expert_layers,
     count_recomputed_experts,
     expert_load,
+    recomputes_experts,
 )
 from megatron_llmjp.estimate.flops import element_size
 from megatron_llmjp.estimate.layout import ParallelLayout, recomputed_layers
@@ -255,7 +256,8 @@ def _add_layers(
     config: Config, stage: StageWork, layer: LayerWork, layers: int, full: int
 ) -> StageWork:
     """Add layers of one kind to the work of a stage; ``full`` of them are recomputed as a whole."""
-    attention = layers if config.parallel.recompute_granularity == "selective" else full
+    attention = layers if config.parallel.recomputes_attention else full
+    experts = layers if recomputes_experts(config) else full
     return replace(
         stage,
         products=stage.products + layer.products.total * layers,
@@ -266,8 +268,8 @@ def _add_layers(
         recomputed_products=stage.recomputed_products + layer.products.forward * full,
         recomputed_attention=stage.recomputed_attention + layer.attention.forward * attention,
         recomputed_element_wise=stage.recomputed_element_wise + layer.element_wise.forward * full,
-        recomputed_expert_products=layer.expert_products.forward * full,
-        recomputed_permutation=layer.permutation.forward * full,
+        recomputed_expert_products=layer.expert_products.forward * experts,
+        recomputed_permutation=layer.permutation.forward * experts,
     )
 
 
