@@ -98,8 +98,8 @@ class ModelConfig(DenseModelConfig):
     @property
     def expert_layers(self) -> tuple[bool, ...]:
         """Whether each layer has experts, as in megatron-core's ``get_gpt_decoder_layer_specs``."""
-        if not self.has_experts:
-            return (False,) * self.num_layers
+        if not self.has_experts or self.moe_layer_freq == 1:
+            return (self.has_experts,) * self.num_layers
         if isinstance(self.moe_layer_freq, int):
             return tuple(i % self.moe_layer_freq == 0 for i in range(self.num_layers))
         return tuple(bool(layer) for layer in self.moe_layer_freq)

@@ -28,6 +28,8 @@ class ParameterCounts:
     """Number of layers with experts."""
     unused_experts: int = 0
     """The experts of one layer that a token is not routed to."""
+    experts: int = 0
+    """The experts of one layer, which are part of ``expert_layer``."""
 
     @property
     def total(self) -> int:
@@ -83,6 +85,7 @@ def count_parameters(
         * _feed_forward(model, model.expert_ffn_size)
         if with_experts
         else 0,
+        experts=_expert_parameters(model, expert_ranks),
     )
 
 
@@ -123,8 +126,13 @@ def _expert_layer_parameters(model: ModelConfig, tensor_parallel_size: int, rank
     attention = layer_parameters(model, tensor_parallel_size)
     attention -= _feed_forward(model, model.ffn_size) // tensor_parallel_size
     router = model.hidden_size * (model.num_moe_experts + model.moe_shared_expert_gate)
-    experts = model.num_moe_experts * _feed_forward(model, model.expert_ffn_size) // ranks
-    return attention + router + _feed_forward(model, shared) // tensor_parallel_size + experts
+    attention += router + _feed_forward(model, shared) // tensor_parallel_size
+    return attention + _expert_parameters(model, ranks)
+
+
+def _expert_parameters(model: ModelConfig, ranks: int) -> int:
+    """Count the parameters of the experts of one layer on one of ``ranks`` ranks."""
+    return (model.num_moe_experts or 0) * _feed_forward(model, model.expert_ffn_size) // ranks
 
 
 def _layer_norm_parameters(model: ModelConfig) -> int:

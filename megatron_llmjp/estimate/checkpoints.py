@@ -15,8 +15,9 @@ from megatron_llmjp.checkpoint.retention import (
 from megatron_llmjp.config.parameter_counts import count_parameters
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.batch_size import BatchSizeSchedule
+from megatron_llmjp.estimate.experts import rank_expert_parameters
+from megatron_llmjp.estimate.flops import element_size
 from megatron_llmjp.estimate.layout import ParallelLayout
-from megatron_llmjp.estimate.memory import element_size
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,9 @@ def checkpoint_bytes(config: Config) -> int:
     return count_parameters(config).total * _saved_bytes_per_parameter(config)
 
 
-def rank_save_bytes(config: Config, layout: ParallelLayout, parameters: int) -> int:
+def rank_save_bytes(
+    config: Config, layout: ParallelLayout, parameters: int, experts: int = 0
+) -> int:
     """Compute the bytes that a rank writes in a save, and copies to host memory with async_save.
 
     The ranks that hold the same parameters write equal parts.
@@ -42,8 +45,26 @@ def rank_save_bytes(config: Config, layout: ParallelLayout, parameters: int) -> 
         config: the run's configuration.
         layout: its parallel layout.
         parameters: number of parameters of the rank.
+        experts: number of them that belong to experts.
     """
-    return parameters * _saved_bytes_per_parameter(config) // (layout.dp * layout.cp)
+    size = _saved_bytes_per_parameter(config)
+    dense = (parameters - experts) * size // layout.copies
+    return dense + experts * size // layout.expert_copies
+
+
+def largest_save(config: Config, layout: ParallelLayout, parameters: Sequence[int]) -> int:
+    """Compute the bytes that a rank of the largest stage writes in a save.
+
+    Args:
+        config: the run's configuration.
+        layout: its parallel layout.
+        parameters: number of parameters of a rank of each stage.
+    """
+    stages = {
+        (number, rank_expert_parameters(config, layout, chunks))
+        for number, chunks in zip(parameters, layout.stages, strict=False)
+    }
+    return max(rank_save_bytes(config, layout, *stage) for stage in stages)
 
 
 def _saved_bytes_per_parameter(config: Config) -> int:

@@ -9,8 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_llmjp.config.schema import Config
+from megatron_llmjp.estimate.experts import (
+    count_expert_layers,
+    count_recomputed_experts,
+    experts_traffic_per_step,
+    rank_expert_parameters,
+)
+from megatron_llmjp.estimate.flops import element_size
 from megatron_llmjp.estimate.layout import ParallelLayout, recomputed_layers
-from megatron_llmjp.estimate.memory import element_size, gathers_keys, rank_parameters
+from megatron_llmjp.estimate.memory import gathers_keys, rank_parameters
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,12 @@ class CommunicationVolume:
     """Gradients of tied embeddings, between the first and the last stage."""
     context: int = 0
     """Keys, values and their gradients within the context-parallel group."""
+    experts: int = 0
+    """Tokens and their gradients within the group of ranks with different (parts of) experts."""
+    expert_gradients: int = 0
+    """Gradients of experts within the expert data-parallel group."""
+    expert_parameters: int = 0
+    """Updated parameters of experts within the expert data-parallel group."""
 
 
 def communication_volume(
@@ -46,21 +59,28 @@ def communication_volume(
     tokens = config.training.micro_batch_size * config.data.seq_length // layout.cp
     activation = tokens * model.hidden_size * e
     chunks = layout.stages[stage]
-    parameters = rank_parameters(config, layout, chunks)
+    experts = rank_expert_parameters(config, layout, chunks)
+    parameters = rank_parameters(config, layout, chunks) - experts
     parts = t if config.parallel.sequence_parallel else 1
     tied = not model.untie_embeddings_and_output_weights and layout.pp > 1
     ends = stage in (0, layout.pp - 1)
     words = config.padded_vocab_size // t * model.hidden_size
-    copies = layout.dp * layout.cp
+    copies, expert_copies = layout.copies, layout.expert_copies
     distributed = config.parallel.use_distributed_optimizer
-    reduced = _ring(4 * parameters, copies)
+    # With EP dense parameters and experts have an optimizer each, which gathers all parameters
+    # unless that overlaps with the next forward pass (megatron-core 0.16.1).
+    gathers = 2 if experts and layout.ep > 1 and not config.parallel.overlap_param_gather else 1
+    reduced, reduced_experts = _ring(4 * parameters, copies), _ring(4 * experts, expert_copies)
     return CommunicationVolume(
         tensor=layout.micro_batches * _tensor_units(config, layout, stage) * _ring(activation, t),
         pipeline=layout.micro_batches * _crossings(layout, stage) * activation // parts,
         gradients=reduced if distributed else 2 * reduced,
-        parameters=_ring(e * parameters, copies) if distributed else 0,
+        parameters=gathers * _ring(e * parameters, copies) if distributed else 0,
         embedding=2 * _ring(4 * words, 2) if tied and ends else 0,
         context=layout.micro_batches * _context(config, layout, stage, fused_kernels),
+        experts=experts_traffic_per_step(config, layout, chunks),
+        expert_gradients=reduced_experts if distributed else 2 * reduced_experts,
+        expert_parameters=gathers * _ring(e * experts, expert_copies) if distributed else 0,
     )
 
 
@@ -103,6 +123,9 @@ def _tensor_units(config: Config, layout: ParallelLayout, stage: int) -> int:
     # and another all-gather for the weight gradient.
     forward, backward = 4, 6 if parallel.sequence_parallel else 4
     units = layers * (forward + backward) + recomputed_layers(config, chunks) * forward
+    if not config.model.moe_shared_expert_intermediate_size:  # experts have no such products
+        alone = count_expert_layers(config, chunks) * (forward + backward)
+        units -= (alone + count_recomputed_experts(config, chunks) * forward) // 2
     if any(chunk.embedding for chunk in chunks):
         units += 2
     if any(chunk.output for chunk in chunks):

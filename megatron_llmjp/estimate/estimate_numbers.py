@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_llmjp.config.parameter_counts import count_parameters
 from megatron_llmjp.estimate.checkpoints import checkpoint_bytes
+from megatron_llmjp.estimate.expert_report import expert_numbers
 from megatron_llmjp.estimate.flops import flops_by_part, step_flops
 from megatron_llmjp.estimate.run_estimate import RunEstimate
 from megatron_llmjp.estimate.search.layout_search import LayoutCandidate
@@ -24,7 +25,11 @@ def estimate_numbers(estimate: RunEstimate) -> dict[str, Any]:
         "gpu": asdict(estimate.gpu),
         "gpus": layout.world_size,
         "layout": asdict(layout),
-        "parameters": {"total": counts.total, "non_embedding": counts.non_embedding},
+        "parameters": {
+            "total": counts.total,
+            "non_embedding": counts.non_embedding,
+            "active": counts.active,
+        },
         "flops_per_sample": asdict(flops_by_part(config)),
         "flops_per_step": step_flops(config, batch),
         "tokens_per_step": batch * config.data.seq_length,
@@ -34,12 +39,13 @@ def estimate_numbers(estimate: RunEstimate) -> dict[str, Any]:
                 estimate.parameters, estimate.memory, estimate.communication, strict=True
             )
         ],
+        "experts": expert_numbers(estimate),
         "fits": estimate.fits,
         "memory_fraction": estimate.memory_fraction,
         "step_seconds": estimate.step_seconds,
         "step_seconds_range": [low * estimate.step_seconds, high * estimate.step_seconds],
         "step_terms": vars(estimate.step_time) if estimate.step_time else None,
-        "accuracy": asdict(estimate.accuracy) if estimate.step_time else None,
+        "accuracy": asdict(estimate.accuracy) if estimate.accuracy else None,
         "measured_runs": [
             {
                 "folder": run.measured.folder,

@@ -10,9 +10,9 @@ from megatron_llmjp.estimate.checkpoints import (
     CheckpointCounts,
     checkpoint_bytes,
     count_checkpoints,
-    rank_save_bytes,
 )
 from megatron_llmjp.estimate.communication import CommunicationVolume
+from megatron_llmjp.estimate.expert_report import UNMEASURED, format_experts
 from megatron_llmjp.estimate.failure_report import format_failures
 from megatron_llmjp.estimate.flops import step_flops, tflops_per_device
 from megatron_llmjp.estimate.layout_report import format_layout, format_rank_placement
@@ -53,6 +53,7 @@ def format_estimate(estimate: RunEstimate, name: str | None = None) -> str:
             _header(estimate),
             format_rank_placement(estimate.layout, estimate.gpu.per_node, estimate.parameters),
             _memory(estimate),
+            *([format_experts(estimate)] if estimate.config.model.has_experts else []),
             _communication(estimate),
             *([_step_terms(estimate)] if estimate.step_time else []),
             *map(format_compared, estimate.measured_runs),
@@ -99,7 +100,11 @@ def _memory(estimate: RunEstimate) -> str:
 def _communication(estimate: RunEstimate) -> str:
     """Format the bytes that a GPU sends, and whether its group fits in one node."""
     layout, per_node = estimate.layout, estimate.gpu.per_node
-    spans = {"tensor": layout.tp * layout.cp, "pipeline": layout.world_size}
+    spans = {
+        "tensor": layout.tp * layout.cp,
+        "pipeline": layout.world_size,
+        "experts": layout.ep * layout.etp,
+    }
     stages = sorted({0, layout.pp // 2, layout.pp - 1})
     rows = [("sent per GPU and step", *(f"stage {s}" for s in stages))]
     for kind in CommunicationVolume.__dataclass_fields__:
@@ -120,19 +125,27 @@ def _step_terms(estimate: RunEstimate) -> str:
     terms = [(TERMS[name], seconds) for name, seconds in estimate.step_time.sorted_terms()]
     rows = [("predicted seconds per step", f"{total:,.3f}", "100.0%")]
     rows += [(f"  {name}", f"{seconds:,.3f}", f"{seconds / total:.1%}") for name, seconds in terms]
-    low, high = (total * factor for factor in estimate.error_range)
-    runs, found = estimate.measured_runs, estimate.accuracy
-    corrected = f" and corrected by {'another' if len(runs) == 1 else 'others'} of its group"
-    notes = [
-        f"{low:,.2f} to {high:,.2f} s include 80% of {found.runs} published runs on "
-        f"{' and '.join(FITTED_GPUS)}, each predicted from the others{corrected if runs else ''} "
-        f"(median error {found.median:.1%})"
-    ]
+    runs = estimate.measured_runs
+    notes = [_accuracy(estimate)]
     if runs:
         notes.append(f"times {correction(runs):.3f}, the measured by the predicted time of:")
     elif not estimate.gpu.name.startswith(FITTED_GPUS):
         notes.append(f"no run on {estimate.gpu.name} is among them: the error may be larger")
     return "\n".join([format_table(rows, right=(1, 2)), *notes])
+
+
+def _accuracy(estimate: RunEstimate) -> str:
+    """Format what is known about the error of the step time."""
+    runs, found = estimate.measured_runs, estimate.accuracy
+    if found is None:
+        return UNMEASURED
+    low, high = (estimate.step_seconds * factor for factor in estimate.error_range)
+    corrected = f" and corrected by {'another' if len(runs) == 1 else 'others'} of its group"
+    return (
+        f"{low:,.2f} to {high:,.2f} s include 80% of {found.runs} published runs on "
+        f"{' and '.join(FITTED_GPUS)}, each predicted from the others{corrected if runs else ''} "
+        f"(median error {found.median:.1%})"
+    )
 
 
 def _duration(estimate: RunEstimate, name: str | None) -> str:
@@ -195,7 +208,7 @@ def _count_checkpoints(estimate: RunEstimate) -> CheckpointCounts:
 
 def _saved_by_rank(estimate: RunEstimate) -> str:
     config, layout, per_node = estimate.config, estimate.layout, estimate.gpu.per_node
-    size = rank_save_bytes(config, layout, max(estimate.parameters))
+    size = estimate.saved_bytes
     if not config.checkpoint.async_save:
         return f"{format_bytes(size)}, through page-locked buffers of its two largest tensors"
     node = format_bytes(size * min(per_node, layout.world_size))

@@ -94,3 +94,8 @@ def compute_dtype(config: Config) -> str:
     if config.training.bf16:
         return "bf16"
     return "fp16" if config.training.fp16 else "fp32"
+
+
+def element_size(config: Config) -> int:
+    """Return the bytes of one element of an activation."""
+    return 2 if config.training.bf16 or config.training.fp16 else 4

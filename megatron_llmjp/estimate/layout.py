@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_llmjp.config.expert_validation import expert_layout_problems
 from megatron_llmjp.config.pipeline_layout import (
     ModelChunk,
     pipeline_bubble,
@@ -33,11 +34,25 @@ class ParallelLayout:
     """Per replica and step."""
     stages: tuple[tuple[ModelChunk, ...], ...]
     """The chunks of each stage."""
+    ep: int = 1
+    """Ranks among which the experts of a layer are divided."""
+    etp: int = 1
+    """Ranks that share each expert."""
 
     @property
     def world_size(self) -> int:
         """Number of ranks."""
         return self.tp * self.cp * self.dp * self.pp
+
+    @property
+    def copies(self) -> int:
+        """Number of ranks with the same dense parameters."""
+        return self.dp * self.cp
+
+    @property
+    def expert_copies(self) -> int:
+        """Number of ranks with the same experts: megatron-core's expert data-parallel group."""
+        return self.tp * self.cp * self.dp // (self.ep * self.etp)
 
     @property
     def bubble(self) -> float:
@@ -61,25 +76,11 @@ class ParallelLayout:
         return min(warm_up + 1, total)
 
 
-def refuse_experts(config: Config) -> None:
-    """Refuse to plan a mixture-of-experts model.
-
-    Raises:
-        UserError: the model has experts.
-    """
-    if config.model.has_experts:
-        raise UserError(
-            "--estimate and --suggest-layout do not support experts (num_moe_experts): their "
-            "memory, communication and step time depend on how tokens are routed. Measure a short "
-            "run with --train-iters instead; --dry-run checks the configuration"
-        )
-
-
 def make_layout(config: Config, world_size: int) -> ParallelLayout:
     """Distribute a configuration over ``world_size`` ranks.
 
     Raises:
-        UserError: ranks, batch or layers are not divisible as the configuration requires.
+        UserError: ranks, batch, layers or experts are not divisible as the configuration requires.
     """
     parallel, batch = config.parallel, config.training.global_batch_size
     replicas, rest = divmod(world_size, parallel.model_parallel_size)
@@ -90,6 +91,9 @@ def make_layout(config: Config, world_size: int) -> ParallelLayout:
             f"{parallel.pipeline_model_parallel_size} = {parallel.model_parallel_size} processes: "
             "choose a multiple of that"
         )
+    ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_size
+    if config.model.has_experts:
+        _check_experts(config, world_size)
     samples = config.training.micro_batch_size * replicas
     if batch % samples:
         raise UserError(
@@ -104,12 +108,24 @@ def make_layout(config: Config, world_size: int) -> ParallelLayout:
         vp=virtual_pipeline_size(parallel),
         micro_batches=batch // samples,
         stages=split_layers(parallel, config.model.num_layers),
+        ep=ep if config.model.has_experts else 1,
+        etp=etp,
     )
 
 
-def stage_contents(chunks: Sequence[ModelChunk]) -> tuple[tuple[int, bool, bool], ...]:
+def _check_experts(config: Config, world_size: int) -> None:
+    """Raise a :class:`UserError` unless the ranks of a stage are divisible among the experts."""
+    for problem in expert_layout_problems(config, world_size):
+        raise UserError(problem)
+
+
+def stage_contents(config: Config, chunks: Sequence[ModelChunk]) -> tuple[object, ...]:
     """Return what the chunks of a stage contain; stages with the same contents do the same."""
-    return tuple((chunk.layers, chunk.embedding, chunk.output) for chunk in chunks)
+    kinds = config.model.expert_layers
+    return tuple(
+        (kinds[chunk.first_layer : chunk.first_layer + chunk.layers], chunk.embedding, chunk.output)
+        for chunk in chunks
+    )
 
 
 def recomputed_layers(config: Config, chunks: Sequence[ModelChunk]) -> int:
@@ -117,9 +133,15 @@ def recomputed_layers(config: Config, chunks: Sequence[ModelChunk]) -> int:
 
     ``recompute_num_layers`` with method ``block`` is a number of layers of each chunk.
     """
-    parallel = config.parallel
+    return sum(len(recomputed_layer_numbers(config, chunk)) for chunk in chunks)
+
+
+def recomputed_layer_numbers(config: Config, chunk: ModelChunk) -> range:
+    """Return the layers of a chunk, counted in the model from 0, that are recomputed as a whole."""
+    parallel, first = config.parallel, chunk.first_layer
     if parallel.recompute_granularity != "full":
-        return 0
-    each = parallel.recompute_num_layers or 1
-    whole = parallel.recompute_method != "block"
-    return sum(chunk.layers if whole else min(each, chunk.layers) for chunk in chunks)
+        return range(0)
+    layers = chunk.layers
+    if parallel.recompute_method == "block":
+        layers = min(parallel.recompute_num_layers or 1, layers)
+    return range(first, first + layers)

@@ -13,11 +13,16 @@ SHOWN_NODES = 4
 
 
 def format_layout(layout: ParallelLayout) -> str:
-    """Format a layout as ``TP 4 x PP 16 x DP 8``."""
+    """Format a layout as ``TP 4 x PP 16 x DP 8``, with experts ``TP 2 x PP 1 x DP 32, EP 8``.
+
+    The expert tensor parallel size is named if it differs from TP.
+    """
     parts = [f"TP {layout.tp}", f"PP {layout.pp}"]
     parts += [f"VP {layout.vp}"] if layout.vp > 1 else []
     parts += [f"CP {layout.cp}"] if layout.cp > 1 else []
-    return " x ".join([*parts, f"DP {layout.dp}"])
+    text = " x ".join([*parts, f"DP {layout.dp}"])
+    text += f", EP {layout.ep}" if layout.ep > 1 else ""
+    return text + (f", expert TP {layout.etp}" if layout.etp != layout.tp else "")
 
 
 def format_rank_placement(layout: ParallelLayout, per_node: int, parameters: Sequence[int]) -> str:

@@ -15,6 +15,14 @@ from megatron_llmjp.config.loss_chunks import loss_chunk_tokens
 from megatron_llmjp.config.parameter_counts import count_parameters
 from megatron_llmjp.config.pipeline_layout import ModelChunk
 from megatron_llmjp.config.schema import Config
+from megatron_llmjp.estimate.expert_memory import (
+    expert_activations,
+    expert_buffers,
+    feed_forward_tensors,
+    optimizer_bytes,
+)
+from megatron_llmjp.estimate.experts import count_expert_layers, rank_expert_parameters
+from megatron_llmjp.estimate.flops import element_size
 from megatron_llmjp.estimate.layout import ParallelLayout
 
 
@@ -38,20 +46,13 @@ class RankMemory:
         return sum(getattr(self, field.name) for field in fields(self))
 
 
-def element_size(config: Config) -> int:
-    """Return the bytes of one element of an activation."""
-    return 2 if config.training.bf16 or config.training.fp16 else 4
-
-
 def rank_parameters(config: Config, layout: ParallelLayout, chunks: Sequence[ModelChunk]) -> int:
     """Count the parameters of one rank of a stage, including its copy of tied embeddings."""
-    parallel, expert_layers = config.parallel, config.model.expert_layers
-    expert_ranks = parallel.expert_model_parallel_size * parallel.expert_tensor_size
-    counts = count_parameters(config, layout.tp, expert_ranks)
+    counts = count_parameters(config, layout.tp, layout.ep * layout.etp)
     tied_copy = counts.embedding if layout.pp > 1 else 0
     total = 0
     for chunk in chunks:
-        experts = sum(expert_layers[chunk.first_layer : chunk.first_layer + chunk.layers])
+        experts = count_expert_layers(config, [chunk])
         total += (chunk.layers - experts) * counts.layer + experts * counts.expert_layer
         if chunk.embedding:
             total += counts.embedding + counts.positions
@@ -74,12 +75,11 @@ def rank_memory(
     """
     chunks = layout.stages[stage]
     parameters, e = rank_parameters(config, layout, chunks), element_size(config)
-    main = 4 if e == 2 else 0
-    states = (
-        main
-        + {"adam": 8, "sgd": 4 if config.optimizer.sgd_momentum else 0}[config.optimizer.optimizer]
-    )
-    shards = layout.dp * layout.cp if config.parallel.use_distributed_optimizer else 1
+    states = optimizer_bytes(config)
+    experts = rank_expert_parameters(config, layout, chunks)
+    distributed = config.parallel.use_distributed_optimizer
+    shards = layout.copies if distributed else 1
+    expert_shards = layout.expert_copies if distributed else 1
     kept, recomputed = _activations(config, layout, stage, fused_kernels)
     has_output = any(chunk.output for chunk in chunks)
     logits = output = 0
@@ -88,29 +88,38 @@ def rank_memory(
         logits, output = _logits(config, layout), max(_output_buffers(config, layout), chunk)
     # The peak is the largest of three: the backward pass of the loss, of the output layer, or of a
     # transformer layer, when part of it is recomputed and the logits are freed.
-    layer = _layer_buffers(config, layout, has_output)
+    layer = _layer_buffers(config, layout, stage, fused_kernels)
     layer += _context_buffers(config, layout, fused_kernels)
     more = max(0, recomputed + layer - logits - output)
     recomputed = min(more, recomputed)
     return RankMemory(
         weights=parameters * e,
         gradients=parameters * 4,
-        optimizer=parameters * states // shards,
+        optimizer=(parameters - experts) * states // shards + experts * states // expert_shards,
         activations=kept + recomputed,
         logits=logits,
         buffers=output + more - recomputed,
     )
 
 
-def layer_activations(config: Config, layout: ParallelLayout, fused_kernels: bool = True) -> int:
-    """Compute the bytes that one layer keeps per micro-batch without recomputation."""
+def layer_activations(
+    config: Config, layout: ParallelLayout, fused_kernels: bool = True, experts: bool = False
+) -> int:
+    """Compute the bytes that one layer keeps per micro-batch without recomputation.
+
+    Args:
+        config: the run's configuration.
+        layout: its parallel layout.
+        fused_kernels: as in :func:`rank_memory`.
+        experts: whether it is a layer with experts.
+    """
     model, e, n = config.model, element_size(config), _tokens(config, layout)
     t, p = layout.tp, _sequence_parts(config, layout)
     queries = model.num_attention_heads * model.head_dim
     groups = model.query_groups * model.head_dim
     rope = model.is_rotary
     mask = 1 if fused_kernels else e
-    kept = _norms(config, n // p, fused_kernels)
+    kept = _norms(config, n // p, fused_kernels) + _query_key_norms(config, n, t, fused_kernels)
     # Output of the QKV projection, of which values are a view; rotated queries and keys.
     kept += n * e * (queries + 2 * groups + (queries + groups if rope else 0)) // t
     if rope and not fused_kernels:
@@ -119,9 +128,22 @@ def layer_activations(config: Config, layout: ParallelLayout, fused_kernels: boo
     kept += _scores(config, layout, n, fused_kernels) + n * e * queries // t
     kept += _gathered_keys(config, layout, n, fused_kernels)
     kept += 2 * mask * n * model.hidden_size // p if model.hidden_dropout else 0
-    gated = 3 if fused_kernels else 5  # both halves and their product; unfused also intermediates
-    widths = gated if model.activation_function == "swiglu" else 2
-    return kept + widths * n * e * model.ffn_size // t
+    if experts:
+        return kept + expert_activations(config, layout, fused_kernels)
+    return kept + feed_forward_tensors(config, fused_kernels) * n * e * model.ffn_size // t
+
+
+def _query_key_norms(config: Config, n: int, t: int, fused_kernels: bool) -> int:
+    """Norms of queries and keys: inputs that are no views, or unfused those in fp32; statistics."""
+    model, e = config.model, element_size(config)
+    if not model.qk_layernorm:
+        return 0
+    queries = model.num_attention_heads * model.head_dim
+    groups = model.query_groups * model.head_dim
+    heads = model.num_attention_heads + model.query_groups
+    if fused_kernels:
+        return n * (e * queries + 4 * heads) // t
+    return 4 * n * (2 * queries + (1 if e == 4 else 2) * groups + heads) // t
 
 
 def _norms(config: Config, n: int, fused_kernels: bool) -> int:
@@ -188,25 +210,46 @@ def _activations(
     """Return the bytes kept by all micro-batches in flight on a stage, and those recomputed."""
     chunks, in_flight = layout.stages[stage], layout.in_flight(stage)
     e, n, p = element_size(config), _tokens(config, layout), _sequence_parts(config, layout)
-    h, parallel = config.model.hidden_size, config.parallel
-    whole = layer_activations(config, layout, fused_kernels)
-    layers = max(chunk.layers for chunk in chunks)
-    kept, recomputed = layers * whole, 0
-    if parallel.recompute_granularity == "full" and layers:
-        unit = min(parallel.recompute_num_layers or 1, layers)
-        if parallel.recompute_method == "block":
-            kept = unit * n * h * e // p + (layers - unit) * whole
-            # By then the backward pass of the layers without recomputation is done.
-            recomputed = max(0, whole - (layers - unit) * whole)
-        else:
-            kept = -(-layers // unit) * n * h * e // p
-            recomputed = unit * whole
+    h = config.model.hidden_size
+    sizes = {
+        kind: layer_activations(config, layout, fused_kernels, kind)
+        for kind in set(config.model.expert_layers)
+    }
+    kinds = config.model.expert_layers
+    kept, recomputed = max(
+        _chunk_activations(
+            config,
+            [sizes[kind] for kind in kinds[c.first_layer : c.first_layer + c.layers]],
+            n * h * e // p,
+        )
+        for c in chunks
+    )
     total = in_flight * (kept + _dense_mask(config, fused_kernels))
     if any(chunk.output for chunk in chunks):
         total += _norms(config, n // p, fused_kernels) // 2
     if any(chunk.embedding for chunk in chunks) and config.model.hidden_dropout:
         total += n * h * (1 if fused_kernels else e) // p * in_flight
     return total, recomputed
+
+
+def _chunk_activations(config: Config, layers: list[int], inputs: int) -> tuple[int, int]:
+    """Return the bytes that the layers of a chunk keep per micro-batch, and those recomputed.
+
+    Args:
+        config: the run's configuration.
+        layers: bytes that each layer keeps without recomputation.
+        inputs: bytes of the input of a recomputed unit.
+    """
+    parallel = config.parallel
+    if parallel.recompute_granularity != "full" or not layers:
+        return sum(layers), 0
+    unit = min(parallel.recompute_num_layers or 1, len(layers))
+    if parallel.recompute_method == "block":
+        others = sum(layers[unit:])
+        # By then the backward pass of the layers without recomputation is done.
+        return unit * inputs + others, max(0, max(layers[:unit]) - others)
+    units = [sum(layers[i : i + unit]) for i in range(0, len(layers), unit)]
+    return len(units) * inputs, max(units)
 
 
 def _dense_mask(config: Config, fused_kernels: bool) -> int:
@@ -238,17 +281,24 @@ def _output_buffers(config: Config, layout: ParallelLayout) -> int:
     return config.padded_vocab_size // layout.tp * h * e + n * h * e
 
 
-def _layer_buffers(config: Config, layout: ParallelLayout, has_output: bool) -> int:
-    """Temporary tensors of a layer's backward pass.
+def _layer_buffers(config: Config, layout: ParallelLayout, stage: int, fused_kernels: bool) -> int:
+    """Temporary tensors of a layer's backward pass, the largest of the kinds of layers.
 
     The gradients of its output and of its widest activation; with tensor parallelism the gathered
     input and its gradient, before and during the reduction; with pipeline parallelism the received
     and the sent tensor.
     """
     h, t, p = config.model.hidden_size, layout.tp, _sequence_parts(config, layout)
+    chunks = layout.stages[stage]
+    has_output = any(chunk.output for chunk in chunks)
     whole, parts = 3 if t > 1 else 0, 3 if layout.pp > 1 and not has_output else 1
-    width = parts * h // p + whole * h + config.model.ffn_size // t
-    return _tokens(config, layout) * element_size(config) * width
+    experts, e = count_expert_layers(config, chunks), element_size(config)
+    dense = sum(chunk.layers for chunk in chunks) > experts or not experts
+    shared = config.model.moe_shared_expert_intermediate_size or 0
+    wide = max(config.model.ffn_size if dense else 0, shared if experts else 0)
+    width = parts * h // p + whole * h + wide // t
+    found = _tokens(config, layout) * e * width
+    return max(found, expert_buffers(config, layout, parts)) if experts else found
 
 
 def _tokens(config: Config, layout: ParallelLayout) -> int:

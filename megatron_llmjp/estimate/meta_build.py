@@ -42,7 +42,7 @@ def build_first_ranks(config: Config, layout: ParallelLayout) -> list[BuiltRank]
             from the estimate.
     """
     device, built = setup(), []
-    for stage in _distinct_stages(layout):
+    for stage in _distinct_stages(config, layout):
         rank = layout.rank(tp=0, cp=0, dp=0, pp=stage)
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
         try:
@@ -55,11 +55,11 @@ def build_first_ranks(config: Config, layout: ParallelLayout) -> list[BuiltRank]
     return built
 
 
-def _distinct_stages(layout: ParallelLayout) -> list[int]:
+def _distinct_stages(config: Config, layout: ParallelLayout) -> list[int]:
     """Return the first stage of each kind, in order."""
     kinds: dict[object, int] = {}
     for stage, chunks in enumerate(layout.stages):
-        kinds.setdefault(stage_contents(chunks), stage)
+        kinds.setdefault(stage_contents(config, chunks), stage)
     return list(kinds.values())
 
 

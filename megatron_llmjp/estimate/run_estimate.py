@@ -9,12 +9,12 @@ from megatron_llmjp.config.machine_flags import PlannedMachine
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.data.batch_size import BatchSizeSchedule, last_iteration
 from megatron_llmjp.data.lr_schedule import length_in_iterations
-from megatron_llmjp.estimate.checkpoints import checkpoint_bytes, rank_save_bytes
+from megatron_llmjp.estimate.checkpoints import checkpoint_bytes, largest_save
 from megatron_llmjp.estimate.communication import CommunicationVolume
 from megatron_llmjp.estimate.failure_report import FailureForecast, forecast_failures
 from megatron_llmjp.estimate.failures import ObservedJobs
 from megatron_llmjp.estimate.flops import step_flops
-from megatron_llmjp.estimate.layout import ParallelLayout, make_layout, refuse_experts
+from megatron_llmjp.estimate.layout import ParallelLayout, make_layout
 from megatron_llmjp.estimate.memory import RankMemory, rank_memory
 from megatron_llmjp.estimate.speed.fitted_step_time import ACCURACY, CORRECTED_ACCURACY
 from megatron_llmjp.estimate.speed.measured_runs import ComparedRun, correction
@@ -71,6 +71,11 @@ class RunEstimate:
         return batches * self.step_seconds
 
     @property
+    def saved_bytes(self) -> int:
+        """Bytes that a rank of the largest stage writes in a save."""
+        return largest_save(self.config, self.layout, self.parameters)
+
+    @property
     def mfu(self) -> float:
         """Model FLOPs utilization."""
         flops = step_flops(self.config, self.config.training.global_batch_size)
@@ -78,14 +83,22 @@ class RunEstimate:
 
     @property
     def error_range(self) -> tuple[float, float]:
-        """Factors of the step time between which 80 % of published runs are; 1 at a given MFU."""
-        if self.step_time is None:
+        """Factors of the step time between which 80 % of published runs are.
+
+        1 at a given MFU, and with experts: no published run of them was compared.
+        """
+        if self.accuracy is None:
             return 1.0, 1.0
         return self.accuracy.low, self.accuracy.high
 
     @property
-    def accuracy(self) -> ModelAccuracy:
-        """Errors of the step-time model on published runs, as this estimate uses it."""
+    def accuracy(self) -> ModelAccuracy | None:
+        """Errors of the step-time model on published runs, as this estimate uses it.
+
+        None at a given MFU, and with experts.
+        """
+        if self.step_time is None or self.config.model.has_experts:
+            return None
         return CORRECTED_ACCURACY if self.measured_runs else ACCURACY
 
     @property
@@ -121,16 +134,15 @@ def estimate_run(
         measured_runs: runs on the same machine that correct the predicted step time.
 
     Raises:
-        UserError: the layout is impossible, the GPU is unknown, or the model has experts.
+        UserError: the layout is impossible, or the GPU is unknown.
     """
-    refuse_experts(config)
     gpu = resolve_gpu(config, machine)
     layout = make_layout(config, machine.world_size)
     load = run_load(config, layout, Software())
     parameters = tuple(stage.parameters for stage in load.stages)
     is_async = config.checkpoint.async_save
     seconds, terms = _step_seconds(load, machine, gpu, measured_runs)
-    copied = rank_save_bytes(config, layout, max(parameters)) if is_async else None
+    saved = largest_save(config, layout, parameters)
     return RunEstimate(
         config=config,
         gpu=gpu,
@@ -139,7 +151,9 @@ def estimate_run(
         communication=tuple(stage.sent for stage in load.stages),
         parameters=parameters,
         step_seconds=seconds,
-        failures=forecast_failures(machine, checkpoint_bytes(config), copied, observed),
+        failures=forecast_failures(
+            machine, checkpoint_bytes(config), saved if is_async else None, observed
+        ),
         step_time=terms,
         measured_runs=tuple(measured_runs),
         length=length,

@@ -180,7 +180,16 @@ def run_micro_batches(chunks: list[Any], config: Config) -> None:
 def compare(
     cases: list[tuple[str, dict[str, Any]]], world: int, folder: Path, tolerance: float
 ) -> None:
-    found = run_ranks(measure, world, cases, str(folder))
+    check(cases, run_ranks(measure, world, cases, str(folder)), world, tolerance)
+
+
+def check(
+    cases: list[tuple[str, dict[str, Any]]],
+    found: list[list[dict[str, int]]],
+    world: int,
+    tolerance: float,
+) -> None:
+    """Compare the measurements of each rank with the estimate."""
     wrong = []
     for number, (name, values) in enumerate(cases):
         config = make(name, values)

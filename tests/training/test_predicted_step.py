@@ -17,13 +17,11 @@ H100 = "NVIDIA H100 80GB HBM3"
 def test_predictions_are_those_of_the_estimate(name):
     """On nodes of eight GPUs, for the batch size of the moment."""
     config = preset(name, vocab_size=50_000)
-    if config.model.has_experts:
-        pytest.skip("--estimate does not support experts")
-    size = config.parallel.model_parallel_size
+    size = config.parallel.model_parallel_size * config.parallel.expert_model_parallel_size
     world_size = size * max(1, 8 // size)
     hosts = [f"n{rank // 8}" for rank in range(world_size)]
     predict = StepPredictor(config, H100, hosts)
-    batch = config.training.micro_batch_size * world_size // size
+    batch = config.training.micro_batch_size * world_size // config.parallel.model_parallel_size
     for number in (batch, 3 * batch):
         expected = estimate_run(
             preset(name, vocab_size=50_000, global_batch_size=number),

@@ -163,6 +163,7 @@ def _architecture(facts: CardFacts) -> Iterator[tuple[str, Any]]:
     yield "Number of key/value heads", model.query_groups
     yield "Head size", model.head_dim
     if model.has_experts:
+        yield "Active parameters per token", f"{facts.parameters.active:,}"
         chosen = model.moe_router_topk
         yield (
             "Experts",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import product
 
 from megatron_llmjp.config.loading import replace_fields
@@ -50,12 +50,14 @@ SEARCHED = (
     "pipeline_model_parallel_size",
     "virtual_pipeline_model_parallel_size",
     "context_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_size",
     "use_distributed_optimizer",
     *COUNTED_LAYERS[0],
     *NO_LAYOUT,
     *NO_RECOMPUTE,
 )
-"""Fields of the parallel section that differ between candidates, with sequence parallelism."""
+"""Values of the parallel section that differ between candidates, with sequence parallelism."""
 
 
 def layout_key(config: Config) -> tuple[object, ...]:
@@ -78,17 +80,25 @@ def candidates(
         machine: its GPUs.
         beyond_node: whether tensor-parallel groups are larger than a node, instead of within one.
     """
+    for t, p, c in tensor_pipeline_context_sizes(config, machine, beyond_node):
+        for v in VIRTUAL_SIZES:
+            split = split_fields(config, p, v)
+            if split is not None:
+                replicas = machine.world_size // (t * p * c)
+                yield from layouts_of_sizes(config, replicas, (t, p, c, v), split)
+
+
+def tensor_pipeline_context_sizes(
+    config: Config, machine: PlannedMachine, beyond_node: bool
+) -> Iterator[tuple[int, int, int]]:
+    """Generate the tensor, pipeline and context parallel sizes that divide GPUs and heads."""
     sizes = sorted({*TENSOR_SIZES, *MORE_TENSOR_SIZES})
     tensor = [t for t in sizes if (t > machine.gpus_per_node) == beyond_node]
     stages, heads = range(1, config.model.num_layers + 3), config.model.num_attention_heads
     for t, p, c in product(tensor, stages, _context_sizes(config)):
         replicas, rest = divmod(machine.world_size, t * p * c)
-        if rest or replicas == 0 or heads % t:
-            continue
-        for v in VIRTUAL_SIZES:
-            split = _split(config, p, v)
-            if split is not None:
-                yield from _layouts(config, replicas, (t, p, c, v), split)
+        if not rest and replicas and heads % t == 0:
+            yield t, p, c
 
 
 def variants(config: Config, copies: int) -> Iterator[Config]:
@@ -112,7 +122,7 @@ def _context_sizes(config: Config) -> list[int]:
     return [c for c in CONTEXT_SIZES if c == 1 or length // c >= MIN_CONTEXT_TOKENS]
 
 
-def _split(config: Config, p: int, v: int | None) -> dict[str, object] | None:
+def split_fields(config: Config, p: int, v: int | None) -> dict[str, object] | None:
     """Return the fields that make all chunks even, or None if none of them does."""
     if p == 1 and v is not None:
         return None
@@ -123,17 +133,28 @@ def _split(config: Config, p: int, v: int | None) -> dict[str, object] | None:
     return None
 
 
-def _layouts(
+def layouts_of_sizes(
     config: Config,
     replicas: int,
     sizes: tuple[int, int, int, int | None],
     split: dict[str, object],
+    pairs: Iterable[tuple[int, dict[str, object]]] | None = None,
 ) -> Iterator[Config]:
-    """Generate micro-batch sizes and recomputations; context parallelism is for micro-batch 1."""
+    """Generate the layouts of TP, PP, CP and virtual stages, as far as the batch is divisible.
+
+    Args:
+        config: the run's configuration.
+        replicas: data-parallel size.
+        sizes: TP, PP, CP, and chunks per stage or None.
+        split: fields that split the layers evenly.
+        pairs: micro-batch sizes with fields of a recomputation; None for all that are searched.
+            Context parallelism is for micro-batch 1.
+    """
     t, p, c, v = sizes
-    layers = -(-config.model.num_layers // (p * (v or 1)))
-    micro_batches = MICRO_BATCH_SIZES if c == 1 else (1,)
-    for b, recompute in product(micro_batches, _recomputations(layers)):
+    if pairs is None:
+        layers = -(-config.model.num_layers // (p * (v or 1)))
+        pairs = product(MICRO_BATCH_SIZES if c == 1 else (1,), _recomputations(layers))
+    for b, recompute in pairs:
         if config.training.global_batch_size % (replicas * b) == 0:
             yield replace_fields(
                 config,

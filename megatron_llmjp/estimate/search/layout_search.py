@@ -14,13 +14,15 @@ from megatron_llmjp.config.machine_flags import PlannedMachine
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.config.validation import check_config
 from megatron_llmjp.errors import UserError
-from megatron_llmjp.estimate.layout import refuse_experts
 from megatron_llmjp.estimate.run_estimate import RunEstimate, estimate_run
+from megatron_llmjp.estimate.search.expert_candidates import coarse_candidates, refinements
 from megatron_llmjp.estimate.search.layout_candidates import candidates, layout_key, variants
 from megatron_llmjp.estimate.speed.measured_runs import ComparedRun
 
 MAX_MEMORY_FRACTION = 0.95
 """Fraction of GPU memory that a suggested layout may use: predictions are off by up to 5 %."""
+REFINED = 8
+"""Number of fastest combinations of sizes whose layouts are all tried, with experts."""
 VARIED = 10
 """Number of fastest layouts whose variants are tried."""
 
@@ -54,20 +56,19 @@ def search_layouts(
         machine: its GPUs.
         measured_runs: runs on the same machine that correct the predicted step times.
         beyond_node: whether to try only tensor-parallel groups that are larger than a node.
-
-    Raises:
-        UserError: the model has experts.
     """
-    refuse_experts(config)
     own = layout_key(config)
     # The padded vocabulary size depends on the tensor-parallel size.
     config = replace_fields(config, padded_vocab_size=None)
     machine = replace(machine, mfu=None)
     search = _Search(machine, tuple(measured_runs), own)
-    found = search.fitting([config, *candidates(config, machine, beyond_node)])
+    if config.model.has_experts:
+        found = search.fitting([config]) | search.with_experts(config, beyond_node)
+    else:
+        found = search.fitting([config, *candidates(config, machine, beyond_node)])
     for candidate in sorted(found.values(), key=_seconds)[:VARIED]:
         layout = candidate.estimate.layout
-        more = variants(candidate.estimate.config, layout.dp * layout.cp)
+        more = variants(candidate.estimate.config, layout.copies)
         found = search.fitting(more) | found
     return sorted(found.values(), key=_seconds)
 
@@ -102,6 +103,25 @@ class _Search:
             if estimate.memory_fraction <= (1.0 if given else MAX_MEMORY_FRACTION):
                 found[key] = LayoutCandidate(estimate, given)
         return found
+
+    def with_experts(self, config: Config, beyond_node: bool) -> dict[object, LayoutCandidate]:
+        """Return layouts of a model with experts that fit: coarse ones, and all of fast sizes."""
+        found: dict[object, LayoutCandidate] = {}
+        for leanest, *others in coarse_candidates(config, self.machine, beyond_node):
+            fits = self.fitting([leanest])
+            if fits:
+                found |= fits | self.fitting(others)
+        fastest: dict[tuple[int, ...], LayoutCandidate] = {}
+        for candidate in sorted(found.values(), key=_seconds):
+            fastest.setdefault(_expert_sizes(candidate), candidate)
+        for candidate in list(fastest.values())[:REFINED]:
+            found = self.fitting(refinements(candidate.estimate.config, self.machine)) | found
+        return found
+
+
+def _expert_sizes(candidate: LayoutCandidate) -> tuple[int, ...]:
+    layout = candidate.estimate.layout
+    return layout.tp, layout.pp, layout.cp, layout.ep, layout.etp
 
 
 def _seconds(candidate: LayoutCandidate) -> float:

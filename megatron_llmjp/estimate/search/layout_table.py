@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from megatron_llmjp.config.machine_flags import PlannedMachine
 from megatron_llmjp.config.schema import Config
+from megatron_llmjp.estimate.expert_report import UNMEASURED
 from megatron_llmjp.estimate.layout_report import format_layout
 from megatron_llmjp.estimate.search.layout_candidates import COUNTED_LAYERS, NO_LAYOUT
 from megatron_llmjp.estimate.search.layout_search import MAX_MEMORY_FRACTION, LayoutCandidate
@@ -12,14 +15,24 @@ from megatron_llmjp.formatting import format_table
 SHOWN = 6
 """Layouts in the table."""
 TIME_COLUMNS = {
-    "compute": ("products", "attention", "element_wise", "recompute", "output", "kernels"),
+    "compute": (
+        "products",
+        "attention",
+        "element_wise",
+        "expert_products",
+        "permutation",
+        "recompute",
+        "output",
+        "kernels",
+    ),
     "bubble": ("bubble",),
     "TP comm": ("tensor", "context"),
+    "EP comm": ("experts",),
     "PP comm": ("pipeline",),
     "DP comm": ("data", "stragglers"),
     "optimizer": ("optimizer",),
 }
-"""Terms of the step time in each column."""
+"""Terms of the step time in each column; that of experts is omitted for dense models."""
 MIN_SHOWN_DIFFERENCE = 0.005
 """Fraction of the step time above which a difference is reported."""
 
@@ -36,8 +49,10 @@ def format_candidates(config: Config, machine: PlannedMachine, found: list[Layou
     if not found:
         return head + "no layout fits: use more GPUs, or GPUs with more memory"
     given = next((s for s in found if s.given), None)
+    sizes = "TP, PP, CP and EP" if config.model.has_experts else "TP, PP and CP"
     shown = _best_of_each(found)[:SHOWN]
     shown += [given] if given and given not in shown else []
+    times = [name for name in TIME_COLUMNS if name != "EP comm" or config.model.has_experts]
     columns = (
         "layout",
         "micro-batch",
@@ -45,22 +60,23 @@ def format_candidates(config: Config, machine: PlannedMachine, found: list[Layou
         "memory",
         "MFU",
         "step",
-        *TIME_COLUMNS,
+        *times,
     )
-    rows = [columns, *(_row(s) for s in shown)]
+    rows = [columns, *(_row(s, times) for s in shown)]
     return "\n".join(
         [
             f"{head}{len(found)} layouts fit into {MAX_MEMORY_FRACTION:.0%} of the memory, which "
-            "is predicted within 5%; the fastest of each TP, PP and CP, in estimated seconds",
+            f"is predicted within 5%; the fastest of each {sizes}, in estimated seconds",
             format_table(rows, right=(1, *range(3, len(columns)))),
             _compare_given(found, given),
             f"flags of the fastest: {layout_flags(found[0].estimate.config)}",
             *_removals(config, found[0].estimate.config),
+            *([UNMEASURED] if config.model.has_experts else []),
         ]
     )
 
 
-def _row(candidate: LayoutCandidate) -> tuple[str, ...]:
+def _row(candidate: LayoutCandidate, times: Sequence[str]) -> tuple[str, ...]:
     estimate = candidate.estimate
     return (
         format_layout(estimate.layout)
@@ -71,7 +87,7 @@ def _row(candidate: LayoutCandidate) -> tuple[str, ...]:
         f"{estimate.memory_fraction:.0%}",
         f"{estimate.mfu:.0%}",
         f"{candidate.seconds:.2f}",
-        *(_seconds(seconds) for seconds in _columns(candidate).values()),
+        *(_seconds(_columns(candidate)[name]) for name in times),
     )
 
 
@@ -110,11 +126,11 @@ def _seconds(number: float) -> str:
 
 
 def _best_of_each(found: list[LayoutCandidate]) -> list[LayoutCandidate]:
-    """Return the fastest candidate of each combination of TP, PP and CP."""
-    best: dict[tuple[int, int, int], LayoutCandidate] = {}
+    """Return the fastest candidate of each combination of TP, PP, CP and sizes of experts."""
+    best: dict[tuple[int, ...], LayoutCandidate] = {}
     for candidate in found:
         layout = candidate.estimate.layout
-        best.setdefault((layout.tp, layout.pp, layout.cp), candidate)
+        best.setdefault((layout.tp, layout.pp, layout.cp, layout.ep, layout.etp), candidate)
     return list(best.values())
 
 
@@ -158,6 +174,9 @@ def layout_flags(config: Config) -> str:
     if parallel.virtual_pipeline_model_parallel_size:
         chunks = parallel.virtual_pipeline_model_parallel_size
         words.append(f"--virtual-pipeline-model-parallel-size {chunks}")
+    if config.model.has_experts:
+        words.append(f"--expert-model-parallel-size {parallel.expert_model_parallel_size}")
+        words.append(f"--expert-tensor-parallel-size {parallel.expert_tensor_size}")
     for name in COUNTED_LAYERS[0]:
         if getattr(parallel, name):
             words.append(f"--{name.replace('_', '-')}")

@@ -14,6 +14,7 @@ from megatron_llmjp.config.loading import replace_fields
 from megatron_llmjp.config.machine_flags import PlannedMachine
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.estimate.estimate_numbers import candidate_numbers
+from megatron_llmjp.estimate.expert_report import UNMEASURED
 from megatron_llmjp.estimate.layout_report import format_layout
 from megatron_llmjp.estimate.run_estimate import run_length_without_data
 from megatron_llmjp.estimate.search.layout_search import (
@@ -161,6 +162,8 @@ def format_pareto(scaling: Scaling, machine: PlannedMachine) -> str:
 
 def _rests_on(points: Sequence[ScalingPoint]) -> str:
     accuracy = next((p.best.estimate.accuracy for p in points if p.best), ACCURACY)
+    if accuracy is None:
+        return f"days without failures; {UNMEASURED}"
     return f"days in parentheses: 80% of {accuracy.runs} published runs, without failures"
 
 
@@ -182,6 +185,7 @@ def _table(points: tuple[ScalingPoint, ...], tokens: int, machine: PlannedMachin
             point.seconds * factor / SECONDS_PER_DAY for factor in point.best.estimate.error_range
         )
         days = point.seconds / SECONDS_PER_DAY
+        spread = f" ({low:,.1f} to {high:,.1f})" if low < high else ""
         rows.append(
             (
                 str(point.gpus),
@@ -189,7 +193,7 @@ def _table(points: tuple[ScalingPoint, ...], tokens: int, machine: PlannedMachin
                 f"{point.best.seconds:.2f}",
                 f"{point.best.estimate.mfu:.0%}",
                 format_count(tokens / point.seconds),
-                f"{days:,.1f} ({low:,.1f} to {high:,.1f})",
+                f"{days:,.1f}{spread}",
                 *(f"{number:,.0f}" for number in _costs(point, machine).values()),
                 limit,
             )

@@ -16,7 +16,7 @@ from statistics import fmean
 from megatron_llmjp.config.loading import replace_fields
 from megatron_llmjp.config.machine_flags import PlannedMachine
 from megatron_llmjp.config.schema import Config
-from megatron_llmjp.estimate.layout import make_layout, refuse_experts
+from megatron_llmjp.estimate.layout import make_layout
 from megatron_llmjp.estimate.speed.step_time import StepTime, run_load, step_time
 from megatron_llmjp.estimate.speed.step_work import Software
 from megatron_llmjp.estimate.speed.target_gpu import resolve_gpu
@@ -56,9 +56,8 @@ def predict_step(config: Config, machine: PlannedMachine) -> StepTime:
     """Predict the step time of a run.
 
     Raises:
-        UserError: the layout is impossible, the GPU is unknown, or the model has experts.
+        UserError: the layout is impossible, or the GPU is unknown.
     """
-    refuse_experts(config)
     layout = make_layout(config, machine.world_size)
     return step_time(run_load(config, layout, Software()), resolve_gpu(config, machine))
 

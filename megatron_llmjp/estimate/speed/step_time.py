@@ -13,6 +13,7 @@ from math import log, sqrt
 
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.estimate.communication import CommunicationVolume, communication_volume
+from megatron_llmjp.estimate.experts import rank_expert_parameters
 from megatron_llmjp.estimate.layout import ParallelLayout, recomputed_layers, stage_contents
 from megatron_llmjp.estimate.memory import gathers_keys, rank_parameters
 from megatron_llmjp.estimate.speed.fitted_step_time import FITTED
@@ -38,11 +39,14 @@ TERMS = {
     "products": "matrix products",
     "attention": "attention scores",
     "element_wise": "element-wise kernels",
+    "expert_products": "matrix products of experts",
+    "permutation": "routing and permutation of tokens",
     "recompute": "recomputation",
     "output": "embedding, output layer and loss",
     "kernels": "gaps between kernels",
     "tensor": "tensor-parallel communication",
     "context": "context-parallel communication",
+    "experts": "expert-parallel communication",
     "pipeline": "pipeline messages",
     "bubble": "pipeline bubble",
     "data": "data-parallel communication",
@@ -54,11 +58,14 @@ COMPUTING = (
     "products",
     "attention",
     "element_wise",
+    "expert_products",
+    "permutation",
     "recompute",
     "output",
     "kernels",
     "tensor",
     "context",
+    "experts",
 )
 """Terms of forward and backward passes, which ``training/compute_timer.py`` measures together."""
 
@@ -67,7 +74,8 @@ COMPUTING = (
 class StepTime:
     """Seconds of a step on the slowest stage by term; communication as far as it is exposed.
 
-    :data:`TERMS` describes the terms. Those with a default are of a step, not of a micro-batch.
+    :data:`TERMS` describes the terms. ``bubble``, ``data``, ``optimizer`` and ``stragglers``
+    are of a step, not of a micro-batch.
     """
 
     products: float
@@ -83,6 +91,9 @@ class StepTime:
     data: float = 0.0
     optimizer: float = 0.0
     stragglers: float = 0.0
+    expert_products: float = 0.0
+    permutation: float = 0.0
+    experts: float = 0.0
 
     @property
     def total(self) -> float:
@@ -110,6 +121,8 @@ class StageLoad:
     work: StageWork
     sent: CommunicationVolume
     parameters: int
+    expert_parameters: int
+    """Those of them that belong to experts."""
     passes: int
     """Passes through layers per micro-batch: forward, backward and recomputed."""
 
@@ -129,13 +142,14 @@ def run_load(config: Config, layout: ParallelLayout, software: Software) -> RunL
     known: dict[object, StageLoad] = {}
     stages = []
     for number, chunks in enumerate(layout.stages):
-        key = stage_contents(chunks)
+        key = stage_contents(config, chunks)
         if key not in known:
             layers = sum(chunk.layers for chunk in chunks)
             known[key] = StageLoad(
                 stage_work(config, layout, software, chunks),
                 communication_volume(config, layout, number),
                 rank_parameters(config, layout, chunks),
+                rank_expert_parameters(config, layout, chunks),
                 2 * layers + recomputed_layers(config, chunks),
             )
         stages.append(known[key])
@@ -182,14 +196,19 @@ class _Model:
             products=self.products(work.products),
             attention=attention,
             element_wise=self.memory(work.element_wise.bytes),
+            expert_products=self.products(work.expert_products),
+            permutation=self.memory(work.permutation.bytes),
             recompute=self.products(work.recomputed_products)
             + recomputed_attention
-            + self.memory(work.recomputed_element_wise.bytes),
+            + self.memory(work.recomputed_element_wise.bytes)
+            + self.products(work.recomputed_expert_products)
+            + self.memory(work.recomputed_permutation.bytes),
             output=self.products(work.output_products)
             + self.memory(work.output_element_wise.bytes),
             kernels=stage.passes * self.parameters.kernel,
             tensor=self.tensor(sent.tensor / m),
             context=max(0.0, sent.context / m / self.bandwidth_between_ranks() - hidden),
+            experts=self.experts(sent.experts / m),
             pipeline=self.pipeline(sent.pipeline / m),
         )
 
@@ -234,6 +253,18 @@ class _Model:
             return 0.0
         return size / (self.link if self.load.layout.tp <= self.gpu.per_node else self.network)
 
+    def experts(self, size: float) -> float:
+        """Return the seconds of the exchange of tokens between the ranks of the experts.
+
+        The ranks are adjacent: the part for ranks of the same node uses its links.
+        """
+        layout = self.load.layout
+        ranks = layout.ep * layout.etp
+        if ranks <= self.gpu.per_node:
+            return size / self.link
+        within = (self.gpu.per_node - 1) / (ranks - 1)
+        return size * (within / self.link + (1 - within) / self.network)
+
     def pipeline(self, size: float) -> float:
         """Return the exposed seconds of messages between stages."""
         layout, software = self.load.layout, self.load.software
@@ -253,13 +284,11 @@ class _Model:
         also overlap with other micro-batches.
         """
         layout, parallel, sent = self.load.layout, self.load.config.parallel, stage.sent
-        local = max(1, self.gpu.per_node // layout.tp)
-        copies = layout.dp * layout.cp
-        bandwidth = self.link
-        if copies * layout.tp > self.gpu.per_node:
-            bandwidth = min(self.link, self.network * min(local, copies))
-        gradients = sent.gradients * self.load.software.gradient_bytes / 4 / bandwidth
-        parameters = sent.parameters / bandwidth
+        dense = self.bandwidth_between_copies(layout.tp, layout.copies)
+        experts = self.bandwidth_between_copies(layout.ep * layout.etp, layout.expert_copies)
+        share = self.load.software.gradient_bytes / 4
+        gradients = sent.gradients * share / dense + sent.expert_gradients * share / experts
+        parameters = sent.parameters / dense + sent.expert_parameters / experts
         window = micro_batch * max(1.0, layout.pp * (layout.vp - 1) / layout.vp)
         if parallel.overlap_grad_reduce:
             gradients = max(EXPOSED_SHARE * gradients, gradients - window * 2 / 3)
@@ -267,9 +296,20 @@ class _Model:
             parameters = max(EXPOSED_SHARE * parameters, parameters - window / 3)
         return gradients + parameters + sent.embedding / self.network
 
+    def bandwidth_between_copies(self, distance: int, copies: int) -> float:
+        """Return the bandwidth of a data-parallel group whose ranks are ``distance`` apart."""
+        if copies * distance <= self.gpu.per_node:
+            return self.link
+        local = max(1, self.gpu.per_node // distance)
+        return min(self.link, self.network * min(local, copies))
+
     def optimizer(self, stage: StageLoad) -> float:
         """Return the seconds of the gradient norm, Adam, and zeroing gradients."""
         layout, parallel = self.load.layout, self.load.config.parallel
-        shards = layout.dp * layout.cp if parallel.use_distributed_optimizer else 1
-        per_parameter = OPTIMIZER_BYTES / shards + 2 * self.load.software.gradient_bytes
-        return self.memory(stage.parameters * per_parameter)
+        experts, dense = stage.expert_parameters, stage.parameters - stage.expert_parameters
+        size = 0.0
+        for parameters, copies in ((dense, layout.copies), (experts, layout.expert_copies)):
+            shards = copies if parallel.use_distributed_optimizer else 1
+            per_parameter = OPTIMIZER_BYTES / shards + 2 * self.load.software.gradient_bytes
+            size += parameters * per_parameter
+        return self.memory(size)

@@ -7,12 +7,18 @@ of a micro-batch on one rank, e the bytes of an activation and t the tensor-para
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_llmjp.config.pipeline_layout import ModelChunk
 from megatron_llmjp.config.schema import Config
+from megatron_llmjp.estimate.experts import (
+    ExpertLoad,
+    count_expert_layers,
+    count_recomputed_experts,
+    expert_load,
+)
+from megatron_llmjp.estimate.flops import element_size
 from megatron_llmjp.estimate.layout import ParallelLayout, recomputed_layers
-from megatron_llmjp.estimate.memory import element_size
 
 BACKWARD_FLASH_PRODUCTS = 5
 """Matrix products of the backward pass of FlashAttention, which recomputes the scores, where the
@@ -23,6 +29,11 @@ fused softmax and scores in half precision. Forward: written by the first produc
 written by softmax (4) and dropout (4, and a mask of 1), read by the second product (2). Backward:
 read for the gradient of the values (2), written by that of the probabilities (2), read and written
 by dropout (5) and softmax (6), read for the gradients of queries and keys (4)."""
+ROUTER_BYTES = 45
+"""Bytes per token and expert of megatron-core's router in fp32, counted for the forward pass and
+assumed for the backward pass: logits (4), their read for the z-loss (4) and the choice (4), softmax
+of the load balancing loss (8), probabilities of the chosen ones (8) and routing map (2), transposed
+(10), and read for the permutation (5)."""
 LOSS_BYTES = 52
 """Bytes per logit of Megatron-LM's ``vocab_parallel_cross_entropy``: conversion to fp32 (6),
 maximum (4), subtraction (8), exponential (8), sum (4), division (8), gradient (8) and its
@@ -90,6 +101,10 @@ class LayerWork:
     """Scores and their product with the values."""
     element_wise: PassWork
     """Norms, rotary embedding, activation function, dropout and residual connections."""
+    expert_products: PassWork = PassWork()
+    """Products of experts, each with its own matrices."""
+    permutation: PassWork = PassWork()
+    """Routing, and tokens in the order of their experts and back."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +121,10 @@ class StageWork:
     """Products of the output layer."""
     output_element_wise: Work
     """Embedding and loss."""
+    expert_products: Work = Work()
+    permutation: Work = Work()
+    recomputed_expert_products: Work = Work()
+    recomputed_permutation: Work = Work()
 
 
 def matrix_product(m: float, n: float, k: float, e: int) -> Work:
@@ -123,24 +142,52 @@ def linear(n: float, inputs: float, outputs: float, e: int, gradient_bytes: int)
     return PassWork(forward, forward + weight)
 
 
-def layer_work(config: Config, layout: ParallelLayout, software: Software) -> LayerWork:
-    """Compute the work of one transformer layer on one rank per micro-batch."""
+def layer_work(
+    config: Config, layout: ParallelLayout, software: Software, experts: bool = False
+) -> LayerWork:
+    """Compute the work of one transformer layer on one rank per micro-batch.
+
+    The feed-forward layer of a layer with experts is that of its shared experts.
+    """
     model, e, t = config.model, element_size(config), layout.tp
     n = micro_batch_tokens(config, layout)
     queries = model.num_attention_heads * model.head_dim / t
     groups = 2 * model.query_groups * model.head_dim / t
-    wide = model.ffn_size / t
+    load = expert_load(config, layout) if experts else None
+    shared = model.moe_shared_expert_intermediate_size or 0
+    wide = (model.ffn_size if load is None else shared) / t
     h, g = model.hidden_size, software.gradient_bytes
     halves = 2 if model.activation_function == "swiglu" else 1
-    products = (
-        linear(n, h, queries + groups, e, g)
-        + linear(n, queries, h, e, g)
-        + linear(n, h, halves * wide, e, g)
-        + linear(n, wide, h, e, g)
-    )
+    products = linear(n, h, queries + groups, e, g) + linear(n, queries, h, e, g)
+    if wide:
+        products = products + linear(n, h, halves * wide, e, g) + linear(n, wide, h, e, g)
+    attention = _attention(config, layout, software)
+    if load is None:
+        element_wise = _element_wise(config, layout, n, wide)
+        return LayerWork(products, attention, element_wise)
+    products += linear(load.tokens, h, model.num_moe_experts or 0, e, g)
+    rows = load.rows / load.local_experts
+    one = linear(rows, h, halves * load.width, e, g) + linear(rows, load.width, h, e, g)
     return LayerWork(
-        products, _attention(config, layout, software), _element_wise(config, layout, n)
+        products,
+        attention,
+        _element_wise(config, layout, n, wide + load.rows * load.width / n),
+        one * load.local_experts,
+        _permutation(config, load),
     )
+
+
+def _permutation(config: Config, load: ExpertLoad) -> PassWork:
+    """Count the bytes that routing and reordering tokens reads and writes in each pass.
+
+    Copies of tokens are gathered (2) and added (3) at one end, and reordered by expert twice (4),
+    if a rank has several. Bytes of a router per token and expert: :data:`ROUTER_BYTES`.
+    """
+    orders = 4 if load.local_experts > 1 else 0
+    elements = (5 * load.sent + orders * load.rows) * config.model.hidden_size
+    scores = load.tokens * (config.model.num_moe_experts or 0) * ROUTER_BYTES
+    one = Work(0.0, elements * element_size(config) + scores)
+    return PassWork(one, one)
 
 
 def micro_batch_tokens(config: Config, layout: ParallelLayout) -> int:
@@ -163,12 +210,13 @@ def _attention(config: Config, layout: ParallelLayout, software: Software) -> Pa
     return PassWork(Work(2 * product, forward * scores), Work(4 * product, backward * scores))
 
 
-def _element_wise(config: Config, layout: ParallelLayout, n: int) -> PassWork:
+def _element_wise(config: Config, layout: ParallelLayout, n: int, activated: float) -> PassWork:
     """Count the bytes of element-wise kernels.
 
     Per element and layer, forward: two norms read and write (4), two residual additions read two
     tensors and write one (6); backward: two norms read two tensors and write one (6), two
-    additions of gradients (6). Dropout has a mask of one byte, read and written once.
+    additions of gradients (6). Dropout has a mask of one byte, read and written once. The
+    activation function has ``activated`` elements per token.
     """
     model, e, t = config.model, element_size(config), layout.tp
     p = t if config.parallel.sequence_parallel else 1
@@ -177,8 +225,8 @@ def _element_wise(config: Config, layout: ParallelLayout, n: int) -> PassWork:
     activation = (3, 5) if gated else (2, 3)
     rotated = (model.num_attention_heads + model.query_groups) * model.head_dim
     rotary = 2 * e * rotated / t if model.is_rotary else 0.0
-    forward = (10 * e + mask) * model.hidden_size / p + activation[0] * e * model.ffn_size / t
-    backward = (12 * e + mask) * model.hidden_size / p + activation[1] * e * model.ffn_size / t
+    forward = (10 * e + mask) * model.hidden_size / p + activation[0] * e * activated
+    backward = (12 * e + mask) * model.hidden_size / p + activation[1] * e * activated
     return PassWork(Work(0.0, n * (forward + rotary)), Work(0.0, n * (backward + rotary)))
 
 
@@ -186,19 +234,40 @@ def stage_work(
     config: Config, layout: ParallelLayout, software: Software, chunks: tuple[ModelChunk, ...]
 ) -> StageWork:
     """Compute the work of one rank of the stage with these chunks, per micro-batch."""
-    layer = layer_work(config, layout, software)
-    layers = sum(chunk.layers for chunk in chunks)
-    full = recomputed_layers(config, chunks)
-    attention = layers if config.parallel.recompute_granularity == "selective" else full
-    return StageWork(
-        products=layer.products.total * layers,
-        attention=layer.attention.total * layers,
-        element_wise=layer.element_wise.total * layers,
-        recomputed_products=layer.products.forward * full,
-        recomputed_attention=layer.attention.forward * attention,
-        recomputed_element_wise=layer.element_wise.forward * full,
+    layers, full = sum(chunk.layers for chunk in chunks), recomputed_layers(config, chunks)
+    experts = count_expert_layers(config, chunks)
+    full_experts = count_recomputed_experts(config, chunks)
+    found = StageWork(
+        *(Work(),) * 6,
         output_products=_output_products(config, layout, software, chunks),
         output_element_wise=_output_element_wise(config, layout, software, chunks),
+    )
+    if layers > experts or not experts:
+        dense = layer_work(config, layout, software)
+        found = _add_layers(config, found, dense, layers - experts, full - full_experts)
+    if experts:
+        layer = layer_work(config, layout, software, experts=True)
+        found = _add_layers(config, found, layer, experts, full_experts)
+    return found
+
+
+def _add_layers(
+    config: Config, stage: StageWork, layer: LayerWork, layers: int, full: int
+) -> StageWork:
+    """Add layers of one kind to the work of a stage; ``full`` of them are recomputed as a whole."""
+    attention = layers if config.parallel.recompute_granularity == "selective" else full
+    return replace(
+        stage,
+        products=stage.products + layer.products.total * layers,
+        attention=stage.attention + layer.attention.total * layers,
+        element_wise=stage.element_wise + layer.element_wise.total * layers,
+        expert_products=layer.expert_products.total * layers,
+        permutation=layer.permutation.total * layers,
+        recomputed_products=stage.recomputed_products + layer.products.forward * full,
+        recomputed_attention=stage.recomputed_attention + layer.attention.forward * attention,
+        recomputed_element_wise=stage.recomputed_element_wise + layer.element_wise.forward * full,
+        recomputed_expert_products=layer.expert_products.forward * full,
+        recomputed_permutation=layer.permutation.forward * full,
     )
 
 
