@@ -20,11 +20,13 @@ VIRTUAL_SIZES = (None, 2, 3, 4, 5, 6)
 """Model chunks per stage; None: no interleaving."""
 NO_RECOMPUTE: dict[str, object] = {
     "recompute_granularity": None,
+    "recompute_modules": ("core_attn",),
     "recompute_method": None,
     "recompute_num_layers": None,
 }
 SELECTIVE_RECOMPUTE: dict[str, object] = {**NO_RECOMPUTE, "recompute_granularity": "selective"}
 FULL_RECOMPUTE: dict[str, object] = {
+    **NO_RECOMPUTE,
     "recompute_granularity": "full",
     "recompute_method": "uniform",
     "recompute_num_layers": 1,

@@ -255,7 +255,7 @@ def _add_layers(
     config: Config, stage: StageWork, layer: LayerWork, layers: int, full: int
 ) -> StageWork:
     """Add layers of one kind to the work of a stage; ``full`` of them are recomputed as a whole."""
-    attention = layers if config.parallel.recompute_granularity == "selective" else full
+    attention = layers if config.parallel.recomputes_attention else full
     return replace(
         stage,
         products=stage.products + layer.products.total * layers,
