@@ -105,8 +105,8 @@ def _context(config: Config, layout: ParallelLayout, stage: int, fused_kernels: 
     """
     chunks = layout.stages[stage]
     layers = sum(chunk.layers for chunk in chunks)
-    alone = config.parallel.recomputes_attention
-    recomputed = layers if alone else recomputed_layers(config, chunks)
+    selective = config.parallel.recomputes_attention
+    recomputed = layers if selective else recomputed_layers(config, chunks)
     passes = layers * (2 if gathers_keys(config, fused_kernels) else 3) + recomputed
     tokens = config.training.micro_batch_size * config.data.seq_length // layout.cp
     groups = 2 * config.model.query_groups * config.model.head_dim // layout.tp

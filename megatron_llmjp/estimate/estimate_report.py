@@ -94,7 +94,18 @@ def _memory(estimate: RunEstimate) -> str:
         f"{'fits' if estimate.fits else 'DOES NOT FIT'}: {most / 1e9:.1f} GB + "
         f"{CUDA_RESERVE / 1e9:.1f} GB for CUDA and NCCL = {estimate.memory_fraction:.0%} of "
         f"{capacity / 1e9:.0f} GB"
+        f"{_unestimated_modules(estimate)}"
     )
+
+
+def _unestimated_modules(estimate: RunEstimate) -> str:
+    modules = [
+        m for m in estimate.config.parallel.recompute_modules if m not in ("core_attn", "moe")
+    ]
+    if not modules:
+        return ""
+    names = " ".join(modules)
+    return f"\nrecompute_modules {names}: not estimated; less memory is used, and more time"
 
 
 def _communication(estimate: RunEstimate) -> str:

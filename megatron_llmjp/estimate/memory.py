@@ -171,9 +171,8 @@ def gathers_keys(config: Config, fused_kernels: bool = True) -> bool:
 
 def _gathered_keys(config: Config, layout: ParallelLayout, n: int, fused_kernels: bool) -> int:
     """Keys and values of whole sequences, kept for the backward pass."""
-    return (
-        0 if config.parallel.recomputes_attention else _whole_keys(config, layout, n, fused_kernels)
-    )
+    recomputed = config.parallel.recomputes_attention
+    return 0 if recomputed else _whole_keys(config, layout, n, fused_kernels)
 
 
 def _whole_keys(config: Config, layout: ParallelLayout, n: int, fused_kernels: bool) -> int:
@@ -190,8 +189,8 @@ def _context_buffers(config: Config, layout: ParallelLayout, fused_kernels: bool
     one chunk as well; selective recomputation also gathers and reorders keys and values again. The
     numbers are those measured in ``tests/estimate/test_memory.py``.
     """
-    granularity = config.parallel.recompute_granularity
-    copies = {None: 1, "full": 2, "selective": 4}[granularity]
+    full = config.parallel.recompute_granularity == "full"
+    copies = 4 if config.parallel.recomputes_attention else 2 if full else 1
     return copies * _whole_keys(config, layout, _tokens(config, layout), fused_kernels)
 
 

@@ -40,6 +40,7 @@ from megatron_llmjp.model.transformer_engine import (
 from megatron_llmjp.parallel.device import Device
 from megatron_llmjp.patches.compiled_rotary import compile_rotary_embedding
 from megatron_llmjp.patches.llama3_rope_scaling import scale_rotary_frequencies
+from megatron_llmjp.patches.norm_recomputation import recompute_norms_without_fp8
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -61,6 +62,7 @@ def transformer_config(
     kernels = kernels or choose_kernels(device, config)
     if kernels.fusions:
         compile_rotary_embedding()
+    recompute_norms_without_fp8()
     model, parallel = config.model, config.parallel
     activation, fused_activation = _activation(model.activation_function, kernels, config)
     with _as_user_error():

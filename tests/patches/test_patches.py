@@ -279,6 +279,22 @@ def test_gloo_threads():
     assert found["unpatched"] > 1, needless("gloo_threads")
 
 
+def precision_of_norm_recomputation() -> list[bool]:
+    from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+
+    from megatron_llmjp.patches.norm_recomputation import recompute_norms_without_fp8
+
+    found = [CheckpointWithoutOutput().fp8]
+    recompute_norms_without_fp8()
+    return [*found, CheckpointWithoutOutput().fp8, CheckpointWithoutOutput(fp8="e4m3").fp8]
+
+
+def test_norm_recomputation():
+    unpatched, patched, requested = run_ranks(precision_of_norm_recomputation, 1)[0]
+    assert not patched and requested
+    assert unpatched, needless("norm_recomputation")
+
+
 def rope_source() -> str:
     from megatron.core.models.common.embeddings import rope_utils
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_llmjp.parallel.launcher import free_port
+from tests.support.forks import run_to_exit
 from tests.support.mutations import mutated
 from tests.support.processes import run_ranks
 from tests.support.recorded import recorded
@@ -68,7 +70,29 @@ def train_all(
 ) -> None:
     """Run all jobs, in order on each rank; each saves to ``folder/NAME``."""
     plain = [{**asdict(job), "flags": [str(flag) for flag in job.flags]} for job in jobs]
-    run_ranks(train_on_rank, world_size, plain, str(folder), timeout=timeout)
+    run_ranks(train_in_forks, world_size, plain, str(folder), timeout=timeout)
+
+
+def train_in_forks(jobs: list[dict[str, Any]], folder: str) -> None:
+    """Run each job of this rank in a process of its own.
+
+    Process groups of earlier runs in a process keep their threads, which then take most of the time
+    of forty runs.
+    """
+    importlib.import_module("megatron_llmjp.training.train")
+    for job in jobs:
+        if not is_part(job):
+            continue
+        if (child := os.fork()) == 0:
+            run_to_exit(train_on_rank, [job], folder)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert code == 0, f"job {job['name']}: exit code {code}"
+
+
+def is_part(job: dict[str, Any]) -> bool:
+    """Return whether this rank is one of a job's."""
+    first, end = job["ranks"]
+    return bool(first <= int(os.environ["RANK"]) < end)
 
 
 def train_on_rank(jobs: list[dict[str, Any]], folder: str) -> None:
@@ -82,9 +106,9 @@ def train_on_rank(jobs: list[dict[str, Any]], folder: str) -> None:
     device = setup()
     me = int(os.environ["RANK"])
     for job in jobs:
-        first, end = job["ranks"]
-        if not first <= me < end:
+        if not is_part(job):
             continue
+        first, end = job["ranks"]
         save = Path(folder) / job["name"]
         config = parse([*job["flags"], "--save", str(save)]).config
         run = resolve_run(config, end - first)
