@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 SLOW_SHARE = 0.1
@@ -43,6 +43,8 @@ class ExpertStats:
     """The same of the routers' z-loss."""
     load: Mapping[int, float]
     """Tokens of the busiest expert by the mean, by layer, from 1."""
+    tokens: Mapping[int, Sequence[int]]
+    """Tokens of each expert, by layer, from 1."""
     dropped: float | None
     """Fraction of the choices of experts that exceeded a capacity; None without one."""
 

@@ -35,6 +35,10 @@ from megatron_llmjp.metric_panels import (
 
 METRICS_FILE = "metrics.jsonl"
 """Name of the metrics file in the save folder."""
+EXPERT_TOKENS_FILE = "expert_tokens.json"
+"""Name of the file with the tokens of each expert in the save folder."""
+EXPERT_TOKENS = "tokens"
+"""Its field of the tokens of each expert in a log interval, by layer."""
 
 ITERATION, CONSUMED_SAMPLES, EVENT, FOLD = "iteration", "consumed samples", "event", "fold"
 """Fields of records that are not metrics."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from megatron_llmjp.checkpoint import manifest as manifests
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.filesystem import retry_transient
-from megatron_llmjp.metric_registry import METRICS_FILE
+from megatron_llmjp.metric_registry import EXPERT_TOKENS_FILE, METRICS_FILE
 
 NATIVE = "native"
 HUGGING_FACE = "hf"
@@ -34,6 +34,7 @@ _MAX_LISTED = 4
 """Maximum number of other files listed in a note."""
 _RUN_FILES = frozenset(
     {
+        EXPERT_TOKENS_FILE,
         METRICS_FILE,
         manifests.TRACKER,
         "exclusions.jsonl",

@@ -92,5 +92,6 @@ class ExpertMonitor:
             load_balancing_loss=float(balancing.mean()) if model.moe_aux_loss_coeff else None,
             router_z_loss=float((rows[:, 2] / calls).mean()) if model.moe_z_loss_coeff else None,
             load=dict(zip(numbers, map(float, load), strict=True)),
+            tokens={i: [int(n) for n in row] for i, row in zip(numbers, tokens, strict=True)},
             dropped=dropped if model.moe_expert_capacity_factor is not None else None,
         )

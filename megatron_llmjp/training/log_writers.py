@@ -14,7 +14,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,8 @@ from megatron_llmjp.metric_registry import (
     CONSUMED_SAMPLES,
     CONSUMED_TOKENS,
     EVENT,
+    EXPERT_TOKENS,
+    EXPERT_TOKENS_FILE,
     ITERATION,
     METRICS_FILE,
 )
@@ -43,6 +45,8 @@ from megatron_llmjp.training.alerts import AlertWriter
 
 EVENT_FILE_VERSION = "brain.Event:2"
 """Version of the event file format."""
+EXPERT_TOKENS_SECONDS = 60.0
+"""Least time between two writes of the tokens of each expert."""
 _file_numbers = itertools.count()
 
 WANDB_RUN_ID_FILE = "wandb_run_id.txt"
@@ -88,6 +92,8 @@ class MetricsRecord:
     values: Mapping[str, float] = field(default_factory=dict)
     strings: Mapping[str, str] = field(default_factory=dict)
     """Fields that are not numbers, such as the name of the fold or an event."""
+    expert_tokens: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    """Tokens of each expert in the log interval, by layer, from 1."""
 
 
 class MetricsWriter(Protocol):
@@ -113,6 +119,8 @@ class MetricsWriters:
         self._failed: set[str] = set()
         if save is not None:
             self._writers.append(JsonLinesWriter(Path(save) / METRICS_FILE))
+            if config.model.has_experts:
+                self._writers.append(ExpertTokensWriter(Path(save) / EXPERT_TOKENS_FILE))
         events = config.logging.tensorboard_dir or (save and str(Path(save) / "tensorboard"))
         if events:
             self._writers.append(TensorboardWriter(events, config))
@@ -168,6 +176,34 @@ class JsonLinesWriter:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+class ExpertTokensWriter:
+    """Replace a file by the tokens of each expert, once a minute and at the end of the process.
+
+    Those of all log intervals would take more space than the checkpoints of a large run.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._pending: MetricsRecord | None = None
+        self._written_at = time.monotonic()
+
+    def write(self, record: MetricsRecord) -> None:
+        """Keep the counts of a record; write them if the last write is long enough ago."""
+        if record.expert_tokens:
+            self._pending = record
+            if time.monotonic() - self._written_at >= EXPERT_TOKENS_SECONDS:
+                self.close()
+
+    def close(self) -> None:
+        """Write the counts that are not in the file yet."""
+        record, self._pending = self._pending, None
+        self._written_at = time.monotonic()
+        if record is not None:
+            position = {ITERATION: record.iteration, CONSUMED_SAMPLES: record.consumed_samples}
+            tokens = {str(layer): list(counts) for layer, counts in record.expert_tokens.items()}
+            write_atomically(self._path, json.dumps({**position, EXPERT_TOKENS: tokens}) + "\n")
 
 
 def _ends_a_line(path: Path) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -240,7 +240,8 @@ class TrainingMetrics:
             values |= {LAYER_EXPERT_LOAD.key(f"layer {i}"): load for i, load in loads}
             hosts = {SLOWEST_HOST: ranks.hosts} if ranks is not None and ranks.hosts else {}
             record = self._record(iteration, consumed, values, fold=fold.name, **hosts)
-            self._writers.write(record)
+            tokens = stats.experts.tokens if stats.experts is not None else {}
+            self._writers.write(replace(record, expert_tokens=tokens))
         self._interval = _Interval()
         self._since = time.perf_counter()
 

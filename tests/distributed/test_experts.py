@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from tests.support.datasets import write_folds
@@ -63,11 +65,19 @@ def test_a_run_continues_in_another_layout_of_experts(runs, name):
         assert len(whole) == STEPS
         found = {**history(runs / "half", value), **history(runs / name, value)}
         assert_within(distance(found, whole), TRAINED, f"{name}: {value}")
+    tokens, found = expert_tokens(runs / "whole"), expert_tokens(runs / name)
+    assert found == tokens
+    batch, topk = 4 * 32, 2
+    assert {sum(counts) for counts in tokens["tokens"].values()} == {batch * topk}
     whole, found = weights(runs / "whole"), weights(runs / name)
     assert found.keys() == whole.keys()
     assert any("expert_bias" in key for key in whole)
     for key, value in whole.items():
         assert_within(distance(found[key], value), TRAINED, f"{name}: {key}")
+
+
+def expert_tokens(save):
+    return json.loads((save / "expert_tokens.json").read_text())
 
 
 def weights(save):

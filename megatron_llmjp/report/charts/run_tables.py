@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from megatron_llmjp.metric_registry import LM_LOSS
+from megatron_llmjp.report.charts.expert_tokens import expert_tables
 from megatron_llmjp.report.charts.marks import find_marks
 from megatron_llmjp.report.history import MetricsHistory
 from megatron_llmjp.report.html_page import html_table
@@ -21,8 +22,8 @@ _UNCOMPARED = ("checkpoint.save", "checkpoint.load", "logging.tensorboard_dir")
 
 
 def run_tables(run: MetricsHistory) -> list[str]:
-    """Return the tables of the folds and of the events of a run, as HTML, if there are any."""
-    return [*_folds(run), *_events(run)]
+    """Return the tables of the folds, experts and events of a run, as HTML, if there are any."""
+    return [*_folds(run), *expert_tables(run.folder), *_events(run)]
 
 
 def comparison_tables(runs: Sequence[MetricsHistory], names: Sequence[str]) -> list[str]:
