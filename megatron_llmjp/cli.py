@@ -247,7 +247,7 @@ def _run_rank(run: Run, ranks: Ranks, start_warnings: Sequence[str]) -> int:
 
         code = train(run, ranks, device, requests)
         if code == EXIT_DONE and ranks.is_first:
-            write_report_at_end(run.config.checkpoint.save)
+            write_report_at_end(run.config)
         _alert_end(run, ranks, code)
         return code
     except UserError as error:

@@ -226,7 +226,7 @@ def _print_layouts(command: Command, config: Config, machine: PlannedMachine) ->
     if machine.scaling:
         scaling = scale_run(config, machine, measured)
         if command.as_json:
-            print(json.dumps(scaling_numbers(scaling, machine)))
+            print(json.dumps(scaling_numbers(scaling, machine, config)))
         else:
             print(format_scaling(scaling, machine))
         if machine.scaling_plot:
@@ -240,8 +240,9 @@ def _print_layouts(command: Command, config: Config, machine: PlannedMachine) ->
     multiples = sorted({max(1, round(m * machine.world_size)) for m in MULTIPLES})
     by_gpus = scale_run(config, replace(machine, scaling=tuple(multiples)), measured, weak=False)
     if command.as_json:
-        layouts = [candidate_numbers(candidate) for candidate in found]
-        print(json.dumps({"layouts": layouts, "by_gpus": scaling_numbers(by_gpus, machine)}))
+        layouts = [candidate_numbers(candidate, config) for candidate in found]
+        numbers = scaling_numbers(by_gpus, machine, config)
+        print(json.dumps({"layouts": layouts, "by_gpus": numbers}))
     else:
         print(f"{format_candidates(config, machine, found)}\n\n{format_pareto(by_gpus, machine)}")
     return EXIT_DONE if found else EXIT_USER_ERROR

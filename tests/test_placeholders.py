@@ -12,7 +12,9 @@ from tests.config.launch_scripts import SCRIPTS
 from tests.support.datasets import write_folds
 from tests.support.training import arguments
 
-WORLD = {"llm-jp-1.3b-v1.0": 96, "llm-jp-13b-v1.0": 96, "llm-jp-3-172b": 512}
+WORLD = {
+    "llm-jp-1.3b-v1.0": 96, "llm-jp-13b-v1.0": 96, "llm-jp-3-172b": 512, "llm-jp-4-291b-a27b": 288,
+}  # fmt: skip
 ABSENT = ("--tokenizer-type", "Llama2Tokenizer", "--tokenizer-model", "absent/tok.model")
 NOT_CHECKED = "tokenizer absent/tok.model is missing here and is not checked"
 

@@ -98,7 +98,7 @@ def test_a_pipe_without_a_reader(capfd):
 def test_output_whose_reader_exits(tmp_path):
     """``pretrain_gpt ... | head``: launcher and ranks train until the end."""
     save = tmp_path / "save"
-    words = arguments("laptop-llama", write_folds(tmp_path, (2, 2, 1)), "--save", save)
+    words = arguments("laptop-llama", write_folds(tmp_path, (2, 2, 1)), "--save", save, "--report")
     command = [sys.executable, str(ROOT / "pretrain_gpt.py"), *words, "--nproc-per-node", "2"]
     with (tmp_path / "stderr").open("wb") as errors:
         process = subprocess.Popen(

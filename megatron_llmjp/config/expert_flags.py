@@ -14,8 +14,8 @@ _DENSE = "a dense model has no experts"
 
 _ONLY_SPEED: dict[str, str] = {
     "the result is the same without it": """
-        --moe-permute-fusion --moe-router-fusion --moe-shared-expert-overlap
-        --overlap-moe-expert-parallel-comm --ep-overlap-early-attn-memory-release
+        --moe-shared-expert-overlap --overlap-moe-expert-parallel-comm
+        --ep-overlap-early-attn-memory-release
         --moe-permute-fusion-into-hybridep --moe-use-legacy-grouped-gemm
         --moe-use-grouped-tensor --moe-single-grouped-weight --moe-single-grouped-bias""",
     "it concerns the flex dispatcher, which is not supported": """

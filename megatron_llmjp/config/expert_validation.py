@@ -15,6 +15,8 @@ _PARALLEL_FIELDS = (
     "expert_model_parallel_size",
     "moe_token_dispatcher_type",
     "moe_grouped_gemm",
+    "moe_permute_fusion",
+    "moe_router_fusion",
 )
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from functools import cache
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple, get_args
 
 from pydantic.fields import FieldInfo
@@ -215,7 +216,7 @@ def parse(
             layers.set(name, value, origin)
         for name in SECTION_OF:
             if arguments.get(name) is not None:
-                value = _renamed(name, arguments[name])
+                value = None if _unsets(name, arguments[name]) else _renamed(name, arguments[name])
                 layers.set(name, value, f"flag --{name.replace('_', '-')}")
         _shorten_default_warmup(layers)
         apply_dependent_flags(layers, foreign, by_flags_alone)
@@ -306,6 +307,15 @@ def _renamed(name: str, value: Any) -> Any:
     if not isinstance(value, str):
         return value
     return RENAMED_VALUES.get(name, {}).get(value.lower(), value)
+
+
+def _unsets(name: str, value: Any) -> bool:
+    """Return whether a value is ``none``, which unsets an optional number, choice or layout."""
+    if value != "none":
+        return False
+    section = SECTION_OF[name]
+    types = get_args(SECTIONS[section].model_fields[name].annotation)
+    return NoneType in types and (section == "parallel" or str not in types)
 
 
 @cache

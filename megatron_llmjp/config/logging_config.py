@@ -27,6 +27,9 @@ class LoggingConfig(Section):
     tensorboard_dir: str | None = Field(
         None, description="folder of TensorBoard events; default: SAVE/tensorboard"
     )
+    report: bool = Field(
+        True, description="write SAVE/report/report.html and figures when the run is finished"
+    )
     log_params_norm: bool = Field(True, description="log the norm of all parameters")
     log_straggler: bool = Field(
         True, description="measure the computing time of each rank, and report a slow rank"

@@ -229,6 +229,16 @@ class ParallelConfig(Section):
         description="compute the experts of a rank in one grouped matrix multiplication; where "
         "Transformer Engine's layers are used, otherwise one expert after the other",
     )
+    moe_permute_fusion: bool = Field(
+        False,
+        description="permute tokens by fused kernels, where Transformer Engine's layers are used "
+        "(2.1 or newer)",
+    )
+    moe_router_fusion: bool = Field(
+        False,
+        description="compute the router's scores and loss by fused kernels, where Transformer "
+        "Engine's layers are used (2.7 or newer)",
+    )
     sequence_parallel: bool = Field(
         False, description="split normalization and dropout along the sequence over the TP group"
     )

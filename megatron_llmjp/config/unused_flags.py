@@ -100,7 +100,7 @@ _BY_REASON: dict[str, str] = {
     "--load without a complete checkpoint is always an error": "--exit-on-missing-checkpoint",
     "random state affects dropout only, and is restored in the same layout": """
         --no-load-rng --no-save-rng""",
-    "--async-save always writes in a separate process": """
+    "--async-save always writes in threads of the ranks, without worker processes": """
         --use-persistent-ckpt-worker --async-strategy""",
     # log
     "it is always logged": """

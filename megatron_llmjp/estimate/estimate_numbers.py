@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron_llmjp.config.parameter_counts import count_parameters
+from megatron_llmjp.config.schema import Config
 from megatron_llmjp.estimate.checkpoints import checkpoint_bytes
 from megatron_llmjp.estimate.expert_report import expert_numbers
 from megatron_llmjp.estimate.flops import flops_by_part, step_flops
@@ -67,7 +68,7 @@ def estimate_numbers(estimate: RunEstimate) -> dict[str, Any]:
     }
 
 
-def candidate_numbers(candidate: LayoutCandidate) -> dict[str, Any]:
-    """Return the numbers of a suggested layout, with the flags that select it."""
-    flags = layout_flags(candidate.estimate.config)
+def candidate_numbers(candidate: LayoutCandidate, given: Config) -> dict[str, Any]:
+    """Return the numbers of a suggested layout, with the flags that change the given one to it."""
+    flags = layout_flags(candidate.estimate.config, given)
     return {"flags": flags, "given": candidate.given, **estimate_numbers(candidate.estimate)}

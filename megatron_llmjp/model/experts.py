@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
@@ -15,6 +16,19 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron_llmjp.config.schema import Config, ModelConfig, ParallelConfig
 from megatron_llmjp.model.kernels import KernelChoice
 from megatron_llmjp.patches.experts_on_cpu import support_experts_on_cpu
+
+_PERMUTATION = (
+    "fused_permute",
+    "fused_permute_with_probs",
+    "fused_sort_chunks_by_index",
+    "fused_sort_chunks_by_index_with_probs",
+    "fused_unpermute",
+)
+_ROUTER = (
+    "fused_topk_with_score_function",
+    "fused_compute_score_for_moe_aux_loss",
+    "fused_moe_aux_loss",
+)
 
 
 def expert_settings(config: Config, kernels: KernelChoice) -> dict[str, Any]:
@@ -48,6 +62,8 @@ def expert_settings(config: Config, kernels: KernelChoice) -> dict[str, Any]:
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "expert_tensor_parallel_size": parallel.expert_tensor_size,
         "moe_grouped_gemm": _multiplies_together(parallel, kernels),
+        "moe_permute_fusion": parallel.moe_permute_fusion and _fused(_PERMUTATION, kernels),
+        "moe_router_fusion": parallel.moe_router_fusion and _fused(_ROUTER, kernels),
     }
 
 
@@ -58,6 +74,13 @@ def recomputed_modules(parallel: ParallelConfig, kernels: KernelChoice) -> list[
     """
     without = set() if _multiplies_together(parallel, kernels) else {"moe_act"}
     return [module for module in parallel.recompute_modules if module not in without]
+
+
+def _fused(names: Sequence[str], kernels: KernelChoice) -> bool:
+    """Return whether Transformer Engine is used, and its version has all of these functions."""
+    # Without Transformer Engine the module has none of the names; of an older one they are None.
+    available = all(getattr(moe_utils, name, None) is not None for name in names)
+    return kernels.transformer_engine and available
 
 
 def _multiplies_together(parallel: ParallelConfig, kernels: KernelChoice) -> bool:

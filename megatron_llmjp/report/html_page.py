@@ -74,7 +74,10 @@ def html_table(heads: Iterable[str], rows: Iterable[Iterable[str]], style: str =
 
 def embedded_image(figure: Figure, title: str) -> str:
     """Return a plot as an embedded image, which keeps the ids of its SVG elements separate."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG  # imported late, as in the report
+
     stream = io.BytesIO()
-    figure.savefig(stream, format="svg", metadata={"Date": None})
+    # savefig would draw it twice.
+    FigureCanvasSVG(figure).print_svg(stream, metadata={"Date": None})
     data = base64.b64encode(stream.getvalue()).decode()
     return f'<img alt="{html.escape(title)}" src="data:image/svg+xml;base64,{data}">'

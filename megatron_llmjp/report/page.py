@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from megatron_llmjp.config.schema import Config
 from megatron_llmjp.filesystem import warn, write_atomically
 from megatron_llmjp.report.charts.interactive_page import interactive_page
 from megatron_llmjp.report.charts.run_names import run_name, run_names
@@ -22,9 +22,10 @@ REPORT_FOLDER = "report"
 REPORT_FILE = "report.html"
 
 
-def write_report_at_end(save: str | None) -> None:
+def write_report_at_end(config: Config) -> None:
     """Write ``SAVE/report/`` and print its path; failures are printed and never raised."""
-    if save is None:
+    save = config.checkpoint.save
+    if save is None or not config.logging.report:
         return
     try:
         page = write_report(Path(save), Path(save) / REPORT_FOLDER)[0]
@@ -95,7 +96,8 @@ def comparison_page(
 def _plots(history: MetricsHistory) -> Iterator[tuple[str, str, bytes]]:
     """Yield name, ``img`` element and PNG of each plot; nothing without matplotlib."""
     try:
-        from megatron_llmjp.report.plots import draw_all  # imported late: it takes a second
+        # Imported late: it takes a second.
+        from megatron_llmjp.report.plots import draw_all, png_image
     except ImportError:  # the interactive page does not need it
         warn("matplotlib is not installed: the report has no figures as PNG")
         return
@@ -103,9 +105,9 @@ def _plots(history: MetricsHistory) -> Iterator[tuple[str, str, bytes]]:
         # Without a Japanese font PNG files show boxes; the page uses the fonts of the browser.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         for name, title, figure in draw_all(history):
-            png = io.BytesIO()
-            figure.savefig(png, dpi=130, format="png")
-            yield name, embedded_image(figure, title), png.getvalue()
+            png = png_image(figure)
+            figure.set_layout_engine("none")  # computed; it takes as long as drawing
+            yield name, embedded_image(figure, title), png
 
 
 def _now() -> str:

@@ -5,6 +5,7 @@ The plots of single metrics are the panels of the metric registry.
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterator, Sequence
 from itertools import cycle
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib import font_manager, rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
@@ -93,6 +95,14 @@ def draw_all(history: MetricsHistory) -> Iterator[tuple[str, str, Figure]]:
         datasets = history.consumed_by_dataset()
         if datasets:
             yield "datasets", "Consumed tokens per dataset", draw_datasets(history, datasets)
+
+
+def png_image(figure: Figure, dpi: int = 130) -> bytes:
+    """Return a plot as a PNG file. ``figure.savefig`` would draw it twice."""
+    figure.dpi = dpi
+    stream = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(stream)
+    return stream.getvalue()
 
 
 def draw_loss(history: MetricsHistory) -> Figure:

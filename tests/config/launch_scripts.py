@@ -175,6 +175,47 @@ V4_EXPERTS = Script(
 )
 
 
+V4_EXPERTS_B200 = Script(
+    "llm-jp-4-291b-a27b",
+    f"""
+    --num-layers 70 --hidden-size 5120 --ffn-hidden-size 2048 --num-attention-heads 80
+    --group-query-attention --num-query-groups 8 --kv-channels 128
+    --seq-length 4096 --max-position-embeddings 4096 --position-embedding-type rope
+    --rotary-base 500000 --untie-embeddings-and-output-weights --swiglu --normalization RMSNorm
+    --norm-epsilon 1e-6 --disable-bias-linear --qk-layernorm
+    --num-experts 128 --moe-router-topk 8 --moe-ffn-hidden-size 2048
+    --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2 --moe-z-loss-coeff 1e-3
+    --moe-router-dtype fp32 --moe-token-dispatcher-type alltoall --moe-grouped-gemm
+    --moe-permute-fusion --moe-router-fusion
+    --tokenizer-type Llama2Tokenizer --tokenizer-model tokenizer.model
+    --optimizer adam --lr 4e-4 --min-lr 4e-5 --adam-beta1 0.9 --adam-beta2 0.95
+    --adam-eps 1e-8 --clip-grad 1.0 --weight-decay 0.1 --init-method-std 0.006
+    --attention-dropout 0.0 --hidden-dropout 0.0
+    --train-iters 12000000 --lr-warmup-iters 2000 --lr-decay-iters 12000000
+    --lr-decay-style WSD --lr-wsd-decay-style linear --lr-wsd-decay-iters 1
+    --eval-interval 999999999 --eval-iters 0 --micro-batch-size 2 --global-batch-size 2880
+    --tensor-model-parallel-size 1 --pipeline-model-parallel-size 6
+    --expert-model-parallel-size 8 --expert-tensor-parallel-size 1 --context-parallel-size 1
+    --sequence-parallel --use-distributed-optimizer --distributed-backend nccl
+    --distributed-timeout-minutes 120 --num-dataset-builder-threads 16
+    --account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split
+    --num-virtual-stages-per-pipeline-rank 2 --overlap-grad-reduce --overlap-param-gather
+    --recompute-granularity selective --recompute-modules moe --rerun-mode disabled
+    --bf16 --use-mcore-models --transformer-impl transformer_engine --attention-backend flash
+    --no-masked-softmax-fusion --attention-softmax-in-fp32 --accumulate-allreduce-grads-in-fp32
+    --cross-entropy-fusion-impl native --cross-entropy-loss-fusion
+    --manual-gc --manual-gc-interval 100 --async-save --ckpt-format torch_dist
+    --use-persistent-ckpt-worker --log-interval 1 --log-throughput
+    --log-timers-to-tensorboard --log-memory-to-tensorboard --log-world-size-to-tensorboard
+    --moe-per-layer-logging --wandb-entity llm-jp --wandb-project project
+    --wandb-exp-name name --tensorboard-dir tensorboard
+    --load checkpoints --save checkpoints --save-interval 100
+    --data-path {BLEND} --data-cache-path cache --split 1,0,0
+    """,
+    ("PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True", "NCCL_IB_QPS_PER_CONNECTION=8"),
+)
+
+
 V2 = Script(
     "llm-jp-13b-v2.0",
     f"""
@@ -220,5 +261,6 @@ SCRIPTS = [
     ),
     _v4("llm-jp-4-8b", 32, 4096, 14336, 32, tp=1, mbs=1, lr=3),
     V4_EXPERTS,
+    V4_EXPERTS_B200,
     _v4("llm-jp-4-32b", 64, 5120, 27648, 40, tp=4, mbs=2, lr=2),
 ]

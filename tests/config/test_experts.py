@@ -94,7 +94,7 @@ def test_layers_with_experts():
 
 def test_flags_without_field():
     """Flags of experts have no effect on a dense model; with experts most are refused."""
-    given = ["--moe-permute-fusion", "--topk", "2", "--moe-input-jitter-eps", "0.1"]
+    given = ["--moe-shared-expert-overlap", "--topk", "2", "--moe-input-jitter-eps", "0.1"]
     command = parse(["--config", "llm-jp-3-1.8b", "--train-iters", "9", *given])
     assert command.notes == tuple(
         f"{flag} is not needed here: a dense model has no experts"
@@ -108,8 +108,8 @@ def test_flags_without_field():
         "--moe-input-jitter-eps is not supported: this part of a mixture-of-experts model is not "
         "implemented",
     ]
-    (note,) = parse([*BASE.split(), "--moe-permute-fusion"]).notes
-    assert note == "--moe-permute-fusion is not offered: the result is the same without it"
+    (note,) = parse([*BASE.split(), "--moe-shared-expert-overlap"]).notes
+    assert note == "--moe-shared-expert-overlap is not offered: the result is the same without it"
 
 
 def test_published_sizes():

@@ -79,6 +79,8 @@ expert_model_parallel_size int 1 >0
 expert_tensor_parallel_size int None >0
 moe_token_dispatcher_type allgather|alltoall 'allgather'
 moe_grouped_gemm bool False
+moe_permute_fusion bool False
+moe_router_fusion bool False
 sequence_parallel bool False
 use_distributed_optimizer bool False
 overlap_grad_reduce bool False
@@ -190,6 +192,7 @@ hang_timeout_minutes float None >=0
 log_format short|megatron|json None
 log_interval int 10 >0
 tensorboard_dir str None
+report bool True
 log_params_norm bool True
 log_straggler bool True
 straggler_share float 0.1 >0 <1

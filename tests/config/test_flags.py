@@ -141,6 +141,19 @@ def test_planning_modes_do_not_train_or_write(mode, spelling, folder, no_run, ca
         assert bool(capsys.readouterr().out) == (rank == 0)
 
 
+def test_none_unsets_a_value_of_a_preset() -> None:
+    """Of numbers, choices and layouts; text may be the word."""
+    words = ["--config", "llm-jp-4-291b-a27b", "--recompute-granularity", "none"]
+    words += ["--recompute-modules", "core_attn", "--virtual-pipeline-model-parallel-size=none"]
+    command = parse([*words, "--wandb-project", "none"])
+    parallel = command.config.parallel
+    assert parallel.recompute_granularity is None
+    assert parallel.virtual_pipeline_model_parallel_size is None
+    assert command.config.logging.wandb_project == "none"
+    with pytest.raises(UserError, match="micro_batch_size"):
+        parse(["--config", "laptop-llama", "--micro-batch-size", "none"])
+
+
 def test_modes_are_mutually_exclusive() -> None:
     flags = [mode.value for mode in MODE_HELP]
     for first in flags:

@@ -55,13 +55,13 @@ def test_a_distributed_optimizer_overlaps_its_communication():
 
 
 def test_presets_of_published_models_save_as_llm_jp_did():
-    """Every 1,000 iterations, which are kept; the scripts of v1.0 and v2.0 saved every 100."""
+    """Every 1,000 iterations, which are kept; some scripts saved every 100."""
     for name in loading.preset_names():
         layers = loading.ConfigLayers()
         loading.read_preset(layers, name, name)
         found = loading.build_config(layers, may_be_missing=True).checkpoint
         rules = (found.save_interval, found.non_persistent_save_interval, found.keep_last)
-        every_100 = 100 if "v1.0" in name or "v2.0" in name else None
+        every_100 = 100 if any(part in name for part in ("v1.0", "v2.0", "291b")) else None
         assert rules == ((None,) * 3 if "laptop" in name else (1000, every_100, None)), name
         assert found.non_persistent_save_minutes == 60
 
@@ -86,8 +86,8 @@ def test_an_added_preset_appears_everywhere(added, capsys, monkeypatch):
 
 
 def test_the_experts_of_llm_jp_4_have_the_published_sizes():
-    """32B parameters in all, 3.8B of which a token uses, as the published script is named."""
-    config = flags.parse(["--config", "llm-jp-4-32b-a3b"]).config
-    counts = count_parameters(config)
-    assert round(counts.total / 1e9) == 32
-    assert round(counts.active / 1e9, 1) == 3.8
+    """Of all parameters and those that a token uses, as the published scripts are named."""
+    counts = count_parameters(flags.parse(["--config", "llm-jp-4-32b-a3b"]).config)
+    assert (round(counts.total / 1e9), round(counts.active / 1e9, 1)) == (32, 3.8)
+    counts = count_parameters(flags.parse(["--config", "llm-jp-4-291b-a27b"]).config)
+    assert (counts.total // 10**9, counts.active // 10**9) == (291, 27)

@@ -150,7 +150,7 @@ def test_resolved_presets_read_back(tmp_path, name):
     """A checkpoint's config.yaml passes the same checks as its run."""
     path = write_folds(tmp_path, repeat=True)
     flags = ["--config", name, "--fold-file", str(path), "--tokenizer-type", "NullTokenizer"]
-    flags += ["--seq-length", "32", "--global-batch-size", "4", "--micro-batch-size", "1"]
+    flags += ["--seq-length", "32", "--global-batch-size", "48", "--micro-batch-size", "1"]
     flags += ["--lr-warmup-iters", "1", "--vocab-size", "100"]
     config = parse(flags)[0]
     if config.optimizer.lr_decay_style == "WSD":

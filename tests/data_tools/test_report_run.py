@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from data_tools.report_run import main
+from megatron_llmjp.config.flags import parse
 from megatron_llmjp.config.loading import (
     ConfigLayers,
     build_config,
@@ -142,9 +143,12 @@ def test_the_page_is_self_contained(save, tmp_path, capsys):
 
 
 def test_a_failing_report_does_not_fail_the_run(save, tmp_path, capsys):
-    write_report_at_end(str(save))
-    write_report_at_end(None)
-    write_report_at_end(str(tmp_path / "nothing"))
+    config = parse(["--config", "laptop-llama", "--save", str(save)]).config
+    write_report_at_end(replace_fields(config, report=False))
+    write_report_at_end(replace_fields(config, save=None))
+    assert not (save / "report").exists() and capsys.readouterr().out == ""
+    write_report_at_end(config)
+    write_report_at_end(replace_fields(config, save=str(tmp_path / "nothing")))
     output = capsys.readouterr().out
     assert (save / "report/report.html").exists() and str(save) in output
     assert "the report was not written" in output

@@ -192,7 +192,8 @@ def test_searched_layouts(monkeypatch):
         check_config(candidate.estimate.config, 32)
         assert candidate.estimate.memory_fraction <= 1.0
     best = layouts[0]
-    assert f"--expert-model-parallel-size {best.ep} " in layout_flags(found[0].estimate.config)
+    flags = layout_flags(found[0].estimate.config, config)
+    assert f"--expert-model-parallel-size {best.ep} " in flags
     text = format_candidates(config, machine, found)
     assert "EP comm" in text and "its error is unknown" in text
     assert "EP comm" not in format_candidates(preset("llm-jp-3-1.8b"), machine, found[:1])

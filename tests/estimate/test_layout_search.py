@@ -32,6 +32,10 @@ PUBLISHED = {
     "pretrain_llm-jp-3-7.2b": "TP 2 x PP 2 x DP 32",
     "pretrain_llm-jp-3-13b": "TP 2 x PP 2 x DP 32",
     "pretrain_llm-jp-3-172b": "TP 4 x PP 16 x DP 8",
+    "pretrain_llm-jp-4-8b": "TP 1 x PP 1 x DP 128",
+    "pretrain_llm-jp-4-32b": "TP 4 x PP 1 x DP 32",
+    "pretrain_llm-jp-4-32b-a3b": "TP 1 x PP 1 x DP 128, EP 4",
+    "pretrain_llm-jp-4-291b-a27b": "TP 1 x PP 6 x VP 2 x DP 48, EP 8",
     "pretrain_rinna-japanese-gpt-neox-3.6b": "TP 1 x PP 1 x DP 32",
 }
 
@@ -54,7 +58,7 @@ def test_published_layouts_fit(script):
         assert "is the fastest" in text or "less than 0.5% less time" in text
         return
     assert "less time: " in text and " s less" in text.split("less time: ")[1]
-    suggested = parse([*words, *layout_flags(found[0].estimate.config).split()]).config
+    suggested = parse([*words, *layout_flags(found[0].estimate.config, config).split()]).config
     assert make_layout(suggested, machine.world_size) == found[0].estimate.layout
     assert suggested.parallel == found[0].estimate.config.parallel
 
@@ -265,18 +269,17 @@ def test_options_that_are_tried_on_the_fastest_layouts():
     assert [p.overlap_param_gather for p in found] == [True, True, False]
     alone = replace_fields(config, tensor_model_parallel_size=1, sequence_parallel=False)
     assert len(list(layout_candidates.variants(alone, 1))) == 1
-    flags = layout_flags(replace_fields(config, use_distributed_optimizer=False))
+    flags = layout_flags(replace_fields(config, use_distributed_optimizer=False), config)
     assert "--no-use-distributed-optimizer" in flags and "--no-overlap-param-gather" in flags
 
 
-def test_a_split_for_one_pipeline_size_is_named():
-    """Flags cannot unset it."""
+def test_a_split_for_one_pipeline_size_is_unset():
     words = ["--config", "llm-jp-3-13b", "--suggest-layout", "--gpus", "128"]
     config, machine, _ = command = search(words)
     config = replace_fields(config, decoder_first_pipeline_num_layers=19)
     text = format_candidates(config, machine, search_layouts(config, machine))
-    assert text.splitlines()[-1] == "and without decoder_first_pipeline_num_layers"
-    assert "and without" not in format_candidates(*command)
+    assert "--decoder-first-pipeline-num-layers none" in text.splitlines()[-1]
+    assert " none" not in format_candidates(*command)
 
 
 def test_one_of_several_chunks_has_the_output_layer():

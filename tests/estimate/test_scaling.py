@@ -53,7 +53,7 @@ def test_costs_and_json():
     """GPU hours by price, and by power in MWh."""
     priced = machine(2, 4, gpu_hour_price=3.0, gpu_power=1000.0)
     found = scale_run(CONFIG, priced)
-    numbers = json.loads(json.dumps(scaling_numbers(found, priced)))
+    numbers = json.loads(json.dumps(scaling_numbers(found, priced, CONFIG)))
     for point, row in zip(found.strong, numbers["strong"], strict=True):
         hours = point.gpus * point.seconds / 3600
         assert row["cost"] == pytest.approx(3.0 * hours)

@@ -209,3 +209,35 @@ def test_training_losses_equal_transformers(result, name):
     assert balancing[-1] > 1.001  # balancing the load has an effect
     assert_close(found[name][0], losses, TRAINED, f"{name}: lm loss")
     assert_close(found[name][1], balancing, TRAINED, f"{name}: load balancing loss")
+
+
+def test_fused_kernels_of_transformer_engine(monkeypatch):
+    """They are used if requested, with its layers, and if its version has them."""
+    from megatron.core.transformer.moe import moe_utils
+
+    from megatron_llmjp.config.schema import Config
+    from megatron_llmjp.model import experts
+    from megatron_llmjp.model.kernels import KernelChoice
+
+    fused = {"moe_permute_fusion": True, "moe_router_fusion": True}
+    sections = {"model": MODELS["qwen3-moe"], "parallel": fused}
+    requested = Config.model_validate(sections)
+
+    def choice(config, layers):
+        kernels = KernelChoice(transformer_engine=layers, fusions=False, apex=False)
+        settings = experts.expert_settings(config, kernels)
+        return settings["moe_permute_fusion"], settings["moe_router_fusion"]
+
+    assert choice(requested, True) == (False, False)  # not installed here
+    for name in experts._PERMUTATION:
+        monkeypatch.setattr(moe_utils, name, print, raising=False)
+    assert choice(requested, True) == (True, False)
+    for name in experts._ROUTER:
+        monkeypatch.setattr(moe_utils, name, None, raising=False)  # an older version
+    assert choice(requested, True) == (True, False)
+    for name in experts._ROUTER:
+        monkeypatch.setattr(moe_utils, name, print, raising=False)
+    assert choice(requested, True) == (True, True)
+    assert choice(requested, False) == (False, False)
+    dense_kernels = Config.model_validate({"model": MODELS["qwen3-moe"]})
+    assert choice(dense_kernels, True) == (False, False)

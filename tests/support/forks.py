@@ -40,6 +40,7 @@ IMPORTED = (
     "megatron_llmjp.report.plots",
     "torch.utils.data._utils",
     "tests.support.training",
+    "tests.support.warm",
 )
 """Modules that forked processes share."""
 

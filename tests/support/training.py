@@ -60,7 +60,7 @@ class Job:
 def arguments(preset: str, fold_file: Path, *flags: Any, **small: Any) -> list[str]:
     """Return the command line of a small run of a preset."""
     values = {**SMALL, **{f"--{k.replace('_', '-')}": v for k, v in small.items()}}
-    words = ["--config", preset, "--fold-file", fold_file]
+    words = ["--config", preset, "--fold-file", fold_file, "--no-report"]
     words += [word for flag, value in values.items() if value != "" for word in (flag, value)]
     return [str(word) for word in [*words, *flags]]
 

@@ -50,7 +50,7 @@ def folds(tmp_path_factory) -> Path:
 
 def test_a_registered_metric(folds, tmp_path):
     save = tmp_path / "run"
-    words = arguments("laptop-gpt2", folds, "--save", save, "--eval-iters", 0)
+    words = arguments("laptop-gpt2", folds, "--save", save, "--report", "--eval-iters", 0)
     output = pretrain_with(METRIC, *words)
     assert len(re.findall(r"\| samples/s: [\d.]+ \|", output)) == 10
     assert len(history(save, "samples per second")) == 10

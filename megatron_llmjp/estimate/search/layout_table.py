@@ -8,12 +8,24 @@ from megatron_llmjp.config.machine_flags import PlannedMachine
 from megatron_llmjp.config.schema import Config
 from megatron_llmjp.estimate.expert_report import UNMEASURED
 from megatron_llmjp.estimate.layout_report import format_layout
-from megatron_llmjp.estimate.search.layout_candidates import COUNTED_LAYERS, NO_LAYOUT
+from megatron_llmjp.estimate.search.layout_candidates import (
+    COUNTED_LAYERS,
+    NO_LAYOUT,
+    NO_RECOMPUTE,
+)
 from megatron_llmjp.estimate.search.layout_search import MAX_MEMORY_FRACTION, LayoutCandidate
 from megatron_llmjp.formatting import format_table
 
 SHOWN = 6
 """Layouts in the table."""
+FURTHER_FIELDS = (
+    "context_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    *COUNTED_LAYERS[0],
+    *NO_LAYOUT,
+    *NO_RECOMPUTE,
+)
+"""Fields of a layout whose flags are printed only if needed."""
 TIME_COLUMNS = {
     "compute": (
         "products",
@@ -69,8 +81,7 @@ def format_candidates(config: Config, machine: PlannedMachine, found: list[Layou
             f"is predicted within 5%; the fastest of each {sizes}, in estimated seconds",
             format_table(rows, right=(1, *range(3, len(columns)))),
             _compare_given(found, given),
-            f"flags of the fastest: {layout_flags(found[0].estimate.config)}",
-            *_removals(config, found[0].estimate.config),
+            f"flags of the fastest: {layout_flags(found[0].estimate.config, config)}",
             *([UNMEASURED] if config.model.has_experts else []),
         ]
     )
@@ -160,8 +171,8 @@ def _reasons(best: LayoutCandidate, given: LayoutCandidate) -> str:
     return ", ".join(text for _, text in sorted(parts, reverse=True))
 
 
-def layout_flags(config: Config) -> str:
-    """Return the flags that select this layout, to be added to the same preset."""
+def layout_flags(config: Config, given: Config) -> str:
+    """Return the flags that select a layout, to be added to the given configuration."""
     parallel = config.parallel
     words = [
         f"--tensor-model-parallel-size {parallel.tensor_model_parallel_size}",
@@ -170,35 +181,21 @@ def layout_flags(config: Config) -> str:
         f"--{'' if parallel.use_distributed_optimizer else 'no-'}use-distributed-optimizer",
         f"--{'' if parallel.sequence_parallel else 'no-'}sequence-parallel",
     ]
-    if parallel.context_parallel_size > 1:
-        words.append(f"--context-parallel-size {parallel.context_parallel_size}")
-    if parallel.virtual_pipeline_model_parallel_size:
-        chunks = parallel.virtual_pipeline_model_parallel_size
-        words.append(f"--virtual-pipeline-model-parallel-size {chunks}")
     if config.model.has_experts:
         words.append(f"--expert-model-parallel-size {parallel.expert_model_parallel_size}")
         words.append(f"--expert-tensor-parallel-size {parallel.expert_tensor_size}")
-    for name in COUNTED_LAYERS[0]:
-        if getattr(parallel, name):
-            words.append(f"--{name.replace('_', '-')}")
-    if parallel.recompute_granularity == "selective":
-        modules = " ".join(parallel.recompute_modules)
-        words.append(f"--recompute-granularity selective --recompute-modules {modules}")
-    if parallel.recompute_granularity == "full":
-        words.append(
-            f"--recompute-granularity full --recompute-method {parallel.recompute_method} "
-            f"--recompute-num-layers {parallel.recompute_num_layers}"
-        )
+    for name in FURTHER_FIELDS:
+        value, default = getattr(parallel, name), type(parallel).model_fields[name].default
+        if value != default or value != getattr(given.parallel, name):
+            words.append(_flag(name, value))
     if not parallel.use_distributed_optimizer:
         words.append("--no-overlap-param-gather")
     return " ".join(words)
 
 
-def _removals(config: Config, best: Config) -> list[str]:
-    """Name the fields of the given configuration that no flag can unset."""
-    names = [
-        name
-        for name in NO_LAYOUT
-        if getattr(config.parallel, name) is not None and getattr(best.parallel, name) is None
-    ]
-    return [f"and without {', '.join(names)}"] if names else []
+def _flag(name: str, value: object) -> str:
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    words = value if isinstance(value, tuple) else ["none" if value is None else value]
+    return " ".join([f"--{flag}", *map(str, words)])

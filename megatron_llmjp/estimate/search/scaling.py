@@ -212,8 +212,8 @@ def _costs(point: ScalingPoint, machine: PlannedMachine) -> dict[str, float]:
     return costs
 
 
-def scaling_numbers(scaling: Scaling, machine: PlannedMachine) -> dict[str, Any]:
-    """Return all numbers as plain data, for JSON."""
+def scaling_numbers(scaling: Scaling, machine: PlannedMachine, given: Config) -> dict[str, Any]:
+    """Return all numbers as plain data, for JSON, with the flags that change the given layout."""
     tables = {"strong": scaling.strong, "weak": scaling.weak}
     return {"tokens": scaling.tokens} | {
         kind: [
@@ -223,7 +223,7 @@ def scaling_numbers(scaling: Scaling, machine: PlannedMachine) -> dict[str, Any]
                 "run_seconds": point.seconds,
                 "limit": point.limit,
                 **(_costs(point, machine) if point.best else {}),
-                "best": candidate_numbers(point.best) if point.best else None,
+                "best": candidate_numbers(point.best, given) if point.best else None,
             }
             for point in points
         ]
