@@ -33,8 +33,8 @@ migrate() {
     run bash "$SCRIPT" --dry-run --world-size "$WORLD_SIZE" | tee "$OUTPUT/dry_run.yaml" | grep '^ *[$#]'
 
     if [[ -n "$DRY_RUN_ONLY" ]]; then
-        printf '\nChecked, not trained. Start the run: CHECKPOINT_DIR=%s bash %s\n' \
-            "$CHECKPOINT_DIR" "$SCRIPT"
+        printf '\nChecked, not trained. Start the run:\n  cd%s && env%s bash%s\n' \
+            "$(quoted "$PWD")" "$(quoted "CHECKPOINT_DIR=$CHECKPOINT_DIR")" "$(quoted "$SCRIPT")"
         return
     fi
     step "Continue the run"

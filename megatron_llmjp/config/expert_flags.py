@@ -18,7 +18,7 @@ _ONLY_SPEED: dict[str, str] = {
         --ep-overlap-early-attn-memory-release
         --moe-permute-fusion-into-hybridep --moe-use-legacy-grouped-gemm
         --moe-use-grouped-tensor --moe-single-grouped-weight --moe-single-grouped-bias""",
-    "it concerns the flex dispatcher, which is not supported": """
+    "it concerns the flex dispatcher; alltoall is used, which computes the same": """
         --moe-enable-deepep --moe-deepep-num-sms --moe-flex-dispatcher-backend
         --moe-flex-dispatcher-num-sms --moe-hybridep-num-blocks-permute
         --moe-hybridep-num-blocks-unpermute --moe-hybridep-num-sms

@@ -36,6 +36,7 @@ from megatron_llmjp.config.machine_flags import (
 )
 from megatron_llmjp.config.megatron_flags import (
     RENAMED_FLAGS,
+    RENAMED_VALUE_NOTES,
     RENAMED_VALUES,
     SWITCH_ALIASES,
     apply_dependent_flags,
@@ -225,7 +226,7 @@ def parse(
     if config.checkpoint.load is not None and config.checkpoint.load == config.checkpoint.save:
         # In Megatron-LM's scripts: resume if there is a checkpoint.
         config = replace_fields(config, load=None)
-    notes = (*foreign.notes, *_unused(arguments, mode))
+    notes = (*foreign.notes, *_replaced(arguments), *_unused(arguments, mode))
     name, as_json = arguments["config"], arguments["json"]
     return Command(config, mode, processes, machine, name, notes, layers.origin, as_json)
 
@@ -292,6 +293,16 @@ def _unused(arguments: dict[str, Any], mode: Mode) -> list[str]:
     """Return notes on machine flags in a mode that does not use them."""
     flags = machine_flags(arguments) if mode in (Mode.DRY_RUN, Mode.PLAN_DATA) else []
     return [f"{flag} has no effect with {mode.value}" for flag in flags]
+
+
+def _replaced(arguments: dict[str, Any]) -> list[str]:
+    """Return notes on values that are replaced by others with the same result."""
+    return [
+        f"--{name.replace('_', '-')} {value}: {note}"
+        for name, values in RENAMED_VALUE_NOTES.items()
+        for value, note in values.items()
+        if arguments[name] == value
+    ]
 
 
 def _aliases(arguments: dict[str, Any]) -> dict[str, tuple[Any, str]]:

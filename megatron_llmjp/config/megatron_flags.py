@@ -98,8 +98,16 @@ RENAMED_VALUES: dict[str, dict[str, str]] = {
     # Adam here is AdamW, as in Megatron-LM.
     "optimizer": {"adamw": "adam"},
     "position_embedding_type": {"rotary": "rope", "learned": "learned_absolute"},
+    "moe_token_dispatcher_type": {"flex": "alltoall"},
 }
 """This program's name of a value, by field and other programs' name in lower case."""
+
+RENAMED_VALUE_NOTES: dict[str, dict[str, str]] = {
+    "moe_token_dispatcher_type": {
+        "flex": "alltoall is used, which computes the same; DeepEP and HybridEP are not supported"
+    },
+}
+"""Notes on values that are replaced by others with the same result."""
 
 _ONE_DATASET = "datasets are always .idx/.bin pairs as preprocess_data writes them"
 _ONE_GROUP = "the optimizer is sharded over the whole data-parallel group"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from megatron_llmjp.config.expert_config import ModelConfig, parse_layer_pattern
 from megatron_llmjp.config.flags import parse
 from megatron_llmjp.config.loading import dump_config, replace_fields
 from megatron_llmjp.config.parameter_counts import count_parameters
-from megatron_llmjp.config.schema import Config
+from megatron_llmjp.config.schema import Config, ParallelConfig
 from megatron_llmjp.config.validation import check_config
 from megatron_llmjp.errors import UserError
 from megatron_llmjp.estimate.flops import flops_by_part
@@ -110,6 +111,11 @@ def test_flags_without_field():
     ]
     (note,) = parse([*BASE.split(), "--moe-shared-expert-overlap"]).notes
     assert note == "--moe-shared-expert-overlap is not offered: the result is the same without it"
+    command = parse([*BASE.split(), "--moe-token-dispatcher-type", "flex", "--moe-enable-deepep"])
+    assert command.config.parallel.moe_token_dispatcher_type == "alltoall"
+    assert "--moe-token-dispatcher-type flex: alltoall is used" in "\n".join(command.notes)
+    with pytest.raises(ValidationError, match="requires DeepEP or HybridEP"):
+        ParallelConfig(moe_token_dispatcher_type="flex")
 
 
 def test_published_sizes():

@@ -239,7 +239,6 @@ def test_flags_of_other_programs_are_in_no_other_table():
 REFUSALS = {
     "--zero-stage 3": "--zero-stage 3 is not supported: ZeRO 2 and 3 are not available; use",
     "--num-experts 8 --topk 2": "--topk is not supported: use --moe-router-topk",
-    "--moe-token-dispatcher-type flex": "the flex dispatcher requires DeepEP or HybridEP",
     "--moe-layer-freq [0]*x": "expected a number, or a list of 0 and 1 such as [0]*1+[1]*31",
     "--moe-router-load-balancing-type global_aux_loss": "global_aux_loss and several losses at",
     "--fp8-format hybrid": "--fp8-format is not supported: train in --bf16",

@@ -37,6 +37,20 @@ def run_example(name, folder, *words, code=0, **settings):
     return done.stdout
 
 
+def run_command(command):
+    """Run a command that an example printed, and return its output."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-c", command],
+        env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "2"},
+        text=True,
+        capture_output=True,
+        timeout=PROCESS_TIMEOUT,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 def validation_losses(text, name):
     """Return the losses on a validation set, in the order of the lines."""
     return [float(x) for x in re.findall(rf"^ validation at.*? {name} loss: (\S+)", text, re.M)]
@@ -181,8 +195,13 @@ def test_migrate_from_megatron_lm(tmp_path):
 @pytest.mark.parametrize("program", ["megatron-lm", "megatron-deepspeed"])
 def test_migrate(tmp_path, program):
     """The run that the example makes, continued with the losses of the uninterrupted run."""
-    run_example(f"migrate_from_{program}/run.sh", tmp_path, "out")
+    check_only = {"DRY_RUN_ONLY": "1"} if program == "megatron-deepspeed" else {}
+    printed = run_example(f"migrate_from_{program}/run.sh", tmp_path, "out", **check_only)
+    log = tmp_path / "out" / "training.log"
+    if check_only:
+        assert not log.exists()
+        log.write_text(run_command(printed.split("Start the run:\n")[1]))
     old = losses((tmp_path / "out" / "old" / "training.log").read_text())
-    new = losses((tmp_path / "out" / "training.log").read_text())
+    new = losses(log.read_text())
     assert sorted(new) == list(range(11, 21))
     assert new == pytest.approx({i: old[i] for i in new}, abs=1e-6)
