@@ -46,6 +46,7 @@ settings.load_profile("tests")
 SLOWEST_FIRST = (
     "slurm/test_pretrain.py",
     "distributed/test_layouts.py",
+    "examples/",
     "faults/",
     "parity/",
     "checkpoint/test_resume.py",
