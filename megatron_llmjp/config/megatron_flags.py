@@ -11,6 +11,7 @@ so that a launch script of Megatron-LM or Megatron-DeepSpeed trains the same mod
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -266,7 +267,11 @@ def _unknown(flag: str, possible: Sequence[str]) -> str:
             f"unknown flag {flag}: added to Megatron-LM with megatron-core {NEWER[flag]}, but this "
             f"program uses {_core_version()}; remove it"
         )
-    return f"unknown flag {flag}{did_you_mean(flag, possible)} (--help lists all flags)"
+    hint = did_you_mean(flag, possible)
+    misspelt = difflib.get_close_matches(flag, FOREIGN, n=1, cutoff=0.9)
+    if not hint and misspelt:
+        hint = f"; {FOREIGN[misspelt[0]]}"
+    return f"unknown flag {flag}{hint} (--help lists all flags)"
 
 
 def _core_version() -> str:

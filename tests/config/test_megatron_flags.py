@@ -264,7 +264,8 @@ REFUSALS = {
     "--step-batch-size-schedule x": "added to Megatron-LM with megatron-core 0.18",
     "--enable-mhc-connections": "added to Megatron-LM with megatron-core 0.20",
     "--bananas 8": "unknown flag --bananas (--help lists all flags)",
-    "--lerning-rte 8": "unknown flag --lerning-rte (--help lists all flags)",
+    "--lerning-rte 8": "unknown flag --lerning-rte; did you mean '--lr'? (--help lists all flags)",
+    "--unheard-of 8": "unknown flag --unheard-of (--help lists all flags)",
     "--normalization BatchNorm": "expected 'RMSNorm' or 'LayerNorm'",
 }
 
