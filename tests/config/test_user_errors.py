@@ -61,7 +61,7 @@ def not_reached(*_):
 
 FLAGS = {
     # flags added to a valid run: parts of the message
-    "--lerning-rate 1": ["unknown flag --lerning-rate (--help"],
+    "--lerning-rate 1": ["unknown flag --lerning-rate; did you mean '--lr'?"],
     "--global-batch 8": ["unknown flag --global-batch; did you mean '--global-batch-size'?"],
     "--data-path x": ["both --fold-file and --data-path declare the data", "remove one of them"],
     "--lr fast": ["flag --lr: lr = 'fast': expected a valid number"],
