@@ -26,6 +26,7 @@ from megatron_llmjp.generation.records import (
 )
 from megatron_llmjp.generation.requests import Request, parse_request, read_json_values
 from megatron_llmjp.generation.settings import DEFAULT_NEW_TOKENS, GenerationSettings
+from megatron_llmjp.large_imports import large_imports
 
 if TYPE_CHECKING:
     from megatron_llmjp.generation.text_generator import TextGenerator
@@ -180,8 +181,9 @@ class _Program:
     prompts: PromptEncoder
 
     def load(self) -> TextGenerator:
-        from megatron_llmjp.generation.text_generator import TextGenerator
-        from megatron_llmjp.inference.native_model import load_native_model
+        with large_imports():
+            from megatron_llmjp.generation.text_generator import TextGenerator
+            from megatron_llmjp.inference.native_model import load_native_model
 
         model = load_native_model(self.folder, self.args.dtype, self.args.device)
         return TextGenerator(model, self.prompts)

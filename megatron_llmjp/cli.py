@@ -37,6 +37,7 @@ from megatron_llmjp.errors import (
     RunError,
     UserError,
 )
+from megatron_llmjp.large_imports import large_imports
 from megatron_llmjp.parallel.cuda_environment import set_driver_variables
 from megatron_llmjp.parallel.launcher import launch
 from megatron_llmjp.parallel.ranks import (
@@ -96,11 +97,12 @@ def check_model(run: Run) -> list[str]:
     Raises:
         UserError: megatron-core refuses the model, or a pickle is not plain data.
     """
-    from megatron_llmjp.parallel import device as devices
+    with large_imports():
+        from megatron_llmjp.parallel import device as devices
 
-    device = devices.setup_rank(run.config.parallel.device, 0)
-    from megatron_llmjp.checkpoint import safe_unpickling
-    from megatron_llmjp.model.gpt import transformer_config
+        device = devices.setup_rank(run.config.parallel.device, 0)
+        from megatron_llmjp.checkpoint import safe_unpickling
+        from megatron_llmjp.model.gpt import transformer_config
 
     # The machine that plans a run may have no GPU.
     config = replace_fields(run.config, transformer_impl=None)
@@ -240,10 +242,11 @@ def _run_rank(run: Run, ranks: Ranks, start_warnings: Sequence[str]) -> int:
     try:
         if ranks.is_first:
             _print_warnings(overlap_warnings(run))
-        from megatron_llmjp.parallel import device as devices
+        with large_imports():
+            from megatron_llmjp.parallel import device as devices
 
-        device = devices.setup_rank(run.config.parallel.device, ranks.local_rank)
-        from megatron_llmjp.training.train import train
+            device = devices.setup_rank(run.config.parallel.device, ranks.local_rank)
+            from megatron_llmjp.training.train import train
 
         code = train(run, ranks, device, requests)
         if code == EXIT_DONE and ranks.is_first:

@@ -21,6 +21,7 @@ from tools.draw_architecture import (
 
 LAYERS = [
     {"errors", "formatting", "project_files", "versions", "interval_stats", "metric_panels"},
+    {"large_imports"},
     {"transformer_engine_import"},
     {"completion", "doctor"},
     {"yaml_text", "filesystem", "arguments", "metric_registry"},

@@ -39,7 +39,7 @@ def main() -> None:
         report_to="none",
         disable_tqdm=True,
         bf16=False,  # True on a GPU
-        model_init_kwargs={"dtype": "float32"},
+        model_init_kwargs={"dtype": "float32", "trust_remote_code": False},
         dataloader_pin_memory=False,
         seed=0,
     )

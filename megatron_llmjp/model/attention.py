@@ -29,11 +29,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-try:
-    from torch.nn.attention import varlen
-except ImportError:  # before torch 2.10
-    varlen = None  # type: ignore[assignment]
-
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 _FUSED_KERNELS = [
     SDPBackend.CUDNN_ATTENTION,
@@ -193,8 +188,10 @@ def document_attention(
     Returns:
         ``[q, b, n*d]``.
     """
+    from torch.nn.attention.varlen import varlen_attn  # imports torch's compiler
+
     length, samples, heads = query.shape[:3]
-    context = varlen.varlen_attn(
+    context = varlen_attn(
         query.transpose(0, 1).flatten(0, 1),
         key.transpose(0, 1).flatten(0, 1),
         value.transpose(0, 1).flatten(0, 1),
@@ -234,11 +231,10 @@ def dense_mask(boundaries: Tensor, samples: int, length: int, dtype: torch.dtype
 def has_document_kernel(core: TransformerConfig, dtype: torch.dtype) -> bool:
     """Whether :func:`document_attention` supports a model on this process's GPU."""
     return (
-        varlen is not None
-        and _varlen_supports_groups()
-        and core.attention_dropout == 0.0
+        core.attention_dropout == 0.0
         and core.kv_channels % 8 == 0
         and _flash_runs(core.kv_channels, dtype)
+        and _varlen_supports_groups()
     )
 
 
@@ -272,8 +268,12 @@ def _replace_boundaries(
 
 @lru_cache(maxsize=1)
 def _varlen_supports_groups() -> bool:
-    """Whether the kernel accepts fewer keys than queries; not in torch 2.10."""
-    return "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
+    """Whether torch has the kernel, and for fewer keys than queries: not before torch 2.11."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def _flash_supports(query: Tensor) -> bool:

@@ -34,7 +34,10 @@ def use_deterministic_kernels(enabled: bool) -> None:
     are slower: attention's backward pass and scatters use other kernels, and NCCL uses one
     algorithm for every message size.
     """
-    torch.use_deterministic_algorithms(enabled)
+    if is_substituted():  # the other function imports torch's compiler, which nothing uses on a CPU
+        torch.set_deterministic_debug_mode("error" if enabled else "default")
+    else:
+        torch.use_deterministic_algorithms(enabled)
     if enabled:
         # Filling uninitialized memory with NaN costs time and only helps to find bugs.
         deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
