@@ -19,6 +19,10 @@ from tests.support.timeouts import PROCESS_TIMEOUT
 EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*/run.sh"))
 
+PRINTED = 5e-6
+"""Difference of losses of about 7 that logs print with six decimals; other numbers of threads round
+differently."""
+
 
 def run_example(name, folder, *words, code=0, **settings):
     """Run an example with settings of the environment, and return what it printed."""
@@ -187,7 +191,7 @@ def test_migrate_from_megatron_lm(tmp_path):
     )
     recorded = json.loads((fixtures / "golden_tp1pp1.json").read_text())["iterations"]
     expected = {r["iteration"]: r["lm_loss"] for r in recorded if r["iteration"] > 10}
-    assert losses(printed) == pytest.approx(expected, abs=1e-6)
+    assert losses(printed) == pytest.approx(expected, abs=PRINTED)
     assert "note: --use-mpi is not needed here" in printed
 
 
@@ -204,4 +208,4 @@ def test_migrate(tmp_path, program):
     old = losses((tmp_path / "out" / "old" / "training.log").read_text())
     new = losses(log.read_text())
     assert sorted(new) == list(range(11, 21))
-    assert new == pytest.approx({i: old[i] for i in new}, abs=1e-6)
+    assert new == pytest.approx({i: old[i] for i in new}, abs=PRINTED)
